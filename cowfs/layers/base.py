@@ -1,0 +1,177 @@
+"""The two protocols a union is made of: :class:`LowerLayer`, read-only, and :class:`UpperLayer`.
+
+A layer is one tree. It knows nothing of the union: no whiteouts, no opaque directories, no
+redirects; those are conventions of :mod:`cowfs.overlay` and to a layer mere device nodes and xattrs.
+
+**Keys.** A layer names its inodes by *keys*. A key is whatever the layer likes (an inode number, an
+object); to everybody else it is opaque. Every key comes from ``root``, ``lookup`` or a creating call
+and stays valid, through renames and after the last name is gone, until ``forget``.
+
+**Errors.** Every method raises only :class:`OSError` with the errno that the matching system call
+would give. ``lookup`` of a name that is not there returns None: misses are frequent, not errors.
+
+**Threads.** All methods are called from one thread, but for those of :class:`File`, which may be
+called from any, though never two at once for one File with the same offset range.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+from cowfs.types import Attr, DirEntry, FileHandle, FsStats
+
+Key = Any
+
+
+class File(Protocol):
+    """An open regular file."""
+
+    def pread(self, size: int, offset: int) -> bytes:
+        """Read up to *size* bytes at *offset*; fewer only at the end of the file. May block."""
+        ...
+
+    def pwrite(self, data: bytes, offset: int) -> int:
+        """Write all of *data* at *offset*; return its length. May block. EBADF on a lower."""
+        ...
+
+    def truncate(self, size: int) -> None:
+        """Set the size in bytes."""
+        ...
+
+    def fsync(self, datasync: bool) -> None:
+        """Return when the file is on disk. Blocks."""
+        ...
+
+    def stat(self) -> Attr:
+        """The attributes of the open inode (fstat)."""
+        ...
+
+    def segments(self, end: int) -> Iterator[tuple[int, int]]:
+        """Yield ``(start, stop)`` of every run of data below *end*, in order; the rest are holes."""
+        ...
+
+    def fileno(self) -> int:
+        """The kernel's descriptor, or -1 where no kernel file stands behind this one.
+
+        Copy-up uses it for reflinks and in-kernel copies.
+        """
+        ...
+
+    def close(self) -> None:
+        """Release the file. Safe to call twice."""
+        ...
+
+
+class LowerLayer(Protocol):
+    """A read-only tree."""
+
+    name: str
+    """For messages: where the layer comes from."""
+    root: Key
+    dev: int
+    """``st_dev`` of the attributes it gives, but for what is mounted below it."""
+
+    def lookup(self, directory: Key, name: bytes) -> tuple[Key, Attr] | None:
+        """Find *name*; None when it is not there. A fresh key may be given for a known inode."""
+        ...
+
+    def stat(self, key: Key) -> Attr: ...
+
+    def readdir(self, directory: Key) -> list[DirEntry]:
+        """All entries but ``.`` and ``..``, each once, in any order."""
+        ...
+
+    def readlink(self, key: Key) -> bytes: ...
+
+    def listxattr(self, key: Key) -> list[bytes]:
+        """All attribute names, of every namespace that we are allowed to see."""
+        ...
+
+    def getxattr(self, key: Key, name: bytes) -> bytes:
+        """ENODATA when the inode has no such attribute, EOPNOTSUPP when the layer has none at all."""
+        ...
+
+    def open(self, key: Key, flags: int) -> File:
+        """Open a regular file. *flags* are those of open(2); a lower knows O_RDONLY only."""
+        ...
+
+    def statfs(self) -> FsStats: ...
+
+    def handle(self, key: Key) -> FileHandle | None:
+        """What the kernel would find this inode by (its origin), None if the layer has no handles."""
+        ...
+
+    def handle_ino(self, handle: FileHandle) -> int | None:
+        """The inode number that a handle of this layer means; None for a foreign handle."""
+        ...
+
+    def forget(self, key: Key) -> None:
+        """The caller will not use *key* again."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class UpperLayer(LowerLayer, Protocol):
+    """A tree that can be changed. Every call is atomic: after a crash it happened or it did not.
+
+    New inodes belong to the caller's *uid* and *gid*; *mode* is taken as it is (no umask).
+    """
+
+    def create(self, directory: Key, name: bytes, mode: int, uid: int, gid: int) -> Key:
+        """Make an empty regular file. EEXIST when *name* is there."""
+        ...
+
+    def mkdir(self, directory: Key, name: bytes, mode: int, uid: int, gid: int) -> Key: ...
+
+    def symlink(self, directory: Key, name: bytes, target: bytes, uid: int, gid: int) -> Key: ...
+
+    def mknod(
+        self, directory: Key, name: bytes, mode: int, rdev: int, uid: int, gid: int
+    ) -> Key: ...
+
+    def link(self, key: Key, directory: Key, name: bytes) -> None:
+        """Give the inode one more name. EMLINK when the filesystem allows no more."""
+        ...
+
+    def unlink(self, directory: Key, name: bytes, key: Key | None) -> None:
+        """Remove a name. *key* is the inode's, if the caller goes on using it; it stays valid."""
+        ...
+
+    def rmdir(self, directory: Key, name: bytes, key: Key | None) -> None: ...
+
+    def rename(
+        self,
+        source: tuple[Key, bytes],
+        target: tuple[Key, bytes],
+        flags: int = 0,
+        moved: Key | None = None,
+        replaced: Key | None = None,
+    ) -> None:
+        """renameat2(2), with RENAME_NOREPLACE, RENAME_EXCHANGE and RENAME_WHITEOUT.
+
+        *moved* and *replaced* are the keys, if in use, of what stands at *source* and at *target*;
+        both stay valid (and follow their inodes to the new places).
+        """
+        ...
+
+    def chmod(self, key: Key, mode: int) -> None: ...
+
+    def chown(self, key: Key, uid: int, gid: int) -> None:
+        """-1 leaves one as it is."""
+        ...
+
+    def utimens(self, key: Key, atime_ns: int, mtime_ns: int) -> None: ...
+
+    def truncate(self, key: Key, size: int) -> None: ...
+
+    def setxattr(self, key: Key, name: bytes, value: bytes, flags: int = 0) -> None:
+        """*flags*: XATTR_CREATE, XATTR_REPLACE."""
+        ...
+
+    def removexattr(self, key: Key, name: bytes) -> None: ...
+
+    def sync(self) -> None:
+        """Return when everything written so far is on disk. Blocks; may be called from any thread."""
+        ...

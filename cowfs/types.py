@@ -1,0 +1,122 @@
+"""Plain data that every part of cowfs understands."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+
+class Attr(Protocol):
+    """The attributes of an inode, under the names of :class:`os.stat_result`.
+
+    ``os.stat_result`` itself is an Attr; layers that do not get one from the kernel answer
+    with :class:`AttrData`. Times are nanoseconds since the epoch, ``st_blocks`` counts 512 bytes.
+    """
+
+    @property
+    def st_mode(self) -> int: ...
+    @property
+    def st_ino(self) -> int: ...
+    @property
+    def st_dev(self) -> int: ...
+    @property
+    def st_nlink(self) -> int: ...
+    @property
+    def st_uid(self) -> int: ...
+    @property
+    def st_gid(self) -> int: ...
+    @property
+    def st_rdev(self) -> int: ...
+    @property
+    def st_size(self) -> int: ...
+    @property
+    def st_blocks(self) -> int: ...
+    @property
+    def st_blksize(self) -> int: ...
+    @property
+    def st_atime_ns(self) -> int: ...
+    @property
+    def st_mtime_ns(self) -> int: ...
+    @property
+    def st_ctime_ns(self) -> int: ...
+
+
+@dataclass(slots=True)
+class AttrData:
+    """An :class:`Attr` of our own making."""
+
+    st_mode: int
+    st_ino: int
+    st_dev: int = 0
+    st_nlink: int = 1
+    st_uid: int = 0
+    st_gid: int = 0
+    st_rdev: int = 0
+    st_size: int = 0
+    st_blocks: int = 0
+    st_blksize: int = 4096
+    st_atime_ns: int = 0
+    st_mtime_ns: int = 0
+    st_ctime_ns: int = 0
+
+
+class DirEntry(NamedTuple):
+    """One name in a directory of one layer, as readdir(3) tells it."""
+
+    name: bytes
+    type: int
+    """The S_IFMT bits of the mode, or 0 where the layer cannot tell without a stat."""
+
+
+class FileHandle(NamedTuple):
+    """A file handle as name_to_handle_at(2) gives it: what the kernel can find an inode by."""
+
+    type: int
+    data: bytes
+    uuid: bytes = bytes(16)
+    """The UUID of the filesystem, all zero where it has none (squashfs)."""
+
+
+@dataclass(frozen=True, slots=True)
+class FsStats:
+    """The numbers of statfs(2): *bsize* in bytes, *blocks* counted in *frsize*."""
+
+    bsize: int
+    frsize: int
+    blocks: int
+    bfree: int
+    bavail: int
+    files: int
+    ffree: int
+    favail: int
+    namemax: int = 255
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What a lower layer is recognised by at the next mount."""
+
+    kind: str
+    """``squashfs`` or ``directory``."""
+    fingerprint: str
+    """Two lowers with equal fingerprints hold the same tree."""
+    description: str
+    """For messages: what a person recognises it by (size, date, number of inodes)."""
+    path: str
+    """Where it was found; not part of the identity."""
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One difference between a merged tree and its lower."""
+
+    kind: str
+    """``A`` added, ``M`` modified, ``D`` deleted, ``R`` renamed (a redirected directory)."""
+    path: bytes
+    """Relative to the root of the tree, without a leading slash."""
+    what: tuple[str, ...] = ()
+    """For ``M``: which of ``type content mode owner times xattrs target device`` differ."""
+    source: bytes | None = None
+    """For ``R``: the path that the directory had in the lower."""
+    type: str = "file"
+    """``file directory symlink char block fifo socket``: what is there now (or was, for ``D``)."""
