@@ -75,7 +75,8 @@ def detached_mount(
 
     *options* are the filesystem's own; None as value makes a flag of one. The mount is nosuid and
     nodev, and ends when the descriptor and everything opened through it are closed (the kernel may
-    need a moment more; loop_backing() tells). Blocks as mount(2) does. Raises OSError with the kernel's own words, where it has some (fsopen(2), fsconfig(2)).
+    need a moment more; loop_backing() tells). Blocks as mount(2) does. Raises OSError with the kernel's
+    own words, where it has some (fsopen(2), fsconfig(2)).
     """
     context = _syscall(_SYS_FSOPEN, fstype.encode(), _FSOPEN_CLOEXEC)
     try:
