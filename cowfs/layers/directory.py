@@ -1,0 +1,488 @@
+"""A directory as a layer: of the host's tree, or of an image that the kernel has mounted.
+
+Everything happens relative to file descriptors, so it makes no difference whether the tree is
+mounted anywhere, and no path is ever longer than one name: trees deeper than PATH_MAX work.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import suppress
+
+from cowfs.linux import files
+from cowfs.types import Attr, AttrData, DirEntry, FileHandle, FsStats
+
+_OPEN_DIRECTORIES = 512
+"""How many directory descriptors are kept open at a time."""
+_KEPT_CHAIN = 64
+"""Descriptors of the directories above are kept too when a directory is less deep than this."""
+
+
+class PathKey:
+    """An inode of a directory layer: a name in a directory, or a descriptor that pins it.
+
+    *fd* is -1, or an O_PATH descriptor: for a directory a cache, for an inode whose name is gone
+    (then *parent* is None) the only way to it.
+    """
+
+    __slots__ = ("fd", "name", "parent")
+
+    def __init__(self, parent: PathKey | None, name: bytes, fd: int = -1) -> None:
+        self.parent = parent
+        self.name = name
+        self.fd = fd
+
+
+class KernelFile:
+    """A :class:`cowfs.layers.base.File` on a descriptor of the kernel's."""
+
+    __slots__ = ("_fd",)
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def pread(self, size: int, offset: int) -> bytes:
+        return os.pread(self._fd, size, offset)
+
+    def pwrite(self, data: bytes, offset: int) -> int:
+        written = os.pwrite(self._fd, data, offset)
+        while written < len(data):  # a signal or a full disk: the rest says which
+            written += os.pwrite(self._fd, memoryview(data)[written:], offset + written)
+        return written
+
+    def truncate(self, size: int) -> None:
+        os.ftruncate(self._fd, size)
+
+    def fsync(self, datasync: bool) -> None:
+        if datasync:
+            os.fdatasync(self._fd)
+        else:
+            os.fsync(self._fd)
+
+    def stat(self) -> Attr:
+        return os.fstat(self._fd)
+
+    def segments(self, end: int) -> Iterator[tuple[int, int]]:
+        return files.segments(self._fd, end)
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def close(self) -> None:
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def __del__(self) -> None:
+        self.close()
+
+
+class DirectoryLayer:
+    """Serve the tree below *root_fd* (which the layer owns from now on) as an upper or lower layer.
+
+    Without privilege (*privileged* false) an upper cannot give files to other users. It then keeps
+    the owner that was asked for in the xattr ``user.overlay.cowfs.owner`` and shows it: a directory
+    of root's, copied up by somebody else, goes on belonging to root as far as the union is concerned.
+    """
+
+    def __init__(self, root_fd: int, name: str, *, privileged: bool = True) -> None:
+        self.name = name
+        self.root = PathKey(None, b"", root_fd)
+        info = os.fstat(root_fd)
+        if not stat.S_ISDIR(info.st_mode):
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), name)
+        self.dev = info.st_dev
+        self._owners = not privileged
+        self._open: list[PathKey] = []  # directories with a cached descriptor, oldest first
+        self._magic = files.fs_magic(root_fd)
+        self._uuid: bytes | None = None
+        self._noatime = os.O_NOATIME
+
+    # --- from keys to descriptors
+
+    def _dir_fd(self, key: PathKey) -> int:
+        """Return a descriptor of a directory, valid until the next call that opens one."""
+        return key.fd if key.fd >= 0 else self._open_dir(key)
+
+    def _open_dir(self, key: PathKey) -> int:
+        if len(self._open) >= _OPEN_DIRECTORIES:
+            self._close_oldest()
+        chain = []
+        walk = key
+        while walk.fd < 0:
+            chain.append(walk)
+            if walk.parent is None:
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), walk.name)
+            walk = walk.parent
+        fd = walk.fd
+        keep = len(chain) < _KEPT_CHAIN
+        for depth, step in enumerate(reversed(chain), 1 - len(chain)):
+            above, above_is_kept = fd, step.parent.fd >= 0 if step.parent else True
+            try:
+                fd = os.open(step.name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=above)
+            finally:
+                if not above_is_kept:
+                    os.close(above)
+            if keep or depth == 0:
+                step.fd = fd
+                self._open.append(step)
+        return fd
+
+    def _close_oldest(self) -> None:
+        count = len(self._open) // 2
+        old, self._open = self._open[:count], self._open[count:]
+        for key in old:
+            # A directory that lost its name is pinned by this descriptor and no longer ours to close.
+            if key.fd >= 0 and key.parent is not None:
+                os.close(key.fd)
+                key.fd = -1
+
+    def _two_dir_fds(self, first: PathKey, second: PathKey) -> tuple[int, int]:
+        self._dir_fd(first)
+        fd = self._dir_fd(second)
+        return self._dir_fd(first), fd  # the second may have pushed the first out of the cache
+
+    def _path(self, key: PathKey) -> bytes:
+        """Return a path of two hops for the calls that take no dir_fd. Not to be used on symlinks
+        unless the call can refrain from following them, which a pinned key does not allow."""
+        if key.parent is None:
+            return b"/proc/self/fd/%d" % key.fd
+        return b"/proc/self/fd/%d/%s" % (self._dir_fd(key.parent), key.name)
+
+    def _pin(self, key: PathKey) -> None:
+        """Hold on to an inode whose name is about to go."""
+        if key.fd < 0:
+            assert key.parent is not None
+            key.fd = os.open(key.name, os.O_PATH | os.O_NOFOLLOW, dir_fd=self._dir_fd(key.parent))
+        elif key in self._open:
+            self._open.remove(key)
+
+    # --- reading
+
+    def lookup(self, directory: PathKey, name: bytes) -> tuple[PathKey, Attr] | None:
+        fd = directory.fd if directory.fd >= 0 else self._open_dir(directory)
+        try:
+            attr: Attr = os.stat(name, dir_fd=fd, follow_symlinks=False)
+        except FileNotFoundError:
+            return None
+        key = PathKey(directory, name)
+        return key, self._owned(key, attr) if self._owners else attr
+
+    def stat(self, key: PathKey) -> Attr:
+        attr: Attr
+        if key.fd >= 0:
+            attr = os.fstat(key.fd)
+        elif key.parent is not None:
+            attr = os.stat(key.name, dir_fd=self._dir_fd(key.parent), follow_symlinks=False)
+        else:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), key.name)
+        return self._owned(key, attr) if self._owners else attr
+
+    def readdir(self, directory: PathKey) -> list[DirEntry]:
+        fd = os.open(b".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=self._dir_fd(directory))
+        try:
+            with os.scandir(fd) as entries:
+                return [DirEntry(os.fsencode(entry.name), _entry_type(entry)) for entry in entries]
+        finally:
+            os.close(fd)
+
+    def readlink(self, key: PathKey) -> bytes:
+        if key.parent is None:
+            return os.readlink(b"", dir_fd=key.fd)
+        return os.readlink(key.name, dir_fd=self._dir_fd(key.parent))
+
+    def listxattr(self, key: PathKey) -> list[bytes]:
+        names = os.listxattr(self._path(key), follow_symlinks=key.parent is None)
+        return [os.fsencode(name) for name in names]
+
+    def getxattr(self, key: PathKey, name: bytes) -> bytes:
+        return os.getxattr(self._path(key), name, follow_symlinks=key.parent is None)
+
+    def open(self, key: PathKey, flags: int) -> KernelFile:
+        flags |= os.O_NOFOLLOW | self._noatime
+        try:
+            return KernelFile(self._open_fd(key, flags))
+        except PermissionError:
+            if not self._noatime:
+                raise
+            # O_NOATIME is for the owner and root alone (open(2)); another may still read.
+            fd = self._open_fd(key, flags & ~os.O_NOATIME)
+            return KernelFile(fd)
+
+    def _open_fd(self, key: PathKey, flags: int) -> int:
+        if key.parent is None:
+            return os.open(b"/proc/self/fd/%d" % key.fd, flags & ~os.O_NOFOLLOW)
+        return os.open(key.name, flags, dir_fd=self._dir_fd(key.parent))
+
+    def statfs(self) -> FsStats:
+        info = os.fstatvfs(self.root.fd)
+        return FsStats(
+            bsize=info.f_bsize,
+            frsize=info.f_frsize,
+            blocks=info.f_blocks,
+            bfree=info.f_bfree,
+            bavail=info.f_bavail,
+            files=info.f_files,
+            ffree=info.f_ffree,
+            favail=info.f_favail,
+            namemax=info.f_namemax,
+        )
+
+    def handle(self, key: PathKey) -> FileHandle | None:
+        if key.parent is None:
+            found = files.file_handle(key.fd, b"")
+        else:
+            found = files.file_handle(self._dir_fd(key.parent), key.name)
+        if found is None:
+            return None
+        if self._uuid is None:
+            fd = os.open(b".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=self.root.fd)
+            self._uuid = files.filesystem_uuid(fd)
+            os.close(fd)
+        return FileHandle(found[0], found[1], self._uuid)
+
+    def handle_ino(self, handle: FileHandle) -> int | None:
+        return files.inode_of_handle(self._magic, handle)
+
+    def forget(self, key: PathKey) -> None:
+        if key.fd >= 0 and key is not self.root:
+            if key.parent is not None:
+                self._open.remove(key)
+            os.close(key.fd)
+            key.fd = -1
+
+    def close(self) -> None:
+        for key in self._open:
+            if key.fd >= 0:
+                os.close(key.fd)
+                key.fd = -1
+        self._open.clear()
+        if self.root.fd >= 0:
+            os.close(self.root.fd)
+            self.root.fd = -1
+
+    # --- changing
+
+    def create(self, directory: PathKey, name: bytes, mode: int, uid: int, gid: int) -> PathKey:
+        fd = os.open(
+            name,
+            os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW,
+            mode & 0o7777,
+            dir_fd=self._dir_fd(directory),
+        )
+        try:
+            key = PathKey(directory, name)
+            self._give(key, os.fstat(fd), mode, uid, gid)
+        finally:
+            os.close(fd)
+        return key
+
+    def mkdir(self, directory: PathKey, name: bytes, mode: int, uid: int, gid: int) -> PathKey:
+        os.mkdir(name, mode & 0o7777, dir_fd=self._dir_fd(directory))
+        return self._made(directory, name, mode, uid, gid)
+
+    def symlink(self, directory: PathKey, name: bytes, target: bytes, uid: int, gid: int) -> PathKey:
+        os.symlink(target, name, dir_fd=self._dir_fd(directory))
+        return self._made(directory, name, 0o777, uid, gid)
+
+    def mknod(self, directory: PathKey, name: bytes, mode: int, rdev: int, uid: int, gid: int) -> PathKey:
+        os.mknod(name, mode, rdev, dir_fd=self._dir_fd(directory))
+        return self._made(directory, name, mode, uid, gid)
+
+    def _made(self, directory: PathKey, name: bytes, mode: int, uid: int, gid: int) -> PathKey:
+        key = PathKey(directory, name)
+        attr = os.stat(name, dir_fd=self._dir_fd(directory), follow_symlinks=False)
+        self._give(key, attr, mode, uid, gid)
+        return key
+
+    def _give(self, key: PathKey, attr: os.stat_result, mode: int, uid: int, gid: int) -> None:
+        """Let a new inode belong to *uid* and *gid*, or to its set-group-ID directory's group."""
+        assert key.parent is not None
+        above = os.fstat(self._dir_fd(key.parent))
+        if above.st_mode & stat.S_ISGID:
+            gid = above.st_gid
+        if attr.st_uid == uid and attr.st_gid == gid:
+            return
+        self.chown(key, uid, gid)
+        if attr.st_mode & (stat.S_ISUID | stat.S_ISGID) and not stat.S_ISLNK(attr.st_mode):
+            self.chmod(key, attr.st_mode)  # chown(2) has taken these bits away
+
+    def link(self, key: PathKey, directory: PathKey, name: bytes) -> None:
+        if key.parent is None:
+            os.link(
+                b"/proc/self/fd/%d" % key.fd, name, dst_dir_fd=self._dir_fd(directory), follow_symlinks=True
+            )
+            return
+        source, target = self._two_dir_fds(key.parent, directory)
+        os.link(key.name, name, src_dir_fd=source, dst_dir_fd=target, follow_symlinks=False)
+
+    def unlink(self, directory: PathKey, name: bytes, key: PathKey | None) -> None:
+        self._remove(directory, name, key, os.unlink)
+
+    def rmdir(self, directory: PathKey, name: bytes, key: PathKey | None) -> None:
+        self._remove(directory, name, key, os.rmdir)
+
+    def _remove(self, directory: PathKey, name: bytes, key: PathKey | None, call: object) -> None:
+        named = key is not None and key.parent is directory and key.name == name
+        fresh = named and key is not None and key.fd < 0
+        if named and key is not None:
+            self._pin(key)
+        try:
+            if call is os.rmdir:
+                os.rmdir(name, dir_fd=self._dir_fd(directory))
+            else:
+                os.unlink(name, dir_fd=self._dir_fd(directory))
+        except OSError:
+            if named and key is not None:
+                self._unpin(key, fresh)
+            raise
+        if named and key is not None:
+            key.parent = None
+
+    def _unpin(self, key: PathKey, fresh: bool) -> None:
+        if fresh:
+            os.close(key.fd)
+            key.fd = -1
+        else:
+            self._open.append(key)
+
+    def rename(
+        self,
+        source: tuple[PathKey, bytes],
+        target: tuple[PathKey, bytes],
+        flags: int = 0,
+        moved: PathKey | None = None,
+        replaced: PathKey | None = None,
+    ) -> None:
+        exchange = flags & files.RENAME_EXCHANGE
+        pin = replaced if not exchange and replaced is not None and _stands_at(replaced, target) else None
+        fresh = pin is not None and pin.fd < 0
+        if pin is not None:
+            self._pin(pin)
+        source_fd, target_fd = self._two_dir_fds(source[0], target[0])
+        try:
+            if flags:
+                files.renameat2(source_fd, source[1], target_fd, target[1], flags)
+            else:
+                os.rename(source[1], target[1], src_dir_fd=source_fd, dst_dir_fd=target_fd)
+        except OSError:
+            if pin is not None:
+                self._unpin(pin, fresh)
+            raise
+        if pin is not None:
+            pin.parent = None
+        moved_here = moved is not None and _stands_at(moved, source)
+        if exchange and replaced is not None and _stands_at(replaced, target):
+            replaced.parent, replaced.name = source
+        if moved is not None and moved_here:
+            moved.parent, moved.name = target
+
+    def chmod(self, key: PathKey, mode: int) -> None:
+        if key.parent is None:
+            os.chmod(b"/proc/self/fd/%d" % key.fd, mode & 0o7777)
+        else:
+            os.chmod(key.name, mode & 0o7777, dir_fd=self._dir_fd(key.parent))
+
+    def chown(self, key: PathKey, uid: int, gid: int) -> None:
+        try:
+            if key.parent is None:
+                os.chown(b"/proc/self/fd/%d" % key.fd, uid, gid)
+            else:
+                os.chown(key.name, uid, gid, dir_fd=self._dir_fd(key.parent), follow_symlinks=False)
+        except PermissionError:
+            if not self._owners:
+                raise
+            self._note_owner(key, uid, gid)
+
+    def utimens(self, key: PathKey, atime_ns: int, mtime_ns: int) -> None:
+        if key.parent is None:
+            os.utime(b"/proc/self/fd/%d" % key.fd, ns=(atime_ns, mtime_ns))
+        else:
+            os.utime(
+                key.name, ns=(atime_ns, mtime_ns), dir_fd=self._dir_fd(key.parent), follow_symlinks=False
+            )
+
+    def truncate(self, key: PathKey, size: int) -> None:
+        fd = self._open_fd(key, os.O_WRONLY | os.O_NOFOLLOW)
+        try:
+            os.ftruncate(fd, size)
+        finally:
+            os.close(fd)
+
+    def setxattr(self, key: PathKey, name: bytes, value: bytes, flags: int = 0) -> None:
+        os.setxattr(self._path(key), name, value, flags, follow_symlinks=key.parent is None)
+
+    def removexattr(self, key: PathKey, name: bytes) -> None:
+        os.removexattr(self._path(key), name, follow_symlinks=key.parent is None)
+
+    def sync(self) -> None:
+        fd = os.open(b".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=self.root.fd)
+        try:
+            files.syncfs(fd)
+        finally:
+            os.close(fd)
+
+    # --- owners that we may not give
+
+    def _note_owner(self, key: PathKey, uid: int, gid: int) -> None:
+        attr = self.stat(key)
+        uid = attr.st_uid if uid < 0 else uid
+        gid = attr.st_gid if gid < 0 else gid
+        # A symlink or device can have no user xattr: it shows the store's owner (see docs/semantics.md).
+        with suppress(PermissionError, FileNotFoundError):
+            self.setxattr(key, OWNER_XATTR, b"%d:%d" % (uid, gid))
+
+    def _owned(self, key: PathKey, attr: Attr) -> Attr:
+        """Return *attr* with the owner that was noted for the inode, if one was."""
+        if not (stat.S_ISDIR(attr.st_mode) or stat.S_ISREG(attr.st_mode)):
+            return attr
+        try:
+            uid, gid = map(int, self.getxattr(key, OWNER_XATTR).split(b":"))
+        except (OSError, ValueError):
+            return attr
+        return AttrData(
+            st_mode=attr.st_mode,
+            st_ino=attr.st_ino,
+            st_dev=attr.st_dev,
+            st_nlink=attr.st_nlink,
+            st_uid=uid,
+            st_gid=gid,
+            st_rdev=attr.st_rdev,
+            st_size=attr.st_size,
+            st_blocks=attr.st_blocks,
+            st_blksize=attr.st_blksize,
+            st_atime_ns=attr.st_atime_ns,
+            st_mtime_ns=attr.st_mtime_ns,
+            st_ctime_ns=attr.st_ctime_ns,
+        )
+
+
+OWNER_XATTR = b"user.overlay.cowfs.owner"
+
+
+def _stands_at(key: PathKey, place: tuple[PathKey, bytes]) -> bool:
+    return key.parent is place[0] and key.name == place[1]
+
+
+def _entry_type(entry: os.DirEntry[str]) -> int:
+    """The S_IFMT bits, without a system call for the types that scandir(3) has learnt by itself."""
+    try:
+        if entry.is_symlink():
+            return stat.S_IFLNK
+        if entry.is_dir(follow_symlinks=False):
+            return stat.S_IFDIR
+        if entry.is_file(follow_symlinks=False):
+            return stat.S_IFREG
+    except OSError:
+        pass
+    return 0
+
+
+def open_directory(path: str, *, privileged: bool = True) -> DirectoryLayer:
+    """Open a directory of the host as a layer. Raises what open(2) does."""
+    return DirectoryLayer(
+        os.open(path, os.O_PATH | os.O_DIRECTORY), name=os.path.abspath(path), privileged=privileged
+    )

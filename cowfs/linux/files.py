@@ -1,0 +1,154 @@
+"""System calls on files: renameat2(2), name_to_handle_at(2), reflinks and in-kernel copies."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import struct
+from collections.abc import Iterator
+
+from cowfs.types import FileHandle
+
+RENAME_NOREPLACE = 1
+RENAME_EXCHANGE = 2
+RENAME_WHITEOUT = 4
+
+_AT_EMPTY_PATH = 0x1000
+_MAX_HANDLE_SZ = 128
+_FICLONE = 0x40049409  # linux/fs.h: _IOW(0x94, 9, int)
+_FS_IOC_GETFSUUID = 0x80111500  # linux/fs.h: _IOR(0x15, 0, struct fsuuid2), 17 bytes; Linux 6.9
+_HANDLE_HEAD = struct.Struct("=Ii")  # struct file_handle: handle_bytes, handle_type
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.renameat2.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
+_libc.name_to_handle_at.argtypes = (
+    ctypes.c_int,
+    ctypes.c_char_p,
+    ctypes.c_void_p,
+    ctypes.POINTER(ctypes.c_int),
+    ctypes.c_int,
+)
+_libc.syncfs.argtypes = (ctypes.c_int,)
+
+
+def _raise() -> None:
+    code = ctypes.get_errno()
+    raise OSError(code, os.strerror(code))
+
+
+def renameat2(source_fd: int, source: bytes, target_fd: int, target: bytes, flags: int) -> None:
+    """Rename with flags (renameat2(2)): RENAME_NOREPLACE, RENAME_EXCHANGE, RENAME_WHITEOUT.
+
+    Raises EINVAL where the filesystem does not know the flag.
+    """
+    if _libc.renameat2(source_fd, source, target_fd, target, flags):
+        _raise()
+
+
+def syncfs(fd: int) -> None:
+    """Write back the whole filesystem that *fd* is on (syncfs(2)). Blocks; releases the GIL."""
+    if _libc.syncfs(fd):
+        _raise()
+
+
+def file_handle(dir_fd: int, name: bytes) -> tuple[int, bytes] | None:
+    """Return the type and the bytes of the kernel's handle of a file (name_to_handle_at(2)).
+
+    An empty *name* means *dir_fd* itself. None where the filesystem has no handles.
+    """
+    buffer = ctypes.create_string_buffer(_HANDLE_HEAD.size + _MAX_HANDLE_SZ)
+    _HANDLE_HEAD.pack_into(buffer, 0, _MAX_HANDLE_SZ, 0)
+    mount_id = ctypes.c_int()
+    flags = 0 if name else _AT_EMPTY_PATH
+    if _libc.name_to_handle_at(dir_fd, name, buffer, ctypes.byref(mount_id), flags):
+        code = ctypes.get_errno()
+        if code in {errno.EOPNOTSUPP, errno.ENOSYS, errno.EOVERFLOW, errno.EPERM}:
+            return None
+        raise OSError(code, os.strerror(code), name)
+    size, kind = _HANDLE_HEAD.unpack_from(buffer, 0)
+    return kind, buffer.raw[_HANDLE_HEAD.size : _HANDLE_HEAD.size + size]
+
+
+def filesystem_uuid(fd: int) -> bytes:
+    """Return the 16 bytes of the filesystem's UUID; zeros where it has none or cannot tell."""
+    reply = bytearray(17)  # struct fsuuid2 { __u8 len; __u8 uuid[16]; }
+    try:
+        fcntl.ioctl(fd, _FS_IOC_GETFSUUID, reply, True)
+    except OSError:
+        return bytes(16)
+    return bytes(reply[1 : 1 + reply[0]]).ljust(16, b"\0")
+
+
+def inode_of_handle(magic: int, handle: FileHandle) -> int | None:
+    """Return the inode number in a handle of a filesystem with statfs(2)'s f_type *magic*.
+
+    The layouts are those of each filesystem's encode_fh: fs/libfs.c (generic, 32 bit inode and
+    generation), mm/shmem.c, fs/btrfs/export.c, fs/xfs/xfs_export.c. None for one that is unknown.
+    """
+    kind, data = handle.type, handle.data
+    if magic == _TMPFS and kind == 1 and len(data) >= 12:
+        _, low, high = struct.unpack_from("=III", data)
+        return int(low | high << 32)
+    if magic == _BTRFS and kind in {0x4D, 0x4E, 0x4F} and len(data) >= 8:
+        return int(struct.unpack_from("=Q", data)[0])
+    if magic == _XFS and kind in {0x81, 0x82} and len(data) >= 8:
+        return int(struct.unpack_from("=Q", data)[0])
+    if magic in _INO32 and kind in {1, 2} and len(data) >= 4:
+        return int(struct.unpack_from("=I", data)[0])
+    return None
+
+
+_TMPFS, _BTRFS, _XFS = 0x01021994, 0x9123683E, 0x58465342
+_EXT, _SQUASHFS, _ISOFS, _EROFS, _F2FS = 0xEF53, 0x73717368, 0x9660, 0xE0F5E1E2, 0xF2F52010
+_INO32 = {_XFS, _EXT, _SQUASHFS, _F2FS}
+
+
+def fs_magic(fd: int) -> int:
+    """Return f_type of statfs(2): the kind of filesystem."""
+    buffer = ctypes.create_string_buffer(256)
+    if _libc.fstatfs(fd, buffer):
+        _raise()
+    return int(struct.unpack_from("=q", buffer)[0]) & 0xFFFFFFFF
+
+
+def reflink(source_fd: int, target_fd: int) -> bool:
+    """Share all of the source's blocks with the target (FICLONE); False where that is not possible."""
+    try:
+        fcntl.ioctl(target_fd, _FICLONE, source_fd)
+    except OSError:
+        return False
+    return True
+
+
+def segments(fd: int, end: int) -> Iterator[tuple[int, int]]:
+    """Yield ``(start, stop)`` of every run of data below *end*; all of it where holes are unknown."""
+    position = 0
+    while position < end:
+        try:
+            start = os.lseek(fd, position, os.SEEK_DATA)
+            if start >= end:
+                return
+            stop = min(os.lseek(fd, start, os.SEEK_HOLE), end)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # nothing but a hole follows
+                return
+            if error.errno not in {errno.EINVAL, errno.EOPNOTSUPP}:
+                raise
+            start, stop = position, end
+        yield start, stop
+        position = stop
+
+
+def copy_range(source_fd: int, target_fd: int, start: int, stop: int) -> None:
+    """Copy bytes ``start..stop`` to the same place, inside the kernel (sendfile(2)). Blocks.
+
+    Moves the target's file offset. A source that ends early raises EIO: a copy must be whole.
+    """
+    os.lseek(target_fd, start, os.SEEK_SET)
+    while start < stop:
+        copied = os.sendfile(target_fd, source_fd, start, min(stop - start, 8 << 20))
+        if copied == 0:
+            raise OSError(errno.EIO, "the source is shorter than its attributes say")
+        start += copied

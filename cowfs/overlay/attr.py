@@ -1,0 +1,76 @@
+"""Changing attributes (the kernel's inode.c)."""
+
+from __future__ import annotations
+
+import errno
+import stat
+from dataclasses import dataclass
+
+from cowfs.overlay.copyup import copy_up, copy_up_meta
+from cowfs.overlay.file import drop_set_id_of
+from cowfs.overlay.node import Node
+from cowfs.overlay.state import State, error
+from cowfs.types import Attr, FsStats
+
+
+@dataclass(slots=True)
+class NewAttributes:
+    """What setattr shall set; None leaves an attribute as it is."""
+
+    mode: int | None = None
+    uid: int | None = None
+    gid: int | None = None
+    size: int | None = None
+    atime_ns: int | None = None
+    mtime_ns: int | None = None
+    keeps_set_id: bool = True
+    """Whether a change of size leaves the set-ID bits (the caller is privileged)."""
+
+
+def setattr_(fs: State, node: Node, new: NewAttributes) -> Attr:
+    """Change attributes and return those that the node has then.
+
+    A new size needs the data that it leaves in the upper; everything else only the inode there.
+    """
+    if new.size is not None:
+        if node.is_dir:
+            raise error(errno.EISDIR, node.name)
+        copy_up(fs, node, new.size)
+    else:
+        copy_up_meta(fs, node)
+    key = node.upper
+    if new.size is not None:
+        fs.upper.truncate(key, new.size)
+        if not new.keeps_set_id:
+            drop_set_id_of(fs, node)
+    if new.uid is not None or new.gid is not None:
+        fs.upper.chown(key, -1 if new.uid is None else new.uid, -1 if new.gid is None else new.gid)
+    if new.mode is not None:
+        if stat.S_ISLNK(node.mode):
+            raise error(errno.EOPNOTSUPP, node.name)
+        fs.upper.chmod(key, stat.S_IMODE(new.mode))
+    if new.atime_ns is not None or new.mtime_ns is not None:
+        now = fs.upper.stat(key)
+        fs.upper.utimens(
+            key,
+            now.st_atime_ns if new.atime_ns is None else new.atime_ns,
+            now.st_mtime_ns if new.mtime_ns is None else new.mtime_ns,
+        )
+    attr = fs.stat(node)
+    node.mode = attr.st_mode
+    return attr
+
+
+def readlink(fs: State, node: Node) -> bytes:
+    """Return the target of a symbolic link; EINVAL for anything else."""
+    if not stat.S_ISLNK(node.mode):
+        raise error(errno.EINVAL, node.name)
+    if node.upper is not None:
+        return fs.upper.readlink(node.upper)
+    layer, key = node.lowers[0]
+    return fs.lowers[layer].readlink(key)
+
+
+def statfs(fs: State) -> FsStats:
+    """Return the figures of the store: it is what fills up."""
+    return fs.upper.statfs()

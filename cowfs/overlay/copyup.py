@@ -1,0 +1,375 @@
+"""Copy-up: how a lower inode becomes an upper one, whole or not at all (the kernel's copy_up.c).
+
+Everything is made ready under a temporary name in the work directory and then renamed into place. The
+data goes in before the xattrs, since writing drops ``security.capability``; the owner before the mode,
+since chown(2) drops set-ID bits; the times last.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from contextlib import suppress
+from typing import NamedTuple
+
+from cowfs.layers.base import File, Key, LowerLayer
+from cowfs.linux import files
+from cowfs.overlay import origin
+from cowfs.overlay.node import Node
+from cowfs.overlay.state import State, error
+from cowfs.types import Attr
+
+_CHUNK = 1 << 20
+_MAY_FAIL = {errno.EOPNOTSUPP, errno.EPERM, errno.EINVAL}
+
+
+class _Origin(NamedTuple):
+    note: bytes
+    index_name: bytes | None
+    """Where the inode is put in the index; None when it is no hard link, or there is no index."""
+
+
+class CopyUp:
+    """One regular file on its way up.
+
+    :meth:`run` may be called in any thread and blocks; everything else belongs to the thread of the
+    union. Meanwhile the node is as it was, and must be neither changed nor removed by anybody else.
+    """
+
+    def __init__(self, fs: State, node: Node, attr: Attr, size: int) -> None:
+        self._fs = fs
+        self._node = node
+        self._attr = attr
+        self.size = size
+        """How many bytes of the data are wanted."""
+        self._temporary = fs.temporary()
+        layer, key = node.lowers[-1]
+        self._source = fs.lowers[layer].open(key, os.O_RDONLY)
+        try:
+            self._key = fs.upper.create(fs.work, self._temporary, 0o600, attr.st_uid, attr.st_gid)
+            self._target = fs.upper.open(self._key, os.O_RDWR)
+        except BaseException:
+            self._source.close()
+            raise
+
+    def run(self) -> None:
+        """Copy the data, holes and all. Blocks; raises what reading or writing does."""
+        size = self.size
+        source, target = self._source, self._target
+        whole = size == self._attr.st_size
+        shared = (
+            whole
+            and min(source.fileno(), target.fileno()) >= 0
+            and files.reflink(source.fileno(), target.fileno())
+        )
+        if not shared:
+            _copy_data(source, target, size)
+        if self._fs.options.sync_copy_up:
+            target.fsync(datasync=True)
+
+    def commit(self) -> None:
+        """Give the node its upper. After an exception the node is as it was."""
+        fs, node = self._fs, self._node
+        try:
+            self._close()
+            layer, key = node.lowers[0]
+            _dress(fs, fs.lowers[layer], key, self._key, self._attr)
+            note = _origin_of(fs, layer, key, self._attr)
+            _settle(fs, node, self._key, self._temporary, note)
+        except BaseException:
+            self.abort()
+            raise
+        node.metacopy = False
+        _adopt(fs, node, self._key)
+
+    def abort(self) -> None:
+        """Remove what was made so far."""
+        self._close()
+        with suppress(OSError):
+            self._fs.upper.unlink(self._fs.work, self._temporary, None)
+
+    def _close(self) -> None:
+        self._source.close()
+        self._target.close()
+
+
+class DataCopyUp:
+    """The data of a metacopy on its way up: into the inode that is there already.
+
+    The note that makes it a metacopy is taken away last, so a crash before leaves the metacopy.
+    """
+
+    def __init__(self, fs: State, node: Node, size: int) -> None:
+        self._fs = fs
+        self._node = node
+        self.size = size
+        layer, key = node.lowers[-1]
+        self._before = fs.upper.stat(node.upper)
+        self._source = fs.lowers[layer].open(key, os.O_RDONLY)
+        try:
+            self._target = fs.upper.open(node.upper, os.O_RDWR)
+        except BaseException:
+            self._source.close()
+            raise
+
+    def run(self) -> None:
+        """Copy the data. Blocks."""
+        _copy_data(self._source, self._target, self.size)
+        if self._fs.options.sync_copy_up:
+            self._target.fsync(datasync=True)
+
+    def commit(self) -> None:
+        """Make the node an ordinary upper file."""
+        fs, node = self._fs, self._node
+        self._source.close()
+        self._target.close()
+        before = self._before
+        fs.upper.utimens(node.upper, before.st_atime_ns, before.st_mtime_ns)
+        if before.st_mode & (stat.S_ISUID | stat.S_ISGID):
+            fs.upper.chmod(node.upper, before.st_mode)
+        if node.redirect is not None:
+            fs.upper.removexattr(node.upper, fs.x_redirect)
+            node.redirect = None
+        fs.upper.removexattr(node.upper, fs.x_metacopy)
+        node.metacopy = False
+        _switch_handles(fs, node)
+
+    def abort(self) -> None:
+        """Leave the metacopy as it was."""
+        self._source.close()
+        self._target.close()
+
+
+def prepare(fs: State, node: Node, size: int | None = None) -> CopyUp | DataCopyUp | None:
+    """Begin to copy up a regular file with its first *size* bytes (all by default).
+
+    Returns what is left to do: ``run``, then ``commit`` (or ``abort``); None when nothing is.
+    """
+    if node.upper is not None and not node.metacopy:
+        link_alias(fs, node)
+        return None
+    if node.dead:
+        raise error(errno.ENOENT, node.name)
+    attr = fs.stat(node)
+    wanted = attr.st_size if size is None else min(size, attr.st_size)
+    if node.upper is not None:
+        return DataCopyUp(fs, node, wanted)
+    _parents(fs, node)
+    return CopyUp(fs, node, attr, wanted)
+
+
+def copy_up(fs: State, node: Node, size: int | None = None) -> None:
+    """Copy up whatever *node* is, with its data, at once. Blocks for the time that it takes."""
+    if stat.S_ISREG(node.mode):
+        job = prepare(fs, node, size)
+        if job is not None:
+            try:
+                job.run()
+            except BaseException:
+                job.abort()
+                raise
+            job.commit()
+    else:
+        copy_up_meta(fs, node)
+
+
+def copy_up_meta(fs: State, node: Node) -> None:
+    """Make sure that *node* has an upper inode to change attributes and names of.
+
+    A large file's data stays where it is: a metacopy. A small one is copied whole.
+    """
+    if node.upper is not None:
+        link_alias(fs, node)
+        return
+    if node.dead:
+        raise error(errno.ENOENT, node.name)
+    if node.is_dir:
+        _parents(fs, node)
+        _copy_up_directory(fs, node)
+        return
+    attr = fs.stat(node)
+    if stat.S_ISREG(attr.st_mode) and attr.st_size < fs.options.metacopy_from:
+        copy_up(fs, node)
+        return
+    _parents(fs, node)
+    _copy_up_inode(fs, node, attr)
+
+
+def link_alias(fs: State, node: Node) -> None:
+    """Give an indexed inode its name in the upper, where it shows only through the index so far."""
+    if node.indexed is None or node.dead or node.parent is None:
+        return
+    parent = node.parent
+    copy_up_directory(fs, parent)
+    if fs.upper.lookup(parent.upper, node.name) is not None:
+        return
+    # One more name in the upper, none in the union.
+    offset = node.indexed - 1
+    fs.note(node.upper, fs.x_nlink, b"U%+d" % offset)
+    fs.upper.link(node.upper, parent.upper, node.name)
+    node.indexed = offset
+
+
+def copy_up_directory(fs: State, node: Node) -> None:
+    """Make sure that a directory, and those above it, are in the upper."""
+    if node.upper is None:
+        _parents(fs, node)
+        _copy_up_directory(fs, node)
+
+
+def _parents(fs: State, node: Node) -> None:
+    missing = []
+    walk = node.parent
+    while walk is not None and walk.upper is None:
+        missing.append(walk)
+        walk = walk.parent
+    for directory in reversed(missing):
+        if directory.dead:
+            raise error(errno.ENOENT, directory.name)
+        _copy_up_directory(fs, directory)
+
+
+def _copy_up_directory(fs: State, node: Node) -> None:
+    layer, key = node.lowers[0]
+    attr = fs.lowers[layer].stat(key)
+    temporary = fs.temporary()
+    made = fs.upper.mkdir(fs.work, temporary, 0o700, attr.st_uid, attr.st_gid)
+    try:
+        _dress(fs, fs.lowers[layer], key, made, attr)
+        with suppress(OSError):  # only a hint to the kernel's readdir
+            fs.note(made, fs.x_impure, b"y")
+        _settle(fs, node, made, temporary, _origin_of(fs, layer, key, attr))
+    except BaseException:
+        with suppress(OSError):
+            fs.upper.rmdir(fs.work, temporary, None)
+        raise
+    node.upper = made
+
+
+def _copy_up_inode(fs: State, node: Node, attr: Attr) -> None:
+    """Copy up a symlink, a device, or a regular file without its data."""
+    layer, key = node.lowers[0]
+    temporary = fs.temporary()
+    upper, work = fs.upper, fs.work
+    is_file = stat.S_ISREG(attr.st_mode)
+    if stat.S_ISLNK(attr.st_mode):
+        target = fs.lowers[layer].readlink(key)
+        made = upper.symlink(work, temporary, target, attr.st_uid, attr.st_gid)
+    elif is_file:
+        made = upper.create(work, temporary, 0o600, attr.st_uid, attr.st_gid)
+    else:
+        made = upper.mknod(work, temporary, attr.st_mode, attr.st_rdev, attr.st_uid, attr.st_gid)
+    try:
+        if is_file:
+            upper.truncate(made, attr.st_size)
+            fs.note(made, fs.x_metacopy, b"")
+        _dress(fs, fs.lowers[layer], key, made, attr)
+        _settle(fs, node, made, temporary, _origin_of(fs, layer, key, attr))
+    except BaseException:
+        with suppress(OSError):
+            upper.unlink(work, temporary, None)
+        raise
+    node.metacopy = is_file
+    _adopt(fs, node, made)
+
+
+def _dress(fs: State, layer: LowerLayer, source: Key, key: Key, attr: Attr) -> None:
+    """Give the new inode everything of the old one but data and name."""
+    upper = fs.upper
+    copy_xattrs(fs, layer, source, key)
+    made = upper.stat(key)
+    if (made.st_uid, made.st_gid) != (attr.st_uid, attr.st_gid):
+        upper.chown(key, attr.st_uid, attr.st_gid)
+    if not stat.S_ISLNK(attr.st_mode):
+        upper.chmod(key, attr.st_mode)
+    upper.utimens(key, attr.st_atime_ns, attr.st_mtime_ns)
+
+
+def copy_xattrs(fs: State, layer: LowerLayer, source: Key, key: Key) -> None:
+    """Copy all xattrs but the union's own; one that the upper cannot hold is left behind."""
+    try:
+        names = layer.listxattr(source)
+    except OSError as failure:
+        if failure.errno in _MAY_FAIL:
+            return
+        raise
+    for name in names:
+        if name.startswith(fs.options.xattr_prefix) and not name.startswith(fs.escaped):
+            continue
+        try:
+            fs.upper.setxattr(key, name, layer.getxattr(source, name))
+        except OSError as failure:
+            if failure.errno not in _MAY_FAIL:
+                raise
+
+
+def _origin_of(fs: State, layer: int, key: Key, attr: Attr) -> _Origin:
+    handle = fs.lowers[layer].handle(key)
+    hard_link = attr.st_nlink > 1 and not stat.S_ISDIR(attr.st_mode)
+    if handle is None or (hard_link and fs.index is None):
+        return _Origin(b"", None)
+    note = origin.encode(handle)
+    return _Origin(note, origin.index_name(note) if hard_link else None)
+
+
+def _settle(fs: State, node: Node, key: Key, temporary: bytes, origin_: _Origin) -> None:
+    """Move what is ready from the work directory to the node's name."""
+    parent = node.parent
+    assert parent is not None
+    upper = fs.upper
+    try:
+        fs.note(key, fs.x_origin, origin_.note)
+    except OSError as failure:
+        # user.* xattrs are not allowed on symlinks and devices (xattr(7)).
+        if failure.errno not in {errno.EPERM, errno.EOPNOTSUPP}:
+            raise
+    before = upper.stat(parent.upper)
+    if origin_.index_name is not None and fs.index is not None:
+        _settle_indexed(fs, node, key, temporary, origin_.index_name)
+    else:
+        upper.rename((fs.work, temporary), (parent.upper, node.name), files.RENAME_NOREPLACE, moved=key)
+    # The directory has not changed as far as the merged tree is concerned.
+    upper.utimens(parent.upper, before.st_atime_ns, before.st_mtime_ns)
+
+
+def _settle_indexed(fs: State, node: Node, key: Key, temporary: bytes, index_name: bytes) -> None:
+    """Put a hard link into the index, and from there under its name."""
+    parent = node.parent
+    assert parent is not None
+    layer, low = node.lowers[0]
+    links = fs.lowers[layer].stat(low).st_nlink
+    offset = links - 2  # in the upper it will have two names: the index and this one
+    fs.note(key, fs.x_nlink, b"U%+d" % offset)
+    fs.upper.rename((fs.work, temporary), (fs.index, index_name), moved=key)
+    fs.indexed.add(index_name)
+    node.indexed = offset
+    fs.upper.link(key, parent.upper, node.name)
+
+
+def _adopt(fs: State, node: Node, key: Key) -> None:
+    node.upper = key
+    _switch_handles(fs, node)
+
+
+def _switch_handles(fs: State, node: Node) -> None:
+    """Let the files that are open for reading see from now on what is written to the upper."""
+    for handle in node.handles or ():
+        if not handle.writable:
+            handle.replace(fs.upper.open(node.upper, os.O_RDONLY))
+
+
+def _copy_data(source: File, target: File, size: int) -> None:
+    """Copy the first *size* bytes; holes stay holes."""
+    source_fd, target_fd = source.fileno(), target.fileno()
+    in_kernel = source_fd >= 0 and target_fd >= 0
+    target.truncate(size)
+    for start, stop in source.segments(size):
+        if in_kernel:
+            files.copy_range(source_fd, target_fd, start, stop)
+            continue
+        while start < stop:
+            data = source.pread(min(_CHUNK, stop - start), start)
+            if not data:
+                raise OSError(errno.EIO, "the source is shorter than its attributes say")
+            start += target.pwrite(data, start)

@@ -1,0 +1,109 @@
+"""Open files."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+
+from cowfs.layers.base import File
+from cowfs.overlay.copyup import copy_up
+from cowfs.overlay.node import Node
+from cowfs.overlay.state import State, error
+from cowfs.types import Attr
+
+_PASSED_ON = os.O_ACCMODE | os.O_SYNC | os.O_DSYNC
+_SET_ID = stat.S_ISUID | stat.S_ISGID
+
+
+class Handle:
+    """An open file of the merged tree."""
+
+    __slots__ = ("_retired", "file", "keeps_set_id", "node", "writable")
+
+    def __init__(self, node: Node, file: File, *, writable: bool, keeps_set_id: bool) -> None:
+        self.node = node
+        self.file = file
+        self.writable = writable
+        self.keeps_set_id = keeps_set_id
+        """Whether writing leaves the set-ID bits: for a privileged writer (CAP_FSETID)."""
+        self._retired: list[File] = []
+
+    def replace(self, file: File) -> None:
+        """Go on with another file; the one before stays open for reads that are under way."""
+        self._retired.append(self.file)
+        self.file = file
+
+    def close(self) -> None:
+        """Close all files."""
+        self.file.close()
+        for file in self._retired:
+            file.close()
+
+
+def open_file(fs: State, node: Node, flags: int, *, keeps_set_id: bool = True) -> Handle:
+    """Open a regular file; for writing its whole data is copied up first (or none with O_TRUNC)."""
+    if node.is_dir:
+        raise error(errno.EISDIR, node.name)
+    writable = flags & os.O_ACCMODE != os.O_RDONLY
+    truncates = bool(flags & os.O_TRUNC)
+    if writable or truncates:
+        copy_up(fs, node, 0 if truncates else None)
+    if node.upper is not None and not node.metacopy:
+        file = fs.upper.open(node.upper, flags & _PASSED_ON)
+    else:
+        layer, key = node.lowers[-1]
+        file = fs.lowers[layer].open(key, os.O_RDONLY)
+    handle = Handle(node, file, writable=writable, keeps_set_id=keeps_set_id)
+    if truncates:
+        try:
+            fs.upper.truncate(node.upper, 0)
+        except BaseException:
+            file.close()
+            raise
+        drop_set_id(fs, handle)
+    if node.handles is None:
+        node.handles = []
+    node.handles.append(handle)
+    return handle
+
+
+def write(fs: State, handle: Handle, data: bytes, offset: int) -> int:
+    """Write all of *data*; return its length. ENOSPC at once when the store is full."""
+    written = handle.file.pwrite(data, offset)
+    if handle.node.mode & _SET_ID:
+        drop_set_id(fs, handle)
+    return written
+
+
+def drop_set_id(fs: State, handle: Handle) -> None:
+    """Take the set-user-ID bit, and set-group-ID of an executable, from a file that was written."""
+    if not handle.keeps_set_id:
+        drop_set_id_of(fs, handle.node)
+
+
+def drop_set_id_of(fs: State, node: Node) -> None:
+    """Take the bits that a write or truncate by an unprivileged process takes (write(2))."""
+    mode = fs.upper.stat(node.upper).st_mode
+    kept = mode & ~stat.S_ISUID
+    if mode & stat.S_IXGRP:
+        kept &= ~stat.S_ISGID
+    if kept != mode:
+        fs.upper.chmod(node.upper, stat.S_IMODE(kept))
+        node.mode = kept
+
+
+def file_stat(fs: State, handle: Handle) -> Attr:
+    """Return the attributes of an open file."""
+    return fs.stat(handle.node)
+
+
+def release(fs: State, handle: Handle) -> None:
+    """Close an open file; the last handle of an unlinked file lets its data go."""
+    handle.close()
+    node = handle.node
+    if node.handles is not None:
+        node.handles.remove(handle)
+        if not node.handles:
+            node.handles = None
+            fs.release(node)

@@ -1,0 +1,301 @@
+"""Lookup: from a name to the stack of inodes that it shows (the kernel's namei.c)."""
+
+from __future__ import annotations
+
+import errno
+import stat
+from collections.abc import Sequence
+
+from cowfs.layers.base import Key
+from cowfs.overlay import origin
+from cowfs.overlay.node import Lower, Node
+from cowfs.overlay.state import State, error, is_whiteout
+from cowfs.types import Attr
+
+_Found = list[tuple[int, Key, Attr]]
+
+
+def lookup(fs: State, parent: Node, name: bytes) -> tuple[Node, Attr] | None:
+    """Find *name* in a directory; None when the merged tree has no such name."""
+    node = fs.nodes.child(parent, name)
+    if node is not None:
+        return node, fs.stat(node)
+    if parent.dead:
+        return None
+    above = None
+    if parent.upper is not None:
+        above = fs.upper.lookup(parent.upper, name)
+        if above is not None:
+            if is_whiteout(above[1]):
+                return None
+            return _from_upper(fs, parent, name, *above)
+    found = _descend(fs, parent.lowers, (name,)) if parent.lowers else []
+    return _from_lower(fs, parent, name, found) if found else None
+
+
+def resolve(fs: State, parent: Node, name: bytes) -> Node:
+    """Like :func:`lookup`, but ENOENT when there is no such name."""
+    node = fs.nodes.child(parent, name)
+    if node is not None:
+        return node
+    found = lookup(fs, parent, name)
+    if found is None:
+        raise error(errno.ENOENT, name)
+    return found[0]
+
+
+def lower_has(fs: State, parent: Node, name: bytes) -> bool:
+    """Whether the name would show if the upper had nothing under it (ovl_lower_positive)."""
+    for layer, key in parent.lowers:
+        found = fs.lowers[layer].lookup(key, name)
+        if found is not None:
+            return not is_whiteout(found[1])
+    return False
+
+
+def _from_upper(fs: State, parent: Node, name: bytes, key: Key, attr: Attr) -> tuple[Node, Attr]:
+    notes = fs.notes(fs.upper, key)
+    if stat.S_ISDIR(attr.st_mode):
+        return _upper_directory(fs, parent, name, key, attr, notes or {}), attr
+    if notes is None:
+        return _enter(fs, parent, name, key, (), fs.ino_of(0, fs.upper.dev, attr), attr)
+    lowers: tuple[Lower, ...] = ()
+    metacopy = fs.x_metacopy in notes and stat.S_ISREG(attr.st_mode)
+    redirect = notes.get(fs.x_redirect)
+    if metacopy:
+        found = _descend(fs, *_start(fs, parent, name, redirect))
+        if not found or not stat.S_ISREG(found[-1][2].st_mode):
+            raise error(errno.EIO, name)  # its data is nowhere: not the lower it was made for
+        lowers = tuple((layer, low) for layer, low, _ in found)
+    value = notes.get(fs.x_origin, b"")
+    ino = _ino_of_origin(fs, value)
+    node, attr = _enter(fs, parent, name, key, lowers, ino or fs.ino_of(0, fs.upper.dev, attr), attr)
+    if metacopy and node.upper is key:
+        node.metacopy = True
+        node.redirect = redirect
+        attr = fs.stat(node)
+    if node.indexed is None and origin.index_name(value) in fs.indexed:
+        node.indexed = indexed_offset(notes.get(fs.x_nlink), attr.st_nlink)
+    return node, attr
+
+
+def _upper_directory(
+    fs: State, parent: Node, name: bytes, key: Key, attr: Attr, notes: dict[bytes, bytes]
+) -> Node:
+    lowers: tuple[Lower, ...] = ()
+    redirect = None
+    ino = fs.ino_of(0, fs.upper.dev, attr)
+    if notes.get(fs.x_opaque) != b"y":
+        redirect = notes.get(fs.x_redirect)
+        if parent.lowers or redirect is not None:
+            found = _descend(fs, *_start(fs, parent, name, redirect), directories=True)
+            lowers = tuple((layer, low) for layer, low, _ in found)
+            if found:
+                ino = fs.ino_of(found[0][0] + 1, fs.lowers[found[0][0]].dev, found[0][2])
+    node, _ = _enter(fs, parent, name, key, lowers, ino, attr)
+    node.redirect = redirect
+    return node
+
+
+def _start(
+    fs: State, parent: Node, name: bytes, redirect: bytes | None
+) -> tuple[Sequence[Lower], tuple[bytes, ...]]:
+    """Where the search in the lowers begins for an upper with this redirect."""
+    if redirect is None:
+        return parent.lowers, (name,)
+    if redirect.startswith(b"/"):
+        return fs.roots, tuple(filter(None, redirect.split(b"/")))
+    return parent.lowers, (redirect,)
+
+
+def _from_lower(fs: State, parent: Node, name: bytes, found: _Found) -> tuple[Node, Attr]:
+    layer, key, attr = found[0]
+    lowers = tuple((i, low) for i, low, _ in found)
+    ino = fs.ino_of(layer + 1, fs.lowers[layer].dev, attr)
+    if attr.st_nlink > 1 and fs.indexed and not stat.S_ISDIR(attr.st_mode) and fs.nodes.get(ino) is None:
+        index = find_in_index(fs, layer, key)
+        if index is not None:
+            return _from_upper(fs, parent, name, *index)
+    return _enter(fs, parent, name, None, lowers, ino, attr)
+
+
+def find_in_index(fs: State, layer: int, key: Key) -> tuple[Key, Attr] | None:
+    """Return the upper inode of a hard-linked lower one that was copied up under another name."""
+    handle = fs.lowers[layer].handle(key)
+    if handle is None or fs.index is None:
+        return None
+    name = origin.index_name(origin.encode(handle))
+    return fs.upper.lookup(fs.index, name) if name in fs.indexed else None
+
+
+def indexed_offset(note: bytes | None, upper_nlink: int) -> int:
+    """Return nlink less the upper's, from the note that the kernel and we write: ``U+n`` or ``U-n``.
+
+    Without a note only the index itself is one name too many.
+    """
+    if note and note[:1] == b"U":
+        try:
+            return int(note[1:])
+        except ValueError:
+            pass
+    return -1
+
+
+def _ino_of_origin(fs: State, value: bytes) -> int | None:
+    """Return the union's number for the lower inode that an origin names, if a layer knows it."""
+    handle = origin.decode(value) if value else None
+    if handle is None:
+        return None
+    for index, layer in enumerate(fs.lowers):
+        real = layer.handle_ino(handle)
+        if real is not None:
+            return fs.ino_of_real(index + 1, layer.dev, real)
+    return None
+
+
+def _enter(
+    fs: State, parent: Node, name: bytes, upper: Key | None, lowers: tuple[Lower, ...], ino: int, attr: Attr
+) -> tuple[Node, Attr]:
+    """Return the node for what was found: a known one for another name of the same inode."""
+    known = fs.nodes.get(ino)
+    if known is not None and not known.dead:
+        if _same(fs, known, upper, attr):
+            return _another_name(fs, known, parent, name, upper, lowers, attr)
+        # Two uppers of one origin: hard links that somebody without an index broke.
+        ino = (
+            fs.ino_of(0, fs.upper.dev, attr)
+            if upper is not None
+            else fs.strange_ino(-1, attr.st_dev, attr.st_ino)
+        )
+        known = fs.nodes.get(ino)
+        if known is not None and not known.dead:
+            return _another_name(fs, known, parent, name, upper, lowers, attr)
+    node = Node(ino, attr.st_mode, parent, name, upper, lowers)
+    fs.nodes.add(node)
+    return node, attr
+
+
+def _same(fs: State, known: Node, upper: Key | None, attr: Attr) -> bool:
+    if known.is_dir or stat.S_IFMT(known.mode) != stat.S_IFMT(attr.st_mode):
+        return False
+    if upper is None or known.upper is None:
+        return upper is None
+    return fs.upper.stat(known.upper).st_ino == attr.st_ino
+
+
+def _another_name(
+    fs: State,
+    node: Node,
+    parent: Node,
+    name: bytes,
+    upper: Key | None,
+    lowers: tuple[Lower, ...],
+    attr: Attr,
+) -> tuple[Node, Attr]:
+    if upper is not None and node.upper is not None:
+        # The new key stands for a name that is there; the old one's may be gone.
+        fs.upper.forget(node.upper)
+        node.upper = upper
+    for layer, key in lowers:
+        if node.lowers and (layer, key) not in node.lowers:
+            fs.lowers[layer].forget(key)
+    fs.nodes.rename(node, parent, name)
+    return node, attr if node.upper is None or upper is not None else fs.stat(node)
+
+
+def _descend(
+    fs: State, stack: Sequence[Lower], path: tuple[bytes, ...], *, directories: bool = False
+) -> _Found:
+    """Collect what the lower layers show at *path* below each directory of *stack*, topmost first.
+
+    A whiteout or a file ends the search, and so does an opaque directory; a redirect renames what
+    is searched in the layers below. With *directories*, files are not wanted (a directory is above).
+    """
+    found: _Found = []
+    position = 0
+    last = len(fs.lowers) - 1
+    while position < len(stack):
+        layer, base = stack[position]
+        position += 1
+        step = _walk(fs, layer, base, path)
+        if step.hit is not None:
+            key, attr = step.hit
+            if is_whiteout(attr):
+                break
+            if not stat.S_ISDIR(attr.st_mode):
+                if directories or (found and stat.S_ISDIR(found[-1][2].st_mode)):
+                    break
+                found.append((layer, key, attr))
+                if layer == last or not stat.S_ISREG(attr.st_mode) or not _is_metacopy(fs, layer, key):
+                    break
+            else:
+                if found and not stat.S_ISDIR(found[-1][2].st_mode):
+                    break
+                found.append((layer, key, attr))
+        if step.stop:
+            break
+        if step.path is not None:
+            path = step.path
+            if step.absolute:
+                stack, position = fs.roots[layer + 1 :], 0
+    return found
+
+
+class _Step:
+    """What one layer says to a path."""
+
+    __slots__ = ("absolute", "hit", "path", "stop")
+
+    def __init__(self) -> None:
+        self.hit: tuple[Key, Attr] | None = None
+        self.stop = False
+        self.path: tuple[bytes, ...] | None = None
+        self.absolute = False
+
+
+def _walk(fs: State, index: int, base: Key, path: tuple[bytes, ...]) -> _Step:
+    """Follow *path* in one layer, noting what opaque directories and redirects on it mean below."""
+    step = _Step()
+    layer = fs.lowers[index]
+    key = base
+    below = index < len(fs.lowers) - 1
+    for depth, name in enumerate(path):
+        hit = layer.lookup(key, name)
+        if hit is None:
+            return step
+        key, attr = hit
+        at_end = depth == len(path) - 1
+        if not stat.S_ISDIR(attr.st_mode):
+            step.stop = not at_end or is_whiteout(attr)
+            step.hit = hit if at_end else None
+            return step
+        if below:
+            notes = fs.notes(layer, key)
+            if notes is not None:
+                _obey(fs, step, notes, path, depth)
+        if at_end:
+            step.hit = hit
+    return step
+
+
+def _obey(fs: State, step: _Step, notes: dict[bytes, bytes], path: tuple[bytes, ...], depth: int) -> None:
+    if notes.get(fs.x_opaque) == b"y":
+        step.stop = True
+        return
+    redirect = notes.get(fs.x_redirect)
+    if redirect is None:
+        return
+    rest = path[depth + 1 :]
+    if redirect.startswith(b"/"):
+        step.path = (*filter(None, redirect.split(b"/")), *rest)
+        step.absolute = True
+    else:
+        step.path = (*(step.path or path)[: -len(rest) - 1], redirect, *rest)
+
+
+def _is_metacopy(fs: State, index: int, key: Key) -> bool:
+    try:
+        fs.lowers[index].getxattr(key, fs.x_metacopy)
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,50 @@
+"""The union of an upper layer and any number of lower ones, with the operations of a filesystem.
+
+Each operation lives in the module of its concern, as a function of the shared :class:`State`.
+"""
+
+from __future__ import annotations
+
+from cowfs.overlay import attr as _attr
+from cowfs.overlay import copyup as _copyup
+from cowfs.overlay import dir as _dir
+from cowfs.overlay import file as _file
+from cowfs.overlay import lookup as _lookup
+from cowfs.overlay import readdir as _readdir
+from cowfs.overlay import rename as _rename
+from cowfs.overlay import xattrs as _xattrs
+from cowfs.overlay.state import State
+
+
+class Overlay(State):
+    """The merged tree. See :class:`State` for how it is made and which thread may call it.
+
+    Nodes come from ``lookup`` and the calls that make them. The caller counts what it gives away
+    in ``node.lookups`` and takes it back with ``forget``.
+    """
+
+    lookup = _lookup.lookup
+    resolve = _lookup.resolve
+    readdir = _readdir.readdir
+    is_empty = _readdir.is_empty
+    create = _dir.create
+    mkdir = _dir.mkdir
+    symlink = _dir.symlink
+    mknod = _dir.mknod
+    link = _dir.link
+    unlink = _dir.unlink
+    rmdir = _dir.rmdir
+    rename = _rename.rename
+    setattr = _attr.setattr_
+    readlink = _attr.readlink
+    statfs = _attr.statfs
+    getxattr = _xattrs.getxattr
+    listxattr = _xattrs.listxattr
+    setxattr = _xattrs.setxattr
+    removexattr = _xattrs.removexattr
+    open = _file.open_file
+    write = _file.write
+    release_handle = _file.release
+    copy_up = _copyup.copy_up
+    copy_up_meta = _copyup.copy_up_meta
+    prepare_copy_up = _copyup.prepare

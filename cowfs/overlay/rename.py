@@ -1,0 +1,198 @@
+"""Rename (the kernel's ovl_rename): one renameat2 of the upper does it, whatever is below.
+
+What is left to do before it never shows: an inode is copied up, a directory is marked with where its
+lower part is (a redirect) or that it has none (opaque). The whiteout at the old place comes with the
+rename itself (RENAME_WHITEOUT), or is the one that stood at the new place (RENAME_EXCHANGE).
+"""
+
+from __future__ import annotations
+
+import errno
+import stat
+from contextlib import suppress
+
+from cowfs.layers.base import Key
+from cowfs.linux.files import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WHITEOUT
+from cowfs.overlay import whiteout
+from cowfs.overlay.copyup import copy_up_directory, copy_up_meta, link_alias
+from cowfs.overlay.dir import gone
+from cowfs.overlay.lookup import lookup, lower_has, resolve
+from cowfs.overlay.node import Node
+from cowfs.overlay.readdir import is_empty
+from cowfs.overlay.state import State, error, is_whiteout
+
+
+def rename(
+    fs: State, parent: Node, name: bytes, new_parent: Node, new_name: bytes, flags: int = 0
+) -> Node | None:
+    """Rename as renameat2(2) does, with RENAME_NOREPLACE and RENAME_EXCHANGE.
+
+    Returns the node that was replaced, if one was.
+    """
+    if flags & ~(RENAME_NOREPLACE | RENAME_EXCHANGE):
+        raise error(errno.EINVAL, name)
+    node = resolve(fs, parent, name)
+    found = lookup(fs, new_parent, new_name)
+    target = found[0] if found else None
+    _check(fs, node, new_parent, new_name, target, flags)
+    if target is node:
+        return None  # two names of one inode: POSIX has nothing done
+    _bring_up(fs, node, parent, name)
+    copy_up_directory(fs, new_parent)
+    if flags & RENAME_EXCHANGE:
+        assert target is not None
+        _bring_up(fs, target, new_parent, new_name)
+        _exchange(fs, (parent, name, node), (new_parent, new_name, target))
+        return None
+    last = False
+    if target is not None:
+        last = _make_replaceable(fs, target, new_parent, new_name)
+    _mark(fs, node, parent, new_parent, new_name)
+    _move(fs, (parent, name, node), (new_parent, new_name, target))
+    fs.nodes.detach(parent, name)
+    if target is not None:
+        if target.is_dir:
+            fs.nodes.detach(new_parent, new_name)
+            target.dead = True
+            fs.release(target)
+        else:
+            gone(fs, target, new_parent, new_name, last=last)
+    fs.nodes.rename(node, new_parent, new_name)
+    return target
+
+
+def _check(fs: State, node: Node, new_parent: Node, new_name: bytes, target: Node | None, flags: int) -> None:
+    if new_parent.children is None:
+        raise error(errno.ENOTDIR, new_parent.name)
+    if new_parent.dead:
+        raise error(errno.ENOENT, new_name)
+    walk: Node | None = new_parent
+    while node.is_dir and walk is not None:
+        if walk is node:
+            raise error(errno.EINVAL, new_name)
+        walk = walk.parent
+    if flags & RENAME_EXCHANGE:
+        if target is None:
+            raise error(errno.ENOENT, new_name)
+        return
+    if target is None:
+        return
+    if flags & RENAME_NOREPLACE:
+        raise error(errno.EEXIST, new_name)
+    if target is node:
+        return
+    if node.is_dir and not target.is_dir:
+        raise error(errno.ENOTDIR, new_name)
+    if target.is_dir and not node.is_dir:
+        raise error(errno.EISDIR, new_name)
+    if target.is_dir and not is_empty(fs, target):
+        raise error(errno.ENOTEMPTY, new_name)
+
+
+def _bring_up(fs: State, node: Node, parent: Node, name: bytes) -> None:
+    """Let the inode be in the upper under this very name."""
+    fs.nodes.rename(node, parent, name)
+    copy_up_meta(fs, node)
+
+
+def _make_replaceable(fs: State, target: Node, parent: Node, name: bytes) -> bool:
+    """Prepare what will be replaced; return whether its last name goes with it."""
+    if target.is_dir:
+        if target.upper is not None and fs.upper.readdir(target.upper):
+            _empty(fs, target, parent, name)
+        return True
+    attr = fs.stat(target)
+    last = fs.nlink(target, attr) <= 1
+    if target.indexed is not None or (target.upper is None and attr.st_nlink > 1 and fs.index is not None):
+        _bring_up(fs, target, parent, name)
+        link_alias(fs, target)
+    return last
+
+
+def _empty(fs: State, target: Node, parent: Node, name: bytes) -> None:
+    """Put an empty opaque directory in the place of one that holds only whiteouts (ovl_clear_empty)."""
+    attr = fs.upper.stat(target.upper)
+    temporary = fs.temporary()
+    made = fs.upper.mkdir(fs.work, temporary, stat.S_IMODE(attr.st_mode), attr.st_uid, attr.st_gid)
+    fs.note(made, fs.x_opaque, b"y")
+    fs.upper.rename(
+        (fs.work, temporary), (parent.upper, name), RENAME_EXCHANGE, moved=made, replaced=target.upper
+    )
+    whiteout.clear(fs, fs.work, temporary, target.upper)
+    fs.upper.forget(target.upper)
+    target.upper = made
+    target.lowers = ()
+
+
+_Place = tuple[Node, bytes, Node]
+_Target = tuple[Node, bytes, Node | None]
+
+
+def _exchange(fs: State, one: _Place, other: _Place) -> None:
+    _mark(fs, one[2], one[0], other[0], other[1])
+    _mark(fs, other[2], other[0], one[0], one[1])
+    fs.upper.rename(
+        (one[0].upper, one[1]),
+        (other[0].upper, other[1]),
+        RENAME_EXCHANGE,
+        moved=one[2].upper,
+        replaced=other[2].upper,
+    )
+    fs.nodes.rename(one[2], other[0], other[1])
+    fs.nodes.rename(other[2], one[0], one[1])
+
+
+def _mark(fs: State, node: Node, parent: Node, new_parent: Node, new_name: bytes) -> None:
+    """Note on what will be moved where its lower part is found from its new place."""
+    if node.is_dir and not node.lowers:
+        if new_parent.is_merged and lower_has(fs, new_parent, new_name):
+            fs.note(node.upper, fs.x_opaque, b"y")
+        return
+    if node.is_dir or node.metacopy:
+        redirect = _redirect(fs, node, same_directory=parent is new_parent)
+        if redirect != node.redirect:
+            fs.note(node.upper, fs.x_redirect, redirect)
+            node.redirect = redirect
+    if not new_parent.is_merged:
+        with suppress(OSError):  # a hint to the kernel's readdir that inode numbers differ
+            fs.note(new_parent.upper, fs.x_impure, b"y")
+
+
+def _redirect(fs: State, node: Node, *, same_directory: bool) -> bytes:
+    """Return the name, or the path from the root, by which the lowers know the node."""
+    if same_directory:
+        return node.redirect if node.redirect is not None else node.name
+    path: list[bytes] = []
+    walk: Node | None = node
+    while walk is not None and walk.parent is not None:
+        if walk.redirect is not None and walk.redirect.startswith(b"/"):
+            return b"/".join([walk.redirect, *reversed(path)])
+        path.append(walk.redirect if walk.redirect is not None else walk.name)
+        walk = walk.parent
+    return b"/" + b"/".join(reversed(path))
+
+
+def _move(fs: State, source: _Place, target: _Target) -> None:
+    """Do the rename itself, so that the old place hides what a lower has there."""
+    parent, name, node = source
+    new_parent, new_name, replaced = target
+    old, new = (parent.upper, name), (new_parent.upper, new_name)
+    key: Key | None = replaced.upper if replaced is not None else None
+    covered = parent.is_merged and lower_has(fs, parent, name)
+    there = fs.upper.lookup(*new) if replaced is None or replaced.upper is None else None
+    if there is not None and is_whiteout(there[1]) and (covered or node.is_dir):
+        fs.upper.rename(old, new, RENAME_EXCHANGE, moved=node.upper)
+        if not covered:
+            fs.upper.unlink(parent.upper, name, None)
+        return
+    if not covered:
+        fs.upper.rename(old, new, moved=node.upper, replaced=key)
+        return
+    try:
+        fs.upper.rename(old, new, RENAME_WHITEOUT, moved=node.upper, replaced=key)
+    except OSError as failure:
+        if failure.errno not in {errno.EINVAL, errno.EPERM} or replaced is not None:
+            raise
+        # A filesystem without RENAME_WHITEOUT: a whiteout where nothing is hides nothing.
+        whiteout.make(fs, new_parent.upper, new_name)
+        fs.upper.rename(old, new, RENAME_EXCHANGE, moved=node.upper)

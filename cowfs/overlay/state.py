@@ -1,0 +1,200 @@
+"""What all operations of the union share: its layers, its nodes, its numbering of inodes."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import count
+
+from cowfs.layers.base import Key, LowerLayer, UpperLayer
+from cowfs.overlay.node import ROOT_INO, Lower, Node, NodeTable
+from cowfs.types import Attr, AttrData
+
+_LAYER_SHIFT = 40
+_REAL_MASK = (1 << _LAYER_SHIFT) - 1
+_STRANGE = 0xFF << _LAYER_SHIFT
+
+
+@dataclass(frozen=True, slots=True)
+class OverlayOptions:
+    """How the union keeps its own notes in the upper."""
+
+    xattr_prefix: bytes = b"trusted.overlay."
+    """``user.overlay.`` where trusted.* is not allowed (the kernel's *userxattr*)."""
+    metacopy_from: int = 65536
+    """Files of at least this many bytes are copied up without their data when only attributes change."""
+    inline_up_to: int = 262144
+    """Files of at most this many bytes are copied up within the request, without a thread."""
+    sync_copy_up: bool = False
+    """Put a copied-up file on disk before it gets its name: for uppers whose filesystem does not
+    order data before metadata, as ext3 does."""
+
+
+def error(code: int, *names: object) -> OSError:
+    """Return the OSError of an errno."""
+    return OSError(code, os.strerror(code), *names)
+
+
+def is_whiteout(attr: Attr) -> bool:
+    """Whether an entry of a layer hides the name below (a character device 0:0)."""
+    return attr.st_rdev == 0 and stat.S_ISCHR(attr.st_mode)
+
+
+class State:
+    """The union's layers and nodes. Not thread-safe: all calls come from one thread.
+
+    *upper_root*, *work* and *index* are directories of the upper layer: the changed tree, the place
+    for temporaries, which must be empty, and the index of hard links, if there is to be one.
+    """
+
+    def __init__(
+        self,
+        upper: UpperLayer,
+        upper_root: Key,
+        work: Key,
+        index: Key | None,
+        lowers: Sequence[LowerLayer],
+        options: OverlayOptions | None = None,
+    ) -> None:
+        self.options = options or OverlayOptions()
+        self.upper = upper
+        self.work = work
+        self.index = index
+        self.lowers = tuple(lowers)
+        self.roots: tuple[Lower, ...] = tuple((i, layer.root) for i, layer in enumerate(self.lowers))
+        mode = upper.stat(upper_root).st_mode
+        self.root = Node(ROOT_INO, mode, None, b"", upper_root, self.roots)
+        self.nodes = NodeTable(self.root)
+        self.root.lookups = 1
+        prefix = self.options.xattr_prefix
+        self.x_opaque = prefix + b"opaque"
+        self.x_redirect = prefix + b"redirect"
+        self.x_metacopy = prefix + b"metacopy"
+        self.x_origin = prefix + b"origin"
+        self.x_impure = prefix + b"impure"
+        self.x_nlink = prefix + b"nlink"
+        self.escaped = prefix + b"overlay."
+        self.indexed: set[bytes] = set()
+        if index is not None:
+            self.indexed = {entry.name for entry in upper.readdir(index)}
+        self.userxattr = prefix.startswith(b"user.")
+        self.shared_whiteout: Key | None = None
+        self._temporaries = count()
+        self._strange: dict[tuple[int, int, int], int] = {}
+
+    # --- numbers
+
+    def ino_of(self, layer: int, dev: int, attr: Attr) -> int:
+        """Return the union's number of a layer's inode: the layer's index above, its own number below.
+
+        *layer* is 0 for the upper, i + 1 for lower i; *dev* the layer's. Numbers of more than 40
+        bits, of mounts inside a layer, and the two that FUSE keeps, get the next free of a range of
+        their own: unique, but another at the next mount.
+        """
+        real = attr.st_ino
+        if real <= _REAL_MASK and attr.st_dev == dev and (layer or real > ROOT_INO):
+            return real | layer << _LAYER_SHIFT
+        return self.strange_ino(layer, attr.st_dev, real)
+
+    def ino_of_real(self, layer: int, dev: int, real: int) -> int:
+        """Like :meth:`ino_of`, for an inode of which only the number is known."""
+        if real <= _REAL_MASK and (layer or real > ROOT_INO):
+            return real | layer << _LAYER_SHIFT
+        return self.strange_ino(layer, dev, real)
+
+    def strange_ino(self, layer: int, dev: int, real: int) -> int:
+        """Return a number of the range for what has no natural one."""
+        return self._strange.setdefault((layer, dev, real), _STRANGE | len(self._strange) + 1)
+
+    def temporary(self) -> bytes:
+        """Return a name that is free in the work directory."""
+        return b"#%x" % next(self._temporaries)
+
+    # --- attributes
+
+    def stat(self, node: Node) -> Attr:
+        """Return the attributes of a node as its topmost layer has them.
+
+        ``st_ino`` and ``st_nlink`` in it are the layer's: the union's are ``node.ino`` and
+        :meth:`nlink`.
+        """
+        if node.upper is not None:
+            attr = self.upper.stat(node.upper)
+            return self._with_data_blocks(node, attr) if node.metacopy else attr
+        if not node.lowers:
+            raise error(errno.ESTALE, node.name)
+        layer, key = node.lowers[0]
+        return self.lowers[layer].stat(key)
+
+    def nlink(self, node: Node, attr: Attr) -> int:
+        """Return the number of names, given what :meth:`stat` said.
+
+        A directory merged from several has 1, as the kernel's overlayfs says: not counted.
+        """
+        if node.dead:
+            return 0
+        if node.children is not None:
+            sources = len(node.lowers) + (node.upper is not None)
+            return 1 if sources > 1 else attr.st_nlink
+        if node.indexed is not None:
+            return max(attr.st_nlink + node.indexed, 1)
+        return attr.st_nlink
+
+    def _with_data_blocks(self, node: Node, attr: Attr) -> Attr:
+        layer, key = node.lowers[-1]
+        blocks = self.lowers[layer].stat(key).st_blocks
+        return AttrData(
+            st_mode=attr.st_mode,
+            st_ino=attr.st_ino,
+            st_dev=attr.st_dev,
+            st_nlink=attr.st_nlink,
+            st_uid=attr.st_uid,
+            st_gid=attr.st_gid,
+            st_rdev=attr.st_rdev,
+            st_size=attr.st_size,
+            st_blocks=blocks,
+            st_blksize=attr.st_blksize,
+            st_atime_ns=attr.st_atime_ns,
+            st_mtime_ns=attr.st_mtime_ns,
+            st_ctime_ns=attr.st_ctime_ns,
+        )
+
+    # --- the union's own xattrs in the upper
+
+    def note(self, key: Key, name: bytes, value: bytes) -> None:
+        """Set one of the union's own xattrs."""
+        self.upper.setxattr(key, name, value)
+
+    def notes(self, layer: LowerLayer, key: Key) -> dict[bytes, bytes] | None:
+        """Return the union's own xattrs of a layer's inode by full name, None when it has none."""
+        prefix = self.options.xattr_prefix
+        try:
+            names = [name for name in layer.listxattr(key) if name.startswith(prefix)]
+        except OSError as failure:
+            if failure.errno in {errno.EOPNOTSUPP, errno.EPERM, errno.EACCES}:
+                return None
+            raise
+        if not names:
+            return None
+        return {name: layer.getxattr(key, name) for name in names if not name.startswith(self.escaped)}
+
+    # --- life and death of nodes
+
+    def forget(self, node: Node, lookups: int) -> None:
+        """Take back references that the kernel had; the last one lets the node go."""
+        node.lookups -= lookups
+        if node.lookups <= 0:
+            self.release(node)
+
+    def release(self, node: Node) -> None:
+        """Let a node go that nobody refers to any more; a no-op for others."""
+        if node.lookups > 0 or node.children or node.handles:
+            return
+        for gone in self.nodes.unused(node):
+            if gone.upper is not None:
+                self.upper.forget(gone.upper)
+            for layer, key in gone.lowers:
+                self.lowers[layer].forget(key)
