@@ -1,0 +1,107 @@
+"""What differs between two inodes, as far as users of a tree would call it a difference."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from cowfs.changes.marks import Marks
+from cowfs.layers.base import File, Key, LowerLayer
+from cowfs.types import Attr
+
+_CHUNK = 1 << 20
+_SECOND = 1_000_000_000
+
+
+@dataclass(slots=True)
+class Inode:
+    """An inode of one layer, and where its data is if not in the same."""
+
+    layer: LowerLayer
+    key: Key
+    attr: Attr
+    data: tuple[LowerLayer, Key] | None = None
+    """For a metacopy: the layer and the inode with its data."""
+
+
+def compare(new: Inode, old: Inode, marks: Marks) -> tuple[str, ...]:
+    """Return which of ``type content mode owner times xattrs target device`` differ. Blocks.
+
+    Another type is a difference that says it all: ``type`` comes alone. Of the times only that of
+    the last write to the data counts, and a directory's does not: it changes with every entry made
+    in it. Neither do inode numbers and link counts.
+    """
+    if stat.S_IFMT(new.attr.st_mode) != stat.S_IFMT(old.attr.st_mode):
+        return ("type",)
+    mode = new.attr.st_mode
+    what = []
+    if stat.S_ISREG(mode) and not _same_content(new, old):
+        what.append("content")
+    if new.attr.st_mode != old.attr.st_mode and not stat.S_ISLNK(mode):
+        what.append("mode")
+    if (new.attr.st_uid, new.attr.st_gid) != (old.attr.st_uid, old.attr.st_gid):
+        what.append("owner")
+    if not stat.S_ISDIR(mode) and not _same_time(new.attr.st_mtime_ns, old.attr.st_mtime_ns):
+        what.append("times")
+    if marks.shown_xattrs(new.layer, new.key) != marks.shown_xattrs(old.layer, old.key):
+        what.append("xattrs")
+    if stat.S_ISLNK(mode) and new.layer.readlink(new.key) != old.layer.readlink(old.key):
+        what.append("target")
+    if (stat.S_ISCHR(mode) or stat.S_ISBLK(mode)) and new.attr.st_rdev != old.attr.st_rdev:
+        what.append("device")
+    return tuple(what)
+
+
+def _same_time(new: int, old: int) -> bool:
+    """Compare as exactly as both can tell: an ext3 with small inodes knows whole seconds only."""
+    if new % _SECOND == 0 or old % _SECOND == 0:
+        return new // _SECOND == old // _SECOND
+    return new == old
+
+
+def _same_content(new: Inode, old: Inode) -> bool:
+    if new.attr.st_size != old.attr.st_size:
+        return False
+    new_layer, new_key = new.data or (new.layer, new.key)
+    old_layer, old_key = old.data or (old.layer, old.key)
+    if new_layer is old_layer:
+        one, two = new_layer.stat(new_key), old_layer.stat(old_key)
+        if (one.st_dev, one.st_ino) == (two.st_dev, two.st_ino):
+            return True
+    new_file = new_layer.open(new_key, os.O_RDONLY)
+    try:
+        old_file = old_layer.open(old_key, os.O_RDONLY)
+        try:
+            return _same_bytes(new_file, old_file, new.attr.st_size)
+        finally:
+            old_file.close()
+    finally:
+        new_file.close()
+
+
+def _same_bytes(new: File, old: File, size: int) -> bool:
+    for start, stop in _written(new, old, size):
+        for position in range(start, stop, _CHUNK):
+            length = min(_CHUNK, stop - position)
+            if new.pread(length, position) != old.pread(length, position):
+                return False
+    return True
+
+
+def _written(new: File, old: File, size: int) -> Iterator[tuple[int, int]]:
+    """Yield the runs where at least one of the files has data: two holes are equal unread."""
+    runs = [new.segments(size), old.segments(size)]
+    nexts = [next(run, None) for run in runs]
+    position = 0
+    while True:
+        waiting = [(run, number) for number, run in enumerate(nexts) if run is not None]
+        if not waiting:
+            return
+        (start, stop), number = min(waiting)
+        nexts[number] = next(runs[number], None)
+        start = max(start, position)
+        if start < stop:
+            yield start, stop
+            position = stop

@@ -1,0 +1,227 @@
+"""The changes between the lowers and the merged tree, found by reading the upper.
+
+Every path has at most one line, but for a place where something went and something else was renamed
+to: that has a ``D`` and then an ``R``. The rules:
+
+- ``D``: what the lowers show is gone. A directory is one line, not its contents. Where a directory
+  was deleted and made anew (an opaque one), that of its old contents which is not there any more.
+- ``R``: a directory, or a file whose data was not touched, was renamed; changes below a directory are
+  told under its new name, and so are its own attributes. The old place has then no ``D``, and what was
+  put there since is ``A``.
+- ``A``: the merged tree has a name that the lowers have not; each file of a new directory is told.
+- ``M``: both have it, and they differ. If one of them is a directory and the other is not, that is
+  ``M`` with ``type``, and the contents of a directory that went are not told.
+
+A file copied up but otherwise equal, and a directory copied up for the sake of what is in it, are no
+changes. What counts as equal is told at :func:`cowfs.changes.compare.compare`.
+"""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from cowfs.changes.compare import Inode, compare
+from cowfs.changes.links import Aliases, find_aliases
+from cowfs.changes.lowers import Lower, LowerView
+from cowfs.changes.marks import Marks, below, is_whiteout, join, type_name
+from cowfs.changes.scan import GONE, readdir, rename_source, renamed
+from cowfs.layers.base import Key, LowerLayer, UpperLayer
+from cowfs.types import Attr, Change
+
+
+def diff(
+    upper: UpperLayer,
+    upper_root: Key,
+    lowers: Sequence[LowerLayer],
+    prefix: bytes,
+    index: Key | None = None,
+) -> Iterator[Change]:
+    """Yield every change, sorted by name within each directory, a directory before its contents.
+
+    *lowers* are topmost first; *prefix* is that of the overlay's xattrs (``trusted.overlay.``);
+    *index* is the directory of hard links in the upper layer, if there is one. Blocks as the layers
+    do: between two changes whole files may be compared. Holds the names of one directory a level,
+    and the renamed paths, in memory. The tree may be in use: then each line was true at some moment,
+    and what goes meanwhile is left out. Raises the layers' :class:`OSError`.
+    """
+    yield from _Diff(upper, upper_root, lowers, prefix, index).run()
+
+
+@dataclass(slots=True)
+class _Directory:
+    """A directory of the merged tree whose contents are still to be compared."""
+
+    path: bytes
+    upper: Key | None
+    """None where nothing was changed, and only hard links below it bring us here."""
+    base: Lower | None
+    """What to compare with; None: everything in it is new."""
+    base_path: bytes
+    """The path of *base* in the lowers."""
+    merged: bool
+    """Whether the names of *base* show through; if not, those that are not in the upper are gone."""
+
+
+class _Diff:
+    def __init__(
+        self,
+        upper: UpperLayer,
+        upper_root: Key,
+        lowers: Sequence[LowerLayer],
+        prefix: bytes,
+        index: Key | None,
+    ) -> None:
+        self._upper = upper
+        self._root = upper_root
+        self._marks = Marks(prefix)
+        self._view = LowerView(lowers, self._marks)
+        self._index = index
+        self._moved: frozenset[bytes] = frozenset()
+        self._aliases = Aliases()
+
+    def run(self) -> Iterator[Change]:
+        self._moved = renamed(self._upper, self._root, self._marks)
+        if self._index is not None:
+            self._aliases = find_aliases(self._upper, self._index, self._view)
+        base = self._view.root()
+        if base is not None:
+            what = self._compare(Inode(self._upper, self._root, self._upper.stat(self._root)), base)
+            if what:
+                yield Change("M", b"", what, type="directory")
+        # A stack of our own: trees may be deeper than the interpreter's.
+        levels = [self._contents(_Directory(b"", self._root, base, b"", merged=True))]
+        while levels:
+            step = next(levels[-1], None)
+            if step is None:
+                levels.pop()
+            elif isinstance(step, Change):
+                yield step
+            else:
+                levels.append(self._contents(step))
+        for key in self._aliases.keys.values():
+            self._upper.forget(key)
+
+    def _contents(self, here: _Directory) -> Iterator[Change | _Directory]:
+        names = set() if here.upper is None else {entry.name for entry in readdir(self._upper, here.upper)}
+        if here.base is not None:
+            if here.merged:
+                names |= self._aliases.inside.get(here.base_path, set())
+            else:
+                names |= self._view.names(here.base)
+        for name in sorted(names):
+            try:
+                yield from self._entry(here, name)
+            except GONE:
+                continue
+        if here.upper is not None and here.upper is not self._root:
+            self._upper.forget(here.upper)
+        if here.base is not None:
+            self._view.forget(here.base)
+
+    def _entry(self, here: _Directory, name: bytes) -> Iterator[Change | _Directory]:
+        path, natural = join(here.path, name), join(here.base_path, name)
+        hit = None if here.upper is None else self._upper.lookup(here.upper, name)
+        if hit is None or is_whiteout(hit[1]):
+            base = None if natural in self._moved else self._base(here, name)
+            if base is None:
+                return
+            if hit is None and here.merged:
+                yield from self._untouched(path, natural, base)
+            else:
+                yield Change("D", path, type=type_name(base.attr.st_mode))
+                self._view.forget(base)
+            return
+        key, attr = hit
+        source = rename_source(self._upper, key, attr, here.base_path, self._marks)
+        if source is not None and (here.base is None or source != natural):
+            origin = self._view.resolve(source)
+            if origin is not None and origin.is_dir == stat.S_ISDIR(attr.st_mode):
+                base = None if natural in self._moved else self._base(here, name)
+                if base is not None:
+                    yield Change("D", path, type=type_name(base.attr.st_mode))
+                    self._view.forget(base)
+                yield from self._renamed(path, key, attr, origin, source)
+                return
+            source = None
+        base = None if source is None and natural in self._moved else self._base(here, name)
+        if stat.S_ISDIR(attr.st_mode):
+            shows = source is not None or (here.merged and not self._marks.opaque(self._upper, key))
+            yield from self._directory(path, key, attr, base, natural, shows)
+        else:
+            yield from self._file(here, path, key, attr, base)
+
+    def _base(self, here: _Directory, name: bytes) -> Lower | None:
+        return None if here.base is None else self._view.lookup(here.base, name)
+
+    def _untouched(self, path: bytes, natural: bytes, base: Lower) -> Iterator[Change | _Directory]:
+        """What the upper has no entry for: a hard link in the index, or a directory on the way to one."""
+        if base.is_dir:
+            yield _Directory(path, None, base, natural, merged=True)
+            return
+        key = self._aliases.keys.get(natural)
+        if key is not None:
+            new = Inode(self._upper, key, self._upper.stat(key))
+            if self._marks.metacopy(self._upper, key):
+                new.data = self._data(base)
+            yield from self._modified(path, new, base)
+        self._view.forget(base)
+
+    def _renamed(
+        self, path: bytes, key: Key, attr: Attr, origin: Lower, source: bytes
+    ) -> Iterator[Change | _Directory]:
+        new = Inode(self._upper, key, attr)
+        if not origin.is_dir:
+            new.data = self._data(origin)
+        yield Change("R", path, self._compare(new, origin), source, type_name(attr.st_mode))
+        if origin.is_dir:
+            yield _Directory(path, key, origin, source, merged=True)
+        else:
+            self._upper.forget(key)
+            self._view.forget(origin)
+
+    def _directory(
+        self, path: bytes, key: Key, attr: Attr, base: Lower | None, natural: bytes, shows: bool
+    ) -> Iterator[Change | _Directory]:
+        if base is None:
+            yield Change("A", path, type="directory")
+        else:
+            yield from self._modified(path, Inode(self._upper, key, attr), base)
+            if not base.is_dir:
+                self._view.forget(base)
+                base = None
+        yield _Directory(path, key, base, natural, merged=shows)
+
+    def _file(
+        self, here: _Directory, path: bytes, key: Key, attr: Attr, base: Lower | None
+    ) -> Iterator[Change]:
+        if base is None:
+            yield Change("A", path, type=type_name(attr.st_mode))
+        else:
+            new = Inode(self._upper, key, attr)
+            if stat.S_ISREG(attr.st_mode) and self._marks.metacopy(self._upper, key):
+                redirect = self._marks.redirect(self._upper, key)
+                elsewhere = None if redirect is None else below(here.base_path, redirect)
+                origin = base if elsewhere is None else self._view.resolve(elsewhere)
+                if origin is not None:
+                    new.data = self._data(origin)
+            yield from self._modified(path, new, base)
+            self._view.forget(base)
+        self._upper.forget(key)
+
+    def _modified(self, path: bytes, new: Inode, base: Lower) -> Iterator[Change]:
+        what = self._compare(new, base)
+        if what:
+            yield Change("M", path, what, type=type_name(new.attr.st_mode))
+
+    def _compare(self, new: Inode, base: Lower) -> tuple[str, ...]:
+        number, key = base.places[0]
+        old = Inode(self._view.layers[number], key, base.attr)
+        if not base.is_dir:
+            old.data = self._data(base)
+        return compare(new, old, self._marks)
+
+    def _data(self, base: Lower) -> tuple[LowerLayer, Key]:
+        number, key = base.places[-1]
+        return self._view.layers[number], key

@@ -1,0 +1,90 @@
+"""Hard links of the lower that changed without being in the upper: their other names were copied up.
+
+The kernel's overlayfs, with *index*, keeps the inode of a copied-up hard link in an index as well,
+under its origin. A name of the same inode that was never touched shows that inode, although the
+upper directory has no entry for it.
+"""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from cowfs.changes.lowers import Lower, LowerView
+from cowfs.changes.marks import is_whiteout, join
+from cowfs.layers.base import Key, UpperLayer
+from cowfs.overlay import origin
+
+
+@dataclass(slots=True)
+class Aliases:
+    """The names in the lowers of the inodes in the index."""
+
+    keys: dict[bytes, Key] = field(default_factory=dict)
+    """By path in the lowers: the inode in the index."""
+    inside: dict[bytes, set[bytes]] = field(default_factory=dict)
+    """By directory in the lowers: the names to look at to come to all of ``keys``."""
+
+    def add(self, path: bytes, key: Key) -> None:
+        self.keys[path] = key
+        while path:
+            directory, _, name = path.rpartition(b"/")
+            self.inside.setdefault(directory, set()).add(name)
+            path = directory
+
+
+def find_aliases(upper: UpperLayer, index: Key, view: LowerView) -> Aliases:
+    """Find the names of all indexed inodes in the lowers. Blocks.
+
+    Reads nothing of the lowers when the index is empty, which it is unless a file with several names
+    was changed; else lists them until all names have been found.
+    """
+    aliases = Aliases()
+    wanted = {entry.name for entry in upper.readdir(index) if not entry.name.startswith(b"#")}
+    missing: dict[bytes, int] = dict.fromkeys(wanted, -1)  # names yet to be found; -1: not known how many
+    if not missing:
+        return aliases
+    for path, lower in _linked_files(view):
+        number, key = lower.places[0]
+        handle = view.layers[number].handle(key)
+        name = b"" if handle is None else origin.index_name(origin.encode(handle))
+        links = lower.attr.st_nlink
+        view.forget(lower)
+        if name not in wanted:
+            continue
+        hit = upper.lookup(index, name)
+        if hit is None or is_whiteout(hit[1]) or stat.S_ISDIR(hit[1].st_mode):
+            missing.pop(name, None)
+        else:
+            aliases.add(path, hit[0])
+            left = missing.pop(name, 0)
+            left = (links if left < 0 else left) - 1
+            if left > 0:
+                missing[name] = left
+        if not missing:
+            break
+    return aliases
+
+
+def _linked_files(view: LowerView) -> Iterator[tuple[bytes, Lower]]:
+    """Yield every name in the merged lowers of an inode that has several; to be forgotten by the caller."""
+    root = view.root()
+    waiting = [] if root is None else [(b"", root)]
+    try:
+        while waiting:
+            base, directory = waiting.pop()
+            for name in view.names(directory):
+                lower = view.lookup(directory, name)
+                if lower is None:
+                    continue
+                if lower.is_dir:
+                    waiting.append((join(base, name), lower))
+                elif lower.attr.st_nlink > 1:
+                    yield join(base, name), lower
+                else:
+                    view.forget(lower)
+            view.forget(directory)
+    finally:
+        for _, directory in waiting:
+            view.forget(directory)

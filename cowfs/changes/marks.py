@@ -1,0 +1,108 @@
+"""The overlay's own notes in a layer, as the kernel's overlayfs writes them (its namei.c, util.c)."""
+
+from __future__ import annotations
+
+import errno
+import stat
+
+from cowfs.layers.base import Key, LowerLayer
+from cowfs.types import Attr
+
+_NO_XATTRS = {errno.ENODATA, errno.EOPNOTSUPP, errno.EPERM, errno.EACCES}
+
+_TYPES = {
+    stat.S_IFREG: "file",
+    stat.S_IFDIR: "directory",
+    stat.S_IFLNK: "symlink",
+    stat.S_IFCHR: "char",
+    stat.S_IFBLK: "block",
+    stat.S_IFIFO: "fifo",
+    stat.S_IFSOCK: "socket",
+}
+
+
+def type_name(mode: int) -> str:
+    """Return the word of :class:`cowfs.types.Change` for a file type."""
+    return _TYPES.get(stat.S_IFMT(mode), "file")
+
+
+def is_whiteout(attr: Attr) -> bool:
+    """Whether an entry of a layer hides the name below: a character device 0:0."""
+    return attr.st_rdev == 0 and stat.S_ISCHR(attr.st_mode)
+
+
+class Marks:
+    """Reads the notes that are kept in xattrs under *prefix*, and those that users see beside them."""
+
+    __slots__ = ("_escaped", "_metacopy", "_opaque", "_prefix", "_redirect")
+
+    def __init__(self, prefix: bytes) -> None:
+        self._prefix = prefix
+        self._escaped = prefix + b"overlay."
+        self._opaque = prefix + b"opaque"
+        self._redirect = prefix + b"redirect"
+        self._metacopy = prefix + b"metacopy"
+
+    def opaque(self, layer: LowerLayer, key: Key) -> bool:
+        """Whether a directory hides everything below it."""
+        return _get(layer, key, self._opaque) == b"y"
+
+    def metacopy(self, layer: LowerLayer, key: Key) -> bool:
+        """Whether a file has its attributes here and its data in a layer further down."""
+        return _get(layer, key, self._metacopy) is not None
+
+    def redirect(self, layer: LowerLayer, key: Key) -> bytes | None:
+        """Return where an inode is found in the layers below: ``/from/the/root`` or ``another-name``.
+
+        Raises EINVAL for a value that is neither (ovl_get_redirect_xattr).
+        """
+        value = _get(layer, key, self._redirect)
+        if value is None:
+            return None
+        absolute = value.startswith(b"/")
+        parts = value[1:].split(b"/") if absolute else [value]
+        if any(not part or b"/" in part or part in {b".", b".."} for part in parts):
+            raise OSError(errno.EINVAL, f"a redirect that leads nowhere: {value!r}", layer.name)
+        return value
+
+    def shown_xattrs(self, layer: LowerLayer, key: Key) -> dict[bytes, bytes]:
+        """Return the xattrs that the merged tree shows, empty where the layer has none.
+
+        The overlay's own are hidden; an escaped one (``PREFIXoverlay.NAME``) shows as ``PREFIXNAME``.
+        """
+        try:
+            names = layer.listxattr(key)
+        except OSError as error:
+            if error.errno in _NO_XATTRS:
+                return {}
+            raise
+        found = {}
+        for name in names:
+            shown = name
+            if name.startswith(self._prefix):
+                if not name.startswith(self._escaped):
+                    continue
+                shown = self._prefix + name[len(self._escaped) :]
+            value = _get(layer, key, name)
+            if value is not None:
+                found[shown] = value
+        return found
+
+
+def _get(layer: LowerLayer, key: Key, name: bytes) -> bytes | None:
+    try:
+        return layer.getxattr(key, name)
+    except OSError as error:
+        if error.errno in _NO_XATTRS:
+            return None
+        raise
+
+
+def below(base: bytes, redirect: bytes) -> bytes:
+    """Return the path in the lowers that *redirect* means, for a child of the directory *base*."""
+    return redirect[1:] if redirect.startswith(b"/") else join(base, redirect)
+
+
+def join(directory: bytes, name: bytes) -> bytes:
+    """Return the path of *name* in a directory; the root is the empty path."""
+    return directory + b"/" + name if directory else name

@@ -1,0 +1,145 @@
+r"""Changes as text for people, and as JSON for programs (and for the daemon's control socket).
+
+A line of text is a letter, the path, and what differs::
+
+    A  etc/new.conf
+    M  etc/fstab  (content, times)
+    D  usr/share/doc/
+    R  old/ -> new/  (mode)
+
+A directory ends in a slash; the root of the tree is ``/``. Characters that do not print, bytes that
+are not UTF-8 and the backslash are escaped as in C: ``\n``, ``\t``, ``\r``, ``\\``, and ``\ooo`` with
+three octal digits a byte. So is (as ``\040``) a space where it could be taken for one of ours: at an
+end of the name, before another one, and before ``->``. No two paths look the same.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from cowfs.types import Change
+
+_ESCAPES = {"\n": "\\n", "\t": "\\t", "\r": "\\r", "\\": "\\\\"}
+_DOUBTFUL_SPACE = re.compile(r"^ | \Z| (?= |->)")
+_COLOURS = {"A": "\033[32m", "M": "\033[33m", "D": "\033[31m", "R": "\033[36m"}
+_PLAIN = "\033[0m"
+_WORDS = {"A": "added", "M": "modified", "D": "deleted", "R": "renamed"}
+
+
+def escape(path: bytes) -> str:
+    """Return a path as printable text from which the bytes can be had back (see :func:`unescape`)."""
+    shown = []
+    for character in path.decode("utf-8", "surrogateescape"):
+        if character in _ESCAPES:
+            shown.append(_ESCAPES[character])
+        elif character.isprintable():
+            shown.append(character)
+        else:
+            shown += [f"\\{byte:03o}" for byte in character.encode("utf-8", "surrogateescape")]
+    return _DOUBTFUL_SPACE.sub(lambda _: "\\040", "".join(shown))
+
+
+def unescape(text: str) -> bytes:
+    """Return the path that :func:`escape` made *text* of."""
+    letters = {b"n": b"\n", b"t": b"\t", b"r": b"\r", b"\\": b"\\"}
+
+    def plain(match: re.Match[bytes]) -> bytes:
+        return letters.get(match[1]) or bytes([int(match[1], 8)])
+
+    return re.sub(rb"\\([0-7]{3}|.)", plain, text.encode())
+
+
+def line(change: Change, *, colour: bool = False) -> str:
+    """Return one change as a line of text, without its end."""
+    slash = "/" if change.type == "directory" else ""
+    text = f"{change.kind}  "
+    if change.source is not None:
+        text += f"{escape(change.source)}{slash} -> "
+    text += escape(change.path) + slash
+    if change.what:
+        text += f"  ({', '.join(change.what)})"
+    return f"{_COLOURS[change.kind]}{text}{_PLAIN}" if colour else text
+
+
+def render(changes: Iterable[Change], *, colour: bool = False) -> Iterator[str]:
+    """Yield each change as a line of text, without its end, as soon as it comes."""
+    for change in changes:
+        yield line(change, colour=colour)
+
+
+@dataclass(slots=True)
+class Summary:
+    """Counts the changes that pass through :meth:`counted`."""
+
+    added: int = 0
+    modified: int = 0
+    deleted: int = 0
+    renamed: int = 0
+
+    def counted(self, changes: Iterable[Change]) -> Iterator[Change]:
+        """Yield the same changes, each counted."""
+        for change in changes:
+            word = _WORDS[change.kind]
+            setattr(self, word, getattr(self, word) + 1)
+            yield change
+
+    @property
+    def total(self) -> int:
+        return self.added + self.modified + self.deleted + self.renamed
+
+    def __str__(self) -> str:
+        counts = [f"{getattr(self, word)} {word}" for word in _WORDS.values() if getattr(self, word)]
+        return ", ".join(counts) or "no changes"
+
+
+def to_json(change: Change) -> dict[str, Any]:
+    """Return a change as an object for JSON: ``kind path type what source``.
+
+    A path that is not UTF-8 is readable, with U+FFFD for what is not, in ``path``, and exact, in
+    base64, in ``path_b64`` (which is not there otherwise); so for ``source_b64``.
+    """
+    entry: dict[str, Any] = {"kind": change.kind}
+    _put(entry, "path", change.path)
+    entry["type"] = change.type
+    entry["what"] = list(change.what)
+    if change.source is None:
+        entry["source"] = None
+    else:
+        _put(entry, "source", change.source)
+    return entry
+
+
+def from_json(entry: dict[str, Any]) -> Change:
+    """Return the change that :func:`to_json` made *entry* of. ValueError when it is none."""
+    try:
+        kind, path, what = entry["kind"], _get(entry, "path"), tuple(entry["what"])
+        type_ = entry["type"]
+        source = None if entry.get("source") is None else _get(entry, "source")
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"not a change: {entry!r}") from error
+    if kind not in _WORDS or not all(isinstance(text, str) for text in (*what, type_)):
+        raise ValueError(f"not a change: {entry!r}")
+    return Change(kind, path, what, source, type_)
+
+
+def json_line(change: Change) -> str:
+    """Return a change as one line of JSON, without its end; ASCII only."""
+    return json.dumps(to_json(change))
+
+
+def _put(entry: dict[str, Any], name: str, path: bytes) -> None:
+    try:
+        entry[name] = path.decode()
+    except UnicodeDecodeError:
+        entry[name] = path.decode(errors="replace")
+        entry[f"{name}_b64"] = base64.b64encode(path).decode()
+
+
+def _get(entry: dict[str, Any], name: str) -> bytes:
+    exact = entry.get(f"{name}_b64")
+    return base64.b64decode(exact, validate=True) if exact is not None else entry[name].encode()
