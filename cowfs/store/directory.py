@@ -1,0 +1,121 @@
+"""Open a store that is a directory. Needs no privilege."""
+
+from __future__ import annotations
+
+import errno
+import os
+from contextlib import ExitStack
+
+from cowfs.errors import StoreError
+from cowfs.layers.directory import DirectoryLayer
+from cowfs.store import layout, lock
+from cowfs.store.header import TRUSTED, USER, Header, new_header
+from cowfs.store.store import Kind, Store, Wanted, finish
+
+
+def open_directory(path: str, want: Wanted) -> Store:
+    """Lock and open the store in the directory *path*, which is made if it is missing. Blocks."""
+    if not want.read_only and not os.path.lexists(path):
+        try:
+            os.mkdir(path, 0o755)
+        except OSError as error:
+            raise StoreError(f"{path}: cannot be made: {error.strerror}") from None
+    lock.refuse_mounted_directory(path)
+    with ExitStack() as stack:
+        try:
+            root = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as error:
+            raise StoreError(f"{path}: cannot be opened: {error.strerror}") from None
+        stack.callback(os.close, root)
+        return open_root(root, path, want, stack, kind="directory")
+
+
+def open_root(root: int, path: str, want: Wanted, stack: ExitStack, *, kind: Kind) -> Store:
+    """Open the store in the directory that *root* is a descriptor of; *stack* is what close() does."""
+    first = DirectoryLayer(os.dup(root), path)
+    try:
+        found = layout.recognise(first)  # before anything is written into what may not be ours
+        if not want.read_only:
+            _lock_file(root, path, first, stack)
+            found = layout.recognise(first)
+        elif found == "store":
+            _lock_shared(root, path, stack)
+        header = _header(first, found, want)
+    except OSError as error:
+        raise StoreError(*_explain(path, error)) from None
+    finally:
+        first.close()
+    layer = DirectoryLayer(os.dup(root), path, privileged=header.xattrs == TRUSTED)
+    stack.callback(layer.close)
+    try:
+        if not want.read_only:
+            if found == "store":
+                layout.ensure_directory(layer, layer.root, layout.WORK, 0o755)
+            else:
+                layout.initialise(layer, header)
+            work = layout.find(layer, layout.WORK)
+            layout.probe(layer, work, header.xattrs.encode())
+        return finish(kind, path, layer, header, want, stack)
+    except OSError as error:
+        raise StoreError(*_explain(path, error)) from None
+
+
+def _lock_file(root: int, path: str, layer: DirectoryLayer, stack: ExitStack) -> None:
+    layout.ensure_directory(layer, layer.root, layout.PRIVATE, 0o700)
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+    fd = os.open(layout.PRIVATE + b"/" + layout.LOCK, flags, 0o600, dir_fd=root)
+    stack.callback(os.close, fd)
+    lock.lock(fd, path)
+
+
+def _lock_shared(root: int, path: str, stack: ExitStack) -> None:
+    try:
+        fd = os.open(layout.PRIVATE + b"/" + layout.LOCK, os.O_RDONLY | os.O_CLOEXEC, dir_fd=root)
+    except FileNotFoundError:  # made by hand from an image's content
+        return
+    stack.callback(os.close, fd)
+    lock.lock(fd, path, shared=True)
+
+
+def _header(layer: DirectoryLayer, found: str, want: Wanted) -> Header:
+    """Return the header that is there, or the one that shall be."""
+    if found == "store":
+        header = layout.load_header(layer)
+        if header.xattrs == TRUSTED and not _is_trusted():
+            raise StoreError(
+                f"{layer.name}: the store was made by root, only root can read its whiteouts", "use sudo"
+            )
+        return header
+    xattrs = TRUSTED if _is_trusted() else USER
+    if found == "overlayfs" and _has_user_xattrs(layer):
+        xattrs = USER
+    return new_header(xattrs=xattrs, adopted=found == "overlayfs")
+
+
+def _is_trusted() -> bool:
+    """Say whether trusted.* attributes are ours to use: whether we have CAP_SYS_ADMIN, and not in a
+    user namespace only.
+    """
+    if os.geteuid() != 0:
+        return False
+    with open("/proc/self/uid_map") as uid_map, open("/proc/self/status") as status:
+        whole = uid_map.read().split() == ["0", "0", "4294967295"]
+        capabilities = next(int(line.split()[1], 16) for line in status if line.startswith("CapEff:"))
+    return whole and bool(capabilities >> 21 & 1)
+
+
+def _has_user_xattrs(layer: DirectoryLayer) -> bool:
+    """Say whether the kernel has written this tree with the mount option userxattr."""
+    for path in ((layout.UPPER,), (layout.WORK, b"index")):
+        key = layout.find(layer, *path)
+        if key is not None and any(name.startswith(USER.encode()) for name in layer.listxattr(key)):
+            return True
+    return False
+
+
+def _explain(path: str, error: OSError) -> tuple[str, str]:
+    if error.errno == errno.EROFS:
+        return f"{path}: is on read-only media", "copy it to a disk that can be written to"
+    if error.errno in {errno.EACCES, errno.EPERM}:
+        return f"{path}: no permission to use it as a store", "it must belong to whoever mounts it"
+    return f"{path}: cannot be used as a store: {error.strerror}", ""

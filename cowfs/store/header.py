@@ -1,0 +1,128 @@
+"""The header of a store, ``cowfs/header.json``: what it is, and which lowers it belongs to."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import cowfs
+from cowfs.errors import StoreError, WrongLower
+from cowfs.types import Identity
+
+VERSION = 1
+WHITEOUTS = "overlayfs"
+TRUSTED = "trusted.overlay."
+USER = "user.overlay."
+
+_FIELDS = ("version", "whiteouts", "xattrs", "uuid", "created", "created_by", "adopted", "lowers")
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """The facts that a store tells about itself."""
+
+    uuid: str
+    created: str
+    """ISO 8601, UTC."""
+    created_by: str
+    xattrs: str = TRUSTED
+    """How the names of the overlay's own extended attributes begin."""
+    adopted: bool = False
+    """It was a store of the kernel's overlayfs before."""
+    lowers: tuple[Identity, ...] = ()
+    """The lowers it belongs to, leftmost on top; none before the first mount."""
+    more: dict[str, Any] = field(default_factory=dict)
+    """Fields of the same version that we do not know: kept as they are."""
+
+
+def new_header(*, xattrs: str = TRUSTED, adopted: bool = False, identity: str = "") -> Header:
+    """Return the header of a store made now, by us, for no lower yet."""
+    now = datetime.datetime.now(datetime.UTC).replace(microsecond=0)
+    return Header(
+        uuid=identity or str(uuid.uuid4()),
+        created=now.isoformat(),
+        created_by=f"cowfs {cowfs.__version__}",
+        xattrs=xattrs,
+        adopted=adopted,
+    )
+
+
+def to_json(header: Header) -> bytes:
+    """Write a header as it stands in the store."""
+    lowers = [
+        {"kind": low.kind, "fingerprint": low.fingerprint, "description": low.description, "path": low.path}
+        for low in header.lowers
+    ]
+    content = {
+        "version": VERSION,
+        "whiteouts": WHITEOUTS,
+        "xattrs": header.xattrs,
+        "uuid": header.uuid,
+        "created": header.created,
+        "created_by": header.created_by,
+        "adopted": header.adopted,
+        "lowers": lowers,
+        **header.more,
+    }
+    return json.dumps(content, indent=2).encode() + b"\n"
+
+
+def from_json(data: bytes, path: str) -> Header:
+    """Read a header. Raises StoreError when it is damaged, or of a version that we do not know."""
+    try:
+        content = json.loads(data)
+        version = content["version"]
+    except (ValueError, TypeError, KeyError):
+        raise StoreError(f"{path}: the store's header is damaged", f"cowfs check {path} tells more") from None
+    if isinstance(version, int) and version > VERSION:
+        raise StoreError(
+            f"{path}: the store has format version {version}, this cowfs knows up to {VERSION}",
+            f"made by {content.get('created_by', 'a newer cowfs')}; use that one or a newer one",
+        )
+    if version != VERSION or content.get("xattrs") not in {TRUSTED, USER}:
+        raise StoreError(f"{path}: the store's header is damaged", f"cowfs check {path} tells more")
+    if content.get("whiteouts") != WHITEOUTS:
+        raise StoreError(
+            f"{path}: the store has whiteouts of the {content.get('whiteouts')} format,"
+            f" this cowfs knows {WHITEOUTS} only"
+        )
+    try:
+        return Header(
+            uuid=str(content["uuid"]),
+            created=str(content["created"]),
+            created_by=str(content["created_by"]),
+            xattrs=content["xattrs"],
+            adopted=bool(content.get("adopted", False)),
+            lowers=tuple(
+                Identity(str(low["kind"]), str(low["fingerprint"]), str(low["description"]), str(low["path"]))
+                for low in content["lowers"]
+            ),
+            more={key: value for key, value in content.items() if key not in _FIELDS},
+        )
+    except (KeyError, TypeError):
+        raise StoreError(f"{path}: the store's header is damaged", f"cowfs check {path} tells more") from None
+
+
+def check_lowers(header: Header, lowers: Sequence[Identity], path: str) -> None:
+    """Raise WrongLower, naming both, if the store belongs to other lowers than those given."""
+    if not header.lowers or not lowers:
+        return
+    if [low.fingerprint for low in header.lowers] == [low.fingerprint for low in lowers]:
+        return
+    raise WrongLower(
+        f"{path} belongs to {_names(header.lowers)}, not to {_names(lowers)}",
+        "mount it on the lower it was made with, or, if you are sure, with --force-lower",
+    )
+
+
+def _names(lowers: Sequence[Identity]) -> str:
+    return " : ".join(f"{low.path} ({low.description})" for low in lowers)
+
+
+def bound(header: Header, lowers: Sequence[Identity]) -> Header:
+    """Return the header of the same store, bound to *lowers*."""
+    return replace(header, lowers=tuple(lowers))

@@ -1,0 +1,153 @@
+"""What a lower layer is recognised by when its store is mounted on it again.
+
+*A squashfs image* is read-only, so its identity is its content: the SHA-256 of the superblock and of
+everything from the inode table to the end, that is all names, attributes, sizes and the places of the
+data. Only the data blocks themselves are left out, to stay in milliseconds. The date it was made on
+is no identity (reproducible builds share one), and neither is its path.
+
+*A directory* may change at any time, so its identity is that of the place: the kind of filesystem, the
+identity of the filesystem where one survives a reboot, and the directory's inode number.
+
+- ext2/3/4, btrfs, bcachefs, zfs: statfs(2)'s f_fsid, which these derive from their UUID; and the file
+  handle, which has the inode's generation besides its number: a removed directory's number is given
+  to the next one that is made.
+- xfs: the UUID itself, its f_fsid is a device number; and the file handle.
+- squashfs, erofs, iso9660 (mounted images, which have no UUID that can be asked for): f_blocks and f_files.
+- all others: f_blocks and the block size. Their f_fsid is a device number or nothing at all.
+"""
+
+from __future__ import annotations
+
+import datetime
+import errno
+import fcntl
+import hashlib
+import os
+import stat
+import struct
+
+from cowfs.errors import LayerError
+from cowfs.linux import files
+from cowfs.store.sizes import format_size
+from cowfs.store.sniff import what_is
+from cowfs.types import Identity
+
+# magic, inodes, mkfs_time, block_size, fragments; compression, block_log, flags, ids, major, minor;
+# root_inode, bytes_used, id_table, xattr_table, inode_table, directory_table, fragment_table, export_table
+_SQUASHFS = struct.Struct("<5I6H8Q")
+_SQUASHFS_MAGIC = 0x73717368
+_CHUNK = 1 << 20
+
+_EXT, _BTRFS, _BCACHEFS, _ZFS, _XFS = 0xEF53, 0x9123683E, 0xCA451A4E, 0x2FC12FC1, 0x58465342
+_WITH_FSID = {_EXT, _BTRFS, _BCACHEFS, _ZFS}
+_FROZEN = {0x73717368, 0xE0F5E1E2, 0x9660}  # squashfs, erofs, iso9660
+_NAMES = {
+    _EXT: "ext4",
+    _BTRFS: "btrfs",
+    _BCACHEFS: "bcachefs",
+    _ZFS: "zfs",
+    _XFS: "xfs",
+    0x73717368: "squashfs",
+    0xE0F5E1E2: "erofs",
+    0x9660: "iso9660",
+    0x01021994: "tmpfs",
+    0x794C7630: "overlay",
+    0x65735546: "fuse",
+    0x6969: "nfs",
+    0x4D44: "vfat",
+}
+_XFS_IOC_FSGEOMETRY_V1 = 0x80705864  # _IOR('X', 100, struct xfs_fsop_geom_v1), 112 bytes
+_XFS_UUID = slice(64, 80)
+
+
+def identify_lower(path: str) -> Identity:
+    """Return the identity of the lower at *path*, a squashfs image or a directory. Reads from disk.
+
+    Raises LayerError when it is missing, unreadable, damaged, or nothing that can be a lower.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise LayerError(f"{path}: {_why(error)}") from None
+    try:
+        kind = stat.S_IFMT(os.fstat(fd).st_mode)
+        if kind == stat.S_IFDIR:
+            return _directory(fd, path)
+        if kind == stat.S_IFREG:
+            return _squashfs(fd, path)
+    except OSError as error:
+        raise LayerError(f"{path}: cannot be read: {error.strerror}") from None
+    finally:
+        os.close(fd)
+    raise LayerError(f"{path}: neither a squashfs image nor a directory")
+
+
+def _why(error: OSError) -> str:
+    if error.errno == errno.ENOENT:
+        return "no such lower"
+    return f"cannot be opened: {error.strerror}"
+
+
+def _squashfs(fd: int, path: str) -> Identity:
+    length = os.fstat(fd).st_size
+    head = os.pread(fd, _SQUASHFS.size, 0)
+    magic = head[:4]
+    if magic != b"hsqs":
+        name = what_is(fd)
+        hint = "cowfs reads little-endian squashfs 4.0" if magic in {b"sqsh", b"shsq", b"qshs"} else ""
+        raise LayerError(f"{path}: not a squashfs image but {name}", hint)
+    if len(head) < _SQUASHFS.size:
+        raise LayerError(f"{path}: the squashfs image is truncated: {length} bytes of it are there")
+    fields = _SQUASHFS.unpack(head)
+    inodes, made = fields[1], fields[2]
+    major, minor = fields[9], fields[10]
+    used, inode_table = fields[12], fields[15]
+    if (major, minor) != (4, 0):
+        raise LayerError(
+            f"{path}: squashfs {major}.{minor}, only 4.0 is known", "make it again by mksquashfs"
+        )
+    if used > length:
+        raise LayerError(
+            f"{path}: the squashfs image is truncated: {length} of {used} bytes are there",
+            "copy it again from where it came from",
+        )
+    if not _SQUASHFS.size <= inode_table < used:
+        raise LayerError(f"{path}: the squashfs superblock is damaged")
+    digest = hashlib.sha256(head)
+    for offset in range(inode_table, used, _CHUNK):
+        chunk = os.pread(fd, min(_CHUNK, used - offset), offset)
+        digest.update(chunk)
+    date = datetime.datetime.fromtimestamp(made, datetime.UTC)
+    return Identity(
+        kind="squashfs",
+        fingerprint=digest.hexdigest(),
+        description=f"squashfs, {format_size(used)}, {inodes} inodes, made {date:%Y-%m-%d %H:%M:%S}",
+        path=os.path.abspath(path),
+    )
+
+
+def _directory(fd: int, path: str) -> Identity:
+    info, place = os.fstat(fd), os.fstatvfs(fd)
+    magic = files.fs_magic(fd)
+    facts: list[object] = [f"{magic:x}", info.st_ino]
+    if magic in _WITH_FSID:
+        facts += [f"{place.f_fsid:x}", files.file_handle(fd, b"")]
+    elif magic == _XFS:
+        facts += [_xfs_uuid(fd), files.file_handle(fd, b"")]
+    else:
+        facts += [place.f_blocks, place.f_frsize]
+        facts += [place.f_files] if magic in _FROZEN else []
+    fingerprint = hashlib.sha256(":".join(map(str, facts)).encode()).hexdigest()
+    name = _NAMES.get(magic, f"filesystem {magic:#x}")
+    return Identity(
+        kind="directory",
+        fingerprint=fingerprint,
+        description=f"directory on {name}, inode {info.st_ino}, fingerprint {fingerprint[:8]}",
+        path=os.path.abspath(path),
+    )
+
+
+def _xfs_uuid(fd: int) -> str:
+    geometry = bytearray(112)
+    fcntl.ioctl(fd, _XFS_IOC_FSGEOMETRY_V1, geometry, True)
+    return bytes(geometry[_XFS_UUID]).hex()

@@ -1,0 +1,177 @@
+"""What stands at the root of a store, read and written through its layer.
+
+::
+
+    upper/              the changes; the kernel's overlayfs takes it as upperdir
+    work/               its workdir:
+        work/           temporaries; empty while nobody has the store open
+        index/          copied-up hard links, by the handle of their lower
+    cowfs/header.json   see cowfs.store.header
+    cowfs/lock          directory stores only: what is locked
+    lost+found/         images only: e2fsck's
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+
+from cowfs.errors import StoreError
+from cowfs.layers.base import Key, UpperLayer
+from cowfs.store.header import Header, from_json, new_header, to_json
+from cowfs.types import DirEntry
+
+UPPER, WORK, PRIVATE = b"upper", b"work", b"cowfs"
+HEADER, LOCK = b"header.json", b"lock"
+_NEW_HEADER = b"header.json.new"
+_LOST = b"lost+found"
+_LARGEST_HEADER = 1 << 20
+
+
+def find(layer: UpperLayer, *path: bytes) -> Key | None:
+    """Return the key that a path leads to; None if it is not there."""
+    key = layer.root
+    for name in path:
+        found = layer.lookup(key, name)
+        if found is None:
+            return None
+        key = found[0]
+    return key
+
+
+def recognise(layer: UpperLayer) -> str:
+    """Say what stands here: ``store``, ``overlayfs`` (upper/ and work/ alone) or ``nothing``.
+
+    Raises StoreError for everything else.
+    """
+    names = {entry.name for entry in layer.readdir(layer.root)} - {_LOST}
+    aufs = sorted(name for name in names if name.startswith(b".wh..wh."))
+    if aufs:
+        raise StoreError(
+            f"{layer.name}: the store has the aufs format ({os.fsdecode(aufs[0])})",
+            "which is not supported yet; it was left untouched",
+        )
+    if find(layer, PRIVATE, HEADER) is not None and {UPPER, WORK} <= names:
+        return "store"
+    # Without a header: not ours yet, or the making of it was cut short before the header was written.
+    private = find(layer, PRIVATE)
+    ours = private is not None and not {e.name for e in layer.readdir(private)} - {LOCK, _NEW_HEADER}
+    rest = names - {PRIVATE} if ours else names
+    if not rest:
+        return "nothing"
+    if rest == {UPPER, WORK}:
+        return "overlayfs"
+    if ours and rest <= {UPPER, WORK} and all(_is_empty(layer, name) for name in rest):
+        return "nothing"
+    foreign = sorted(names - {UPPER, WORK, PRIVATE})
+    if not foreign:
+        missing = sorted({UPPER, WORK, PRIVATE} - names) or [PRIVATE + b"/" + HEADER]
+        raise StoreError(f"{layer.name}: not a whole store: {os.fsdecode(missing[0])} is missing")
+    others = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
+    raise StoreError(
+        f"{layer.name}: not a store: it holds {os.fsdecode(foreign[0])}{others}",
+        "a store is made by cowfs create, or in an empty or missing directory",
+    )
+
+
+def _is_empty(layer: UpperLayer, name: bytes) -> bool:
+    key = find(layer, name)
+    return key is not None and not layer.readdir(key)
+
+
+def initialise(layer: UpperLayer, header: Header) -> None:
+    """Make upper/, work/ and the header, the header last: only then it is a store."""
+    ensure_directory(layer, layer.root, UPPER, 0o755)
+    ensure_directory(layer, layer.root, WORK, 0o755)
+    save_header(layer, header)
+
+
+def ensure_directory(layer: UpperLayer, parent: Key, name: bytes, mode: int) -> Key:
+    """Return the directory *name*, which is made when it is missing."""
+    found = layer.lookup(parent, name)
+    if found is None:
+        return layer.mkdir(parent, name, mode, os.geteuid(), os.getegid())
+    key, attr = found
+    if not stat.S_ISDIR(attr.st_mode):
+        raise StoreError(f"{layer.name}: {os.fsdecode(name)} is not a directory: not a store")
+    if attr.st_mode & 0o700 != 0o700 and os.geteuid() != 0:
+        layer.chmod(key, attr.st_mode | 0o700)  # the kernel makes its work directories with mode 0
+    return key
+
+
+def load_header(layer: UpperLayer) -> Header:
+    """Read the header. Raises StoreError if it is damaged or of a newer version."""
+    key = find(layer, PRIVATE, HEADER)
+    if key is None:
+        return new_header()
+    file = layer.open(key, os.O_RDONLY)
+    try:
+        return from_json(file.pread(_LARGEST_HEADER, 0), layer.name)
+    finally:
+        file.close()
+
+
+def save_header(layer: UpperLayer, header: Header) -> None:
+    """Replace the header atomically; it is on disk when this returns. Blocks."""
+    uid, gid = os.geteuid(), os.getegid()
+    private = ensure_directory(layer, layer.root, PRIVATE, 0o700)
+    if layer.lookup(private, _NEW_HEADER) is not None:
+        layer.unlink(private, _NEW_HEADER, None)
+    key = layer.create(private, _NEW_HEADER, 0o644, uid, gid)
+    file = layer.open(key, os.O_WRONLY)
+    try:
+        file.pwrite(to_json(header), 0)
+        file.fsync(False)
+    finally:
+        file.close()
+    layer.rename((private, _NEW_HEADER), (private, HEADER), moved=key)
+    layer.sync()
+
+
+def empty(layer: UpperLayer, directory: Key) -> None:
+    """Remove everything below a directory, however deep it is and whatever modes it has."""
+    stack: list[tuple[Key, Key, bytes, list[DirEntry]]] = [(directory, None, b"", layer.readdir(directory))]
+    while stack:
+        key, parent, name, entries = stack[-1]
+        if entries:
+            entry = entries.pop()
+            below = _directory(layer, key, entry)
+            if below is None:
+                layer.unlink(key, entry.name, None)
+            else:
+                layer.chmod(below, 0o700)
+                stack.append((below, key, entry.name, layer.readdir(below)))
+            continue
+        stack.pop()
+        if parent is not None:
+            layer.rmdir(parent, name, None)
+            layer.forget(key)
+
+
+def _directory(layer: UpperLayer, parent: Key, entry: DirEntry) -> Key | None:
+    """Return the key of an entry if it is a directory."""
+    if entry.type not in {0, stat.S_IFDIR}:
+        return None
+    found = layer.lookup(parent, entry.name)
+    return found[0] if found is not None and stat.S_ISDIR(found[1].st_mode) else None
+
+
+def probe(layer: UpperLayer, work: Key, prefix: bytes) -> None:
+    """Raise StoreError unless the filesystem can hold what an overlay needs: xattrs and whiteouts."""
+    name = b"#cowfs-probe"
+    uid, gid = os.geteuid(), os.getegid()
+    what = f"extended attributes ({prefix.decode()}*)"
+    try:
+        layer.setxattr(work, prefix + b"cowfs.probe", b"y")
+        layer.removexattr(work, prefix + b"cowfs.probe")
+        what = "whiteouts (character devices 0:0)"
+        layer.mknod(work, name, stat.S_IFCHR | 0o600, 0, uid, gid)
+        layer.unlink(work, name, None)
+    except OSError as error:
+        if error.errno in {errno.EROFS, errno.ENOSPC, errno.EDQUOT}:
+            raise StoreError(f"{layer.name}: cannot be written to: {error.strerror}") from None
+        raise StoreError(
+            f"{layer.name}: the filesystem holds no {what}: {error.strerror}",
+            "use an image instead: cowfs create makes one on any filesystem",
+        ) from None

@@ -1,0 +1,47 @@
+"""Open a store, whatever it is."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from cowfs.store.directory import open_directory
+from cowfs.store.image import open_image
+from cowfs.store.memory import open_memory
+from cowfs.store.store import Store, Wanted
+from cowfs.store.tools import Progress, quiet
+from cowfs.types import Identity
+
+
+def open_store(
+    spec: str,
+    *,
+    lowers: Sequence[Identity] = (),
+    force_lower: bool = False,
+    engine: str = "auto",
+    read_only: bool = False,
+    memory_size: int | None = None,
+    progress: Progress = quiet,
+) -> Store:
+    """Open and lock the store *spec*: an ext3 image, a directory, or the word ``memory``. Blocks.
+
+    A directory that is missing or empty becomes a store (a missing name with an extension is not taken
+    for a directory), and so does an ext3 image with nothing in it;
+    upper/ and work/ of the kernel's overlayfs are adopted. The store is not bound to *lowers* yet:
+    that is Store.bind(). *memory_size* is in bytes.
+
+    Raises StoreBusy when somebody else has it, WrongLower when it belongs to others than *lowers*
+    (without *lowers* nobody asks), StoreError for everything else that is wrong with it.
+    """
+    want = Wanted(lowers, force_lower, engine, read_only, progress)
+    if spec == "memory":
+        return open_memory(want, memory_size)
+    path = os.path.abspath(spec)
+    if os.path.isdir(path) or (not os.path.lexists(path) and not _looks_like_image(spec)):
+        return open_directory(path, want)
+    return open_image(path, want)
+
+
+def _looks_like_image(spec: str) -> bool:
+    """Say whether somebody who wrote this name of nothing meant a file: ``sysrcd.bs``, ``store.img``."""
+    return bool(os.path.splitext(os.path.basename(spec))[1])

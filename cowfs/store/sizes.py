@@ -1,0 +1,64 @@
+"""Sizes: read them, write them, and ask whether a place has room for one."""
+
+from __future__ import annotations
+
+import os
+import re
+
+from cowfs.errors import StoreError, UsageError
+from cowfs.linux import files
+
+MIB = 1 << 20
+SMALLEST = 16 * MIB
+"""The smallest store: below that an ext3 journal leaves next to no room."""
+LARGEST = 16 << 40
+"""ext3 with blocks of 4 KiB and 32 bit block numbers ends here."""
+FAT_MAGIC = 0x4D44
+FAT_LARGEST = (1 << 32) - 1
+"""No file on FAT is longer (its length is kept in 32 bits)."""
+
+_UNITS = {"": MIB, "k": 1 << 10, "m": MIB, "g": 1 << 30, "t": 1 << 40}
+_SIZE = re.compile(r"(\d+)([kmgt]?)(?:i?b)?", re.IGNORECASE)
+
+
+def parse_size(text: str) -> int:
+    """Return the bytes that *text* means: ``256`` and ``256M`` are MiB, ``64K``, ``2G``, ``1T``.
+
+    Rounded down to whole blocks of 4 KiB. Raises UsageError.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    if not match:
+        raise UsageError(f"{text!r} is not a size", "write 256 or 256M for megabytes, 2G for gigabytes")
+    return int(match[1]) * _UNITS[match[2].lower()] & ~4095
+
+
+def format_size(size: int) -> str:
+    """Write a number of bytes for people: ``64 MB``, ``2 GB``, ``1.5 GB``, ``512 KB``, ``12 bytes``."""
+    for unit, name in ((1 << 40, "TB"), (1 << 30, "GB"), (MIB, "MB"), (1 << 10, "KB")):
+        if size >= unit:
+            return f"{size / unit:.0f} {name}" if size % unit == 0 else f"{size / unit:.1f} {name}"
+    return f"{size} bytes"
+
+
+def check_room(path: str, directory: str, size: int, allocated: int = 0) -> None:
+    """Raise StoreError unless a file of *size* bytes at *path* fits into the filesystem of *directory*.
+
+    *allocated* bytes of it are on disk already. Two limits are looked at: free space, and that of FAT.
+    """
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        room = os.fstatvfs(fd)
+        magic = files.fs_magic(fd)
+    finally:
+        os.close(fd)
+    if magic == FAT_MAGIC and size > FAT_LARGEST:
+        raise StoreError(
+            f"{path}: FAT filesystems hold no file of {format_size(size)}",
+            "at most 4095 MB; use another filesystem for more",
+        )
+    free = (room.f_bfree if os.geteuid() == 0 else room.f_bavail) * room.f_frsize
+    if size - allocated > free:
+        raise StoreError(
+            f"{path}: {format_size(size - allocated)} more are needed, {format_size(free)} are free",
+            "free some space, or choose a smaller size",
+        )

@@ -1,0 +1,130 @@
+"""An open store: the writable layer, the directories that overlayfs knows, and the header."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Literal
+
+from cowfs.errors import StoreError
+from cowfs.layers.base import Key, UpperLayer
+from cowfs.store import layout
+from cowfs.store.header import Header, bound, check_lowers
+from cowfs.store.tools import Progress, quiet
+from cowfs.types import Identity
+
+Kind = Literal["image", "directory", "memory"]
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """How a store is asked for: the arguments of open_store()."""
+
+    lowers: Sequence[Identity] = ()
+    force_lower: bool = False
+    engine: str = "auto"
+    read_only: bool = False
+    progress: Progress = quiet
+
+
+@dataclass(slots=True)
+class Store:
+    """A store that is open and locked, until :meth:`close`."""
+
+    kind: Kind
+    path: str
+    """Where it is; ``memory`` for one that is nowhere."""
+    layer: UpperLayer
+    header: Header
+    upper: Key
+    """The directory of the changes: what the kernel's overlayfs calls upperdir."""
+    work: Key
+    """Where temporaries are made, on the same filesystem; empty at open. None if read-only."""
+    index: Key
+    """Where copied-up hard links are found by the handle of their lower. None if read-only."""
+    read_only: bool = False
+    release: ExitStack = field(default_factory=ExitStack, repr=False)
+    """What close() does after the last sync, backwards."""
+    _closed: bool = field(default=False, repr=False)
+
+    @property
+    def xattr_prefix(self) -> bytes:
+        """``trusted.overlay.`` or ``user.overlay.``: how the overlay's own attributes begin."""
+        return self.header.xattrs.encode()
+
+    @property
+    def size(self) -> int:
+        """Bytes that the store's filesystem holds, free or not."""
+        room = self.layer.statfs()
+        return room.blocks * room.frsize
+
+    @property
+    def free(self) -> int:
+        """Bytes that can still be written."""
+        room = self.layer.statfs()
+        return (room.bfree if os.geteuid() == 0 else room.bavail) * room.frsize
+
+    def bind(self, lowers: Sequence[Identity]) -> bool:
+        """Write down that the store belongs to *lowers* from now on. Blocks until it is on disk.
+
+        Whether it may is checked by open_store(). Returns True when the store had no lowers and no
+        history: upper/ must then be given the attributes of the topmost lower's root.
+        """
+        if self.read_only or self.header.lowers == tuple(lowers):
+            return False
+        first = not self.header.lowers and not self.header.adopted
+        header = bound(self.header, lowers)
+        layout.save_header(self.layer, header)
+        self.header = header
+        return first
+
+    def close(self) -> None:
+        """Write everything to disk and let go of the store, its lock last. Blocks. Safe to call twice.
+
+        Raises StoreError if something could not be written; the store is released all the same.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        with self.release:
+            if not self.read_only:
+                try:
+                    self.layer.sync()
+                except OSError as error:
+                    raise StoreError(
+                        f"{self.path}: the last changes could not be written: {error.strerror}"
+                    ) from error
+
+
+def finish(
+    kind: Kind,
+    path: str,
+    layer: UpperLayer,
+    header: Header,
+    want: Wanted,
+    release: ExitStack,
+) -> Store:
+    """Return the open store of a layer that holds one already; *release* is what close() does.
+
+    Raises WrongLower, and StoreError for what mounts of the kernel's have left behind.
+    """
+    if not want.force_lower:
+        check_lowers(header, want.lowers, path)
+    upper, work = layout.find(layer, layout.UPPER), layout.find(layer, layout.WORK)
+    if upper is None or work is None:
+        raise StoreError(f"{path}: not a whole store: upper/ or work/ is missing")
+    if layout.find(layer, layout.WORK, b"work", b"incompat") is not None:
+        raise StoreError(
+            f"{path}: was mounted by overlayfs as volatile, so that after a crash it may be incomplete",
+            "if it was unmounted cleanly, remove work/work/incompat in it",
+        )
+    temporaries = index = None
+    if not want.read_only:
+        temporaries = layout.ensure_directory(layer, work, b"work", 0o700)
+        layout.empty(layer, temporaries)
+        index = layout.ensure_directory(layer, work, b"index", 0o700)
+    return Store(
+        kind, path, layer, header, upper, temporaries, index, want.read_only, release=release.pop_all()
+    )
