@@ -1,0 +1,73 @@
+"""Fixtures for every suite, and the watch: a mount, loop device or process left behind fails the run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support import guard, system
+from tests.support.mounts import run
+
+
+@pytest.fixture(scope="session", autouse=True)
+def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[guard.Guard]:
+    """Isolate the run, mark its processes, and look at the end whether anything is left."""
+    mark = guard.mark_run()
+    base = tmp_path_factory.getbasetemp()
+    system.isolate(base)
+    watch = guard.Guard(mark, base)
+    yield watch
+    left = watch.left_behind()
+    assert not left, "left behind by the tests: " + "; ".join(left)
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind(surroundings: guard.Guard) -> Iterator[None]:
+    """Each test must take away what it mounted and started; the one that does not is named."""
+    watch = guard.Guard(surroundings.mark, surroundings.below)
+    yield
+    left = watch.left_behind()
+    assert not left, "left behind by this test: " + "; ".join(left)
+
+
+@pytest.fixture
+def as_nobody() -> Callable[..., object]:
+    """Run a command as the user nobody, without privileges; its result as subprocess.run gives it."""
+
+    def call(*command: str | os.PathLike[str], **more: object) -> object:
+        return run(*system.as_nobody_prefix(), *command, **more)  # type: ignore[arg-type]
+
+    return call
+
+
+@pytest.fixture
+def nobody_path() -> Iterator[Path]:
+    """A directory that belongs to nobody and that nobody can reach (pytest's own are root's alone)."""
+    made = Path(tempfile.mkdtemp(prefix="cowfs-nobody-"))
+    if os.geteuid() == 0:
+        os.chown(made, system.NOBODY, system.NOBODY)
+    made.chmod(0o755)
+    yield made
+    shutil.rmtree(made, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def ext3(tmp_path_factory: pytest.TempPathFactory, surroundings: guard.Guard) -> Iterator[Path]:
+    """A mounted ext3 image as mke2fs makes it for a store, to hold upper directories."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root: a loop-mounted ext3")
+    place = tmp_path_factory.mktemp("ext3")
+    image, at = place / "image", place / "mnt"
+    at.mkdir()
+    with image.open("wb") as out:
+        out.truncate(512 << 20)
+    run("mke2fs", "-q", "-t", "ext3", "-b", "4096", "-I", "256", "-m", "0", "-i", "8192", image)
+    run("mount", "-o", "loop", image, at)
+    yield at
+    run("umount", at)
+    image.unlink()

@@ -1,0 +1,104 @@
+"""A watch over what tests leave behind: mounts, loop devices, processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+import uuid
+from pathlib import Path
+
+MARK = "COWFS_TEST_RUN"
+
+
+def mark_run() -> str:
+    """Put a mark into the environment that every process started from here inherits."""
+    value = f"{os.getpid()}-{uuid.uuid4().hex}"
+    os.environ[MARK] = value
+    return value
+
+
+def processes(mark: str) -> dict[int, str]:
+    """The living processes that carry *mark*, by pid: their command lines."""
+    wanted = f"{MARK}={mark}".encode()
+    found = {}
+    for entry in os.listdir("/proc"):
+        if not entry.isdigit() or int(entry) == os.getpid():
+            continue
+        try:
+            if wanted not in Path(f"/proc/{entry}/environ").read_bytes().split(b"\0"):
+                continue
+            line = Path(f"/proc/{entry}/cmdline").read_bytes().replace(b"\0", b" ")
+        except OSError:
+            continue
+        found[int(entry)] = os.fsdecode(line).strip()
+    return found
+
+
+def mounts() -> dict[int, str]:
+    """Every mount of this namespace, by its unique number."""
+    found = {}
+    for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
+        fields = line.split()
+        after = fields.index("-")
+        found[int(fields[0])] = f"{fields[4]} ({fields[after + 1]} of {fields[after + 2]})"
+    return found
+
+
+def loops(below: Path) -> dict[str, str]:
+    """The loop devices over files below *below* (deleted ones too), by device."""
+    found = {}
+    for device in Path("/sys/block").glob("loop*"):
+        try:
+            name = (device / "loop" / "backing_file").read_text().strip()
+        except OSError:
+            continue
+        if name.startswith(f"{below}/"):
+            found[device.name] = name
+    return found
+
+
+class Guard:
+    """Compares what is there with what was there before, and puts it right."""
+
+    def __init__(self, mark: str, below: Path) -> None:
+        self.mark = mark
+        self.below = below
+        self.before = self._now()
+
+    def _now(self) -> dict[str, dict[object, str]]:
+        return {
+            "mount": dict(mounts()),
+            "loop device": dict(loops(self.below)),
+            "process": dict(processes(self.mark)),
+        }
+
+    def left_behind(self, patience: float = 5.0) -> list[str]:
+        """Name what is new and stays for *patience* seconds; a daemon may need a moment to end."""
+        deadline = time.monotonic() + patience
+        while True:
+            left = [
+                (kind, key, text)
+                for kind, things in self._now().items()
+                for key, text in things.items()
+                if key not in self.before[kind]
+            ]
+            if not left or time.monotonic() > deadline:
+                break
+            time.sleep(0.02)
+        for kind, key, text in left:
+            self._remove(kind, key, text)
+        return [f"{kind} {key}: {text}" for kind, key, text in left]
+
+    def _remove(self, kind: str, key: object, text: str) -> None:
+        """Clean up, so that one culprit does not make every later test fail as well."""
+        if kind == "process" and isinstance(key, int):
+            try:
+                os.kill(key, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+        elif kind == "mount":
+            target = text.rpartition(" (")[0].encode().decode("unicode_escape")
+            os.spawnlp(os.P_WAIT, "umount", "umount", "-l", target)
+        elif kind == "loop device":
+            os.spawnlp(os.P_WAIT, "losetup", "losetup", "-d", f"/dev/{key}")

@@ -1,0 +1,73 @@
+"""The surroundings of the tests: a mount namespace of their own, another user, privileges."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import stat
+import subprocess
+from pathlib import Path
+
+import pytest
+
+CLONE_NEWNS = 0x00020000
+MS_BIND, MS_REC, MS_PRIVATE = 4096, 16384, 1 << 18
+NOBODY = 65534
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: mounts, device nodes, other owners")
+needs_fuse = pytest.mark.skipif(not os.path.exists("/dev/fuse"), reason="needs /dev/fuse (modprobe fuse)")
+
+
+def isolate(scratch: Path) -> None:
+    """Give this process mounts of its own, and everybody in there a /dev/fuse to open.
+
+    What a test mounts is seen by nobody else and is gone with the last process of the run. As
+    anybody but root this does nothing.
+    """
+    if os.geteuid() != 0:
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(CLONE_NEWNS) != 0:
+        raise OSError(ctypes.get_errno(), "unshare")
+    if libc.mount(None, b"/", None, MS_REC | MS_PRIVATE, None) != 0:
+        raise OSError(ctypes.get_errno(), "mount --make-rprivate /")
+    if os.path.exists("/dev/fuse") and stat.S_IMODE(os.stat("/dev/fuse").st_mode) != 0o666:
+        # What udev does on every machine that runs it; a bare container has 0600.
+        node = scratch / "dev-fuse"
+        os.mknod(node, stat.S_IFCHR | 0o666, os.makedev(10, 229))
+        os.chmod(node, 0o666)
+        if libc.mount(os.fsencode(node), b"/dev/fuse", None, MS_BIND, None) != 0:
+            raise OSError(ctypes.get_errno(), "mount --bind /dev/fuse")
+
+
+def as_nobody_prefix() -> list[str]:
+    """What to put before a command to run it as nobody, without any privilege."""
+    if os.geteuid() != 0:
+        return []
+    return [
+        "setpriv",
+        f"--reuid={NOBODY}",
+        f"--regid={NOBODY}",
+        "--clear-groups",
+        "--inh-caps=-all",
+        "--",
+    ]
+
+
+def run(
+    *command: str | bytes | os.PathLike[str], timeout: float = 60, check: bool = True, **more: object
+) -> subprocess.CompletedProcess[str]:
+    """Run a command, its output as text; a failure is an assertion error that shows the output."""
+    done = subprocess.run(  # type: ignore[call-overload]
+        command,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="surrogateescape",
+        timeout=timeout,
+        **more,
+    )
+    if check and done.returncode != 0:
+        shown = " ".join(os.fsdecode(part) for part in command)
+        raise AssertionError(f"{shown}: exit {done.returncode}\n{done.stdout}{done.stderr}")
+    return done  # type: ignore[no-any-return]

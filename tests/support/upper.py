@@ -1,0 +1,132 @@
+"""What an upper directory *means*, in the kernel overlayfs's format, without what may differ.
+
+Two implementations may write the same change in different bytes: an absolute or a relative
+redirect, an opaque mark where nothing lies below, an origin. These are normalised away; whiteouts,
+what each directory merges with, metacopy and everything a user put there remain.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from tests.support.tree import Snapshot, facts_of
+
+P = "trusted.overlay."
+SHARED_WHITEOUT = "#whiteout"
+"""A link to the inode of all whiteouts, which may wait in the work directory for the next one."""
+
+
+def meaning(upper: str, lowers: Sequence[str], prefix: str = P) -> Snapshot:
+    """Describe *upper* over *lowers* (topmost first): ``{path: facts}``."""
+    result: Snapshot = {}
+    with _opened(upper) as fd:
+        _describe(fd, "", ".", list(lowers), result, prefix)
+    return result
+
+
+@contextmanager
+def _opened(name: str, dir_fd: int | None = None) -> Iterator[int]:
+    fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=dir_fd)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _is_whiteout(st: os.stat_result) -> bool:
+    return stat.S_ISCHR(st.st_mode) and st.st_rdev == 0
+
+
+def _describe(
+    fd: int, path: str, below: str | None, lowers: list[str], result: Snapshot, prefix: str
+) -> None:
+    for name in sorted(os.listdir(fd)):
+        child = f"{path}/{name}" if path else name
+        st = os.stat(name, dir_fd=fd, follow_symlinks=False)
+        if _is_whiteout(st):
+            result[child] = {"whiteout": True, "in_merged_directory": below is not None}
+            continue
+        facts: dict[str, Any] = facts_of(fd, os.fsencode(name), st.st_dev, False)
+        # An index entry is one more link, and the inode is not the one that users see.
+        kept = {k: facts[k] for k in ("type", "mode", "owner", "xattrs", "rdev", "target") if k in facts}
+        result[child] = kept
+        if stat.S_ISDIR(st.st_mode):
+            merges = _lower_path(fd, name, below, prefix)
+            if merges is not None and not _is_lower_directory(lowers, merges):
+                merges = None
+            kept["merges_with"] = merges
+            with _opened(name, fd) as sub:
+                _describe(sub, child, merges, lowers, result, prefix)
+        elif stat.S_ISREG(st.st_mode):
+            kept["metacopy"] = _xattr(fd, name, prefix + "metacopy") is not None
+            if kept["metacopy"]:
+                kept["data_from"] = _lower_path(fd, name, below, prefix)
+            else:
+                kept["content"] = facts.get("content")
+
+
+def _xattr(fd: int, name: str, attribute: str) -> bytes | None:
+    try:
+        return os.getxattr(f"/proc/self/fd/{fd}/{name}", attribute, follow_symlinks=False)
+    except OSError:
+        return None
+
+
+def _lower_path(fd: int, name: str, below: str | None, prefix: str) -> str | None:
+    """The path in the lowers that this upper thing stands on; None when on nothing."""
+    if _xattr(fd, name, prefix + "opaque") == b"y":
+        return None
+    redirect = _xattr(fd, name, prefix + "redirect")
+    if redirect and redirect.startswith(b"/"):
+        return os.fsdecode(redirect[1:])
+    if below is None:
+        return None
+    last = os.fsdecode(redirect) if redirect else name
+    return last if below == "." else f"{below}/{last}"
+
+
+def _is_lower_directory(lowers: list[str], path: str) -> bool:
+    """Does the union of the lowers have a directory at *path*? Their own redirects are not followed."""
+    for lower in lowers:
+        full = lower
+        for part in path.split("/"):
+            full = os.path.join(full, part)
+            try:
+                mode = os.lstat(full).st_mode
+            except OSError:
+                break
+            if not stat.S_ISDIR(mode):
+                return False
+        else:
+            return True
+    return False
+
+
+def leftovers(store: str, prefix: str = P) -> list[str]:
+    """What must not be there after a clean unmount: temporaries, and whiteouts that hide nothing.
+
+    The kernel takes a whiteout in an opaque directory for corruption.
+    """
+    found = []
+    for name, known in (("work", {"work", "index"}), ("work/work", {SHARED_WHITEOUT})):
+        place = os.path.join(store, name)
+        if os.path.isdir(place):
+            found += [f"temporary {name}/{entry}" for entry in set(os.listdir(place)) - known]
+    with _opened(os.path.join(store, "upper")) as fd:
+        _misplaced(fd, "", False, found, prefix)
+    return found
+
+
+def _misplaced(fd: int, path: str, opaque: bool, found: list[str], prefix: str) -> None:
+    for name in os.listdir(fd):
+        st = os.stat(name, dir_fd=fd, follow_symlinks=False)
+        if stat.S_ISDIR(st.st_mode):
+            with _opened(name, fd) as sub:
+                is_opaque = _xattr(fd, name, prefix + "opaque") == b"y"
+                _misplaced(sub, f"{path}{name}/", is_opaque, found, prefix)
+        elif opaque and _is_whiteout(st):
+            found.append(f"whiteout in an opaque directory: {path}{name}")
