@@ -1,0 +1,221 @@
+"""From what the user asked for to a union that is ready to be mounted."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import cowfs
+from cowfs.errors import LayerError, MountFailure, SystemFailure
+from cowfs.layers.base import LowerLayer
+from cowfs.layers.directory import DirectoryLayer
+from cowfs.linux.files import fs_magic
+from cowfs.linux.mounts import attach_loop, detached_mount
+from cowfs.overlay.copyup import copy_xattrs
+from cowfs.overlay.overlay import Overlay
+from cowfs.overlay.state import OverlayOptions
+from cowfs.store.identity import identify_lower
+from cowfs.store.opening import open_store
+from cowfs.store.store import Store
+from cowfs.types import Identity
+
+Progress = Callable[[str], None]
+_TMPFS = 0x01021994
+
+
+@dataclass(frozen=True, slots=True)
+class UnionOptions:
+    """What a union is made of."""
+
+    lowers: tuple[str, ...]
+    """Images or directories, the first on top."""
+    store: str = "memory"
+    """An image, a directory, or ``memory``."""
+    engine: str = "auto"
+    """Who reads images: ``kernel`` (needs root), ``process``, or whichever serves: ``auto``."""
+    force_lower: bool = False
+    """Use the store even if it was made for another lower."""
+    size: int | None = None
+    """Of a store in memory, in bytes."""
+
+
+@dataclass(slots=True)
+class Union:
+    """An open union; :meth:`close` releases all of it."""
+
+    options: UnionOptions
+    identities: list[Identity]
+    store: Store
+    overlay: Overlay
+    release: ExitStack
+    since: float
+
+    def close(self) -> None:
+        """Write everything back and release the store and the layers. Blocks."""
+        self.release.close()
+
+    def info(self) -> dict[str, Any]:
+        """Tell what the union is made of and how full the store is."""
+        return {
+            "version": cowfs.__version__,
+            "pid": os.getpid(),
+            "since": self.since,
+            "lowers": [asdict(identity) for identity in self.identities],
+            "store": {
+                "kind": self.store.kind,
+                "path": self.store.path,
+                "size": self.store.size,
+                "free": self.store.free,
+            },
+            "engine": self.options.engine,
+        }
+
+
+def open_lower(spec: str, engine: str = "auto") -> LowerLayer:
+    """Open one lower layer, an image or a directory.
+
+    Raises LayerError when it is neither, SystemFailure when the engine cannot be had.
+    """
+    if os.path.isdir(spec):
+        try:
+            fd = os.open(spec, os.O_PATH | os.O_DIRECTORY)
+        except OSError as error:
+            raise LayerError(f"{spec}: {error.strerror}") from None
+        return DirectoryLayer(fd, os.path.abspath(spec))
+    if engine == "process":
+        raise SystemFailure(
+            f"{spec}: the engine `process` does not read images yet", "use --engine kernel, as root"
+        )
+    if os.geteuid() != 0:
+        raise SystemFailure(
+            f"{spec}: an image is mounted by the kernel, and only root may ask for that",
+            "run as root, or unpack the image (unsquashfs) and give the directory",
+        )
+    try:
+        loop_fd, device = attach_loop(spec, readonly=True)
+        try:
+            fd = detached_mount("squashfs", device, {}, readonly=True, noatime=True)
+        finally:
+            os.close(loop_fd)
+    except OSError as error:
+        raise LayerError(f"{spec}: cannot be mounted: {error.strerror or error}") from None
+    return DirectoryLayer(fd, os.path.abspath(spec))
+
+
+def open_lowers(specs: Sequence[str], engine: str = "auto") -> list[LowerLayer]:
+    """Open all lower layers, or none."""
+    layers: list[LowerLayer] = []
+    try:
+        for spec in specs:
+            layers.append(open_lower(spec, engine))
+    except BaseException:
+        for layer in layers:
+            layer.close()
+        raise
+    return layers
+
+
+def open_union(options: UnionOptions, progress: Progress = lambda _: None) -> Union:
+    """Open the layers and the store and join them.
+
+    Blocks, for a store that needs repair as long as that takes; *progress* is told in words.
+    Raises CowfsError with the reason when something cannot be used; nothing is left open then.
+    """
+    identities = [identify_lower(spec) for spec in options.lowers]
+    with ExitStack() as stack:
+        lowers = open_lowers(options.lowers, options.engine)
+        for layer in lowers:
+            stack.callback(layer.close)
+        store = open_store(
+            options.store,
+            lowers=identities,
+            force_lower=options.force_lower,
+            engine=options.engine,
+            progress=progress,
+            **({"size": options.size} if options.size else {}),
+        )
+        stack.callback(store.close)
+        overlay = Overlay(
+            store.layer,
+            store.upper,
+            store.work,
+            store.index,
+            lowers,
+            OverlayOptions(xattr_prefix=store.xattr_prefix, sync_copy_up=not _orders_data(store)),
+        )
+        if store.bind(identities):
+            _take_attributes(overlay, lowers[0])
+        return Union(options, identities, store, overlay, stack.pop_all(), time.time())
+    raise AssertionError("not reached")
+
+
+def _orders_data(store: Store) -> bool:
+    """Whether data reaches the disk before the rename that shows it: ext3 in ordered mode, and memory."""
+    if store.kind != "directory":
+        return True
+    fd = os.open(store.path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        return fs_magic(fd) == _TMPFS
+    finally:
+        os.close(fd)
+
+
+def _take_attributes(overlay: Overlay, lower: LowerLayer) -> None:
+    """Give the root of a new store the attributes of the lower's: it is what everybody sees first."""
+    attr = lower.stat(lower.root)
+    key = overlay.root.upper
+    copy_xattrs(overlay, lower, lower.root, key)
+    overlay.upper.chown(key, attr.st_uid, attr.st_gid)
+    overlay.upper.chmod(key, attr.st_mode)
+    overlay.upper.utimens(key, attr.st_atime_ns, attr.st_mtime_ns)
+    overlay.root.mode = attr.st_mode
+
+
+def check_mountpoint(mountpoint: str, options: UnionOptions) -> str:
+    """Return the mountpoint's real path; MountFailure when it cannot be one for these layers."""
+    if not os.path.exists(mountpoint):
+        raise MountFailure(f"{mountpoint}: no such mountpoint", "make the directory first")
+    if not os.path.isdir(mountpoint):
+        raise MountFailure(f"{mountpoint}: not a directory")
+    target = os.path.realpath(mountpoint)
+    layers = [*options.lowers, *([] if options.store == "memory" else [options.store])]
+    for layer in layers:
+        real = os.path.realpath(layer)
+        if os.path.isdir(real) and _inside(target, real):
+            raise MountFailure(f"{mountpoint}: is inside the layer {layer}", "choose a mountpoint elsewhere")
+        if _inside(real, target):
+            raise MountFailure(
+                f"{mountpoint}: the layer {layer} is inside it, and would be hidden",
+                "choose a mountpoint elsewhere",
+            )
+    return target
+
+
+def _inside(path: str, directory: str) -> bool:
+    return path != directory and path.startswith(directory.rstrip("/") + "/")
+
+
+def commands(union: Union, more: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return what the control socket of this union answers. *more* adds to ``info``."""
+
+    def info(_: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        yield {**union.info(), **more()}
+
+    def diff(_: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        from cowfs.changes import diff as changes
+
+        overlay = union.overlay
+        for change in changes.diff(
+            overlay.upper,
+            overlay.root.upper,
+            overlay.lowers,
+            overlay.options.xattr_prefix,
+            index=overlay.index,
+        ):
+            yield {"change": changes.to_json(change)}
+
+    return {"info": info, "diff": diff}

@@ -1,0 +1,49 @@
+"""Talking to the daemon of a mount."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+from cowfs.errors import CowfsError, MountFailure
+from cowfs.linux.mounts import MountInfo, mount_of
+from cowfs.linux.sockets import control_address, peer_of
+
+FSTYPE = "fuse.cowfs"
+
+
+def find_mount(path: str) -> MountInfo | None:
+    """Return the cowfs mount whose mountpoint is *path*; None when there is none."""
+    # The last component is not looked at: it may be the root of a mount whose daemon is dead.
+    directory, name = os.path.split(os.path.abspath(path))
+    found = mount_of(os.path.join(os.path.realpath(directory), name))
+    return found if found is not None and found.fstype == FSTYPE else None
+
+
+def ask(dev: str, command: str, timeout: float = 60.0, **arguments: Any) -> Iterator[dict[str, Any]]:
+    """Send a command to the daemon of the mount ``major:minor`` and yield its replies.
+
+    Raises MountFailure when no daemon answers, CowfsError with what it says when it fails.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as connection:
+        connection.settimeout(timeout)
+        try:
+            connection.connect(control_address(dev))
+        except OSError as error:
+            raise MountFailure(f"the daemon of this mount does not answer: {error.strerror}") from None
+        _, uid = peer_of(connection)
+        if uid not in {0, os.geteuid()} and os.geteuid() != 0:
+            raise MountFailure(f"the daemon of this mount belongs to another user (uid {uid})")
+        connection.sendall(json.dumps({"command": command, **arguments}).encode() + b"\n")
+        with connection.makefile("rb") as replies:
+            for line in replies:
+                reply = json.loads(line)
+                if reply.get("end"):
+                    return
+                if "error" in reply:
+                    raise CowfsError(reply["error"])
+                yield reply
+    raise MountFailure("the daemon of this mount ended in the middle of its answer")

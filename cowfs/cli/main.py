@@ -1,0 +1,91 @@
+"""The ``cowfs`` command: finds the subcommand, and turns every failure into one line and an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+import cowfs
+from cowfs.errors import EXIT_SYSTEM, EXIT_USAGE, CowfsError
+
+SUBCOMMANDS = ("mount", "umount", "create", "grow", "check", "info", "diff")
+
+_DESCRIPTION = """\
+Merge a read-only root (a squashfs image or a directory) with a writable store, and keep the changes:
+new and changed files, and what was deleted, live in the store and are there again at the next mount.
+"""
+_EPILOG = """\
+examples:
+  cowfs create sysrcd.bs 512                    make a store of 512 MB
+  cowfs mount sysrcd.dat /mnt --store sysrcd.bs  merge an image with it
+  cowfs diff /mnt                               see what has changed
+  cowfs umount /mnt                             write everything back and let go
+
+`cowfs SUBCOMMAND --help` tells more. Also: cowfs LOWER MOUNTPOINT -o store=FILE (as mount(8) calls it).
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """One line for a wrong command line too, and mount(8)'s exit code for it."""
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        print(f"cowfs: {message} (see `{self.prog} --help`)", file=sys.stderr)
+        raise SystemExit(EXIT_USAGE)
+
+
+def _parser(wanted: str | None) -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="cowfs",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"cowfs {cowfs.__version__}")
+    subparsers = parser.add_subparsers(metavar="SUBCOMMAND", dest="subcommand", parser_class=_Parser)
+    # Only the subcommand that was asked for is imported: starting up is half of a short command's time.
+    names = (wanted,) if wanted in SUBCOMMANDS else SUBCOMMANDS
+    for name in names:
+        importlib.import_module(f"cowfs.cli.{name}").add_parser(subparsers)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code. Never raises but for SystemExit of argparse."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    first = args[0] if args else None
+    if first is not None and not first.startswith("-") and first not in SUBCOMMANDS and len(args) > 1:
+        args.insert(0, "mount")  # cowfs LOWER MOUNTPOINT -o ...
+        first = "mount"
+    parser = _parser(first)
+    parsed = parser.parse_args(args)
+    if parsed.subcommand is None:
+        parser.print_help()
+        return EXIT_USAGE
+    return guarded(lambda: int(parsed.run(parsed)))
+
+
+def guarded(call: object) -> int:
+    """Run *call*; say in one line what went wrong, and return the exit code."""
+    assert callable(call)
+    try:
+        return int(call())
+    except CowfsError as error:
+        print(f"cowfs: {error}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 0
+    except KeyboardInterrupt:
+        print("cowfs: interrupted", file=sys.stderr)
+        return 130
+    except OSError as error:
+        where = os.fsdecode(error.filename) + ": " if error.filename is not None else ""
+        print(f"cowfs: {where}{error.strerror or error}", file=sys.stderr)
+        return EXIT_SYSTEM
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,152 @@
+"""``cowfs mount``: merge and mount."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import resource
+import shutil
+import sys
+
+from cowfs.cli import options as mount_options
+from cowfs.cli.background import Reporter, run_in_background, set_up_log
+from cowfs.errors import SystemFailure, UsageError
+
+NAME = "mount"
+
+_EPILOG = """\
+LOWER is a squashfs image or a directory. Several are stacked, the leftmost on top; a colon in a
+name is written \\: .
+
+The store is where changes go: an image made by `cowfs create`, a directory (made if it is missing),
+or `memory`, which is the default, and is lost at the unmount.
+
+options for -o:
+{options}
+  suid, nosuid, dev, nodev, exec, noexec, noatime, sync … as for mount(8)
+
+examples:
+  cowfs mount /live/sysrcd.dat /mnt --store /live/sysrcd.bs
+  cowfs mount /usr:/opt/base /mnt --store ~/changes
+  mount -t cowfs -o store=/live/sysrcd.bs /live/sysrcd.dat /mnt
+"""
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Describe the subcommand."""
+    parser = subparsers.add_parser(
+        NAME,
+        help="merge a lower with a store, and mount the result",
+        description="Merge read-only layers with a writable store and mount the result at MOUNTPOINT.",
+        epilog=_EPILOG.format(options=mount_options.describe()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("lower", metavar="LOWER[:LOWER...]", help="image or directory, leftmost on top")
+    parser.add_argument("mountpoint", metavar="MOUNTPOINT", help="an existing directory")
+    parser.add_argument("--store", metavar="FILE|DIR|memory", help="where changes are kept")
+    parser.add_argument(
+        "--engine", choices=mount_options.ENGINES, help="who reads images: this process or the kernel"
+    )
+    parser.add_argument(
+        "--force-lower", action="store_true", help="use the store though it was made for another lower"
+    )
+    parser.add_argument("-o", metavar="OPTS", dest="options", action="append", default=[], help="see below")
+    parser.add_argument("-f", "--foreground", action="store_true", help="stay in the foreground")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Mount; return when the mount answers, or with -f when it has been unmounted."""
+    from cowfs.assemble import UnionOptions, check_mountpoint
+
+    given = mount_options.parse(args.options)
+    lowers = mount_options.split_lowers(args.lower)
+    if not lowers:
+        raise UsageError("no lower layer is given")
+    store = args.store or given.values.get("store", "memory")
+    union = UnionOptions(
+        lowers=tuple(os.path.abspath(lower) for lower in lowers),
+        store=store if store == "memory" else os.path.abspath(store),
+        engine=args.engine or given.values.get("engine", "auto"),
+        force_lower=args.force_lower or "force_lower" in given.flags,
+        size=given.size,
+    )
+    _check_system()
+    mountpoint = check_mountpoint(args.mountpoint, union)
+    log = given.values.get("log")
+    log = os.path.abspath(log) if log else None
+    if store == "memory":
+        print(
+            "cowfs: changes are kept in memory, and lost at the unmount (--store keeps them)", file=sys.stderr
+        )
+
+    def daemon(reporter: Reporter) -> int:
+        set_up_log(log, foreground=args.foreground)
+        return _serve(union, mountpoint, given, reporter)
+
+    if args.foreground:
+        return daemon(Reporter(-1))
+    return run_in_background(daemon)
+
+
+def _check_system() -> None:
+    """SystemFailure when FUSE cannot be had, and what to do about it."""
+    try:
+        os.close(os.open("/dev/fuse", os.O_RDWR))
+    except FileNotFoundError:
+        raise SystemFailure("/dev/fuse: there is none", "load the module: modprobe fuse") from None
+    except OSError as error:
+        raise SystemFailure(
+            f"/dev/fuse: {error.strerror}", "let everybody use it: chmod 666 /dev/fuse, as root"
+        ) from None
+    if os.geteuid() != 0 and shutil.which("fusermount3") is None:
+        raise SystemFailure(
+            "fusermount3: not found; without root nothing is mounted without it", "apt install fuse3"
+        )
+
+
+def _serve(union_options: object, mountpoint: str, given: mount_options.Options, reporter: Reporter) -> int:
+    from cowfs import assemble
+    from cowfs.fuse.daemon import Daemon, MountRequest
+
+    assert isinstance(union_options, assemble.UnionOptions)
+    os.umask(0)
+    _raise_file_limit()
+    union = assemble.open_union(union_options, lambda said: print(f"cowfs: {said}", file=sys.stderr))
+    try:
+        request = MountRequest(
+            mountpoint,
+            ":".join(union_options.lowers),
+            frozenset(_fuse_options(given)),
+            acl="noacl" not in given.flags,
+        )
+        daemon = Daemon(union.overlay, request)
+        more = {"mountpoint": mountpoint, "options": sorted(request.options)}
+        daemon.mount()
+        try:
+            daemon.serve(
+                assemble.commands(union, lambda: {**more, **daemon.adapter.figures()}), reporter.ready
+            )
+        finally:
+            daemon.close()
+    finally:
+        union.close()
+    return 0
+
+
+def _fuse_options(given: mount_options.Options) -> set[str]:
+    options = set(given.fuse)
+    if "ro" in given.flags:
+        options.add("ro")
+    is_root = os.geteuid() == 0
+    if ("allow_other" in given.flags or is_root) and "noallow_other" not in given.flags:
+        options.add("allow_other")
+    if is_root:  # libfuse's default is nosuid,nodev; mount(8)'s is not
+        options |= {option for option in ("suid", "dev") if f"no{option}" not in options}
+    return options
+
+
+def _raise_file_limit() -> None:
+    """Take as many descriptors as we may: an unlinked open file needs one each."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -1,0 +1,100 @@
+"""Mount options: ``-o`` as mount(8) passes them, split into ours, libfuse's and those for others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from cowfs.errors import UsageError
+from cowfs.store.sizes import parse_size
+
+ENGINES = ("auto", "process", "kernel")
+
+_VALUES = {
+    "store": "the writable store: an image, a directory, or memory (the default)",
+    "engine": "who reads images: auto, process or kernel",
+    "size": "how large a store in memory may become: 256M, 2G",
+    "log": "write the log to this file",
+}
+_FLAGS = {
+    "force_lower": "use the store though it was made for another lower",
+    "allow_other": "let other users in (root's mounts do by default)",
+    "noallow_other": "let only the one who mounts in",
+    "noacl": "do not serve POSIX ACLs",
+    "ro": "read-only",
+    "rw": "writable (the default)",
+}
+_FUSE_FLAGS = {"suid", "nosuid", "dev", "nodev", "exec", "noexec", "sync", "dirsync", "noatime", "atime"}
+_IGNORED = {
+    "auto", "noauto", "nofail", "_netdev", "user", "nouser", "users", "owner", "group", "defaults",
+    "loop", "default_permissions", "relatime", "norelatime", "strictatime", "async", "diratime", "nodiratime",
+    "silent", "loud", "mand", "nomand", "lazytime", "nolazytime", "iversion", "noiversion",
+}  # fmt: skip
+
+
+@dataclass(slots=True)
+class Options:
+    """What ``-o`` said."""
+
+    values: dict[str, str] = field(default_factory=dict)
+    flags: set[str] = field(default_factory=set)
+    fuse: set[str] = field(default_factory=set)
+
+    @property
+    def size(self) -> int | None:
+        """The size option in bytes."""
+        return parse_size(self.values["size"]) if "size" in self.values else None
+
+
+def split(text: str) -> list[str]:
+    """Split at commas; ``\\,`` is a comma that belongs to a value."""
+    return _split(text, ",")
+
+
+def split_lowers(text: str) -> tuple[str, ...]:
+    """Split LOWER[:LOWER...]; ``\\:`` is a colon in a name, as in overlayfs's lowerdir."""
+    return tuple(_split(text, ":"))
+
+
+def _split(text: str, separator: str) -> list[str]:
+    parts = [""]
+    characters = iter(text)
+    for character in characters:
+        if character == "\\":
+            following = next(characters, "")
+            parts[-1] += following if following == separator else character + following
+        elif character == separator:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return [part for part in parts if part]
+
+
+def parse(given: list[str]) -> Options:
+    """Sort the options of all ``-o``. UsageError names one that nobody knows."""
+    options = Options()
+    for option in (part for text in given for part in split(text)):
+        name, equals, value = option.partition("=")
+        if name in _VALUES and equals:
+            if not value:
+                raise UsageError(f"option {name}= needs a value", _VALUES[name])
+            options.values[name] = value
+        elif name in _FLAGS and not equals:
+            options.flags.add(name.replace("-", "_"))
+        elif name in _FUSE_FLAGS and not equals:
+            options.fuse.add(name)
+        elif not (name in _IGNORED or name.startswith(("x-", "X-", "comment"))):
+            known = ", ".join([*(f"{name}=" for name in _VALUES), *_FLAGS])
+            raise UsageError(
+                f"unknown option {option!r}", f"cowfs knows {known}, and mount's suid, dev, exec …"
+            )
+    engine = options.values.get("engine", "auto")
+    if engine not in ENGINES:
+        raise UsageError(f"unknown engine {engine!r}", "one of " + ", ".join(ENGINES))
+    return options
+
+
+def describe() -> str:
+    """Return the help text for ``-o``."""
+    lines = [f"  {name + '=…':<16}{text}" for name, text in _VALUES.items()]
+    lines += [f"  {name:<16}{text}" for name, text in _FLAGS.items()]
+    return "\n".join(lines)

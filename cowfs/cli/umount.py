@@ -1,0 +1,91 @@
+"""``cowfs umount``: unmount, and return when everything is written back and released."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import shutil
+import subprocess
+
+from cowfs.cli.client import ask, find_mount
+from cowfs.errors import CowfsError, MountFailure, SystemFailure
+from cowfs.linux.mounts import umount2, wait_pid_gone
+
+NAME = "umount"
+MNT_DETACH = 2
+
+_EPILOG = """\
+umount(8) returns before the daemon has written everything back and released the store; this does not,
+so that afterwards the store can be copied, checked, grown or unplugged.
+
+example:
+  cowfs umount /mnt
+"""
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Describe the subcommand."""
+    parser = subparsers.add_parser(
+        NAME,
+        help="unmount, and return when the store is written back and released",
+        description="Unmount MOUNTPOINT and wait until its store is written back and released.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("mountpoint", metavar="MOUNTPOINT")
+    parser.add_argument(
+        "-l", "--lazy", action="store_true", help="detach now, end when nobody uses it any more; do not wait"
+    )
+    parser.add_argument(
+        "--timeout", type=float, default=600, metavar="SECONDS", help="how long to wait for the daemon"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Unmount and wait."""
+    found = find_mount(args.mountpoint)
+    if found is None:
+        raise MountFailure(f"{args.mountpoint}: no cowfs is mounted here")
+    mountpoint = os.fsdecode(found.mountpoint)
+    pid = _daemon_of(found.dev)
+    _unmount(mountpoint, lazy=args.lazy)
+    if args.lazy or pid is None:
+        return 0
+    if not wait_pid_gone(pid, args.timeout):
+        raise SystemFailure(
+            f"{mountpoint}: unmounted, but its daemon (pid {pid}) is still writing back after {args.timeout:g} s"
+        )
+    return 0
+
+
+def _daemon_of(dev: str) -> int | None:
+    """Return the daemon's pid; None when it is dead already."""
+    try:
+        return int(next(ask(dev, "info"))["pid"])
+    except (CowfsError, OSError, StopIteration):
+        return None
+
+
+def _unmount(mountpoint: str, *, lazy: bool) -> None:
+    if os.geteuid() == 0:
+        try:
+            umount2(mountpoint, MNT_DETACH if lazy else 0)
+        except OSError as error:
+            hint = (
+                f"fuser -vm {mountpoint} tells by whom; -l detaches it now"
+                if error.errno == errno.EBUSY
+                else ""
+            )
+            why = "in use" if error.errno == errno.EBUSY else error.strerror
+            raise MountFailure(f"{mountpoint}: {why}", hint) from None
+        return
+    program = shutil.which("fusermount3")
+    if program is None:
+        raise SystemFailure("fusermount3: not found", "apt install fuse3")
+    command = [program, "-u", *(["-z"] if lazy else []), "--", mountpoint]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        why = done.stderr.strip().removeprefix("fusermount3: ") or f"fusermount3 failed ({done.returncode})"
+        raise MountFailure(f"{mountpoint}: {why}")

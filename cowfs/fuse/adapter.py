@@ -1,0 +1,433 @@
+"""The FUSE protocol on one side, the union on the other; no semantics here but when to await.
+
+The union is synchronous and used from this thread alone, so code between two awaits needs no lock.
+Awaited are: the data of large copy-ups, fsync, syncs, and a copy-up of the same file by another
+request, which whoever wants to change or remove the file waits for.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import logging
+import os
+import stat
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+import pyfuse3
+import trio
+from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, SetattrFields, StatvfsData
+
+from cowfs.fuse.loop import RequestLoop
+from cowfs.overlay.attr import NewAttributes
+from cowfs.overlay.dir import Owner
+from cowfs.overlay.file import Handle
+from cowfs.overlay.node import Node
+from cowfs.overlay.overlay import Overlay
+from cowfs.types import Attr, DirEntry
+
+log = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+FOREVER = 10.0**9
+"""Seconds that the kernel may keep names and attributes: nobody but us changes them."""
+_CAPABILITY = b"security.capability"
+_NO_ATTRIBUTE = FUSEError(errno.ENODATA)
+
+
+def _failure(error: BaseException, name: str) -> FUSEError:
+    if isinstance(error, FUSEError):
+        return error
+    if isinstance(error, OSError) and error.errno:
+        return FUSEError(error.errno)
+    if isinstance(error, MemoryError):
+        return FUSEError(errno.ENOMEM)
+    log.error("%s failed in a way it should not: answered EIO", name, exc_info=error)
+    return FUSEError(errno.EIO)
+
+
+def _sync(
+    method: Callable[Concatenate[Adapter, P], R],
+) -> Callable[Concatenate[Adapter, P], Coroutine[Any, Any, R]]:
+    """Make a request handler of a plain method: whatever it raises becomes an errno."""
+
+    async def handler(self: Adapter, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return method(self, *args, **kwargs)
+        except Exception as error:
+            raise _failure(error, method.__name__) from None
+
+    functools.update_wrapper(handler, method)
+    return handler
+
+
+def _async(
+    method: Callable[Concatenate[Adapter, P], Coroutine[Any, Any, R]],
+) -> Callable[Concatenate[Adapter, P], Coroutine[Any, Any, R]]:
+    """The same for a method that may have to await."""
+
+    async def handler(self: Adapter, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return await method(self, *args, **kwargs)
+        except Exception as error:
+            raise _failure(error, method.__name__) from None
+
+    functools.update_wrapper(handler, method)
+    return handler
+
+
+class _Listing:
+    """An open directory: what was there when the listing began."""
+
+    __slots__ = ("entries", "node")
+
+    def __init__(self, node: Node) -> None:
+        self.node = node
+        self.entries: list[DirEntry] | None = None
+
+
+class Adapter(pyfuse3.Operations):
+    """Answer the kernel's requests from an :class:`Overlay`."""
+
+    supports_dot_lookup = False
+
+    def __init__(self, fs: Overlay, loop: RequestLoop, *, acl: bool = True) -> None:
+        super().__init__()
+        self.enable_acl = acl
+        self._fs = fs
+        self._loop = loop
+        self._handles: dict[int, Handle] = {}
+        self._listings: dict[int, _Listing] = {}
+        self._next = 1
+        self._threads = trio.CapacityLimiter(4)
+        self._missing = EntryAttributes()  # st_ino 0: the kernel remembers that there is no such name
+        self._missing.entry_timeout = FOREVER
+
+    # --- between the two sides
+
+    def _node(self, ino: int) -> Node:
+        node = self._fs.nodes.get(ino)
+        if node is None:
+            raise FUSEError(errno.ESTALE)
+        return node
+
+    def _entry(self, node: Node, attr: Attr) -> EntryAttributes:
+        entry = EntryAttributes()
+        entry.st_ino = node.ino
+        entry.generation = node.generation
+        entry.entry_timeout = FOREVER
+        entry.attr_timeout = FOREVER
+        entry.st_mode = attr.st_mode
+        entry.st_nlink = self._fs.nlink(node, attr)
+        entry.st_uid = attr.st_uid
+        entry.st_gid = attr.st_gid
+        entry.st_rdev = attr.st_rdev
+        entry.st_size = attr.st_size
+        entry.st_blocks = attr.st_blocks
+        entry.st_blksize = attr.st_blksize
+        entry.st_atime_ns = attr.st_atime_ns
+        entry.st_mtime_ns = attr.st_mtime_ns
+        entry.st_ctime_ns = attr.st_ctime_ns
+        return entry
+
+    def _given(self, found: tuple[Node, Attr]) -> EntryAttributes:
+        """Return the entry for a node that the kernel refers to once more from now on."""
+        node, attr = found
+        node.lookups += 1
+        return self._entry(node, attr)
+
+    def _number(self) -> int:
+        self._next += 1
+        return self._next
+
+    async def _in_thread(self, call: Callable[[], R]) -> R:
+        loop = self._loop
+        loop.hand_over()
+        loop.waiting += 1
+        try:
+            return await trio.to_thread.run_sync(call, limiter=self._threads)
+        finally:
+            loop.waiting -= 1
+
+    async def _settled(self, node: Node) -> None:
+        """Wait while another request copies the node up."""
+        while node.copying is not None:
+            self._loop.hand_over()
+            self._loop.waiting += 1
+            try:
+                await node.copying.wait()
+            finally:
+                self._loop.waiting -= 1
+
+    async def _name_settled(self, parent: Node, name: bytes) -> None:
+        """Wait while what is under this name is being copied up, whatever it is by then."""
+        while True:
+            node = self._fs.nodes.child(parent, name)
+            if node is None or node.copying is None:
+                return
+            await self._settled(node)
+
+    async def _bring_up(self, node: Node, size: int | None = None) -> None:
+        """Copy up a large file's data in a thread. A small one's is left to the call that needs it."""
+        if node.copying is not None:
+            await self._settled(node)
+        if not stat.S_ISREG(node.mode) or (node.upper is not None and not node.metacopy):
+            return
+        fs = self._fs
+        wanted = fs.stat(node).st_size
+        if size is not None:
+            wanted = min(wanted, size)
+        if wanted <= fs.options.inline_up_to:
+            return
+        job = fs.prepare_copy_up(node, size)
+        if job is None:
+            return
+        node.copying = done = trio.Event()
+        try:
+            try:
+                await self._in_thread(job.run)
+            except BaseException:
+                job.abort()
+                raise
+            job.commit()
+        finally:
+            node.copying = None
+            done.set()
+
+    # --- names
+
+    @_sync
+    def lookup(self, parent_inode: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
+        parent = self._node(parent_inode)
+        if name in {b".", b".."}:
+            node = parent if name == b"." else parent.parent or parent
+            return self._given((node, self._fs.stat(node)))
+        found = self._fs.lookup(parent, name)
+        return self._missing if found is None else self._given(found)
+
+    async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
+        for ino, lookups in inode_list:
+            node = self._fs.nodes.get(ino)
+            if node is not None:
+                try:
+                    self._fs.forget(node, lookups)
+                except Exception:
+                    log.exception("forgetting inode %d failed", ino)
+
+    @_sync
+    def mknod(
+        self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: RequestContext
+    ) -> EntryAttributes:
+        owner = Owner(ctx.uid, ctx.gid)
+        return self._given(self._fs.mknod(self._node(parent_inode), name, mode, rdev, owner))
+
+    @_sync
+    def mkdir(self, parent_inode: int, name: bytes, mode: int, ctx: RequestContext) -> EntryAttributes:
+        return self._given(self._fs.mkdir(self._node(parent_inode), name, mode, Owner(ctx.uid, ctx.gid)))
+
+    @_sync
+    def symlink(self, parent_inode: int, name: bytes, target: bytes, ctx: RequestContext) -> EntryAttributes:
+        return self._given(self._fs.symlink(self._node(parent_inode), name, target, Owner(ctx.uid, ctx.gid)))
+
+    @_async
+    async def link(
+        self, inode: int, new_parent_inode: int, new_name: bytes, ctx: RequestContext
+    ) -> EntryAttributes:
+        node = self._node(inode)
+        await self._bring_up(node)
+        return self._given((node, self._fs.link(node, self._node(new_parent_inode), new_name)))
+
+    @_async
+    async def unlink(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
+        parent = self._node(parent_inode)
+        await self._name_settled(parent, name)
+        self._fs.unlink(parent, name)
+
+    @_sync
+    def rmdir(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
+        self._fs.rmdir(self._node(parent_inode), name)
+
+    @_async
+    async def rename(
+        self,
+        parent_inode_old: int,
+        name_old: bytes,
+        parent_inode_new: int,
+        name_new: bytes,
+        flags: int,
+        ctx: RequestContext,
+    ) -> None:
+        parent, new_parent = self._node(parent_inode_old), self._node(parent_inode_new)
+        await self._name_settled(parent, name_old)
+        await self._name_settled(new_parent, name_new)
+        self._fs.rename(parent, name_old, new_parent, name_new, flags)
+
+    # --- attributes
+
+    @_sync
+    def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
+        node = self._node(inode)
+        return self._entry(node, self._fs.stat(node))
+
+    @_async
+    async def setattr(
+        self, inode: int, attr: EntryAttributes, fields: SetattrFields, fh: int | None, ctx: RequestContext
+    ) -> EntryAttributes:
+        node = self._node(inode)
+        new = NewAttributes(
+            mode=stat.S_IMODE(attr.st_mode) if fields.update_mode else None,
+            uid=attr.st_uid if fields.update_uid else None,
+            gid=attr.st_gid if fields.update_gid else None,
+            size=attr.st_size if fields.update_size else None,
+            atime_ns=attr.st_atime_ns if fields.update_atime else None,
+            mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
+            keeps_set_id=ctx.uid == 0,
+        )
+        if new.size is not None:
+            await self._bring_up(node, new.size)
+        else:
+            await self._settled(node)
+        return self._entry(node, self._fs.setattr(node, new))
+
+    @_sync
+    def readlink(self, inode: int, ctx: RequestContext) -> bytes:
+        return self._fs.readlink(self._node(inode))
+
+    @_sync
+    def statfs(self, ctx: RequestContext) -> StatvfsData:
+        stats = self._fs.statfs()
+        data = StatvfsData()
+        data.f_bsize = stats.bsize
+        data.f_frsize = stats.frsize
+        data.f_blocks = stats.blocks
+        data.f_bfree = stats.bfree
+        data.f_bavail = stats.bavail
+        data.f_files = stats.files
+        data.f_ffree = stats.ffree
+        data.f_favail = stats.favail
+        data.f_namemax = stats.namemax
+        return data
+
+    @_sync
+    def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
+        return self._fs.getxattr(self._node(inode), name)
+
+    @_sync
+    def listxattr(self, inode: int, ctx: RequestContext) -> list[bytes]:
+        return self._fs.listxattr(self._node(inode))
+
+    @_async
+    async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: RequestContext) -> None:
+        node = self._node(inode)
+        await self._settled(node)
+        self._fs.setxattr(node, name, value)
+
+    @_async
+    async def removexattr(self, inode: int, name: bytes, ctx: RequestContext) -> None:
+        node = self._node(inode)
+        await self._settled(node)
+        self._fs.removexattr(node, name)
+
+    # --- files
+
+    @_async
+    async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
+        node = self._node(inode)
+        if flags & (os.O_ACCMODE | os.O_TRUNC):
+            await self._bring_up(node, 0 if flags & os.O_TRUNC else None)
+        return self._opened(node, flags, ctx)
+
+    @_sync
+    def create(
+        self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: RequestContext
+    ) -> tuple[FileInfo, EntryAttributes]:
+        found = self._fs.create(self._node(parent_inode), name, mode, Owner(ctx.uid, ctx.gid))
+        info = self._opened(found[0], flags & ~os.O_TRUNC, ctx)
+        return info, self._given(found)
+
+    def _opened(self, node: Node, flags: int, ctx: RequestContext) -> FileInfo:
+        handle = self._fs.open(node, flags, keeps_set_id=ctx.uid == 0)
+        number = self._number()
+        self._handles[number] = handle
+        return FileInfo(fh=number)
+
+    @_async
+    async def read(self, fh: int, off: int, size: int) -> bytes:
+        return self._handles[fh].file.pread(size, off)
+
+    @_sync
+    def write(self, fh: int, off: int, buf: bytes) -> int:
+        return self._fs.write(self._handles[fh], buf, off)
+
+    async def flush(self, fh: int) -> None:
+        # Nothing is held back, so close(2) has nothing to say; the kernel does not ask again.
+        raise FUSEError(errno.ENOSYS)
+
+    @_sync
+    def release(self, fh: int) -> None:
+        self._fs.release_handle(self._handles.pop(fh))
+
+    @_async
+    async def fsync(self, fh: int, datasync: bool) -> None:
+        handle = self._handles[fh]
+        if handle.node.upper is not None:
+            file = handle.file
+            await self._in_thread(lambda: file.fsync(datasync))
+
+    # --- directories
+
+    @_sync
+    def opendir(self, inode: int, ctx: RequestContext) -> int:
+        number = self._number()
+        self._listings[number] = _Listing(self._node(inode))
+        return number
+
+    @_sync
+    def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
+        fs = self._fs
+        listing = self._listings[fh]
+        node = listing.node
+        if listing.entries is None or start_id == 0:
+            listing.entries = [
+                DirEntry(b".", stat.S_IFDIR),
+                DirEntry(b"..", stat.S_IFDIR),
+                *fs.readdir(node),
+            ]
+        entries = listing.entries
+        for position in range(start_id, len(entries)):
+            name = entries[position].name
+            if position < 2:
+                this = node if position == 0 else node.parent or node
+                if not pyfuse3.readdir_reply(token, name, self._entry(this, fs.stat(this)), position + 1):
+                    return
+                continue
+            try:
+                found = fs.lookup(node, name)
+            except OSError as failure:
+                log.warning("%r is left out of a listing: %s", name, failure)
+                continue
+            if found is None:  # removed since the listing began
+                continue
+            if not pyfuse3.readdir_reply(token, name, self._entry(*found), position + 1):
+                fs.release(found[0])
+                return
+            found[0].lookups += 1
+
+    @_sync
+    def releasedir(self, fh: int) -> None:
+        self._listings.pop(fh, None)
+
+    @_async
+    async def fsyncdir(self, fh: int, datasync: bool) -> None:
+        node = self._listings[fh].node
+        if node.upper is not None:
+            await self._in_thread(self._fs.upper.sync)
+
+    # --- for info
+
+    def figures(self) -> dict[str, Any]:
+        """Return what the daemon knows of itself, for ``cowfs info``."""
+        return {"inodes_known": len(self._fs.nodes), "open_files": len(self._handles)}

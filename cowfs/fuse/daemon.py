@@ -1,0 +1,166 @@
+"""Mount, serve until unmounted or told to stop, and leave everything in order."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import signal
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import pyfuse3
+import trio
+
+from cowfs.errors import MountFailure, SystemFailure
+from cowfs.fuse import control
+from cowfs.fuse.adapter import Adapter
+from cowfs.fuse.loop import RequestLoop
+from cowfs.linux.files import syncfs
+from cowfs.linux.mounts import mount_of
+from cowfs.linux.sockets import sd_notify
+from cowfs.overlay.overlay import Overlay
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class MountRequest:
+    """Where and how to mount."""
+
+    mountpoint: str
+    fsname: str
+    options: frozenset[str]
+    """For libfuse: allow_other, ro, suid, dev …"""
+    acl: bool = True
+    stay_on_sigterm: bool = False
+
+
+class Daemon:
+    """One mounted union."""
+
+    def __init__(self, fs: Overlay, request: MountRequest) -> None:
+        self._fs = fs
+        self._request = request
+        self._loop = RequestLoop()
+        self.adapter = Adapter(fs, self._loop, acl=request.acl)
+        self._mounted = False
+        self.dev = ""
+
+    def mount(self) -> None:
+        """Attach the filesystem to its mountpoint; requests wait until :meth:`serve`."""
+        options = {f"fsname={_escape(self._request.fsname)}", "subtype=cowfs", "default_permissions"}
+        options |= self._request.options
+        with _stderr() as said:
+            try:
+                pyfuse3.init(self.adapter, self._request.mountpoint, options)
+            except RuntimeError:
+                raise _explain(said(), self._request.mountpoint) from None
+        self._mounted = True
+        found = mount_of(self._request.mountpoint)
+        if found is None:
+            raise SystemFailure(
+                f"{self._request.mountpoint}: mounted, but /proc/self/mountinfo does not show it"
+            )
+        self.dev = found.dev
+
+    def serve(self, commands: Mapping[str, control.Command], ready: Callable[[], None]) -> None:
+        """Answer requests until the filesystem is unmounted, or SIGTERM or SIGINT ask for that.
+
+        *ready* is called once the mount has answered a first request.
+        """
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(100_000, 20, 100)
+        trio.run(self._main, commands, ready)
+
+    def close(self) -> None:
+        """Detach from the mountpoint if it is still mounted."""
+        if self._mounted:
+            self._mounted = False
+            pyfuse3.close(unmount=True)
+
+    async def _main(self, commands: Mapping[str, control.Command], ready: Callable[[], None]) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._watch_signals)
+            nursery.start_soon(self._serve_control, commands)
+            nursery.start_soon(self._announce, ready)
+            await self._loop.run()
+            sd_notify("STOPPING=1")
+            nursery.cancel_scope.cancel()
+
+    async def _announce(self, ready: Callable[[], None]) -> None:
+        """Say that the mount answers, once it does."""
+        await trio.to_thread.run_sync(os.stat, self._request.mountpoint, abandon_on_cancel=True)
+        sd_notify(f"READY=1\nMAINPID={os.getpid()}")
+        ready()
+
+    async def _serve_control(self, commands: Mapping[str, control.Command]) -> None:
+        try:
+            await control.serve(self.dev, commands)
+        except OSError as error:
+            log.warning("no control socket, so `cowfs info` and `diff` cannot ask this mount: %s", error)
+
+    async def _watch_signals(self) -> None:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+            async for number in signals:
+                if number == signal.SIGHUP:
+                    continue  # the terminal closed: a mount outlives it
+                log.info("%s: unmounting", signal.Signals(number).name)
+                await self._write_back()
+                if self._request.stay_on_sigterm and number == signal.SIGTERM:
+                    continue
+                self._loop.stop()
+                return
+
+    async def _write_back(self) -> None:
+        """Let the kernel hand us what it still holds: pages written through mmap."""
+
+        def sync() -> None:
+            fd = os.open(self._request.mountpoint, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                syncfs(fd)
+            finally:
+                os.close(fd)
+
+        with trio.move_on_after(30):
+            try:
+                await trio.to_thread.run_sync(sync, abandon_on_cancel=True)
+            except OSError as error:
+                log.warning("writing back before the unmount failed: %s", error)
+
+
+def _escape(text: str) -> str:
+    """Make a value fit for libfuse's comma-separated options (fuse_opt.c knows the backslash)."""
+    return text.replace("\\", "\\\\").replace(",", "\\,").encode("ascii", "backslashreplace").decode()
+
+
+def _explain(said: str, mountpoint: str) -> MountFailure:
+    lines = [line for line in said.splitlines() if line.strip()]
+    why = lines[-1].strip() if lines else "libfuse gave no reason"
+    for prefix in ("fusermount3: ", "fuse: ", "mount: "):
+        why = why.removeprefix(prefix)
+    hint = ""
+    if "user_allow_other" in why:
+        hint = "add the line user_allow_other to /etc/fuse.conf, or leave out allow_other"
+    return MountFailure(f"{mountpoint}: cannot be mounted: {why}", hint)
+
+
+@contextmanager
+def _stderr() -> Iterator[Callable[[], str]]:
+    """Collect what libfuse and fusermount3 print, for a message of our own."""
+    with tempfile.TemporaryFile() as sink:
+        saved = os.dup(2)
+        os.dup2(sink.fileno(), 2)
+
+        def said() -> str:
+            sink.seek(0)
+            return sink.read().decode(errors="replace")
+
+        try:
+            yield said
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)

@@ -1,0 +1,150 @@
+"""The request loop: which task waits for the next request, and how.
+
+A request costs a FUSE daemon more in wake-ups across CPUs than in work (docs/benchmarks.md). So while
+requests keep coming, the loop polls for the next one for some microseconds before it sleeps; when they
+do not, it sleeps at once and burns nothing.
+
+pyfuse3 runs several tasks, each of which waits, receives, handles and replies. Here one of them
+*leads*: it alone waits, and it goes on leading through any number of requests that it can answer
+without awaiting. A handler that must await (a thread, another request) first *hands over*, and an idle
+task leads. So the common request costs no task switch at all, and a slow one holds up nobody.
+
+The waiting function is a private name of pyfuse3's, which this module replaces; with a pyfuse3 that
+has no such name, the stock loop serves, only slower.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import time
+
+import pyfuse3
+import trio
+
+_WAIT = "_wait_fuse_readable"
+MAX_TASKS = 40
+"""So many requests may be waiting for something at a time."""
+_POLLS = 80
+_KEEP_COMING_NS = 1_000_000
+"""A request that comes within this time of the last says that more will."""
+_YIELD_NS = 500_000
+"""After so long in a row of requests, other tasks (signals, the control socket) have a turn."""
+_YIELD_WHEN_OTHERS_WAIT_NS = 50_000
+
+
+class RequestLoop:
+    """Serve the session that :func:`pyfuse3.init` has opened."""
+
+    def __init__(self) -> None:
+        self.waiting = 0
+        self._leader: trio.lowlevel.Task | None = None
+        self._idle: list[trio.lowlevel.Task] = []
+        self._closing = False
+        self._spin = False
+        self._yielded = 0
+        self._fd = -1
+        self._poll = select.poll()
+
+    async def run(self) -> None:
+        """Serve requests until the filesystem is unmounted or :meth:`stop` is called."""
+        stock = getattr(pyfuse3, _WAIT, None)
+        if stock is None:
+            await pyfuse3.main()
+            return
+        self._fd = _fuse_fd()
+        self._poll.register(self._fd, select.POLLIN)
+        setattr(pyfuse3, _WAIT, self._readable)
+        try:
+            await pyfuse3.main(1, MAX_TASKS)
+        finally:
+            setattr(pyfuse3, _WAIT, stock)
+
+    def stop(self) -> None:
+        """Let :meth:`run` return after the requests that are being handled."""
+        self._close()
+        pyfuse3.terminate()
+
+    def hand_over(self) -> None:
+        """Let another task lead: the caller is about to await something."""
+        if self._leader is trio.lowlevel.current_task():
+            self._leader = None
+            self._wake_one()
+
+    def _wake_one(self) -> None:
+        if self._idle:
+            task = self._idle.pop()
+            self._leader = task
+            trio.lowlevel.reschedule(task)
+
+    def _close(self) -> None:
+        self._closing = True
+        while self._idle:
+            trio.lowlevel.reschedule(self._idle.pop())
+
+    async def _readable(self) -> bool:
+        """Return True when the calling task shall receive a request, False when it shall end."""
+        task = trio.lowlevel.current_task()
+        if self._leader is not task:
+            if self._leader is not None and not self._closing:
+                await self._park(task)
+            else:
+                self._leader = task
+        if self._closing:
+            await trio.lowlevel.checkpoint()
+            return False
+        return await self._lead()
+
+    async def _park(self, task: trio.lowlevel.Task) -> None:
+        def abort(_: trio.lowlevel.RaiseCancelT) -> trio.lowlevel.Abort:
+            if task in self._idle:
+                self._idle.remove(task)
+            return trio.lowlevel.Abort.SUCCEEDED
+
+        self._idle.append(task)
+        await trio.lowlevel.wait_task_rescheduled(abort)
+
+    async def _lead(self) -> bool:
+        poll = self._poll.poll
+        now = time.monotonic_ns()
+        pause = _YIELD_WHEN_OTHERS_WAIT_NS if self.waiting else _YIELD_NS
+        if now - self._yielded > pause:
+            await self._yield()
+            if self._closing:
+                return False
+        events = poll(0)
+        if not events and self._spin:
+            for _ in range(_POLLS):
+                events = poll(0)
+                if events:
+                    break
+        while not events:
+            asleep = time.monotonic_ns()
+            try:
+                await trio.lowlevel.wait_readable(self._fd)
+            except trio.ClosedResourceError:
+                self._close()
+            if self._closing:
+                return False
+            self._yielded = time.monotonic_ns()
+            self._spin = self._yielded - asleep < _KEEP_COMING_NS
+            events = poll(0)
+        if events[0][1] & ~select.POLLIN:  # POLLERR: the filesystem is unmounted
+            self._close()
+            return False
+        return True
+
+    async def _yield(self) -> None:
+        await trio.lowlevel.checkpoint()
+        self._yielded = time.monotonic_ns()
+
+
+def _fuse_fd() -> int:
+    """Return the session's descriptor, which pyfuse3 keeps to itself."""
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            if os.readlink(f"/proc/self/fd/{name}") == "/dev/fuse":
+                return int(name)
+        except OSError:
+            continue
+    raise RuntimeError("no FUSE session is open")
