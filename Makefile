@@ -1,0 +1,43 @@
+# What can be made here; `make` lists it.
+
+SHELL = /bin/bash
+PYTHON = .venv/bin/python
+# Mounting images takes root; tests that play an unprivileged user drop to nobody themselves.
+AS_ROOT = $(shell [ "$$(id -u)" = 0 ] || command -v sudo)
+SHELL_SCRIPTS = $(shell git ls-files -co --exclude-standard .ci mount-helpers scripts tests perf | \
+	xargs -r grep -lE '^\#!(/bin/sh|/bin/bash|/usr/bin/env (ba)?sh)' --)
+# For example: make test PYTEST_ARGS='-k rename -x'
+PYTEST_ARGS =
+COVERAGE = --cov --cov-report=term --cov-fail-under=90
+
+.PHONY: help setup demo test lint perf clean
+
+help: ## say what can be made (the default)
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' Makefile
+
+setup: ## install what cowfs needs, and cowfs itself in .venv
+	@scripts/setup
+
+demo: setup ## see it work: a squashfs root, changed, kept in a store, there again at the next mount
+	@scripts/demo
+
+test: ## run the whole test suite and require 90 % coverage
+	@scripts/setup --test
+	@install -d -m 1777 .cache/coverage && rm -f .cache/coverage/data*
+	$(AS_ROOT) $(PYTHON) -m pytest -m "not nightly" $(if $(PYTEST_ARGS),$(PYTEST_ARGS),$(COVERAGE))
+
+lint: ## check the source: ruff, mypy, import-linter, shellcheck
+	@scripts/setup --lint
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	.venv/bin/lint-imports --no-cache
+	.venv/bin/shellcheck $(SHELL_SCRIPTS)
+
+perf: ## measure cowfs beside the kernel's overlayfs and other filesystems
+	@scripts/setup --perf
+	$(AS_ROOT) $(PYTHON) perf/run.py $(PERF_ARGS)
+
+clean: ## remove all that make has made here
+	rm -rf .venv .cache build dist *.egg-info htmlcov .coverage* .*_cache .hypothesis
+	find cowfs tests perf -name __pycache__ -prune -exec rm -rf {} +
