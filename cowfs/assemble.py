@@ -19,7 +19,7 @@ from cowfs.overlay.copyup import copy_xattrs
 from cowfs.overlay.overlay import Overlay
 from cowfs.overlay.state import OverlayOptions
 from cowfs.store.identity import identify_lower
-from cowfs.store.opening import open_store
+from cowfs.store.open import open_store
 from cowfs.store.store import Store
 from cowfs.types import Identity
 
@@ -136,7 +136,7 @@ def open_union(options: UnionOptions, progress: Progress = lambda _: None) -> Un
             force_lower=options.force_lower,
             engine=options.engine,
             progress=progress,
-            **({"size": options.size} if options.size else {}),
+            memory_size=options.size,
         )
         stack.callback(store.close)
         overlay = Overlay(
@@ -177,6 +177,8 @@ def _take_attributes(overlay: Overlay, lower: LowerLayer) -> None:
 
 def check_mountpoint(mountpoint: str, options: UnionOptions) -> str:
     """Return the mountpoint's real path; MountFailure when it cannot be one for these layers."""
+    if mountpoint.startswith("/dev/fd/"):
+        return mountpoint  # mounted by somebody else, who hands us the connection
     if not os.path.exists(mountpoint):
         raise MountFailure(f"{mountpoint}: no such mountpoint", "make the directory first")
     if not os.path.isdir(mountpoint):
@@ -206,16 +208,17 @@ def commands(union: Union, more: Callable[[], dict[str, Any]]) -> dict[str, Any]
         yield {**union.info(), **more()}
 
     def diff(_: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        from cowfs.changes import diff as changes
+        from cowfs.changes.diff import diff as changed
+        from cowfs.changes.render import to_json
 
         overlay = union.overlay
-        for change in changes.diff(
+        for change in changed(
             overlay.upper,
             overlay.root.upper,
             overlay.lowers,
             overlay.options.xattr_prefix,
             index=overlay.index,
         ):
-            yield {"change": changes.to_json(change)}
+            yield {"change": to_json(change)}
 
     return {"info": info, "diff": diff}

@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     log = os.path.abspath(log) if log else None
     if store == "memory":
         print(
-            "cowfs: changes are kept in memory, and lost at the unmount (--store keeps them)", file=sys.stderr
+            "cowfs: changes are kept in memory, lost at the unmount (--store keeps them)", file=sys.stderr
         )
 
     def daemon(reporter: Reporter) -> int:

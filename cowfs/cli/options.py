@@ -22,6 +22,7 @@ _FLAGS = {
     "noacl": "do not serve POSIX ACLs",
     "ro": "read-only",
     "rw": "writable (the default)",
+    "sloppy": "ignore options that nobody knows",
 }
 _FUSE_FLAGS = {"suid", "nosuid", "dev", "nodev", "exec", "noexec", "sync", "dirsync", "noatime", "atime"}
 _IGNORED = {
@@ -72,7 +73,8 @@ def _split(text: str, separator: str) -> list[str]:
 def parse(given: list[str]) -> Options:
     """Sort the options of all ``-o``. UsageError names one that nobody knows."""
     options = Options()
-    for option in (part for text in given for part in split(text)):
+    parts = [part for text in given for part in split(text)]
+    for option in parts:
         name, equals, value = option.partition("=")
         if name in _VALUES and equals:
             if not value:
@@ -82,11 +84,9 @@ def parse(given: list[str]) -> Options:
             options.flags.add(name.replace("-", "_"))
         elif name in _FUSE_FLAGS and not equals:
             options.fuse.add(name)
-        elif not (name in _IGNORED or name.startswith(("x-", "X-", "comment"))):
+        elif not (name in _IGNORED or name.startswith(("x-", "X-", "comment")) or "sloppy" in parts):
             known = ", ".join([*(f"{name}=" for name in _VALUES), *_FLAGS])
-            raise UsageError(
-                f"unknown option {option!r}", f"cowfs knows {known}, and mount's suid, dev, exec …"
-            )
+            raise UsageError(f"unknown option {option!r}", f"known: {known}, and mount's suid, dev, exec …")
     engine = options.values.get("engine", "auto")
     if engine not in ENGINES:
         raise UsageError(f"unknown engine {engine!r}", "one of " + ", ".join(ENGINES))

@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if not wait_pid_gone(pid, args.timeout):
         raise SystemFailure(
-            f"{mountpoint}: unmounted, but its daemon (pid {pid}) is still writing back after {args.timeout:g} s"
+            f"{mountpoint}: unmounted, but after {args.timeout:g} s its daemon (pid {pid}) is still writing back"
         )
     return 0
 
@@ -73,13 +73,10 @@ def _unmount(mountpoint: str, *, lazy: bool) -> None:
         try:
             umount2(mountpoint, MNT_DETACH if lazy else 0)
         except OSError as error:
-            hint = (
-                f"fuser -vm {mountpoint} tells by whom; -l detaches it now"
-                if error.errno == errno.EBUSY
-                else ""
-            )
-            why = "in use" if error.errno == errno.EBUSY else error.strerror
-            raise MountFailure(f"{mountpoint}: {why}", hint) from None
+            if error.errno == errno.EBUSY:
+                hint = f"fuser -vm {mountpoint} tells by whom; -l detaches it now"
+                raise MountFailure(f"{mountpoint}: in use", hint) from None
+            raise MountFailure(f"{mountpoint}: {error.strerror}") from None
         return
     program = shutil.which("fusermount3")
     if program is None:

@@ -59,6 +59,8 @@ class Daemon:
             except RuntimeError:
                 raise _explain(said(), self._request.mountpoint) from None
         self._mounted = True
+        if self._request.mountpoint.startswith("/dev/fd/"):
+            return
         found = mount_of(self._request.mountpoint)
         if found is None:
             raise SystemFailure(
@@ -85,7 +87,8 @@ class Daemon:
     async def _main(self, commands: Mapping[str, control.Command], ready: Callable[[], None]) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._watch_signals)
-            nursery.start_soon(self._serve_control, commands)
+            if self.dev:
+                nursery.start_soon(self._serve_control, commands)
             nursery.start_soon(self._announce, ready)
             await self._loop.run()
             sd_notify("STOPPING=1")
@@ -93,7 +96,8 @@ class Daemon:
 
     async def _announce(self, ready: Callable[[], None]) -> None:
         """Say that the mount answers, once it does."""
-        await trio.to_thread.run_sync(os.stat, self._request.mountpoint, abandon_on_cancel=True)
+        if self.dev:
+            await trio.to_thread.run_sync(os.stat, self._request.mountpoint, abandon_on_cancel=True)
         sd_notify(f"READY=1\nMAINPID={os.getpid()}")
         ready()
 
