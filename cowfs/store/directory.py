@@ -61,7 +61,7 @@ def open_root(root: int, path: str, want: Wanted, stack: ExitStack, *, kind: Kin
 
 
 def _lock_file(root: int, path: str, layer: DirectoryLayer, stack: ExitStack) -> None:
-    layout.ensure_directory(layer, layer.root, layout.PRIVATE, 0o700)
+    layout.ensure_directory(layer, layer.root, layout.PRIVATE, 0o755)
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
     fd = os.open(layout.PRIVATE + b"/" + layout.LOCK, flags, 0o600, dir_fd=root)
     stack.callback(os.close, fd)

@@ -115,7 +115,7 @@ def load_header(layer: UpperLayer) -> Header:
 def save_header(layer: UpperLayer, header: Header) -> None:
     """Replace the header atomically; it is on disk when this returns. Blocks."""
     uid, gid = os.geteuid(), os.getegid()
-    private = ensure_directory(layer, layer.root, PRIVATE, 0o700)
+    private = ensure_directory(layer, layer.root, PRIVATE, 0o755)
     if layer.lookup(private, _NEW_HEADER) is not None:
         layer.unlink(private, _NEW_HEADER, None)
     key = layer.create(private, _NEW_HEADER, 0o644, uid, gid)

@@ -93,10 +93,10 @@ class Superblock:
         return "needs recovery" if self.needs_recovery else "clean"
 
 
-def read_superblock(fd: int, path: str) -> Superblock:
+def read_superblock(fd: int, path: str, *, smallest: int = SMALLEST) -> Superblock:
     """Read and judge the superblock of the image open as *fd*.
 
-    Raises StoreError, naming what the file is, unless it is a whole ext3 filesystem of 16 MB or more.
+    Raises StoreError, naming what the file is, unless it is a whole ext3 filesystem of at least *smallest* bytes.
     """
     length = os.fstat(fd).st_size
     data = os.pread(fd, _SIZE, _OFFSET)
@@ -115,7 +115,7 @@ def read_superblock(fd: int, path: str) -> Superblock:
             f"{format_size(blocks * block_size)} are there",
             "copy it again from where it came from",
         )
-    if blocks * block_size < SMALLEST:
+    if blocks * block_size < smallest:
         raise StoreError(
             f"{path}: {format_size(blocks * block_size)} is too small for a store",
             f"cowfs grow makes it larger, to at least {format_size(SMALLEST)}",

@@ -39,14 +39,12 @@ def run(
 
     It gets a session of its own, so that a ^C on the terminal never stops it in the middle of a write.
     """
-    environment = {**os.environ, "LC_ALL": "C", "E2FSPROGS_FAKE_TIME": ""}
-    environment.pop("E2FSPROGS_FAKE_TIME")
     return subprocess.run(
         [program(command[0]), *command[1:]],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT if merge else subprocess.PIPE,
-        env=environment,
+        env={**os.environ, "LC_ALL": "C"},
         encoding="utf-8",
         errors="replace",
         pass_fds=pass_fds,
@@ -74,13 +72,13 @@ def recover(path: str, progress: Progress) -> None:
     code, said = fsck(path, "-p")
     if code & ~(FSCK_CORRECTED | 2):
         raise StoreError(
-            f"{path}: the store is damaged and cannot be repaired automatically: {_reason(said)}",
+            f"{path}: the store is damaged and cannot be repaired automatically: {reason(said)}",
             f"make a copy, then try: e2fsck -f {path}",
         )
     progress(f"{path}: was not cleanly unmounted, recovered")
 
 
-def _reason(said: str) -> str:
+def reason(said: str) -> str:
     """Pick the line of e2fsck's that says what is wrong, not the shout below it."""
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     lines = [line for line in lines if not line.startswith(("(i.e.", "e2fsck ")) and "RUN fsck" not in line]

@@ -1,0 +1,170 @@
+"""Check a store: the filesystem with e2fsck, then the rules of the overlay that stands in it."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+
+from cowfs.errors import StoreError
+from cowfs.layers.directory import DirectoryLayer, PathKey
+from cowfs.store import debugfs, layout, lock, tools
+from cowfs.store.debugfs import Entry
+from cowfs.store.header import TRUSTED, USER, Header, from_json
+from cowfs.store.image import open_file
+from cowfs.store.signals import deferred
+from cowfs.store.superblock import read_superblock
+from cowfs.store.tools import Progress, quiet
+
+
+@dataclass(slots=True)
+class Report:
+    """What a check has found. *code* is that of fsck(8): bits 1 corrected, 4 uncorrected, 8 failed."""
+
+    code: int = 0
+    problems: list[str] = field(default_factory=list)
+    """What breaks the overlay's rules, a line each."""
+
+
+def check_store(path: str, *, read_only: bool = False, progress: Progress = quiet) -> Report:
+    """Check the store at *path*, an image or a directory; repair its filesystem unless *read_only*.
+
+    What breaks the overlay's rules is reported, never changed. *progress* gets what e2fsck says.
+    Blocks. Raises StoreError for what cannot be checked at all, StoreBusy while it is in use.
+    """
+    path = os.path.abspath(path)
+    if os.path.isdir(path):
+        return _check_directory(path)
+    report = Report()
+    with ExitStack() as stack:
+        fd = open_file(path, read_only=read_only)
+        stack.callback(os.close, fd)
+        lock.lock(fd, path, shared=read_only)
+        lock.refuse_mounted_image(fd, path)
+        read_superblock(fd, path, smallest=0)
+        with deferred():
+            report.code, said = tools.fsck(path, "-f", "-n" if read_only else "-p")
+        for line in said.splitlines():
+            if line.strip() and not line.startswith("e2fsck "):
+                progress(line.rstrip())
+        if report.code & ~(tools.FSCK_CORRECTED | 2):
+            report.problems.append(f"{path}: the filesystem is damaged, so what is in it was not checked")
+            return report
+        _check_image(path, report)
+    return report
+
+
+def _check_image(path: str, report: Report) -> None:
+    names = debugfs.names(path)
+    if any(name.startswith(b".wh..wh.") for name in names):
+        report.problems.append(f"{path}: has the aufs format, whose rules are not checked yet")
+        return
+    header = None
+    try:
+        content = debugfs.read_file(path, "cowfs/header.json")
+        header = from_json(content, path) if content else None
+        if not content:
+            report.problems.append(f"{path}: has no header (it was not mounted by cowfs yet)")
+    except StoreError as error:
+        report.problems.append(error.message)
+        report.code |= tools.FSCK_UNCORRECTED
+    _finish(path, names, header, debugfs.walk(path, "upper"), report)
+
+
+def _check_directory(path: str) -> Report:
+    report = Report()
+    lock.refuse_mounted_directory(path)
+    with ExitStack() as stack:
+        try:
+            root = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            layer = DirectoryLayer(root, path)
+            stack.callback(layer.close)
+            with suppress(FileNotFoundError):
+                fd = os.open(layout.PRIVATE + b"/" + layout.LOCK, os.O_RDONLY | os.O_CLOEXEC, dir_fd=root)
+                stack.callback(os.close, fd)
+                lock.lock(fd, path, shared=True)
+            header = None
+            try:
+                if layout.find(layer, layout.PRIVATE, layout.HEADER) is None:
+                    report.problems.append(f"{path}: has no header (it was not mounted by cowfs yet)")
+                else:
+                    header = layout.load_header(layer)
+            except StoreError as error:
+                report.problems.append(error.message)
+                report.code |= tools.FSCK_UNCORRECTED
+            names = {entry.name for entry in layer.readdir(layer.root)}
+            _finish(path, names, header, _walk(layer), report)
+        except OSError as error:
+            raise StoreError(f"{path}: cannot be read: {error.strerror}") from None
+    return report
+
+
+def _walk(layer: DirectoryLayer) -> Iterator[Entry]:
+    """Yield everything below upper/ of a directory store, each directory before what is in it."""
+    top = layout.find(layer, layout.UPPER)
+    stack: list[tuple[PathKey, bytes]] = [(top, b"")] if top is not None else []
+    while stack:
+        key, path = stack.pop()
+        for name, _ in layer.readdir(key):
+            found = layer.lookup(key, name)
+            if found is None:
+                continue
+            child, attr = found
+            entry = Entry(path + b"/" + name if path else name, attr.st_mode, attr.st_rdev)
+            if stat.S_ISDIR(attr.st_mode) or stat.S_ISREG(attr.st_mode):
+                entry.xattrs = {
+                    name: layer.getxattr(child, name)
+                    for name in layer.listxattr(child)
+                    if name.startswith((TRUSTED.encode(), USER.encode()))
+                }
+            yield entry
+            if stat.S_ISDIR(attr.st_mode):
+                stack.append((child, entry.path))
+        layer.forget(key)
+
+
+def _finish(
+    path: str, names: set[bytes], header: Header | None, entries: Iterable[Entry], report: Report
+) -> None:
+    missing = sorted({layout.UPPER, layout.WORK} - names)
+    found = [f"{path}: {os.fsdecode(name)}/ is missing" for name in missing]
+    prefix = header.xattrs if header is not None else TRUSTED
+    if layout.UPPER not in missing:
+        found += broken_rules(entries, prefix.encode())
+    if found:
+        report.problems += found
+        report.code |= tools.FSCK_UNCORRECTED
+
+
+def broken_rules(entries: Iterable[Entry], prefix: bytes) -> Iterator[str]:
+    """Yield a line for everything in an upper tree that no overlay would have written.
+
+    Directories must come before what is in them. The rules are those of fs/overlayfs/namei.c.
+    """
+    opaque: set[bytes] = set()
+    for entry in entries:
+        name = _shown(entry.path)
+        parent = entry.path.rpartition(b"/")[0]
+        if entry.xattrs.get(prefix + b"opaque") == b"y":
+            opaque.add(entry.path)
+        if stat.S_ISCHR(entry.mode) and entry.rdev == 0 and parent in opaque:
+            yield f"{name}: a whiteout inside an opaque directory"
+        redirect = entry.xattrs.get(prefix + b"redirect")
+        if redirect is not None and not _leads_somewhere(redirect):
+            yield f"{name}: redirects to {_shown(redirect)}, which is no place in a lower"
+        if prefix + b"metacopy" in entry.xattrs and prefix + b"origin" not in entry.xattrs:
+            yield f"{name}: its data is said to be in a lower (metacopy), but not where (no origin)"
+
+
+def _leads_somewhere(redirect: bytes) -> bool:
+    """Say whether a redirect is a name in the same directory, or an absolute path without ``..``."""
+    parts = redirect[1:].split(b"/") if redirect.startswith(b"/") else [redirect]
+    return all(part not in {b"", b".", b".."} and b"/" not in part for part in parts)
+
+
+def _shown(name: bytes) -> str:
+    """Write a path for people: on one line, whatever bytes it has."""
+    text = name.decode(errors="backslashreplace")
+    return text if text.isprintable() else repr(text)[1:-1]

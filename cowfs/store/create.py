@@ -1,0 +1,164 @@
+"""Make a store: an ext3 image with upper/, work/ and the header in it. Needs no privilege."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from cowfs.errors import StoreError, UsageError
+from cowfs.linux import files
+from cowfs.store import debugfs, tools
+from cowfs.store.header import new_header, to_json
+from cowfs.store.signals import cleaned_up
+from cowfs.store.sizes import LARGEST, SMALLEST, check_room, format_size
+from cowfs.store.tools import Progress, quiet
+
+# What ext3 was when the kernel's ext3 driver knew it, whatever /etc/mke2fs.conf says.
+_FEATURES = "none,has_journal,ext_attr,resize_inode,dir_index,filetype,sparse_super,large_file"
+
+_GROUP = 128 << 20
+"""Bytes that one block group covers, with blocks of 4 KiB."""
+
+
+def create_store(path: str, size: int, *, progress: Progress = quiet) -> None:
+    """Make a store of *size* bytes at *path*, where nothing may be. All of it is allocated. Blocks.
+
+    It appears whole or not at all: a failure, SIGINT, SIGTERM or SIGHUP leave nothing behind.
+    Raises UsageError for the size, StoreError for the place, SystemFailure without e2fsprogs.
+    """
+    if size < SMALLEST:
+        raise UsageError(f"{format_size(size)} is too small for a store", f"at least {format_size(SMALLEST)}")
+    if size >= LARGEST:
+        raise UsageError(f"{format_size(size)} is too large for ext3", f"less than {format_size(LARGEST)}")
+    if os.path.lexists(path):
+        raise StoreError(f"{path}: exists already", f"cowfs grow {path} makes an existing store larger")
+    path = os.path.abspath(path)
+    directory = os.path.dirname(path)
+    if not os.path.isdir(directory):
+        raise StoreError(f"{path}: there is no directory {directory}")
+    check_room(path, directory, size)
+    for name in ("mke2fs", "debugfs"):
+        tools.program(name)
+    progress(f"making {path}, {format_size(size)}")
+    with cleaned_up(), _unfinished(path, directory) as fd:
+        allocate(fd, path, 0, size)
+        _format(fd, path)
+        os.fsync(fd)
+
+
+def allocate(fd: int, path: str, start: int, end: int) -> None:
+    """Extend a file from *start* to *end* bytes and give it all of its blocks. Blocks.
+
+    Raises StoreError, the file being *start* long again, when there is no room after all.
+    """
+    try:
+        os.posix_fallocate(fd, start, end - start)
+    except OSError as error:
+        os.ftruncate(fd, start)
+        hint = "free some space, or choose a smaller size"
+        if error.errno == errno.EFBIG:
+            hint = "the filesystem, or a limit (ulimit -f), holds no file of this size"
+        raise StoreError(
+            f"{path}: {format_size(end - start)} cannot be allocated: {error.strerror}", hint
+        ) from None
+    except BaseException:
+        os.ftruncate(fd, start)
+        raise
+
+
+@contextmanager
+def _unfinished(path: str, directory: str) -> Iterator[int]:
+    """Open a file that gets its name at the end, if nothing stands there by then, and else is gone."""
+    try:
+        parent = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise StoreError(f"{path}: {error.strerror}") from None
+    name = os.path.basename(path)
+    temporary = ""
+    fd = -1
+    try:
+        try:
+            fd = os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=parent)
+        except OSError as error:
+            if error.errno not in {errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT}:
+                raise
+            temporary = f".cowfs-{secrets.token_hex(8)}"  # FAT: a file has a name, or is none
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            fd = os.open(temporary, flags, 0o600, dir_fd=parent)
+        yield fd
+        _publish(fd, parent, temporary, name)
+        temporary = ""
+        os.fsync(parent)
+    except FileExistsError:
+        raise StoreError(f"{path}: exists already", "somebody else made it just now") from None
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be made: {error.strerror}") from None
+    finally:
+        if temporary:
+            with suppress(OSError):
+                os.unlink(temporary, dir_fd=parent)
+        if fd >= 0:
+            os.close(fd)
+        os.close(parent)
+
+
+def _publish(fd: int, parent: int, temporary: str, name: str) -> None:
+    """Give the finished file its name. Raises FileExistsError rather than to replace anything."""
+    if not temporary:
+        os.link(f"/proc/self/fd/{fd}", name, dst_dir_fd=parent, follow_symlinks=True)
+        return
+    try:
+        files.renameat2(parent, os.fsencode(temporary), parent, os.fsencode(name), files.RENAME_NOREPLACE)
+    except OSError as error:
+        if error.errno not in {errno.EINVAL, errno.ENOSYS}:
+            raise
+        with suppress(FileNotFoundError):
+            os.stat(name, dir_fd=parent, follow_symlinks=False)
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), name) from None
+        os.rename(temporary, name, src_dir_fd=parent, dst_dir_fd=parent)
+
+
+def _format(fd: int, path: str) -> None:
+    """Make the filesystem, and in it the directories and the header, all of them root's."""
+    identity = str(uuid.uuid4())
+    # All block groups have the number of inodes that the first one, however small, was made with. So
+    # a small store gets twice as many, or it would run out of them when it is a large one.
+    per_inode = "8192" if os.fstat(fd).st_size >= _GROUP else "4096"
+    image = f"/proc/self/fd/{fd}"
+    # nodiscard: else mke2fs gives the blocks back that were just allocated. 256 bytes an inode have
+    # room for nanoseconds and the overlay's xattrs; -m 0: nobody needs blocks that only root may use.
+    extended = "nodiscard,lazy_itable_init=0,root_owner=0:0"
+    done = tools.run(
+        [
+            *("mke2fs", "-q", "-F", "-t", "ext3", "-O", _FEATURES, "-b", "4096", "-I", "256"),
+            *("-m", "0", "-i", per_inode, "-L", "cowfs", "-U", identity, "-E", extended, image),
+        ],
+        pass_fds=[fd],
+        merge=True,
+    )
+    if done.returncode:
+        raise StoreError(f"{path}: mke2fs failed: {tools.last_line(done.stdout)}")
+    header = to_json(new_header(identity=identity))
+    content = os.memfd_create("header")
+    try:
+        os.write(content, header)
+        script = [f"mkdir {name}" for name in ("upper", "work", "cowfs")]
+        script.append(f"write /proc/self/fd/{content} cowfs/header.json")
+        for name, mode in (
+            ("upper", "40755"),
+            ("work", "40755"),
+            ("cowfs", "40755"),
+            ("cowfs/header.json", "100644"),
+        ):
+            script += [f"sif {name} mode 0{mode}", f"sif {name} uid 0", f"sif {name} gid 0"]
+        debugfs.requests(image, script, write=True, pass_fds=[fd, content])
+    finally:
+        os.close(content)
+    # debugfs exits with 0 whatever happens, so look.
+    made = debugfs.requests(image, ["cat cowfs/header.json", "ls -p <2>"], pass_fds=[fd])
+    if made[0] != header or b"/upper/" not in made[1] or b"/work/" not in made[1]:
+        raise StoreError(f"{path}: debugfs could not write the header into the new filesystem")

@@ -1,0 +1,98 @@
+"""Make a store larger. Needs no privilege but that to write to the image."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from contextlib import ExitStack
+
+from cowfs.errors import StoreError, UsageError
+from cowfs.store import lock, tools
+from cowfs.store.create import allocate
+from cowfs.store.image import open_file
+from cowfs.store.signals import cleaned_up, deferred
+from cowfs.store.sizes import LARGEST, check_room, format_size
+from cowfs.store.superblock import read_superblock
+from cowfs.store.tools import Progress, quiet
+
+
+def grow_store(path: str, size: int | None, *, progress: Progress = quiet) -> int:
+    """Extend the image at *path* to *size* bytes and let its filesystem fill it; return the size. Blocks.
+
+    Without *size* only the filesystem grows, to the size that the file has. What is in the store stays.
+    Whatever fails, the store is as usable as before, and the same call again goes on from there: a
+    file that has the size already is no error. Raises StoreError, StoreBusy, UsageError.
+    """
+    if size is not None and size >= LARGEST:
+        raise UsageError(f"{format_size(size)} is too large for ext3", f"less than {format_size(LARGEST)}")
+    if os.path.isdir(path):
+        raise StoreError(f"{path}: a directory store has no size of its own")
+    path = os.path.abspath(path)
+    with cleaned_up(), ExitStack() as stack:
+        fd = open_file(path)
+        stack.callback(os.close, fd)
+        lock.lock(fd, path)
+        lock.refuse_mounted_image(fd, path)
+        filesystem = read_superblock(fd, path, smallest=0).size
+        length = os.fstat(fd).st_size
+        size = length if size is None else size
+        _check_size(path, size, length, filesystem)
+        if size == length and filesystem == length:
+            progress(f"{path}: has {format_size(size)} already")
+            return size
+        _check_filesystem(path)
+        if size > length:
+            check_room(path, os.path.dirname(path), size, os.fstat(fd).st_blocks * 512)
+            progress(f"extending {path} from {format_size(length)} to {format_size(size)}")
+            allocate(fd, path, length, size)
+            os.fsync(fd)
+        else:
+            progress(f"{path}: the file has {format_size(size)} already, its filesystem is to fill it")
+        _resize(path)
+        os.fsync(fd)
+        return read_superblock(fd, path, smallest=0).size
+
+
+def _check_size(path: str, size: int, length: int, filesystem: int) -> None:
+    if size >= length:
+        return
+    if filesystem < length:
+        raise StoreError(
+            f"{path}: the file has {format_size(length)} already, its filesystem {format_size(filesystem)}",
+            f"cowfs grow {path} {length >> 20} completes it",
+        )
+    raise StoreError(
+        f"{path}: has {format_size(length)}, more than the {format_size(size)} asked for",
+        "a store can grow only; make a new one and copy the content",
+    )
+
+
+def _check_filesystem(path: str) -> None:
+    """Check, and where that is safe repair, the filesystem: resize2fs demands it."""
+    with deferred():
+        code, said = tools.fsck(path, "-f", "-p")
+    if code & ~(tools.FSCK_CORRECTED | 2):
+        raise StoreError(
+            f"{path}: e2fsck found damage that it cannot repair by itself: {tools.reason(said)}",
+            f"nothing was extended; make a copy, then try: e2fsck -f {path}",
+        )
+
+
+def _resize(path: str) -> None:
+    on_terminal = sys.stdout.isatty()
+    with deferred():
+        done = subprocess.run(
+            [tools.program("resize2fs"), *(["-p"] if on_terminal else []), path],
+            stdin=subprocess.DEVNULL,
+            stdout=None if on_terminal else subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+            errors="replace",
+            start_new_session=True,
+        )
+    if done.returncode:
+        raise StoreError(
+            f"{path}: resize2fs failed: {tools.last_line(done.stderr)}",
+            "the same command again goes on from here",
+        )
