@@ -50,15 +50,17 @@ def create_store(path: str, size: int, *, progress: Progress = quiet) -> None:
         os.fsync(fd)
 
 
-def allocate(fd: int, path: str, start: int, end: int) -> None:
-    """Extend a file from *start* to *end* bytes and give it all of its blocks. Blocks.
+def allocate(fd: int, path: str, start: int, end: int, length: int | None = None) -> None:
+    """Give a file all of its blocks from *start* to *end*, which may be beyond its end. Blocks.
 
-    Raises StoreError, the file being *start* long again, when there is no room after all.
+    When there is no room after all the file is cut to the *length* that it had (by default *start*),
+    and StoreError raised.
     """
+    length = start if length is None else length
     try:
         os.posix_fallocate(fd, start, end - start)
     except OSError as error:
-        os.ftruncate(fd, start)
+        os.ftruncate(fd, length)
         hint = "free some space, or choose a smaller size"
         if error.errno == errno.EFBIG:
             hint = "the filesystem, or a limit (ulimit -f), holds no file of this size"
@@ -66,7 +68,7 @@ def allocate(fd: int, path: str, start: int, end: int) -> None:
             f"{path}: {format_size(end - start)} cannot be allocated: {error.strerror}", hint
         ) from None
     except BaseException:
-        os.ftruncate(fd, start)
+        os.ftruncate(fd, length)
         raise
 
 

@@ -36,31 +36,32 @@ def grow_store(path: str, size: int | None, *, progress: Progress = quiet) -> in
         lock.refuse_mounted_image(fd, path)
         filesystem = read_superblock(fd, path, smallest=0).size
         length = os.fstat(fd).st_size
-        size = length if size is None else size
+        size = (length if size is None else size) & ~4095
         _check_size(path, size, length, filesystem)
-        if size == length and filesystem == length:
+        if size == filesystem:
             progress(f"{path}: has {format_size(size)} already")
             return size
         _check_filesystem(path)
         if size > length:
-            check_room(path, os.path.dirname(path), size, os.fstat(fd).st_blocks * 512)
+            check_room(path, os.path.dirname(path), size, length)
             progress(f"extending {path} from {format_size(length)} to {format_size(size)}")
             allocate(fd, path, length, size)
             os.fsync(fd)
         else:
             progress(f"{path}: the file has {format_size(size)} already, its filesystem is to fill it")
+            allocate(fd, path, filesystem, size, length)  # its holes, if somebody used truncate(1)
         _resize(path)
         os.fsync(fd)
         return read_superblock(fd, path, smallest=0).size
 
 
 def _check_size(path: str, size: int, length: int, filesystem: int) -> None:
-    if size >= length:
+    if size >= length & ~4095:
         return
     if filesystem < length:
         raise StoreError(
             f"{path}: the file has {format_size(length)} already, its filesystem {format_size(filesystem)}",
-            f"cowfs grow {path} {length >> 20} completes it",
+            f"cowfs grow {path} completes it",
         )
     raise StoreError(
         f"{path}: has {format_size(length)}, more than the {format_size(size)} asked for",

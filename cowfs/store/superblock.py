@@ -96,7 +96,8 @@ class Superblock:
 def read_superblock(fd: int, path: str, *, smallest: int = SMALLEST) -> Superblock:
     """Read and judge the superblock of the image open as *fd*.
 
-    Raises StoreError, naming what the file is, unless it is a whole ext3 filesystem of at least *smallest* bytes.
+    Raises StoreError, naming what the file is, unless it is a whole ext3 filesystem of *smallest*
+    bytes or more.
     """
     length = os.fstat(fd).st_size
     data = os.pread(fd, _SIZE, _OFFSET)

@@ -1,0 +1,56 @@
+"""``cowfs check``: check a store, and repair its filesystem."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from cowfs.errors import StoreError, SystemFailure
+
+NAME = "check"
+
+_DESCRIPTION = """\
+Check a store that is not mounted: first its filesystem, by e2fsck, which repairs what can be repaired
+without a question; then what cowfs and the kernel's overlayfs rely on: the header, and whiteouts,
+redirects and metacopy files that make sense. Those are reported, one a line, and never changed.
+"""
+_EPILOG = """\
+example:
+  cowfs check -n sysrcd.bs         look, and change nothing
+
+exit codes are those of fsck(8): 0 nothing wrong; 1 errors were corrected; 4 errors are left; 8 it could
+not be checked (no store, in use, e2fsck is missing); 16 wrong usage.
+"""
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Describe the subcommand."""
+    parser = subparsers.add_parser(
+        NAME,
+        help="check a store",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("store", metavar="STORE", help="an image, or a directory store")
+    parser.add_argument("-n", "--no-changes", action="store_true", help="change nothing, only report")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check the store; return the exit code of fsck(8)."""
+    from cowfs.store.check import check_store
+    from cowfs.store.tools import FSCK_OPERATIONAL, FSCK_UNCORRECTED
+
+    try:
+        report = check_store(args.store, read_only=args.no_changes, progress=print)
+    except (StoreError, SystemFailure) as error:
+        print(f"cowfs: {error}", file=sys.stderr)
+        return FSCK_OPERATIONAL
+    for problem in report.problems:
+        print(problem)
+    if report.code & FSCK_UNCORRECTED:
+        print(f"{args.store}: ERRORS ARE LEFT")
+    else:
+        print(f"{args.store}: {'repaired' if report.code else 'clean'}")
+    return report.code

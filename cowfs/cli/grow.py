@@ -1,0 +1,57 @@
+"""``cowfs grow``: make a store larger."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+NAME = "grow"
+
+_DESCRIPTION = """\
+Make a store larger; what is in it stays. The store must not be mounted. First its filesystem is checked
+(and repaired where that is safe), then the file is extended, then the filesystem is made to fill it.
+If a step fails the store is as usable as before: remove the cause, and run the same command again.
+"""
+_EPILOG = """\
+SIZE is the new size, not what is added: in megabytes, or with a unit (1024, 1024M, 1G). A store can
+not be made smaller.
+
+example:
+  cowfs grow sysrcd.bs 1024        let it have 1 GB
+
+exit codes: 0 it has that size; 1 wrong usage; 2 a program is missing; 32 the store could not be grown.
+"""
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Describe the subcommand."""
+    parser = subparsers.add_parser(
+        NAME,
+        help="make a store larger",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("store", metavar="STORE", help="the store to grow")
+    parser.add_argument(
+        "size",
+        metavar="SIZE",
+        nargs="?",
+        help="its new size in megabytes, or 1024M, 2G; without it the filesystem is made to fill the file",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Grow the store."""
+    from cowfs.store.grow import grow_store
+    from cowfs.store.sizes import format_size, parse_size
+
+    def tell(message: str) -> None:
+        # On a terminal resize2fs shows its own progress below these lines; a script gets the result alone.
+        if sys.stdout.isatty():
+            print(message, flush=True)
+
+    size = grow_store(args.store, parse_size(args.size) if args.size else None, progress=tell)
+    print(f"{args.store}: has {format_size(size)} now")
+    return 0
