@@ -1,0 +1,25 @@
+"""Reading squashfs 4.0 images in-process: bytes -> objects, nothing is ever written.
+
+The modules, each importing only from those above it::
+
+    errors       what a damaged image answers with
+    cache        bounded caches: metadata, listings, data blocks
+    source       bounded reads (pread) of the image file
+    recognise    what a file that is no squashfs is instead
+    superblock   the first 96 bytes
+    codecs       gzip xz zstd lz4 lzma lzo: bytes -> bytes, capped
+    metadata     metadata blocks, and the tables made of them
+    inodes       a reference -> an Inode
+    directory    a listing -> {name: reference}; the directory index
+    xattrs       extended attributes
+    blocks       where the data of a file is: block list, fragments
+    data         reading a file: block cache, readahead, runs for copying
+    image        Image: all of it behind one face
+    summary      what `unsquashfs -s` shows
+
+The format is described in the kernel's Documentation/filesystems/squashfs.rst, in its
+fs/squashfs/squashfs_fs.h, and in the squashfs-tools-ng project's doc/format.adoc (the format
+document begun by dr-emann). Where these leave something open, the kernel's reader decides.
+
+An image is untrusted: it may have been made to hurt. docs/squashfs.md lists what bounds it.
+"""

@@ -1,0 +1,136 @@
+"""Where the data of a file is: its block list, and the fragments.
+
+A file is cut into blocks of the image's block size. They follow each other in the image, and the
+inode lists the stored length of each; a length of 0 is a block of zeros that is not stored at all.
+What remains at the end may be a part of a fragment: a block shared by the tails of several files.
+Layouts: squashfs_fs.h; use: the kernel's file.c and fragment.c.
+"""
+
+from __future__ import annotations
+
+import errno
+import struct
+import threading
+from collections.abc import Iterator
+from itertools import accumulate
+from typing import NamedTuple
+
+from cowfs.formats.squashfs.inodes import NONE, Inode
+from cowfs.formats.squashfs.metadata import BLOCK, IndexedTable, Metadata, Table
+from cowfs.formats.squashfs.superblock import Superblock
+
+UNCOMPRESSED = 1 << 24
+LENGTH = UNCOMPRESSED - 1
+"""The bits of a stored length that are the length; bit 24 says that the block is not compressed."""
+
+_PER_CHUNK = BLOCK // 4
+_FRAGMENT = struct.Struct("<QII")  # position, stored length, unused
+
+BLOCKS_MAX = 1 << 26
+"""The most blocks of a file: 8 TiB at the usual block size of 128 KiB."""
+
+
+class Stored(NamedTuple):
+    """Where a block is stored."""
+
+    position: int
+    word: int
+    """Its length as the format has it: 0 for a hole, with bit 24 where it is not compressed."""
+
+    @property
+    def length(self) -> int:
+        """Bytes in the image."""
+        return self.word & LENGTH
+
+
+_Chunk = tuple[tuple[int, ...], list[int]]
+"""The stored lengths of up to 2048 blocks, and their positions in the image."""
+
+
+class BlockMap:
+    """The block list of one file, read as far as it is asked for.
+
+    The list of a large file is itself large (4 bytes per block), and where a block is follows from
+    the lengths of all before it. So it is taken in chunks of 2048 blocks; of each chunk that was
+    passed one remembers where it begins, and of the last ones everything.
+    """
+
+    __slots__ = ("_chunks", "_inode", "_lock", "_starts", "_table", "count")
+
+    def __init__(self, table: Table, inode: Inode, superblock: Superblock) -> None:
+        """*table* is the inode table. EFBIG over :data:`BLOCKS_MAX`, EIO if the list cannot be there."""
+        has_tail = inode.fragment != NONE
+        self.count = inode.size >> superblock.block_log
+        if not has_tail and inode.size & (superblock.block_size - 1):
+            self.count += 1
+        if self.count * 4 > table.bound(inode.body):
+            raise table.damaged(inode.body, f"lists {self.count} blocks, more than there can be")
+        if self.count > BLOCKS_MAX:
+            raise OSError(errno.EFBIG, f"file {inode.number} of {inode.size} bytes: too large to be read")
+        self._table = table
+        self._inode = inode
+        # Where each chunk begins: in the table, and in the image.
+        self._starts = [(inode.body, inode.start)]
+        self._chunks: dict[int, _Chunk] = {}
+        self._lock = threading.Lock()
+
+    def __getitem__(self, number: int) -> Stored:
+        """Where block *number* is. May block. EIO."""
+        words, positions = self._chunk(number // _PER_CHUNK)
+        number %= _PER_CHUNK
+        return Stored(positions[number], words[number])
+
+    def since(self, number: int) -> Iterator[tuple[int, Stored]]:
+        """(number, place) of every block from *number* on that is no hole. May block. EIO."""
+        while number < self.count:
+            chunk, first = divmod(number, _PER_CHUNK)
+            words, positions = self._chunk(chunk)
+            if any(words):
+                for index in range(first, len(words)):
+                    if words[index]:
+                        yield chunk * _PER_CHUNK + index, Stored(positions[index], words[index])
+            number = (chunk + 1) * _PER_CHUNK
+
+    def _chunk(self, wanted: int) -> _Chunk:
+        found = self._chunks.get(wanted)
+        if found is None:
+            with self._lock:
+                for passed in range(len(self._starts) - 1, wanted):
+                    self._load(passed)
+                found = self._load(wanted)
+        return found
+
+    def _load(self, number: int) -> _Chunk:
+        place, position = self._starts[number]
+        size = min(_PER_CHUNK, self.count - number * _PER_CHUNK)
+        data, after = self._table.advance(place, 4 * size)
+        words = struct.unpack(f"<{size}I", data)
+        if max(words) > (UNCOMPRESSED | LENGTH):
+            raise self._table.damaged(place, f"(block list of inode {self._inode.number}) has a wrong length")
+        positions = list(accumulate([word & LENGTH for word in words], initial=position))
+        if number + 1 == len(self._starts):
+            self._starts.append((after, positions[-1]))
+        if len(self._chunks) >= 4:
+            self._chunks.clear()
+        chunk = self._chunks[number] = words, positions
+        return chunk
+
+
+class FragmentTable:
+    """The fragments of an image."""
+
+    __slots__ = ("_table",)
+
+    def __init__(self, metadata: Metadata, superblock: Superblock) -> None:
+        self._table = IndexedTable(
+            metadata, superblock.fragment_table, superblock.fragments, _FRAGMENT.size, "fragment"
+        )
+
+    def __getitem__(self, number: int) -> Stored:
+        """Where fragment *number* is. May block. EIO."""
+        position, word, _ = _FRAGMENT.unpack(self._table.entry(number))
+        return Stored(position, word)
+
+    def first_block(self) -> int:
+        """Where the table begins: the end of the one before it."""
+        return self._table.first_block()

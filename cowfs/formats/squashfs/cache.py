@@ -1,0 +1,110 @@
+"""Bounded caches, safe to use from several threads."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Hashable
+from concurrent.futures import Future
+from typing import Generic, TypeVar
+
+K = TypeVar("K", bound=Hashable)
+V = TypeVar("V")
+
+
+class GenerationCache(Generic[K, V]):
+    """A cache that holds at most *limit* in weight, or one single heavier entry.
+
+    Two dictionaries: entries are added to the young one; when that has half the limit it becomes
+    the old one, whose entries are dropped but for those that were asked for meanwhile. So a hit
+    costs one dictionary lookup and needs no lock, at the price of an approximate order of eviction.
+    """
+
+    __slots__ = ("_half", "_lock", "_old", "_weigh", "_weight", "_young")
+
+    def __init__(self, limit: int, weigh: Callable[[V], int]) -> None:
+        """*limit* is in whatever unit *weigh* counts: bytes, or entries."""
+        self._half = limit // 2
+        self._weigh = weigh
+        self._weight = 0
+        self._young: dict[K, V] = {}
+        self._old: dict[K, V] = {}
+        self._lock = threading.Lock()
+
+    def get(self, key: K) -> V | None:
+        """The value, or None."""
+        value = self._young.get(key)
+        if value is None:
+            value = self._old.get(key)
+            if value is not None:
+                self.put(key, value)
+        return value
+
+    def put(self, key: K, value: V) -> None:
+        """Remember *value*, and forget others for it."""
+        weight = self._weigh(value)
+        with self._lock:
+            if self._weight + weight > self._half:
+                # A value heavier than the whole cache is kept alone, so that working with it is possible.
+                self._old = {} if weight > self._half else self._young
+                self._young = {}
+                self._weight = 0
+            self._young[key] = value
+            self._weight += weight
+
+    def clear(self) -> None:
+        """Forget everything."""
+        with self._lock:
+            self._young, self._old, self._weight = {}, {}, 0
+
+
+class OnceCache(Generic[K]):
+    """A cache of bytes in which a missing value is made once, however many threads ask for it."""
+
+    def __init__(self, limit: int) -> None:
+        """*limit* is in bytes."""
+        self._cache: GenerationCache[K, bytes] = GenerationCache(limit, len)
+        self._making: dict[K, Future[bytes]] = {}
+        self._lock = threading.Lock()
+
+    def get(self, key: K, make: Callable[[], bytes]) -> bytes:
+        """The value of *key*; the first who misses it calls *make*, the others wait for the result.
+
+        Blocks. What *make* raises is raised to all that waited, and not remembered.
+        """
+        value = self._cache.get(key)
+        if value is not None:
+            return value
+        mine: Future[bytes] = Future()
+        with self._lock:
+            value = self._cache.get(key)
+            if value is not None:
+                return value
+            other = self._making.setdefault(key, mine)
+        if other is not mine:
+            return _outcome(other)
+        try:
+            value = make()
+        except BaseException as error:
+            with self._lock:
+                del self._making[key]
+            mine.set_exception(error)
+            raise
+        with self._lock:
+            self._cache.put(key, value)
+            del self._making[key]
+        mine.set_result(value)
+        return value
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._cache.clear()
+
+
+def _outcome(future: Future[bytes]) -> bytes:
+    """Wait for what another thread is making; an error is copied, for tracebacks are not shared."""
+    error = future.exception()
+    if error is None:
+        return future.result()
+    if isinstance(error, OSError):
+        raise OSError(error.errno, error.strerror) from error
+    raise RuntimeError("another reader of the block failed") from error

@@ -1,0 +1,177 @@
+"""The compressors of squashfs: ``decompress(block, limit) -> bytes``, at most *limit* of them.
+
+Every function here may be called from several threads at once and releases the GIL while it works.
+It allocates no more than *limit* and a small constant, whatever the block says, and raises only
+:class:`CodecError`. The libraries are imported when an image needs them.
+
+What the blocks are: gzip: a zlib stream. lzma: the old ``.lzma`` format. xz: a whole ``.xz`` stream,
+whose header names the BCJ filters; the compressor's options in the superblock say it once more and
+are not needed. lz4: a bare block, no frame. zstd: a frame. lzo: a bare lzo1x block.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import lzma
+import threading
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+from cowfs.errors import LayerError
+from cowfs.formats.squashfs.errors import CodecError
+
+Block = bytes | memoryview
+Decompress = Callable[[Block, int], bytes]
+
+_XZ_MEMORY = 16 << 20
+"""What liblzma may allocate. A dictionary is at most a block (1 MiB); a forged one may ask for 4 GiB."""
+
+
+def decompressor(name: str, block_size: int, image: str) -> Decompress:
+    """The function for the compressor *name*; :class:`LayerError` when its library is missing.
+
+    *block_size* is the image's, the largest that anything decompresses to; *image* is for messages.
+    """
+    try:
+        return _MAKERS[name](block_size)
+    except (ImportError, OSError) as error:
+        needs = _LIBRARIES.get(name, "a library that is missing")
+        raise LayerError(
+            f"{image}: is compressed with {name}, for which {needs} is needed",
+            f"install it, or pack the image again with another compressor: {error}",
+        ) from error
+
+
+def _gzip(block_size: int) -> Decompress:
+    del block_size
+    try:
+        library: Any = importlib.import_module("isal.igzip_lib")
+    except ImportError:
+        return _zlib
+    make, flag = library.IgzipDecompressor, library.DECOMP_ZLIB
+    failure = library.IsalError
+
+    def decompress(block: Block, limit: int) -> bytes:
+        stream = make(flag)
+        try:
+            # One byte more than allowed: a stream that is too long then shows, and one that fits ends.
+            data: bytes = stream.decompress(block, limit + 1)
+        except (failure, EOFError, ValueError) as error:
+            raise CodecError(f"gzip: {error}") from error
+        return _whole("gzip", data, limit, stream.eof)
+
+    return decompress
+
+
+def _zlib(block: Block, limit: int) -> bytes:
+    stream = zlib.decompressobj()
+    try:
+        data = stream.decompress(block, limit + 1)
+    except zlib.error as error:
+        raise CodecError(f"gzip: {error}") from error
+    return _whole("gzip", data, limit, stream.eof)
+
+
+def _lzma_stream(name: str, container: int) -> Callable[[int], Decompress]:
+    def make(block_size: int) -> Decompress:
+        del block_size
+
+        def decompress(block: Block, limit: int) -> bytes:
+            try:
+                stream = lzma.LZMADecompressor(container, memlimit=_XZ_MEMORY)
+                data = stream.decompress(block, limit + 1)
+            except (lzma.LZMAError, EOFError, MemoryError) as error:
+                raise CodecError(f"{name}: {error}") from error
+            return _whole(name, data, limit, stream.eof)
+
+        return decompress
+
+    return make
+
+
+def _zstd(block_size: int) -> Decompress:
+    library: Any = importlib.import_module("zstandard")
+    window = max(block_size, 8192)  # as the kernel's zstd_wrapper.c; a forged frame may ask for 2 GiB
+    content_size = library.frame_content_size
+    failure = library.ZstdError
+    contexts = threading.local()
+
+    def decompress(block: Block, limit: int) -> bytes:
+        try:
+            context = contexts.context
+        except AttributeError:
+            context = contexts.context = library.ZstdDecompressor(max_window_size=window)
+        try:
+            # The library allocates what the frame's header says, so that is looked at first.
+            if content_size(block) > limit:
+                raise CodecError("zstd: larger than its place")
+            data: bytes = context.decompress(block, max_output_size=limit)
+        except (failure, MemoryError, ValueError) as error:
+            raise CodecError(f"zstd: {error}") from error
+        return _whole("zstd", data, limit, True)
+
+    return decompress
+
+
+def _lz4(block_size: int) -> Decompress:
+    del block_size
+    library: Any = importlib.import_module("lz4.block")
+    expand, failure = library.decompress, library.LZ4BlockError
+
+    def decompress(block: Block, limit: int) -> bytes:
+        try:
+            data: bytes = expand(block, uncompressed_size=limit)
+        except (failure, ValueError, OverflowError, MemoryError) as error:
+            raise CodecError(f"lz4: {error}") from error
+        return data
+
+    return decompress
+
+
+def _lzo(block_size: int) -> Decompress:
+    del block_size
+    expand = ctypes.CDLL("liblzo2.so.2").lzo1x_decompress_safe
+    expand.restype = ctypes.c_int
+    expand.argtypes = [
+        ctypes.c_char_p,
+        ctypes.c_size_t,
+        ctypes.c_char_p,
+        ctypes.POINTER(ctypes.c_size_t),
+        ctypes.c_void_p,
+    ]
+
+    def decompress(block: Block, limit: int) -> bytes:
+        out = ctypes.create_string_buffer(limit)
+        length = ctypes.c_size_t(limit)
+        code = expand(bytes(block), len(block), out, ctypes.byref(length), None)
+        if code:
+            raise CodecError(f"lzo: error {code}")
+        return ctypes.string_at(out, min(length.value, limit))
+
+    return decompress
+
+
+def _whole(name: str, data: bytes, limit: int, ended: bool) -> bytes:
+    if len(data) > limit:
+        raise CodecError(f"{name}: larger than its place")
+    if not ended:
+        raise CodecError(f"{name}: the block ends too early")
+    return data
+
+
+_MAKERS: dict[str, Callable[[int], Decompress]] = {
+    "gzip": _gzip,
+    "lzma": _lzma_stream("lzma", lzma.FORMAT_ALONE),
+    "lzo": _lzo,
+    "xz": _lzma_stream("xz", lzma.FORMAT_XZ),
+    "lz4": _lz4,
+    "zstd": _zstd,
+}
+
+_LIBRARIES = {
+    "lzo": "the library liblzo2.so.2 (Debian: liblzo2-2)",
+    "lz4": "the Python package lz4",
+    "zstd": "the Python package zstandard",
+}

@@ -1,0 +1,289 @@
+"""Reading the data of files: blocks once and for all who want them, and ahead of those who read on.
+
+Everything here may be used from several threads at once.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple, TypeVar
+
+from cowfs.formats.squashfs.blocks import UNCOMPRESSED, BlockMap, FragmentTable, Stored
+from cowfs.formats.squashfs.cache import OnceCache
+from cowfs.formats.squashfs.codecs import Decompress
+from cowfs.formats.squashfs.errors import CodecError
+from cowfs.formats.squashfs.inodes import NONE, Inode
+from cowfs.formats.squashfs.metadata import Table
+from cowfs.formats.squashfs.source import Source
+from cowfs.formats.squashfs.superblock import Superblock
+
+RUN = 1 << 20
+"""How many bytes are decompressed and written at once when a file is copied."""
+_AHEAD = 512 << 10
+"""How many bytes, but at least two blocks, a sequential reader is kept ahead of."""
+_NEAR = 2
+"""By how many blocks a read may be off and still counts as sequential."""
+_TASK = 128 << 10
+"""How many bytes, but at least one block, one task of the readahead decompresses."""
+
+
+T = TypeVar("T")
+
+
+class Run(NamedTuple):
+    """A part of a file that is stored in one piece: consecutive blocks, or the tail in a fragment."""
+
+    offset: int
+    """In the file."""
+    blocks: tuple[Stored, ...]
+    """Empty for the tail."""
+    size: int
+    """Bytes of the file."""
+
+
+class Workers:
+    """The threads that decompress, as many as there are processors (at most 4), started when needed."""
+
+    def __init__(self) -> None:
+        self.count = min(4, len(os.sched_getaffinity(0)))
+        self._pool: ThreadPoolExecutor | None = None
+        self._closed = False
+        self._lock = threading.Lock()
+
+    def submit(self, function: Callable[..., T], *args: object) -> Future[T]:
+        """Have ``function(*args)`` called in one of the threads. EBADF after close."""
+        with self._lock:
+            if self._closed:
+                raise OSError(errno.EBADF, "the image is closed")
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(self.count, thread_name_prefix="squashfs")
+            try:
+                return self._pool.submit(function, *args)
+            except RuntimeError as error:  # the interpreter is ending
+                raise OSError(errno.EBADF, str(error)) from error
+
+    def close(self) -> None:
+        """Wait for what is being done, drop what is waiting to be."""
+        with self._lock:
+            self._closed = True
+            pool, self._pool = self._pool, None
+        if pool is not None:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+class Blocks:
+    """The data blocks of an image: from where they are stored to what they hold."""
+
+    def __init__(
+        self,
+        source: Source,
+        superblock: Superblock,
+        decompress: Decompress,
+        fragments: FragmentTable,
+        cache_bytes: int,
+    ) -> None:
+        """*cache_bytes* bounds what is kept decompressed; at least four blocks are."""
+        self._source = source
+        self._decompress = decompress
+        self._fragments = fragments
+        self._cache: OnceCache[tuple[int, int]] = OnceCache(max(cache_bytes, 4 * superblock.block_size))
+        self.superblock = superblock
+        self.size = superblock.block_size
+        self.workers = Workers()
+
+    def get(self, stored: Stored, size: int) -> bytes:
+        """The *size* bytes of the block at *stored*, from the cache or into it. May block. EIO."""
+        position, word = stored
+        data = self._cache.get((position, word), lambda: self._read(stored, size))
+        if len(data) != size:
+            raise self._wrong_size(stored, len(data), size)
+        return data
+
+    def tail(self, inode: Inode) -> bytes:
+        """The end of a file that is in a fragment. May block. EIO."""
+        size = inode.size & (self.size - 1)
+        stored = self._fragments[inode.fragment]
+        data = self._cache.get((stored.position, stored.word), lambda: self._read(stored, None))
+        if inode.offset + size > len(data):
+            raise self._source.damaged(
+                f"fragment {inode.fragment} at {stored.position:#x}: ends before the tail of {inode.number}"
+            )
+        return data[inode.offset : inode.offset + size]
+
+    def run(self, run: Run) -> list[bytes]:
+        """The data of *run*, decompressed past the cache, block by block. May block. EIO."""
+        left = run.size
+        for stored in run.blocks:
+            self._check_stored(stored)
+        length = sum(stored.length for stored in run.blocks)
+        raw = memoryview(self._source.pread(length, run.blocks[0].position, "data blocks"))
+        parts = []
+        at = 0
+        for stored in run.blocks:
+            size = min(self.size, left)
+            data = self._expand(raw[at : at + stored.length], stored)
+            if len(data) != size:
+                raise self._wrong_size(stored, len(data), size)
+            parts.append(data)
+            at += stored.length
+            left -= size
+        return parts
+
+    def _read(self, stored: Stored, size: int | None) -> bytes:
+        self._check_stored(stored)
+        data = self._expand(self._source.pread(stored.length, stored.position, "data block"), stored)
+        if size is not None and len(data) != size:
+            raise self._wrong_size(stored, len(data), size)
+        return data
+
+    def _expand(self, raw: bytes | memoryview, stored: Stored) -> bytes:
+        if stored.word & UNCOMPRESSED:
+            return bytes(raw)
+        try:
+            return self._decompress(raw, self.size)
+        except CodecError as error:
+            raise self._source.damaged(f"data block at {stored.position:#x}: {error}") from error
+
+    def _check_stored(self, stored: Stored) -> None:
+        if not 0 < stored.length <= self.size:
+            raise self._source.damaged(f"data block at {stored.position:#x}: {stored.length} bytes stored")
+
+    def _wrong_size(self, stored: Stored, size: int, wanted: int) -> OSError:
+        return self._source.damaged(f"data block at {stored.position:#x}: {size} bytes, not {wanted}")
+
+    def close(self) -> None:
+        """Stop the workers and forget the cache."""
+        self.workers.close()
+        self._cache.clear()
+
+
+class FileData:
+    """The data of one regular file."""
+
+    __slots__ = ("_ahead", "_blocks", "_last", "_lock", "_map", "inode", "size")
+
+    def __init__(self, blocks: Blocks, inodes: Table, inode: Inode) -> None:
+        """Reads nothing yet. EFBIG, EIO: see :class:`BlockMap`."""
+        self._blocks = blocks
+        self.inode = inode
+        self._map = BlockMap(inodes, inode, blocks.superblock)
+        self._lock = threading.Lock()
+        self._last = -1
+        """The last block that was read."""
+        self._ahead = 0
+        """The first block for which no readahead was asked."""
+        self.size = inode.size
+
+    def pread(self, size: int, offset: int) -> bytes:
+        """Up to *size* bytes at *offset*, fewer only at the end of the file. May block. EIO."""
+        end = min(offset + size, self.size)
+        if offset < 0 or offset >= end:
+            return b""
+        log = self._blocks.superblock.block_log
+        first, last = offset >> log, (end - 1) >> log
+        if self._map.count > 1:
+            self._read_ahead(first, last)
+        base = first << log
+        data = self._block(first)
+        if first == last:
+            return data if end - offset == len(data) else data[offset - base : end - base]
+        parts = [data[offset - base :] if offset > base else data]
+        parts += [self._block(number) for number in range(first + 1, last)]
+        parts.append(self._block(last)[: end - (last << log)])
+        return b"".join(parts)
+
+    def _block(self, number: int) -> bytes:
+        if number == self._map.count:
+            return self._blocks.tail(self.inode)
+        stored = self._map[number]
+        size = min(self._blocks.size, self.size - number * self._blocks.size)
+        return self._blocks.get(stored, size) if stored.word else bytes(size)
+
+    def _read_ahead(self, first: int, last: int) -> None:
+        """Start decompressing what follows, if this read continues the one before it."""
+        size = self._blocks.size
+        with self._lock:
+            # The kernel's own readahead sends requests that may arrive out of order.
+            sequential = abs(first - self._last) <= _NEAR and last > 0
+            self._last = last
+            if not sequential:
+                self._ahead = 0
+                return
+            begin = max(self._ahead, last + 1)
+            end = min(last + 1 + max(2, _AHEAD // size), self._map.count)
+            step = max(1, _TASK // size)
+            if end - begin < min(step, self._map.count - begin) or begin >= end:
+                return
+            self._ahead = end
+        for number in range(begin, end, step):
+            self._blocks.workers.submit(self._load, number, min(number + step, end))
+
+    def _load(self, begin: int, end: int) -> None:
+        try:
+            for number in range(begin, end):
+                self._block(number)
+        except OSError:
+            return  # whoever reads the block will find the same, and say so
+
+    def segments(self, end: int) -> Iterator[tuple[int, int]]:
+        """``(start, stop)`` of every run of data below *end*; the rest are holes. May block. EIO."""
+        size = self._blocks.size
+        end = min(end, self.size)
+        start = stop = 0
+        for number, _ in self._map.since(0):
+            begin = number * size
+            if begin >= end:
+                break
+            if begin != stop:
+                if stop:
+                    yield start, min(stop, end)
+                start = begin
+            stop = min(begin + size, self.size)
+        tail = self._map.count * size
+        if self._has_tail() and tail < end:
+            if tail != stop:
+                if stop > start:
+                    yield start, min(stop, end)
+                start = tail
+            stop = self.size
+        if stop > start:
+            yield start, min(stop, end)
+
+    def runs(self) -> Iterator[Run]:
+        """All data of the file in pieces of about :data:`RUN` bytes; what is between them is a hole."""
+        size = self._blocks.size
+        most = max(1, RUN // size)
+        first = 0
+        pending: list[Stored] = []
+        for number, stored in self._map.since(0):
+            if pending and (number != first + len(pending) or len(pending) == most):
+                yield self._run(first, pending)
+                pending = []
+            if not pending:
+                first = number
+            pending.append(stored)
+        if pending:
+            yield self._run(first, pending)
+        if self._has_tail():
+            offset = self._map.count * size
+            yield Run(offset, (), self.size - offset)
+
+    def _run(self, first: int, blocks: list[Stored]) -> Run:
+        offset = first * self._blocks.size
+        return Run(offset, tuple(blocks), min(len(blocks) * self._blocks.size, self.size - offset))
+
+    def run(self, run: Run) -> list[bytes]:
+        """The data of *run*. May block. EIO."""
+        return self._blocks.run(run) if run.blocks else [self._blocks.tail(self.inode)]
+
+    def _has_tail(self) -> bool:
+        return self.inode.fragment != NONE and bool(self.size & (self._blocks.size - 1))
+
+    @property
+    def workers(self) -> Workers:
+        """The threads for work on this file."""
+        return self._blocks.workers

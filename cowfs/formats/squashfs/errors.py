@@ -1,0 +1,19 @@
+"""What a damaged image answers with."""
+
+from __future__ import annotations
+
+import errno
+
+
+class DamagedImage(OSError):
+    """EIO: something in the image points outside, contradicts itself or does not decompress.
+
+    The message names the place. It is logged where it is found (:meth:`Source.damaged`).
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(errno.EIO, message)
+
+
+class CodecError(Exception):
+    """A compressed block is damaged, or larger than its place allows. Never leaves this package."""

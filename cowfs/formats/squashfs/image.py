@@ -1,0 +1,234 @@
+"""An image: everything the package can read, behind one face.
+
+Inodes are known by their references (integers). What is returned is plain data.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import stat
+import struct
+from collections.abc import Iterator
+
+from cowfs.errors import LayerError
+from cowfs.formats.squashfs import superblock as sblk
+from cowfs.formats.squashfs.blocks import FragmentTable
+from cowfs.formats.squashfs.cache import GenerationCache
+from cowfs.formats.squashfs.codecs import decompressor
+from cowfs.formats.squashfs.data import Blocks, FileData
+from cowfs.formats.squashfs.directory import DirectoryTable, Listing
+from cowfs.formats.squashfs.inodes import NONE, Inode, InodeTable
+from cowfs.formats.squashfs.metadata import IndexedTable, Metadata, Table
+from cowfs.formats.squashfs.recognise import SAMPLE
+from cowfs.formats.squashfs.source import Source
+from cowfs.formats.squashfs.superblock import Superblock
+from cowfs.formats.squashfs.xattrs import XattrTable
+
+CACHE_BYTES = 32 << 20
+"""How much decompressed data of one image is kept."""
+LISTED_ENTRIES = 200_000
+"""How many directory entries are kept as dictionaries, for quick lookups (about 150 bytes each)."""
+_INDEX_FROM = 256 << 10
+"""Directories with a listing longer than this are at first searched by their index."""
+_INDEX_TO = 8 << 20
+"""Directories with a listing longer than this are only ever searched by their index."""
+_PROBES = 16
+"""After how many searches by index a directory is read whole."""
+
+
+class Image:
+    """A squashfs 4.0 image, open for reading.
+
+    The methods about names and inodes are for one thread at a time. What :meth:`data` returns may be
+    used from any thread. All of them may block, and raise :class:`OSError`: EIO where the image is
+    damaged (the log says where), what the kernel says where it cannot be read.
+    """
+
+    def __init__(self, source: Source, superblock: Superblock, cache_bytes: int) -> None:
+        """Use :func:`open_image`."""
+        self.source = source
+        self.superblock = superblock
+        self.root = superblock.root
+        decompress = decompressor(superblock.compression, superblock.block_size, source.name)
+        metadata = Metadata(source, decompress)
+        sb = superblock
+        owners = IndexedTable(metadata, sb.id_table, sb.ids, 4, "owner")
+        ids: tuple[int, ...] = struct.unpack(f"<{sb.ids}I", owners.all())
+        self.xattrs = XattrTable(metadata, sb.xattr_table) if sb.has_xattrs else None
+        fragments = FragmentTable(metadata, sb)
+        # The directory table ends where the first of the tables after it begins.
+        ends = [sb.bytes_used, owners.first_block()]
+        if sb.fragments:
+            ends.append(fragments.first_block())
+        if sb.exportable:
+            ends.append(IndexedTable(metadata, sb.export_table, sb.inodes, 8, "export").first_block())
+        if self.xattrs is not None:
+            ends.append(self.xattrs.first_block)
+        directories_end = min(end for end in ends if end > sb.directory_table)
+        self._inode_bytes = Table(metadata, sb.inode_table, sb.directory_table, "inode table")
+        self._inodes = InodeTable(self._inode_bytes, ids)
+        listings = Table(metadata, sb.directory_table, directories_end, "directory table")
+        self._directories = DirectoryTable(listings, self._inode_bytes)
+        self._blocks = Blocks(source, sb, decompress, fragments, cache_bytes)
+        self._listings: GenerationCache[int, Listing] = GenerationCache(LISTED_ENTRIES, _entries)
+        self._probes: dict[int, int] = {}
+        # By which directory each directory was reached. In a tree there is one such; a second one means
+        # that the image has a loop, or the same directory twice, and a walk would never end.
+        self._parents: dict[int, int] = {self.root: -1}
+        if not stat.S_ISDIR(self.inode(self.root).mode):
+            raise source.damaged("the root is not a directory")
+
+    def inode(self, ref: int) -> Inode:
+        """The inode at *ref*. EIO."""
+        return self._inodes.read(ref)
+
+    def listing(self, ref: int) -> Listing:
+        """The entries of the directory at *ref*. ENOTDIR; EIO; EFBIG (two million names).
+
+        Do not change what is returned.
+        """
+        entries = self._listings.get(ref)
+        return self._list(self._directory(ref)) if entries is None else entries
+
+    def lookup(self, ref: int, name: bytes) -> Inode | None:
+        """The inode called *name* in the directory at *ref*; None when there is none. ENOTDIR, EIO."""
+        entries = self._listings.get(ref)
+        value = self._find(ref, name) if entries is None else entries.get(name)
+        if value is None:
+            return None
+        inode = self._inodes.read(value >> 3)
+        mode = inode.mode
+        if stat.S_ISDIR(mode) != (value & 7 == 1):
+            raise self.source.damaged(f"{name!r} in directory {ref:#x} is of another type than it says")
+        if stat.S_ISDIR(mode) and self._parents.setdefault(inode.ref, ref) != ref:
+            raise self.source.damaged(
+                f"directory {inode.ref:#x}, {name!r} in {ref:#x}, is in two places: the tree has a loop"
+            )
+        return inode
+
+    def _find(self, ref: int, name: bytes) -> int | None:
+        directory = self._directory(ref)
+        if directory.index_count and directory.size > _INDEX_FROM:
+            if len(self._probes) >= 1000:
+                self._probes.clear()
+            probes = self._probes[ref] = self._probes.get(ref, 0) + 1
+            if probes <= _PROBES or directory.size > _INDEX_TO:
+                return self._directories.find(directory, name)
+        return self._list(directory).get(name)
+
+    def _list(self, directory: Inode) -> Listing:
+        entries = self._directories.read(directory)
+        self._listings.put(directory.ref, entries)
+        return entries
+
+    def _directory(self, ref: int) -> Inode:
+        inode = self._inodes.read(ref)
+        if not stat.S_ISDIR(inode.mode):
+            raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        return inode
+
+    def target(self, ref: int) -> bytes:
+        """What the symlink at *ref* points to. EINVAL when it is none."""
+        inode = self._inodes.read(ref)
+        if not stat.S_ISLNK(inode.mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return self._inodes.target(inode)
+
+    def xattr_names(self, ref: int) -> list[bytes]:
+        """The names of the extended attributes of the inode at *ref*."""
+        number = self._inodes.read(ref).xattr
+        return [] if number == NONE or self.xattrs is None else self.xattrs.names(number)
+
+    def xattr(self, ref: int, name: bytes) -> bytes:
+        """The value of an extended attribute. ENODATA; EOPNOTSUPP when the image can have none."""
+        if self.xattrs is None:
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+        number = self._inodes.read(ref).xattr
+        value = None if number == NONE else self.xattrs.value(number, name)
+        if value is None:
+            raise OSError(errno.ENODATA, os.strerror(errno.ENODATA))
+        return value
+
+    def data(self, ref: int) -> FileData:
+        """The data of the regular file at *ref*. EISDIR, EINVAL (a special file); EIO, EFBIG."""
+        inode = self._inodes.read(ref)
+        if not stat.S_ISREG(inode.mode):
+            code = errno.EISDIR if stat.S_ISDIR(inode.mode) else errno.EINVAL
+            raise OSError(code, os.strerror(code))
+        return FileData(self._blocks, self._inode_bytes, inode)
+
+    def walk(self) -> Iterator[tuple[bytes, Inode]]:
+        """(path from the root without a leading slash, inode) of everything, a directory before its contents.
+
+        EIO at a loop, and at whatever else is damaged.
+        """
+        pending = [(b"", self.root)]
+        yield b"", self.inode(self.root)
+        while pending:
+            path, ref = pending.pop()
+            prefix = path + b"/" if path else b""
+            for name in list(self.listing(ref)):
+                inode = self.lookup(ref, name)
+                if inode is not None:
+                    yield prefix + name, inode
+                    if stat.S_ISDIR(inode.mode):
+                        pending.append((prefix + name, inode.ref))
+
+    def fingerprint(self) -> str:
+        """What the image is recognised by: SHA-256 of the superblock and all tables, in hexadecimal.
+
+        Two images with equal fingerprints hold the same tree, but for data of equal stored length.
+        """
+        digest = hashlib.sha256(self.superblock.raw)
+        position, end = self.superblock.inode_table, self.superblock.bytes_used
+        while position < end:
+            size = min(1 << 20, end - position)
+            digest.update(self.source.pread(size, position, "tables"))
+            position += size
+        return digest.hexdigest()
+
+    def close(self) -> None:
+        """Wait for reads under way, release threads, memory and the file. Safe to call twice."""
+        self._blocks.close()
+        self._listings.clear()
+        self.source.close()
+
+
+def _entries(listing: Listing) -> int:
+    return len(listing) + 4
+
+
+def open_image(path: str, offset: int = 0, cache_bytes: int = CACHE_BYTES) -> Image:
+    """Open the image that begins *offset* bytes into the file (or block device) at *path*.
+
+    Reads little: an image of any size opens in milliseconds. :class:`LayerError` says why an image
+    cannot be used: not there, not readable, not a squashfs (and what it is instead), of another
+    version, truncated, damaged, or compressed with something there is no library for.
+    """
+    name = path if not offset else f"{path} at offset {offset}"
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise LayerError(f"{path}: {error.strerror}") from error
+    source = Source(fd, name, offset, 0)
+    try:
+        status = os.fstat(fd)
+        if stat.S_ISDIR(status.st_mode):
+            raise LayerError(f"{path}: is a directory, not a squashfs image")
+        if not stat.S_ISREG(status.st_mode) and not stat.S_ISBLK(status.st_mode):
+            raise LayerError(f"{path}: is neither a file nor a block device")
+        size = os.lseek(fd, 0, os.SEEK_END) - offset
+        if offset < 0 or size <= 0:
+            raise LayerError(f"{path}: has no byte at offset {offset}" if offset else f"{path}: is empty")
+        source.size = size
+        superblock = sblk.parse(source.pread(min(size, SAMPLE), 0, "superblock"), name, size)
+        source.size = superblock.bytes_used
+        return Image(source, superblock, cache_bytes)
+    except OSError as error:
+        source.close()
+        raise LayerError(str(error.strerror)) from error
+    except BaseException:
+        source.close()
+        raise

@@ -1,0 +1,189 @@
+"""Metadata blocks, and the tables made of them.
+
+A metadata block is up to 8192 bytes, stored as a 16-bit header (bit 15: not compressed; the rest:
+bytes stored) and the data. All of a table but its last block are exactly 8192 bytes long, so
+(block, offset) can go on into the following blocks. Source: squashfs.rst section 3, the kernel's
+block.c and cache.c.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from cowfs.formats.squashfs.cache import GenerationCache
+from cowfs.formats.squashfs.codecs import Decompress
+from cowfs.formats.squashfs.errors import CodecError
+from cowfs.formats.squashfs.source import Source
+
+BLOCK = 8192
+_UNCOMPRESSED = 0x8000
+
+CACHE_BYTES = 16 << 20
+"""How much decompressed metadata of one image is kept."""
+
+
+class Place(NamedTuple):
+    """Where something is in a table: a block's position from the table's start, an offset into it."""
+
+    block: int
+    offset: int
+
+
+class Metadata:
+    """The metadata blocks of an image, by their position in it."""
+
+    __slots__ = ("_cache", "_decompress", "source")
+
+    def __init__(self, source: Source, decompress: Decompress) -> None:
+        self.source = source
+        self._decompress = decompress
+        self._cache: GenerationCache[int, tuple[bytes, int]] = GenerationCache(
+            CACHE_BYTES, lambda value: len(value[0])
+        )
+
+    def block(self, position: int) -> tuple[bytes, int]:
+        """The decompressed block at *position*, and the position of the next; may block, EIO."""
+        found = self._cache.get(position)
+        if found is None:
+            found = self._load(position)
+            self._cache.put(position, found)
+        return found
+
+    def _load(self, position: int) -> tuple[bytes, int]:
+        source = self.source
+        # Header and data in one read: the longest that the block may be, or what there is.
+        raw = source.pread(min(BLOCK + 2, max(source.size - position, 2)), position, "metadata block")
+        header = raw[0] | raw[1] << 8
+        length = header & ~_UNCOMPRESSED
+        if not 0 < length <= BLOCK or length + 2 > len(raw):
+            raise source.damaged(f"metadata block at {position:#x}: {length} bytes long")
+        data = raw[2 : 2 + length]
+        if not header & _UNCOMPRESSED:
+            try:
+                data = self._decompress(data, BLOCK)
+            except CodecError as error:
+                raise source.damaged(f"metadata block at {position:#x}: {error}") from error
+            if not data:
+                raise source.damaged(f"metadata block at {position:#x}: empty")
+        return data, position + 2 + length
+
+
+class Table:
+    """A run of metadata blocks from *start* to *end* of the image."""
+
+    __slots__ = ("_end", "_metadata", "_start", "_what")
+
+    def __init__(self, metadata: Metadata, start: int, end: int, what: str) -> None:
+        """*what* names the table in messages."""
+        self._metadata = metadata
+        self._start = start
+        self._end = end
+        self._what = what
+
+    def block(self, block: int) -> bytes:
+        """The data of the block that begins *block* bytes after the table's start."""
+        return self._next(self._start + block)[0]
+
+    def read(self, place: Place, size: int) -> bytes:
+        """Exactly *size* bytes at *place*, going on into the following blocks. EIO past the end."""
+        return self.advance(place, size)[0]
+
+    def advance(self, place: Place, size: int) -> tuple[bytes, Place]:
+        """Like :meth:`read`, and also the place after what was read."""
+        data, after = self._upto(place, size)
+        if len(data) != size:
+            raise self.damaged(place, f"ends {size - len(data)} bytes too early")
+        return data, after
+
+    def upto(self, place: Place, size: int) -> bytes:
+        """*size* bytes at *place*, or fewer where the table ends."""
+        return self._upto(place, size)[0]
+
+    def _upto(self, place: Place, size: int) -> tuple[bytes, Place]:
+        position, offset = self._start + place.block, place.offset
+        data, following = self._next(position)
+        parts = []
+        left = size
+        while True:
+            if offset <= len(data):
+                part = data[offset : offset + left]
+                parts.append(part)
+                left -= len(part)
+                offset += len(part)
+            if not left or following >= self._end:
+                break
+            if len(data) != BLOCK:
+                raise self.damaged(place, "a block in its middle is short")
+            offset -= BLOCK
+            position = following
+            data, following = self._next(position)
+        whole = parts[0] if len(parts) == 1 else b"".join(parts)
+        return whole, Place(position - self._start, offset)
+
+    def _next(self, position: int) -> tuple[bytes, int]:
+        if position >= self._end:
+            raise self._metadata.source.damaged(f"{self._what}: block at {position:#x} is outside")
+        return self._metadata.block(position)
+
+    def bound(self, place: Place) -> int:
+        """An upper bound of the number of bytes from *place* to the end of the table."""
+        # A stored block is at least three bytes, a header and one more.
+        return ((self._end - self._start - place.block) // 3 + 1) * BLOCK
+
+    def damaged(self, place: Place, problem: str) -> OSError:
+        """Log that what is at *place* has *problem*; return the exception to raise."""
+        where = f"{self._start + place.block:#x}+{place.offset}"
+        return self._metadata.source.damaged(f"{self._what}: entry at {where} {problem}")
+
+
+class IndexedTable:
+    """A table of *count* entries of *size* bytes each, reached through a list of block positions.
+
+    So are the owners, the fragments, the attribute identifiers. Nothing is read before it is asked for.
+    """
+
+    __slots__ = ("_count", "_metadata", "_pointers", "_position", "_size", "_what")
+
+    def __init__(self, metadata: Metadata, position: int, count: int, size: int, what: str) -> None:
+        """The list of block positions is at *position* of the image."""
+        self._metadata = metadata
+        self._position = position
+        self._count = count
+        self._size = size
+        self._what = what
+        self._pointers: GenerationCache[int, int] = GenerationCache(4096, lambda _: 1)
+
+    def first_block(self) -> int:
+        """Where the first block of entries begins: the end of the table before it."""
+        return self._pointer(0)
+
+    def entry(self, number: int) -> bytes:
+        """The bytes of entry *number*. EIO when there is no such entry."""
+        source = self._metadata.source
+        if not 0 <= number < self._count:
+            raise source.damaged(f"{self._what} {number} of {self._count}")
+        place = number * self._size
+        data = self._block(place // BLOCK)
+        return data[place % BLOCK : place % BLOCK + self._size]
+
+    def all(self) -> bytes:
+        """All entries, one after the other. For tables that cannot be large."""
+        blocks = (self._count * self._size + BLOCK - 1) // BLOCK
+        return b"".join(self._block(number) for number in range(blocks))
+
+    def _block(self, number: int) -> bytes:
+        data, _ = self._metadata.block(self._pointer(number))
+        if len(data) != min(BLOCK, self._count * self._size - number * BLOCK):
+            raise self._metadata.source.damaged(f"{self._what} table: block {number} has a wrong length")
+        return data
+
+    def _pointer(self, number: int) -> int:
+        position = self._pointers.get(number)
+        if position is None:
+            source = self._metadata.source
+            raw = source.pread(8, self._position + number * 8, f"{self._what} table")
+            position = int.from_bytes(raw, "little")
+            if position >= self._position:
+                raise source.damaged(f"{self._what} table: block {number} at {position:#x} is outside")
+            self._pointers.put(number, position)
+        return position

@@ -1,0 +1,183 @@
+"""The superblock: the first 96 bytes of an image.
+
+Layout: squashfs_fs.h, struct squashfs_super_block; the checks are those of the kernel's super.c.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+from cowfs.errors import LayerError
+from cowfs.formats.squashfs.recognise import appended_at, recognise
+
+SIZE = 96
+MAGIC = 0x73717368
+NONE = 0xFFFF_FFFF_FFFF_FFFF
+"""In place of a table's position: the image has no such table."""
+
+# magic, inodes, mkfs_time, block_size, fragments (u32); compressor, block_log, flags, ids, major,
+# minor (u16); root, bytes_used, and the tables: id, xattr, inode, directory, fragment, export (u64)
+_LAYOUT = struct.Struct("<5I6H8Q")
+
+COMPRESSORS = {1: "gzip", 2: "lzma", 3: "lzo", 4: "xz", 5: "lz4", 6: "zstd"}
+
+NO_INODE_COMPRESSION = 0x001
+NO_DATA_COMPRESSION = 0x002
+NO_FRAGMENT_COMPRESSION = 0x008
+NO_FRAGMENTS = 0x010
+ALWAYS_FRAGMENTS = 0x020
+DUPLICATES_REMOVED = 0x040
+EXPORTABLE = 0x080
+NO_XATTR_COMPRESSION = 0x100
+NO_XATTRS = 0x200
+COMPRESSOR_OPTIONS = 0x400
+NO_ID_COMPRESSION = 0x800
+
+
+@dataclass(frozen=True, slots=True)
+class Superblock:
+    """What an image says of itself. Positions are bytes from the start of the image."""
+
+    raw: bytes
+    inodes: int
+    mkfs_time: int
+    """Seconds since the epoch."""
+    block_size: int
+    block_log: int
+    fragments: int
+    compressor: int
+    flags: int
+    ids: int
+    root: int
+    """The reference of the root directory's inode."""
+    bytes_used: int
+    id_table: int
+    xattr_table: int
+    inode_table: int
+    directory_table: int
+    fragment_table: int
+    export_table: int
+
+    @property
+    def compression(self) -> str:
+        """The name of the compressor, as mksquashfs -comp knows it."""
+        return COMPRESSORS[self.compressor]
+
+    @property
+    def exportable(self) -> bool:
+        """Whether there is a table from inode numbers to inodes (the kernel then gives file handles)."""
+        return self.export_table != NONE
+
+    @property
+    def has_xattrs(self) -> bool:
+        """Whether there is a table of extended attributes, be it empty."""
+        return self.xattr_table != NONE
+
+
+def parse(raw: bytes, name: str, file_size: int) -> Superblock:
+    """Read a superblock; :class:`LayerError` says why the image called *name* cannot be read.
+
+    *raw* is the start of the image: 96 bytes, or more for saying what a foreign file is.
+    *file_size* is the number of bytes there are from the start of the image on.
+    """
+    _check_magic(raw, name)
+    if len(raw) < SIZE:
+        raise LayerError(f"{name}: truncated: a squashfs image has at least {SIZE} bytes")
+    (
+        _,
+        inodes,
+        mkfs_time,
+        block_size,
+        fragments,
+        compressor,
+        block_log,
+        flags,
+        ids,
+        major,
+        minor,
+        root,
+        bytes_used,
+        id_table,
+        xattr_table,
+        inode_table,
+        directory_table,
+        fragment_table,
+        export_table,
+    ) = _LAYOUT.unpack_from(raw)
+    if (major, minor) != (4, 0):
+        _refuse_version(name, major, minor)
+    superblock = Superblock(
+        raw=bytes(raw[:SIZE]),
+        inodes=inodes,
+        mkfs_time=mkfs_time,
+        block_size=block_size,
+        block_log=block_log,
+        fragments=fragments,
+        compressor=compressor,
+        flags=flags,
+        ids=ids,
+        root=root,
+        bytes_used=bytes_used,
+        id_table=id_table,
+        xattr_table=xattr_table,
+        inode_table=inode_table,
+        directory_table=directory_table,
+        fragment_table=fragment_table,
+        export_table=export_table,
+    )
+    _check(superblock, name, file_size)
+    return superblock
+
+
+def _check_magic(raw: bytes, name: str) -> None:
+    magic = raw[:4]
+    if magic == b"hsqs":
+        return
+    if magic == b"sqsh":  # big-endian: versions before 4
+        major, minor = struct.unpack_from(">28xHH", raw) if len(raw) >= 32 else (3, 0)
+        _refuse_version(name, major, minor)
+    what = recognise(raw)
+    hint = "if the image begins further on in the file, say where with -o offset=BYTES"
+    end = appended_at(raw)
+    if end is not None:
+        hint = f"if this is an AppImage, try -o offset={end}"
+    raise LayerError(f"{name}: not a squashfs image" + (f" but {what}" if what else ""), hint)
+
+
+def _refuse_version(name: str, major: int, minor: int) -> None:
+    raise LayerError(
+        f"{name}: squashfs version {major}.{minor} is not supported, only 4.0 is",
+        "unpack it with unsquashfs and pack it again with mksquashfs"
+        if major < 4
+        else "the image is newer than this reader, or damaged",
+    )
+
+
+def _check(sb: Superblock, name: str, file_size: int) -> None:
+    """Refuse what no reader could make sense of; :class:`LayerError` says what."""
+    problem = ""
+    if sb.compressor not in COMPRESSORS:
+        problem = f"unknown compressor {sb.compressor}"
+    elif not 12 <= sb.block_log <= 20 or sb.block_size != 1 << sb.block_log:
+        problem = f"block size {sb.block_size} with logarithm {sb.block_log}"
+    elif sb.bytes_used > file_size:
+        raise LayerError(
+            f"{name}: truncated squashfs image: it should have {sb.bytes_used} bytes and has {file_size}"
+        )
+    elif not sb.inodes or not sb.ids:
+        problem = f"{sb.inodes} inodes, {sb.ids} owners"
+    elif not SIZE <= sb.inode_table < sb.directory_table < sb.bytes_used:
+        problem = f"inode table at {sb.inode_table:#x}, directory table at {sb.directory_table:#x}"
+    elif not sb.directory_table < sb.id_table < sb.bytes_used:
+        problem = f"owner table at {sb.id_table:#x}"
+    elif sb.fragments and not sb.directory_table < sb.fragment_table < sb.bytes_used:
+        problem = f"fragment table at {sb.fragment_table:#x}"
+    elif sb.has_xattrs and not sb.directory_table < sb.xattr_table < sb.bytes_used:
+        problem = f"attribute table at {sb.xattr_table:#x}"
+    elif sb.exportable and not sb.directory_table < sb.export_table < sb.bytes_used:
+        problem = f"export table at {sb.export_table:#x}"
+    elif sb.root & 0xFFFF >= 8192:
+        problem = f"root inode {sb.root:#x}"
+    if problem:
+        raise LayerError(f"{name}: damaged squashfs superblock: {problem}")

@@ -1,0 +1,125 @@
+"""Extended attributes.
+
+An inode names a set of them by number. The set's entry says where in the table of keys and values it
+begins and how many attributes it has. A value may be somewhere else in that table (out of line),
+where several inodes have the same. Layouts: squashfs_fs.h; use: the kernel's xattr.c, xattr_id.c.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+from cowfs.formats.squashfs.cache import GenerationCache
+from cowfs.formats.squashfs.metadata import BLOCK, IndexedTable, Metadata, Place, Table
+
+_TABLE = struct.Struct("<QII")  # start of keys and values, number of sets, unused
+_SET = struct.Struct("<QII")  # reference of the first, number of attributes, bytes
+_KEY = struct.Struct("<HH")  # prefix and flags, length of the name
+_LENGTH = struct.Struct("<I")
+_REFERENCE = struct.Struct("<Q")
+
+_PREFIXES = {0: b"user.", 1: b"trusted.", 2: b"security."}
+_OUT_OF_LINE = 0x100
+_KNOWN = 0x1FF
+
+VALUE_MAX = 65536
+"""The longest value in bytes (XATTR_SIZE_MAX of the kernel, which gives no longer ones)."""
+COUNT_MAX = 16384
+"""The most attributes of one inode: more than there are names in XATTR_LIST_MAX (64 KiB)."""
+SET_MAX = 1 << 20
+"""The most bytes that the keys and values of one inode may take, but for values out of line."""
+
+
+@dataclass(slots=True, frozen=True)
+class OutOfLine:
+    """A value that is not read yet."""
+
+    place: Place
+
+
+Attributes = dict[bytes, bytes | OutOfLine]
+
+
+class XattrTable:
+    """The extended attributes of an image that has such a table."""
+
+    __slots__ = ("_cache", "_keys", "_sets", "first_block")
+
+    def __init__(self, metadata: Metadata, position: int) -> None:
+        """*position*: where the superblock says that the table is. May block; EIO."""
+        raw = metadata.source.pread(_TABLE.size, position, "attribute table")
+        start, count, _ = _TABLE.unpack(raw)
+        self._sets = IndexedTable(metadata, position + _TABLE.size, count, _SET.size, "attribute set")
+        end = self._sets.first_block() if count else position
+        if start > end:
+            raise metadata.source.damaged(f"attribute table: keys at {start:#x}, sets at {end:#x}")
+        self._keys = Table(metadata, start, end, "attributes")
+        self.first_block: int = start
+        """Where the keys and values begin: the end of the table before them."""
+        self._cache: GenerationCache[int, Attributes] = GenerationCache(4 << 20, _weight)
+
+    def names(self, number: int) -> list[bytes]:
+        """The names of set *number*, with their prefixes. May block. EIO."""
+        return list(self._attributes(number))
+
+    def value(self, number: int, name: bytes) -> bytes | None:
+        """The value of *name* in set *number*, or None. May block. EIO."""
+        value = self._attributes(number).get(name)
+        if isinstance(value, OutOfLine):
+            (length,) = _LENGTH.unpack(self._keys.read(value.place, _LENGTH.size))
+            return self._value(self._keys.advance(value.place, _LENGTH.size)[1], length)[0]
+        return value
+
+    def _attributes(self, number: int) -> Attributes:
+        found = self._cache.get(number)
+        if found is None:
+            found = self._read(number)
+            self._cache.put(number, found)
+        return found
+
+    def _read(self, number: int) -> Attributes:
+        reference, count, _ = _SET.unpack(self._sets.entry(number))
+        at = begin = self._place(reference)
+        if count > COUNT_MAX:
+            raise self._keys.damaged(begin, f"begins a set of {count} attributes")
+        attributes: Attributes = {}
+        taken = 0
+        for _ in range(count):
+            raw, at = self._keys.advance(at, _KEY.size)
+            kind, length = _KEY.unpack(raw)
+            name, at = self._keys.advance(at, length)
+            raw, at = self._keys.advance(at, _LENGTH.size)
+            value, at = self._value(at, _LENGTH.unpack(raw)[0])
+            taken += length + len(value)
+            if taken > SET_MAX:
+                raise self._keys.damaged(begin, f"begins a set of over {SET_MAX} bytes")
+            prefix = _PREFIXES.get(kind & 0xFF)
+            if prefix is None or kind & ~_KNOWN or not name or b"\0" in name:
+                continue  # a namespace of a later version; the kernel passes over it too
+            if not kind & _OUT_OF_LINE:
+                attributes[prefix + name] = value
+            elif len(value) == _REFERENCE.size:
+                attributes[prefix + name] = OutOfLine(self._place(_REFERENCE.unpack(value)[0]))
+            else:
+                raise self._keys.damaged(at, f"is a reference of {len(value)} bytes")
+        return attributes
+
+    def _value(self, at: Place, length: int) -> tuple[bytes, Place]:
+        if length > VALUE_MAX:
+            raise self._keys.damaged(at, f"is a value of {length} bytes")
+        return self._keys.advance(at, length)
+
+    def _place(self, reference: int) -> Place:
+        place = Place(reference >> 16, reference & 0xFFFF)
+        if place.offset >= BLOCK:
+            raise self._keys.damaged(place, "begins past its block")
+        return place
+
+
+def _weight(attributes: Attributes) -> int:
+    """About how many bytes of memory a set takes."""
+    return 300 + sum(
+        200 + len(name) + (len(value) if isinstance(value, bytes) else 0)
+        for name, value in attributes.items()
+    )
