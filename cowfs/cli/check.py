@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import NoReturn
 
 from cowfs.errors import StoreError, SystemFailure
 
 NAME = "check"
+FSCK_USAGE = 16
 
 _DESCRIPTION = """\
 Check a store that is not mounted: first its filesystem, by e2fsck, which repairs what can be repaired
@@ -35,6 +37,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("store", metavar="STORE", help="an image, or a directory store")
     parser.add_argument("-n", "--no-changes", action="store_true", help="change nothing, only report")
     parser.set_defaults(run=run)
+
+    def error(message: str) -> NoReturn:
+        print(f"cowfs: {message} (see `{parser.prog} --help`)", file=sys.stderr)
+        raise SystemExit(FSCK_USAGE)
+
+    parser.error = error  # type: ignore[method-assign]  # fsck(8): 1 would mean that errors were corrected
 
 
 def run(args: argparse.Namespace) -> int:

@@ -76,15 +76,17 @@ def from_json(data: bytes, path: str) -> Header:
     try:
         content = json.loads(data)
         version = content["version"]
-    except (ValueError, TypeError, KeyError):
-        raise StoreError(f"{path}: the store's header is damaged", f"cowfs check {path} tells more") from None
-    if isinstance(version, int) and version > VERSION:
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise _damaged(path) from None
+    if not isinstance(content, dict) or not isinstance(version, int) or version < 1:
+        raise _damaged(path)
+    if version > VERSION:
         raise StoreError(
             f"{path}: the store has format version {version}, this cowfs knows up to {VERSION}",
             f"made by {content.get('created_by', 'a newer cowfs')}; use that one or a newer one",
         )
-    if version != VERSION or content.get("xattrs") not in {TRUSTED, USER}:
-        raise StoreError(f"{path}: the store's header is damaged", f"cowfs check {path} tells more")
+    if content.get("xattrs") not in (TRUSTED, USER):
+        raise _damaged(path)
     if content.get("whiteouts") != WHITEOUTS:
         raise StoreError(
             f"{path}: the store has whiteouts of the {content.get('whiteouts')} format,"
@@ -104,7 +106,12 @@ def from_json(data: bytes, path: str) -> Header:
             more={key: value for key, value in content.items() if key not in _FIELDS},
         )
     except (KeyError, TypeError):
-        raise StoreError(f"{path}: the store's header is damaged", f"cowfs check {path} tells more") from None
+        raise _damaged(path) from None
+
+
+def _damaged(path: str) -> StoreError:
+    hint = "cowfs/header.json in it; if you remove that file the store is adopted anew, for any lower"
+    return StoreError(f"{path}: the store's header is damaged", hint)
 
 
 def check_lowers(header: Header, lowers: Sequence[Identity], path: str) -> None:

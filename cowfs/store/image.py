@@ -86,10 +86,10 @@ def _mount(fd: int, path: str, superblock: Superblock, want: Wanted, stack: Exit
     try:
         root = mounts.detached_mount("ext3", device, options, readonly=want.read_only)
     except OSError as error:
-        hint = "the kernel has no ext3 (module ext4)" if error.errno == errno.ENODEV else ""
-        raise StoreError(
-            f"{path}: the kernel cannot mount it: {error.strerror}", hint or f"cowfs check {path} tells more"
-        ) from None
+        hint = f"dmesg and cowfs check {path} tell more"
+        if error.errno == errno.ENODEV:
+            hint = "the kernel has no ext3: modprobe ext4"
+        raise StoreError(f"{path}: the kernel cannot mount it: {error.strerror}", hint) from None
     finally:
         os.close(loop)
     layer = DirectoryLayer(root, path, privileged=True)

@@ -60,10 +60,10 @@ def recognise(layer: UpperLayer) -> str:
     rest = names - {PRIVATE} if ours else names
     if not rest:
         return "nothing"
-    if rest == {UPPER, WORK}:
-        return "overlayfs"
     if ours and rest <= {UPPER, WORK} and all(_is_empty(layer, name) for name in rest):
         return "nothing"
+    if rest == {UPPER, WORK}:
+        return "overlayfs"
     foreign = sorted(names - {UPPER, WORK, PRIVATE})
     if not foreign:
         missing = sorted({UPPER, WORK, PRIVATE} - names) or [PRIVATE + b"/" + HEADER]

@@ -15,7 +15,6 @@ Progress = Callable[[str], None]
 FSCK_CORRECTED = 1
 FSCK_UNCORRECTED = 4
 FSCK_OPERATIONAL = 8
-FSCK_USAGE = 16
 
 
 def quiet(message: str) -> None:
