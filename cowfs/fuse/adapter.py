@@ -25,7 +25,7 @@ from cowfs.overlay.dir import Owner
 from cowfs.overlay.file import Handle
 from cowfs.overlay.node import Node
 from cowfs.overlay.overlay import Overlay
-from cowfs.types import Attr, DirEntry
+from cowfs.types import Attr
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +36,7 @@ FOREVER = 10.0**9
 """Seconds that the kernel may keep names and attributes: nobody but us changes them."""
 _CAPABILITY = b"security.capability"
 _NO_ATTRIBUTE = FUSEError(errno.ENODATA)
+_SYNCHRONOUS = os.O_SYNC | os.O_DSYNC
 
 
 def _failure(error: BaseException, name: str) -> FUSEError:
@@ -82,11 +83,11 @@ def _async(
 class _Listing:
     """An open directory: what was there when the listing began."""
 
-    __slots__ = ("entries", "node")
+    __slots__ = ("names", "node")
 
     def __init__(self, node: Node) -> None:
         self.node = node
-        self.entries: list[DirEntry] | None = None
+        self.names: list[bytes] | None = None
 
 
 class Adapter(pyfuse3.Operations):
@@ -103,6 +104,7 @@ class Adapter(pyfuse3.Operations):
         self._listings: dict[int, _Listing] = {}
         self._next = 1
         self._threads = trio.CapacityLimiter(4)
+        self._no_capability: set[int] = set()
         self._missing = EntryAttributes()  # st_ino 0: the kernel remembers that there is no such name
         self._missing.entry_timeout = FOREVER
 
@@ -212,6 +214,7 @@ class Adapter(pyfuse3.Operations):
         for ino, lookups in inode_list:
             node = self._fs.nodes.get(ino)
             if node is not None:
+                self._no_capability.discard(ino)
                 try:
                     self._fs.forget(node, lookups)
                 except Exception:
@@ -313,6 +316,16 @@ class Adapter(pyfuse3.Operations):
 
     @_sync
     def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
+        # The kernel asks for this one before every write.
+        if name == _CAPABILITY:
+            if inode in self._no_capability:
+                raise _NO_ATTRIBUTE
+            try:
+                return self._fs.getxattr(self._node(inode), name)
+            except OSError as failure:
+                if failure.errno == errno.ENODATA:
+                    self._no_capability.add(inode)
+                raise
         return self._fs.getxattr(self._node(inode), name)
 
     @_sync
@@ -323,6 +336,7 @@ class Adapter(pyfuse3.Operations):
     async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: RequestContext) -> None:
         node = self._node(inode)
         await self._settled(node)
+        self._no_capability.discard(inode)
         self._fs.setxattr(node, name, value)
 
     @_async
@@ -344,18 +358,26 @@ class Adapter(pyfuse3.Operations):
     def create(
         self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: RequestContext
     ) -> tuple[FileInfo, EntryAttributes]:
-        found = self._fs.create(self._node(parent_inode), name, mode, Owner(ctx.uid, ctx.gid))
-        info = self._opened(found[0], flags & ~os.O_TRUNC, ctx)
-        return info, self._given(found)
+        owner = Owner(ctx.uid, ctx.gid)
+        node, attr, file = self._fs.create(self._node(parent_inode), name, mode, owner)
+        if flags & _SYNCHRONOUS:
+            file.close()
+            info = self._opened(node, flags & ~os.O_TRUNC, ctx)
+        else:
+            info = self._numbered(self._fs.attach(node, file, keeps_set_id=ctx.uid == 0))
+        self._no_capability.add(node.ino)
+        return info, self._given((node, attr))
 
     def _opened(self, node: Node, flags: int, ctx: RequestContext) -> FileInfo:
-        handle = self._fs.open(node, flags, keeps_set_id=ctx.uid == 0)
+        return self._numbered(self._fs.open(node, flags, keeps_set_id=ctx.uid == 0))
+
+    def _numbered(self, handle: Handle) -> FileInfo:
         number = self._number()
         self._handles[number] = handle
         return FileInfo(fh=number)
 
-    @_async
-    async def read(self, fh: int, off: int, size: int) -> bytes:
+    @_sync
+    def read(self, fh: int, off: int, size: int) -> bytes:
         return self._handles[fh].file.pread(size, off)
 
     @_sync
@@ -390,15 +412,11 @@ class Adapter(pyfuse3.Operations):
         fs = self._fs
         listing = self._listings[fh]
         node = listing.node
-        if listing.entries is None or start_id == 0:
-            listing.entries = [
-                DirEntry(b".", stat.S_IFDIR),
-                DirEntry(b"..", stat.S_IFDIR),
-                *fs.readdir(node),
-            ]
-        entries = listing.entries
-        for position in range(start_id, len(entries)):
-            name = entries[position].name
+        if listing.names is None or start_id == 0:
+            listing.names = [b".", b"..", *fs.names(node)]
+        names = listing.names
+        for position in range(start_id, len(names)):
+            name = names[position]
             if position < 2:
                 this = node if position == 0 else node.parent or node
                 if not pyfuse3.readdir_reply(token, name, self._entry(this, fs.stat(this)), position + 1):
@@ -424,7 +442,7 @@ class Adapter(pyfuse3.Operations):
     async def fsyncdir(self, fh: int, datasync: bool) -> None:
         node = self._listings[fh].node
         if node.upper is not None:
-            await self._in_thread(self._fs.upper.sync)
+            await self._in_thread(lambda: self._fs.upper.sync_directory(node.upper))
 
     # --- for info
 

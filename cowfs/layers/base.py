@@ -82,6 +82,10 @@ class LowerLayer(Protocol):
         """All entries but ``.`` and ``..``, each once, in any order."""
         ...
 
+    def names(self, directory: Key) -> list[bytes]:
+        """The names that readdir gives, without their types: cheaper where they are not needed."""
+        ...
+
     def readlink(self, key: Key) -> bytes: ...
 
     def listxattr(self, key: Key) -> list[bytes]:
@@ -119,17 +123,15 @@ class UpperLayer(LowerLayer, Protocol):
     New inodes belong to the caller's *uid* and *gid*; *mode* is taken as it is (no umask).
     """
 
-    def create(self, directory: Key, name: bytes, mode: int, uid: int, gid: int) -> Key:
-        """Make an empty regular file. EEXIST when *name* is there."""
+    def create(self, directory: Key, name: bytes, mode: int, uid: int, gid: int) -> tuple[Key, File]:
+        """Make an empty regular file, open for reading and writing. EEXIST when *name* is there."""
         ...
 
     def mkdir(self, directory: Key, name: bytes, mode: int, uid: int, gid: int) -> Key: ...
 
     def symlink(self, directory: Key, name: bytes, target: bytes, uid: int, gid: int) -> Key: ...
 
-    def mknod(
-        self, directory: Key, name: bytes, mode: int, rdev: int, uid: int, gid: int
-    ) -> Key: ...
+    def mknod(self, directory: Key, name: bytes, mode: int, rdev: int, uid: int, gid: int) -> Key: ...
 
     def link(self, key: Key, directory: Key, name: bytes) -> None:
         """Give the inode one more name. EMLINK when the filesystem allows no more."""
@@ -171,6 +173,10 @@ class UpperLayer(LowerLayer, Protocol):
         ...
 
     def removexattr(self, key: Key, name: bytes) -> None: ...
+
+    def sync_directory(self, key: Key) -> None:
+        """Return when the names in a directory are on disk (fsync(2) of it). Blocks."""
+        ...
 
     def sync(self) -> None:
         """Return when everything written so far is on disk. Blocks; may be called from any thread."""

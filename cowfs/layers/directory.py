@@ -189,6 +189,9 @@ class DirectoryLayer:
         finally:
             os.close(fd)
 
+    def names(self, directory: PathKey) -> list[bytes]:
+        return os.listdir(b"/proc/self/fd/%d" % self._dir_fd(directory))
+
     def readlink(self, key: PathKey) -> bytes:
         if key.parent is None:
             return os.readlink(b"", dir_fd=key.fd)
@@ -266,40 +269,38 @@ class DirectoryLayer:
 
     # --- changing
 
-    def create(self, directory: PathKey, name: bytes, mode: int, uid: int, gid: int) -> PathKey:
-        fd = os.open(
-            name,
-            os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW,
-            mode & 0o7777,
-            dir_fd=self._dir_fd(directory),
-        )
-        try:
-            key = PathKey(directory, name)
-            self._give(key, os.fstat(fd), mode, uid, gid)
-        finally:
-            os.close(fd)
-        return key
+    def create(
+        self, directory: PathKey, name: bytes, mode: int, uid: int, gid: int
+    ) -> tuple[PathKey, KernelFile]:
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_NOATIME
+        fd = os.open(name, flags, mode & 0o7777, dir_fd=self._dir_fd(directory))
+        file = KernelFile(fd)
+        key = PathKey(directory, name)
+        self._give(key, os.fstat(fd), uid, gid)
+        return key, file
 
     def mkdir(self, directory: PathKey, name: bytes, mode: int, uid: int, gid: int) -> PathKey:
         os.mkdir(name, mode & 0o7777, dir_fd=self._dir_fd(directory))
-        return self._made(directory, name, mode, uid, gid)
+        return self._made(directory, name, uid, gid)
 
     def symlink(self, directory: PathKey, name: bytes, target: bytes, uid: int, gid: int) -> PathKey:
         os.symlink(target, name, dir_fd=self._dir_fd(directory))
-        return self._made(directory, name, 0o777, uid, gid)
+        return self._made(directory, name, uid, gid)
 
     def mknod(self, directory: PathKey, name: bytes, mode: int, rdev: int, uid: int, gid: int) -> PathKey:
         os.mknod(name, mode, rdev, dir_fd=self._dir_fd(directory))
-        return self._made(directory, name, mode, uid, gid)
+        return self._made(directory, name, uid, gid)
 
-    def _made(self, directory: PathKey, name: bytes, mode: int, uid: int, gid: int) -> PathKey:
+    def _made(self, directory: PathKey, name: bytes, uid: int, gid: int) -> PathKey:
         key = PathKey(directory, name)
         attr = os.stat(name, dir_fd=self._dir_fd(directory), follow_symlinks=False)
-        self._give(key, attr, mode, uid, gid)
+        self._give(key, attr, uid, gid)
         return key
 
-    def _give(self, key: PathKey, attr: os.stat_result, mode: int, uid: int, gid: int) -> None:
+    def _give(self, key: PathKey, attr: os.stat_result, uid: int, gid: int) -> None:
         """Let a new inode belong to *uid* and *gid*, or to its set-group-ID directory's group."""
+        if attr.st_uid == uid and attr.st_gid == gid:
+            return
         assert key.parent is not None
         above = os.fstat(self._dir_fd(key.parent))
         if above.st_mode & stat.S_ISGID:
@@ -417,6 +418,13 @@ class DirectoryLayer:
 
     def removexattr(self, key: PathKey, name: bytes) -> None:
         os.removexattr(self._path(key), name, follow_symlinks=key.parent is None)
+
+    def sync_directory(self, key: PathKey) -> None:
+        fd = os.open(b".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=self._dir_fd(key))
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
 
     def sync(self) -> None:
         fd = os.open(b".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=self.root.fd)

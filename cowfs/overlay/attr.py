@@ -50,12 +50,12 @@ def setattr_(fs: State, node: Node, new: NewAttributes) -> Attr:
             raise error(errno.EOPNOTSUPP, node.name)
         fs.upper.chmod(key, stat.S_IMODE(new.mode))
     if new.atime_ns is not None or new.mtime_ns is not None:
-        now = fs.upper.stat(key)
-        fs.upper.utimens(
-            key,
-            now.st_atime_ns if new.atime_ns is None else new.atime_ns,
-            now.st_mtime_ns if new.mtime_ns is None else new.mtime_ns,
-        )
+        atime_ns, mtime_ns = new.atime_ns, new.mtime_ns
+        if atime_ns is None or mtime_ns is None:
+            now = fs.upper.stat(key)
+            atime_ns = now.st_atime_ns if atime_ns is None else atime_ns
+            mtime_ns = now.st_mtime_ns if mtime_ns is None else mtime_ns
+        fs.upper.utimens(key, atime_ns, mtime_ns)
     attr = fs.stat(node)
     node.mode = attr.st_mode
     return attr

@@ -47,8 +47,9 @@ class CopyUp:
         layer, key = node.lowers[-1]
         self._source = fs.lowers[layer].open(key, os.O_RDONLY)
         try:
-            self._key = fs.upper.create(fs.work, self._temporary, 0o600, attr.st_uid, attr.st_gid)
-            self._target = fs.upper.open(self._key, os.O_RDWR)
+            self._key, self._target = fs.upper.create(
+                fs.work, self._temporary, 0o600, attr.st_uid, attr.st_gid
+            )
         except BaseException:
             self._source.close()
             raise
@@ -257,7 +258,8 @@ def _copy_up_inode(fs: State, node: Node, attr: Attr) -> None:
         target = fs.lowers[layer].readlink(key)
         made = upper.symlink(work, temporary, target, attr.st_uid, attr.st_gid)
     elif is_file:
-        made = upper.create(work, temporary, 0o600, attr.st_uid, attr.st_gid)
+        made, file = upper.create(work, temporary, 0o600, attr.st_uid, attr.st_gid)
+        file.close()
     else:
         made = upper.mknod(work, temporary, attr.st_mode, attr.st_rdev, attr.st_uid, attr.st_gid)
     try:

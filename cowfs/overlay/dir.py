@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import NamedTuple
 
-from cowfs.layers.base import Key
+from cowfs.layers.base import File, Key
 from cowfs.linux import files
 from cowfs.overlay import origin, whiteout
 from cowfs.overlay.copyup import copy_up, copy_up_directory, copy_up_meta, link_alias
@@ -26,9 +26,17 @@ class Owner(NamedTuple):
     gid: int
 
 
-def create(fs: State, parent: Node, name: bytes, mode: int, owner: Owner) -> tuple[Node, Attr]:
-    """Make an empty regular file. *mode* is taken as it is: the caller applies the umask."""
-    return _make(fs, parent, name, lambda d, n, o: fs.upper.create(d, n, mode, *o), owner)
+def create(fs: State, parent: Node, name: bytes, mode: int, owner: Owner) -> tuple[Node, Attr, File]:
+    """Make an empty regular file and open it. *mode* is taken as it is: the caller applies the umask."""
+    files_: list[File] = []
+
+    def make(directory: Key, name: bytes, owner: Owner) -> Key:
+        key, file = fs.upper.create(directory, name, mode, *owner)
+        files_.append(file)
+        return key
+
+    node, attr = _make(fs, parent, name, make, owner)
+    return node, attr, files_[0]
 
 
 def mkdir(fs: State, parent: Node, name: bytes, mode: int, owner: Owner) -> tuple[Node, Attr]:
@@ -44,7 +52,9 @@ def symlink(fs: State, parent: Node, name: bytes, target: bytes, owner: Owner) -
 def mknod(fs: State, parent: Node, name: bytes, mode: int, rdev: int, owner: Owner) -> tuple[Node, Attr]:
     """Make a device, fifo, socket or regular file. EPERM for the device that is a whiteout."""
     if stat.S_ISREG(mode) or not stat.S_IFMT(mode):
-        return create(fs, parent, name, mode, owner)
+        node, attr, file = create(fs, parent, name, mode, owner)
+        file.close()
+        return node, attr
     if stat.S_ISCHR(mode) and rdev == 0:
         raise error(errno.EPERM, name)
     return _make(fs, parent, name, lambda d, n, o: fs.upper.mknod(d, n, mode, rdev, *o), owner)

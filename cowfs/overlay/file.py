@@ -62,10 +62,21 @@ def open_file(fs: State, node: Node, flags: int, *, keeps_set_id: bool = True) -
             file.close()
             raise
         drop_set_id(fs, handle)
-    if node.handles is None:
-        node.handles = []
-    node.handles.append(handle)
+    _enter(handle)
     return handle
+
+
+def attach(fs: State, node: Node, file: File, *, keeps_set_id: bool = True) -> Handle:
+    """Return the handle of a file that its creation has opened."""
+    handle = Handle(node, file, writable=True, keeps_set_id=keeps_set_id)
+    _enter(handle)
+    return handle
+
+
+def _enter(handle: Handle) -> None:
+    if handle.node.handles is None:
+        handle.node.handles = []
+    handle.node.handles.append(handle)
 
 
 def write(fs: State, handle: Handle, data: bytes, offset: int) -> int:

@@ -26,6 +26,7 @@ class Overlay(State):
     lookup = _lookup.lookup
     resolve = _lookup.resolve
     readdir = _readdir.readdir
+    names = _readdir.names
     is_empty = _readdir.is_empty
     create = _dir.create
     mkdir = _dir.mkdir
@@ -43,6 +44,7 @@ class Overlay(State):
     setxattr = _xattrs.setxattr
     removexattr = _xattrs.removexattr
     open = _file.open_file
+    attach = _file.attach
     write = _file.write
     release_handle = _file.release
     copy_up = _copyup.copy_up

@@ -38,6 +38,23 @@ def readdir(fs: State, node: Node) -> list[DirEntry]:
     return entries
 
 
+def names(fs: State, node: Node) -> list[bytes]:
+    """List the names that a directory may show: a lookup of each tells which ones are whiteouts."""
+    if node.dead:
+        return []
+    if node.children is None:
+        raise error(errno.ENOTDIR, node.name)
+    listed = fs.upper.names(node.upper) if node.upper is not None else []
+    for layer, key in node.lowers:
+        below = fs.lowers[layer].names(key)
+        if listed:
+            seen = set(listed)
+            listed.extend(name for name in below if name not in seen)
+        else:
+            listed = below
+    return listed
+
+
 def is_empty(fs: State, node: Node) -> bool:
     """Whether a directory shows no names."""
     return not readdir(fs, node)
