@@ -60,6 +60,10 @@ _LAYOUTS = {
     14: struct.Struct("<4H2I II"),
 }
 _LONGEST = max(layout.size for layout in _LAYOUTS.values())
+_unpack_file = _LAYOUTS[_FILE].unpack_from
+_unpack_directory = _LAYOUTS[_DIRECTORY].unpack_from
+_MODES = FORMATS + FORMATS[1:]
+"""The S_IFMT bits of each type, the extended ones too."""
 
 MAX_TARGET = 4096
 """The longest target of a symlink in bytes; the kernel's reader refuses longer ones too."""
@@ -91,94 +95,107 @@ class Inode:
     """File: which fragment has its tail, or NONE."""
     offset: int
     """File: where in the fragment the tail is. Directory: where in its block the listing begins."""
-    body: Place
-    """What follows: the block list of a file, the target of a symlink, the index of a directory."""
+    end: int
+    """Where the fixed part ends, in bytes from the start of the metadata block that it begins in."""
     index_count: int
     """Directory: how many entries its index has."""
+
+    @property
+    def body(self) -> Place:
+        """What follows: the block list of a file, the target of a symlink, the index of a directory."""
+        return Place(self.ref >> 16, self.end)
 
 
 class InodeTable:
     """The inode table of an image."""
 
-    __slots__ = ("_ids", "_table")
+    __slots__ = ("_block", "_data", "_ids", "_table")
 
     def __init__(self, table: Table, ids: tuple[int, ...]) -> None:
         """*ids*: the owner table."""
         self._table = table
         self._ids = ids
+        # The block that was used last: the inodes of a directory are mostly in one.
+        self._block = -1
+        self._data = b""
 
     def read(self, ref: int) -> Inode:
-        """The inode at *ref*. May block. EIO when there can be none."""
-        block, offset = ref >> 16, ref & 0xFFFF
-        data = self._table.block(block)
-        at = offset
+        """The inode at *ref*. May block. EIO when there can be none. Not for several threads at once."""
+        block = ref >> 16
+        at = offset = ref & 0xFFFF
+        if block == self._block:
+            data = self._data
+        else:
+            data = self._data = self._table.block(block)
+            self._block = block
         if offset + _LONGEST > len(data):  # it may go on in the next block, or be the last of all
-            if offset >= BLOCK:
-                raise self._table.damaged(Place(block, offset), "begins past its block")
-            data = self._table.upto(Place(block, offset), _LONGEST)
-            at = 0
-        kind = data[at] if at < len(data) else 0
-        layout = _LAYOUTS.get(kind)
-        if layout is None or at + layout.size > len(data):
-            raise self._table.damaged(Place(block, offset), f"is no inode (type {kind})")
-        fields = layout.unpack_from(data, at)
-        if fields[0] != kind or not fields[5]:
-            raise self._table.damaged(Place(block, offset), "is no inode")
+            data, at = self._straddling(block, offset), 0
+        kind = data[at]
+        fields: tuple[int, ...]
         try:
-            return self._make(ref, kind, fields, Place(block, offset + layout.size))
+            if kind == _FILE:
+                _, mode, uid, gid, mtime, number, start, fragment, tail, size = _unpack_file(data, at)
+                fields = (1, size, 0, (size + 511) >> 9, NONE, start, fragment, tail, offset + 32, 0)
+            elif kind == _DIRECTORY:
+                _, mode, uid, gid, mtime, number, start, nlink, size, tail, _ = _unpack_directory(data, at)
+                fields = (nlink, size, 0, 0, NONE, start, NONE, tail, offset + 32, 0)
+            else:
+                _, mode, uid, gid, mtime, number, *rest = _LAYOUTS[kind].unpack_from(data, at)
+                fields = self._others(kind, Place(block, offset + _LAYOUTS[kind].size), rest)
+            if not number or data[at + 1]:
+                raise self._no_inode(ref, kind)
+            return Inode(
+                ref,
+                number,
+                _MODES[kind] | (mode & 0o7777),
+                self._ids[uid],
+                self._ids[gid],
+                mtime,
+                *fields,
+            )
+        except (KeyError, struct.error):
+            raise self._no_inode(ref, kind) from None
         except IndexError:
             raise self._table.damaged(Place(block, offset), "has an unknown owner") from None
 
-    def _make(self, ref: int, kind: int, fields: tuple[int, ...], body: Place) -> Inode:
-        _, mode, uid, gid, mtime, number = fields[:6]
-        nlink, size, rdev, blocks, xattr = 1, 0, 0, 0, NONE
+    def _others(self, kind: int, body: Place, rest: list[int]) -> tuple[int, ...]:
+        """The fields from nlink on, for the types that are not frequent; *rest* is as in the layout."""
         start, fragment, offset, index_count = 0, NONE, 0, 0
+        size, rdev, blocks, xattr = 0, 0, 0, NONE
         basic = kind if kind <= EXTENDED else kind - EXTENDED
-        if kind == _FILE:
-            start, fragment, offset, size = fields[6:]
-            blocks = (size + 511) >> 9
-        elif kind == _DIRECTORY:
-            start, nlink, size, offset, _ = fields[6:]
-        elif kind == _FILE + EXTENDED:
-            start, size, holes, nlink, fragment, offset, xattr = fields[6:]
+        if basic == _FILE:
+            start, size, holes, nlink, fragment, offset, xattr = rest
             if size >= 1 << 63:
                 raise self._table.damaged(body, f"has a size of {size}")
             blocks = max(size - holes + 511, 0) >> 9
-        elif kind == _DIRECTORY + EXTENDED:
-            nlink, size, start, _, index_count, offset, xattr = fields[6:]
+        elif basic == _DIRECTORY:
+            nlink, size, start, _, index_count, offset, xattr = rest
         elif basic == _SYMLINK:
-            nlink, size = fields[6:]
+            nlink, size = rest
             if size > MAX_TARGET:
                 raise self._table.damaged(body, f"is a symlink with a target of {size} bytes")
             if kind > EXTENDED:
                 raw = self._table.read(Place(body.block, body.offset + size), 4)
                 xattr = int.from_bytes(raw, "little")
-        elif basic in (_BLOCK, _CHAR):
-            nlink, device = fields[6:8]
-            # The kernel's new_decode_dev(); the same bits mean the same to makedev(3).
-            rdev = device
-            xattr = fields[8] if kind > EXTENDED else NONE
         else:
-            nlink = fields[6]
-            xattr = fields[7] if kind > EXTENDED else NONE
-        return Inode(
-            ref,
-            number,
-            FORMATS[basic] | (mode & 0o7777),
-            self._ids[uid],
-            self._ids[gid],
-            mtime,
-            nlink,
-            size,
-            rdev,
-            blocks,
-            xattr,
-            start,
-            fragment,
-            offset,
-            body,
-            index_count,
-        )
+            nlink = rest[0]
+            if basic in (_BLOCK, _CHAR):
+                rdev = rest[1]  # the kernel's new_encode_dev(), which is what makedev(3) gives
+            if kind > EXTENDED:
+                xattr = rest[-1]
+        return nlink, size, rdev, blocks, xattr, start, fragment, offset, body.offset, index_count
+
+    def _straddling(self, block: int, offset: int) -> bytes:
+        place = Place(block, offset)
+        if offset >= BLOCK:
+            raise self._table.damaged(place, "begins past its block")
+        data = self._table.upto(place, _LONGEST)
+        if not data:
+            raise self._table.damaged(place, "is past the end")
+        return data
+
+    def _no_inode(self, ref: int, kind: int) -> OSError:
+        return self._table.damaged(Place(ref >> 16, ref & 0xFFFF), f"is no inode (type {kind})")
 
     def target(self, inode: Inode) -> bytes:
         """The target of a symlink, up to its first NUL as the kernel sees it. EIO."""
