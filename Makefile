@@ -36,7 +36,7 @@ lint: ## check the source: ruff, mypy, import-linter, shellcheck
 
 perf: ## measure cowfs beside the kernel's overlayfs and other filesystems
 	@scripts/setup --perf
-	$(AS_ROOT) $(PYTHON) perf/run.py $(PERF_ARGS)
+	$(AS_ROOT) $(PYTHON) -m perf.run $(PERF_ARGS)
 
 clean: ## remove all that make has made here
 	rm -rf .venv .cache build dist *.egg-info htmlcov .coverage* .*_cache .hypothesis

@@ -1,0 +1,57 @@
+"""The workloads: one module per kind, all behind :class:`Workload`."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from perf.box import Box
+
+
+class Workload(Protocol):
+    """Something people do to a merged tree, small enough to be done again and again."""
+
+    @property
+    def name(self) -> str:
+        """How the command line and the results call it."""
+        ...
+
+    @property
+    def title(self) -> str:
+        """What is timed, in words."""
+        ...
+
+    @property
+    def cold(self) -> bool:
+        """Whether the system is mounted afresh and the caches are dropped before the timed part."""
+        ...
+
+    @property
+    def writes(self) -> bool:
+        """Whether the result is verified after an unmount and a fresh mount."""
+        ...
+
+    @property
+    def main(self) -> bool:
+        """Whether ``--quick`` runs it."""
+        ...
+
+    def setup(self, box: Box) -> None:
+        """Make what the timed part needs. Not timed."""
+        ...
+
+    def run(self, box: Box) -> float:
+        """Do it; return the seconds it took."""
+        ...
+
+    def verify(self, box: Box) -> None:
+        """Raise WrongResult unless what came out is what had to come out."""
+        ...
+
+
+def workloads() -> dict[str, Workload]:
+    """Every workload by name, in the order of the tables."""
+    from perf.bench import change, clone, find, read, remove, sequential, untar
+
+    modules = (find, untar, change, read, remove, sequential, clone)
+    known: list[Workload] = [workload for module in modules for workload in module.WORKLOADS]
+    return {workload.name: workload for workload in known}

@@ -1,0 +1,270 @@
+"""Where one sample happens: its directories, mounts, daemon, client processes and time limit."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from perf import machine
+from perf.corpus import Corpus
+
+STORE_BYTES = 1 << 30
+PROJECT = Path(__file__).parents[1]  # daemons and commands run here, so that `-m cowfs...` finds the package
+CLIENT = Path(__file__).with_name("client.py")
+ENVIRONMENT = {**os.environ, "LC_ALL": "C", "TZ": "UTC", "GIT_CONFIG_GLOBAL": os.devnull}
+
+
+class SampleFailed(Exception):
+    """This sample has no figure, and why."""
+
+
+class WrongResult(SampleFailed):
+    """The workload ended, but what it left behind is not what it should be."""
+
+
+@dataclass(slots=True)
+class Box:
+    """A directory with everything of one sample; removed with all it holds afterwards.
+
+    ``merged`` is where the system under test is mounted. ``lower`` and ``store`` are where the images are
+    mounted by the kernel, for the systems that want directories.
+    """
+
+    path: Path
+    scratch: Path
+    """On tmpfs: lists, and what the clients print."""
+    corpus: Corpus
+    limit: float
+    """Seconds that everything together may take."""
+    prefix: list[str] = field(default_factory=list)
+    """Put before the command that starts a daemon: a profiler."""
+    daemons: dict[Path, subprocess.Popen[bytes]] = field(default_factory=dict)
+    """The running ones, by what they serve."""
+    mount_seconds: float | None = None
+    state: dict[str, Any] = field(default_factory=dict)
+    """What a workload keeps from set-up to verification."""
+    _deadline: float = 0.0
+    _watchdog: threading.Timer | None = None
+    _mounts: list[Path] = field(default_factory=list)
+
+    @property
+    def lower(self) -> Path:
+        return self.path / "lower"
+
+    @property
+    def image(self) -> Path:
+        return self.path / "store.img"
+
+    @property
+    def store(self) -> Path:
+        return self.path / "store"
+
+    @property
+    def merged(self) -> Path:
+        return self.path / "merged"
+
+    @property
+    def log(self) -> Path:
+        return self.path / "daemon.log"
+
+    def open(self) -> None:
+        """Make the directories and start the clock."""
+        for directory in (self.lower, self.store, self.merged):
+            directory.mkdir(parents=True)
+        self._deadline = time.monotonic() + self.limit
+        # A client may hang in a system call where no signal reaches it: then the daemon has to go.
+        self._watchdog = threading.Timer(self.limit + 5, self.kill_daemons)
+        self._watchdog.daemon = True
+        self._watchdog.start()
+
+    def close(self) -> None:
+        """Unmount what is still mounted and end the daemon, whatever state they are in."""
+        if self._watchdog:
+            self._watchdog.cancel()
+        self.kill_daemons()
+        for target in reversed(self._mounts):
+            quiet(["umount", "-l", str(target)])
+        for process in self.daemons.values():
+            process.wait(10)
+        self.daemons.clear()
+        self._mounts.clear()
+        self.image.unlink(missing_ok=True)
+
+    # -- mounts
+
+    def mount(self, target: Path, *argv: str) -> None:
+        """Run mount(8) with *argv* and *target*."""
+        self.check(["mount", *argv, str(target)])
+        self._mounts.append(target)
+
+    def unmount(self, target: Path) -> None:
+        """Run umount(8); the mount must not be in use."""
+        self.check(["umount", str(target)])
+        self._mounts.remove(target)
+
+    def mount_lower(self) -> None:
+        """Let the kernel mount the lower image at ``lower``."""
+        self.mount(self.lower, "-t", "squashfs", "-o", "loop,ro", str(self.corpus.image))
+
+    def make_store(self) -> None:
+        """Make an ext3 image, allocated in full, with the options of ``cowfs create``."""
+        with self.image.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, STORE_BYTES)
+        options = [
+            "-t",
+            "ext3",
+            "-b",
+            "4096",
+            "-I",
+            "256",
+            "-m",
+            "0",
+            "-i",
+            "8192",
+            "-E",
+            "lazy_itable_init=0",
+        ]
+        self.check(["mke2fs", "-q", "-F", *options, str(self.image)])
+
+    def mount_store(self) -> None:
+        """Let the kernel mount the store at ``store``, with directories for upper and work."""
+        self.mount(self.store, "-t", "ext3", "-o", "loop", str(self.image))
+        for name in ("upper", "work"):
+            (self.store / name).mkdir(exist_ok=True)
+
+    # -- the daemon
+
+    def start_daemon(self, argv: list[str]) -> None:
+        """Start the FUSE daemon under test, in the foreground; return when ``merged`` answers."""
+        self._start([*self.prefix, *argv], self.merged)
+
+    def start_helper(self, argv: list[str], target: Path) -> None:
+        """Start a FUSE daemon that the one under test stands on; return when *target* answers."""
+        self._start(argv, target)
+
+    def _start(self, argv: list[str], target: Path) -> None:
+        outside = target.stat().st_dev
+        with self.log.open("ab") as log:
+            process = subprocess.Popen(
+                argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                cwd=PROJECT, env=ENVIRONMENT, start_new_session=True,
+            )  # fmt: skip
+        self.daemons[target] = process
+        self._mounts.append(target)
+        while True:
+            with contextlib.suppress(OSError):
+                if target.stat().st_dev != outside:
+                    return
+            if process.poll() is not None:
+                raise SampleFailed(f"{argv[0]} ended with {process.returncode}: {self.last_words()}")
+            if time.monotonic() > self._deadline:
+                raise SampleFailed(f"{argv[0]} did not mount in time: {self.last_words()}")
+            time.sleep(0.002)
+
+    def stop_daemon(self, target: Path, unmount: list[str] | None = None) -> None:
+        """Unmount *target*, with the command *unmount* if given, and wait until its daemon has ended."""
+        self.check(unmount or ["umount", str(target)])
+        self._mounts.remove(target)
+        try:
+            self.daemons.pop(target).wait(self.remaining())
+        except subprocess.TimeoutExpired:
+            raise SampleFailed("the daemon did not end after the unmount") from None
+
+    def kill_daemons(self) -> None:
+        """End every daemon at once, with the processes it started."""
+        for process in self.daemons.values():
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+    def usage(self) -> machine.Usage | None:
+        """Memory and processor time of the daemons; None for the kernel's own filesystems."""
+        each = [machine.session_usage(process.pid) for process in list(self.daemons.values())]
+        alive = [usage for usage in each if usage]
+        return machine.Usage(sum(u.rss for u in alive), sum(u.cpu for u in alive)) if alive else None
+
+    def last_words(self) -> str:
+        """The last line of the daemon's log."""
+        lines = self.log.read_text(errors="replace").strip().splitlines() if self.log.exists() else []
+        return lines[-1] if lines else "(it said nothing)"
+
+    # -- clients
+
+    def remaining(self) -> float:
+        """Seconds left of the time limit, at least a tenth."""
+        return max(0.1, self._deadline - time.monotonic())
+
+    def run(self, argv: list[str], *, stdout: Path | None = None, codes: tuple[int, ...] = (0,)) -> float:
+        """Run a client in ``merged`` and return its wall time in seconds; SampleFailed if it fails."""
+        out = stdout or self.scratch / "stdout"
+        with out.open("wb") as sink, (self.scratch / "stderr").open("w+b") as errors:
+            begin = time.perf_counter()
+            process = subprocess.Popen(
+                argv, cwd=self.merged, stdin=subprocess.DEVNULL, stdout=sink, stderr=errors,
+                env=ENVIRONMENT, start_new_session=True,
+            )  # fmt: skip
+            try:
+                process.wait(self.remaining())
+            except subprocess.TimeoutExpired:
+                self.kill_daemons()
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                raise SampleFailed(f"{argv[0]}: not done within {self.limit:.0f} s") from None
+            seconds = time.perf_counter() - begin
+            errors.seek(0)
+            said = errors.read().decode(errors="replace").strip().splitlines()
+        if process.returncode not in codes:
+            raise SampleFailed(f"{argv[0]} ended with {process.returncode}: {said[0] if said else ''}")
+        return seconds
+
+    def client(self, job: str, *args: str) -> tuple[float, str]:
+        """Run a job of ``client.py`` in ``merged``; return the seconds it measured and what it found."""
+        out = self.scratch / "client"
+        self.run([machine.python(), "-I", "-S", str(CLIENT), job, *args], stdout=out)
+        seconds, _, found = out.read_text().partition(" ")
+        return float(seconds), found.strip()
+
+    def check(self, argv: list[str]) -> None:
+        """Run a command of the set-up; SampleFailed with what it said when it fails."""
+        try:
+            done = subprocess.run(
+                argv, stdin=subprocess.DEVNULL, capture_output=True, cwd=PROJECT, env=ENVIRONMENT,
+                timeout=self.remaining(), check=False,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            raise SampleFailed(f"{argv[0]}: not done within {self.limit:.0f} s") from None
+        if done.returncode:
+            said = done.stderr.decode(errors="replace").strip() or f"exit status {done.returncode}"
+            raise SampleFailed(f"{argv[0]}: {said.splitlines()[-1]}")
+
+    def output(self, argv: list[str], where: Path, codes: tuple[int, ...] = (0,)) -> bytes:
+        """What a command of the verification prints, run in *where*; WrongResult when it fails."""
+        try:
+            done = subprocess.run(
+                argv, cwd=where, stdin=subprocess.DEVNULL, capture_output=True, env=ENVIRONMENT,
+                timeout=self.remaining(), check=False,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            raise SampleFailed(f"{argv[0]}: not done within {self.limit:.0f} s") from None
+        if done.returncode not in codes:
+            said = (done.stderr or done.stdout).decode(errors="replace").strip().splitlines()
+            raise WrongResult(f"{argv[0]} ended with {done.returncode}: {said[0] if said else ''}")
+        return done.stdout
+
+    def names_file(self, names: list[str]) -> str:
+        """Write *names* to a file, NUL between them, and return its path."""
+        path = self.scratch / "names"
+        path.write_bytes(b"\0".join(os.fsencode(n) for n in names))
+        return str(path)
+
+
+def quiet(argv: list[str]) -> None:
+    """Run *argv*, whatever comes of it."""
+    subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, check=False)

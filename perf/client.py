@@ -1,0 +1,66 @@
+"""Clients that no standard program does: small system calls on many files, timed from within.
+
+``client.py JOB NAMES [...]`` works on the paths in the file NAMES (NUL between them), relative to the
+working directory, and prints the seconds it took and what it found. Imports nothing but the standard
+library, and starts with ``python -I -S``.
+"""
+
+import hashlib
+import os
+import sys
+import time
+
+
+def append(paths: list[bytes]) -> str:
+    """Append one byte to each file."""
+    for path in paths:
+        fd = os.open(path, os.O_WRONLY | os.O_APPEND)
+        os.write(fd, b"+")
+        os.close(fd)
+    return str(len(paths))
+
+
+def read(paths: list[bytes]) -> str:
+    """Read each file whole; tell the number of bytes and a digest of them all."""
+    digest = hashlib.blake2b(digest_size=16)
+    total = 0
+    for path in paths:
+        fd = os.open(path, os.O_RDONLY)
+        while data := os.read(fd, 1 << 17):
+            digest.update(data)
+            total += len(data)
+        os.close(fd)
+    return f"{total} {digest.hexdigest()}"
+
+
+def chown(paths: list[bytes]) -> str:
+    """Give each file to user and group 1234, links themselves, not what they point to."""
+    for path in paths:
+        os.chown(path, 1234, 1234, follow_symlinks=False)
+    return str(len(paths))
+
+
+def fsync(paths: list[bytes]) -> str:
+    """Create each file with 4 KiB in it, and have it on disk before the next."""
+    for path in paths:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        os.write(fd, path.ljust(4096, b"."))
+        os.fsync(fd)
+        os.close(fd)
+    return str(len(paths))
+
+
+JOBS = {"append": append, "read": read, "chown": chown, "fsync": fsync}
+
+
+def main(job: str, names: str) -> None:
+    """Do *job* on the paths listed in *names*."""
+    with open(names, "rb") as file:
+        paths = file.read().split(b"\0")
+    begin = time.perf_counter()
+    found = JOBS[job](paths)
+    print(f"{time.perf_counter() - begin:.6f} {found}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,187 @@
+"""What the samples are made of: the lower image, the archive to unpack, and lists of files.
+
+Everything is made from a real tree (``/usr``) and cached, so that runs on one machine can be compared.
+The image is mounted once more as the *reference*, by the kernel: what the systems under test must show.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+import tarfile
+import zlib
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+MAX_ENTRIES = 65_000
+MAX_BYTES = 2 << 30
+MAX_FILE = 64 << 20
+# Many small files first, so that a bounded part of a large /usr still looks like a root filesystem.
+FIRST = ("bin", "sbin", "include", "libexec", "share", "lib")
+TAR_FILES = 8_000
+DATA_MIB = 400
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One name in the reference."""
+
+    path: str
+    mode: int
+    size: int
+    nlink: int
+
+
+@dataclass(slots=True)
+class Corpus:
+    """The lower image and what was made from it."""
+
+    image: Path
+    archive: Path
+    """A tar of regular files and their directories, on tmpfs."""
+    data: Path
+    """A file of incompressible bytes, on tmpfs."""
+    reference: Path
+    entries: list[Entry]
+    archived: list[Entry]
+    facts: dict[str, Any]
+
+    def regular(self, low: int, high: int, count: int) -> list[Entry]:
+        """Up to *count* regular files of *low* to *high* bytes, spread evenly over the tree."""
+        fit = [e for e in self.entries if stat.S_ISREG(e.mode) and low <= e.size <= high and e.nlink == 1]
+        if len(fit) <= count:
+            return fit
+        return [fit[i * len(fit) // count] for i in range(count)]
+
+    def directory(self, max_files: int, max_bytes: int) -> str:
+        """The directory, at most two levels down, with the most files that is within the bounds."""
+        files: dict[str, int] = defaultdict(int)
+        size: dict[str, int] = defaultdict(int)
+        for entry in self.entries:
+            parts = entry.path.split("/")[:-1]
+            for depth in (1, 2):
+                if stat.S_ISREG(entry.mode) and len(parts) >= depth:
+                    files["/".join(parts[:depth])] += 1
+                    size["/".join(parts[:depth])] += entry.size
+        fit = [d for d in files if files[d] <= max_files and size[d] <= max_bytes]
+        return max(fit, key=lambda d: (files[d], d), default=".")
+
+
+def scan(root: Path) -> list[Entry]:
+    """Every name under *root*, sorted, without the root itself; stays on one filesystem."""
+    found: list[Entry] = []
+    device = root.lstat().st_dev
+    pending = [""]
+    while pending:
+        base = pending.pop()
+        with os.scandir(root / base) as listing:
+            for item in listing:
+                info = item.stat(follow_symlinks=False)
+                path = f"{base}/{item.name}" if base else item.name
+                found.append(Entry(path, info.st_mode, info.st_size, info.st_nlink))
+                if stat.S_ISDIR(info.st_mode) and info.st_dev == device:
+                    pending.append(path)
+    return sorted(found, key=lambda e: e.path)
+
+
+def choose(entries: list[Entry], max_entries: int = MAX_ENTRIES, max_bytes: int = MAX_BYTES) -> list[Entry]:
+    """A bounded part of *entries*: whole top directories in the order of FIRST, then the others."""
+
+    def place(entry: Entry) -> tuple[int, str]:
+        top = entry.path.split("/", 1)[0]
+        return (FIRST.index(top) if top in FIRST else len(FIRST), entry.path)
+
+    chosen: list[Entry] = []
+    total = 0
+    for entry in sorted(entries, key=place):
+        size = entry.size if stat.S_ISREG(entry.mode) else 0
+        if size > MAX_FILE or total + size > max_bytes:
+            continue
+        if len(chosen) == max_entries:
+            break
+        chosen.append(entry)
+        total += size
+    return chosen
+
+
+def make_image(cache: Path, source: Path = Path("/usr")) -> Path:
+    """Return the lower image in *cache*; made from *source* if it is not there (takes minutes)."""
+    image = cache / "lower.squashfs"
+    if image.exists():
+        return image
+    cache.mkdir(parents=True, exist_ok=True)
+    chosen = choose(scan(source))
+    new = image.with_suffix(".new")
+    names = b"".join(os.fsencode(e.path) + b"\0" for e in chosen)
+    # By way of tar: mksquashfs takes a list of files too (-cpiostyle), but for hours with so many.
+    with (cache / "names").open("w+b") as listed:
+        listed.write(names)
+        listed.seek(0)
+        tar = subprocess.Popen(
+            ["tar", "-c", "--null", "--no-recursion", "-T", "-"],
+            cwd=source,
+            stdin=listed,
+            stdout=subprocess.PIPE,
+        )
+        squash = ["mksquashfs", "-", str(new), "-tar", "-comp", "zstd", "-noappend", "-no-progress", "-quiet"]
+        subprocess.run(squash, stdin=tar.stdout, stdout=subprocess.DEVNULL, check=True)
+        if tar.wait():
+            raise RuntimeError(f"tar could not read all of {source}: what was made of it is not used")
+    new.rename(image)
+    return image
+
+
+def prepare(image: Path, reference: Path, scratch: Path) -> Corpus:
+    """Look at the *reference* (the mounted *image*) and make the archive and the data file in *scratch*."""
+    entries = scan(reference)
+    archived = for_archive(entries, TAR_FILES)
+    archive = scratch / "files.tar"
+    with tarfile.open(archive, "w", format=tarfile.GNU_FORMAT) as tar:
+        for entry in archived:
+            tar.add(reference / entry.path, arcname=f"./{entry.path}", recursive=False)
+    data = scratch / "data"
+    write_data(data, DATA_MIB)
+    regular = [e for e in entries if stat.S_ISREG(e.mode)]
+    facts = {
+        "lower": "a part of /usr, squashfs, zstd",
+        "image_bytes": image.stat().st_size,
+        "entries": len(entries),
+        "regular_files": len(regular),
+        "regular_bytes": sum(e.size for e in regular),
+        "archive_files": sum(stat.S_ISREG(e.mode) for e in archived),
+        "archive_bytes": archive.stat().st_size,
+        "fingerprint": f"{fingerprint(entries):08x}",
+    }
+    return Corpus(image, archive, data, reference, entries, archived, facts)
+
+
+def for_archive(entries: list[Entry], count: int, max_size: int = 1 << 16) -> list[Entry]:
+    """The last *count* regular files of at most *max_size* bytes, with every directory above them.
+
+    Consecutive ones, so that they fill whole directories, as those of a package do.
+    """
+    files = [e for e in entries if stat.S_ISREG(e.mode) and e.size <= max_size and e.nlink == 1][-count:]
+    above = {
+        "/".join(parts[:n]) for f in files for parts in [f.path.split("/")] for n in range(1, len(parts))
+    }
+    return [e for e in entries if e.path in above] + files
+
+
+def write_data(path: Path, mib: int) -> None:
+    """Fill *path* with *mib* MiB of which no two blocks of 4 KiB are equal."""
+    block = bytearray(os.urandom(1 << 20))
+    with path.open("wb") as file:
+        for number in range(mib):
+            for offset in range(0, len(block), 4096):
+                block[offset : offset + 4] = number.to_bytes(4, "little")
+            file.write(block)
+
+
+def fingerprint(entries: list[Entry]) -> int:
+    """A number that tells whether two runs had the same tree."""
+    text = json.dumps([[e.path, e.mode, e.size] for e in entries])
+    return zlib.crc32(text.encode("ascii"))

@@ -1,0 +1,60 @@
+"""The systems under test: one module per system, all behind :class:`System`."""
+
+from __future__ import annotations
+
+import shutil
+from typing import Protocol
+
+from perf.box import Box
+
+
+class System(Protocol):
+    """Something that merges a read-only lower with a writable store."""
+
+    @property
+    def name(self) -> str:
+        """How the command line and the results call it."""
+        ...
+
+    @property
+    def fuse(self) -> bool:
+        """Whether a daemon answers its requests."""
+        ...
+
+    def missing(self) -> str:
+        """What it lacks on this machine and what installs it; "" when it can run."""
+        ...
+
+    def version(self) -> str:
+        """Its version."""
+        ...
+
+    def options(self) -> str:
+        """How it is mounted, with LOWER, STORE and MNT for the places."""
+        ...
+
+    def create(self, box: Box) -> None:
+        """Make a fresh store."""
+        ...
+
+    def mount(self, box: Box) -> None:
+        """Mount the lower and the store; return when ``box.merged`` answers."""
+        ...
+
+    def unmount(self, box: Box) -> None:
+        """Unmount; return when everything written is in the store's image."""
+        ...
+
+
+def needs(program: str, package: str) -> str:
+    """The message for a missing *program*; "" when it is there."""
+    return "" if shutil.which(program) else f"{program} is not installed (Debian package {package})"
+
+
+def systems() -> dict[str, System]:
+    """Every system by name, in the order of the tables."""
+    from perf.peers import cowfs, fuse_overlayfs, overlayfs, unionfs_fuse, unprivileged
+
+    known = [*cowfs.SYSTEMS, *overlayfs.SYSTEMS, *fuse_overlayfs.SYSTEMS, *unionfs_fuse.SYSTEMS]
+    known += unprivileged.SYSTEMS
+    return {system.name: system for system in known}

@@ -1,0 +1,57 @@
+"""cowfs, run from the source tree by the interpreter that runs the suite."""
+
+from __future__ import annotations
+
+import subprocess
+from dataclasses import dataclass
+
+from perf import machine
+from perf.box import PROJECT, STORE_BYTES, Box
+from perf.peers import System
+
+
+@dataclass(frozen=True, slots=True)
+class Cowfs:
+    """cowfs with one of its engines, the lower image and the store given to it as files."""
+
+    name: str
+    engine: str
+    fuse: bool = True
+
+    def missing(self) -> str:
+        done = subprocess.run(
+            [*command(), "mount", "--help"],
+            cwd=PROJECT,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        if done.returncode == 0:
+            return ""
+        said = done.stderr.strip().splitlines()
+        return f"`cowfs mount` does not run: {said[-1] if said else done.returncode} (make setup)"
+
+    def version(self) -> str:
+        return machine.revision(PROJECT)
+
+    def options(self) -> str:
+        return f"cowfs mount IMAGE MNT --store STORE.img --engine {self.engine} -f"
+
+    def create(self, box: Box) -> None:
+        box.check([*command(), "create", str(box.image), f"{STORE_BYTES >> 20}M"])
+
+    def mount(self, box: Box) -> None:
+        store = ["--store", str(box.image), "--engine", self.engine]
+        box.start_daemon([*command(), "mount", str(box.corpus.image), str(box.merged), *store, "-f"])
+
+    def unmount(self, box: Box) -> None:
+        box.stop_daemon(box.merged, [*command(), "umount", str(box.merged)])
+
+
+def command() -> list[str]:
+    """How cowfs is started."""
+    return [machine.python(), "-m", "cowfs.cli.main"]
+
+
+SYSTEMS: list[System] = [Cowfs("cowfs", "kernel")]

@@ -1,0 +1,161 @@
+"""A results file as tables: ``python -m perf.report [FILE] [--markdown]``, the newest file by default."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from pathlib import Path
+
+from perf.samples import Results, Spread, ratio, spread
+
+FOLDER = Path(__file__).with_name("results")
+BASES = ("cowfs", "overlayfs")
+
+
+def newest() -> Path | None:
+    """The newest file in ``results/``, by its name."""
+    return max(FOLDER.glob("*.json"), default=None)
+
+
+def rows(results: Results, base: str) -> list[list[str]]:
+    """The table: for each workload, each system's median seconds and its ratio to *base*."""
+    names = list(results.systems)
+    table = [["workload", *names]]
+    for workload in results.workloads:
+        cells = [workload]
+        for name in names:
+            times = spread(results.times(workload, name))
+            against = ratio(results, workload, name, base) if name != base else None
+            cells.append(cell(times, against, any(s.error for s in results.of(workload, name))))
+        table.append(cells)
+    return table
+
+
+def cell(times: Spread | None, against: Spread | None, failed: bool) -> str:
+    """One cell: seconds, and the ratio with its lowest and highest round."""
+    if times is None:
+        return "failed" if failed else "-"
+    text = seconds(times.median)
+    if against:
+        text += f" {against.median:.2f}x ({against.low:.2f}..{against.high:.2f})"
+    else:
+        text += f" ({seconds(times.low)}..{seconds(times.high)})"
+    return text + (" !" if failed else "")
+
+
+def seconds(value: float) -> str:
+    """Seconds with three significant digits."""
+    return f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 1 else f"{value:.3f}"
+
+
+def memory_rows(results: Results) -> list[list[str]]:
+    """Resident memory of each daemon at the start and after listing the whole tree."""
+    table = [["daemon", "at start", "after find", "per inode", "mount"]]
+    for name in results.systems:
+        good = [s for s in results.of("find-cold", name) if s.rss_start and s.rss_end]
+        if not good:
+            continue
+        start = statistics.median([float(s.rss_start or 0) for s in good])
+        end = statistics.median([float(s.rss_end or 0) for s in good])
+        each = (end - start) / results.corpus["entries"]
+        mounts = [s.mount_seconds for s in good if s.mount_seconds]
+        mounted = f"{statistics.median(mounts):.2f} s" if mounts else "-"
+        table.append([name, f"{start / 1e6:.1f} MB", f"{end / 1e6:.1f} MB", f"{each:.0f} B", mounted])
+    return table
+
+
+def settle_rows(results: Results) -> list[list[str]]:
+    """Median seconds from the end of each workload until everything is in the store's image."""
+    names = list(results.systems)
+    table = [["until unmounted", *names]]
+    for workload in results.workloads:
+        values = [[s.settle_seconds for s in results.of(workload, n) if s.settle_seconds] for n in names]
+        table.append([workload, *[seconds(statistics.median(v)) if v else "-" for v in values]])
+    return table
+
+
+def request_rows(results: Results, key: str) -> list[list[str]]:
+    """The requests of one traced sample."""
+    table = [["request", "count", "us each", "seconds"]]
+    for kind, values in results.requests[key]["kinds"].items():
+        each = 1e6 * values["seconds"] / values["count"] if values["count"] else 0
+        table.append([kind, f"{values['count']:.0f}", f"{each:.1f}", f"{values['seconds']:.3f}"])
+    return table
+
+
+def aligned(table: list[list[str]]) -> str:
+    """*table* as text in columns."""
+    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+    lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in table]
+    return "\n".join(lines)
+
+
+def markdown(table: list[list[str]]) -> str:
+    """*table* in Markdown."""
+    head, *body = table
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *body])
+
+
+def machine_line(results: Results) -> str:
+    """The machine and the versions, in a sentence."""
+    m, c = results.machine, results.corpus
+    load = [s.load for s in results.samples]
+    return " ".join(
+        (
+            f"{results.started}: {m['cpu']}, {m['cores']} cores,",
+            "a virtual machine," if m["hypervisor"] else "not virtual,",
+            f"{m['memory_mib']} MiB, Linux {m['kernel']}, {m['os']}.",
+            ", ".join(f"{k} {v}" for k, v in results.versions.items()) + ".",
+            f"Lower: {c['entries']} entries, {c['regular_bytes'] / 1e6:.0f} MB in a squashfs of",
+            f"{c['image_bytes'] / 1e6:.0f} MB. {results.rounds} rounds;",
+            f"load average {min(load, default=0):.1f}..{max(load, default=0):.1f}.",
+        )
+    )
+
+
+def text(results: Results, *, as_markdown: bool = False) -> str:
+    """Everything, for a terminal or in Markdown."""
+    show = markdown if as_markdown else aligned
+    parts = [machine_line(results)]
+    for base in BASES:
+        if base in results.systems:
+            parts.append(f"Median seconds, and the ratio to {base} paired within rounds (lowest..highest):")
+            parts.append(show(rows(results, base)))
+    memory, settle = memory_rows(results), settle_rows(results)
+    if len(memory) > 1:
+        parts += ["Memory of the daemon, and the time to mount:", show(memory)]
+    parts += ["Seconds from the end of the workload until all of it is in the store's image:", show(settle)]
+    for key in results.requests:
+        entry = results.requests[key]
+        cpu = entry["daemon_cpu_seconds"]
+        parts.append(f"Requests of {key}: {entry['seconds']} s, daemon's processor time {cpu} s")
+        parts.append(show(request_rows(results, key)))
+    failed = results.errors()
+    if failed:
+        lines = {f"{s.workload} on {s.system}: {s.error}" for s in failed}
+        parts += ["Failed (marked !):", "\n".join(f"- {line}" for line in sorted(lines))]
+    return "\n\n".join(parts)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(prog="perf.report", description=__doc__)
+    parser.add_argument("file", nargs="?", type=Path, help="a results file (the newest)")
+    parser.add_argument("--markdown", action="store_true", help="as Markdown tables")
+    options = parser.parse_args(argv)
+    path = options.file or newest()
+    if path is None:
+        print("perf.report: there are no results yet (make perf)", file=sys.stderr)
+        return 2
+    try:
+        results = Results.load(path)
+    except (OSError, ValueError) as error:
+        print(f"perf.report: {error}", file=sys.stderr)
+        return 2
+    print(text(results, as_markdown=options.markdown))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

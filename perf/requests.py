@@ -1,0 +1,94 @@
+"""What the kernel asks FUSE daemons: every request counted and timed, with the kernel's tracepoints.
+
+``fuse:fuse_request_send`` and ``fuse:fuse_request_end`` (fs/fuse/fuse_trace.h, Linux 6.11 or newer) are
+recorded in a trace instance of their own. The time of a request is what the kernel waited for it: the
+daemon's work and the wake-ups on both sides, not the client's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import subprocess
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+BUFFER_KIB = 96 << 10
+_EVENT = re.compile(
+    r"\s(?P<time>\d+\.\d+): fuse_request_(?P<which>send|end): connection (?P<dev>\d+) req (?P<id>\d+)"
+    r"(?: opcode \d+ \(FUSE_(?P<name>\w+)\))?"
+)
+
+
+@dataclass(slots=True)
+class Kind:
+    """The requests of one kind."""
+
+    count: int = 0
+    seconds: float = 0.0
+    """From sending to the reply, added up; 0 for kinds that have no reply (FORGET)."""
+
+
+class Unavailable(Exception):
+    """This kernel cannot trace FUSE requests, and why."""
+
+
+@contextlib.contextmanager
+def tracefs(mountpoint: Path) -> Iterator[Path]:
+    """Mount tracefs, and make a trace instance with the FUSE events off."""
+    mountpoint.mkdir(exist_ok=True)
+    subprocess.run(["mount", "-t", "tracefs", "tracefs", str(mountpoint)], check=True, capture_output=True)
+    instance = mountpoint / "instances" / f"cowfs-perf-{os.getpid()}"
+    try:
+        if not (mountpoint / "events/fuse/fuse_request_send").is_dir():
+            raise Unavailable("the kernel has no fuse tracepoints (Linux 6.11 has)")
+        instance.mkdir()
+        (instance / "buffer_size_kb").write_text(str(BUFFER_KIB))
+        (instance / "trace_clock").write_text("mono")
+        yield instance
+    finally:
+        with contextlib.suppress(OSError):
+            instance.rmdir()
+        subprocess.run(["umount", str(mountpoint)], check=False, capture_output=True)
+
+
+@contextlib.contextmanager
+def recorded(instance: Path, kinds: dict[str, Kind]) -> Iterator[None]:
+    """Fill *kinds* with the requests that are sent within the block."""
+    events = instance / "events/fuse"
+    (instance / "trace").write_text("")
+    (events / "enable").write_text("1")
+    try:
+        yield
+    finally:
+        (events / "enable").write_text("0")
+    with (instance / "trace").open() as lines:
+        kinds.update(parse(lines))
+
+
+def parse(lines: Iterator[str]) -> dict[str, Kind]:
+    """Add up the events of a trace, as tracefs prints it."""
+    kinds: dict[str, Kind] = defaultdict(Kind)
+    sent: dict[tuple[str, str], tuple[float, Kind]] = {}
+    for line in lines:
+        found = _EVENT.search(line)
+        if not found:
+            continue
+        key = (found["dev"], found["id"])
+        if found["which"] == "send":
+            kind = kinds[found["name"] or "?"]
+            kind.count += 1
+            sent[key] = (float(found["time"]), kind)
+        elif key in sent:
+            begin, kind = sent.pop(key)
+            kind.seconds += float(found["time"]) - begin
+    return dict(kinds)
+
+
+def as_json(kinds: dict[str, Kind]) -> dict[str, dict[str, float]]:
+    """*kinds* as plain data, the costliest first."""
+    ordered = sorted(kinds.items(), key=lambda item: -item[1].seconds)
+    return {name: {k: round(v, 6) for k, v in asdict(kind).items()} for name, kind in ordered}

@@ -1,0 +1,291 @@
+"""Run the workloads on cowfs and its peers, interleaved, and write the figures to ``perf/results/``.
+
+    python -m perf.run                        everything, 5 rounds (about half an hour)
+    python -m perf.run --quick                the main workloads, 2 rounds
+    python -m perf.run -w untar,append -s cowfs,overlayfs -r 9
+    python -m perf.run --requests -s cowfs    once more with every FUSE request counted
+
+Needs root: it mounts. It works in mount and process namespaces of its own, so that every mount, loop
+device and daemon is gone when it ends, however it ends.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import fcntl
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TypeVar
+
+from perf import corpus, machine, report, requests
+from perf.bench import Workload, workloads
+from perf.box import PROJECT, Box, SampleFailed
+from perf.peers import System, systems
+from perf.samples import Results, Sample, rotated
+
+RESULTS = PROJECT / "perf" / "results"
+CACHE = PROJECT / ".cache" / "perf"
+INSIDE = "COWFS_PERF_WORK"
+PROGRAMS = {"mksquashfs": "squashfs-tools", "mke2fs": "e2fsprogs", "unshare": "util-linux", "tar": "tar"}
+T = TypeVar("T")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(
+        prog="perf.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    made.add_argument("-w", "--workloads", metavar="A,B", help="only these: " + ", ".join(workloads()))
+    made.add_argument("-s", "--systems", metavar="A,B", help="only these: " + ", ".join(systems()))
+    made.add_argument("-r", "--rounds", type=int, help="rounds (5; 2 with --quick)")
+    made.add_argument("--quick", action="store_true", help="only the main workloads, 2 rounds")
+    made.add_argument("--limit", type=float, default=180, metavar="SECONDS", help="for one sample (180)")
+    made.add_argument(
+        "--quiet-wait", type=float, default=10, metavar="SECONDS",
+        help="how long to wait before a sample for other processes to calm down (10)",
+    )  # fmt: skip
+    made.add_argument("--requests", action="store_true", help="also count FUSE requests, in a further round")
+    made.add_argument(
+        "--daemon-prefix", default="", metavar="CMD", help="start FUSE daemons by it: a profiler"
+    )
+    made.add_argument("-o", "--output", type=Path, help="the results file (perf/results/DATE.json)")
+    return made
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the suite; 0 if every sample succeeded, 1 if some failed, 2 if it cannot run."""
+    options = parser().parse_args(argv)
+    try:
+        chosen = pick(workloads(), options.workloads), pick(systems(), options.systems)
+    except KeyError as error:
+        print(f"perf.run: {error.args[0]}", file=sys.stderr)
+        return 2
+    if os.geteuid() != 0:
+        print("perf.run: needs root, because it mounts (sudo make perf)", file=sys.stderr)
+        return 2
+    for program, package in PROGRAMS.items():
+        if shutil.which(program) is None:
+            print(f"perf.run: {program} is not installed (Debian package {package})", file=sys.stderr)
+            return 2
+    if INSIDE not in os.environ:
+        return outside(sys.argv[1:] if argv is None else argv)
+    return inside(options, *chosen, Path(os.environ[INSIDE]))
+
+
+def pick(known: dict[str, T], names: str | None) -> dict[str, T]:
+    """The entries of *known* that *names* lists, all without it; KeyError for a name it has not."""
+    if not names:
+        return known
+    for name in names.split(","):
+        if name not in known:
+            raise KeyError(f"there is no {name!r}: choose from {', '.join(known)}")
+    return {name: known[name] for name in names.split(",")}
+
+
+def outside(argv: list[str]) -> int:
+    """Run the suite in new namespaces, and remove its working directory afterwards."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with (CACHE / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            print("perf.run: another run is going on here, and both would be wrong", file=sys.stderr)
+            return 2
+        if not (CACHE / "lower.squashfs").exists():
+            print("making the lower image, once (some minutes) ...", flush=True)
+        corpus.make_image(CACHE)
+        work = CACHE / "work"
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir()
+        namespaces = ["unshare", "--mount", "--propagation=private", "--pid", "--fork", "--mount-proc"]
+        try:
+            return subprocess.call(
+                [*namespaces, "--kill-child", machine.python(), "-m", "perf.run", *argv],
+                cwd=PROJECT, env={**os.environ, INSIDE: str(work)},
+            )  # fmt: skip
+        except KeyboardInterrupt:
+            return 130
+        finally:
+            # The namespaces are gone, and the mounts with them: nothing below is anything but plain files.
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def inside(
+    options: argparse.Namespace, bench: dict[str, Workload], peers: dict[str, System], work: Path
+) -> int:
+    """The run itself, within the namespaces."""
+    if options.quick and not options.workloads:
+        bench = {name: w for name, w in bench.items() if w.main}
+    rounds = options.rounds or (2 if options.quick else 5)
+    for name, why in [(name, system.missing()) for name, system in peers.items()]:
+        if why:
+            print(f"without {name}: {why}", flush=True)
+            peers = {n: s for n, s in peers.items() if n != name}
+    scratch, reference = work / "scratch", work / "reference"
+    for directory, how in (
+        (scratch, ["-t", "tmpfs", "-o", "mode=700", "tmpfs"]),
+        (reference, ["-t", "squashfs", "-o", "loop,ro", str(CACHE / "lower.squashfs")]),
+    ):
+        directory.mkdir()
+        subprocess.run(["mount", *how, str(directory)], check=True)
+    made = corpus.prepare(CACHE / "lower.squashfs", reference, scratch)
+    started = datetime.datetime.now().astimezone()
+    results = Results(
+        started=started.isoformat(timespec="seconds"),
+        machine=machine.describe(),
+        versions=machine.versions(PROJECT),
+        corpus=made.facts,
+        systems={name: facts(system) for name, system in peers.items()},
+        workloads={n: {"title": w.title, "cold": w.cold, "main": w.main} for n, w in bench.items()},
+        rounds=rounds,
+    )
+    path = options.output or RESULTS / f"{started:%Y-%m-%d-%H%M}.json"
+    runner = Runner(results, bench, peers, made, work, options)
+    try:
+        runner.rounds(rounds)
+        if options.requests:
+            runner.count_requests()
+    except KeyboardInterrupt:
+        print("interrupted: the samples so far are kept", file=sys.stderr)
+    results.save(path)
+    print(report.text(results))
+    print(f"written to {os.path.relpath(path)}")
+    return 1 if results.errors() else 0
+
+
+def facts(system: System) -> dict[str, str | bool]:
+    """What the results say about a system."""
+    return {"version": system.version(), "mounted": system.options(), "fuse": system.fuse}
+
+
+class Runner:
+    """Takes the samples, one after the other."""
+
+    def __init__(
+        self, results: Results, bench: dict[str, Workload], peers: dict[str, System],
+        made: corpus.Corpus, work: Path, options: argparse.Namespace,
+    ) -> None:  # fmt: skip
+        self.results = results
+        self.bench = bench
+        self.peers = peers
+        self.corpus = made
+        self.work = work
+        self.options = options
+        self._count = 0
+
+    def rounds(self, rounds: int) -> None:
+        """Each round: each workload on all systems, one after the other, the first one changing."""
+        for turn in range(rounds):
+            for number, (name, workload) in enumerate(self.bench.items()):
+                for position, peer in enumerate(rotated(list(self.peers), turn + number)):
+                    sample = Sample(name, peer, turn, position)
+                    sample.busy_before = machine.wait_until_quiet(self.options.quiet_wait)
+                    sample.load = machine.load()
+                    self.take(sample, workload, self.peers[peer])
+                    self.results.samples.append(sample)
+                    took = f"{sample.seconds:.3f} s" if sample.seconds and not sample.error else sample.error
+                    print(f"round {turn + 1}/{rounds}  {name:12} {peer:20} {took}", flush=True)
+
+    def count_requests(self) -> None:
+        """One traced sample of each workload on each FUSE system; its time does not count."""
+        try:
+            with requests.tracefs(self.work / "trace") as instance:
+                for name, workload in self.bench.items():
+                    for peer, system in self.peers.items():
+                        if not system.fuse:
+                            continue
+                        kinds: dict[str, requests.Kind] = {}
+
+                        def traced(box: Box, kinds: dict[str, requests.Kind] = kinds) -> float:
+                            with requests.recorded(instance, kinds):
+                                return workload.run(box)  # noqa: B023 (called within this turn)
+
+                        sample = Sample(name, peer, -1, 0)
+                        self.take(sample, workload, system, traced)
+                        self.results.requests[f"{name}/{peer}"] = {
+                            "seconds": sample.seconds,
+                            "daemon_cpu_seconds": sample.daemon_cpu_seconds,
+                            "error": sample.error,
+                            "kinds": requests.as_json(kinds),
+                        }
+        except (requests.Unavailable, subprocess.CalledProcessError) as error:
+            print(f"no requests counted: {error}", file=sys.stderr)
+
+    def take(
+        self, sample: Sample, workload: Workload, system: System, run: Callable[[Box], float] | None = None
+    ) -> None:
+        """Fill in *sample*: a fresh store, set-up, the timed part, unmount, verification."""
+        self._count += 1
+        scratch = self.work / "scratch" / f"box-{self._count}"
+        scratch.mkdir()
+        prefix = shlex.split(self.options.daemon_prefix)
+        box = Box(self.work / f"box-{self._count}", scratch, self.corpus, self.options.limit, prefix)
+        with ExitStack() as cleanup:
+            cleanup.callback(shutil.rmtree, scratch, ignore_errors=True)
+            cleanup.callback(box.close)
+            box.open()
+            try:
+                measure(box, sample, workload, system, run or workload.run)
+            except SampleFailed as error:
+                sample.error = str(error)
+            except OSError as error:
+                sample.error = f"{type(error).__name__}: {error.strerror} ({Path(str(error.filename)).name})"
+
+
+def measure(
+    box: Box, sample: Sample, workload: Workload, system: System, run: Callable[[Box], float]
+) -> None:
+    """The course of one sample; SampleFailed when a step does."""
+    system.create(box)
+    machine.drop_caches()
+    mount(box, sample, system)
+    workload.setup(box)
+    if workload.cold:
+        system.unmount(box)
+        mount(box, sample, system)
+        machine.drop_caches()
+        warm_programs(box)
+    cpu, usage = machine.cpu_times(), box.usage()
+    sample.seconds = round(run(box), 6)
+    cpu_after, usage_after = machine.cpu_times(), box.usage()
+    sample.busy_cpu_seconds = round(cpu_after.busy - cpu.busy, 2)
+    sample.steal_seconds = round(cpu_after.steal - cpu.steal, 2)
+    if usage and usage_after:
+        sample.daemon_cpu_seconds = round(usage_after.cpu - usage.cpu, 2)
+        sample.rss_start, sample.rss_end = usage.rss, usage_after.rss
+    if not workload.writes:
+        workload.verify(box)
+    begin = time.perf_counter()
+    system.unmount(box)
+    with box.image.open("rb") as image:
+        os.fsync(image.fileno())
+    sample.settle_seconds = round(time.perf_counter() - begin, 6)
+    if workload.writes:
+        system.mount(box)
+        workload.verify(box)
+
+
+def mount(box: Box, sample: Sample, system: System) -> None:
+    """Mount *system* and note how long that took."""
+    begin = time.perf_counter()
+    system.mount(box)
+    sample.mount_seconds = round(time.perf_counter() - begin, 6)
+
+
+def warm_programs(box: Box) -> None:
+    """Read the clients' programs into the page cache again: they are not what a cold start is about."""
+    for program in ("find", "tar", "grep", "rm", "dd", "git"):
+        box.output([program, "--version"], box.scratch)
+    box.output([machine.python(), "-I", "-S", "-c", "import hashlib, time, sys"], box.scratch)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
