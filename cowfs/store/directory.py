@@ -35,12 +35,15 @@ def open_root(root: int, path: str, want: Wanted, stack: ExitStack, *, kind: Kin
     first = DirectoryLayer(os.dup(root), path)
     try:
         found = layout.recognise(first)  # before anything is written into what may not be ours
+        header = _header(first, found)
         if not want.read_only:
             _lock_file(root, path, first, stack)
-            found = layout.recognise(first)
+            now = layout.recognise(first)  # somebody may have been faster to make it
+            if found != "overlayfs" or now == "store":
+                found = now
         elif found == "store":
             _lock_shared(root, path, stack)
-        header = _header(first, found, want)
+        header = _header(first, found)
     except OSError as error:
         raise StoreError(*_explain(path, error)) from None
     finally:
@@ -77,7 +80,7 @@ def _lock_shared(root: int, path: str, stack: ExitStack) -> None:
     lock.lock(fd, path, shared=True)
 
 
-def _header(layer: DirectoryLayer, found: str, want: Wanted) -> Header:
+def _header(layer: DirectoryLayer, found: str) -> Header:
     """Return the header that is there, or the one that shall be."""
     if found == "store":
         header = layout.load_header(layer)

@@ -81,7 +81,11 @@ def _is_empty(layer: UpperLayer, name: bytes) -> bool:
 
 
 def initialise(layer: UpperLayer, header: Header) -> None:
-    """Make upper/, work/ and the header, the header last: only then it is a store."""
+    """Make upper/, work/ and the header, the header last: only then it is a store.
+
+    cowfs/ comes first: empty directories beside it are known to be ours if we are cut short.
+    """
+    ensure_directory(layer, layer.root, PRIVATE, 0o755)
     ensure_directory(layer, layer.root, UPPER, 0o755)
     ensure_directory(layer, layer.root, WORK, 0o755)
     save_header(layer, header)
@@ -118,8 +122,7 @@ def save_header(layer: UpperLayer, header: Header) -> None:
     private = ensure_directory(layer, layer.root, PRIVATE, 0o755)
     if layer.lookup(private, _NEW_HEADER) is not None:
         layer.unlink(private, _NEW_HEADER, None)
-    key = layer.create(private, _NEW_HEADER, 0o644, uid, gid)
-    file = layer.open(key, os.O_WRONLY)
+    key, file = layer.create(private, _NEW_HEADER, 0o644, uid, gid)
     try:
         file.pwrite(to_json(header), 0)
         file.fsync(False)

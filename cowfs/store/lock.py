@@ -114,6 +114,6 @@ def _process(pid: int) -> str:
         words = Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0").split(b"\0")
     except OSError:
         words = []
-    command = b" ".join(words).decode(errors="replace")
+    command = " ".join(b" ".join(words).decode(errors="replace").split())
     command = command if len(command) <= 80 else command[:77] + "..."
     return f"process {pid} ({command})" if command else f"process {pid}"
