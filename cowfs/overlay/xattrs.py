@@ -14,11 +14,19 @@ from cowfs.overlay.copyup import copy_up_meta
 from cowfs.overlay.node import Node
 from cowfs.overlay.state import State, error
 
+_ACLS = b"system.posix_acl_"
+
 
 def getxattr(fs: State, node: Node, name: bytes) -> bytes:
     """Return an attribute's value; ENODATA when there is none."""
     layer, key = _top(fs, node)
-    return layer.getxattr(key, _stored(fs, name))
+    try:
+        return layer.getxattr(key, _stored(fs, name))
+    except OSError as failure:
+        # The kernel reads the ACL to check permissions, and takes any errno but ENODATA for the result.
+        if failure.errno == errno.EOPNOTSUPP and name.startswith(_ACLS):
+            raise error(errno.ENODATA, node.name) from None
+        raise
 
 
 def listxattr(fs: State, node: Node) -> list[bytes]:
