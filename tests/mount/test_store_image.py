@@ -1,0 +1,342 @@
+"""Opening stores that are ext3 images, mounted by the kernel: as root."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from cowfs.errors import StoreBusy, StoreError, SystemFailure, WrongLower
+from cowfs.linux import mounts
+from cowfs.store import debugfs
+from cowfs.store.create import create_store
+from cowfs.store.image import open_image
+from cowfs.store.info import store_info
+from cowfs.store.open import open_store
+from cowfs.store.store import Store, Wanted
+from tests.support.mounts import KERNEL_OPTIONS, eventually, project_root
+from tests.support.system import needs_root, run
+from tests.unit.test_store_open import HOLD, LOWER, OTHER, make_dir, names
+
+pytestmark = needs_root
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "sysrcd.bs"
+    create_store(str(path), 16 << 20)
+    return path
+
+
+@pytest.fixture
+def at(tmp_path: Path) -> Iterator[Path]:
+    """A mountpoint, empty again at the end."""
+    path = tmp_path / "at"
+    path.mkdir()
+    yield path
+    if mounts.mount_of(path):
+        run("umount", path)
+
+
+def put(image: Path, at: Path, *content: str) -> None:
+    """Let the image hold these files."""
+    run("mount", "-o", "loop", image, at)
+    for name in content:
+        (at / name).parent.mkdir(parents=True, exist_ok=True)
+        (at / name).touch()
+    run("umount", at)
+
+
+def write(store: Store, name: bytes, data: bytes) -> None:
+    _, file = store.layer.create(store.upper, name, 0o644, 0, 0)
+    file.pwrite(data, 0)
+    file.close()
+
+
+def test_what_is_written_is_there_again(image: Path) -> None:
+    before = mounts.mountinfo()
+    store = open_store(str(image), lowers=[LOWER])
+    assert mounts.mountinfo() == before, "mounted where nobody sees it"
+    assert (store.kind, store.path, store.xattr_prefix) == ("image", str(image), b"trusted.overlay.")
+    assert store.bind([LOWER])
+    assert 0 < store.free < store.size < 16 << 20
+    write(store, b"file", b"content")
+    uuid = store.header.uuid
+    store.close()
+    assert not mounts.loop_users(image), "close returns when the kernel has let go"
+    assert run("e2fsck", "-fn", image).returncode == 0
+    assert debugfs.read_file(str(image), "upper/file") == b"content"
+
+    again = open_store(str(image), lowers=[LOWER])
+    assert (names(again), again.header.uuid, again.header.lowers) == ({b"file"}, uuid, (LOWER,))
+    again.close()
+    with pytest.raises(WrongLower):
+        open_store(str(image), lowers=[OTHER])
+    assert not mounts.loop_users(image)
+
+
+def test_the_kernel_mounts_the_same_store(image: Path, at: Path, tmp_path: Path) -> None:
+    store = open_store(str(image))
+    make_dir(store, b"ours")
+    store.layer.mknod(store.upper, b"hidden", stat.S_IFCHR, 0, 0, 0)
+    store.close()
+    (tmp_path / "lower").mkdir()
+    (tmp_path / "lower/hidden").touch()
+    merged = tmp_path / "merged"
+    merged.mkdir()
+    run("mount", "-o", "loop", image, at)
+    options = f"lowerdir={tmp_path}/lower,upperdir={at}/upper,workdir={at}/work,{KERNEL_OPTIONS}"
+    run("mount", "-t", "overlay", "-o", options, "overlay", merged)
+    assert os.listdir(merged) == ["ours"]
+    (merged / "theirs").mkdir()
+    run("umount", merged)
+    run("umount", at)
+    again = open_store(str(image))
+    assert names(again) == {b"ours", b"theirs", b"hidden"}
+    again.close()
+
+
+def test_an_image_of_mke2fs_becomes_a_store(tmp_path: Path) -> None:
+    path = tmp_path / "image"
+    run("mke2fs", "-q", "-t", "ext3", path, "16M")
+    with pytest.raises(StoreError, match="without a store in it"):
+        open_store(str(path), read_only=True)
+    store = open_store(str(path))
+    assert store.bind([LOWER])
+    assert store.header.uuid == run("blkid", "-p", "-s", "UUID", "-o", "value", path).stdout.strip()
+    store.close()
+    assert store_info(str(path))["format"] == "overlayfs"
+
+
+def test_a_store_of_the_kernels_is_adopted(tmp_path: Path, at: Path) -> None:
+    path = tmp_path / "image"
+    run("mke2fs", "-q", "-t", "ext3", path, "16M")
+    put(path, at, "upper/theirs", "work/work/rest")
+    assert open_and_close(path, read_only=True) == {b"theirs"}
+    store = open_store(str(path))
+    assert not store.bind([LOWER])
+    assert store.layer.readdir(store.work) == []
+    store.close()
+    assert store_info(str(path))["lowers"][0]["path"] == "/lower"
+
+
+def open_and_close(path: Path, *, read_only: bool = False) -> set[bytes]:
+    store = open_store(str(path), read_only=read_only)
+    found = names(store)
+    store.close()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ([".wh..wh.aufs", ".wh..wh.orph/x", "etc/passwd"], r"aufs format \(.wh..wh.aufs\)"),
+        (["etc/passwd"], "not a store: it holds etc"),
+        (["upper/x", "etc/passwd"], "not a store: it holds etc"),
+        (["upper/x", "work/work/incompat/volatile"], "volatile"),
+    ],
+)
+def test_an_image_with_something_else_is_refused(
+    tmp_path: Path, at: Path, content: list[str], said: str
+) -> None:
+    path = tmp_path / "image"
+    run("mke2fs", "-q", "-t", "ext3", path, "16M")
+    put(path, at, *content)
+    with pytest.raises(StoreError, match=said):
+        open_store(str(path))
+    assert not mounts.loop_users(path)
+
+
+# --- in use
+
+
+def hold(path: Path) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": project_root()},
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline()
+    return process
+
+
+def test_a_second_one_is_told_who_has_it(image: Path) -> None:
+    with hold(image) as holder:
+        for read_only in (False, True):
+            with pytest.raises(StoreBusy, match=f"in use by process {holder.pid} "):
+                open_store(str(image), read_only=read_only)
+        assert f"process {holder.pid} " in store_info(str(image))["in_use_by"]
+        holder.communicate("")
+    assert store_info(str(image))["in_use_by"] is None
+
+
+def test_a_killed_one_does_not_stand_in_the_way(image: Path) -> None:
+    for _ in range(5):
+        with hold(image) as holder:
+            holder.send_signal(signal.SIGKILL)
+            holder.wait()
+            open_store(str(image)).close()  # perhaps while the kernel still unmounts for the dead
+            assert holder.stdin is not None
+
+
+def test_the_lock_outlives_the_one_who_is_killed_until_the_kernel_is_done(image: Path) -> None:
+    store = open_store(str(image))
+    (device,) = mounts.loop_users(image)
+    with image.open("rb") as other, pytest.raises(BlockingIOError):
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    store.close()
+    assert mounts.loop_backing(device) != os.fsencode(image)
+
+
+def test_a_mounted_image_is_refused_naming_where(image: Path, at: Path) -> None:
+    run("mount", "-o", "loop", image, at)
+    (device,) = mounts.loop_users(image)
+    with pytest.raises(StoreBusy, match=f"loop device {device}, mounted on {at}"):
+        open_store(str(image))
+    assert device in store_info(str(image))["in_use_by"]
+    run("umount", at)
+    eventually(lambda: not mounts.loop_users(image), "the loop device is detached")
+    open_store(str(image)).close()
+
+
+def test_an_attached_image_is_refused_too(image: Path) -> None:
+    device = run("losetup", "--find", "--show", image).stdout.strip()
+    try:
+        with pytest.raises(StoreBusy, match=rf"loop device {device} .losetup -d {device}"):
+            open_store(str(image))
+    finally:
+        run("losetup", "-d", device)
+    eventually(lambda: not mounts.loop_users(image), "the loop device is detached")
+
+
+def test_an_image_mounted_by_fuse2fs_is_refused(image: Path, at: Path) -> None:
+    run("fuse2fs", image, at)
+    try:
+        with pytest.raises(StoreBusy, match=f"mounted on {at} as fuse"):
+            open_store(str(image))
+    finally:
+        run("umount", at)
+
+    def is_free() -> bool:
+        try:
+            open_store(str(image)).close()
+        except (StoreBusy, StoreError):
+            return False
+        return True
+
+    eventually(is_free, "fuse2fs has written back")
+
+
+# --- damage
+
+
+def test_a_store_that_was_not_unmounted_is_recovered_with_one_line(image: Path, tmp_path: Path) -> None:
+    dirty = tmp_path / "dirty"
+    store = open_store(str(image))
+    write(store, b"synced", b"there")
+    store.layer.sync()
+    shutil.copyfile(image, dirty)
+    store.close()
+    assert store_info(str(dirty))["state"] == "needs recovery"
+    said: list[str] = []
+    reader = open_store(str(dirty), read_only=True, progress=said.append)
+    reader.close()
+    assert store_info(str(dirty))["state"] == "needs recovery", "reading changes nothing"
+    assert len(said) == 1
+    assert "not cleanly unmounted" in said[0]
+    said.clear()
+    again = open_store(str(dirty), progress=said.append)
+    assert names(again) == {b"synced"}
+    again.close()
+    assert debugfs.read_file(str(dirty), "upper/synced") == b"there"
+    assert said == [f"{dirty}: was not cleanly unmounted, recovered"]
+
+
+def test_a_store_that_cannot_be_repaired_is_refused(image: Path) -> None:
+    run("debugfs", "-w", "-R", "clri <2>", image)
+    run("debugfs", "-w", "-R", "ssv state 2", image)
+    with pytest.raises(StoreError, match=r"cannot be repaired automatically: .*oot inode.*e2fsck -f"):
+        open_store(str(image))
+
+
+def test_a_store_that_the_kernel_cannot_mount_is_refused(image: Path) -> None:
+    run("debugfs", "-w", "-R", "clri <2>", image)  # with a clean superblock: nobody has noticed yet
+    with pytest.raises(StoreError, match=r"the kernel cannot mount it.*cowfs check"):
+        open_store(str(image))
+    assert not mounts.loop_users(image)
+
+
+@pytest.mark.parametrize("damage", ["text", "empty", "truncated", "ext4"])
+def test_what_is_no_image_is_refused_untouched(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "sysrcd.bs"
+    make: dict[str, Callable[[], object]] = {
+        "text": lambda: path.write_text("my store\n"),
+        "empty": path.touch,
+        "truncated": lambda: (create_store(str(path), 32 << 20), os.truncate(path, 20 << 20)),
+        "ext4": lambda: run("mke2fs", "-q", "-t", "ext4", path, "32M"),
+    }
+    make[damage]()
+    before = path.read_bytes()
+    with pytest.raises(StoreError, match=rf"{damage}"):
+        open_store(str(path))
+    assert path.read_bytes() == before
+
+
+# --- places and engines
+
+
+def test_read_only_media_are_named(tmp_path: Path) -> None:
+    media = tmp_path / "cd"
+    media.mkdir()
+    run("mount", "-t", "tmpfs", "tmpfs", media)
+    try:
+        create_store(str(media / "s"), 16 << 20)
+        store = open_store(str(media / "s"))
+        make_dir(store, b"kept")
+        store.close()
+        run("mount", "-o", "remount,ro", media)
+        with pytest.raises(StoreError, match="read-only media"):
+            open_store(str(media / "s"))
+        assert open_and_close(media / "s", read_only=True) == {b"kept"}
+    finally:
+        run("umount", media)
+
+
+def test_the_engine_process_is_refused_for_now(image: Path) -> None:
+    with pytest.raises(StoreError, match="not built in yet"):
+        open_store(str(image), engine="process")
+
+
+def test_a_missing_loop_driver_is_told(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*_: object, **__: object) -> None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "/dev/loop-control")
+
+    monkeypatch.setattr(mounts, "attach_loop", none)
+    with pytest.raises(SystemFailure, match="modprobe loop"):
+        open_image(str(image), Wanted())
+    with image.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_a_full_store_says_enospc_and_stays_whole(image: Path) -> None:
+    store = open_store(str(image))
+    _, file = store.layer.create(store.upper, b"big", 0o644, 0, 0)
+    with pytest.raises(OSError) as caught:
+        for block in range(32):
+            file.pwrite(bytes(1 << 20), block << 20)
+    assert caught.value.errno == errno.ENOSPC
+    file.close()
+    store.close()
+    assert run("e2fsck", "-fn", image).returncode == 0
