@@ -47,6 +47,7 @@ def create_store(path: str, size: int, *, progress: Progress = quiet) -> None:
     with cleaned_up(), _unfinished(path, directory) as fd:
         allocate(fd, path, 0, size)
         _format(fd, path)
+        fill_holes(fd, 0, size)
         os.fsync(fd)
 
 
@@ -70,6 +71,13 @@ def allocate(fd: int, path: str, start: int, end: int, length: int | None = None
     except BaseException:
         os.ftruncate(fd, length)
         raise
+
+
+def fill_holes(fd: int, start: int, end: int) -> None:
+    """Allocate what e2fsprogs has given back: where a filesystem zeroes no ranges it punches holes."""
+    if os.fstat(fd).st_blocks * 512 < end:
+        with suppress(OSError):
+            os.posix_fallocate(fd, start, end - start)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 
 from cowfs.errors import StoreError, UsageError
 from cowfs.store import lock, tools
-from cowfs.store.create import allocate
+from cowfs.store.create import allocate, fill_holes
 from cowfs.store.image import open_file
 from cowfs.store.signals import cleaned_up, deferred
 from cowfs.store.sizes import LARGEST, check_room, format_size
@@ -51,6 +51,7 @@ def grow_store(path: str, size: int | None, *, progress: Progress = quiet) -> in
             progress(f"{path}: the file has {format_size(size)} already, its filesystem is to fill it")
             allocate(fd, path, filesystem, size, length)  # its holes, if somebody used truncate(1)
         _resize(path)
+        fill_holes(fd, filesystem, size)
         os.fsync(fd)
         return read_superblock(fd, path, smallest=0).size
 
