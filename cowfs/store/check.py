@@ -154,8 +154,11 @@ def broken_rules(entries: Iterable[Entry], prefix: bytes) -> Iterator[str]:
         redirect = entry.xattrs.get(prefix + b"redirect")
         if redirect is not None and not _leads_somewhere(redirect):
             yield f"{name}: redirects to {_shown(redirect)}, which is no place in a lower"
-        if prefix + b"metacopy" in entry.xattrs and prefix + b"origin" not in entry.xattrs:
-            yield f"{name}: its data is said to be in a lower (metacopy), but not where (no origin)"
+        if prefix + b"metacopy" in entry.xattrs and redirect is None:
+            if parent in opaque:
+                yield f"{name}: its data is said to be in a lower (metacopy), but its directory is opaque"
+            elif prefix + b"origin" not in entry.xattrs:
+                yield f"{name}: its data is said to be in a lower (metacopy), but not where (no origin)"
 
 
 def _leads_somewhere(redirect: bytes) -> bool:

@@ -429,11 +429,17 @@ def break_rules(upper: Path) -> list[str]:
         (upper / name).touch()
         os.setxattr(upper / name, prefix + "metacopy", b"")
     os.setxattr(upper / "meta", prefix + "origin", b"\0\xfb\x1d\0\1")
+    for name in ("opaque/meta", "opaque/led"):
+        (upper / name).touch()
+        os.setxattr(upper / name, prefix + "metacopy", b"")
+        os.setxattr(upper / name, prefix + "origin", b"")
+    os.setxattr(upper / "opaque/led", prefix + "redirect", b"/there")
     return [
         "away: redirects to a/b, which is no place in a lower",
         "dots: redirects to .., which is no place in a lower",
         r"lost\nmeta: its data is said to be in a lower (metacopy), but not where (no origin)",
         "opaque/hidden: a whiteout inside an opaque directory",
+        "opaque/meta: its data is said to be in a lower (metacopy), but its directory is opaque",
         "up: redirects to /a/../b, which is no place in a lower",
     ]
 
