@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import guard, system
-from tests.support.mounts import run
+from tests.support.system import run
 
 
 @pytest.fixture(scope="session", autouse=True)

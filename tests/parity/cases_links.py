@@ -43,7 +43,7 @@ def unlink_a_link_after_copy_up(s: Script) -> None:
     s.unlink("two")
 
 
-@case(BASE)
+@case(BASE, upper_differs="link copies the data up, the kernel leaves a metacopy with two names")
 def new_links_to_lower_files(s: Script) -> None:
     s.link("file", "dir/file")
     s.link("one", "four")
@@ -73,7 +73,7 @@ def links_to_upper_files(s: Script) -> None:
     s.append("dir/b2", b"again")
 
 
-@case(BASE)
+@case(BASE, upper_differs="any of the names of a hard link may be the one that is copied up")
 def link_over_whiteouts(s: Script) -> None:
     s.unlink("file")
     s.link("dir/a", "file")

@@ -7,6 +7,7 @@ import signal
 import time
 import uuid
 from pathlib import Path
+from typing import Any
 
 MARK = "COWFS_TEST_RUN"
 
@@ -66,11 +67,11 @@ class Guard:
         self.below = below
         self.before = self._now()
 
-    def _now(self) -> dict[str, dict[object, str]]:
+    def _now(self) -> dict[str, Any]:
         return {
-            "mount": dict(mounts()),
-            "loop device": dict(loops(self.below)),
-            "process": dict(processes(self.mark)),
+            "mount": mounts(),
+            "loop device": loops(self.below),
+            "process": processes(self.mark),
         }
 
     def left_behind(self, patience: float = 5.0) -> list[str]:

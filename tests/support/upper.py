@@ -16,6 +16,9 @@ from typing import Any
 from tests.support.tree import Snapshot, facts_of
 
 P = "trusted.overlay."
+COMPARED = ("type", "mode", "owner", "xattrs", "rdev", "target")
+LARGE = 65536
+"""From this size on a change of attributes alone must not copy the data. A smaller file's data may be."""
 SHARED_WHITEOUT = "#whiteout"
 """A link to the inode of all whiteouts, which may wait in the work directory for the next one."""
 
@@ -50,9 +53,9 @@ def _describe(
         if _is_whiteout(st):
             result[child] = {"whiteout": True, "in_merged_directory": below is not None}
             continue
-        facts: dict[str, Any] = facts_of(fd, os.fsencode(name), st.st_dev, False)
+        facts = facts_of(fd, os.fsencode(name), st.st_dev, False)
         # An index entry is one more link, and the inode is not the one that users see.
-        kept = {k: facts[k] for k in ("type", "mode", "owner", "xattrs", "rdev", "target") if k in facts}
+        kept: dict[str, Any] = {key: facts[key] for key in COMPARED if key in facts}
         result[child] = kept
         if stat.S_ISDIR(st.st_mode):
             merges = _lower_path(fd, name, below, prefix)
@@ -62,11 +65,12 @@ def _describe(
             with _opened(name, fd) as sub:
                 _describe(sub, child, merges, lowers, result, prefix)
         elif stat.S_ISREG(st.st_mode):
-            kept["metacopy"] = _xattr(fd, name, prefix + "metacopy") is not None
-            if kept["metacopy"]:
-                kept["data_from"] = _lower_path(fd, name, below, prefix)
-            else:
+            if _xattr(fd, name, prefix + "metacopy") is None:
                 kept["content"] = facts.get("content")
+            elif st.st_size >= LARGE:
+                kept["metacopy_of"] = _lower_path(fd, name, below, prefix)
+            else:
+                kept["content"] = _lower_content(lowers, _lower_path(fd, name, below, prefix))
 
 
 def _xattr(fd: int, name: str, attribute: str) -> bytes | None:
@@ -104,6 +108,16 @@ def _is_lower_directory(lowers: list[str], path: str) -> bool:
         else:
             return True
     return False
+
+
+def _lower_content(lowers: list[str], path: str | None) -> str | None:
+    for lower in lowers:
+        if path is not None and os.path.isfile(os.path.join(lower, path)):
+            with _opened(os.path.dirname(os.path.join(lower, path))) as fd:
+                name = os.path.basename(path)
+                content = facts_of(fd, os.fsencode(name), 0, False).get("content")
+                return str(content)
+    return None
 
 
 def leftovers(store: str, prefix: str = P) -> list[str]:
