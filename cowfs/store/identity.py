@@ -24,18 +24,14 @@ import fcntl
 import hashlib
 import os
 import stat
-import struct
 
 from cowfs.errors import LayerError
+from cowfs.formats.squashfs.recognise import SAMPLE
+from cowfs.formats.squashfs.superblock import parse
 from cowfs.linux import files
 from cowfs.store.sizes import format_size
-from cowfs.store.sniff import what_is
 from cowfs.types import Identity
 
-# magic, inodes, mkfs_time, block_size, fragments; compression, block_log, flags, ids, major, minor;
-# root_inode, bytes_used, id_table, xattr_table, inode_table, directory_table, fragment_table, export_table
-_SQUASHFS = struct.Struct("<5I6H8Q")
-_SQUASHFS_MAGIC = 0x73717368
 _CHUNK = 1 << 20
 
 _EXT, _BTRFS, _BCACHEFS, _ZFS, _XFS = 0xEF53, 0x9123683E, 0xCA451A4E, 0x2FC12FC1, 0x58465342
@@ -89,39 +85,17 @@ def _why(error: OSError) -> str:
 
 
 def _squashfs(fd: int, path: str) -> Identity:
-    length = os.fstat(fd).st_size
-    head = os.pread(fd, _SQUASHFS.size, 0)
-    magic = head[:4]
-    if magic != b"hsqs":
-        name = what_is(fd)
-        hint = "cowfs reads little-endian squashfs 4.0" if magic in {b"sqsh", b"shsq", b"qshs"} else ""
-        raise LayerError(f"{path}: not a squashfs image but {name}", hint)
-    if len(head) < _SQUASHFS.size:
-        raise LayerError(f"{path}: the squashfs image is truncated: {length} bytes of it are there")
-    fields = _SQUASHFS.unpack(head)
-    inodes, made = fields[1], fields[2]
-    major, minor = fields[9], fields[10]
-    used, inode_table = fields[12], fields[15]
-    if (major, minor) != (4, 0):
-        raise LayerError(
-            f"{path}: squashfs {major}.{minor}, only 4.0 is known", "make it again by mksquashfs"
-        )
-    if used > length:
-        raise LayerError(
-            f"{path}: the squashfs image is truncated: {length} of {used} bytes are there",
-            "copy it again from where it came from",
-        )
-    if not _SQUASHFS.size <= inode_table < used:
-        raise LayerError(f"{path}: the squashfs superblock is damaged")
-    digest = hashlib.sha256(head)
-    for offset in range(inode_table, used, _CHUNK):
-        chunk = os.pread(fd, min(_CHUNK, used - offset), offset)
-        digest.update(chunk)
-    date = datetime.datetime.fromtimestamp(made, datetime.UTC)
+    superblock = parse(os.pread(fd, SAMPLE, 0), path, os.fstat(fd).st_size)
+    used = superblock.bytes_used
+    digest = hashlib.sha256(superblock.raw)
+    for offset in range(superblock.inode_table, used, _CHUNK):
+        digest.update(os.pread(fd, min(_CHUNK, used - offset), offset))
+    date = datetime.datetime.fromtimestamp(superblock.mkfs_time, datetime.UTC)
+    size, inodes = format_size(used), superblock.inodes
     return Identity(
         kind="squashfs",
         fingerprint=digest.hexdigest(),
-        description=f"squashfs, {format_size(used)}, {inodes} inodes, made {date:%Y-%m-%d %H:%M:%S}",
+        description=f"squashfs, {size}, {inodes} inodes, made {date:%Y-%m-%d %H:%M:%S}",
         path=os.path.abspath(path),
     )
 

@@ -102,16 +102,16 @@ def _btrfs(path: Path) -> None:
 FOREIGN: list[tuple[str, Callable[[Path], object]]] = [
     ("an empty file", lambda path: path.touch()),
     ("a text file", lambda path: path.write_text("söme text\n" * 9000)),
-    ("a file of zeros", lambda path: path.write_bytes(bytes(100_000))),
+    ("a file that begins with zeros", lambda path: path.write_bytes(bytes(100_000))),
     ("a file of unknown kind", lambda path: path.write_bytes(bytes(range(256)) * 400)),
     ("an ELF program", lambda path: path.write_bytes(Path("/bin/ls").read_bytes())),
     ("a script", lambda path: path.write_text("#!/bin/sh\nexit\n")),
-    ("gzip data", lambda path: path.write_bytes(gzip.compress(b"x"))),
+    ("gzip-compressed data", lambda path: path.write_bytes(gzip.compress(b"x"))),
     ("a zip archive", _zip),
-    ("an ISO 9660 image (a CD)", _iso),
+    ("an ISO 9660 image", _iso),
     ("a FAT filesystem", _fat),
     ("a btrfs filesystem", _btrfs),
-    ("an xfs filesystem", lambda path: path.write_bytes(b"XFSB".ljust(8192, b"\0"))),
+    ("an XFS filesystem", lambda path: path.write_bytes(b"XFSB".ljust(8192, b"\0"))),
     ("a LUKS encrypted volume", lambda path: path.write_bytes(b"LUKS\xba\xbe".ljust(8192, b"\0"))),
     ("a big-endian squashfs image", lambda path: path.write_bytes(b"sqsh".ljust(8192, b"\0"))),
 ]
@@ -123,11 +123,9 @@ def test_a_foreign_file_is_named(tmp_path: Path, name: str, make: Callable[[Path
     make(path)
     with path.open("rb") as file:
         assert what_is(file.fileno()) == name
-        with pytest.raises(
-            StoreError, match="not a store but " + name.replace("(", r"\(").replace(")", r"\)")
-        ):
+        with pytest.raises(StoreError, match=f"not a store but {name}"):
             read_superblock(file.fileno(), str(path))
-    with pytest.raises(LayerError, match="not a squashfs image but"):
+    with pytest.raises(LayerError, match="not a squashfs image|squashfs version"):
         identify_lower(str(path))
 
 
@@ -321,15 +319,15 @@ def test_a_squashfs_image_that_is_not_whole_is_refused(tree: Path, tmp_path: Pat
     image = _squash(tree, tmp_path / "one.sqfs")
     whole = image.read_bytes()
     used = struct.unpack_from("<Q", whole, 40)[0]
-    for end, said in ((used - 1, f"truncated: {used - 1} of {used} bytes"), (60, "truncated: 60 bytes")):
+    for end, said in ((used - 1, f"should have {used} bytes and has {used - 1}"), (60, "truncated")):
         image.write_bytes(whole[:end])
         with pytest.raises(LayerError, match=said):
             identify_lower(str(image))
     image.write_bytes(whole[:28] + struct.pack("<HH", 3, 1) + whole[32:])
-    with pytest.raises(LayerError, match=r"squashfs 3.1, only 4.0"):
+    with pytest.raises(LayerError, match=r"squashfs version 3.1 is not supported"):
         identify_lower(str(image))
     image.write_bytes(whole[:64] + struct.pack("<Q", 1 << 40) + whole[72:])
-    with pytest.raises(LayerError, match="superblock is damaged"):
+    with pytest.raises(LayerError, match="damaged squashfs superblock"):
         identify_lower(str(image))
 
 
