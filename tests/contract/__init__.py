@@ -1,0 +1,1 @@
+"""What every layer promises (cowfs/layers/base.py), held against every kind of layer there is."""

@@ -1,0 +1,63 @@
+"""The kinds of layers. A new kind gets an entry here and must pass both suites as it is."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from cowfs.layers.base import LowerLayer, UpperLayer
+from cowfs.layers.directory import open_directory
+from tests.support.system import NOBODY
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of layer. *lower* opens a layer that shows the same as a directory; *upper* an empty one."""
+
+    name: str
+    lower: Callable[[Path], AbstractContextManager[LowerLayer]] | None
+    upper: Callable[[Path], AbstractContextManager[UpperLayer]] | None
+    privileged: bool = True
+    """May it give files away, make devices, see trusted.*?"""
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@contextmanager
+def _directory(path: Path) -> Iterator[UpperLayer]:
+    layer = open_directory(str(path))
+    try:
+        yield layer
+    finally:
+        layer.close()
+
+
+@contextmanager
+def _directory_of_nobody(path: Path) -> Iterator[UpperLayer]:
+    """As an unprivileged user has it; a run that is unprivileged itself stays who it is."""
+    root = os.geteuid() == 0
+    if root:
+        os.setegid(NOBODY)
+        os.seteuid(NOBODY)
+    try:
+        layer = open_directory(str(path), privileged=False)
+        try:
+            yield layer
+        finally:
+            layer.close()
+    finally:
+        if root:
+            os.seteuid(0)
+            os.setegid(0)
+
+
+KINDS = [
+    Kind("directory", _directory, _directory),
+    Kind("directory of nobody", _directory_of_nobody, _directory_of_nobody, privileged=False),
+]
+LOWERS = [kind for kind in KINDS if kind.lower]
+UPPERS = [kind for kind in KINDS if kind.upper]
