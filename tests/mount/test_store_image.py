@@ -8,8 +8,6 @@ import os
 import shutil
 import signal
 import stat
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -23,9 +21,9 @@ from cowfs.store.image import open_image
 from cowfs.store.info import store_info
 from cowfs.store.open import open_store
 from cowfs.store.store import Store, Wanted
-from tests.support.mounts import KERNEL_OPTIONS, eventually, project_root
+from tests.support.mounts import KERNEL_OPTIONS, eventually
 from tests.support.system import needs_root, run
-from tests.unit.test_store_open import HOLD, LOWER, OTHER, make_dir, names
+from tests.unit.test_store_open import LOWER, OTHER, hold, make_dir, names
 
 pytestmark = needs_root
 
@@ -159,21 +157,8 @@ def test_an_image_with_something_else_is_refused(
 # --- in use
 
 
-def hold(path: Path) -> subprocess.Popen[str]:
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(path)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": project_root()},
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline()
-    return process
-
-
 def test_a_second_one_is_told_who_has_it(image: Path) -> None:
-    with hold(image) as holder:
+    with hold(str(image)) as holder:
         for read_only in (False, True):
             with pytest.raises(StoreBusy, match=f"in use by process {holder.pid} "):
                 open_store(str(image), read_only=read_only)
@@ -184,7 +169,7 @@ def test_a_second_one_is_told_who_has_it(image: Path) -> None:
 
 def test_a_killed_one_does_not_stand_in_the_way(image: Path) -> None:
     for _ in range(5):
-        with hold(image) as holder:
+        with hold(str(image)) as holder:
             holder.send_signal(signal.SIGKILL)
             holder.wait()
             open_store(str(image)).close()  # perhaps while the kernel still unmounts for the dead
