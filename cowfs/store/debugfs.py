@@ -8,12 +8,11 @@ from __future__ import annotations
 import os
 import re
 import stat
-import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from cowfs.errors import StoreError
-from cowfs.store.tools import last_line, program
+from cowfs.store.tools import last_line, run
 
 _ENTRY = re.compile(rb"/(\d+)/([0-7]+)/\d+/\d+/([^/]+)/\d*/\n")
 _XATTR = re.compile(rb"^  (\S+) \(\d+\)(?: = (.*))?$", re.MULTILINE)
@@ -36,24 +35,16 @@ def requests(
 ) -> list[bytes]:
     """Return what debugfs answers to each command, in one run of it. Blocks. Errors are not answers."""
     script = "".join(f"{command}\n" for command in commands).encode()
-    done = subprocess.run(
-        [program("debugfs"), *(["-w"] if write else []), "-f", "-", image],
-        input=script,
-        capture_output=True,
-        env={**os.environ, "LC_ALL": "C", "DEBUGFS_PAGER": "cat"},
-        pass_fds=pass_fds,
-        start_new_session=True,
-    )
+    options = ["-w", "-f", "-"] if write else ["-f", "-"]
+    done = run(["debugfs", *options, image], data=script, pass_fds=pass_fds)
     if done.returncode:
-        raise StoreError(f"{image}: debugfs: {last_line(done.stderr.decode(errors='replace'))}")
+        raise StoreError(f"{image}: debugfs: {last_line(done.stderr)}")
     answers = []
     rest = done.stdout
     for command in commands:  # each is repeated before its answer
         before, found, rest = rest.partition(f"debugfs: {command}\n".encode())
         if not found:
-            raise StoreError(
-                f"{image}: debugfs has stopped: {last_line(done.stderr.decode(errors='replace'))}"
-            )
+            raise StoreError(f"{image}: debugfs has stopped: {last_line(done.stderr)}")
         answers.append(before)
     return [*answers[1:], rest]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from contextlib import ExitStack
 
@@ -83,16 +82,9 @@ def _check_filesystem(path: str) -> None:
 
 def _resize(path: str) -> None:
     on_terminal = sys.stdout.isatty()
+    options = ["-p"] if on_terminal else []
     with deferred():
-        done = subprocess.run(
-            [tools.program("resize2fs"), *(["-p"] if on_terminal else []), path],
-            stdin=subprocess.DEVNULL,
-            stdout=None if on_terminal else subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            encoding="utf-8",
-            errors="replace",
-            start_new_session=True,
-        )
+        done = tools.run(["resize2fs", *options, path], show=on_terminal)
     if done.returncode:
         raise StoreError(
             f"{path}: resize2fs failed: {tools.last_line(done.stderr)}",

@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Callable, Sequence
 
 from cowfs.errors import StoreError, SystemFailure
+from cowfs.store.signals import deferred
 
 Progress = Callable[[str], None]
 """Is told, in one line, of what takes a while or is worth knowing."""
@@ -32,35 +33,52 @@ def program(name: str) -> str:
 
 
 def run(
-    command: Sequence[str], *, pass_fds: Sequence[int] = (), merge: bool = False
-) -> subprocess.CompletedProcess[str]:
-    """Run a program to its end and return its output; *merge* adds its errors to it. Blocks.
+    command: Sequence[str],
+    *,
+    data: bytes = b"",
+    pass_fds: Sequence[int] = (),
+    merge: bool = False,
+    show: bool = False,
+) -> subprocess.CompletedProcess[bytes]:
+    """Run a program to its end on *data* and return its output; *merge* adds its errors to it,
+    *show* lets the user see it instead. Blocks.
 
-    It gets a session of its own, so that a ^C on the terminal never stops it in the middle of a write.
+    It gets a session of its own, so that a ^C on the terminal does not stop it in the middle of a write:
+    whether it is to be stopped is for the caller to say (see cowfs.store.signals). When an exception
+    comes, it does not outlive this call.
     """
-    return subprocess.run(
-        [program(command[0]), *command[1:]],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT if merge else subprocess.PIPE,
-        env={**os.environ, "LC_ALL": "C"},
-        encoding="utf-8",
-        errors="replace",
-        pass_fds=pass_fds,
-        start_new_session=True,
-    )
+    process = None
+    try:
+        with deferred():  # or it might be running already, and we not know yet
+            process = subprocess.Popen(
+                [program(command[0]), *command[1:]],
+                stdin=subprocess.PIPE,
+                stdout=None if show else subprocess.PIPE,
+                stderr=subprocess.STDOUT if merge else subprocess.PIPE,
+                env={**os.environ, "LC_ALL": "C", "DEBUGFS_PAGER": "cat"},
+                pass_fds=pass_fds,
+                start_new_session=True,
+            )
+        output, errors = process.communicate(data)
+    except BaseException:
+        if process is not None:
+            with process:
+                process.kill()
+        raise
+    return subprocess.CompletedProcess(command, process.returncode, output or b"", errors or b"")
 
 
-def last_line(text: str) -> str:
+def last_line(output: bytes) -> str:
     """Return the last line of a program's output that says something."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [line.strip() for line in output.decode(errors="replace").splitlines() if line.strip()]
     return lines[-1] if lines else "no message"
 
 
 def fsck(path: str, *options: str) -> tuple[int, str]:
     """Run ``e2fsck OPTIONS path``; return its exit code (e2fsck(8)) and all that it said. Blocks."""
     done = run(["e2fsck", *options, path], merge=True)
-    return (done.returncode if done.returncode >= 0 else FSCK_OPERATIONAL), done.stdout
+    code = done.returncode if done.returncode >= 0 else FSCK_OPERATIONAL
+    return code, done.stdout.decode(errors="replace")
 
 
 def recover(path: str, progress: Progress) -> None:
@@ -68,7 +86,8 @@ def recover(path: str, progress: Progress) -> None:
 
     Raises StoreError where it is not; e2fsck may have replayed the journal by then, nothing more.
     """
-    code, said = fsck(path, "-p")
+    with deferred():
+        code, said = fsck(path, "-p")
     if code & ~(FSCK_CORRECTED | 2):
         raise StoreError(
             f"{path}: the store is damaged and cannot be repaired automatically: {reason(said)}",

@@ -125,7 +125,7 @@ def test_a_foreign_file_is_named(tmp_path: Path, name: str, make: Callable[[Path
         assert what_is(file.fileno()) == name
         with pytest.raises(StoreError, match=f"not a store but {name}"):
             read_superblock(file.fileno(), str(path))
-    with pytest.raises(LayerError, match="not a squashfs image|squashfs version"):
+    with pytest.raises(LayerError, match=r"not a squashfs image|squashfs version"):
         identify_lower(str(path))
 
 
