@@ -1,0 +1,272 @@
+"""`diff` of uppers made by hand, with the marks that an unprivileged overlay makes (user.overlay.*)."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cowfs.changes.diff import diff
+from cowfs.changes.render import render
+from cowfs.layers.base import Key
+from cowfs.layers.directory import DirectoryLayer, open_directory
+from cowfs.overlay import origin
+from cowfs.types import Attr, DirEntry
+
+PREFIX = b"user.overlay."
+OLD = 1_500_000_000_000_000_001
+
+
+class Tree:
+    """A directory that becomes a layer."""
+
+    def __init__(self, top: Path) -> None:
+        self.top = top
+        top.mkdir()
+
+    def file(self, path: str, text: str = "text", mode: int = 0o644, **marks: bytes) -> Path:
+        made = self.top / path
+        made.parent.mkdir(parents=True, exist_ok=True)
+        made.write_text(text)
+        made.chmod(mode)
+        return self._done(made, marks)
+
+    def directory(self, path: str, **marks: bytes) -> Path:
+        made = self.top / path
+        made.mkdir(parents=True, exist_ok=True)
+        return self._done(made, marks)
+
+    def whiteout(self, path: str) -> None:
+        made = self.top / path
+        made.parent.mkdir(parents=True, exist_ok=True)
+        os.mknod(made, stat.S_IFCHR, 0)
+
+    def _done(self, made: Path, marks: dict[str, bytes]) -> Path:
+        for name, value in marks.items():
+            os.setxattr(made, PREFIX + name.encode(), value)
+        os.utime(made, ns=(OLD, OLD))
+        return made
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Callable[[str], Tree]:
+    try:
+        os.setxattr(tmp_path, PREFIX + b"probe", b"y")
+    except OSError as error:
+        pytest.skip(f"the temporary directory's filesystem has no user xattrs: {error.strerror}")
+    return lambda name: Tree(tmp_path / name)
+
+
+@pytest.fixture
+def layers() -> Iterator[Callable[..., list[DirectoryLayer]]]:
+    opened: list[DirectoryLayer] = []
+
+    def call(*trees: Tree) -> list[DirectoryLayer]:
+        new = [open_directory(str(each.top)) for each in trees]
+        opened.extend(new)
+        return new
+
+    yield call
+    for layer in opened:
+        layer.close()
+
+
+@pytest.fixture
+def found(layers: Any) -> Callable[..., list[str]]:
+    """The lines of `diff` of an upper and its lowers, topmost first."""
+
+    def call(upper: Tree, *lowers: Tree) -> list[str]:
+        top, *rest = layers(upper, *lowers)
+        return list(render(diff(top, top.root, rest, PREFIX)))
+
+    return call
+
+
+def test_without_a_lower_everything_is_new(tree: Any, found: Any) -> None:
+    upper = tree("upper")
+    upper.file("etc/fstab")
+    assert found(upper) == ["A  etc/", "A  etc/fstab"]
+
+
+def test_a_whiteout_of_nothing_is_nothing(tree: Any, found: Any) -> None:
+    upper, lower = tree("upper"), tree("lower")
+    upper.whiteout("gone")
+    upper.whiteout("new/gone")
+    assert found(upper, lower) == ["A  new/"]
+
+
+def test_another_device_than_0_0_is_no_whiteout(tree: Any, found: Any) -> None:
+    upper, lower = tree("upper"), tree("lower")
+    lower.file("a")
+    os.mkfifo(upper.top / "a")
+    assert found(upper, lower) == ["M  a  (type)"]
+
+
+def test_private_marks_are_no_change_but_escaped_ones_are(tree: Any, found: Any) -> None:
+    upper, lower = tree("upper"), tree("lower")
+    for name in ("origin", "escaped"):
+        lower.file(name)
+    upper.file("origin", origin=b"\0\xfb\0")
+    upper.file("escaped", **{"overlay.opaque": b"y"})
+    assert found(upper, lower) == ["M  escaped  (xattrs)"]
+
+
+def test_an_escaped_mark_equals_the_same_in_the_lower(tree: Any, found: Any) -> None:
+    upper, lower = tree("upper"), tree("lower")
+    lower.file("a", **{"overlay.opaque": b"y"})
+    upper.file("a", **{"overlay.opaque": b"y"})
+    assert found(upper, lower) == []
+
+
+def test_the_middle_layer_hides_and_renames(tree: Any, found: Any) -> None:
+    upper, middle, bottom = tree("upper"), tree("middle"), tree("bottom")
+    for name in ("hidden/a", "opaque/below", "old/in", "file/under", "kept"):
+        bottom.file(name)
+    middle.whiteout("hidden")
+    middle.directory("opaque", opaque=b"y")
+    middle.directory("new", redirect=b"old")
+    middle.whiteout("old")
+    middle.file("file")
+    # The same again on top: only what the merged lowers lacked is new.
+    upper.file("hidden/a")
+    upper.file("opaque/below")
+    upper.file("new/in")
+    upper.file("file")
+    upper.file("kept")
+    assert found(upper, middle, bottom) == ["A  hidden/", "A  hidden/a", "A  opaque/below"]
+
+
+def test_a_redirect_is_followed_through_those_of_the_layers_below(tree: Any, found: Any) -> None:
+    upper, first, second, bottom = (tree(name) for name in ("upper", "first", "second", "bottom"))
+    bottom.file("a/b/c/file", "as ever")
+    bottom.file("a/b/c/lost")
+    second.directory("x", redirect=b"a")  # x/b/c
+    first.directory("y", redirect=b"/x/b")  # y/c, from another place
+    upper.directory("z", redirect=b"/y/c")
+    upper.file("z/file", "as ever")
+    upper.file("z/new")
+    upper.whiteout("z/lost")
+    assert found(upper, first, second, bottom) == ["R  y/c/ -> z/", "D  z/lost", "A  z/new"]
+
+
+def test_an_opaque_directory_on_the_way_does_not_stop_a_redirect_below_it(tree: Any, found: Any) -> None:
+    upper, middle, bottom = tree("upper"), tree("middle"), tree("bottom")
+    bottom.file("far/file")
+    bottom.file("a/hidden")
+    middle.directory("a", opaque=b"y")
+    middle.directory("a/b", redirect=b"/far")
+    upper.whiteout("a/b")
+    upper.directory("moved", redirect=b"/a/b")
+    upper.file("moved/file")
+    assert found(upper, middle, bottom) == ["R  a/b/ -> moved/"]
+
+
+def test_a_metacopy_in_the_middle_has_its_data_below(tree: Any, found: Any) -> None:
+    upper, middle, bottom = tree("upper"), tree("middle"), tree("bottom")
+    for name in ("same", "other"):
+        bottom.file(name, "data")
+        middle.file(name, "\0\0\0\0", 0o600, metacopy=b"")
+    upper.file("same", "data", 0o600)
+    upper.file("other", "\0\0\0\0", 0o600)
+    assert found(upper, middle, bottom) == ["M  other  (content)"]
+
+
+def test_a_metacopy_is_compared_without_its_data(tree: Any, found: Any) -> None:
+    upper, lower = tree("upper"), tree("lower")
+    for name in ("quiet", "mode"):
+        lower.file(name, "data")
+    upper.file("quiet", "\0\0\0\0", metacopy=b"")
+    upper.file("mode", "\0\0\0\0", 0o600, metacopy=b"")
+    assert found(upper, lower) == ["M  mode  (mode)"]
+
+
+def test_a_redirect_to_nothing_is_none(tree: Any, found: Any) -> None:
+    upper, lower = tree("upper"), tree("lower")
+    lower.file("file")
+    upper.directory("a", redirect=b"missing")
+    upper.directory("b", redirect=b"/file")
+    upper.file("c", metacopy=b"", redirect=b"missing")
+    upper.whiteout("file")
+    assert found(upper, lower) == ["A  a/", "A  b/", "A  c"]
+
+
+@pytest.mark.parametrize("value", [b"", b"/", b"a/b", b"/a//b", b"/a/../b", b".."])
+def test_a_damaged_redirect_is_an_error(tree: Any, found: Any, value: bytes) -> None:
+    upper, lower = tree("upper"), tree("lower")
+    upper.directory("a", redirect=value)
+    with pytest.raises(OSError, match="a redirect that leads nowhere") as raised:
+        found(upper, lower)
+    assert raised.value.errno == errno.EINVAL
+
+
+def test_an_index_entry_changes_every_name_of_its_inode(tree: Any, layers: Any, tmp_path: Path) -> None:
+    upper, lower = tree("upper"), tree("lower")
+    lower.file("deep/er/one")
+    os.link(lower.top / "deep/er/one", lower.top / "two")
+    lower.file("other")
+    os.link(lower.top / "other", lower.top / "deep/another")
+    top, below = layers(upper, lower)
+    hit = below.lookup(below.root, b"two")
+    handle = below.handle(hit[0])
+    if handle is None:
+        pytest.skip("the temporary directory's filesystem has no file handles")
+    index = Tree(tmp_path / "upper/index")
+    name = origin.index_name(origin.encode(handle)).decode()
+    index.file(name, "changed")
+    index.file("00fb" + "0" * 40)  # of an inode that is not there
+    index.file("#1")
+    # An upper has no such directory: this one is told as new, which makes sure that it is not an alias.
+    key = top.lookup(top.root, b"index")[0]
+    lines = [text for text in render(diff(top, top.root, [below], PREFIX, key)) if "index" not in text]
+    assert lines == ["M  deep/er/one  (content)", "M  two  (content)"]
+
+
+class Busy:
+    """A layer in use: it removes what *victim* names at the given moment."""
+
+    def __init__(self, layer: DirectoryLayer, top: Path, victim: str, moment: str) -> None:
+        self._layer, self._victim, self._moment = layer, top / victim, moment
+        self.root = layer.root
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._layer, name)
+
+    def _strike(self, moment: str) -> None:
+        if moment == self._moment and self._victim.exists():
+            if self._victim.is_dir():
+                shutil.rmtree(self._victim)
+            else:
+                self._victim.unlink()
+
+    def readdir(self, key: Key) -> list[DirEntry]:
+        entries = self._layer.readdir(key)
+        self._strike("readdir")
+        return entries
+
+    def lookup(self, key: Key, name: bytes) -> tuple[Key, Attr] | None:
+        hit = self._layer.lookup(key, name)
+        self._strike("lookup")
+        return hit
+
+    def listxattr(self, key: Key) -> list[bytes]:
+        self._strike("listxattr")
+        return self._layer.listxattr(key)
+
+
+@pytest.mark.parametrize("moment", ["readdir", "lookup", "listxattr"])
+@pytest.mark.parametrize("victim", ["d", "d/e/f", "d/e", "m"])
+def test_what_goes_meanwhile_is_left_out(tree: Any, layers: Any, moment: str, victim: str) -> None:
+    upper, lower = tree("upper"), tree("lower")
+    lower.file("m", mode=0o600)
+    upper.file("d/e/f")
+    upper.file("m")
+    upper.file("stays")
+    top, below = layers(upper, lower)
+    lines = list(render(diff(Busy(top, upper.top, victim, moment), top.root, [below], PREFIX)))  # type: ignore[arg-type]
+    assert lines[-1] == "A  stays"
