@@ -7,5 +7,7 @@
     identity                what a lower is recognised by
     superblock sniff        is this file a store, and if not, what is it
     debugfs tools signals   running e2fsprogs
-    sizes
+    sizes                   read and write sizes, is there room for one
+
+Nothing here is imported by the package itself.
 """
