@@ -136,7 +136,7 @@ def snapshot(root: str | bytes | os.PathLike[str] | int, *, private: bool = Fals
         _walk(top, b"", result, os.fstat(top).st_dev, private)
     finally:
         os.close(top)
-    _group_links(result)
+    group_links(result)
     return result
 
 
@@ -248,7 +248,8 @@ def _content(fd: int, name: bytes) -> str:
         os.close(file)
 
 
-def _group_links(result: Snapshot) -> None:
+def group_links(result: Snapshot) -> None:
+    """Note with each path the others that are the same inode."""
     groups: dict[int, list[str]] = {}
     for path, facts in result.items():
         if "ino" in facts:

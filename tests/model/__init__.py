@@ -1,0 +1,1 @@
+"""The union against a plain tree in memory."""
