@@ -205,10 +205,12 @@ def link_alias(fs: State, node: Node) -> None:
     copy_up_directory(fs, parent)
     if fs.upper.lookup(parent.upper, node.name) is not None:
         return
-    # One more name in the upper, none in the union.
+    # One more name in the upper, none in the union, whose directory has not changed.
     offset = node.indexed - 1
+    before = fs.upper.stat(parent.upper)
     fs.note(node.upper, fs.x_nlink, b"U%+d" % offset)
     fs.upper.link(node.upper, parent.upper, node.name)
+    fs.upper.utimens(parent.upper, before.st_atime_ns, before.st_mtime_ns)
     node.indexed = offset
 
 
@@ -326,6 +328,9 @@ def _settle(fs: State, node: Node, key: Key, temporary: bytes, origin_: _Origin)
         # user.* xattrs are not allowed on symlinks and devices (xattr(7)).
         if failure.errno not in {errno.EPERM, errno.EOPNOTSUPP}:
             raise
+    else:
+        if node.lowers[0][0]:
+            fs.note(key, fs.x_layer, b"%d" % node.lowers[0][0])
     before = upper.stat(parent.upper)
     if origin_.index_name is not None and fs.index is not None:
         _settle_indexed(fs, node, key, temporary, origin_.index_name)

@@ -68,7 +68,7 @@ def _from_upper(fs: State, parent: Node, name: bytes, key: Key, attr: Attr) -> t
             raise error(errno.EIO, name)  # its data is nowhere: not the lower it was made for
         lowers = tuple((layer, low) for layer, low, _ in found)
     value = notes.get(fs.x_origin, b"")
-    ino = _ino_of_origin(fs, value)
+    ino = _ino_of_origin(fs, value, notes.get(fs.x_layer))
     node, attr = _enter(fs, parent, name, key, lowers, ino or fs.ino_of(0, fs.upper.dev, attr), attr)
     if metacopy and node.upper is key:
         node.metacopy = True
@@ -141,12 +141,19 @@ def indexed_offset(note: bytes | None, upper_nlink: int) -> int:
     return -1
 
 
-def _ino_of_origin(fs: State, value: bytes) -> int | None:
-    """Return the union's number for the lower inode that an origin names, if a layer knows it."""
+def _ino_of_origin(fs: State, value: bytes, hint: bytes | None) -> int | None:
+    """Return the union's number for the lower inode that an origin names, if a layer knows it.
+
+    Images have no UUID to tell them apart, so a note says which of several was meant.
+    """
     handle = origin.decode(value) if value else None
     if handle is None:
         return None
-    for index, layer in enumerate(fs.lowers):
+    first = int(hint) if hint is not None and hint.isdigit() else 0
+    for index in [first, *range(len(fs.lowers))]:
+        if index >= len(fs.lowers):
+            continue
+        layer = fs.lowers[index]
         real = layer.handle_ino(handle)
         if real is not None:
             return fs.ino_of_real(index + 1, layer.dev, real)

@@ -76,6 +76,7 @@ class State:
         self.x_origin = prefix + b"origin"
         self.x_impure = prefix + b"impure"
         self.x_nlink = prefix + b"nlink"
+        self.x_layer = prefix + b"cowfs.layer"  # ours: which lower an origin means, if not the first
         self.escaped = prefix + b"overlay."
         self.indexed: set[bytes] = set()
         if index is not None:
@@ -84,25 +85,29 @@ class State:
         self.shared_whiteout: Key | None = None
         self._temporaries = count()
         self._strange: dict[tuple[int, int, int], int] = {}
+        devs = [upper.dev, *(layer.dev for layer in self.lowers)]
+        self._filesystems = [devs.index(dev) for dev in devs]
 
     # --- numbers
 
     def ino_of(self, layer: int, dev: int, attr: Attr) -> int:
-        """Return the union's number of a layer's inode: the layer's index above, its own number below.
+        """Return the union's number of a layer's inode: its filesystem's above, its own below.
 
-        *layer* is 0 for the upper, i + 1 for lower i; *dev* the layer's. Numbers of more than 40
-        bits, of mounts inside a layer, and the two that FUSE keeps, get the next free of a range of
-        their own: unique, but another at the next mount.
+        *layer* is 0 for the upper, i + 1 for lower i; *dev* the layer's. Layers on one filesystem
+        share its numbers. Numbers of more than 40 bits, of mounts inside a layer, and the two that
+        FUSE keeps, get the next free of a range of their own: unique, but another at the next mount.
         """
         real = attr.st_ino
-        if real <= _REAL_MASK and attr.st_dev == dev and (layer or real > ROOT_INO):
-            return real | layer << _LAYER_SHIFT
+        number = self._filesystems[layer]
+        if real <= _REAL_MASK and attr.st_dev == dev and (number or real > ROOT_INO):
+            return real | number << _LAYER_SHIFT
         return self.strange_ino(layer, attr.st_dev, real)
 
     def ino_of_real(self, layer: int, dev: int, real: int) -> int:
         """Like :meth:`ino_of`, for an inode of which only the number is known."""
-        if real <= _REAL_MASK and (layer or real > ROOT_INO):
-            return real | layer << _LAYER_SHIFT
+        number = self._filesystems[layer]
+        if real <= _REAL_MASK and (number or real > ROOT_INO):
+            return real | number << _LAYER_SHIFT
         return self.strange_ino(layer, dev, real)
 
     def strange_ino(self, layer: int, dev: int, real: int) -> int:
