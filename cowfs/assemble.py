@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -179,6 +180,13 @@ def check_mountpoint(mountpoint: str, options: UnionOptions) -> str:
     """Return the mountpoint's real path; MountFailure when it cannot be one for these layers."""
     if mountpoint.startswith("/dev/fd/"):
         return mountpoint  # mounted by somebody else, who hands us the connection
+    try:
+        os.stat(mountpoint)
+    except OSError as error:
+        if error.errno == errno.ENOTCONN:
+            raise MountFailure(
+                f"{mountpoint}: a mount whose daemon is dead is here", f"cowfs umount {mountpoint} removes it"
+            ) from None
     if not os.path.exists(mountpoint):
         raise MountFailure(f"{mountpoint}: no such mountpoint", "make the directory first")
     if not os.path.isdir(mountpoint):

@@ -28,6 +28,10 @@ MAX_TASKS = 40
 _POLLS = 80
 _KEEP_COMING_NS = 1_000_000
 """A request that comes within this time of the last says that more will."""
+_PREEMPTED_NS = 500_000
+"""Polling that takes so long was interrupted: others want the CPU, and polling takes it from them …"""
+_BUSY_NS = 100_000_000
+"""… so for so long it is not tried again."""
 _YIELD_NS = 500_000
 """After so long in a row of requests, other tasks (signals, the control socket) have a turn."""
 _YIELD_WHEN_OTHERS_WAIT_NS = 50_000
@@ -43,6 +47,7 @@ class RequestLoop:
         self._closing = False
         self._spin = False
         self._yielded = 0
+        self._busy_until = 0
         self._fd = -1
         self._poll = select.poll()
 
@@ -113,11 +118,15 @@ class RequestLoop:
             if self._closing:
                 return False
         events = poll(0)
-        if not events and self._spin:
+        if not events and self._spin and now > self._busy_until:
             for _ in range(_POLLS):
                 events = poll(0)
                 if events:
                     break
+            else:
+                after = time.monotonic_ns()
+                if after - now > _PREEMPTED_NS:
+                    self._busy_until = after + _BUSY_NS
         while not events:
             asleep = time.monotonic_ns()
             try:

@@ -241,14 +241,18 @@ class DirectoryLayer:
             found = files.file_handle(self._dir_fd(key.parent), key.name)
         if found is None:
             return None
+        return FileHandle(found[0], found[1], self._filesystem())
+
+    def handle_ino(self, handle: FileHandle) -> int | None:
+        return files.inode_of_handle(self._magic, handle) if handle.uuid == self._filesystem() else None
+
+    def _filesystem(self) -> bytes:
+        """Return the filesystem's UUID, which file handles are good for."""
         if self._uuid is None:
             fd = os.open(b".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=self.root.fd)
             self._uuid = files.filesystem_uuid(fd)
             os.close(fd)
-        return FileHandle(found[0], found[1], self._uuid)
-
-    def handle_ino(self, handle: FileHandle) -> int | None:
-        return files.inode_of_handle(self._magic, handle)
+        return self._uuid
 
     def forget(self, key: PathKey) -> None:
         if key.fd >= 0 and key is not self.root:
@@ -388,15 +392,27 @@ class DirectoryLayer:
             os.chmod(key.name, mode & 0o7777, dir_fd=self._dir_fd(key.parent))
 
     def chown(self, key: PathKey, uid: int, gid: int) -> None:
+        if not self._owners:
+            self._chown(key, uid, gid)
+            return
+        shown = self.stat(key)
+        uid = shown.st_uid if uid < 0 else uid
+        gid = shown.st_gid if gid < 0 else gid
         try:
-            if key.parent is None:
-                os.chown(b"/proc/self/fd/%d" % key.fd, uid, gid)
-            else:
-                os.chown(key.name, uid, gid, dir_fd=self._dir_fd(key.parent), follow_symlinks=False)
+            self._chown(key, uid, gid)
         except PermissionError:
-            if not self._owners:
-                raise
-            self._note_owner(key, uid, gid)
+            # A symlink or device can have no user xattr: it shows the store's owner (docs/semantics.md).
+            with suppress(PermissionError, FileNotFoundError):
+                self.setxattr(key, OWNER_XATTR, b"%d:%d" % (uid, gid))
+        else:
+            with suppress(OSError):
+                self.removexattr(key, OWNER_XATTR)
+
+    def _chown(self, key: PathKey, uid: int, gid: int) -> None:
+        if key.parent is None:
+            os.chown(b"/proc/self/fd/%d" % key.fd, uid, gid)
+        else:
+            os.chown(key.name, uid, gid, dir_fd=self._dir_fd(key.parent), follow_symlinks=False)
 
     def utimens(self, key: PathKey, atime_ns: int, mtime_ns: int) -> None:
         if key.parent is None:
@@ -434,14 +450,6 @@ class DirectoryLayer:
             os.close(fd)
 
     # --- owners that we may not give
-
-    def _note_owner(self, key: PathKey, uid: int, gid: int) -> None:
-        attr = self.stat(key)
-        uid = attr.st_uid if uid < 0 else uid
-        gid = attr.st_gid if gid < 0 else gid
-        # A symlink or device can have no user xattr: it shows the store's owner (see docs/semantics.md).
-        with suppress(PermissionError, FileNotFoundError):
-            self.setxattr(key, OWNER_XATTR, b"%d:%d" % (uid, gid))
 
     def _owned(self, key: PathKey, attr: Attr) -> Attr:
         """Return *attr* with the owner that was noted for the inode, if one was."""
