@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if not wait_pid_gone(pid, args.timeout):
         raise SystemFailure(
-            f"{mountpoint}: unmounted, but after {args.timeout:g} s its daemon (pid {pid}) is still writing back"
+            f"{mountpoint}: unmounted, but its daemon (pid {pid}) still writes after {args.timeout:g} s"
         )
     return 0
 
