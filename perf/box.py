@@ -53,6 +53,7 @@ class Box:
     _deadline: float = 0.0
     _watchdog: threading.Timer | None = None
     _mounts: list[Path] = field(default_factory=list)
+    _connections: list[int] = field(default_factory=list)
 
     @property
     def lower(self) -> Path:
@@ -69,6 +70,11 @@ class Box:
     @property
     def merged(self) -> Path:
         return self.path / "merged"
+
+    @property
+    def fusectl(self) -> Path:
+        """Where the run has mounted the FUSE control filesystem."""
+        return self.path.parent / "fusectl"
 
     @property
     def log(self) -> Path:
@@ -160,7 +166,8 @@ class Box:
         self._mounts.append(target)
         while True:
             with contextlib.suppress(OSError):
-                if target.stat().st_dev != outside:
+                if (device := target.stat().st_dev) != outside:
+                    self._connections.append(os.minor(device))
                     return
             if process.poll() is not None:
                 raise SampleFailed(f"{argv[0]} ended with {process.returncode}: {self.last_words()}")
@@ -170,7 +177,16 @@ class Box:
 
     def stop_daemon(self, target: Path, unmount: list[str] | None = None) -> None:
         """Unmount *target*, with the command *unmount* if given, and wait until its daemon has ended."""
-        self.check(unmount or ["umount", str(target)])
+        command = unmount or ["umount", str(target)]
+        patience = time.monotonic() + 2
+        while True:
+            try:
+                self.check(command)
+                break
+            except SampleFailed:
+                # Busy for a moment: some daemons look at their own mount when it is new.
+                if time.monotonic() > patience:
+                    raise
         self._mounts.remove(target)
         try:
             self.daemons.pop(target).wait(self.remaining())
@@ -182,6 +198,10 @@ class Box:
         for process in self.daemons.values():
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
+            # A daemon that waits for an answer of its own cannot be killed before that (kernel, fuse.rst).
+            for connection in self._connections:
+                with contextlib.suppress(OSError):
+                    (self.fusectl / str(connection) / "abort").write_text("1")
 
     def usage(self) -> machine.Usage | None:
         """Memory and processor time of the daemons; None for the kernel's own filesystems."""

@@ -121,15 +121,11 @@ def make_image(cache: Path, source: Path = Path("/usr")) -> Path:
     with (cache / "names").open("w+b") as listed:
         listed.write(names)
         listed.seek(0)
-        tar = subprocess.Popen(
-            ["tar", "-c", "--null", "--no-recursion", "-T", "-"],
-            cwd=source,
-            stdin=listed,
-            stdout=subprocess.PIPE,
-        )
+        pack = ["tar", "-c", "--null", "--no-recursion", "-T", "-"]
         squash = ["mksquashfs", "-", str(new), "-tar", "-comp", "zstd", "-noappend", "-no-progress", "-quiet"]
-        subprocess.run(squash, stdin=tar.stdout, stdout=subprocess.DEVNULL, check=True)
-        if tar.wait():
+        with subprocess.Popen(pack, cwd=source, stdin=listed, stdout=subprocess.PIPE) as tar:
+            subprocess.run(squash, stdin=tar.stdout, stdout=subprocess.DEVNULL, check=True)
+        if tar.returncode:
             raise RuntimeError(f"tar could not read all of {source}: what was made of it is not used")
     new.rename(image)
     return image

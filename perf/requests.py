@@ -56,11 +56,15 @@ def tracefs(mountpoint: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def recorded(instance: Path, kinds: dict[str, Kind]) -> Iterator[None]:
-    """Fill *kinds* with the requests that are sent within the block."""
+def recorded(instance: Path, mountpoint: Path, kinds: dict[str, Kind]) -> Iterator[None]:
+    """Fill *kinds* with the requests that the FUSE filesystem at *mountpoint* gets within the block."""
     events = instance / "events/fuse"
+    # A connection is known by the (anonymous, so only minor) device number of its filesystem.
+    connection = os.minor(mountpoint.stat().st_dev)
     (instance / "trace").write_text("")
-    (events / "enable").write_text("1")
+    for event in ("fuse_request_send", "fuse_request_end"):
+        (events / event / "filter").write_text(f"connection == {connection}")
+        (events / event / "enable").write_text("1")
     try:
         yield
     finally:

@@ -105,7 +105,9 @@ def outside(argv: list[str]) -> int:
         work = CACHE / "work"
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir()
-        namespaces = ["unshare", "--mount", "--propagation=private", "--pid", "--fork", "--mount-proc"]
+        # The end of this process ends that of unshare, and the end of unshare all that it holds.
+        tied = ["setpriv", "--pdeathsig", "KILL", "--"]
+        namespaces = [*tied, "unshare", "--mount", "--propagation=private", "--pid", "--fork", "--mount-proc"]
         try:
             return subprocess.call(
                 [*namespaces, "--kill-child", machine.python(), "-m", "perf.run", *argv],
@@ -131,6 +133,7 @@ def inside(
             peers = {n: s for n, s in peers.items() if n != name}
     scratch, reference = work / "scratch", work / "reference"
     for directory, how in (
+        (work / "fusectl", ["-t", "fusectl", "fusectl"]),
         (scratch, ["-t", "tmpfs", "-o", "mode=700", "tmpfs"]),
         (reference, ["-t", "squashfs", "-o", "loop,ro", str(CACHE / "lower.squashfs")]),
     ):
@@ -205,7 +208,7 @@ class Runner:
                         kinds: dict[str, requests.Kind] = {}
 
                         def traced(box: Box, kinds: dict[str, requests.Kind] = kinds) -> float:
-                            with requests.recorded(instance, kinds):
+                            with requests.recorded(instance, box.merged, kinds):
                                 return workload.run(box)  # noqa: B023 (called within this turn)
 
                         sample = Sample(name, peer, -1, 0)

@@ -1,0 +1,141 @@
+"""Draw a results file: ``python -m perf.plot [FILE] [-o DIR] [--format png|svg]``; wants matplotlib.
+
+Two pictures: seconds of every workload on every system, and how many times as long as cowfs each took.
+The bars are medians, the whiskers reach from the fastest to the slowest round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from perf.report import newest
+from perf.samples import Results, Spread, ratio, spread
+
+COLOURS = {
+    "cowfs": "#1b7f5c",
+    "overlayfs": "#33527a",
+    "overlayfs-default": "#8aa4c4",
+    "fuse-overlayfs": "#c8643c",
+    "unionfs-fuse": "#d9a441",
+}
+OTHER = "#8c8c8c"
+
+
+def seconds(results: Results, workload: str, system: str) -> Spread | None:
+    """The height of a bar in the first picture."""
+    return spread(results.times(workload, system))
+
+
+def against_cowfs(results: Results, workload: str, system: str) -> Spread | None:
+    """The height of a bar in the second picture."""
+    return ratio(results, workload, system, "cowfs")
+
+
+def draw_seconds(results: Results, pyplot: Any) -> Any:
+    """One small chart per workload: each has a scale of its own."""
+    names = list(results.workloads)
+    columns = min(3, len(names))
+    lines = -(-len(names) // columns)
+    figure, axes = pyplot.subplots(lines, columns, figsize=(4.6 * columns, 2.4 * lines), squeeze=False)
+    for index, axis in enumerate(axes.flat):
+        if index >= len(names):
+            axis.set_visible(False)
+            continue
+        workload = names[index]
+        axis.set_title(results.workloads[workload]["title"], fontsize=9)
+        bars(axis, results, workload, seconds(results, workload, "cowfs") is not None)
+    figure.supxlabel("seconds, median of the rounds (less is better)", fontsize=9)
+    figure.tight_layout()
+    return figure
+
+
+def bars(axis: Any, results: Results, workload: str, mark: bool) -> None:
+    """The bars of one workload, from the top down in the order of the systems."""
+    found = [(s, seconds(results, workload, s)) for s in reversed(results.systems)]
+    drawn = [(system, value) for system, value in found if value]
+    for place, (system, value) in enumerate(drawn):
+        axis.barh(place, value.median, color=COLOURS.get(system, OTHER), height=0.7)
+        whisker = [[value.median - value.low], [value.high - value.median]]
+        axis.errorbar(value.median, place, xerr=whisker, color="#222222", capsize=2, linewidth=0.8)
+    axis.set_yticks(range(len(drawn)), [system for system, _ in drawn], fontsize=8)
+    axis.tick_params(axis="x", labelsize=8)
+    if mark:
+        own = seconds(results, workload, "cowfs")
+        axis.axvline(own.median if own else 0, color=COLOURS["cowfs"], linewidth=0.8, linestyle=":")
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def draw_ratios(results: Results, pyplot: Any) -> Any:
+    """One chart with all: a logarithmic scale, on which cowfs is the line at 1."""
+    others = [name for name in results.systems if name != "cowfs"]
+    names = list(results.workloads)
+    figure, axis = pyplot.subplots(figsize=(10, 0.45 * len(names) * max(1, len(others)) / 2 + 1.5))
+    height = 0.8 / max(1, len(others))
+    for number, system in enumerate(others):
+        for place, workload in enumerate(reversed(names)):
+            value = against_cowfs(results, workload, system)
+            if value is None:
+                continue
+            at = place + 0.4 - (number + 0.5) * height
+            label = system if workload == names[0] else None
+            axis.barh(
+                at,
+                value.median - 1,
+                left=1,
+                height=height * 0.9,
+                color=COLOURS.get(system, OTHER),
+                label=label,
+            )
+            axis.plot([value.low, value.high], [at, at], color="#222222", linewidth=0.8)
+    axis.set_xscale("log")
+    axis.set_xticks([0.1, 0.2, 0.5, 1, 2, 5, 10], ["0.1", "0.2", "0.5", "1", "2", "5", "10"])
+    axis.set_yticks(range(len(names)), list(reversed(names)))
+    axis.axvline(1, color=COLOURS["cowfs"], linewidth=1.5)
+    axis.set_xlabel("times as long as cowfs (right of the line: slower than cowfs)")
+    axis.legend(fontsize=8, frameon=False)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    return figure
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write the pictures beside the results file, or into a directory of one's own."""
+    parser = argparse.ArgumentParser(prog="perf.plot", description=__doc__)
+    parser.add_argument("file", nargs="?", type=Path, help="a results file (the newest)")
+    parser.add_argument("-o", "--output", type=Path, help="the directory for the pictures (that of the file)")
+    parser.add_argument("--format", choices=("png", "svg"), default="svg")
+    options = parser.parse_args(argv)
+    path = options.file or newest()
+    if path is None:
+        print("perf.plot: there are no results yet (make perf)", file=sys.stderr)
+        return 2
+    try:
+        results = Results.load(path)
+    except (OSError, ValueError) as error:
+        print(f"perf.plot: {error}", file=sys.stderr)
+        return 2
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError:
+        print("perf.plot: wants matplotlib (scripts/setup --perf installs it)", file=sys.stderr)
+        return 2
+    directory = options.output or path.parent
+    directory.mkdir(parents=True, exist_ok=True)
+    pictures = {"seconds": draw_seconds(results, pyplot)}
+    if "cowfs" in results.systems and len(results.systems) > 1:
+        pictures["ratios"] = draw_ratios(results, pyplot)
+    for name, figure in pictures.items():
+        target = directory / f"{path.stem}-{name}.{options.format}"
+        figure.savefig(target, dpi=120)
+        print(target)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,330 @@
+"""The benchmark suite: its figures, and above all that nothing counts as fast that did not do the work."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import subprocess
+import tarfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from perf import corpus, machine, plot, report, requests, run, samples
+from perf.bench import Workload, workloads
+from perf.box import Box, SampleFailed, WrongResult
+from perf.peers import needs, systems
+from perf.samples import Results, Sample
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> corpus.Corpus:
+    """A small corpus: a tree of some hundred files, and what is made of it."""
+    reference = tmp_path / "reference"
+    for number in range(240):
+        file = reference / f"share/part{number % 6}/file{number}"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"%d: return the number\n" % number * (number + 1))
+    (reference / "bin").mkdir()
+    (reference / "bin/program").write_bytes(b"#!")
+    (reference / "share/link").symlink_to("part1/file1")
+    (reference / "share/pipe").write_bytes(os.urandom(1 << 20))
+    entries = corpus.scan(reference)
+    archived = corpus.for_archive(entries, 100)
+    archive, data = tmp_path / "files.tar", tmp_path / "data"
+    with tarfile.open(archive, "w") as tar:
+        for entry in archived:
+            tar.add(reference / entry.path, arcname=entry.path, recursive=False)
+    corpus.write_data(data, 2)
+    return corpus.Corpus(tmp_path / "none", archive, data, reference, entries, archived, {})
+
+
+@pytest.fixture
+def box(tmp_path: Path, made: corpus.Corpus) -> Iterator[Box]:
+    """A box whose merged tree is a plain copy of the reference."""
+    scratch = tmp_path / "tmpfs/scratch"
+    scratch.mkdir(parents=True)
+    box = Box(tmp_path / "box", scratch, made, limit=60)
+    box.open()
+    shutil.copytree(made.reference, box.merged, symlinks=True, dirs_exist_ok=True)
+    yield box
+    box.close()
+
+
+def done_by_nobody(box: Box, argv: list[str], **_: object) -> float:
+    """A client of a system that answers at once, and does nothing."""
+    for name in ("found", "matches", "copy"):
+        (box.scratch / name).write_bytes(b"")
+    (box.scratch / "client").write_text("0.001 \n")
+    return 0.001
+
+
+@pytest.mark.parametrize("workload", workloads().values(), ids=workloads())
+def test_a_workload_accepts_the_right_result(workload: Workload, box: Box) -> None:
+    if workload.name == "chown" and os.geteuid() != 0:
+        pytest.skip("needs root: gives files to another user")
+    workload.setup(box)
+    assert workload.run(box) > 0
+    workload.verify(box)
+
+
+@pytest.mark.parametrize("workload", workloads().values(), ids=workloads())
+def test_a_system_that_did_nothing_is_not_fast(
+    workload: Workload, box: Box, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workload.setup(box)
+    with monkeypatch.context() as patch:
+        patch.setattr(Box, "run", done_by_nobody)
+        workload.run(box)
+    with pytest.raises((WrongResult, FileNotFoundError)):
+        workload.verify(box)
+
+
+@pytest.mark.parametrize("name", ["untar", "append", "write"])
+def test_a_lost_byte_is_found(name: str, box: Box) -> None:
+    workload = workloads()[name]
+    workload.setup(box)
+    workload.run(box)
+    where = {"untar": "unpacked/share/pipe", "append": "share/part0/file0", "write": "large"}[name]
+    if name == "untar":
+        where = "unpacked/" + [e.path for e in box.corpus.archived if stat.S_ISREG(e.mode)][-1]
+    with (box.merged / where).open("r+b") as file:
+        file.truncate(max(0, (box.merged / where).stat().st_size - 1))
+    with pytest.raises(WrongResult):
+        workload.verify(box)
+
+
+def test_a_directory_removed_with_its_neighbours_is_found(box: Box) -> None:
+    workload = workloads()["rm-lower"]
+    workload.setup(box)
+    workload.run(box)
+    directory = box.merged / str(box.state["directory"])
+    keep = next(p for p in directory.parent.iterdir())
+    shutil.rmtree(keep) if keep.is_dir() else keep.unlink()
+    with pytest.raises(WrongResult):
+        workload.verify(box)
+
+
+def test_a_client_that_hangs_is_ended_within_the_limit(box: Box) -> None:
+    box._deadline = time.monotonic() + 0.3
+    begin = time.monotonic()
+    with pytest.raises(SampleFailed, match="not done within"):
+        box.run(["sleep", "60"])
+    assert time.monotonic() - begin < 10
+
+
+def test_a_client_that_fails_has_no_figure(box: Box) -> None:
+    with pytest.raises(SampleFailed, match=r"cat ended with 1.*No such file"):
+        box.run(["cat", "no such file"])
+
+
+def test_a_daemon_that_does_not_mount_is_told_with_its_last_words(box: Box) -> None:
+    with pytest.raises(SampleFailed, match="ended with 3: I cannot"):
+        box.start_daemon(["sh", "-c", "echo I cannot >&2; exit 3"])
+    box._mounts.clear()
+
+
+def test_each_turn_begins_with_another_system() -> None:
+    names = ["a", "b", "c"]
+    turns = [samples.rotated(names, turn) for turn in range(4)]
+    assert [turn[0] for turn in turns] == ["a", "b", "c", "a"]
+    assert all(sorted(turn) == names for turn in turns)
+    assert samples.rotated([], 1) == []
+
+
+def some_results() -> Results:
+    """Three rounds of one workload on two systems; in the last, one of them failed."""
+    taken = [
+        Sample("untar", "cowfs", 0, 0, seconds=2.0, settle_seconds=0.1),
+        Sample("untar", "overlayfs", 0, 1, seconds=1.0, settle_seconds=0.1),
+        Sample("untar", "overlayfs", 1, 0, seconds=4.0, settle_seconds=0.1),
+        Sample("untar", "cowfs", 1, 1, seconds=10.0, settle_seconds=0.1),
+        Sample("untar", "overlayfs", 2, 0, seconds=1.0, settle_seconds=0.1),
+        Sample("untar", "cowfs", 2, 1, error="wrong bytes", seconds=0.1),
+        Sample(
+            "find-cold",
+            "cowfs",
+            0,
+            0,
+            seconds=1.0,
+            rss_start=30_000_000,
+            rss_end=60_000_000,
+            mount_seconds=0.5,
+        ),
+    ]
+    return Results(
+        started="2000-01-01T00:00:00+00:00",
+        machine={
+            "cpu": "some",
+            "cores": 2,
+            "hypervisor": True,
+            "memory_mib": 1024,
+            "kernel": "6.0",
+            "os": "Debian",
+        },
+        versions={"cowfs": "abc"},
+        corpus={"entries": 60_000, "regular_bytes": 10**9, "image_bytes": 10**8},
+        systems={"cowfs": {"fuse": True}, "overlayfs": {"fuse": False}},
+        workloads={"untar": {"title": "unpack"}, "find-cold": {"title": "list"}},
+        rounds=3,
+        samples=taken,
+        requests={
+            "untar/cowfs": {
+                "seconds": 2.0,
+                "daemon_cpu_seconds": 1.0,
+                "kinds": {"LOOKUP": {"count": 2, "seconds": 0.5}},
+            }
+        },
+    )
+
+
+def test_ratios_are_paired_within_rounds_and_leave_out_failures() -> None:
+    found = samples.ratio(some_results(), "untar", "overlayfs", "cowfs")
+    # Round 0: 1/2, round 1: 4/10; round 2 has no good sample of cowfs.
+    assert found == samples.Spread(median=pytest.approx(0.45), low=0.4, high=0.5, count=2)
+    assert samples.ratio(some_results(), "find-cold", "overlayfs", "cowfs") is None
+
+
+def test_a_failed_sample_has_no_part_in_the_median() -> None:
+    assert samples.spread(some_results().times("untar", "cowfs")) == samples.Spread(6.0, 2.0, 10.0, 2)
+
+
+def test_results_are_read_as_they_were_written(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    results = some_results()
+    results.save(path)
+    assert Results.load(path) == results
+
+
+@pytest.mark.parametrize("text", ["{}", '{"format": 99}', "[]", "no json"])
+def test_other_files_are_no_results(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "results.json"
+    path.write_text(text)
+    assert report.main([str(path)]) == 2
+    assert plot.main([str(path)]) == 2
+    assert capsys.readouterr().err.count("\n") == 2
+
+
+def test_the_report_shows_medians_ratios_memory_requests_and_failures() -> None:
+    text = report.text(some_results())
+    assert "6.00 (2.00..10.0) !" in text
+    assert "0.45x (0.40..0.50)" in text
+    assert "30.0 MB" in text and "500 B" in text
+    assert "250000.0" in text
+    assert "- untar on cowfs: wrong bytes" in text
+
+
+def test_the_report_in_markdown_has_tables() -> None:
+    text = report.text(some_results(), as_markdown=True)
+    assert "| workload | cowfs | overlayfs |\n| --- | --- | --- |\n| untar |" in text
+
+
+@pytest.mark.parametrize("kind", ["png", "svg"])
+def test_the_plots_are_written(kind: str, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed (scripts/setup --perf)")
+    path = tmp_path / "2000-01-01.json"
+    some_results().save(path)
+    assert plot.main([str(path), "--format", kind]) == 0
+    for name in ("seconds", "ratios"):
+        assert (tmp_path / f"2000-01-01-{name}.{kind}").stat().st_size > 1000
+
+
+TRACE = """\
+# tracer: nop
+            tar-90  [001] ..... 5.000100: fuse_request_send: connection 40 req 2 opcode 1 (FUSE_LOOKUP) len 48
+         python-91  [000] ..... 5.000150: fuse_request_end: connection 40 req 2 len 16 error 0
+            tar-90  [001] ..... 5.000200: fuse_request_send: connection 40 req 4 opcode 1 (FUSE_LOOKUP) len 48
+            rm-92  [001] ..... 5.000210: fuse_request_send: connection 40 req 6 opcode 2 (FUSE_FORGET) len 48
+         python-91  [000] ..... 5.000300: fuse_request_end: connection 40 req 4 len 16 error -2
+         python-91  [000] ..... 5.000400: fuse_request_end: connection 40 req 1 len 16 error 0
+"""
+
+
+def test_requests_are_counted_and_timed() -> None:
+    found = requests.as_json(requests.parse(iter(TRACE.splitlines())))
+    assert found == {
+        "LOOKUP": {"count": 2, "seconds": pytest.approx(0.00015)},
+        "FORGET": {"count": 1, "seconds": 0},
+    }
+
+
+def entry(path: str, size: int = 10, mode: int = stat.S_IFREG | 0o644) -> corpus.Entry:
+    return corpus.Entry(path, mode, size, 1)
+
+
+def test_the_lower_is_bounded_and_prefers_what_a_root_has() -> None:
+    entries = [entry("zoo/a"), entry("share/a"), entry("bin/huge", corpus.MAX_FILE + 1), entry("bin/a")]
+    assert [e.path for e in corpus.choose(entries)] == ["bin/a", "share/a", "zoo/a"]
+    assert [e.path for e in corpus.choose(entries, max_entries=2)] == ["bin/a", "share/a"]
+    assert [e.path for e in corpus.choose(entries, max_bytes=15)] == ["bin/a"]
+
+
+def test_files_are_chosen_evenly_over_the_tree(made: corpus.Corpus) -> None:
+    chosen = made.regular(1, 1 << 16, 60)
+    assert len(chosen) == len({e.path for e in chosen}) == 60
+    assert {e.path.split("/")[1] for e in chosen} >= {f"part{n}" for n in range(6)}
+
+
+def test_the_archive_holds_every_directory_above_its_files(made: corpus.Corpus) -> None:
+    paths = [e.path for e in made.archived]
+    files = [e for e in made.archived if stat.S_ISREG(e.mode)]
+    assert len(files) == 100
+    for file in files:
+        assert paths.index(os.path.dirname(file.path)) < paths.index(file.path)
+
+
+def test_the_data_file_has_no_two_equal_blocks(made: corpus.Corpus) -> None:
+    data = made.data.read_bytes()
+    blocks = [data[at : at + 4096] for at in range(0, len(data), 4096)]
+    assert len(blocks) == len(set(blocks)) == 512
+
+
+@pytest.mark.skipif(shutil.which("mksquashfs") is None, reason="mksquashfs is not installed (squashfs-tools)")
+def test_the_image_holds_the_tree_and_is_made_once(tmp_path: Path, made: corpus.Corpus) -> None:
+    image = corpus.make_image(tmp_path / "cache", made.reference)
+    listed = subprocess.run(["unsquashfs", "-l", str(image)], capture_output=True, text=True, check=True)
+    assert len(listed.stdout.splitlines()) == len(made.entries) + 1
+    before = image.stat()
+    assert corpus.make_image(tmp_path / "cache", made.reference).stat() == before
+
+
+def test_a_missing_program_is_told_with_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert "fuse-overlayfs (Debian package fuse-overlayfs)".replace(" (", " is not installed (") == needs(
+        "fuse-overlayfs", "fuse-overlayfs"
+    )
+    missing = {name: system.missing() for name, system in systems().items()}
+    assert "Debian package unionfs-fuse" in missing["unionfs-fuse"]
+    assert "Debian package squashfuse" in missing["squashfuse+fuse2fs+fuse-overlayfs"]
+
+
+def test_systems_say_how_they_are_mounted_without_paths_of_this_machine() -> None:
+    for system in systems().values():
+        assert "MNT" in system.options()
+        assert str(Path.cwd()) not in system.options()
+
+
+def test_a_wrong_name_is_refused_with_the_right_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run.main(["-w", "nonsense"]) == 2
+    said = capsys.readouterr().err
+    assert "nonsense" in said and "find-cold" in said
+
+
+def test_without_root_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert run.main([]) == 2
+    assert "needs root" in capsys.readouterr().err
+
+
+def test_the_memory_and_time_of_a_session_are_seen() -> None:
+    child = subprocess.Popen(["sleep", "60"], start_new_session=True)
+    try:
+        usage = machine.session_usage(child.pid)
+        assert usage is not None and usage.rss > 100_000
+    finally:
+        child.kill()
+        child.wait()
+    assert machine.session_usage(child.pid) is None
