@@ -1,0 +1,84 @@
+"""An upper layer whose Nth call fails."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from cowfs.layers.base import UpperLayer
+
+ALLOCATES = frozenset(
+    {"create", "mkdir", "symlink", "mknod", "link", "rename", "setxattr", "pwrite", "truncate"}
+)
+CALLS = ALLOCATES | {
+    *("lookup", "stat", "readdir", "names", "readlink", "listxattr", "getxattr", "open", "handle"),
+    *("unlink", "rmdir", "chmod", "chown", "utimens", "removexattr", "pread", "fsync", "sync_directory"),
+}
+MAKES_FILES = {"open", "create"}
+
+
+@dataclass
+class Fault:
+    """Which call fails, and how."""
+
+    code: int
+    at: int
+    """The number of the call that fails, counted from 1; 0: none does."""
+    for_good: bool = False
+    """Does every call from then on fail as well, as on a disk that is gone?"""
+    calls: frozenset[str] = CALLS
+    armed: bool = False
+    count: int = 0
+    hit: list[str] = field(default_factory=list)
+
+    def check(self, name: str) -> None:
+        """Count a call; raise when it is its turn."""
+        if not self.armed or name not in self.calls:
+            return
+        self.count += 1
+        if self.count == self.at or (self.for_good and 0 < self.at < self.count):
+            self.hit.append(name)
+            raise OSError(self.code, os.strerror(self.code), f"{name}, call {self.count}")
+
+
+class Faulty:
+    """A layer or file, all calls of which go through a :class:`Fault`."""
+
+    def __init__(self, inner: Any, fault: Fault) -> None:
+        self._inner = inner
+        self._fault = fault
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._inner, name)
+        if name not in CALLS or not callable(value):
+            return value
+        return self._checked(name, value)
+
+    def _checked(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            self._fault.check(name)
+            result = call(*args, **kwargs)
+            if name == "open":
+                return Faulty(result, self._fault)
+            if name == "create":
+                key, file = result
+                return key, Faulty(file, self._fault)
+            return result
+
+        return checked
+
+    def fileno(self) -> int:
+        """-1, so that copying goes through calls that can fail here."""
+        return -1 if hasattr(self._inner, "pwrite") else int(self._inner.fileno())
+
+
+def faulty(fault: Fault) -> Callable[[UpperLayer], UpperLayer]:
+    """What wraps an upper layer."""
+
+    def wrap(layer: UpperLayer) -> UpperLayer:
+        wrapped: Any = Faulty(layer, fault)
+        return wrapped  # type: ignore[no-any-return]
+
+    return wrap
