@@ -129,11 +129,12 @@ class DataCopyUp:
         fs.upper.utimens(node.upper, before.st_atime_ns, before.st_mtime_ns)
         if before.st_mode & (stat.S_ISUID | stat.S_ISGID):
             fs.upper.chmod(node.upper, before.st_mode)
-        if node.redirect is not None:
-            fs.upper.removexattr(node.upper, fs.x_redirect)
-            node.redirect = None
         fs.upper.removexattr(node.upper, fs.x_metacopy)
         node.metacopy = False
+        if node.redirect is not None:
+            node.redirect = None
+            with suppress(OSError):  # on a file that is no metacopy it means nothing
+                fs.upper.removexattr(node.upper, fs.x_redirect)
         _switch_handles(fs, node)
 
     def abort(self) -> None:
@@ -206,12 +207,28 @@ def link_alias(fs: State, node: Node) -> None:
     if fs.upper.lookup(parent.upper, node.name) is not None:
         return
     # One more name in the upper, none in the union, whose directory has not changed.
-    offset = node.indexed - 1
     before = fs.upper.stat(parent.upper)
-    fs.note(node.upper, fs.x_nlink, b"U%+d" % offset)
+    note_nlink(fs, node, fs.x_links)
     fs.upper.link(node.upper, parent.upper, node.name)
     fs.upper.utimens(parent.upper, before.st_atime_ns, before.st_mtime_ns)
-    node.indexed = offset
+
+
+def note_nlink(fs: State, node: Node, relative_to: bytes = b"") -> None:
+    """Write down how many names an indexed inode has in the union, before some operation changes them.
+
+    For one that changes the upper's nlink alone, relative to the lower's (*relative_to* ``x_links``);
+    for one that changes both alike, relative to the upper's: right before and after it either way.
+    """
+    if node.indexed is None:
+        return
+    links = b""
+    if relative_to:
+        with suppress(OSError):
+            links = fs.upper.getxattr(node.upper, fs.x_links)
+    if links.isdigit():
+        fs.note(node.upper, fs.x_nlink, b"L%+d" % (node.indexed - int(links)))
+    else:
+        fs.note(node.upper, fs.x_nlink, b"U%+d" % (node.indexed - fs.upper.stat(node.upper).st_nlink))
 
 
 def copy_up_directory(fs: State, node: Node) -> None:
@@ -346,11 +363,11 @@ def _settle_indexed(fs: State, node: Node, key: Key, temporary: bytes, index_nam
     assert parent is not None
     layer, low = node.lowers[0]
     links = fs.lowers[layer].stat(low).st_nlink
-    offset = links - 2  # in the upper it will have two names: the index and this one
-    fs.note(key, fs.x_nlink, b"U%+d" % offset)
+    fs.note(key, fs.x_nlink, b"L+0")
+    fs.note(key, fs.x_links, b"%d" % links)
     fs.upper.rename((fs.work, temporary), (fs.index, index_name), moved=key)
     fs.indexed.add(index_name)
-    node.indexed = offset
+    node.indexed = links
     fs.upper.link(key, parent.upper, node.name)
 
 

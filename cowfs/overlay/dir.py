@@ -11,7 +11,7 @@ from typing import NamedTuple
 from cowfs.layers.base import File, Key
 from cowfs.linux import files
 from cowfs.overlay import origin, whiteout
-from cowfs.overlay.copyup import copy_up, copy_up_directory, copy_up_meta, link_alias
+from cowfs.overlay.copyup import copy_up, copy_up_directory, copy_up_meta, link_alias, note_nlink
 from cowfs.overlay.lookup import lower_has, resolve
 from cowfs.overlay.node import Node
 from cowfs.overlay.readdir import is_empty
@@ -116,7 +116,8 @@ def _make_over_whiteout(
                 fs.upper.chmod(key, fs.upper.stat(key).st_mode | stat.S_ISGID)
             fs.note(key, fs.x_opaque, b"y")
             fs.upper.rename((fs.work, temporary), place, files.RENAME_EXCHANGE, moved=key)
-            fs.upper.unlink(fs.work, temporary, None)
+            with suppress(OSError):  # the whiteout, in the work directory now, hides nothing
+                fs.upper.unlink(fs.work, temporary, None)
         else:
             fs.upper.rename((fs.work, temporary), place, moved=key)
     except BaseException:
@@ -136,6 +137,7 @@ def link(fs: State, node: Node, parent: Node, name: bytes) -> Attr:
         _only_whiteout(fs, parent, name)
     copy_up(fs, node)  # with its data: a metacopy finds it by one name only
     copy_up_directory(fs, parent)
+    note_nlink(fs, node)
     try:
         if covered:
             _link_over_whiteout(fs, node, parent, name)
@@ -146,6 +148,8 @@ def link(fs: State, node: Node, parent: Node, name: bytes) -> Attr:
         _link_over_whiteout(fs, node, parent, name)
     fs.nodes.rename(node, parent, name)
     node.dead = False
+    if node.indexed is not None:
+        node.indexed += 1
     return fs.stat(node)
 
 
@@ -192,12 +196,15 @@ def _keep_count(fs: State, node: Node, parent: Node, name: bytes, attr: Attr) ->
         copy_up_meta(fs, node)
     else:
         link_alias(fs, node)
+    note_nlink(fs, node)
 
 
 def gone(fs: State, node: Node, parent: Node, name: bytes, *, last: bool) -> None:
     """Note that a name of *node* is no more; with the last the node is dead."""
     fs.nodes.detach(parent, name)
     if not last:
+        if node.indexed is not None:
+            node.indexed -= 1
         return
     node.dead = True
     if node.indexed is not None:
@@ -247,4 +254,5 @@ def _remove_directory(fs: State, parent: Node, name: bytes, node: Node) -> None:
         # It still holds whiteouts: take it out of sight before they go.
         temporary = fs.temporary()
         fs.upper.rename((parent.upper, name), (fs.work, temporary), moved=node.upper)
-        whiteout.clear(fs, fs.work, temporary, node.upper)
+        with suppress(OSError):  # what stays in the work directory goes at the next mount
+            whiteout.clear(fs, fs.work, temporary, node.upper)

@@ -53,7 +53,9 @@ def lower_has(fs: State, parent: Node, name: bytes) -> bool:
     return False
 
 
-def _from_upper(fs: State, parent: Node, name: bytes, key: Key, attr: Attr) -> tuple[Node, Attr]:
+def _from_upper(
+    fs: State, parent: Node, name: bytes, key: Key, attr: Attr, lower_nlink: int | None = None
+) -> tuple[Node, Attr]:
     notes = fs.notes(fs.upper, key)
     if stat.S_ISDIR(attr.st_mode):
         return _upper_directory(fs, parent, name, key, attr, notes or {}), attr
@@ -75,7 +77,7 @@ def _from_upper(fs: State, parent: Node, name: bytes, key: Key, attr: Attr) -> t
         node.redirect = redirect
         attr = fs.stat(node)
     if node.indexed is None and origin.index_name(value) in fs.indexed:
-        node.indexed = indexed_offset(notes.get(fs.x_nlink), attr.st_nlink)
+        node.indexed = _union_nlink(fs, notes, attr.st_nlink, lower_nlink)
     return node, attr
 
 
@@ -115,7 +117,7 @@ def _from_lower(fs: State, parent: Node, name: bytes, found: _Found) -> tuple[No
     if attr.st_nlink > 1 and fs.indexed and not stat.S_ISDIR(attr.st_mode) and fs.nodes.get(ino) is None:
         index = find_in_index(fs, layer, key)
         if index is not None:
-            return _from_upper(fs, parent, name, *index)
+            return _from_upper(fs, parent, name, *index, attr.st_nlink)
     return _enter(fs, parent, name, None, lowers, ino, attr)
 
 
@@ -128,17 +130,24 @@ def find_in_index(fs: State, layer: int, key: Key) -> tuple[Key, Attr] | None:
     return fs.upper.lookup(fs.index, name) if name in fs.indexed else None
 
 
-def indexed_offset(note: bytes | None, upper_nlink: int) -> int:
-    """Return nlink less the upper's, from the note that the kernel and we write: ``U+n`` or ``U-n``.
+def _union_nlink(fs: State, notes: dict[bytes, bytes], upper_nlink: int, lower_nlink: int | None) -> int:
+    """Return how many names an indexed hard link has in the union.
 
-    Without a note only the index itself is one name too many.
+    The note says it relative to the upper's nlink (``U+n``) or to the lower's (``L+n``), whichever
+    does not change with the operation that it was written for (ovl_get_nlink). Without one, only the
+    index itself is a name too many.
     """
-    if note and note[:1] == b"U":
-        try:
-            return int(note[1:])
-        except ValueError:
-            pass
-    return -1
+    note = notes.get(fs.x_nlink, b"")
+    kept = notes.get(fs.x_links, b"")
+    lower = int(kept) if kept.isdigit() else lower_nlink
+    try:
+        if note[:1] == b"U":
+            return max(upper_nlink + int(note[1:]), 1)
+        if note[:1] == b"L" and lower is not None:
+            return max(lower + int(note[1:]), 1)
+    except ValueError:
+        pass
+    return max(upper_nlink - 1, 1)
 
 
 def _ino_of_origin(fs: State, value: bytes, hint: bytes | None) -> int | None:

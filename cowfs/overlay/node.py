@@ -64,7 +64,7 @@ class Node:
         self.copying: Any = None  # whatever the adapter lets others wait on
         self.metacopy = False
         self.redirect: bytes | None = None
-        self.indexed: int | None = None  # for an indexed hard link: its nlink less the upper's
+        self.indexed: int | None = None  # for a hard link in the index: how many names the union shows
         self.dead = False
 
     @property

@@ -14,7 +14,7 @@ from contextlib import suppress
 from cowfs.layers.base import Key
 from cowfs.linux.files import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WHITEOUT
 from cowfs.overlay import whiteout
-from cowfs.overlay.copyup import copy_up_directory, copy_up_meta, link_alias
+from cowfs.overlay.copyup import copy_up_directory, copy_up_meta, note_nlink
 from cowfs.overlay.dir import gone
 from cowfs.overlay.lookup import lookup, lower_has, resolve
 from cowfs.overlay.node import Node
@@ -105,7 +105,7 @@ def _make_replaceable(fs: State, target: Node, parent: Node, name: bytes) -> boo
     last = fs.nlink(target, attr) <= 1
     if target.indexed is not None or (target.upper is None and attr.st_nlink > 1 and fs.index is not None):
         _bring_up(fs, target, parent, name)
-        link_alias(fs, target)
+        note_nlink(fs, target)
     return last
 
 
@@ -118,10 +118,10 @@ def _empty(fs: State, target: Node, parent: Node, name: bytes) -> None:
     fs.upper.rename(
         (fs.work, temporary), (parent.upper, name), RENAME_EXCHANGE, moved=made, replaced=target.upper
     )
-    whiteout.clear(fs, fs.work, temporary, target.upper)
-    fs.upper.forget(target.upper)
-    target.upper = made
-    target.lowers = ()
+    old, target.upper, target.lowers = target.upper, made, ()
+    with suppress(OSError):  # what stays in the work directory goes at the next mount
+        whiteout.clear(fs, fs.work, temporary, old)
+    fs.upper.forget(old)
 
 
 _Place = tuple[Node, bytes, Node]
@@ -149,7 +149,9 @@ def _mark(fs: State, node: Node, parent: Node, new_parent: Node, new_name: bytes
             fs.note(node.upper, fs.x_opaque, b"y")
         return
     if node.is_dir or node.metacopy:
-        redirect = _redirect(fs, node, same_directory=parent is new_parent)
+        # A relative one would be wrong for the other names of a hard link.
+        relative = parent is new_parent and node.indexed is None
+        redirect = _redirect(fs, node, same_directory=relative)
         if redirect != node.redirect:
             fs.note(node.upper, fs.x_redirect, redirect)
             node.redirect = redirect
@@ -183,7 +185,8 @@ def _move(fs: State, source: _Place, target: _Target) -> None:
     if there is not None and is_whiteout(there[1]) and (covered or node.is_dir):
         fs.upper.rename(old, new, RENAME_EXCHANGE, moved=node.upper)
         if not covered:
-            fs.upper.unlink(parent.upper, name, None)
+            with suppress(OSError):  # a whiteout where nothing is below hides nothing
+                fs.upper.unlink(parent.upper, name, None)
         return
     if not covered:
         fs.upper.rename(old, new, moved=node.upper, replaced=key)

@@ -76,6 +76,7 @@ class State:
         self.x_origin = prefix + b"origin"
         self.x_impure = prefix + b"impure"
         self.x_nlink = prefix + b"nlink"
+        self.x_links = prefix + b"cowfs.links"  # ours: nlink of the lower inode that a hard link was
         self.x_layer = prefix + b"cowfs.layer"  # ours: which lower an origin means, if not the first
         self.escaped = prefix + b"overlay."
         self.indexed: set[bytes] = set()
@@ -144,9 +145,7 @@ class State:
         if node.children is not None:
             sources = len(node.lowers) + (node.upper is not None)
             return 1 if sources > 1 else attr.st_nlink
-        if node.indexed is not None:
-            return max(attr.st_nlink + node.indexed, 1)
-        return attr.st_nlink
+        return attr.st_nlink if node.indexed is None else node.indexed
 
     def _with_data_blocks(self, node: Node, attr: Attr) -> Attr:
         layer, key = node.lowers[-1]

@@ -63,7 +63,8 @@ def replace(fs: State, parent: Node, name: bytes, key: Key | None) -> None:
         found = fs.upper.lookup(*place)
         if found is not None and stat.S_ISDIR(found[1].st_mode):
             fs.upper.rename((fs.work, temporary), place, files.RENAME_EXCHANGE, replaced=key)
-            clear(fs, fs.work, temporary, key)
+            with suppress(OSError):  # what stays in the work directory goes at the next mount
+                clear(fs, fs.work, temporary, key)
         else:
             fs.upper.rename((fs.work, temporary), place, replaced=key)
     except BaseException:
