@@ -208,27 +208,38 @@ def link_alias(fs: State, node: Node) -> None:
         return
     # One more name in the upper, none in the union, whose directory has not changed.
     before = fs.upper.stat(parent.upper)
-    note_nlink(fs, node, fs.x_links)
+    note_nlink(fs, node, alone=True)
     fs.upper.link(node.upper, parent.upper, node.name)
     fs.upper.utimens(parent.upper, before.st_atime_ns, before.st_mtime_ns)
 
 
-def note_nlink(fs: State, node: Node, relative_to: bytes = b"") -> None:
+def note_nlink(fs: State, node: Node, *, alone: bool = False) -> None:
     """Write down how many names an indexed inode has in the union, before some operation changes them.
 
-    For one that changes the upper's nlink alone, relative to the lower's (*relative_to* ``x_links``);
-    for one that changes both alike, relative to the upper's: right before and after it either way.
+    For one that adds to the upper's nlink *alone*, relative to the lower's; for one that changes both
+    alike, relative to the upper's: right before and after it either way.
     """
     if node.indexed is None:
         return
-    links = b""
-    if relative_to:
-        with suppress(OSError):
-            links = fs.upper.getxattr(node.upper, fs.x_links)
-    if links.isdigit():
-        fs.note(node.upper, fs.x_nlink, b"L%+d" % (node.indexed - int(links)))
+    links = _links_of_lower(fs, node) if alone else None
+    if links is not None:
+        note = b"L%+d" % (node.indexed - links)
     else:
-        fs.note(node.upper, fs.x_nlink, b"U%+d" % (node.indexed - fs.upper.stat(node.upper).st_nlink))
+        upper = fs.upper.stat(node.upper).st_nlink + alone
+        note = b"U%+d" % (node.indexed - upper)
+    fs.note(node.upper, fs.x_nlink, note)
+
+
+def _links_of_lower(fs: State, node: Node) -> int | None:
+    """Return the nlink of the lower inode, which we noted; None if the kernel copied it up."""
+    try:
+        return int(fs.upper.getxattr(node.upper, fs.x_links))
+    except ValueError:
+        return None
+    except OSError as failure:
+        if failure.errno != errno.ENODATA:
+            raise
+        return None
 
 
 def copy_up_directory(fs: State, node: Node) -> None:
