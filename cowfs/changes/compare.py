@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 
 from cowfs.changes.marks import Marks
@@ -26,8 +26,10 @@ class Inode:
     """For a metacopy: the layer and the inode with its data."""
 
 
-def compare(new: Inode, old: Inode, marks: Marks) -> tuple[str, ...]:
-    """Return which of ``type content mode owner times xattrs target device`` differ. Blocks.
+def compare(new: Inode, old: Inode, marks: Marks) -> Generator[None, None, tuple[str, ...]]:
+    """Return which of ``type content mode owner times xattrs target device`` differ.
+
+    Blocks, but yields before each MiB of content that it reads.
 
     Another type is a difference that says it all: ``type`` comes alone. Of the times only that of
     the last write to the data counts, and a directory's does not: it changes with every entry made
@@ -37,7 +39,7 @@ def compare(new: Inode, old: Inode, marks: Marks) -> tuple[str, ...]:
         return ("type",)
     mode = new.attr.st_mode
     what = []
-    if stat.S_ISREG(mode) and not _same_content(new, old):
+    if stat.S_ISREG(mode) and not (yield from _same_content(new, old)):
         what.append("content")
     if new.attr.st_mode != old.attr.st_mode and not stat.S_ISLNK(mode):
         what.append("mode")
@@ -61,7 +63,7 @@ def _same_time(new: int, old: int) -> bool:
     return new == old
 
 
-def _same_content(new: Inode, old: Inode) -> bool:
+def _same_content(new: Inode, old: Inode) -> Generator[None, None, bool]:
     if new.attr.st_size != old.attr.st_size:
         return False
     new_layer, new_key = new.data or (new.layer, new.key)
@@ -74,16 +76,17 @@ def _same_content(new: Inode, old: Inode) -> bool:
     try:
         old_file = old_layer.open(old_key, os.O_RDONLY)
         try:
-            return _same_bytes(new_file, old_file, new.attr.st_size)
+            return (yield from _same_bytes(new_file, old_file, new.attr.st_size))
         finally:
             old_file.close()
     finally:
         new_file.close()
 
 
-def _same_bytes(new: File, old: File, size: int) -> bool:
+def _same_bytes(new: File, old: File, size: int) -> Generator[None, None, bool]:
     for start, stop in _written(new, old, size):
         for position in range(start, stop, _CHUNK):
+            yield
             length = min(_CHUNK, stop - position)
             if new.pread(length, position) != old.pread(length, position):
                 return False

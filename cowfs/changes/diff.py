@@ -19,7 +19,7 @@ changes. What counts as equal is told at :func:`cowfs.changes.compare.compare`.
 from __future__ import annotations
 
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 
 from cowfs.changes.compare import Inode, compare
@@ -46,7 +46,21 @@ def diff(
     and the renamed paths, in memory. The tree may be in use: then each line was true at some moment,
     and what goes meanwhile is left out. Raises the layers' :class:`OSError`.
     """
-    yield from _Diff(upper, upper_root, lowers, prefix, index).run()
+    return (step for step in steps(upper, upper_root, lowers, prefix, index) if step is not None)
+
+
+def steps(
+    upper: UpperLayer,
+    upper_root: Key,
+    lowers: Sequence[LowerLayer],
+    prefix: bytes,
+    index: Key | None = None,
+) -> Iterator[Change | None]:
+    """Like :func:`diff`, but yield None again and again, after at most an inode or a MiB of content.
+
+    For a caller who has other things to do meanwhile.
+    """
+    return _Diff(upper, upper_root, lowers, prefix, index).run()
 
 
 @dataclass(slots=True)
@@ -62,6 +76,10 @@ class _Directory:
     """The path of *base* in the lowers."""
     merged: bool
     """Whether the names of *base* show through; if not, those that are not in the upper are gone."""
+
+
+_Step = Change | _Directory | None
+"""A change, a directory to go into, or nothing but a moment for the caller."""
 
 
 class _Diff:
@@ -81,29 +99,31 @@ class _Diff:
         self._moved: frozenset[bytes] = frozenset()
         self._aliases = Aliases()
 
-    def run(self) -> Iterator[Change]:
-        self._moved = renamed(self._upper, self._root, self._marks)
+    def run(self) -> Iterator[Change | None]:
+        self._moved = yield from renamed(self._upper, self._root, self._marks)
         if self._index is not None:
-            self._aliases = find_aliases(self._upper, self._index, self._view)
+            self._aliases = yield from find_aliases(self._upper, self._index, self._view)
         base = self._view.root()
         if base is not None:
-            what = self._compare(Inode(self._upper, self._root, self._upper.stat(self._root)), base)
+            what = yield from self._compare(
+                Inode(self._upper, self._root, self._upper.stat(self._root)), base
+            )
             if what:
                 yield Change("M", b"", what, type="directory")
         # A stack of our own: trees may be deeper than the interpreter's.
         levels = [self._contents(_Directory(b"", self._root, base, b"", merged=True))]
         while levels:
-            step = next(levels[-1], None)
-            if step is None:
-                levels.pop()
-            elif isinstance(step, Change):
+            for step in levels[-1]:
+                if isinstance(step, _Directory):
+                    levels.append(self._contents(step))
+                    break
                 yield step
             else:
-                levels.append(self._contents(step))
+                levels.pop()
         for key in self._aliases.keys.values():
             self._upper.forget(key)
 
-    def _contents(self, here: _Directory) -> Iterator[Change | _Directory]:
+    def _contents(self, here: _Directory) -> Iterator[_Step]:
         names = set() if here.upper is None else {entry.name for entry in readdir(self._upper, here.upper)}
         if here.base is not None:
             if here.merged:
@@ -111,6 +131,7 @@ class _Diff:
             else:
                 names |= self._view.names(here.base)
         for name in sorted(names):
+            yield None
             try:
                 yield from self._entry(here, name)
             except GONE:
@@ -120,7 +141,7 @@ class _Diff:
         if here.base is not None:
             self._view.forget(here.base)
 
-    def _entry(self, here: _Directory, name: bytes) -> Iterator[Change | _Directory]:
+    def _entry(self, here: _Directory, name: bytes) -> Iterator[_Step]:
         path, natural = join(here.path, name), join(here.base_path, name)
         hit = None if here.upper is None else self._upper.lookup(here.upper, name)
         if hit is None or is_whiteout(hit[1]):
@@ -155,7 +176,7 @@ class _Diff:
     def _base(self, here: _Directory, name: bytes) -> Lower | None:
         return None if here.base is None else self._view.lookup(here.base, name)
 
-    def _untouched(self, path: bytes, natural: bytes, base: Lower) -> Iterator[Change | _Directory]:
+    def _untouched(self, path: bytes, natural: bytes, base: Lower) -> Iterator[_Step]:
         """What the upper has no entry for: a hard link in the index, or a directory on the way to one."""
         if base.is_dir:
             yield _Directory(path, None, base, natural, merged=True)
@@ -168,13 +189,12 @@ class _Diff:
             yield from self._modified(path, new, base)
         self._view.forget(base)
 
-    def _renamed(
-        self, path: bytes, key: Key, attr: Attr, origin: Lower, source: bytes
-    ) -> Iterator[Change | _Directory]:
+    def _renamed(self, path: bytes, key: Key, attr: Attr, origin: Lower, source: bytes) -> Iterator[_Step]:
         new = Inode(self._upper, key, attr)
         if not origin.is_dir:
             new.data = self._data(origin)
-        yield Change("R", path, self._compare(new, origin), source, type_name(attr.st_mode))
+        what = yield from self._compare(new, origin)
+        yield Change("R", path, what, source, type_name(attr.st_mode))
         if origin.is_dir:
             yield _Directory(path, key, origin, source, merged=True)
         else:
@@ -183,7 +203,7 @@ class _Diff:
 
     def _directory(
         self, path: bytes, key: Key, attr: Attr, base: Lower | None, natural: bytes, shows: bool
-    ) -> Iterator[Change | _Directory]:
+    ) -> Iterator[_Step]:
         if base is None:
             yield Change("A", path, type="directory")
         else:
@@ -195,7 +215,7 @@ class _Diff:
 
     def _file(
         self, here: _Directory, path: bytes, key: Key, attr: Attr, base: Lower | None
-    ) -> Iterator[Change]:
+    ) -> Iterator[_Step]:
         if base is None:
             yield Change("A", path, type=type_name(attr.st_mode))
         else:
@@ -210,17 +230,17 @@ class _Diff:
             self._view.forget(base)
         self._upper.forget(key)
 
-    def _modified(self, path: bytes, new: Inode, base: Lower) -> Iterator[Change]:
-        what = self._compare(new, base)
+    def _modified(self, path: bytes, new: Inode, base: Lower) -> Iterator[_Step]:
+        what = yield from self._compare(new, base)
         if what:
             yield Change("M", path, what, type=type_name(new.attr.st_mode))
 
-    def _compare(self, new: Inode, base: Lower) -> tuple[str, ...]:
+    def _compare(self, new: Inode, base: Lower) -> Generator[None, None, tuple[str, ...]]:
         number, key = base.places[0]
         old = Inode(self._view.layers[number], key, base.attr)
         if not base.is_dir:
             old.data = self._data(base)
-        return compare(new, old, self._marks)
+        return (yield from compare(new, old, self._marks))
 
     def _data(self, base: Lower) -> tuple[LowerLayer, Key]:
         number, key = base.places[-1]

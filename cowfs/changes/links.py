@@ -8,7 +8,7 @@ upper directory has no entry for it.
 from __future__ import annotations
 
 import stat
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 
 from cowfs.changes.lowers import Lower, LowerView
@@ -34,8 +34,10 @@ class Aliases:
             path = directory
 
 
-def find_aliases(upper: UpperLayer, index: Key, view: LowerView) -> Aliases:
-    """Find the names of all indexed inodes in the lowers. Blocks.
+def find_aliases(upper: UpperLayer, index: Key, view: LowerView) -> Generator[None, None, Aliases]:
+    """Return the names of all indexed inodes in the lowers.
+
+    Blocks, but yields before each inode.
 
     Reads nothing of the lowers when the index is empty, which it is unless a file with several names
     was changed; else lists them until all names have been found.
@@ -45,7 +47,11 @@ def find_aliases(upper: UpperLayer, index: Key, view: LowerView) -> Aliases:
     missing: dict[bytes, int] = dict.fromkeys(wanted, -1)  # names yet to be found; -1: not known how many
     if not missing:
         return aliases
-    for path, lower in _linked_files(view):
+    for found in _linked_files(view):
+        if found is None:
+            yield
+            continue
+        path, lower = found
         number, key = lower.places[0]
         handle = view.layers[number].handle(key)
         name = b"" if handle is None else origin.index_name(origin.encode(handle))
@@ -67,14 +73,18 @@ def find_aliases(upper: UpperLayer, index: Key, view: LowerView) -> Aliases:
     return aliases
 
 
-def _linked_files(view: LowerView) -> Iterator[tuple[bytes, Lower]]:
-    """Yield every name in the merged lowers of an inode that has several; to be forgotten by the caller."""
+def _linked_files(view: LowerView) -> Iterator[tuple[bytes, Lower] | None]:
+    """Yield every name in the merged lowers of an inode that has several; to be forgotten by the caller.
+
+    None comes before each inode.
+    """
     root = view.root()
     waiting = [] if root is None else [(b"", root)]
     try:
         while waiting:
             base, directory = waiting.pop()
             for name in view.names(directory):
+                yield None
                 lower = view.lookup(directory, name)
                 if lower is None:
                     continue

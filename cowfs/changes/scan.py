@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import stat
+from collections.abc import Generator
 
 from cowfs.changes.marks import Marks, below, is_whiteout, join
 from cowfs.layers.base import Key, LowerLayer
@@ -36,8 +37,10 @@ def rename_source(layer: LowerLayer, key: Key, attr: Attr, base: bytes, marks: M
     return None if redirect is None else below(base, redirect)
 
 
-def renamed(layer: LowerLayer, root: Key, marks: Marks) -> frozenset[bytes]:
-    """Return the paths in the lowers of all that was renamed. Blocks; reads the whole upper once.
+def renamed(layer: LowerLayer, root: Key, marks: Marks) -> Generator[None, None, frozenset[bytes]]:
+    """Return the paths in the lowers of all that was renamed. Reads the whole upper once.
+
+    Blocks, but yields before each inode.
 
     What was renamed leaves a whiteout, or something new, at its old place. To know that it is not a
     deletion one must have seen the new place, which may come later or sooner: hence this pass. It
@@ -50,6 +53,7 @@ def renamed(layer: LowerLayer, root: Key, marks: Marks) -> frozenset[bytes]:
         for entry in readdir(layer, directory):
             if entry.type not in {0, stat.S_IFREG, stat.S_IFDIR}:
                 continue
+            yield
             try:
                 hit = layer.lookup(directory, entry.name)
                 if hit is None or is_whiteout(hit[1]):

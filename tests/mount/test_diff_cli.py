@@ -163,6 +163,16 @@ def test_several_lowers(tmp_path: Path) -> None:
     refused(cowfs("diff", store, "--lower", f"{tmp_path / 'lower'}:{escaped}"), 32)
 
 
+def test_hard_links_change_together(tmp_path: Path) -> None:
+    script(MAKE, tmp_path)
+    script("ln lower/script lower/etc/link; ln lower/script lower/usr/lib/link", tmp_path)
+    with mounted(tmp_path / "lower", tmp_path / "mnt", tmp_path / "store") as here:
+        script("chmod 700 script", here.path)
+        expected = ["M  etc/link  (mode)", "M  script  (mode)", "M  usr/lib/link  (mode)"]
+        assert told(cowfs("diff", here.path)) == expected
+    assert told(cowfs("diff", tmp_path / "store")) == expected
+
+
 def test_a_reader_that_leaves_is_no_error(changed: Path) -> None:
     many = changed / "upper/many"
     many.mkdir()

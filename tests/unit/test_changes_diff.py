@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from cowfs.changes.diff import diff
+from cowfs.changes.diff import diff, steps
 from cowfs.changes.render import render
 from cowfs.layers.base import Key
 from cowfs.layers.directory import DirectoryLayer, open_directory
@@ -225,6 +225,18 @@ def test_an_index_entry_changes_every_name_of_its_inode(tree: Any, layers: Any, 
     key = top.lookup(top.root, b"index")[0]
     lines = [text for text in render(diff(top, top.root, [below], PREFIX, key)) if "index" not in text]
     assert lines == ["M  deep/er/one  (content)", "M  two  (content)"]
+
+
+def test_a_caller_gets_its_turn_between_inodes_and_within_large_files(tree: Any, layers: Any) -> None:
+    upper, lower = tree("upper"), tree("lower")
+    for top in (upper, lower):
+        top.file("large", "x" * (5 << 20))
+        for number in range(20):
+            top.file(f"d/{number}")
+    top, below = layers(upper, lower)
+    turns = list(steps(top, top.root, [below], PREFIX))
+    assert set(turns) == {None}
+    assert len(turns) >= 5 + 20 + 20
 
 
 class Busy:
