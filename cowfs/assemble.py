@@ -14,6 +14,7 @@ import cowfs
 from cowfs.errors import LayerError, MountFailure, SystemFailure
 from cowfs.layers.base import LowerLayer
 from cowfs.layers.directory import DirectoryLayer
+from cowfs.layers.squashfs import SquashfsLayer
 from cowfs.linux.files import fs_magic
 from cowfs.linux.mounts import attach_loop, detached_mount
 from cowfs.overlay.copyup import copy_xattrs
@@ -87,14 +88,11 @@ def open_lower(spec: str, engine: str = "auto") -> LowerLayer:
         except OSError as error:
             raise LayerError(f"{spec}: {error.strerror}") from None
         return DirectoryLayer(fd, os.path.abspath(spec))
-    if engine == "process":
-        raise SystemFailure(
-            f"{spec}: the engine `process` does not read images yet", "use --engine kernel, as root"
-        )
+    if engine == "process" or (engine == "auto" and os.geteuid() != 0):
+        return SquashfsLayer(os.path.abspath(spec))
     if os.geteuid() != 0:
         raise SystemFailure(
-            f"{spec}: an image is mounted by the kernel, and only root may ask for that",
-            "run as root, or unpack the image (unsquashfs) and give the directory",
+            f"{spec}: only root may ask the kernel to mount an image", "--engine process needs no privilege"
         )
     try:
         loop_fd, device = attach_loop(spec, readonly=True)

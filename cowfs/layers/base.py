@@ -52,9 +52,14 @@ class File(Protocol):
         ...
 
     def fileno(self) -> int:
-        """The kernel's descriptor, or -1 where no kernel file stands behind this one.
+        """The kernel's descriptor, or -1 where no kernel file stands behind this one."""
+        ...
 
-        Copy-up uses it for reflinks and in-kernel copies.
+    def copy_to(self, target: File, size: int | None = None) -> None:
+        """Copy the first *size* bytes, or all, to the new, empty file *target*; holes stay holes.
+
+        The fastest way that both files allow: shared blocks, a copy inside the kernel, several
+        threads. Blocks. EIO when the file is shorter than its attributes say.
         """
         ...
 

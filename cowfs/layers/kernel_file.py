@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 
+from cowfs.layers.base import File
 from cowfs.linux import files
 from cowfs.types import Attr
+
+_CHUNK = 1 << 20
 
 
 class KernelFile:
@@ -43,6 +47,27 @@ class KernelFile:
 
     def fileno(self) -> int:
         return self._fd
+
+    def copy_to(self, target: File, size: int | None = None) -> None:
+        """Copy the first *size* bytes, or all, to a new file; by a reflink or sendfile(2) where possible."""
+        whole = os.fstat(self._fd).st_size
+        size = whole if size is None else size
+        target_fd = target.fileno()
+        if target_fd >= 0 and size == whole and files.reflink(self._fd, target_fd):
+            return
+        target.truncate(size)
+        for start, stop in self.segments(size):
+            if target_fd >= 0:
+                files.copy_range(self._fd, target_fd, start, stop)
+            else:
+                self._copy_run(target, start, stop)
+
+    def _copy_run(self, target: File, start: int, stop: int) -> None:
+        while start < stop:
+            data = os.pread(self._fd, min(_CHUNK, stop - start), start)
+            if not data:
+                raise OSError(errno.EIO, "the source is shorter than its attributes say")
+            start += target.pwrite(data, start)
 
     def close(self) -> None:
         fd, self._fd = self._fd, -1

@@ -131,6 +131,10 @@ class SquashfsLayer:
         listing = self._image.listing(directory)
         return [DirEntry(name, type_of(value)) for name, value in listing.items()]
 
+    def names(self, directory: int) -> list[bytes]:
+        """The names alone. ENOTDIR, EIO."""
+        return list(self._image.listing(directory))
+
     def readlink(self, key: int) -> bytes:
         return self._image.target(key)
 

@@ -13,14 +13,13 @@ import stat
 from contextlib import suppress
 from typing import NamedTuple
 
-from cowfs.layers.base import File, Key, LowerLayer
+from cowfs.layers.base import Key, LowerLayer
 from cowfs.linux import files
 from cowfs.overlay import origin
 from cowfs.overlay.node import Node
 from cowfs.overlay.state import State, error
 from cowfs.types import Attr
 
-_CHUNK = 1 << 20
 _MAY_FAIL = {errno.EOPNOTSUPP, errno.EPERM, errno.EINVAL}
 
 
@@ -56,18 +55,9 @@ class CopyUp:
 
     def run(self) -> None:
         """Copy the data, holes and all. Blocks; raises what reading or writing does."""
-        size = self.size
-        source, target = self._source, self._target
-        whole = size == self._attr.st_size
-        shared = (
-            whole
-            and min(source.fileno(), target.fileno()) >= 0
-            and files.reflink(source.fileno(), target.fileno())
-        )
-        if not shared:
-            _copy_data(source, target, size)
+        self._source.copy_to(self._target, self.size)
         if self._fs.options.sync_copy_up:
-            target.fsync(datasync=True)
+            self._target.fsync(datasync=True)
 
     def commit(self) -> None:
         """Give the node its upper. After an exception the node is as it was."""
@@ -116,7 +106,7 @@ class DataCopyUp:
 
     def run(self) -> None:
         """Copy the data. Blocks."""
-        _copy_data(self._source, self._target, self.size)
+        self._source.copy_to(self._target, self.size)
         if self._fs.options.sync_copy_up:
             self._target.fsync(datasync=True)
 
@@ -392,19 +382,3 @@ def _switch_handles(fs: State, node: Node) -> None:
     for handle in node.handles or ():
         if not handle.writable:
             handle.replace(fs.upper.open(node.upper, os.O_RDONLY))
-
-
-def _copy_data(source: File, target: File, size: int) -> None:
-    """Copy the first *size* bytes; holes stay holes."""
-    source_fd, target_fd = source.fileno(), target.fileno()
-    in_kernel = source_fd >= 0 and target_fd >= 0
-    target.truncate(size)
-    for start, stop in source.segments(size):
-        if in_kernel:
-            files.copy_range(source_fd, target_fd, start, stop)
-            continue
-        while start < stop:
-            data = source.pread(min(_CHUNK, stop - start), start)
-            if not data:
-                raise OSError(errno.EIO, "the source is shorter than its attributes say")
-            start += target.pwrite(data, start)
