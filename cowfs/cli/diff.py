@@ -153,15 +153,11 @@ def _lowers_of_header(path: str, lowers: Sequence[Identity]) -> list[str]:
     if not lowers:
         raise UsageError(f"{path}: does not say which lower it belongs to", "give it with --lower")
     for lower in lowers:
-        belongs = f"{path}: belongs to {lower.path} ({lower.description})"
+        belongs, hint = f"{path}: belongs to {lower.description}", "tell where it is with --lower"
         try:
             now = identify_lower(lower.path)
         except LayerError as error:
-            raise UsageError(
-                f"{belongs}, which cannot be used: {error.message}", "tell where it is with --lower"
-            ) from None
+            raise UsageError(f"{belongs}; {error.message}", hint) from None
         if now.fingerprint != lower.fingerprint:
-            raise UsageError(
-                f"{belongs}, but that is now another ({now.description})", "tell where it is with --lower"
-            )
+            raise UsageError(f"{belongs}; {lower.path} is now another: {now.description}", hint)
     return [lower.path for lower in lowers]

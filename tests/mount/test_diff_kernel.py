@@ -207,6 +207,26 @@ def test_a_directory_made_anew(edit: Any) -> None:
     assert edit(work) == ["A  usr/share/doc/more", "D  usr/share/doc/pkg/"]
 
 
+def test_directories_in_a_directory_made_anew(edit: Any) -> None:
+    """The kernel marks only the topmost as opaque: what is in it shows nothing of the lower either."""
+
+    def work(m: Path) -> None:
+        shutil.rmtree(m / "usr")
+        (m / "usr/share/doc").mkdir(parents=True)
+
+    assert edit(work) == ["D  usr/share/doc/NEWS", "D  usr/share/doc/pkg/"]
+
+
+def test_a_directory_returns_to_where_another_took_the_place_of_its_parent(edit: Any) -> None:
+    def work(m: Path) -> None:
+        os.rename(m / "old", m / "new")
+        (m / "old").mkdir()
+        os.rename(m / "new/deep", m / "old/deep")
+
+    # `old` is `new` now, so seen from there `deep` did move.
+    assert edit(work) == ["R  old/ -> new/", "A  old/", "R  old/deep/ -> old/deep/"]
+
+
 def test_a_renamed_directory_explains_itself(edit: Any) -> None:
     def work(m: Path) -> None:
         os.rename(m / "old", m / "new")
