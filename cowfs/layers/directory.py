@@ -53,6 +53,7 @@ class DirectoryLayer:
         self.dev = info.st_dev
         self._owners = not privileged
         self._open: list[PathKey] = []  # directories with a cached descriptor, oldest first
+        self._pinned: set[PathKey] = set()  # inodes without a name, held by their descriptors
         self._magic = files.fs_magic(root_fd)
         self._uuid: bytes | None = None
         self._noatime = os.O_NOATIME
@@ -115,6 +116,7 @@ class DirectoryLayer:
             key.fd = os.open(key.name, os.O_PATH | os.O_NOFOLLOW, dir_fd=self._dir_fd(key.parent))
         elif key in self._open:
             self._open.remove(key)
+        self._pinned.add(key)
 
     # --- reading
 
@@ -214,15 +216,17 @@ class DirectoryLayer:
         if key.fd >= 0 and key is not self.root:
             if key.parent is not None:
                 self._open.remove(key)
+            self._pinned.discard(key)
             os.close(key.fd)
             key.fd = -1
 
     def close(self) -> None:
-        for key in self._open:
+        for key in (*self._open, *self._pinned):
             if key.fd >= 0:
                 os.close(key.fd)
                 key.fd = -1
         self._open.clear()
+        self._pinned.clear()
         if self.root.fd >= 0:
             os.close(self.root.fd)
             self.root.fd = -1
@@ -304,6 +308,7 @@ class DirectoryLayer:
             key.parent = None
 
     def _unpin(self, key: PathKey, fresh: bool) -> None:
+        self._pinned.discard(key)
         if fresh:
             os.close(key.fd)
             key.fd = -1
