@@ -82,7 +82,7 @@ def _lzma_stream(name: str, container: int) -> Callable[[int], Decompress]:
             try:
                 stream = lzma.LZMADecompressor(container, memlimit=_XZ_MEMORY)
                 data = stream.decompress(block, limit + 1)
-            except (lzma.LZMAError, EOFError, MemoryError) as error:
+            except (lzma.LZMAError, EOFError) as error:
                 raise CodecError(f"{name}: {error}") from error
             return _whole(name, data, limit, stream.eof)
 
@@ -108,7 +108,7 @@ def _zstd(block_size: int) -> Decompress:
             if content_size(block) > limit:
                 raise CodecError("zstd: larger than its place")
             data: bytes = context.decompress(block, max_output_size=limit)
-        except (failure, MemoryError, ValueError) as error:
+        except (failure, ValueError) as error:
             raise CodecError(f"zstd: {error}") from error
         return _whole("zstd", data, limit, True)
 
@@ -123,7 +123,7 @@ def _lz4(block_size: int) -> Decompress:
     def decompress(block: Block, limit: int) -> bytes:
         try:
             data: bytes = expand(block, uncompressed_size=limit)
-        except (failure, ValueError, OverflowError, MemoryError) as error:
+        except (failure, ValueError, OverflowError) as error:
             raise CodecError(f"lz4: {error}") from error
         return data
 

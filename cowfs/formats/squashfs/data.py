@@ -19,17 +19,19 @@ from cowfs.formats.squashfs.errors import CodecError
 from cowfs.formats.squashfs.inodes import NONE, Inode
 from cowfs.formats.squashfs.metadata import Table
 from cowfs.formats.squashfs.source import Source
-from cowfs.formats.squashfs.superblock import Superblock
+from cowfs.formats.squashfs.superblock import NO_DATA_COMPRESSION, Superblock
 
 RUN = 1 << 20
 """How many bytes are decompressed and written at once when a file is copied."""
-_AHEAD = 512 << 10
-"""How many bytes, but at least two blocks, a sequential reader is kept ahead of."""
+_AHEAD = 2 << 20
+"""How many bytes, but at least two blocks, are decompressed ahead of a sequential reader at most."""
 _NEAR = 2
 """By how many blocks a read may be off and still counts as sequential."""
-_TASK = 128 << 10
+_TASK = 256 << 10
 """How many bytes, but at least one block, one task of the readahead decompresses."""
 
+
+_FAST = {"lz4"}
 
 T = TypeVar("T")
 
@@ -94,6 +96,8 @@ class Blocks:
         self.superblock = superblock
         self.size = superblock.block_size
         self.workers = Workers()
+        self.slow = superblock.compression not in _FAST and not superblock.flags & NO_DATA_COMPRESSION
+        """Whether decompressing takes longer than handing the work to another thread."""
 
     def get(self, stored: Stored, size: int) -> bytes:
         """The *size* bytes of the block at *stored*, from the cache or into it. May block. EIO."""
@@ -164,7 +168,7 @@ class Blocks:
 class FileData:
     """The data of one regular file."""
 
-    __slots__ = ("_ahead", "_blocks", "_last", "_lock", "_map", "inode", "size")
+    __slots__ = ("_ahead", "_blocks", "_last", "_lock", "_map", "_window", "inode", "size")
 
     def __init__(self, blocks: Blocks, inodes: Table, inode: Inode) -> None:
         """Reads nothing yet. EFBIG, EIO: see :class:`BlockMap`."""
@@ -176,6 +180,8 @@ class FileData:
         """The last block that was read."""
         self._ahead = 0
         """The first block for which no readahead was asked."""
+        self._window = 2
+        """How many blocks to be ahead of the reader."""
         self.size = inode.size
 
     def pread(self, size: int, offset: int) -> bytes:
@@ -185,7 +191,7 @@ class FileData:
             return b""
         log = self._blocks.superblock.block_log
         first, last = offset >> log, (end - 1) >> log
-        if self._map.count > 1:
+        if self._map.count > 2 and self._blocks.slow:
             self._read_ahead(first, last)
         base = first << log
         data = self._block(first)
@@ -211,14 +217,16 @@ class FileData:
             sequential = abs(first - self._last) <= _NEAR and last > 0
             self._last = last
             if not sequential:
-                self._ahead = 0
+                self._ahead, self._window = 0, 2
                 return
             begin = max(self._ahead, last + 1)
-            end = min(last + 1 + max(2, _AHEAD // size), self._map.count)
+            end = min(last + 1 + self._window, self._map.count)
             step = max(1, _TASK // size)
-            if end - begin < min(step, self._map.count - begin) or begin >= end:
+            if begin >= end or (end - begin < step and end < self._map.count):
                 return
             self._ahead = end
+            # As long as it goes on, further ahead each time.
+            self._window = min(2 * self._window + step, max(2, _AHEAD // size))
         for number in range(begin, end, step):
             self._blocks.workers.submit(self._load, number, min(number + step, end))
 
