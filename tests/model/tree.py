@@ -164,7 +164,9 @@ class Model:
 
     @staticmethod
     def write(inode: Inode, data: bytes, offset: int) -> None:
-        """pwrite(2)."""
+        """pwrite(2); writing nothing does nothing."""
+        if not data:
+            return
         before = inode.data[:offset].ljust(offset, b"\0")
         inode.data = before + data + inode.data[offset + len(data) :]
         inode.mtime = None
