@@ -95,13 +95,19 @@ def open_lower(spec: str, engine: str = "auto") -> LowerLayer:
             f"{spec}: only root may ask the kernel to mount an image", "--engine process needs no privilege"
         )
     try:
-        loop_fd, device = attach_loop(spec, readonly=True)
-        try:
-            fd = detached_mount("squashfs", device, {}, readonly=True, noatime=True)
-        finally:
-            os.close(loop_fd)
+        return _kernel_mounted(spec)
     except OSError as error:
+        if engine == "auto" and error.errno in {errno.EPERM, errno.EACCES}:
+            return SquashfsLayer(os.path.abspath(spec))  # root of a container only
         raise LayerError(f"{spec}: cannot be mounted: {error.strerror or error}") from None
+
+
+def _kernel_mounted(spec: str) -> DirectoryLayer:
+    loop_fd, device = attach_loop(spec, readonly=True)
+    try:
+        fd = detached_mount("squashfs", device, {}, readonly=True, noatime=True)
+    finally:
+        os.close(loop_fd)
     return DirectoryLayer(fd, os.path.abspath(spec))
 
 
@@ -133,7 +139,7 @@ def open_union(options: UnionOptions, progress: Progress = lambda _: None) -> Un
             options.store,
             lowers=identities,
             force_lower=options.force_lower,
-            engine=options.engine,
+            engine="kernel" if os.geteuid() == 0 else "auto",
             progress=progress,
             memory_size=options.size,
         )
@@ -179,7 +185,7 @@ def check_mountpoint(mountpoint: str, options: UnionOptions) -> str:
     if mountpoint.startswith("/dev/fd/"):
         return mountpoint  # mounted by somebody else, who hands us the connection
     try:
-        os.stat(mountpoint)
+        os.statvfs(mountpoint)  # asks its daemon, which stat(2) need not
     except OSError as error:
         if error.errno == errno.ENOTCONN:
             raise MountFailure(
@@ -193,6 +199,9 @@ def check_mountpoint(mountpoint: str, options: UnionOptions) -> str:
     layers = [*options.lowers, *([] if options.store == "memory" else [options.store])]
     for layer in layers:
         real = os.path.realpath(layer)
+        for lower in options.lowers:
+            if layer == options.store and os.path.isdir(lower) and _inside(real, os.path.realpath(lower)):
+                raise MountFailure(f"{layer}: the store is inside the lower {lower}", "put it elsewhere")
         if os.path.isdir(real) and _inside(target, real):
             raise MountFailure(f"{mountpoint}: is inside the layer {layer}", "choose a mountpoint elsewhere")
         if _inside(real, target):

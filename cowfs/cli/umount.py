@@ -10,7 +10,7 @@ import subprocess
 
 from cowfs.cli.client import ask, find_mount
 from cowfs.errors import CowfsError, MountFailure, SystemFailure
-from cowfs.linux.mounts import umount2, wait_pid_gone
+from cowfs.linux.mounts import mountinfo, umount2, wait_pid_gone
 
 NAME = "umount"
 MNT_DETACH = 2
@@ -51,8 +51,8 @@ def run(args: argparse.Namespace) -> int:
     mountpoint = os.fsdecode(found.mountpoint)
     pid = _daemon_of(found.dev)
     _unmount(mountpoint, lazy=args.lazy)
-    if args.lazy or pid is None:
-        return 0
+    if args.lazy or pid is None or any(mount.dev == found.dev for mount in mountinfo()):
+        return 0  # it goes on serving where else it is mounted
     if not wait_pid_gone(pid, args.timeout):
         raise SystemFailure(
             f"{mountpoint}: unmounted, but its daemon (pid {pid}) still writes after {args.timeout:g} s"

@@ -164,6 +164,10 @@ class Adapter(pyfuse3.Operations):
             finally:
                 self._loop.waiting -= 1
 
+    def _is_copying(self, parent: Node, name: bytes) -> bool:
+        node = self._fs.nodes.child(parent, name)
+        return node is not None and node.copying is not None
+
     async def _name_settled(self, parent: Node, name: bytes) -> None:
         """Wait while what is under this name is being copied up, whatever it is by then."""
         while True:
@@ -264,8 +268,9 @@ class Adapter(pyfuse3.Operations):
         ctx: RequestContext,
     ) -> None:
         parent, new_parent = self._node(parent_inode_old), self._node(parent_inode_new)
-        await self._name_settled(parent, name_old)
-        await self._name_settled(new_parent, name_new)
+        while self._is_copying(parent, name_old) or self._is_copying(new_parent, name_new):
+            await self._name_settled(parent, name_old)
+            await self._name_settled(new_parent, name_new)
         self._fs.rename(parent, name_old, new_parent, name_new, flags)
 
     # --- attributes

@@ -109,15 +109,16 @@ class Daemon:
 
     async def _watch_signals(self) -> None:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+            stopping = False
             async for number in signals:
-                if number == signal.SIGHUP:
-                    continue  # the terminal closed: a mount outlives it
+                if number == signal.SIGHUP or stopping:
+                    continue  # the terminal closed: a mount outlives it; or said twice
                 log.info("%s: unmounting", signal.Signals(number).name)
                 await self._write_back()
                 if self._request.stay_on_sigterm and number == signal.SIGTERM:
                     continue
+                stopping = True
                 self._loop.stop()
-                return
 
     async def _write_back(self) -> None:
         """Let the kernel hand us what it still holds: pages written through mmap."""

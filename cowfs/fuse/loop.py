@@ -18,6 +18,7 @@ from __future__ import annotations
 import os
 import select
 import time
+from collections.abc import Callable
 
 import pyfuse3
 import trio
@@ -60,9 +61,12 @@ class RequestLoop:
         self._fd = _fuse_fd()
         self._poll.register(self._fd, select.POLLIN)
         setattr(pyfuse3, _WAIT, self._readable)
+        watch = _TaskWatch(self._task_ended)
+        trio.lowlevel.add_instrument(watch)
         try:
             await pyfuse3.main(1, MAX_TASKS)
         finally:
+            trio.lowlevel.remove_instrument(watch)
             setattr(pyfuse3, _WAIT, stock)
 
     def stop(self) -> None:
@@ -75,6 +79,12 @@ class RequestLoop:
         if self._leader is trio.lowlevel.current_task():
             self._leader = None
             self._wake_one()
+
+    def _task_ended(self, task: trio.lowlevel.Task) -> None:
+        # A leader ends when receiving tells it, between two waits, that the filesystem is unmounted.
+        if task is self._leader:
+            self._leader = None
+            self._close()
 
     def _wake_one(self) -> None:
         if self._idle:
@@ -146,6 +156,16 @@ class RequestLoop:
     async def _yield(self) -> None:
         await trio.lowlevel.checkpoint()
         self._yielded = time.monotonic_ns()
+
+
+class _TaskWatch(trio.abc.Instrument):
+    """Tell when a task ends."""
+
+    def __init__(self, told: Callable[[trio.lowlevel.Task], None]) -> None:
+        self._told = told
+
+    def task_exited(self, task: trio.lowlevel.Task) -> None:
+        self._told(task)
 
 
 def _fuse_fd() -> int:

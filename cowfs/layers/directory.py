@@ -9,11 +9,15 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Callable
 from contextlib import suppress
+from typing import TypeVar
 
 from cowfs.layers.kernel_file import KernelFile
 from cowfs.linux import files
 from cowfs.types import Attr, AttrData, DirEntry, FileHandle, FsStats
+
+R = TypeVar("R")
 
 _OPEN_DIRECTORIES = 512
 """How many directory descriptors are kept open at a time."""
@@ -170,8 +174,7 @@ class DirectoryLayer:
             if not self._noatime:
                 raise
             # O_NOATIME is for the owner and root alone (open(2)); another may still read.
-            fd = self._open_fd(key, flags & ~os.O_NOATIME)
-            return KernelFile(fd)
+            return KernelFile(self._insist(lambda: self._open_fd(key, flags & ~os.O_NOATIME), key))
 
     def _open_fd(self, key: PathKey, flags: int) -> int:
         if key.parent is None:
@@ -237,22 +240,24 @@ class DirectoryLayer:
         self, directory: PathKey, name: bytes, mode: int, uid: int, gid: int
     ) -> tuple[PathKey, KernelFile]:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_NOATIME
-        fd = os.open(name, flags, mode & 0o7777, dir_fd=self._dir_fd(directory))
+        fd = self._insist(
+            lambda: os.open(name, flags, mode & 0o7777, dir_fd=self._dir_fd(directory)), directory
+        )
         file = KernelFile(fd)
         key = PathKey(directory, name)
         self._give(key, os.fstat(fd), uid, gid)
         return key, file
 
     def mkdir(self, directory: PathKey, name: bytes, mode: int, uid: int, gid: int) -> PathKey:
-        os.mkdir(name, mode & 0o7777, dir_fd=self._dir_fd(directory))
+        self._insist(lambda: os.mkdir(name, mode & 0o7777, dir_fd=self._dir_fd(directory)), directory)
         return self._made(directory, name, uid, gid)
 
     def symlink(self, directory: PathKey, name: bytes, target: bytes, uid: int, gid: int) -> PathKey:
-        os.symlink(target, name, dir_fd=self._dir_fd(directory))
+        self._insist(lambda: os.symlink(target, name, dir_fd=self._dir_fd(directory)), directory)
         return self._made(directory, name, uid, gid)
 
     def mknod(self, directory: PathKey, name: bytes, mode: int, rdev: int, uid: int, gid: int) -> PathKey:
-        os.mknod(name, mode, rdev, dir_fd=self._dir_fd(directory))
+        self._insist(lambda: os.mknod(name, mode, rdev, dir_fd=self._dir_fd(directory)), directory)
         return self._made(directory, name, uid, gid)
 
     def _made(self, directory: PathKey, name: bytes, uid: int, gid: int) -> PathKey:
@@ -282,7 +287,10 @@ class DirectoryLayer:
             )
             return
         source, target = self._two_dir_fds(key.parent, directory)
-        os.link(key.name, name, src_dir_fd=source, dst_dir_fd=target, follow_symlinks=False)
+        self._insist(
+            lambda: os.link(key.name, name, src_dir_fd=source, dst_dir_fd=target, follow_symlinks=False),
+            directory,
+        )
 
     def unlink(self, directory: PathKey, name: bytes, key: PathKey | None) -> None:
         self._remove(directory, name, key, os.unlink)
@@ -290,16 +298,15 @@ class DirectoryLayer:
     def rmdir(self, directory: PathKey, name: bytes, key: PathKey | None) -> None:
         self._remove(directory, name, key, os.rmdir)
 
-    def _remove(self, directory: PathKey, name: bytes, key: PathKey | None, call: object) -> None:
+    def _remove(
+        self, directory: PathKey, name: bytes, key: PathKey | None, call: Callable[..., None]
+    ) -> None:
         named = key is not None and key.parent is directory and key.name == name
         fresh = named and key is not None and key.fd < 0
         if named and key is not None:
             self._pin(key)
         try:
-            if call is os.rmdir:
-                os.rmdir(name, dir_fd=self._dir_fd(directory))
-            else:
-                os.unlink(name, dir_fd=self._dir_fd(directory))
+            self._insist(lambda: call(name, dir_fd=self._dir_fd(directory)), directory)
         except OSError:
             if named and key is not None:
                 self._unpin(key, fresh)
@@ -330,10 +337,10 @@ class DirectoryLayer:
             self._pin(pin)
         source_fd, target_fd = self._two_dir_fds(source[0], target[0])
         try:
-            if flags:
-                files.renameat2(source_fd, source[1], target_fd, target[1], flags)
-            else:
-                os.rename(source[1], target[1], src_dir_fd=source_fd, dst_dir_fd=target_fd)
+            self._insist(
+                lambda: files.rename(source_fd, source[1], target_fd, target[1], flags),
+                *(key for key in (source[0], target[0], moved, replaced) if key is not None),
+            )
         except OSError:
             if pin is not None:
                 self._unpin(pin, fresh)
@@ -361,7 +368,9 @@ class DirectoryLayer:
         gid = shown.st_gid if gid < 0 else gid
         try:
             self._chown(key, uid, gid)
-        except PermissionError:
+        except OSError as failure:
+            if failure.errno not in {errno.EPERM, errno.EINVAL}:  # EINVAL: not in the user namespace
+                raise
             # A symlink or device can have no user xattr: it shows the store's owner (docs/semantics.md).
             with suppress(PermissionError, FileNotFoundError):
                 self.setxattr(key, OWNER_XATTR, b"%d:%d" % (uid, gid))
@@ -384,7 +393,7 @@ class DirectoryLayer:
             )
 
     def truncate(self, key: PathKey, size: int) -> None:
-        fd = self._open_fd(key, os.O_WRONLY | os.O_NOFOLLOW)
+        fd = self._insist(lambda: self._open_fd(key, os.O_WRONLY | os.O_NOFOLLOW), key)
         try:
             os.ftruncate(fd, size)
         finally:
@@ -410,7 +419,29 @@ class DirectoryLayer:
         finally:
             os.close(fd)
 
-    # --- owners that we may not give
+    # --- what only root may do
+
+    def _insist(self, call: Callable[[], R], *keys: PathKey) -> R:
+        """Do what the owner of *keys* may not by their modes, but by changing these, for as long as it takes.
+
+        The kernel checked the caller against the modes; the layer must be able to obey, as root is.
+        """
+        try:
+            return call()
+        except PermissionError:
+            if not self._owners:
+                raise
+        lent = []
+        try:
+            for key in keys:
+                mode = self.stat(key).st_mode
+                if not stat.S_ISLNK(mode) and mode & stat.S_IRWXU != stat.S_IRWXU:
+                    self.chmod(key, mode | stat.S_IRWXU)
+                    lent.append((key, mode))
+            return call()
+        finally:
+            for key, mode in reversed(lent):
+                self.chmod(key, mode)
 
     def _owned(self, key: PathKey, attr: Attr) -> Attr:
         """Return *attr* with the owner that was noted for the inode, if one was."""

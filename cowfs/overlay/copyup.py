@@ -20,7 +20,11 @@ from cowfs.overlay.node import Node
 from cowfs.overlay.state import State, error
 from cowfs.types import Attr
 
+_CAPABILITY = b"security.capability"
 _MAY_FAIL = {errno.EOPNOTSUPP, errno.EPERM, errno.EINVAL}
+
+
+_Place = tuple[Node, bytes]
 
 
 class _Origin(NamedTuple):
@@ -42,6 +46,7 @@ class CopyUp:
         self._attr = attr
         self.size = size
         """How many bytes of the data are wanted."""
+        self._place = _place_of(fs, node)  # a lookup of another name may change the node's meanwhile
         self._temporary = fs.temporary()
         layer, key = node.lowers[-1]
         self._source = fs.lowers[layer].open(key, os.O_RDONLY)
@@ -67,7 +72,7 @@ class CopyUp:
             layer, key = node.lowers[0]
             _dress(fs, fs.lowers[layer], key, self._key, self._attr)
             note = _origin_of(fs, layer, key, self._attr)
-            _settle(fs, node, self._key, self._temporary, note)
+            _settle(fs, node, self._place, self._key, self._temporary, note)
         except BaseException:
             self.abort()
             raise
@@ -97,6 +102,9 @@ class DataCopyUp:
         self.size = size
         layer, key = node.lowers[-1]
         self._before = fs.upper.stat(node.upper)
+        self._capability: bytes | None = None  # writing takes it away
+        with suppress(OSError):
+            self._capability = fs.upper.getxattr(node.upper, _CAPABILITY)
         self._source = fs.lowers[layer].open(key, os.O_RDONLY)
         try:
             self._target = fs.upper.open(node.upper, os.O_RDWR)
@@ -116,6 +124,8 @@ class DataCopyUp:
         self._source.close()
         self._target.close()
         before = self._before
+        if self._capability is not None:
+            fs.upper.setxattr(node.upper, _CAPABILITY, self._capability)
         fs.upper.utimens(node.upper, before.st_atime_ns, before.st_mtime_ns)
         if before.st_mode & (stat.S_ISUID | stat.S_ISGID):
             fs.upper.chmod(node.upper, before.st_mode)
@@ -139,7 +149,6 @@ def prepare(fs: State, node: Node, size: int | None = None) -> CopyUp | DataCopy
     Returns what is left to do: ``run``, then ``commit`` (or ``abort``); None when nothing is.
     """
     if node.upper is not None and not node.metacopy:
-        link_alias(fs, node)
         return None
     if node.dead:
         raise error(errno.ENOENT, node.name)
@@ -172,7 +181,6 @@ def copy_up_meta(fs: State, node: Node) -> None:
     A large file's data stays where it is: a metacopy. A small one is copied whole.
     """
     if node.upper is not None:
-        link_alias(fs, node)
         return
     if node.dead:
         raise error(errno.ENOENT, node.name)
@@ -188,18 +196,20 @@ def copy_up_meta(fs: State, node: Node) -> None:
     _copy_up_inode(fs, node, attr)
 
 
-def link_alias(fs: State, node: Node) -> None:
-    """Give an indexed inode its name in the upper, where it shows only through the index so far."""
-    if node.indexed is None or node.dead or node.parent is None:
+def link_alias(fs: State, node: Node, parent: Node, name: bytes) -> None:
+    """Give an indexed inode a name of its in the upper, where it shows only through the index so far.
+
+    Whatever removes or moves that name needs it there.
+    """
+    if node.indexed is None:
         return
-    parent = node.parent
     copy_up_directory(fs, parent)
-    if fs.upper.lookup(parent.upper, node.name) is not None:
+    if fs.upper.lookup(parent.upper, name) is not None:
         return
     # One more name in the upper, none in the union, whose directory has not changed.
     before = fs.upper.stat(parent.upper)
     note_nlink(fs, node, alone=True)
-    fs.upper.link(node.upper, parent.upper, node.name)
+    fs.upper.link(node.upper, parent.upper, name)
     fs.upper.utimens(parent.upper, before.st_atime_ns, before.st_mtime_ns)
 
 
@@ -239,7 +249,16 @@ def copy_up_directory(fs: State, node: Node) -> None:
         _copy_up_directory(fs, node)
 
 
+def _place_of(fs: State, node: Node) -> _Place:
+    """Return a name that the node has, for a hard link whichever is known."""
+    found = fs.nodes.place(node)
+    if found is None:
+        raise error(errno.ENOENT, node.name)
+    return found
+
+
 def _parents(fs: State, node: Node) -> None:
+    _place_of(fs, node)
     missing = []
     walk = node.parent
     while walk is not None and walk.upper is None:
@@ -260,7 +279,7 @@ def _copy_up_directory(fs: State, node: Node) -> None:
         _dress(fs, fs.lowers[layer], key, made, attr)
         with suppress(OSError):  # only a hint to the kernel's readdir
             fs.note(made, fs.x_impure, b"y")
-        _settle(fs, node, made, temporary, _origin_of(fs, layer, key, attr))
+        _settle(fs, node, _place_of(fs, node), made, temporary, _origin_of(fs, layer, key, attr))
     except BaseException:
         with suppress(OSError):
             fs.upper.rmdir(fs.work, temporary, None)
@@ -287,7 +306,7 @@ def _copy_up_inode(fs: State, node: Node, attr: Attr) -> None:
             upper.truncate(made, attr.st_size)
             fs.note(made, fs.x_metacopy, b"")
         _dress(fs, fs.lowers[layer], key, made, attr)
-        _settle(fs, node, made, temporary, _origin_of(fs, layer, key, attr))
+        _settle(fs, node, _place_of(fs, node), made, temporary, _origin_of(fs, layer, key, attr))
     except BaseException:
         with suppress(OSError):
             upper.unlink(work, temporary, None)
@@ -335,10 +354,9 @@ def _origin_of(fs: State, layer: int, key: Key, attr: Attr) -> _Origin:
     return _Origin(note, origin.index_name(note) if hard_link else None)
 
 
-def _settle(fs: State, node: Node, key: Key, temporary: bytes, origin_: _Origin) -> None:
+def _settle(fs: State, node: Node, place: _Place, key: Key, temporary: bytes, origin_: _Origin) -> None:
     """Move what is ready from the work directory to the node's name."""
-    parent = node.parent
-    assert parent is not None
+    parent, name = place
     upper = fs.upper
     try:
         fs.note(key, fs.x_origin, origin_.note)
@@ -351,17 +369,18 @@ def _settle(fs: State, node: Node, key: Key, temporary: bytes, origin_: _Origin)
             fs.note(key, fs.x_layer, b"%d" % node.lowers[0][0])
     before = upper.stat(parent.upper)
     if origin_.index_name is not None and fs.index is not None:
-        _settle_indexed(fs, node, key, temporary, origin_.index_name)
+        _settle_indexed(fs, node, place, key, temporary, origin_.index_name)
     else:
-        upper.rename((fs.work, temporary), (parent.upper, node.name), files.RENAME_NOREPLACE, moved=key)
+        upper.rename((fs.work, temporary), (parent.upper, name), files.RENAME_NOREPLACE, moved=key)
     # The directory has not changed as far as the merged tree is concerned.
     upper.utimens(parent.upper, before.st_atime_ns, before.st_mtime_ns)
 
 
-def _settle_indexed(fs: State, node: Node, key: Key, temporary: bytes, index_name: bytes) -> None:
+def _settle_indexed(
+    fs: State, node: Node, place: _Place, key: Key, temporary: bytes, index_name: bytes
+) -> None:
     """Put a hard link into the index, and from there under its name."""
-    parent = node.parent
-    assert parent is not None
+    parent, name = place
     layer, low = node.lowers[0]
     links = fs.lowers[layer].stat(low).st_nlink
     fs.note(key, fs.x_nlink, b"L+0")
@@ -369,7 +388,7 @@ def _settle_indexed(fs: State, node: Node, key: Key, temporary: bytes, index_nam
     fs.upper.rename((fs.work, temporary), (fs.index, index_name), moved=key)
     fs.indexed.add(index_name)
     node.indexed = links
-    fs.upper.link(key, parent.upper, node.name)
+    fs.upper.link(key, parent.upper, name)
 
 
 def _adopt(fs: State, node: Node, key: Key) -> None:
@@ -379,6 +398,8 @@ def _adopt(fs: State, node: Node, key: Key) -> None:
 
 def _switch_handles(fs: State, node: Node) -> None:
     """Let the files that are open for reading see from now on what is written to the upper."""
+    if node.metacopy:
+        return  # its data is where it was
     for handle in node.handles or ():
         if not handle.writable:
             handle.replace(fs.upper.open(node.upper, os.O_RDONLY))

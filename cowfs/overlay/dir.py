@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from cowfs.layers.base import File, Key
 from cowfs.linux import files
-from cowfs.overlay import origin, whiteout
+from cowfs.overlay import acl, origin, whiteout
 from cowfs.overlay.copyup import copy_up, copy_up_directory, copy_up_meta, link_alias, note_nlink
 from cowfs.overlay.lookup import lower_has, resolve
 from cowfs.overlay.node import Node
@@ -111,6 +111,7 @@ def _make_over_whiteout(
     key = maker(fs.work, temporary, Owner(owner.uid, above.st_gid) if inherit else owner)
     place = (parent.upper, name)
     try:
+        acl.inherit(fs.upper, parent.upper, key, fs.upper.stat(key).st_mode)
         if directory:
             if inherit:
                 fs.upper.chmod(key, fs.upper.stat(key).st_mode | stat.S_ISGID)
@@ -195,7 +196,7 @@ def _keep_count(fs: State, node: Node, parent: Node, name: bytes, attr: Attr) ->
     if hard_link:
         copy_up_meta(fs, node)
     else:
-        link_alias(fs, node)
+        link_alias(fs, node, parent, name)
     note_nlink(fs, node)
 
 

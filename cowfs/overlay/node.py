@@ -134,6 +134,21 @@ class NodeTable:
         if parent.children is not None:
             parent.children.pop(name, None)
 
+    def place(self, node: Node) -> tuple[Node, bytes] | None:
+        """Return a name that the node has: the one it was last seen under, or another known one.
+
+        The search is slow, but only for a hard link that lost the name it was last seen under.
+        """
+        parent, name = node.parent, node.name
+        if parent is not None and parent.children is not None and parent.children.get(name) is node:
+            return parent, name
+        for directory in self._by_ino.values():
+            for name, child in (directory.children or {}).items():
+                if child is node and not directory.dead:
+                    node.parent, node.name = directory, name
+                    return directory, name
+        return None
+
     def unused(self, node: Node) -> list[Node]:
         """Remove *node* if nobody refers to it, then its parents likewise; return what was removed."""
         removed = []

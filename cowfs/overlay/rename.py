@@ -14,7 +14,7 @@ from contextlib import suppress
 from cowfs.layers.base import Key
 from cowfs.linux.files import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WHITEOUT
 from cowfs.overlay import whiteout
-from cowfs.overlay.copyup import copy_up_directory, copy_up_meta, note_nlink
+from cowfs.overlay.copyup import copy_up_directory, copy_up_meta, link_alias, note_nlink
 from cowfs.overlay.dir import gone
 from cowfs.overlay.lookup import lookup, lower_has, resolve
 from cowfs.overlay.node import Node
@@ -93,6 +93,7 @@ def _bring_up(fs: State, node: Node, parent: Node, name: bytes) -> None:
     """Let the inode be in the upper under this very name."""
     fs.nodes.rename(node, parent, name)
     copy_up_meta(fs, node)
+    link_alias(fs, node, parent, name)
 
 
 def _make_replaceable(fs: State, target: Node, parent: Node, name: bytes) -> bool:
