@@ -1,0 +1,1 @@
+"""The FUSE adapter called directly, without a mount."""
