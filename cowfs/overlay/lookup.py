@@ -17,6 +17,8 @@ _Found = list[tuple[int, Key, Attr]]
 
 def lookup(fs: State, parent: Node, name: bytes) -> tuple[Node, Attr] | None:
     """Find *name* in a directory; None when the merged tree has no such name."""
+    if parent.children is None:
+        raise error(errno.ENOTDIR, parent.name)
     node = fs.nodes.child(parent, name)
     if node is not None:
         return node, fs.stat(node)
@@ -35,9 +37,6 @@ def lookup(fs: State, parent: Node, name: bytes) -> tuple[Node, Attr] | None:
 
 def resolve(fs: State, parent: Node, name: bytes) -> Node:
     """Like :func:`lookup`, but ENOENT when there is no such name."""
-    node = fs.nodes.child(parent, name)
-    if node is not None:
-        return node
     found = lookup(fs, parent, name)
     if found is None:
         raise error(errno.ENOENT, name)
