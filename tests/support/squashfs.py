@@ -140,6 +140,39 @@ def tar2sqfs(image: Path, top: Path, *options: str) -> Path:
     return image
 
 
+def small_images(directory: Path) -> list[Path]:
+    """Images of 16 to 52 KiB, one for each compressor and two uncompressed: to begin damaging with."""
+    directory.mkdir(parents=True, exist_ok=True)
+    top = directory / "tree"
+    (top / "dir" / "deep").mkdir(parents=True)
+    (top / "file").write_bytes(text(30_000))
+    (top / "noise").write_bytes(noise(9_000))
+    (top / "tiny").write_bytes(b"tiny")
+    with (top / "sparse").open("wb") as file:
+        file.seek(50_000)
+        file.write(text(5_000))
+        file.truncate(100_000)
+    os.link(top / "file", top / "dir" / "hard")
+    (top / "link").symlink_to("dir/deep")
+    for number in range(60):
+        (top / "dir" / f"name{number}").write_bytes(b"%d" % number)
+    with suppress(OSError):
+        for name in ("file", "noise", "dir"):
+            os.setxattr(top / name, "user.shared", b"shared" * 30)
+            os.setxattr(top / name, "user.own", name.encode())
+    kinds: dict[str, tuple[str, ...]] = {
+        name: ("-comp", name, "-b", "4K", "-tailends")
+        for name in ("gzip", "lzma", "lzo", "lz4", "xz", "zstd")
+    }
+    kinds["uncompressed"] = ("-noI", "-noD", "-noF", "-noX", "-noId", "-b", "4K")
+    kinds["no-fragments"] = ("-noI", "-noX", "-noId", "-b", "4K", "-comp", "zstd", "-no-fragments")
+    images = [
+        mksquashfs(directory / name, top, options=options + devices()) for name, options in kinds.items()
+    ]
+    shutil.rmtree(top)
+    return images
+
+
 @contextmanager
 def kernel_view(image: Path) -> Iterator[DirectoryLayer]:
     """What the kernel's own squashfs shows of *image*; needs root. Nothing is mounted anywhere."""

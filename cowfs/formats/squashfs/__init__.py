@@ -4,6 +4,7 @@ The modules, each importing only from those above it::
 
     errors       what a damaged image answers with
     cache        bounded caches: metadata, listings, data blocks
+    workers      threads that decompress
     source       bounded reads (pread) of the image file
     recognise    what a file that is no squashfs is instead
     superblock   the first 96 bytes
@@ -14,6 +15,7 @@ The modules, each importing only from those above it::
     xattrs       extended attributes
     blocks       where the data of a file is: block list, fragments
     data         reading a file: block cache, readahead, runs for copying
+    copy         a whole file out of the image, decompressed by several threads
     image        Image: all of it behind one face
     summary      what `unsquashfs -s` shows
 

@@ -5,12 +5,9 @@ Everything here may be used from several threads at once.
 
 from __future__ import annotations
 
-import errno
-import os
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple, TypeVar
+from collections.abc import Iterator
+from typing import NamedTuple
 
 from cowfs.formats.squashfs.blocks import UNCOMPRESSED, BlockMap, FragmentTable, Stored
 from cowfs.formats.squashfs.cache import OnceCache
@@ -20,6 +17,7 @@ from cowfs.formats.squashfs.inodes import NONE, Inode
 from cowfs.formats.squashfs.metadata import Table
 from cowfs.formats.squashfs.source import Source
 from cowfs.formats.squashfs.superblock import NO_DATA_COMPRESSION, Superblock
+from cowfs.formats.squashfs.workers import Workers
 
 RUN = 1 << 20
 """How many bytes are decompressed and written at once when a file is copied."""
@@ -33,8 +31,6 @@ _TASK = 256 << 10
 
 _FAST = {"lz4"}
 
-T = TypeVar("T")
-
 
 class Run(NamedTuple):
     """A part of a file that is stored in one piece: consecutive blocks, or the tail in a fragment."""
@@ -45,36 +41,6 @@ class Run(NamedTuple):
     """Empty for the tail."""
     size: int
     """Bytes of the file."""
-
-
-class Workers:
-    """The threads that decompress, as many as there are processors (at most 4), started when needed."""
-
-    def __init__(self) -> None:
-        self.count = min(4, len(os.sched_getaffinity(0)))
-        self._pool: ThreadPoolExecutor | None = None
-        self._closed = False
-        self._lock = threading.Lock()
-
-    def submit(self, function: Callable[..., T], *args: object) -> Future[T]:
-        """Have ``function(*args)`` called in one of the threads. EBADF after close."""
-        with self._lock:
-            if self._closed:
-                raise OSError(errno.EBADF, "the image is closed")
-            if self._pool is None:
-                self._pool = ThreadPoolExecutor(self.count, thread_name_prefix="squashfs")
-            try:
-                return self._pool.submit(function, *args)
-            except RuntimeError as error:  # the interpreter is ending
-                raise OSError(errno.EBADF, str(error)) from error
-
-    def close(self) -> None:
-        """Wait for what is being done, drop what is waiting to be."""
-        with self._lock:
-            self._closed = True
-            pool, self._pool = self._pool, None
-        if pool is not None:
-            pool.shutdown(wait=True, cancel_futures=True)
 
 
 class Blocks:

@@ -1,0 +1,101 @@
+"""Do everything that can be done with an image; only refusals and OSError may come of it."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import stat
+
+from cowfs.errors import LayerError
+from cowfs.layers.base import Key
+from cowfs.layers.directory import KernelFile
+from cowfs.layers.squashfs import SquashfsLayer
+
+ALLOWED = {errno.EIO, errno.EFBIG, errno.ENODATA, errno.EOPNOTSUPP}
+_NAMES = 400
+"""So many names of an image are looked at."""
+_BYTES = 4 << 20
+"""So much of a file is read."""
+
+
+def exercise(image: bytes) -> int:
+    """Open *image*, walk it, read and copy; returns how many names were seen, -1 if it was refused.
+
+    Raises whatever an image must not lead to: any exception but LayerError and the expected OSErrors.
+    """
+    logging.disable(logging.CRITICAL)
+    fd = os.memfd_create("image")
+    try:
+        os.write(fd, image)
+        try:
+            layer = SquashfsLayer(f"/proc/self/fd/{fd}")
+        except LayerError:
+            return -1
+        try:
+            return _walk(layer)
+        finally:
+            layer.close()
+    finally:
+        os.close(fd)
+
+
+def _walk(layer: SquashfsLayer) -> int:
+    layer.statfs()
+    _try(layer.identity)
+    count = 0
+    pending = [layer.root]
+    while pending and count < _NAMES:
+        directory = pending.pop()
+        if _try(layer.lookup, directory, b"no such name") is not None:
+            raise AssertionError("found what is not there")
+        for name, _ in (_try(layer.readdir, directory) or [])[:_NAMES]:
+            count += 1
+            assert b"/" not in name and b"\0" not in name and name not in {b".", b"..", b""}, name
+            found = _try(layer.lookup, directory, name)
+            if found is None:
+                continue
+            key, attr = found
+            _try(_look, layer, key, attr.st_mode)
+            if stat.S_ISDIR(attr.st_mode):
+                pending.append(key)
+    return count
+
+
+def _look(layer: SquashfsLayer, key: Key, mode: int) -> None:
+    handle = layer.handle(key)
+    layer.handle_ino(handle)
+    for name in _try(layer.listxattr, key) or []:
+        _try(layer.getxattr, key, name)
+    if stat.S_ISLNK(mode):
+        layer.readlink(key)
+    if stat.S_ISREG(mode):
+        file = layer.open(key, os.O_RDONLY)
+        size = file.stat().st_size
+        for offset in (0, size // 2, max(size - 5000, 0)):
+            _try(file.pread, 70_000, offset)
+        if size < _BYTES:
+            _try(_whole, file, size)
+
+
+def _whole(file: object, size: int) -> None:
+    from cowfs.layers.squashfs import SquashfsFile
+
+    assert isinstance(file, SquashfsFile)
+    list(file.segments(size))
+    for offset in range(0, size, 16384):
+        assert len(file.pread(16384, offset)) == min(16384, size - offset)
+    target = KernelFile(os.memfd_create("copy"))
+    try:
+        file.copy_to(target)
+    finally:
+        target.close()
+
+
+def _try(function, *arguments):  # type: ignore[no-untyped-def] # whatever comes, goes
+    try:
+        return function(*arguments)
+    except OSError as error:
+        if error.errno not in ALLOWED:
+            raise
+        return None
