@@ -37,6 +37,9 @@ def lookup(fs: State, parent: Node, name: bytes) -> tuple[Node, Attr] | None:
 
 def resolve(fs: State, parent: Node, name: bytes) -> Node:
     """Like :func:`lookup`, but ENOENT when there is no such name."""
+    node = fs.nodes.child(parent, name) if parent.children is not None else None
+    if node is not None:
+        return node
     found = lookup(fs, parent, name)
     if found is None:
         raise error(errno.ENOENT, name)
