@@ -1,0 +1,109 @@
+"""What the documentation says of the command line is what the command line knows."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cowfs.cli import options
+from cowfs.cli.main import SUBCOMMANDS, main
+
+ROOT = Path(__file__).parents[2]
+GUIDES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+MANUAL = ROOT / "docs/man/cowfs.1"
+_OPTION = re.compile(r"(?<![\w-])(--[a-z][a-z-]*|-[a-zA-Z])(?![\w-])")
+_COMMAND = re.compile(r"(?<![\w./-])cowfs +([a-z]+)\b(?!=)([^|;&`)]*)")
+
+
+def known(subcommand: str, capsys: pytest.CaptureFixture[str]) -> set[str]:
+    """The options that a subcommand has, as its help tells them."""
+    with pytest.raises(SystemExit):
+        main([subcommand, "--help"])
+    said = capsys.readouterr().out
+    start = said.index("\noptions:\n") + len("\noptions:\n")
+    lines = said[start:].partition("\n\n")[0].splitlines()
+    return {option for line in lines if line.startswith("  -") for option in _OPTION.findall(line)}
+
+
+def code(text: str) -> Iterator[str]:
+    """Every line of code in Markdown, and every piece of code in a line, with what it wraps over joined."""
+    fenced = re.findall(r"^```.*?\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    text = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    indented = re.findall(r"^(?:    |\t)(.*)$", text, re.MULTILINE)
+    prose = re.sub(r"^(?:    |\t).*$", "", text, flags=re.MULTILINE)
+    for block in [*fenced, *indented]:
+        yield from block.splitlines()
+    for piece in re.findall(r"`([^`]+)`", prose):
+        yield " ".join(piece.split())
+
+
+def commands(text: str) -> Iterator[tuple[str, list[str]]]:
+    """Every ``cowfs SUBCOMMAND`` in Markdown's code, with its options."""
+    for line in code(text):
+        if re.match(r"cowfs: ", line):  # what it answers
+            continue
+        for match in _COMMAND.finditer(line.partition(" #")[0] if not line.startswith("#") else line):
+            yield match[1], _OPTION.findall(match[2])
+
+
+def manual() -> dict[str, set[str]]:
+    """The options that the manual page describes, by subcommand."""
+    found: dict[str, set[str]] = {}
+    subcommand = ""
+    for line in MANUAL.read_text().partition(".Sh COMMANDS")[2].partition(".Sh ENV")[0].splitlines():
+        if match := re.match(r"\.It Cm (\w+)", line):
+            subcommand = match[1]
+            found[subcommand] = set()
+        elif line.startswith(".It Fl "):
+            found[subcommand] |= {"-" + name for name in re.findall(r"Fl +(-?[\w-]+)", line)}
+    return {name: {option for option in found[name] if _OPTION.fullmatch(option)} for name in found}
+
+
+def test_every_command_in_the_guides_exists(capsys: pytest.CaptureFixture[str]) -> None:
+    have = {name: known(name, capsys) for name in SUBCOMMANDS}
+    wrong, seen = [], 0
+    for guide in GUIDES:
+        for subcommand, given in commands(guide.read_text()):
+            seen += 1
+            if subcommand not in have:
+                wrong.append(f"{guide.name}: cowfs {subcommand}")
+            else:
+                wrong += [f"{guide.name}: cowfs {subcommand} {o}" for o in given if o not in have[subcommand]]
+    assert not wrong
+    assert seen >= 50  # that they are found at all
+
+
+@pytest.mark.parametrize("subcommand", SUBCOMMANDS)
+def test_the_manual_has_all_options_and_no_others(
+    subcommand: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert manual()[subcommand] == known(subcommand, capsys) - {"-h", "--help"}
+
+
+def test_the_manual_has_all_mount_options() -> None:
+    said = (ROOT / "docs/man/mount.cowfs.8").read_text().partition(".Sh OPTIONS")[2].partition(".Sh FILES")[0]
+    described = {word for line in said.splitlines() if line.startswith(".It Cm") for word in line.split()}
+    wanted = {line.split()[0].partition("=")[0] for line in options.describe().splitlines()}
+    assert wanted and wanted <= described
+
+
+def test_mount_options_in_the_guides_are_known() -> None:
+    given = [
+        match[1]
+        for guide in GUIDES
+        for line in code(guide.read_text())
+        if re.search(r"(cowfs mount|mount -t cowfs|cowfs LOWER)", line)
+        for match in re.finditer(r" -o +([\w=./,-]+)", line)
+    ]
+    assert given
+    options.parse(given)
+
+
+def test_links_lead_somewhere() -> None:
+    broken = []
+    for guide in ROOT.glob("docs/**/*.md"):
+        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", guide.read_text()):
+            if "://" not in target and not (guide.parent / target).exists():
+                broken.append(f"{guide.relative_to(ROOT)}: {target}")
+    assert not broken
