@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from cowfs.layers.base import File
 from cowfs.linux import files
@@ -50,13 +50,18 @@ class KernelFile:
 
     def copy_to(self, target: File, size: int | None = None) -> None:
         """Copy the first *size* bytes, or all, to a new file; by a reflink or sendfile(2) where possible."""
-        whole = os.fstat(self._fd).st_size
+        info = os.fstat(self._fd)
+        whole = info.st_size
         size = whole if size is None else size
         target_fd = target.fileno()
-        if target_fd >= 0 and size == whole and files.reflink(self._fd, target_fd):
+        if target_fd >= 0 and size == whole > _CHUNK and files.reflink(self._fd, target_fd):
             return
-        target.truncate(size)
-        for start, stop in self.segments(size):
+        if info.st_blocks * 512 >= whole:  # no holes: nothing to ask for
+            runs: Iterable[tuple[int, int]] = [(0, size)] if size else []
+        else:
+            target.truncate(size)
+            runs = self.segments(size)
+        for start, stop in runs:
             if target_fd >= 0:
                 files.copy_range(self._fd, target_fd, start, stop)
             else:

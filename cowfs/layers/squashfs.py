@@ -17,6 +17,7 @@ from cowfs.formats.squashfs.data import FileData
 from cowfs.formats.squashfs.directory import type_of
 from cowfs.formats.squashfs.image import CACHE_BYTES, open_image
 from cowfs.formats.squashfs.inodes import Inode
+from cowfs.formats.squashfs.summary import summary
 from cowfs.layers.base import File
 from cowfs.types import Attr, AttrData, DirEntry, FileHandle, FsStats, Identity
 
@@ -174,6 +175,10 @@ class SquashfsLayer:
         made = datetime.fromtimestamp(sb.mkfs_time, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
         description = f"{sb.compression} squashfs of {made}, {sb.inodes} inodes, {sb.bytes_used} bytes"
         return Identity("squashfs", self._image.fingerprint(), description, self._path)
+
+    def summary(self) -> list[tuple[str, str]]:
+        """(what, value) of what the image says of itself, as ``unsquashfs -s`` shows it. EIO."""
+        return summary(self._image)
 
     def forget(self, key: int) -> None:
         """Nothing is remembered of a key."""

@@ -152,9 +152,11 @@ def segments(fd: int, end: int) -> Iterator[tuple[int, int]]:
 def copy_range(source_fd: int, target_fd: int, start: int, stop: int) -> None:
     """Copy bytes ``start..stop`` to the same place, inside the kernel (sendfile(2)). Blocks.
 
-    Moves the target's file offset. A source that ends early raises EIO: a copy must be whole.
+    The target's offset must be 0 for the first run, and is moved. EIO for a source that ends early: a
+    copy must be whole.
     """
-    os.lseek(target_fd, start, os.SEEK_SET)
+    if start:
+        os.lseek(target_fd, start, os.SEEK_SET)
     while start < stop:
         copied = os.sendfile(target_fd, source_fd, start, min(stop - start, 8 << 20))
         if copied == 0:

@@ -52,7 +52,7 @@ class CopyUp:
         self._source = fs.lowers[layer].open(key, os.O_RDONLY)
         try:
             self._key, self._target = fs.upper.create(
-                fs.work, self._temporary, 0o600, attr.st_uid, attr.st_gid
+                fs.work, self._temporary, stat.S_IMODE(attr.st_mode), attr.st_uid, attr.st_gid
             )
         except BaseException:
             self._source.close()
@@ -297,7 +297,7 @@ def _copy_up_inode(fs: State, node: Node, attr: Attr) -> None:
         target = fs.lowers[layer].readlink(key)
         made = upper.symlink(work, temporary, target, attr.st_uid, attr.st_gid)
     elif is_file:
-        made, file = upper.create(work, temporary, 0o600, attr.st_uid, attr.st_gid)
+        made, file = upper.create(work, temporary, stat.S_IMODE(attr.st_mode), attr.st_uid, attr.st_gid)
         file.close()
     else:
         made = upper.mknod(work, temporary, attr.st_mode, attr.st_rdev, attr.st_uid, attr.st_gid)
@@ -318,22 +318,22 @@ def _copy_up_inode(fs: State, node: Node, attr: Attr) -> None:
 def _dress(fs: State, layer: LowerLayer, source: Key, key: Key, attr: Attr) -> None:
     """Give the new inode everything of the old one but data and name."""
     upper = fs.upper
-    copy_xattrs(fs, layer, source, key)
-    made = upper.stat(key)
-    if (made.st_uid, made.st_gid) != (attr.st_uid, attr.st_gid):
-        upper.chown(key, attr.st_uid, attr.st_gid)
-    if not stat.S_ISLNK(attr.st_mode):
-        upper.chmod(key, attr.st_mode)
+    acls = copy_xattrs(fs, layer, source, key)
+    if not stat.S_ISLNK(attr.st_mode) and (acls or attr.st_mode & 0o7000 or not stat.S_ISREG(attr.st_mode)):
+        upper.chmod(key, attr.st_mode)  # an ACL changes the mode, and chown(2) takes set-ID bits
     upper.utimens(key, attr.st_atime_ns, attr.st_mtime_ns)
 
 
-def copy_xattrs(fs: State, layer: LowerLayer, source: Key, key: Key) -> None:
-    """Copy all xattrs but the union's own; one that the upper cannot hold is left behind."""
+def copy_xattrs(fs: State, layer: LowerLayer, source: Key, key: Key) -> bool:
+    """Copy all xattrs but the union's own; one that the upper cannot hold is left behind.
+
+    Returns whether there were any.
+    """
     try:
         names = layer.listxattr(source)
     except OSError as failure:
         if failure.errno in _MAY_FAIL:
-            return
+            return False
         raise
     for name in names:
         if name.startswith(fs.options.xattr_prefix) and not name.startswith(fs.escaped):
@@ -343,6 +343,7 @@ def copy_xattrs(fs: State, layer: LowerLayer, source: Key, key: Key) -> None:
         except OSError as failure:
             if failure.errno not in _MAY_FAIL:
                 raise
+    return bool(names)
 
 
 def _origin_of(fs: State, layer: int, key: Key, attr: Attr) -> _Origin:
