@@ -68,7 +68,8 @@ class Marks:
     def shown_xattrs(self, layer: LowerLayer, key: Key) -> dict[bytes, bytes]:
         """Return the xattrs that the merged tree shows, empty where the layer has none.
 
-        The overlay's own are hidden; an escaped one (``PREFIXoverlay.NAME``) shows as ``PREFIXNAME``.
+        The overlay's own are hidden. Escaped ones (``PREFIXoverlay.NAME``, shown as ``PREFIXNAME``) are
+        users', and are returned under the names that they have in the layer.
         """
         try:
             names = layer.listxattr(key)
@@ -78,14 +79,11 @@ class Marks:
             raise
         found = {}
         for name in names:
-            shown = name
-            if name.startswith(self._prefix):
-                if not name.startswith(self._escaped):
-                    continue
-                shown = self._prefix + name[len(self._escaped) :]
+            if name.startswith(self._prefix) and not name.startswith(self._escaped):
+                continue
             value = _get(layer, key, name)
             if value is not None:
-                found[shown] = value
+                found[name] = value
         return found
 
 

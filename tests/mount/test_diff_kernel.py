@@ -617,6 +617,7 @@ def fresh(tmp_path: Path) -> Path:
     return place
 
 
+@pytest.mark.timeout(600)  # a failure is made small before it is shown: that takes minutes
 @random_histories
 @given(steps=history)
 def test_without_redirects_it_is_the_plain_difference(tmp_path: Path, steps: list[Any]) -> None:
@@ -642,6 +643,7 @@ def test_without_redirects_it_is_the_plain_difference(tmp_path: Path, steps: lis
     assert len(found) == len(expected) and in_order(found)
 
 
+@pytest.mark.timeout(600)  # a failure is made small before it is shown: that takes minutes
 @random_histories
 @given(steps=history)
 def test_the_changes_rebuild_the_merged_tree(tmp_path: Path, steps: list[Any]) -> None:
@@ -656,6 +658,7 @@ def test_the_changes_rebuild_the_merged_tree(tmp_path: Path, steps: list[Any]) -
     assert in_order(found)
 
 
+@pytest.mark.timeout(600)  # a failure is made small before it is shown: that takes minutes
 @random_histories
 @given(first=history, second=history)
 def test_several_lowers_with_marks_of_their_own(tmp_path: Path, first: list[Any], second: list[Any]) -> None:

@@ -175,6 +175,60 @@ def test_a_metacopy_in_the_middle_has_its_data_below(tree: Any, found: Any) -> N
     assert found(upper, middle, bottom) == ["M  other  (content)"]
 
 
+def test_an_absolute_redirect_leads_out_of_a_renamed_directory(tree: Any, found: Any) -> None:
+    """What it leads to is looked for in the layers below, not in the one that has the redirect."""
+    upper, middle, bottom = tree("upper"), tree("middle"), tree("bottom")
+    bottom.file("p/other")
+    bottom.file("x/b/old")
+    middle.directory("p/y", redirect=b"/x/b")
+    middle.file("x/b/made-since")
+    middle.directory("x/b", opaque=b"y")
+    upper.file("p/y/old")
+    upper.file("p/y/made-since")
+    assert found(upper, middle, bottom) == ["A  p/y/made-since"]
+
+
+def test_a_directory_hides_a_file_below_it(tree: Any, found: Any) -> None:
+    upper, middle, bottom = tree("upper"), tree("middle"), tree("bottom")
+    bottom.file("a")
+    middle.file("a/x")
+    upper.directory("a", opaque=b"y")
+    assert found(upper, middle, bottom) == ["D  a/x"]
+
+
+def test_a_metacopy_has_no_data_in_a_directory(tree: Any, found: Any) -> None:
+    upper, middle, bottom = tree("upper"), tree("middle"), tree("bottom")
+    bottom.directory("a")
+    middle.file("a", "data", metacopy=b"")
+    upper.file("a", "DATA")
+    assert found(upper, middle, bottom) == ["M  a  (content)"]
+
+
+@pytest.mark.parametrize(
+    ("new", "old"), [((9,), (1, 9)), ((1, 9), (9,)), ((1, 9), (9, 1)), ((), (5,)), ((5,), ())]
+)
+def test_data_where_the_other_has_a_hole(tree: Any, found: Any, new: Any, old: Any) -> None:
+    upper, lower = tree("upper"), tree("lower")
+    for top, where in ((upper, new), (lower, old)):
+        path = top.file("a", "")
+        with path.open("r+b") as out:
+            out.truncate(12 << 20)
+            for position in where:
+                out.seek(position << 20)
+                out.write(b"island")
+        os.utime(path, ns=(OLD, OLD))
+    assert found(upper, lower) == ([] if sorted(new) == sorted(old) else ["M  a  (content)"])
+
+
+def test_a_hole_at_the_end_is_content(tree: Any, found: Any) -> None:
+    upper, lower = tree("upper"), tree("lower")
+    whole_blocks = "x" * (1 << 16)
+    lower.file("a", whole_blocks)
+    os.truncate(upper.file("a", whole_blocks), 1 << 20)
+    os.utime(upper.top / "a", ns=(OLD, OLD))
+    assert found(upper, lower) == ["M  a  (content)"]
+
+
 def test_a_metacopy_is_compared_without_its_data(tree: Any, found: Any) -> None:
     upper, lower = tree("upper"), tree("lower")
     for name in ("quiet", "mode"):

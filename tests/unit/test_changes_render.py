@@ -39,6 +39,24 @@ def test_no_two_changes_look_the_same(one: Change, two: Change) -> None:
     assert (line(one) == line(two)) == _same(one, two)
 
 
+@pytest.mark.parametrize(
+    ("one", "two"),
+    [
+        (Change("R", b"b -> c", (), b"a"), Change("R", b"c", (), b"a -> b")),
+        (Change("A", b"x ->"), Change("A", b"x\\040->")),
+        (Change("M", b"x  (mode)", ("owner",)), Change("M", b"x", ("mode",))),
+        (Change("M", b"x ", ("mode",)), Change("M", b"x", ("mode",))),
+        (Change("A", b"a\nb"), Change("A", b"a\\nb")),
+        (Change("A", b"\xff"), Change("A", b"\\377")),
+    ],
+)
+def test_names_that_look_like_ours(one: Change, two: Change) -> None:
+    assert line(one) != line(two)
+    for change in (one, two):
+        if change.source is not None:
+            assert line(change).count(" -> ") == 1
+
+
 def _same(one: Change, two: Change) -> bool:
     """Alike in all that text tells: the types of what is no directory are not told."""
     slash = [change.type == "directory" for change in (one, two)]
