@@ -43,6 +43,7 @@ def exercise(image: bytes) -> int:
 def _walk(layer: SquashfsLayer) -> int:
     layer.statfs()
     _try(layer.identity)
+    _try(layer.summary)
     count = 0
     pending = [layer.root]
     while pending and count < _NAMES:

@@ -305,6 +305,63 @@ def test_layers_are_devices_of_their_own(image: Path, opened: Open) -> None:
     assert one.stat(one.root).st_dev == one.dev
 
 
+SHOWN = {
+    # what we call it: how unsquashfs begins the line
+    "compression": "Compression ",
+    "level": "\tcompression-level ",
+    "window size": "\twindow-size ",
+    "strategies": "\tStrategies selected: ",
+    "dictionary": "\tDictionary size ",
+    "filters": "\tFilters selected: ",
+    "algorithm": "\talgorithm ",
+    "block size": "Block size ",
+    "inodes": "Number of inodes ",
+    "owners": "Number of ids ",
+    "fragments": "Number of fragments ",
+    "attribute sets": "Number of xattr ids ",
+}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("-comp", "gzip", "-Xcompression-level", "7", "-Xwindow-size", "9", "-Xstrategy", "filtered,fixed"),
+        ("-comp", "xz", "-Xbcj", "x86,arm,sparc", "-Xdict-size", "50%"),
+        ("-comp", "zstd", "-Xcompression-level", "3"),
+        ("-comp", "lzo", "-Xalgorithm", "lzo1x_1"),
+        ("-comp", "lzo", "-Xcompression-level", "5"),
+        ("-comp", "lz4", "-Xhc", "-b", "64K"),
+    ],
+)
+def test_summary_says_what_unsquashfs_says(
+    tree: Path, tmp_path: Path, opened: Open, options: tuple[str, ...]
+) -> None:
+    image = mksquashfs(tmp_path / "image.sqfs", tree, options=options)
+    ours = dict(opened(image).summary())
+    theirs = run("unsquashfs", "-s", image).stdout.splitlines()
+    compared = 0
+    for what, begin in SHOWN.items():
+        line = next((line for line in theirs if line.startswith(begin)), None)
+        if line is not None:
+            assert ours[what].removesuffix(" bytes") == line.removeprefix(begin)
+            compared += 1
+    assert compared >= 6
+    assert ours["size"].split()[0] in " ".join(theirs)
+    assert ours["uncompressed"] == "nothing"
+    if "-Xhc" in options:
+        assert ours["high compression"] == "yes"
+
+
+def test_summary_of_an_uncompressed_image_without_fragments(tree: Path, tmp_path: Path, opened: Open) -> None:
+    options = ("-noI", "-noD", "-noF", "-noX", "-no-fragments", "-no-exports", "-no-xattrs", "-no-duplicates")
+    facts = dict(opened(mksquashfs(tmp_path / "image.sqfs", tree, options=options)).summary())
+    assert facts["uncompressed"] == "inodes, data, fragments, attributes"
+    assert facts["attribute sets"] == "none"
+    assert facts["export table"] == "no"
+    assert facts["duplicates"] == "kept"
+    assert facts["small files"] == "no fragments"
+
+
 # --- what is refused
 
 

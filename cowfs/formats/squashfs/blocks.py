@@ -57,16 +57,13 @@ class BlockMap:
 
     __slots__ = ("_chunks", "_inode", "_lock", "_starts", "_table", "count")
 
-    def __init__(self, table: Table, inode: Inode, superblock: Superblock) -> None:
+    def __init__(self, table: Table, inode: Inode, count: int) -> None:
         """*table* is the inode table. EFBIG over :data:`BLOCKS_MAX`, EIO if the list cannot be there."""
-        has_tail = inode.fragment != NONE
-        self.count = inode.size >> superblock.block_log
-        if not has_tail and inode.size & (superblock.block_size - 1):
-            self.count += 1
-        if self.count * 4 > table.bound(inode.body):
-            raise table.damaged(inode.body, f"lists {self.count} blocks, more than there can be")
-        if self.count > BLOCKS_MAX:
+        if count * 4 > table.bound(inode.body):
+            raise table.damaged(inode.body, f"lists {count} blocks, more than there can be")
+        if count > BLOCKS_MAX:
             raise OSError(errno.EFBIG, f"file {inode.number} of {inode.size} bytes: too large to be read")
+        self.count = count
         self._table = table
         self._inode = inode
         # Where each chunk begins: in the table, and in the image.
@@ -114,6 +111,14 @@ class BlockMap:
             self._chunks.clear()
         chunk = self._chunks[number] = words, positions
         return chunk
+
+
+def count_blocks(inode: Inode, superblock: Superblock) -> int:
+    """How many blocks a file has, not counting a tail in a fragment."""
+    count = inode.size >> superblock.block_log
+    if inode.fragment == NONE and inode.size & (superblock.block_size - 1):
+        count += 1
+    return count
 
 
 class FragmentTable:

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from cowfs.formats.squashfs.blocks import UNCOMPRESSED, BlockMap, FragmentTable, Stored
+from cowfs.formats.squashfs.blocks import UNCOMPRESSED, BlockMap, FragmentTable, Stored, count_blocks
 from cowfs.formats.squashfs.cache import OnceCache
 from cowfs.formats.squashfs.codecs import Decompress
 from cowfs.formats.squashfs.errors import CodecError
@@ -62,6 +62,8 @@ class Blocks:
         self.superblock = superblock
         self.size = superblock.block_size
         self.workers = Workers()
+        self.lock = threading.Lock()
+        """For what the files note of their readers."""
         self.slow = superblock.compression not in _FAST and not superblock.flags & NO_DATA_COMPRESSION
         """Whether decompressing takes longer than handing the work to another thread."""
 
@@ -134,14 +136,15 @@ class Blocks:
 class FileData:
     """The data of one regular file."""
 
-    __slots__ = ("_ahead", "_blocks", "_last", "_lock", "_map", "_window", "inode", "size")
+    __slots__ = ("_ahead", "_blocks", "_count", "_last", "_map", "_window", "inode", "size")
 
     def __init__(self, blocks: Blocks, inodes: Table, inode: Inode) -> None:
         """Reads nothing yet. EFBIG, EIO: see :class:`BlockMap`."""
         self._blocks = blocks
         self.inode = inode
-        self._map = BlockMap(inodes, inode, blocks.superblock)
-        self._lock = threading.Lock()
+        self._count = count_blocks(inode, blocks.superblock)
+        # Most files are small: nothing but a tail.
+        self._map = BlockMap(inodes, inode, self._count) if self._count else None
         self._last = -1
         """The last block that was read."""
         self._ahead = 0
@@ -157,7 +160,7 @@ class FileData:
             return b""
         log = self._blocks.superblock.block_log
         first, last = offset >> log, (end - 1) >> log
-        if self._map.count > 2 and self._blocks.slow:
+        if self._count > 2 and self._blocks.slow:
             self._read_ahead(first, last)
         base = first << log
         data = self._block(first)
@@ -169,7 +172,7 @@ class FileData:
         return b"".join(parts)
 
     def _block(self, number: int) -> bytes:
-        if number == self._map.count:
+        if self._map is None or number == self._count:
             return self._blocks.tail(self.inode)
         stored = self._map[number]
         size = min(self._blocks.size, self.size - number * self._blocks.size)
@@ -178,7 +181,7 @@ class FileData:
     def _read_ahead(self, first: int, last: int) -> None:
         """Start decompressing what follows, if this read continues the one before it."""
         size = self._blocks.size
-        with self._lock:
+        with self._blocks.lock:
             # The kernel's own readahead sends requests that may arrive out of order.
             sequential = abs(first - self._last) <= _NEAR and last > 0
             self._last = last
@@ -186,9 +189,9 @@ class FileData:
                 self._ahead, self._window = 0, 2
                 return
             begin = max(self._ahead, last + 1)
-            end = min(last + 1 + self._window, self._map.count)
+            end = min(last + 1 + self._window, self._count)
             step = max(1, _TASK // size)
-            if begin >= end or (end - begin < step and end < self._map.count):
+            if begin >= end or (end - begin < step and end < self._count):
                 return
             self._ahead = end
             # As long as it goes on, further ahead each time.
@@ -203,12 +206,15 @@ class FileData:
         except OSError:
             return  # whoever reads the block will find the same, and say so
 
+    def _blocks_stored(self) -> Iterator[tuple[int, Stored]]:
+        return iter(()) if self._map is None else self._map.since(0)
+
     def segments(self, end: int) -> Iterator[tuple[int, int]]:
         """``(start, stop)`` of every run of data below *end*; the rest are holes. May block. EIO."""
         size = self._blocks.size
         end = min(end, self.size)
         start = stop = 0
-        for number, _ in self._map.since(0):
+        for number, _ in self._blocks_stored():
             begin = number * size
             if begin >= end:
                 break
@@ -217,7 +223,7 @@ class FileData:
                     yield start, min(stop, end)
                 start = begin
             stop = min(begin + size, self.size)
-        tail = self._map.count * size
+        tail = self._count * size
         if self._has_tail() and tail < end:
             if tail != stop:
                 if stop > start:
@@ -233,7 +239,7 @@ class FileData:
         most = max(1, RUN // size)
         first = 0
         pending: list[Stored] = []
-        for number, stored in self._map.since(0):
+        for number, stored in self._blocks_stored():
             if pending and (number != first + len(pending) or len(pending) == most):
                 yield self._run(first, pending)
                 pending = []
@@ -243,7 +249,7 @@ class FileData:
         if pending:
             yield self._run(first, pending)
         if self._has_tail():
-            offset = self._map.count * size
+            offset = self._count * size
             yield Run(offset, (), self.size - offset)
 
     def _run(self, first: int, blocks: list[Stored]) -> Run:

@@ -52,7 +52,7 @@ class Image:
         self.superblock = superblock
         self.root = superblock.root
         decompress = decompressor(superblock.compression, superblock.block_size, source.name)
-        metadata = Metadata(source, decompress)
+        metadata = self._metadata = Metadata(source, decompress)
         sb = superblock
         owners = IndexedTable(metadata, sb.id_table, sb.ids, 4, "owner")
         ids: tuple[int, ...] = struct.unpack(f"<{sb.ids}I", owners.all())
@@ -175,6 +175,11 @@ class Image:
                     yield prefix + name, inode
                     if stat.S_ISDIR(inode.mode):
                         pending.append((prefix + name, inode.ref))
+
+    def compressor_options(self) -> bytes:
+        """The options of the compressor as they are stored, or nothing. May block. EIO."""
+        has_some = self.superblock.flags & sblk.COMPRESSOR_OPTIONS
+        return self._metadata.block(sblk.SIZE)[0] if has_some else b""
 
     def fingerprint(self) -> str:
         """What the image is recognised by: SHA-256 of the superblock and all tables, in hexadecimal.

@@ -44,12 +44,14 @@ Attributes = dict[bytes, bytes | OutOfLine]
 class XattrTable:
     """The extended attributes of an image that has such a table."""
 
-    __slots__ = ("_cache", "_keys", "_sets", "first_block")
+    __slots__ = ("_cache", "_keys", "_sets", "count", "first_block")
 
     def __init__(self, metadata: Metadata, position: int) -> None:
         """*position*: where the superblock says that the table is. May block; EIO."""
         raw = metadata.source.pread(_TABLE.size, position, "attribute table")
         start, count, _ = _TABLE.unpack(raw)
+        self.count: int = count
+        """How many sets there are."""
         self._sets = IndexedTable(metadata, position + _TABLE.size, count, _SET.size, "attribute set")
         end = self._sets.first_block() if count else position
         if start > end:
