@@ -16,7 +16,7 @@ from cowfs.layers.base import LowerLayer
 from cowfs.layers.directory import DirectoryLayer
 from cowfs.layers.squashfs import SquashfsLayer
 from cowfs.linux.files import fs_magic
-from cowfs.linux.mounts import attach_loop, detached_mount
+from cowfs.linux.mounts import attach_loop, detached_mount, mount_of
 from cowfs.overlay.copyup import copy_xattrs
 from cowfs.overlay.overlay import Overlay
 from cowfs.overlay.state import OverlayOptions
@@ -196,6 +196,9 @@ def check_mountpoint(mountpoint: str, options: UnionOptions) -> str:
     if not os.path.isdir(mountpoint):
         raise MountFailure(f"{mountpoint}: not a directory")
     target = os.path.realpath(mountpoint)
+    here = mount_of(target)
+    if here is not None and here.fstype == "fuse.cowfs":
+        raise MountFailure(f"{mountpoint}: a cowfs is mounted here already", f"cowfs umount {mountpoint}")
     layers = [*options.lowers, *([] if options.store == "memory" else [options.store])]
     for layer in layers:
         real = os.path.realpath(layer)
@@ -222,18 +225,18 @@ def commands(union: Union, more: Callable[[], dict[str, Any]]) -> dict[str, Any]
     def info(_: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield {**union.info(), **more()}
 
-    def diff(_: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        from cowfs.changes.diff import diff as changed
+    def diff(_: dict[str, Any]) -> Iterator[dict[str, Any] | None]:
+        from cowfs.changes.diff import steps
         from cowfs.changes.render import to_json
 
         overlay = union.overlay
-        for change in changed(
+        for change in steps(
             overlay.upper,
             overlay.root.upper,
             overlay.lowers,
             overlay.options.xattr_prefix,
             index=overlay.index,
         ):
-            yield {"change": to_json(change)}
+            yield {"change": to_json(change)} if change else None
 
     return {"info": info, "diff": diff}

@@ -45,7 +45,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("mountpoint", metavar="MOUNTPOINT", help="an existing directory")
     parser.add_argument("--store", metavar="FILE|DIR|memory", help="where changes are kept")
     parser.add_argument(
-        "--engine", choices=mount_options.ENGINES, help="who reads images: this process or the kernel"
+        "--engine", choices=mount_options.ENGINES, help="who reads the lower images: this process, or the kernel (root only)"
     )
     parser.add_argument(
         "--force-lower", action="store_true", help="use the store though it was made for another lower"
@@ -75,18 +75,15 @@ def run(args: argparse.Namespace) -> int:
     mountpoint = check_mountpoint(args.mountpoint, union)
     log = given.values.get("log")
     log = os.path.abspath(log) if log else None
-    if store == "memory":
-        print(
-            "cowfs: changes are kept in memory, lost at the unmount (--store keeps them)", file=sys.stderr
-        )
 
     def daemon(reporter: Reporter) -> int:
         set_up_log(log, foreground=args.foreground)
         return _serve(union, mountpoint, given, reporter)
 
-    if args.foreground:
-        return daemon(Reporter(-1))
-    return run_in_background(daemon)
+    code = daemon(Reporter(-1)) if args.foreground else run_in_background(daemon)
+    if store == "memory" and not args.foreground and "ro" not in given.flags:
+        print("cowfs: changes are kept in memory, lost at the unmount (--store keeps them)", file=sys.stderr)
+    return code
 
 
 def _check_system() -> None:

@@ -18,7 +18,9 @@ from cowfs.linux.sockets import control_address, peer_of
 
 log = logging.getLogger(__name__)
 
-Command = Callable[[dict[str, Any]], Iterator[dict[str, Any]]]
+Replies = Iterator[dict[str, Any] | None]
+"""None where there is nothing to say yet, but requests of the filesystem may want their turn."""
+Command = Callable[[dict[str, Any]], Replies]
 _REQUEST_MAX = 65536
 _SLICE = 64
 
@@ -53,11 +55,12 @@ async def _talk(stream: trio.SocketStream, commands: Mapping[str, Command]) -> N
             log.exception("a request on the control socket failed")
 
 
-async def _answer(stream: trio.SocketStream, replies: Iterator[dict[str, Any]]) -> None:
+async def _answer(stream: trio.SocketStream, replies: Replies) -> None:
     batch: list[dict[str, Any]] = []
     try:
         for reply in replies:
-            batch.append(reply)
+            if reply is not None:
+                batch.append(reply)
             if len(batch) >= _SLICE:
                 await _send(stream, batch)
                 batch = []
