@@ -10,7 +10,7 @@ import sys
 
 from cowfs.cli import options as mount_options
 from cowfs.cli.background import Reporter, run_in_background, set_up_log
-from cowfs.errors import SystemFailure, UsageError
+from cowfs.errors import MountFailure, SystemFailure, UsageError
 
 NAME = "mount"
 
@@ -45,7 +45,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("mountpoint", metavar="MOUNTPOINT", help="an existing directory")
     parser.add_argument("--store", metavar="FILE|DIR|memory", help="where changes are kept")
     parser.add_argument(
-        "--engine", choices=mount_options.ENGINES, help="who reads the lower images: this process, or the kernel (root only)"
+        "--engine",
+        choices=mount_options.ENGINES,
+        help="who reads lower images: we, or the kernel (root only)",
     )
     parser.add_argument(
         "--force-lower", action="store_true", help="use the store though it was made for another lower"
@@ -73,6 +75,7 @@ def run(args: argparse.Namespace) -> int:
     )
     _check_system()
     mountpoint = check_mountpoint(args.mountpoint, union)
+    _check_permission(mountpoint, given)
     log = given.values.get("log")
     log = os.path.abspath(log) if log else None
 
@@ -100,6 +103,30 @@ def _check_system() -> None:
         raise SystemFailure(
             "fusermount3: not found; without root nothing is mounted without it", "apt install fuse3"
         )
+
+
+def _check_permission(mountpoint: str, given: mount_options.Options) -> None:
+    """MountFailure for what fusermount3 would refuse, before a store is made for nothing."""
+    if os.geteuid() == 0:
+        return
+    if os.path.isdir(mountpoint) and not os.access(mountpoint, os.W_OK):
+        raise MountFailure(
+            f"{mountpoint}: only its owner, or root, may mount there: Permission denied",
+            "choose a directory of your own",
+        )
+    if "allow_other" in given.flags and not _others_may_be_allowed():
+        raise MountFailure(
+            f"{mountpoint}: allow_other is only for root here",
+            "add the line user_allow_other to /etc/fuse.conf, or leave out allow_other",
+        )
+
+
+def _others_may_be_allowed() -> bool:
+    try:
+        with open("/etc/fuse.conf", encoding="utf-8", errors="replace") as lines:
+            return any(line.strip() == "user_allow_other" for line in lines)
+    except OSError:
+        return False
 
 
 def _serve(union_options: object, mountpoint: str, given: mount_options.Options, reporter: Reporter) -> int:
