@@ -216,6 +216,19 @@ def test_the_start_of_a_file_is_copied(images: dict[str, Path], opened: Open, ki
         assert bytes(target.content) == FILES[name][:size]
 
 
+def test_without_threads_everything_works_too(
+    images: dict[str, Path], opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    file, target = file_of(opened(images["usual"]), "text"), MemoryFile()
+    file.copy_to(target)
+    assert bytes(target.content) == FILES["text"]
+    assert b"".join(file.pread(BLOCK, at) for at in range(0, 30 * BLOCK, BLOCK)) == FILES["text"]
+
+
 def test_an_error_of_the_target_ends_the_copy(images: dict[str, Path], opened: Open) -> None:
     target = MemoryFile()
     target.fails_after = MIB

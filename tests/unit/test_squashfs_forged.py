@@ -20,7 +20,7 @@ import zstandard
 
 from cowfs.errors import LayerError
 from cowfs.layers.squashfs import SquashfsLayer
-from tests.support.squashforge import DIRECTORY, FILE, NONE32, Entry, Forge
+from tests.support.squashforge import DIRECTORY, FILE, NONE32, Entry, Forge, place
 
 Open = Callable[[bytes], SquashfsLayer]
 
@@ -246,6 +246,53 @@ def test_references_to_where_no_inode_is(opened: Open, ref: int) -> None:
     forge = Forge()
     layer = opened(forge.finish(forge.directory([Entry(b"x", ref & 0xFFFFFFFFFFFF)])))
     damaged(lambda: layer.lookup(layer.root, b"x"))
+
+
+def indexed(opened: Open, monkeypatch: pytest.MonkeyPatch, *, damage: str = "") -> SquashfsLayer:
+    """A directory of 600 names whose listing is only ever searched, with something wrong in it."""
+    monkeypatch.setattr("cowfs.formats.squashfs.image._INDEX_FROM", 100)
+    monkeypatch.setattr("cowfs.formats.squashfs.image._INDEX_TO", 100)
+    forge = Forge()
+    file = forge.file(0, 0, [], number=7)
+    entries = [Entry(b"%05d" % number, file) for number in range(0, 1200, 2)]
+    if damage == "type":
+        entries[400].kind = 9
+    elif damage == "count":
+        entries[400].count = 500
+    block, offset, size = forge.listing(entries)
+    each = size // len(entries)  # 12 + 8 + 5 bytes; an index entry at every 100th
+    index = [(each * at, place(each * at)[0], entries[at].name) for at in range(100, 600, 100)]
+    if damage == "index":
+        index[2] = (1 << 31, 0, index[2][2])
+    elif damage == "block":
+        index[2] = (index[2][0], 1 << 20, index[2][2])
+    elif damage == "size":
+        size += 1 << 30
+    return opened(forge.finish(forge.large_directory(block, offset, size, index)))
+
+
+def test_an_index_leads_to_every_name(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = indexed(opened, monkeypatch)
+    for number in range(1200):
+        assert (layer.lookup(layer.root, b"%05d" % number) is not None) == (number % 2 == 0)
+    assert layer.lookup(layer.root, b"") is None
+    assert layer.lookup(layer.root, b"99999") is None
+
+
+@pytest.mark.parametrize(
+    ("damage", "name"), [("type", b"00810"), ("count", b"00810"), ("index", b"00650"), ("block", b"00650")]
+)
+def test_damage_in_a_searched_directory(
+    opened: Open, monkeypatch: pytest.MonkeyPatch, damage: str, name: bytes
+) -> None:
+    layer = indexed(opened, monkeypatch, damage=damage)
+    assert layer.lookup(layer.root, b"00010") is not None, "before the damage"
+    damaged(lambda: layer.lookup(layer.root, name))
+
+
+def test_a_searched_directory_that_claims_to_be_huge(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = indexed(opened, monkeypatch, damage="size")
+    damaged(lambda: layer.lookup(layer.root, b"99999"))
 
 
 XATTR = struct.pack("<HH", 0, 1) + b"a" + struct.pack("<I", 3) + b"yes"

@@ -10,7 +10,6 @@ import hashlib
 import os
 import stat
 import struct
-from collections.abc import Iterator
 
 from cowfs.errors import LayerError
 from cowfs.formats.squashfs import superblock as sblk
@@ -41,9 +40,9 @@ _PROBES = 16
 class Image:
     """A squashfs 4.0 image, open for reading.
 
-    The methods about names and inodes are for one thread at a time. What :meth:`data` returns may be
-    used from any thread. All of them may block, and raise :class:`OSError`: EIO where the image is
-    damaged (the log says where), what the kernel says where it cannot be read.
+    All methods, and those of what :meth:`data` returns, may be used from any thread. All of them may
+    block, and raise :class:`OSError`: EIO where the image is damaged (the log says where), what the
+    kernel says where it cannot be read.
     """
 
     def __init__(self, source: Source, superblock: Superblock, cache_bytes: int) -> None:
@@ -158,23 +157,6 @@ class Image:
             code = errno.EISDIR if stat.S_ISDIR(inode.mode) else errno.EINVAL
             raise OSError(code, os.strerror(code))
         return FileData(self._blocks, self._inode_bytes, inode)
-
-    def walk(self) -> Iterator[tuple[bytes, Inode]]:
-        """(path from the root without a leading slash, inode) of everything, a directory before its contents.
-
-        EIO at a loop, and at whatever else is damaged.
-        """
-        pending = [(b"", self.root)]
-        yield b"", self.inode(self.root)
-        while pending:
-            path, ref = pending.pop()
-            prefix = path + b"/" if path else b""
-            for name in list(self.listing(ref)):
-                inode = self.lookup(ref, name)
-                if inode is not None:
-                    yield prefix + name, inode
-                    if stat.S_ISDIR(inode.mode):
-                        pending.append((prefix + name, inode.ref))
 
     def compressor_options(self) -> bytes:
         """The options of the compressor as they are stored, or nothing. May block. EIO."""

@@ -109,25 +109,23 @@ class Inode:
 class InodeTable:
     """The inode table of an image."""
 
-    __slots__ = ("_block", "_data", "_ids", "_table")
+    __slots__ = ("_ids", "_last", "_table")
 
     def __init__(self, table: Table, ids: tuple[int, ...]) -> None:
         """*ids*: the owner table."""
         self._table = table
         self._ids = ids
         # The block that was used last: the inodes of a directory are mostly in one.
-        self._block = -1
-        self._data = b""
+        self._last = (-1, b"")
 
     def read(self, ref: int) -> Inode:
-        """The inode at *ref*. May block. EIO when there can be none. Not for several threads at once."""
+        """The inode at *ref*. May block. EIO when there can be none."""
         block = ref >> 16
         at = offset = ref & 0xFFFF
-        if block == self._block:
-            data = self._data
-        else:
-            data = self._data = self._table.block(block)
-            self._block = block
+        last, data = self._last
+        if block != last:
+            data = self._table.block(block)
+            self._last = block, data
         if offset + _LONGEST > len(data):  # it may go on in the next block, or be the last of all
             data, at = self._straddling(block, offset), 0
         kind = data[at]

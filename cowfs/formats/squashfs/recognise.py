@@ -52,7 +52,18 @@ def recognise(start: bytes) -> str:
         return "a disk image with partitions, or a boot sector"
     if not start.strip(b"\0"):
         return "a file that begins with zeros"
-    return ""
+    return "a text file" if _is_text(start) else ""
+
+
+def _is_text(start: bytes) -> bool:
+    if b"\0" in start:
+        return False
+    try:
+        start.decode()
+    except UnicodeDecodeError as error:
+        # The end of what was read may cut a character in two.
+        return error.start >= len(start) - 3 and len(start) >= SAMPLE
+    return True
 
 
 def appended_at(start: bytes) -> int | None:
