@@ -6,9 +6,8 @@ PYTHON = .venv/bin/python
 AS_ROOT = $(shell [ "$$(id -u)" = 0 ] || command -v sudo)
 SHELL_SCRIPTS = $(shell git ls-files -co --exclude-standard .ci mount-helpers scripts tests perf | \
 	xargs -r grep -lE '^\#!(/bin/sh|/bin/bash|/usr/bin/env (ba)?sh)' --)
-# For example: make test PYTEST_ARGS='-k rename -x'
-PYTEST_ARGS =
-COVERAGE = --cov --cov-report=term --cov-fail-under=90
+# For example: make test PYTEST_ARGS='-k rename -x'. Without, all tests run, on all processors, and are measured.
+PYTEST_ARGS = -n auto --dist worksteal --cov --cov-report=term --cov-fail-under=90
 
 .PHONY: help setup demo test lint perf clean
 
@@ -24,7 +23,7 @@ demo: setup ## see it work: a squashfs root, changed, kept in a store, there aga
 test: ## run the whole test suite and require 90 % coverage
 	@scripts/setup --test
 	@install -d -m 1777 .cache/coverage && rm -f .cache/coverage/data*
-	$(AS_ROOT) $(PYTHON) -m pytest -m "not nightly" $(if $(PYTEST_ARGS),$(PYTEST_ARGS),$(COVERAGE))
+	$(AS_ROOT) $(PYTHON) -m pytest -m "not nightly" $(PYTEST_ARGS)
 
 lint: ## check the source: ruff, mypy, import-linter, shellcheck
 	@scripts/setup --lint
