@@ -44,9 +44,7 @@ def run(args: argparse.Namespace) -> int:
         from cowfs.store.info import store_info
 
         facts = store_info(args.what)
-        lines = [
-            (key.replace("_", " "), _text(value)) for key, value in facts.items() if value not in (None, [])
-        ]
+        lines = _store_lines(facts)
     if args.json:
         print(json.dumps(facts, indent=2, default=str))
     else:
@@ -60,14 +58,14 @@ def _mount_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
     from cowfs.store.sizes import format_size
 
     store = facts["store"]
-    used = store["size"] - store["free"]
-    percent = 100 * used // store["size"] if store["size"] else 0
-    where = "in memory (lost at the unmount)" if store["kind"] == "memory" else store["path"]
-    lines = [("mounted at", facts["mountpoint"])]
-    lines += [("lower", f"{lower['path']} ({lower['description']})") for lower in facts["lowers"]]
+    own = store["kind"] == "image" or store["path"] == "memory"
+    where = "in memory" if store["path"] == "memory" else store["path"]
+    if store["kind"] == "memory":
+        where += " (lost at the unmount)"
+    lines = [("mounted at", facts["mountpoint"]), *_lower_lines(facts)]
     lines += [
         ("store", where),
-        ("used", f"{format_size(used)} of {format_size(store['size'])} ({percent} %)"),
+        _room(store["size"], store["free"], own=own),
         ("since", time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(facts["since"]))),
         ("daemon", f"pid {facts['pid']}, {format_size(facts['rss'])} resident, cowfs {facts['version']}"),
         ("known", f"{facts['inodes_known']} inodes, {facts['open_files']} open files"),
@@ -75,12 +73,32 @@ def _mount_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
     return lines
 
 
-def _text(value: object) -> str:
-    if isinstance(value, list):
-        return "; ".join(_text(item) for item in value)
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {item}" for key, item in value.items())
-    return str(value)
+def _store_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    lines = [("path", facts["path"]), ("kind", facts["kind"])]
+    lines.append(_room(facts["size"], facts["free"], own=facts["kind"] == "image"))
+    if facts["kind"] == "image":
+        lines.append(("inodes", f"{facts['free_inodes']} of {facts['inodes']} are free"))
+    for key in ("state", "format", "version", "created", "created_by", "uuid"):
+        if facts[key] is not None:
+            lines.append((key.replace("_", " "), str(facts[key])))
+    lines += _lower_lines(facts)
+    if facts["in_use_by"]:
+        lines.append(("in use by", facts["in_use_by"]))
+    return lines
+
+
+def _lower_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    return [("lower", f"{lower['path']} ({lower['description']})") for lower in facts["lowers"]]
+
+
+def _room(size: int, free: int, *, own: bool) -> tuple[str, str]:
+    """Say how full a store is, or, if it has no filesystem of its *own*, how much fits into it still."""
+    from cowfs.store.sizes import format_size
+
+    if not own:
+        return "free", f"{format_size(free)} on its filesystem"
+    percent = 100 * (size - free) // size if size else 0
+    return "used", f"{format_size(size - free)} of {format_size(size)} ({percent} %)"
 
 
 def _resident(pid: int) -> int:

@@ -16,9 +16,10 @@ def store_info(spec: str) -> dict[str, Any]:
     """Return what a store tells about itself: a dictionary that JSON can hold. Blocks for reading.
 
     Keys: ``path kind size used free inodes free_inodes state format version created created_by uuid
-    lowers in_use_by``. Sizes are bytes; what is not known is None. *format* is ``overlayfs``, ``aufs``,
-    ``none yet`` (an empty filesystem) or ``foreign``; *state* that of the filesystem, which is ``in
-    use`` while it is mounted. Raises StoreError if *spec* cannot be read or is no store at all.
+    lowers in_use_by``. Sizes are bytes; what is not known is None. A directory's *size*, *free* and inodes
+    are those of the filesystem that it is on, so its *used* is not known. *format* is ``overlayfs``,
+    ``aufs``, ``none yet`` (an empty filesystem) or ``foreign``; *state* that of the filesystem, which is
+    ``in use`` while it is mounted. Raises StoreError if *spec* cannot be read or is no store at all.
     """
     path = os.path.abspath(spec)
     return _directory(path) if os.path.isdir(path) else _image(path)
@@ -66,8 +67,8 @@ def _directory(path: str) -> dict[str, Any]:
         "path": path,
         "kind": "directory",
         "size": room.f_blocks * room.f_frsize,
-        "used": (room.f_blocks - room.f_bfree) * room.f_frsize,
-        "free": room.f_bavail * room.f_frsize,
+        "used": None,
+        "free": (room.f_bfree if os.geteuid() == 0 else room.f_bavail) * room.f_frsize,  # as Store.free
         "inodes": room.f_files,
         "free_inodes": room.f_ffree,
         "state": "in use" if user else "clean",

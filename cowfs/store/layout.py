@@ -20,9 +20,9 @@ import stat
 from cowfs.errors import StoreError
 from cowfs.layers.base import Key, UpperLayer
 from cowfs.store.header import Header, from_json, new_header, to_json
-from cowfs.types import DirEntry
+from cowfs.types import Attr, DirEntry
 
-UPPER, WORK, PRIVATE = b"upper", b"work", b"cowfs"
+UPPER, WORK, PRIVATE, INDEX = b"upper", b"work", b"cowfs", b"index"
 HEADER, LOCK = b"header.json", b"lock"
 _NEW_HEADER = b"header.json.new"
 _LOST = b"lost+found"
@@ -99,9 +99,21 @@ def ensure_directory(layer: UpperLayer, parent: Key, name: bytes, mode: int) -> 
     key, attr = found
     if not stat.S_ISDIR(attr.st_mode):
         raise StoreError(f"{layer.name}: {os.fsdecode(name)} is not a directory: not a store")
-    if attr.st_mode & 0o700 != 0o700 and os.geteuid() != 0:
-        layer.chmod(key, attr.st_mode | 0o700)  # the kernel makes its work directories with mode 0
+    _unshut(layer, key, attr)
     return key
+
+
+def unshut_work(layer: UpperLayer, work: Key) -> None:
+    """Let ourselves into work/work and work/index, which the kernel's overlayfs makes with mode 0."""
+    for name in (WORK, INDEX):
+        found = layer.lookup(work, name)
+        if found is not None and stat.S_ISDIR(found[1].st_mode):
+            _unshut(layer, *found)
+
+
+def _unshut(layer: UpperLayer, directory: Key, attr: Attr) -> None:
+    if attr.st_mode & 0o700 != 0o700 and os.geteuid() != 0:
+        layer.chmod(directory, attr.st_mode | 0o700)
 
 
 def load_header(layer: UpperLayer) -> Header:

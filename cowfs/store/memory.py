@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
-from cowfs.errors import StoreError, SystemFailure
+from cowfs.errors import StoreError, SystemFailure, UsageError
 from cowfs.layers.directory import DirectoryLayer
 from cowfs.linux import mounts
 from cowfs.store import directory, layout, lock
@@ -21,6 +21,8 @@ _NAME = "memory"
 def open_memory(want: Wanted, size: int | None = None) -> Store:
     """Open an empty store: on a tmpfs of at most *size* bytes that only we see, or, without root, in
     a private directory that close() removes (and, after a crash, the next one that is opened).
+
+    Raises UsageError for a *size* that nobody would keep, which is so in a directory.
     """
     with ExitStack() as stack:
         if os.geteuid() == 0:
@@ -33,8 +35,13 @@ def open_memory(want: Wanted, size: int | None = None) -> Store:
             if root >= 0:
                 stack.callback(os.close, root)
                 return directory.open_root(root, _NAME, want, stack, kind="memory")
-        root = _private_directory(stack)
-        return directory.open_root(root, _NAME, want, stack, kind="memory")
+        if size is not None:
+            raise UsageError(
+                "memory: only root can limit its size",
+                "without size= it may fill the filesystem that it is in",
+            )
+        root, path = _private_directory(stack)
+        return directory.open_root(root, path, want, stack, kind="memory")
 
 
 def _places() -> Iterator[str]:
@@ -49,8 +56,8 @@ def _prefix() -> str:
     return f"cowfs-{os.geteuid()}-"
 
 
-def _private_directory(stack: ExitStack) -> int:
-    """Make an empty directory of our own, locked; remove those of the dead. Returns a descriptor."""
+def _private_directory(stack: ExitStack) -> tuple[int, str]:
+    """Make an empty directory of our own, locked; remove those of the dead. Returns descriptor, path."""
     tried = []
     for place in _places():
         _remove_stale(place)
@@ -61,7 +68,7 @@ def _private_directory(stack: ExitStack) -> int:
         path, fd = made
         stack.callback(os.close, fd)
         stack.callback(_remove, path, fd)
-        return fd
+        return fd, path
     raise StoreError(
         f"no place for a store in memory: {', '.join(tried) or 'nothing'} cannot hold user.* attributes",
         "give a directory with --store DIR",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
+from cowfs.errors import UsageError
 from cowfs.store.directory import open_directory
 from cowfs.store.image import open_image
 from cowfs.store.memory import open_memory
@@ -28,7 +29,7 @@ def open_store(
     A directory that is missing or empty becomes a store (a missing name with an extension is not taken
     for a directory), and so does an ext3 image with nothing in it;
     upper/ and work/ of the kernel's overlayfs are adopted. The store is not bound to *lowers* yet:
-    that is Store.bind(). *memory_size* is in bytes.
+    that is Store.bind(). *memory_size* is in bytes; UsageError where it would not be kept.
 
     Raises StoreBusy when somebody else has it, WrongLower when it belongs to others than *lowers*
     (without *lowers* nobody asks), StoreError for everything else that is wrong with it.
@@ -36,6 +37,11 @@ def open_store(
     want = Wanted(lowers, force_lower, engine, read_only, progress)
     if spec == "memory":
         return open_memory(want, memory_size)
+    if memory_size is not None:
+        raise UsageError(
+            f"{spec}: size= is for a store in memory",
+            "an image has a size of its own, which cowfs grow changes",
+        )
     path = os.path.abspath(spec)
     if os.path.isdir(path) or (not os.path.lexists(path) and not _looks_like_image(spec)):
         return open_directory(path, want)

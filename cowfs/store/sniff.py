@@ -31,14 +31,4 @@ def what_is(fd: int) -> str:
     for offset, magic, name in _MAGICS:
         if head.startswith(magic, offset):
             return name
-    return recognise(head) or ("a text file" if _is_text(head) else "a file of unknown kind")
-
-
-def _is_text(head: bytes) -> bool:
-    if b"\0" in head:
-        return False
-    try:
-        head.decode()
-    except UnicodeDecodeError as error:
-        return error.start >= len(head) - 4 and len(head) == _HEAD  # a character cut in two by our limit
-    return True
+    return recognise(head) or "a file of unknown kind"

@@ -35,7 +35,9 @@ class Store:
 
     kind: Kind
     path: str
-    """Where it is; ``memory`` for one that is nowhere."""
+    """Where it is; ``memory`` for one that is nowhere. Of kind memory and with a path it is a private
+    directory, and its size is that of the filesystem it is on.
+    """
     layer: UpperLayer
     header: Header
     upper: Key
@@ -115,6 +117,7 @@ def finish(
     upper, work = layout.find(layer, layout.UPPER), layout.find(layer, layout.WORK)
     if upper is None or work is None:
         raise StoreError(f"{path}: not a whole store: upper/ or work/ is missing")
+    layout.unshut_work(layer, work)
     if layout.find(layer, layout.WORK, b"work", b"incompat") is not None:
         raise StoreError(
             f"{path}: was mounted by overlayfs as volatile, so that after a crash it may be incomplete",
@@ -124,7 +127,7 @@ def finish(
     if not want.read_only:
         temporaries = layout.ensure_directory(layer, work, b"work", 0o700)
         layout.empty(layer, temporaries)
-        index = layout.ensure_directory(layer, work, b"index", 0o700)
+        index = layout.ensure_directory(layer, work, layout.INDEX, 0o700)
     return Store(
         kind, path, layer, header, upper, temporaries, index, want.read_only, release=release.pop_all()
     )

@@ -102,6 +102,7 @@ def _btrfs(path: Path) -> None:
 FOREIGN: list[tuple[str, Callable[[Path], object]]] = [
     ("an empty file", lambda path: path.touch()),
     ("a text file", lambda path: path.write_text("söme text\n" * 9000)),
+    ("a text file", lambda path: path.write_text("x" + "ö" * 90_000)),
     ("a file that begins with zeros", lambda path: path.write_bytes(bytes(100_000))),
     ("a file of unknown kind", lambda path: path.write_bytes(bytes(range(256)) * 400)),
     ("an ELF program", lambda path: path.write_bytes(Path("/bin/ls").read_bytes())),
@@ -125,7 +126,10 @@ def test_a_foreign_file_is_named(tmp_path: Path, name: str, make: Callable[[Path
         assert what_is(file.fileno()) == name
         with pytest.raises(StoreError, match=f"not a store but {name}"):
             read_superblock(file.fileno(), str(path))
-    with pytest.raises(LayerError, match=r"not a squashfs image|squashfs version"):
+    said = "squashfs version" if "big-endian" in name else "not a squashfs image"
+    if name in {"a text file", "a script", "an empty file", "a zip archive"}:
+        said = f"not a squashfs image but {name}"
+    with pytest.raises(LayerError, match=said):
         identify_lower(str(path))
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from cowfs.errors import StoreBusy, StoreError, WrongLower
+from cowfs.errors import StoreBusy, StoreError, UsageError, WrongLower
 from cowfs.store import layout
 from cowfs.store.open import open_store
 from cowfs.store.store import Store
@@ -342,6 +342,21 @@ def test_without_root_the_store_is_in_user_attributes(nobody_path: Path) -> None
         assert as_nobody(OPEN, path) == "directory user.overlay. False\n", "root has left it as it was"
 
 
+def test_directories_that_the_kernel_has_shut_are_opened_by_their_owner(nobody_path: Path) -> None:
+    """overlayfs makes work/work and work/index with mode 0."""
+    path = nobody_path / "store"
+    as_nobody(OPEN, path)
+    for name in ("work/work", "work/index"):
+        (path / name).chmod(0)
+    for option in ("read_only=True", "read_only=False"):
+        script = OPEN.replace("sys.argv[1])", f"sys.argv[1], {option})")
+        assert as_nobody(script, path) == "directory user.overlay. False\n"
+    assert stat.S_IMODE((path / "work/work").stat().st_mode) == 0o700
+    (path / "work/work/incompat/volatile").mkdir(parents=True)
+    (path / "work/work").chmod(0)
+    assert "volatile" in as_nobody(OPEN, path)
+
+
 @needs_root
 def test_a_store_that_is_not_ours_is_refused(nobody_path: Path) -> None:
     path = nobody_path / "store"
@@ -395,6 +410,19 @@ def test_without_root_memory_is_a_private_directory(nobody_path: Path) -> None:
         assert list(nobody_path.iterdir()) == [private], "that of the living stays"
         holder.communicate("")
     assert list(nobody_path.iterdir()) == []
+
+
+def test_without_root_a_size_for_memory_is_refused_not_ignored(nobody_path: Path) -> None:
+    script = OPEN.replace("open_store(sys.argv[1])", "open_store('memory', memory_size=1 << 20)")
+    said = as_nobody(script, XDG_RUNTIME_DIR=str(nobody_path))
+    assert said.startswith("UsageError memory: only root can limit its size"), said
+    assert list(nobody_path.iterdir()) == []
+
+
+def test_a_size_is_for_memory_alone(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"size= is for a store in memory.*cowfs grow"):
+        open_store(str(tmp_path / "store"), memory_size=1 << 20)
+    assert os.listdir(tmp_path) == []
 
 
 def test_what_a_killed_one_left_is_removed_by_the_next(nobody_path: Path) -> None:
