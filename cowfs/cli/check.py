@@ -21,7 +21,8 @@ example:
   cowfs check -n sysrcd.bs         look, and change nothing
 
 exit codes are those of fsck(8): 0 nothing wrong; 1 errors were corrected; 4 errors are left; 8 it could
-not be checked (no store, in use, e2fsck is missing); 16 wrong usage.
+not be checked (no store, in use, e2fsck is missing); 16 wrong usage. They add up: 12 is 4 and 8. What is
+in a store of the aufs format is not checked (and no error), only its filesystem.
 """
 
 
@@ -48,7 +49,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     """Check the store; return the exit code of fsck(8)."""
     from cowfs.store.check import check_store
-    from cowfs.store.tools import FSCK_OPERATIONAL, FSCK_UNCORRECTED
+    from cowfs.store.tools import FSCK_CORRECTED, FSCK_OPERATIONAL, FSCK_UNCORRECTED
 
     try:
         report = check_store(args.store, read_only=args.no_changes, progress=print)
@@ -57,8 +58,12 @@ def run(args: argparse.Namespace) -> int:
         return FSCK_OPERATIONAL
     for problem in report.problems:
         print(problem)
+    found = "repaired" if report.code else "clean"
     if report.code & FSCK_UNCORRECTED:
-        print(f"{args.store}: ERRORS ARE LEFT")
-    else:
-        print(f"{args.store}: {'repaired' if report.code else 'clean'}")
+        found = "ERRORS ARE LEFT"
+    elif report.code & ~(FSCK_CORRECTED | 2):
+        found = "COULD NOT BE CHECKED"
+    elif not report.checked:
+        found = f"the filesystem is {found}; what is in it was not checked"
+    print(f"{args.store}: {found}")
     return report.code

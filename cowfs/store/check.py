@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, suppress
@@ -18,6 +19,9 @@ from cowfs.store.signals import deferred
 from cowfs.store.superblock import read_superblock
 from cowfs.store.tools import Progress, quiet
 
+_SUMMARY = re.compile(r"^(\d+)/(\d+) files \(.*\), (\d+)/(\d+) blocks$")
+"""How e2fsck ends when all is well (ext2fs's *files* are inodes)."""
+
 
 @dataclass(slots=True)
 class Report:
@@ -26,6 +30,8 @@ class Report:
     code: int = 0
     problems: list[str] = field(default_factory=list)
     """What breaks the overlay's rules, a line each."""
+    checked: bool = True
+    """Whether the rules were looked at; not, when the filesystem is damaged or of another format."""
 
 
 def check_store(path: str, *, read_only: bool = False, progress: Progress = quiet) -> Report:
@@ -48,9 +54,10 @@ def check_store(path: str, *, read_only: bool = False, progress: Progress = quie
             report.code, said = tools.fsck(path, "-f", "-n" if read_only else "-p")
         for line in said.splitlines():
             if line.strip() and not line.startswith("e2fsck "):
-                progress(line.rstrip())
+                progress(_SUMMARY.sub(r"\1 of \2 inodes, \3 of \4 blocks in use", line.rstrip()))
         if report.code & ~(tools.FSCK_CORRECTED | 2):
             report.problems.append(f"{path}: the filesystem is damaged, so what is in it was not checked")
+            report.checked = False
             return report
         _check_image(path, report)
     return report
@@ -58,8 +65,7 @@ def check_store(path: str, *, read_only: bool = False, progress: Progress = quie
 
 def _check_image(path: str, report: Report) -> None:
     names = debugfs.names(path)
-    if any(name.startswith(b".wh..wh.") for name in names):
-        report.problems.append(f"{path}: has the aufs format, whose rules are not checked yet")
+    if _is_aufs(path, names, report):
         return
     header = None
     try:
@@ -71,6 +77,14 @@ def _check_image(path: str, report: Report) -> None:
         report.problems.append(error.message)
         report.code |= tools.FSCK_UNCORRECTED
     _finish(path, names, header, debugfs.walk(path, "upper"), report)
+
+
+def _is_aufs(path: str, names: set[bytes], report: Report) -> bool:
+    if not any(name.startswith(b".wh..wh.") for name in names):
+        return False
+    report.problems.append(f"{path}: has the aufs format, whose rules are not checked yet")
+    report.checked = False
+    return True
 
 
 def _check_directory(path: str) -> Report:
@@ -85,6 +99,9 @@ def _check_directory(path: str) -> Report:
                 fd = os.open(layout.PRIVATE + b"/" + layout.LOCK, os.O_RDONLY | os.O_CLOEXEC, dir_fd=root)
                 stack.callback(os.close, fd)
                 lock.lock(fd, path, shared=True)
+            names = {entry.name for entry in layer.readdir(layer.root)}
+            if _is_aufs(path, names, report):
+                return report
             header = None
             try:
                 if layout.find(layer, layout.PRIVATE, layout.HEADER) is None:
@@ -94,7 +111,6 @@ def _check_directory(path: str) -> Report:
             except StoreError as error:
                 report.problems.append(error.message)
                 report.code |= tools.FSCK_UNCORRECTED
-            names = {entry.name for entry in layer.readdir(layer.root)}
             _finish(path, names, header, _walk(layer), report)
         except OSError as error:
             raise StoreError(f"{path}: cannot be read: {error.strerror}") from None

@@ -75,10 +75,24 @@ def last_line(output: bytes) -> str:
 
 
 def fsck(path: str, *options: str) -> tuple[int, str]:
-    """Run ``e2fsck OPTIONS path``; return its exit code (e2fsck(8)) and all that it said. Blocks."""
+    """Run ``e2fsck OPTIONS path``; return its exit code (e2fsck(8)) and all that it said. Blocks.
+
+    e2fsck begins lines with the label of the filesystem. Stores have the label *cowfs*, so that these
+    would look like complaints of ours: it is taken off.
+    """
+    label = _label(path)
     done = run(["e2fsck", *options, path], merge=True)
     code = done.returncode if done.returncode >= 0 else FSCK_OPERATIONAL
-    return code, done.stdout.decode(errors="replace")
+    said = done.stdout.decode(errors="replace").splitlines(keepends=True)
+    return code, "".join(line.removeprefix(f"{label}: ") for line in said)
+
+
+def _label(path: str) -> str:
+    """Return the label of an ext3 image (s_volume_name), as e2fsck writes it."""
+    with open(path, "rb") as image:
+        image.seek(1024 + 120)
+        label = image.read(16).partition(b"\0")[0].decode(errors="replace")
+    return "".join("_" if character.isspace() or character == ":" else character for character in label)
 
 
 def recover(path: str, progress: Progress) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import stat
 import subprocess
@@ -385,8 +386,10 @@ def test_check_of_a_good_store(store: Path) -> None:
     done = cowfs("check", "-n", store)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.endswith(f"{store}: clean\n")
+    assert re.search(r"^\d+ of 8192 inodes, \d+ of 8192 blocks in use$", done.stdout, re.MULTILINE)
     assert store.read_bytes() == before
-    assert cowfs("check", store).returncode == 0
+    done = cowfs("check", store)
+    assert (done.returncode, len(done.stdout.splitlines())) == (0, 2)
 
 
 def test_check_repairs_what_is_safe_and_says_so(store: Path) -> None:
@@ -396,6 +399,8 @@ def test_check_repairs_what_is_safe_and_says_so(store: Path) -> None:
     done = cowfs("check", store)
     assert done.returncode == 1, done.stdout
     assert done.stdout.endswith(f"{store}: repaired\n")
+    assert "cowfs: " not in done.stdout, "the label, which e2fsck puts first, looks like a complaint of ours"
+    assert "Inode 12 ref count is 9, should be 2.  FIXED.\n" in done.stdout
     assert cowfs("check", store).returncode == 0
 
 
@@ -403,6 +408,7 @@ def test_check_of_what_cannot_be_repaired(store: Path) -> None:
     run("debugfs", "-w", "-R", "clri <2>", store)
     done = cowfs("check", store)
     assert done.returncode & 4
+    assert "cowfs: " not in done.stdout
     assert "damaged, so what is in it was not checked" in done.stdout
     assert "ERRORS ARE LEFT" in done.stdout
 
@@ -412,6 +418,31 @@ def test_check_of_nothing_is_not_a_clean_store(tmp_path: Path) -> None:
     (tmp_path / "s").write_text("text")
     refused(cowfs("check", tmp_path / "s"), "text file", 8)
     assert cowfs("check").returncode == 16, "1 would mean that errors were corrected"
+
+
+@pytest.mark.parametrize("kind", ["image", "directory"])
+def test_check_does_not_call_clean_what_it_cannot_judge(store: Path, tmp_path: Path, kind: str) -> None:
+    if kind == "image":
+        run("debugfs", "-w", "-R", "mkdir .wh..wh.aufs", store)
+    else:
+        store = tmp_path / "store"
+        (store / ".wh..wh.aufs").mkdir(parents=True)
+    done = cowfs("check", "-n", store)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "aufs format" in done.stdout
+    assert not done.stdout.endswith(": clean\n")
+    assert done.stdout.splitlines()[-1].endswith("what is in it was not checked")
+
+
+def test_check_that_failed_is_no_repair(store: Path, tmp_path: Path) -> None:
+    env = tools(tmp_path / "bin", e2fsck="echo no memory; exit 8")
+    done = cowfs("check", store, env=env)
+    assert done.returncode == 8
+    assert done.stdout.splitlines()[-1] == f"{store}: COULD NOT BE CHECKED"
+
+
+def test_check_says_in_its_help_that_codes_add_up() -> None:
+    assert "add" in cowfs("check", "--help", check=True).stdout.split("exit codes")[1]
 
 
 def break_rules(upper: Path) -> list[str]:
