@@ -102,6 +102,7 @@ def test_help_is_no_error() -> None:
     done = backstore("--help")
     assert (done.returncode, done.stderr) == (0, "")
     assert "example:" in done.stdout
+    assert "boot" not in done.stdout, "nothing is found at boot"
 
 
 def test_it_needs_root(nobody_path: Path) -> None:
