@@ -152,8 +152,9 @@ def open_union(options: UnionOptions, progress: Progress = lambda _: None) -> Un
             lowers,
             OverlayOptions(xattr_prefix=store.xattr_prefix, sync_copy_up=not _orders_data(store)),
         )
-        if store.bind(identities):
+        if not store.header.lowers and not store.header.adopted:
             _take_attributes(overlay, lowers[0])
+        store.bind(identities)
         return Union(options, identities, store, overlay, stack.pop_all(), time.time())
     raise AssertionError("not reached")
 

@@ -8,7 +8,8 @@ import logging.handlers
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from contextlib import suppress
 
 from cowfs.errors import CowfsError, InternalError
 
@@ -38,23 +39,24 @@ class Reporter:
             os.close(fd)
 
 
-def run_in_background(daemon: Callable[[Reporter], int]) -> int:
+def run_in_background(daemon: Callable[[Reporter], int], keep: Collection[int] = ()) -> int:
     """Run *daemon* in a process of its own session; return once it has reported.
 
-    Raises the CowfsError that it reported.
+    Of the descriptors that were open only *keep* and the terminal's stay. Raises the CowfsError that it
+    reported.
     """
     reading, writing = os.pipe()
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()
     if pid == 0:
-        os.close(reading)
-        _detach()
+        _detach(writing, keep)
         reporter = Reporter(writing)
         code = 1
         try:
             code = daemon(reporter)
         except CowfsError as error:
+            logging.getLogger(__name__).error("%s", error)
             reporter.failed(error)
             code = error.exit_code
         except BaseException as error:
@@ -78,7 +80,11 @@ def run_in_background(daemon: Callable[[Reporter], int]) -> int:
     return 0
 
 
-def _detach() -> None:
+def _detach(pipe: int, keep: Collection[int]) -> None:
+    for fd in map(int, os.listdir("/proc/self/fd")):
+        if fd > 2 and fd != pipe and fd not in keep:
+            with suppress(OSError):  # the listing's own
+                os.close(fd)
     os.setsid()
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     os.chdir("/")

@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
         set_up_log(log, foreground=args.foreground)
         return _serve(union, mountpoint, given, reporter)
 
-    code = daemon(Reporter(-1)) if args.foreground else run_in_background(daemon)
+    code = daemon(Reporter(-1)) if args.foreground else run_in_background(daemon, _handed_over(mountpoint))
     if store == "memory" and not args.foreground and "ro" not in given.flags:
         print("cowfs: changes are kept in memory, lost at the unmount (--store keeps them)", file=sys.stderr)
     return code
@@ -103,6 +103,12 @@ def _check_system() -> None:
         raise SystemFailure(
             "fusermount3: not found; without root nothing is mounted without it", "apt install fuse3"
         )
+
+
+def _handed_over(mountpoint: str) -> list[int]:
+    """Return the descriptor in a mountpoint /dev/fd/N, which somebody else has mounted already."""
+    number = mountpoint.removeprefix("/dev/fd/")
+    return [int(number)] if number != mountpoint and number.isdigit() else []
 
 
 def _check_permission(mountpoint: str, given: mount_options.Options) -> None:

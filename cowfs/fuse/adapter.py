@@ -447,7 +447,11 @@ class Adapter(pyfuse3.Operations):
     async def fsyncdir(self, fh: int, datasync: bool) -> None:
         node = self._listings[fh].node
         if node.upper is not None:
-            await self._in_thread(lambda: self._fs.upper.sync_directory(node.upper))
+            directory = self._fs.upper.open_directory(node.upper)
+            try:
+                await self._in_thread(lambda: directory.fsync(datasync))
+            finally:
+                directory.close()
 
     # --- for info
 

@@ -32,7 +32,12 @@ async def serve(dev: str, commands: Mapping[str, Command]) -> None:
         listener.listen(8)
         async with trio.open_nursery() as nursery:
             while True:
-                connection, _ = await listener.accept()
+                try:
+                    connection, _ = await listener.accept()
+                except OSError as error:  # no descriptor is free
+                    log.warning("a request on the control socket was not accepted: %s", error)
+                    await trio.sleep(1)
+                    continue
                 nursery.start_soon(_talk, trio.SocketStream(connection), commands)
 
 

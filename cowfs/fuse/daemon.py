@@ -63,6 +63,7 @@ class Daemon:
             return
         found = mount_of(self._request.mountpoint)
         if found is None:
+            self.close()
             raise SystemFailure(
                 f"{self._request.mountpoint}: mounted, but /proc/self/mountinfo does not show it"
             )

@@ -179,8 +179,8 @@ class UpperLayer(LowerLayer, Protocol):
 
     def removexattr(self, key: Key, name: bytes) -> None: ...
 
-    def sync_directory(self, key: Key) -> None:
-        """Return when the names in a directory are on disk (fsync(2) of it). Blocks."""
+    def open_directory(self, key: Key) -> File:
+        """Open a directory, of which only ``fsync`` and ``close`` are good: its names are on disk then."""
         ...
 
     def sync(self) -> None:

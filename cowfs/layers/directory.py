@@ -400,17 +400,15 @@ class DirectoryLayer:
             os.close(fd)
 
     def setxattr(self, key: PathKey, name: bytes, value: bytes, flags: int = 0) -> None:
-        os.setxattr(self._path(key), name, value, flags, follow_symlinks=key.parent is None)
+        self._insist(
+            lambda: os.setxattr(self._path(key), name, value, flags, follow_symlinks=key.parent is None), key
+        )
 
     def removexattr(self, key: PathKey, name: bytes) -> None:
-        os.removexattr(self._path(key), name, follow_symlinks=key.parent is None)
+        self._insist(lambda: os.removexattr(self._path(key), name, follow_symlinks=key.parent is None), key)
 
-    def sync_directory(self, key: PathKey) -> None:
-        fd = os.open(b".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=self._dir_fd(key))
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+    def open_directory(self, key: PathKey) -> KernelFile:
+        return KernelFile(os.open(b".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=self._dir_fd(key)))
 
     def sync(self) -> None:
         fd = os.open(b".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=self.root.fd)

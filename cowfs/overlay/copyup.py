@@ -123,12 +123,7 @@ class DataCopyUp:
         fs, node = self._fs, self._node
         self._source.close()
         self._target.close()
-        before = self._before
-        if self._capability is not None:
-            fs.upper.setxattr(node.upper, _CAPABILITY, self._capability)
-        fs.upper.utimens(node.upper, before.st_atime_ns, before.st_mtime_ns)
-        if before.st_mode & (stat.S_ISUID | stat.S_ISGID):
-            fs.upper.chmod(node.upper, before.st_mode)
+        self._restore()
         fs.upper.removexattr(node.upper, fs.x_metacopy)
         node.metacopy = False
         if node.redirect is not None:
@@ -137,9 +132,22 @@ class DataCopyUp:
                 fs.upper.removexattr(node.upper, fs.x_redirect)
         _switch_handles(fs, node)
 
+    def _restore(self) -> None:
+        """Give back what writing has taken."""
+        upper, key, before = self._fs.upper, self._node.upper, self._before
+        if self._capability is not None:
+            upper.setxattr(key, _CAPABILITY, self._capability)
+        if before.st_mode & (stat.S_ISUID | stat.S_ISGID):
+            upper.chmod(key, before.st_mode)
+        upper.utimens(key, before.st_atime_ns, before.st_mtime_ns)
+
     def abort(self) -> None:
-        """Leave the metacopy as it was."""
+        """Leave the metacopy as it was, and give back the room that its data took."""
         self._source.close()
+        with suppress(OSError):
+            self._target.truncate(0)
+            self._target.truncate(self._before.st_size)
+            self._restore()
         self._target.close()
 
 

@@ -206,11 +206,26 @@ def gone(fs: State, node: Node, parent: Node, name: bytes, *, last: bool) -> Non
     if not last:
         if node.indexed is not None:
             node.indexed -= 1
+        _stand_elsewhere(fs, node)
         return
     node.dead = True
     if node.indexed is not None:
         _leave_index(fs, node)
     fs.release(node)
+
+
+def _stand_elsewhere(fs: State, node: Node) -> None:
+    """Let the node's key be that of a name it still has, which costs no descriptor, if one is known."""
+    parent, name = node.parent, node.name
+    if node.upper is None or parent is None or parent.upper is None:
+        return
+    if parent.children is None or parent.children.get(name) is not node:
+        return
+    with suppress(OSError):
+        found = fs.upper.lookup(parent.upper, name)
+        if found is not None and found[1].st_ino == fs.upper.stat(node.upper).st_ino:
+            fs.upper.forget(node.upper)
+            node.upper = found[0]
 
 
 def _leave_index(fs: State, node: Node) -> None:

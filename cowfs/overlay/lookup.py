@@ -231,7 +231,7 @@ def _descend(
     """
     found: _Found = []
     position = 0
-    last = len(fs.lowers) - 1
+    incomplete = False
     while position < len(stack):
         layer, base = stack[position]
         position += 1
@@ -244,7 +244,8 @@ def _descend(
                 if directories or (found and stat.S_ISDIR(found[-1][2].st_mode)):
                     break
                 found.append((layer, key, attr))
-                if layer == last or not stat.S_ISREG(attr.st_mode) or not _is_metacopy(fs, layer, key):
+                incomplete = step.metacopy
+                if not incomplete:
                     break
             else:
                 if found and not stat.S_ISDIR(found[-1][2].st_mode):
@@ -256,19 +257,22 @@ def _descend(
             path = step.path
             if step.absolute:
                 stack, position = fs.roots[layer + 1 :], 0
+    if incomplete:
+        raise error(errno.EIO, path[-1])  # a metacopy whose data no layer has
     return found
 
 
 class _Step:
     """What one layer says to a path."""
 
-    __slots__ = ("absolute", "hit", "path", "stop")
+    __slots__ = ("absolute", "hit", "metacopy", "path", "stop")
 
     def __init__(self) -> None:
         self.hit: tuple[Key, Attr] | None = None
         self.stop = False
         self.path: tuple[bytes, ...] | None = None
         self.absolute = False
+        self.metacopy = False
 
 
 def _walk(fs: State, index: int, base: Key, path: tuple[bytes, ...]) -> _Step:
@@ -286,6 +290,11 @@ def _walk(fs: State, index: int, base: Key, path: tuple[bytes, ...]) -> _Step:
         if not stat.S_ISDIR(attr.st_mode):
             step.stop = not at_end or is_whiteout(attr)
             step.hit = hit if at_end else None
+            if at_end and below and stat.S_ISREG(attr.st_mode):
+                notes = fs.notes(layer, key)
+                if notes is not None and fs.x_metacopy in notes:
+                    step.metacopy = True
+                    _obey(fs, step, notes, path, depth)
             return step
         if below:
             notes = fs.notes(layer, key)
@@ -309,11 +318,3 @@ def _obey(fs: State, step: _Step, notes: dict[bytes, bytes], path: tuple[bytes, 
         step.absolute = True
     else:
         step.path = (*(step.path or path)[: -len(rest) - 1], redirect, *rest)
-
-
-def _is_metacopy(fs: State, index: int, key: Key) -> bool:
-    try:
-        fs.lowers[index].getxattr(key, fs.x_metacopy)
-    except OSError:
-        return False
-    return True

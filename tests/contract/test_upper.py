@@ -509,8 +509,10 @@ def test_holes(upper: UpperLayer) -> None:
 def test_sync(upper: UpperLayer) -> None:
     folder = upper.mkdir(upper.root, b"d", 0o755, *me())
     make(upper, b"f", b"data", folder)
-    upper.sync_directory(folder)
-    upper.sync_directory(upper.root)
+    for directory in (folder, upper.root):
+        opened = upper.open_directory(directory)
+        opened.fsync(datasync=False)
+        opened.close()
     upper.sync()
 
 
