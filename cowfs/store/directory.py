@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from cowfs.errors import StoreError
 from cowfs.layers.directory import DirectoryLayer
 from cowfs.store import layout, lock
-from cowfs.store.header import TRUSTED, USER, Header, new_header
+from cowfs.store.header import TRUSTED, USER, Header, check_lowers, new_header
 from cowfs.store.store import Kind, Store, Wanted, finish
 
 
@@ -44,6 +44,8 @@ def open_root(root: int, path: str, want: Wanted, stack: ExitStack, *, kind: Kin
         elif found == "store":
             _lock_shared(root, path, stack)
         header = _header(first, found)
+        if not want.force_lower:
+            check_lowers(header, want.lowers, path)  # before anything is tried out in what is for another
     except OSError as error:
         raise StoreError(*_explain(path, error)) from None
     finally:
