@@ -217,6 +217,8 @@ def view(layer: LowerLayer, *, content: bool = True) -> Iterator[tuple[bytes, di
         form = stat.S_IFMT(attr.st_mode)
         seen["xattrs"] = xattrs(layer, key)
         seen["handle"] = layer.handle(key)
+        if not seen["xattrs"]:  # the kernel counts their blocks too
+            seen["st_blocks"] = attr.st_blocks
         if form == stat.S_IFLNK:
             seen["target"] = layer.readlink(key)
         elif form == stat.S_IFREG and content:

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from cowfs.formats.squashfs.cache import GenerationCache, OnceCache
+from cowfs.formats.squashfs.workers import Workers
 from cowfs.layers.directory import KernelFile
 from cowfs.layers.squashfs import SquashfsFile, SquashfsLayer
 from cowfs.types import Attr, AttrData
@@ -239,6 +240,45 @@ def test_an_error_of_the_target_ends_the_copy(images: dict[str, Path], opened: O
     written = target.written
     assert file_of(opened(images["usual"]), "tiny").pread(4, 0) == b"tiny"
     assert target.written == written, "written to after the error was raised"
+
+
+def test_an_error_leaves_the_rest_of_the_file_alone(tmp_path: Path, opened: Open) -> None:
+    forge = Forge()
+    start = forge.block(bytes(40 * MIB))
+    words = struct.pack("<I", 4096 | 1 << 24) * (40 * MIB // 4096)
+    image = tmp_path / "image"
+    image.write_bytes(forge.finish(forge.directory([Entry(b"x", forge.large_file(40 * MIB, start, words))])))
+    target = MemoryFile()
+    target.fails_after = 0
+    with pytest.raises(OSError):
+        file_of(opened(image), "x").copy_to(target)
+    assert target.written < 20 * MIB
+
+
+def test_short_writes_are_continued(
+    images: dict[str, Path], opened: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = os.pwritev
+
+    def short(fd: int, parts: list[memoryview], offset: int) -> int:
+        return original(fd, [b"".join(parts)[:100_001]], offset)
+
+    monkeypatch.setattr(os, "pwritev", short)
+    with (tmp_path / "copy").open("w+b", buffering=0) as target:
+        file_of(opened(images["usual"]), "text").copy_to(KernelFile(os.dup(target.fileno())))
+    assert (tmp_path / "copy").read_bytes() == FILES["text"]
+
+
+def test_workers_that_are_closed_take_no_work() -> None:
+    workers = Workers()
+    assert workers.submit(int, "5").result() == 5
+    workers.close()
+    workers.close()
+    for closed in (workers, Workers()):
+        closed.close()
+        with pytest.raises(OSError) as caught:
+            closed.submit(int)
+        assert caught.value.errno == errno.EBADF
 
 
 # --- damage

@@ -156,6 +156,17 @@ def test_headers_that_count_more_than_is_there(opened: Open, count: int) -> None
     damaged(lambda: layer.readdir(layer.root))
 
 
+def test_a_header_of_300_entries(opened: Open) -> None:
+    forge = Forge()
+    file = forge.file(0, 0, [])
+    block, offset, size = forge.listing([Entry(b"000", file, count=299)])
+    for number in range(1, 300):
+        forge.listings += struct.pack("<HhHH", file, 0, FILE, 2) + b"%03d" % number
+        size += 11
+    layer = opened(forge.finish(forge.large_directory(block, offset, size)))
+    damaged(lambda: layer.readdir(layer.root))
+
+
 @pytest.mark.parametrize(("block", "offset", "size"), [(0, 0, 1 << 31), (1 << 30, 0, 50), (0, 9000, 50)])
 def test_listings_outside_of_their_table(opened: Open, block: int, offset: int, size: int) -> None:
     forge = Forge()
@@ -209,6 +220,35 @@ def test_data_blocks_of_impossible_lengths(opened: Open, word: int) -> None:
     damaged(lambda: read(layer, b"x"))
 
 
+def test_data_behind_the_end_of_the_image(opened: Open) -> None:
+    forge = Forge()
+    end = len(forge.finish(forge.directory([Entry(b"x", forge.file(4096, 0, [4096 | 1 << 24]))])))
+    forge = Forge()
+    image = forge.finish(forge.directory([Entry(b"x", forge.file(4096, end, [4096 | 1 << 24]))]))
+    layer = opened(image + bytes(8192))
+    damaged(lambda: read(layer, b"x"))
+
+
+def test_a_block_stored_in_more_than_it_holds(opened: Open) -> None:
+    forge = Forge()
+    stored = zlib.compress(bytes(4096)).ljust(5000, b"\0")
+    file = forge.file(4096, forge.block(stored), [len(stored)])
+    layer = opened(forge.finish(forge.directory([Entry(b"x", file)])))
+    damaged(lambda: read(layer, b"x"))
+
+
+@pytest.mark.parametrize(("compressor", "compress"), [(1, zlib.compress), (4, lzma.compress)])
+def test_a_stream_without_its_end(opened: Open, compressor: int, compress: Callable[[bytes], bytes]) -> None:
+    """All bytes are there, but not what says that they are right."""
+    forge = Forge(compressor=compressor)
+    stored = compress(bytes(4096))
+    good = forge.file(4096, forge.block(stored), [len(stored)])
+    cut = forge.file(4096, forge.block(stored[:-3]), [len(stored) - 3])
+    layer = opened(forge.finish(forge.directory([Entry(b"cut", cut), Entry(b"good", good)])))
+    assert read(layer, b"good") == bytes(4096)
+    damaged(lambda: read(layer, b"cut"))
+
+
 @pytest.mark.parametrize("start", [0xFFFFF000, 1 << 31])
 def test_data_outside_of_the_image(opened: Open, start: int) -> None:
     forge = Forge()
@@ -231,6 +271,13 @@ def test_a_symlink_longer_than_any_path(opened: Open) -> None:
     link = forge.inode(3, struct.pack("<II", 1, 1 << 31))
     layer = opened(forge.finish(forge.directory([Entry(b"x", link, 3)])))
     damaged(lambda: layer.lookup(layer.root, b"x"))
+
+
+def test_a_symlink_ends_at_a_nul(opened: Open) -> None:
+    forge = Forge()
+    link = forge.inode(3, struct.pack("<II", 1, 9) + b"target\0no")
+    layer = opened(forge.finish(forge.directory([Entry(b"x", link, 3)])))
+    assert layer.readlink(key_of(layer, b"x")) == b"target"
 
 
 @pytest.mark.parametrize("owner", [1, 65535])
@@ -328,6 +375,20 @@ def test_attributes_of_namespaces_of_the_future_are_passed_over(opened: Open) ->
     key = key_of(layer, b"x")
     assert layer.listxattr(key) == [b"user.a"]
     assert layer.getxattr(key, b"user.a") == b"yes"
+
+
+@pytest.mark.parametrize(
+    ("keys", "count"),
+    [
+        (bytes(8 * 20_000), 20_000),  # more than COUNT_MAX, of no length at all
+        (struct.pack("<HH", 0, 1) + b"a" + struct.pack("<I", 65537) + bytes(65537), 1),
+        (20 * (struct.pack("<HH", 0, 1) + b"a" + struct.pack("<I", 60_000) + bytes(60_000)), 20),
+    ],
+)
+def test_more_attributes_than_the_kernel_would_give(opened: Open, keys: bytes, count: int) -> None:
+    forge = Forge(xattr_keys=keys, xattr_sets=[(0, count, len(keys))])
+    layer = opened(forge.finish(forge.directory([Entry(b"x", forge.large_file(0, 96, b"", xattr=0))])))
+    damaged(lambda: layer.listxattr(key_of(layer, b"x")))
 
 
 # --- the superblock

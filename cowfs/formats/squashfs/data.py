@@ -70,7 +70,7 @@ class Blocks:
     def get(self, stored: Stored, size: int) -> bytes:
         """The *size* bytes of the block at *stored*, from the cache or into it. May block. EIO."""
         position, word = stored
-        data = self._cache.get((position, word), lambda: self._read(stored, size))
+        data = self._cache.get((position, word), lambda: self._read(stored))
         if len(data) != size:
             raise self._wrong_size(stored, len(data), size)
         return data
@@ -79,7 +79,7 @@ class Blocks:
         """The end of a file that is in a fragment. May block. EIO."""
         size = inode.size & (self.size - 1)
         stored = self._fragments[inode.fragment]
-        data = self._cache.get((stored.position, stored.word), lambda: self._read(stored, None))
+        data = self._cache.get((stored.position, stored.word), lambda: self._read(stored))
         if inode.offset + size > len(data):
             raise self._source.damaged(
                 f"fragment {inode.fragment} at {stored.position:#x}: ends before the tail of {inode.number}"
@@ -105,12 +105,9 @@ class Blocks:
             left -= size
         return parts
 
-    def _read(self, stored: Stored, size: int | None) -> bytes:
+    def _read(self, stored: Stored) -> bytes:
         self._check_stored(stored)
-        data = self._expand(self._source.pread(stored.length, stored.position, "data block"), stored)
-        if size is not None and len(data) != size:
-            raise self._wrong_size(stored, len(data), size)
-        return data
+        return self._expand(self._source.pread(stored.length, stored.position, "data block"), stored)
 
     def _expand(self, raw: bytes | memoryview, stored: Stored) -> bytes:
         if stored.word & UNCOMPRESSED:
