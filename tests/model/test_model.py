@@ -158,7 +158,11 @@ class UnionMachine(RuleBasedStateMachine):
 
     @rule(path=PATHS)
     def mkdir(self, path: str) -> None:
-        self.both(lambda: self.fs.mkdir(path), lambda: self.model.add(path, Inode("dir", 0o755)))
+        def model() -> None:
+            inherited = self.model.place(path)[0].mode & stat.S_ISGID
+            self.model.add(path, Inode("dir", 0o755 | inherited))
+
+        self.both(lambda: self.fs.mkdir(path), model)
 
     @rule(path=PATHS)
     def symlink(self, path: str) -> None:
