@@ -69,7 +69,7 @@ def test_a_place_behind_the_end_of_the_table(make: Make) -> None:
 
 
 def test_a_short_block_in_the_middle_of_a_table(make: Make) -> None:
-    image = block(b"short") + block(b"next")
+    image = block(b"short") + block(bytes(BLOCK))
     table = Table(make(image), 0, len(image), "table")
     assert table.read(Place(0, 0), 5) == b"short"
     is_damaged(lambda: table.read(Place(0, 0), 6))
