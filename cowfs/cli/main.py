@@ -19,10 +19,10 @@ new and changed files, and what was deleted, live in the store and are there aga
 """
 _EPILOG = """\
 examples:
-  cowfs create sysrcd.bs 512                    make a store of 512 MB
+  cowfs create sysrcd.bs 512                     make a store of 512 MB
   cowfs mount sysrcd.dat /mnt --store sysrcd.bs  merge an image with it
-  cowfs diff /mnt                               see what has changed
-  cowfs umount /mnt                             write everything back and let go
+  cowfs diff /mnt                                see what has changed
+  cowfs umount /mnt                              write everything back and let go
 
 `cowfs SUBCOMMAND --help` tells more. Also: cowfs LOWER MOUNTPOINT -o store=FILE (as mount(8) calls it).
 """

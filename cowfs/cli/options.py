@@ -12,7 +12,7 @@ ENGINES = ("auto", "process", "kernel")
 _VALUES = {
     "store": "the writable store: an image, a directory, or memory (the default)",
     "engine": "who reads the lower images: auto, process or kernel",
-    "size": "how large a store in memory may become: 256M, 2G",
+    "size": "how large a store in memory may become (root only): 256M, 2G",
     "log": "write the log to this file",
 }
 _FLAGS = {
