@@ -7,13 +7,16 @@ import errno
 import os
 import shutil
 import subprocess
+import sys
 
 from cowfs.cli.client import ask, find_mount
 from cowfs.errors import CowfsError, MountFailure, SystemFailure
-from cowfs.linux.mounts import mountinfo, umount2, wait_pid_gone
+from cowfs.linux.mounts import mountinfo, parse_mountinfo, umount2, wait_pid_gone
 
 NAME = "umount"
 MNT_DETACH = 2
+_PATIENCE = 3.0
+"""Seconds after which the one who waits wants to know for what."""
 
 _EPILOG = """\
 umount(8) returns before the daemon has written everything back and released the store; this does not,
@@ -53,11 +56,31 @@ def run(args: argparse.Namespace) -> int:
     _unmount(mountpoint, lazy=args.lazy)
     if args.lazy or pid is None or any(mount.dev == found.dev for mount in mountinfo()):
         return 0  # it goes on serving where else it is mounted
+    if wait_pid_gone(pid, min(_PATIENCE, args.timeout)):
+        return 0
+    holder = _other_namespace_with(found.dev)
+    if holder:
+        print(
+            f"cowfs: {mountpoint}: still mounted in the mount namespace of {holder}; waiting", file=sys.stderr
+        )
     if not wait_pid_gone(pid, args.timeout):
         raise SystemFailure(
             f"{mountpoint}: unmounted, but its daemon (pid {pid}) still writes after {args.timeout:g} s"
         )
     return 0
+
+
+def _other_namespace_with(dev: str) -> str:
+    """Return a process whose mount namespace has this mount, as far as we may look."""
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{pid}/mountinfo", "rb") as table:
+                if any(mount.dev == dev for mount in parse_mountinfo(table.read())):
+                    with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as name:
+                        return f"pid {pid} ({name.read().strip()})"
+        except OSError:
+            continue  # it ended, or is somebody else's
+    return ""
 
 
 def _daemon_of(dev: str) -> int | None:
