@@ -10,7 +10,7 @@ import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from perf import machine
 from perf.corpus import Corpus
@@ -19,6 +19,24 @@ STORE_BYTES = 1 << 30
 PROJECT = Path(__file__).parents[1]  # daemons and commands run here, so that `-m cowfs...` finds the package
 CLIENT = Path(__file__).with_name("client.py")
 ENVIRONMENT = {**os.environ, "LC_ALL": "C", "TZ": "UTC", "GIT_CONFIG_GLOBAL": os.devnull}
+
+
+def start_session(
+    argv: list[str], cwd: Path, stdout: IO[bytes], stderr: IO[bytes]
+) -> subprocess.Popen[bytes]:
+    """Start *argv* in a session of its own, with the priority of this process.
+
+    The scheduler may weigh sessions instead of processes (sched(7), autogroup): a new one begins at 0.
+    """
+    process = subprocess.Popen(
+        argv, cwd=cwd, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr,
+        env=ENVIRONMENT, start_new_session=True,
+    )  # fmt: skip
+    nice = os.getpriority(os.PRIO_PROCESS, 0)
+    if nice:
+        with contextlib.suppress(OSError):
+            Path(f"/proc/{process.pid}/autogroup").write_text(str(nice))
+    return process
 
 
 class SampleFailed(Exception):
@@ -158,10 +176,7 @@ class Box:
     def _start(self, argv: list[str], target: Path) -> None:
         outside = target.stat().st_dev
         with self.log.open("ab") as log:
-            process = subprocess.Popen(
-                argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                cwd=PROJECT, env=ENVIRONMENT, start_new_session=True,
-            )  # fmt: skip
+            process = start_session(argv, PROJECT, log, log)
         self.daemons[target] = process
         self._mounts.append(target)
         while True:
@@ -225,10 +240,7 @@ class Box:
         out = stdout or self.scratch / "stdout"
         with out.open("wb") as sink, (self.scratch / "stderr").open("w+b") as errors:
             begin = time.perf_counter()
-            process = subprocess.Popen(
-                argv, cwd=self.merged, stdin=subprocess.DEVNULL, stdout=sink, stderr=errors,
-                env=ENVIRONMENT, start_new_session=True,
-            )  # fmt: skip
+            process = start_session(argv, self.merged, sink, errors)
             try:
                 process.wait(self.remaining())
             except subprocess.TimeoutExpired:

@@ -109,7 +109,7 @@ def machine_line(results: Results) -> str:
             ", ".join(f"{k} {v}" for k, v in results.versions.items()) + ".",
             f"Lower: {c['entries']} entries, {c['regular_bytes'] / 1e6:.0f} MB in a squashfs of",
             f"{c['image_bytes'] / 1e6:.0f} MB. {results.rounds} rounds;",
-            f"load average {min(load, default=0):.1f}..{max(load, default=0):.1f}.",
+            f"load average {min(load, default=0):.1f}..{max(load, default=0):.1f}, nice {m.get('nice', 0)}.",
         )
     )
 

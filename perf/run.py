@@ -17,6 +17,7 @@ import fcntl
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -45,12 +46,16 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("-w", "--workloads", metavar="A,B", help="only these: " + ", ".join(workloads()))
     made.add_argument("-s", "--systems", metavar="A,B", help="only these: " + ", ".join(systems()))
-    made.add_argument("-r", "--rounds", type=int, help="rounds (5; 2 with --quick)")
+    made.add_argument("-r", "--rounds", type=int, help="rounds (5; 2 with --quick; 0 for --requests alone)")
     made.add_argument("--quick", action="store_true", help="only the main workloads, 2 rounds")
     made.add_argument("--limit", type=float, default=180, metavar="SECONDS", help="for one sample (180)")
     made.add_argument(
         "--quiet-wait", type=float, default=10, metavar="SECONDS",
         help="how long to wait before a sample for other processes to calm down (10)",
+    )  # fmt: skip
+    made.add_argument(
+        "--nice", type=int, default=0, metavar="N",
+        help="run clients and daemons at this priority (-20..19; 0): on a machine that others use too",
     )  # fmt: skip
     made.add_argument("--requests", action="store_true", help="also count FUSE requests, in a further round")
     made.add_argument(
@@ -108,11 +113,11 @@ def outside(argv: list[str]) -> int:
         # The end of this process ends that of unshare, and the end of unshare all that it holds.
         tied = ["setpriv", "--pdeathsig", "KILL", "--"]
         namespaces = [*tied, "unshare", "--mount", "--propagation=private", "--pid", "--fork", "--mount-proc"]
+        command = [*namespaces, "--kill-child", machine.python(), "-m", "perf.run", *argv]
         try:
-            return subprocess.call(
-                [*namespaces, "--kill-child", machine.python(), "-m", "perf.run", *argv],
-                cwd=PROJECT, env={**os.environ, INSIDE: str(work)},
-            )  # fmt: skip
+            with subprocess.Popen(command, cwd=PROJECT, env={**os.environ, INSIDE: str(work)}) as process:
+                signal.signal(signal.SIGTERM, lambda *_: process.kill())
+                return process.wait()
         except KeyboardInterrupt:
             return 130
         finally:
@@ -126,7 +131,8 @@ def inside(
     """The run itself, within the namespaces."""
     if options.quick and not options.workloads:
         bench = {name: w for name, w in bench.items() if w.main}
-    rounds = options.rounds or (2 if options.quick else 5)
+    os.setpriority(os.PRIO_PROCESS, 0, options.nice)
+    rounds = options.rounds if options.rounds is not None else 2 if options.quick else 5
     for name, why in [(name, system.missing()) for name, system in peers.items()]:
         if why:
             print(f"without {name}: {why}", flush=True)
@@ -143,7 +149,7 @@ def inside(
     started = datetime.datetime.now().astimezone()
     results = Results(
         started=started.isoformat(timespec="seconds"),
-        machine=machine.describe(),
+        machine={**machine.describe(), "nice": options.nice},
         versions=machine.versions(PROJECT),
         corpus=made.facts,
         systems={name: facts(system) for name, system in peers.items()},
@@ -151,7 +157,7 @@ def inside(
         rounds=rounds,
     )
     path = options.output or RESULTS / f"{started:%Y-%m-%d-%H%M}.json"
-    runner = Runner(results, bench, peers, made, work, options)
+    runner = Runner(results, bench, peers, made, work, options, path)
     try:
         runner.rounds(rounds)
         if options.requests:
@@ -174,7 +180,7 @@ class Runner:
 
     def __init__(
         self, results: Results, bench: dict[str, Workload], peers: dict[str, System],
-        made: corpus.Corpus, work: Path, options: argparse.Namespace,
+        made: corpus.Corpus, work: Path, options: argparse.Namespace, path: Path,
     ) -> None:  # fmt: skip
         self.results = results
         self.bench = bench
@@ -182,6 +188,7 @@ class Runner:
         self.corpus = made
         self.work = work
         self.options = options
+        self.path = path
         self._count = 0
 
     def rounds(self, rounds: int) -> None:
@@ -195,6 +202,7 @@ class Runner:
                     self.take(sample, workload, self.peers[peer])
                     self.results.samples.append(sample)
                     took = f"{sample.seconds:.3f} s" if sample.seconds and not sample.error else sample.error
+                    self.results.save(self.path)
                     print(f"round {turn + 1}/{rounds}  {name:12} {peer:20} {took}", flush=True)
 
     def count_requests(self) -> None:
