@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import struct
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -29,15 +30,14 @@ pytestmark = [needs_root, needs_mksquashfs, pytest.mark.root]
 
 def compare(image: Path, *, content: bool = True) -> int:
     """Compare all of the image; returns the number of names."""
-    try:
-        with kernel_view(image) as theirs:
-            ours = SquashfsLayer(os.fspath(image))
-            try:
-                return assert_equal(ours, theirs, content=content)
-            finally:
-                ours.close()
-    except OSError as error:
-        pytest.skip(f"this kernel does not mount such an image: {error}")
+    with ExitStack() as stack:
+        try:
+            theirs = stack.enter_context(kernel_view(image))
+        except OSError as error:
+            pytest.skip(f"this kernel does not mount such an image: {error}")
+        ours = SquashfsLayer(os.fspath(image))
+        stack.callback(ours.close)
+        return assert_equal(ours, theirs, content=content)
 
 
 @pytest.fixture(scope="module")
