@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import stat
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -393,13 +394,20 @@ def paths(top: Path) -> tuple[list[bytes], list[bytes]]:
     return every, folders
 
 
+def _open(path: bytes, mode: str) -> BinaryIO:
+    """Open a regular file; a pipe would wait for somebody at its other end, a device do what it does."""
+    if not os.path.isfile(path):
+        raise OSError(errno.EINVAL, "not a regular file")
+    return open(path, mode)
+
+
 def _write(path: bytes, number: int) -> None:
-    with open(path, "r+b") as out:
+    with _open(path, "r+b") as out:
         out.write(b"%d" % (number % 3))
 
 
 def _append(path: bytes, number: int) -> None:
-    with open(path, "ab") as out:
+    with _open(path, "ab") as out:
         out.write(b"x" * (number % 3))
 
 
@@ -425,14 +433,14 @@ ON_ONE: dict[str, Callable[[bytes, int], object]] = {
     "utime": lambda p, n: os.utime(p, ns=(OLD, OLD + n % 3), follow_symlinks=False),
     "setxattr": lambda p, n: os.setxattr(p, b"user.x", b"%d" % (n % 3), follow_symlinks=False),
     "removexattr": lambda p, n: os.removexattr(p, b"user.x", follow_symlinks=False),
-    "copy up": lambda p, n: open(p, "r+b").close(),
+    "copy up": lambda p, n: _open(p, "r+b").close(),
 }
 ON_NEW: dict[str, Callable[[bytes, int], object]] = {
     "create": lambda p, n: os.close(os.open(p, os.O_CREAT | os.O_EXCL)),
     "mkdir": lambda p, n: os.mkdir(p),
     "symlink": lambda p, n: os.symlink(b"%d" % (n % 3), p),
     "mkfifo": lambda p, n: os.mkfifo(p),
-    "mknod": lambda p, n: os.mknod(p, 0o600 | stat.S_IFCHR, os.makedev(1, 3 + n % 3)),
+    "mknod": lambda p, n: os.mknod(p, 0o600 | stat.S_IFCHR, os.makedev(1, (3, 5, 7)[n % 3])),
 }
 ON_TWO: dict[str, Callable[[bytes, bytes], object]] = {
     "rename": os.rename,

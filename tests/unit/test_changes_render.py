@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cowfs.changes.render import Summary, escape, from_json, json_line, line, render, to_json, unescape
@@ -27,6 +27,7 @@ changes = st.one_of(
 )
 
 
+@settings(deadline=None)
 @given(path)
 def test_an_escaped_path_can_be_read_back(raw: bytes) -> None:
     shown = escape(raw)
@@ -34,6 +35,7 @@ def test_an_escaped_path_can_be_read_back(raw: bytes) -> None:
     assert shown.isprintable()  # no control characters: names cannot drive the terminal
 
 
+@settings(deadline=None)
 @given(changes, changes)
 def test_no_two_changes_look_the_same(one: Change, two: Change) -> None:
     assert (line(one) == line(two)) == _same(one, two)
@@ -68,6 +70,7 @@ def _same(one: Change, two: Change) -> bool:
     return paths[0] == paths[1] and sources[0] == sources[1] and (one.kind, one.what) == (two.kind, two.what)
 
 
+@settings(deadline=None)
 @given(changes)
 def test_json_is_exact(change: Change) -> None:
     text = json_line(change)
