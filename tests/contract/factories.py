@@ -10,7 +10,8 @@ from pathlib import Path
 
 from cowfs.layers.base import LowerLayer, UpperLayer
 from cowfs.layers.directory import open_directory
-from tests.support.system import NOBODY
+from cowfs.layers.squashfs import SquashfsLayer
+from tests.support.system import NOBODY, run
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,8 @@ class Kind:
     upper: Callable[[Path], AbstractContextManager[UpperLayer]] | None
     privileged: bool = True
     """May it give files away, make devices, see trusted.*?"""
+    tick_ns: int = 1
+    """How exactly it keeps times."""
 
     def __str__(self) -> str:
         return self.name
@@ -55,9 +58,22 @@ def _directory_of_nobody(path: Path) -> Iterator[UpperLayer]:
             os.setegid(0)
 
 
+@contextmanager
+def _squashfs(path: Path) -> Iterator[LowerLayer]:
+    """An image of the directory, read in-process."""
+    image = path.with_name(f"{path.name}.squashfs")
+    run("mksquashfs", path, image, "-quiet", "-no-progress", "-noappend", timeout=120)
+    layer = SquashfsLayer(str(image))
+    try:
+        yield layer
+    finally:
+        layer.close()
+
+
 KINDS = [
     Kind("directory", _directory, _directory),
     Kind("directory of nobody", _directory_of_nobody, _directory_of_nobody, privileged=False),
+    Kind("squashfs", _squashfs, None, tick_ns=1_000_000_000),
 ]
 LOWERS = [kind for kind in KINDS if kind.lower]
 UPPERS = [kind for kind in KINDS if kind.upper]
