@@ -25,6 +25,8 @@ _FILEID_INO32_GEN = 1
 """The kernel's type of a handle that is an inode number and a generation (linux/exportfs.h)."""
 _HANDLE = struct.Struct("<II")
 
+_NAME_MAX = 256
+"""SQUASHFS_NAME_LEN of the kernel's fs/squashfs/squashfs_fs.h; the VFS allows 255 anyway."""
 _devices = itertools.count(1)
 _FIRST_DEVICE = 1 << 40
 """Device numbers of layers that the kernel knows nothing of begin here: the kernel's have 32 bits."""
@@ -102,7 +104,9 @@ class SquashfsLayer:
         self._block_size = self._image.superblock.block_size
 
     def lookup(self, directory: int, name: bytes) -> tuple[int, Attr] | None:
-        """Find *name*; None when it is not there. ENOTDIR; EIO where damaged or not a tree."""
+        """Find *name*; None when it is not there. ENOTDIR, ENAMETOOLONG; EIO where damaged or not a tree."""
+        if len(name) >= _NAME_MAX:
+            raise _error(errno.ENAMETOOLONG)
         inode = self._image.lookup(directory, name)
         return None if inode is None else (inode.ref, self._attr(inode))
 
