@@ -316,5 +316,6 @@ def _obey(fs: State, step: _Step, notes: dict[bytes, bytes], path: tuple[bytes, 
     if redirect.startswith(b"/"):
         step.path = (*filter(None, redirect.split(b"/")), *rest)
         step.absolute = True
+        step.stop = False  # an opaque directory above says nothing of where this leads
     else:
         step.path = (*(step.path or path)[: -len(rest) - 1], redirect, *rest)
