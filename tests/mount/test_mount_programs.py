@@ -292,6 +292,10 @@ def test_removed_while_it_is_copied_up(tmp_path: Path) -> None:
         writers = [threading.Thread(target=append, args=(number,)) for number in range(3)]
         for writer in writers:
             writer.start()
+        work = tmp_path / "store" / "work" / "work"
+        deadline = time.monotonic() + 30
+        while len(os.listdir(work)) + len(files) < 3:  # each is being copied up, or open already
+            assert time.monotonic() < deadline
         os.unlink(mount.path / "big0")
         os.rename(mount.path / "big1", mount.path / "moved")
         os.chmod(mount.path / "big2", 0o600)
