@@ -71,7 +71,7 @@ class Box:
     _deadline: float = 0.0
     _watchdog: threading.Timer | None = None
     _mounts: list[Path] = field(default_factory=list)
-    _connections: list[int] = field(default_factory=list)
+    _connections: dict[Path, int] = field(default_factory=dict)
 
     @property
     def lower(self) -> Path:
@@ -182,7 +182,7 @@ class Box:
         while True:
             with contextlib.suppress(OSError):
                 if (device := target.stat().st_dev) != outside:
-                    self._connections.append(os.minor(device))
+                    self._connections[target] = os.minor(device)
                     return
             if process.poll() is not None:
                 raise SampleFailed(f"{argv[0]} ended with {process.returncode}: {self.last_words()}")
@@ -203,6 +203,7 @@ class Box:
                 if time.monotonic() > patience:
                     raise
         self._mounts.remove(target)
+        self._connections.pop(target, None)  # the kernel gives the number to somebody else
         try:
             self.daemons.pop(target).wait(self.remaining())
         except subprocess.TimeoutExpired:
@@ -214,7 +215,7 @@ class Box:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             # A daemon that waits for an answer of its own cannot be killed before that (kernel, fuse.rst).
-            for connection in self._connections:
+            for connection in self._connections.values():
                 with contextlib.suppress(OSError):
                     (self.fusectl / str(connection) / "abort").write_text("1")
 
