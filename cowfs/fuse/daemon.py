@@ -6,9 +6,10 @@ import gc
 import logging
 import os
 import signal
+import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import pyfuse3
@@ -19,11 +20,13 @@ from cowfs.fuse import control
 from cowfs.fuse.adapter import Adapter
 from cowfs.fuse.loop import RequestLoop
 from cowfs.linux.files import syncfs
-from cowfs.linux.mounts import mount_of
+from cowfs.linux.mounts import mount_of, umount2
 from cowfs.linux.sockets import sd_notify
 from cowfs.overlay.overlay import Overlay
 
 log = logging.getLogger(__name__)
+
+_MNT_DETACH = 2  # linux/fs.h
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +87,20 @@ class Daemon:
         if self._mounted:
             self._mounted = False
             pyfuse3.close(unmount=True)
+            self._detach_dead()
+
+    def _detach_dead(self) -> None:
+        """Take the mount away that libfuse leaves when the connection was aborted: nobody serves it."""
+        found = mount_of(self._request.mountpoint)
+        if found is None or found.dev != self.dev:
+            return
+        log.warning("the connection to the kernel was aborted: %s is detached", self._request.mountpoint)
+        if os.geteuid() == 0:
+            with suppress(OSError):
+                umount2(self._request.mountpoint, _MNT_DETACH)
+        else:
+            command = ["fusermount3", "-u", "-z", "--", self._request.mountpoint]
+            subprocess.run(command, check=False, capture_output=True)
 
     async def _main(self, commands: Mapping[str, control.Command], ready: Callable[[], None]) -> None:
         async with trio.open_nursery() as nursery:
