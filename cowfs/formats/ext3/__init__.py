@@ -1,0 +1,1 @@
+"""Ext3 images, read and written in this process: no mount, no loop device, no privilege."""

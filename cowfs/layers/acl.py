@@ -1,0 +1,86 @@
+"""POSIX ACLs, for layers that no kernel does it for: what they mean to a mode, and a mode to them.
+
+The rules are those of fs/posix_acl.c, the layout of an xattr's value that of linux/posix_acl_xattr.h.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+
+DEFAULT = b"system.posix_acl_default"
+ACCESS = b"system.posix_acl_access"
+
+Entry = tuple[int, int, int]
+"""A tag, permissions, and the user or group of the tags that have one."""
+
+_VERSION = struct.Struct("<I")
+_ENTRY = struct.Struct("<HHI")
+_VERSION_2 = 2
+_USER_OBJ, _USER, _GROUP_OBJ, _GROUP, _MASK, _OTHER = 0x01, 0x02, 0x04, 0x08, 0x10, 0x20
+_FOLLOWS = {
+    0: (_USER_OBJ,),
+    _USER_OBJ: (_USER, _GROUP_OBJ),
+    _USER: (_USER, _GROUP_OBJ),
+    _GROUP_OBJ: (_GROUP, _MASK, _OTHER),
+    _GROUP: (_GROUP, _MASK),
+    _MASK: (_OTHER,),
+    _OTHER: (),
+}
+"""Which tag may come after which; beside users and groups of their own there must be a mask."""
+
+
+def parse(value: bytes) -> list[Entry]:
+    """Return the entries; none for a value that means *no ACL*. EINVAL, EOPNOTSUPP as setxattr(2)."""
+    if not value:
+        return []
+    if len(value) < _VERSION.size or (len(value) - _VERSION.size) % _ENTRY.size:
+        raise _error(errno.EINVAL)
+    if _VERSION.unpack_from(value)[0] != _VERSION_2:
+        raise _error(errno.EOPNOTSUPP)
+    entries = list(_ENTRY.iter_unpack(value[_VERSION.size :]))
+    before = 0
+    for tag, perm, _ in entries:
+        if tag not in _FOLLOWS[before] or perm & ~7:
+            raise _error(errno.EINVAL)
+        before = tag
+    tags = {tag for tag, _, _ in entries}
+    if entries and (before != _OTHER or (tags & {_USER, _GROUP} and _MASK not in tags)):
+        raise _error(errno.EINVAL)
+    return entries
+
+
+def build(entries: list[Entry]) -> bytes:
+    """Return the value of the xattr."""
+    return _VERSION.pack(_VERSION_2) + b"".join(_ENTRY.pack(*entry) for entry in entries)
+
+
+def mode_of(entries: list[Entry]) -> tuple[int, bool]:
+    """Return the nine bits of the mode that an ACL stands for, and whether they say all that it says."""
+    perms = {tag: perm for tag, perm, _ in entries}
+    group = perms.get(_MASK, perms.get(_GROUP_OBJ, 0))
+    mode = perms.get(_USER_OBJ, 0) << 6 | group << 3 | perms.get(_OTHER, 0)
+    return mode, perms.keys() <= {_USER_OBJ, _GROUP_OBJ, _OTHER}
+
+
+def with_mode(entries: list[Entry], mode: int) -> list[Entry]:
+    """Return the ACL after chmod(2) to *mode*."""
+    allowed = _allowed(entries, mode)
+    return [(tag, allowed.get(tag, perm), who) for tag, perm, who in entries]
+
+
+def masked(entries: list[Entry], mode: int) -> list[Entry]:
+    """Return the ACL of an inode that is made with *mode* where *entries* are the default."""
+    allowed = _allowed(entries, mode)
+    return [(tag, perm & allowed.get(tag, 7), who) for tag, perm, who in entries]
+
+
+def _allowed(entries: list[Entry], mode: int) -> dict[int, int]:
+    """Return what a mode says to each of the tags that it is about."""
+    group = _MASK if any(tag == _MASK for tag, _, _ in entries) else _GROUP_OBJ
+    return {_USER_OBJ: mode >> 6 & 7, group: mode >> 3 & 7, _OTHER: mode & 7}
+
+
+def _error(code: int) -> OSError:
+    return OSError(code, os.strerror(code))
