@@ -1,0 +1,299 @@
+/*
+ * An ext3 filesystem in a file, read and written in-process, crash-safe by its own journal.
+ *
+ * Every function takes the image's lock and may be called from any thread. Unless said otherwise it
+ * returns 0 or more when it succeeded and -errno when it did not. Names are bytes, not terminated; a
+ * directory's names are known to the caller, who looks them up itself (x3_readdir): nothing here
+ * checks whether a name is there already, nor whether a directory is moved below itself.
+ *
+ * A function that changes something is one atomic operation: when it fails, nothing has happened
+ * (x3_write may have written a part, and says how much), and after a crash it happened or it did not,
+ * in the order of the calls. What may fail with any of them: ENOSPC, ENOMEM; EROFS when the image was
+ * opened for reading or has been aborted; EIO and EUCLEAN (the image is damaged), which abort it, as
+ * errors=remount-ro does: nothing more is written, reads go on from memory, x3_facts and x3_message
+ * tell. EUCLEAN from a function that reads aborts nothing.
+ *
+ * This file is read by cffi as well (build_engine.py): plain declarations and integer #defines alone.
+ */
+#pragma once
+#include <stdint.h>
+
+typedef struct x3_image x3_image;
+
+/* x3_open: flags */
+#define X3_READ_ONLY 1
+
+/* x3_open: debug. Each leaves out one rule of the journal, so that tests can see what it is good for. */
+#define X3_NO_HOLD 1     /* freed blocks are reusable at once */
+#define X3_NO_FORGET 2   /* blocks that are in the log still become data without a checkpoint */
+#define X3_NO_BARRIER 4  /* no barrier before the commit record */
+#define X3_NO_ORPHANS 8  /* no orphan list */
+
+/* x3_inject: kind */
+#define X3_PWRITE 1
+#define X3_FDATASYNC 2
+#define X3_PREAD 3
+
+/* The trace: little-endian records of u64 kind, u64 offset, u64 length, then length bytes. */
+#define X3_TRACE_WRITE 1   /* a write was done: the image has these bytes at offset */
+#define X3_TRACE_BARRIER 2 /* fdatasync returned; offset: its number */
+#define X3_TRACE_MARK 3    /* x3_mark; offset: its argument */
+#define X3_TRACE_BEGUN 4   /* fdatasync is about to begin; offset: its number. What was written before
+                              is on disk when the record X3_TRACE_BARRIER of that number is there. */
+
+/* x3_setattr: what to set */
+#define X3_MODE 1
+#define X3_UID 2
+#define X3_GID 4
+#define X3_ATIME 8
+#define X3_MTIME 16
+
+/* x3_rename: flags */
+#define X3_EXCHANGE 1 /* swap the two names */
+#define X3_WHITEOUT 2 /* leave a character device 0:0 at the source */
+#define X3_KEEP 4     /* what is replaced is in use: x3_release frees it */
+
+#define X3_LINK_MAX 32000 /* names of a file, and subdirectories + 2 of a directory; then EMLINK */
+
+/* The attributes of an inode. Times: nanoseconds since the epoch. */
+struct x3_attr {
+	uint32_t mode, nlink, uid, gid;
+	uint32_t major, minor; /* of a device */
+	uint32_t generation;   /* the other half of the kernel's file handle */
+	uint32_t flags;        /* i_flags as on disk */
+	uint64_t size;
+	uint64_t blocks; /* of 512 bytes */
+	int64_t atime_ns, mtime_ns, ctime_ns;
+};
+
+/* What is known of the whole image. */
+struct x3_facts {
+	uint32_t block_size, inode_size;
+	uint32_t compat, incompat, ro_compat; /* the feature bits, as they were at open */
+	uint32_t state;                       /* s_state at open: 1 clean, 2 errors were found */
+	uint64_t blocks, free_blocks;         /* free: those still held back count as free */
+	uint64_t reserved;                    /* of the free ones, for root by the superblock */
+	uint64_t overhead;                    /* blocks that statfs does not count in f_blocks */
+	uint32_t inodes, free_inodes;
+	uint32_t journal_blocks, journal_used;
+	uint32_t tid, committed;     /* the running transaction, and the last one on disk */
+	uint32_t aborted;            /* errno of what aborted it, or 0 */
+	uint32_t dirty;              /* metadata blocks in the running transaction */
+	uint64_t cached, held;       /* blocks in the cache; free blocks that wait for commit or checkpoint */
+	uint64_t commits, checkpoints, barriers, bytes_written; /* since open */
+	uint8_t uuid[16];
+};
+
+/* Where a name stands in its directory: logical block, and offset within it. */
+struct x3_place {
+	uint32_t block, offset;
+};
+
+/* What x3_create makes, and what became of it. */
+struct x3_new {
+	/* in */
+	uint32_t mode, uid, gid; /* the mode with its type */
+	uint32_t major, minor;   /* of a device */
+	const char *target;      /* of a symlink */
+	uint32_t target_len;
+	/* out */
+	uint32_t ino;
+	struct x3_place place;
+	struct x3_attr attr;
+};
+
+struct x3_rename {
+	/* in */
+	uint32_t source_dir, target_dir;
+	const char *source_name, *target_name;
+	uint32_t source_len, target_len;
+	struct x3_place source_place;
+	struct x3_place target_place; /* if something is replaced or exchanged */
+	uint32_t ino;                 /* what is moved */
+	uint32_t replaced;            /* what stands at the target, 0 for nothing */
+	uint32_t hint;                /* if nothing does: as for x3_create */
+	uint32_t flags;               /* X3_EXCHANGE, X3_WHITEOUT, X3_KEEP */
+	uint32_t uid, gid;            /* of the whiteout */
+	/* out */
+	struct x3_place place;      /* of the target's name now; the source's stays where it was, if it stays */
+	uint32_t whiteout;          /* the inode of the whiteout, or 0 */
+};
+
+
+/* --- opening and closing --- */
+
+/*
+ * Open the image behind *fd*, which is duplicated, and let *out* be it.
+ *
+ * The cache holds about *cache_bytes* (0: 64 MiB) of metadata; file data is left to the page cache.
+ * *trace_fd* (duplicated as well) gets a record of every write and barrier, -1 for none; *debug* is 0
+ * but in tests. Unless read-only, inodes that a crash left on the orphan list are dealt with.
+ * EUCLEAN: the journal must be replayed first (e2fsck -p -E journal_only), be it for reading.
+ * EOPNOTSUPP: a feature that is not ext3's, or no journal inside. EINVAL: no ext filesystem, or its
+ * superblock makes no sense. EBADMSG: the journal's superblock makes no sense. When it fails,
+ * x3_message(NULL) says why, in the same thread.
+ */
+int x3_open(int fd, uint32_t flags, uint64_t cache_bytes, int trace_fd, uint32_t debug, x3_image **out);
+
+/*
+ * Commit, free what is on the orphan list, write everything home, and mark the filesystem clean.
+ *
+ * Frees the image whatever it returns; no other thread may be using it.
+ */
+int x3_close(x3_image *img);
+
+/* Free the image and write nothing, as if the process had died. No other thread may be using it. */
+void x3_abandon(x3_image *img);
+
+int x3_facts(x3_image *img, struct x3_facts *out);
+
+/* What aborted the image, or what was wrong last, in a sentence. Valid until the next call. NULL: see x3_open. */
+const char *x3_message(x3_image *img);
+
+
+/* --- inodes --- */
+
+/* ESTALE: there is no such inode in use. */
+int x3_getattr(x3_image *img, uint32_t ino, struct x3_attr *out);
+
+/*
+ * Set the fields of *attr* that the bits of *what* name, and the ctime to now.
+ *
+ * Of the mode only the lowest 12 bits count. Times beyond what the inode can hold are clamped.
+ */
+int x3_setattr(x3_image *img, uint32_t ino, uint32_t what, const struct x3_attr *attr);
+
+/* Copy the target into *buf* and return its length; ERANGE if *cap* is less, EINVAL for no symlink. */
+int64_t x3_readlink(x3_image *img, uint32_t ino, void *buf, uint64_t cap);
+
+
+/* --- directories --- */
+
+/*
+ * Fill *buf* with the names of the next blocks of *dir*, of whole blocks only; return the bytes filled.
+ *
+ * *cursor* is the block to begin at, 0 at first, and is moved on; 0 bytes: that was all. Each name is
+ * u32 ino, u32 block, u16 offset, u8 type (of the directory entry, EXT2_FT_*, 0 for unknown), u8
+ * length, and the name itself, without padding, little-endian; "." and ".." are left out. ERANGE: *cap*
+ * is less than four times the block size. ENOTDIR.
+ */
+int64_t x3_readdir(x3_image *img, uint32_t dir, uint64_t *cursor, void *buf, uint64_t cap);
+
+/*
+ * Make an inode of any type, directories included, and give it a name in *dir*.
+ *
+ * *hint* is the first block of *dir* where room for the name is looked for: the place of the last new
+ * name, or of a removed one before that; 0 looks everywhere. (An indexed directory needs no hint.)
+ * EMLINK, ENAMETOOLONG for names beyond 255 and targets that do not fit a block. x3_new says the rest.
+ */
+int x3_create(x3_image *img, uint32_t dir, const char *name, uint32_t len, uint32_t hint, struct x3_new *new_inode);
+
+/* Give *ino* one more name. EMLINK; EPERM for a directory; ENOENT when its last name is gone. */
+int x3_link(x3_image *img, uint32_t ino, uint32_t dir, const char *name, uint32_t len, uint32_t hint,
+	    struct x3_place *place);
+
+/*
+ * Remove the name of *ino* that stands at *where*.
+ *
+ * If the name has moved (an index may have split its block), it is searched for. With the last name
+ * the inode goes too, unless *keep*: then it lives on, on the orphan list, until x3_release (or
+ * x3_close, or the recovery after a crash). ENOENT; EISDIR.
+ */
+int x3_unlink(x3_image *img, uint32_t dir, const char *name, uint32_t len, struct x3_place where,
+	      uint32_t ino, int keep);
+
+/* The same for an empty directory. ENOTEMPTY; ENOTDIR. */
+int x3_rmdir(x3_image *img, uint32_t dir, const char *name, uint32_t len, struct x3_place where,
+	     uint32_t ino, int keep);
+
+/*
+ * Move a name, as renameat2(2) does.
+ *
+ * What is replaced must be of a fitting type (EISDIR, ENOTDIR) and empty (ENOTEMPTY). Source and
+ * target must differ, and not be names of one inode.
+ */
+int x3_rename(x3_image *img, struct x3_rename *how);
+
+/* Nobody uses *ino* any more: if its last name is gone, free it. Otherwise nothing happens. */
+int x3_release(x3_image *img, uint32_t ino);
+
+
+/* --- the data of regular files --- */
+
+/* Read up to *len* bytes at *off*; fewer at the end of the file alone. The atime is left alone. */
+int64_t x3_read(x3_image *img, uint32_t ino, void *buf, uint64_t len, uint64_t off);
+
+/*
+ * Write *len* bytes at *off*, and return how many were written: fewer when the room ended there.
+ *
+ * The data is in the page cache of the image's file then, and on disk before any commit that makes it
+ * part of the file. EFBIG, ENOSPC when nothing was written.
+ */
+int64_t x3_write(x3_image *img, uint32_t ino, const void *buf, uint64_t len, uint64_t off);
+
+/* Set the size in bytes. EFBIG. A big file's blocks are freed in several transactions; a crash finishes it. */
+int x3_truncate(x3_image *img, uint32_t ino, uint64_t size);
+
+/* The next run of data at or behind *from*: return its start, and let *stop* be its end. ENXIO if there is none. */
+int64_t x3_segment(x3_image *img, uint32_t ino, uint64_t from, uint64_t *stop);
+
+
+/* --- extended attributes: full names (user.x, trusted.x, security.x, system.posix_acl_*) as xattr(7) --- */
+
+/* Copy the names, each ended by a NUL, into *buf*; return the bytes. With *cap* 0 only count. ERANGE. */
+int64_t x3_listxattr(x3_image *img, uint32_t ino, void *buf, uint64_t cap);
+
+/* Copy the value into *buf* and return its length. With *cap* 0 only tell the length. ENODATA, ERANGE, EOPNOTSUPP. */
+int64_t x3_getxattr(x3_image *img, uint32_t ino, const char *name, uint32_t len, void *buf, uint64_t cap);
+
+/*
+ * Set an attribute; *flags*: 1 XATTR_CREATE (EEXIST), 2 XATTR_REPLACE (ENODATA).
+ *
+ * ENOSPC: all of them together do not fit the inode and one block. EOPNOTSUPP: an unknown namespace.
+ * ERANGE: an empty or too long name. EINVAL: no valid ACL. The mode is not changed by an ACL.
+ */
+int x3_setxattr(x3_image *img, uint32_t ino, const char *name, uint32_t len, const void *value, uint64_t size,
+		int flags);
+
+/* ENODATA. */
+int x3_removexattr(x3_image *img, uint32_t ino, const char *name, uint32_t len);
+
+
+/* --- durability --- */
+
+/*
+ * Return when *ino*, its data and the names it has got, is on disk. Blocks.
+ *
+ * Without uncommitted changes of the inode (with *datasync*: changes of its size or blocks) this is
+ * one fdatasync of the image, otherwise a commit, shared with all who wait at the same time.
+ */
+int x3_fsync(x3_image *img, uint32_t ino, int datasync);
+
+/* Return when everything that happened before is on disk. Blocks; operations go on meanwhile. */
+int x3_commit(x3_image *img);
+
+/* Commit, and write home what is in the journal: it is empty then, unless others write. Blocks. */
+int x3_checkpoint(x3_image *img);
+
+/* Whether there is something to commit: 0 or 1. */
+int x3_dirty(x3_image *img);
+
+/*
+ * Go on with another descriptor (it is duplicated).
+ *
+ * It must hold the same bytes: copied after a x3_checkpoint, and nothing changed since (EBUSY if
+ * something did).
+ */
+int x3_switch(x3_image *img, int fd);
+
+
+/* --- for tests --- */
+
+/* Write a X3_TRACE_MARK record with the number *n*. */
+int x3_mark(x3_image *img, uint64_t n);
+
+/*
+ * Let the *nth* (1: the next) system call of *kind* on the image answer *error*, once or, if *sticky*,
+ * from then on. 0 ends it.
+ */
+int x3_inject(x3_image *img, int kind, int64_t nth, int error, int sticky);
