@@ -19,7 +19,9 @@ import pyfuse3
 import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, SetattrFields, StatvfsData
 
+from cowfs.fuse import libfuse
 from cowfs.fuse.loop import RequestLoop
+from cowfs.overlay.acl import DEFAULT as DEFAULT_ACL
 from cowfs.overlay.attr import NewAttributes
 from cowfs.overlay.dir import Owner
 from cowfs.overlay.file import Handle
@@ -102,9 +104,12 @@ class Adapter(pyfuse3.Operations):
         self._loop = loop
         self._handles: dict[int, Handle] = {}
         self._listings: dict[int, _Listing] = {}
-        self._next = 1
+        self._free: list[int] = []
+        self._listed = 0
         self._threads = trio.CapacityLimiter(4)
         self._no_capability: set[int] = set()
+        self._no_default_acl: set[int] = set()
+        libfuse.prepare(self._seek)
         self._missing = EntryAttributes()  # st_ino 0: the kernel remembers that there is no such name
         self._missing.entry_timeout = FOREVER
 
@@ -141,10 +146,6 @@ class Adapter(pyfuse3.Operations):
         node.lookups += 1
         return self._entry(node, attr)
 
-    def _number(self) -> int:
-        self._next += 1
-        return self._next
-
     async def _in_thread(self, call: Callable[[], R]) -> R:
         loop = self._loop
         loop.hand_over()
@@ -163,6 +164,19 @@ class Adapter(pyfuse3.Operations):
                 await node.copying.wait()
             finally:
                 self._loop.waiting -= 1
+
+    def _masked(self, parent: Node, mode: int, ctx: RequestContext) -> int:
+        """Return the mode of a new inode: without the umask's bits, unless a default ACL rules (umask(2))."""
+        umask = ctx.umask
+        if not umask or not libfuse.leaves_umask():
+            return mode
+        if self.enable_acl and parent.ino not in self._no_default_acl:
+            try:
+                self._fs.getxattr(parent, DEFAULT_ACL)
+                return mode
+            except OSError:
+                self._no_default_acl.add(parent.ino)
+        return mode & ~umask
 
     def _is_copying(self, parent: Node, name: bytes) -> bool:
         node = self._fs.nodes.child(parent, name)
@@ -219,6 +233,7 @@ class Adapter(pyfuse3.Operations):
             node = self._fs.nodes.get(ino)
             if node is not None:
                 self._no_capability.discard(ino)
+                self._no_default_acl.discard(ino)
                 try:
                     self._fs.forget(node, lookups)
                 except Exception:
@@ -229,11 +244,14 @@ class Adapter(pyfuse3.Operations):
         self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: RequestContext
     ) -> EntryAttributes:
         owner = Owner(ctx.uid, ctx.gid)
-        return self._given(self._fs.mknod(self._node(parent_inode), name, mode, rdev, owner))
+        parent = self._node(parent_inode)
+        return self._given(self._fs.mknod(parent, name, self._masked(parent, mode, ctx), rdev, owner))
 
     @_sync
     def mkdir(self, parent_inode: int, name: bytes, mode: int, ctx: RequestContext) -> EntryAttributes:
-        return self._given(self._fs.mkdir(self._node(parent_inode), name, mode, Owner(ctx.uid, ctx.gid)))
+        parent = self._node(parent_inode)
+        owner = Owner(ctx.uid, ctx.gid)
+        return self._given(self._fs.mkdir(parent, name, self._masked(parent, mode, ctx), owner))
 
     @_sync
     def symlink(self, parent_inode: int, name: bytes, target: bytes, ctx: RequestContext) -> EntryAttributes:
@@ -342,6 +360,7 @@ class Adapter(pyfuse3.Operations):
         node = self._node(inode)
         await self._settled(node)
         self._no_capability.discard(inode)
+        self._no_default_acl.discard(inode)
         self._fs.setxattr(node, name, value)
 
     @_async
@@ -364,7 +383,8 @@ class Adapter(pyfuse3.Operations):
         self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: RequestContext
     ) -> tuple[FileInfo, EntryAttributes]:
         owner = Owner(ctx.uid, ctx.gid)
-        node, attr, file = self._fs.create(self._node(parent_inode), name, mode, owner)
+        parent = self._node(parent_inode)
+        node, attr, file = self._fs.create(parent, name, self._masked(parent, mode, ctx), owner)
         if flags & _SYNCHRONOUS:
             file.close()
             info = self._opened(node, flags & ~os.O_TRUNC, ctx)
@@ -377,8 +397,10 @@ class Adapter(pyfuse3.Operations):
         return self._numbered(self._fs.open(node, flags, keeps_set_id=ctx.uid == 0))
 
     def _numbered(self, handle: Handle) -> FileInfo:
-        number = self._number()
+        number = self._free.pop() if self._free else len(self._handles)
         self._handles[number] = handle
+        libfuse.read_from(number, handle.file.fileno())
+        handle.on_replace = lambda file: libfuse.read_from(number, file.fileno())
         return FileInfo(fh=number)
 
     @_sync
@@ -395,7 +417,17 @@ class Adapter(pyfuse3.Operations):
 
     @_sync
     def release(self, fh: int) -> None:
-        self._fs.release_handle(self._handles.pop(fh))
+        handle = self._handles.pop(fh)
+        libfuse.read_from(fh, -1)
+        self._free.append(fh)
+        self._fs.release_handle(handle)
+
+    def _seek(self, fh: int, offset: int, whence: int) -> int:
+        """Answer lseek(2) with SEEK_DATA or SEEK_HOLE: the place, or an errno negated."""
+        try:
+            return self._fs.seek(self._handles[fh], offset, whence)
+        except Exception as error:
+            return -_failure(error, "lseek").errno
 
     @_async
     async def fsync(self, fh: int, datasync: bool) -> None:
@@ -408,7 +440,8 @@ class Adapter(pyfuse3.Operations):
 
     @_sync
     def opendir(self, inode: int, ctx: RequestContext) -> int:
-        number = self._number()
+        self._listed += 1
+        number = libfuse.DIRECTORY | self._listed
         self._listings[number] = _Listing(self._node(inode))
         return number
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Callable
 
 from cowfs.layers.base import File
 from cowfs.overlay.copyup import copy_up
@@ -19,7 +20,7 @@ _SET_ID = stat.S_ISUID | stat.S_ISGID
 class Handle:
     """An open file of the merged tree."""
 
-    __slots__ = ("_retired", "file", "keeps_set_id", "node", "writable")
+    __slots__ = ("_retired", "file", "keeps_set_id", "node", "on_replace", "writable")
 
     def __init__(self, node: Node, file: File, *, writable: bool, keeps_set_id: bool) -> None:
         self.node = node
@@ -27,12 +28,16 @@ class Handle:
         self.writable = writable
         self.keeps_set_id = keeps_set_id
         """Whether writing leaves the set-ID bits: for a privileged writer (CAP_FSETID)."""
+        self.on_replace: Callable[[File], None] | None = None
+        """Told of the file that takes the place of the one before."""
         self._retired: list[File] = []
 
     def replace(self, file: File) -> None:
         """Go on with another file; the one before stays open for reads that are under way."""
         self._retired.append(self.file)
         self.file = file
+        if self.on_replace is not None:
+            self.on_replace(file)
 
     def close(self) -> None:
         """Close all files."""
@@ -85,6 +90,28 @@ def write(fs: State, handle: Handle, data: bytes, offset: int) -> int:
     if handle.node.mode & _SET_ID:
         drop_set_id(fs, handle)
     return written
+
+
+def seek(fs: State, handle: Handle, offset: int, whence: int) -> int:
+    """Return where the next data or hole begins, at *offset* or after: lseek(2)'s SEEK_DATA, SEEK_HOLE.
+
+    ENXIO when *offset* is at the end or beyond, or when no data follows; EINVAL for another *whence*.
+    """
+    if whence not in {os.SEEK_DATA, os.SEEK_HOLE}:
+        raise error(errno.EINVAL, handle.node.name)
+    if handle.file.fileno() >= 0:
+        return os.lseek(handle.file.fileno(), offset, whence)
+    size = fs.stat(handle.node).st_size
+    if not 0 <= offset < size:
+        raise error(errno.ENXIO, handle.node.name)
+    for start, stop in handle.file.segments(size):
+        if stop > offset:
+            if whence == os.SEEK_DATA:
+                return max(start, offset)
+            return offset if start > offset else stop
+    if whence == os.SEEK_DATA:
+        raise error(errno.ENXIO, handle.node.name)
+    return offset
 
 
 def drop_set_id(fs: State, handle: Handle) -> None:

@@ -244,18 +244,27 @@ def copy_between_files(s: Script) -> None:
 
 @case(BASE)
 def unsupported_by_fuse(s: Script) -> None:
-    """pyfuse3 has no fallocate, no lseek beyond the page cache's and no ioctl."""
+    """pyfuse3 has no fallocate and no ioctl."""
     fd = s.open("new", os.O_RDWR | os.O_CREAT)
     # Without fallocate the C library writes zeros instead.
     s.fd("posix_fallocate", lambda: os.posix_fallocate(fd, 0, 10_000))
     s.fd("its size", lambda: os.fstat(fd).st_size)
     s.close(fd)
-    sparse = s.open("sparse")
-    s.differs(
-        "pyfuse3 knows no lseek, so the whole file is data", "SEEK_HOLE",
-        lambda: os.lseek(sparse, 0, os.SEEK_HOLE), kernel=4096, cowfs=1 << 20,
-    )  # fmt: skip
-    s.close(sparse)
+
+
+@case(BASE)
+def holes(s: Script) -> None:
+    """SEEK_DATA and SEEK_HOLE, below and above."""
+    s.create("hollow")
+    s.truncate("hollow", 1 << 20)
+    s.write("hollow", b"x" * 4096, 65536)
+    for name in ("sparse", "hollow", "big"):
+        fd = s.open(name)
+        for offset in (0, 4096, 65536, 70_000, (1 << 20) - 1, 1 << 20, 1 << 30):
+            s.fd(f"{name}: data from {offset}", lambda o=offset, fd=fd: os.lseek(fd, o, os.SEEK_DATA))
+            s.fd(f"{name}: a hole from {offset}", lambda o=offset, fd=fd: os.lseek(fd, o, os.SEEK_HOLE))
+        s.fd("no such way", lambda fd=fd: os.lseek(fd, -1, os.SEEK_DATA))
+        s.close(fd)
 
 
 @case(BASE, upper_differs="the kernel makes the file in a copied-up directory")

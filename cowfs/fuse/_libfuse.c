@@ -1,0 +1,195 @@
+/* What libfuse can do and pyfuse3 has no words for.
+ *
+ * pyfuse3 hands its handlers to libfuse through fuse_session_new(). This module has a function of that
+ * name too. When it is loaded before pyfuse3, and its symbols globally (RTLD_GLOBAL), the dynamic linker
+ * binds pyfuse3's call to ours (ld.so(8): the global scope is searched first). Ours puts a few handlers
+ * around pyfuse3's and passes all on to libfuse's. Where that does not come about, nothing is changed.
+ *
+ * All is called by the thread that serves requests; the GIL is held.
+ */
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#define FUSE_USE_VERSION 35
+#include <dlfcn.h>
+#include <errno.h>
+#include <fuse3/fuse_lowlevel.h>
+#include <stdbool.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+/* Handle numbers of directories have this bit: libfuse.py knows it too. */
+#define DIRECTORY (UINT64_C(1) << 62)
+
+static struct fuse_lowlevel_ops theirs;
+static unsigned wanted, granted;
+static bool between;      /* pyfuse3 has come through here */
+static PyObject *seeker;  /* called as seeker(fh, offset, whence) */
+
+/* By handle number: the descriptor that reads are served from, or -1. */
+static int *descriptors;
+static size_t handles;
+static char *buffer;
+static size_t buffer_size;
+
+static void on_init(void *userdata, struct fuse_conn_info *conn)
+{
+	theirs.init(userdata, conn);
+	conn->want |= wanted & conn->capable;
+	granted = conn->want;
+}
+
+static void on_read(fuse_req_t req, fuse_ino_t ino, size_t size, off_t offset, struct fuse_file_info *fi)
+{
+	int fd = fi->fh < handles ? descriptors[fi->fh] : -1;
+	if (fd < 0) {
+		theirs.read(req, ino, size, offset, fi);
+		return;
+	}
+	if (size > buffer_size) {
+		char *larger = realloc(buffer, size);
+		if (!larger) {
+			fuse_reply_err(req, ENOMEM);
+			return;
+		}
+		buffer = larger;
+		buffer_size = size;
+	}
+	ssize_t got;
+	Py_BEGIN_ALLOW_THREADS
+	do
+		got = pread(fd, buffer, size, offset);
+	while (got < 0 && errno == EINTR);
+	int failure = got < 0 ? errno : 0;
+	if (failure)
+		fuse_reply_err(req, failure);
+	else
+		fuse_reply_buf(req, buffer, got);
+	Py_END_ALLOW_THREADS
+}
+
+static void on_lseek(fuse_req_t req, fuse_ino_t ino, off_t offset, int whence, struct fuse_file_info *fi)
+{
+	(void)ino;
+	PyObject *result =
+		PyObject_CallFunction(seeker, "KLi", (unsigned long long)fi->fh, (long long)offset, whence);
+	long long place = result ? PyLong_AsLongLong(result) : -EIO;
+	Py_XDECREF(result);
+	if (PyErr_Occurred()) {
+		PyErr_WriteUnraisable(seeker);
+		place = -EIO;
+	}
+	if (place < 0)
+		fuse_reply_err(req, (int)-place);
+	else
+		fuse_reply_lseek(req, place);
+}
+
+static void *libfuse(const char *name)
+{
+	void *library = dlopen("libfuse3.so.3", RTLD_NOW | RTLD_NOLOAD);
+	void *found = library ? dlsym(library, name) : NULL;
+	if (library)
+		dlclose(library);
+	return found;
+}
+
+struct fuse_session *fuse_session_new(struct fuse_args *args, const struct fuse_lowlevel_ops *op,
+				      size_t op_size, void *userdata)
+{
+	struct fuse_session *(*real)(struct fuse_args *, const struct fuse_lowlevel_ops *, size_t, void *) =
+		libfuse("fuse_session_new");
+	struct fuse_lowlevel_ops ours;
+
+	if (!real)
+		return NULL;
+	memset(&theirs, 0, sizeof theirs);
+	memcpy(&theirs, op, op_size < sizeof theirs ? op_size : sizeof theirs);
+	ours = theirs;
+	if (theirs.init && theirs.read) {
+		ours.init = on_init;
+		ours.read = on_read;
+		if (seeker)
+			ours.lseek = on_lseek;
+		between = true;
+	}
+	return real(args, &ours, sizeof ours, userdata);
+}
+
+int fuse_reply_open(fuse_req_t req, const struct fuse_file_info *fi)
+{
+	static int (*real)(fuse_req_t, const struct fuse_file_info *);
+	if (!real)
+		real = libfuse("fuse_reply_open");
+	if (!(fi->fh & DIRECTORY))
+		return real(req, fi);
+	/* Nobody but us changes a directory, so the kernel may keep what it was told of it. */
+	struct fuse_file_info kept = *fi;
+	kept.cache_readdir = 1;
+	kept.keep_cache = 1;
+	return real(req, &kept);
+}
+
+static PyObject *prepare(PyObject *self, PyObject *args)
+{
+	PyObject *callable;
+	(void)self;
+	if (!PyArg_ParseTuple(args, "IO", &wanted, &callable))
+		return NULL;
+	Py_INCREF(callable);
+	Py_XSETREF(seeker, callable);
+	between = false;
+	granted = 0;
+	Py_RETURN_NONE;
+}
+
+static PyObject *capabilities(PyObject *self, PyObject *args)
+{
+	(void)self, (void)args;
+	return between ? PyLong_FromUnsignedLong(granted) : Py_NewRef(Py_None);
+}
+
+static PyObject *read_from(PyObject *self, PyObject *args)
+{
+	unsigned long long number;
+	int fd;
+	(void)self;
+	if (!PyArg_ParseTuple(args, "Ki", &number, &fd))
+		return NULL;
+	if (number >= handles) {
+		size_t more = handles ? 2 * handles : 64;
+		while (more <= number)
+			more *= 2;
+		int *larger = number < (1u << 30) ? realloc(descriptors, more * sizeof *larger) : NULL;
+		if (!larger)
+			return PyErr_NoMemory();
+		for (size_t i = handles; i < more; i++)
+			larger[i] = -1;
+		descriptors = larger;
+		handles = more;
+	}
+	descriptors[number] = fd;
+	Py_RETURN_NONE;
+}
+
+static PyMethodDef methods[] = {
+	{"prepare", prepare, METH_VARARGS,
+	 "prepare(want, seek): ask for these FUSE_CAP_* in the sessions that follow; seek(fh, offset, whence)\n"
+	 "answers lseek(2) with SEEK_DATA and SEEK_HOLE: an offset, or an errno negated."},
+	{"capabilities", capabilities, METH_NOARGS,
+	 "capabilities(): the FUSE_CAP_* that the session has; None if pyfuse3's session was not made here."},
+	{"read_from", read_from, METH_VARARGS,
+	 "read_from(fh, fd): serve reads of handle number fh from descriptor fd; -1: let pyfuse3 have them."},
+	{NULL, NULL, 0, NULL},
+};
+
+static struct PyModuleDef definition = {
+	PyModuleDef_HEAD_INIT, .m_name = "_libfuse", .m_doc = "Between pyfuse3 and libfuse.", .m_size = -1,
+	.m_methods = methods,
+};
+
+PyMODINIT_FUNC PyInit__libfuse(void)
+{
+	return PyModule_Create(&definition);
+}

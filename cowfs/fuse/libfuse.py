@@ -1,0 +1,57 @@
+"""What libfuse can do and pyfuse3 has no words for, where the small C module beside this file could be built.
+
+- A directory that was listed is kept by the kernel, names and all (FOPEN_CACHE_DIR): the next listing
+  asks nobody. Nobody but us changes the tree, so it is always right.
+- Reads of a file behind which stands one of the kernel's are served without Python.
+- The umask is left to us (FUSE_CAP_DONT_MASK), because a directory's default ACL takes its place.
+- Targets of symbolic links are kept by the kernel (FUSE_CAP_CACHE_SYMLINKS).
+- lseek(2) knows holes.
+
+Without the module everything else works.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+_DONT_MASK = 1 << 6  # fuse_common.h
+_CACHE_SYMLINKS = 1 << 23
+
+
+def _load() -> Any:
+    # Global symbols, and before pyfuse3 is loaded: that is how its calls come through the module.
+    flags = sys.getdlopenflags()
+    sys.setdlopenflags(flags | os.RTLD_GLOBAL)
+    try:
+        return import_module("cowfs.fuse._libfuse")
+    except ImportError:
+        return None
+    finally:
+        sys.setdlopenflags(flags)
+
+
+_module: Any = _load()
+
+DIRECTORY: int = 1 << 62
+"""Handle numbers of directories have this bit."""
+
+
+def prepare(seek: Callable[[int, int, int], int]) -> None:
+    """Say what the next session shall be able to do; *seek* answers lseek(2): an offset, or -errno."""
+    if _module is not None:
+        _module.prepare(_DONT_MASK | _CACHE_SYMLINKS, seek)
+
+
+def leaves_umask() -> bool:
+    """Whether the kernel leaves it to us to apply the umask."""
+    return _module is not None and bool((_module.capabilities() or 0) & _DONT_MASK)
+
+
+def read_from(handle: int, descriptor: int) -> None:
+    """Serve reads of a handle from *descriptor* from now on; -1: by pyfuse3's handler."""
+    if _module is not None:
+        _module.read_from(handle, descriptor)
