@@ -6,12 +6,14 @@ import errno
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from typing import Any
 
 import cowfs
 from cowfs.errors import LayerError, MountFailure, SystemFailure
+from cowfs.formats.squashfs.image import open_image
 from cowfs.layers.base import LowerLayer
 from cowfs.layers.directory import DirectoryLayer
 from cowfs.layers.squashfs import SquashfsLayer
@@ -43,6 +45,10 @@ class UnionOptions:
     """Use the store even if it was made for another lower."""
     size: int | None = None
     """Of a store in memory, in bytes."""
+    offsets: tuple[int, ...] = ()
+    """Where in its file each lower image begins, in bytes; those that are left out at 0."""
+    fakeroot: bool = False
+    """Let the store hold all owners and devices, though we have no privilege."""
 
 
 @dataclass(slots=True)
@@ -66,7 +72,10 @@ class Union:
             "version": cowfs.__version__,
             "pid": os.getpid(),
             "since": self.since,
-            "lowers": [asdict(identity) for identity in self.identities],
+            "lowers": [
+                {**asdict(identity), "offset": offset}
+                for identity, offset in zip(self.identities, _offsets(self.options), strict=True)
+            ],
             "store": {
                 "kind": self.store.kind,
                 "path": self.store.path,
@@ -77,33 +86,62 @@ class Union:
         }
 
 
-def open_lower(spec: str, engine: str = "auto") -> LowerLayer:
-    """Open one lower layer, an image or a directory.
+def _offsets(options: UnionOptions) -> tuple[int, ...]:
+    """Return the offset of each lower."""
+    given = options.offsets
+    return given + (0,) * (len(options.lowers) - len(given))
+
+
+def open_lower(spec: str, engine: str = "auto", offset: int = 0) -> LowerLayer:
+    """Open one lower layer, a directory or the image that begins *offset* bytes into a file.
 
     Raises LayerError when it is neither, SystemFailure when the engine cannot be had.
     """
-    if os.path.isdir(spec):
+    if os.path.isdir(spec) and not offset:
         try:
             fd = os.open(spec, os.O_PATH | os.O_DIRECTORY)
         except OSError as error:
             raise LayerError(f"{spec}: {error.strerror}") from None
         return DirectoryLayer(fd, os.path.abspath(spec))
     if engine == "process" or (engine == "auto" and os.geteuid() != 0):
-        return SquashfsLayer(os.path.abspath(spec))
+        return SquashfsLayer(os.path.abspath(spec), offset=offset)
     if os.geteuid() != 0:
         raise SystemFailure(
             f"{spec}: only root may ask the kernel to mount an image", "--engine process needs no privilege"
         )
+    if not _kernel_reaches(spec, offset):
+        if engine == "auto":
+            return SquashfsLayer(os.path.abspath(spec), offset=offset)
+        raise LayerError(
+            f"{spec}: the kernel cannot read the end of the image: too few bytes follow it in the file",
+            "--engine process can; mksquashfs without -nopad pads an image",
+        )
     try:
-        return _kernel_mounted(spec)
+        return _kernel_mounted(spec, offset)
     except OSError as error:
         if engine == "auto" and error.errno in {errno.EPERM, errno.EACCES}:
-            return SquashfsLayer(os.path.abspath(spec))  # root of a container only
+            return SquashfsLayer(os.path.abspath(spec), offset=offset)  # root of a container only
         raise LayerError(f"{spec}: cannot be mounted: {error.strerror or error}") from None
 
 
-def _kernel_mounted(spec: str) -> DirectoryLayer:
-    loop_fd, device = attach_loop(spec, readonly=True)
+_SECTOR = 512
+_SQUASHFS_DEVBLK_SIZE = 1024
+"""The kernel's squashfs reads its device in blocks of this many bytes (fs/squashfs/squashfs_fs.h)."""
+
+
+def _kernel_reaches(spec: str, offset: int) -> bool:
+    """Whether a loop device, which has whole sectors of its file only, has all blocks of the image.
+
+    The *offset* itself needs no alignment (loop_set_status_from_info in drivers/block/loop.c).
+    """
+    with closing(open_image(os.path.abspath(spec), offset)) as image:
+        used = image.superblock.bytes_used
+    available = (os.stat(spec).st_size - offset) // _SECTOR * _SECTOR
+    return -(-used // _SQUASHFS_DEVBLK_SIZE) * _SQUASHFS_DEVBLK_SIZE <= available
+
+
+def _kernel_mounted(spec: str, offset: int) -> DirectoryLayer:
+    loop_fd, device = attach_loop(spec, readonly=True, offset=offset)
     try:
         fd = detached_mount("squashfs", device, {}, readonly=True, noatime=True)
     finally:
@@ -111,12 +149,12 @@ def _kernel_mounted(spec: str) -> DirectoryLayer:
     return DirectoryLayer(fd, os.path.abspath(spec))
 
 
-def open_lowers(specs: Sequence[str], engine: str = "auto") -> list[LowerLayer]:
-    """Open all lower layers, or none."""
+def open_lowers(specs: Sequence[str], engine: str = "auto", offsets: Sequence[int] = ()) -> list[LowerLayer]:
+    """Open all lower layers, or none. *offsets* are those of the first of them."""
     layers: list[LowerLayer] = []
     try:
-        for spec in specs:
-            layers.append(open_lower(spec, engine))
+        for spec, offset in zip_longest(specs, offsets, fillvalue=0):
+            layers.append(open_lower(str(spec), engine, int(offset)))
     except BaseException:
         for layer in layers:
             layer.close()
@@ -130,9 +168,10 @@ def open_union(options: UnionOptions, progress: Progress = lambda _: None) -> Un
     Blocks, for a store that needs repair as long as that takes; *progress* is told in words.
     Raises CowfsError with the reason when something cannot be used; nothing is left open then.
     """
-    identities = [identify_lower(spec) for spec in options.lowers]
+    offsets = _offsets(options)
+    identities = [identify_lower(*lower) for lower in zip(options.lowers, offsets, strict=True)]
     with ExitStack() as stack:
-        lowers = open_lowers(options.lowers, options.engine)
+        lowers = open_lowers(options.lowers, options.engine, offsets)
         for layer in lowers:
             stack.callback(layer.close)
         store = open_store(
@@ -144,6 +183,9 @@ def open_union(options: UnionOptions, progress: Progress = lambda _: None) -> Un
             memory_size=options.size,
         )
         stack.callback(store.close)
+        anew = not store.header.lowers and not store.header.adopted
+        if options.fakeroot and isinstance(store.layer, DirectoryLayer):
+            store.layer.act_as_root(store.work, anew=anew)
         overlay = Overlay(
             store.layer,
             store.upper,
@@ -152,7 +194,7 @@ def open_union(options: UnionOptions, progress: Progress = lambda _: None) -> Un
             lowers,
             OverlayOptions(xattr_prefix=store.xattr_prefix, sync_copy_up=not _orders_data(store)),
         )
-        if not store.header.lowers and not store.header.adopted:
+        if anew:
             _take_attributes(overlay, lowers[0])
         store.bind(identities)
         return Union(options, identities, store, overlay, stack.pop_all(), time.time())

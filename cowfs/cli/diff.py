@@ -8,6 +8,8 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from itertools import zip_longest
+from typing import NamedTuple
 
 from cowfs.cli import options
 from cowfs.cli.client import ask, find_mount
@@ -54,6 +56,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("what", metavar="STORE|MOUNTPOINT")
     parser.add_argument("--lower", metavar="LOWER[:LOWER...]", help="what the store was mounted on")
+    options.add_offset(parser)
     parser.add_argument(
         "--force-lower", action="store_true", help="compare with LOWER though the store belongs to another"
     )
@@ -112,7 +115,8 @@ def _changes(args: argparse.Namespace, stack: ExitStack) -> Iterator[Change]:
     lowers = None if args.lower is None else options.split_lowers(args.lower)
     if lowers == ():
         raise UsageError("--lower names no lower")
-    return _of_store(args.what, lowers, args.engine, stack, force=args.force_lower)
+    place = _Lowers(lowers, options.parse_offsets(args.offset), args.engine)
+    return _of_store(args.what, place, stack, force=args.force_lower)
 
 
 def _of_mount(dev: str) -> Iterator[Change]:
@@ -122,40 +126,55 @@ def _of_mount(dev: str) -> Iterator[Change]:
         yield from_json(reply["change"])
 
 
-def _of_store(
-    path: str, given: Sequence[str] | None, engine: str, stack: ExitStack, *, force: bool
-) -> Iterator[Change]:
+class _Lowers(NamedTuple):
+    """Which lowers to compare with, and how to open them."""
+
+    given: Sequence[str] | None
+    offsets: Sequence[int]
+    engine: str
+
+
+def _of_store(path: str, place: _Lowers, stack: ExitStack, *, force: bool) -> Iterator[Change]:
     from cowfs.assemble import open_lowers
     from cowfs.changes.diff import diff
     from cowfs.store import layout
     from cowfs.store.header import check_lowers
-    from cowfs.store.identity import identify_lower
     from cowfs.store.open import open_store
 
-    store = open_store(path, engine=engine, read_only=True)
+    store = open_store(path, engine=place.engine, read_only=True)
     stack.callback(store.close)
+    given = place.given
     if given is None:
-        given = _lowers_of_header(path, store.header.lowers)
+        given = _lowers_of_header(path, store.header.lowers, place.offsets)
     elif not force:
-        check_lowers(store.header, [identify_lower(lower) for lower in given], path)
-    lowers = open_lowers(given, engine)
+        check_lowers(store.header, _identities(given, place.offsets), path)
+    lowers = open_lowers(given, place.engine, place.offsets)
     for lower in lowers:
         stack.callback(lower.close)
     index = layout.find(store.layer, layout.WORK, b"index")
     return diff(store.layer, store.upper, lowers, store.xattr_prefix, index)
 
 
-def _lowers_of_header(path: str, lowers: Sequence[Identity]) -> list[str]:
+def _identities(lowers: Sequence[str], offsets: Sequence[int]) -> list[Identity]:
+    from cowfs.store.identity import identify_lower
+
+    if len(offsets) > len(lowers):
+        raise UsageError(f"--offset names {len(offsets)} offsets, and there is one lower for each")
+    return [
+        identify_lower(str(path), int(offset)) for path, offset in zip_longest(lowers, offsets, fillvalue=0)
+    ]
+
+
+def _lowers_of_header(path: str, lowers: Sequence[Identity], offsets: Sequence[int]) -> list[str]:
     """Return where the lowers of a store are. UsageError if they are not there any more."""
     from cowfs.errors import LayerError
-    from cowfs.store.identity import identify_lower
 
     if not lowers:
         raise UsageError(f"{path}: does not say which lower it belongs to", "give it with --lower")
-    for lower in lowers:
-        belongs, hint = f"{path}: belongs to {lower.description}", "tell where it is with --lower"
+    for number, lower in enumerate(lowers):
+        belongs, hint = f"{path}: belongs to {lower.description}", "tell where it is with --lower, --offset"
         try:
-            now = identify_lower(lower.path)
+            (now,) = _identities([lower.path], offsets[number : number + 1])
         except LayerError as error:
             raise UsageError(f"{belongs}; {error.message}", hint) from None
         if now.fingerprint != lower.fingerprint:

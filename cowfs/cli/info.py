@@ -1,13 +1,18 @@
-"""``cowfs info``: what a store or a mount is, how full, and who uses it."""
+"""``cowfs info``: what a store, an image or a mount is, how full, and who uses it."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import re
 import time
+from contextlib import closing
 from typing import Any
 
+from cowfs.cli import options
 from cowfs.cli.client import ask, find_mount
+from cowfs.errors import UsageError
 
 NAME = "info"
 
@@ -15,6 +20,8 @@ _EPILOG = """\
 examples:
   cowfs info sysrcd.bs        size, use, the lower it belongs to, who has it open
   cowfs info /mnt             what is mounted there, and how full its store is
+  cowfs info sysrcd.dat       what a squashfs image says of itself, and its fingerprint
+  cowfs info -o 188392 a.AppImage   of one that begins further on in its file
   cowfs info /mnt --json      the same for programs
 """
 
@@ -23,12 +30,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Describe the subcommand."""
     parser = subparsers.add_parser(
         NAME,
-        help="tell what a store or a mount is, and how full",
-        description="Tell about a store, or about a mount and what it is made of.",
+        help="tell what a store, an image or a mount is, and how full",
+        description="Tell about a store, about a squashfs image, or about a mount and what it is made of.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("what", metavar="STORE|MOUNTPOINT")
+    parser.add_argument("what", metavar="STORE|IMAGE|MOUNTPOINT")
+    options.add_offset(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object")
     parser.set_defaults(run=run)
 
@@ -36,10 +44,17 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     """Print what is known."""
     found = find_mount(args.what)
+    offsets = options.parse_offsets(args.offset)
+    if len(offsets) > 1 or (offsets and found is not None):
+        raise UsageError(
+            "--offset is for one image" if found is None else f"{args.what}: is a mount, no image"
+        )
     if found is not None:
         facts = next(ask(found.dev, "info"))
         facts["rss"] = _resident(facts["pid"])
         lines = _mount_lines(facts)
+    elif offsets or _is_image(args.what):
+        facts, lines = _image(args.what, *offsets)
     else:
         from cowfs.store.info import store_info
 
@@ -52,6 +67,57 @@ def run(args: argparse.Namespace) -> int:
         for key, value in lines:
             print(f"{key + ':':<{width}}{value}")
     return 0
+
+
+def _is_image(path: str) -> bool:
+    """Whether a file is a squashfs image, of any version, or a program with something appended to it."""
+    from cowfs.formats.squashfs.recognise import SAMPLE, appended_at
+
+    try:
+        with open(path, "rb", buffering=0, opener=_without_waiting) as file:
+            head = file.read(SAMPLE)
+    except OSError:
+        return False  # a directory, or something to be told about as a store
+    end = appended_at(head)
+    return head[:4] in {b"hsqs", b"sqsh"} or (end is not None and end < os.path.getsize(path))
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def _image(path: str, offset: int = 0) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """Return what a squashfs image says of itself: for programs, and for people."""
+    from cowfs.layers.squashfs import SquashfsLayer
+    from cowfs.store.identity import identify_lower
+    from cowfs.store.sizes import format_size
+
+    identity = identify_lower(path, offset)
+    with closing(SquashfsLayer(identity.path, offset=offset)) as layer:
+        summary = layer.summary()
+    facts: dict[str, Any] = {"path": identity.path, "kind": identity.kind, "offset": offset}
+    facts |= {what.replace(" ", "_"): _value(what, said) for what, said in summary}
+    facts["fingerprint"] = identity.fingerprint
+    lines = [("path", identity.path), *([("offset", f"{offset} bytes")] if offset else [])]
+    for what, said in summary:
+        lines.append((what, f"{format_size(facts['size'])} ({said})" if what == "size" else said))
+    return facts, [*lines, ("fingerprint", identity.fingerprint)]
+
+
+_LISTS = {"uncompressed", "strategies", "filters"}
+_NUMBER = re.compile(r"(\d+)(?: bytes)?")
+
+
+def _value(what: str, said: str) -> int | bool | str | list[str]:
+    """Return what a line of the summary says in the type that a program expects."""
+    if what in _LISTS:
+        return [] if said == "nothing" else said.split(", ")
+    if said in {"yes", "no"}:
+        return said == "yes"
+    if what == "attribute sets" and said == "none":
+        return 0
+    number = _NUMBER.fullmatch(said)
+    return int(number[1]) if number else said
 
 
 def _mount_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:

@@ -72,7 +72,16 @@ def run(args: argparse.Namespace) -> int:
         engine=args.engine or given.values.get("engine", "auto"),
         force_lower=args.force_lower or "force_lower" in given.flags,
         size=given.size,
+        offsets=given.offsets,
+        fakeroot="fakeroot" in given.flags,
     )
+    if len(union.offsets) > len(lowers):
+        raise UsageError(f"offset= names {len(union.offsets)} offsets, and there is one lower for each")
+    if union.fakeroot and os.geteuid() == 0:
+        raise UsageError(
+            "fakeroot is for users: root is denied nothing as it is, and lets others in",
+            "mount as a user, or leave it out",
+        )
     _check_system()
     mountpoint = check_mountpoint(args.mountpoint, union)
     _check_permission(mountpoint, given)
@@ -149,9 +158,11 @@ def _serve(union_options: object, mountpoint: str, given: mount_options.Options,
             ":".join(union_options.lowers),
             frozenset(_fuse_options(given)),
             acl="noacl" not in given.flags,
+            fakeroot=union_options.fakeroot,
         )
         daemon = Daemon(union.overlay, request)
-        more = {"mountpoint": mountpoint, "options": sorted(request.options)}
+        options = [*request.options, *(["fakeroot"] if request.fakeroot else [])]
+        more = {"mountpoint": mountpoint, "options": sorted(options)}
         daemon.mount()
         try:
             daemon.serve(
@@ -171,6 +182,9 @@ def _fuse_options(given: mount_options.Options) -> set[str]:
     is_root = os.geteuid() == 0
     if ("allow_other" in given.flags or is_root) and "noallow_other" not in given.flags:
         options.add("allow_other")
+    if "fakeroot" in given.flags:
+        options -= {"suid", "dev"}
+        options |= {"nosuid", "nodev"}
     if is_root:  # libfuse's default is nosuid,nodev; mount(8)'s is not
         options |= {option for option in ("suid", "dev") if f"no{option}" not in options}
     return options

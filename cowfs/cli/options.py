@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import re
 from dataclasses import dataclass, field
 
 from cowfs.errors import UsageError
@@ -12,6 +14,7 @@ ENGINES = ("auto", "process", "kernel")
 _VALUES = {
     "store": "the writable store: an image, a directory, or memory (the default)",
     "engine": "who reads the lower images: auto, process or kernel",
+    "offset": "where in its file the lower image begins, in bytes; several with colons",
     "size": "how large a store in memory may become (root only): 256M, 2G",
     "log": "write the log to this file",
 }
@@ -20,6 +23,7 @@ _FLAGS = {
     "allow_other": "let other users in (root's mounts do by default)",
     "noallow_other": "let only the one who mounts in",
     "noacl": "do not serve POSIX ACLs",
+    "fakeroot": "be root inside: see all owners, be denied nothing (users only)",
     "ro": "read-only",
     "rw": "writable (the default)",
     "sloppy": "ignore options that nobody knows",
@@ -44,6 +48,30 @@ class Options:
     def size(self) -> int | None:
         """The size option in bytes."""
         return parse_size(self.values["size"]) if "size" in self.values else None
+
+    @property
+    def offsets(self) -> tuple[int, ...]:
+        """The offset option, in bytes, for as many of the lowers as it names."""
+        return parse_offsets(self.values.get("offset", ""))
+
+
+_OFFSET = re.compile(r"(\d+)([kmgt]?)", re.IGNORECASE)
+_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+
+
+def parse_offsets(text: str) -> tuple[int, ...]:
+    """Return the bytes that OFFSET[:OFFSET...] means; none is 0, and ``offset=`` may stand before it.
+
+    A bare number is in bytes, ``4K`` is 4096. UsageError for anything else.
+    """
+    offsets = []
+    given = text.removeprefix("offset=")
+    for part in given.split(":") if given else ():
+        match = _OFFSET.fullmatch(part or "0")
+        if not match:
+            raise UsageError(f"{part!r} is not an offset", "a number of bytes, or 4K, 1M")
+        offsets.append(int(match[1]) * _UNITS[match[2].lower()])
+    return tuple(offsets)
 
 
 def split(text: str) -> list[str]:
@@ -98,3 +126,14 @@ def describe() -> str:
     lines = [f"  {name + '=…':<16}{text}" for name, text in _VALUES.items()]
     lines += [f"  {name:<16}{text}" for name, text in _FLAGS.items()]
     return "\n".join(lines)
+
+
+def add_offset(parser: argparse.ArgumentParser) -> None:
+    """Add the offset of images to a subcommand that opens them; :func:`parse_offsets` reads it."""
+    parser.add_argument(
+        "-o",
+        "--offset",
+        metavar="BYTES[:BYTES...]",
+        default="",
+        help="where in its file the image begins",
+    )

@@ -18,6 +18,7 @@ import trio
 from cowfs.errors import MountFailure, SystemFailure
 from cowfs.fuse import control
 from cowfs.fuse.adapter import Adapter
+from cowfs.fuse.fakeroot import FakerootAdapter
 from cowfs.fuse.loop import RequestLoop
 from cowfs.linux.files import syncfs
 from cowfs.linux.mounts import mount_of, umount2
@@ -38,6 +39,8 @@ class MountRequest:
     options: frozenset[str]
     """For libfuse: allow_other, ro, suid, dev …"""
     acl: bool = True
+    fakeroot: bool = False
+    """Whether the user who mounts is root inside."""
     stay_on_sigterm: bool = False
 
 
@@ -48,13 +51,16 @@ class Daemon:
         self._fs = fs
         self._request = request
         self._loop = RequestLoop()
-        self.adapter = Adapter(fs, self._loop, acl=request.acl)
+        adapter = FakerootAdapter if request.fakeroot else Adapter
+        self.adapter: Adapter = adapter(fs, self._loop, acl=request.acl)
         self._mounted = False
         self.dev = ""
 
     def mount(self) -> None:
         """Attach the filesystem to its mountpoint; requests wait until :meth:`serve`."""
-        options = {f"fsname={_escape(self._request.fsname)}", "subtype=cowfs", "default_permissions"}
+        options = {f"fsname={_escape(self._request.fsname)}", "subtype=cowfs"}
+        if not self._request.fakeroot:
+            options.add("default_permissions")
         options |= self._request.options
         with _stderr() as said:
             try:

@@ -10,17 +10,19 @@ import errno
 import os
 import stat
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing
 from typing import TypeVar
 
 from cowfs.layers.kernel_file import KernelFile
+from cowfs.layers.owner_notes import OwnerNotes, needed
 from cowfs.linux import files
-from cowfs.types import Attr, AttrData, DirEntry, FileHandle, FsStats
+from cowfs.types import Attr, DirEntry, FileHandle, FsStats
 
 R = TypeVar("R")
 
 _OPEN_DIRECTORIES = 512
 """How many directory descriptors are kept open at a time."""
+_PATH_MAX = 4096
 _KEPT_CHAIN = 64
 """Descriptors of the directories above are kept too when a directory is less deep than this."""
 
@@ -43,9 +45,9 @@ class PathKey:
 class DirectoryLayer:
     """Serve the tree below *root_fd* (which the layer owns from now on) as an upper or lower layer.
 
-    Without privilege (*privileged* false) an upper cannot give files to other users. It then keeps
-    the owner that was asked for in the xattr ``user.overlay.cowfs.owner`` and shows it: a directory
-    of root's, copied up by somebody else, goes on belonging to root as far as the union is concerned.
+    Without privilege (*privileged* false) an upper cannot give files to other users. It then notes
+    the owner that was asked for and shows it: a directory of root's, copied up by somebody else, goes
+    on belonging to root as far as the union is concerned (:mod:`cowfs.layers.owner_notes`).
     """
 
     def __init__(self, root_fd: int, name: str, *, privileged: bool = True) -> None:
@@ -55,12 +57,12 @@ class DirectoryLayer:
         if not stat.S_ISDIR(info.st_mode):
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), name)
         self.dev = info.st_dev
-        self._owners = not privileged
         self._open: list[PathKey] = []  # directories with a cached descriptor, oldest first
         self._pinned: set[PathKey] = set()  # inodes without a name, held by their descriptors
         self._magic = files.fs_magic(root_fd)
         self._uuid: bytes | None = None
         self._noatime = os.O_NOATIME
+        self._notes = None if privileged else OwnerNotes(self)
 
     # --- from keys to descriptors
 
@@ -131,9 +133,14 @@ class DirectoryLayer:
         except FileNotFoundError:
             return None
         key = PathKey(directory, name)
-        return key, self._owned(key, attr) if self._owners else attr
+        return key, attr if self._notes is None else self._notes.shown(key, attr)
 
     def stat(self, key: PathKey) -> Attr:
+        attr = self.plain_stat(key)
+        return attr if self._notes is None else self._notes.shown(key, attr)
+
+    def plain_stat(self, key: PathKey) -> Attr:
+        """Return the attributes as the filesystem has them, whatever was noted."""
         attr: Attr
         if key.fd >= 0:
             attr = os.fstat(key.fd)
@@ -141,7 +148,7 @@ class DirectoryLayer:
             attr = os.stat(key.name, dir_fd=self._dir_fd(key.parent), follow_symlinks=False)
         else:
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), key.name)
-        return self._owned(key, attr) if self._owners else attr
+        return attr
 
     def readdir(self, directory: PathKey) -> list[DirEntry]:
         fd = os.open(b".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=self._dir_fd(directory))
@@ -155,9 +162,15 @@ class DirectoryLayer:
         return os.listdir(b"/proc/self/fd/%d" % self._dir_fd(directory))
 
     def readlink(self, key: PathKey) -> bytes:
-        if key.parent is None:
-            return os.readlink(b"", dir_fd=key.fd)
-        return os.readlink(key.name, dir_fd=self._dir_fd(key.parent))
+        try:
+            if key.parent is None:
+                return os.readlink(b"", dir_fd=key.fd)
+            return os.readlink(key.name, dir_fd=self._dir_fd(key.parent))
+        except OSError:
+            if self._notes is None or not stat.S_ISLNK(self.stat(key).st_mode):
+                raise
+        with closing(self.open(key, os.O_RDONLY)) as stand_in:
+            return stand_in.pread(_PATH_MAX, 0)
 
     def listxattr(self, key: PathKey) -> list[bytes]:
         names = os.listxattr(self._path(key), follow_symlinks=key.parent is None)
@@ -240,37 +253,51 @@ class DirectoryLayer:
         self, directory: PathKey, name: bytes, mode: int, uid: int, gid: int
     ) -> tuple[PathKey, KernelFile]:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_NOATIME
+        mode = stat.S_IFREG | stat.S_IMODE(mode)
+        added = self._added(mode)
         fd = self._insist(
-            lambda: os.open(name, flags, mode & 0o7777, dir_fd=self._dir_fd(directory)), directory
+            lambda: os.open(name, flags, stat.S_IMODE(mode | added), dir_fd=self._dir_fd(directory)),
+            directory,
         )
         file = KernelFile(fd)
         key = PathKey(directory, name)
-        self._give(key, os.fstat(fd), uid, gid)
+        self._give(key, os.fstat(fd), uid, gid, added)
         return key, file
 
     def mkdir(self, directory: PathKey, name: bytes, mode: int, uid: int, gid: int) -> PathKey:
-        self._insist(lambda: os.mkdir(name, mode & 0o7777, dir_fd=self._dir_fd(directory)), directory)
-        return self._made(directory, name, uid, gid)
+        mode = stat.S_IMODE(mode)
+        added = self._added(stat.S_IFDIR | mode)
+        self._insist(lambda: os.mkdir(name, mode | added, dir_fd=self._dir_fd(directory)), directory)
+        return self._made(directory, name, uid, gid, added)
+
+    def _added(self, mode: int) -> int:
+        """Return the permissions that we need and a new inode is not to have."""
+        return 0 if self._notes is None else needed(mode) & ~mode
 
     def symlink(self, directory: PathKey, name: bytes, target: bytes, uid: int, gid: int) -> PathKey:
         self._insist(lambda: os.symlink(target, name, dir_fd=self._dir_fd(directory)), directory)
         return self._made(directory, name, uid, gid)
 
     def mknod(self, directory: PathKey, name: bytes, mode: int, rdev: int, uid: int, gid: int) -> PathKey:
+        if self._notes is not None and self._notes.special(directory, name, mode, rdev, uid, gid):
+            return PathKey(directory, name)
         self._insist(lambda: os.mknod(name, mode, rdev, dir_fd=self._dir_fd(directory)), directory)
         return self._made(directory, name, uid, gid)
 
-    def _made(self, directory: PathKey, name: bytes, uid: int, gid: int) -> PathKey:
+    def _made(self, directory: PathKey, name: bytes, uid: int, gid: int, added: int = 0) -> PathKey:
         key = PathKey(directory, name)
         attr = os.stat(name, dir_fd=self._dir_fd(directory), follow_symlinks=False)
-        self._give(key, attr, uid, gid)
+        self._give(key, attr, uid, gid, added)
         return key
 
-    def _give(self, key: PathKey, attr: os.stat_result, uid: int, gid: int) -> None:
+    def _give(self, key: PathKey, attr: os.stat_result, uid: int, gid: int, added: int) -> None:
         """Let a new inode belong to *uid* and *gid*, or to its set-group-ID directory's group."""
+        assert key.parent is not None
+        if self._notes is not None:
+            self._notes.give(key, key.parent, attr, uid, gid, added)
+            return
         if attr.st_uid == uid and attr.st_gid == gid:
             return
-        assert key.parent is not None
         above = os.fstat(self._dir_fd(key.parent))
         if above.st_mode & stat.S_ISGID:
             gid = above.st_gid
@@ -354,35 +381,45 @@ class DirectoryLayer:
             moved.parent, moved.name = target
 
     def chmod(self, key: PathKey, mode: int) -> None:
+        if self._notes is None:
+            self.plain_chmod(key, mode)
+        else:
+            self._notes.chmod(key, mode)
+
+    def plain_chmod(self, key: PathKey, mode: int) -> None:
+        """Change the mode that the filesystem has."""
         if key.parent is None:
             os.chmod(b"/proc/self/fd/%d" % key.fd, mode & 0o7777)
         else:
             os.chmod(key.name, mode & 0o7777, dir_fd=self._dir_fd(key.parent))
 
     def chown(self, key: PathKey, uid: int, gid: int) -> None:
-        if not self._owners:
-            self._chown(key, uid, gid)
-            return
-        shown = self.stat(key)
-        uid = shown.st_uid if uid < 0 else uid
-        gid = shown.st_gid if gid < 0 else gid
-        try:
-            self._chown(key, uid, gid)
-        except OSError as failure:
-            if failure.errno not in {errno.EPERM, errno.EINVAL}:  # EINVAL: not in the user namespace
-                raise
-            # A symlink or device can have no user xattr: it shows the store's owner (docs/semantics.md).
-            with suppress(PermissionError, FileNotFoundError):
-                self.setxattr(key, OWNER_XATTR, b"%d:%d" % (uid, gid))
+        if self._notes is None:
+            self.plain_chown(key, uid, gid)
         else:
-            with suppress(OSError):
-                self.removexattr(key, OWNER_XATTR)
+            self._notes.chown(key, uid, gid)
 
-    def _chown(self, key: PathKey, uid: int, gid: int) -> None:
+    def plain_chown(self, key: PathKey, uid: int, gid: int) -> None:
+        """Change the owner that the filesystem has."""
         if key.parent is None:
             os.chown(b"/proc/self/fd/%d" % key.fd, uid, gid)
         else:
             os.chown(key.name, uid, gid, dir_fd=self._dir_fd(key.parent), follow_symlinks=False)
+
+    def act_as_root(self, spare: PathKey, *, anew: bool) -> None:
+        """Without privilege: hold every owner, mode and device (:meth:`OwnerNotes.act_as_root`)."""
+        if self._notes is not None:
+            self._notes.act_as_root(spare, anew=anew)
+
+    def place(self, key: PathKey) -> tuple[PathKey, bytes] | None:
+        """Return the directory and the name that a key stands for; None when its name is gone."""
+        return None if key.parent is None else (key.parent, key.name)
+
+    def plain_write(self, directory: PathKey, name: bytes, content: bytes) -> None:
+        """Make a regular file of ours that holds *content*."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+        with closing(KernelFile(os.open(name, flags, 0o600, dir_fd=self._dir_fd(directory)))) as file:
+            file.pwrite(content, 0)
 
     def utimens(self, key: PathKey, atime_ns: int, mtime_ns: int) -> None:
         if key.parent is None:
@@ -427,46 +464,19 @@ class DirectoryLayer:
         try:
             return call()
         except PermissionError:
-            if not self._owners:
+            if self._notes is None:
                 raise
         lent = []
         try:
             for key in keys:
-                mode = self.stat(key).st_mode
+                mode = self.plain_stat(key).st_mode
                 if not stat.S_ISLNK(mode) and mode & stat.S_IRWXU != stat.S_IRWXU:
-                    self.chmod(key, mode | stat.S_IRWXU)
+                    self.plain_chmod(key, mode | stat.S_IRWXU)
                     lent.append((key, mode))
             return call()
         finally:
             for key, mode in reversed(lent):
-                self.chmod(key, mode)
-
-    def _owned(self, key: PathKey, attr: Attr) -> Attr:
-        """Return *attr* with the owner that was noted for the inode, if one was."""
-        if not (stat.S_ISDIR(attr.st_mode) or stat.S_ISREG(attr.st_mode)):
-            return attr
-        try:
-            uid, gid = map(int, self.getxattr(key, OWNER_XATTR).split(b":"))
-        except (OSError, ValueError):
-            return attr
-        return AttrData(
-            st_mode=attr.st_mode,
-            st_ino=attr.st_ino,
-            st_dev=attr.st_dev,
-            st_nlink=attr.st_nlink,
-            st_uid=uid,
-            st_gid=gid,
-            st_rdev=attr.st_rdev,
-            st_size=attr.st_size,
-            st_blocks=attr.st_blocks,
-            st_blksize=attr.st_blksize,
-            st_atime_ns=attr.st_atime_ns,
-            st_mtime_ns=attr.st_mtime_ns,
-            st_ctime_ns=attr.st_ctime_ns,
-        )
-
-
-OWNER_XATTR = b"user.overlay.cowfs.owner"
+                self.plain_chmod(key, mode)
 
 
 def _stands_at(key: PathKey, place: tuple[PathKey, bytes]) -> bool:

@@ -26,8 +26,8 @@ import os
 import stat
 
 from cowfs.errors import LayerError
-from cowfs.formats.squashfs.recognise import SAMPLE
-from cowfs.formats.squashfs.superblock import parse
+from cowfs.formats.squashfs.recognise import SAMPLE, appended_at
+from cowfs.formats.squashfs.superblock import Superblock, parse
 from cowfs.linux import files
 from cowfs.store.sizes import format_size
 from cowfs.types import Identity
@@ -56,10 +56,11 @@ _XFS_IOC_FSGEOMETRY_V1 = 0x80705864  # _IOR('X', 100, struct xfs_fsop_geom_v1), 
 _XFS_UUID = slice(64, 80)
 
 
-def identify_lower(path: str) -> Identity:
+def identify_lower(path: str, offset: int = 0) -> Identity:
     """Return the identity of the lower at *path*, a squashfs image or a directory. Reads from disk.
 
-    Raises LayerError when it is missing, unreadable, damaged, or nothing that can be a lower.
+    The image begins *offset* bytes into the file; its fingerprint is that of the same image in a file of
+    its own. Raises LayerError when it is missing, unreadable, damaged, or nothing that can be a lower.
     """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -67,10 +68,12 @@ def identify_lower(path: str) -> Identity:
         raise LayerError(f"{path}: {_why(error)}") from None
     try:
         kind = stat.S_IFMT(os.fstat(fd).st_mode)
+        if kind == stat.S_IFDIR and offset:
+            raise LayerError(f"{path}: is a directory, not an image that begins at offset {offset}")
         if kind == stat.S_IFDIR:
             return _directory(fd, path)
         if kind == stat.S_IFREG:
-            return _squashfs(fd, path)
+            return _squashfs(fd, path, offset)
     except OSError as error:
         raise LayerError(f"{path}: cannot be read: {error.strerror}") from None
     finally:
@@ -84,20 +87,42 @@ def _why(error: OSError) -> str:
     return f"cannot be opened: {error.strerror}"
 
 
-def _squashfs(fd: int, path: str) -> Identity:
-    superblock = parse(os.pread(fd, SAMPLE, 0), path, os.fstat(fd).st_size)
+def _squashfs(fd: int, path: str, start: int) -> Identity:
+    superblock = _superblock(fd, path, start)
     used = superblock.bytes_used
     digest = hashlib.sha256(superblock.raw)
-    for offset in range(superblock.inode_table, used, _CHUNK):
-        digest.update(os.pread(fd, min(_CHUNK, used - offset), offset))
+    for position in range(superblock.inode_table, used, _CHUNK):
+        digest.update(os.pread(fd, min(_CHUNK, used - position), start + position))
     date = datetime.datetime.fromtimestamp(superblock.mkfs_time, datetime.UTC)
     size, inodes = format_size(used), superblock.inodes
+    where = f", at offset {start} of its file" if start else ""
     return Identity(
         kind="squashfs",
         fingerprint=digest.hexdigest(),
-        description=f"squashfs, {size}, {inodes} inodes, made {date:%Y-%m-%d %H:%M:%S}",
+        description=f"squashfs, {size}, {inodes} inodes, made {date:%Y-%m-%d %H:%M:%S}{where}",
         path=os.path.abspath(path),
     )
+
+
+def _superblock(fd: int, path: str, start: int) -> Superblock:
+    """Read the superblock at an offset; LayerError says what is there instead, and where to look."""
+    size = os.fstat(fd).st_size
+    if not start:
+        return parse(os.pread(fd, SAMPLE, 0), path, size)
+    if start >= size:
+        raise LayerError(f"{path}: has no byte at offset {start}: it has {size}")
+    try:
+        return parse(os.pread(fd, SAMPLE, start), f"{path} at offset {start}", size - start)
+    except LayerError as error:
+        head = os.pread(fd, SAMPLE, 0)
+        end = appended_at(head)
+        if head.startswith(b"hsqs"):
+            raise LayerError(
+                error.message, "one begins at the start of the file: leave offset= out"
+            ) from None
+        if end is not None and start != end < size:
+            raise LayerError(error.message, f"if this is an AppImage, try -o offset={end}") from None
+        raise
 
 
 def _directory(fd: int, path: str) -> Identity:

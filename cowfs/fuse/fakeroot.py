@@ -1,0 +1,70 @@
+"""A mount whose one user is root inside, as under fakeroot(1).
+
+The kernel checks no permissions there (no ``default_permissions``), so what is left to do is to let what
+he makes belong to root, and to leave him the set-ID bits that root keeps.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from typing import Any, NamedTuple, cast
+
+from pyfuse3 import EntryAttributes, FileInfo, RequestContext, SetattrFields
+
+from cowfs.fuse.adapter import Adapter
+
+
+class _Root(NamedTuple):
+    """A request as if root had made it."""
+
+    pid: int
+    umask: int
+    uid: int = 0
+    gid: int = 0
+
+
+def _seen(ctx: RequestContext) -> RequestContext:
+    """Return the context of a request of ours as root's, anybody else's as it is."""
+    return cast(RequestContext, _Root(ctx.pid, ctx.umask)) if ctx.uid == os.geteuid() else ctx
+
+
+class FakerootAdapter(Adapter):
+    """Take the requests of the user who mounts for root's. POSIX ACLs are not served: they would bring
+    the kernel's permission checks back (FUSE_POSIX_ACL in fs/fuse/inode.c)."""
+
+    def __init__(self, *args: Any, **more: Any) -> None:
+        super().__init__(*args, **{**more, "acl": False})
+
+    async def access(self, inode: int, mode: int, ctx: RequestContext) -> bool:
+        """Allow what root may: all but executing a file that nobody may execute."""
+        if not mode & os.X_OK:
+            return True
+        shown = (await self.getattr(inode, ctx)).st_mode
+        return not stat.S_ISREG(shown) or bool(shown & 0o111)
+
+    async def mknod(
+        self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: RequestContext
+    ) -> EntryAttributes:
+        return await super().mknod(parent_inode, name, mode, rdev, _seen(ctx))
+
+    async def mkdir(self, parent_inode: int, name: bytes, mode: int, ctx: RequestContext) -> EntryAttributes:
+        return await super().mkdir(parent_inode, name, mode, _seen(ctx))
+
+    async def symlink(
+        self, parent_inode: int, name: bytes, target: bytes, ctx: RequestContext
+    ) -> EntryAttributes:
+        return await super().symlink(parent_inode, name, target, _seen(ctx))
+
+    async def create(
+        self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: RequestContext
+    ) -> tuple[FileInfo, EntryAttributes]:
+        return await super().create(parent_inode, name, mode, flags, _seen(ctx))
+
+    async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
+        return await super().open(inode, flags, _seen(ctx))
+
+    async def setattr(
+        self, inode: int, attr: EntryAttributes, fields: SetattrFields, fh: int | None, ctx: RequestContext
+    ) -> EntryAttributes:
+        return await super().setattr(inode, attr, fields, fh, _seen(ctx))

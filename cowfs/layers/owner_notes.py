@@ -1,0 +1,263 @@
+"""What a directory layer without privilege notes of an inode: the attributes that it cannot give it.
+
+The xattr ``user.overlay.cowfs.owner`` of a file or directory is ``UID:GID``, ``UID:GID:MODE`` or
+``UID:GID:MODE:MAJOR:MINOR``; MODE is all of st_mode in octal. A mode is noted where the real one has
+more bits, so that we can go on reading what nobody may, and where the inode is of another type: what
+can have no xattr, or needs a privilege to be made, is kept as a regular file (a symlink with its target
+in it).
+
+The xattr ``user.overlay.cowfs.user`` of the layer's root is ``UID:GID``: whom everything without a note
+belongs to that really belongs to the user who keeps the layer.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import stat
+from contextlib import suppress
+from typing import NamedTuple, Protocol
+
+from cowfs.layers.base import Key
+from cowfs.linux import files
+from cowfs.types import Attr, AttrData
+
+OWNER_XATTR = b"user.overlay.cowfs.owner"
+USER_XATTR = b"user.overlay.cowfs.user"
+
+
+class Note(NamedTuple):
+    """The attributes that an inode is to show in the place of its real ones."""
+
+    uid: int
+    gid: int
+    mode: int | None = None
+    """All of st_mode; None for the real one."""
+    rdev: int = 0
+
+
+def parse(value: bytes) -> Note:
+    """Read a note. ValueError when it is none."""
+    fields = value.split(b":")
+    uid, gid = int(fields[0]), int(fields[1]) if len(fields) > 1 else -1
+    if gid < 0 or len(fields) not in {2, 3, 5}:
+        raise ValueError(value)
+    mode = int(fields[2], 8) if len(fields) > 2 else None
+    rdev = os.makedev(int(fields[3]), int(fields[4])) if len(fields) > 3 else 0
+    return Note(uid, gid, mode, rdev)
+
+
+def to_bytes(note: Note) -> bytes:
+    """Write a note."""
+    text = f"{note.uid}:{note.gid}"
+    if note.mode is not None:
+        text += f":{note.mode:o}"
+        if stat.S_ISCHR(note.mode) or stat.S_ISBLK(note.mode):
+            text += f":{os.major(note.rdev)}:{os.minor(note.rdev)}"
+    return text.encode()
+
+
+def can_be_noted(mode: int) -> bool:
+    """Whether an inode of this type can have user.* xattrs (xattr(7))."""
+    return stat.S_ISREG(mode) or stat.S_ISDIR(mode)
+
+
+def needed(mode: int) -> int:
+    """Return the permissions that the layer itself cannot do without."""
+    if stat.S_ISDIR(mode):
+        return stat.S_IRWXU
+    return stat.S_IRUSR if stat.S_ISREG(mode) else 0
+
+
+def shown(attr: Attr, note: Note) -> Attr:
+    """Return *attr* as the note says."""
+    mode = attr.st_mode if note.mode is None else note.mode
+    special = note.mode is not None and stat.S_IFMT(mode) != stat.S_IFMT(attr.st_mode)
+    return AttrData(
+        st_mode=mode,
+        st_ino=attr.st_ino,
+        st_dev=attr.st_dev,
+        st_nlink=attr.st_nlink,
+        st_uid=note.uid,
+        st_gid=note.gid,
+        st_rdev=note.rdev if special else attr.st_rdev,
+        st_size=attr.st_size,
+        st_blocks=0 if special else attr.st_blocks,
+        st_blksize=attr.st_blksize,
+        st_atime_ns=attr.st_atime_ns,
+        st_mtime_ns=attr.st_mtime_ns,
+        st_ctime_ns=attr.st_ctime_ns,
+    )
+
+
+class Plain(Protocol):
+    """The layer that the notes are of: what it really has, and what it lets us change."""
+
+    root: Key
+
+    def plain_stat(self, key: Key) -> Attr: ...
+    def plain_chmod(self, key: Key, mode: int) -> None: ...
+    def plain_chown(self, key: Key, uid: int, gid: int) -> None: ...
+    def plain_write(self, directory: Key, name: bytes, content: bytes) -> None: ...
+    def place(self, key: Key) -> tuple[Key, bytes] | None: ...
+    def readlink(self, key: Key) -> bytes: ...
+    def getxattr(self, key: Key, name: bytes) -> bytes: ...
+    def setxattr(self, key: Key, name: bytes, value: bytes, flags: int = 0) -> None: ...
+    def removexattr(self, key: Key, name: bytes) -> None: ...
+    def utimens(self, key: Key, atime_ns: int, mtime_ns: int) -> None: ...
+    def rename(self, source: tuple[Key, bytes], target: tuple[Key, bytes], flags: int = 0) -> None: ...
+    def lookup(self, directory: Key, name: bytes) -> tuple[Key, Attr] | None: ...
+    def unlink(self, directory: Key, name: bytes, key: Key | None) -> None: ...
+
+
+_UNKNOWN = {errno.ENODATA, errno.EOPNOTSUPP, errno.EPERM, errno.EACCES, errno.ENOENT}
+
+
+class OwnerNotes:
+    """Reads and keeps the notes of a layer. All methods raise OSError as the layer does."""
+
+    def __init__(self, layer: Plain) -> None:
+        self._layer = layer
+        self._me = os.geteuid()
+        self._spare: Key | None = None
+        self._numbers = itertools.count()
+        self._user: Note | None = None
+        with suppress(OSError, ValueError):
+            self._user = parse(layer.getxattr(layer.root, USER_XATTR))
+
+    def act_as_root(self, spare: Key, *, anew: bool) -> None:
+        """Hold every owner and every type from now on, by stand-ins where a note cannot be.
+
+        These are made in the directory *spare*. Whatever was left in there may be removed. With *anew*,
+        which is for a layer that holds nothing yet, what has no note belongs to root.
+        """
+        self._spare = spare
+        if anew and self._user is None:
+            self._user = Note(0, 0)
+            self._layer.setxattr(self._layer.root, USER_XATTR, to_bytes(self._user))
+
+    def shown(self, key: Key, attr: Attr) -> Attr:
+        """Return what an inode with the real attributes *attr* is to show."""
+        note = self._read(key, attr) or self._unnoted(attr)
+        return attr if note is None else shown(attr, note)
+
+    def _read(self, key: Key, attr: Attr) -> Note | None:
+        if not can_be_noted(attr.st_mode):
+            return None
+        try:
+            return parse(self._layer.getxattr(key, OWNER_XATTR))
+        except ValueError:
+            return None
+        except OSError as failure:
+            if failure.errno not in _UNKNOWN:
+                raise
+            return None
+
+    def _unnoted(self, attr: Attr) -> Note | None:
+        return self._user if attr.st_uid == self._me else None
+
+    def chmod(self, key: Key, mode: int) -> None:
+        """Give an inode another mode, and keep for ourselves what we need."""
+        real = self._layer.plain_stat(key)
+        note = self._read(key, real)
+        now = shown(real, note or self._unnoted(real) or Note(real.st_uid, real.st_gid))
+        mode = stat.S_IFMT(now.st_mode) | stat.S_IMODE(mode)
+        if stat.S_IFMT(mode) == stat.S_IFMT(real.st_mode):  # no stand-in, whose own mode is nobody's business
+            self._layer.plain_chmod(key, mode | needed(mode))
+            real = self._layer.plain_stat(key)
+        self._write(key, real, note is not None, Note(now.st_uid, now.st_gid, mode, now.st_rdev))
+
+    def chown(self, key: Key, uid: int, gid: int) -> None:
+        """Let an inode belong to others; -1 leaves one as it is."""
+        real = self._layer.plain_stat(key)
+        note = self._read(key, real)
+        now = shown(real, note or self._unnoted(real) or Note(real.st_uid, real.st_gid))
+        uid = now.st_uid if uid < 0 else uid
+        gid = now.st_gid if gid < 0 else gid
+        real = self._try_chown(key, real, uid, gid)
+        self._write(key, real, note is not None, Note(uid, gid, now.st_mode, now.st_rdev))
+
+    def give(self, key: Key, parent: Key, real: Attr, uid: int, gid: int, added: int) -> None:
+        """Let a new inode belong to *uid* and *gid*, or to its set-group-ID directory's group.
+
+        *real* are its attributes, *added* the permissions among them that it should not have.
+        """
+        if self._user is None and not added and (real.st_uid, real.st_gid) == (uid, gid):
+            return
+        gid = self._inherited(parent, gid)
+        mode = real.st_mode & ~added
+        real = self._try_chown(key, real, uid, gid)
+        self._write(key, real, False, Note(uid, gid, mode, real.st_rdev))
+
+    def _inherited(self, parent: Key, gid: int) -> int:
+        above = self._layer.plain_stat(parent)
+        return self.shown(parent, above).st_gid if above.st_mode & stat.S_ISGID else gid
+
+    def _try_chown(self, key: Key, real: Attr, uid: int, gid: int) -> Attr:
+        """Give the inode away really where that is possible: to another group of ours."""
+        if self._user is not None or (real.st_uid, real.st_gid) == (uid, gid):
+            return real
+        try:
+            self._layer.plain_chown(key, uid, gid)
+        except OSError as failure:
+            if failure.errno not in {errno.EPERM, errno.EINVAL}:  # EINVAL: not in the user namespace
+                raise
+            return real
+        if real.st_mode & (stat.S_ISUID | stat.S_ISGID) and not stat.S_ISLNK(real.st_mode):
+            self._layer.plain_chmod(key, real.st_mode)  # chown(2) has taken these bits away
+        return self._layer.plain_stat(key)
+
+    def _write(self, key: Key, real: Attr, noted: bool, wanted: Note) -> None:
+        """Note what the real inode does not say of itself; forget the note when it says all."""
+        natural = self._unnoted(real) or Note(real.st_uid, real.st_gid)
+        if wanted.mode == real.st_mode:
+            wanted = wanted._replace(mode=None)
+        if wanted.mode is None and wanted[:2] == natural[:2]:
+            if noted:
+                self._layer.removexattr(key, OWNER_XATTR)
+        elif can_be_noted(real.st_mode):
+            self._layer.setxattr(key, OWNER_XATTR, to_bytes(wanted))
+        elif self._spare is not None and not (stat.S_ISCHR(real.st_mode) and real.st_rdev == 0):
+            self._replace(key, real, wanted._replace(mode=real.st_mode, rdev=real.st_rdev))
+        # Else it shows the user's own: a whiteout, or nobody asked for more (docs/semantics.md).
+
+    # --- stand-ins
+
+    def special(self, directory: Key, name: bytes, mode: int, rdev: int, uid: int, gid: int) -> bool:
+        """Make a stand-in for a device, which only root may make; False if it is to be tried really."""
+        device = stat.S_ISBLK(mode) or (stat.S_ISCHR(mode) and rdev != 0)
+        if self._spare is None or not device:
+            return False
+        note = Note(uid, self._inherited(directory, gid), mode, rdev)
+        self._settle(self._stand_in(b"", note), (directory, name), files.RENAME_NOREPLACE)
+        return True
+
+    def _replace(self, key: Key, real: Attr, note: Note) -> None:
+        """Put a stand-in in the place of an inode that can have no note."""
+        place = self._layer.place(key)
+        if place is None:
+            return  # its last name is gone: nobody will see
+        if real.st_nlink > 1:
+            raise OSError(errno.EPERM, os.strerror(errno.EPERM), place[1])
+        content = self._layer.readlink(key) if stat.S_ISLNK(real.st_mode) else b""
+        self._settle(self._stand_in(content, note, real), place, 0)
+
+    def _stand_in(self, content: bytes, note: Note, times: Attr | None = None) -> bytes:
+        name = b"#special%x" % next(self._numbers)
+        layer, spare = self._layer, self._spare
+        layer.plain_write(spare, name, content)
+        found = layer.lookup(spare, name)
+        assert found is not None
+        layer.setxattr(found[0], OWNER_XATTR, to_bytes(note))
+        if times is not None:
+            layer.utimens(found[0], times.st_atime_ns, times.st_mtime_ns)
+        return name
+
+    def _settle(self, name: bytes, place: tuple[Key, bytes], flags: int) -> None:
+        try:
+            self._layer.rename((self._spare, name), place, flags)
+        except OSError:
+            with suppress(OSError):
+                self._layer.unlink(self._spare, name, None)
+            raise
