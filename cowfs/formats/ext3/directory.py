@@ -1,0 +1,119 @@
+"""The names of directories, kept in dictionaries: libext2fs looks through all of a directory for one."""
+
+from __future__ import annotations
+
+import stat
+import struct
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+
+INO = (1 << 32) - 1
+"""The bits of an entry that are the inode number."""
+_TYPE_AT, _OFFSET_AT, _BLOCK_AT = 32, 35, 51
+_HEAD = struct.Struct("<IIHBB")  # ino, block, offset, type, length of the name: see x3_readdir
+
+TYPES = (
+    0,
+    stat.S_IFREG,
+    stat.S_IFDIR,
+    stat.S_IFCHR,
+    stat.S_IFBLK,
+    stat.S_IFIFO,
+    stat.S_IFSOCK,
+    stat.S_IFLNK,
+)
+"""The S_IFMT bits for each EXT2_FT_* of a directory entry; 0 where the filesystem does not say."""
+_NUMBERS = {mode: number for number, mode in enumerate(TYPES)}
+
+MOST_NAMES = 1 << 18
+"""How many names are kept in all, about 200 bytes each; the last directory used is kept, however large."""
+_ITSELF = 16
+"""How many names a directory counts for before it has any."""
+_COUNT_AFTER = 256
+"""Names are made in directories that are known already: so many loads later all are counted again."""
+
+
+def entry(ino: int, mode: int, block: int, offset: int) -> int:
+    """Pack what is known of a name into one integer, which is small and quick to make."""
+    return ino | _NUMBERS[stat.S_IFMT(mode)] << _TYPE_AT | offset << _OFFSET_AT | block << _BLOCK_AT
+
+
+def type_of(value: int) -> int:
+    """Return the S_IFMT bits of an entry."""
+    return TYPES[value >> _TYPE_AT & 7]
+
+
+def place_of(value: int) -> tuple[int, int]:
+    """Return the block and the offset in it where an entry stands, or stood: an index may have moved it."""
+    return value >> _BLOCK_AT, value >> _OFFSET_AT & 0xFFFF
+
+
+class Names(dict[bytes, int]):
+    """All names of one directory but ``.`` and ``..``, each with its entry."""
+
+    __slots__ = ("hint", "more")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hint = 0
+        """The block from which on there may be room."""
+        self.more: object = None
+        """What the user of the image remembers about the directory."""
+
+
+def parse(data: bytes, into: Names) -> None:
+    """Enter the names that x3_readdir has packed."""
+    at, end = 0, len(data)
+    while at < end:
+        ino, block, offset, kind, length = _HEAD.unpack_from(data, at)
+        at += _HEAD.size + length
+        into[data[at - length : at]] = ino | kind << _TYPE_AT | offset << _OFFSET_AT | block << _BLOCK_AT
+
+
+class Directories:
+    """The directories whose names are in memory, the longest unused one first. Not thread-safe."""
+
+    __slots__ = ("_by_ino", "_count", "_load", "_loads", "_most")
+
+    def __init__(self, load: Callable[[int], Iterable[bytes]], most: int = MOST_NAMES) -> None:
+        """*load* yields what x3_readdir says of a directory."""
+        self._load = load
+        self._most = most
+        self._by_ino: OrderedDict[int, Names] = OrderedDict()
+        self._count = 0
+        self._loads = 0
+
+    def names(self, directory: int) -> Names:
+        """Return the names of a directory; they may be changed as the directory is. ENOTDIR."""
+        names = self._by_ino.get(directory)
+        if names is not None:
+            self._by_ino.move_to_end(directory)
+            return names
+        names = Names()
+        for data in self._load(directory):
+            parse(data, names)
+        self._by_ino[directory] = names
+        self._count += len(names) + _ITSELF
+        self._loads += 1
+        if self._count > self._most or self._loads % _COUNT_AFTER == 0:
+            self._evict()
+        return names
+
+    def known(self, directory: int) -> Names | None:
+        """Return the names if they are in memory."""
+        return self._by_ino.get(directory)
+
+    def forget(self, directory: int) -> None:
+        """Drop a directory that is no more."""
+        self._by_ino.pop(directory, None)
+
+    def clear(self) -> None:
+        """Drop all of them."""
+        self._by_ino.clear()
+        self._count = 0
+
+    def _evict(self) -> None:
+        self._count = sum(map(len, self._by_ino.values())) + len(self._by_ino) * _ITSELF
+        while self._count > self._most and len(self._by_ino) > 1:
+            _, names = self._by_ino.popitem(last=False)
+            self._count -= len(names) + _ITSELF

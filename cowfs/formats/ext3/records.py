@@ -1,0 +1,43 @@
+"""What the engine tells of inodes and of the image, as plain data."""
+
+from __future__ import annotations
+
+import struct
+from typing import NamedTuple
+
+INODE = struct.Struct("=8I2Q3q")
+"""struct x3_attr of engine.h."""
+
+
+class Inode(NamedTuple):
+    """The attributes of an inode as the engine gives them; struct x3_attr says what they are."""
+
+    mode: int
+    nlink: int
+    uid: int
+    gid: int
+    major: int
+    minor: int
+    generation: int
+    flags: int
+    size: int
+    blocks: int
+    atime_ns: int
+    mtime_ns: int
+    ctime_ns: int
+
+
+class Facts(NamedTuple):
+    """What is known of the whole image. Sizes are counted in blocks."""
+
+    block_size: int
+    inode_size: int
+    blocks: int
+    free_blocks: int
+    reserved: int
+    overhead: int
+    inodes: int
+    free_inodes: int
+    uuid: bytes
+    aborted: int
+    """The errno of what made the engine give the image up; 0 while all is well."""

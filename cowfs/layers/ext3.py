@@ -1,0 +1,421 @@
+"""An ext3 image as an upper layer, read and written in-process: no mount, no loop device, no privilege.
+
+What the kernel's VFS does for a mounted filesystem is done here: who a new inode belongs to, ACLs,
+which changes take set-ID bits and capabilities away, and that what is in use outlives its names.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import stat
+import struct
+from contextlib import suppress
+from typing import NamedTuple
+
+from cowfs.formats.ext3 import image as ext3
+from cowfs.formats.ext3.directory import INO, Names, type_of
+from cowfs.formats.ext3.image import Image
+from cowfs.formats.ext3.records import Inode
+from cowfs.layers import acl
+from cowfs.layers.ext3_file import Capabilities, Ext3File, InUse, Key
+from cowfs.linux.files import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WHITEOUT
+from cowfs.types import Attr, AttrData, DirEntry, FileHandle, FsStats
+
+_FILEID_INO32_GEN = 1
+"""The kernel's type of a handle that is an inode number and a generation (linux/exportfs.h)."""
+_HANDLE = struct.Struct("=II")
+_NAME_MAX = 255
+_devices = itertools.count(1)
+_FIRST_DEVICE = 2 << 40
+"""Device numbers of layers that the kernel knows nothing of are beyond its 32 bits; squashfs has 1 << 40."""
+
+
+class _Inherit(NamedTuple):
+    """What a directory has for the inodes that are made in it."""
+
+    gid: int
+    """-1 but in a set-group-ID directory."""
+    acl: bytes
+
+
+_NOTHING = _Inherit(-1, b"")
+
+
+class Ext3Layer:
+    """Serve an open image as a :class:`cowfs.layers.base.UpperLayer`; the layer owns it from now on."""
+
+    def __init__(self, image: Image) -> None:
+        self.image = image
+        self.name = image.name
+        self.root = Key(ext3.ROOT)
+        self.dev = _FIRST_DEVICE + next(_devices)
+        facts = image.facts()
+        self._uuid = facts.uuid
+        self._block_size = facts.block_size
+        self._in_use = InUse(image)
+        self._capabilities = Capabilities(image)
+
+    # --- reading
+
+    def lookup(self, directory: int, name: bytes) -> tuple[Key, Attr] | None:
+        """Find *name*; None when it is not there. ENOTDIR, ENAMETOOLONG."""
+        value = self.image.names(directory).get(name)
+        if value is None:
+            if len(name) > _NAME_MAX:
+                raise _error(errno.ENAMETOOLONG)
+            return None
+        key = Key(value & INO)
+        return key, self.attributes(key, self.image.getattr(key))
+
+    def stat(self, key: int) -> Attr:
+        return self.attributes(key, self.image.getattr(key))
+
+    def attributes(self, ino: int, inode: Inode) -> AttrData:
+        """Return what the engine says of an inode as a layer says it."""
+        mode, nlink, uid, gid, major, minor, _, _, size, blocks, atime, mtime, ctime = inode
+        rdev = os.makedev(major, minor) if major or minor else 0
+        return AttrData(
+            *(mode, ino, self.dev, nlink, uid, gid, rdev, size, blocks, self._block_size),
+            *(atime, mtime, ctime),
+        )
+
+    def readdir(self, directory: int) -> list[DirEntry]:
+        """All entries, in the order of the directory. ENOTDIR."""
+        return [DirEntry(name, type_of(value)) for name, value in self.image.names(directory).items()]
+
+    def names(self, directory: int) -> list[bytes]:
+        return list(self.image.names(directory))
+
+    def readlink(self, key: int) -> bytes:
+        return self.image.readlink(key)
+
+    def listxattr(self, key: int) -> list[bytes]:
+        """All names, those of trusted.* too, whoever we are."""
+        return self.image.listxattr(key)
+
+    def getxattr(self, key: int, name: bytes) -> bytes:
+        return self.image.getxattr(key, name)
+
+    def open(self, key: int, flags: int) -> Ext3File:
+        """Open a regular file. EISDIR; ELOOP for a symlink, as with O_NOFOLLOW; ENXIO for the rest."""
+        self._must_be_regular(key)
+        if flags & os.O_ACCMODE != os.O_RDONLY and self.image.read_only:
+            raise _error(errno.EROFS)
+        if flags & os.O_TRUNC:
+            self.truncate(key, 0)
+        return self._open(key, flags)
+
+    def _open(self, ino: int, flags: int) -> Ext3File:
+        return Ext3File(self.image, ino, flags, self._in_use, self._capabilities, self.attributes)
+
+    def _must_be_regular(self, key: int) -> None:
+        kind = stat.S_IFMT(self.image.getattr(key).mode)
+        if kind != stat.S_IFREG:
+            raise _error({stat.S_IFDIR: errno.EISDIR, stat.S_IFLNK: errno.ELOOP}.get(kind, errno.ENXIO))
+
+    def statfs(self) -> FsStats:
+        """As the kernel's ext3 says it, but that blocks are free as soon as what was in them is removed."""
+        facts = self.image.facts()
+        return FsStats(
+            bsize=facts.block_size,
+            frsize=facts.block_size,
+            blocks=facts.blocks - facts.overhead,
+            bfree=facts.free_blocks,
+            bavail=max(facts.free_blocks - facts.reserved, 0),
+            files=facts.inodes,
+            ffree=facts.free_inodes,
+            favail=facts.free_inodes,
+        )
+
+    def handle(self, key: int) -> FileHandle:
+        """What name_to_handle_at(2) gives for the same inode of the mounted image."""
+        return FileHandle(
+            _FILEID_INO32_GEN, _HANDLE.pack(key, self.image.getattr(key).generation), self._uuid
+        )
+
+    def handle_ino(self, handle: FileHandle) -> int | None:
+        if handle.uuid != self._uuid or handle.type not in {1, 2} or len(handle.data) < _HANDLE.size:
+            return None
+        return int(_HANDLE.unpack_from(handle.data)[0])
+
+    def forget(self, key: int) -> None:
+        """An inode without a name that lived by this very key goes, once no file of it is open."""
+        self._in_use.forgotten(key)
+
+    def close(self) -> None:
+        """Write everything to its place and close the image. Raises what goes wrong with that."""
+        self.image.close()
+
+    # --- making
+
+    def create(self, directory: int, name: bytes, mode: int, uid: int, gid: int) -> tuple[Key, Ext3File]:
+        key = self._make(directory, name, stat.S_IFREG | mode & 0o7777, uid, gid)
+        return key, self._open(key, os.O_RDWR)
+
+    def mkdir(self, directory: int, name: bytes, mode: int, uid: int, gid: int) -> Key:
+        return self._make(directory, name, stat.S_IFDIR | mode & 0o1777, uid, gid)
+
+    def symlink(self, directory: int, name: bytes, target: bytes, uid: int, gid: int) -> Key:
+        if not target:
+            raise _error(errno.ENOENT)
+        return self._make(directory, name, stat.S_IFLNK | 0o777, uid, gid, target=target)
+
+    def mknod(self, directory: int, name: bytes, mode: int, rdev: int, uid: int, gid: int) -> Key:
+        kind = stat.S_IFMT(mode) or stat.S_IFREG
+        if kind in {stat.S_IFDIR, stat.S_IFLNK}:
+            raise _error(errno.EPERM if kind == stat.S_IFDIR else errno.EINVAL)
+        if kind not in {stat.S_IFCHR, stat.S_IFBLK}:
+            rdev = 0
+        return self._make(directory, name, kind | mode & 0o7777, uid, gid, rdev=rdev)
+
+    def _make(
+        self, directory: int, name: bytes, mode: int, uid: int, gid: int, rdev: int = 0, target: bytes = b""
+    ) -> Key:
+        names = self._names_for(directory, name)
+        inherit = names.more or self._what_is_inherited(directory, names)
+        if inherit is _NOTHING:
+            return Key(self.image.create(directory, name, mode, uid, gid, rdev, target))
+        assert isinstance(inherit, _Inherit)
+        if inherit.gid >= 0:
+            gid = inherit.gid
+            mode |= stat.S_ISGID if stat.S_ISDIR(mode) else 0
+        if not inherit.acl or stat.S_ISLNK(mode):
+            return Key(self.image.create(directory, name, mode, uid, gid, rdev, target))
+        entries = acl.masked(acl.parse(inherit.acl), mode)
+        bits, is_all = acl.mode_of(entries)
+        key = Key(self.image.create(directory, name, mode & ~0o777 | bits, uid, gid, rdev))
+        if not is_all:
+            self.image.setxattr(key, acl.ACCESS, acl.build(entries))
+        if stat.S_ISDIR(mode):
+            self.image.setxattr(key, acl.DEFAULT, inherit.acl)
+        return key
+
+    def _names_for(self, directory: int, name: bytes) -> Names:
+        """Return the names of a directory that *name* may be added to."""
+        names = self.image.names(directory)
+        if name in names:
+            raise _error(errno.EEXIST)
+        self._must_take(directory, name)
+        return names
+
+    def _must_take(self, directory: int, name: bytes) -> None:
+        if len(name) > _NAME_MAX:
+            raise _error(errno.ENAMETOOLONG)
+        if self._in_use.is_nameless(directory):
+            raise _error(errno.ENOENT)
+
+    def _what_is_inherited(self, directory: int, names: Names) -> _Inherit:
+        inode = self.image.getattr(directory)
+        default = b""
+        with suppress(OSError):
+            default = self.image.getxattr(directory, acl.DEFAULT)
+        gid = inode.gid if inode.mode & stat.S_ISGID else -1
+        inherit = _NOTHING if gid < 0 and not default else _Inherit(gid, default)
+        names.more = inherit
+        return inherit
+
+    def _inherits_anew(self, directory: int) -> None:
+        names = self.image.known(directory)
+        if names is not None:
+            names.more = None
+
+    # --- names
+
+    def link(self, key: int, directory: int, name: bytes) -> None:
+        self._names_for(directory, name)
+        mode = self.image.getattr(key).mode
+        if stat.S_ISDIR(mode):
+            raise _error(errno.EPERM)
+        if self._in_use.is_nameless(key):
+            raise _error(errno.ENOENT)
+        self.image.link(key, mode, directory, name)
+
+    def unlink(self, directory: int, name: bytes, key: int | None) -> None:
+        ino, kind = self._find(directory, name)
+        if kind == stat.S_IFDIR:
+            raise _error(errno.EISDIR)
+        with self._in_use.lock:
+            used = self._in_use.has(ino, key)
+            self.image.unlink(directory, name, keep=used)
+            if used:
+                self._in_use.lost_a_name(ino, key)
+
+    def rmdir(self, directory: int, name: bytes, key: int | None) -> None:
+        ino, kind = self._find(directory, name)
+        if kind != stat.S_IFDIR:
+            raise _error(errno.ENOTDIR)
+        with self._in_use.lock:
+            used = self._in_use.has(ino, key)
+            self.image.rmdir(directory, name, keep=used)
+            if used:
+                self._in_use.lost_a_name(ino, key)
+
+    def _find(self, directory: int, name: bytes) -> tuple[int, int]:
+        """Return number and type of what stands under a name. ENOENT."""
+        value = self.image.names(directory).get(name)
+        if value is None:
+            raise _error(errno.ENOENT if len(name) <= _NAME_MAX else errno.ENAMETOOLONG)
+        return self._ino_and_type(value)
+
+    def _ino_and_type(self, value: int) -> tuple[int, int]:
+        ino = value & INO
+        return ino, type_of(value) or stat.S_IFMT(self.image.getattr(ino).mode)
+
+    def rename(
+        self,
+        source: tuple[int, bytes],
+        target: tuple[int, bytes],
+        flags: int = 0,
+        moved: int | None = None,
+        replaced: int | None = None,
+    ) -> None:
+        exchange = bool(flags & RENAME_EXCHANGE)
+        if flags & ~_RENAME_FLAGS or (exchange and flags != RENAME_EXCHANGE):
+            raise _error(errno.EINVAL)
+        ino, kind = self._find(*source)
+        value = self.image.names(target[0]).get(target[1])
+        if value is not None and flags & RENAME_NOREPLACE:
+            raise _error(errno.EEXIST)
+        if value is None and exchange:
+            raise _error(errno.ENOENT)
+        self._must_take(*target)
+        there, there_kind = (0, 0) if value is None else self._ino_and_type(value)
+        if there == ino:
+            return  # two names of one inode: POSIX has nothing done
+        if kind == stat.S_IFDIR:
+            self._must_not_be_above(ino, source[0], target[0])
+        if exchange and there_kind == stat.S_IFDIR:
+            self._must_not_be_above(there, target[0], source[0])
+        if there and not exchange and (kind == stat.S_IFDIR) != (there_kind == stat.S_IFDIR):
+            raise _error(errno.ENOTDIR if kind == stat.S_IFDIR else errno.EISDIR)
+        whiteout = (0, 0) if flags & RENAME_WHITEOUT else None
+        with self._in_use.lock:
+            used = bool(there) and not exchange and self._in_use.has(there, replaced)
+            self.image.rename(source, target, exchange=exchange, whiteout=whiteout, keep=used)
+            if used:
+                self._in_use.lost_a_name(there, replaced)
+
+    def _must_not_be_above(self, ino: int, parent: int, directory: int) -> None:
+        """EINVAL if the directory *ino*, which is in *parent*, would be moved below itself."""
+        while directory not in {parent, ext3.ROOT}:
+            if directory == ino:
+                raise _error(errno.EINVAL)
+            directory = self.image.parent(directory)
+
+    # --- attributes
+
+    def chmod(self, key: int, mode: int) -> None:
+        inode = self.image.getattr(key)
+        if stat.S_ISLNK(inode.mode):
+            raise _error(errno.EOPNOTSUPP)
+        access = self._acl(key, acl.ACCESS)
+        self.image.setattr(key, ext3.MODE, mode=mode & 0o7777)
+        if access:
+            self.image.setxattr(key, acl.ACCESS, acl.build(acl.with_mode(access, mode)))
+        if stat.S_ISDIR(inode.mode):
+            self._inherits_anew(key)
+
+    def _acl(self, key: int, name: bytes) -> list[acl.Entry]:
+        try:
+            return acl.parse(self.image.getxattr(key, name))
+        except OSError as failure:
+            if failure.errno not in {errno.ENODATA, errno.EOPNOTSUPP}:
+                raise
+            return []
+
+    def chown(self, key: int, uid: int, gid: int) -> None:
+        """Take set-ID bits and capabilities from all but directories too, as chown(2) does."""
+        inode = self.image.getattr(key)
+        what = (ext3.UID if uid >= 0 else 0) | (ext3.GID if gid >= 0 else 0)
+        mode = inode.mode & 0o7777
+        if stat.S_ISDIR(inode.mode):
+            self._inherits_anew(key)
+        else:
+            self._capabilities.drop(key)
+            mode &= ~stat.S_ISUID
+            if mode & stat.S_IXGRP:
+                mode &= ~stat.S_ISGID
+        if mode != inode.mode & 0o7777:
+            what |= ext3.MODE
+        if what:
+            self.image.setattr(key, what, mode=mode, uid=max(uid, 0), gid=max(gid, 0))
+
+    def utimens(self, key: int, atime_ns: int, mtime_ns: int) -> None:
+        """With inodes of 128 bytes times are whole seconds, from 1901 to 2038."""
+        self.image.setattr(key, ext3.ATIME | ext3.MTIME, atime=atime_ns, mtime=mtime_ns)
+
+    def truncate(self, key: int, size: int) -> None:
+        if stat.S_ISREG(self.image.getattr(key).mode):
+            self._capabilities.drop(key)
+            self.image.truncate(key, size)
+        else:
+            self._must_be_regular(key)
+
+    def setxattr(self, key: int, name: bytes, value: bytes, flags: int = 0) -> None:
+        if name in {acl.ACCESS, acl.DEFAULT}:
+            self._set_acl(key, name, acl.parse(value))
+            return
+        self._check_xattr(key, name)
+        if len(value) > _XATTR_SIZE_MAX:
+            raise _error(errno.E2BIG)
+        self.image.setxattr(key, name, value, flags)
+        self._capabilities.noted(name)
+
+    def removexattr(self, key: int, name: bytes) -> None:
+        if name in {acl.ACCESS, acl.DEFAULT}:
+            self._set_acl(key, name, [])
+            return
+        self._check_xattr(key, name)
+        self.image.removexattr(key, name)
+
+    def _check_xattr(self, key: int, name: bytes) -> None:
+        if name.startswith(b"user.") and not _may_have_user(self.image.getattr(key).mode):
+            raise _error(errno.EPERM)
+
+    def _set_acl(self, key: int, name: bytes, entries: list[acl.Entry]) -> None:
+        """Set or, without entries, remove an ACL, and the mode with that for access."""
+        mode = self.image.getattr(key).mode
+        if stat.S_ISLNK(mode):
+            raise _error(errno.EOPNOTSUPP)
+        if name == acl.DEFAULT:
+            if not stat.S_ISDIR(mode):
+                if entries:
+                    raise _error(errno.EACCES)
+                return
+            self._inherits_anew(key)
+        elif entries:
+            bits, is_all = acl.mode_of(entries)
+            if bits != mode & 0o777:
+                self.image.setattr(key, ext3.MODE, mode=mode & 0o7000 | bits)
+            if is_all:
+                entries = []
+        if entries:
+            self.image.setxattr(key, name, acl.build(entries))
+            return
+        with suppress(OSError):  # ENODATA: there was none
+            self.image.removexattr(key, name)
+
+    # --- durability
+
+    def open_directory(self, key: int) -> Ext3File:
+        if not stat.S_ISDIR(self.image.getattr(key).mode):
+            raise _error(errno.ENOTDIR)
+        return self._open(key, os.O_RDONLY)
+
+    def sync(self) -> None:
+        """Return when everything written so far is on disk. Blocks; for any thread."""
+        self.image.commit()
+
+
+_RENAME_FLAGS = RENAME_NOREPLACE | RENAME_EXCHANGE | RENAME_WHITEOUT
+_XATTR_SIZE_MAX = 65536
+
+
+def _may_have_user(mode: int) -> bool:
+    return stat.S_ISREG(mode) or stat.S_ISDIR(mode)
+
+
+def _error(code: int) -> OSError:
+    return OSError(code, os.strerror(code))

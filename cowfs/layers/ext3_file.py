@@ -1,0 +1,183 @@
+"""An open file of an ext3 image, and which inodes of it are in use."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+
+from cowfs.formats.ext3.image import Image
+from cowfs.formats.ext3.records import Inode
+from cowfs.layers.base import File
+from cowfs.types import Attr
+
+_CHUNK = 1 << 20
+_CAPABILITY = b"security.capability"
+
+
+class Key(int):
+    """An inode number. Which *object* it is matters once the inode has no name: it belongs to the key
+    that was given to ``unlink`` then, and goes with that one; other keys of the same inode may have been
+    handed out by ``lookup`` before, and are forgotten whenever their users like.
+    """
+
+    __slots__ = ()
+
+
+class InUse:
+    """The inodes that somebody uses, so that they outlive their names. For any thread.
+
+    Who removes a name holds *lock* from asking whether the inode is used until that is noted.
+    """
+
+    __slots__ = ("_files", "_image", "_orphans", "lock")
+
+    def __init__(self, image: Image) -> None:
+        self._image = image
+        self.lock = threading.Lock()
+        self._files: dict[int, int] = {}  # how many are open of an inode
+        self._orphans: dict[int, Key | None] = {}  # without a name: by which key they live
+
+    def has(self, ino: int, key: int | None) -> bool:
+        """Say whether an inode is used, *key* being that of somebody who goes on doing so."""
+        return key == ino or ino in self._files
+
+    def lost_a_name(self, ino: int, key: int | None) -> None:
+        """Note by what an inode lives that has lost a name while it was used."""
+        if self._image.getattr(ino).nlink == 0:
+            self._orphans[ino] = key if isinstance(key, Key) and key == ino else None
+
+    def is_nameless(self, ino: int) -> bool:
+        """Say whether an inode has lost its last name."""
+        return ino in self._orphans
+
+    def opened(self, ino: int) -> None:
+        """Note that a file has been opened."""
+        with self.lock:
+            self._files[ino] = self._files.get(ino, 0) + 1
+
+    def closed(self, ino: int) -> None:
+        """Note that a file has been closed."""
+        with self.lock:
+            left = self._files.pop(ino) - 1
+            if left:
+                self._files[ino] = left
+            else:
+                self._let_go(ino)
+
+    def forgotten(self, key: int) -> None:
+        """Note that the user of this very key needs it no more."""
+        if self._orphans:
+            with self.lock:
+                if self._orphans.get(key) is key:
+                    self._orphans[key] = None
+                    self._let_go(key)
+
+    def _let_go(self, ino: int) -> None:
+        if ino not in self._files and self._orphans.get(ino, ...) is None:
+            del self._orphans[ino]
+            with suppress(OSError):  # the image has been given up: e2fsck frees it
+                self._image.release(ino)
+
+
+class Capabilities:
+    """What setcap(8) gives to files, and every change of their data or owner takes away."""
+
+    __slots__ = ("_image", "count")
+
+    def __init__(self, image: Image) -> None:
+        self._image = image
+        self.count = 0
+        """How many were set so far: who has seen that a file has none must look again when it changes."""
+
+    def drop(self, ino: int) -> None:
+        """Take it away from an inode if it has one."""
+        try:
+            self._image.removexattr(ino, _CAPABILITY)
+        except OSError as failure:
+            if failure.errno not in {errno.ENODATA, errno.EOPNOTSUPP}:
+                raise
+
+    def noted(self, name: bytes) -> None:
+        """Note that an xattr has been set."""
+        self.count += name == _CAPABILITY
+
+
+class Ext3File:
+    """A :class:`cowfs.layers.base.File`, counted as a use of its inode. All methods from any thread."""
+
+    __slots__ = ("_capabilities", "_flags", "_image", "_in_use", "_ino", "_seen", "_show")
+
+    def __init__(
+        self,
+        image: Image,
+        ino: int,
+        flags: int,
+        in_use: InUse,
+        capabilities: Capabilities,
+        show: Callable[[int, Inode], Attr],
+    ) -> None:
+        self._image = image
+        self._ino = ino
+        self._flags = flags
+        self._in_use = in_use
+        self._capabilities = capabilities
+        self._seen = -1
+        self._show = show
+        in_use.opened(ino)
+
+    def pread(self, size: int, offset: int) -> bytes:
+        return self._image.pread(self._ino, size, offset)
+
+    def pwrite(self, data: bytes, offset: int) -> int:
+        self._changes()
+        written = self._image.pwrite(self._ino, data, offset)
+        if self._flags & os.O_DSYNC:  # a part of O_SYNC
+            self._image.fsync(self._ino, self._flags & os.O_SYNC != os.O_SYNC)
+        return written
+
+    def truncate(self, size: int) -> None:
+        self._changes()
+        self._image.truncate(self._ino, size)
+
+    def _changes(self) -> None:
+        if self._flags & os.O_ACCMODE == os.O_RDONLY:
+            raise _error(errno.EBADF)
+        if self._seen != self._capabilities.count:
+            self._seen = self._capabilities.count
+            self._capabilities.drop(self._ino)
+
+    def fsync(self, datasync: bool) -> None:
+        self._image.fsync(self._ino, datasync)
+
+    def stat(self) -> Attr:
+        return self._show(self._ino, self._image.fgetattr(self._ino))
+
+    def segments(self, end: int) -> Iterator[tuple[int, int]]:
+        return self._image.segments(self._ino, end)
+
+    def fileno(self) -> int:
+        return -1
+
+    def copy_to(self, target: File, size: int | None = None) -> None:
+        """Copy the first *size* bytes, or all, to a new file, piece by piece; holes stay holes. Blocks."""
+        whole = self._image.fgetattr(self._ino).size
+        size = whole if size is None else min(size, whole)
+        target.truncate(size)
+        for start, stop in self.segments(size):
+            while start < stop:
+                data = self.pread(min(_CHUNK, stop - start), start)
+                if not data:
+                    raise _error(errno.EIO)
+                start += target.pwrite(data, start)
+
+    def close(self) -> None:
+        ino, self._ino = self._ino, 0
+        if ino:
+            self._in_use.closed(ino)
+
+
+def _error(code: int) -> OSError:
+    return OSError(code, os.strerror(code))
