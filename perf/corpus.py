@@ -36,6 +36,16 @@ class Entry:
     nlink: int
 
 
+@dataclass(frozen=True, slots=True)
+class Large:
+    """A large file, as it was before it was packed into an image."""
+
+    path: Path
+    size: int
+    digest: str
+    """As ``client.py read`` prints it."""
+
+
 @dataclass(slots=True)
 class Corpus:
     """The lower image and what was made from it."""
@@ -49,6 +59,9 @@ class Corpus:
     entries: list[Entry]
     archived: list[Entry]
     facts: dict[str, Any]
+    large: Large | None = None
+    in_cache: bool = False
+    """Whether the image is read into the page cache before what is cold: the disk is then not measured."""
 
     def regular(self, low: int, high: int, count: int) -> list[Entry]:
         """Up to *count* regular files of *low* to *high* bytes, spread evenly over the tree."""

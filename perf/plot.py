@@ -20,8 +20,12 @@ COLOURS = {
     "overlayfs-default": "#8aa4c4",
     "fuse-overlayfs": "#c8643c",
     "unionfs-fuse": "#d9a441",
+    "cowfs-process": "#1b7f5c",
+    "squashfs": "#33527a",
+    "squashfuse_ll+fuse-overlayfs": "#c8643c",
 }
 OTHER = "#8c8c8c"
+OWN = ("cowfs", "cowfs-process")
 
 
 def seconds(results: Results, workload: str, system: str) -> Spread | None:
@@ -29,9 +33,14 @@ def seconds(results: Results, workload: str, system: str) -> Spread | None:
     return spread(results.times(workload, system))
 
 
+def own(results: Results, workload: str) -> Spread | None:
+    """The seconds of cowfs, whichever of its engines ran this workload."""
+    return next(filter(None, (seconds(results, workload, name) for name in OWN)), None)
+
+
 def against_cowfs(results: Results, workload: str, system: str) -> Spread | None:
     """The height of a bar in the second picture."""
-    return ratio(results, workload, system, "cowfs")
+    return next(filter(None, (ratio(results, workload, system, name) for name in OWN)), None)
 
 
 def draw_seconds(results: Results, pyplot: Any) -> Any:
@@ -46,13 +55,13 @@ def draw_seconds(results: Results, pyplot: Any) -> Any:
             continue
         workload = names[index]
         axis.set_title(results.workloads[workload]["title"], fontsize=9)
-        bars(axis, results, workload, seconds(results, workload, "cowfs") is not None)
+        bars(axis, results, workload)
     figure.supxlabel("seconds, median of the rounds (less is better)", fontsize=9)
     figure.tight_layout()
     return figure
 
 
-def bars(axis: Any, results: Results, workload: str, mark: bool) -> None:
+def bars(axis: Any, results: Results, workload: str) -> None:
     """The bars of one workload, from the top down in the order of the systems."""
     found = [(s, seconds(results, workload, s)) for s in reversed(results.systems)]
     drawn = [(system, value) for system, value in found if value]
@@ -62,15 +71,15 @@ def bars(axis: Any, results: Results, workload: str, mark: bool) -> None:
         axis.errorbar(value.median, place, xerr=whisker, color="#222222", capsize=2, linewidth=0.8)
     axis.set_yticks(range(len(drawn)), [system for system, _ in drawn], fontsize=8)
     axis.tick_params(axis="x", labelsize=8)
-    if mark:
-        own = seconds(results, workload, "cowfs")
-        axis.axvline(own.median if own else 0, color=COLOURS["cowfs"], linewidth=0.8, linestyle=":")
+    ours = own(results, workload)
+    if ours:
+        axis.axvline(ours.median, color=COLOURS["cowfs"], linewidth=0.8, linestyle=":")
     axis.spines[["top", "right"]].set_visible(False)
 
 
 def draw_ratios(results: Results, pyplot: Any) -> Any:
     """One chart with all: a logarithmic scale, on which cowfs is the line at 1."""
-    others = [name for name in results.systems if name != "cowfs"]
+    others = [name for name in results.systems if name not in OWN]
     names = list(results.workloads)
     figure, axis = pyplot.subplots(figsize=(10, 0.45 * len(names) * max(1, len(others)) / 2 + 1.5))
     height = 0.8 / max(1, len(others))
@@ -128,7 +137,7 @@ def main(argv: list[str] | None = None) -> int:
     directory = options.output or path.parent
     directory.mkdir(parents=True, exist_ok=True)
     pictures = {"seconds": draw_seconds(results, pyplot)}
-    if "cowfs" in results.systems and len(results.systems) > 1:
+    if any(name in results.systems for name in OWN) and len(results.systems) > 1:
         pictures["ratios"] = draw_ratios(results, pyplot)
     for name, figure in pictures.items():
         target = directory / f"{path.stem}-{name}.{options.format}"

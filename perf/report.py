@@ -10,7 +10,8 @@ from pathlib import Path
 from perf.samples import Results, Spread, ratio, spread
 
 FOLDER = Path(__file__).with_name("results")
-BASES = ("cowfs", "overlayfs")
+BASES = ("cowfs", "overlayfs", "cowfs-process", "squashfuse_ll", "squashfuse_ll+fuse-overlayfs")
+"""What the others are compared with: cowfs, and those it is compared with most."""
 
 
 def newest() -> Path | None:
@@ -20,9 +21,10 @@ def newest() -> Path | None:
 
 def rows(results: Results, base: str) -> list[list[str]]:
     """The table: for each workload, each system's median seconds and its ratio to *base*."""
-    names = list(results.systems)
+    done = [workload for workload in results.workloads if results.of(workload, base)]
+    names = [name for name in results.systems if any(results.of(workload, name) for workload in done)]
     table = [["workload", *names]]
-    for workload in results.workloads:
+    for workload in done:
         cells = [workload]
         for name in names:
             times = spread(results.times(workload, name))
@@ -52,16 +54,21 @@ def seconds(value: float) -> str:
 def memory_rows(results: Results) -> list[list[str]]:
     """Resident memory of each daemon at the start and after listing the whole tree."""
     table = [["daemon", "at start", "after find", "per inode", "mount"]]
-    for name in results.systems:
-        good = [s for s in results.of("find-cold", name) if s.rss_start and s.rss_end]
-        if not good:
-            continue
-        start = statistics.median([float(s.rss_start or 0) for s in good])
-        end = statistics.median([float(s.rss_end or 0) for s in good])
-        each = (end - start) / results.corpus["entries"]
-        mounts = [s.mount_seconds for s in good if s.mount_seconds]
-        mounted = f"{statistics.median(mounts):.2f} s" if mounts else "-"
-        table.append([name, f"{start / 1e6:.1f} MB", f"{end / 1e6:.1f} MB", f"{each:.0f} B", mounted])
+    images = results.corpus.get("images", {})
+    entries = {"find-cold": results.corpus["entries"]}
+    entries |= {f"{name}-find": facts["entries"] for name, facts in images.items()}
+    for workload, count in entries.items():
+        for name in results.systems:
+            good = [s for s in results.of(workload, name) if s.rss_start and s.rss_end]
+            if not good:
+                continue
+            start = statistics.median([float(s.rss_start or 0) for s in good])
+            end = statistics.median([float(s.rss_end or 0) for s in good])
+            each = (end - start) / count
+            mounts = [s.mount_seconds for s in good if s.mount_seconds]
+            mounted = f"{statistics.median(mounts):.2f} s" if mounts else "-"
+            what = name if workload == "find-cold" else f"{name}, {workload.removesuffix('-find')}"
+            table.append([what, f"{start / 1e6:.1f} MB", f"{end / 1e6:.1f} MB", f"{each:.0f} B", mounted])
     return table
 
 
@@ -114,12 +121,21 @@ def machine_line(results: Results) -> str:
     )
 
 
+def image_lines(results: Results) -> list[str]:
+    """What the images of the squashfs benchmarks are, a line for each."""
+    return [
+        f"The {name} image: {facts['entries']} entries, one of them of {facts['large_bytes'] / 1e6:.0f} MB, "
+        f"in {facts['image_bytes'] / 1e6:.0f} MB."
+        for name, facts in results.corpus.get("images", {}).items()
+    ]
+
+
 def text(results: Results, *, as_markdown: bool = False) -> str:
     """Everything, for a terminal or in Markdown."""
     show = markdown if as_markdown else aligned
-    parts = [machine_line(results)]
+    parts = [machine_line(results), *image_lines(results)]
     for base in BASES:
-        if base in results.systems:
+        if any(s.system == base for s in results.samples):
             parts.append(f"Median seconds, and the ratio to {base} paired within rounds (lowest..highest):")
             parts.append(show(rows(results, base)))
     memory, settle = memory_rows(results), settle_rows(results)

@@ -4,6 +4,7 @@
     python -m perf.run --quick                the main workloads, 2 rounds
     python -m perf.run -w untar,append -s cowfs,overlayfs -r 9
     python -m perf.run --requests -s cowfs    once more with every FUSE request counted
+    python -m perf.run -w squash              the squashfs reader, beside squashfuse and the kernel
 
 Needs root: it mounts. It works in mount and process namespaces of its own, so that every mount, loop
 device and daemon is gone when it ends, however it ends.
@@ -23,12 +24,13 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
 
-from perf import corpus, machine, report, requests
-from perf.bench import Workload, workloads
+from perf import corpus, images, machine, report, requests
+from perf.bench import Workload
 from perf.box import PROJECT, Box, SampleFailed
+from perf.groups import Group, groups, select
 from perf.peers import System, systems
 from perf.samples import Results, Sample, rotated
 
@@ -36,7 +38,6 @@ RESULTS = PROJECT / "perf" / "results"
 CACHE = PROJECT / ".cache" / "perf"
 INSIDE = "COWFS_PERF_WORK"
 PROGRAMS = {"mksquashfs": "squashfs-tools", "mke2fs": "e2fsprogs", "unshare": "util-linux", "tar": "tar"}
-T = TypeVar("T")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -44,7 +45,8 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="perf.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    made.add_argument("-w", "--workloads", metavar="A,B", help="only these: " + ", ".join(workloads()))
+    names = [name for group in groups().values() for name in (group.name, *group.workloads)]
+    made.add_argument("-w", "--workloads", metavar="A,B", help="only these: " + ", ".join(names))
     made.add_argument("-s", "--systems", metavar="A,B", help="only these: " + ", ".join(systems()))
     made.add_argument("-r", "--rounds", type=int, help="rounds (5; 2 with --quick; 0 for --requests alone)")
     made.add_argument("--quick", action="store_true", help="only the main workloads, 2 rounds")
@@ -69,9 +71,12 @@ def main(argv: list[str] | None = None) -> int:
     """Run the suite; 0 if every sample succeeded, 1 if some failed, 2 if it cannot run."""
     options = parser().parse_args(argv)
     try:
-        chosen = pick(workloads(), options.workloads), pick(systems(), options.systems)
+        chosen = select(options.workloads, options.systems)
     except KeyError as error:
         print(f"perf.run: {error.args[0]}", file=sys.stderr)
+        return 2
+    if not chosen:
+        print("perf.run: none of these systems can do any of these workloads", file=sys.stderr)
         return 2
     if os.geteuid() != 0:
         print("perf.run: needs root, because it mounts (sudo make perf)", file=sys.stderr)
@@ -82,17 +87,7 @@ def main(argv: list[str] | None = None) -> int:
             return 2
     if INSIDE not in os.environ:
         return outside(sys.argv[1:] if argv is None else argv)
-    return inside(options, *chosen, Path(os.environ[INSIDE]))
-
-
-def pick(known: dict[str, T], names: str | None) -> dict[str, T]:
-    """The entries of *known* that *names* lists, all without it; KeyError for a name it has not."""
-    if not names:
-        return known
-    for name in names.split(","):
-        if name not in known:
-            raise KeyError(f"there is no {name!r}: choose from {', '.join(known)}")
-    return {name: known[name] for name in names.split(",")}
+    return inside(options, chosen, Path(os.environ[INSIDE]))
 
 
 def outside(argv: list[str]) -> int:
@@ -125,39 +120,30 @@ def outside(argv: list[str]) -> int:
             shutil.rmtree(work, ignore_errors=True)
 
 
-def inside(
-    options: argparse.Namespace, bench: dict[str, Workload], peers: dict[str, System], work: Path
-) -> int:
+def inside(options: argparse.Namespace, chosen: list[Group], work: Path) -> int:
     """The run itself, within the namespaces."""
     if options.quick and not options.workloads:
-        bench = {name: w for name, w in bench.items() if w.main}
+        chosen = [replace(g, workloads={n: w for n, w in g.workloads.items() if w.main}) for g in chosen]
     os.setpriority(os.PRIO_PROCESS, 0, options.nice)
     rounds = options.rounds if options.rounds is not None else 2 if options.quick else 5
-    for name, why in [(name, system.missing()) for name, system in peers.items()]:
-        if why:
-            print(f"without {name}: {why}", flush=True)
-            peers = {n: s for n, s in peers.items() if n != name}
-    scratch, reference = work / "scratch", work / "reference"
-    for directory, how in (
-        (work / "fusectl", ["-t", "fusectl", "fusectl"]),
-        (scratch, ["-t", "tmpfs", "-o", "mode=700", "tmpfs"]),
-        (reference, ["-t", "squashfs", "-o", "loop,ro", str(CACHE / "lower.squashfs")]),
-    ):
-        directory.mkdir()
-        subprocess.run(["mount", *how, str(directory)], check=True)
-    made = corpus.prepare(CACHE / "lower.squashfs", reference, scratch)
+    chosen = [without_missing(group) for group in chosen]
+    made = prepare(chosen, work)
     started = datetime.datetime.now().astimezone()
     results = Results(
         started=started.isoformat(timespec="seconds"),
         machine={**machine.describe(), "nice": options.nice},
         versions=machine.versions(PROJECT),
-        corpus=made.facts,
-        systems={name: facts(system) for name, system in peers.items()},
-        workloads={n: {"title": w.title, "cold": w.cold, "main": w.main} for n, w in bench.items()},
+        corpus=made[""].facts | {"images": {name: of.facts for name, of in made.items() if name}},
+        systems={name: facts(system) for group in chosen for name, system in group.systems.items()},
+        workloads={
+            n: {"title": w.title, "cold": w.cold, "main": w.main}
+            for group in chosen
+            for n, w in group.workloads.items()
+        },
         rounds=rounds,
     )
     path = options.output or RESULTS / f"{started:%Y-%m-%d-%H%M}.json"
-    runner = Runner(results, bench, peers, made, work, options, path)
+    runner = Runner(results, chosen, made, work, options, path)
     try:
         runner.rounds(rounds)
         if options.requests:
@@ -170,6 +156,32 @@ def inside(
     return 1 if results.errors() else 0
 
 
+def without_missing(group: Group) -> Group:
+    """*group* without the systems that cannot run here; says which, and why."""
+    why = {name: system.missing() for name, system in group.systems.items()}
+    for name in filter(why.get, why):
+        print(f"without {name}: {why[name]}", flush=True)
+    return replace(group, systems={name: s for name, s in group.systems.items() if not why[name]})
+
+
+def prepare(chosen: list[Group], work: Path) -> dict[str, corpus.Corpus]:
+    """Mount what is needed, and return the corpora by compressor; that of the unions is under ""."""
+    scratch, reference = work / "scratch", work / "reference"
+    for directory, how in (
+        (work / "fusectl", ["-t", "fusectl", "fusectl"]),
+        (scratch, ["-t", "tmpfs", "-o", "mode=700", "tmpfs"]),
+        (reference, ["-t", "squashfs", "-o", "loop,ro", str(CACHE / "lower.squashfs")]),
+    ):
+        directory.mkdir()
+        subprocess.run(["mount", *how, str(directory)], check=True)
+    made = {"": corpus.prepare(CACHE / "lower.squashfs", reference, scratch)}
+    for compressor in filter(None, (group.compressor for group in chosen)):
+        if not images.path(CACHE, compressor).exists():
+            print(f"making the {compressor} image, once (some minutes) ...", flush=True)
+        made[compressor] = images.prepare(CACHE, made[""], compressor, work / f"reference-{compressor}")
+    return made
+
+
 def facts(system: System) -> dict[str, str | bool]:
     """What the results say about a system."""
     return {"version": system.version(), "mounted": system.options(), "fuse": system.fuse}
@@ -179,13 +191,12 @@ class Runner:
     """Takes the samples, one after the other."""
 
     def __init__(
-        self, results: Results, bench: dict[str, Workload], peers: dict[str, System],
-        made: corpus.Corpus, work: Path, options: argparse.Namespace, path: Path,
+        self, results: Results, chosen: list[Group], made: dict[str, corpus.Corpus],
+        work: Path, options: argparse.Namespace, path: Path,
     ) -> None:  # fmt: skip
         self.results = results
-        self.bench = bench
-        self.peers = peers
-        self.corpus = made
+        self.groups = chosen
+        self.corpora = made
         self.work = work
         self.options = options
         self.path = path
@@ -194,57 +205,67 @@ class Runner:
     def rounds(self, rounds: int) -> None:
         """Each round: each workload on all systems, one after the other, the first one changing."""
         for turn in range(rounds):
-            for number, (name, workload) in enumerate(self.bench.items()):
-                for position, peer in enumerate(rotated(list(self.peers), turn + number)):
-                    sample = Sample(name, peer, turn, position)
-                    sample.busy_before = machine.wait_until_quiet(self.options.quiet_wait)
-                    sample.load = machine.load()
-                    self.take(sample, workload, self.peers[peer])
-                    self.results.samples.append(sample)
-                    took = f"{sample.seconds:.3f} s" if sample.seconds and not sample.error else sample.error
-                    self.results.save(self.path)
-                    print(f"round {turn + 1}/{rounds}  {name:12} {peer:20} {took}", flush=True)
+            for group in self.groups:
+                for number, workload in enumerate(group.workloads.values()):
+                    for position, peer in enumerate(rotated(list(group.systems), turn + number)):
+                        sample = self._sample(group, workload, peer, turn, position)
+                        good = sample.seconds and not sample.error
+                        took = f"{sample.seconds:.3f} s" if good else sample.error
+                        print(f"round {turn + 1}/{rounds}  {workload.name:12} {peer:28} {took}", flush=True)
+
+    def _sample(self, group: Group, workload: Workload, peer: str, turn: int, position: int) -> Sample:
+        sample = Sample(workload.name, peer, turn, position)
+        sample.busy_before = machine.wait_until_quiet(self.options.quiet_wait)
+        sample.load = machine.load()
+        self.take(sample, group, workload)
+        self.results.samples.append(sample)
+        self.results.save(self.path)
+        return sample
 
     def count_requests(self) -> None:
         """One traced sample of each workload on each FUSE system; its time does not count."""
         try:
             with requests.tracefs(self.work / "trace") as instance:
-                for name, workload in self.bench.items():
-                    for peer, system in self.peers.items():
-                        if not system.fuse:
-                            continue
-                        kinds: dict[str, requests.Kind] = {}
-
-                        def traced(box: Box, kinds: dict[str, requests.Kind] = kinds) -> float:
-                            with requests.recorded(instance, box.merged, kinds):
-                                return workload.run(box)  # noqa: B023 (called within this turn)
-
-                        sample = Sample(name, peer, -1, 0)
-                        self.take(sample, workload, system, traced)
-                        self.results.requests[f"{name}/{peer}"] = {
-                            "seconds": sample.seconds,
-                            "daemon_cpu_seconds": sample.daemon_cpu_seconds,
-                            "error": sample.error,
-                            "kinds": requests.as_json(kinds),
-                        }
+                for group in self.groups:
+                    for workload in group.workloads.values():
+                        for peer, system in group.systems.items():
+                            if system.fuse:
+                                self._count_requests_of(group, workload, peer, instance)
         except (requests.Unavailable, subprocess.CalledProcessError) as error:
             print(f"no requests counted: {error}", file=sys.stderr)
 
+    def _count_requests_of(self, group: Group, workload: Workload, peer: str, instance: Path) -> None:
+        kinds: dict[str, requests.Kind] = {}
+
+        def traced(box: Box) -> float:
+            with requests.recorded(instance, box.merged, kinds):
+                return workload.run(box)
+
+        sample = Sample(workload.name, peer, -1, 0)
+        self.take(sample, group, workload, traced)
+        self.results.requests[f"{workload.name}/{peer}"] = {
+            "seconds": sample.seconds,
+            "daemon_cpu_seconds": sample.daemon_cpu_seconds,
+            "error": sample.error,
+            "kinds": requests.as_json(kinds),
+        }
+
     def take(
-        self, sample: Sample, workload: Workload, system: System, run: Callable[[Box], float] | None = None
+        self, sample: Sample, group: Group, workload: Workload, run: Callable[[Box], float] | None = None
     ) -> None:
         """Fill in *sample*: a fresh store, set-up, the timed part, unmount, verification."""
         self._count += 1
         scratch = self.work / "scratch" / f"box-{self._count}"
         scratch.mkdir()
         prefix = shlex.split(self.options.daemon_prefix)
-        box = Box(self.work / f"box-{self._count}", scratch, self.corpus, self.options.limit, prefix)
+        corpus = self.corpora[group.compressor]
+        box = Box(self.work / f"box-{self._count}", scratch, corpus, self.options.limit, prefix)
         with ExitStack() as cleanup:
             cleanup.callback(shutil.rmtree, scratch, ignore_errors=True)
             cleanup.callback(box.close)
             box.open()
             try:
-                measure(box, sample, workload, system, run or workload.run)
+                measure(box, sample, workload, group.systems[sample.system], run or workload.run)
             except SampleFailed as error:
                 sample.error = str(error)
             except OSError as error:
@@ -263,7 +284,7 @@ def measure(
         system.unmount(box)
         mount(box, sample, system)
         machine.drop_caches()
-        warm_programs(box)
+        warm(box)
     cpu, usage = machine.cpu_times(), box.usage()
     sample.seconds = round(run(box), 6)
     cpu_after, usage_after = machine.cpu_times(), box.usage()
@@ -276,8 +297,9 @@ def measure(
         workload.verify(box)
     begin = time.perf_counter()
     system.unmount(box)
-    with box.image.open("rb") as image:
-        os.fsync(image.fileno())
+    if box.image.exists():
+        with box.image.open("rb") as image:
+            os.fsync(image.fileno())
     sample.settle_seconds = round(time.perf_counter() - begin, 6)
     if workload.writes:
         system.mount(box)
@@ -291,11 +313,13 @@ def mount(box: Box, sample: Sample, system: System) -> None:
     sample.mount_seconds = round(time.perf_counter() - begin, 6)
 
 
-def warm_programs(box: Box) -> None:
-    """Read the clients' programs into the page cache again: they are not what a cold start is about."""
+def warm(box: Box) -> None:
+    """Read into the page cache again what a cold start is not about: programs, and some images."""
     for program in ("find", "tar", "grep", "rm", "dd", "git"):
         box.output([program, "--version"], box.scratch)
     box.output([machine.python(), "-I", "-S", "-c", "import hashlib, time, sys"], box.scratch)
+    if box.corpus.in_cache:
+        box.check(["dd", f"if={box.corpus.image}", "of=/dev/null", "bs=1M", "status=none"])
 
 
 if __name__ == "__main__":

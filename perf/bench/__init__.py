@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from perf.box import Box
+from perf.images import COMPRESSORS
 
 
 class Workload(Protocol):
@@ -48,10 +49,27 @@ class Workload(Protocol):
         ...
 
 
-def workloads() -> dict[str, Workload]:
-    """Every workload by name, in the order of the tables."""
+def bench_of_union() -> dict[str, Workload]:
+    """What a merged tree is measured by, by name, in the order of the tables."""
     from perf.bench import change, clone, find, read, remove, sequential, untar
 
     modules = (find, untar, change, read, remove, sequential, clone)
     known: list[Workload] = [workload for module in modules for workload in module.WORKLOADS]
     return {workload.name: workload for workload in known}
+
+
+def bench_of_image(compressor: str) -> dict[str, Workload]:
+    """What the reader of an image is measured by, by name, in the order of the tables."""
+    from perf.bench import find, large, read
+
+    modules = (find, read, large)
+    known: list[Workload] = [workload for module in modules for workload in module.of_image(compressor)]
+    return {workload.name: workload for workload in known}
+
+
+def workloads() -> dict[str, Workload]:
+    """Every workload by name."""
+    known = bench_of_union()
+    for compressor in COMPRESSORS:
+        known |= bench_of_image(compressor)
+    return known

@@ -42,3 +42,9 @@ WORKLOADS: list[Workload] = [
     Find("find-cold", "find -printf %s over the whole lower, cold", cold=True, main=True),
     Find("find-warm", "the same again, warm", cold=False, main=False),
 ]
+
+
+def of_image(compressor: str) -> list[Workload]:
+    """The workloads of this module, for the image packed by *compressor*."""
+    title = f"find -printf %s over the whole image, {compressor}, cold"
+    return [Find(f"{compressor}-find", title, cold=True, main=False)]

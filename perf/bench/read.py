@@ -17,12 +17,13 @@ class ReadSmall:
 
     name: str = "read-small"
     title: str = "read 3,000 small files, cold"
+    count: int = 3000
     cold: bool = True
     main: bool = False
     writes: bool = False
 
     def setup(self, box: Box) -> None:
-        box.state["names"] = [e.path for e in box.corpus.regular(1, 1 << 14, 3000)]
+        box.state["names"] = [e.path for e in box.corpus.regular(1, 1 << 14, self.count)]
 
     def run(self, box: Box) -> float:
         seconds, box.state["found"] = box.client("read", box.names_file(box.state["names"]))
@@ -67,3 +68,8 @@ class Grep:
 
 
 WORKLOADS: list[Workload] = [ReadSmall(), Grep()]
+
+
+def of_image(compressor: str) -> list[Workload]:
+    """The workloads of this module, for the image packed by *compressor*."""
+    return [ReadSmall(f"{compressor}-small", f"read 15,000 small files, {compressor}, cold", 15_000)]

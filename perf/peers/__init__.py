@@ -9,7 +9,7 @@ from perf.box import Box
 
 
 class System(Protocol):
-    """Something that merges a read-only lower with a writable store."""
+    """Something that merges a read-only lower with a writable store, or only shows the lower."""
 
     @property
     def name(self) -> str:
@@ -51,10 +51,22 @@ def needs(program: str, package: str) -> str:
     return "" if shutil.which(program) else f"{program} is not installed (Debian package {package})"
 
 
-def systems() -> dict[str, System]:
-    """Every system by name, in the order of the tables."""
+def unions() -> dict[str, System]:
+    """Every system that merges, by name, in the order of the tables."""
     from perf.peers import cowfs, fuse_overlayfs, overlayfs, unionfs_fuse, unprivileged
 
     known = [*cowfs.SYSTEMS, *overlayfs.SYSTEMS, *fuse_overlayfs.SYSTEMS, *unionfs_fuse.SYSTEMS]
     known += unprivileged.SYSTEMS
     return {system.name: system for system in known}
+
+
+def readers() -> dict[str, System]:
+    """Every system that reads a squashfs image, by name, in the order of the tables."""
+    from perf.peers import cowfs, squashfuse
+
+    return {system.name: system for system in [*cowfs.READERS, *squashfuse.SYSTEMS]}
+
+
+def systems() -> dict[str, System]:
+    """Every system by name."""
+    return {**unions(), **readers()}

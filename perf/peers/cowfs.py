@@ -54,4 +54,32 @@ def command() -> list[str]:
     return [machine.python(), "-m", "cowfs.cli.main"]
 
 
+@dataclass(frozen=True, slots=True)
+class CowfsReader:
+    """cowfs as a user without root has it: it reads the image itself, and the store is a directory."""
+
+    name: str = "cowfs-process"
+    fuse: bool = True
+
+    def missing(self) -> str:
+        return SYSTEMS[0].missing()
+
+    def version(self) -> str:
+        return machine.revision(PROJECT)
+
+    def options(self) -> str:
+        return "cowfs mount IMAGE MNT --store STORE --engine process -f"
+
+    def create(self, box: Box) -> None:
+        pass
+
+    def mount(self, box: Box) -> None:
+        store = ["--store", str(box.store), "--engine", "process"]
+        box.start_daemon([*command(), "mount", str(box.corpus.image), str(box.merged), *store, "-f"])
+
+    def unmount(self, box: Box) -> None:
+        box.stop_daemon(box.merged, [*command(), "umount", str(box.merged)])
+
+
 SYSTEMS: list[System] = [Cowfs("cowfs", "kernel")]
+READERS: list[System] = [CowfsReader()]

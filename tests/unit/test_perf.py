@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import stat
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from perf import corpus, machine, plot, report, requests, run, samples
+from perf import corpus, images, machine, plot, report, requests, run, samples
 from perf.bench import Workload, workloads
 from perf.box import Box, SampleFailed, WrongResult
 from perf.peers import needs, systems
@@ -32,6 +33,7 @@ def made(tmp_path: Path) -> corpus.Corpus:
     (reference / "bin/program").write_bytes(b"#!")
     (reference / "share/link").symlink_to("part1/file1")
     (reference / "share/pipe").write_bytes(os.urandom(1 << 20))
+    (reference / images.LARGE).write_bytes(os.urandom(1 << 20))
     entries = corpus.scan(reference)
     archived = corpus.for_archive(entries, 100)
     archive, data = tmp_path / "files.tar", tmp_path / "data"
@@ -39,7 +41,10 @@ def made(tmp_path: Path) -> corpus.Corpus:
         for entry in archived:
             tar.add(reference / entry.path, arcname=entry.path, recursive=False)
     corpus.write_data(data, 2)
-    return corpus.Corpus(tmp_path / "none", archive, data, reference, entries, archived, {})
+    content = (reference / images.LARGE).read_bytes()
+    digest = f"{len(content)} {hashlib.blake2b(content, digest_size=16).hexdigest()}"
+    large = corpus.Large(reference / images.LARGE, len(content), digest)
+    return corpus.Corpus(tmp_path / "none", archive, data, reference, entries, archived, {}, large)
 
 
 @pytest.fixture

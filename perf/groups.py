@@ -1,0 +1,56 @@
+"""What is compared with what: each group has workloads, the systems that can do them, and their lower."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from perf.bench import Workload, bench_of_image, bench_of_union
+from perf.images import COMPRESSORS
+from perf.peers import System, readers, unions
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Workloads and the systems that run them, all on one image."""
+
+    name: str
+    compressor: str
+    """Which of :mod:`perf.images` is the lower; "" for that of :mod:`perf.corpus`."""
+    workloads: dict[str, Workload]
+    systems: dict[str, System]
+
+    def named(self, words: set[str]) -> dict[str, Workload]:
+        """The workloads that are called by one of *words*: by name, or by that of the group or its kind."""
+        if words & {self.name, self.name.partition("-")[0]}:
+            return self.workloads
+        return {name: workload for name, workload in self.workloads.items() if name in words}
+
+
+def groups() -> dict[str, Group]:
+    """Every group by name: the unions, and one of readers for each compressor."""
+    known = [Group("union", "", bench_of_union(), unions())]
+    known += [Group(f"squash-{each}", each, bench_of_image(each), readers()) for each in COMPRESSORS]
+    return {group.name: group for group in known}
+
+
+def select(workloads: str | None, systems: str | None) -> list[Group]:
+    """The groups, with what the two lists name and nothing else; KeyError for a name that there is not.
+
+    The lists have commas between names. Among workloads, ``union`` (what no list means), ``squash`` and
+    ``squash-zstd`` stand for all of theirs; without a list of systems it is all that can do them.
+    """
+    known = list(groups().values())
+    words = set((workloads or "union").split(","))
+    able = {name for group in known for name in group.systems}
+    peers = set(systems.split(",")) if systems else able
+    for word in sorted(words | peers):
+        if word in peers and word not in able:
+            raise KeyError(f"there is no {word!r}: choose from {', '.join(sorted(able))}")
+        if word in words and not any(group.named({word}) for group in known):
+            names = [name for group in known for name in (group.name, *group.workloads)]
+            raise KeyError(f"there is no {word!r}: choose from {', '.join(names)}")
+    chosen = [
+        Group(g.name, g.compressor, g.named(words), {n: s for n, s in g.systems.items() if n in peers})
+        for g in known
+    ]
+    return [group for group in chosen if group.workloads and group.systems]
