@@ -1,0 +1,53 @@
+"""The engine, opened on an image for a test: the layer, and what only tests ask of the engine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from cowfs.formats.ext3._engine import lib
+from cowfs.formats.ext3.image import Image
+from cowfs.layers.ext3 import Ext3Layer
+
+PWRITE, FDATASYNC, PREAD = 1, 2, 3
+"""What can be made to fail."""
+
+
+@dataclass
+class Engine:
+    """An image that is open."""
+
+    image: Image
+    layer: Ext3Layer
+
+    def mark(self, kind: int, number: int) -> None:
+        """Put a mark into the trace."""
+        assert lib.x3_mark(self.image.handle, kind << 56 | number) == 0
+
+    def inject(self, kind: int, nth: int, error: int, *, sticky: bool = False) -> None:
+        """Let the *nth* call of a kind fail; 0 ends it."""
+        assert lib.x3_inject(self.image.handle, kind, nth, error, sticky) == 0
+
+
+@contextmanager
+def opened(
+    path: Path, *, trace_fd: int = -1, debug: int = 0, read_only: bool = False, cache_bytes: int = 64 << 20
+) -> Iterator[Engine]:
+    """Open an image that commits only when asked; closed at the end, or abandoned after an exception."""
+    fd = os.open(path, os.O_RDONLY if read_only else os.O_RDWR)
+    try:
+        image = Image(
+            fd, path.name, read_only=read_only, cache_bytes=cache_bytes, commit_seconds=0,
+            trace_fd=trace_fd, debug=debug,
+        )  # fmt: skip
+    finally:
+        os.close(fd)
+    try:
+        yield Engine(image, Ext3Layer(image))
+    except BaseException:
+        image.abandon()
+        raise
+    image.close()  # safe to call twice: a test may have abandoned it

@@ -1,0 +1,119 @@
+"""A load in a process of its own, to be killed: ``python -m tests.ext3.killed IMAGE SEED``.
+
+It tells on stdout what it does, so that who kills it knows what must be there: pickled records,
+each behind its length.
+"""
+
+from __future__ import annotations
+
+import pickle
+import stat
+import struct
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tests.ext3 import engine
+from tests.ext3.load import BEGIN, COMMITTED, SYNCED, Load
+from tests.ext3.model import Block, Model, Promises, State, Synced
+from tests.ext3.reader import Image
+
+_LENGTH = struct.Struct("<I")
+
+
+def main() -> None:
+    """Work until killed."""
+    path, seed = Path(sys.argv[1]), int(sys.argv[2])
+    out = sys.stdout.buffer
+
+    def say(*record: Any) -> None:
+        data = pickle.dumps(record)
+        out.write(_LENGTH.pack(len(data)) + data)
+        out.flush()
+
+    def mark(kind: int, number: int) -> None:
+        say("mark", kind, load.syncs[number] if kind == SYNCED else number)
+
+    def settled(model: Model, touched: set[int]) -> None:
+        facts = {ino: model.states[-1].facts.get(ino) for ino in touched}
+        blocks = {
+            ino: {index: (id(block), _last(block, model.operation)) for index, block in node.blocks.items()}
+            for ino in touched
+            if (node := model.nodes.get(ino)) and stat.S_ISREG(node.facts.mode)
+        }
+        say("state", facts, blocks)
+
+    base = Image(path.read_bytes())
+    with engine.opened(path) as opened:
+        load = Load(opened.layer, base, seed, mark, settled=settled)
+        while True:
+            load.run(100, commit_every=12, sync_every=8)
+
+
+def _last(block: Block, operation: int) -> bytes | None:
+    return block.data if block.operations[-1] == operation else None
+
+
+@dataclass
+class Account:
+    """What a load has told of itself."""
+
+    states: list[State]
+    promises: Promises = field(default_factory=Promises)
+    _blocks: dict[int, Block] = field(default_factory=dict)
+
+    def take(self, data: bytes) -> None:
+        """Take one record."""
+        what, *record = pickle.loads(data)
+        if what == "state":
+            self._take_state(*record)
+            return
+        kind, number = record
+        if kind == BEGIN:
+            self.promises.begun = number
+        elif kind == COMMITTED:
+            self.promises.committed = number
+        else:
+            assert isinstance(number, Synced)
+            self.promises.synced.append(number)
+
+    def _take_state(
+        self, facts: dict[int, Any], blocks: dict[int, dict[int, tuple[int, bytes | None]]]
+    ) -> None:
+        last = self.states[-1]
+        state = State(dict(last.facts), dict(last.blocks))
+        number = len(self.states)
+        for ino, fact in facts.items():
+            if fact is None:
+                state.facts.pop(ino, None)
+                state.blocks.pop(ino, None)
+                continue
+            state.facts[ino] = fact
+            if ino in blocks:
+                state.blocks[ino] = {index: self._block(number, *one) for index, one in blocks[ino].items()}
+        self.states.append(state)
+
+    def _block(self, number: int, identity: int, data: bytes | None) -> Block:
+        known = self._blocks.get(identity)
+        if known is None:
+            # Written while its file had no name or never seen: what matters is what it holds now.
+            known = self._blocks[identity] = Block(number, data or b"")
+        elif data is not None and known.operations[-1] != number:
+            known.write(number, data)
+        return known
+
+
+def records(data: bytes) -> list[bytes]:
+    """Split what was said; the last one may be cut off."""
+    found, at = [], 0
+    while at + _LENGTH.size <= len(data):
+        (length,) = _LENGTH.unpack_from(data, at)
+        at += _LENGTH.size + length
+        if at <= len(data):
+            found.append(data[at - length : at])
+    return found
+
+
+if __name__ == "__main__":
+    main()

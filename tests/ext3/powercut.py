@@ -1,0 +1,197 @@
+"""Power cuts, simulated: a load is recorded with every write and barrier, and cut anywhere.
+
+What was written before the last completed barrier was begun is on the disk. Of each page written since,
+the disk may hold what it was before, or what it was after any of the writes to it (the page cache writes
+pages when it likes, and a disk writes 4096 bytes whole): each page for itself, in any order.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import struct
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+from tests.ext3 import engine, images
+from tests.ext3.images import Shape
+from tests.ext3.load import BEGIN, COMMITTED, SYNCED, Load
+from tests.ext3.model import Promises, State, Synced, judge
+from tests.ext3.reader import Image
+
+PAGE = 4096
+_RECORD = struct.Struct("<QQQ")
+_WRITE, _BARRIER, _MARK, _BEGUN = 1, 2, 3, 4
+_PHASE = 9
+"""A mark of our own: the load comes to opening (0), work (1), a checkpoint (2), closing (3)."""
+
+
+class Event(NamedTuple):
+    """A record of the trace."""
+
+    kind: int
+    number: int
+    """The offset of a write."""
+    data: bytes
+
+
+@dataclass
+class Recording:
+    """A load that was run to its end, and what the disk was told meanwhile."""
+
+    base: bytes
+    events: list[Event]
+    states: list[State]
+    syncs: list[Synced]
+
+    @property
+    def barriers(self) -> int:
+        return sum(event.kind == _BARRIER for event in self.events)
+
+
+def record(place: Path, shape: Shape, seed: int, operations: int, debug: int = 0) -> Recording:
+    """Run a load on a fresh image. Half-way the log is written home; at the end the image is closed."""
+    path = images.make(place / "image", shape)
+    base = path.read_bytes()
+    with (place / "trace").open("w+b") as trace:
+        with engine.opened(path, trace_fd=trace.fileno(), debug=debug) as opened:
+            load = Load(opened.layer, Image(base), seed, opened.mark)
+            for part in range(4):
+                opened.mark(_PHASE, 1)
+                load.run(operations // 4)
+                if part % 2:
+                    opened.mark(_PHASE, 2)
+                    opened.image.checkpoint()
+            load.check()
+            opened.mark(_PHASE, 3)
+        trace.seek(0)
+        events = list(parse(trace.read()))
+    wrong = images.unclean(path) or judge(
+        load.model.states, Promises(load.model.operation, load.model.operation), Image(path.read_bytes())
+    )
+    assert wrong is None, f"without any cut: {wrong}"
+    return Recording(base, events, load.model.states, load.syncs)
+
+
+def parse(trace: bytes) -> Iterator[Event]:
+    """The records of a trace."""
+    at = 0
+    while at < len(trace):
+        kind, number, length = _RECORD.unpack_from(trace, at)
+        at += _RECORD.size + length
+        yield Event(kind, number, trace[at - length : at])
+
+
+def choose_cuts(events: list[Event], count: int, seed: int) -> list[int]:
+    """Where to cut: anywhere, just before a barrier is completed, and in opening, checkpoints and closing."""
+    chosen = random.Random(seed)
+    phases: dict[int, list[int]] = {0: [], 1: [], 2: [], 3: []}
+    before_barriers = []
+    phase = 0
+    for number, event in enumerate(events):
+        if event.kind == _MARK and event.number >> 56 == _PHASE:
+            phase = event.number & 0xFF
+        phases[phase].append(number)
+        if event.kind == _BARRIER:
+            before_barriers.append(number)
+    sources = [before_barriers, before_barriers, range(len(events)), *phases.values()]
+    sources = [source for source in sources if source]
+    return sorted(chosen.choice(sources[index % len(sources)]) for index in range(count))
+
+
+@dataclass
+class _Disk:
+    """What the disk is known to hold, and what it was told since."""
+
+    durable: bytearray
+    written: list[Event] = field(default_factory=list)
+    begun: dict[int, int] = field(default_factory=dict)
+    """By the number of each barrier under way: how many of the writes it covers."""
+    promises: Promises = field(default_factory=Promises)
+
+    def apply(self, event: Event, syncs: list[Synced]) -> None:
+        if event.kind == _WRITE:
+            self.written.append(event)
+        elif event.kind == _BEGUN:
+            self.begun[event.number] = len(self.written)
+        elif event.kind == _BARRIER:
+            count = self.begun.pop(event.number)
+            for write in self.written[:count]:
+                self.durable[write.number : write.number + len(write.data)] = write.data
+            del self.written[:count]
+            self.begun = {number: max(0, covers - count) for number, covers in self.begun.items()}
+        elif event.kind == _MARK:
+            kind, number = event.number >> 56, event.number & (1 << 56) - 1
+            if kind == BEGIN:
+                self.promises.begun = number
+            elif kind == COMMITTED:
+                self.promises.committed = number
+            elif kind == SYNCED:
+                self.promises.synced.append(syncs[number])
+
+    def cut(self, chance: random.Random) -> bytearray:
+        """What may be on the disk after a power cut now."""
+        disk = bytearray(self.durable)
+        pieces: dict[int, list[tuple[int, bytes]]] = {}
+        for write in self.written:
+            at = 0
+            while at < len(write.data):
+                begin = write.number + at
+                length = min(PAGE - begin % PAGE, len(write.data) - at)
+                pieces.setdefault(begin // PAGE, []).append((begin, write.data[at : at + length]))
+                at += length
+        likely = chance.choice((0.0, 0.1, 0.5, 0.9, 1.0, 1.0))
+        spared = chance.choice(list(pieces)) if pieces and likely in (0.0, 1.0) else -1
+        for page, writes in pieces.items():
+            there = (chance.random() < likely) != (page == spared)
+            count = chance.choice((len(writes), chance.randint(1, len(writes)))) if there else 0
+            for begin, data in writes[:count]:
+                disk[begin : begin + len(data)] = data
+        return disk
+
+
+@dataclass
+class Outcome:
+    """One cut: where it was, and what was wrong afterwards."""
+
+    cut: int
+    wrong: str | None
+
+
+def cut(recording: Recording, count: int, seed: int, place: Path) -> list[Outcome]:
+    """Cut the power so many times, recover, and judge what is there."""
+    cuts = iter(_cut_images(recording, count, seed))
+    outcomes: list[Outcome] = []
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        while batch := list(islice(cuts, 8)):  # so many images are in memory at once
+            outcomes += pool.map(lambda one: _recovered(recording, *one, place), batch)
+    return outcomes
+
+
+def _cut_images(recording: Recording, count: int, seed: int) -> Iterator[tuple[int, bytearray, Promises]]:
+    chance = random.Random(seed)
+    disk, position = _Disk(bytearray(recording.base)), 0
+    for where in choose_cuts(recording.events, count, seed):
+        while position < where:
+            disk.apply(recording.events[position], recording.syncs)
+            position += 1
+        promises = disk.promises
+        yield where, disk.cut(chance), Promises(promises.committed, promises.begun, list(promises.synced))
+
+
+def _recovered(recording: Recording, where: int, disk: bytearray, promises: Promises, place: Path) -> Outcome:
+    path = place / f"cut{where}-{id(disk)}"
+    path.write_bytes(disk)
+    try:
+        wrong = images.recover(path)
+        if wrong is None:
+            wrong = judge(recording.states, promises, Image(path.read_bytes()))
+    except (AssertionError, LookupError, struct.error) as error:
+        wrong = f"unreadable: {error!r}"
+    finally:
+        path.unlink()
+    return Outcome(where, wrong)
