@@ -17,6 +17,7 @@
 #include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/uio.h>
 #include <unistd.h>
 
 /* Handle numbers of directories have this bit: libfuse.py knows it too. */
@@ -24,6 +25,7 @@
 
 static struct fuse_lowlevel_ops theirs;
 static unsigned wanted, granted;
+static bool initialising; /* what is written next is the answer to FUSE_INIT */
 static bool between;      /* pyfuse3 has come through here */
 static PyObject *seeker;  /* called as seeker(fh, offset, whence) */
 
@@ -38,6 +40,29 @@ static void on_init(void *userdata, struct fuse_conn_info *conn)
 	theirs.init(userdata, conn);
 	conn->want |= wanted & conn->capable;
 	granted = conn->want;
+	initialising = true;
+}
+
+/* Answer FUSE_INIT with one flag more, which this libfuse does not know: the kernel need not ask for
+ * security.capability before it writes, since whoever writes below us removes it (linux/fuse.h). */
+static ssize_t on_writev(int fd, struct iovec *iov, int count, void *userdata)
+{
+	enum { FLAGS = 12, HANDLE_KILLPRIV_V2 = 1 << 28 };
+	(void)userdata;
+	if (initialising && count >= 2 && iov[1].iov_len >= FLAGS + sizeof(uint32_t)) {
+		uint32_t flags;
+		memcpy(&flags, (char *)iov[1].iov_base + FLAGS, sizeof flags);
+		flags |= HANDLE_KILLPRIV_V2;
+		memcpy((char *)iov[1].iov_base + FLAGS, &flags, sizeof flags);
+	}
+	initialising = false;
+	return writev(fd, iov, count);
+}
+
+static ssize_t on_receive(int fd, void *request, size_t size, void *userdata)
+{
+	(void)userdata;
+	return read(fd, request, size);
 }
 
 static void on_read(fuse_req_t req, fuse_ino_t ino, size_t size, off_t offset, struct fuse_file_info *fi)
@@ -115,6 +140,17 @@ struct fuse_session *fuse_session_new(struct fuse_args *args, const struct fuse_
 		between = true;
 	}
 	return real(args, &ours, sizeof ours, userdata);
+}
+
+int fuse_session_mount(struct fuse_session *session, const char *mountpoint)
+{
+	static const struct fuse_custom_io io = {.writev = on_writev, .read = on_receive};
+	int (*real)(struct fuse_session *, const char *) = libfuse("fuse_session_mount");
+	int failure = real ? real(session, mountpoint) : -1;
+
+	if (!failure && between)
+		fuse_session_custom_io(session, &io, fuse_session_fd(session));
+	return failure;
 }
 
 int fuse_reply_open(fuse_req_t req, const struct fuse_file_info *fi)

@@ -107,6 +107,7 @@ class Adapter(pyfuse3.Operations):
         self._free: list[int] = []
         self._listed = 0
         self._threads = trio.CapacityLimiter(4)
+        self._readers = trio.CapacityLimiter(4)  # whoever reads does not wait for large copy-ups
         self._no_capability: set[int] = set()
         self._no_default_acl: set[int] = set()
         libfuse.prepare(self._seek)
@@ -146,12 +147,12 @@ class Adapter(pyfuse3.Operations):
         node.lookups += 1
         return self._entry(node, attr)
 
-    async def _in_thread(self, call: Callable[[], R]) -> R:
+    async def _in_thread(self, call: Callable[[], R], limiter: trio.CapacityLimiter | None = None) -> R:
         loop = self._loop
         loop.hand_over()
         loop.waiting += 1
         try:
-            return await trio.to_thread.run_sync(call, limiter=self._threads)
+            return await trio.to_thread.run_sync(call, limiter=limiter or self._threads)
         finally:
             loop.waiting -= 1
 
@@ -403,9 +404,13 @@ class Adapter(pyfuse3.Operations):
         handle.on_replace = lambda file: libfuse.read_from(number, file.fileno())
         return FileInfo(fh=number)
 
-    @_sync
-    def read(self, fh: int, off: int, size: int) -> bytes:
-        return self._handles[fh].file.pread(size, off)
+    @_async
+    async def read(self, fh: int, off: int, size: int) -> bytes:
+        file = self._handles[fh].file
+        data = file.try_pread(size, off)
+        if data is None:
+            data = await self._in_thread(lambda: file.pread(size, off), self._readers)
+        return data
 
     @_sync
     def write(self, fh: int, off: int, buf: bytes) -> int:

@@ -5,6 +5,8 @@
 - Reads of a file behind which stands one of the kernel's are served without Python.
 - The umask is left to us (FUSE_CAP_DONT_MASK), because a directory's default ACL takes its place.
 - Targets of symbolic links are kept by the kernel (FUSE_CAP_CACHE_SYMLINKS).
+- Before it writes or changes an owner, the kernel does not ask what that takes from a file (set-ID bits,
+  capabilities; FUSE_HANDLE_KILLPRIV and its V2): the union and the layers take it.
 - lseek(2) knows holes.
 
 Without the module everything else works.
@@ -19,6 +21,7 @@ from importlib import import_module
 from typing import Any
 
 _DONT_MASK = 1 << 6  # fuse_common.h
+_HANDLE_KILLPRIV = 1 << 20
 _CACHE_SYMLINKS = 1 << 23
 
 
@@ -43,7 +46,7 @@ DIRECTORY: int = 1 << 62
 def prepare(seek: Callable[[int, int, int], int]) -> None:
     """Say what the next session shall be able to do; *seek* answers lseek(2): an offset, or -errno."""
     if _module is not None:
-        _module.prepare(_DONT_MASK | _CACHE_SYMLINKS, seek)
+        _module.prepare(_DONT_MASK | _HANDLE_KILLPRIV | _CACHE_SYMLINKS, seek)
 
 
 def leaves_umask() -> bool:

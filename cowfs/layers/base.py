@@ -31,6 +31,13 @@ class File(Protocol):
         """Read up to *size* bytes at *offset*; fewer only at the end of the file. May block."""
         ...
 
+    def try_pread(self, size: int, offset: int) -> bytes | None:
+        """What pread gives, or None if that is long work, which is better done by pread in a thread.
+
+        Never waits for another thread.
+        """
+        ...
+
     def pwrite(self, data: bytes, offset: int) -> int:
         """Write all of *data* at *offset*; return its length. May block. EBADF on a lower."""
         ...

@@ -24,6 +24,8 @@ class KernelFile:
     def pread(self, size: int, offset: int) -> bytes:
         return os.pread(self._fd, size, offset)
 
+    try_pread = pread
+
     def pwrite(self, data: bytes, offset: int) -> int:
         written = os.pwrite(self._fd, data, offset)
         while written < len(data):  # a signal or a full disk: the rest says which

@@ -45,6 +45,8 @@ class SquashfsFile:
         """Up to *size* bytes at *offset*. May block; EIO where the image is damaged."""
         return self._data.pread(size, offset)
 
+    try_pread = pread
+
     def pwrite(self, data: bytes, offset: int) -> int:
         raise _error(errno.EBADF)
 

@@ -7,7 +7,7 @@ import stat
 from dataclasses import dataclass
 
 from cowfs.overlay.copyup import copy_up, copy_up_meta
-from cowfs.overlay.file import drop_set_id_of
+from cowfs.overlay.file import SET_ID, drop_set_id_of
 from cowfs.overlay.node import Node
 from cowfs.overlay.state import State, error
 from cowfs.types import Attr, FsStats
@@ -49,6 +49,8 @@ def setattr_(fs: State, node: Node, new: NewAttributes) -> Attr:
         if stat.S_ISLNK(node.mode):
             raise error(errno.EOPNOTSUPP, node.name)
         fs.upper.chmod(key, stat.S_IMODE(new.mode))
+    elif (new.uid is not None or new.gid is not None) and node.mode & SET_ID and not node.is_dir:
+        drop_set_id_of(fs, node)  # chown(2) does so, whoever calls it
     if new.atime_ns is not None or new.mtime_ns is not None:
         atime_ns, mtime_ns = new.atime_ns, new.mtime_ns
         if atime_ns is None or mtime_ns is None:

@@ -14,7 +14,7 @@ from cowfs.overlay.state import State, error
 from cowfs.types import Attr
 
 _PASSED_ON = os.O_ACCMODE | os.O_SYNC | os.O_DSYNC
-_SET_ID = stat.S_ISUID | stat.S_ISGID
+SET_ID = stat.S_ISUID | stat.S_ISGID
 
 
 class Handle:
@@ -87,7 +87,7 @@ def _enter(handle: Handle) -> None:
 def write(fs: State, handle: Handle, data: bytes, offset: int) -> int:
     """Write all of *data*; return its length. ENOSPC at once when the store is full."""
     written = handle.file.pwrite(data, offset)
-    if handle.node.mode & _SET_ID:
+    if handle.node.mode & SET_ID:
         drop_set_id(fs, handle)
     return written
 

@@ -14,7 +14,18 @@ ALLOCATES = frozenset(
 )
 CALLS = ALLOCATES | {
     *("lookup", "stat", "readdir", "names", "readlink", "listxattr", "getxattr", "open", "handle"),
-    *("unlink", "rmdir", "chmod", "chown", "utimens", "removexattr", "pread", "fsync", "open_directory"),
+    *(
+        "unlink",
+        "rmdir",
+        "chmod",
+        "chown",
+        "utimens",
+        "removexattr",
+        "pread",
+        "try_pread",
+        "fsync",
+        "open_directory",
+    ),
 }
 MAKES_FILES = {"open", "create"}
 
