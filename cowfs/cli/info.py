@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import re
 import time
@@ -12,7 +13,7 @@ from typing import Any
 
 from cowfs.cli import options
 from cowfs.cli.client import ask, find_mount
-from cowfs.errors import UsageError
+from cowfs.errors import LayerError, UsageError
 
 NAME = "info"
 
@@ -76,6 +77,8 @@ def _is_image(path: str) -> bool:
     try:
         with open(path, "rb", buffering=0, opener=_without_waiting) as file:
             head = file.read(SAMPLE)
+    except PermissionError as error:
+        raise LayerError(f"{path}: cannot be read: {error.strerror}") from None
     except OSError:
         return False  # a directory, or something to be told about as a store
     end = appended_at(head)
@@ -92,6 +95,7 @@ def _image(path: str, offset: int = 0) -> tuple[dict[str, Any], list[tuple[str, 
     from cowfs.store.identity import identify_lower
     from cowfs.store.sizes import format_size
 
+    logging.getLogger("cowfs").addHandler(logging.NullHandler())  # the error says it all
     identity = identify_lower(path, offset)
     with closing(SquashfsLayer(identity.path, offset=offset)) as layer:
         summary = layer.summary()
