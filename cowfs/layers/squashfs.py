@@ -45,7 +45,9 @@ class SquashfsFile:
         """Up to *size* bytes at *offset*. May block; EIO where the image is damaged."""
         return self._data.pread(size, offset)
 
-    try_pread = pread
+    def try_pread(self, size: int, offset: int) -> bytes | None:
+        """The same, but None where it takes longer than half a millisecond: for a thread to do."""
+        return self._data.try_pread(size, offset)
 
     def pwrite(self, data: bytes, offset: int) -> int:
         raise _error(errno.EBADF)

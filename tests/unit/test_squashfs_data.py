@@ -419,6 +419,66 @@ def test_random_reads_do_not_read_ahead(
     assert len(seen) == 6
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_thread_should_read_is_said_so(images: dict[str, Path], opened: Open, kind: str) -> None:
+    for name, content in FILES.items():
+        file = file_of(opened(images[kind]), name)
+        near = max(0, len(content) - 50)
+        for size, offset in ((4096, 0), (MIB, 0), (100, near), (4096, len(content)), (5, MIB)):
+            data = file.try_pread(size, offset)
+            if kind != "1M" and size < MIB:  # of xz; and the others are quick
+                assert data is not None
+            assert data is None or data == content[offset : offset + size]
+            file.pread(size, offset)
+            assert file.try_pread(size, offset) == content[offset : offset + size]
+
+
+def test_a_slow_block_is_left_to_a_thread(images: dict[str, Path], opened: Open) -> None:
+    file = file_of(opened(images["1M"]), "text")
+    assert file.try_pread(10, 0) is None
+    assert file.pread(10, 0) == FILES["text"][:10]
+    assert file.try_pread(10, 10) == FILES["text"][10:20]
+
+
+def test_a_block_that_another_thread_makes_is_not_waited_for(
+    images: dict[str, Path], opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cowfs.formats.squashfs import data as module
+
+    begun, go_on = threading.Event(), threading.Event()
+    original = module.Blocks._expand
+
+    def expand(self: module.Blocks, raw: bytes, stored: module.Stored) -> bytes:
+        begun.set()
+        assert go_on.wait(60)
+        return original(self, raw, stored)
+
+    monkeypatch.setattr(module.Blocks, "_expand", expand)
+    file = file_of(opened(images["usual"]), "text")
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(file.pread, 4096, BLOCK)
+        assert begun.wait(60)
+        try:
+            assert file.try_pread(4096, BLOCK + 4096) is None
+        finally:
+            go_on.set()
+        assert reading.result() == FILES["text"][BLOCK : BLOCK + 4096]
+
+
+def test_a_read_that_is_tried_first_is_no_sequential_one(
+    images: dict[str, Path], opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = counting(monkeypatch)
+    layer = opened(images["usual"])
+    file = file_of(layer, "text")
+    for number in (4, 11, 7, 18, 1, 14):
+        file.try_pread(4096, number * BLOCK)
+        file.pread(4096, number * BLOCK)
+        file.pread(4096, number * BLOCK + 4096)
+    layer.close()
+    assert len(seen) == 6
+
+
 def test_reading_after_close_is_an_error_and_nothing_worse(images: dict[str, Path], opened: Open) -> None:
     layer = opened(images["usual"])
     file = file_of(layer, "text")

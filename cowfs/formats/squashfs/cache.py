@@ -95,6 +95,14 @@ class OnceCache(Generic[K]):
         mine.set_result(value)
         return value
 
+    def peek(self, key: K) -> bytes | None:
+        """The value of *key* if it is there; never waits."""
+        return self._cache.get(key)
+
+    def is_making(self, key: K) -> bool:
+        """Whether somebody is making the value of *key* right now."""
+        return key in self._making
+
     def clear(self) -> None:
         """Forget everything."""
         self._cache.clear()

@@ -5,6 +5,7 @@ Everything here may be used from several threads at once.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -29,7 +30,8 @@ _TASK = 256 << 10
 """How many bytes, but at least one block, one task of the readahead decompresses."""
 
 
-_FAST = {"lz4"}
+_SHORT = {"gzip": 256 << 10, "lzo": 256 << 10, "zstd": 256 << 10, "lz4": 4 << 20}
+"""How many bytes each compressor makes in half a millisecond; xz and lzma take that for a few KiB."""
 
 
 class Run(NamedTuple):
@@ -58,28 +60,39 @@ class Blocks:
         self._source = source
         self._decompress = decompress
         self._fragments = fragments
-        self._cache: OnceCache[tuple[int, int]] = OnceCache(max(cache_bytes, 4 * superblock.block_size))
+        self._cache: OnceCache[Stored] = OnceCache(max(cache_bytes, 4 * superblock.block_size))
         self.superblock = superblock
         self.size = superblock.block_size
         self.workers = Workers()
         self.lock = threading.Lock()
         """For what the files note of their readers."""
-        self.slow = superblock.compression not in _FAST and not superblock.flags & NO_DATA_COMPRESSION
+        self.slow = superblock.compression != "lz4" and not superblock.flags & NO_DATA_COMPRESSION
         """Whether decompressing takes longer than handing the work to another thread."""
+        self.short = _SHORT.get(superblock.compression, 0)
+        """How many bytes may be decompressed while others wait."""
 
     def get(self, stored: Stored, size: int) -> bytes:
         """The *size* bytes of the block at *stored*, from the cache or into it. May block. EIO."""
-        position, word = stored
-        data = self._cache.get((position, word), lambda: self._read(stored))
+        data = self._cache.get(stored, lambda: self._read(stored))
         if len(data) != size:
             raise self._wrong_size(stored, len(data), size)
         return data
 
+    def work(self, stored: Stored) -> int:
+        """How many bytes there are to decompress for :meth:`get`; all there can be if others do it now."""
+        if self._cache.peek(stored) is not None or not stored.word or stored.word & UNCOMPRESSED:
+            return 0
+        return sys.maxsize if self._cache.is_making(stored) else self.size
+
+    def fragment(self, inode: Inode) -> Stored:
+        """Where the end of a file is. May block. EIO."""
+        return self._fragments[inode.fragment]
+
     def tail(self, inode: Inode) -> bytes:
         """The end of a file that is in a fragment. May block. EIO."""
         size = inode.size & (self.size - 1)
-        stored = self._fragments[inode.fragment]
-        data = self._cache.get((stored.position, stored.word), lambda: self._read(stored))
+        stored = self.fragment(inode)
+        data = self._cache.get(stored, lambda: self._read(stored))
         if inode.offset + size > len(data):
             raise self._source.damaged(
                 f"fragment {inode.fragment} at {stored.position:#x}: ends before the tail of {inode.number}"
@@ -133,7 +146,7 @@ class Blocks:
 class FileData:
     """The data of one regular file."""
 
-    __slots__ = ("_ahead", "_blocks", "_count", "_last", "_map", "_window", "inode", "size")
+    __slots__ = ("_ahead", "_blocks", "_count", "_map", "_range", "_window", "inode", "size")
 
     def __init__(self, blocks: Blocks, inodes: Table, inode: Inode) -> None:
         """Reads nothing yet. EFBIG, EIO: see :class:`BlockMap`."""
@@ -142,13 +155,28 @@ class FileData:
         self._count = count_blocks(inode, blocks.superblock)
         # Most files are small: nothing but a tail.
         self._map = BlockMap(inodes, inode, self._count) if self._count else None
-        self._last = -1
-        """The last block that was read."""
+        self._range = (-1, -1)
+        """The blocks of the last read: who reads them again, after try_pread or bit by bit, says no more."""
         self._ahead = 0
         """The first block for which no readahead was asked."""
         self._window = 2
         """How many blocks to be ahead of the reader."""
         self.size = inode.size
+
+    def try_pread(self, size: int, offset: int) -> bytes | None:
+        """What :meth:`pread` gives, or None where that takes longer than others should wait. EIO.
+
+        Long is what takes more than half a millisecond, or what another thread has begun.
+        """
+        end = min(offset + size, self.size)
+        if 0 <= offset < end:
+            log = self._blocks.superblock.block_log
+            first, last = offset >> log, (end - 1) >> log
+            work = sum(self._blocks.work(self._place(number)) for number in range(first, last + 1))
+            if work > self._blocks.short:
+                self._read_ahead(first, last)
+                return None
+        return self.pread(size, offset)
 
     def pread(self, size: int, offset: int) -> bytes:
         """Up to *size* bytes at *offset*, fewer only at the end of the file. May block. EIO."""
@@ -157,8 +185,7 @@ class FileData:
             return b""
         log = self._blocks.superblock.block_log
         first, last = offset >> log, (end - 1) >> log
-        if self._count > 2 and self._blocks.slow:
-            self._read_ahead(first, last)
+        self._read_ahead(first, last)
         base = first << log
         data = self._block(first)
         if first == last:
@@ -175,13 +202,21 @@ class FileData:
         size = min(self._blocks.size, self.size - number * self._blocks.size)
         return self._blocks.get(stored, size) if stored.word else bytes(size)
 
+    def _place(self, number: int) -> Stored:
+        """Where block *number* is, or the fragment with the tail."""
+        if self._map is None or number == self._count:
+            return self._blocks.fragment(self.inode)
+        return self._map[number]
+
     def _read_ahead(self, first: int, last: int) -> None:
         """Start decompressing what follows, if this read continues the one before it."""
+        if self._count <= 2 or not self._blocks.slow or (first, last) == self._range:
+            return
         size = self._blocks.size
         with self._blocks.lock:
+            before, self._range = self._range[1], (first, last)
             # The kernel's own readahead sends requests that may arrive out of order.
-            sequential = abs(first - self._last) <= _NEAR and last > 0
-            self._last = last
+            sequential = abs(first - before) <= _NEAR and last > 0
             if not sequential:
                 self._ahead, self._window = 0, 2
                 return
