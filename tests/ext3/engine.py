@@ -10,6 +10,7 @@ from pathlib import Path
 
 from cowfs.formats.ext3._engine import lib
 from cowfs.formats.ext3.image import Image
+from cowfs.layers.base import Key, UpperLayer
 from cowfs.layers.ext3 import Ext3Layer
 
 PWRITE, FDATASYNC, PREAD = 1, 2, 3
@@ -51,3 +52,20 @@ def opened(
         image.abandon()
         raise
     image.close()  # safe to call twice: a test may have abandoned it
+
+
+def find(layer: UpperLayer, *names: bytes) -> Key:
+    """The key of what stands at a path."""
+    key = layer.root
+    for name in names:
+        found = layer.lookup(key, name)
+        assert found is not None, name
+        key = found[0]
+    return key
+
+
+def make_file(layer: UpperLayer, name: bytes, directory: Key = None, mode: int = 0o600) -> Key:
+    """An empty file."""
+    key, file = layer.create(layer.root if directory is None else directory, name, mode, 0, 0)
+    file.close()
+    return key

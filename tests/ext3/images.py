@@ -35,14 +35,15 @@ OLD = Shape(block_size=1024, inode_size=128, mib=12, journal=1)
 MIDDLE = Shape(block_size=2048, mib=12, journal=2)
 
 
-def make(path: Path, shape: Shape = MODERN) -> Path:
-    """An empty image, as ``cowfs create`` makes them."""
+def make(path: Path, shape: Shape = MODERN, tree: Path | None = None) -> Path:
+    """An image as ``cowfs create`` makes them, empty or with a copy of a *tree*."""
+    fill = [] if tree is None else ["-d", tree]
     with path.open("wb") as out:
         out.truncate(shape.mib << 20)
     run(
         "mke2fs", "-q", "-F", "-t", "ext3", "-O", FEATURES, "-m", "0", "-b", str(shape.block_size),
         "-I", str(shape.inode_size), "-J", f"size={shape.journal}", "-N", str(shape.inodes),
-        "-E", "lazy_itable_init=0,lazy_journal_init=0,nodiscard", path,
+        *fill, "-E", "lazy_itable_init=0,lazy_journal_init=0,nodiscard", path,
     )  # fmt: skip
     return path
 

@@ -6,6 +6,7 @@ import os
 import random
 import stat
 from collections.abc import Callable
+from os.path import commonpath
 from typing import Any
 
 from cowfs.layers.base import UpperLayer
@@ -14,7 +15,7 @@ from tests.ext3.reader import ROOT, Facts, Image
 
 NOREPLACE, EXCHANGE, WHITEOUT = 1, 2, 4
 BEGIN, COMMITTED, SYNCED = 1, 2, 3
-"""What a mark tells of an operation: it is about to begin; it and all before are committed; an inode is synced."""
+"""What a mark says: an operation is about to begin; all up to one is committed; an inode is synced."""
 _WEIGHTS = {
     "create": 16, "write": 14, "append": 8, "truncate": 6, "mkdir": 5, "symlink": 3, "mknod": 3, "rename": 10,
     "exchange": 3, "whiteout": 3, "link": 4, "unlink": 12, "rmdir": 4, "setxattr": 5, "removexattr": 2,
@@ -49,12 +50,15 @@ class Load:
         self.layer = layer
         self.model = Model(image)
         self.random = random.Random(seed)
+        self._seed = seed
         self.mark = mark
         self._settled = settled
         self.tolerate = tolerate
         self.largest = largest
         self.files = files
         self.syncs: list[Synced] = []
+        self.spared = {ROOT, 11}
+        """Inodes that are left alone but for their names: 11 is ``lost+found``."""
         self.failed = 0
         """Operations that failed with a tolerated errno."""
         self._held: dict[int, Any] = {}
@@ -130,9 +134,13 @@ class Load:
         """Everything reads as the model has it, through the layer."""
         for ino, node in self.model.nodes.items():
             key = self.key(ino)
+            facts = node.facts
             self.model.see(ino, self.layer.stat(key))
+            assert node.facts == facts, f"inode {ino} has other times"
             if node.kind == stat.S_IFDIR:
                 assert sorted(self.layer.names(key)) == sorted(node.names)
+                for name, kind in self.layer.readdir(key):
+                    assert kind in (0, self.model.nodes[node.names[name]].kind)
             if node.kind == stat.S_IFREG:
                 self.check_data(ino, key)
             if node.kind == stat.S_IFLNK:
@@ -185,7 +193,7 @@ class Load:
     def _pick(self, *kinds: int, orphans: bool = False) -> int:
         nodes = [
             ino for ino, node in self.model.nodes.items()
-            if (not kinds or node.kind in kinds) and ino not in (ROOT, 11)
+            if (not kinds or node.kind in kinds) and ino not in self.spared
         ]  # fmt: skip
         if orphans:
             nodes += [ino for ino, node in self.model.orphans.items() if node.kind in kinds]
@@ -200,7 +208,7 @@ class Load:
     def _name(self) -> bytes:
         self._count += 1
         long = self.random.choice((b"", b"", b"", b"n" * 30, b"\xff" * 100, b"long " * 48))
-        return b"%d%s" % (self._count, long)
+        return b"%d.%d%s" % (self._seed, self._count, long)
 
     def _place(self, directories: bool = True) -> tuple[int, bytes, int]:
         """A name that is there: its directory, itself, its inode."""
@@ -223,8 +231,8 @@ class Load:
         assert ino not in self.model.nodes and ino not in self.model.orphans, f"inode {ino} is in use"
         is_directory = stat.S_ISDIR(mode)
         facts = Facts(
-            mode, 2 if is_directory else 1, *owner, more.get("size", 0), more.get("rdev", (0, 0)), 0, 0, 0, {},
-            more.get("target", b""), {} if is_directory else None,
+            mode, 2 if is_directory else 1, *owner, more.get("size", 0), more.get("rdev", (0, 0)),
+            0, 0, 0, {}, more.get("target", b""), {} if is_directory else None,
         )  # fmt: skip
         self.model.nodes[ino] = Node(ino, facts)
         self.model.enter(directory, name, ino)
@@ -295,7 +303,7 @@ class Load:
         """How much of a write that failed was done after all."""
         got, old = file.pread(len(data), offset), self.model.data(ino, offset, len(data))
         assert len(got) >= len(old)
-        done = len(os.path.commonprefix([got, data]))
+        done = len(commonpath([got, data]))
         if len(got) == len(old):  # nothing was added, so the rest must be as it was
             assert got[done:] == old[done:]
         else:
@@ -373,7 +381,7 @@ class Load:
 
     def _rmdir(self) -> None:
         empty = [
-            ino for ino, node in self.model.nodes.items() if node.facts.names == {} and ino not in (ROOT, 11)
+            ino for ino, node in self.model.nodes.items() if node.facts.names == {} and ino not in self.spared
         ]
         if not empty:
             raise Refused

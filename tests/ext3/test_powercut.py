@@ -20,9 +20,7 @@ def wrong_ones(recording: Recording, count: int, seed: int, place: Path) -> list
     return [f"cut at {outcome.cut}: {outcome.wrong}" for outcome in outcomes if outcome.wrong]
 
 
-@pytest.mark.parametrize(
-    ("shape", "seed"), [(MODERN, 1), (MODERN, 2), (SMALL, 3), (OLD, 4)], ids=lambda value: str(value)
-)
+@pytest.mark.parametrize(("shape", "seed"), [(MODERN, 1), (MODERN, 2), (SMALL, 3), (OLD, 4)], ids=str)
 def test_power_cuts(place: Path, shape: Shape, seed: int) -> None:
     recording = powercut.record(place, shape, seed, OPERATIONS)
     wrong = wrong_ones(recording, 25, seed, place)
@@ -39,10 +37,15 @@ def test_many_power_cuts(place: Path, shape: Shape, seed: int) -> None:
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize(
-    ("rule", "shape"), [(1, MODERN), (2, SMALL), (4, MODERN), (8, SMALL)],
-    ids=["freed blocks are held", "logged blocks are checkpointed", "a barrier before the commit record", "orphans"],
-)  # fmt: skip
+RULES = [
+    pytest.param(1, MODERN, id="freed blocks are held"),
+    pytest.param(2, SMALL, id="logged blocks are checkpointed"),
+    pytest.param(4, MODERN, id="a barrier before the commit record"),
+    pytest.param(8, SMALL, id="orphans"),
+]
+
+
+@pytest.mark.parametrize(("rule", "shape"), RULES)
 def test_without_a_rule_cuts_do_harm(place: Path, rule: int, shape: Shape) -> None:
     """Each rule of the journal is needed, and these tests would see that it is not kept."""
     for seed in range(20, 24):

@@ -1,0 +1,98 @@
+"""Thousands of damaged images: refused, or served with errors; never a crash, a hang, or harm done at open.
+
+Each batch is a process of its own with a bound on its memory, so that a crash is a failure of this test
+and not the end of the run.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.ext3 import images
+from tests.ext3.damage import Target, damaged
+from tests.ext3.images import Shape
+from tests.support.mounts import project_root
+from tests.support.system import run
+
+SHAPES = [
+    Shape(1024, 256, mib=3, journal=1, inodes=512),
+    Shape(1024, 128, mib=3, journal=1, inodes=512),
+    Shape(4096, 256, mib=6, journal=4, inodes=512),
+]
+
+
+def fill(top: Path) -> None:
+    """A tree that has one of everything."""
+    chance = random.Random(1)
+    (top / "many").mkdir(parents=True)
+    for number in range(120):
+        (top / "many" / f"{number:03}{'n' * 40}").write_bytes(b"%d" % number)
+    (top / "one/two/three").mkdir(parents=True)
+    (top / "one/large").write_bytes(chance.randbytes(330_000))
+    os.link(top / "one/large", top / "one/two/link")
+    with (top / "one/sparse").open("wb") as out:
+        for position in (0, 100_000, 1_000_000, 70_000_000):
+            out.seek(position)
+            out.write(b"data")
+    os.symlink("short", top / "symlink")
+    os.symlink("long/" * 60, top / "one/slow")
+    os.mkfifo(top / "one/two/fifo")
+    for number, size in enumerate((10, 60, 600)):
+        path = top / f"xattr{number}"
+        path.write_bytes(b"x")
+        os.setxattr(path, "user.test", b"v" * size)
+        os.setxattr(path, "user.more", b"w" * (size // 4))
+
+
+@pytest.fixture(scope="session")
+def originals(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Sound images to damage. e2fsck -D makes indexes for the directories."""
+    place = tmp_path_factory.mktemp("originals")
+    fill(place / "tree")
+    made = []
+    for shape in SHAPES:
+        path = images.make(place / str(shape), shape, place / "tree")
+        assert run("e2fsck", "-fyD", path, check=False).returncode in (0, 1)
+        assert images.unclean(path) is None
+        made.append(path)
+    return made
+
+
+def batch(originals: list[Path], start: int, count: int, timeout: float) -> tuple[int, int]:
+    """Exercise damaged images; returns (how many, how many were refused when opened)."""
+    command = [sys.executable, "-m", "tests.ext3.exercise", "--start", str(start), "--count", str(count)]
+    done = subprocess.run(
+        [*command, *originals], cwd=project_root(), capture_output=True, text=True, timeout=timeout
+    )
+    found = re.search(r"(\d+) damaged images, (\d+) of them refused", done.stdout)
+    assert found, f"exit {done.returncode}: {done.stdout.splitlines()[-1:]}\n{done.stderr[-3000:]}"
+    return int(found[1]), int(found[2])
+
+
+@pytest.mark.parametrize("start", range(0, 2000, 500))
+def test_damaged_images(originals: list[Path], start: int) -> None:
+    done, refused = batch(originals, start, 500, timeout=110)
+    assert done == 500
+    assert 0 < refused < done, "most damage is not to be seen when an image is opened"
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(1800)
+def test_many_damaged_images(originals: list[Path]) -> None:
+    done, _ = batch(originals, 1_000_000, 60_000, timeout=1750)
+    assert done == 60_000
+
+
+def test_damage_is_repeatable_and_is_damage(originals: list[Path]) -> None:
+    target = Target("image", originals[0].read_bytes())
+    changed = [damaged(target, seed) for seed in range(60)]
+    assert changed == [damaged(target, seed) for seed in range(60)]
+    assert len(set(changed)) > 50
+    assert target.indexes and target.xattrs and target.indirect
