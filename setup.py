@@ -21,5 +21,6 @@ setup(
             extra_compile_args=["-D_FILE_OFFSET_BITS=64", *pkg_config("--cflags", "fuse3")],
             extra_link_args=pkg_config("--libs", "fuse3"),
         )
-    ]
+    ],
+    cffi_modules=["cowfs/formats/ext3/build_engine.py:builder"],
 )

@@ -250,7 +250,7 @@ int64_t x3_getxattr(x3_image *img, uint32_t ino, const char *name, uint32_t len,
  * Set an attribute; *flags*: 1 XATTR_CREATE (EEXIST), 2 XATTR_REPLACE (ENODATA).
  *
  * ENOSPC: all of them together do not fit the inode and one block. EOPNOTSUPP: an unknown namespace.
- * ERANGE: an empty or too long name. EINVAL: no valid ACL. The mode is not changed by an ACL.
+ * ERANGE: a name beyond 255 bytes. EINVAL: nothing behind the namespace, or no valid ACL. The mode is not changed by an ACL.
  */
 int x3_setxattr(x3_image *img, uint32_t ino, const char *name, uint32_t len, const void *value, uint64_t size,
 		int flags);

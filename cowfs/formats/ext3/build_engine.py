@@ -1,0 +1,29 @@
+"""How ``cowfs.formats.ext3._engine`` is compiled: setup.py asks for it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from cffi import FFI
+
+HERE = Path("cowfs/formats/ext3")  # from the root of the project: setuptools wants sources named so
+SOURCES = ["cache", "journal", "alloc", "inode", "data", "dir", "htree", "xattr", "engine"]
+
+
+def builder(here: Path = HERE, flags: tuple[str, ...] = ()) -> FFI:
+    """Return what compiles the module from the sources in *here*; engine.h declares what it offers."""
+    declarations = (here / "engine.h").read_text()
+    ffi = FFI()
+    ffi.cdef(re.sub(r"^#(?!define).*$", "", declarations, flags=re.MULTILINE))
+    ffi.set_source(
+        "cowfs.formats.ext3._engine",
+        '#include "engine.h"',
+        sources=[str(here / f"{name}.c") for name in SOURCES],
+        depends=[str(here / "engine.h"), str(here / "internal.h")],
+        include_dirs=[str(here)],
+        libraries=["ext2fs"],
+        extra_compile_args=["-std=gnu11", "-O2", "-Wall", "-Wextra", *flags],
+        extra_link_args=list(flags),
+    )
+    return ffi

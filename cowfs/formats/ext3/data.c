@@ -1,0 +1,502 @@
+/*
+ * Block pointers, and the data of regular files.
+ *
+ * i_block[] has 12 pointers to data and one each to an indirect, a double and a triple indirect block.
+ * File data never enters the cache: it goes to the image's file at once, into blocks that no committed
+ * transaction knows yet, or in place.
+ */
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+
+#include "internal.h"
+
+#define WRITE_MAX 1024u   /* blocks that one operation writes at most */
+#define CHANGES_MAX 400u /* of metadata, after which an operation writes or frees no more */
+
+/* A row of block pointers: from one on to the end of the array it is in. */
+struct slots {
+	struct block *block; /* where they are; NULL: the array does not exist */
+	uint32_t offset;
+	uint64_t count; /* of pointers; without a block: how many logical blocks there are none of */
+};
+
+static uint32_t *slot(const struct slots *s, uint64_t i)
+{
+	return (uint32_t *)(s->block->data + s->offset) + i;
+}
+
+/* The pointer number *i* in the inode itself. */
+static struct slots inode_slots(const struct inode *in, uint32_t i)
+{
+	return (struct slots){ in->block, in->offset + offsetof(struct ext2_inode_large, i_block[0]) + 4 * i, 12 - i };
+}
+
+/* The largest file, as fs/ext3/super.c has it: by the pointers, and by i_blocks, which counts 512 bytes. */
+uint64_t data_size_max(uint32_t bits)
+{
+	uint64_t per = 1ull << (bits - 2), mapped = 12 + per + per * per + per * per * per;
+	uint64_t meta = 1 + 1 + per + 1 + per + per * per;
+	uint64_t by_count = (((1ull << 32) - 1) >> (bits - 9)) - meta;
+
+	return min(mapped, by_count) << bits;
+}
+
+/* An indirect block. */
+static struct block *indirect(x3_image *img, uint32_t nr)
+{
+	check_block(img, nr, 1);
+	return block_get(img, nr);
+}
+
+/*
+ * Find the pointer to logical block *at*.
+ *
+ * With *goal* missing indirect blocks are made, near it; false: there is no room for one.
+ */
+static bool find_slots(x3_image *img, struct inode *in, uint64_t at, uint32_t goal, struct slots *s)
+{
+	uint32_t per = img->bs / 4, depth = 1, got;
+	uint64_t span = per;
+
+	if (at < 12) {
+		*s = inode_slots(in, at);
+		return true;
+	}
+	for (at -= 12; at >= span && depth < 3; depth++) {
+		at -= span;
+		span *= per;
+	}
+	if (at >= span)
+		fail(img, EFBIG, "too large a file");
+	*s = inode_slots(in, 11 + depth);
+	for (; depth; depth--) {
+		uint32_t nr = *slot(s, 0);
+		if (!nr && !goal) {
+			*s = (struct slots){ .count = span - at };
+			return true;
+		}
+		if (nr) {
+			s->block = indirect(img, nr);
+		} else {
+			nr = alloc_blocks(img, goal, 1, &got);
+			if (!nr)
+				return false;
+			*(uint32_t *)block_change(img, s->block, s->offset, 4) = nr;
+			s->block = block_fresh(img, nr);
+			inode_add_blocks(img, in, 1);
+		}
+		span /= per;
+		s->offset = at / span * 4;
+		s->count = per - at / span;
+		at %= span;
+	}
+	return true;
+}
+
+/* How many of the first *most* pointers name blocks in a row, or nothing. */
+static uint32_t run_length(const struct slots *s, uint64_t most)
+{
+	const uint32_t *p = slot(s, 0);
+	uint32_t n = 1;
+
+	most = min(most, s->count);
+	while (n < most && p[n] == (p[0] ? p[0] + n : 0))
+		n++;
+	return n;
+}
+
+/* What logical block *at* is mapped to, with as many of the *most* that follow as lie behind it (or are holes). */
+struct extent data_map(x3_image *img, const struct inode *in, uint64_t at, uint64_t most)
+{
+	struct slots s;
+	struct extent e = { .at = at };
+
+	find_slots(img, (struct inode *)in, at, 0, &s);
+	if (!s.block) {
+		e.count = min(min(most, s.count), 0x40000000u);
+		return e;
+	}
+	e.count = run_length(&s, most);
+	e.nr = *slot(&s, 0);
+	if (e.nr)
+		check_block(img, e.nr, e.count);
+	return e;
+}
+
+/* Where the next block of a file is best: behind the one before it, or in the inode's group. */
+static uint32_t find_goal(x3_image *img, struct inode *in, uint64_t at)
+{
+	uint32_t nr = at ? data_map(img, in, at - 1, 1).nr : 0;
+
+	return nr ? nr + 1 : inode_goal(img, in->ino);
+}
+
+/* Give the inode, which is being changed, a metadata block (of a directory or symlink) at a hole. ENOSPC. */
+struct block *data_append_meta(x3_image *img, struct inode *in, uint64_t at)
+{
+	uint32_t nr = alloc_block(img, find_goal(img, in, at));
+	struct slots s;
+
+	if (!find_slots(img, in, at, nr + 1, &s))
+		fail(img, ENOSPC, "full");
+	*(uint32_t *)block_change(img, s.block, s.offset, 4) = nr;
+	inode_add_blocks(img, in, 1);
+	return block_fresh(img, nr);
+}
+
+static void need_regular(x3_image *img, const struct inode *in)
+{
+	if (!S_ISREG(in->raw->i_mode))
+		fail(img, S_ISDIR(in->raw->i_mode) ? EISDIR : EINVAL, "no regular file");
+}
+
+
+/* --- reading --- */
+
+/* The extents of a part of a file, mapped under the lock, read without it. */
+struct plan {
+	struct extent extent[32];
+	uint32_t n;
+	uint64_t end; /* where the plan, or the file, ends */
+	bool done;
+};
+
+static void plan_read(x3_image *img, uint32_t ino, uint64_t off, uint64_t end, struct plan *plan)
+{
+	struct inode in = inode_get(img, ino);
+	uint64_t at = off >> img->bits, stop;
+
+	need_regular(img, &in);
+	end = min(end, inode_size_of(&in));
+	stop = (end + img->bs - 1) >> img->bits;
+	for (plan->n = 0; off < end && at < stop && plan->n < 32; at += plan->extent[plan->n++].count)
+		plan->extent[plan->n] = data_map(img, &in, at, stop - at);
+	plan->end = off < end ? min(end, at << img->bits) : off;
+}
+
+static int carry_out(x3_image *img, const struct plan *plan, char *buf, uint64_t off)
+{
+	for (uint32_t i = 0; i < plan->n; i++) {
+		const struct extent *e = &plan->extent[i];
+		uint64_t start = max(off, e->at << img->bits);
+		uint64_t stop = min(plan->end, (e->at + e->count) << img->bits);
+		int error = 0;
+		if (e->nr)
+			error = io_read(img, buf + (start - off), stop - start,
+					((uint64_t)e->nr << img->bits) + start - (e->at << img->bits));
+		else
+			memset(buf + (start - off), 0, stop - start);
+		if (error)
+			return error;
+	}
+	return 0;
+}
+
+/* Without the lock: other operations go on, but freed blocks are not given to others meanwhile. */
+static int64_t read_some(x3_image *img, uint32_t ino, char *buf, uint64_t off, uint64_t end)
+{
+	struct plan plan;
+	int64_t result;
+	int error;
+
+	QUERY (img) {
+		plan_read(img, ino, off, end, &plan);
+		plan.done = img->draining; /* a commit waits for the readers that there are: be none */
+		if (plan.done && (error = carry_out(img, &plan, buf, off)))
+			fail(img, -error, "file data cannot be read");
+		img->readers += !plan.done;
+	}
+	result = op_finish(&op);
+	if (result < 0)
+		return result;
+	if (!plan.done) {
+		error = carry_out(img, &plan, buf, off);
+		pthread_mutex_lock(&img->lock);
+		if (--img->readers == 0 && img->draining)
+			pthread_cond_broadcast(&img->wake);
+		pthread_mutex_unlock(&img->lock);
+		if (error)
+			return error;
+	}
+	return plan.end - off;
+}
+
+int64_t x3_read(x3_image *img, uint32_t ino, void *buf, uint64_t len, uint64_t off)
+{
+	uint64_t done = 0;
+
+	len = min(len, (uint64_t)INT64_MAX - min(off, (uint64_t)INT64_MAX));
+	for (;;) {
+		int64_t n = read_some(img, ino, (char *)buf + done, off + done, off + len);
+		if (n < 0)
+			return done ? (int64_t)done : n;
+		done += n;
+		if (!n || done == len)
+			return done;
+	}
+}
+
+/* The next run of data at or behind *from*; ENXIO. */
+int64_t data_segment(x3_image *img, uint32_t ino, uint64_t from, uint64_t *stop)
+{
+	struct inode in = inode_get(img, ino);
+	uint64_t size = inode_size_of(&in), at = from >> img->bits, end = (size + img->bs - 1) >> img->bits;
+	struct extent e;
+
+	need_regular(img, &in);
+	for (; at < end; at += e.count) {
+		e = data_map(img, &in, at, end - at);
+		if (e.nr)
+			break;
+	}
+	if (from >= size || at >= end)
+		fail(img, ENXIO, "no more data");
+	from = max(from, at << img->bits);
+	for (; at < end; at += e.count) {
+		e = data_map(img, &in, at, end - at);
+		if (!e.nr)
+			break;
+	}
+	*stop = min(size, at << img->bits);
+	return from;
+}
+
+
+/* --- writing --- */
+
+static void write_data(x3_image *img, const struct iovec *iov, int count, uint64_t off)
+{
+	int error = io_write(img, iov, count, off);
+
+	if (error)
+		fail(img, -error, "file data cannot be written: %s", strerror(-error));
+}
+
+/* Write a run of blocks that are the file's already: from byte *skip* of block *nr* on. */
+static void write_old(x3_image *img, uint32_t nr, uint32_t skip, const char *buf, uint64_t len)
+{
+	struct iovec iov = { (void *)buf, len };
+
+	write_data(img, &iov, 1, ((uint64_t)nr << img->bits) + skip);
+}
+
+/* The same for new blocks: what is not written in the first and the last is zero. */
+static void write_new(x3_image *img, uint32_t nr, uint32_t skip, const char *buf, uint64_t len)
+{
+	static const char zero[65536];
+	struct iovec iov[3] = {
+		{ (void *)zero, skip },
+		{ (void *)buf, len },
+		{ (void *)zero, -(skip + len) & (img->bs - 1) },
+	};
+
+	write_data(img, iov, 3, (uint64_t)nr << img->bits);
+}
+
+/* Allocate up to *want* blocks for the hole at *at*, all in one array of pointers; 0: no room. */
+static uint32_t fill_hole(x3_image *img, struct inode *in, uint64_t at, uint32_t goal, uint32_t want, uint32_t *nr)
+{
+	struct mark mark = undo_mark(img);
+	struct slots s;
+	uint32_t got, *p;
+
+	*nr = alloc_blocks(img, goal, want, &got);
+	if (!*nr)
+		return 0;
+	if (!find_slots(img, in, at, *nr + got, &s)) {
+		undo_to(img, mark);
+		return 0;
+	}
+	p = block_change(img, s.block, s.offset, 4 * got);
+	for (uint32_t i = 0; i < got; i++) {
+		p[i] = *nr + i;
+		block_forget(img, *nr + i);
+	}
+	inode_add_blocks(img, in, got);
+	return got;
+}
+
+/* How many blocks from *at* on have their pointers in one array. */
+static uint64_t array_left(const x3_image *img, uint64_t at)
+{
+	uint32_t per = img->bs / 4;
+
+	return at < 12 ? 12 - at : per - (at - 12) % per;
+}
+
+/*
+ * Write up to *len* bytes in one operation; return how many. ENOSPC if there is room for none.
+ */
+uint64_t data_write(x3_image *img, uint32_t ino, const char *buf, uint64_t len, uint64_t off)
+{
+	struct inode in = inode_change(img, ino, false);
+	uint64_t done = 0, end;
+	uint32_t goal = 0, nr, skip, n;
+
+	need_regular(img, &in);
+	if (off >= img->size_max)
+		fail(img, EFBIG, "too large a file");
+	len = min(len, img->size_max - off);
+	len = min(len, ((uint64_t)WRITE_MAX << img->bits) - (off & (img->bs - 1)));
+	while (done < len && !(done && img->undo.n > CHANGES_MAX)) {
+		uint64_t at = (off + done) >> img->bits, left;
+		skip = (off + done) & (img->bs - 1);
+		left = (skip + len - done + img->bs - 1) >> img->bits;
+		struct extent e = data_map(img, &in, at, left);
+		nr = e.nr;
+		n = e.count;
+		if (!nr) {
+			n = min(n, array_left(img, at));
+			n = fill_hole(img, &in, at, goal ? goal : find_goal(img, &in, at), n, &nr);
+			if (!n)
+				break;
+		}
+		end = min(len, done + ((uint64_t)n << img->bits) - skip);
+		(e.nr ? write_old : write_new)(img, nr, skip, buf + done, end - done);
+		goal = nr + n;
+		done = end;
+	}
+	if (!done && len)
+		fail(img, ENOSPC, "full");
+	if (off + done > inode_size_of(&in))
+		inode_set_size(img, &in, off + done);
+	inode_times(img, &in, X3_MTIME | CTIME, now_ns());
+	return done;
+}
+
+
+/* --- truncating --- */
+
+/* Free what the first *count* pointers name, in runs; the pointers stay. */
+static void free_slots(x3_image *img, struct inode *in, struct slots *s, uint32_t count)
+{
+	for (uint32_t n; count; count -= n, s->offset += 4 * n) {
+		uint32_t nr = *slot(s, 0);
+		n = run_length(s, count);
+		if (nr) {
+			free_blocks(img, nr, n);
+			inode_add_blocks(img, in, -(int64_t)n);
+		}
+		s->count -= n;
+	}
+}
+
+/* The same, and the pointers are gone. */
+static void clear_slots(x3_image *img, struct inode *in, struct slots s, uint32_t count)
+{
+	uint32_t offset = s.offset;
+	struct block *block = s.block;
+
+	free_slots(img, in, &s, count);
+	memset(block_change(img, block, offset, 4 * count), 0, 4 * count);
+}
+
+/*
+ * Free what the indirect block of a pointer maps from its *first* block on, the last first.
+ *
+ * The indirect block goes too when nothing of it is left. False: the operation has done enough, and
+ * something remains.
+ */
+static bool free_tree(x3_image *img, struct inode *in, struct slots s, int depth, uint64_t first)
+{
+	uint32_t per = img->bs / 4, nr = *slot(&s, 0);
+	uint64_t span = depth == 3 ? (uint64_t)per * per : depth == 2 ? per : 1;
+	struct slots below = { .count = per };
+
+	if (!nr)
+		return true;
+	if (img->undo.n > CHANGES_MAX)
+		return false;
+	below.block = indirect(img, nr);
+	if (depth == 1) {
+		below.offset = 4 * first;
+		below.count = per - first;
+		if (first) { /* free_slots() alone would do for a block that is freed itself */
+			clear_slots(img, in, below, per - first);
+			return true;
+		}
+		free_slots(img, in, &below, per);
+	} else {
+		for (uint32_t i = per; i-- > first / span;) {
+			struct slots child = { below.block, 4 * i, 1 };
+			if (!free_tree(img, in, child, depth - 1, i == first / span ? first % span : 0))
+				return false;
+		}
+		if (first)
+			return true;
+	}
+	s.count = 1;
+	clear_slots(img, in, s, 1);
+	return true;
+}
+
+/* Free all blocks of the inode, which is being changed, from logical block *first* on. False: more is to be done. */
+bool data_free_from(x3_image *img, struct inode *in, uint64_t first)
+{
+	uint64_t per = img->bs / 4, start[4] = { 0, 12, 12 + per, 12 + per + per * per };
+	uint64_t span[4] = { 12, per, per * per, per * per * per };
+
+	for (int depth = 3; depth; depth--) {
+		uint64_t from = first > start[depth] ? first - start[depth] : 0;
+		if (from < span[depth] && !free_tree(img, in, inode_slots(in, 11 + depth), depth, from))
+			return false;
+	}
+	if (first < 12)
+		clear_slots(img, in, inode_slots(in, first), 12 - first);
+	return true;
+}
+
+/* Zero what stands behind the end of the file in its last block: it may grow again. */
+static void zero_tail(x3_image *img, struct inode *in, uint64_t size)
+{
+	uint32_t skip = size & (img->bs - 1);
+	struct extent e = { 0 };
+
+	if (skip)
+		e = data_map(img, in, size >> img->bits, 1);
+	if (e.nr) {
+		char *zero = calloc(1, img->bs - skip);
+		int error = zero ? io_write1(img, zero, img->bs - skip, ((uint64_t)e.nr << img->bits) + skip) : -ENOMEM;
+		free(zero);
+		if (error)
+			fail(img, -error, "file data cannot be written: %s", strerror(-error));
+	}
+}
+
+/*
+ * Set the size. False: the file is on the orphan list, and has blocks behind its end: call
+ * data_truncate_more() until it says true, and let nobody write to the file before.
+ */
+bool data_truncate(x3_image *img, uint32_t ino, uint64_t size)
+{
+	struct inode in = inode_change(img, ino, true);
+	uint64_t old = inode_size_of(&in);
+
+	need_regular(img, &in);
+	if (size > img->size_max)
+		fail(img, EFBIG, "too large a file");
+	inode_set_size(img, &in, size);
+	inode_times(img, &in, X3_MTIME | CTIME, now_ns());
+	if (size > old)
+		return true;
+	zero_tail(img, &in, size);
+	if (data_free_from(img, &in, (size + img->bs - 1) >> img->bits))
+		return true;
+	if (in.raw->i_links_count) /* else it is there already */
+		orphan_add(img, &in);
+	return false;
+}
+
+bool data_truncate_more(x3_image *img, uint32_t ino)
+{
+	struct inode in = inode_change(img, ino, true);
+
+	if (!data_free_from(img, &in, (inode_size_of(&in) + img->bs - 1) >> img->bits))
+		return false;
+	if (in.raw->i_links_count)
+		orphan_remove(img, &in);
+	return true;
+}

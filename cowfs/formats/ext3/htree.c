@@ -1,0 +1,289 @@
+/*
+ * Indexed directories (dir_index), as fs/ext3/namei.c of Linux has them.
+ *
+ * Block 0 holds "." and "..", and behind them the root of the index; it and the index blocks below it
+ * (at most one level of them) look like empty blocks to who reads the directory as a plain one. An
+ * index is a sorted row of (hash, block); the first has no hash, but says how many there are and may
+ * be. The names in a leaf have hashes from its own on; the lowest bit of a hash says that names with the
+ * same one are in the leaf before, too.
+ */
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <ext2fs/ext2fs.h>
+
+#include "internal.h"
+
+#define BLOCK_MASK 0x00ffffffu
+#define ROOT_INFO 24 /* where the root's struct ext2_dx_root_info is */
+
+/* One index block on the way down. */
+struct level {
+	struct block *block;
+	struct ext2_dx_entry *entries;
+	uint32_t count, limit, chosen;
+};
+
+/* A name of a leaf that is split. */
+struct name {
+	uint32_t hash;
+	uint16_t offset, size;
+};
+
+static struct ext2_dx_countlimit *counts(struct level *l)
+{
+	return (struct ext2_dx_countlimit *)l->entries;
+}
+
+static struct ext2_dx_root_info *root_info(struct block *root)
+{
+	return (struct ext2_dx_root_info *)(root->data + ROOT_INFO);
+}
+
+static uint32_t root_limit(const x3_image *img)
+{
+	return (img->bs - ROOT_INFO - 8) / 8;
+}
+
+static uint32_t node_limit(const x3_image *img)
+{
+	return (img->bs - 8) / 8;
+}
+
+static uint32_t hash_name(x3_image *img, uint8_t version, const char *name, uint32_t len)
+{
+	ext2_dirhash_t hash, minor;
+
+	if (img->sb->s_flags & EXT2_FLAGS_UNSIGNED_HASH)
+		version += EXT2_HASH_LEGACY_UNSIGNED;
+	if (ext2fs_dirhash(version, name, len, img->sb->s_hash_seed, &hash, &minor))
+		fail(img, EUCLEAN, "an unknown hash");
+	return hash & ~1u;
+}
+
+/* Whether the directory has an index that we understand. */
+bool htree_usable(x3_image *img, const struct inode *dir)
+{
+	const struct ext2_dx_root_info *info;
+	struct block *root;
+
+	if (!img->dir_index || !(dir->raw->i_flags & EXT2_INDEX_FL))
+		return false;
+	root = dir_block(img, dir, 0);
+	info = root_info(root);
+	return dir_entry(img, root, 0)->rec_len == 12 && dir_entry(img, root, 12)->rec_len == img->bs - 12 &&
+	       info->reserved_zero == 0 && info->hash_version <= EXT2_HASH_TEA && info->info_length == 8 &&
+	       info->indirect_levels <= 1 && !(info->unused_flags & EXT2_HASH_FLAG_INCOMPAT);
+}
+
+/* Choose the entry of an index block under which *hash* belongs. */
+static struct level choose(x3_image *img, struct block *b, uint32_t offset, uint32_t limit, uint32_t hash)
+{
+	struct level l = { b, (struct ext2_dx_entry *)(b->data + offset), 0, limit, 0 };
+	uint32_t low = 1, high;
+
+	l.count = high = counts(&l)->count;
+	if (counts(&l)->limit != limit || l.count == 0 || l.count > limit)
+		fail(img, EUCLEAN, "index block %u is damaged", b->nr);
+	while (low < high) {
+		uint32_t middle = (low + high) / 2;
+		if (l.entries[middle].hash > hash)
+			high = middle;
+		else
+			low = middle + 1;
+	}
+	l.chosen = low - 1;
+	return l;
+}
+
+/* Put a new entry behind the chosen one, where there is room for it. */
+static void insert_entry(x3_image *img, struct level *l, uint32_t hash, uint32_t block)
+{
+	uint32_t at = l->chosen + 1;
+	uint32_t start = (char *)l->entries - l->block->data;
+
+	block_change(img, l->block, start, 8 * (l->count + 1));
+	memmove(l->entries + at + 1, l->entries + at, 8 * (l->count - at));
+	l->entries[at] = (struct ext2_dx_entry){ hash, block };
+	counts(l)->count = ++l->count;
+}
+
+/* Make an empty index block. */
+static struct level new_node(x3_image *img, struct inode *dir, uint32_t *at)
+{
+	struct block *b = dir_append(img, dir, at);
+	struct level l = { b, (struct ext2_dx_entry *)(b->data + 8), 0, node_limit(img), 0 };
+
+	counts(&l)->limit = l.limit;
+	return l;
+}
+
+/* Fill an index block with entries; the first one's hash gives way to the counts. */
+static void fill_node(struct level *l, const struct ext2_dx_entry *from, uint32_t count)
+{
+	memcpy(l->entries, from, 8 * count);
+	l->count = count;
+	*counts(l) = (struct ext2_dx_countlimit){ l->limit, count };
+}
+
+/*
+ * Make room for one more entry in the lowest index block of *path*, which has *depth* + 1 of them.
+ *
+ * ENOSPC: the index has two full levels.
+ */
+static void make_room(x3_image *img, struct inode *dir, struct level *path, int *depth, uint32_t hash)
+{
+	struct level *low = &path[*depth], node;
+	uint32_t at, half;
+
+	if (low->count < low->limit)
+		return;
+	if (*depth == 0) { /* the root's entries go down one level */
+		node = new_node(img, dir, &at);
+		fill_node(&node, low->entries, low->count);
+		block_change(img, low->block, 0, img->bs);
+		root_info(low->block)->indirect_levels = 1;
+		low->entries[0].block = at;
+		counts(low)->count = low->count = 1;
+		node.chosen = low->chosen;
+		low->chosen = 0;
+		path[++*depth] = node;
+		return;
+	}
+	if (path[0].count == path[0].limit)
+		fail(img, ENOSPC, "the index of directory %u is full", dir->ino);
+	node = new_node(img, dir, &at);
+	half = low->count / 2;
+	uint32_t first = low->entries[half].hash;
+	fill_node(&node, low->entries + half, low->count - half);
+	block_change(img, low->block, 8, 8);
+	counts(low)->count = low->count = half;
+	insert_entry(img, &path[0], first, at);
+	if (hash >= first) {
+		node.chosen = low->chosen - half;
+		path[0].chosen++;
+		*low = node;
+	}
+}
+
+static int by_hash(const void *a, const void *b)
+{
+	const struct name *x = a, *y = b;
+
+	return x->hash != y->hash ? (x->hash > y->hash ? 1 : -1) : x->offset - y->offset;
+}
+
+/* Fill a directory block, which is being changed, with some of the names of another (a copy of) block. */
+static void refill(x3_image *img, char *data, const char *from, const struct name *names, uint32_t n)
+{
+	entry *e = NULL;
+	uint32_t at = 0;
+
+	for (uint32_t i = 0; i < n; i++) {
+		e = (entry *)(data + at);
+		memcpy(e, from + names[i].offset, names[i].size);
+		e->rec_len = names[i].size;
+		at += names[i].size;
+	}
+	if (!e) { /* none at all */
+		e = (entry *)data;
+		e->inode = 0;
+		e->name_len = 0;
+		e->rec_len = 0;
+	}
+	e->rec_len += img->bs - at;
+}
+
+/* Move the upper half of a leaf's names into a new leaf, and return the one that *hash* belongs to. */
+static struct block *split_leaf(x3_image *img, struct inode *dir, struct level *low, struct block *leaf,
+				uint8_t version, uint32_t hash, uint32_t *at)
+{
+	struct name names[4096 / 12];
+	char copy[4096];
+	uint32_t n = 0, split, moved = 0, new_at;
+	struct block *new_leaf;
+	bool same;
+
+	for (uint32_t offset = 0; offset < img->bs;) {
+		entry *e = dir_entry(img, leaf, offset);
+		if (e->inode)
+			names[n++] = (struct name){ hash_name(img, version, e->name, e->name_len), offset,
+						    RECORD(e->name_len) };
+		offset += e->rec_len;
+	}
+	if (n < 2)
+		fail(img, EUCLEAN, "directory block %u makes no sense", leaf->nr);
+	qsort(names, n, sizeof *names, by_hash);
+	for (split = n; split > 1 && moved + names[split - 1].size <= img->bs / 2; split--)
+		moved += names[split - 1].size;
+	split = min(split, n - 1);
+	new_leaf = dir_append(img, dir, &new_at);
+	same = names[split].hash == names[split - 1].hash;
+	memcpy(copy, leaf->data, img->bs);
+	refill(img, new_leaf->data, copy, names + split, n - split);
+	refill(img, block_change(img, leaf, 0, img->bs), copy, names, split);
+	insert_entry(img, low, names[split].hash + same, new_at);
+	if (hash < names[split].hash)
+		return leaf;
+	*at = new_at;
+	return new_leaf;
+}
+
+/* Add a name to an indexed directory, which is being changed. */
+struct x3_place htree_insert(x3_image *img, struct inode *dir, const char *name, uint32_t len, uint32_t ino,
+			     uint8_t type)
+{
+	struct block *root = dir_block(img, dir, 0), *leaf;
+	uint8_t version = root_info(root)->hash_version;
+	uint32_t hash = hash_name(img, version, name, len), at;
+	struct level path[2];
+	int depth = 0;
+	int64_t offset;
+
+	path[0] = choose(img, root, ROOT_INFO + 8, root_limit(img), hash);
+	if (root_info(root)->indirect_levels) {
+		at = path[0].entries[path[0].chosen].block & BLOCK_MASK;
+		path[++depth] = choose(img, dir_block(img, dir, at), 8, node_limit(img), hash);
+	}
+	at = path[depth].entries[path[depth].chosen].block & BLOCK_MASK;
+	leaf = dir_block(img, dir, at);
+	offset = dir_put(img, leaf, name, len, ino, type);
+	if (offset < 0) {
+		make_room(img, dir, path, &depth, hash);
+		leaf = split_leaf(img, dir, &path[depth], leaf, version, hash, &at);
+		offset = dir_put(img, leaf, name, len, ino, type);
+		if (offset < 0)
+			fail(img, ENOSPC, "directory %u cannot be split for a name", dir->ino);
+	}
+	return (struct x3_place){ at, offset };
+}
+
+/* Give a directory of one full block, which is being changed, an index; false if it cannot have one. */
+bool htree_make(x3_image *img, struct inode *dir)
+{
+	struct block *root = dir_block(img, dir, 0), *leaf;
+	entry *dot = dir_entry(img, root, 0), *dotdot = dir_entry(img, root, dot->rec_len);
+	struct name names[4096 / 12];
+	uint32_t n = 0, at;
+
+	if (!img->dir_index || img->sb->s_def_hash_version > EXT2_HASH_TEA || dot->rec_len != 12 ||
+	    dot->name_len != 1 || dotdot->name_len != 2)
+		return false;
+	for (uint32_t offset = 12 + dotdot->rec_len; offset < img->bs;) {
+		entry *e = dir_entry(img, root, offset);
+		if (e->inode)
+			names[n++] = (struct name){ 0, offset, RECORD(e->name_len) };
+		offset += e->rec_len;
+	}
+	leaf = dir_append(img, dir, &at);
+	refill(img, leaf->data, root->data, names, n);
+	block_change(img, root, 0, img->bs);
+	memset(root->data + ROOT_INFO, 0, img->bs - ROOT_INFO);
+	dotdot->rec_len = img->bs - 12;
+	root_info(root)->hash_version = img->sb->s_def_hash_version;
+	root_info(root)->info_length = 8;
+	struct level l = { root, (struct ext2_dx_entry *)(root->data + ROOT_INFO + 8), 0, root_limit(img), 0 };
+	fill_node(&l, &(struct ext2_dx_entry){ 0, at }, 1);
+	dir->raw->i_flags |= EXT2_INDEX_FL;
+	return true;
+}

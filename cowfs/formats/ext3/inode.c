@@ -1,0 +1,345 @@
+/*
+ * Inodes: finding them, their attributes, making and deleting them, the orphan list.
+ */
+#include <errno.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <time.h>
+
+#include "internal.h"
+
+int64_t now_ns(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_REALTIME, &now);
+	return now.tv_sec * NS + now.tv_nsec;
+}
+
+
+/* --- finding --- */
+
+/* Inode *ino* as it is on disk, whatever it holds. */
+struct inode inode_at(x3_image *img, uint32_t ino)
+{
+	struct inode in = { .ino = ino };
+	uint64_t byte;
+
+	if (ino == 0 || ino > img->inodes)
+		fail(img, EUCLEAN, "there is no inode %u", ino);
+	byte = (uint64_t)((ino - 1) % img->inodes_per_group) * img->inode_size;
+	in.block = block_get(img, group_get(img, (ino - 1) / img->inodes_per_group)->bg_inode_table +
+					  (byte >> img->bits));
+	in.offset = byte & (img->bs - 1);
+	in.raw = (struct ext2_inode_large *)(in.block->data + in.offset);
+	return in;
+}
+
+/* Inode *ino*, which must be in use and one that we know how to handle. */
+struct inode inode_get(x3_image *img, uint32_t ino)
+{
+	struct inode in = inode_at(img, ino);
+	uint32_t type = in.raw->i_mode >> 12, extra = 0;
+
+	if (ino != EXT2_ROOT_INO && ino < img->first_ino)
+		fail(img, EUCLEAN, "inode %u is a reserved one", ino);
+	if (in.raw->i_links_count == 0) { /* an orphan in use, or a free inode */
+		const struct block *bitmap =
+			block_get(img, group_get(img, (ino - 1) / img->inodes_per_group)->bg_inode_bitmap);
+		uint32_t bit = (ino - 1) % img->inodes_per_group;
+		if (!(bitmap->data[bit / 8] >> bit % 8 & 1))
+			fail(img, ESTALE, "inode %u is free", ino);
+	}
+	if (img->inode_size > EXT2_GOOD_OLD_INODE_SIZE)
+		extra = in.raw->i_extra_isize;
+	if (!((1 << 1 | 1 << 2 | 1 << 4 | 1 << 6 | 1 << 8 | 1 << 10 | 1 << 12) >> type & 1) ||
+	    in.raw->i_flags & (EXT4_EXTENTS_FL | EXT4_INLINE_DATA_FL | EXT4_EA_INODE_FL) || extra % 4 ||
+	    (extra && extra > img->inode_size - EXT2_GOOD_OLD_INODE_SIZE))
+		fail(img, EUCLEAN, "inode %u makes no sense", ino);
+	return in;
+}
+
+/* The same, to be changed; *resized*: in a way that fdatasync(2) has to bring to disk. */
+struct inode inode_change(x3_image *img, uint32_t ino, bool resized)
+{
+	struct inode in = inode_get(img, ino);
+
+	block_change(img, in.block, in.offset, img->inode_size);
+	img->changed[ino % 4096] = img->tid;
+	if (resized)
+		img->resized[ino % 4096] = img->tid;
+	return in;
+}
+
+
+/* --- attributes --- */
+
+uint64_t inode_size_of(const struct inode *in)
+{
+	return in->raw->i_size | (S_ISREG(in->raw->i_mode) ? (uint64_t)in->raw->i_size_high << 32 : 0);
+}
+
+void inode_set_size(x3_image *img, struct inode *in, uint64_t size)
+{
+	in->raw->i_size = size;
+	if (S_ISREG(in->raw->i_mode))
+		in->raw->i_size_high = size >> 32;
+	if (size > 0x7fffffff && !(img->sb->s_feature_ro_compat & EXT2_FEATURE_RO_COMPAT_LARGE_FILE)) {
+		block_change(img, img->sb_block,
+			     (char *)&img->sb->s_feature_ro_compat - img->sb_block->data, 4);
+		img->sb->s_feature_ro_compat |= EXT2_FEATURE_RO_COMPAT_LARGE_FILE;
+	}
+	img->resized[in->ino % 4096] = img->tid;
+}
+
+/* Let it own *count* filesystem blocks more. */
+void inode_add_blocks(x3_image *img, struct inode *in, int64_t count)
+{
+	in->raw->i_blocks += count * (img->bs / 512);
+	img->resized[in->ino % 4096] = img->tid;
+}
+
+/* Whether i_block[] holds block numbers: not for devices, and not for short symlinks. */
+bool inode_is_mapped(x3_image *img, const struct inode *in)
+{
+	uint32_t type = in->raw->i_mode & S_IFMT;
+
+	if (type == S_IFLNK)
+		return in->raw->i_blocks > (in->raw->i_file_acl ? img->bs / 512 : 0);
+	return type == S_IFREG || type == S_IFDIR;
+}
+
+/* Whether the inode has room for the field that ends at *end*. */
+static bool has_extra(x3_image *img, const struct inode *in, size_t end)
+{
+	return img->inode_size > EXT2_GOOD_OLD_INODE_SIZE &&
+	       EXT2_GOOD_OLD_INODE_SIZE + (size_t)in->raw->i_extra_isize >= end;
+}
+
+/* A time: 32 bits of seconds, and where there is room, two bits more and the nanoseconds. */
+static int64_t time_get(x3_image *img, const struct inode *in, const uint32_t *base, const uint32_t *extra)
+{
+	int64_t sec = (int32_t)*base;
+
+	if (!has_extra(img, in, (const char *)(extra + 1) - (const char *)in->raw))
+		return sec * NS;
+	return (sec + ((int64_t)(*extra & 3) << 32)) * NS + min(*extra >> 2, (uint32_t)NS - 1);
+}
+
+static void time_set(x3_image *img, struct inode *in, uint32_t *base, uint32_t *extra, int64_t ns)
+{
+	bool wide = has_extra(img, in, (const char *)(extra + 1) - (const char *)in->raw);
+	int64_t most = wide ? INT32_MAX + (3LL << 32) : INT32_MAX;
+	int64_t sec = ns / NS - (ns % NS < 0), nsec = ns - sec * NS;
+
+	if (sec < INT32_MIN || sec > most) {
+		sec = sec < INT32_MIN ? INT32_MIN : most;
+		nsec = 0;
+	}
+	*base = sec;
+	if (wide)
+		*extra = nsec << 2 | ((sec - (int32_t)sec) >> 32 & 3);
+}
+
+/* Set those of its times that *what* names. */
+void inode_times(x3_image *img, struct inode *in, uint32_t what, int64_t ns)
+{
+	if (what & X3_ATIME)
+		time_set(img, in, &in->raw->i_atime, &in->raw->i_atime_extra, ns);
+	if (what & X3_MTIME)
+		time_set(img, in, &in->raw->i_mtime, &in->raw->i_mtime_extra, ns);
+	if (what & CTIME)
+		time_set(img, in, &in->raw->i_ctime, &in->raw->i_ctime_extra, ns);
+}
+
+void inode_attr(x3_image *img, const struct inode *in, struct x3_attr *out)
+{
+	const struct ext2_inode_large *raw = in->raw;
+
+	*out = (struct x3_attr){
+		.mode = raw->i_mode,
+		.nlink = raw->i_links_count,
+		.uid = raw->i_uid | (uint32_t)raw->osd2.linux2.l_i_uid_high << 16,
+		.gid = raw->i_gid | (uint32_t)raw->osd2.linux2.l_i_gid_high << 16,
+		.generation = raw->i_generation,
+		.flags = raw->i_flags,
+		.size = inode_size_of(in),
+		.blocks = raw->i_blocks,
+		.atime_ns = time_get(img, in, &raw->i_atime, &raw->i_atime_extra),
+		.mtime_ns = time_get(img, in, &raw->i_mtime, &raw->i_mtime_extra),
+		.ctime_ns = time_get(img, in, &raw->i_ctime, &raw->i_ctime_extra),
+	};
+	if (S_ISCHR(raw->i_mode) || S_ISBLK(raw->i_mode)) {
+		uint32_t old = raw->i_block[0], new = raw->i_block[1];
+		out->major = old ? old >> 8 & 0xff : (new & 0xfff00) >> 8;
+		out->minor = old ? old & 0xff : (new & 0xff) | (new >> 12 & 0xfff00);
+	}
+}
+
+
+/* --- making --- */
+
+static void make_device(struct ext2_inode_large *raw, uint32_t major, uint32_t minor)
+{
+	if (major < 256 && minor < 256)
+		raw->i_block[0] = major << 8 | minor;
+	else
+		raw->i_block[1] = (minor & 0xff) | major << 8 | (minor & ~0xffu) << 12;
+}
+
+static void make_symlink(x3_image *img, struct inode *in, const char *target, uint32_t len)
+{
+	if (len == 0)
+		fail(img, EINVAL, "an empty target");
+	if (len >= img->bs)
+		fail(img, ENAMETOOLONG, "too long a target");
+	if (len < sizeof in->raw->i_block)
+		memcpy(in->raw->i_block, target, len);
+	else
+		memcpy(data_append_meta(img, in, 0)->data, target, len);
+	in->raw->i_size = len;
+}
+
+/* A new inode in the directory *dir*, with one link (a directory: two). */
+struct inode inode_make(x3_image *img, uint32_t dir, const struct x3_new *n)
+{
+	bool is_dir = S_ISDIR(n->mode);
+	uint32_t ino = alloc_inode(img, dir, is_dir), extra = img->extra_isize;
+	struct inode in = inode_at(img, ino);
+	int64_t now = now_ns();
+
+	in.raw = block_change(img, in.block, in.offset, img->inode_size);
+	img->changed[ino % 4096] = img->resized[ino % 4096] = img->tid;
+	memset(in.raw, 0, img->inode_size);
+	if (extra)
+		in.raw->i_extra_isize = extra;
+	in.raw->i_mode = n->mode;
+	in.raw->i_uid = n->uid;
+	in.raw->osd2.linux2.l_i_uid_high = n->uid >> 16;
+	in.raw->i_gid = n->gid;
+	in.raw->osd2.linux2.l_i_gid_high = n->gid >> 16;
+	in.raw->i_links_count = is_dir ? 2 : 1;
+	img->random = img->random * 6364136223846793005ull + 1442695040888963407ull;
+	in.raw->i_generation = img->random >> 32;
+	inode_times(img, &in, X3_ATIME | X3_MTIME | CTIME, now);
+	if (extra)
+		time_set(img, &in, &in.raw->i_crtime, &in.raw->i_crtime_extra, now);
+	switch (n->mode & S_IFMT) {
+	case S_IFDIR:
+		dir_init(img, &in, dir);
+		break;
+	case S_IFLNK:
+		make_symlink(img, &in, n->target, n->target_len);
+		break;
+	case S_IFCHR:
+	case S_IFBLK:
+		make_device(in.raw, n->major, n->minor);
+		break;
+	case S_IFREG:
+	case S_IFIFO:
+	case S_IFSOCK:
+		break;
+	default:
+		fail(img, EINVAL, "an unknown type");
+	}
+	return in;
+}
+
+
+/* --- the orphan list: from s_last_orphan on, each has the next one's number in i_dtime --- */
+
+static void set_last_orphan(x3_image *img, uint32_t ino)
+{
+	block_change(img, img->sb_block, (char *)&img->sb->s_last_orphan - img->sb_block->data, 4);
+	img->sb->s_last_orphan = ino;
+}
+
+static void remember_previous(x3_image *img, uint32_t ino, uint32_t previous)
+{
+	img->orphan_hint[ino % 4096].ino = ino;
+	img->orphan_hint[ino % 4096].previous = previous;
+}
+
+/* After a crash it is deleted, or, if it has a name, truncated to its size. */
+void orphan_add(x3_image *img, struct inode *in)
+{
+	uint32_t next = img->sb->s_last_orphan;
+
+	if (img->debug & X3_NO_ORPHANS)
+		return;
+	in->raw->i_dtime = next;
+	if (next)
+		remember_previous(img, next, in->ino);
+	set_last_orphan(img, in->ino);
+}
+
+/* Take it, which is being changed, off the list. */
+void orphan_remove(x3_image *img, struct inode *in)
+{
+	uint32_t next = in->raw->i_dtime, at = img->sb->s_last_orphan, previous;
+
+	if (img->debug & X3_NO_ORPHANS)
+		return;
+	in->raw->i_dtime = 0;
+	if (at == in->ino) {
+		set_last_orphan(img, next);
+		return;
+	}
+	previous = img->orphan_hint[in->ino % 4096].previous;
+	if (img->orphan_hint[in->ino % 4096].ino != in->ino || inode_at(img, previous).raw->i_dtime != in->ino) {
+		uint32_t steps = img->inodes;
+		for (previous = 0; at != in->ino; at = inode_at(img, at).raw->i_dtime) {
+			if (!at || !steps--)
+				fail(img, EUCLEAN, "inode %u is not on the orphan list", in->ino);
+			previous = at;
+		}
+	}
+	inode_change(img, previous, false).raw->i_dtime = next;
+	if (next)
+		remember_previous(img, next, previous);
+}
+
+
+/* --- deleting --- */
+
+/*
+ * Free an inode without names, or as many of its blocks as one operation should; whether that was all.
+ *
+ * *listed*: it is on the orphan list.
+ */
+bool inode_delete_some(x3_image *img, uint32_t ino, bool listed)
+{
+	struct inode in = inode_change(img, ino, true);
+
+	if (inode_is_mapped(img, &in) && !data_free_from(img, &in, 0))
+		return false;
+	xattr_free_block(img, &in);
+	if (listed)
+		orphan_remove(img, &in);
+	in.raw->i_size = in.raw->i_size_high = 0;
+	in.raw->i_blocks = 0;
+	in.raw->i_dtime = now_ns() / NS;
+	free_inode(img, ino, S_ISDIR(in.raw->i_mode));
+	return true;
+}
+
+/*
+ * Take a name's link away; with the last (a directory has but one) the inode goes, unless *keep*.
+ *
+ * False: it has become an orphan, of which blocks are left for inode_delete_some().
+ */
+bool inode_drop_link(x3_image *img, uint32_t ino, bool keep)
+{
+	struct inode in = inode_change(img, ino, false);
+
+	if (in.raw->i_links_count == 0)
+		fail(img, EUCLEAN, "inode %u has a name, but no links", ino);
+	in.raw->i_links_count = S_ISDIR(in.raw->i_mode) ? 0 : in.raw->i_links_count - 1;
+	inode_times(img, &in, CTIME, now_ns());
+	if (in.raw->i_links_count)
+		return true;
+	if (!keep && inode_delete_some(img, ino, false))
+		return true;
+	orphan_add(img, &in);
+	return keep;
+}

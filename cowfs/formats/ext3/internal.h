@@ -1,0 +1,303 @@
+/*
+ * What the parts of the engine share.
+ *
+ *   cache.c    the image's file (with traces and injected faults), the cache of metadata blocks,
+ *              operations and their undo
+ *   journal.c  opening the journal, commit, checkpoint
+ *   alloc.c    blocks and inodes: bitmaps, counts, blocks held back after they were freed
+ *   inode.c    inodes, their attributes, the orphan list, deletion
+ *   data.c     block pointers; reading, writing, truncating
+ *   dir.c      names in directories; htree.c: indexed ones
+ *   xattr.c    extended attributes
+ *   engine.c   open, close, and the entry points
+ *
+ * All metadata is changed in the cache, through block_change() alone: it keeps the old bytes for the
+ * undo and puts the block into the running transaction. A cached block never moves while an operation
+ * runs, so pointers into it stay good until the operation's end.
+ *
+ * Errors do not return: fail() jumps to the end of the operation, which is undone there. So whatever
+ * returns has succeeded. Only what runs outside of operations (the I/O at the bottom, commit,
+ * checkpoint) returns -errno.
+ */
+#pragma once
+#include <pthread.h>
+#include <setjmp.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/uio.h>
+#include <ext2fs/ext2_fs.h>
+#include <ext2fs/ext2_ext_attr.h>
+
+#include "engine.h"
+
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "ext3 is little-endian, and this engine reads it as it is"
+#endif
+
+#define NS 1000000000LL
+#define min(a, b) ((a) < (b) ? (a) : (b))
+#define max(a, b) ((a) > (b) ? (a) : (b))
+
+/* A cached metadata block. */
+struct block {
+	uint32_t nr;
+	uint32_t flags;
+	struct block *next; /* with the same hash */
+	char *logged;       /* LOGGED: what the log holds, if *data* is newer by now */
+	char data[];
+};
+#define DIRTY 1    /* belongs to the running transaction */
+#define LISTED 2   /* stands in img->dirty (maybe no longer DIRTY) */
+#define LOGGING 4  /* belongs to the transaction that is being committed */
+#define LOGGED 8   /* committed, but not home yet */
+#define PINNED 16  /* never evicted */
+#define USED 32    /* since the clock's hand came by */
+#define WAS_ESCAPED 64 /* LOGGING: it begins with the journal's magic number */
+
+/* Runs of blocks. */
+struct run {
+	uint32_t start, count;
+};
+struct runs {
+	struct run *run;
+	size_t n, cap;
+};
+
+/* What an operation has changed so far; see block_change(). */
+struct change {
+	struct block *block;
+	uint32_t offset, length; /* length 0: the block was fresh, and is not needed any more */
+	size_t old;              /* where its old bytes are in undo.bytes */
+};
+struct mark {
+	size_t changes, bytes, held;
+};
+
+/* One operation: lives on the stack of the entry point. */
+struct op {
+	x3_image *img;
+	bool changing;
+	bool starved; /* of blocks, while there are some held back */
+	uint32_t ino; /* not while this one is being truncated */
+	int tries, error;
+	size_t held_before; /* img->held.n at its beginning */
+	int64_t result;
+	jmp_buf escape;
+};
+
+struct x3_image {
+	/* the file */
+	int fd, trace_fd;
+	uint32_t debug;
+	bool read_only;
+	pthread_mutex_t io_lock; /* of what is below, up to the blank line */
+	uint64_t barrier_nr, barriers, bytes_written;
+	int inject_kind, inject_error, inject_sticky;
+	int64_t inject_nth;
+
+	pthread_mutex_t lock; /* of everything below */
+	pthread_cond_t wake;  /* a commit has ended, a reader has left, a truncation is complete */
+	struct op *op;        /* the running one */
+	int aborted;
+	char message[256];
+
+	/* geometry */
+	uint32_t bs, bits; /* block size, its logarithm */
+	uint32_t inode_size, extra_isize, inodes_per_group, blocks_per_group, first_block;
+	uint32_t groups, blocks, inodes, first_ino;
+	uint64_t size_max, overhead;
+	bool filetype, dir_index;
+	struct block *sb_block, **gd_block;
+	struct ext2_super_block *sb;
+	uint64_t random; /* for i_generation */
+	struct x3_facts opened; /* as it was when opened */
+
+	/* cache */
+	struct block **bucket, **all; /* all: for the clock */
+	uint32_t bucket_mask;
+	size_t cached, cached_cap, cached_max, hand;
+	struct {
+		struct change *change;
+		size_t n, cap;
+		char *bytes;
+		size_t used, size;
+	} undo;
+
+	/* the running transaction */
+	uint32_t tid;
+	struct block **dirty;
+	size_t ndirty, dirty_cap, dirty_max;
+	struct runs held;        /* freed in it */
+	uint32_t changed[4096];  /* by a hash of the inode: tid of the last change of anything */
+	uint32_t resized[4096];  /* and of what fdatasync needs */
+
+	/* the journal */
+	uint32_t *jmap, jlen, jfirst, jhead;
+	char jsb[1024];
+	bool committing; /* or checkpointing: by one thread at a time */
+	uint32_t committed;
+	struct block **logging; /* the transaction being committed */
+	size_t nlogging, logging_cap;
+	char *log;              /* and its image as it goes to the journal */
+	size_t log_size;
+	struct runs held_logging;
+	struct block **logged; /* everything that is not home yet */
+	size_t nlogged, logged_cap;
+	struct runs held_logged; /* freed and committed, but still in the log */
+	uint64_t commits, checkpoints;
+
+	/* allocation */
+	char **hold;            /* per group: a bitmap of its free blocks that may not be used yet, or NULL */
+	uint64_t nheld;
+
+	/* data */
+	uint32_t readers;  /* threads that read file data without the lock */
+	bool draining;     /* wait for them */
+	uint32_t busy;     /* the inode that is being truncated in several steps */
+
+	struct {
+		uint32_t ino, previous;
+	} orphan_hint[4096]; /* who stands before it in the orphan list, probably */
+};
+
+/* An inode, in its block. */
+struct inode {
+	uint32_t ino;
+	struct block *block;
+	uint32_t offset;
+	struct ext2_inode_large *raw;
+};
+
+/* --- cache.c --- */
+
+int io_read(x3_image *img, void *buf, size_t len, uint64_t off);
+int io_write(x3_image *img, const struct iovec *iov, int count, uint64_t off);
+int io_write1(x3_image *img, const void *buf, size_t len, uint64_t off);
+int io_barrier(x3_image *img);
+void trace(x3_image *img, uint64_t kind, uint64_t off, const struct iovec *iov, int count);
+
+void cache_free(x3_image *img);
+struct block *block_find(x3_image *img, uint32_t nr);
+struct block *block_get(x3_image *img, uint32_t nr);
+struct block *block_fresh(x3_image *img, uint32_t nr);
+void *block_change(x3_image *img, struct block *b, uint32_t offset, uint32_t length);
+void block_forget(x3_image *img, uint32_t nr);
+struct mark undo_mark(const x3_image *img);
+void undo_to(x3_image *img, struct mark mark);
+
+/*
+ * The statement behind QUERY or CHANGE is one operation, under the lock; `return op_finish(&op)` follows.
+ * It puts its result into op.result, and is done again after an ENOSPC that a commit can help.
+ */
+#define OPERATION(image, ino, changing)                                                        \
+	struct op op;                                                                          \
+	for (op_begin(&op, image, ino, changing); op_again(&op); op_end(&op))                  \
+		if (setjmp(op.escape) == 0)
+#define QUERY(image) OPERATION(image, 0, false)
+#define CHANGE(image) OPERATION(image, 0, true)
+#define CHANGE_DATA(image, ino) OPERATION(image, ino, true) /* not while it is being truncated */
+#define ANY_INODE UINT32_MAX                                /* nor any other */
+void op_begin(struct op *op, x3_image *img, uint32_t ino, bool changing);
+bool op_again(struct op *op);
+void op_end(struct op *op);
+int64_t op_finish(struct op *op);
+void fail(x3_image *img, int error, const char *format, ...)
+	__attribute__((noreturn, cold, format(printf, 3, 4)));
+void abort_image(x3_image *img, int error, const char *format, ...)
+	__attribute__((cold, format(printf, 3, 4)));
+void *grow(x3_image *img, void *array, size_t *cap, size_t need, size_t size);
+void *try_grow(void *array, size_t *cap, size_t need, size_t size);
+
+/* --- journal.c --- */
+
+int journal_load(x3_image *img);
+int journal_start(x3_image *img);
+int journal_finish(x3_image *img);
+int commit_until(x3_image *img, uint32_t tid);
+int checkpoint_now(x3_image *img);
+bool tid_after(uint32_t a, uint32_t b);
+
+/* --- alloc.c --- */
+
+struct ext2_group_desc *group_get(x3_image *img, uint32_t group);
+bool block_is_free(x3_image *img, uint32_t nr);
+void check_block(x3_image *img, uint32_t nr, uint32_t count);
+uint32_t alloc_blocks(x3_image *img, uint32_t goal, uint32_t want, uint32_t *got);
+uint32_t alloc_block(x3_image *img, uint32_t goal);
+void free_blocks(x3_image *img, uint32_t nr, uint32_t count);
+void held_undo(x3_image *img, size_t n);
+void held_release(x3_image *img, struct runs *runs, bool logged_too);
+uint32_t alloc_inode(x3_image *img, uint32_t dir, bool is_dir);
+void free_inode(x3_image *img, uint32_t ino, bool is_dir);
+uint32_t inode_goal(x3_image *img, uint32_t ino);
+
+/* --- inode.c --- */
+
+int64_t now_ns(void);
+struct inode inode_at(x3_image *img, uint32_t ino);
+struct inode inode_get(x3_image *img, uint32_t ino);
+struct inode inode_change(x3_image *img, uint32_t ino, bool resized);
+uint64_t inode_size_of(const struct inode *in);
+void inode_set_size(x3_image *img, struct inode *in, uint64_t size);
+void inode_add_blocks(x3_image *img, struct inode *in, int64_t count);
+bool inode_is_mapped(x3_image *img, const struct inode *in);
+void inode_attr(x3_image *img, const struct inode *in, struct x3_attr *out);
+void inode_times(x3_image *img, struct inode *in, uint32_t what, int64_t ns);
+#define CTIME 32 /* beside X3_ATIME and X3_MTIME */
+struct inode inode_make(x3_image *img, uint32_t dir, const struct x3_new *new_inode);
+bool inode_drop_link(x3_image *img, uint32_t ino, bool keep);
+void orphan_add(x3_image *img, struct inode *in);
+void orphan_remove(x3_image *img, struct inode *in);
+bool inode_delete_some(x3_image *img, uint32_t ino, bool listed);
+
+/* --- data.c --- */
+
+struct extent {
+	uint64_t at; /* in the file, in blocks */
+	uint32_t nr; /* 0: a hole */
+	uint32_t count;
+};
+struct extent data_map(x3_image *img, const struct inode *in, uint64_t at, uint64_t most);
+struct block *data_append_meta(x3_image *img, struct inode *in, uint64_t at);
+uint64_t data_write(x3_image *img, uint32_t ino, const char *buf, uint64_t len, uint64_t off);
+bool data_truncate(x3_image *img, uint32_t ino, uint64_t size);
+bool data_truncate_more(x3_image *img, uint32_t ino);
+int64_t data_segment(x3_image *img, uint32_t ino, uint64_t from, uint64_t *stop);
+uint64_t data_size_max(uint32_t bits);
+bool data_free_from(x3_image *img, struct inode *in, uint64_t first);
+
+/* --- dir.c --- */
+
+#define RECORD(name_len) (((name_len) + 8 + 3) & ~3u) /* the length of a directory entry */
+typedef struct ext2_dir_entry_2 entry;
+struct block *dir_block(x3_image *img, const struct inode *dir, uint64_t at);
+uint64_t dir_blocks(x3_image *img, const struct inode *dir);
+entry *dir_entry(x3_image *img, struct block *b, uint32_t offset);
+int64_t dir_put(x3_image *img, struct block *b, const char *name, uint32_t len, uint32_t ino, uint8_t type);
+struct block *dir_append(x3_image *img, struct inode *dir, uint32_t *at);
+struct x3_place dir_insert(x3_image *img, uint32_t dir, const char *name, uint32_t len, uint32_t ino,
+			   uint32_t mode, uint32_t hint);
+struct x3_place dir_find(x3_image *img, const struct inode *dir, const char *name, uint32_t len,
+			 struct x3_place guess, uint32_t ino);
+void dir_remove(x3_image *img, uint32_t dir, struct x3_place where);
+void dir_replace(x3_image *img, uint32_t dir, struct x3_place where, uint32_t ino, uint32_t mode);
+bool dir_is_empty(x3_image *img, uint32_t dir);
+void dir_set_parent(x3_image *img, uint32_t dir, uint32_t parent);
+void dir_init(x3_image *img, struct inode *dir, uint32_t parent);
+int64_t dir_list(x3_image *img, uint32_t dir, uint64_t *cursor, char *buf, uint64_t cap);
+
+/* --- htree.c --- */
+
+bool htree_usable(x3_image *img, const struct inode *dir);
+bool htree_make(x3_image *img, struct inode *dir);
+struct x3_place htree_insert(x3_image *img, struct inode *dir, const char *name, uint32_t len, uint32_t ino,
+			     uint8_t type);
+
+/* --- xattr.c --- */
+
+int64_t xattr_list(x3_image *img, uint32_t ino, char *buf, uint64_t cap);
+int64_t xattr_get(x3_image *img, uint32_t ino, const char *name, uint32_t len, char *buf, uint64_t cap);
+void xattr_set(x3_image *img, uint32_t ino, const char *name, uint32_t len, const char *value, uint64_t size,
+	       int flags, bool remove);
+void xattr_free_block(x3_image *img, struct inode *in);

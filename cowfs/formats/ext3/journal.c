@@ -1,0 +1,460 @@
+/*
+ * The journal: commit and checkpoint, in the format of Linux (fs/jbd2, include/linux/jbd2.h), big-endian.
+ *
+ * A transaction is written as descriptor blocks, each followed by the metadata blocks that it lists,
+ * a barrier, and a commit block; it counts when that is on disk. The log is not used as a ring: when
+ * the next transaction does not fit behind the last, all that is logged is written home, and the log
+ * begins anew. The sequence numbers are our transaction numbers (tid).
+ *
+ * There are no revoke records: a block that was freed while it is in the log stays unused until the
+ * checkpoint (img->held_logged), so no replay can destroy what it is used for next.
+ *
+ * Commit and checkpoint hold the lock only while they copy; operations go on during the I/O, and form
+ * the next transaction. img->committing says that one is under way.
+ */
+#define _GNU_SOURCE
+#include <arpa/inet.h>
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <time.h>
+
+#include "internal.h"
+
+#define JBD_MAGIC 0xC03B3998u
+enum { DESCRIPTOR = 1, COMMIT = 2, SUPERBLOCK_V2 = 4 };
+enum { ESCAPED = 1, SAME_UUID = 2, LAST_TAG = 8 };
+#define INCOMPAT_REVOKE 1u
+#define TRANSACTION_MAX 4096 /* blocks, however large the journal is */
+#define BOUNCE 256           /* blocks that a checkpoint copies at a time */
+
+struct header {
+	uint32_t magic, type, sequence;
+};
+struct tag { /* without 64bit and checksums; the first of a block is followed by the UUID */
+	uint32_t nr;
+	uint16_t checksum, flags;
+};
+struct commit_block {
+	struct header header;
+	uint8_t checksum[4 + 32];
+	uint64_t sec;
+	uint32_t nsec;
+} __attribute__((packed));
+struct journal_super {
+	struct header header;
+	uint32_t block_size, blocks, first;
+	uint32_t sequence, start; /* of the oldest transaction in the log; start 0: the log is empty */
+	uint32_t error, compat, incompat, ro_compat;
+	uint8_t uuid[16];
+};
+
+bool tid_after(uint32_t a, uint32_t b)
+{
+	return (int32_t)(a - b) > 0;
+}
+
+static uint32_t tags_per_block(const x3_image *img)
+{
+	return (img->bs - sizeof(struct header) - 16) / sizeof(struct tag);
+}
+
+/* How many descriptors a transaction of *n* blocks takes. */
+static uint32_t descriptors(const x3_image *img, uint32_t n)
+{
+	return (n + tags_per_block(img) - 1) / tags_per_block(img);
+}
+
+
+/* --- opening and closing --- */
+
+/* Write the journal's superblock: from *start* on, the log begins with the running transaction. */
+static int write_super(x3_image *img, uint32_t start)
+{
+	struct journal_super *super = (struct journal_super *)img->jsb;
+	int error;
+
+	super->sequence = htonl(img->tid);
+	super->start = htonl(start);
+	super->compat = 0; /* no checksums */
+	error = io_write1(img, img->jsb, sizeof img->jsb, (uint64_t)img->jmap[0] << img->bits);
+	return error ? error : io_barrier(img);
+}
+
+/* Find the journal's blocks and read its superblock; -errno. Within an operation. */
+int journal_load(x3_image *img)
+{
+	struct journal_super *super = (struct journal_super *)img->jsb;
+	struct inode in = inode_at(img, img->sb->s_journal_inum);
+	uint64_t blocks = inode_size_of(&in) >> img->bits;
+	int error;
+
+	if (!S_ISREG(in.raw->i_mode) || blocks < 1024 || blocks > img->blocks)
+		fail(img, EBADMSG, "the journal's inode makes no sense");
+	img->jlen = blocks;
+	img->jmap = calloc(img->jlen, sizeof *img->jmap);
+	if (!img->jmap)
+		fail(img, ENOMEM, "no memory");
+	for (uint32_t i = 0; i < img->jlen;) {
+		struct extent e = data_map(img, &in, i, img->jlen - i);
+		if (!e.nr)
+			fail(img, EBADMSG, "the journal has a hole");
+		for (uint32_t k = 0; k < e.count; k++)
+			img->jmap[i++] = e.nr + k;
+	}
+	error = io_read(img, img->jsb, sizeof img->jsb, (uint64_t)img->jmap[0] << img->bits);
+	if (error)
+		fail(img, -error, "the journal cannot be read");
+	if (ntohl(super->header.magic) != JBD_MAGIC || ntohl(super->header.type) != SUPERBLOCK_V2 ||
+	    ntohl(super->block_size) != img->bs || ntohl(super->blocks) > img->jlen ||
+	    ntohl(super->first) == 0 || ntohl(super->first) + 512 > ntohl(super->blocks))
+		fail(img, EBADMSG, "the journal's superblock makes no sense");
+	if (super->start)
+		fail(img, EUCLEAN, "the journal is not empty");
+	if (ntohl(super->incompat) & ~INCOMPAT_REVOKE || super->ro_compat)
+		fail(img, EOPNOTSUPP, "the journal has unknown features (%#x)", ntohl(super->incompat));
+	img->jlen = ntohl(super->blocks);
+	img->jfirst = img->jhead = ntohl(super->first);
+	img->tid = ntohl(super->sequence) + 1;
+	img->tid += !img->tid;
+	img->committed = img->tid - 1;
+	img->dirty_max = min((img->jlen - img->jfirst) / 4, TRANSACTION_MAX);
+	return 0;
+}
+
+/* From now on there may be something in the journal: say so on disk, the journal first. */
+int journal_start(x3_image *img)
+{
+	int error = write_super(img, img->jfirst);
+
+	if (error)
+		return error;
+	img->sb->s_feature_incompat |= EXT3_FEATURE_INCOMPAT_RECOVER;
+	img->sb->s_mtime = time(NULL);
+	img->sb->s_mnt_count++;
+	error = io_write1(img, img->sb, sizeof *img->sb, 1024);
+	return error ? error : io_barrier(img);
+}
+
+/* All is home: the filesystem needs no recovery any more. */
+int journal_finish(x3_image *img)
+{
+	int error = write_super(img, 0);
+
+	if (error)
+		return error;
+	img->sb->s_feature_incompat &= ~EXT3_FEATURE_INCOMPAT_RECOVER;
+	img->sb->s_wtime = time(NULL);
+	error = io_write1(img, img->sb, sizeof *img->sb, 1024);
+	return error ? error : io_barrier(img);
+}
+
+
+/* --- checkpoint --- */
+
+static int by_number(const void *a, const void *b)
+{
+	uint32_t x = (*(struct block *const *)a)->nr, y = (*(struct block *const *)b)->nr;
+
+	return (x > y) - (x < y);
+}
+
+/* Write *n* blocks home, whose contents stand in *copies*. */
+static int write_home(x3_image *img, struct block **blocks, const char *copies, size_t n)
+{
+	for (size_t i = 0, k; i < n; i += k) {
+		for (k = 1; i + k < n && blocks[i + k]->nr == blocks[i]->nr + k; k++)
+			;
+		int error = io_write1(img, copies + (i << img->bits), k << img->bits,
+				      (uint64_t)blocks[i]->nr << img->bits);
+		if (error)
+			return error;
+	}
+	return 0;
+}
+
+/* For tests: leave out of the checkpoint what block_forget() has been told. */
+static void drop_forgotten(x3_image *img)
+{
+	size_t n = 0;
+
+	for (size_t i = 0; i < img->nlogged; i++)
+		if (img->logged[i]->flags & LOGGED)
+			img->logged[n++] = img->logged[i];
+	img->nlogged = n;
+}
+
+/* Write home what is logged, and empty the log. With img->committing; gives up the lock meanwhile. */
+static int checkpoint(x3_image *img)
+{
+	char *bounce;
+	int error = 0;
+
+	if (!img->nlogged && img->jhead == img->jfirst)
+		return 0;
+	bounce = malloc((size_t)BOUNCE << img->bits);
+	if (!bounce)
+		return -ENOMEM;
+	qsort(img->logged, img->nlogged, sizeof *img->logged, by_number);
+	if (img->debug & X3_NO_FORGET)
+		drop_forgotten(img);
+	for (size_t i = 0; i < img->nlogged && !error; i += BOUNCE) {
+		size_t n = min(img->nlogged - i, (size_t)BOUNCE);
+		for (size_t k = 0; k < n; k++) {
+			struct block *b = img->logged[i + k];
+			memcpy(bounce + (k << img->bits), b->logged ? b->logged : b->data, img->bs);
+		}
+		pthread_mutex_unlock(&img->lock);
+		error = write_home(img, img->logged + i, bounce, n);
+		pthread_mutex_lock(&img->lock);
+	}
+	free(bounce);
+	img->jhead = img->jfirst;
+	pthread_mutex_unlock(&img->lock);
+	error = error ? error : io_barrier(img);
+	error = error ? error : write_super(img, img->jfirst);
+	pthread_mutex_lock(&img->lock);
+	if (error)
+		return error;
+	for (size_t i = 0; i < img->nlogged; i++) {
+		struct block *b = img->logged[i];
+		free(b->logged);
+		b->logged = NULL;
+		b->flags &= ~LOGGED;
+	}
+	img->nlogged = 0;
+	held_release(img, &img->held_logged, true);
+	img->checkpoints++;
+	return 0;
+}
+
+
+/* --- commit --- */
+
+/* Where the image of the *i*-th block of the transaction being committed is in img->log. */
+static char *log_image(const x3_image *img, size_t i)
+{
+	return img->log + ((i + i / tags_per_block(img) + 1) << img->bits);
+}
+
+/* Write the descriptor block for the blocks of the transaction from *from* on. */
+static void describe(x3_image *img, size_t from, const bool *escaped)
+{
+	size_t n = min(img->nlogging - from, (size_t)tags_per_block(img));
+	struct header *header = (struct header *)(log_image(img, from) - img->bs);
+	char *p = (char *)(header + 1);
+
+	memset(header, 0, img->bs);
+	*header = (struct header){ htonl(JBD_MAGIC), htonl(DESCRIPTOR), htonl(img->tid) };
+	for (size_t i = 0; i < n; i++) {
+		uint16_t flags = (i ? SAME_UUID : 0) | (i == n - 1 ? LAST_TAG : 0) | (escaped[i] ? ESCAPED : 0);
+		struct tag tag = { htonl(img->logging[from + i]->nr), 0, htons(flags) };
+		memcpy(p, &tag, sizeof tag);
+		p += sizeof tag;
+		if (i == 0) {
+			memcpy(p, ((struct journal_super *)img->jsb)->uuid, 16);
+			p += 16;
+		}
+	}
+}
+
+/*
+ * End the running transaction: copy it to img->log as it will be in the journal, and begin the next.
+ *
+ * What was freed within it is left out: whatever it holds, nobody will read it.
+ */
+static int close_transaction(x3_image *img)
+{
+	bool escaped[tags_per_block(img)];
+	size_t need = (img->ndirty + descriptors(img, img->ndirty) + 1) << img->bits;
+	char *log = try_grow(img->log, &img->log_size, need, 1);
+	struct block **logging = try_grow(img->logging, &img->logging_cap, img->ndirty, sizeof *logging);
+	struct block **logged = try_grow(img->logged, &img->logged_cap, img->nlogged + img->ndirty, sizeof *logged);
+
+	img->log = log ? log : img->log;
+	img->logging = logging ? logging : img->logging;
+	img->logged = logged ? logged : img->logged;
+	if (!log || !logging || !logged)
+		return -ENOMEM;
+	img->nlogging = 0;
+	for (size_t i = 0; i < img->ndirty; i++) {
+		struct block *b = img->dirty[i];
+		if (b->flags & DIRTY && !block_is_free(img, b->nr))
+			img->logging[img->nlogging++] = b;
+		b->flags &= ~(DIRTY | LISTED);
+	}
+	img->ndirty = 0;
+	if (!img->nlogging) /* all was taken back: there is no transaction, and no gap in the numbers */
+		return 0;
+	qsort(img->logging, img->nlogging, sizeof *img->logging, by_number);
+	for (size_t i = 0; i < img->nlogging; i++) {
+		struct block *b = img->logging[i];
+		char *image = log_image(img, i);
+		size_t k = i % tags_per_block(img);
+		b->flags |= LOGGING;
+		memcpy(image, b->data, img->bs);
+		escaped[k] = *(uint32_t *)image == htonl(JBD_MAGIC);
+		if (escaped[k]) {
+			*(uint32_t *)image = 0;
+			b->flags |= WAS_ESCAPED;
+		}
+		if (k == tags_per_block(img) - 1 || i == img->nlogging - 1)
+			describe(img, i - k, escaped);
+	}
+	img->held_logging = img->held;
+	img->held = (struct runs){ 0 };
+	img->tid++;
+	return 0;
+}
+
+/* Write *n* blocks into the journal from its block *at* on. */
+static int write_journal(x3_image *img, uint32_t at, const char *data, uint32_t n)
+{
+	for (uint32_t i = 0, k; i < n; i += k) {
+		for (k = 1; i + k < n && img->jmap[at + i + k] == img->jmap[at + i] + k; k++)
+			;
+		int error = io_write1(img, data + ((size_t)i << img->bits), (size_t)k << img->bits,
+				      (uint64_t)img->jmap[at + i] << img->bits);
+		if (error)
+			return error;
+	}
+	return 0;
+}
+
+/* Write the closed transaction to the journal; file data comes to disk by the same barrier. Without the lock. */
+static int write_log(x3_image *img, uint32_t tid)
+{
+	uint32_t n = img->nlogging + descriptors(img, img->nlogging);
+	struct commit_block *commit = (struct commit_block *)(img->log + ((size_t)n << img->bits));
+	struct timespec now;
+	int error;
+
+	memset(commit, 0, img->bs);
+	commit->header = (struct header){ htonl(JBD_MAGIC), htonl(COMMIT), htonl(tid) };
+	clock_gettime(CLOCK_REALTIME, &now);
+	commit->sec = __builtin_bswap64(now.tv_sec);
+	commit->nsec = htonl(now.tv_nsec);
+	error = write_journal(img, img->jhead, img->log, n);
+	if (!error && !(img->debug & X3_NO_BARRIER))
+		error = io_barrier(img);
+	error = error ? error : write_journal(img, img->jhead + n, (char *)commit, 1);
+	return error ? error : io_barrier(img);
+}
+
+/* The transaction is on disk: its blocks count as logged, and what it freed may be used. */
+static int finish_transaction(x3_image *img)
+{
+	/* A reader may still have the number of a block that another file may use from now on. */
+	img->draining = true;
+	while (img->readers)
+		pthread_cond_wait(&img->wake, &img->lock);
+	img->draining = false;
+	for (size_t i = 0; i < img->nlogging; i++) {
+		struct block *b = img->logging[i];
+		if (!(b->flags & LOGGING))
+			continue;
+		if (!(b->flags & DIRTY)) {
+			free(b->logged);
+			b->logged = NULL;
+		} else { /* changed again since: keep what was logged */
+			char *image = log_image(img, i);
+			if (!b->logged && !(b->logged = malloc(img->bs)))
+				return -ENOMEM;
+			memcpy(b->logged, image, img->bs);
+			if (b->flags & WAS_ESCAPED)
+				*(uint32_t *)b->logged = htonl(JBD_MAGIC);
+		}
+		if (!(b->flags & LOGGED))
+			img->logged[img->nlogged++] = b;
+		b->flags = (b->flags & ~(LOGGING | WAS_ESCAPED)) | LOGGED;
+	}
+	img->jhead += img->nlogging + descriptors(img, img->nlogging) + 1;
+	img->nlogging = 0;
+	held_release(img, &img->held_logging, img->debug & X3_NO_FORGET);
+	img->commits++;
+	return 0;
+}
+
+/* Commit the running transaction, which is not empty. With img->committing. */
+static int commit(x3_image *img)
+{
+	uint32_t tid;
+	int error;
+
+	for (int tries = 0;; tries++) {
+		uint32_t need = img->ndirty + descriptors(img, img->ndirty) + 1;
+		if (img->jhead + need <= img->jlen)
+			break;
+		if (tries > 1 || img->jfirst + need > img->jlen)
+			return -EFBIG;
+		error = checkpoint(img);
+		if (error)
+			return error;
+	}
+	tid = img->tid;
+	error = close_transaction(img);
+	if (error || !img->nlogging)
+		return error;
+	pthread_mutex_unlock(&img->lock);
+	error = write_log(img, tid);
+	pthread_mutex_lock(&img->lock);
+	error = error ? error : finish_transaction(img);
+	if (!error)
+		img->committed = tid;
+	return error;
+}
+
+/* Become the one who commits or checkpoints; false if the image is aborted. */
+static bool committing_begin(x3_image *img)
+{
+	while (img->committing && !img->aborted)
+		pthread_cond_wait(&img->wake, &img->lock);
+	if (img->aborted)
+		return false;
+	img->committing = true;
+	return true;
+}
+
+static int committing_end(x3_image *img, int error)
+{
+	img->committing = false;
+	if (error)
+		abort_image(img, -error, "the journal cannot be written: %s", strerror(-error));
+	pthread_cond_broadcast(&img->wake);
+	return error ? -EIO : 0;
+}
+
+/*
+ * Return when transaction *tid* is on disk. Under the lock, which is given up meanwhile; not within an
+ * operation. All who wait at the same time share one commit.
+ */
+int commit_until(x3_image *img, uint32_t tid)
+{
+	while (tid_after(tid, img->committed)) {
+		int error;
+		if (!img->ndirty && !img->committing)
+			return 0; /* there is no such transaction yet */
+		if (!committing_begin(img))
+			return -EIO;
+		if (!tid_after(tid, img->committed) || !img->ndirty)
+			error = 0;
+		else
+			error = commit(img);
+		if (committing_end(img, error))
+			return -EIO;
+	}
+	return 0;
+}
+
+/* Commit, and write everything home. As commit_until. */
+int checkpoint_now(x3_image *img)
+{
+	int error = commit_until(img, img->tid);
+
+	if (error)
+		return error;
+	if (!committing_begin(img))
+		return -EIO;
+	return committing_end(img, checkpoint(img));
+}
