@@ -163,26 +163,41 @@ static bool is_it(const entry *e, const char *name, uint32_t len, uint32_t ino)
 	return e->inode == ino && e->name_len == len && memcmp(e->name, name, len) == 0;
 }
 
-/* Where a name stands, which is the name of *ino*: at *guess*, or anywhere. ENOENT. */
+/* Where a name of *ino* stands in one block; false if it does not. */
+static bool find_in(x3_image *img, const struct inode *dir, uint32_t at, const char *name, uint32_t len,
+		    uint32_t ino, struct x3_place *where)
+{
+	struct block *b = dir_block(img, dir, at);
+
+	for (uint32_t offset = 0; offset < img->bs;) {
+		entry *e = dir_entry(img, b, offset);
+		if (is_it(e, name, len, ino)) {
+			*where = (struct x3_place){ at, offset };
+			return true;
+		}
+		offset += e->rec_len;
+	}
+	return false;
+}
+
+/*
+ * Where a name of *ino* stands: in the block of *guess*, where the index says, or anywhere. ENOENT.
+ *
+ * The block is walked in any case: an old offset may point into the middle of an entry.
+ */
 struct x3_place dir_find(x3_image *img, const struct inode *dir, const char *name, uint32_t len,
 			 struct x3_place guess, uint32_t ino)
 {
 	uint64_t blocks = dir_blocks(img, dir);
+	struct x3_place where;
 
-	/* The guess first, but only as a whole block: a stale offset may point into the middle of an entry. */
-	for (uint64_t i = 0; i <= blocks; i++) {
-		uint32_t at = i ? i - 1 : guess.block;
-		struct block *b;
-		if (at >= blocks)
-			continue;
-		b = dir_block(img, dir, at);
-		for (uint32_t offset = 0; offset < img->bs;) {
-			entry *e = dir_entry(img, b, offset);
-			if (is_it(e, name, len, ino))
-				return (struct x3_place){ at, offset };
-			offset += e->rec_len;
-		}
-	}
+	if (guess.block < blocks && find_in(img, dir, guess.block, name, len, ino, &where))
+		return where;
+	if (htree_usable(img, dir) && find_in(img, dir, htree_find(img, dir, name, len), name, len, ino, &where))
+		return where;
+	for (uint64_t at = 0; at < blocks; at++)
+		if (find_in(img, dir, at, name, len, ino, &where))
+			return where;
 	fail(img, ENOENT, "no such name");
 }
 

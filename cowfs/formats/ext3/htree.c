@@ -229,23 +229,42 @@ static struct block *split_leaf(x3_image *img, struct inode *dir, struct level *
 	return new_leaf;
 }
 
+/* Find the leaf for a hash; *path* leads there, and has *depth* + 1 index blocks. */
+static uint32_t descend(x3_image *img, const struct inode *dir, uint32_t hash, struct level *path, int *depth)
+{
+	struct block *root = dir_block(img, dir, 0);
+	uint32_t at;
+
+	path[0] = choose(img, root, ROOT_INFO + 8, root_limit(img), hash);
+	for (*depth = 0; *depth < root_info(root)->indirect_levels;) {
+		at = path[*depth].entries[path[*depth].chosen].block & BLOCK_MASK;
+		path[++*depth] = choose(img, dir_block(img, dir, at), 8, node_limit(img), hash);
+	}
+	return path[*depth].entries[path[*depth].chosen].block & BLOCK_MASK;
+}
+
+/* The block of an indexed directory where a name is, but for collisions, if it is there. */
+uint32_t htree_find(x3_image *img, const struct inode *dir, const char *name, uint32_t len)
+{
+	uint8_t version = root_info(dir_block(img, dir, 0))->hash_version;
+	struct level path[2];
+	int depth;
+
+	return descend(img, dir, hash_name(img, version, name, len), path, &depth);
+}
+
 /* Add a name to an indexed directory, which is being changed. */
 struct x3_place htree_insert(x3_image *img, struct inode *dir, const char *name, uint32_t len, uint32_t ino,
 			     uint8_t type)
 {
-	struct block *root = dir_block(img, dir, 0), *leaf;
-	uint8_t version = root_info(root)->hash_version;
+	uint8_t version = root_info(dir_block(img, dir, 0))->hash_version;
 	uint32_t hash = hash_name(img, version, name, len), at;
 	struct level path[2];
-	int depth = 0;
+	struct block *leaf;
 	int64_t offset;
+	int depth;
 
-	path[0] = choose(img, root, ROOT_INFO + 8, root_limit(img), hash);
-	if (root_info(root)->indirect_levels) {
-		at = path[0].entries[path[0].chosen].block & BLOCK_MASK;
-		path[++depth] = choose(img, dir_block(img, dir, at), 8, node_limit(img), hash);
-	}
-	at = path[depth].entries[path[depth].chosen].block & BLOCK_MASK;
+	at = descend(img, dir, hash, path, &depth);
 	leaf = dir_block(img, dir, at);
 	offset = dir_put(img, leaf, name, len, ino, type);
 	if (offset < 0) {

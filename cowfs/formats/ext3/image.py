@@ -396,6 +396,6 @@ def _check_features(fd: int, name: str) -> None:
     if found is None:
         raise OSError(errno.EINVAL, "no ext3 filesystem", name)
     if names := features.foreign(found, features.ENGINE):
-        raise OSError(errno.EOPNOTSUPP, f"has features that are not ext3's: {', '.join(names)}", name)
+        raise OSError(errno.EOPNOTSUPP, f"has features that are not mere ext3's, or unusual: {', '.join(names)}", name)
     if not found.compatible & features.HAS_JOURNAL:
         raise OSError(errno.EOPNOTSUPP, "has no journal (ext2), so it would not survive a crash", name)

@@ -290,6 +290,7 @@ int64_t dir_list(x3_image *img, uint32_t dir, uint64_t *cursor, char *buf, uint6
 /* --- htree.c --- */
 
 bool htree_usable(x3_image *img, const struct inode *dir);
+uint32_t htree_find(x3_image *img, const struct inode *dir, const char *name, uint32_t len);
 bool htree_make(x3_image *img, struct inode *dir);
 struct x3_place htree_insert(x3_image *img, struct inode *dir, const char *name, uint32_t len, uint32_t ino,
 			     uint8_t type);
