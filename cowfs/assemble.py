@@ -103,15 +103,13 @@ def open_lower(spec: str, engine: str = "auto", offset: int = 0) -> LowerLayer:
         except OSError as error:
             raise LayerError(f"{spec}: {error.strerror}") from None
         return DirectoryLayer(fd, os.path.abspath(spec))
-    if engine == "process" or (engine == "auto" and os.geteuid() != 0):
+    if engine != "kernel":
         return SquashfsLayer(os.path.abspath(spec), offset=offset)
     if os.geteuid() != 0:
         raise SystemFailure(
             f"{spec}: only root may ask the kernel to mount an image", "--engine process needs no privilege"
         )
     if not _kernel_reaches(spec, offset):
-        if engine == "auto":
-            return SquashfsLayer(os.path.abspath(spec), offset=offset)
         raise LayerError(
             f"{spec}: the kernel cannot read the end of the image: too few bytes follow it in the file",
             "--engine process can; mksquashfs without -nopad pads an image",
@@ -119,8 +117,6 @@ def open_lower(spec: str, engine: str = "auto", offset: int = 0) -> LowerLayer:
     try:
         return _kernel_mounted(spec, offset)
     except OSError as error:
-        if engine == "auto" and error.errno in {errno.EPERM, errno.EACCES}:
-            return SquashfsLayer(os.path.abspath(spec), offset=offset)  # root of a container only
         raise LayerError(f"{spec}: cannot be mounted: {error.strerror or error}") from None
 
 

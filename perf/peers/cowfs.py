@@ -81,5 +81,5 @@ class CowfsReader:
         box.stop_daemon(box.merged, [*command(), "umount", str(box.merged)])
 
 
-SYSTEMS: list[System] = [Cowfs("cowfs", "kernel")]
+SYSTEMS: list[System] = [Cowfs("cowfs", "auto"), Cowfs("cowfs-kernel", "kernel")]
 READERS: list[System] = [CowfsReader()]
