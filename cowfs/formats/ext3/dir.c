@@ -61,7 +61,8 @@ entry *dir_entry(x3_image *img, struct block *b, uint32_t offset)
 	entry *e = (entry *)(b->data + offset);
 
 	if (offset % 4 || offset + 12 > img->bs || e->rec_len < 12 || e->rec_len % 4 ||
-	    offset + e->rec_len > img->bs || RECORD(e->name_len) > e->rec_len || e->inode > img->inodes)
+	    offset + e->rec_len > img->bs || RECORD(e->name_len) > e->rec_len || e->inode > img->inodes ||
+	    (e->inode && !e->name_len))
 		fail(img, EUCLEAN, "directory block %u is damaged at offset %u", b->nr, offset);
 	return e;
 }
@@ -246,18 +247,30 @@ bool dir_is_empty(x3_image *img, uint32_t ino)
 	return true;
 }
 
-/* Let ".." be another directory. */
-void dir_set_parent(x3_image *img, uint32_t ino, uint32_t parent)
+/* The entry ".." of a directory. */
+entry *dir_parent(x3_image *img, uint32_t ino, struct block **block)
 {
 	struct inode dir = get_dir(img, ino);
 	struct block *b = dir_block(img, &dir, 0);
-	entry *e = dir_entry(img, b, dir_entry(img, b, 0)->rec_len);
+	uint32_t first = dir_entry(img, b, 0)->rec_len;
+	entry *e = first < img->bs ? dir_entry(img, b, first) : NULL;
 
-	if (e->name_len != 2 || !is_dots(e))
+	if (!e || !e->inode || e->name_len != 2 || !is_dots(e))
 		fail(img, EUCLEAN, "directory %u has no ..", ino);
+	if (block)
+		*block = b;
+	return e;
+}
+
+/* Let ".." be another directory. */
+void dir_set_parent(x3_image *img, uint32_t ino, uint32_t parent)
+{
+	struct block *b;
+	entry *e = dir_parent(img, ino, &b);
+
 	block_change(img, b, (char *)e - b->data, 4);
 	e->inode = parent;
-	img->changed[ino % 4096] = img->tid;
+	img->changed[ino % 4096] = img->resized[ino % 4096] = img->tid;
 }
 
 
@@ -280,6 +293,8 @@ int64_t dir_list(x3_image *img, uint32_t ino, uint64_t *cursor, char *buf, uint6
 			if (e->inode && !is_dots(e)) {
 				uint32_t head[2] = { e->inode, at };
 				uint16_t short_offset = offset;
+				if (memchr(e->name, '/', e->name_len) || memchr(e->name, 0, e->name_len))
+					fail(img, EUCLEAN, "directory %u has an impossible name", ino);
 				memcpy(p, head, 8);
 				memcpy(p + 8, &short_offset, 2);
 				p[10] = e->file_type;

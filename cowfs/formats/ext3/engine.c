@@ -353,6 +353,13 @@ int64_t x3_readdir(x3_image *img, uint32_t dir, uint64_t *cursor, void *buf, uin
 	return op_finish(&op);
 }
 
+int64_t x3_parent(x3_image *img, uint32_t dir)
+{
+	QUERY (img)
+		op.result = dir_parent(img, dir, NULL)->inode;
+	return op_finish(&op);
+}
+
 /* Let a directory have more or fewer subdirectories. EMLINK. */
 static void add_links(x3_image *img, uint32_t ino, int count)
 {

@@ -179,6 +179,9 @@ int64_t x3_readlink(x3_image *img, uint32_t ino, void *buf, uint64_t cap);
  */
 int64_t x3_readdir(x3_image *img, uint32_t dir, uint64_t *cursor, void *buf, uint64_t cap);
 
+/* The directory that *dir* is in, by its "..": an inode number. ENOTDIR. */
+int64_t x3_parent(x3_image *img, uint32_t dir);
+
 /*
  * Make an inode of any type, directories included, and give it a name in *dir*.
  *

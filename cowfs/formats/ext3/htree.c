@@ -281,7 +281,7 @@ struct x3_place htree_insert(x3_image *img, struct inode *dir, const char *name,
 bool htree_make(x3_image *img, struct inode *dir)
 {
 	struct block *root = dir_block(img, dir, 0), *leaf;
-	entry *dot = dir_entry(img, root, 0), *dotdot = dir_entry(img, root, dot->rec_len);
+	entry *dot = dir_entry(img, root, 0), *dotdot = dir_parent(img, dir->ino, NULL);
 	struct name names[4096 / 12];
 	uint32_t n = 0, at;
 
