@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from tests.ext3.reader import JOURNAL, ROOT, Image
 
-_NUMBERS = (0, 1, 2, 3, 7, 8, 10, 11, 12, 0x7F, 0x80, 0xFF, 0x100, 0x3FF, 0x1000, 0x7FFF, 0xFFFC, 0xFFFF)
+_NUMBERS = (0, 1, 2, 3, 7, 8, 10, 11, 12, 0x7F, 0x80, 0xFF, 0x100, 0x3FF, 0x7FFF, 0xFFFC, 0xFFFF)
 _LARGE = (0x10000, 0xFFFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFE, 0xFFFFFFFF)
 _SUPERBLOCK = (
     *((at, 4) for at in range(0, 52, 4)),
@@ -56,6 +56,7 @@ class Target:
                 self.journal = blocks
             elif stat.S_ISREG(inode.mode):
                 self.contents += blocks[:20]
+        self.kinds_of_numbers = [self.inodes, self.directories, self.journal, self.indirect, self.contents]
 
 
 def damaged(target: Target, seed: int) -> bytes:
@@ -74,8 +75,8 @@ def _number(target: Target, choose: random.Random, size: int) -> int:
     if size == 4:
         pool += [
             *_LARGE, image.blocks, image.blocks - 1, choose.randrange(image.blocks),
-            image.inodes, image.inodes + 1, choose.choice(target.inodes), choose.choice(target.directories), choose.choice(target.journal),
-            choose.choice(target.indirect), image.group(0)[choose.randrange(3)],
+            image.inodes, image.inodes + 1, *(choose.choice(blocks) for blocks in target.kinds_of_numbers),
+            image.group(0)[choose.randrange(3)],
         ]  # fmt: skip
     return choose.choice(pool) & ((1 << 8 * size) - 1)
 

@@ -71,6 +71,11 @@ def _try(function: Any, *arguments: Any) -> Any:
         return None
 
 
+def impossible(name: bytes) -> bool:
+    """A name that no program could ever have given, nor the kernel take."""
+    return b"/" in name or b"\0" in name or name in {b".", b"..", b""}
+
+
 class _Walk:
     def __init__(self, layer: Ext3Layer) -> None:
         self.layer = layer
@@ -100,7 +105,7 @@ class _Walk:
             seen.add(directory)
             for name, _ in (_try(self.layer.readdir, directory) or [])[:_NAMES]:
                 count += 1
-                assert b"/" not in name and b"\0" not in name and name not in {b".", b"..", b""}, name
+                assert not impossible(name), name
                 found = _try(self.layer.lookup, directory, name)
                 if found is not None:
                     key, attr = found

@@ -62,6 +62,13 @@ def recover(path: Path) -> str | None:
     return unclean(path)
 
 
+def recover_by_kernel(path: Path, at: Path) -> str | None:
+    """The same, by mounting it."""
+    with kernel_mounted(path, at):
+        pass
+    return unclean(path)
+
+
 @contextmanager
 def kernel_mounted(image: Path, at: Path, options: str = "noatime") -> Iterator[Path]:
     """The image, mounted by the kernel."""

@@ -227,14 +227,19 @@ def judge(
     """
     tree = found.tree()
     high = min(promises.begun, len(states) - 1)
-    for number in range(high, promises.committed - 1, -1):
-        if states[number].facts == tree:
-            break
-    else:
-        if unknown(tree):
-            return None
-        return _nearest(states, promises.committed, high, tree)
-    state, floors = states[number], dict.fromkeys(tree, number)
+    # Where times are whole seconds, several states look the same but for the data.
+    equal = [number for number in range(high, promises.committed - 1, -1) if states[number].facts == tree]
+    if not equal:
+        return None if unknown(tree) else _nearest(states, promises.committed, high, tree)
+    wrong = [_wrong_state(states, number, promises, found, tree) for number in equal]
+    return None if None in wrong else f"state {equal[0]}: {wrong[0]}"
+
+
+def _wrong_state(
+    states: list[State], number: int, promises: Promises, found: Image, tree: dict[int, Facts]
+) -> str | None:
+    """Why the image, which has the metadata of this state, breaks a promise or has wrong data."""
+    floors = dict.fromkeys(tree, number)
     for sync in promises.synced:
         floors[sync.ino] = max(floors.get(sync.ino, number), sync.operation)
         if sync.operation > number:
@@ -242,13 +247,11 @@ def judge(
             if sync.datasync and was and now:
                 was = replace(was, atime=now.atime, mtime=now.mtime, ctime=now.ctime)
             if was != now:
-                return (
-                    f"state {number}: inode {sync.ino} was synced after {sync.operation}: {_change(was, now)}"
-                )
-    for ino, blocks in state.blocks.items():
+                return f"inode {sync.ino} was synced after {sync.operation}: {_change(was, now)}"
+    for ino, blocks in states[number].blocks.items():
         wrong = _wrong_block(blocks, found, ino, tree[ino].size, floors[ino], promises.begun)
         if wrong is not None:
-            return f"state {number}: {wrong}"
+            return wrong
     return None
 
 

@@ -24,7 +24,7 @@ from tests.support.system import run
 SHAPES = [
     Shape(1024, 256, mib=3, journal=1, inodes=512),
     Shape(1024, 128, mib=3, journal=1, inodes=512),
-    Shape(4096, 256, mib=6, journal=4, inodes=512),
+    Shape(4096, 256, mib=9, journal=4, inodes=512),
 ]
 
 
