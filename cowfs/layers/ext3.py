@@ -12,12 +12,11 @@ import os
 import stat
 import struct
 from contextlib import suppress
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from cowfs.formats.ext3 import image as ext3
 from cowfs.formats.ext3.directory import INO, Names, type_of
 from cowfs.formats.ext3.image import Image
-from cowfs.formats.ext3.records import Inode
 from cowfs.layers import acl
 from cowfs.layers.ext3_file import Capabilities, Ext3File, InUse, Key
 from cowfs.linux.files import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WHITEOUT
@@ -67,18 +66,17 @@ class Ext3Layer:
                 raise _error(errno.ENAMETOOLONG)
             return None
         key = Key(value & INO)
-        return key, self.attributes(key, self.image.getattr(key))
+        return key, self._attributes(key, self.image.raw(key))
 
     def stat(self, key: int) -> Attr:
-        return self.attributes(key, self.image.getattr(key))
+        return self._attributes(key, self.image.raw(key))
 
-    def attributes(self, ino: int, inode: Inode) -> AttrData:
+    def _attributes(self, ino: int, fields: tuple[int, ...]) -> AttrData:
         """Return what the engine says of an inode as a layer says it."""
-        mode, nlink, uid, gid, major, minor, _, _, size, blocks, atime, mtime, ctime = inode
+        mode, nlink, uid, gid, major, minor, _, _, size, blocks, atime, mtime, ctime = fields
         rdev = os.makedev(major, minor) if major or minor else 0
         return AttrData(
-            *(mode, ino, self.dev, nlink, uid, gid, rdev, size, blocks, self._block_size),
-            *(atime, mtime, ctime),
+            mode, ino, self.dev, nlink, uid, gid, rdev, size, blocks, self._block_size, atime, mtime, ctime
         )
 
     def readdir(self, directory: int) -> list[DirEntry]:
@@ -108,7 +106,7 @@ class Ext3Layer:
         return self._open(key, flags)
 
     def _open(self, ino: int, flags: int) -> Ext3File:
-        return Ext3File(self.image, ino, flags, self._in_use, self._capabilities, self.attributes)
+        return Ext3File(self.image, ino, flags, self._in_use, self._capabilities, self._attributes)
 
     def _must_be_regular(self, key: int) -> None:
         kind = stat.S_IFMT(self.image.getattr(key).mode)
@@ -407,6 +405,15 @@ class Ext3Layer:
     def sync(self) -> None:
         """Return when everything written so far is on disk. Blocks; for any thread."""
         self.image.commit()
+
+
+def open_ext3(path: str, **how: Any) -> Ext3Layer:
+    """Open an image as a layer; *how* is for Image. Raises what open(2) does and what it does."""
+    fd = os.open(path, os.O_RDONLY if how.get("read_only") else os.O_RDWR)
+    try:
+        return Ext3Layer(Image(fd, os.path.abspath(path), **how))
+    finally:
+        os.close(fd)
 
 
 _RENAME_FLAGS = RENAME_NOREPLACE | RENAME_EXCHANGE | RENAME_WHITEOUT

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 
 from cowfs.formats.ext3.image import Image
-from cowfs.formats.ext3.records import Inode
 from cowfs.layers.base import File
 from cowfs.types import Attr
 
@@ -117,7 +116,7 @@ class Ext3File:
         flags: int,
         in_use: InUse,
         capabilities: Capabilities,
-        show: Callable[[int, Inode], Attr],
+        show: Callable[[int, tuple[int, ...]], Attr],
     ) -> None:
         self._image = image
         self._ino = ino
@@ -130,6 +129,8 @@ class Ext3File:
 
     def pread(self, size: int, offset: int) -> bytes:
         return self._image.pread(self._ino, size, offset)
+
+    try_pread = pread
 
     def pwrite(self, data: bytes, offset: int) -> int:
         self._changes()
@@ -153,7 +154,7 @@ class Ext3File:
         self._image.fsync(self._ino, datasync)
 
     def stat(self) -> Attr:
-        return self._show(self._ino, self._image.fgetattr(self._ino))
+        return self._show(self._ino, self._image.getattr(self._ino))
 
     def segments(self, end: int) -> Iterator[tuple[int, int]]:
         return self._image.segments(self._ino, end)
@@ -163,7 +164,7 @@ class Ext3File:
 
     def copy_to(self, target: File, size: int | None = None) -> None:
         """Copy the first *size* bytes, or all, to a new file, piece by piece; holes stay holes. Blocks."""
-        whole = self._image.fgetattr(self._ino).size
+        whole = self._image.getattr(self._ino).size
         size = whole if size is None else min(size, whole)
         target.truncate(size)
         for start, stop in self.segments(size):

@@ -12,8 +12,8 @@ from cowfs.layers.base import UpperLayer
 from tests.contract.factories import LOWERS, UPPERS, Kind
 
 
-def _choose(kind: Kind) -> Kind:
-    if kind.privileged and os.geteuid() != 0:
+def _choose(kind: Kind, *, rootless: bool = False) -> Kind:
+    if kind.privileged and not rootless and os.geteuid() != 0:
         pytest.skip("needs root: owners, devices, trusted xattrs")
     return kind
 
@@ -27,7 +27,8 @@ def lower_kind(request: pytest.FixtureRequest) -> Kind:
 @pytest.fixture(params=UPPERS, ids=str)
 def upper_kind(request: pytest.FixtureRequest) -> Kind:
     """Every kind of layer that can be written."""
-    return _choose(request.param)
+    kind: Kind = request.param
+    return _choose(kind, rootless=kind.rootless)
 
 
 @pytest.fixture

@@ -25,6 +25,8 @@ class Kind:
     """May it give files away, make devices, see trusted.*?"""
     tick_ns: int = 1
     """How exactly it keeps times."""
+    rootless: bool = False
+    """Needs no root to be all that as an upper."""
 
     def __str__(self) -> str:
         return self.name
@@ -70,10 +72,38 @@ def _squashfs(path: Path) -> Iterator[LowerLayer]:
         layer.close()
 
 
+def _ext3(block_size: int, inode_size: int) -> Kind:
+    name = f"ext3, blocks of {block_size}, inodes of {inode_size}"
+
+    @contextmanager
+    def lower(path: Path) -> Iterator[LowerLayer]:
+        """An image with the directory in it, as the kernel wrote it."""
+        from tests.support import ext3
+
+        image = ext3.make(path.with_name(f"{path.name}.ext3"), block_size, inode_size)
+        with ext3.mounted(image) as layer:
+            layer.rmdir(layer.root, b"lost+found", None)
+            run("cp", "-a", f"{path}/.", layer.name)
+        with ext3.opened(image) as layer:
+            yield layer
+
+    @contextmanager
+    def upper(path: Path) -> Iterator[UpperLayer]:
+        from tests.support import ext3
+
+        with ext3.opened(ext3.make(path / "upper.ext3", block_size, inode_size)) as layer:
+            layer.rmdir(layer.root, b"lost+found", None)
+            yield layer
+
+    tick_ns = 1 if inode_size > 128 else 1_000_000_000
+    return Kind(name, lower, upper, tick_ns=tick_ns, rootless=True)
+
+
 KINDS = [
     Kind("directory", _directory, _directory),
     Kind("directory of nobody", _directory_of_nobody, _directory_of_nobody, privileged=False),
     Kind("squashfs", _squashfs, None, tick_ns=1_000_000_000),
+    *(_ext3(block_size, inode_size) for block_size in (1024, 4096) for inode_size in (128, 256)),
 ]
 LOWERS = [kind for kind in KINDS if kind.lower]
 UPPERS = [kind for kind in KINDS if kind.upper]

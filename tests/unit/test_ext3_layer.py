@@ -1,0 +1,500 @@
+"""Ext3Layer against the kernel's ext3: what one of them writes, the other reads, to the last bit."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import stat
+import struct
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from cowfs.layers.base import Key, LowerLayer, UpperLayer
+from cowfs.layers.directory import open_directory
+from cowfs.layers.ext3 import Ext3Layer
+from cowfs.layers.squashfs import SquashfsLayer
+from tests.contract.test_upper import fails
+from tests.support import ext3
+from tests.support.system import needs_root, run
+
+T0 = 1_400_000_000_123_456_789
+EXCHANGE, WHITEOUT = 2, 4
+CAPABILITY = struct.pack("<5I", 0x02000001, 1 << 10, 0, 0, 0)
+
+
+def posix_acl(*entries: tuple[int, int, int]) -> bytes:
+    return struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in entries)
+
+
+NOBODY = 0xFFFFFFFF
+ACL = posix_acl(
+    (1, 7, NOBODY), (2, 6, 1000), (2, 1, 70000), (4, 5, NOBODY), (8, 4, 50), (16, 7, NOBODY), (32, 0, NOBODY)
+)
+MINIMAL_ACL = posix_acl((1, 6, NOBODY), (4, 0, NOBODY), (32, 4, NOBODY))
+
+
+@pytest.fixture(autouse=True)
+def no_umask() -> Iterator[None]:
+    """As the daemon has it."""
+    before = os.umask(0)
+    yield
+    os.umask(before)
+
+
+@pytest.fixture
+def layer(tmp_path: Path) -> Iterator[Ext3Layer]:
+    with ext3.opened(ext3.make(tmp_path / "image")) as opened:
+        yield opened
+
+
+@pytest.fixture(params=ext3.GEOMETRIES, ids=lambda pair: f"{pair[0]}-{pair[1]}")
+def geometry(request: pytest.FixtureRequest) -> tuple[int, int]:
+    pair: tuple[int, int] = request.param
+    return pair
+
+
+def put(layer: UpperLayer, directory: Key, name: bytes, *parts: tuple[int, bytes], mode: int = 0o644) -> Key:
+    """A file with data at these offsets."""
+    key, file = layer.create(directory, name, mode, 0, 0)
+    for offset, data in parts:
+        file.pwrite(data, offset)
+    file.close()
+    return key
+
+
+def content(layer: LowerLayer, key: Key) -> bytes:
+    file = layer.open(key, os.O_RDONLY)
+    try:
+        return file.pread(16 << 20, 0)
+    finally:
+        file.close()
+
+
+def find(layer: LowerLayer, *path: bytes) -> Key:
+    key = layer.root
+    for name in path:
+        found = layer.lookup(key, name)
+        assert found is not None, name
+        key = found[0]
+    return key
+
+
+def populate(layer: UpperLayer) -> None:
+    """A tree with one of everything, through all the calls there are."""
+    root, noise = layer.root, random.Random(7).randbytes(200_000)
+    put(layer, root, b"empty")
+    put(layer, root, b"small", (0, b"content"), mode=0o4751)
+    put(layer, root, b"large", (0, noise), (300_000, noise))
+    put(layer, root, b"sparse", (5 << 20, b"middle"), (4 << 30, b"end"))
+    put(layer, root, b"n" * 255, (0, b"long"))
+    layer.truncate(put(layer, root, b"cut", (0, noise)), 50_001)
+    layer.truncate(put(layer, root, b"grown", (0, b"begin")), 100_000)
+    deep = root
+    for _ in range(30):
+        deep = layer.mkdir(deep, b"deep", 0o1755, 5, 6)
+    many = layer.mkdir(root, b"many", 0o700, 0, 0)
+    for number in range(700):
+        put(layer, many, b"some-name-%d" % (number * number))
+    for number in range(0, 700, 3):
+        layer.unlink(many, b"some-name-%d" % (number * number), None)
+    layer.symlink(root, b"short", b"t", 1, 2)
+    layer.symlink(root, b"fifty-nine", b"t" * 59, 1, 2)
+    layer.symlink(root, b"sixty", b"t" * 60, 1, 2)
+    layer.symlink(root, b"long", b"t" * 1000, 0xFFFF, 0x10000)
+    for name, kind, rdev in (
+        (b"null", stat.S_IFCHR, os.makedev(1, 3)),
+        (b"new", stat.S_IFCHR, os.makedev(300, 7)),
+        (b"block", stat.S_IFBLK, os.makedev(259, 70000)),
+        (b"whiteout", stat.S_IFCHR, 0),
+        (b"fifo", stat.S_IFIFO, 0),
+        (b"socket", stat.S_IFSOCK, 0),
+    ):
+        layer.mknod(root, name, kind | 0o640, rdev, 70000, 4_000_000_000)
+    _link_and_move(layer)
+    _dress(layer)
+
+
+def _link_and_move(layer: UpperLayer) -> None:
+    root = layer.root
+    place = layer.mkdir(root, b"place", 0o755, 0, 0)
+    linked = put(layer, root, b"linked", (0, b"linked"))
+    for number in range(5):
+        layer.link(linked, place, b"link%d" % number)
+    layer.unlink(root, b"linked", None)
+    for name in (b"a", b"b", b"c", b"d", b"e"):
+        put(layer, place, name, (0, name))
+        layer.mkdir(place, name + b"dir", 0o750, 0, 0)
+    other = layer.mkdir(root, b"other", 0o755, 0, 0)
+    layer.rename((place, b"a"), (other, b"moved"))
+    layer.rename((place, b"b"), (place, b"c"))
+    layer.rename((place, b"d"), (other, b"left-a-whiteout"), WHITEOUT)
+    layer.rename((place, b"adir"), (other, b"moved-dir"))
+    layer.rename((place, b"bdir"), (place, b"cdir"))
+    layer.rename((place, b"ddir"), (other, b"dir-left-a-whiteout"), WHITEOUT)
+    layer.rename((place, b"e"), (place, b"edir"), EXCHANGE)
+    layer.rename((place, b"cdir"), (other, b"moved"), EXCHANGE)
+    layer.rmdir(other, b"moved-dir", None)
+
+
+def _dress(layer: UpperLayer) -> None:
+    root = layer.root
+    dressed = layer.mkdir(root, b"dressed", 0o755, 0, 0)
+    layer.setxattr(dressed, b"trusted.overlay.opaque", b"y")
+    for number in range(12):
+        layer.setxattr(dressed, b"user.number%d" % number, b"v" * number)
+    layer.removexattr(dressed, b"user.number7")
+    file = put(layer, root, b"capable", (0, b"x"))
+    layer.setxattr(file, b"security.capability", CAPABILITY)
+    layer.setxattr(file, b"user.big", b"B" * 700)
+    layer.setxattr(file, b"user.empty", b"")
+    layer.setxattr(file, b"trusted.overlay.origin", bytes(range(29)))
+    shared = layer.symlink(root, b"dressed-link", b"x", 0, 0)
+    layer.setxattr(shared, b"trusted.overlay.origin", b"")
+    owned = layer.mkdir(root, b"acls", 0o2770, 0, 4321)
+    layer.chmod(owned, 0o2770)
+    layer.setxattr(owned, b"system.posix_acl_default", ACL)
+    inside = put(layer, owned, b"inherits", mode=0o640)
+    layer.mkdir(owned, b"inherits-too", 0o751, 7, 7)
+    layer.symlink(owned, b"inherits-not", b"t", 7, 7)
+    layer.setxattr(put(layer, root, b"acl"), b"system.posix_acl_access", ACL)
+    layer.setxattr(put(layer, root, b"minimal-acl"), b"system.posix_acl_access", MINIMAL_ACL)
+    layer.chmod(inside, 0o604)
+    given = put(layer, root, b"given", (0, b"x"), mode=0o6775)
+    layer.setxattr(given, b"security.capability", CAPABILITY)
+    layer.chown(given, 12, 100_000)
+    written = put(layer, root, b"written")
+    layer.setxattr(written, b"security.capability", CAPABILITY)
+    opened = layer.open(written, os.O_RDWR)
+    opened.pwrite(b"x", 0)
+    opened.close()
+    for name in (b"small", b"short", b"null", b"place"):
+        layer.utimens(find(layer, name), T0, T0 + 1)
+    layer.utimens(find(layer, b"empty"), -1_000_000_001, 2_147_483_647_000_000_000)
+    layer.utimens(find(layer, b"large"), 0, 3_000_000_000_000_000_001)
+
+
+# --- the same tree
+
+
+@needs_root
+def test_what_we_write_the_kernel_reads(tmp_path: Path, geometry: tuple[int, int]) -> None:
+    image = ext3.make(tmp_path / "image", *geometry)
+    with ext3.opened(image) as ours:
+        populate(ours)
+        before, room = ext3.describe(ours), ours.statfs()
+    with ext3.mounted(image, "ro") as kernels:
+        assert ext3.differences(before, ext3.describe(kernels)) == []
+        assert kernels.statfs() == room
+    with ext3.opened(image, read_only=True) as again:
+        assert ext3.differences(before, ext3.describe(again)) == []
+
+
+@needs_root
+def test_what_the_kernel_writes_we_read(tmp_path: Path, geometry: tuple[int, int]) -> None:
+    image = ext3.make(tmp_path / "image", *geometry)
+    with ext3.mounted(image) as kernels:
+        populate(kernels)
+        before, room = ext3.describe(kernels), kernels.statfs()
+    with ext3.opened(image) as ours:
+        assert ext3.differences(before, ext3.describe(ours)) == []
+        assert ours.statfs() == room
+
+
+@needs_root
+def test_both_make_the_same_of_the_same_calls(tmp_path: Path, geometry: tuple[int, int]) -> None:
+    """But for the places on disk, and the times."""
+    described = []
+    for opened in (ext3.opened, ext3.mounted):
+        image = ext3.make(tmp_path / opened.__name__, *geometry)
+        with opened(image) as layer:
+            populate(layer)
+            described.append(ext3.describe(layer))
+    times = ("st_ino", "handle", "st_ctime_ns", "st_atime_ns", "st_mtime_ns")
+    assert ext3.differences(*described, ignore=times) == []
+    for path in ("./small", "./short", "./null", "./place", "./empty", "./large"):
+        one, two = (tree[path] for tree in described)
+        assert (one["st_atime_ns"], one["st_mtime_ns"]) == (two["st_atime_ns"], two["st_mtime_ns"]), path
+
+
+@needs_root
+def test_both_go_on_with_what_the_other_has_left(tmp_path: Path, geometry: tuple[int, int]) -> None:
+    """Indexed directories, shared xattr blocks and large files, changed by the other one."""
+    image = ext3.make(tmp_path / "image", *geometry)
+    with ext3.mounted(image) as kernels:
+        populate(kernels)
+    with ext3.opened(image) as ours:
+        _change(ours)
+        before = ext3.describe(ours)
+    with ext3.mounted(image) as kernels:
+        assert ext3.differences(before, ext3.describe(kernels)) == []
+        _change(kernels, b"again")
+        before = ext3.describe(kernels)
+    ext3.sound(image)
+    with ext3.opened(image) as ours:
+        assert ext3.differences(before, ext3.describe(ours)) == []
+
+
+def _change(layer: UpperLayer, suffix: bytes = b"") -> None:
+    many = find(layer, b"many")
+    for number in range(500):
+        put(layer, many, b"another-%d" % number + suffix, (0, b"x" * number))
+    for number in range(0, 700, 7):
+        name = b"some-name-%d" % (number * number)
+        if layer.lookup(many, name) is not None:
+            layer.rename((many, name), (many, b"renamed-" + name))
+    for name in (b"dressed", b"capable", b"acls", b"dressed-link"):
+        layer.setxattr(find(layer, name), b"trusted.more" + suffix, b"more")
+    large = layer.open(find(layer, b"large"), os.O_RDWR)
+    large.pwrite(b"over", 250_000)
+    large.truncate(400_000)
+    large.close()
+    layer.truncate(find(layer, b"sparse"), 4 << 20)
+    deep = find(layer, *[b"deep"] * (28 if suffix else 29))
+    layer.rmdir(deep, b"deep", None)
+
+
+@needs_root
+def test_handles_are_the_kernels(tmp_path: Path) -> None:
+    """So that an origin or an index entry that one engine has written is found by the other."""
+    image = ext3.make(tmp_path / "image")
+    with ext3.opened(image) as ours:
+        key = put(ours, ours.root, b"file")
+        handle = ours.handle(key)
+        assert ours.handle_ino(handle) == ours.stat(key).st_ino
+        assert any(handle.uuid)
+    with ext3.mounted(image) as kernels:
+        key = find(kernels, b"file")
+        assert kernels.handle(key) == handle
+        assert kernels.handle_ino(handle) == kernels.stat(key).st_ino
+
+
+# --- lives
+
+
+def test_an_open_file_outlives_its_name(layer: Ext3Layer) -> None:
+    free = layer.statfs().ffree
+    put(layer, layer.root, b"file", (0, b"content"))
+    file = layer.open(find(layer, b"file"), os.O_RDWR)
+    layer.unlink(layer.root, b"file", None)
+    another = put(layer, layer.root, b"another")
+    assert file.stat().st_nlink == 0
+    assert file.pread(10, 0) == b"content"
+    assert file.pwrite(b"!", 7) == 1
+    layer.sync()
+    assert layer.statfs().ffree == free - 2
+    file.close()
+    assert layer.statfs().ffree == free - 1
+    layer.unlink(layer.root, b"another", None)
+    layer.forget(another)
+    assert layer.statfs().ffree == free
+
+
+def test_only_the_key_that_was_told_of_keeps_an_inode(layer: Ext3Layer) -> None:
+    """Others, from a lookup long ago, come and go."""
+    mine = put(layer, layer.root, b"file", (0, b"content"))
+    theirs = find(layer, b"file")
+    assert mine == theirs
+    layer.unlink(layer.root, b"file", mine)
+    layer.forget(theirs)
+    assert content(layer, mine) == b"content"
+    free = layer.statfs().ffree
+    layer.forget(mine)
+    assert layer.statfs().ffree == free + 1
+    with fails(errno.ESTALE):
+        layer.stat(mine)
+
+
+def test_what_is_replaced_lives_on(layer: Ext3Layer) -> None:
+    put(layer, layer.root, b"old", (0, b"old"))
+    put(layer, layer.root, b"new", (0, b"new"))
+    file = layer.open(find(layer, b"old"), os.O_RDONLY)
+    layer.rename((layer.root, b"new"), (layer.root, b"old"))
+    assert file.pread(10, 0) == b"old"
+    assert content(layer, find(layer, b"old")) == b"new"
+    file.close()
+
+
+def test_nothing_is_made_in_a_removed_directory(layer: Ext3Layer) -> None:
+    folder = layer.mkdir(layer.root, b"d", 0o755, 0, 0)
+    key = put(layer, layer.root, b"f")
+    layer.rmdir(layer.root, b"d", folder)
+    with fails(errno.ENOENT):
+        layer.link(key, folder, b"x")
+    with fails(errno.ENOENT):
+        layer.rename((layer.root, b"f"), (folder, b"x"))
+    assert (layer.stat(folder).st_nlink, layer.names(folder)) == (0, [])
+
+
+def test_a_nameless_inode_gets_no_name(layer: Ext3Layer) -> None:
+    key = put(layer, layer.root, b"f")
+    layer.unlink(layer.root, b"f", key)
+    with fails(errno.ENOENT):
+        layer.link(key, layer.root, b"f")
+
+
+def test_files_are_freed_when_the_layer_is_closed(tmp_path: Path) -> None:
+    image = ext3.make(tmp_path / "image")
+    with ext3.opened(image) as layer:
+        free = layer.statfs().ffree
+        layer.unlink(layer.root, b"x", put(layer, layer.root, b"x", (0, bytes(1 << 20))))
+    with ext3.opened(image) as layer:
+        assert layer.statfs().ffree == free
+
+
+# --- files
+
+
+def test_many_threads_write_one_file(layer: Ext3Layer) -> None:
+    piece = 200_003
+    parts = [bytes([number]) * piece for number in range(40)]
+    key, file = layer.create(layer.root, b"f", 0o644, 0, 0)
+    with ThreadPoolExecutor(8) as pool:
+        assert set(
+            pool.map(lambda n: file.pwrite(parts[n], n * piece), random.Random(1).sample(range(40), 40))
+        )
+    assert content(layer, key) == b"".join(parts)
+    file.close()
+
+
+def test_syncing_while_others_write(layer: Ext3Layer) -> None:
+    """sync and File.fsync are for any thread, at any time."""
+    stop = threading.Event()
+
+    def sync() -> int:
+        count = 0
+        while not stop.is_set():
+            layer.sync()
+            count += 1
+        return count
+
+    with ThreadPoolExecutor(2) as pool:
+        running = [pool.submit(sync) for _ in range(2)]
+        for number in range(300):
+            key, file = layer.create(layer.root, b"f%d" % number, 0o644, 0, 0)
+            file.pwrite(b"x" * number, 0)
+            file.fsync(number % 2 == 0)
+            file.close()
+            layer.rename((layer.root, b"f%d" % number), (layer.root, b"g%d" % number))
+            layer.forget(key)
+        stop.set()
+        assert all(future.result() for future in running)
+    assert {b"g%d" % number for number in range(300)} <= set(layer.names(layer.root))
+
+
+def test_copies_keep_their_holes(layer: Ext3Layer, tmp_path: Path) -> None:
+    """To and from files of the kernel's, and out of a squashfs."""
+    noise = random.Random(3).randbytes(3 << 20)
+    (tmp_path / "tree").mkdir()
+    with (tmp_path / "tree/file").open("wb") as out:
+        out.write(noise)
+        out.seek(20 << 20)
+        out.write(b"end")
+    wanted = (tmp_path / "tree/file").read_bytes()
+    run("mksquashfs", tmp_path / "tree", tmp_path / "squash", "-quiet", "-no-progress")
+    sources: list[LowerLayer] = [
+        open_directory(str(tmp_path / "tree")),
+        SquashfsLayer(str(tmp_path / "squash")),
+    ]
+    for number, source in enumerate(sources):
+        file = source.open(find(source, b"file"), os.O_RDONLY)
+        key, target = layer.create(layer.root, b"copy%d" % number, 0o600, 0, 0)
+        file.copy_to(target)
+        file.close()
+        assert target.stat().st_size == len(wanted)
+        assert target.pread(len(wanted), 0) == wanted
+        assert target.stat().st_blocks * 512 < 4 << 20
+        target.close()
+        source.close()
+    ours = layer.open(key, os.O_RDONLY)
+    back = open_directory(str(tmp_path))
+    _, out_file = back.create(back.root, b"back", 0o600, os.geteuid(), os.getegid())
+    ours.copy_to(out_file)
+    out_file.close()
+    ours.close()
+    back.close()
+    assert (tmp_path / "back").read_bytes() == wanted
+    assert (tmp_path / "back").stat().st_blocks * 512 < 4 << 20
+
+
+@pytest.mark.parametrize("flag", [os.O_SYNC, os.O_DSYNC])
+def test_a_synchronous_file_is_on_disk_after_each_write(tmp_path: Path, flag: int) -> None:
+    image = ext3.make(tmp_path / "image")
+    with ext3.opened(image, commit_seconds=0) as layer:
+        key = put(layer, layer.root, b"f")
+        file = layer.open(key, os.O_RDWR | flag)
+        file.pwrite(b"there", 0)
+        (tmp_path / "crashed").write_bytes(image.read_bytes())
+        file.close()
+    run("e2fsck", "-p", tmp_path / "crashed", check=False)
+    with ext3.opened(tmp_path / "crashed") as layer:
+        assert content(layer, find(layer, b"f")) == b"there"
+
+
+def test_opening_what_is_no_file(layer: Ext3Layer) -> None:
+    with fails(errno.EISDIR):
+        layer.open(layer.root, os.O_RDONLY)
+    with fails(errno.ELOOP):
+        layer.open(layer.symlink(layer.root, b"s", b"t", 0, 0), os.O_RDONLY)
+    with fails(errno.ENXIO):
+        layer.open(layer.mknod(layer.root, b"p", stat.S_IFIFO | 0o600, 0, 0, 0), os.O_RDONLY)
+    with fails(errno.ENOTDIR):
+        layer.open_directory(put(layer, layer.root, b"f"))
+
+
+# --- what is refused
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda layer, key: layer.setxattr(key, b"user.x", b""),
+        lambda layer, key: layer.removexattr(key, b"user.x"),
+    ],
+)
+def test_user_attributes_are_for_files_and_directories(layer: Ext3Layer, call: object) -> None:
+    assert callable(call)
+    with fails(errno.EPERM):
+        call(layer, layer.symlink(layer.root, b"s", b"t", 0, 0))
+
+
+@pytest.mark.parametrize(
+    ("value", "code"),
+    [
+        (b"x", errno.EINVAL),
+        (struct.pack("<I", 1), errno.EOPNOTSUPP),
+        (posix_acl((1, 7, 0)), errno.EINVAL),
+        (posix_acl((1, 7, 0), (2, 7, 5), (4, 7, 0), (32, 7, 0)), errno.EINVAL),
+        (posix_acl((4, 7, 0), (1, 7, 0), (32, 7, 0)), errno.EINVAL),
+        (posix_acl((1, 9, 0), (4, 7, 0), (32, 7, 0)), errno.EINVAL),
+    ],
+    ids=["short", "version 1", "cut off", "without a mask", "disorder", "permissions"],
+)
+def test_acls_that_are_none(layer: Ext3Layer, value: bytes, code: int) -> None:
+    key = put(layer, layer.root, b"f")
+    with fails(code):
+        layer.setxattr(key, b"system.posix_acl_access", value)
+    assert layer.listxattr(key) == []
+
+
+def test_a_read_only_layer_changes_nothing(tmp_path: Path) -> None:
+    image = ext3.make(tmp_path / "image")
+    with ext3.opened(image) as layer:
+        put(layer, layer.root, b"f", (0, b"x"))
+    before = image.read_bytes()
+    with ext3.opened(image, read_only=True) as layer:
+        key = find(layer, b"f")
+        assert content(layer, key) == b"x"
+        for call in (
+            lambda: layer.create(layer.root, b"n", 0o600, 0, 0),
+            lambda: layer.unlink(layer.root, b"f", None),
+            lambda: layer.chmod(key, 0o600),
+            lambda: layer.open(key, os.O_RDWR),
+        ):
+            with fails(errno.EROFS):
+                call()
+    assert image.read_bytes() == before
