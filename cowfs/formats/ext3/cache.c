@@ -214,6 +214,9 @@ void cache_free(x3_image *img)
 	free(img->bucket);
 	free(img->undo.change);
 	free(img->undo.bytes);
+	img->all = img->bucket = NULL;
+	img->cached_cap = img->hand = 0;
+	memset(&img->undo, 0, sizeof img->undo);
 }
 
 /* A metadata block, from the cache or the file. */
@@ -323,6 +326,20 @@ void undo_to(x3_image *img, struct mark mark)
 	held_undo(img, mark.held);
 }
 
+/* Whether this thread has to wait for x3_resume. */
+bool is_suspended(const x3_image *img)
+{
+	return img->suspended && !(img->resuming && pthread_equal(img->resumer, pthread_self()));
+}
+
+/* Take the lock, once the image is not suspended. */
+void image_lock(x3_image *img)
+{
+	pthread_mutex_lock(&img->lock);
+	while (is_suspended(img))
+		pthread_cond_wait(&img->wake, &img->lock);
+}
+
 void op_begin(struct op *op, x3_image *img, uint32_t ino, bool changing)
 {
 	op->img = img;
@@ -331,7 +348,7 @@ void op_begin(struct op *op, x3_image *img, uint32_t ino, bool changing)
 	op->tries = op->error = 0;
 	op->result = 0;
 	op->ino = ino;
-	pthread_mutex_lock(&img->lock);
+	image_lock(img);
 }
 
 /* Before each attempt and after the last one: whether to try (again). */
@@ -339,6 +356,8 @@ bool op_again(struct op *op)
 {
 	x3_image *img = op->img;
 
+	if (op->tries && img->atoms)
+		return false; /* a commit would wait for the caller */
 	if (op->tries && op->changing && !op->error) {
 		if (img->ndirty > img->dirty_max && commit_until(img, img->tid))
 			op->error = EIO;
@@ -353,10 +372,14 @@ bool op_again(struct op *op)
 		op->error = EIO;
 		return false;
 	}
-	while (img->busy && (op->ino == img->busy || op->ino == ANY_INODE))
+	while (is_suspended(img) || (img->busy && (op->ino == img->busy || op->ino == ANY_INODE)))
 		pthread_cond_wait(&img->wake, &img->lock);
 	op->error = 0;
 	op->starved = false;
+	if (img->dead) {
+		op->error = EIO;
+		return false;
+	}
 	if (op->changing && (img->read_only || img->aborted)) {
 		op->error = EROFS;
 		return false;

@@ -139,14 +139,14 @@ static int clean_orphans(x3_image *img)
 	return result;
 }
 
-static int load(x3_image *img, uint64_t cache_bytes)
+static int load(x3_image *img)
 {
 	uint32_t buckets = 1024, per_block;
 	int error = load_geometry(img);
 
 	if (error)
 		return error;
-	img->cached_max = (cache_bytes ? cache_bytes : 64 << 20) >> img->bits;
+	img->cached_max = (img->cache_bytes ? img->cache_bytes : 64 << 20) >> img->bits;
 	img->cached_max = max(img->cached_max, (size_t)256);
 	while (buckets < img->cached_max && buckets < 1u << 24)
 		buckets *= 2;
@@ -178,7 +178,8 @@ static int load(x3_image *img, uint64_t cache_bytes)
 	return error ? error : clean_orphans(img);
 }
 
-static void release(x3_image *img)
+/* Forget all that load() has made, and what came of it. */
+static void unload(x3_image *img)
 {
 	if (img->bucket)
 		cache_free(img);
@@ -186,11 +187,20 @@ static void release(x3_image *img)
 		free(img->hold[g]);
 	free(img->hold);
 	free(img->gd_block);
+	free(img->jmap);
+	img->hold = NULL;
+	img->gd_block = NULL;
+	img->jmap = NULL;
+	img->sb = NULL;
+}
+
+static void release(x3_image *img)
+{
+	unload(img);
 	free(img->dirty);
 	free(img->logging);
 	free(img->logged);
 	free(img->log);
-	free(img->jmap);
 	free(img->held.run);
 	free(img->held_logging.run);
 	free(img->held_logged.run);
@@ -214,6 +224,7 @@ int x3_open(int fd, uint32_t flags, uint64_t cache_bytes, int trace_fd, uint32_t
 		return -ENOMEM;
 	img->read_only = flags & X3_READ_ONLY;
 	img->debug = debug;
+	img->cache_bytes = cache_bytes;
 	img->fd = fcntl(fd, F_DUPFD_CLOEXEC, 3);
 	img->trace_fd = trace_fd < 0 ? -1 : fcntl(trace_fd, F_DUPFD_CLOEXEC, 3);
 	pthread_mutex_init(&img->io_lock, NULL);
@@ -222,7 +233,7 @@ int x3_open(int fd, uint32_t flags, uint64_t cache_bytes, int trace_fd, uint32_t
 	if (img->fd < 0 || (trace_fd >= 0 && img->trace_fd < 0))
 		error = -errno;
 	else
-		error = load(img, cache_bytes);
+		error = load(img);
 	if (error) {
 		snprintf(message, sizeof message, "%s", img->message[0] ? img->message : strerror(-error));
 		release(img);
@@ -236,7 +247,7 @@ int x3_close(x3_image *img)
 {
 	int error = img->aborted ? -EIO : 0;
 
-	if (!img->read_only && !error) {
+	if (!img->read_only && !img->suspended && !error) {
 		error = clean_orphans(img);
 		if (!error)
 			error = x3_checkpoint(img);
@@ -391,13 +402,18 @@ int x3_link(x3_image *img, uint32_t ino, uint32_t dir, const char *name, uint32_
 {
 	CHANGE (img) {
 		struct inode in = inode_change(img, ino, false);
-		if (S_ISDIR(in.raw->i_mode))
+		bool orphan = in.raw->i_links_count == 0, is_dir = S_ISDIR(in.raw->i_mode);
+		if (is_dir && !orphan)
 			fail(img, EPERM, "a directory");
-		if (in.raw->i_links_count == 0)
-			fail(img, ENOENT, "its last name is gone");
 		if (in.raw->i_links_count >= X3_LINK_MAX)
 			fail(img, EMLINK, "too many links");
-		in.raw->i_links_count++;
+		if (orphan)
+			orphan_remove(img, &in);
+		in.raw->i_links_count += is_dir ? 2 : 1;
+		if (is_dir) {
+			dir_set_parent(img, ino, dir);
+			add_links(img, dir, 1);
+		}
 		inode_times(img, &in, CTIME, now_ns());
 		*place = dir_insert(img, dir, name, len, ino, in.raw->i_mode, hint);
 	}
@@ -441,10 +457,10 @@ static int remove_name(x3_image *img, uint32_t dir, const char *name, uint32_t l
 		dir_remove(img, dir, found);
 		if (is_dir)
 			add_links(img, dir, -1);
-		op.result = !inode_drop_link(img, ino, keep);
+		op.result = inode_drop_link(img, ino, keep);
 	}
 	result = op_finish(&op);
-	return result > 0 ? delete_rest(img, ino) : result;
+	return result == HAS_REST ? delete_rest(img, ino) : result;
 }
 
 int x3_unlink(x3_image *img, uint32_t dir, const char *name, uint32_t len, struct x3_place where, uint32_t ino,
@@ -499,8 +515,8 @@ static void exchange(x3_image *img, struct x3_rename *how, struct x3_place sourc
 	touch(img, how->replaced);
 }
 
-/* Let the target name be *ino*'s; true if what it named has blocks left for delete_rest(). */
-static bool take_target(x3_image *img, struct x3_rename *how, uint32_t mode)
+/* Let the target name be *ino*'s; what became of the inode that had it? */
+static enum fate take_target(x3_image *img, struct x3_rename *how, uint32_t mode)
 {
 	bool is_dir = S_ISDIR(mode);
 	struct inode dir = inode_get(img, how->target_dir);
@@ -508,14 +524,14 @@ static bool take_target(x3_image *img, struct x3_rename *how, uint32_t mode)
 	if (!how->replaced) {
 		how->place = dir_insert(img, how->target_dir, how->target_name, how->target_len, how->ino, mode,
 					how->hint);
-		return false;
+		return LIVES;
 	}
 	how->place = dir_find(img, &dir, how->target_name, how->target_len, how->target_place, how->replaced);
 	want_type(img, how->replaced, is_dir);
 	dir_replace(img, how->target_dir, how->place, how->ino, mode);
 	if (is_dir)
 		add_links(img, how->target_dir, -1);
-	return !inode_drop_link(img, how->replaced, how->flags & X3_KEEP);
+	return inode_drop_link(img, how->replaced, how->flags & X3_KEEP);
 }
 
 /* Put a character device 0:0 where the source was. */
@@ -558,7 +574,7 @@ int x3_rename(x3_image *img, struct x3_rename *how)
 		touch(img, how->ino);
 	}
 	result = op_finish(&op);
-	return result > 0 ? delete_rest(img, how->replaced) : result;
+	return result == HAS_REST ? delete_rest(img, how->replaced) : result;
 }
 
 
@@ -653,7 +669,7 @@ int x3_commit(x3_image *img)
 {
 	int error = 0;
 
-	pthread_mutex_lock(&img->lock);
+	image_lock(img);
 	if (img->aborted)
 		error = -EIO;
 	else if (!img->read_only)
@@ -666,7 +682,7 @@ int x3_checkpoint(x3_image *img)
 {
 	int error = 0;
 
-	pthread_mutex_lock(&img->lock);
+	image_lock(img);
 	if (img->aborted)
 		error = -EIO;
 	else if (!img->read_only)
@@ -683,7 +699,7 @@ int x3_fsync(x3_image *img, uint32_t ino, int datasync)
 
 	if (img->read_only)
 		return 0;
-	pthread_mutex_lock(&img->lock);
+	image_lock(img);
 	if (img->aborted) {
 		error = -EIO;
 	} else {
@@ -696,11 +712,10 @@ int x3_fsync(x3_image *img, uint32_t ino, int datasync)
 	if (!in_place)
 		return error;
 	error = io_barrier(img);
-	if (error) {
-		pthread_mutex_lock(&img->lock);
+	pthread_mutex_lock(&img->lock);
+	if (error)
 		abort_image(img, -error, "file data cannot be written: %s", strerror(-error));
-		pthread_mutex_unlock(&img->lock);
-	}
+	pthread_mutex_unlock(&img->lock);
 	return error;
 }
 
@@ -708,7 +723,7 @@ int x3_dirty(x3_image *img)
 {
 	int dirty;
 
-	pthread_mutex_lock(&img->lock);
+	image_lock(img);
 	dirty = img->ndirty && !img->aborted;
 	pthread_mutex_unlock(&img->lock);
 	return dirty;
@@ -718,11 +733,76 @@ int x3_switch(x3_image *img, int fd)
 {
 	int error = 0;
 
-	pthread_mutex_lock(&img->lock);
+	image_lock(img);
 	if (img->ndirty || img->committing || img->nlogged || img->jhead != img->jfirst)
 		error = -EBUSY;
 	else if (dup3(fd, img->fd, O_CLOEXEC) < 0) /* at once, whoever may be reading */
 		error = -errno;
+	pthread_mutex_unlock(&img->lock);
+	return error;
+}
+
+
+void x3_begin(x3_image *img)
+{
+	image_lock(img);
+	img->atoms++;
+	pthread_mutex_unlock(&img->lock);
+}
+
+void x3_end(x3_image *img)
+{
+	pthread_mutex_lock(&img->lock);
+	if (--img->atoms == 0)
+		pthread_cond_broadcast(&img->wake);
+	pthread_mutex_unlock(&img->lock);
+}
+
+/* Whether something is under way, or not yet home. */
+static bool is_busy(const x3_image *img)
+{
+	return img->committing || img->busy || img->atoms || img->readers;
+}
+
+int x3_suspend(x3_image *img)
+{
+	int error = 0;
+
+	image_lock(img);
+	img->draining = true; /* who reads from now on, does it under the lock */
+	do {
+		while (is_busy(img))
+			pthread_cond_wait(&img->wake, &img->lock);
+		error = img->aborted ? -EIO : checkpoint_now(img); /* others go on meanwhile */
+	} while (!error && (is_busy(img) || img->ndirty || img->nlogged));
+	img->draining = false;
+	if (!error) {
+		error = journal_finish(img);
+		if (error)
+			abort_image(img, -error, "the filesystem cannot be marked clean: %s", strerror(-error));
+	}
+	img->suspended = !error;
+	pthread_mutex_unlock(&img->lock);
+	return error;
+}
+
+int x3_resume(x3_image *img, int fd)
+{
+	int error = fd >= 0 && dup3(fd, img->fd, O_CLOEXEC) < 0 ? -errno : 0;
+
+	pthread_mutex_lock(&img->lock);
+	img->resuming = true;
+	img->resumer = pthread_self();
+	pthread_mutex_unlock(&img->lock);
+	unload(img); /* all others wait */
+	error = error ? error : load(img);
+	pthread_mutex_lock(&img->lock);
+	if (error) {
+		img->dead = true;
+		abort_image(img, -error, NULL);
+	}
+	img->suspended = img->resuming = false;
+	pthread_cond_broadcast(&img->wake);
 	pthread_mutex_unlock(&img->lock);
 	return error;
 }

@@ -191,7 +191,11 @@ int64_t x3_parent(x3_image *img, uint32_t dir);
  */
 int x3_create(x3_image *img, uint32_t dir, const char *name, uint32_t len, uint32_t hint, struct x3_new *new_inode);
 
-/* Give *ino* one more name. EMLINK; EPERM for a directory; ENOENT when its last name is gone. */
+/*
+ * Give *ino* one more name. EMLINK; EPERM for a directory.
+ *
+ * An orphan that was kept, be it a directory, gets its first name back, and is no orphan any more.
+ */
 int x3_link(x3_image *img, uint32_t ino, uint32_t dir, const char *name, uint32_t len, uint32_t hint,
 	    struct x3_place *place);
 
@@ -200,7 +204,7 @@ int x3_link(x3_image *img, uint32_t ino, uint32_t dir, const char *name, uint32_
  *
  * If the name has moved (an index may have split its block), it is searched for. With the last name
  * the inode goes too, unless *keep*: then it lives on, on the orphan list, until x3_release (or
- * x3_close, or the recovery after a crash). ENOENT; EISDIR.
+ * x3_close, or the recovery after a crash). Return 1 in that case, else 0. ENOENT; EISDIR.
  */
 int x3_unlink(x3_image *img, uint32_t dir, const char *name, uint32_t len, struct x3_place where,
 	      uint32_t ino, int keep);
@@ -213,7 +217,7 @@ int x3_rmdir(x3_image *img, uint32_t dir, const char *name, uint32_t len, struct
  * Move a name, as renameat2(2) does.
  *
  * What is replaced must be of a fitting type (EISDIR, ENOTDIR) and empty (ENOTEMPTY). Source and
- * target must differ, and not be names of one inode.
+ * target must differ, and not be names of one inode. Return 1 if what was replaced lives on as an orphan.
  */
 int x3_rename(x3_image *img, struct x3_rename *how);
 
@@ -280,6 +284,24 @@ int x3_checkpoint(x3_image *img);
 
 /* Whether there is something to commit: 0 or 1. */
 int x3_dirty(x3_image *img);
+
+/*
+ * Between these two calls no transaction ends, so that all changes in between, of whatever thread, come
+ * to disk together or not at all. They may be nested. Keep it short: a few changes. The thread must not
+ * call what waits for a commit in between, and ENOSPC may come sooner.
+ */
+void x3_begin(x3_image *img);
+void x3_end(x3_image *img);
+
+/*
+ * Mark the filesystem clean and let go of it, so that others may change it: grow it, say.
+ *
+ * All other calls wait, in whatever thread, until x3_resume, which reads it anew (from *fd*, which is
+ * duplicated, unless it is -1). Kept orphans are on the orphan list meanwhile: give them names before,
+ * if they are to survive e2fsck. When x3_resume fails (as x3_open), every call will give EIO.
+ */
+int x3_suspend(x3_image *img);
+int x3_resume(x3_image *img, int fd);
 
 /*
  * Go on with another descriptor (it is duplicated).

@@ -325,10 +325,8 @@ bool inode_delete_some(x3_image *img, uint32_t ino, bool listed)
 
 /*
  * Take a name's link away; with the last (a directory has but one) the inode goes, unless *keep*.
- *
- * False: it has become an orphan, of which blocks are left for inode_delete_some().
  */
-bool inode_drop_link(x3_image *img, uint32_t ino, bool keep)
+enum fate inode_drop_link(x3_image *img, uint32_t ino, bool keep)
 {
 	struct inode in = inode_change(img, ino, false);
 
@@ -336,10 +334,8 @@ bool inode_drop_link(x3_image *img, uint32_t ino, bool keep)
 		fail(img, EUCLEAN, "inode %u has a name, but no links", ino);
 	in.raw->i_links_count = S_ISDIR(in.raw->i_mode) ? 0 : in.raw->i_links_count - 1;
 	inode_times(img, &in, CTIME, now_ns());
-	if (in.raw->i_links_count)
-		return true;
-	if (!keep && inode_delete_some(img, ino, false))
-		return true;
+	if (in.raw->i_links_count || (!keep && inode_delete_some(img, ino, false)))
+		return LIVES;
 	orphan_add(img, &in);
-	return keep;
+	return keep ? IS_KEPT : HAS_REST;
 }

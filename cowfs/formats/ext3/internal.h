@@ -108,6 +108,7 @@ struct x3_image {
 	uint32_t groups, blocks, inodes, first_ino;
 	uint64_t size_max, overhead;
 	bool filetype, dir_index;
+	uint64_t cache_bytes;
 	struct block *sb_block, **gd_block;
 	struct ext2_super_block *sb;
 	uint64_t random; /* for i_generation */
@@ -136,6 +137,10 @@ struct x3_image {
 	uint32_t *jmap, jlen, jfirst, jhead;
 	char jsb[1024];
 	bool committing; /* or checkpointing: by one thread at a time */
+	uint32_t atoms;  /* x3_begin without x3_end: no transaction ends */
+	bool suspended;  /* everybody waits, but who resumes it */
+	bool resuming, dead; /* dead: that failed */
+	pthread_t resumer;
 	uint32_t committed;
 	struct block **logging; /* the transaction being committed */
 	size_t nlogging, logging_cap;
@@ -198,6 +203,8 @@ void undo_to(x3_image *img, struct mark mark);
 #define CHANGE(image) OPERATION(image, 0, true)
 #define CHANGE_DATA(image, ino) OPERATION(image, ino, true) /* not while it is being truncated */
 #define ANY_INODE UINT32_MAX                                /* nor any other */
+void image_lock(x3_image *img);
+bool is_suspended(const x3_image *img);
 void op_begin(struct op *op, x3_image *img, uint32_t ino, bool changing);
 bool op_again(struct op *op);
 void op_end(struct op *op);
@@ -246,7 +253,8 @@ void inode_attr(x3_image *img, const struct inode *in, struct x3_attr *out);
 void inode_times(x3_image *img, struct inode *in, uint32_t what, int64_t ns);
 #define CTIME 32 /* beside X3_ATIME and X3_MTIME */
 struct inode inode_make(x3_image *img, uint32_t dir, const struct x3_new *new_inode);
-bool inode_drop_link(x3_image *img, uint32_t ino, bool keep);
+enum fate { LIVES, IS_KEPT, HAS_REST }; /* of an inode that lost a link; HAS_REST: an orphan to be freed */
+enum fate inode_drop_link(x3_image *img, uint32_t ino, bool keep);
 void orphan_add(x3_image *img, struct inode *in);
 void orphan_remove(x3_image *img, struct inode *in);
 bool inode_delete_some(x3_image *img, uint32_t ino, bool listed);

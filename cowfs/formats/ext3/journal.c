@@ -123,18 +123,29 @@ int journal_load(x3_image *img)
 	return 0;
 }
 
-/* From now on there may be something in the journal: say so on disk, the journal first. */
+/* Write the filesystem's superblock home, past the journal, which is empty. */
+static int write_fs_super(x3_image *img)
+{
+	int error = io_write1(img, img->sb, sizeof *img->sb, 1024);
+
+	return error ? error : io_barrier(img);
+}
+
+/*
+ * From now on there may be something in the journal: say so on disk.
+ *
+ * First that recovery is needed (an empty journal does no harm), and only then where the log begins:
+ * e2fsck does not believe a log without the flag.
+ */
 int journal_start(x3_image *img)
 {
-	int error = write_super(img, img->jfirst);
+	int error;
 
-	if (error)
-		return error;
 	img->sb->s_feature_incompat |= EXT3_FEATURE_INCOMPAT_RECOVER;
 	img->sb->s_mtime = time(NULL);
 	img->sb->s_mnt_count++;
-	error = io_write1(img, img->sb, sizeof *img->sb, 1024);
-	return error ? error : io_barrier(img);
+	error = write_fs_super(img);
+	return error ? error : write_super(img, img->jfirst);
 }
 
 /* All is home: the filesystem needs no recovery any more. */
@@ -146,8 +157,7 @@ int journal_finish(x3_image *img)
 		return error;
 	img->sb->s_feature_incompat &= ~EXT3_FEATURE_INCOMPAT_RECOVER;
 	img->sb->s_wtime = time(NULL);
-	error = io_write1(img, img->sb, sizeof *img->sb, 1024);
-	return error ? error : io_barrier(img);
+	return write_fs_super(img);
 }
 
 
@@ -346,10 +356,11 @@ static int write_log(x3_image *img, uint32_t tid)
 static int finish_transaction(x3_image *img)
 {
 	/* A reader may still have the number of a block that another file may use from now on. */
+	bool before = img->draining;
 	img->draining = true;
 	while (img->readers)
 		pthread_cond_wait(&img->wake, &img->lock);
-	img->draining = false;
+	img->draining = before;
 	for (size_t i = 0; i < img->nlogging; i++) {
 		struct block *b = img->logging[i];
 		if (!(b->flags & LOGGING))
@@ -383,6 +394,8 @@ static int commit(x3_image *img)
 	int error;
 
 	for (int tries = 0;; tries++) {
+		while (img->atoms)
+			pthread_cond_wait(&img->wake, &img->lock);
 		uint32_t need = img->ndirty + descriptors(img, img->ndirty) + 1;
 		if (img->jhead + need <= img->jlen)
 			break;
