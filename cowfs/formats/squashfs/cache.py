@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Hashable
-from concurrent.futures import Future
 from typing import Generic, TypeVar
 
 K = TypeVar("K", bound=Hashable)
@@ -57,16 +56,42 @@ class GenerationCache(Generic[K, V]):
             self._young, self._old, self._weight = {}, {}, 0
 
 
+class _Making:
+    """A value that a thread is making, for those who want it too."""
+
+    __slots__ = ("_done", "_error", "_value")
+
+    def __init__(self) -> None:
+        self._done = threading.Lock()
+        self._done.acquire()
+        self._value = b""
+        self._error: BaseException | None = None
+
+    def finish(self, value: bytes, error: BaseException | None = None) -> None:
+        """Let those who wait go on. Once."""
+        self._value, self._error = value, error
+        self._done.release()
+
+    def wait(self) -> bytes:
+        """The value, once it is made; an error is copied, for tracebacks are not shared."""
+        with self._done:
+            error = self._error
+        if error is None:
+            return self._value
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror) from error
+        raise RuntimeError("another reader of the block failed") from error
+
+
 class OnceCache(Generic[K]):
     """A cache of bytes in which a missing value is made once, however many threads ask for it."""
 
     def __init__(self, limit: int) -> None:
         """*limit* is in bytes."""
         self._cache: GenerationCache[K, bytes] = GenerationCache(limit, len)
-        self._making: dict[K, Future[bytes]] = {}
-        self._lock = threading.Lock()
+        self._making: dict[K, _Making] = {}
 
-    def get(self, key: K, make: Callable[[], bytes]) -> bytes:
+    def get(self, key: K, make: Callable[[K], bytes]) -> bytes:
         """The value of *key*; the first who misses it calls *make*, the others wait for the result.
 
         Blocks. What *make* raises is raised to all that waited, and not remembered.
@@ -74,45 +99,27 @@ class OnceCache(Generic[K]):
         value = self._cache.get(key)
         if value is not None:
             return value
-        mine: Future[bytes] = Future()
-        with self._lock:
-            value = self._cache.get(key)
-            if value is not None:
-                return value
-            other = self._making.setdefault(key, mine)
+        mine = _Making()
+        other = self._making.setdefault(key, mine)  # one step: of several threads one gets its own
         if other is not mine:
-            return _outcome(other)
+            return other.wait()
         try:
-            value = make()
+            value = self._cache.get(key)  # made by another between the two lines above
+            if value is None:
+                value = make(key)
+                self._cache.put(key, value)
         except BaseException as error:
-            with self._lock:
-                del self._making[key]
-            mine.set_exception(error)
-            raise
-        with self._lock:
-            self._cache.put(key, value)
             del self._making[key]
-        mine.set_result(value)
+            mine.finish(b"", error)
+            raise
+        del self._making[key]
+        mine.finish(value)
         return value
 
     def peek(self, key: K) -> bytes | None:
         """The value of *key* if it is there; never waits."""
         return self._cache.get(key)
 
-    def is_making(self, key: K) -> bool:
-        """Whether somebody is making the value of *key* right now."""
-        return key in self._making
-
     def clear(self) -> None:
         """Forget everything."""
         self._cache.clear()
-
-
-def _outcome(future: Future[bytes]) -> bytes:
-    """Wait for what another thread is making; an error is copied, for tracebacks are not shared."""
-    error = future.exception()
-    if error is None:
-        return future.result()
-    if isinstance(error, OSError):
-        raise OSError(error.errno, error.strerror) from error
-    raise RuntimeError("another reader of the block failed") from error

@@ -5,7 +5,6 @@ Everything here may be used from several threads at once.
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -73,16 +72,16 @@ class Blocks:
 
     def get(self, stored: Stored, size: int) -> bytes:
         """The *size* bytes of the block at *stored*, from the cache or into it. May block. EIO."""
-        data = self._cache.get(stored, lambda: self._read(stored))
+        data = self._cache.get(stored, self._read)
         if len(data) != size:
             raise self._wrong_size(stored, len(data), size)
         return data
 
     def work(self, stored: Stored) -> int:
-        """How many bytes there are to decompress for :meth:`get`; all there can be if others do it now."""
-        if self._cache.peek(stored) is not None or not stored.word or stored.word & UNCOMPRESSED:
+        """How many bytes there are to decompress for :meth:`get`, by whichever thread."""
+        if not stored.word or stored.word & UNCOMPRESSED or self._cache.peek(stored) is not None:
             return 0
-        return sys.maxsize if self._cache.is_making(stored) else self.size
+        return self.size
 
     def fragment(self, inode: Inode) -> Stored:
         """Where the end of a file is. May block. EIO."""
@@ -92,7 +91,7 @@ class Blocks:
         """The end of a file that is in a fragment. May block. EIO."""
         size = inode.size & (self.size - 1)
         stored = self.fragment(inode)
-        data = self._cache.get(stored, lambda: self._read(stored))
+        data = self._cache.get(stored, self._read)
         if inode.offset + size > len(data):
             raise self._source.damaged(
                 f"fragment {inode.fragment} at {stored.position:#x}: ends before the tail of {inode.number}"
@@ -164,9 +163,9 @@ class FileData:
         self.size = inode.size
 
     def try_pread(self, size: int, offset: int) -> bytes | None:
-        """What :meth:`pread` gives, or None where that takes longer than others should wait. EIO.
+        """What :meth:`pread` gives, or None where decompressing takes more than half a millisecond. EIO.
 
-        Long is what takes more than half a millisecond, or what another thread has begun.
+        For less than that it waits, even if another thread has begun it: to hand it over costs as much.
         """
         end = min(offset + size, self.size)
         if 0 <= offset < end:
