@@ -69,6 +69,17 @@ def base(image: Path, nobody_path: Path) -> Path:
     return nobody_path
 
 
+@pytest.fixture(params=["directory", "image"])
+def any_base(request: pytest.FixtureRequest, base: Path) -> Path:
+    """The same with each kind of store: nothing in it yet, or an image that is called ``store``, too."""
+    if request.param == "image":
+        pytest.importorskip(
+            "cowfs.formats.ext3._engine", reason="needs the engine: libext2fs-dev to build it"
+        )
+        cowfs("create", base / "store", "16", nobody=True, check=True)
+    return base
+
+
 def fakeroot(base: Path, *more: str) -> AbstractContextManager[Mounted]:
     """Mount the system with it, as nobody."""
     return mounted(
@@ -136,9 +147,9 @@ touch mine; chown 65534:65534 mine; touch -d @1000 -h bin/sh
 """
 
 
-def test_all_is_the_same_after_a_remount(base: Path) -> None:
+def test_all_is_the_same_after_a_remount(any_base: Path) -> None:
     """Also in a mount without fakeroot, which checks permissions, and in what diff says of the store."""
-    with fakeroot(base) as mount:
+    with fakeroot(any_base) as mount:
         shell(mount, CHANGE)
         before = whole(mount)
         assert shown(
@@ -155,10 +166,10 @@ def test_all_is_the_same_after_a_remount(base: Path) -> None:
         ]
         live = cowfs("diff", mount.path, nobody=True, check=True).stdout
     assert "M  dev/sda  (owner)" in live and "M  bin/su  (mode, owner)" in live and "A  symbolic" in live
-    offline = cowfs("diff", base / "store", nobody=True, check=True)
+    offline = cowfs("diff", any_base / "store", nobody=True, check=True)
     assert offline.stdout == live
-    assert cowfs("check", "-n", base / "store", nobody=True).returncode == 0
-    with fakeroot(base) as mount:
+    assert cowfs("check", "-n", any_base / "store", nobody=True).returncode == 0
+    with fakeroot(any_base) as mount:
         assert whole(mount) == before
         shell(mount, "chown -R 0:0 shut symbolic dev pipe; chmod 755 shut")
         assert shown(mount, "shut/file", "symbolic", "dev/sda", "pipe") == [
@@ -169,13 +180,13 @@ def test_all_is_the_same_after_a_remount(base: Path) -> None:
         ]
         assert shell(mount, "readlink symbolic bin/sh; cat root/notes") == "x\nsu\nnotes\nx\n"
         before = whole(mount)
-    with mounted(base / "root.squashfs", base / "mnt", base / "store", nobody=True) as mount:
+    with mounted(any_base / "root.squashfs", any_base / "mnt", any_base / "store", nobody=True) as mount:
         refused = shell(mount, "cat shut/file", check=False)
         assert "Permission denied" in refused
         visible = "find . -maxdepth 1 -printf '%p %y %m %U:%G %l\\n' | sort"
         there = shell(mount, visible)
         shell(mount, "touch bin/mine", check=False)
-    with fakeroot(base) as mount:
+    with fakeroot(any_base) as mount:
         assert shell(mount, visible) == there
         assert whole(mount) == before
 
@@ -227,32 +238,32 @@ def archive() -> bytes:
     return out.getvalue()
 
 
-def test_tar_unpacks_what_root_would(base: Path) -> None:
+def test_tar_unpacks_what_root_would(any_base: Path) -> None:
     """``tar -xp``: the same listing comes back out of the mount, also after a remount."""
-    (base / "a.tar").write_bytes(archive())
-    wanted = run("tar", "--numeric-owner", "-tvf", base / "a.tar").stdout
+    (any_base / "a.tar").write_bytes(archive())
+    wanted = run("tar", "--numeric-owner", "-tvf", any_base / "a.tar").stdout
     listing = "tar --numeric-owner --no-recursion --exclude=. -c -C un -T names | tar --numeric-owner -tvf -"
     names = "".join(
         line.split(maxsplit=5)[5].split(" -> ")[0].split(" link to ")[0] + "\n"
         for line in wanted.splitlines()
     )
-    with fakeroot(base) as mount:
+    with fakeroot(any_base) as mount:
         shell(mount, "mkdir un; tar --numeric-owner --same-owner -xpf ../a.tar -C un")
-        (base / "names").write_text(names)
+        (any_base / "names").write_text(names)
         shell(mount, "cp ../names names")
         assert shell(mount, listing).replace("un/", "") == wanted
-    with fakeroot(base) as mount:
+    with fakeroot(any_base) as mount:
         assert shell(mount, listing) == wanted
 
 
-def test_chown_of_a_whole_tree(base: Path) -> None:
-    with fakeroot(base) as mount:
+def test_chown_of_a_whole_tree(any_base: Path) -> None:
+    with fakeroot(any_base) as mount:
         shell(mount, "chown -Rh 1234:5678 .")
         owners = shell(mount, "find . -printf '%U:%G\\n' | sort -u")
         assert owners == "1234:5678\n"
         everything = whole(mount)
         assert any(" c 666 1234:5678 " in line for line in everything)
-    with fakeroot(base) as mount:
+    with fakeroot(any_base) as mount:
         assert whole(mount) == everything
 
 
