@@ -45,8 +45,12 @@ def main() -> None:
         say("state", facts, blocks)
 
     base = Image(path.read_bytes())
+
+    def writing(ino: int, offset: int, data: bytes) -> None:
+        say("writing", ino, offset, data)
+
     with engine.opened(path) as opened:
-        load = Load(opened.layer, base, seed, mark, settled=settled)
+        load = Load(opened.layer, base, seed, mark, settled=settled, writing=writing)
         while True:
             load.run(100, commit_every=12, sync_every=8)
 
@@ -62,12 +66,17 @@ class Account:
     states: list[State]
     promises: Promises = field(default_factory=Promises)
     _blocks: dict[int, Block] = field(default_factory=dict)
+    _writing: tuple[int, int, bytes] | None = None
 
     def take(self, data: bytes) -> None:
         """Take one record."""
         what, *record = pickle.loads(data)
         if what == "state":
+            self._writing = None
             self._take_state(*record)
+            return
+        if what == "writing":
+            self._writing = tuple(record)
             return
         kind, number = record
         if kind == BEGIN:
@@ -102,6 +111,18 @@ class Account:
         elif data is not None and known.operations[-1] != number:
             known.write(number, data)
         return known
+
+    def end(self) -> None:
+        """There is no more: what was being written may be in the blocks that were there already."""
+        if self._writing is None:
+            return
+        ino, offset, data = self._writing
+        for index, block in self.states[-1].blocks.get(ino, {}).items():
+            at = index * len(block.data)
+            begin, end = max(at, offset), min(at + len(block.data), offset + len(data))
+            if begin < end:
+                new = block.data[: begin - at] + data[begin - offset : end - offset] + block.data[end - at :]
+                block.write(len(self.states), new)
 
 
 def records(data: bytes) -> list[bytes]:

@@ -20,7 +20,8 @@ BEGIN, COMMITTED, SYNCED = 1, 2, 3
 class Load:
     """Does random operations, each on the layer first and then on the model.
 
-    *mark* is told of each step, see BEGIN; *settled* gets the model after each, and what has changed.
+    *mark* is told of each step, see BEGIN; *settled* gets the model after each, and what has changed,
+    and *writing* is told before data is written to an inode.
     Errors whose errno is among those to *tolerate* must have changed nothing.
     """
 
@@ -32,6 +33,7 @@ class Load:
         mark: Callable[[int, int], None] = lambda kind, number: None,
         *,
         settled: Callable[[Model, set[int]], None] = lambda model, touched: None,
+        writing: Callable[[int, int, bytes], None] = lambda ino, offset, data: None,
         tolerate: frozenset[int] = frozenset(),
         largest: int = 60_000,
         files: int = 120,
@@ -41,6 +43,7 @@ class Load:
         self.random = random.Random(seed)
         self._seed = seed
         self.mark = mark
+        self.writing = writing
         self._settled = settled
         self.tolerate = tolerate
         self.largest = largest

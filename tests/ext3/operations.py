@@ -94,6 +94,7 @@ def mknod(load: Load) -> None:
 def put(load: Load, ino: int, offset: int, length: int) -> None:
     data = load.random.randbytes(length)
     load.begin()
+    load.writing(ino, offset, data)
     file = load.layer.open(load.key(ino), os.O_RDWR)
     try:
         done = file.pwrite(data, offset)
@@ -157,6 +158,7 @@ def truncate(load: Load) -> None:
         (0, 0, size // 2, min(size, 13 * load.model.block_size), size + 5_000, max(size - 1, 0))
     )
     load.begin()
+    load.writing(ino, length, bytes(-length % load.model.block_size))
     load.layer.truncate(load.key(ino), length)
     load.model.truncate(ino, length)
     load.touched.add(ino)

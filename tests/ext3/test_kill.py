@@ -39,6 +39,7 @@ def kill_one(place: Path, shape: Shape, seed: int) -> str | None:
         return f"seed {seed}: the load ended by itself: {child.returncode}"
     for record in records(bytes(said)):
         account.take(record)
+    account.end()
     last = account.states[-1].facts
 
     def going_on(tree: dict[int, Facts]) -> bool:
