@@ -132,26 +132,37 @@ def _publish(fd: int, parent: int, temporary: str, name: str) -> None:
         os.rename(temporary, name, src_dir_fd=parent, dst_dir_fd=parent)
 
 
-def _format(fd: int, path: str) -> None:
-    """Make the filesystem, and in it the directories and the header, all of them root's."""
-    identity = str(uuid.uuid4())
+def format_image(fd: int, path: str, identity: str = "", *, journal: int = 0, keep: bool = False) -> None:
+    """Make an empty ext3 filesystem, all of it root's, in the file behind *fd*. Blocks.
+
+    With *keep* the blocks that the file has stay allocated; *journal* is in bytes (0: mke2fs's choice).
+    """
     # All block groups have the number of inodes that the first one, however small, was made with. So
     # a small store gets twice as many, or it would run out of them when it is a large one.
     per_inode = "8192" if os.fstat(fd).st_size >= _GROUP else "4096"
-    image = f"/proc/self/fd/{fd}"
-    # nodiscard: else mke2fs gives the blocks back that were just allocated. 256 bytes an inode have
-    # room for nanoseconds and the overlay's xattrs; -m 0: nobody needs blocks that only root may use.
-    extended = "nodiscard,lazy_itable_init=0,root_owner=0:0"
+    # 256 bytes an inode have room for nanoseconds and the overlay's xattrs; -m 0: nobody needs blocks
+    # that only root may use. nodiscard: else mke2fs gives back all the blocks that the file has.
+    extended = ["lazy_itable_init=0", "root_owner=0:0", *(["nodiscard"] if keep else [])]
     done = tools.run(
         [
             *("mke2fs", "-q", "-F", "-t", "ext3", "-O", _FEATURES, "-b", "4096", "-I", "256"),
-            *("-m", "0", "-i", per_inode, "-L", "cowfs", "-U", identity, "-E", extended, image),
+            *("-m", "0", "-i", per_inode, "-L", "cowfs", "-E", ",".join(extended)),
+            *(["-U", identity] if identity else []),
+            *(["-J", f"size={journal >> 20}"] if journal else []),
+            f"/proc/self/fd/{fd}",
         ],
         pass_fds=[fd],
         merge=True,
     )
     if done.returncode:
         raise StoreError(f"{path}: mke2fs failed: {tools.last_line(done.stdout)}")
+
+
+def _format(fd: int, path: str) -> None:
+    """Make the filesystem, and in it the directories and the header, all of them root's."""
+    identity = str(uuid.uuid4())
+    image = f"/proc/self/fd/{fd}"
+    format_image(fd, path, identity, keep=True)
     header = to_json(new_header(identity=identity))
     content = os.memfd_create("header")
     try:

@@ -1,4 +1,6 @@
-"""Open a store that is an ext3 image, mounted by the kernel where nobody else sees it."""
+"""Open a store that is an ext3 image: mounted by the kernel where nobody else sees it, or read and
+written in this process, which needs no privilege.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +12,7 @@ import time
 from contextlib import ExitStack
 
 from cowfs.errors import StoreError, SystemFailure
+from cowfs.layers.base import UpperLayer
 from cowfs.layers.directory import DirectoryLayer
 from cowfs.linux import mounts
 from cowfs.store import layout, lock, tools
@@ -22,16 +25,14 @@ _DETACH_PATIENCE = 30.0
 
 
 def open_image(path: str, want: Wanted) -> Store:
-    """Lock, recover and mount the image at *path*, and open the store in it. Blocks; needs root."""
-    if want.engine == "process":
-        raise StoreError(
-            f"{path}: the engine process (images without the kernel's help) is not built in yet",
-            "use --engine kernel, as root",
-        )
-    if os.geteuid() != 0:
-        raise StoreError(
-            f"{path}: opening a store image needs root for now",
-            "without root, use a directory as the store: --store DIR",
+    """Lock and recover the image at *path*, and open the store in it. Blocks.
+
+    Raises SystemFailure for an engine that cannot be had.
+    """
+    kernel = want.engine == "kernel" or (want.engine == "auto" and os.geteuid() == 0)
+    if kernel and os.geteuid() != 0:
+        raise SystemFailure(
+            f"{path}: only root may ask the kernel to mount an image", "--engine process needs no privilege"
         )
     with ExitStack() as stack:
         fd = open_file(path, read_only=want.read_only)
@@ -43,7 +44,8 @@ def open_image(path: str, want: Wanted) -> Store:
         if superblock.state != "clean" and not want.read_only:
             tools.recover(path, want.progress)
             superblock = read_superblock(fd, path)
-        layer = _mount(fd, path, superblock, want, stack)
+        mount = _mount if kernel else _read_ourselves
+        layer = mount(fd, path, superblock, want, stack)
         return _open_layer(path, layer, superblock, want, stack)
 
 
@@ -69,7 +71,7 @@ def _why_not(path: str, error: OSError) -> tuple[str, str]:
     return f"{path}: cannot be opened: {error.strerror}", ""
 
 
-def _mount(fd: int, path: str, superblock: Superblock, want: Wanted, stack: ExitStack) -> DirectoryLayer:
+def _mount(fd: int, path: str, superblock: Superblock, want: Wanted, stack: ExitStack) -> UpperLayer:
     # The device shares our open file and so the lock: if we are killed, the image stays locked until
     # the kernel has unmounted it.
     try:
@@ -97,6 +99,42 @@ def _mount(fd: int, path: str, superblock: Superblock, want: Wanted, stack: Exit
     return layer
 
 
+def _read_ourselves(fd: int, path: str, superblock: Superblock, want: Wanted, stack: ExitStack) -> UpperLayer:
+    if want.read_only and superblock.needs_recovery:
+        raise StoreError(
+            f"{path}: was not cleanly unmounted, and without root it cannot be looked at as it is",
+            f"cowfs check {path} recovers it",
+        )
+    return open_layer(fd, path, stack, read_only=want.read_only)
+
+
+def open_layer(fd: int, path: str, stack: ExitStack, *, read_only: bool = False) -> UpperLayer:
+    """Open the ext3 image behind *fd* in this process; *stack* closes it. *path* is for messages."""
+    try:
+        from cowfs.formats.ext3.image import Image
+        from cowfs.layers.ext3 import Ext3Layer
+    except ImportError as error:
+        raise SystemFailure(
+            f"{path}: this cowfs was built without the engine for images: {error}",
+            "install libext2fs-dev and cowfs again; as root, --engine kernel needs none",
+        ) from None
+    try:
+        layer = Ext3Layer(Image(fd, path, read_only=read_only))
+    except OSError as error:
+        raise StoreError(
+            f"{path}: cannot be read: {error.strerror}", f"cowfs check {path} tells more"
+        ) from None
+    stack.callback(_close, layer, path)
+    return layer
+
+
+def _close(layer: UpperLayer, path: str) -> None:
+    try:
+        layer.close()
+    except OSError as error:
+        raise StoreError(f"{path}: the last changes could not be written: {error.strerror}") from error
+
+
 def _wait_detached(fd: int, device: str, progress: tools.Progress) -> None:
     """Return when the kernel has written the image and let go of it."""
     deadline = time.monotonic() + _DETACH_PATIENCE
@@ -108,7 +146,7 @@ def _wait_detached(fd: int, device: str, progress: tools.Progress) -> None:
 
 
 def _open_layer(
-    path: str, layer: DirectoryLayer, superblock: Superblock, want: Wanted, stack: ExitStack
+    path: str, layer: UpperLayer, superblock: Superblock, want: Wanted, stack: ExitStack
 ) -> Store:
     found = layout.recognise(layer)
     if found == "store":

@@ -19,6 +19,7 @@ import stat
 
 from cowfs.errors import StoreError
 from cowfs.layers.base import Key, UpperLayer
+from cowfs.layers.directory import DirectoryLayer
 from cowfs.store.header import Header, from_json, new_header, to_json
 from cowfs.types import Attr, DirEntry
 
@@ -95,7 +96,7 @@ def ensure_directory(layer: UpperLayer, parent: Key, name: bytes, mode: int) -> 
     """Return the directory *name*, which is made when it is missing."""
     found = layer.lookup(parent, name)
     if found is None:
-        return layer.mkdir(parent, name, mode, os.geteuid(), os.getegid())
+        return layer.mkdir(parent, name, mode, *_owner(layer))
     key, attr = found
     if not stat.S_ISDIR(attr.st_mode):
         raise StoreError(f"{layer.name}: {os.fsdecode(name)} is not a directory: not a store")
@@ -112,8 +113,13 @@ def unshut_work(layer: UpperLayer, work: Key) -> None:
 
 
 def _unshut(layer: UpperLayer, directory: Key, attr: Attr) -> None:
-    if attr.st_mode & 0o700 != 0o700 and os.geteuid() != 0:
+    if attr.st_mode & 0o700 != 0o700 and os.geteuid() != 0 and isinstance(layer, DirectoryLayer):
         layer.chmod(directory, attr.st_mode | 0o700)
+
+
+def _owner(layer: UpperLayer) -> tuple[int, int]:
+    """Return whom our own part of a store belongs to: in an image that we write ourselves, root."""
+    return (os.geteuid(), os.getegid()) if isinstance(layer, DirectoryLayer) else (0, 0)
 
 
 def load_header(layer: UpperLayer) -> Header:
@@ -130,7 +136,7 @@ def load_header(layer: UpperLayer) -> Header:
 
 def save_header(layer: UpperLayer, header: Header) -> None:
     """Replace the header atomically; it is on disk when this returns. Blocks."""
-    uid, gid = os.geteuid(), os.getegid()
+    uid, gid = _owner(layer)
     private = ensure_directory(layer, layer.root, PRIVATE, 0o755)
     if layer.lookup(private, _NEW_HEADER) is not None:
         layer.unlink(private, _NEW_HEADER, None)
@@ -175,7 +181,7 @@ def _directory(layer: UpperLayer, parent: Key, entry: DirEntry) -> Key | None:
 def probe(layer: UpperLayer, work: Key, prefix: bytes) -> None:
     """Raise StoreError unless the filesystem can hold what an overlay needs: xattrs and whiteouts."""
     name = b"#cowfs-probe"
-    uid, gid = os.geteuid(), os.getegid()
+    uid, gid = _owner(layer)
     what = f"extended attributes ({prefix.decode()}*)"
     try:
         layer.setxattr(work, prefix + b"cowfs.probe", b"y")

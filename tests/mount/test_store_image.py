@@ -1,4 +1,4 @@
-"""Opening stores that are ext3 images, mounted by the kernel: as root."""
+"""Opening stores that are ext3 images, mounted by the kernel or read in-process: as root."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import stat
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -35,6 +36,12 @@ def image(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.fixture(params=["kernel", "process"])
+def engine(request: pytest.FixtureRequest) -> str:
+    """Both of those who can read and write an image."""
+    return str(request.param)
+
+
 @pytest.fixture
 def at(tmp_path: Path) -> Iterator[Path]:
     """A mountpoint, empty again at the end."""
@@ -60,9 +67,9 @@ def write(store: Store, name: bytes, data: bytes) -> None:
     file.close()
 
 
-def test_what_is_written_is_there_again(image: Path) -> None:
+def test_what_is_written_is_there_again(image: Path, engine: str) -> None:
     before = mounts.mountinfo()
-    store = open_store(str(image), lowers=[LOWER])
+    store = open_store(str(image), engine=engine, lowers=[LOWER])
     assert mounts.mountinfo() == before, "mounted where nobody sees it"
     assert (store.kind, store.path, store.xattr_prefix) == ("image", str(image), b"trusted.overlay.")
     assert store.bind([LOWER])
@@ -74,16 +81,16 @@ def test_what_is_written_is_there_again(image: Path) -> None:
     assert run("e2fsck", "-fn", image).returncode == 0
     assert debugfs.read_file(str(image), "upper/file") == b"content"
 
-    again = open_store(str(image), lowers=[LOWER])
+    again = open_store(str(image), engine=engine, lowers=[LOWER])
     assert (names(again), again.header.uuid, again.header.lowers) == ({b"file"}, uuid, (LOWER,))
     again.close()
     with pytest.raises(WrongLower):
-        open_store(str(image), lowers=[OTHER])
+        open_store(str(image), engine=engine, lowers=[OTHER])
     assert not mounts.loop_users(image)
 
 
-def test_the_kernel_mounts_the_same_store(image: Path, at: Path, tmp_path: Path) -> None:
-    store = open_store(str(image))
+def test_the_kernel_mounts_the_same_store(image: Path, at: Path, tmp_path: Path, engine: str) -> None:
+    store = open_store(str(image), engine=engine)
     make_dir(store, b"ours")
     store.layer.mknod(store.upper, b"hidden", stat.S_IFCHR, 0, 0, 0)
     store.close()
@@ -98,37 +105,37 @@ def test_the_kernel_mounts_the_same_store(image: Path, at: Path, tmp_path: Path)
     (merged / "theirs").mkdir()
     run("umount", merged)
     run("umount", at)
-    again = open_store(str(image))
+    again = open_store(str(image), engine=engine)
     assert names(again) == {b"ours", b"theirs", b"hidden"}
     again.close()
 
 
-def test_an_image_of_mke2fs_becomes_a_store(tmp_path: Path) -> None:
+def test_an_image_of_mke2fs_becomes_a_store(tmp_path: Path, engine: str) -> None:
     path = tmp_path / "image"
     run("mke2fs", "-q", "-t", "ext3", path, "16M")
     with pytest.raises(StoreError, match="without a store in it"):
-        open_store(str(path), read_only=True)
-    store = open_store(str(path))
+        open_store(str(path), engine=engine, read_only=True)
+    store = open_store(str(path), engine=engine)
     assert store.bind([LOWER])
     assert store.header.uuid == run("blkid", "-p", "-s", "UUID", "-o", "value", path).stdout.strip()
     store.close()
     assert store_info(str(path))["format"] == "overlayfs"
 
 
-def test_a_store_of_the_kernels_is_adopted(tmp_path: Path, at: Path) -> None:
+def test_a_store_of_the_kernels_is_adopted(tmp_path: Path, at: Path, engine: str) -> None:
     path = tmp_path / "image"
     run("mke2fs", "-q", "-t", "ext3", path, "16M")
     put(path, at, "upper/theirs", "work/work/rest")
-    assert open_and_close(path, read_only=True) == {b"theirs"}
-    store = open_store(str(path))
+    assert open_and_close(path, engine, read_only=True) == {b"theirs"}
+    store = open_store(str(path), engine=engine)
     assert not store.bind([LOWER])
     assert store.layer.readdir(store.work) == []
     store.close()
     assert store_info(str(path))["lowers"][0]["path"] == "/lower"
 
 
-def open_and_close(path: Path, *, read_only: bool = False) -> set[bytes]:
-    store = open_store(str(path), read_only=read_only)
+def open_and_close(path: Path, engine: str = "kernel", *, read_only: bool = False) -> set[bytes]:
+    store = open_store(str(path), engine=engine, read_only=read_only)
     found = names(store)
     store.close()
     return found
@@ -144,13 +151,13 @@ def open_and_close(path: Path, *, read_only: bool = False) -> set[bytes]:
     ],
 )
 def test_an_image_with_something_else_is_refused(
-    tmp_path: Path, at: Path, content: list[str], said: str
+    tmp_path: Path, at: Path, content: list[str], said: str, engine: str
 ) -> None:
     path = tmp_path / "image"
     run("mke2fs", "-q", "-t", "ext3", path, "16M")
     put(path, at, *content)
     with pytest.raises(StoreError, match=said):
-        open_store(str(path))
+        open_store(str(path), engine=engine)
     assert not mounts.loop_users(path)
 
 
@@ -185,38 +192,38 @@ def test_the_lock_outlives_the_one_who_is_killed_until_the_kernel_is_done(image:
     assert mounts.loop_backing(device) != os.fsencode(image)
 
 
-def test_a_mounted_image_is_refused_naming_where(image: Path, at: Path) -> None:
+def test_a_mounted_image_is_refused_naming_where(image: Path, at: Path, engine: str) -> None:
     run("mount", "-o", "loop", image, at)
     (device,) = mounts.loop_users(image)
     with pytest.raises(StoreBusy, match=f"loop device {device}, mounted on {at}"):
-        open_store(str(image))
+        open_store(str(image), engine=engine)
     assert device in store_info(str(image))["in_use_by"]
     run("umount", at)
     eventually(lambda: not mounts.loop_users(image), "the loop device is detached")
-    open_store(str(image)).close()
+    open_store(str(image), engine=engine).close()
 
 
-def test_an_attached_image_is_refused_too(image: Path) -> None:
+def test_an_attached_image_is_refused_too(image: Path, engine: str) -> None:
     device = run("losetup", "--find", "--show", image).stdout.strip()
     try:
         with pytest.raises(StoreBusy, match=rf"loop device {device} .losetup -d {device}"):
-            open_store(str(image))
+            open_store(str(image), engine=engine)
     finally:
         run("losetup", "-d", device)
     eventually(lambda: not mounts.loop_users(image), "the loop device is detached")
 
 
-def test_an_image_mounted_by_fuse2fs_is_refused(image: Path, at: Path) -> None:
+def test_an_image_mounted_by_fuse2fs_is_refused(image: Path, at: Path, engine: str) -> None:
     run("fuse2fs", image, at)
     try:
         with pytest.raises(StoreBusy, match=f"mounted on {at} as fuse"):
-            open_store(str(image))
+            open_store(str(image), engine=engine)
     finally:
         run("umount", at)
 
     def is_free() -> bool:
         try:
-            open_store(str(image)).close()
+            open_store(str(image), engine=engine).close()
         except (StoreBusy, StoreError):
             return False
         return True
@@ -249,11 +256,45 @@ def test_a_store_that_was_not_unmounted_is_recovered_with_one_line(image: Path, 
     assert said == [f"{dirty}: was not cleanly unmounted, recovered"]
 
 
-def test_a_store_that_cannot_be_repaired_is_refused(image: Path) -> None:
+def test_what_cannot_be_looked_at_in_process_is_told(image: Path, tmp_path: Path) -> None:
+    """An image that was not unmounted, for reading: the journal would have to be written back."""
+    store = open_store(str(image), engine="process")
+    write(store, b"synced", b"there")
+    store.layer.sync()
+    dirty = tmp_path / "dirty"
+    shutil.copyfile(image, dirty)
+    store.close()
+    before = dirty.read_bytes()
+    with pytest.raises(StoreError, match=r"not cleanly unmounted.*cowfs check"):
+        open_store(str(dirty), engine="process", read_only=True)
+    assert dirty.read_bytes() == before
+    said: list[str] = []
+    again = open_store(str(dirty), engine="process", progress=said.append)
+    assert names(again) == {b"synced"}
+    again.close()
+    assert said == [f"{dirty}: was not cleanly unmounted, recovered"]
+
+
+def test_the_engines_take_turns(image: Path) -> None:
+    for number in range(4):
+        store = open_store(str(image), engine=("kernel", "process")[number % 2])
+        assert len(names(store)) == number
+        make_dir(store, b"%d" % number)
+        store.close()
+    assert run("e2fsck", "-fn", image).returncode == 0
+
+
+def test_an_engine_that_was_not_built_is_named(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cowfs.formats.ext3.image", None)
+    with pytest.raises(SystemFailure, match=r"without the engine.*libext2fs-dev"):
+        open_store(str(image), engine="process")
+
+
+def test_a_store_that_cannot_be_repaired_is_refused(image: Path, engine: str) -> None:
     run("debugfs", "-w", "-R", "clri <2>", image)
     run("debugfs", "-w", "-R", "ssv state 2", image)
     with pytest.raises(StoreError, match=r"cannot be repaired automatically: .*oot inode.*e2fsck -f"):
-        open_store(str(image))
+        open_store(str(image), engine=engine)
 
 
 def test_a_store_that_the_kernel_cannot_mount_is_refused(image: Path) -> None:
@@ -264,7 +305,7 @@ def test_a_store_that_the_kernel_cannot_mount_is_refused(image: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["text", "empty", "truncated", "ext4"])
-def test_what_is_no_image_is_refused_untouched(tmp_path: Path, damage: str) -> None:
+def test_what_is_no_image_is_refused_untouched(tmp_path: Path, damage: str, engine: str) -> None:
     path = tmp_path / "sysrcd.bs"
     make: dict[str, Callable[[], object]] = {
         "text": lambda: path.write_text("my store\n"),
@@ -275,7 +316,7 @@ def test_what_is_no_image_is_refused_untouched(tmp_path: Path, damage: str) -> N
     make[damage]()
     before = path.read_bytes()
     with pytest.raises(StoreError, match=rf"{damage}"):
-        open_store(str(path))
+        open_store(str(path), engine=engine)
     assert path.read_bytes() == before
 
 
@@ -299,11 +340,6 @@ def test_read_only_media_are_named(tmp_path: Path) -> None:
         run("umount", media)
 
 
-def test_the_engine_process_is_refused_for_now(image: Path) -> None:
-    with pytest.raises(StoreError, match="not built in yet"):
-        open_store(str(image), engine="process")
-
-
 def test_a_missing_loop_driver_is_told(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def none(*_: object, **__: object) -> None:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "/dev/loop-control")
@@ -315,8 +351,8 @@ def test_a_missing_loop_driver_is_told(image: Path, monkeypatch: pytest.MonkeyPa
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def test_a_full_store_says_enospc_and_stays_whole(image: Path) -> None:
-    store = open_store(str(image))
+def test_a_full_store_says_enospc_and_stays_whole(image: Path, engine: str) -> None:
+    store = open_store(str(image), engine=engine)
     _, file = store.layer.create(store.upper, b"big", 0o644, 0, 0)
     with pytest.raises(OSError) as caught:
         for block in range(32):
