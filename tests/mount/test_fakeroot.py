@@ -136,6 +136,11 @@ def test_new_files_belong_to_root(base: Path) -> None:
             "regular empty file 640 0:50 0:0",
             "directory 2750 0:50 0:0",
         ]
+    # Nothing needs a note or a stand-in, and the kernel's overlayfs in a user namespace shows the same.
+    upper = base / "store/upper"
+    assert os.readlink(upper / "s") == "f" and stat.S_ISFIFO(os.stat(upper / "p").st_mode)
+    for name in ("f", "d"):
+        assert "user.overlay.cowfs.owner" not in os.listxattr(upper / name)
 
 
 CHANGE = """
