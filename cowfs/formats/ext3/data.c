@@ -13,6 +13,8 @@
 
 #include "internal.h"
 
+static const char zero[65536];
+
 #define WRITE_MAX 1024u   /* blocks that one operation writes at most */
 #define CHANGES_MAX 400u /* of metadata, after which an operation writes or frees no more */
 
@@ -267,33 +269,42 @@ int64_t data_segment(x3_image *img, uint32_t ino, uint64_t from, uint64_t *stop)
 
 /* --- writing --- */
 
-static void write_data(x3_image *img, const struct iovec *iov, int count, uint64_t off)
-{
-	int error = io_write(img, iov, count, off);
-
-	if (error)
-		fail(img, -error, "file data cannot be written: %s", strerror(-error));
-}
-
 /* Write a run of blocks that are the file's already: from byte *skip* of block *nr* on. */
-static void write_old(x3_image *img, uint32_t nr, uint32_t skip, const char *buf, uint64_t len)
+static int write_old(x3_image *img, uint32_t nr, uint32_t skip, const char *buf, uint64_t len)
 {
-	struct iovec iov = { (void *)buf, len };
-
-	write_data(img, &iov, 1, ((uint64_t)nr << img->bits) + skip);
+	return io_write1(img, buf, len, ((uint64_t)nr << img->bits) + skip);
 }
 
 /* The same for new blocks: what is not written in the first and the last is zero. */
-static void write_new(x3_image *img, uint32_t nr, uint32_t skip, const char *buf, uint64_t len)
+static int write_new(x3_image *img, uint32_t nr, uint32_t skip, const char *buf, uint64_t len)
 {
-	static const char zero[65536];
 	struct iovec iov[3] = {
 		{ (void *)zero, skip },
 		{ (void *)buf, len },
 		{ (void *)zero, -(skip + len) & (img->bs - 1) },
 	};
 
-	write_data(img, iov, 3, (uint64_t)nr << img->bits);
+	return io_write(img, iov, 3, (uint64_t)nr << img->bits);
+}
+
+/*
+ * Zero the last block of the file from *size* on, up to *end* at most.
+ *
+ * It was zero when the file got that size, but a write that a crash undid may have been there since.
+ */
+static void zero_tail(x3_image *img, struct inode *in, uint64_t size, uint64_t end)
+{
+	uint32_t skip = size & (img->bs - 1);
+	struct extent e = { 0 };
+	int error;
+
+	if (skip && end > size)
+		e = data_map(img, in, size >> img->bits, 1);
+	if (!e.nr)
+		return;
+	error = write_old(img, e.nr, skip, zero, min(end - size, (uint64_t)img->bs - skip));
+	if (error)
+		fail(img, -error, "file data cannot be written: %s", strerror(-error));
 }
 
 /* Allocate up to *want* blocks for the hole at *at*, all in one array of pointers; 0: no room. */
@@ -303,6 +314,7 @@ static uint32_t fill_hole(x3_image *img, struct inode *in, uint64_t at, uint32_t
 	struct slots s;
 	uint32_t got, *p;
 
+	block_change(img, in->block, in->offset, img->inode_size); /* i_blocks, for undo_to() */
 	*nr = alloc_blocks(img, goal, want, &got);
 	if (!*nr)
 		return 0;
@@ -341,8 +353,12 @@ uint64_t data_write(x3_image *img, uint32_t ino, const char *buf, uint64_t len, 
 		fail(img, EFBIG, "too large a file");
 	len = min(len, img->size_max - off);
 	len = min(len, ((uint64_t)WRITE_MAX << img->bits) - (off & (img->bs - 1)));
+	if (off > inode_size_of(&in))
+		zero_tail(img, &in, inode_size_of(&in), off);
 	while (done < len && !(done && img->undo.n > CHANGES_MAX)) {
 		uint64_t at = (off + done) >> img->bits, left;
+		struct mark mark = undo_mark(img);
+		int error;
 		skip = (off + done) & (img->bs - 1);
 		left = (skip + len - done + img->bs - 1) >> img->bits;
 		struct extent e = data_map(img, &in, at, left);
@@ -355,7 +371,13 @@ uint64_t data_write(x3_image *img, uint32_t ino, const char *buf, uint64_t len, 
 				break;
 		}
 		end = min(len, done + ((uint64_t)n << img->bits) - skip);
-		(e.nr ? write_old : write_new)(img, nr, skip, buf + done, end - done);
+		error = (e.nr ? write_old : write_new)(img, nr, skip, buf + done, end - done);
+		if (error && !done)
+			fail(img, -error, "file data cannot be written: %s", strerror(-error));
+		if (error) { /* what has been written, in place perhaps, stays */
+			undo_to(img, mark);
+			break;
+		}
 		goal = nr + n;
 		done = end;
 	}
@@ -449,23 +471,6 @@ bool data_free_from(x3_image *img, struct inode *in, uint64_t first)
 	return true;
 }
 
-/* Zero what stands behind the end of the file in its last block: it may grow again. */
-static void zero_tail(x3_image *img, struct inode *in, uint64_t size)
-{
-	uint32_t skip = size & (img->bs - 1);
-	struct extent e = { 0 };
-
-	if (skip)
-		e = data_map(img, in, size >> img->bits, 1);
-	if (e.nr) {
-		char *zero = calloc(1, img->bs - skip);
-		int error = zero ? io_write1(img, zero, img->bs - skip, ((uint64_t)e.nr << img->bits) + skip) : -ENOMEM;
-		free(zero);
-		if (error)
-			fail(img, -error, "file data cannot be written: %s", strerror(-error));
-	}
-}
-
 /*
  * Set the size. False: the file is on the orphan list, and has blocks behind its end: call
  * data_truncate_more() until it says true, and let nobody write to the file before.
@@ -478,11 +483,11 @@ bool data_truncate(x3_image *img, uint32_t ino, uint64_t size)
 	need_regular(img, &in);
 	if (size > img->size_max)
 		fail(img, EFBIG, "too large a file");
+	zero_tail(img, &in, min(size, old), UINT64_MAX);
 	inode_set_size(img, &in, size);
 	inode_times(img, &in, X3_MTIME | CTIME, now_ns());
 	if (size > old)
 		return true;
-	zero_tail(img, &in, size);
 	if (data_free_from(img, &in, (size + img->bs - 1) >> img->bits))
 		return true;
 	if (in.raw->i_links_count) /* else it is there already */

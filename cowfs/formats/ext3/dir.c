@@ -270,7 +270,7 @@ void dir_set_parent(x3_image *img, uint32_t ino, uint32_t parent)
 
 	block_change(img, b, (char *)e - b->data, 4);
 	e->inode = parent;
-	img->changed[ino % 4096] = img->resized[ino % 4096] = img->tid;
+	img->changed[ino % 4096] = img->lasting[ino % 4096] = img->tid;
 }
 
 

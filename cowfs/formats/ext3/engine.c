@@ -171,7 +171,7 @@ static int load(x3_image *img)
 	if (error || img->read_only)
 		return error;
 	for (size_t i = 0; i < 4096; i++)
-		img->changed[i] = img->resized[i] = img->committed;
+		img->changed[i] = img->lasting[i] = img->committed;
 	if (getrandom(&img->random, sizeof img->random, GRND_NONBLOCK) < 0)
 		img->random = now_ns();
 	error = journal_start(img);
@@ -316,7 +316,7 @@ int x3_getattr(x3_image *img, uint32_t ino, struct x3_attr *out)
 int x3_setattr(x3_image *img, uint32_t ino, uint32_t what, const struct x3_attr *attr)
 {
 	CHANGE (img) {
-		struct inode in = inode_change(img, ino, false);
+		struct inode in = inode_change(img, ino, what & (X3_MODE | X3_UID | X3_GID));
 		if (what & X3_MODE)
 			in.raw->i_mode = (in.raw->i_mode & S_IFMT) | (attr->mode & 07777);
 		if (what & X3_UID) {
@@ -374,7 +374,7 @@ int64_t x3_parent(x3_image *img, uint32_t dir)
 /* Let a directory have more or fewer subdirectories. EMLINK. */
 static void add_links(x3_image *img, uint32_t ino, int count)
 {
-	struct inode in = inode_change(img, ino, false);
+	struct inode in = inode_change(img, ino, true);
 
 	if (in.raw->i_links_count + count > X3_LINK_MAX)
 		fail(img, EMLINK, "too many links");
@@ -401,7 +401,7 @@ int x3_link(x3_image *img, uint32_t ino, uint32_t dir, const char *name, uint32_
 	    struct x3_place *place)
 {
 	CHANGE (img) {
-		struct inode in = inode_change(img, ino, false);
+		struct inode in = inode_change(img, ino, true);
 		bool orphan = in.raw->i_links_count == 0, is_dir = S_ISDIR(in.raw->i_mode);
 		if (is_dir && !orphan)
 			fail(img, EPERM, "a directory");
@@ -671,7 +671,7 @@ int x3_commit(x3_image *img)
 
 	image_lock(img);
 	if (img->aborted)
-		error = -EIO;
+		error = -EROFS;
 	else if (!img->read_only)
 		error = commit_until(img, img->tid);
 	pthread_mutex_unlock(&img->lock);
@@ -684,7 +684,7 @@ int x3_checkpoint(x3_image *img)
 
 	image_lock(img);
 	if (img->aborted)
-		error = -EIO;
+		error = -EROFS;
 	else if (!img->read_only)
 		error = checkpoint_now(img);
 	pthread_mutex_unlock(&img->lock);
@@ -701,9 +701,9 @@ int x3_fsync(x3_image *img, uint32_t ino, int datasync)
 		return 0;
 	image_lock(img);
 	if (img->aborted) {
-		error = -EIO;
+		error = -EROFS;
 	} else {
-		tid = (datasync ? img->resized : img->changed)[ino % 4096];
+		tid = (datasync ? img->lasting : img->changed)[ino % 4096];
 		in_place = !tid_after(tid, img->committed);
 		if (!in_place)
 			error = commit_until(img, tid);

@@ -271,7 +271,7 @@ int x3_removexattr(x3_image *img, uint32_t ino, const char *name, uint32_t len);
 /*
  * Return when *ino*, its data and the names it has got, is on disk. Blocks.
  *
- * Without uncommitted changes of the inode (with *datasync*: changes of its size or blocks) this is
+ * Without uncommitted changes of the inode (with *datasync*: changes but of its times) this is
  * one fdatasync of the image, otherwise a commit, shared with all who wait at the same time.
  */
 int x3_fsync(x3_image *img, uint32_t ino, int datasync);

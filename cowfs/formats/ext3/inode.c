@@ -59,15 +59,15 @@ struct inode inode_get(x3_image *img, uint32_t ino)
 	return in;
 }
 
-/* The same, to be changed; *resized*: in a way that fdatasync(2) has to bring to disk. */
-struct inode inode_change(x3_image *img, uint32_t ino, bool resized)
+/* The same, to be changed; *lasting*: not only its times, which fdatasync(2) may leave. */
+struct inode inode_change(x3_image *img, uint32_t ino, bool lasting)
 {
 	struct inode in = inode_get(img, ino);
 
 	block_change(img, in.block, in.offset, img->inode_size);
 	img->changed[ino % 4096] = img->tid;
-	if (resized)
-		img->resized[ino % 4096] = img->tid;
+	if (lasting)
+		img->lasting[ino % 4096] = img->tid;
 	return in;
 }
 
@@ -89,14 +89,14 @@ void inode_set_size(x3_image *img, struct inode *in, uint64_t size)
 			     (char *)&img->sb->s_feature_ro_compat - img->sb_block->data, 4);
 		img->sb->s_feature_ro_compat |= EXT2_FEATURE_RO_COMPAT_LARGE_FILE;
 	}
-	img->resized[in->ino % 4096] = img->tid;
+	img->lasting[in->ino % 4096] = img->tid;
 }
 
 /* Let it own *count* filesystem blocks more. */
 void inode_add_blocks(x3_image *img, struct inode *in, int64_t count)
 {
 	in->raw->i_blocks += count * (img->bs / 512);
-	img->resized[in->ino % 4096] = img->tid;
+	img->lasting[in->ino % 4096] = img->tid;
 }
 
 /* Whether i_block[] holds block numbers: not for devices, and not for short symlinks. */
@@ -209,7 +209,7 @@ struct inode inode_make(x3_image *img, uint32_t dir, const struct x3_new *n)
 	int64_t now = now_ns();
 
 	in.raw = block_change(img, in.block, in.offset, img->inode_size);
-	img->changed[ino % 4096] = img->resized[ino % 4096] = img->tid;
+	img->changed[ino % 4096] = img->lasting[ino % 4096] = img->tid;
 	memset(in.raw, 0, img->inode_size);
 	if (extra)
 		in.raw->i_extra_isize = extra;
@@ -294,7 +294,7 @@ void orphan_remove(x3_image *img, struct inode *in)
 			previous = at;
 		}
 	}
-	inode_change(img, previous, false).raw->i_dtime = next;
+	inode_change(img, previous, true).raw->i_dtime = next;
 	if (next)
 		remember_previous(img, next, previous);
 }
@@ -328,7 +328,7 @@ bool inode_delete_some(x3_image *img, uint32_t ino, bool listed)
  */
 enum fate inode_drop_link(x3_image *img, uint32_t ino, bool keep)
 {
-	struct inode in = inode_change(img, ino, false);
+	struct inode in = inode_change(img, ino, true);
 
 	if (in.raw->i_links_count == 0)
 		fail(img, EUCLEAN, "inode %u has a name, but no links", ino);

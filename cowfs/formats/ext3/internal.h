@@ -131,7 +131,7 @@ struct x3_image {
 	size_t ndirty, dirty_cap, dirty_max;
 	struct runs held;        /* freed in it */
 	uint32_t changed[4096];  /* by a hash of the inode: tid of the last change of anything */
-	uint32_t resized[4096];  /* and of what fdatasync needs */
+	uint32_t lasting[4096];  /* and of anything but its times */
 
 	/* the journal */
 	uint32_t *jmap, jlen, jfirst, jhead;
@@ -244,7 +244,7 @@ uint32_t inode_goal(x3_image *img, uint32_t ino);
 int64_t now_ns(void);
 struct inode inode_at(x3_image *img, uint32_t ino);
 struct inode inode_get(x3_image *img, uint32_t ino);
-struct inode inode_change(x3_image *img, uint32_t ino, bool resized);
+struct inode inode_change(x3_image *img, uint32_t ino, bool lasting);
 uint64_t inode_size_of(const struct inode *in);
 void inode_set_size(x3_image *img, struct inode *in, uint64_t size);
 void inode_add_blocks(x3_image *img, struct inode *in, int64_t count);

@@ -380,7 +380,7 @@ static void store(x3_image *img, struct inode *in, struct attrs *all)
 void xattr_set(x3_image *img, uint32_t ino, const char *name, uint32_t len, const char *value, uint64_t size,
 	       int flags, bool remove)
 {
-	struct inode in = inode_change(img, ino, false);
+	struct inode in = inode_change(img, ino, true);
 	struct attr new = parse_name(img, name, len);
 	struct attrs all;
 	char acl[2 * 4096];
