@@ -6,11 +6,12 @@ he makes belong to root, and to leave him the set-ID bits that root keeps.
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from typing import Any, NamedTuple, cast
 
-from pyfuse3 import EntryAttributes, FileInfo, RequestContext, SetattrFields
+from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, SetattrFields
 
 from cowfs.fuse.adapter import Adapter
 
@@ -29,6 +30,15 @@ def _seen(ctx: RequestContext) -> RequestContext:
     return cast(RequestContext, _Root(ctx.pid, ctx.umask)) if ctx.uid == os.geteuid() else ctx
 
 
+_ACLS = b"system.posix_acl_"
+
+
+def _refuse_acl(name: bytes) -> None:
+    """Say that there are no ACLs: whoever gives a file its mode by one (cp, install) calls chmod then."""
+    if name.startswith(_ACLS):
+        raise FUSEError(errno.EOPNOTSUPP)
+
+
 class FakerootAdapter(Adapter):
     """Take the requests of the user who mounts for root's. POSIX ACLs are not served: they would bring
     the kernel's permission checks back (FUSE_POSIX_ACL in fs/fuse/inode.c)."""
@@ -42,6 +52,17 @@ class FakerootAdapter(Adapter):
             return True
         shown = (await self.getattr(inode, ctx)).st_mode
         return not stat.S_ISREG(shown) or bool(shown & 0o111)
+
+    async def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
+        _refuse_acl(name)
+        return await super().getxattr(inode, name, ctx)
+
+    async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: RequestContext) -> None:
+        _refuse_acl(name)
+        await super().setxattr(inode, name, value, ctx)
+
+    async def listxattr(self, inode: int, ctx: RequestContext) -> list[bytes]:
+        return [name for name in await super().listxattr(inode, ctx) if not name.startswith(_ACLS)]
 
     async def mknod(
         self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: RequestContext

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from contextlib import closing
 from typing import TypeVar
 
+from cowfs.layers.acl import ACCESS
 from cowfs.layers.kernel_file import KernelFile
 from cowfs.layers.owner_notes import OwnerNotes, needed
 from cowfs.linux import files
@@ -437,9 +438,13 @@ class DirectoryLayer:
             os.close(fd)
 
     def setxattr(self, key: PathKey, name: bytes, value: bytes, flags: int = 0) -> None:
-        self._insist(
-            lambda: os.setxattr(self._path(key), name, value, flags, follow_symlinks=key.parent is None), key
-        )
+        def call() -> None:
+            os.setxattr(self._path(key), name, value, flags, follow_symlinks=key.parent is None)
+
+        if self._notes is not None and name == ACCESS:
+            self._notes.set_acl(key, lambda: self._insist(call, key))
+        else:
+            self._insist(call, key)
 
     def removexattr(self, key: PathKey, name: bytes) -> None:
         self._insist(lambda: os.removexattr(self._path(key), name, follow_symlinks=key.parent is None), key)

@@ -16,6 +16,7 @@ import errno
 import itertools
 import os
 import stat
+from collections.abc import Callable
 from contextlib import suppress
 from typing import NamedTuple, Protocol
 
@@ -177,6 +178,21 @@ class OwnerNotes:
         gid = now.st_gid if gid < 0 else gid
         real = self._try_chown(key, real, uid, gid)
         self._write(key, real, note is not None, Note(uid, gid, now.st_mode, now.st_rdev))
+
+    def set_acl(self, key: Key, call: Callable[[], None]) -> None:
+        """Let *call* give an inode an access ACL, which sets the real mode, and show that mode."""
+        real = self._layer.plain_stat(key)
+        note = self._read(key, real)
+        now = shown(real, note or self._unnoted(real) or Note(real.st_uid, real.st_gid))
+        call()
+        if stat.S_IFMT(now.st_mode) != stat.S_IFMT(real.st_mode):
+            return
+        real = self._layer.plain_stat(key)
+        mode = real.st_mode
+        if needed(mode) & ~mode:
+            self._layer.plain_chmod(key, mode | needed(mode))
+            real = self._layer.plain_stat(key)
+        self._write(key, real, note is not None, Note(now.st_uid, now.st_gid, mode, now.st_rdev))
 
     def give(self, key: Key, parent: Key, real: Attr, uid: int, gid: int, added: int) -> None:
         """Let a new inode belong to *uid* and *gid*, or to its set-group-ID directory's group.

@@ -7,9 +7,10 @@ import io
 import os
 import shutil
 import stat
+import struct
 import tarfile
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
 from pathlib import Path
 
 import pytest
@@ -335,6 +336,29 @@ def test_suid_and_dev_are_not_to_be_had(base: Path) -> None:
 
 
 @needs_root
+def test_others_are_let_in_as_who_they_are(base: Path, tmp_path: Path) -> None:
+    """With allow_other: denied nothing either, but what they make is theirs. Root may make devices."""
+    (tmp_path / "fuse.conf").write_text("user_allow_other\n")
+    run("mount", "--bind", tmp_path / "fuse.conf", "/etc/fuse.conf")
+    try:
+        with fakeroot(base, "allow_other") as mount:
+            other = ["setpriv", "--reuid=1234", "--regid=5678", "--clear-groups", "--inh-caps=-all", "--"]
+            make = "cat etc/shadow; touch theirs; rm -r root"
+            assert run(*other, "sh", "-euc", f"cd {mount.path}; {make}").stdout == "secret\n"
+            os.mknod(mount.path / "dev/zero", stat.S_IFCHR | 0o644, os.makedev(1, 5))
+            os.mknod(mount.path / "dev/nvme", stat.S_IFBLK | 0o640, os.makedev(259, 70000))
+            os.chown(mount.path / "dev/nvme", 0, 6)
+            run("cp", "-a", mount.path / "dev", mount.path / "dev2")
+        wanted = ["regular empty file 644 1234:5678 0:0"]
+        wanted += ["character special file 644 0:0 1:5", "block special file 640 0:6 103:11170"] * 2
+        with fakeroot(base) as mount:
+            made = ("theirs", "dev/zero", "dev/nvme", "dev2/zero", "dev2/nvme")
+            assert shown(mount, *made) == wanted
+    finally:
+        run("umount", "/etc/fuse.conf")
+
+
+@needs_root
 def test_root_is_refused(base: Path) -> None:
     (base / "mnt").mkdir()
     done = cowfs("mount", base / "root.squashfs", base / "mnt", "-o", "fakeroot")
@@ -417,3 +441,20 @@ def test_a_layer_changes_owners_of_links(layer: DirectoryLayer) -> None:
     layer.chown(key, 5, 6)
     found = layer.lookup(top[0], b"again")
     assert found and found[1].st_uid == 5 and layer.readlink(found[0]) == b"to \xff where"
+
+
+def test_a_layer_shows_the_mode_that_an_acl_gives(layer: DirectoryLayer) -> None:
+    """Also where the real mode must be another one."""
+    top = layer.lookup(layer.root, b"tree")
+    assert top
+    key, file = layer.create(top[0], b"file", 0o000, 7, 8)
+    file.close()
+    minimal = struct.pack("<I", 2) + b"".join(
+        struct.pack("<HHI", tag, perm, 0xFFFFFFFF) for tag, perm in ((1, 6), (4, 4), (0x20, 0))
+    )
+    for acl, mode in ((minimal, 0o640), (minimal.replace(b"\x01\0\x06", b"\x01\0\0"), 0o040)):
+        layer.setxattr(key, b"system.posix_acl_access", acl)
+        attr = layer.stat(key)
+        assert (stat.S_IMODE(attr.st_mode), attr.st_uid, attr.st_gid) == (mode, 7, 8)
+    with closing(layer.open(key, os.O_RDWR)) as file:
+        assert file.pwrite(b"x", 0) == 1
