@@ -183,11 +183,17 @@ class Ext3Layer:
             return Key(self.image.create(directory, name, mode, uid, gid, rdev, target))
         entries = acl.masked(acl.parse(inherit.acl), mode)
         bits, is_all = acl.mode_of(entries)
-        key = Key(self.image.create(directory, name, mode & ~0o777 | bits, uid, gid, rdev))
-        if not is_all:
-            self.image.setxattr(key, acl.ACCESS, acl.build(entries))
-        if stat.S_ISDIR(mode):
-            self.image.setxattr(key, acl.DEFAULT, inherit.acl)
+        mode = mode & ~0o777 | bits
+        with self.image.together():
+            key = Key(self.image.create(directory, name, mode, uid, gid, rdev))
+            try:
+                if not is_all:
+                    self.image.setxattr(key, acl.ACCESS, acl.build(entries))
+                if stat.S_ISDIR(mode):
+                    self.image.setxattr(key, acl.DEFAULT, inherit.acl)
+            except OSError:
+                (self.image.rmdir if stat.S_ISDIR(mode) else self.image.unlink)(directory, name, keep=False)
+                raise
         return key
 
     def _names_for(self, directory: int, name: bytes) -> Names:
@@ -235,20 +241,16 @@ class Ext3Layer:
         if kind == stat.S_IFDIR:
             raise _error(errno.EISDIR)
         with self._in_use.lock:
-            used = self._in_use.has(ino, key)
-            self.image.unlink(directory, name, keep=used)
-            if used:
-                self._in_use.lost_a_name(ino, key)
+            if self.image.unlink(directory, name, keep=self._in_use.has(ino, key)):
+                self._in_use.lost_its_name(ino, key)
 
     def rmdir(self, directory: int, name: bytes, key: int | None) -> None:
         ino, kind = self._find(directory, name)
         if kind != stat.S_IFDIR:
             raise _error(errno.ENOTDIR)
         with self._in_use.lock:
-            used = self._in_use.has(ino, key)
-            self.image.rmdir(directory, name, keep=used)
-            if used:
-                self._in_use.lost_a_name(ino, key)
+            if self.image.rmdir(directory, name, keep=self._in_use.has(ino, key)):
+                self._in_use.lost_its_name(ino, key)
 
     def _find(self, directory: int, name: bytes) -> tuple[int, int]:
         """Return number and type of what stands under a name. ENOENT."""
@@ -290,10 +292,9 @@ class Ext3Layer:
             raise _error(errno.ENOTDIR if kind == stat.S_IFDIR else errno.EISDIR)
         whiteout = (0, 0) if flags & RENAME_WHITEOUT else None
         with self._in_use.lock:
-            used = bool(there) and not exchange and self._in_use.has(there, replaced)
-            self.image.rename(source, target, exchange=exchange, whiteout=whiteout, keep=used)
-            if used:
-                self._in_use.lost_a_name(there, replaced)
+            keep = bool(there) and not exchange and self._in_use.has(there, replaced)
+            if self.image.rename(source, target, exchange=exchange, whiteout=whiteout, keep=keep):
+                self._in_use.lost_its_name(there, replaced)
 
     def _must_not_be_above(self, ino: int, parent: int, directory: int) -> None:
         """EINVAL if the directory *ino*, which is in *parent*, would be moved below itself."""
@@ -309,9 +310,12 @@ class Ext3Layer:
         if stat.S_ISLNK(inode.mode):
             raise _error(errno.EOPNOTSUPP)
         access = self._acl(key, acl.ACCESS)
-        self.image.setattr(key, ext3.MODE, mode=mode & 0o7777)
         if access:
-            self.image.setxattr(key, acl.ACCESS, acl.build(acl.with_mode(access, mode)))
+            with self.image.together():
+                self.image.setxattr(key, acl.ACCESS, acl.build(acl.with_mode(access, mode)))
+                self.image.setattr(key, ext3.MODE, mode=mode & 0o7777)
+        else:
+            self.image.setattr(key, ext3.MODE, mode=mode & 0o7777)
         if stat.S_ISDIR(inode.mode):
             self._inherits_anew(key)
 
@@ -331,14 +335,16 @@ class Ext3Layer:
         if stat.S_ISDIR(inode.mode):
             self._inherits_anew(key)
         else:
-            self._capabilities.drop(key)
             mode &= ~stat.S_ISUID
             if mode & stat.S_IXGRP:
                 mode &= ~stat.S_ISGID
         if mode != inode.mode & 0o7777:
             what |= ext3.MODE
-        if what:
-            self.image.setattr(key, what, mode=mode, uid=max(uid, 0), gid=max(gid, 0))
+        with self.image.together():
+            if not stat.S_ISDIR(inode.mode):
+                self._capabilities.drop(key)
+            if what:
+                self.image.setattr(key, what, mode=mode, uid=max(uid, 0), gid=max(gid, 0))
 
     def utimens(self, key: int, atime_ns: int, mtime_ns: int) -> None:
         """With inodes of 128 bytes times are whole seconds, from 1901 to 2038."""
@@ -383,17 +389,15 @@ class Ext3Layer:
                     raise _error(errno.EACCES)
                 return
             self._inherits_anew(key)
-        elif entries:
-            bits, is_all = acl.mode_of(entries)
+        bits, is_all = acl.mode_of(entries) if entries and name == acl.ACCESS else (mode & 0o777, False)
+        with self.image.together():
+            if entries and not is_all:
+                self.image.setxattr(key, name, acl.build(entries))
+            else:
+                with suppress(OSError):  # ENODATA: there was none
+                    self.image.removexattr(key, name)
             if bits != mode & 0o777:
                 self.image.setattr(key, ext3.MODE, mode=mode & 0o7000 | bits)
-            if is_all:
-                entries = []
-        if entries:
-            self.image.setxattr(key, name, acl.build(entries))
-            return
-        with suppress(OSError):  # ENODATA: there was none
-            self.image.removexattr(key, name)
 
     # --- durability
 
@@ -405,6 +409,23 @@ class Ext3Layer:
     def sync(self) -> None:
         """Return when everything written so far is on disk. Blocks; for any thread."""
         self.image.commit()
+
+    def suspend(self, place: int) -> None:
+        """Leave the image to others, clean, until resume: to be grown, say. Blocks. Other threads wait.
+
+        What is in use without a name has one in the directory *place* meanwhile.
+        """
+        self._in_use.hide(place)
+        try:
+            self.image.suspend()
+        except OSError:
+            self._in_use.unhide(place)
+            raise
+
+    def resume(self, place: int, fd: int = -1) -> None:
+        """Go on with the image as it is now, behind *fd* if that is given; all keys are what they were."""
+        self.image.resume(fd)
+        self._in_use.unhide(place)
 
 
 def open_ext3(path: str, **how: Any) -> Ext3Layer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -13,6 +14,7 @@ from cowfs.layers.base import File
 from cowfs.types import Attr
 
 _CHUNK = 1 << 20
+_HIDDEN = b"#in-use-%d"
 _CAPABILITY = b"security.capability"
 
 
@@ -43,10 +45,9 @@ class InUse:
         """Say whether an inode is used, *key* being that of somebody who goes on doing so."""
         return key == ino or ino in self._files
 
-    def lost_a_name(self, ino: int, key: int | None) -> None:
-        """Note by what an inode lives that has lost a name while it was used."""
-        if self._image.getattr(ino).nlink == 0:
-            self._orphans[ino] = key if isinstance(key, Key) and key == ino else None
+    def lost_its_name(self, ino: int, key: int | None) -> None:
+        """Note by what an inode lives that has lost its last name while it was used."""
+        self._orphans[ino] = key if isinstance(key, Key) and key == ino else None
 
     def is_nameless(self, ino: int) -> bool:
         """Say whether an inode has lost its last name."""
@@ -73,6 +74,28 @@ class InUse:
                 if self._orphans.get(key) is key:
                     self._orphans[key] = None
                     self._let_go(key)
+
+    def hide(self, place: int) -> None:
+        """Give those without a name one in the directory *place*, so that nobody takes them for unused."""
+        with self.lock:
+            try:
+                for ino in self._orphans:
+                    self._image.link(ino, self._image.getattr(ino).mode, place, _HIDDEN % ino)
+            except OSError:
+                self._unhide(place)
+                raise
+
+    def unhide(self, place: int) -> None:
+        """Take the names away again."""
+        with self.lock:
+            self._unhide(place)
+
+    def _unhide(self, place: int) -> None:
+        names = self._image.names(place)
+        for ino in self._orphans:
+            if _HIDDEN % ino in names:
+                is_directory = stat.S_ISDIR(self._image.getattr(ino).mode)
+                (self._image.rmdir if is_directory else self._image.unlink)(place, _HIDDEN % ino, keep=True)
 
     def _let_go(self, ino: int) -> None:
         if ino not in self._files and self._orphans.get(ino, ...) is None:

@@ -24,6 +24,7 @@ from tests.support.system import needs_root, run
 
 T0 = 1_400_000_000_123_456_789
 EXCHANGE, WHITEOUT = 2, 4
+SEED = "hash_seed=01234567-89ab-cdef-0123-456789abcdef"
 CAPABILITY = struct.pack("<5I", 0x02000001, 1 << 10, 0, 0, 0)
 
 
@@ -207,10 +208,10 @@ def test_what_the_kernel_writes_we_read(tmp_path: Path, geometry: tuple[int, int
 
 @needs_root
 def test_both_make_the_same_of_the_same_calls(tmp_path: Path, geometry: tuple[int, int]) -> None:
-    """But for the places on disk, and the times."""
+    """But for the places on disk, and the times; an indexed directory is split where the kernel splits it."""
     described = []
     for opened in (ext3.opened, ext3.mounted):
-        image = ext3.make(tmp_path / opened.__name__, *geometry)
+        image = ext3.make(tmp_path / opened.__name__, *geometry, more=("-E", f"root_owner=0:0,{SEED}"))
         with opened(image) as layer:
             populate(layer)
             described.append(ext3.describe(layer))
@@ -498,3 +499,93 @@ def test_a_read_only_layer_changes_nothing(tmp_path: Path) -> None:
             with fails(errno.EROFS):
                 call()
     assert image.read_bytes() == before
+
+
+# --- growing under its users
+
+
+def test_an_image_grows_while_it_is_used(tmp_path: Path) -> None:
+    """Files stay open, those without names too, and keys stay what they were."""
+    image = ext3.make(tmp_path / "image", size=32 << 20)
+    with ext3.opened(image) as layer:
+        place = layer.mkdir(layer.root, b"work", 0o700, 0, 0)
+        kept = put(layer, layer.root, b"kept", (0, b"kept"))
+        opened = layer.open(kept, os.O_RDWR)
+        gone = put(layer, layer.root, b"gone", (0, b"gone"))
+        nameless = layer.open(gone, os.O_RDWR)
+        layer.unlink(layer.root, b"gone", None)
+        folder = layer.mkdir(layer.root, b"folder", 0o755, 0, 0)
+        layer.rmdir(layer.root, b"folder", folder)
+        before = layer.statfs()
+
+        layer.suspend(place)
+        os.truncate(image, 96 << 20)
+        run("e2fsck", "-fp", image)
+        run("resize2fs", image)
+        layer.resume(place)
+
+        after = layer.statfs()
+        assert after.blocks > 2.5 * before.blocks
+        assert after.ffree - before.ffree == after.files - before.files
+        assert (opened.pread(10, 0), nameless.pread(10, 0)) == (b"kept", b"gone")
+        assert (layer.stat(gone).st_nlink, layer.stat(folder).st_nlink) == (0, 0)
+        assert layer.names(place) == []
+        assert opened.pwrite(bytes(40 << 20), 0) == 40 << 20
+        for file in (opened, nameless):
+            file.close()
+        layer.forget(folder)
+        assert layer.statfs().ffree == after.ffree + 2
+        assert layer.stat(place).st_nlink == 2
+
+
+def test_an_image_moves_while_it_is_suspended(tmp_path: Path) -> None:
+    image, other = ext3.make(tmp_path / "image"), tmp_path / "other"
+    with ext3.opened(image) as layer:
+        place = layer.mkdir(layer.root, b"work", 0o700, 0, 0)
+        layer.suspend(place)
+        ext3.sound(image)
+        run("cp", "--sparse=always", image, other)
+        with other.open("r+b") as moved:
+            layer.resume(place, moved.fileno())
+        put(layer, layer.root, b"f", (0, b"x"))
+    with ext3.opened(other) as layer:
+        assert content(layer, find(layer, b"f")) == b"x"
+
+
+def test_a_full_image_cannot_hide_its_nameless_and_goes_on(tmp_path: Path) -> None:
+    image = ext3.make(tmp_path / "image", block_size=1024, size=16 << 20)
+    with ext3.opened(image) as layer:
+        place = layer.mkdir(layer.root, b"p" * 200, 0o700, 0, 0)
+        while layer.stat(place).st_size == 1024 and len(layer.names(place)) < 3:
+            put(layer, place, b"%0250d" % len(layer.names(place)))
+        keys = [put(layer, layer.root, b"f%d" % number) for number in range(20)]
+        for number, key in enumerate(keys):
+            layer.unlink(layer.root, b"f%d" % number, key)
+        _, file = layer.create(layer.root, b"big", 0o600, 0, 0)
+        with fails(errno.ENOSPC):
+            for at in range(0, 1 << 30, 1024):
+                file.pwrite(bytes(1024), at)
+        with fails(errno.ENOSPC):
+            layer.suspend(place)
+        assert len(layer.names(place)) == 3
+        assert {layer.stat(key).st_nlink for key in keys} == {0}
+        file.close()
+
+
+def test_an_acl_comes_with_its_file(tmp_path: Path) -> None:
+    """Not a moment later, not even after a crash; and if there is no room for it there is no file."""
+    image = ext3.make(tmp_path / "image", inode_size=128, size=16 << 20)
+    with ext3.opened(image) as layer:
+        folder = layer.mkdir(layer.root, b"d", 0o755, 0, 0)
+        layer.setxattr(folder, b"system.posix_acl_default", ACL)
+        _, file = layer.create(layer.root, b"big", 0o600, 0, 0)
+        with fails(errno.ENOSPC):
+            for at in range(0, 1 << 30, 4096):
+                file.pwrite(bytes(4096), at)
+        free = layer.statfs().ffree
+        with fails(errno.ENOSPC):
+            put(layer, folder, b"f")
+        with fails(errno.ENOSPC):
+            layer.mkdir(folder, b"f", 0o755, 0, 0)
+        assert (layer.names(folder), layer.statfs().ffree) == ([], free)
+        file.close()

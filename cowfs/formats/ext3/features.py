@@ -5,6 +5,8 @@ Layout: fs/ext4/ext4.h of Linux (struct ext4_super_block), little-endian; the na
 
 from __future__ import annotations
 
+import errno
+import os
 import struct
 from typing import NamedTuple
 
@@ -97,3 +99,19 @@ def foreign(found: Features, known: Features) -> list[str]:
         if unnamed and named is not _COMPATIBLE:
             names.append(f"unknown feature {unnamed:#x}")
     return names
+
+
+def check(fd: int, name: str) -> None:
+    """Raise OSError unless the engine can read and write the image behind *fd*; *name* is for messages.
+
+    EINVAL: no ext filesystem at all; EOPNOTSUPP: not a mere ext3, with the names of what it has.
+    """
+    found = read(os.pread(fd, SUPERBLOCK_SIZE, SUPERBLOCK))
+    if found is None:
+        raise OSError(errno.EINVAL, "no ext3 filesystem", name)
+    if names := foreign(found, ENGINE):
+        raise OSError(
+            errno.EOPNOTSUPP, f"has features that the engine does not know: {', '.join(names)}", name
+        )
+    if not found.compatible & HAS_JOURNAL:
+        raise OSError(errno.EOPNOTSUPP, "has no journal (ext2), so it would not survive a crash", name)

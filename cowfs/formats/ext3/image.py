@@ -11,6 +11,7 @@ import logging
 import os
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from cowfs.formats.ext3 import features
@@ -54,12 +55,12 @@ class Image:
         trace_fd: int = -1,
         debug: int = 0,
     ) -> None:
-        """Open it. EUCLEAN when its journal must be recovered first, EOPNOTSUPP for what is no ext3.
+        """Open it. EUCLEAN when its journal must be recovered first; what is no mere ext3: features.check.
 
         *name* is for messages; *trace_fd* and *debug* are for tests: see x3_open. Without
         *commit_seconds* (0) nothing is committed but on demand.
         """
-        _check_features(fd, name)
+        features.check(fd, name)
         self.name = name
         self.read_only = read_only
         self._said = False
@@ -72,13 +73,10 @@ class Image:
         self._attr = ffi.new("struct x3_attr *")
         self._attr_bytes = ffi.buffer(self._attr)
         self._directories = Directories(self._list)
+        self._seconds = 0 if read_only else commit_seconds
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
-        if not read_only and commit_seconds:
-            self._thread = threading.Thread(
-                target=self._commit_now_and_then, args=(commit_seconds,), name=f"commit {name}", daemon=True
-            )
-            self._thread.start()
+        self._start_thread()
 
     def close(self) -> None:
         """Write everything to its place and let go of the image. Blocks. Safe to call twice.
@@ -98,15 +96,25 @@ class Image:
             lib.x3_abandon(handle)
 
     def _let_go(self) -> Any:
+        self._stop_thread()
+        handle, self.handle = self.handle, None
+        return handle
+
+    def _start_thread(self) -> None:
+        if self._seconds:
+            self._stop.clear()
+            name = f"commit {self.name}"
+            self._thread = threading.Thread(target=self._commit_now_and_then, name=name, daemon=True)
+            self._thread.start()
+
+    def _stop_thread(self) -> None:
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        handle, self.handle = self.handle, None
-        return handle
 
-    def _commit_now_and_then(self, seconds: float) -> None:
-        while not self._stop.wait(seconds):
+    def _commit_now_and_then(self) -> None:
+        while not self._stop.wait(self._seconds):
             if lib.x3_dirty(self.handle):
                 code = lib.x3_commit(self.handle)
                 if code < 0:
@@ -152,6 +160,36 @@ class Image:
     def fsync(self, ino: int, datasync: bool) -> None:
         """Return when an inode and its data are on disk. Blocks."""
         self._done(lib.x3_fsync(self.handle, ino, datasync))
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """The changes in the block come to disk together or not at all: a few quick ones."""
+        lib.x3_begin(self.handle)
+        try:
+            yield
+        finally:
+            lib.x3_end(self.handle)
+
+    def suspend(self) -> None:
+        """Leave the image to others, whole and clean, until resume. Blocks; what is called meanwhile waits.
+
+        Inodes without names are lost when others check the image.
+        """
+        self._stop_thread()
+        try:
+            self._done(lib.x3_suspend(self.handle))
+        except OSError:
+            self._start_thread()
+            raise
+
+    def resume(self, fd: int = -1) -> None:
+        """Go on with the image as it is now, behind *fd* if that is given. Blocks.
+
+        If this fails so does all that follows, with EIO.
+        """
+        self._done(lib.x3_resume(self.handle, fd))
+        self._directories.clear()
+        self._start_thread()
 
     def switch(self, fd: int) -> None:
         """Go on with a descriptor of a file with the same content. EBUSY if something has changed since
@@ -242,23 +280,28 @@ class Image:
         names[name] = entry(ino, mode, place.block, place.offset)
         names.hint = place.block
 
-    def unlink(self, directory: int, name: bytes, *, keep: bool) -> None:
-        """Remove the name of a file; *keep* its inode until release, if that was the last."""
-        self._remove(lib.x3_unlink, directory, name, keep=keep)
+    def unlink(self, directory: int, name: bytes, *, keep: bool) -> bool:
+        """Remove the name of a file. With the last one the inode goes, but, to *keep* it, not before release.
 
-    def rmdir(self, directory: int, name: bytes, *, keep: bool) -> None:
-        """Remove an empty directory. ENOTEMPTY."""
+        Returns whether that is so: whether it lives on without a name.
+        """
+        return self._remove(lib.x3_unlink, directory, name, keep=keep)
+
+    def rmdir(self, directory: int, name: bytes, *, keep: bool) -> bool:
+        """Remove an empty directory, likewise. ENOTEMPTY."""
         ino = self.names(directory)[name] & INO
-        self._remove(lib.x3_rmdir, directory, name, keep=keep)
+        kept = self._remove(lib.x3_rmdir, directory, name, keep=keep)
         self._directories.forget(ino)
+        return kept
 
-    def _remove(self, call: Any, directory: int, name: bytes, *, keep: bool) -> None:
+    def _remove(self, call: Any, directory: int, name: bytes, *, keep: bool) -> bool:
         names = self.names(directory)
         value = names[name]
         place = place_of(value)
-        self._done(call(self.handle, directory, name, len(name), place, value & INO, keep), name)
+        kept = self._done(call(self.handle, directory, name, len(name), place, value & INO, keep), name)
         del names[name]
         names.hint = min(names.hint, place[0])
+        return bool(kept)
 
     def rename(
         self,
@@ -268,17 +311,18 @@ class Image:
         exchange: bool = False,
         whiteout: tuple[int, int] | None = None,
         keep: bool = False,
-    ) -> None:
+    ) -> bool:
         """Move a name; *whiteout* is the owner of the one that is left, *keep* is for what is replaced.
 
-        The two must be names of different inodes, and a directory must not end up below itself.
+        The two must be names of different inodes, and a directory must not end up below itself. Returns
+        whether what was replaced lives on without a name.
         """
         names, new_names = self.names(source[0]), self.names(target[0])
         value, replaced = names[source[1]], new_names.get(target[1])
         how = ffi.new("struct x3_rename *")
         how.source_dir, how.target_dir = source[0], target[0]
-        kept = ffi.from_buffer(source[1]), ffi.from_buffer(target[1])
-        how.source_name, how.target_name = (ffi.cast("const char *", name) for name in kept)
+        names_ = ffi.from_buffer(source[1]), ffi.from_buffer(target[1])
+        how.source_name, how.target_name = (ffi.cast("const char *", name) for name in names_)
         how.source_len, how.target_len = len(source[1]), len(target[1])
         how.source_place.block, how.source_place.offset = place_of(value)
         how.ino, how.hint = value & INO, new_names.hint
@@ -292,12 +336,12 @@ class Image:
             | (lib.X3_WHITEOUT if whiteout is not None else 0)
             | (lib.X3_KEEP if keep else 0)
         )
-        self._done(lib.x3_rename(self.handle, how), source[1], None, target[1])
+        kept = bool(self._done(lib.x3_rename(self.handle, how), source[1], None, target[1]))
         new_names[target[1]] = entry(value & INO, type_of(value), how.place.block, how.place.offset)
         here = place_of(value)
         if exchange and replaced is not None:
             names[source[1]] = entry(replaced & INO, type_of(replaced), *here)
-            return
+            return False
         if replaced is None:
             new_names.hint = how.place.block
         else:
@@ -307,6 +351,7 @@ class Image:
         else:
             del names[source[1]]
             names.hint = min(names.hint, here[0])
+        return kept
 
     def release(self, ino: int) -> None:
         """Let an inode go that has no name any more."""
@@ -388,16 +433,3 @@ _CHAR = 0o020000
 def _message(handle: Any) -> str:
     said = lib.x3_message(handle)
     return "" if said == ffi.NULL else ffi.string(said).decode(errors="replace")
-
-
-def _check_features(fd: int, name: str) -> None:
-    """OSError, EOPNOTSUPP with the names or EINVAL, unless it is an ext3 that the engine understands."""
-    found = features.read(os.pread(fd, features.SUPERBLOCK_SIZE, features.SUPERBLOCK))
-    if found is None:
-        raise OSError(errno.EINVAL, "no ext3 filesystem", name)
-    if names := features.foreign(found, features.ENGINE):
-        raise OSError(
-            errno.EOPNOTSUPP, f"has features that are not mere ext3's, or unusual: {', '.join(names)}", name
-        )
-    if not found.compatible & features.HAS_JOURNAL:
-        raise OSError(errno.EOPNOTSUPP, "has no journal (ext2), so it would not survive a crash", name)
