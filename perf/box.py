@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import signal
 import subprocess
@@ -15,7 +16,7 @@ from typing import IO, Any
 from perf import machine
 from perf.corpus import Corpus
 
-STORE_BYTES = 1 << 30
+STORE_BYTES = 2 << 30
 PROJECT = Path(__file__).parents[1]  # daemons and commands run here, so that `-m cowfs...` finds the package
 CLIENT = Path(__file__).with_name("client.py")
 ENVIRONMENT = {**os.environ, "LC_ALL": "C", "TZ": "UTC", "GIT_CONFIG_GLOBAL": os.devnull}
@@ -72,6 +73,7 @@ class Box:
     _watchdog: threading.Timer | None = None
     _mounts: list[Path] = field(default_factory=list)
     _connections: dict[Path, int] = field(default_factory=dict)
+    _kept: list[mmap.mmap] = field(default_factory=list)
 
     @property
     def lower(self) -> Path:
@@ -119,7 +121,14 @@ class Box:
             process.wait(10)
         self.daemons.clear()
         self._mounts.clear()
+        self._kept.clear()
         self.image.unlink(missing_ok=True)
+
+    def keep_in_cache(self, path: Path) -> None:
+        """Read *path* into the page cache, and have it stay there: what is mapped is not dropped."""
+        with path.open("rb") as file:
+            how = mmap.MAP_SHARED | mmap.MAP_POPULATE
+            self._kept.append(mmap.mmap(file.fileno(), 0, flags=how, prot=mmap.PROT_READ))
 
     # -- mounts
 

@@ -72,7 +72,50 @@ def fsync(paths: list[bytes]) -> str:
     return str(len(paths))
 
 
-JOBS = {"append": append, "read": read, "skim": skim, "random": random, "chown": chown, "fsync": fsync}
+def fill(names: list[bytes]) -> str:
+    """Make a file of the name and size given, each MiB with its number all over, and have it on disk."""
+    name, size = names[0], int(names[1])
+    fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    for number in range(size >> 20):
+        os.write(fd, (b"%016d" % number) * (1 << 16))
+    os.fsync(fd)
+    os.close(fd)
+    return str(size)
+
+
+def rewrite(names: list[bytes]) -> str:
+    """Write 4 KiB of the first of *names* at each of the offsets that follow it, and have them on disk."""
+    fd = os.open(names[0], os.O_RDWR)
+    for place in names[1:]:
+        os.pwrite(fd, place.ljust(4096, b"#"), int(place))
+    os.fsync(fd)
+    os.close(fd)
+    return str(len(names) - 1)
+
+
+def many(names: list[bytes]) -> str:
+    """Make that many files in a directory, list it with attributes, and remove every other of them."""
+    directory, count = names[0], int(names[1])
+    for number in range(count):
+        os.close(os.open(b"%s/name %d" % (directory, number), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644))
+    with os.scandir(directory) as entries:
+        listed = sum(entry.stat(follow_symlinks=False).st_size == 0 for entry in entries)
+    for number in range(0, count, 2):
+        os.unlink(b"%s/name %d" % (directory, number))
+    return str(listed)
+
+
+JOBS = {
+    "append": append,
+    "read": read,
+    "skim": skim,
+    "random": random,
+    "chown": chown,
+    "fsync": fsync,
+    "fill": fill,
+    "rewrite": rewrite,
+    "names": many,
+}
 
 
 def main(job: str, names: str) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from perf.bench import Workload, bench_of_image, bench_of_union
+from perf.bench import Workload, bench_of_image, bench_of_store, bench_of_union
 from perf.images import COMPRESSORS
-from perf.peers import System, readers, unions
+from perf.peers import System, readers, stores, unions
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +27,8 @@ class Group:
 
 
 def groups() -> dict[str, Group]:
-    """Every group by name: the unions, and one of readers for each compressor."""
-    known = [Group("union", "", bench_of_union(), unions())]
+    """Every group by name: the unions, their stores, and one of readers for each compressor."""
+    known = [Group("union", "", bench_of_union(), unions()), Group("store", "", bench_of_store(), stores())]
     known += [Group(f"squash-{each}", each, bench_of_image(each), readers()) for each in COMPRESSORS]
     return {group.name: group for group in known}
 
@@ -36,8 +36,9 @@ def groups() -> dict[str, Group]:
 def select(workloads: str | None, systems: str | None) -> list[Group]:
     """The groups, with what the two lists name and nothing else; KeyError for a name that there is not.
 
-    The lists have commas between names. Among workloads, ``union`` (what no list means), ``squash`` and
-    ``squash-zstd`` stand for all of theirs; without a list of systems it is all that can do them.
+    The lists have commas between names. Among workloads, ``union`` (what no list means), ``store``,
+    ``squash`` and ``squash-zstd`` stand for all of theirs; without a list of systems it is all that can
+    do them.
     """
     known = list(groups().values())
     words = set((workloads or "union").split(","))

@@ -67,9 +67,16 @@ def bench_of_image(compressor: str) -> dict[str, Workload]:
     return {workload.name: workload for workload in known}
 
 
+def bench_of_store() -> dict[str, Workload]:
+    """What the writable filesystem is measured by, by name, in the order of the tables."""
+    from perf.bench import store
+
+    return {workload.name: workload for workload in store.WORKLOADS}
+
+
 def workloads() -> dict[str, Workload]:
     """Every workload by name."""
-    known = bench_of_union()
+    known = bench_of_union() | bench_of_store()
     for compressor in COMPRESSORS:
         known |= bench_of_image(compressor)
     return known

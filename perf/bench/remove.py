@@ -64,4 +64,10 @@ def verify_gone(box: Box, name: str) -> None:
         raise WrongResult(f"beside {name}, these names came or went: {sorted(missing)[:5]}")
 
 
+def verify_gone_here(box: Box, name: str) -> None:
+    """Check that *name* is neither listed nor found at the top."""
+    if (box.merged / name).exists() or name in {path.name for path in box.merged.iterdir()}:
+        raise WrongResult(f"{name} is still there")
+
+
 WORKLOADS: list[Workload] = [RemoveUpper(), RemoveLower()]

@@ -67,6 +67,13 @@ def readers() -> dict[str, System]:
     return {system.name: system for system in [*cowfs.READERS, *squashfuse.SYSTEMS]}
 
 
+def stores() -> dict[str, System]:
+    """Every system with an ext3 image to write to, by name, in the order of the tables."""
+    from perf.peers import cowfs, images, unprivileged
+
+    return {system.name: system for system in [*cowfs.STORES, *images.SYSTEMS, *unprivileged.SYSTEMS]}
+
+
 def systems() -> dict[str, System]:
     """Every system by name."""
-    return {**unions(), **readers()}
+    return {**unions(), **readers(), **stores()}

@@ -82,4 +82,5 @@ class CowfsReader:
 
 
 SYSTEMS: list[System] = [Cowfs("cowfs", "auto"), Cowfs("cowfs-kernel", "kernel")]
+STORES: list[System] = [Cowfs("cowfs-store", "process"), Cowfs("cowfs-kernel", "kernel")]
 READERS: list[System] = [CowfsReader()]
