@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from contextlib import ExitStack
+from typing import Any
 
 from cowfs.errors import StoreError, UsageError
 from cowfs.store import lock, tools
@@ -12,6 +13,7 @@ from cowfs.store.create import allocate, fill_holes
 from cowfs.store.image import open_file
 from cowfs.store.signals import cleaned_up, deferred
 from cowfs.store.sizes import LARGEST, check_room, format_size
+from cowfs.store.store import Store
 from cowfs.store.superblock import read_superblock
 from cowfs.store.tools import Progress, quiet
 
@@ -33,26 +35,51 @@ def grow_store(path: str, size: int | None, *, progress: Progress = quiet) -> in
         stack.callback(os.close, fd)
         lock.lock(fd, path)
         lock.refuse_mounted_image(fd, path)
-        filesystem = read_superblock(fd, path, smallest=0).size
-        length = os.fstat(fd).st_size
-        size = (length if size is None else size) & ~4095
-        _check_size(path, size, length, filesystem)
-        if size == filesystem:
-            progress(f"{path}: has {format_size(size)} already")
-            return size
-        _check_filesystem(path)
-        if size > length:
-            check_room(path, os.path.dirname(path), size, length)
-            progress(f"extending {path} from {format_size(length)} to {format_size(size)}")
-            allocate(fd, path, length, size)
-            os.fsync(fd)
-        else:
-            progress(f"{path}: the file has {format_size(size)} already, its filesystem is to fill it")
-            allocate(fd, path, filesystem, size, length)  # its holes, if somebody used truncate(1)
-        _resize(path)
-        fill_holes(fd, filesystem, size)
+        return _grow(fd, path, size, progress)
+
+
+def grow_open_store(store: Store, size: int | None, *, progress: Progress = quiet) -> int:
+    """Do the same to a store that is open, under its users, who have to wait. Blocks.
+
+    For the thread that the store's layer belongs to, and images that are read in this process.
+    """
+    layer: Any = store.layer
+    if store.kind != "image" or store.read_only or not hasattr(layer, "suspend"):
+        raise StoreError(f"{store.path}: cannot grow while it is mounted like this", "unmount it first")
+    with ExitStack() as stack:
+        fd = open_file(store.path)
+        stack.callback(os.close, fd)
+        if lock.try_lock(fd):  # it would be locked, by us
+            raise StoreError(f"{store.path}: is another file than when it was mounted")
+        try:
+            layer.suspend(store.work)
+        except OSError as error:
+            raise StoreError(f"{store.path}: cannot be left alone now: {error.strerror}") from None
+        stack.callback(layer.resume, store.work)
+        return _grow(fd, store.path, size, progress)
+
+
+def _grow(fd: int, path: str, size: int | None, progress: Progress) -> int:
+    filesystem = read_superblock(fd, path, smallest=0).size
+    length = os.fstat(fd).st_size
+    size = (length if size is None else size) & ~4095
+    _check_size(path, size, length, filesystem)
+    if size == filesystem:
+        progress(f"{path}: has {format_size(size)} already")
+        return size
+    _check_filesystem(path)
+    if size > length:
+        check_room(path, os.path.dirname(path), size, length)
+        progress(f"extending {path} from {format_size(length)} to {format_size(size)}")
+        allocate(fd, path, length, size)
         os.fsync(fd)
-        return read_superblock(fd, path, smallest=0).size
+    else:
+        progress(f"{path}: the file has {format_size(size)} already, its filesystem is to fill it")
+        allocate(fd, path, filesystem, size, length)  # its holes, if somebody used truncate(1)
+    _resize(path)
+    fill_holes(fd, filesystem, size)
+    os.fsync(fd)
+    return read_superblock(fd, path, smallest=0).size
 
 
 def _check_size(path: str, size: int, length: int, filesystem: int) -> None:

@@ -35,9 +35,7 @@ class Store:
 
     kind: Kind
     path: str
-    """Where it is; ``memory`` for one that is nowhere. Of kind memory and with a path it is a private
-    directory, and its size is that of the filesystem it is on.
-    """
+    """Where it is; ``memory`` for one that is nowhere."""
     layer: UpperLayer
     header: Header
     upper: Key
