@@ -5,14 +5,14 @@ PYTHON = .venv/bin/python
 # Mounting images takes root; tests that play an unprivileged user drop to nobody themselves.
 AS_ROOT = $(shell [ "$$(id -u)" = 0 ] || command -v sudo)
 SHELL_SCRIPTS = $(shell git ls-files -co --exclude-standard .ci mount-helpers scripts tests perf | \
-	xargs -r grep -lE '^\#!(/bin/sh|/bin/bash|/usr/bin/env (ba)?sh)' --)
+	xargs -r grep -lE '^(\#!(/bin/sh|/bin/bash|/usr/bin/env (ba)?sh)|\# shellcheck shell=)' --)
 # For example: make test PYTEST_ARGS='-k rename -x'. Without, all tests run, on all processors, and are measured.
 PYTEST_ARGS = -n auto --dist worksteal --cov --cov-report=term --cov-fail-under=90
 
-.PHONY: help setup demo test lint perf clean
+.PHONY: help setup demo test boot-test boot-test-full lint perf install-boot clean
 
 help: ## say what can be made (the default)
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' Makefile
 
 setup: ## install what cowfs needs, and cowfs itself in .venv
 	@scripts/setup
@@ -25,6 +25,14 @@ test: ## run the whole test suite and require 90 % coverage
 	@install -d -m 1777 .cache/coverage && rm -f .cache/coverage/data*
 	$(AS_ROOT) $(PYTHON) -m pytest -m "not nightly" $(PYTEST_ARGS)
 
+boot-test: ## boot virtual machines from cowfs (a part of make test)
+	@scripts/setup --test
+	$(AS_ROOT) $(PYTHON) -m pytest -m "not nightly" $(BOOT_ARGS) tests/boot
+
+boot-test-full: ## and with systemd, initramfs-tools, dracut and mkinitcpio: an hour or so
+	@scripts/setup --test
+	$(AS_ROOT) $(PYTHON) -m pytest $(BOOT_ARGS) tests/boot
+
 lint: ## check the source: ruff, mypy, import-linter, shellcheck
 	@scripts/setup --lint
 	.venv/bin/ruff check .
@@ -36,6 +44,17 @@ lint: ## check the source: ruff, mypy, import-linter, shellcheck
 perf: ## measure cowfs beside the kernel's overlayfs and other filesystems
 	@scripts/setup --perf
 	$(AS_ROOT) $(PYTHON) -m perf.run $(PERF_ARGS)
+
+# For example: make install-boot DESTDIR=/tmp/tree PREFIX=/usr. The names below PREFIX are known to the files there.
+DESTDIR =
+PREFIX = /usr
+BOOT_LIBRARY = $(DESTDIR)$(PREFIX)/lib/cowfs
+install-boot: ## install what it takes to boot from cowfs (DESTDIR and PREFIX are honoured)
+	install -d $(BOOT_LIBRARY)
+	install -m 755 mount-helpers/boot/mount-root mount-helpers/boot/shutdown $(BOOT_LIBRARY)
+	install -m 644 mount-helpers/boot/cowfs-options.sh mount-helpers/boot/cowfs-boot.sh mount-helpers/boot/modules \
+		$(BOOT_LIBRARY)
+	install -m 755 "$$(command -v busybox)" $(BOOT_LIBRARY)/busybox
 
 clean: ## remove all that make has made here
 	rm -rf .venv .cache build dist *.egg-info htmlcov .coverage* .*_cache .hypothesis

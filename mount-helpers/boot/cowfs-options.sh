@@ -1,0 +1,180 @@
+# shellcheck shell=dash
+# shellcheck disable=SC2034 # what read_options sets is for cowfs-boot.sh
+# What was asked for, and which devices that means: the first half of the boot library (see cowfs-boot.sh).
+#
+# For busybox's ash; nothing happens when it is read. Where it looks can be changed, for its tests: COWFS_SYS,
+# COWFS_DEV, COWFS_PROC, COWFS_RUN.
+
+: "${COWFS_SYS:=/sys}" "${COWFS_DEV:=/dev}" "${COWFS_PROC:=/proc}" "${COWFS_RUN:=/run}"
+top=$COWFS_RUN/initramfs/cowfs
+
+# --- telling
+
+# To the console, whatever the log level; to the kernel's log, where it does not appear there twice; to a file.
+say() {
+    printf 'cowfs: %s\n' "$*" >"$COWFS_DEV/console"
+    printf '<7>cowfs: %s\n' "$*" >"$COWFS_DEV/kmsg"
+    printf '%s\n' "$*" >>"$top/log"
+} 2>/dev/null
+
+# What the user must know even if nobody looks at the console: pam_motd shows /run/motd.d at each login.
+warn() {
+    say "WARNING: $*"
+    mkdir -p "$COWFS_RUN/motd.d" && printf 'cowfs: %s\n' "$*" >>"$COWFS_RUN/motd.d/cowfs"
+}
+
+# --- the kernel's command line
+
+# One option a line; a space between double quotes belongs to the option, as for the kernel itself.
+command_line() {
+    awk '{
+        quoted = 0; word = ""
+        for (i = 1; i <= length($0); i++) {
+            c = substr($0, i, 1)
+            if (c == "\"") quoted = !quoted
+            else if (!quoted && (c == " " || c == "\t")) { if (word != "") print word; word = "" }
+            else word = word c
+        }
+        if (word != "") print word
+    }' "$COWFS_PROC/cmdline"
+}
+
+# Sets: scope (off, removable, all), named (the path asked for, or nothing), subdir, image, skip (a list),
+# fallback (ram, fail, shell), patience (seconds), panic (seconds until a failed boot starts again).
+read_options() {
+    scope=removable named='' subdir='' image=/sysrcd.dat skip='' fallback='' patience='' panic=''
+    while IFS= read -r word; do
+        case $word in
+        backstore=*) read_backstore "${word#*=}" ;;
+        backstore.fallback=ram | backstore.fallback=fail | backstore.fallback=shell) fallback=${word#*=} ;;
+        backstore.fallback=*) warn "$word is not understood (ram, fail or shell): ignored" ;;
+        backstore.wait=*) read_patience "$word" ;;
+        subdir=*) subdir=$(clean_path "${word#*=}") || warn "$word is not a path: ignored" ;;
+        skipmount=*) skip="$skip $(printf %s "${word#*=}" | tr , ' ')" ;;
+        cowfs.image=/*) image=${word#*=} ;;
+        cowfs.image=*) warn "$word does not begin with /: ignored" ;;
+        panic=*) panic=${word#*=} ;;
+        esac
+    done <<END
+$(command_line)
+END
+    # A store that was named was wanted: without it somebody must decide. One that was only looked for was not.
+    [ -n "$fallback" ] || if [ -n "$named" ]; then fallback=shell; else fallback=ram; fi
+    [ -n "$patience" ] || if [ -n "$named" ]; then patience=20; else patience=3; fi
+}
+
+read_backstore() { # the last backstore= on the line counts, as of all kernel options
+    scope=removable named=''
+    rest=$1,
+    while [ -n "$rest" ]; do
+        item=${rest%%,*}
+        rest=${rest#*,}
+        case $item in
+        '') ;;
+        off) scope=off ;;
+        alldev) [ $scope = off ] || scope=all ;;
+        /*)
+            if ! path=$(clean_path "$item") || [ "${item%/}" != "$item" ]; then
+                warn "backstore=: $item cannot be the path of a store: ignored"
+            elif [ -n "$named" ]; then
+                warn "backstore=: $named was given already: $item is ignored"
+            else
+                named=$path
+            fi
+            ;;
+        *) warn "backstore=: $item is not understood (off, alldev, or a path from /): ignored" ;;
+        esac
+    done
+    if [ $scope = off ] && [ -n "$named" ]; then
+        warn "backstore=: off and $named exclude each other: no store is used"
+        named=''
+    fi
+}
+
+read_patience() {
+    case ${1#*=} in
+    '' | *[!0-9]* | ?????*) warn "$1 is not a number of seconds: ignored" ;;
+    *) patience=${1#*=} ;;
+    esac
+}
+
+# A path from / with no . or .. in it, without the slashes that mean nothing; fails for all others.
+clean_path() {
+    path=/$(printf %s "$1" | sed 's|//*|/|g; s|^/||; s|/$||')
+    case $path/ in
+    //) return 0 ;; # the root itself: an empty subdir
+    */./* | */../*) return 1 ;;
+    esac
+    printf %s "$path"
+}
+
+# --- which devices
+
+# The first line of an attribute in sysfs; nothing where there is none.
+fact() {
+    value=''
+    [ ! -r "$1" ] || read -r value 2>/dev/null <"$1"
+    printf '%s\n' "$value"
+}
+
+# Sticks, cards and discs; and disks behind USB, which do not call themselves removable. $1: below /sys/block.
+is_removable() {
+    [ "$(fact "$1/removable")" = 1 ] && return
+    case $(readlink -f "$1") in
+    */usb[0-9]*) return 0 ;;
+    esac
+    [ "$(fact "$1/device/type")" = SD ] && return
+    for slave in "$1"/slaves/*; do # of device-mapper: what its first part stands on
+        [ -e "$slave" ] || return 1
+        slave=$(readlink -f "$slave")
+        [ ! -e "$slave/partition" ] || slave=${slave%/*}
+        is_removable "$slave"
+        return
+    done
+}
+
+# Whether skipmount= names the device $1, or the disk $2 that it is on.
+is_skipped() {
+    for unwanted in $skip; do
+        case ${unwanted#/dev/} in
+        "$1" | "$2") return 0 ;;
+        esac
+    done
+    return 1
+}
+
+# The devices of $1, all or removable, in the order in which they are looked at: disks by their names; of each
+# the partitions by their numbers, then the whole of it, for sticks without a partition table.
+devices() {
+    for disk in "$COWFS_SYS"/block/*; do
+        name=${disk##*/}
+        case $name in
+        loop* | ram* | zram* | fd[0-9]*) continue ;;
+        esac
+        [ "$(fact "$disk/size")" != 0 ] && [ -e "$disk" ] || continue
+        [ "$1" = all ] || is_removable "$disk" || continue
+        {
+            for part in "$disk/$name"*; do
+                [ ! -e "$part/partition" ] || echo "$(fact "$part/partition") ${part##*/} $part"
+            done | sort -n
+            echo "0 $name $disk"
+        } | while read -r _ device place; do
+            # What others stand on (device-mapper, RAID) is theirs.
+            [ -z "$(ls "$place/holders" 2>/dev/null)" ] || continue
+            is_skipped "$device" "$name" || echo "$device"
+        done
+    done
+}
+
+# A USB disk is known some time before it can be read: whether one is on its way.
+disk_is_coming() {
+    for interface in "$COWFS_SYS"/bus/usb/devices/*:*; do
+        [ "$(fact "$interface/bInterfaceClass")" = 08 ] || continue
+        for block in "$interface"/host*/target*/*/block/*; do
+            [ -e "$block" ] || return 0
+        done
+    done
+    return 1
+}
+
+node() { printf '%s/%s' "$COWFS_DEV" "$(printf %s "$1" | tr '!' /)"; } # cciss!c0d0 is /dev/cciss/c0d0

@@ -1,0 +1,245 @@
+"""What the virtual machines boot: a kernel of Debian's, a root image, disks. Made without mounting anything."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from tests.support.mounts import project_root
+from tests.support.system import run
+
+PROJECT = Path(project_root())
+HELPERS = PROJECT / "mount-helpers"
+CACHE = PROJECT / ".cache" / "boot"
+KERNEL_PACKAGE = "linux-image-amd64"
+BUSYBOX = Path("/bin/busybox")
+MODULES = """
+    fuse squashfs loop ext4 crc32c_generic vfat nls_cp437 nls_ascii nls_utf8 isofs
+    virtio_pci virtio_blk virtio_scsi sd_mod sr_mod xhci_pci usb_storage qemu_fw_cfg
+"""
+"""Of mount-helpers/boot/modules what these machines have, and where the test comes from: to be quicker."""
+_MB = 1 << 20
+_SECTOR = 512
+_PARTITION = _MB
+"""Where the partition of a stick begins, in bytes."""
+
+# Runs the test that the machine was given, as process 1; its last act is for the test to choose.
+_TEST_INIT = """\
+#!/bin/sh
+PATH=/usr/sbin:/usr/bin:/sbin:/bin
+export PATH
+out() { echo "TEST $*" >/dev/console; }
+finish() { cd / && /run/initramfs/shutdown "${1:-poweroff}"; }
+. /sys/firmware/qemu_fw_cfg/by_name/opt/test/raw >/dev/console 2>&1
+finish
+"""
+_INITTAB = """\
+::sysinit:/sbin/testinit
+::shutdown:/run/initramfs/shutdown reboot
+"""
+
+
+def kernel() -> tuple[Path, Path, str]:
+    """Return a kernel, the directory with its lib/modules, and its version; it is unpacked, not installed."""
+    place = CACHE / "kernel"
+    if not list(place.glob("boot/vmlinuz-*")):
+        partial = CACHE / "kernel.new"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        shown = run("apt-cache", "depends", "--important", KERNEL_PACKAGE).stdout
+        match = re.search(r"Depends: (linux-image-[0-9]\S+)", shown)
+        assert match, f"apt-cache names no kernel:\n{shown}"
+        run("apt-get", "-o", "APT::Sandbox::User=root", "download", match[1], cwd=partial, timeout=300)
+        (package,) = partial.glob("*.deb")
+        run("dpkg-deb", "-x", package, partial, timeout=120)
+        package.unlink()
+        (version,) = os.listdir(partial / "lib/modules")
+        run("depmod", "-b", partial, version, timeout=120)
+        partial.rename(place)
+    (version,) = os.listdir(place / "lib/modules")
+    return place / "boot" / f"vmlinuz-{version}", place, version
+
+
+def initramfs(out: Path) -> Path:
+    """Make the initramfs of mkinitramfs-busybox, with what the tests' own process 1 needs besides."""
+    _, root, version = kernel()
+    run(
+        HELPERS / "mkinitramfs-busybox", out, version, root,
+        env={**os.environ, "COWFS_MODULES": MODULES}, timeout=120,
+    )  # fmt: skip
+    return out
+
+
+# --- the root image
+
+
+def root_tree(tree: Path) -> Path:
+    """Make a small root filesystem: busybox, this machine's Python and e2fsprogs, and cowfs by mkrescue."""
+    for name in (
+        "usr/bin",
+        "usr/sbin",
+        "usr/lib",
+        "usr/lib64",
+        "etc",
+        "dev",
+        "proc",
+        "sys",
+        "run",
+        "tmp",
+        "root",
+        "var/lib",
+    ):
+        (tree / name).mkdir(parents=True)
+    for name in ("bin", "sbin", "lib", "lib64"):
+        (tree / name).symlink_to(f"usr/{name}")
+    (tree / "tmp").chmod(0o1777)
+    shutil.copy2(BUSYBOX, tree / "usr/bin/busybox")
+    for applet in run(BUSYBOX, "--list").stdout.split():
+        if applet != "busybox":
+            (tree / "usr/bin" / applet).symlink_to("busybox")
+    _python(tree)
+    for program in ("e2fsck", "debugfs"):
+        _program(
+            tree,
+            Path("/usr/sbin", program) if Path("/usr/sbin", program).exists() else Path("/sbin", program),
+        )
+    _libraries(tree, _loaded_by_cowfs())
+    (tree / "etc/passwd").write_text("root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534::/:/bin/sh\n")
+    (tree / "etc/group").write_text("root:x:0:\nnogroup:x:65534:\n")
+    (tree / "etc/shadow").write_text("root:*:1::::::\n")
+    (tree / "etc/shadow").chmod(0o600)
+    (tree / "etc/mtab").symlink_to("/proc/mounts")
+    (tree / "etc/motd").write_text("to be removed\n")
+    (tree / "etc/inittab").write_text(_INITTAB)
+    (tree / "usr/bin/init").unlink()
+    (tree / "usr/sbin/init").symlink_to("../bin/busybox")
+    (tree / "usr/sbin/testinit").write_text(_TEST_INIT)
+    (tree / "usr/sbin/testinit").chmod(0o755)
+    return tree
+
+
+def _python(tree: Path) -> None:
+    version = "python%d.%d" % sys.version_info[:2]
+    program = Path(f"/usr/bin/{version}")
+    _program(tree, program)
+    (tree / "usr/bin/python3").symlink_to(version)
+    unwanted = shutil.ignore_patterns(
+        "test", "tests", "ensurepip", "idlelib", "lib2to3", "tkinter", "turtle*", "pydoc_data",
+        "config-*", "dist-packages", "distutils", "*.opt-*.pyc",
+    )  # fmt: skip
+    library = Path(sysconfig.get_path("stdlib"))
+    shutil.copytree(library, tree / library.relative_to("/"), ignore=unwanted, symlinks=True)
+    _libraries(tree, (tree / library.relative_to("/")).glob("lib-dynload/*.so"))
+
+
+def _program(tree: Path, program: Path) -> None:
+    shutil.copy2(program.resolve(), tree / program.resolve().relative_to("/"))
+    _libraries(tree, [program])
+
+
+def _loaded_by_cowfs() -> list[Path]:
+    """The compiled modules of cowfs and of what it needs."""
+    packages = Path(sysconfig.get_path("platlib"))
+    found = [*PROJECT.glob("cowfs/**/*.so"), *packages.glob("_cffi_backend*.so")]
+    for name in ("pyfuse3", "isal", "lz4", "zstandard"):
+        found += packages.glob(f"{name}/**/*.so")
+    return found
+
+
+def _libraries(tree: Path, files: Iterable[Path]) -> None:
+    """Copy the shared libraries that programs and modules need, to where the loader looks for them."""
+    for file in files:
+        for match in re.finditer(r"(?:=> )?(/\S+) \(0x", run("ldd", file, check=False).stdout):
+            library = Path(match[1])
+            target = tree / (
+                "usr" / library.relative_to("/") if library.parts[1] != "usr" else library.relative_to("/")
+            )
+            if not target.exists():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(library.resolve(), target)
+
+
+def root_image(tree: Path, image: Path) -> Path:
+    """Put cowfs into the tree and make the squashfs, both by mkrescue."""
+    run(HELPERS / "mkrescue", tree, image, "-comp", "zstd", "-Xcompression-level", "3", timeout=180)
+    return image
+
+
+# --- disks
+
+
+def fat_stick(image: Path, files: Mapping[str, Path], megabytes: int) -> Path:
+    """A stick as it is sold: one FAT partition. Names may have any characters."""
+    with image.open("wb") as out:
+        out.truncate(_PARTITION + megabytes * _MB)
+        out.write(_partition_table(0x0C, megabytes))
+    run("mkfs.vfat", "-F", "32", "--offset", str(_PARTITION // _SECTOR), image, str(megabytes << 10))
+    environment = {**os.environ, "MTOOLS_SKIP_CHECK": "1", "LC_ALL": "C.UTF-8"}
+    for name, file in files.items():
+        parts = name.strip("/").split("/")
+        for depth in range(1, len(parts)):
+            above = "/".join(parts[:depth])
+            run("mmd", "-D", "s", "-i", f"{image}@@{_PARTITION}", f"::{above}", env=environment, check=False)
+        run("mcopy", "-i", f"{image}@@{_PARTITION}", file, f"::{name}", env=environment)
+    return image
+
+
+def from_fat(image: Path, name: str, target: Path) -> Path:
+    """Copy a file from a stick."""
+    run(
+        "mcopy",
+        "-n",
+        "-i",
+        f"{image}@@{_PARTITION}",
+        f"::{name}",
+        target,
+        env={**os.environ, "MTOOLS_SKIP_CHECK": "1"},
+    )
+    return target
+
+
+def _partition_table(kind: int, megabytes: int) -> bytes:
+    """An MBR with one partition; its addresses by cylinder are nothing, as is usual today."""
+    entry = struct.pack(
+        "<B3sB3sII", 0, bytes(3), kind, bytes(3), _PARTITION // _SECTOR, megabytes * _MB // _SECTOR
+    )
+    return bytes(446) + entry + bytes(48) + b"\x55\xaa"
+
+
+def ext4_disk(image: Path, content: Path, megabytes: int, *, kind: str = "ext4") -> Path:
+    """A disk without partitions, with the files of a directory on it."""
+    run("mke2fs", "-q", "-F", "-t", kind, "-d", content, image, f"{megabytes}M")
+    return image
+
+
+def iso(image: Path, content: Path) -> Path:
+    """An ISO9660 image with Rock Ridge names."""
+    run("xorriso", "-as", "mkisofs", "-quiet", "-R", "-o", image, content)
+    return image
+
+
+def from_ext4(image: Path, name: str, target: Path) -> Path:
+    """Copy a file from such a disk."""
+    run("debugfs", "-R", f'dump "{name}" {target}', image)
+    assert target.exists(), f"{image} has no {name}"
+    return target
+
+
+def is_clean(store: Path) -> str:
+    """What e2fsck says of a filesystem that it may not touch; nothing when it is clean."""
+    done = run("e2fsck", "-f", "-n", store, check=False)
+    state = run("dumpe2fs", "-h", store).stdout
+    if done.returncode or not re.search(r"Filesystem state: +clean", state) or "needs_recovery" in state:
+        return done.stdout + state
+    return ""
+
+
+def nice(*command: str | os.PathLike[str]) -> subprocess.CompletedProcess[str]:
+    return run("nice", "-n", "5", *command)

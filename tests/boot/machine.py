@@ -1,0 +1,199 @@
+"""A virtual machine that boots a kernel of Debian's from disks that the test has made."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+QEMU = "qemu-system-x86_64"
+PATIENCE = 240.0
+"""Seconds for a whole run: ten times what it takes on a quiet machine (TCG, no KVM)."""
+
+
+class Failed(AssertionError):
+    """The machine did not do what was expected; says where its log is, and how that ends."""
+
+
+class Machine:
+    """One run of qemu, from power-on to power-off.
+
+    The serial console is written to *log* as it comes. *test* is a shell script that the guest's process 1
+    runs (see images.py); what it prints after ``TEST`` is what :meth:`said` finds.
+    """
+
+    def __init__(
+        self,
+        kernel: Path,
+        initramfs: Path,
+        log: Path,
+        *,
+        options: str = "",
+        test: str = "",
+        devices: Sequence[str] = (),
+        memory: int = 512,
+    ) -> None:
+        self.log = log
+        self._text = ""
+        self._grown = threading.Condition()
+        self._closed = False
+        self._monitor_path = log.with_suffix(".monitor")
+        script = log.with_suffix(".sh")
+        script.write_text(test)
+        line = f"console=ttyS0 quiet panic=1 {options}"
+        command = [
+            *(QEMU, "-M", "q35", "-accel", "tcg,thread=multi,tb-size=256", "-cpu", "max"),
+            *("-smp", "2", "-m", str(memory), "-nodefaults", "-no-user-config", "-display", "none"),
+            *("-no-reboot", "-kernel", str(kernel), "-initrd", str(initramfs), "-append", line),
+            *("-serial", "stdio", "-monitor", f"unix:{self._monitor_path},server=on,wait=off"),
+            *("-fw_cfg", f"name=opt/test,file={script}"),
+            *("-device", "qemu-xhci,id=usb", "-device", "virtio-scsi-pci,id=scsi"),
+            *devices,
+        ]
+        self.started = time.monotonic()
+        self.process = subprocess.Popen(
+            ["nice", "-n", "5", *command],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def __enter__(self) -> Machine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        self._reader.join()
+        assert self.process.stdin and self.process.stdout
+        self.process.stdin.close()
+        self.process.stdout.close()
+        self._monitor_path.unlink(missing_ok=True)
+        if error is not None and hasattr(error, "add_note") and not isinstance(error, Failed):
+            error.add_note(self._tail())
+
+    def _read(self) -> None:
+        assert self.process.stdout
+        with self.log.open("wb") as log:
+            while data := os.read(self.process.stdout.fileno(), 65536):
+                log.write(data)
+                log.flush()
+                with self._grown:
+                    self._text += data.decode(errors="replace").replace("\r", "")
+                    self._grown.notify_all()
+        with self._grown:
+            self._closed = True
+            self._grown.notify_all()
+
+    def _tail(self) -> str:
+        lines = self._text.splitlines()[-40:]
+        return f"--- the end of {self.log} ---\n" + "\n".join(lines)
+
+    def _fail(self, why: str) -> Failed:
+        return Failed(f"{why}\n{self._tail()}")
+
+    @property
+    def text(self) -> str:
+        """What was on the console so far."""
+        return self._text
+
+    def wait_for(self, pattern: str, seconds: float = PATIENCE) -> re.Match[str]:
+        """Wait until the console shows *pattern*."""
+        deadline = time.monotonic() + seconds
+        with self._grown:
+            while not (match := re.search(pattern, self._text)):
+                if self._closed:
+                    raise self._fail(f"the machine has stopped without {pattern!r}")
+                if not self._grown.wait(deadline - time.monotonic()):
+                    raise self._fail(f"not within {seconds:g} s: {pattern!r}")
+        return match
+
+    def wait(self, seconds: float = PATIENCE) -> Machine:
+        """Wait until the machine is off."""
+        try:
+            self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            raise self._fail(f"not off after {seconds:g} s") from None
+        self._reader.join()
+        if "Kernel panic" in self._text:
+            raise self._fail("the kernel panicked")
+        return self
+
+    def cut_power(self) -> None:
+        """End it as a power cut does: nothing that is in the guest's memory is written."""
+        self.process.kill()
+        self.process.wait()
+
+    def type(self, line: str) -> None:
+        """Type a line at the console."""
+        assert self.process.stdin
+        self.process.stdin.write(line.encode() + b"\n")
+        self.process.stdin.flush()
+
+    def monitor(self, command: str) -> None:
+        """Give qemu's monitor a command."""
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(str(self._monitor_path))
+            connection.settimeout(20)
+            told = b""
+            while b"(qemu)" not in told:
+                told += connection.recv(4096)
+            connection.sendall(command.encode() + b"\n")
+            told = b""
+            while b"(qemu)" not in told:
+                told += connection.recv(4096)
+        assert b"rror" not in told, told.decode()
+
+    def said(self, key: str) -> str:
+        """What the guest's test printed as ``TEST key: value``, the last time."""
+        found = re.findall(rf"^TEST {re.escape(key)}: (.*)$", self._text, re.MULTILINE)
+        if not found:
+            raise self._fail(f"the test in the machine did not say {key!r}")
+        return str(found[-1])
+
+    def shows(self, *patterns: str) -> None:
+        """Assert that the console shows each of the patterns."""
+        for pattern in patterns:
+            if not re.search(pattern, self._text):
+                raise self._fail(f"the console does not show {pattern!r}")
+
+
+def hard_disk(image: Path, name: str, *more: str) -> list[str]:
+    """A disk that stays where it is: virtio-blk."""
+    return [*_drive(image, name, *more), "-device", f"virtio-blk-pci,drive={name}"]
+
+
+def stick(image: Path, name: str, *, plugged: bool = True) -> list[str]:
+    """A USB stick; not *plugged*: :func:`plug` does it later."""
+    return [*_drive(image, name), *(["-device", _usb(name)] if plugged else [])]
+
+
+def plug(machine: Machine, name: str) -> None:
+    """Plug a stick in."""
+    machine.monitor(f"device_add {_usb(name)}")
+
+
+def _usb(name: str) -> str:
+    return f"usb-storage,bus=usb.0,removable=on,drive={name}"
+
+
+def disc(image: Path, name: str) -> list[str]:
+    """A CD in a SCSI drive."""
+    return [*_drive(image, name, "media=cdrom", "readonly=on"), "-device", f"scsi-cd,bus=scsi.0,drive={name}"]
+
+
+def _drive(image: Path, name: str, *more: str) -> list[str]:
+    # What the guest has flushed is on disk, what it has not may be lost.
+    options = ["if=none", f"id={name}", "format=raw", "cache=writethrough", f"file={image}", *more]
+    return ["-drive", ",".join(options)]
