@@ -114,10 +114,10 @@ def test_a_user_works_on_an_image_of_his_own(base: Path) -> None:
         script(LOOK, here, base)
         before = seen(here)
     with mount(base) as here:
-        script(LOOK, here, base)
         again = seen(here)
         assert tree.differences(tree.stable(before), tree.stable(again)) == []
         assert tree.moved_inodes(before, again) == []
+        script(LOOK, here, base)
     said = cowfs("check", base / "sysrcd.bs", nobody=True)
     assert said.returncode == 0, said.stdout + said.stderr
 
