@@ -157,11 +157,14 @@ static int load(x3_image *img)
 	img->hold = calloc(img->groups, sizeof *img->hold);
 	if (!img->bucket || !img->gd_block || !img->hold)
 		return -ENOMEM;
-	QUERY (img) {
-		if (img->opened.incompat & EXT3_FEATURE_INCOMPAT_RECOVER)
-			fail(img, EUCLEAN, "the journal must be replayed first");
+	if (img->opened.incompat & EXT3_FEATURE_INCOMPAT_RECOVER) {
+		snprintf(img->message, sizeof img->message, "the journal must be replayed first");
+		return -EUCLEAN;
+	}
+	QUERY (img) { /* nothing is written before all of this is known to be sound */
 		load_groups(img);
 		journal_load(img);
+		orphan_check(img);
 		if (img->sb->s_overhead_clusters)
 			img->overhead = img->sb->s_overhead_clusters;
 		else
@@ -169,7 +172,7 @@ static int load(x3_image *img)
 	}
 	error = op_finish(&op);
 	if (error || img->read_only)
-		return error;
+		return error == -EUCLEAN || error == -ESTALE ? -EBADMSG : error;
 	for (size_t i = 0; i < 4096; i++)
 		img->changed[i] = img->lasting[i] = img->committed;
 	if (getrandom(&img->random, sizeof img->random, GRND_NONBLOCK) < 0)

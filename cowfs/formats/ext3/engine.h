@@ -55,7 +55,7 @@ typedef struct x3_image x3_image;
 
 #define X3_LINK_MAX 32000 /* names of a file, and subdirectories + 2 of a directory; then EMLINK */
 
-/* The attributes of an inode. Times: nanoseconds since the epoch. */
+/* The attributes of an inode. Times: nanoseconds since the epoch, up to the year 2262. */
 struct x3_attr {
 	uint32_t mode, nlink, uid, gid;
 	uint32_t major, minor; /* of a device */
@@ -130,7 +130,7 @@ struct x3_rename {
  * but in tests. Unless read-only, inodes that a crash left on the orphan list are dealt with.
  * EUCLEAN: the journal must be replayed first (e2fsck -p -E journal_only), be it for reading.
  * EOPNOTSUPP: a feature that is not ext3's, or no journal inside. EINVAL: no ext filesystem, or its
- * superblock makes no sense. EBADMSG: the journal's superblock makes no sense. When it fails,
+ * superblock makes no sense. EBADMSG: the journal or the orphan list is damaged. When it fails,
  * x3_message(NULL) says why, in the same thread.
  */
 int x3_open(int fd, uint32_t flags, uint64_t cache_bytes, int trace_fd, uint32_t debug, x3_image **out);

@@ -123,7 +123,8 @@ static int64_t time_get(x3_image *img, const struct inode *in, const uint32_t *b
 
 	if (!has_extra(img, in, (const char *)(extra + 1) - (const char *)in->raw))
 		return sec * NS;
-	return (sec + ((int64_t)(*extra & 3) << 32)) * NS + min(*extra >> 2, (uint32_t)NS - 1);
+	sec += (int64_t)(*extra & 3) << 32;
+	return min(sec, INT64_MAX / NS - 1) * NS + min(*extra >> 2, (uint32_t)NS - 1);
 }
 
 static void time_set(x3_image *img, struct inode *in, uint32_t *base, uint32_t *extra, int64_t ns)
@@ -297,6 +298,19 @@ void orphan_remove(x3_image *img, struct inode *in)
 	inode_change(img, previous, true).raw->i_dtime = next;
 	if (next)
 		remember_previous(img, next, previous);
+}
+
+/* Fail if anything on the list cannot be an orphan, or the list has no end. Before it is believed. */
+void orphan_check(x3_image *img)
+{
+	uint32_t ino = img->sb->s_last_orphan;
+
+	for (uint32_t steps = 0; ino; steps++) {
+		struct inode in = inode_get(img, ino);
+		if (steps == img->inodes || (in.raw->i_links_count && !S_ISREG(in.raw->i_mode)))
+			fail(img, EUCLEAN, "the orphan list is damaged at inode %u", ino);
+		ino = in.raw->i_dtime;
+	}
 }
 
 

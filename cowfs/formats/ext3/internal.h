@@ -256,6 +256,7 @@ struct inode inode_make(x3_image *img, uint32_t dir, const struct x3_new *new_in
 enum fate { LIVES, IS_KEPT, HAS_REST }; /* of an inode that lost a link; HAS_REST: an orphan to be freed */
 enum fate inode_drop_link(x3_image *img, uint32_t ino, bool keep);
 void orphan_add(x3_image *img, struct inode *in);
+void orphan_check(x3_image *img);
 void orphan_remove(x3_image *img, struct inode *in);
 bool inode_delete_some(x3_image *img, uint32_t ino, bool listed);
 
