@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 
 from cowfs.formats.squashfs.cache import GenerationCache, OnceCache
+from cowfs.formats.squashfs.codecs import starter
+from cowfs.formats.squashfs.errors import CodecError
 from cowfs.formats.squashfs.workers import Workers
 from cowfs.layers.directory import KernelFile
 from cowfs.layers.squashfs import SquashfsFile, SquashfsLayer
@@ -477,6 +479,74 @@ def test_a_read_that_is_tried_first_is_no_sequential_one(
         file.pread(4096, number * BLOCK + 4096)
     layer.close()
     assert len(seen) == 6
+
+
+HEX = noise(10 * BLOCK).hex().encode()
+
+
+@pytest.fixture(scope="module")
+def zstd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An image with blocks that can be made in part."""
+    top = tmp_path_factory.mktemp("zstd") / "tree"
+    top.mkdir()
+    (top / "text").write_bytes(HEX)
+    return mksquashfs(top.parent / "image", top, options=("-comp", "zstd"))
+
+
+@needs_mksquashfs
+def test_a_look_into_a_block_makes_it_in_part_and_the_next_one_whole(
+    zstd: Path, opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = counting(monkeypatch)
+    file = file_of(opened(zstd), "text")
+    content = HEX
+    for number in (9, 3, 15):
+        at = number * BLOCK
+        assert file.pread(4096, at + 8000) == content[at + 8000 : at + 12096]
+    assert not seen, "nothing is made whole for one look"
+    for number in (9, 3, 15, 9):
+        at = number * BLOCK
+        assert file.pread(4096, at + 100) == content[at + 100 : at + 4196]
+    assert len(seen) == 3, "a second look makes it whole, and it is kept"
+    assert file.pread(BLOCK, 6 * BLOCK) == content[6 * BLOCK : 7 * BLOCK]
+    assert file.pread(4096, 12 * BLOCK - 4096) == content[12 * BLOCK - 4096 : 12 * BLOCK]
+    assert len(seen) == 5, "the end of a block takes all of it"
+
+
+@needs_mksquashfs
+def test_damage_is_found_in_what_is_made_in_part(tmp_path: Path, zstd: Path, opened: Open) -> None:
+    image = damage(
+        zstd, tmp_path / "broken", b"\xff" * BLOCK
+    )  # from one block's middle over the next's start
+    whole, part = (file_of(opened(image), "text") for _ in range(2))
+    bad = {number for number in range(20) if not readable(whole, BLOCK, number * BLOCK)}
+    found = {number for number in range(20) if not readable(part, 4096, number * BLOCK + BLOCK // 2)}
+    assert found
+    assert found <= bad
+
+
+def readable(file: SquashfsFile, size: int, offset: int) -> bool:
+    try:
+        file.pread(size, offset)
+    except OSError as error:
+        assert error.errno == errno.EIO
+        return False
+    return True
+
+
+def test_blocks_with_a_checksum_are_made_whole() -> None:
+    library = pytest.importorskip("zstandard")
+    start = starter("zstd", BLOCK)
+    assert start is not None and starter("gzip", BLOCK) is None and starter("xz", BLOCK) is None
+    content = text(BLOCK)
+    plain = library.ZstdCompressor().compress(content)
+    summed = library.ZstdCompressor(write_checksum=True).compress(content)
+    assert start(plain, 5000) == start(summed, 5000) == content[:5000]
+    with pytest.raises(CodecError):
+        start(summed[:-1] + bytes([summed[-1] ^ 1]), 5000)
+    with pytest.raises(CodecError):
+        start(b"nonsense", 5000)
+    assert len(start(plain[:10], 5000)) < 5000
 
 
 def test_reading_after_close_is_an_error_and_nothing_worse(images: dict[str, Path], opened: Open) -> None:

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from cowfs.formats.squashfs.blocks import UNCOMPRESSED, BlockMap, FragmentTable, Stored, count_blocks
-from cowfs.formats.squashfs.cache import OnceCache
-from cowfs.formats.squashfs.codecs import Decompress
+from cowfs.formats.squashfs.cache import GenerationCache, OnceCache
+from cowfs.formats.squashfs.codecs import Decompress, starter
 from cowfs.formats.squashfs.errors import CodecError
 from cowfs.formats.squashfs.inodes import NONE, Inode
 from cowfs.formats.squashfs.metadata import Table
@@ -31,6 +31,8 @@ _TASK = 256 << 10
 
 _SHORT = {"gzip": 256 << 10, "lzo": 256 << 10, "zstd": 256 << 10, "lz4": 4 << 20}
 """How many bytes each compressor makes in half a millisecond; xz and lzma take that for a few KiB."""
+_STARTED = 4096
+"""How many of the blocks that were made in part are known: the next time they are made whole."""
 
 
 class Run(NamedTuple):
@@ -58,6 +60,8 @@ class Blocks:
         """*cache_bytes* bounds what is kept decompressed; at least four blocks are."""
         self._source = source
         self._decompress = decompress
+        self._starter = starter(superblock.compression, superblock.block_size)
+        self._started: GenerationCache[Stored, bool] = GenerationCache(_STARTED, int)
         self._fragments = fragments
         self._cache: OnceCache[Stored] = OnceCache(max(cache_bytes, 4 * superblock.block_size))
         self.superblock = superblock
@@ -73,6 +77,26 @@ class Blocks:
     def get(self, stored: Stored, size: int) -> bytes:
         """The *size* bytes of the block at *stored*, from the cache or into it. May block. EIO."""
         data = self._cache.get(stored, self._read)
+        if len(data) != size:
+            raise self._wrong_size(stored, len(data), size)
+        return data
+
+    def start(self, stored: Stored, size: int) -> bytes | None:
+        """The first *size* bytes of a block that is asked for once; None where it is better made whole.
+
+        Who asks for 4 KiB somewhere seldom wants more of it. The second time it is made whole, and kept.
+        May block. EIO.
+        """
+        if not self._starter or stored.word & UNCOMPRESSED or 4 * size > 3 * self.size:
+            return None
+        if self._cache.peek(stored) is not None or self._started.get(stored):
+            return None
+        self._started.put(stored, True)
+        raw = self._stored(stored)
+        try:
+            data = self._starter(raw, size)
+        except CodecError as error:
+            raise self._damaged(stored, error) from error
         if len(data) != size:
             raise self._wrong_size(stored, len(data), size)
         return data
@@ -118,8 +142,11 @@ class Blocks:
         return parts
 
     def _read(self, stored: Stored) -> bytes:
+        return self._expand(self._stored(stored), stored)
+
+    def _stored(self, stored: Stored) -> bytes:
         self._check_stored(stored)
-        return self._expand(self._source.pread(stored.length, stored.position, "data block"), stored)
+        return self._source.pread(stored.length, stored.position, "data block")
 
     def _expand(self, raw: bytes | memoryview, stored: Stored) -> bytes:
         if stored.word & UNCOMPRESSED:
@@ -127,14 +154,17 @@ class Blocks:
         try:
             return self._decompress(raw, self.size)
         except CodecError as error:
-            raise self._source.damaged(f"data block at {stored.position:#x}: {error}") from error
+            raise self._damaged(stored, error) from error
 
     def _check_stored(self, stored: Stored) -> None:
         if not 0 < stored.length <= self.size:
-            raise self._source.damaged(f"data block at {stored.position:#x}: {stored.length} bytes stored")
+            raise self._damaged(stored, f"{stored.length} bytes stored")
 
     def _wrong_size(self, stored: Stored, size: int, wanted: int) -> OSError:
-        return self._source.damaged(f"data block at {stored.position:#x}: {size} bytes, not {wanted}")
+        return self._damaged(stored, f"{size} bytes, not {wanted}")
+
+    def _damaged(self, stored: Stored, what: object) -> OSError:
+        return self._source.damaged(f"data block at {stored.position:#x}: {what}")
 
     def close(self) -> None:
         """Stop the workers and forget the cache."""
@@ -186,9 +216,10 @@ class FileData:
         first, last = offset >> log, (end - 1) >> log
         self._read_ahead(first, last)
         base = first << log
-        data = self._block(first)
         if first == last:
+            data = self._start(first, end - base) or self._block(first)
             return data if end - offset == len(data) else data[offset - base : end - base]
+        data = self._block(first)
         parts = [data[offset - base :] if offset > base else data]
         parts += [self._block(number) for number in range(first + 1, last)]
         parts.append(self._block(last)[: end - (last << log)])
@@ -200,6 +231,11 @@ class FileData:
         stored = self._map[number]
         size = min(self._blocks.size, self.size - number * self._blocks.size)
         return self._blocks.get(stored, size) if stored.word else bytes(size)
+
+    def _start(self, number: int, size: int) -> bytes | None:
+        if self._map is None or number == self._count or not (stored := self._map[number]).word:
+            return None
+        return self._blocks.start(stored, size)
 
     def _place(self, number: int) -> Stored:
         """Where block *number* is, or the fragment with the tail."""
