@@ -297,8 +297,8 @@ void x3_end(x3_image *img);
  * Mark the filesystem clean and let go of it, so that others may change it: grow it, say.
  *
  * All other calls wait, in whatever thread, until x3_resume, which reads it anew (from *fd*, which is
- * duplicated, unless it is -1). Kept orphans are on the orphan list meanwhile: give them names before,
- * if they are to survive e2fsck. When x3_resume fails (as x3_open), every call will give EIO.
+ * duplicated, unless it is -1). Kept orphans stay on the orphan list: give them names before, if they
+ * are to survive e2fsck. When x3_resume fails (as x3_open), every call will give EIO.
  */
 int x3_suspend(x3_image *img);
 int x3_resume(x3_image *img, int fd);

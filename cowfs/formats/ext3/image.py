@@ -267,6 +267,7 @@ class Image:
             new.target, new.target_len = ffi.cast("const char *", kept), len(target)
         self._done(lib.x3_create(self.handle, directory, name, len(name), names.hint, new), name)
         ino: int = new.ino
+        self._directories.forget(ino)  # which had the number before
         names[name] = entry(ino, mode, new.place.block, new.place.offset)
         names.hint = new.place.block
         return ino

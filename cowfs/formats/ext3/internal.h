@@ -9,7 +9,8 @@
  *   data.c     block pointers; reading, writing, truncating
  *   dir.c      names in directories; htree.c: indexed ones
  *   xattr.c    extended attributes
- *   engine.c   open, close, and the entry points
+ *   open.c     opening, closing, letting go for a while
+ *   engine.c   the other entry points
  *
  * All metadata is changed in the cache, through block_change() alone: it keeps the old bytes for the
  * undo and puts the block into the running transaction. A cached block never moves while an operation
