@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import stat
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -57,6 +58,7 @@ class Load:
         self.directories: dict[int, Any] = {}
         self.touched: set[int] = set()
         self._count = 0
+        self._lock = threading.Lock()
 
     # --- running
 
@@ -74,18 +76,23 @@ class Load:
         kinds, weights = list(OPERATIONS), list(OPERATIONS.values())
         while True:
             (operation,) = self.random.choices(kinds, weights)
-            self.touched = set()
             try:
-                self._announced = False
-                operation(self)
+                self.do(operation)
+                return
             except Refused:
                 continue
-            except OSError as error:
-                if error.errno not in self.tolerate:
-                    raise
-                self.failed += 1
-                self.touched = set()
-            break
+
+    def do(self, operation: Callable[[Load], None]) -> None:
+        """Do one operation, and settle what became of it."""
+        self.touched = set()
+        self._announced = False
+        try:
+            operation(self)
+        except OSError as error:
+            if error.errno not in self.tolerate:
+                raise
+            self.failed += 1
+            self.touched = set()
         for ino in list(self.touched):
             if ino in self.model.nodes:
                 self.model.see(ino, self.layer.stat(self.key(ino)))
@@ -112,8 +119,13 @@ class Load:
             file.fsync(datasync)
         finally:
             file.close()
-        self.syncs.append(Synced(self.model.operation, ino, datasync))
-        self.mark(SYNCED, len(self.syncs) - 1)
+        self.promise(Synced(self.model.operation, ino, datasync))
+
+    def promise(self, sync: Synced) -> None:
+        """Note what was synced. From any thread."""
+        with self._lock:
+            self.syncs.append(sync)
+            self.mark(SYNCED, len(self.syncs) - 1)
 
     def release(self) -> None:
         """Forget every orphan."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import stat
+import struct
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from tests.ext3.model import Node
@@ -15,6 +17,16 @@ if TYPE_CHECKING:
 
 EXCHANGE, WHITEOUT = 2, 4
 T0 = 1_500_000_000_000_000_000
+DEFAULT_ACL, ACCESS_ACL = b"system.posix_acl_default", b"system.posix_acl_access"
+_ANY = 0xFFFFFFFF
+_ENTRIES = (
+    (1, 7, _ANY),
+    (2, 5, 1000),
+    (4, 5, _ANY),
+    (16, 7, _ANY),
+    (32, 0, _ANY),
+)
+ACL = struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in _ENTRIES)
 DEVICE_NUMBERS = [(0, 0), (1, 3), (8, 0), (200, 100), (300, 70_000)]
 
 
@@ -28,14 +40,18 @@ class Refused(Exception):
 def new_node(
     load: Load, directory: int, name: bytes, key: Any, mode: int, owner: tuple[int, int], **more: Any
 ) -> int:
-    """The model's side of a new inode."""
-    ino = load.layer.stat(key).st_ino
+    """The model's side of a new inode; what it inherits by ACL it is believed to have."""
+    attr = load.layer.stat(key)
+    ino = attr.st_ino
     assert ino not in load.model.nodes and ino not in load.model.orphans, f"inode {ino} is in use"
     is_directory = stat.S_ISDIR(mode)
     facts = Facts(
         mode, 2 if is_directory else 1, *owner, more.get("size", 0), more.get("rdev", (0, 0)),
         0, 0, 0, {}, more.get("target", b""), {} if is_directory else None,
     )  # fmt: skip
+    if DEFAULT_ACL in load.model.nodes[directory].facts.xattrs:
+        xattrs = {xattr: load.layer.getxattr(key, xattr) for xattr in load.layer.listxattr(key)}
+        facts = replace(facts, mode=attr.st_mode, xattrs=xattrs)
     load.model.nodes[ino] = Node(ino, facts)
     load.model.enter(directory, name, ino)
     if is_directory:
@@ -157,6 +173,11 @@ def truncate(load: Load) -> None:
     length = load.random.choice(
         (0, 0, size // 2, min(size, 13 * load.model.block_size), size + 5_000, max(size - 1, 0))
     )
+    set_size(load, ino, length)
+
+
+def set_size(load: Load, ino: int, length: int) -> None:
+    """Truncate or extend a file."""
     load.begin()
     load.writing(ino, length, bytes(-length % load.model.block_size))
     load.layer.truncate(load.key(ino), length)
@@ -195,7 +216,11 @@ def kept_key(load: Load, ino: int) -> Any:
 
 
 def unlink(load: Load) -> None:
-    directory, name, ino = load.place(directories=False)
+    unlink_at(load, *load.place(directories=False))
+
+
+def unlink_at(load: Load, directory: int, name: bytes, ino: int) -> None:
+    """Remove a name of a file."""
     keep = kept_key(load, ino)
     load.begin()
     load.layer.unlink(load.key(directory), name, keep)
@@ -308,6 +333,18 @@ def setxattr(load: Load) -> None:
     load.touched.add(ino)
 
 
+def acl(load: Load) -> None:
+    """A default ACL for a directory: what is made in it inherits it, in the same step."""
+    ino = load.pick(stat.S_IFDIR)
+    xattrs = load.model.nodes[ino].facts.xattrs
+    if xattrs:
+        raise Refused  # there may be no room for more
+    load.begin()
+    load.layer.setxattr(load.key(ino), DEFAULT_ACL, ACL)
+    load.model.set(ino, xattrs={**xattrs, DEFAULT_ACL: ACL})
+    load.touched.add(ino)
+
+
 def removexattr(load: Load) -> None:
     have = [ino for ino, node in load.model.nodes.items() if node.facts.xattrs]
     if not have:
@@ -327,7 +364,10 @@ def chmod(load: Load) -> None:
     mode = load.random.choice((0o600, 0o755, 0o1777, 0o4711))
     load.begin()
     load.layer.chmod(load.key(ino), mode)
-    load.model.set(ino, mode=load.model.nodes[ino].kind | mode)
+    xattrs = dict(load.model.nodes[ino].facts.xattrs)
+    if ACCESS_ACL in xattrs:  # follows the mode; how, the tests of the layer know
+        xattrs[ACCESS_ACL] = load.layer.getxattr(load.key(ino), ACCESS_ACL)
+    load.model.set(ino, mode=load.model.nodes[ino].kind | mode, xattrs=xattrs)
     load.touched.add(ino)
 
 
@@ -352,6 +392,6 @@ def utimens(load: Load) -> None:
 OPERATIONS: dict[Callable[[Load], None], int] = {
     create: 16, write: 14, append: 8, truncate: 6, mkdir: 5, symlink: 3, mknod: 3, rename: 10, exchange: 3,
     whiteout: 3, link: 4, unlink: 12, rmdir: 4, setxattr: 5, removexattr: 2, chmod: 3, chown: 2, utimens: 2,
-    forget: 5, sparse: 1,
+    forget: 5, sparse: 1, acl: 1,
 }  # fmt: skip
 """How often each is done."""

@@ -7,11 +7,14 @@ pages when it likes, and a disk writes 4096 bytes whole): each page for itself, 
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import struct
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -19,6 +22,7 @@ from typing import NamedTuple
 
 from cowfs.layers.directory import open_directory
 from tests.ext3 import engine, images
+from tests.ext3.engine import Engine
 from tests.ext3.images import Shape
 from tests.ext3.load import BEGIN, COMMITTED, SYNCED, Load
 from tests.ext3.model import Promises, State, Synced, judge
@@ -54,22 +58,42 @@ class Recording:
         return sum(event.kind == _BARRIER for event in self.events)
 
 
-def record(place: Path, shape: Shape, seed: int, operations: int, debug: int = 0) -> Recording:
-    """Run a load on a fresh image. Twice the log is written home; at the end the image is closed.
+def mixed(operations: int) -> Callable[[Load, Engine], None]:
+    """So many operations of all kinds; twice the log is written home."""
 
-    *debug* leaves out rules of the journal, see X3_NO_HOLD and the others in engine.h.
+    def work(load: Load, opened: Engine) -> None:
+        for part in range(4):
+            opened.mark(_PHASE, 1)
+            load.run(operations // 4)
+            if part % 2:
+                opened.mark(_PHASE, 2)
+                opened.image.checkpoint()
+
+    return work
+
+
+def record(
+    place: Path,
+    shape: Shape,
+    seed: int,
+    work: Callable[[Load, Engine], None],
+    debug: int = 0,
+    *,
+    stir: bool = False,
+    cache_bytes: int = 64 << 20,
+) -> Recording:
+    """Run a load on a fresh image, which is closed in the end.
+
+    *debug* leaves out rules of the journal, see X3_NO_HOLD and the others in engine.h. With *stir* other
+    threads commit and sync all the time.
     """
     path = images.make(place / "image", shape)
     base = path.read_bytes()
     with (place / "trace").open("w+b") as trace:
-        with engine.opened(path, trace_fd=trace.fileno(), debug=debug) as opened:
+        with engine.opened(path, trace_fd=trace.fileno(), debug=debug, cache_bytes=cache_bytes) as opened:
             load = Load(opened.layer, Image(base), seed, opened.mark)
-            for part in range(4):
-                opened.mark(_PHASE, 1)
-                load.run(operations // 4)
-                if part % 2:
-                    opened.mark(_PHASE, 2)
-                    opened.image.checkpoint()
+            with _stirring(opened, load) if stir else nullcontext():
+                work(load, opened)
             if not debug:
                 load.check()
             opened.mark(_PHASE, 3)
@@ -82,6 +106,40 @@ def record(place: Path, shape: Shape, seed: int, operations: int, debug: int = 0
         )
         assert wrong is None, f"without any cut: {wrong}"
     return Recording(base, events, load.model.states, load.syncs)
+
+
+@contextmanager
+def _stirring(opened: Engine, load: Load) -> Iterator[None]:
+    """Commit in one thread, and sync inodes in another, as often as possible."""
+    over = threading.Event()
+
+    def commit() -> None:
+        while not over.is_set():
+            number = load.model.operation
+            opened.image.commit()
+            opened.mark(COMMITTED, number)
+
+    def sync() -> None:
+        chance = random.Random(1)
+        while not over.is_set():
+            number = load.model.operation
+            ino = chance.choice(list(load.model.states[number].facts))
+            datasync = chance.random() < 0.5
+            try:
+                opened.image.fsync(ino, datasync)
+            except OSError as error:
+                assert error.errno == errno.ESTALE, error  # it is gone by now
+                continue
+            load.promise(Synced(number, ino, datasync))
+
+    with ThreadPoolExecutor(2) as pool:
+        threads = [pool.submit(commit), pool.submit(sync)]
+        try:
+            yield
+        finally:
+            over.set()
+        for thread in threads:
+            thread.result()
 
 
 def parse(trace: bytes) -> Iterator[Event]:
@@ -136,7 +194,7 @@ class _Disk:
             if kind == BEGIN:
                 self.promises.begun = number
             elif kind == COMMITTED:
-                self.promises.committed = number
+                self.promises.committed = max(number, self.promises.committed)
             elif kind == SYNCED:
                 self.promises.synced.append(syncs[number])
 

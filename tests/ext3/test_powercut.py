@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import stat
 from pathlib import Path
 
 import pytest
 
-from tests.ext3 import powercut
+from tests.ext3 import operations, powercut
+from tests.ext3.engine import Engine
 from tests.ext3.images import MODERN, OLD, SMALL, Shape
+from tests.ext3.load import Load
 from tests.ext3.powercut import Recording
 
 OPERATIONS = 600
@@ -22,8 +25,42 @@ def wrong_ones(recording: Recording, count: int, seed: int, place: Path) -> list
 
 @pytest.mark.parametrize(("shape", "seed"), [(MODERN, 1), (MODERN, 2), (SMALL, 3), (OLD, 4)], ids=str)
 def test_power_cuts(place: Path, shape: Shape, seed: int) -> None:
-    recording = powercut.record(place, shape, seed, OPERATIONS)
+    recording = powercut.record(place, shape, seed, powercut.mixed(OPERATIONS))
     wrong = wrong_ones(recording, 25, seed, place)
+    assert not wrong, "\n".join(wrong)
+
+
+def test_power_cuts_while_others_commit(place: Path) -> None:
+    """Commits go on beside the operations, and the cache has room for next to nothing."""
+    recording = powercut.record(place, SMALL, 5, powercut.mixed(300), stir=True, cache_bytes=1 << 16)
+    assert recording.barriers > 200
+    wrong = wrong_ones(recording, 25, 5, place)
+    assert not wrong, "\n".join(wrong)
+
+
+def much_to_free(load: Load, opened: Engine) -> None:
+    """Files with hundreds of indirect blocks are made and go: their blocks are freed piece by piece."""
+    block = load.model.block_size
+    for _ in range(3):
+        load.do(operations.create)
+    inodes = [ino for ino, node in load.model.nodes.items() if stat.S_ISREG(node.facts.mode)]
+    for ino in inodes:
+        for number in range(1, 250):
+            at = number * block // 4 * block
+            load.do(lambda load, ino=ino, at=at: operations.put(load, ino, at, 10))  # type: ignore[misc]
+    load.commit()
+    load.do(lambda load: operations.set_size(load, inodes[0], 0))
+    load.do(lambda load: operations.set_size(load, inodes[1], 100 * block // 4 * block + 5))
+    load.commit()
+    for ino in inodes:
+        directory, name = min(load.model.nodes[ino].places)
+        load.do(lambda load, at=(directory, name, ino): operations.unlink_at(load, *at))  # type: ignore[misc]
+    load.release()
+
+
+def test_power_cuts_while_much_is_freed(place: Path) -> None:
+    recording = powercut.record(place, SMALL, 6, much_to_free)
+    wrong = wrong_ones(recording, 25, 6, place)
     assert not wrong, "\n".join(wrong)
 
 
@@ -32,7 +69,7 @@ def test_power_cuts(place: Path, shape: Shape, seed: int) -> None:
 @pytest.mark.parametrize("shape", [MODERN, SMALL, OLD], ids=str)
 @pytest.mark.parametrize("seed", range(10, 15))
 def test_many_power_cuts(place: Path, shape: Shape, seed: int) -> None:
-    recording = powercut.record(place, shape, seed, 4 * OPERATIONS)
+    recording = powercut.record(place, shape, seed, powercut.mixed(4 * OPERATIONS), stir=seed % 2 == 1)
     wrong = wrong_ones(recording, 70, seed, place)
     assert not wrong, "\n".join(wrong)
 
@@ -49,7 +86,7 @@ RULES = [
 def test_without_a_rule_cuts_do_harm(place: Path, rule: int, shape: Shape) -> None:
     """Each rule of the journal is needed, and these tests would see that it is not kept."""
     for seed in range(20, 24):
-        recording = powercut.record(place, shape, seed, OPERATIONS, debug=rule)
+        recording = powercut.record(place, shape, seed, powercut.mixed(OPERATIONS), debug=rule)
         if wrong_ones(recording, 40, seed, place):
             return
     pytest.fail("nothing was found wrong")
