@@ -51,7 +51,7 @@ class Load:
         self.files = files
         self.syncs: list[Synced] = []
         self.spared = {ROOT, 11}
-        """Inodes that are left alone but for their names: 11 is ``lost+found``."""
+        """Inodes that are left alone, but for names in the root; 11 is ``lost+found``."""
         self.failed = 0
         """Operations that failed with a tolerated errno."""
         self.held: dict[int, Any] = {}
@@ -207,8 +207,9 @@ class Load:
 
     def directory(self) -> int:
         """A directory to make something in."""
-        found = [ino for ino, node in self.model.nodes.items() if node.kind == stat.S_IFDIR and ino != 11]
-        return self.random.choice(found)
+        left_alone = self.spared - {ROOT}
+        found = [ino for ino, node in self.model.nodes.items() if node.kind == stat.S_IFDIR]
+        return self.random.choice([ino for ino in found if ino not in left_alone])
 
     def name(self) -> bytes:
         """A name that was never used."""
