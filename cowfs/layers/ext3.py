@@ -55,6 +55,8 @@ class Ext3Layer:
         self._block_size = facts.block_size
         self._in_use = InUse(image)
         self._capabilities = Capabilities(image)
+        self.spare_bytes = 0
+        """By how much the image can be made to grow when it is full: counted as free."""
 
     # --- reading
 
@@ -116,15 +118,17 @@ class Ext3Layer:
     def statfs(self) -> FsStats:
         """As the kernel's ext3 says it, but that blocks are free as soon as what was in them is removed."""
         facts = self.image.facts()
+        spare = self.spare_bytes // facts.block_size
+        spare_inodes = facts.inodes * spare // facts.blocks
         return FsStats(
             bsize=facts.block_size,
             frsize=facts.block_size,
-            blocks=facts.blocks - facts.overhead,
-            bfree=facts.free_blocks,
-            bavail=max(facts.free_blocks - facts.reserved, 0),
-            files=facts.inodes,
-            ffree=facts.free_inodes,
-            favail=facts.free_inodes,
+            blocks=facts.blocks - facts.overhead + spare,
+            bfree=facts.free_blocks + spare,
+            bavail=max(facts.free_blocks - facts.reserved, 0) + spare,
+            files=facts.inodes + spare_inodes,
+            ffree=facts.free_inodes + spare_inodes,
+            favail=facts.free_inodes + spare_inodes,
         )
 
     def handle(self, key: int) -> FileHandle:
@@ -183,16 +187,34 @@ class Ext3Layer:
             return Key(self.image.create(directory, name, mode, uid, gid, rdev, target))
         entries = acl.masked(acl.parse(inherit.acl), mode)
         bits, is_all = acl.mode_of(entries)
-        mode = mode & ~0o777 | bits
+        acls = {} if is_all else {acl.ACCESS: acl.build(entries)}
+        if stat.S_ISDIR(mode):
+            acls[acl.DEFAULT] = inherit.acl
+        try:
+            return self._make_with_acls(directory, name, mode & ~0o777 | bits, uid, gid, rdev, acls)
+        except OSError as failure:
+            if failure.errno != errno.ENOSPC:
+                raise
+            self.image.commit()  # what was freed lately can be used only then
+            return self._make_with_acls(directory, name, mode & ~0o777 | bits, uid, gid, rdev, acls)
+
+    def _make_with_acls(
+        self, directory: int, name: bytes, mode: int, uid: int, gid: int, rdev: int, acls: dict[bytes, bytes]
+    ) -> Key:
+        """Make an inode that must not be seen without its ACLs: not on disk either."""
+        before = self.image.getattr(directory)
         with self.image.together():
             key = Key(self.image.create(directory, name, mode, uid, gid, rdev))
             try:
-                if not is_all:
-                    self.image.setxattr(key, acl.ACCESS, acl.build(entries))
-                if stat.S_ISDIR(mode):
-                    self.image.setxattr(key, acl.DEFAULT, inherit.acl)
+                for attribute, value in acls.items():
+                    self.image.setxattr(key, attribute, value)
             except OSError:
-                (self.image.rmdir if stat.S_ISDIR(mode) else self.image.unlink)(directory, name, keep=False)
+                with suppress(OSError):  # the image has been given up
+                    (self.image.rmdir if stat.S_ISDIR(mode) else self.image.unlink)(
+                        directory, name, keep=False
+                    )
+                    times = ext3.ATIME | ext3.MTIME
+                    self.image.setattr(directory, times, atime=before.atime_ns, mtime=before.mtime_ns)
                 raise
         return key
 

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -331,6 +332,30 @@ def test_nothing_is_made_in_a_removed_directory(layer: Ext3Layer) -> None:
     assert (layer.stat(folder).st_nlink, layer.names(folder)) == (0, [])
 
 
+def test_a_number_that_is_used_again_is_another_inodes(layer: Ext3Layer) -> None:
+    old = layer.mkdir(layer.root, b"d", 0o755, 0, 0)
+    layer.chmod(old, 0o2755)
+    layer.chown(old, -1, 7)
+    put(layer, old, b"x")
+    layer.unlink(old, b"x", None)
+    layer.rmdir(layer.root, b"d", old)
+    assert layer.names(old) == []
+    layer.forget(old)
+    makers = (lambda n: put(layer, layer.root, n), lambda n: layer.mkdir(layer.root, n, 0o755, 0, 0))
+    for number, make in enumerate(makers):
+        for other in range(100):
+            key = make(b"%d-%d" % (number, other))
+            if key == old:
+                break
+        assert key == old, "the number comes again"
+        if number == 0:
+            with fails(errno.ENOTDIR):
+                layer.names(key)
+            layer.unlink(layer.root, b"%d-%d" % (number, other), None)
+        else:
+            assert layer.stat(put(layer, key, b"x")).st_gid == 0
+
+
 def test_a_nameless_inode_gets_no_name(layer: Ext3Layer) -> None:
     key = put(layer, layer.root, b"f")
     layer.unlink(layer.root, b"f", key)
@@ -375,7 +400,7 @@ def test_syncing_while_others_write(layer: Ext3Layer) -> None:
 
     with ThreadPoolExecutor(2) as pool:
         running = [pool.submit(sync) for _ in range(2)]
-        for number in range(300):
+        for number in range(100):
             key, file = layer.create(layer.root, b"f%d" % number, 0o644, 0, 0)
             file.pwrite(b"x" * number, 0)
             file.fsync(number % 2 == 0)
@@ -384,7 +409,7 @@ def test_syncing_while_others_write(layer: Ext3Layer) -> None:
             layer.forget(key)
         stop.set()
         assert all(future.result() for future in running)
-    assert {b"g%d" % number for number in range(300)} <= set(layer.names(layer.root))
+    assert {b"g%d" % number for number in range(100)} <= set(layer.names(layer.root))
 
 
 def test_copies_keep_their_holes(layer: Ext3Layer, tmp_path: Path) -> None:
@@ -572,8 +597,54 @@ def test_a_full_image_cannot_hide_its_nameless_and_goes_on(tmp_path: Path) -> No
         file.close()
 
 
-def test_an_acl_comes_with_its_file(tmp_path: Path) -> None:
-    """Not a moment later, not even after a crash; and if there is no room for it there is no file."""
+def test_what_is_inherited_may_change(layer: Ext3Layer) -> None:
+    """What a directory gives to the inodes in it is remembered, but not for longer than it is true."""
+    folder = layer.mkdir(layer.root, b"d", 0o755, 0, 0)
+
+    def inherited(name: bytes) -> tuple[int, bool]:
+        key = put(layer, folder, name)
+        return layer.stat(key).st_gid, b"system.posix_acl_access" in layer.listxattr(key)
+
+    assert inherited(b"1") == (0, False)
+    layer.chmod(folder, 0o2755)
+    layer.chown(folder, -1, 7)
+    assert inherited(b"2") == (7, False)
+    layer.chown(folder, -1, 8)
+    assert inherited(b"3") == (8, False)
+    layer.setxattr(folder, b"system.posix_acl_default", ACL)
+    assert inherited(b"4") == (8, True)
+    layer.removexattr(folder, b"system.posix_acl_default")
+    layer.chmod(folder, 0o755)
+    assert inherited(b"5") == (0, False)
+
+
+def test_nothing_comes_to_disk_without_its_acl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A commit between the two has to wait."""
+    image, crashed = ext3.make(tmp_path / "image"), tmp_path / "crashed"
+    with ext3.opened(image, commit_seconds=0) as layer:
+        folder = layer.mkdir(layer.root, b"d", 0o755, 0, 0)
+        layer.setxattr(folder, b"system.posix_acl_default", ACL)
+        setxattr = layer.image.setxattr
+        commits = []
+
+        def slowly(*arguments: Any) -> None:
+            commit = threading.Thread(target=layer.sync)
+            commit.start()
+            commit.join(0.1)
+            commits.append(commit)
+            crashed.write_bytes(image.read_bytes())
+            setxattr(*arguments)
+
+        monkeypatch.setattr(layer.image, "setxattr", slowly)
+        put(layer, folder, b"f")
+        (commit,) = commits
+        commit.join()
+    run("e2fsck", "-p", crashed, check=False)
+    with ext3.opened(crashed) as layer:
+        assert layer.lookup(layer.root, b"d") is None
+
+
+def test_a_file_without_room_for_its_acl_is_none(tmp_path: Path) -> None:
     image = ext3.make(tmp_path / "image", inode_size=128, size=16 << 20)
     with ext3.opened(image) as layer:
         folder = layer.mkdir(layer.root, b"d", 0o755, 0, 0)
@@ -582,10 +653,15 @@ def test_an_acl_comes_with_its_file(tmp_path: Path) -> None:
         with fails(errno.ENOSPC):
             for at in range(0, 1 << 30, 4096):
                 file.pwrite(bytes(4096), at)
-        free = layer.statfs().ffree
+        free, before = layer.statfs().ffree, layer.stat(folder)
         with fails(errno.ENOSPC):
             put(layer, folder, b"f")
         with fails(errno.ENOSPC):
             layer.mkdir(folder, b"f", 0o755, 0, 0)
         assert (layer.names(folder), layer.statfs().ffree) == ([], free)
+        assert layer.stat(folder).st_mtime_ns == before.st_mtime_ns
+        layer.unlink(layer.root, b"big", None)
         file.close()
+        assert layer.listxattr(put(layer, folder, b"f")) == [b"system.posix_acl_access"], (
+            "there is room at once"
+        )
