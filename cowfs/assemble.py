@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from itertools import zip_longest
@@ -40,7 +40,7 @@ class UnionOptions:
     store: str = "memory"
     """An image, a directory, or ``memory``."""
     engine: str = "auto"
-    """Who reads images: ``kernel`` (needs root), ``process``, or whichever serves: ``auto``."""
+    """Who reads and writes images: ``kernel`` (needs root), or ``process``, which ``auto`` is too."""
     force_lower: bool = False
     """Use the store even if it was made for another lower."""
     size: int | None = None
@@ -174,7 +174,7 @@ def open_union(options: UnionOptions, progress: Progress = lambda _: None) -> Un
             options.store,
             lowers=identities,
             force_lower=options.force_lower,
-            engine="kernel" if os.geteuid() == 0 else "auto",
+            engine=options.engine,
             progress=progress,
             memory_size=options.size,
         )
@@ -190,6 +190,7 @@ def open_union(options: UnionOptions, progress: Progress = lambda _: None) -> Un
             lowers,
             OverlayOptions(xattr_prefix=store.xattr_prefix, sync_copy_up=not _orders_data(store)),
         )
+        overlay.make_room = store.make_room
         if anew:
             _take_attributes(overlay, lowers[0])
         store.bind(identities)
@@ -258,7 +259,7 @@ def _inside(path: str, directory: str) -> bool:
     return path != directory and path.startswith(directory.rstrip("/") + "/")
 
 
-def commands(union: Union, more: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def commands(union: Union, more: Callable[[], dict[str, Any]]) -> Mapping[str, Any]:
     """Return what the control socket of this union answers. *more* adds to ``info``."""
 
     def info(_: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -278,4 +279,20 @@ def commands(union: Union, more: Callable[[], dict[str, Any]]) -> dict[str, Any]
         ):
             yield {"change": to_json(change)} if change else None
 
-    return {"info": info, "diff": diff}
+    def grow(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        from cowfs.store.grow import grow_open_store
+
+        said: list[str] = []
+        size = grow_open_store(union.store, request["size"], progress=said.append)
+        yield from ({"said": line} for line in said)
+        yield {"size": size}
+
+    def persist(request: dict[str, Any]) -> Iterator[dict[str, Any] | Callable[[], None]]:
+        from cowfs.store.persist import persist as steps
+
+        store = union.store
+        for step in steps(store, request["fd"], request["name"], request["path"], request["size"]):
+            yield {"said": step} if isinstance(step, str) else step
+        yield {"size": store.size}
+
+    return {"info": info, "diff": diff, "grow": grow, "persist": persist}

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from cowfs.errors import CowfsError, MountFailure
-from cowfs.linux.mounts import MountInfo, mount_of
+from cowfs.linux.mounts import MountInfo, mount_of, mountinfo
 from cowfs.linux.sockets import control_address, peer_of
 
 FSTYPE = "fuse.cowfs"
@@ -23,8 +23,28 @@ def find_mount(path: str) -> MountInfo | None:
     return found if found is not None and found.fstype == FSTYPE else None
 
 
-def ask(dev: str, command: str, timeout: float = 60.0, **arguments: Any) -> Iterator[dict[str, Any]]:
+def mount_with_store(path: str) -> MountInfo | None:
+    """Return the mount at *path*, or the one whose store *path* is; None when there is none that answers."""
+    found = find_mount(path)
+    if found is not None or not os.path.isfile(path):
+        return found
+    for mount in mountinfo():
+        if mount.fstype == FSTYPE:
+            try:
+                store = next(ask(mount.dev, "info", timeout=5.0))["store"]
+                if store["kind"] == "image" and os.path.samefile(store["path"], path):
+                    return mount
+            except (CowfsError, OSError, StopIteration):
+                continue
+    return None
+
+
+def ask(
+    dev: str, command: str, timeout: float | None = 60.0, fd: int = -1, **arguments: Any
+) -> Iterator[dict[str, Any]]:
     """Send a command to the daemon of the mount ``major:minor`` and yield its replies.
+
+    *timeout* is in seconds, for each reply; *fd* goes with the command.
 
     Raises MountFailure when no daemon answers, CowfsError with what it says when it fails.
     """
@@ -37,13 +57,19 @@ def ask(dev: str, command: str, timeout: float = 60.0, **arguments: Any) -> Iter
         _, uid = peer_of(connection)
         if uid not in {0, os.geteuid()} and os.geteuid() != 0:
             raise MountFailure(f"the daemon of this mount belongs to another user (uid {uid})")
-        connection.sendall(json.dumps({"command": command, **arguments}).encode() + b"\n")
+        request = json.dumps({"command": command, **arguments}).encode() + b"\n"
+        if fd >= 0:
+            socket.send_fds(connection, [request], [fd])
+        else:
+            connection.sendall(request)
         with connection.makefile("rb") as replies:
             for line in replies:
                 reply = json.loads(line)
                 if reply.get("end"):
                     return
                 if "error" in reply:
-                    raise CowfsError(reply["error"])
+                    failure = CowfsError(reply["error"], reply.get("hint", ""))
+                    failure.exit_code = reply.get("exit_code", failure.exit_code)
+                    raise failure
                 yield reply
     raise MountFailure("the daemon of this mount ended in the middle of its answer")

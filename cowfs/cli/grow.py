@@ -5,19 +5,23 @@ from __future__ import annotations
 import argparse
 import sys
 
+from cowfs.cli.client import ask, mount_with_store
+
 NAME = "grow"
 
 _DESCRIPTION = """\
-Make a store larger; what is in it stays. The store must not be mounted. First its filesystem is checked
-(and repaired where that is safe), then the file is extended, then the filesystem is made to fill it.
-If a step fails the store is as usable as before: remove the cause, and run the same command again.
+Make a store larger; what is in it stays. First its filesystem is checked (and repaired where that is safe),
+then the file is extended, then the filesystem is made to fill it. If a step fails the store is as usable as
+before: remove the cause, and run the same command again. A store that cowfs has mounted (not with the engine
+kernel) is grown under its users, who have to wait for less than a second.
 """
 _EPILOG = """\
 SIZE is the new size, not what is added: in megabytes, or with a unit (1024, 1024M, 1G). A store can
 not be made smaller.
 
-example:
-  cowfs grow sysrcd.bs 1024        let it have 1 GB
+examples:
+  cowfs grow sysrcd.bs 1024        let it have 1 GB, mounted or not
+  cowfs grow /mnt 1024             the same, for the store of this mount
 
 exit codes: 0 it has that size; 1 wrong usage; 2 a program is missing; 32 the store could not be grown.
 """
@@ -32,7 +36,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("store", metavar="STORE", help="the store to grow")
+    parser.add_argument("store", metavar="STORE|MOUNTPOINT", help="the store to grow")
     parser.add_argument(
         "size",
         metavar="SIZE",
@@ -52,6 +56,15 @@ def run(args: argparse.Namespace) -> int:
         if sys.stdout.isatty():
             print(message, flush=True)
 
-    size = grow_store(args.store, parse_size(args.size) if args.size else None, progress=tell)
+    wanted = parse_size(args.size) if args.size else None
+    mount = mount_with_store(args.store)
+    if mount is None:
+        size = grow_store(args.store, wanted, progress=tell)
+    else:
+        size = 0
+        for reply in ask(mount.dev, NAME, timeout=None, size=wanted):
+            size = reply.get("size", size)
+            if "said" in reply:
+                tell(reply["said"])
     print(f"{args.store}: has {format_size(size)} now")
     return 0

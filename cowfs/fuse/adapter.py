@@ -58,10 +58,12 @@ def _sync(
     """Make a request handler of a plain method: whatever it raises becomes an errno."""
 
     async def handler(self: Adapter, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        try:
-            return method(self, *args, **kwargs)
-        except Exception as error:
-            raise _failure(error, method.__name__) from None
+        while True:
+            try:
+                return method(self, *args, **kwargs)
+            except Exception as error:
+                if not self._made_room(error):
+                    raise _failure(error, method.__name__) from None
 
     functools.update_wrapper(handler, method)
     return handler
@@ -73,10 +75,12 @@ def _async(
     """The same for a method that may have to await."""
 
     async def handler(self: Adapter, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        try:
-            return await method(self, *args, **kwargs)
-        except Exception as error:
-            raise _failure(error, method.__name__) from None
+        while True:
+            try:
+                return await method(self, *args, **kwargs)
+            except Exception as error:
+                if not self._made_room(error):
+                    raise _failure(error, method.__name__) from None
 
     functools.update_wrapper(handler, method)
     return handler
@@ -115,6 +119,17 @@ class Adapter(pyfuse3.Operations):
         self._missing.entry_timeout = FOREVER
 
     # --- between the two sides
+
+    def _made_room(self, error: Exception) -> bool:
+        """Whether there is room now for what failed for lack of it; it left nothing behind, so it may be
+        tried again."""
+        if not isinstance(error, OSError) or error.errno != errno.ENOSPC:
+            return False
+        try:
+            return self._fs.make_room()
+        except Exception:
+            log.exception("the store cannot grow")
+            return False
 
     def _node(self, ino: int) -> Node:
         node = self._fs.nodes.get(ino)

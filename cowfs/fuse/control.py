@@ -1,7 +1,9 @@
 """The control socket: how ``cowfs info``, ``umount`` and ``diff`` talk to the daemon of a mount.
 
 One JSON object a line. A request names its ``command``; the answer is any number of lines, the last of
-them ``{"end": true}`` or ``{"error": "…"}``. Only root and the owner of the daemon are answered.
+them ``{"end": true}`` or ``{"error": "…"}``. Only root and the owner of the daemon are answered. A
+descriptor that comes with the request (SCM_RIGHTS) is ``request["fd"]``: the daemon may see other
+paths than its client, or must not walk through its own mount.
 """
 
 from __future__ import annotations
@@ -9,17 +11,21 @@ from __future__ import annotations
 import json
 import logging
 import os
+from array import array
 from collections.abc import Callable, Iterator, Mapping
+from socket import CMSG_SPACE, MSG_CMSG_CLOEXEC, SCM_RIGHTS, SOL_SOCKET
 from typing import Any
 
 import trio
 
+from cowfs.errors import CowfsError
 from cowfs.linux.sockets import control_address, peer_of
 
 log = logging.getLogger(__name__)
 
-Replies = Iterator[dict[str, Any] | None]
-"""None where there is nothing to say yet, but requests of the filesystem may want their turn."""
+Replies = Iterator[dict[str, Any] | Callable[[], None] | None]
+"""None where there is nothing to say yet, but requests of the filesystem may want their turn; a callable
+where there is long work, which a thread does before the next step."""
 Command = Callable[[dict[str, Any]], Replies]
 _REQUEST_MAX = 65536
 _SLICE = 64
@@ -48,22 +54,39 @@ async def _talk(stream: trio.SocketStream, commands: Mapping[str, Command]) -> N
             if uid not in {0, os.geteuid()}:
                 await _send(stream, [{"error": "only root and the owner of the mount are answered"}])
                 return
-            request = json.loads(await _line(stream))
-            command = commands.get(request.get("command"))
-            if command is None:
-                await _send(stream, [{"error": f"unknown command {request.get('command')!r}"}])
-                return
-            await _answer(stream, command(request))
+            line, fds = await _line(stream.socket)
+            try:
+                await _obey(stream, json.loads(line), fds, commands)
+            finally:
+                for fd in fds:
+                    os.close(fd)
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             pass  # the client left
         except Exception:
             log.exception("a request on the control socket failed")
 
 
+async def _obey(
+    stream: trio.SocketStream, request: dict[str, Any], fds: list[int], commands: Mapping[str, Command]
+) -> None:
+    command = commands.get(request.get("command", ""))
+    if command is None:
+        await _send(stream, [{"error": f"unknown command {request.get('command')!r}"}])
+        return
+    if fds:
+        request["fd"] = fds[0]
+    await _answer(stream, command(request))
+
+
 async def _answer(stream: trio.SocketStream, replies: Replies) -> None:
     batch: list[dict[str, Any]] = []
     try:
         for reply in replies:
+            if callable(reply):
+                await _send(stream, batch)
+                batch = []
+                await trio.to_thread.run_sync(reply)
+                continue
             if reply is not None:
                 batch.append(reply)
             if len(batch) >= _SLICE:
@@ -72,9 +95,14 @@ async def _answer(stream: trio.SocketStream, replies: Replies) -> None:
             else:
                 await trio.lowlevel.checkpoint()
         batch.append({"end": True})
+    except (trio.BrokenResourceError, trio.ClosedResourceError):
+        raise  # the client left
     except Exception as error:
         log.warning("a request on the control socket failed: %s", error)
-        batch.append({"error": str(error)})
+        failure: dict[str, Any] = {"error": str(error)}
+        if isinstance(error, CowfsError):
+            failure.update(error=error.message, hint=error.hint, exit_code=error.exit_code)
+        batch.append(failure)
     await _send(stream, batch)
 
 
@@ -82,11 +110,16 @@ async def _send(stream: trio.SocketStream, replies: list[dict[str, Any]]) -> Non
     await stream.send_all(b"".join(json.dumps(reply).encode() + b"\n" for reply in replies))
 
 
-async def _line(stream: trio.SocketStream) -> bytes:
+async def _line(connection: trio.socket.SocketType) -> tuple[bytes, list[int]]:
+    """Return the first line that comes, and the descriptors that come with it."""
     data = b""
+    fds = array("i")
     while not data.endswith(b"\n") and len(data) < _REQUEST_MAX:
-        more = await stream.receive_some(4096)
+        more, ancillary, _, _ = await connection.recvmsg(4096, CMSG_SPACE(fds.itemsize), MSG_CMSG_CLOEXEC)
+        for level, kind, content in ancillary:
+            if (level, kind) == (SOL_SOCKET, SCM_RIGHTS):
+                fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
         if not more:
             break
         data += more
-    return data
+    return data, list(fds)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count
 
@@ -84,6 +84,8 @@ class State:
             self.indexed = {entry.name for entry in upper.readdir(index)}
         self.userxattr = prefix.startswith(b"user.")
         self.shared_whiteout: Key | None = None
+        self.make_room: Callable[[], bool] = lambda: False
+        """Called when the upper is full; True: there is more room now, try again."""
         self._temporaries = count()
         self._strange: dict[tuple[int, int, int], int] = {}
         devs = [upper.dev, *(layer.dev for layer in self.lowers)]

@@ -44,7 +44,7 @@ def create_store(path: str, size: int, *, progress: Progress = quiet) -> None:
     for name in ("mke2fs", "debugfs"):
         tools.program(name)
     progress(f"making {path}, {format_size(size)}")
-    with cleaned_up(), _unfinished(path, directory) as fd:
+    with cleaned_up(), unfinished(path, directory) as fd:
         allocate(fd, path, 0, size)
         _format(fd, path)
         fill_holes(fd, 0, size)
@@ -81,7 +81,7 @@ def fill_holes(fd: int, start: int, end: int) -> None:
 
 
 @contextmanager
-def _unfinished(path: str, directory: str) -> Iterator[int]:
+def unfinished(path: str, directory: str) -> Iterator[int]:
     """Open a file that gets its name at the end, if nothing stands there by then, and else is gone."""
     try:
         parent = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

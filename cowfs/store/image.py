@@ -10,6 +10,7 @@ import os
 import stat
 import time
 from contextlib import ExitStack
+from typing import TYPE_CHECKING
 
 from cowfs.errors import StoreError, SystemFailure
 from cowfs.layers.base import UpperLayer
@@ -20,6 +21,9 @@ from cowfs.store.header import new_header
 from cowfs.store.store import Store, Wanted, finish
 from cowfs.store.superblock import Superblock, read_superblock
 
+if TYPE_CHECKING:
+    from cowfs.layers.ext3 import Ext3Layer
+
 _DETACH_PATIENCE = 30.0
 """Seconds that the kernel may take to unmount after the last descriptor is closed."""
 
@@ -29,7 +33,7 @@ def open_image(path: str, want: Wanted) -> Store:
 
     Raises SystemFailure for an engine that cannot be had.
     """
-    kernel = want.engine == "kernel" or (want.engine == "auto" and os.geteuid() == 0)
+    kernel = want.engine == "kernel"
     if kernel and os.geteuid() != 0:
         raise SystemFailure(
             f"{path}: only root may ask the kernel to mount an image", "--engine process needs no privilege"
@@ -78,7 +82,8 @@ def _mount(fd: int, path: str, superblock: Superblock, want: Wanted, stack: Exit
         loop, device = mounts.attach_loop(fd, readonly=want.read_only)
     except OSError as error:
         raise SystemFailure(
-            f"{path}: no loop device could be had: {error.strerror}", "modprobe loop; cowfs needs Linux 5.8"
+            f"{path}: no loop device could be had: {error.strerror}",
+            "modprobe loop, or use --engine process, which needs none",
         ) from None
     stack.callback(_wait_detached, fd, device, want.progress)
     options: dict[str, str | None] = {"errors": "remount-ro"}
@@ -108,7 +113,7 @@ def _read_ourselves(fd: int, path: str, superblock: Superblock, want: Wanted, st
     return open_layer(fd, path, stack, read_only=want.read_only)
 
 
-def open_layer(fd: int, path: str, stack: ExitStack, *, read_only: bool = False) -> UpperLayer:
+def open_layer(fd: int, path: str, stack: ExitStack, *, read_only: bool = False) -> Ext3Layer:
     """Open the ext3 image behind *fd* in this process; *stack* closes it. *path* is for messages."""
     try:
         from cowfs.formats.ext3.image import Image

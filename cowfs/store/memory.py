@@ -4,52 +4,100 @@ from __future__ import annotations
 
 import os
 from contextlib import ExitStack
+from typing import TYPE_CHECKING
 
 from cowfs.errors import StoreError, SystemFailure, UsageError
 from cowfs.linux import mounts
-from cowfs.store import create, directory, image, layout
+from cowfs.store import create, directory, image, layout, tools
 from cowfs.store.header import new_header
 from cowfs.store.sizes import SMALLEST, format_size
 from cowfs.store.store import Store, Wanted, finish
 from cowfs.store.superblock import read_superblock
 
+if TYPE_CHECKING:
+    from cowfs.layers.ext3 import Ext3Layer
+
 _NAME = "memory"
 _JOURNAL = 4 << 20
 """Nothing of it survives us; the journal is there because the engine has no other way to write."""
+_FIRST = 128 << 20
+"""How large the image is at first: what one block group holds."""
+
+
+class Memory:
+    """The image of a store in memory: a file without a name, which grows towards its limit."""
+
+    def __init__(self, fd: int, layer: Ext3Layer, limit: int) -> None:
+        self.fd = fd
+        self._layer = layer
+        self._limit = limit
+        self._tell_spare()
+
+    @property
+    def size(self) -> int:
+        """Bytes that the image has now, used or not."""
+        return os.fstat(self.fd).st_size
+
+    def _tell_spare(self) -> None:
+        self._layer.spare_bytes = self._limit - self.size
+
+    def make_room(self, place: int) -> bool:
+        """Double the image, as far as the limit allows; False when it is there. Blocks, and all users wait.
+
+        *place* is a directory for what is in use without a name.
+        """
+        before = self.size
+        after = min(2 * before, self._limit)
+        if after == before:
+            return False
+        self._layer.suspend(place)
+        try:
+            os.ftruncate(self.fd, after)
+            # -f: not to be checked first. Nobody but us has ever seen it.
+            command = ["resize2fs", "-f", f"/proc/self/fd/{self.fd}"]
+            done = tools.run(command, pass_fds=[self.fd], merge=True)
+            if done.returncode:
+                raise StoreError(f"memory: resize2fs failed: {tools.last_line(done.stdout)}")
+        finally:
+            self._layer.resume(place)
+            self._tell_spare()
+        return True
 
 
 def open_memory(want: Wanted, size: int | None = None) -> Store:
-    """Open an empty store of at most *size* bytes that only we see: on a tmpfs or, where that may not be
-    mounted, in an ext3 image that is a file without a name. Blocks.
+    """Open an empty store of at most *size* bytes that only we see: an ext3 image that is a file without
+    a name, or, for the engine *kernel*, a tmpfs. Blocks.
 
-    Memory is taken as it is filled. By default there is room for what a tmpfs has, half of the memory,
-    and a quarter of it in an image. Raises UsageError for a *size* that is too small for one.
+    Memory is taken as it is filled. By default there is room for half of the machine's memory. Raises
+    UsageError for a *size* that is too small.
     """
     with ExitStack() as stack:
-        if os.geteuid() == 0 and want.engine != "process":
-            try:
-                root = mounts.tmpfs(size)
-            except PermissionError:
-                pass  # a container's root, who may not mount
-            except OSError as error:
-                raise SystemFailure(f"no tmpfs for the store in memory: {error.strerror}") from None
-            else:
-                stack.callback(os.close, root)
-                return directory.open_root(root, _NAME, want, stack, kind="memory")
-        return _open_image(want, size, stack)
+        if want.engine != "kernel":
+            return _open_image(want, size, stack)
+        try:
+            root = mounts.tmpfs(size)
+        except PermissionError:
+            raise SystemFailure(
+                "only root may mount a tmpfs", "--engine process needs no privilege"
+            ) from None
+        except OSError as error:
+            raise SystemFailure(f"no tmpfs for the store in memory: {error.strerror}") from None
+        stack.callback(os.close, root)
+        return directory.open_root(root, _NAME, want, stack, kind="memory")
 
 
 def _open_image(want: Wanted, size: int | None, stack: ExitStack) -> Store:
     if size is None:
-        size = max(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4, SMALLEST)
+        size = max(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2, SMALLEST)
     if size < SMALLEST:
         raise UsageError(
             f"memory: {format_size(size)} is too small for a store", f"at least {format_size(SMALLEST)}"
         )
+    size &= ~4095
     try:
         fd = os.memfd_create("cowfs-store", os.MFD_CLOEXEC)
         stack.callback(os.close, fd)
-        os.ftruncate(fd, size & ~4095)
+        os.ftruncate(fd, min(size, _FIRST))
     except OSError as error:
         raise StoreError(f"memory: no file of {format_size(size)}: {error.strerror}") from None
     create.format_image(fd, _NAME, journal=_JOURNAL)
@@ -57,4 +105,6 @@ def _open_image(want: Wanted, size: int | None, stack: ExitStack) -> Store:
     layer = image.open_layer(fd, _NAME, stack)
     header = new_header(identity=superblock.uuid)
     layout.initialise(layer, header)
-    return finish("memory", _NAME, layer, header, want, stack)
+    store = finish("memory", _NAME, layer, header, want, stack)
+    store.memory = Memory(fd, layer, size)
+    return store

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from cowfs.errors import StoreError
 from cowfs.layers.base import Key, UpperLayer
@@ -47,6 +47,8 @@ class Store:
     read_only: bool = False
     release: ExitStack = field(default_factory=ExitStack, repr=False)
     """What close() does after the last sync, backwards."""
+    memory: Any = field(default=None, repr=False)
+    """The growing image of a store in memory (cowfs.store.memory.Memory), or None."""
     _closed: bool = field(default=False, repr=False)
 
     @property
@@ -65,6 +67,10 @@ class Store:
         """Bytes that can still be written."""
         room = self.layer.statfs()
         return (room.bfree if os.geteuid() == 0 else room.bavail) * room.frsize
+
+    def make_room(self) -> bool:
+        """Let a full store in memory grow; False for any other, and for one at its limit. Blocks."""
+        return self.memory is not None and bool(self.memory.make_room(self.work))
 
     def bind(self, lowers: Sequence[Identity]) -> bool:
         """Write down that the store belongs to *lowers* from now on. Blocks until it is on disk.
