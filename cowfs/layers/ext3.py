@@ -111,7 +111,7 @@ class Ext3Layer:
         return Ext3File(self.image, ino, flags, self._in_use, self._capabilities, self._attributes)
 
     def _must_be_regular(self, key: int) -> None:
-        kind = stat.S_IFMT(self.image.getattr(key).mode)
+        kind = stat.S_IFMT(self.image.raw(key)[0])
         if kind != stat.S_IFREG:
             raise _error({stat.S_IFDIR: errno.EISDIR, stat.S_IFLNK: errno.ELOOP}.get(kind, errno.ENXIO))
 
@@ -342,12 +342,7 @@ class Ext3Layer:
             self._inherits_anew(key)
 
     def _acl(self, key: int, name: bytes) -> list[acl.Entry]:
-        try:
-            return acl.parse(self.image.getxattr(key, name))
-        except OSError as failure:
-            if failure.errno not in {errno.ENODATA, errno.EOPNOTSUPP}:
-                raise
-            return []
+        return acl.parse(self.image.getxattr(key, name)) if name in self.image.listxattr(key) else []
 
     def chown(self, key: int, uid: int, gid: int) -> None:
         """Take set-ID bits and capabilities from all but directories too, as chown(2) does."""
