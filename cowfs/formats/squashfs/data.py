@@ -201,8 +201,7 @@ class FileData:
         if 0 <= offset < end:
             log = self._blocks.superblock.block_log
             first, last = offset >> log, (end - 1) >> log
-            work = sum(self._blocks.work(self._place(number)) for number in range(first, last + 1))
-            if work > self._blocks.short:
+            if (last - first + 1) * self._blocks.size > self._blocks.short and self._is_long(first, last):
                 self._read_ahead(first, last)
                 return None
         return self.pread(size, offset)
@@ -236,6 +235,11 @@ class FileData:
         if self._map is None or number == self._count or not (stored := self._map[number]).word:
             return None
         return self._blocks.start(stored, size)
+
+    def _is_long(self, first: int, last: int) -> bool:
+        """Whether blocks from *first* to *last* are more to decompress than may be while others wait."""
+        work = sum(self._blocks.work(self._place(number)) for number in range(first, last + 1))
+        return work > self._blocks.short
 
     def _place(self, number: int) -> Stored:
         """Where block *number* is, or the fragment with the tail."""
