@@ -33,7 +33,8 @@ SERVED = REFUSED | {
     errno.ENOTEMPTY, errno.EMLINK, errno.EFBIG, errno.EPERM, errno.ELOOP, errno.ENXIO, errno.ERANGE,
     errno.ENAMETOOLONG, errno.ESTALE,
 }  # fmt: skip
-_NAMES = 150
+_NAMES, _VISITED = 150, 40
+"""So many names are visited at a time, in all and of one directory."""
 _BYTES = 1 << 20
 
 
@@ -103,9 +104,11 @@ class _Walk:
             if directory in seen:
                 continue
             seen.add(directory)
-            for name, _ in (_try(self.layer.readdir, directory) or [])[:_NAMES]:
-                count += 1
+            names = [name for name, _ in _try(self.layer.readdir, directory) or []]
+            for name in names:
                 assert not impossible(name), name
+            for name in names[:_VISITED]:
+                count += 1
                 found = _try(self.layer.lookup, directory, name)
                 if found is not None:
                     key, attr = found
