@@ -423,9 +423,11 @@ class Adapter(pyfuse3.Operations):
     async def read(self, fh: int, off: int, size: int) -> bytes:
         file = self._handles[fh].file
         data = file.try_pread(size, off)
-        if data is None:
-            data = await self._in_thread(lambda: file.pread(size, off), self._readers)
-        return data
+        if data is not None:
+            return data
+        if self._loop.nobody_waits():  # the way to a thread and back would help nobody
+            return file.pread(size, off)
+        return await self._in_thread(lambda: file.pread(size, off), self._readers)
 
     @_sync
     def write(self, fh: int, off: int, buf: bytes) -> int:

@@ -12,8 +12,8 @@ import json
 import logging
 import os
 from array import array
-from collections.abc import Callable, Iterator, Mapping
-from socket import CMSG_SPACE, MSG_CMSG_CLOEXEC, SCM_RIGHTS, SOL_SOCKET
+from collections.abc import Callable, Generator, Iterator, Mapping
+from socket import CMSG_SPACE, MSG_CMSG_CLOEXEC, MSG_DONTWAIT, MSG_PEEK, SCM_RIGHTS, SOL_SOCKET
 from typing import Any
 
 import trio
@@ -86,6 +86,8 @@ async def _answer(stream: trio.SocketStream, replies: Replies) -> None:
                 await _send(stream, batch)
                 batch = []
                 await trio.to_thread.run_sync(reply)
+                if _has_left(stream):
+                    raise trio.BrokenResourceError
                 continue
             if reply is not None:
                 batch.append(reply)
@@ -103,7 +105,20 @@ async def _answer(stream: trio.SocketStream, replies: Replies) -> None:
         if isinstance(error, CowfsError):
             failure.update(error=error.message, hint=error.hint, exit_code=error.exit_code)
         batch.append(failure)
+    finally:
+        if isinstance(replies, Generator):
+            replies.close()
     await _send(stream, batch)
+
+
+def _has_left(stream: trio.SocketStream) -> bool:
+    """Whether nobody waits for the end of the long work any more: it may be given up then."""
+    try:
+        return not stream.socket._sock.recv(1, MSG_PEEK | MSG_DONTWAIT)  # type: ignore[attr-defined]
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
 
 
 async def _send(stream: trio.SocketStream, replies: list[dict[str, Any]]) -> None:

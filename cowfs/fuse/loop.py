@@ -74,6 +74,10 @@ class RequestLoop:
         self._close()
         pyfuse3.terminate()
 
+    def nobody_waits(self) -> bool:
+        """Whether no other request has come, and none is under way in a thread."""
+        return not self.waiting and self._fd >= 0 and not self._poll.poll(0)
+
     def hand_over(self) -> None:
         """Let another task lead: the caller is about to await something."""
         if self._leader is trio.lowlevel.current_task():

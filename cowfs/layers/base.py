@@ -32,10 +32,7 @@ class File(Protocol):
         ...
 
     def try_pread(self, size: int, offset: int) -> bytes | None:
-        """What pread gives, or None if that is long work, which is better done by pread in a thread.
-
-        Never waits for another thread.
-        """
+        """What pread gives, or None if that is long work, which is better done by pread in a thread."""
         ...
 
     def pwrite(self, data: bytes, offset: int) -> int:
