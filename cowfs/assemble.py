@@ -5,11 +5,11 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from itertools import zip_longest
-from typing import Any
+from typing import Any, TypeVar
 
 import cowfs
 from cowfs.errors import LayerError, MountFailure, SystemFailure
@@ -28,6 +28,7 @@ from cowfs.store.store import Store
 from cowfs.types import Identity
 
 Progress = Callable[[str], None]
+R = TypeVar("R")
 _TMPFS = 0x01021994
 
 
@@ -279,20 +280,30 @@ def commands(union: Union, more: Callable[[], dict[str, Any]]) -> Mapping[str, A
         ):
             yield {"change": to_json(change)} if change else None
 
-    def grow(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    def grow(request: dict[str, Any]) -> Iterator[dict[str, Any] | Callable[[], None]]:
         from cowfs.store.grow import grow_open_store
 
-        said: list[str] = []
-        size = grow_open_store(union.store, request["size"], progress=said.append)
-        yield from ({"said": line} for line in said)
+        size = yield from _told(grow_open_store(union.store, request["size"]))
         yield {"size": size}
 
     def persist(request: dict[str, Any]) -> Iterator[dict[str, Any] | Callable[[], None]]:
         from cowfs.store.persist import persist as steps
 
         store = union.store
-        for step in steps(store, request["fd"], request["name"], request["path"], request["size"]):
-            yield {"said": step} if isinstance(step, str) else step
+        yield from _told(steps(store, request["fd"], request["name"], request["path"], request["size"]))
         yield {"size": store.size}
 
     return {"info": info, "diff": diff, "grow": grow, "persist": persist}
+
+
+def _told(steps: Generator[Callable[[], None] | str, None, R]) -> Generator[Any, None, R]:
+    """Make replies of what the steps of a long command say."""
+    try:
+        while True:
+            step = next(steps)
+            yield {"said": step} if isinstance(step, str) else step
+    except StopIteration as end:
+        result: R = end.value
+        return result
+    finally:
+        steps.close()

@@ -81,13 +81,17 @@ def fill_holes(fd: int, start: int, end: int) -> None:
 
 
 @contextmanager
-def unfinished(path: str, directory: str) -> Iterator[int]:
-    """Open a file that gets its name at the end, if nothing stands there by then, and else is gone."""
+def unfinished(path: str, directory: str, called: str = "") -> Iterator[int]:
+    """Open a file that gets its name at the end, if nothing stands there by then, and else is gone.
+
+    Messages call it *called*, if not *path*.
+    """
+    name = os.path.basename(path)
+    path = called or path
     try:
         parent = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
         raise StoreError(f"{path}: {error.strerror}") from None
-    name = os.path.basename(path)
     temporary = ""
     fd = -1
     try:

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable, Generator
 from contextlib import ExitStack
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 from cowfs.errors import StoreError, UsageError
 from cowfs.store import lock, tools
 from cowfs.store.create import allocate, fill_holes
 from cowfs.store.image import open_file
+from cowfs.store.memory import Memory
 from cowfs.store.signals import cleaned_up, deferred
 from cowfs.store.sizes import LARGEST, check_room, format_size
 from cowfs.store.store import Store
 from cowfs.store.superblock import read_superblock
 from cowfs.store.tools import Progress, quiet
+
+Step = Callable[[], None]
 
 
 def grow_store(path: str, size: int | None, *, progress: Progress = quiet) -> int:
@@ -25,8 +30,6 @@ def grow_store(path: str, size: int | None, *, progress: Progress = quiet) -> in
     Whatever fails, the store is as usable as before, and the same call again goes on from there: a
     file that has the size already is no error. Raises StoreError, StoreBusy, UsageError.
     """
-    if size is not None and size >= LARGEST:
-        raise UsageError(f"{format_size(size)} is too large for ext3", f"less than {format_size(LARGEST)}")
     if os.path.isdir(path):
         raise StoreError(f"{path}: a directory store has no size of its own")
     path = os.path.abspath(path)
@@ -38,47 +41,133 @@ def grow_store(path: str, size: int | None, *, progress: Progress = quiet) -> in
         return _grow(fd, path, size, progress)
 
 
-def grow_open_store(store: Store, size: int | None, *, progress: Progress = quiet) -> int:
-    """Do the same to a store that is open, under its users, who have to wait. Blocks.
+def grow_open_store(store: Store, size: int | None) -> Generator[Step | str, None, int]:
+    """Do the same to a store that is open, under its users; return the size.
 
-    For the thread that the store's layer belongs to, and images that are read in this process.
+    For the thread that the store's layer belongs to, and images that are read in this process. Yields
+    what is to be told, and what is to be called by another thread before the next step: users go on
+    meanwhile. They wait for e2fsck and resize2fs. A store in memory may become that large from now on.
     """
-    layer: Any = store.layer
-    if store.kind != "image" or store.read_only or not hasattr(layer, "suspend"):
-        raise StoreError(f"{store.path}: cannot grow while it is mounted like this", "unmount it first")
+    if store.memory is not None:
+        return _allow(store.memory, size)
+    path = store.path
+    if store.kind == "directory":
+        raise StoreError(f"{path}: a directory store has no size of its own")
+    if store.kind != "image" or store.read_only or not hasattr(store.layer, "suspend"):
+        raise StoreError(f"{path}: cannot grow while the kernel has it", "unmount it first")
+    if path in _growing:
+        raise StoreError(f"{path}: is being grown already")
     with ExitStack() as stack:
-        fd = open_file(store.path)
+        _growing.add(path)
+        stack.callback(_growing.remove, path)
+        fd = open_file(path)
         stack.callback(os.close, fd)
         if lock.try_lock(fd):  # it would be locked, by us
-            raise StoreError(f"{store.path}: is another file than when it was mounted")
-        try:
-            layer.suspend(store.work)
-        except OSError as error:
-            raise StoreError(f"{store.path}: cannot be left alone now: {error.strerror}") from None
-        stack.callback(layer.resume, store.work)
-        return _grow(fd, store.path, size, progress)
+            raise StoreError(f"{path}: is another file than when it was mounted")
+        plan = _plan(fd, path, size)
+        if plan.size == plan.filesystem:
+            yield f"{path}: has {format_size(plan.size)} already"
+            return plan.size
+        yield plan.told
+        with ExitStack() as undo:
+            undo.callback(_cut_back, fd, plan)
+            yield partial(_extend, fd, plan)
+            _resize_open(store, undo)
+        yield partial(_filled, fd, plan)
+        return read_superblock(fd, path, smallest=0).size
 
 
-def _grow(fd: int, path: str, size: int | None, progress: Progress) -> int:
+def _resize_open(store: Store, undo: ExitStack) -> None:
+    """Check and resize while all wait. *undo* is forgotten once resize2fs may have written."""
+    layer: Any = store.layer
+    try:
+        layer.suspend(store.work)
+    except OSError as error:
+        raise StoreError(f"{store.path}: cannot be left alone now: {error.strerror}") from None
+    try:
+        _check_filesystem(store.path)
+        undo.pop_all()
+        _resize(store.path)
+    finally:
+        layer.resume(store.work)
+
+
+_growing: set[str] = set()
+"""Stores, by their paths, that are open in this process and are being grown."""
+
+
+def _allow(memory: Memory, size: int | None) -> int:
+    if size is None:
+        raise UsageError("memory: how large may it become?", "512 or 512M is 512 megabytes")
+    if size < memory.limit:
+        raise StoreError(
+            f"memory: may have {format_size(memory.limit)}, more than the {format_size(size)} asked for"
+        )
+    if size >= LARGEST:
+        raise UsageError(f"{format_size(size)} is too large for ext3", f"less than {format_size(LARGEST)}")
+    memory.limit = size
+    return size
+
+
+class _Plan(NamedTuple):
+    """What is to be done to an image: all in bytes."""
+
+    path: str
+    filesystem: int
+    length: int
+    """Of the file as it is."""
+    size: int
+    """That the file and the filesystem shall have."""
+
+    @property
+    def told(self) -> str:
+        if self.size > self.length:
+            return f"extending {self.path} from {format_size(self.length)} to {format_size(self.size)}"
+        return f"{self.path}: the file has {format_size(self.size)} already, its filesystem is to fill it"
+
+
+def _plan(fd: int, path: str, size: int | None) -> _Plan:
+    """Return what there is to do. Raises UsageError and StoreError for what cannot be."""
+    if size is not None and size >= LARGEST:
+        raise UsageError(f"{format_size(size)} is too large for ext3", f"less than {format_size(LARGEST)}")
     filesystem = read_superblock(fd, path, smallest=0).size
     length = os.fstat(fd).st_size
     size = (length if size is None else size) & ~4095
     _check_size(path, size, length, filesystem)
-    if size == filesystem:
-        progress(f"{path}: has {format_size(size)} already")
-        return size
-    _check_filesystem(path)
     if size > length:
         check_room(path, os.path.dirname(path), size, length)
-        progress(f"extending {path} from {format_size(length)} to {format_size(size)}")
-        allocate(fd, path, length, size)
+    return _Plan(path, filesystem, length, size)
+
+
+def _extend(fd: int, plan: _Plan) -> None:
+    """Give the file its new size, and all blocks that the filesystem will have."""
+    if plan.size > plan.length:
+        allocate(fd, plan.path, plan.length, plan.size)
         os.fsync(fd)
     else:
-        progress(f"{path}: the file has {format_size(size)} already, its filesystem is to fill it")
-        allocate(fd, path, filesystem, size, length)  # its holes, if somebody used truncate(1)
-    _resize(path)
-    fill_holes(fd, filesystem, size)
+        allocate(fd, plan.path, plan.filesystem, plan.size, plan.length)  # holes, if truncate(1) made it long
+
+
+def _cut_back(fd: int, plan: _Plan) -> None:
+    if plan.size > plan.length:
+        os.ftruncate(fd, plan.length)
+
+
+def _filled(fd: int, plan: _Plan) -> None:
+    fill_holes(fd, plan.filesystem, plan.size)
     os.fsync(fd)
+
+
+def _grow(fd: int, path: str, size: int | None, progress: Progress) -> int:
+    plan = _plan(fd, path, size)
+    if plan.size == plan.filesystem:
+        progress(f"{path}: has {format_size(plan.size)} already")
+        return plan.size
+    _check_filesystem(path)
+    progress(plan.told)
+    _extend(fd, plan)
+    _resize(path)
+    _filled(fd, plan)
     return read_superblock(fd, path, smallest=0).size
 
 

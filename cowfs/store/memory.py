@@ -31,6 +31,18 @@ class Memory:
         self.fd = fd
         self._layer = layer
         self._limit = limit
+        self.leaving = ""
+        """Where it is being written to, if it is."""
+        self._tell_spare()
+
+    @property
+    def limit(self) -> int:
+        """Bytes that the image may have."""
+        return self._limit
+
+    @limit.setter
+    def limit(self, size: int) -> None:
+        self._limit = size & ~4095
         self._tell_spare()
 
     @property

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 from cowfs.errors import StoreError, UsageError
@@ -15,9 +17,13 @@ from cowfs.store.store import Store
 
 Step = Callable[[], None]
 _CHUNK = 1 << 20
+_CHUNKS = 64
+"""How many are copied in one step: after each it is seen whether the caller still wants it."""
 
 
-def persist(store: Store, directory: int, name: str, path: str, size: int | None) -> Iterator[Step | str]:
+def persist(
+    store: Store, directory: int, name: str, path: str, size: int | None
+) -> Generator[Step | str, None, None]:
     """Write the store in memory out as *name* in the open *directory*, and go on with it there.
 
     The image gets *size* bytes, or as many as it has in memory. Yields what is to be told, and what is
@@ -25,43 +31,80 @@ def persist(store: Store, directory: int, name: str, path: str, size: int | None
     what they change meanwhile is copied while they wait. *path* is for messages, and where the
     store says it is from then on.
 
-    Raises StoreError and UsageError; the file is whole or not there, and the store goes on in memory.
+    Raises StoreError and UsageError. Until the file is whole and has its name the store is in memory:
+    who closes this generator, or whatever fails, leaves it there, and no file.
     """
     memory = store.memory
     if memory is None:
         raise StoreError(f"{store.path}: is kept already" if store.kind != "memory" else _NOT_OURS)
+    if memory.leaving:
+        raise StoreError(f"{store.path}: is being written to {memory.leaving} already")
     wanted = _wanted(memory.size, size)
     place = f"/proc/self/fd/{directory}"
-    if name in os.listdir(place):
-        raise StoreError(f"{path}: exists already", "choose another name")
+    try:
+        if name in os.listdir(place):
+            raise StoreError(f"{path}: exists already", "choose another name")
+    except OSError as error:
+        raise StoreError(f"{path}: {error.strerror}") from None
     check_room(path, place, wanted)
+    memory.leaving = path
+    try:
+        with ExitStack() as unnamed:
+            fd = unnamed.enter_context(create.unfinished(os.path.join(place, name), place, path))
+            yield f"allocating {format_size(wanted)}"
+            yield partial(create.allocate, fd, path, 0, wanted)
+            yield "copying"
+            copied: dict[int, bytes] = {}
+            chunks = _present(memory.fd)
+            for first in range(0, len(chunks), _CHUNKS):
+                yield partial(_copy, memory.fd, fd, chunks[first : first + _CHUNKS], copied)
+            yield partial(os.fsync, fd)
+            kept = _switch(store, fd, path, wanted, size is None, copied, unnamed.close)
+        os.dup2(kept, memory.fd, inheritable=False)  # the memory is free; close() closes the image
+        os.close(kept)
+    finally:
+        memory.leaving = ""
+
+
+def _switch(
+    store: Store,
+    fd: int,
+    path: str,
+    wanted: int,
+    may_grow: bool,
+    copied: dict[int, bytes],
+    publish: Callable[[], None],
+) -> int:
+    """Copy what has changed since *copied*, give the file its name and the store the file, while all wait."""
+    memory = store.memory
     layer: Any = store.layer
-    with create.unfinished(os.path.join(place, name), place) as fd:
-        yield f"allocating {format_size(wanted)}"
-        yield lambda: create.allocate(fd, path, 0, wanted)
-        yield "copying"
-        copied: dict[int, bytes] = {}
-        yield lambda: _copy(memory.fd, fd, copied)
-        yield lambda: os.fsync(fd)
-        yield "copying what changed meanwhile"
-        layer.suspend(store.work)
-        kept = -1
-        try:
-            if store.memory is not memory:
-                raise StoreError(f"{path}: the store went elsewhere meanwhile: {store.path}")
-            if memory.size > wanted:
+    layer.suspend(store.work)
+    kept = -1
+    try:
+        if memory.size > wanted:
+            if not may_grow:
                 raise StoreError(f"{path}: the changes have outgrown {format_size(wanted)} meanwhile")
-            _copy(memory.fd, fd, copied)
-            if wanted > memory.size:
-                _fill(fd, path)
-            os.fsync(fd)
-            lock.lock(fd, path)
-            kept = fd
-        finally:
-            layer.resume(store.work, kept)
-        os.dup2(fd, memory.fd, inheritable=False)  # the memory is free; close() closes the image
+            create.allocate(fd, path, wanted, memory.size)
+        chunks = _present(memory.fd)
+        _copy(memory.fd, fd, chunks, copied)
+        _clear(fd, copied.keys() - set(chunks))
+        if wanted > memory.size:
+            _fill(fd, path)
+        create.fill_holes(fd, 0, wanted)
+        os.fsync(fd)
+        lock.lock(fd, path)
+        keeping = os.dup(fd)  # the lock is that of both
+        try:
+            publish()
+        except BaseException:
+            os.close(keeping)
+            raise
+        kept = keeping
         store.kind, store.path, store.memory = "image", path, None
         layer.spare_bytes = 0
+    finally:
+        layer.resume(store.work, kept)
+    return kept
 
 
 _NOT_OURS = "memory: a tmpfs of the kernel's cannot be kept; --engine process makes stores that can"
@@ -80,23 +123,32 @@ def _wanted(present: int, size: int | None) -> int:
     return size & ~4095
 
 
-def _copy(source: int, target: int, copied: dict[int, bytes]) -> None:
-    """Copy what is not in *copied*, which tells the digest of each chunk that has been."""
-    length = os.fstat(source).st_size
-    seen = set()
-    for start, stop in segments(source, length):
-        for chunk in range(start // _CHUNK, (stop - 1) // _CHUNK + 1):
-            if chunk in seen:
-                continue
-            seen.add(chunk)
-            data = os.pread(source, min(_CHUNK, length - chunk * _CHUNK), chunk * _CHUNK)
-            digest = hashlib.blake2b(data, digest_size=16).digest()
-            if copied.get(chunk) != digest:
-                _write(target, data, chunk * _CHUNK)
-                copied[chunk] = digest
-    for chunk in copied.keys() - seen:  # a hole by now
+def _present(source: int) -> list[int]:
+    """Return the numbers of the chunks in which there is data."""
+    return sorted(
+        {
+            chunk
+            for start, stop in segments(source, os.fstat(source).st_size)
+            for chunk in range(start // _CHUNK, (stop - 1) // _CHUNK + 1)
+        }
+    )
+
+
+def _copy(source: int, target: int, chunks: Sequence[int], copied: dict[int, bytes]) -> None:
+    """Copy those of *chunks* that are not what they were when they were *copied*, which has the digests."""
+    for chunk in chunks:
+        data = os.pread(source, _CHUNK, chunk * _CHUNK)
+        digest = hashlib.blake2b(data, digest_size=16).digest()
+        if copied.get(chunk) != digest:
+            _write(target, data, chunk * _CHUNK)
+            copied[chunk] = digest
+
+
+def _clear(target: int, chunks: Iterable[int]) -> None:
+    """Write zeros: there is a hole by now."""
+    length = os.fstat(target).st_size
+    for chunk in chunks:
         _write(target, bytes(min(_CHUNK, length - chunk * _CHUNK)), chunk * _CHUNK)
-        del copied[chunk]
 
 
 def _write(fd: int, data: bytes, offset: int) -> None:
