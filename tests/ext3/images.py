@@ -10,6 +10,8 @@ from pathlib import Path
 
 from tests.support.system import run
 
+IDENTITY = "6f0c8c2e-6d1f-4b7e-9a55-3c1d2e4f5a6b"
+"""The UUID and the seed of all hashes: the same at each run."""
 FEATURES = "none,has_journal,ext_attr,resize_inode,dir_index,filetype,sparse_super,large_file"
 """What a store has."""
 
@@ -41,9 +43,10 @@ def make(path: Path, shape: Shape = MODERN, tree: Path | None = None) -> Path:
     with path.open("wb") as out:
         out.truncate(shape.mib << 20)
     run(
-        "mke2fs", "-q", "-F", "-t", "ext3", "-O", FEATURES, "-m", "0", "-b", str(shape.block_size),
+        "mke2fs", "-q", "-F", "-t", "ext3", "-U", IDENTITY, "-O", FEATURES, "-m", "0",
+        "-b", str(shape.block_size),
         "-I", str(shape.inode_size), "-J", f"size={shape.journal}", "-N", str(shape.inodes),
-        *fill, "-E", "lazy_itable_init=0,lazy_journal_init=0,nodiscard", path,
+        *fill, "-E", f"lazy_itable_init=0,lazy_journal_init=0,nodiscard,hash_seed={IDENTITY}", path,
     )  # fmt: skip
     return path
 

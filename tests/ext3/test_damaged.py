@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import random
 import re
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ import pytest
 from tests.ext3 import images
 from tests.ext3.damage import Target, damaged
 from tests.ext3.images import Shape
+from tests.ext3.reader import JOURNAL, Image
 from tests.support.mounts import project_root
 from tests.support.system import run
 
@@ -81,6 +83,31 @@ def test_damaged_images(originals: list[Path], start: int) -> None:
     done, refused = batch(originals, start, 250, timeout=110)
     assert done == 250
     assert 0 < refused < done, "most damage is not to be seen when an image is opened"
+
+
+DAMAGE = {
+    "an orphan beyond the last inode": lambda image: (1024 + 232, 1226),
+    "an orphan that is the root": lambda image: (1024 + 232, 2),
+    "a log that begins nowhere": lambda image: (journal(image) + 20, 0xFFFFFFFF),
+    "a log that begins at its end": lambda image: (journal(image) + 20, 0x00040000),
+    "a log longer than the journal": lambda image: (journal(image) + 16, 0x7F000000),
+}
+"""What has done harm, or might: where which number is put, big-endian in the journal as all is there."""
+
+
+def journal(image: Image) -> int:
+    """Where the journal's superblock is."""
+    return next(image.mapping(image.inode(JOURNAL)))[1] * image.block_size
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_special_damage(originals: list[Path], tmp_path: Path, what: str) -> None:
+    data = bytearray(originals[0].read_bytes())
+    at, number = DAMAGE[what](Image(data))
+    struct.pack_into(">I" if "log" in what else "<I", data, at, number)
+    path = tmp_path / "image"
+    path.write_bytes(data)
+    run(sys.executable, "-m", "tests.ext3.exercise", "--as-is", path, cwd=project_root())
 
 
 @pytest.mark.nightly
