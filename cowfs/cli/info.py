@@ -78,7 +78,7 @@ def _is_image(path: str) -> bool:
         with open(path, "rb", buffering=0, opener=_without_waiting) as file:
             head = file.read(SAMPLE)
     except PermissionError as error:
-        raise LayerError(f"{path}: cannot be read: {error.strerror}") from None
+        raise LayerError(f"{path}: no permission to read it: {error.strerror}") from None
     except OSError:
         return False  # a directory, or something to be told about as a store
     end = appended_at(head)

@@ -48,6 +48,8 @@ def open_image(path: str, want: Wanted) -> Store:
         if superblock.state != "clean" and not want.read_only:
             tools.recover(path, want.progress)
             superblock = read_superblock(fd, path)
+        elif want.engine == "auto" and superblock.needs_recovery:
+            kernel = os.geteuid() == 0  # which can leave out what is in the journal; we cannot
         mount = _mount if kernel else _read_ourselves
         layer = mount(fd, path, superblock, want, stack)
         return _open_layer(path, layer, superblock, want, stack)

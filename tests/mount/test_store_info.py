@@ -74,7 +74,7 @@ def test_of_a_directory_it_tells_what_is_free_the_same_for_store_and_mount(base:
 
 @needs_root
 def test_roots_store_in_memory_has_a_size(base: Path) -> None:
-    with mounted(base / "lower", base / "mnt", options=["size=8M"]) as mount:
+    with mounted(base / "lower", base / "mnt", engine="kernel", options=["size=8M"]) as mount:
         shown = info(mount.path)
     assert re.fullmatch(r"\d+ KB of 8 MB \(0 %\)", shown["used"]), shown["used"]
     assert shown["store"] == "in memory (lost at the unmount)"

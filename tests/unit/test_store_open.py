@@ -396,8 +396,7 @@ def test_memory_is_empty_and_gone_afterwards() -> None:
     assert (store.kind, store.path) == ("memory", "memory")
     assert store.bind([LOWER])
     make_dir(store, b"dir")
-    if os.geteuid() == 0:
-        assert store.size == 64 << 20
+    assert store.size == pytest.approx(64 << 20, rel=0.15), "the filesystem takes its part"
     second = open_store("memory")
     assert names(second) == set()
     store.close()
