@@ -328,7 +328,7 @@ int64_t x3_write(x3_image *img, uint32_t ino, const void *buf, uint64_t len, uin
 	while (done < len) {
 		int64_t n = write_some(img, ino, (const char *)buf + done, len - done, off + done);
 		if (n < 0)
-			return done ? (int64_t)done : n;
+			return done && n == -ENOSPC ? (int64_t)done : n;
 		done += n;
 	}
 	return done;
