@@ -108,7 +108,7 @@ int journal_load(x3_image *img)
 		fail(img, -error, "the journal cannot be read");
 	if (ntohl(super->header.magic) != JBD_MAGIC || ntohl(super->header.type) != SUPERBLOCK_V2 ||
 	    ntohl(super->block_size) != img->bs || ntohl(super->blocks) > img->jlen ||
-	    ntohl(super->first) == 0 || ntohl(super->first) + 512 > ntohl(super->blocks))
+	    ntohl(super->blocks) < 1024 || ntohl(super->first) == 0 || ntohl(super->first) > ntohl(super->blocks) - 512)
 		fail(img, EBADMSG, "the journal's superblock makes no sense");
 	if (super->start)
 		fail(img, EUCLEAN, "the journal is not empty");
