@@ -207,7 +207,7 @@ bind_into_world() { # under the same name, so that what cowfs tells is true in t
 serve() {
     rm -f "$top/refused"
     chroot "$world" /usr/lib/cowfs/root-daemon --image "$image_file" --store "$1" --mode "$2" \
-        --mountpoint "$top/root" --show-store "$top/store" --log /run/log --pid-file /run/pid \
+        --engine "$engine" --mountpoint "$top/root" --show-store "$top/store" --log /run/log --pid-file /run/pid \
         </dev/null 2>"$top/refused" && cp "$world/run/pid" "$top/daemon.pid" && {
         while IFS= read -r line; do
             case $line in

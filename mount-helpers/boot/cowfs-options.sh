@@ -40,9 +40,10 @@ command_line() {
 }
 
 # Sets: scope (off, removable, all), named (the path asked for, or nothing), subdir, image, skip (a list),
-# fallback (ram, fail, shell), patience (seconds), panic (seconds until a failed boot starts again).
+# fallback (ram, fail, shell), patience (seconds), engine (auto, kernel, process), panic (seconds until a failed
+# boot starts again).
 read_options() {
-    scope=removable named='' subdir='' image=/sysrcd.dat skip='' fallback='' patience='' panic=''
+    scope=removable named='' subdir='' image=/sysrcd.dat skip='' fallback='' patience='' engine=auto panic=''
     while IFS= read -r word; do
         case $word in
         backstore=*) read_backstore "${word#*=}" ;;
@@ -52,6 +53,8 @@ read_options() {
         subdir=*) subdir=$(clean_path "${word#*=}") || warn "$word is not a path: ignored" ;;
         skipmount=*) skip="$skip $(printf %s "${word#*=}" | tr , ' ')" ;;
         cowfs.image=/*) image=${word#*=} ;;
+        cowfs.engine=kernel | cowfs.engine=process | cowfs.engine=auto) engine=${word#*=} ;;
+        cowfs.engine=*) warn "$word is not understood (auto, kernel or process): ignored" ;;
         cowfs.image=*) warn "$word does not begin with /: ignored" ;;
         panic=*) panic=${word#*=} ;;
         esac

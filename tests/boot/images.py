@@ -1,4 +1,4 @@
-"""What the virtual machines boot: a kernel of Debian's, a root image, disks. Made without mounting anything."""
+"""What the virtual machines boot: a kernel of Debian's, a root image, disks. Nothing is mounted for it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import struct
-import subprocess
 import sys
 import sysconfig
 from collections.abc import Iterable, Mapping
@@ -36,13 +35,12 @@ _TEST_INIT = """\
 PATH=/usr/sbin:/usr/bin:/sbin:/bin
 export PATH
 out() { echo "TEST $*" >/dev/console; }
-finish() { cd / && /run/initramfs/shutdown "${1:-poweroff}"; }
+finish() { cd / && exec /run/initramfs/shutdown "${1:-poweroff}"; }
 . /sys/firmware/qemu_fw_cfg/by_name/opt/test/raw >/dev/console 2>&1
 finish
 """
 _INITTAB = """\
 ::sysinit:/sbin/testinit
-::shutdown:/run/initramfs/shutdown reboot
 """
 
 
@@ -105,7 +103,7 @@ def root_tree(tree: Path) -> Path:
         if applet != "busybox":
             (tree / "usr/bin" / applet).symlink_to("busybox")
     _python(tree)
-    for program in ("e2fsck", "debugfs"):
+    for program in ("e2fsck", "debugfs", "mke2fs"):
         _program(
             tree,
             Path("/usr/sbin", program) if Path("/usr/sbin", program).exists() else Path("/sbin", program),
@@ -126,7 +124,7 @@ def root_tree(tree: Path) -> Path:
 
 
 def _python(tree: Path) -> None:
-    version = "python%d.%d" % sys.version_info[:2]
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     program = Path(f"/usr/bin/{version}")
     _program(tree, program)
     (tree / "usr/bin/python3").symlink_to(version)
@@ -241,5 +239,12 @@ def is_clean(store: Path) -> str:
     return ""
 
 
-def nice(*command: str | os.PathLike[str]) -> subprocess.CompletedProcess[str]:
-    return run("nice", "-n", "5", *command)
+def fat_is_clean(image: Path) -> str:
+    """What fsck.vfat says against the file system of a stick; nothing when it is clean."""
+    partition = image.with_suffix(".part")
+    with image.open("rb") as whole, partition.open("wb") as out:
+        whole.seek(_PARTITION)
+        shutil.copyfileobj(whole, out, _MB)
+    done = run("fsck.vfat", "-n", partition, check=False)
+    partition.unlink()
+    return "" if done.returncode == 0 and "Dirty bit" not in done.stdout else done.stdout

@@ -1,0 +1,67 @@
+# shellcheck shell=dash
+# What the tests' guests run, as process 1 or as its child, with busybox and Python; out and finish are
+# defined by it (see images.py). Each function tells what it found: TEST key: value.
+
+tell_root() {
+    out "root: $(awk '$2 == "/" { print $3 }' /proc/mounts | tail -n 1)"
+    cowfs info / >/run/info
+    out "store: $(sed -n 's/^store: *//p' /run/info)"
+    out "lower: $(sed -n 's/^lower: *//p' /run/info)"
+    out "memory: $(awk '$2 == "/mnt/memory" { print $3, substr($4, 1, 2) }' /proc/mounts)"
+    out "view: $(ls /run/initramfs/cowfs/view | tr '\n' ' ')"
+    out "motd: $(cat /run/motd.d/cowfs 2>/dev/null | tr '\n' ' ')"
+}
+
+# What a root filesystem must be able to do, and what is special about its daemon.
+checks() {
+    python3 -I - <<'END'
+import mmap, os, re, signal, stat, subprocess, sys, time
+from pathlib import Path
+
+def out(key, value): print(f"TEST {key}: {value}", flush=True)
+
+def as_nobody(call):
+    pid = os.fork()
+    if not pid:
+        os.setgroups([]); os.setgid(65534); os.setuid(65534)
+        try: code = call()
+        except PermissionError: code = 13
+        os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+def read_shadow(): Path("/etc/shadow").read_bytes(); return 0
+out("shadow", as_nobody(read_shadow))
+suid = "/var/lib/suid"
+subprocess.run(["cp", "/usr/bin/python3.11" if os.path.exists("/usr/bin/python3.11") else os.path.realpath("/usr/bin/python3"), suid], check=True)
+os.chmod(suid, 0o4755)
+out("suid", as_nobody(lambda: subprocess.run([suid, "-ISc", "import os; os._exit(100 + (os.geteuid() == 0))"]).returncode))
+os.mknod("/root/null", stat.S_IFCHR | 0o666, os.makedev(1, 3))
+out("device", Path("/root/null").open("wb").write(b"x"))
+script = Path("/root/script"); script.write_text("#!/bin/sh\nexit 7\n"); script.chmod(0o755)
+out("exec", subprocess.run([script]).returncode)
+with open("/root/mapped", "w+b") as file:
+    file.truncate(8192)
+    with mmap.mmap(file.fileno(), 8192) as mapped: mapped[4096:4100] = b"abcd"; mapped.flush()
+out("mmap", Path("/root/mapped").read_bytes()[4096:4100].decode())
+
+daemon = int(Path("/run/initramfs/cowfs/daemon.pid").read_text())
+out("name", Path(f"/proc/{daemon}/cmdline").read_bytes()[:1].decode())
+out("oom", Path(f"/proc/{daemon}/oom_score_adj").read_text().strip())
+locked = re.search(r"VmLck:\s+(\d+) kB", Path(f"/proc/{daemon}/status").read_text())
+out("locked", int(locked[1]) > 10000)
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT): os.kill(daemon, number)
+time.sleep(1)
+Path("/root/after").write_text("still writable")
+out("signals", Path("/root/after").read_text() if os.path.exists(f"/proc/{daemon}") else "dead")
+END
+}
+
+# Take memory until the kernel ends the one who does; then see whether the root still answers.
+press_memory() {
+    dd if=/dev/zero of=/root/ballast bs=1M count=16 2>/dev/null
+    python3 -Ic 'held = []
+while True: held.append(bytearray(b"x") * (4 << 20))' 2>/dev/null
+    out "eater: $?"
+    out "ballast: $(md5sum </root/ballast | cut -c1-8)"
+    out "read: $(cat /usr/lib/python3*/*.py | wc -c)"
+}

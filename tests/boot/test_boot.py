@@ -1,0 +1,241 @@
+"""Virtual machines that boot from cowfs: the store is found, nothing is lost, all is clean at the end."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+
+from tests.boot import images
+from tests.boot.conftest import Parts
+from tests.boot.machine import Machine, disc, hard_disk, plug, stick
+from tests.support.mounts import cowfs, mounted
+from tests.support.system import needs_root, run
+
+pytestmark = [needs_root, pytest.mark.slow, pytest.mark.timeout(900)]
+
+Boot = Callable[..., Machine]
+GUEST = Path(__file__).with_name("guest.sh").read_text()
+CARRIER = "/run/initramfs/cowfs/disk"
+PLAIN = "init=/sbin/testinit"
+"""Process 1 is the test itself, which hands over to the shutdown as systemd does."""
+
+
+def make_store(path: Path, megabytes: int = 32) -> Path:
+    cowfs("create", path, str(megabytes), check=True)
+    return path
+
+
+def changed_store(path: Path, lower: Path, changes: Mapping[str, str | None]) -> Path:
+    """A store that was in use, on this machine: some files written, others deleted."""
+    make_store(path)
+    with mounted(lower, path.with_suffix(".mnt"), path) as here:
+        for name, content in changes.items():
+            if content is None:
+                (here.path / name).unlink()
+            else:
+                (here.path / name).write_text(content)
+    return path
+
+
+def content(store: Path, name: str) -> str:
+    """What a file in a store says, which is mounted nowhere."""
+    return run("debugfs", "-R", f"cat /upper/{name}", store).stdout
+
+
+def test_changes_survive_a_power_cut_and_the_next_boots(boot: Boot, parts: Parts, tmp_path: Path) -> None:
+    """Image and store on one stick, as a user has them; a hard disk with a store is left alone."""
+    store = make_store(tmp_path / "sysrcd.bs", 64)
+    mine = images.fat_stick(tmp_path / "stick.img", {"/sysrcd.dat": parts.image, "/sysrcd.bs": store}, 160)
+    other = tmp_path / "other"
+    other.mkdir()
+    make_store(other / "sysrcd.bs")
+    disk = images.ext4_disk(tmp_path / "disk.img", other, 48)
+    untouched = disk.read_bytes()
+    devices = [*stick(mine, "stick"), *hard_disk(disk, "disk")]
+
+    test = f"""{GUEST}
+        tell_root
+        press_memory
+        echo first >/root/first; rm /etc/motd
+        python3 -Ic 'import os
+directory = os.open("/root", os.O_RDONLY)
+file = os.open("/root/synced", os.O_CREAT | os.O_WRONLY)
+os.write(file, b"0123456789" * 10000)
+os.fsync(file); os.fsync(directory)'
+        out "ready: now"
+        sleep 1000
+    """
+    with boot(PLAIN, test=test, devices=devices, memory=320) as machine:
+        machine.wait_for("TEST ready: now")
+        machine.cut_power()
+        assert machine.said("root") == "fuse.cowfs"
+        assert machine.said("store") == f"{CARRIER}/sda1/sysrcd.bs"
+        assert machine.said("lower").startswith(f"{CARRIER}/sda1/sysrcd.dat (squashfs")
+        assert "usr" in machine.said("view")
+        assert machine.said("eater") == "137", "the one who took the memory was to be ended"
+        assert machine.said("ballast") == "2c7ab85a"  # 16 MB of zeros
+        assert int(machine.said("read")) > 3_000_000
+    assert disk.read_bytes() == untouched
+
+    test = f"""{GUEST}
+        out "synced: $(md5sum </root/synced | cut -c1-8) $(wc -c </root/synced)"
+        out "first: $(cat /root/first) $(ls /etc/motd 2>/dev/null)"
+        checks
+        echo second >/root/second
+    """
+    with boot(PLAIN, test=test, devices=devices).wait() as machine:
+        machine.shows(r"needs recovery: e2fsck checks", r"repaired by e2fsck", "are unmounted cleanly")
+        expected = run("sh", "-c", "for i in $(seq 10000); do printf 0123456789; done | md5sum").stdout[:8]
+        assert machine.said("synced") == f"{expected} 100000"
+        assert machine.said("first").strip() == "first"
+        assert machine.said("shadow") == "13"
+        assert machine.said("suid") == "101"
+        assert [machine.said(key) for key in ("device", "exec", "mmap")] == ["1", "7", "abcd"]
+        assert [machine.said(key) for key in ("name", "oom", "locked")] == ["@", "-1000", "True"]
+        assert machine.said("signals") == "still writable"
+    after = images.from_fat(mine, "/sysrcd.bs", tmp_path / "after.bs")
+    assert images.is_clean(after) == ""
+    assert content(after, "root/second") == "second\n"
+    assert "clean" in cowfs("check", "-n", after, check=True).stdout
+    assert images.fat_is_clean(mine) == ""
+    assert disk.read_bytes() == untouched
+
+
+def test_named_store_on_a_hard_disk_is_repaired(
+    boot: Boot, image_disk: Path, parts: Parts, tmp_path: Path
+) -> None:
+    """A store by name, with spaces and letters of the world, damaged; busybox's init; and a reboot."""
+    files = tmp_path / "files"
+    (files / "my stores").mkdir(parents=True)
+    store = changed_store(files / "my stores/größe 日本.bs", parts.image, {"root/before": "kept"})
+    shutil.rmtree(store.with_suffix(".mnt"), ignore_errors=True)
+    store.with_suffix(".log").unlink(missing_ok=True)
+    for damage in ("ssv free_blocks_count 7", "ssv state 2"):
+        run("debugfs", "-w", "-R", damage, store)
+    disk = images.ext4_disk(tmp_path / "disk.img", files, 48)
+    test = f"""{GUEST}
+        tell_root
+        out "before: $(cat /root/before)"
+        out "init: $(tr '\\0' ' ' </proc/1/cmdline)"
+        echo after >/root/after
+        finish reboot
+    """
+    with boot(
+        'backstore=alldev,"/my stores/größe 日本.bs" cowfs.engine=kernel',
+        test=test,
+        devices=[*hard_disk(image_disk, "image"), *hard_disk(disk, "disk")],
+    ).wait() as machine:
+        assert machine.said("store") == f"{CARRIER}/vdb/my stores/größe 日本.bs"
+        machine.shows("has errors: e2fsck checks", "repaired by e2fsck", "are unmounted cleanly")
+        assert machine.said("before") == "kept"
+        assert machine.said("memory") == "ext3 ro"
+        assert machine.said("init").startswith(("init", "/sbin/init"))
+        assert machine.said("motd") == ""
+    after = images.from_ext4(disk, "/my stores/größe 日本.bs", tmp_path / "after.bs")
+    assert images.is_clean(after) == ""
+    assert content(after, "root/after") == "after\n"
+    assert images.is_clean(disk) == ""
+
+
+def test_stick_that_comes_late_is_waited_for(boot: Boot, image_disk: Path, tmp_path: Path) -> None:
+    store = make_store(tmp_path / "s.bs")
+    late = images.fat_stick(tmp_path / "stick.img", {"/late/my.bs": store}, 64)
+    test = f"{GUEST}\n tell_root\n"
+    devices = [*hard_disk(image_disk, "image"), *stick(late, "late", plugged=False)]
+    with boot(f"{PLAIN} backstore=/late/my.bs", test=test, devices=devices) as machine:
+        machine.wait_for("waiting for a disk with the store /late/my.bs")
+        plug(machine, "late")
+        machine.wait()
+        assert machine.said("store") == f"{CARRIER}/sda1/late/my.bs"
+        machine.shows("are unmounted cleanly")
+
+
+def test_what_cannot_be_used_is_said_and_changes_are_in_memory(
+    boot: Boot, image_disk: Path, tmp_path: Path
+) -> None:
+    """The store of another system, and what is no store at all; a warning is there at the login."""
+    lower = tmp_path / "lower"
+    lower.mkdir()
+    foreign = changed_store(tmp_path / "foreign.bs", lower, {"x": "y"})
+    text = tmp_path / "text"
+    text.write_text("dear diary\n" * 1000)
+    sticks = [
+        images.fat_stick(tmp_path / "one.img", {"/sysrcd.bs": foreign}, 64),
+        images.fat_stick(tmp_path / "two.img", {"/sysrcd.bs": text}, 64),
+        images.fat_stick(tmp_path / "three.img", {"/sysrcd.bs/not/a/file": text}, 64),
+    ]
+    before = [image.read_bytes() for image in sticks]
+    test = f'{GUEST}\n tell_root\n echo x >/root/x && out "writable: $(cat /root/x)"\n'
+    devices = [*hard_disk(image_disk, "image")]
+    for number, image in enumerate(sticks):
+        devices += stick(image, f"s{number}")
+    with boot(PLAIN, test=test, devices=devices).wait() as machine:
+        assert machine.said("store") == "in memory (lost at the unmount)"
+        assert machine.said("writable") == "x"
+        motd = machine.said("motd")
+        assert re.search(r"foreign|belongs to \S+lower", motd), motd
+        assert "not a store but a text file" in motd
+        assert "is a directory, not a store" in motd
+        assert "changes are kept in memory, and lost" in motd
+        machine.shows("WARNING: the store /sysrcd.bs on sd", "are unmounted cleanly")
+    assert [image.read_bytes() for image in sticks] == before
+
+
+def test_store_on_a_disc_is_a_layer_below_memory(boot: Boot, parts: Parts, tmp_path: Path) -> None:
+    """Image and store on a CD: what was changed is seen, what is changed now is lost."""
+    files = tmp_path / "cd"
+    files.mkdir()
+    os.link(parts.image, files / "sysrcd.dat")
+    changes = {
+        "root/before": "kept",
+        "etc/motd": None,
+        "etc/passwd": "root:x:0:0::/root:/bin/sh\nx:x:9:9:::\n",
+    }
+    store = changed_store(tmp_path / "sysrcd.bs", parts.image, changes)
+    shutil.copy(store, files / "sysrcd.bs")
+    cd = images.iso(tmp_path / "cd.iso", files)
+    test = f"""{GUEST}
+        tell_root
+        out "before: $(cat /root/before) $(ls /etc/motd 2>/dev/null) $(grep -c x:9 /etc/passwd)"
+        echo new >/root/before && out "now: $(cat /root/before)"
+    """
+    with boot(PLAIN, test=test, devices=disc(cd, "cd")).wait() as machine:
+        assert machine.said("before").split() == ["kept", "1"]
+        assert machine.said("now") == "new"
+        assert machine.said("store") == "in memory (lost at the unmount)"
+        assert machine.said("memory") == "ext3 ro"
+        assert "cannot be written to (read-only media): changes are kept in memory" in machine.said("motd")
+        machine.shows("are unmounted cleanly")
+
+
+def test_no_store_is_looked_for(boot: Boot, image_disk: Path, tmp_path: Path) -> None:
+    mine = images.fat_stick(tmp_path / "stick.img", {"/sysrcd.bs": make_store(tmp_path / "s.bs")}, 64)
+    devices = [*hard_disk(image_disk, "image"), *stick(mine, "stick")]
+    with boot(f"{PLAIN} backstore=off", test=f"{GUEST}\n tell_root", devices=devices).wait() as machine:
+        assert machine.said("store") == "in memory (lost at the unmount)"
+        assert machine.said("motd") == ""
+        machine.shows(r"changes are kept in memory \(backstore=off\)", "are unmounted cleanly")
+
+
+def test_missing_store_asks_in_a_shell(boot: Boot, image_disk: Path) -> None:
+    """A store that was named and is not there: a shell, and then the choice that was made there."""
+    options = f"{PLAIN} backstore=alldev,/nowhere.bs backstore.wait=1"
+    with boot(options, test=f"{GUEST}\n tell_root", devices=hard_disk(image_disk, "image")) as machine:
+        machine.wait_for("A shell, to see to it")
+        machine.type("echo in the $((40 + 2)) shell; exit 1")
+        machine.wait()
+        machine.shows("no disk that was looked at has the store /nowhere.bs", "in the 42 shell")
+        assert machine.said("store") == "in memory (lost at the unmount)"
+        assert "no disk that was looked at has the store /nowhere.bs" in machine.said("motd")
+
+
+def test_missing_store_ends_the_boot_when_told_to(boot: Boot, image_disk: Path) -> None:
+    options = f"{PLAIN} backstore=/nowhere.bs backstore.wait=0 backstore.fallback=fail"
+    with boot(options, test="out 'up: yes'", devices=hard_disk(image_disk, "image")).wait() as machine:
+        machine.shows("FAILED: no store, and backstore.fallback=fail")
+        assert "TEST up" not in machine.text
