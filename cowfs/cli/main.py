@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import cowfs
 from cowfs.errors import EXIT_SYSTEM, EXIT_USAGE, CowfsError
 
-SUBCOMMANDS = ("mount", "umount", "create", "grow", "persist", "check", "info", "diff")
+SUBCOMMANDS = ("mount", "umount", "create", "grow", "persist", "check", "info", "diff", "find")
 
 _DESCRIPTION = """\
 Merge a read-only root (a squashfs image or a directory) with a writable store, and keep the changes:
