@@ -46,7 +46,8 @@ def _uncompressed(sb: Superblock) -> list[str]:
         (sblk.NO_DATA_COMPRESSION, "data"),
         (sblk.NO_FRAGMENT_COMPRESSION, "fragments"),
         (sblk.NO_XATTR_COMPRESSION, "attributes"),
-        (sblk.NO_ID_COMPRESSION, "owners"),
+        # mksquashfs stores owners as it stores inodes, and says so only when they alone are meant.
+        (sblk.NO_ID_COMPRESSION | sblk.NO_INODE_COMPRESSION, "owners"),
     )
     return [name for flag, name in flags if sb.flags & flag]
 
