@@ -45,16 +45,31 @@ perf: ## measure cowfs beside the kernel's overlayfs and other filesystems
 	@scripts/setup --perf
 	$(AS_ROOT) $(PYTHON) -m perf.run $(PERF_ARGS)
 
-# For example: make install-boot DESTDIR=/tmp/tree PREFIX=/usr. The names below PREFIX are known to the files there.
+# For example: make install-boot DESTDIR=/tmp/tree PREFIX=/usr. What is installed finds itself below PREFIX.
 DESTDIR =
 PREFIX = /usr
-BOOT_LIBRARY = $(DESTDIR)$(PREFIX)/lib/cowfs
+BOOT = $(DESTDIR)$(PREFIX)/lib/cowfs
+INITRAMFS_TOOLS = $(DESTDIR)$(PREFIX)/share/initramfs-tools
+DRACUT = $(DESTDIR)$(PREFIX)/lib/dracut/modules.d/90cowfs
+MKINITCPIO = $(DESTDIR)$(PREFIX)/lib/initcpio
+SYSTEMD = $(DESTDIR)$(PREFIX)/lib/systemd/system
 install-boot: ## install what it takes to boot from cowfs (DESTDIR and PREFIX are honoured)
-	install -d $(BOOT_LIBRARY)
-	install -m 755 mount-helpers/boot/mount-root mount-helpers/boot/shutdown $(BOOT_LIBRARY)
-	install -m 644 mount-helpers/boot/cowfs-options.sh mount-helpers/boot/cowfs-boot.sh mount-helpers/boot/modules \
-		$(BOOT_LIBRARY)
-	install -m 755 "$$(command -v busybox)" $(BOOT_LIBRARY)/busybox
+	install -d $(BOOT) $(INITRAMFS_TOOLS)/hooks $(INITRAMFS_TOOLS)/scripts $(DRACUT) $(MKINITCPIO)/install \
+		$(MKINITCPIO)/hooks $(SYSTEMD)
+	install -m 755 "$$(command -v busybox)" $(BOOT)/busybox
+	install -m 755 mount-helpers/boot/mount-root mount-helpers/boot/shutdown $(BOOT)
+	install -m 644 mount-helpers/boot/cowfs-options.sh mount-helpers/boot/cowfs-boot.sh mount-helpers/boot/modules $(BOOT)
+	install -m 755 mount-helpers/initramfs-tools/hooks/cowfs $(INITRAMFS_TOOLS)/hooks/cowfs
+	install -m 644 mount-helpers/initramfs-tools/scripts/cowfs $(INITRAMFS_TOOLS)/scripts/cowfs
+	install -m 755 mount-helpers/dracut/90cowfs/*.sh $(DRACUT)
+	install -m 644 mount-helpers/mkinitcpio/install/cowfs $(MKINITCPIO)/install/cowfs
+	install -m 644 mount-helpers/mkinitcpio/hooks/cowfs $(MKINITCPIO)/hooks/cowfs
+	install -m 644 mount-helpers/systemd/cowfs@.service $(SYSTEMD)/cowfs@.service
+	sed -i '/^library=/s|/usr/lib/cowfs|$(PREFIX)/lib/cowfs|' $(INITRAMFS_TOOLS)/hooks/cowfs
+	[ $(PREFIX) = /usr ] || sed -i -e 's|/usr/lib/cowfs/modules|$(PREFIX)/lib/cowfs/modules|' \
+		-e 's|"/usr/lib/cowfs/$$file"|"$(PREFIX)/lib/cowfs/$$file" "/usr/lib/cowfs/$$file"|' \
+		$(DRACUT)/module-setup.sh $(MKINITCPIO)/install/cowfs
+	[ $(PREFIX) = /usr ] || sed -i 's|/usr/bin/cowfs|$(PREFIX)/bin/cowfs|' $(SYSTEMD)/cowfs@.service
 
 clean: ## remove all that make has made here
 	rm -rf .venv .cache build dist *.egg-info htmlcov .coverage* .*_cache .hypothesis

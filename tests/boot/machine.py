@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 import re
 import socket
@@ -85,12 +86,13 @@ class Machine:
 
     def _read(self) -> None:
         assert self.process.stdout
+        decode = codecs.getincrementaldecoder("utf-8")("replace").decode
         with self.log.open("wb") as log:
             while data := os.read(self.process.stdout.fileno(), 65536):
                 log.write(data)
                 log.flush()
                 with self._grown:
-                    self._text += data.decode(errors="replace").replace("\r", "")
+                    self._text += decode(data).replace("\r", "")
                     self._grown.notify_all()
         with self._grown:
             self._closed = True
