@@ -22,6 +22,7 @@ from cowfs.linux.mounts import attach_loop, detached_mount, mount_of
 from cowfs.overlay.copyup import copy_xattrs
 from cowfs.overlay.overlay import Overlay
 from cowfs.overlay.state import OverlayOptions
+from cowfs.store import room
 from cowfs.store.identity import identify_lower
 from cowfs.store.open import open_store
 from cowfs.store.store import Store
@@ -82,6 +83,7 @@ class Union:
                 "path": self.store.path,
                 "size": self.store.size,
                 "free": self.store.free,
+                "hint": room.hint(self.store),
             },
             "engine": self.options.engine,
         }
@@ -289,9 +291,9 @@ def commands(union: Union, more: Callable[[], dict[str, Any]]) -> Mapping[str, A
     def persist(request: dict[str, Any]) -> Iterator[dict[str, Any] | Callable[[], None]]:
         from cowfs.store.persist import persist as steps
 
-        store = union.store
-        yield from _told(steps(store, request["fd"], request["name"], request["path"], request["size"]))
-        yield {"size": store.size}
+        given = (request[what] for what in ("fd", "name", "path", "size"))
+        size = yield from _told(steps(union.store, *given))
+        yield {"size": size}
 
     return {"info": info, "diff": diff, "grow": grow, "persist": persist}
 

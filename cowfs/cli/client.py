@@ -6,6 +6,7 @@ import json
 import os
 import socket
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 from cowfs.errors import CowfsError, MountFailure
@@ -58,11 +59,9 @@ def ask(
         if uid not in {0, os.geteuid()} and os.geteuid() != 0:
             raise MountFailure(f"the daemon of this mount belongs to another user (uid {uid})")
         request = json.dumps({"command": command, **arguments}).encode() + b"\n"
-        if fd >= 0:
-            socket.send_fds(connection, [request], [fd])
-        else:
-            connection.sendall(request)
-        with connection.makefile("rb") as replies:
+        with suppress(BrokenPipeError, ConnectionResetError):  # it has said why, and left
+            socket.send_fds(connection, [request], [fd] if fd >= 0 else [])
+        with connection.makefile("rb") as replies, suppress(ConnectionResetError):
             for line in replies:
                 reply = json.loads(line)
                 if reply.get("end"):

@@ -136,6 +136,7 @@ def _mount_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
     lines += [
         ("store", where),
         _room(store["size"], store["free"], own=own),
+        *([("hint", store["hint"].replace("MOUNTPOINT", facts["mountpoint"]))] if store["hint"] else []),
         ("since", time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(facts["since"]))),
         ("daemon", f"pid {facts['pid']}, {format_size(facts['rss'])} resident, cowfs {facts['version']}"),
         ("known", f"{facts['inodes_known']} inodes, {facts['open_files']} open files"),
@@ -144,10 +145,15 @@ def _mount_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _store_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    from cowfs.store.room import nearly_full
+
     lines = [("path", facts["path"]), ("kind", facts["kind"])]
     lines.append(_room(facts["size"], facts["free"], own=facts["kind"] == "image"))
     if facts["kind"] == "image":
         lines.append(("inodes", f"{facts['free_inodes']} of {facts['inodes']} are free"))
+        used, of = facts["size"] - facts["free"], facts["inodes"]
+        said = nearly_full(facts["path"], used, facts["size"], of - facts["free_inodes"], of)
+        lines += [("hint", said)] if said else []
     for key in ("state", "format", "version", "created", "created_by", "uuid"):
         if facts[key] is not None:
             lines.append((key.replace("_", " "), str(facts[key])))

@@ -47,7 +47,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--engine",
         choices=mount_options.ENGINES,
-        help="who reads lower images: we, or the kernel (root only)",
+        help="who reads and writes images: we (auto and process), or the kernel (root only)",
     )
     parser.add_argument(
         "--force-lower", action="store_true", help="use the store though it was made for another lower"
@@ -147,6 +147,7 @@ def _others_may_be_allowed() -> bool:
 def _serve(union_options: object, mountpoint: str, given: mount_options.Options, reporter: Reporter) -> int:
     from cowfs import assemble
     from cowfs.fuse.daemon import Daemon, MountRequest
+    from cowfs.store.room import watch
 
     assert isinstance(union_options, assemble.UnionOptions)
     os.umask(0)
@@ -166,7 +167,9 @@ def _serve(union_options: object, mountpoint: str, given: mount_options.Options,
         daemon.mount()
         try:
             daemon.serve(
-                assemble.commands(union, lambda: {**more, **daemon.adapter.figures()}), reporter.ready
+                assemble.commands(union, lambda: {**more, **daemon.adapter.figures()}),
+                reporter.ready,
+                watch(union.store),
             )
         finally:
             daemon.close()

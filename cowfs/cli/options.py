@@ -13,9 +13,9 @@ ENGINES = ("auto", "process", "kernel")
 
 _VALUES = {
     "store": "the writable store: an image, a directory, or memory (the default)",
-    "engine": "who reads the lower images: auto, process or kernel",
+    "engine": "who reads and writes images: process (and auto), or kernel (root only)",
     "offset": "where in its file the lower image begins, in bytes; several with colons",
-    "size": "how large a store in memory may become (root only): 256M, 2G",
+    "size": "how large a store in memory may become: 256M, 2G (default: half of the RAM)",
     "log": "write the log to this file",
 }
 _FLAGS = {

@@ -100,8 +100,9 @@ async def _answer(stream: trio.SocketStream, replies: Replies) -> None:
     except (trio.BrokenResourceError, trio.ClosedResourceError):
         raise  # the client left
     except Exception as error:
-        log.warning("a request on the control socket failed: %s", error)
         failure: dict[str, Any] = {"error": str(error)}
+        refused = isinstance(error, CowfsError)
+        log.log(logging.INFO if refused else logging.WARNING, "a request was not done: %s", error)
         if isinstance(error, CowfsError):
             failure.update(error=error.message, hint=error.hint, exit_code=error.exit_code)
         batch.append(failure)

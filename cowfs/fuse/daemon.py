@@ -28,6 +28,8 @@ from cowfs.overlay.overlay import Overlay
 log = logging.getLogger(__name__)
 
 _MNT_DETACH = 2  # linux/fs.h
+_NOW_AND_THEN = 5.0
+"""Seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,15 +80,20 @@ class Daemon:
             )
         self.dev = found.dev
 
-    def serve(self, commands: Mapping[str, control.Command], ready: Callable[[], None]) -> None:
+    def serve(
+        self,
+        commands: Mapping[str, control.Command],
+        ready: Callable[[], None],
+        look: Callable[[], None] | None = None,
+    ) -> None:
         """Answer requests until the filesystem is unmounted, or SIGTERM or SIGINT ask for that.
 
-        *ready* is called once the mount has answered a first request.
+        *ready* is called once the mount has answered a first request, and *look* every few seconds.
         """
         gc.collect()
         gc.freeze()
         gc.set_threshold(100_000, 20, 100)
-        trio.run(self._main, commands, ready)
+        trio.run(self._main, commands, ready, look)
 
     def close(self) -> None:
         """Detach from the mountpoint if it is still mounted."""
@@ -108,12 +115,19 @@ class Daemon:
             command = ["fusermount3", "-u", "-z", "--", self._request.mountpoint]
             subprocess.run(command, check=False, capture_output=True)
 
-    async def _main(self, commands: Mapping[str, control.Command], ready: Callable[[], None]) -> None:
+    async def _main(
+        self,
+        commands: Mapping[str, control.Command],
+        ready: Callable[[], None],
+        look: Callable[[], None] | None,
+    ) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._watch_signals)
             if self.dev:
                 nursery.start_soon(self._serve_control, commands)
             nursery.start_soon(self._announce, ready)
+            if look is not None:
+                nursery.start_soon(_now_and_then, look)
             await self._loop.run()
             sd_notify("STOPPING=1")
             nursery.cancel_scope.cancel()
@@ -159,6 +173,15 @@ class Daemon:
                 await trio.to_thread.run_sync(sync, abandon_on_cancel=True)
             except OSError as error:
                 log.warning("writing back before the unmount failed: %s", error)
+
+
+async def _now_and_then(look: Callable[[], None]) -> None:
+    while True:
+        await trio.sleep(_NOW_AND_THEN)
+        try:
+            look()
+        except OSError as error:  # of the store: whoever uses it is told
+            log.debug("the store cannot be looked at: %s", error)
 
 
 def _escape(text: str) -> str:

@@ -57,6 +57,8 @@ class Ext3Layer:
         self._capabilities = Capabilities(image)
         self.spare_bytes = 0
         """By how much the image can be made to grow when it is full: counted as free."""
+        self.is_beyond_room = False
+        """Whether the last ENOSPC was for attributes that fit into no inode, however much room there is."""
 
     # --- reading
 
@@ -207,7 +209,7 @@ class Ext3Layer:
             key = Key(self.image.create(directory, name, mode, uid, gid, rdev))
             try:
                 for attribute, value in acls.items():
-                    self.image.setxattr(key, attribute, value)
+                    self._setxattr(key, attribute, value)
             except OSError:
                 with suppress(OSError):  # the image has been given up
                     (self.image.rmdir if stat.S_ISDIR(mode) else self.image.unlink)(
@@ -334,7 +336,7 @@ class Ext3Layer:
         access = self._acl(key, acl.ACCESS)
         if access:
             with self.image.together():
-                self.image.setxattr(key, acl.ACCESS, acl.build(acl.with_mode(access, mode)))
+                self._setxattr(key, acl.ACCESS, acl.build(acl.with_mode(access, mode)))
                 self.image.setattr(key, ext3.MODE, mode=mode & 0o7777)
         else:
             self.image.setattr(key, ext3.MODE, mode=mode & 0o7777)
@@ -381,8 +383,15 @@ class Ext3Layer:
         self._check_xattr(key, name)
         if len(value) > _XATTR_SIZE_MAX:
             raise _error(errno.E2BIG)
-        self.image.setxattr(key, name, value, flags)
+        self._setxattr(key, name, value, flags)
         self._capabilities.noted(name)
+
+    def _setxattr(self, key: int, name: bytes, value: bytes, flags: int = 0) -> None:
+        try:
+            self.image.setxattr(key, name, value, flags)
+        except OSError as failure:
+            self.is_beyond_room = failure.errno == errno.ENOSPC and self.image.facts().free_blocks > 0
+            raise
 
     def removexattr(self, key: int, name: bytes) -> None:
         if name in {acl.ACCESS, acl.DEFAULT}:
@@ -409,7 +418,7 @@ class Ext3Layer:
         bits, is_all = acl.mode_of(entries) if entries and name == acl.ACCESS else (mode & 0o777, False)
         with self.image.together():
             if entries and not is_all:
-                self.image.setxattr(key, name, acl.build(entries))
+                self._setxattr(key, name, acl.build(entries))
             else:
                 with suppress(OSError):  # ENODATA: there was none
                     self.image.removexattr(key, name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from contextlib import ExitStack
+from contextlib import ExitStack, closing, suppress
 from typing import TYPE_CHECKING
 
 from cowfs.errors import StoreError, SystemFailure, UsageError
@@ -22,6 +22,9 @@ _JOURNAL = 4 << 20
 """Nothing of it survives us; the journal is there because the engine has no other way to write."""
 _FIRST = 128 << 20
 """How large the image is at first: what one block group holds."""
+_BALLAST = b"#ballast"
+_BALLAST_BYTES = 256 << 10
+"""Set free when the image is full, so that thousands of inodes without names can have one while it grows."""
 
 
 class Memory:
@@ -60,8 +63,10 @@ class Memory:
         """
         before = self.size
         after = min(2 * before, self._limit)
-        if after == before:
+        beyond, self._layer.is_beyond_room = self._layer.is_beyond_room, False
+        if after <= before or beyond:
             return False
+        self.drop_ballast(place)
         self._layer.suspend(place)
         try:
             os.ftruncate(self.fd, after)
@@ -73,7 +78,21 @@ class Memory:
         finally:
             self._layer.resume(place)
             self._tell_spare()
+            self.take_ballast(place)
         return True
+
+    def take_ballast(self, place: int) -> None:
+        """Take some room that :meth:`drop_ballast` sets free; if there is none left, that is that."""
+        with suppress(OSError):
+            _, file = self._layer.create(place, _BALLAST, 0o600, 0, 0)
+            with closing(file):
+                file.pwrite(bytes(_BALLAST_BYTES), 0)
+
+    def drop_ballast(self, place: int) -> None:
+        """Let it go: the image is about to be left to others."""
+        with suppress(OSError):
+            self._layer.unlink(place, _BALLAST, None)
+            self._layer.sync()
 
 
 def open_memory(want: Wanted, size: int | None = None) -> Store:
@@ -119,4 +138,5 @@ def _open_image(want: Wanted, size: int | None, stack: ExitStack) -> Store:
     layout.initialise(layer, header)
     store = finish("memory", _NAME, layer, header, want, stack)
     store.memory = Memory(fd, layer, size)
+    store.memory.take_ballast(store.work)
     return store

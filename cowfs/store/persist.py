@@ -23,13 +23,13 @@ _CHUNKS = 64
 
 def persist(
     store: Store, directory: int, name: str, path: str, size: int | None
-) -> Generator[Step | str, None, None]:
+) -> Generator[Step | str, None, int]:
     """Write the store in memory out as *name* in the open *directory*, and go on with it there.
 
-    The image gets *size* bytes, or as many as it has in memory. Yields what is to be told, and what is
-    to be called by another thread before the next step: users of the store go on meanwhile. Only
-    what they change meanwhile is copied while they wait. *path* is for messages, and where the
-    store says it is from then on.
+    The image gets *size* bytes, or as many as it has in memory; that is returned. Yields what is to be
+    told, and what is to be called by another thread before the next step: users of the store go on
+    meanwhile. Only what they change meanwhile is copied while they wait. *path* is for messages, and
+    where the store says it is from then on.
 
     Raises StoreError and UsageError. Until the file is whole and has its name the store is in memory:
     who closes this generator, or whatever fails, leaves it there, and no file.
@@ -62,6 +62,7 @@ def persist(
             kept = _switch(store, fd, path, wanted, size is None, copied, unnamed.close)
         os.dup2(kept, memory.fd, inheritable=False)  # the memory is free; close() closes the image
         os.close(kept)
+        return os.fstat(memory.fd).st_size
     finally:
         memory.leaving = ""
 
@@ -78,6 +79,7 @@ def _switch(
     """Copy what has changed since *copied*, give the file its name and the store the file, while all wait."""
     memory = store.memory
     layer: Any = store.layer
+    memory.drop_ballast(store.work)
     layer.suspend(store.work)
     kept = -1
     try:
@@ -104,6 +106,8 @@ def _switch(
         layer.spare_bytes = 0
     finally:
         layer.resume(store.work, kept)
+        if kept < 0:
+            memory.take_ballast(store.work)
     return kept
 
 
