@@ -1,0 +1,255 @@
+"""The daemon of a root filesystem, without a machine around it: what it accepts and refuses, how it ends."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from cowfs.linux.mounts import umount2, wait_pid_gone
+from tests.boot.images import HELPERS
+from tests.support.mounts import cowfs, force_umount, is_mounted, mounted, project_root
+from tests.support.system import needs_fuse, needs_root, run
+
+pytestmark = [needs_root, needs_fuse]
+
+DAEMON = HELPERS / "boot/root-daemon"
+
+
+@dataclass
+class Root:
+    """A root daemon's places."""
+
+    top: Path
+
+    def __post_init__(self) -> None:
+        for name in ("lower", "root", "shown"):
+            (self.top / name).mkdir()
+        (self.top / "lower/file").write_text("lower")
+        (self.top / "lower/gone").write_text("lower")
+        run("mksquashfs", self.top / "lower", self.image, "-quiet", "-no-progress")
+
+    @property
+    def image(self) -> Path:
+        return self.top / "sysrcd.dat"
+
+    @property
+    def root(self) -> Path:
+        return self.top / "root"
+
+    def start(self, store: Path | str, mode: str = "rw", engine: str = "auto") -> tuple[int, str]:
+        """Start it; its exit code, and what it said."""
+        # Coverage measures in the environment that -I of the script's first line would hide.
+        done = run(
+            sys.executable, DAEMON, "--image", self.image, "--store", store, "--mode", mode,
+            "--engine", engine, "--mountpoint", self.root, "--show-store", self.top / "shown",
+            "--log", self.top / "log", "--pid-file", self.top / "pid",
+            check=False, env={**os.environ, "PYTHONPATH": project_root()},
+        )  # fmt: skip
+        return done.returncode, done.stderr
+
+    def pid(self) -> int:
+        return int((self.top / "pid").read_text())
+
+    def stop(self) -> None:
+        """Unmount, as the shutdown does, and wait for the daemon."""
+        if is_mounted(self.root):
+            pid = self.pid()
+            umount2(self.root)
+            assert wait_pid_gone(pid, 20)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Iterator[Root]:
+    made = Root(tmp_path)
+    yield made
+    made.stop()
+    for place in (made.root, made.top / "shown"):
+        force_umount(place)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    path = tmp_path / "my störe.bs"
+    cowfs("create", path, "16", check=True)
+    return path
+
+
+@pytest.mark.parametrize("engine", ["auto", "kernel"])
+def test_serves_and_outlives(root: Root, store: Path, engine: str) -> None:
+    code, said = root.start(store, engine=engine)
+    assert (code, "are free" in said) == (0, True), said
+    (root.root / "new").write_text("x")
+    pid = root.pid()
+    assert Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"@")
+    for number in (
+        signal.SIGTERM,
+        signal.SIGINT,
+        signal.SIGHUP,
+        signal.SIGQUIT,
+        signal.SIGTSTP,
+        signal.SIGUSR1,
+    ):
+        os.kill(pid, number)
+    assert not wait_pid_gone(pid, 0.3)
+    (root.root / "after").write_text("y")
+    assert (root.top / "shown/upper/new").exists() == (engine == "kernel")
+    root.stop()
+    assert run("debugfs", "-R", "cat /upper/after", store).stdout == "y"
+    assert cowfs("check", "-n", store).returncode == 0
+
+
+def test_memory(root: Root) -> None:
+    assert root.start("memory")[0] == 0
+    (root.root / "new").write_text("x")
+    assert (root.root / "file").read_text() == "lower"
+
+
+def test_repairs_what_was_not_unmounted(root: Root, store: Path) -> None:
+    with mounted(root.image, root.top / "first", store):
+        pass
+    run("debugfs", "-w", "-R", "ssv state 2", store)
+    code, said = root.start(store)
+    assert code == 0, said
+    assert "has errors before, repaired by e2fsck" in said
+
+
+def test_full_store_is_told_of(root: Root, store: Path) -> None:
+    with (
+        mounted(root.image, root.top / "first", store) as here,
+        (here.path / "ballast").open("wb", buffering=0) as file,
+        pytest.raises(OSError, match="No space"),
+    ):
+        while True:
+            file.write(bytes(1 << 20))
+            os.fsync(file.fileno())
+    code, said = root.start(store)
+    assert code == 0, said
+    assert "WARNING: the store is full" in said
+
+
+def test_store_in_use_is_refused(root: Root, store: Path) -> None:
+    with mounted(root.image, root.top / "first", store):
+        code, said = root.start(store)
+        assert (code, "in use by process" in said) == (32, True), said
+
+
+def test_store_on_read_only_media_is_a_layer(root: Root, store: Path) -> None:
+    with mounted(root.image, root.top / "first", store) as here:
+        (here.path / "file").write_text("changed")
+        (here.path / "gone").unlink()
+    before = store.read_bytes()
+    code, said = root.start(store, "ro")
+    assert code == 0, said
+    assert (root.root / "file").read_text() == "changed"
+    assert sorted(os.listdir(root.root)) == ["file"]
+    (root.root / "file").write_text("once more")
+    (root.root / "gone").write_text("back")
+    assert (root.root / "gone").read_text() == "back"
+    root.stop()
+    assert store.read_bytes() == before
+
+
+def link(path: Path) -> None:
+    path.symlink_to("/etc/passwd")
+
+
+def text(path: Path) -> None:
+    path.write_text("dear diary\n" * 500)
+
+
+def empty(path: Path) -> None:
+    path.touch()
+
+
+def sparse(path: Path) -> None:
+    path.touch()
+    os.truncate(path, 64 << 30)
+
+
+def ext4(path: Path) -> None:
+    run("mke2fs", "-q", "-t", "ext4", "-O", "metadata_csum,64bit", path, "16M")
+
+
+def unknown(path: Path) -> None:
+    cowfs("create", path, "16", check=True)
+    with path.open("r+b") as image:  # s_feature_incompat
+        image.seek(1024 + 96)
+        image.write(b"\x02\x00\x00\x40")
+
+
+def aufs(path: Path) -> None:
+    content = path.with_suffix(".content")
+    content.mkdir()
+    (content / ".wh..wh.aufs").touch()
+    (content / ".wh.gone").touch()
+    (content / "file").write_text("aufs")
+    run("mke2fs", "-q", "-t", "ext3", "-d", content, path, "16M")
+
+
+def foreign(path: Path) -> None:
+    other = path.with_suffix(".lower")
+    other.mkdir()
+    cowfs("create", path, "16", check=True)
+    with mounted(other, path.with_suffix(".mnt"), path):
+        pass
+
+
+def newer(path: Path) -> None:
+    cowfs("create", path, "16", check=True)
+    header = path.with_suffix(".header")
+    header.write_text('{"version": 99}')
+    run("debugfs", "-w", "-R", "rm /cowfs/header.json", path)
+    run("debugfs", "-w", "-R", f"write {header} /cowfs/header.json", path)
+
+
+def beyond_repair(path: Path) -> None:
+    cowfs("create", path, "16", check=True)
+    run("debugfs", "-w", "-R", "clri <8>", path)  # the journal
+    run("debugfs", "-w", "-R", "clri <2>", path)  # and the root
+    run("debugfs", "-w", "-R", "ssv state 2", path)
+
+
+BAD = {
+    link: "not a store",
+    text: "not a store but a text file",
+    empty: "not a store",
+    sparse: "not a store",
+    ext4: "ext4 filesystem",
+    unknown: "filesystem",
+    aufs: "aufs format",
+    foreign: "belongs to",
+    newer: "format version 99",
+    beyond_repair: "cannot be repaired automatically",
+}
+
+
+@pytest.mark.parametrize("make", BAD, ids=lambda make: make.__name__)
+@pytest.mark.parametrize("mode", ["rw", "ro"])
+def test_what_is_no_store_is_refused_and_untouched(root: Root, mode: str, make: object) -> None:
+    path = root.top / "sysrcd.bs"
+    assert callable(make)
+    make(path)
+    size = path.stat().st_size
+    before = path.read_bytes() if size < 1 << 30 else b""
+    code, said = root.start(path, mode)
+    assert code != 0
+    assert not is_mounted(root.root)
+    assert len(said.splitlines()) >= 1
+    if mode == "rw":
+        assert BAD[make] in said, said  # type: ignore[index]
+        assert path.stat().st_size == size
+        if make is not beyond_repair and before:
+            assert path.read_bytes() == before
+
+
+def test_half_a_world_leaves_nothing(root: Root, store: Path) -> None:
+    shutil.rmtree(root.root)
+    code, said = root.start(store)
+    assert code != 0 and said
