@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from perf.bench import Workload
 from perf.bench.untar import TREE, untar
@@ -18,6 +19,8 @@ class RemoveUpper:
     cold: bool = False
     main: bool = False
     writes: bool = True
+    alone: bool = False
+    """Whether there may be no lower, and so no neighbours to look at."""
 
     def setup(self, box: Box) -> None:
         (box.merged / TREE).mkdir()
@@ -27,7 +30,10 @@ class RemoveUpper:
         return box.run(["rm", "-rf", TREE])
 
     def verify(self, box: Box) -> None:
-        verify_gone(box, TREE)
+        if self.alone:
+            verify_removed(box, TREE)
+        else:
+            verify_gone(box, TREE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +56,17 @@ class RemoveLower:
         verify_gone(box, box.state["directory"])
 
 
-def verify_gone(box: Box, name: str) -> None:
-    """Check that *name* is neither listed nor found, and that its neighbours still are."""
+def verify_removed(box: Box, name: str) -> Path:
+    """Check that *name* is neither listed nor found; return where it was."""
     path = box.merged / name
     if path.exists() or path.name in {p.name for p in path.parent.iterdir()}:
         raise WrongResult(f"{name} is still there")
+    return path
+
+
+def verify_gone(box: Box, name: str) -> None:
+    """Check that *name* is neither listed nor found, and that its neighbours still are."""
+    path = verify_removed(box, name)
     above = "" if "/" not in name else name.rpartition("/")[0] + "/"
     wanted = {
         e.path for e in box.corpus.entries if e.path.startswith(above) and "/" not in e.path[len(above) :]
@@ -62,12 +74,6 @@ def verify_gone(box: Box, name: str) -> None:
     missing = {p.name for p in path.parent.iterdir()} ^ {w[len(above) :] for w in wanted - {name}}
     if missing - {"lost+found"}:
         raise WrongResult(f"beside {name}, these names came or went: {sorted(missing)[:5]}")
-
-
-def verify_gone_here(box: Box, name: str) -> None:
-    """Check that *name* is neither listed nor found at the top."""
-    if (box.merged / name).exists() or name in {path.name for path in box.merged.iterdir()}:
-        raise WrongResult(f"{name} is still there")
 
 
 WORKLOADS: list[Workload] = [RemoveUpper(), RemoveLower()]

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from perf.bench import Workload
 from perf.bench.change import Fsync
-from perf.bench.remove import verify_gone_here
-from perf.bench.untar import TREE, untar, verify_unpacked
+from perf.bench.remove import RemoveUpper
+from perf.bench.untar import Untar
 from perf.box import Box, WrongResult
 
 NAMES = 50_000
@@ -15,47 +15,6 @@ FILE = "large"
 GIB = 1 << 30
 REWRITES = 5_000
 REWRITTEN = 128 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class Untar:
-    """``tar xf`` into a new directory."""
-
-    name: str = "store-untar"
-    title: str = "tar xf of 8,000 files"
-    cold: bool = False
-    main: bool = False
-    writes: bool = True
-
-    def setup(self, box: Box) -> None:
-        (box.merged / TREE).mkdir()
-
-    def run(self, box: Box) -> float:
-        return untar(box)
-
-    def verify(self, box: Box) -> None:
-        verify_unpacked(box)
-
-
-@dataclass(frozen=True, slots=True)
-class Remove:
-    """``rm -rf`` of what was unpacked just before."""
-
-    name: str = "store-rm"
-    title: str = "rm -rf of these 8,000 files"
-    cold: bool = False
-    main: bool = False
-    writes: bool = True
-
-    def setup(self, box: Box) -> None:
-        (box.merged / TREE).mkdir()
-        untar(box)
-
-    def run(self, box: Box) -> float:
-        return box.run(["rm", "-rf", TREE])
-
-    def verify(self, box: Box) -> None:
-        verify_gone_here(box, TREE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,8 +119,8 @@ def verify_filled(box: Box) -> None:
 
 
 WORKLOADS: list[Workload] = [
-    Untar(),
-    Remove(),
+    Untar("store-untar", main=False),
+    RemoveUpper("store-rm", alone=True),
     Fsync("store-fsync"),
     Rewrite(),
     Names(),
