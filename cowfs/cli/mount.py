@@ -19,7 +19,7 @@ LOWER is a squashfs image or a directory. Several are stacked, the leftmost on t
 name is written \\: .
 
 The store is where changes go: an image made by `cowfs create`, a directory (made if it is missing),
-or `memory`, which is the default, and is lost at the unmount.
+or `memory`, which is the default, and is lost at the unmount (`cowfs persist` keeps it).
 
 options for -o:
 {options}

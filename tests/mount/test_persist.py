@@ -220,7 +220,8 @@ def test_another_user_is_not_obeyed(base: Path) -> None:
             refused(cowfs(*command, nobody=True), "only root and the owner of the mount are answered")
     assert os.listdir(base / "kept") == []
     os.chown(base / "mnt", NOBODY, NOBODY)
-    with in_memory(base, nobody=True) as here:  # root is, but the daemon may not write there
+    log = base / "nobody.log"
+    with in_memory(base, nobody=True, log=log) as here:  # root is, but the daemon may not write there
         os.chown(base / "kept", 0, 0)
         refused(cowfs("persist", here.path, base / "kept/s"), "Permission denied")
         os.chown(base / "kept", NOBODY, NOBODY)

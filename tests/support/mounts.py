@@ -98,11 +98,12 @@ class Mounted:
         return f"\n--- log of {self.path} ---\n{text[-8000:]}"
 
     def trouble(self) -> list[str]:
-        """The lines of the log that tell of an exception or a warning."""
+        """The lines of the log that tell of an exception or a warning; that a store is nearly full is none."""
         if not self.log.exists():
             return []
         text = self.log.read_text(errors="surrogateescape")
-        return [line for line in text.splitlines() if TROUBLE.search(line)]
+        lines = [line for line in text.splitlines() if TROUBLE.search(line)]
+        return [line for line in lines if "WARNING cowfs.store.room: " not in line]
 
 
 def mount_arguments(
