@@ -18,8 +18,8 @@ from tests.support.system import needs_root, run
 pytestmark = [needs_root, pytest.mark.nightly, pytest.mark.timeout(3600)]
 
 PACKAGES = ",".join(
-    ("systemd-sysv", "udev", "python3", "e2fsprogs", "libfuse3-3", "libext2fs2", "initramfs-tools", "dracut-core",
-     "busybox-static", "kmod", "zstd")
+    ("systemd-sysv", "udev", "python3", "e2fsprogs", "libfuse3-3", "libext2fs2", "initramfs-tools",
+     "dracut-core", "busybox-static", "kmod", "zstd")
 )  # fmt: skip
 MIRROR = "http://deb.debian.org/debian"
 _PATIENCE = 1800.0
@@ -85,7 +85,8 @@ def initramfs(debian: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     """Make an initramfs with the programs of the tree, by name: initramfs-tools or dracut."""
     _, root, version = images.kernel()
     where = debian / "lib/modules" / version
-    run("cp", "-a", root / "lib/modules" / version, where.parent.resolve(), timeout=120)
+    where.parent.mkdir(exist_ok=True)
+    run("cp", "-a", root / "lib/modules" / version, where, timeout=120)
     shutil.copy(root / f"boot/config-{version}", debian / "boot")
     place = tmp_path_factory.mktemp("initramfs")
 
