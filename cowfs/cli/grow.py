@@ -10,10 +10,10 @@ from cowfs.cli.client import ask, mount_with_store
 NAME = "grow"
 
 _DESCRIPTION = """\
-Make a store larger; what is in it stays. Its filesystem is checked (and repaired where that is safe), the file
-is extended, and the filesystem is made to fill it. If a step fails the store is as usable as before: remove the
-cause, and run the same command again. A store that cowfs has mounted (not with the engine kernel) is grown
-under its users, who wait while it is checked and resized. A store in memory may become that large.
+Make a store larger; what is in it stays. Its filesystem is checked (and repaired where that is safe), the
+file is extended, and the filesystem is made to fill it. If a step fails the store is as usable as before:
+remove the cause, and run the same command again. A store that cowfs has mounted (not with the engine kernel)
+is grown under its users, who wait while it is checked and resized. A store in memory may become that large.
 """
 _EPILOG = """\
 SIZE is the new size, not what is added: in megabytes, or with a unit (1024, 1024M, 1G). A store can

@@ -11,9 +11,9 @@ from cowfs.errors import MountFailure, StoreError
 NAME = "persist"
 
 _DESCRIPTION = """\
-Write the changes of a mount whose store is in memory to a new store, STORE, and go on with them there: what
-is changed from now on is kept too. The mount can be used meanwhile; at the end its users wait, a second or two
-for each gigabyte. If it fails, or is interrupted, the mount goes on as it was.
+Write the changes of a mount whose store is in memory to a new store, STORE, and go on with them there:
+what is changed from now on is kept too. The mount can be used meanwhile; at the end its users wait, a second
+or two for each gigabyte. If it fails, or is interrupted, the mount goes on as it was.
 """
 _EPILOG = """\
 SIZE is how large STORE shall be: in megabytes, or with a unit (1024M, 2G). Without it STORE is as large

@@ -98,7 +98,7 @@ class Mounted:
         return f"\n--- log of {self.path} ---\n{text[-8000:]}"
 
     def trouble(self) -> list[str]:
-        """The lines of the log that tell of an exception or a warning; that a store is nearly full is none."""
+        """The lines of the log that tell of an exception or a warning; a store may be nearly full."""
         if not self.log.exists():
             return []
         text = self.log.read_text(errors="surrogateescape")
