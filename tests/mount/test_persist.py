@@ -313,7 +313,7 @@ def write(store: Store, name: bytes, size: int) -> None:
 
 
 def moving(store: Store, directory: Path, size: int | None = None) -> Generator[str, None, None]:
-    """What is said; when it is *copying what changed meanwhile* the next step waits for nobody."""
+    """What is said, and "" for what is done between; the last step of all is done while users wait."""
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         for step in persist(store, fd, "s", str(directory / "s"), size):
