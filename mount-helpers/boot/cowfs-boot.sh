@@ -41,7 +41,8 @@ mount_carrier() {
 
 unmount_carrier() { umount "$disks/$1" && rmdir "$disks/$1"; }
 
-is_mounted() { grep -q " $1 " "$COWFS_PROC/mounts"; }
+# Whether something is mounted at $1; with $2: rw or ro, as the kernel has it, whatever was asked for.
+is_mounted() { grep -q "^[^ ]* $1 [^ ]* ${2-}" "$COWFS_PROC/mounts"; }
 
 # --- the root image
 
@@ -126,7 +127,7 @@ open_carrier() {
     elif ! mount_carrier "$1" rw; then
         mount_carrier "$1" ro || return
     fi
-    [ -w "$disks/$1" ] || store_mode=ro
+    is_mounted "$disks/$1" rw || store_mode=ro
 }
 
 close_carrier() {
