@@ -11,7 +11,7 @@ from perf.bench.untar import Untar
 from perf.box import Box, WrongResult
 
 NAMES = 50_000
-FILE = "large"
+FILE = "written"
 GIB = 1 << 30
 REWRITES = 5_000
 REWRITTEN = 128 << 20
@@ -78,9 +78,12 @@ class Read:
         box.client("fill", box.names_file([FILE, str(GIB)]))
 
     def run(self, box: Box) -> float:
-        return box.client("skim", box.names_file([FILE]))[0]
+        seconds, box.state["seen"] = box.client("skim", box.names_file([FILE]))
+        return seconds
 
     def verify(self, box: Box) -> None:
+        if box.state["seen"] != str(GIB):
+            raise WrongResult(f"{box.state['seen'] or 'nothing'} was read instead of {GIB} bytes")
         verify_filled(box)
 
 

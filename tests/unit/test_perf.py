@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from perf import corpus, images, machine, plot, report, requests, run, samples
-from perf.bench import Workload, workloads
+from perf.bench import Workload, store, workloads
 from perf.box import Box, SampleFailed, WrongResult
 from perf.peers import needs, systems
 from perf.samples import Results, Sample
@@ -48,8 +48,10 @@ def made(tmp_path: Path) -> corpus.Corpus:
 
 
 @pytest.fixture
-def box(tmp_path: Path, made: corpus.Corpus) -> Iterator[Box]:
+def box(tmp_path: Path, made: corpus.Corpus, monkeypatch: pytest.MonkeyPatch) -> Iterator[Box]:
     """A box whose merged tree is a plain copy of the reference."""
+    monkeypatch.setattr(store, "GIB", 32 << 20)
+    monkeypatch.setattr(store, "NAMES", 2_000)
     scratch = tmp_path / "tmpfs/scratch"
     scratch.mkdir(parents=True)
     box = Box(tmp_path / "box", scratch, made, limit=60)
