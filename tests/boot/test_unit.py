@@ -1,0 +1,71 @@
+"""The systemd unit, without systemd: its own commands, as systemd would run them."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import socket
+import subprocess
+from pathlib import Path
+
+from tests.boot.images import HELPERS
+from tests.support.mounts import COWFS, cowfs, force_umount, is_mounted, project_root
+from tests.support.system import needs_fuse, needs_root, run
+
+UNIT = HELPERS / "systemd/cowfs@.service"
+
+
+def commands(environment: dict[str, str]) -> dict[str, list[str]]:
+    """The Exec lines of the unit, with what the environment file says in place of the variables."""
+    found = {}
+    for key, line in re.findall(r"^(Exec\w+)=(.*)$", UNIT.read_text(), re.MULTILINE):
+        words = [
+            re.sub(r"\$\{(\w+)\}", lambda match: environment[match[1]], word) for word in shlex.split(line)
+        ]
+        assert words[0] == "/usr/bin/cowfs"
+        found[key] = [*COWFS, *words[1:]]
+    return found
+
+
+def example() -> dict[str, str]:
+    lines = (HELPERS / "systemd/cowfs.conf.example").read_text().splitlines()
+    return dict(line.split("=", 1) for line in lines if not line.startswith("#"))
+
+
+@needs_root
+@needs_fuse
+def test_ready_when_it_answers_and_clean_when_it_has_stopped(tmp_path: Path) -> None:
+    (tmp_path / "lower").mkdir()
+    (tmp_path / "lower/file").write_text("x")
+    place, store = tmp_path / "merged tree", tmp_path / "my store.bs"
+    place.mkdir()
+    cowfs("create", store, "16", check=True)
+    settings = example() | {
+        "LOWER": str(tmp_path / "lower"), "STORE": str(store), "MOUNTPOINT": str(place),
+    }  # fmt: skip
+    lines = commands(settings)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        manager.settimeout(60)
+        environment = {
+            **os.environ, "PYTHONPATH": project_root(), "NOTIFY_SOCKET": str(tmp_path / "notify"),
+        }  # fmt: skip
+        service = subprocess.Popen(lines["ExecStart"], env=environment)
+        try:
+            told = manager.recv(4096).decode().splitlines()
+            assert told == ["READY=1", f"MAINPID={service.pid}"]
+            assert (place / "file").read_text() == "x"
+            (place / "new").write_text("y")
+            run(*lines["ExecStop"], env=environment)
+            assert service.wait(30) == 0
+        finally:
+            if is_mounted(place):
+                force_umount(place)
+            service.wait(30)
+    assert cowfs("check", "-n", store).returncode == 0
+    assert run("debugfs", "-R", "cat /upper/new", store).stdout == "y"
+
+
+def test_the_example_sets_what_the_unit_wants() -> None:
+    assert set(re.findall(r"\$\{(\w+)\}", UNIT.read_text())) == set(example())
