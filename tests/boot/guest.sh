@@ -8,7 +8,7 @@ tell_root() {
     out "store: $(sed -n 's/^store: *//p' /run/info)"
     out "lower: $(sed -n 's/^lower: *//p' /run/info)"
     out "memory: $(awk '$2 == "/mnt/memory" { print $3, substr($4, 1, 2) }' /proc/mounts)"
-    out "view: $(ls /run/initramfs/cowfs/view | tr '\n' ' ')"
+    out "view: $(echo /run/initramfs/cowfs/view/*)"
     out "motd: $(cat /run/motd.d/cowfs 2>/dev/null | tr '\n' ' ')"
 }
 

@@ -217,13 +217,30 @@ def test_store_on_a_disc_is_a_layer_below_memory(boot: Boot, parts: Parts, tmp_p
         machine.shows("are unmounted cleanly")
 
 
-def test_no_store_is_looked_for(boot: Boot, image_disk: Path, tmp_path: Path) -> None:
-    mine = images.fat_stick(tmp_path / "stick.img", {"/sysrcd.bs": make_store(tmp_path / "s.bs")}, 64)
+def test_no_store_is_looked_for_and_one_is_made_later(boot: Boot, image_disk: Path, tmp_path: Path) -> None:
+    """Changes in memory by the user's choice, who then changes his mind; and what `cowfs find` tells him."""
+    mine = images.fat_stick(tmp_path / "stick.img", {"/sysrcd.bs": make_store(tmp_path / "s.bs")}, 96)
     devices = [*hard_disk(image_disk, "image"), *stick(mine, "stick")]
-    with boot(f"{PLAIN} backstore=off", test=f"{GUEST}\n tell_root", devices=devices).wait() as machine:
+    test = f"""{GUEST}
+        tell_root
+        out "found: $(cowfs find | tr '\\n' ' ')"
+        echo kept >/root/kept
+        mkdir /mnt/stick && mount -t vfat /dev/sda1 /mnt/stick
+        cowfs persist / /mnt/stick/kept.bs 24
+        out "persist: $?"
+        echo also >/root/also
+    """
+    with boot(f"{PLAIN} backstore=off", test=test, devices=devices).wait() as machine:
         assert machine.said("store") == "in memory (lost at the unmount)"
         assert machine.said("motd") == ""
+        assert "/dev/sda1 /sysrcd.bs" in machine.said("found").replace("  ", " ")
+        assert "TAKEN: the first that can be used" in machine.said("found")
+        assert machine.said("persist") == "0"
         machine.shows(r"changes are kept in memory \(backstore=off\)", "are unmounted cleanly")
+    after = images.from_fat(mine, "/kept.bs", tmp_path / "kept.bs")
+    assert images.is_clean(after) == ""
+    assert (content(after, "root/kept"), content(after, "root/also")) == ("kept\n", "also\n")
+    assert images.fat_is_clean(mine) == ""
 
 
 def test_missing_store_asks_in_a_shell(boot: Boot, image_disk: Path) -> None:
