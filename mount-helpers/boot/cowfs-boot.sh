@@ -21,6 +21,18 @@ disks=$top/disk
 # disk of a system that sleeps), ro, or rw.
 mount_carrier() {
     mkdir -p "$disks/$1"
+    # What a filesystem is no good as, its driver would complain of on the console.
+    printk=$COWFS_PROC/sys/kernel/printk
+    level=$(fact "$printk" | cut -f 1)
+    echo 1 >"$printk"
+    mount_as_any "$1" "$2"
+    result=$?
+    echo "${level:-7}" >"$printk"
+    [ $result = 0 ] || rmdir "$disks/$1"
+    return $result
+}
+
+mount_as_any() {
     for try in ext4:noload vfat:utf8 exfat:iocharset=utf8 ntfs3:iocharset=utf8 iso9660:utf8 udf:utf8 \
         btrfs:rescue=nologreplay xfs:norecovery; do
         type=${try%%:*} options=${try#*:}
@@ -35,7 +47,6 @@ mount_carrier() {
         esac
         mount -t "$type" -o "$mode,noatime$options" "$(node "$1")" "$disks/$1" 2>/dev/null && return
     done
-    rmdir "$disks/$1"
     return 1
 }
 

@@ -219,14 +219,14 @@ def test_store_on_a_disc_is_a_layer_below_memory(boot: Boot, parts: Parts, tmp_p
 
 def test_no_store_is_looked_for_and_one_is_made_later(boot: Boot, image_disk: Path, tmp_path: Path) -> None:
     """Changes in memory by the user's choice, who then changes his mind; and what `cowfs find` tells him."""
-    mine = images.fat_stick(tmp_path / "stick.img", {"/sysrcd.bs": make_store(tmp_path / "s.bs")}, 96)
+    mine = images.fat_stick(tmp_path / "stick.img", {"/sysrcd.bs": make_store(tmp_path / "s.bs")}, 192)
     devices = [*hard_disk(image_disk, "image"), *stick(mine, "stick")]
     test = f"""{GUEST}
         tell_root
         out "found: $(cowfs find | tr '\\n' ' ')"
         echo kept >/root/kept
         mkdir /mnt/stick && mount -t vfat /dev/sda1 /mnt/stick
-        cowfs persist / /mnt/stick/kept.bs 24
+        cowfs persist / /mnt/stick/kept.bs 128
         out "persist: $?"
         echo also >/root/also
     """
