@@ -86,7 +86,9 @@ def run(args: argparse.Namespace) -> int:
     mountpoint = check_mountpoint(args.mountpoint, union)
     _check_permission(mountpoint, given)
     log = given.values.get("log")
-    log = os.path.abspath(log) if log else None
+    if log:
+        log = os.path.abspath(log)
+        _check_log(log)
 
     def daemon(reporter: Reporter) -> int:
         set_up_log(log, foreground=args.foreground)
@@ -96,6 +98,14 @@ def run(args: argparse.Namespace) -> int:
     if store == "memory" and not args.foreground and "ro" not in given.flags:
         print("cowfs: changes are kept in memory, lost at the unmount (--store keeps them)", file=sys.stderr)
     return code
+
+
+def _check_log(path: str) -> None:
+    """SystemFailure when the log cannot be written: said here, where somebody reads it."""
+    try:
+        os.close(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644))
+    except OSError as error:
+        raise SystemFailure(f"{path}: cannot be the log: {error.strerror}") from None
 
 
 def _check_system() -> None:

@@ -17,7 +17,7 @@ from cowfs.layers.base import UpperLayer
 from cowfs.layers.directory import DirectoryLayer
 from cowfs.linux import mounts
 from cowfs.store import layout, lock, tools
-from cowfs.store.header import new_header
+from cowfs.store.header import check_lowers, new_header
 from cowfs.store.store import Store, Wanted, finish
 from cowfs.store.superblock import Superblock, read_superblock
 
@@ -50,6 +50,8 @@ def open_image(path: str, want: Wanted) -> Store:
             superblock = read_superblock(fd, path)
         elif want.engine == "auto" and superblock.needs_recovery:
             kernel = os.geteuid() == 0  # which can leave out what is in the journal; we cannot
+        if not kernel and not want.read_only:
+            _refuse_untouched(fd, path, want)
         mount = _mount if kernel else _read_ourselves
         layer = mount(fd, path, superblock, want, stack)
         return _open_layer(path, layer, superblock, want, stack)
@@ -113,6 +115,14 @@ def _read_ourselves(fd: int, path: str, superblock: Superblock, want: Wanted, st
             f"cowfs check {path} recovers it",
         )
     return open_layer(fd, path, stack, read_only=want.read_only)
+
+
+def _refuse_untouched(fd: int, path: str, want: Wanted) -> None:
+    """Refuse what is no store, or another lower's, before a byte of it is changed by opening it to write."""
+    with ExitStack() as looking:
+        layer = open_layer(fd, path, looking, read_only=True)
+        if layout.recognise(layer) == "store" and not want.force_lower:
+            check_lowers(layout.load_header(layer), want.lowers, path)
 
 
 def open_layer(fd: int, path: str, stack: ExitStack, *, read_only: bool = False) -> Ext3Layer:

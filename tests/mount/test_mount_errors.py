@@ -74,6 +74,13 @@ def refused(
     return said
 
 
+def test_a_log_that_cannot_be_written(base: Path) -> None:
+    refused(
+        base, 2, "/proc/none", "cannot be the log",
+        arguments=[str(base / "lower"), str(base / "mnt"), "-o", "log=/proc/none"],
+    )  # fmt: skip
+
+
 def test_no_arguments(base: Path) -> None:
     for arguments in ([], [str(base / "lower")]):
         refused(base, 1, "required", arguments=arguments)

@@ -333,6 +333,24 @@ def test_what_cannot_be_looked_at_in_process_is_told(image: Path, tmp_path: Path
     assert said == [f"{dirty}: was not cleanly unmounted, recovered"]
 
 
+@pytest.mark.parametrize("other", ["lower", "aufs", "full"])
+def test_a_refused_image_is_not_touched(image: Path, other: str) -> None:
+    store = open_store(str(image), lowers=[LOWER])
+    store.bind([LOWER])
+    store.close()
+    if other != "lower":
+        names_of = {"aufs": [".wh..wh.aufs"], "full": ["home"]}[other]
+        for name in ("upper", "work", "cowfs"):
+            run("debugfs", "-w", "-R", f"unlink {name}", image)
+        for name in names_of:
+            run("debugfs", "-w", "-R", f"mkdir {name}", image)
+        run("e2fsck", "-fy", image, check=False)
+    before = image.read_bytes()
+    with pytest.raises((StoreError, WrongLower)):
+        open_store(str(image), engine="process", lowers=[OTHER])
+    assert image.read_bytes() == before
+
+
 def test_the_engines_take_turns(image: Path) -> None:
     for number in range(4):
         store = open_store(str(image), engine=("kernel", "process")[number % 2])
