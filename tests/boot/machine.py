@@ -159,7 +159,7 @@ class Machine:
 
     def said(self, key: str) -> str:
         """What the guest's test printed as ``TEST key: value``, the last time."""
-        found = re.findall(rf"^TEST {re.escape(key)}: (.*)$", self._text, re.MULTILINE)
+        found = re.findall(rf"TEST {re.escape(key)}: (.*)$", self._text, re.MULTILINE)
         if not found:
             raise self._fail(f"the test in the machine did not say {key!r}")
         return str(found[-1])

@@ -143,7 +143,7 @@ def test_systemd_starts_and_ends_clean(
     LOGS.mkdir(parents=True, exist_ok=True)
     for boots in ("1", "2"):
         log = LOGS / f"systemd-{kind}.{boots}.log"
-        line = f"{options} systemd.mask=dev-hugepages.mount"
+        line = f"{options} systemd.mask=serial-getty@ttyS0.service"
         with Machine(kernel, made, log, options=line, test=TEST, devices=devices, memory=768) as machine:
             machine.wait(_PATIENCE)
             assert machine.said("root") == "fuse.cowfs"
