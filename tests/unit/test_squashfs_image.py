@@ -355,7 +355,7 @@ def test_summary_says_what_unsquashfs_says(
 def test_summary_of_an_uncompressed_image_without_fragments(tree: Path, tmp_path: Path, opened: Open) -> None:
     options = ("-noI", "-noD", "-noF", "-noX", "-no-fragments", "-no-exports", "-no-xattrs", "-no-duplicates")
     facts = dict(opened(mksquashfs(tmp_path / "image.sqfs", tree, options=options)).summary())
-    assert facts["uncompressed"] == "inodes, data, fragments, attributes"
+    assert facts["uncompressed"] == "inodes, data, fragments, attributes, owners"
     assert facts["attribute sets"] == "none"
     assert facts["export table"] == "no"
     assert facts["duplicates"] == "kept"
