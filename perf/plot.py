@@ -21,11 +21,12 @@ COLOURS = {
     "fuse-overlayfs": "#c8643c",
     "unionfs-fuse": "#d9a441",
     "cowfs-process": "#1b7f5c",
+    "cowfs-store": "#1b7f5c",
     "squashfs": "#33527a",
     "squashfuse_ll+fuse-overlayfs": "#c8643c",
 }
 OTHER = "#8c8c8c"
-OWN = ("cowfs", "cowfs-process")
+OWN = ("cowfs", "cowfs-process", "cowfs-store")
 
 
 def seconds(results: Results, workload: str, system: str) -> Spread | None:

@@ -10,7 +10,10 @@ from pathlib import Path
 from perf.samples import Results, Spread, ratio, spread
 
 FOLDER = Path(__file__).with_name("results")
-BASES = ("cowfs", "overlayfs", "cowfs-process", "squashfuse_ll", "squashfuse_ll+fuse-overlayfs")
+BASES = (
+    *("cowfs", "overlayfs", "cowfs-store", "cowfs-process"),
+    *("squashfuse_ll", "squashfuse_ll+fuse-overlayfs"),
+)
 """What the others are compared with: cowfs, and those it is compared with most."""
 
 
