@@ -184,6 +184,6 @@ def _format(fd: int, path: str) -> None:
     finally:
         os.close(content)
     # debugfs exits with 0 whatever happens, so look.
-    made = debugfs.requests(image, ["cat cowfs/header.json", "ls -p <2>"], pass_fds=[fd])
-    if made[0] != header or b"/upper/" not in made[1] or b"/work/" not in made[1]:
+    made = debugfs.requests(image, ["cat cowfs/header.json"], pass_fds=[fd])[0]
+    if made != header or not {b"upper", b"work"} <= debugfs.names(image, [fd]):
         raise StoreError(f"{path}: debugfs could not write the header into the new filesystem")

@@ -54,9 +54,9 @@ def read_file(image: str, path: str) -> bytes:
     return requests(image, [f"cat {path}"])[0]
 
 
-def names(image: str) -> set[bytes]:
+def names(image: str, pass_fds: Sequence[int] = ()) -> set[bytes]:
     """Return the names at the root of the image."""
-    return {name for _, _, name in _list(requests(image, ["ls -p <2>"])[0])}
+    return {name for _, _, name in _list(requests(image, ["ls -p <2>"], pass_fds=pass_fds)[0])}
 
 
 def _list(answer: bytes) -> Iterator[tuple[int, int, bytes]]:

@@ -322,13 +322,12 @@ class UnionMachine(RuleBasedStateMachine):
         return inode
 
     def teardown(self) -> None:
-        if self.fs is None:
-            return
         try:
-            for handle, _inode in self.handles:
-                self.fs.fs.release_handle(handle)
-            self.fs.close()
-            self.by_the_kernel()
+            if self.fs is not None:  # else nothing was built
+                for handle, _inode in self.handles:
+                    self.fs.fs.release_handle(handle)
+                self.fs.close()
+                self.by_the_kernel()
         finally:
             shutil.rmtree(self.place)
 

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
-from cowfs import assemble
 from tests.model.test_model import EXAMPLES, UnionMachine
 from tests.support import ext3
 from tests.support.system import run
@@ -40,20 +35,9 @@ class ImageMachine(UnionMachine):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def in_process() -> Iterator[None]:
-    """Root asks the kernel otherwise."""
-    place = Path(tempfile.mkdtemp(prefix="cowfs-model-", dir="/dev/shm"))
-    ImageMachine.empty = ext3.make(place / "empty", size=16 << 20)
-    before = assemble.open_store
-    with pytest.MonkeyPatch.context() as patch:
-
-        @functools.wraps(before)
-        def open_store(spec: str, **how: object) -> object:
-            return before(spec, **{**how, "engine": "process"})  # type: ignore[arg-type]
-
-        patch.setattr(assemble, "open_store", open_store)
-        yield
-    shutil.rmtree(place)
+def empty(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """An image to copy: making one takes longer than most histories."""
+    ImageMachine.empty = ext3.make(tmp_path_factory.mktemp("model") / "empty", size=16 << 20)
 
 
 ImageMachine.TestCase.settings = settings(UnionMachine.TestCase.settings, max_examples=max(EXAMPLES // 3, 1))
