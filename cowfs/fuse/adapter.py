@@ -21,7 +21,7 @@ from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, Setatt
 
 from cowfs.fuse import libfuse
 from cowfs.fuse.loop import RequestLoop
-from cowfs.overlay.acl import DEFAULT as DEFAULT_ACL
+from cowfs.layers.acl import DEFAULT as DEFAULT_ACL
 from cowfs.overlay.attr import NewAttributes
 from cowfs.overlay.dir import Owner
 from cowfs.overlay.file import Handle

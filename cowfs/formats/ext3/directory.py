@@ -1,4 +1,4 @@
-"""The names of directories, kept in dictionaries: libext2fs looks through all of a directory for one."""
+"""The names of directories, kept in dictionaries: a lookup reads no blocks."""
 
 from __future__ import annotations
 
