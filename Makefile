@@ -54,6 +54,8 @@ DRACUT = $(DESTDIR)$(PREFIX)/lib/dracut/modules.d/90cowfs
 MKINITCPIO = $(DESTDIR)$(PREFIX)/lib/initcpio
 SYSTEMD = $(DESTDIR)$(PREFIX)/lib/systemd/system
 install-boot: ## install what it takes to boot from cowfs (DESTDIR and PREFIX are honoured)
+	@command -v busybox >/dev/null && ! ldd "$$(command -v busybox)" >/dev/null 2>&1 || \
+		{ echo 'install-boot: needs a static busybox (Debian: busybox-static)' >&2; exit 1; }
 	install -d $(BOOT) $(INITRAMFS_TOOLS)/hooks $(INITRAMFS_TOOLS)/scripts $(DRACUT) $(MKINITCPIO)/install \
 		$(MKINITCPIO)/hooks $(SYSTEMD)
 	install -m 755 "$$(command -v busybox)" $(BOOT)/busybox

@@ -61,11 +61,12 @@ def boot(parts: Parts, request: pytest.FixtureRequest) -> Callable[..., Machine]
         old.unlink()
     count = 0
 
-    def switch_on(options: str = "", **more: object) -> Machine:
+    def switch_on(options: str = "", *, initramfs: Path | None = None, **more: object) -> Machine:
         nonlocal count
         count += 1
         log = LOGS / f"{name}.{count}.log"
-        return Machine(parts.kernel, parts.initramfs, log, options=options, **more)  # type: ignore[arg-type]
+        start = initramfs or parts.initramfs
+        return Machine(parts.kernel, start, log, options=options, **more)  # type: ignore[arg-type]
 
     return switch_on
 

@@ -73,6 +73,12 @@ class Machine:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+        if error is not None and hasattr(error, "add_note") and not isinstance(error, Failed):
+            error.add_note(self._tail())
+
+    def close(self) -> None:
+        """Switch it off, if it is on, and leave nothing of it."""
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait()
@@ -81,8 +87,6 @@ class Machine:
         self.process.stdin.close()
         self.process.stdout.close()
         self._monitor_path.unlink(missing_ok=True)
-        if error is not None and hasattr(error, "add_note") and not isinstance(error, Failed):
-            error.add_note(self._tail())
 
     def _read(self) -> None:
         assert self.process.stdout
@@ -122,13 +126,15 @@ class Machine:
         return match
 
     def wait(self, seconds: float = PATIENCE) -> Machine:
-        """Wait until the machine is off."""
+        """Wait until the machine is off; if it does not go off as it should, it is closed."""
         try:
             self.process.wait(seconds)
         except subprocess.TimeoutExpired:
+            self.close()
             raise self._fail(f"not off after {seconds:g} s") from None
         self._reader.join()
         if "Kernel panic" in self._text:
+            self.close()
             raise self._fail("the kernel panicked")
         return self
 

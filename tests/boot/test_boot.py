@@ -18,9 +18,6 @@ from tests.support.system import needs_root, run
 
 pytestmark = [needs_root, pytest.mark.slow, pytest.mark.timeout(900)]
 
-often_enough = pytest.mark.nightly
-"""With `make boot-test-full`: every change is tried with the boots above alone, to be done in time."""
-
 Boot = Callable[..., Machine]
 GUEST = Path(__file__).with_name("guest.sh").read_text()
 CARRIER = "/run/initramfs/cowfs/disk"
@@ -160,7 +157,6 @@ def test_stick_that_comes_late_is_waited_for(boot: Boot, image_disk: Path, tmp_p
     assert images.is_clean(images.from_fat(late, "/late/my.bs", tmp_path / "after.bs")) == ""
 
 
-@often_enough
 def test_what_cannot_be_used_is_said_and_changes_are_in_memory(
     boot: Boot, image_disk: Path, tmp_path: Path
 ) -> None:
@@ -194,7 +190,6 @@ def test_what_cannot_be_used_is_said_and_changes_are_in_memory(
         assert after.read_bytes() == file.read_bytes(), "what is refused is not to be touched"
 
 
-@often_enough
 def test_store_on_a_disc_is_a_layer_below_memory(boot: Boot, parts: Parts, tmp_path: Path) -> None:
     """Image and store on a CD: what was changed is seen, what is changed now is lost."""
     files = tmp_path / "cd"
@@ -222,7 +217,6 @@ def test_store_on_a_disc_is_a_layer_below_memory(boot: Boot, parts: Parts, tmp_p
         machine.shows("are unmounted cleanly")
 
 
-@often_enough
 def test_no_store_is_looked_for_and_one_is_made_later(boot: Boot, image_disk: Path, tmp_path: Path) -> None:
     """Changes in memory by the user's choice, who then changes his mind; and what `cowfs find` tells him."""
     mine = images.fat_stick(tmp_path / "stick.img", {"/sysrcd.bs": make_store(tmp_path / "s.bs")}, 192)
@@ -249,7 +243,6 @@ def test_no_store_is_looked_for_and_one_is_made_later(boot: Boot, image_disk: Pa
     assert images.fat_is_clean(mine) == ""
 
 
-@often_enough
 def test_missing_store_asks_in_a_shell(boot: Boot, image_disk: Path) -> None:
     """A store that was named and is not there: a shell, and then the choice that was made there."""
     options = f"{PLAIN} backstore=alldev,/nowhere.bs backstore.wait=1"
@@ -262,7 +255,6 @@ def test_missing_store_asks_in_a_shell(boot: Boot, image_disk: Path) -> None:
         assert "no disk that was looked at has the store /nowhere.bs" in machine.said("motd")
 
 
-@often_enough
 def test_missing_store_ends_the_boot_when_told_to(boot: Boot, image_disk: Path) -> None:
     options = f"{PLAIN} backstore=/nowhere.bs backstore.wait=0 backstore.fallback=fail"
     with boot(options, test="out 'up: yes'", devices=hard_disk(image_disk, "image")).wait() as machine:

@@ -3,6 +3,6 @@
 
 # shellcheck disable=SC2154 # root and NEWROOT are dracut's
 if [ "$root" = cowfs ] && ! ismounted "$NEWROOT"; then
-    while read -r module; do modprobe -q "$module" </dev/null; done </usr/lib/cowfs/modules
+    while read -r module; do modprobe -q "$module" </dev/null 2>/dev/null; done </usr/lib/cowfs/modules
     /usr/lib/cowfs/busybox sh /usr/lib/cowfs/mount-root "$NEWROOT" || die 'cowfs: there is no root filesystem'
 fi
