@@ -124,6 +124,7 @@ def find_stores(wanted: Wanted, *, fingerprint: str = "", first: str = "") -> li
     names = list(devices(wanted.scope))
     names.sort(key=lambda name: name != first)
     found = [thing for name in names for thing in _look(name, wanted.path)]
+    found.sort(key=lambda thing: not thing.writable)
     _judge(found, fingerprint)
     return found
 
@@ -140,8 +141,9 @@ def _look(name: str, path: str) -> Iterator[Found]:
         at = f"{os.major(number)}:{os.minor(number)}"
         here = [mount for mount in mounts.mountinfo() if mount.dev == at and mount.root == b"/"]
         if here:
-            found.where = os.fsdecode(here[-1].mountpoint)
-            root, fstype = found.where, here[-1].fstype
+            shown = min(here, key=lambda mount: len(mount.mountpoint))  # not one in the daemon's own world
+            found.where = os.fsdecode(shown.mountpoint)
+            root, fstype = found.where, shown.fstype
         elif os.geteuid() != 0:
             return
         else:
@@ -187,7 +189,7 @@ def _judge(found: list[Found], fingerprint: str) -> None:
             thing.why = thing.problem
         elif facts["format"] not in {"overlayfs", "none yet"}:
             thing.why = f"has the format {facts['format']}, which cannot be used"
-        elif fingerprint and lowers and lowers != [fingerprint]:
+        elif fingerprint and lowers and lowers[-1] != fingerprint:
             thing.why = "belongs to another root image"
         elif not thing.writable and not lowers:
             thing.why = "is empty, and on read-only media"
@@ -198,5 +200,7 @@ def _judge(found: list[Found], fingerprint: str) -> None:
             thing.why = "the first that can be used"
             if not thing.writable:
                 thing.why += "; on read-only media: changes will be in memory"
-            elif not fingerprint and lowers:
+            if len(lowers) > 1:
+                thing.why += ", with the stores on read-only media that it stands on"
+            if not fingerprint and lowers:
                 thing.why += ", if its lower is the root image"

@@ -8,12 +8,16 @@
 #   disk/NAME/    the carriers: filesystems that hold the image or the store
 #   view/         the root image, mounted by the kernel: the lower, as it is
 #   store/        the filesystem of the store, if it has one
+#   below/        in world/: those of stores on read-only media that the store stands on
 #   world/        the daemon's root: the image again, with /dev, /proc, /sys and the places above in it
 #   log           what was said
 #   daemon.pid    the daemon's process
 
 : "${top:?cowfs-options.sh comes first}"
 disks=$top/disk
+newline='
+'
+below='' # what root-daemon gets for the stores on read-only media, a word a line: blanks may be in them
 
 # --- carriers
 
@@ -84,21 +88,39 @@ find_image() {
 
 # --- the store
 
-# Sets candidates: the devices with a file of the right name, in the order of devices(), but the one of the
-# root image first. $1: the path.
+# Sets the devices with a file of the right name, in the order of devices(), but the one of the root image first:
+# candidates, and on_read_only_media. $1: the path.
 find_candidates() {
-    candidates=''
     found=$(devices "$scope")
     [ "$found" != "$seen" ] || return 0 # nothing new, so nothing to look at again
-    seen=$found
-    for device in $found; do
+    seen=$found candidates='' on_read_only_media=''
+    for device in $(image_device_first); do
         if [ "$device" = "$image_device" ]; then
-            is_candidate "$device" "$1" && candidates="$device $candidates"
+            is_candidate "$device" "$1" && note_candidate "$device"
         elif [ ! -e "$COWFS_SYS/block/$device/$image_device" ] && mount_carrier "$device" look; then
-            is_candidate "$device" "$1" && candidates="$candidates $device"
+            is_candidate "$device" "$1" && note_candidate "$device"
             unmount_carrier "$device"
         fi
     done
+}
+
+image_device_first() {
+    for device in $found; do [ "$device" != "$image_device" ] || echo "$device"; done
+    for device in $found; do [ "$device" = "$image_device" ] || echo "$device"; done
+}
+
+note_candidate() {
+    if is_read_only_media "$1"; then
+        on_read_only_media="$on_read_only_media $1"
+    else
+        candidates="$candidates $1"
+    fi
+}
+
+# Whether the carrier $1, which is mounted, can never be written to.
+is_read_only_media() {
+    [ "$(fact "$COWFS_SYS/class/block/$1/ro")" = 1 ] ||
+        grep -qE "^[^ ]* $disks/$1 (iso9660|udf|squashfs) " "$COWFS_PROC/mounts"
 }
 
 # Whether there is something by the path $2 on the carrier $1; a name that is there and no use is told of.
@@ -114,14 +136,15 @@ is_candidate() {
     return 1
 }
 
-# Look until there is a candidate or the patience is over. $1: the path.
+# Look until there is a candidate that can be written to, or the patience is over. $1: the path.
 wait_for_candidates() {
     waited=0 seen=none
     while :; do
         find_candidates "$1"
         [ -z "$candidates" ] || return 0
         if [ $waited -ge "$patience" ] && { [ $waited -ge 30 ] || ! disk_is_coming; }; then
-            return 1
+            [ -n "$on_read_only_media" ]
+            return
         fi
         [ $waited != 1 ] || say "waiting for a disk with the store $1"
         sleep 1
@@ -139,6 +162,7 @@ open_carrier() {
         mount_carrier "$1" ro || return
     fi
     is_mounted "$disks/$1" rw || store_mode=ro
+    is_mounted "$world$disks/$1" || bind_into_world "$disks/$1"
 }
 
 close_carrier() {
@@ -146,34 +170,48 @@ close_carrier() {
         mount -o remount,ro "$disks/$1" 2>/dev/null
     else
         umount "$world$disks/$1" && unmount_carrier "$1"
-    fi
+    fi 2>/dev/null
 }
 
-# Try the candidates one by one; the first that cowfs accepts becomes the root. $1: the path.
+# Try the candidates one by one; the first that cowfs accepts becomes the root. What can be written to comes
+# first, and may stand on what cannot. $1: the path.
 use_store() {
-    wait_for_candidates "$1" || {
-        tell_missing "$1"
+    path=$1
+    wait_for_candidates "$path" || {
+        tell_missing "$path"
         return 1
     }
+    for device in $on_read_only_media; do
+        open_carrier "$device" && below="$below--below$newline$disks/$device$path$newline"
+    done
     # shellcheck disable=SC2086 # one word each
-    set -- "$1" $candidates
-    path=$1
-    shift
+    set -- $candidates $on_read_only_media
     [ $# = 1 ] || say "stores on $*: the first one is tried first"
     for device; do
         shift
         open_carrier "$device" || continue
-        [ "$device" = "$image_device" ] || bind_into_world "$disks/$device"
         [ $store_mode = rw ] || warn "$path on $device cannot be written to (read-only media): changes are kept in memory"
         if serve "$disks/$device$path" $store_mode; then
             say "store: $path on $device"
-            [ $# = 0 ] || warn "several stores: $path on $device is used, those on $* are not"
+            [ $# = 0 ] || tell_unused "$device" "$@"
             return 0
         fi
         warn "the store $path on $device is not used: $(tail -n 1 "$top/refused" 2>/dev/null)"
         close_carrier "$device"
     done
     return 1
+}
+
+# The store on $1 is used; those on the others are not, but as a layer below it.
+tell_unused() {
+    used=$1 unused=''
+    shift
+    for device; do
+        grep -qF "stands on $disks/$device$path" "$top/refused" && continue
+        close_carrier "$device"
+        unused="$unused $device"
+    done
+    [ -z "$unused" ] || warn "several stores: $path on $used is used, those on$unused are not"
 }
 
 tell_missing() {
@@ -206,7 +244,7 @@ make_world() {
     mount -t sysfs -o nosuid,noexec,nodev,ro sysfs "$world/sys"
     mount -t tmpfs -o mode=755,size=16m cowfs-run "$world/run"
     mount -t tmpfs -o mode=1777,size=16m cowfs-tmp "$world/tmp"
-    mkdir -p "$world$top/root" "$world$top/store"
+    mkdir -p "$world$top/root" "$world$top/store" "$world$top/below"
     bind_into_world "$disks/$image_device"
 }
 
@@ -218,9 +256,15 @@ bind_into_world() { # under the same name, so that what cowfs tells is true in t
 # Start cowfs on the store $1 (or: memory), $2 rw or ro; returns when the root answers, or why not.
 serve() {
     rm -f "$top/refused"
-    chroot "$world" /usr/lib/cowfs/root-daemon --image "$image_file" --store "$1" --mode "$2" \
-        --engine "$engine" --mountpoint "$top/root" --show-store "$top/store" --log /run/log --pid-file /run/pid \
-        </dev/null 2>"$top/refused" && cp "$world/run/pid" "$top/daemon.pid" && {
+    set -- --image "$image_file" --store "$1" --mode "$2" --engine "$engine" --mountpoint "$top/root" \
+        --show-store "$top/store" --show-below "$top/below" --log /run/log --pid-file /run/pid
+    set -f
+    IFS=$newline
+    # shellcheck disable=SC2086 # a line is a word
+    set -- "$@" $below
+    unset IFS
+    set +f
+    chroot "$world" /usr/lib/cowfs/root-daemon "$@" </dev/null 2>"$top/refused" && cp "$world/run/pid" "$top/daemon.pid" && {
         while IFS= read -r line; do
             case $line in
             WARNING:*) warn "${line#WARNING: }" ;;

@@ -19,6 +19,7 @@ say() {
 
 # What the user must know even if nobody looks at the console: pam_motd shows /run/motd.d at each login.
 warn() {
+    ! grep -qxF "cowfs: $*" "$COWFS_RUN/motd.d/cowfs" 2>/dev/null || return 0 # said already
     say "WARNING: $*"
     mkdir -p "$COWFS_RUN/motd.d" && printf 'cowfs: %s\n' "$*" >>"$COWFS_RUN/motd.d/cowfs"
 }

@@ -190,8 +190,10 @@ def test_what_cannot_be_used_is_said_and_changes_are_in_memory(
         assert after.read_bytes() == file.read_bytes(), "what is refused is not to be touched"
 
 
-def test_store_on_a_disc_is_a_layer_below_memory(boot: Boot, parts: Parts, tmp_path: Path) -> None:
-    """Image and store on a CD: what was changed is seen, what is changed now is lost."""
+def test_store_on_a_disc_is_a_layer_below_memory_and_what_is_kept(
+    boot: Boot, parts: Parts, tmp_path: Path
+) -> None:
+    """Image and store on a CD: what was changed is seen; what is changed now is lost, if it is not kept."""
     files = tmp_path / "cd"
     files.mkdir()
     os.link(parts.image, files / "sysrcd.dat")
@@ -203,18 +205,44 @@ def test_store_on_a_disc_is_a_layer_below_memory(boot: Boot, parts: Parts, tmp_p
     store = changed_store(tmp_path / "sysrcd.bs", parts.image, changes)
     shutil.copy(store, files / "sysrcd.bs")
     cd = images.iso(tmp_path / "cd.iso", files)
+    mine = images.fat_stick(tmp_path / "stick.img", {}, 192)
+    devices = [*disc(cd, "cd"), *stick(mine, "stick")]
     test = f"""{GUEST}
         tell_root
         out "before: $(cat /root/before) $(ls /etc/motd 2>/dev/null) $(grep -c x:9 /etc/passwd)"
         echo new >/root/before && out "now: $(cat /root/before)"
+        mkdir /mnt/stick && mount -t vfat /dev/sda1 /mnt/stick
+        cowfs persist / /mnt/stick/sysrcd.bs 128 && out "persist: done"
+        echo also >/root/also
     """
-    with boot(PLAIN, test=test, devices=disc(cd, "cd")).wait() as machine:
+    with boot(PLAIN, test=test, devices=devices).wait() as machine:
         assert machine.said("before").split() == ["kept", "1"]
         assert machine.said("now") == "new"
         assert machine.said("store") == "in memory (lost at the unmount)"
         assert machine.said("memory") == "ext3 ro"
         assert "cannot be written to (read-only media): changes are kept in memory" in machine.said("motd")
+        assert machine.said("persist") == "done"
         machine.shows("are unmounted cleanly")
+    assert images.is_clean(images.from_fat(mine, "/sysrcd.bs", tmp_path / "after.bs")) == ""
+
+    test = f"""{GUEST}
+        tell_root
+        out "files: $(cat /root/before /root/also | tr '\\n' ' ') $(ls /etc/motd 2>/dev/null)"
+        out "passwd: $(grep -c x:9 /etc/passwd)"
+        cowfs find >/run/found; out "found: $(tr '\\n' ' ' </run/found)"
+        echo again >/root/again
+    """
+    with boot(PLAIN, test=test, devices=devices).wait() as machine:
+        assert machine.said("store") == f"{CARRIER}/sda1/sysrcd.bs"
+        assert machine.said("files").split() == ["new", "also"]
+        assert machine.said("passwd") == "1"
+        assert machine.said("motd") == ""
+        assert re.search(r"/dev/sda1 .* TAKEN.*/dev/sr0 .* not taken", machine.said("found"))
+        machine.shows(r"stands on \S+/sr0/sysrcd.bs", "are unmounted cleanly")
+    after = images.from_fat(mine, "/sysrcd.bs", tmp_path / "again.bs")
+    assert images.is_clean(after) == ""
+    assert content(after, "root/again") == "again\n"
+    assert images.fat_is_clean(mine) == ""
 
 
 def test_no_store_is_looked_for_and_one_is_made_later(boot: Boot, image_disk: Path, tmp_path: Path) -> None:

@@ -281,7 +281,8 @@ def test_a_stick_that_is_still_starting_is_waited_for(system: System) -> None:
 @pytest.fixture
 def carriers(system: System) -> System:
     """A system whose carriers are directories: mounting shows them, and notes how it was asked for."""
-    for name in ("sdb", "sdc", "vda"):
+    (system.top / "proc/mounts").touch()
+    for name in ("sdb", "sdc", "sr0", "vda"):
         system.add(Disk(name, removable=int(name != "vda")))
         (system.top / "disks" / name).mkdir(parents=True)
     return system
@@ -289,12 +290,20 @@ def carriers(system: System) -> System:
 
 LOOK = """
 . {library}/cowfs-boot.sh
-mount_carrier() {{ mkdir -p "$disks" && ln -s {top}/disks/"$1" "$disks/$1"; }}
-unmount_carrier() {{ rm "$disks/$1"; }}
+mount_carrier() {{
+    mkdir -p "$disks" && ln -s {top}/disks/"$1" "$disks/$1" || return
+    case $1 in sr*) type=iso9660 ;; *) type=vfat ;; esac
+    echo "/dev/$1 $disks/$1 $type ro 0 0" >>"$COWFS_PROC/mounts"
+}}
+unmount_carrier() {{ rm "$disks/$1" && sed -i "\\|$disks/$1 |d" "$COWFS_PROC/mounts"; }}
 image_device={image}
 [ $image_device = none ] || mount_carrier $image_device
 patience=0
-wait_for_candidates "$subdir${{named:-/sysrcd.bs}}" && echo $candidates || echo none
+if wait_for_candidates "$subdir${{named:-/sysrcd.bs}}"; then
+    echo "$(echo $candidates) |" $on_read_only_media | sed 's/ |$//'
+else
+    echo none
+fi
 """
 
 
@@ -329,6 +338,10 @@ def put(system: System, *names: str) -> None:
         ("subdir=live", ["sdb/sysrcd.bs", "sdc/live/sysrcd.bs"], "", "sdc"),
         ("subdir=live backstore=/x.bs", ["sdb/x.bs", "sdc/live/x.bs"], "", "sdc"),
         ("", ["sdb/SYSRCD.BS", "sdc/dir/sysrcd.bs"], "", "none"),
+        # what can be written to comes first
+        ("", ["sr0/sysrcd.bs"], "sr0", " | sr0"),
+        ("", ["sr0/sysrcd.bs", "sdc/sysrcd.bs"], "sr0", "sdc | sr0"),
+        ("", ["sr0/sysrcd.bs", "sdc/sysrcd.bs", "sdb/sysrcd.bs"], "sdc", "sdc sdb | sr0"),
         ("", [], "", "none"),
     ],
 )

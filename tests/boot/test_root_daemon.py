@@ -6,7 +6,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,13 +43,16 @@ class Root:
     def root(self) -> Path:
         return self.top / "root"
 
-    def start(self, store: Path | str, mode: str = "rw", engine: str = "auto") -> tuple[int, str]:
+    def start(
+        self, store: Path | str, mode: str = "rw", engine: str = "auto", below: Sequence[Path] = ()
+    ) -> tuple[int, str]:
         """Start it; its exit code, and what it said."""
         # Coverage measures in the environment that -I of the script's first line would hide.
         done = run(
             sys.executable, DAEMON, "--image", self.image, "--store", store, "--mode", mode,
             "--engine", engine, "--mountpoint", self.root, "--show-store", self.top / "shown",
-            "--log", self.top / "log", "--pid-file", self.top / "pid",
+            "--show-below", self.top / "below", "--log", self.top / "log", "--pid-file", self.top / "pid",
+            *(word for path in below for word in ("--below", path)),
             check=False, env={**os.environ, "PYTHONPATH": project_root()},
         )  # fmt: skip
         return done.returncode, done.stderr
@@ -70,7 +73,7 @@ def root(tmp_path: Path) -> Iterator[Root]:
     made = Root(tmp_path)
     yield made
     made.stop()
-    for place in (made.root, made.top / "shown"):
+    for place in (made.root, made.top / "shown", *(made.top / "below").glob("*")):
         force_umount(place)
 
 
@@ -154,6 +157,40 @@ def test_store_on_read_only_media_is_a_layer(root: Root, store: Path) -> None:
     assert (root.root / "gone").read_text() == "back"
     root.stop()
     assert store.read_bytes() == before
+
+
+def test_what_was_kept_above_a_read_only_store_stands_on_it(root: Root, store: Path, tmp_path: Path) -> None:
+    """Changes above those on a CD, kept on a stick: the next boot has both, if the CD is there."""
+    with mounted(root.image, root.top / "first", store) as here:
+        (here.path / "file").write_text("changed")
+        (here.path / "gone").unlink()
+    other = tmp_path / "other.bs"
+    cowfs("create", other, "16", check=True)
+    before = store.read_bytes()
+    assert root.start(store, "ro")[0] == 0
+    (root.root / "new").write_text("new")
+    kept = tmp_path / "kept.bs"
+    cowfs("persist", root.root, kept, check=True)
+    (root.root / "more").write_text("more")
+    root.stop()
+
+    for wrong in ((), (other,)):
+        code, said = root.start(kept, below=wrong)
+        assert (code, "stands on a store on read-only media, which is not here" in said) == (32, True), said
+    code, said = root.start(kept, below=(other, store))
+    assert (code, f"{kept} stands on {store}" in said) == (0, True), said
+    assert sorted(os.listdir(root.root)) == ["file", "more", "new"]
+    assert [(root.root / name).read_text() for name in ("file", "new")] == ["changed", "new"]
+    (root.root / "file").write_text("once more")
+    root.stop()
+    assert run("debugfs", "-R", "cat /upper/file", kept).stdout == "once more"
+    assert store.read_bytes() == before
+    assert cowfs("check", "-n", kept).returncode == 0
+
+    # And the stick may be locked too, by then.
+    assert root.start(kept, "ro", below=(store,))[0] == 0
+    assert (root.root / "file").read_text() == "once more"
+    assert sorted(os.listdir(root.root)) == ["file", "more", "new"]
 
 
 def link(path: Path) -> None:
