@@ -29,7 +29,8 @@ mount_carrier() {
     printk=$COWFS_PROC/sys/kernel/printk
     level=$(fact "$printk" | cut -f 1)
     echo 1 >"$printk"
-    mount_as_any "$1" "$2"
+    # What has a journal to replay, and cannot be written to, can be looked at all the same.
+    mount_as_any "$1" "$2" || { [ "$2" = ro ] && mount_as_any "$1" look; }
     result=$?
     echo "${level:-7}" >"$printk"
     [ $result = 0 ] || rmdir "$disks/$1"
@@ -298,7 +299,11 @@ make_root() {
             ;;
         shell)
             say 'A shell, to see to it. exit: look for the store again; exit 1: go on, with changes in memory'
-            sh </dev/console >/dev/console 2>&1 || fallback=ram
+            if sh </dev/console >/dev/console 2>&1; then
+                rm -f "$COWFS_RUN/motd.d/cowfs" # whatever it was, it is tried anew
+            else
+                fallback=ram
+            fi
             ;;
         esac
         [ "$fallback" != ram ] || break
