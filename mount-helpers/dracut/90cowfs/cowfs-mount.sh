@@ -1,5 +1,5 @@
 #!/bin/sh
-# dracut, mount: mount the root filesystem of root=cowfs.
+# dracut, mount: mount the root filesystem of boot=cowfs.
 
 # shellcheck disable=SC2154 # root and NEWROOT are dracut's
 if [ "$root" = cowfs ] && ! ismounted "$NEWROOT"; then

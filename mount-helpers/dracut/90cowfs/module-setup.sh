@@ -1,5 +1,5 @@
 #!/bin/bash
-# dracut: the boot library of cowfs, for root=cowfs. Not in by default: dracut --add cowfs.
+# dracut: the boot library of cowfs, for boot=cowfs. Not in by default: dracut --add cowfs.
 
 check() { return 255; }
 
