@@ -101,9 +101,10 @@ def test_open_files_are_read_anew(shown: Root) -> None:
         for number in range(100):
             os.pwrite(writing, b"%03d" % number, 0)
             assert os.pread(reading, 3, 0) == b"%03d" % number
+        for number in range(100):
             os.pwrite(writing, b"%d" % number, 5000 + 100 * number)
-            assert os.fstat(reading).st_size == os.fstat(writing).st_size
             assert os.pread(reading, 10, 5000 + 100 * number) == b"%d" % number
+            assert os.fstat(reading).st_size == os.fstat(writing).st_size
 
 
 def test_raw(shown: Root) -> None:
@@ -203,9 +204,6 @@ def test_large_directory(in_memory: Root) -> None:
     assert set(names[::2]) <= set(seen)
     for entry in os.scandir(there):
         assert (entry.inode(), entry.is_file()) == (os.stat(entry.path).st_ino, True)
-    shown = run("ls", "-fai", there).stdout.split()
-    at = {name: int(ino) for ino, name in zip(shown[::2], shown[1::2], strict=True)}
-    assert at["."] == there.stat().st_ino and at[".."] == there.parent.stat().st_ino
 
 
 def test_others_see_what_the_modes_let_them(in_memory: Root) -> None:
@@ -219,13 +217,15 @@ def test_others_see_what_the_modes_let_them(in_memory: Root) -> None:
     acl = struct.pack("<I", 2) + b"".join(struct.pack("<HHi", *entry) for entry in entries)
     os.setxattr(by_acl, "system.posix_acl_access", acl)
     (in_memory.root / "open").write_text("x")
-    os.setxattr(in_memory.root / "open", "trusted.mine", b"y")
+    for name in ("trusted.mine", "user.mine"):
+        os.setxattr(in_memory.root / "open", name, b"y")
     upper = in_memory.shown / "upper"
     for name, seen in (("secret", False), ("acl", False), ("open", True)):
         done = as_nobody(upper, "cat", name)
         assert (done == "x") == seen, (name, done)
-    assert "trusted" not in as_nobody(upper, "python3", "-Ic", "import os; print(os.listxattr('open'))")
-    assert "trusted.mine" in os.listxattr(upper / "open")
+    listed = as_nobody(upper, "/usr/bin/python3", "-Ic", "import os; print(os.listxattr('open'))")
+    assert listed.strip() == "['user.mine']"
+    assert sorted(os.listxattr(upper / "open")) == ["trusted.mine", "user.mine"]
     assert os.getxattr(upper / "acl", "system.posix_acl_access") == acl
 
 
