@@ -308,8 +308,9 @@ CHANGES = {
     "COPY_FILE_RANGE": 47, "TMPFILE": 51,
 }  # fmt: skip
 OTHERS = {
-    "FSYNC": 20, "FLUSH": 25, "FSYNCDIR": 30, "GETLK": 31, "SETLK": 32, "SETLKW": 33, "ACCESS": 34, 
-    "BMAP": 37, "IOCTL": 39, "POLL": 40, "READDIRPLUS": 44, "LSEEK": 46, "SETUPMAPPING": 48, "STATX": 52, "none": 9999,
+    "FSYNC": 20, "FLUSH": 25, "FSYNCDIR": 30, "GETLK": 31, "SETLK": 32, "SETLKW": 33, "ACCESS": 34,
+    "BMAP": 37, "IOCTL": 39, "POLL": 40, "READDIRPLUS": 44, "LSEEK": 46, "SETUPMAPPING": 48, "STATX": 52,
+    "none": 9999,
 }  # fmt: skip
 
 
