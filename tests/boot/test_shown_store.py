@@ -372,6 +372,14 @@ def test_persist_with_files_open(in_memory: Root) -> None:
     assert cowfs("check", "-n", image).returncode == 0
 
 
+def test_persist_into_itself_is_refused(in_memory: Root) -> None:
+    """The daemon would ask itself for the directory, and wait for the answer for ever."""
+    done = cowfs("persist", in_memory.root, in_memory.shown / "upper/kept.bs", timeout=20)
+    assert done.returncode == 32
+    assert "is inside the mount whose changes it shall hold" in done.stderr
+    assert sorted(os.listdir(in_memory.shown / "upper")) == []
+
+
 def test_union_ends_while_it_is_looked_at(in_image: Root, store: Path) -> None:
     """By a file that is open and has no name any more, a directory that is used, and a second mount."""
     (in_image.root / "new").write_text("x")
