@@ -15,6 +15,8 @@ MAJOR, MINOR = 7, 31
 ROOT_ID = 1
 POSIX_ACL = 1 << 20
 """A flag of fuse_init_*: ACLs are kept by us and judged by the kernel."""
+UNKNOWN_INO = 0xFFFFFFFF
+"""An inode number of fuse_dirent."""
 DIRECT_IO = 1
 """A flag of fuse_open_out: each read(2) is asked for, the page cache is left out."""
 

@@ -41,6 +41,8 @@ _SOURCE = "cowfs-store"
 """Not the path of the image: e2fsck and resize2fs would take it for mounted, and grow would fail."""
 _MOST = 128 << 10
 """Bytes that are read at a time: the union waits meanwhile."""
+_LISTED = 16 << 10
+"""Bytes of a directory that are listed at a time: some hundred names, each of which is looked up."""
 _REQUEST_MAX = 128 << 10
 """Bytes of the longest request: nothing is written here, and names and attributes are shorter."""
 
@@ -313,7 +315,7 @@ class View:
         node = self._node(request)
         if offset == 0:
             names[:] = b".", b"..", *self._layer.names(node.key)
-        entries, room = [], min(size, _MOST)
+        entries, room = [], min(size, _LISTED)
         for at in range(offset, len(names)):
             name = names[at]
             found = self._entry(node, name)
@@ -334,7 +336,10 @@ class View:
         if name == b".":
             attr = self._layer.stat(node.key)
         else:
-            found = self._layer.lookup(node.key, name)
+            try:
+                found = self._layer.lookup(node.key, name)
+            except OSError:  # who asks for it is told
+                return protocol.UNKNOWN_INO, 0
             if found is None:
                 return None
             self._layer.forget(found[0])

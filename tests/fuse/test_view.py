@@ -417,6 +417,25 @@ async def test_failures_are_answered(
     assert [record.exc_info is not None for record in caplog.records] == [True, True]
 
 
+async def test_a_damaged_inode_is_listed(layer: Ext3Layer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its neighbours can be looked at, and it is said of itself what is wrong with it."""
+    lookup = layer.lookup
+
+    def damaged(directory: int, name: bytes) -> Any:
+        if name == b"file":
+            raise OSError(errno.EUCLEAN, "damaged")
+        return lookup(directory, name)
+
+    async with asked(layer) as kernel:
+        monkeypatch.setattr(layer, "lookup", damaged)
+        listed = {
+            entry[0]: entry for entry in names_in(await whole(kernel, ROOT, await kernel.open(ROOT, OPENDIR)))
+        }
+        assert listed.keys() == {b".", b"..", *layer.names(layer.root)}
+        assert (listed[b"file"][1], listed[b"file"][3]) == (0xFFFFFFFF, 0)
+        assert await kernel.ask(LOOKUP, ROOT, b"file\0") == (errno.EUCLEAN, b"")
+
+
 async def test_ends_with_the_connection(layer: Ext3Layer) -> None:
     """When the other side is gone; files are let go of, so that what has no name does not stay for ever."""
     async with asked(layer) as kernel:
