@@ -14,6 +14,8 @@ from cowfs.linux.mounts import MountInfo, mount_of, mountinfo
 from cowfs.linux.sockets import control_address, peer_of
 
 FSTYPE = "fuse.cowfs"
+VIEW_FSTYPE = "fuse.cowfs-store"
+"""Of a store that is shown by the daemon that has it (cowfs.fuse.view)."""
 
 
 def find_mount(path: str) -> MountInfo | None:

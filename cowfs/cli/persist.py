@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 
-from cowfs.cli.client import ask, find_mount
+from cowfs.cli.client import VIEW_FSTYPE, ask, find_mount
 from cowfs.errors import MountFailure, StoreError
+from cowfs.linux.mounts import mountinfo
 
 NAME = "persist"
 
@@ -57,7 +58,9 @@ def run(args: argparse.Namespace) -> int:
         raise StoreError(f"{path}: {error.strerror}") from None
     try:
         device = os.fstat(fd).st_dev
-        if f"{os.major(device)}:{os.minor(device)}" == found.dev:
+        # The daemon would wait for itself.
+        served = {found.dev, *(mount.dev for mount in mountinfo() if mount.fstype == VIEW_FSTYPE)}
+        if f"{os.major(device)}:{os.minor(device)}" in served:
             raise StoreError(f"{path}: is inside the mount whose changes it shall hold", "put it elsewhere")
         kept = 0
         for reply in ask(found.dev, NAME, timeout=None, fd=fd, name=name, path=path, size=size):

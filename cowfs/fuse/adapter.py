@@ -20,6 +20,7 @@ import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, SetattrFields, StatvfsData
 
 from cowfs.fuse import libfuse
+from cowfs.fuse.failure import errno_of
 from cowfs.fuse.loop import RequestLoop
 from cowfs.layers.acl import DEFAULT as DEFAULT_ACL
 from cowfs.overlay.attr import NewAttributes
@@ -42,14 +43,7 @@ _SYNCHRONOUS = os.O_SYNC | os.O_DSYNC
 
 
 def _failure(error: BaseException, name: str) -> FUSEError:
-    if isinstance(error, FUSEError):
-        return error
-    if isinstance(error, OSError) and error.errno:
-        return FUSEError(error.errno)
-    if isinstance(error, MemoryError):
-        return FUSEError(errno.ENOMEM)
-    log.error("%s failed in a way it should not: answered EIO", name, exc_info=error)
-    return FUSEError(errno.EIO)
+    return error if isinstance(error, FUSEError) else FUSEError(errno_of(error, name))
 
 
 def _sync(

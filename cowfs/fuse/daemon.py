@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
@@ -27,6 +27,7 @@ from cowfs.overlay.overlay import Overlay
 
 log = logging.getLogger(__name__)
 
+Task = Callable[[], Awaitable[None]]
 _MNT_DETACH = 2  # linux/fs.h
 _NOW_AND_THEN = 5.0
 """Seconds."""
@@ -70,6 +71,7 @@ class Daemon:
             except RuntimeError:
                 raise _explain(said(), self._request.mountpoint) from None
         self._mounted = True
+        self._loop.attach()
         if self._request.mountpoint.startswith("/dev/fd/"):
             return
         found = mount_of(self._request.mountpoint)
@@ -85,15 +87,18 @@ class Daemon:
         commands: Mapping[str, control.Command],
         ready: Callable[[], None],
         look: Callable[[], None] | None = None,
+        also: Sequence[Task] = (),
     ) -> None:
         """Answer requests until the filesystem is unmounted, or SIGTERM or SIGINT ask for that.
 
-        *ready* is called once the mount has answered a first request, and *look* every few seconds.
+        *ready* is called once the mount has answered a first request, and *look* every few seconds. What
+        is in *also* runs beside it, from before *ready*, and is cancelled when the filesystem is unmounted;
+        its end, or its failure, ends nothing else.
         """
         gc.collect()
         gc.freeze()
         gc.set_threshold(100_000, 20, 100)
-        trio.run(self._main, commands, ready, look)
+        trio.run(self._main, commands, ready, look, also)
 
     def close(self) -> None:
         """Detach from the mountpoint if it is still mounted."""
@@ -120,11 +125,14 @@ class Daemon:
         commands: Mapping[str, control.Command],
         ready: Callable[[], None],
         look: Callable[[], None] | None,
+        also: Sequence[Task],
     ) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._watch_signals)
             if self.dev:
                 nursery.start_soon(self._serve_control, commands)
+            for task in also:
+                nursery.start_soon(_beside, task)
             nursery.start_soon(self._announce, ready)
             if look is not None:
                 nursery.start_soon(_now_and_then, look)
@@ -173,6 +181,13 @@ class Daemon:
                 await trio.to_thread.run_sync(sync, abandon_on_cancel=True)
             except OSError as error:
                 log.warning("writing back before the unmount failed: %s", error)
+
+
+async def _beside(task: Task) -> None:
+    try:
+        await task()
+    except Exception:
+        log.exception("what ran beside the mount has ended, the mount goes on")
 
 
 async def _now_and_then(look: Callable[[], None]) -> None:

@@ -39,7 +39,7 @@ _YIELD_WHEN_OTHERS_WAIT_NS = 50_000
 
 
 class RequestLoop:
-    """Serve the session that :func:`pyfuse3.init` has opened."""
+    """Serve the session that :func:`pyfuse3.init` has opened; :meth:`attach` comes first."""
 
     def __init__(self) -> None:
         self.waiting = 0
@@ -52,13 +52,17 @@ class RequestLoop:
         self._fd = -1
         self._poll = select.poll()
 
+    def attach(self) -> None:
+        """Remember the session that has just been opened, before anybody else opens ``/dev/fuse``."""
+        if hasattr(pyfuse3, _WAIT):
+            self._fd = _fuse_fd()
+
     async def run(self) -> None:
         """Serve requests until the filesystem is unmounted or :meth:`stop` is called."""
         stock = getattr(pyfuse3, _WAIT, None)
         if stock is None:
             await pyfuse3.main()
             return
-        self._fd = _fuse_fd()
         self._poll.register(self._fd, select.POLLIN)
         setattr(pyfuse3, _WAIT, self._readable)
         watch = _TaskWatch(self._task_ended)

@@ -1,6 +1,6 @@
 """Mounts, loop devices and locks: what the kernel is asked for, and what it tells about them.
 
-Nothing here touches a mount namespace: :func:`detached_mount` yields a mount that only its descriptor
+Little here touches a mount namespace: :func:`detached_mount` yields a mount that only its descriptor
 leads to, and a loop device detaches itself with its last user. When the process dies, however it dies,
 the kernel takes both away. Needs Linux 5.8 (LOOP_CONFIGURE) and CAP_SYS_ADMIN, where not said otherwise.
 """
@@ -20,6 +20,7 @@ from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 1, 2, 4, 8  # include/uapi/linux/mount.h
 MNT_FORCE = 1
 MNT_DETACH = 2
 UMOUNT_NOFOLLOW = 8
@@ -47,6 +48,13 @@ _LOOP_TRIES = 64
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
+_libc.mount.argtypes = (
+    ctypes.c_char_p,
+    ctypes.c_char_p,
+    ctypes.c_char_p,
+    ctypes.c_ulong,
+    ctypes.c_char_p,
+)
 _libc.umount2.argtypes = (ctypes.c_char_p, ctypes.c_int)
 
 
@@ -120,6 +128,14 @@ def tmpfs(size: int | None = None, mode: int = 0o755) -> int:
     if size is not None:
         options["size"] = str(size)
     return detached_mount("tmpfs", "cowfs", options)
+
+
+def mount(source: str, path: str | bytes, fstype: str, flags: int, options: str) -> None:
+    """Mount a filesystem at *path* (mount(2)); *flags* are MS_*. Releases the GIL."""
+    target = os.fsencode(path)
+    if _libc.mount(os.fsencode(source), target, fstype.encode(), flags, os.fsencode(options)):
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), path)
 
 
 def umount2(path: str | bytes, flags: int = 0) -> None:

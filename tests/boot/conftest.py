@@ -6,7 +6,7 @@ import fcntl
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,8 @@ import pytest
 
 from tests.boot import images
 from tests.boot.machine import QEMU, Machine
+from tests.boot.root import Root
+from tests.support.mounts import cowfs, force_umount
 
 LOGS = images.CACHE / "logs"
 
@@ -80,3 +82,21 @@ def image_disk(parts: Parts, tmp_path: Path) -> Path:
     disk = images.ext4_disk(tmp_path / "image_disk.img", content, 64)
     shutil.rmtree(content)
     return disk
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Iterator[Root]:
+    """A root daemon's places; if it runs in the end, it is stopped."""
+    made = Root(tmp_path)
+    yield made
+    made.stop()
+    for place in (made.root, made.shown, *(made.top / "below").glob("*")):
+        force_umount(place)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    """A new store, under a name that is no word."""
+    path = tmp_path / "my störe.bs"
+    cowfs("create", path, "16", check=True)
+    return path

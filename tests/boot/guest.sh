@@ -12,6 +12,15 @@ tell_root() {
     out "motd: $(cat /run/motd.d/cowfs 2>/dev/null | tr '\n' ' ')"
 }
 
+# Whether the store can be looked at: what was just written is there, nothing can be written, and whoever
+# walks through the root alone does not come there.
+look_at_store() {
+    echo "$1" >/root/looked
+    out "looked: $(cat /mnt/memory/upper/root/looked)"
+    out "refused: $(touch /mnt/memory/upper/root/looked 2>&1)"
+    out "apart: $([ "$(stat -c %d /)" != "$(stat -c %d /mnt/memory)" ] && echo yes)"
+}
+
 # What a root filesystem must be able to do, and what is special about its daemon.
 checks() {
     python3 -I - <<'END'

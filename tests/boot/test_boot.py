@@ -47,6 +47,14 @@ def content(store: Path, name: str) -> str:
     return run("debugfs", "-R", f"cat /upper/{name}", store).stdout
 
 
+def store_is_shown(machine: Machine, written: str, fstype: str = "fuse.cowfs-store") -> None:
+    """The guest has looked at its store (look_at_store)."""
+    assert machine.said("memory") == f"{fstype} ro"
+    assert machine.said("looked") == written
+    assert "Read-only file system" in machine.said("refused")
+    assert machine.said("apart") == "yes"
+
+
 def test_changes_survive_a_power_cut_and_the_next_boots(boot: Boot, parts: Parts, tmp_path: Path) -> None:
     """Image and store on one stick, as a user has them; a hard disk with a store is left alone."""
     store = make_store(tmp_path / "sysrcd.bs", 64)
@@ -60,7 +68,9 @@ def test_changes_survive_a_power_cut_and_the_next_boots(boot: Boot, parts: Parts
 
     test = f"""{GUEST}
         tell_root
+        look_at_store before
         press_memory
+        look_at_store after
         echo first >/root/first; rm /etc/motd
         python3 -Ic 'import os
 directory = os.open("/root", os.O_RDONLY)
@@ -77,6 +87,7 @@ os.fsync(file); os.fsync(directory)'
         assert machine.said("store") == f"{CARRIER}/sda1/sysrcd.bs"
         assert machine.said("lower").startswith(f"{CARRIER}/sda1/sysrcd.dat (squashfs")
         assert "usr" in machine.said("view")
+        store_is_shown(machine, "after")
         assert machine.said("eater") == "137", "the one who took the memory was to be ended"
         assert machine.said("ballast") == "2c7ab85a"  # 16 MB of zeros
         assert int(machine.said("read")) > 3_000_000
@@ -86,6 +97,8 @@ os.fsync(file); os.fsync(directory)'
         out "synced: $(md5sum </root/synced | cut -c1-8) $(wc -c </root/synced)"
         out "first: $(cat /root/first) $(ls /etc/motd 2>/dev/null)"
         checks
+        tell_root
+        look_at_store again
         echo second >/root/second
     """
     with boot(PLAIN, test=test, devices=devices).wait() as machine:
@@ -98,6 +111,7 @@ os.fsync(file); os.fsync(directory)'
         assert [machine.said(key) for key in ("device", "exec", "mmap")] == ["1", "7", "abcd"]
         assert [machine.said(key) for key in ("name", "oom", "locked")] == ["@", "-1000", "True"]
         assert machine.said("signals") == "still writable"
+        store_is_shown(machine, "again")
     after = images.from_fat(mine, "/sysrcd.bs", tmp_path / "after.bs")
     assert images.is_clean(after) == ""
     assert content(after, "root/second") == "second\n"
@@ -123,6 +137,7 @@ def test_named_store_on_a_hard_disk_is_repaired(
         out "before: $(cat /root/before)"
         out "init: $(tr '\\0' ' ' </proc/1/cmdline)"
         echo after >/root/after
+        look_at_store kernel
         finish reboot
     """
     with boot(
@@ -133,7 +148,7 @@ def test_named_store_on_a_hard_disk_is_repaired(
         assert machine.said("store") == f"{CARRIER}/vdb/my stores/größe 日本.bs"
         machine.shows("has errors: e2fsck checks", "repaired by e2fsck", "are unmounted cleanly")
         assert machine.said("before") == "kept"
-        assert machine.said("memory") == "ext3 ro"
+        store_is_shown(machine, "kernel", "ext3")
         assert machine.said("init").startswith(("init", "/sbin/init"))
         assert machine.said("motd") == ""
     after = images.from_ext4(disk, "/my stores/größe 日本.bs", tmp_path / "after.bs")
@@ -152,6 +167,7 @@ def test_stick_that_comes_late_is_waited_for(boot: Boot, image_disk: Path, tmp_p
         plug(machine, "late")
         machine.wait()
         assert machine.said("store") == f"{CARRIER}/sda1/late/my.bs"
+        assert machine.said("memory") == "fuse.cowfs-store ro"
         machine.shows("are unmounted cleanly")
     assert images.fat_is_clean(late) == ""
     assert images.is_clean(images.from_fat(late, "/late/my.bs", tmp_path / "after.bs")) == ""
@@ -178,6 +194,7 @@ def test_what_cannot_be_used_is_said_and_changes_are_in_memory(
     with boot(PLAIN, test=test, devices=devices).wait() as machine:
         assert machine.said("store") == "in memory (lost at the unmount)"
         assert machine.said("writable") == "x"
+        assert machine.said("memory") == "fuse.cowfs-store ro"
         motd = machine.said("motd")
         assert re.search(r"foreign|belongs to \S+lower", motd), motd
         assert "not a store but a text file" in motd
@@ -257,6 +274,7 @@ def test_no_store_is_looked_for_and_one_is_made_later(boot: Boot, image_disk: Pa
         cowfs persist / /mnt/stick/kept.bs 128
         out "persist: $?"
         echo also >/root/also
+        look_at_store kept
     """
     with boot(f"{PLAIN} backstore=off", test=test, devices=devices).wait() as machine:
         assert machine.said("store") == "in memory (lost at the unmount)"
@@ -264,6 +282,7 @@ def test_no_store_is_looked_for_and_one_is_made_later(boot: Boot, image_disk: Pa
         assert "/dev/sda1 /sysrcd.bs" in machine.said("found").replace("  ", " ")
         assert "TAKEN: the first that can be used" in machine.said("found")
         assert machine.said("persist") == "0"
+        store_is_shown(machine, "kept")
         machine.shows(r"changes are kept in memory \(backstore=off\)", "are unmounted cleanly")
     after = images.from_fat(mine, "/kept.bs", tmp_path / "kept.bs")
     assert images.is_clean(after) == ""

@@ -5,83 +5,16 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from cowfs.linux.mounts import umount2, wait_pid_gone
-from tests.boot.images import HELPERS
-from tests.support.mounts import cowfs, force_umount, is_mounted, mounted, project_root
+from cowfs.linux.mounts import mount_of, wait_pid_gone
+from tests.boot.root import Root
+from tests.support.mounts import cowfs, is_mounted, mounted
 from tests.support.system import needs_fuse, needs_root, run
 
 pytestmark = [needs_root, needs_fuse]
-
-DAEMON = HELPERS / "boot/root-daemon"
-
-
-@dataclass
-class Root:
-    """A root daemon's places."""
-
-    top: Path
-
-    def __post_init__(self) -> None:
-        for name in ("lower", "root", "shown"):
-            (self.top / name).mkdir()
-        (self.top / "lower/file").write_text("lower")
-        (self.top / "lower/gone").write_text("lower")
-        run("mksquashfs", self.top / "lower", self.image, "-quiet", "-no-progress")
-
-    @property
-    def image(self) -> Path:
-        return self.top / "sysrcd.dat"
-
-    @property
-    def root(self) -> Path:
-        return self.top / "root"
-
-    def start(
-        self, store: Path | str, mode: str = "rw", engine: str = "auto", below: Sequence[Path] = ()
-    ) -> tuple[int, str]:
-        """Start it; its exit code, and what it said."""
-        # Coverage measures in the environment that -I of the script's first line would hide.
-        done = run(
-            sys.executable, DAEMON, "--image", self.image, "--store", store, "--mode", mode,
-            "--engine", engine, "--mountpoint", self.root, "--show-store", self.top / "shown",
-            "--show-below", self.top / "below", "--log", self.top / "log", "--pid-file", self.top / "pid",
-            *(word for path in below for word in ("--below", path)),
-            check=False, env={**os.environ, "PYTHONPATH": project_root()},
-        )  # fmt: skip
-        return done.returncode, done.stderr
-
-    def pid(self) -> int:
-        return int((self.top / "pid").read_text())
-
-    def stop(self) -> None:
-        """Unmount, as the shutdown does, and wait for the daemon."""
-        if is_mounted(self.root):
-            pid = self.pid()
-            umount2(self.root)
-            assert wait_pid_gone(pid, 20)
-
-
-@pytest.fixture
-def root(tmp_path: Path) -> Iterator[Root]:
-    made = Root(tmp_path)
-    yield made
-    made.stop()
-    for place in (made.root, made.top / "shown", *(made.top / "below").glob("*")):
-        force_umount(place)
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Path:
-    path = tmp_path / "my störe.bs"
-    cowfs("create", path, "16", check=True)
-    return path
 
 
 @pytest.mark.parametrize("engine", ["auto", "kernel"])
@@ -102,8 +35,9 @@ def test_serves_and_outlives(root: Root, store: Path, engine: str) -> None:
         os.kill(pid, number)
     assert not wait_pid_gone(pid, 0.3)
     (root.root / "after").write_text("y")
-    assert (root.top / "shown/upper/new").exists() == (engine == "kernel")
+    assert (root.shown / "upper/new").read_text() == "x"
     root.stop()
+    assert mount_of(root.shown) is None
     assert run("debugfs", "-R", "cat /upper/after", store).stdout == "y"
     assert cowfs("check", "-n", store).returncode == 0
 
@@ -152,6 +86,8 @@ def test_store_on_read_only_media_is_a_layer(root: Root, store: Path) -> None:
     assert code == 0, said
     assert (root.root / "file").read_text() == "changed"
     assert sorted(os.listdir(root.root)) == ["file"]
+    shown = mount_of(root.shown)
+    assert shown is not None and (shown.fstype, shown.options[:2]) == ("ext3", "ro")
     (root.root / "file").write_text("once more")
     (root.root / "gone").write_text("back")
     assert (root.root / "gone").read_text() == "back"

@@ -1,0 +1,66 @@
+"""A root daemon and its places, without a machine around it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cowfs.linux.mounts import umount2, wait_pid_gone
+from tests.boot.images import HELPERS
+from tests.support.mounts import is_mounted, project_root
+from tests.support.system import run
+
+DAEMON = HELPERS / "boot/root-daemon"
+
+
+@dataclass
+class Root:
+    """A root daemon's places."""
+
+    top: Path
+
+    def __post_init__(self) -> None:
+        for name in ("lower", "root", "shown"):
+            (self.top / name).mkdir()
+        (self.top / "lower/file").write_text("lower")
+        (self.top / "lower/gone").write_text("lower")
+        run("mksquashfs", self.top / "lower", self.image, "-quiet", "-no-progress")
+
+    @property
+    def image(self) -> Path:
+        return self.top / "sysrcd.dat"
+
+    @property
+    def root(self) -> Path:
+        return self.top / "root"
+
+    @property
+    def shown(self) -> Path:
+        return self.top / "shown"
+
+    def start(
+        self, store: Path | str, mode: str = "rw", engine: str = "auto", below: Sequence[Path] = ()
+    ) -> tuple[int, str]:
+        """Start it; its exit code, and what it said."""
+        # Coverage measures in the environment that -I of the script's first line would hide.
+        done = run(
+            sys.executable, DAEMON, "--image", self.image, "--store", store, "--mode", mode,
+            "--engine", engine, "--mountpoint", self.root, "--show-store", self.shown,
+            "--show-below", self.top / "below", "--log", self.top / "log", "--pid-file", self.top / "pid",
+            *(word for path in below for word in ("--below", path)),
+            check=False, env={**os.environ, "PYTHONPATH": project_root()},
+        )  # fmt: skip
+        return done.returncode, done.stderr
+
+    def pid(self) -> int:
+        return int((self.top / "pid").read_text())
+
+    def stop(self) -> None:
+        """Unmount, as the shutdown does, and wait for the daemon."""
+        if is_mounted(self.root):
+            pid = self.pid()
+            umount2(self.root)
+            assert wait_pid_gone(pid, 20)
