@@ -9,29 +9,16 @@ import os
 import re
 import stat
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from cowfs.errors import CowfsError, UsageError
-from cowfs.linux import mounts
+from cowfs.store.carrier import DEFAULT, look, mounts_of
 from cowfs.store.info import store_info
 
-DEFAULT = "/sysrcd.bs"
-
 _NO_DISKS = re.compile(r"(loop|ram|zram)\d*|fd\d+")
-# How to look at a filesystem without a change to it: no journal is replayed.
-_LOOK: tuple[tuple[str, dict[str, str | None]], ...] = (
-    ("ext4", {"noload": None}),
-    ("vfat", {"utf8": None}),
-    ("exfat", {"iocharset": "utf8"}),
-    ("ntfs3", {"iocharset": "utf8"}),
-    ("iso9660", {"utf8": None}),
-    ("udf", {}),
-    ("btrfs", {"rescue": "nologreplay"}),
-    ("xfs", {"norecovery": None}),
-)
 _READ_ONLY = {"iso9660", "udf", "squashfs"}
 
 
@@ -134,18 +121,16 @@ def _look(name: str, path: str) -> Iterator[Found]:
     with ExitStack() as stack:
         found = Found(device, path)
         try:
-            number = os.stat(device).st_rdev
+            here = mounts_of(device)
         except OSError:
             return
-        at = f"{os.major(number)}:{os.minor(number)}"
-        here = [mount for mount in mounts.mountinfo() if mount.dev == at and mount.root == b"/"]
         if here:
             found.where = os.fsdecode(here[-1].mountpoint)
             root, fstype = found.where, here[-1].fstype
         elif os.geteuid() != 0:
             return
         else:
-            mounted = _mount(device)
+            mounted = look(device)
             if mounted is None:
                 return
             fd, fstype = mounted
@@ -155,13 +140,6 @@ def _look(name: str, path: str) -> Iterator[Found]:
         if os.path.lexists(root + path):
             _ask(found, root + path)
             yield found
-
-
-def _mount(device: str) -> tuple[int, str] | None:
-    for fstype, options in _LOOK:
-        with suppress(OSError):
-            return mounts.detached_mount(fstype, device, options, readonly=True), fstype
-    return None
 
 
 def _ask(found: Found, place: str) -> None:
