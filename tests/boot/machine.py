@@ -176,9 +176,9 @@ def hard_disk(image: Path, name: str, *more: str) -> list[str]:
     return [*_drive(image, name, *more), "-device", f"virtio-blk-pci,drive={name}"]
 
 
-def stick(image: Path, name: str, *, plugged: bool = True) -> list[str]:
-    """A USB stick; not *plugged*: :func:`plug` does it later."""
-    return [*_drive(image, name), *(["-device", _usb(name)] if plugged else [])]
+def stick(image: Path, name: str, *more: str, plugged: bool = True) -> list[str]:
+    """A USB stick; not *plugged*: :func:`plug` does it later. *more*: ``readonly=on`` sets its lock."""
+    return [*_drive(image, name, *more), *(["-device", _usb(name)] if plugged else [])]
 
 
 def plug(machine: Machine, name: str) -> None:
@@ -190,12 +190,33 @@ def _usb(name: str) -> str:
     return f"usb-storage,bus=usb.0,removable=on,drive={name}"
 
 
+def nvme(image: Path, name: str) -> list[str]:
+    """An NVMe disk."""
+    return [*_drive(image, name), "-device", f"nvme,serial={name},drive={name}"]
+
+
+def sd_card(image: Path, name: str) -> list[str]:
+    """A card in a reader of the machine's own. Its size must be a power of two."""
+    drive = _drive(image, name, cache="writeback")  # block by block it takes a minute to be written through
+    return [*drive, "-device", "sdhci-pci", "-device", f"sd-card,drive={name}"]
+
+
+def sata(image: Path, name: str) -> list[str]:
+    """A hard disk at the chipset's AHCI controller."""
+    return [*_drive(image, name), "-device", f"ide-hd,bus=ide.0,drive={name}"]
+
+
+def scsi_disk(image: Path, name: str) -> list[str]:
+    """A hard disk at the SCSI controller (virtio)."""
+    return [*_drive(image, name), "-device", f"scsi-hd,bus=scsi.0,drive={name}"]
+
+
 def disc(image: Path, name: str) -> list[str]:
     """A CD in a SCSI drive."""
     return [*_drive(image, name, "media=cdrom", "readonly=on"), "-device", f"scsi-cd,bus=scsi.0,drive={name}"]
 
 
-def _drive(image: Path, name: str, *more: str) -> list[str]:
+def _drive(image: Path, name: str, *more: str, cache: str = "writethrough") -> list[str]:
     # What the guest has flushed is on disk, what it has not may be lost.
-    options = ["if=none", f"id={name}", "format=raw", "cache=writethrough", f"file={image}", *more]
+    options = ["if=none", f"id={name}", "format=raw", f"cache={cache}", f"file={image}", *more]
     return ["-drive", ",".join(options)]
