@@ -25,11 +25,16 @@ DEFAULT = "/sysrcd.bs"
 _BOOT_DISKS = b"/run/initramfs/cowfs/disk/"
 """Where a boot has mounted the carrier of the root image: read-only, if the store is not there too."""
 
+_DAEMONS_OWN = b"/run/initramfs/cowfs/world/"
+"""Where its daemon sees the same once more."""
+
 _Options = dict[str, str | None]
 
 
 class _Kind(NamedTuple):
     fstype: str
+    called: str
+    """A part of what :func:`what_is` says of it."""
     naming: _Options
     """How names are written, whatever the mount is for."""
     look: _Options
@@ -37,22 +42,36 @@ class _Kind(NamedTuple):
 
 
 _KINDS = (
-    _Kind("ext4", {}, {"noload": None}),  # and ext2, and ext3
-    _Kind("vfat", {"utf8": None}, {}),
-    _Kind("exfat", {"iocharset": "utf8"}, {}),
-    _Kind("ntfs3", {"iocharset": "utf8"}, {}),
-    _Kind("iso9660", {"utf8": None}, {}),
-    _Kind("udf", {}, {}),
-    _Kind("btrfs", {}, {"rescue": "nologreplay"}),
-    _Kind("xfs", {}, {"norecovery": None}),
+    _Kind("ext4", "ext4", {}, {"noload": None}),  # and ext2, and ext3
+    _Kind("vfat", " FAT", {"utf8": None}, {}),
+    _Kind("exfat", "exFAT", {"iocharset": "utf8"}, {}),
+    _Kind("ntfs3", "NTFS", {"iocharset": "utf8"}, {}),
+    _Kind("iso9660", "ISO 9660", {"utf8": None}, {}),
+    _Kind("udf", "UDF", {}, {}),
+    _Kind("btrfs", "btrfs", {}, {"rescue": "nologreplay"}),
+    _Kind("xfs", "XFS", {}, {"norecovery": None}),
 )
 _OF_ANOTHER_KIND = {errno.EINVAL, errno.ENODEV}
+
+
+def _likely(what: str) -> list[_Kind]:
+    """Return all kinds, that of *what* first: drivers complain in the log of what is not theirs."""
+    return sorted(_KINDS, key=lambda kind: kind.called not in what)
+
+
+def _content(device: str) -> str:
+    with open(device, "rb", buffering=0) as disk:
+        return what_is(disk.fileno())
 
 
 def look(device: str) -> tuple[int, str] | None:
     """Mount what is on *device*, and change nothing on it; return its root (O_PATH) and the kernel's name
     for the filesystem, or None where there is none that it knows."""
-    for kind in _KINDS:
+    try:
+        kinds = _likely(_content(device))
+    except OSError:  # no disc is in it
+        return None
+    for kind in kinds:
         with suppress(OSError):
             options = {**kind.naming, **kind.look}
             return mounts.detached_mount(kind.fstype, device, options, readonly=True), kind.fstype
@@ -66,7 +85,9 @@ def mounts_of(device: str) -> list[MountInfo]:
     return [
         mount
         for mount in mounts.mountinfo()
-        if mount.root == b"/" and (mount.dev == at or (mount.fstype == "btrfs" and _is(mount.source, number)))
+        if mount.root == b"/"
+        and not mount.mountpoint.startswith(_DAEMONS_OWN)
+        and (mount.dev == at or (mount.fstype == "btrfs" and _is(mount.source, number)))
     ]
 
 
@@ -176,7 +197,11 @@ def _facts(device: str) -> Path:
 
 
 def _mount(device: str) -> int:
-    for kind in _KINDS:
+    try:
+        what = _content(device)
+    except OSError as error:
+        raise StoreError(f"{device}: cannot be read: {error.strerror}") from None
+    for kind in _likely(what):
         try:
             return mounts.detached_mount(kind.fstype, device, kind.naming)
         except OSError as error:
@@ -187,11 +212,6 @@ def _mount(device: str) -> int:
         raise StoreError(
             f"{device}: is divided into {', '.join(parts)}", f"name one of them: /dev/{parts[0]}"
         )
-    try:
-        with open(device, "rb", buffering=0) as disk:
-            what = what_is(disk.fileno())
-    except OSError as error:
-        raise StoreError(f"{device}: cannot be read: {error.strerror}") from None
     if what.startswith("a file"):
         raise StoreError(f"{device}: holds no filesystem")
     raise StoreError(f"{device}: holds {what}, which this kernel cannot mount")
