@@ -30,6 +30,9 @@ exit codes: 0 it is kept; 1 wrong usage; 2 only root may do that; 32 it could no
 In all cases but the first the changes are in memory as before.
 """
 
+_READ_ONLY_STORE = "/run/initramfs/cowfs/store/"
+"""Where a boot shows a store that is a layer below the memory."""
+
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Describe the subcommand."""
@@ -63,6 +66,11 @@ def run(args: argparse.Namespace) -> int:
         device = os.fstat(fd).st_dev
         if f"{os.major(device)}:{os.minor(device)}" == found.dev:
             raise StoreError(f"{path}: is inside the mount whose changes it shall hold", "put it elsewhere")
+        if next(ask(found.dev, "info"))["lowers"][0]["path"].startswith(_READ_ONLY_STORE):
+            raise StoreError(
+                f"{args.mountpoint}: stands on a store that cannot be written to, which no boot would know",
+                "copy that store to another disk, and boot with it",
+            )
         for reply in ask(found.dev, NAME, timeout=None, fd=fd, name=name, path=path, size=size):
             if "said" in reply:
                 print(reply["said"] + " …", flush=True)

@@ -28,6 +28,8 @@ _BOOT_DISKS = b"/run/initramfs/cowfs/disk/"
 _DAEMONS_OWN = b"/run/initramfs/cowfs/world/"
 """Where its daemon sees the same once more."""
 
+_MD_MAGIC = b"\xfc\x4e\x2b\xa9"
+
 _Options = dict[str, str | None]
 
 
@@ -97,6 +99,16 @@ def _is(source: bytes, number: int) -> bool:
         return os.stat(source).st_rdev == number
     except OSError:
         return False
+
+
+def is_raid_member(device: str) -> bool:
+    """Whether a disk belongs to a RAID whose mark is at the end (versions 0.90 and 1.0 of md(4)): its
+    filesystem could be mounted as if there were no other disks. For root; False for others."""
+    with suppress(OSError), open(device, "rb", buffering=0) as disk:
+        sectors = disk.seek(0, os.SEEK_END) // 512
+        places = ((sectors & ~127) - 128, (sectors - 16) & ~7)
+        return any(os.pread(disk.fileno(), 4, place * 512) == _MD_MAGIC for place in places if place > 0)
+    return False
 
 
 def split(path: str) -> tuple[str, str]:
@@ -170,6 +182,8 @@ def _open(device: str, stack: ExitStack) -> int:
             raise StoreError(f"{device}: is in use by {', '.join(holders)}", f"try /dev/{holders[0]}")
         if (facts / "ro").read_text().strip() == "1":
             raise StoreError(f"{device}: is write-protected")
+    if is_raid_member(device):
+        raise StoreError(f"{device}: is one disk of a RAID", "name the RAID itself")
     return _mount(device)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cowfs.errors import CowfsError, UsageError
-from cowfs.store.carrier import DEFAULT, look, mounts_of
+from cowfs.store.carrier import DEFAULT, is_raid_member, look, mounts_of
 from cowfs.store.info import store_info
 
 _NO_DISKS = re.compile(r"(loop|ram|zram)\d*|fd\d+")
@@ -71,6 +71,8 @@ def devices(scope: str, sys: Path = Path("/sys")) -> Iterator[str]:
     for disk in sorted((sys / "block").iterdir()):
         if _NO_DISKS.fullmatch(disk.name) or _fact(disk / "size") == "0":
             continue
+        if _fact(disk / "dm/suspended") == "1":
+            continue  # who reads it would wait
         if scope != "all" and not is_removable(disk):
             continue
         parts = [part for part in disk.glob(f"{disk.name}*") if (part / "partition").exists()]
@@ -137,6 +139,7 @@ def _look(name: str, path: str) -> Iterator[Found]:
             stack.callback(os.close, fd)
             root = f"/proc/{os.getpid()}/fd/{fd}"  # also for the programs that we ask
         found.writable = fstype not in _READ_ONLY and _fact(Path("/sys/class/block", name, "ro")) != "1"
+        found.writable = found.writable and not is_raid_member(device)
         if os.path.lexists(root + path):
             _ask(found, root + path)
             yield found
@@ -168,13 +171,13 @@ def _judge(found: list[Found], fingerprint: str) -> None:
         elif fingerprint and lowers and lowers != [fingerprint]:
             thing.why = "belongs to another root image"
         elif not thing.writable and not lowers:
-            thing.why = "is empty, and on read-only media"
+            thing.why = "is empty, and cannot be written to"
         elif taken:
             thing.why = f"{taken.device} comes first"
         else:
             thing.taken, taken = True, thing
             thing.why = "the first that can be used"
             if not thing.writable:
-                thing.why += "; on read-only media: changes will be in memory"
+                thing.why += "; it cannot be written to: changes will be in memory"
             elif not fingerprint and lowers:
                 thing.why += ", if its lower is the root image"

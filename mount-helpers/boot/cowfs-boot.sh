@@ -18,14 +18,17 @@ disks=$top/disk
 # --- carriers
 
 # Mount a carrier at $disks/$1. As $2: look (read-only, and not even a journal is replayed: it may be the
-# disk of a system that sleeps), ro, or rw.
+# disk of a system that sleeps), ro, or rw. Sets mounted_as: look as well where ro is too much, for a journal
+# that cannot be replayed on a disk with its lock set, or for one disk of a RAID, which all must be written to.
 mount_carrier() {
     mkdir -p "$disks/$1"
+    mounted_as=$2
+    [ "$2" = look ] || ! is_raid_member "$1" || mounted_as=look
     # What a filesystem is no good as, its driver would complain of on the console.
     printk=$COWFS_PROC/sys/kernel/printk
     level=$(fact "$printk" | cut -f 1)
     echo 1 >"$printk"
-    mount_as_any "$1" "$2"
+    mount_as_any "$1" "$mounted_as" || { [ "$mounted_as" = ro ] && mounted_as=look && mount_as_any "$1" look; }
     result=$?
     echo "${level:-7}" >"$printk"
     [ $result = 0 ] || rmdir "$disks/$1"
@@ -52,34 +55,76 @@ mount_as_any() {
 
 unmount_carrier() { umount "$disks/$1" && rmdir "$disks/$1"; }
 
+# Say what is on the disks that could not be mounted, with $1: say or warn. Not of those that are not meant
+# to be: swap, parts of something else, and disks that are empty or only divided.
+tell_unreadable() {
+    for device in $unreadable; do
+        place=$(facts_of "$device")
+        [ -e "$place" ] || continue # it is gone
+        divided=''
+        for part in "$place/$device"*; do [ ! -e "$part/partition" ] || divided=yes; done
+        [ -z "$divided" ] || continue
+        type=$(type_of "$device")
+        case $type in
+        nothing | swap | *_member) ;;
+        crypto_LUKS) [ -z "$named" ] || "$1" "$device is encrypted (LUKS): it must be opened first" ;;
+        error) "$1" "$device cannot be read: no disk is in it, or it is damaged" ;;
+        unknown) [ "$(fact "$place/size")" -lt 32768 ] || "$1" "$device holds nothing that is known here" ;;
+        *)
+            driver=$type
+            [ "$type" != ntfs ] || driver=ntfs3
+            if grep -qw "$driver" "$COWFS_PROC/filesystems"; then
+                "$1" "$device ($type) cannot be mounted: its filesystem is damaged"
+            else
+                "$1" "$device ($type) cannot be read by this kernel"
+            fi
+            ;;
+        esac
+    done
+}
+
 # Whether something is mounted at $1; with $2: rw or ro, as the kernel has it, whatever was asked for.
 is_mounted() { grep -q "^[^ ]* $1 [^ ]* ${2-}" "$COWFS_PROC/mounts"; }
 
 # --- the root image
 
-# Sets image_device and image_file. The removable ones come first: who plugs in a stick means it.
+# Sets image_device, image_file, and image_mode: ro, or look if it must not become writable. The removable
+# ones come first: who plugs in a stick means it. Those that cannot be mounted are in unreadable.
 find_image() {
-    waited=0 seen=''
+    waited=0 seen='' unreadable=''
     while :; do
-        found="$(devices removable) $(devices all)"
-        for device in $found; do
-            [ "$found" != "$seen" ] || break # nothing new, so nothing to look at again
-            mount_carrier "$device" look || continue
-            if [ -f "$disks/$device$subdir$image" ]; then
-                image_device=$device image_file=$disks/$device$subdir$image
-                # Now it may replay its journal: it may have to become writable, for the store.
-                unmount_carrier "$device" && mount_carrier "$device" ro || return
-                say "root image: $subdir$image on $device"
-                return
-            fi
-            unmount_carrier "$device"
-        done
-        seen=$found
+        look_into_drives
+        now=$(disks_now)
+        # Nothing new, so nothing to look at again; but now and then, as a disk may take its time.
+        if [ "$now" != "$seen" ] || [ $((waited % 10)) = 9 ]; then
+            seen=$now unreadable='' looked_at=' '
+            for device in $(devices removable) $(devices all); do
+                case $looked_at in
+                *" $device "*) continue ;;
+                esac
+                looked_at="$looked_at$device "
+                has_image "$device" && return
+            done
+        fi
         [ $waited -lt 60 ] || return
         [ $waited != 5 ] || say "waiting for a disk with the root image $subdir$image"
         sleep 1
         waited=$((waited + 1))
     done
+}
+
+has_image() {
+    mount_carrier "$1" look || {
+        unreadable="$unreadable $1"
+        return 1
+    }
+    place=$disks/$1$subdir$image
+    [ -f "$place" ] && found=yes || found=''
+    unmount_carrier "$1"
+    # Now it may replay its journal: it may have to become writable, for the store.
+    [ -n "$found" ] && mount_carrier "$1" ro && [ -f "$place" ] || return
+    image_device=$1 image_file=$place image_mode=$mounted_as
+    say "root image: $subdir$image on $1"
 }
 
 # --- the store
@@ -88,17 +133,30 @@ find_image() {
 # root image first. $1: the path.
 find_candidates() {
     candidates=''
-    found=$(devices "$scope")
-    [ "$found" != "$seen" ] || return 0 # nothing new, so nothing to look at again
-    seen=$found
-    for device in $found; do
+    look_into_drives
+    now=$(disks_now)
+    [ "$now" != "$seen" ] || [ $((waited % 10)) = 9 ] || return 0 # as in find_image
+    seen=$now unreadable=''
+    for device in $(devices "$scope"); do
         if [ "$device" = "$image_device" ]; then
             is_candidate "$device" "$1" && candidates="$device $candidates"
-        elif [ ! -e "$COWFS_SYS/block/$device/$image_device" ] && mount_carrier "$device" look; then
+        elif has_part_in "$device" "$image_device $candidates"; then
+            continue
+        elif mount_carrier "$device" look; then
             is_candidate "$device" "$1" && candidates="$candidates $device"
             unmount_carrier "$device"
+        else
+            unreadable="$unreadable $device"
         fi
     done
+}
+
+# Whether one of the devices $2 is a part of the disk $1.
+has_part_in() {
+    for part in $2; do
+        [ ! -e "$COWFS_SYS/block/$1/$part" ] || return 0
+    done
+    return 1
 }
 
 # Whether there is something by the path $2 on the carrier $1; a name that is there and no use is told of.
@@ -129,16 +187,19 @@ wait_for_candidates() {
     done
 }
 
-# Make the carrier $1 writable if it can be; sets store_mode: rw or ro.
+# Make the carrier $1 writable if it can be; sets store_mode, rw or ro, and for ro why.
 open_carrier() {
-    store_mode=rw
+    store_mode=rw why='read-only media'
     if is_mounted "$disks/$1"; then
-        mount -o remount,rw,noatime "$disks/$1" 2>/dev/null &&
+        [ "$image_mode" != look ] && mount -o remount,rw,noatime "$disks/$1" 2>/dev/null &&
             mount -o remount,bind,rw "$world$disks/$1"
-    elif ! mount_carrier "$1" rw; then
-        mount_carrier "$1" ro || return
+    elif ! mount_carrier "$1" rw && ! mount_carrier "$1" ro; then
+        warn "$1 cannot be mounted any more: the store on it is not used"
+        return 1
     fi
-    is_mounted "$disks/$1" rw || store_mode=ro
+    is_mounted "$disks/$1" rw && return
+    store_mode=ro
+    ! is_raid_member "$1" || why='one disk of a RAID'
 }
 
 close_carrier() {
@@ -164,7 +225,7 @@ use_store() {
         shift
         open_carrier "$device" || continue
         [ "$device" = "$image_device" ] || bind_into_world "$disks/$device"
-        [ $store_mode = rw ] || warn "$path on $device cannot be written to (read-only media): changes are kept in memory"
+        [ $store_mode = rw ] || warn "$path on $device cannot be written to ($why): changes are kept in memory"
         if serve "$disks/$device$path" $store_mode; then
             say "store: $path on $device"
             [ $# = 0 ] || warn "several stores: $path on $device is used, those on $* are not"
@@ -177,10 +238,14 @@ use_store() {
 }
 
 tell_missing() {
+    hint=''
+    [ "$scope" = all ] || hint=' (backstore=alldev looks at all of them)'
     if [ -n "$named" ]; then
-        warn "no disk that was looked at has the store $1 (backstore=alldev looks at all of them)"
+        warn "no disk that was looked at has the store $1$hint"
+        tell_unreadable warn
     else
         say "no store ($1) was found on a disk"
+        tell_unreadable say
     fi
 }
 
@@ -242,6 +307,7 @@ make_root() {
     read_options
     find_image
     if [ -z "${image_file-}" ]; then
+        tell_unreadable say
         say "FAILED: no disk has the root image $subdir$image"
         return 1
     fi

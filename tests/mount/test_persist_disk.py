@@ -186,6 +186,10 @@ def test_what_is_no_place_for_a_store_is_refused(home: Path, disks: Disks) -> No
     foreign, other = disks.make("nothing", 8)
     with other.open("r+b") as out:
         out.write(b"\xeb\x52\x90NTFS    ")
+    mirrored, half = disks.make()
+    with half.open("r+b") as out:
+        out.seek(200 * MIB - 8192)
+        out.write(b"\xfc\x4e\x2b\xa9")
     names = set(os.listdir("/dev"))
     with in_memory(home, nobody=False) as here:
         for place, said in (
@@ -197,6 +201,7 @@ def test_what_is_no_place_for_a_store_is_refused(home: Path, disks: Disks) -> No
             (protected, f"{protected}: is write-protected"),
             (empty, f"{empty}: holds no filesystem"),
             (foreign, f"{foreign}: holds an NTFS filesystem, which this kernel cannot"),
+            (mirrored, f"{mirrored}: is one disk of a RAID"),
             (f"{good}/no/s", f"{good}/no/s: No such file or directory"),
             (f"{good}/out/s", f"{good}/out/s: leads to another filesystem"),
         ):
