@@ -80,6 +80,40 @@ def initramfs(out: Path, modules: str = "") -> Path:
     return out
 
 
+def with_mapping(out: Path, initramfs: Path, disk: str) -> Path:
+    """Add to an initramfs what makes a device-mapper device of a whole disk before anything else happens.
+
+    The kernel unpacks any number of archives one after the other (early-userspace/buffer-format).
+    """
+    tree = out.with_suffix(".tree")
+    (tree / "usr/sbin").mkdir(parents=True)
+    for name in ("lib", "lib64"):  # where the loader looks
+        (tree / "usr" / name).mkdir()
+        (tree / name).symlink_to(f"usr/{name}")
+    _program(tree, Path(shutil.which("dmsetup") or "/usr/sbin/dmsetup"))
+    shutil.copy(HELPERS / "boot/init", tree / "init.cowfs")
+    (tree / "init").write_text(_MAPPING_INIT.replace("DISK", disk))
+    (tree / "init").chmod(0o755)
+    run("sh", "-c", f"cd {tree} && find . | cpio --quiet -o -H newc | gzip -1 >{out}.added")
+    out.write_bytes(initramfs.read_bytes() + Path(f"{out}.added").read_bytes())
+    return out
+
+
+_MAPPING_INIT = """\
+#!/bin/busybox sh
+/bin/busybox mkdir -p /proc /sys /dev
+/bin/busybox --install -s /bin
+PATH=/bin:/usr/sbin
+export PATH
+mount -t devtmpfs dev /dev && mount -t proc proc /proc && mount -t sysfs sys /sys
+xargs modprobe -a </etc/modules 2>/dev/null
+until [ -b /dev/DISK ]; do usleep 10000; done
+dmsetup --noudevrules --noudevsync create mine --table "0 $(cat /sys/block/DISK/size) linear /dev/DISK 0"
+umount /sys /proc /dev
+exec /init.cowfs
+"""
+
+
 # --- the root image
 
 

@@ -186,8 +186,13 @@ def plug(machine: Machine, name: str) -> None:
     machine.monitor(f"device_add {_usb(name)}")
 
 
+def unplug(machine: Machine, name: str) -> None:
+    """Pull a stick out."""
+    machine.monitor(f"device_del {name}")
+
+
 def _usb(name: str) -> str:
-    return f"usb-storage,bus=usb.0,removable=on,drive={name}"
+    return f"usb-storage,bus=usb.0,removable=on,id={name},drive={name}"
 
 
 def nvme(image: Path, name: str) -> list[str]:
@@ -214,6 +219,17 @@ def scsi_disk(image: Path, name: str) -> list[str]:
 def disc(image: Path, name: str) -> list[str]:
     """A CD in a SCSI drive."""
     return [*_drive(image, name, "media=cdrom", "readonly=on"), "-device", f"scsi-cd,bus=scsi.0,drive={name}"]
+
+
+def empty_drive(name: str) -> list[str]:
+    """A SCSI drive without a disc; :func:`put_in` puts one in."""
+    drive = f"if=none,id={name},media=cdrom,readonly=on"
+    return ["-drive", drive, "-device", f"scsi-cd,bus=scsi.0,id={name},drive={name}"]
+
+
+def put_in(machine: Machine, name: str, image: Path) -> None:
+    """Put a disc into a drive."""
+    machine.monitor(f"change {name} {image} raw")
 
 
 def _drive(image: Path, name: str, *more: str, cache: str = "writethrough") -> list[str]:
