@@ -285,6 +285,7 @@ def carrier_of(image: Path, table: str) -> Path:
     """The filesystem of such a disk, in a file of its own."""
     if not table:
         return image
+    image.with_suffix(".part").unlink(missing_ok=True)
     return _copy(image, image.with_suffix(".part"), skip=_PARTITION, seek=0)
 
 
@@ -331,6 +332,7 @@ def from_carrier(part: Path, kind: str, name: str, target: Path) -> Path | None:
         place.mkdir()
         run("btrfs", "restore", part, place)
         (place / name.lstrip("/")).rename(target)
+        place.rmdir()
         return target
     return None
 
