@@ -479,3 +479,39 @@ def test_a_medium_that_is_changed_is_looked_at(system: System) -> None:
     before = system.shell("disks_now")
     (system.top / "sys/block/sr0/diskseq").write_text("5\n")
     assert system.shell("disks_now") != before
+
+
+# --- disks that go away while they are looked at
+
+GOING = """
+. {library}/cowfs-boot.sh
+mount_carrier() {{
+    case $1:$2 in
+    {gone}) return 1 ;;
+    esac
+    mkdir -p "$disks" && [ -e {top}/disks/"$1" ] && ln -s {top}/disks/"$1" "$disks/$1" && mounted_as=$2
+}}
+unmount_carrier() {{ rm "$disks/$1"; }}
+serve() {{ echo "$1"; }}
+bind_into_world() {{ :; }}
+world=/nowhere patience=0
+{command}
+"""
+
+
+def test_an_image_on_a_disk_that_vanishes_is_looked_for_on_others(carriers: System) -> None:
+    put(carriers, "sdb/sysrcd.dat", "sdc/sysrcd.dat")
+    command = 'find_image; echo "$image_device $image_mode $(ls "$disks")"'
+    script = GOING.format(library=LIBRARY, top=carriers.top, gone="sdb:ro", command=command)
+    assert carriers.shell(script) == ["sdc ro sdc"]
+
+
+def test_a_store_on_a_disk_that_vanishes_is_told_of(carriers: System) -> None:
+    put(carriers, "sdb/sysrcd.bs", "sdc/sysrcd.bs")
+    (carriers.top / "proc/mounts").write_text(
+        f"/dev/sdc {carriers.top}/run/initramfs/cowfs/disk/sdc vfat rw 0 0\n"
+    )
+    command = "image_device=none image_mode=look; use_store /sysrcd.bs"
+    script = GOING.format(library=LIBRARY, top=carriers.top, gone="sdb:rw | sdb:ro", command=command)
+    assert carriers.shell(script) == [f"{carriers.top}/run/initramfs/cowfs/disk/sdc/sysrcd.bs"]
+    assert "sdb cannot be mounted any more: the store on it is not used" in carriers.warnings()
