@@ -15,15 +15,20 @@ _DESCRIPTION = """\
 Write the changes of a mount whose store is in memory to a new store, STORE, and go on with them there:
 what is changed from now on is kept too. The mount can be used meanwhile; at the end its users wait, a second
 or two for each gigabyte. If it fails, or is interrupted, the mount goes on as it was.
+
+STORE is a path, or, for root, one that begins with a disk: /dev/sdb1/my/sysrcd.bs is /my/sysrcd.bs on that
+disk, /dev/sdb1 is /sysrcd.bs on it. It need not be mounted.
 """
 _EPILOG = """\
 SIZE is how large STORE shall be: in megabytes, or with a unit (1024M, 2G). Without it STORE is as large
 as the store in memory has become; `cowfs grow` makes it larger later.
 
-example:
+examples:
   cowfs persist /mnt sysrcd.bs 512
+  cowfs persist / /dev/sdb1 512          in a live system: the next boot finds it
 
-exit codes: 0 it is kept; 1 wrong usage; 32 it could not be written, and is in memory as before.
+exit codes: 0 it is kept; 1 wrong usage; 2 only root may do that; 32 it could not be written.
+In all cases but the first the changes are in memory as before.
 """
 
 
@@ -44,30 +49,26 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Ask the daemon to move its store."""
+    from cowfs.store.carrier import directory_of
     from cowfs.store.sizes import format_size, parse_size
 
     size = parse_size(args.size) if args.size else None
     found = find_mount(args.mountpoint)
     if found is None:
         raise MountFailure(f"{args.mountpoint}: no cowfs is mounted here")
-    path = os.path.abspath(args.store)
-    directory, name = os.path.split(path)
-    try:
-        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError as error:
-        raise StoreError(f"{path}: {error.strerror}") from None
-    try:
+    kept = 0
+    shown, path = args.store, os.path.abspath(args.store)
+    with directory_of(path) as (fd, name):
+        if os.path.basename(path) != name:  # only the disk was named
+            shown = path = os.path.join(path, name)
         device = os.fstat(fd).st_dev
         # The daemon would wait for itself.
         served = {found.dev, *(mount.dev for mount in mountinfo() if mount.fstype == VIEW_FSTYPE)}
         if f"{os.major(device)}:{os.minor(device)}" in served:
             raise StoreError(f"{path}: is inside the mount whose changes it shall hold", "put it elsewhere")
-        kept = 0
         for reply in ask(found.dev, NAME, timeout=None, fd=fd, name=name, path=path, size=size):
             if "said" in reply:
                 print(reply["said"] + " …", flush=True)
             kept = reply.get("size", kept)
-    finally:
-        os.close(fd)
-    print(f"{args.mountpoint}: the changes are kept in {args.store}, {format_size(kept)}, from now on")
+    print(f"{args.mountpoint}: the changes are kept in {shown}, {format_size(kept)}, from now on")
     return 0

@@ -31,6 +31,7 @@ _libc.name_to_handle_at.argtypes = (
     ctypes.c_int,
 )
 _libc.syncfs.argtypes = (ctypes.c_int,)
+_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 
 
 def _raise() -> None:
@@ -58,6 +59,13 @@ def rename(source_fd: int, source: bytes, target_fd: int, target: bytes, flags: 
 def syncfs(fd: int) -> None:
     """Write back the whole filesystem that *fd* is on (syncfs(2)). Blocks; releases the GIL."""
     if _libc.syncfs(fd):
+        _raise()
+
+
+def fallocate(fd: int, offset: int, length: int) -> None:
+    """Allocate a range of a file (fallocate(2)). Unlike posix_fallocate(3) it writes nothing where the
+    filesystem cannot do it, but raises EOPNOTSUPP."""
+    if _libc.fallocate(fd, 0, offset, length):
         _raise()
 
 

@@ -25,6 +25,9 @@ MNT_FORCE = 1
 MNT_DETACH = 2
 UMOUNT_NOFOLLOW = 8
 
+# include/uapi/linux/mount.h
+_MS_RDONLY, _MS_REMOUNT, _MS_NOATIME = 1, 0x20, 0x400
+
 # The same on all architectures but alpha: include/uapi/asm-generic/unistd.h
 _SYS_FSOPEN, _SYS_FSCONFIG, _SYS_FSMOUNT = 430, 431, 432
 
@@ -56,6 +59,7 @@ _libc.mount.argtypes = (
     ctypes.c_char_p,
 )
 _libc.umount2.argtypes = (ctypes.c_char_p, ctypes.c_int)
+_libc.mount.argtypes = (ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p)
 
 
 def _syscall(number: int, *arguments: int | bytes | None) -> int:
@@ -141,6 +145,15 @@ def mount(source: str, path: str | bytes, fstype: str, flags: int, options: str)
 def umount2(path: str | bytes, flags: int = 0) -> None:
     """Unmount what is mounted at *path* (umount2(2)). Blocks unless MNT_DETACH; releases the GIL."""
     if _libc.umount2(os.fsencode(path), flags):
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), path)
+
+
+def remount(path: str | bytes, *, readonly: bool) -> None:
+    """Let the filesystem that is mounted at *path* be written to, or not any more; noatime. Raises OSError:
+    EBUSY for a file in it that is open to write, EROFS or EACCES for a disk that cannot be written to."""
+    flags = _MS_REMOUNT | _MS_NOATIME | (_MS_RDONLY if readonly else 0)
+    if _libc.mount(None, os.fsencode(path), None, flags, None):
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code), path)
 
@@ -305,6 +318,12 @@ def mount_of(path: str | bytes | os.PathLike[str]) -> MountInfo | None:
     return found[-1] if found else None
 
 
+def mount_id(fd: int) -> int:
+    """Return the number of the mount that *fd* was opened in: ``id`` of its MountInfo, if it has one."""
+    text = Path(f"/proc/self/fdinfo/{fd}").read_text()
+    return next(int(line.split()[1]) for line in text.splitlines() if line.startswith("mnt_id:"))
+
+
 # --- locks and processes
 
 
@@ -337,10 +356,9 @@ def who_locks(path: str | bytes | os.PathLike[str]) -> int | None:
 
 def _device_of(fd: int) -> tuple[int, int]:
     """Return the device of the filesystem of *fd*: not st_dev, which btrfs makes up per subvolume."""
-    text = Path(f"/proc/self/fdinfo/{fd}").read_text()
-    mount_id = next(int(line.split()[1]) for line in text.splitlines() if line.startswith("mnt_id:"))
+    at = mount_id(fd)
     for mount in mountinfo():
-        if mount.id == mount_id:
+        if mount.id == at:
             major, minor = mount.dev.split(":")
             return int(major), int(minor)
     device = os.fstat(fd).st_dev

@@ -80,6 +80,25 @@ def fill_holes(fd: int, start: int, end: int) -> None:
             os.posix_fallocate(fd, start, end - start)
 
 
+def take_room(fd: int, path: str) -> str:
+    """Allocate what a store lacks of its file: a copy of one has holes. Return what is to be told if its
+    disk has no room for them: what is written there will fail, at the latest at fsync(2)."""
+    state = os.fstat(fd)
+    missing = state.st_size - state.st_blocks * 512
+    if missing <= 0:
+        return ""
+    room = os.fstatvfs(fd)
+    free = room.f_bfree * room.f_frsize
+    if missing > free:
+        return (
+            f"{path}: its file has holes of {format_size(missing)}, and its disk {format_size(free)} free: "
+            "make room there before the store is filled"
+        )
+    with suppress(OSError):  # not all filesystems can
+        files.fallocate(fd, 0, state.st_size)
+    return ""
+
+
 @contextmanager
 def unfinished(path: str, directory: str, called: str = "") -> Iterator[int]:
     """Open a file that gets its name at the end, if nothing stands there by then, and else is gone.

@@ -9,29 +9,16 @@ import os
 import re
 import stat
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from cowfs.errors import CowfsError, UsageError
-from cowfs.linux import mounts
+from cowfs.store.carrier import DEFAULT, is_raid_member, look, mounts_of
 from cowfs.store.info import store_info
 
-DEFAULT = "/sysrcd.bs"
-
 _NO_DISKS = re.compile(r"(loop|ram|zram)\d*|fd\d+")
-# How to look at a filesystem without a change to it: no journal is replayed.
-_LOOK: tuple[tuple[str, dict[str, str | None]], ...] = (
-    ("ext4", {"noload": None}),
-    ("vfat", {"utf8": None}),
-    ("exfat", {"iocharset": "utf8"}),
-    ("ntfs3", {"iocharset": "utf8"}),
-    ("iso9660", {"utf8": None}),
-    ("udf", {}),
-    ("btrfs", {"rescue": "nologreplay"}),
-    ("xfs", {"norecovery": None}),
-)
 _READ_ONLY = {"iso9660", "udf", "squashfs"}
 
 
@@ -84,6 +71,8 @@ def devices(scope: str, sys: Path = Path("/sys")) -> Iterator[str]:
     for disk in sorted((sys / "block").iterdir()):
         if _NO_DISKS.fullmatch(disk.name) or _fact(disk / "size") == "0":
             continue
+        if _fact(disk / "dm/suspended") == "1":
+            continue  # who reads it would wait
         if scope != "all" and not is_removable(disk):
             continue
         parts = [part for part in disk.glob(f"{disk.name}*") if (part / "partition").exists()]
@@ -135,11 +124,9 @@ def _look(name: str, path: str) -> Iterator[Found]:
     with ExitStack() as stack:
         found = Found(device, path)
         try:
-            number = os.stat(device).st_rdev
+            here = mounts_of(device)
         except OSError:
             return
-        at = f"{os.major(number)}:{os.minor(number)}"
-        here = [mount for mount in mounts.mountinfo() if mount.dev == at and mount.root == b"/"]
         if here:
             shown = min(here, key=lambda mount: len(mount.mountpoint))  # not one in the daemon's own world
             found.where = os.fsdecode(shown.mountpoint)
@@ -147,23 +134,17 @@ def _look(name: str, path: str) -> Iterator[Found]:
         elif os.geteuid() != 0:
             return
         else:
-            mounted = _mount(device)
+            mounted = look(device)
             if mounted is None:
                 return
             fd, fstype = mounted
             stack.callback(os.close, fd)
             root = f"/proc/{os.getpid()}/fd/{fd}"  # also for the programs that we ask
         found.writable = fstype not in _READ_ONLY and _fact(Path("/sys/class/block", name, "ro")) != "1"
+        found.writable = found.writable and not is_raid_member(device)
         if os.path.lexists(root + path):
             _ask(found, root + path)
             yield found
-
-
-def _mount(device: str) -> tuple[int, str] | None:
-    for fstype, options in _LOOK:
-        with suppress(OSError):
-            return mounts.detached_mount(fstype, device, options, readonly=True), fstype
-    return None
 
 
 def _ask(found: Found, place: str) -> None:
@@ -192,14 +173,14 @@ def _judge(found: list[Found], fingerprint: str) -> None:
         elif fingerprint and lowers and lowers[-1] != fingerprint:
             thing.why = "belongs to another root image"
         elif not thing.writable and not lowers:
-            thing.why = "is empty, and on read-only media"
+            thing.why = "is empty, and cannot be written to"
         elif taken:
             thing.why = f"{taken.device} comes first"
         else:
             thing.taken, taken = True, thing
             thing.why = "the first that can be used"
             if not thing.writable:
-                thing.why += "; on read-only media: changes will be in memory"
+                thing.why += "; it cannot be written to: changes will be in memory"
             if len(lowers) > 1:
                 thing.why += ", with the stores on read-only media that it stands on"
             if not fingerprint and lowers:

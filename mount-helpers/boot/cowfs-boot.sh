@@ -22,15 +22,18 @@ below='' # what root-daemon gets for the stores on read-only media, a word a lin
 # --- carriers
 
 # Mount a carrier at $disks/$1. As $2: look (read-only, and not even a journal is replayed: it may be the
-# disk of a system that sleeps), ro, or rw.
+# disk of a system that sleeps), ro, or rw. Sets mounted_as: look as well where ro is too much, for a journal
+# that cannot be replayed on a disk with its lock set, or for one disk of a RAID, which all must be written to.
 mount_carrier() {
     mkdir -p "$disks/$1"
+    mounted_as=$2
+    [ "$2" = look ] || ! is_raid_member "$1" || mounted_as=look
     # What a filesystem is no good as, its driver would complain of on the console.
     printk=$COWFS_PROC/sys/kernel/printk
     level=$(fact "$printk" | cut -f 1)
     echo 1 >"$printk"
     # What has a journal to replay, and cannot be written to, can be looked at all the same.
-    mount_as_any "$1" "$2" || { [ "$2" = ro ] && mount_as_any "$1" look; }
+    mount_as_any "$1" "$mounted_as" || { [ "$mounted_as" = ro ] && mounted_as=look && mount_as_any "$1" look; }
     result=$?
     echo "${level:-7}" >"$printk"
     [ $result = 0 ] || rmdir "$disks/$1"
@@ -57,29 +60,57 @@ mount_as_any() {
 
 unmount_carrier() { umount "$disks/$1" && rmdir "$disks/$1"; }
 
+# Say what is on the disks that could not be mounted, with $1: say or warn. Not of those that are not meant
+# to be: swap, parts of something else, and disks that are empty or only divided.
+tell_unreadable() {
+    for device in $unreadable; do
+        place=$(facts_of "$device")
+        [ -e "$place" ] || continue # it is gone
+        divided=''
+        for part in "$place/$device"*; do [ ! -e "$part/partition" ] || divided=yes; done
+        [ -z "$divided" ] || continue
+        type=$(type_of "$device")
+        case $type in
+        nothing | swap | *_member) ;;
+        crypto_LUKS) [ -z "$named" ] || "$1" "$device is encrypted (LUKS): it must be opened first" ;;
+        error) "$1" "$device cannot be read: no disk is in it, or it is damaged" ;;
+        unknown) [ "$(fact "$place/size")" -lt 32768 ] || "$1" "$device holds nothing that is known here" ;;
+        *)
+            driver=$type
+            [ "$type" != ntfs ] || driver=ntfs3
+            if grep -qw "$driver" "$COWFS_PROC/filesystems"; then
+                "$1" "$device ($type) cannot be mounted: its filesystem is damaged"
+            else
+                "$1" "$device ($type) cannot be read by this kernel"
+            fi
+            ;;
+        esac
+    done
+}
+
 # Whether something is mounted at $1; with $2: rw or ro, as the kernel has it, whatever was asked for.
 is_mounted() { grep -q "^[^ ]* $1 [^ ]* ${2-}" "$COWFS_PROC/mounts"; }
 
 # --- the root image
 
-# Sets image_device and image_file. The removable ones come first: who plugs in a stick means it.
+# Sets image_device, image_file, and image_mode: ro, or look if it must not become writable. The removable
+# ones come first: who plugs in a stick means it. Those that cannot be mounted are in unreadable.
 find_image() {
-    waited=0 seen=''
+    waited=0 seen='' unreadable=''
     while :; do
-        found="$(devices removable) $(devices all)"
-        for device in $found; do
-            [ "$found" != "$seen" ] || break # nothing new, so nothing to look at again
-            mount_carrier "$device" look || continue
-            if [ -f "$disks/$device$subdir$image" ]; then
-                image_device=$device image_file=$disks/$device$subdir$image
-                # Now it may replay its journal: it may have to become writable, for the store.
-                unmount_carrier "$device" && mount_carrier "$device" ro || return
-                say "root image: $subdir$image on $device"
-                return
-            fi
-            unmount_carrier "$device"
-        done
-        seen=$found
+        look_into_drives
+        now=$(disks_now)
+        # Nothing new, so nothing to look at again; but now and then, as a disk may take its time.
+        if [ "$now" != "$seen" ] || [ $((waited % 10)) = 9 ]; then
+            seen=$now unreadable='' looked_at=' '
+            for device in $(devices removable) $(devices all); do
+                case $looked_at in
+                *" $device "*) continue ;;
+                esac
+                looked_at="$looked_at$device "
+                has_image "$device" && return
+            done
+        fi
         [ $waited -lt 60 ] || return
         [ $waited != 5 ] || say "waiting for a disk with the root image $subdir$image"
         sleep 1
@@ -87,83 +118,124 @@ find_image() {
     done
 }
 
+has_image() {
+    mount_carrier "$1" look || {
+        unreadable="$unreadable $1"
+        return 1
+    }
+    place=$disks/$1$subdir$image
+    [ -f "$place" ] && found=yes || found=''
+    unmount_carrier "$1"
+    # Now it may replay its journal: it may have to become writable, for the store.
+    [ -n "$found" ] && mount_carrier "$1" ro && [ -f "$place" ] || return
+    image_device=$1 image_file=$place image_mode=$mounted_as
+    say "root image: $subdir$image on $1"
+}
+
 # --- the store
 
-# Sets the devices with a file of the right name, in the order of devices(), but the one of the root image first:
-# candidates, and on_read_only_media. $1: the path.
+# Try what has the right name, $path, disk by disk, as they come; the first that cowfs accepts becomes the root.
+use_store() {
+    begin_search
+    while wait_for_candidates; do
+        try_candidates && return
+    done
+    [ "$tried" != ' ' ] || tell_missing
+    return 1
+}
+
+begin_search() { waited=0 seen=none tried=' '; }
+
+# Look until there is a candidate that can be written to, or the patience is over.
+wait_for_candidates() {
+    candidates='' on_read_only_media=''
+    while :; do
+        find_candidates
+        [ -z "$candidates" ] || return 0
+        if [ "$waited" -ge "$patience" ] && { [ "$waited" -ge 30 ] || ! disk_is_coming; }; then
+            [ -n "$on_read_only_media" ]
+            return
+        fi
+        [ "$waited" != 1 ] || say "waiting for a disk with the store $path"
+        sleep 1
+        waited=$((waited + 1))
+    done
+}
+
+# Sets the devices with a file of the right name that were not tried yet, in the order of devices(), but the one
+# of the root image first: candidates, and on_read_only_media.
 find_candidates() {
-    found=$(devices "$scope")
-    [ "$found" != "$seen" ] || return 0 # nothing new, so nothing to look at again
-    seen=$found candidates='' on_read_only_media=''
+    look_into_drives
+    now=$(disks_now)
+    [ "$now" != "$seen" ] || [ $((waited % 10)) = 9 ] || return 0 # as in find_image
+    seen=$now candidates='' on_read_only_media='' unreadable=''
     for device in $(image_device_first); do
+        case $tried in
+        *" $device "*) continue ;;
+        esac
         if [ "$device" = "$image_device" ]; then
-            is_candidate "$device" "$1" && note_candidate "$device"
-        elif [ ! -e "$COWFS_SYS/block/$device/$image_device" ] && mount_carrier "$device" look; then
-            is_candidate "$device" "$1" && note_candidate "$device"
+            note_candidate "$device"
+        elif has_part_in "$device" "$image_device $candidates $on_read_only_media $tried"; then
+            continue
+        elif mount_carrier "$device" look; then
+            note_candidate "$device"
             unmount_carrier "$device"
+        else
+            unreadable="$unreadable $device"
         fi
     done
 }
 
 image_device_first() {
+    found=$(devices "$scope")
     for device in $found; do [ "$device" != "$image_device" ] || echo "$device"; done
     for device in $found; do [ "$device" = "$image_device" ] || echo "$device"; done
 }
 
+# Whether one of the devices $2 is a part of the disk $1.
+has_part_in() {
+    for part in $2; do
+        [ ! -e "$COWFS_SYS/block/$1/$part" ] || return 0
+    done
+    return 1
+}
+
+# Note what is on the carrier $1, which is mounted, under the right name; one that is no use is told of.
 note_candidate() {
-    if is_read_only_media "$1"; then
+    place=$disks/$1$path
+    if [ -L "$place" ]; then
+        warn "$path on $1 is a symbolic link, not a store: not used"
+    elif [ -d "$place" ]; then
+        warn "$path on $1 is a directory, not a store: not used"
+    elif [ ! -f "$place" ]; then
+        :
+    elif cannot_be_written "$1"; then
         on_read_only_media="$on_read_only_media $1"
     else
         candidates="$candidates $1"
     fi
 }
 
-# Whether the carrier $1, which is mounted, can never be written to.
-is_read_only_media() {
-    [ "$(fact "$COWFS_SYS/class/block/$1/ro")" = 1 ] ||
+# Whether the carrier $1, which is mounted, is one that is never written to.
+cannot_be_written() {
+    [ "$(fact "$(facts_of "$1")/ro")" = 1 ] || is_raid_member "$1" ||
         grep -qE "^[^ ]* $disks/$1 (iso9660|udf|squashfs) " "$COWFS_PROC/mounts"
 }
 
-# Whether there is something by the path $2 on the carrier $1; a name that is there and no use is told of.
-is_candidate() {
-    place=$disks/$1$2
-    if [ -L "$place" ]; then
-        warn "$2 on $1 is a symbolic link, not a store: not used"
-    elif [ -d "$place" ]; then
-        warn "$2 on $1 is a directory, not a store: not used"
-    elif [ -f "$place" ]; then
-        return 0
-    fi
-    return 1
-}
-
-# Look until there is a candidate that can be written to, or the patience is over. $1: the path.
-wait_for_candidates() {
-    waited=0 seen=none
-    while :; do
-        find_candidates "$1"
-        [ -z "$candidates" ] || return 0
-        if [ $waited -ge "$patience" ] && { [ $waited -ge 30 ] || ! disk_is_coming; }; then
-            [ -n "$on_read_only_media" ]
-            return
-        fi
-        [ $waited != 1 ] || say "waiting for a disk with the store $1"
-        sleep 1
-        waited=$((waited + 1))
-    done
-}
-
-# Make the carrier $1 writable if it can be; sets store_mode: rw or ro.
+# Make the carrier $1 writable if it can be; sets store_mode, rw or ro, and for ro why.
 open_carrier() {
-    store_mode=rw
+    store_mode=rw why='read-only media'
     if is_mounted "$disks/$1"; then
-        mount -o remount,rw,noatime "$disks/$1" 2>/dev/null &&
-            mount -o remount,bind,rw "$world$disks/$1"
-    elif ! mount_carrier "$1" rw; then
-        mount_carrier "$1" ro || return
+        [ "$1" != "$image_device" ] || [ "$image_mode" = look ] ||
+            { mount -o remount,rw,noatime "$disks/$1" && mount -o remount,bind,rw "$world$disks/$1"; } 2>/dev/null
+    elif ! mount_carrier "$1" rw && ! mount_carrier "$1" ro; then
+        warn "$1 cannot be mounted any more: the store on it is not used"
+        return 1
     fi
-    is_mounted "$disks/$1" rw || store_mode=ro
     is_mounted "$world$disks/$1" || bind_into_world "$disks/$1"
+    is_mounted "$disks/$1" rw && return
+    store_mode=ro
+    ! is_raid_member "$1" || why='one disk of a RAID'
 }
 
 close_carrier() {
@@ -174,14 +246,9 @@ close_carrier() {
     fi 2>/dev/null
 }
 
-# Try the candidates one by one; the first that cowfs accepts becomes the root. What can be written to comes
-# first, and may stand on what cannot. $1: the path.
-use_store() {
-    path=$1
-    wait_for_candidates "$path" || {
-        tell_missing "$path"
-        return 1
-    }
+# What can be written to comes first, and may stand on what cannot.
+try_candidates() {
+    below=''
     for device in $on_read_only_media; do
         open_carrier "$device" && below="$below--below$newline$disks/$device$path$newline"
     done
@@ -190,8 +257,9 @@ use_store() {
     [ $# = 1 ] || say "stores on $*: the first one is tried first"
     for device; do
         shift
+        tried="$tried$device "
         open_carrier "$device" || continue
-        [ $store_mode = rw ] || warn "$path on $device cannot be written to (read-only media): changes are kept in memory"
+        [ $store_mode = rw ] || warn "$path on $device cannot be written to ($why): changes are kept in memory"
         if serve "$disks/$device$path" $store_mode; then
             say "store: $path on $device"
             [ $# = 0 ] || tell_unused "$device" "$@"
@@ -216,10 +284,14 @@ tell_unused() {
 }
 
 tell_missing() {
+    hint=''
+    [ "$scope" = all ] || hint=' (backstore=alldev looks at all of them)'
     if [ -n "$named" ]; then
-        warn "no disk that was looked at has the store $1 (backstore=alldev looks at all of them)"
+        warn "no disk that was looked at has the store $path$hint"
+        tell_unreadable warn
     else
-        say "no store ($1) was found on a disk"
+        say "no store ($path) was found on a disk"
+        tell_unreadable say
     fi
 }
 
@@ -287,6 +359,7 @@ make_root() {
     read_options
     find_image
     if [ -z "${image_file-}" ]; then
+        tell_unreadable say
         say "FAILED: no disk has the root image $subdir$image"
         return 1
     fi
@@ -323,7 +396,8 @@ make_root() {
 }
 
 with_store() {
-    [ "$scope" = off ] || use_store "$subdir${named:-/sysrcd.bs}"
+    path=$subdir${named:-/sysrcd.bs}
+    [ "$scope" = off ] || use_store
 }
 
 # The root and the store appear where the system expects them; and what takes it all away at the end.

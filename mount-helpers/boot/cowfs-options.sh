@@ -1,6 +1,6 @@
 # shellcheck shell=dash
 # shellcheck disable=SC2034 # what read_options sets is for cowfs-boot.sh
-# What was asked for, and which devices that means: the first half of the boot library (see cowfs-boot.sh).
+# What was asked for, which devices that means, and what is on them: the first half of the boot library (see cowfs-boot.sh).
 #
 # For busybox's ash; nothing happens when it is read. Where it looks can be changed, for its tests: COWFS_SYS,
 # COWFS_DEV, COWFS_PROC, COWFS_RUN.
@@ -52,7 +52,7 @@ read_options() {
         backstore.fallback=*) warn "$word is not understood (ram, fail or shell): ignored" ;;
         backstore.wait=*) read_patience "$word" ;;
         subdir=*) subdir=$(clean_path "${word#*=}") || warn "$word is not a path: ignored" ;;
-        skipmount=*) skip="$skip $(printf %s "${word#*=}" | tr , ' ')" ;;
+        skipmount=*) skip="$skip $(printf %s "${word#*=}" | sed 's|/dev/||g' | tr ,/ ' !')" ;;
         cowfs.image=/*) image=${word#*=} ;;
         cowfs.engine=kernel | cowfs.engine=process | cowfs.engine=auto) engine=${word#*=} ;;
         cowfs.engine=*) warn "$word is not understood (auto, kernel or process): ignored" ;;
@@ -137,11 +137,11 @@ is_removable() {
     done
 }
 
-# Whether skipmount= names the device $1, or the disk $2 that it is on.
+# Whether skipmount= names the device $1, or the disk $2 that it is on; a mapping has a name of its own.
 is_skipped() {
     for unwanted in $skip; do
-        case ${unwanted#/dev/} in
-        "$1" | "$2") return 0 ;;
+        case $unwanted in
+        "$1" | "$2" | "mapper!$(fact "$COWFS_SYS/block/$1/dm/name")") return 0 ;;
         esac
     done
     return 1
@@ -156,6 +156,7 @@ devices() {
         loop* | ram* | zram* | fd[0-9]*) continue ;;
         esac
         [ "$(fact "$disk/size")" != 0 ] && [ -e "$disk" ] || continue
+        [ "$(fact "$disk/dm/suspended")" != 1 ] || continue # who reads it would wait
         [ "$1" = all ] || is_removable "$disk" || continue
         {
             for part in "$disk/$name"*; do
@@ -170,6 +171,24 @@ devices() {
     done
 }
 
+# What changes when a disk comes or goes, or a medium is changed in its drive.
+disks_now() { cat "$COWFS_SYS"/block/*/diskseq "$COWFS_SYS"/block/*/size 2>/dev/null; }
+
+# Where there is no udev nobody notices a disc or a card that is put in, but who opens the drive does. Not
+# that a drive which is open for a disc should close for it.
+look_into_drives() {
+    autoclose=$COWFS_PROC/sys/dev/cdrom/autoclose
+    closes=$(fact "$autoclose")
+    [ "$closes" != 1 ] || echo 0 >"$autoclose"
+    for disk in "$COWFS_SYS"/block/*; do
+        case ${disk##*/} in
+        fd[0-9]*) continue ;;
+        esac
+        [ "$(fact "$disk/removable")" != 1 ] || true <"$(node "${disk##*/}")"
+    done 2>/dev/null
+    [ "$closes" != 1 ] || echo 1 >"$autoclose"
+}
+
 # A USB disk is known some time before it can be read: whether one is on its way.
 disk_is_coming() {
     for interface in "$COWFS_SYS"/bus/usb/devices/*:*; do
@@ -182,3 +201,75 @@ disk_is_coming() {
 }
 
 node() { printf '%s/%s' "$COWFS_DEV" "$(printf %s "$1" | tr '!' /)"; } # cciss!c0d0 is /dev/cciss/c0d0
+
+# --- what is on them
+
+# Where the kernel tells of the device $1, a disk or a partition.
+facts_of() {
+    for place in "$COWFS_SYS/block/$1" "$COWFS_SYS"/block/*/"$1"; do
+        [ ! -e "$place" ] || break
+    done
+    printf '%s\n' "$place"
+}
+
+# Whether the device $1 is a disk of a RAID whose mark is at the end (versions 0.90 and 1.0): its filesystem
+# could be mounted as if there were no other disks.
+is_raid_member() {
+    size=$(fact "$(facts_of "$1")/size")
+    [ "${size:-0}" -gt 128 ] || return
+    for sector in $(((size & ~127) - 128)) $(((size - 16) & ~7)); do
+        mark=$(dd if="$(node "$1")" bs=512 skip=$sector count=1 2>/dev/null | od -A n -t x1 -N 4 | tr -d ' \n')
+        [ "$mark" != fc4e2ba9 ] || return 0
+    done
+    return 1
+}
+
+# What is on the device $1, in the words of blkid(8), or: nothing, unknown, or error, if it cannot be read.
+type_of() {
+    head=$top/head
+    dd if="$(node "$1")" of="$head" bs=1k count=68 2>/dev/null || {
+        echo error
+        return
+    }
+    while read -r type offset mark; do
+        length=${#mark}
+        case $mark in
+        0x*) # bytes that are no letters
+            length=$(((length - 2) / 2))
+            found=0x$(dd if="$head" bs=1 skip="$offset" count=$length 2>/dev/null | od -A n -t x1 | tr -d ' \n')
+            ;;
+        *) found=$(dd if="$head" bs=1 skip="$offset" count="$length" 2>/dev/null | tr '\0' .) ;;
+        esac
+        [ "$found" != "$mark" ] || break
+    done <<END
+ntfs 3 NTFS
+exfat 3 EXFAT
+BitLocker 3 -FVE-FS-
+crypto_LUKS 0 LUKS
+LVM2_member 512 LABELONE
+LVM2_member 0 LABELONE
+linux_raid_member 4096 0xfc4e2ba9
+linux_raid_member 0 0xfc4e2ba9
+swap 4086 SWAPSPACE2
+swap 4086 SWAP-SPACE
+ext4 1080 0x53ef
+xfs 0 XFSB
+btrfs 65600 _BHRfS_M
+iso9660 32769 CD001
+udf 32769 BEA01
+f2fs 1024 0x1020f5f2
+hfsplus 1024 H+
+apfs 32 NXSB
+jfs 32768 JFS1
+reiserfs 65588 ReIsEr
+squashfs 0 hsqs
+vfat 82 FAT32
+vfat 54 FAT1
+END
+    if [ -z "$type" ]; then
+        type=unknown
+        [ "$(tr -d '\0' <"$head" | head -c 1 | wc -c)" != 0 ] || type=nothing
+    fi
+    rm -f "$head"
+    echo "$type"
+}

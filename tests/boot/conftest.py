@@ -56,19 +56,21 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Parts:
 
 @pytest.fixture
 def boot(parts: Parts, request: pytest.FixtureRequest) -> Callable[..., Machine]:
-    """Switch a machine on. Its serial log is .cache/boot/logs/TEST.N.log, also after a failure."""
+    """Switch a machine on. Its serial log is .cache/boot/logs/TEST.N.log, also after a failure.
+
+    *initramfs* replaces that of all others, for one with more in it.
+    """
     LOGS.mkdir(parents=True, exist_ok=True)
     name = re.sub(r"\W+", "-", request.node.name).strip("-")
     for old in LOGS.glob(f"{name}.*"):
         old.unlink()
     count = 0
 
-    def switch_on(options: str = "", *, initramfs: Path | None = None, **more: object) -> Machine:
+    def switch_on(options: str = "", *, initramfs: Path = parts.initramfs, **more: object) -> Machine:
         nonlocal count
         count += 1
         log = LOGS / f"{name}.{count}.log"
-        start = initramfs or parts.initramfs
-        return Machine(parts.kernel, start, log, options=options, **more)  # type: ignore[arg-type]
+        return Machine(parts.kernel, initramfs, log, options=options, **more)  # type: ignore[arg-type]
 
     return switch_on
 

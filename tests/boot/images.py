@@ -8,8 +8,10 @@ import shutil
 import struct
 import sys
 import sysconfig
+import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import IO
 
 from tests.support.mounts import project_root
 from tests.support.system import run
@@ -65,14 +67,51 @@ def kernel() -> tuple[Path, Path, str]:
     return place / "boot" / f"vmlinuz-{version}", place, version
 
 
-def initramfs(out: Path) -> Path:
-    """Make the initramfs of mkinitramfs-busybox, with what the tests' own process 1 needs besides."""
+def initramfs(out: Path, modules: str = "") -> Path:
+    """Make the initramfs of mkinitramfs-busybox, with what the tests' own process 1 needs besides.
+
+    *modules* are more of mount-helpers/boot/modules: some take seconds to load.
+    """
     _, root, version = kernel()
     run(
         HELPERS / "mkinitramfs-busybox", out, version, root,
-        env={**os.environ, "COWFS_MODULES": MODULES}, timeout=120,
+        env={**os.environ, "COWFS_MODULES": f"{MODULES} {modules}"}, timeout=120,
     )  # fmt: skip
     return out
+
+
+def with_mapping(out: Path, initramfs: Path, disk: str) -> Path:
+    """Add to an initramfs what makes a device-mapper device of a whole disk before anything else happens.
+
+    The kernel unpacks any number of archives one after the other (early-userspace/buffer-format).
+    """
+    tree = out.with_suffix(".tree")
+    (tree / "usr/sbin").mkdir(parents=True)
+    for name in ("lib", "lib64"):  # where the loader looks
+        (tree / "usr" / name).mkdir()
+        (tree / name).symlink_to(f"usr/{name}")
+    _program(tree, Path(shutil.which("dmsetup") or "/usr/sbin/dmsetup"))
+    shutil.copy(HELPERS / "boot/init", tree / "init.cowfs")
+    (tree / "init").write_text(_MAPPING_INIT.replace("DISK", disk))
+    (tree / "init").chmod(0o755)
+    run("sh", "-c", f"cd {tree} && find . | cpio --quiet -o -H newc | gzip -1 >{out}.added")
+    out.write_bytes(initramfs.read_bytes() + Path(f"{out}.added").read_bytes())
+    return out
+
+
+_MAPPING_INIT = """\
+#!/bin/busybox sh
+/bin/busybox mkdir -p /proc /sys /dev
+/bin/busybox --install -s /bin
+PATH=/bin:/usr/sbin
+export PATH
+mount -t devtmpfs dev /dev && mount -t proc proc /proc && mount -t sysfs sys /sys
+xargs modprobe -a </etc/modules 2>/dev/null
+until [ -b /dev/DISK ]; do usleep 10000; done
+dmsetup --noudevrules --noudevsync create mine --table "0 $(cat /sys/block/DISK/size) linear /dev/DISK 0"
+umount /sys /proc /dev
+exec /init.cowfs
+"""
 
 
 # --- the root image
@@ -209,6 +248,114 @@ def _partition_table(kind: int, megabytes: int) -> bytes:
         "<B3sB3sII", 0, bytes(3), kind, bytes(3), _PARTITION // _SECTOR, megabytes * _MB // _SECTOR
     )
     return bytes(446) + entry + bytes(48) + b"\x55\xaa"
+
+
+MAKERS = {
+    "ext2": ("mke2fs", "-q", "-F", "-t", "ext2"),
+    "ext3": ("mke2fs", "-q", "-F", "-t", "ext3"),
+    "ext4": ("mke2fs", "-q", "-F", "-t", "ext4"),
+    "vfat": ("mkfs.vfat", "-F", "32"),
+    "exfat": ("mkfs.exfat",),
+    "btrfs": ("mkfs.btrfs", "-q"),
+    "xfs": ("mkfs.xfs", "-q"),
+    "ntfs": ("mkntfs", "-q", "-Q", "-F"),
+}
+"""What makes each kind of carrier, in a file."""
+
+
+def carrier(image: Path, kind: str, megabytes: int, table: str = "") -> Path:
+    """An empty carrier: a whole disk, or the only partition in a *table*, ``mbr`` or ``gpt``."""
+    part = image.with_suffix(".part") if table else image
+    with part.open("wb") as out:
+        out.truncate(megabytes * _MB)
+    run(*MAKERS[kind], part)
+    if table:
+        with image.open("wb") as out:
+            out.truncate(2 * _PARTITION + megabytes * _MB)
+            if table == "gpt":
+                _write_gpt(out, megabytes * _MB // _SECTOR)
+            else:
+                out.write(_partition_table(0x07 if kind in {"exfat", "ntfs"} else 0x83, megabytes))
+        _copy(part, image, skip=0, seek=_PARTITION)
+        part.unlink()
+    return image
+
+
+def carrier_of(image: Path, table: str) -> Path:
+    """The filesystem of such a disk, in a file of its own."""
+    if not table:
+        return image
+    image.with_suffix(".part").unlink(missing_ok=True)
+    return _copy(image, image.with_suffix(".part"), skip=_PARTITION, seek=0)
+
+
+def _copy(source: Path, target: Path, *, skip: int, seek: int) -> Path:
+    run(
+        "dd", f"if={source}", f"of={target}", "bs=1M", f"skip={skip // _MB}", f"seek={seek // _MB}",
+        "conv=sparse,notrunc", "status=none",
+    )  # fmt: skip
+    return target
+
+
+def carrier_complaints(part: Path, kind: str) -> str:
+    """What a checker says against a carrier, or that it was not unmounted; nothing when it is clean."""
+    if kind.startswith("ext"):
+        return is_clean(part)
+    checkers = {
+        "vfat": ("fsck.vfat", "-n"),
+        "exfat": ("fsck.exfat", "-n"),
+        "btrfs": ("btrfs", "check", "--readonly"),
+        "xfs": ("xfs_repair", "-n"),
+    }
+    done = run(*checkers[kind], part, check=False)
+    marks = {"vfat": "Dirty bit", "xfs": "valuable metadata changes"}
+    said = done.stdout + done.stderr
+    dirty = marks.get(kind, "\0") in said
+    if kind == "exfat":  # VolumeFlags: VolumeDirty
+        dirty = bool(part.read_bytes()[106] & 2)
+    if kind == "btrfs":
+        dirty = not re.search(
+            r"^log_root\s+0$", run("btrfs", "inspect-internal", "dump-super", part).stdout, re.M
+        )
+    return said if done.returncode or dirty else ""
+
+
+def from_carrier(part: Path, kind: str, name: str, target: Path) -> Path | None:
+    """Copy a file from a carrier that is mounted nowhere; None where no tool can."""
+    if kind.startswith("ext"):
+        return from_ext4(part, name, target)
+    if kind == "vfat":
+        run("mcopy", "-n", "-i", part, f"::{name}", target, env={**os.environ, "MTOOLS_SKIP_CHECK": "1"})
+        return target
+    if kind == "btrfs":
+        place = target.with_suffix(".restored")
+        place.mkdir()
+        run("btrfs", "restore", part, place)
+        (place / name.lstrip("/")).rename(target)
+        place.rmdir()
+        return target
+    return None
+
+
+def _write_gpt(out: IO[bytes], sectors: int) -> None:
+    """A GPT with one partition, and the copy of it at the end (UEFI specification, 5.3)."""
+    data = bytes.fromhex("af3dc60f838472478e793d69d8477de4")  # Linux filesystem data
+    first, last = _PARTITION // _SECTOR, _PARTITION // _SECTOR + sectors - 1
+    end = out.seek(0, os.SEEK_END) // _SECTOR
+    entry = struct.pack("<16s16sQQQ72s", data, bytes(range(16)), first, last, 0, "cowfs".encode("utf-16-le"))
+    entries = entry.ljust(128 * 128, b"\0")
+    for here, other, table in ((1, end - 1, 2), (end - 1, 1, end - 33)):
+        fields = (here, other, 34, end - 34, bytes(range(16, 32)), table, 128, 128, zlib.crc32(entries))
+        header = struct.pack("<8sIIIIQQQQ16sQIII", b"EFI PART", 0x10000, 92, 0, 0, *fields)
+        header = header[:16] + struct.pack("<I", zlib.crc32(header)) + header[20:]
+        out.seek(here * _SECTOR)
+        out.write(header)
+        out.seek(table * _SECTOR)
+        out.write(entries)
+    out.seek(446)
+    out.write(struct.pack("<B3sB3sII", 0, bytes(3), 0xEE, bytes(3), 1, end - 1))
+    out.seek(510)
+    out.write(b"\x55\xaa")
 
 
 def ext4_disk(image: Path, content: Path, megabytes: int, *, kind: str = "ext4") -> Path:

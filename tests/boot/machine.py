@@ -182,9 +182,9 @@ def hard_disk(image: Path, name: str, *more: str) -> list[str]:
     return [*_drive(image, name, *more), "-device", f"virtio-blk-pci,drive={name}"]
 
 
-def stick(image: Path, name: str, *, plugged: bool = True) -> list[str]:
-    """A USB stick; not *plugged*: :func:`plug` does it later."""
-    return [*_drive(image, name), *(["-device", _usb(name)] if plugged else [])]
+def stick(image: Path, name: str, *more: str, plugged: bool = True) -> list[str]:
+    """A USB stick; not *plugged*: :func:`plug` does it later. *more*: ``readonly=on`` sets its lock."""
+    return [*_drive(image, name, *more), *(["-device", _usb(name)] if plugged else [])]
 
 
 def plug(machine: Machine, name: str) -> None:
@@ -192,8 +192,34 @@ def plug(machine: Machine, name: str) -> None:
     machine.monitor(f"device_add {_usb(name)}")
 
 
+def unplug(machine: Machine, name: str) -> None:
+    """Pull a stick out."""
+    machine.monitor(f"device_del {name}")
+
+
 def _usb(name: str) -> str:
-    return f"usb-storage,bus=usb.0,removable=on,drive={name}"
+    return f"usb-storage,bus=usb.0,removable=on,id={name},drive={name}"
+
+
+def nvme(image: Path, name: str) -> list[str]:
+    """An NVMe disk."""
+    return [*_drive(image, name), "-device", f"nvme,serial={name},drive={name}"]
+
+
+def sd_card(image: Path, name: str) -> list[str]:
+    """A card in a reader of the machine's own. Its size must be a power of two."""
+    drive = _drive(image, name, cache="writeback")  # block by block it takes a minute to be written through
+    return [*drive, "-device", "sdhci-pci", "-device", f"sd-card,drive={name}"]
+
+
+def sata(image: Path, name: str) -> list[str]:
+    """A hard disk at the chipset's AHCI controller."""
+    return [*_drive(image, name), "-device", f"ide-hd,bus=ide.0,drive={name}"]
+
+
+def scsi_disk(image: Path, name: str) -> list[str]:
+    """A hard disk at the SCSI controller (virtio)."""
+    return [*_drive(image, name), "-device", f"scsi-hd,bus=scsi.0,drive={name}"]
 
 
 def disc(image: Path, name: str) -> list[str]:
@@ -201,7 +227,18 @@ def disc(image: Path, name: str) -> list[str]:
     return [*_drive(image, name, "media=cdrom", "readonly=on"), "-device", f"scsi-cd,bus=scsi.0,drive={name}"]
 
 
-def _drive(image: Path, name: str, *more: str) -> list[str]:
+def empty_drive(name: str) -> list[str]:
+    """A SCSI drive without a disc; :func:`put_in` puts one in."""
+    drive = f"if=none,id={name},media=cdrom,readonly=on"
+    return ["-drive", drive, "-device", f"scsi-cd,bus=scsi.0,id={name},drive={name}"]
+
+
+def put_in(machine: Machine, name: str, image: Path) -> None:
+    """Put a disc into a drive."""
+    machine.monitor(f"change {name} {image} raw")
+
+
+def _drive(image: Path, name: str, *more: str, cache: str = "writethrough") -> list[str]:
     # What the guest has flushed is on disk, what it has not may be lost.
-    options = ["if=none", f"id={name}", "format=raw", "cache=writethrough", f"file={image}", *more]
+    options = ["if=none", f"id={name}", "format=raw", f"cache={cache}", f"file={image}", *more]
     return ["-drive", ",".join(options)]

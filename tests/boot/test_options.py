@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +31,9 @@ class Disk:
     holders: tuple[str, ...] = ()
     """``of:by``: the device ``by`` stands on the partition (or disk) ``of``."""
     slaves: tuple[str, ...] = ()
+    mapping: str = ""
+    """The name of a device-mapper device."""
+    suspended: int = 0
 
 
 @dataclass
@@ -60,6 +64,10 @@ class System:
         if disk.type:
             (place / "device").mkdir()
             (place / "device/type").write_text(f"{disk.type}\n")
+        if disk.mapping:
+            (place / "dm").mkdir()
+            (place / "dm/name").write_text(f"{disk.mapping}\n")
+            (place / "dm/suspended").write_text(f"{disk.suspended}\n")
         for holder in disk.holders:
             below, _, by = holder.partition(":")
             target = place if below == disk.name else place / below
@@ -223,6 +231,10 @@ DEVICES = {
          Disk("dm-1", bus="virtual", slaves=("dm-0",))],
         "dm-1", "dm-1",
     ),
+    "device-mapper that does not answer": (
+        [Disk("dm-0", bus="virtual", mapping="x", suspended=1), Disk("dm-1", bus="virtual", mapping="y")],
+        "", "dm-1",
+    ),
     "RAID": (
         [Disk("sda", holders=("sda:md0",)), Disk("sdb", holders=("sdb:md0",)),
          Disk("md0", bus="virtual", slaves=("sda", "sdb"))],
@@ -255,6 +267,22 @@ def test_devices(tmp_path: Path, case: str, scope: str) -> None:
 )
 def test_devices_that_are_left_alone(tmp_path: Path, line: str, expected: str) -> None:
     system = System(tmp_path / "system", [HARD, STICK])
+    assert system.shell("devices all", line) == expected.split()
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("skipmount=/dev/cciss/c0d0", "dm-0 dm-1"),
+        ("skipmount=/dev/cciss/c0d0p1,/dev/mapper/my-disk", "cciss!c0d0 dm-1"),
+        ("skipmount=/dev/dm-1", "cciss!c0d0p1 cciss!c0d0 dm-0"),
+    ],
+)
+def test_names_with_a_slash_are_left_alone(tmp_path: Path, line: str, expected: str) -> None:
+    mapped = [
+        Disk(f"dm-{number}", bus="virtual", mapping=name) for number, name in enumerate(("my-disk", "x"))
+    ]
+    system = System(tmp_path / "system", [Disk("cciss!c0d0", parts=(1,)), *mapped])
     assert system.shell("devices all", line) == expected.split()
 
 
@@ -291,7 +319,7 @@ def carriers(system: System) -> System:
 LOOK = """
 . {library}/cowfs-boot.sh
 mount_carrier() {{
-    mkdir -p "$disks" && ln -s {top}/disks/"$1" "$disks/$1" || return
+    mkdir -p "$disks" && [ -e {top}/disks/"$1" ] && ln -s {top}/disks/"$1" "$disks/$1" || return
     case $1 in sr*) type=iso9660 ;; *) type=vfat ;; esac
     echo "/dev/$1 $disks/$1 $type ro 0 0" >>"$COWFS_PROC/mounts"
 }}
@@ -299,9 +327,12 @@ unmount_carrier() {{ rm "$disks/$1" && sed -i "\\|$disks/$1 |d" "$COWFS_PROC/mou
 image_device={image}
 [ $image_device = none ] || mount_carrier $image_device
 patience=0
-if wait_for_candidates "$subdir${{named:-/sysrcd.bs}}"; then
+path=$subdir${{named:-/sysrcd.bs}}
+begin_search
+if wait_for_candidates; then
     echo "$(echo $candidates) |" $on_read_only_media | sed 's/ |$//'
 else
+    tell_missing
     echo none
 fi
 """
@@ -356,3 +387,163 @@ def test_what_is_no_file_is_told_of(carriers: System) -> None:
     assert look(carriers) == "none"
     assert "/sysrcd.bs on sdb is a directory" in carriers.warnings()
     assert "/sysrcd.bs on sdc is a symbolic link" in carriers.warnings()
+
+
+def test_a_disk_and_its_partition_are_one_store(carriers: System) -> None:
+    """Where a partition begins at the start of its disk, both have the same filesystem."""
+    carriers.add(Disk("sdd", removable=1, parts=(1,)))
+    put(carriers, "sdd/sysrcd.bs", "sdd1/sysrcd.bs")
+    assert look(carriers) == "sdd1"
+
+
+# --- what cannot be read
+
+CONTENTS = {
+    "ntfs": ({3: b"NTFS    "}, "sdz (ntfs) cannot be read by this kernel"),
+    "exFAT": ({3: b"EXFAT   "}, "sdz (exfat) cannot be mounted: its filesystem is damaged"),
+    "FAT": ({82: b"FAT32   ", 510: b"\x55\xaa"}, "sdz (vfat) cannot be mounted: its filesystem is damaged"),
+    "f2fs": ({1024: b"\x10\x20\xf5\xf2"}, "sdz (f2fs) cannot be read by this kernel"),
+    "btrfs": ({65600: b"_BHRfS_M"}, "sdz (btrfs) cannot be read by this kernel"),
+    "ext4": ({1080: b"\x53\xef"}, "sdz (ext4) cannot be mounted: its filesystem is damaged"),
+    "BitLocker": ({3: b"-FVE-FS-"}, "sdz (BitLocker) cannot be read by this kernel"),
+    "a text": ({0: b"dear diary\n"}, "sdz holds nothing that is known here"),
+    "binary": ({70: b"\xff\x00\xfe"}, "sdz holds nothing that is known here"),
+    # and what is not to be read
+    "swap": ({4086: b"SWAPSPACE2"}, ""),
+    "LVM": ({512: b"LABELONE"}, ""),
+    "RAID": ({4096: b"\xfc\x4e\x2b\xa9"}, ""),
+    "nothing": ({}, ""),
+}
+
+
+def fill(system: System, name: str, pieces: dict[int, bytes]) -> None:
+    with (system.top / "dev" / name).open("wb") as disk:
+        disk.truncate(1 << 20)
+        for offset, piece in pieces.items():
+            disk.seek(offset)
+            disk.write(piece)
+    (system.top / "proc/filesystems").write_text("nodev\tsysfs\n\text4\n\tvfat\n\texfat\n")
+
+
+@pytest.mark.parametrize("what", CONTENTS)
+@pytest.mark.parametrize("line", ["", "backstore=/my.bs"])
+def test_what_cannot_be_read_is_said(system: System, what: str, line: str) -> None:
+    """On the console; and at the login, if the store was named."""
+    pieces, said = CONTENTS[what]
+    system.add(Disk("sdz", removable=1, size=100_000))
+    fill(system, "sdz", pieces)
+    assert look(system, line) == "none"
+    log = (system.top / "run/initramfs/cowfs/log").read_text()
+    assert ("sdz" in log) == bool(said)
+    assert said in log
+    assert ("sdz" in system.warnings()) == bool(said and line)
+
+
+def test_what_is_no_disk_to_be_read_is_not_told_of(system: System) -> None:
+    """A divided disk, a small partition of unknown use, and one that was removed meanwhile."""
+    system.add(Disk("sdx", removable=1, parts=(1,), size=100_000))
+    system.add(Disk("sdy", removable=1, size=2048))
+    for name in ("sdx", "sdx1", "sdy"):
+        fill(system, name, {0: b"unknown"})
+    fill(system, "sdx1", {3: b"NTFS    "})
+    assert look(system) == "none"
+    log = (system.top / "run/initramfs/cowfs/log").read_text()
+    assert re.findall("sd[xyz]1?", log) == ["sdx1"]
+
+
+def test_an_encrypted_disk_is_told_of_if_a_store_was_named(system: System) -> None:
+    system.add(Disk("sdz", removable=1, size=100_000))
+    fill(system, "sdz", {0: b"LUKS\xba\xbe"})
+    look(system)
+    assert "sdz" not in (system.top / "run/initramfs/cowfs/log").read_text()
+    look(system, "backstore=/my.bs")
+    assert "sdz is encrypted (LUKS): it must be opened first" in system.warnings()
+
+
+def test_a_disk_that_cannot_be_read_at_all(system: System) -> None:
+    system.add(Disk("sdz", removable=1, size=100_000))
+    look(system)
+    assert (
+        "sdz cannot be read: no disk is in it, or it is damaged"
+        in (system.top / "run/initramfs/cowfs/log").read_text()
+    )
+
+
+@pytest.mark.parametrize(
+    ("sector", "expected"), [(1920, "yes"), (2032, "yes"), (1921, "no"), (0, "no"), (8, "no")]
+)
+def test_one_disk_of_a_raid_is_known(system: System, sector: int, expected: str) -> None:
+    """Versions 0.90 and 1.0, whose mark is at the end: what is before it could be mounted alone."""
+    system.add(Disk("sdz", size=2048, parts=(1,)))
+    fill(system, "sdz", {sector * 512: b"\xfc\x4e\x2b\xa9"})
+    assert system.shell("is_raid_member sdz && echo yes || echo no") == [expected]
+    assert system.shell("is_raid_member sdz1 && echo yes || echo no") == ["no"]
+
+
+def test_a_medium_that_is_changed_is_looked_at(system: System) -> None:
+    """The drive has the same name; disks_now tells. Drives are opened, or nobody would know of the change."""
+    system.add(Disk("sr0", removable=1, size=0))
+    (system.top / "sys/block/sr0/diskseq").write_text("4\n")
+    autoclose = system.top / "proc/sys/dev/cdrom/autoclose"
+    autoclose.parent.mkdir(parents=True)
+    autoclose.write_text("1\n")
+    os.mkfifo(system.top / "dev/sr0")
+    put_in = f"until grep -q 0 {autoclose}; do usleep 1000; done; : >{system.top}/dev/sr0; echo opened"
+    assert system.shell(f"( {put_in} ) & disks_now; look_into_drives; wait") == ["4", "0", "opened"]
+    assert autoclose.read_text() == "1\n", "a drive that is open did not close, and may again"
+    before = system.shell("disks_now")
+    (system.top / "sys/block/sr0/diskseq").write_text("5\n")
+    assert system.shell("disks_now") != before
+
+
+# --- disks that go away while they are looked at
+
+GOING = """
+. {library}/cowfs-boot.sh
+mount_carrier() {{
+    case $1:$2 in
+    {gone}) return 1 ;;
+    esac
+    mkdir -p "$disks" && [ -e {top}/disks/"$1" ] && ln -s {top}/disks/"$1" "$disks/$1" && mounted_as=$2
+}}
+unmount_carrier() {{ rm "$disks/$1"; }}
+serve() {{ echo "$1"; }}
+bind_into_world() {{ :; }}
+world=/nowhere patience=0
+{command}
+"""
+
+
+def test_an_image_on_a_disk_that_vanishes_is_looked_for_on_others(carriers: System) -> None:
+    put(carriers, "sdb/sysrcd.dat", "sdc/sysrcd.dat")
+    command = 'find_image; echo "$image_device $image_mode $(ls "$disks")"'
+    script = GOING.format(library=LIBRARY, top=carriers.top, gone="sdb:ro", command=command)
+    assert carriers.shell(script) == ["sdc ro sdc"]
+
+
+def test_a_store_on_a_disk_that_vanishes_is_told_of(carriers: System) -> None:
+    put(carriers, "sdb/sysrcd.bs", "sdc/sysrcd.bs")
+    (carriers.top / "proc/mounts").write_text(
+        f"/dev/sdc {carriers.top}/run/initramfs/cowfs/disk/sdc vfat rw 0 0\n"
+    )
+    command = "image_device=none image_mode=look path=/sysrcd.bs; use_store"
+    script = GOING.format(library=LIBRARY, top=carriers.top, gone="sdb:rw | sdb:ro", command=command)
+    assert carriers.shell(script) == [f"{carriers.top}/run/initramfs/cowfs/disk/sdc/sysrcd.bs"]
+    assert "sdb cannot be mounted any more: the store on it is not used" in carriers.warnings()
+
+
+def test_a_stick_that_comes_after_one_was_refused_is_tried_as_well(carriers: System) -> None:
+    put(carriers, "sdb/sysrcd.bs", "sdc/sysrcd.bs")
+    block = carriers.top / "sys/block"
+    (block / "sdc").rename(carriers.top / "sdc")
+    command = f"""
+        serve() {{
+            echo "$1"
+            case $1 in */sdb/*) mv {carriers.top}/sdc {block}; return 1 ;; esac
+        }}
+        sleep() {{ :; }}
+        image_device=none image_mode=look path=/sysrcd.bs patience=3; use_store"""
+    script = GOING.format(library=LIBRARY, top=carriers.top, gone="-", command=command)
+    served = [Path(line).parent.name for line in carriers.shell(script)]
+    assert served == ["sdb", "sdc"]
+    assert "the store /sysrcd.bs on sdb is not used" in carriers.warnings()

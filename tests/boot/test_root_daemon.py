@@ -71,6 +71,28 @@ def test_full_store_is_told_of(root: Root, store: Path) -> None:
     assert "WARNING: the store is full" in said
 
 
+@pytest.mark.parametrize("megabytes", [64, 24])
+def test_a_copy_with_holes_is_given_its_room(root: Root, tmp_path: Path, megabytes: int) -> None:
+    """Or its disk might be full when the store is filled, which is told of if it is that full already."""
+    cowfs("create", tmp_path / "whole.bs", "32", check=True)
+    disk, at = tmp_path / "disk", tmp_path / "at"
+    at.mkdir()
+    run("mke2fs", "-q", "-t", "ext4", disk, f"{megabytes}M")
+    run("mount", "-o", "loop", disk, at)
+    try:
+        store = at / "sysrcd.bs"
+        run("cp", "--sparse=always", tmp_path / "whole.bs", store)
+        assert store.stat().st_blocks * 512 < 1 << 20
+        code, said = root.start(store)
+        assert code == 0, said
+        assert (store.stat().st_blocks * 512 >= 32 << 20) == (megabytes == 64)
+        assert ("WARNING: " in said and "its file has holes of 3" in said) == (megabytes == 24), said
+        root.stop()
+    finally:
+        root.stop()
+        run("umount", at)
+
+
 def test_store_in_use_is_refused(root: Root, store: Path) -> None:
     with mounted(root.image, root.top / "first", store):
         code, said = root.start(store)
