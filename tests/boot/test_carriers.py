@@ -25,7 +25,7 @@ from tests.boot.machine import (
     stick,
     unplug,
 )
-from tests.boot.test_boot import CARRIER, GUEST, PLAIN, Boot, changed_store, content, make_store, often_enough
+from tests.boot.test_boot import CARRIER, GUEST, PLAIN, Boot, changed_store, content, make_store
 from tests.support.system import needs_root, run
 
 pytestmark = [needs_root, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -117,7 +117,7 @@ KINDS = {
 }
 
 
-@often_enough
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", KINDS)
 def test_store_on(boot: Boot, image_disk: Path, tmp_path: Path, name: str) -> None:
     """Made by `cowfs persist`, found by the next boot."""
@@ -159,7 +159,7 @@ def test_store_on(boot: Boot, image_disk: Path, tmp_path: Path, name: str) -> No
     assert store is None or content(store, "root/second") == "second\n"
 
 
-@often_enough
+@pytest.mark.nightly
 def test_store_in_a_mapping(boot: Boot, image_disk: Path, parts: Parts, tmp_path: Path) -> None:
     """Device-mapper: the disk below has the same filesystem, and is left alone."""
     if shutil.which("dmsetup") is None:
@@ -190,7 +190,7 @@ def test_store_in_a_mapping(boot: Boot, image_disk: Path, parts: Parts, tmp_path
     assert content(after, "root/kept") == "kept\n"
 
 
-@often_enough
+@pytest.mark.nightly
 def test_image_on_a_disc_that_is_put_in_late(boot: Boot, parts: Parts, tmp_path: Path) -> None:
     """And the store on a stick; both in a subdirectory; and a stick that is to be left alone."""
     for name in ("cd", "mine", "other"):
@@ -218,7 +218,7 @@ def test_image_on_a_disc_that_is_put_in_late(boot: Boot, parts: Parts, tmp_path:
     assert content(after, "root/kept") == "kept\n"
 
 
-@often_enough
+@pytest.mark.nightly
 def test_stick_with_its_lock_set(boot: Boot, parts: Parts, tmp_path: Path) -> None:
     """Image and store on it, in a subdirectory; and it was not unmounted: its journal waits to be replayed.
 
@@ -257,7 +257,7 @@ def test_stick_with_its_lock_set(boot: Boot, parts: Parts, tmp_path: Path) -> No
     assert content(after, "root/now") == "now\n"
 
 
-@often_enough
+@pytest.mark.nightly
 def test_one_disk_of_a_mirror(boot: Boot, image_disk: Path, parts: Parts, tmp_path: Path) -> None:
     """A RAID that nobody has put together: to write to one disk would set it apart from the others."""
     files = tmp_path / "files"
@@ -284,7 +284,7 @@ def test_one_disk_of_a_mirror(boot: Boot, image_disk: Path, parts: Parts, tmp_pa
     assert disk.read_bytes() == untouched
 
 
-@often_enough
+@pytest.mark.nightly
 def test_what_the_kernel_cannot_read_is_said(boot: Boot, image_disk: Path, tmp_path: Path) -> None:
     """NTFS without its driver; what was not meant to be read is not talked of."""
     ntfs = make_carrier(
@@ -308,7 +308,7 @@ def test_what_the_kernel_cannot_read_is_said(boot: Boot, image_disk: Path, tmp_p
         machine.shows("are unmounted cleanly")
 
 
-@often_enough
+@pytest.mark.nightly
 def test_sticks_that_come_and_go_while_it_is_looked_for_them(
     boot: Boot, image_disk: Path, tmp_path: Path
 ) -> None:
