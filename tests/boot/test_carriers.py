@@ -237,7 +237,7 @@ def test_stick_with_its_lock_set(boot: Boot, parts: Parts, tmp_path: Path) -> No
         tell_root
         out "before: $(cat /root/before)"
         echo now >/root/now && out "now: $(cat /root/now)"
-        mkdir /tmp/s && out "persist: $(cowfs persist / /tmp/s/kept.bs 2>&1)"
+        out "persist: $(cowfs persist / /run/kept.bs 2>&1)"
     """
     locked = stick(disk, "mine", "readonly=on")
     with boot(f"{PLAIN} subdir=live", test=test, devices=locked).wait() as machine:
