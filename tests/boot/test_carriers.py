@@ -45,7 +45,7 @@ class Kind:
     package: str = ""
     """That has the programs for it."""
     options: str = "backstore=alldev"
-    megabytes: int = 192
+    megabytes: int = 224
     by_name: bool = False
     """Whether `cowfs persist` is given the disk, or a path on it that is mounted."""
 
@@ -130,7 +130,8 @@ def test_store_on(boot: Boot, image_disk: Path, tmp_path: Path, name: str) -> No
     test = f"""{GUEST}
         echo first >/root/first
         {mount}
-        cowfs persist / {place} 128; out "persist: $?"
+        cowfs persist / {place} 160; out "persist: $?"
+        {"cowfs grow / 176" if kind.by_name else ""}
         echo later >/root/later
     """
     with boot(f"{PLAIN} backstore=off", initramfs=initramfs, test=test, devices=devices).wait() as machine:
@@ -142,11 +143,13 @@ def test_store_on(boot: Boot, image_disk: Path, tmp_path: Path, name: str) -> No
         tell_root
         out "kept: $(cat /root/first /root/later | tr '\\n' ' ')"
         echo second >/root/second
+        out "size: $(stat -c %s {CARRIER}/{kind.device}/sysrcd.bs)"
         out "found: $(cowfs find {kind.options.removeprefix("backstore=")} | tr '\\n' ' ')"
     """
     with boot(f"{PLAIN} {kind.options}", initramfs=initramfs, test=test, devices=devices).wait() as machine:
         assert machine.said("store") == f"{CARRIER}/{kind.device}/sysrcd.bs"
         assert machine.said("kept").split() == ["first", "later"]
+        assert int(machine.said("size")) >> 20 == (176 if kind.by_name else 160)
         found = machine.said("found")
         assert found.startswith(f"/dev/{kind.device}  /sysrcd.bs  (mounted on {CARRIER}/{kind.device})"), (
             found
