@@ -150,6 +150,23 @@ def test_a_disk_that_is_mounted_already(home: Path, disks: Disks) -> None:
     released(device, file)
 
 
+def test_a_disk_whose_place_is_hidden_by_another_mount(home: Path, disks: Disks) -> None:
+    device, file = disks.make()
+    at = home / "kept"
+    run("mount", device, at)
+    run("mount", "-t", "tmpfs", "tmpfs", at)
+    try:
+        with in_memory(home, nobody=False) as here:
+            cowfs("persist", here.path, f"{device}/s", check=True)
+            assert os.listdir(at) == []
+    finally:
+        run("umount", at)
+        assert (at / "s").stat().st_size == 128 * MIB
+        run("umount", at)
+    disks.detach(device)
+    released(device, file)
+
+
 def test_what_a_boot_has_mounted_is_made_writable(
     home: Path,
     disks: Disks,
