@@ -163,6 +163,31 @@ def test_store_on(boot: Boot, image_disk: Path, tmp_path: Path, name: str) -> No
 
 
 @often_enough
+def test_store_is_made_on_the_stick_of_the_image(boot: Boot, parts: Parts, tmp_path: Path) -> None:
+    """Which a boot without a store has mounted read-only."""
+    mine = images.fat_stick(tmp_path / "stick.img", {"/sysrcd.dat": parts.image}, 224)
+    test = f"""{GUEST}
+        echo first >/root/first
+        cowfs persist / /dev/sda1 128; out "persist: $?"
+        echo later >/root/later
+    """
+    with boot(PLAIN, test=test, devices=stick(mine, "stick")).wait() as machine:
+        assert machine.said("persist") == "0"
+        machine.shows("are unmounted cleanly")
+    assert images.fat_is_clean(mine) == ""
+    test = f"""{GUEST}
+        tell_root
+        out "kept: $(cat /root/first /root/later | tr '\\n' ' ')"
+    """
+    with boot(PLAIN, test=test, devices=stick(mine, "stick")).wait() as machine:
+        assert machine.said("store") == f"{CARRIER}/sda1/sysrcd.bs"
+        assert machine.said("kept").split() == ["first", "later"]
+        assert "needs recovery" not in machine.text
+    assert images.fat_is_clean(mine) == ""
+    assert images.is_clean(images.from_fat(mine, "/sysrcd.bs", tmp_path / "after.bs")) == ""
+
+
+@often_enough
 def test_store_in_a_mapping(boot: Boot, image_disk: Path, parts: Parts, tmp_path: Path) -> None:
     """Device-mapper: the disk below has the same filesystem, and is left alone."""
     if shutil.which("dmsetup") is None:

@@ -168,9 +168,7 @@ def test_a_disk_whose_place_is_hidden_by_another_mount(home: Path, disks: Disks)
 
 
 def test_what_a_boot_has_mounted_is_made_writable(
-    home: Path,
-    disks: Disks,
-    monkeypatch: pytest.MonkeyPatch,
+    home: Path, disks: Disks, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The disk of the root image; it is read-only again if nothing came of it."""
     device, file = disks.make()
@@ -187,6 +185,12 @@ def test_what_a_boot_has_mounted_is_made_writable(
                 f"{device}: is mounted read-only on {at} (mount -o remount,rw",
             )
             monkeypatch.setattr(carrier, "_BOOT_DISKS", os.fsencode(home) + b"/")
+            run("umount", at)
+            run("mount", "-o", "ro,noload", device, at)
+            assert main(["persist", str(here.path), device]) == 32
+            assert f"{device}: its journal could not be replayed" in capsys.readouterr().err
+            run("umount", at)
+            run("mount", "-o", "ro", device, at)
             assert main(["persist", str(here.path), device, "15T"]) == 32
             assert mode() == "ro"
             assert main(["persist", str(here.path), device]) == 0
