@@ -193,6 +193,11 @@ def test_warnings_are_on_the_console_too(system: System) -> None:
     assert "cowfs: WARNING: backstore=: nonsense" in (system.top / "dev/console").read_text()
 
 
+def test_a_warning_is_shown_once_at_the_login(system: System) -> None:
+    system.shell("warn 'a [b] *'; warn 'a [b]'; warn 'a [b] *'")
+    assert system.warnings() == "cowfs: a [b] *\ncowfs: a [b]\n"
+
+
 # --- the devices
 
 USB = "pci0000:00/0000:00:14.0/usb2/2-1/2-1:1.0/host6/target6:0:0/6:0:0:0"
