@@ -28,6 +28,8 @@ _BOOT_DISKS = b"/run/initramfs/cowfs/disk/"
 _DAEMONS_OWN = b"/run/initramfs/cowfs/world/"
 """Where its daemon sees the same once more."""
 
+_JOURNAL_IS_LEFT = {"noload", "norecovery", "rescue=nologreplay"}
+
 _MD_MAGIC = b"\xfc\x4e\x2b\xa9"
 
 _Options = dict[str, str | None]
@@ -167,6 +169,8 @@ def _open(device: str, stack: ExitStack) -> int:
     """Return the root (O_PATH) of the filesystem on *device*, writable. *stack* undoes it, if that fails."""
     if os.geteuid() != 0:
         raise SystemFailure(f"{device}: only root may mount a disk", "name a place that is mounted already")
+    if is_raid_member(device):
+        raise StoreError(f"{device}: is one disk of a RAID", "name the RAID itself")
     for mount in reversed(mounts_of(device)):
         if mount.super_options.split(",")[0] == "ro":
             _make_writable(device, mount, stack)
@@ -182,8 +186,6 @@ def _open(device: str, stack: ExitStack) -> int:
             raise StoreError(f"{device}: is in use by {', '.join(holders)}", f"try /dev/{holders[0]}")
         if (facts / "ro").read_text().strip() == "1":
             raise StoreError(f"{device}: is write-protected")
-    if is_raid_member(device):
-        raise StoreError(f"{device}: is one disk of a RAID", "name the RAID itself")
     return _mount(device)
 
 
@@ -191,6 +193,10 @@ def _make_writable(device: str, mount: MountInfo, stack: ExitStack) -> None:
     where = os.fsdecode(mount.mountpoint)
     if not mount.mountpoint.startswith(_BOOT_DISKS):
         raise StoreError(f"{device}: is mounted read-only on {where}", f"mount -o remount,rw {where}")
+    if _JOURNAL_IS_LEFT & set(mount.super_options.split(",")):
+        raise StoreError(
+            f"{device}: its journal could not be replayed", "it must be checked before it is written to"
+        )
     try:
         mounts.remount(mount.mountpoint, readonly=False)
     except OSError as error:

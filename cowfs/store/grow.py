@@ -60,7 +60,9 @@ def grow_open_store(store: Store, size: int | None) -> Generator[Step | str, Non
     with ExitStack() as stack:
         _growing.add(path)
         stack.callback(_growing.remove, path)
-        fd = open_file(path)
+        # Our programs too find it there, though it is on a disk that nobody sees, or our root is another.
+        place = path if store.fd < 0 else f"/proc/{os.getpid()}/fd/{store.fd}"
+        fd = open_file(place)
         stack.callback(os.close, fd)
         if lock.try_lock(fd):  # it would be locked, by us
             raise StoreError(f"{path}: is another file than when it was mounted")
@@ -72,12 +74,12 @@ def grow_open_store(store: Store, size: int | None) -> Generator[Step | str, Non
         with ExitStack() as undo:
             undo.callback(_cut_back, fd, plan)
             yield partial(_extend, fd, plan)
-            _resize_open(store, undo)
+            _resize_open(store, place, undo)
         yield partial(_filled, fd, plan)
         return read_superblock(fd, path, smallest=0).size
 
 
-def _resize_open(store: Store, undo: ExitStack) -> None:
+def _resize_open(store: Store, place: str, undo: ExitStack) -> None:
     """Check and resize while all wait. *undo* is forgotten once resize2fs may have written."""
     layer: Any = store.layer
     try:
@@ -85,9 +87,9 @@ def _resize_open(store: Store, undo: ExitStack) -> None:
     except OSError as error:
         raise StoreError(f"{store.path}: cannot be left alone now: {error.strerror}") from None
     try:
-        _check_filesystem(store.path)
+        _check_filesystem(store.path, place)
         undo.pop_all()
-        _resize(store.path)
+        _resize(store.path, place)
     finally:
         layer.resume(store.work)
 
@@ -135,7 +137,7 @@ def _plan(fd: int, path: str, size: int | None) -> _Plan:
     size = (length if size is None else size) & ~4095
     _check_size(path, size, length, filesystem)
     if size > length:
-        check_room(path, os.path.dirname(path), size, length)
+        check_room(path, f"/proc/self/fd/{fd}", size, length)
     return _Plan(path, filesystem, length, size)
 
 
@@ -163,10 +165,10 @@ def _grow(fd: int, path: str, size: int | None, progress: Progress) -> int:
     if plan.size == plan.filesystem:
         progress(f"{path}: has {format_size(plan.size)} already")
         return plan.size
-    _check_filesystem(path)
+    _check_filesystem(path, path)
     progress(plan.told)
     _extend(fd, plan)
-    _resize(path)
+    _resize(path, path)
     _filled(fd, plan)
     return read_superblock(fd, path, smallest=0).size
 
@@ -185,10 +187,10 @@ def _check_size(path: str, size: int, length: int, filesystem: int) -> None:
     )
 
 
-def _check_filesystem(path: str) -> None:
-    """Check, and where that is safe repair, the filesystem: resize2fs demands it."""
+def _check_filesystem(path: str, place: str) -> None:
+    """Check, and where that is safe repair, the filesystem: resize2fs demands it. *path* is for messages."""
     with deferred():
-        code, said = tools.fsck(path, "-f", "-p")
+        code, said = tools.fsck(place, "-f", "-p")
     if code & ~(tools.FSCK_CORRECTED | 2):
         raise StoreError(
             f"{path}: e2fsck found damage that it cannot repair by itself: {tools.reason(said)}",
@@ -196,11 +198,11 @@ def _check_filesystem(path: str) -> None:
         )
 
 
-def _resize(path: str) -> None:
+def _resize(path: str, place: str) -> None:
     on_terminal = sys.stdout.isatty()
     options = ["-p"] if on_terminal else []
     with deferred():
-        done = tools.run(["resize2fs", *options, path], show=on_terminal)
+        done = tools.run(["resize2fs", *options, place], show=on_terminal)
     if done.returncode:
         raise StoreError(
             f"{path}: resize2fs failed: {tools.last_line(done.stderr)}",

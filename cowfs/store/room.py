@@ -23,7 +23,8 @@ def nearly_full(path: str, used: int, of: int, used_inodes: int, of_inodes: int)
     full = f"{blocks} % full" if blocks >= inodes else f"{inodes} % of its inodes are in use"
     if path == "memory":
         return f"{full}; cowfs grow MOUNTPOINT SIZE lets it have more, cowfs persist moves it to a disk"
-    return f"{full}; cowfs grow {path} SIZE makes it larger"
+    name = "MOUNTPOINT" if path.startswith("/dev/") else path  # on a disk that only its daemon has mounted
+    return f"{full}; cowfs grow {name} SIZE makes it larger"
 
 
 def hint(store: Store) -> str:

@@ -40,12 +40,12 @@ def format_size(size: int) -> str:
     return f"{size} bytes"
 
 
-def check_room(path: str, directory: str, size: int, allocated: int = 0) -> None:
-    """Raise StoreError unless a file of *size* bytes at *path* fits into the filesystem of *directory*.
+def check_room(path: str, place: str, size: int, allocated: int = 0) -> None:
+    """Raise StoreError unless a file of *size* bytes at *path* fits into the filesystem that *place* is on.
 
     *allocated* bytes of it are on disk already. Two limits are looked at: free space, and that of FAT.
     """
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    fd = os.open(place, os.O_PATH | os.O_CLOEXEC)
     try:
         room = os.fstatvfs(fd)
         magic = files.fs_magic(fd)

@@ -49,6 +49,8 @@ class Store:
     """What close() does after the last sync, backwards."""
     memory: Any = field(default=None, repr=False)
     """The growing image of a store in memory (cowfs.store.memory.Memory), or None."""
+    fd: int = field(default=-1, repr=False)
+    """A descriptor of its image, where the process that serves it need not find that at *path*; or -1."""
     _closed: bool = field(default=False, repr=False)
 
     @property

@@ -17,10 +17,12 @@ say() {
     printf '%s\n' "$*" >>"$top/log"
 } 2>/dev/null
 
-# What the user must know even if nobody looks at the console: pam_motd shows /run/motd.d at each login.
+# What the user must know even if nobody looks at the console: pam_motd shows /run/motd.d at each login. Once is
+# enough there, however often a disk is looked at.
 warn() {
     ! grep -qxF "cowfs: $*" "$COWFS_RUN/motd.d/cowfs" 2>/dev/null || return 0 # said already
     say "WARNING: $*"
+    grep -sqxF -e "cowfs: $*" "$COWFS_RUN/motd.d/cowfs" && return
     mkdir -p "$COWFS_RUN/motd.d" && printf 'cowfs: %s\n' "$*" >>"$COWFS_RUN/motd.d/cowfs"
 }
 

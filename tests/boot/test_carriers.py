@@ -45,7 +45,7 @@ class Kind:
     package: str = ""
     """That has the programs for it."""
     options: str = "backstore=alldev"
-    megabytes: int = 192
+    megabytes: int = 224
     by_name: bool = False
     """Whether `cowfs persist` is given the disk, or a path on it that is mounted."""
 
@@ -130,7 +130,8 @@ def test_store_on(boot: Boot, image_disk: Path, tmp_path: Path, name: str) -> No
     test = f"""{GUEST}
         echo first >/root/first
         {mount}
-        cowfs persist / {place} 128; out "persist: $?"
+        cowfs persist / {place} 160; out "persist: $?"
+        {"cowfs grow / 176" if kind.by_name else ""}
         echo later >/root/later
     """
     with boot(f"{PLAIN} backstore=off", initramfs=initramfs, test=test, devices=devices).wait() as machine:
@@ -142,11 +143,13 @@ def test_store_on(boot: Boot, image_disk: Path, tmp_path: Path, name: str) -> No
         tell_root
         out "kept: $(cat /root/first /root/later | tr '\\n' ' ')"
         echo second >/root/second
+        out "size: $(stat -c %s {CARRIER}/{kind.device}/sysrcd.bs)"
         out "found: $(cowfs find {kind.options.removeprefix("backstore=")} | tr '\\n' ' ')"
     """
     with boot(f"{PLAIN} {kind.options}", initramfs=initramfs, test=test, devices=devices).wait() as machine:
         assert machine.said("store") == f"{CARRIER}/{kind.device}/sysrcd.bs"
         assert machine.said("kept").split() == ["first", "later"]
+        assert int(machine.said("size")) >> 20 == (176 if kind.by_name else 160)
         found = machine.said("found")
         assert found.startswith(f"/dev/{kind.device}  /sysrcd.bs  (mounted on {CARRIER}/{kind.device})"), (
             found
@@ -157,6 +160,31 @@ def test_store_on(boot: Boot, image_disk: Path, tmp_path: Path, name: str) -> No
         machine.shows("are unmounted cleanly")
     store = is_left_clean(kind, disk, tmp_path)
     assert store is None or content(store, "root/second") == "second\n"
+
+
+@pytest.mark.nightly
+def test_store_is_made_on_the_stick_of_the_image(boot: Boot, parts: Parts, tmp_path: Path) -> None:
+    """Which a boot without a store has mounted read-only."""
+    mine = images.fat_stick(tmp_path / "stick.img", {"/sysrcd.dat": parts.image}, 224)
+    test = f"""{GUEST}
+        echo first >/root/first
+        cowfs persist / /dev/sda1 128; out "persist: $?"
+        echo later >/root/later
+    """
+    with boot(PLAIN, test=test, devices=stick(mine, "stick")).wait() as machine:
+        assert machine.said("persist") == "0"
+        machine.shows("are unmounted cleanly")
+    assert images.fat_is_clean(mine) == ""
+    test = f"""{GUEST}
+        tell_root
+        out "kept: $(cat /root/first /root/later | tr '\\n' ' ')"
+    """
+    with boot(PLAIN, test=test, devices=stick(mine, "stick")).wait() as machine:
+        assert machine.said("store") == f"{CARRIER}/sda1/sysrcd.bs"
+        assert machine.said("kept").split() == ["first", "later"]
+        assert "needs recovery" not in machine.text
+    assert images.fat_is_clean(mine) == ""
+    assert images.is_clean(images.from_fat(mine, "/sysrcd.bs", tmp_path / "after.bs")) == ""
 
 
 @pytest.mark.nightly

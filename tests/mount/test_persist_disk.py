@@ -41,7 +41,7 @@ class Disks:
         for device in list(self._fds):
             self.detach(device)
 
-    def make(self, kind: str = "ext4", megabytes: int = 200, **how: Any) -> tuple[str, Path]:
+    def make(self, kind: str = "ext4", megabytes: int = 256, **how: Any) -> tuple[str, Path]:
         """A device with a filesystem on it, and its file."""
         self._count += 1
         file = self._place / f"disk{self._count}"
@@ -116,6 +116,10 @@ def test_a_disk_that_is_not_mounted(
         script("echo later > later", here)
         disks.detach(device)
         assert loop_backing(device) is not None
+        done = cowfs("grow", here.path, "180")
+        assert (done.returncode, done.stderr) == (0, "")
+        assert info(here.path)["store"]["size"] > 165 * MIB
+        script("echo larger > larger", here)
     released(device, file)
     again = disks.attach(file)
     monkeypatch.setattr(find, "devices", lambda scope: iter([os.path.basename(again)]))
@@ -125,7 +129,7 @@ def test_a_disk_that_is_not_mounted(
     run("mount", again, at)
     try:
         with mounted(home / "lower", home / "mnt", at / (named or "sysrcd.bs").lstrip("/")) as here:
-            assert script("cat x later", here) == "x\nlater\n"
+            assert script("cat x later larger", here) == "x\nlater\nlarger\n"
     finally:
         run("umount", at)
 
@@ -146,10 +150,25 @@ def test_a_disk_that_is_mounted_already(home: Path, disks: Disks) -> None:
     released(device, file)
 
 
+def test_a_disk_whose_place_is_hidden_by_another_mount(home: Path, disks: Disks) -> None:
+    device, file = disks.make()
+    at = home / "kept"
+    run("mount", device, at)
+    run("mount", "-t", "tmpfs", "tmpfs", at)
+    try:
+        with in_memory(home, nobody=False) as here:
+            cowfs("persist", here.path, f"{device}/s", check=True)
+            assert os.listdir(at) == []
+    finally:
+        run("umount", at)
+        assert (at / "s").stat().st_size == 128 * MIB
+        run("umount", at)
+    disks.detach(device)
+    released(device, file)
+
+
 def test_what_a_boot_has_mounted_is_made_writable(
-    home: Path,
-    disks: Disks,
-    monkeypatch: pytest.MonkeyPatch,
+    home: Path, disks: Disks, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The disk of the root image; it is read-only again if nothing came of it."""
     device, file = disks.make()
@@ -166,6 +185,12 @@ def test_what_a_boot_has_mounted_is_made_writable(
                 f"{device}: is mounted read-only on {at} (mount -o remount,rw",
             )
             monkeypatch.setattr(carrier, "_BOOT_DISKS", os.fsencode(home) + b"/")
+            run("umount", at)
+            run("mount", "-o", "ro,noload", device, at)
+            assert main(["persist", str(here.path), device]) == 32
+            assert f"{device}: its journal could not be replayed" in capsys.readouterr().err
+            run("umount", at)
+            run("mount", "-o", "ro", device, at)
             assert main(["persist", str(here.path), device, "15T"]) == 32
             assert mode() == "ro"
             assert main(["persist", str(here.path), device]) == 0
@@ -188,7 +213,7 @@ def test_what_is_no_place_for_a_store_is_refused(home: Path, disks: Disks) -> No
         out.write(b"\xeb\x52\x90NTFS    ")
     mirrored, half = disks.make()
     with half.open("r+b") as out:
-        out.seek(200 * MIB - 8192)
+        out.seek(256 * MIB - 8192)
         out.write(b"\xfc\x4e\x2b\xa9")
     names = set(os.listdir("/dev"))
     with in_memory(home, nobody=False) as here:
