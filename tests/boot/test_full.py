@@ -1,4 +1,7 @@
-"""Whole systems: Debian with systemd, by the initramfs of initramfs-tools and of dracut. For the night."""
+"""Whole systems: Debian with systemd, by the initramfs of initramfs-tools and of dracut, and with sysvinit.
+
+For the night.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +20,7 @@ from tests.support.system import needs_root, run
 
 pytestmark = [needs_root, pytest.mark.nightly, pytest.mark.timeout(3600)]
 
-PACKAGES = ",".join(
-    ("systemd-sysv", "udev", "python3", "e2fsprogs", "libfuse3-3", "libext2fs2", "initramfs-tools",
-     "dracut-core", "busybox-static", "kmod", "zstd")
-)  # fmt: skip
-MIRROR = "http://deb.debian.org/debian"
+PACKAGES = ("udev", "python3", "e2fsprogs", "libfuse3-3", "libext2fs2", "busybox-static", "kmod", "zstd")
 _PATIENCE = 1800.0
 
 _UNIT = """\
@@ -54,30 +53,26 @@ TEST = """
 
 @pytest.fixture(scope="module")
 def debian(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tree of a small Debian, with cowfs in it. Kept in .cache, it takes minutes to make."""
+    """The tree of a small Debian with systemd, with cowfs in it."""
     if shutil.which("debootstrap") is None:
         pytest.skip("needs debootstrap")
-    kept = images.CACHE / "debian"
-    if not kept.exists():
-        partial = images.CACHE / "debian.new"
-        shutil.rmtree(partial, ignore_errors=True)
-        run(
-            "debootstrap", "--variant=minbase", f"--include={PACKAGES}", "bookworm", partial, MIRROR,
-            timeout=2400,
-        )  # fmt: skip
-        partial.rename(kept)
-    tree = tmp_path_factory.mktemp("debian") / "tree"
-    run("cp", "-a", kept, tree, timeout=300)
+    tree = images.debian(
+        tmp_path_factory.mktemp("debian") / "tree", "debian",
+        ("systemd-sysv", "initramfs-tools", "dracut-core", *PACKAGES),
+    )  # fmt: skip
     units = tree / "etc/systemd/system"
     (units / "selftest.service").write_text(_UNIT)
     (units / "multi-user.target.wants").mkdir(exist_ok=True)
     (units / "multi-user.target.wants/selftest.service").symlink_to("../selftest.service")
-    (tree / "usr/sbin/selftest").write_text(_SELFTEST)
-    (tree / "usr/sbin/selftest").chmod(0o755)
-    shutil.rmtree(tree / "var/cache/apt", ignore_errors=True)
-    shutil.rmtree(tree / "var/lib/apt/lists", ignore_errors=True)
+    put_selftest(tree)
     run(images.HELPERS / "mkrescue", tree, timeout=300)
     return tree
+
+
+def put_selftest(tree: Path) -> None:
+    """What runs the script that a machine was given."""
+    (tree / "usr/sbin/selftest").write_text(_SELFTEST)
+    (tree / "usr/sbin/selftest").chmod(0o755)
 
 
 @pytest.fixture(scope="module")
@@ -153,3 +148,68 @@ def test_systemd_starts_and_ends_clean(
             machine.shows("the root filesystem and its store are unmounted cleanly")
     assert images.is_clean(images.from_fat(mine, "/sysrcd.bs", tmp_path / "after.bs")) == ""
     assert images.fat_is_clean(mine) == ""
+
+
+# --- sysvinit
+
+
+@pytest.fixture(scope="module")
+def sysvinit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The root image of a small Debian with sysvinit, as mkrescue makes it of what debootstrap has made."""
+    if shutil.which("debootstrap") is None:
+        pytest.skip("needs debootstrap")
+    tree = images.debian(
+        tmp_path_factory.mktemp("sysvinit") / "tree", "debian-sysvinit", ("sysvinit-core", *PACKAGES),
+        "--exclude=systemd-sysv",
+    )  # fmt: skip
+    put_selftest(tree)
+    with (tree / "etc/inittab").open("a") as inittab:
+        inittab.write("test:2:once:/usr/sbin/selftest\n")
+    image = images.root_image(tree, tree.parent / "sysrcd.dat")
+    for level, last in (("0", "halt"), ("6", "reboot")):
+        order = sorted(link.name for link in (tree / f"etc/rc{level}.d").glob("K*"))
+        assert [name[3:] for name in order[-3:]] == ["umountroot", "cowfs-shutdown", last]
+    return image
+
+
+TEST_SYSVINIT = """
+    out "init: $(readlink /proc/1/exe) $(runlevel)"
+    out "root: $(awk '$2 == "/" { print $3 }' /proc/mounts | tail -n 1)"
+    echo boot >>/root/boots
+    out "boots: $(wc -l </root/boots)"
+    rm -f /root/ended
+    sh -c 'trap "echo cleanly >/root/ended; exit" TERM; echo $$ >/run/willing; while :; do sleep 1; done' &
+    sh -c 'trap "" TERM; exec >>/root/log; echo $$ >/run/stubborn; while :; do sleep 1; done' &
+    while [ ! -s /run/willing ] || [ ! -s /run/stubborn ]; do sleep 0.1; done
+"""
+
+
+def test_sysvinit_starts_and_ends_clean(sysvinit: Path, tmp_path: Path) -> None:
+    """The daemon outlives those who ask all to end, and all is written at the end."""
+    content = tmp_path / "content"
+    content.mkdir()
+    shutil.copy(sysvinit, content / "sysrcd.dat")
+    disk = images.ext4_disk(tmp_path / "image.img", content, (sysvinit.stat().st_size >> 20) + 32)
+    cowfs("create", tmp_path / "s.bs", "64", check=True)
+    mine = images.fat_stick(tmp_path / "stick.img", {"/sysrcd.bs": tmp_path / "s.bs"}, 96)
+    devices = [*hard_disk(disk, "image"), *stick(mine, "stick")]
+    made, kernel = images.initramfs(tmp_path / "initramfs"), images.kernel()[0]
+    LOGS.mkdir(parents=True, exist_ok=True)
+    for boots, end in (("1", "reboot"), ("2", "poweroff")):
+        log = LOGS / f"sysvinit.{boots}.log"
+        test = f"{TEST_SYSVINIT}\n{end}\n"
+        with Machine(kernel, made, log, test=test, devices=devices) as machine:
+            machine.wait(_PATIENCE)
+            assert machine.said("root") == "fuse.cowfs"
+            assert machine.said("init") == "/usr/sbin/init N 2"
+            assert machine.said("boots") == boots
+            machine.shows(
+                "Asking all remaining processes to terminate",
+                "the root filesystem and its store are unmounted cleanly",
+                {"reboot": "Restarting system", "poweroff": "Power down"}[end],
+            )
+            assert "cannot execute" not in machine.text, "init was to wait for us"
+        after = images.from_fat(mine, "/sysrcd.bs", tmp_path / f"after.{boots}.bs")
+        assert images.is_clean(after) == ""
+        assert images.fat_is_clean(mine) == ""
+        assert run("debugfs", "-R", "cat /upper/root/ended", after).stdout == "cleanly\n"
