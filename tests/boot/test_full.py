@@ -106,11 +106,9 @@ def initramfs(debian: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     shutil.rmtree(where)
 
 
-@pytest.fixture(scope="module")
-def image(debian: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The root image of it, with the one module that the test itself needs."""
+def ready_to_boot(debian: Path, tree: Path) -> Path:
+    """A copy of the tree, with the one module that the test itself needs."""
     _, root, version = images.kernel()
-    tree = tmp_path_factory.mktemp("image") / "tree"
     run("cp", "-a", debian, tree, timeout=300)
     modules = tree / "lib/modules" / version
     shutil.rmtree(modules, ignore_errors=True)
@@ -118,7 +116,14 @@ def image(debian: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (modules / wanted).parent.mkdir(parents=True)
     shutil.copy(root / "lib/modules" / version / wanted, modules / wanted)
     run("depmod", "-b", tree, version)
-    return images.root_image(tree, tree.parent / "sysrcd.dat")
+    return tree
+
+
+@pytest.fixture(scope="module")
+def image(debian: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The root image of it."""
+    place = tmp_path_factory.mktemp("image")
+    return images.root_image(ready_to_boot(debian, place / "tree"), place / "sysrcd.dat")
 
 
 @pytest.mark.parametrize(
@@ -148,6 +153,105 @@ def test_systemd_starts_and_ends_clean(
             machine.shows("the root filesystem and its store are unmounted cleanly")
     assert images.is_clean(images.from_fat(mine, "/sysrcd.bs", tmp_path / "after.bs")) == ""
     assert images.fat_is_clean(mine) == ""
+
+
+# --- a system that boots from another root, and has merged trees mounted
+
+_FSTAB = """\
+/dev/vda / ext4 defaults 0 1
+/dev/vdb /img ext4 defaults 0 2
+/img/lower.sqfs /mnt/b cowfs store=/img/b.bs,nofail,x-systemd.requires-mounts-for=/img 0 0
+"""
+_CONF = """\
+LOWER=/img/lower.sqfs
+STORE=/img/a.bs
+MOUNTPOINT=/mnt/a
+OPTIONS=rw
+"""
+_READER = """\
+[Unit]
+Requires=cowfs@a.service
+After=cowfs@a.service
+[Service]
+Type=oneshot
+ExecStart=/bin/cp /mnt/a/file /run/seen
+[Install]
+WantedBy=multi-user.target
+"""
+_ORDER = """\
+[Unit]
+After=reader.service cowfs@a.service
+RequiresMountsFor=/mnt/b
+"""
+TEST_DESKTOP = """
+    out "root: $(awk '$2 == "/" { print $3 }' /proc/mounts | tail -n 1)"
+    out "reader: $(cat /run/seen)"
+    out "units: $(systemctl is-active cowfs@a.service mnt-b.mount | tr '\\n' ' ')"
+    out "kept: $(cat /mnt/a/kept /mnt/b/kept 2>/dev/null | tr '\\n' ' ')"
+    for tree in /mnt/a /mnt/b; do
+        echo $tree >$tree/kept
+        python3 -Ic 'import mmap, sys
+with open(sys.argv[1] + "/mapped", "w+b") as file:
+    file.truncate(24 << 20)
+    with mmap.mmap(file.fileno(), 24 << 20) as mapped: mapped.write(b"0123456789abcdef" * (24 << 16))' $tree
+    done
+    out "daemon: $(cat /proc/$(pidof -x mount.cowfs cowfs | cut -d ' ' -f 1)/cgroup)"
+"""
+
+
+@pytest.fixture(scope="module")
+def desktop(debian: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A disk with the root of a Debian with systemd, which has two merged trees mounted at boot."""
+    tree = ready_to_boot(debian, tmp_path_factory.mktemp("desktop") / "tree")
+    (tree / "etc/fstab").write_text(_FSTAB)
+    (tree / "etc/cowfs").mkdir()
+    (tree / "etc/cowfs/a.conf").write_text(_CONF)
+    for name in ("img", "mnt/a", "mnt/b"):
+        (tree / name).mkdir()
+    for name in ("mount.cowfs", "umount.cowfs"):  # as docs/rescue-system.md says
+        run("install", "-m", "755", images.HELPERS / name, tree / "sbin")
+    (tree / "sbin/umount.fuse.cowfs").symlink_to("umount.cowfs")
+    units = tree / "etc/systemd/system"
+    (units / "reader.service").write_text(_READER)
+    (units / "selftest.service.d").mkdir()
+    (units / "selftest.service.d/order.conf").write_text(_ORDER)
+    run("chroot", tree, "systemctl", "enable", "cowfs@a.service", "reader.service")
+    size = int(run("du", "-sm", tree).stdout.split()[0])
+    return images.ext4_disk(tree.parent / "root.img", tree, size * 5 // 4 + 64)
+
+
+def test_systemd_mounts_at_boot_and_unmounts_clean(
+    desktop: Path, initramfs: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """One by the unit, one by fstab: there for who waits for them, and written back at the end."""
+    lower, content = tmp_path / "lower", tmp_path / "content"
+    for place in (lower, content):
+        place.mkdir()
+    (lower / "file").write_text("from the lower\n")
+    run("mksquashfs", lower, content / "lower.sqfs", "-quiet", "-no-progress")
+    for name in ("a.bs", "b.bs"):
+        cowfs("create", content / name, "64", check=True)
+    data = images.ext4_disk(tmp_path / "data.img", content, 192)
+    devices = [*hard_disk(desktop, "root"), *hard_disk(data, "data")]
+    made, kernel = initramfs("initramfs-tools"), images.kernel()[0]
+    LOGS.mkdir(parents=True, exist_ok=True)
+    for kept in ("", "/mnt/a /mnt/b"):
+        log = LOGS / f"desktop.{2 if kept else 1}.log"
+        line = "root=/dev/vda rw systemd.mask=serial-getty@ttyS0.service"
+        with Machine(
+            kernel, made, log, options=line, test=TEST_DESKTOP, devices=devices, memory=768
+        ) as machine:
+            machine.wait(_PATIENCE)
+            assert machine.said("root") == "ext4"
+            assert machine.said("reader") == "from the lower"
+            assert machine.said("units").split() == ["active", "active"]
+            assert machine.said("kept").strip() == kept
+        assert images.is_clean(data) == ""
+        for name in ("a", "b"):
+            store = images.from_ext4(data, f"/{name}.bs", tmp_path / f"{name}.after")
+            assert images.is_clean(store) == ""
+            assert run("debugfs", "-R", "cat /upper/kept", store).stdout == f"/mnt/{name}\n"
+            assert run("debugfs", "-R", "cat /upper/mapped", store).stdout == "0123456789abcdef" * (24 << 16)
 
 
 # --- sysvinit
