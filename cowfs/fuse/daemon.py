@@ -28,6 +28,7 @@ from cowfs.overlay.overlay import Overlay
 log = logging.getLogger(__name__)
 
 _MNT_DETACH = 2  # linux/fs.h
+_ASKS_TO_END = (signal.SIGTERM, signal.SIGINT)
 _NOW_AND_THEN = 5.0
 """Seconds."""
 
@@ -88,8 +89,12 @@ class Daemon:
     ) -> None:
         """Answer requests until the filesystem is unmounted, or SIGTERM or SIGINT ask for that.
 
-        *ready* is called once the mount has answered a first request, and *look* every few seconds.
+        *ready* is called once the mount has answered a first request, and *look* every few seconds. When this
+        returns those signals are ignored, for good: what is left to do is to write back and release the
+        store, and whoever is tired of waiting for that (an init, after a minute or two) must not undo it.
         """
+        for number in _ASKS_TO_END:
+            signal.signal(number, signal.SIG_IGN)  # what _watch_signals comes back to
         gc.collect()
         gc.freeze()
         gc.set_threshold(100_000, 20, 100)
@@ -122,7 +127,7 @@ class Daemon:
         look: Callable[[], None] | None,
     ) -> None:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._watch_signals)
+            await nursery.start(self._watch_signals)
             if self.dev:
                 nursery.start_soon(self._serve_control, commands)
             nursery.start_soon(self._announce, ready)
@@ -145,8 +150,9 @@ class Daemon:
         except OSError as error:
             log.warning("no control socket, so `cowfs info` and `diff` cannot ask this mount: %s", error)
 
-    async def _watch_signals(self) -> None:
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+    async def _watch_signals(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        with trio.open_signal_receiver(*_ASKS_TO_END, signal.SIGHUP) as signals:
+            task_status.started()
             stopping = False
             async for number in signals:
                 if number == signal.SIGHUP or stopping:
