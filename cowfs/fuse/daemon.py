@@ -86,15 +86,18 @@ class Daemon:
         commands: Mapping[str, control.Command],
         ready: Callable[[], None],
         look: Callable[[], None] | None = None,
+        after_pause: Callable[[], None] | None = None,
     ) -> None:
         """Answer requests until the filesystem is unmounted, or SIGTERM or SIGINT ask for that.
 
-        *ready* is called once the mount has answered a first request, and *look* every few seconds. When this
+        *ready* is called once the mount has answered a first request, *look* every few seconds, and
+        *after_pause* before a request that comes after a pause in which the machine may have slept. When this
         returns those signals are ignored, for good: what is left to do is to write back and release the
         store, and whoever is tired of waiting for that (an init, after a minute or two) must not undo it.
         """
         for number in _ASKS_TO_END:
             signal.signal(number, signal.SIG_IGN)  # what _watch_signals comes back to
+        self._loop.after_pause = after_pause
         gc.collect()
         gc.freeze()
         gc.set_threshold(100_000, 20, 100)

@@ -157,10 +157,11 @@ def test_systemd_starts_and_ends_clean(
 
 # --- a system that boots from another root, and has merged trees mounted
 
-_FSTAB = """\
+_OPTIONS = "store=/img/b.bs,nofail,x-systemd.requires-mounts-for=/img,x-systemd.mount-timeout=30"
+_FSTAB = f"""\
 /dev/vda / ext4 defaults 0 1
 /dev/vdb /img ext4 defaults 0 2
-/img/lower.sqfs /mnt/b cowfs store=/img/b.bs,nofail,x-systemd.requires-mounts-for=/img 0 0
+/img/lower.sqfs /mnt/b cowfs {_OPTIONS} 0 0
 """
 _CONF = """\
 LOWER=/img/lower.sqfs
@@ -183,6 +184,13 @@ _ORDER = """\
 After=reader.service cowfs@a.service
 RequiresMountsFor=/mnt/b
 """
+# It is in both trees, in one of them to write, when systemd unmounts them, and until all processes are ended.
+_HOLD = """
+    systemd-run --quiet --unit=holder --property=DefaultDependencies=no \\
+        sh -c 'cd /mnt/b; exec >>/mnt/a/held; echo x >/run/held; while :; do sleep 1; done'
+    while [ ! -s /run/held ]; do sleep 0.1; done
+"""
+_SLOW = "throttling.bps-write=700000"
 TEST_DESKTOP = """
     out "root: $(awk '$2 == "/" { print $3 }' /proc/mounts | tail -n 1)"
     out "reader: $(cat /run/seen)"
@@ -223,7 +231,10 @@ def desktop(debian: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_systemd_mounts_at_boot_and_unmounts_clean(
     desktop: Path, initramfs: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """One by the unit, one by fstab: there for who waits for them, and written back at the end."""
+    """One by the unit, one by fstab: there for who waits for them, and written back at the end.
+
+    Also if they are in use then, and if it takes longer than systemd waits for an unmount.
+    """
     lower, content = tmp_path / "lower", tmp_path / "content"
     for place in (lower, content):
         place.mkdir()
@@ -232,20 +243,24 @@ def test_systemd_mounts_at_boot_and_unmounts_clean(
     for name in ("a.bs", "b.bs"):
         cowfs("create", content / name, "64", check=True)
     data = images.ext4_disk(tmp_path / "data.img", content, 192)
-    devices = [*hard_disk(desktop, "root"), *hard_disk(data, "data")]
     made, kernel = initramfs("initramfs-tools"), images.kernel()[0]
     LOGS.mkdir(parents=True, exist_ok=True)
-    for kept in ("", "/mnt/a /mnt/b"):
-        log = LOGS / f"desktop.{2 if kept else 1}.log"
-        line = "root=/dev/vda rw systemd.mask=serial-getty@ttyS0.service"
-        with Machine(
-            kernel, made, log, options=line, test=TEST_DESKTOP, devices=devices, memory=768
-        ) as machine:
+    line = "root=/dev/vda rw systemd.mask=serial-getty@ttyS0.service"
+    line += " systemd.log_target=console systemd.log_level=notice"
+    for number, (kept, more, disk) in enumerate((("", _HOLD, ()), ("/mnt/a /mnt/b", "", (_SLOW,))), 1):
+        log, test = LOGS / f"desktop.{number}.log", TEST_DESKTOP + more
+        devices = [*hard_disk(desktop, "root"), *hard_disk(data, "data", *disk)]
+        with Machine(kernel, made, log, options=line, test=test, devices=devices, memory=768) as machine:
             machine.wait(_PATIENCE)
             assert machine.said("root") == "ext4"
             assert machine.said("reader") == "from the lower"
             assert machine.said("units").split() == ["active", "active"]
             assert machine.said("kept").strip() == kept
+            machine.shows(
+                r"mnt-b.mount: Unmounting timed out"
+                if disk
+                else r"mnt-b.mount: .*exited, code=exited, status=32"
+            )
         assert images.is_clean(data) == ""
         for name in ("a", "b"):
             store = images.from_ext4(data, f"/{name}.bs", tmp_path / f"{name}.after")
