@@ -29,7 +29,7 @@ boot-test: ## boot virtual machines from cowfs (a part of make test)
 	@scripts/setup --test
 	$(AS_ROOT) $(PYTHON) -m pytest -m "not nightly" $(BOOT_ARGS) tests/boot
 
-boot-test-full: ## and with systemd, initramfs-tools, dracut and mkinitcpio: an hour or so
+boot-test-full: ## and with systemd, sysvinit, initramfs-tools and dracut: an hour or so
 	@scripts/setup --test
 	$(AS_ROOT) $(PYTHON) -m pytest $(BOOT_ARGS) tests/boot
 
@@ -53,11 +53,12 @@ INITRAMFS_TOOLS = $(DESTDIR)$(PREFIX)/share/initramfs-tools
 DRACUT = $(DESTDIR)$(PREFIX)/lib/dracut/modules.d/90cowfs
 MKINITCPIO = $(DESTDIR)$(PREFIX)/lib/initcpio
 SYSTEMD = $(DESTDIR)$(PREFIX)/lib/systemd/system
+SYSVINIT = $(DESTDIR)/etc/init.d
 install-boot: ## install what it takes to boot from cowfs (DESTDIR and PREFIX are honoured)
 	@command -v busybox >/dev/null && ! ldd "$$(command -v busybox)" >/dev/null 2>&1 || \
 		{ echo 'install-boot: needs a static busybox (Debian: busybox-static)' >&2; exit 1; }
 	install -d $(BOOT) $(INITRAMFS_TOOLS)/hooks $(INITRAMFS_TOOLS)/scripts $(DRACUT) $(MKINITCPIO)/install \
-		$(MKINITCPIO)/hooks $(SYSTEMD)
+		$(MKINITCPIO)/hooks $(SYSTEMD) $(SYSVINIT)
 	install -m 755 "$$(command -v busybox)" $(BOOT)/busybox
 	install -m 755 mount-helpers/boot/mount-root mount-helpers/boot/shutdown $(BOOT)
 	install -m 644 mount-helpers/boot/cowfs-options.sh mount-helpers/boot/cowfs-boot.sh mount-helpers/boot/modules $(BOOT)
@@ -67,6 +68,7 @@ install-boot: ## install what it takes to boot from cowfs (DESTDIR and PREFIX ar
 	install -m 644 mount-helpers/mkinitcpio/install/cowfs $(MKINITCPIO)/install/cowfs
 	install -m 644 mount-helpers/mkinitcpio/hooks/cowfs $(MKINITCPIO)/hooks/cowfs
 	install -m 644 mount-helpers/systemd/cowfs@.service $(SYSTEMD)/cowfs@.service
+	install -m 755 mount-helpers/sysvinit/cowfs-shutdown $(SYSVINIT)/cowfs-shutdown
 	sed -i '/^library=/s|/usr/lib/cowfs|$(PREFIX)/lib/cowfs|' $(INITRAMFS_TOOLS)/hooks/cowfs
 	[ $(PREFIX) = /usr ] || sed -i -e 's|/usr/lib/cowfs/modules|$(PREFIX)/lib/cowfs/modules|' \
 		-e 's|"/usr/lib/cowfs/$$file"|"$(PREFIX)/lib/cowfs/$$file" "/usr/lib/cowfs/$$file"|' \

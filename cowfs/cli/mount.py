@@ -157,6 +157,7 @@ def _others_may_be_allowed() -> bool:
 def _serve(union_options: object, mountpoint: str, given: mount_options.Options, reporter: Reporter) -> int:
     from cowfs import assemble
     from cowfs.fuse.daemon import Daemon, MountRequest
+    from cowfs.linux.sleep import Disks
     from cowfs.store.room import watch
 
     assert isinstance(union_options, assemble.UnionOptions)
@@ -180,6 +181,7 @@ def _serve(union_options: object, mountpoint: str, given: mount_options.Options,
                 assemble.commands(union, lambda: {**more, **daemon.adapter.figures()}),
                 reporter.ready,
                 watch(union.store),
+                Disks([*union_options.lowers, union_options.store]).look_after_sleep,
             )
         finally:
             daemon.close()

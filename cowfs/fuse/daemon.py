@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 Task = Callable[[], Awaitable[None]]
 _MNT_DETACH = 2  # linux/fs.h
+_ASKS_TO_END = (signal.SIGTERM, signal.SIGINT)
 _NOW_AND_THEN = 5.0
 """Seconds."""
 
@@ -88,13 +89,21 @@ class Daemon:
         ready: Callable[[], None],
         look: Callable[[], None] | None = None,
         also: Sequence[Task] = (),
+        after_pause: Callable[[], None] | None = None,
     ) -> None:
         """Answer requests until the filesystem is unmounted, or SIGTERM or SIGINT ask for that.
 
-        *ready* is called once the mount has answered a first request, and *look* every few seconds. What
+        *ready* is called once the mount has answered a first request, *look* every few seconds, and
+        *after_pause* before a request that comes after a pause in which the machine may have slept. What
         is in *also* runs beside it, from before *ready*, and is cancelled when the filesystem is unmounted;
         its end, or its failure, ends nothing else.
+
+        When this returns those signals are ignored, for good: what is left to do is to write back and release
+        the store, and whoever is tired of waiting for that (an init, after a minute or two) must not undo it.
         """
+        for number in _ASKS_TO_END:
+            signal.signal(number, signal.SIG_IGN)  # what _watch_signals comes back to
+        self._loop.after_pause = after_pause
         gc.collect()
         gc.freeze()
         gc.set_threshold(100_000, 20, 100)
@@ -128,7 +137,7 @@ class Daemon:
         also: Sequence[Task],
     ) -> None:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._watch_signals)
+            await nursery.start(self._watch_signals)
             if self.dev:
                 nursery.start_soon(self._serve_control, commands)
             for task in also:
@@ -153,8 +162,9 @@ class Daemon:
         except OSError as error:
             log.warning("no control socket, so `cowfs info` and `diff` cannot ask this mount: %s", error)
 
-    async def _watch_signals(self) -> None:
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+    async def _watch_signals(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        with trio.open_signal_receiver(*_ASKS_TO_END, signal.SIGHUP) as signals:
+            task_status.started()
             stopping = False
             async for number in signals:
                 if number == signal.SIGHUP or stopping:

@@ -36,12 +36,16 @@ _BUSY_NS = 100_000_000
 _YIELD_NS = 500_000
 """After so long in a row of requests, other tasks (signals, the control socket) have a turn."""
 _YIELD_WHEN_OTHERS_WAIT_NS = 50_000
+_PAUSE_NS = 50_000_000
+"""Without a request for so long, the machine may have slept: to freeze and to thaw it takes longer."""
 
 
 class RequestLoop:
     """Serve the session that :func:`pyfuse3.init` has opened; :meth:`attach` comes first."""
 
     def __init__(self) -> None:
+        self.after_pause: Callable[[], None] | None = None
+        """Called before a request is received that came after some time without any."""
         self.waiting = 0
         self._leader: trio.lowlevel.Task | None = None
         self._idle: list[trio.lowlevel.Task] = []
@@ -155,6 +159,8 @@ class RequestLoop:
                 return False
             self._yielded = time.monotonic_ns()
             self._spin = self._yielded - asleep < _KEEP_COMING_NS
+            if self.after_pause is not None and self._yielded - asleep > _PAUSE_NS:
+                self.after_pause()
             events = poll(0)
         if events[0][1] & ~select.POLLIN:  # POLLERR: the filesystem is unmounted
             self._close()

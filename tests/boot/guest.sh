@@ -74,3 +74,39 @@ while True: held.append(bytearray(b"x") * (4 << 20))' 2>/dev/null
     out "ballast: $(md5sum </root/ballast | cut -c1-8)"
     out "read: $(cat /usr/lib/python3*/*.py | wc -c)"
 }
+
+# Swap on the disk $1, and so little memory that it is used, but not by the daemon; a file on the root is no swap.
+use_swap() {
+    dd if=/dev/zero of=/root/swap bs=1M count=1 2>/dev/null
+    mkswap /root/swap >/dev/null
+    out "swap file: $(swapon /root/swap 2>&1)"
+    mkswap "$1" >/dev/null && swapon "$1"
+    python3 -I - <<'END'
+import os, re
+from pathlib import Path
+
+def kilobytes(file, key): return int(re.search(rf"{key}:\s+(\d+) kB", Path(file).read_text())[1])
+
+held = []
+while kilobytes("/proc/meminfo", "SwapTotal") - kilobytes("/proc/meminfo", "SwapFree") < 32 << 10:
+    held.append(bytearray(b"x") * (4 << 20))
+with open("/root/swapped", "w") as file:
+    file.write("written meanwhile")
+    file.flush()
+    os.fsync(file.fileno())
+print("TEST swapped:", Path("/root/swapped").read_text())
+daemon = Path("/run/initramfs/cowfs/daemon.pid").read_text().strip()
+print("TEST daemon in swap:", kilobytes(f"/proc/{daemon}/status", "VmSwap"), "kB", flush=True)
+END
+    swapoff "$1"
+}
+
+# What is below the directories is read from the disks again, and is what it was.
+read_anew() {
+    out "read before: $(checksum "$@")"
+    sync
+    echo 3 >/proc/sys/vm/drop_caches
+    out "read anew: $(checksum "$@")"
+}
+
+checksum() { find "$@" -xdev -type f -print0 | xargs -0 md5sum | sort | md5sum; }

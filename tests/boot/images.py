@@ -21,6 +21,7 @@ HELPERS = PROJECT / "mount-helpers"
 CACHE = PROJECT / ".cache" / "boot"
 KERNEL_PACKAGE = "linux-image-amd64"
 BUSYBOX = Path("/bin/busybox")
+MIRROR = "http://deb.debian.org/debian"
 MODULES = """
     fuse squashfs loop ext4 crc32c_generic vfat nls_cp437 nls_ascii nls_utf8 isofs
     virtio_pci virtio_blk virtio_scsi sd_mod sr_mod xhci_pci usb_storage qemu_fw_cfg
@@ -207,6 +208,26 @@ def root_image(tree: Path, image: Path) -> Path:
     """Put cowfs into the tree and make the squashfs, both by mkrescue."""
     run(HELPERS / "mkrescue", tree, image, "-comp", "zstd", "-Xcompression-level", "3", timeout=180)
     return image
+
+
+def debian(tree: Path, kind: str, packages: Iterable[str], *debootstrap: str) -> Path:
+    """Make the tree of a small Debian with these packages. Kept by its *kind* in .cache: it takes minutes.
+
+    What packages were fetched with is not in it, so that its image is small.
+    """
+    kept = CACHE / kind
+    if not kept.exists():
+        partial = CACHE / f"{kind}.new"
+        shutil.rmtree(partial, ignore_errors=True)
+        run(
+            "debootstrap", "--variant=minbase", f"--include={','.join(packages)}", *debootstrap,
+            "bookworm", partial, MIRROR, timeout=2400,
+        )  # fmt: skip
+        partial.rename(kept)
+    run("cp", "-a", kept, tree, timeout=300)
+    for name in ("var/cache/apt", "var/lib/apt/lists"):
+        shutil.rmtree(tree / name, ignore_errors=True)
+    return tree
 
 
 # --- disks

@@ -149,8 +149,8 @@ class Machine:
         self.process.stdin.write(line.encode() + b"\n")
         self.process.stdin.flush()
 
-    def monitor(self, command: str) -> None:
-        """Give qemu's monitor a command."""
+    def monitor(self, command: str) -> str:
+        """Give qemu's monitor a command; return what it says."""
         with socket.socket(socket.AF_UNIX) as connection:
             connection.connect(str(self._monitor_path))
             connection.settimeout(20)
@@ -162,6 +162,7 @@ class Machine:
             while b"(qemu)" not in told:
                 told += connection.recv(4096)
         assert b"rror" not in told, told.decode()
+        return told.decode()
 
     def said(self, key: str) -> str:
         """What the guest's test printed as ``TEST key: value``, the last time."""

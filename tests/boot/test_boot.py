@@ -13,7 +13,7 @@ import pytest
 from tests.boot import images
 from tests.boot.conftest import Parts
 from tests.boot.machine import Machine, disc, hard_disk, plug, stick
-from tests.support.mounts import cowfs, mounted
+from tests.support.mounts import cowfs, eventually, mounted
 from tests.support.system import needs_root, run
 
 pytestmark = [needs_root, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -64,13 +64,17 @@ def test_changes_survive_a_power_cut_and_the_next_boots(boot: Boot, parts: Parts
     make_store(other / "sysrcd.bs")
     disk = images.ext4_disk(tmp_path / "disk.img", other, 48)
     untouched = disk.read_bytes()
-    devices = [*stick(mine, "stick"), *hard_disk(disk, "disk")]
+    swap = tmp_path / "swap.img"
+    with swap.open("wb") as out:
+        out.truncate(96 << 20)
+    devices = [*stick(mine, "stick"), *hard_disk(disk, "disk"), *hard_disk(swap, "swap")]
 
     test = f"""{GUEST}
         tell_root
         look_at_store before
         press_memory
         look_at_store after
+        use_swap /dev/vdb
         echo first >/root/first; rm /etc/motd
         python3 -Ic 'import os
 directory = os.open("/root", os.O_RDONLY)
@@ -91,6 +95,9 @@ os.fsync(file); os.fsync(directory)'
         assert machine.said("eater") == "137", "the one who took the memory was to be ended"
         assert machine.said("ballast") == "2c7ab85a"  # 16 MB of zeros
         assert int(machine.said("read")) > 3_000_000
+        assert machine.said("swap file") == "swapon: /root/swap: Invalid argument"
+        assert machine.said("swapped") == "written meanwhile"
+        assert machine.said("daemon in swap") == "0 kB"
     assert disk.read_bytes() == untouched
 
     test = f"""{GUEST}
@@ -99,6 +106,7 @@ os.fsync(file); os.fsync(directory)'
         checks
         tell_root
         look_at_store again
+        read_anew /root /usr/sbin /usr/lib/cowfs
         echo second >/root/second
     """
     with boot(PLAIN, test=test, devices=devices).wait() as machine:
@@ -112,6 +120,7 @@ os.fsync(file); os.fsync(directory)'
         assert [machine.said(key) for key in ("name", "oom", "locked")] == ["@", "-1000", "True"]
         assert machine.said("signals") == "still writable"
         store_is_shown(machine, "again")
+        assert machine.said("read anew") == machine.said("read before")
     after = images.from_fat(mine, "/sysrcd.bs", tmp_path / "after.bs")
     assert images.is_clean(after) == ""
     assert content(after, "root/second") == "second\n"
@@ -309,3 +318,37 @@ def test_missing_store_ends_the_boot_when_told_to(boot: Boot, image_disk: Path) 
     with boot(options, test="out 'up: yes'", devices=hard_disk(image_disk, "image")).wait() as machine:
         machine.shows("FAILED: no store, and backstore.fallback=fail")
         assert "TEST up" not in machine.text
+
+
+@pytest.mark.nightly
+def test_wakes_from_sleep(boot: Boot, image_disk: Path, tmp_path: Path) -> None:
+    """Suspended to memory, with the store on a stick: the root answers, and can be written to, after it."""
+    mine = images.fat_stick(tmp_path / "stick.img", {"/sysrcd.bs": make_store(tmp_path / "s.bs")}, 64)
+    devices = [*hard_disk(image_disk, "image"), *stick(mine, "stick")]
+    test = f"""{GUEST}
+        echo before >/root/before
+        read_anew /usr /root
+        echo 3 >/proc/sys/vm/drop_caches
+        out "asleep: now"
+        echo mem >/sys/power/state
+        out "woken: $? $(cat /sys/power/suspend_stats/success)"
+        out "anew: $(checksum /usr /root)"
+        python3 -Ic 'import os
+file = os.open("/root/after", os.O_CREAT | os.O_WRONLY)
+os.write(file, b"after")
+os.fsync(file)'
+        out "fsync: $?"
+    """
+    with boot(PLAIN, test=test, devices=devices) as machine:
+        machine.wait_for("TEST asleep: now")
+        eventually(lambda: "suspended" in machine.monitor("info status"), "it sleeps", 60)
+        machine.monitor("system_wakeup")
+        machine.wait()
+        assert machine.said("woken") == "0 1"
+        assert machine.said("read before") == machine.said("read anew") == machine.said("anew")
+        assert machine.said("fsync") == "0"
+        machine.shows("are unmounted cleanly")
+    after = images.from_fat(mine, "/sysrcd.bs", tmp_path / "after.bs")
+    assert images.is_clean(after) == ""
+    assert content(after, "root/after") == "after"
+    assert images.fat_is_clean(mine) == ""

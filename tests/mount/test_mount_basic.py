@@ -8,6 +8,7 @@ import signal
 import socket
 import stat
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -232,6 +233,21 @@ def test_the_foreground_ends_with_the_unmount(
     assert done.returncode == 0, done.stderr
     foreground.communicate(timeout=20)
     assert foreground.returncode == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_do_not_stop_it_halfway(
+    base: Path, who: str, foreground: subprocess.Popen[str], number: signal.Signals
+) -> None:
+    """As systemd does, which asks again when an unmount takes long: the store is to be released first."""
+    mount = Mounted(base / "mnt", base / "log", who == "nobody")
+    script(CHANGE, mount)
+    deadline = time.monotonic() + 20
+    while foreground.poll() is None and time.monotonic() < deadline:
+        foreground.send_signal(number)
+    _out, said = foreground.communicate(timeout=20)
+    assert foreground.returncode == 0, said
+    assert not is_mounted(base / "mnt")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -1,0 +1,61 @@
+"""The sleep of the machine (suspend, hibernation), and what disks must be asked after it."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+
+_COUNT = "/sys/power/suspend_stats/success"
+
+
+class Disks:
+    """The disks that some files are on; after a sleep they are asked for changed media before they are read.
+
+    A stick that was without power says so to the first who wants something from it. If that is a read-ahead,
+    which is never tried again, the kernel takes a removable disk for changed (scsi_io_completion_action() in
+    drivers/scsi/scsi_lib.c), and fails all that is read and written until somebody opens it. So we do.
+    """
+
+    def __init__(self, paths: Iterable[str]) -> None:
+        self.devices = sorted({device for path in paths if (device := disk_of(path))})
+        self._slept = _slept()
+
+    def look_after_sleep(self) -> None:
+        """Open the disks if the machine has slept since the last call. Costs some us when it has not."""
+        slept = _slept()
+        if slept == self._slept:
+            return
+        self._slept = slept
+        for device in self.devices:
+            with suppress(OSError):  # users may not; and it may be gone
+                os.close(os.open(device, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
+
+
+def disk_of(path: str) -> str:
+    """Return the device of the disk that a file is on; nothing where it is on none, or on several."""
+    try:
+        number = os.stat(path).st_dev
+        place = os.path.realpath(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}", strict=True)
+    except OSError:
+        return ""
+    if os.path.exists(f"{place}/partition"):
+        place = os.path.dirname(place)
+    return "/dev/" + os.path.basename(place).replace("!", "/")
+
+
+def _slept() -> tuple[bytes, int]:
+    """Return what is another after each sleep: the kernel's count of suspends, and the seconds slept.
+
+    A short sleep has no seconds, a hibernation is not counted.
+    """
+    seconds = time.clock_gettime(time.CLOCK_BOOTTIME) - time.clock_gettime(time.CLOCK_MONOTONIC)
+    try:
+        fd = os.open(_COUNT, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return b"", round(seconds)
+    try:
+        return os.read(fd, 32), round(seconds)
+    finally:
+        os.close(fd)
