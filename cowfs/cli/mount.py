@@ -181,7 +181,7 @@ def _serve(union_options: object, mountpoint: str, given: mount_options.Options,
                 assemble.commands(union, lambda: {**more, **daemon.adapter.figures()}),
                 reporter.ready,
                 watch(union.store),
-                Disks([*union_options.lowers, union_options.store]).look_after_sleep,
+                after_pause=Disks([*union_options.lowers, union_options.store]).look_after_sleep,
             )
         finally:
             daemon.close()
