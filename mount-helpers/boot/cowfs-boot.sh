@@ -136,8 +136,12 @@ find_candidates() {
     look_into_drives
     now=$(disks_now)
     [ "$now" != "$seen" ] || [ $((waited % 10)) = 9 ] || return 0 # as in find_image
+    [ "$now" = "$seen" ] || refused=' ' # another disk may have that name now
     seen=$now unreadable=''
     for device in $(devices "$scope"); do
+        case $refused in
+        *" $device "*) continue ;;
+        esac
         if [ "$device" = "$image_device" ]; then
             is_candidate "$device" "$1" && candidates="$device $candidates"
         elif has_part_in "$device" "$image_device $candidates"; then
@@ -172,20 +176,24 @@ is_candidate() {
     return 1
 }
 
-# Look until there is a candidate or the patience is over. $1: the path.
+# Look until there is a candidate or the patience is over. $1: the path. A disk that is on its way may have
+# one that comes first.
 wait_for_candidates() {
-    waited=0 seen=none
     while :; do
         find_candidates "$1"
-        [ -z "$candidates" ] || return 0
-        if [ $waited -ge "$patience" ] && { [ $waited -ge 30 ] || ! disk_is_coming; }; then
+        if [ -n "$candidates" ]; then
+            { [ "$waited" -lt 5 ] && [ "$waited" -lt "$patience" ] && disk_is_coming; } || return 0
+            seen=none
+        elif is_patience_over; then
             return 1
         fi
-        [ $waited != 1 ] || say "waiting for a disk with the store $1"
+        [ "$waited" != 1 ] || [ -n "$candidates" ] || say "waiting for a disk with the store $1"
         sleep 1
         waited=$((waited + 1))
     done
 }
+
+is_patience_over() { [ "$waited" -ge "$patience" ] && { [ "$waited" -ge 30 ] || ! disk_is_coming; }; }
 
 # Make the carrier $1 writable if it can be; sets store_mode, rw or ro, and for ro why.
 open_carrier() {
@@ -210,19 +218,28 @@ close_carrier() {
     fi
 }
 
-# Try the candidates one by one; the first that cowfs accepts becomes the root. $1: the path.
+# Look for a store at the path $1 until cowfs has accepted one, or the patience is over.
 use_store() {
-    wait_for_candidates "$1" || {
-        tell_missing "$1"
-        return 1
-    }
-    # shellcheck disable=SC2086 # one word each
-    set -- "$1" $candidates
+    waited=0 seen=none refused=' '
+    while wait_for_candidates "$1"; do
+        # shellcheck disable=SC2086 # one word each
+        try_candidates "$1" $candidates && return
+        ! is_patience_over || break
+        sleep 1
+        waited=$((waited + 1))
+    done
+    [ "$refused" != ' ' ] || tell_missing "$1"
+    return 1
+}
+
+# Try the candidates one by one; the first that cowfs accepts becomes the root. $1: the path; the devices.
+try_candidates() {
     path=$1
     shift
     [ $# = 1 ] || say "stores on $*: the first one is tried first"
     for device; do
         shift
+        refused="$refused$device "
         open_carrier "$device" || continue
         [ "$device" = "$image_device" ] || bind_into_world "$disks/$device"
         [ $store_mode = rw ] || warn "$path on $device cannot be written to ($why): changes are kept in memory"
