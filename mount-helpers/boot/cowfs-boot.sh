@@ -146,17 +146,19 @@ use_store() {
 
 begin_search() { waited=0 seen=none tried=' '; }
 
-# Look until there is a candidate that can be written to, or the patience is over.
+# Look until there is a candidate that can be written to, or the patience is over. A disk that is on its way may
+# have one that comes first: for some seconds it is waited for in any case.
 wait_for_candidates() {
     candidates='' on_read_only_media=''
     while :; do
         find_candidates
-        [ -z "$candidates" ] || return 0
-        if [ "$waited" -ge "$patience" ] && { [ "$waited" -ge 30 ] || ! disk_is_coming; }; then
+        if [ -n "$candidates" ]; then
+            { [ "$waited" -lt 5 ] && [ "$waited" -lt "$patience" ] && disk_is_coming; } || return 0
+        elif [ "$waited" -ge "$patience" ] && { [ "$waited" -ge 30 ] || ! disk_is_coming; }; then
             [ -n "$on_read_only_media" ]
             return
         fi
-        [ "$waited" != 1 ] || say "waiting for a disk with the store $path"
+        [ "$waited" != 1 ] || [ -n "$candidates" ] || say "waiting for a disk with the store $path"
         sleep 1
         waited=$((waited + 1))
     done
@@ -275,10 +277,10 @@ try_candidates() {
 tell_unused() {
     used=$1 unused=''
     shift
-    for device; do
-        grep -qF "stands on $disks/$device$path" "$top/refused" && continue
-        close_carrier "$device"
-        unused="$unused $device"
+    for other; do
+        grep -qF "stands on $disks/$other$path" "$top/refused" && continue
+        close_carrier "$other"
+        unused="$unused $other"
     done
     [ -z "$unused" ] || warn "several stores: $path on $used is used, those on$unused are not"
 }

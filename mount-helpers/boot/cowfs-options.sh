@@ -174,7 +174,14 @@ devices() {
 }
 
 # What changes when a disk comes or goes, or a medium is changed in its drive.
-disks_now() { cat "$COWFS_SYS"/block/*/diskseq "$COWFS_SYS"/block/*/size 2>/dev/null; }
+disks_now() {
+    for disk in "$COWFS_SYS"/block/*; do
+        case ${disk##*/} in
+        loop* | ram* | zram*) ;; # we use some of them ourselves
+        *) echo "${disk##*/} $(fact "$disk/diskseq") $(fact "$disk/size")" ;;
+        esac
+    done
+}
 
 # Where there is no udev nobody notices a disc or a card that is put in, but who opens the drive does. Not
 # that a drive which is open for a disc should close for it.

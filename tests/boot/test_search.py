@@ -206,11 +206,14 @@ def test_a_medium_that_is_changed_is_looked_at(system: System) -> None:
     autoclose.write_text("1\n")
     os.mkfifo(system.top / "dev/sr0")
     put_in = f"until grep -q 0 {autoclose}; do usleep 1000; done; : >{system.top}/dev/sr0; echo opened"
-    assert system.shell(f"( {put_in} ) & disks_now; look_into_drives; wait") == ["4", "0", "opened"]
+    assert system.shell(f"( {put_in} ) & disks_now; look_into_drives; wait") == ["sr0 4 0", "opened"]
     assert autoclose.read_text() == "1\n", "a drive that is open did not close, and may again"
     before = system.shell("disks_now")
     (system.top / "sys/block/sr0/diskseq").write_text("5\n")
-    assert system.shell("disks_now") != before
+    now = system.shell("disks_now")
+    assert now != before
+    system.add(Disk("loop0"))
+    assert system.shell("disks_now") == now, "it is used while stores are tried"
 
 
 # --- disks that go away while they are looked at
@@ -264,3 +267,49 @@ def test_a_stick_that_comes_after_one_was_refused_is_tried_as_well(carriers: Sys
     served = [Path(line).parent.name for line in carriers.shell(script)]
     assert served == ["sdb", "sdc"]
     assert "the store /sysrcd.bs on sdb is not used" in carriers.warnings()
+
+
+# --- disks that come while others are looked at
+
+COMING = """
+. {library}/cowfs-boot.sh
+mount_carrier() {{ mkdir -p "$disks" && [ -e {top}/disks/"$1" ] && ln -s {top}/disks/"$1" "$disks/$1"; }}
+unmount_carrier() {{ rm "$disks/$1"; }}
+open_carrier() {{ mount_carrier "$1" && store_mode=rw; }}
+close_carrier() {{ rm -f "$disks/$1"; }}
+bind_into_world() {{ :; }}
+serve() {{ : >"$top/refused"; grep -q good "$1" || {{ echo bad >"$top/refused"; return 1; }}; }}
+disk_is_coming() {{ {coming}; }}
+sleep() {{ [ $waited != 2 ] || [ -e "$COWFS_SYS/block/sda" ] || mv {top}/sda "$COWFS_SYS/block/"; }}
+image_device=none
+path=/sysrcd.bs image_mode=look
+use_store && echo "$device $waited" || echo "none $waited"
+"""
+
+
+@pytest.mark.parametrize(
+    ("early", "coming", "expected"),
+    [
+        ("bad", "false", "sda 3"),  # it is refused, and the better one comes in time
+        ("good", "false", "sdb 0"),
+        ("good", "! [ -e $COWFS_SYS/block/sda ]", "sda 3"),  # the kernel knows already that there will be one
+        ("good", "true", "sda 3"),  # no longer than it is waited for at all
+    ],
+)
+def test_a_disk_that_comes_later(carriers: System, early: str, coming: str, expected: str) -> None:
+    carriers.add(Disk("sda", removable=1))
+    (carriers.top / "sys/block/sda").rename(carriers.top / "sda")
+    put(carriers, "sda/sysrcd.bs", "sdb/sysrcd.bs")
+    (carriers.top / "disks/sda/sysrcd.bs").write_text("good")
+    (carriers.top / "disks/sdb/sysrcd.bs").write_text(early)
+    script = COMING.format(library=LIBRARY, top=carriers.top, coming=coming)
+    assert carriers.shell(script) == [expected]
+    assert ("the store /sysrcd.bs on sdb is not used: bad" in carriers.warnings()) == (early == "bad")
+
+
+def test_a_store_that_is_refused_is_not_waited_for_for_ever(carriers: System) -> None:
+    put(carriers, "sdb/sysrcd.bs")
+    (carriers.top / "sda").mkdir()
+    script = COMING.format(library=LIBRARY, top=carriers.top, coming="false").replace("sda", "sdq")
+    assert carriers.shell(script.replace("mv ", "true ")) == ["none 3"]
+    assert "no store" not in (carriers.top / "run/initramfs/cowfs/log").read_text()
