@@ -37,7 +37,9 @@ _YIELD_NS = 500_000
 """After so long in a row of requests, other tasks (signals, the control socket) have a turn."""
 _YIELD_WHEN_OTHERS_WAIT_NS = 50_000
 _PAUSE_NS = 50_000_000
-"""Without a request for so long, the machine may have slept: to freeze and to thaw it takes longer."""
+"""Without a request for so long, the machine may have slept: to freeze and to thaw it takes longer …"""
+_WAKING_NS = 20_000_000
+"""… and for so long from then on it may still be waking: others run before the kernel counts the sleep."""
 
 
 class RequestLoop:
@@ -45,7 +47,7 @@ class RequestLoop:
 
     def __init__(self) -> None:
         self.after_pause: Callable[[], None] | None = None
-        """Called before a request is received that came after some time without any."""
+        """Called before requests are received that come after some time without any."""
         self.waiting = 0
         self._leader: trio.lowlevel.Task | None = None
         self._idle: list[trio.lowlevel.Task] = []
@@ -53,6 +55,8 @@ class RequestLoop:
         self._spin = False
         self._yielded = 0
         self._busy_until = 0
+        self._last = 0
+        self._waking_until = 0
         self._fd = -1
         self._poll = select.poll()
 
@@ -159,12 +163,17 @@ class RequestLoop:
                 return False
             self._yielded = time.monotonic_ns()
             self._spin = self._yielded - asleep < _KEEP_COMING_NS
-            if self.after_pause is not None and self._yielded - asleep > _PAUSE_NS:
-                self.after_pause()
             events = poll(0)
         if events[0][1] & ~select.POLLIN:  # POLLERR: the filesystem is unmounted
             self._close()
             return False
+        if self.after_pause is not None:
+            now = time.monotonic_ns()
+            if now - self._last > _PAUSE_NS:
+                self._waking_until = now + _WAKING_NS
+            if now < self._waking_until:
+                self.after_pause()
+            self._last = now
         return True
 
     async def _yield(self) -> None:

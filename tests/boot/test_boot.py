@@ -338,6 +338,7 @@ file = os.open("/root/after", os.O_CREAT | os.O_WRONLY)
 os.write(file, b"after")
 os.fsync(file)'
         out "fsync: $?"
+        finish reboot  # a machine of qemu's that has slept is not off after a poweroff
     """
     with boot(PLAIN, test=test, devices=devices) as machine:
         machine.wait_for("TEST asleep: now")
