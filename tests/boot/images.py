@@ -44,6 +44,7 @@ finish
 """
 _INITTAB = """\
 ::sysinit:/sbin/testinit
+::shutdown:/run/initramfs/shutdown poweroff
 """
 
 

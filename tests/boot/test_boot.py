@@ -167,11 +167,12 @@ def test_named_store_on_a_hard_disk_is_repaired(
 
 
 def test_stick_that_comes_late_is_waited_for(boot: Boot, image_disk: Path, tmp_path: Path) -> None:
+    """And process 1 is busybox's init, which is told to power off."""
     store = make_store(tmp_path / "s.bs")
     late = images.fat_stick(tmp_path / "stick.img", {"/late/my.bs": store}, 64)
-    test = f"{GUEST}\n tell_root\n"
+    test = f"{GUEST}\n tell_root\n poweroff\n sleep 1000"
     devices = [*hard_disk(image_disk, "image"), *stick(late, "late", plugged=False)]
-    with boot(f"{PLAIN} backstore=/late/my.bs", test=test, devices=devices) as machine:
+    with boot("backstore=/late/my.bs", test=test, devices=devices) as machine:
         machine.wait_for("waiting for a disk with the store /late/my.bs")
         plug(machine, "late")
         machine.wait()
