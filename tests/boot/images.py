@@ -43,7 +43,7 @@ finish() { cd / && exec /run/initramfs/shutdown "${1:-poweroff}"; }
 finish
 """
 _INITTAB = """\
-::sysinit:/sbin/testinit
+::once:/sbin/testinit
 ::shutdown:/run/initramfs/shutdown poweroff
 """
 
