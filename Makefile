@@ -9,6 +9,9 @@ SHELL_SCRIPTS = $(shell git ls-files -co --exclude-standard .ci mount-helpers sc
 # For example: make test PYTEST_ARGS='-k rename -x'. Without, all tests run, on all processors, and are measured.
 PYTEST_ARGS = -n auto --dist worksteal --cov --cov-report=term --cov-fail-under=90
 
+# For example: make boot-test-full BOOT_ARGS='-k sysvinit'
+BOOT_ARGS = -n auto --dist worksteal
+
 .PHONY: help setup demo test boot-test boot-test-full lint perf install-boot clean
 
 help: ## say what can be made (the default)

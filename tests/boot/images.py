@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import shutil
@@ -9,7 +10,8 @@ import struct
 import sys
 import sysconfig
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -48,23 +50,33 @@ _INITTAB = """\
 """
 
 
+@contextmanager
+def _alone(what: str) -> Iterator[None]:
+    """Let no other test process make the same thing at the same time."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with (CACHE / f"{what}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def kernel() -> tuple[Path, Path, str]:
     """Return a kernel, the directory with its lib/modules, and its version; it is unpacked, not installed."""
     place = CACHE / "kernel"
-    if not list(place.glob("boot/vmlinuz-*")):
-        partial = CACHE / "kernel.new"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        shown = run("apt-cache", "depends", "--important", KERNEL_PACKAGE).stdout
-        match = re.search(r"Depends: (linux-image-[0-9]\S+)", shown)
-        assert match, f"apt-cache names no kernel:\n{shown}"
-        run("apt-get", "-o", "APT::Sandbox::User=root", "download", match[1], cwd=partial, timeout=300)
-        (package,) = partial.glob("*.deb")
-        run("dpkg-deb", "-x", package, partial, timeout=120)
-        package.unlink()
-        (version,) = os.listdir(partial / "lib/modules")
-        run("depmod", "-b", partial, version, timeout=120)
-        partial.rename(place)
+    with _alone("kernel"):
+        if not list(place.glob("boot/vmlinuz-*")):
+            partial = CACHE / "kernel.new"
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            shown = run("apt-cache", "depends", "--important", KERNEL_PACKAGE).stdout
+            match = re.search(r"Depends: (linux-image-[0-9]\S+)", shown)
+            assert match, f"apt-cache names no kernel:\n{shown}"
+            run("apt-get", "-o", "APT::Sandbox::User=root", "download", match[1], cwd=partial, timeout=300)
+            (package,) = partial.glob("*.deb")
+            run("dpkg-deb", "-x", package, partial, timeout=120)
+            package.unlink()
+            (version,) = os.listdir(partial / "lib/modules")
+            run("depmod", "-b", partial, version, timeout=120)
+            partial.rename(place)
     (version,) = os.listdir(place / "lib/modules")
     return place / "boot" / f"vmlinuz-{version}", place, version
 
@@ -217,14 +229,15 @@ def debian(tree: Path, kind: str, packages: Iterable[str], *debootstrap: str) ->
     What packages were fetched with is not in it, so that its image is small.
     """
     kept = CACHE / kind
-    if not kept.exists():
-        partial = CACHE / f"{kind}.new"
-        shutil.rmtree(partial, ignore_errors=True)
-        run(
-            "debootstrap", "--variant=minbase", f"--include={','.join(packages)}", *debootstrap,
-            "bookworm", partial, MIRROR, timeout=2400,
-        )  # fmt: skip
-        partial.rename(kept)
+    with _alone(kind):
+        if not kept.exists():
+            partial = CACHE / f"{kind}.new"
+            shutil.rmtree(partial, ignore_errors=True)
+            run(
+                "debootstrap", "--variant=minbase", f"--include={','.join(packages)}", *debootstrap,
+                "bookworm", partial, MIRROR, timeout=2400,
+            )  # fmt: skip
+            partial.rename(kept)
     run("cp", "-a", kept, tree, timeout=300)
     for name in ("var/cache/apt", "var/lib/apt/lists"):
         shutil.rmtree(tree / name, ignore_errors=True)
