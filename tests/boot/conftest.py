@@ -66,11 +66,17 @@ def boot(parts: Parts, request: pytest.FixtureRequest) -> Callable[..., Machine]
         old.unlink()
     count = 0
 
-    def switch_on(options: str = "", *, initramfs: Path = parts.initramfs, **more: object) -> Machine:
+    def switch_on(
+        options: str = "",
+        *,
+        kernel: Path = parts.kernel,
+        initramfs: Path = parts.initramfs,
+        **more: object,
+    ) -> Machine:
         nonlocal count
         count += 1
         log = LOGS / f"{name}.{count}.log"
-        return Machine(parts.kernel, initramfs, log, options=options, **more)  # type: ignore[arg-type]
+        return Machine(kernel, initramfs, log, options=options, **more)  # type: ignore[arg-type]
 
     return switch_on
 

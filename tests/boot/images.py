@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import struct
+import subprocess
 import sys
 import sysconfig
 import zlib
@@ -22,6 +23,8 @@ PROJECT = Path(project_root())
 HELPERS = PROJECT / "mount-helpers"
 CACHE = PROJECT / ".cache" / "boot"
 KERNEL_PACKAGE = "linux-image-amd64"
+NEWER_KERNEL = "linux-image-6.12-amd64"
+"""It reads and writes NTFS, which the other does not; its modules are compressed."""
 BUSYBOX = Path("/bin/busybox")
 MIRROR = "http://deb.debian.org/debian"
 MODULES = """
@@ -59,21 +62,25 @@ def _alone(what: str) -> Iterator[None]:
         yield
 
 
-def kernel() -> tuple[Path, Path, str]:
-    """Return a kernel, the directory with its lib/modules, and its version; it is unpacked, not installed."""
-    place = CACHE / "kernel"
-    with _alone("kernel"):
+def kernel(package: str = KERNEL_PACKAGE) -> tuple[Path, Path, str]:
+    """Return a kernel, the directory with its lib/modules, and its version; it is unpacked, not installed.
+
+    *package* is the one that depends on the newest of its kind.
+    """
+    name = "kernel" if package == KERNEL_PACKAGE else package
+    place = CACHE / name
+    with _alone(name):
         if not list(place.glob("boot/vmlinuz-*")):
-            partial = CACHE / "kernel.new"
+            partial = CACHE / f"{name}.new"
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-            shown = run("apt-cache", "depends", "--important", KERNEL_PACKAGE).stdout
+            shown = run("apt-cache", "depends", "--important", package).stdout
             match = re.search(r"Depends: (linux-image-[0-9]\S+)", shown)
             assert match, f"apt-cache names no kernel:\n{shown}"
             run("apt-get", "-o", "APT::Sandbox::User=root", "download", match[1], cwd=partial, timeout=300)
-            (package,) = partial.glob("*.deb")
-            run("dpkg-deb", "-x", package, partial, timeout=120)
-            package.unlink()
+            (archive,) = partial.glob("*.deb")
+            run("dpkg-deb", "-x", archive, partial, timeout=120)
+            archive.unlink()
             (version,) = os.listdir(partial / "lib/modules")
             run("depmod", "-b", partial, version, timeout=120)
             partial.rename(place)
@@ -81,12 +88,12 @@ def kernel() -> tuple[Path, Path, str]:
     return place / "boot" / f"vmlinuz-{version}", place, version
 
 
-def initramfs(out: Path, modules: str = "") -> Path:
+def initramfs(out: Path, modules: str = "", package: str = KERNEL_PACKAGE) -> Path:
     """Make the initramfs of mkinitramfs-busybox, with what the tests' own process 1 needs besides.
 
-    *modules* are more of mount-helpers/boot/modules: some take seconds to load.
+    *modules* are more of mount-helpers/boot/modules: some take seconds to load. *package* is the kernel's.
     """
-    _, root, version = kernel()
+    _, root, version = kernel(package)
     run(
         HELPERS / "mkinitramfs-busybox", out, version, root,
         env={**os.environ, "COWFS_MODULES": f"{MODULES} {modules}"}, timeout=120,
@@ -341,9 +348,10 @@ def carrier_complaints(part: Path, kind: str) -> str:
         "exfat": ("fsck.exfat", "-n"),
         "btrfs": ("btrfs", "check", "--readonly"),
         "xfs": ("xfs_repair", "-n"),
+        "ntfs": ("ntfsinfo", "-m"),
     }
     done = run(*checkers[kind], part, check=False)
-    marks = {"vfat": "Dirty bit", "xfs": "valuable metadata changes"}
+    marks = {"vfat": "Dirty bit", "xfs": "valuable metadata changes", "ntfs": "DIRTY"}
     said = done.stdout + done.stderr
     dirty = marks.get(kind, "\0") in said
     if kind == "exfat":  # VolumeFlags: VolumeDirty
@@ -368,6 +376,10 @@ def from_carrier(part: Path, kind: str, name: str, target: Path) -> Path | None:
         run("btrfs", "restore", part, place)
         (place / name.lstrip("/")).rename(target)
         place.rmdir()
+        return target
+    if kind == "ntfs":
+        with target.open("wb") as out:
+            subprocess.run(["ntfscat", part, name], stdout=out, check=True, timeout=60)
         return target
     return None
 

@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,7 @@ class Kind:
     """That has the programs for it."""
     options: str = "backstore=alldev"
     megabytes: int = 224
+    kernel: str = images.KERNEL_PACKAGE
     by_name: bool = False
     """Whether `cowfs persist` is given the disk, or a path on it that is mounted."""
 
@@ -114,6 +116,9 @@ KINDS = {
     "ext3 on virtio, whole": Kind("ext3", hard_disk, "vdb"),
     "ext4 on a stick, GPT": Kind("ext4", stick, "sda1", "gpt", options="", by_name=True),
     "vfat on a stick, whole": Kind("vfat", stick, "sda", options=""),
+    "ntfs on a stick, MBR": Kind(
+        "ntfs", stick, "sda1", "mbr", "ntfs3", "ntfs-3g", options="", kernel=images.NEWER_KERNEL, by_name=True
+    ),
 }
 
 
@@ -123,7 +128,8 @@ def test_store_on(boot: Boot, image_disk: Path, tmp_path: Path, name: str) -> No
     """Made by `cowfs persist`, found by the next boot."""
     kind = KINDS[name]
     disk = make_carrier(kind, tmp_path / "disk.img")
-    initramfs = images.initramfs(tmp_path / "initramfs", kind.modules)
+    initramfs = images.initramfs(tmp_path / "initramfs", kind.modules, kind.kernel)
+    start = partial(boot, kernel=images.kernel(kind.kernel)[0], initramfs=initramfs)
     devices = [*hard_disk(image_disk, "image"), *kind.bus(disk, "disk")]
     place = f"/dev/{kind.device}" if kind.by_name else "/mnt/x/sysrcd.bs"
     mount = "" if kind.by_name else f"mkdir /mnt/x && mount -t {kind.filesystem} /dev/{kind.device} /mnt/x"
@@ -134,7 +140,7 @@ def test_store_on(boot: Boot, image_disk: Path, tmp_path: Path, name: str) -> No
         {"cowfs grow / 176" if kind.by_name else ""}
         echo later >/root/later
     """
-    with boot(f"{PLAIN} backstore=off", initramfs=initramfs, test=test, devices=devices).wait() as machine:
+    with start(f"{PLAIN} backstore=off", test=test, devices=devices).wait() as machine:
         assert machine.said("persist") == "0"
         machine.shows("are unmounted cleanly")
     is_left_clean(kind, disk, tmp_path)
@@ -146,7 +152,7 @@ def test_store_on(boot: Boot, image_disk: Path, tmp_path: Path, name: str) -> No
         out "size: $(stat -c %s {CARRIER}/{kind.device}/sysrcd.bs)"
         out "found: $(cowfs find {kind.options.removeprefix("backstore=")} | tr '\\n' ' ')"
     """
-    with boot(f"{PLAIN} {kind.options}", initramfs=initramfs, test=test, devices=devices).wait() as machine:
+    with start(f"{PLAIN} {kind.options}", test=test, devices=devices).wait() as machine:
         assert machine.said("store") == f"{CARRIER}/{kind.device}/sysrcd.bs"
         assert machine.said("kept").split() == ["first", "later"]
         assert int(machine.said("size")) >> 20 == (176 if kind.by_name else 160)
