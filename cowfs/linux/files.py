@@ -19,6 +19,8 @@ _AT_EMPTY_PATH = 0x1000
 _MAX_HANDLE_SZ = 128
 _FICLONE = 0x40049409  # linux/fs.h: _IOW(0x94, 9, int)
 _FS_IOC_GETFSUUID = 0x80111500  # linux/fs.h: _IOR(0x15, 0, struct fsuuid2), 17 bytes; Linux 6.9
+_ZEROS = 1 << 20
+"""Bytes that are written at a time where there is no fallocate(2)."""
 _HANDLE_HEAD = struct.Struct("=Ii")  # struct file_handle: handle_bytes, handle_type
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -67,6 +69,31 @@ def fallocate(fd: int, offset: int, length: int) -> None:
     filesystem cannot do it, but raises EOPNOTSUPP."""
     if _libc.fallocate(fd, 0, offset, length):
         _raise()
+
+
+def make_room(fd: int, start: int, end: int, *, alone: bool) -> None:
+    """Let a file have all blocks of a range, which may reach beyond its end; no byte of it changes. Blocks.
+
+    By fallocate(2). Filesystems that cannot do that (ext3, exFAT, NFS 3) are given zeros to write: beyond the
+    end of the file, and, for one who is *alone* with the file, into its holes, which read as zeros before.
+    (posix_fallocate(3) reads and writes bytes of blocks that others may be writing to.) Raises OSError; what
+    was allocated by then stays.
+    """
+    try:
+        fallocate(fd, start, end - start)
+    except OSError as error:
+        if error.errno not in {errno.EOPNOTSUPP, errno.ENOSYS}:
+            raise
+        length = os.fstat(fd).st_size
+        for hole, stop in list(holes(fd, start, min(end, length))) if alone else []:
+            _write_zeros(fd, hole, stop)
+        _write_zeros(fd, max(start, length), end)
+
+
+def _write_zeros(fd: int, start: int, end: int) -> None:
+    zeros = bytes(_ZEROS)
+    while start < end:
+        start += os.pwrite(fd, zeros[: end - start], start)
 
 
 def file_handle(dir_fd: int, name: bytes) -> tuple[int, bytes] | None:
@@ -138,9 +165,9 @@ def reflink(source_fd: int, target_fd: int) -> bool:
     return True
 
 
-def segments(fd: int, end: int) -> Iterator[tuple[int, int]]:
-    """Yield ``(start, stop)`` of every run of data below *end*; all of it where holes are unknown."""
-    position = 0
+def segments(fd: int, end: int, position: int = 0) -> Iterator[tuple[int, int]]:
+    """Yield ``(start, stop)`` of every run of data from *position* to *end*; all of it where holes are
+    unknown."""
     while position < end:
         try:
             start = os.lseek(fd, position, os.SEEK_DATA)
@@ -155,6 +182,16 @@ def segments(fd: int, end: int) -> Iterator[tuple[int, int]]:
             start, stop = position, end
         yield start, stop
         position = stop
+
+
+def holes(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
+    """Yield ``(start, stop)`` of every hole in a range; none where holes are unknown."""
+    for data, stop in segments(fd, end, start):
+        if start < data:
+            yield start, data
+        start = stop
+    if start < end:
+        yield start, end
 
 
 def copy_range(source_fd: int, target_fd: int, start: int, stop: int) -> None:

@@ -52,14 +52,16 @@ def create_store(path: str, size: int, *, progress: Progress = quiet) -> None:
 
 
 def allocate(fd: int, path: str, start: int, end: int, length: int | None = None) -> None:
-    """Give a file all of its blocks from *start* to *end*, which may be beyond its end. Blocks.
+    """Give a file all of its blocks from *start* to *end*, which may be beyond its end. Blocks until they
+    are on disk.
 
     When there is no room after all the file is cut to the *length* that it had (by default *start*),
     and StoreError raised.
     """
     length = start if length is None else length
     try:
-        os.posix_fallocate(fd, start, end - start)
+        files.make_room(fd, start, end, alone=True)
+        os.fsync(fd)
     except OSError as error:
         os.ftruncate(fd, length)
         hint = "free some space, or choose a smaller size"
@@ -73,29 +75,36 @@ def allocate(fd: int, path: str, start: int, end: int, length: int | None = None
         raise
 
 
-def fill_holes(fd: int, start: int, end: int) -> None:
-    """Allocate what e2fsprogs has given back: where a filesystem zeroes no ranges it punches holes."""
+def fill_holes(fd: int, start: int, end: int, *, alone: bool = True) -> None:
+    """Allocate what e2fsprogs has given back: where a filesystem zeroes no ranges it punches holes.
+
+    Not *alone*: others write to the file meanwhile.
+    """
     if os.fstat(fd).st_blocks * 512 < end:
         with suppress(OSError):
-            os.posix_fallocate(fd, start, end - start)
+            files.make_room(fd, start, end, alone=alone)
 
 
 def take_room(fd: int, path: str) -> str:
-    """Allocate what a store lacks of its file: a copy of one has holes. Return what is to be told if its
-    disk has no room for them: what is written there will fail, at the latest at fsync(2)."""
+    """Allocate what a store, which nobody else uses, lacks of its file: a copy of one has holes. Return what
+    is to be told if its disk has no room for them. Blocks."""
     state = os.fstat(fd)
     missing = state.st_size - state.st_blocks * 512
     if missing <= 0:
         return ""
     room = os.fstatvfs(fd)
     free = room.f_bfree * room.f_frsize
+    told = (
+        f"{path}: its file has holes of {format_size(missing)}, and its disk {format_size(free)} free: "
+        "make room there before the store is filled"
+    )
     if missing > free:
-        return (
-            f"{path}: its file has holes of {format_size(missing)}, and its disk {format_size(free)} free: "
-            "make room there before the store is filled"
-        )
-    with suppress(OSError):  # not all filesystems can
-        files.fallocate(fd, 0, state.st_size)
+        return told
+    try:
+        files.make_room(fd, 0, state.st_size, alone=True)
+        os.fsync(fd)
+    except OSError:
+        return told
     return ""
 
 

@@ -75,7 +75,7 @@ def grow_open_store(store: Store, size: int | None) -> Generator[Step | str, Non
             undo.callback(_cut_back, fd, plan)
             yield partial(_extend, fd, plan)
             _resize_open(store, place, undo)
-        yield partial(_filled, fd, plan)
+        yield partial(_filled, fd, plan, alone=False)
         return read_superblock(fd, path, smallest=0).size
 
 
@@ -145,7 +145,6 @@ def _extend(fd: int, plan: _Plan) -> None:
     """Give the file its new size, and all blocks that the filesystem will have."""
     if plan.size > plan.length:
         allocate(fd, plan.path, plan.length, plan.size)
-        os.fsync(fd)
     else:
         allocate(fd, plan.path, plan.filesystem, plan.size, plan.length)  # holes, if truncate(1) made it long
 
@@ -155,8 +154,8 @@ def _cut_back(fd: int, plan: _Plan) -> None:
         os.ftruncate(fd, plan.length)
 
 
-def _filled(fd: int, plan: _Plan) -> None:
-    fill_holes(fd, plan.filesystem, plan.size)
+def _filled(fd: int, plan: _Plan, *, alone: bool) -> None:
+    fill_holes(fd, plan.filesystem, plan.size, alone=alone)
     os.fsync(fd)
 
 
@@ -169,7 +168,7 @@ def _grow(fd: int, path: str, size: int | None, progress: Progress) -> int:
     progress(plan.told)
     _extend(fd, plan)
     _resize(path, path)
-    _filled(fd, plan)
+    _filled(fd, plan, alone=True)
     return read_superblock(fd, path, smallest=0).size
 
 

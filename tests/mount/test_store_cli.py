@@ -323,13 +323,14 @@ def test_grow_that_runs_out_of_room_after_all_cuts_the_file_back(
     store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from cowfs.errors import StoreError
+    from cowfs.linux import files
     from cowfs.store.grow import grow_store
 
     def fail(fd: int, start: int, length: int) -> None:
         os.ftruncate(fd, start + length // 2)
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "posix_fallocate", fail)
+    monkeypatch.setattr(files, "fallocate", fail)
     with pytest.raises(StoreError, match="cannot be allocated: No space left"):
         grow_store(str(store), 64 * MIB)
     assert store.stat().st_size == 32 * MIB
