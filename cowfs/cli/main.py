@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -54,6 +55,8 @@ def _parser(wanted: str | None) -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code. Never raises but for SystemExit of argparse."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # names are bytes, and are shown as they are
     args = list(sys.argv[1:] if argv is None else argv)
     first = args[0] if args else None
     if first is not None and not first.startswith("-") and first not in SUBCOMMANDS and len(args) > 1:

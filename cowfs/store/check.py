@@ -51,7 +51,7 @@ def check_store(path: str, *, read_only: bool = False, progress: Progress = quie
         lock.refuse_mounted_image(fd, path)
         read_superblock(fd, path, smallest=0)
         with deferred():
-            report.code, said = tools.fsck(path, "-f", "-n" if read_only else "-p")
+            report.code, said = tools.fsck(fd, path, "-f", "-n" if read_only else "-p")
         for line in said.splitlines():
             if line.strip() and not line.startswith("e2fsck "):
                 progress(_SUMMARY.sub(r"\1 of \2 inodes, \3 of \4 blocks in use", line.rstrip()))
@@ -59,24 +59,24 @@ def check_store(path: str, *, read_only: bool = False, progress: Progress = quie
             report.problems.append(f"{path}: the filesystem is damaged, so what is in it was not checked")
             report.checked = False
             return report
-        _check_image(path, report)
+        _check_image(fd, path, report)
     return report
 
 
-def _check_image(path: str, report: Report) -> None:
-    names = debugfs.names(path)
+def _check_image(fd: int, path: str, report: Report) -> None:
+    names = debugfs.names(fd)
     if _is_aufs(path, names, report):
         return
     header = None
     try:
-        content = debugfs.read_file(path, "cowfs/header.json")
+        content = debugfs.read_file(fd, "cowfs/header.json")
         header = from_json(content, path) if content else None
         if not content:
             report.problems.append(f"{path}: has no header (it was not mounted by cowfs yet)")
     except StoreError as error:
         report.problems.append(error.message)
         report.code |= tools.FSCK_UNCORRECTED
-    _finish(path, names, header, debugfs.walk(path, "upper"), report)
+    _finish(path, names, header, debugfs.walk(fd, "upper"), report)
 
 
 def _is_aufs(path: str, names: set[bytes], report: Report) -> bool:

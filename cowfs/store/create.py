@@ -181,7 +181,7 @@ def format_image(fd: int, path: str, identity: str = "", *, journal: int = 0, ke
             *("-m", "0", "-i", per_inode, "-L", "cowfs", "-E", ",".join(extended)),
             *(["-U", identity] if identity else []),
             *(["-J", f"size={journal >> 20}"] if journal else []),
-            f"/proc/self/fd/{fd}",
+            tools.place(fd),
         ],
         pass_fds=[fd],
         merge=True,
@@ -193,14 +193,13 @@ def format_image(fd: int, path: str, identity: str = "", *, journal: int = 0, ke
 def _format(fd: int, path: str) -> None:
     """Make the filesystem, and in it the directories and the header, all of them root's."""
     identity = str(uuid.uuid4())
-    image = f"/proc/self/fd/{fd}"
     format_image(fd, path, identity, keep=True)
     header = to_json(new_header(identity=identity))
     content = os.memfd_create("header")
     try:
         os.write(content, header)
         script = [f"mkdir {name}" for name in ("upper", "work", "cowfs")]
-        script.append(f"write /proc/self/fd/{content} cowfs/header.json")
+        script.append(f"write {tools.place(content)} cowfs/header.json")
         for name, mode in (
             ("upper", "40755"),
             ("work", "40755"),
@@ -208,10 +207,10 @@ def _format(fd: int, path: str) -> None:
             ("cowfs/header.json", "100644"),
         ):
             script += [f"sif {name} mode 0{mode}", f"sif {name} uid 0", f"sif {name} gid 0"]
-        debugfs.requests(image, script, write=True, pass_fds=[fd, content])
+        debugfs.requests(fd, script, write=True, pass_fds=[content])
     finally:
         os.close(content)
     # debugfs exits with 0 whatever happens, so look.
-    made = debugfs.requests(image, ["cat cowfs/header.json"], pass_fds=[fd])[0]
-    if made != header or not {b"upper", b"work"} <= debugfs.names(image, [fd]):
+    made = debugfs.read_file(fd, "cowfs/header.json")
+    if made != header or not {b"upper", b"work"} <= debugfs.names(fd):
         raise StoreError(f"{path}: debugfs could not write the header into the new filesystem")

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from cowfs.errors import StoreError
-from cowfs.store.tools import last_line, run
+from cowfs.store.tools import last_line, place, run
 
 _ENTRY = re.compile(rb"/(\d+)/([0-7]+)/\d+/\d+/([^/]+)/\d*/\n")
 _XATTR = re.compile(rb"^  (\S+) \(\d+\)(?: = (.*))?$", re.MULTILINE)
@@ -31,32 +31,35 @@ class Entry:
 
 
 def requests(
-    image: str, commands: Sequence[str], *, write: bool = False, pass_fds: Sequence[int] = ()
+    image: int, commands: Sequence[str], *, write: bool = False, pass_fds: Sequence[int] = ()
 ) -> list[bytes]:
-    """Return what debugfs answers to each command, in one run of it. Blocks. Errors are not answers."""
+    """Return what debugfs answers to each command, in one run of it. Blocks. Errors are not answers.
+
+    *image* is a descriptor of the image, here and below; *pass_fds* are those of other files to read.
+    """
     script = "".join(f"{command}\n" for command in commands).encode()
     options = ["-w", "-f", "-"] if write else ["-f", "-"]
-    done = run(["debugfs", *options, image], data=script, pass_fds=pass_fds)
+    done = run(["debugfs", *options, place(image)], data=script, pass_fds=[image, *pass_fds])
     if done.returncode:
-        raise StoreError(f"{image}: debugfs: {last_line(done.stderr)}")
+        raise StoreError(f"debugfs: {last_line(done.stderr)}")
     answers = []
     rest = done.stdout
     for command in commands:  # each is repeated before its answer
         before, found, rest = rest.partition(f"debugfs: {command}\n".encode())
         if not found:
-            raise StoreError(f"{image}: debugfs has stopped: {last_line(done.stderr)}")
+            raise StoreError(f"debugfs has stopped: {last_line(done.stderr)}")
         answers.append(before)
     return [*answers[1:], rest]
 
 
-def read_file(image: str, path: str) -> bytes:
+def read_file(image: int, path: str) -> bytes:
     """Return the content of a file in the image; empty when there is none."""
     return requests(image, [f"cat {path}"])[0]
 
 
-def names(image: str, pass_fds: Sequence[int] = ()) -> set[bytes]:
+def names(image: int) -> set[bytes]:
     """Return the names at the root of the image."""
-    return {name for _, _, name in _list(requests(image, ["ls -p <2>"], pass_fds=pass_fds)[0])}
+    return {name for _, _, name in _list(requests(image, ["ls -p <2>"])[0])}
 
 
 def _list(answer: bytes) -> Iterator[tuple[int, int, bytes]]:
@@ -66,7 +69,7 @@ def _list(answer: bytes) -> Iterator[tuple[int, int, bytes]]:
             yield int(match[1]), int(match[2], 8), match[3]
 
 
-def walk(image: str, top: str) -> Iterator[Entry]:
+def walk(image: int, top: str) -> Iterator[Entry]:
     """Yield everything below the directory *top* of the image, each directory before what is in it."""
     level: list[tuple[str, bytes]] = [(top, b"")]
     while level:
@@ -84,7 +87,7 @@ def walk(image: str, top: str) -> Iterator[Entry]:
         level = below
 
 
-def _dressed(image: str, found: list[tuple[int, Entry]]) -> Iterator[Entry]:
+def _dressed(image: int, found: list[tuple[int, Entry]]) -> Iterator[Entry]:
     """Yield the entries with what a listing does not tell: xattrs and device numbers."""
     for start in range(0, len(found), _BATCH):
         batch = found[start : start + _BATCH]

@@ -60,9 +60,8 @@ def grow_open_store(store: Store, size: int | None) -> Generator[Step | str, Non
     with ExitStack() as stack:
         _growing.add(path)
         stack.callback(_growing.remove, path)
-        # Our programs too find it there, though it is on a disk that nobody sees, or our root is another.
-        place = path if store.fd < 0 else f"/proc/{os.getpid()}/fd/{store.fd}"
-        fd = open_file(place)
+        # It may be on a disk that nobody sees, or our root is another.
+        fd = open_file(path if store.fd < 0 else tools.place(store.fd))
         stack.callback(os.close, fd)
         if lock.try_lock(fd):  # it would be locked, by us
             raise StoreError(f"{path}: is another file than when it was mounted")
@@ -74,12 +73,12 @@ def grow_open_store(store: Store, size: int | None) -> Generator[Step | str, Non
         with ExitStack() as undo:
             undo.callback(_cut_back, fd, plan)
             yield partial(_extend, fd, plan)
-            _resize_open(store, place, undo)
+            _resize_open(store, fd, undo)
         yield partial(_filled, fd, plan, alone=False)
         return read_superblock(fd, path, smallest=0).size
 
 
-def _resize_open(store: Store, place: str, undo: ExitStack) -> None:
+def _resize_open(store: Store, fd: int, undo: ExitStack) -> None:
     """Check and resize while all wait. *undo* is forgotten once resize2fs may have written."""
     layer: Any = store.layer
     try:
@@ -87,9 +86,9 @@ def _resize_open(store: Store, place: str, undo: ExitStack) -> None:
     except OSError as error:
         raise StoreError(f"{store.path}: cannot be left alone now: {error.strerror}") from None
     try:
-        _check_filesystem(store.path, place)
+        _check_filesystem(fd, store.path)
         undo.pop_all()
-        _resize(store.path, place)
+        _resize(fd, store.path)
     finally:
         layer.resume(store.work)
 
@@ -164,10 +163,10 @@ def _grow(fd: int, path: str, size: int | None, progress: Progress) -> int:
     if plan.size == plan.filesystem:
         progress(f"{path}: has {format_size(plan.size)} already")
         return plan.size
-    _check_filesystem(path, path)
+    _check_filesystem(fd, path)
     progress(plan.told)
     _extend(fd, plan)
-    _resize(path, path)
+    _resize(fd, path)
     _filled(fd, plan, alone=True)
     return read_superblock(fd, path, smallest=0).size
 
@@ -186,10 +185,10 @@ def _check_size(path: str, size: int, length: int, filesystem: int) -> None:
     )
 
 
-def _check_filesystem(path: str, place: str) -> None:
+def _check_filesystem(fd: int, path: str) -> None:
     """Check, and where that is safe repair, the filesystem: resize2fs demands it. *path* is for messages."""
     with deferred():
-        code, said = tools.fsck(place, "-f", "-p")
+        code, said = tools.fsck(fd, path, "-f", "-p")
     if code & ~(tools.FSCK_CORRECTED | 2):
         raise StoreError(
             f"{path}: e2fsck found damage that it cannot repair by itself: {tools.reason(said)}",
@@ -197,13 +196,8 @@ def _check_filesystem(path: str, place: str) -> None:
         )
 
 
-def _resize(path: str, place: str) -> None:
+def _resize(fd: int, path: str) -> None:
     on_terminal = sys.stdout.isatty()
     options = ["-p"] if on_terminal else []
-    with deferred():
-        done = tools.run(["resize2fs", *options, place], show=on_terminal)
-    if done.returncode:
-        raise StoreError(
-            f"{path}: resize2fs failed: {tools.last_line(done.stderr)}",
-            "the same command again goes on from here",
-        )
+    hint = "the same command again goes on from here"
+    tools.resize(fd, path, *options, show=on_terminal, hint=hint)

@@ -46,7 +46,7 @@ def open_image(path: str, want: Wanted) -> Store:
         lock.refuse_mounted_image(fd, path)
         superblock = read_superblock(fd, path)
         if superblock.state != "clean" and not want.read_only:
-            tools.recover(path, want.progress)
+            tools.recover(fd, path, want.progress)
             superblock = read_superblock(fd, path)
         elif want.engine == "auto" and superblock.needs_recovery:
             kernel = os.geteuid() == 0  # which can leave out what is in the journal; we cannot

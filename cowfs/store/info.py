@@ -29,10 +29,10 @@ def _image(path: str) -> dict[str, Any]:
     fd = open_file(path, read_only=True)
     try:
         superblock = read_superblock(fd, path, smallest=0)
+        names = debugfs.names(fd)
+        content = debugfs.read_file(fd, "cowfs/header.json") if b"cowfs" in names else b""
     finally:
         os.close(fd)
-    names = debugfs.names(path)
-    content = debugfs.read_file(path, "cowfs/header.json") if b"cowfs" in names else b""
     user = lock.holder(path)
     return {
         "path": path,

@@ -70,11 +70,7 @@ class Memory:
         self._layer.suspend(place)
         try:
             os.ftruncate(self.fd, after)
-            # -f: not to be checked first. Nobody but us has ever seen it.
-            command = ["resize2fs", "-f", f"/proc/self/fd/{self.fd}"]
-            done = tools.run(command, pass_fds=[self.fd], merge=True)
-            if done.returncode:
-                raise StoreError(f"memory: resize2fs failed: {tools.last_line(done.stdout)}")
+            tools.resize(self.fd, _NAME, "-f")  # not to be checked first: nobody but us has ever seen it
         finally:
             self._layer.resume(place)
             self._tell_spare()

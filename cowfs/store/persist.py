@@ -164,6 +164,4 @@ def _write(fd: int, data: bytes, offset: int) -> None:
 
 def _fill(fd: int, path: str) -> None:
     """Let the filesystem fill its file."""
-    done = tools.run(["resize2fs", "-f", f"/proc/self/fd/{fd}"], pass_fds=[fd], merge=True)
-    if done.returncode:
-        raise StoreError(f"{path}: resize2fs failed: {tools.last_line(done.stdout)}")
+    tools.resize(fd, path, "-f")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Sequence
 
 from cowfs.errors import StoreError, SystemFailure
@@ -32,16 +33,24 @@ def program(name: str) -> str:
     return found
 
 
+def place(fd: int) -> str:
+    """Return the name under which a program that gets *fd* (*pass_fds* of run) finds the file behind it.
+
+    A path may be taken for something else: for an option, for ``LABEL=``, and libext2fs ends it at a ``?``.
+    """
+    return f"/proc/self/fd/{fd}"
+
+
 def run(
     command: Sequence[str],
     *,
     data: bytes = b"",
     pass_fds: Sequence[int] = (),
     merge: bool = False,
-    show: bool = False,
+    show: Callable[[bytes], object] | None = None,
 ) -> subprocess.CompletedProcess[bytes]:
-    """Run a program to its end on *data* and return its output; *merge* adds its errors to it,
-    *show* lets the user see it instead. Blocks.
+    """Run a program to its end on *data* and return its output; *merge* adds its errors to it, and
+    *show* gets it piece by piece as it comes. Blocks.
 
     It gets a session of its own, so that a ^C on the terminal does not stop it in the middle of a write:
     whether it is to be stopped is for the caller to say (see cowfs.store.signals). When an exception
@@ -53,12 +62,14 @@ def run(
             process = subprocess.Popen(
                 [program(command[0]), *command[1:]],
                 stdin=subprocess.PIPE,
-                stdout=None if show else subprocess.PIPE,
+                stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT if merge else subprocess.PIPE,
                 env={**os.environ, "LC_ALL": "C", "DEBUGFS_PAGER": "cat"},
                 pass_fds=pass_fds,
                 start_new_session=True,
             )
+        while show and process.stdout and (piece := os.read(process.stdout.fileno(), 1 << 16)):
+            show(piece)
         output, errors = process.communicate(data)
     except BaseException:
         if process is not None:
@@ -74,34 +85,50 @@ def last_line(output: bytes) -> str:
     return lines[-1] if lines else "no message"
 
 
-def fsck(path: str, *options: str) -> tuple[int, str]:
-    """Run ``e2fsck OPTIONS path``; return its exit code (e2fsck(8)) and all that it said. Blocks.
+def fsck(fd: int, path: str, *options: str) -> tuple[int, str]:
+    """Run ``e2fsck OPTIONS`` on the image behind *fd*; return its exit code (e2fsck(8)) and all that it
+    said, in which the image is called *path*. Blocks.
 
     e2fsck begins lines with the label of the filesystem. Stores have the label *cowfs*, so that these
     would look like complaints of ours: it is taken off.
     """
-    label = _label(path)
-    done = run(["e2fsck", *options, path], merge=True)
+    label = _label(fd)
+    done = run(["e2fsck", *options, place(fd)], pass_fds=[fd], merge=True)
     code = done.returncode if done.returncode >= 0 else FSCK_OPERATIONAL
     said = done.stdout.decode(errors="replace").splitlines(keepends=True)
-    return code, "".join(line.removeprefix(f"{label}: ") for line in said)
+    return code, "".join(line.removeprefix(f"{label}: ").replace(place(fd), path) for line in said)
 
 
-def _label(path: str) -> str:
+def _label(fd: int) -> str:
     """Return the label of an ext3 image (s_volume_name), as e2fsck writes it."""
-    with open(path, "rb") as image:
-        image.seek(1024 + 120)
-        label = image.read(16).partition(b"\0")[0].decode(errors="replace")
+    label = os.pread(fd, 16, 1024 + 120).partition(b"\0")[0].decode(errors="replace")
     return "".join("_" if character.isspace() or character == ":" else character for character in label)
 
 
-def recover(path: str, progress: Progress) -> None:
+def resize(fd: int, path: str, *options: str, show: bool = False, hint: str = "") -> None:
+    """Run ``resize2fs OPTIONS`` on the image behind *fd*, which is to fill its file; *show* lets the user
+    see what it says. Blocks. Raises StoreError with that *hint*; *path* is for messages.
+    """
+
+    def write(piece: bytes) -> None:
+        sys.stdout.buffer.write(piece.replace(os.fsencode(place(fd)), os.fsencode(path)))
+        sys.stdout.buffer.flush()
+
+    with deferred():
+        command = ["resize2fs", *options, place(fd)]
+        done = run(command, pass_fds=[fd], merge=not show, show=write if show else None)
+    if done.returncode:
+        why = last_line(done.stderr if show else done.stdout).replace(place(fd), path)
+        raise StoreError(f"{path}: resize2fs failed: {why}", hint)
+
+
+def recover(fd: int, path: str, progress: Progress) -> None:
     """Repair an image as far as that is safe without questions (``e2fsck -p``). Blocks.
 
     Raises StoreError where it is not; e2fsck may have replayed the journal by then, nothing more.
     """
     with deferred():
-        code, said = fsck(path, "-p")
+        code, said = fsck(fd, path, "-p")
     if code & ~(FSCK_CORRECTED | 2):
         raise StoreError(
             f"{path}: the store is damaged and cannot be repaired automatically: {reason(said)}",

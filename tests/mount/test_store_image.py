@@ -62,6 +62,11 @@ def put(image: Path, at: Path, *content: str) -> None:
     run("umount", at)
 
 
+def read(image: Path, path: str) -> bytes:
+    with image.open("rb") as file:
+        return debugfs.read_file(file.fileno(), path)
+
+
 def write(store: Store, name: bytes, data: bytes) -> None:
     _, file = store.layer.create(store.upper, name, 0o644, 0, 0)
     file.pwrite(data, 0)
@@ -80,7 +85,7 @@ def test_what_is_written_is_there_again(image: Path, engine: str) -> None:
     store.close()
     assert not mounts.loop_users(image), "close returns when the kernel has let go"
     assert run("e2fsck", "-fn", image).returncode == 0
-    assert debugfs.read_file(str(image), "upper/file") == b"content"
+    assert read(image, "upper/file") == b"content"
 
     again = open_store(str(image), engine=engine, lowers=[LOWER])
     assert (names(again), again.header.uuid, again.header.lowers) == ({b"file"}, uuid, (LOWER,))
@@ -310,7 +315,7 @@ def test_a_store_that_was_not_unmounted_is_recovered_with_one_line(image: Path, 
     again = open_store(str(dirty), progress=said.append)
     assert names(again) == {b"before", b"synced"}
     again.close()
-    assert debugfs.read_file(str(dirty), "upper/synced") == b"there"
+    assert read(dirty, "upper/synced") == b"there"
     assert said == [f"{dirty}: was not cleanly unmounted, recovered"]
 
 
