@@ -13,7 +13,7 @@ from cowfs.formats.ext3.image import Image
 from cowfs.layers.base import Key, UpperLayer
 from cowfs.layers.ext3 import Ext3Layer
 
-PWRITE, FDATASYNC, PREAD = 1, 2, 3
+PWRITE, FDATASYNC, PREAD, FALLOCATE = 1, 2, 3, 4
 """What can be made to fail."""
 
 

@@ -15,7 +15,7 @@
 /* --- the image's file --- */
 
 /* Return the -errno that a test wants the next system call of this kind to give, or 0. */
-static int injected(x3_image *img, int kind)
+int injected(x3_image *img, int kind)
 {
 	int error = 0;
 
@@ -102,17 +102,50 @@ int io_write1(x3_image *img, const void *buf, size_t len, uint64_t off)
 	return io_write(img, &iov, 1, off);
 }
 
+/* How many barriers have failed so far. */
+uint64_t io_failures(x3_image *img)
+{
+	pthread_mutex_lock(&img->sync_lock);
+	uint64_t failures = img->failures;
+	pthread_mutex_unlock(&img->sync_lock);
+	return failures;
+}
+
+/* Write file data, of which the next barrier must know. */
+int io_write_data(x3_image *img, const struct iovec *iov, int count, uint64_t off)
+{
+	int error;
+
+	/* Before and after: whenever the barrier looks, it must not miss it. */
+	__atomic_fetch_add(&img->unsynced, 1, __ATOMIC_SEQ_CST);
+	error = io_write(img, iov, count, off);
+	__atomic_fetch_add(&img->unsynced, 1, __ATOMIC_SEQ_CST);
+	return error;
+}
+
 /* Return when everything written before is on disk. */
 int io_barrier(x3_image *img)
 {
 	int error = injected(img, X3_FDATASYNC);
 	uint64_t nr = __atomic_add_fetch(&img->barrier_nr, 1, __ATOMIC_RELAXED);
+	uint64_t unsynced = __atomic_load_n(&img->unsynced, __ATOMIC_RELAXED);
 
+	if (!error)
+		trace(img, X3_TRACE_BEGUN, nr, NULL, 0);
+	pthread_mutex_lock(&img->sync_lock);
+	if (!error && fdatasync(img->fd))
+		error = -errno;
+	if (error) { /* the kernel tells it once, to one thread: the others must hear of it */
+		img->failures++;
+		img->failure = error;
+		img->data_lost |= __atomic_load_n(&img->unsynced, __ATOMIC_RELAXED) != 0;
+	} else if (img->data_lost) {
+		error = img->failure;
+	}
+	pthread_mutex_unlock(&img->sync_lock);
 	if (error)
 		return error;
-	trace(img, X3_TRACE_BEGUN, nr, NULL, 0);
-	if (fdatasync(img->fd))
-		return -errno;
+	__atomic_fetch_sub(&img->unsynced, unsynced, __ATOMIC_RELAXED);
 	trace(img, X3_TRACE_BARRIER, nr, NULL, 0);
 	__atomic_fetch_add(&img->barriers, 1, __ATOMIC_RELAXED);
 	return 0;
@@ -197,10 +230,10 @@ static void cache_trim(x3_image *img)
 		if (img->hand >= img->cached)
 			img->hand = 0;
 		struct block *b = img->all[img->hand];
-		if (b->flags & ~USED)
+		if (b->flags & ~(USED | HAS_ROOM))
 			img->hand++;
-		else if (b->flags)
-			b->flags = 0, img->hand++;
+		else if (b->flags & USED)
+			b->flags &= ~USED, img->hand++;
 		else
 			cache_remove(img, img->hand);
 	}
@@ -252,6 +285,7 @@ static void make_dirty(x3_image *img, struct block *b)
 {
 	if (b->flags & DIRTY)
 		return;
+	room_for(img, b);
 	/* What the log has is still needed for the checkpoint. (What is being logged is in img->log.) */
 	if ((b->flags & (LOGGED | LOGGING)) == LOGGED && !b->logged) {
 		b->logged = malloc(img->bs);
@@ -340,7 +374,7 @@ void image_lock(x3_image *img)
 		pthread_cond_wait(&img->wake, &img->lock);
 }
 
-void op_begin(struct op *op, x3_image *img, uint32_t ino, bool changing)
+void op_begin(struct op *op, x3_image *img, uint32_t ino, enum change_kind changing)
 {
 	op->img = img;
 	op->changing = changing;
@@ -359,17 +393,23 @@ bool op_again(struct op *op)
 	if (op->tries && img->atoms)
 		return false; /* a commit would wait for the caller */
 	if (op->tries && op->changing && !op->error) {
-		if (img->ndirty > img->dirty_max && commit_until(img, img->tid))
+		if (img->ndirty > img->dirty_max)
+			commit_until(img, img->tid);
+		else if (img->nlogged > img->cached_max / 2)
+			checkpoint_now(img);
+		if (img->aborted)
 			op->error = EIO;
-		else if (img->nlogged > img->cached_max / 2 && checkpoint_now(img))
-			op->error = EIO;
-		return false;
+		return false; /* if it is stalled: this was done, the next will be refused */
 	}
 	if (op->tries && !(op->error == ENOSPC && op->starved && op->tries <= 3))
 		return false;
 	/* Free blocks are held back: let them go. */
 	if (op->tries && (op->tries == 1 ? commit_until(img, img->tid) : checkpoint_now(img))) {
-		op->error = EIO;
+		op->error = img->aborted ? EIO : ENOSPC;
+		return false;
+	}
+	if (op->changing && !img->aborted && room_refuses(img, op->changing)) {
+		op->error = img->stalled;
 		return false;
 	}
 	while (is_suspended(img) || (img->busy && (op->ino == img->busy || op->ino == ANY_INODE)))

@@ -272,7 +272,9 @@ int64_t data_segment(x3_image *img, uint32_t ino, uint64_t from, uint64_t *stop)
 /* Write a run of blocks that are the file's already: from byte *skip* of block *nr* on. */
 static int write_old(x3_image *img, uint32_t nr, uint32_t skip, const char *buf, uint64_t len)
 {
-	return io_write1(img, buf, len, ((uint64_t)nr << img->bits) + skip);
+	struct iovec iov = { (void *)buf, len };
+
+	return io_write_data(img, &iov, 1, ((uint64_t)nr << img->bits) + skip);
 }
 
 /* The same for new blocks: what is not written in the first and the last is zero. */
@@ -284,7 +286,7 @@ static int write_new(x3_image *img, uint32_t nr, uint32_t skip, const char *buf,
 		{ (void *)zero, -(skip + len) & (img->bs - 1) },
 	};
 
-	return io_write(img, iov, 3, (uint64_t)nr << img->bits);
+	return io_write_data(img, iov, 3, (uint64_t)nr << img->bits);
 }
 
 /*
@@ -331,6 +333,32 @@ static uint32_t fill_hole(x3_image *img, struct inode *in, uint64_t at, uint32_t
 	return got;
 }
 
+/*
+ * The same for the rest of a write: a part of the data is written already, in place perhaps, and stays. So
+ * where the disk has no room for a metadata block that ends the write, not the operation.
+ */
+static uint32_t fill_hole_if_any(x3_image *img, struct inode *in, uint64_t at, uint32_t goal, uint32_t want,
+				 uint32_t *nr)
+{
+	struct mark mark = undo_mark(img);
+	struct op *op = img->op;
+	jmp_buf outer;
+	uint32_t got;
+
+	memcpy(outer, op->escape, sizeof outer);
+	if (setjmp(op->escape) == 0) {
+		got = fill_hole(img, in, at, goal ? goal : find_goal(img, in, at), want, nr);
+		memcpy(op->escape, outer, sizeof outer);
+		return got;
+	}
+	memcpy(op->escape, outer, sizeof outer);
+	if (!room_is_lacking(-op->error))
+		longjmp(op->escape, 1);
+	op->error = 0;
+	undo_to(img, mark);
+	return 0;
+}
+
 /* How many blocks from *at* on have their pointers in one array. */
 static uint64_t array_left(const x3_image *img, uint64_t at)
 {
@@ -366,7 +394,10 @@ uint64_t data_write(x3_image *img, uint32_t ino, const char *buf, uint64_t len, 
 		n = e.count;
 		if (!nr) {
 			n = min(n, array_left(img, at));
-			n = fill_hole(img, &in, at, goal ? goal : find_goal(img, &in, at), n, &nr);
+			if (done)
+				n = fill_hole_if_any(img, &in, at, goal, n, &nr);
+			else
+				n = fill_hole(img, &in, at, find_goal(img, &in, at), n, &nr);
 			if (!n)
 				break;
 		}

@@ -9,8 +9,16 @@
 
 int x3_facts(x3_image *img, struct x3_facts *out)
 {
+	struct x3_facts room;
+
+	room_facts(img, &room);
 	QUERY (img) {
 		*out = img->opened;
+		out->missing = room.missing;
+		out->disk_free = room.disk_free;
+		out->stalled = img->stalled;
+		out->unsaved = img->ndirty + img->nlogging;
+		out->saved_ns = img->saved_ns;
 		out->block_size = img->bs;
 		out->inode_size = img->inode_size;
 		out->blocks = img->blocks;
@@ -160,7 +168,7 @@ static int delete_rest(x3_image *img, uint32_t ino)
 	int64_t result;
 
 	do {
-		CHANGE (img)
+		GO_ON (img)
 			op.result = !inode_delete_some(img, ino, true);
 		result = op_finish(&op);
 	} while (result > 0);
@@ -213,7 +221,7 @@ int x3_release(x3_image *img, uint32_t ino)
 {
 	int64_t result;
 
-	CHANGE (img) {
+	GO_ON (img) {
 		if (inode_get(img, ino).raw->i_links_count == 0)
 			op.result = !inode_delete_some(img, ino, true);
 	}
@@ -328,7 +336,7 @@ int64_t x3_write(x3_image *img, uint32_t ino, const void *buf, uint64_t len, uin
 	while (done < len) {
 		int64_t n = write_some(img, ino, (const char *)buf + done, len - done, off + done);
 		if (n < 0)
-			return done && n == -ENOSPC ? (int64_t)done : n;
+			return done && n != -EIO && n != -EUCLEAN ? (int64_t)done : n;
 		done += n;
 	}
 	return done;
@@ -347,7 +355,7 @@ int x3_truncate(x3_image *img, uint32_t ino, uint64_t size)
 	if (result <= 0)
 		return result;
 	do {
-		CHANGE (img)
+		GO_ON (img)
 			op.result = !data_truncate_more(img, ino);
 		result = op_finish(&op);
 	} while (result > 0);
@@ -448,7 +456,7 @@ int x3_fsync(x3_image *img, uint32_t ino, int datasync)
 	error = io_barrier(img);
 	pthread_mutex_lock(&img->lock);
 	if (error)
-		abort_image(img, -error, "file data cannot be written: %s", strerror(-error));
+		error = room_judge(img, error);
 	pthread_mutex_unlock(&img->lock);
 	return error;
 }
@@ -458,7 +466,7 @@ int x3_dirty(x3_image *img)
 	int dirty;
 
 	image_lock(img);
-	dirty = img->ndirty && !img->aborted;
+	dirty = (img->ndirty || img->stalled) && !img->aborted;
 	pthread_mutex_unlock(&img->lock);
 	return dirty;
 }
@@ -473,8 +481,10 @@ void x3_begin(x3_image *img)
 void x3_end(x3_image *img)
 {
 	pthread_mutex_lock(&img->lock);
-	if (--img->atoms == 0)
+	if (--img->atoms == 0) {
+		img->excused = false;
 		pthread_cond_broadcast(&img->wake);
+	}
 	pthread_mutex_unlock(&img->lock);
 }
 

@@ -13,6 +13,11 @@
  * errors=remount-ro does: nothing more is written, reads go on from memory, x3_facts and x3_message
  * tell. EUCLEAN from a function that reads aborts nothing.
  *
+ * The disk that the image is on may be full (ENOSPC, EDQUOT, EFBIG): then what needs a block there fails
+ * with that. If a commit is refused, which hardly happens (see room.c), the image is stalled: what was
+ * done is in memory, all that waits for it to be on disk, and all changes, fail with that errno, and the
+ * commit is done again by the next call, but at most each second. Once it succeeds all goes on.
+ *
  * This file is read by cffi as well (build_engine.py): plain declarations and integer #defines alone.
  */
 #pragma once
@@ -33,6 +38,7 @@ typedef struct x3_image x3_image;
 #define X3_PWRITE 1
 #define X3_FDATASYNC 2
 #define X3_PREAD 3
+#define X3_FALLOCATE 4 /* room on the disk for a block */
 
 /* The trace: little-endian records of u64 kind, u64 offset, u64 length, then length bytes. */
 #define X3_TRACE_WRITE 1   /* a write was done: the image has these bytes at offset */
@@ -79,6 +85,10 @@ struct x3_facts {
 	uint32_t tid, committed;     /* the running transaction, and the last one on disk */
 	uint32_t aborted;            /* errno of what aborted it, or 0 */
 	uint32_t dirty;              /* metadata blocks in the running transaction */
+	uint32_t stalled;            /* errno of what the disk lacks, or 0 */
+	uint32_t unsaved;            /* metadata blocks with changes that are in memory alone */
+	int64_t saved_ns;            /* when all was on disk last: since the epoch */
+	uint64_t missing, disk_free; /* bytes that the file lacks of its blocks, and that its disk has free */
 	uint64_t cached, held;       /* blocks in the cache; free blocks that wait for commit or checkpoint */
 	uint64_t commits, checkpoints, barriers, bytes_written; /* since open */
 	uint8_t uuid[16];

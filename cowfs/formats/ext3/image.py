@@ -10,6 +10,7 @@ import errno
 import logging
 import os
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -29,6 +30,9 @@ COMMIT_SECONDS = 5.0
 
 MODE, UID, GID, ATIME, MTIME = 1, 2, 4, 8, 16
 """What setattr sets."""
+
+LACK_OF_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+"""What a disk answers that has no room, or none for us."""
 
 _LISTING = 64 << 10
 """Bytes of names that are asked for at a time; at least four blocks of 4 KiB, whatever the block size."""
@@ -64,6 +68,7 @@ class Image:
         self.name = name
         self.read_only = read_only
         self._said = False
+        self._stalled = 0
         out = ffi.new("x3_image **")
         code = lib.x3_open(fd, lib.X3_READ_ONLY if read_only else 0, cache_bytes, trace_fd, debug, out)
         if code < 0:
@@ -119,6 +124,7 @@ class Image:
                 code = lib.x3_commit(self.handle)
                 if code < 0:
                     self._failure(code)  # which says so; the next call that changes something fails too
+            self._tell_stall()
 
     # --- errors
 
@@ -133,7 +139,23 @@ class Image:
                     " is lost when it is unmounted; until then it can be read. Then: cowfs check %s",
                     *(self.name, _message(self.handle) or os.strerror(aborted), self.name),
                 )
+        if -code in LACK_OF_ROOM:
+            self._tell_stall()
         return OSError(-code, os.strerror(-code), *names)
+
+    def _tell_stall(self) -> None:
+        """Log that changes are refused from now on because the disk is full, or not any more."""
+        facts = self.facts()
+        if facts.stalled and not self._stalled:
+            since = time.strftime("%H:%M:%S", time.localtime(facts.saved_ns / 1e9))
+            log.error(
+                "%s: nothing can be written to its disk: %s. Changes are refused until it has room; those"
+                " since %s are in memory alone until then",
+                *(self.name, os.strerror(facts.stalled), since),
+            )
+        elif self._stalled and not facts.stalled and not facts.aborted:
+            log.warning("%s: its disk has room again, and all is written", self.name)
+        self._stalled = facts.stalled
 
     def _done(self, code: int, *names: object) -> int:
         if code < 0:

@@ -9,6 +9,7 @@
  *   data.c     block pointers; reading, writing, truncating
  *   dir.c      names in directories; htree.c: indexed ones
  *   xattr.c    extended attributes
+ *   room.c     room on the disk that the image is on
  *   open.c     opening, closing, letting go for a while
  *   engine.c   the other entry points
  *
@@ -54,6 +55,7 @@ struct block {
 #define LOGGED 8   /* committed, but not home yet */
 #define PINNED 16  /* never evicted */
 #define USED 32    /* since the clock's hand came by */
+#define HAS_ROOM 128   /* on the disk */
 #define WAS_ESCAPED 64 /* LOGGING: it begins with the journal's magic number */
 
 /* Runs of blocks. */
@@ -75,10 +77,13 @@ struct mark {
 	size_t changes, bytes, held;
 };
 
+/* GOES_ON: the rest of a change that has begun. */
+enum change_kind { CHANGES_NOTHING, CHANGES, GOES_ON };
+
 /* One operation: lives on the stack of the entry point. */
 struct op {
 	x3_image *img;
-	bool changing;
+	enum change_kind changing;
 	bool starved; /* of blocks, while there are some held back */
 	uint32_t ino; /* not while this one is being truncated */
 	int tries, error;
@@ -94,6 +99,11 @@ struct x3_image {
 	bool read_only;
 	pthread_mutex_t io_lock; /* of what is below, up to the blank line */
 	uint64_t barrier_nr, barriers, bytes_written;
+	uint64_t unsynced;         /* writes of file data since the last barrier, about; atomic */
+	pthread_mutex_t sync_lock; /* of barriers, and what is below, up to the blank line */
+	uint64_t failures;         /* of barriers */
+	int failure;               /* -errno of the last one */
+	bool data_lost;            /* by one of them */
 	int inject_kind, inject_error, inject_sticky;
 	int64_t inject_nth;
 
@@ -157,6 +167,12 @@ struct x3_image {
 	char **hold;            /* per group: a bitmap of its free blocks that may not be used yet, or NULL */
 	uint64_t nheld;
 
+	/* room on the disk */
+	bool in_memory, no_fallocate; /* in_memory: there is always room */
+	int stalled;                  /* errno: what is logged or dirty waits for room */
+	bool excused;                 /* that began between x3_begin and x3_end */
+	int64_t tried_ns, saved_ns;
+
 	/* data */
 	uint32_t readers;  /* threads that read file data without the lock */
 	bool draining;     /* wait for them */
@@ -180,7 +196,10 @@ struct inode {
 int io_read(x3_image *img, void *buf, size_t len, uint64_t off);
 int io_write(x3_image *img, const struct iovec *iov, int count, uint64_t off);
 int io_write1(x3_image *img, const void *buf, size_t len, uint64_t off);
+int io_write_data(x3_image *img, const struct iovec *iov, int count, uint64_t off);
 int io_barrier(x3_image *img);
+uint64_t io_failures(x3_image *img);
+int injected(x3_image *img, int kind);
 void trace(x3_image *img, uint64_t kind, uint64_t off, const struct iovec *iov, int count);
 
 void cache_free(x3_image *img);
@@ -200,13 +219,14 @@ void undo_to(x3_image *img, struct mark mark);
 	struct op op;                                                                          \
 	for (op_begin(&op, image, ino, changing); op_again(&op); op_end(&op))                  \
 		if (setjmp(op.escape) == 0)
-#define QUERY(image) OPERATION(image, 0, false)
-#define CHANGE(image) OPERATION(image, 0, true)
-#define CHANGE_DATA(image, ino) OPERATION(image, ino, true) /* not while it is being truncated */
+#define QUERY(image) OPERATION(image, 0, CHANGES_NOTHING)
+#define CHANGE(image) OPERATION(image, 0, CHANGES)
+#define GO_ON(image) OPERATION(image, 0, GOES_ON)
+#define CHANGE_DATA(image, ino) OPERATION(image, ino, CHANGES) /* not while it is being truncated */
 #define ANY_INODE UINT32_MAX                                /* nor any other */
 void image_lock(x3_image *img);
 bool is_suspended(const x3_image *img);
-void op_begin(struct op *op, x3_image *img, uint32_t ino, bool changing);
+void op_begin(struct op *op, x3_image *img, uint32_t ino, enum change_kind changing);
 bool op_again(struct op *op);
 void op_end(struct op *op);
 int64_t op_finish(struct op *op);
@@ -225,6 +245,15 @@ int journal_finish(x3_image *img);
 int commit_until(x3_image *img, uint32_t tid);
 int checkpoint_now(x3_image *img);
 bool tid_after(uint32_t a, uint32_t b);
+
+/* --- room.c --- */
+
+int room_start(x3_image *img);
+void room_for(x3_image *img, struct block *b);
+void room_facts(const x3_image *img, struct x3_facts *out);
+bool room_is_lacking(int error);
+int room_judge(x3_image *img, int error);
+bool room_refuses(x3_image *img, enum change_kind kind);
 
 /* --- alloc.c --- */
 

@@ -198,6 +198,7 @@ static void drop_forgotten(x3_image *img)
 /* Write home what is logged, and empty the log. With img->committing; gives up the lock meanwhile. */
 static int checkpoint(x3_image *img)
 {
+	uint64_t failures = io_failures(img);
 	char *bounce;
 	int error = 0;
 
@@ -220,13 +221,15 @@ static int checkpoint(x3_image *img)
 		pthread_mutex_lock(&img->lock);
 	}
 	free(bounce);
-	img->jhead = img->jfirst;
 	pthread_mutex_unlock(&img->lock);
 	error = error ? error : io_barrier(img);
+	if (!error && failures != io_failures(img))
+		error = img->failure;
 	error = error ? error : write_super(img, img->jfirst);
 	pthread_mutex_lock(&img->lock);
 	if (error)
-		return error;
+		return error; /* the log is as it was */
+	img->jhead = img->jfirst;
 	for (size_t i = 0; i < img->nlogged; i++) {
 		struct block *b = img->logged[i];
 		free(b->logged);
@@ -387,35 +390,45 @@ static int finish_transaction(x3_image *img)
 	return 0;
 }
 
-/* Commit the running transaction, which is not empty. With img->committing. */
+/*
+ * Commit the running transaction, which is not empty; if the last one failed for lack of room, that. With
+ * img->committing.
+ */
 static int commit(x3_image *img)
 {
+	uint64_t failures;
 	uint32_t tid;
 	int error;
 
-	for (int tries = 0;; tries++) {
+	for (int tries = 0; !img->nlogging; tries++) {
 		while (img->atoms)
 			pthread_cond_wait(&img->wake, &img->lock);
 		uint32_t need = img->ndirty + descriptors(img, img->ndirty) + 1;
 		if (img->jhead + need <= img->jlen)
 			break;
 		if (tries > 1 || img->jfirst + need > img->jlen)
-			return -EFBIG;
+			return -EOVERFLOW;
 		error = checkpoint(img);
 		if (error)
 			return error;
 	}
-	tid = img->tid;
-	error = close_transaction(img);
+	error = img->nlogging ? 0 : close_transaction(img);
 	if (error || !img->nlogging)
 		return error;
+	tid = img->tid - 1;
+	failures = io_failures(img);
 	pthread_mutex_unlock(&img->lock);
 	error = write_log(img, tid);
 	pthread_mutex_lock(&img->lock);
+	if (!error && failures != io_failures(img))
+		error = img->failure; /* an fsync of a file was told what was meant for us */
 	error = error ? error : finish_transaction(img);
-	if (!error)
-		img->committed = tid;
-	return error;
+	if (error)
+		return error;
+	img->committed = tid;
+	if (!img->ndirty)
+		img->saved_ns = now_ns();
+	return 0;
 }
 
 /* Become the one who commits or checkpoints; false if the image is aborted. */
@@ -432,30 +445,30 @@ static bool committing_begin(x3_image *img)
 static int committing_end(x3_image *img, int error)
 {
 	img->committing = false;
-	if (error)
-		abort_image(img, -error, "the journal cannot be written: %s", strerror(-error));
+	error = room_judge(img, error);
 	pthread_cond_broadcast(&img->wake);
-	return error ? -EIO : 0;
+	return error;
 }
 
 /*
- * Return when transaction *tid* is on disk. Under the lock, which is given up meanwhile; not within an
- * operation. All who wait at the same time share one commit.
+ * Return when transaction *tid* is on disk, and the image not stalled. Under the lock, which is given up
+ * meanwhile; not within an operation. All who wait at the same time share one commit.
  */
 int commit_until(x3_image *img, uint32_t tid)
 {
-	while (tid_after(tid, img->committed)) {
-		int error;
-		if (!img->ndirty && !img->committing)
+	while (tid_after(tid, img->committed) || img->stalled) {
+		int error = 0;
+		if (!img->ndirty && !img->nlogging && !img->committing && !img->stalled)
 			return 0; /* there is no such transaction yet */
 		if (!committing_begin(img))
 			return -EIO;
-		if (!tid_after(tid, img->committed) || !img->ndirty)
-			error = 0;
-		else
+		if (!img->ndirty && !img->nlogging)
+			error = img->stalled ? checkpoint(img) : 0;
+		else if (tid_after(tid, img->committed) || img->stalled)
 			error = commit(img);
-		if (committing_end(img, error))
-			return -EIO;
+		error = committing_end(img, error);
+		if (error)
+			return error;
 	}
 	return 0;
 }

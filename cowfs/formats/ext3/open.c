@@ -177,7 +177,9 @@ static int load(x3_image *img)
 		img->changed[i] = img->lasting[i] = img->committed;
 	if (getrandom(&img->random, sizeof img->random, GRND_NONBLOCK) < 0)
 		img->random = now_ns();
-	return journal_start(img);
+	img->saved_ns = now_ns();
+	error = room_start(img);
+	return error ? error : journal_start(img);
 }
 
 /* Forget all that load() has made, and what came of it. */
@@ -210,6 +212,7 @@ static void release(x3_image *img)
 	if (img->trace_fd >= 0)
 		close(img->trace_fd);
 	pthread_mutex_destroy(&img->io_lock);
+	pthread_mutex_destroy(&img->sync_lock);
 	pthread_mutex_destroy(&img->lock);
 	pthread_cond_destroy(&img->wake);
 	free(img);
@@ -230,6 +233,7 @@ int x3_open(int fd, uint32_t flags, uint64_t cache_bytes, int trace_fd, uint32_t
 	img->fd = fcntl(fd, F_DUPFD_CLOEXEC, 3);
 	img->trace_fd = trace_fd < 0 ? -1 : fcntl(trace_fd, F_DUPFD_CLOEXEC, 3);
 	pthread_mutex_init(&img->io_lock, NULL);
+	pthread_mutex_init(&img->sync_lock, NULL);
 	pthread_mutex_init(&img->lock, NULL);
 	pthread_cond_init(&img->wake, NULL);
 	if (img->fd < 0 || (trace_fd >= 0 && img->trace_fd < 0))
@@ -252,7 +256,10 @@ int x3_close(x3_image *img)
 	int error = img->aborted ? -EIO : 0;
 
 	if (!img->read_only && !img->suspended && !error) {
-		error = clean_orphans(img);
+		if (img->stalled)
+			error = x3_commit(img);
+		if (!error)
+			error = clean_orphans(img);
 		if (!error)
 			error = x3_checkpoint(img);
 		if (!error)
@@ -345,6 +352,8 @@ int x3_switch(x3_image *img, int fd)
 		error = -EBUSY;
 	else if (dup3(fd, img->fd, O_CLOEXEC) < 0) /* at once, whoever may be reading */
 		error = -errno;
+	else
+		error = room_start(img);
 	pthread_mutex_unlock(&img->lock);
 	return error;
 }

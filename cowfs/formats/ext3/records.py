@@ -41,3 +41,13 @@ class Facts(NamedTuple):
     uuid: bytes
     aborted: int
     """The errno of what made the engine give the image up; 0 while all is well."""
+    stalled: int
+    """The errno of what the disk lacks: changes are refused until it has it; 0 while all is well."""
+    unsaved: int
+    """Blocks with changes that are in memory alone."""
+    saved_ns: int
+    """When all was on disk last."""
+    missing: int
+    """Bytes that the image's file lacks of its blocks: it is sparse."""
+    disk_free: int
+    """Bytes that its disk has free for them."""

@@ -1,0 +1,235 @@
+"""The disk that an image is on has no room: nothing is lost, changes are refused, and then it goes on."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.ext3 import engine, images
+from tests.ext3.engine import FALLOCATE, FDATASYNC, PWRITE, Engine, find
+from tests.ext3.images import MODERN, OLD, SMALL, Shape
+from tests.ext3.load import Load
+from tests.ext3.model import Promises, judge
+from tests.ext3.reader import Image
+from tests.ext3.test_full import write
+from tests.support.hosts import fill, free, host, sparse_copy
+from tests.support.system import needs_root, run
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+@contextmanager
+def fails_with(code: int) -> Iterator[None]:
+    with pytest.raises(OSError) as caught:
+        yield
+    assert caught.value.errno == code, caught.value
+
+
+def must_refuse(opened: Engine, code: int) -> None:
+    """Every change, and whatever says that something is on disk, fails with *code*; reading goes on."""
+    layer = opened.layer
+    root = layer.root
+    for call in (
+        lambda: layer.mknod(root, b"new", stat.S_IFREG | 0o600, 0, 0, 0),
+        lambda: layer.mkdir(root, b"new", 0o700, 0, 0),
+        lambda: layer.symlink(root, b"new", b"target", 0, 0),
+        lambda: layer.rename((root, b"kept"), (root, b"new")),
+        lambda: layer.unlink(root, b"kept", None),
+        lambda: layer.chmod(root, 0o700),
+        lambda: layer.setxattr(root, b"user.x", b""),
+        lambda: layer.truncate(find(layer, b"kept"), 5),
+        layer.sync,
+    ):
+        with fails_with(code):
+            call()
+    assert b"kept" in layer.names(root) and b"new" not in layer.names(root)
+
+
+def struggle(load: Load, opened: Engine, steps: int) -> int:
+    """Work on while there is no room; how often something could not be put on disk."""
+    refusals = 0
+    for number in range(steps):
+        load.step()
+        if number % 5 == 4:
+            try:
+                load.commit() if number % 10 == 4 else load.sync_one()
+            except OSError as error:
+                if opened.image.facts().aborted:
+                    return refusals + 1
+                assert error.errno in FULL, error
+                refusals += 1
+    return refusals
+
+
+@pytest.mark.parametrize(
+    ("kind", "code", "stride"),
+    [
+        (PWRITE, errno.ENOSPC, 5),
+        (PWRITE, errno.EDQUOT, 31),
+        (PWRITE, errno.EFBIG, 31),
+        (FALLOCATE, errno.ENOSPC, 3),
+        (FDATASYNC, errno.ENOSPC, 1),
+    ],
+    ids=["pwrite", "quota", "limit", "fallocate", "fdatasync"],
+)
+def test_from_the_nth_call_on_there_is_no_room(place: Path, kind: int, code: int, stride: int) -> None:
+    """What failed did nothing, what was done is seen, and all of it is on disk once there is room."""
+    base = images.make(place / "base", SMALL)
+    with engine.opened(base) as opened:
+        write(opened.layer, b"kept", 300_000)
+    calm = stalled = given_up = 0
+    for nth in range(1, 3000, stride):
+        path = place / "image"
+        shutil.copyfile(base, path)
+        with engine.opened(path) as opened:
+            load = Load(opened.layer, Image(base.read_bytes()), 7, tolerate=frozenset(FULL))
+            load.spared.add(find(opened.layer, b"kept"))
+            opened.inject(kind, nth, code, sticky=True)
+            refusals = struggle(load, opened, 60)
+            facts = opened.image.facts()
+            if facts.aborted:  # file data did not get to the disk, and it alone has been told
+                assert kind == FDATASYNC
+                given_up += 1
+                must_refuse(opened, errno.EROFS)
+                opened.image.abandon()
+                assert images.recover(path) is None
+                continue
+            load.check()
+            if facts.stalled:
+                stalled += 1
+                assert facts.stalled == code and refusals
+                must_refuse(opened, code)
+                load.check()
+                assert opened.image.facts().unsaved
+                opened.inject(kind, 0, 0)
+                opened.layer.sync()
+                assert not opened.image.facts().stalled and not opened.image.facts().unsaved
+            opened.inject(kind, 0, 0)
+            load.run(30)
+            load.release()
+            load.check()
+            calm = 0 if refusals or load.failed else calm + 1
+        assert images.unclean(path) is None
+        number = load.model.operation
+        assert judge(load.model.states, Promises(number, number), Image(path.read_bytes())) is None
+        if calm == 3:
+            break
+    else:
+        pytest.fail("it never ended")
+    assert nth > 5
+    assert stalled or kind == FALLOCATE
+    assert bool(given_up) == (kind == FDATASYNC)
+
+
+def test_an_operation_tries_again_by_itself(place: Path) -> None:
+    """Nobody needs to ask for a commit: the next change, a second later at the soonest, finds the room."""
+    path = images.make(place / "image", SMALL)
+    with engine.opened(path) as opened:
+        write(opened.layer, b"kept", 3000)
+        opened.layer.sync()
+        opened.layer.mkdir(opened.layer.root, b"one", 0o700, 0, 0)
+        opened.inject(PWRITE, 1, errno.ENOSPC, sticky=True)
+        with fails_with(errno.ENOSPC):
+            opened.layer.sync()
+        must_refuse(opened, errno.ENOSPC)
+        opened.inject(PWRITE, 0, 0)
+        for _ in range(1 << 20):
+            try:
+                opened.layer.mkdir(opened.layer.root, b"two", 0o700, 0, 0)
+                break
+            except OSError as error:
+                assert error.errno == errno.ENOSPC
+        assert not opened.image.facts().stalled
+    assert Image(path.read_bytes()).facts(2).names.keys() >= {b"one", b"two"}  # type: ignore[union-attr]
+
+
+def test_a_large_truncation_is_completed(place: Path) -> None:
+    """It takes several transactions; the room ends after the first, and no later write must see old data."""
+    path = images.make(place / "image", Shape(1024, 128, mib=64, journal=1))
+    with engine.opened(path) as opened:
+        layer = opened.layer
+        write(layer, b"kept", 3000)
+        write(layer, b"large", 40 << 20)
+        layer.sync()
+        key = find(layer, b"large")
+        opened.inject(PWRITE, 2, errno.ENOSPC, sticky=True)
+        layer.truncate(key, 10_000)
+        assert layer.stat(key).st_size == 10_000
+        with fails_with(errno.ENOSPC):
+            layer.sync()
+        opened.inject(PWRITE, 0, 0)
+        layer.sync()
+        layer.truncate(key, 1 << 20)
+        file = layer.open(key, os.O_RDWR)
+        file.pwrite(b"end", 1 << 20)
+        assert file.pread(2 << 20, 10_000) == bytes((1 << 20) - 10_000) + b"end"
+        file.close()
+    assert images.unclean(path) is None
+
+
+@needs_root
+@pytest.mark.parametrize("kind", ["tmpfs", "ext3", "ext4"])
+@pytest.mark.parametrize("shape", [MODERN, OLD], ids=str)
+def test_a_sparse_image_on_a_disk_that_is_full(place: Path, kind: str, shape: Shape) -> None:
+    """Whatever fails does nothing, and no commit fails: what it needs is there before."""
+    whole = images.make(place / "whole", shape)
+    with host(kind, place / "host", 64) as at:
+        path = sparse_copy(whole, at / "image")
+        with engine.opened(path) as opened:
+            facts = opened.image.facts()
+            assert facts.missing > 1 << 20 and facts.disk_free == free(at)
+            write(opened.layer, b"kept", 3000)
+            load = Load(
+                opened.layer, Image(path.read_bytes()), 11, tolerate=frozenset({errno.ENOSPC}), files=400
+            )
+            opened.layer.sync()
+            load.model = type(load.model)(Image(image_of(opened, path)))
+            load.spared.add(find(opened.layer, b"kept"))
+            load.run(30)
+            ballast = fill(at)
+            assert free(at) < 8192
+            for _ in range(40):
+                load.run(15)  # every commit and fsync succeeds
+                load.check()
+            assert load.failed > 20
+            assert not opened.image.facts().stalled
+            failed = load.failed
+            ballast.unlink()
+            load.run(60)
+            assert load.failed == failed, "there is room again"
+            load.release()
+        assert images.unclean(path) is None
+        number = load.model.operation
+        assert judge(load.model.states, Promises(number, number), Image(path.read_bytes())) is None
+
+
+def image_of(opened: Engine, path: Path) -> bytes:
+    """What the image holds, all at its place."""
+    opened.image.checkpoint()
+    return path.read_bytes()
+
+
+@needs_root
+@pytest.mark.parametrize("kind", ["tmpfs", "ext3", "ext4"])
+def test_an_image_without_a_journal_to_write_to_is_refused_and_left_alone(place: Path, kind: str) -> None:
+    whole = images.make(place / "whole", MODERN)
+    with host(kind, place / "host", 64) as at:
+        path = sparse_copy(whole, at / "image")
+        ballast = fill(at)
+        before = path.read_bytes()
+        with fails_with(errno.ENOSPC), engine.opened(path):
+            pass
+        assert path.read_bytes() == before
+        with engine.opened(path, read_only=True) as opened:
+            assert opened.layer.names(opened.layer.root) == [b"lost+found"]
+        ballast.unlink()
+        with engine.opened(path) as opened:
+            write(opened.layer, b"file", 100_000)
+        assert run("e2fsck", "-fn", path).returncode == 0
