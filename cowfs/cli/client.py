@@ -11,7 +11,7 @@ from typing import Any
 
 from cowfs.errors import CowfsError, MountFailure
 from cowfs.linux.mounts import MountInfo, mount_of, mountinfo
-from cowfs.linux.sockets import control_address, peer_of
+from cowfs.linux.sockets import connect_control
 
 FSTYPE = "fuse.cowfs"
 VIEW_FSTYPE = "fuse.cowfs-store"
@@ -53,13 +53,12 @@ def ask(
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as connection:
         connection.settimeout(timeout)
+        owner = _owner_of(dev)
+        _refuse_strangers(owner, fd)
         try:
-            connection.connect(control_address(dev))
+            connect_control(connection, dev, owner)
         except OSError as error:
             raise MountFailure(f"the daemon of this mount does not answer: {error.strerror}") from None
-        _, uid = peer_of(connection)
-        if uid not in {0, os.geteuid()} and os.geteuid() != 0:
-            raise MountFailure(f"the daemon of this mount belongs to another user (uid {uid})")
         request = json.dumps({"command": command, **arguments}).encode() + b"\n"
         with suppress(BrokenPipeError, ConnectionResetError):  # it has said why, and left
             socket.send_fds(connection, [request], [fd] if fd >= 0 else [])
@@ -74,3 +73,27 @@ def ask(
                     raise failure
                 yield reply
     raise MountFailure("the daemon of this mount ended in the middle of its answer")
+
+
+def _owner_of(dev: str) -> int:
+    """Return the user who mounted *dev*, as the kernel tells it (fuse_show_options in fs/fuse/inode.c)."""
+    for mount in mountinfo():
+        if mount.dev == dev:
+            for option in mount.super_options.split(","):
+                if option.startswith("user_id="):
+                    return int(option.removeprefix("user_id="))
+    raise MountFailure("this mount is gone")
+
+
+def _refuse_strangers(owner: int, fd: int) -> None:
+    """MountFailure unless we may talk to the daemon of *owner*, and hand it *fd* where there is one."""
+    me = os.geteuid()
+    if me not in {0, owner}:
+        raise MountFailure(
+            f"this mount belongs to another user (uid {owner})", "ask as that user, or as root"
+        )
+    if fd >= 0 and me != owner:
+        raise MountFailure(
+            f"this mount belongs to another user (uid {owner}), who is not given files of yours",
+            "do it as that user",
+        )

@@ -1,9 +1,10 @@
 """The control socket: how ``cowfs info``, ``umount`` and ``diff`` talk to the daemon of a mount.
 
 One JSON object a line. A request names its ``command``; the answer is any number of lines, the last of
-them ``{"end": true}`` or ``{"error": "…"}``. Only root and the owner of the daemon are answered. A
-descriptor that comes with the request (SCM_RIGHTS) is ``request["fd"]``: the daemon may see other
-paths than its client, or must not walk through its own mount.
+them ``{"end": true}`` or ``{"error": "…"}``. Only root and the owner of the daemon are answered; the socket
+is where only the owner can put it (:mod:`cowfs.linux.sockets`). A descriptor that comes with the request
+(SCM_RIGHTS) is ``request["fd"]``: the daemon may see other paths than its client, or must not walk
+through its own mount.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 import trio
 
 from cowfs.errors import CowfsError
-from cowfs.linux.sockets import control_address, peer_of
+from cowfs.linux.sockets import control_listener, peer_of
 
 log = logging.getLogger(__name__)
 
@@ -31,11 +32,13 @@ _REQUEST_MAX = 65536
 _SLICE = 64
 
 
-async def serve(dev: str, commands: Mapping[str, Command]) -> None:
-    """Answer requests for the mount with this ``major:minor`` until cancelled."""
-    with trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_STREAM) as listener:
-        await listener.bind(control_address(dev))
-        listener.listen(8)
+async def serve(directory: int, dev: str, commands: Mapping[str, Command]) -> None:
+    """Answer requests for the mount with this ``major:minor`` until cancelled.
+
+    *directory* is open_control_directory()'s. Raises OSError when there can be no socket.
+    """
+    with control_listener(directory, dev) as socket:
+        listener = trio.socket.from_stdlib_socket(socket)
         async with trio.open_nursery() as nursery:
             while True:
                 try:
@@ -56,7 +59,7 @@ async def _talk(stream: trio.SocketStream, commands: Mapping[str, Command]) -> N
                 return
             line, fds = await _line(stream.socket)
             try:
-                await _obey(stream, json.loads(line), fds, commands)
+                await _obey(stream, _request(line), fds, commands)
             finally:
                 for fd in fds:
                     os.close(fd)
@@ -66,10 +69,18 @@ async def _talk(stream: trio.SocketStream, commands: Mapping[str, Command]) -> N
             log.exception("a request on the control socket failed")
 
 
+def _request(line: bytes) -> dict[str, Any]:
+    try:
+        request = json.loads(line)
+    except ValueError:
+        request = None
+    return request if isinstance(request, dict) else {}
+
+
 async def _obey(
     stream: trio.SocketStream, request: dict[str, Any], fds: list[int], commands: Mapping[str, Command]
 ) -> None:
-    command = commands.get(request.get("command", ""))
+    command = commands.get(str(request.get("command")))
     if command is None:
         await _send(stream, [{"error": f"unknown command {request.get('command')!r}"}])
         return

@@ -22,7 +22,7 @@ from cowfs.fuse.fakeroot import FakerootAdapter
 from cowfs.fuse.loop import RequestLoop
 from cowfs.linux.files import syncfs
 from cowfs.linux.mounts import mount_of, umount2
-from cowfs.linux.sockets import sd_notify
+from cowfs.linux.sockets import open_control_directory, sd_notify
 from cowfs.overlay.overlay import Overlay
 
 log = logging.getLogger(__name__)
@@ -59,6 +59,7 @@ class Daemon:
         self.adapter: Adapter = adapter(fs, self._loop, acl=request.acl)
         self._mounted = False
         self.dev = ""
+        self._control = -1
 
     def mount(self) -> None:
         """Attach the filesystem to its mountpoint; requests wait until :meth:`serve`."""
@@ -66,6 +67,7 @@ class Daemon:
         if not self._request.fakeroot:
             options.add("default_permissions")
         options |= self._request.options
+        self._control = _control_directory()
         with _stderr() as said:
             try:
                 pyfuse3.init(self.adapter, self._request.mountpoint, options)
@@ -111,6 +113,9 @@ class Daemon:
 
     def close(self) -> None:
         """Detach from the mountpoint if it is still mounted."""
+        if self._control >= 0:
+            os.close(self._control)
+            self._control = -1
         if self._mounted:
             self._mounted = False
             pyfuse3.close(unmount=True)
@@ -138,7 +143,7 @@ class Daemon:
     ) -> None:
         async with trio.open_nursery() as nursery:
             await nursery.start(self._watch_signals)
-            if self.dev:
+            if self.dev and self._control >= 0:
                 nursery.start_soon(self._serve_control, commands)
             for task in also:
                 nursery.start_soon(_beside, task)
@@ -158,7 +163,7 @@ class Daemon:
 
     async def _serve_control(self, commands: Mapping[str, control.Command]) -> None:
         try:
-            await control.serve(self.dev, commands)
+            await control.serve(self._control, self.dev, commands)
         except OSError as error:
             log.warning("no control socket, so `cowfs info` and `diff` cannot ask this mount: %s", error)
 
@@ -191,6 +196,20 @@ class Daemon:
                 await trio.to_thread.run_sync(sync, abandon_on_cancel=True)
             except OSError as error:
                 log.warning("writing back before the unmount failed: %s", error)
+
+
+def _control_directory() -> int:
+    """Open the place for the control socket before the mount may hide it; -1 when there is none."""
+    try:
+        return open_control_directory()
+    except PermissionError as error:
+        raise SystemFailure(
+            f"{error.filename}: cannot hold the control socket: {error.strerror}",
+            "set XDG_RUNTIME_DIR to a directory of your own",
+        ) from None
+    except OSError as error:
+        log.warning("no control socket, so `cowfs info` and `diff` cannot ask this mount: %s", error)
+        return -1
 
 
 async def _beside(task: Task) -> None:

@@ -1,20 +1,119 @@
-"""The daemon's control address, the identity of a socket's peer, and systemd's readiness protocol."""
+"""The daemon's control socket, the identity of a socket's peer, and systemd's readiness protocol.
+
+The socket of the mount ``major:minor`` is the file of that name in a directory that only the owner of the
+mount can write to, so that nobody else can take the name or answer in the daemon's place.
+"""
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
+import stat
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 _UCRED = struct.Struct("=iII")  # struct ucred: pid, uid, gid
 
 
-def control_address(dev: str) -> bytes:
-    """Return the abstract socket address of the daemon that serves the mount with this ``major:minor``.
+_OF_THE_ROOT = "/run/initramfs/cowfs/world/run/cowfs"
+"""/run/cowfs of the daemon of a root filesystem, as the system that it serves sees it."""
 
-    An abstract address (unix(7)) goes with its process: a killed daemon leaves nothing behind.
+
+def control_directories(uid: int) -> list[str]:
+    """Return the directories in which daemons of the user *uid* may have their sockets, the best first."""
+    own = os.environ.get("XDG_RUNTIME_DIR") if uid == os.geteuid() else None
+    parents = dict.fromkeys(["/run"] * (uid == 0) + [own] * bool(own) + [f"/run/user/{uid}"])
+    return [*(f"{parent}/cowfs" for parent in parents), f"/tmp/cowfs-{uid}"]
+
+
+def open_control_directory() -> int:
+    """Return a descriptor of the directory for the sockets of our own daemons; make it if need be.
+
+    Raises what mkdir(2) and open(2) raise where there is no place for one; PermissionError, with the
+    directory's name, when somebody else has made the last of them, or may write to it.
     """
-    return b"\0cowfs-" + dev.encode()
+    failure = OSError(errno.ENOENT, "no place for it")
+    for directory in control_directories(os.geteuid()):
+        try:
+            with suppress(FileExistsError):
+                os.mkdir(directory, 0o700)
+            fd = _open_if_private(directory, os.geteuid())
+            if os.access(directory, os.W_OK):
+                return fd
+            os.close(fd)
+        except OSError as error:
+            failure = error
+    raise failure
+
+
+def _open_if_private(directory: str, uid: int) -> int:
+    """Open a directory that only *uid* (or root) can write to. Raises PermissionError for any other."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    info = os.fstat(fd)
+    if info.st_uid not in {0, uid} or info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        os.close(fd)
+        raise PermissionError(errno.EPERM, "another user may write to it", directory)
+    return fd
+
+
+@contextmanager
+def control_listener(directory: int, dev: str) -> Iterator[socket.socket]:
+    """Listen on the control socket of the mount *dev*, in the open *directory*; remove it in the end.
+
+    The socket of a killed daemon, which had the same number, is replaced. Raises OSError: EADDRINUSE when
+    a daemon listens.
+    """
+    path = _beneath(directory, dev)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as listener:
+        if not _listens(path):
+            with suppress(FileNotFoundError):
+                os.unlink(dev, dir_fd=directory)
+        listener.bind(path)
+        try:
+            os.chmod(path, 0o600)
+            listener.listen(8)
+            yield listener
+        finally:
+            with suppress(OSError):
+                os.unlink(dev, dir_fd=directory)
+
+
+def _listens(path: str) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as probe:
+        return probe.connect_ex(path) == 0
+
+
+def _beneath(directory: int, name: str) -> str:
+    return f"/proc/self/fd/{directory}/{name}"  # a socket's path has 107 bytes at most (unix(7))
+
+
+def connect_control(connection: socket.socket, dev: str, uid: int) -> None:
+    """Connect to the daemon of the mount *dev*, which belongs to the user *uid*.
+
+    Raises OSError; PermissionError when who answers is somebody else, or the place is not *uid*'s alone.
+    """
+    failure: OSError = FileNotFoundError(errno.ENOENT, "no daemon listens")
+    for directory in [*control_directories(uid), *([_OF_THE_ROOT] if uid == 0 else [])]:
+        try:
+            fd = _open_if_private(directory, uid)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            failure = error
+            continue
+        try:
+            connection.connect(_beneath(fd, dev))
+        except OSError as error:
+            failure = error
+            continue
+        finally:
+            os.close(fd)
+        if peer_of(connection)[1] != uid:
+            raise PermissionError(errno.EPERM, "another user answers in its place")
+        return
+    raise failure
 
 
 def peer_of(connection: socket.socket) -> tuple[int, int]:

@@ -217,15 +217,16 @@ def test_a_tmpfs_of_the_kernels_cannot_be_kept(base: Path) -> None:
 def test_another_user_is_not_obeyed(base: Path) -> None:
     with in_memory(base, nobody=False) as here:
         for command in (["persist", here.path, base / "kept/s"], ["grow", here.path, "1G"]):
-            refused(cowfs(*command, nobody=True), "only root and the owner of the mount are answered")
+            refused(cowfs(*command, nobody=True), "this mount belongs to another user (uid 0)")
     assert os.listdir(base / "kept") == []
     os.chown(base / "mnt", NOBODY, NOBODY)
     log = base / "nobody.log"
-    with in_memory(base, nobody=True, log=log) as here:  # root is, but the daemon may not write there
+    with in_memory(base, nobody=True, log=log) as here:  # root is, but hands a user's daemon no directory
+        refused(cowfs("persist", here.path, base / "kept/s"), "is not given files of yours")
         os.chown(base / "kept", 0, 0)
-        refused(cowfs("persist", here.path, base / "kept/s"), "Permission denied")
+        refused(cowfs("persist", here.path, base / "kept/s", nobody=True), "Permission denied")
         os.chown(base / "kept", NOBODY, NOBODY)
-        assert cowfs("persist", here.path, base / "kept/s").returncode == 0
+        assert cowfs("persist", here.path, base / "kept/s", nobody=True).returncode == 0
 
 
 @needs_root
@@ -271,7 +272,7 @@ def requested(here: Mounted, directory: Path, name: str) -> Generator[dict[str, 
 def test_whoever_asked_goes_away(base: Path) -> None:
     """Then it is given up: no file is left, and the changes are in memory as before."""
     kept = base / "kept"
-    with in_memory(base, nobody=True) as here:
+    with in_memory(base, nobody=False) as here:
         script("dd if=/dev/urandom of=big bs=1M count=90 status=none", here)
         pid = here.pid()
         with closing(requested(here, kept, "s")) as replies:
@@ -281,9 +282,9 @@ def test_whoever_asked_goes_away(base: Path) -> None:
             assert f"is being written to {kept}/s already" in str(failure.value)
         eventually(lambda: not any(path.startswith(f"{kept}/") for path in open_by(pid)), "it is given up")
         assert os.listdir(kept) == []
-        assert info(here.path, nobody=True)["store"]["kind"] == "memory"
+        assert info(here.path)["store"]["kind"] == "memory"
         script("test $(stat -c %s big) = 94371840 && rm big", here)
-        cowfs("persist", here.path, kept / "s", nobody=True, check=True)
+        cowfs("persist", here.path, kept / "s", check=True)
 
 
 def open_by(pid: int) -> list[str]:
