@@ -141,7 +141,7 @@ def _of_store(path: str, place: _Lowers, stack: ExitStack, *, force: bool) -> It
     from cowfs.store.header import check_lowers
     from cowfs.store.open import open_store
 
-    store = open_store(path, engine=place.engine, read_only=True)
+    store = open_store(path, engine=place.engine, read_only=True, progress=_tell)
     stack.callback(store.close)
     given = place.given
     if given is None:
@@ -153,6 +153,10 @@ def _of_store(path: str, place: _Lowers, stack: ExitStack, *, force: bool) -> It
         stack.callback(lower.close)
     index = layout.find(store.layer, layout.WORK, b"index")
     return diff(store.layer, store.upper, lowers, store.xattr_prefix, index)
+
+
+def _tell(said: str) -> None:
+    print(f"cowfs: {said}", file=sys.stderr)
 
 
 def _identities(lowers: Sequence[str], offsets: Sequence[int]) -> list[Identity]:

@@ -154,7 +154,12 @@ def _store_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         used, of = facts["size"] - facts["free"], facts["inodes"]
         said = nearly_full(facts["path"], used, facts["size"], of - facts["free_inodes"], of)
         lines += [("hint", said)] if said else []
-    for key in ("state", "format", "version", "created", "created_by", "uuid"):
+    if facts["state"] == "needs recovery":
+        facts = {
+            **facts,
+            "state": "needs recovery: was not unmounted; the next mount recovers it, or cowfs check",
+        }
+    for key in ("state", "problem", "format", "version", "created", "created_by", "uuid"):
         if facts[key] is not None:
             lines.append((key.replace("_", " "), str(facts[key])))
     lines += _lower_lines(facts)

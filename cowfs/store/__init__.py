@@ -6,7 +6,7 @@
     layout header lock      what stands at its root, what it tells about itself, who has it
     identity                what a lower is recognised by
     superblock sniff        is this file a store, and if not, what is it
-    debugfs tools signals   running e2fsprogs
+    tools signals           running e2fsprogs
     sizes                   read and write sizes, is there room for one
 
 Nothing here is imported by the package itself.

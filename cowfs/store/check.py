@@ -6,15 +6,15 @@ import os
 import re
 import stat
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
-from cowfs.errors import StoreError
-from cowfs.layers.directory import DirectoryLayer, PathKey
-from cowfs.store import debugfs, layout, lock, tools
-from cowfs.store.debugfs import Entry
-from cowfs.store.header import TRUSTED, USER, Header, from_json
-from cowfs.store.image import open_file
+from cowfs.errors import StoreError, SystemFailure
+from cowfs.layers.base import Key, UpperLayer
+from cowfs.layers.directory import DirectoryLayer
+from cowfs.store import layout, lock, tools
+from cowfs.store.header import TRUSTED, USER, Header
+from cowfs.store.image import open_file, open_layer
 from cowfs.store.signals import deferred
 from cowfs.store.superblock import read_superblock
 from cowfs.store.tools import Progress, quiet
@@ -34,6 +34,16 @@ class Report:
     """Whether the rules were looked at; not, when the filesystem is damaged or of another format."""
 
 
+@dataclass(slots=True)
+class Entry:
+    """A name in a tree: what the overlay's rules are checked on."""
+
+    path: bytes
+    mode: int
+    rdev: int = 0
+    xattrs: dict[bytes, bytes] = field(default_factory=dict)
+
+
 def check_store(path: str, *, read_only: bool = False, progress: Progress = quiet) -> Report:
     """Check the store at *path*, an image or a directory; repair its filesystem unless *read_only*.
 
@@ -41,86 +51,93 @@ def check_store(path: str, *, read_only: bool = False, progress: Progress = quie
     Blocks. Raises StoreError for what cannot be checked at all, StoreBusy while it is in use.
     """
     path = os.path.abspath(path)
-    if os.path.isdir(path):
-        return _check_directory(path)
     report = Report()
-    with ExitStack() as stack:
-        fd = open_file(path, read_only=read_only)
-        stack.callback(os.close, fd)
-        lock.lock(fd, path, shared=read_only)
-        lock.refuse_mounted_image(fd, path)
-        read_superblock(fd, path, smallest=0)
-        with deferred():
-            report.code, said = tools.fsck(fd, path, "-f", "-n" if read_only else "-p")
-        for line in said.splitlines():
-            if line.strip() and not line.startswith("e2fsck "):
-                progress(_SUMMARY.sub(r"\1 of \2 inodes, \3 of \4 blocks in use", line.rstrip()))
-        if report.code & ~(tools.FSCK_CORRECTED | 2):
-            report.problems.append(f"{path}: the filesystem is damaged, so what is in it was not checked")
-            report.checked = False
-            return report
-        _check_image(fd, path, report)
-    return report
-
-
-def _check_image(fd: int, path: str, report: Report) -> None:
-    names = debugfs.names(fd)
-    if _is_aufs(path, names, report):
-        return
-    header = None
-    try:
-        content = debugfs.read_file(fd, "cowfs/header.json")
-        header = from_json(content, path) if content else None
-        if not content:
-            report.problems.append(f"{path}: has no header (it was not mounted by cowfs yet)")
-    except StoreError as error:
-        report.problems.append(error.message)
-        report.code |= tools.FSCK_UNCORRECTED
-    _finish(path, names, header, debugfs.walk(fd, "upper"), report)
-
-
-def _is_aufs(path: str, names: set[bytes], report: Report) -> bool:
-    if not any(name.startswith(b".wh..wh.") for name in names):
-        return False
-    report.problems.append(f"{path}: has the aufs format, whose rules are not checked yet")
-    report.checked = False
-    return True
-
-
-def _check_directory(path: str) -> Report:
-    report = Report()
-    lock.refuse_mounted_directory(path)
     with ExitStack() as stack:
         try:
-            root = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            layer = DirectoryLayer(root, path)
-            stack.callback(layer.close)
-            with suppress(FileNotFoundError):
-                fd = os.open(layout.PRIVATE + b"/" + layout.LOCK, os.O_RDONLY | os.O_CLOEXEC, dir_fd=root)
-                stack.callback(os.close, fd)
-                lock.lock(fd, path, shared=True)
-            names = {entry.name for entry in layer.readdir(layer.root)}
-            if _is_aufs(path, names, report):
-                return report
-            header = None
-            try:
-                if layout.find(layer, layout.PRIVATE, layout.HEADER) is None:
-                    report.problems.append(f"{path}: has no header (it was not mounted by cowfs yet)")
-                else:
-                    header = layout.load_header(layer)
-            except StoreError as error:
-                report.problems.append(error.message)
-                report.code |= tools.FSCK_UNCORRECTED
-            _finish(path, names, header, _walk(layer), report)
+            if os.path.isdir(path):
+                _check_inside(_directory(path, stack), report)
+            else:
+                _check_image(path, read_only, progress, report, stack)
         except OSError as error:
             raise StoreError(f"{path}: cannot be read: {error.strerror}") from None
     return report
 
 
-def _walk(layer: DirectoryLayer) -> Iterator[Entry]:
-    """Yield everything below upper/ of a directory store, each directory before what is in it."""
+def _check_image(path: str, read_only: bool, progress: Progress, report: Report, stack: ExitStack) -> None:
+    fd = open_file(path, read_only=read_only)
+    stack.callback(os.close, fd)
+    lock.lock(fd, path, shared=read_only)
+    lock.refuse_mounted_image(fd, path)
+    superblock = read_superblock(fd, path, smallest=0)
+    with deferred():
+        if read_only and superblock.needs_recovery:
+            progress(f"{path}: was not unmounted; checked as it is when its journal has been replayed")
+            report.code, said = tools.fsck_recovered(fd, path, sound=not superblock.has_errors)
+        else:
+            report.code, said = tools.fsck(fd, path, "-f", "-n" if read_only else "-p")
+    for line in said.splitlines():
+        if line.strip() and not line.startswith("e2fsck "):
+            progress(_SUMMARY.sub(r"\1 of \2 inodes, \3 of \4 blocks in use", line.rstrip()))
+    if report.code & ~(tools.FSCK_CORRECTED | 2):
+        report.problems.append(f"{path}: the filesystem is damaged, so what is in it was not checked")
+        report.checked = False
+        return
+    try:
+        layer = open_layer(fd, path, stack, read_only=True)
+    except (StoreError, SystemFailure) as error:  # e2fsck knows more filesystems than the engine
+        report.problems.append(error.message)
+        report.code |= tools.FSCK_OPERATIONAL
+        report.checked = False
+        return
+    _check_inside(layer, report)
+
+
+def _directory(path: str, stack: ExitStack) -> DirectoryLayer:
+    """Open a store that is a directory, locked against writers."""
+    lock.refuse_mounted_directory(path)
+    layer = DirectoryLayer(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC), path)
+    stack.callback(layer.close)
+    fd = layout.open_lock(layer)
+    if fd is not None:
+        stack.callback(os.close, fd)
+        lock.lock(fd, path, shared=True)
+    return layer
+
+
+def _check_inside(layer: UpperLayer, report: Report) -> None:
+    """Look whether what stands in the filesystem is a store, and follows the rules."""
+    names = {entry.name for entry in layer.readdir(layer.root)}
+    if any(name.startswith(b".wh..wh.") for name in names):
+        report.problems.append(f"{layer.name}: has the aufs format, whose rules are not checked yet")
+        report.checked = False
+        return
+    header = None
+    try:
+        header = layout.find_header(layer)
+        if header is None:
+            report.problems.append(f"{layer.name}: has no header (it was not mounted by cowfs yet)")
+    except StoreError as error:
+        report.problems.append(error.message)
+        report.code |= tools.FSCK_UNCORRECTED
+    found = _broken_layout(layer, names, header)
+    if found:
+        report.problems += found
+        report.code |= tools.FSCK_UNCORRECTED
+
+
+def _broken_layout(layer: UpperLayer, names: set[bytes], header: Header | None) -> list[str]:
+    missing = sorted({layout.UPPER, layout.WORK} - names)
+    found = [f"{layer.name}: {os.fsdecode(name)}/ is missing" for name in missing]
+    prefix = header.xattrs if header is not None else TRUSTED
+    if layout.UPPER not in missing:
+        found += broken_rules(_walk(layer), prefix.encode())
+    return found
+
+
+def _walk(layer: UpperLayer) -> Iterator[Entry]:
+    """Yield everything below upper/, each directory before what is in it."""
     top = layout.find(layer, layout.UPPER)
-    stack: list[tuple[PathKey, bytes]] = [(top, b"")] if top is not None else []
+    stack: list[tuple[Key, bytes]] = [(top, b"")] if top is not None else []
     while stack:
         key, path = stack.pop()
         for name, _ in layer.readdir(key):
@@ -139,19 +156,6 @@ def _walk(layer: DirectoryLayer) -> Iterator[Entry]:
             if stat.S_ISDIR(attr.st_mode):
                 stack.append((child, entry.path))
         layer.forget(key)
-
-
-def _finish(
-    path: str, names: set[bytes], header: Header | None, entries: Iterable[Entry], report: Report
-) -> None:
-    missing = sorted({layout.UPPER, layout.WORK} - names)
-    found = [f"{path}: {os.fsdecode(name)}/ is missing" for name in missing]
-    prefix = header.xattrs if header is not None else TRUSTED
-    if layout.UPPER not in missing:
-        found += broken_rules(entries, prefix.encode())
-    if found:
-        report.problems += found
-        report.code |= tools.FSCK_UNCORRECTED
 
 
 def broken_rules(entries: Iterable[Entry], prefix: bytes) -> Iterator[str]:

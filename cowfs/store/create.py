@@ -7,12 +7,13 @@ import os
 import secrets
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 
 from cowfs.errors import StoreError, UsageError
 from cowfs.linux import files
-from cowfs.store import debugfs, tools
-from cowfs.store.header import new_header, to_json
+from cowfs.store import layout, tools
+from cowfs.store.header import new_header
+from cowfs.store.image import open_layer
 from cowfs.store.signals import cleaned_up
 from cowfs.store.sizes import LARGEST, SMALLEST, check_room, format_size
 from cowfs.store.tools import Progress, quiet
@@ -41,8 +42,7 @@ def create_store(path: str, size: int, *, progress: Progress = quiet) -> None:
     if not os.path.isdir(directory):
         raise StoreError(f"{path}: there is no directory {directory}")
     check_room(path, directory, size)
-    for name in ("mke2fs", "debugfs"):
-        tools.program(name)
+    tools.program("mke2fs")
     progress(f"making {path}, {format_size(size)}")
     with cleaned_up(), unfinished(path, directory) as fd:
         allocate(fd, path, 0, size)
@@ -194,23 +194,7 @@ def _format(fd: int, path: str) -> None:
     """Make the filesystem, and in it the directories and the header, all of them root's."""
     identity = str(uuid.uuid4())
     format_image(fd, path, identity, keep=True)
-    header = to_json(new_header(identity=identity))
-    content = os.memfd_create("header")
-    try:
-        os.write(content, header)
-        script = [f"mkdir {name}" for name in ("upper", "work", "cowfs")]
-        script.append(f"write {tools.place(content)} cowfs/header.json")
-        for name, mode in (
-            ("upper", "40755"),
-            ("work", "40755"),
-            ("cowfs", "40755"),
-            ("cowfs/header.json", "100644"),
-        ):
-            script += [f"sif {name} mode 0{mode}", f"sif {name} uid 0", f"sif {name} gid 0"]
-        debugfs.requests(fd, script, write=True, pass_fds=[content])
-    finally:
-        os.close(content)
-    # debugfs exits with 0 whatever happens, so look.
-    made = debugfs.read_file(fd, "cowfs/header.json")
-    if made != header or not {b"upper", b"work"} <= debugfs.names(fd):
-        raise StoreError(f"{path}: debugfs could not write the header into the new filesystem")
+    with ExitStack() as stack:
+        layer = open_layer(fd, path, stack)
+        layout.ensure_directory(layer, layer.root, layout.UPPER, 0o755)  # the first inode, as ever
+        layout.initialise(layer, new_header(identity=identity))

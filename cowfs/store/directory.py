@@ -36,13 +36,12 @@ def open_root(root: int, path: str, want: Wanted, stack: ExitStack, *, kind: Kin
     try:
         found = layout.recognise(first)  # before anything is written into what may not be ours
         header = _header(first, found)
+        if not want.read_only or found == "store":
+            _lock(first, path, want, stack)
         if not want.read_only:
-            _lock_file(root, path, first, stack)
             now = layout.recognise(first)  # somebody may have been faster to make it
             if found != "overlayfs" or now == "store":
                 found = now
-        elif found == "store":
-            _lock_shared(root, path, stack)
         header = _header(first, found)
         if not want.force_lower:
             check_lowers(header, want.lowers, path)  # before anything is tried out in what is for another
@@ -65,21 +64,11 @@ def open_root(root: int, path: str, want: Wanted, stack: ExitStack, *, kind: Kin
         raise StoreError(*_explain(path, error)) from None
 
 
-def _lock_file(root: int, path: str, layer: DirectoryLayer, stack: ExitStack) -> None:
-    layout.ensure_directory(layer, layer.root, layout.PRIVATE, 0o755)
-    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-    fd = os.open(layout.PRIVATE + b"/" + layout.LOCK, flags, 0o600, dir_fd=root)
-    stack.callback(os.close, fd)
-    lock.lock(fd, path)
-
-
-def _lock_shared(root: int, path: str, stack: ExitStack) -> None:
-    try:
-        fd = os.open(layout.PRIVATE + b"/" + layout.LOCK, os.O_RDONLY | os.O_CLOEXEC, dir_fd=root)
-    except FileNotFoundError:  # made by hand from an image's content
-        return
-    stack.callback(os.close, fd)
-    lock.lock(fd, path, shared=True)
+def _lock(layer: DirectoryLayer, path: str, want: Wanted, stack: ExitStack) -> None:
+    fd = layout.open_lock(layer, make=not want.read_only)
+    if fd is not None:  # it is missing where somebody has copied the content of an image
+        stack.callback(os.close, fd)
+        lock.lock(fd, path, shared=want.read_only)
 
 
 def _header(layer: DirectoryLayer, found: str) -> Header:
@@ -120,7 +109,7 @@ def _has_user_xattrs(layer: DirectoryLayer) -> bool:
 
 def _explain(path: str, error: OSError) -> tuple[str, str]:
     if error.errno == errno.EROFS:
-        return f"{path}: is on read-only media", "copy it to a disk that can be written to"
+        return f"{path}: is on read-only media", "copy it with cp -a to a disk that can be written to"
     if error.errno in {errno.EACCES, errno.EPERM}:
         return f"{path}: no permission to use it as a store", "it must belong to whoever mounts it"
     return f"{path}: cannot be used as a store: {error.strerror}", ""

@@ -181,7 +181,7 @@ def _check_size(path: str, size: int, length: int, filesystem: int) -> None:
         )
     raise StoreError(
         f"{path}: has {format_size(length)}, more than the {format_size(size)} asked for",
-        "a store can grow only; make a new one and copy the content",
+        "a store can grow only",
     )
 
 
@@ -192,7 +192,7 @@ def _check_filesystem(fd: int, path: str) -> None:
     if code & ~(tools.FSCK_CORRECTED | 2):
         raise StoreError(
             f"{path}: e2fsck found damage that it cannot repair by itself: {tools.reason(said)}",
-            f"nothing was extended; make a copy, then try: e2fsck -f {path}",
+            f"nothing was extended; make a copy of the file, then try on that: e2fsck -f {path}",
         )
 
 

@@ -110,7 +110,9 @@ def from_json(data: bytes, path: str) -> Header:
 
 
 def _damaged(path: str) -> StoreError:
-    hint = "cowfs/header.json in it; if you remove that file the store is adopted anew, for any lower"
+    hint = (
+        "make a copy of the store (cp -a) before you do anything; cowfs-store(5) tells what to do with that"
+    )
     return StoreError(f"{path}: the store's header is damaged", hint)
 
 
@@ -122,7 +124,8 @@ def check_lowers(header: Header, lowers: Sequence[Identity], path: str) -> None:
         return
     raise WrongLower(
         f"{path} belongs to {_names(header.lowers)}, not to {_names(lowers)}",
-        "mount it on the lower it was made with, or, if you are sure, with --force-lower",
+        "give the lower that it was made with; what --force-lower shows of another one may be wrong,"
+        " so copy the store before you try that",
     )
 
 

@@ -97,7 +97,7 @@ def _mount(fd: int, path: str, superblock: Superblock, want: Wanted, stack: Exit
     try:
         root = mounts.detached_mount("ext3", device, options, readonly=want.read_only)
     except OSError as error:
-        hint = f"dmesg and cowfs check {path} tell more"
+        hint = f"dmesg and cowfs check -n {path} tell more"
         if error.errno == errno.ENODEV:
             hint = "the kernel has no ext3: modprobe ext4"
         raise StoreError(f"{path}: the kernel cannot mount it: {error.strerror}", hint) from None
@@ -139,7 +139,7 @@ def open_layer(fd: int, path: str, stack: ExitStack, *, read_only: bool = False)
         layer = Ext3Layer(Image(fd, path, read_only=read_only))
     except OSError as error:
         raise StoreError(
-            f"{path}: cannot be read: {error.strerror}", f"cowfs check {path} tells more"
+            f"{path}: cannot be read: {error.strerror}", f"cowfs check -n {path} tells more"
         ) from None
     stack.callback(_close, layer, path)
     return layer

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack
 from typing import Any
 
-from cowfs.errors import StoreError
-from cowfs.store import debugfs, lock
-from cowfs.store.header import VERSION, Header, from_json
-from cowfs.store.image import open_file
+from cowfs.errors import StoreError, SystemFailure
+from cowfs.layers.base import UpperLayer
+from cowfs.layers.directory import DirectoryLayer
+from cowfs.store import layout, lock, tools
+from cowfs.store.header import VERSION, Header
+from cowfs.store.image import open_file, open_layer
 from cowfs.store.superblock import read_superblock
 
 
@@ -16,66 +19,82 @@ def store_info(spec: str) -> dict[str, Any]:
     """Return what a store tells about itself: a dictionary that JSON can hold. Blocks for reading.
 
     Keys: ``path kind size used free inodes free_inodes state format version created created_by uuid
-    lowers in_use_by``. Sizes are bytes; what is not known is None. A directory's *size*, *free* and inodes
-    are those of the filesystem that it is on, so its *used* is not known. *format* is ``overlayfs``,
+    lowers in_use_by problem``. Sizes are bytes; what is not known is None. A directory's *size*, *free* and
+    inodes are those of the filesystem that it is on, so its *used* is not known. *format* is ``overlayfs``,
     ``aufs``, ``none yet`` (an empty filesystem) or ``foreign``; *state* that of the filesystem, which is
-    ``in use`` while it is mounted. Raises StoreError if *spec* cannot be read or is no store at all.
+    ``in use`` while it is mounted. What the journal of an image holds counts as if it had been replayed.
+    *problem* says why what is in it cannot be told. Raises StoreError if *spec* cannot be read or is no
+    store at all.
     """
     path = os.path.abspath(spec)
-    return _directory(path) if os.path.isdir(path) else _image(path)
+    with ExitStack() as stack:
+        try:
+            return _directory(path, stack) if os.path.isdir(path) else _image(path, stack)
+        except OSError as error:
+            raise StoreError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def _image(path: str) -> dict[str, Any]:
+def _image(path: str, stack: ExitStack) -> dict[str, Any]:
     fd = open_file(path, read_only=True)
+    stack.callback(os.close, fd)
+    superblock = read_superblock(fd, path, smallest=0)
+    user = lock.holder(tools.place(fd))
+    free, free_inodes = superblock.free_blocks, superblock.free_inodes
+    inside: dict[str, Any] = {"format": None, **_facts(None)}
+    problem = None
     try:
-        superblock = read_superblock(fd, path, smallest=0)
-        names = debugfs.names(fd)
-        content = debugfs.read_file(fd, "cowfs/header.json") if b"cowfs" in names else b""
-    finally:
-        os.close(fd)
-    user = lock.holder(path)
+        layer = open_layer(fd, path, stack, read_only=True)
+        layer.readdir(layer.root)
+    except (OSError, StoreError, SystemFailure) as error:
+        problem = "it is being changed just now" if user else str(error)
+    else:
+        inside = _inside(layer)
+        facts = layer.image.facts()
+        free, free_inodes = facts.free_blocks, facts.free_inodes
     return {
         "path": path,
         "kind": "image",
         "size": superblock.size,
-        "used": (superblock.blocks - superblock.free_blocks) * superblock.block_size,
-        "free": superblock.free_blocks * superblock.block_size,
+        "used": (superblock.blocks - free) * superblock.block_size,
+        "free": free * superblock.block_size,
         "inodes": superblock.inodes,
-        "free_inodes": superblock.free_inodes,
+        "free_inodes": free_inodes,
         "state": "in use" if user else superblock.state,
-        "format": _format(names),
-        **_facts(from_json(content, path) if content else None),
+        **inside,
         "in_use_by": user,
+        "problem": problem,
     }
 
 
-def _directory(path: str) -> dict[str, Any]:
-    header_path, lock_path = (os.path.join(path, "cowfs", name) for name in ("header.json", "lock"))
-    try:
-        names = {os.fsencode(name) for name in os.listdir(path)}
-        room = os.statvfs(path)
-        content = b""
-        if os.path.exists(header_path):
-            with open(header_path, "rb") as file:
-                content = file.read()
-        user = lock.holder(lock_path) if os.path.exists(lock_path) else None
-    except OSError as error:
-        raise StoreError(f"{path}: cannot be read: {error.strerror}") from None
-    if not content and not {b"upper", b"work"} <= names:
+def _directory(path: str, stack: ExitStack) -> dict[str, Any]:
+    layer = DirectoryLayer(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC), path)
+    stack.callback(layer.close)
+    inside = _inside(layer)
+    if inside["version"] is None and inside["format"] != "overlayfs":
         raise StoreError(f"{path}: not a store", "cowfs mount --store DIR makes one in an empty directory")
+    room = layer.statfs()
+    user = None
+    if layout.find(layer, layout.PRIVATE, layout.LOCK) is not None:
+        user = lock.holder(f"{tools.place(layer.root.fd)}/cowfs/lock")
     return {
         "path": path,
         "kind": "directory",
-        "size": room.f_blocks * room.f_frsize,
+        "size": room.blocks * room.frsize,
         "used": None,
-        "free": (room.f_bfree if os.geteuid() == 0 else room.f_bavail) * room.f_frsize,  # as Store.free
-        "inodes": room.f_files,
-        "free_inodes": room.f_ffree,
+        "free": (room.bfree if os.geteuid() == 0 else room.bavail) * room.frsize,  # as Store.free
+        "inodes": room.files,
+        "free_inodes": room.ffree,
         "state": "in use" if user else "clean",
-        "format": _format(names),
-        **_facts(from_json(content, path) if content else None),
+        **inside,
         "in_use_by": user,
+        "problem": None,
     }
+
+
+def _inside(layer: UpperLayer) -> dict[str, Any]:
+    """Return what is known from the names at the root and from the header."""
+    names = {entry.name for entry in layer.readdir(layer.root)}
+    return {"format": _format(names), **_facts(layout.find_header(layer))}
 
 
 def _format(names: set[bytes]) -> str:

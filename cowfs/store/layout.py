@@ -16,6 +16,8 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from contextlib import closing
+from typing import Any
 
 from cowfs.errors import StoreError
 from cowfs.layers.base import Key, UpperLayer
@@ -122,16 +124,44 @@ def _owner(layer: UpperLayer) -> tuple[int, int]:
     return (os.geteuid(), os.getegid()) if isinstance(layer, DirectoryLayer) else (0, 0)
 
 
-def load_header(layer: UpperLayer) -> Header:
-    """Read the header. Raises StoreError if it is damaged or of a newer version."""
-    key = find(layer, PRIVATE, HEADER)
-    if key is None:
-        return new_header()
-    file = layer.open(key, os.O_RDONLY)
-    try:
+def find_header(layer: UpperLayer) -> Header | None:
+    """Read the header; None where there is none. StoreError if it is damaged or of a newer version."""
+    private = find(layer, PRIVATE)
+    found = None if private is None else layer.lookup(private, HEADER)
+    if found is None:
+        return None
+    key, attr = found
+    if not stat.S_ISREG(attr.st_mode):  # a fifo would wait for somebody to write into it
+        raise StoreError(f"{layer.name}: cowfs/header.json is no regular file", "the store is damaged")
+    with closing(layer.open(key, os.O_RDONLY)) as file:
         return from_json(file.pread(_LARGEST_HEADER, 0), layer.name)
-    finally:
-        file.close()
+
+
+def load_header(layer: UpperLayer) -> Header:
+    """Read the header; a new one where there is none. Raises StoreError as find_header does."""
+    return find_header(layer) or new_header()
+
+
+def open_lock(layer: DirectoryLayer, *, make: bool = False) -> int | None:
+    """Open the file of a directory that is locked; None where it is missing, and not to be made.
+
+    To read only if not to *make* it. Raises StoreError for what is no regular file.
+    """
+    private: Any = ensure_directory(layer, layer.root, PRIVATE, 0o755) if make else find(layer, PRIVATE)
+    found = None if private is None else layer.lookup(private, LOCK)
+    if found is not None and not stat.S_ISREG(found[1].st_mode):
+        raise StoreError(f"{layer.name}: cowfs/lock is no regular file", "the store is damaged")
+    if found is None and not make:
+        return None
+    if found is None:
+        try:
+            _, file = layer.create(private, LOCK, 0o600, os.geteuid(), os.getegid())
+        except FileExistsError:  # somebody else opens it for the first time just now
+            return open_lock(layer, make=True)
+    else:
+        file = layer.open(found[0], os.O_RDWR if make else os.O_RDONLY)
+    with closing(file):
+        return os.dup(file.fileno())
 
 
 def save_header(layer: UpperLayer, header: Header) -> None:

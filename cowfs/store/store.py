@@ -127,7 +127,7 @@ def finish(
     if layout.find(layer, layout.WORK, b"work", b"incompat") is not None:
         raise StoreError(
             f"{path}: was mounted by overlayfs as volatile, so that after a crash it may be incomplete",
-            "if it was unmounted cleanly, remove work/work/incompat in it",
+            "make a copy of the store (cp -a) before you do anything; cowfs-store(5) tells more",
         )
     temporaries = index = None
     if not want.read_only:

@@ -19,6 +19,13 @@ from cowfs.store.sniff import what_is
 _COUNTS = struct.Struct("<7I")
 _STATE = struct.Struct("<H")  # at 58
 _UUID = struct.Struct("16s")  # at 104
+_INODE_SIZE = struct.Struct("<H")  # at 88
+_JOURNAL_INODE = struct.Struct("<I")  # at 224
+_INODE_TABLE = struct.Struct("<I")  # at 8 of a group descriptor
+_FIRST_BLOCK = struct.Struct("<I")  # at 40 of an inode
+# journal_superblock_s: magic, type, sequence; block size, length, first block, first sequence, start, errno
+_JOURNAL = struct.Struct(">3I6I")
+_JOURNAL_MAGIC = 0xC03B3998
 _VALID, _ERRORS = 1, 2
 
 
@@ -32,7 +39,8 @@ class Superblock:
     inodes: int
     free_inodes: int
     needs_recovery: bool
-    """The journal holds what is not yet in place: it was not unmounted, or it is mounted now."""
+    """The journal holds what is not yet in place, whatever the flag says that is for this: it was not
+    unmounted, or it is mounted now."""
     has_errors: bool
     """The kernel has found it damaged, or it was never cleanly unmounted."""
     uuid: str
@@ -66,7 +74,8 @@ def read_superblock(fd: int, path: str, *, smallest: int = SMALLEST) -> Superblo
     (identity,) = _UUID.unpack_from(data, 104)
     _check_features(path, found)
     if log_size > 6 or blocks == 0 or inodes == 0 or free_blocks > blocks or free_inodes > inodes:
-        raise StoreError(f"{path}: the ext3 superblock is damaged", f"make a copy, then try: e2fsck {path}")
+        hint = f"make a copy of the file, then try on that: e2fsck -f {path}"
+        raise StoreError(f"{path}: the ext3 superblock is damaged", hint)
     block_size = 1024 << log_size
     if length < blocks * block_size:
         raise StoreError(
@@ -85,10 +94,35 @@ def read_superblock(fd: int, path: str, *, smallest: int = SMALLEST) -> Superblo
         free_blocks=free_blocks,
         inodes=inodes,
         free_inodes=free_inodes,
-        needs_recovery=bool(found.incompatible & features.NEEDS_RECOVERY),
+        needs_recovery=bool(found.incompatible & features.NEEDS_RECOVERY) or _journal_is_in_use(fd, data),
         has_errors=bool(state & _ERRORS) or not state & _VALID,
         uuid=str(uuid.UUID(bytes=identity)),
     )
+
+
+def _journal_is_in_use(fd: int, superblock: bytes) -> bool:
+    """Whether the journal has a log to be replayed. False for one that cannot be found."""
+    _, _, _, _, _, first, log_size = _COUNTS.unpack_from(superblock)
+    (journal,) = _JOURNAL_INODE.unpack_from(superblock, 224)
+    (size,) = _INODE_SIZE.unpack_from(superblock, 88)
+    block_size = 1024 << log_size
+    try:
+        (table,) = _INODE_TABLE.unpack(os.pread(fd, 4, (first + 1) * block_size + 8))
+        inode = table * block_size + (journal - 1) * size  # the journal's is one of the first group
+        (block,) = _FIRST_BLOCK.unpack(os.pread(fd, 4, inode + 40))
+        magic, _, _, _, _, _, _, start, _ = _JOURNAL.unpack(os.pread(fd, _JOURNAL.size, block * block_size))
+    except (OSError, struct.error):
+        return False
+    return bool(magic == _JOURNAL_MAGIC and start)
+
+
+def flag_recovery(fd: int) -> None:
+    """Set the flag for it in an image that needs recovery: e2fsck asks a question where it is not set."""
+    data = os.pread(fd, features.SUPERBLOCK_SIZE, features.SUPERBLOCK)
+    found = features.read(data)
+    if found and not found.incompatible & features.NEEDS_RECOVERY and _journal_is_in_use(fd, data):
+        words = struct.pack("<I", found.incompatible | features.NEEDS_RECOVERY)
+        os.pwrite(fd, words, features.SUPERBLOCK + 96)
 
 
 def _check_features(path: str, found: features.Features) -> None:
@@ -98,10 +132,10 @@ def _check_features(path: str, found: features.Features) -> None:
     if names:
         raise StoreError(
             f"{path}: an ext4 filesystem ({', '.join(names)}), but a store is a mere ext3",
-            "cowfs create makes a store; copy upper/, work/ and cowfs/ into it",
+            "cowfs create makes a store",
         )
     if not found.compatible & features.HAS_JOURNAL:
         raise StoreError(
             f"{path}: an ext2 filesystem: it has no journal and would not survive a crash",
-            f"tune2fs -j {path} makes it ext3",
+            f"make a copy of the file, then: tune2fs -j {path}",
         )

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 from cowfs.errors import StoreError, SystemFailure
 from cowfs.store.signals import deferred
+from cowfs.store.superblock import flag_recovery
 
 Progress = Callable[[str], None]
 """Is told, in one line, of what takes a while or is worth knowing."""
@@ -64,7 +65,7 @@ def run(
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT if merge else subprocess.PIPE,
-                env={**os.environ, "LC_ALL": "C", "DEBUGFS_PAGER": "cat"},
+                env={**os.environ, "LC_ALL": "C"},
                 pass_fds=pass_fds,
                 start_new_session=True,
             )
@@ -93,10 +94,33 @@ def fsck(fd: int, path: str, *options: str) -> tuple[int, str]:
     would look like complaints of ours: it is taken off.
     """
     label = _label(fd)
+    if "-n" not in options:
+        flag_recovery(fd)
     done = run(["e2fsck", *options, place(fd)], pass_fds=[fd], merge=True)
     code = done.returncode if done.returncode >= 0 else FSCK_OPERATIONAL
     said = done.stdout.decode(errors="replace").splitlines(keepends=True)
     return code, "".join(line.removeprefix(f"{label}: ").replace(place(fd), path) for line in said)
+
+
+def fsck_recovered(fd: int, path: str, *, sound: bool) -> tuple[int, str]:
+    """Say what ``fsck -f -n`` would say of an image if its journal had been replayed. Blocks.
+
+    Nothing is written to it: its metadata, with the journal, is copied to memory, and that is recovered.
+    *sound* says that its superblock tells of no errors; e2fsck then does nothing more to the copy.
+    """
+    copy = os.memfd_create("metadata", os.MFD_CLOEXEC)
+    try:
+        done = run(["e2image", "-r", place(fd), place(copy)], pass_fds=[fd, copy], merge=True)
+        if done.returncode:
+            return FSCK_OPERATIONAL, last_line(done.stdout).replace(place(fd), path)
+        recovery = fsck(copy, path, "-p", "-E", "journal_only")
+        if recovery[0] & ~FSCK_CORRECTED:
+            return recovery
+        if sound:
+            fsck(copy, path, "-p")  # lets go of what had no name any more, and looks at nothing
+        return fsck(copy, path, "-f", "-n")
+    finally:
+        os.close(copy)
 
 
 def _label(fd: int) -> str:
@@ -132,7 +156,7 @@ def recover(fd: int, path: str, progress: Progress) -> None:
     if code & ~(FSCK_CORRECTED | 2):
         raise StoreError(
             f"{path}: the store is damaged and cannot be repaired automatically: {reason(said)}",
-            f"make a copy, then try: e2fsck -f {path}",
+            f"make a copy of the file, then try on that: e2fsck -f {path}",
         )
     progress(f"{path}: was not cleanly unmounted, recovered")
 

@@ -163,7 +163,7 @@ def root_tree(tree: Path) -> Path:
         if applet != "busybox":
             (tree / "usr/bin" / applet).symlink_to("busybox")
     _python(tree)
-    for program in ("e2fsck", "debugfs", "mke2fs", "resize2fs"):
+    for program in ("e2fsck", "mke2fs", "resize2fs"):
         _program(
             tree,
             Path("/usr/sbin", program) if Path("/usr/sbin", program).exists() else Path("/sbin", program),

@@ -8,12 +8,13 @@ import re
 import signal
 import stat
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from cowfs.linux import mounts
+from cowfs.store.open import open_store
 from tests.support.mounts import COWFS, cowfs, eventually, project_root
 from tests.support.system import as_nobody_prefix, needs_root, run
 
@@ -142,20 +143,8 @@ def test_create_without_room_leaves_nothing(small: Path, nobody_path: Path) -> N
 def test_create_that_fails_half_way_leaves_nothing(tmp_path: Path) -> None:
     place = tmp_path / "place"
     place.mkdir()
-    for name, script in {
-        "mke2fs": "echo mke2fs: no luck >&2; exit 1",
-        "debugfs": "cat >/dev/null; exit 1",
-    }.items():
-        env = tools(tmp_path / f"bin-{name}", **{name: script})
-        refused(cowfs("create", place / "s", "16", env=env), name)
-        assert os.listdir(place) == []
-
-
-def test_create_looks_whether_debugfs_did_its_work(tmp_path: Path) -> None:
-    env = tools(tmp_path / "bin", debugfs='exec /sbin/debugfs -f /dev/null "$4"')
-    place = tmp_path / "place"
-    place.mkdir()
-    refused(cowfs("create", place / "s", "16", env=env), "debugfs")
+    env = tools(tmp_path / "bin", mke2fs="echo mke2fs: no luck >&2; exit 1")
+    refused(cowfs("create", place / "s", "16", env=env), "mke2fs")
     assert os.listdir(place) == []
 
 
@@ -492,9 +481,43 @@ def test_check_names_every_broken_rule_in_an_image(store: Path, tmp_path: Path) 
     )
 
 
-def test_check_names_every_broken_rule_in_a_directory(tmp_path: Path) -> None:
-    from cowfs.store.open import open_store
+@needs_root
+@pytest.mark.parametrize("engine", ["kernel", "process"])
+def test_check_reads_long_attributes(store: Path, tmp_path: Path, engine: str) -> None:
+    """Beside the inode and in it, and longer than what e2fsprogs' listing shows of a value."""
+    good, bad = b"/" + b"/".join([b"d" * 200] * 15), b"/" + b"e" * 250 + b"/../" + b"f" * 250
+    opened = open_store(str(store), engine=engine)
+    for name, redirect in ((b"fine", good), (b"fair", b"/" + b"x" * 100), (b"away", bad)):
+        key = opened.layer.mkdir(opened.upper, name, 0o755, 0, 0)
+        opened.layer.setxattr(key, b"trusted.overlay.redirect", redirect)
+    opened.close()
+    done = cowfs("check", "-n", store)
+    assert [line for line in done.stdout.splitlines() if "redirects" in line] == [
+        f"away: redirects to {bad.decode()}, which is no place in a lower"
+    ]
+    assert done.returncode == 4
 
+
+@pytest.mark.parametrize("name", ["header.json", "lock"])
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["fifo", "directory"])
+def test_nobody_waits_for_what_is_no_file(tmp_path: Path, name: str, make: Callable[[Path], None]) -> None:
+    store, lower, at = tmp_path / "store", tmp_path / "lower", tmp_path / "at"
+    lower.mkdir()
+    at.mkdir()
+    open_store(str(store)).close()
+    (store / "cowfs" / name).unlink()
+    make(store / "cowfs" / name)
+    said = f"cowfs/{name} is no regular file"
+    refused(cowfs("diff", store, "--lower", lower, timeout=20), said)
+    refused(cowfs("mount", lower, at, "--store", store, timeout=20), said)
+    done = cowfs("check", "-n", store, timeout=20)
+    assert said in done.stdout + done.stderr
+    assert done.returncode & 12
+    done = cowfs("info", store, timeout=20)
+    assert name == "lock" or said in done.stderr
+
+
+def test_check_names_every_broken_rule_in_a_directory(tmp_path: Path) -> None:
     open_store(str(tmp_path / "s")).close()
     expected = break_rules(tmp_path / "s/upper")
     done = cowfs("check", tmp_path / "s")
@@ -542,8 +565,6 @@ def test_info_of_an_image(store: Path) -> None:
 
 
 def test_info_of_a_directory(nobody_path: Path) -> None:
-    from cowfs.store.open import open_store
-
     path = nobody_path / "s"
     opened = open_store(str(path))
     shown = json.loads(cowfs("info", path, "--json", nobody=True, check=True).stdout)

@@ -16,7 +16,6 @@ import pytest
 
 from cowfs.errors import StoreBusy, StoreError, SystemFailure, WrongLower
 from cowfs.linux import mounts
-from cowfs.store import debugfs
 from cowfs.store.create import create_store
 from cowfs.store.grow import grow_open_store
 from cowfs.store.image import open_image
@@ -63,8 +62,7 @@ def put(image: Path, at: Path, *content: str) -> None:
 
 
 def read(image: Path, path: str) -> bytes:
-    with image.open("rb") as file:
-        return debugfs.read_file(file.fileno(), path)
+    return run("debugfs", "-R", f"cat {path}", image).stdout.encode()
 
 
 def write(store: Store, name: bytes, data: bytes) -> None:
