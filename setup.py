@@ -1,25 +1,61 @@
 """The parts in C; all else is in pyproject.toml."""
 
 import shlex
+import shutil
 import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator
 
 from setuptools import Extension, setup
 
 
-def pkg_config(*arguments: str) -> list[str]:
-    """Return what pkg-config says of a library."""
-    return shlex.split(
-        subprocess.run(["pkg-config", *arguments], check=True, capture_output=True, text=True).stdout
-    )
+def says(*command: str, text: str = "") -> str | None:
+    """Return what a command prints; None when it fails."""
+    done = subprocess.run(command, input=text, capture_output=True, text=True)
+    return None if done.returncode else done.stdout
 
+
+def has_header(name: str) -> bool:
+    """Whether the compiler finds a header."""
+    include = f"-I{sysconfig.get_path('include')}"
+    return says(*compiler, include, "-E", "-xc", "-", text=f"#include <{name}>\n") is not None
+
+
+def what_is_missing() -> Iterator[tuple[str, str]]:
+    """Yield what it takes to compile and is not there, and what of Debian's has it."""
+    if not shutil.which(compiler[0]):
+        yield f"a C compiler ({compiler[0]})", "gcc libc6-dev"
+    elif not has_header("stdio.h"):
+        yield "the headers of the C library", "libc6-dev"
+    else:
+        if not has_header("Python.h"):
+            yield "the headers of Python", "python3-dev"
+        if not has_header("ext2fs/ext2fs.h"):
+            yield "the headers of libext2fs", "libext2fs-dev"
+    if not shutil.which("pkg-config"):
+        yield "pkg-config", "pkg-config libfuse3-dev"
+    elif says("pkg-config", "--exists", "fuse3 >= 3.14") is None:
+        yield "libfuse 3.14 or later with its headers", "libfuse3-dev"
+
+
+compiler = shlex.split(sysconfig.get_config_var("CC") or "cc")
+missing = list(what_is_missing())
+if missing:
+    names = ", ".join(what for what, _ in missing)
+    packages = " ".join(package for _, package in missing)
+    sys.exit(f"cowfs cannot be compiled without {names} (Debian: apt-get install {packages})")
 
 setup(
     ext_modules=[
         Extension(
             "cowfs.fuse._libfuse",
             ["cowfs/fuse/_libfuse.c"],
-            extra_compile_args=["-D_FILE_OFFSET_BITS=64", *pkg_config("--cflags", "fuse3")],
-            extra_link_args=pkg_config("--libs", "fuse3"),
+            extra_compile_args=[
+                "-D_FILE_OFFSET_BITS=64",
+                *shlex.split(says("pkg-config", "--cflags", "fuse3") or ""),
+            ],
+            extra_link_args=shlex.split(says("pkg-config", "--libs", "fuse3") or ""),
         )
     ],
     cffi_modules=["cowfs/formats/ext3/build_engine.py:builder"],

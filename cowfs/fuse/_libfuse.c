@@ -1,9 +1,11 @@
 /* What libfuse can do and pyfuse3 has no words for.
  *
- * pyfuse3 hands its handlers to libfuse through fuse_session_new(). This module has a function of that
- * name too. When it is loaded before pyfuse3, and its symbols globally (RTLD_GLOBAL), the dynamic linker
- * binds pyfuse3's call to ours (ld.so(8): the global scope is searched first). Ours puts a few handlers
- * around pyfuse3's and passes all on to libfuse's. Where that does not come about, nothing is changed.
+ * pyfuse3 hands its handlers to libfuse through fuse_session_new(), which is a macro from libfuse 3.17 on
+ * and calls fuse_session_new_versioned(). This module has functions of both names. When it is loaded before
+ * pyfuse3, and its symbols globally (RTLD_GLOBAL), the dynamic linker binds pyfuse3's call to ours
+ * (ld.so(8): the global scope is searched first). Ours puts a few handlers around pyfuse3's and calls the
+ * next function of the same name, which is libfuse's (dlsym(3), RTLD_NEXT), whatever that library is
+ * called. Where that does not come about, nothing is changed, and libfuse.py says so.
  *
  * All is called by the thread that serves requests; the GIL is held.
  */
@@ -19,6 +21,10 @@
 #include <string.h>
 #include <sys/uio.h>
 #include <unistd.h>
+
+#if FUSE_VERSION >= FUSE_MAKE_VERSION(3, 17)
+#define HAS_WANT_EXT
+#endif
 
 /* Handle numbers of directories have this bit: libfuse.py knows it too. */
 #define DIRECTORY (UINT64_C(1) << 62)
@@ -37,10 +43,28 @@ static size_t buffer_size;
 
 static void on_init(void *userdata, struct fuse_conn_info *conn)
 {
+#ifdef HAS_WANT_EXT
+	uint64_t before = conn->want_ext;
+#endif
+	uint32_t more;
+
 	theirs.init(userdata, conn);
-	conn->want |= wanted & conn->capable;
-	granted = conn->want;
+	more = wanted & conn->capable;
+	granted = conn->want | more;
 	initialising = true;
+#ifdef HAS_WANT_EXT
+	/* There are two words for it, and libfuse refuses a session that set them to different things: we set
+	 * what pyfuse3 sets. */
+	if (conn->want_ext != before) {
+		bool both = conn->want == (uint32_t)conn->want_ext;
+		conn->want_ext |= more;
+		granted = (uint32_t)conn->want_ext;
+		if (both)
+			conn->want = granted;
+		return;
+	}
+#endif
+	conn->want = granted;
 }
 
 /* Answer FUSE_INIT with one flag more, which this libfuse does not know: the kernel need not ask for
@@ -111,41 +135,59 @@ static void on_lseek(fuse_req_t req, fuse_ino_t ino, off_t offset, int whence, s
 		fuse_reply_lseek(req, place);
 }
 
-static void *libfuse(const char *name)
+/* The handlers to give to libfuse instead of pyfuse3's, and their size. */
+static const struct fuse_lowlevel_ops *put_between(const struct fuse_lowlevel_ops *op, size_t *size)
 {
-	void *library = dlopen("libfuse3.so.3", RTLD_NOW | RTLD_NOLOAD);
-	void *found = library ? dlsym(library, name) : NULL;
-	if (library)
-		dlclose(library);
-	return found;
+	static struct fuse_lowlevel_ops ours;
+
+	if (op->init == on_init) /* libfuse's own fuse_session_new() calls the other one */
+		return op;
+	memset(&theirs, 0, sizeof theirs);
+	memcpy(&theirs, op, *size < sizeof theirs ? *size : sizeof theirs);
+	if (!theirs.init || !theirs.read)
+		return op;
+	ours = theirs;
+	ours.init = on_init;
+	ours.read = on_read;
+	if (seeker)
+		ours.lseek = on_lseek;
+	between = true;
+	*size = sizeof ours;
+	return &ours;
 }
 
-struct fuse_session *fuse_session_new(struct fuse_args *args, const struct fuse_lowlevel_ops *op,
-				      size_t op_size, void *userdata)
-{
-	struct fuse_session *(*real)(struct fuse_args *, const struct fuse_lowlevel_ops *, size_t, void *) =
-		libfuse("fuse_session_new");
-	struct fuse_lowlevel_ops ours;
+/* By names of our own: fuse_lowlevel.h declares one as a macro and the other, depending on its version, in
+ * another way or not at all. */
+struct fuse_session *session_new(struct fuse_args *args, const struct fuse_lowlevel_ops *op, size_t size,
+				 void *userdata) __asm__("fuse_session_new");
+struct fuse_session *session_new_versioned(struct fuse_args *args, const struct fuse_lowlevel_ops *op,
+					   size_t size, const void *version, void *userdata)
+	__asm__("fuse_session_new_versioned");
 
-	if (!real)
-		return NULL;
-	memset(&theirs, 0, sizeof theirs);
-	memcpy(&theirs, op, op_size < sizeof theirs ? op_size : sizeof theirs);
-	ours = theirs;
-	if (theirs.init && theirs.read) {
-		ours.init = on_init;
-		ours.read = on_read;
-		if (seeker)
-			ours.lseek = on_lseek;
-		between = true;
-	}
-	return real(args, &ours, sizeof ours, userdata);
+struct fuse_session *session_new(struct fuse_args *args, const struct fuse_lowlevel_ops *op, size_t size,
+				 void *userdata)
+{
+	__typeof__(&session_new) real = (__typeof__(real))dlsym(RTLD_NEXT, "fuse_session_new");
+
+	op = put_between(op, &size);
+	return real ? real(args, op, size, userdata) : NULL;
+}
+
+/* version is what pyfuse3 was compiled with: libfuse needs it to read what pyfuse3 wrote. */
+struct fuse_session *session_new_versioned(struct fuse_args *args, const struct fuse_lowlevel_ops *op,
+					   size_t size, const void *version, void *userdata)
+{
+	__typeof__(&session_new_versioned) real =
+		(__typeof__(real))dlsym(RTLD_NEXT, "fuse_session_new_versioned");
+
+	op = put_between(op, &size);
+	return real ? real(args, op, size, version, userdata) : NULL;
 }
 
 int fuse_session_mount(struct fuse_session *session, const char *mountpoint)
 {
 	static const struct fuse_custom_io io = {.writev = on_writev, .read = on_receive};
-	int (*real)(struct fuse_session *, const char *) = libfuse("fuse_session_mount");
+	__typeof__(&fuse_session_mount) real = (__typeof__(real))dlsym(RTLD_NEXT, "fuse_session_mount");
 	int failure = real ? real(session, mountpoint) : -1;
 
 	if (!failure && between)
@@ -155,9 +197,9 @@ int fuse_session_mount(struct fuse_session *session, const char *mountpoint)
 
 int fuse_reply_open(fuse_req_t req, const struct fuse_file_info *fi)
 {
-	static int (*real)(fuse_req_t, const struct fuse_file_info *);
+	static __typeof__(&fuse_reply_open) real;
 	if (!real)
-		real = libfuse("fuse_reply_open");
+		real = (__typeof__(real))dlsym(RTLD_NEXT, "fuse_reply_open");
 	if (!(fi->fh & DIRECTORY))
 		return real(req, fi);
 	/* Nobody but us changes a directory, so the kernel may keep what it was told of it. */
@@ -183,7 +225,13 @@ static PyObject *prepare(PyObject *self, PyObject *args)
 static PyObject *capabilities(PyObject *self, PyObject *args)
 {
 	(void)self, (void)args;
-	return between ? PyLong_FromUnsignedLong(granted) : Py_NewRef(Py_None);
+	return PyLong_FromUnsignedLong(granted);
+}
+
+static PyObject *takes_part(PyObject *self, PyObject *args)
+{
+	(void)self, (void)args;
+	return PyBool_FromLong(between);
 }
 
 static PyObject *read_from(PyObject *self, PyObject *args)
@@ -214,7 +262,8 @@ static PyMethodDef methods[] = {
 	 "prepare(want, seek): ask for these FUSE_CAP_* in the sessions that follow; seek(fh, offset, whence)\n"
 	 "answers lseek(2) with SEEK_DATA and SEEK_HOLE: an offset, or an errno negated."},
 	{"capabilities", capabilities, METH_NOARGS,
-	 "capabilities(): the FUSE_CAP_* that the session has; None if pyfuse3's session was not made here."},
+	 "capabilities(): the FUSE_CAP_* that the session has; 0 before the kernel has said hello."},
+	{"takes_part", takes_part, METH_NOARGS, "takes_part(): whether pyfuse3's session was made here."},
 	{"read_from", read_from, METH_VARARGS,
 	 "read_from(fh, fd): serve reads of handle number fh from descriptor fd; -1: let pyfuse3 have them."},
 	{NULL, NULL, 0, NULL},

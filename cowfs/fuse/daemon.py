@@ -16,7 +16,7 @@ import pyfuse3
 import trio
 
 from cowfs.errors import MountFailure, SystemFailure
-from cowfs.fuse import control
+from cowfs.fuse import control, libfuse
 from cowfs.fuse.adapter import Adapter
 from cowfs.fuse.fakeroot import FakerootAdapter
 from cowfs.fuse.loop import RequestLoop
@@ -74,6 +74,9 @@ class Daemon:
             except RuntimeError:
                 raise _explain(said(), self._request.mountpoint) from None
         self._mounted = True
+        lacking = libfuse.lacks()
+        if lacking is not None:
+            log.warning("slower than it could be, without holes, and umasks always count: %s", lacking)
         self._loop.attach()
         if self._request.mountpoint.startswith("/dev/fd/"):
             return

@@ -9,7 +9,7 @@
   capabilities; FUSE_HANDLE_KILLPRIV and its V2): the union and the layers take it.
 - lseek(2) knows holes.
 
-Without the module everything else works.
+Without the module everything else works, slower; :func:`lacks` says why it takes no part.
 """
 
 from __future__ import annotations
@@ -25,19 +25,20 @@ _HANDLE_KILLPRIV = 1 << 20
 _CACHE_SYMLINKS = 1 << 23
 
 
-def _load() -> Any:
+def _load() -> tuple[Any, str]:
     # Global symbols, and before pyfuse3 is loaded: that is how its calls come through the module.
     flags = sys.getdlopenflags()
     sys.setdlopenflags(flags | os.RTLD_GLOBAL)
     try:
-        return import_module("cowfs.fuse._libfuse")
-    except ImportError:
-        return None
+        return import_module("cowfs.fuse._libfuse"), ""
+    except ImportError as error:
+        return None, str(error)
     finally:
         sys.setdlopenflags(flags)
 
 
-_module: Any = _load()
+_module: Any
+_module, _why = _load()
 
 DIRECTORY: int = 1 << 62
 """Handle numbers of directories have this bit."""
@@ -49,9 +50,18 @@ def prepare(seek: Callable[[int, int, int], int]) -> None:
         _module.prepare(_DONT_MASK | _HANDLE_KILLPRIV | _CACHE_SYMLINKS, seek)
 
 
+def lacks() -> str | None:
+    """Return why the session that pyfuse3 has made has nothing of this; None when it has all of it."""
+    if _module is None:
+        return _why
+    if not _module.takes_part():
+        return "pyfuse3 was loaded first, or calls libfuse by a name that cowfs does not know"
+    return None
+
+
 def leaves_umask() -> bool:
     """Whether the kernel leaves it to us to apply the umask."""
-    return _module is not None and bool((_module.capabilities() or 0) & _DONT_MASK)
+    return _module is not None and bool(_module.capabilities() & _DONT_MASK)
 
 
 def read_from(handle: int, descriptor: int) -> None:

@@ -330,8 +330,9 @@ def mount_id(fd: int) -> int:
 def who_locks(path: str | bytes | os.PathLike[str]) -> int | None:
     """Return the process that holds a flock(2) on *path*; None when nobody does that we can see.
 
-    /proc/locks names the process that took the lock. When that one is gone (a daemon's parent), the
-    one that has it open now is looked for, which only root can do for the processes of others.
+    /proc/locks names the process that took the lock. When that one is gone (a daemon's parent; then a PID
+    namespace shows no line at all), the one that has it open now is looked for, which only root can do for
+    the processes of others.
     """
     fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
     try:
@@ -351,7 +352,7 @@ def who_locks(path: str | bytes | os.PathLike[str]) -> int | None:
     for pid in pids:
         if pid > 0 and os.path.exists(f"/proc/{pid}"):
             return pid
-    return _who_has_locked(inode, device) if pids else None
+    return _who_has_locked(inode, device)
 
 
 def _device_of(fd: int) -> tuple[int, int]:

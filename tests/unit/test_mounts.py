@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from cowfs.linux import mounts
-from tests.support.mounts import eventually
+from tests.support.mounts import eventually, project_root
 from tests.support.system import needs_root, run
 
 HOLD = """
@@ -209,6 +209,31 @@ def test_who_locks_finds_the_child_when_the_one_who_locked_is_gone(tmp_path: Pat
         parent.wait()
         assert mounts.who_locks(path) == child
     assert mounts.wait_pid_gone(child, 10)
+
+
+@needs_root
+def test_who_locks_finds_that_child_in_a_container_too(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    path.touch()
+    script = """
+import fcntl, os, sys
+from cowfs.linux import mounts
+file = open(sys.argv[1])
+reading, writing = os.pipe()
+if os.fork() == 0:  # the parent, as far as the lock goes
+    fcntl.flock(file, fcntl.LOCK_EX)
+    if os.fork() == 0:
+        os.write(writing, b"%d" % os.getpid())
+        import signal
+        signal.pause()
+    os._exit(0)
+os.wait()
+file.close()
+child = int(os.read(reading, 100))
+print(mounts.who_locks(sys.argv[1]) == child)
+"""
+    inside = ("unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
+    assert run(*inside, sys.executable, "-c", script, path, cwd=project_root()).stdout == "True\n"
 
 
 def test_a_lock_of_our_own_is_ours(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from perf.bench import Workload, store, workloads
 from perf.box import Box, SampleFailed, WrongResult
 from perf.peers import needs, systems
 from perf.samples import Results, Sample
+from tests.support.mounts import eventually
 
 
 @pytest.fixture
@@ -329,8 +330,8 @@ def test_without_root_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest
 def test_the_memory_and_time_of_a_session_are_seen() -> None:
     child = subprocess.Popen(["sleep", "60"], start_new_session=True)
     try:
-        usage = machine.session_usage(child.pid)
-        assert usage is not None and usage.rss > 100_000
+        # A program that has just been started has no memory yet.
+        eventually(lambda: getattr(machine.session_usage(child.pid), "rss", 0) > 100_000, "it is seen")
     finally:
         child.kill()
         child.wait()

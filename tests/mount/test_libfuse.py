@@ -1,0 +1,152 @@
+"""What the C module beside pyfuse3 brings, each seen in effect on a mount: a silent fallback fails."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import stat
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.support.mounts import cowfs, force_umount, is_mounted, mount_arguments, project_root
+from tests.support.system import needs_fuse, run
+
+pytestmark = needs_fuse
+
+# Mount, with a note of each request that gets as far as Python.
+_NOTING = """
+import sys
+{first}
+from cowfs.cli.main import main
+from cowfs.fuse.adapter import Adapter
+
+def noting(name, handler):
+    def noted(self, *arguments):
+        with open(sys.argv[1], "a") as notes:
+            print(name, *(a for a in arguments if type(a) is bytes and len(a) < 100), file=notes)
+        return handler(self, *arguments)
+    return noted
+
+for name in ("getattr", "getxattr", "opendir", "read", "readdir", "readlink", "setattr", "write"):
+    setattr(Adapter, name, noting(name, getattr(Adapter, name)))
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+class Noted:
+    """A mount whose requests are counted."""
+
+    def __init__(self, path: Path, notes: Path, log: Path) -> None:
+        self.path = path
+        self.log = log
+        self._notes = notes
+
+    def requests(self, kind: str, name: bytes = b"") -> int:
+        """How many requests of this kind came since :meth:`forget`, or of them those with this name."""
+        lines = [line.partition(" ") for line in self._notes.read_text().splitlines()]
+        return sum(line[0] == kind and (not name or line[2] == repr(name)) for line in lines)
+
+    def forget(self) -> None:
+        """Count from here."""
+        self._notes.write_text("")
+
+
+@contextmanager
+def _mounted(tmp_path: Path, first: str = "") -> Iterator[Noted]:
+    lower, store, path = tmp_path / "lower", tmp_path / "store", tmp_path / "mnt"
+    lower.mkdir()
+    (lower / "file").write_bytes(b"below\n" * 1000)
+    (lower / "link").symlink_to("file")
+    for number in range(100):
+        (lower / f"d/{number}").mkdir(parents=True)
+    path.mkdir()
+    (tmp_path / "notes").touch()
+    log, notes = tmp_path / "log", tmp_path / "notes"
+    run(
+        sys.executable, "-c", _NOTING.format(first=first), notes,
+        *mount_arguments(lower, path, store, options=[f"log={log}"]),
+        cwd=project_root(),
+    )  # fmt: skip
+    try:
+        yield Noted(path, notes, log)
+    finally:
+        cowfs("umount", path)
+        if is_mounted(path):
+            force_umount(path)
+
+
+@pytest.fixture
+def mount(tmp_path: Path) -> Iterator[Noted]:
+    with _mounted(tmp_path) as noted:
+        yield noted
+
+
+def test_a_directory_that_was_listed_is_not_read_again(mount: Noted) -> None:
+    assert len(os.listdir(mount.path / "d")) == 100
+    assert mount.requests("readdir")
+    mount.forget()
+    assert len(os.listdir(mount.path / "d")) == 100
+    assert mount.requests("opendir") and not mount.requests("readdir")
+
+
+def test_reads_do_not_pass_through_python(mount: Noted) -> None:
+    (mount.path / "new").write_bytes(b"above\n" * 1000)
+    for name, line in (("file", b"below\n"), ("new", b"above\n")):
+        with (mount.path / name).open("rb", buffering=0) as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            assert file.read() == line * 1000
+    assert mount.requests("write") and not mount.requests("read")
+
+
+def test_the_target_of_a_link_is_asked_for_once(mount: Noted) -> None:
+    for _ in range(3):
+        assert os.readlink(mount.path / "link") == "file"
+    assert mount.requests("readlink") == 1
+
+
+def test_where_there_is_a_default_acl_the_umask_does_not_count(mount: Noted) -> None:
+    made = mount.path / "d/made"
+    run("setfacl", "-d", "-m", "u::rwx,g::rwx,o::r", mount.path / "d")
+    run("sh", "-c", 'umask 077; echo made >"$0"; echo made >"$1"', made, mount.path / "other")
+    assert made.stat().st_mode & 0o777 == 0o664
+    assert (mount.path / "other").stat().st_mode & 0o777 == 0o600
+
+
+def test_writing_does_not_ask_for_capabilities_each_time(mount: Noted) -> None:
+    with (mount.path / "file").open("r+b", buffering=0) as file:
+        for _ in range(20):
+            file.write(b"x")
+    assert mount.requests("write") == 20
+    assert mount.requests("getxattr", b"security.capability") <= 1
+
+
+def test_a_change_of_owner_takes_one_request(mount: Noted) -> None:
+    (mount.path / "file").chmod(0o4755)
+    mount.forget()
+    os.chown(mount.path / "file", os.getuid(), os.getgid())
+    assert mount.requests("setattr") and not mount.requests("getattr")
+    assert stat.S_IMODE((mount.path / "file").stat().st_mode) == 0o755
+
+
+def test_holes_are_found(mount: Noted) -> None:
+    with (mount.path / "sparse").open("wb", buffering=0) as file:
+        file.truncate(2 << 20)
+        os.pwrite(file.fileno(), b"data", 1 << 20)
+        os.fsync(file.fileno())
+        assert os.lseek(file.fileno(), 0, os.SEEK_DATA) == 1 << 20
+        assert os.lseek(file.fileno(), 1 << 20, os.SEEK_HOLE) < 2 << 20
+        with pytest.raises(OSError) as caught:
+            os.lseek(file.fileno(), (1 << 20) + (1 << 18), os.SEEK_DATA)
+        assert caught.value.errno == errno.ENXIO
+
+
+def test_that_it_takes_no_part_is_said(tmp_path: Path) -> None:
+    with _mounted(tmp_path, first="import pyfuse3") as mount:
+        assert (mount.path / "file").read_bytes() == b"below\n" * 1000
+        assert mount.requests("read")
+    assert re.search("WARNING .*pyfuse3 was loaded first", mount.log.read_text())
