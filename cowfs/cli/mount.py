@@ -77,6 +77,11 @@ def run(args: argparse.Namespace) -> int:
     )
     if len(union.offsets) > len(lowers):
         raise UsageError(f"offset= names {len(union.offsets)} offsets, and there is one lower for each")
+    if union.fakeroot and "allow_other" in given.flags:
+        raise UsageError(
+            "fakeroot checks no permissions: with allow_other every user would be root inside",
+            "leave one of them out",
+        )
     if union.fakeroot and os.geteuid() == 0:
         raise UsageError(
             "fakeroot is for users: root is denied nothing as it is, and lets others in",
