@@ -54,7 +54,11 @@ def open_image(path: str, want: Wanted) -> Store:
             _refuse_untouched(fd, path, want)
         mount = _mount if kernel else _read_ourselves
         layer = mount(fd, path, superblock, want, stack)
-        return _open_layer(path, layer, superblock, want, stack)
+        try:
+            return _open_layer(path, layer, superblock, want, stack)
+        except OSError as error:
+            hint = f"cowfs grow {path} SIZE makes it larger" if error.errno == errno.ENOSPC else ""
+            raise StoreError(f"{path}: the store in it cannot be opened: {error.strerror}", hint) from None
 
 
 def open_file(path: str, *, read_only: bool = False) -> int:
@@ -100,6 +104,8 @@ def _mount(fd: int, path: str, superblock: Superblock, want: Wanted, stack: Exit
         hint = f"dmesg and cowfs check -n {path} tell more"
         if error.errno == errno.ENODEV:
             hint = "the kernel has no ext3: modprobe ext4"
+        elif superblock.block_size > os.sysconf("SC_PAGE_SIZE"):
+            hint = f"it may be unable to have blocks of {superblock.block_size >> 10} KB: --engine process"
         raise StoreError(f"{path}: the kernel cannot mount it: {error.strerror}", hint) from None
     finally:
         os.close(loop)

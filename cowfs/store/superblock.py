@@ -19,6 +19,7 @@ from cowfs.store.sniff import what_is
 _COUNTS = struct.Struct("<7I")
 _STATE = struct.Struct("<H")  # at 58
 _UUID = struct.Struct("16s")  # at 104
+_REVISION = struct.Struct("<I")  # at 76
 _INODE_SIZE = struct.Struct("<H")  # at 88
 _JOURNAL_INODE = struct.Struct("<I")  # at 224
 _INODE_TABLE = struct.Struct("<I")  # at 8 of a group descriptor
@@ -69,10 +70,11 @@ def read_superblock(fd: int, path: str, *, smallest: int = SMALLEST) -> Superblo
     found = features.read(data)
     if found is None:
         raise StoreError(f"{path}: not a store but {what_is(fd)}", "cowfs create makes a store")
+    if why := features.obstacle(data, path):
+        raise StoreError(f"{path}: {why[0]}", why[1])
     inodes, blocks, _, free_blocks, free_inodes, _, log_size = _COUNTS.unpack_from(data)
     (state,) = _STATE.unpack_from(data, 58)
     (identity,) = _UUID.unpack_from(data, 104)
-    _check_features(path, found)
     if log_size > 6 or blocks == 0 or inodes == 0 or free_blocks > blocks or free_inodes > inodes:
         hint = f"make a copy of the file, then try on that: e2fsck -f {path}"
         raise StoreError(f"{path}: the ext3 superblock is damaged", hint)
@@ -104,7 +106,8 @@ def _journal_is_in_use(fd: int, superblock: bytes) -> bool:
     """Whether the journal has a log to be replayed. False for one that cannot be found."""
     _, _, _, _, _, first, log_size = _COUNTS.unpack_from(superblock)
     (journal,) = _JOURNAL_INODE.unpack_from(superblock, 224)
-    (size,) = _INODE_SIZE.unpack_from(superblock, 88)
+    (revision,) = _REVISION.unpack_from(superblock, 76)
+    (size,) = _INODE_SIZE.unpack_from(superblock, 88) if revision else (128,)
     block_size = 1024 << log_size
     try:
         (table,) = _INODE_TABLE.unpack(os.pread(fd, 4, (first + 1) * block_size + 8))
@@ -123,19 +126,3 @@ def flag_recovery(fd: int) -> None:
     if found and not found.incompatible & features.NEEDS_RECOVERY and _journal_is_in_use(fd, data):
         words = struct.pack("<I", found.incompatible | features.NEEDS_RECOVERY)
         os.pwrite(fd, words, features.SUPERBLOCK + 96)
-
-
-def _check_features(path: str, found: features.Features) -> None:
-    if found.incompatible & features.JOURNAL_DEVICE:
-        raise StoreError(f"{path}: an external ext3 journal, not a store")
-    names = features.foreign(found, features.EXT3)
-    if names:
-        raise StoreError(
-            f"{path}: an ext4 filesystem ({', '.join(names)}), but a store is a mere ext3",
-            "cowfs create makes a store",
-        )
-    if not found.compatible & features.HAS_JOURNAL:
-        raise StoreError(
-            f"{path}: an ext2 filesystem: it has no journal and would not survive a crash",
-            f"make a copy of the file, then: tune2fs -j {path}",
-        )

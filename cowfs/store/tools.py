@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from cowfs.errors import StoreError, SystemFailure
+from cowfs.formats.ext3 import features
 from cowfs.store.signals import deferred
 from cowfs.store.superblock import flag_recovery
 
@@ -129,6 +130,12 @@ def _label(fd: int) -> str:
     return "".join("_" if character.isspace() or character == ":" else character for character in label)
 
 
+def _is_left_wrong(fd: int) -> bool:
+    """Whether resize2fs (of 1.47) may leave blocks marked as free that are not: copies of the descriptors."""
+    found = features.read(os.pread(fd, features.SUPERBLOCK_SIZE, features.SUPERBLOCK))
+    return found is not None and bool(found.compatible & features.SPARSE_SUPER2)
+
+
 def resize(fd: int, path: str, *options: str, show: bool = False, hint: str = "") -> None:
     """Run ``resize2fs OPTIONS`` on the image behind *fd*, which is to fill its file; *show* lets the user
     see what it says. Blocks. Raises StoreError with that *hint*; *path* is for messages.
@@ -144,15 +151,17 @@ def resize(fd: int, path: str, *options: str, show: bool = False, hint: str = ""
     if done.returncode:
         why = last_line(done.stderr if show else done.stdout).replace(place(fd), path)
         raise StoreError(f"{path}: resize2fs failed: {why}", hint)
+    if _is_left_wrong(fd):
+        recover(fd, path, quiet, "-f")
 
 
-def recover(fd: int, path: str, progress: Progress) -> None:
+def recover(fd: int, path: str, progress: Progress, *options: str) -> None:
     """Repair an image as far as that is safe without questions (``e2fsck -p``). Blocks.
 
     Raises StoreError where it is not; e2fsck may have replayed the journal by then, nothing more.
     """
     with deferred():
-        code, said = fsck(fd, path, "-p")
+        code, said = fsck(fd, path, "-p", *options)
     if code & ~(FSCK_CORRECTED | 2):
         raise StoreError(
             f"{path}: the store is damaged and cannot be repaired automatically: {reason(said)}",

@@ -74,8 +74,10 @@ class Image:
         self.block_size: int = 1024 << word(data, 1024 + 24)[0]
         (self.blocks_per_group,) = word(data, 1024 + 32)
         (self.inodes_per_group,) = word(data, 1024 + 40)
-        self.inode_size: int = struct.unpack_from("<H", data, 1024 + 88)[0]
-        (self.incompat,) = word(data, 1024 + 96)
+        (self.revision,) = word(data, 1024 + 76)
+        self.inode_size: int = struct.unpack_from("<H", data, 1024 + 88)[0] if self.revision else 128
+        self.compat, self.incompat, self.read_only_compat = struct.unpack_from("<III", data, 1024 + 92)
+        (self.first_meta_group,) = word(data, 1024 + 260)
         (self.last_orphan,) = word(data, 1024 + 232)
         self.groups = -(-(self.blocks - self.first_block) // self.blocks_per_group)
         self._pointers = struct.Struct(f"<{self.block_size // 4}I")
@@ -84,8 +86,44 @@ class Image:
 
     def group(self, number: int) -> tuple[int, int, int]:
         """The blocks of a group's block bitmap, inode bitmap and inode table."""
-        at = (self.first_block + 1) * self.block_size + 32 * number
+        per_block = self.block_size // 32
+        index = number // per_block
+        at = self.first_block + 1 + index
+        if self.incompat & 0x10 and index >= self.first_meta_group:  # meta_bg: where the groups begin
+            first = index * per_block
+            at = self.first_block + first * self.blocks_per_group + self.has_super(first)
+        at = at * self.block_size + number % per_block * 32
         return struct.unpack_from("<III", self.data, at)  # type: ignore[return-value]
+
+    def has_super(self, group: int) -> bool:
+        """Has a group a copy of the superblock?"""
+        if group == 0 or (group == 1 and not self.compat & 0x200):
+            return True
+        if self.compat & 0x200:  # sparse_super2
+            return group in struct.unpack_from("<II", self.data, 1024 + 0x24C)
+        powers = {base**exponent for base in (3, 5, 7) for exponent in range(1, 20)}
+        return not self.read_only_compat & 1 or group in powers
+
+    def unset_features(self) -> list[str]:
+        """The features that are made use of, though the superblock does not have them."""
+        used = set()
+        for ino in self.used_inodes():
+            inode = self.inode(ino)
+            if ino < 11 and ino != ROOT:
+                continue
+            if self._xattrs(inode):
+                used.add("ext_attr")
+            if stat.S_ISREG(inode.mode) and inode.size >= 1 << 31:
+                used.add("large_file")
+            if inode.flags & 0x1000:
+                used.add("dir_index")
+            if stat.S_ISDIR(inode.mode) and any(self.types(inode)):
+                used.add("filetype")
+        has = {
+            "ext_attr": self.compat & 8, "dir_index": self.compat & 0x20, "filetype": self.incompat & 2,
+            "large_file": self.read_only_compat & 2,
+        }  # fmt: skip
+        return sorted(name for name in used if not has[name] or not self.revision)
 
     def place(self, ino: int) -> int:
         """Where inode *ino* is, in bytes."""
@@ -204,16 +242,25 @@ class Image:
     def names(self, inode: Inode) -> dict[bytes, int]:
         """The names in a directory, without ``.`` and ``..``. The index of a hashed one is skipped."""
         found: dict[bytes, int] = {}
+        for ino, _, name in self._entries_of(inode):
+            if ino and name not in (b".", b".."):
+                assert name not in found, f"{name!r} twice in directory {inode.number}"
+                found[name] = ino
+        return found
+
+    def types(self, inode: Inode) -> list[int]:
+        """What the entries of a directory say of the types of inodes."""
+        return [kind for ino, kind, _ in self._entries_of(inode) if ino]
+
+    def _entries_of(self, inode: Inode) -> Iterator[tuple[int, int, bytes]]:
         for _, number in self.mapping(inode):
             block, at = self.block(number), 0
             while at < self.block_size:
-                ino, length, size = struct.unpack_from("<IHB", block, at)
-                name = block[at + 8 : at + 8 + size]
-                if ino and name not in (b".", b".."):
-                    assert name not in found, f"{name!r} twice in directory {inode.number}"
-                    found[name] = ino
+                ino, length, size, kind = struct.unpack_from("<IHBB", block, at)
+                yield ino, kind, block[at + 8 : at + 8 + size]
+                if self.block_size == 65536:  # 16 bits are too few
+                    length = 65536 if length in (0, 65535) else length & ~3 | (length & 3) << 16
                 at += length
-        return found
 
     @staticmethod
     def _device(inode: Inode) -> tuple[int, int]:

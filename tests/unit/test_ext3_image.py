@@ -53,7 +53,7 @@ def image(path: Path) -> Iterator[Image]:
     [
         (["-t", "ext4"], "extents"),
         (["-t", "ext4"], "metadata_csum"),
-        (["-t", "ext3", "-O", "^resize_inode,meta_bg"], "meta_bg"),
+        (["-t", "ext3", "-O", "huge_file,dir_nlink"], r"huge_file, dir_nlink"),
         (["-t", "ext2"], "no journal"),
     ],
 )

@@ -41,14 +41,6 @@ static uint32_t group_blocks(const x3_image *img, uint32_t group)
 	return min(img->blocks_per_group, img->blocks - group_start(img, group));
 }
 
-static struct ext2_super_block *super_change(x3_image *img)
-{
-	uint32_t offset = (char *)img->sb - img->sb_block->data;
-
-	block_change(img, img->sb_block, offset + offsetof(struct ext2_super_block, s_free_blocks_count), 8);
-	return img->sb;
-}
-
 static bool overlaps(uint32_t a, uint32_t a_count, uint32_t b, uint32_t b_count)
 {
 	return a < b + b_count && b < a + a_count;
@@ -131,15 +123,13 @@ static void mark_blocks(x3_image *img, uint32_t group, uint32_t from, uint32_t c
 {
 	struct block *bitmap = block_get(img, group_get(img, group)->bg_block_bitmap);
 	uint32_t byte = from / 8, bytes = (from + count - 1) / 8 - byte + 1;
-	struct ext2_super_block *sb;
 
 	if (!used && bit_find(bitmap->data, NULL, from, from + count, false) < from + count)
 		fail(img, EUCLEAN, "blocks near %u are freed, and were free", group_start(img, group) + from);
 	block_change(img, bitmap, byte, bytes);
 	bits_set(bitmap->data, from, count, used);
 	group_change(img, group)->bg_free_blocks_count += used ? -count : count;
-	sb = super_change(img);
-	sb->s_free_blocks_count += used ? -count : count;
+	super_count(img, used ? -count : count, 0);
 }
 
 /* Find up to *want* free blocks in a row in one group, between two bits. Return how many. */
@@ -328,7 +318,7 @@ static void mark_inode(x3_image *img, uint32_t ino, bool is_dir, bool used)
 	gd->bg_free_inodes_count += used ? -1 : 1;
 	if (is_dir)
 		gd->bg_used_dirs_count += used ? 1 : -1;
-	super_change(img)->s_free_inodes_count += used ? -1 : 1;
+	super_count(img, 0, used ? -1 : 1);
 }
 
 /* Allocate an inode number, near its directory. ENOSPC. */

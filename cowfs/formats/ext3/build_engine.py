@@ -8,7 +8,20 @@ from pathlib import Path
 from cffi import FFI
 
 HERE = Path("cowfs/formats/ext3")  # from the root of the project: setuptools wants sources named so
-SOURCES = ["cache", "journal", "alloc", "inode", "data", "dir", "htree", "xattr", "room", "open", "engine"]
+SOURCES = [
+    "cache",
+    "journal",
+    "alloc",
+    "inode",
+    "data",
+    "dir",
+    "htree",
+    "xattr",
+    "room",
+    "super",
+    "open",
+    "engine",
+]
 
 
 def builder(here: Path = HERE, flags: tuple[str, ...] = ()) -> FFI:

@@ -13,9 +13,9 @@
 
 #include "internal.h"
 
-static const char zero[65536];
+const char zero[BLOCK_MAX];
 
-#define WRITE_MAX 1024u   /* blocks that one operation writes at most */
+#define WRITE_MAX (4u << 20) /* bytes that one operation writes at most */
 #define CHANGES_MAX 400u /* of metadata, after which an operation writes or frees no more */
 
 /* A row of block pointers: from one on to the end of the array it is in. */
@@ -36,14 +36,24 @@ static struct slots inode_slots(const struct inode *in, uint32_t i)
 	return (struct slots){ in->block, in->offset + offsetof(struct ext2_inode_large, i_block[0]) + 4 * i, 12 - i };
 }
 
-/* The largest file, as fs/ext3/super.c has it: by the pointers, and by i_blocks, which counts 512 bytes. */
+/*
+ * The largest file, as fs/ext4/super.c has it (ext4_max_bitmap_size): by the pointers, and by i_blocks, which
+ * counts its blocks, those of pointers too, in units of 512 bytes.
+ */
 uint64_t data_size_max(uint32_t bits)
 {
-	uint64_t per = 1ull << (bits - 2), mapped = 12 + per + per * per + per * per * per;
-	uint64_t meta = 1 + 1 + per + 1 + per + per * per;
-	uint64_t by_count = (((1ull << 32) - 1) >> (bits - 9)) - meta;
+	uint64_t per = 1ull << (bits - 2), all = 12 + per + per * per + per * per * per;
+	uint64_t most = ((1ull << 32) - 1) >> (bits - 9), left = most - 12 - per, meta = 1;
 
-	return min(mapped, by_count) << bits;
+	if (all + 3 + 2 * per + per * per <= most)
+		return all << bits;
+	if (left < per * per) {
+		meta += 1 + (left + per - 1) / per;
+	} else {
+		left -= per * per;
+		meta += 1 + per + 1 + (left + per - 1) / per + (left + per * per - 1) / (per * per);
+	}
+	return (most - meta) << bits;
 }
 
 /* An indirect block. */
@@ -380,7 +390,7 @@ uint64_t data_write(x3_image *img, uint32_t ino, const char *buf, uint64_t len, 
 	if (off >= img->size_max)
 		fail(img, EFBIG, "too large a file");
 	len = min(len, img->size_max - off);
-	len = min(len, ((uint64_t)WRITE_MAX << img->bits) - (off & (img->bs - 1)));
+	len = min(len, WRITE_MAX - (off & (img->bs - 1)));
 	if (off > inode_size_of(&in))
 		zero_tail(img, &in, inode_size_of(&in), off);
 	while (done < len && !(done && img->undo.n > CHANGES_MAX)) {

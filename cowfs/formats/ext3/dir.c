@@ -55,14 +55,29 @@ struct block *dir_block(x3_image *img, const struct inode *dir, uint64_t at)
 	return block_get(img, nr);
 }
 
+/* How long an entry is on disk, where 16 bits are too few for blocks of 64 KiB (ext4_rec_len_from_disk). */
+uint32_t entry_length(const x3_image *img, const entry *e)
+{
+	if (img->bs < 65536)
+		return e->rec_len;
+	if (e->rec_len == 65535 || e->rec_len == 0)
+		return 65536;
+	return (e->rec_len & ~3u) | (e->rec_len & 3u) << 16;
+}
+
+void entry_set_length(const x3_image *img, entry *e, uint32_t length)
+{
+	e->rec_len = length == 65536 && img->bs == 65536 ? 65535 : length;
+}
+
 /* The entry at *offset*, if it is a sound one. */
 entry *dir_entry(x3_image *img, struct block *b, uint32_t offset)
 {
 	entry *e = (entry *)(b->data + offset);
+	uint32_t length = offset + 12 <= img->bs ? entry_length(img, e) : 0;
 
-	if (offset % 4 || offset + 12 > img->bs || e->rec_len < 12 || e->rec_len % 4 ||
-	    offset + e->rec_len > img->bs || RECORD(e->name_len) > e->rec_len || e->inode > img->inodes ||
-	    (e->inode && !e->name_len))
+	if (offset % 4 || length < 12 || length % 4 || offset + length > img->bs || RECORD(e->name_len) > length ||
+	    e->inode > img->inodes || (e->inode && !e->name_len))
 		fail(img, EUCLEAN, "directory block %u is damaged at offset %u", b->nr, offset);
 	return e;
 }
@@ -80,19 +95,19 @@ int64_t dir_put(x3_image *img, struct block *b, const char *name, uint32_t len, 
 {
 	for (uint32_t offset = 0; offset < img->bs;) {
 		entry *e = dir_entry(img, b, offset);
-		uint32_t used = e->inode ? RECORD(e->name_len) : 0, room = e->rec_len;
+		uint32_t used = e->inode ? RECORD(e->name_len) : 0, room = entry_length(img, e);
 		if (room < used + RECORD(len)) {
 			offset += room;
 			continue;
 		}
 		block_change(img, b, offset, used + RECORD(len));
 		if (used) {
-			e->rec_len = used;
+			entry_set_length(img, e, used);
 			offset += used;
 			e = (entry *)(b->data + offset);
 		}
 		e->inode = ino;
-		e->rec_len = room - used;
+		entry_set_length(img, e, room - used);
 		e->name_len = len;
 		e->file_type = type;
 		memcpy(e->name, name, len);
@@ -110,7 +125,7 @@ struct block *dir_append(x3_image *img, struct inode *dir, uint32_t *at)
 	if ((uint64_t)dir->raw->i_size + img->bs > INT32_MAX)
 		fail(img, ENOSPC, "too large a directory");
 	b = data_append_meta(img, dir, *at);
-	((entry *)b->data)->rec_len = img->bs;
+	entry_set_length(img, (entry *)b->data, img->bs);
 	inode_set_size(img, dir, (uint64_t)dir->raw->i_size + img->bs);
 	return b;
 }
@@ -176,7 +191,7 @@ static bool find_in(x3_image *img, const struct inode *dir, uint32_t at, const c
 			*where = (struct x3_place){ at, offset };
 			return true;
 		}
-		offset += e->rec_len;
+		offset += entry_length(img, e);
 	}
 	return false;
 }
@@ -207,16 +222,17 @@ void dir_remove(x3_image *img, uint32_t ino, struct x3_place where)
 {
 	struct inode dir = change_dir(img, ino);
 	struct block *b = dir_block(img, &dir, where.block);
-	uint32_t previous = 0;
+	uint32_t previous = 0, next;
+	entry *e;
 
 	if (where.offset == 0) {
 		*(uint32_t *)block_change(img, b, 0, 4) = 0;
 		return;
 	}
-	while (previous + dir_entry(img, b, previous)->rec_len < where.offset)
-		previous += dir_entry(img, b, previous)->rec_len;
-	block_change(img, b, previous, 8);
-	dir_entry(img, b, previous)->rec_len += dir_entry(img, b, where.offset)->rec_len;
+	while ((next = previous + entry_length(img, dir_entry(img, b, previous))) < where.offset)
+		previous = next;
+	e = block_change(img, b, previous, 8);
+	entry_set_length(img, e, next - previous + entry_length(img, dir_entry(img, b, where.offset)));
 }
 
 /* Let the name at *where* be that of another inode. */
@@ -241,7 +257,7 @@ bool dir_is_empty(x3_image *img, uint32_t ino)
 			entry *e = dir_entry(img, b, offset);
 			if (e->inode && !is_dots(e))
 				return false;
-			offset += e->rec_len;
+			offset += entry_length(img, e);
 		}
 	}
 	return true;
@@ -252,7 +268,7 @@ entry *dir_parent(x3_image *img, uint32_t ino, struct block **block)
 {
 	struct inode dir = get_dir(img, ino);
 	struct block *b = dir_block(img, &dir, 0);
-	uint32_t first = dir_entry(img, b, 0)->rec_len;
+	uint32_t first = entry_length(img, dir_entry(img, b, 0));
 	entry *e = first < img->bs ? dir_entry(img, b, first) : NULL;
 
 	if (!e || !e->inode || e->name_len != 2 || !is_dots(e))
@@ -302,7 +318,7 @@ int64_t dir_list(x3_image *img, uint32_t ino, uint64_t *cursor, char *buf, uint6
 				memcpy(p + 12, e->name, e->name_len);
 				p += 12 + e->name_len;
 			}
-			offset += e->rec_len;
+			offset += entry_length(img, e);
 		}
 	}
 	*cursor = at;

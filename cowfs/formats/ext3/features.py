@@ -15,8 +15,10 @@ SUPERBLOCK, SUPERBLOCK_SIZE = 1024, 1024
 MAGIC = 0xEF53
 _MAGIC = struct.Struct("<H")  # at 56
 _FEATURES = struct.Struct("<III")  # at 92
+_REVISION = struct.Struct("<I")  # at 76
+_JOURNAL_INODE = struct.Struct("<I")  # at 224
 
-HAS_JOURNAL = 0x4
+HAS_JOURNAL, SPARSE_SUPER2 = 0x4, 0x200
 """Of the compatible ones."""
 NEEDS_RECOVERY, JOURNAL_DEVICE = 0x4, 0x8
 """Of the incompatible ones."""
@@ -33,14 +35,14 @@ class Features(NamedTuple):
     """What one must know to write."""
 
 
-EXT3 = Features(0x3F, 0x2 | 0x4 | 0x10, 0x1 | 0x2 | 0x4)
-"""What the kernel's fs/ext4 accepts under the name ext3 (EXT3_FEATURE_*_SUPP)."""
-ENGINE = Features(0x3D, 0x2 | 0x4, 0x1 | 0x2)
-"""What our own engine reads and writes: all that mke2fs ever gave an ext3."""
+EXT3 = Features(0x23F, 0x2 | 0x4 | 0x10, 0x1 | 0x2 | 0x4)
+"""What we know: all that the kernel's fs/ext4 accepts under the name ext3 (EXT3_FEATURE_*_SUPP), and
+sparse_super2, which it does not mind."""
 
 _COMPATIBLE = {
-    0x2: "imagic_inodes",
-    0x200: "sparse_super2",
+    0x40: "lazy_bg",
+    0x80: "exclude_inode",
+    0x100: "exclude_bitmap",
     0x400: "fast_commit",
     0x800: "stable_inodes",
     0x1000: "orphan_file",
@@ -48,7 +50,6 @@ _COMPATIBLE = {
 _INCOMPATIBLE = {
     0x1: "compression",
     0x8: "journal_dev",
-    0x10: "meta_bg",
     0x40: "extents",
     0x80: "64bit",
     0x100: "mmp",
@@ -62,7 +63,6 @@ _INCOMPATIBLE = {
     0x20000: "casefold",
 }
 _READ_ONLY = {
-    0x4: "btree_dir",
     0x8: "huge_file",
     0x10: "uninit_bg",
     0x20: "dir_nlink",
@@ -86,19 +86,48 @@ def read(superblock: bytes) -> Features | None:
     return Features(*_FEATURES.unpack_from(superblock, 92))
 
 
-def foreign(found: Features, known: Features) -> list[str]:
-    """Return the names of the features that are not among the *known*.
-
-    A compatible one without a name is left out: it hurts nobody.
-    """
+def foreign(found: Features) -> list[str]:
+    """Return the names of the features that are not among those of EXT3."""
     names = []
-    for bits, ours, named in zip(found, known, (_COMPATIBLE, _INCOMPATIBLE, _READ_ONLY), strict=True):
+    for bits, ours, named in zip(found, EXT3, (_COMPATIBLE, _INCOMPATIBLE, _READ_ONLY), strict=True):
         left = bits & ~ours
         names += [name for bit, name in named.items() if left & bit]
         unnamed = left & ~sum(named)
-        if unnamed and named is not _COMPATIBLE:
+        if unnamed:
             names.append(f"unknown feature {unnamed:#x}")
     return names
+
+
+def obstacle(superblock: bytes, name: str) -> tuple[str, str] | None:
+    """Return why we do not serve the filesystem with this superblock, and what to do; None if we do.
+
+    *name* is what its image is called in what to do.
+    """
+    found = read(superblock)
+    if found is None:
+        return "no ext3 filesystem", ""
+    if found.incompatible & JOURNAL_DEVICE:
+        return "an external ext3 journal, not a filesystem", ""
+    if names := foreign(found):
+        return (
+            f"an ext4 filesystem ({', '.join(names)}), but a store is a mere ext3",
+            "cowfs create makes a store",
+        )
+    (revision,) = _REVISION.unpack_from(superblock, 76)
+    if revision > 1:
+        return f"an ext filesystem of the unknown revision {revision}", ""
+    if not found.compatible & HAS_JOURNAL:
+        return (
+            "an ext2 filesystem: it has no journal and would not survive a crash",
+            f"make a copy of the file, then: tune2fs -j {name}",
+        )
+    if not _JOURNAL_INODE.unpack_from(superblock, 224)[0]:
+        return (
+            "its journal is on another device, but a store is one file",
+            f"unmount it where that is; make a copy of the file, then: tune2fs -O ^has_journal {name} and"
+            f" tune2fs -j {name}",
+        )
+    return None
 
 
 def check(fd: int, name: str) -> None:
@@ -106,12 +135,6 @@ def check(fd: int, name: str) -> None:
 
     EINVAL: no ext filesystem at all; EOPNOTSUPP: not a mere ext3, with the names of what it has.
     """
-    found = read(os.pread(fd, SUPERBLOCK_SIZE, SUPERBLOCK))
-    if found is None:
-        raise OSError(errno.EINVAL, "no ext3 filesystem", name)
-    if names := foreign(found, ENGINE):
-        raise OSError(
-            errno.EOPNOTSUPP, f"has features that the engine does not know: {', '.join(names)}", name
-        )
-    if not found.compatible & HAS_JOURNAL:
-        raise OSError(errno.EOPNOTSUPP, "has no journal (ext2), so it would not survive a crash", name)
+    superblock = os.pread(fd, SUPERBLOCK_SIZE, SUPERBLOCK)
+    if why := obstacle(superblock, name):
+        raise OSError(errno.EOPNOTSUPP if read(superblock) else errno.EINVAL, why[0], name)

@@ -15,6 +15,7 @@
 #include "internal.h"
 
 #define BLOCK_MASK 0x00ffffffu
+#define HASH_END 0xfffffffeu
 #define ROOT_INFO 24 /* where the root's struct ext2_dx_root_info is */
 
 /* One index block on the way down. */
@@ -58,7 +59,8 @@ static uint32_t hash_name(x3_image *img, uint8_t version, const char *name, uint
 		version += EXT2_HASH_LEGACY_UNSIGNED;
 	if (ext2fs_dirhash(version, name, len, img->sb->s_hash_seed, &hash, &minor))
 		fail(img, EUCLEAN, "an unknown hash");
-	return hash & ~1u;
+	hash &= ~1u;
+	return hash == HASH_END ? HASH_END - 2 : hash; /* as ext4fs_dirhash() has it */
 }
 
 /* Whether the directory has an index that we understand. */
@@ -71,7 +73,7 @@ bool htree_usable(x3_image *img, const struct inode *dir)
 		return false;
 	root = dir_block(img, dir, 0);
 	info = root_info(root);
-	return dir_entry(img, root, 0)->rec_len == 12 && dir_entry(img, root, 12)->rec_len == img->bs - 12 &&
+	return dir_entry(img, root, 0)->rec_len == 12 && entry_length(img, dir_entry(img, root, 12)) == img->bs - 12 &&
 	       info->reserved_zero == 0 && info->hash_version <= EXT2_HASH_TEA && info->info_length == 8 &&
 	       info->indirect_levels <= 1 && !(info->unused_flags & EXT2_HASH_FLAG_INCOMPAT);
 }
@@ -176,30 +178,26 @@ static int by_hash(const void *a, const void *b)
 /* Fill a directory block, which is being changed, with some of the names of another (a copy of) block. */
 static void refill(x3_image *img, char *data, const char *from, const struct name *names, uint32_t n)
 {
-	entry *e = NULL;
-	uint32_t at = 0;
+	entry *e = (entry *)data;
+	uint32_t at = 0, size = 0;
 
+	memset(e, 0, 8); /* if there are none */
 	for (uint32_t i = 0; i < n; i++) {
 		e = (entry *)(data + at);
-		memcpy(e, from + names[i].offset, names[i].size);
-		e->rec_len = names[i].size;
-		at += names[i].size;
+		size = names[i].size;
+		memcpy(e, from + names[i].offset, size);
+		entry_set_length(img, e, size);
+		at += size;
 	}
-	if (!e) { /* none at all */
-		e = (entry *)data;
-		e->inode = 0;
-		e->name_len = 0;
-		e->rec_len = 0;
-	}
-	e->rec_len += img->bs - at;
+	entry_set_length(img, e, size + img->bs - at);
 }
 
 /* Move the upper half of a leaf's names into a new leaf, and return the one that *hash* belongs to. */
 static struct block *split_leaf(x3_image *img, struct inode *dir, struct level *low, struct block *leaf,
 				uint8_t version, uint32_t hash, uint32_t *at)
 {
-	struct name names[4096 / 12];
-	char copy[4096];
+	struct name names[BLOCK_MAX / 12];
+	char copy[BLOCK_MAX];
 	uint32_t n = 0, split, moved = 0, new_at;
 	struct block *new_leaf;
 	bool same;
@@ -209,7 +207,7 @@ static struct block *split_leaf(x3_image *img, struct inode *dir, struct level *
 		if (e->inode)
 			names[n++] = (struct name){ hash_name(img, version, e->name, e->name_len), offset,
 						    RECORD(e->name_len) };
-		offset += e->rec_len;
+		offset += entry_length(img, e);
 	}
 	if (n < 2)
 		fail(img, EUCLEAN, "directory block %u makes no sense", leaf->nr);
@@ -282,23 +280,23 @@ bool htree_make(x3_image *img, struct inode *dir)
 {
 	struct block *root = dir_block(img, dir, 0), *leaf;
 	entry *dot = dir_entry(img, root, 0), *dotdot = dir_parent(img, dir->ino, NULL);
-	struct name names[4096 / 12];
+	struct name names[BLOCK_MAX / 12];
 	uint32_t n = 0, at;
 
 	if (!img->dir_index || img->sb->s_def_hash_version > EXT2_HASH_TEA || dot->rec_len != 12 ||
 	    dot->name_len != 1 || dotdot->name_len != 2)
 		return false;
-	for (uint32_t offset = 12 + dotdot->rec_len; offset < img->bs;) {
+	for (uint32_t offset = 12 + entry_length(img, dotdot); offset < img->bs;) {
 		entry *e = dir_entry(img, root, offset);
 		if (e->inode)
 			names[n++] = (struct name){ 0, offset, RECORD(e->name_len) };
-		offset += e->rec_len;
+		offset += entry_length(img, e);
 	}
 	leaf = dir_append(img, dir, &at);
 	refill(img, leaf->data, root->data, names, n);
 	block_change(img, root, 0, img->bs);
 	memset(root->data + ROOT_INFO, 0, img->bs - ROOT_INFO);
-	dotdot->rec_len = img->bs - 12;
+	entry_set_length(img, dotdot, img->bs - 12);
 	root_info(root)->hash_version = img->sb->s_def_hash_version;
 	root_info(root)->info_length = 8;
 	struct level l = { root, (struct ext2_dx_entry *)(root->data + ROOT_INFO + 8), 0, root_limit(img), 0 };

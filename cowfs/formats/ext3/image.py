@@ -35,7 +35,7 @@ LACK_OF_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 """What a disk answers that has no room, or none for us."""
 
 _LISTING = 64 << 10
-"""Bytes of names that are asked for at a time; at least four blocks of 4 KiB, whatever the block size."""
+"""Bytes of names that are asked for at a time; at least four blocks."""
 _XATTR = 1024
 """Bytes that most attributes fit in."""
 _CHARS = ffi.typeof("char[]")
@@ -75,6 +75,7 @@ class Image:
             raise OSError(-code, _message(ffi.NULL) or os.strerror(-code), name)
         self.handle: Any = out[0]
         """The engine's own, for what only tests do with it."""
+        self._listing = max(_LISTING, 4 * self.facts().block_size)
         self._attr = ffi.new("struct x3_attr *")
         self._attr_bytes = ffi.buffer(self._attr)
         self._directories = Directories(self._list)
@@ -271,8 +272,9 @@ class Image:
 
     def _list(self, directory: int) -> Iterator[bytes]:
         cursor = ffi.new("uint64_t *")
-        buffer = _unset(_CHARS, _LISTING)
-        while size := self._done(lib.x3_readdir(self.handle, directory, cursor, buffer, _LISTING)):
+        room = self._listing
+        buffer = _unset(_CHARS, room)
+        while size := self._done(lib.x3_readdir(self.handle, directory, cursor, buffer, room)):
             yield bytes(ffi.buffer(buffer, size))
 
     def create(

@@ -2,6 +2,7 @@
  * Inodes: finding them, their attributes, making and deleting them, the orphan list.
  */
 #include <errno.h>
+#include <limits.h>
 #include <string.h>
 #include <sys/stat.h>
 #include <time.h>
@@ -84,11 +85,8 @@ void inode_set_size(x3_image *img, struct inode *in, uint64_t size)
 	in->raw->i_size = size;
 	if (S_ISREG(in->raw->i_mode))
 		in->raw->i_size_high = size >> 32;
-	if (size > 0x7fffffff && !(img->sb->s_feature_ro_compat & EXT2_FEATURE_RO_COMPAT_LARGE_FILE)) {
-		block_change(img, img->sb_block,
-			     (char *)&img->sb->s_feature_ro_compat - img->sb_block->data, 4);
-		img->sb->s_feature_ro_compat |= EXT2_FEATURE_RO_COMPAT_LARGE_FILE;
-	}
+	if (size > 0x7fffffff)
+		super_need(img, 0, EXT2_FEATURE_RO_COMPAT_LARGE_FILE);
 	img->lasting[in->ino % 4096] = img->tid;
 }
 
@@ -192,7 +190,7 @@ static void make_symlink(x3_image *img, struct inode *in, const char *target, ui
 {
 	if (len == 0)
 		fail(img, EINVAL, "an empty target");
-	if (len >= img->bs)
+	if (len >= min(img->bs, PATH_MAX))
 		fail(img, ENAMETOOLONG, "too long a target");
 	if (len < sizeof in->raw->i_block)
 		memcpy(in->raw->i_block, target, len);

@@ -10,6 +10,7 @@
  *   dir.c      names in directories; htree.c: indexed ones
  *   xattr.c    extended attributes
  *   room.c     room on the disk that the image is on
+ *   super.c    the superblock: features and geometry
  *   open.c     opening, closing, letting go for a while
  *   engine.c   the other entry points
  *
@@ -38,6 +39,7 @@
 #endif
 
 #define NS 1000000000LL
+#define BLOCK_MAX 65536u
 #define min(a, b) ((a) < (b) ? (a) : (b))
 #define max(a, b) ((a) > (b) ? (a) : (b))
 
@@ -116,7 +118,7 @@ struct x3_image {
 	/* geometry */
 	uint32_t bs, bits; /* block size, its logarithm */
 	uint32_t inode_size, extra_isize, inodes_per_group, blocks_per_group, first_block;
-	uint32_t groups, blocks, inodes, first_ino;
+	uint32_t groups, gd_blocks, blocks, inodes, first_ino;
 	uint64_t size_max, overhead;
 	bool filetype, dir_index;
 	uint64_t cache_bytes;
@@ -255,6 +257,14 @@ bool room_is_lacking(int error);
 int room_judge(x3_image *img, int error);
 bool room_refuses(x3_image *img, enum change_kind kind);
 
+/* --- super.c --- */
+
+int super_load(x3_image *img);
+void groups_load(x3_image *img);
+void super_begin(x3_image *img);
+void super_need(x3_image *img, uint32_t compat, uint32_t ro_compat);
+void super_count(x3_image *img, int32_t blocks, int32_t inodes);
+
 /* --- alloc.c --- */
 
 struct ext2_group_desc *group_get(x3_image *img, uint32_t group);
@@ -292,6 +302,8 @@ bool inode_delete_some(x3_image *img, uint32_t ino, bool listed);
 
 /* --- data.c --- */
 
+extern const char zero[BLOCK_MAX];
+
 struct extent {
 	uint64_t at; /* in the file, in blocks */
 	uint32_t nr; /* 0: a hole */
@@ -310,6 +322,8 @@ bool data_free_from(x3_image *img, struct inode *in, uint64_t first);
 
 #define RECORD(name_len) (((name_len) + 8 + 3) & ~3u) /* the length of a directory entry */
 typedef struct ext2_dir_entry_2 entry;
+uint32_t entry_length(const x3_image *img, const entry *e);
+void entry_set_length(const x3_image *img, entry *e, uint32_t length);
 struct block *dir_block(x3_image *img, const struct inode *dir, uint64_t at);
 uint64_t dir_blocks(x3_image *img, const struct inode *dir);
 entry *dir_entry(x3_image *img, struct block *b, uint32_t offset);

@@ -23,11 +23,11 @@
 #include "internal.h"
 
 #define JBD_MAGIC 0xC03B3998u
-enum { DESCRIPTOR = 1, COMMIT = 2, SUPERBLOCK_V2 = 4 };
+enum { DESCRIPTOR = 1, COMMIT = 2, SUPERBLOCK_V1 = 3, SUPERBLOCK_V2 = 4 };
 enum { ESCAPED = 1, SAME_UUID = 2, LAST_TAG = 8 };
 #define INCOMPAT_REVOKE 1u
-#define TRANSACTION_MAX 4096 /* blocks, however large the journal is */
-#define BOUNCE 256           /* blocks that a checkpoint copies at a time */
+#define TRANSACTION_MAX min(4096u, (64u << 20) >> img->bits) /* blocks, however large the journal is */
+#define BOUNCE min(256u, (4u << 20) >> img->bits) /* blocks that a checkpoint copies at a time */
 
 struct header {
 	uint32_t magic, type, sequence;
@@ -106,7 +106,11 @@ int journal_load(x3_image *img)
 	error = io_read(img, img->jsb, sizeof img->jsb, (uint64_t)img->jmap[0] << img->bits);
 	if (error)
 		fail(img, -error, "the journal cannot be read");
-	if (ntohl(super->header.magic) != JBD_MAGIC || ntohl(super->header.type) != SUPERBLOCK_V2 ||
+	if (ntohl(super->header.type) == SUPERBLOCK_V1) /* which ends before the features */
+		memset(&super->compat, 0, sizeof img->jsb - offsetof(struct journal_super, compat));
+	else if (ntohl(super->header.type) != SUPERBLOCK_V2)
+		fail(img, EBADMSG, "the journal's superblock makes no sense");
+	if (ntohl(super->header.magic) != JBD_MAGIC ||
 	    ntohl(super->block_size) != img->bs || ntohl(super->blocks) > img->jlen ||
 	    ntohl(super->blocks) < 1024 || ntohl(super->first) == 0 || ntohl(super->first) > ntohl(super->blocks) - 512)
 		fail(img, EBADMSG, "the journal's superblock makes no sense");
@@ -141,9 +145,7 @@ int journal_start(x3_image *img)
 {
 	int error;
 
-	img->sb->s_feature_incompat |= EXT3_FEATURE_INCOMPAT_RECOVER;
-	img->sb->s_mtime = time(NULL);
-	img->sb->s_mnt_count++;
+	super_begin(img);
 	error = write_fs_super(img);
 	return error ? error : write_super(img, img->jfirst);
 }

@@ -13,112 +13,10 @@
 
 #include "internal.h"
 
-#define COMPAT                                                                         \
-	(EXT2_FEATURE_COMPAT_DIR_PREALLOC | EXT3_FEATURE_COMPAT_HAS_JOURNAL |          \
-	 EXT2_FEATURE_COMPAT_EXT_ATTR | EXT2_FEATURE_COMPAT_RESIZE_INODE | EXT2_FEATURE_COMPAT_DIR_INDEX)
-#define INCOMPAT (EXT2_FEATURE_INCOMPAT_FILETYPE | EXT3_FEATURE_INCOMPAT_RECOVER)
-#define RO_COMPAT (EXT2_FEATURE_RO_COMPAT_SPARSE_SUPER | EXT2_FEATURE_RO_COMPAT_LARGE_FILE)
-
 static __thread char message[256]; /* of an x3_open that failed, or a copy of an image's */
 
 
 /* --- opening --- */
-
-/* Check the superblock, and take the geometry from it. */
-static int load_geometry(x3_image *img)
-{
-	struct ext2_super_block sb;
-	struct stat st;
-	int error = io_read(img, &sb, sizeof sb, 1024);
-
-	if (error)
-		return error;
-	if (sb.s_magic != EXT2_SUPER_MAGIC)
-		return snprintf(img->message, sizeof img->message, "no ext3 filesystem"), -EINVAL;
-	img->opened = (struct x3_facts){ .compat = sb.s_feature_compat, .incompat = sb.s_feature_incompat,
-					 .ro_compat = sb.s_feature_ro_compat, .state = sb.s_state };
-	memcpy(img->opened.uuid, sb.s_uuid, 16);
-	if (sb.s_feature_compat & ~COMPAT || sb.s_feature_incompat & ~INCOMPAT || sb.s_feature_ro_compat & ~RO_COMPAT ||
-	    !(sb.s_feature_compat & EXT3_FEATURE_COMPAT_HAS_JOURNAL) || !sb.s_journal_inum) {
-		snprintf(img->message, sizeof img->message, "no ext3 filesystem: its features are %#x %#x %#x",
-			 sb.s_feature_compat, sb.s_feature_incompat, sb.s_feature_ro_compat);
-		return -EOPNOTSUPP;
-	}
-	snprintf(img->message, sizeof img->message, "the superblock makes no sense");
-	if (sb.s_rev_level != EXT2_DYNAMIC_REV || sb.s_log_block_size > 2)
-		return -EINVAL;
-	img->bits = 10 + sb.s_log_block_size;
-	img->bs = 1u << img->bits;
-	img->blocks = sb.s_blocks_count;
-	img->inodes = sb.s_inodes_count;
-	img->first_block = sb.s_first_data_block;
-	img->blocks_per_group = sb.s_blocks_per_group;
-	img->inodes_per_group = sb.s_inodes_per_group;
-	img->inode_size = sb.s_inode_size;
-	img->first_ino = sb.s_first_ino;
-	img->filetype = sb.s_feature_incompat & EXT2_FEATURE_INCOMPAT_FILETYPE;
-	img->dir_index = sb.s_feature_compat & EXT2_FEATURE_COMPAT_DIR_INDEX;
-	if (img->first_block != (img->bs == 1024) || img->blocks <= img->first_block + 8 ||
-	    img->blocks_per_group < 8 || img->blocks_per_group > img->bs * 8 || img->blocks_per_group % 8 ||
-	    img->inodes_per_group == 0 || img->inodes_per_group > img->bs * 8 || img->inode_size < 128 ||
-	    img->inode_size > img->bs || img->inode_size & (img->inode_size - 1) || img->first_ino < 11)
-		return -EINVAL;
-	img->groups = (img->blocks - img->first_block + img->blocks_per_group - 1) / img->blocks_per_group;
-	if ((uint64_t)img->groups * img->inodes_per_group != img->inodes || img->first_ino > img->inodes ||
-	    sb.s_journal_inum > img->inodes)
-		return -EINVAL;
-	if (fstat(img->fd, &st) == 0 && S_ISREG(st.st_mode) && st.st_size < (int64_t)img->blocks << img->bits) {
-		snprintf(img->message, sizeof img->message, "the file is shorter than its filesystem");
-		return -EINVAL;
-	}
-	img->message[0] = 0;
-	img->size_max = data_size_max(img->bits);
-	if (img->inode_size > EXT2_GOOD_OLD_INODE_SIZE) {
-		img->extra_isize = max(sb.s_want_extra_isize, 32);
-		if (img->extra_isize % 4 || img->extra_isize > img->inode_size - EXT2_GOOD_OLD_INODE_SIZE)
-			img->extra_isize = 32;
-	}
-	return 0;
-}
-
-/* Whether a group has a copy of the superblock and the group descriptors. */
-static bool has_super(const struct ext2_super_block *sb, uint32_t group)
-{
-	if (group <= 1 || !(sb->s_feature_ro_compat & EXT2_FEATURE_RO_COMPAT_SPARSE_SUPER))
-		return true;
-	for (uint32_t base = 3; base <= 7; base += 2) {
-		uint64_t power = base;
-		while (power < group)
-			power *= base;
-		if (power == group)
-			return true;
-	}
-	return false;
-}
-
-/* Load and pin the superblock and the group descriptors. */
-static void load_groups(x3_image *img)
-{
-	uint32_t per_block = img->bs / sizeof(struct ext2_group_desc), n = (img->groups + per_block - 1) / per_block;
-	uint32_t table = ((img->inodes_per_group * img->inode_size + img->bs - 1) >> img->bits);
-
-	img->sb_block = block_get(img, 1024 >> img->bits);
-	img->sb_block->flags |= PINNED;
-	img->sb = (struct ext2_super_block *)(img->sb_block->data + (1024 & (img->bs - 1)));
-	for (uint32_t i = 0; i < n; i++) {
-		img->gd_block[i] = block_get(img, img->first_block + 1 + i);
-		img->gd_block[i]->flags |= PINNED;
-	}
-	img->overhead = img->first_block;
-	for (uint32_t g = 0; g < img->groups; g++) {
-		const struct ext2_group_desc *gd = group_get(img, g);
-		if (gd->bg_block_bitmap <= img->first_block || gd->bg_block_bitmap >= img->blocks ||
-		    gd->bg_inode_bitmap <= img->first_block || gd->bg_inode_bitmap >= img->blocks ||
-		    gd->bg_inode_table <= img->first_block || gd->bg_inode_table > img->blocks - table)
-			fail(img, EINVAL, "group descriptor %u makes no sense", g);
-		img->overhead += 2 + table + (has_super(img->sb, g) ? 1 + n + img->sb->s_reserved_gdt_blocks : 0);
-	}
-}
 
 /* Delete or truncate what is on the orphan list, be it from a crash, or because it was in use. */
 static int clean_orphans(x3_image *img)
@@ -141,8 +39,8 @@ static int clean_orphans(x3_image *img)
 
 static int load(x3_image *img)
 {
-	uint32_t buckets = 1024, per_block;
-	int error = load_geometry(img);
+	uint32_t buckets = 1024;
+	int error = super_load(img);
 
 	if (error)
 		return error;
@@ -150,10 +48,9 @@ static int load(x3_image *img)
 	img->cached_max = max(img->cached_max, (size_t)256);
 	while (buckets < img->cached_max && buckets < 1u << 24)
 		buckets *= 2;
-	per_block = img->bs / sizeof(struct ext2_group_desc);
 	img->bucket_mask = buckets - 1;
 	img->bucket = calloc(buckets, sizeof *img->bucket);
-	img->gd_block = calloc((img->groups + per_block - 1) / per_block, sizeof *img->gd_block);
+	img->gd_block = calloc(img->gd_blocks, sizeof *img->gd_block);
 	img->hold = calloc(img->groups, sizeof *img->hold);
 	if (!img->bucket || !img->gd_block || !img->hold)
 		return -ENOMEM;
@@ -162,7 +59,7 @@ static int load(x3_image *img)
 		return -EUCLEAN;
 	}
 	QUERY (img) { /* nothing is written before all of this is known to be sound */
-		load_groups(img);
+		groups_load(img);
 		journal_load(img);
 		orphan_check(img);
 		if (img->sb->s_overhead_clusters)

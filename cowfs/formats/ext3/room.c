@@ -47,7 +47,6 @@ static bool is_hole(const x3_image *img, uint64_t off, uint64_t len)
 /* See to it that blocks have their room on the disk; what they hold stays. */
 static int take_room(x3_image *img, uint32_t nr, uint32_t count)
 {
-	static const char zero[4096];
 	uint64_t off = (uint64_t)nr << img->bits, len = (uint64_t)count << img->bits;
 	int error = injected(img, X3_FALLOCATE);
 

@@ -20,11 +20,17 @@ struct attr {
 	uint32_t size;
 };
 
-/* All attributes of an inode: first those in the inode itself. */
+#define ATTRS_MAX 512
+
+/* All attributes of an inode: first those in the inode itself. Their bytes are where they are kept. */
 struct attrs {
-	struct attr attr[512];
+	struct attr attr[ATTRS_MAX];
 	uint32_t n;
-	char inode[4096], block[4096]; /* copies of where they are */
+};
+
+/* Copies of the two places. */
+struct places {
+	char inode[BLOCK_MAX], block[BLOCK_MAX];
 };
 
 enum { USER = 1, ACL_ACCESS = 2, ACL_DEFAULT = 3, TRUSTED = 4, SECURITY = 6 };
@@ -82,7 +88,7 @@ static void parse(x3_image *img, struct attrs *all, uint32_t ino, const char *ba
 			return;
 		good = good && p + sizeof *e <= end && p + EXT2_EXT_ATTR_LEN(e->e_name_len) + 4 <= end &&
 		       !e->e_value_inum && e->e_value_size <= end - base &&
-		       e->e_value_offs <= end - base - e->e_value_size && all->n < 512;
+		       e->e_value_offs <= end - base - e->e_value_size && all->n < ATTRS_MAX;
 		if (!good)
 			fail(img, EUCLEAN, "the extended attributes of inode %u are damaged", ino);
 		all->attr[all->n++] = (struct attr){ e->e_name_index, e->e_name_len, p + sizeof *e,
@@ -115,20 +121,25 @@ static struct block *xattr_block(x3_image *img, const struct inode *in)
 	return b;
 }
 
-static void load(x3_image *img, const struct inode *in, struct attrs *all)
+/* Find all attributes, in *copies*, if there are to be any. */
+static void load(x3_image *img, const struct inode *in, struct attrs *all, struct places *copies)
 {
 	uint32_t start = inline_start(img, in), magic;
+	const char *inode = (const char *)in->raw, *block;
 
 	all->n = 0;
 	if (start) {
-		memcpy(all->inode, in->raw, img->inode_size);
-		memcpy(&magic, all->inode + start - 4, 4);
+		memcpy(&magic, inode + start - 4, 4);
+		if (copies)
+			inode = memcpy(copies->inode, inode, img->inode_size);
 		if (magic == EXT2_EXT_ATTR_MAGIC)
-			parse(img, all, in->ino, all->inode + start, all->inode + start, all->inode + img->inode_size);
+			parse(img, all, in->ino, inode + start, inode + start, inode + img->inode_size);
 	}
 	if (in->raw->i_file_acl) {
-		memcpy(all->block, xattr_block(img, in)->data, img->bs);
-		parse(img, all, in->ino, all->block, all->block + sizeof(xheader), all->block + img->bs);
+		block = xattr_block(img, in)->data;
+		if (copies)
+			block = memcpy(copies->block, block, img->bs);
+		parse(img, all, in->ino, block, block + sizeof(xheader), block + img->bs);
 	}
 }
 
@@ -191,7 +202,7 @@ int64_t xattr_list(x3_image *img, uint32_t ino, char *buf, uint64_t cap)
 	struct attrs all;
 	uint64_t used = 0;
 
-	load(img, &in, &all);
+	load(img, &in, &all, NULL);
 	for (uint32_t i = 0; i < all.n; i++) {
 		const struct attr *a = &all.attr[i];
 		for (size_t s = 0; s < SPACES; s++) {
@@ -216,11 +227,11 @@ int64_t xattr_get(x3_image *img, uint32_t ino, const char *name, uint32_t len, c
 	struct inode in = inode_get(img, ino);
 	struct attr wanted = parse_name(img, name, len);
 	struct attrs all;
-	char acl[2 * 4096];
+	char acl[2 * BLOCK_MAX];
 	int64_t i, size;
 	const char *value;
 
-	load(img, &in, &all);
+	load(img, &in, &all, NULL);
 	i = find(&all, &wanted);
 	if (i < 0)
 		fail(img, ENODATA, "no such attribute");
@@ -320,10 +331,11 @@ void xattr_free_block(x3_image *img, struct inode *in)
 /* Write the attribute block: in place, if it is nobody else's. */
 static void store_block(x3_image *img, struct inode *in, struct attr **attr, uint32_t n)
 {
-	char data[4096] = { 0 };
+	char data[BLOCK_MAX];
 	xheader *h = (xheader *)data;
 	struct block *b = NULL;
 
+	memset(data, 0, img->bs);
 	qsort(attr, n, sizeof *attr, by_name);
 	*h = (xheader){ .h_magic = EXT2_EXT_ATTR_MAGIC, .h_refcount = 1, .h_blocks = 1 };
 	h->h_hash = build(attr, n, data, data + sizeof *h, data + img->bs, true);
@@ -346,7 +358,7 @@ static void store_block(x3_image *img, struct inode *in, struct attr **attr, uin
 /* Distribute the attributes to the inode, which is being changed, and its block. ENOSPC. */
 static void store(x3_image *img, struct inode *in, struct attrs *all)
 {
-	struct attr *inner[512], *outer[512];
+	struct attr *inner[ATTRS_MAX], *outer[ATTRS_MAX];
 	uint32_t start = inline_start(img, in), ninner = 0, nouter = 0;
 	uint32_t inner_room = start ? img->inode_size - start - 4 : 0, outer_room = img->bs - sizeof(xheader) - 4;
 	char *raw = (char *)in->raw;
@@ -364,6 +376,8 @@ static void store(x3_image *img, struct inode *in, struct attrs *all)
 			fail(img, ENOSPC, "the attributes do not fit");
 		}
 	}
+	if (all->n)
+		super_need(img, EXT2_FEATURE_COMPAT_EXT_ATTR, 0);
 	if (start) {
 		memset(raw + start - 4, 0, img->inode_size - start + 4);
 		if (ninner)
@@ -383,14 +397,15 @@ void xattr_set(x3_image *img, uint32_t ino, const char *name, uint32_t len, cons
 	struct inode in = inode_change(img, ino, true);
 	struct attr new = parse_name(img, name, len);
 	struct attrs all;
-	char acl[2 * 4096];
+	struct places copies;
+	char acl[2 * BLOCK_MAX];
 	int64_t i, length;
 
 	if (img->extra_isize && !in.raw->i_extra_isize) { /* made by an older system: the room is unused */
 		memset((char *)in.raw + EXT2_GOOD_OLD_INODE_SIZE, 0, img->inode_size - EXT2_GOOD_OLD_INODE_SIZE);
 		in.raw->i_extra_isize = img->extra_isize;
 	}
-	load(img, &in, &all);
+	load(img, &in, &all, &copies);
 	i = find(&all, &new);
 	if (i >= 0 && flags & 1)
 		fail(img, EEXIST, "the attribute is there");
@@ -411,7 +426,7 @@ void xattr_set(x3_image *img, uint32_t ino, const char *name, uint32_t len, cons
 		memmove(&all.attr[i], &all.attr[i + 1], (--all.n - i) * sizeof *all.attr);
 	else if (i >= 0)
 		all.attr[i] = new;
-	else if (all.n == 512)
+	else if (all.n == ATTRS_MAX)
 		fail(img, ENOSPC, "too many attributes");
 	else
 		all.attr[all.n++] = new;

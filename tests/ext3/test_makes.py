@@ -1,0 +1,150 @@
+"""Each make of ext3 is written to as it wants it: e2fsck and the kernel agree after every operation."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cowfs.layers.base import UpperLayer
+from tests.ext3 import engine, images
+from tests.ext3.engine import find, make_file
+from tests.ext3.load import Load
+from tests.ext3.makes import MAKES, Make
+from tests.ext3.model import Promises, judge
+from tests.ext3.operations import ACL, DEFAULT_ACL
+from tests.ext3.reader import Image
+from tests.ext3.test_kernel import agreed, by_engine, by_kernel
+from tests.support.system import needs_root
+
+each_make = pytest.mark.parametrize("make", MAKES.values(), ids=MAKES)
+NAMES = [
+    name % number
+    for number in range(200)
+    for name in (b"\xe9\xff%d-\x80", b"n\xc3\xa4me-%d-" + b"\xe4\xb8\xad" * (number % 20))
+]
+"""UTF-8 and Latin-1, beyond ASCII."""
+
+
+def small_attribute(layer: UpperLayer) -> None:
+    layer.setxattr(make_file(layer, b"file"), b"trusted.overlay.opaque", b"y")
+
+
+def large_attribute(layer: UpperLayer) -> None:
+    layer.setxattr(find(layer, b"file"), "user.\u00e9".encode(), b"v" * 700)
+
+
+def acl(layer: UpperLayer) -> None:
+    layer.setxattr(layer.mkdir(layer.root, b"directory", 0o755, 0, 0), DEFAULT_ACL, ACL)
+
+
+def no_attribute(layer: UpperLayer) -> None:
+    for name in (b"trusted.overlay.opaque", "user.\u00e9".encode()):
+        layer.removexattr(find(layer, b"file"), name)
+
+
+def large_file(layer: UpperLayer) -> None:
+    file = layer.open(find(layer, b"file"), os.O_RDWR)
+    file.pwrite(b"end", (1 << 31) - 3)  # 2 GiB exactly
+    file.close()
+
+
+def larger_file(layer: UpperLayer) -> None:
+    layer.truncate(find(layer, b"file"), (1 << 31) + 1)
+
+
+def no_large_file(layer: UpperLayer) -> None:
+    layer.truncate(find(layer, b"file"), 10)
+
+
+def many_names(layer: UpperLayer) -> None:
+    key, directory = find(layer, b"file"), find(layer, b"directory")
+    for name in NAMES:
+        layer.link(key, directory, name)
+
+
+def fewer_names(layer: UpperLayer) -> None:
+    directory = find(layer, b"directory")
+    for name in NAMES[::3]:
+        layer.unlink(directory, name, None)
+
+
+def renamed(layer: UpperLayer) -> None:
+    directory = find(layer, b"directory")
+    layer.rename((directory, NAMES[1]), (layer.root, NAMES[1]), 0, find(layer, b"directory", NAMES[1]))
+    layer.rename((directory, NAMES[2]), (directory, NAMES[4]), 0, find(layer, b"directory", NAMES[2]))
+    layer.rename((layer.root, b"directory"), (layer.root, NAMES[0]), 0, directory)
+
+
+STEPS: tuple[Callable[[UpperLayer], None], ...] = (
+    small_attribute, large_attribute, acl, no_attribute, large_file, larger_file, no_large_file,
+    many_names, fewer_names, renamed,
+)  # fmt: skip
+
+
+@each_make
+def test_e2fsck_agrees_after_every_operation(place: Path, make: Make) -> None:
+    path = make.make(place / "image")
+    assert images.unclean(path) is None, "before"
+    with engine.opened(path) as opened:
+        for step in STEPS:
+            step(opened.layer)
+            opened.image.suspend()
+            wrong = images.unclean(path)
+            assert wrong is None, f"{step.__name__}: {wrong}"
+            opened.image.resume()
+    assert Image(path.read_bytes()).unset_features() == []
+
+
+@each_make
+def test_a_load_on_it(place: Path, make: Make) -> None:
+    """Of everything, with what the model and the bytes say; and the kernel's reading, where it can."""
+    path = make.make(place / "image")
+    tolerated = frozenset({errno.ENOSPC, errno.EFBIG})
+    with engine.opened(path) as opened:
+        few = opened.image.facts().inodes < 50
+        load = Load(opened.layer, Image(path.read_bytes()), 7, tolerate=tolerated, files=4 if few else 60)
+        load.run(150)
+        load.check()
+        load.release()
+    assert images.unclean(path) is None
+    number, read = load.model.operation, Image(path.read_bytes())
+    assert judge(load.model.states, Promises(number, number), read) is None
+    assert read.unset_features() == []
+
+
+for_kernel = {name: make for name, make in MAKES.items() if make.for_kernel}
+
+
+@needs_root
+@pytest.mark.parametrize("make", for_kernel.values(), ids=for_kernel)
+def test_the_kernel_and_the_engine_find_each_others_names(place: Path, make: Make) -> None:
+    """Indexed directories with names beyond ASCII, of both, gone on with by the other."""
+    path = make.make(place / "image")
+    for turn, side in enumerate((by_engine, by_kernel)):
+        with side(path) as layer:
+            key = make_file(layer, b"file%d" % turn)
+            layer.setxattr(key, "user.\u00e9".encode(), b"v" * 700)
+            directory = layer.mkdir(layer.root, b"of%d" % turn, 0o755, 0, 0)
+            for name in NAMES:
+                layer.link(key, directory, name)
+        assert images.unclean(path) is None
+    for turn, side in enumerate((by_kernel, by_engine)):
+        with side(path) as layer:
+            key, directory = find(layer, b"file%d" % turn), find(layer, b"of%d" % turn)
+            for name in NAMES:
+                assert layer.lookup(directory, name) is not None, name
+            for name in NAMES[::2]:
+                layer.unlink(directory, name, None)
+            for name in NAMES[::2]:
+                layer.link(key, directory, name + b"\xff")
+            assert layer.getxattr(key, "user.\u00e9".encode()) == b"v" * 700
+        assert images.unclean(path) is None
+    agreed(path)
+    with by_kernel(path) as one:
+        kernels = one.statfs()
+    with by_engine(path) as two:
+        assert two.statfs() == kernels
