@@ -6,12 +6,15 @@ import json
 import logging
 import logging.handlers
 import os
+import select
 import signal
 import sys
 from collections.abc import Callable, Collection
 from contextlib import suppress
+from typing import Any, NoReturn
 
-from cowfs.errors import CowfsError, InternalError
+from cowfs.errors import CowfsError, InternalError, MountFailure
+from cowfs.linux.signals import hold_back, let_come, open_signals, take
 
 
 class Reporter:
@@ -39,45 +42,91 @@ class Reporter:
             os.close(fd)
 
 
-def run_in_background(daemon: Callable[[Reporter], int], keep: Collection[int] = ()) -> int:
+def run_in_background(
+    daemon: Callable[[Reporter], int], keep: Collection[int] = (), *, stays: bool = False
+) -> int:
     """Run *daemon* in a process of its own session; return once it has reported.
 
     Of the descriptors that were open only *keep* and the terminal's stay. Raises the CowfsError that it
-    reported.
+    reported. A signal that asks to end is passed on to it, and SystemExit says so when it has ended; one
+    that comes after its report, or at any time when it *stays*, changes nothing: it is held back for good.
     """
     reading, writing = os.pipe()
     sys.stdout.flush()
     sys.stderr.flush()
+    hold_back()  # or one of the two might be gone, and the other not know
     pid = os.fork()
     if pid == 0:
-        _detach(writing, keep)
-        reporter = Reporter(writing)
-        code = 1
+        _be_daemon(daemon, writing, keep)
+    os.close(writing)
+    said, asked = _wait_for_report(reading, pid, heeds_signals=not stays)
+    report: dict[str, Any] = json.loads(said) if said else {"error": ""}
+    if "error" not in report and not asked:
+        return 0
+    _, status = os.waitpid(pid, 0)
+    if asked:
+        print("cowfs: interrupted", file=sys.stderr)
+        raise SystemExit(128 + asked)
+    if not said:
+        if os.WIFSIGNALED(status):
+            raise MountFailure(f"the daemon was ended by {signal.Signals(os.WTERMSIG(status)).name}")
+        raise InternalError(f"the daemon ended without a word (wait status {status})")
+    failure = CowfsError(report["error"])
+    failure.exit_code = report["code"]
+    raise failure
+
+
+def _wait_for_report(pipe: int, pid: int, *, heeds_signals: bool) -> tuple[bytes, int]:
+    """Return what the daemon says, and the signal that asked us to end before it had said anything, or 0.
+
+    That signal is passed on. The report is complete when the pipe is closed, *pipe* itself too.
+    """
+    signals = open_signals()
+    poll = select.poll()
+    poll.register(pipe, select.POLLIN)
+    if heeds_signals:
+        poll.register(signals, select.POLLIN)
+    asked = 0
+    with os.fdopen(pipe, "rb") as reader:
+        while pipe not in dict(poll.poll()):
+            number = take(signals)
+            if number is not None:
+                asked = number
+                os.kill(pid, signal.SIGTERM)
+        os.close(signals)
+        return reader.read(), asked
+
+
+def _be_daemon(daemon: Callable[[Reporter], int], pipe: int, keep: Collection[int]) -> NoReturn:
+    """Run *daemon* in the process that was forked for it, and end that. Never returns, whatever happens."""
+    code = 1
+    try:
+        _detach(pipe, keep)
+        reporter = Reporter(pipe)
         try:
-            code = daemon(reporter)
+            code = _interruptible(daemon, reporter)
+            reporter.failed(MountFailure("unmounted before it had answered"))
         except CowfsError as error:
             logging.getLogger(__name__).error("%s", error)
             reporter.failed(error)
             code = error.exit_code
+        except KeyboardInterrupt:
+            reporter.failed(MountFailure("the daemon was ended by SIGINT"))
         except BaseException as error:
             logging.getLogger(__name__).exception("the daemon failed")
             reporter.failed(InternalError(f"the daemon failed: {error!r}"))
-        finally:
-            logging.shutdown()
-            _leave(code)
-    os.close(writing)
-    with os.fdopen(reading, "rb") as pipe:
-        said = pipe.read()
-    if not said:
-        _, status = os.waitpid(pid, 0)
-        raise InternalError(f"the daemon ended without a word (wait status {status})")
-    report = json.loads(said)
-    if "error" in report:
-        os.waitpid(pid, 0)
-        failure = CowfsError(report["error"])
-        failure.exit_code = report["code"]
-        raise failure
-    return 0
+        logging.shutdown()
+    finally:
+        _leave(code)
+
+
+def _interruptible(daemon: Callable[[Reporter], int], reporter: Reporter) -> int:
+    """Let signals have their usual effect until *daemon* holds them back, or is done."""
+    try:
+        let_come()
+        return daemon(reporter)
+    finally:
+        hold_back()
 
 
 def _detach(pipe: int, keep: Collection[int]) -> None:
@@ -90,7 +139,7 @@ def _detach(pipe: int, keep: Collection[int]) -> None:
     os.chdir("/")
 
 
-def _leave(code: int) -> None:
+def _leave(code: int) -> NoReturn:
     """End the forked process; through the exit handlers, which a coverage tool needs."""
     import atexit
 

@@ -22,6 +22,7 @@ from cowfs.fuse.fakeroot import FakerootAdapter
 from cowfs.fuse.loop import RequestLoop
 from cowfs.linux.files import syncfs
 from cowfs.linux.mounts import mount_of, umount2
+from cowfs.linux.signals import hold_back, open_signals, take
 from cowfs.linux.sockets import open_control_directory, sd_notify
 from cowfs.overlay.overlay import Overlay
 
@@ -29,7 +30,6 @@ log = logging.getLogger(__name__)
 
 Task = Callable[[], Awaitable[None]]
 _MNT_DETACH = 2  # linux/fs.h
-_ASKS_TO_END = (signal.SIGTERM, signal.SIGINT)
 _NOW_AND_THEN = 5.0
 """Seconds."""
 
@@ -62,7 +62,13 @@ class Daemon:
         self._control = -1
 
     def mount(self) -> None:
-        """Attach the filesystem to its mountpoint; requests wait until :meth:`serve`."""
+        """Attach the filesystem to its mountpoint; requests wait until :meth:`serve`.
+
+        From here on SIGTERM, SIGINT and SIGHUP are held back for good: :meth:`serve` takes those that come,
+        and what is left to do after it is to write back and release the store. Whoever is tired of waiting
+        for that (an init, after a minute or two) must not undo it.
+        """
+        hold_back()
         options = {f"fsname={_escape(self._request.fsname)}", "subtype=cowfs"}
         if not self._request.fakeroot:
             options.add("default_permissions")
@@ -102,12 +108,7 @@ class Daemon:
         *after_pause* before a request that comes after a pause in which the machine may have slept. What
         is in *also* runs beside it, from before *ready*, and is cancelled when the filesystem is unmounted;
         its end, or its failure, ends nothing else.
-
-        When this returns those signals are ignored, for good: what is left to do is to write back and release
-        the store, and whoever is tired of waiting for that (an init, after a minute or two) must not undo it.
         """
-        for number in _ASKS_TO_END:
-            signal.signal(number, signal.SIG_IGN)  # what _watch_signals comes back to
         self._loop.after_pause = after_pause
         gc.collect()
         gc.freeze()
@@ -145,7 +146,7 @@ class Daemon:
         also: Sequence[Task],
     ) -> None:
         async with trio.open_nursery() as nursery:
-            await nursery.start(self._watch_signals)
+            nursery.start_soon(self._watch_signals)
             if self.dev and self._control >= 0:
                 nursery.start_soon(self._serve_control, commands)
             for task in also:
@@ -170,19 +171,21 @@ class Daemon:
         except OSError as error:
             log.warning("no control socket, so `cowfs info` and `diff` cannot ask this mount: %s", error)
 
-    async def _watch_signals(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        with trio.open_signal_receiver(*_ASKS_TO_END, signal.SIGHUP) as signals:
-            task_status.started()
-            stopping = False
-            async for number in signals:
-                if number == signal.SIGHUP or stopping:
-                    continue  # the terminal closed: a mount outlives it; or said twice
-                log.info("%s: unmounting", signal.Signals(number).name)
+    async def _watch_signals(self) -> None:
+        fd = open_signals()
+        try:
+            while True:
+                await trio.lowlevel.wait_readable(fd)
+                number = take(fd)
+                if number is None or number == signal.SIGHUP:
+                    continue  # the terminal closed: a mount outlives it
+                log.info("%s: unmounting", number.name)
                 await self._write_back()
-                if self._request.stay_on_sigterm and number == signal.SIGTERM:
-                    continue
-                stopping = True
-                self._loop.stop()
+                if not self._request.stay_on_sigterm:
+                    break  # whatever else comes waits until the process is gone
+        finally:
+            os.close(fd)
+        self._loop.stop()
 
     async def _write_back(self) -> None:
         """Let the kernel hand us what it still holds: pages written through mmap."""

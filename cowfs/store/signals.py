@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+from cowfs.linux.signals import held_back
 
 
 @contextmanager
@@ -34,20 +34,12 @@ def cleaned_up() -> Iterator[None]:
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """Hold back SIGINT, SIGTERM and SIGHUP until the end: what is inside must not stop half-way."""
+    """Hold back SIGINT, SIGTERM and SIGHUP until the end: what is inside must not stop half-way.
+
+    Nor must the programs that it starts: a service manager may signal every process of a service.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    came: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        came.append(number)
-
-    before = {int(number): signal.signal(number, note) for number in _SIGNALS}
-    try:
+    with held_back():
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        for number in came[:1]:
-            signal.raise_signal(number)

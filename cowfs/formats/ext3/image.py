@@ -19,6 +19,7 @@ from cowfs.formats.ext3 import features
 from cowfs.formats.ext3._engine import ffi, lib
 from cowfs.formats.ext3.directory import INO, Directories, Names, entry, place_of, type_of
 from cowfs.formats.ext3.records import INODE, Facts, Inode
+from cowfs.linux.signals import held_back
 
 log = logging.getLogger(__name__)
 
@@ -111,7 +112,8 @@ class Image:
             self._stop.clear()
             name = f"commit {self.name}"
             self._thread = threading.Thread(target=self._commit_now_and_then, name=name, daemon=True)
-            self._thread.start()
+            with held_back():  # else a signal would find this thread when the others hold it back
+                self._thread.start()
 
     def _stop_thread(self) -> None:
         self._stop.set()

@@ -1,0 +1,61 @@
+"""The signals that ask a process to end, held back until it is ready for them.
+
+A signal that is blocked waits; it can be neither lost to a handler that is just being changed nor end the
+process, up to its last instruction. The mask belongs to a thread and is inherited by the threads and the
+programs that it starts, so it is set before there are any: a service manager that signals each process of
+a service does not stop an e2fsck of ours in the middle of a write.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+ASKS_TO_END = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_SIGINFO = struct.Struct("=I124x")  # struct signalfd_siginfo: ssi_signo; more
+_MASK = struct.Struct("=Q120x")  # glibc's sigset_t: bit n - 1 is signal n
+
+
+def hold_back() -> None:
+    """Block the signals that ask to end, in this thread and those that it starts, until :func:`let_come`."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, ASKS_TO_END)
+
+
+def let_come() -> None:
+    """Let them have their usual effect again, also those that came meanwhile."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKS_TO_END)
+
+
+@contextmanager
+def held_back() -> Iterator[None]:
+    """Block the signals that ask to end inside; what came meanwhile takes effect at the end."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ASKS_TO_END)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def open_signals() -> int:
+    """Return a descriptor that is readable while one of them waits (signalfd(2)); they must be held back."""
+    mask = _MASK.pack(sum(1 << (number - 1) for number in ASKS_TO_END))
+    fd = int(_libc.signalfd(-1, mask, os.O_NONBLOCK | os.O_CLOEXEC))
+    if fd < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+    return fd
+
+
+def take(fd: int) -> signal.Signals | None:
+    """Take one signal from such a descriptor; None when none waits. Does not block."""
+    try:
+        (number,) = _SIGINFO.unpack(os.read(fd, _SIGINFO.size))
+    except BlockingIOError:
+        return None
+    return signal.Signals(number)
