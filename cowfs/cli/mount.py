@@ -7,10 +7,14 @@ import os
 import resource
 import shutil
 import sys
+from typing import TYPE_CHECKING
 
 from cowfs.cli import options as mount_options
 from cowfs.cli.background import Reporter, run_in_background, set_up_log
 from cowfs.errors import MountFailure, SystemFailure, UsageError
+
+if TYPE_CHECKING:
+    from cowfs.assemble import UnionOptions
 
 NAME = "mount"
 
@@ -173,7 +177,7 @@ def _serve(union_options: object, mountpoint: str, given: mount_options.Options,
         request = MountRequest(
             mountpoint,
             ":".join(union_options.lowers),
-            frozenset(_fuse_options(given)),
+            frozenset(_fuse_options(given, union_options)),
             acl="noacl" not in given.flags,
             fakeroot=union_options.fakeroot,
         )
@@ -195,7 +199,7 @@ def _serve(union_options: object, mountpoint: str, given: mount_options.Options,
     return 0
 
 
-def _fuse_options(given: mount_options.Options) -> set[str]:
+def _fuse_options(given: mount_options.Options, union: UnionOptions) -> set[str]:
     options = set(given.fuse)
     if "ro" in given.flags:
         options.add("ro")
@@ -206,8 +210,34 @@ def _fuse_options(given: mount_options.Options) -> set[str]:
         options -= {"suid", "dev"}
         options |= {"nosuid", "nodev"}
     if is_root:  # libfuse's default is nosuid,nodev; mount(8)'s is not
-        options |= {option for option in ("suid", "dev") if f"no{option}" not in options}
+        wanted = [option for option in ("suid", "dev") if not options & {option, f"no{option}"}]
+        forbidden = _forbidden(union) if wanted else {}
+        options |= {option for option in wanted if f"no{option}" not in forbidden}
+        left_out = [f"no{option}" for option in wanted if f"no{option}" in forbidden]
+        if left_out:
+            why = forbidden[left_out[0]]
+            hint = ",".join(option.removeprefix("no") for option in left_out)
+            print(f"cowfs: mounted {','.join(left_out)}: {why} (-o {hint} if you trust it)", file=sys.stderr)
     return options
+
+
+def _forbidden(union: UnionOptions) -> dict[str, str]:
+    """Return why ``nosuid`` and ``nodev`` must hold: others than root made, or can change, what is mounted.
+
+    Whoever can change an image, a store or the way to it could give themselves a set-user-ID program of
+    root's, or a device.
+    """
+    from cowfs.linux.trust import mount_forbids, who_can_change
+
+    why: dict[str, str] = {}
+    for path in (*union.lowers, *([] if union.store == "memory" else [union.store])):
+        there = path if os.path.lexists(path) else os.path.dirname(path)  # a store that will be made
+        reason = who_can_change(there)
+        if reason is not None:
+            return dict.fromkeys(("nosuid", "nodev"), reason)
+        for option in mount_forbids(there):
+            why.setdefault(option, f"{path} is on a filesystem that is mounted {option}")
+    return why
 
 
 def _raise_file_limit() -> None:

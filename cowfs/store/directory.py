@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from contextlib import ExitStack
 
 from cowfs.errors import StoreError
@@ -17,7 +18,7 @@ def open_directory(path: str, want: Wanted) -> Store:
     """Lock and open the store in the directory *path*, which is made if it is missing. Blocks."""
     if not want.read_only and not os.path.lexists(path):
         try:
-            os.mkdir(path, 0o755)
+            os.mkdir(path, 0o700)  # whoever reaches what is in upper/ could change it behind our back
         except OSError as error:
             raise StoreError(f"{path}: cannot be made: {error.strerror}") from None
     lock.refuse_mounted_directory(path)
@@ -27,7 +28,24 @@ def open_directory(path: str, want: Wanted) -> Store:
         except OSError as error:
             raise StoreError(f"{path}: cannot be opened: {error.strerror}") from None
         stack.callback(os.close, root)
+        if not want.read_only:
+            _refuse_others(root, path)
         return open_root(root, path, want, stack, kind="directory")
+
+
+def _refuse_others(root: int, path: str) -> None:
+    """StoreError for a directory that belongs to another user, or that others may write to: they could
+    change the store under the daemon, which may have more rights than they.
+    """
+    info = os.fstat(root)
+    me = os.geteuid()
+    if info.st_uid not in {0, me}:
+        raise StoreError(
+            f"{path}: the store belongs to another user (uid {info.st_uid})", "mount it as that user"
+        )
+    shared = stat.S_IWOTH | (stat.S_IWGRP if info.st_gid != os.getegid() else 0)
+    if info.st_mode & shared:
+        raise StoreError(f"{path}: other users may write to the store", f"chmod go-w {path}")
 
 
 def open_root(root: int, path: str, want: Wanted, stack: ExitStack, *, kind: Kind) -> Store:

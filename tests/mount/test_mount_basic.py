@@ -345,7 +345,7 @@ def test_roots_mounts_are_for_everybody(tmp_path: Path, nobody_path: Path) -> No
         nobody_path / "lower",
         {"open": Node(data=b"o\n", mode=0o666), "closed": Node(data=b"c\n", mode=0o600)},
     )
-    with mounted(nobody_path / "lower", nobody_path / "mnt", tmp_path / "store") as mount:
+    with mounted(nobody_path / "lower", nobody_path / "mnt", tmp_path / "store", options=["dev"]) as mount:
         run(*as_nobody_prefix(), "sh", "-euc", f"cd {mount.path}; echo x >> open; ! cat closed 2>/dev/null")
         run("mknod", mount.path / "null", "c", "1", "3")
         run("sh", "-c", f"echo x > {mount.path}/null")

@@ -567,6 +567,7 @@ def test_info_of_an_image(store: Path) -> None:
 def test_info_of_a_directory(nobody_path: Path) -> None:
     path = nobody_path / "s"
     opened = open_store(str(path))
+    path.chmod(0o755)
     shown = json.loads(cowfs("info", path, "--json", nobody=True, check=True).stdout)
     assert (shown["kind"], shown["format"], shown["state"]) == ("directory", "overlayfs", "in use")
     assert f"process {os.getpid()}" in shown["in_use_by"]

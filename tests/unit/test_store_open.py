@@ -294,7 +294,7 @@ def test_a_store_in_use_by_the_kernel_is_refused(tmp_path: Path) -> None:
 
 @needs_root
 def test_read_only_media_are_named(tmp_path: Path) -> None:
-    run("mount", "-t", "tmpfs", "-o", "ro", "tmpfs", tmp_path)
+    run("mount", "-t", "tmpfs", "-o", "ro,mode=755", "tmpfs", tmp_path)
     try:
         with pytest.raises(StoreError, match="read-only media"):
             open_store(str(tmp_path))
@@ -335,9 +335,11 @@ def test_without_root_the_store_is_in_user_attributes(nobody_path: Path) -> None
     for _ in range(2):
         assert as_nobody(OPEN, path) == "directory user.overlay. False\n"
     if os.geteuid() == 0:
-        store = open_store(str(path))
+        store = open_store(str(path), read_only=True)
         assert store.xattr_prefix == b"user.overlay."
         store.close()
+        with pytest.raises(StoreError, match=r"belongs to another user \(uid 65534\) \(mount it as"):
+            open_store(str(path))
         assert as_nobody(OPEN, path) == "directory user.overlay. False\n", "root has left it as it was"
 
 
@@ -360,6 +362,8 @@ def test_directories_that_the_kernel_has_shut_are_opened_by_their_owner(nobody_p
 def test_a_store_that_is_not_ours_is_refused(nobody_path: Path) -> None:
     path = nobody_path / "store"
     open_store(str(path)).close()
+    assert "cannot be opened: Permission denied" in as_nobody(OPEN, path)
+    path.chmod(0o755)
     assert "only root can read its whiteouts" in as_nobody(OPEN, path)
     (nobody_path / "shut").mkdir(0o700)
     assert "cannot be opened: Permission denied" in as_nobody(OPEN, nobody_path / "shut")
