@@ -99,22 +99,29 @@ def _lzma_stream(name: str, container: int) -> Callable[[int], Decompress]:
     return make
 
 
+class _ZstdContexts(threading.local):
+    """The decompression contexts of one thread: one for each bound of the window."""
+
+    def __init__(self, library: Any, window: int) -> None:
+        self.sized = library.ZstdDecompressor()
+        """For frames that say how much they hold: no more than that is allocated, whatever the window."""
+        self.unsized = library.ZstdDecompressor(max_window_size=window)
+        """For the others, of which a forged one may ask for a window of 2 GiB."""
+
+
 def _zstd(block_size: int) -> Decompress:
     library: Any = importlib.import_module("zstandard")
-    window = max(block_size, 8192)  # as the kernel's zstd_wrapper.c; a forged frame may ask for 2 GiB
     content_size = library.frame_content_size
     failure = library.ZstdError
-    contexts = threading.local()
+    contexts = _ZstdContexts(library, max(block_size, 8192))  # the window: as in the kernel's zstd_wrapper.c
 
     def decompress(block: Block, limit: int) -> bytes:
         try:
-            context = contexts.context
-        except AttributeError:
-            context = contexts.context = library.ZstdDecompressor(max_window_size=window)
-        try:
             # The library allocates what the frame's header says, so that is looked at first.
-            if content_size(block) > limit:
+            size = content_size(block)
+            if size > limit:
                 raise CodecError("zstd: larger than its place")
+            context = contexts.unsized if size < 0 else contexts.sized
             data: bytes = context.decompress(block, max_output_size=limit)
         except (failure, ValueError) as error:
             raise CodecError(f"zstd: {error}") from error
@@ -125,19 +132,16 @@ def _zstd(block_size: int) -> Decompress:
 
 def _zstd_start(block_size: int) -> Decompress:
     library: Any = importlib.import_module("zstandard")
-    window = max(block_size, 8192)
-    contexts = threading.local()
+    contexts = _ZstdContexts(library, max(block_size, 8192))
     whole = _zstd(block_size)
 
     def decompress(block: Block, limit: int) -> bytes:
         try:
-            if library.get_frame_parameters(block).has_checksum:
+            frame = library.get_frame_parameters(block)
+            # A size that is not known is larger than any.
+            if frame.has_checksum or frame.content_size > block_size:
                 return whole(block, block_size)[:limit]
-            try:
-                context = contexts.context
-            except AttributeError:
-                context = contexts.context = library.ZstdDecompressor(max_window_size=window)
-            data: bytes = context.stream_reader(block).read(limit)
+            data: bytes = contexts.sized.stream_reader(block).read(limit)
         except (library.ZstdError, ValueError) as error:
             raise CodecError(f"zstd: {error}") from error
         return data
