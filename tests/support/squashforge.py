@@ -1,12 +1,13 @@
 """Squashfs images written byte by byte: for what no honest tool would write.
 
-Metadata is stored uncompressed, so where everything will be is known beforehand, and an inode may
-refer to what is written after it: to its own directory, for instance.
+Metadata is stored uncompressed (but see ``pack``), so where everything will be is known beforehand,
+and an inode may refer to what is written after it: to its own directory, for instance.
 """
 
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 METADATA = 8192
@@ -15,20 +16,20 @@ NONE32 = 0xFFFF_FFFF
 DIRECTORY, FILE, SYMLINK = 1, 2, 3
 
 
-def metadata(data: bytes) -> bytes:
-    """*data* as uncompressed metadata blocks."""
-    parts = [data[start : start + METADATA] for start in range(0, len(data), METADATA)]
-    return b"".join(struct.pack("<H", len(part) | 0x8000) + part for part in parts)
+Pack = Callable[[bytes], bytes]
 
 
-def reference(position: int) -> int:
-    """The reference of what is at *position* of a table, counted without the blocks' headers."""
-    return (position // METADATA * (METADATA + 2)) << 16 | position % METADATA
+def metadata(data: bytes, chunk: int = METADATA, pack: Pack | None = None) -> bytes:
+    """*data* as metadata blocks of *chunk* bytes, compressed by *pack* or not at all."""
+    parts = [data[start : start + chunk] for start in range(0, len(data), chunk)]
+    if pack is None:
+        return b"".join(struct.pack("<H", len(part) | 0x8000) + part for part in parts)
+    return b"".join(struct.pack("<H", len(packed)) + packed for packed in map(pack, parts))
 
 
-def place(position: int) -> tuple[int, int]:
-    """(block, offset) of what is at *position* of a table."""
-    return position // METADATA * (METADATA + 2), position % METADATA
+def place(position: int, chunk: int = METADATA) -> tuple[int, int]:
+    """(block, offset) of what is at *position* of a table, counted without the blocks' headers."""
+    return position // chunk * (chunk + 2), position % chunk
 
 
 @dataclass
@@ -57,6 +58,23 @@ class Forge:
     xattr_sets: list[tuple[int, int, int]] = field(default_factory=list)
     count: int = 100
     """How many inodes the superblock claims; a number for a new one is not counted."""
+    owners: list[int] = field(default_factory=lambda: [0])
+    options: bytes | None = None
+    """The options of the compressor, as they are stored; the superblock then says that there are some."""
+    chunk: int = METADATA
+    """Bytes in a metadata block of inodes, listings and attributes: a whole one is the rule."""
+    pack: Pack | None = None
+    """Compresses all metadata; then there may be but one block of inodes and one of listings."""
+    export: list[int] | None = None
+    """The references of the inodes by their numbers, from 1 on."""
+    gap: bytes = b""
+    """What is between two tables."""
+    padding: bytes = b""
+    """What is at the end of the blocks of the tables of owners and of fragments."""
+
+    def __post_init__(self) -> None:
+        if self.options is not None:
+            self.data += metadata(self.options)
 
     def block(self, data: bytes) -> int:
         """Put bytes where data blocks are; returns where."""
@@ -65,13 +83,29 @@ class Forge:
 
     def next_ref(self, after: int = 0) -> int:
         """The reference of the inode to be added *after* bytes of inodes from here."""
-        return reference(len(self.inodes) + after)
+        block, offset = place(len(self.inodes) + after, self.chunk)
+        return block << 16 | offset
 
-    def inode(self, kind: int, body: bytes, number: int = 1, mode: int = 0o755, owner: int = 0) -> int:
+    def inode(
+        self,
+        kind: int,
+        body: bytes,
+        number: int = 1,
+        mode: int = 0o755,
+        owner: int = 0,
+        group: int = 0,
+        mtime: int = 1_600_000_000,
+    ) -> int:
         """Add an inode; returns its reference."""
         ref = self.next_ref()
-        self.inodes += struct.pack("<4H2I", kind, mode, owner, 0, 1_600_000_000, number) + body
+        self.inodes += struct.pack("<4H2I", kind, mode, owner, group, mtime, number) + body
         return ref
+
+    def small(self, content: bytes, number: int = 1, **base: int) -> int:
+        """Add a basic file with a block list of one block, that is not compressed."""
+        word = len(content) | 1 << 24 if content else 0
+        body = struct.pack("<IIIII", self.block(content), NONE32, 0, len(content), word)
+        return self.inode(FILE, body if content else body[:-4], number, **base)
 
     def file(
         self,
@@ -101,19 +135,32 @@ class Forge:
         return self.inode(9, body, number)
 
     def listing(self, entries: list[Entry]) -> tuple[int, int, int]:
-        """Add a listing; returns (block, offset, size) for the inode."""
+        """Add a listing in which each entry has a header; returns (block, offset, size) for the inode."""
         begin = len(self.listings)
         for entry in entries:
             count = 0 if entry.count is None else entry.count
             self.listings += struct.pack("<III", count, entry.ref >> 16, entry.number)
             self.listings += struct.pack("<HhHH", entry.ref & 0xFFFF, 0, entry.kind, len(entry.name) - 1)
             self.listings += entry.name
-        return (*place(begin), len(self.listings) - begin + 3)
+        return (*place(begin, self.chunk), len(self.listings) - begin + 3)
 
-    def directory(self, entries: list[Entry], number: int = 1, parent: int = 1) -> int:
-        """Add a directory with a listing of its own."""
+    def group(self, entries: list[Entry], count: int | None = None) -> None:
+        """Add entries below one header to the listing being made; *count* is what the header claims."""
+        first = entries[0]
+        count = len(entries) if count is None else count
+        self.listings += struct.pack("<III", (count - 1) & NONE32, first.ref >> 16, first.number)
+        for entry in entries:
+            number = entry.number - first.number
+            self.listings += struct.pack("<HhHH", entry.ref & 0xFFFF, number, entry.kind, len(entry.name) - 1)
+            self.listings += entry.name
+
+    def directory(
+        self, entries: list[Entry], number: int = 1, parent: int = 1, more: int = 0, **base: int
+    ) -> int:
+        """Add a directory with a listing of its own, whose size it states *more* bytes too large."""
         block, offset, size = self.listing(entries)
-        return self.inode(DIRECTORY, struct.pack("<IIHHI", block, 2, size, offset, parent), number)
+        body = struct.pack("<IIHHI", block, 2, size + more, offset, parent)
+        return self.inode(DIRECTORY, body, number, **base)
 
     def large_directory(
         self,
@@ -134,23 +181,28 @@ class Forge:
         """The image. Any field of the superblock can be given another value."""
         image = bytearray(96) + self.data
         tables = {"inode_table": len(image)}
-        image += metadata(bytes(self.inodes))
+        image += metadata(bytes(self.inodes), self.chunk, self.pack) + self.gap
         tables["directory_table"] = len(image)
-        image += metadata(bytes(self.listings) or b"\0")
-        tables["fragment_table"] = NONE64
+        image += metadata(bytes(self.listings) or b"\0", self.chunk, self.pack) + self.gap
+        tables["fragment_table"] = tables["export_table"] = NONE64
         if self.fragments:
             table = b"".join(struct.pack("<QII", *fragment, 0) for fragment in self.fragments)
             tables["fragment_table"] = self._indexed(image, table)
-        tables["id_table"] = self._indexed(image, struct.pack("<I", 0))
+            image += self.gap
+        if self.export is not None:
+            tables["export_table"] = self._indexed(image, struct.pack(f"<{len(self.export)}Q", *self.export))
+        tables["id_table"] = self._indexed(image, struct.pack(f"<{len(self.owners)}I", *self.owners))
         tables["xattr_table"] = NONE64
         if self.xattr_keys is not None:
             start = len(image)
-            image += metadata(self.xattr_keys)
+            image += metadata(self.xattr_keys, self.chunk, self.pack)
             sets = b"".join(struct.pack("<QII", *one) for one in self.xattr_sets)
             blocks = len(image)
-            image += metadata(sets)
+            image += metadata(sets, pack=self.pack)
             tables["xattr_table"] = len(image)
-            image += struct.pack("<QIIQ", start, len(self.xattr_sets), 0, blocks)
+            image += struct.pack("<QII", start, len(self.xattr_sets), 0)
+            if sets:
+                image += struct.pack("<Q", blocks)
         values = {
             "magic": 0x73717368,
             "inodes": self.count,
@@ -159,14 +211,13 @@ class Forge:
             "fragments": len(self.fragments),
             "compressor": self.compressor,
             "block_log": self.block_size.bit_length() - 1,
-            "flags": 0,
-            "ids": 1,
+            "flags": 0 if self.options is None else 0x400,
+            "ids": len(self.owners),
             "major": 4,
             "minor": 0,
             "root": root,
             "bytes_used": len(image),
             **tables,
-            "export_table": NONE64,
         }
         order = (
             "magic inodes mkfs_time block_size fragments compressor block_log flags ids major minor root "
@@ -176,12 +227,12 @@ class Forge:
         image[:96] = struct.pack("<5I6H8Q", *(values[name] for name in order.split()))
         return bytes(image)
 
-    @staticmethod
-    def _indexed(image: bytearray, table: bytes) -> int:
+    def _indexed(self, image: bytearray, table: bytes) -> int:
         starts = []
         for begin in range(0, len(table), METADATA):
             starts.append(len(image))
-            image += metadata(table[begin : begin + METADATA])
+            part = table[begin : begin + METADATA]
+            image += metadata(part + self.padding[: METADATA - len(part)], pack=self.pack)
         position = len(image)
         image += struct.pack(f"<{len(starts)}Q", *starts)
         return position

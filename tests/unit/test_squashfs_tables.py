@@ -52,11 +52,13 @@ def test_reading_goes_on_into_the_following_blocks(make: Make) -> None:
         image = b"".join(blocks)
         table = Table(make(image), 0, len(image), "table")
         for at, size in ((0, 10), (BLOCK - 5, 10), (0, len(content)), (BLOCK, BLOCK), (5, 3 * BLOCK)):
-            assert table.read(Place(0, at), size) == content[at : at + size]
+            assert table.read(table.after(Place(0, 0), at), size) == content[at : at + size]
         data, after = table.advance(Place(0, 0), BLOCK + 7)
         assert data + table.read(after, 50) == content[: BLOCK + 57]
-        assert table.upto(Place(0, 3 * BLOCK), 1000) == content[3 * BLOCK :]
-        is_damaged(lambda: table.read(Place(0, 3 * BLOCK), 101))  # noqa: B023
+        last = table.after(Place(0, 0), 3 * BLOCK)
+        assert table.upto(last, 1000) == (content[3 * BLOCK :], None)
+        is_damaged(lambda: table.read(last, 101))  # noqa: B023
+        is_damaged(lambda: table.read(Place(0, BLOCK), 1))  # noqa: B023
 
 
 def test_a_place_behind_the_end_of_the_table(make: Make) -> None:
@@ -72,7 +74,16 @@ def test_a_short_block_in_the_middle_of_a_table(make: Make) -> None:
     image = block(b"short") + block(bytes(BLOCK))
     table = Table(make(image), 0, len(image), "table")
     assert table.read(Place(0, 0), 5) == b"short"
-    is_damaged(lambda: table.read(Place(0, 0), 6))
+    assert table.read(Place(0, 0), 6) == b"short\0", "as the kernel does"
+    assert table.after(Place(0, 0), 5) == Place(7, 0)
+    is_damaged(lambda: table.read(Place(0, 5), 1))
+
+
+def test_what_can_be_read_of_a_table_that_is_damaged(make: Make) -> None:
+    image = block(b"good") + b"\0\0" + block(bytes(BLOCK))
+    data, error = Table(make(image), 0, len(image), "table").upto(Place(0, 1), 100)
+    assert data == b"ood"
+    assert error is not None and error.errno == errno.EIO
 
 
 @pytest.mark.parametrize(
@@ -117,7 +128,8 @@ def test_lists_of_blocks_that_lead_elsewhere(make: Make) -> None:
     behind = one + struct.pack("<Q", len(one) + 8) + one
     is_damaged(lambda: IndexedTable(make(behind), len(one), 2, 4, "owner").entry(0))
     is_damaged(lambda: indexed(make, [1 << 50], one, 2).entry(0))
-    is_damaged(lambda: indexed(make, [0], one, 3).entry(0))
+    assert indexed(make, [0], one, 3).entry(1) == struct.pack("<I", 8)
+    is_damaged(lambda: indexed(make, [0], one, 3).entry(2))
     is_damaged(lambda: indexed(make, [0], one, 5000).all())
 
 

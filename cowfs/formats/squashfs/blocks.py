@@ -59,23 +59,26 @@ class BlockMap:
 
     def __init__(self, table: Table, inode: Inode, count: int) -> None:
         """*table* is the inode table. EFBIG over :data:`BLOCKS_MAX`, EIO if the list cannot be there."""
-        if count * 4 > table.bound(inode.body):
-            raise table.damaged(inode.body, f"lists {count} blocks, more than there can be")
+        body = inode.body(table)
+        if count * 4 > table.bound(body):
+            raise table.damaged(body, f"lists {count} blocks, more than there can be")
         if count > BLOCKS_MAX:
             raise OSError(errno.EFBIG, f"file {inode.number} of {inode.size} bytes: too large to be read")
         self.count = count
         self._table = table
         self._inode = inode
         # Where each chunk begins: in the table, and in the image.
-        self._starts = [(inode.body, inode.start)]
+        self._starts = [(body, inode.start)]
         self._chunks: dict[int, _Chunk] = {}
         self._lock = threading.Lock()
 
     def __getitem__(self, number: int) -> Stored:
         """Where block *number* is. May block. EIO."""
         words, positions = self._chunk(number // _PER_CHUNK)
-        number %= _PER_CHUNK
-        return Stored(positions[number], words[number])
+        place = number % _PER_CHUNK
+        if place >= len(words):
+            raise self._no_length(number)
+        return Stored(positions[place], words[place])
 
     def since(self, number: int) -> Iterator[tuple[int, Stored]]:
         """(number, place) of every block from *number* on that is no hole. May block. EIO."""
@@ -86,27 +89,34 @@ class BlockMap:
                 for index in range(first, len(words)):
                     if words[index]:
                         yield chunk * _PER_CHUNK + index, Stored(positions[index], words[index])
-            number = (chunk + 1) * _PER_CHUNK
+            number = chunk * _PER_CHUNK + len(words)
+            if number < self.count and len(words) < _PER_CHUNK:
+                raise self._no_length(number)
 
     def _chunk(self, wanted: int) -> _Chunk:
         found = self._chunks.get(wanted)
         if found is None:
             with self._lock:
                 for passed in range(len(self._starts) - 1, wanted):
-                    self._load(passed)
+                    if len(self._load(passed)[0]) < _PER_CHUNK:
+                        raise self._no_length(wanted * _PER_CHUNK)
                 found = self._load(wanted)
         return found
+
+    def _no_length(self, number: int) -> OSError:
+        what = f"(block list of inode {self._inode.number}) has no length for block {number}"
+        return self._table.damaged(self._starts[0][0], what)
 
     def _load(self, number: int) -> _Chunk:
         place, position = self._starts[number]
         size = min(_PER_CHUNK, self.count - number * _PER_CHUNK)
-        data, after = self._table.advance(place, 4 * size)
-        words = struct.unpack(f"<{size}I", data)
-        if max(words) > (UNCOMPRESSED | LENGTH):
-            raise self._table.damaged(place, f"(block list of inode {self._inode.number}) has a wrong length")
+        data, _ = self._table.upto(place, 4 * size)
+        words = struct.unpack_from(f"<{len(data) // 4}I", data)
+        if words and max(words) > (UNCOMPRESSED | LENGTH):  # what is before it can be read
+            words = words[: next(at for at, word in enumerate(words) if word > (UNCOMPRESSED | LENGTH))]
         positions = list(accumulate([word & LENGTH for word in words], initial=position))
-        if number + 1 == len(self._starts):
-            self._starts.append((after, positions[-1]))
+        if number + 1 == len(self._starts) and len(words) == _PER_CHUNK:
+            self._starts.append((self._table.after(place, 4 * size), positions[-1]))
         if len(self._chunks) >= 4:
             self._chunks.clear()
         chunk = self._chunks[number] = words, positions

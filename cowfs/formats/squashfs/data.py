@@ -31,6 +31,8 @@ _TASK = 256 << 10
 
 _SHORT = {"gzip": 256 << 10, "lzo": 256 << 10, "zstd": 256 << 10, "lz4": 4 << 20}
 """How many bytes each compressor makes in half a millisecond; xz and lzma take that for a few KiB."""
+_PAGE_MASK = 4095
+"""A page is what the kernel reads, or does not, as one."""
 _STARTED = 4096
 """How many of the blocks that were made in part are known: the next time they are made whole."""
 
@@ -75,11 +77,14 @@ class Blocks:
         """How many bytes may be decompressed while others wait."""
 
     def get(self, stored: Stored, size: int) -> bytes:
-        """The *size* bytes of the block at *stored*, from the cache or into it. May block. EIO."""
+        """The first *size* bytes of the block at *stored*, from the cache or into it. May block. EIO.
+
+        Where the block holds less, what it holds of whole pages can be had, as from the kernel.
+        """
         data = self._cache.get(stored, self._read)
-        if len(data) != size:
-            raise self._wrong_size(stored, len(data), size)
-        return data
+        if len(data) < size and size > len(data) & ~_PAGE_MASK:
+            raise self._too_short(stored, len(data), size)
+        return data if len(data) == size else data[:size]
 
     def start(self, stored: Stored, size: int) -> bytes | None:
         """The first *size* bytes of a block that is asked for once; None where it is better made whole.
@@ -97,9 +102,7 @@ class Blocks:
             data = self._starter(raw, size)
         except CodecError as error:
             raise self._damaged(stored, error) from error
-        if len(data) != size:
-            raise self._wrong_size(stored, len(data), size)
-        return data
+        return data if len(data) == size else None
 
     def work(self, stored: Stored) -> int:
         """How many bytes there are to decompress for :meth:`get`, by whichever thread."""
@@ -111,12 +114,12 @@ class Blocks:
         """Where the end of a file is. May block. EIO."""
         return self._fragments[inode.fragment]
 
-    def tail(self, inode: Inode) -> bytes:
-        """The end of a file that is in a fragment. May block. EIO."""
-        size = inode.size & (self.size - 1)
+    def tail(self, inode: Inode, size: int) -> bytes:
+        """The first *size* bytes of the end of a file that is in a fragment. May block. EIO."""
         stored = self.fragment(inode)
         data = self._cache.get(stored, self._read)
-        if inode.offset + size > len(data):
+        there = len(data) - inode.offset
+        if there < size and size > there & ~_PAGE_MASK:
             raise self._source.damaged(
                 f"fragment {inode.fragment} at {stored.position:#x}: ends before the tail of {inode.number}"
             )
@@ -134,9 +137,9 @@ class Blocks:
         for stored in run.blocks:
             size = min(self.size, left)
             data = self._expand(raw[at : at + stored.length], stored)
-            if len(data) != size:
-                raise self._wrong_size(stored, len(data), size)
-            parts.append(data)
+            if len(data) < size:
+                raise self._too_short(stored, len(data), size)
+            parts.append(data if len(data) == size else data[:size])
             at += stored.length
             left -= size
         return parts
@@ -160,7 +163,7 @@ class Blocks:
         if not 0 < stored.length <= self.size:
             raise self._damaged(stored, f"{stored.length} bytes stored")
 
-    def _wrong_size(self, stored: Stored, size: int, wanted: int) -> OSError:
+    def _too_short(self, stored: Stored, size: int, wanted: int) -> OSError:
         return self._damaged(stored, f"{size} bytes, not {wanted}")
 
     def _damaged(self, stored: Stored, what: object) -> OSError:
@@ -216,19 +219,20 @@ class FileData:
         self._read_ahead(first, last)
         base = first << log
         if first == last:
-            data = self._start(first, end - base) or self._block(first)
+            data = self._start(first, end - base) or self._block(first, end - base)
             return data if end - offset == len(data) else data[offset - base : end - base]
-        data = self._block(first)
+        size = self._blocks.size
+        data = self._block(first, size)
         parts = [data[offset - base :] if offset > base else data]
-        parts += [self._block(number) for number in range(first + 1, last)]
-        parts.append(self._block(last)[: end - (last << log)])
+        parts += [self._block(number, size) for number in range(first + 1, last)]
+        parts.append(self._block(last, end - (last << log)))
         return b"".join(parts)
 
-    def _block(self, number: int) -> bytes:
+    def _block(self, number: int, size: int) -> bytes:
+        """The first *size* bytes of block *number*. May block. EIO."""
         if self._map is None or number == self._count:
-            return self._blocks.tail(self.inode)
+            return self._blocks.tail(self.inode, size)
         stored = self._map[number]
-        size = min(self._blocks.size, self.size - number * self._blocks.size)
         return self._blocks.get(stored, size) if stored.word else bytes(size)
 
     def _start(self, number: int, size: int) -> bytes | None:
@@ -273,7 +277,7 @@ class FileData:
     def _load(self, begin: int, end: int) -> None:
         try:
             for number in range(begin, end):
-                self._block(number)
+                self._block(number, min(self._blocks.size, self.size - number * self._blocks.size))
         except OSError:
             return  # whoever reads the block will find the same, and say so
 
@@ -329,7 +333,7 @@ class FileData:
 
     def run(self, run: Run) -> list[bytes]:
         """The data of *run*. May block. EIO."""
-        return self._blocks.run(run) if run.blocks else [self._blocks.tail(self.inode)]
+        return self._blocks.run(run) if run.blocks else [self._blocks.tail(self.inode, run.size)]
 
     def _has_tail(self) -> bool:
         return self.inode.fragment != NONE and bool(self.size & (self._blocks.size - 1))

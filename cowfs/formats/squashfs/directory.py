@@ -1,14 +1,19 @@
 """Directories: a listing -> {name: where its inode is}; the directory index.
 
 A listing is a run of headers, each followed by up to 256 entries whose inodes are in one metadata
-block. It is sorted by name. The index of a large directory says at which name each metadata block
-of the listing begins. Layouts: squashfs_fs.h; use: the kernel's namei.c and dir.c.
+block. It should be sorted by name. The index of a large directory says at which name each metadata
+block of the listing begins. Layouts: squashfs_fs.h; use: the kernel's namei.c and dir.c.
+
+The kernel reads a header as long as the size that the inode states is not used up, and then all of its
+entries, even past that size. So does this: there are makers that state the size of the listing without
+the 3 that belong to it, or a size that is too large.
 """
 
 from __future__ import annotations
 
 import errno
 import struct
+from collections import Counter
 from typing import NamedTuple
 
 from cowfs.formats.squashfs.inodes import FORMATS, Inode
@@ -19,6 +24,8 @@ _ENTRY = struct.Struct("<HhHH")  # offset of the inode, number relative to the h
 _INDEX = struct.Struct("<III")  # offset in the listing, metadata block, name length - 1
 _MOST_ENTRIES = 256
 _LONGEST_NAME = 256
+_SMALLEST = _HEADER.size + _ENTRY.size + 1
+"""The least bytes that a header and its entries take: what is less cannot be missing."""
 
 LISTING_MAX = 64 << 20
 """The longest listing, in bytes, that is taken into memory: some two million names."""
@@ -26,12 +33,40 @@ LISTING_MAX = 64 << 20
 NOT_STORED = 3
 """How much larger the size of a directory is than its listing: for . and .., which are not stored."""
 
-Listing = dict[bytes, int]
-"""Name -> reference of the inode << 3 | its basic type (1 directory, 2 file, ... 7 socket)."""
+_MORE = 512
+"""By how many bytes more than stated a listing is read at first, if it goes on there."""
+_TYPE = 7
+"""The bits of a value that are the type."""
+_EXTENDED = 7
+"""What a maker adds to the type of an entry whose inode is an extended one, and should not."""
+_EMPTY = 0xFFFF_FFFF
+"""What a header of no entries counts: one less than it has."""
+
+
+class Listing(dict[bytes, int]):
+    """Name -> reference of the inode << 3 | its basic type (1 directory, 2 file, ... 7 socket, 0 unknown)."""
+
+    __slots__ = ("problem",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.problem = ""
+        """What is wrong with the listing: it has more names than these, or others."""
 
 
 class Damage(Exception):
     """A listing contradicts itself; the message says how. Never leaves the package."""
+
+
+class _Short(Exception):
+    """There should be one more header behind the data."""
+
+
+class _Unsorted(OSError):
+    """The index, or the order of the names, is not what makes a search find a name."""
+
+    def __init__(self) -> None:
+        super().__init__(errno.EFBIG, "a directory too large to be read whole, and not sorted")
 
 
 class Found(NamedTuple):
@@ -41,70 +76,106 @@ class Found(NamedTuple):
     """As the values of a :data:`Listing`."""
 
 
-def parse(data: bytes) -> Listing:
-    """All entries of a listing.
+def parse(data: bytes, size: int, *, ended: bool) -> Listing | None:
+    """All entries of a listing that is stated to be *size* bytes long.
 
-    Raises :class:`Damage` where the listing is damaged or has a name that no file can have ("..",
-    "a/b"), or twice the same directory (a tree of which would have no end).
+    *data* is of that length, or longer; None: more of it is needed. *ended*: there is no more.
+
+    Of two entries with one name the first counts. What is damaged is left out, and told in ``problem``:
+    names that no file can have ("..", "a/b"), names of the same directory (a tree of which would have
+    no end), and everything from an entry on that cannot be.
     """
-    entries: Listing = {}
-    header, entry = _HEADER.unpack_from, _ENTRY.unpack_from
-    position, end = 0, len(data)
+    entries = Listing()
     try:
-        while position < end:
-            count, start, _ = header(data, position)
-            if count >= _MOST_ENTRIES:
-                raise Damage(f"a header counts {count + 1} entries")
-            position += 12
-            block = start << 16
-            for _ in range(count + 1):
-                offset, _, kind, length = entry(data, position)
-                if length >= _LONGEST_NAME or kind > 7 or not kind:
-                    raise Damage(f"an entry of type {kind} has a name of {length + 1} bytes")
-                begin = position + 8
-                position = begin + length + 1
-                entries[data[begin:position]] = (block | offset) << 3 | kind
+        _fill(entries, data, size)
     except struct.error:
-        raise Damage("an entry is cut off") from None
-    if position != end:
-        raise Damage("the last entry is cut off")
+        if not ended:
+            return None
+        entries.problem = "an entry is cut off"
+    except _Short:
+        # A size that is too large is not damage: the kernel takes the end of the table for the end too.
+        if not ended:
+            return None
+    except Damage as damage:
+        entries.problem = str(damage)
     _check(entries)
     return entries
 
 
+def _fill(entries: Listing, data: bytes, size: int) -> None:
+    header, entry, add = _HEADER.unpack_from, _ENTRY.unpack_from, entries.setdefault
+    position, end = 0, len(data)
+    while position < size:
+        if position + _HEADER.size > end:
+            raise _Short
+        count, start, _ = header(data, position)
+        position += _HEADER.size
+        if count >= _MOST_ENTRIES:
+            if count == _EMPTY:
+                continue
+            raise Damage(f"a header counts {count + 1} entries")
+        block = start << 16
+        for _ in range(count + 1):
+            offset, _, kind, length = entry(data, position)
+            if length >= _LONGEST_NAME:
+                raise Damage(f"an entry has a name of {length + 1} bytes")
+            begin = position + _ENTRY.size
+            position = begin + length + 1
+            if position > end:
+                raise struct.error
+            if kind > _TYPE:  # a lookup finds it, in the kernel too; a listing of the kernel's ends here
+                entries.problem = entries.problem or f"an entry is of type {kind}"
+                kind = kind - _EXTENDED if kind <= _TYPE + _EXTENDED else 0
+            add(data[begin:position], (block | offset) << 3 | kind)
+
+
 def _check(entries: Listing) -> None:
+    """Leave out what leads out of the directory, or to the same directory twice."""
     names = b"/".join(entries)
     if names.count(b"/") >= max(len(entries), 1) or b"\0" in names or b"." in entries or b".." in entries:
-        raise Damage("a name has a slash or a NUL in it, or is '.' or '..'")
-    directories = [value for value in entries.values() if value & 7 == 1]
-    if len(set(directories)) != len(directories):
-        raise Damage("two names mean the same directory")
+        entries.problem = "a name has a slash or a NUL in it, or is '.' or '..'"
+        for name in [name for name in entries if b"/" in name or b"\0" in name or name in {b".", b".."}]:
+            del entries[name]
+    directories = Counter(value for value in entries.values() if value & _TYPE == 1)
+    if len(directories) != directories.total():
+        entries.problem = "two names mean the same directory"
+        for name in [name for name, value in entries.items() if directories[value] > 1]:
+            del entries[name]
 
 
-def search(data: bytes, name: bytes) -> Found | None:
+def search(data: bytes, name: bytes, first: bytes = b"") -> Found | None:
     """Look for *name* in the start of a listing; None: *data* ends before that is known.
 
-    Raises :class:`Damage`.
+    *first*: what the first name should be, if that is known. Raises :class:`Damage`; :class:`_Unsorted`
+    where the names are not in order, so that *name* may be elsewhere.
     """
     position, end = 0, len(data)
-    while position + 12 <= end:
+    before = first
+    while position + _HEADER.size <= end:
         count, start, _ = _HEADER.unpack_from(data, position)
+        position += _HEADER.size
         if count >= _MOST_ENTRIES:
+            if count == _EMPTY:
+                continue
             raise Damage(f"a header counts {count + 1} entries")
-        position += 12
         for _ in range(count + 1):
-            if position + 8 > end:
+            if position + _ENTRY.size > end:
                 return None
             offset, _, kind, length = _ENTRY.unpack_from(data, position)
-            if length >= _LONGEST_NAME or kind > 7 or not kind:
-                raise Damage(f"an entry of type {kind} has a name of {length + 1} bytes")
-            begin = position + 8
+            if length >= _LONGEST_NAME:
+                raise Damage(f"an entry has a name of {length + 1} bytes")
+            begin = position + _ENTRY.size
             position = begin + length + 1
+            if position > end:
+                return None
             found = data[begin:position]
-            if found == name and position <= end:
-                return Found((start << 16 | offset) << 3 | kind)
+            if found < before or (first and found != first):
+                raise _Unsorted
+            if found == name:
+                return Found((start << 16 | offset) << 3 | (kind if kind <= _TYPE else 0))
             if found > name:
                 return Found(None)
+            before, first = found, b""
     return None
 
 
@@ -121,65 +192,71 @@ class DirectoryTable:
         """All entries of the directory *inode*. May block. EIO; EFBIG over :data:`LISTING_MAX`."""
         size = inode.size - NOT_STORED
         if size <= 0:
-            return {}
+            return Listing()
         if size > LISTING_MAX:
             raise OSError(errno.EFBIG, f"directory {inode.number}: too many entries to list")
-        place = self._place(inode)
-        try:
-            return parse(self._table.read(place, size))
-        except Damage as damage:
-            raise self._table.damaged(place, f"(listing of inode {inode.number}): {damage}") from None
+        place = Place(inode.start, inode.offset)
+        data, error = self._table.upto(place, size)
+        listing, more = parse(data, size, ended=len(data) < size), _MORE
+        while listing is None:
+            data, error = self._table.upto(place, size + more)
+            listing, more = parse(data, size, ended=len(data) < size + more), 2 * more
+        if error is not None and len(data) + _SMALLEST <= size:
+            listing.problem = listing.problem or str(error.strerror)
+        return listing
 
-    def find(self, inode: Inode, name: bytes) -> int | None:
-        """The value of *name* as in a :data:`Listing`, by way of the index; None when not there.
+    def damaged(self, inode: Inode, problem: str) -> OSError:
+        """The error to raise for a listing with *problem*."""
+        return self._table.damaged(
+            Place(inode.start, inode.offset), f"(listing of inode {inode.number}): {problem}"
+        )
+
+    def find(self, inode: Inode, name: bytes) -> Found | None:
+        """What *name* is, by way of the index; None where only the whole listing can tell.
 
         For directories that are not worth being read whole. May block. EIO.
         """
-        place = self._place(inode)
         left = inode.size - NOT_STORED
-        begin, block = self._indexed(inode, name)
-        if begin:
-            place = Place(block, (place.offset + begin) % BLOCK)
-            left -= begin
         window = 2 * BLOCK
+        place = Place(inode.start, inode.offset)
         try:
+            begin, block, first = self._indexed(inode, name)
+            if begin:
+                place = Place(block, (place.offset + begin) % BLOCK)
+                left -= begin
             # An index entry leads into the right metadata block, so the first window nearly always does.
             while left > 0 and window <= LISTING_MAX:
                 data = self._table.read(place, min(window, left))
-                found = search(data, name)
+                found = search(data, name, first)
                 if found is not None:
-                    return found.value
+                    return found
                 if len(data) == left:
-                    return None
+                    return Found(None)
                 window *= 4
         except Damage as damage:
-            raise self._table.damaged(place, f"(listing of inode {inode.number}): {damage}") from None
-        if left > 0:
-            raise OSError(errno.EFBIG, f"directory {inode.number}: too many entries to search")
+            raise self.damaged(inode, str(damage)) from None
+        except OSError:
+            if left > LISTING_MAX:
+                raise
+            return None
         return None
 
-    def _indexed(self, inode: Inode, name: bytes) -> tuple[int, int]:
-        """(offset in the listing, metadata block) of the last index entry that is not after *name*."""
-        best = (0, inode.start)
-        at = inode.body
+    def _indexed(self, inode: Inode, name: bytes) -> tuple[int, int, bytes]:
+        """The last index entry that is not after *name*: offset in the listing, metadata block, name."""
+        best = (0, inode.start, b"")
+        at = inode.body(self._inodes)
         for _ in range(inode.index_count):
             raw, at = self._inodes.advance(at, _INDEX.size)
             offset, block, length = _INDEX.unpack(raw)
             if length >= _LONGEST_NAME or offset >= inode.size:
-                raise self._inodes.damaged(at, f"of the index of directory {inode.number} is damaged")
+                raise _Unsorted
             entry, at = self._inodes.advance(at, length + 1)
             if entry > name:
                 break
-            best = (offset, block)
+            best = (offset, block, entry)
         return best
-
-    def _place(self, inode: Inode) -> Place:
-        place = Place(inode.start, inode.offset)
-        if inode.offset >= BLOCK:
-            raise self._table.damaged(place, f"(listing of inode {inode.number}) begins past its block")
-        return place
 
 
 def type_of(value: int) -> int:
     """The S_IFMT bits of a value of a :data:`Listing`."""
-    return FORMATS[value & 7]
+    return FORMATS[value & _TYPE]

@@ -17,7 +17,7 @@ from cowfs.formats.squashfs.blocks import FragmentTable
 from cowfs.formats.squashfs.cache import GenerationCache
 from cowfs.formats.squashfs.codecs import decompressor
 from cowfs.formats.squashfs.data import Blocks, FileData
-from cowfs.formats.squashfs.directory import DirectoryTable, Listing
+from cowfs.formats.squashfs.directory import DirectoryTable, Found, Listing
 from cowfs.formats.squashfs.inodes import NONE, Inode, InodeTable
 from cowfs.formats.squashfs.metadata import IndexedTable, Metadata, Table
 from cowfs.formats.squashfs.recognise import SAMPLE
@@ -25,6 +25,8 @@ from cowfs.formats.squashfs.source import Source
 from cowfs.formats.squashfs.superblock import Superblock
 from cowfs.formats.squashfs.xattrs import XattrTable
 
+NOBODY = 65534
+"""Whose the kernel says that something is whose owner is 0xffffffff, which is none (overflowuid)."""
 CACHE_BYTES = 32 << 20
 """How much decompressed data of one image is kept."""
 LISTED_ENTRIES = 200_000
@@ -55,6 +57,7 @@ class Image:
         sb = superblock
         owners = IndexedTable(metadata, sb.id_table, sb.ids, 4, "owner")
         ids: tuple[int, ...] = struct.unpack(f"<{sb.ids}I", owners.all())
+        ids = tuple(NOBODY if owner == NONE else owner for owner in ids)
         self.xattrs = XattrTable(metadata, sb.xattr_table) if sb.has_xattrs else None
         fragments = FragmentTable(metadata, sb)
         # The directory table ends where the first of the tables after it begins.
@@ -75,7 +78,7 @@ class Image:
         self._probes: dict[int, int] = {}
         # By which directory each directory was reached. In a tree there is one such; a second one means
         # that the image has a loop, or the same directory twice, and a walk would never end.
-        self._parents: dict[int, int] = {self.root: -1}
+        self._parents: dict[int, int | tuple[int, bytes]] = {self.root: -1}
         if not stat.S_ISDIR(self.inode(self.root).mode):
             raise source.damaged("the root is not a directory")
 
@@ -89,33 +92,53 @@ class Image:
         Do not change what is returned.
         """
         entries = self._listings.get(ref)
-        return self._list(self._directory(ref)) if entries is None else entries
+        if entries is None:
+            entries = self._list(self._directory(ref))
+        self._check(entries, ref)
+        return entries
 
     def lookup(self, ref: int, name: bytes) -> Inode | None:
         """The inode called *name* in the directory at *ref*; None when there is none. ENOTDIR, EIO."""
-        entries = self._listings.get(ref)
-        value = self._find(ref, name) if entries is None else entries.get(name)
+        value = self._value(ref, name)
         if value is None:
             return None
         inode = self._inodes.read(value >> 3)
-        mode = inode.mode
-        if stat.S_ISDIR(mode) != (value & 7 == 1):
-            raise self.source.damaged(f"{name!r} in directory {ref:#x} is of another type than it says")
-        if stat.S_ISDIR(mode) and self._parents.setdefault(inode.ref, ref) != ref:
-            raise self.source.damaged(
-                f"directory {inode.ref:#x}, {name!r} in {ref:#x}, is in two places: the tree has a loop"
-            )
+        if stat.S_ISDIR(inode.mode):
+            # Of the directories that a listing calls so, parse() has seen to it that each is there once.
+            parent = ref if value & 7 == 1 else (ref, name)
+            if self._parents.setdefault(inode.ref, parent) != parent:
+                raise self.source.damaged(
+                    f"directory {inode.ref:#x}, {name!r} in {ref:#x}, is in two places: the tree has a loop"
+                )
         return inode
 
-    def _find(self, ref: int, name: bytes) -> int | None:
-        directory = self._directory(ref)
-        if directory.index_count and directory.size > _INDEX_FROM:
-            if len(self._probes) >= 1000:
-                self._probes.clear()
-            probes = self._probes[ref] = self._probes.get(ref, 0) + 1
-            if probes <= _PROBES or directory.size > _INDEX_TO:
-                return self._directories.find(directory, name)
-        return self._list(directory).get(name)
+    def _value(self, ref: int, name: bytes) -> int | None:
+        entries = self._listings.get(ref)
+        if entries is None:
+            directory = self._directory(ref)
+            found = self._search(directory, name)
+            if found is not None:
+                return found.value
+            entries = self._list(directory)
+        value = entries.get(name)
+        if value is None:
+            self._check(entries, ref)
+        return value
+
+    def _search(self, directory: Inode, name: bytes) -> Found | None:
+        """Look for *name* by the index, if that is worth it; None: the whole listing has to tell."""
+        if not directory.index_count or directory.size <= _INDEX_FROM:
+            return None
+        if len(self._probes) >= 1000:
+            self._probes.clear()
+        probes = self._probes[directory.ref] = self._probes.get(directory.ref, 0) + 1
+        if probes > _PROBES and directory.size <= _INDEX_TO:
+            return None
+        return self._directories.find(directory, name)
+
+    def _check(self, entries: Listing, ref: int) -> None:
+        if entries.problem:
+            raise self._directories.damaged(self._directory(ref), entries.problem)
 
     def _list(self, directory: Inode) -> Listing:
         entries = self._directories.read(directory)

@@ -11,7 +11,7 @@ import stat
 import struct
 from dataclasses import dataclass
 
-from cowfs.formats.squashfs.metadata import BLOCK, Place, Table
+from cowfs.formats.squashfs.metadata import Place, Table
 
 NONE = 0xFFFF_FFFF
 """In place of a fragment, or of extended attributes: there are none."""
@@ -66,7 +66,7 @@ _MODES = FORMATS + FORMATS[1:]
 """The S_IFMT bits of each type, the extended ones too."""
 
 MAX_TARGET = 4096
-"""The longest target of a symlink in bytes; the kernel's reader refuses longer ones too."""
+"""The longest that a symlink may say that it is; the kernel's reader refuses longer ones too."""
 
 
 @dataclass(slots=True)
@@ -100,10 +100,13 @@ class Inode:
     index_count: int
     """Directory: how many entries its index has."""
 
-    @property
-    def body(self) -> Place:
-        """What follows: the block list of a file, the target of a symlink, the index of a directory."""
-        return Place(self.ref >> 16, self.end)
+    def body(self, table: Table) -> Place:
+        """Where in the inode table is what follows: a block list, the target of a symlink, an index.
+
+        May block. EIO.
+        """
+        begin = Place(self.ref >> 16, self.ref & 0xFFFF)
+        return table.after(begin, self.end - begin.offset)
 
 
 class InodeTable:
@@ -127,7 +130,7 @@ class InodeTable:
             data = self._table.block(block)
             self._last = block, data
         if offset + _LONGEST > len(data):  # it may go on in the next block, or be the last of all
-            data, at = self._straddling(block, offset), 0
+            data, at = self._straddling(Place(block, offset)), 0
         kind = data[at]
         fields: tuple[int, ...]
         try:
@@ -139,7 +142,7 @@ class InodeTable:
                 fields = (nlink, size, 0, 0, NONE, start, NONE, tail, offset + 32, 0)
             else:
                 _, mode, uid, gid, mtime, number, *rest = _LAYOUTS[kind].unpack_from(data, at)
-                fields = self._others(kind, Place(block, offset + _LAYOUTS[kind].size), rest)
+                fields = self._others(kind, Place(block, offset), rest)
             if not number or data[at + 1]:
                 raise self._no_inode(ref, kind)
             return Inode(
@@ -156,24 +159,25 @@ class InodeTable:
         except IndexError:
             raise self._table.damaged(Place(block, offset), "has an unknown owner") from None
 
-    def _others(self, kind: int, body: Place, rest: list[int]) -> tuple[int, ...]:
+    def _others(self, kind: int, begin: Place, rest: list[int]) -> tuple[int, ...]:
         """The fields from nlink on, for the types that are not frequent; *rest* is as in the layout."""
+        length = _LAYOUTS[kind].size
         start, fragment, offset, index_count = 0, NONE, 0, 0
         size, rdev, blocks, xattr = 0, 0, 0, NONE
         basic = kind if kind <= EXTENDED else kind - EXTENDED
         if basic == _FILE:
             start, size, holes, nlink, fragment, offset, xattr = rest
             if size >= 1 << 63:
-                raise self._table.damaged(body, f"has a size of {size}")
+                raise self._table.damaged(begin, f"has a size of {size}")
             blocks = max(size - holes + 511, 0) >> 9
         elif basic == _DIRECTORY:
             nlink, size, start, _, index_count, offset, xattr = rest
         elif basic == _SYMLINK:
             nlink, size = rest
             if size > MAX_TARGET:
-                raise self._table.damaged(body, f"is a symlink with a target of {size} bytes")
+                raise self._table.damaged(begin, f"is a symlink with a target of {size} bytes")
             if kind > EXTENDED:
-                raw = self._table.read(Place(body.block, body.offset + size), 4)
+                raw = self._table.read(self._table.after(begin, length + size), 4)
                 xattr = int.from_bytes(raw, "little")
         else:
             nlink = rest[0]
@@ -181,20 +185,16 @@ class InodeTable:
                 rdev = rest[1]  # the kernel's new_encode_dev(), which is what makedev(3) gives
             if kind > EXTENDED:
                 xattr = rest[-1]
-        return nlink, size, rdev, blocks, xattr, start, fragment, offset, body.offset, index_count
+        return nlink, size, rdev, blocks, xattr, start, fragment, offset, begin.offset + length, index_count
 
-    def _straddling(self, block: int, offset: int) -> bytes:
-        place = Place(block, offset)
-        if offset >= BLOCK:
-            raise self._table.damaged(place, "begins past its block")
-        data = self._table.upto(place, _LONGEST)
-        if not data:
-            raise self._table.damaged(place, "is past the end")
-        return data
+    def _straddling(self, place: Place) -> bytes:
+        """The fixed part of an inode and not a byte more: it may be the last that there is."""
+        kind = int.from_bytes(self._table.read(place, 2), "little")
+        return self._table.read(place, _LAYOUTS[kind].size if kind in _LAYOUTS else 2)
 
     def _no_inode(self, ref: int, kind: int) -> OSError:
         return self._table.damaged(Place(ref >> 16, ref & 0xFFFF), f"is no inode (type {kind})")
 
     def target(self, inode: Inode) -> bytes:
         """The target of a symlink, up to its first NUL as the kernel sees it. EIO."""
-        return self._table.read(inode.body, inode.size).partition(b"\0")[0]
+        return self._table.read(inode.body(self._table), inode.size).partition(b"\0")[0][: MAX_TARGET - 1]

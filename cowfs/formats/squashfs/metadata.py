@@ -1,9 +1,9 @@
 """Metadata blocks, and the tables made of them.
 
 A metadata block is up to 8192 bytes, stored as a 16-bit header (bit 15: not compressed; the rest:
-bytes stored) and the data. All of a table but its last block are exactly 8192 bytes long, so
-(block, offset) can go on into the following blocks. Source: squashfs.rst section 3, the kernel's
-block.c and cache.c.
+bytes stored) and the data. What does not fit goes on at the start of the following block. mksquashfs
+fills all blocks but the last; others do not, and the kernel's reader does not mind. Source:
+squashfs.rst section 3, the kernel's block.c and cache.c.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from cowfs.formats.squashfs.cache import GenerationCache
 from cowfs.formats.squashfs.codecs import Decompress
-from cowfs.formats.squashfs.errors import CodecError
+from cowfs.formats.squashfs.errors import CodecError, DamagedImage
 from cowfs.formats.squashfs.source import Source
 
 BLOCK = 8192
@@ -90,35 +90,44 @@ class Table:
 
     def advance(self, place: Place, size: int) -> tuple[bytes, Place]:
         """Like :meth:`read`, and also the place after what was read."""
-        data, after = self._upto(place, size)
+        if not size:
+            return b"", place
+        parts: list[bytes] = []
+        after = self._collect(place, size, parts)
+        data = parts[0] if len(parts) == 1 else b"".join(parts)
         if len(data) != size:
             raise self.damaged(place, f"ends {size - len(data)} bytes too early")
         return data, after
 
-    def upto(self, place: Place, size: int) -> bytes:
-        """*size* bytes at *place*, or fewer where the table ends."""
-        return self._upto(place, size)[0]
+    def after(self, place: Place, size: int) -> Place:
+        """The place *size* bytes after *place*. EIO past the end."""
+        return self.advance(place, size)[1]
 
-    def _upto(self, place: Place, size: int) -> tuple[bytes, Place]:
+    def upto(self, place: Place, size: int) -> tuple[bytes, DamagedImage | None]:
+        """*size* bytes at *place*, or fewer where the table ends or is damaged, and that error."""
+        parts: list[bytes] = []
+        try:
+            self._collect(place, size, parts)
+        except DamagedImage as error:
+            return b"".join(parts), error
+        return b"".join(parts), None
+
+    def _collect(self, place: Place, size: int, parts: list[bytes]) -> Place:
+        """Add up to *size* bytes at *place* to *parts*; returns the place after them."""
         position, offset = self._start + place.block, place.offset
         data, following = self._next(position)
-        parts = []
-        left = size
+        if offset >= len(data):
+            raise self.damaged(place, "begins past its block")
         while True:
-            if offset <= len(data):
-                part = data[offset : offset + left]
-                parts.append(part)
-                left -= len(part)
-                offset += len(part)
-            if not left or following >= self._end:
-                break
-            if len(data) != BLOCK:
-                raise self.damaged(place, "a block in its middle is short")
-            offset -= BLOCK
-            position = following
+            part = data[offset : offset + size]
+            parts.append(part)
+            size -= len(part)
+            offset += len(part)
+            if offset == len(data):
+                position, offset = following, 0
+            if not size or position >= self._end:
+                return Place(position - self._start, offset)
             data, following = self._next(position)
-        whole = parts[0] if len(parts) == 1 else b"".join(parts)
-        return whole, Place(position - self._start, offset)
 
     def _next(self, position: int) -> tuple[bytes, int]:
         if position >= self._end:
@@ -142,7 +151,7 @@ class IndexedTable:
     So are the owners, the fragments, the attribute identifiers. Nothing is read before it is asked for.
     """
 
-    __slots__ = ("_count", "_metadata", "_pointers", "_position", "_size", "_what")
+    __slots__ = ("_count", "_metadata", "_pointers", "_position", "_size", "_table", "_what")
 
     def __init__(self, metadata: Metadata, position: int, count: int, size: int, what: str) -> None:
         """The list of block positions is at *position* of the image."""
@@ -151,6 +160,7 @@ class IndexedTable:
         self._count = count
         self._size = size
         self._what = what
+        self._table = Table(metadata, 0, position, f"{what} table")
         self._pointers: GenerationCache[int, int] = GenerationCache(4096, lambda _: 1)
 
     def first_block(self) -> int:
@@ -162,20 +172,16 @@ class IndexedTable:
         source = self._metadata.source
         if not 0 <= number < self._count:
             raise source.damaged(f"{self._what} {number} of {self._count}")
-        place = number * self._size
-        data = self._block(place // BLOCK)
-        return data[place % BLOCK : place % BLOCK + self._size]
+        block, offset = divmod(number * self._size, BLOCK)
+        return self._table.read(Place(self._pointer(block), offset), self._size)
 
     def all(self) -> bytes:
         """All entries, one after the other. For tables that cannot be large."""
-        blocks = (self._count * self._size + BLOCK - 1) // BLOCK
-        return b"".join(self._block(number) for number in range(blocks))
-
-    def _block(self, number: int) -> bytes:
-        data, _ = self._metadata.block(self._pointer(number))
-        if len(data) != min(BLOCK, self._count * self._size - number * BLOCK):
-            raise self._metadata.source.damaged(f"{self._what} table: block {number} has a wrong length")
-        return data
+        total = self._count * self._size
+        return b"".join(
+            self._table.read(Place(self._pointer(start // BLOCK), 0), min(BLOCK, total - start))
+            for start in range(0, total, BLOCK)
+        )
 
     def _pointer(self, number: int) -> int:
         position = self._pointers.get(number)

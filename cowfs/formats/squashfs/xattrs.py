@@ -7,6 +7,8 @@ where several inodes have the same. Layouts: squashfs_fs.h; use: the kernel's xa
 
 from __future__ import annotations
 
+import errno
+import os
 import struct
 from dataclasses import dataclass
 
@@ -33,12 +35,17 @@ SET_MAX = 1 << 20
 
 @dataclass(slots=True, frozen=True)
 class OutOfLine:
-    """A value that is not read yet."""
+    """A value that is not read yet, but the place where it says where it is."""
 
     place: Place
 
 
-Attributes = dict[bytes, bytes | OutOfLine]
+@dataclass(slots=True, frozen=True)
+class TooLong:
+    """A value that is longer than the kernel gives any."""
+
+
+Attributes = dict[bytes, bytes | OutOfLine | TooLong]
 
 
 class XattrTable:
@@ -66,11 +73,14 @@ class XattrTable:
         return list(self._attributes(number))
 
     def value(self, number: int, name: bytes) -> bytes | None:
-        """The value of *name* in set *number*, or None. May block. EIO."""
+        """The value of *name* in set *number*, or None. May block. EIO, E2BIG."""
         value = self._attributes(number).get(name)
         if isinstance(value, OutOfLine):
-            (length,) = _LENGTH.unpack(self._keys.read(value.place, _LENGTH.size))
-            return self._value(self._keys.advance(value.place, _LENGTH.size)[1], length)[0]
+            (reference,) = _REFERENCE.unpack(self._keys.read(value.place, _REFERENCE.size))
+            raw, at = self._keys.advance(self._place(reference), _LENGTH.size)
+            value = self._value(at, _LENGTH.unpack(raw)[0])[0]
+        if isinstance(value, TooLong):
+            raise OSError(errno.E2BIG, os.strerror(errno.E2BIG))
         return value
 
     def _attributes(self, number: int) -> Attributes:
@@ -91,25 +101,22 @@ class XattrTable:
             raw, at = self._keys.advance(at, _KEY.size)
             kind, length = _KEY.unpack(raw)
             name, at = self._keys.advance(at, length)
-            raw, at = self._keys.advance(at, _LENGTH.size)
-            value, at = self._value(at, _LENGTH.unpack(raw)[0])
-            taken += length + len(value)
+            raw, place = self._keys.advance(at, _LENGTH.size)
+            size = _LENGTH.unpack(raw)[0]
+            taken += length + size
             if taken > SET_MAX:
                 raise self._keys.damaged(begin, f"begins a set of over {SET_MAX} bytes")
+            value, at = self._value(place, size)
             prefix = _PREFIXES.get(kind & 0xFF)
             if prefix is None or kind & ~_KNOWN or not name or b"\0" in name:
                 continue  # a namespace of a later version; the kernel passes over it too
-            if not kind & _OUT_OF_LINE:
-                attributes[prefix + name] = value
-            elif len(value) == _REFERENCE.size:
-                attributes[prefix + name] = OutOfLine(self._place(_REFERENCE.unpack(value)[0]))
-            else:
-                raise self._keys.damaged(at, f"is a reference of {len(value)} bytes")
+            # Of two with one name the first counts, as in the kernel.
+            attributes.setdefault(prefix + name, OutOfLine(place) if kind & _OUT_OF_LINE else value)
         return attributes
 
-    def _value(self, at: Place, length: int) -> tuple[bytes, Place]:
+    def _value(self, at: Place, length: int) -> tuple[bytes | TooLong, Place]:
         if length > VALUE_MAX:
-            raise self._keys.damaged(at, f"is a value of {length} bytes")
+            return TooLong(), self._keys.after(at, min(length, SET_MAX + 1))
         return self._keys.advance(at, length)
 
     def _place(self, reference: int) -> Place:

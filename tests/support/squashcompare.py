@@ -1,0 +1,200 @@
+"""What the kernel shows of a squashfs image beside what our reader shows: everything, errors included.
+
+An observation is ``{path: {what: value}}``; a value that could not be had is :class:`Failed`. The kernel
+is the reference: what it shows we must show, byte for byte. Where it fails we may show more.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cowfs.layers.squashfs import SquashfsLayer
+from cowfs.linux.mounts import attach_loop, detached_mount
+from tests.support.squashfs import FIELDS
+
+PAGE = 4096
+ABSENT = (b"!", b"m-absent", b"~", b"\xff\xff")
+"""Names before, between and behind all others."""
+MOST = 5000
+"""Names that are looked at, so that a tree without end has one."""
+
+
+class Failed(NamedTuple):
+    """What could not be had, and why."""
+
+    code: int
+
+    def __repr__(self) -> str:
+        return errno.errorcode[self.code]
+
+
+Seen = dict[bytes, dict[str, Any]]
+
+
+def attempt(call: Callable[[], Any]) -> Any:
+    """What *call* gives, or how it failed."""
+    try:
+        return call()
+    except OSError as error:
+        assert error.errno, error
+        return Failed(error.errno)
+
+
+@contextmanager
+def kernels_root(image: Path) -> Iterator[bytes]:
+    """The path of the image's root, mounted by the kernel, in no namespace. OSError when it refuses."""
+    raw = image.read_bytes()
+    whole = image.with_suffix(".whole")
+    whole.write_bytes(raw + bytes(-len(raw) % PAGE))  # a loop device has whole sectors only
+    loop, device = attach_loop(os.fspath(whole), readonly=True)
+    try:
+        root = detached_mount("squashfs", device, {}, readonly=True)
+    finally:
+        os.close(loop)
+        whole.unlink()
+    try:
+        yield b"/proc/self/fd/%d" % root
+    finally:
+        os.close(root)
+
+
+def _fields(attr: Any) -> dict[str, Any]:
+    return {field: getattr(attr, field) for field in FIELDS}
+
+
+def seen_by_kernel(top: bytes) -> Seen:
+    """What the kernel shows of the tree at *top*."""
+    seen: Seen = {}
+    pending = [b""]
+    while pending and len(seen) < MOST:
+        path = pending.pop()
+        full = top + path if path else top + b"/."
+        status = attempt(lambda: os.lstat(full))  # noqa: B023
+        if isinstance(status, Failed):
+            seen[path] = {"lookup": status}
+            continue
+        here = seen[path] = {"lookup": "found", **_fields(status)}
+        here["xattrs"] = attempt(lambda: os.listxattr(full, follow_symlinks=False))  # noqa: B023
+        for name in [] if isinstance(here["xattrs"], Failed) else here["xattrs"]:
+            get = lambda: os.getxattr(full, name, follow_symlinks=False)  # noqa: B023, E731
+            here[f"xattr {name}"] = attempt(get)
+        if stat.S_ISLNK(status.st_mode):
+            here["target"] = attempt(lambda: os.readlink(full))  # noqa: B023
+        elif stat.S_ISREG(status.st_mode):
+            here["pages"] = attempt(lambda: _kernels_pages(full, status.st_size))  # noqa: B023
+        elif stat.S_ISDIR(status.st_mode):
+            names = attempt(lambda: os.listdir(full))  # noqa: B023
+            here["names"] = names if isinstance(names, Failed) else sorted(set(names))
+            for name in ABSENT:
+                here[f"lookup {name!r}"] = attempt(lambda: os.lstat(full + b"/" + name).st_ino)  # noqa: B023
+            if not isinstance(names, Failed):
+                pending += [path + b"/" + name for name in here["names"]]
+    return seen
+
+
+def _kernels_pages(path: bytes, size: int) -> list[Any]:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        return [attempt(lambda: os.pread(fd, PAGE, at)) for at in _offsets(size)]  # noqa: B023
+    finally:
+        os.close(fd)
+
+
+def _offsets(size: int) -> list[int]:
+    """Where to read a page of a file of *size* bytes: everywhere, or at both ends of a huge one."""
+    pages = (size + PAGE - 1) // PAGE
+    numbers = range(pages) if pages <= 1024 else [*range(512), *range(pages - 512, pages)]
+    return [number * PAGE for number in numbers]
+
+
+def seen_by_us(layer: SquashfsLayer) -> Seen:
+    """What our layer shows."""
+    seen: Seen = {}
+    pending: list[tuple[bytes, Any]] = [(b"", lambda: (layer.root, layer.stat(layer.root)))]
+    while pending and len(seen) < MOST:
+        path, find = pending.pop()
+        found = attempt(find)
+        if found is None or isinstance(found, Failed):
+            seen[path] = {"lookup": found or Failed(errno.ENOENT)}
+            continue
+        key, attr = found
+        here = seen[path] = {"lookup": "found", **_fields(attr)}
+        names = attempt(lambda: layer.listxattr(key))  # noqa: B023
+        here["xattrs"] = names if isinstance(names, Failed) else [name.decode() for name in names]
+        for name in [] if isinstance(names, Failed) else names:
+            here[f"xattr {name.decode()}"] = attempt(lambda: layer.getxattr(key, name))  # noqa: B023
+        form = stat.S_IFMT(attr.st_mode)
+        if form == stat.S_IFLNK:
+            here["target"] = attempt(lambda: layer.readlink(key))  # noqa: B023
+        elif form == stat.S_IFREG:
+            here["pages"] = attempt(lambda: _our_pages(layer, key, attr.st_size))  # noqa: B023
+        elif form == stat.S_IFDIR:
+            listed = attempt(lambda: sorted(layer.names(key)))  # noqa: B023
+            here["names"] = listed
+            for name in ABSENT:
+                here[f"lookup {name!r}"] = attempt(lambda: _find(layer, key, name))  # noqa: B023
+            for name in [] if isinstance(listed, Failed) else listed:
+                pending.append((path + b"/" + name, lambda key=key, name=name: layer.lookup(key, name)))
+    return seen
+
+
+def _find(layer: SquashfsLayer, key: Any, name: bytes) -> int:
+    found = layer.lookup(key, name)
+    if found is None:
+        raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
+    return found[1].st_ino
+
+
+def _our_pages(layer: SquashfsLayer, key: Any, size: int) -> list[Any]:
+    file = layer.open(key, os.O_RDONLY)
+    try:
+        return [attempt(lambda: file.pread(PAGE, at)) for at in _offsets(size)]  # noqa: B023
+    finally:
+        file.close()
+
+
+def differences(ours: Seen, kernels: Seen) -> list[str]:
+    """Each thing that the kernel shows and we do not, or otherwise; and what only we list."""
+    found = []
+    for path, theirs in kernels.items():
+        mine = ours.get(path)
+        if mine is None:
+            found.append(f"{path!r}: not shown by us")
+            continue
+        for what, value in theirs.items():
+            if isinstance(value, Failed) and what != f"lookup {path!r}":
+                if value.code == errno.ENOENT and mine.get(what) != value and what != "lookup":
+                    found.append(f"{path!r}: {what}: {value!r}, ours {mine.get(what)!r}")
+                continue
+            if what == "xattrs" and set(value) == set(mine.get(what, ()) or ()):
+                continue
+            if what == "pages" and isinstance(mine.get(what), list):
+                found += _pages(path, value, mine[what])
+            elif mine.get(what, "nothing") != value:
+                found.append(f"{path!r}: {what}: {value!r}, ours {mine.get(what, 'nothing')!r}")
+    return found
+
+
+def _pages(path: bytes, theirs: list[Any], mine: list[Any]) -> list[str]:
+    if len(theirs) != len(mine):
+        return [f"{path!r}: {len(theirs)} pages, ours {len(mine)}"]
+    found = []
+    for number, (one, two) in enumerate(zip(theirs, mine, strict=True)):
+        if not isinstance(one, Failed) and one != two:
+            shown = two if isinstance(two, Failed) else two[:16]
+            found.append(f"{path!r}: page {number}: {one[:16]!r}, ours {shown!r}")
+    return found
+
+
+if __name__ == "__main__":
+    image_ = Path(sys.argv[1])
+    layer_ = SquashfsLayer(sys.argv[1])
+    with kernels_root(image_) as top_:
+        print("\n".join(differences(seen_by_us(layer_), seen_by_kernel(top_))))
