@@ -13,6 +13,7 @@ from cowfs.errors import StoreError, SystemFailure
 from cowfs.layers.base import Key, UpperLayer
 from cowfs.layers.directory import DirectoryLayer
 from cowfs.store import layout, lock, tools
+from cowfs.store.directory import sees_all
 from cowfs.store.header import TRUSTED, USER, Header
 from cowfs.store.image import open_file, open_layer
 from cowfs.store.signals import deferred
@@ -116,8 +117,15 @@ def _check_inside(layer: UpperLayer, report: Report) -> None:
         header = layout.find_header(layer)
         if header is None:
             report.problems.append(f"{layer.name}: has no header (it was not mounted by cowfs yet)")
+        elif not sees_all(layer, header):
+            layout.refuse_lossy_copy(layer, header, sees_all=False)
+            report.problems.append(f"{layer.name}: was made by root, and only root can check what is in it")
+            report.checked = False
+            return
+        else:
+            layout.refuse_lossy_copy(layer, header)
     except StoreError as error:
-        report.problems.append(error.message)
+        report.problems.append(str(error))
         report.code |= tools.FSCK_UNCORRECTED
     found = _broken_layout(layer, names, header)
     if found:

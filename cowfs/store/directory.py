@@ -8,6 +8,7 @@ import stat
 from contextlib import ExitStack
 
 from cowfs.errors import StoreError
+from cowfs.layers.base import UpperLayer
 from cowfs.layers.directory import DirectoryLayer
 from cowfs.store import layout, lock
 from cowfs.store.header import TRUSTED, USER, Header, check_lowers, new_header
@@ -61,8 +62,12 @@ def open_root(root: int, path: str, want: Wanted, stack: ExitStack, *, kind: Kin
             if found != "overlayfs" or now == "store":
                 found = now
         header = _header(first, found)
+        if found == "store":
+            layout.refuse_lossy_copy(first, header)
         if not want.force_lower:
             check_lowers(header, want.lowers, path)  # before anything is tried out in what is for another
+        if not want.read_only:
+            header = _prepare(first, found, header)
     except OSError as error:
         raise StoreError(*_explain(path, error)) from None
     finally:
@@ -71,12 +76,7 @@ def open_root(root: int, path: str, want: Wanted, stack: ExitStack, *, kind: Kin
     stack.callback(layer.close)
     try:
         if not want.read_only:
-            if found == "store":
-                layout.ensure_directory(layer, layer.root, layout.WORK, 0o755)
-            else:
-                layout.initialise(layer, header)
-            work = layout.find(layer, layout.WORK)
-            layout.probe(layer, work, header.xattrs.encode())
+            layout.probe(layer, layout.find(layer, layout.WORK), header.xattrs.encode())
         return finish(kind, path, layer, header, want, stack)
     except OSError as error:
         raise StoreError(*_explain(path, error)) from None
@@ -87,6 +87,14 @@ def _lock(layer: DirectoryLayer, path: str, want: Wanted, stack: ExitStack) -> N
     if fd is not None:  # it is missing where somebody has copied the content of an image
         stack.callback(os.close, fd)
         lock.lock(fd, path, shared=want.read_only)
+
+
+def _prepare(layer: DirectoryLayer, found: str, header: Header) -> Header:
+    """Make a store of the directory, or have one ready to be written to; return its header."""
+    if found != "store":
+        return layout.initialise(layer, header)
+    layout.ensure_directory(layer, layer.root, layout.WORK, 0o755)
+    return layout.renew_mark(layer, header)
 
 
 def _header(layer: DirectoryLayer, found: str) -> Header:
@@ -102,6 +110,11 @@ def _header(layer: DirectoryLayer, found: str) -> Header:
     if found == "overlayfs" and _has_user_xattrs(layer):
         xattrs = USER
     return new_header(xattrs=xattrs, adopted=found == "overlayfs")
+
+
+def sees_all(layer: UpperLayer, header: Header) -> bool:
+    """Say whether we may see the attributes that the overlay has in a store."""
+    return header.xattrs != TRUSTED or not isinstance(layer, DirectoryLayer) or _is_trusted()
 
 
 def _is_trusted() -> bool:

@@ -11,6 +11,8 @@ from typing import Any
 
 import cowfs
 from cowfs.errors import StoreError, WrongLower
+from cowfs.store import mark
+from cowfs.store.mark import Mark
 from cowfs.types import Identity
 
 VERSION = 1
@@ -18,7 +20,7 @@ WHITEOUTS = "overlayfs"
 TRUSTED = "trusted.overlay."
 USER = "user.overlay."
 
-_FIELDS = ("version", "whiteouts", "xattrs", "uuid", "created", "created_by", "adopted", "lowers")
+_FIELDS = ("version", "whiteouts", "xattrs", "uuid", "created", "created_by", "adopted", "lowers", "mark")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +37,8 @@ class Header:
     """It was a store of the kernel's overlayfs before."""
     lowers: tuple[Identity, ...] = ()
     """The lowers it belongs to, leftmost on top; none before the first mount."""
+    mark: Mark | None = field(default=None, compare=False)
+    """By what a copy is known that has lost something; stores of old versions of cowfs have none."""
     more: dict[str, Any] = field(default_factory=dict)
     """Fields of the same version that we do not know: kept as they are."""
 
@@ -66,6 +70,7 @@ def to_json(header: Header) -> bytes:
         "created_by": header.created_by,
         "adopted": header.adopted,
         "lowers": lowers,
+        **({"mark": {"name": header.mark.name, "keeps": list(header.mark.keeps)}} if header.mark else {}),
         **header.more,
     }
     return json.dumps(content, indent=2).encode() + b"\n"
@@ -103,10 +108,20 @@ def from_json(data: bytes, path: str) -> Header:
                 Identity(str(low["kind"]), str(low["fingerprint"]), str(low["description"]), str(low["path"]))
                 for low in content["lowers"]
             ),
+            mark=_mark(content.get("mark"), path),
             more={key: value for key, value in content.items() if key not in _FIELDS},
         )
     except (KeyError, TypeError):
         raise _damaged(path) from None
+
+
+def _mark(content: Any, path: str) -> Mark | None:
+    if content is None:
+        return None
+    name = str(content["name"])
+    if not mark.NAME.fullmatch(name):
+        raise _damaged(path)
+    return Mark(name, tuple(str(what) for what in content["keeps"]))
 
 
 def _damaged(path: str) -> StoreError:

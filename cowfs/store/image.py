@@ -173,10 +173,14 @@ def _open_layer(
 ) -> Store:
     found = layout.recognise(layer)
     if found == "store":
-        return finish("image", path, layer, layout.load_header(layer), want, stack)
+        header = layout.load_header(layer)
+        layout.refuse_lossy_copy(layer, header)
+        if not want.read_only and header.mark is None:
+            header = layout.renew_mark(layer, header)
+        return finish("image", path, layer, header, want, stack)
     if want.read_only and found == "nothing":
         raise StoreError(f"{path}: an ext3 filesystem without a store in it", "mount it once to make one")
     header = new_header(adopted=found == "overlayfs", identity=superblock.uuid)
     if not want.read_only:
-        layout.initialise(layer, header)
+        header = layout.initialise(layer, header)
     return finish("image", path, layer, header, want, stack)

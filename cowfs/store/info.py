@@ -10,6 +10,7 @@ from cowfs.errors import StoreError, SystemFailure
 from cowfs.layers.base import UpperLayer
 from cowfs.layers.directory import DirectoryLayer
 from cowfs.store import layout, lock, tools
+from cowfs.store.directory import sees_all
 from cowfs.store.header import VERSION, Header
 from cowfs.store.image import open_file, open_layer
 from cowfs.store.superblock import read_superblock
@@ -40,13 +41,12 @@ def _image(path: str, stack: ExitStack) -> dict[str, Any]:
     superblock = read_superblock(fd, path, smallest=0)
     user = lock.holder(tools.place(fd))
     free, free_inodes = superblock.free_blocks, superblock.free_inodes
-    inside: dict[str, Any] = {"format": None, **_facts(None)}
-    problem = None
+    inside: dict[str, Any] = {"format": None, **_facts(None), "problem": None}
     try:
         layer = open_layer(fd, path, stack, read_only=True)
         layer.readdir(layer.root)
     except (OSError, StoreError, SystemFailure) as error:
-        problem = "it is being changed just now" if user else str(error)
+        inside["problem"] = "it is being changed just now" if user else str(error)
     else:
         inside = _inside(layer)
         facts = layer.image.facts()
@@ -62,7 +62,6 @@ def _image(path: str, stack: ExitStack) -> dict[str, Any]:
         "state": "in use" if user else superblock.state,
         **inside,
         "in_use_by": user,
-        "problem": problem,
     }
 
 
@@ -76,6 +75,8 @@ def _directory(path: str, stack: ExitStack) -> dict[str, Any]:
     user = None
     if layout.find(layer, layout.PRIVATE, layout.LOCK) is not None:
         user = lock.holder(f"{tools.place(layer.root.fd)}/cowfs/lock")
+        if user:
+            inside["problem"] = None  # its mark is being made anew
     return {
         "path": path,
         "kind": "directory",
@@ -87,14 +88,20 @@ def _directory(path: str, stack: ExitStack) -> dict[str, Any]:
         "state": "in use" if user else "clean",
         **inside,
         "in_use_by": user,
-        "problem": None,
     }
 
 
 def _inside(layer: UpperLayer) -> dict[str, Any]:
     """Return what is known from the names at the root and from the header."""
     names = {entry.name for entry in layer.readdir(layer.root)}
-    return {"format": _format(names), **_facts(layout.find_header(layer))}
+    header = layout.find_header(layer)
+    problem = None
+    try:
+        if header is not None:
+            layout.refuse_lossy_copy(layer, header, sees_all=sees_all(layer, header))
+    except StoreError as error:
+        problem = str(error)
+    return {"format": _format(names), **_facts(header), "problem": problem}
 
 
 def _format(names: set[bytes]) -> str:

@@ -8,6 +8,7 @@
         index/          copied-up hard links, by the handle of their lower
     cowfs/header.json   see cowfs.store.header
     cowfs/lock          directory stores only: what is locked
+    cowfs/mark.*/       see cowfs.store.mark
     lost+found/         images only: e2fsck's
 """
 
@@ -16,13 +17,15 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from contextlib import closing
+from contextlib import closing, suppress
+from dataclasses import replace
 from typing import Any
 
 from cowfs.errors import StoreError
 from cowfs.layers.base import Key, UpperLayer
 from cowfs.layers.directory import DirectoryLayer
-from cowfs.store.header import Header, from_json, new_header, to_json
+from cowfs.store import mark
+from cowfs.store.header import TRUSTED, Header, from_json, new_header, to_json
 from cowfs.types import Attr, DirEntry
 
 UPPER, WORK, PRIVATE, INDEX = b"upper", b"work", b"cowfs", b"index"
@@ -59,7 +62,7 @@ def recognise(layer: UpperLayer) -> str:
         return "store"
     # Without a header: not ours yet, or the making of it was cut short before the header was written.
     private = find(layer, PRIVATE)
-    ours = private is not None and not {e.name for e in layer.readdir(private)} - {LOCK, _NEW_HEADER}
+    ours = private is not None and all(_is_of_ours(entry.name) for entry in layer.readdir(private))
     rest = names - {PRIVATE} if ours else names
     if not rest:
         return "nothing"
@@ -78,20 +81,85 @@ def recognise(layer: UpperLayer) -> str:
     )
 
 
+def _is_of_ours(name: bytes) -> bool:
+    """Whether we put this into cowfs/ before the header."""
+    return name in {LOCK, _NEW_HEADER} or name.startswith(mark.PREFIX)
+
+
 def _is_empty(layer: UpperLayer, name: bytes) -> bool:
     key = find(layer, name)
     return key is not None and not layer.readdir(key)
 
 
-def initialise(layer: UpperLayer, header: Header) -> None:
-    """Make upper/, work/ and the header, the header last: only then it is a store.
+def initialise(layer: UpperLayer, header: Header) -> Header:
+    """Make upper/, work/ and the header, the header last: only then it is a store. Return that header.
 
     cowfs/ comes first: empty directories beside it are known to be ours if we are cut short.
     """
     ensure_directory(layer, layer.root, PRIVATE, 0o755)
     ensure_directory(layer, layer.root, UPPER, 0o755)
     ensure_directory(layer, layer.root, WORK, 0o755)
+    header = make_mark(layer, header)
     save_header(layer, header)
+    layer.sync()
+    return header
+
+
+def make_mark(layer: UpperLayer, header: Header) -> Header:
+    """Make a new mark; return the header that goes with it."""
+    private = ensure_directory(layer, layer.root, PRIVATE, 0o755)
+    return replace(header, mark=mark.make(layer, private, header.xattrs, _owner(layer)))
+
+
+def renew_mark(layer: UpperLayer, header: Header) -> Header:
+    """Let a store have a new mark in the place of that which it has, if there is room for one.
+
+    Whenever this is cut short header and mark belong to each other. The store of another user is left alone.
+    """
+    with suppress(OSError):
+        found = layer.lookup(layer.root, PRIVATE)
+        if found is None or found[1].st_uid != _owner(layer)[0]:
+            return header
+        marked = make_mark(layer, header)
+        if marked.mark is None or not set(header.mark.keeps if header.mark else ()) <= set(marked.mark.keeps):
+            return header
+        save_header(layer, marked)
+        private = find(layer, PRIVATE)
+        for entry in layer.readdir(private):
+            old = _directory(layer, private, entry) if entry.name.startswith(mark.PREFIX) else None
+            if old is not None and entry.name != marked.mark.name.encode():
+                empty(layer, old)
+                layer.rmdir(private, entry.name, None)
+        return marked
+    return header
+
+
+def refuse_lossy_copy(layer: UpperLayer, header: Header, *, sees_all: bool = True) -> None:
+    """Raise StoreError, naming what is lost, if this is a copy that has not all of what makes a store.
+
+    Without *sees_all* attributes that only root sees are not missed.
+    """
+    if header.mark is None:
+        return
+    private = find(layer, PRIVATE)
+    there = mark.held(layer, private, header.mark.name, header.xattrs)
+    if not sees_all:
+        there.add("xattrs")
+    lost = [called for what, called in mark.CALLED.items() if what in header.mark.keeps and what not in there]
+    if not lost:
+        return
+    raise StoreError(
+        f"{layer.name}: a copy that lacks {_listed(lost)} of the store, so that its files would be wrong",
+        "use the store itself, or copy it again, by " + (_WAYS if header.xattrs == TRUSTED else _USERS_WAYS),
+    )
+
+
+_WAYS = "cp -a, rsync -aHAX --numeric-ids, or tar -p --acls --xattrs --xattrs-include='*', as root"
+_USERS_WAYS = "cp -a, or tar -p --acls --xattrs"
+
+
+def _listed(words: list[str]) -> str:
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
 def ensure_directory(layer: UpperLayer, parent: Key, name: bytes, mode: int) -> Key:
@@ -165,7 +233,7 @@ def open_lock(layer: DirectoryLayer, *, make: bool = False) -> int | None:
 
 
 def save_header(layer: UpperLayer, header: Header) -> None:
-    """Replace the header atomically; it is on disk when this returns. Blocks."""
+    """Replace the header atomically; after layer.sync() that is on disk. Blocks."""
     uid, gid = _owner(layer)
     private = ensure_directory(layer, layer.root, PRIVATE, 0o755)
     if layer.lookup(private, _NEW_HEADER) is not None:
@@ -177,7 +245,6 @@ def save_header(layer: UpperLayer, header: Header) -> None:
     finally:
         file.close()
     layer.rename((private, _NEW_HEADER), (private, HEADER), moved=key)
-    layer.sync()
 
 
 def empty(layer: UpperLayer, directory: Key) -> None:

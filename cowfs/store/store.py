@@ -85,6 +85,7 @@ class Store:
         first = not self.header.lowers and not self.header.adopted
         header = bound(self.header, lowers)
         layout.save_header(self.layer, header)
+        self.layer.sync()
         self.header = header
         return first
 
