@@ -26,8 +26,8 @@
 #define HAS_WANT_EXT
 #endif
 
-/* Handle numbers of directories have this bit: libfuse.py knows it too. */
-#define DIRECTORY (UINT64_C(1) << 62)
+/* Handle numbers of directories whose listing the kernel shall keep have this bit: libfuse.py knows it too. */
+#define KEPT (UINT64_C(1) << 62)
 
 static struct fuse_lowlevel_ops theirs;
 static unsigned wanted, granted;
@@ -200,7 +200,7 @@ int fuse_reply_open(fuse_req_t req, const struct fuse_file_info *fi)
 	static __typeof__(&fuse_reply_open) real;
 	if (!real)
 		real = (__typeof__(real))dlsym(RTLD_NEXT, "fuse_reply_open");
-	if (!(fi->fh & DIRECTORY))
+	if (!(fi->fh & KEPT))
 		return real(req, fi);
 	/* Nobody but us changes a directory, so the kernel may keep what it was told of it. */
 	struct fuse_file_info kept = *fi;

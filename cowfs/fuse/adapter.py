@@ -28,6 +28,7 @@ from cowfs.overlay.dir import Owner
 from cowfs.overlay.file import Handle
 from cowfs.overlay.node import Node
 from cowfs.overlay.overlay import Overlay
+from cowfs.overlay.readdir import Listing
 from cowfs.types import Attr
 
 log = logging.getLogger(__name__)
@@ -38,7 +39,8 @@ R = TypeVar("R")
 FOREVER = 10.0**9
 """Seconds that the kernel may keep names and attributes: nobody but us changes them."""
 _CAPABILITY = b"security.capability"
-_NO_ATTRIBUTE = FUSEError(errno.ENODATA)
+_DOTS = 2
+"""A listing begins with . and .."""
 _SYNCHRONOUS = os.O_SYNC | os.O_DSYNC
 
 
@@ -81,13 +83,14 @@ def _async(
 
 
 class _Listing:
-    """An open directory: what was there when the listing began."""
+    """An open directory."""
 
     __slots__ = ("names", "node")
 
     def __init__(self, node: Node) -> None:
         self.node = node
-        self.names: list[bytes] | None = None
+        self.names: Listing | None = None
+        """What was there when the listing began."""
 
 
 class Adapter(pyfuse3.Operations):
@@ -104,6 +107,7 @@ class Adapter(pyfuse3.Operations):
         self._listings: dict[int, _Listing] = {}
         self._free: list[int] = []
         self._listed = 0
+        self._kept: set[Node] = set()
         self._threads = trio.CapacityLimiter(4)
         self._readers = trio.CapacityLimiter(4)  # whoever reads does not wait for large copy-ups
         self._no_capability: set[int] = set()
@@ -352,7 +356,7 @@ class Adapter(pyfuse3.Operations):
         # The kernel asks for this one before every write.
         if name == _CAPABILITY:
             if inode in self._no_capability:
-                raise _NO_ATTRIBUTE
+                raise FUSEError(errno.ENODATA)
             try:
                 return self._fs.getxattr(self._node(inode), name)
             except OSError as failure:
@@ -456,9 +460,15 @@ class Adapter(pyfuse3.Operations):
 
     @_sync
     def opendir(self, inode: int, ctx: RequestContext) -> int:
+        node = self._node(inode)
         self._listed += 1
-        number = libfuse.DIRECTORY | self._listed
-        self._listings[number] = _Listing(self._node(inode))
+        number = self._listed
+        # What the kernel keeps is for one at a time: it would give a second reader, once past the beginning,
+        # what the first was told before the second came.
+        if node not in self._kept:
+            self._kept.add(node)
+            number |= libfuse.KEPT
+        self._listings[number] = _Listing(node)
         return number
 
     @_sync
@@ -466,16 +476,15 @@ class Adapter(pyfuse3.Operations):
         fs = self._fs
         listing = self._listings[fh]
         node = listing.node
-        if listing.names is None or start_id == 0:
-            listing.names = [b".", b"..", *fs.names(node)]
         names = listing.names
-        for position in range(start_id, len(names)):
-            name = names[position]
-            if position < 2:
-                this = node if position == 0 else node.parent or node
-                if not pyfuse3.readdir_reply(token, name, self._entry(this, fs.stat(this)), position + 1):
-                    return
-                continue
+        if names is None or start_id == 0:
+            names = listing.names = fs.listing(node)
+        for number in range(start_id, _DOTS):
+            this = node if number == 0 else node.parent or node
+            dots = b"." * (number + 1)
+            if not pyfuse3.readdir_reply(token, dots, self._entry(this, fs.stat(this)), number + 1):
+                return
+        for place, name in names.after(max(start_id - _DOTS, 0)):
             try:
                 found = fs.lookup(node, name)
             except OSError as failure:
@@ -483,14 +492,16 @@ class Adapter(pyfuse3.Operations):
                 continue
             if found is None:  # removed since the listing began
                 continue
-            if not pyfuse3.readdir_reply(token, name, self._entry(*found), position + 1):
+            if not pyfuse3.readdir_reply(token, name, self._entry(*found), _DOTS + place):
                 fs.release(found[0])
                 return
             found[0].lookups += 1
 
     @_sync
     def releasedir(self, fh: int) -> None:
-        self._listings.pop(fh, None)
+        listing = self._listings.pop(fh)
+        if fh & libfuse.KEPT:
+            self._kept.discard(listing.node)
 
     @_async
     async def fsyncdir(self, fh: int, datasync: bool) -> None:

@@ -1,7 +1,7 @@
 """What libfuse can do and pyfuse3 has no words for, where the small C module beside this file could be built.
 
 - A directory that was listed is kept by the kernel, names and all (FOPEN_CACHE_DIR): the next listing
-  asks nobody. Nobody but us changes the tree, so it is always right.
+  asks nobody. Nobody but us changes the tree, so it is right for whoever begins there; one reader at a time.
 - Reads of a file behind which stands one of the kernel's are served without Python.
 - The umask is left to us (FUSE_CAP_DONT_MASK), because a directory's default ACL takes its place.
 - Targets of symbolic links are kept by the kernel (FUSE_CAP_CACHE_SYMLINKS).
@@ -40,8 +40,8 @@ def _load() -> tuple[Any, str]:
 _module: Any
 _module, _why = _load()
 
-DIRECTORY: int = 1 << 62
-"""Handle numbers of directories have this bit."""
+KEPT: int = 1 << 62
+"""Handle numbers of directories whose listing the kernel shall keep have this bit."""
 
 
 def prepare(seek: Callable[[int, int, int], int]) -> None:

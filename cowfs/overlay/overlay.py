@@ -26,7 +26,7 @@ class Overlay(State):
     lookup = _lookup.lookup
     resolve = _lookup.resolve
     readdir = _readdir.readdir
-    names = _readdir.names
+    listing = _readdir.listing
     is_empty = _readdir.is_empty
     create = _dir.create
     mkdir = _dir.mkdir

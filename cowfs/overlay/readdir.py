@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import stat
+from bisect import bisect_left
+from collections.abc import Iterator
 
 from cowfs.layers.base import Key, LowerLayer
 from cowfs.overlay.node import Node
@@ -38,21 +40,64 @@ def readdir(fs: State, node: Node) -> list[DirEntry]:
     return entries
 
 
-def names(fs: State, node: Node) -> list[bytes]:
-    """List the names that a directory may show: a lookup of each tells which ones are whiteouts."""
-    if node.dead:
-        return []
+_OWN = 1 << 62
+_HASH = (1 << 57) - 1
+_TIES = 4
+
+
+class Listing:
+    """The names that a directory may show, each at a place that is its own while the directory lives.
+
+    Nothing that happens to other names changes a place, and a name that is made again comes back to its
+    own. So a listing may be taken up after any change, by another reader, and from any place that anybody
+    was told: what was there all the time comes once. Names of lower layers come first, in the order that
+    these have them in, which does not change; those of the upper alone follow, by a hash of the name.
+    """
+
+    __slots__ = ("_below", "_own")
+
+    def __init__(self, below: list[bytes], upper: list[bytes]) -> None:
+        """*below* are the names of the lower layers, each once; *upper* all of the upper's."""
+        self._below = below
+        if below and upper:
+            known = set(below)
+            upper = [name for name in upper if name not in known]
+        self._own = sorted(upper, key=lambda name: (_place(name), name))
+
+    def after(self, place: int) -> Iterator[tuple[int, bytes]]:
+        """Yield place and name of those that come after a place; all are after 0. Less than 2 ** 63 - 2."""
+        if place < _OWN:
+            for number in range(place, len(self._below)):
+                yield number + 1, self._below[number]
+        # Of names with one hash, which are rare, each has the place after the one before.
+        first = place >> _TIES << _TIES
+        before = first - 1
+        for number in range(bisect_left(self._own, first, key=_place), len(self._own)):
+            name = self._own[number]
+            at = before = max(_place(name), before + 1)
+            if at > place:
+                yield at, name
+
+
+def _place(name: bytes) -> int:
+    return _OWN | (hash(name) & _HASH) << _TIES
+
+
+def listing(fs: State, node: Node) -> Listing:
+    """Return the names that a directory may show: a lookup of each tells which ones are whiteouts."""
     if node.children is None:
         raise error(errno.ENOTDIR, node.name)
-    listed = fs.upper.names(node.upper) if node.upper is not None else []
+    if node.dead:
+        return Listing([], [])
+    below: list[bytes] = []
     for layer, key in node.lowers:
-        below = fs.lowers[layer].names(key)
-        if listed:
-            seen = set(listed)
-            listed.extend(name for name in below if name not in seen)
+        names = fs.lowers[layer].names(key)
+        if below:
+            known = set(below)
+            below += [name for name in names if name not in known]
         else:
-            listed = below
-    return listed
+            below = names
+    return Listing(below, fs.upper.names(node.upper) if node.upper is not None else [])
 
 
 def is_empty(fs: State, node: Node) -> bool:
