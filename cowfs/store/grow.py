@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Generator
 from contextlib import ExitStack
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from cowfs.errors import StoreError, UsageError
 from cowfs.store import lock, tools
@@ -129,12 +129,16 @@ class _Plan(NamedTuple):
 
 def _plan(fd: int, path: str, size: int | None) -> _Plan:
     """Return what there is to do. Raises UsageError and StoreError for what cannot be."""
-    if size is not None and size >= LARGEST:
-        raise UsageError(f"{format_size(size)} is too large for ext3", f"less than {format_size(LARGEST)}")
-    filesystem = read_superblock(fd, path, smallest=0).size
+    superblock = read_superblock(fd, path, smallest=0)
+    filesystem, unit = superblock.size, max(superblock.block_size, 4096)  # resize2fs counts in pages too
+    largest = min(LARGEST, superblock.block_size << 32)
+    if size is not None and size >= largest:
+        raise UsageError(f"{format_size(size)} is too large for it", f"less than {format_size(largest)}")
     length = os.fstat(fd).st_size
-    size = (length if size is None else size) & ~4095
-    _check_size(path, size, length, filesystem)
+    size = (length if size is None else size) & -unit
+    if size < length & -unit:
+        _refuse_to_shrink(path, size, length, filesystem)
+    size = max(size, filesystem)
     if size > length:
         check_room(path, f"/proc/self/fd/{fd}", size, length)
     return _Plan(path, filesystem, length, size)
@@ -171,9 +175,7 @@ def _grow(fd: int, path: str, size: int | None, progress: Progress) -> int:
     return read_superblock(fd, path, smallest=0).size
 
 
-def _check_size(path: str, size: int, length: int, filesystem: int) -> None:
-    if size >= length & ~4095:
-        return
+def _refuse_to_shrink(path: str, size: int, length: int, filesystem: int) -> NoReturn:
     if filesystem < length:
         raise StoreError(
             f"{path}: the file has {format_size(length)} already, its filesystem {format_size(filesystem)}",

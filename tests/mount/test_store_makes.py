@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cowfs.errors import StoreError
+from cowfs.errors import StoreError, UsageError
 from cowfs.store.check import check_store
 from cowfs.store.grow import grow_store
 from cowfs.store.info import store_info
@@ -107,3 +107,28 @@ def test_too_few_inodes_for_a_store_are_told(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r"No space left.*cowfs grow"):
         open_store(str(path))
     assert images.unclean(path) is None
+
+
+@pytest.mark.parametrize("block", [1024, 65536])
+def test_a_file_of_an_odd_size_is_filled_once(tmp_path: Path, block: int) -> None:
+    """Growing counts in blocks of the filesystem: what is left of the file, or more of it, is no error."""
+    kib = max(20_001, block * 2200 >> 10)
+    path = Make(options=("-b", str(block)), kib=kib, journal=max(block >> 10, 4)).make(tmp_path / "s.bs")
+    size = store_info(str(path))["size"]
+    said: list[str] = []
+    assert grow_store(str(path), None, progress=said.append) == size
+    assert any("already" in line for line in said)
+    os.truncate(path, size + (24 << 20) + 5 * 1024 + 1)
+    grown = grow_store(str(path), None)
+    assert grown == store_info(str(path))["size"] == path.stat().st_size & -max(block, 4096) > size
+    said.clear()
+    assert grow_store(str(path), None, progress=said.append) == grown
+    assert grow_store(str(path), grown + (block >> 1), progress=said.append) == grown
+    assert [line for line in said if "already" not in line] == []
+    assert images.unclean(path) is None
+
+
+def test_so_many_blocks_has_no_ext3(tmp_path: Path) -> None:
+    path = Make(options=("-b", "1024")).make(tmp_path / "s.bs")
+    with pytest.raises(UsageError, match="less than 4 TB"):
+        grow_store(str(path), 4 << 40)
