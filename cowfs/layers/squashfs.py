@@ -9,6 +9,7 @@ import errno
 import itertools
 import os
 import struct
+from array import array
 from collections.abc import Iterator
 from datetime import UTC, datetime
 
@@ -91,6 +92,40 @@ class SquashfsFile:
         """Nothing to release: the image stays open."""
 
 
+class _Numbers:
+    """Inode numbers that are each of one inode, whatever the maker of the image did.
+
+    To the union one number is one inode. A second inode with a number that is taken gets one above the
+    32 bits that the format has: another one at the next mount, if it is then met first.
+    """
+
+    __slots__ = ("_more", "_others", "_owners")
+
+    def __init__(self) -> None:
+        # Reference + 1 of the inode that has the number, 64 numbers at a time: 11 bytes for each.
+        self._owners: dict[int, array[int]] = {}
+        self._others: dict[int, int] = {}
+        self._more: dict[int, int] = {}
+
+    def of(self, inode: Inode) -> int:
+        """The number of *inode*: its own if it was the first to have it."""
+        number, owner = inode.number, inode.ref + 1
+        owners = self._owners.get(number >> 6)
+        if owners is None:
+            owners = self._owners[number >> 6] = array("Q", bytes(8 * 64))
+        known = owners[number & 63]
+        if known == owner:
+            return number
+        if not known:
+            owners[number & 63] = owner
+            return number
+        other = self._others.get(owner)
+        if other is None:
+            more = self._more[number] = self._more.get(number, 0) + 1
+            other = self._others[owner] = number | more << 32
+        return other
+
+
 class SquashfsLayer:
     """Serve the image at *path* as a :class:`cowfs.layers.base.LowerLayer`."""
 
@@ -106,6 +141,7 @@ class SquashfsLayer:
         self.root = self._image.root
         self.dev = _FIRST_DEVICE + next(_devices)
         self._block_size = self._image.superblock.block_size
+        self._numbers = _Numbers()
 
     def lookup(self, directory: int, name: bytes) -> tuple[int, Attr] | None:
         """Find *name*; None when it is not there. ENOTDIR, ENAMETOOLONG; EIO where damaged or not a tree."""
@@ -121,7 +157,7 @@ class SquashfsLayer:
         time = inode.mtime * 1_000_000_000
         return AttrData(
             inode.mode,
-            inode.number,
+            self._numbers.of(inode),
             self.dev,
             inode.nlink,
             inode.uid,
@@ -166,9 +202,15 @@ class SquashfsLayer:
         blocks = ((sb.bytes_used - 1) >> sb.block_log) + 1
         return FsStats(sb.block_size, sb.block_size, blocks, 0, 0, sb.inodes, 0, 0, 256)
 
-    def handle(self, key: int) -> FileHandle:
-        """What the kernel's squashfs gives: the inode number. It does so if the image is exportable."""
-        return FileHandle(_FILEID_INO32_GEN, _HANDLE.pack(self._image.inode(key).number, 0))
+    def handle(self, key: int) -> FileHandle | None:
+        """What the kernel's squashfs gives: the inode number. It does so if the image is exportable.
+
+        None where another inode has the number.
+        """
+        inode = self._image.inode(key)
+        if self._numbers.of(inode) != inode.number:
+            return None
+        return FileHandle(_FILEID_INO32_GEN, _HANDLE.pack(inode.number, 0))
 
     def handle_ino(self, handle: FileHandle) -> int | None:
         if handle.type != _FILEID_INO32_GEN or len(handle.data) != _HANDLE.size or any(handle.uuid):

@@ -19,6 +19,7 @@ import pytest
 import zstandard
 
 from cowfs.layers.squashfs import SquashfsLayer
+from tests.support.direct import Direct
 from tests.support.goblocks import BLOCKS
 from tests.support.squashcompare import (
     Failed,
@@ -519,6 +520,57 @@ def gzip_with_a_window_of_two_to_the(power: int) -> Image:
 @peculiar
 def compressed_metadata() -> Image:
     return two_files(Forge(pack=zlib.compress))
+
+
+# --- a number that several inodes have
+
+
+def numbered_alike() -> Forge:
+    """Everything has the number 7: files, and directories with files."""
+    forge = Forge()
+    entries = [Entry(name, forge.small(name, 7), number=7) for name in (b"a", b"bb", b"ccc")]
+    for name in (b"d", b"e"):
+        below = forge.directory([Entry(b"in-" + name, forge.small(name, 7), number=7)], 7)
+        entries.append(Entry(name, below, DIRECTORY, 7))
+    entries.append(Entry(b"link", entries[0].ref, number=7))
+    forge.directory(entries, 7)
+    return forge
+
+
+def test_inodes_with_one_number_are_told_apart(tmp_path: Path) -> None:
+    """The kernel shows the one that it met first for all of them."""
+    forge = numbered_alike()
+    (tmp_path / "image.sqfs").write_bytes(forge.finish(forge.next_ref(-32)))
+    layer = SquashfsLayer(os.fspath(tmp_path / "image.sqfs"))
+    seen = seen_by_us(layer)
+    assert [seen[b"/" + name]["pages"] for name in (b"a", b"bb", b"ccc", b"link")] == [
+        [b"a"],
+        [b"bb"],
+        [b"ccc"],
+        [b"a"],
+    ]
+    assert seen[b"/d"]["names"] == [b"in-d"] and seen[b"/e"]["names"] == [b"in-e"]
+    found = {name: layer.lookup(layer.root, name) for name in (b"a", b"bb", b"ccc", b"d", b"e", b"link")}
+    numbers = {name: value[1].st_ino for name, value in found.items() if value}
+    assert numbers[b"a"] == numbers.pop(b"link")
+    assert len({layer.stat(layer.root).st_ino, *numbers.values()}) == 6
+    assert [layer.handle(value[0]) is not None for value in found.values() if value].count(True) == 0
+    layer.close()
+
+
+def test_a_union_does_not_take_inodes_with_one_number_for_one(tmp_path: Path) -> None:
+    forge = numbered_alike()
+    (tmp_path / "image.sqfs").write_bytes(forge.finish(forge.next_ref(-32)))
+    (tmp_path / "store").mkdir()
+    union = Direct(os.fspath(tmp_path / "store"), [os.fspath(tmp_path / "image.sqfs")])
+    try:
+        assert [union.read(path) for path in ("a", "bb", "d/in-d", "e/in-e")] == [b"a", b"bb", b"d", b"e"]
+        union.write("bb", b"changed")
+        assert [union.read(path) for path in ("a", "bb", "ccc")] == [b"a", b"changed", b"ccc"]
+        union.remount()
+        assert [union.read(path) for path in ("bb", "a", "ccc")] == [b"changed", b"a", b"ccc"]
+    finally:
+        union.close()
 
 
 # --- real makers, with the options that others use
