@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import errno
+import json
+import logging
 import os
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, dataclass
 from itertools import zip_longest
 from typing import Any, TypeVar
 
 import cowfs
-from cowfs.errors import LayerError, MountFailure, SystemFailure
+from cowfs.errors import CowfsError, LayerError, MountFailure, StoreError, SystemFailure
 from cowfs.formats.squashfs.image import open_image
 from cowfs.layers.base import LowerLayer
 from cowfs.layers.directory import DirectoryLayer
 from cowfs.layers.squashfs import SquashfsLayer
-from cowfs.linux.files import fs_magic
+from cowfs.linux.files import LACK_OF_ROOM, fs_magic
 from cowfs.linux.mounts import attach_loop, detached_mount, mount_of
 from cowfs.overlay.copyup import copy_xattrs
 from cowfs.overlay.overlay import Overlay
 from cowfs.overlay.state import OverlayOptions
-from cowfs.store import room
+from cowfs.store import room, saving
 from cowfs.store.identity import identify_lower
 from cowfs.store.open import open_store
 from cowfs.store.store import Store
@@ -30,6 +32,9 @@ from cowfs.types import Identity
 
 Progress = Callable[[str], None]
 R = TypeVar("R")
+_PATIENCE = 60.0
+"""Seconds."""
+log = logging.getLogger(__name__)
 _TMPFS = 0x01021994
 
 
@@ -63,13 +68,47 @@ class Union:
     overlay: Overlay
     release: ExitStack
     since: float
+    may_be_lost: bool = False
+    """Whether the user has said so of what cannot be written."""
+    farewell: int = -1
+    """A descriptor of who wants to hear how the release went, if anybody does."""
 
     def close(self) -> None:
-        """Write everything back and release the store and the layers. Blocks."""
-        self.release.close()
+        """Write everything back and release the store and the layers. Blocks.
+
+        While the disk has no room for it a minute is waited for some, unless it has been said that it may be
+        lost.
+        """
+        try:
+            if not self.store.read_only and not self.may_be_lost:
+                self._save()
+        finally:
+            self._release()
+
+    def _save(self) -> None:
+        try:
+            saving.wait_for_room(self.store, _PATIENCE)
+        except OSError as error:
+            log.error("%s: the last changes could not be written: %s", self.store.path, error.strerror)
+
+    def _release(self) -> None:
+        said: dict[str, str] = {"error": f"{self.store.path}: was not released"}
+        try:
+            self.release.close()
+            said = {}
+        except CowfsError as error:
+            said = {"error": error.message}
+            raise
+        finally:
+            if self.farewell >= 0:
+                with suppress(OSError):
+                    os.write(self.farewell, json.dumps(said).encode())
+                os.close(self.farewell)
+                self.farewell = -1
 
     def info(self) -> dict[str, Any]:
         """Tell what the union is made of and how full the store is."""
+        lost = saving.unsaved(self.store)
         return {
             "version": cowfs.__version__,
             "pid": os.getpid(),
@@ -84,6 +123,8 @@ class Union:
                 "size": self.store.size,
                 "free": self.store.free,
                 "hint": room.hint(self.store),
+                "disk": on_disk._asdict() if (on_disk := saving.disk(self.store)) else None,
+                "unsaved": lost._asdict() | {"said": str(lost)} if lost else None,
             },
             "engine": self.options.engine,
         }
@@ -167,6 +208,17 @@ def open_union(options: UnionOptions, progress: Progress = lambda _: None) -> Un
     Blocks, for a store that needs repair as long as that takes; *progress* is told in words.
     Raises CowfsError with the reason when something cannot be used; nothing is left open then.
     """
+    try:
+        return _open_union(options, progress)
+    except OSError as error:
+        if error.errno not in LACK_OF_ROOM:
+            raise
+        raise StoreError(
+            f"{options.store}: cannot be written to: {error.strerror}", "make room on its disk, or in it"
+        ) from None
+
+
+def _open_union(options: UnionOptions, progress: Progress) -> Union:
     offsets = _offsets(options)
     identities = [identify_lower(*lower) for lower in zip(options.lowers, offsets, strict=True)]
     with ExitStack() as stack:
@@ -273,6 +325,9 @@ def commands(union: Union, more: Callable[[], dict[str, Any]]) -> Mapping[str, A
         from cowfs.changes.render import to_json
 
         overlay = union.overlay
+        lost = saving.unsaved(union.store)
+        if lost:
+            yield {"said": f"{union.store.path}: {lost}"}
         for change in steps(
             overlay.upper,
             overlay.root.upper,
@@ -295,7 +350,25 @@ def commands(union: Union, more: Callable[[], dict[str, Any]]) -> Mapping[str, A
         size = yield from _told(steps(union.store, *given))
         yield {"size": size}
 
-    return {"info": info, "diff": diff, "grow": grow, "persist": persist}
+    def leave(request: dict[str, Any]) -> Iterator[dict[str, Any] | Callable[[], None]]:
+        union.may_be_lost = request["force"]
+        if not union.may_be_lost:
+            yield lambda: _try_to_save(union.store)
+            lost = saving.unsaved(union.store)
+            if lost:
+                yield {"unsaved": f"{union.store.path}: {lost}"}
+                return
+        if union.farewell >= 0:
+            os.close(union.farewell)
+        union.farewell = os.dup(request["fd"])
+        yield {}
+
+    return {"info": info, "diff": diff, "grow": grow, "persist": persist, "leave": leave}
+
+
+def _try_to_save(store: Store) -> None:
+    with suppress(OSError):
+        store.save()
 
 
 def _told(steps: Generator[Callable[[], None] | str, None, R]) -> Generator[Any, None, R]:

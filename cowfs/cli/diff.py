@@ -123,7 +123,10 @@ def _of_mount(dev: str) -> Iterator[Change]:
     from cowfs.changes.render import from_json
 
     for reply in ask(dev, "diff", timeout=_PATIENCE):
-        yield from_json(reply["change"])
+        if "said" in reply:
+            print(f"cowfs: {reply['said']}", file=sys.stderr)
+        else:
+            yield from_json(reply["change"])
 
 
 class _Lowers(NamedTuple):

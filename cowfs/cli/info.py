@@ -58,8 +58,11 @@ def run(args: argparse.Namespace) -> int:
         facts, lines = _image(args.what, *offsets)
     else:
         from cowfs.store.info import store_info
+        from cowfs.store.saving import disk_of
 
         facts = store_info(args.what)
+        on_disk = disk_of(facts["path"])
+        facts["disk"] = on_disk._asdict() if on_disk else None
         lines = _store_lines(facts)
     if args.json:
         print(json.dumps(facts, indent=2, default=str))
@@ -136,6 +139,8 @@ def _mount_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
     lines += [
         ("store", where),
         _room(store["size"], store["free"], own=own),
+        *_disk_lines(store["disk"] if own else None),
+        *([("UNSAVED", store["unsaved"]["said"])] if store["unsaved"] else []),
         *([("hint", store["hint"].replace("MOUNTPOINT", facts["mountpoint"]))] if store["hint"] else []),
         ("since", time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(facts["since"]))),
         ("daemon", f"pid {facts['pid']}, {format_size(facts['rss'])} resident, cowfs {facts['version']}"),
@@ -146,6 +151,7 @@ def _mount_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _store_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
     from cowfs.store.room import nearly_full
+    from cowfs.store.saving import Disk, lacks_room
 
     lines = [("path", facts["path"]), ("kind", facts["kind"])]
     lines.append(_room(facts["size"], facts["free"], own=facts["kind"] == "image"))
@@ -153,6 +159,9 @@ def _store_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         lines.append(("inodes", f"{facts['free_inodes']} of {facts['inodes']} are free"))
         used, of = facts["size"] - facts["free"], facts["inodes"]
         said = nearly_full(facts["path"], used, facts["size"], of - facts["free_inodes"], of)
+        lines += _disk_lines(facts["disk"])
+        on_disk = Disk(**facts["disk"]) if facts["disk"] else None
+        said = lacks_room(on_disk) or said
         lines += [("hint", said)] if said else []
     if facts["state"] == "needs recovery":
         facts = {
@@ -180,6 +189,16 @@ def _room(size: int, free: int, *, own: bool) -> tuple[str, str]:
         return "free", f"{format_size(free)} on its filesystem"
     percent = 100 * (size - free) // size if size else 0
     return "used", f"{format_size(size - free)} of {format_size(size)} ({percent} %)"
+
+
+def _disk_lines(disk: dict[str, int] | None) -> list[tuple[str, str]]:
+    """Say how much room there is on the disk that an image is on."""
+    from cowfs.store.sizes import format_size
+
+    if disk is None:
+        return []
+    lacks = f", of which the store's file may take {format_size(disk['missing'])}" if disk["missing"] else ""
+    return [("disk", f"{format_size(disk['free'])} free{lacks}")]
 
 
 def _resident(pid: int) -> int:

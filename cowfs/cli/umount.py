@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 from cowfs.cli.client import ask, find_mount
+from cowfs.cli.farewell import Farewell
 from cowfs.errors import CowfsError, MountFailure, SystemFailure
 from cowfs.linux.mounts import mountinfo, parse_mountinfo, umount2, wait_pid_gone
 
@@ -41,6 +42,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "-l", "--lazy", action="store_true", help="detach now, end when nobody uses it any more; do not wait"
     )
     parser.add_argument(
+        "--force", action="store_true", help="unmount though what could not be written to the store is lost"
+    )
+    parser.add_argument(
         "--timeout", type=float, default=600, metavar="SECONDS", help="how long to wait for the daemon"
     )
     parser.set_defaults(run=run)
@@ -53,10 +57,12 @@ def run(args: argparse.Namespace) -> int:
         raise MountFailure(f"{args.mountpoint}: no cowfs is mounted here")
     mountpoint = os.fsdecode(found.mountpoint)
     pid = _daemon_of(found.dev)
+    farewell = Farewell(found.dev, mountpoint, force=args.force)
     _unmount(mountpoint, lazy=args.lazy)
     if args.lazy or pid is None or any(mount.dev == found.dev for mount in mountinfo()):
         return 0  # it goes on serving where else it is mounted
     if wait_pid_gone(pid, min(_PATIENCE, args.timeout)):
+        farewell.hear()
         return 0
     holder = _other_namespace_with(found.dev)
     if holder:
@@ -67,6 +73,7 @@ def run(args: argparse.Namespace) -> int:
         raise SystemFailure(
             f"{mountpoint}: unmounted, but its daemon (pid {pid}) still writes after {args.timeout:g} s"
         )
+    farewell.hear()
     return 0
 
 

@@ -118,16 +118,22 @@ class Ext3Layer:
             raise _error({stat.S_IFDIR: errno.EISDIR, stat.S_IFLNK: errno.ELOOP}.get(kind, errno.ENXIO))
 
     def statfs(self) -> FsStats:
-        """As the kernel's ext3 says it, but that blocks are free as soon as what was in them is removed."""
+        """As the kernel's ext3 says it, but that blocks are free as soon as what was in them is removed.
+
+        Nor is there what a sparse image lacks and its disk has not: neither as a whole nor free.
+        """
         facts = self.image.facts()
         spare = self.spare_bytes // facts.block_size
-        spare_inodes = facts.inodes * spare // facts.blocks
+        free = facts.free_blocks * facts.block_size
+        can_be_had = facts.disk_free + max(free - facts.missing, 0)
+        spare -= max(free - can_be_had, 0) // facts.block_size
+        spare_inodes = facts.inodes * max(spare, 0) // facts.blocks
         return FsStats(
             bsize=facts.block_size,
             frsize=facts.block_size,
             blocks=facts.blocks - facts.overhead + spare,
             bfree=facts.free_blocks + spare,
-            bavail=max(facts.free_blocks - facts.reserved, 0) + spare,
+            bavail=max(facts.free_blocks - facts.reserved + spare, 0),
             files=facts.inodes + spare_inodes,
             ffree=facts.free_inodes + spare_inodes,
             favail=facts.free_inodes + spare_inodes,

@@ -15,6 +15,9 @@ RENAME_NOREPLACE = 1
 RENAME_EXCHANGE = 2
 RENAME_WHITEOUT = 4
 
+LACK_OF_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+"""What a filesystem answers that has no room, or none for us."""
+
 _AT_EMPTY_PATH = 0x1000
 _MAX_HANDLE_SZ = 128
 _FICLONE = 0x40049409  # linux/fs.h: _IOW(0x94, 9, int)

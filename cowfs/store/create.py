@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from cowfs.errors import StoreError, UsageError
 from cowfs.linux import files
 from cowfs.store import layout, tools
+from cowfs.store.allocate import allocate, fill_holes
 from cowfs.store.header import new_header
 from cowfs.store.image import open_layer
 from cowfs.store.signals import cleaned_up
@@ -49,63 +50,6 @@ def create_store(path: str, size: int, *, progress: Progress = quiet) -> None:
         _format(fd, path)
         fill_holes(fd, 0, size)
         os.fsync(fd)
-
-
-def allocate(fd: int, path: str, start: int, end: int, length: int | None = None) -> None:
-    """Give a file all of its blocks from *start* to *end*, which may be beyond its end. Blocks until they
-    are on disk.
-
-    When there is no room after all the file is cut to the *length* that it had (by default *start*),
-    and StoreError raised.
-    """
-    length = start if length is None else length
-    try:
-        files.make_room(fd, start, end, alone=True)
-        os.fsync(fd)
-    except OSError as error:
-        os.ftruncate(fd, length)
-        hint = "free some space, or choose a smaller size"
-        if error.errno == errno.EFBIG:
-            hint = "the filesystem, or a limit (ulimit -f), holds no file of this size"
-        raise StoreError(
-            f"{path}: {format_size(end - start)} cannot be allocated: {error.strerror}", hint
-        ) from None
-    except BaseException:
-        os.ftruncate(fd, length)
-        raise
-
-
-def fill_holes(fd: int, start: int, end: int, *, alone: bool = True) -> None:
-    """Allocate what e2fsprogs has given back: where a filesystem zeroes no ranges it punches holes.
-
-    Not *alone*: others write to the file meanwhile.
-    """
-    if os.fstat(fd).st_blocks * 512 < end:
-        with suppress(OSError):
-            files.make_room(fd, start, end, alone=alone)
-
-
-def take_room(fd: int, path: str) -> str:
-    """Allocate what a store, which nobody else uses, lacks of its file: a copy of one has holes. Return what
-    is to be told if its disk has no room for them. Blocks."""
-    state = os.fstat(fd)
-    missing = state.st_size - state.st_blocks * 512
-    if missing <= 0:
-        return ""
-    room = os.fstatvfs(fd)
-    free = room.f_bfree * room.f_frsize
-    told = (
-        f"{path}: its file has holes of {format_size(missing)}, and its disk {format_size(free)} free: "
-        "make room there before the store is filled"
-    )
-    if missing > free:
-        return told
-    try:
-        files.make_room(fd, 0, state.st_size, alone=True)
-        os.fsync(fd)
-    except OSError:
-        return told
-    return ""
 
 
 @contextmanager

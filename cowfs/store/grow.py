@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from cowfs.errors import StoreError, UsageError
 from cowfs.store import lock, tools
-from cowfs.store.create import allocate, fill_holes
+from cowfs.store.allocate import allocate, fill_holes
 from cowfs.store.image import open_file
 from cowfs.store.memory import Memory
 from cowfs.store.signals import cleaned_up, deferred

@@ -16,8 +16,11 @@ from cowfs.errors import StoreError, SystemFailure
 from cowfs.layers.base import UpperLayer
 from cowfs.layers.directory import DirectoryLayer
 from cowfs.linux import mounts
+from cowfs.linux.files import LACK_OF_ROOM
 from cowfs.store import layout, lock, tools
+from cowfs.store.allocate import take_room
 from cowfs.store.header import check_lowers, new_header
+from cowfs.store.saving import disk_of, lacks_room
 from cowfs.store.store import Store, Wanted, finish
 from cowfs.store.superblock import Superblock, read_superblock
 
@@ -55,10 +58,16 @@ def open_image(path: str, want: Wanted) -> Store:
         mount = _mount if kernel else _read_ourselves
         layer = mount(fd, path, superblock, want, stack)
         try:
-            return _open_layer(path, layer, superblock, want, stack)
+            store = _open_layer(path, layer, superblock, want, stack)
         except OSError as error:
             hint = f"cowfs grow {path} SIZE makes it larger" if error.errno == errno.ENOSPC else ""
-            raise StoreError(f"{path}: the store in it cannot be opened: {error.strerror}", hint) from None
+            lacks = lacks_room(disk_of(fd))
+            raise StoreError(
+                f"{path}: the store in it cannot be opened: {error.strerror}", lacks or hint
+            ) from None
+        if kernel:
+            store.fd = fd
+        return store
 
 
 def open_file(path: str, *, read_only: bool = False) -> int:
@@ -84,6 +93,13 @@ def _why_not(path: str, error: OSError) -> tuple[str, str]:
 
 
 def _mount(fd: int, path: str, superblock: Superblock, want: Wanted, stack: ExitStack) -> UpperLayer:
+    if not want.read_only:
+        refused = take_room(fd, path)
+        if refused:
+            raise StoreError(
+                f"{refused}; the kernel would lose what it could not write",
+                "--engine process uses it as far as the room goes",
+            )
     # The device shares our open file and so the lock: if we are killed, the image stays locked until
     # the kernel has unmounted it.
     try:
@@ -144,6 +160,8 @@ def open_layer(fd: int, path: str, stack: ExitStack, *, read_only: bool = False)
     try:
         layer = Ext3Layer(Image(fd, path, read_only=read_only))
     except OSError as error:
+        if error.errno in LACK_OF_ROOM:
+            raise StoreError(f"{path}: cannot be written to: {error.strerror}", "make room there") from None
         raise StoreError(
             f"{path}: cannot be read: {error.strerror}", f"cowfs check -n {path} tells more"
         ) from None

@@ -11,7 +11,7 @@ from typing import Any
 
 from cowfs.errors import StoreError, UsageError
 from cowfs.linux.files import segments
-from cowfs.store import create, lock, tools
+from cowfs.store import allocate, create, lock, tools
 from cowfs.store.sizes import LARGEST, check_room, format_size
 from cowfs.store.store import Store
 
@@ -52,7 +52,7 @@ def persist(
         with ExitStack() as unnamed:
             fd = unnamed.enter_context(create.unfinished(os.path.join(place, name), place, path))
             yield f"allocating {format_size(wanted)}"
-            yield partial(create.allocate, fd, path, 0, wanted)
+            yield partial(allocate.allocate, fd, path, 0, wanted)
             yield "copying"
             copied: dict[int, bytes] = {}
             chunks = _present(memory.fd)
@@ -87,13 +87,13 @@ def _switch(
         if memory.size > wanted:
             if not may_grow:
                 raise StoreError(f"{path}: the changes have outgrown {format_size(wanted)} meanwhile")
-            create.allocate(fd, path, wanted, memory.size)
+            allocate.allocate(fd, path, wanted, memory.size)
         chunks = _present(memory.fd)
         _copy(memory.fd, fd, chunks, copied)
         _clear(fd, copied.keys() - set(chunks))
         if wanted > memory.size:
             _fill(fd, path)
-        create.fill_holes(fd, 0, wanted)
+        allocate.fill_holes(fd, 0, wanted)
         os.fsync(fd)
         lock.lock(fd, path)
         keeping = os.dup(fd)  # the lock is that of both

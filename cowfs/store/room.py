@@ -5,12 +5,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
+from cowfs.store import saving
+from cowfs.store.sizes import format_size
 from cowfs.store.store import Store
 
 log = logging.getLogger(__name__)
 
 NEARLY = 90
 """Percent in use from which on it is told."""
+_LITTLE = 256 << 20
+"""Bytes: of a disk with so much room nobody needs to be warned."""
 _AGAIN = 80
 """Percent below which it must have been to be told again in the log."""
 
@@ -27,23 +31,41 @@ def nearly_full(path: str, used: int, of: int, used_inodes: int, of_inodes: int)
     return f"{full}; cowfs grow {name} SIZE makes it larger"
 
 
-def hint(store: Store) -> str:
-    """Return the same of an open store; of one that has no room of its own, nothing."""
-    if not _can_grow(store):
+def disk_nearly_full(disk: saving.Disk | None, size: int) -> str:
+    """Say so of the disk, of *size* bytes, that a directory store is on; "" else."""
+    if disk is None or disk.free >= min(size * (100 - NEARLY) // 100, _LITTLE):
         return ""
+    return f"its disk has {format_size(disk.free)} free: make room there"
+
+
+def hint(store: Store) -> str:
+    """Return the same of an open store, or of its disk, if that is what it will lack."""
+    on_disk = saving.disk(store)
     room = store.layer.statfs()
+    if not _can_grow(store):
+        return disk_nearly_full(on_disk, room.blocks * room.frsize)
+    lacks = saving.lacks_room(on_disk)
+    if lacks:
+        return lacks
     return nearly_full(store.path, room.blocks - room.bfree, room.blocks, room.files - room.ffree, room.files)
 
 
 def watch(store: Store) -> Callable[[], None]:
     """Return what is to be called every few seconds: it logs once that the store has become nearly full."""
-    told = False
+    told = told_of_disk = False
 
     def look() -> None:
-        nonlocal told
-        if not _can_grow(store):
-            return
+        nonlocal told, told_of_disk
+        on_disk = saving.disk(store)
         room = store.layer.statfs()
+        lacks = saving.lacks_room(on_disk)
+        if not _can_grow(store):
+            lacks = disk_nearly_full(on_disk, room.blocks * room.frsize)
+        if lacks and not told_of_disk:
+            log.warning("%s: %s", store.path, lacks)
+        told_of_disk = bool(lacks)
+        if lacks or not _can_grow(store):
+            return
         percent = max(
             _percent(room.blocks - room.bfree, room.blocks), _percent(room.files - room.ffree, room.files)
         )

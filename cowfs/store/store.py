@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -51,6 +52,10 @@ class Store:
     """The growing image of a store in memory (cowfs.store.memory.Memory), or None."""
     fd: int = field(default=-1, repr=False)
     """A descriptor of its image, where the process that serves it need not find that at *path*; or -1."""
+    saved: float = field(default_factory=time.time, repr=False)
+    """When all was on disk last."""
+    failure: OSError | None = field(default=None, repr=False)
+    """Why some of it could not be put there, if what was refused is lost."""
     _closed: bool = field(default=False, repr=False)
 
     @property
@@ -73,6 +78,25 @@ class Store:
     def make_room(self) -> bool:
         """Let a full store in memory grow; False for any other, and for one at its limit. Blocks."""
         return self.memory is not None and bool(self.memory.make_room(self.work))
+
+    def save(self) -> None:
+        """Return when everything is on disk. Blocks; for any thread.
+
+        Raises OSError if it is refused. Who reads the image in this process keeps it, so that it may be tried
+        again. The kernel forgets it: then there is a *failure* for good.
+        """
+        if self.read_only:
+            return
+        now = time.time()
+        try:
+            self.layer.sync()
+        except OSError as error:
+            if not hasattr(self.layer, "image"):
+                self.failure = self.failure or error
+            raise
+        if self.failure is not None:
+            raise self.failure
+        self.saved = now
 
     def bind(self, lowers: Sequence[Identity]) -> bool:
         """Write down that the store belongs to *lowers* from now on. Blocks until it is on disk.
@@ -100,7 +124,7 @@ class Store:
         with self.release:
             if not self.read_only:
                 try:
-                    self.layer.sync()
+                    self.save()
                 except OSError as error:
                     raise StoreError(
                         f"{self.path}: the last changes could not be written: {error.strerror}"

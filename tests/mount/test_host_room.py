@@ -45,7 +45,7 @@ def test_growing_under_users_writes_to_nothing_that_they_may_write_to(tmp_path: 
     with host("ext3", tmp_path / "host", 300) as at:
         with (at / "probe").open("wb") as probe, pytest.raises(OSError):
             files.fallocate(probe.fileno(), 0, 4096)
-        path = sparse_copy(tmp_path / "whole", at / "store", 0)
+        path = sparse_copy(tmp_path / "whole", at / "store")
         store = open_store(str(path))
         try:
             steps = [writes_of(step) for step in grow_open_store(store, 64 * MIB) if callable(step)]

@@ -51,7 +51,7 @@ def loops(below: Path) -> dict[str, str]:
     found = {}
     for device in Path("/sys/block").glob("loop*"):
         try:
-            name = (device / "loop" / "backing_file").read_text().strip()
+            name = (device / "loop" / "backing_file").read_text(errors="surrogateescape").strip()
         except OSError:
             continue
         if name.startswith(f"{below}/"):

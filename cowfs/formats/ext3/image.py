@@ -19,6 +19,7 @@ from cowfs.formats.ext3 import features
 from cowfs.formats.ext3._engine import ffi, lib
 from cowfs.formats.ext3.directory import INO, Directories, Names, entry, place_of, type_of
 from cowfs.formats.ext3.records import INODE, Facts, Inode
+from cowfs.linux.files import LACK_OF_ROOM
 from cowfs.linux.signals import held_back
 
 log = logging.getLogger(__name__)
@@ -31,9 +32,6 @@ COMMIT_SECONDS = 5.0
 
 MODE, UID, GID, ATIME, MTIME = 1, 2, 4, 8, 16
 """What setattr sets."""
-
-LACK_OF_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-"""What a disk answers that has no room, or none for us."""
 
 _LISTING = 64 << 10
 """Bytes of names that are asked for at a time; at least four blocks."""

@@ -36,12 +36,25 @@ static int64_t monotonic_ns(void)
 	return now.tv_sec * NS + now.tv_nsec;
 }
 
-/* Whether a range of the file is a hole. */
-static bool is_hole(const x3_image *img, uint64_t off, uint64_t len)
+/* Where there is no fallocate: write zeros into the holes of a range, which may be smaller than our blocks. */
+static int fill_holes(x3_image *img, uint64_t off, uint64_t end)
 {
-	off_t data = lseek(img->fd, off, SEEK_DATA);
+	static const char zero[4096];
+	int error = 0;
 
-	return data < 0 ? errno == ENXIO : (uint64_t)data >= off + len;
+	while (off < end && !error) {
+		off_t data = lseek(img->fd, off, SEEK_DATA), hole;
+		uint64_t stop = data < 0 && errno == ENXIO ? end : data < 0 ? off : min((uint64_t)data, end);
+		for (uint64_t n; off < stop && !error; off += n) {
+			n = min(stop - off, sizeof zero);
+			error = io_write1(img, zero, n, off);
+		}
+		hole = off < end ? lseek(img->fd, off, SEEK_HOLE) : -1;
+		if (hole < 0)
+			break; /* done, or nobody knows of holes here */
+		off = hole;
+	}
+	return error;
 }
 
 /* See to it that blocks have their room on the disk; what they hold stays. */
@@ -59,10 +72,7 @@ static int take_room(x3_image *img, uint32_t nr, uint32_t count)
 			return -errno;
 		img->no_fallocate = true;
 	}
-	for (uint32_t i = 0; i < count && !error; i++, off += img->bs)
-		if (is_hole(img, off, img->bs))
-			error = io_write1(img, zero, img->bs, off);
-	return error;
+	return fill_holes(img, off, off + len);
 }
 
 /* At the beginning: take the journal's room, unless there is room for everything by itself. */
@@ -97,6 +107,8 @@ void room_for(x3_image *img, struct block *b)
 	if (b->flags & HAS_ROOM || img->in_memory)
 		return;
 	error = take_room(img, b->nr, 1);
+	if (room_is_lacking(error) && img->op->changing == GOES_ON)
+		return; /* it must be completed; if the room is missed later the image is stalled */
 	if (error)
 		fail(img, -error, "no room on the disk for block %u: %s", b->nr, strerror(-error));
 	b->flags |= HAS_ROOM;

@@ -1,0 +1,54 @@
+"""Asking the daemon of a mount to leave nothing behind, and hearing from it whether it did."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from contextlib import suppress
+
+from cowfs.cli.client import ask
+from cowfs.errors import CowfsError, MountFailure, StoreError
+
+
+class Farewell:
+    """A pipe through which the daemon says how its store was released: its socket is gone by then."""
+
+    def __init__(self, dev: str, mountpoint: str, *, force: bool) -> None:
+        """Have everything written to disk. Blocks.
+
+        Raises MountFailure if the disk refuses that, and not *force*. A daemon that does not answer is dead,
+        or of an older cowfs: nothing is heard from it.
+        """
+        self._mountpoint = mountpoint
+        self._force = force
+        self._answers = False
+        self._reading, writing = os.pipe()
+        try:
+            with suppress(CowfsError, OSError):
+                for reply in ask(dev, "leave", timeout=None, fd=writing, force=force):
+                    if "unsaved" in reply:
+                        raise _Refused(reply["unsaved"])
+                    self._answers = True
+        except _Refused as refused:
+            raise MountFailure(
+                f"{mountpoint}: not unmounted, for not all of it could be saved: {refused}",
+                "make room on the disk of the store, and unmount again; --force gives up what is not saved",
+            ) from None
+        finally:
+            os.close(writing)
+
+    def hear(self) -> None:
+        """Call it when the daemon is gone. Raises StoreError if something was not saved, and not by force."""
+        if not self._answers:
+            return
+        said = os.read(self._reading, 65536)
+        failure = json.loads(said).get("error") if said else "its daemon ended before all was saved"
+        if failure and self._force:
+            print(f"cowfs: {self._mountpoint}: unmounted, but: {failure}", file=sys.stderr)
+        elif failure:
+            raise StoreError(f"{self._mountpoint}: unmounted, but: {failure}")
+
+
+class _Refused(Exception):
+    pass

@@ -1,0 +1,105 @@
+"""What of a store is not on its disk, how much room that has, and how to wait for more."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import time
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from cowfs.linux.files import LACK_OF_ROOM
+from cowfs.store.sizes import format_size
+
+if TYPE_CHECKING:
+    from cowfs.store.store import Store
+
+
+class Unsaved(NamedTuple):
+    """Changes that were acknowledged and are not on disk, because it refused them."""
+
+    why: str
+    since: float
+    """Since the epoch: what was done before is on disk."""
+    waits: bool
+    """Whether they are written as soon as the disk has room; else there is no more than can be read now."""
+
+    def __str__(self) -> str:
+        since = time.strftime("%H:%M:%S", time.localtime(self.since))
+        if self.waits:
+            return f"{self.why}: the changes since {since} are in memory alone until its disk has room"
+        return f"{self.why}: changes since {since} are lost when it is unmounted"
+
+
+class Disk(NamedTuple):
+    """Room on the disk that a store is on, in bytes."""
+
+    free: int
+    missing: int
+    """That the store's file, which is sparse, may still take of it."""
+
+
+def unsaved(store: Store) -> Unsaved | None:
+    """Tell what is not on disk of a store, as far as that is known. Does not block."""
+    image: Any = getattr(store.layer, "image", None)
+    if image is not None and not store.read_only:
+        facts = image.facts()
+        if facts.stalled or facts.aborted:
+            why = os.strerror(facts.stalled or facts.aborted)
+            return Unsaved(why, facts.saved_ns / 1e9, not facts.aborted)
+        return None
+    if store.failure is not None:
+        return Unsaved(os.strerror(store.failure.errno or errno.EIO), store.saved, False)
+    return None
+
+
+def disk(store: Store) -> Disk | None:
+    """Return the room on the disk of a store; None for one that is in memory. Does not block."""
+    if store.kind == "memory":
+        return None
+    image: Any = getattr(store.layer, "image", None)
+    if image is not None:
+        facts = image.facts()
+        if facts.disk_free < 1 << 63:
+            return Disk(facts.disk_free, facts.missing)
+    root: Any = store.layer.root
+    fd = store.fd if store.kind == "image" else root.fd
+    return disk_of(fd) if fd >= 0 else None
+
+
+def disk_of(file: str | int) -> Disk | None:
+    """Return the room on the disk that a file or directory is on; None if it cannot be told. A path must not
+    lead into our own mount."""
+    try:
+        state, room = os.stat(file), os.statvfs(file)
+    except OSError:
+        return None
+    missing = max(state.st_size - state.st_blocks * 512, 0) if stat.S_ISREG(state.st_mode) else 0
+    return Disk(room.f_bavail * room.f_frsize, missing)
+
+
+def wait_for_room(store: Store, seconds: float) -> None:
+    """Write everything to disk, and while that has no room try again, so many *seconds* at most. Blocks.
+
+    Raises OSError, the last failure.
+    """
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            store.save()
+            return
+        except OSError as error:
+            waits = unsaved(store)
+            if error.errno not in LACK_OF_ROOM or not waits or not waits.waits or time.monotonic() > deadline:
+                raise
+        time.sleep(1.0)
+
+
+def lacks_room(what: Disk | None) -> str:
+    """Say so, if a sparse file cannot have its blocks; "" else."""
+    if what is None or what.missing <= what.free:
+        return ""
+    return (
+        f"its disk has {format_size(what.free)} free, and the store's file, which is sparse, lacks "
+        f"{format_size(what.missing)}: make room there"
+    )
