@@ -67,6 +67,8 @@ class Forge:
     """Compresses all metadata; then there may be but one block of inodes and one of listings."""
     export: list[int] | None = None
     """The references of the inodes by their numbers, from 1 on."""
+    order: tuple[str, ...] = ("fragment", "export", "id", "xattr")
+    """Of the tables behind the directories. The kernel wants this one."""
     gap: bytes = b""
     """What is between two tables."""
     padding: bytes = b""
@@ -184,25 +186,8 @@ class Forge:
         image += metadata(bytes(self.inodes), self.chunk, self.pack) + self.gap
         tables["directory_table"] = len(image)
         image += metadata(bytes(self.listings) or b"\0", self.chunk, self.pack) + self.gap
-        tables["fragment_table"] = tables["export_table"] = NONE64
-        if self.fragments:
-            table = b"".join(struct.pack("<QII", *fragment, 0) for fragment in self.fragments)
-            tables["fragment_table"] = self._indexed(image, table)
-            image += self.gap
-        if self.export is not None:
-            tables["export_table"] = self._indexed(image, struct.pack(f"<{len(self.export)}Q", *self.export))
-        tables["id_table"] = self._indexed(image, struct.pack(f"<{len(self.owners)}I", *self.owners))
-        tables["xattr_table"] = NONE64
-        if self.xattr_keys is not None:
-            start = len(image)
-            image += metadata(self.xattr_keys, self.chunk, self.pack)
-            sets = b"".join(struct.pack("<QII", *one) for one in self.xattr_sets)
-            blocks = len(image)
-            image += metadata(sets, pack=self.pack)
-            tables["xattr_table"] = len(image)
-            image += struct.pack("<QII", start, len(self.xattr_sets), 0)
-            if sets:
-                image += struct.pack("<Q", blocks)
+        for name in self.order:
+            tables[f"{name}_table"] = self._table(name, image)
         values = {
             "magic": 0x73717368,
             "inodes": self.count,
@@ -226,6 +211,33 @@ class Forge:
         values.update(superblock)
         image[:96] = struct.pack("<5I6H8Q", *(values[name] for name in order.split()))
         return bytes(image)
+
+    def _table(self, name: str, image: bytearray) -> int:
+        """Add one of the tables behind the directories, if it is wanted; returns what the superblock says."""
+        if name == "id":
+            return self._indexed(image, struct.pack(f"<{len(self.owners)}I", *self.owners))
+        if name == "export" and self.export is not None:
+            return self._indexed(image, struct.pack(f"<{len(self.export)}Q", *self.export))
+        if name == "fragment" and self.fragments:
+            table = b"".join(struct.pack("<QII", *fragment, 0) for fragment in self.fragments)
+            position = self._indexed(image, table)
+            image += self.gap
+            return position
+        if name == "xattr" and self.xattr_keys is not None:
+            return self._attributes(image, self.xattr_keys)
+        return NONE64
+
+    def _attributes(self, image: bytearray, keys: bytes) -> int:
+        start = len(image)
+        image += metadata(keys, self.chunk, self.pack)
+        sets = b"".join(struct.pack("<QII", *one) for one in self.xattr_sets)
+        blocks = len(image)
+        image += metadata(sets, pack=self.pack)
+        position = len(image)
+        image += struct.pack("<QII", start, len(self.xattr_sets), 0)
+        if sets:
+            image += struct.pack("<Q", blocks)
+        return position
 
     def _indexed(self, image: bytearray, table: bytes) -> int:
         starts = []

@@ -68,7 +68,7 @@ def peculiar_for(*values: Any) -> Callable[[Callable[[Any], Image]], Callable[[A
 
     def note(make: Callable[[Any], Image]) -> Callable[[Any], Image]:
         for value in values:
-            shown = value if isinstance(value, str) else repr(value)[:40]
+            shown = value if isinstance(value, str) else repr(value)[:50]
             _makers[f"{make.__name__.replace('_', ' ')} {shown}"] = lambda value=value: make(value)
         return make
 
@@ -209,6 +209,26 @@ def tables_with_something_between_them_and_behind_them() -> Image:
     forge = Forge(gap=b"\xff\xff what is this", padding=b"p" * 100)
     forge.fragments.append((forge.block(b"tail" * 50), 200 | RAW))
     return file(forge, forge.file(100, 0, [], 2, fragment=0, tail=20), [b"tail" * 25])
+
+
+@peculiar_for("fragment export id xattr", "xattr id export fragment", "id fragment xattr export")
+def tables_in_the_order(order: str) -> Image:
+    """The kernel mounts the first only. Where a table ends follows from where the others are, and no more."""
+    forge = Forge(count=1, order=tuple(order.split()), xattr_keys=_key(b"a", b"1"), xattr_sets=[(0, 1, 10)])
+    forge.fragments.append((forge.block(b"tail" * 50), 200 | RAW))
+    ref = forge.large_file(100, 0, b"", 1, xattr=0, fragment=0, tail=20)
+    forge.export = [ref]
+    image = file(forge, ref, [b"tail" * 25], 1)
+    image.shown[b"/x"] |= {"xattr user.a": b"1"}
+    return image
+
+
+@peculiar
+def data_between_the_tables() -> Image:
+    forge = Forge(gap=b"a block of data!" * 256)
+    root = forge.directory([Entry(b"x", forge.next_ref(32), number=2)], 9)
+    forge.file(4096, 96 + 2 + len(forge.inodes) + 36, [4096 | RAW], 2)
+    return Image(forge.finish(root), {b"": names(b"x"), b"/x": pages(forge.gap)})
 
 
 @peculiar
