@@ -186,7 +186,7 @@ def _kernel_mounted(spec: str, offset: int) -> DirectoryLayer:
         fd = detached_mount("squashfs", device, {}, readonly=True, noatime=True)
     finally:
         os.close(loop_fd)
-    return DirectoryLayer(fd, os.path.abspath(spec))
+    return DirectoryLayer(fd, os.path.abspath(spec), alone=True)
 
 
 def open_lowers(specs: Sequence[str], engine: str = "auto", offsets: Sequence[int] = ()) -> list[LowerLayer]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from cowfs.changes.marks import Marks, is_whiteout
 from cowfs.layers.base import Key, LowerLayer
+from cowfs.overlay.redirect import may_exist
 from cowfs.types import Attr
 
 Place = tuple[int, Key]
@@ -143,7 +144,7 @@ class _Search:
     ) -> tuple[Key, Attr] | None:
         """Look up one component; *before* and *after* are the rest of the path (ovl_lookup_single)."""
         layer = self._layers[number]
-        hit = layer.lookup(base, part)
+        hit = layer.lookup(base, part) if may_exist(part) else None
         if hit is None:
             return None
         key, attr = hit

@@ -6,6 +6,7 @@ import errno
 import stat
 
 from cowfs.layers.base import Key, LowerLayer
+from cowfs.overlay import redirect
 from cowfs.types import Attr
 
 _NO_XATTRS = {errno.ENODATA, errno.EOPNOTSUPP, errno.EPERM, errno.EACCES}
@@ -54,16 +55,15 @@ class Marks:
     def redirect(self, layer: LowerLayer, key: Key) -> bytes | None:
         """Return where an inode is found in the layers below: ``/from/the/root`` or ``another-name``.
 
-        Raises EINVAL for a value that is neither (ovl_get_redirect_xattr).
+        Raises EINVAL for a value that is neither.
         """
         value = _get(layer, key, self._redirect)
         if value is None:
             return None
-        absolute = value.startswith(b"/")
-        parts = value[1:].split(b"/") if absolute else [value]
-        if any(not part or b"/" in part or part in {b".", b".."} for part in parts):
-            raise OSError(errno.EINVAL, f"a redirect that leads nowhere: {value!r}", layer.name)
-        return value
+        path = redirect.parse(value)
+        if any(map(redirect.leads_out, redirect.names(path))):
+            raise redirect.refused(errno.EINVAL, value)
+        return path
 
     def shown_xattrs(self, layer: LowerLayer, key: Key) -> dict[bytes, bytes]:
         """Return the xattrs that the merged tree shows, empty where the layer has none.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import os
 import re
 import time
@@ -98,7 +97,6 @@ def _image(path: str, offset: int = 0) -> tuple[dict[str, Any], list[tuple[str, 
     from cowfs.store.identity import identify_lower
     from cowfs.store.sizes import format_size
 
-    logging.getLogger("cowfs").addHandler(logging.NullHandler())  # the error says it all
     identity = identify_lower(path, offset)
     with closing(SquashfsLayer(identity.path, offset=offset)) as layer:
         summary = layer.summary()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import io
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -58,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="surrogateescape")  # names are bytes, and are shown as they are
     args = list(sys.argv[1:] if argv is None else argv)
+    logging.getLogger("cowfs").addHandler(logging.NullHandler())  # a log is the daemon's; errors say it all
     first = args[0] if args else None
     if first is not None and not first.startswith("-") and first not in SUBCOMMANDS and len(args) > 1:
         args.insert(0, "mount")  # cowfs LOWER MOUNTPOINT -o ...

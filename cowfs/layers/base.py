@@ -79,7 +79,7 @@ class LowerLayer(Protocol):
     """For messages: where the layer comes from."""
     root: Key
     dev: int
-    """``st_dev`` of the attributes it gives, but for what is mounted below it."""
+    """``st_dev`` of the attributes it gives, but for subvolumes of btrfs."""
 
     def lookup(self, directory: Key, name: bytes) -> tuple[Key, Attr] | None:
         """Find *name*; None when it is not there. A fresh key may be given for a known inode."""

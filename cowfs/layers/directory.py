@@ -1,7 +1,8 @@
 """A directory as a layer: of the host's tree, or of an image that the kernel has mounted.
 
 Everything happens relative to file descriptors, so it makes no difference whether the tree is
-mounted anywhere, and no path is ever longer than one name: trees deeper than PATH_MAX work.
+mounted anywhere, and no path is ever longer than one name: trees deeper than PATH_MAX work. What leads
+out of the directory is not followed (:mod:`cowfs.layers.beneath`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from contextlib import closing
 from typing import TypeVar
 
 from cowfs.layers.acl import ACCESS
+from cowfs.layers.beneath import PLAIN, check_name, covered, enclosed
 from cowfs.layers.kernel_file import KernelFile
 from cowfs.layers.owner_notes import OwnerNotes, needed
 from cowfs.linux import files
@@ -43,20 +45,35 @@ class PathKey:
         self.fd = fd
 
 
+class CoveredKey(PathKey):
+    """A directory that something is mounted on: to the layer it is empty, with attributes made up."""
+
+    __slots__ = ("attr",)
+
+    def __init__(self, parent: PathKey, name: bytes, attr: Attr) -> None:
+        super().__init__(parent, name)
+        self.attr = attr
+
+
 class DirectoryLayer:
     """Serve the tree below *root_fd* (which the layer owns from now on) as an upper or lower layer.
+
+    What is mounted inside it does not belong to it. *alone* says that nothing can be: *root_fd* is the root
+    of a mount that is in no namespace.
 
     Without privilege (*privileged* false) an upper cannot give files to other users. It then notes
     the owner that was asked for and shows it: a directory of root's, copied up by somebody else, goes
     on belonging to root as far as the union is concerned (:mod:`cowfs.layers.owner_notes`).
     """
 
-    def __init__(self, root_fd: int, name: str, *, privileged: bool = True) -> None:
+    def __init__(self, root_fd: int, name: str, *, privileged: bool = True, alone: bool = False) -> None:
         self.name = name
-        self.root = PathKey(None, b"", root_fd)
         info = os.fstat(root_fd)
         if not stat.S_ISDIR(info.st_mode):
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), name)
+        self._given = root_fd
+        root, self._ways = (root_fd, PLAIN) if alone else enclosed(root_fd)
+        self.root = PathKey(None, b"", root)
         self.dev = info.st_dev
         self._open: list[PathKey] = []  # directories with a cached descriptor, oldest first
         self._pinned: set[PathKey] = set()  # inodes without a name, held by their descriptors
@@ -86,7 +103,7 @@ class DirectoryLayer:
         for depth, step in enumerate(reversed(chain), 1 - len(chain)):
             above, above_is_kept = fd, step.parent.fd >= 0 if step.parent else True
             try:
-                fd = os.open(step.name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=above)
+                fd = self._ways.open(above, step.name, os.O_PATH | os.O_DIRECTORY)
             finally:
                 if not above_is_kept:
                     os.close(above)
@@ -94,6 +111,19 @@ class DirectoryLayer:
                 step.fd = fd
                 self._open.append(step)
         return fd
+
+    def _place(self, directory: PathKey, name: bytes) -> int:
+        """Return a descriptor of a directory in which a name is to be made, moved or removed."""
+        check_name(name)
+        return self._dir_fd(directory)
+
+    def _above(self, key: PathKey) -> int:
+        """Return a descriptor of the directory that *key* has its name in. ESTALE when it has none, EXDEV for
+        what something is mounted on."""
+        if key.parent is None or isinstance(key, CoveredKey):
+            code = errno.ESTALE if key.parent is None else errno.EXDEV
+            raise OSError(code, os.strerror(code), key.name)
+        return self._dir_fd(key.parent)
 
     def _close_oldest(self) -> None:
         count = len(self._open) // 2
@@ -114,13 +144,12 @@ class DirectoryLayer:
         unless the call can refrain from following them, which a pinned key does not allow."""
         if key.parent is None:
             return b"/proc/self/fd/%d" % key.fd
-        return b"/proc/self/fd/%d/%s" % (self._dir_fd(key.parent), key.name)
+        return b"/proc/self/fd/%d/%s" % (self._above(key), key.name)
 
     def _pin(self, key: PathKey) -> None:
         """Hold on to an inode whose name is about to go."""
         if key.fd < 0:
-            assert key.parent is not None
-            key.fd = os.open(key.name, os.O_PATH | os.O_NOFOLLOW, dir_fd=self._dir_fd(key.parent))
+            key.fd = self._ways.open(self._above(key), key.name, os.O_PATH)
         elif key in self._open:
             self._open.remove(key)
         self._pinned.add(key)
@@ -128,11 +157,19 @@ class DirectoryLayer:
     # --- reading
 
     def lookup(self, directory: PathKey, name: bytes) -> tuple[PathKey, Attr] | None:
+        check_name(name)
+        if isinstance(directory, CoveredKey):
+            return None
         fd = directory.fd if directory.fd >= 0 else self._open_dir(directory)
         try:
-            attr: Attr = os.stat(name, dir_fd=fd, follow_symlinks=False)
+            attr: Attr = self._ways.stat(fd, name)
         except FileNotFoundError:
             return None
+        except OSError as failure:
+            if failure.errno != errno.EXDEV:
+                raise
+            attr = covered(fd, name)
+            return CoveredKey(directory, name, attr), attr
         key = PathKey(directory, name)
         return key, attr if self._notes is None else self._notes.shown(key, attr)
 
@@ -145,13 +182,15 @@ class DirectoryLayer:
         attr: Attr
         if key.fd >= 0:
             attr = os.fstat(key.fd)
-        elif key.parent is not None:
-            attr = os.stat(key.name, dir_fd=self._dir_fd(key.parent), follow_symlinks=False)
+        elif isinstance(key, CoveredKey):
+            attr = key.attr
         else:
-            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), key.name)
+            attr = self._ways.stat(self._above(key), key.name)
         return attr
 
     def readdir(self, directory: PathKey) -> list[DirEntry]:
+        if isinstance(directory, CoveredKey):
+            return []
         fd = os.open(b".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=self._dir_fd(directory))
         try:
             with os.scandir(fd) as entries:
@@ -160,13 +199,15 @@ class DirectoryLayer:
             os.close(fd)
 
     def names(self, directory: PathKey) -> list[bytes]:
+        if isinstance(directory, CoveredKey):
+            return []
         return os.listdir(b"/proc/self/fd/%d" % self._dir_fd(directory))
 
     def readlink(self, key: PathKey) -> bytes:
         try:
             if key.parent is None:
                 return os.readlink(b"", dir_fd=key.fd)
-            return os.readlink(key.name, dir_fd=self._dir_fd(key.parent))
+            return os.readlink(key.name, dir_fd=self._above(key))
         except OSError:
             if self._notes is None or not stat.S_ISLNK(self.stat(key).st_mode):
                 raise
@@ -174,26 +215,39 @@ class DirectoryLayer:
             return stand_in.pread(_PATH_MAX, 0)
 
     def listxattr(self, key: PathKey) -> list[bytes]:
+        if isinstance(key, CoveredKey):
+            return []
         names = os.listxattr(self._path(key), follow_symlinks=key.parent is None)
         return [os.fsencode(name) for name in names]
 
     def getxattr(self, key: PathKey, name: bytes) -> bytes:
+        if isinstance(key, CoveredKey):
+            raise OSError(errno.ENODATA, os.strerror(errno.ENODATA), name)
         return os.getxattr(self._path(key), name, follow_symlinks=key.parent is None)
 
     def open(self, key: PathKey, flags: int) -> KernelFile:
-        flags |= os.O_NOFOLLOW | self._noatime
+        flags |= self._noatime
         try:
-            return KernelFile(self._open_fd(key, flags))
+            return KernelFile(self._open_file(key, flags))
         except PermissionError:
             if not self._noatime:
                 raise
             # O_NOATIME is for the owner and root alone (open(2)); another may still read.
-            return KernelFile(self._insist(lambda: self._open_fd(key, flags & ~os.O_NOATIME), key))
+            return KernelFile(self._insist(lambda: self._open_file(key, flags & ~os.O_NOATIME), key))
 
-    def _open_fd(self, key: PathKey, flags: int) -> int:
-        if key.parent is None:
-            return os.open(b"/proc/self/fd/%d" % key.fd, flags & ~os.O_NOFOLLOW)
-        return os.open(key.name, flags, dir_fd=self._dir_fd(key.parent))
+    def _open_file(self, key: PathKey, flags: int) -> int:
+        """Open a regular file. ESTALE when it is something else by now: a fifo or a device is not touched."""
+        pinned = key.parent is None
+        fd = key.fd if pinned else self._ways.open(self._above(key), key.name, os.O_PATH)
+        try:
+            mode = os.fstat(fd).st_mode
+            if not stat.S_ISREG(mode):
+                code = errno.EISDIR if stat.S_ISDIR(mode) else errno.ESTALE
+                raise OSError(code, os.strerror(code), key.name)
+            return os.open(b"/proc/self/fd/%d" % fd, flags)
+        finally:
+            if not pinned:
+                os.close(fd)
 
     def statfs(self) -> FsStats:
         info = os.fstatvfs(self.root.fd)
@@ -213,7 +267,7 @@ class DirectoryLayer:
         if key.parent is None:
             found = files.file_handle(key.fd, b"")
         else:
-            found = files.file_handle(self._dir_fd(key.parent), key.name)
+            found = None if isinstance(key, CoveredKey) else files.file_handle(self._above(key), key.name)
         if found is None:
             return None
         return FileHandle(found[0], found[1], self._filesystem())
@@ -245,7 +299,8 @@ class DirectoryLayer:
         self._open.clear()
         self._pinned.clear()
         if self.root.fd >= 0:
-            os.close(self.root.fd)
+            for fd in {self.root.fd, self._given}:
+                os.close(fd)
             self.root.fd = -1
 
     # --- changing
@@ -257,7 +312,7 @@ class DirectoryLayer:
         mode = stat.S_IFREG | stat.S_IMODE(mode)
         added = self._added(mode)
         fd = self._insist(
-            lambda: os.open(name, flags, stat.S_IMODE(mode | added), dir_fd=self._dir_fd(directory)),
+            lambda: os.open(name, flags, stat.S_IMODE(mode | added), dir_fd=self._place(directory, name)),
             directory,
         )
         file = KernelFile(fd)
@@ -268,7 +323,7 @@ class DirectoryLayer:
     def mkdir(self, directory: PathKey, name: bytes, mode: int, uid: int, gid: int) -> PathKey:
         mode = stat.S_IMODE(mode)
         added = self._added(stat.S_IFDIR | mode)
-        self._insist(lambda: os.mkdir(name, mode | added, dir_fd=self._dir_fd(directory)), directory)
+        self._insist(lambda: os.mkdir(name, mode | added, dir_fd=self._place(directory, name)), directory)
         return self._made(directory, name, uid, gid, added)
 
     def _added(self, mode: int) -> int:
@@ -276,13 +331,14 @@ class DirectoryLayer:
         return 0 if self._notes is None else needed(mode) & ~mode
 
     def symlink(self, directory: PathKey, name: bytes, target: bytes, uid: int, gid: int) -> PathKey:
-        self._insist(lambda: os.symlink(target, name, dir_fd=self._dir_fd(directory)), directory)
+        self._insist(lambda: os.symlink(target, name, dir_fd=self._place(directory, name)), directory)
         return self._made(directory, name, uid, gid)
 
     def mknod(self, directory: PathKey, name: bytes, mode: int, rdev: int, uid: int, gid: int) -> PathKey:
+        check_name(name)
         if self._notes is not None and self._notes.special(directory, name, mode, rdev, uid, gid):
             return PathKey(directory, name)
-        self._insist(lambda: os.mknod(name, mode, rdev, dir_fd=self._dir_fd(directory)), directory)
+        self._insist(lambda: os.mknod(name, mode, rdev, dir_fd=self._place(directory, name)), directory)
         return self._made(directory, name, uid, gid)
 
     def _made(self, directory: PathKey, name: bytes, uid: int, gid: int, added: int = 0) -> PathKey:
@@ -309,6 +365,7 @@ class DirectoryLayer:
             self.chmod(key, attr.st_mode)  # chown(2) has taken these bits away
 
     def link(self, key: PathKey, directory: PathKey, name: bytes) -> None:
+        check_name(name)
         if key.parent is None:
             os.link(
                 b"/proc/self/fd/%d" % key.fd, name, dst_dir_fd=self._dir_fd(directory), follow_symlinks=True
@@ -334,7 +391,7 @@ class DirectoryLayer:
         if named and key is not None:
             self._pin(key)
         try:
-            self._insist(lambda: call(name, dir_fd=self._dir_fd(directory)), directory)
+            self._insist(lambda: call(name, dir_fd=self._place(directory, name)), directory)
         except OSError:
             if named and key is not None:
                 self._unpin(key, fresh)
@@ -358,6 +415,8 @@ class DirectoryLayer:
         moved: PathKey | None = None,
         replaced: PathKey | None = None,
     ) -> None:
+        check_name(source[1])
+        check_name(target[1])
         exchange = flags & files.RENAME_EXCHANGE
         pin = replaced if not exchange and replaced is not None and _stands_at(replaced, target) else None
         fresh = pin is not None and pin.fd < 0
@@ -392,7 +451,11 @@ class DirectoryLayer:
         if key.parent is None:
             os.chmod(b"/proc/self/fd/%d" % key.fd, mode & 0o7777)
         else:
-            os.chmod(key.name, mode & 0o7777, dir_fd=self._dir_fd(key.parent))
+            fd = self._ways.open(self._above(key), key.name, os.O_PATH)  # fchmodat(2) follows links
+            try:
+                os.chmod(b"/proc/self/fd/%d" % fd, mode & 0o7777)
+            finally:
+                os.close(fd)
 
     def chown(self, key: PathKey, uid: int, gid: int) -> None:
         if self._notes is None:
@@ -405,7 +468,7 @@ class DirectoryLayer:
         if key.parent is None:
             os.chown(b"/proc/self/fd/%d" % key.fd, uid, gid)
         else:
-            os.chown(key.name, uid, gid, dir_fd=self._dir_fd(key.parent), follow_symlinks=False)
+            os.chown(key.name, uid, gid, dir_fd=self._above(key), follow_symlinks=False)
 
     def act_as_root(self, spare: PathKey, *, anew: bool) -> None:
         """Without privilege: hold every owner, mode and device (:meth:`OwnerNotes.act_as_root`)."""
@@ -419,19 +482,17 @@ class DirectoryLayer:
     def plain_write(self, directory: PathKey, name: bytes, content: bytes) -> None:
         """Make a regular file of ours that holds *content*."""
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
-        with closing(KernelFile(os.open(name, flags, 0o600, dir_fd=self._dir_fd(directory)))) as file:
+        with closing(KernelFile(os.open(name, flags, 0o600, dir_fd=self._place(directory, name)))) as file:
             file.pwrite(content, 0)
 
     def utimens(self, key: PathKey, atime_ns: int, mtime_ns: int) -> None:
         if key.parent is None:
             os.utime(b"/proc/self/fd/%d" % key.fd, ns=(atime_ns, mtime_ns))
         else:
-            os.utime(
-                key.name, ns=(atime_ns, mtime_ns), dir_fd=self._dir_fd(key.parent), follow_symlinks=False
-            )
+            os.utime(key.name, ns=(atime_ns, mtime_ns), dir_fd=self._above(key), follow_symlinks=False)
 
     def truncate(self, key: PathKey, size: int) -> None:
-        fd = self._insist(lambda: self._open_fd(key, os.O_WRONLY | os.O_NOFOLLOW), key)
+        fd = self._insist(lambda: self._open_file(key, os.O_WRONLY), key)
         try:
             os.ftruncate(fd, size)
         finally:

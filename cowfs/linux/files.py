@@ -20,6 +20,10 @@ LACK_OF_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 _AT_EMPTY_PATH = 0x1000
 _MAX_HANDLE_SZ = 128
+_SYS_OPENAT2 = 437  # the same on all architectures: include/uapi/asm-generic/unistd.h
+_OPEN_HOW = struct.Struct("=QQQ")  # linux/openat2.h: struct open_how { flags, mode, resolve }
+_RESOLVE_NO_XDEV, _RESOLVE_NO_SYMLINKS, _RESOLVE_BENEATH = 1, 4, 8
+_RESOLVE = _RESOLVE_NO_XDEV | _RESOLVE_NO_SYMLINKS | _RESOLVE_BENEATH
 _FICLONE = 0x40049409  # linux/fs.h: _IOW(0x94, 9, int)
 _FS_IOC_GETFSUUID = 0x80111500  # linux/fs.h: _IOR(0x15, 0, struct fsuuid2), 17 bytes; Linux 6.9
 _ZEROS = 1 << 20
@@ -36,6 +40,7 @@ _libc.name_to_handle_at.argtypes = (
     ctypes.c_int,
 )
 _libc.syncfs.argtypes = (ctypes.c_int,)
+_libc.syscall.restype = ctypes.c_long
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 
 
@@ -59,6 +64,30 @@ def rename(source_fd: int, source: bytes, target_fd: int, target: bytes, flags: 
         renameat2(source_fd, source, target_fd, target, flags)
     else:
         os.rename(source, target, src_dir_fd=source_fd, dst_dir_fd=target_fd)
+
+
+def open_beneath(dir_fd: int, name: bytes, flags: int) -> int:
+    """Open *name* in a directory, which leads nowhere else: by no link, no ``..``, no mount (openat2(2)).
+
+    With O_PATH | O_NOFOLLOW a link itself is opened. Raises EXDEV for what something is mounted on, which
+    is not looked at: it may be a filesystem that waits for us.
+    """
+    how = _OPEN_HOW.pack(flags | os.O_CLOEXEC, 0, _RESOLVE)
+    fd = _libc.syscall(_SYS_OPENAT2, dir_fd, name, how, _OPEN_HOW.size)
+    if fd < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), name)
+    return int(fd)
+
+
+def stat_beneath(dir_fd: int, name: bytes) -> os.stat_result:
+    """Return the attributes of *name* in a directory, whatever it is but for what something is mounted on:
+    EXDEV."""
+    fd = open_beneath(dir_fd, name, os.O_PATH | os.O_NOFOLLOW)
+    try:
+        return os.fstat(fd)
+    finally:
+        os.close(fd)
 
 
 def syncfs(fd: int) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from cowfs.layers.base import Key
 from cowfs.overlay import origin
+from cowfs.overlay import redirect as redirects
 from cowfs.overlay.node import Lower, Node
 from cowfs.overlay.state import State, error, is_whiteout
 from cowfs.types import Attr
@@ -31,6 +32,8 @@ def lookup(fs: State, parent: Node, name: bytes) -> tuple[Node, Attr] | None:
             if is_whiteout(above[1]):
                 return None
             return _from_upper(fs, parent, name, *above)
+    if len(name) > redirects.NAME_MAX:
+        raise error(errno.ENAMETOOLONG, name)
     found = _descend(fs, parent.lowers, (name,)) if parent.lowers else []
     return _from_lower(fs, parent, name, found) if found else None
 
@@ -65,7 +68,7 @@ def _from_upper(
         return _enter(fs, parent, name, key, (), fs.ino_of(0, fs.upper.dev, attr), attr)
     lowers: tuple[Lower, ...] = ()
     metacopy = fs.x_metacopy in notes and stat.S_ISREG(attr.st_mode)
-    redirect = notes.get(fs.x_redirect)
+    redirect = _redirect(fs, notes) if metacopy else None
     if metacopy:
         found = _descend(fs, *_start(fs, parent, name, redirect))
         if not found or not stat.S_ISREG(found[-1][2].st_mode):
@@ -90,7 +93,7 @@ def _upper_directory(
     redirect = None
     ino = fs.ino_of(0, fs.upper.dev, attr)
     if notes.get(fs.x_opaque) != b"y":
-        redirect = notes.get(fs.x_redirect)
+        redirect = _redirect(fs, notes)
         if parent.lowers or redirect is not None:
             found = _descend(fs, *_start(fs, parent, name, redirect), directories=True)
             lowers = tuple((layer, low) for layer, low, _ in found)
@@ -101,15 +104,18 @@ def _upper_directory(
     return node
 
 
+def _redirect(fs: State, notes: dict[bytes, bytes]) -> bytes | None:
+    value = notes.get(fs.x_redirect)
+    return None if value is None else redirects.parse(value)
+
+
 def _start(
     fs: State, parent: Node, name: bytes, redirect: bytes | None
 ) -> tuple[Sequence[Lower], tuple[bytes, ...]]:
     """Where the search in the lowers begins for an upper with this redirect."""
     if redirect is None:
         return parent.lowers, (name,)
-    if redirect.startswith(b"/"):
-        return fs.roots, tuple(filter(None, redirect.split(b"/")))
-    return parent.lowers, (redirect,)
+    return fs.roots if redirect.startswith(b"/") else parent.lowers, redirects.names(redirect)
 
 
 def _from_lower(fs: State, parent: Node, name: bytes, found: _Found) -> tuple[Node, Attr]:
@@ -119,6 +125,8 @@ def _from_lower(fs: State, parent: Node, name: bytes, found: _Found) -> tuple[No
     if attr.st_nlink > 1 and fs.indexed and not stat.S_ISDIR(attr.st_mode) and fs.nodes.get(ino) is None:
         index = find_in_index(fs, layer, key)
         if index is not None:
+            if stat.S_IFMT(index[1].st_mode) != stat.S_IFMT(attr.st_mode):
+                raise error(errno.EIO, name)  # a forged index (ovl_lookup_index)
             return _from_upper(fs, parent, name, *index, attr.st_nlink)
     return _enter(fs, parent, name, None, lowers, ino, attr)
 
@@ -197,7 +205,8 @@ def _same(fs: State, known: Node, upper: Key | None, attr: Attr) -> bool:
     if known.is_dir or stat.S_IFMT(known.mode) != stat.S_IFMT(attr.st_mode):
         return False
     if upper is None or known.upper is None:
-        return upper is None
+        # Without an upper here, another name of it: a hard link, whatever an origin says.
+        return upper is None and (known.upper is None or attr.st_nlink > 1)
     return fs.upper.stat(known.upper).st_ino == attr.st_ino
 
 
@@ -243,6 +252,8 @@ def _descend(
             if not stat.S_ISDIR(attr.st_mode):
                 if directories or (found and stat.S_ISDIR(found[-1][2].st_mode)):
                     break
+                if incomplete and not stat.S_ISREG(attr.st_mode):
+                    break
                 found.append((layer, key, attr))
                 incomplete = step.metacopy
                 if not incomplete:
@@ -282,7 +293,7 @@ def _walk(fs: State, index: int, base: Key, path: tuple[bytes, ...]) -> _Step:
     key = base
     below = index < len(fs.lowers) - 1
     for depth, name in enumerate(path):
-        hit = layer.lookup(key, name)
+        hit = layer.lookup(key, name) if redirects.may_exist(name) else None
         if hit is None:
             return step
         key, attr = hit
@@ -309,12 +320,12 @@ def _obey(fs: State, step: _Step, notes: dict[bytes, bytes], path: tuple[bytes, 
     if notes.get(fs.x_opaque) == b"y":
         step.stop = True
         return
-    redirect = notes.get(fs.x_redirect)
+    redirect = _redirect(fs, notes)
     if redirect is None:
         return
     rest = path[depth + 1 :]
     if redirect.startswith(b"/"):
-        step.path = (*filter(None, redirect.split(b"/")), *rest)
+        step.path = (*redirects.names(redirect), *rest)
         step.absolute = True
         step.stop = False  # an opaque directory above says nothing of where this leads
     else:

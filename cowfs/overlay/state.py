@@ -97,7 +97,7 @@ class State:
         """Return the union's number of a layer's inode: its filesystem's above, its own below.
 
         *layer* is 0 for the upper, i + 1 for lower i; *dev* the layer's. Layers on one filesystem
-        share its numbers. Numbers of more than 40 bits, of mounts inside a layer, and the two that
+        share its numbers. Numbers of more than 40 bits, of subvolumes inside a layer, and the two that
         FUSE keeps, get the next free of a range of their own: unique, but another at the next mount.
         """
         real = attr.st_ino

@@ -51,7 +51,8 @@ def _refuse_others(root: int, path: str) -> None:
 
 def open_root(root: int, path: str, want: Wanted, stack: ExitStack, *, kind: Kind) -> Store:
     """Open the store in the directory that *root* is a descriptor of; *stack* is what close() does."""
-    first = DirectoryLayer(os.dup(root), path)
+    alone = kind == "memory"  # a mount that only its descriptor leads to
+    first = DirectoryLayer(os.dup(root), path, alone=alone)
     try:
         found = layout.recognise(first)  # before anything is written into what may not be ours
         header = _header(first, found)
@@ -72,7 +73,7 @@ def open_root(root: int, path: str, want: Wanted, stack: ExitStack, *, kind: Kin
         raise StoreError(*_explain(path, error)) from None
     finally:
         first.close()
-    layer = DirectoryLayer(os.dup(root), path, privileged=header.xattrs == TRUSTED)
+    layer = DirectoryLayer(os.dup(root), path, privileged=header.xattrs == TRUSTED, alone=alone)
     stack.callback(layer.close)
     try:
         if not want.read_only:

@@ -125,7 +125,7 @@ def _mount(fd: int, path: str, superblock: Superblock, want: Wanted, stack: Exit
         raise StoreError(f"{path}: the kernel cannot mount it: {error.strerror}", hint) from None
     finally:
         os.close(loop)
-    layer = DirectoryLayer(root, path, privileged=True)
+    layer = DirectoryLayer(root, path, privileged=True, alone=True)
     stack.callback(layer.close)
     return layer
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -148,6 +149,8 @@ def finish(
     upper, work = layout.find(layer, layout.UPPER), layout.find(layer, layout.WORK)
     if upper is None or work is None:
         raise StoreError(f"{path}: not a whole store: upper/ or work/ is missing")
+    if not all(stat.S_ISDIR(layer.stat(key).st_mode) for key in (upper, work)):
+        raise StoreError(f"{path}: not a store: upper or work is not a directory")
     layout.unshut_work(layer, work)
     if layout.find(layer, layout.WORK, b"work", b"incompat") is not None:
         raise StoreError(
