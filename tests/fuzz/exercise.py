@@ -65,7 +65,8 @@ def _walk(layer: SquashfsLayer) -> int:
 
 def _look(layer: SquashfsLayer, key: Key, mode: int) -> None:
     handle = layer.handle(key)
-    layer.handle_ino(handle)
+    if handle is not None:  # another inode has its number
+        layer.handle_ino(handle)
     for name in _try(layer.listxattr, key) or []:
         _try(layer.getxattr, key, name)
     if stat.S_ISLNK(mode):
