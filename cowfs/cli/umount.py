@@ -8,20 +8,26 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+import time
+from typing import Any
 
 from cowfs.cli.client import ask, find_mount
 from cowfs.cli.farewell import Farewell
 from cowfs.errors import CowfsError, MountFailure, SystemFailure
-from cowfs.linux.mounts import mountinfo, parse_mountinfo, umount2, wait_pid_gone
+from cowfs.linux.mounts import MountInfo, mountinfo, parse_mountinfo, umount2, wait_pid_gone
 
 NAME = "umount"
 MNT_DETACH = 2
 _PATIENCE = 3.0
 """Seconds after which the one who waits wants to know for what."""
+_NAMED = 3
+"""So many places are named."""
 
 _EPILOG = """\
 umount(8) returns before the daemon has written everything back and released the store; this does not,
-so that afterwards the store can be copied, checked, grown or unplugged.
+so that afterwards the store can be copied, checked, grown or unplugged. While the union is mounted
+elsewhere too (a bind mount, another mount namespace), it says where, and waits for that.
 
 example:
   cowfs umount /mnt
@@ -45,7 +51,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--force", action="store_true", help="unmount though what could not be written to the store is lost"
     )
     parser.add_argument(
-        "--timeout", type=float, default=600, metavar="SECONDS", help="how long to wait for the daemon"
+        "--timeout", type=float, default=600, metavar="SECONDS", help="how long to wait (600)"
     )
     parser.set_defaults(run=run)
 
@@ -56,46 +62,110 @@ def run(args: argparse.Namespace) -> int:
     if found is None:
         raise MountFailure(f"{args.mountpoint}: no cowfs is mounted here")
     mountpoint = os.fsdecode(found.mountpoint)
-    pid = _daemon_of(found.dev)
+    daemon, silence = _daemon_of(found.dev)
+    own = os.fsencode(daemon["mountpoint"]) if daemon else b""
+    if own != found.mountpoint and any(own == mount.mountpoint for mount in _mounts(found.dev)):
+        _unmount(mountpoint, lazy=args.lazy)
+        _say(f"{mountpoint}: unmounted; the store stays in use, by the mount at {os.fsdecode(own)}")
+        return 0
+    dead = daemon is None and not args.lazy and _is_dead(mountpoint)
     farewell = Farewell(found.dev, mountpoint, force=args.force)
     _unmount(mountpoint, lazy=args.lazy)
-    if args.lazy or pid is None or any(mount.dev == found.dev for mount in mountinfo()):
-        return 0  # it goes on serving where else it is mounted
-    if wait_pid_gone(pid, min(_PATIENCE, args.timeout)):
-        farewell.hear()
+    if args.lazy or dead:
         return 0
-    holder = _other_namespace_with(found.dev)
-    if holder:
-        print(
-            f"cowfs: {mountpoint}: still mounted in the mount namespace of {holder}; waiting", file=sys.stderr
-        )
-    if not wait_pid_gone(pid, args.timeout):
+    if daemon is None:
         raise SystemFailure(
-            f"{mountpoint}: unmounted, but its daemon (pid {pid}) still writes after {args.timeout:g} s"
+            f"{mountpoint}: unmounted, but whether its store is released cannot be told: {silence}"
         )
+    _wait(mountpoint, found.dev, int(daemon["pid"]), args.timeout)
     farewell.hear()
     return 0
 
 
-def _other_namespace_with(dev: str) -> str:
-    """Return a process whose mount namespace has this mount, as far as we may look."""
+def _wait(mountpoint: str, dev: str, pid: int, timeout: float) -> None:
+    """Return when the daemon *pid* has released the store; SystemFailure after *timeout* seconds.
+
+    Says meanwhile what it waits for, when that takes long or will not end by itself.
+    """
+    deadline = time.monotonic() + timeout
+    said = ""
+    while True:
+        patience = 0.1 if _mounts(dev) else _PATIENCE
+        left = deadline - time.monotonic()
+        if wait_pid_gone(pid, max(min(patience, left), 0)):
+            return
+        why = _where(dev)
+        if left <= patience:
+            break
+        if why != said:
+            _say(f"{mountpoint}: unmounted, but {why or f'its daemon (pid {pid}) still writes'}; waiting")
+            said = why
+    hint = "unmount it there too" if why else ""
+    why = why or f"its daemon (pid {pid}) still writes"
+    raise SystemFailure(f"{mountpoint}: unmounted, but {why} after {timeout:g} s: the store is in use", hint)
+
+
+def _say(what: str) -> None:
+    print(f"cowfs: {what}", file=sys.stderr)
+
+
+def _mounts(dev: str) -> list[MountInfo]:
+    return [mount for mount in mountinfo() if mount.dev == dev]
+
+
+def _where(dev: str) -> str:
+    """Say where else this filesystem is mounted, as far as we may look; nothing if nowhere."""
+    from cowfs.changes.render import escape
+
+    places = [escape(mount.mountpoint) for mount in _mounts(dev)]
+    seen = {_namespace("self")}
     for pid in filter(str.isdigit, os.listdir("/proc")):
         try:
+            namespace = _namespace(pid)
+            if namespace in seen:
+                continue
+            seen.add(namespace)
             with open(f"/proc/{pid}/mountinfo", "rb") as table:
-                if any(mount.dev == dev for mount in parse_mountinfo(table.read())):
-                    with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as name:
-                        return f"pid {pid} ({name.read().strip()})"
+                there = [mount for mount in parse_mountinfo(table.read()) if mount.dev == dev]
+            with open(f"/proc/{pid}/comm", "rb") as name:
+                who = f"in the mount namespace of pid {pid} ({escape(name.read().rstrip())})"
         except OSError:
             continue  # it ended, or is somebody else's
-    return ""
+        places += [f"{escape(mount.mountpoint)} {who}" for mount in there]
+    if not places:
+        return ""
+    more = f" and {len(places) - _NAMED} other places" if len(places) > _NAMED else ""
+    return f"still mounted at {', '.join(places[:_NAMED])}{more}"
 
 
-def _daemon_of(dev: str) -> int | None:
-    """Return the daemon's pid; None when it is dead already."""
+def _namespace(pid: str) -> str:
+    return os.readlink(f"/proc/{pid}/ns/mnt")
+
+
+def _daemon_of(dev: str) -> tuple[dict[str, Any] | None, str]:
+    """Return what the daemon tells of itself, or None and why it does not."""
     try:
-        return int(next(ask(dev, "info"))["pid"])
-    except (CowfsError, OSError, StopIteration):
-        return None
+        return next(ask(dev, "info")), ""
+    except StopIteration:
+        return None, "its daemon does not answer"
+    except (CowfsError, OSError) as error:
+        return None, str(error)
+
+
+def _is_dead(mountpoint: str) -> bool:
+    """Whether nobody serves a mount any more; one that is merely slow to say so is alive."""
+    dead = []
+
+    def look() -> None:
+        try:
+            os.statvfs(mountpoint)
+        except OSError as error:
+            dead.append(error.errno in {errno.ENOTCONN, errno.ECONNABORTED})
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    thread.join(_PATIENCE)
+    return dead == [True]
 
 
 def _unmount(mountpoint: str, *, lazy: bool) -> None:
