@@ -90,20 +90,23 @@ def read_superblock(fd: int, path: str, *, smallest: int = SMALLEST) -> Superblo
             f"{path}: {format_size(blocks * block_size)} is too small for a store",
             f"cowfs grow makes it larger, to at least {format_size(SMALLEST)}",
         )
+    start, error = _journal(fd, data)
     return Superblock(
         block_size=block_size,
         blocks=blocks,
         free_blocks=free_blocks,
         inodes=inodes,
         free_inodes=free_inodes,
-        needs_recovery=bool(found.incompatible & features.NEEDS_RECOVERY) or _journal_is_in_use(fd, data),
-        has_errors=bool(state & _ERRORS) or not state & _VALID,
+        needs_recovery=bool(found.incompatible & features.NEEDS_RECOVERY or start),
+        has_errors=bool(state & _ERRORS or error) or not state & _VALID,
         uuid=str(uuid.UUID(bytes=identity)),
     )
 
 
-def _journal_is_in_use(fd: int, superblock: bytes) -> bool:
-    """Whether the journal has a log to be replayed. False for one that cannot be found."""
+def _journal(fd: int, superblock: bytes) -> tuple[int, int]:
+    """Return where the journal's log begins (0: there is none to be replayed), and the error that it was
+    given up for, or 0. Zeros for a journal that cannot be found.
+    """
     _, _, _, _, _, first, log_size = _COUNTS.unpack_from(superblock)
     (journal,) = _JOURNAL_INODE.unpack_from(superblock, 224)
     (revision,) = _REVISION.unpack_from(superblock, 76)
@@ -113,16 +116,18 @@ def _journal_is_in_use(fd: int, superblock: bytes) -> bool:
         (table,) = _INODE_TABLE.unpack(os.pread(fd, 4, (first + 1) * block_size + 8))
         inode = table * block_size + (journal - 1) * size  # the journal's is one of the first group
         (block,) = _FIRST_BLOCK.unpack(os.pread(fd, 4, inode + 40))
-        magic, _, _, _, _, _, _, start, _ = _JOURNAL.unpack(os.pread(fd, _JOURNAL.size, block * block_size))
+        magic, _, _, _, _, _, _, start, error = _JOURNAL.unpack(
+            os.pread(fd, _JOURNAL.size, block * block_size)
+        )
     except (OSError, struct.error):
-        return False
-    return bool(magic == _JOURNAL_MAGIC and start)
+        return 0, 0
+    return (start, error) if magic == _JOURNAL_MAGIC else (0, 0)
 
 
 def flag_recovery(fd: int) -> None:
     """Set the flag for it in an image that needs recovery: e2fsck asks a question where it is not set."""
     data = os.pread(fd, features.SUPERBLOCK_SIZE, features.SUPERBLOCK)
     found = features.read(data)
-    if found and not found.incompatible & features.NEEDS_RECOVERY and _journal_is_in_use(fd, data):
+    if found and not found.incompatible & features.NEEDS_RECOVERY and _journal(fd, data)[0]:
         words = struct.pack("<I", found.incompatible | features.NEEDS_RECOVERY)
         os.pwrite(fd, words, features.SUPERBLOCK + 96)

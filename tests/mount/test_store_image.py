@@ -10,6 +10,7 @@ import signal
 import stat
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -440,3 +441,35 @@ def test_a_full_store_says_enospc_and_stays_whole(image: Path, engine: str) -> N
     file.close()
     store.close()
     assert run("e2fsck", "-fn", image).returncode == 0
+
+
+def test_a_damage_that_is_met_is_marked_for_the_next_check(image: Path) -> None:
+    """The image is given up, as by errors=remount-ro, and all of it is checked before it is used again."""
+    store = open_store(str(image), engine="process")
+    write(store, b"file", b"content")
+    directory = store.layer.mkdir(store.upper, b"directory", 0o755, 0, 0)
+    store.layer.mkdir(directory, b"below", 0o755, 0, 0)
+    store.close()
+    blocks = run("debugfs", "-R", "blocks upper/directory", image).stdout.split()
+    with image.open("r+b") as file:
+        file.seek(int(blocks[-1]) * 4096 + 4)
+        file.write(b"\1\0")  # the length of an entry, which is a multiple of four
+    assert store_info(str(image))["state"] == "clean"
+    store = open_store(str(image), engine="process")
+    found = store.layer.lookup(store.upper, b"directory")
+    assert found is not None
+    write(store, b"more", b"content")
+    store.layer.sync()
+    with pytest.raises(OSError) as caught:
+        store.layer.rmdir(store.upper, b"directory", None)
+    assert caught.value.errno == errno.EUCLEAN
+    with suppress(StoreError):
+        store.close()
+    assert store_info(str(image))["state"] == "has errors"
+    with pytest.raises(StoreError, match="damaged and cannot be repaired automatically"):
+        open_store(str(image))
+    assert run("e2fsck", "-fy", image, check=False).returncode == 1
+    store = open_store(str(image))
+    assert {b"file", b"more"} <= names(store)
+    store.close()
+    assert store_info(str(image))["state"] == "clean"

@@ -440,6 +440,8 @@ void op_end(struct op *op)
 		undo_to(img, (struct mark){ 0, 0, op->held_before });
 		if (op->error == EIO || op->error == EUCLEAN)
 			abort_image(img, op->error, NULL);
+		if (img->aborted == EUCLEAN && op->error == EUCLEAN)
+			super_mark_damaged(img);
 	}
 	img->op = NULL;
 	cache_trim(img);

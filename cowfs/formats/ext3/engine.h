@@ -10,7 +10,7 @@
  * (x3_write may have written a part, and says how much), and after a crash it happened or it did not,
  * in the order of the calls. What may fail with any of them: ENOSPC, ENOMEM; EROFS when the image was
  * opened for reading or has been aborted; EIO and EUCLEAN (the image is damaged), which abort it, as
- * errors=remount-ro does: nothing more is written, reads go on from memory, x3_facts and x3_message
+ * errors=remount-ro does: nothing more is written but the mark of a damage, reads go on from memory, x3_facts and x3_message
  * tell. EUCLEAN from a function that reads aborts nothing.
  *
  * The disk that the image is on may be full (ENOSPC, EDQUOT, EFBIG): then what needs a block there fails

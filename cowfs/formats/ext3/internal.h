@@ -244,6 +244,7 @@ void *try_grow(void *array, size_t *cap, size_t need, size_t size);
 int journal_load(x3_image *img);
 int journal_start(x3_image *img);
 int journal_finish(x3_image *img);
+void journal_mark_damaged(x3_image *img);
 int commit_until(x3_image *img, uint32_t tid);
 int checkpoint_now(x3_image *img);
 bool tid_after(uint32_t a, uint32_t b);
@@ -262,6 +263,7 @@ bool room_refuses(x3_image *img, enum change_kind kind);
 int super_load(x3_image *img);
 void groups_load(x3_image *img);
 void super_begin(x3_image *img);
+void super_mark_damaged(x3_image *img);
 void super_need(x3_image *img, uint32_t compat, uint32_t ro_compat);
 void super_count(x3_image *img, int32_t blocks, int32_t inodes);
 

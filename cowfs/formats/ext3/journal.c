@@ -82,6 +82,13 @@ static int write_super(x3_image *img, uint32_t start)
 	return error ? error : io_barrier(img);
 }
 
+/* Whoever recovers it takes this for a mark of the filesystem's. */
+void journal_mark_damaged(x3_image *img)
+{
+	((struct journal_super *)img->jsb)->error = htonl(-EUCLEAN);
+	io_write1(img, img->jsb, sizeof img->jsb, (uint64_t)img->jmap[0] << img->bits);
+}
+
 /* Find the journal's blocks and read its superblock; -errno. Within an operation. */
 int journal_load(x3_image *img)
 {

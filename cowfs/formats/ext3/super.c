@@ -216,6 +216,18 @@ void super_begin(x3_image *img)
 	sb->s_mnt_count++;
 }
 
+/*
+ * The filesystem is damaged, and given up: see to it that the next one who opens it checks all of it. Both
+ * marks, since the log may have the superblock without its own. Nothing depends on whether they can be written.
+ */
+void super_mark_damaged(x3_image *img)
+{
+	uint16_t state = img->sb->s_state | EXT2_ERROR_FS;
+
+	if (!io_write1(img, &state, sizeof state, 1024 + offsetof(struct ext2_super_block, s_state)))
+		journal_mark_damaged(img);
+}
+
 /* Features that are about to be used: EXT2_FEATURE_COMPAT_*, and EXT2_FEATURE_RO_COMPAT_*. Within a change. */
 void super_need(x3_image *img, uint32_t compat, uint32_t ro_compat)
 {
