@@ -131,6 +131,11 @@ def _check_system() -> None:
         raise SystemFailure(
             "fusermount3: not found; without root nothing is mounted without it", "apt install fuse3"
         )
+    if os.geteuid() != 0 and not os.path.exists("/etc/mtab"):  # a bare container, a Debian not yet booted
+        raise SystemFailure(
+            "/etc/mtab: there is none; without it fusermount3 cannot unmount",
+            "as root: ln -s /proc/self/mounts /etc/mtab",
+        )
 
 
 def _handed_over(mountpoint: str) -> list[int]:

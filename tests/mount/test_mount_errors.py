@@ -339,6 +339,13 @@ def test_no_fusermount3(nobodys: Path) -> None:
 
 
 @needs_root
+def test_no_mtab(nobodys: Path, tmp_path: Path) -> None:
+    shutil.copytree("/etc", tmp_path / "etc", symlinks=True, ignore=shutil.ignore_patterns("mtab"))
+    setup = f"mount --bind {tmp_path}/etc /etc"
+    refused(nobodys, 2, "/etc/mtab", "ln -s", arguments=usual(nobodys), command=without(setup))
+
+
+@needs_root
 def test_an_image_without_root(nobodys: Path, squashfs: Path) -> None:
     """Told what to do about it, where the engine that it takes needs root."""
     shutil.copy(squashfs, nobodys / "good.squashfs")
