@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from tests.support.debian import bootstrap, release
 from tests.support.mounts import project_root
 from tests.support.system import run
 
@@ -26,7 +27,6 @@ KERNEL_PACKAGE = "linux-image-amd64"
 NEWER_KERNEL = "linux-image-6.12-amd64"
 """It reads and writes NTFS, which the other does not; its modules are compressed."""
 BUSYBOX = Path("/bin/busybox")
-MIRROR = "http://deb.debian.org/debian"
 MODULES = """
     fuse squashfs loop ext4 crc32c_generic vfat nls_cp437 nls_ascii nls_utf8 isofs
     virtio_pci virtio_blk virtio_scsi sd_mod sr_mod xhci_pci usb_storage qemu_fw_cfg
@@ -65,8 +65,11 @@ def _alone(what: str) -> Iterator[None]:
 def kernel(package: str = KERNEL_PACKAGE) -> tuple[Path, Path, str]:
     """Return a kernel, the directory with its lib/modules, and its version; it is unpacked, not installed.
 
-    *package* is the one that depends on the newest of its kind.
+    *package* is the one that depends on the newest of its kind; where there is none of that name, the usual
+    kernel is as new (Debian 13).
     """
+    if package != KERNEL_PACKAGE and not run("apt-cache", "depends", package, check=False).stdout:
+        return kernel()
     name = "kernel" if package == KERNEL_PACKAGE else package
     place = CACHE / name
     with _alone(name):
@@ -81,6 +84,8 @@ def kernel(package: str = KERNEL_PACKAGE) -> tuple[Path, Path, str]:
             (archive,) = partial.glob("*.deb")
             run("dpkg-deb", "-x", archive, partial, timeout=120)
             archive.unlink()
+            if not (partial / "lib").exists():  # Debian 13: all of it is in /usr
+                (partial / "lib").symlink_to("usr/lib")
             (version,) = os.listdir(partial / "lib/modules")
             run("depmod", "-b", partial, version, timeout=120)
             partial.rename(place)
@@ -238,13 +243,9 @@ def debian(tree: Path, kind: str, packages: Iterable[str], *debootstrap: str) ->
     kept = CACHE / kind
     with _alone(kind):
         if not kept.exists():
-            partial = CACHE / f"{kind}.new"
-            shutil.rmtree(partial, ignore_errors=True)
-            run(
-                "debootstrap", "--variant=minbase", f"--include={','.join(packages)}", *debootstrap,
-                "bookworm", partial, MIRROR, timeout=2400,
-            )  # fmt: skip
-            partial.rename(kept)
+            bootstrap(
+                release(), kept, packages, *debootstrap
+            )  # of this machine's: it gets this machine's cowfs
     run("cp", "-a", kept, tree, timeout=300)
     for name in ("var/cache/apt", "var/lib/apt/lists"):
         shutil.rmtree(tree / name, ignore_errors=True)

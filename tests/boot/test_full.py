@@ -20,7 +20,7 @@ from tests.support.system import needs_root, run
 
 pytestmark = [needs_root, pytest.mark.nightly, pytest.mark.timeout(3600)]
 
-PACKAGES = ("udev", "python3", "e2fsprogs", "libfuse3-3", "libext2fs2", "busybox-static", "kmod", "zstd")
+PACKAGES = ("udev", "python3", "e2fsprogs", "fuse3", "busybox-static", "kmod", "zstd")
 _PATIENCE = 1800.0
 
 _UNIT = """\

@@ -1,0 +1,70 @@
+"""Debian by debootstrap: from this machine's own mirror, and with its ways to the network."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from tests.support.system import run
+
+ANY_MIRROR = "http://deb.debian.org/debian"
+
+
+def release() -> str:
+    """The code name of the Debian that this machine runs."""
+    found = re.search(r"^VERSION_CODENAME=(\w+)$", Path("/etc/os-release").read_text(), re.M)
+    return found[1] if found else "bookworm"
+
+
+def mirror() -> str:
+    """Where this machine's apt gets Debian from."""
+    named = ("indextargets", "--format", "$(REPO_URI) $(ORIGIN)", "Created-By: Packages")
+    shown = run("apt-get", *named, check=False).stdout if shutil.which("apt-get") else ""
+    found = re.search(r"^(http\S+/debian)/? Debian$", shown, re.M)
+    return found[1] if found else ANY_MIRROR
+
+
+def bootstrap(suite: str, tree: Path, packages: Iterable[str], *options: str) -> None:
+    """Make the tree of a small Debian with these packages, as root. It takes minutes."""
+    partial = tree.with_name(f"{tree.name}.new")
+    shutil.rmtree(partial, ignore_errors=True)
+    run(
+        "debootstrap", "--variant=minbase", f"--include={','.join(packages)}", *options,
+        suite, partial, mirror(), timeout=2400,
+    )  # fmt: skip
+    partial.rename(tree)
+
+
+def surroundings(tree: Path) -> list[Path]:
+    """Give a tree what this machine uses to reach its mirrors and Python's packages, as far as it has it.
+
+    Returns the directories with packages that are on this machine, for the tree to see.
+    """
+    shutil.copy("/etc/resolv.conf", tree / "etc/resolv.conf")
+    shutil.copy("/etc/hosts", tree / "etc/hosts")
+    mine = Path("/usr/local/share/ca-certificates")
+    if mine.is_dir():  # ca-certificates takes them in when it is installed
+        shutil.copytree(mine, tree / mine.relative_to("/"), dirs_exist_ok=True)
+    proxies = [line for line in run("apt-config", "dump", "Acquire").stdout.splitlines() if "Proxy" in line]
+    (tree / "etc/apt/apt.conf.d/00of-the-machine").write_text("\n".join([*proxies, ""]))
+    words = list(environment().values())
+    for name in ("/etc/pip.conf", "/etc/xdg/pip", "~/.config/pip", "~/.pip"):
+        path = Path(name).expanduser()
+        target = tree / name.replace("~", "root", 1).lstrip("/")
+        if path.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            run("cp", "-rT", path, target)
+            words += [file.read_text() for file in [path, *path.rglob("*")] if file.is_file()]
+    named = re.findall(r"(?:file://|(?<![^\s=]))(/[^\s:]+)", "\n".join(words))
+    return [
+        path for path in map(Path, sorted(set(named))) if path.is_dir() and not (tree / f".{path}").exists()
+    ]
+
+
+def environment() -> dict[str, str]:
+    """What programs in the tree shall have of this process's environment."""
+    wanted = re.compile(r"PIP_\w+|(?:https?|ftp|no)_proxy", re.I)
+    return {name: value for name, value in os.environ.items() if wanted.fullmatch(name)}
