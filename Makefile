@@ -12,7 +12,10 @@ PYTEST_ARGS = -n auto --dist worksteal --cov --cov-report=term --cov-fail-under=
 # For example: make boot-test-full BOOT_ARGS='-k sysvinit'
 BOOT_ARGS = -n auto --dist worksteal
 
-.PHONY: help setup demo test boot-test boot-test-full lint perf install-boot clean
+# For example: make release-test RELEASE_ARGS='-k trixie'
+RELEASE_ARGS =
+
+.PHONY: help setup demo test boot-test boot-test-full release-test lint perf install-boot clean
 
 help: ## say what can be made (the default)
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -35,6 +38,10 @@ boot-test: ## boot virtual machines from cowfs (a part of make test)
 boot-test-full: ## and with systemd, sysvinit, initramfs-tools and dracut: an hour or so
 	@scripts/setup --test
 	$(AS_ROOT) $(PYTHON) -m pytest $(BOOT_ARGS) tests/boot
+
+release-test: ## make demo and all checks on bare systems of Debian 12 and 13: an hour or two
+	@scripts/setup --test
+	$(AS_ROOT) $(PYTHON) -m pytest $(RELEASE_ARGS) tests/release
 
 lint: ## check the source: ruff, mypy, import-linter, shellcheck
 	@scripts/setup --lint

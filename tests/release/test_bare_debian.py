@@ -1,0 +1,151 @@
+"""From a bare Debian, with git and make only, to the demonstration and all checks. For the night."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.support import debian
+from tests.support.mounts import project_root
+from tests.support.system import needs_fuse, needs_root, run
+
+pytestmark = [needs_root, needs_fuse, pytest.mark.nightly, pytest.mark.timeout(4 * 3600)]
+
+PROJECT = Path(project_root())
+CACHE = PROJECT / ".cache" / "release"
+BARE = ("git", "make")
+"""What README says that a bare system needs."""
+PATIENCE = 3 * 3600.0
+
+_APART = ("unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
+# A system of its own: mounts, processes, and a process 1 that takes in orphans. Goes with the one who waits.
+_ENTER = """
+set -e
+mount --bind "$root" "$root"
+mount -t proc proc "$root/proc"
+mount --rbind /sys "$root/sys"
+mount --rbind /dev "$root/dev"
+mount -t tmpfs -o mode=755 tmpfs "$root/run"
+mount --bind "$archives" "$root/var/cache/apt/archives"
+for directory in $seen; do
+    mkdir -p "$root$directory"
+    mount --bind -o ro "$directory" "$root$directory"
+done
+chroot "$root" /bin/sh -c "cd /src && $command" && exit 0
+exit 1
+"""
+
+
+class Bare:
+    """A Debian as debootstrap leaves it, with the source of cowfs in /src."""
+
+    def __init__(self, suite: str) -> None:
+        self.root = CACHE / suite
+        self.log = CACHE / f"{suite}.log"
+        self._archives = CACHE / f"{suite}.debs"
+        (self._archives / "partial").mkdir(parents=True, exist_ok=True)
+        kept = CACHE / f"{suite}.tar"
+        if not kept.exists():
+            debian.bootstrap(suite, CACHE / f"{suite}.tree", BARE)
+            run(
+                "tar",
+                "-C",
+                CACHE / f"{suite}.tree",
+                "--one-file-system",
+                "-cf",
+                f"{kept}.new",
+                ".",
+                timeout=600,
+            )
+            shutil.rmtree(CACHE / f"{suite}.tree")
+            Path(f"{kept}.new").rename(kept)
+        shutil.rmtree(self.root, ignore_errors=True)
+        self.root.mkdir()
+        run("tar", "-C", self.root, "--numeric-owner", "-xpf", kept, timeout=600)
+        self._seen = debian.surroundings(self.root)
+        self.log.unlink(missing_ok=True)
+        self._copy_source()
+
+    def _copy_source(self) -> None:
+        """What git knows, or would take, as it is now; in a repository, for make lint asks git for names."""
+        listed = subprocess.run(
+            ["git", "-c", "safe.directory=*", "ls-files", "-coz", "--exclude-standard"],
+            cwd=PROJECT, capture_output=True, check=True,
+        ).stdout  # fmt: skip
+        names = b"\0".join(
+            name for name in listed.split(b"\0") if name and (PROJECT / os.fsdecode(name)).exists()
+        )
+        (self.root / "src").mkdir()
+        packed = subprocess.run(
+            ["tar", "--null", "-T", "-", "--owner=0", "--group=0", "-cf", "-"],
+            cwd=PROJECT, input=names, capture_output=True, check=True,
+        ).stdout  # fmt: skip
+        subprocess.run(["tar", "-C", self.root / "src", "-xf", "-"], input=packed, check=True)
+        self.run("git init -q && git add -A")
+
+    def run(self, command: str) -> None:
+        """Run a command of the shell in /src. The log has what it says, a failure's message the end of it."""
+        environment = {
+            **debian.environment(),
+            "HOME": "/root",
+            "TERM": "dumb",
+            "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+        }
+        inside = " ".join(f"{name}={shlex.quote(value)}" for name, value in environment.items())
+        with self.log.open("ab") as log:
+            log.write(f"\n$ {command}\n".encode())
+            log.flush()
+            done = subprocess.run(
+                [*_APART, "bash", "-c", _ENTER],
+                env={
+                    **os.environ,
+                    "root": str(self.root),
+                    "archives": str(self._archives),
+                    "seen": " ".join(map(str, self._seen)),
+                    "command": f"exec env -i {inside} sh -c {shlex.quote(command)}",
+                },
+                stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, timeout=PATIENCE,
+            )  # fmt: skip
+        end = "\n".join(self.log.read_text(errors="replace").splitlines()[-60:])
+        assert done.returncode == 0, f"{command}: failed; all of it is in {self.log}\n{end}"
+
+    def remove(self) -> None:
+        """Take the tree away, which is left for looking at when a test has failed."""
+        shutil.rmtree(self.root)
+
+
+@pytest.fixture
+def bare(request: pytest.FixtureRequest) -> Bare:
+    """A fresh one, of the test's suite."""
+    if shutil.which("debootstrap") is None:
+        pytest.skip("needs debootstrap")
+    CACHE.mkdir(parents=True, exist_ok=True)
+    return Bare(request.param)
+
+
+@pytest.mark.parametrize("bare", ["bookworm", "trixie"], indirect=True)
+def test_make_demo_and_all_checks(bare: Bare) -> None:
+    bare.run("make demo")
+    bare.run(".ci/run")
+    bare.remove()
+
+
+@pytest.mark.parametrize("bare", ["trixie"], indirect=True)
+def test_the_libfuse_to_come(bare: Bare) -> None:
+    """Debian unstable's, with the rest of Debian 13."""
+    source = f"deb {debian.mirror()} sid main"
+    pinned = "Package: *\\nPin: release n=sid\\nPin-Priority: 50\\n"
+    bare.run(
+        f"echo '{source}' >/etc/apt/sources.list.d/sid.list; printf '{pinned}' >/etc/apt/preferences.d/sid"
+    )
+    bare.run("apt-get update && apt-get install -y --no-install-recommends -t sid fuse3 libfuse3-dev")
+    bare.run("scripts/setup --test")
+    bare.run(
+        "pkg-config --modversion fuse3; .venv/bin/python -m pytest tests/mount/test_libfuse.py tests/fuse"
+    )
+    bare.remove()
