@@ -49,10 +49,11 @@ def open_image(path: str, want: Wanted) -> Store:
         lock.refuse_mounted_image(fd, path)
         superblock = read_superblock(fd, path)
         if superblock.state != "clean" and not want.read_only:
-            tools.recover(fd, path, want.progress)
+            tools.recover(fd, path, want.progress, sound=not superblock.has_errors)
             superblock = read_superblock(fd, path)
-        elif want.engine == "auto" and superblock.needs_recovery:
-            kernel = os.geteuid() == 0  # which can leave out what is in the journal; we cannot
+        elif superblock.needs_recovery:
+            want.progress(f"{path}: was not cleanly unmounted; shown as it will be when it is recovered")
+            kernel = False  # which would have to write to it
         if not kernel and not want.read_only:
             _refuse_untouched(fd, path, want)
         mount = _mount if kernel else _read_ourselves
@@ -111,9 +112,6 @@ def _mount(fd: int, path: str, superblock: Superblock, want: Wanted, stack: Exit
         ) from None
     stack.callback(_wait_detached, fd, device, want.progress)
     options: dict[str, str | None] = {"errors": "remount-ro"}
-    if want.read_only and superblock.needs_recovery:
-        want.progress(f"{path}: was not cleanly unmounted; shown as it was before its last seconds")
-        options["noload"] = None
     try:
         root = mounts.detached_mount("ext3", device, options, readonly=want.read_only)
     except OSError as error:
@@ -130,12 +128,7 @@ def _mount(fd: int, path: str, superblock: Superblock, want: Wanted, stack: Exit
     return layer
 
 
-def _read_ourselves(fd: int, path: str, superblock: Superblock, want: Wanted, stack: ExitStack) -> UpperLayer:
-    if want.read_only and superblock.needs_recovery:
-        raise StoreError(
-            f"{path}: was not cleanly unmounted, and without root it cannot be looked at as it is",
-            f"cowfs check {path} recovers it",
-        )
+def _read_ourselves(fd: int, path: str, _: Superblock, want: Wanted, stack: ExitStack) -> UpperLayer:
     return open_layer(fd, path, stack, read_only=want.read_only)
 
 

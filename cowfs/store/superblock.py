@@ -103,6 +103,13 @@ def read_superblock(fd: int, path: str, *, smallest: int = SMALLEST) -> Superblo
     )
 
 
+def needs_recovery(fd: int) -> bool:
+    """Whether the journal holds what is not yet in place, or the superblock says so."""
+    data = os.pread(fd, features.SUPERBLOCK_SIZE, features.SUPERBLOCK)
+    found = features.read(data)
+    return bool((found and found.incompatible & features.NEEDS_RECOVERY) or _journal(fd, data)[0])
+
+
 def _journal(fd: int, superblock: bytes) -> tuple[int, int]:
     """Return where the journal's log begins (0: there is none to be replayed), and the error that it was
     given up for, or 0. Zeros for a journal that cannot be found.

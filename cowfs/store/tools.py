@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from cowfs.errors import StoreError, SystemFailure
 from cowfs.formats.ext3 import features
 from cowfs.store.signals import deferred
-from cowfs.store.superblock import flag_recovery
+from cowfs.store.superblock import flag_recovery, needs_recovery
 
 Progress = Callable[[str], None]
 """Is told, in one line, of what takes a while or is worth knowing."""
@@ -95,7 +95,7 @@ def fsck(fd: int, path: str, *options: str) -> tuple[int, str]:
     would look like complaints of ours: it is taken off.
     """
     label = _label(fd)
-    if "-n" not in options:
+    if "-n" not in options and not replay(fd):
         flag_recovery(fd)
     done = run(["e2fsck", *options, place(fd)], pass_fds=[fd], merge=True)
     code = done.returncode if done.returncode >= 0 else FSCK_OPERATIONAL
@@ -155,13 +155,31 @@ def resize(fd: int, path: str, *options: str, show: bool = False, hint: str = ""
         recover(fd, path, quiet, "-f")
 
 
-def recover(fd: int, path: str, progress: Progress, *options: str) -> None:
-    """Repair an image as far as that is safe without questions (``e2fsck -p``). Blocks.
+def replay(fd: int) -> bool:
+    """Write home what a crash left in the journal of an image and in the redo log behind it; return whether
+    that is done. Blocks.
 
-    Raises StoreError where it is not; e2fsck may have replayed the journal by then, nothing more.
+    It is for the engine, which e2fsck's own recovery would take the redo log from.
+    """
+    if not needs_recovery(fd):
+        return True
+    try:
+        from cowfs.formats.ext3.image import Image
+
+        Image(fd, "", commit_seconds=0).close()
+    except (ImportError, OSError):
+        return False
+    return True
+
+
+def recover(fd: int, path: str, progress: Progress, *options: str, sound: bool = False) -> None:
+    """Recover an image, and repair it as far as that is safe without questions (``e2fsck -p``). Blocks.
+
+    *sound* says that its superblock tells of no errors: then the journal is all there is to it. Raises
+    StoreError where it is not safe; the journal may have been replayed by then, nothing more.
     """
     with deferred():
-        code, said = fsck(fd, path, "-p", *options)
+        code, said = (0, "") if sound and replay(fd) else fsck(fd, path, "-p", *options)
     if code & ~(FSCK_CORRECTED | 2):
         raise StoreError(
             f"{path}: the store is damaged and cannot be repaired automatically: {reason(said)}",

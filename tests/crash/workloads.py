@@ -7,8 +7,12 @@ from __future__ import annotations
 
 import errno
 import os
+import random
+import sqlite3
+import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 
 FILES = 160
 SYNC_EVERY = 7
@@ -36,7 +40,7 @@ def append(root: str) -> Iterator[str]:
                 os.fsync(fd)
         finally:
             os.close(fd)
-        yield f"{'synced' if number % SYNC_EVERY == 0 else 'done'} {number}"
+        yield f"done {number}"
 
 
 def untar(root: str) -> Iterator[str]:
@@ -53,7 +57,7 @@ def untar(root: str) -> Iterator[str]:
                 os.fsync(fd)
         finally:
             os.close(fd)
-        yield f"{'synced' if number % SYNC_EVERY == 0 else 'done'} {number}"
+        yield f"done {number}"
 
 
 def replace(root: str) -> Iterator[str]:
@@ -86,18 +90,182 @@ def shuffle(root: str) -> Iterator[str]:
         yield f"done {FILES + number}"
 
 
-WORKLOADS = {"append": append, "untar": untar, "replace": replace, "shuffle": shuffle}
+def names(root: str) -> Iterator[str]:
+    """Directories and files are made, moved and removed, without any fsync."""
+    os.mkdir(f"{root}/names")
+    yield "done 0"
+    for number, step in enumerate(named_steps(), 1):
+        how, *where = step
+        paths = [f"{root}/names/{path}" for path in where]
+        if how == "make":
+            os.close(os.open(paths[0], os.O_WRONLY | os.O_CREAT | os.O_EXCL))
+        else:
+            getattr(os, how)(*paths)
+        yield f"done {number}"
+
+
+def named_steps() -> Iterator[tuple[str, ...]]:
+    """What `names` does, the same each time."""
+    chance, files, directories = random.Random(1), [], [""]
+    for number in range(STEPS["names"]):
+        how = chance.choice(("make", "make", "mkdir", "rename", "rename", "unlink", "rmdir", "symlink"))
+        new = f"{chance.choice(directories)}{number}"
+        if how in {"make", "mkdir", "symlink"} or not files:
+            if how == "mkdir":
+                directories.append(f"{new}/")
+                yield "mkdir", new
+                continue
+            files.append(new)
+            yield ("symlink", "target", new) if how == "symlink" else ("make", new)
+        elif how == "rename":
+            old = files.pop(chance.randrange(len(files)))
+            files.append(new)
+            yield "rename", old, new
+        elif how == "rmdir" and (empty := empty_one(directories, files)):
+            directories.remove(empty)
+            yield "rmdir", empty.rstrip("/")
+        else:
+            yield "unlink", files.pop(chance.randrange(len(files)))
+
+
+def empty_one(directories: list[str], files: list[str]) -> str:
+    """A directory that has nothing in it; an empty string if there is none."""
+    return next(
+        (
+            one for one in directories[1:]
+            if not any(path != one and path.startswith(one) for path in (*directories, *files))
+        ),
+        "",
+    )  # fmt: skip
+
+
+def named_after(steps: int) -> set[str]:
+    """What there is when so many steps of `names` have been done."""
+    found: set[str] = set()
+    for how, *where in list(named_steps())[:steps]:
+        if how in {"rename", "unlink", "rmdir"}:
+            found.discard(where[0])
+        if how in {"make", "mkdir", "rename", "symlink"}:
+            found.add(where[-1])
+    return found
+
+
+def git(root: str) -> Iterator[str]:
+    """A repository, and one commit after the other."""
+    run_git(root, "init", "-q", f"{root}/repository")
+    for number in range(STEPS["git"]):
+        for name in (f"file{number}", "changed"):
+            with open(f"{root}/repository/{name}", "w") as file:
+                file.write(f"{number}\n" * 100)
+        run_git(root, "-C", f"{root}/repository", "add", ".")
+        run_git(root, "-C", f"{root}/repository", "commit", "-q", "-m", f"{number}")
+        yield f"done {number}"
+
+
+def run_git(root: str, *arguments: str) -> str:
+    """Run git. ENOTCONN when that is because *root* does not answer any more."""
+    settings = {"GIT_CONFIG_GLOBAL": "/dev/null", "GIT_CONFIG_NOSYSTEM": "1", "HOME": root}
+    who = ["-c", "user.name=nobody", "-c", "user.email=nobody", "-c", "gc.auto=0"]
+    done = subprocess.run(
+        ["git", *who, *arguments], env={**os.environ, **settings}, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        os.statvfs(root)
+        raise RuntimeError(f"git {arguments}: {done.returncode}: {done.stderr}")
+    return done.stdout
+
+
+def sqlite(root: str, mode: str, synchronous: str) -> Iterator[str]:
+    """A row in each transaction."""
+    with closing(sqlite3.connect(f"{root}/database", isolation_level=None)) as database:
+        database.execute(f"pragma journal_mode={mode}")
+        database.execute(f"pragma synchronous={synchronous}")
+        database.execute("create table rows (number integer primary key, data text)")
+        for number in range(STEPS[f"sqlite-{synchronous}"]):
+            database.execute("insert into rows values (?, ?)", (number, f"{number}" * 300))
+            yield f"done {number}"
+
+
+def sqlite_full(root: str) -> Iterator[str]:
+    return sqlite(root, "delete", "full")
+
+
+def sqlite_normal(root: str) -> Iterator[str]:
+    return sqlite(root, "wal", "normal")
+
+
+WORKLOADS = {
+    "append": append, "untar": untar, "replace": replace, "shuffle": shuffle, "names": names,
+    "git": git, "sqlite-full": sqlite_full, "sqlite-normal": sqlite_normal,
+}  # fmt: skip
+STEPS = {
+    **dict.fromkeys(("append", "untar", "replace", "shuffle"), FILES),
+    **{"names": 400, "git": 8, "sqlite-full": 60, "sqlite-normal": 150},
+}
+"""How many steps a workload has that the daemon may be killed after."""
+
+
+# --- afterwards
+
+
+def verify_git(root: str) -> Iterator[str]:
+    """Tell how many commits there are; nothing is broken."""
+    repository = f"{root}/repository"
+    if not os.path.exists(f"{repository}/.git/refs/heads"):
+        yield "0"
+        return
+    run_git(root, "-C", repository, "fsck", "--full", "--strict")
+    has_any = os.listdir(f"{repository}/.git/refs/heads")
+    yield run_git(root, "-C", repository, "rev-list", "--count", "HEAD").strip() if has_any else "0"
+
+
+def verify_sqlite(root: str) -> Iterator[str]:
+    """Tell how many rows there are; all of them are whole, and none is missing between."""
+    with closing(sqlite3.connect(f"{root}/database")) as database:
+        assert database.execute("pragma integrity_check").fetchall() == [("ok",)]
+        if not database.execute("select count(*) from sqlite_master").fetchone()[0]:
+            yield "0"
+            return
+        rows = database.execute("select number, data from rows order by number").fetchall()
+        assert rows == [(number, f"{number}" * 300) for number in range(len(rows))]
+        yield str(len(rows))
+
+
+def verify_names(root: str) -> Iterator[str]:
+    """Tell of everything that there is."""
+    top = f"{root}/names"
+    for where, directories, files in os.walk(top):
+        for name in (*directories, *files):
+            yield os.path.relpath(f"{where}/{name}", top)
+
+
+VERIFY = {"verify-git": verify_git, "verify-sqlite": verify_sqlite, "verify-names": verify_names}
 
 
 def main() -> None:
     name, root = sys.argv[1:]
+    if name in VERIFY:
+        for said in VERIFY[name](root):
+            print(said)
+        return
     try:
         for said in WORKLOADS[name](root):
             print(said, flush=True)
-    except OSError as error:
-        if error.errno not in {errno.ENOTCONN, errno.ECONNABORTED, errno.EIO}:
-            raise
+    except (OSError, sqlite3.Error) as error:
+        gone = {errno.ENOTCONN, errno.ECONNABORTED, errno.EIO}
+        if isinstance(error, sqlite3.Error) or error.errno not in gone:
+            wait_until_gone(root, error)
     print("over", flush=True)
+
+
+def wait_until_gone(root: str, why: Exception) -> None:
+    """Raise *why* unless it is that the filesystem does not answer."""
+    try:
+        os.statvfs(root)
+    except OSError as error:
+        if error.errno in {errno.ENOTCONN, errno.ECONNABORTED}:
+            return
+    raise why
 
 
 if __name__ == "__main__":

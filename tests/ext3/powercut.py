@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cowfs.layers.directory import open_directory
-from tests.ext3 import engine, images
+from tests.ext3 import engine, images, recovery
 from tests.ext3.engine import Engine
 from tests.ext3.images import Shape
 from tests.ext3.load import BEGIN, COMMITTED, SYNCED, Load
@@ -169,7 +169,7 @@ def choose_cuts(events: list[Event], count: int, seed: int) -> list[int]:
 
 
 @dataclass
-class _Disk:
+class Disk:
     """What the disk is known to hold, and what it was told since."""
 
     durable: bytearray
@@ -197,6 +197,13 @@ class _Disk:
                 self.promises.committed = max(number, self.promises.committed)
             elif kind == SYNCED:
                 self.promises.synced.append(syncs[number])
+
+    def kill(self) -> bytearray:
+        """What the page cache holds when the process has died now."""
+        cache = bytearray(self.durable)
+        for write in self.written:
+            cache[write.number : write.number + len(write.data)] = write.data
+        return cache
 
     def cut(self, chance: random.Random) -> bytearray:
         """What may be on the disk after a power cut now."""
@@ -239,7 +246,7 @@ def cut(recording: Recording, count: int, seed: int, place: Path) -> list[Outcom
 
 def _cut_images(recording: Recording, count: int, seed: int) -> Iterator[tuple[int, bytearray, Promises]]:
     chance = random.Random(seed)
-    disk, position = _Disk(bytearray(recording.base)), 0
+    disk, position = Disk(bytearray(recording.base)), 0
     for where in choose_cuts(recording.events, count, seed):
         while position < where:
             disk.apply(recording.events[position], recording.syncs)
@@ -264,12 +271,17 @@ def _recovered(recording: Recording, where: int, disk: bytearray, promises: Prom
     path.write_bytes(disk)
     kernel = os.geteuid() == 0 and where % 6 == 0
     try:
-        wrong = images.recover_by_kernel(path, path.with_suffix(".mnt")) if kernel else images.recover(path)
+        if kernel:
+            wrong = images.recover_by_kernel(path, path.with_suffix(".mnt"))
+        elif where % 6 == 1:
+            wrong = images.recover(path)
+        else:
+            wrong = recovery.by_engine(path, recovery.OTHER_BOOT)
         if wrong is None:
             wrong = judge(recording.states, promises, Image(path.read_bytes()))
         if wrong is None and kernel:
             seen_by_kernel(path, path.with_suffix(".mnt"))
-    except (AssertionError, LookupError, struct.error) as error:
+    except (AssertionError, LookupError, OSError, struct.error) as error:
         wrong = f"unreadable: {error!r}"
     finally:
         path.unlink()

@@ -17,8 +17,9 @@ import pytest
 
 from cowfs.errors import StoreBusy, StoreError, SystemFailure, WrongLower
 from cowfs.linux import mounts
+from cowfs.store.check import check_store
 from cowfs.store.create import create_store
-from cowfs.store.grow import grow_open_store
+from cowfs.store.grow import grow_open_store, grow_store
 from cowfs.store.image import open_image
 from cowfs.store.info import store_info
 from cowfs.store.open import open_store
@@ -318,23 +319,56 @@ def test_a_store_that_was_not_unmounted_is_recovered_with_one_line(image: Path, 
     assert said == [f"{dirty}: was not cleanly unmounted, recovered"]
 
 
-def test_what_cannot_be_looked_at_in_process_is_told(image: Path, tmp_path: Path) -> None:
-    """An image that was not unmounted, for reading: the journal would have to be written back."""
+@pytest.mark.parametrize("engine", ["process", "kernel"])
+def test_a_killed_store_shows_everything_and_stays_as_it_is(image: Path, tmp_path: Path, engine: str) -> None:
+    """For reading: what is in the journal, and what was not even committed."""
+    dirty, store = killed_copy(image, tmp_path)
+    store.close()
+    before = dirty.read_bytes()
+    said: list[str] = []
+    reader = open_store(str(dirty), engine=engine, read_only=True, progress=said.append)
+    assert names(reader) == {b"synced", b"written"}
+    reader.close()
+    assert dirty.read_bytes() == before
+    assert len(said) == 1
+    assert "not cleanly unmounted" in said[0]
+
+
+def killed_copy(image: Path, tmp_path: Path) -> tuple[Path, Store]:
+    """A copy of an image as the death of its daemon leaves it; and the store that goes on."""
     store = open_store(str(image), engine="process")
     write(store, b"synced", b"there")
     store.layer.sync()
+    write(store, b"written", b"too")
     dirty = tmp_path / "dirty"
     shutil.copyfile(image, dirty)
+    return dirty, store
+
+
+@pytest.mark.parametrize(
+    "how", ["mount", "mount by the kernel", "check", "check -n", "grow", "mount damaged"]
+)
+def test_whatever_comes_after_a_kill_keeps_everything(image: Path, tmp_path: Path, how: str) -> None:
+    dirty, store = killed_copy(image, tmp_path)
     store.close()
-    before = dirty.read_bytes()
-    with pytest.raises(StoreError, match=r"not cleanly unmounted.*cowfs check"):
-        open_store(str(dirty), engine="process", read_only=True)
-    assert dirty.read_bytes() == before
     said: list[str] = []
-    again = open_store(str(dirty), engine="process", progress=said.append)
-    assert names(again) == {b"synced"}
-    again.close()
-    assert said == [f"{dirty}: was not cleanly unmounted, recovered"]
+    if how.startswith("mount"):
+        if how == "mount damaged":
+            run("debugfs", "-w", "-R", "ssv state 2", dirty)
+        engine = "kernel" if how == "mount by the kernel" else "process"
+        again = open_store(str(dirty), engine=engine, progress=said.append)
+        assert names(again) == {b"synced", b"written"}
+        again.close()
+        assert said == [f"{dirty}: was not cleanly unmounted, recovered"]
+    elif how == "grow":
+        grow_store(str(dirty), 48 << 20)
+    else:
+        assert check_store(str(dirty), read_only=how == "check -n").code == 0
+    reader = open_store(str(dirty), read_only=True)
+    assert names(reader) == {b"synced", b"written"}
+    reader.close()
+    if how != "check -n":
+        assert run("e2fsck", "-fn", dirty, check=False).returncode == 0
 
 
 @pytest.mark.parametrize("other", ["lower", "aufs", "full"])

@@ -11,6 +11,8 @@ HERE = Path("cowfs/formats/ext3")  # from the root of the project: setuptools wa
 SOURCES = [
     "cache",
     "journal",
+    "replay",
+    "redo",
     "alloc",
     "inode",
     "data",
@@ -33,7 +35,7 @@ def builder(here: Path = HERE, flags: tuple[str, ...] = ()) -> FFI:
         "cowfs.formats.ext3._engine",
         '#include "engine.h"',
         sources=[str(here / f"{name}.c") for name in SOURCES],
-        depends=[str(here / "engine.h"), str(here / "internal.h")],
+        depends=[str(here / "engine.h"), str(here / "internal.h"), str(here / "jbd.h")],
         include_dirs=[str(here)],
         libraries=["ext2fs"],
         extra_compile_args=["-std=gnu11", "-O2", "-Wall", "-Wextra", *flags],

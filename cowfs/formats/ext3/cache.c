@@ -50,8 +50,8 @@ void trace(x3_image *img, uint64_t kind, uint64_t off, const struct iovec *iov, 
 	pthread_mutex_unlock(&img->io_lock);
 }
 
-/* Read *len* bytes; what lies behind the end of the file is zero. */
-int io_read(x3_image *img, void *buf, size_t len, uint64_t off)
+/* Read *len* bytes as they are in the file; what lies behind its end is zero. */
+int io_read_raw(x3_image *img, void *buf, size_t len, uint64_t off)
 {
 	int error = injected(img, X3_PREAD);
 
@@ -67,6 +67,14 @@ int io_read(x3_image *img, void *buf, size_t len, uint64_t off)
 			p += n, len -= n, off += n;
 	}
 	return error;
+}
+
+/* The same, as the recovery has it, if one is under way or the image was opened for reading without it. */
+int io_read(x3_image *img, void *buf, size_t len, uint64_t off)
+{
+	int error = io_read_raw(img, buf, len, off);
+
+	return error || !img->patches.n ? error : patches_read(img, buf, len, off);
 }
 
 /* Write up to three pieces one behind the other. */
@@ -332,7 +340,7 @@ void *block_change(x3_image *img, struct block *b, uint32_t offset, uint32_t len
 /* A block becomes file data: the log must not know it. (Held back as it was, it does not; in tests it may.) */
 void block_forget(x3_image *img, uint32_t nr)
 {
-	struct block *b = img->debug ? block_find(img, nr) : NULL;
+	struct block *b = img->debug & ~X3_OTHER_BOOT ? block_find(img, nr) : NULL;
 
 	if (b)
 		b->flags = (b->flags & ~(DIRTY | LOGGING | LOGGED)) | PINNED;
@@ -395,6 +403,8 @@ bool op_again(struct op *op)
 	if (op->tries && op->changing && !op->error) {
 		if (img->ndirty > img->dirty_max)
 			commit_until(img, img->tid);
+		else if (redo_is_lost(img))
+			commit_until(img, img->redo.lost_tid);
 		else if (img->nlogged > img->cached_max / 2)
 			checkpoint_now(img);
 		if (img->aborted)
@@ -436,6 +446,8 @@ void op_end(struct op *op)
 {
 	x3_image *img = op->img;
 
+	if (!op->error && op->changing)
+		op->error = -redo_note(img, op->changing == CHANGES);
 	if (op->error && op->changing) {
 		undo_to(img, (struct mark){ 0, 0, op->held_before });
 		if (op->error == EIO || op->error == EUCLEAN)
@@ -481,5 +493,7 @@ void abort_image(x3_image *img, int error, const char *format, ...)
 		va_end(args);
 	}
 	img->aborted = error;
+	if (img->data_lost)
+		redo_drop(img);
 	pthread_cond_broadcast(&img->wake);
 }

@@ -4,6 +4,7 @@
 #include <errno.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <time.h>
 
 #include "internal.h"
 
@@ -37,6 +38,8 @@ int x3_facts(x3_image *img, struct x3_facts *out)
 		out->held = img->nheld;
 		out->commits = img->commits;
 		out->checkpoints = img->checkpoints;
+		out->replayed = img->replayed;
+		out->redone = img->redone;
 		out->barriers = __atomic_load_n(&img->barriers, __ATOMIC_RELAXED);
 		out->bytes_written = __atomic_load_n(&img->bytes_written, __ATOMIC_RELAXED);
 	}
@@ -471,6 +474,35 @@ int x3_dirty(x3_image *img)
 	return dirty;
 }
 
+int x3_wait(x3_image *img, int64_t ms)
+{
+	struct timespec until;
+	int result;
+
+	clock_gettime(CLOCK_MONOTONIC, &until);
+	until.tv_sec += ms / 1000;
+	until.tv_nsec += ms % 1000 * 1000000;
+	until.tv_sec += until.tv_nsec / NS;
+	until.tv_nsec %= NS;
+	pthread_mutex_lock(&img->lock);
+	while (!img->woken && (img->due != img->tid || img->aborted))
+		if (pthread_cond_timedwait(&img->wake, &img->lock, &until) == ETIMEDOUT)
+			break;
+	img->woken = false;
+	img->due = 0;
+	result = (img->ndirty || img->stalled) && !img->aborted;
+	pthread_mutex_unlock(&img->lock);
+	return result;
+}
+
+void x3_wake(x3_image *img)
+{
+	pthread_mutex_lock(&img->lock);
+	img->woken = true;
+	pthread_cond_broadcast(&img->wake);
+	pthread_mutex_unlock(&img->lock);
+}
+
 void x3_begin(x3_image *img)
 {
 	image_lock(img);
@@ -483,7 +515,10 @@ void x3_end(x3_image *img)
 	pthread_mutex_lock(&img->lock);
 	if (--img->atoms == 0) {
 		img->excused = false;
+		redo_flush(img);
 		pthread_cond_broadcast(&img->wake);
+		if (redo_is_lost(img))
+			commit_until(img, img->redo.lost_tid);
 	}
 	pthread_mutex_unlock(&img->lock);
 }

@@ -33,6 +33,7 @@ typedef struct x3_image x3_image;
 #define X3_NO_FORGET 2   /* blocks that are in the log still become data without a checkpoint */
 #define X3_NO_BARRIER 4  /* no barrier before the commit record */
 #define X3_NO_ORPHANS 8  /* no orphan list */
+#define X3_OTHER_BOOT 16 /* no rule: as if the machine had been started anew since the image was last open */
 
 /* x3_inject: kind */
 #define X3_PWRITE 1
@@ -91,6 +92,7 @@ struct x3_facts {
 	uint64_t missing, disk_free; /* bytes that the file lacks of its blocks, and that its disk has free */
 	uint64_t cached, held;       /* blocks in the cache; free blocks that wait for commit or checkpoint */
 	uint64_t commits, checkpoints, barriers, bytes_written; /* since open */
+	uint64_t replayed, redone; /* transactions of the journal and records of the redo log that it took to open it */
 	uint8_t uuid[16];
 };
 
@@ -137,8 +139,13 @@ struct x3_rename {
  *
  * The cache holds about *cache_bytes* (0: 64 MiB) of metadata; file data is left to the page cache.
  * *trace_fd* (duplicated as well) gets a record of every write and barrier, -1 for none; *debug* is 0
- * but in tests. Unless read-only, inodes that a crash left on the orphan list are dealt with.
- * EUCLEAN: the journal must be replayed first (e2fsck -p -E journal_only), be it for reading.
+ * but in tests.
+ *
+ * What a crash has left in the journal is part of the filesystem, whatever its flag needs_recovery says: for
+ * reading it is taken from there, and nothing is written; to write, it is written home first, and inodes that were
+ * left on the orphan list are dealt with. (Not if the filesystem was mounted since by who left the journal alone:
+ * then the log is emptied.)
+ *
  * EOPNOTSUPP: a feature that is not ext3's, or no journal inside. EINVAL: no ext filesystem, or its
  * superblock makes no sense. EBADMSG: the journal or the orphan list is damaged. When it fails,
  * x3_message(NULL) says why, in the same thread.
@@ -294,6 +301,13 @@ int x3_checkpoint(x3_image *img);
 
 /* Whether there is something to commit: 0 or 1. */
 int x3_dirty(x3_image *img);
+
+/*
+ * Wait until it is time to commit: *ms* milliseconds, or less if the room for the redo log comes to an end.
+ * Return whether there is something to commit. x3_wake ends one wait at once, be it the next.
+ */
+int x3_wait(x3_image *img, int64_t ms);
+void x3_wake(x3_image *img);
 
 /*
  * Between these two calls no transaction ends, so that all changes in between, of whatever thread, come

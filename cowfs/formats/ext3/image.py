@@ -116,12 +116,14 @@ class Image:
     def _stop_thread(self) -> None:
         self._stop.set()
         if self._thread is not None:
+            lib.x3_wake(self.handle)
             self._thread.join()
             self._thread = None
 
     def _commit_now_and_then(self) -> None:
-        while not self._stop.wait(self._seconds):
-            if lib.x3_dirty(self.handle):
+        milliseconds = round(self._seconds * 1000)
+        while not self._stop.is_set():
+            if lib.x3_wait(self.handle, milliseconds) and not self._stop.is_set():
                 code = lib.x3_commit(self.handle)
                 if code < 0:
                     self._failure(code)  # which says so; the next call that changes something fails too

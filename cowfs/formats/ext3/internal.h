@@ -4,6 +4,8 @@
  *   cache.c    the image's file (with traces and injected faults), the cache of metadata blocks,
  *              operations and their undo
  *   journal.c  opening the journal, commit, checkpoint
+ *   replay.c   what a crash has left in the journal
+ *   redo.c     the log of what is not committed yet, which outlives the process
  *   alloc.c    blocks and inodes: bitmaps, counts, blocks held back after they were freed
  *   inode.c    inodes, their attributes, the orphan list, deletion
  *   data.c     block pointers; reading, writing, truncating
@@ -82,6 +84,18 @@ struct mark {
 /* GOES_ON: the rest of a change that has begun. */
 enum change_kind { CHANGES_NOTHING, CHANGES, GOES_ON };
 
+/* What is to be known of a block: in img->patches, where its content is while that is not home. */
+struct patch {
+	uint32_t nr;
+	uint32_t source; /* the block of the image that has it; 0: only *data* */
+	bool used, escaped;
+	char *data;
+};
+struct table { /* open addressing; of a power of two */
+	struct patch *slot;
+	uint32_t mask, n;
+};
+
 /* One operation: lives on the stack of the entry point. */
 struct op {
 	x3_image *img;
@@ -148,6 +162,7 @@ struct x3_image {
 
 	/* the journal */
 	uint32_t *jmap, jlen, jfirst, jhead;
+	uint32_t jend; /* where our log ends, before the end of the journal */
 	char jsb[1024];
 	bool committing; /* or checkpointing: by one thread at a time */
 	uint32_t atoms;  /* x3_begin without x3_end: no transaction ends */
@@ -164,6 +179,33 @@ struct x3_image {
 	size_t nlogged, logged_cap;
 	struct runs held_logged; /* freed and committed, but still in the log */
 	uint64_t commits, checkpoints;
+
+	/* recovery: see replay.c */
+	struct table patches;
+	uint32_t mounted_at; /* s_mtime */
+	bool has_errors;     /* s_state tells of some */
+	uint32_t replayed;   /* transactions that the journal had */
+	bool stale;          /* whatever it has, somebody did without it */
+	uint64_t redone;     /* records that the redo log had */
+
+	/* the redo log */
+	struct {
+		bool on;
+		uint64_t session;
+		uint32_t area;  /* blocks for each transaction */
+		uint32_t tid;   /* whose records are written */
+		size_t at;      /* where the next one goes, in the area */
+		uint32_t count, previous; /* records of *tid*, and of the one before */
+		char *buf;      /* the next record */
+		size_t used, cap;
+		bool broken;    /* there was no memory for all of it */
+		bool lost;      /* see redo.c */
+		uint32_t lost_tid;
+		char *found[2]; /* of the recovery */
+		size_t length[2];
+	} redo;
+	uint32_t due;           /* the transaction that should be committed soon */
+	bool woken;             /* nobody shall wait for that any more */
 
 	/* allocation */
 	char **hold;            /* per group: a bitmap of its free blocks that may not be used yet, or NULL */
@@ -196,6 +238,7 @@ struct inode {
 /* --- cache.c --- */
 
 int io_read(x3_image *img, void *buf, size_t len, uint64_t off);
+int io_read_raw(x3_image *img, void *buf, size_t len, uint64_t off);
 int io_write(x3_image *img, const struct iovec *iov, int count, uint64_t off);
 int io_write1(x3_image *img, const void *buf, size_t len, uint64_t off);
 int io_write_data(x3_image *img, const struct iovec *iov, int count, uint64_t off);
@@ -243,6 +286,7 @@ void *try_grow(void *array, size_t *cap, size_t need, size_t size);
 
 int journal_load(x3_image *img);
 int journal_start(x3_image *img);
+int journal_empty(x3_image *img);
 int journal_finish(x3_image *img);
 void journal_mark_damaged(x3_image *img);
 int commit_until(x3_image *img, uint32_t tid);
@@ -266,6 +310,30 @@ void super_begin(x3_image *img);
 void super_mark_damaged(x3_image *img);
 void super_need(x3_image *img, uint32_t compat, uint32_t ro_compat);
 void super_count(x3_image *img, int32_t blocks, int32_t inodes);
+
+/* --- replay.c --- */
+
+struct patch *table_find(const struct table *table, uint32_t nr);
+struct patch *table_put(struct table *table, uint32_t nr);
+void table_free(struct table *table);
+int patches_read(x3_image *img, char *buf, size_t len, uint64_t off);
+char *patch_data(x3_image *img, uint32_t nr, int *error);
+bool journal_is_in_use(const x3_image *img);
+int replay_find(x3_image *img);
+int replay_home(x3_image *img);
+
+/* --- redo.c --- */
+
+void redo_layout(x3_image *img);
+int redo_start(x3_image *img);
+void redo_drop(x3_image *img);
+int redo_note(x3_image *img, bool may_fail);
+void redo_flush(x3_image *img);
+bool redo_is_lost(x3_image *img);
+int redo_find(x3_image *img);
+void redo_forget(x3_image *img);
+int redo_show(x3_image *img);
+int redo_commit(x3_image *img);
 
 /* --- alloc.c --- */
 

@@ -21,34 +21,10 @@
 #include <time.h>
 
 #include "internal.h"
+#include "jbd.h"
 
-#define JBD_MAGIC 0xC03B3998u
-enum { DESCRIPTOR = 1, COMMIT = 2, SUPERBLOCK_V1 = 3, SUPERBLOCK_V2 = 4 };
-enum { ESCAPED = 1, SAME_UUID = 2, LAST_TAG = 8 };
-#define INCOMPAT_REVOKE 1u
 #define TRANSACTION_MAX min(4096u, (64u << 20) >> img->bits) /* blocks, however large the journal is */
 #define BOUNCE min(256u, (4u << 20) >> img->bits) /* blocks that a checkpoint copies at a time */
-
-struct header {
-	uint32_t magic, type, sequence;
-};
-struct tag { /* without 64bit and checksums; the first of a block is followed by the UUID */
-	uint32_t nr;
-	uint16_t checksum, flags;
-};
-struct commit_block {
-	struct header header;
-	uint8_t checksum[4 + 32];
-	uint64_t sec;
-	uint32_t nsec;
-} __attribute__((packed));
-struct journal_super {
-	struct header header;
-	uint32_t block_size, blocks, first;
-	uint32_t sequence, start; /* of the oldest transaction in the log; start 0: the log is empty */
-	uint32_t error, compat, incompat, ro_compat;
-	uint8_t uuid[16];
-};
 
 bool tid_after(uint32_t a, uint32_t b)
 {
@@ -119,19 +95,24 @@ int journal_load(x3_image *img)
 		fail(img, EBADMSG, "the journal's superblock makes no sense");
 	if (ntohl(super->header.magic) != JBD_MAGIC ||
 	    ntohl(super->block_size) != img->bs || ntohl(super->blocks) > img->jlen ||
-	    ntohl(super->blocks) < 1024 || ntohl(super->first) == 0 || ntohl(super->first) > ntohl(super->blocks) - 512)
+	    ntohl(super->blocks) < 1024 || ntohl(super->first) == 0 || ntohl(super->first) > ntohl(super->blocks) - 512 ||
+	    (super->start && ntohl(super->start) < ntohl(super->first)) || ntohl(super->start) >= ntohl(super->blocks))
 		fail(img, EBADMSG, "the journal's superblock makes no sense");
-	if (super->start)
-		fail(img, EUCLEAN, "the journal is not empty");
 	if (ntohl(super->incompat) & ~INCOMPAT_REVOKE || super->ro_compat)
 		fail(img, EOPNOTSUPP, "the journal has unknown features (%#x)", ntohl(super->incompat));
+	img->has_errors |= super->error != 0;
 	img->jlen = ntohl(super->blocks);
+	redo_layout(img);
 	img->jfirst = img->jhead = ntohl(super->first);
-	img->tid = ntohl(super->sequence) + 1;
-	img->tid += !img->tid;
-	img->committed = img->tid - 1;
-	img->dirty_max = min((img->jlen - img->jfirst) / 4, TRANSACTION_MAX);
+	img->dirty_max = min((img->jend - img->jfirst) / 4, TRANSACTION_MAX);
 	return 0;
+}
+
+/* What was in the log is home: let it begin anew, behind the last transaction that was in it. */
+int journal_empty(x3_image *img)
+{
+	img->tid = img->committed + 1;
+	return write_super(img, img->jfirst);
 }
 
 /* Write the filesystem's superblock home, past the journal, which is empty. */
@@ -145,6 +126,9 @@ static int write_fs_super(x3_image *img)
 /*
  * From now on there may be something in the journal: say so on disk.
  *
+ * One number is left out: what there is in the log of a transaction that never became whole must not be
+ * taken for a part of ours.
+ *
  * First that recovery is needed (an empty journal does no harm), and only then where the log begins:
  * e2fsck does not believe a log without the flag.
  */
@@ -152,8 +136,12 @@ int journal_start(x3_image *img)
 {
 	int error;
 
+	img->tid = img->committed + 2;
+	img->tid += !img->tid;
+	img->committed = img->tid - 1;
 	super_begin(img);
 	error = write_fs_super(img);
+	((struct journal_super *)img->jsb)->error = 0; /* it stands in the filesystem's */
 	return error ? error : write_super(img, img->jfirst);
 }
 
@@ -413,9 +401,9 @@ static int commit(x3_image *img)
 		while (img->atoms)
 			pthread_cond_wait(&img->wake, &img->lock);
 		uint32_t need = img->ndirty + descriptors(img, img->ndirty) + 1;
-		if (img->jhead + need <= img->jlen)
+		if (img->jhead + need <= img->jend)
 			break;
-		if (tries > 1 || img->jfirst + need > img->jlen)
+		if (tries > 1 || img->jfirst + need > img->jend)
 			return -EOVERFLOW;
 		error = checkpoint(img);
 		if (error)

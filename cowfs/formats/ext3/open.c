@@ -2,6 +2,7 @@
  * Opening and closing an image; letting go of it for a while.
  */
 #define _GNU_SOURCE
+#include <arpa/inet.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <stdio.h>
@@ -12,6 +13,7 @@
 #include <unistd.h>
 
 #include "internal.h"
+#include "jbd.h"
 
 static __thread char message[256]; /* of an x3_open that failed, or a copy of an image's */
 
@@ -23,6 +25,8 @@ static int clean_orphans(x3_image *img)
 {
 	int64_t result;
 
+	if (img->has_errors) /* e2fsck shall look first */
+		return 0;
 	do {
 		CHANGE (img) {
 			uint32_t ino = img->sb->s_last_orphan;
@@ -37,7 +41,8 @@ static int clean_orphans(x3_image *img)
 	return result;
 }
 
-static int load(x3_image *img)
+/* Make what an image needs in memory, and read what is needed of it all the time. */
+static int read_all(x3_image *img)
 {
 	uint32_t buckets = 1024;
 	int error = super_load(img);
@@ -54,29 +59,15 @@ static int load(x3_image *img)
 	img->hold = calloc(img->groups, sizeof *img->hold);
 	if (!img->bucket || !img->gd_block || !img->hold)
 		return -ENOMEM;
-	if (img->opened.incompat & EXT3_FEATURE_INCOMPAT_RECOVER) {
-		snprintf(img->message, sizeof img->message, "the journal must be replayed first");
-		return -EUCLEAN;
-	}
-	QUERY (img) { /* nothing is written before all of this is known to be sound */
+	QUERY (img) {
 		groups_load(img);
 		journal_load(img);
-		orphan_check(img);
 		if (img->sb->s_overhead_clusters)
 			img->overhead = img->sb->s_overhead_clusters;
 		else
 			img->overhead += img->jlen;
 	}
-	error = op_finish(&op);
-	if (error || img->read_only)
-		return error == -EUCLEAN || error == -ESTALE ? -EBADMSG : error;
-	for (size_t i = 0; i < 4096; i++)
-		img->changed[i] = img->lasting[i] = img->committed;
-	if (getrandom(&img->random, sizeof img->random, GRND_NONBLOCK) < 0)
-		img->random = now_ns();
-	img->saved_ns = now_ns();
-	error = room_start(img);
-	return error ? error : journal_start(img);
+	return op_finish(&op);
 }
 
 /* Forget all that load() has made, and what came of it. */
@@ -95,9 +86,70 @@ static void unload(x3_image *img)
 	img->sb = NULL;
 }
 
+/* Find what the journal has, and read everything again as it will be when that is home. */
+static int recover_in_memory(x3_image *img)
+{
+	int error = replay_find(img);
+
+	error = error ? error : redo_find(img);
+	if (!error && img->read_only) {
+		error = redo_show(img);
+		redo_forget(img);
+	}
+	if (error || !img->patches.n)
+		return error;
+	unload(img);
+	return read_all(img);
+}
+
+/* Write it home. */
+static int recover(x3_image *img)
+{
+	int error = replay_home(img);
+
+	error = error ? error : journal_empty(img);
+	error = error ? error : redo_commit(img);
+	redo_forget(img);
+	return error;
+}
+
+static int load(x3_image *img)
+{
+	int error = read_all(img);
+	bool in_use = !error && journal_is_in_use(img);
+
+	img->redo.on = false;
+	img->committed = ntohl(((struct journal_super *)img->jsb)->sequence) - 1;
+	if (in_use)
+		error = recover_in_memory(img);
+	if (!error) {
+		QUERY (img) /* nothing is written before all of this is known to be sound */
+			orphan_check(img);
+		error = op_finish(&op);
+	}
+	if (error || img->read_only)
+		return error == -EUCLEAN || error == -ESTALE ? -EBADMSG : error;
+	img->saved_ns = now_ns();
+	error = room_start(img);
+	if (!error && in_use)
+		error = recover(img);
+	if (error)
+		return error;
+	if (getrandom(&img->random, sizeof img->random, GRND_NONBLOCK) < 0)
+		img->random = now_ns();
+	error = journal_start(img);
+	error = error ? error : redo_start(img);
+	for (size_t i = 0; i < 4096; i++)
+		img->changed[i] = img->lasting[i] = img->committed;
+	return error;
+}
+
 static void release(x3_image *img)
 {
 	unload(img);
+	table_free(&img->patches);
+	redo_forget(img);
+	free(img->redo.buf);
 	free(img->dirty);
 	free(img->logging);
 	free(img->logged);
@@ -118,6 +170,7 @@ static void release(x3_image *img)
 int x3_open(int fd, uint32_t flags, uint64_t cache_bytes, int trace_fd, uint32_t debug, x3_image **out)
 {
 	x3_image *img = calloc(1, sizeof *img);
+	pthread_condattr_t attr;
 	int error;
 
 	*out = NULL;
@@ -132,7 +185,10 @@ int x3_open(int fd, uint32_t flags, uint64_t cache_bytes, int trace_fd, uint32_t
 	pthread_mutex_init(&img->io_lock, NULL);
 	pthread_mutex_init(&img->sync_lock, NULL);
 	pthread_mutex_init(&img->lock, NULL);
-	pthread_cond_init(&img->wake, NULL);
+	pthread_condattr_init(&attr);
+	pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);
+	pthread_cond_init(&img->wake, &attr);
+	pthread_condattr_destroy(&attr);
 	if (img->fd < 0 || (trace_fd >= 0 && img->trace_fd < 0))
 		error = -errno;
 	else
@@ -251,6 +307,8 @@ int x3_switch(x3_image *img, int fd)
 		error = -errno;
 	else
 		error = room_start(img);
+	if (!error)
+		error = redo_start(img); /* it may have a name, and the one before had none */
 	pthread_mutex_unlock(&img->lock);
 	return error;
 }

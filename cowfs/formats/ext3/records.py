@@ -39,6 +39,10 @@ class Facts(NamedTuple):
     inodes: int
     free_inodes: int
     uuid: bytes
+    replayed: int
+    """Transactions that were left in the journal when it was opened."""
+    redone: int
+    """Records that were left in the redo log then."""
     aborted: int
     """The errno of what made the engine give the image up; 0 while all is well."""
     stalled: int

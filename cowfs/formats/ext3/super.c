@@ -72,6 +72,11 @@ int super_load(x3_image *img)
 	img->opened = (struct x3_facts){ .compat = sb.s_feature_compat, .incompat = sb.s_feature_incompat,
 					 .ro_compat = sb.s_feature_ro_compat, .state = sb.s_state };
 	memcpy(img->opened.uuid, sb.s_uuid, 16);
+	if (!img->patches.n) { /* what the journal has is older */
+		img->mounted_at = sb.s_mtime;
+		img->has_errors = sb.s_state & EXT2_ERROR_FS;
+	}
+	img->opened.state |= img->has_errors ? EXT2_ERROR_FS : 0;
 	error = check_features(img, &sb);
 	if (error)
 		return error;
@@ -212,6 +217,7 @@ void super_begin(x3_image *img)
 	if (img->dir_index && !(sb->s_flags & (EXT2_FLAGS_SIGNED_HASH | EXT2_FLAGS_UNSIGNED_HASH)))
 		sb->s_flags |= CHAR_MIN < 0 ? EXT2_FLAGS_SIGNED_HASH : EXT2_FLAGS_UNSIGNED_HASH;
 	sb->s_feature_incompat |= EXT3_FEATURE_INCOMPAT_RECOVER;
+	sb->s_state |= img->has_errors ? EXT2_ERROR_FS : 0;
 	sb->s_mtime = time(NULL);
 	sb->s_mnt_count++;
 }

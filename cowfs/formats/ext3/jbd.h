@@ -1,0 +1,35 @@
+/*
+ * What stands in a journal, in the format of Linux (include/linux/jbd2.h); all of it is big-endian.
+ */
+#pragma once
+#include <stdint.h>
+
+#define JBD_MAGIC 0xC03B3998u
+enum { DESCRIPTOR = 1, COMMIT = 2, SUPERBLOCK_V1 = 3, SUPERBLOCK_V2 = 4, REVOKE = 5 };
+enum { ESCAPED = 1, SAME_UUID = 2, LAST_TAG = 8 };
+#define INCOMPAT_REVOKE 1u
+
+struct header {
+	uint32_t magic, type, sequence;
+};
+struct tag { /* without 64bit and checksums; but for SAME_UUID it is followed by the UUID */
+	uint32_t nr;
+	uint16_t checksum, flags;
+};
+struct commit_block {
+	struct header header;
+	uint8_t checksum[4 + 32];
+	uint64_t sec;
+	uint32_t nsec;
+} __attribute__((packed));
+struct revoke_block { /* the numbers of blocks follow */
+	struct header header;
+	uint32_t used; /* bytes, with what stands here */
+};
+struct journal_super {
+	struct header header;
+	uint32_t block_size, blocks, first;
+	uint32_t sequence, start; /* of the oldest transaction in the log; start 0: the log is empty */
+	uint32_t error, compat, incompat, ro_compat;
+	uint8_t uuid[16];
+};

@@ -1,0 +1,327 @@
+/*
+ * What a crash has left in the journal: found, shown, and written home.
+ *
+ * The rules are those of fs/jbd2/recovery.c. A transaction counts when its commit block is there; the
+ * log ends where the next one is not whole. A block that a transaction revokes is not taken from that
+ * transaction or an older one.
+ *
+ * What is found is not written: img->patches says of each block where its newest content stands in the
+ * journal, and io_read() gives that. So an image that was opened for reading shows what it would be after
+ * the recovery. Opened for writing, it is looked at in the same way before the first byte is written.
+ *
+ * Nothing in a journal is believed: a walk takes as many steps as the journal has blocks at most.
+ */
+#define _GNU_SOURCE
+#include <arpa/inet.h>
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "internal.h"
+#include "jbd.h"
+
+
+/* --- tables of blocks --- */
+
+static struct patch *slot_of(const struct table *table, uint32_t nr)
+{
+	uint32_t i = nr * 2654435761u;
+
+	for (i ^= i >> 15;; i++) {
+		struct patch *p = &table->slot[i & table->mask];
+		if (!p->used || p->nr == nr)
+			return p;
+	}
+}
+
+struct patch *table_find(const struct table *table, uint32_t nr)
+{
+	struct patch *p = table->n ? slot_of(table, nr) : NULL;
+
+	return p && p->used ? p : NULL;
+}
+
+/* The entry of a block, which is made if there is none; NULL: no memory. */
+struct patch *table_put(struct table *table, uint32_t nr)
+{
+	struct patch *p;
+
+	if (!table->slot || table->n >= table->mask / 2) {
+		uint32_t size = table->slot ? 2 * (table->mask + 1) : 256;
+		struct table bigger = { calloc(size, sizeof *p), size - 1, table->n };
+		if (!bigger.slot)
+			return NULL;
+		for (uint32_t i = 0; table->slot && i <= table->mask; i++)
+			if (table->slot[i].used)
+				*slot_of(&bigger, table->slot[i].nr) = table->slot[i];
+		free(table->slot);
+		*table = bigger;
+	}
+	p = slot_of(table, nr);
+	if (!p->used) {
+		*p = (struct patch){ .nr = nr, .used = true };
+		table->n++;
+	}
+	return p;
+}
+
+void table_free(struct table *table)
+{
+	for (uint32_t i = 0; table->slot && i <= table->mask; i++)
+		free(table->slot[i].data);
+	free(table->slot);
+	*table = (struct table){ 0 };
+}
+
+
+/* --- what io_read() sees --- */
+
+/* A part of a block, from *skip* on, as the recovery has it. */
+static int patch_read(x3_image *img, const struct patch *p, char *buf, uint32_t skip, uint32_t len)
+{
+	uint32_t magic = htonl(JBD_MAGIC);
+	int error;
+
+	if (p->data) {
+		memcpy(buf, p->data + skip, len);
+		return 0;
+	}
+	error = io_read_raw(img, buf, len, ((uint64_t)p->source << img->bits) + skip);
+	for (uint32_t i = skip; p->escaped && !error && i < 4 && i < skip + len; i++)
+		buf[i - skip] = ((char *)&magic)[i];
+	return error;
+}
+
+/* Put into *buf*, which has been read from *off* on, what is not home yet. */
+int patches_read(x3_image *img, char *buf, size_t len, uint64_t off)
+{
+	uint64_t end = off + len;
+	int error = 0;
+
+	for (uint64_t nr = off >> img->bits; nr << img->bits < end && nr < img->blocks && !error; nr++) {
+		const struct patch *p = table_find(&img->patches, nr);
+		uint64_t begin = max(off, nr << img->bits), stop = min(end, (nr + 1) << img->bits);
+		if (p)
+			error = patch_read(img, p, buf + (begin - off), begin & (img->bs - 1), stop - begin);
+	}
+	return error;
+}
+
+/* The content of a block in memory, where it can be changed. NULL: *error*. */
+char *patch_data(x3_image *img, uint32_t nr, int *error)
+{
+	struct patch *p = table_put(&img->patches, nr);
+	char *data = p && !p->data ? malloc(img->bs) : NULL;
+
+	*error = -ENOMEM;
+	if (!p || p->data)
+		return p ? p->data : NULL;
+	if (!data)
+		return NULL;
+	*error = p->source ? patch_read(img, p, data, 0, img->bs) :
+			     io_read_raw(img, data, img->bs, (uint64_t)nr << img->bits);
+	if (*error) {
+		free(data);
+		return NULL;
+	}
+	return p->data = data;
+}
+
+
+/* --- walking through the log --- */
+
+enum pass { SCAN, REVOKES, BLOCKS };
+struct walk {
+	x3_image *img;
+	enum pass pass;
+	char *block;           /* the one that is looked at */
+	uint32_t at, sequence; /* where it stands, and which transaction it must belong to */
+	uint32_t steps;
+	uint32_t end;          /* the first transaction that is not whole; from SCAN */
+	uint64_t committed_at; /* when the last one was committed, in seconds; 0: not known */
+	struct table own, revoked;
+};
+
+static int damaged(x3_image *img, const char *what)
+{
+	snprintf(img->message, sizeof img->message, "the journal is damaged: %s", what);
+	return -EBADMSG;
+}
+
+/* Go on to the next block; false: the whole journal has been seen. */
+static bool step(struct walk *w)
+{
+	if (++w->at == w->img->jlen)
+		w->at = w->img->jfirst;
+	return ++w->steps <= w->img->jlen - w->img->jfirst;
+}
+
+/* Take one block of a transaction, which stands where the walk is. */
+static int take_block(struct walk *w, uint32_t nr, bool escaped)
+{
+	struct patch *revoked = table_find(&w->revoked, nr), *p;
+
+	if (nr >= w->img->blocks || table_find(&w->own, nr))
+		return damaged(w->img, "it has blocks that it cannot have");
+	if (revoked && !tid_after(w->sequence, revoked->source))
+		return 0;
+	p = table_put(&w->img->patches, nr);
+	if (!p)
+		return -ENOMEM;
+	p->source = w->img->jmap[w->at];
+	p->escaped = escaped;
+	return 0;
+}
+
+/* The blocks that follow a descriptor block. Positive: they are not all there. */
+static int walk_descriptor(struct walk *w)
+{
+	uint32_t offset = sizeof(struct header);
+	struct tag tag = { 0 };
+
+	while (!(ntohs(tag.flags) & LAST_TAG) && offset + sizeof tag <= w->img->bs) {
+		memcpy(&tag, w->block + offset, sizeof tag);
+		offset += sizeof tag + (ntohs(tag.flags) & SAME_UUID ? 0 : 16);
+		if (w->steps >= w->img->jlen - w->img->jfirst)
+			return 1;
+		int error = w->pass == BLOCKS ? take_block(w, ntohl(tag.nr), ntohs(tag.flags) & ESCAPED) : 0;
+		if (error)
+			return error;
+		step(w);
+	}
+	return 0;
+}
+
+static int walk_revoke(struct walk *w)
+{
+	const struct revoke_block *revoke = (const struct revoke_block *)w->block;
+	uint32_t used = ntohl(revoke->used);
+
+	if (used < sizeof *revoke || used > w->img->bs)
+		return damaged(w->img, "a revoke block makes no sense");
+	for (uint32_t offset = sizeof *revoke; offset + 4 <= used; offset += 4) {
+		uint32_t nr;
+		memcpy(&nr, w->block + offset, 4);
+		nr = ntohl(nr);
+		if (nr >= w->img->blocks)
+			return damaged(w->img, "it revokes a block that there is not");
+		struct patch *p = table_put(&w->revoked, nr);
+		if (!p)
+			return -ENOMEM;
+		p->source = w->sequence; /* they come in order */
+	}
+	return 0;
+}
+
+/* Go through the log once. */
+static int walk(struct walk *w, enum pass pass)
+{
+	x3_image *img = w->img;
+	const struct journal_super *super = (const struct journal_super *)img->jsb;
+	const struct header *header = (const struct header *)w->block;
+	int error = 0;
+
+	w->pass = pass;
+	w->at = ntohl(super->start);
+	w->sequence = ntohl(super->sequence);
+	w->steps = 0;
+	while (!error && (pass == SCAN || w->sequence != w->end)) {
+		error = io_read_raw(img, w->block, img->bs, (uint64_t)img->jmap[w->at] << img->bits);
+		if (error || ntohl(header->magic) != JBD_MAGIC || ntohl(header->sequence) != w->sequence || !step(w))
+			break;
+		if (ntohl(header->type) == DESCRIPTOR) {
+			error = walk_descriptor(w);
+		} else if (ntohl(header->type) == COMMIT) {
+			w->committed_at = __builtin_bswap64(((const struct commit_block *)w->block)->sec);
+			w->sequence++;
+		} else if (ntohl(header->type) == REVOKE) {
+			error = pass == REVOKES ? walk_revoke(w) : 0;
+		} else {
+			break;
+		}
+	}
+	if (pass == SCAN)
+		w->end = w->sequence;
+	return error < 0 ? error : 0;
+}
+
+
+/* --- the recovery --- */
+
+bool journal_is_in_use(const x3_image *img)
+{
+	return ((const struct journal_super *)img->jsb)->start != 0;
+}
+
+static int find(struct walk *w)
+{
+	x3_image *img = w->img;
+	int error = walk(w, SCAN);
+
+	/*
+	 * Without the flag somebody has taken it away, or put back an old superblock. If nobody has mounted
+	 * the filesystem since, the log is still what it was; else the kernel did without it, and it is old.
+	 */
+	img->stale = !(img->opened.incompat & EXT3_FEATURE_INCOMPAT_RECOVER) && w->committed_at &&
+		     img->mounted_at > w->committed_at;
+	img->replayed = w->end - ntohl(((const struct journal_super *)img->jsb)->sequence);
+	img->committed = w->end - 1;
+	if (error || img->stale || !img->replayed)
+		return error;
+	for (uint32_t i = 0; i < img->jlen; i++)
+		if (!table_put(&w->own, img->jmap[i]))
+			return -ENOMEM;
+	error = walk(w, REVOKES);
+	return error ? error : walk(w, BLOCKS);
+}
+
+/*
+ * Find what the journal has that is not home: img->patches; img->committed is its last transaction.
+ *
+ * When the filesystem was mounted since by somebody who took no notice of the journal, it is img->stale,
+ * and there are no patches.
+ */
+int replay_find(x3_image *img)
+{
+	struct walk w = { .img = img, .block = malloc(img->bs) };
+	int error = w.block ? find(&w) : -ENOMEM;
+
+	free(w.block);
+	table_free(&w.own);
+	table_free(&w.revoked);
+	return error;
+}
+
+static int by_number(const void *a, const void *b)
+{
+	uint32_t x = ((const struct patch *)a)->nr, y = ((const struct patch *)b)->nr;
+
+	return (x > y) - (x < y);
+}
+
+/* Write home what was found, and empty the log. Whenever this is cut short, it can be done again. */
+int replay_home(x3_image *img)
+{
+	struct patch *all = malloc((img->patches.n + 1) * sizeof *all);
+	char *block = malloc(img->bs);
+	uint32_t n = 0;
+	int error = all && block ? 0 : -ENOMEM;
+
+	for (uint32_t i = 0; !error && img->patches.n && i <= img->patches.mask; i++)
+		if (img->patches.slot[i].used)
+			all[n++] = img->patches.slot[i];
+	if (!error)
+		qsort(all, n, sizeof *all, by_number);
+	for (uint32_t i = 0; i < n && !error; i++) {
+		error = patch_read(img, &all[i], block, 0, img->bs);
+		if (!error)
+			error = io_write1(img, block, img->bs, (uint64_t)all[i].nr << img->bits);
+	}
+	free(all);
+	free(block);
+	error = error ? error : io_barrier(img);
+	if (!error)
+		table_free(&img->patches); /* what is in the cache has come from there */
+	return error;
+}

@@ -1,0 +1,438 @@
+"""The process dies, the machine goes on: whatever was acknowledged is there, from the redo log."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import shutil
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from cowfs.layers.base import UpperLayer
+from tests.ext3 import engine, images, powercut, recovery
+from tests.ext3.engine import PWRITE, Engine, make_file
+from tests.ext3.images import MODERN, OLD, SMALL, Shape
+from tests.ext3.load import Load
+from tests.ext3.model import Promises, State, judge
+from tests.ext3.powercut import Disk, Recording, choose_cuts, parse
+from tests.ext3.reader import Image
+from tests.support.system import needs_root, run
+
+RARELY = 1_000_000
+LARGE = Shape(mib=160, journal=64)
+
+
+def uncommitted(operations: int) -> Callable[[Load, Engine], None]:
+    """Work that nobody asks to commit: it is the size of the journal that makes transactions end."""
+
+    def work(load: Load, opened: Engine) -> None:
+        load.run(operations, commit_every=RARELY, sync_every=RARELY)
+
+    return work
+
+
+def moments(recording: Recording, count: int, seed: int) -> Iterator[tuple[int, Disk]]:
+    """So many moments of a recording, with what the disk was told until then."""
+    disk, position = Disk(bytearray(recording.base)), 0
+    for where in choose_cuts(recording.events, count, seed):
+        while position < where:
+            disk.apply(recording.events[position], recording.syncs)
+            position += 1
+        yield where, disk
+
+
+def strict(promises: Promises) -> Promises:
+    """Whatever was done before the operation that was begun last is promised."""
+    return Promises(max(promises.begun - 1, promises.committed), promises.begun)
+
+
+def judged(
+    path: Path, states: list[State], promises: Promises, debug: int = 0, trace_fd: int = -1
+) -> str | None:
+    """Recover an image; what is wrong with it?"""
+    wrong = recovery.by_engine(path, debug, trace_fd=trace_fd)
+    return wrong or judge(states, promises, Image(path.read_bytes()))
+
+
+def killed(recording: Recording, count: int, seed: int, place: Path, again: int = 2) -> list[str]:
+    """Kill the process so many times, at each kill the recovery *again* times, by death and by power cut."""
+    chance, wrong = random.Random(seed), []
+    for where, disk in moments(recording, count, seed):
+        before, path = bytes(disk.kill()), place / "killed"
+        path.write_bytes(before)
+        cut_promises, promises = Promises(disk.promises.committed, disk.promises.begun), strict(disk.promises)
+        with (place / "trace").open("w+b") as trace:
+            found = judged(path, recording.states, promises, trace_fd=trace.fileno())
+            trace.seek(0)
+            events = list(parse(trace.read()))
+        if found:
+            wrong.append(f"killed at {where}: {found}")
+            continue
+        for stop in choose_cuts(events, again, seed + where):
+            second = Disk(bytearray(before))
+            for event in events[:stop]:
+                second.apply(event, [])
+            path.write_bytes(second.kill())
+            found = judged(path, recording.states, promises)
+            if found is None:
+                path.write_bytes(second.cut(chance))
+                found = judged(path, recording.states, cut_promises, recovery.OTHER_BOOT)
+            if found:
+                wrong.append(f"killed at {where}, and at {stop} of {len(events)} of the recovery: {found}")
+    return wrong
+
+
+@pytest.mark.parametrize(("shape", "seed"), [(MODERN, 1), (SMALL, 2), (OLD, 3)], ids=str)
+def test_killed_after_any_write(place: Path, shape: Shape, seed: int) -> None:
+    """Commits and checkpoints as they come; the recovery is interrupted too."""
+    recording = powercut.record(place, shape, seed, powercut.mixed(400))
+    assert killed(recording, 16, seed, place) == []
+
+
+@pytest.mark.parametrize("shape", [MODERN, SMALL], ids=str)
+def test_killed_without_any_commit(place: Path, shape: Shape) -> None:
+    recording = powercut.record(place, shape, 4, uncommitted(400))
+    assert killed(recording, 12, 4, place) == []
+
+
+def test_killed_while_others_commit(place: Path) -> None:
+    """Two transactions at a time: one is being committed, the other has begun."""
+    recording = powercut.record(place, SMALL, 5, powercut.mixed(200), stir=True, cache_bytes=1 << 16)
+    assert killed(recording, 16, 5, place) == []
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("shape", [MODERN, SMALL, OLD], ids=str)
+@pytest.mark.parametrize("seed", range(10, 14))
+def test_killed_after_many_writes(place: Path, shape: Shape, seed: int) -> None:
+    work = uncommitted(2000) if seed % 3 == 0 else powercut.mixed(2000)
+    recording = powercut.record(place, shape, seed, work, stir=seed % 3 == 1)
+    assert killed(recording, 60, seed, place, again=4) == []
+
+
+def test_a_cut_of_the_power_leaves_no_redo_log(place: Path) -> None:
+    """Records of before the last start of the machine do not count: what they build upon may be lost."""
+    path = images.make(place / "image")
+    with engine.opened(path) as opened:
+        make_file(opened.layer, b"committed")
+        opened.layer.sync()
+        make_file(opened.layer, b"not committed")
+        opened.image.abandon()
+    with engine.opened(path, read_only=True, debug=recovery.OTHER_BOOT) as opened:
+        assert opened.image.facts().redone == 0
+        assert set(opened.layer.names(opened.layer.root)) == {b"lost+found", b"committed"}
+    with engine.opened(path, debug=recovery.OTHER_BOOT) as opened:
+        assert set(opened.layer.names(opened.layer.root)) == {b"lost+found", b"committed"}
+    assert images.unclean(path) is None
+
+
+# --- others were there
+
+
+def left(place: Path) -> Path:
+    """An image whose daemon died, with one file committed and one not."""
+    path = images.make(place / "image")
+    with engine.opened(path) as opened:
+        make_file(opened.layer, b"committed")
+        opened.layer.sync()
+        make_file(opened.layer, b"not committed")
+        opened.image.abandon()
+    return path
+
+
+def by_e2fsck(path: Path) -> None:
+    assert images.recover(path) is None
+
+
+def by_journal_alone(path: Path) -> None:
+    run("e2fsck", "-p", "-E", "journal_only", path, check=False)
+
+
+def by_kernel(path: Path) -> None:
+    assert images.recover_by_kernel(path, path.with_name("mnt")) is None
+
+
+def by_kernel_that_crashed(path: Path) -> None:
+    """It has recovered and mounted the image, and written to its own journal, when the machine dies."""
+    with images.kernel_mounted(path, path.with_name("mnt")) as top:
+        (top / "of the kernel").write_bytes(b"x")
+        run("sync", "-f", top)
+        crashed = path.read_bytes()
+    path.write_bytes(crashed)
+
+
+def by_ourselves(path: Path) -> None:
+    with engine.opened(path, debug=recovery.OTHER_BOOT) as opened:
+        opened.image.abandon()
+
+
+@needs_root
+@pytest.mark.parametrize(
+    "recovered", [by_e2fsck, by_journal_alone, by_kernel, by_kernel_that_crashed, by_ourselves]
+)
+def test_who_recovers_otherwise_ends_the_redo_log(place: Path, recovered: Callable[[Path], None]) -> None:
+    """The filesystem has gone on from the last commit: what is left of the redo log would damage it."""
+    path = left(place)
+    recovered(path)
+    with engine.opened(path, read_only=True) as opened:
+        assert b"not committed" not in opened.layer.names(opened.layer.root)
+        assert b"committed" in opened.layer.names(opened.layer.root)
+    assert recovery.by_engine(path) is None
+
+
+def test_an_image_may_be_copied_after_the_death(place: Path) -> None:
+    path = left(place)
+    shutil.copyfile(path, place / "copy")
+    for image in (path, place / "copy"):
+        assert recovery.by_engine(image) is None
+        with engine.opened(image, read_only=True) as opened:
+            assert b"not committed" in opened.layer.names(opened.layer.root)
+
+
+def clear_flag(path: Path) -> None:
+    """Take needs_recovery away, as who puts a backup of the superblock in its place does."""
+    with path.open("r+b") as file:
+        file.seek(1024 + 96)
+        (flags,) = struct.unpack("<I", file.read(4))
+        file.seek(1024 + 96)
+        file.write(struct.pack("<I", flags & ~4))
+
+
+def test_the_journal_is_recovered_without_the_flag(place: Path) -> None:
+    path = left(place)
+    clear_flag(path)
+    assert recovery.by_engine(path) is None
+    with engine.opened(path, read_only=True) as opened:
+        assert {b"committed", b"not committed"} <= set(opened.layer.names(opened.layer.root))
+
+
+def test_a_journal_that_somebody_did_without_is_old(place: Path) -> None:
+    """The flag is gone, and the filesystem was mounted since: what it holds now is newer than the journal."""
+    path = left(place)
+    clear_flag(path)
+    with path.open("r+b") as file:  # as mounted by the ext2 driver
+        file.seek(1024 + 44)
+        (mounted,) = struct.unpack("<I", file.read(4))
+        file.seek(1024 + 44)
+        file.write(struct.pack("<I", mounted + 100))
+    with engine.opened(path) as opened:
+        assert opened.layer.names(opened.layer.root) == [b"lost+found"]
+    assert images.unclean(path) is None
+
+
+# --- records
+
+
+def area(data: bytes, tid: int) -> tuple[int, int]:
+    """Where in the image the records of a transaction begin, and how many bytes they may have."""
+    image = Image(data)
+    blocks = [nr for _, nr in image.mapping(image.inode(8))]
+    size = image.block_size
+    redo = min(len(blocks) // 4, (8 << 20) // size)
+    each = (redo - 1) // 2
+    return blocks[len(blocks) - redo + 1 + (tid & 1) * each] * size, each * size
+
+
+def records_in(data: bytes) -> Iterator[tuple[int, int, int]]:
+    """Offset and length of each record that is in the image, and its transaction."""
+    for parity in (0, 1):
+        at, room = area(data, parity)
+        end = at + room
+        while at < end:
+            magic, _, _, tid, _, length, _ = struct.unpack_from("<IIQIIII", data, at)
+            if magic != 0x4F445221 or not 32 <= length <= end - at:
+                break
+            yield at, length, tid
+            at += length
+
+
+@pytest.mark.parametrize("harm", ["torn", "a bit", "missing", "too long"])
+def test_records_after_a_bad_one_do_not_count(place: Path, harm: str) -> None:
+    path = images.make(place / "image")
+    with engine.opened(path) as opened:
+        for number in range(20):
+            make_file(opened.layer, b"%d" % number)
+        opened.image.abandon()
+    found = list(records_in(path.read_bytes()))
+    assert len(found) == 20
+    at, length, _ = found[12]
+    with path.open("r+b") as file:
+        file.seek(at)
+        data = bytearray(file.read(length))
+        if harm == "torn":
+            data[length // 2 :] = bytes(length - length // 2)
+        elif harm == "a bit":
+            data[-9] ^= 1
+        elif harm == "missing":
+            data[:] = bytes(length)
+        else:
+            struct.pack_into("<I", data, 24, 0x7FFFFFF8)
+        file.seek(at)
+        file.write(data)
+    assert recovery.by_engine(path) is None
+    with engine.opened(path, read_only=True) as opened:
+        names = set(opened.layer.names(opened.layer.root))
+    assert names == {b"lost+found", *(b"%d" % number for number in range(12))}
+
+
+def test_the_next_transaction_needs_all_of_the_one_before(place: Path) -> None:
+    """While one is being committed: if a record of it is lost, those of the next build upon nothing."""
+    recording = powercut.record(place, MODERN, 6, powercut.mixed(60), stir=True)
+    tried = 0
+    for _, disk in moments(recording, 60, 6):
+        path = place / "image"
+        path.write_bytes(disk.kill())
+        found = list(records_in(path.read_bytes()))
+        tids = sorted({tid for _, _, tid in found})
+        if len(tids) < 2:
+            continue
+        tried += 1
+        at, length, _ = [one for one in found if one[2] == tids[-2]][-1]
+        with path.open("r+b") as file:
+            file.seek(at)
+            file.write(bytes(length))
+        promises = Promises(disk.promises.committed, disk.promises.begun)
+        assert judged(path, recording.states, promises) is None
+    assert tried > 5
+
+
+def test_changes_that_belong_together_are_redone_together(place: Path) -> None:
+    path = images.make(place / "image")
+    with engine.opened(path) as opened:
+        make_file(opened.layer, b"before")
+        with opened.image.together():
+            make_file(opened.layer, b"one")
+            make_file(opened.layer, b"two")
+            shutil.copyfile(path, place / "within")
+        shutil.copyfile(path, place / "after")
+        opened.image.abandon()
+    for name, there in (("within", {b"before"}), ("after", {b"before", b"one", b"two"})):
+        assert recovery.by_engine(place / name) is None
+        with engine.opened(place / name, read_only=True) as opened:
+            assert set(opened.layer.names(opened.layer.root)) == {b"lost+found"} | there
+
+
+def fill_area(layer: UpperLayer, count: int) -> None:
+    for number in range(count):
+        make_file(layer, b"%d%s" % (number, b"n" * 200))
+
+
+@pytest.mark.parametrize("shape", [SMALL, MODERN, LARGE], ids=["small", "modern", "large"])
+def test_a_full_log_makes_a_transaction_end(place: Path, shape: Shape) -> None:
+    path = images.make(place / "image", shape)
+    with engine.opened(path) as opened:
+        fill_area(opened.layer, 1900)
+        shutil.copyfile(path, place / "copy")
+        names = set(opened.layer.names(opened.layer.root))
+    assert recovery.by_engine(place / "copy") is None
+    with engine.opened(place / "copy", read_only=True) as opened:
+        assert set(opened.layer.names(opened.layer.root)) == names
+
+
+def test_a_change_that_no_log_has_room_for_is_committed(place: Path) -> None:
+    """A megabyte of changes at once, where the log has room for 128 KiB."""
+    path = images.make(place / "image", SMALL)
+    with engine.opened(path) as opened:
+        with opened.image.together():
+            fill_area(opened.layer, 600)
+        shutil.copyfile(path, place / "copy")
+        make_file(opened.layer, b"after")
+        shutil.copyfile(path, place / "later")
+    for copy, count in (("copy", 601), ("later", 602)):
+        assert recovery.by_engine(place / copy) is None
+        with engine.opened(place / copy, read_only=True) as opened:
+            assert len(opened.layer.names(opened.layer.root)) == count
+
+
+def test_what_cannot_be_logged_is_not_done(place: Path) -> None:
+    """The host refuses the record of a change: it fails. What belongs together waits for the commit."""
+    path = images.make(place / "image")
+    with engine.opened(path) as opened:
+        make_file(opened.layer, b"before")
+        opened.inject(PWRITE, 1, errno.ENOSPC)
+        with pytest.raises(OSError, match="No space") as caught:
+            make_file(opened.layer, b"refused")
+        assert caught.value.errno == errno.ENOSPC
+        make_file(opened.layer, b"file")
+        with opened.image.together():
+            make_file(opened.layer, b"one")
+            make_file(opened.layer, b"two")
+            opened.inject(PWRITE, 1, errno.ENOSPC)
+        shutil.copyfile(path, place / "copy")
+    assert recovery.by_engine(place / "copy") is None
+    with engine.opened(place / "copy", read_only=True) as opened:
+        assert set(opened.layer.names(opened.layer.root)) == {
+            b"lost+found",
+            b"before",
+            b"file",
+            b"one",
+            b"two",
+        }
+
+
+def test_a_full_store_keeps_what_was_said(place: Path) -> None:
+    path = images.make(place / "image", SMALL)
+    with engine.opened(path) as opened:
+        key = make_file(opened.layer, b"filler")
+        file = opened.layer.open(key, os.O_RDWR)
+        file.pwrite(bytes(10 << 20), 0)
+        file.close()
+        opened.image.checkpoint()
+        full = frozenset({errno.ENOSPC})
+        load = Load(opened.layer, Image(path.read_bytes()), 7, tolerate=full, largest=900_000)
+        load.spared.add(key)
+        load.run(300, commit_every=RARELY, sync_every=RARELY)
+        assert load.failed
+        shutil.copyfile(path, place / "copy")
+        promised = recovery.shown(opened.layer)
+    with engine.opened(place / "copy", read_only=True) as opened:
+        assert recovery.shown(opened.layer) == promised
+    assert recovery.by_engine(place / "copy") is None
+
+
+# --- where the image goes on
+
+
+def test_after_growing_the_log_goes_on(place: Path) -> None:
+    path = images.make(place / "image", MODERN)
+    with engine.opened(path) as opened:
+        make_file(opened.layer, b"before")
+        opened.image.suspend()
+        os.truncate(path, 32 << 20)
+        run("resize2fs", "-f", path)
+        opened.image.resume()
+        make_file(opened.layer, b"after")
+        opened.image.abandon()
+    assert recovery.by_engine(path) is None
+    with engine.opened(path, read_only=True) as opened:
+        assert {b"before", b"after"} <= set(opened.layer.names(opened.layer.root))
+
+
+def test_what_came_from_memory_has_a_log_on_the_disk(place: Path) -> None:
+    """A file without a name needs none; the one that the image moves to does."""
+    path = images.make(place / "image", MODERN)
+    hidden = place / "hidden"
+    shutil.copyfile(path, hidden)
+    with engine.opened(hidden) as opened, path.open("r+b") as target, hidden.open("rb") as source:
+        hidden.unlink()
+        opened.image.checkpoint()
+        opened.image.suspend()
+        opened.image.resume()
+        make_file(opened.layer, b"in memory")
+        opened.image.checkpoint()
+        data = source.read()
+        assert list(records_in(data)) == []
+        target.write(data)
+        target.flush()
+        opened.image.switch(target.fileno())
+        make_file(opened.layer, b"on disk")
+        opened.image.abandon()
+    with engine.opened(path, read_only=True) as opened:
+        assert opened.image.facts().redone == 1
+        assert {b"in memory", b"on disk"} <= set(opened.layer.names(opened.layer.root))
+    assert recovery.by_engine(path) is None
