@@ -246,6 +246,7 @@ def _open_union(options: UnionOptions, progress: Progress) -> Union:
             OverlayOptions(xattr_prefix=store.xattr_prefix, sync_copy_up=not _orders_data(store)),
         )
         overlay.make_room = store.make_room
+        overlay.not_saved = store.not_saved
         if anew:
             _take_attributes(overlay, lowers[0])
         store.bind(identities)

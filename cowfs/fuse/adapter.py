@@ -23,6 +23,7 @@ from cowfs.fuse import libfuse
 from cowfs.fuse.failure import errno_of
 from cowfs.fuse.loop import RequestLoop
 from cowfs.layers.acl import DEFAULT as DEFAULT_ACL
+from cowfs.layers.base import File
 from cowfs.overlay.attr import NewAttributes
 from cowfs.overlay.dir import Owner
 from cowfs.overlay.file import Handle
@@ -453,8 +454,14 @@ class Adapter(pyfuse3.Operations):
     async def fsync(self, fh: int, datasync: bool) -> None:
         handle = self._handles[fh]
         if handle.node.upper is not None:
-            file = handle.file
+            await self._synced(handle.file, datasync)
+
+    async def _synced(self, file: File, datasync: bool) -> None:
+        try:
             await self._in_thread(lambda: file.fsync(datasync))
+        except OSError as failure:
+            self._fs.not_saved(failure)
+            raise
 
     # --- directories
 
@@ -509,7 +516,7 @@ class Adapter(pyfuse3.Operations):
         if node.upper is not None:
             directory = self._fs.upper.open_directory(node.upper)
             try:
-                await self._in_thread(lambda: directory.fsync(datasync))
+                await self._synced(directory, datasync)
             finally:
                 directory.close()
 

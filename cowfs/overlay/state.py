@@ -86,6 +86,8 @@ class State:
         self.shared_whiteout: Key | None = None
         self.make_room: Callable[[], bool] = lambda: False
         """Called when the upper is full; True: there is more room now, try again."""
+        self.not_saved: Callable[[OSError], None] = lambda error: None
+        """Called when the upper could not put on disk what was written to it."""
         self._temporaries = count()
         self._strange: dict[tuple[int, int, int], int] = {}
         devs = [upper.dev, *(layer.dev for layer in self.lowers)]

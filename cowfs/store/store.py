@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
 import stat
 import time
@@ -12,10 +14,13 @@ from typing import Any, Literal
 
 from cowfs.errors import StoreError
 from cowfs.layers.base import Key, UpperLayer
+from cowfs.linux.files import LACK_OF_ROOM
 from cowfs.store import layout
 from cowfs.store.header import Header, bound, check_lowers
 from cowfs.store.tools import Progress, quiet
 from cowfs.types import Identity
+
+log = logging.getLogger(__name__)
 
 Kind = Literal["image", "directory", "memory"]
 
@@ -92,12 +97,20 @@ class Store:
         try:
             self.layer.sync()
         except OSError as error:
-            if not hasattr(self.layer, "image"):
-                self.failure = self.failure or error
+            self.not_saved(error)
             raise
         if self.failure is not None:
             raise self.failure
         self.saved = now
+
+    def not_saved(self, error: OSError) -> None:
+        """Note that something could not be put on disk. For any thread."""
+        told = error.errno in LACK_OF_ROOM | {errno.EIO, errno.EROFS}
+        if told and not hasattr(self.layer, "image") and self.failure is None:
+            self.failure = error
+            log.error(
+                "%s: what was written did not all get to the disk: %s; it is lost", self.path, error.strerror
+            )
 
     def bind(self, lowers: Sequence[Identity]) -> bool:
         """Write down that the store belongs to *lowers* from now on. Blocks until it is on disk.

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -322,31 +323,36 @@ def test_a_thin_volume_that_takes_no_names_is_waited_for(base: Path, thin: tuple
 # --- 7, 8, 9: refused in the background, and when it is to end
 
 
-def limit(here: Mounted, size: str) -> None:
-    """Let the daemon write to files only so far (its log): EFBIG beyond."""
-    run("prlimit", f"--pid={here.pid()}", f"--fsize={size}:unlimited")
-
-
 def stalled(here: Mounted) -> bool:
     lost = info(here.path)["store"]["unsaved"]
     return bool(lost and lost["waits"])
 
 
+@contextmanager
+def refused_names(base: Path, thin: tuple[Path, Path]) -> Iterator[tuple[Mounted, Path]]:
+    """A mount in which ``lost`` was made, and that cannot put that on disk as long as a file is there."""
+    at, pool = thin
+    store = sparse_copy(base / "whole", at / "store")
+    run("sync", "-f", store)
+    with mounted(base / "lower", base / "mnt", store, quiet=False) as here:
+        (here.path / "before").touch()
+        script("sync before", here)
+        other = fill(pool)
+        for number in range(40):
+            (here.path / ("lost" if not number else f"{number}" + "n" * 200)).mkdir()
+        yield here, other
+
+
 @pytest.mark.slow
-def test_refused_in_the_background(base: Path) -> None:
+def test_refused_in_the_background(base: Path, thin: tuple[Path, Path]) -> None:
     """Nobody asks for the commit: the log, info, diff and umount tell, and it goes on without being asked."""
-    with mounted(base / "lower", base / "mnt", base / "whole", quiet=False) as here, worker(here) as work:
-        work("os.close(os.open('before', os.O_CREAT))")
-        work("os.fsync(os.open('.', os.O_RDONLY))")
-        limit(here, "65536")
-        assert {work(f"os.mkdir('d{number}')") for number in range(20)} == {None}
-        fd = work("os.open('data', os.O_CREAT | os.O_WRONLY)")
-        assert work(f"os.write({fd}, b'data')") == -errno.EFBIG, "by the write itself"
+    with refused_names(base, thin) as (here, other), worker(here) as work:
         eventually(lambda: stalled(here), "the commit every five seconds has failed")
-        assert work("os.mkdir('later')") == -errno.EFBIG
-        assert work("os.rename('d1', 'e1')") == -errno.EFBIG
-        assert work(f"os.fsync({fd})") == -errno.EFBIG
-        assert {f"d{number}" for number in range(20)} < set(os.listdir(here.path))
+        assert work("os.mkdir('later')") == -errno.ENOSPC
+        assert work("os.rename('lost', 'renamed')") == -errno.ENOSPC
+        assert work("os.open('data', os.O_CREAT | os.O_WRONLY)") == -errno.ENOSPC
+        assert work("os.fsync(os.open('.', os.O_RDONLY))") == -errno.ENOSPC
+        assert {"before", "lost"} < set(os.listdir(here.path))
         assert (
             "ERROR" in here.log.read_text()
             and "Changes are refused until it has room" in here.log.read_text()
@@ -354,31 +360,27 @@ def test_refused_in_the_background(base: Path) -> None:
         said = "in memory alone until its disk has room"
         assert said in cowfs("info", here.path).stdout
         shown = cowfs("diff", here.path)
-        assert said in shown.stderr and "A  d7/" in shown.stdout
+        assert said in shown.stderr and "A  lost/" in shown.stdout
         work("[os.closerange(3, 9), os.chdir('/')]")
         refused = cowfs("umount", here.path)
         assert refused.returncode == 32
         assert "not unmounted" in refused.stderr and said in refused.stderr and "--force" in refused.stderr
         assert cowfs("umount", "-l", here.path).returncode == 32
         assert is_mounted(here.path)
-        limit(here, "unlimited")
+        other.unlink()
         eventually(lambda: not stalled(here), "it goes on by itself")
         assert "has room again" in here.log.read_text()
         (here.path / "later").mkdir()
-    whole(base / "whole")
-    with mounted(base / "lower", base / "mnt", base / "whole", quiet=False) as here:
-        assert {"before", "data", "later", *(f"d{number}" for number in range(20))} < set(
-            os.listdir(here.path)
-        )
+    with mounted(base / "lower", base / "mnt", thin[0] / "store", quiet=False) as here:
+        assert {"before", "later", "lost"} < set(os.listdir(here.path))
+    whole(thin[0] / "store")
 
 
 @pytest.mark.parametrize("how", ["umount2", "SIGTERM"])
-def test_who_is_not_asked_waits_for_room_at_the_end(base: Path, how: str) -> None:
+def test_who_is_not_asked_waits_for_room_at_the_end(base: Path, thin: tuple[Path, Path], how: str) -> None:
     """The kernel's umount(2), and a signal, are not refused: the daemon keeps what it has for a minute."""
-    with mounted(base / "lower", base / "mnt", base / "whole", quiet=False) as here:
+    with refused_names(base, thin) as (here, other):
         pid = here.pid()
-        limit(here, "65536")
-        (here.path / "d").mkdir()
         if how == "SIGTERM":
             os.kill(pid, signal.SIGTERM)
         else:
@@ -386,40 +388,49 @@ def test_who_is_not_asked_waits_for_room_at_the_end(base: Path, how: str) -> Non
         eventually(lambda: not is_mounted(here.path), "it is unmounted")
         eventually(lambda: "nothing can be written to its disk" in here.log.read_text(), "it is told")
         assert os.path.exists(f"/proc/{pid}")
-        assert "in use" in cowfs("mount", base / "lower", here.path, "--store", base / "whole").stderr
-        run("prlimit", f"--pid={pid}", "--fsize=unlimited")
+        again = cowfs("mount", base / "lower", here.path, "--store", thin[0] / "store")
+        assert "in use" in again.stderr
+        other.unlink()
         eventually(lambda: not os.path.exists(f"/proc/{pid}"), "all is saved")
-    whole(base / "whole")
-    with mounted(base / "lower", base / "mnt", base / "whole", quiet=False) as here:
-        assert (here.path / "d").is_dir()
+    with mounted(base / "lower", base / "mnt", thin[0] / "store", quiet=False) as here:
+        assert (here.path / "lost").is_dir()
+    whole(thin[0] / "store")
 
 
-def test_given_up_by_force(base: Path) -> None:
-    """Exit 0, at once, with what is lost on the terminal; the store is as it was committed last."""
-    with mounted(base / "lower", base / "mnt", base / "whole", quiet=False) as here, worker(here) as work:
-        work("os.close(os.open('before', os.O_CREAT))")
-        work("os.fsync(os.open('.', os.O_RDONLY))")
-        limit(here, "65536")
-        work("os.mkdir('lost')")
-        work("[os.closerange(3, 9), os.chdir('/')]")
+def test_given_up_by_force(base: Path, thin: tuple[Path, Path]) -> None:
+    """Exit 0, at once, with what is lost on the terminal; the store is at least as it was committed last."""
+    with refused_names(base, thin) as (here, other):
         assert cowfs("umount", here.path).returncode == 32
         forced = cowfs("umount", "--force", here.path, timeout=20)
         assert forced.returncode == 0
         assert "unmounted, but: " in forced.stderr and "could not be written" in forced.stderr
-    with mounted(base / "lower", base / "mnt", base / "whole", quiet=False) as here:
-        assert "before" in os.listdir(here.path) and "lost" not in os.listdir(here.path)
-    whole(base / "whole")
+    other.unlink()
+    with mounted(base / "lower", base / "mnt", thin[0] / "store", quiet=False) as here:
+        assert "before" in os.listdir(here.path)
+    whole(thin[0] / "store")
 
 
-def test_killed_while_it_unmounts_is_no_success(base: Path) -> None:
-    with mounted(base / "lower", base / "mnt", base / "whole", quiet=False) as here:
-        limit(here, "65536")
-        pid = here.pid()
-        (here.path / "d").mkdir()
-        done = cowfs("umount", here.path)
-        assert done.returncode == 32
-        os.kill(pid, signal.SIGKILL)
+def test_killed_while_it_waits_for_room(base: Path, thin: tuple[Path, Path]) -> None:
+    with refused_names(base, thin) as (here, other):
+        assert cowfs("umount", here.path).returncode == 32
+        os.kill(here.pid(), signal.SIGKILL)
         cowfs("umount", here.path, check=True)
+    other.unlink()
+    with mounted(base / "lower", base / "mnt", thin[0] / "store", quiet=False) as here:
+        assert "before" in os.listdir(here.path)
+    whole(thin[0] / "store")
+
+
+def test_a_limit_is_told_by_the_calls(base: Path) -> None:
+    """As ulimit -f and quotas are: nothing is acknowledged that cannot be kept."""
+    with mounted(base / "lower", base / "mnt", base / "whole", quiet=False) as here, worker(here) as work:
+        run("prlimit", f"--pid={here.pid()}", "--fsize=65536:unlimited")  # its log is not so long
+        assert work("os.mkdir('lost')") == -errno.EFBIG
+        assert work("os.open('data', os.O_CREAT | os.O_WRONLY)") == -errno.EFBIG
+        assert set(work("os.listdir('.')")) == {"big", "many"}
+        run("prlimit", f"--pid={here.pid()}", "--fsize=unlimited")
+        assert work("os.mkdir('made')") is None
+    whole(base / "whole")
 
 
 # --- 10: the kernel's engine, directories, persist
@@ -501,3 +512,47 @@ def test_persist_into_a_disk_that_fills_up(base: Path, kind: str) -> None:
         whole(at / "kept.bs")
         with mounted(base / "lower", base / "mnt", at / "kept.bs", quiet=False) as here:
             assert (here.path / "file").read_text() == "more" and (here.path / "later").read_text() == "later"
+
+
+def test_the_kernel_loses_what_a_thin_volume_refuses_and_umount_says_so(
+    base: Path, thin: tuple[Path, Path]
+) -> None:
+    at, pool = thin
+    store = sparse_copy(base / "whole", at / "store")
+    with (
+        mounted(base / "lower", base / "mnt", store, engine="kernel", quiet=False) as here,
+        worker(here) as work,
+    ):
+        other = fill(pool)
+        fd = work("os.open('data', os.O_CREAT | os.O_WRONLY)")
+        assert work(f"os.write({fd}, b'd' * (16 << 20))") == 16 * MIB
+        assert work(f"os.fsync({fd})") in {-errno.ENOSPC, -errno.EIO, -errno.EROFS}
+        work("[os.closerange(3, 9), os.chdir('/')]")
+        refused = cowfs("umount", here.path)
+        assert refused.returncode == 32 and "lost when it is unmounted" in refused.stderr
+        assert "UNSAVED" in cowfs("info", here.path).stdout
+        assert cowfs("umount", here.path).returncode == 32, "not only once"
+        assert cowfs("umount", "--force", here.path).returncode == 0
+    other.unlink()
+
+
+def test_grow_under_users_into_a_disk_that_is_full(base: Path) -> None:
+    """Nothing is lost, nothing is left of it, and the mount goes on."""
+    with host("tmpfs", base / "host", 160) as at:
+        store = at / "store"
+        run("cp", "--sparse=never", base / "whole", store)
+        with mounted(base / "lower", base / "mnt", store, quiet=False) as here:
+            (here.path / "before").write_text("before")
+            refused = cowfs("grow", here.path, "200")
+            assert refused.returncode == 32 and "are needed" in refused.stderr
+            run("prlimit", f"--pid={here.pid()}", f"--fsize={110 << 20}:unlimited")
+            refused = cowfs("grow", here.path, "120")
+            assert refused.returncode == 32 and "cannot be allocated: File too large" in refused.stderr
+            assert store.stat().st_size == 96 * MIB
+            (here.path / "after").write_text("after")
+            run("prlimit", f"--pid={here.pid()}", "--fsize=unlimited")
+            cowfs("grow", here.path, "120", check=True)
+        whole(store)
+        with mounted(base / "lower", base / "mnt", store, quiet=False) as here:
+            assert (here.path / "before").read_text() == "before"
+            assert (here.path / "after").read_text() == "after"
