@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from cowfs.errors import StoreError, SystemFailure
 from cowfs.layers.base import Key, UpperLayer
 from cowfs.layers.directory import DirectoryLayer
-from cowfs.store import layout, lock, tools
+from cowfs.store import layout, lock, place, tools
 from cowfs.store.directory import sees_all
 from cowfs.store.header import TRUSTED, USER, Header
-from cowfs.store.image import open_file, open_layer
+from cowfs.store.image import is_copy, open_file, open_layer
 from cowfs.store.signals import deferred
 from cowfs.store.superblock import read_superblock
 from cowfs.store.tools import Progress, quiet
@@ -70,6 +70,7 @@ def _check_image(path: str, read_only: bool, progress: Progress, report: Report,
     lock.lock(fd, path, shared=read_only)
     lock.refuse_mounted_image(fd, path)
     superblock = read_superblock(fd, path, smallest=0)
+    copy = superblock.needs_recovery and is_copy(fd, path)
     with deferred():
         if read_only and superblock.needs_recovery:
             progress(f"{path}: was not unmounted; checked as it is when its journal has been replayed")
@@ -83,6 +84,9 @@ def _check_image(path: str, read_only: bool, progress: Progress, report: Report,
         report.problems.append(f"{path}: the filesystem is damaged, so what is in it was not checked")
         report.checked = False
         return
+    if copy:
+        report.problems.append(place.torn(path).message)
+        report.code |= tools.FSCK_UNCORRECTED if read_only else tools.FSCK_CORRECTED
     try:
         layer = open_layer(fd, path, stack, read_only=True)
     except (StoreError, SystemFailure) as error:  # e2fsck knows more filesystems than the engine

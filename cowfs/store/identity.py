@@ -36,6 +36,7 @@ _CHUNK = 1 << 20
 
 _EXT, _BTRFS, _BCACHEFS, _ZFS, _XFS = 0xEF53, 0x9123683E, 0xCA451A4E, 0x2FC12FC1, 0x58465342
 _WITH_FSID = {_EXT, _BTRFS, _BCACHEFS, _ZFS}
+_WITH_GENERATIONS = {0x01021994, 0xF2F52010}  # tmpfs, f2fs: random numbers, and no f_fsid that lasts
 _FROZEN = {0x73717368, 0xE0F5E1E2, 0x9660}  # squashfs, erofs, iso9660
 _NAMES = {
     _EXT: "ext4",
@@ -125,18 +126,38 @@ def _superblock(fd: int, path: str, start: int) -> Superblock:
         raise
 
 
+def identify_file(fd: int) -> str:
+    """Return what a file is known by for as long as it exists, wherever its filesystem is mounted: no copy
+    of it has the same. "" where its filesystem has nothing like that (FAT, NFS, FUSE)."""
+    try:
+        magic = files.fs_magic(fd)
+        facts = [files.file_handle(fd, b"")] if magic in _WITH_GENERATIONS else _lasting(fd, magic)
+    except OSError:
+        return ""
+    if not facts or facts[-1] is None:
+        return ""
+    return _fingerprint([f"{magic:x}", os.fstat(fd).st_ino, *facts])
+
+
+def _lasting(fd: int, magic: int) -> list[object]:
+    """Return what tells of the filesystem and of the inode's generation; nothing where that does not last."""
+    if magic in _WITH_FSID:
+        return [f"{os.fstatvfs(fd).f_fsid:x}", files.file_handle(fd, b"")]
+    if magic == _XFS:
+        return [_xfs_uuid(fd), files.file_handle(fd, b"")]
+    return []
+
+
+def _fingerprint(facts: list[object]) -> str:
+    return hashlib.sha256(":".join(map(str, facts)).encode()).hexdigest()
+
+
 def _directory(fd: int, path: str) -> Identity:
     info, place = os.fstat(fd), os.fstatvfs(fd)
     magic = files.fs_magic(fd)
-    facts: list[object] = [f"{magic:x}", info.st_ino]
-    if magic in _WITH_FSID:
-        facts += [f"{place.f_fsid:x}", files.file_handle(fd, b"")]
-    elif magic == _XFS:
-        facts += [_xfs_uuid(fd), files.file_handle(fd, b"")]
-    else:
-        facts += [place.f_blocks, place.f_frsize]
-        facts += [place.f_files] if magic in _FROZEN else []
-    fingerprint = hashlib.sha256(":".join(map(str, facts)).encode()).hexdigest()
+    facts = _lasting(fd, magic) or [place.f_blocks, place.f_frsize]
+    facts += [place.f_files] if magic in _FROZEN else []
+    fingerprint = _fingerprint([f"{magic:x}", info.st_ino, *facts])
     name = _NAMES.get(magic, f"filesystem {magic:#x}")
     return Identity(
         kind="directory",

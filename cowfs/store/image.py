@@ -17,7 +17,7 @@ from cowfs.layers.base import UpperLayer
 from cowfs.layers.directory import DirectoryLayer
 from cowfs.linux import mounts
 from cowfs.linux.files import LACK_OF_ROOM
-from cowfs.store import layout, lock, tools
+from cowfs.store import layout, lock, place, tools
 from cowfs.store.allocate import take_room
 from cowfs.store.header import check_lowers, new_header
 from cowfs.store.saving import disk_of, lacks_room
@@ -48,8 +48,14 @@ def open_image(path: str, want: Wanted) -> Store:
         stack.callback(fcntl.flock, fd, fcntl.LOCK_UN)
         lock.refuse_mounted_image(fd, path)
         superblock = read_superblock(fd, path)
+        copy = superblock.needs_recovery and is_copy(fd, path)
+        if copy and not want.read_only:
+            raise place.torn(path)
+        if copy:
+            want.progress(place.torn(path).message)
         if superblock.state != "clean" and not want.read_only:
-            tools.recover(fd, path, want.progress, sound=not superblock.has_errors)
+            sound = copy is not None and not superblock.has_errors
+            tools.recover(fd, path, want.progress, *([] if sound else ["-f"]), sound=sound)
             superblock = read_superblock(fd, path)
         elif superblock.needs_recovery:
             want.progress(f"{path}: was not cleanly unmounted; shown as it will be when it is recovered")
@@ -59,7 +65,7 @@ def open_image(path: str, want: Wanted) -> Store:
         mount = _mount if kernel else _read_ourselves
         layer = mount(fd, path, superblock, want, stack)
         try:
-            store = _open_layer(path, layer, superblock, want, stack)
+            store = _open_layer(fd, path, layer, superblock, want, stack)
         except OSError as error:
             hint = f"cowfs grow {path} SIZE makes it larger" if error.errno == errno.ENOSPC else ""
             lacks = lacks_room(disk_of(fd))
@@ -140,6 +146,15 @@ def _refuse_untouched(fd: int, path: str, want: Wanted) -> None:
             check_lowers(layout.load_header(layer), want.lowers, path)
 
 
+def is_copy(fd: int, path: str) -> bool | None:
+    """Say whether an image that needs recovery is a copy, made while it was in use; None: not known."""
+    try:
+        with ExitStack() as looking:
+            return place.is_copy(open_layer(fd, path, looking, read_only=True), fd)
+    except (StoreError, SystemFailure):
+        return None
+
+
 def open_layer(fd: int, path: str, stack: ExitStack, *, read_only: bool = False) -> Ext3Layer:
     """Open the ext3 image behind *fd* in this process; *stack* closes it. *path* is for messages."""
     try:
@@ -180,18 +195,20 @@ def _wait_detached(fd: int, device: str, progress: tools.Progress) -> None:
 
 
 def _open_layer(
-    path: str, layer: UpperLayer, superblock: Superblock, want: Wanted, stack: ExitStack
+    fd: int, path: str, layer: UpperLayer, superblock: Superblock, want: Wanted, stack: ExitStack
 ) -> Store:
     found = layout.recognise(layer)
     if found == "store":
         header = layout.load_header(layer)
         layout.refuse_lossy_copy(layer, header)
-        if not want.read_only and header.mark is None:
-            header = layout.renew_mark(layer, header)
+        if not want.read_only:
+            place.note(layer, fd)
+            header = header if header.mark else layout.renew_mark(layer, header)
         return finish("image", path, layer, header, want, stack)
     if want.read_only and found == "nothing":
         raise StoreError(f"{path}: an ext3 filesystem without a store in it", "mount it once to make one")
     header = new_header(adopted=found == "overlayfs", identity=superblock.uuid)
     if not want.read_only:
         header = layout.initialise(layer, header)
+        place.note(layer, fd)
     return finish("image", path, layer, header, want, stack)

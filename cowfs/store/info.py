@@ -9,7 +9,7 @@ from typing import Any
 from cowfs.errors import StoreError, SystemFailure
 from cowfs.layers.base import UpperLayer
 from cowfs.layers.directory import DirectoryLayer
-from cowfs.store import layout, lock, tools
+from cowfs.store import layout, lock, place, tools
 from cowfs.store.directory import sees_all
 from cowfs.store.header import VERSION, Header
 from cowfs.store.image import open_file, open_layer
@@ -49,6 +49,8 @@ def _image(path: str, stack: ExitStack) -> dict[str, Any]:
         inside["problem"] = "it is being changed just now" if user else str(error)
     else:
         inside = _inside(layer)
+        if superblock.needs_recovery and not user and place.is_copy(layer, fd):
+            inside["problem"] = str(place.torn(path))
         facts = layer.image.facts()
         free, free_inodes = facts.free_blocks, facts.free_inodes
     return {

@@ -12,6 +12,7 @@ from typing import Any
 from cowfs.errors import StoreError, UsageError
 from cowfs.linux.files import segments
 from cowfs.store import allocate, create, lock, tools
+from cowfs.store.place import note
 from cowfs.store.sizes import LARGEST, check_room, format_size
 from cowfs.store.store import Store
 
@@ -63,6 +64,7 @@ def persist(
         os.dup2(kept, memory.fd, inheritable=False)  # the memory is free; close() closes the image
         os.close(kept)
         store.fd = memory.fd
+        note(store.layer, store.fd)
         return os.fstat(memory.fd).st_size
     finally:
         memory.leaving = ""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import shutil
 import signal
 import stat
 import sys
@@ -294,16 +293,14 @@ def test_only_what_we_read_ourselves_grows_while_it_is_open(image: Path, tmp_pat
 # --- damage
 
 
-def test_a_store_that_was_not_unmounted_is_recovered_with_one_line(image: Path, tmp_path: Path) -> None:
-    dirty = tmp_path / "dirty"
+def test_a_store_that_was_not_unmounted_is_recovered_with_one_line(image: Path) -> None:
     store = open_store(str(image))
     write(store, b"before", b"")
     store.close()
     store = open_store(str(image), engine="kernel")
     write(store, b"synced", b"there")
     store.layer.sync()
-    shutil.copyfile(image, dirty)
-    store.close()
+    dirty = died(store, image)
     assert store_info(str(dirty))["state"] == "needs recovery"
     said: list[str] = []
     reader = open_store(str(dirty), read_only=True, progress=said.append)
@@ -320,10 +317,9 @@ def test_a_store_that_was_not_unmounted_is_recovered_with_one_line(image: Path, 
 
 
 @pytest.mark.parametrize("engine", ["process", "kernel"])
-def test_a_killed_store_shows_everything_and_stays_as_it_is(image: Path, tmp_path: Path, engine: str) -> None:
+def test_a_killed_store_shows_everything_and_stays_as_it_is(image: Path, engine: str) -> None:
     """For reading: what is in the journal, and what was not even committed."""
-    dirty, store = killed_copy(image, tmp_path)
-    store.close()
+    dirty = killed(image)
     before = dirty.read_bytes()
     said: list[str] = []
     reader = open_store(str(dirty), engine=engine, read_only=True, progress=said.append)
@@ -334,23 +330,28 @@ def test_a_killed_store_shows_everything_and_stays_as_it_is(image: Path, tmp_pat
     assert "not cleanly unmounted" in said[0]
 
 
-def killed_copy(image: Path, tmp_path: Path) -> tuple[Path, Store]:
-    """A copy of an image as the death of its daemon leaves it; and the store that goes on."""
+def died(store: Store, image: Path) -> Path:
+    """Close a store, and let its image be as if the process that had it had ended instead."""
+    content = image.read_bytes()
+    store.close()
+    image.write_bytes(content)  # a copy would be known as one
+    return image
+
+
+def killed(image: Path) -> Path:
+    """An image as the death of its daemon leaves it."""
     store = open_store(str(image), engine="process")
     write(store, b"synced", b"there")
     store.layer.sync()
     write(store, b"written", b"too")
-    dirty = tmp_path / "dirty"
-    shutil.copyfile(image, dirty)
-    return dirty, store
+    return died(store, image)
 
 
 @pytest.mark.parametrize(
     "how", ["mount", "mount by the kernel", "check", "check -n", "grow", "mount damaged"]
 )
-def test_whatever_comes_after_a_kill_keeps_everything(image: Path, tmp_path: Path, how: str) -> None:
-    dirty, store = killed_copy(image, tmp_path)
-    store.close()
+def test_whatever_comes_after_a_kill_keeps_everything(image: Path, how: str) -> None:
+    dirty = killed(image)
     said: list[str] = []
     if how.startswith("mount"):
         if how == "mount damaged":

@@ -5,15 +5,18 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import stat
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from cowfs.errors import StoreBusy, StoreError, UsageError, WrongLower
+from cowfs.errors import CowfsError, StoreBusy, StoreError, UsageError, WrongLower
 from cowfs.store import layout
+from cowfs.store.create import create_store
 from cowfs.store.open import open_store
 from cowfs.store.store import Store
 from cowfs.types import Identity
@@ -160,6 +163,50 @@ def test_a_volatile_mount_of_the_kernels_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="volatile"):
         open_store(str(tmp_path))
     assert (tmp_path / "work/work/incompat/volatile").is_dir()
+
+
+def volatile(path: Path) -> None:
+    (path / "upper").mkdir(parents=True)
+    (path / "work/work/incompat/volatile").mkdir(parents=True)
+
+
+def damaged_header(path: Path) -> None:
+    open_store(str(path)).close()
+    (path / "cowfs/header.json").write_text("{")
+
+
+def of_another_lower(path: Path) -> None:
+    store = open_store(str(path), lowers=[OTHER])
+    store.bind([OTHER])
+    store.close()
+
+
+def ext2(path: Path) -> None:
+    run("mke2fs", "-q", "-t", "ext2", path, "16M")
+
+
+def damaged_superblock(path: Path) -> None:
+    run("mke2fs", "-q", "-t", "ext3", path, "16M")
+    with path.open("r+b") as file:
+        file.seek(1024 + 24)
+        file.write(b"\xff\xff\xff\xff")
+
+
+def damaged(path: Path) -> None:
+    create_store(str(path), 16 << 20)
+    run("debugfs", "-w", "-R", "clri <2>", path)
+    run("debugfs", "-w", "-R", "ssv state 2", path)
+
+
+@pytest.mark.parametrize(
+    "make", [volatile, damaged_header, of_another_lower, ext2, damaged_superblock, damaged]
+)
+def test_no_advice_loses_anything(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    make(tmp_path / "store")
+    with pytest.raises(CowfsError) as refused:
+        open_store(str(tmp_path / "store"), lowers=[LOWER])
+    assert "copy" in refused.value.hint
+    assert not re.search(r"\brm\b|remove|-y\b", refused.value.hint)
 
 
 def test_one_at_a_time(tmp_path: Path) -> None:
