@@ -19,6 +19,7 @@ import pytest
 from tests.ext3 import images
 from tests.ext3.damage import Target, damaged
 from tests.ext3.images import Shape
+from tests.ext3.makes import Make, without
 from tests.ext3.reader import JOURNAL, Image
 from tests.support.mounts import project_root
 from tests.support.system import run
@@ -64,6 +65,9 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         assert run("e2fsck", "-fyD", path, check=False).returncode in (0, 1)
         assert images.unclean(path) is None
         made.append(path)
+    options = ("-b", "1024", "-g", "256", "-N", "512", "-d", str(place / "tree"))
+    meta = Make(without("resize_inode") + ",meta_bg", options, kib=4 << 10, journal=1)
+    made.append(meta.make(place / "meta_bg"))
     return made
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,13 @@ from tests.ext3.makes import MAKES, REFUSED, Make
 from tests.support.system import needs_root
 
 VALUE = b"v" * 300
+
+
+@pytest.fixture
+def place() -> Iterator[Path]:
+    """An empty directory, in memory if there is such a place: e2fsck syncs what it writes."""
+    with tempfile.TemporaryDirectory(prefix="cowfs-makes-", dir=images.scratch()) as made:
+        yield Path(made)
 
 
 def fill(path: Path, engine: str, name: bytes) -> None:
@@ -49,8 +58,8 @@ def names(path: Path) -> set[bytes]:
 
 
 @pytest.mark.parametrize("make", MAKES.values(), ids=MAKES)
-def test_a_store_in_it_is_used_and_grown(tmp_path: Path, make: Make) -> None:
-    path = make.make(tmp_path / "s.bs")
+def test_a_store_in_it_is_used_and_grown(place: Path, make: Make) -> None:
+    path = make.make(place / "s.bs")
     fill(path, "process", b"one")
     size = store_info(str(path))["size"]
     inodes = store_info(str(path))["free_inodes"]
@@ -69,8 +78,8 @@ def test_a_store_in_it_is_used_and_grown(tmp_path: Path, make: Make) -> None:
 
 @needs_root
 @pytest.mark.parametrize("make", MAKES.values(), ids=MAKES)
-def test_the_engines_take_turns_or_the_kernel_is_said_to_be_unable(tmp_path: Path, make: Make) -> None:
-    path = make.make(tmp_path / "s.bs")
+def test_the_engines_take_turns_or_the_kernel_is_said_to_be_unable(place: Path, make: Make) -> None:
+    path = make.make(place / "s.bs")
     if not make.for_kernel:
         with pytest.raises(StoreError, match=r"blocks of \d+ KB.*--engine process"):
             fill(path, "kernel", b"one")
@@ -83,8 +92,8 @@ def test_the_engines_take_turns_or_the_kernel_is_said_to_be_unable(tmp_path: Pat
 
 @pytest.mark.parametrize("engine", ["process", pytest.param("kernel", marks=needs_root)])
 @pytest.mark.parametrize(("said", "make"), REFUSED.items(), ids=REFUSED)
-def test_another_filesystem_is_refused_by_name(tmp_path: Path, said: str, make: Make, engine: str) -> None:
-    path = make.make(tmp_path / "s.bs")
+def test_another_filesystem_is_refused_by_name(place: Path, said: str, make: Make, engine: str) -> None:
+    path = make.make(place / "s.bs")
     before = path.read_bytes()
     for refuse in (
         lambda: open_store(str(path), engine=engine),
@@ -102,18 +111,18 @@ def test_another_filesystem_is_refused_by_name(tmp_path: Path, said: str, make: 
     assert path.read_bytes() == before
 
 
-def test_too_few_inodes_for_a_store_are_told(tmp_path: Path) -> None:
-    path = Make(options=("-b", "4096", "-N", "16")).make(tmp_path / "s.bs")
+def test_too_few_inodes_for_a_store_are_told(place: Path) -> None:
+    path = Make(options=("-b", "4096", "-N", "16")).make(place / "s.bs")
     with pytest.raises(StoreError, match=r"No space left.*cowfs grow"):
         open_store(str(path))
     assert images.unclean(path) is None
 
 
 @pytest.mark.parametrize("block", [1024, 65536])
-def test_a_file_of_an_odd_size_is_filled_once(tmp_path: Path, block: int) -> None:
+def test_a_file_of_an_odd_size_is_filled_once(place: Path, block: int) -> None:
     """Growing counts in blocks of the filesystem: what is left of the file, or more of it, is no error."""
     kib = max(20_001, block * 2200 >> 10)
-    path = Make(options=("-b", str(block)), kib=kib, journal=max(block >> 10, 4)).make(tmp_path / "s.bs")
+    path = Make(options=("-b", str(block)), kib=kib, journal=max(block >> 10, 4)).make(place / "s.bs")
     size = store_info(str(path))["size"]
     said: list[str] = []
     assert grow_store(str(path), None, progress=said.append) == size
@@ -128,7 +137,7 @@ def test_a_file_of_an_odd_size_is_filled_once(tmp_path: Path, block: int) -> Non
     assert images.unclean(path) is None
 
 
-def test_so_many_blocks_has_no_ext3(tmp_path: Path) -> None:
-    path = Make(options=("-b", "1024")).make(tmp_path / "s.bs")
+def test_so_many_blocks_has_no_ext3(place: Path) -> None:
+    path = Make(options=("-b", "1024")).make(place / "s.bs")
     with pytest.raises(UsageError, match="less than 4 TB"):
         grow_store(str(path), 4 << 40)
