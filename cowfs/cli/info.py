@@ -195,7 +195,7 @@ def _disk_lines(disk: dict[str, int] | None) -> list[tuple[str, str]]:
 
     if disk is None:
         return []
-    lacks = f", of which the store's file may take {format_size(disk['missing'])}" if disk["missing"] else ""
+    lacks = f"; the store's file may still take {format_size(disk['missing'])}" if disk["missing"] else ""
     return [("disk", f"{format_size(disk['free'])} free{lacks}")]
 
 

@@ -133,7 +133,7 @@ def test_filled_by_somebody_else(base: Path, kind: str) -> None:
             other = fill(at)
             files.make([f"full{number}" for number in range(400)])
             assert files.refused == {errno.ENOSPC}
-            assert " free, of which the store's file may take " in cowfs("info", here.path).stdout
+            assert " free; the store's file may still take " in cowfs("info", here.path).stdout
             assert "before" in os.listdir(here.path) and len(files.kept) < 401
             other.unlink()
             files.make(["after"])
