@@ -24,6 +24,26 @@ EXIT_INTERNAL = 4
 EXIT_MOUNT = 32
 
 
+_SHORT = {"\n": "\\n", "\t": "\\t", "\r": "\\r"}
+
+
+def printable(text: str) -> str:
+    """Return *text* on one line, with nothing in it that drives a terminal.
+
+    Names and headers come from images, stores and peers of others' making. What Python calls not printable
+    (control and formatting characters, bytes that are not UTF-8) becomes an escape as in a string literal.
+    """
+    return text if text.isprintable() else "".join(map(_shown, text))
+
+
+def _shown(character: str) -> str:
+    if character.isprintable():
+        return character
+    if "\udc80" <= character <= "\udcff":  # a byte that is not UTF-8 (os.fsdecode)
+        return f"\\x{ord(character) - 0xDC00:02x}"
+    return _SHORT.get(character) or character.encode("unicode_escape", "surrogatepass").decode()
+
+
 class CowfsError(Exception):
     """A failure that one line explains: ``what: why`` and, as *hint*, what to do about it."""
 
@@ -35,7 +55,7 @@ class CowfsError(Exception):
         self.hint = hint
 
     def __str__(self) -> str:
-        return f"{self.message} ({self.hint})" if self.hint else self.message
+        return printable(f"{self.message} ({self.hint})" if self.hint else self.message)
 
 
 class UsageError(CowfsError):

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection
 from contextlib import suppress
 from typing import Any, NoReturn
 
-from cowfs.errors import CowfsError, InternalError, MountFailure
+from cowfs.errors import CowfsError, InternalError, MountFailure, printable
 from cowfs.linux.signals import hold_back, let_come, open_signals, take
 
 
@@ -147,6 +147,19 @@ def _leave(code: int) -> NoReturn:
     os._exit(code)
 
 
+class _Formatter(logging.Formatter):
+    """Makes one line of each message, and no traceback drive a terminal: names come from others."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """Return the line; see printable()."""
+        record.message = printable(record.message)
+        return super().formatMessage(record)
+
+    def formatException(self, ei: Any) -> str:
+        """Return the traceback, printable line by line."""
+        return "\n".join(map(printable, super().formatException(ei).split("\n")))
+
+
 def set_up_log(path: str | None, *, foreground: bool) -> None:
     """Send the log to a file, to the terminal in the foreground, or else to syslog if there is one."""
     handler: logging.Handler
@@ -161,7 +174,7 @@ def set_up_log(path: str | None, *, foreground: bool) -> None:
         form = "cowfs[%(process)d]: %(message)s"
     else:
         handler = logging.NullHandler()
-    handler.setFormatter(logging.Formatter(form))
+    handler.setFormatter(_Formatter(form))
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.INFO if not foreground else logging.WARNING)

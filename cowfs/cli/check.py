@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import NoReturn
 
+from cowfs.cli.output import say, warn
 from cowfs.errors import StoreError, SystemFailure
 
 NAME = "check"
@@ -40,7 +40,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.set_defaults(run=run)
 
     def error(message: str) -> NoReturn:
-        print(f"cowfs: {message} (see `{parser.prog} --help`)", file=sys.stderr)
+        warn(f"{message} (see `{parser.prog} --help`)")
         raise SystemExit(FSCK_USAGE)
 
     parser.error = error  # type: ignore[method-assign]  # fsck(8): 1 would mean that errors were corrected
@@ -52,12 +52,12 @@ def run(args: argparse.Namespace) -> int:
     from cowfs.store.tools import FSCK_CORRECTED, FSCK_OPERATIONAL, FSCK_UNCORRECTED
 
     try:
-        report = check_store(args.store, read_only=args.no_changes, progress=print)
+        report = check_store(args.store, read_only=args.no_changes, progress=say)
     except (StoreError, SystemFailure) as error:
-        print(f"cowfs: {error}", file=sys.stderr)
+        warn(str(error))
         return FSCK_OPERATIONAL
     for problem in report.problems:
-        print(problem)
+        say(problem)
     found = "repaired" if report.code else "clean"
     if report.code & FSCK_UNCORRECTED:
         found = "ERRORS ARE LEFT"
@@ -65,5 +65,5 @@ def run(args: argparse.Namespace) -> int:
         found = "COULD NOT BE CHECKED"
     elif not report.checked:
         found = f"the filesystem is {found}; what is in it was not checked"
-    print(f"{args.store}: {found}")
+    say(f"{args.store}: {found}")
     return report.code

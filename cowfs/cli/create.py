@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from cowfs.cli.output import say
+
 NAME = "create"
 
 _DESCRIPTION = """\
@@ -44,5 +46,5 @@ def run(args: argparse.Namespace) -> int:
 
     size = parse_size(args.size)
     create_store(args.store, size)
-    print(f"{args.store}: made, an empty store of {format_size(size)}")
+    say(f"{args.store}: made, an empty store of {format_size(size)}")
     return 0

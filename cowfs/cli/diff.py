@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import io
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -13,6 +12,7 @@ from typing import NamedTuple
 
 from cowfs.cli import options
 from cowfs.cli.client import ask, find_mount
+from cowfs.cli.output import warn
 from cowfs.errors import EXIT_SYSTEM, StoreError, UsageError
 from cowfs.types import Change, Identity
 
@@ -87,8 +87,6 @@ def run(args: argparse.Namespace) -> int:
 def _show(changes: Iterator[Change], *, json: bool) -> int:
     from cowfs.changes.render import Summary, json_line, line
 
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
     summary = Summary()
     for change in summary.counted(changes):
@@ -124,7 +122,7 @@ def _of_mount(dev: str) -> Iterator[Change]:
 
     for reply in ask(dev, "diff", timeout=_PATIENCE):
         if "said" in reply:
-            print(f"cowfs: {reply['said']}", file=sys.stderr)
+            warn(reply["said"])
         else:
             yield from_json(reply["change"])
 
@@ -159,7 +157,7 @@ def _of_store(path: str, place: _Lowers, stack: ExitStack, *, force: bool) -> It
 
 
 def _tell(said: str) -> None:
-    print(f"cowfs: {said}", file=sys.stderr)
+    warn(said)
 
 
 def _identities(lowers: Sequence[str], offsets: Sequence[int]) -> list[Identity]:

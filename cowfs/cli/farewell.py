@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from contextlib import suppress
 
 from cowfs.cli.client import ask
+from cowfs.cli.output import warn
 from cowfs.errors import CowfsError, MountFailure, StoreError
 
 
@@ -45,7 +45,7 @@ class Farewell:
         said = os.read(self._reading, 65536)
         failure = json.loads(said).get("error") if said else "its daemon ended before all was saved"
         if failure and self._force:
-            print(f"cowfs: {self._mountpoint}: unmounted, but: {failure}", file=sys.stderr)
+            warn(f"{self._mountpoint}: unmounted, but: {failure}")
         elif failure:
             raise StoreError(f"{self._mountpoint}: unmounted, but: {failure}")
 

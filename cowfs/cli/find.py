@@ -10,6 +10,7 @@ from contextlib import suppress
 from typing import Any
 
 from cowfs.cli.client import ask, find_mount
+from cowfs.cli.output import say
 from cowfs.errors import CowfsError
 
 NAME = "find"
@@ -52,15 +53,15 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps([dataclasses.asdict(thing) for thing in found], indent=2, default=str))
     for thing in () if args.json else found:
-        print(f"{thing.device}  {thing.path}{f'  (mounted on {thing.where})' if thing.where else ''}")
+        say(f"{thing.device}  {thing.path}{f'  (mounted on {thing.where})' if thing.where else ''}")
         if thing.facts:
-            print(f"    {_store_line(thing.facts)}")
+            say(f"    {_store_line(thing.facts)}")
             for lower in thing.facts["lowers"]:
-                print(f"    lower: {lower['path']} ({lower['description']})")
-        print(f"    {'TAKEN' if thing.taken else 'not taken'}: {thing.why}")
+                say(f"    lower: {lower['path']} ({lower['description']})")
+        say(f"    {'TAKEN' if thing.taken else 'not taken'}: {thing.why}")
     taken = any(thing.taken for thing in found)
     if not args.json and not taken:
-        print(f"no store would be taken ({wanted.path}, {_SCOPES[wanted.scope]}): changes would be in memory")
+        say(f"no store would be taken ({wanted.path}, {_SCOPES[wanted.scope]}): changes would be in memory")
     return 0 if taken else 1
 
 

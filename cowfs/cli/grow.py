@@ -6,6 +6,7 @@ import argparse
 import sys
 
 from cowfs.cli.client import ask, mount_with_store
+from cowfs.cli.output import say
 
 NAME = "grow"
 
@@ -54,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     def tell(message: str) -> None:
         # On a terminal resize2fs shows its own progress below these lines; a script gets the result alone.
         if sys.stdout.isatty():
-            print(message, flush=True)
+            say(message)
 
     wanted = parse_size(args.size) if args.size else None
     mount = mount_with_store(args.store)
@@ -66,5 +67,5 @@ def run(args: argparse.Namespace) -> int:
             size = reply.get("size", size)
             if "said" in reply:
                 tell(reply["said"])
-    print(f"{args.store}: has {format_size(size)} now")
+    say(f"{args.store}: has {format_size(size)} now")
     return 0

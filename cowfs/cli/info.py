@@ -12,6 +12,7 @@ from typing import Any
 
 from cowfs.cli import options
 from cowfs.cli.client import ask, find_mount
+from cowfs.cli.output import say
 from cowfs.errors import LayerError, UsageError
 
 NAME = "info"
@@ -68,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         width = max(len(key) for key, _ in lines) + 2
         for key, value in lines:
-            print(f"{key + ':':<{width}}{value}")
+            say(f"{key + ':':<{width}}{value}")
     return 0
 
 

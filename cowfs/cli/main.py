@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 
 import cowfs
+from cowfs.cli.output import warn
 from cowfs.errors import EXIT_SYSTEM, EXIT_USAGE, CowfsError
 
 SUBCOMMANDS = ("mount", "umount", "create", "grow", "persist", "check", "info", "diff", "find")
@@ -34,7 +35,7 @@ class _Parser(argparse.ArgumentParser):
     """One line for a wrong command line too, and mount(8)'s exit code for it."""
 
     def error(self, message: str) -> None:  # type: ignore[override]
-        print(f"cowfs: {message} (see `{self.prog} --help`)", file=sys.stderr)
+        warn(f"{message} (see `{self.prog} --help`)")
         raise SystemExit(EXIT_USAGE)
 
 
@@ -59,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="surrogateescape")  # names are bytes, and are shown as they are
     args = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8
     logging.getLogger("cowfs").addHandler(logging.NullHandler())  # a log is the daemon's; errors say it all
     first = args[0] if args else None
     if first is not None and not first.startswith("-") and first not in SUBCOMMANDS and len(args) > 1:
@@ -78,7 +81,7 @@ def guarded(call: object) -> int:
     try:
         return int(call())
     except CowfsError as error:
-        print(f"cowfs: {error}", file=sys.stderr)
+        warn(str(error))
         return error.exit_code
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -88,7 +91,7 @@ def guarded(call: object) -> int:
         return 130
     except OSError as error:
         where = os.fsdecode(error.filename) + ": " if error.filename is not None else ""
-        print(f"cowfs: {where}{error.strerror or error}", file=sys.stderr)
+        warn(f"{where}{error.strerror or error}")
         return EXIT_SYSTEM
 
 

@@ -6,11 +6,11 @@ import argparse
 import os
 import resource
 import shutil
-import sys
 from typing import TYPE_CHECKING
 
 from cowfs.cli import options as mount_options
 from cowfs.cli.background import Reporter, run_in_background, set_up_log
+from cowfs.cli.output import warn
 from cowfs.errors import MountFailure, SystemFailure, UsageError
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
 
     code = daemon(Reporter(-1)) if args.foreground else run_in_background(daemon, _handed_over(mountpoint))
     if store == "memory" and not args.foreground and "ro" not in given.flags:
-        print("cowfs: changes are kept in memory, lost at the unmount (--store keeps them)", file=sys.stderr)
+        warn("changes are kept in memory, lost at the unmount (--store keeps them)")
     return code
 
 
@@ -177,7 +177,7 @@ def _serve(union_options: object, mountpoint: str, given: mount_options.Options,
     assert isinstance(union_options, assemble.UnionOptions)
     os.umask(0)
     _raise_file_limit()
-    union = assemble.open_union(union_options, lambda said: print(f"cowfs: {said}", file=sys.stderr))
+    union = assemble.open_union(union_options, warn)
     try:
         request = MountRequest(
             mountpoint,
@@ -222,7 +222,7 @@ def _fuse_options(given: mount_options.Options, union: UnionOptions) -> set[str]
         if left_out:
             why = forbidden[left_out[0]]
             hint = ",".join(option.removeprefix("no") for option in left_out)
-            print(f"cowfs: mounted {','.join(left_out)}: {why} (-o {hint} if you trust it)", file=sys.stderr)
+            warn(f"mounted {','.join(left_out)}: {why} (-o {hint} if you trust it)")
     return options
 
 

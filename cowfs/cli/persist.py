@@ -6,6 +6,7 @@ import argparse
 import os
 
 from cowfs.cli.client import VIEW_FSTYPE, ask, find_mount
+from cowfs.cli.output import say
 from cowfs.errors import MountFailure, StoreError
 from cowfs.linux.mounts import mountinfo
 
@@ -68,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
             raise StoreError(f"{path}: is inside the mount whose changes it shall hold", "put it elsewhere")
         for reply in ask(found.dev, NAME, timeout=None, fd=fd, name=name, path=path, size=size):
             if "said" in reply:
-                print(reply["said"] + " …", flush=True)
+                say(reply["said"] + " …")
             kept = reply.get("size", kept)
-    print(f"{args.mountpoint}: the changes are kept in {shown}, {format_size(kept)}, from now on")
+    say(f"{args.mountpoint}: the changes are kept in {shown}, {format_size(kept)}, from now on")
     return 0

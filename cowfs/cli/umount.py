@@ -7,13 +7,13 @@ import errno
 import os
 import shutil
 import subprocess
-import sys
 import threading
 import time
 from typing import Any
 
 from cowfs.cli.client import ask, find_mount
 from cowfs.cli.farewell import Farewell
+from cowfs.cli.output import warn
 from cowfs.errors import CowfsError, MountFailure, SystemFailure
 from cowfs.linux.mounts import MountInfo, mountinfo, parse_mountinfo, umount2, wait_pid_gone
 
@@ -106,7 +106,7 @@ def _wait(mountpoint: str, dev: str, pid: int, timeout: float) -> None:
 
 
 def _say(what: str) -> None:
-    print(f"cowfs: {what}", file=sys.stderr)
+    warn(what)
 
 
 def _mounts(dev: str) -> list[MountInfo]:

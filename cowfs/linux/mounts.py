@@ -308,7 +308,7 @@ def _unescape(text: bytes) -> bytes:
 def parse_mountinfo(text: bytes) -> list[MountInfo]:
     """Return the mounts that a mountinfo file lists, in its order."""
     mounts = []
-    for line in text.splitlines():
+    for line in filter(None, text.split(b"\n")):  # a mountpoint may have any other kind of line end in it
         fields = line.split(b" ")
         dash = fields.index(b"-", 6)  # after a number of optional fields
         fstype, source, super_options = fields[dash + 1 : dash + 4]

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
-from cowfs.errors import StoreError, SystemFailure
+from cowfs.errors import StoreError, SystemFailure, printable
 from cowfs.layers.base import Key, UpperLayer
 from cowfs.layers.directory import DirectoryLayer
 from cowfs.store import layout, lock, place, tools
@@ -177,7 +177,7 @@ def broken_rules(entries: Iterable[Entry], prefix: bytes) -> Iterator[str]:
     """
     opaque: set[bytes] = set()
     for entry in entries:
-        name = _shown(entry.path)
+        name = printable(os.fsdecode(entry.path))
         parent = entry.path.rpartition(b"/")[0]
         if entry.xattrs.get(prefix + b"opaque") == b"y":
             opaque.add(entry.path)
@@ -185,7 +185,7 @@ def broken_rules(entries: Iterable[Entry], prefix: bytes) -> Iterator[str]:
             yield f"{name}: a whiteout inside an opaque directory"
         redirect = entry.xattrs.get(prefix + b"redirect")
         if redirect is not None and not _leads_somewhere(redirect):
-            yield f"{name}: redirects to {_shown(redirect)}, which is no place in a lower"
+            yield f"{name}: redirects to {printable(os.fsdecode(redirect))}, which is no place in a lower"
         if prefix + b"metacopy" in entry.xattrs and redirect is None:
             if parent in opaque:
                 yield f"{name}: its data is said to be in a lower (metacopy), but its directory is opaque"
@@ -197,9 +197,3 @@ def _leads_somewhere(redirect: bytes) -> bool:
     """Say whether a redirect is a name in the same directory, or an absolute path without ``..``."""
     parts = redirect[1:].split(b"/") if redirect.startswith(b"/") else [redirect]
     return all(part not in {b"", b".", b".."} and b"/" not in part for part in parts)
-
-
-def _shown(name: bytes) -> str:
-    """Write a path for people: on one line, whatever bytes it has."""
-    text = name.decode(errors="backslashreplace")
-    return text if text.isprintable() else repr(text)[1:-1]

@@ -136,13 +136,21 @@ def _is_left_wrong(fd: int) -> bool:
     return found is not None and bool(found.compatible & features.SPARSE_SUPER2)
 
 
+_DRIVES_A_TERMINAL = bytes({*range(32), 127} - {*b"\b\t\n\r"})
+
+
+def _harmless(output: bytes) -> bytes:
+    """Leave out what would drive a terminal; progress bars go back with backspaces."""
+    return output.translate(None, _DRIVES_A_TERMINAL)
+
+
 def resize(fd: int, path: str, *options: str, show: bool = False, hint: str = "") -> None:
     """Run ``resize2fs OPTIONS`` on the image behind *fd*, which is to fill its file; *show* lets the user
     see what it says. Blocks. Raises StoreError with that *hint*; *path* is for messages.
     """
 
     def write(piece: bytes) -> None:
-        sys.stdout.buffer.write(piece.replace(os.fsencode(place(fd)), os.fsencode(path)))
+        sys.stdout.buffer.write(_harmless(piece.replace(os.fsencode(place(fd)), os.fsencode(path))))
         sys.stdout.buffer.flush()
 
     with deferred():

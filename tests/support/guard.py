@@ -39,8 +39,8 @@ def processes(mark: str) -> dict[int, str]:
 def mounts() -> dict[int, str]:
     """Every mount of this namespace, by its unique number."""
     found = {}
-    for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
-        fields = line.split()
+    for line in os.fsdecode(Path("/proc/self/mountinfo").read_bytes()).split("\n")[:-1]:
+        fields = line.split(" ")
         after = fields.index("-")
         found[int(fields[0])] = f"{fields[4]} ({fields[after + 1]} of {fields[after + 2]})"
     return found

@@ -48,8 +48,8 @@ def project_root() -> str:
 def is_mounted(mountpoint: str | os.PathLike[str]) -> bool:
     """Is something mounted exactly here? Asks the kernel, never the filesystem."""
     wanted = os.path.realpath(os.path.dirname(mountpoint)) + "/" + os.path.basename(mountpoint)
-    text = Path("/proc/self/mountinfo").read_text(errors="surrogateescape")
-    return any(_unescape(line.split()[4]) == wanted for line in text.splitlines())
+    text = os.fsdecode(Path("/proc/self/mountinfo").read_bytes())
+    return any(_unescape(line.split(" ")[4]) == wanted for line in text.split("\n")[:-1])
 
 
 def _unescape(text: str) -> str:
