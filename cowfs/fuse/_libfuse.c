@@ -31,7 +31,6 @@
 
 static struct fuse_lowlevel_ops theirs;
 static unsigned wanted, granted;
-static bool initialising; /* what is written next is the answer to FUSE_INIT */
 static bool between;      /* pyfuse3 has come through here */
 static PyObject *seeker;  /* called as seeker(fh, offset, whence) */
 
@@ -41,34 +40,29 @@ static size_t handles;
 static char *buffer;
 static size_t buffer_size;
 
-static void on_init(void *userdata, struct fuse_conn_info *conn)
-{
-#ifdef HAS_WANT_EXT
-	uint64_t before = conn->want_ext;
-#endif
-	uint32_t more;
+/* The kernel need not ask for security.capability before it writes, since whoever writes below us removes it
+ * (FUSE_HANDLE_KILLPRIV_V2 in linux/fuse.h). */
+#ifdef FUSE_CAP_HANDLE_KILLPRIV_V2
+#define KILLPRIV_V2 FUSE_CAP_HANDLE_KILLPRIV_V2
 
-	theirs.init(userdata, conn);
-	more = wanted & conn->capable;
-	granted = conn->want | more;
-	initialising = true;
-#ifdef HAS_WANT_EXT
-	/* There are two words for it, and libfuse refuses a session that set them to different things: we set
-	 * what pyfuse3 sets. */
-	if (conn->want_ext != before) {
-		bool both = conn->want == (uint32_t)conn->want_ext;
-		conn->want_ext |= more;
-		granted = (uint32_t)conn->want_ext;
-		if (both)
-			conn->want = granted;
-		return;
-	}
-#endif
-	conn->want = granted;
+static void begin_reply(void)
+{
 }
 
-/* Answer FUSE_INIT with one flag more, which this libfuse does not know: the kernel need not ask for
- * security.capability before it writes, since whoever writes below us removes it (linux/fuse.h). */
+static void watch_reply(struct fuse_session *session)
+{
+	(void)session;
+}
+#else /* until libfuse 3.16, which does not know it: we put the flag into the answer to FUSE_INIT */
+#define KILLPRIV_V2 0
+
+static bool initialising; /* what is written next is that answer */
+
+static void begin_reply(void)
+{
+	initialising = true;
+}
+
 static ssize_t on_writev(int fd, struct iovec *iov, int count, void *userdata)
 {
 	enum { FLAGS = 12, HANDLE_KILLPRIV_V2 = 1 << 28 };
@@ -87,6 +81,43 @@ static ssize_t on_receive(int fd, void *request, size_t size, void *userdata)
 {
 	(void)userdata;
 	return read(fd, request, size);
+}
+
+static void watch_reply(struct fuse_session *session)
+{
+	static const struct fuse_custom_io io = {.writev = on_writev, .read = on_receive};
+
+	fuse_session_custom_io(session, &io, fuse_session_fd(session));
+}
+#endif
+
+/* pyfuse3 has all of a request in memory before it looks at it: a way through a pipe is only longer. */
+static uint32_t better(uint32_t want, const struct fuse_conn_info *conn)
+{
+	return (want | ((wanted | KILLPRIV_V2) & conn->capable)) & ~(uint32_t)FUSE_CAP_SPLICE_READ;
+}
+
+static void on_init(void *userdata, struct fuse_conn_info *conn)
+{
+#ifdef HAS_WANT_EXT
+	uint64_t before = conn->want_ext;
+#endif
+
+	theirs.init(userdata, conn);
+	begin_reply();
+#ifdef HAS_WANT_EXT
+	/* There are two words for it, and libfuse refuses a session that set them to different things: we set
+	 * what pyfuse3 sets. */
+	if (conn->want_ext != before) {
+		bool both = conn->want == (uint32_t)conn->want_ext;
+		granted = better((uint32_t)conn->want_ext, conn);
+		conn->want_ext = (conn->want_ext & ~(uint64_t)UINT32_MAX) | granted;
+		if (both)
+			conn->want = granted;
+		return;
+	}
+#endif
+	granted = conn->want = better(conn->want, conn);
 }
 
 static void on_read(fuse_req_t req, fuse_ino_t ino, size_t size, off_t offset, struct fuse_file_info *fi)
@@ -186,12 +217,11 @@ struct fuse_session *session_new_versioned(struct fuse_args *args, const struct 
 
 int fuse_session_mount(struct fuse_session *session, const char *mountpoint)
 {
-	static const struct fuse_custom_io io = {.writev = on_writev, .read = on_receive};
 	__typeof__(&fuse_session_mount) real = (__typeof__(real))dlsym(RTLD_NEXT, "fuse_session_mount");
 	int failure = real ? real(session, mountpoint) : -1;
 
 	if (!failure && between)
-		fuse_session_custom_io(session, &io, fuse_session_fd(session));
+		watch_reply(session);
 	return failure;
 }
 
