@@ -91,7 +91,7 @@ def _upper_directory(
 ) -> Node:
     lowers: tuple[Lower, ...] = ()
     redirect = None
-    ino = fs.ino_of(0, fs.upper.dev, attr)
+    ino = None
     if notes.get(fs.x_opaque) != b"y":
         redirect = _redirect(fs, notes)
         if parent.lowers or redirect is not None:
@@ -99,6 +99,8 @@ def _upper_directory(
             lowers = tuple((layer, low) for layer, low, _ in found)
             if found:
                 ino = fs.ino_of(found[0][0] + 1, fs.lowers[found[0][0]].dev, found[0][2])
+    if ino is None:
+        ino = fs.ino_of(0, fs.upper.dev, attr)
     node, _ = _enter(fs, parent, name, key, lowers, ino, attr)
     node.redirect = redirect
     return node

@@ -90,6 +90,7 @@ class State:
         """Called when the upper could not put on disk what was written to it."""
         self._temporaries = count()
         self._strange: dict[tuple[int, int, int], int] = {}
+        self._taken: dict[int, tuple[int, int, int]] = {}
         devs = [upper.dev, *(layer.dev for layer in self.lowers)]
         self._filesystems = [devs.index(dev) for dev in devs]
 
@@ -100,7 +101,7 @@ class State:
 
         *layer* is 0 for the upper, i + 1 for lower i; *dev* the layer's. Layers on one filesystem
         share its numbers. Numbers of more than 40 bits, of subvolumes inside a layer, and the two that
-        FUSE keeps, get the next free of a range of their own: unique, but another at the next mount.
+        FUSE keeps, get one of a range of their own: unique, but maybe another at the next mount.
         """
         real = attr.st_ino
         number = self._filesystems[layer]
@@ -116,8 +117,20 @@ class State:
         return self.strange_ino(layer, dev, real)
 
     def strange_ino(self, layer: int, dev: int, real: int) -> int:
-        """Return a number of the range for what has no natural one."""
-        return self._strange.setdefault((layer, dev, real), _STRANGE | len(self._strange) + 1)
+        """Return a number of the range for what has no natural one.
+
+        Only those of live nodes are remembered. It is made from what is given, so that who comes back gets
+        the number that it had, if no other has taken that.
+        """
+        inode = layer, dev, real
+        number = self._strange.get(inode)
+        if number is None:
+            number = _STRANGE | hash(inode) & _REAL_MASK
+            while number in self._taken:
+                number = _STRANGE | number + 1 & _REAL_MASK
+            self._strange[inode] = number
+            self._taken[number] = inode
+        return number
 
     def temporary(self) -> bytes:
         """Return a name that is free in the work directory."""
@@ -202,6 +215,8 @@ class State:
         if node.lookups > 0 or node.children or node.handles:
             return
         for gone in self.nodes.unused(node):
+            if gone.ino >= _STRANGE and self.nodes.get(gone.ino) is None and gone.ino in self._taken:
+                del self._strange[self._taken.pop(gone.ino)]
             if gone.upper is not None:
                 self.upper.forget(gone.upper)
             for layer, key in gone.lowers:
