@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -164,9 +165,15 @@ def test_what_a_crash_leaves_is_recovered(place: Path, make: Make) -> None:
         promised = load.model.operation
         load.run(20, commit_every=1000, sync_every=1000)
         opened.image.abandon()
+    copy = shutil.copyfile(path, place / "copy")
+    with engine.opened(copy):  # which recovers it itself
+        pass
+    assert images.unclean(copy) is None
     assert images.recover(path) is None
-    wrong = judge(load.model.states, Promises(promised, load.model.operation), Image(path.read_bytes()))
-    assert wrong is None, wrong
+    for recovered in (path, copy):
+        read = Image(recovered.read_bytes())
+        wrong = judge(load.model.states, Promises(promised, load.model.operation), read)
+        assert wrong is None, wrong
 
 
 @each_make
