@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection
 from contextlib import suppress
 from typing import Any, NoReturn
 
+from cowfs.cli.log_limit import Limit
 from cowfs.errors import CowfsError, InternalError, MountFailure, printable
 from cowfs.linux.signals import hold_back, let_come, open_signals, take
 
@@ -175,6 +176,7 @@ def set_up_log(path: str | None, *, foreground: bool) -> None:
     else:
         handler = logging.NullHandler()
     handler.setFormatter(_Formatter(form))
+    handler.addFilter(Limit())
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.INFO if not foreground else logging.WARNING)

@@ -63,14 +63,21 @@ class Ext3Layer:
     # --- reading
 
     def lookup(self, directory: int, name: bytes) -> tuple[Key, Attr] | None:
-        """Find *name*; None when it is not there. ENOTDIR, ENAMETOOLONG."""
-        value = self.image.names(directory).get(name)
+        """Find *name*; None when it is not there. ENOTDIR, ENAMETOOLONG.
+
+        EUCLEAN for a directory that has another place as well: what is found has an end.
+        """
+        names = self.image.names(directory)
+        value = names.get(name)
         if value is None:
             if len(name) > _NAME_MAX:
                 raise _error(errno.ENAMETOOLONG)
             return None
         key = Key(value & INO)
-        return key, self._attributes(key, self.image.raw(key))
+        fields = self.image.child(directory, key)
+        if key in names.twice and stat.S_ISDIR(fields[0]):
+            raise self.image.damaged(f"directory {key} has two names in directory {directory}")
+        return key, self._attributes(key, fields)
 
     def stat(self, key: int) -> Attr:
         return self._attributes(key, self.image.raw(key))
@@ -328,10 +335,8 @@ class Ext3Layer:
 
     def _must_not_be_above(self, ino: int, parent: int, directory: int) -> None:
         """EINVAL if the directory *ino*, which is in *parent*, would be moved below itself."""
-        while directory not in {parent, ext3.ROOT}:
-            if directory == ino:
-                raise _error(errno.EINVAL)
-            directory = self.image.parent(directory)
+        if directory != parent and self.image.is_above(ino, directory):
+            raise _error(errno.EINVAL)
 
     # --- attributes
 

@@ -221,6 +221,8 @@ def _another_name(
     lowers: tuple[Lower, ...],
     attr: Attr,
 ) -> tuple[Node, Attr]:
+    if node.is_dir:
+        _must_not_be_above(node, parent, name)
     if upper is not None and node.upper is not None:
         # The new key stands for a name that is there; the old one's may be gone.
         fs.upper.forget(node.upper)
@@ -230,6 +232,18 @@ def _another_name(
             fs.lowers[layer].forget(key)
     fs.nodes.rename(node, parent, name)
     return node, attr if node.upper is None or upper is not None else fs.stat(node)
+
+
+def _must_not_be_above(node: Node, parent: Node, name: bytes) -> None:
+    """EUCLEAN if a known directory is found below itself: a damaged layer, or one that somebody changes.
+
+    So every way up ends at the root.
+    """
+    walk: Node | None = parent
+    while walk is not None:
+        if walk is node:
+            raise error(errno.EUCLEAN, name)
+        walk = walk.parent
 
 
 def _descend(

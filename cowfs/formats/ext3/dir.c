@@ -278,6 +278,25 @@ entry *dir_parent(x3_image *img, uint32_t ino, struct block **block)
 	return e;
 }
 
+/* Whether *ino* is the directory *dir*, or above it. */
+bool dir_is_above(x3_image *img, uint32_t ino, uint32_t dir)
+{
+	uint32_t at = dir, seen = 0;
+
+	for (uint64_t steps = 1, limit = 2; at != ino; steps++) {
+		if (at == EXT2_ROOT_INO)
+			return false;
+		if (steps == limit) { /* Brent: a circle comes back to what was seen, however long it is */
+			seen = at;
+			limit *= 2;
+		}
+		at = dir_parent(img, at, NULL)->inode;
+		if (at == seen)
+			fail(img, EUCLEAN, "directory %u is not below the root", dir);
+	}
+	return true;
+}
+
 /* Let ".." be another directory. */
 void dir_set_parent(x3_image *img, uint32_t ino, uint32_t parent)
 {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import stat
 import struct
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
 
 INO = (1 << 32) - 1
@@ -51,7 +51,7 @@ def place_of(value: int) -> tuple[int, int]:
 class Names(dict[bytes, int]):
     """All names of one directory but ``.`` and ``..``, each with its entry."""
 
-    __slots__ = ("hint", "more")
+    __slots__ = ("hint", "more", "twice")
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,6 +59,15 @@ class Names(dict[bytes, int]):
         """The block from which on there may be room."""
         self.more: object = None
         """What the user of the image remembers about the directory."""
+        self.twice: frozenset[int] = frozenset()
+        """Inodes that had more than one name in it when it was read."""
+
+    def find_twice(self) -> None:
+        """Set ``twice``, now that all names are there."""
+        seen = {value & INO for value in self.values()}
+        if len(seen) < len(self):
+            counted = Counter(value & INO for value in self.values())
+            self.twice = frozenset(ino for ino, names in counted.items() if names > 1)
 
 
 def parse(data: bytes, into: Names) -> None:
@@ -92,6 +101,7 @@ class Directories:
         names = Names()
         for data in self._load(directory):
             parse(data, names)
+        names.find_twice()
         self._by_ino[directory] = names
         self._count += len(names) + _ITSELF
         self._loads += 1

@@ -58,6 +58,17 @@ int x3_getattr(x3_image *img, uint32_t ino, struct x3_attr *out)
 	return op_finish(&op);
 }
 
+int x3_child(x3_image *img, uint32_t dir, uint32_t ino, struct x3_attr *out)
+{
+	QUERY (img) {
+		struct inode in = inode_get(img, ino);
+		inode_attr(img, &in, out);
+		if (S_ISDIR(in.raw->i_mode) && (ino == EXT2_ROOT_INO || dir_parent(img, ino, NULL)->inode != dir))
+			fail(img, EUCLEAN, "directory %u is in two places, or in the wrong one: %u", ino, dir);
+	}
+	return op_finish(&op);
+}
+
 int x3_setattr(x3_image *img, uint32_t ino, uint32_t what, const struct x3_attr *attr)
 {
 	CHANGE (img) {
@@ -113,6 +124,13 @@ int64_t x3_parent(x3_image *img, uint32_t dir)
 {
 	QUERY (img)
 		op.result = dir_parent(img, dir, NULL)->inode;
+	return op_finish(&op);
+}
+
+int x3_is_above(x3_image *img, uint32_t ino, uint32_t dir)
+{
+	QUERY (img)
+		op.result = dir_is_above(img, ino, dir);
 	return op_finish(&op);
 }
 

@@ -174,6 +174,12 @@ const char *x3_message(x3_image *img);
 int x3_getattr(x3_image *img, uint32_t ino, struct x3_attr *out);
 
 /*
+ * The same for what a name in *dir* leads to. EUCLEAN for a directory whose ".." is another one: a directory is in
+ * one place, or a walk through the tree would have no end.
+ */
+int x3_child(x3_image *img, uint32_t dir, uint32_t ino, struct x3_attr *out);
+
+/*
  * Set the fields of *attr* that the bits of *what* name, and the ctime to now.
  *
  * Of the mode only the lowest 12 bits count. Times beyond what the inode can hold are clamped.
@@ -198,6 +204,12 @@ int64_t x3_readdir(x3_image *img, uint32_t dir, uint64_t *cursor, void *buf, uin
 
 /* The directory that *dir* is in, by its "..": an inode number. ENOTDIR. */
 int64_t x3_parent(x3_image *img, uint32_t dir);
+
+/*
+ * Whether *ino* is *dir*, or above it by "..": 0 or 1. EUCLEAN if the way up does not come to the root; at most
+ * twice as many steps as there are directories on it.
+ */
+int x3_is_above(x3_image *img, uint32_t ino, uint32_t dir);
 
 /*
  * Make an inode of any type, directories included, and give it a name in *dir*.

@@ -35,6 +35,8 @@ MODE, UID, GID, ATIME, MTIME = 1, 2, 4, 8, 16
 
 _LISTING = 64 << 10
 """Bytes of names that are asked for at a time; at least four blocks."""
+_MOST_TOLD = 100
+"""Damages of one image that are logged."""
 _XATTR = 1024
 """Bytes that most attributes fit in."""
 _CHARS = ffi.typeof("char[]")
@@ -67,6 +69,7 @@ class Image:
         self.name = name
         self.read_only = read_only
         self._said = False
+        self._damages: set[str] = set()
         self._stalled = 0
         out = ffi.new("x3_image **")
         code = lib.x3_open(fd, lib.X3_READ_ONLY if read_only else 0, cache_bytes, trace_fd, debug, out)
@@ -142,9 +145,18 @@ class Image:
                     " is lost when it is unmounted; until then it can be read. Then: cowfs check %s",
                     *(self.name, _message(self.handle) or os.strerror(aborted), self.name),
                 )
+        if code == -errno.EUCLEAN:
+            return self.damaged(_message(self.handle))
         if -code in LACK_OF_ROOM:
             self._tell_stall()
         return OSError(-code, os.strerror(-code), *names)
+
+    def damaged(self, what: str) -> OSError:
+        """Log a damage, each once and no more than anybody reads; return the exception for it."""
+        if what not in self._damages and len(self._damages) < _MOST_TOLD:
+            self._damages.add(what)
+            log.error("%s: damaged: %s. Unmount it, then: cowfs check %s", self.name, what, self.name)
+        return OSError(errno.EUCLEAN, f"damaged: {what} (see `cowfs check`)", self.name)
 
     def _tell_stall(self) -> None:
         """Log that changes are refused from now on because the disk is full, or not any more."""
@@ -230,6 +242,13 @@ class Image:
             raise self._failure(code)
         return INODE.unpack(self._attr_bytes)
 
+    def child(self, directory: int, ino: int) -> tuple[int, ...]:
+        """The same for what a name in a directory leads to. EUCLEAN for a directory that is in two places."""
+        code = lib.x3_child(self.handle, directory, ino, self._attr)
+        if code < 0:
+            raise self._failure(code)
+        return INODE.unpack(self._attr_bytes)
+
     def getattr(self, ino: int) -> Inode:
         """Return the attributes. ESTALE. For any thread."""
         attr = ffi.new("struct x3_attr *")
@@ -260,9 +279,9 @@ class Image:
 
     # --- names
 
-    def parent(self, directory: int) -> int:
-        """Return the directory that a directory is in."""
-        return self._done(lib.x3_parent(self.handle, directory))
+    def is_above(self, ino: int, directory: int) -> bool:
+        """Say whether an inode is that directory, or above it. EUCLEAN if it is not below the root."""
+        return bool(self._done(lib.x3_is_above(self.handle, ino, directory)))
 
     def names(self, directory: int) -> Names:
         """Return all names of a directory; valid until the next call about names. ENOTDIR."""

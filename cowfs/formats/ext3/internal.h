@@ -407,6 +407,7 @@ void dir_remove(x3_image *img, uint32_t dir, struct x3_place where);
 void dir_replace(x3_image *img, uint32_t dir, struct x3_place where, uint32_t ino, uint32_t mode);
 bool dir_is_empty(x3_image *img, uint32_t dir);
 entry *dir_parent(x3_image *img, uint32_t dir, struct block **block);
+bool dir_is_above(x3_image *img, uint32_t ino, uint32_t dir);
 void dir_set_parent(x3_image *img, uint32_t dir, uint32_t parent);
 void dir_init(x3_image *img, struct inode *dir, uint32_t parent);
 int64_t dir_list(x3_image *img, uint32_t dir, uint64_t *cursor, char *buf, uint64_t cap);

@@ -1,0 +1,48 @@
+"""A log that stays small: neither a hostile image nor a user of the mount can fill the disk by it."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+_BURST = 200
+"""Lines that may come in a row, of warnings and less, and of errors …"""
+_PER_SECOND = 0.1
+"""… and how many more with each second."""
+_ALIKE = 3
+"""How often a line may come again …"""
+_ALIKE_SECONDS = 60.0
+"""… before it must wait for so long."""
+_REMEMBERED = 500
+"""So many different lines are known again."""
+
+
+class Limit(logging.Filter):
+    """Lets so many lines through and no more; the next one tells how many were left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: dict[str, tuple[int, float]] = {}
+        self._budgets = {False: float(_BURST), True: float(_BURST)}
+        self._last = time.monotonic()
+        self._left_out = 0
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Say whether a line is to be written."""
+        now = time.monotonic()
+        for kind, budget in self._budgets.items():
+            self._budgets[kind] = min(budget + (now - self._last) * _PER_SECOND, _BURST)
+        self._last = now
+        text, is_error = record.getMessage(), record.levelno >= logging.ERROR
+        count, since = self._seen.get(text, (0, 0.0))
+        if (count >= _ALIKE and now - since < _ALIKE_SECONDS) or self._budgets[is_error] < 1:
+            self._left_out += 1
+            return False
+        self._budgets[is_error] -= 1
+        if len(self._seen) >= _REMEMBERED:
+            self._seen.clear()
+        self._seen[text] = count + 1, now
+        if self._left_out:
+            record.msg, record.args = f"{text} ({self._left_out} lines before this were left out)", ()
+            self._left_out = 0
+        return True
