@@ -228,27 +228,40 @@ def test_a_journal_that_somebody_did_without_is_old(place: Path) -> None:
 # --- records
 
 
-def area(data: bytes, tid: int) -> tuple[int, int]:
-    """Where in the image the records of a transaction begin, and how many bytes they may have."""
+def ring(data: bytes) -> tuple[int, int, int]:
+    """Where in the image the header of the redo log is, its ring begins, and ends."""
     image = Image(data)
     blocks = [nr for _, nr in image.mapping(image.inode(8))]
     size = image.block_size
-    redo = min(len(blocks) // 4, (8 << 20) // size)
-    each = (redo - 1) // 2
-    return blocks[len(blocks) - redo + 1 + (tid & 1) * each] * size, each * size
+    count = min(len(blocks) // 4, (8 << 20) // size)
+    header = blocks[-count] * size
+    return header, header + size, header + count * size
+
+
+def crc32c(data: bytes) -> int:
+    """The checksum that ext4 uses."""
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc ^= byte
+        for _ in range(8):
+            crc = crc >> 1 ^ 0x82F63B78 * (crc & 1)
+    return crc
 
 
 def records_in(data: bytes) -> Iterator[tuple[int, int, int]]:
     """Offset and length of each record that is in the image, and its transaction."""
-    for parity in (0, 1):
-        at, room = area(data, parity)
-        end = at + room
-        while at < end:
-            magic, _, _, tid, _, length, _ = struct.unpack_from("<IIQIIII", data, at)
-            if magic != 0x4F445221 or not 32 <= length <= end - at:
+    header, begin, end = ring(data)
+    session = data[header + 72 : header + 80]
+    starts = [struct.unpack_from("<IIII", data, header + 88 + 16 * number) for number in (0, 1)]
+    for _, tid, first, _ in sorted(starts, key=lambda start: start[1]):
+        at, count = begin + first, 0
+        while tid and at + 8 <= end:
+            crc, length = struct.unpack_from("<II", data, at)
+            order = session + struct.pack("<II", tid, count)
+            if not 8 <= length <= end - at or crc32c(order + data[at + 4 : at + length]) != crc:
                 break
             yield at, length, tid
-            at += length
+            at, count = at + length, count + 1
 
 
 @pytest.mark.parametrize("harm", ["torn", "a bit", "missing", "too long"])
@@ -267,11 +280,11 @@ def test_records_after_a_bad_one_do_not_count(place: Path, harm: str) -> None:
         if harm == "torn":
             data[length // 2 :] = bytes(length - length // 2)
         elif harm == "a bit":
-            data[-9] ^= 1
+            data[length // 2] ^= 1
         elif harm == "missing":
             data[:] = bytes(length)
         else:
-            struct.pack_into("<I", data, 24, 0x7FFFFFF8)
+            struct.pack_into("<I", data, 4, 0x7FFFFFF8)
         file.seek(at)
         file.write(data)
     assert recovery.by_engine(path) is None

@@ -192,17 +192,22 @@ struct x3_image {
 	struct {
 		bool on;
 		uint64_t session;
-		uint32_t area;  /* blocks for each transaction */
-		uint32_t tid;   /* whose records are written */
-		size_t at;      /* where the next one goes, in the area */
-		uint32_t count, previous; /* records of *tid*, and of the one before */
+		uint32_t blocks; /* in the ring */
+		uint32_t tid;    /* whose records are written */
+		uint32_t count, previous; /* how many there are, and of the transaction before */
+		/* In the ring, counted on and on: where the next record goes, the first one of *tid* is, and the first
+		   one that is needed. */
+		uint64_t head, first, needed;
 		char *buf;      /* the next record */
 		size_t used, cap;
+		uint32_t nr;    /* the block of its last piece */
 		bool broken;    /* there was no memory for all of it */
 		bool lost;      /* see redo.c */
 		uint32_t lost_tid;
-		char *found[2]; /* of the recovery */
-		size_t length[2];
+		struct found { /* by the recovery: the records of one transaction */
+			char *data;
+			size_t length, cap;
+		} found[2];
 	} redo;
 	uint32_t due;           /* the transaction that should be committed soon */
 	bool woken;             /* nobody shall wait for that any more */

@@ -3,9 +3,9 @@
  * leaves it.
  *
  * It is the last quarter of the journal's blocks, which our log, that never goes round, does not come to:
- * one block with a header, then two areas, which the transactions use in turn by the lowest bit of their
- * number. While one transaction is being committed its area is kept; when that is done nobody needs it.
- * Each operation appends one record with the bytes that it has changed, before its result is told. That
+ * one block with a header, then a ring of records. The records of a transaction are needed until it is
+ * committed; the header says where those of the last two begin, for there is one that is running and
+ * perhaps one that is being committed. Each operation appends one record with the bytes that it has changed, before its result is told. That
  * is a write into the page cache of the image's file, and no more: nothing waits for the disk. So a record
  * outlives us, but not the machine: the header says which start of the machine it is good for, since what
  * the record builds upon (the data of files above all) may not have come to the disk when the power went.
@@ -19,7 +19,7 @@
  * Others take the log to end where our blocks begin: none of them begins with the magic number of the
  * journal in the place where they look.
  *
- * Changes between x3_begin() and x3_end() are one record. An operation for which the area has no room is not
+ * Changes between x3_begin() and x3_end() are one record. An operation for which the ring has no room is not
  * acknowledged before its transaction is in the journal, and nothing else is meanwhile: redo.lost. If the record
  * cannot be written the operation fails.
  */
@@ -37,8 +37,9 @@
 #include "internal.h"
 
 #define REDO_MAX (8u << 20) /* bytes, however large the journal is */
-#define APART 8             /* bytes that are the same and yet part of a piece: its head costs as much */
-#define PIECE_MAX 32768u
+#define APART 4             /* bytes that are the same and yet part of a piece: its head costs as much */
+#define OTHER_BLOCK 0x8000u
+#define PIECE_MAX 0x7fffu
 
 struct redo_header {
 	char magic[8];
@@ -47,21 +48,23 @@ struct redo_header {
 	char boot[40]; /* which start of the machine */
 	uint8_t uuid[16];
 	uint64_t session; /* of all records that count */
-	uint32_t area, reserved; /* area: blocks in each of the two */
+	uint32_t blocks, reserved; /* blocks: in the ring */
 };
-struct record { /* is followed by pieces */
-	uint32_t magic, crc; /* of what follows, and of them */
-	uint64_t session;
-	uint32_t tid, number; /* of the record, within the transaction */
-	uint32_t length;      /* bytes, with this */
-	uint32_t previous;    /* how many records the transaction before had */
+struct start { /* two of them follow the header: of a transaction with an even number, and an odd one */
+	uint32_t crc; /* of the session, and of the rest */
+	uint32_t tid;
+	uint32_t at;       /* where in the ring its first record is */
+	uint32_t previous; /* how many records the transaction before had */
 };
-struct piece { /* is followed by *length* bytes */
-	uint32_t nr;
+struct record { /* is followed by pieces; never goes round the end of the ring */
+	uint32_t crc;    /* of its place in the order of all, and of what follows */
+	uint32_t length; /* bytes, with this */
+};
+struct piece { /* is followed by the number of the block, with OTHER_BLOCK, and by *length* bytes */
 	uint16_t offset, length; /* length 0: all of the block is zero */
 };
+typedef int (*piece_fn)(x3_image *img, uint32_t nr, const struct piece *piece, const char *bytes);
 static const char magic[8] = "cowfsRDO";
-#define RECORD_MAGIC 0x4f445221u
 
 /* Which of the journal's blocks are ours. */
 void redo_layout(x3_image *img)
@@ -69,17 +72,12 @@ void redo_layout(x3_image *img)
 	uint32_t blocks = min(img->jlen / 4, max(REDO_MAX >> img->bits, 64u));
 
 	img->jend = img->jlen - blocks;
-	img->redo.area = (blocks - 1) / 2;
+	img->redo.blocks = blocks - 1;
 }
 
-static uint32_t area_start(const x3_image *img, uint32_t tid)
+static uint64_t ring_size(const x3_image *img)
 {
-	return img->jend + 1 + (tid & 1) * img->redo.area;
-}
-
-static size_t area_size(const x3_image *img)
-{
-	return (size_t)img->redo.area << img->bits;
+	return (uint64_t)img->redo.blocks << img->bits;
 }
 
 /* Read or write within the journal, from byte *at* of its block *first* on. */
@@ -118,9 +116,22 @@ static uint32_t header_crc(const struct redo_header *h)
 	return ext2fs_crc32c_le(~0u, (const unsigned char *)&h->mounted_at, sizeof *h - offsetof(struct redo_header, mounted_at));
 }
 
-static uint32_t record_crc(const struct record *r)
+static uint32_t start_crc(const x3_image *img, const struct start *s)
 {
-	return ext2fs_crc32c_le(~0u, (const unsigned char *)&r->session, r->length - offsetof(struct record, session));
+	uint32_t crc = ext2fs_crc32c_le(~0u, (const unsigned char *)&img->redo.session, sizeof img->redo.session);
+
+	return ext2fs_crc32c_le(crc, (const unsigned char *)&s->tid, sizeof *s - offsetof(struct start, tid));
+}
+
+static uint32_t record_crc(const x3_image *img, uint32_t tid, uint32_t number, const struct record *r)
+{
+	struct {
+		uint64_t session;
+		uint32_t tid, number;
+	} order = { img->redo.session, tid, number };
+	uint32_t crc = ext2fs_crc32c_le(~0u, (const unsigned char *)&order, sizeof order);
+
+	return ext2fs_crc32c_le(crc, (const unsigned char *)&r->length, r->length - offsetof(struct record, length));
 }
 
 
@@ -133,14 +144,15 @@ static uint32_t record_crc(const struct record *r)
  */
 int redo_start(x3_image *img)
 {
-	struct redo_header header = { .mounted_at = img->sb->s_mtime, .area = img->redo.area };
+	struct redo_header header = { .mounted_at = img->sb->s_mtime, .blocks = img->redo.blocks };
 	char *block;
 	struct stat st;
 	int error;
 
 	img->redo.on = false;
-	img->redo.count = img->redo.at = img->redo.used = 0;
-	img->redo.tid = img->tid;
+	img->redo.count = img->redo.used = 0;
+	img->redo.head = img->redo.first = img->redo.needed = 0;
+	img->redo.tid = 0;
 	img->redo.lost = false;
 	if (fstat(img->fd, &st) || (S_ISREG(st.st_mode) && !st.st_nlink) || !this_boot(img, header.boot))
 		return 0;
@@ -181,14 +193,23 @@ static bool redo_room(x3_image *img, size_t more)
 
 static bool put_piece(x3_image *img, uint32_t nr, uint32_t offset, uint32_t length, const char *bytes)
 {
-	struct piece piece = { nr, offset, length };
+	bool other = img->redo.used == sizeof(struct record) || nr != img->redo.nr;
+	struct piece piece = { offset, length | (other ? OTHER_BLOCK : 0) };
+	char *p;
 
-	if (!redo_room(img, sizeof piece + length))
+	if (!redo_room(img, sizeof piece + sizeof nr + length))
 		return false;
-	memcpy(img->redo.buf + img->redo.used, &piece, sizeof piece);
+	p = img->redo.buf + img->redo.used;
+	memcpy(p, &piece, sizeof piece);
+	p += sizeof piece;
+	if (other) {
+		memcpy(p, &nr, sizeof nr);
+		p += sizeof nr;
+		img->redo.nr = nr;
+	}
 	if (length)
-		memcpy(img->redo.buf + img->redo.used + sizeof piece, bytes, length);
-	img->redo.used += sizeof piece + length;
+		memcpy(p, bytes, length);
+	img->redo.used = p + length - img->redo.buf;
 	return true;
 }
 
@@ -257,26 +278,58 @@ static bool put_changes(x3_image *img)
 	return good;
 }
 
-/* Write the record that was collected; -errno. Positive: there is no room for it in the area. */
+/* A transaction has its first record: let the header say where. */
+static int write_start(x3_image *img, struct start s)
+{
+	s.crc = start_crc(img, &s);
+	return journal_io(img, img->jend, sizeof(struct redo_header) + (s.tid & 1) * sizeof s, (char *)&s, sizeof s, true);
+}
+
+/* Write the record that was collected; -errno. Positive: there is no room for it. */
 static int write_record(x3_image *img)
 {
-	size_t length = (img->redo.used + 7) & ~(size_t)7;
+	uint64_t size = ring_size(img), at = img->redo.head % size;
+	size_t length = (img->redo.used + 3) & ~(size_t)3;
 	struct record *r;
 	int error;
 
-	if (img->redo.broken || !redo_room(img, 8))
+	if (img->redo.broken || !redo_room(img, 4))
 		return -ENOMEM;
-	if (img->redo.at + length > area_size(img))
+	if (at + length > size) {
+		img->redo.head += size - at;
+		at = 0;
+	}
+	if (img->redo.head + length > img->redo.needed + size)
 		return 1;
+	if (!img->redo.count) {
+		img->redo.first = img->redo.head;
+		error = write_start(img, (struct start){ 0, img->tid, at, img->redo.previous });
+		if (error)
+			return error;
+	}
 	memset(img->redo.buf + img->redo.used, 0, length - img->redo.used);
 	r = (struct record *)img->redo.buf;
-	*r = (struct record){ RECORD_MAGIC,    0,      img->redo.session, img->tid,
-			      img->redo.count, length, img->redo.previous };
-	r->crc = record_crc(r);
-	error = journal_io(img, area_start(img, img->tid), img->redo.at, img->redo.buf, length, true);
+	r->length = length;
+	r->crc = record_crc(img, img->tid, img->redo.count, r);
+	error = journal_io(img, img->jend + 1, at, img->redo.buf, length, true);
 	if (!error)
-		img->redo.at += length;
+		img->redo.head += length;
 	return error;
+}
+
+/* Before a record is written: which of those before it are needed, and whether it is a transaction's first. */
+static void look_around(x3_image *img)
+{
+	if (img->redo.tid != img->tid) {
+		bool follows = img->redo.tid + 1 == img->tid;
+		img->redo.previous = follows ? img->redo.count : 0;
+		img->redo.needed = follows ? img->redo.first : img->redo.head;
+		img->redo.first = img->redo.head;
+		img->redo.tid = img->tid;
+		img->redo.count = 0;
+	}
+	if (!tid_after(img->tid - 1, img->committed))
+		img->redo.needed = img->redo.first;
 }
 
 /*
@@ -287,11 +340,7 @@ static int write_down(x3_image *img, bool may_fail)
 {
 	int error = 0;
 
-	if (img->redo.tid != img->tid) {
-		img->redo.previous = img->redo.tid + 1 == img->tid ? img->redo.count : 0;
-		img->redo.tid = img->tid;
-		img->redo.at = img->redo.count = 0;
-	}
+	look_around(img);
 	if (!img->redo.lost || img->redo.lost_tid != img->tid) {
 		error = write_record(img);
 		if (error > 0 || (error && !may_fail)) {
@@ -303,7 +352,7 @@ static int write_down(x3_image *img, bool may_fail)
 	img->redo.used = 0;
 	img->redo.broken = false;
 	img->redo.count += !error; /* be it a gap, which ends the transaction */
-	if (img->redo.at > area_size(img) / 4 * 3 && img->due != img->tid) {
+	if (img->redo.head - img->redo.needed > ring_size(img) / 4 * 3 && img->due != img->tid) {
 		img->due = img->tid;
 		pthread_cond_broadcast(&img->wake);
 	}
@@ -351,48 +400,76 @@ static int read_header(x3_image *img, bool *good)
 	int error = journal_io(img, img->jend, 0, (char *)&header, sizeof header, false);
 
 	*good = !error && !memcmp(header.magic, magic, sizeof magic) && header.crc == header_crc(&header) &&
-		header.area == img->redo.area && header.mounted_at == img->mounted_at &&
+		header.blocks == img->redo.blocks && header.mounted_at == img->mounted_at &&
 		!memcmp(header.uuid, img->sb->s_uuid, sizeof header.uuid) && this_boot(img, boot) &&
 		!memcmp(header.boot, boot, sizeof boot);
 	img->redo.session = header.session;
 	return error;
 }
 
-/* How many bytes of an area are records of *tid*, one after the other; and how many they are. */
-static size_t good_records(x3_image *img, const char *area, uint32_t tid, uint32_t *count)
+/* Add the records of *tid* that there are in the ring, one after the other, to *found*; return how many. */
+static int64_t good_records(x3_image *img, const char *ring, struct start s, struct found *found)
 {
-	size_t at = 0, size = area_size(img);
-	struct record r;
+	uint64_t size = ring_size(img), at = s.at, count = 0;
+	bool again = false; /* it has gone round */
 
-	for (*count = 0; at + sizeof r <= size; at += r.length, ++*count) {
-		memcpy(&r, area + at, sizeof r);
-		if (r.magic != RECORD_MAGIC || r.session != img->redo.session || r.tid != tid || r.number != *count ||
-		    r.length < sizeof r || r.length % 8 || r.length > size - at ||
-		    record_crc((const struct record *)(area + at)) != r.crc)
+	while (at <= size) {
+		const struct record *r = (const struct record *)(ring + at);
+		if (at + sizeof *r <= size && r->length >= sizeof *r && r->length % 4 == 0 && r->length <= size - at &&
+		    record_crc(img, s.tid, count, r) == r->crc) {
+			char *data = try_grow(found->data, &found->cap, found->length + r->length, 1);
+			if (!data)
+				return -ENOMEM;
+			found->data = data;
+			memcpy(data + found->length, r, r->length);
+			found->length += r->length;
+			at += r->length;
+			count++;
+		} else if (!again) {
+			again = true;
+			at = 0;
+		} else {
 			break;
+		}
 	}
-	return at;
+	return count;
 }
 
 /* Read the records of the two transactions that the journal does not have. */
-static int read_areas(x3_image *img)
+static int read_ring(x3_image *img, const char *ring)
 {
-	uint32_t count = 0, before = 0;
+	int64_t before = 0;
 
 	for (int i = 0; i < 2; i++) {
+		struct start s;
 		uint32_t tid = img->committed + 1 + i;
-		char *area = img->redo.area ? malloc(area_size(img)) : NULL;
-		int error = area ? journal_io(img, area_start(img, tid), 0, area, area_size(img), false) : -ENOMEM;
-		img->redo.found[i] = area;
-		if (error)
-			return error;
-		img->redo.length[i] = good_records(img, area, tid, &count);
-		if (i == 1 && count && (!before || ((const struct record *)area)->previous != before))
-			img->redo.length[i] = count = 0; /* something before it is missing */
+		int64_t count = journal_io(img, img->jend, sizeof(struct redo_header) + (tid & 1) * sizeof s, (char *)&s,
+					   sizeof s, false);
+		if (count < 0)
+			return count;
+		if (s.tid != tid || s.crc != start_crc(img, &s) || s.at % 4 || s.at >= ring_size(img))
+			break;
+		if (i == 1 && (!before || s.previous != before))
+			break; /* something before it is missing */
+		count = good_records(img, ring, s, &img->redo.found[i]);
+		if (count < 0)
+			return count;
 		before = count;
 		img->redone += count;
 	}
 	return 0;
+}
+
+static int read_records(x3_image *img)
+{
+	uint64_t size = ring_size(img);
+	char *ring = malloc(size);
+	int error = ring ? journal_io(img, img->jend + 1, 0, ring, size, false) : -ENOMEM;
+
+	if (!error)
+		error = read_ring(img, ring);
+	free(ring);
+	return error;
 }
 
 /* Find the records that count; img->redone is how many there are. After replay_find(). */
@@ -401,44 +478,59 @@ int redo_find(x3_image *img)
 	bool good = false;
 	int error = img->stale ? 0 : read_header(img, &good);
 
-	return error || !good ? error : read_areas(img);
+	return error || !good ? error : read_records(img);
 }
 
 void redo_forget(x3_image *img)
 {
 	for (int i = 0; i < 2; i++) {
-		free(img->redo.found[i]);
-		img->redo.found[i] = NULL;
-		img->redo.length[i] = 0;
+		free(img->redo.found[i].data);
+		img->redo.found[i] = (struct found){ 0 };
 	}
 }
 
-/* Do something with each piece of a transaction; -EBADMSG if one makes no sense. */
-static int each_piece(x3_image *img, int i,
-		      int (*do_it)(x3_image *img, const struct piece *piece, const char *bytes))
+/* Do something with each piece of a record, which ends at *end*; -EBADMSG if one makes no sense. */
+static int pieces_of(x3_image *img, const char *p, const char *end, piece_fn do_it)
 {
-	const char *p = img->redo.found[i], *end = p + img->redo.length[i];
+	uint32_t nr = UINT32_MAX;
 	int error = 0;
 
-	while (p < end && !error) {
-		const char *stop = p + ((const struct record *)p)->length;
+	while ((size_t)(end - p) >= sizeof(struct piece) && !error) {
 		struct piece piece;
-		for (p += sizeof(struct record); (size_t)(stop - p) >= sizeof piece && !error; p += piece.length) {
-			memcpy(&piece, p, sizeof piece);
-			p += sizeof piece;
-			if (piece.nr >= img->blocks || piece.length > stop - p || piece.offset + piece.length > img->bs)
+		memcpy(&piece, p, sizeof piece);
+		p += sizeof piece;
+		if (piece.length & OTHER_BLOCK) {
+			if ((size_t)(end - p) < sizeof nr)
 				return -EBADMSG;
-			error = do_it(img, &piece, p);
+			memcpy(&nr, p, sizeof nr);
+			p += sizeof nr;
+			piece.length &= ~OTHER_BLOCK;
 		}
-		p = stop;
+		if (nr >= img->blocks || piece.length > end - p || piece.offset + piece.length > img->bs)
+			return -EBADMSG;
+		error = do_it(img, nr, &piece, p);
+		p += piece.length;
 	}
 	return error;
 }
 
-static int show_piece(x3_image *img, const struct piece *piece, const char *bytes)
+/* The same for each record of a transaction. */
+static int each_piece(x3_image *img, int i, piece_fn do_it)
+{
+	const char *p = img->redo.found[i].data, *end = p ? p + img->redo.found[i].length : NULL;
+	int error = 0;
+
+	for (uint32_t length; p < end && !error; p += length) {
+		length = ((const struct record *)p)->length;
+		error = pieces_of(img, p + sizeof(struct record), p + length, do_it);
+	}
+	return error;
+}
+
+static int show_piece(x3_image *img, uint32_t nr, const struct piece *piece, const char *bytes)
 {
 	int error;
-	char *data = patch_data(img, piece->nr, &error);
+	char *data = patch_data(img, nr, &error);
 
 	if (!data)
 		return error;
@@ -457,12 +549,12 @@ int redo_show(x3_image *img)
 	return error ? error : each_piece(img, 1, show_piece);
 }
 
-static int do_piece(x3_image *img, const struct piece *piece, const char *bytes)
+static int do_piece(x3_image *img, uint32_t nr, const struct piece *piece, const char *bytes)
 {
 	if (piece->length)
-		memcpy(block_change(img, block_get(img, piece->nr), piece->offset, piece->length), bytes, piece->length);
+		memcpy(block_change(img, block_get(img, nr), piece->offset, piece->length), bytes, piece->length);
 	else
-		block_fresh(img, piece->nr);
+		block_fresh(img, nr);
 	return 0;
 }
 
@@ -489,7 +581,7 @@ int redo_commit(x3_image *img)
 	int error = 0;
 
 	for (int i = 0; i < 2 && !error; i++)
-		if (img->redo.length[i])
+		if (img->redo.found[i].length)
 			error = redo_one(img, i);
 	return error ? error : x3_checkpoint(img);
 }
