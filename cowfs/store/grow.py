@@ -10,9 +10,9 @@ from functools import partial
 from typing import Any, NamedTuple, NoReturn
 
 from cowfs.errors import StoreError, UsageError
-from cowfs.store import lock, place, tools
+from cowfs.store import lock, tools
 from cowfs.store.allocate import allocate, fill_holes
-from cowfs.store.image import is_copy, open_file
+from cowfs.store.image import open_file, refuse_torn
 from cowfs.store.memory import Memory
 from cowfs.store.signals import cleaned_up, deferred
 from cowfs.store.sizes import LARGEST, check_room, format_size
@@ -38,8 +38,7 @@ def grow_store(path: str, size: int | None, *, progress: Progress = quiet) -> in
         stack.callback(os.close, fd)
         lock.lock(fd, path)
         lock.refuse_mounted_image(fd, path)
-        if read_superblock(fd, path, smallest=0).needs_recovery and is_copy(fd, path):
-            raise place.torn(path)
+        refuse_torn(fd, path, read_superblock(fd, path, smallest=0))
         return _grow(fd, path, size, progress)
 
 

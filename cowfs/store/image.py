@@ -48,10 +48,8 @@ def open_image(path: str, want: Wanted) -> Store:
         stack.callback(fcntl.flock, fd, fcntl.LOCK_UN)
         lock.refuse_mounted_image(fd, path)
         superblock = read_superblock(fd, path)
-        copy = superblock.needs_recovery and is_copy(fd, path)
-        if copy and not want.read_only:
-            raise place.torn(path)
-        if copy:
+        copy = None if want.read_only else refuse_torn(fd, path, superblock)
+        if want.read_only and superblock.needs_recovery and is_copy(fd, path):
             want.progress(place.torn(path).message)
         if superblock.state != "clean" and not want.read_only:
             sound = copy is not None and not superblock.has_errors
@@ -146,8 +144,25 @@ def _refuse_untouched(fd: int, path: str, want: Wanted) -> None:
             check_lowers(layout.load_header(layer), want.lowers, path)
 
 
+def refuse_torn(fd: int, path: str, superblock: Superblock) -> bool | None:
+    """Raise StoreError for a copy of an image that was in use. Return what is_copy says of the others.
+
+    A copy of one that was in use for a while only, in the middle of the copying, says that it is clean: so
+    a copy is checked, once, in whole.
+    """
+    copy = is_copy(fd, path)
+    if copy and superblock.needs_recovery:
+        raise place.torn(path)
+    if copy and not superblock.has_errors and tools.fsck(fd, path, "-f", "-n")[0]:
+        raise StoreError(
+            f"{path}: a copy that is not whole: the store was in use while it was made, or is damaged",
+            f"unmount the store and copy it again; or cowfs check {path} repairs this one",
+        )
+    return copy
+
+
 def is_copy(fd: int, path: str) -> bool | None:
-    """Say whether an image that needs recovery is a copy, made while it was in use; None: not known."""
+    """Say whether an image was in another file when it was last written to; None: not known."""
     try:
         with ExitStack() as looking:
             return place.is_copy(open_layer(fd, path, looking, read_only=True), fd)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 from collections.abc import Iterator
@@ -205,6 +206,32 @@ def test_a_copy_of_an_image_in_use_is_not_served_unasked(place: Place) -> None:
     place.umount()
     place.mount()
     place.umount()
+
+
+@pytest.mark.parametrize("cut", [4096, 1 << 20, 16 << 20], ids=str)
+@pytest.mark.parametrize("first", ["before", "during"])
+def test_a_copy_that_took_as_long_as_a_use_is_whole_or_refused(roots: Place, cut: int, first: str) -> None:
+    """The first bytes of one moment, the rest of a later one: what cp reads meanwhile."""
+    moments = {}
+    with mounted(roots.lower, roots.at, roots.store):
+        (roots.at / "kept").write_text("kept")
+    moments["before"] = roots.store.read_bytes()
+    roots.mount()
+    roots.change()
+    moments["during"] = roots.store.read_bytes()
+    roots.umount()
+    moments["after"] = roots.store.read_bytes()
+    copy = roots.path / "copy.bs"
+    copy.write_bytes(moments[first][:cut] + moments["after"][cut:])
+    code, _, complaint = roots.cowfs("mount", roots.lower, roots.at, "--store", copy)
+    assert code in {0, 32}, complaint
+    if code == 0:
+        assert (roots.at / "kept").read_text() == "kept"
+        roots.umount()
+        run("e2fsck", "-fn", copy)
+    else:
+        assert re.search(r"a copy (of a store that was in use|that is not whole)", complaint)
+    assert code == 32 or (first, cut) != ("before", 1 << 20)
 
 
 def test_a_copy_of_an_image_that_is_not_in_use_is_a_store_like_any(roots: Place) -> None:
