@@ -58,7 +58,7 @@ def shown(base: Path, who: str) -> str:
 def serving(base: Path, who: str, store: Path) -> Iterator[subprocess.Popen[str]]:
     """A mount in the foreground that answers."""
     with start(base, who, store, "-f") as process:
-        eventually(lambda: is_mounted(base / "mnt") or process.poll() is not None, "it is mounted")
+        eventually(lambda: is_mounted(base / "mnt") or process.poll() is not None, "it is mounted", 60)
         assert process.poll() is None, process.communicate()[1]
         assert shown(base, who) == "below\n"
         yield process
