@@ -20,7 +20,7 @@ from cowfs.layers.base import LowerLayer
 from cowfs.layers.directory import DirectoryLayer
 from cowfs.layers.squashfs import SquashfsLayer
 from cowfs.linux.files import LACK_OF_ROOM, fs_magic
-from cowfs.linux.mounts import attach_loop, detached_mount, mount_of
+from cowfs.linux.mounts import attach_loop, detached_mount, mount_of, where_is
 from cowfs.overlay.copyup import copy_xattrs
 from cowfs.overlay.overlay import Overlay
 from cowfs.overlay.state import OverlayOptions
@@ -295,24 +295,56 @@ def check_mountpoint(mountpoint: str, options: UnionOptions) -> str:
     here = mount_of(target)
     if here is not None and here.fstype == "fuse.cowfs":
         raise MountFailure(f"{mountpoint}: a cowfs is mounted here already", f"cowfs umount {mountpoint}")
-    layers = [*options.lowers, *([] if options.store == "memory" else [options.store])]
-    for layer in layers:
-        real = os.path.realpath(layer)
-        for lower in options.lowers:
-            if layer == options.store and os.path.isdir(lower) and _inside(real, os.path.realpath(lower)):
-                raise MountFailure(f"{layer}: the store is inside the lower {lower}", "put it elsewhere")
-        if os.path.isdir(real) and _inside(target, real):
-            raise MountFailure(f"{mountpoint}: is inside the layer {layer}", "choose a mountpoint elsewhere")
-        if _inside(real, target):
-            raise MountFailure(
-                f"{mountpoint}: the layer {layer} is inside it, and would be hidden",
-                "choose a mountpoint elsewhere",
-            )
+    _check_places(target, options)
     return target
 
 
-def _inside(path: str, directory: str) -> bool:
-    return path != directory and path.startswith(directory.rstrip("/") + "/")
+def _check_places(mountpoint: str, options: UnionOptions) -> None:
+    """Refuse a store directory in a lower, or the other way round, and a mountpoint in it.
+
+    Else a mountpoint may be a layer, in one, or above it: layers are known by descriptors, and what is
+    mounted in one does not belong to it.
+    """
+    if options.store == "memory" or os.path.isfile(options.store):
+        return
+    store = _place(options.store)
+    for lower in filter(os.path.isdir, options.lowers):
+        if _inside(store, _place(lower)):
+            raise MountFailure(f"{options.store}: the store is inside the lower {lower}", "put it elsewhere")
+        if _inside(_place(lower), store):
+            raise MountFailure(
+                f"{lower}: the lower is inside the store {options.store}", "choose another store"
+            )
+    at = _place(mountpoint)
+    if at != store and _inside(at, store):
+        raise MountFailure(
+            f"{mountpoint}: is inside the store {options.store}", "choose a mountpoint elsewhere"
+        )
+
+
+_Place = tuple[str, tuple[bytes, ...]]
+"""A filesystem, and the names on the way from its root: the same by whatever mount it is reached."""
+
+
+def _place(path: str) -> _Place:
+    """Return the place of what is at *path*, or will be made there."""
+    try:
+        fd = os.open(path, os.O_PATH)
+    except OSError:
+        above, name = os.path.split(path)
+        if not name:
+            return "", ()
+        dev, names = _place(above)
+        return dev, (*names, os.fsencode(name))
+    try:
+        dev, way = where_is(fd)
+    finally:
+        os.close(fd)
+    return dev, tuple(filter(None, way.split(b"/")))
+
+
+def _inside(place: _Place, directory: _Place) -> bool:
+    return place[0] == directory[0] and place[1][: len(directory[1])] == directory[1]
 
 
 def commands(union: Union, more: Callable[[], dict[str, Any]]) -> Mapping[str, Any]:

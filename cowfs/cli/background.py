@@ -23,14 +23,16 @@ class Reporter:
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
+        self._null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC) if fd >= 0 else -1  # the mount may hide it
 
     def ready(self) -> None:
         """Let the parent return with success, and leave the terminal."""
         self._send({})
-        null = os.open(os.devnull, os.O_RDWR)
-        for fd in range(3):
-            os.dup2(null, fd)
-        os.close(null)
+        if self._null >= 0:
+            for fd in range(3):
+                os.dup2(self._null, fd)
+            os.close(self._null)
+            self._null = -1
 
     def failed(self, error: CowfsError) -> None:
         """Let the parent say why and return with the error's exit code."""

@@ -14,16 +14,26 @@ from cowfs.linux.mounts import MountInfo, mount_of, mountinfo
 from cowfs.linux.sockets import connect_control
 
 FSTYPE = "fuse.cowfs"
+_MOST_LINKS = 40
+"""As many symbolic links as the kernel follows (path_resolution(7))."""
 VIEW_FSTYPE = "fuse.cowfs-store"
 """Of a store that is shown by the daemon that has it (cowfs.fuse.view)."""
 
 
 def find_mount(path: str) -> MountInfo | None:
     """Return the cowfs mount whose mountpoint is *path*; None when there is none."""
-    # The last component is not looked at: it may be the root of a mount whose daemon is dead.
-    directory, name = os.path.split(os.path.abspath(path))
-    found = mount_of(os.path.join(os.path.realpath(directory), name))
-    return found if found is not None and found.fstype == FSTYPE else None
+    # The last component is not looked at: it may be the root of a mount whose daemon is dead, or hangs.
+    for _ in range(_MOST_LINKS):
+        directory, name = os.path.split(os.path.abspath(path))
+        directory = os.path.realpath(directory)
+        found = mount_of(os.path.join(directory, name))
+        if found is not None:
+            return found if found.fstype == FSTYPE else None
+        try:
+            path = os.path.join(directory, os.readlink(os.path.join(directory, name)))
+        except OSError:
+            break
+    return None
 
 
 def mount_with_store(path: str) -> MountInfo | None:

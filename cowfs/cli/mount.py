@@ -6,6 +6,7 @@ import argparse
 import os
 import resource
 import shutil
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from cowfs.cli import options as mount_options
@@ -170,6 +171,7 @@ def _others_may_be_allowed() -> bool:
 
 def _serve(union_options: object, mountpoint: str, given: mount_options.Options, reporter: Reporter) -> int:
     from cowfs import assemble
+    from cowfs.cli.own_files import need_no_more
     from cowfs.fuse.daemon import Daemon, MountRequest
     from cowfs.linux.sleep import Disks
     from cowfs.store.room import watch
@@ -181,27 +183,39 @@ def _serve(union_options: object, mountpoint: str, given: mount_options.Options,
     try:
         request = MountRequest(
             mountpoint,
-            ":".join(union_options.lowers),
+            _source(union_options.lowers, mountpoint),
             frozenset(_fuse_options(given, union_options)),
             acl="noacl" not in given.flags,
             fakeroot=union_options.fakeroot,
         )
         daemon = Daemon(union.overlay, request)
+        disks = Disks([*union_options.lowers, union_options.store])
         options = [*request.options, *(["fakeroot"] if request.fakeroot else [])]
         more = {"mountpoint": mountpoint, "options": sorted(options)}
-        daemon.mount()
+        need_no_more(mountpoint)
+        daemon.mount()  # from here on no path may be followed that could lead into the mount
         try:
             daemon.serve(
                 assemble.commands(union, lambda: {**more, **daemon.adapter.figures()}),
                 reporter.ready,
                 watch(union.store),
-                after_pause=Disks([*union_options.lowers, union_options.store]).look_after_sleep,
+                after_pause=disks.look_after_sleep,
             )
         finally:
             daemon.close()
     finally:
         union.close()
     return 0
+
+
+def _source(lowers: Sequence[str], mountpoint: str) -> str:
+    """Return what mount(8) shows as the source: the lowers, as they are written on the command line.
+
+    Programs look for sources that are paths, e2fsck too, which we start: they must not lead into the mount.
+    """
+    if any(f"{os.path.realpath(lower)}/".startswith(f"{mountpoint.rstrip('/')}/") for lower in lowers):
+        return "cowfs"
+    return mount_options.join_lowers(lowers)
 
 
 def _fuse_options(given: mount_options.Options, union: UnionOptions) -> set[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from cowfs.errors import UsageError
@@ -75,13 +76,21 @@ def parse_offsets(text: str) -> tuple[int, ...]:
 
 
 def split(text: str) -> list[str]:
-    """Split at commas; ``\\,`` is a comma that belongs to a value."""
+    """Split at commas; ``\\,`` is a comma that belongs to a value, and ``\\\\`` a backslash."""
     return _split(text, ",")
 
 
 def split_lowers(text: str) -> tuple[str, ...]:
-    """Split LOWER[:LOWER...]; ``\\:`` is a colon in a name, as in overlayfs's lowerdir."""
+    """Split LOWER[:LOWER...]; ``\\:`` is a colon in a name, as in overlayfs's lowerdir, ``\\\\`` a backslash.
+
+    Before anything else a backslash is one.
+    """
     return tuple(_split(text, ":"))
+
+
+def join_lowers(lowers: Sequence[str]) -> str:
+    """Write LOWER[:LOWER...] so that :func:`split_lowers` has the same back."""
+    return ":".join(lower.replace("\\", "\\\\").replace(":", "\\:") for lower in lowers)
 
 
 def _split(text: str, separator: str) -> list[str]:
@@ -90,7 +99,7 @@ def _split(text: str, separator: str) -> list[str]:
     for character in characters:
         if character == "\\":
             following = next(characters, "")
-            parts[-1] += following if following == separator else character + following
+            parts[-1] += following if following in {separator, "\\"} else character + following
         elif character == separator:
             parts.append("")
         else:

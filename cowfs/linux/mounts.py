@@ -37,7 +37,8 @@ _FSMOUNT_CLOEXEC = 1
 _FSCONFIG_SET_FLAG, _FSCONFIG_SET_STRING, _FSCONFIG_CMD_CREATE = 0, 1, 6
 _OPEN_TREE_CLONE, _OPEN_TREE_CLOEXEC = 1, os.O_CLOEXEC
 _AT_EMPTY_PATH = 0x1000
-_MS_PRIVATE = 1 << 18
+_MS_REC, _MS_PRIVATE = 1 << 14, 1 << 18
+_CLONE_NEWNS = 0x20000  # include/uapi/linux/sched.h
 _MOUNT_ATTR_ATIME = 0x70  # MOUNT_ATTR__ATIME: all that says when times of access are kept
 _MOUNT_ATTR = struct.Struct("=QQQQ")  # struct mount_attr: attr_set, attr_clr, propagation, userns_fd
 _MOUNT_ATTR_RDONLY, _MOUNT_ATTR_NOSUID, _MOUNT_ATTR_NODEV, _MOUNT_ATTR_NOATIME = 1, 2, 4, 0x10
@@ -169,6 +170,14 @@ def umount2(path: str | bytes, flags: int = 0) -> None:
     if _libc.umount2(os.fsencode(path), flags):
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code), path)
+
+
+def leave(mountpoint: str) -> None:
+    """Take a mount away for this process alone: from now on it sees what is below. Raises OSError."""
+    if _libc.unshare(_CLONE_NEWNS) or _libc.mount(None, b"/", None, _MS_REC | _MS_PRIVATE, None):
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), mountpoint)
+    umount2(mountpoint, MNT_DETACH)
 
 
 def remount(path: str | bytes, *, readonly: bool) -> None:
@@ -344,6 +353,17 @@ def mount_id(fd: int) -> int:
     """Return the number of the mount that *fd* was opened in: ``id`` of its MountInfo, if it has one."""
     text = Path(f"/proc/self/fdinfo/{fd}").read_text()
     return next(int(line.split()[1]) for line in text.splitlines() if line.startswith("mnt_id:"))
+
+
+def where_is(fd: int) -> tuple[str, bytes]:
+    """Return the filesystem (``major:minor``) that *fd* is on, and its path there: that from the root of the
+    filesystem, whatever mount it was opened by."""
+    path, at = os.readlink(b"/proc/self/fd/%d" % fd), mount_id(fd)
+    for mount in mountinfo():
+        if mount.id == at:
+            return mount.dev, mount.root.rstrip(b"/") + path[len(mount.mountpoint.rstrip(b"/")) :]
+    device = os.fstat(fd).st_dev
+    return f"{os.major(device)}:{os.minor(device)}", path
 
 
 # --- locks and processes

@@ -61,10 +61,10 @@ def grow_open_store(store: Store, size: int | None) -> Generator[Step | str, Non
     with ExitStack() as stack:
         _growing.add(path)
         stack.callback(_growing.remove, path)
-        # It may be on a disk that nobody sees, or our root is another.
-        fd = open_file(path if store.fd < 0 else tools.place(store.fd))
+        # By its descriptor: our own mount may hide it, or it is on a disk that nobody sees.
+        fd = open_file(tools.place(store.fd))
         stack.callback(os.close, fd)
-        if lock.try_lock(fd):  # it would be locked, by us
+        if not _is_in_its_place(store):
             raise StoreError(f"{path}: is another file than when it was mounted")
         plan = _plan(fd, path, size)
         if plan.size == plan.filesystem:
@@ -92,6 +92,18 @@ def _resize_open(store: Store, fd: int, undo: ExitStack) -> None:
         _resize(fd, store.path)
     finally:
         layer.resume(store.work)
+
+
+def _is_in_its_place(store: Store) -> bool:
+    """Whether what the user calls by the store's name is still that store. Enters no mount of ours."""
+    if store.place is None:
+        return True
+    directory, name = store.place
+    try:
+        now = os.stat(name, dir_fd=directory, follow_symlinks=False)
+    except OSError:
+        return False
+    return os.path.samestat(now, os.fstat(store.fd))
 
 
 _growing: set[str] = set()

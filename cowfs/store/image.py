@@ -70,8 +70,11 @@ def open_image(path: str, want: Wanted) -> Store:
             raise StoreError(
                 f"{path}: the store in it cannot be opened: {error.strerror}", lacks or hint
             ) from None
-        if kernel:
-            store.fd = fd
+        store.fd = fd
+        directory, name = os.path.split(os.path.realpath(path))
+        above = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        store.release.callback(os.close, above)
+        store.place = (above, name)
         return store
 
 

@@ -63,7 +63,7 @@ def persist(
             kept = _switch(store, fd, path, wanted, size is None, copied, unnamed.close)
         os.dup2(kept, memory.fd, inheritable=False)  # the memory is free; close() closes the image
         os.close(kept)
-        store.fd = memory.fd
+        store.fd, store.place = memory.fd, None
         note(store.layer, store.fd)
         return os.fstat(memory.fd).st_size
     finally:

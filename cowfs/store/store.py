@@ -57,7 +57,9 @@ class Store:
     memory: Any = field(default=None, repr=False)
     """The growing image of a store in memory (cowfs.store.memory.Memory), or None."""
     fd: int = field(default=-1, repr=False)
-    """A descriptor of its image, where the process that serves it need not find that at *path*; or -1."""
+    """A descriptor of its image, which may be found no more at *path*: our own mount may hide it. Or -1."""
+    place: tuple[int, str] | None = field(default=None, repr=False)
+    """The directory (O_PATH) and the name that its image was opened by."""
     saved: float = field(default_factory=time.time, repr=False)
     """When all was on disk last."""
     failure: OSError | None = field(default=None, repr=False)

@@ -7,9 +7,11 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from cowfs.errors import StoreError, SystemFailure
 from cowfs.formats.ext3 import features
+from cowfs.linux import mounts
 from cowfs.store.signals import deferred
 from cowfs.store.superblock import flag_recovery, needs_recovery
 
@@ -25,8 +27,34 @@ def quiet(message: str) -> None:
     """Be a Progress that tells nobody."""
 
 
+_hidden = ""
+"""The mountpoint of a mount that programs must not see: it is ours, and we wait for them."""
+_found: dict[str, str] = {}
+"""The programs by their paths, once they cannot be looked for any more."""
+
+
+def hide(mountpoint: str) -> None:
+    """Let programs see what is below the mount that this process is about to make at *mountpoint*.
+
+    They are looked for now, and never again. Where the mount cannot be taken from their sight (only root can
+    do that), those that are below the mountpoint themselves are refused.
+    """
+    global _hidden  # noqa: PLW0603 - a process mounts once
+    for name in ("e2fsck", "resize2fs", "mke2fs", "e2image"):
+        with suppress(SystemFailure):
+            path = program(name)
+            inside = os.path.realpath(path).startswith(mountpoint.rstrip("/") + "/")
+            if os.geteuid() == 0 or not inside:
+                _found[name] = path
+    _hidden = mountpoint
+
+
 def program(name: str) -> str:
     """Return the path of a program of e2fsprogs. Raises SystemFailure, saying what installs it."""
+    if _hidden:
+        if name in _found:
+            return _found[name]
+        raise SystemFailure(f"{name} was not there when this was mounted, or is in it", "unmount it first")
     # Users other than root often have no sbin in their PATH.
     places = os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin"
     found = shutil.which(name, path=places)
@@ -69,6 +97,7 @@ def run(
                 env={**os.environ, "LC_ALL": "C"},
                 pass_fds=pass_fds,
                 start_new_session=True,
+                preexec_fn=_look_below if _hidden else None,  # noqa: PLW1509 - it takes no lock
             )
         while show and process.stdout and (piece := os.read(process.stdout.fileno(), 1 << 16)):
             show(piece)
@@ -79,6 +108,12 @@ def run(
                 process.kill()
         raise
     return subprocess.CompletedProcess(command, process.returncode, output or b"", errors or b"")
+
+
+def _look_below() -> None:
+    """In the process that is to be a program: leave the mount behind. Where that may not be, it is there."""
+    with suppress(OSError):
+        mounts.leave(_hidden)
 
 
 def last_line(output: bytes) -> str:

@@ -253,19 +253,10 @@ def made(path: Path) -> Path:
     return path / "at"
 
 
-def linked(base: Path) -> Path:
-    """A way round."""
-    os.symlink(base / "lower", base / "link")
-    return base / "link" / "dir"
-
-
 MOUNTPOINTS: dict[str, tuple[Callable[[Path], Path], list[str]]] = {
     "missing": (lambda base: base / "nowhere", ["nowhere"]),
     "a file": (lambda base: base / "text", ["text", "not a directory"]),
-    "inside the lower": (lambda base: base / "lower" / "dir", ["dir", "inside"]),
     "inside the store": (lambda base: made(base / "store"), ["store", "inside"]),
-    "above the lower": (lambda base: base, ["lower"]),
-    "the lower by another name": (linked, ["inside"]),
 }
 
 

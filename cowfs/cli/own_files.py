@@ -1,0 +1,62 @@
+"""The files that the daemon itself is made of: its mount may hide them, and to ask it for them never ends.
+
+A union on /usr has Python, its modules, the sources that a traceback shows and e2fsprogs below its
+mountpoint, and others have them elsewhere. So everything is loaded before the mount, and programs that the
+daemon starts do not see it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import linecache
+import logging
+import pkgutil
+import sys
+import time
+from contextlib import suppress
+from types import TracebackType
+from typing import Any
+
+import cowfs
+from cowfs.store import tools
+
+_NOT_OURS = ("cowfs.cli", "cowfs.formats.ext3.build_engine")
+_OTHERS = (
+    "encodings.idna",
+    "encodings.ascii",
+    "encodings.latin_1",
+    "concurrent.futures.thread",
+    "unicodedata",
+)
+"""What the standard library and trio import when they first need it."""
+
+
+def need_no_more(mountpoint: str) -> None:
+    """Let this process never again look for a file of its own by its name: it is about to mount there."""
+    for module in pkgutil.walk_packages(cowfs.__path__, "cowfs."):
+        if not module.name.startswith(_NOT_OURS):
+            with suppress(ImportError):  # an engine that was not built is told of by who wants it
+                importlib.import_module(module.name)
+    for name in _OTHERS:
+        with suppress(ImportError):
+            importlib.import_module(name)
+    time.localtime()  # reads the time zone
+    _show_no_sources()
+    tools.hide(mountpoint)
+
+
+def _show_no_sources() -> None:
+    """Write tracebacks without the lines of the sources, which would have to be read."""
+
+    def none(filename: str, module_globals: dict[str, Any] | None = None) -> list[str]:
+        del filename, module_globals
+        return []
+
+    linecache.getlines = none
+    linecache.cache.clear()
+    sys.excepthook = _say
+    sys.unraisablehook = lambda failure: _say(failure.exc_type, failure.exc_value, failure.exc_traceback)
+
+
+def _say(kind: type[BaseException], failure: BaseException | None, where: TracebackType | None) -> None:
+    logging.getLogger("cowfs").error("an exception that nobody handles", exc_info=(kind, failure, where))  # type: ignore[arg-type]
