@@ -487,7 +487,7 @@ def test_a_damage_that_is_met_is_marked_for_the_next_check(image: Path) -> None:
     store.close()
     blocks = run("debugfs", "-R", "blocks upper/directory", image).stdout.split()
     with image.open("r+b") as file:
-        file.seek(int(blocks[-1]) * 4096 + 4)
+        file.seek(int(blocks[-1]) * 4096 + 24 + 4)  # of what stands behind . and ..
         file.write(b"\1\0")  # the length of an entry, which is a multiple of four
     assert store_info(str(image))["state"] == "clean"
     store = open_store(str(image), engine="process")
