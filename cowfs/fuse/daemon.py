@@ -6,6 +6,7 @@ import gc
 import logging
 import os
 import signal
+import string
 import subprocess
 import tempfile
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
@@ -30,6 +31,8 @@ log = logging.getLogger(__name__)
 
 Task = Callable[[], Awaitable[None]]
 _MNT_DETACH = 2  # linux/fs.h
+_PLAIN = frozenset(b"%s%s/._-+:=@" % (string.ascii_letters.encode(), string.digits.encode()))
+_LONGEST_SOURCE = 2000
 _NOW_AND_THEN = 5.0
 """Seconds."""
 
@@ -235,8 +238,14 @@ async def _now_and_then(look: Callable[[], None]) -> None:
 
 
 def _escape(text: str) -> str:
-    """Make a value fit for libfuse's comma-separated options (fuse_opt.c knows the backslash)."""
-    return text.replace("\\", "\\\\").replace(",", "\\,").encode("ascii", "backslashreplace").decode()
+    """Make a value fit for libfuse's comma-separated options, for which pyfuse3 wants ASCII.
+
+    fuse_opt.c knows a backslash before three octal digits. mount(2) takes a source of less than a page.
+    """
+    value = os.fsencode(text)
+    if len(value) > _LONGEST_SOURCE:
+        value = value[:_LONGEST_SOURCE] + b"..."
+    return "".join(chr(byte) if byte in _PLAIN else f"\\{byte:03o}" for byte in value)
 
 
 def _explain(said: str, mountpoint: str) -> MountFailure:

@@ -305,6 +305,8 @@ class MountInfo:
     fstype: str
     source: bytes
     super_options: str
+    super_words: tuple[str, ...]
+    """The same, split at the commas that no name brought in."""
 
 
 _ESCAPE = re.compile(rb"\\([0-7]{3})")
@@ -332,6 +334,7 @@ def parse_mountinfo(text: bytes) -> list[MountInfo]:
                 fstype=_unescape(fstype).decode(errors="replace"),
                 source=_unescape(source),
                 super_options=os.fsdecode(_unescape(super_options)),
+                super_words=tuple(os.fsdecode(_unescape(word)) for word in super_options.split(b",")),
             )
         )
     return mounts

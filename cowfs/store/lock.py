@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import time
 from pathlib import Path
 
@@ -61,11 +62,16 @@ def refuse_mounted_directory(path: str) -> None:
     for mount in mounts.mountinfo():
         if mount.fstype != "overlay":
             continue
-        for option in mount.super_options.split(","):
+        for option in mount.super_words:
             key, _, value = option.partition("=")
-            if key == "upperdir" and _same_path(value, upper):
+            # As it was written for mount(2), where overlayfs knows the backslash.
+            if key == "upperdir" and (_same_path(value, upper) or _same_path(_plain(value), upper)):
                 where = os.fsdecode(mount.mountpoint)
                 raise StoreBusy(f"{path}: in use by the overlay mounted on {where}", f"umount {where}")
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"\\(.)", r"\1", text, flags=re.DOTALL)
 
 
 def _mountpoint_of(device: str) -> str:
