@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import cowfs
 from cowfs.cli.output import warn
 from cowfs.errors import EXIT_SYSTEM, EXIT_USAGE, CowfsError
+from cowfs.linux.programs import clean_own_environment
 
 SUBCOMMANDS = ("mount", "umount", "create", "grow", "persist", "check", "info", "diff", "find")
 
@@ -59,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code. Never raises but for SystemExit of argparse."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="surrogateescape")  # names are bytes, and are shown as they are
+    if argv is None:  # we are the program, and not called by another
+        clean_own_environment()
     args = list(sys.argv[1:] if argv is None else argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8

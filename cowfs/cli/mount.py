@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import resource
-import shutil
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -13,6 +12,7 @@ from cowfs.cli import options as mount_options
 from cowfs.cli.background import Reporter, run_in_background, set_up_log
 from cowfs.cli.output import warn
 from cowfs.errors import MountFailure, SystemFailure, UsageError
+from cowfs.linux.programs import find
 
 if TYPE_CHECKING:
     from cowfs.assemble import UnionOptions
@@ -128,7 +128,7 @@ def _check_system() -> None:
         raise SystemFailure(
             f"/dev/fuse: {error.strerror}", "let everybody use it: chmod 666 /dev/fuse, as root"
         ) from None
-    if os.geteuid() != 0 and shutil.which("fusermount3") is None:
+    if os.geteuid() != 0 and find("fusermount3") is None:
         raise SystemFailure(
             "fusermount3: not found; without root nothing is mounted without it", "apt install fuse3"
         )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import errno
 import os
-import shutil
 import subprocess
 import threading
 import time
@@ -15,6 +14,7 @@ from cowfs.cli.client import ask, find_mount
 from cowfs.cli.farewell import Farewell
 from cowfs.cli.output import warn
 from cowfs.errors import CowfsError, MountFailure, SystemFailure
+from cowfs.linux import programs
 from cowfs.linux.mounts import MountInfo, mountinfo, parse_mountinfo, umount2, wait_pid_gone
 
 NAME = "umount"
@@ -178,11 +178,11 @@ def _unmount(mountpoint: str, *, lazy: bool) -> None:
                 raise MountFailure(f"{mountpoint}: in use", hint) from None
             raise MountFailure(f"{mountpoint}: {error.strerror}") from None
         return
-    program = shutil.which("fusermount3")
+    program = programs.find("fusermount3")
     if program is None:
         raise SystemFailure("fusermount3: not found", "apt install fuse3")
     command = [program, "-u", *(["-z"] if lazy else []), "--", mountpoint]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=programs.environment())
     if done.returncode:
         why = done.stderr.strip().removeprefix("fusermount3: ") or f"fusermount3 failed ({done.returncode})"
         raise MountFailure(f"{mountpoint}: {why}")

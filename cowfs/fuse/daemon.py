@@ -21,6 +21,7 @@ from cowfs.fuse import control, libfuse
 from cowfs.fuse.adapter import Adapter
 from cowfs.fuse.fakeroot import FakerootAdapter
 from cowfs.fuse.loop import RequestLoop
+from cowfs.linux import programs
 from cowfs.linux.files import syncfs
 from cowfs.linux.mounts import mount_of, umount2
 from cowfs.linux.signals import hold_back, open_signals, take
@@ -138,8 +139,9 @@ class Daemon:
             with suppress(OSError):
                 umount2(self._request.mountpoint, _MNT_DETACH)
         else:
-            command = ["fusermount3", "-u", "-z", "--", self._request.mountpoint]
-            subprocess.run(command, check=False, capture_output=True)
+            program = programs.find("fusermount3") or "/usr/bin/fusermount3"
+            command = [program, "-u", "-z", "--", self._request.mountpoint]
+            subprocess.run(command, check=False, capture_output=True, env=programs.environment())
 
     async def _main(
         self,

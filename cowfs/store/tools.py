@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -11,7 +10,7 @@ from contextlib import suppress
 
 from cowfs.errors import StoreError, SystemFailure
 from cowfs.formats.ext3 import features
-from cowfs.linux import mounts
+from cowfs.linux import mounts, programs
 from cowfs.store.signals import deferred
 from cowfs.store.superblock import flag_recovery, needs_recovery
 
@@ -55,9 +54,7 @@ def program(name: str) -> str:
         if name in _found:
             return _found[name]
         raise SystemFailure(f"{name} was not there when this was mounted, or is in it", "unmount it first")
-    # Users other than root often have no sbin in their PATH.
-    places = os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin"
-    found = shutil.which(name, path=places)
+    found = programs.find(name)
     if found is None:
         raise SystemFailure(f"{name} is not installed", "apt install e2fsprogs")
     return found
@@ -94,7 +91,7 @@ def run(
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT if merge else subprocess.PIPE,
-                env={**os.environ, "LC_ALL": "C"},
+                env=programs.environment(),
                 pass_fds=pass_fds,
                 start_new_session=True,
                 preexec_fn=_look_below if _hidden else None,  # noqa: PLW1509 - it takes no lock

@@ -12,6 +12,7 @@ import pytest
 from cowfs.store.open import open_store
 from cowfs.store.room import watch
 from tests.support.mounts import Mounted, cowfs, mounted
+from tests.support.programs import replaced
 from tests.support.system import NOBODY, needs_fuse, needs_root, run
 from tests.support.worker import script, worker
 
@@ -186,7 +187,7 @@ def test_an_image_that_cannot_grow_goes_on(base: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("program", ["e2fsck", "resize2fs"])
-def test_a_program_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str) -> None:
+def test_a_program_that_fails(tmp_path: Path, program: str) -> None:
     from cowfs.errors import StoreError
     from cowfs.store.grow import grow_open_store
 
@@ -195,13 +196,10 @@ def test_a_program_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, p
             if not isinstance(step, str):
                 step()
 
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / program).write_text("#!/bin/sh\necho no luck >&2; exit 8\n")
-    (tmp_path / "bin" / program).chmod(0o755)
     cowfs("create", tmp_path / "s", "32", check=True)
     store = open_store(str(tmp_path / "s"))
-    with monkeypatch.context() as patched, pytest.raises(StoreError, match="no luck"):
-        patched.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    failing = {program: "echo no luck >&2; exit 8"}
+    with replaced(tmp_path / "bin", **failing), pytest.raises(StoreError, match="no luck"):
         grow()
     assert (tmp_path / "s").stat().st_size == (32 if program == "e2fsck" else 64) * MIB
     store.layer.create(store.upper, b"x", 0o644, 0, 0)[1].close()

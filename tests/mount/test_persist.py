@@ -30,6 +30,7 @@ from tests.support.mounts import (
     mounted,
     project_root,
 )
+from tests.support.programs import replaced
 from tests.support.system import NOBODY, as_nobody_prefix, needs_fuse, needs_root, run
 from tests.support.tree import Node, link, symlink
 from tests.support.worker import script, seen, worker, writer
@@ -370,13 +371,13 @@ def test_a_store_that_grows_while_it_is_kept(opened: Store, tmp_path: Path, size
     is_whole(tmp_path / "s")
 
 
-def test_resize2fs_fails(opened: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "resize2fs").write_text("#!/bin/sh\necho no luck; exit 1\n")
-    (tmp_path / "resize2fs").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+def test_resize2fs_fails(opened: Store, tmp_path: Path) -> None:
     (tmp_path / "kept").mkdir()
     write(opened, b"x", 100)
-    with pytest.raises(StoreError, match="resize2fs failed: no luck"):
+    with (
+        replaced(tmp_path / "bin", resize2fs="echo no luck; exit 1"),
+        pytest.raises(StoreError, match="resize2fs failed: no luck"),
+    ):
         list(moving(opened, tmp_path / "kept", 256 * MIB))
     assert (os.listdir(tmp_path / "kept"), opened.kind) == ([], "memory")
     assert opened.layer.lookup(opened.upper, b"x")

@@ -16,6 +16,7 @@ import pytest
 from cowfs.linux import mounts
 from cowfs.store.open import open_store
 from tests.support.mounts import COWFS, cowfs, eventually, project_root
+from tests.support.programs import replaced
 from tests.support.system import as_nobody_prefix, needs_root, run
 
 MIB = 1 << 20
@@ -27,15 +28,6 @@ def refused(done: subprocess.CompletedProcess[str], said: str, code: int = 32) -
     assert done.stderr.startswith("cowfs: ")
     assert done.stderr.count("\n") == 1, done.stderr
     assert said in done.stderr
-
-
-def tools(place: Path, **scripts: str) -> dict[str, str]:
-    """An environment in which these programs are the given shell scripts."""
-    place.mkdir(exist_ok=True)
-    for name, script in scripts.items():
-        (place / name).write_text(f"#!/bin/sh\n{script}\n")
-        (place / name).chmod(0o755)
-    return {"PATH": f"{place}:{os.environ['PATH']}"}
 
 
 @pytest.fixture
@@ -143,8 +135,8 @@ def test_create_without_room_leaves_nothing(small: Path, nobody_path: Path) -> N
 def test_create_that_fails_half_way_leaves_nothing(tmp_path: Path) -> None:
     place = tmp_path / "place"
     place.mkdir()
-    env = tools(tmp_path / "bin", mke2fs="echo mke2fs: no luck >&2; exit 1")
-    refused(cowfs("create", place / "s", "16", env=env), "mke2fs")
+    with replaced(tmp_path / "bin", mke2fs="echo mke2fs: no luck >&2; exit 1"):
+        refused(cowfs("create", place / "s", "16"), "mke2fs")
     assert os.listdir(place) == []
 
 
@@ -161,13 +153,15 @@ def test_create_names_the_missing_program(tmp_path: Path, monkeypatch: pytest.Mo
 def test_create_that_is_stopped_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
     place = tmp_path / "place"
     place.mkdir()
-    env = tools(tmp_path / "bin", mke2fs=f"touch {tmp_path}/started; exec sleep 60")
     # A shell's background jobs ignore SIGINT, and so would what is started from here then.
-    with subprocess.Popen(
-        ["env", "--default-signal=INT", *COWFS, "create", place / "s", "16"],
-        env={**os.environ, "PYTHONPATH": project_root(), **env},
-        stderr=subprocess.DEVNULL,
-    ) as process:
+    with (
+        replaced(tmp_path / "bin", mke2fs=f"touch {tmp_path}/started; exec sleep 60"),
+        subprocess.Popen(
+            ["env", "--default-signal=INT", *COWFS, "create", place / "s", "16"],
+            env={**os.environ, "PYTHONPATH": project_root()},
+            stderr=subprocess.DEVNULL,
+        ) as process,
+    ):
         eventually((tmp_path / "started").exists, "mke2fs was started")
         process.send_signal(number)
         assert process.wait(20) != 0
@@ -267,8 +261,8 @@ def test_grow_fills_a_file_that_was_extended_by_hand(store: Path) -> None:
 @pytest.mark.parametrize("step", ["e2fsck", "resize2fs"])
 def test_grow_can_be_repeated_after_a_failure(store: Path, tmp_path: Path, step: str, how: str) -> None:
     keep(store)
-    env = tools(tmp_path / "bin", **{step: f"echo {step}: no luck >&2; {how}"})
-    refused(cowfs("grow", store, "48", env=env), step)
+    with replaced(tmp_path / "bin", **{step: f"echo {step}: no luck >&2; {how}"}):
+        refused(cowfs("grow", store, "48"), step)
     assert store.stat().st_size == (32 if step == "e2fsck" else 48) * MIB
     assert content_of(store) == "kept"
     assert cowfs("check", "-n", store).returncode == 0, "usable as before"
@@ -277,20 +271,22 @@ def test_grow_can_be_repeated_after_a_failure(store: Path, tmp_path: Path, step:
 
 
 def test_grow_takes_corrected_errors_for_no_failure(store: Path, tmp_path: Path) -> None:
-    env = tools(tmp_path / "bin", e2fsck='/sbin/e2fsck "$@"; exit 1')
-    assert cowfs("grow", store, "48", env=env).returncode == 0
+    with replaced(tmp_path / "bin", e2fsck='$real "$@"; exit 1'):
+        assert cowfs("grow", store, "48").returncode == 0
     assert filesystem_of(store) == 48 * MIB
 
 
 def test_grow_finishes_what_must_not_be_stopped(store: Path, tmp_path: Path) -> None:
     started, go_on = tmp_path / "started", tmp_path / "go-on"
     os.mkfifo(go_on)
-    env = tools(tmp_path / "bin", resize2fs=f'touch {started}; read x <{go_on}; exec /sbin/resize2fs "$@"')
-    with subprocess.Popen(
-        [*COWFS, "grow", store, "48"],
-        env={**os.environ, "PYTHONPATH": project_root(), **env},
-        stdout=subprocess.DEVNULL,
-    ) as process:
+    with (
+        replaced(tmp_path / "bin", resize2fs=f'touch {started}; read x <{go_on}; exec $real "$@"'),
+        subprocess.Popen(
+            [*COWFS, "grow", store, "48"],
+            env={**os.environ, "PYTHONPATH": project_root()},
+            stdout=subprocess.DEVNULL,
+        ) as process,
+    ):
         eventually(started.exists, "resize2fs was started")
         process.send_signal(signal.SIGTERM)
         go_on.write_text("on\n")
@@ -425,8 +421,8 @@ def test_check_does_not_call_clean_what_it_cannot_judge(store: Path, tmp_path: P
 
 
 def test_check_that_failed_is_no_repair(store: Path, tmp_path: Path) -> None:
-    env = tools(tmp_path / "bin", e2fsck="echo no memory; exit 8")
-    done = cowfs("check", store, env=env)
+    with replaced(tmp_path / "bin", e2fsck="echo no memory; exit 8"):
+        done = cowfs("check", store)
     assert done.returncode == 8
     assert done.stdout.splitlines()[-1] == f"{store}: COULD NOT BE CHECKED"
 

@@ -1,0 +1,47 @@
+"""The programs that we start: where they are found, and the environment that they get."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+SAFE_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
+_E2FSPROGS = ("E2FSCK_", "E2FSPROGS_", "E2IMAGE_", "EXT2FS_", "MKE2FS_", "RESIZE2FS_", "TEST_IO_", "BLKID_")
+"""What variables begin with that change what e2fsprogs does: its configuration, its clock, its checks."""
+_OURS = frozenset(
+    {"LANG", "LC_ALL", "LC_CTYPE", "TERM", "COLUMNS", "NO_COLOR"}
+    | {"NOTIFY_SOCKET", "XDG_RUNTIME_DIR", "COVERAGE_PROCESS_CONFIG"}
+)
+"""What means something to us, or to what measures the tests of us in the processes that we fork."""
+
+
+def find(name: str) -> str | None:
+    """Return the path of a program; None where there is none.
+
+    Root has the system's own places alone: whoever set its PATH may not be a friend. Users have their PATH
+    too, as far as it does not depend on the current directory, and sbin, which it often lacks.
+    """
+    if os.geteuid() == 0:
+        return shutil.which(name, path=SAFE_PATH)
+    places = [place for place in os.environ.get("PATH", "").split(":") if place.startswith("/")]
+    return shutil.which(name, path=":".join([*places, SAFE_PATH]))
+
+
+def environment() -> dict[str, str]:
+    """Return the environment for a program: for root nothing of the caller's, for others theirs.
+
+    What would change what e2fsprogs does is left out, and messages are in English: we read them.
+    """
+    if os.geteuid() == 0:
+        return {"PATH": SAFE_PATH, "LC_ALL": "C"}
+    own = {name: value for name, value in os.environ.items() if not name.startswith(_E2FSPROGS)}
+    return {**own, "LC_ALL": "C"}
+
+
+def clean_own_environment() -> None:
+    """As root, forget what the caller's environment would make us, or a library of ours, do otherwise."""
+    if os.geteuid() != 0:
+        return
+    for name in [name for name in os.environ if name not in _OURS]:
+        del os.environ[name]
+    os.environ["PATH"] = SAFE_PATH
