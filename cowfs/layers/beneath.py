@@ -5,6 +5,12 @@ ever followed. That leaves two ways out: a name that is none, and a mount. Where
 mount of its own, on which nobody mounts anything (:func:`cowfs.linux.mounts.private_clone`). Else the kernel
 is told to refuse mounts, at the price of two system calls more, and what is mounted on is an empty directory:
 what is below it nobody can see. To walk on would be to wait for ourselves where the mount is our own.
+
+Whoever owns a directory can put something else under a name at any moment, between any two calls. So a name
+is followed once, to a descriptor (O_PATH, which opens nothing: no fifo waits, no device acts), and only if
+what that is on has the type and the number that was looked up (:func:`marker`) anything is done, by the
+descriptor. Calls that must have a name (mkdir, rename, unlink) act on the entry itself and follow nothing.
+All calls with names that layers make are in this file; a test sees to it (tests/security/test_swaps.py).
 """
 
 from __future__ import annotations
@@ -17,7 +23,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from cowfs.linux import files, mounts
-from cowfs.types import Attr, AttrData
+from cowfs.types import Attr, AttrData, DirEntry
 
 _NO_NAMES = {b"", b".", b".."}
 
@@ -70,16 +76,190 @@ def enclosed(root: int) -> tuple[int, Ways]:
     return root, _GUARDED
 
 
+# --- whether it is what was looked up
+
+Mark = Callable[[Attr], int]
+"""From attributes to what an inode is known by; the four lowest bits are its type."""
+
+REGULAR, DIRECTORY, LINK = stat.S_IFREG >> 12, stat.S_IFDIR >> 12, stat.S_IFLNK >> 12
+"""Types, as in a mark."""
+
+_FAT, _EXFAT, _FUSE, _CIFS, _SMB2, _OVERLAY = (
+    *(0x4D44, 0x2011BAB0, 0x65735546),
+    *(0xFF534D42, 0xFE534D42, 0x794C7630),
+)
+_FLEETING = {_FAT, _EXFAT, _FUSE, _CIFS, _SMB2}
+"""Filesystems that give an inode another number once they have forgotten it: there the type must do. None of
+them has hard links, or whoever serves it can say anything."""
+
+
+def marker(magic: int, dev: int) -> Mark:
+    """Return what tells inodes apart on a filesystem: *magic* is statfs(2)'s f_type, *dev* the layer's."""
+
+    def full(attr: Attr) -> int:
+        mark = attr.st_ino << 4 | attr.st_mode >> 12
+        return mark if attr.st_dev == dev else mark | attr.st_dev << 68  # a subvolume of btrfs
+
+    def of_type(attr: Attr) -> int:
+        return attr.st_mode >> 12
+
+    def of_overlay(attr: Attr) -> int:  # its directories may have fleeting numbers: xino=off
+        return of_type(attr) if attr.st_mode >> 12 == DIRECTORY else full(attr)
+
+    if magic in _FLEETING:
+        return of_type
+    return of_overlay if magic == _OVERLAY else full
+
+
+def stale(name: bytes) -> OSError:
+    """Return the ESTALE of a name that stands for something else by now: the kernel looks it up anew."""
+    return OSError(errno.ESTALE, os.strerror(errno.ESTALE), name)
+
+
+def open_given(path: str) -> int:
+    """Open the directory that a user names (O_PATH): links on the way there are theirs to follow."""
+    return os.open(path, os.O_PATH | os.O_DIRECTORY)
+
+
+# --- by a descriptor, which may be O_PATH, also of a link
+
+
+def _way(fd: int) -> bytes:
+    """Return the name that leads to nothing but what the descriptor is on (proc(5))."""
+    return b"/proc/self/fd/%d" % fd
+
+
+def reopen(fd: int, flags: int) -> int:
+    """Open the regular file that *fd* is on. EAGAIN at once while another has a lease on it: fcntl(2)."""
+    return os.open(_way(fd), flags | os.O_NONBLOCK)
+
+
+def open_directory(fd: int) -> int:
+    """Open the directory that *fd* is on, to read it or to sync it."""
+    return os.open(b".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=fd)
+
+
+def entries(fd: int) -> list[DirEntry]:
+    """Return what is in a directory, with the types that the filesystem tells."""
+    here = open_directory(fd)
+    try:
+        with os.scandir(here) as found:
+            return [DirEntry(os.fsencode(entry.name), _entry_type(entry)) for entry in found]
+    finally:
+        os.close(here)
+
+
+def names(fd: int) -> list[bytes]:
+    """Return the names in a directory."""
+    return os.listdir(_way(fd))
+
+
+def readlink(fd: int) -> bytes:
+    return os.readlink(b"", dir_fd=fd)
+
+
+def chmod(fd: int, mode: int) -> None:
+    os.chmod(_way(fd), mode & 0o7777)
+
+
+def chown(fd: int, uid: int, gid: int) -> None:
+    os.chown(_way(fd), uid, gid)
+
+
+def utimens(fd: int, atime_ns: int, mtime_ns: int) -> None:
+    os.utime(_way(fd), ns=(atime_ns, mtime_ns))
+
+
+def listxattr(fd: int) -> list[bytes]:
+    return [os.fsencode(name) for name in os.listxattr(_way(fd))]
+
+
+def getxattr(fd: int, name: bytes) -> bytes:
+    return os.getxattr(_way(fd), name)
+
+
+def setxattr(fd: int, name: bytes, value: bytes, flags: int) -> None:
+    os.setxattr(_way(fd), name, value, flags)
+
+
+def removexattr(fd: int, name: bytes) -> None:
+    os.removexattr(_way(fd), name)
+
+
+def handle(fd: int) -> tuple[int, bytes] | None:
+    """Return the kernel's handle; None where the filesystem has none (name_to_handle_at(2))."""
+    return files.file_handle(fd, b"")
+
+
+# --- on an entry of a directory, which is not followed
+
+
+def make_file(dir_fd: int, name: bytes, mode: int) -> int:
+    """Make a regular file; return it open for reading and writing."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_NOATIME
+    return os.open(name, flags, mode, dir_fd=dir_fd)
+
+
+def make_directory(dir_fd: int, name: bytes, mode: int) -> None:
+    os.mkdir(name, mode, dir_fd=dir_fd)
+
+
+def make_symlink(dir_fd: int, name: bytes, target: bytes) -> None:
+    os.symlink(target, name, dir_fd=dir_fd)
+
+
+def make_node(dir_fd: int, name: bytes, mode: int, rdev: int) -> None:
+    os.mknod(name, mode, rdev, dir_fd=dir_fd)
+
+
+def link(fd: int, dir_fd: int, name: bytes) -> None:
+    """Give what *fd* is on one more name."""
+    os.link(_way(fd), name, dst_dir_fd=dir_fd, follow_symlinks=True)
+
+
+def unlink(dir_fd: int, name: bytes) -> None:
+    os.unlink(name, dir_fd=dir_fd)
+
+
+def rmdir(dir_fd: int, name: bytes) -> None:
+    os.rmdir(name, dir_fd=dir_fd)
+
+
+def is_new(fd: int, info: os.stat_result) -> bool:
+    """Say whether what was found under a name can be what we have just made there: nobody else's, with no
+    other name, and nothing in it."""
+    if info.st_uid != os.geteuid():
+        return False
+    return not names(fd) if stat.S_ISDIR(info.st_mode) else info.st_nlink == 1
+
+
+def _entry_type(entry: os.DirEntry[str]) -> int:
+    """The S_IFMT bits, without a system call for the types that scandir(3) has learnt by itself."""
+    try:
+        if entry.is_symlink():
+            return stat.S_IFLNK
+        if entry.is_dir(follow_symlinks=False):
+            return stat.S_IFDIR
+        if entry.is_file(follow_symlinks=False):
+            return stat.S_IFREG
+    except OSError:
+        pass
+    return 0
+
+
+# --- where something is mounted
+
+
 def covered(directory: int, name: bytes) -> Attr:
     """Return the attributes to show of a directory that something is mounted on.
 
     EXDEV when it is no directory: nothing true can be shown then.
     """
     above = os.fstat(directory)
-    here = os.open(b".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=directory)
+    here = open_directory(directory)
     try:
-        with os.scandir(here) as entries:
-            for entry in entries:
+        with os.scandir(here) as found:
+            for entry in found:
                 if os.fsencode(entry.name) == name:
                     if entry.is_dir(follow_symlinks=False):
                         return _like(above, entry.inode())

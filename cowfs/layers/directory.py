@@ -2,7 +2,8 @@
 
 Everything happens relative to file descriptors, so it makes no difference whether the tree is
 mounted anywhere, and no path is ever longer than one name: trees deeper than PATH_MAX work. What leads
-out of the directory is not followed (:mod:`cowfs.layers.beneath`).
+out of the directory is not followed, and what has taken the place of what was looked up is not touched
+(:mod:`cowfs.layers.beneath`): ESTALE.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from collections.abc import Callable
 from contextlib import closing
 from typing import TypeVar
 
+from cowfs.layers import beneath
 from cowfs.layers.acl import ACCESS
-from cowfs.layers.beneath import PLAIN, check_name, covered, enclosed
+from cowfs.layers.beneath import DIRECTORY, LINK, PLAIN, REGULAR, check_name, covered, enclosed, stale
 from cowfs.layers.kernel_file import KernelFile
 from cowfs.layers.owner_notes import OwnerNotes, needed
 from cowfs.linux import files
@@ -34,14 +36,15 @@ class PathKey:
     """An inode of a directory layer: a name in a directory, or a descriptor that pins it.
 
     *fd* is -1, or an O_PATH descriptor: for a directory a cache, for an inode whose name is gone
-    (then *parent* is None) the only way to it.
+    (then *parent* is None) the only way to it. *mark* is what was looked up (:func:`beneath.marker`).
     """
 
-    __slots__ = ("fd", "name", "parent")
+    __slots__ = ("fd", "mark", "name", "parent")
 
-    def __init__(self, parent: PathKey | None, name: bytes, fd: int = -1) -> None:
+    def __init__(self, parent: PathKey | None, name: bytes, mark: int, fd: int = -1) -> None:
         self.parent = parent
         self.name = name
+        self.mark = mark
         self.fd = fd
 
 
@@ -51,7 +54,7 @@ class CoveredKey(PathKey):
     __slots__ = ("attr",)
 
     def __init__(self, parent: PathKey, name: bytes, attr: Attr) -> None:
-        super().__init__(parent, name)
+        super().__init__(parent, name, DIRECTORY)
         self.attr = attr
 
 
@@ -73,11 +76,12 @@ class DirectoryLayer:
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), name)
         self._given = root_fd
         root, self._ways = (root_fd, PLAIN) if alone else enclosed(root_fd)
-        self.root = PathKey(None, b"", root)
         self.dev = info.st_dev
         self._open: list[PathKey] = []  # directories with a cached descriptor, oldest first
         self._pinned: set[PathKey] = set()  # inodes without a name, held by their descriptors
         self._magic = files.fs_magic(root_fd)
+        self._mark = beneath.marker(self._magic, self.dev)
+        self.root = PathKey(None, b"", self._mark(info), root)
         self._uuid: bytes | None = None
         self._noatime = os.O_NOATIME
         self._notes = None if privileged else OwnerNotes(self)
@@ -96,14 +100,14 @@ class DirectoryLayer:
         while walk.fd < 0:
             chain.append(walk)
             if walk.parent is None:
-                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), walk.name)
+                raise stale(walk.name)
             walk = walk.parent
         fd = walk.fd
         keep = len(chain) < _KEPT_CHAIN
         for depth, step in enumerate(reversed(chain), 1 - len(chain)):
             above, above_is_kept = fd, step.parent.fd >= 0 if step.parent else True
             try:
-                fd = self._ways.open(above, step.name, os.O_PATH | os.O_DIRECTORY)
+                fd = self._enter(above, step)
             finally:
                 if not above_is_kept:
                     os.close(above)
@@ -139,18 +143,38 @@ class DirectoryLayer:
         fd = self._dir_fd(second)
         return self._dir_fd(first), fd  # the second may have pushed the first out of the cache
 
-    def _path(self, key: PathKey) -> bytes:
-        """Return a path of two hops for the calls that take no dir_fd. Not to be used on symlinks
-        unless the call can refrain from following them, which a pinned key does not allow."""
-        if key.parent is None:
-            return b"/proc/self/fd/%d" % key.fd
-        return b"/proc/self/fd/%d/%s" % (self._above(key), key.name)
+    def _enter(self, above: int, key: PathKey) -> int:
+        """Return a descriptor of what *key* stands for in the directory *above*. ESTALE if that is not what
+        was looked up."""
+        fd = self._ways.open(above, key.name, os.O_PATH)
+        if self._mark(os.fstat(fd)) != key.mark:
+            os.close(fd)
+            raise stale(key.name)
+        return fd
+
+    def _reach(self, key: PathKey) -> int:
+        """Return a descriptor (O_PATH) of an inode, which is to be given to :meth:`_leave`."""
+        if key.fd >= 0:
+            return key.fd
+        above = self._above(key)
+        return self._open_dir(key) if key.mark & 15 == DIRECTORY else self._enter(above, key)
+
+    def _leave(self, key: PathKey, fd: int) -> None:
+        if fd != key.fd:
+            os.close(fd)
+
+    def _by_fd(self, key: PathKey, call: Callable[..., R], *arguments: object) -> R:
+        """Do what a function of :mod:`~cowfs.layers.beneath` does to a descriptor, to an inode."""
+        fd = self._reach(key)
+        try:
+            return call(fd, *arguments)
+        finally:
+            self._leave(key, fd)
 
     def _pin(self, key: PathKey) -> None:
         """Hold on to an inode whose name is about to go."""
-        if key.fd < 0:
-            key.fd = self._ways.open(self._above(key), key.name, os.O_PATH)
-        elif key in self._open:
+        key.fd = self._reach(key)
+        if key.mark & 15 == DIRECTORY and key in self._open:
             self._open.remove(key)
         self._pinned.add(key)
 
@@ -170,7 +194,7 @@ class DirectoryLayer:
                 raise
             attr = covered(fd, name)
             return CoveredKey(directory, name, attr), attr
-        key = PathKey(directory, name)
+        key = PathKey(directory, name, self._mark(attr))
         return key, attr if self._notes is None else self._notes.shown(key, attr)
 
     def stat(self, key: PathKey) -> Attr:
@@ -186,44 +210,35 @@ class DirectoryLayer:
             attr = key.attr
         else:
             attr = self._ways.stat(self._above(key), key.name)
+            if self._mark(attr) != key.mark:
+                raise stale(key.name)
         return attr
 
     def readdir(self, directory: PathKey) -> list[DirEntry]:
         if isinstance(directory, CoveredKey):
             return []
-        fd = os.open(b".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=self._dir_fd(directory))
-        try:
-            with os.scandir(fd) as entries:
-                return [DirEntry(os.fsencode(entry.name), _entry_type(entry)) for entry in entries]
-        finally:
-            os.close(fd)
+        return beneath.entries(self._dir_fd(directory))
 
     def names(self, directory: PathKey) -> list[bytes]:
         if isinstance(directory, CoveredKey):
             return []
-        return os.listdir(b"/proc/self/fd/%d" % self._dir_fd(directory))
+        return beneath.names(self._dir_fd(directory))
 
     def readlink(self, key: PathKey) -> bytes:
-        try:
-            if key.parent is None:
-                return os.readlink(b"", dir_fd=key.fd)
-            return os.readlink(key.name, dir_fd=self._above(key))
-        except OSError:
-            if self._notes is None or not stat.S_ISLNK(self.stat(key).st_mode):
-                raise
+        if key.mark & 15 == LINK:
+            return self._by_fd(key, beneath.readlink)
+        if self._notes is None or not stat.S_ISLNK(self.stat(key).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), key.name)
         with closing(self.open(key, os.O_RDONLY)) as stand_in:
             return stand_in.pread(_PATH_MAX, 0)
 
     def listxattr(self, key: PathKey) -> list[bytes]:
-        if isinstance(key, CoveredKey):
-            return []
-        names = os.listxattr(self._path(key), follow_symlinks=key.parent is None)
-        return [os.fsencode(name) for name in names]
+        return [] if isinstance(key, CoveredKey) else self._by_fd(key, beneath.listxattr)
 
     def getxattr(self, key: PathKey, name: bytes) -> bytes:
         if isinstance(key, CoveredKey):
             raise OSError(errno.ENODATA, os.strerror(errno.ENODATA), name)
-        return os.getxattr(self._path(key), name, follow_symlinks=key.parent is None)
+        return self._by_fd(key, beneath.getxattr, name)
 
     def open(self, key: PathKey, flags: int) -> KernelFile:
         flags |= self._noatime
@@ -236,18 +251,17 @@ class DirectoryLayer:
             return KernelFile(self._insist(lambda: self._open_file(key, flags & ~os.O_NOATIME), key))
 
     def _open_file(self, key: PathKey, flags: int) -> int:
-        """Open a regular file. ESTALE when it is something else by now: a fifo or a device is not touched."""
-        pinned = key.parent is None
-        fd = key.fd if pinned else self._ways.open(self._above(key), key.name, os.O_PATH)
-        try:
-            mode = os.fstat(fd).st_mode
-            if not stat.S_ISREG(mode):
-                code = errno.EISDIR if stat.S_ISDIR(mode) else errno.ESTALE
-                raise OSError(code, os.strerror(code), key.name)
-            return os.open(b"/proc/self/fd/%d" % fd, flags)
-        finally:
-            if not pinned:
-                os.close(fd)
+        """Open a regular file: a fifo or a device is not touched."""
+        if key.mark & 15 == DIRECTORY:
+            self.stat(key)  # or ESTALE
+            raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), key.name)
+        if key.mark & 15 != REGULAR:
+            raise stale(key.name)
+        return self._by_fd(key, beneath.reopen, flags)
+
+    def descriptor(self, key: PathKey) -> int:
+        """Return a descriptor (O_PATH) of an inode, for the caller to close."""
+        return self._by_fd(key, os.dup)
 
     def statfs(self) -> FsStats:
         info = os.fstatvfs(self.root.fd)
@@ -264,10 +278,7 @@ class DirectoryLayer:
         )
 
     def handle(self, key: PathKey) -> FileHandle | None:
-        if key.parent is None:
-            found = files.file_handle(key.fd, b"")
-        else:
-            found = None if isinstance(key, CoveredKey) else files.file_handle(self._above(key), key.name)
+        found = None if isinstance(key, CoveredKey) else self._by_fd(key, beneath.handle)
         if found is None:
             return None
         return FileHandle(found[0], found[1], self._filesystem())
@@ -278,7 +289,7 @@ class DirectoryLayer:
     def _filesystem(self) -> bytes:
         """Return the filesystem's UUID, which file handles are good for."""
         if self._uuid is None:
-            fd = os.open(b".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=self.root.fd)
+            fd = beneath.open_directory(self.root.fd)
             self._uuid = files.filesystem_uuid(fd)
             os.close(fd)
         return self._uuid
@@ -308,42 +319,54 @@ class DirectoryLayer:
     def create(
         self, directory: PathKey, name: bytes, mode: int, uid: int, gid: int
     ) -> tuple[PathKey, KernelFile]:
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_NOATIME
         mode = stat.S_IFREG | stat.S_IMODE(mode)
         added = self._added(mode)
         fd = self._insist(
-            lambda: os.open(name, flags, stat.S_IMODE(mode | added), dir_fd=self._place(directory, name)),
+            lambda: beneath.make_file(self._place(directory, name), name, stat.S_IMODE(mode | added)),
             directory,
         )
         file = KernelFile(fd)
-        key = PathKey(directory, name)
-        self._give(key, os.fstat(fd), uid, gid, added)
+        info = os.fstat(fd)
+        key = PathKey(directory, name, self._mark(info), fd)
+        try:
+            self._give(key, info, uid, gid, added)  # by that descriptor, whatever has the name now
+        finally:
+            key.fd = -1
         return key, file
 
     def mkdir(self, directory: PathKey, name: bytes, mode: int, uid: int, gid: int) -> PathKey:
         mode = stat.S_IMODE(mode)
         added = self._added(stat.S_IFDIR | mode)
-        self._insist(lambda: os.mkdir(name, mode | added, dir_fd=self._place(directory, name)), directory)
-        return self._made(directory, name, uid, gid, added)
+        self._insist(
+            lambda: beneath.make_directory(self._place(directory, name), name, mode | added), directory
+        )
+        return self._made(directory, name, DIRECTORY, uid, gid, added)
 
     def _added(self, mode: int) -> int:
         """Return the permissions that we need and a new inode is not to have."""
         return 0 if self._notes is None else needed(mode) & ~mode
 
     def symlink(self, directory: PathKey, name: bytes, target: bytes, uid: int, gid: int) -> PathKey:
-        self._insist(lambda: os.symlink(target, name, dir_fd=self._place(directory, name)), directory)
-        return self._made(directory, name, uid, gid)
+        self._insist(lambda: beneath.make_symlink(self._place(directory, name), name, target), directory)
+        return self._made(directory, name, LINK, uid, gid)
 
     def mknod(self, directory: PathKey, name: bytes, mode: int, rdev: int, uid: int, gid: int) -> PathKey:
         check_name(name)
-        if self._notes is not None and self._notes.special(directory, name, mode, rdev, uid, gid):
-            return PathKey(directory, name)
-        self._insist(lambda: os.mknod(name, mode, rdev, dir_fd=self._place(directory, name)), directory)
-        return self._made(directory, name, uid, gid)
+        if self._notes is not None:
+            stand_in: PathKey | None = self._notes.special(directory, name, mode, rdev, uid, gid)
+            if stand_in is not None:
+                return stand_in
+        self._insist(lambda: beneath.make_node(self._place(directory, name), name, mode, rdev), directory)
+        return self._made(directory, name, mode >> 12 or REGULAR, uid, gid)
 
-    def _made(self, directory: PathKey, name: bytes, uid: int, gid: int, added: int = 0) -> PathKey:
-        key = PathKey(directory, name)
-        attr = os.stat(name, dir_fd=self._dir_fd(directory), follow_symlinks=False)
+    def _made(
+        self, directory: PathKey, name: bytes, kind: int, uid: int, gid: int, added: int = 0
+    ) -> PathKey:
+        """Return the key of what we have just made. ESTALE if that is there no more."""
+        attr = self._ways.stat(self._dir_fd(directory), name)
+        if attr.st_mode >> 12 != kind:
+            raise stale(name)
+        key = PathKey(directory, name, self._mark(attr))
         self._give(key, attr, uid, gid, added)
         return key
 
@@ -360,38 +383,39 @@ class DirectoryLayer:
             gid = above.st_gid
         if attr.st_uid == uid and attr.st_gid == gid:
             return
+        if key.fd < 0 and not self._by_fd(key, beneath.is_new, attr):
+            raise stale(key.name)
         self.chown(key, uid, gid)
         if attr.st_mode & (stat.S_ISUID | stat.S_ISGID) and not stat.S_ISLNK(attr.st_mode):
             self.chmod(key, attr.st_mode)  # chown(2) has taken these bits away
 
     def link(self, key: PathKey, directory: PathKey, name: bytes) -> None:
         check_name(name)
-        if key.parent is None:
-            os.link(
-                b"/proc/self/fd/%d" % key.fd, name, dst_dir_fd=self._dir_fd(directory), follow_symlinks=True
-            )
-            return
-        source, target = self._two_dir_fds(key.parent, directory)
-        self._insist(
-            lambda: os.link(key.name, name, src_dir_fd=source, dst_dir_fd=target, follow_symlinks=False),
-            directory,
-        )
+        self._insist(lambda: self._link(key, directory, name), directory)
+
+    def _link(self, key: PathKey, directory: PathKey, name: bytes) -> None:
+        self._dir_fd(directory)
+        fd = self._reach(key)
+        try:
+            beneath.link(fd, self._dir_fd(directory), name)
+        finally:
+            self._leave(key, fd)
 
     def unlink(self, directory: PathKey, name: bytes, key: PathKey | None) -> None:
-        self._remove(directory, name, key, os.unlink)
+        self._remove(directory, name, key, beneath.unlink)
 
     def rmdir(self, directory: PathKey, name: bytes, key: PathKey | None) -> None:
-        self._remove(directory, name, key, os.rmdir)
+        self._remove(directory, name, key, beneath.rmdir)
 
     def _remove(
-        self, directory: PathKey, name: bytes, key: PathKey | None, call: Callable[..., None]
+        self, directory: PathKey, name: bytes, key: PathKey | None, call: Callable[[int, bytes], None]
     ) -> None:
         named = key is not None and key.parent is directory and key.name == name
         fresh = named and key is not None and key.fd < 0
         if named and key is not None:
             self._pin(key)
         try:
-            self._insist(lambda: call(name, dir_fd=self._place(directory, name)), directory)
+            self._insist(lambda: call(self._place(directory, name), name), directory)
         except OSError:
             if named and key is not None:
                 self._unpin(key, fresh)
@@ -448,14 +472,7 @@ class DirectoryLayer:
 
     def plain_chmod(self, key: PathKey, mode: int) -> None:
         """Change the mode that the filesystem has."""
-        if key.parent is None:
-            os.chmod(b"/proc/self/fd/%d" % key.fd, mode & 0o7777)
-        else:
-            fd = self._ways.open(self._above(key), key.name, os.O_PATH)  # fchmodat(2) follows links
-            try:
-                os.chmod(b"/proc/self/fd/%d" % fd, mode & 0o7777)
-            finally:
-                os.close(fd)
+        self._by_fd(key, beneath.chmod, mode)
 
     def chown(self, key: PathKey, uid: int, gid: int) -> None:
         if self._notes is None:
@@ -465,10 +482,7 @@ class DirectoryLayer:
 
     def plain_chown(self, key: PathKey, uid: int, gid: int) -> None:
         """Change the owner that the filesystem has."""
-        if key.parent is None:
-            os.chown(b"/proc/self/fd/%d" % key.fd, uid, gid)
-        else:
-            os.chown(key.name, uid, gid, dir_fd=self._above(key), follow_symlinks=False)
+        self._by_fd(key, beneath.chown, uid, gid)
 
     def act_as_root(self, spare: PathKey, *, anew: bool) -> None:
         """Without privilege: hold every owner, mode and device (:meth:`OwnerNotes.act_as_root`)."""
@@ -479,17 +493,18 @@ class DirectoryLayer:
         """Return the directory and the name that a key stands for; None when its name is gone."""
         return None if key.parent is None else (key.parent, key.name)
 
-    def plain_write(self, directory: PathKey, name: bytes, content: bytes) -> None:
+    def plain_write(self, directory: PathKey, name: bytes, content: bytes) -> PathKey:
         """Make a regular file of ours that holds *content*."""
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
-        with closing(KernelFile(os.open(name, flags, 0o600, dir_fd=self._place(directory, name)))) as file:
+        with closing(KernelFile(beneath.make_file(self._place(directory, name), name, 0o600))) as file:
             file.pwrite(content, 0)
+            return PathKey(directory, name, self._mark(file.stat()))
+
+    def become(self, key: PathKey, other: PathKey) -> None:
+        """Let *key* stand for the inode that *other* stood for, which has taken its place."""
+        key.mark = other.mark
 
     def utimens(self, key: PathKey, atime_ns: int, mtime_ns: int) -> None:
-        if key.parent is None:
-            os.utime(b"/proc/self/fd/%d" % key.fd, ns=(atime_ns, mtime_ns))
-        else:
-            os.utime(key.name, ns=(atime_ns, mtime_ns), dir_fd=self._above(key), follow_symlinks=False)
+        self._by_fd(key, beneath.utimens, atime_ns, mtime_ns)
 
     def truncate(self, key: PathKey, size: int) -> None:
         fd = self._insist(lambda: self._open_file(key, os.O_WRONLY), key)
@@ -500,7 +515,7 @@ class DirectoryLayer:
 
     def setxattr(self, key: PathKey, name: bytes, value: bytes, flags: int = 0) -> None:
         def call() -> None:
-            os.setxattr(self._path(key), name, value, flags, follow_symlinks=key.parent is None)
+            self._by_fd(key, beneath.setxattr, name, value, flags)
 
         if self._notes is not None and name == ACCESS:
             self._notes.set_acl(key, lambda: self._insist(call, key))
@@ -508,13 +523,13 @@ class DirectoryLayer:
             self._insist(call, key)
 
     def removexattr(self, key: PathKey, name: bytes) -> None:
-        self._insist(lambda: os.removexattr(self._path(key), name, follow_symlinks=key.parent is None), key)
+        self._insist(lambda: self._by_fd(key, beneath.removexattr, name), key)
 
     def open_directory(self, key: PathKey) -> KernelFile:
-        return KernelFile(os.open(b".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=self._dir_fd(key)))
+        return KernelFile(beneath.open_directory(self._dir_fd(key)))
 
     def sync(self) -> None:
-        fd = os.open(b".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=self.root.fd)
+        fd = beneath.open_directory(self.root.fd)
         try:
             files.syncfs(fd)
         finally:
@@ -549,22 +564,6 @@ def _stands_at(key: PathKey, place: tuple[PathKey, bytes]) -> bool:
     return key.parent is place[0] and key.name == place[1]
 
 
-def _entry_type(entry: os.DirEntry[str]) -> int:
-    """The S_IFMT bits, without a system call for the types that scandir(3) has learnt by itself."""
-    try:
-        if entry.is_symlink():
-            return stat.S_IFLNK
-        if entry.is_dir(follow_symlinks=False):
-            return stat.S_IFDIR
-        if entry.is_file(follow_symlinks=False):
-            return stat.S_IFREG
-    except OSError:
-        pass
-    return 0
-
-
 def open_directory(path: str, *, privileged: bool = True) -> DirectoryLayer:
     """Open a directory of the host as a layer. Raises what open(2) does."""
-    return DirectoryLayer(
-        os.open(path, os.O_PATH | os.O_DIRECTORY), name=os.path.abspath(path), privileged=privileged
-    )
+    return DirectoryLayer(beneath.open_given(path), name=os.path.abspath(path), privileged=privileged)

@@ -100,15 +100,17 @@ class Plain(Protocol):
     def plain_stat(self, key: Key) -> Attr: ...
     def plain_chmod(self, key: Key, mode: int) -> None: ...
     def plain_chown(self, key: Key, uid: int, gid: int) -> None: ...
-    def plain_write(self, directory: Key, name: bytes, content: bytes) -> None: ...
+    def plain_write(self, directory: Key, name: bytes, content: bytes) -> Key: ...
+    def become(self, key: Key, other: Key) -> None: ...
     def place(self, key: Key) -> tuple[Key, bytes] | None: ...
     def readlink(self, key: Key) -> bytes: ...
     def getxattr(self, key: Key, name: bytes) -> bytes: ...
     def setxattr(self, key: Key, name: bytes, value: bytes, flags: int = 0) -> None: ...
     def removexattr(self, key: Key, name: bytes) -> None: ...
     def utimens(self, key: Key, atime_ns: int, mtime_ns: int) -> None: ...
-    def rename(self, source: tuple[Key, bytes], target: tuple[Key, bytes], flags: int = 0) -> None: ...
-    def lookup(self, directory: Key, name: bytes) -> tuple[Key, Attr] | None: ...
+    def rename(
+        self, source: tuple[Key, bytes], target: tuple[Key, bytes], flags: int = 0, moved: Key | None = None
+    ) -> None: ...
     def unlink(self, directory: Key, name: bytes, key: Key | None) -> None: ...
 
 
@@ -240,14 +242,13 @@ class OwnerNotes:
 
     # --- stand-ins
 
-    def special(self, directory: Key, name: bytes, mode: int, rdev: int, uid: int, gid: int) -> bool:
-        """Make a stand-in for a device, which only root may make; False if it is to be tried really."""
+    def special(self, directory: Key, name: bytes, mode: int, rdev: int, uid: int, gid: int) -> Key | None:
+        """Make a stand-in for a device, which only root may make; None if it is to be tried really."""
         device = stat.S_ISBLK(mode) or (stat.S_ISCHR(mode) and rdev != 0)
         if self._spare is None or not device:
-            return False
+            return None
         note = Note(uid, self._inherited(directory, gid), mode, rdev)
-        self._settle(self._stand_in(b"", note), (directory, name), files.RENAME_NOREPLACE)
-        return True
+        return self._settle(note, (directory, name), files.RENAME_NOREPLACE)
 
     def _replace(self, key: Key, real: Attr, note: Note) -> None:
         """Put a stand-in in the place of an inode that can have no note."""
@@ -257,23 +258,27 @@ class OwnerNotes:
         if real.st_nlink > 1:
             raise OSError(errno.EPERM, os.strerror(errno.EPERM), place[1])
         content = self._layer.readlink(key) if stat.S_ISLNK(real.st_mode) else b""
-        self._settle(self._stand_in(content, note, real), place, 0)
+        self._layer.become(key, self._settle(note, place, 0, content, real))
 
-    def _stand_in(self, content: bytes, note: Note, times: Attr | None = None) -> bytes:
+    def _settle(
+        self,
+        note: Note,
+        place: tuple[Key, bytes],
+        flags: int,
+        content: bytes = b"",
+        times: Attr | None = None,
+    ) -> Key:
+        """Make a stand-in and put it there; return its key."""
         name = b"#special%x" % next(self._numbers)
         layer, spare = self._layer, self._spare
-        layer.plain_write(spare, name, content)
-        found = layer.lookup(spare, name)
-        assert found is not None
-        layer.setxattr(found[0], OWNER_XATTR, to_bytes(note))
-        if times is not None:
-            layer.utimens(found[0], times.st_atime_ns, times.st_mtime_ns)
-        return name
-
-    def _settle(self, name: bytes, place: tuple[Key, bytes], flags: int) -> None:
+        made = layer.plain_write(spare, name, content)
         try:
-            self._layer.rename((self._spare, name), place, flags)
+            layer.setxattr(made, OWNER_XATTR, to_bytes(note))
+            if times is not None:
+                layer.utimens(made, times.st_atime_ns, times.st_mtime_ns)
+            layer.rename((spare, name), place, flags, made)
         except OSError:
             with suppress(OSError):
-                self._layer.unlink(self._spare, name, None)
+                layer.unlink(spare, name, None)
             raise
+        return made

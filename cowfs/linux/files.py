@@ -22,8 +22,8 @@ _AT_EMPTY_PATH = 0x1000
 _MAX_HANDLE_SZ = 128
 _SYS_OPENAT2 = 437  # the same on all architectures: include/uapi/asm-generic/unistd.h
 _OPEN_HOW = struct.Struct("=QQQ")  # linux/openat2.h: struct open_how { flags, mode, resolve }
-_RESOLVE_NO_XDEV, _RESOLVE_NO_SYMLINKS, _RESOLVE_BENEATH = 1, 4, 8
-_RESOLVE = _RESOLVE_NO_XDEV | _RESOLVE_NO_SYMLINKS | _RESOLVE_BENEATH
+_RESOLVE_NO_XDEV, _RESOLVE_NO_MAGICLINKS, _RESOLVE_NO_SYMLINKS, _RESOLVE_BENEATH = 1, 2, 4, 8
+_RESOLVE = _RESOLVE_NO_XDEV | _RESOLVE_NO_MAGICLINKS | _RESOLVE_NO_SYMLINKS | _RESOLVE_BENEATH
 _FICLONE = 0x40049409  # linux/fs.h: _IOW(0x94, 9, int)
 _FS_IOC_GETFSUUID = 0x80111500  # linux/fs.h: _IOR(0x15, 0, struct fsuuid2), 17 bytes; Linux 6.9
 _ZEROS = 1 << 20

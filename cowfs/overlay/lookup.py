@@ -22,7 +22,12 @@ def lookup(fs: State, parent: Node, name: bytes) -> tuple[Node, Attr] | None:
         raise error(errno.ENOTDIR, parent.name)
     node = fs.nodes.child(parent, name)
     if node is not None:
-        return node, fs.stat(node)
+        try:
+            return node, fs.stat(node)
+        except OSError as failure:
+            if failure.errno != errno.ESTALE or node.upper is not None:
+                raise
+            fs.nodes.detach(parent, name)  # somebody has replaced it in its lower
     if parent.dead:
         return None
     above = None
