@@ -116,9 +116,9 @@ def stale(name: bytes) -> OSError:
     return OSError(errno.ESTALE, os.strerror(errno.ESTALE), name)
 
 
-def open_given(path: str) -> int:
-    """Open the directory that a user names (O_PATH): links on the way there are theirs to follow."""
-    return os.open(path, os.O_PATH | os.O_DIRECTORY)
+def open_given(path: str, flags: int = os.O_PATH | os.O_DIRECTORY) -> int:
+    """Open what a user names: links on the way there are theirs to follow."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 # --- by a descriptor, which may be O_PATH, also of a link

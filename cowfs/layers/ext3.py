@@ -18,6 +18,7 @@ from cowfs.formats.ext3 import image as ext3
 from cowfs.formats.ext3.directory import INO, Names, type_of
 from cowfs.formats.ext3.image import Image
 from cowfs.layers import acl
+from cowfs.layers.beneath import open_given
 from cowfs.layers.ext3_file import Capabilities, Ext3File, InUse, Key
 from cowfs.linux.files import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WHITEOUT
 from cowfs.types import Attr, AttrData, DirEntry, FileHandle, FsStats
@@ -467,7 +468,7 @@ class Ext3Layer:
 
 def open_ext3(path: str, **how: Any) -> Ext3Layer:
     """Open an image as a layer; *how* is for Image. Raises what open(2) does and what it does."""
-    fd = os.open(path, os.O_RDONLY if how.get("read_only") else os.O_RDWR)
+    fd = open_given(path, os.O_RDONLY if how.get("read_only") else os.O_RDWR)
     try:
         return Ext3Layer(Image(fd, os.path.abspath(path), **how))
     finally:

@@ -232,6 +232,8 @@ def _another_name(
         # The new key stands for a name that is there; the old one's may be gone.
         fs.upper.forget(node.upper)
         node.upper = upper
+    if node.upper is None and lowers and not node.is_dir and node.copying is None:
+        node.lowers, lowers = lowers, node.lowers  # likewise
     for layer, key in lowers:
         if node.lowers and (layer, key) not in node.lowers:
             fs.lowers[layer].forget(key)

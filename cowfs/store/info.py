@@ -75,8 +75,11 @@ def _directory(path: str, stack: ExitStack) -> dict[str, Any]:
         raise StoreError(f"{path}: not a store", "cowfs mount --store DIR makes one in an empty directory")
     room = layer.statfs()
     user = None
-    if layout.find(layer, layout.PRIVATE, layout.LOCK) is not None:
-        user = lock.holder(f"{tools.place(layer.root.fd)}/cowfs/lock")
+    locked: Any = layout.find(layer, layout.PRIVATE, layout.LOCK)
+    if locked is not None:
+        fd = layer.descriptor(locked)
+        stack.callback(os.close, fd)
+        user = lock.holder(tools.place(fd))
         if user:
             inside["problem"] = None  # its mark is being made anew
     return {
