@@ -16,7 +16,7 @@ from typing import Any
 
 from tests.ext3 import engine
 from tests.ext3.load import BEGIN, COMMITTED, SYNCED, Load
-from tests.ext3.model import Block, Model, Promises, State, Synced
+from tests.ext3.model import Block, Model, Promises, State, Synced, perhaps_written
 from tests.ext3.reader import Image
 
 _LENGTH = struct.Struct("<I")
@@ -114,15 +114,8 @@ class Account:
 
     def end(self) -> None:
         """There is no more: what was being written may be in the blocks that were there already."""
-        if self._writing is None:
-            return
-        ino, offset, data = self._writing
-        for index, block in self.states[-1].blocks.get(ino, {}).items():
-            at = index * len(block.data)
-            begin, end = max(at, offset), min(at + len(block.data), offset + len(data))
-            if begin < end:
-                new = block.data[: begin - at] + data[begin - offset : end - offset] + block.data[end - at :]
-                block.write(len(self.states), new)
+        if self._writing is not None:
+            perhaps_written(self.states, *self._writing)
 
 
 def records(data: bytes) -> list[bytes]:

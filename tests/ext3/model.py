@@ -276,6 +276,16 @@ def _wrong_block(
     return None
 
 
+def perhaps_written(states: list[State], ino: int, offset: int, data: bytes) -> None:
+    """After a write that did not succeed: the blocks that were there already may have its data."""
+    for index, block in states[-1].blocks.get(ino, {}).items():
+        at = index * len(block.data)
+        begin, end = max(at, offset), min(at + len(block.data), offset + len(data))
+        if begin < end:
+            new = block.data[: begin - at] + data[begin - offset : end - offset] + block.data[end - at :]
+            block.write(len(states), new)
+
+
 def _nearest(states: list[State], low: int, high: int, tree: dict[int, Facts]) -> str:
     """Say what differs from the state that differs least."""
 

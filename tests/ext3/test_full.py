@@ -7,6 +7,7 @@ import os
 import shutil
 import stat
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,7 @@ from tests.ext3 import engine, images
 from tests.ext3.engine import FDATASYNC, PREAD, PWRITE, Engine, find
 from tests.ext3.images import MODERN, OLD, SMALL, Shape
 from tests.ext3.load import BEGIN, COMMITTED, SYNCED, Load
-from tests.ext3.model import Promises, judge
+from tests.ext3.model import Promises, judge, perhaps_written
 from tests.ext3.reader import Image
 
 
@@ -233,9 +234,14 @@ def with_failure(path: Path, kind: int, nth: int, error: int, sticky: bool) -> t
         else:
             assert kind == BEGIN
 
+    def writing(*what: Any) -> None:
+        nonlocal last
+        last = load.model.operation, what
+
     failures = 0
+    last: tuple[int, Any] = -1, ()
     with engine.opened(path) as opened:
-        load = Load(opened.layer, base, 7, mark, tolerate=frozenset({errno.ENOSPC}))
+        load = Load(opened.layer, base, 7, mark, tolerate=frozenset({errno.ENOSPC}), writing=writing)
         load.spared.add(find(opened.layer, b"kept"))
         opened.inject(kind, nth, error, sticky=sticky)
         for part in range(3):
@@ -257,6 +263,8 @@ def with_failure(path: Path, kind: int, nth: int, error: int, sticky: bool) -> t
                 opened.inject(kind, 0, 0)
                 must_be_read_only(opened)
                 opened.image.abandon()
+                if last[0] == load.model.operation:  # it has failed after its data was written
+                    perhaps_written(load.model.states, *last[1])
                 break
         else:
             try:
