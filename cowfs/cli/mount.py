@@ -173,12 +173,14 @@ def _serve(union_options: object, mountpoint: str, given: mount_options.Options,
     from cowfs import assemble
     from cowfs.cli.own_files import need_no_more
     from cowfs.fuse.daemon import Daemon, MountRequest
+    from cowfs.linux.privileges import give_up
     from cowfs.linux.sleep import Disks
     from cowfs.store.room import watch
 
     assert isinstance(union_options, assemble.UnionOptions)
     os.umask(0)
     _raise_file_limit()
+    give_up()  # before there are threads: opening the store starts some
     union = assemble.open_union(union_options, warn)
     try:
         request = MountRequest(

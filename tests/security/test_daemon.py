@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
+import signal
+import stat
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.support.mounts import cowfs, is_mounted, project_root
+from tests.support.mounts import cowfs, eventually, is_mounted, mounted, project_root
 from tests.support.system import needs_fuse, needs_root, run
 
 pytestmark = [needs_fuse, needs_root]
@@ -93,3 +96,117 @@ def test_nothing_is_imported_from_the_current_directory(trap: Path, lower: Path)
         run(HELPERS / "umount.cowfs", mountpoint, cwd=trap, env=hostile)
     assert not is_mounted(mountpoint)
     assert not (trap / "sprung").exists()
+
+
+# --- privileges
+
+NEEDED = (0, 1, 2, 3, 4, 21, 24, 27, 31)
+"""chown, dac_override, dac_read_search, fowner, fsetid, sys_admin, sys_resource, mknod, setfcap."""
+
+
+def threads(pid: int) -> list[dict[str, str]]:
+    """What the kernel says of each thread."""
+    return [
+        dict(line.split(":\t", 1) for line in (task / "status").read_text().splitlines())
+        for task in Path(f"/proc/{pid}/task").iterdir()
+    ]
+
+
+@pytest.mark.parametrize("kind", ["memory", "image", "directory"])
+def test_no_thread_has_more_than_it_needs(tmp_path: Path, lower: Path, store: Path, kind: str) -> None:
+    allowed = sum(1 << number for number in NEEDED)
+    chosen = {"memory": "memory", "image": store, "directory": tmp_path / "changes"}[kind]
+    with mounted(lower, tmp_path / "mnt", chosen) as here:
+        (here.path / "new").write_text("x")
+        pid = here.pid()
+        found = threads(pid)
+        assert len(found) > (kind == "image"), "the one that commits, too"
+        for thread in found:
+            assert thread["NoNewPrivs"] == "1"
+            assert (int(thread["CapInh"], 16), int(thread["CapAmb"], 16)) == (0, 0)
+            for which in ("CapPrm", "CapEff", "CapBnd"):
+                assert int(thread[which], 16) & ~allowed == 0, which
+        limits = Path(f"/proc/{pid}/limits").read_text()
+        assert re.search(r"^Max core file size +0 +0 ", limits, re.MULTILINE)
+
+
+def test_its_memory_is_shown_to_nobody(tmp_path: Path, lower: Path) -> None:
+    """Not to root either that lacks CAP_SYS_PTRACE: what is not dumpable is nobody's to look at."""
+    with mounted(lower, tmp_path / "mnt") as here:
+        read = f"exec 3</proc/{here.pid()}/mem"
+        assert run("sh", "-c", read).returncode == 0
+        bare = ["setpriv", "--bounding-set=-sys_ptrace", "--inh-caps=-all", "--"]
+        assert run(*bare, "sh", "-c", read, check=False).returncode != 0
+
+
+def test_a_users_daemon_can_still_unmount(lower: Path, nobody_path: Path) -> None:
+    """fusermount3 is set-user-ID: a user's daemon may still gain its privilege."""
+    lower.parent.chmod(0o755)
+    (nobody_path / "lower").mkdir()
+    with mounted(nobody_path / "lower", nobody_path / "mnt", nobody=True) as here:
+        assert {thread["NoNewPrivs"] for thread in threads(here.pid())} == {"0"}
+        os.kill(here.pid(), signal.SIGTERM)
+        eventually(lambda: not is_mounted(here.path), "it is unmounted")
+
+
+def use(top: Path) -> None:
+    """Do what takes privileges: owners, devices, attributes, what others may not read."""
+    (top / "dir" / "gone").unlink()
+    (top / "file").write_text("above\n")
+    os.chown(top / "file", 1234, 4321)
+    os.chmod(top / "file", 0o2400)
+    assert stat.S_IMODE((top / "file").stat().st_mode) == 0o2400
+    os.mknod(top / "null", stat.S_IFCHR | 0o600, os.makedev(1, 3))
+    os.setxattr(top / "file", "trusted.a", b"b")
+    os.setxattr(
+        top / "file", "security.capability", bytes.fromhex("0100000200040000000000000000000000000000")
+    )
+    os.mkdir(top / "theirs", 0o700)
+    os.chown(top / "theirs", 1234, 4321)
+    (top / "theirs" / "x").write_text("x")
+    os.rename(top / "dir", top / "moved")
+    with open(top / "theirs" / "unlinked", "w+") as file:
+        os.unlink(top / "theirs" / "unlinked")
+        file.write("lives on")
+        file.seek(0)
+        assert file.read() == "lives on"
+
+
+def look(top: Path) -> None:
+    info = (top / "file").stat()
+    assert (info.st_uid, info.st_gid, stat.S_IMODE(info.st_mode)) == (1234, 4321, 0o2400)
+    assert (top / "null").stat().st_rdev == os.makedev(1, 3)
+    assert os.getxattr(top / "file", "trusted.a") == b"b"
+    assert len(os.getxattr(top / "file", "security.capability")) == 20
+    assert (top / "theirs" / "x").read_text() == "x"
+    assert os.listdir(top / "moved") == []
+
+
+@pytest.mark.parametrize("how", ["image process", "image kernel", "directory process"])
+def test_all_goes_on_without_them(tmp_path: Path, lower: Path, store: Path, how: str) -> None:
+    kind, engine = how.split()
+    chosen = store if kind == "image" else tmp_path / "changes"
+    with mounted(lower, tmp_path / "mnt", chosen, engine=engine) as here:
+        use(here.path)
+        look(here.path)
+        if how == "image process":
+            cowfs("grow", here.path, "32", check=True)
+    with mounted(lower, tmp_path / "mnt", chosen, engine=engine) as here:
+        look(here.path)
+    if kind == "image":
+        assert cowfs("check", "-n", store).returncode == 0
+
+
+def test_a_kernels_squashfs(tmp_path: Path, lower: Path) -> None:
+    run("mksquashfs", lower, tmp_path / "image", "-quiet")
+    with mounted(tmp_path / "image", tmp_path / "mnt", engine="kernel") as here:
+        assert (here.path / "file").read_text() == "below\n"
+
+
+def test_persist_goes_on_without_them(tmp_path: Path, lower: Path) -> None:
+    with mounted(lower, tmp_path / "mnt") as here:
+        use(here.path)
+        cowfs("persist", here.path, tmp_path / "kept", check=True)
+        look(here.path)
+    with mounted(lower, tmp_path / "mnt", tmp_path / "kept") as here:
+        look(here.path)

@@ -1,0 +1,104 @@
+"""What a daemon of root's gives up: what it never needs, nobody who gets the better of it has.
+
+All of this is a matter of single threads, and inherited by the threads and the programs that they start: it
+must be done before there are any.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import logging
+import os
+import resource
+import struct
+from contextlib import suppress
+
+log = logging.getLogger(__name__)
+
+# include/uapi/linux/capability.h
+CAPABILITIES = {
+    "CAP_CHOWN": 0,
+    "CAP_DAC_OVERRIDE": 1,
+    "CAP_DAC_READ_SEARCH": 2,
+    "CAP_FOWNER": 3,
+    "CAP_FSETID": 4,
+    "CAP_SYS_ADMIN": 21,
+    "CAP_SYS_RESOURCE": 24,
+    "CAP_MKNOD": 27,
+    "CAP_SETFCAP": 31,
+}
+"""What a daemon keeps, by its number: docs/adr/0024-root-with-little.md says what for."""
+_VERSION_3 = 0x20080522
+_HEADER = struct.Struct("=Ii")  # struct __user_cap_header_struct: version, pid
+_DATA = struct.Struct("=6I")  # 2 of struct __user_cap_data_struct: effective, permitted, inheritable
+
+# include/uapi/linux/prctl.h
+_PR_SET_DUMPABLE, _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS, _PR_CAP_AMBIENT = 4, 24, 38, 47
+_PR_CAP_AMBIENT_CLEAR_ALL = 4
+_LAST_POSSIBLE = 63
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.prctl.argtypes = (ctypes.c_int, *[ctypes.c_ulong] * 4)
+
+
+def give_up() -> None:
+    """Keep of root's privileges what a daemon needs, and show nobody its memory. Does nothing as a user.
+
+    A user's daemon has none to give up, and needs fusermount3, which is set-user-ID, for its unmount. The log
+    tells what the kernel, or a container, does not let us give up.
+    """
+    if os.geteuid() != 0:
+        return
+    for step in (_hide_memory, _drop_capabilities, _no_new_privileges):
+        try:
+            step()
+        except OSError as error:
+            log.warning("goes on with more privileges than it needs: %s: %s", step.__name__, error.strerror)
+
+
+def _hide_memory() -> None:
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _prctl(_PR_SET_DUMPABLE, 0)
+
+
+def _drop_capabilities() -> None:
+    """Keep the capabilities that are needed, as far as we have them.
+
+    Programs that we start get what is in the bounding set, as root's programs do.
+    """
+    kept = sum(1 << number for number in CAPABILITIES.values())
+    with suppress(OSError):  # Linux before 4.3: there is no such set
+        _prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL)
+    header = _HEADER.pack(_VERSION_3, 0)
+    raw = ctypes.create_string_buffer(_DATA.size)
+    if _libc.capget(header, raw):
+        raise _failure()
+    effective, permitted, _, effective_high, permitted_high, _ = _DATA.unpack(raw.raw)
+    for number in range(_LAST_POSSIBLE + 1):
+        if not kept >> number & 1:
+            try:
+                _prctl(_PR_CAPBSET_DROP, number)
+            except OSError as error:
+                if error.errno == errno.EINVAL:  # beyond the last that this kernel knows
+                    break
+                log.debug("the bounding set cannot be made smaller: %s", error.strerror)
+                break
+    low, high = kept & 0xFFFFFFFF, kept >> 32
+    data = _DATA.pack(effective & low, permitted & low, 0, effective_high & high, permitted_high & high, 0)
+    if _libc.capset(header, data):
+        raise _failure()
+
+
+def _no_new_privileges() -> None:
+    _prctl(_PR_SET_NO_NEW_PRIVS, 1)
+
+
+def _prctl(option: int, value: int) -> None:
+    if _libc.prctl(option, value, 0, 0, 0):
+        raise _failure()
+
+
+def _failure() -> OSError:
+    code = ctypes.get_errno()
+    return OSError(code, os.strerror(code))
