@@ -14,6 +14,8 @@ import resource
 import struct
 from contextlib import suppress
 
+from cowfs.linux.seccomp import refuse_needless_calls
+
 log = logging.getLogger(__name__)
 
 # include/uapi/linux/capability.h
@@ -50,11 +52,14 @@ def give_up() -> None:
     """
     if os.geteuid() != 0:
         return
-    for step in (_hide_memory, _drop_capabilities, _no_new_privileges):
+    for step in (_hide_memory, _drop_capabilities, _no_new_privileges, refuse_needless_calls):
         try:
             step()
         except OSError as error:
-            log.warning("goes on with more privileges than it needs: %s: %s", step.__name__, error.strerror)
+            level = logging.INFO if error.errno == errno.ENOENT else logging.WARNING
+            log.log(
+                level, "goes on with more than it needs: %s: %s", step.__name__.strip("_"), error.strerror
+            )
 
 
 def _hide_memory() -> None:

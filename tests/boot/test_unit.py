@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import socket
 import subprocess
 from pathlib import Path
 
+import pytest
+
+from cowfs.linux.privileges import CAPABILITIES
 from tests.boot.images import HELPERS
 from tests.support.mounts import COWFS, cowfs, force_umount, is_mounted, project_root
 from tests.support.system import needs_fuse, needs_root, run
@@ -69,3 +73,28 @@ def test_ready_when_it_answers_and_clean_when_it_has_stopped(tmp_path: Path) -> 
 
 def test_the_example_sets_what_the_unit_wants() -> None:
     assert set(re.findall(r"\$\{(\w+)\}", UNIT.read_text())) == set(example())
+
+
+def test_the_sandbox_lets_the_mount_out() -> None:
+    """systemd.exec(5): with any of these a service has a mount namespace, and its mounts stay in there."""
+    namespace = (
+        r"^(Private\w+|Protect(System|Home|Kernel\w+|Control\w+|Proc|Hostname)|Root\w+|MountFlags|DynamicUser"
+    )
+    namespace += r"|\w*(Paths|BindPaths|FileSystem|Directory|Images))="
+    assert not re.findall(namespace, UNIT.read_text(), re.MULTILINE)
+
+
+def test_the_sandbox_keeps_the_capabilities_that_the_daemon_keeps() -> None:
+    (kept,) = re.findall(r"^CapabilityBoundingSet=(.*)$", UNIT.read_text(), re.MULTILINE)
+    assert set(kept.split()) == set(CAPABILITIES)
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd-analyze")
+def test_systemd_likes_the_sandbox(tmp_path: Path) -> None:
+    shutil.copy(UNIT, tmp_path / "cowfs@x.service")
+    command = ["systemd-analyze", "security", "--offline=true", "--threshold=50"]
+    done = run(*command, tmp_path / "cowfs@x.service", check=False)
+    if "Unknown" in done.stderr or "unrecognized" in done.stderr:
+        pytest.skip("this systemd-analyze is too old")
+    assert "Overall exposure level" in done.stdout
+    assert done.returncode == 0, done.stdout

@@ -123,11 +123,44 @@ def test_no_thread_has_more_than_it_needs(tmp_path: Path, lower: Path, store: Pa
         assert len(found) > (kind == "image"), "the one that commits, too"
         for thread in found:
             assert thread["NoNewPrivs"] == "1"
+            assert thread["Seccomp"] == "2", "a filter"
             assert (int(thread["CapInh"], 16), int(thread["CapAmb"], 16)) == (0, 0)
             for which in ("CapPrm", "CapEff", "CapBnd"):
                 assert int(thread[which], 16) & ~allowed == 0, which
         limits = Path(f"/proc/{pid}/limits").read_text()
         assert re.search(r"^Max core file size +0 +0 ", limits, re.MULTILINE)
+
+
+REFUSED = """
+import ctypes, errno, os, socket
+from cowfs.linux.privileges import give_up
+give_up()
+libc = ctypes.CDLL(None, use_errno=True)
+def refused(number, *arguments):
+    result = libc.syscall(ctypes.c_long(number), *map(ctypes.c_long, arguments))
+    assert (result, ctypes.get_errno()) == (-1, errno.EPERM), number
+if os.uname().machine == "x86_64":
+    # ptrace(PTRACE_TRACEME), keyctl, add_key, kcmp, userfaultfd, personality, io_uring_setup
+    refused(101, 0, 0, 0, 0)
+    refused(250, 0, 0, 0, 0)
+    refused(248, 0, 0, 0, 0)
+    refused(312, os.getpid(), os.getpid(), 0, 0)
+    refused(323, 1)
+    refused(135, 0xffffffff)
+    refused(425, 8, 0)
+for family in (socket.AF_INET, socket.AF_INET6, socket.AF_NETLINK, socket.AF_PACKET):
+    try:
+        socket.socket(family, socket.SOCK_RAW if family != socket.AF_INET else socket.SOCK_STREAM)
+    except PermissionError:
+        continue
+    raise SystemExit(f"family {family}")
+socket.socket(socket.AF_UNIX).close()
+assert os.system("true") == 0
+"""
+
+
+def test_calls_that_no_filesystem_makes_are_refused() -> None:
+    run(sys.executable, "-c", REFUSED, env={**os.environ, "PYTHONPATH": project_root()})
 
 
 def test_its_memory_is_shown_to_nobody(tmp_path: Path, lower: Path) -> None:

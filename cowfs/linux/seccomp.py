@@ -1,0 +1,83 @@
+"""A filter that refuses the system calls for which no filesystem daemon has a use (seccomp(2)).
+
+A list of what is refused, not of what is allowed: Python, libfuse and e2fsprogs may need another call
+tomorrow. What is refused answers EPERM, as to somebody without privilege. libseccomp knows the numbers.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import socket
+
+_REFUSED = """
+    acct add_key adjtimex bpf chroot clock_adjtime clock_settime create_module delete_module
+    fanotify_init finit_module get_kernel_syms init_module io_uring_enter io_uring_register
+    io_uring_setup ioperm iopl kcmp kexec_file_load kexec_load keyctl lookup_dcookie migrate_pages
+    modify_ldt move_pages nfsservctl perf_event_open personality pidfd_getfd pivot_root process_madvise
+    process_vm_readv process_vm_writev ptrace query_module quotactl quotactl_fd reboot request_key
+    setdomainname sethostname setns settimeofday stime swapoff swapon _sysctl sysfs syslog uselib
+    userfaultfd ustat vhangup vm86 vm86old
+"""
+
+# include/seccomp.h of libseccomp 2
+_ALLOW = 0x7FFF0000
+_EPERM = 0x00050000 | errno.EPERM
+_NOT_EQUAL = 1  # SCMP_CMP_NE
+_UNKNOWN = -1  # __NR_SCMP_ERROR
+
+
+class _Comparison(ctypes.Structure):
+    _fields_ = (  # struct scmp_arg_cmp
+        ("argument", ctypes.c_uint),
+        ("operation", ctypes.c_int),
+        ("value", ctypes.c_uint64),
+        ("mask", ctypes.c_uint64),
+    )
+
+
+def refuse_needless_calls() -> None:
+    """Refuse them to this thread and to all that it starts, for good, and sockets but for local ones.
+
+    Raises OSError: ENOENT without libseccomp, EACCES without no_new_privs or CAP_SYS_ADMIN.
+    """
+    try:
+        library = ctypes.CDLL("libseccomp.so.2")
+    except OSError:
+        raise OSError(errno.ENOENT, "libseccomp is not installed") from None
+    library.seccomp_init.restype = ctypes.c_void_p
+    library.seccomp_init.argtypes = (ctypes.c_uint32,)
+    library.seccomp_rule_add_array.argtypes = (
+        ctypes.c_void_p,
+        ctypes.c_uint32,
+        ctypes.c_int,
+        ctypes.c_uint,
+        ctypes.POINTER(_Comparison),
+    )
+    library.seccomp_load.argtypes = library.seccomp_release.argtypes = (ctypes.c_void_p,)
+    context = library.seccomp_init(_ALLOW)
+    if not context:
+        raise OSError(errno.EINVAL, "libseccomp does not know this machine")
+    try:
+        local = _Comparison(0, _NOT_EQUAL, socket.AF_UNIX, 0)
+        _refuse(library, context, "socket", local)
+        for name in _REFUSED.split():
+            _refuse(library, context, name)
+        _check(library.seccomp_load(context))
+    finally:
+        library.seccomp_release(context)
+
+
+def _refuse(library: ctypes.CDLL, context: int, name: str, *only: _Comparison) -> None:
+    number = library.seccomp_syscall_resolve_name(name.encode())
+    if number == _UNKNOWN:  # newer than the library
+        return
+    _check(
+        library.seccomp_rule_add_array(context, _EPERM, number, len(only), (_Comparison * len(only))(*only))
+    )
+
+
+def _check(result: int) -> None:
+    if result < 0:
+        raise OSError(-result, os.strerror(-result))
