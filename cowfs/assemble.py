@@ -393,7 +393,7 @@ def commands(union: Union, more: Callable[[], dict[str, Any]]) -> Mapping[str, A
                 return
         if union.farewell >= 0:
             os.close(union.farewell)
-        union.farewell = os.dup(request["fd"])
+        union.farewell = os.dup(request["fd"]) if "fd" in request else -1
         yield {}
 
     return {"info": info, "diff": diff, "grow": grow, "persist": persist, "leave": leave}

@@ -63,7 +63,7 @@ def ask(
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as connection:
         connection.settimeout(timeout)
-        owner = _owner_of(dev)
+        owner = owner_of(dev)
         _refuse_strangers(owner, fd)
         try:
             connect_control(connection, dev, owner)
@@ -85,7 +85,7 @@ def ask(
     raise MountFailure("the daemon of this mount ended in the middle of its answer")
 
 
-def _owner_of(dev: str) -> int:
+def owner_of(dev: str) -> int:
     """Return the user who mounted *dev*, as the kernel tells it (fuse_show_options in fs/fuse/inode.c)."""
     for mount in mountinfo():
         if mount.dev == dev:

@@ -6,7 +6,7 @@ import json
 import os
 from contextlib import suppress
 
-from cowfs.cli.client import ask
+from cowfs.cli.client import ask, owner_of
 from cowfs.cli.output import warn
 from cowfs.errors import CowfsError, MountFailure, StoreError
 
@@ -18,7 +18,7 @@ class Farewell:
         """Have everything written to disk. Blocks.
 
         Raises MountFailure if the disk refuses that, and not *force*. A daemon that does not answer is dead,
-        or of an older cowfs: nothing is heard from it.
+        or of an older cowfs: nothing is heard from it; nor from that of another user, who gets no pipe.
         """
         self._mountpoint = mountpoint
         self._force = force
@@ -26,10 +26,11 @@ class Farewell:
         self._reading, writing = os.pipe()
         try:
             with suppress(CowfsError, OSError):
-                for reply in ask(dev, "leave", timeout=None, fd=writing, force=force):
+                ours = owner_of(dev) == os.geteuid()
+                for reply in ask(dev, "leave", timeout=None, fd=writing if ours else -1, force=force):
                     if "unsaved" in reply:
                         raise _Refused(reply["unsaved"])
-                    self._answers = True
+                    self._answers = ours
         except _Refused as refused:
             raise MountFailure(
                 f"{mountpoint}: not unmounted, for not all of it could be saved: {refused}",

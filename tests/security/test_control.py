@@ -156,6 +156,16 @@ def test_no_file_of_roots_is_handed_to_a_users_daemon(lower: Path, nobody_path: 
         assert not (nobody_path / "kept.bs").exists()
 
 
+def test_root_unmounts_what_is_a_users(lower: Path, nobody_path: Path) -> None:
+    """Without handing anything over; the daemon is asked to save all the same."""
+    with mounted(lower, nobody_path / "mnt", nobody_path / "store", nobody=True) as here:
+        pid = here.pid()
+        assert cowfs("umount", here.path).returncode == 0
+        assert not is_mounted(here.path)
+        eventually(lambda: not Path(f"/proc/{pid}").exists(), "the daemon has ended")
+    assert not here.trouble()
+
+
 def test_what_a_killed_daemon_left_is_replaced(lower: Path, nobody_path: Path) -> None:
     with mounted(lower, nobody_path / "mnt", quiet=False) as here:
         found = find_mount(str(here.path))
