@@ -59,9 +59,13 @@ def surroundings(tree: Path) -> list[Path]:
             run("cp", "-rT", path, target)
             words += [file.read_text() for file in [path, *path.rglob("*")] if file.is_file()]
     named = re.findall(r"(?:file://|(?<![^\s=]))(/[^\s:]+)", "\n".join(words))
-    return [
-        path for path in map(Path, sorted(set(named))) if path.is_dir() and not (tree / f".{path}").exists()
-    ]
+    found = set()
+    for path in map(Path, named):
+        # With what is beside it: an index refers to files there.
+        unknown = [above for above in (*reversed(path.parents), path) if not (tree / f".{above}").exists()]
+        if unknown and path.is_dir():
+            found.add(unknown[0])
+    return sorted(found)
 
 
 def environment() -> dict[str, str]:
