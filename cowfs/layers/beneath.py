@@ -25,12 +25,12 @@ from dataclasses import dataclass
 from cowfs.linux import files, mounts
 from cowfs.types import Attr, AttrData, DirEntry
 
-_NO_NAMES = {b"", b".", b".."}
+NO_NAMES = {b"", b".", b".."}
 
 
 def check_name(name: bytes) -> None:
     """Raise EINVAL for what is not one name in one directory: images and notes say what they like."""
-    if name in _NO_NAMES or b"/" in name or b"\0" in name:
+    if name in NO_NAMES or b"/" in name or b"\0" in name:
         raise OSError(errno.EINVAL, "no name in a directory", name)
 
 
@@ -84,21 +84,24 @@ Mark = Callable[[Attr], int]
 REGULAR, DIRECTORY, LINK = stat.S_IFREG >> 12, stat.S_IFDIR >> 12, stat.S_IFLNK >> 12
 """Types, as in a mark."""
 
-_FAT, _EXFAT, _FUSE, _CIFS, _SMB2, _OVERLAY = (
-    *(0x4D44, 0x2011BAB0, 0x65735546),
-    *(0xFF534D42, 0xFE534D42, 0x794C7630),
-)
+_FAT, _EXFAT, _FUSE, _CIFS, _SMB2 = 0x4D44, 0x2011BAB0, 0x65735546, 0xFF534D42, 0xFE534D42
+_OVERLAY, _BTRFS, _BCACHEFS, _NFS = 0x794C7630, 0x9123683E, 0xCA451A4E, 0x6969
 _FLEETING = {_FAT, _EXFAT, _FUSE, _CIFS, _SMB2}
 """Filesystems that give an inode another number once they have forgotten it: there the type must do. None of
 them has hard links, or whoever serves it can say anything."""
+
+_WITHIN = {_BTRFS, _BCACHEFS, _NFS}
+"""Filesystems with others in them that are no mounts, so that st_dev tells, too."""
 
 
 def marker(magic: int, dev: int) -> Mark:
     """Return what tells inodes apart on a filesystem: *magic* is statfs(2)'s f_type, *dev* the layer's."""
 
+    def plain(attr: Attr) -> int:
+        return attr.st_ino << 4 | attr.st_mode >> 12
+
     def full(attr: Attr) -> int:
-        mark = attr.st_ino << 4 | attr.st_mode >> 12
-        return mark if attr.st_dev == dev else mark | attr.st_dev << 68  # a subvolume of btrfs
+        return plain(attr) if attr.st_dev == dev else plain(attr) | attr.st_dev << 68
 
     def of_type(attr: Attr) -> int:
         return attr.st_mode >> 12
@@ -108,7 +111,9 @@ def marker(magic: int, dev: int) -> Mark:
 
     if magic in _FLEETING:
         return of_type
-    return of_overlay if magic == _OVERLAY else full
+    if magic == _OVERLAY:
+        return of_overlay
+    return full if magic in _WITHIN else plain
 
 
 def stale(name: bytes) -> OSError:

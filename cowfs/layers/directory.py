@@ -17,7 +17,17 @@ from typing import TypeVar
 
 from cowfs.layers import beneath
 from cowfs.layers.acl import ACCESS
-from cowfs.layers.beneath import DIRECTORY, LINK, PLAIN, REGULAR, check_name, covered, enclosed, stale
+from cowfs.layers.beneath import (
+    DIRECTORY,
+    LINK,
+    NO_NAMES,
+    PLAIN,
+    REGULAR,
+    check_name,
+    covered,
+    enclosed,
+    stale,
+)
 from cowfs.layers.kernel_file import KernelFile
 from cowfs.layers.owner_notes import OwnerNotes, needed
 from cowfs.linux import files
@@ -76,6 +86,7 @@ class DirectoryLayer:
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), name)
         self._given = root_fd
         root, self._ways = (root_fd, PLAIN) if alone else enclosed(root_fd)
+        self._stat = self._ways.stat
         self.dev = info.st_dev
         self._open: list[PathKey] = []  # directories with a cached descriptor, oldest first
         self._pinned: set[PathKey] = set()  # inodes without a name, held by their descriptors
@@ -181,12 +192,15 @@ class DirectoryLayer:
     # --- reading
 
     def lookup(self, directory: PathKey, name: bytes) -> tuple[PathKey, Attr] | None:
-        check_name(name)
-        if isinstance(directory, CoveredKey):
-            return None
-        fd = directory.fd if directory.fd >= 0 else self._open_dir(directory)
+        if name in NO_NAMES or b"/" in name or b"\0" in name:
+            check_name(name)
+        fd = directory.fd
+        if fd < 0:
+            if isinstance(directory, CoveredKey):
+                return None
+            fd = self._open_dir(directory)
         try:
-            attr: Attr = self._ways.stat(fd, name)
+            attr: Attr = self._stat(fd, name)
         except FileNotFoundError:
             return None
         except OSError as failure:
@@ -203,15 +217,15 @@ class DirectoryLayer:
 
     def plain_stat(self, key: PathKey) -> Attr:
         """Return the attributes as the filesystem has them, whatever was noted."""
-        attr: Attr
         if key.fd >= 0:
-            attr = os.fstat(key.fd)
-        elif isinstance(key, CoveredKey):
-            attr = key.attr
-        else:
-            attr = self._ways.stat(self._above(key), key.name)
-            if self._mark(attr) != key.mark:
-                raise stale(key.name)
+            return os.fstat(key.fd)
+        if isinstance(key, CoveredKey):
+            return key.attr
+        above = key.parent
+        fd = above.fd if above is not None and above.fd >= 0 else self._above(key)
+        attr: Attr = self._stat(fd, key.name)
+        if self._mark(attr) != key.mark:
+            raise stale(key.name)
         return attr
 
     def readdir(self, directory: PathKey) -> list[DirEntry]:
@@ -363,7 +377,7 @@ class DirectoryLayer:
         self, directory: PathKey, name: bytes, kind: int, uid: int, gid: int, added: int = 0
     ) -> PathKey:
         """Return the key of what we have just made. ESTALE if that is there no more."""
-        attr = self._ways.stat(self._dir_fd(directory), name)
+        attr = self._stat(self._dir_fd(directory), name)
         if attr.st_mode >> 12 != kind:
             raise stale(name)
         key = PathKey(directory, name, self._mark(attr))
