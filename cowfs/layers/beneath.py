@@ -18,6 +18,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -86,10 +87,13 @@ REGULAR, DIRECTORY, LINK = stat.S_IFREG >> 12, stat.S_IFDIR >> 12, stat.S_IFLNK 
 
 _FAT, _EXFAT, _FUSE, _CIFS, _SMB2 = 0x4D44, 0x2011BAB0, 0x65735546, 0xFF534D42, 0xFE534D42
 _OVERLAY, _BTRFS, _BCACHEFS, _NFS = 0x794C7630, 0x9123683E, 0xCA451A4E, 0x6969
+_EXT, _XFS, _TMPFS, _F2FS = 0xEF53, 0x58465342, 0x01021994, 0xF2F52010
 _FLEETING = {_FAT, _EXFAT, _FUSE, _CIFS, _SMB2}
 """Filesystems that give an inode another number once they have forgotten it: there the type must do. None of
 them has hard links, or whoever serves it can say anything."""
 
+_CLOCK_REALTIME_COARSE = 5  # linux/time.h
+_OUR_CLOCK = {_EXT, _XFS, _BTRFS, _TMPFS, _F2FS}
 _WITHIN = {_BTRFS, _BCACHEFS, _NFS}
 """Filesystems with others in them that are no mounts, so that st_dev tells, too."""
 
@@ -230,9 +234,19 @@ def rmdir(dir_fd: int, name: bytes) -> None:
     os.rmdir(name, dir_fd=dir_fd)
 
 
-def is_new(fd: int, info: os.stat_result) -> bool:
-    """Say whether what was found under a name can be what we have just made there: nobody else's, with no
-    other name, and nothing in it."""
+def now() -> int:
+    """Return the time, in ns, that a file would get which is made now."""
+    return time.clock_gettime_ns(_CLOCK_REALTIME_COARSE)
+
+
+def is_new(fd: int, info: os.stat_result, since: int, magic: int) -> bool:
+    """Say whether what was found under a name can be what we have made there since: nobody else's, with no
+    other name, nothing in it, and not older. Times count where our clock makes them.
+    """
+    if magic in _OUR_CLOCK:
+        whole = info.st_mtime_ns % 10**9 == 0  # some inodes have whole seconds only
+        if info.st_mtime_ns < since - (since % 10**9 if whole else 0):
+            return False
     if info.st_uid != os.geteuid():
         return False
     return not names(fd) if stat.S_ISDIR(info.st_mode) else info.st_nlink == 1

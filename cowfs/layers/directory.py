@@ -351,18 +351,20 @@ class DirectoryLayer:
     def mkdir(self, directory: PathKey, name: bytes, mode: int, uid: int, gid: int) -> PathKey:
         mode = stat.S_IMODE(mode)
         added = self._added(stat.S_IFDIR | mode)
+        since = beneath.now()
         self._insist(
             lambda: beneath.make_directory(self._place(directory, name), name, mode | added), directory
         )
-        return self._made(directory, name, DIRECTORY, uid, gid, added)
+        return self._made(directory, name, DIRECTORY, since, uid, gid, added)
 
     def _added(self, mode: int) -> int:
         """Return the permissions that we need and a new inode is not to have."""
         return 0 if self._notes is None else needed(mode) & ~mode
 
     def symlink(self, directory: PathKey, name: bytes, target: bytes, uid: int, gid: int) -> PathKey:
+        since = beneath.now()
         self._insist(lambda: beneath.make_symlink(self._place(directory, name), name, target), directory)
-        return self._made(directory, name, LINK, uid, gid)
+        return self._made(directory, name, LINK, since, uid, gid)
 
     def mknod(self, directory: PathKey, name: bytes, mode: int, rdev: int, uid: int, gid: int) -> PathKey:
         check_name(name)
@@ -370,21 +372,24 @@ class DirectoryLayer:
             stand_in: PathKey | None = self._notes.special(directory, name, mode, rdev, uid, gid)
             if stand_in is not None:
                 return stand_in
+        since = beneath.now()
         self._insist(lambda: beneath.make_node(self._place(directory, name), name, mode, rdev), directory)
-        return self._made(directory, name, mode >> 12 or REGULAR, uid, gid)
+        return self._made(directory, name, mode >> 12 or REGULAR, since, uid, gid)
 
     def _made(
-        self, directory: PathKey, name: bytes, kind: int, uid: int, gid: int, added: int = 0
+        self, directory: PathKey, name: bytes, kind: int, since: int, uid: int, gid: int, added: int = 0
     ) -> PathKey:
         """Return the key of what we have just made. ESTALE if that is there no more."""
         attr = self._stat(self._dir_fd(directory), name)
         if attr.st_mode >> 12 != kind:
             raise stale(name)
         key = PathKey(directory, name, self._mark(attr))
-        self._give(key, attr, uid, gid, added)
+        self._give(key, attr, uid, gid, added, since)
         return key
 
-    def _give(self, key: PathKey, attr: os.stat_result, uid: int, gid: int, added: int) -> None:
+    def _give(
+        self, key: PathKey, attr: os.stat_result, uid: int, gid: int, added: int, since: int = 0
+    ) -> None:
         """Let a new inode belong to *uid* and *gid*, or to its set-group-ID directory's group."""
         assert key.parent is not None
         if self._notes is not None:
@@ -397,7 +402,7 @@ class DirectoryLayer:
             gid = above.st_gid
         if attr.st_uid == uid and attr.st_gid == gid:
             return
-        if key.fd < 0 and not self._by_fd(key, beneath.is_new, attr):
+        if key.fd < 0 and not self._by_fd(key, beneath.is_new, attr, since, self._magic):
             raise stale(key.name)
         self.chown(key, uid, gid)
         if attr.st_mode & (stat.S_ISUID | stat.S_ISGID) and not stat.S_ISLNK(attr.st_mode):
