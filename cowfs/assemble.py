@@ -73,21 +73,21 @@ class Union:
     farewell: int = -1
     """A descriptor of who wants to hear how the release went, if anybody does."""
 
-    def close(self) -> None:
+    def close(self, *, heeds_signals: bool = False) -> None:
         """Write everything back and release the store and the layers. Blocks.
 
         While the disk has no room for it a minute is waited for some, unless it has been said that it may be
-        lost.
+        lost, or a signal asks once more to end, if it *heeds_signals* (which are held back).
         """
         try:
             if not self.store.read_only and not self.may_be_lost:
-                self._save()
+                self._save(heeds_signals)
         finally:
             self._release()
 
-    def _save(self) -> None:
+    def _save(self, heeds_signals: bool) -> None:
         try:
-            saving.wait_for_room(self.store, _PATIENCE)
+            saving.wait_for_room(self.store, _PATIENCE, heeds_signals=heeds_signals)
         except OSError as error:
             log.error("%s: the last changes could not be written: %s", self.store.path, error.strerror)
 

@@ -206,7 +206,7 @@ def _serve(union_options: object, mountpoint: str, given: mount_options.Options,
         finally:
             daemon.close()
     finally:
-        union.close()
+        union.close(heeds_signals=True)
     return 0
 
 

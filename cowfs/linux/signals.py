@@ -42,6 +42,17 @@ def held_back() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def forget_held_back() -> None:
+    """Let the signals that wait, being held back, have come in vain. Does not block."""
+    while signal.sigtimedwait(ASKS_TO_END, 0) is not None:
+        pass
+
+
+def wait_asked(seconds: float) -> bool:
+    """Wait so long for a SIGTERM or SIGINT, which must be held back; say whether one came. Blocks."""
+    return signal.sigtimedwait(ASKS_TO_END - {signal.SIGHUP}, seconds) is not None
+
+
 def open_signals() -> int:
     """Return a descriptor that is readable while one of them waits (signalfd(2)); they must be held back."""
     mask = _MASK.pack(sum(1 << (number - 1) for number in ASKS_TO_END))

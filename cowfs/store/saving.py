@@ -9,6 +9,7 @@ import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cowfs.linux.files import LACK_OF_ROOM
+from cowfs.linux.signals import forget_held_back, wait_asked
 from cowfs.store.sizes import format_size
 
 if TYPE_CHECKING:
@@ -78,12 +79,14 @@ def disk_of(file: str | int) -> Disk | None:
     return Disk(room.f_bavail * room.f_frsize, missing)
 
 
-def wait_for_room(store: Store, seconds: float) -> None:
+def wait_for_room(store: Store, seconds: float, *, heeds_signals: bool = False) -> None:
     """Write everything to disk, and while that has no room try again, so many *seconds* at most. Blocks.
 
-    Raises OSError, the last failure.
+    A signal that asks to end, and comes while it waits, ends the waiting if it *heeds_signals*, which are
+    held back; it never stops the writing. Raises OSError, the last failure.
     """
     deadline = time.monotonic() + seconds
+    waited = False
     while True:
         try:
             store.save()
@@ -92,7 +95,15 @@ def wait_for_room(store: Store, seconds: float) -> None:
             waits = unsaved(store)
             if error.errno not in LACK_OF_ROOM or not waits or not waits.waits or time.monotonic() > deadline:
                 raise
-        time.sleep(1.0)
+            failure = error
+        if not heeds_signals:
+            time.sleep(1.0)
+            continue
+        if not waited:
+            forget_held_back()  # those that came while it wrote
+            waited = True
+        if wait_asked(1.0):
+            raise failure
 
 
 def lacks_room(what: Disk | None) -> str:

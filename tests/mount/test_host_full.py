@@ -397,6 +397,32 @@ def test_who_is_not_asked_waits_for_room_at_the_end(base: Path, thin: tuple[Path
     whole(thin[0] / "store")
 
 
+def test_asked_twice_it_gives_up(base: Path, thin: tuple[Path, Path]) -> None:
+    """The second SIGTERM while it waits for room ends it; the store is as it was committed last."""
+    with refused_names(base, thin) as (here, other):
+        pid = here.pid()
+        os.kill(pid, signal.SIGTERM)
+        os.kill(pid, signal.SIGTERM)  # while it still writes: changes nothing
+        eventually(lambda: not is_mounted(here.path), "it is unmounted")
+        eventually(lambda: "nothing can be written to its disk" in here.log.read_text(), "it is told")
+        again = cowfs("mount", base / "lower", here.path, "--store", thin[0] / "store")
+        assert "in use" in again.stderr, "it waits"
+
+        def is_gone_when_asked() -> bool:
+            try:
+                os.kill(pid, signal.SIGTERM)
+            except ProcessLookupError:
+                return True
+            return False
+
+        eventually(is_gone_when_asked, "it gives up", 20)
+        assert "the last changes could not be written" in here.log.read_text()
+    other.unlink()
+    with mounted(base / "lower", base / "mnt", thin[0] / "store", quiet=False) as here:
+        assert "before" in os.listdir(here.path)
+    whole(thin[0] / "store")
+
+
 def test_given_up_by_force(base: Path, thin: tuple[Path, Path]) -> None:
     """Exit 0, at once, with what is lost on the terminal; the store is at least as it was committed last."""
     with refused_names(base, thin) as (here, other):
