@@ -203,7 +203,7 @@ def attach_loop(
     """
     if not isinstance(image, int):
         flags = os.O_RDONLY if readonly else os.O_RDWR
-        fd = os.open(image, flags | os.O_CLOEXEC)
+        fd = os.open(image, flags | os.O_CLOEXEC | os.O_NONBLOCK)  # it may be a fifo by now
         try:
             return attach_loop(fd, readonly=readonly, offset=offset)
         finally:

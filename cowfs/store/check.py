@@ -99,9 +99,9 @@ def _check_image(path: str, read_only: bool, progress: Progress, report: Report,
 
 def _directory(path: str, stack: ExitStack) -> DirectoryLayer:
     """Open a store that is a directory, locked against writers."""
-    lock.refuse_mounted_directory(path)
     layer = DirectoryLayer(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC), path)
     stack.callback(layer.close)
+    lock.refuse_mounted_directory(layer.root.fd, path)
     fd = layout.open_lock(layer)
     if fd is not None:
         stack.callback(os.close, fd)

@@ -22,13 +22,13 @@ def open_directory(path: str, want: Wanted) -> Store:
             os.mkdir(path, 0o700)  # whoever reaches what is in upper/ could change it behind our back
         except OSError as error:
             raise StoreError(f"{path}: cannot be made: {error.strerror}") from None
-    lock.refuse_mounted_directory(path)
     with ExitStack() as stack:
         try:
             root = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as error:
             raise StoreError(f"{path}: cannot be opened: {error.strerror}") from None
         stack.callback(os.close, root)
+        lock.refuse_mounted_directory(root, path)
         if not want.read_only:
             _refuse_others(root, path)
         return open_root(root, path, want, stack, kind="directory")

@@ -56,9 +56,9 @@ def refuse_mounted_image(fd: int, path: str) -> None:
             raise StoreBusy(f"{path}: mounted on {where} as {mount.fstype}", f"umount {where}")
 
 
-def refuse_mounted_directory(path: str) -> None:
-    """Raise StoreBusy, naming the mountpoint, if the kernel's overlayfs uses the directory *path*."""
-    upper = os.path.join(path, "upper")
+def refuse_mounted_directory(fd: int, path: str) -> None:
+    """Raise StoreBusy, naming the mountpoint, if the kernel's overlayfs uses the directory open as *fd*."""
+    upper = f"/proc/self/fd/{fd}/upper"
     for mount in mounts.mountinfo():
         if mount.fstype != "overlay":
             continue

@@ -529,3 +529,13 @@ def test_layers_make_no_calls_by_name() -> None:
         for call in _calls_by_name(path.read_text())
     ]
     assert found == []
+
+
+_INSIDE_A_STORE = ["layout", "mark", "header", "store", "place"]
+"""Modules that read and write what stands in a store: they do it by its layer."""
+
+
+@pytest.mark.parametrize("module", _INSIDE_A_STORE)
+def test_what_is_in_a_store_is_reached_by_its_layer(module: str) -> None:
+    found = list(_calls_by_name((ROOT / f"cowfs/store/{module}.py").read_text()))
+    assert found == []
