@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import random
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -16,9 +17,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.ext3 import images
+from tests.ext3 import engine, images
 from tests.ext3.damage import Target, damaged
 from tests.ext3.images import Shape
+from tests.ext3.load import Load
 from tests.ext3.makes import Make, without
 from tests.ext3.reader import JOURNAL, Image
 from tests.support.mounts import project_root
@@ -71,11 +73,11 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return made
 
 
-def batch(originals: list[Path], start: int, count: int, timeout: float) -> tuple[int, int]:
+def batch(originals: list[Path], start: int, count: int, timeout: float, *options: str) -> tuple[int, int]:
     """Exercise damaged images; returns (how many, how many were refused when opened)."""
     command = [sys.executable, "-m", "tests.ext3.exercise", "--start", str(start), "--count", str(count)]
     done = subprocess.run(
-        [*command, *originals], cwd=project_root(), capture_output=True, text=True, timeout=timeout
+        [*command, *options, *originals], cwd=project_root(), capture_output=True, text=True, timeout=timeout
     )
     found = re.search(r"(\d+) damaged images, (\d+) of them refused", done.stdout)
     assert found, f"exit {done.returncode}: {done.stdout.splitlines()[-1:]}\n{done.stderr[-3000:]}"
@@ -87,6 +89,37 @@ def test_damaged_images(originals: list[Path], start: int) -> None:
     done, refused = batch(originals, start, 250, timeout=110)
     assert done == 250
     assert 0 < refused < done, "most damage is not to be seen when an image is opened"
+
+
+@pytest.fixture(scope="session")
+def left(originals: list[Path]) -> list[Path]:
+    """The same, in use until the process died: there is something in the journal and in the redo log."""
+    made = []
+    for path in (originals[0], originals[2]):
+        image = path.with_name(f"{path.name}-left")
+        shutil.copyfile(path, image)
+        with engine.opened(image) as opened:
+            load = Load(opened.layer, Image(path.read_bytes()), 3)
+            load.run(60)
+            load.commit()
+            load.run(40, commit_every=1000, sync_every=1000)
+            opened.image.abandon()
+        made.append(image)
+    return made
+
+
+@pytest.mark.parametrize("start", [0, 400])
+def test_damaged_images_that_must_be_recovered(left: list[Path], start: int) -> None:
+    done, refused = batch(left, start, 400, 110, "--left")
+    assert done == 400
+    assert 0 < refused < done
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(900)
+def test_many_damaged_images_that_must_be_recovered(left: list[Path]) -> None:
+    done, _ = batch(left, 1_000_000, 20_000, 850, "--left")
+    assert done == 20_000
 
 
 DAMAGE = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import random
 import shutil
@@ -12,18 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from cowfs.layers.base import UpperLayer
 from tests.ext3 import engine, images, powercut, recovery
-from tests.ext3.engine import PWRITE, Engine, make_file
+from tests.ext3.engine import Engine, make_file
 from tests.ext3.images import MODERN, OLD, SMALL, Shape
 from tests.ext3.load import Load
-from tests.ext3.model import Promises, State, judge
+from tests.ext3.model import Promises
 from tests.ext3.powercut import Disk, Recording, choose_cuts, parse
-from tests.ext3.reader import Image
+from tests.ext3.redo import RARELY, judged, left, records_in, strict
 from tests.support.system import needs_root, run
-
-RARELY = 1_000_000
-LARGE = Shape(mib=160, journal=64)
 
 
 def uncommitted(operations: int) -> Callable[[Load, Engine], None]:
@@ -43,19 +38,6 @@ def moments(recording: Recording, count: int, seed: int) -> Iterator[tuple[int, 
             disk.apply(recording.events[position], recording.syncs)
             position += 1
         yield where, disk
-
-
-def strict(promises: Promises) -> Promises:
-    """Whatever was done before the operation that was begun last is promised."""
-    return Promises(max(promises.begun - 1, promises.committed), promises.begun)
-
-
-def judged(
-    path: Path, states: list[State], promises: Promises, debug: int = 0, trace_fd: int = -1
-) -> str | None:
-    """Recover an image; what is wrong with it?"""
-    wrong = recovery.by_engine(path, debug, trace_fd=trace_fd)
-    return wrong or judge(states, promises, Image(path.read_bytes()))
 
 
 def killed(recording: Recording, count: int, seed: int, place: Path, again: int = 2) -> list[str]:
@@ -132,17 +114,6 @@ def test_a_cut_of_the_power_leaves_no_redo_log(place: Path) -> None:
 
 
 # --- others were there
-
-
-def left(place: Path) -> Path:
-    """An image whose daemon died, with one file committed and one not."""
-    path = images.make(place / "image")
-    with engine.opened(path) as opened:
-        make_file(opened.layer, b"committed")
-        opened.layer.sync()
-        make_file(opened.layer, b"not committed")
-        opened.image.abandon()
-    return path
 
 
 def by_e2fsck(path: Path) -> None:
@@ -223,189 +194,6 @@ def test_a_journal_that_somebody_did_without_is_old(place: Path) -> None:
     with engine.opened(path) as opened:
         assert opened.layer.names(opened.layer.root) == [b"lost+found"]
     assert images.unclean(path) is None
-
-
-# --- records
-
-
-def ring(data: bytes) -> tuple[int, int, int]:
-    """Where in the image the header of the redo log is, its ring begins, and ends."""
-    image = Image(data)
-    blocks = [nr for _, nr in image.mapping(image.inode(8))]
-    size = image.block_size
-    count = min(len(blocks) // 4, (8 << 20) // size)
-    header = blocks[-count] * size
-    return header, header + size, header + count * size
-
-
-def crc32c(data: bytes) -> int:
-    """The checksum that ext4 uses."""
-    crc = 0xFFFFFFFF
-    for byte in data:
-        crc ^= byte
-        for _ in range(8):
-            crc = crc >> 1 ^ 0x82F63B78 * (crc & 1)
-    return crc
-
-
-def records_in(data: bytes) -> Iterator[tuple[int, int, int]]:
-    """Offset and length of each record that is in the image, and its transaction."""
-    header, begin, end = ring(data)
-    session = data[header + 72 : header + 80]
-    starts = [struct.unpack_from("<IIII", data, header + 88 + 16 * number) for number in (0, 1)]
-    for _, tid, first, _ in sorted(starts, key=lambda start: start[1]):
-        at, count = begin + first, 0
-        while tid and at + 8 <= end:
-            crc, length = struct.unpack_from("<II", data, at)
-            order = session + struct.pack("<II", tid, count)
-            if not 8 <= length <= end - at or crc32c(order + data[at + 4 : at + length]) != crc:
-                break
-            yield at, length, tid
-            at, count = at + length, count + 1
-
-
-@pytest.mark.parametrize("harm", ["torn", "a bit", "missing", "too long"])
-def test_records_after_a_bad_one_do_not_count(place: Path, harm: str) -> None:
-    path = images.make(place / "image")
-    with engine.opened(path) as opened:
-        for number in range(20):
-            make_file(opened.layer, b"%d" % number)
-        opened.image.abandon()
-    found = list(records_in(path.read_bytes()))
-    assert len(found) == 20
-    at, length, _ = found[12]
-    with path.open("r+b") as file:
-        file.seek(at)
-        data = bytearray(file.read(length))
-        if harm == "torn":
-            data[length // 2 :] = bytes(length - length // 2)
-        elif harm == "a bit":
-            data[length // 2] ^= 1
-        elif harm == "missing":
-            data[:] = bytes(length)
-        else:
-            struct.pack_into("<I", data, 4, 0x7FFFFFF8)
-        file.seek(at)
-        file.write(data)
-    assert recovery.by_engine(path) is None
-    with engine.opened(path, read_only=True) as opened:
-        names = set(opened.layer.names(opened.layer.root))
-    assert names == {b"lost+found", *(b"%d" % number for number in range(12))}
-
-
-def test_the_next_transaction_needs_all_of_the_one_before(place: Path) -> None:
-    """While one is being committed: if a record of it is lost, those of the next build upon nothing."""
-    recording = powercut.record(place, MODERN, 6, powercut.mixed(60), stir=True)
-    tried = 0
-    for _, disk in moments(recording, 60, 6):
-        path = place / "image"
-        path.write_bytes(disk.kill())
-        found = list(records_in(path.read_bytes()))
-        tids = sorted({tid for _, _, tid in found})
-        if len(tids) < 2:
-            continue
-        tried += 1
-        at, length, _ = [one for one in found if one[2] == tids[-2]][-1]
-        with path.open("r+b") as file:
-            file.seek(at)
-            file.write(bytes(length))
-        promises = Promises(disk.promises.committed, disk.promises.begun)
-        assert judged(path, recording.states, promises) is None
-    assert tried > 5
-
-
-def test_changes_that_belong_together_are_redone_together(place: Path) -> None:
-    path = images.make(place / "image")
-    with engine.opened(path) as opened:
-        make_file(opened.layer, b"before")
-        with opened.image.together():
-            make_file(opened.layer, b"one")
-            make_file(opened.layer, b"two")
-            shutil.copyfile(path, place / "within")
-        shutil.copyfile(path, place / "after")
-        opened.image.abandon()
-    for name, there in (("within", {b"before"}), ("after", {b"before", b"one", b"two"})):
-        assert recovery.by_engine(place / name) is None
-        with engine.opened(place / name, read_only=True) as opened:
-            assert set(opened.layer.names(opened.layer.root)) == {b"lost+found"} | there
-
-
-def fill_area(layer: UpperLayer, count: int) -> None:
-    for number in range(count):
-        make_file(layer, b"%d%s" % (number, b"n" * 200))
-
-
-@pytest.mark.parametrize("shape", [SMALL, MODERN, LARGE], ids=["small", "modern", "large"])
-def test_a_full_log_makes_a_transaction_end(place: Path, shape: Shape) -> None:
-    path = images.make(place / "image", shape)
-    with engine.opened(path) as opened:
-        fill_area(opened.layer, 1900)
-        shutil.copyfile(path, place / "copy")
-        names = set(opened.layer.names(opened.layer.root))
-    assert recovery.by_engine(place / "copy") is None
-    with engine.opened(place / "copy", read_only=True) as opened:
-        assert set(opened.layer.names(opened.layer.root)) == names
-
-
-def test_a_change_that_no_log_has_room_for_is_committed(place: Path) -> None:
-    """A megabyte of changes at once, where the log has room for 128 KiB."""
-    path = images.make(place / "image", SMALL)
-    with engine.opened(path) as opened:
-        with opened.image.together():
-            fill_area(opened.layer, 600)
-        shutil.copyfile(path, place / "copy")
-        make_file(opened.layer, b"after")
-        shutil.copyfile(path, place / "later")
-    for copy, count in (("copy", 601), ("later", 602)):
-        assert recovery.by_engine(place / copy) is None
-        with engine.opened(place / copy, read_only=True) as opened:
-            assert len(opened.layer.names(opened.layer.root)) == count
-
-
-def test_what_cannot_be_logged_is_not_done(place: Path) -> None:
-    """The host refuses the record of a change: it fails. What belongs together waits for the commit."""
-    path = images.make(place / "image")
-    with engine.opened(path) as opened:
-        make_file(opened.layer, b"before")
-        opened.inject(PWRITE, 1, errno.ENOSPC)
-        with pytest.raises(OSError, match="No space") as caught:
-            make_file(opened.layer, b"refused")
-        assert caught.value.errno == errno.ENOSPC
-        make_file(opened.layer, b"file")
-        with opened.image.together():
-            make_file(opened.layer, b"one")
-            make_file(opened.layer, b"two")
-            opened.inject(PWRITE, 1, errno.ENOSPC)
-        shutil.copyfile(path, place / "copy")
-    assert recovery.by_engine(place / "copy") is None
-    with engine.opened(place / "copy", read_only=True) as opened:
-        assert set(opened.layer.names(opened.layer.root)) == {
-            b"lost+found",
-            b"before",
-            b"file",
-            b"one",
-            b"two",
-        }
-
-
-def test_a_full_store_keeps_what_was_said(place: Path) -> None:
-    path = images.make(place / "image", SMALL)
-    with engine.opened(path) as opened:
-        key = make_file(opened.layer, b"filler")
-        file = opened.layer.open(key, os.O_RDWR)
-        file.pwrite(bytes(10 << 20), 0)
-        file.close()
-        opened.image.checkpoint()
-        full = frozenset({errno.ENOSPC})
-        load = Load(opened.layer, Image(path.read_bytes()), 7, tolerate=full, largest=900_000)
-        load.spared.add(key)
-        load.run(300, commit_every=RARELY, sync_every=RARELY)
-        assert load.failed
-        shutil.copyfile(path, place / "copy")
-        promised = recovery.shown(opened.layer)
-    with engine.opened(place / "copy", read_only=True) as opened:
-        assert recovery.shown(opened.layer) == promised
-    assert recovery.by_engine(place / "copy") is None
 
 
 # --- where the image goes on

@@ -142,7 +142,7 @@ class Image:
                 self._said = True
                 log.error(
                     "%s: given up, nothing more is written to it: %s. What was done in the last seconds"
-                    " is lost when it is unmounted; until then it can be read. Then: cowfs check %s",
+                    " may be lost when it is unmounted; until then it can be read. Then: cowfs check %s",
                     *(self.name, _message(self.handle) or os.strerror(aborted), self.name),
                 )
         if code == -errno.EUCLEAN:

@@ -472,23 +472,6 @@ static int read_records(x3_image *img)
 	return error;
 }
 
-/* Find the records that count; img->redone is how many there are. After replay_find(). */
-int redo_find(x3_image *img)
-{
-	bool good = false;
-	int error = img->stale ? 0 : read_header(img, &good);
-
-	return error || !good ? error : read_records(img);
-}
-
-void redo_forget(x3_image *img)
-{
-	for (int i = 0; i < 2; i++) {
-		free(img->redo.found[i].data);
-		img->redo.found[i] = (struct found){ 0 };
-	}
-}
-
 /* Do something with each piece of a record, which ends at *end*; -EBADMSG if one makes no sense. */
 static int pieces_of(x3_image *img, const char *p, const char *end, piece_fn do_it)
 {
@@ -525,6 +508,36 @@ static int each_piece(x3_image *img, int i, piece_fn do_it)
 		error = pieces_of(img, p + sizeof(struct record), p + length, do_it);
 	}
 	return error;
+}
+
+static int check_piece(x3_image *img, uint32_t nr, const struct piece *piece, const char *bytes)
+{
+	(void)img, (void)nr, (void)piece, (void)bytes; /* it is one, and that is all */
+	return 0;
+}
+
+/* Find the records that count; img->redone is how many there are. After replay_find(). */
+int redo_find(x3_image *img)
+{
+	bool good = false;
+	int error = img->stale ? 0 : read_header(img, &good);
+
+	if (error || !good)
+		return error;
+	error = read_records(img);
+	for (int i = 0; i < 2 && !error; i++)
+		error = each_piece(img, i, check_piece);
+	if (error == -EBADMSG)
+		snprintf(img->message, sizeof img->message, "the redo log is damaged");
+	return error;
+}
+
+void redo_forget(x3_image *img)
+{
+	for (int i = 0; i < 2; i++) {
+		free(img->redo.found[i].data);
+		img->redo.found[i] = (struct found){ 0 };
+	}
 }
 
 static int show_piece(x3_image *img, uint32_t nr, const struct piece *piece, const char *bytes)
