@@ -118,7 +118,7 @@ def test_a_record_that_was_never_written_is_missed(place: Path) -> None:
             for number in range(3):
                 make_file(opened.layer, b"before%d" % number)
             with opened.image.together():
-                fill(opened.layer, 600)
+                fill(opened.layer, 1100)
             for number in range(3):
                 make_file(opened.layer, b"after%d" % number)
             opened.image.abandon()
@@ -167,15 +167,15 @@ def test_a_full_log_makes_a_transaction_end(place: Path, shape: Shape) -> None:
 
 
 def test_a_change_that_no_log_has_room_for_is_committed(place: Path) -> None:
-    """A megabyte of changes at once, where the log has room for 128 KiB."""
+    """Half a megabyte of changes at once, where the log has room for 255 KiB."""
     path = images.make(place / "image", SMALL)
     with engine.opened(path) as opened:
         with opened.image.together():
-            fill(opened.layer, 600)
+            fill(opened.layer, 1100)
         shutil.copyfile(path, place / "copy")
         make_file(opened.layer, b"after")
         shutil.copyfile(path, place / "later")
-    for copy, count in (("copy", 601), ("later", 602)):
+    for copy, count in (("copy", 1101), ("later", 1102)):
         assert recovery.by_engine(place / copy) is None
         with engine.opened(place / copy, read_only=True) as opened:
             assert len(opened.layer.names(opened.layer.root)) == count

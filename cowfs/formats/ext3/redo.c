@@ -288,7 +288,7 @@ static int write_start(x3_image *img, struct start s)
 /* Write the record that was collected; -errno. Positive: there is no room for it. */
 static int write_record(x3_image *img)
 {
-	uint64_t size = ring_size(img), at = img->redo.head % size;
+	uint64_t size = ring_size(img), head = img->redo.head, at = head % size;
 	size_t length = (img->redo.used + 3) & ~(size_t)3;
 	struct record *r;
 	int error;
@@ -296,13 +296,13 @@ static int write_record(x3_image *img)
 	if (img->redo.broken || !redo_room(img, 4))
 		return -ENOMEM;
 	if (at + length > size) {
-		img->redo.head += size - at;
+		head += size - at;
 		at = 0;
 	}
-	if (img->redo.head + length > img->redo.needed + size)
+	if (head + length > img->redo.needed + size)
 		return 1;
 	if (!img->redo.count) {
-		img->redo.first = img->redo.head;
+		img->redo.first = head;
 		error = write_start(img, (struct start){ 0, img->tid, at, img->redo.previous });
 		if (error)
 			return error;
@@ -313,7 +313,7 @@ static int write_record(x3_image *img)
 	r->crc = record_crc(img, img->tid, img->redo.count, r);
 	error = journal_io(img, img->jend + 1, at, img->redo.buf, length, true);
 	if (!error)
-		img->redo.head += length;
+		img->redo.head = head + length;
 	return error;
 }
 
