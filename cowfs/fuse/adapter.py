@@ -12,6 +12,7 @@ import functools
 import logging
 import os
 import stat
+import time
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -42,6 +43,8 @@ FOREVER = 10.0**9
 _CAPABILITY = b"security.capability"
 _DOTS = 2
 """A listing begins with . and .."""
+_SLICE = 0.001
+"""So many seconds a listing takes before others have a turn."""
 _SYNCHRONOUS = os.O_SYNC | os.O_DSYNC
 
 
@@ -478,12 +481,13 @@ class Adapter(pyfuse3.Operations):
         self._listings[number] = _Listing(node)
         return number
 
-    @_sync
-    def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
+    @_async
+    async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         fs = self._fs
         listing = self._listings[fh]
         node = listing.node
         names = listing.names
+        end = time.monotonic() + _SLICE
         if names is None or start_id == 0:
             names = listing.names = fs.listing(node)
         for number in range(start_id, _DOTS):
@@ -492,14 +496,19 @@ class Adapter(pyfuse3.Operations):
             if not pyfuse3.readdir_reply(token, dots, self._entry(this, fs.stat(this)), number + 1):
                 return
         for place, name in names.after(max(start_id - _DOTS, 0)):
+            if time.monotonic() > end:  # nothing of it may be to be shown: whiteouts, damage
+                await self._loop.give_way()
+                end = time.monotonic() + _SLICE
             try:
                 found = fs.lookup(node, name)
-            except OSError as failure:
-                log.warning("%r is left out of a listing: %s", name, failure)
+                entry = None if found is None else self._entry(*found)
+            except Exception as failure:
+                code = errno_of(failure, "readdir")
+                log.warning("%r is left out of a listing: %s", name, os.strerror(code))
                 continue
-            if found is None:  # removed since the listing began
+            if found is None or entry is None:  # removed since the listing began
                 continue
-            if not pyfuse3.readdir_reply(token, name, self._entry(*found), _DOTS + place):
+            if not pyfuse3.readdir_reply(token, name, entry, _DOTS + place):
                 fs.release(found[0])
                 return
             found[0].lookups += 1

@@ -96,6 +96,15 @@ class RequestLoop:
             self._leader = None
             self._wake_one()
 
+    async def give_way(self) -> None:
+        """Let others have a turn: the caller has much to do."""
+        self.hand_over()
+        self.waiting += 1
+        try:
+            await trio.lowlevel.checkpoint()
+        finally:
+            self.waiting -= 1
+
     def _task_ended(self, task: trio.lowlevel.Task) -> None:
         # A leader ends when receiving tells it, between two waits, that the filesystem is unmounted.
         if task is self._leader:

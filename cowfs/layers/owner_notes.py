@@ -15,6 +15,7 @@ from __future__ import annotations
 import errno
 import itertools
 import os
+import re
 import stat
 from collections.abc import Callable
 from contextlib import suppress
@@ -38,15 +39,42 @@ class Note(NamedTuple):
     rdev: int = 0
 
 
-def parse(value: bytes) -> Note:
-    """Read a note. ValueError when it is none."""
-    fields = value.split(b":")
-    uid, gid = int(fields[0]), int(fields[1]) if len(fields) > 1 else -1
-    if gid < 0 or len(fields) not in {2, 3, 5}:
-        raise ValueError(value)
-    mode = int(fields[2], 8) if len(fields) > 2 else None
-    rdev = os.makedev(int(fields[3]), int(fields[4])) if len(fields) > 3 else 0
-    return Note(uid, gid, mode, rdev)
+_FORM = re.compile(rb"(\d{1,10}):(\d{1,10})(?::([0-7]{5,6})(?::(\d{1,4}):(\d{1,7}))?)?")
+_LAST_ID = (1 << 32) - 2
+"""The one behind it is nobody's: to chown(2) it is -1."""
+_MAJORS, _MINORS = 1 << 12, 1 << 20
+"""How many the kernel has (MINORBITS in linux/kdev_t.h)."""
+_SPECIAL = {stat.S_IFLNK, stat.S_IFCHR, stat.S_IFBLK, stat.S_IFIFO, stat.S_IFSOCK}
+"""What a regular file can stand for."""
+
+
+def parse(value: bytes, real: int) -> Note:
+    """Read a note on an inode of the mode *real*. ValueError for what nobody has written as one.
+
+    Whoever can write to the inode can write the note, so nothing in it is believed.
+    """
+    found = _FORM.fullmatch(value)
+    if found is None:
+        raise ValueError("no note")
+    uid, gid, octal, major, minor = found.groups()
+    note = Note(int(uid), int(gid))
+    if max(note.uid, note.gid) > _LAST_ID:
+        raise ValueError("nobody has such a number")
+    if octal is None:
+        return note
+    mode, rdev = int(octal, 8), 0
+    if (major is not None) != (stat.S_ISCHR(mode) or stat.S_ISBLK(mode)):
+        raise ValueError("a device without numbers, or numbers of no device")
+    if major is not None:
+        if int(major) >= _MAJORS or int(minor) >= _MINORS:
+            raise ValueError("there is no such device")
+        rdev = os.makedev(int(major), int(minor))
+        if stat.S_ISCHR(mode) and not rdev:
+            raise ValueError("a whiteout, which is no note's business")
+    kind = stat.S_IFMT(mode)
+    if kind != stat.S_IFMT(real) and not (stat.S_ISREG(real) and kind in _SPECIAL):
+        raise ValueError("it cannot be of this type")
+    return note._replace(mode=mode, rdev=rdev)
 
 
 def to_bytes(note: Note) -> bytes:
@@ -127,7 +155,7 @@ class OwnerNotes:
         self._numbers = itertools.count()
         self._user: Note | None = None
         with suppress(OSError, ValueError):
-            self._user = parse(layer.getxattr(layer.root, USER_XATTR))
+            self._user = parse(layer.getxattr(layer.root, USER_XATTR), stat.S_IFDIR)
 
     def act_as_root(self, spare: Key, *, anew: bool) -> None:
         """Hold every owner and every type from now on, by stand-ins where a note cannot be.
@@ -149,7 +177,7 @@ class OwnerNotes:
         if not can_be_noted(attr.st_mode):
             return None
         try:
-            return parse(self._layer.getxattr(key, OWNER_XATTR))
+            return parse(self._layer.getxattr(key, OWNER_XATTR), attr.st_mode)
         except ValueError:
             return None
         except OSError as failure:

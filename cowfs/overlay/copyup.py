@@ -17,7 +17,7 @@ from cowfs.layers.base import Key, LowerLayer
 from cowfs.linux import files
 from cowfs.overlay import origin
 from cowfs.overlay.node import Node
-from cowfs.overlay.state import State, error
+from cowfs.overlay.state import State, count_in, error
 from cowfs.types import Attr
 
 _CAPABILITY = b"security.capability"
@@ -241,9 +241,7 @@ def note_nlink(fs: State, node: Node, *, alone: bool = False) -> None:
 def _links_of_lower(fs: State, node: Node) -> int | None:
     """Return the nlink of the lower inode, which we noted; None if the kernel copied it up."""
     try:
-        return int(fs.upper.getxattr(node.upper, fs.x_links))
-    except ValueError:
-        return None
+        return count_in(fs.upper.getxattr(node.upper, fs.x_links))
     except OSError as failure:
         if failure.errno != errno.ENODATA:
             raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 import stat
 from collections.abc import Sequence
 
@@ -10,7 +11,7 @@ from cowfs.layers.base import Key
 from cowfs.overlay import origin
 from cowfs.overlay import redirect as redirects
 from cowfs.overlay.node import Lower, Node
-from cowfs.overlay.state import State, error, is_whiteout
+from cowfs.overlay.state import State, count_in, error, is_whiteout
 from cowfs.types import Attr
 
 _Found = list[tuple[int, Key, Attr]]
@@ -154,17 +155,17 @@ def _union_nlink(fs: State, notes: dict[bytes, bytes], upper_nlink: int, lower_n
     does not change with the operation that it was written for (ovl_get_nlink). Without one, only the
     index itself is a name too many.
     """
-    note = notes.get(fs.x_nlink, b"")
-    kept = notes.get(fs.x_links, b"")
-    lower = int(kept) if kept.isdigit() else lower_nlink
-    try:
-        if note[:1] == b"U":
-            return max(upper_nlink + int(note[1:]), 1)
-        if note[:1] == b"L" and lower is not None:
-            return max(lower + int(note[1:]), 1)
-    except ValueError:
-        pass
-    return max(upper_nlink - 1, 1)
+    kept = count_in(notes.get(fs.x_links, b""))
+    lower = lower_nlink if kept is None else kept
+    note = _NLINK.fullmatch(notes.get(fs.x_nlink, b""))
+    if note is None or (note[1] == b"L" and lower is None):
+        return max(upper_nlink - 1, 1)
+    base = upper_nlink if note[1] == b"U" else lower
+    assert base is not None
+    return max(base + int(note[2]), 1)
+
+
+_NLINK = re.compile(rb"([LU])([+-]\d{1,9})")
 
 
 def _ino_of_origin(fs: State, value: bytes, hint: bytes | None) -> int | None:
@@ -175,7 +176,7 @@ def _ino_of_origin(fs: State, value: bytes, hint: bytes | None) -> int | None:
     handle = origin.decode(value) if value else None
     if handle is None:
         return None
-    first = int(hint) if hint is not None and hint.isdigit() else 0
+    first = count_in(hint or b"") or 0
     for index in [first, *range(len(fs.lowers))]:
         if index >= len(fs.lowers):
             continue

@@ -43,6 +43,11 @@ def is_whiteout(attr: Attr) -> bool:
     return attr.st_rdev == 0 and stat.S_ISCHR(attr.st_mode)
 
 
+def count_in(note: bytes) -> int | None:
+    """Return the number in a note, None for what is none, or one that nothing is so many of."""
+    return int(note) if note.isdigit() and len(note) < 10 else None
+
+
 class State:
     """The union's layers and nodes. Not thread-safe: all calls come from one thread.
 
