@@ -16,9 +16,12 @@
 #include <dlfcn.h>
 #include <errno.h>
 #include <fuse3/fuse_lowlevel.h>
+#include <malloc.h>
 #include <stdbool.h>
+#include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/uio.h>
 #include <unistd.h>
 
@@ -39,6 +42,8 @@ static int *descriptors;
 static size_t handles;
 static char *buffer;
 static size_t buffer_size;
+
+static void *received; /* the buffer that the last request came in: each of pyfuse3's tasks has its own */
 
 /* The kernel need not ask for security.capability before it writes, since whoever writes below us removes it
  * (FUSE_HANDLE_KILLPRIV_V2 in linux/fuse.h). */
@@ -225,6 +230,16 @@ int fuse_session_mount(struct fuse_session *session, const char *mountpoint)
 	return failure;
 }
 
+int fuse_session_receive_buf(struct fuse_session *session, struct fuse_buf *buf)
+{
+	static __typeof__(&fuse_session_receive_buf) real;
+	if (!real)
+		real = (__typeof__(real))dlsym(RTLD_NEXT, "fuse_session_receive_buf");
+	int got = real ? real(session, buf) : -ENOSYS;
+	received = buf->mem;
+	return got;
+}
+
 int fuse_reply_open(fuse_req_t req, const struct fuse_file_info *fi)
 {
 	static __typeof__(&fuse_reply_open) real;
@@ -287,7 +302,23 @@ static PyObject *read_from(PyObject *self, PyObject *args)
 	Py_RETURN_NONE;
 }
 
+static PyObject *empty_buffer(PyObject *self, PyObject *args)
+{
+	(void)self, (void)args;
+	uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
+	uintptr_t start = ((uintptr_t)received + page - 1) & ~(page - 1);
+	uintptr_t end = ((uintptr_t)received + malloc_usable_size(received)) & ~(page - 1);
+
+	/* It has room for the longest write, and tasks that wait may be many. */
+	if (received && end > start)
+		madvise((void *)start, end - start, MADV_DONTNEED);
+	received = NULL;
+	Py_RETURN_NONE;
+}
+
 static PyMethodDef methods[] = {
+	{"empty_buffer", empty_buffer, METH_NOARGS,
+	 "empty_buffer(): give back the memory of the last request, which is being handled and was read."},
 	{"prepare", prepare, METH_VARARGS,
 	 "prepare(want, seek): ask for these FUSE_CAP_* in the sessions that follow; seek(fh, offset, whence)\n"
 	 "answers lseek(2) with SEEK_DATA and SEEK_HOLE: an offset, or an errno negated."},

@@ -23,6 +23,7 @@ from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, Setatt
 from cowfs.fuse import libfuse
 from cowfs.fuse.failure import errno_of
 from cowfs.fuse.loop import RequestLoop
+from cowfs.fuse.turns import Turns
 from cowfs.layers.acl import DEFAULT as DEFAULT_ACL
 from cowfs.layers.base import File
 from cowfs.overlay.attr import NewAttributes
@@ -89,10 +90,11 @@ def _async(
 class _Listing:
     """An open directory."""
 
-    __slots__ = ("names", "node")
+    __slots__ = ("names", "node", "opener")
 
-    def __init__(self, node: Node) -> None:
+    def __init__(self, node: Node, opener: int) -> None:
         self.node = node
+        self.opener = opener
         self.names: Listing | None = None
         """What was there when the listing began."""
 
@@ -108,12 +110,13 @@ class Adapter(pyfuse3.Operations):
         self._fs = fs
         self._loop = loop
         self._handles: dict[int, Handle] = {}
+        self._openers: dict[int, int] = {}
+        """Which user opened a handle."""
         self._listings: dict[int, _Listing] = {}
         self._free: list[int] = []
         self._listed = 0
         self._kept: set[Node] = set()
-        self._threads = trio.CapacityLimiter(4)
-        self._readers = trio.CapacityLimiter(4)  # whoever reads does not wait for large copy-ups
+        self._copies, self._reads, self._syncs = Turns(), Turns(), Turns()
         self._no_capability: set[int] = set()
         self._no_default_acl: set[int] = set()
         libfuse.prepare(self._seek)
@@ -164,12 +167,12 @@ class Adapter(pyfuse3.Operations):
         node.lookups += 1
         return self._entry(node, attr)
 
-    async def _in_thread(self, call: Callable[[], R], limiter: trio.CapacityLimiter | None = None) -> R:
+    async def _in_thread(self, call: Callable[[], R], turns: Turns, uid: int) -> R:
         loop = self._loop
         loop.hand_over()
         loop.waiting += 1
         try:
-            return await trio.to_thread.run_sync(call, limiter=limiter or self._threads)
+            return await turns.run(uid, call)
         finally:
             loop.waiting -= 1
 
@@ -208,7 +211,7 @@ class Adapter(pyfuse3.Operations):
                 return
             await self._settled(node)
 
-    async def _bring_up(self, node: Node, size: int | None = None) -> None:
+    async def _bring_up(self, node: Node, uid: int, size: int | None = None) -> None:
         """Copy up a large file's data in a thread. A small one's is left to the call that needs it."""
         if node.copying is not None:
             await self._settled(node)
@@ -226,7 +229,7 @@ class Adapter(pyfuse3.Operations):
         node.copying = done = trio.Event()
         try:
             try:
-                await self._in_thread(job.run)
+                await self._in_thread(job.run, self._copies, uid)
             except BaseException:
                 job.abort()
                 raise
@@ -280,7 +283,7 @@ class Adapter(pyfuse3.Operations):
         self, inode: int, new_parent_inode: int, new_name: bytes, ctx: RequestContext
     ) -> EntryAttributes:
         node = self._node(inode)
-        await self._bring_up(node)
+        await self._bring_up(node, ctx.uid)
         return self._given((node, self._fs.link(node, self._node(new_parent_inode), new_name)))
 
     @_async
@@ -331,7 +334,7 @@ class Adapter(pyfuse3.Operations):
             keeps_set_id=ctx.uid == 0,
         )
         if new.size is not None:
-            await self._bring_up(node, new.size)
+            await self._bring_up(node, ctx.uid, new.size)
         else:
             await self._settled(node)
         return self._entry(node, self._fs.setattr(node, new))
@@ -393,7 +396,7 @@ class Adapter(pyfuse3.Operations):
     async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
         node = self._node(inode)
         if flags & (os.O_ACCMODE | os.O_TRUNC):
-            await self._bring_up(node, 0 if flags & os.O_TRUNC else None)
+            await self._bring_up(node, ctx.uid, 0 if flags & os.O_TRUNC else None)
         return self._opened(node, flags, ctx)
 
     @_sync
@@ -407,16 +410,17 @@ class Adapter(pyfuse3.Operations):
             file.close()
             info = self._opened(node, flags & ~os.O_TRUNC, ctx)
         else:
-            info = self._numbered(self._fs.attach(node, file, keeps_set_id=ctx.uid == 0))
+            info = self._numbered(self._fs.attach(node, file, keeps_set_id=ctx.uid == 0), ctx.uid)
         self._no_capability.add(node.ino)
         return info, self._given((node, attr))
 
     def _opened(self, node: Node, flags: int, ctx: RequestContext) -> FileInfo:
-        return self._numbered(self._fs.open(node, flags, keeps_set_id=ctx.uid == 0))
+        return self._numbered(self._fs.open(node, flags, keeps_set_id=ctx.uid == 0), ctx.uid)
 
-    def _numbered(self, handle: Handle) -> FileInfo:
+    def _numbered(self, handle: Handle, uid: int) -> FileInfo:
         number = self._free.pop() if self._free else len(self._handles)
         self._handles[number] = handle
+        self._openers[number] = uid
         libfuse.read_from(number, handle.file.fileno())
         handle.on_replace = lambda file: libfuse.read_from(number, file.fileno())
         return FileInfo(fh=number)
@@ -429,7 +433,7 @@ class Adapter(pyfuse3.Operations):
             return data
         if self._loop.nobody_waits():  # the way to a thread and back would help nobody
             return file.pread(size, off)
-        return await self._in_thread(lambda: file.pread(size, off), self._readers)
+        return await self._in_thread(lambda: file.pread(size, off), self._reads, self._openers[fh])
 
     @_sync
     def write(self, fh: int, off: int, buf: bytes) -> int:
@@ -442,6 +446,7 @@ class Adapter(pyfuse3.Operations):
     @_sync
     def release(self, fh: int) -> None:
         handle = self._handles.pop(fh)
+        del self._openers[fh]
         libfuse.read_from(fh, -1)
         self._free.append(fh)
         self._fs.release_handle(handle)
@@ -457,11 +462,11 @@ class Adapter(pyfuse3.Operations):
     async def fsync(self, fh: int, datasync: bool) -> None:
         handle = self._handles[fh]
         if handle.node.upper is not None:
-            await self._synced(handle.file, datasync)
+            await self._synced(handle.file, datasync, self._openers[fh])
 
-    async def _synced(self, file: File, datasync: bool) -> None:
+    async def _synced(self, file: File, datasync: bool, uid: int) -> None:
         try:
-            await self._in_thread(lambda: file.fsync(datasync))
+            await self._in_thread(lambda: file.fsync(datasync), self._syncs, uid)
         except OSError as failure:
             self._fs.not_saved(failure)
             raise
@@ -478,7 +483,7 @@ class Adapter(pyfuse3.Operations):
         if node not in self._kept:
             self._kept.add(node)
             number |= libfuse.KEPT
-        self._listings[number] = _Listing(node)
+        self._listings[number] = _Listing(node, ctx.uid)
         return number
 
     @_async
@@ -521,11 +526,12 @@ class Adapter(pyfuse3.Operations):
 
     @_async
     async def fsyncdir(self, fh: int, datasync: bool) -> None:
-        node = self._listings[fh].node
+        listing = self._listings[fh]
+        node = listing.node
         if node.upper is not None:
             directory = self._fs.upper.open_directory(node.upper)
             try:
-                await self._synced(directory, datasync)
+                await self._synced(directory, datasync, listing.opener)
             finally:
                 directory.close()
 

@@ -68,3 +68,10 @@ def read_from(handle: int, descriptor: int) -> None:
     """Serve reads of a handle from *descriptor* from now on; -1: by pyfuse3's handler."""
     if _module is not None:
         _module.read_from(handle, descriptor)
+
+
+def empty_buffer() -> None:
+    """Give back the memory that the last request came in: whoever handles it is about to wait, and has taken
+    what is in it."""
+    if _module is not None:
+        _module.empty_buffer()

@@ -23,9 +23,12 @@ from collections.abc import Callable
 import pyfuse3
 import trio
 
+from cowfs.fuse import libfuse
+
 _WAIT = "_wait_fuse_readable"
-MAX_TASKS = 40
-"""So many requests may be waiting for something at a time."""
+_BODY = "_session_loop"
+_MAX_IDLE = 8
+"""So many tasks are kept that have nothing to do; what a burst needed more of goes with it."""
 _POLLS = 80
 _KEEP_COMING_NS = 1_000_000
 """A request that comes within this time of the last says that more will."""
@@ -51,6 +54,8 @@ class RequestLoop:
         self.waiting = 0
         self._leader: trio.lowlevel.Task | None = None
         self._idle: list[trio.lowlevel.Task] = []
+        self._first: trio.lowlevel.Task | None = None
+        self._nursery: trio.Nursery | None = None
         self._closing = False
         self._spin = False
         self._yielded = 0
@@ -68,7 +73,7 @@ class RequestLoop:
     async def run(self) -> None:
         """Serve requests until the filesystem is unmounted or :meth:`stop` is called."""
         stock = getattr(pyfuse3, _WAIT, None)
-        if stock is None:
+        if stock is None or not hasattr(pyfuse3, _BODY):
             await pyfuse3.main()
             return
         self._poll.register(self._fd, select.POLLIN)
@@ -76,8 +81,10 @@ class RequestLoop:
         watch = _TaskWatch(self._task_ended)
         trio.lowlevel.add_instrument(watch)
         try:
-            await pyfuse3.main(1, MAX_TASKS)
+            async with trio.open_nursery() as self._nursery:
+                await pyfuse3.main(1, 0)  # one task, which makes no others: that is done here
         finally:
+            self._nursery = None
             trio.lowlevel.remove_instrument(watch)
             setattr(pyfuse3, _WAIT, stock)
 
@@ -94,7 +101,8 @@ class RequestLoop:
         """Let another task lead: the caller is about to await something."""
         if self._leader is trio.lowlevel.current_task():
             self._leader = None
-            self._wake_one()
+            libfuse.empty_buffer()
+            self._appoint()
 
     async def give_way(self) -> None:
         """Let others have a turn: the caller has much to do."""
@@ -111,11 +119,14 @@ class RequestLoop:
             self._leader = None
             self._close()
 
-    def _wake_one(self) -> None:
+    def _appoint(self) -> None:
         if self._idle:
             task = self._idle.pop()
             self._leader = task
             trio.lowlevel.reschedule(task)
+        elif self._nursery is not None and not self._closing:
+            body = getattr(pyfuse3, _BODY)
+            self._nursery.start_soon(body, self._nursery, 1, 0)
 
     def _close(self) -> None:
         self._closing = True
@@ -125,8 +136,12 @@ class RequestLoop:
     async def _readable(self) -> bool:
         """Return True when the calling task shall receive a request, False when it shall end."""
         task = trio.lowlevel.current_task()
+        if self._first is None:
+            self._first = task  # pyfuse3.main ends with it
         if self._leader is not task:
             if self._leader is not None and not self._closing:
+                if len(self._idle) >= _MAX_IDLE and task is not self._first:
+                    return False
                 await self._park(task)
             else:
                 self._leader = task

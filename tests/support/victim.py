@@ -1,0 +1,69 @@
+"""A user who only looks at files, and measures how long each look takes: what others must not be able to spoil."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+VICTIM = 65533
+"""The user's number: neither root nor nobody."""
+
+_SCRIPT = """
+import ctypes, json, os, select, sys, time
+statx = ctypes.CDLL(None, use_errno=True).statx
+AT_FDCWD, FORCE_SYNC, BASIC = -100, 0x2000, 0x7FF
+buffer = ctypes.create_string_buffer(256)
+path, seconds = os.fsencode(sys.argv[1]), []
+number, ended = 0, False
+print("started", flush=True)
+while not ended:
+    number += 1
+    for name, expected in ((path, 0), (os.path.dirname(path) + b"/absent-%d" % number, -1)):
+        begun = time.monotonic()
+        if statx(AT_FDCWD, name, FORCE_SYNC, BASIC, buffer) != expected:
+            sys.exit(f"{name}: {os.strerror(ctypes.get_errno())}")
+        seconds.append(time.monotonic() - begun)
+    ended = bool(select.select([0], [], [], 0.002)[0])
+seconds.sort()
+print(json.dumps([len(seconds), seconds[len(seconds) * 99 // 100], seconds[-1]]), flush=True)
+"""
+
+
+@dataclass
+class Looks:
+    """How it went: how many looks, and how long they took, in seconds."""
+
+    count: int = 0
+    p99: float = 0.0
+    longest: float = 0.0
+
+    def __str__(self) -> str:
+        return f"{self.count} looks, p99 {self.p99 * 1000:.1f} ms, longest {self.longest * 1000:.1f} ms"
+
+
+@contextmanager
+def looking(file: Path) -> Iterator[Looks]:
+    """Let another user look at *file*, past the kernel's caches, and look up fresh names, all the time; what
+    is yielded is filled in at the end."""
+    prefix = ["setpriv", f"--reuid={VICTIM}", f"--regid={VICTIM}", "--clear-groups", "--"]
+    looks = Looks()
+    with subprocess.Popen(
+        [*prefix, sys.executable, "-c", _SCRIPT, str(file)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "started\n"
+        try:
+            yield looks
+        except BaseException:
+            process.kill()
+            raise
+        said = process.communicate("end\n", timeout=60)[0]
+    looks.count, looks.p99, looks.longest = json.loads(said)
