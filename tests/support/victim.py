@@ -1,4 +1,4 @@
-"""A user who only looks at files, and measures how long each look takes: what others must not be able to spoil."""
+"""A user who only looks at files, and measures how long each look takes: nobody may spoil that."""
 
 from __future__ import annotations
 
