@@ -52,7 +52,10 @@ class File(Protocol):
         ...
 
     def segments(self, end: int) -> Iterator[tuple[int, int]]:
-        """Yield ``(start, stop)`` of every run of data below *end*, in order; the rest are holes."""
+        """Yield ``(start, stop)`` of every run of data below *end*, in order; the rest are holes.
+
+        A run may be given in parts, one behind the other.
+        """
         ...
 
     def fileno(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import time
 from collections.abc import Callable
 
 from cowfs.layers.base import File
@@ -14,6 +15,8 @@ from cowfs.overlay.state import State, error
 from cowfs.types import Attr
 
 _PASSED_ON = os.O_ACCMODE | os.O_SYNC | os.O_DSYNC
+_SEEK_SECONDS = 0.05
+"""How long is searched for data or a hole: others wait."""
 SET_ID = stat.S_ISUID | stat.S_ISGID
 
 
@@ -104,14 +107,19 @@ def seek(fs: State, handle: Handle, offset: int, whence: int) -> int:
     size = fs.stat(handle.node).st_size
     if not 0 <= offset < size:
         raise error(errno.ENXIO, handle.node.name)
+    hole, deadline = offset, time.monotonic() + _SEEK_SECONDS
     for start, stop in handle.file.segments(size):
         if stop > offset:
             if whence == os.SEEK_DATA:
                 return max(start, offset)
-            return offset if start > offset else stop
+            if start > hole:
+                return hole
+            hole = stop
+        if time.monotonic() > deadline:  # in millions of pieces: all of it may be called data (lseek(2))
+            return offset if whence == os.SEEK_DATA else size
     if whence == os.SEEK_DATA:
         raise error(errno.ENXIO, handle.node.name)
-    return offset
+    return hole
 
 
 def drop_set_id(fs: State, handle: Handle) -> None:

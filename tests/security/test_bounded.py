@@ -5,16 +5,24 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from contextlib import suppress
+import struct
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from cowfs.layers.ext3 import Ext3Layer, open_ext3
+from cowfs.layers.ext3_file import Key
+from cowfs.overlay.file import Handle, seek
 from cowfs.overlay.node import Node
 from tests.ext3 import images
+from tests.ext3.reader import Image as Reader
 from tests.support.direct import Direct
-from tests.support.mounts import cowfs, mounted
+from tests.support.mounts import cowfs, mounted, project_root
 from tests.support.system import needs_fuse, needs_root, run
 
 pytestmark = pytest.mark.timeout(60)
@@ -170,3 +178,204 @@ def look_up(union: Direct, directory: Node, name: bytes) -> Node | None:
         return None
     union.fs.readdir(found[0])  # so that the layer holds on to it
     return union.take(found[0])
+
+
+# -- numbers
+
+
+class Forged:
+    """An image whose bytes are changed."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.data = bytearray(path.read_bytes())
+        self.image = Reader(self.data)
+        self.size = len(self.data)
+
+    def __enter__(self) -> Forged:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.path.write_bytes(self.data)
+        if self.size > len(self.data):
+            os.truncate(self.path, self.size)
+
+    def put(self, at: int, form: str, *values: int) -> None:
+        struct.pack_into(f"<{form}", self.data, at, *values)
+
+    def superblock(self, at: int, form: str, *values: int) -> None:
+        self.put(1024 + at, form, *values)
+
+    def group(self, number: int, at: int, value: int) -> None:
+        self.put((self.image.first_block + 1) * self.image.block_size + 32 * number + at, "I", value)
+
+    def inode(self, ino: int, at: int, form: str, *values: int) -> None:
+        self.put(self.image.place(ino) + at, form, *values)
+
+    def pointers(self, block: int, *numbers: int) -> None:
+        size = self.image.block_size
+        self.data[block * size : (block + 1) * size] = struct.pack(f"<{size // 4}I", *numbers)
+
+
+def many_groups(forged: Forged) -> None:
+    """A sparse file of 4 TiB, in groups of 32 blocks: 4 GiB of descriptors."""
+    groups = (1 << 27) - 1
+    forged.superblock(0, "I", 8 * groups)
+    forged.superblock(4, "I", 32 * groups + 1)
+    forged.superblock(32, "I", 32)
+    forged.superblock(40, "I", 8)
+    forged.size = 1 << 42
+
+
+def two_groups_with_one_bitmap(forged: Forged) -> None:
+    forged.group(1, 0, forged.image.group(0)[0])
+
+
+def two_groups_with_one_table(forged: Forged) -> None:
+    forged.group(1, 8, forged.image.group(0)[2])
+
+
+def a_bitmap_in_the_table(forged: Forged) -> None:
+    forged.group(0, 0, forged.image.group(0)[2] + 1)
+
+
+def a_bitmap_that_is_the_descriptors(forged: Forged) -> None:
+    forged.group(0, 4, forged.image.first_block + 1)
+
+
+def one_bitmap_for_both(forged: Forged) -> None:
+    forged.group(0, 4, forged.image.group(0)[0])
+
+
+def circle_of_orphans(forged: Forged) -> None:
+    bitmap = forged.image.group(0)[1] * forged.image.block_size
+    for ino, following in ((50, 51), (51, 52), (52, 51)):
+        forged.data[bitmap + (ino - 1) // 8] |= 1 << (ino - 1) % 8
+        forged.inode(ino, 0, "H", stat.S_IFREG | 0o644)
+        forged.inode(ino, 20, "I", following)
+    forged.superblock(232, "I", 50)
+
+
+def a_journal_with_a_block_twice(forged: Forged) -> None:
+    blocks = [block for _, block in forged.image.mapping(forged.image.inode(8))]
+    forged.inode(8, 40 + 4 * 5, "I", blocks[4])
+
+
+REFUSED = (
+    many_groups,
+    two_groups_with_one_bitmap,
+    two_groups_with_one_table,
+    a_bitmap_in_the_table,
+    a_bitmap_that_is_the_descriptors,
+    one_bitmap_for_both,
+    circle_of_orphans,
+    a_journal_with_a_block_twice,
+)
+
+
+@pytest.mark.parametrize("forge", REFUSED, ids=lambda forge: forge.__name__)
+def test_what_mke2fs_does_not_make_is_refused_at_once(image: Path, forge: Callable[[Forged], None]) -> None:
+    with Forged(image) as forged:
+        forge(forged)
+    before = image.stat().st_mtime_ns, image.stat().st_blocks
+    program = (
+        "import resource, sys; from cowfs.layers.ext3 import open_ext3\n"
+        "resource.setrlimit(resource.RLIMIT_DATA, (256 << 20, 256 << 20))\n"
+        "for read_only in (True, False):\n"
+        "    try: open_ext3(sys.argv[1], read_only=read_only)\n"
+        "    except OSError as error: print(error.errno)\n"
+    )
+    said = run(sys.executable, "-c", program, image, cwd=project_root(), timeout=20).stdout.split()
+    assert len(said) == 2, "it was opened"
+    assert set(map(int, said)) <= {errno.EINVAL, errno.EBADMSG, errno.EUCLEAN}
+    assert (image.stat().st_mtime_ns, image.stat().st_blocks) == before
+
+
+@contextmanager
+def file_in(image: Path) -> Iterator[tuple[Forged, int]]:
+    """An image to forge, and the inode of upper/a/file in it."""
+    layer = open_ext3(str(image), read_only=True)
+    key = layer.root
+    for name in (b"upper", b"a", b"file"):
+        found = layer.lookup(key, name)
+        assert found is not None
+        key = found[0]
+    layer.close()
+    with Forged(image) as forged:
+        yield forged, int(key)
+
+
+def inside(image: Forged) -> dict[str, int]:
+    """Blocks that are the filesystem's own."""
+    bitmap, inodes, table = image.image.group(0)
+    return {
+        "descriptors": image.image.first_block + 1,
+        "superblock": image.image.first_block,
+        "a copy of it": image.image.first_block + image.image.blocks_per_group,
+        "a bitmap": bitmap,
+        "the other": inodes,
+        "inodes": table,
+        "the journal": next(image.image.mapping(image.image.inode(8)))[1],
+        "nowhere": image.image.blocks,
+    }
+
+
+@pytest.mark.parametrize("how", ["data", "indirect", "attributes"])
+@pytest.mark.parametrize("where", [
+    "descriptors", "superblock", "a copy of it", "a bitmap", "the other", "inodes", "the journal", "nowhere"
+])  # fmt: skip
+def test_no_file_has_what_is_the_filesystem_s(image: Path, where: str, how: str) -> None:
+    with file_in(image) as (forged, ino):
+        block = inside(forged)[where]
+        at = {"data": 40, "indirect": 40 + 4 * 12, "attributes": 104}[how]
+        forged.inode(ino, at, "I", block)
+        forged.inode(ino, 4, "I", 100_000)
+    with file_layer(image) as (layer, key):
+        with pytest.raises(OSError) as caught:
+            if how == "attributes":
+                layer.listxattr(key)
+            else:
+                layer.image.pwrite(key, b"x" * 100_000, 0)
+        assert caught.value.errno == errno.EUCLEAN
+
+
+@contextmanager
+def file_layer(image: Path) -> Iterator[tuple[Ext3Layer, int]]:
+    layer = open_ext3(str(image), commit_seconds=0)
+    try:
+        key = layer.root
+        for name in (b"upper", b"a", b"file"):
+            found = layer.lookup(key, name)
+            assert found is not None
+            key = found[0]
+        yield layer, key
+    finally:
+        layer.image.abandon()
+
+
+def test_a_file_of_one_block_a_thousand_million_times(image: Path) -> None:
+    """Its pointers lead to themselves: a hole is searched for no longer than others can wait."""
+    with file_in(image) as (forged, ino):
+        free = forged.image.blocks - 3
+        forged.pointers(free, *[free] * 256)
+        forged.inode(ino, 4, "I", 0xFFFFFFFF)
+        forged.inode(ino, 108, "I", 3)
+        forged.inode(ino, 40, "15I", *[free] * 15)
+    with file_layer(image) as (layer, key):
+        node = Node(5, stat.S_IFREG, None, b"file", Key(key), ())
+        fs = SimpleNamespace(upper=layer, lowers=(), stat=lambda node: layer.stat(node.upper))
+        handle = Handle(node, layer.open(key, os.O_RDONLY), writable=False, keeps_set_id=False)
+        before = time.monotonic()
+        with suppress(OSError):  # EFBIG: it is said to be longer than any file can be
+            assert seek(fs, handle, 0, os.SEEK_HOLE) == layer.stat(key).st_size  # type: ignore[arg-type]
+        assert time.monotonic() - before < 5
+        assert seek(fs, handle, 1000, os.SEEK_DATA) == 1000  # type: ignore[arg-type]
+        handle.close()
+
+
+def test_a_size_that_no_file_has(image: Path) -> None:
+    with file_in(image) as (forged, ino):
+        forged.inode(ino, 108, "I", 0x80000000)
+    with pytest.raises(OSError) as caught, file_layer(image):
+        pass
+    assert caught.value.errno == errno.EUCLEAN

@@ -46,7 +46,7 @@ static bool overlaps(uint32_t a, uint32_t a_count, uint32_t b, uint32_t b_count)
 	return a < b + b_count && b < a + a_count;
 }
 
-/* Fail if any of the blocks is outside of the filesystem, or is its bitmap or inode table. */
+/* Fail if any of the blocks is outside of the filesystem, or is its own: as ext4_setup_system_zone() has it. */
 void check_block(x3_image *img, uint32_t nr, uint32_t count)
 {
 	bool good = nr >= img->first_block + 1 && nr < img->blocks && count <= img->blocks - nr;
@@ -56,8 +56,10 @@ void check_block(x3_image *img, uint32_t nr, uint32_t count)
 		const struct ext2_group_desc *gd = group_get(img, g);
 		uint32_t table = (img->inodes_per_group * img->inode_size + img->bs - 1) >> img->bits;
 		good = !overlaps(nr, count, gd->bg_inode_table, table) &&
-		       !overlaps(nr, count, gd->bg_block_bitmap, 1) && !overlaps(nr, count, gd->bg_inode_bitmap, 1);
+		       !overlaps(nr, count, gd->bg_block_bitmap, 1) && !overlaps(nr, count, gd->bg_inode_bitmap, 1) &&
+		       !overlaps(nr, count, group_start(img, g), group_copies(img, g));
 	}
+	good = good && !journal_has(img, nr, count);
 	if (!good)
 		fail(img, EUCLEAN, "block %u cannot belong to a file", nr);
 }

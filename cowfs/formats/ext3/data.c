@@ -16,6 +16,7 @@
 const char zero[BLOCK_MAX];
 
 #define WRITE_MAX (4u << 20) /* bytes that one operation writes at most */
+#define EXTENTS_MAX (1u << 16) /* that one operation looks at: others wait */
 #define CHANGES_MAX 400u /* of metadata, after which an operation writes or frees no more */
 
 /* A row of block pointers: from one on to the end of the array it is in. */
@@ -251,7 +252,7 @@ int64_t x3_read(x3_image *img, uint32_t ino, void *buf, uint64_t len, uint64_t o
 	}
 }
 
-/* The next run of data at or behind *from*; ENXIO. */
+/* The next run of data at or behind *from*, or as much of it as one operation should look at; ENXIO. */
 int64_t data_segment(x3_image *img, uint32_t ino, uint64_t from, uint64_t *stop)
 {
 	struct inode in = inode_get(img, ino);
@@ -267,7 +268,7 @@ int64_t data_segment(x3_image *img, uint32_t ino, uint64_t from, uint64_t *stop)
 	if (from >= size || at >= end)
 		fail(img, ENXIO, "no more data");
 	from = max(from, at << img->bits);
-	for (; at < end; at += e.count) {
+	for (uint32_t steps = 0; at < end && steps < EXTENTS_MAX; at += e.count, steps++) {
 		e = data_map(img, &in, at, end - at);
 		if (!e.nr)
 			break;

@@ -41,8 +41,8 @@ static struct inode change_dir(x3_image *img, uint32_t ino)
 
 uint64_t dir_blocks(x3_image *img, const struct inode *dir)
 {
-	if (dir->raw->i_size & (img->bs - 1))
-		fail(img, EUCLEAN, "directory %u is no whole blocks long", dir->ino);
+	if (dir->raw->i_size & (img->bs - 1) || dir->raw->i_size > INT32_MAX)
+		fail(img, EUCLEAN, "directory %u is of an impossible length", dir->ino);
 	return dir->raw->i_size >> img->bits;
 }
 

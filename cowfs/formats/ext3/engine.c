@@ -2,6 +2,7 @@
  * The entry points that engine.h promises; those of opening and closing are in open.c.
  */
 #include <errno.h>
+#include <limits.h>
 #include <string.h>
 #include <sys/stat.h>
 #include <time.h>
@@ -98,12 +99,13 @@ int64_t x3_readlink(x3_image *img, uint32_t ino, void *buf, uint64_t cap)
 		uint32_t size = in.raw->i_size;
 		if (!S_ISLNK(in.raw->i_mode))
 			fail(img, EINVAL, "no symlink");
-		if (size >= (inode_is_mapped(img, &in) ? img->bs : sizeof in.raw->i_block))
+		if (!size || size >= (inode_is_mapped(img, &in) ? min(img->bs, PATH_MAX) : sizeof in.raw->i_block))
 			fail(img, EUCLEAN, "symlink %u makes no sense", ino);
 		if (size > cap)
 			fail(img, ERANGE, "too small a buffer");
 		if (inode_is_mapped(img, &in))
 			target = dir_block(img, &in, 0)->data;
+		size = strnlen(target, size); /* as the kernel has it */
 		memcpy(buf, target, size);
 		op.result = size;
 	}

@@ -270,7 +270,10 @@ int64_t x3_write(x3_image *img, uint32_t ino, const void *buf, uint64_t len, uin
 /* Set the size in bytes. EFBIG. A big file's blocks are freed in several transactions; a crash finishes it. */
 int x3_truncate(x3_image *img, uint32_t ino, uint64_t size);
 
-/* The next run of data at or behind *from*: return its start, and let *stop* be its end. ENXIO if there is none. */
+/*
+ * The next run of data at or behind *from*: return its start, and let *stop* be its end, or a place where to ask
+ * again if there are very many pieces. ENXIO if there is none.
+ */
 int64_t x3_segment(x3_image *img, uint32_t ino, uint64_t from, uint64_t *stop);
 
 

@@ -236,9 +236,14 @@ static uint32_t descend(x3_image *img, const struct inode *dir, uint32_t hash, s
 	path[0] = choose(img, root, ROOT_INFO + 8, root_limit(img), hash);
 	for (*depth = 0; *depth < root_info(root)->indirect_levels;) {
 		at = path[*depth].entries[path[*depth].chosen].block & BLOCK_MASK;
+		if (at >= dir_blocks(img, dir))
+			fail(img, EUCLEAN, "the index of directory %u leads out of it", dir->ino);
 		path[++*depth] = choose(img, dir_block(img, dir, at), 8, node_limit(img), hash);
 	}
-	return path[*depth].entries[path[*depth].chosen].block & BLOCK_MASK;
+	at = path[*depth].entries[path[*depth].chosen].block & BLOCK_MASK;
+	if (at >= dir_blocks(img, dir))
+		fail(img, EUCLEAN, "the index of directory %u leads out of it", dir->ino);
+	return at;
 }
 
 /* The block of an indexed directory where a name is, but for collisions, if it is there. */

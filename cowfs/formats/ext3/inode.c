@@ -53,6 +53,8 @@ struct inode inode_get(x3_image *img, uint32_t ino)
 	}
 	if (img->inode_size > EXT2_GOOD_OLD_INODE_SIZE)
 		extra = in.raw->i_extra_isize;
+	if (S_ISREG(in.raw->i_mode) && in.raw->i_size_high >> 31) /* 2^63 bytes and more: no off_t */
+		fail(img, EUCLEAN, "inode %u has an impossible size", ino);
 	if (!((1 << 1 | 1 << 2 | 1 << 4 | 1 << 6 | 1 << 8 | 1 << 10 | 1 << 12) >> type & 1) ||
 	    in.raw->i_flags & (EXT4_EXTENTS_FL | EXT4_INLINE_DATA_FL | EXT4_EA_INODE_FL) || extra % 4 ||
 	    (extra && extra > img->inode_size - EXT2_GOOD_OLD_INODE_SIZE))
@@ -301,12 +303,16 @@ void orphan_remove(x3_image *img, struct inode *in)
 /* Fail if anything on the list cannot be an orphan, or the list has no end. Before it is believed. */
 void orphan_check(x3_image *img)
 {
-	uint32_t ino = img->sb->s_last_orphan;
+	uint32_t ino = img->sb->s_last_orphan, seen = 0;
 
-	for (uint32_t steps = 0; ino; steps++) {
+	for (uint64_t steps = 1, limit = 2; ino; steps++) {
 		struct inode in = inode_get(img, ino);
-		if (steps == img->inodes || (in.raw->i_links_count && !S_ISREG(in.raw->i_mode)))
+		if (ino == seen || (in.raw->i_links_count && !S_ISREG(in.raw->i_mode)))
 			fail(img, EUCLEAN, "the orphan list is damaged at inode %u", ino);
+		if (steps == limit) { /* Brent: a circle comes back to what was seen, however long it is */
+			seen = ino;
+			limit *= 2;
+		}
 		ino = in.raw->i_dtime;
 	}
 }

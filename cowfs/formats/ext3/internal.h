@@ -162,6 +162,7 @@ struct x3_image {
 
 	/* the journal */
 	uint32_t *jmap, jlen, jfirst, jhead;
+	uint32_t *jsorted, jblocks; /* the blocks of its inode: jmap itself, if that is in order */
 	uint32_t jend; /* where our log ends, before the end of the journal */
 	char jsb[1024];
 	bool committing; /* or checkpointing: by one thread at a time */
@@ -290,6 +291,7 @@ void *try_grow(void *array, size_t *cap, size_t need, size_t size);
 /* --- journal.c --- */
 
 int journal_load(x3_image *img);
+bool journal_has(const x3_image *img, uint32_t nr, uint32_t count);
 int journal_start(x3_image *img);
 int journal_empty(x3_image *img);
 int journal_finish(x3_image *img);
@@ -313,6 +315,7 @@ int super_load(x3_image *img);
 void groups_load(x3_image *img);
 void super_begin(x3_image *img);
 void super_mark_damaged(x3_image *img);
+uint32_t group_copies(const x3_image *img, uint32_t group);
 void super_need(x3_image *img, uint32_t compat, uint32_t ro_compat);
 void super_count(x3_image *img, int32_t blocks, int32_t inodes);
 

@@ -23,6 +23,7 @@
 #include "internal.h"
 #include "jbd.h"
 
+#define JOURNAL_MAX (1u << 20) /* blocks: four times as many as mke2fs gives to the largest filesystem */
 #define TRANSACTION_MAX min(4096u, (64u << 20) >> img->bits) /* blocks, however large the journal is */
 #define BOUNCE min(256u, (4u << 20) >> img->bits) /* blocks that a checkpoint copies at a time */
 
@@ -65,6 +66,49 @@ void journal_mark_damaged(x3_image *img)
 	io_write1(img, img->jsb, sizeof img->jsb, (uint64_t)img->jmap[0] << img->bits);
 }
 
+static int compare_numbers(const void *a, const void *b)
+{
+	uint32_t x = *(const uint32_t *)a, y = *(const uint32_t *)b;
+
+	return (x > y) - (x < y);
+}
+
+/* Let journal_has() know the journal's blocks; fail if it has one twice. */
+static void sort_blocks(x3_image *img)
+{
+	uint32_t *sorted = img->jmap, i = 1;
+
+	while (i < img->jlen && sorted[i] > sorted[i - 1])
+		i++;
+	if (i < img->jlen) {
+		sorted = malloc(img->jlen * sizeof *sorted);
+		if (!sorted)
+			fail(img, ENOMEM, "no memory");
+		memcpy(sorted, img->jmap, img->jlen * sizeof *sorted);
+		qsort(sorted, img->jlen, sizeof *sorted, compare_numbers);
+	}
+	img->jsorted = sorted;
+	img->jblocks = img->jlen;
+	for (i = 1; i < img->jlen; i++)
+		if (sorted[i] == sorted[i - 1])
+			fail(img, EBADMSG, "the journal has block %u twice", sorted[i]);
+}
+
+/* Whether any of the blocks is the journal's. */
+bool journal_has(const x3_image *img, uint32_t nr, uint32_t count)
+{
+	uint32_t low = 0, high = img->jsorted ? img->jblocks : 0;
+
+	while (low < high) {
+		uint32_t middle = low + (high - low) / 2;
+		if (img->jsorted[middle] < nr)
+			low = middle + 1;
+		else
+			high = middle;
+	}
+	return img->jsorted && low < img->jblocks && img->jsorted[low] - nr < count;
+}
+
 /* Find the journal's blocks and read its superblock; -errno. Within an operation. */
 int journal_load(x3_image *img)
 {
@@ -73,7 +117,7 @@ int journal_load(x3_image *img)
 	uint64_t blocks = inode_size_of(&in) >> img->bits;
 	int error;
 
-	if (!S_ISREG(in.raw->i_mode) || blocks < 1024 || blocks > img->blocks)
+	if (!S_ISREG(in.raw->i_mode) || blocks < 1024 || blocks > min(img->blocks, JOURNAL_MAX))
 		fail(img, EBADMSG, "the journal's inode makes no sense");
 	img->jlen = blocks;
 	img->jmap = calloc(img->jlen, sizeof *img->jmap);
@@ -86,6 +130,7 @@ int journal_load(x3_image *img)
 		for (uint32_t k = 0; k < e.count; k++)
 			img->jmap[i++] = e.nr + k;
 	}
+	sort_blocks(img);
 	error = io_read(img, img->jsb, sizeof img->jsb, (uint64_t)img->jmap[0] << img->bits);
 	if (error)
 		fail(img, -error, "the journal cannot be read");

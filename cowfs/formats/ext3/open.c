@@ -79,10 +79,12 @@ static void unload(x3_image *img)
 		free(img->hold[g]);
 	free(img->hold);
 	free(img->gd_block);
+	if (img->jsorted != img->jmap)
+		free(img->jsorted);
 	free(img->jmap);
 	img->hold = NULL;
 	img->gd_block = NULL;
-	img->jmap = NULL;
+	img->jmap = img->jsorted = NULL;
 	img->sb = NULL;
 }
 

@@ -540,10 +540,16 @@ void redo_forget(x3_image *img)
 	}
 }
 
+/* More blocks than two transactions and what is in the journal can have: nobody has written that. */
+static uint32_t blocks_max(const x3_image *img)
+{
+	return 2 * img->jlen;
+}
+
 static int show_piece(x3_image *img, uint32_t nr, const struct piece *piece, const char *bytes)
 {
-	int error;
-	char *data = patch_data(img, nr, &error);
+	int error = -EBADMSG;
+	char *data = img->patches.n < blocks_max(img) ? patch_data(img, nr, &error) : NULL;
 
 	if (!data)
 		return error;
@@ -564,6 +570,8 @@ int redo_show(x3_image *img)
 
 static int do_piece(x3_image *img, uint32_t nr, const struct piece *piece, const char *bytes)
 {
+	if (img->ndirty >= blocks_max(img))
+		return -EBADMSG;
 	if (piece->length)
 		memcpy(block_change(img, block_get(img, nr), piece->offset, piece->length), bytes, piece->length);
 	else

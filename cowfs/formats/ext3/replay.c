@@ -131,7 +131,7 @@ char *patch_data(x3_image *img, uint32_t nr, int *error)
 
 /* --- walking through the log --- */
 
-enum pass { SCAN, REVOKES, BLOCKS };
+enum pass { SCAN, TAGS, REVOKES, BLOCKS };
 struct walk {
 	x3_image *img;
 	enum pass pass;
@@ -140,7 +140,7 @@ struct walk {
 	uint32_t steps;
 	uint32_t end;          /* the first transaction that is not whole; from SCAN */
 	uint64_t committed_at; /* when the last one was committed, in seconds; 0: not known */
-	struct table own, revoked;
+	struct table logged; /* what is in the log: *source* is the last transaction that revokes it, if *escaped* */
 };
 
 static int damaged(x3_image *img, const char *what)
@@ -157,14 +157,20 @@ static bool step(struct walk *w)
 	return ++w->steps <= w->img->jlen - w->img->jfirst;
 }
 
+/* Note that a block is in the log: only of those does it matter whether they are revoked. */
+static int note_tag(struct walk *w, uint32_t nr)
+{
+	if (nr >= w->img->blocks || journal_has(w->img, nr, 1))
+		return damaged(w->img, "it has blocks that it cannot have");
+	return table_put(&w->logged, nr) ? 0 : -ENOMEM;
+}
+
 /* Take one block of a transaction, which stands where the walk is. */
 static int take_block(struct walk *w, uint32_t nr, bool escaped)
 {
-	struct patch *revoked = table_find(&w->revoked, nr), *p;
+	struct patch *revoked = table_find(&w->logged, nr), *p;
 
-	if (nr >= w->img->blocks || table_find(&w->own, nr))
-		return damaged(w->img, "it has blocks that it cannot have");
-	if (revoked && !tid_after(w->sequence, revoked->source))
+	if (revoked && revoked->escaped && !tid_after(w->sequence, revoked->source))
 		return 0;
 	p = table_put(&w->img->patches, nr);
 	if (!p)
@@ -185,7 +191,8 @@ static int walk_descriptor(struct walk *w)
 		offset += sizeof tag + (ntohs(tag.flags) & SAME_UUID ? 0 : 16);
 		if (w->steps >= w->img->jlen - w->img->jfirst)
 			return 1;
-		int error = w->pass == BLOCKS ? take_block(w, ntohl(tag.nr), ntohs(tag.flags) & ESCAPED) : 0;
+		int error = w->pass == TAGS ? note_tag(w, ntohl(tag.nr)) :
+			    w->pass == BLOCKS ? take_block(w, ntohl(tag.nr), ntohs(tag.flags) & ESCAPED) : 0;
 		if (error)
 			return error;
 		step(w);
@@ -206,10 +213,11 @@ static int walk_revoke(struct walk *w)
 		nr = ntohl(nr);
 		if (nr >= w->img->blocks)
 			return damaged(w->img, "it revokes a block that there is not");
-		struct patch *p = table_put(&w->revoked, nr);
-		if (!p)
-			return -ENOMEM;
-		p->source = w->sequence; /* they come in order */
+		struct patch *p = table_find(&w->logged, nr);
+		if (p) {
+			p->source = w->sequence; /* they come in order */
+			p->escaped = true;
+		}
 	}
 	return 0;
 }
@@ -269,10 +277,8 @@ static int find(struct walk *w)
 	img->committed = w->end - 1;
 	if (error || img->stale || !img->replayed)
 		return error;
-	for (uint32_t i = 0; i < img->jlen; i++)
-		if (!table_put(&w->own, img->jmap[i]))
-			return -ENOMEM;
-	error = walk(w, REVOKES);
+	error = walk(w, TAGS);
+	error = error ? error : walk(w, REVOKES);
 	return error ? error : walk(w, BLOCKS);
 }
 
@@ -288,8 +294,7 @@ int replay_find(x3_image *img)
 	int error = w.block ? find(&w) : -ENOMEM;
 
 	free(w.block);
-	table_free(&w.own);
-	table_free(&w.revoked);
+	table_free(&w.logged);
 	return error;
 }
 

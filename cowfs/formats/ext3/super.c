@@ -20,6 +20,7 @@
 #define BTREE_DIR 4 /* never came to mean anything */
 #define RO_COMPAT (EXT2_FEATURE_RO_COMPAT_SPARSE_SUPER | EXT2_FEATURE_RO_COMPAT_LARGE_FILE | BTREE_DIR)
 #define GROUP_MAX 65528 /* the counts of a group have 16 bits */
+#define GROUPS_MAX (1u << 19) /* as many as 2^32 blocks of 1 KiB make, in groups as large as they can be */
 
 
 /* --- reading --- */
@@ -46,7 +47,7 @@ static int check_features(x3_image *img, const struct ext2_super_block *sb)
 
 static bool makes_sense(const x3_image *img, const struct ext2_super_block *sb)
 {
-	return img->first_block == (img->bs == 1024) && img->blocks > img->first_block + 8 &&
+	return img->groups <= GROUPS_MAX && img->first_block == (img->bs == 1024) && img->blocks > img->first_block + 8 &&
 	       img->blocks_per_group >= 8 && img->blocks_per_group <= min(img->bs * 8, GROUP_MAX) &&
 	       img->blocks_per_group % 8 == 0 && img->inodes_per_group > 0 &&
 	       img->inodes_per_group <= min(img->bs * 8, GROUP_MAX) && img->inode_size >= EXT2_GOOD_OLD_INODE_SIZE &&
@@ -148,17 +149,35 @@ static uint32_t descriptors_at(const x3_image *img, uint32_t i)
 	return img->first_block + group * img->blocks_per_group + has_super(img->sb, group);
 }
 
-/* How many blocks of a group are neither data nor free. */
-static uint32_t group_overhead(const x3_image *img, uint32_t group, uint32_t table)
+/* How many of a group's first blocks are copies of the superblock and the descriptors. */
+uint32_t group_copies(const x3_image *img, uint32_t group)
 {
 	uint32_t per_block = img->bs / sizeof(struct ext2_group_desc), together = descriptors_together(img);
-	uint32_t in_meta = group % per_block, n = 2 + table;
+	uint32_t in_meta = group % per_block, n = has_super(img->sb, group) ? 1 + together : 0;
 
-	if (has_super(img->sb, group))
-		n += 1 + together + img->sb->s_reserved_gdt_blocks;
 	if (group / per_block >= together) /* a meta group keeps three copies */
 		n += in_meta == 0 || in_meta == 1 || in_meta == per_block - 1;
 	return n;
+}
+
+/* How many blocks of a group are neither data nor free. */
+static uint32_t group_overhead(const x3_image *img, uint32_t group, uint32_t table)
+{
+	return group_copies(img, group) + 2 + table +
+	       (has_super(img->sb, group) ? img->sb->s_reserved_gdt_blocks : 0);
+}
+
+/* Whether a group has its own bitmaps and inode table, in places of their own: as ext4_check_descriptors(). */
+static bool group_makes_sense(const x3_image *img, uint32_t group, const struct ext2_group_desc *gd, uint32_t table)
+{
+	uint64_t start = img->first_block + (uint64_t)group * img->blocks_per_group;
+	uint64_t end = min(start + img->blocks_per_group, (uint64_t)img->blocks);
+	uint64_t blocks = gd->bg_block_bitmap, inodes = gd->bg_inode_bitmap, first = gd->bg_inode_table;
+
+	start += group_copies(img, group);
+	return blocks >= start && blocks < end && inodes >= start && inodes < end && first >= start &&
+	       first + table <= end && blocks != inodes && (blocks < first || blocks >= first + table) &&
+	       (inodes < first || inodes >= first + table);
 }
 
 /* Load and pin the superblock and the group descriptors. */
@@ -177,9 +196,7 @@ void groups_load(x3_image *img)
 	img->overhead = img->first_block;
 	for (uint32_t g = 0; g < img->groups; g++) {
 		const struct ext2_group_desc *gd = group_get(img, g);
-		if (gd->bg_block_bitmap <= img->first_block || gd->bg_block_bitmap >= img->blocks ||
-		    gd->bg_inode_bitmap <= img->first_block || gd->bg_inode_bitmap >= img->blocks ||
-		    gd->bg_inode_table <= img->first_block || gd->bg_inode_table > img->blocks - table)
+		if (!group_makes_sense(img, g, gd, table))
 			fail(img, EINVAL, "group descriptor %u makes no sense", g);
 		img->overhead += group_overhead(img, g, table);
 		free_blocks += gd->bg_free_blocks_count;

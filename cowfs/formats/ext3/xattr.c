@@ -207,7 +207,8 @@ int64_t xattr_list(x3_image *img, uint32_t ino, char *buf, uint64_t cap)
 		const struct attr *a = &all.attr[i];
 		for (size_t s = 0; s < SPACES; s++) {
 			uint32_t n = strlen(spaces[s].prefix), len = n + (spaces[s].whole ? 0 : a->name_len) + 1;
-			if (spaces[s].index != a->index)
+			if (spaces[s].index != a->index || memchr(a->name, 0, a->name_len) ||
+			    (!spaces[s].whole && !a->name_len)) /* a name that nobody can ask for */
 				continue;
 			if (cap && used + len > cap)
 				fail(img, ERANGE, "too small a buffer");
