@@ -42,6 +42,7 @@ R = TypeVar("R")
 FOREVER = 10.0**9
 """Seconds that the kernel may keep names and attributes: nobody but us changes them."""
 _CAPABILITY = b"security.capability"
+_TRUSTED = b"trusted."
 _DOTS = 2
 """A listing begins with . and .."""
 _SLICE = 0.001
@@ -374,7 +375,11 @@ class Adapter(pyfuse3.Operations):
 
     @_sync
     def listxattr(self, inode: int, ctx: RequestContext) -> list[bytes]:
-        return self._fs.listxattr(self._node(inode))
+        names = self._fs.listxattr(self._node(inode))
+        if ctx.uid == 0:
+            return names
+        # As xattr(7) says; the kernel leaves it to us.
+        return [name for name in names if not name.startswith(_TRUSTED)]
 
     @_async
     async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: RequestContext) -> None:
