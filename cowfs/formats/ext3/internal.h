@@ -209,6 +209,7 @@ struct x3_image {
 			char *data;
 			size_t length, cap;
 		} found[2];
+		struct table seen; /* the blocks that one of them has, while it is checked */
 	} redo;
 	uint32_t due;           /* the transaction that should be committed soon */
 	bool woken;             /* nobody shall wait for that any more */
