@@ -1,9 +1,15 @@
-"""cowfs, run from the source tree by the interpreter that runs the suite."""
+"""cowfs, run from the source tree by the interpreter that runs the suite; and that of another tree beside it.
+
+``COWFS_BEFORE=DIR make perf`` measures the tree DIR too, in the same rounds: what a change costs. DIR is a
+checkout in which ``make setup`` was run.
+"""
 
 from __future__ import annotations
 
+import os
 import subprocess
 from dataclasses import dataclass
+from pathlib import Path
 
 from perf import machine
 from perf.box import PROJECT, STORE_BYTES, Box
@@ -16,11 +22,12 @@ class Cowfs:
 
     name: str
     engine: str
+    tree: Path = PROJECT
     fuse: bool = True
 
     def missing(self) -> str:
         done = subprocess.run(
-            [*command(), "mount", "--help"],
+            [*command(self.tree), "mount", "--help"],
             cwd=PROJECT,
             capture_output=True,
             text=True,
@@ -33,25 +40,27 @@ class Cowfs:
         return f"`cowfs mount` does not run: {said[-1] if said else done.returncode} (make setup)"
 
     def version(self) -> str:
-        return machine.revision(PROJECT)
+        return machine.revision(self.tree)
 
     def options(self) -> str:
         return f"cowfs mount IMAGE MNT --store STORE.img --engine {self.engine} -f"
 
     def create(self, box: Box) -> None:
-        box.check([*command(), "create", str(box.image), f"{STORE_BYTES >> 20}M"])
+        box.check([*command(self.tree), "create", str(box.image), f"{STORE_BYTES >> 20}M"])
 
     def mount(self, box: Box) -> None:
         store = ["--store", str(box.image), "--engine", self.engine]
-        box.start_daemon([*command(), "mount", str(box.corpus.image), str(box.merged), *store, "-f"])
+        box.start_daemon([*command(self.tree), "mount", str(box.corpus.image), str(box.merged), *store, "-f"])
 
     def unmount(self, box: Box) -> None:
-        box.stop_daemon(box.merged, [*command(), "umount", str(box.merged)])
+        box.stop_daemon(box.merged, [*command(self.tree), "umount", str(box.merged)])
 
 
-def command() -> list[str]:
-    """How cowfs is started."""
-    return [machine.python(), "-m", "cowfs.cli.main"]
+def command(tree: Path = PROJECT) -> list[str]:
+    """How the cowfs of *tree* is started."""
+    if tree == PROJECT:
+        return [machine.python(), "-m", "cowfs.cli.main"]
+    return ["env", "-C", str(tree), str(tree / ".venv/bin/python"), "-m", "cowfs.cli.main"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,4 +92,7 @@ class CowfsReader:
 
 SYSTEMS: list[System] = [Cowfs("cowfs", "auto"), Cowfs("cowfs-kernel", "kernel")]
 STORES: list[System] = [Cowfs("cowfs-store", "process"), Cowfs("cowfs-kernel", "kernel")]
+if BEFORE := os.environ.get("COWFS_BEFORE"):
+    SYSTEMS.append(Cowfs("cowfs-before", "auto", Path(BEFORE).resolve()))
+    STORES.append(Cowfs("cowfs-store-before", "process", Path(BEFORE).resolve()))
 READERS: list[System] = [CowfsReader()]
