@@ -491,6 +491,10 @@ class Adapter(pyfuse3.Operations):
         self._listings[number] = _Listing(node, ctx.uid)
         return number
 
+    async def _list(self, node: Node, uid: int) -> Listing:
+        listed = self._fs.listing(node)
+        return await self._in_thread(listed, self._reads, uid) if callable(listed) else listed
+
     @_async
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         fs = self._fs
@@ -499,7 +503,8 @@ class Adapter(pyfuse3.Operations):
         names = listing.names
         end = time.monotonic() + _SLICE
         if names is None or start_id == 0:
-            names = listing.names = fs.listing(node)
+            names = await self._list(node, listing.opener)
+            listing.names = names
         for number in range(start_id, _DOTS):
             this = node if number == 0 else node.parent or node
             dots = b"." * (number + 1)

@@ -87,7 +87,6 @@ class View:
             protocol.OPEN: self._open,
             protocol.RELEASE: self._release,
             protocol.OPENDIR: self._opendir,
-            protocol.READDIR: self._readdir,
             protocol.RELEASEDIR: self._releasedir,
             protocol.STATFS: self._statfs,
             protocol.GETXATTR: self._getxattr,
@@ -162,6 +161,8 @@ class View:
                 code = errno.EINVAL
             elif opcode == protocol.READ:
                 data = await self._read(request)
+            elif opcode == protocol.READDIR:
+                data = await self._readdir(request)
             elif opcode in self._handlers:
                 data = self._handlers[opcode](request)
             else:
@@ -307,14 +308,16 @@ class View:
         self._listings[number] = []
         return protocol.OPEN_OUT.pack(number, 0)
 
-    def _readdir(self, request: Request) -> bytes:
+    async def _readdir(self, request: Request) -> bytes:
         number, offset, size = protocol.READ_IN.unpack_from(request.body)
         names = self._listings.get(number)
         if names is None:
             raise _error(errno.EBADF)
         node = self._node(request)
         if offset == 0:
-            names[:] = b".", b"..", *self._layer.names(node.key)
+            listed = self._layer.names(node.key)
+            # Waited for even when cancelled, as in _read.
+            names[:] = b".", b"..", *(await trio.to_thread.run_sync(listed) if callable(listed) else listed)
         entries, room = [], min(size, _LISTED)
         for at in range(offset, len(names)):
             name = names[at]

@@ -16,12 +16,14 @@ called from any, though never two at once for one File with the same offset rang
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from cowfs.types import Attr, DirEntry, FileHandle, FsStats
 
 Key = Any
+NamesJob = Callable[[], list[bytes]]
+"""Gives the names of a directory that has very many; blocks."""
 
 
 class File(Protocol):
@@ -94,8 +96,12 @@ class LowerLayer(Protocol):
         """All entries but ``.`` and ``..``, each once, in any order."""
         ...
 
-    def names(self, directory: Key) -> list[bytes]:
-        """The names that readdir gives, without their types: cheaper where they are not needed."""
+    def names(self, directory: Key) -> list[bytes] | NamesJob:
+        """The names that readdir gives, without their types: cheaper where they are not needed.
+
+        Where there are very many, what gives them is returned: a call that may be made in any thread, once,
+        while the layer goes on being used. Names that come or go meanwhile may be among them or not.
+        """
         ...
 
     def readlink(self, key: Key) -> bytes: ...

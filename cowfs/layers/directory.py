@@ -17,6 +17,7 @@ from typing import TypeVar
 
 from cowfs.layers import beneath
 from cowfs.layers.acl import ACCESS
+from cowfs.layers.base import NamesJob
 from cowfs.layers.beneath import (
     DIRECTORY,
     LINK,
@@ -233,7 +234,7 @@ class DirectoryLayer:
             return []
         return beneath.entries(self._dir_fd(directory))
 
-    def names(self, directory: PathKey) -> list[bytes]:
+    def names(self, directory: PathKey) -> list[bytes] | NamesJob:
         if isinstance(directory, CoveredKey):
             return []
         return beneath.names(self._dir_fd(directory))

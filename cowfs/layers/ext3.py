@@ -15,9 +15,10 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 from cowfs.formats.ext3 import image as ext3
-from cowfs.formats.ext3.directory import INO, Names, type_of
+from cowfs.formats.ext3.directory import INO, AnyNames, LargeNames, type_of
 from cowfs.formats.ext3.image import Image
 from cowfs.layers import acl
+from cowfs.layers.base import NamesJob
 from cowfs.layers.beneath import open_given
 from cowfs.layers.ext3_file import Capabilities, Ext3File, InUse, Key
 from cowfs.linux.files import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WHITEOUT
@@ -76,7 +77,7 @@ class Ext3Layer:
             return None
         key = Key(value & INO)
         fields = self.image.child(directory, key)
-        if key in names.twice and stat.S_ISDIR(fields[0]):
+        if stat.S_ISDIR(fields[0]) and names.is_twice(key, name):
             raise self.image.damaged(f"directory {key} has two names in directory {directory}")
         return key, self._attributes(key, fields)
 
@@ -95,8 +96,11 @@ class Ext3Layer:
         """All entries, in the order of the directory. ENOTDIR."""
         return [DirEntry(name, type_of(value)) for name, value in self.image.names(directory).items()]
 
-    def names(self, directory: int) -> list[bytes]:
-        return list(self.image.names(directory))
+    def names(self, directory: int) -> list[bytes] | NamesJob:
+        names = self.image.names(directory)
+        if isinstance(names, LargeNames):
+            return lambda: list(self.image.list_large(directory))
+        return list(names)
 
     def readlink(self, key: int) -> bytes:
         return self.image.readlink(key)
@@ -234,7 +238,7 @@ class Ext3Layer:
                 raise
         return key
 
-    def _names_for(self, directory: int, name: bytes) -> Names:
+    def _names_for(self, directory: int, name: bytes) -> AnyNames:
         """Return the names of a directory that *name* may be added to."""
         names = self.image.names(directory)
         if name in names:
@@ -248,7 +252,7 @@ class Ext3Layer:
         if self._in_use.is_nameless(directory):
             raise _error(errno.ENOENT)
 
-    def _what_is_inherited(self, directory: int, names: Names) -> _Inherit:
+    def _what_is_inherited(self, directory: int, names: AnyNames) -> _Inherit:
         inode = self.image.getattr(directory)
         default = b""
         with suppress(OSError):

@@ -19,7 +19,7 @@ from cowfs.formats.squashfs.directory import type_of
 from cowfs.formats.squashfs.image import CACHE_BYTES, open_image
 from cowfs.formats.squashfs.inodes import Inode
 from cowfs.formats.squashfs.summary import summary
-from cowfs.layers.base import File
+from cowfs.layers.base import File, NamesJob
 from cowfs.types import Attr, AttrData, DirEntry, FileHandle, FsStats, Identity
 
 _FILEID_INO32_GEN = 1
@@ -176,8 +176,10 @@ class SquashfsLayer:
         listing = self._image.listing(directory)
         return [DirEntry(name, type_of(value)) for name, value in listing.items()]
 
-    def names(self, directory: int) -> list[bytes]:
+    def names(self, directory: int) -> list[bytes] | NamesJob:
         """The names alone. ENOTDIR, EIO."""
+        if self._image.is_long(directory):
+            return lambda: list(self._image.listing(directory))
         return list(self._image.listing(directory))
 
     def readlink(self, key: int) -> bytes:

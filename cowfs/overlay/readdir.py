@@ -5,9 +5,9 @@ from __future__ import annotations
 import errno
 import stat
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
-from cowfs.layers.base import Key, LowerLayer
+from cowfs.layers.base import Key, LowerLayer, NamesJob
 from cowfs.overlay.node import Node
 from cowfs.overlay.state import State, error, is_whiteout
 from cowfs.types import DirEntry
@@ -62,7 +62,7 @@ class Listing:
         if below and upper:
             known = set(below)
             upper = [name for name in upper if name not in known]
-        self._own = sorted(upper, key=lambda name: (_place(name), name))
+        self._own = _in_order(upper)
 
     def after(self, place: int) -> Iterator[tuple[int, bytes]]:
         """Yield place and name of those that come after a place; all are after 0. Less than 2 ** 63 - 2."""
@@ -79,25 +79,54 @@ class Listing:
                 yield at, name
 
 
+def _in_order(names: list[bytes]) -> list[bytes]:
+    """Sort names by their places; some hundreds at a time, for sort() lets no other thread run."""
+    count = len(names) // 500 + 1
+    parts: list[list[tuple[int, bytes]]] = [[] for _ in range(count)]
+    for name in names:
+        parts[(hash(name) & _HASH) * count // (_HASH + 1)].append((_place(name), name))
+    ordered: list[bytes] = []
+    for part in parts:
+        part.sort()
+        ordered += [name for _, name in part]
+        part.clear()  # nor does letting go of all of them at once
+    return ordered
+
+
 def _place(name: bytes) -> int:
     return _OWN | (hash(name) & _HASH) << _TIES
 
 
-def listing(fs: State, node: Node) -> Listing:
-    """Return the names that a directory may show: a lookup of each tells which ones are whiteouts."""
+_MANY = 10_000
+"""From so many names on they are put in order in a thread."""
+
+
+def listing(fs: State, node: Node) -> Listing | Callable[[], Listing]:
+    """Return the names that a directory may show: a lookup of each tells which ones are whiteouts.
+
+    Of a large directory, what gives them is returned: a call that blocks, for any thread.
+    """
     if node.children is None:
         raise error(errno.ENOTDIR, node.name)
     if node.dead:
         return Listing([], [])
+    lowers = [fs.lowers[layer].names(key) for layer, key in node.lowers]
+    upper = fs.upper.names(node.upper) if node.upper is not None else []
+    if all(isinstance(names, list) and len(names) < _MANY for names in (*lowers, upper)):
+        return _listing(lowers, upper)
+    return lambda: _listing(lowers, upper)
+
+
+def _listing(lowers: Sequence[list[bytes] | NamesJob], upper: list[bytes] | NamesJob) -> Listing:
     below: list[bytes] = []
-    for layer, key in node.lowers:
-        names = fs.lowers[layer].names(key)
+    for part in lowers:
+        names = part() if callable(part) else part
         if below:
             known = set(below)
             below += [name for name in names if name not in known]
         else:
             below = names
-    return Listing(below, fs.upper.names(node.upper) if node.upper is not None else [])
+    return Listing(below, upper() if callable(upper) else upper)
 
 
 def is_empty(fs: State, node: Node) -> bool:

@@ -7,6 +7,7 @@ import os
 import stat
 import struct
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -15,6 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from cowfs.formats.ext3.directory import LARGE
 from cowfs.layers.ext3 import Ext3Layer, open_ext3
 from cowfs.layers.ext3_file import Key
 from cowfs.overlay.file import Handle, seek
@@ -22,7 +24,8 @@ from cowfs.overlay.node import Node
 from tests.ext3 import images
 from tests.ext3.reader import Image as Reader
 from tests.support.direct import Direct
-from tests.support.mounts import cowfs, mounted, project_root
+from tests.support.mounts import Mounted, cowfs, mounted, project_root
+from tests.support.squashforge import Entry, Forge, place
 from tests.support.system import needs_fuse, needs_root, run
 
 pytestmark = pytest.mark.timeout(60)
@@ -379,3 +382,189 @@ def test_a_size_that_no_file_has(image: Path) -> None:
     with pytest.raises(OSError) as caught, file_layer(image):
         pass
     assert caught.value.errno == errno.EUCLEAN
+
+
+# -- very many names
+
+
+def huge_ext3(image: Path, count: int, *, indexed: bool, length: int = 8) -> None:
+    """Let upper/big hold *count* names of one file: written as a file, which is then called a directory."""
+    with file_in(image) as (_, ino):
+        pass
+    size = 1024
+    per_block = (size - 8) // (8 + (length + 3) // 4 * 4)
+    record = 8 + (length + 3) // 4 * 4
+    with image.with_name("names").open("wb") as out:
+        for first in range(0, count, per_block):
+            block = bytearray()
+            for number in range(first, min(first + per_block, count)):
+                name = b"%0*d" % (length, number)
+                block += struct.pack("<IHBB", ino, record, length, 1) + name + bytes(record - 8 - length)
+            struct.pack_into("<H", block, len(block) - record + 4, size - len(block) + record)
+            out.write(block.ljust(size, b"\0"))
+    debugfs(image, f"write {image.with_name('names')} /big")
+    layer = open_ext3(str(image), read_only=True)
+    found, top = layer.lookup(layer.root, b"big"), layer.lookup(layer.root, b"upper")
+    assert found is not None
+    assert top is not None
+    layer.close()
+    big, parent = int(found[0]), int(top[0])
+    debugfs(image, "rmdir /upper/big", "ln /big /upper/big", "unlink /big", f"sif <{big}> mode 040755",
+            f"sif <{big}> links_count 2")  # fmt: skip
+    with Forged(image) as forged:
+        first = next(forged.image.mapping(forged.image.inode(big)))[1] * size
+        head = struct.pack("<IHBB4sIHBB4s", big, 12, 1, 2, b".", parent, size - 12, 2, 2, b"..")
+        forged.data[first : first + len(head)] = head
+        at = forged.data.find(b"big", forged.image.group(0)[2])  # its entry says that it is a file
+        forged.data[at - 1] = 2
+    image.with_name("names").unlink()
+    if indexed:
+        assert run("e2fsck", "-fyD", image, check=False, timeout=100).returncode in {0, 1}
+
+
+def longest_wait(here: Mounted, call: Callable[[], object]) -> tuple[float, float]:
+    """How long another client had to wait at most for the daemon while *call* ran, and how long that took."""
+    waits, done = [0.0], threading.Event()
+
+    def ask() -> None:
+        while not done.is_set():
+            before = time.monotonic()
+            os.statvfs(here.path)
+            waits.append(time.monotonic() - before)
+
+    other = threading.Thread(target=ask)
+    other.start()
+    before = time.monotonic()
+    try:
+        call()
+    finally:
+        took = time.monotonic() - before
+        done.set()
+        other.join()
+    return max(waits), took
+
+
+def first_of(path: Path) -> str:
+    with os.scandir(path) as entries:
+        return next(entries).name
+
+
+NAMES = 400_000
+
+
+@needs_root
+@needs_fuse
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["squashfs", "directory", "ext3", "ext3 without an index"])
+def test_others_are_served_while_a_huge_directory_is_listed(tmp_path: Path, kind: str) -> None:
+    """And while a name is looked for in it."""
+    lower, store = tmp_path / "lower", tmp_path / "store"
+    lower.mkdir()
+    if kind == "squashfs":
+        lower.rmdir()
+        lower.write_bytes(huge_squashfs(NAMES))
+    elif kind == "directory":
+        (lower / "big").mkdir()
+        (lower / "big/file").touch()
+        for number in range(60_000):
+            os.link(lower / "big/file", lower / f"big/{number:08}")
+    else:
+        store = images.make(store, images.Shape(1024, mib=64, journal=4), tree(tmp_path / "tree"))
+        huge_ext3(store, NAMES, indexed=kind == "ext3")
+    with mounted(lower, tmp_path / "at", store) as here:
+        waited = [
+            longest_wait(here, lambda: first_of(here.path / "big")),
+            longest_wait(here, lambda: [os.path.exists(here.path / f"big/{name}") for name in ("none", "x")]),
+            longest_wait(here, lambda: os.stat(here.path / "big/00012345")),
+        ]
+    for wait, took in waited:  # by itself it is some milliseconds; but machines are busy
+        assert wait < max(0.3, took / 3), waited
+
+
+def huge_squashfs(count: int) -> bytes:
+    forge = Forge()
+    file = forge.small(b"text")
+    entries = [Entry(b"%08d" % number, file) for number in range(256)]
+    begin = len(forge.listings)
+    for first in range(0, count, 256):
+        for at, entry in enumerate(entries):
+            entry.name = b"%08d" % (first + at)
+        forge.group(entries)
+    block, offset = place(begin, forge.chunk)
+    big = forge.large_directory(block, offset, len(forge.listings) - begin + 3, number=2)
+    return forge.finish(forge.directory([Entry(b"big", big, 1)]))
+
+
+def test_names_in_a_large_directory_are_found(image: Path) -> None:
+    """Made, found, moved and removed by the index alone, as in any other directory."""
+    layer = open_ext3(str(image), commit_seconds=0)
+    key = layer.root
+    for name in (b"upper", b"big"):
+        found = layer.lookup(key, name)
+        assert found is not None
+        key = found[0]
+    names = [b"%06d-%s" % (number, b"n" * 200) for number in range(6000)]
+    _, file = layer.create(key, b"file", 0o600, 0, 0)
+    file.close()
+    made = layer.lookup(key, b"file")
+    assert made is not None
+    for name in names:
+        layer.link(made[0], key, name)
+    layer.close()
+    layer = open_ext3(str(image), commit_seconds=0)
+    assert layer.stat(key).st_size > LARGE
+    try:
+        listed = layer.names(key)
+        assert callable(listed)
+        assert sorted(listed()) == sorted([*names, b"file"])
+        assert {entry.name for entry in layer.readdir(key)} == {*names, b"file"}
+        for name in names[::7]:
+            assert layer.lookup(key, name) is not None
+            assert layer.lookup(key, name + b"?") is None
+        assert layer.lookup(key, b".") is None
+        layer.mkdir(key, b"dir", 0o755, 0, 0)
+        assert layer.lookup(key, b"dir") is not None
+        layer.rename((key, b"dir"), (key, b"moved"))
+        assert layer.lookup(key, b"dir") is None
+        assert layer.lookup(key, b"moved") is not None
+        layer.rename((key, names[0]), (key, b"new name"))
+        with pytest.raises(FileExistsError):
+            layer.link(made[0], key, names[1])
+        layer.rmdir(key, b"moved", None)
+        layer.mkdir(key, b"dir", 0o755, 0, 0)
+        assert layer.lookup(key, b"dir") is not None
+        layer.rmdir(key, b"dir", None)
+        for name in (*names[1:], b"new name"):
+            layer.unlink(key, name, None)
+        assert [entry.name for entry in layer.readdir(key)] == [b"file"]
+    finally:
+        layer.close()
+    assert images.unclean(image) is None
+
+
+def test_a_directory_of_the_same_block_again_and_again(image: Path) -> None:
+    """Two gibibytes of it, which say nothing new: it is damaged, and that is known soon."""
+    with file_in(image) as (forged, ino):
+        free = forged.image.blocks - 3
+        names = next(forged.image.mapping(forged.image.inode(2)))[1]
+        above = free - 1
+        forged.pointers(free, *[names] * 256)
+        forged.pointers(above, *[free] * 256)
+        forged.pointers(above - 1, *[above] * 256)
+        forged.inode(ino, 0, "H", stat.S_IFDIR | 0o755)
+        forged.inode(ino, 4, "I", 0x7FFFFC00)
+        forged.inode(ino, 40, "15I", *[names] * 12, free, above, above - 1)
+    layer = open_ext3(str(image), read_only=True)
+    try:
+        before = time.monotonic()
+        listed = layer.names(Key(ino))
+        assert callable(listed)
+        with pytest.raises(OSError) as caught:
+            listed()
+        assert caught.value.errno == errno.EUCLEAN
+        with pytest.raises(OSError) as caught:
+            layer.lookup(Key(ino), b"none")
+        assert caught.value.errno == errno.EFBIG
+        assert time.monotonic() - before < 20
+    finally:
+        layer.close()

@@ -176,12 +176,12 @@ void dir_init(x3_image *img, struct inode *dir, uint32_t parent)
 
 static bool is_it(const entry *e, const char *name, uint32_t len, uint32_t ino)
 {
-	return e->inode == ino && e->name_len == len && memcmp(e->name, name, len) == 0;
+	return (ino == ANY_INO ? e->inode != 0 : e->inode == ino) && e->name_len == len && memcmp(e->name, name, len) == 0;
 }
 
-/* Where a name of *ino* stands in one block; false if it does not. */
-static bool find_in(x3_image *img, const struct inode *dir, uint32_t at, const char *name, uint32_t len,
-		    uint32_t ino, struct x3_place *where)
+/* Where a name of *ino*, which may be ANY_INO, stands in one block; false if it does not. */
+bool dir_find_in(x3_image *img, const struct inode *dir, uint32_t at, const char *name, uint32_t len, uint32_t ino,
+		 struct x3_place *where)
 {
 	struct block *b = dir_block(img, dir, at);
 
@@ -207,14 +207,42 @@ struct x3_place dir_find(x3_image *img, const struct inode *dir, const char *nam
 	uint64_t blocks = dir_blocks(img, dir);
 	struct x3_place where;
 
-	if (guess.block < blocks && find_in(img, dir, guess.block, name, len, ino, &where))
+	if (guess.block < blocks && dir_find_in(img, dir, guess.block, name, len, ino, &where))
 		return where;
-	if (htree_usable(img, dir) && find_in(img, dir, htree_find(img, dir, name, len), name, len, ino, &where))
+	if (htree_usable(img, dir) && dir_find_in(img, dir, htree_find(img, dir, name, len), name, len, ino, &where))
 		return where;
 	for (uint64_t at = 0; at < blocks; at++)
-		if (find_in(img, dir, at, name, len, ino, &where))
+		if (dir_find_in(img, dir, at, name, len, ino, &where))
 			return where;
 	fail(img, ENOENT, "no such name");
+}
+
+#define SCAN_MAX (64u << 20) /* bytes of a directory without an index that are looked through: others wait */
+
+/* See x3_lookup. */
+bool dir_lookup(x3_image *img, uint32_t ino, const char *name, uint32_t len, struct x3_found *out)
+{
+	struct inode dir = get_dir(img, ino);
+	uint64_t blocks = dir_blocks(img, &dir);
+	bool found = false;
+	entry *e;
+
+	if (!len || len > EXT2_NAME_LEN || (name[0] == '.' && (len == 1 || (len == 2 && name[1] == '.'))))
+		return false;
+	if (htree_usable(img, &dir)) {
+		found = htree_lookup(img, &dir, name, len, &out->place);
+	} else {
+		if (blocks << img->bits > SCAN_MAX)
+			fail(img, EFBIG, "too large a directory without an index");
+		for (uint64_t at = 0; at < blocks && !found; at++)
+			found = dir_find_in(img, &dir, at, name, len, ANY_INO, &out->place);
+	}
+	if (!found)
+		return false;
+	e = dir_entry(img, dir_block(img, &dir, out->place.block), out->place.offset);
+	out->ino = e->inode;
+	out->type = e->file_type;
+	return true;
 }
 
 /* Remove the name at *where*. */

@@ -5,7 +5,7 @@ from __future__ import annotations
 import stat
 import struct
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 INO = (1 << 32) - 1
 """The bits of an entry that are the inode number."""
@@ -27,6 +27,10 @@ _NUMBERS = {mode: number for number, mode in enumerate(TYPES)}
 
 MOST_NAMES = 1 << 18
 """How many names are kept in all, about 200 bytes each; the last directory used is kept, however large."""
+LARGE = 1 << 20
+"""Bytes from which on a directory is not read whole to find a name in it: others would wait."""
+MOST_LISTED = 2_000_000
+"""How many names of a directory are listed: what that takes in memory has a bound."""
 _ITSELF = 16
 """How many names a directory counts for before it has any."""
 _COUNT_AFTER = 256
@@ -35,7 +39,12 @@ _COUNT_AFTER = 256
 
 def entry(ino: int, mode: int, block: int, offset: int) -> int:
     """Pack what is known of a name into one integer, which is small and quick to make."""
-    return ino | _NUMBERS[stat.S_IFMT(mode)] << _TYPE_AT | offset << _OFFSET_AT | block << _BLOCK_AT
+    return packed(ino, _NUMBERS[stat.S_IFMT(mode)], block, offset)
+
+
+def packed(ino: int, kind: int, block: int, offset: int) -> int:
+    """The same for a type that is told as directories have it."""
+    return ino | kind << _TYPE_AT | offset << _OFFSET_AT | block << _BLOCK_AT
 
 
 def type_of(value: int) -> int:
@@ -51,7 +60,7 @@ def place_of(value: int) -> tuple[int, int]:
 class Names(dict[bytes, int]):
     """All names of one directory but ``.`` and ``..``, each with its entry."""
 
-    __slots__ = ("hint", "more", "twice")
+    __slots__ = ("_twice", "hint", "more")
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,49 +68,115 @@ class Names(dict[bytes, int]):
         """The block from which on there may be room."""
         self.more: object = None
         """What the user of the image remembers about the directory."""
-        self.twice: frozenset[int] = frozenset()
-        """Inodes that had more than one name in it when it was read."""
+        self._twice: frozenset[int] = frozenset()
 
     def find_twice(self) -> None:
-        """Set ``twice``, now that all names are there."""
+        """Remember which inodes have more than one name in it, now that all names are there."""
         seen = {value & INO for value in self.values()}
         if len(seen) < len(self):
             counted = Counter(value & INO for value in self.values())
-            self.twice = frozenset(ino for ino, names in counted.items() if names > 1)
+            self._twice = frozenset(ino for ino, names in counted.items() if names > 1)
+
+    def is_twice(self, ino: int, name: bytes) -> bool:
+        """Say whether a directory has another name than this one as well, which it must not."""
+        return ino in self._twice
 
 
-def parse(data: bytes, into: Names) -> None:
-    """Enter the names that x3_readdir has packed."""
+class LargeNames:
+    """The same for a directory that is too large to be held in memory: the image is asked for each name."""
+
+    __slots__ = ("_directories", "_find", "_list", "hint", "more")
+
+    def __init__(
+        self, find: Callable[[bytes], int | None], list_: Callable[[], Iterator[tuple[bytes, int]]]
+    ) -> None:
+        """*find* gives the entry of a name, *list_* all names with their entries."""
+        self._find = find
+        self._list = list_
+        self._directories: dict[int, bytes] = {}  # by which name each that was asked for is known
+        self.hint = 0
+        self.more: object = None
+
+    def get(self, name: bytes) -> int | None:
+        return self._find(name)
+
+    def __getitem__(self, name: bytes) -> int:
+        value = self._find(name)
+        if value is None:
+            raise KeyError(name)
+        return value
+
+    def __contains__(self, name: bytes) -> bool:
+        return self._find(name) is not None
+
+    def __setitem__(self, name: bytes, value: int) -> None:
+        """The image has it already."""
+        if value & INO in self._directories:
+            self._directories[value & INO] = name
+
+    def __delitem__(self, name: bytes) -> None:
+        for ino, known in self._directories.items():
+            if known == name:
+                del self._directories[ino]
+                break
+
+    def __iter__(self) -> Iterator[bytes]:
+        return (name for name, _ in self._list())
+
+    def items(self) -> Iterator[tuple[bytes, int]]:
+        return self._list()
+
+    def __len__(self) -> int:
+        """What it takes in memory."""
+        return len(self._directories)
+
+    def is_twice(self, ino: int, name: bytes) -> bool:
+        return self._directories.setdefault(ino, name) != name
+
+
+AnyNames = Names | LargeNames
+
+
+def parse(data: bytes) -> Iterator[tuple[bytes, int]]:
+    """Yield the names that x3_readdir has packed, each with its entry."""
     at, end = 0, len(data)
     while at < end:
         ino, block, offset, kind, length = _HEAD.unpack_from(data, at)
         at += _HEAD.size + length
-        into[data[at - length : at]] = ino | kind << _TYPE_AT | offset << _OFFSET_AT | block << _BLOCK_AT
+        yield data[at - length : at], packed(ino, kind, block, offset)
 
 
 class Directories:
     """The directories whose names are in memory, the longest unused one first. Not thread-safe."""
 
-    __slots__ = ("_by_ino", "_count", "_load", "_loads", "_most")
+    __slots__ = ("_by_ino", "_count", "_large", "_load", "_loads", "_most")
 
-    def __init__(self, load: Callable[[int], Iterable[bytes]], most: int = MOST_NAMES) -> None:
-        """*load* yields what x3_readdir says of a directory."""
+    def __init__(
+        self,
+        load: Callable[[int], Iterable[bytes]],
+        large: Callable[[int], LargeNames | None] = lambda _: None,
+        most: int = MOST_NAMES,
+    ) -> None:
+        """*load* yields what x3_readdir says of a directory; *large* is for those that must not be loaded."""
         self._load = load
+        self._large = large
         self._most = most
-        self._by_ino: OrderedDict[int, Names] = OrderedDict()
+        self._by_ino: OrderedDict[int, AnyNames] = OrderedDict()
         self._count = 0
         self._loads = 0
 
-    def names(self, directory: int) -> Names:
+    def names(self, directory: int) -> AnyNames:
         """Return the names of a directory; they may be changed as the directory is. ENOTDIR."""
         names = self._by_ino.get(directory)
         if names is not None:
             self._by_ino.move_to_end(directory)
             return names
-        names = Names()
-        for data in self._load(directory):
-            parse(data, names)
-        names.find_twice()
+        names = self._large(directory)
+        if names is None:
+            names = Names()
+            for data in self._load(directory):
+                names.update(parse(data))
+            names.find_twice()
         self._by_ino[directory] = names
         self._count += len(names) + _ITSELF
         self._loads += 1
@@ -109,7 +184,7 @@ class Directories:
             self._evict()
         return names
 
-    def known(self, directory: int) -> Names | None:
+    def known(self, directory: int) -> AnyNames | None:
         """Return the names if they are in memory."""
         return self._by_ino.get(directory)
 

@@ -122,6 +122,13 @@ int64_t x3_readdir(x3_image *img, uint32_t dir, uint64_t *cursor, void *buf, uin
 	return op_finish(&op);
 }
 
+int x3_lookup(x3_image *img, uint32_t dir, const char *name, uint32_t len, struct x3_found *out)
+{
+	QUERY (img)
+		op.result = dir_lookup(img, dir, name, len, out);
+	return op_finish(&op);
+}
+
 int64_t x3_parent(x3_image *img, uint32_t dir)
 {
 	QUERY (img)

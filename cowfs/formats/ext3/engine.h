@@ -202,6 +202,18 @@ int64_t x3_readlink(x3_image *img, uint32_t ino, void *buf, uint64_t cap);
  */
 int64_t x3_readdir(x3_image *img, uint32_t dir, uint64_t *cursor, void *buf, uint64_t cap);
 
+/* What x3_lookup finds. */
+struct x3_found {
+	uint32_t ino, type; /* type: of the directory entry, EXT2_FT_*, 0 for unknown */
+	struct x3_place place;
+};
+
+/*
+ * Find a name by the directory's index, without reading the rest: 1 if it is there, 0 if not. ENOTDIR; EFBIG for
+ * a directory of more than 64 MiB without an index.
+ */
+int x3_lookup(x3_image *img, uint32_t dir, const char *name, uint32_t len, struct x3_found *out);
+
 /* The directory that *dir* is in, by its "..": an inode number. ENOTDIR. */
 int64_t x3_parent(x3_image *img, uint32_t dir);
 

@@ -227,6 +227,16 @@ static struct block *split_leaf(x3_image *img, struct inode *dir, struct level *
 	return new_leaf;
 }
 
+/* The block that the chosen entry of an index block leads to. */
+static uint32_t chosen_block(x3_image *img, const struct inode *dir, const struct level *l)
+{
+	uint32_t at = l->entries[l->chosen].block & BLOCK_MASK;
+
+	if (at >= dir_blocks(img, dir))
+		fail(img, EUCLEAN, "the index of directory %u leads out of it", dir->ino);
+	return at;
+}
+
 /* Find the leaf for a hash; *path* leads there, and has *depth* + 1 index blocks. */
 static uint32_t descend(x3_image *img, const struct inode *dir, uint32_t hash, struct level *path, int *depth)
 {
@@ -235,15 +245,10 @@ static uint32_t descend(x3_image *img, const struct inode *dir, uint32_t hash, s
 
 	path[0] = choose(img, root, ROOT_INFO + 8, root_limit(img), hash);
 	for (*depth = 0; *depth < root_info(root)->indirect_levels;) {
-		at = path[*depth].entries[path[*depth].chosen].block & BLOCK_MASK;
-		if (at >= dir_blocks(img, dir))
-			fail(img, EUCLEAN, "the index of directory %u leads out of it", dir->ino);
+		at = chosen_block(img, dir, &path[*depth]);
 		path[++*depth] = choose(img, dir_block(img, dir, at), 8, node_limit(img), hash);
 	}
-	at = path[*depth].entries[path[*depth].chosen].block & BLOCK_MASK;
-	if (at >= dir_blocks(img, dir))
-		fail(img, EUCLEAN, "the index of directory %u leads out of it", dir->ino);
-	return at;
+	return chosen_block(img, dir, &path[*depth]);
 }
 
 /* The block of an indexed directory where a name is, but for collisions, if it is there. */
@@ -254,6 +259,41 @@ uint32_t htree_find(x3_image *img, const struct inode *dir, const char *name, ui
 	int depth;
 
 	return descend(img, dir, hash_name(img, version, name, len), path, &depth);
+}
+
+/* Go on to the next leaf, if it has names of the same hash. */
+static bool next_leaf(x3_image *img, const struct inode *dir, uint32_t hash, struct level *path, int depth, uint32_t *at)
+{
+	int level = depth;
+
+	while (path[level].chosen + 1 >= path[level].count)
+		if (level-- == 0)
+			return false;
+	path[level].chosen++;
+	if ((path[level].entries[path[level].chosen].hash & ~1u) != hash)
+		return false;
+	for (; level < depth; level++) {
+		struct block *b = dir_block(img, dir, chosen_block(img, dir, &path[level]));
+		path[level + 1] = choose(img, b, 8, node_limit(img), 0);
+	}
+	*at = chosen_block(img, dir, &path[depth]);
+	return true;
+}
+
+/* Where a name stands in an indexed directory; false if it is not there. */
+bool htree_lookup(x3_image *img, const struct inode *dir, const char *name, uint32_t len, struct x3_place *where)
+{
+	uint8_t version = root_info(dir_block(img, dir, 0))->hash_version;
+	uint32_t hash = hash_name(img, version, name, len), at;
+	struct level path[2];
+	int depth;
+
+	at = descend(img, dir, hash, path, &depth);
+	do {
+		if (dir_find_in(img, dir, at, name, len, ANY_INO, where))
+			return true;
+	} while (next_leaf(img, dir, hash, path, depth, &at));
+	return false;
 }
 
 /* Add a name to an indexed directory, which is being changed. */

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import stat
 import threading
 import time
 from collections.abc import Iterator
@@ -17,7 +18,19 @@ from typing import Any
 
 from cowfs.formats.ext3 import features
 from cowfs.formats.ext3._engine import ffi, lib
-from cowfs.formats.ext3.directory import INO, Directories, Names, entry, place_of, type_of
+from cowfs.formats.ext3.directory import (
+    INO,
+    LARGE,
+    MOST_LISTED,
+    AnyNames,
+    Directories,
+    LargeNames,
+    entry,
+    packed,
+    parse,
+    place_of,
+    type_of,
+)
 from cowfs.formats.ext3.records import INODE, Facts, Inode
 from cowfs.linux.files import LACK_OF_ROOM
 from cowfs.linux.signals import held_back
@@ -37,6 +50,8 @@ _LISTING = 64 << 10
 """Bytes of names that are asked for at a time; at least four blocks."""
 _MOST_TOLD = 100
 """Damages of one image that are logged."""
+_NOTHING_NEW = 1000
+"""How often in a row a part of a directory may have no name that is new."""
 _XATTR = 1024
 """Bytes that most attributes fit in."""
 _CHARS = ffi.typeof("char[]")
@@ -80,7 +95,7 @@ class Image:
         self._listing = max(_LISTING, 4 * self.facts().block_size)
         self._attr = ffi.new("struct x3_attr *")
         self._attr_bytes = ffi.buffer(self._attr)
-        self._directories = Directories(self._list)
+        self._directories = Directories(self._list, self._large)
         self._seconds = 0 if read_only else commit_seconds
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -283,13 +298,49 @@ class Image:
         """Say whether an inode is that directory, or above it. EUCLEAN if it is not below the root."""
         return bool(self._done(lib.x3_is_above(self.handle, ino, directory)))
 
-    def names(self, directory: int) -> Names:
+    def names(self, directory: int) -> AnyNames:
         """Return all names of a directory; valid until the next call about names. ENOTDIR."""
         return self._directories.names(directory)
 
-    def known(self, directory: int) -> Names | None:
+    def known(self, directory: int) -> AnyNames | None:
         """Return its names if they are in memory."""
         return self._directories.known(directory)
+
+    def _large(self, directory: int) -> LargeNames | None:
+        """Return the names of a large directory, None for any other. ENOTDIR."""
+        mode, *_, size, _, _, _, _ = self.raw(directory)
+        if not stat.S_ISDIR(mode):
+            raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        if size <= LARGE:
+            return None
+        return LargeNames(
+            lambda name: self._find(directory, name), lambda: iter(self.list_large(directory).items())
+        )
+
+    def _find(self, directory: int, name: bytes) -> int | None:
+        found = ffi.new("struct x3_found *")
+        if not self._done(lib.x3_lookup(self.handle, directory, name, len(name), found), name):
+            return None
+        place = found.place
+        return packed(found.ino, found.type, place.block, place.offset)
+
+    def list_large(self, directory: int) -> dict[bytes, int]:
+        """Return all names with their entries, read anew: for any thread. Blocks. EFBIG over two millions.
+
+        Names that come or go meanwhile may be there; what was there all the time is.
+        """
+        names: dict[bytes, int] = {}
+        count = 0
+        for data in self._list(directory):
+            before = len(names)
+            names.update(parse(data))
+            # An index may move names to the end while we read: some come twice. But all cannot.
+            count = 0 if len(names) > before else count + 1
+            if len(names) > MOST_LISTED:
+                raise OSError(errno.EFBIG, "a directory too large to be listed", self.name)
+            if count > _NOTHING_NEW:
+                raise self.damaged(f"directory {directory} has the same names again and again")
+        return names
 
     def _list(self, directory: int) -> Iterator[bytes]:
         cursor = ffi.new("uint64_t *")

@@ -412,6 +412,10 @@ struct x3_place dir_insert(x3_image *img, uint32_t dir, const char *name, uint32
 			   uint32_t mode, uint32_t hint);
 struct x3_place dir_find(x3_image *img, const struct inode *dir, const char *name, uint32_t len,
 			 struct x3_place guess, uint32_t ino);
+bool dir_find_in(x3_image *img, const struct inode *dir, uint32_t at, const char *name, uint32_t len, uint32_t ino,
+		 struct x3_place *where);
+#define ANY_INO 0 /* for dir_find_in() */
+bool dir_lookup(x3_image *img, uint32_t dir, const char *name, uint32_t len, struct x3_found *out);
 void dir_remove(x3_image *img, uint32_t dir, struct x3_place where);
 void dir_replace(x3_image *img, uint32_t dir, struct x3_place where, uint32_t ino, uint32_t mode);
 bool dir_is_empty(x3_image *img, uint32_t dir);
@@ -425,6 +429,7 @@ int64_t dir_list(x3_image *img, uint32_t dir, uint64_t *cursor, char *buf, uint6
 
 bool htree_usable(x3_image *img, const struct inode *dir);
 uint32_t htree_find(x3_image *img, const struct inode *dir, const char *name, uint32_t len);
+bool htree_lookup(x3_image *img, const struct inode *dir, const char *name, uint32_t len, struct x3_place *where);
 bool htree_make(x3_image *img, struct inode *dir);
 struct x3_place htree_insert(x3_image *img, struct inode *dir, const char *name, uint32_t len, uint32_t ino,
 			     uint8_t type);

@@ -97,6 +97,10 @@ class Image:
         self._check(entries, ref)
         return entries
 
+    def is_long(self, ref: int) -> bool:
+        """Say whether the listing of a directory is not in memory, and long work. ENOTDIR, EIO."""
+        return self._listings.get(ref) is None and self._directory(ref).size > _INDEX_FROM
+
     def lookup(self, ref: int, name: bytes) -> Inode | None:
         """The inode called *name* in the directory at *ref*; None when there is none. ENOTDIR, EIO."""
         value = self._value(ref, name)
