@@ -511,17 +511,17 @@ class Adapter(pyfuse3.Operations):
             if not pyfuse3.readdir_reply(token, dots, self._entry(this, fs.stat(this)), number + 1):
                 return
         for place, name in names.after(max(start_id - _DOTS, 0)):
-            if time.monotonic() > end:  # nothing of it may be to be shown: whiteouts, damage
-                await self._loop.give_way()
-                end = time.monotonic() + _SLICE
+            found = entry = None
             try:
                 found = fs.lookup(node, name)
                 entry = None if found is None else self._entry(*found)
             except Exception as failure:
                 code = errno_of(failure, "readdir")
                 log.warning("%r is left out of a listing: %s", name, os.strerror(code))
-                continue
-            if found is None or entry is None:  # removed since the listing began
+            if found is None or entry is None:  # removed since the listing began, a whiteout, or damage
+                if time.monotonic() > end:  # a reply bounds what is shown, nothing bounds this
+                    await self._loop.give_way()
+                    end = time.monotonic() + _SLICE
                 continue
             if not pyfuse3.readdir_reply(token, name, entry, _DOTS + place):
                 fs.release(found[0])

@@ -40,7 +40,7 @@ def lookup(fs: State, parent: Node, name: bytes) -> tuple[Node, Attr] | None:
             return _from_upper(fs, parent, name, *above)
     if len(name) > redirects.NAME_MAX:
         raise error(errno.ENAMETOOLONG, name)
-    found = _descend(fs, parent.lowers, (name,)) if parent.lowers else []
+    found = _below(fs, parent.lowers, name)
     return _from_lower(fs, parent, name, found) if found else None
 
 
@@ -252,6 +252,16 @@ def _must_not_be_above(node: Node, parent: Node, name: bytes) -> None:
         if walk is node:
             raise error(errno.EUCLEAN, name)
         walk = walk.parent
+
+
+def _below(fs: State, stack: Sequence[Lower], name: bytes) -> _Found:
+    """Collect what the lower layers show under *name*, topmost first."""
+    if len(stack) != 1 or stack[0][0] != len(fs.lowers) - 1:
+        return _descend(fs, stack, (name,))
+    # In the lowest layer nothing is below to be hidden, and most unions have but one.
+    layer, key = stack[0]
+    hit = fs.lowers[layer].lookup(key, name)
+    return [] if hit is None or is_whiteout(hit[1]) else [(layer, *hit)]
 
 
 def _descend(
