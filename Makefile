@@ -4,7 +4,7 @@ SHELL = /bin/bash
 PYTHON = .venv/bin/python
 # Mounting images takes root; tests that play an unprivileged user drop to nobody themselves.
 AS_ROOT = $(shell [ "$$(id -u)" = 0 ] || command -v sudo)
-SHELL_SCRIPTS = $(shell git ls-files -co --exclude-standard .ci mount-helpers scripts tests perf ':!*.py' | \
+SHELL_SCRIPTS = $(shell git ls-files -co --exclude-standard .ci bin mount-helpers scripts tests perf ':!*.py' | \
 	xargs -r grep -lE '^(\#!(/bin/sh|/bin/bash|/usr/bin/env (ba)?sh)|\# shellcheck shell=)' --)
 # For example: make test PYTEST_ARGS='-k rename -x'. Without, all tests run, on all processors, and are measured.
 PYTEST_ARGS = -n auto --dist worksteal --cov --cov-report=term --cov-fail-under=90

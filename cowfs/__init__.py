@@ -15,9 +15,14 @@ The layers of the package, each importing only from those below it (import-linte
 pyfuse3 and trio are imported in ``fuse`` alone. Everything below ``fuse`` is synchronous.
 """
 
-from importlib.metadata import PackageNotFoundError, version
 
-try:
-    __version__ = version("cowfs")
-except PackageNotFoundError:  # run from a source tree that was not installed
-    __version__ = "0"
+def __getattr__(name: str) -> str:
+    """Find out the version when it is asked for: nothing else is imported with the package (see __main__)."""
+    if name != "__version__":
+        raise AttributeError(name)
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("cowfs")
+    except PackageNotFoundError:  # run from a source tree that was not installed
+        return "0"

@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 import cowfs
 from cowfs.cli.output import warn
@@ -40,6 +41,14 @@ class _Parser(argparse.ArgumentParser):
         raise SystemExit(EXIT_USAGE)
 
 
+class _Version(argparse.Action):
+    """Find out the version only if it is asked for: that takes longer than a short command."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        print(f"cowfs {cowfs.__version__}")
+        parser.exit()
+
+
 def _parser(wanted: str | None) -> argparse.ArgumentParser:
     parser = _Parser(
         prog="cowfs",
@@ -47,7 +56,7 @@ def _parser(wanted: str | None) -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"cowfs {cowfs.__version__}")
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     subparsers = parser.add_subparsers(metavar="SUBCOMMAND", dest="subcommand", parser_class=_Parser)
     # Only the subcommand that was asked for is imported: starting up is half of a short command's time.
     names = (wanted,) if wanted in SUBCOMMANDS else SUBCOMMANDS

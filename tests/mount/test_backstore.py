@@ -112,18 +112,23 @@ def test_it_needs_root(nobody_path: Path) -> None:
     refused(done, "must be run as root")
 
 
-def test_installed_beside_cowfs_or_with_cowfs_on_the_path(tmp_path: Path) -> None:
+def test_installed_beside_cowfs_and_nothing_of_the_callers_path(tmp_path: Path) -> None:
+    """It is for root: what another's PATH leads to is not run, nor does Python import what is theirs."""
     script = tmp_path / "bin" / "sysresccd-backstore"
     script.parent.mkdir()
     shutil.copy(SCRIPT, script)
-    bare = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}
-    refused(run(script, "create", tmp_path / "s", "16", check=False, env=bare), "cowfs is not installed")
     called = tmp_path / "called"
     other = tmp_path / "other"
     other.mkdir()
-    for place in (other, script.parent):  # beside the script wins
-        (place / "cowfs").write_text(f'#!/bin/sh\necho {place.name} "$@" >{called}\n')
-        (place / "cowfs").chmod(0o755)
-        env = {"PATH": f"{other}:{bare['PATH']}"}
-        assert run(script, "create", tmp_path / "s", "16", env=env).returncode == 0
-        assert called.read_text() == f"{place.name} create {tmp_path}/s 16\n"
+    for place, name in ((other, "cowfs"), (other, "id"), (other, "dirname"), (script.parent, "cowfs")):
+        (place / name).write_text(f'#!/bin/sh\necho {place.name} "$@" $PYTHONPATH >>{called}\n')
+        (place / name).chmod(0o755)
+    env = {"PATH": f"{other}:/usr/sbin:/usr/bin:/sbin:/bin", "PYTHONPATH": str(other)}
+    assert run(script, "create", tmp_path / "s", "16", env=env, cwd=other).returncode == 0
+    assert called.read_text() == f"bin create {tmp_path}/s 16\n"
+    called.unlink()
+    (script.parent / "cowfs").unlink()
+    done = run(script, "create", tmp_path / "s", "16", check=False, env=env)
+    if not any(os.access(f"{place}/cowfs", os.X_OK) for place in ("/usr/bin", "/bin", "/usr/local/bin")):
+        refused(done, "cowfs is not installed")
+    assert not called.exists()

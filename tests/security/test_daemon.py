@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import stat
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.mounts import cowfs, eventually, is_mounted, mounted, project_root
-from tests.support.system import needs_fuse, needs_root, run
+from tests.support.system import as_nobody_prefix, needs_fuse, needs_root, run
 
 pytestmark = [needs_fuse, needs_root]
 
@@ -96,6 +97,52 @@ def test_nothing_is_imported_from_the_current_directory(trap: Path, lower: Path)
         run(HELPERS / "umount.cowfs", mountpoint, cwd=trap, env=hostile)
     assert not is_mounted(mountpoint)
     assert not (trap / "sprung").exists()
+
+
+HOSTILE = [f"PYTHON{name}" for name in ("PATH", "STARTUP", "HOME", "USERBASE", "PLATLIBDIR", "BREAKPOINT")]
+
+
+@pytest.mark.parametrize("linked", [False, True], ids=["the script", "a link to it"])
+def test_the_installed_command_imports_nothing_of_the_callers(
+    trap: Path, lower: Path, tmp_path: Path, linked: bool
+) -> None:
+    """As `sudo -E cowfs` would: not even the first module, nor by a background daemon."""
+    command = INSTALLED
+    if linked:
+        command = tmp_path / "linked"
+        command.symlink_to(INSTALLED)
+    for name in ("readlink", "python3", "python", "usercustomize.py", "encodings.py", "trio.py", "cowfs"):
+        if not (trap / name).exists():
+            shutil.copy(trap / ("id" if "." not in name else "json.py"), trap / name)
+    hostile = {"PATH": f"{trap}:{os.environ['PATH']}", "HOME": str(trap), **dict.fromkeys(HOSTILE, str(trap))}
+    mountpoint = tmp_path / "mnt"
+    mountpoint.mkdir()
+    assert run(command, "--version", cwd=trap, env=hostile).stdout.startswith("cowfs ")
+    run(command, "create", tmp_path / "s.bs", "16", cwd=trap, env=hostile)
+    run(command, "mount", lower, mountpoint, "--store", tmp_path / "s.bs", cwd=trap, env=hostile)
+    run(command, "umount", mountpoint, cwd=trap, env=hostile)
+    assert not (trap / "sprung").exists()
+
+
+def test_the_module_imports_nothing_of_the_callers(tmp_path: Path) -> None:
+    """`python -m cowfs` has the current directory in its path, until it has looked who runs it."""
+    for name in ("json.py", "argparse.py", "email.py", "csv.py", "zipfile.py", "logging.py", "trio.py"):
+        (tmp_path / name).write_text(f"open('{tmp_path}/sprung', 'w').close()\n")
+    env = {"PATH": os.environ["PATH"], "PYTHONPATH": str(tmp_path)}
+    shown = run(sys.executable, "-m", "cowfs", "--version", cwd=tmp_path, env=env)
+    assert shown.stdout.startswith("cowfs ")
+    assert run(
+        sys.executable, "-m", "cowfs", "bogus", "x", "y", cwd=tmp_path, env=env, check=False
+    ).returncode
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_users_run_the_same_script(nobody_path: Path) -> None:
+    """With what they have installed for themselves, but not with what lies in the current directory."""
+    (nobody_path / "json.py").write_text(f"open('{nobody_path}/sprung', 'w').close()\n")
+    done = run(*as_nobody_prefix(), INSTALLED, "create", "s", "16", cwd=nobody_path, check=False)
+    assert done.returncode == 0, done
+    assert (nobody_path / "s").exists() and not (nobody_path / "sprung").exists()
 
 
 # --- privileges
