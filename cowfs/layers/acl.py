@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import struct
+from collections.abc import Iterator
 
 DEFAULT = b"system.posix_acl_default"
 ACCESS = b"system.posix_acl_access"
@@ -19,6 +20,8 @@ _VERSION = struct.Struct("<I")
 _ENTRY = struct.Struct("<HHI")
 _VERSION_2 = 2
 _USER_OBJ, _USER, _GROUP_OBJ, _GROUP, _MASK, _OTHER = 0x01, 0x02, 0x04, 0x08, 0x10, 0x20
+_WRITE = 2
+_NOBODY = 0xFFFFFFFF  # ACL_UNDEFINED_ID
 _FOLLOWS = {
     0: (_USER_OBJ,),
     _USER_OBJ: (_USER, _GROUP_OBJ),
@@ -51,6 +54,12 @@ def parse(value: bytes) -> list[Entry]:
     return entries
 
 
+def of_mode(mode: int) -> list[Entry]:
+    """Return the ACL that says what the nine bits of a mode say."""
+    tags = ((_USER_OBJ, 6), (_GROUP_OBJ, 3), (_OTHER, 0))
+    return [(tag, mode >> shift & 7, _NOBODY) for tag, shift in tags]
+
+
 def build(entries: list[Entry]) -> bytes:
     """Return the value of the xattr."""
     return _VERSION.pack(_VERSION_2) + b"".join(_ENTRY.pack(*entry) for entry in entries)
@@ -62,6 +71,17 @@ def mode_of(entries: list[Entry]) -> tuple[int, bool]:
     group = perms.get(_MASK, perms.get(_GROUP_OBJ, 0))
     mode = perms.get(_USER_OBJ, 0) << 6 | group << 3 | perms.get(_OTHER, 0)
     return mode, perms.keys() <= {_USER_OBJ, _GROUP_OBJ, _OTHER}
+
+
+def writers(entries: list[Entry]) -> Iterator[tuple[str, int]]:
+    """Yield whom else than the owner an ACL lets write: ``user`` or ``group`` with a number, which is -1 for
+    the file's own group, or ``others`` with -1."""
+    mask = next((perm for tag, perm, _ in entries if tag == _MASK), 7)
+    for tag, perm, who in entries:
+        if tag in {_USER, _GROUP, _GROUP_OBJ} and perm & mask & _WRITE:
+            yield "user" if tag == _USER else "group", -1 if tag == _GROUP_OBJ else who
+        elif tag == _OTHER and perm & _WRITE:
+            yield "others", -1
 
 
 def with_mode(entries: list[Entry], mode: int) -> list[Entry]:

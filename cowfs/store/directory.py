@@ -5,19 +5,27 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+from typing import Any
 
 from cowfs.errors import StoreError
+from cowfs.layers import acl
 from cowfs.layers.base import UpperLayer
-from cowfs.layers.directory import DirectoryLayer
+from cowfs.layers.directory import DirectoryLayer, PathKey
+from cowfs.linux import trust
 from cowfs.store import layout, lock
 from cowfs.store.header import TRUSTED, USER, Header, check_lowers, new_header
 from cowfs.store.store import Kind, Store, Wanted, finish
+from cowfs.types import Attr
 
 
 def open_directory(path: str, want: Wanted) -> Store:
     """Lock and open the store in the directory *path*, which is made if it is missing. Blocks."""
-    if not want.read_only and not os.path.lexists(path):
+    made = not want.read_only and not os.path.lexists(path)
+    if not want.read_only:
+        _refuse_strange_ways(path, os.path.dirname(path) if made else path)
+    if made:
         try:
             os.mkdir(path, 0o700)  # whoever reaches what is in upper/ could change it behind our back
         except OSError as error:
@@ -29,24 +37,75 @@ def open_directory(path: str, want: Wanted) -> Store:
             raise StoreError(f"{path}: cannot be opened: {error.strerror}") from None
         stack.callback(os.close, root)
         lock.refuse_mounted_directory(root, path)
-        if not want.read_only:
-            _refuse_others(root, path)
+        if made:
+            _drop_inherited(root)
         return open_root(root, path, want, stack, kind="directory")
 
 
-def _refuse_others(root: int, path: str) -> None:
-    """StoreError for a directory that belongs to another user, or that others may write to: they could
-    change the store under the daemon, which may have more rights than they.
+def _drop_inherited(root: int) -> None:
+    """Take the ACLs away that a new directory has from the one above: what we make in it would have them."""
+    for name in (acl.DEFAULT, acl.ACCESS):
+        with suppress(OSError):
+            os.removexattr(root, name)
+    os.fchmod(root, 0o700)
+
+
+def _refuse_strange_ways(path: str, there: str) -> None:
+    """StoreError if another user can let *path* lead to any directory: to make a store of it, or to write."""
+    try:
+        reason = trust.who_leads_astray(there)
+    except OSError:  # it leads nowhere, which who opens it says
+        reason = None
+    if reason is not None:
+        raise StoreError(f"{path}: {reason}", "name the directory itself, on a filesystem of the system's")
+
+
+def _refuse_others(layer: DirectoryLayer, path: str) -> None:
+    """StoreError for a directory, or a part of it that is our own, which belongs to another user, or which
+    others may write to: they could change the store under the daemon, which may have more rights than they.
+
+    What is in upper/ belongs to whom it belongs to in the union, and is reached as any layer is.
     """
-    info = os.fstat(root)
-    me = os.geteuid()
-    if info.st_uid not in {0, me}:
-        raise StoreError(
-            f"{path}: the store belongs to another user (uid {info.st_uid})", "mount it as that user"
-        )
-    shared = stat.S_IWOTH | (stat.S_IWGRP if info.st_gid != os.getegid() else 0)
-    if info.st_mode & shared:
-        raise StoreError(f"{path}: other users may write to the store", f"chmod go-w {path}")
+    for part, key in _own_parts(layer):
+        attr = layer.stat(key)
+        whose = f"{part} belongs" if part else "the store belongs"
+        if attr.st_uid not in {0, os.geteuid()}:
+            raise StoreError(f"{path}: {whose} to another user (uid {attr.st_uid})", "mount it as that user")
+        if stat.S_ISLNK(attr.st_mode):  # what reads it says so
+            continue
+        try:
+            rights = acl.parse(layer.getxattr(key, acl.ACCESS))
+        except OSError:  # none, or a filesystem without
+            rights = acl.of_mode(attr.st_mode)
+        if any(_is_strange(attr, kind, who) for kind, who in acl.writers(rights)):
+            where = os.path.join(path, part)
+            lists = ", and setfacl -b: it has an ACL" if len(rights) > _PLAIN else ""
+            raise StoreError(
+                f"{path}: other users may write to {part or 'the store'}", f"chmod go-w {where}{lists}"
+            )
+
+
+_PLAIN = 3
+"""Entries of an ACL that says no more than the mode."""
+
+
+def _own_parts(layer: DirectoryLayer) -> Iterator[tuple[str, PathKey]]:
+    """Yield what is there of a store, but for its content, by its name."""
+    root: Any = layer.root
+    yield "", root
+    own = [(layout.WORK,), (layout.WORK, layout.WORK), (layout.WORK, layout.INDEX), (layout.PRIVATE,)]
+    for names in [*own, (layout.PRIVATE, layout.HEADER), (layout.PRIVATE, layout.LOCK)]:
+        with suppress(NotADirectoryError):
+            key: Any = layout.find(layer, *names)
+            if key is not None:
+                yield os.fsdecode(b"/".join(names)), key
+
+
+def _is_strange(attr: Attr, kind: str, who: int) -> bool:
+    """Whether it is somebody else whom an ACL allows something."""
+    if kind == "user":
+        return who not in {0, os.geteuid()}
+    return kind == "others" or (attr.st_gid if who < 0 else who) != os.getegid()
 
 
 def open_root(root: int, path: str, want: Wanted, stack: ExitStack, *, kind: Kind) -> Store:
@@ -54,6 +113,8 @@ def open_root(root: int, path: str, want: Wanted, stack: ExitStack, *, kind: Kin
     alone = kind == "memory"  # a mount that only its descriptor leads to
     first = DirectoryLayer(os.dup(root), path, alone=alone)
     try:
+        if kind == "directory" and not want.read_only:
+            _refuse_others(first, path)
         found = layout.recognise(first)  # before anything is written into what may not be ours
         header = _header(first, found)
         if not want.read_only or found == "store":

@@ -22,6 +22,7 @@ from dataclasses import replace
 from typing import Any
 
 from cowfs.errors import StoreError
+from cowfs.layers import acl
 from cowfs.layers.base import Key, UpperLayer
 from cowfs.layers.directory import DirectoryLayer
 from cowfs.store import mark
@@ -166,12 +167,27 @@ def ensure_directory(layer: UpperLayer, parent: Key, name: bytes, mode: int) -> 
     """Return the directory *name*, which is made when it is missing."""
     found = layer.lookup(parent, name)
     if found is None:
-        return layer.mkdir(parent, name, mode, *_owner(layer))
+        made = layer.mkdir(parent, name, mode, *_owner(layer))
+        if drop_inherited(layer, made, acl.DEFAULT) + drop_inherited(layer, made, acl.ACCESS):
+            layer.chmod(made, mode)
+        return made
     key, attr = found
     if not stat.S_ISDIR(attr.st_mode):
         raise StoreError(f"{layer.name}: {os.fsdecode(name)} is not a directory: not a store")
     _unshut(layer, key, attr)
     return key
+
+
+def drop_inherited(layer: UpperLayer, directory: Key, name: bytes) -> bool:
+    """Take away an ACL that a directory of ours has from the one above, as overlayfs does; say if it had one.
+
+    What is made in work/ and moves to upper/ would have it too.
+    """
+    try:
+        layer.removexattr(directory, name)
+    except OSError:  # none, or a filesystem without
+        return False
+    return True
 
 
 def unshut_work(layer: UpperLayer, work: Key) -> None:

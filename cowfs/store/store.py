@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from cowfs.errors import StoreError
+from cowfs.layers import acl
 from cowfs.layers.base import Key, UpperLayer
 from cowfs.linux.files import LACK_OF_ROOM
 from cowfs.store import layout
@@ -177,6 +178,8 @@ def finish(
         temporaries = layout.ensure_directory(layer, work, b"work", 0o700)
         layout.empty(layer, temporaries)
         index = layout.ensure_directory(layer, work, layout.INDEX, 0o700)
+        for ours in (temporaries, index):
+            layout.drop_inherited(layer, ours, acl.DEFAULT)
     return Store(
         kind, path, layer, header, upper, temporaries, index, want.read_only, release=release.pop_all()
     )
