@@ -120,6 +120,7 @@ class Union:
             "store": {
                 "kind": self.store.kind,
                 "path": self.store.path,
+                "uuid": self.store.header.uuid,
                 "size": self.store.size,
                 "free": self.store.free,
                 "hint": room.hint(self.store),

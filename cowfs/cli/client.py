@@ -6,7 +6,7 @@ import json
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from cowfs.errors import CowfsError, MountFailure
@@ -44,12 +44,26 @@ def mount_with_store(path: str) -> MountInfo | None:
     for mount in mountinfo():
         if mount.fstype == FSTYPE:
             try:
-                store = next(ask(mount.dev, "info", timeout=5.0))["store"]
+                store = facts_of(mount.dev, timeout=5.0)["store"]
                 if store["kind"] == "image" and os.path.samefile(store["path"], path):
                     return mount
-            except (CowfsError, OSError, StopIteration):
+            except (CowfsError, OSError):
                 continue
     return None
+
+
+def facts_of(dev: str, timeout: float | None = 60.0) -> dict[str, Any]:
+    """Return what the daemon of the mount ``major:minor`` tells of itself: its ``pid``, which is the kernel's
+    word, ``mountpoint``, ``store`` with ``kind`` and ``path``, and what else it says.
+
+    Raises MountFailure when it does not answer, or what it says makes no sense.
+    """
+    facts = next(ask(dev, "info", timeout=timeout), {})
+    store = facts.get("store")
+    named = [facts.get("mountpoint"), *map(store.get, ("kind", "path"))] if isinstance(store, dict) else [0]
+    if type(facts.get("pid")) is not int or not all(isinstance(name, str) for name in named):
+        raise _senseless()
+    return facts
 
 
 def ask(
@@ -57,7 +71,8 @@ def ask(
 ) -> Iterator[dict[str, Any]]:
     """Send a command to the daemon of the mount ``major:minor`` and yield its replies.
 
-    *timeout* is in seconds, for each reply; *fd* goes with the command.
+    *timeout* is in seconds, for each reply; *fd* goes with the command. A pid in a reply is that of who
+    answers.
 
     Raises MountFailure when no daemon answers, CowfsError with what it says when it fails.
     """
@@ -66,23 +81,59 @@ def ask(
         owner = owner_of(dev)
         _refuse_strangers(owner, fd)
         try:
-            connect_control(connection, dev, owner)
+            pid = connect_control(connection, dev, owner)
         except OSError as error:
             raise MountFailure(f"the daemon of this mount does not answer: {error.strerror}") from None
         request = json.dumps({"command": command, **arguments}).encode() + b"\n"
         with suppress(BrokenPipeError, ConnectionResetError):  # it has said why, and left
             socket.send_fds(connection, [request], [fd] if fd >= 0 else [])
         with connection.makefile("rb") as replies, suppress(ConnectionResetError):
-            for line in replies:
-                reply = json.loads(line)
+            while line := replies.readline(_LONGEST_REPLY):
+                reply = _parse(line)
                 if reply.get("end"):
                     return
                 if "error" in reply:
-                    failure = CowfsError(reply["error"], reply.get("hint", ""))
-                    failure.exit_code = reply.get("exit_code", failure.exit_code)
-                    raise failure
+                    raise _failure(reply)
+                if pid and "pid" in reply:
+                    reply["pid"] = pid
                 yield reply
     raise MountFailure("the daemon of this mount ended in the middle of its answer")
+
+
+_LONGEST_REPLY = 16 << 20
+"""Bytes of a line: another user's daemon does not fill our memory."""
+
+
+def _parse(line: bytes) -> dict[str, Any]:
+    try:
+        reply = json.loads(line)
+    except (ValueError, RecursionError):
+        raise _senseless() from None
+    if not isinstance(reply, dict):
+        raise _senseless()
+    return reply
+
+
+def _failure(reply: dict[str, Any]) -> CowfsError:
+    """Return what a daemon says has failed: never a success."""
+    failure = CowfsError(str(reply["error"]), str(reply.get("hint", "")))
+    code = reply.get("exit_code")
+    if type(code) is int and 0 < code < 128:
+        failure.exit_code = code
+    return failure
+
+
+@contextmanager
+def sensible() -> Iterator[None]:
+    """Raise MountFailure for an answer that is not made as it should be: another user's may say anything."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
+        raise _senseless() from None
+
+
+def _senseless() -> MountFailure:
+    return MountFailure("what the daemon of this mount answers makes no sense")
 
 
 def owner_of(dev: str) -> int:

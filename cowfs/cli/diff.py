@@ -11,7 +11,7 @@ from itertools import zip_longest
 from typing import NamedTuple
 
 from cowfs.cli import options
-from cowfs.cli.client import ask, find_mount
+from cowfs.cli.client import ask, find_mount, sensible
 from cowfs.cli.output import warn
 from cowfs.errors import EXIT_SYSTEM, StoreError, UsageError
 from cowfs.types import Change, Identity
@@ -122,9 +122,11 @@ def _of_mount(dev: str) -> Iterator[Change]:
 
     for reply in ask(dev, "diff", timeout=_PATIENCE):
         if "said" in reply:
-            warn(reply["said"])
+            warn(str(reply["said"]))
         else:
-            yield from_json(reply["change"])
+            with sensible():
+                change = from_json(reply["change"])
+            yield change
 
 
 class _Lowers(NamedTuple):

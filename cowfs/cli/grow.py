@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
-from cowfs.cli.client import ask, mount_with_store
+from cowfs.cli.client import ask, facts_of, mount_with_store
 from cowfs.cli.output import say
 
 NAME = "grow"
@@ -49,6 +50,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Grow the store."""
+    from cowfs.cli.verify import has_size
     from cowfs.store.grow import grow_store
     from cowfs.store.sizes import format_size, parse_size
 
@@ -66,6 +68,10 @@ def run(args: argparse.Namespace) -> int:
         for reply in ask(mount.dev, NAME, timeout=None, size=wanted):
             size = reply.get("size", size)
             if "said" in reply:
-                tell(reply["said"])
+                tell(str(reply["said"]))
+        facts = facts_of(mount.dev)
+        if facts["store"]["kind"] == "image":
+            named = args.store if os.path.isfile(args.store) else facts["store"]["path"]
+            has_size(named, facts, size)
     say(f"{args.store}: has {format_size(size)} now")
     return 0

@@ -11,7 +11,7 @@ from contextlib import closing
 from typing import Any
 
 from cowfs.cli import options
-from cowfs.cli.client import ask, find_mount
+from cowfs.cli.client import facts_of, find_mount, sensible
 from cowfs.cli.output import say
 from cowfs.errors import LayerError, UsageError
 
@@ -51,9 +51,10 @@ def run(args: argparse.Namespace) -> int:
             "--offset is for one image" if found is None else f"{args.what}: is a mount, no image"
         )
     if found is not None:
-        facts = next(ask(found.dev, "info"))
+        facts = facts_of(found.dev)
         facts["rss"] = _resident(facts["pid"])
-        lines = _mount_lines(facts)
+        with sensible():
+            lines = _mount_lines(facts)
     elif offsets or _is_image(args.what):
         facts, lines = _image(args.what, *offsets)
     else:

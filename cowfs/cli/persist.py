@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from cowfs.cli.client import VIEW_FSTYPE, ask, find_mount
+from cowfs.cli.client import VIEW_FSTYPE, ask, facts_of, find_mount
 from cowfs.cli.output import say
 from cowfs.errors import MountFailure, StoreError
 from cowfs.linux.mounts import mountinfo
@@ -50,6 +50,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Ask the daemon to move its store."""
+    from cowfs.cli.verify import is_kept
     from cowfs.store.carrier import directory_of
     from cowfs.store.sizes import format_size, parse_size
 
@@ -57,6 +58,7 @@ def run(args: argparse.Namespace) -> int:
     found = find_mount(args.mountpoint)
     if found is None:
         raise MountFailure(f"{args.mountpoint}: no cowfs is mounted here")
+    facts = facts_of(found.dev)
     kept = 0
     shown, path = args.store, os.path.abspath(args.store)
     with directory_of(path) as (fd, name):
@@ -69,7 +71,8 @@ def run(args: argparse.Namespace) -> int:
             raise StoreError(f"{path}: is inside the mount whose changes it shall hold", "put it elsewhere")
         for reply in ask(found.dev, NAME, timeout=None, fd=fd, name=name, path=path, size=size):
             if "said" in reply:
-                say(reply["said"] + " …")
+                say(f"{reply['said']} …")
             kept = reply.get("size", kept)
+        is_kept(fd, name, path, facts, kept)
     say(f"{args.mountpoint}: the changes are kept in {shown}, {format_size(kept)}, from now on")
     return 0

@@ -10,7 +10,7 @@ import threading
 import time
 from typing import Any
 
-from cowfs.cli.client import ask, find_mount
+from cowfs.cli.client import facts_of, find_mount
 from cowfs.cli.farewell import Farewell
 from cowfs.cli.output import warn
 from cowfs.errors import CowfsError, MountFailure, SystemFailure
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
         raise SystemFailure(
             f"{mountpoint}: unmounted, but whether its store is released cannot be told: {silence}"
         )
-    _wait(mountpoint, found.dev, int(daemon["pid"]), args.timeout)
+    _wait(mountpoint, found.dev, daemon["pid"], args.timeout)
     farewell.hear()
     return 0
 
@@ -145,9 +145,7 @@ def _namespace(pid: str) -> str:
 def _daemon_of(dev: str) -> tuple[dict[str, Any] | None, str]:
     """Return what the daemon tells of itself, or None and why it does not."""
     try:
-        return next(ask(dev, "info")), ""
-    except StopIteration:
-        return None, "its daemon does not answer"
+        return facts_of(dev), ""
     except (CowfsError, OSError) as error:
         return None, str(error)
 

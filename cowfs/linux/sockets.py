@@ -89,8 +89,10 @@ def _beneath(directory: int, name: str) -> str:
     return f"/proc/self/fd/{directory}/{name}"  # a socket's path has 107 bytes at most (unix(7))
 
 
-def connect_control(connection: socket.socket, dev: str, uid: int) -> None:
-    """Connect to the daemon of the mount *dev*, which belongs to the user *uid*.
+def connect_control(connection: socket.socket, dev: str, uid: int) -> int:
+    """Connect to the daemon of the mount *dev*, which belongs to the user *uid*; return its pid.
+
+    That is 0 if it is in a pid namespace that we do not see.
 
     Raises OSError; PermissionError when who answers is somebody else, or the place is not *uid*'s alone.
     """
@@ -110,9 +112,10 @@ def connect_control(connection: socket.socket, dev: str, uid: int) -> None:
             continue
         finally:
             os.close(fd)
-        if peer_of(connection)[1] != uid:
+        pid, peer = peer_of(connection)
+        if peer != uid:
             raise PermissionError(errno.EPERM, "another user answers in its place")
-        return
+        return pid
     raise failure
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -188,3 +189,177 @@ def test_what_a_killed_daemon_left_is_replaced(lower: Path, nobody_path: Path) -
 def _listens(path: Path) -> bool:
     with socket.socket(socket.AF_UNIX) as probe:
         return probe.connect_ex(str(path)) == 0
+
+
+# --- daemons that lie
+
+LIE = """
+import json, os, socket, sys
+place, answers = sys.argv[1], json.loads(sys.argv[2])
+os.unlink(place)
+listener = socket.socket(socket.AF_UNIX)
+listener.bind(place)
+listener.listen(8)
+print("ready", flush=True)
+while True:
+    connection, _ = listener.accept()
+    message, fds, _, _ = socket.recv_fds(connection, 65536, 8)
+    command = json.loads(message)["command"]
+    try:
+        connection.sendall(answers.get(command, answers.get("*", "")).encode() + b'{"end": true}\\n')
+    except OSError:
+        pass
+    connection.close()
+    if fds and sys.argv[3] != "0":
+        print("got a descriptor", flush=True)
+"""
+
+
+@contextmanager
+def lying(mountpoint: Path, uid: int, answers: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
+    """In the place of the daemon of a mount, by the same user, one that gives these answers."""
+    found = find_mount(str(mountpoint))
+    assert found is not None
+    place = f"{'/run/cowfs' if uid == 0 else f'/tmp/cowfs-{uid}'}/{found.dev}"
+    os.rename(place, f"{place}-real")
+    Path(place).touch()
+    os.chown(place, uid, uid)
+    prefix = ["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups", "--"]
+    process = subprocess.Popen(
+        [*prefix, sys.executable, "-c", LIE, place, json.dumps(answers), str(uid)],
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        assert process.stdout is not None
+        rest = process.stdout.read()
+        process.stdout.close()
+        os.rename(f"{place}-real", place)
+    assert "got a descriptor" not in rest
+
+
+ODD = [
+    "[1, 2]\n",
+    "null\n",
+    '"text"\n',
+    "{" * 100_000 + "\n",
+    "[" * 100_000 + "\n",
+    '{"pid": "1", "mountpoint": 7}\n',
+    '{"pid": 1, "mountpoint": "/", "store": []}\n',
+    '{"pid": 1e999, "mountpoint": "/", "store": {"kind": "image", "path": "/"}}\n',
+    '{"pid": 1, "mountpoint": "\\u001b[2J", "store": {"kind": "image", "path": "\\u202e"}, "lowers": 5}\n',
+    '{"pid": -1, "mountpoint": "/", "store": {"kind": "image", "path": "/", "size": "x", "free": null}}\n',
+    '{"change": 5}\n',
+    '{"change": {"path": []}}\n',
+    '{"said": ["\\u001b"]}\n{"change": {}}\n',
+    '{"error": {"a": "\\u001b[2J"}, "hint": 5, "exit_code": 0}\n',
+    '{"error": "", "exit_code": "0"}\n',
+    '{"error": "no", "exit_code": 256}\n',
+]
+
+
+@pytest.mark.slow
+def test_nonsense_of_another_users_daemon_is_an_error(lower: Path, nobody_path: Path) -> None:
+    """With no traceback and never as a success, in bounded time and memory."""
+    with mounted(lower, nobody_path / "mnt", nobody=True, quiet=False) as here:
+        for odd in ODD:
+            with lying(here.path, NOBODY, {"*": odd}):
+                for command in (["info"], ["diff"]):
+                    done = cowfs(*command, here.path)
+                    silent = "error" not in odd and (command[-1] == "diff" or '"change"' in odd)
+                    assert done.returncode or (silent and not done.stderr.startswith("Trace")), (odd, done)
+                    assert "Traceback" not in done.stderr and done.stderr.count("\n") <= 2, (odd, done)
+                    assert (done.stdout + done.stderr).replace("\n", "").isprintable()
+
+
+ENDLESS = """
+import os, socket, sys
+os.unlink(sys.argv[1])
+listener = socket.socket(socket.AF_UNIX)
+listener.bind(sys.argv[1])
+listener.listen(8)
+print("ready", flush=True)
+connection, _ = listener.accept()
+while True:
+    connection.sendall(b"x" * 65536)
+"""
+
+
+def test_an_endless_answer_ends(lower: Path, nobody_path: Path) -> None:
+    with mounted(lower, nobody_path / "mnt", nobody=True, quiet=False) as here:
+        found = find_mount(str(here.path))
+        assert found is not None
+        place = f"/tmp/cowfs-{NOBODY}/{found.dev}"
+        os.rename(place, f"{place}-real")
+        prefix = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "--"]
+        Path(place).touch()
+        os.chown(place, NOBODY, NOBODY)
+        command = [*prefix, sys.executable, "-c", ENDLESS, place]
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        ) as talker:
+            assert talker.stdout is not None and talker.stdout.readline() == "ready\n"
+            bounded = ["prlimit", f"--as={600 << 20}", "--"]
+            done = run(*bounded, sys.executable, "-m", "cowfs", "info", here.path, check=False)
+            talker.kill()
+        os.rename(f"{place}-real", place)
+        assert done.returncode == 32 and "makes no sense" in done.stderr, done
+
+
+def test_the_pid_is_the_kernels_word(lower: Path, nobody_path: Path) -> None:
+    """Root waits for the one who answered, not for whom it names, and looks at no other's memory."""
+    with mounted(lower, nobody_path / "mnt", nobody=True, quiet=False) as here:
+        info = {"pid": 1, "mountpoint": str(here.path), "store": {"kind": "memory", "path": "memory"}}
+        with lying(here.path, NOBODY, {"*": json.dumps(info) + "\n"}) as process:
+            from cowfs.cli.client import facts_of
+
+            found = find_mount(str(here.path))
+            assert found is not None
+            child = facts_of(found.dev)["pid"]
+            assert child == process.pid
+
+
+def kept(mountpoint: Path, path: str) -> dict[str, str]:
+    info = {"pid": 1, "mountpoint": str(mountpoint)}
+    info |= {"store": {"kind": "memory", "path": path, "uuid": "none"}}  # type: ignore[dict-item]
+    done = '{"said": "copying"}\n{"size": 16777216}\n'
+    return {"info": json.dumps(info) + "\n", "persist": done, "grow": done}
+
+
+@pytest.mark.parametrize("there", ["nothing", "a link", "a directory", "another store", "half a store"])
+def test_persist_looks_at_what_it_reports(lower: Path, nobody_path: Path, tmp_path: Path, there: str) -> None:
+    """The daemon says that all is kept, and it is not."""
+    place = tmp_path / "kept.bs"
+    with mounted(lower, nobody_path / "mnt", quiet=False) as here:
+        if there != "nothing":
+            cowfs("create", tmp_path / "other.bs", "16", check=True)
+        if there == "a link":
+            place.symlink_to(tmp_path / "other.bs")
+        elif there == "a directory":
+            place.mkdir()
+        elif there != "nothing":
+            (tmp_path / "other.bs").rename(place)
+        if there == "half a store":
+            os.truncate(place, 8 << 20)
+        with lying(here.path, 0, kept(here.path, "memory")):
+            done = cowfs("persist", here.path, place)
+        assert done.returncode == 32 and done.stderr.count("\n") == 1, done
+        assert "from now on" not in done.stdout
+
+
+def test_grow_looks_at_what_it_reports(lower: Path, nobody_path: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store.bs"
+    cowfs("create", store, "16", check=True)
+    with mounted(lower, nobody_path / "mnt", store, quiet=False) as here:
+        facts = json.loads(cowfs("info", here.path, "--json", check=True).stdout)
+        answers = {"info": json.dumps(facts) + "\n", "grow": f'{{"size": {32 << 20}}}\n'}
+        with lying(here.path, 0, answers):
+            for named in (here.path, store):
+                done = cowfs("grow", named, "32")
+                assert done.returncode == 32 and "is not what the daemon" in done.stderr, done
+        assert cowfs("grow", here.path, "32", check=True).stdout.endswith("has 32 MB now\n")
+        assert cowfs("grow", store, "48", check=True).stdout.endswith("has 48 MB now\n")

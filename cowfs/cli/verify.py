@@ -1,0 +1,73 @@
+"""Looking at a store before it is said that a daemon has it there: its word is not enough."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from cowfs.errors import StoreError
+from cowfs.linux import mounts
+from cowfs.store import lock
+from cowfs.store.image import open_file
+from cowfs.store.sizes import format_size
+from cowfs.store.superblock import read_superblock
+
+
+def is_kept(directory: int, name: str, path: str, facts: dict[str, Any], size: int) -> None:
+    """Return if *name* in an open directory is the sound image of *size* bytes of the mount whose daemon told
+    *facts*, and in use by that. StoreError says what is not so; *path* is for messages. Blocks.
+    """
+    try:
+        seen = os.stat(name, dir_fd=directory, follow_symlinks=False)
+        fd = open_file(f"/proc/self/fd/{directory}/{name}", read_only=True)
+    except OSError as error:
+        raise _untrue(path, f"{error.strerror}") from None
+    try:
+        if not os.path.samestat(seen, os.fstat(fd)):
+            raise _untrue(path, "a symbolic link is there")
+        _check(fd, path, facts, size)
+        identity = read_superblock(fd, path).uuid
+        if identity != facts["store"].get("uuid"):  # what stood in memory had that of its store
+            raise _untrue(path, f"it is another store ({identity})")
+    finally:
+        os.close(fd)
+
+
+def has_size(path: str, facts: dict[str, Any], size: int) -> None:
+    """Do the same for the image at *path*, which the daemon has made larger, if we can see it."""
+    try:
+        fd = open_file(path, read_only=True)
+    except StoreError:
+        return  # behind the mount, on a disk that is mounted nowhere, or in a mount namespace of its own
+    try:
+        if not lock.try_lock(fd, shared=True):  # else it is another file
+            _check(fd, path, facts, size)
+    finally:
+        os.close(fd)
+
+
+_ROUNDED = 64 << 10
+"""Bytes: a filesystem has whole blocks, and resize2fs whole pages, of its file."""
+
+
+def _check(fd: int, path: str, facts: dict[str, Any], size: int) -> None:
+    superblock = read_superblock(fd, path)
+    length = os.fstat(fd).st_size
+    user = mounts.who_locks(f"/proc/self/fd/{fd}")
+    if superblock.has_errors:
+        raise _untrue(path, "its filesystem has errors")
+    if (
+        size < superblock.size
+        or superblock.size + superblock.block_size <= min(size, length)
+        or length < size
+    ):
+        told = f"{format_size(superblock.size)} in a file of {format_size(length)}"
+        raise _untrue(path, f"it has {told}, not {format_size(size)}")
+    if user not in {None, facts["pid"]} or lock.try_lock(fd, shared=True):
+        raise _untrue(path, f"process {user} uses it" if user else "nobody uses it")
+
+
+def _untrue(path: str, why: str) -> StoreError:
+    return StoreError(
+        f"{path}: is not what the daemon of the mount says: {why}", "cowfs info MOUNTPOINT shows what it has"
+    )
