@@ -44,14 +44,16 @@ static char *buffer;
 static size_t buffer_size;
 
 static void *received; /* the buffer that the last request came in: each of pyfuse3's tasks has its own */
+static bool tells_set_id; /* the kernel says with each request what it takes from a file */
 
 /* The kernel need not ask for security.capability before it writes, since whoever writes below us removes it
  * (FUSE_HANDLE_KILLPRIV_V2 in linux/fuse.h). */
 #ifdef FUSE_CAP_HANDLE_KILLPRIV_V2
 #define KILLPRIV_V2 FUSE_CAP_HANDLE_KILLPRIV_V2
 
-static void begin_reply(void)
+static bool begin_reply(const struct fuse_conn_info *conn)
 {
+	return conn->capable & KILLPRIV_V2;
 }
 
 static void watch_reply(struct fuse_session *session)
@@ -63,9 +65,10 @@ static void watch_reply(struct fuse_session *session)
 
 static bool initialising; /* what is written next is that answer */
 
-static void begin_reply(void)
+static bool begin_reply(const struct fuse_conn_info *conn)
 {
-	initialising = true;
+	(void)conn;
+	return initialising = true;
 }
 
 static ssize_t on_writev(int fd, struct iovec *iov, int count, void *userdata)
@@ -96,6 +99,26 @@ static void watch_reply(struct fuse_session *session)
 }
 #endif
 
+/* A word of the last request (linux/fuse.h), at so many bytes from its beginning. */
+static uint32_t word(size_t offset)
+{
+	uint32_t found;
+
+	memcpy(&found, (char *)received + offset, sizeof found);
+	return found;
+}
+
+/* In front of each request, struct fuse_in_header. */
+enum { OPCODE = 4, BODY = 40 };
+
+/* Whether FUSE_INIT, which is being handled, knows a flag. */
+static bool kernel_has(uint32_t flag)
+{
+	enum { INIT = 26, FLAGS = BODY + 12 };
+
+	return received && word(OPCODE) == INIT && word(FLAGS) & flag;
+}
+
 /* pyfuse3 has all of a request in memory before it looks at it: a way through a pipe is only longer. */
 static uint32_t better(uint32_t want, const struct fuse_conn_info *conn)
 {
@@ -109,7 +132,7 @@ static void on_init(void *userdata, struct fuse_conn_info *conn)
 #endif
 
 	theirs.init(userdata, conn);
-	begin_reply();
+	tells_set_id = kernel_has(1u << 28) && begin_reply(conn);
 #ifdef HAS_WANT_EXT
 	/* There are two words for it, and libfuse refuses a session that set them to different things: we set
 	 * what pyfuse3 sets. */
@@ -262,7 +285,7 @@ static PyObject *prepare(PyObject *self, PyObject *args)
 		return NULL;
 	Py_INCREF(callable);
 	Py_XSETREF(seeker, callable);
-	between = false;
+	between = tells_set_id = false;
 	granted = 0;
 	Py_RETURN_NONE;
 }
@@ -302,6 +325,25 @@ static PyObject *read_from(PyObject *self, PyObject *args)
 	Py_RETURN_NONE;
 }
 
+static PyObject *takes_set_id(PyObject *self, PyObject *args)
+{
+	enum { SETATTR = 4, OPEN = 14, WRITE = 16, CREATE = 35 };
+	(void)self, (void)args;
+	if (!received || !tells_set_id)
+		Py_RETURN_NONE;
+	switch (word(OPCODE)) {
+	case SETATTR: /* FATTR_KILL_SUIDGID, in valid */
+		return PyBool_FromLong(word(BODY) & 1 << 11);
+	case OPEN: /* FUSE_OPEN_KILL_SUIDGID, in open_flags */
+		return PyBool_FromLong(word(BODY + 4) & 1);
+	case CREATE:
+		return PyBool_FromLong(word(BODY + 12) & 1);
+	case WRITE: /* FUSE_WRITE_KILL_SUIDGID, in write_flags */
+		return PyBool_FromLong(word(BODY + 20) & 1 << 2);
+	}
+	Py_RETURN_NONE;
+}
+
 static PyObject *empty_buffer(PyObject *self, PyObject *args)
 {
 	(void)self, (void)args;
@@ -319,6 +361,9 @@ static PyObject *empty_buffer(PyObject *self, PyObject *args)
 static PyMethodDef methods[] = {
 	{"empty_buffer", empty_buffer, METH_NOARGS,
 	 "empty_buffer(): give back the memory of the last request, which is being handled and was read."},
+	{"takes_set_id", takes_set_id, METH_NOARGS,
+	 "takes_set_id(): whether the request that has just come takes set-ID bits from a file, since who makes\n"
+	 "it has not CAP_FSETID; None where the kernel does not say it."},
 	{"prepare", prepare, METH_VARARGS,
 	 "prepare(want, seek): ask for these FUSE_CAP_* in the sessions that follow; seek(fh, offset, whence)\n"
 	 "answers lseek(2) with SEEK_DATA and SEEK_HOLE: an offset, or an errno negated."},

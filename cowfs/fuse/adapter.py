@@ -24,11 +24,13 @@ from cowfs.fuse import libfuse
 from cowfs.fuse.failure import errno_of
 from cowfs.fuse.loop import RequestLoop
 from cowfs.fuse.turns import Turns
+from cowfs.layers.acl import ACCESS as ACCESS_ACL
 from cowfs.layers.acl import DEFAULT as DEFAULT_ACL
 from cowfs.layers.base import File
+from cowfs.linux.callers import look_at, may_see_trusted
 from cowfs.overlay.attr import NewAttributes
 from cowfs.overlay.dir import Owner
-from cowfs.overlay.file import Handle
+from cowfs.overlay.file import SET_ID, Handle, Writer
 from cowfs.overlay.node import Node
 from cowfs.overlay.overlay import Overlay
 from cowfs.overlay.readdir import Listing
@@ -52,6 +54,10 @@ _SYNCHRONOUS = os.O_SYNC | os.O_DSYNC
 
 def _failure(error: BaseException, name: str) -> FUSEError:
     return error if isinstance(error, FUSEError) else FUSEError(errno_of(error, name))
+
+
+def _by_uid(ctx: RequestContext) -> Writer:
+    return Writer.PRIVILEGED if ctx.uid == 0 else Writer.MEMBER
 
 
 def _sync(
@@ -167,6 +173,25 @@ class Adapter(pyfuse3.Operations):
         node, attr = found
         node.lookups += 1
         return self._entry(node, attr)
+
+    def _takes_set_id(self) -> bool | None:
+        """Whether the request that has just come takes set-ID bits; None if the kernel does not say."""
+        return libfuse.takes_set_id()
+
+    def _writer(self, node: Node, ctx: RequestContext, takes: bool | None) -> Writer:
+        """Return who changes a file, or its owner or ACL. What *takes* does not say is in /proc."""
+        if not node.mode & SET_ID or takes is False:
+            return Writer.PRIVILEGED
+        caller = look_at(ctx.pid)
+        if takes is None and (ctx.uid == 0 if caller is None else caller.has("CAP_FSETID")):
+            return Writer.PRIVILEGED
+        is_member = caller is not None and self._fs.stat(node).st_gid in caller.groups
+        return Writer.MEMBER if is_member else Writer.STRANGER
+
+    def _tell(self, node: Node, mode: int) -> None:
+        """Tell the kernel if a mode is not *mode* any more and no answer says so: it runs programs by it."""
+        if node.mode != mode:
+            self._loop.forget_attributes(node.ino)
 
     async def _in_thread(self, call: Callable[[], R], turns: Turns, uid: int) -> R:
         loop = self._loop
@@ -320,9 +345,20 @@ class Adapter(pyfuse3.Operations):
         node = self._node(inode)
         return self._entry(node, self._fs.stat(node))
 
-    @_async
     async def setattr(
         self, inode: int, attr: EntryAttributes, fields: SetattrFields, fh: int | None, ctx: RequestContext
+    ) -> EntryAttributes:
+        takes = self._takes_set_id() if fields.update_size else None  # a chown always does
+        return await self._setattr(inode, attr, fields, ctx, takes)
+
+    @_async
+    async def _setattr(
+        self,
+        inode: int,
+        attr: EntryAttributes,
+        fields: SetattrFields,
+        ctx: RequestContext,
+        takes: bool | None,
     ) -> EntryAttributes:
         node = self._node(inode)
         new = NewAttributes(
@@ -332,7 +368,7 @@ class Adapter(pyfuse3.Operations):
             size=attr.st_size if fields.update_size else None,
             atime_ns=attr.st_atime_ns if fields.update_atime else None,
             mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
-            keeps_set_id=ctx.uid == 0,
+            writer=self._writer(node, ctx, takes),
         )
         if new.size is not None:
             await self._bring_up(node, ctx.uid, new.size)
@@ -376,7 +412,7 @@ class Adapter(pyfuse3.Operations):
     @_sync
     def listxattr(self, inode: int, ctx: RequestContext) -> list[bytes]:
         names = self._fs.listxattr(self._node(inode))
-        if ctx.uid == 0:
+        if not any(name.startswith(_TRUSTED) for name in names) or may_see_trusted(ctx.pid, ctx.uid):
             return names
         # As xattr(7) says; the kernel leaves it to us.
         return [name for name in names if not name.startswith(_TRUSTED)]
@@ -388,6 +424,15 @@ class Adapter(pyfuse3.Operations):
         self._no_capability.discard(inode)
         self._no_default_acl.discard(inode)
         self._fs.setxattr(node, name, value)
+        if name == ACCESS_ACL and node.mode & stat.S_ISGID and not node.is_dir:
+            self._drop_set_group_id(node, self._writer(node, ctx, None))
+
+    def _drop_set_group_id(self, node: Node, writer: Writer) -> None:
+        """Take the bit after a change of the ACL by who is not in the group (posix_acl_update_mode)."""
+        mode = self._fs.stat(node).st_mode
+        if writer is Writer.STRANGER:
+            self._fs.setattr(node, NewAttributes(mode=stat.S_IMODE(mode) & ~stat.S_ISGID))
+            self._tell(node, mode)
 
     @_async
     async def removexattr(self, inode: int, name: bytes, ctx: RequestContext) -> None:
@@ -397,12 +442,16 @@ class Adapter(pyfuse3.Operations):
 
     # --- files
 
-    @_async
     async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
+        return await self._open(inode, flags, ctx, self._takes_set_id())
+
+    @_async
+    async def _open(self, inode: int, flags: int, ctx: RequestContext, takes: bool | None) -> FileInfo:
         node = self._node(inode)
         if flags & (os.O_ACCMODE | os.O_TRUNC):
             await self._bring_up(node, ctx.uid, 0 if flags & os.O_TRUNC else None)
-        return self._opened(node, flags, ctx)
+        opener = self._writer(node, ctx, takes) if flags & os.O_TRUNC else _by_uid(ctx)
+        return self._opened(node, flags, ctx, opener)
 
     @_sync
     def create(
@@ -413,14 +462,17 @@ class Adapter(pyfuse3.Operations):
         node, attr, file = self._fs.create(parent, name, self._masked(parent, mode, ctx), owner)
         if flags & _SYNCHRONOUS:
             file.close()
-            info = self._opened(node, flags & ~os.O_TRUNC, ctx)
+            info = self._opened(node, flags & ~os.O_TRUNC, ctx, _by_uid(ctx))
         else:
-            info = self._numbered(self._fs.attach(node, file, keeps_set_id=ctx.uid == 0), ctx.uid)
+            info = self._numbered(self._fs.attach(node, file, opener=_by_uid(ctx)), ctx.uid)
         self._no_capability.add(node.ino)
         return info, self._given((node, attr))
 
-    def _opened(self, node: Node, flags: int, ctx: RequestContext) -> FileInfo:
-        return self._numbered(self._fs.open(node, flags, keeps_set_id=ctx.uid == 0), ctx.uid)
+    def _opened(self, node: Node, flags: int, ctx: RequestContext, opener: Writer) -> FileInfo:
+        mode = node.mode
+        handle = self._fs.open(node, flags, opener=opener)
+        self._tell(node, mode)
+        return self._numbered(handle, ctx.uid)
 
     def _numbered(self, handle: Handle, uid: int) -> FileInfo:
         number = self._free.pop() if self._free else len(self._handles)
@@ -442,7 +494,17 @@ class Adapter(pyfuse3.Operations):
 
     @_sync
     def write(self, fh: int, off: int, buf: bytes) -> int:
-        return self._fs.write(self._handles[fh], buf, off)
+        handle = self._handles[fh]
+        node = handle.node
+        mode = node.mode
+        if not mode & SET_ID:
+            return self._fs.write(handle, buf, off)
+        try:
+            takes = self._takes_set_id()
+            writer = None if takes is None else Writer.MEMBER if takes else Writer.PRIVILEGED
+            return self._fs.write(handle, buf, off, writer=writer)
+        finally:
+            self._tell(node, mode)
 
     async def flush(self, fh: int) -> None:
         # Nothing is held back, so close(2) has nothing to say; the kernel does not ask again.

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple, cast
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, SetattrFields
 
 from cowfs.fuse.adapter import Adapter
+from cowfs.overlay.file import Writer
+from cowfs.overlay.node import Node
 
 
 class _Root(NamedTuple):
@@ -45,6 +47,12 @@ class FakerootAdapter(Adapter):
 
     def __init__(self, *args: Any, **more: Any) -> None:
         super().__init__(*args, **{**more, "acl": False})
+
+    def _takes_set_id(self) -> bool | None:
+        return None  # the kernel does not know that he is root here
+
+    def _writer(self, node: Node, ctx: RequestContext, takes: bool | None) -> Writer:
+        return Writer.PRIVILEGED if ctx.uid == 0 else super()._writer(node, ctx, takes)
 
     async def access(self, inode: int, mode: int, ctx: RequestContext) -> bool:
         """Allow what root may: all but executing a file that nobody may execute."""

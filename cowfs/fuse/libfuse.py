@@ -8,6 +8,7 @@
 - Before it writes or changes an owner, the kernel does not ask what that takes from a file (set-ID bits,
   capabilities; FUSE_HANDLE_KILLPRIV and its V2): the union and the layers take it.
 - lseek(2) knows holes.
+- Whether a write leaves set-ID bits (CAP_FSETID), which the kernel alone knows, is read from its request.
 
 Without the module everything else works, slower; :func:`lacks` says why it takes no part.
 """
@@ -75,3 +76,11 @@ def empty_buffer() -> None:
     what is in it."""
     if _module is not None:
         _module.empty_buffer()
+
+
+def takes_set_id() -> bool | None:
+    """Whether the request that has just come takes set-ID bits from a file; None where that is not told.
+
+    For handlers of open, create, write and setattr, before they await anything.
+    """
+    return None if _module is None else _module.takes_set_id()

@@ -15,6 +15,8 @@ has no such name, the stock loop serves, only slower.
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
 import select
 import time
@@ -24,6 +26,8 @@ import pyfuse3
 import trio
 
 from cowfs.fuse import libfuse
+
+log = logging.getLogger(__name__)
 
 _WAIT = "_wait_fuse_readable"
 _BODY = "_session_loop"
@@ -52,6 +56,7 @@ class RequestLoop:
         self.after_pause: Callable[[], None] | None = None
         """Called before requests are received that come after some time without any."""
         self.waiting = 0
+        self._attached = False
         self._leader: trio.lowlevel.Task | None = None
         self._idle: list[trio.lowlevel.Task] = []
         self._first: trio.lowlevel.Task | None = None
@@ -67,6 +72,7 @@ class RequestLoop:
 
     def attach(self) -> None:
         """Remember the session that has just been opened, before anybody else opens ``/dev/fuse``."""
+        self._attached = True
         if hasattr(pyfuse3, _WAIT):
             self._fd = _fuse_fd()
 
@@ -96,6 +102,16 @@ class RequestLoop:
     def nobody_waits(self) -> bool:
         """Whether no other request has come, and none is under way in a thread."""
         return not self.waiting and self._fd >= 0 and not self._poll.poll(0)
+
+    def forget_attributes(self, ino: int) -> None:
+        """Let the kernel ask for an inode's attributes before it goes by them again. Does not block."""
+        if not self._attached:
+            return
+        try:
+            pyfuse3.invalidate_inode(ino, attr_only=True)
+        except OSError as error:
+            if error.errno != errno.ENOENT:  # the kernel does not know the inode
+                log.warning("the kernel may go by old attributes of inode %d: %s", ino, error.strerror)
 
     def hand_over(self) -> None:
         """Let another task lead: the caller is about to await something."""

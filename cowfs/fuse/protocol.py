@@ -60,6 +60,7 @@ class Request(NamedTuple):
     unique: int
     nodeid: int
     uid: int
+    pid: int
     body: bytes
 
 

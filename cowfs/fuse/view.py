@@ -31,6 +31,7 @@ from cowfs.fuse.failure import errno_of
 from cowfs.fuse.protocol import Request
 from cowfs.layers.base import File, Key, LowerLayer
 from cowfs.linux import mounts
+from cowfs.linux.callers import may_see_trusted
 from cowfs.types import FileHandle
 
 log = logging.getLogger(__name__)
@@ -153,8 +154,8 @@ class View:
         if len(message) < protocol.IN.size:
             log.warning("the kernel asked something in %d bytes", len(message))
             return
-        length, opcode, unique, nodeid, uid, _, _, _ = protocol.IN.unpack_from(message)
-        request = Request(opcode, unique, nodeid, uid, message[protocol.IN.size :])
+        length, opcode, unique, nodeid, uid, _, pid, _ = protocol.IN.unpack_from(message)
+        request = Request(opcode, unique, nodeid, uid, pid, message[protocol.IN.size :])
         data, code = b"", 0
         try:
             if length != len(message):
@@ -264,7 +265,7 @@ class View:
     def _listxattr(self, request: Request) -> bytes:
         (size,) = protocol.GETXATTR_IN.unpack_from(request.body)
         names = self._layer.listxattr(self._node(request).key)
-        if request.uid:  # as ext3 has it; their values are for root alone in any case
+        if not may_see_trusted(request.pid, request.uid):  # as ext3 has it; nor may he read their values
             names = [name for name in names if not name.startswith(b"trusted.")]
         return _sized(b"".join(name + b"\0" for name in names), size)
 

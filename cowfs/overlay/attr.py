@@ -7,7 +7,7 @@ import stat
 from dataclasses import dataclass
 
 from cowfs.overlay.copyup import copy_up, copy_up_meta
-from cowfs.overlay.file import SET_ID, drop_set_id_of
+from cowfs.overlay.file import Writer, drop_set_id
 from cowfs.overlay.node import Node
 from cowfs.overlay.state import State, error
 from cowfs.types import Attr, FsStats
@@ -23,8 +23,13 @@ class NewAttributes:
     size: int | None = None
     atime_ns: int | None = None
     mtime_ns: int | None = None
-    keeps_set_id: bool = True
-    """Whether a change of size leaves the set-ID bits (the caller is privileged)."""
+    writer: Writer = Writer.PRIVILEGED
+
+    @property
+    def is_nothing(self) -> bool:
+        """Whether nothing is to be set: what comes before a write, for what this takes from a file."""
+        given = (self.mode, self.uid, self.gid, self.size, self.atime_ns, self.mtime_ns)
+        return all(value is None for value in given)
 
 
 def setattr_(fs: State, node: Node, new: NewAttributes) -> Attr:
@@ -40,17 +45,18 @@ def setattr_(fs: State, node: Node, new: NewAttributes) -> Attr:
         copy_up_meta(fs, node)
     key = node.upper
     if new.size is not None:
+        drop_set_id(fs, node, new.writer)
         fs.upper.truncate(key, new.size)
-        if not new.keeps_set_id:
-            drop_set_id_of(fs, node)
+    elif new.is_nothing:
+        drop_set_id(fs, node, new.writer)
     if new.uid is not None or new.gid is not None:
         fs.upper.chown(key, -1 if new.uid is None else new.uid, -1 if new.gid is None else new.gid)
     if new.mode is not None:
         if stat.S_ISLNK(node.mode):
             raise error(errno.EOPNOTSUPP, node.name)
         fs.upper.chmod(key, stat.S_IMODE(new.mode))
-    elif (new.uid is not None or new.gid is not None) and node.mode & SET_ID and not node.is_dir:
-        drop_set_id_of(fs, node)  # chown(2) does so, whoever calls it
+    elif new.uid is not None or new.gid is not None:  # chown(2) does so, whoever calls it
+        drop_set_id(fs, node, Writer.STRANGER if new.writer is Writer.STRANGER else Writer.MEMBER)
     if new.atime_ns is not None or new.mtime_ns is not None:
         atime_ns, mtime_ns = new.atime_ns, new.mtime_ns
         if atime_ns is None or mtime_ns is None:

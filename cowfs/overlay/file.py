@@ -7,6 +7,7 @@ import os
 import stat
 import time
 from collections.abc import Callable
+from enum import Enum
 
 from cowfs.layers.base import File
 from cowfs.overlay.copyup import copy_up
@@ -20,17 +21,27 @@ _SEEK_SECONDS = 0.05
 SET_ID = stat.S_ISUID | stat.S_ISGID
 
 
+class Writer(Enum):
+    """Who writes to a file, as far as set-ID bits are concerned (write(2))."""
+
+    PRIVILEGED = 1
+    """Has CAP_FSETID: the bits stay."""
+    MEMBER = 2
+    """Of the file's group: set-group-ID stays if the group may not execute the file."""
+    STRANGER = 3
+
+
 class Handle:
     """An open file of the merged tree."""
 
-    __slots__ = ("_retired", "file", "keeps_set_id", "node", "on_replace", "writable")
+    __slots__ = ("_retired", "file", "node", "on_replace", "opener", "writable")
 
-    def __init__(self, node: Node, file: File, *, writable: bool, keeps_set_id: bool) -> None:
+    def __init__(self, node: Node, file: File, *, writable: bool, opener: Writer = Writer.PRIVILEGED) -> None:
         self.node = node
         self.file = file
         self.writable = writable
-        self.keeps_set_id = keeps_set_id
-        """Whether writing leaves the set-ID bits: for a privileged writer (CAP_FSETID)."""
+        self.opener = opener
+        """Who is taken to write if nothing is known of that."""
         self.on_replace: Callable[[File], None] | None = None
         """Told of the file that takes the place of the one before."""
         self._retired: list[File] = []
@@ -49,7 +60,7 @@ class Handle:
             file.close()
 
 
-def open_file(fs: State, node: Node, flags: int, *, keeps_set_id: bool = True) -> Handle:
+def open_file(fs: State, node: Node, flags: int, *, opener: Writer = Writer.PRIVILEGED) -> Handle:
     """Open a regular file; for writing its whole data is copied up first (or none with O_TRUNC)."""
     if node.is_dir:
         raise error(errno.EISDIR, node.name)
@@ -62,21 +73,21 @@ def open_file(fs: State, node: Node, flags: int, *, keeps_set_id: bool = True) -
     else:
         layer, key = node.lowers[-1]
         file = fs.lowers[layer].open(key, os.O_RDONLY)
-    handle = Handle(node, file, writable=writable, keeps_set_id=keeps_set_id)
+    handle = Handle(node, file, writable=writable, opener=opener)
     if truncates:
         try:
+            drop_set_id(fs, node, opener)
             fs.upper.truncate(node.upper, 0)
         except BaseException:
             file.close()
             raise
-        drop_set_id(fs, handle)
     _enter(handle)
     return handle
 
 
-def attach(fs: State, node: Node, file: File, *, keeps_set_id: bool = True) -> Handle:
+def attach(fs: State, node: Node, file: File, *, opener: Writer = Writer.PRIVILEGED) -> Handle:
     """Return the handle of a file that its creation has opened."""
-    handle = Handle(node, file, writable=True, keeps_set_id=keeps_set_id)
+    handle = Handle(node, file, writable=True, opener=opener)
     _enter(handle)
     return handle
 
@@ -87,12 +98,11 @@ def _enter(handle: Handle) -> None:
     handle.node.handles.append(handle)
 
 
-def write(fs: State, handle: Handle, data: bytes, offset: int) -> int:
+def write(fs: State, handle: Handle, data: bytes, offset: int, *, writer: Writer | None = None) -> int:
     """Write all of *data*; return its length. ENOSPC at once when the store is full."""
-    written = handle.file.pwrite(data, offset)
     if handle.node.mode & SET_ID:
-        drop_set_id(fs, handle)
-    return written
+        drop_set_id(fs, handle.node, writer or handle.opener)
+    return handle.file.pwrite(data, offset)
 
 
 def seek(fs: State, handle: Handle, offset: int, whence: int) -> int:
@@ -122,17 +132,13 @@ def seek(fs: State, handle: Handle, offset: int, whence: int) -> int:
     return hole
 
 
-def drop_set_id(fs: State, handle: Handle) -> None:
-    """Take the set-user-ID bit, and set-group-ID of an executable, from a file that was written."""
-    if not handle.keeps_set_id:
-        drop_set_id_of(fs, handle.node)
-
-
-def drop_set_id_of(fs: State, node: Node) -> None:
-    """Take the bits that a write or truncate by an unprivileged process takes (write(2))."""
+def drop_set_id(fs: State, node: Node, writer: Writer) -> None:
+    """Take the set-ID bits that a write or truncate by *writer* takes (setattr_should_drop_suidgid)."""
+    if writer is Writer.PRIVILEGED or node.is_dir or not node.mode & SET_ID:
+        return
     mode = fs.upper.stat(node.upper).st_mode
     kept = mode & ~stat.S_ISUID
-    if mode & stat.S_IXGRP:
+    if mode & stat.S_IXGRP or writer is Writer.STRANGER:
         kept &= ~stat.S_ISGID
     if kept != mode:
         fs.upper.chmod(node.upper, stat.S_IMODE(kept))

@@ -16,7 +16,7 @@ from cowfs.fuse.adapter import Adapter
 from cowfs.overlay.overlay import Overlay
 
 ROOT = pyfuse3.ROOT_INODE
-CTX: Any = SimpleNamespace(uid=0, gid=0, pid=1, umask=0o022)
+CTX: Any = SimpleNamespace(uid=0, gid=0, pid=0, umask=0o022)
 FIELDS = ("mode", "uid", "gid", "size", "atime", "mtime")
 
 

@@ -82,7 +82,7 @@ class Kernel:
         """Send a request; its number."""
         self.unique += 2
         length = protocol.IN.size + len(body)
-        await self.send(protocol.IN.pack(length, opcode, self.unique, nodeid, uid, 0, 1, 0) + body)
+        await self.send(protocol.IN.pack(length, opcode, self.unique, nodeid, uid, 0, 0, 0) + body)
         return self.unique
 
     async def hear(self) -> tuple[int, int, bytes]:

@@ -367,7 +367,7 @@ def test_a_file_of_one_block_a_thousand_million_times(image: Path) -> None:
     with file_layer(image) as (layer, key):
         node = Node(5, stat.S_IFREG, None, b"file", Key(key), ())
         fs = SimpleNamespace(upper=layer, lowers=(), stat=lambda node: layer.stat(node.upper))
-        handle = Handle(node, layer.open(key, os.O_RDONLY), writable=False, keeps_set_id=False)
+        handle = Handle(node, layer.open(key, os.O_RDONLY), writable=False)
         before = time.monotonic()
         with suppress(OSError):  # EFBIG: it is said to be longer than any file can be
             assert seek(fs, handle, 0, os.SEEK_HOLE) == layer.stat(key).st_size  # type: ignore[arg-type]

@@ -6,6 +6,7 @@ import os
 import shutil
 import stat
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -136,6 +137,25 @@ def test_a_directory_store_of_others(roots: Path, nobody_path: Path, tree: Path,
 def test_new_directory_stores_are_closed_to_others(roots: Path, tree: Path) -> None:
     with mounted(tree, roots / "mnt", roots / "store"):
         assert stat.S_IMODE((roots / "store").stat().st_mode) == 0o700
+
+
+@pytest.mark.parametrize("how", ["append", "truncate", "truncate at once"])
+def test_a_program_that_a_user_has_written_to(roots: Path, tree: Path, how: str) -> None:
+    """Is the user's, although nobody has asked for its mode since."""
+    (tree / "id").chmod(0o6777)
+    content = Path("/usr/bin/id").read_bytes()
+    script = {
+        "append": "os.write(os.open(path, os.O_WRONLY | os.O_APPEND), b'x')",
+        "truncate": f"os.truncate(path, {len(content)})",
+        "truncate at once": "os.open(path, os.O_WRONLY | os.O_TRUNC)",
+    }[how]
+    with mounted(tree, roots / "mnt", roots / "store", options=["allow_other"]) as here:
+        path = here.path / "id"
+        assert becomes_root(here), "or the test shows nothing"
+        writing = run(*as_nobody_prefix(), sys.executable, "-c", f"import os; path = {str(path)!r}; {script}")
+        if how == "truncate at once":
+            path.write_bytes(content)  # by root, who takes nothing
+        assert not writing.stderr and not becomes_root(here)
 
 
 def test_a_filesystem_that_is_mounted_nosuid_or_nodev(roots: Path, tree: Path) -> None:

@@ -1,0 +1,82 @@
+"""What a write, or a change of owner or ACL, takes from a file, at once and for all who look: as on ext4."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.mounts import cowfs, mounted, project_root
+from tests.support.system import needs_fuse, needs_root, run
+
+pytestmark = [needs_fuse, needs_root, pytest.mark.slow]
+
+Seen = dict[str, dict[str, str]]
+
+DIFFER = {
+    ("open to truncate", "DONT_SYNC"),  # an answer without attributes: what the kernel knows is old
+    ("open or create to truncate", "DONT_SYNC"),
+    ("an ACL", "DONT_SYNC"),
+    ("mmap", "capability"),  # is taken here, too
+    ("no ACL", "said"),  # there was none: ENODATA, as overlayfs says
+}
+"""Which of what is seen may be otherwise than on ext4: docs/semantics.md tells of it."""
+
+
+def do(*arguments: str | Path) -> str:
+    env = {**os.environ, "PYTHONPATH": project_root()}
+    return run(sys.executable, "-m", "tests.support.setid", *arguments, env=env).stdout
+
+
+@pytest.fixture(scope="module")
+def ext4() -> Iterator[Seen]:
+    """What a filesystem of the kernel's shows, where everybody reaches it."""
+    place = Path(tempfile.mkdtemp(prefix="cowfs-ext4-"))
+    place.chmod(0o755)
+    at = place / "at"
+    at.mkdir()
+    run("truncate", "-s", "96M", place / "image")
+    run("mkfs.ext4", "-q", "-I", "256", place / "image")
+    run("mount", "-o", "loop", place / "image", at)
+    try:
+        do("make", at)
+        yield json.loads(do("do", at, "upper"))
+    finally:
+        run("umount", at)
+        shutil.rmtree(place)
+
+
+def may_differ(case: str, field: str) -> bool:
+    if re.search(r"chown of nobody by root $", case):
+        return True  # is not told from what comes before root's write
+    return any(f" {what} " in case and field == which for what, which in DIFFER)
+
+
+@pytest.mark.parametrize("store", ["process", "kernel", "directory"])
+def test_as_on_ext4(nobody_path: Path, ext4: Seen, store: str) -> None:
+    """Of files in the lower, in the store, and of those of which the store has the attributes alone."""
+    lower, place = nobody_path / "lower", nobody_path / "store"
+    lower.mkdir()
+    do("make", lower)
+    engine = None if store == "directory" else store
+    for where in ("lower", "upper", "metacopy"):
+        if engine:
+            assert cowfs("create", place, "64").returncode == 0
+        with mounted(lower, nobody_path / "mnt", place, engine=engine, options=["allow_other"]) as here:
+            seen: Seen = json.loads(do("do", here.path, where))
+        run("rm", "-r", place)
+        assert len(seen) > 100
+        wrong = {
+            f"{case}: {field}": f"{seen[case][field]}, on ext4 {value}"
+            for case, fields in ext4.items()
+            for field, value in fields.items()
+            if seen[case][field] != value and not may_differ(case, field)
+        }
+        assert not wrong, where
