@@ -216,11 +216,10 @@ def gone(fs: State, node: Node, parent: Node, name: bytes, *, last: bool) -> Non
 
 def _stand_elsewhere(fs: State, node: Node) -> None:
     """Let the node's key be that of a name it still has, which costs no descriptor, if one is known."""
-    parent, name = node.parent, node.name
-    if node.upper is None or parent is None or parent.upper is None:
+    place = fs.nodes.place(node)
+    if node.upper is None or place is None or place[0].upper is None:
         return
-    if parent.children is None or parent.children.get(name) is not node:
-        return
+    parent, name = place
     with suppress(OSError):
         found = fs.upper.lookup(parent.upper, name)
         if found is not None and found[1].st_ino == fs.upper.stat(node.upper).st_ino:

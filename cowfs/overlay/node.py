@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import stat
+import sys
+from array import array
+from collections.abc import Callable
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from cowfs.layers.base import Key
 
 if TYPE_CHECKING:
-    from cowfs.overlay.file import Handle
+    from cowfs.overlay.handle import Handles
 
 ROOT_INO = 1  # FUSE_ROOT_ID
 
@@ -37,6 +41,7 @@ class Node:
         "metacopy",
         "mode",
         "name",
+        "others",
         "parent",
         "redirect",
         "upper",
@@ -59,8 +64,10 @@ class Node:
         self.upper = upper
         self.lowers = lowers
         self.children: dict[bytes, Node] | None = {} if stat.S_ISDIR(mode) else None
+        self.others: set[tuple[Node, bytes]] | None = None
+        """The names of a hard link that are known besides this one."""
         self.lookups = 0
-        self.handles: list[Handle] | None = None
+        self.handles: Handles | None = None
         self.copying: Any = None  # whatever the adapter lets others wait on
         self.metacopy = False
         self.redirect: bytes | None = None
@@ -84,12 +91,16 @@ class Node:
 class NodeTable:
     """All live nodes by inode number. A node lives while the kernel or a child of it refers to it."""
 
-    __slots__ = ("_by_ino", "_modes", "root")
+    __slots__ = ("_by_ino", "_modes", "many", "root", "too_many")
 
     def __init__(self, root: Node) -> None:
         self.root = root
         self._by_ino: dict[int, Node] = {root.ino: root}
         self._modes: dict[int, int] = {}
+        self.many = sys.maxsize
+        """With more nodes than this …"""
+        self.too_many: Callable[[], None] = lambda: None
+        """… this is called for each that is added."""
 
     def __len__(self) -> int:
         return len(self._by_ino)
@@ -100,13 +111,24 @@ class NodeTable:
     def get(self, ino: int) -> Node | None:
         return self._by_ino.get(ino)
 
+    def oldest(self, count: int) -> array[int]:
+        """Return the numbers of so many nodes that were added, or renewed, before all others."""
+        return array("Q", islice(self._by_ino, count))
+
+    def renew(self, ino: int) -> Node | None:
+        """Let a node be the last that was added, and return it; None when there is no such node."""
+        node = self._by_ino.pop(ino, None)
+        if node is not None:
+            self._by_ino[ino] = node
+        return node
+
     def child(self, parent: Node, name: bytes) -> Node | None:
         """Return the live node known under *name*."""
         assert parent.children is not None
         node = parent.children.get(name)
         if node is None:
             return None
-        if self._by_ino.get(node.ino) is not node:  # a hard link forgotten under its other name
+        if self._by_ino.get(node.ino) is not node:  # dead, and its number another's by now
             del parent.children[name]
             return None
         return node
@@ -121,52 +143,86 @@ class NodeTable:
         node.mode = self._modes.setdefault(node.mode, node.mode)  # few different ones: share the ints
         self._by_ino[node.ino] = node
         if node.parent is not None and node.parent.children is not None:
-            node.parent.children[node.name] = node
+            self._put(node, node.parent.children, node.parent, node.name)
+        if len(self._by_ino) > self.many:
+            self.too_many()
 
     def rename(self, node: Node, parent: Node, name: bytes) -> None:
         """Let *node* be known under this name from now on (as well)."""
         assert parent.children is not None
-        node.parent, node.name = parent, name
-        parent.children[name] = node
+        if node.parent is not parent or node.name != name:
+            before = node.parent, node.name
+            if _stands_at(node, *before) and before[0] is not None:
+                if node.others is None:
+                    node.others = set()
+                node.others.add((before[0], before[1]))
+            _drop_other(node, parent, name)
+            node.parent, node.name = parent, name
+        self._put(node, parent.children, parent, name)
+
+    def _put(self, node: Node, children: dict[bytes, Node], parent: Node, name: bytes) -> None:
+        before = children.get(name)
+        if before is not None and before is not node:
+            _drop_other(before, parent, name)
+        children[name] = node
 
     def detach(self, parent: Node, name: bytes) -> None:
         """Forget a name, not the node."""
         if parent.children is not None:
-            parent.children.pop(name, None)
+            node = parent.children.pop(name, None)
+            if node is not None:
+                _drop_other(node, parent, name)
 
     def place(self, node: Node) -> tuple[Node, bytes] | None:
-        """Return a name that the node has: the one it was last seen under, or another known one.
-
-        The search is slow, but only for a hard link that lost the name it was last seen under.
-        """
-        parent, name = node.parent, node.name
-        if parent is not None and parent.children is not None and parent.children.get(name) is node:
-            return parent, name
-        for directory in self._by_ino.values():
-            for name, child in (directory.children or {}).items():
-                if child is node and not directory.dead:
-                    node.parent, node.name = directory, name
-                    return directory, name
+        """Return a name that the node has: the one it was last seen under, or another known one."""
+        if node.parent is not None and _stands_at(node, node.parent, node.name):
+            return node.parent, node.name
+        for parent, name in node.others or ():
+            if not parent.dead:
+                _drop_other(node, parent, name)
+                node.parent, node.name = parent, name
+                return parent, name
         return None
 
     def unused(self, node: Node) -> list[Node]:
         """Remove *node* if nobody refers to it, then its parents likewise; return what was removed."""
-        removed = []
-        walk: Node | None = node
-        while (
-            walk is not None
-            and walk is not self.root
-            and walk.lookups <= 0
-            and not walk.children
-            and not walk.handles
-            and walk.copying is None
-        ):
-            if self._by_ino.get(walk.ino) is walk:
-                del self._by_ino[walk.ino]
-            parent = walk.parent
-            if parent is not None and parent.children is not None:
-                if parent.children.get(walk.name) is walk:
-                    del parent.children[walk.name]
-            removed.append(walk)
-            walk = parent
-        return removed
+        removed: dict[Node, None] = {}
+        walk = [node]
+        while walk:
+            here = walk.pop()
+            if (
+                here is self.root
+                or here in removed
+                or here.lookups > 0
+                or here.children
+                or here.handles
+                or here.copying is not None
+            ):
+                continue
+            if self._by_ino.get(here.ino) is here:
+                del self._by_ino[here.ino]
+            removed[here] = None
+            if here.parent is not None:
+                walk.append(_leave(here, here.parent, here.name))
+            if here.others is not None:
+                walk += [_leave(here, parent, name) for parent, name in here.others]
+                here.others = None
+        return list(removed)
+
+
+def _stands_at(node: Node, parent: Node | None, name: bytes) -> bool:
+    return parent is not None and parent.children is not None and parent.children.get(name) is node
+
+
+def _leave(node: Node, parent: Node, name: bytes) -> Node:
+    """Let a directory forget a node, if it knows it under this name; return the directory."""
+    if parent.children is not None and parent.children.get(name) is node:
+        del parent.children[name]
+    return parent
+
+
+def _drop_other(node: Node, parent: Node, name: bytes) -> None:
+    if node.others is not None:
+        node.others.discard((parent, name))
+        if not node.others:
+            node.others = None
