@@ -236,8 +236,10 @@ def _open_union(options: UnionOptions, progress: Progress) -> Union:
         )
         stack.callback(store.close)
         anew = not store.header.lowers and not store.header.adopted
-        if options.fakeroot and isinstance(store.layer, DirectoryLayer):
-            store.layer.act_as_root(store.work, anew=anew)
+        if isinstance(store.layer, DirectoryLayer):
+            store.layer.hide_in(store.work)
+            if options.fakeroot:
+                store.layer.act_as_root(store.work, anew=anew)
         overlay = Overlay(
             store.layer,
             store.upper,

@@ -13,7 +13,8 @@ import logging
 import os
 import stat
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import asynccontextmanager, closing
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import pyfuse3
@@ -23,14 +24,18 @@ from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, Setatt
 from cowfs.fuse import libfuse
 from cowfs.fuse.failure import errno_of
 from cowfs.fuse.loop import RequestLoop
-from cowfs.fuse.turns import Turns
+from cowfs.fuse.open_files import OpenFiles
+from cowfs.fuse.shares import Bounds
+from cowfs.fuse.shares import bounds as bounds_of_process
+from cowfs.fuse.turns import Turns, in_thread
 from cowfs.layers.acl import ACCESS as ACCESS_ACL
 from cowfs.layers.acl import DEFAULT as DEFAULT_ACL
 from cowfs.layers.base import File
 from cowfs.linux.callers import look_at, may_see_trusted
 from cowfs.overlay.attr import NewAttributes
 from cowfs.overlay.dir import Owner
-from cowfs.overlay.file import SET_ID, Handle, Writer
+from cowfs.overlay.file import SET_ID
+from cowfs.overlay.handle import Handle, Writer
 from cowfs.overlay.node import Node
 from cowfs.overlay.overlay import Overlay
 from cowfs.overlay.readdir import Listing
@@ -111,16 +116,15 @@ class Adapter(pyfuse3.Operations):
 
     supports_dot_lookup = False
 
-    def __init__(self, fs: Overlay, loop: RequestLoop, *, acl: bool = True) -> None:
+    def __init__(
+        self, fs: Overlay, loop: RequestLoop, *, acl: bool = True, bounds: Bounds | None = None
+    ) -> None:
         super().__init__()
         self.enable_acl = acl
         self._fs = fs
         self._loop = loop
-        self._handles: dict[int, Handle] = {}
-        self._openers: dict[int, int] = {}
-        """Which user opened a handle."""
+        self._files = OpenFiles(bounds or bounds_of_process(shared=False))
         self._listings: dict[int, _Listing] = {}
-        self._free: list[int] = []
         self._listed = 0
         self._kept: set[Node] = set()
         self._copies, self._reads, self._syncs = Turns(), Turns(), Turns()
@@ -193,14 +197,22 @@ class Adapter(pyfuse3.Operations):
         if node.mode != mode:
             self._loop.forget_attributes(node.ino)
 
-    async def _in_thread(self, call: Callable[[], R], turns: Turns, uid: int) -> R:
+    @asynccontextmanager
+    async def _turn(self, turns: Turns, uid: int) -> AsyncIterator[None]:
+        """Wait for this user's turn of some kind of long work. What it needs, be it descriptors, is taken
+        then: however many wait, they have nothing."""
         loop = self._loop
         loop.hand_over()
         loop.waiting += 1
         try:
-            return await turns.run(uid, call)
+            async with turns.turn(uid):
+                yield
         finally:
             loop.waiting -= 1
+
+    async def _in_thread(self, call: Callable[[], R], turns: Turns, uid: int) -> R:
+        async with self._turn(turns, uid):
+            return await in_thread(call)
 
     async def _settled(self, node: Node) -> None:
         """Wait while another request copies the node up."""
@@ -249,17 +261,18 @@ class Adapter(pyfuse3.Operations):
             wanted = min(wanted, size)
         if wanted <= fs.options.inline_up_to:
             return
-        job = fs.prepare_copy_up(node, size)
-        if job is None:
-            return
         node.copying = done = trio.Event()
         try:
-            try:
-                await self._in_thread(job.run, self._copies, uid)
-            except BaseException:
-                job.abort()
-                raise
-            job.commit()
+            async with self._turn(self._copies, uid):
+                job = fs.prepare_copy_up(node, size)
+                if job is None:
+                    return
+                try:
+                    await in_thread(job.run)
+                except BaseException:
+                    job.abort()
+                    raise
+                job.commit()
         finally:
             node.copying = None
             done.set()
@@ -448,6 +461,7 @@ class Adapter(pyfuse3.Operations):
     @_async
     async def _open(self, inode: int, flags: int, ctx: RequestContext, takes: bool | None) -> FileInfo:
         node = self._node(inode)
+        self._files.must_have(ctx.uid)
         if flags & (os.O_ACCMODE | os.O_TRUNC):
             await self._bring_up(node, ctx.uid, 0 if flags & os.O_TRUNC else None)
         opener = self._writer(node, ctx, takes) if flags & os.O_TRUNC else _by_uid(ctx)
@@ -459,6 +473,7 @@ class Adapter(pyfuse3.Operations):
     ) -> tuple[FileInfo, EntryAttributes]:
         owner = Owner(ctx.uid, ctx.gid)
         parent = self._node(parent_inode)
+        self._files.must_have(ctx.uid)
         node, attr, file = self._fs.create(parent, name, self._masked(parent, mode, ctx), owner)
         if flags & _SYNCHRONOUS:
             file.close()
@@ -469,40 +484,41 @@ class Adapter(pyfuse3.Operations):
         return info, self._given((node, attr))
 
     def _opened(self, node: Node, flags: int, ctx: RequestContext, opener: Writer) -> FileInfo:
+        self._files.must_have(ctx.uid)
         mode = node.mode
         handle = self._fs.open(node, flags, opener=opener)
         self._tell(node, mode)
         return self._numbered(handle, ctx.uid)
 
     def _numbered(self, handle: Handle, uid: int) -> FileInfo:
-        number = self._free.pop() if self._free else len(self._handles)
-        self._handles[number] = handle
-        self._openers[number] = uid
-        libfuse.read_from(number, handle.file.fileno())
-        handle.on_replace = lambda file: libfuse.read_from(number, file.fileno())
-        return FileInfo(fh=number)
+        return FileInfo(fh=self._files.enter(handle, uid))
 
     @_async
     async def read(self, fh: int, off: int, size: int) -> bytes:
-        file = self._handles[fh].file
+        file = self._files[fh].file
         data = file.try_pread(size, off)
         if data is not None:
             return data
         if self._loop.nobody_waits():  # the way to a thread and back would help nobody
             return file.pread(size, off)
-        return await self._in_thread(lambda: file.pread(size, off), self._reads, self._openers[fh])
+        return await self._in_thread(lambda: file.pread(size, off), self._reads, self._files.opener(fh))
 
-    @_sync
-    def write(self, fh: int, off: int, buf: bytes) -> int:
-        handle = self._handles[fh]
+    @_async
+    async def write(self, fh: int, off: int, buf: bytes) -> int:
+        handle = self._files[fh]
         node = handle.node
         mode = node.mode
-        if not mode & SET_ID:
-            return self._fs.write(handle, buf, off)
-        try:
+        writer = None
+        if mode & SET_ID:
             takes = self._takes_set_id()
             writer = None if takes is None else Writer.MEMBER if takes else Writer.PRIVILEGED
-            return self._fs.write(handle, buf, off, writer=writer)
+        try:
+            if not handle.is_synchronous:
+                return self._fs.write(handle, buf, off, writer=writer)
+            self._fs.will_be_written(handle, writer)
+            return await self._in_thread(
+                lambda: handle.file.pwrite(buf, off), self._syncs, self._files.opener(fh)
+            )
         finally:
             self._tell(node, mode)
 
@@ -512,28 +528,25 @@ class Adapter(pyfuse3.Operations):
 
     @_sync
     def release(self, fh: int) -> None:
-        handle = self._handles.pop(fh)
-        del self._openers[fh]
-        libfuse.read_from(fh, -1)
-        self._free.append(fh)
-        self._fs.release_handle(handle)
+        self._fs.release_handle(self._files.leave(fh))
 
     def _seek(self, fh: int, offset: int, whence: int) -> int:
         """Answer lseek(2) with SEEK_DATA or SEEK_HOLE: the place, or an errno negated."""
         try:
-            return self._fs.seek(self._handles[fh], offset, whence)
+            return self._fs.seek(self._files[fh], offset, whence)
         except Exception as error:
             return -_failure(error, "lseek").errno
 
     @_async
     async def fsync(self, fh: int, datasync: bool) -> None:
-        handle = self._handles[fh]
+        handle = self._files[fh]
         if handle.node.upper is not None:
-            await self._synced(handle.file, datasync, self._openers[fh])
+            async with self._turn(self._syncs, self._files.opener(fh)):
+                await self._synced(handle.file, datasync)
 
-    async def _synced(self, file: File, datasync: bool, uid: int) -> None:
+    async def _synced(self, file: File, datasync: bool) -> None:
         try:
-            await self._in_thread(lambda: file.fsync(datasync), self._syncs, uid)
+            await in_thread(lambda: file.fsync(datasync))
         except OSError as failure:
             self._fs.not_saved(failure)
             raise
@@ -543,6 +556,8 @@ class Adapter(pyfuse3.Operations):
     @_sync
     def opendir(self, inode: int, ctx: RequestContext) -> int:
         node = self._node(inode)
+        self._files.opened.must_have(ctx.uid)
+        self._files.opened.take(ctx.uid)
         self._listed += 1
         number = self._listed
         # What the kernel keeps is for one at a time: it would give a second reader, once past the beginning,
@@ -593,6 +608,7 @@ class Adapter(pyfuse3.Operations):
     @_sync
     def releasedir(self, fh: int) -> None:
         listing = self._listings.pop(fh)
+        self._files.opened.give_back(listing.opener)
         if fh & libfuse.KEPT:
             self._kept.discard(listing.node)
 
@@ -601,14 +617,12 @@ class Adapter(pyfuse3.Operations):
         listing = self._listings[fh]
         node = listing.node
         if node.upper is not None:
-            directory = self._fs.upper.open_directory(node.upper)
-            try:
-                await self._synced(directory, datasync, listing.opener)
-            finally:
-                directory.close()
+            async with self._turn(self._syncs, listing.opener):
+                with closing(self._fs.upper.open_directory(node.upper)) as directory:
+                    await self._synced(directory, datasync)
 
     # --- for info
 
     def figures(self) -> dict[str, Any]:
         """Return what the daemon knows of itself, for ``cowfs info``."""
-        return {"inodes_known": len(self._fs.nodes), "open_files": len(self._handles)}
+        return {"inodes_known": len(self._fs.nodes), "open_files": len(self._files)}

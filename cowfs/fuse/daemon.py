@@ -20,10 +20,12 @@ from cowfs.errors import MountFailure, SystemFailure
 from cowfs.fuse import control, libfuse
 from cowfs.fuse.adapter import Adapter
 from cowfs.fuse.fakeroot import FakerootAdapter
+from cowfs.fuse.known import KnownInodes, most_inodes
 from cowfs.fuse.loop import RequestLoop
+from cowfs.fuse.shares import bounds
 from cowfs.linux import programs
 from cowfs.linux.files import syncfs
-from cowfs.linux.mounts import mount_of, umount2
+from cowfs.linux.mounts import drop_unused, mount_of, umount2
 from cowfs.linux.signals import hold_back, open_signals, take
 from cowfs.linux.sockets import open_control_directory, sd_notify
 from cowfs.overlay.overlay import Overlay
@@ -60,7 +62,9 @@ class Daemon:
         self._request = request
         self._loop = RequestLoop()
         adapter = FakerootAdapter if request.fakeroot else Adapter
-        self.adapter: Adapter = adapter(fs, self._loop, acl=request.acl)
+        shared = "allow_other" in request.options
+        self.adapter: Adapter = adapter(fs, self._loop, acl=request.acl, bounds=bounds(shared=shared))
+        self._known = KnownInodes(fs.nodes, most_inodes())
         self._mounted = False
         self.dev = ""
         self._control = -1
@@ -156,6 +160,7 @@ class Daemon:
                 nursery.start_soon(self._serve_control, commands)
             for task in also:
                 nursery.start_soon(_beside, task)
+            nursery.start_soon(self._keep_few_inodes)
             nursery.start_soon(self._announce, ready)
             if look is not None:
                 nursery.start_soon(_now_and_then, look)
@@ -169,6 +174,15 @@ class Daemon:
             await trio.to_thread.run_sync(os.stat, self._request.mountpoint, abandon_on_cancel=True)
         sd_notify(f"READY=1\nMAINPID={os.getpid()}")
         ready()
+
+    async def _keep_few_inodes(self) -> None:
+        try:
+            await self._known.keep_few(self._loop.connection(), self._drop_unused)
+        except OSError as error:
+            log.warning("the kernel decides alone how many inodes we must know: %s", error)
+
+    def _drop_unused(self) -> None:
+        drop_unused(self._request.mountpoint, self.dev)
 
     async def _serve_control(self, commands: Mapping[str, control.Command]) -> None:
         try:

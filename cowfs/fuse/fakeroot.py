@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, cast
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, SetattrFields
 
 from cowfs.fuse.adapter import Adapter
-from cowfs.overlay.file import Writer
+from cowfs.overlay.handle import Writer
 from cowfs.overlay.node import Node
 
 

@@ -76,6 +76,10 @@ class RequestLoop:
         if hasattr(pyfuse3, _WAIT):
             self._fd = _fuse_fd()
 
+    def connection(self) -> int:
+        """Return the descriptor that leads to the kernel, -1 if it is not known."""
+        return self._fd
+
     async def run(self) -> None:
         """Serve requests until the filesystem is unmounted or :meth:`stop` is called."""
         stock = getattr(pyfuse3, _WAIT, None)

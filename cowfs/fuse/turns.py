@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from typing import TypeVar
 
 import trio
@@ -11,6 +13,7 @@ R = TypeVar("R")
 
 _EACH = 4
 """So many pieces of one user's work of one kind are done at a time."""
+_ANY = trio.CapacityLimiter(math.inf)
 
 
 class Turns:
@@ -19,11 +22,22 @@ class Turns:
     def __init__(self) -> None:
         self._limiters: dict[int, trio.CapacityLimiter] = {}
 
-    async def run(self, uid: int, call: Callable[[], R]) -> R:
-        """Return what *call* gives, which a thread runs when it is the turn of this work of the user's."""
+    @asynccontextmanager
+    async def turn(self, uid: int) -> AsyncIterator[None]:
+        """Wait for the turn of a piece of this user's work, and let the next one begin after it."""
         limiter = self._limiters.setdefault(uid, trio.CapacityLimiter(_EACH))
+        me = object()
         try:
-            return await trio.to_thread.run_sync(call, limiter=limiter)
+            await limiter.acquire_on_behalf_of(me)
+            try:
+                yield
+            finally:
+                limiter.release_on_behalf_of(me)
         finally:
             if not limiter.borrowed_tokens and not limiter.statistics().tasks_waiting:
                 self._limiters.pop(uid, None)
+
+
+async def in_thread(call: Callable[[], R]) -> R:
+    """Return what *call* gives, which a thread runs at once: to wait for a turn is the caller's."""
+    return await trio.to_thread.run_sync(call, limiter=_ANY)

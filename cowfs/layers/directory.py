@@ -11,8 +11,8 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, nullcontext
 from typing import TypeVar
 
 from cowfs.layers import beneath
@@ -30,43 +30,23 @@ from cowfs.layers.beneath import (
     stale,
 )
 from cowfs.layers.kernel_file import KernelFile
+from cowfs.layers.keys import CoveredKey, PathKey
+from cowfs.layers.nameless import Nameless
 from cowfs.layers.owner_notes import OwnerNotes, needed
-from cowfs.linux import files
+from cowfs.linux import files, limits
 from cowfs.types import Attr, DirEntry, FileHandle, FsStats
 
 R = TypeVar("R")
 
 _OPEN_DIRECTORIES = 512
-"""How many directory descriptors are kept open at a time."""
+"""How many directory descriptors a layer keeps open at a time, at most."""
+_PART = 8
+"""All layers together keep one part of so many of all descriptors."""
+_FEWEST = 4
 _PATH_MAX = 4096
 _KEPT_CHAIN = 64
-"""Descriptors of the directories above are kept too when a directory is less deep than this."""
-
-
-class PathKey:
-    """An inode of a directory layer: a name in a directory, or a descriptor that pins it.
-
-    *fd* is -1, or an O_PATH descriptor: for a directory a cache, for an inode whose name is gone
-    (then *parent* is None) the only way to it. *mark* is what was looked up (:func:`beneath.marker`).
-    """
-
-    __slots__ = ("fd", "mark", "name", "parent")
-
-    def __init__(self, parent: PathKey | None, name: bytes, mark: int, fd: int = -1) -> None:
-        self.parent = parent
-        self.name = name
-        self.mark = mark
-        self.fd = fd
-
-
-class CoveredKey(PathKey):
-    """A directory that something is mounted on: to the layer it is empty, with attributes made up."""
-
-    __slots__ = ("attr",)
-
-    def __init__(self, parent: PathKey, name: bytes, attr: Attr) -> None:
-        super().__init__(parent, name, DIRECTORY)
-        self.attr = attr
+"""Descriptors of all directories above are kept too when a directory is less deep than this, of some if not:
+then the way to the next one in the same place is not as long."""
 
 
 class DirectoryLayer:
@@ -80,6 +60,9 @@ class DirectoryLayer:
     on belonging to root as far as the union is concerned (:mod:`cowfs.layers.owner_notes`).
     """
 
+    _alive = 0
+    """How many layers are open."""
+
     def __init__(self, root_fd: int, name: str, *, privileged: bool = True, alone: bool = False) -> None:
         self.name = name
         info = os.fstat(root_fd)
@@ -90,13 +73,14 @@ class DirectoryLayer:
         self._stat = self._ways.stat
         self.dev = info.st_dev
         self._open: list[PathKey] = []  # directories with a cached descriptor, oldest first
-        self._pinned: set[PathKey] = set()  # inodes without a name, held by their descriptors
+        self._nameless = Nameless(self._dir_fd, self._by_fd)
         self._magic = files.fs_magic(root_fd)
         self._mark = beneath.marker(self._magic, self.dev)
         self.root = PathKey(None, b"", self._mark(info), root)
         self._uuid: bytes | None = None
         self._noatime = os.O_NOATIME
         self._notes = None if privileged else OwnerNotes(self)
+        DirectoryLayer._alive += 1
 
     # --- from keys to descriptors
 
@@ -105,7 +89,8 @@ class DirectoryLayer:
         return key.fd if key.fd >= 0 else self._open_dir(key)
 
     def _open_dir(self, key: PathKey) -> int:
-        if len(self._open) >= _OPEN_DIRECTORIES:
+        most = max(_FEWEST, min(_OPEN_DIRECTORIES, limits.descriptors() // _PART // DirectoryLayer._alive))
+        if len(self._open) >= most:
             self._close_oldest()
         chain = []
         walk = key
@@ -115,7 +100,7 @@ class DirectoryLayer:
                 raise stale(walk.name)
             walk = walk.parent
         fd = walk.fd
-        keep = len(chain) < _KEPT_CHAIN
+        every = 1 if len(chain) < min(_KEPT_CHAIN, most) else max(_KEPT_CHAIN, 4 * len(chain) // most)
         for depth, step in enumerate(reversed(chain), 1 - len(chain)):
             above, above_is_kept = fd, step.parent.fd >= 0 if step.parent else True
             try:
@@ -123,7 +108,7 @@ class DirectoryLayer:
             finally:
                 if not above_is_kept:
                     os.close(above)
-            if keep or depth == 0:
+            if depth % every == 0:
                 step.fd = fd
                 self._open.append(step)
         return fd
@@ -183,12 +168,58 @@ class DirectoryLayer:
         finally:
             self._leave(key, fd)
 
+    @contextmanager
+    def _losing(self, key: PathKey) -> Iterator[None]:
+        """Hold on to an inode whose name is about to go; if it does not go after all, all is as it was."""
+        many = self._nameless.are_many()
+        name = self._nameless.hide(key) if many else None
+        attr = self.plain_stat(key) if many and key.mark & 15 == DIRECTORY else None
+        if name is not None:
+            try:
+                yield
+            except OSError:
+                self._nameless.remove(name)
+                raise
+            self._nameless.has_only(key, name)
+        elif attr is not None:
+            yield
+            self._close_directory(key)
+            key.parent = None
+            self._nameless.leaves(key, attr)
+        else:
+            fresh = key.fd < 0
+            self._pin(key)
+            try:
+                yield
+            except OSError:
+                self._unpin(key, fresh)
+                raise
+            key.parent = None
+
     def _pin(self, key: PathKey) -> None:
-        """Hold on to an inode whose name is about to go."""
         key.fd = self._reach(key)
         if key.mark & 15 == DIRECTORY and key in self._open:
             self._open.remove(key)
-        self._pinned.add(key)
+        self._nameless.pinned.add(key)
+
+    def _unpin(self, key: PathKey, fresh: bool) -> None:
+        self._nameless.pinned.discard(key)
+        if fresh:
+            os.close(key.fd)
+            key.fd = -1
+        else:
+            self._open.append(key)
+
+    def _close_directory(self, key: PathKey) -> None:
+        if key.fd >= 0:
+            self._open.remove(key)
+            os.close(key.fd)
+            key.fd = -1
+
+    def hide_in(self, place: PathKey) -> None:
+        """Let the inodes that have lost their names have others in a directory, where nobody sees them, when
+        they are too many to have a descriptor each."""
+        self._nameless.place = place
 
     # --- reading
 
@@ -210,6 +241,8 @@ class DirectoryLayer:
             attr = covered(fd, name)
             return CoveredKey(directory, name, attr), attr
         key = PathKey(directory, name, self._mark(attr))
+        if self._nameless.hidden:
+            attr = self._nameless.seen(key.mark, attr)
         return key, attr if self._notes is None else self._notes.shown(key, attr)
 
     def stat(self, key: PathKey) -> Attr:
@@ -223,11 +256,15 @@ class DirectoryLayer:
         if isinstance(key, CoveredKey):
             return key.attr
         above = key.parent
+        if above is None:
+            left = self._nameless.attributes(key)
+            if left is not None:
+                return left
         fd = above.fd if above is not None and above.fd >= 0 else self._above(key)
         attr: Attr = self._stat(fd, key.name)
         if self._mark(attr) != key.mark:
             raise stale(key.name)
-        return attr
+        return self._nameless.seen(key.mark, attr) if self._nameless.hidden else attr
 
     def readdir(self, directory: PathKey) -> list[DirEntry]:
         if isinstance(directory, CoveredKey):
@@ -310,21 +347,24 @@ class DirectoryLayer:
         return self._uuid
 
     def forget(self, key: PathKey) -> None:
+        if key.parent is None or key.parent is self._nameless.place:
+            self._nameless.forget(key)
         if key.fd >= 0 and key is not self.root:
             if key.parent is not None:
                 self._open.remove(key)
-            self._pinned.discard(key)
             os.close(key.fd)
             key.fd = -1
 
     def close(self) -> None:
-        for key in (*self._open, *self._pinned):
+        if self.root.fd >= 0:
+            self._nameless.close()
+        for key in self._open:
             if key.fd >= 0:
                 os.close(key.fd)
                 key.fd = -1
         self._open.clear()
-        self._pinned.clear()
         if self.root.fd >= 0:
+            DirectoryLayer._alive -= 1
             for fd in {self.root.fd, self._given}:
                 os.close(fd)
             self.root.fd = -1
@@ -430,26 +470,9 @@ class DirectoryLayer:
     def _remove(
         self, directory: PathKey, name: bytes, key: PathKey | None, call: Callable[[int, bytes], None]
     ) -> None:
-        named = key is not None and key.parent is directory and key.name == name
-        fresh = named and key is not None and key.fd < 0
-        if named and key is not None:
-            self._pin(key)
-        try:
+        named = key is not None and _stands_at(key, (directory, name))
+        with self._losing(key) if named and key is not None else nullcontext():
             self._insist(lambda: call(self._place(directory, name), name), directory)
-        except OSError:
-            if named and key is not None:
-                self._unpin(key, fresh)
-            raise
-        if named and key is not None:
-            key.parent = None
-
-    def _unpin(self, key: PathKey, fresh: bool) -> None:
-        self._pinned.discard(key)
-        if fresh:
-            os.close(key.fd)
-            key.fd = -1
-        else:
-            self._open.append(key)
 
     def rename(
         self,
@@ -463,21 +486,12 @@ class DirectoryLayer:
         check_name(target[1])
         exchange = flags & files.RENAME_EXCHANGE
         pin = replaced if not exchange and replaced is not None and _stands_at(replaced, target) else None
-        fresh = pin is not None and pin.fd < 0
-        if pin is not None:
-            self._pin(pin)
-        source_fd, target_fd = self._two_dir_fds(source[0], target[0])
-        try:
+        with self._losing(pin) if pin is not None else nullcontext():
+            source_fd, target_fd = self._two_dir_fds(source[0], target[0])
             self._insist(
                 lambda: files.rename(source_fd, source[1], target_fd, target[1], flags),
                 *(key for key in (source[0], target[0], moved, replaced) if key is not None),
             )
-        except OSError:
-            if pin is not None:
-                self._unpin(pin, fresh)
-            raise
-        if pin is not None:
-            pin.parent = None
         moved_here = moved is not None and _stands_at(moved, source)
         if exchange and replaced is not None and _stands_at(replaced, target):
             replaced.parent, replaced.name = source

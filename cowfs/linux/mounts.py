@@ -30,11 +30,14 @@ _MS_RDONLY, _MS_REMOUNT, _MS_NOATIME = 1, 0x20, 0x400
 
 # The same on all architectures but alpha: include/uapi/asm-generic/unistd.h
 _SYS_OPEN_TREE, _SYS_FSOPEN, _SYS_FSCONFIG, _SYS_FSMOUNT, _SYS_MOUNT_SETATTR = 428, 430, 431, 432, 442
+_SYS_FSPICK = 433
 
 # include/uapi/linux/mount.h
 _FSOPEN_CLOEXEC = 1
 _FSMOUNT_CLOEXEC = 1
 _FSCONFIG_SET_FLAG, _FSCONFIG_SET_STRING, _FSCONFIG_CMD_CREATE = 0, 1, 6
+_FSCONFIG_CMD_RECONFIGURE = 7
+_FSPICK_CLOEXEC, _FSPICK_EMPTY_PATH = 1, 8
 _OPEN_TREE_CLONE, _OPEN_TREE_CLOEXEC = 1, os.O_CLOEXEC
 _AT_EMPTY_PATH = 0x1000
 _MS_REC, _MS_PRIVATE = 1 << 14, 1 << 18
@@ -178,6 +181,25 @@ def leave(mountpoint: str) -> None:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code), mountpoint)
     umount2(mountpoint, MNT_DETACH)
+
+
+def drop_unused(path: str, dev: str) -> None:
+    """Let the kernel drop the names and inodes of the filesystem mounted at *path* that nobody uses.
+
+    Writes back first, and blocks. ENXIO if what is mounted there is not *dev*, EPERM without CAP_SYS_ADMIN.
+    """
+    place = os.open(path, os.O_PATH | os.O_DIRECTORY)
+    try:
+        number = os.fstat(place).st_dev
+        if f"{os.major(number)}:{os.minor(number)}" != dev:
+            raise OSError(errno.ENXIO, os.strerror(errno.ENXIO), path)
+        context = _syscall(_SYS_FSPICK, place, b"", _FSPICK_CLOEXEC | _FSPICK_EMPTY_PATH)
+    finally:
+        os.close(place)
+    try:
+        _syscall(_SYS_FSCONFIG, context, _FSCONFIG_CMD_RECONFIGURE, None, None, 0)
+    finally:
+        os.close(context)
 
 
 def remount(path: str | bytes, *, readonly: bool) -> None:

@@ -7,7 +7,8 @@ import stat
 from dataclasses import dataclass
 
 from cowfs.overlay.copyup import copy_up, copy_up_meta
-from cowfs.overlay.file import Writer, drop_set_id
+from cowfs.overlay.file import drop_set_id
+from cowfs.overlay.handle import Writer
 from cowfs.overlay.node import Node
 from cowfs.overlay.state import State, error
 from cowfs.types import Attr, FsStats

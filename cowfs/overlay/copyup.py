@@ -16,6 +16,7 @@ from typing import NamedTuple
 from cowfs.layers.base import Key, LowerLayer
 from cowfs.linux import files
 from cowfs.overlay import origin
+from cowfs.overlay.handle import Reader
 from cowfs.overlay.node import Node
 from cowfs.overlay.state import State, count_in, error
 from cowfs.types import Attr
@@ -405,8 +406,11 @@ def _adopt(fs: State, node: Node, key: Key) -> None:
 
 def _switch_handles(fs: State, node: Node) -> None:
     """Let the files that are open for reading see from now on what is written to the upper."""
-    if node.metacopy:
-        return  # its data is where it was
-    for handle in node.handles or ():
-        if not handle.writable:
-            handle.replace(fs.upper.open(node.upper, os.O_RDONLY))
+    handles = node.handles
+    if handles is None or node.metacopy:  # its data is where it was
+        return
+    reading = [handle for handle in handles if not handle.writable]
+    if reading:
+        reader = handles.reader = Reader(fs.upper.open(node.upper, os.O_RDONLY))
+        for handle in reading:
+            handle.replace(reader)

@@ -6,58 +6,19 @@ import errno
 import os
 import stat
 import time
-from collections.abc import Callable
-from enum import Enum
 
 from cowfs.layers.base import File
 from cowfs.overlay.copyup import copy_up
+from cowfs.overlay.handle import Handle, Handles, Reader, Writer
 from cowfs.overlay.node import Node
 from cowfs.overlay.state import State, error
 from cowfs.types import Attr
 
-_PASSED_ON = os.O_ACCMODE | os.O_SYNC | os.O_DSYNC
+_SYNCHRONOUS = os.O_SYNC | os.O_DSYNC
+_PASSED_ON = os.O_ACCMODE | _SYNCHRONOUS
 _SEEK_SECONDS = 0.05
 """How long is searched for data or a hole: others wait."""
 SET_ID = stat.S_ISUID | stat.S_ISGID
-
-
-class Writer(Enum):
-    """Who writes to a file, as far as set-ID bits are concerned (write(2))."""
-
-    PRIVILEGED = 1
-    """Has CAP_FSETID: the bits stay."""
-    MEMBER = 2
-    """Of the file's group: set-group-ID stays if the group may not execute the file."""
-    STRANGER = 3
-
-
-class Handle:
-    """An open file of the merged tree."""
-
-    __slots__ = ("_retired", "file", "node", "on_replace", "opener", "writable")
-
-    def __init__(self, node: Node, file: File, *, writable: bool, opener: Writer = Writer.PRIVILEGED) -> None:
-        self.node = node
-        self.file = file
-        self.writable = writable
-        self.opener = opener
-        """Who is taken to write if nothing is known of that."""
-        self.on_replace: Callable[[File], None] | None = None
-        """Told of the file that takes the place of the one before."""
-        self._retired: list[File] = []
-
-    def replace(self, file: File) -> None:
-        """Go on with another file; the one before stays open for reads that are under way."""
-        self._retired.append(self.file)
-        self.file = file
-        if self.on_replace is not None:
-            self.on_replace(file)
-
-    def close(self) -> None:
-        """Close all files."""
-        self.file.close()
-        for file in self._retired:
-            file.close()
 
 
 def open_file(fs: State, node: Node, flags: int, *, opener: Writer = Writer.PRIVILEGED) -> Handle:
@@ -68,12 +29,11 @@ def open_file(fs: State, node: Node, flags: int, *, opener: Writer = Writer.PRIV
     truncates = bool(flags & os.O_TRUNC)
     if writable or truncates:
         copy_up(fs, node, 0 if truncates else None)
-    if node.upper is not None and not node.metacopy:
-        file = fs.upper.open(node.upper, flags & _PASSED_ON)
-    else:
-        layer, key = node.lowers[-1]
-        file = fs.lowers[layer].open(key, os.O_RDONLY)
+    if not writable and not truncates:
+        return _enter(Handle(node, _reader(fs, node), writable=False, opener=opener))
+    file = fs.upper.open(node.upper, flags & _PASSED_ON)
     handle = Handle(node, file, writable=writable, opener=opener)
+    handle.is_synchronous = bool(flags & _SYNCHRONOUS)
     if truncates:
         try:
             drop_set_id(fs, node, opener)
@@ -81,28 +41,43 @@ def open_file(fs: State, node: Node, flags: int, *, opener: Writer = Writer.PRIV
         except BaseException:
             file.close()
             raise
-    _enter(handle)
-    return handle
+    return _enter(handle)
+
+
+def _reader(fs: State, node: Node) -> Reader:
+    reader = node.handles.reader if node.handles is not None else None
+    if reader is not None and reader.users:
+        return reader
+    if node.upper is not None and not node.metacopy:
+        return Reader(fs.upper.open(node.upper, os.O_RDONLY))
+    layer, key = node.lowers[-1]
+    return Reader(fs.lowers[layer].open(key, os.O_RDONLY))
 
 
 def attach(fs: State, node: Node, file: File, *, opener: Writer = Writer.PRIVILEGED) -> Handle:
     """Return the handle of a file that its creation has opened."""
-    handle = Handle(node, file, writable=True, opener=opener)
-    _enter(handle)
-    return handle
+    return _enter(Handle(node, file, writable=True, opener=opener))
 
 
-def _enter(handle: Handle) -> None:
+def _enter(handle: Handle) -> Handle:
     if handle.node.handles is None:
-        handle.node.handles = []
-    handle.node.handles.append(handle)
+        handle.node.handles = Handles()
+    handle.node.handles[handle] = None
+    if handle.reader is not None:
+        handle.node.handles.reader = handle.reader
+    return handle
 
 
 def write(fs: State, handle: Handle, data: bytes, offset: int, *, writer: Writer | None = None) -> int:
     """Write all of *data*; return its length. ENOSPC at once when the store is full."""
+    will_be_written(fs, handle, writer)
+    return handle.file.pwrite(data, offset)
+
+
+def will_be_written(fs: State, handle: Handle, writer: Writer | None) -> None:
+    """Do what is to be done before a write by the file itself, in a thread say."""
     if handle.node.mode & SET_ID:
         drop_set_id(fs, handle.node, writer or handle.opener)
-    return handle.file.pwrite(data, offset)
 
 
 def seek(fs: State, handle: Handle, offset: int, whence: int) -> int:
@@ -155,7 +130,7 @@ def release(fs: State, handle: Handle) -> None:
     handle.close()
     node = handle.node
     if node.handles is not None:
-        node.handles.remove(handle)
+        del node.handles[handle]
         if not node.handles:
             node.handles = None
             fs.release(node)

@@ -46,6 +46,7 @@ class Overlay(State):
     open = _file.open_file
     attach = _file.attach
     write = _file.write
+    will_be_written = _file.will_be_written
     seek = _file.seek
     release_handle = _file.release
     copy_up = _copyup.copy_up

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import threading
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ import trio.testing
 from pyfuse3 import FUSEError
 
 from cowfs.fuse.adapter import Adapter
+from cowfs.layers.kernel_file import KernelFile
 from tests.fuse.conftest import BIG
 from tests.fuse.kernel import CTX, ROOT, Kernel, Slow, changes
 from tests.support.direct import Direct
@@ -78,6 +80,33 @@ async def test_a_reader_from_before_sees_what_is_written(
     slow.let_go(b"big")
     await write(adapter, big)
     assert await adapter.read(info.fh, 0, 6) == b"HEAD45"
+    await adapter.release(info.fh)
+
+
+@pytest.mark.parametrize("flag", [os.O_SYNC, os.O_DSYNC])
+async def test_others_go_on_while_a_write_waits_for_the_disk(
+    adapter: Adapter, kernel: Kernel, monkeypatch: pytest.MonkeyPatch, flag: int
+) -> None:
+    file = await kernel.find("file")
+    write_at_once, disk = KernelFile.pwrite, threading.Event()
+
+    def pwrite(self: KernelFile, data: bytes, offset: int) -> int:
+        assert disk.wait(10)
+        return write_at_once(self, data, offset)
+
+    monkeypatch.setattr(KernelFile, "pwrite", pwrite)
+    written: list[int] = []
+    info = await adapter.open(file, os.O_RDWR | flag, CTX)
+
+    async def writer() -> None:
+        written.append(await adapter.write(info.fh, 0, b"HEAD"))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(writer)
+        await trio.testing.wait_all_tasks_blocked()
+        assert await read(adapter, file) == b"file\n" and written == []
+        disk.set()
+    assert written == [4] and await read(adapter, file) == b"HEAD\n"
     await adapter.release(info.fh)
 
 

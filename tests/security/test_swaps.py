@@ -21,7 +21,8 @@ from typing import Any
 
 import pytest
 
-from cowfs.layers.directory import DirectoryLayer, PathKey, open_directory
+from cowfs.layers.directory import DirectoryLayer, open_directory
+from cowfs.layers.keys import PathKey
 from cowfs.linux.files import RENAME_NOREPLACE
 from tests.support.mounts import mounted
 from tests.support.system import NOBODY, as_nobody_prefix, needs_fuse, needs_root, run

@@ -1,0 +1,102 @@
+"""How many inodes the kernel may know of: each costs us a node, and it forgets them for its own needs only.
+
+When there are more than fit into our part of the memory, the kernel is asked to let go of those that it has
+known longest and nobody uses. It keeps what is open, mapped, watched, somebody's directory, or mounted on,
+and the directories above that.
+
+Linux from 6.18 on takes a list of inodes (FUSE_NOTIFY_PRUNE in linux/fuse.h). Before, root can have all that
+is not used dropped, by reconfiguring the superblock with nothing changed (shrink_dcache_sb() in
+reconfigure_super(), fs/super.c). Without either there is no bound but the kernel's own need for memory. An
+invalidation of entries is no way: it takes mounts away, and the names from what is in use (d_invalidate()).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+import sys
+from array import array
+from collections.abc import Callable
+from functools import partial
+
+import trio
+
+from cowfs.fuse.turns import in_thread
+from cowfs.linux import limits
+from cowfs.overlay.node import NodeTable
+
+A_NODE = 1 << 10
+"""Bytes of our memory for each inode that the kernel knows, about (tests/mount/test_many_inodes.py)."""
+_FEWEST = 1 << 13
+_PRUNE = 9  # enum fuse_notify_code
+_NOTIFY = struct.Struct("=IiQII8x")  # struct fuse_out_header, struct fuse_notify_prune_out
+_AT_ONCE = 512
+_PAUSE = 0.1
+"""Seconds in which the kernel says some of what it has forgotten."""
+
+
+def most_inodes() -> int:
+    """Return how many nodes fit into a sixteenth of this process's memory."""
+    return max(limits.memory() // 16 // A_NODE, _FEWEST)
+
+
+def prune(fd: int, inodes: array[int]) -> None:
+    """Ask the kernel, by the connection *fd*, to forget inodes that are not in use. May block.
+
+    EINVAL: it knows no such request.
+    """
+    size = _NOTIFY.size + len(inodes) * inodes.itemsize
+    os.write(fd, _NOTIFY.pack(size, _PRUNE, 0, len(inodes), 0) + inodes.tobytes())
+
+
+class KnownInodes:
+    """Keeps the number of nodes at *most*, and below for some time after it was reached."""
+
+    def __init__(self, nodes: NodeTable, most: int) -> None:
+        self._nodes = nodes
+        self._most = nodes.many = most
+        self._many = trio.Event()
+        nodes.too_many = self._many.set
+
+    async def keep_few(self, fd: int, drop_all: Callable[[], None]) -> None:
+        """Do so until cancelled. *fd* is the connection; *drop_all* lets the kernel drop all that is not
+        used, and raises OSError where it cannot."""
+        nodes, aim = self._nodes, self._most - self._most // 4
+        while True:
+            await self._many.wait()
+            nodes.many = sys.maxsize  # no need to be told
+            try:
+                await self._prune(fd, aim)
+            except OSError as failure:
+                if failure.errno != errno.EINVAL:
+                    raise
+                await in_thread(drop_all)
+            await self._settle(aim)
+            # What is left is in use, or somebody is as fast as we are.
+            self._many = trio.Event()
+            nodes.too_many = self._many.set
+            nodes.many = max(self._most, len(nodes) + self._most // 8)
+
+    async def _prune(self, fd: int, aim: int) -> None:
+        """Go through the nodes once, by quarters from the oldest on: in each what was known last comes first,
+        since a directory cannot go before what is in it."""
+        nodes = self._nodes
+        quarter = len(nodes) // 4 + 1
+        for _ in range(4):
+            oldest = nodes.oldest(quarter)
+            oldest.reverse()
+            for start in range(0, quarter, _AT_ONCE):
+                inodes = oldest[start : start + _AT_ONCE]
+                for ino in inodes:
+                    nodes.renew(ino)
+                await in_thread(partial(prune, fd, inodes))
+                if len(nodes) <= aim:
+                    return
+
+    async def _settle(self, aim: int) -> None:
+        """Wait for what the kernel says that it has forgotten, which comes as requests do."""
+        before = len(self._nodes) + 1
+        while aim < len(self._nodes) < before:
+            before = len(self._nodes)
+            await trio.sleep(_PAUSE)

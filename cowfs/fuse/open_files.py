@@ -1,0 +1,101 @@
+"""The open files of a mount by their numbers, and whom they are counted for."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from cowfs.fuse import libfuse
+from cowfs.fuse.shares import Bounds, Share
+from cowfs.layers.base import File
+from cowfs.overlay.handle import Handle
+
+
+class _Users:
+    """Who has a descriptor open: all who read a file share one."""
+
+    __slots__ = ("by_uid", "payer")
+
+    def __init__(self, payer: int) -> None:
+        self.payer = payer
+        self.by_uid: Counter[int] = Counter()
+
+
+class OpenFiles:
+    """Handles by number. A descriptor counts for one of those who have it open."""
+
+    def __init__(self, bounds: Bounds) -> None:
+        self.opened = Share(bounds.opened, shared=bounds.shared)
+        self._descriptors = Share(bounds.descriptors, shared=bounds.shared)
+        self._handles: dict[int, Handle] = {}
+        self._openers: dict[int, int] = {}
+        self._users: dict[int, _Users] = {}
+        """By descriptor."""
+        self._free: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self._handles)
+
+    def __getitem__(self, number: int) -> Handle:
+        return self._handles[number]
+
+    def opener(self, number: int) -> int:
+        """Return which user opened a file."""
+        return self._openers[number]
+
+    def must_have(self, uid: int) -> None:
+        """Raise EMFILE if a user may not open one more file."""
+        self.opened.must_have(uid)
+        self._descriptors.must_have(uid)
+
+    def enter(self, handle: Handle, uid: int) -> int:
+        """Return the number of a file that a user has opened."""
+        number = self._free.pop() if self._free else len(self._handles)
+        self._handles[number] = handle
+        self._openers[number] = uid
+        self.opened.take(uid)
+        self._use(number, handle.file, uid)
+
+        def replaced(before: File, file: File) -> None:
+            self._use(number, file, uid)
+            self._use_no_more(before.fileno(), uid)
+
+        handle.on_replace = replaced
+        return number
+
+    def leave(self, number: int) -> Handle:
+        """Take a number back; the handle is still open."""
+        handle = self._handles.pop(number)
+        uid = self._openers.pop(number)
+        libfuse.read_from(number, -1)
+        self._free.append(number)
+        self.opened.give_back(uid)
+        self._use_no_more(handle.file.fileno(), uid)
+        return handle
+
+    def _use(self, number: int, file: File, uid: int) -> None:
+        fd = file.fileno()
+        libfuse.read_from(number, fd)
+        if fd < 0:
+            return
+        users = self._users.get(fd)
+        if users is None:
+            users = self._users[fd] = _Users(uid)
+            self._descriptors.take(uid)
+        users.by_uid[uid] += 1
+
+    def _use_no_more(self, fd: int, uid: int) -> None:
+        if fd < 0:
+            return
+        users = self._users[fd]
+        users.by_uid[uid] -= 1
+        if users.by_uid[uid]:
+            return
+        del users.by_uid[uid]
+        if users.payer != uid:
+            return
+        self._descriptors.give_back(uid)
+        if users.by_uid:
+            users.payer = next(iter(users.by_uid))
+            self._descriptors.take(users.payer)
+        else:
+            del self._users[fd]

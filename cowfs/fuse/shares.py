@@ -1,0 +1,71 @@
+"""What all users of a mount have together, and none may take all of: open files and descriptors.
+
+Nobody but root gets more than is left: with half of it in one user's hands that user is refused the next,
+and whoever comes then finds as much as that. Two who take what they can have a third each, and leave a
+third. So there is no number to choose, one who is alone is hardly bounded, and something is left for all.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import NamedTuple
+
+from cowfs.linux import limits
+
+_A_FILE = 1 << 10
+"""Bytes that an open file takes of the daemon's memory, about."""
+_ROOTS_PART = 8
+"""One part of so many is root's alone."""
+
+
+class Bounds(NamedTuple):
+    """How much there is for the users of a mount."""
+
+    opened: int
+    """Files and directories that are open at a time: they take memory."""
+    descriptors: int
+    """Descriptors for the files among them behind which stands one of the kernel's."""
+    shared: bool
+    """Whether others than the one who mounted may come."""
+
+
+def bounds(*, shared: bool) -> Bounds:
+    """Return what this process can give: a sixteenth of its memory, and five eighths of its descriptors.
+
+    The others are for directories that layers keep open, inodes without a name, copy-ups, and ourselves.
+    """
+    own = limits.open_now()
+    return Bounds(limits.memory() // 16 // _A_FILE, limits.descriptors() * 5 // 8 - own, shared)
+
+
+class Share:
+    """So many of one thing, and who has how many of them."""
+
+    __slots__ = ("_held", "_left", "_roots", "_shared")
+
+    def __init__(self, total: int, *, shared: bool) -> None:
+        self._shared = shared
+        self._roots = total // _ROOTS_PART if shared else 0
+        self._left = total
+        self._held: dict[int, int] = {}
+
+    def must_have(self, uid: int) -> None:
+        """Raise EMFILE if a user may not have one more."""
+        left = self._left
+        if uid and self._shared:
+            left -= self._roots + self._held.get(uid, 0)
+        if left <= 0:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    def take(self, uid: int) -> None:
+        """Count one as a user's, whether or not he may have it."""
+        self._left -= 1
+        self._held[uid] = self._held.get(uid, 0) + 1
+
+    def give_back(self, uid: int) -> None:
+        """Count one less."""
+        self._left += 1
+        held = self._held.pop(uid) - 1
+        if held:
+            self._held[uid] = held

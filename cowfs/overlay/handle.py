@@ -1,0 +1,100 @@
+"""What is open of an inode."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import Enum
+from typing import TYPE_CHECKING
+
+from cowfs.layers.base import File
+
+if TYPE_CHECKING:
+    from cowfs.overlay.node import Node
+
+
+class Writer(Enum):
+    """Who writes to a file, as far as set-ID bits are concerned (write(2))."""
+
+    PRIVILEGED = 1
+    """Has CAP_FSETID: the bits stay."""
+    MEMBER = 2
+    """Of the file's group: set-group-ID stays if the group may not execute the file."""
+    STRANGER = 3
+
+
+class Reader:
+    """A file that all share who only read an inode: none of them has a place in it (pread(2))."""
+
+    __slots__ = ("file", "users")
+
+    def __init__(self, file: File) -> None:
+        self.file = file
+        self.users = 0
+
+
+class Handle:
+    """An open file of the merged tree."""
+
+    __slots__ = (
+        "_retired",
+        "file",
+        "is_synchronous",
+        "node",
+        "on_replace",
+        "opener",
+        "reader",
+        "writable",
+    )
+
+    def __init__(
+        self, node: Node, file: File | Reader, *, writable: bool, opener: Writer = Writer.PRIVILEGED
+    ) -> None:
+        self.node = node
+        self.reader = file if isinstance(file, Reader) else None
+        self.file: File = file.file if isinstance(file, Reader) else file
+        if self.reader is not None:
+            self.reader.users += 1
+        self.writable = writable
+        self.opener = opener
+        """Who is taken to write if nothing is known of that."""
+        self.is_synchronous = False
+        """Whether each write waits for the disk (O_SYNC, O_DSYNC)."""
+        self.on_replace: Callable[[File, File], None] | None = None
+        """Told of a file, and of that which takes its place."""
+        self._retired: list[tuple[File, Reader | None]] = []
+
+    def replace(self, reader: Reader) -> None:
+        """Go on with another file. A read of the one before may be under way in a thread."""
+        before, reader_before = self.file, self.reader
+        self.file, self.reader = reader.file, reader
+        reader.users += 1
+        if self.on_replace is not None:
+            self.on_replace(before, self.file)
+        if before.fileno() < 0:
+            self._retired.append((before, reader_before))
+        # A file of the kernel's is closed by whoever drops it last, so that none lies idle.
+
+    def close(self) -> None:
+        """Close all files."""
+        _close(self.file, self.reader)
+        for file, reader in self._retired:
+            _close(file, reader)
+
+
+def _close(file: File, reader: Reader | None) -> None:
+    if reader is not None:
+        reader.users -= 1
+        if reader.users:
+            return
+    file.close()
+
+
+class Handles(dict[Handle, None]):
+    """All that are open of one inode, in their order."""
+
+    __slots__ = ("reader",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reader: Reader | None = None
+        """What the next who reads shall share."""
