@@ -12,7 +12,8 @@ from typing import Any
 from cowfs.errors import StoreError
 from cowfs.layers import acl
 from cowfs.layers.base import UpperLayer
-from cowfs.layers.directory import DirectoryLayer, PathKey
+from cowfs.layers.directory import DirectoryLayer
+from cowfs.layers.keys import PathKey
 from cowfs.linux import trust
 from cowfs.store import layout, lock
 from cowfs.store.header import TRUSTED, USER, Header, check_lowers, new_header
