@@ -56,7 +56,7 @@ class Options:
         return parse_offsets(self.values.get("offset", ""))
 
 
-_OFFSET = re.compile(r"(\d+)([kmgt]?)", re.IGNORECASE)
+_OFFSET = re.compile(r"([0-9]{1,18})([kmgt]?)", re.IGNORECASE)
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 

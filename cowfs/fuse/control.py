@@ -72,7 +72,7 @@ async def _talk(stream: trio.SocketStream, commands: Mapping[str, Command]) -> N
 def _request(line: bytes) -> dict[str, Any]:
     try:
         request = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         request = None
     return request if isinstance(request, dict) else {}
 
@@ -80,9 +80,12 @@ def _request(line: bytes) -> dict[str, Any]:
 async def _obey(
     stream: trio.SocketStream, request: dict[str, Any], fds: list[int], commands: Mapping[str, Command]
 ) -> None:
-    command = commands.get(str(request.get("command")))
+    name = request.get("command")
+    command = commands.get(name) if isinstance(name, str) else None
     if command is None:
-        await _send(stream, [{"error": f"unknown command {request.get('command')!r}"}])
+        await _send(
+            stream, [{"error": f"unknown command {name!r}" if isinstance(name, str) else "no command"}]
+        )
         return
     if fds:
         request["fd"] = fds[0]

@@ -20,6 +20,7 @@ WHITEOUTS = "overlayfs"
 TRUSTED = "trusted.overlay."
 USER = "user.overlay."
 
+_DEEPEST = 16
 _FIELDS = ("version", "whiteouts", "xattrs", "uuid", "created", "created_by", "adopted", "lowers", "mark")
 
 
@@ -83,7 +84,7 @@ def from_json(data: bytes, path: str) -> Header:
         version = content["version"]
     except (ValueError, TypeError, KeyError, RecursionError):
         raise _damaged(path) from None
-    if not isinstance(content, dict) or not isinstance(version, int) or version < 1:
+    if not isinstance(content, dict) or not isinstance(version, int) or version < 1 or _is_deep(content):
         raise _damaged(path)
     if version > VERSION:
         raise StoreError(
@@ -113,6 +114,19 @@ def from_json(data: bytes, path: str) -> Header:
         )
     except (KeyError, TypeError):
         raise _damaged(path) from None
+
+
+def _is_deep(content: Any) -> bool:
+    """Whether it is nested deeper than any of ours: some depths can be read, but not written."""
+    level = [content]
+    for _ in range(_DEEPEST):
+        level = [
+            entry
+            for value in level
+            if isinstance(value, dict | list)
+            for entry in (value.values() if isinstance(value, dict) else value)
+        ]
+    return bool(level)
 
 
 def _mark(content: Any, path: str) -> Mark | None:

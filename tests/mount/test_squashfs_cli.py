@@ -155,6 +155,7 @@ BAD_OFFSETS: dict[str, tuple[str, str, int, list[str]]] = {
     "in an image": ("good.squashfs", "512", 32, ["at offset 512", "leave offset= out"]),
     "of a directory": ("lower", "4096", 32, ["is a directory"]),
     "no number": ("program", "0x20", 1, ["'0x20' is not an offset"]),
+    "beyond all": ("program", "9" * 5000, 1, ["is not an offset"]),
     "negative": ("program", "-1", 1, ["'-1' is not an offset"]),
     "too many": ("program", f"{WHERE}:0", 1, ["2 offsets"]),
 }

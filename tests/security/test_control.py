@@ -117,11 +117,23 @@ def test_a_mount_whose_socket_a_stranger_could_replace_fails(lower: Path, nobody
         taken.rmdir()
 
 
+_DEEP = b'{"command": ' + b"[" * 20_000 + b"]" * 20_000 + b"}\n"
+
+
 def test_requests_that_are_none_are_refused(lower: Path, nobody_path: Path) -> None:
     with mounted(lower, nobody_path / "mnt") as here:
         found = find_mount(str(here.path))
         assert found is not None
-        for garbage in (b"", b"\n", b"garbage\n", b"[1, 2]\n", b'{"command": []}\n', b"\xff\n", b"{" * 70000):
+        for garbage in (
+            b"",
+            b"\n",
+            b"garbage\n",
+            b"[1, 2]\n",
+            b'{"command": []}\n',
+            b"\xff\n",
+            b"{" * 70000,
+            _DEEP,
+        ):
             with socket.socket(socket.AF_UNIX) as client:
                 client.connect(f"/run/cowfs/{found.dev}")
                 client.sendall(garbage)
