@@ -303,7 +303,9 @@ int x3_switch(x3_image *img, int fd)
 	int error = 0;
 
 	image_lock(img);
-	if (img->ndirty || img->committing || img->nlogged || img->jhead != img->jfirst)
+	if (img->dead)
+		error = -EIO;
+	else if (img->ndirty || img->committing || img->nlogged || img->jhead != img->jfirst)
 		error = -EBUSY;
 	else if (dup3(fd, img->fd, O_CLOEXEC) < 0) /* at once, whoever may be reading */
 		error = -errno;
