@@ -15,7 +15,10 @@ BOOT_ARGS = -n auto --dist worksteal
 # For example: make release-test RELEASE_ARGS='-k trixie'
 RELEASE_ARGS =
 
-.PHONY: help setup demo test boot-test boot-test-full release-test lint perf install-boot clean
+# For example: make fuzz FUZZ_ARGS='--seconds 600 ext3 union'
+FUZZ_ARGS =
+
+.PHONY: help setup demo test boot-test boot-test-full release-test fuzz lint perf install-boot clean
 
 help: ## say what can be made (the default)
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -42,6 +45,10 @@ boot-test-full: ## and with systemd, sysvinit, initramfs-tools and dracut: an ho
 release-test: ## make demo and all checks on bare systems of Debian 12 and 13: an hour or two
 	@scripts/setup --test
 	$(AS_ROOT) $(PYTHON) -m pytest $(RELEASE_ARGS) tests/release
+
+fuzz: ## look for inputs that do harm: a minute for each target, or as FUZZ_ARGS says
+	@scripts/setup --test
+	$(AS_ROOT) $(PYTHON) -m tests.fuzz.run $(FUZZ_ARGS)
 
 lint: ## check the source: ruff, mypy, import-linter, shellcheck
 	@scripts/setup --lint

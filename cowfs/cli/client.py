@@ -87,16 +87,21 @@ def ask(
         request = json.dumps({"command": command, **arguments}).encode() + b"\n"
         with suppress(BrokenPipeError, ConnectionResetError):  # it has said why, and left
             socket.send_fds(connection, [request], [fd] if fd >= 0 else [])
-        with connection.makefile("rb") as replies, suppress(ConnectionResetError):
-            while line := replies.readline(_LONGEST_REPLY):
-                reply = _parse(line)
-                if reply.get("end"):
-                    return
-                if "error" in reply:
-                    raise _failure(reply)
-                if pid and "pid" in reply:
-                    reply["pid"] = pid
-                yield reply
+        yield from replies(connection, pid)
+
+
+def replies(connection: socket.socket, pid: int) -> Iterator[dict[str, Any]]:
+    """Yield what the daemon *pid* (0: not known) answers on a connection. Raises as :func:`ask` does."""
+    with connection.makefile("rb") as lines, suppress(ConnectionResetError):
+        while line := lines.readline(_LONGEST_REPLY):
+            reply = _parse(line)
+            if reply.get("end"):
+                return
+            if "error" in reply:
+                raise _failure(reply)
+            if pid and "pid" in reply:
+                reply["pid"] = pid
+            yield reply
     raise MountFailure("the daemon of this mount ended in the middle of its answer")
 
 

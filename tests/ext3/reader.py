@@ -86,14 +86,17 @@ class Image:
 
     def group(self, number: int) -> tuple[int, int, int]:
         """The blocks of a group's block bitmap, inode bitmap and inode table."""
+        return struct.unpack_from("<III", self.data, self.descriptor(number))  # type: ignore[return-value]
+
+    def descriptor(self, number: int) -> int:
+        """The byte where a group's descriptor is."""
         per_block = self.block_size // 32
         index = number // per_block
         at = self.first_block + 1 + index
         if self.incompat & 0x10 and index >= self.first_meta_group:  # meta_bg: where the groups begin
             first = index * per_block
             at = self.first_block + first * self.blocks_per_group + self.has_super(first)
-        at = at * self.block_size + number % per_block * 32
-        return struct.unpack_from("<III", self.data, at)  # type: ignore[return-value]
+        return at * self.block_size + number % per_block * 32
 
     def has_super(self, group: int) -> bool:
         """Has a group a copy of the superblock?"""

@@ -1,0 +1,113 @@
+/*
+ * A fuzzer of the ext3 engine: an input is a load of operations on an image, and damage to it in between.
+ *
+ *   bases.c      the sound images that everything begins with, and where what is in them
+ *   damage.c     changes of an image that no filesystem makes; forged journals and redo logs
+ *   walk.c       looks at all that is in an image
+ *   operations.c what programs do with an image
+ *   run.c        goes through an input
+ *   mutate.c     what libFuzzer calls to make an input from others
+ *   replay.c     instead of libFuzzer: runs the inputs that it is given
+ *
+ * An input is an array of records, whatever their bytes: each does something, or is left out. The first says
+ * which image it is for. So nothing has to be parsed, and every change of an input is an input.
+ */
+#pragma once
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "engine.h"
+
+struct record {
+	uint8_t op, a;
+	uint16_t b;
+	uint32_t c, d, e;
+};
+#define RECORDS_MAX 200
+
+enum op {
+	/* what programs do */
+	LIST, CREATE, CREATE_MANY, WRITE, READ, TRUNCATE, SEGMENTS, REMOVE, REMOVE_MANY, RENAME, LINK, SET_XATTR,
+	REMOVE_XATTR, GET_XATTRS, SET_ATTR, LOOK, RELEASE, SYNC_ONE, COMMIT_ALL, CHECKPOINT, TOGETHER, INJECT, CRASH,
+	CLOSE, SUSPEND, SWITCH, WALK,
+	/* what only an attacker or a failing disk does: PATCH and what follows */
+	PATCH, COPY, FILL, CUT, FORGE_LOG, LOG, FORGE_REDO, REDO,
+	OPS
+};
+
+/* What there is in an image, for the damage to be where it may do harm. images.py writes them in this order. */
+enum region {
+	SUPERBLOCK, GROUPS, BITMAPS, INODES, DIRECTORIES, INDEXES, INDIRECT, XATTRS, JOURNAL, JOURNAL_LOG, REDO_HEAD,
+	REDO_RING, CONTENTS, ANYWHERE,
+	REGIONS
+};
+
+struct piece {
+	uint32_t at, length; /* bytes */
+};
+struct base {
+	unsigned char *data;
+	uint32_t size, block_size;
+	struct {
+		uint32_t n;
+		struct piece *piece;
+	} region[REGIONS];
+};
+
+#define KNOWN_MAX 64
+#define KEPT_MAX 16
+
+/* One run. */
+struct world {
+	const struct base *base;
+	int fd;
+	unsigned char *image; /* the file, mapped */
+	uint64_t size;        /* of the file */
+	x3_image *img;        /* NULL: not open */
+	struct record first;
+	bool read_only;
+	bool damaged;  /* anything may be wrong from now on */
+	bool injected; /* a system call may have failed since the image was opened */
+	bool in_doubt; /* the same, since it was made */
+	int atoms;
+	uint32_t boot; /* which start of the machine this is: 0 or X3_OTHER_BOOT */
+	uint32_t known[KNOWN_MAX], nknown; /* inodes that were seen; the first is the root */
+	uint32_t kept[KEPT_MAX], nkept;    /* without a name */
+	uint32_t log_at, next_tid;         /* of the forged log */
+};
+
+/* --- bases.c --- */
+
+#define ROOM_TO_GROW (256u << 10)
+void bases_load(void);
+const struct base *base_of(unsigned number);
+void world_begin(struct world *w, const struct base *base);
+void world_resize(struct world *w, uint64_t size);
+
+/* --- damage.c --- */
+
+bool is_damage(uint8_t op);
+const struct record *damage(struct world *w, const struct record *r, const struct record *end);
+
+/* --- walk.c --- */
+
+struct name {
+	uint32_t ino;
+	struct x3_place place;
+	uint8_t type, length;
+	char name[256];
+};
+void finding(const char *format, ...) __attribute__((noreturn, format(printf, 1, 2)));
+int64_t check(struct world *w, int64_t result);
+bool attributes(struct world *w, uint32_t ino, struct x3_attr *attr);
+bool is_directory(struct world *w, uint32_t ino);
+uint32_t list(struct world *w, uint32_t dir, struct name *names, uint32_t most);
+bool find(struct world *w, uint32_t dir, const char *name, uint32_t length, struct name *found);
+void know(struct world *w, uint32_t ino);
+uint64_t walk(struct world *w, uint32_t most);
+
+/* --- operations.c --- */
+
+void operation(struct world *w, const struct record *r);
+void close_image(struct world *w);

@@ -1,0 +1,506 @@
+/*
+ * What programs do with an image, within what engine.h asks of who calls it.
+ */
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+#include <unistd.h>
+#include <ext2fs/ext2_fs.h>
+
+#include "fuzz.h"
+
+#define MOST 100000u /* names of a sound image: all of them */
+#define SOME 250u    /* of one that is damaged */
+#define MANY 150u    /* names that are made or removed at a time */
+#define TOGETHER_MAX 4
+
+static bool is_sound(const struct world *w)
+{
+	return !w->damaged && !w->injected;
+}
+
+static uint32_t pick(const struct world *w, uint32_t index)
+{
+	return w->known[index % w->nknown];
+}
+
+/* A name by its number: few enough that they meet again, some of them long. */
+static uint32_t name_of(char name[300], uint32_t number)
+{
+	static const uint16_t lengths[] = { 0, 0, 0, 0, 12, 40, 120, 250, 255, 256 };
+	uint32_t length = snprintf(name, 300, "%u", number % 997);
+	uint32_t want = lengths[number / 1000 % 10];
+
+	for (; length < want; length++)
+		name[length] = "n\xff.e"[length % 4];
+	return length;
+}
+
+static void fill_value(unsigned char *p, uint32_t length, uint32_t seed)
+{
+	if (seed % 5 == 0) { /* a block that looks like one of the journal's, or like nothing */
+		memset(p, 0, length);
+		if (length >= 8)
+			memcpy(p, "\xc0\x3b\x39\x98\0\0\0\1", 8);
+		return;
+	}
+	for (uint32_t i = 0; i < length; i++, seed = seed * 1664525 + 1013904223)
+		p[i] = seed >> 24;
+}
+
+
+/* --- opening and closing --- */
+
+static bool open_image(struct world *w, uint32_t flags)
+{
+	int error;
+
+	w->atoms = 0;
+	w->injected = false;
+	w->read_only = flags & X3_READ_ONLY;
+	w->nkept = 0;
+	error = x3_open(w->fd, flags, w->first.c % (1 << 20), -1, w->boot, &w->img);
+	if (error)
+		w->img = NULL;
+	if (error && !w->damaged)
+		finding("a sound image cannot be opened: %s: %s", strerror(-error), x3_message(NULL));
+	check(w, error);
+	return !error;
+}
+
+/* Now and then, if the environment's COWFS_FUZZ_FSCK says so: each so manieth sound image that was closed. */
+static void ask_e2fsck(const struct world *w)
+{
+	static unsigned every, count;
+	char command[200];
+	int status;
+
+	if (!every)
+		every = getenv("COWFS_FUZZ_FSCK") ? atoi(getenv("COWFS_FUZZ_FSCK")) : UINT32_MAX;
+	if (!every || ++count % every)
+		return;
+	snprintf(command, sizeof command, "said=$(e2fsck -fn /proc/%d/fd/%d 2>&1) || { echo \"$said\" >&2; exit 1; }", getpid(),
+		 w->fd);
+	status = system(command);
+	if (!WIFEXITED(status) || WEXITSTATUS(status))
+		finding("e2fsck is not content");
+}
+
+static void end_atom(struct world *w)
+{
+	if (w->atoms)
+		x3_end(w->img);
+	w->atoms = 0;
+}
+
+void close_image(struct world *w)
+{
+	int error;
+
+	if (!w->img)
+		return;
+	end_atom(w);
+	error = x3_close(w->img);
+	w->img = NULL;
+	check(w, error);
+	if (!error && !w->damaged && !w->read_only)
+		ask_e2fsck(w);
+}
+
+static void compare(const char *when, uint64_t before, uint64_t after)
+{
+	if (before != after)
+		finding("the tree is another one %s", when);
+}
+
+/* The death of the process: what was done is there all the same, and first for who only reads. Or of the machine. */
+static void crash(struct world *w, const struct record *r)
+{
+	bool sound, machine = r->a & 2;
+	uint64_t before = 0;
+
+	end_atom(w);
+	sound = is_sound(w) && !machine && !w->read_only;
+	if (sound)
+		before = walk(w, MOST);
+	x3_abandon(w->img);
+	w->img = NULL;
+	w->boot ^= machine ? X3_OTHER_BOOT : 0;
+	if (r->a & 4)
+		return; /* there may be damage before it is opened again */
+	if (r->a & 1 && open_image(w, X3_READ_ONLY)) {
+		uint64_t after = walk(w, sound ? MOST : SOME);
+		if (sound)
+			compare("after a crash, for who reads", before, after);
+		close_image(w);
+	}
+	if (open_image(w, 0) && sound)
+		compare("after a crash", before, walk(w, MOST));
+}
+
+/* As resize2fs does it, as far as the last group goes. */
+static void enlarge(struct world *w, uint32_t count)
+{
+	struct ext2_super_block *sb = (struct ext2_super_block *)(w->image + 1024);
+	uint32_t blocks = sb->s_blocks_count, group = (blocks - sb->s_first_data_block - 1) / sb->s_blocks_per_group;
+	uint32_t first = sb->s_first_data_block + group * sb->s_blocks_per_group, bs = w->base->block_size;
+	struct ext2_group_desc *gd = (struct ext2_group_desc *)(w->image + w->base->region[GROUPS].piece[group].at);
+	unsigned char *bitmap = w->image + (uint64_t)gd->bg_block_bitmap * bs;
+
+	count = count % (first + sb->s_blocks_per_group - blocks + 1);
+	if ((blocks + (uint64_t)count) * bs > w->base->size + ROOM_TO_GROW)
+		return;
+	world_resize(w, (blocks + (uint64_t)count) * bs);
+	for (uint32_t i = blocks - first; i < blocks - first + count; i++)
+		bitmap[i / 8] &= ~(1 << i % 8);
+	gd->bg_free_blocks_count += count;
+	sb->s_free_blocks_count += count;
+	sb->s_blocks_count += count;
+}
+
+static void suspend(struct world *w, const struct record *r)
+{
+	bool sound, done;
+	uint64_t before = 0;
+
+	end_atom(w);
+	sound = is_sound(w);
+	if (sound)
+		before = walk(w, MOST);
+	done = check(w, x3_suspend(w->img)) >= 0;
+	if (!done)
+		return;
+	if (sound && !w->read_only && r->a & 1)
+		enlarge(w, r->c);
+	if (check(w, x3_resume(w->img, r->a & 2 ? w->fd : -1)) < 0) {
+		w->injected = true; /* every call fails from now on */
+		if (sound)
+			finding("a sound image cannot be opened again: %s", x3_message(w->img));
+	} else if (sound) {
+		compare("after it was let go", before, walk(w, MOST));
+	}
+}
+
+
+/* --- names --- */
+
+static uint32_t directory(struct world *w, uint32_t index)
+{
+	for (uint32_t i = 0; i < 4; i++) {
+		uint32_t ino = pick(w, index + i);
+		bool kept = false;
+		for (uint32_t k = 0; k < w->nkept; k++)
+			kept |= w->kept[k] == ino;
+		if (!kept && is_directory(w, ino))
+			return ino;
+	}
+	return 2;
+}
+
+static void list_some(struct world *w, const struct record *r)
+{
+	static struct name names[64];
+	uint32_t dir = directory(w, r->b), n = list(w, dir, names, 64);
+	struct x3_attr attr;
+
+	for (uint32_t i = 0; i < n && i < 8; i++) {
+		const struct name *name = &names[(r->c + i) % n];
+		if (check(w, x3_child(w->img, dir, name->ino, &attr)) >= 0)
+			know(w, name->ino);
+	}
+}
+
+static void create(struct world *w, uint32_t dir, uint32_t number, const struct record *r)
+{
+	static const uint32_t types[] = { S_IFREG, S_IFREG, S_IFDIR, S_IFDIR, S_IFLNK, S_IFCHR, S_IFIFO, S_IFBLK };
+	static char target[5000];
+	struct x3_new new = { .mode = types[r->a % 8] | (r->d & 07777), .uid = r->d, .gid = r->d >> 8, .target = target };
+	struct name found;
+	char name[300];
+	uint32_t length = name_of(name, number);
+
+	if (find(w, dir, name, length, &found))
+		return;
+	if (S_ISLNK(new.mode)) {
+		new.target_len = r->d % sizeof target;
+		memset(target, 't', sizeof target);
+	} else if (S_ISCHR(new.mode) || S_ISBLK(new.mode)) {
+		new.major = r->d & 0xfff;
+		new.minor = r->d >> 12;
+	}
+	if (check(w, x3_create(w->img, dir, name, length, r->e % 8 ? 0 : r->e >> 3, &new)) >= 0)
+		know(w, new.ino);
+}
+
+static void create_many(struct world *w, const struct record *r)
+{
+	uint32_t dir = directory(w, r->b);
+	struct record each = *r;
+
+	for (uint32_t i = 0; i < r->c % MANY; i++) {
+		each.d = r->d + i;
+		create(w, dir, r->e + i, &each);
+	}
+}
+
+static void remove_name(struct world *w, uint32_t dir, const struct name *name, bool keep)
+{
+	struct x3_attr attr;
+	int64_t result;
+
+	if (!attributes(w, name->ino, &attr))
+		return;
+	keep &= w->nkept < KEPT_MAX;
+	result = check(w, (S_ISDIR(attr.mode) ? x3_rmdir : x3_unlink)(w->img, dir, name->name, name->length, name->place,
+								     name->ino, keep));
+	if (result == 1)
+		w->kept[w->nkept++] = name->ino;
+}
+
+static void remove_some(struct world *w, const struct record *r, uint32_t count)
+{
+	static struct name names[MANY];
+	uint32_t dir = directory(w, r->b), n = list(w, dir, names, MANY);
+
+	for (uint32_t i = 0; i < n && i < count; i++)
+		remove_name(w, dir, &names[(r->c + i) % n], r->a & 1);
+}
+
+static bool is_above(struct world *w, uint32_t ino, uint32_t dir)
+{
+	return is_directory(w, ino) && check(w, x3_is_above(w->img, ino, dir)) != 0;
+}
+
+static void rename_one(struct world *w, const struct record *r)
+{
+	static struct name names[64];
+	struct x3_rename how = { .source_dir = directory(w, r->b), .target_dir = directory(w, r->e), .flags = r->a & 7 };
+	uint32_t n = list(w, how.source_dir, names, 64), length;
+	const struct name *source = &names[r->c % 64 % (n ? n : 1)];
+	struct name target;
+	char name[300];
+	bool there;
+
+	length = name_of(name, r->d);
+	there = find(w, how.target_dir, name, length, &target);
+	if (!n || (there && target.ino == source->ino) || is_above(w, source->ino, how.target_dir))
+		return;
+	if (how.flags & X3_EXCHANGE && (!there || is_above(w, target.ino, how.source_dir)))
+		return;
+	if (how.flags & X3_EXCHANGE)
+		how.flags = X3_EXCHANGE;
+	how.flags &= w->nkept < KEPT_MAX ? ~0u : ~(uint32_t)X3_KEEP;
+	how.source_name = source->name;
+	how.source_len = source->length;
+	how.source_place = source->place;
+	how.target_name = name;
+	how.target_len = length;
+	how.ino = source->ino;
+	if (there) {
+		how.target_place = target.place;
+		how.replaced = target.ino;
+	}
+	if (check(w, x3_rename(w->img, &how)) == 1)
+		w->kept[w->nkept++] = target.ino;
+}
+
+static void link_one(struct world *w, const struct record *r)
+{
+	uint32_t dir = directory(w, r->c), ino = pick(w, r->b), length;
+	struct x3_place place;
+	struct name found;
+	char name[300];
+
+	length = name_of(name, r->d);
+	for (uint32_t i = 0; i < w->nkept; i++)
+		if (w->kept[i] == ino || w->kept[i] == dir)
+			return;
+	if (!find(w, dir, name, length, &found))
+		check(w, x3_link(w->img, ino, dir, name, length, 0, &place));
+}
+
+static void release(struct world *w, const struct record *r)
+{
+	uint32_t i = w->nkept ? r->b % w->nkept : 0;
+
+	if (!w->nkept)
+		return;
+	check(w, x3_release(w->img, w->kept[i]));
+	w->kept[i] = w->kept[--w->nkept];
+}
+
+
+/* --- the rest --- */
+
+/* Where in a file: near its beginning, where the next kind of indirect blocks begins, or far behind. */
+static uint64_t offset_of(const struct world *w, uint32_t number)
+{
+	uint64_t bs = w->base->block_size, per = bs / 4, near = number >> 3;
+
+	switch (number & 7) {
+	case 0: case 1: case 2:
+		return near % (20 * bs);
+	case 3:
+		return (12 + near % 8) * bs - near % 3;
+	case 4:
+		return (12 + per - 2 + near % 6) * bs;
+	case 5:
+		return (12 + per + per * per - 2 + near % 6) * bs + near % 5;
+	case 6:
+		return (uint64_t)near << (near & 15);
+	}
+	return (uint64_t)near << 32;
+}
+
+static void write_one(struct world *w, const struct record *r)
+{
+	static unsigned char data[70000];
+	uint32_t length = r->c % (r->a & 1 ? sizeof data : 3000);
+
+	fill_value(data, length, r->e);
+	check(w, x3_write(w->img, pick(w, r->b), data, length, offset_of(w, r->d)));
+}
+
+static void read_one(struct world *w, const struct record *r)
+{
+	static char data[70000];
+
+	check(w, x3_read(w->img, pick(w, r->b), data, r->c % sizeof data, offset_of(w, r->d)));
+}
+
+static void segments(struct world *w, const struct record *r)
+{
+	uint64_t from = offset_of(w, r->d), stop = 0;
+
+	for (int i = 0; i < 50 && check(w, x3_segment(w->img, pick(w, r->b), from, &stop)) >= 0; i++)
+		from = stop;
+}
+
+static const char *xattr_name(uint32_t number)
+{
+	static const char *names[] = {
+		"user.a", "user.b", "trusted.overlay.origin", "trusted.overlay.opaque", "security.capability",
+		"system.posix_acl_access", "system.posix_acl_default", "user.", "other.x",
+		"user.long name long name long name long name long name long name long name long name long name",
+	};
+	return names[number % 10];
+}
+
+static void set_xattr(struct world *w, const struct record *r)
+{
+	static const unsigned char acl[] = { 2, 0, 0, 0, 1, 0, 6, 0, 255, 255, 255, 255, 2, 0, 4, 0, 1, 0, 0, 0, 4, 0, 4, 0, 255,
+					     255, 255, 255, 16, 0, 4, 0, 255, 255, 255, 255, 32, 0, 0, 0, 255, 255, 255, 255 };
+	static unsigned char value[66000];
+	const char *name = xattr_name(r->c);
+	uint32_t length = r->d % (r->a & 4 ? sizeof value : r->a & 8 ? 1000 : 60);
+
+	fill_value(value, length, r->e);
+	if (r->a & 16) {
+		length = sizeof acl;
+		memcpy(value, acl, length);
+		value[r->e % length] ^= r->e >> 8;
+	}
+	check(w, x3_setxattr(w->img, pick(w, r->b), name, strlen(name), value, length, r->a & 3));
+}
+
+static void get_xattrs(struct world *w, const struct record *r)
+{
+	static char buffer[66000];
+	uint32_t ino = pick(w, r->b);
+	const char *name = xattr_name(r->c);
+
+	check(w, x3_listxattr(w->img, ino, buffer, r->d % sizeof buffer));
+	check(w, x3_getxattr(w->img, ino, name, strlen(name), buffer, r->e % sizeof buffer));
+}
+
+static void set_attr(struct world *w, const struct record *r)
+{
+	struct x3_attr attr = { .mode = r->c, .uid = r->d, .gid = r->e, .atime_ns = (int64_t)r->d << (r->c & 31),
+				.mtime_ns = -((int64_t)r->e << (r->c & 31)) };
+
+	check(w, x3_setattr(w->img, pick(w, r->b), r->a & 31, &attr));
+}
+
+static void look(struct world *w, const struct record *r)
+{
+	static char target[4096];
+	uint32_t ino = pick(w, r->b);
+
+	check(w, x3_readlink(w->img, ino, target, r->c % (sizeof target + 1)));
+	check(w, x3_parent(w->img, ino));
+	is_above(w, ino, pick(w, r->d));
+}
+
+static void inject(struct world *w, const struct record *r)
+{
+	static const int errors[] = { ENOSPC, EIO, EDQUOT, EIO };
+
+	w->injected = true;
+	x3_inject(w->img, 1 + r->a % 4, r->b % 30, errors[r->c % 4], r->d & 1);
+}
+
+/* What waits for a commit, so that nothing may be kept together meanwhile. */
+static void durability(struct world *w, const struct record *r)
+{
+	end_atom(w);
+	switch (r->op % OPS) {
+	case SYNC_ONE:
+		check(w, x3_fsync(w->img, pick(w, r->b), r->a & 1));
+		break;
+	case COMMIT_ALL:
+		check(w, x3_commit(w->img));
+		break;
+	case CHECKPOINT:
+		check(w, x3_checkpoint(w->img));
+		break;
+	case SWITCH:
+		check(w, x3_checkpoint(w->img));
+		check(w, x3_switch(w->img, w->fd));
+		break;
+	}
+}
+
+static void do_it(struct world *w, const struct record *r)
+{
+	const char *name = xattr_name(r->c);
+
+	switch (r->op % OPS) {
+	case LIST: return list_some(w, r);
+	case CREATE: return create(w, directory(w, r->b), r->c, r);
+	case CREATE_MANY: return create_many(w, r);
+	case WRITE: return write_one(w, r);
+	case READ: return read_one(w, r);
+	case TRUNCATE: check(w, x3_truncate(w->img, pick(w, r->b), offset_of(w, r->d))); return;
+	case SEGMENTS: return segments(w, r);
+	case REMOVE: return remove_some(w, r, 1);
+	case REMOVE_MANY: return remove_some(w, r, 1 + r->d % MANY);
+	case RENAME: return rename_one(w, r);
+	case LINK: return link_one(w, r);
+	case SET_XATTR: return set_xattr(w, r);
+	case REMOVE_XATTR: check(w, x3_removexattr(w->img, pick(w, r->b), name, strlen(name))); return;
+	case GET_XATTRS: return get_xattrs(w, r);
+	case SET_ATTR: return set_attr(w, r);
+	case LOOK: return look(w, r);
+	case RELEASE: return release(w, r);
+	case TOGETHER: x3_begin(w->img); w->atoms = 1; return;
+	case INJECT: return inject(w, r);
+	case CRASH: return crash(w, r);
+	case CLOSE: return close_image(w);
+	case SUSPEND: return suspend(w, r);
+	case WALK: walk(w, SOME); return;
+	default: return durability(w, r);
+	}
+}
+
+/* Do what a record says, with the image open; if it cannot be opened nothing happens. */
+void operation(struct world *w, const struct record *r)
+{
+	if (w->atoms && (w->atoms++ > TOGETHER_MAX || r->op % OPS == TOGETHER))
+		end_atom(w);
+	if (!w->img && !open_image(w, w->first.b & 7 ? 0 : X3_READ_ONLY))
+		return;
+	do_it(w, r);
+}

@@ -1,0 +1,34 @@
+"""The squashfs reader: everything that can be done with an image."""
+
+from __future__ import annotations
+
+import random
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tests.fuzz import bytes as plain
+from tests.fuzz import mutate as structure
+from tests.fuzz.driver import Run, Target
+from tests.fuzz.exercise import exercise
+from tests.support.squashfs import small_images
+
+
+@contextmanager
+def _run() -> Iterator[Run]:
+    yield lambda data: exercise(b"hsqs" + data[4:])
+
+
+def _seeds() -> list[bytes]:
+    with tempfile.TemporaryDirectory() as place:
+        return [path.read_bytes() for path in small_images(Path(place))]
+
+
+def _mutate(data: bytes, choose: random.Random) -> bytes:
+    if choose.randrange(8) == 0 or len(data) < 200:
+        return plain.mutate(data, choose)
+    return structure.mutate(data, choose.getrandbits(64))
+
+
+TARGET = Target(_run, _seeds, ("cowfs.formats.squashfs", "cowfs.layers.squashfs"), _mutate)
