@@ -71,6 +71,8 @@ def _check_image(path: str, read_only: bool, progress: Progress, report: Report,
     lock.refuse_mounted_image(fd, path)
     superblock = read_superblock(fd, path, smallest=0)
     copy = superblock.needs_recovery and is_copy(fd, path)
+    if not read_only:
+        place.opened(fd)
     with deferred():
         if read_only and superblock.needs_recovery:
             progress(f"{path}: was not unmounted; checked as it is when its journal has been replayed")

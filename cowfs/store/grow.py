@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any, NamedTuple, NoReturn
 
 from cowfs.errors import StoreError, UsageError
-from cowfs.store import lock, tools
+from cowfs.store import lock, place, tools
 from cowfs.store.allocate import allocate, fill_holes
 from cowfs.store.image import open_file, refuse_torn
 from cowfs.store.memory import Memory
@@ -39,6 +39,7 @@ def grow_store(path: str, size: int | None, *, progress: Progress = quiet) -> in
         lock.lock(fd, path)
         lock.refuse_mounted_image(fd, path)
         refuse_torn(fd, path, read_superblock(fd, path, smallest=0))
+        place.opened(fd)
         return _grow(fd, path, size, progress)
 
 

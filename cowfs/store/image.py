@@ -9,7 +9,7 @@ import fcntl
 import os
 import stat
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING
 
 from cowfs.errors import StoreError, SystemFailure
@@ -49,6 +49,9 @@ def open_image(path: str, want: Wanted) -> Store:
         lock.refuse_mounted_image(fd, path)
         superblock = read_superblock(fd, path)
         copy = None if want.read_only else refuse_torn(fd, path, superblock)
+        if not want.read_only:
+            place.opened(fd)
+            stack.callback(_note_closed, fd, path)
         if want.read_only and superblock.needs_recovery and is_copy(fd, path):
             want.progress(place.torn(path).message)
         if superblock.state != "clean" and not want.read_only:
@@ -76,6 +79,12 @@ def open_image(path: str, want: Wanted) -> Store:
         store.release.callback(os.close, above)
         store.place = (above, name)
         return store
+
+
+def _note_closed(fd: int, path: str) -> None:
+    with suppress(StoreError):
+        if read_superblock(fd, path).state == "clean":
+            place.closed(fd)
 
 
 def open_file(path: str, *, read_only: bool = False) -> int:

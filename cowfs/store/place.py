@@ -4,19 +4,54 @@ An image that is open says so in its superblock. A copy of it says the same, and
 moments: it was read from a file that was written to meanwhile. So does an image whose user was killed, and
 that is sound. They differ in where they are: the directory ``cowfs/`` of an image has an attribute that tells
 which file (:func:`cowfs.store.identity.identify_file`) it was in when it was last opened to be written to.
+
+A copy may be put back into that very file (``cp COPY STORE``, ``dd``, ``rsync --inplace``), which leaves the
+file's own attributes as they are. So it has one while the image in it is not in use, which tells what the
+superblock was when that was closed.
 """
 
 from __future__ import annotations
 
+import hashlib
+import os
 from contextlib import suppress
 
 from cowfs.errors import StoreError
+from cowfs.formats.ext3 import features
 from cowfs.layers.base import UpperLayer
 from cowfs.store import layout
 from cowfs.store.identity import identify_file
 
 ATTRIBUTE = b"trusted.overlay.cowfs.file"
 """Of ``cowfs/``. In an image everybody may have it."""
+
+_CLOSED = "user.cowfs.closed"
+"""Of the file that holds the image: what its superblock was when it was closed."""
+
+
+def _superblock(fd: int) -> bytes:
+    block = os.pread(fd, features.SUPERBLOCK_SIZE, features.SUPERBLOCK)
+    return hashlib.sha256(block).hexdigest().encode()
+
+
+def closed(fd: int) -> None:
+    """Note that the image in the file *fd* is not in use, and clean; where a file may have attributes."""
+    with suppress(OSError):
+        os.setxattr(fd, _CLOSED, _superblock(fd))
+
+
+def opened(fd: int) -> None:
+    """Forget what :func:`closed` has noted, before anything else is written; on disk at return. Blocks."""
+    with suppress(OSError):
+        os.removexattr(fd, _CLOSED)
+        os.fsync(fd)
+
+
+def _is_another(fd: int) -> bool:
+    """Say whether somebody has written to the file since we have closed the image in it."""
+    with suppress(OSError):
+        return os.getxattr(fd, _CLOSED) != _superblock(fd)
+    return False
 
 
 def noted(layer: UpperLayer) -> str:
@@ -45,7 +80,12 @@ def note(layer: UpperLayer, fd: int) -> None:
 
 
 def is_copy(layer: UpperLayer, fd: int) -> bool | None:
-    """Say whether the image in the file *fd* was in another one when it was written to; None: not known."""
+    """Say whether the image in the file *fd* was in another one when it was written to; None: not known.
+
+    True too for one that has taken the place of another in the same file.
+    """
+    if _is_another(fd):
+        return True
     before, here = noted(layer), identify_file(fd)
     return before != here if before and here else None
 

@@ -335,6 +335,7 @@ def died(store: Store, image: Path) -> Path:
     content = image.read_bytes()
     store.close()
     image.write_bytes(content)  # a copy would be known as one
+    os.removexattr(image, "user.cowfs.closed")  # and so would this, put back into its file
     return image
 
 

@@ -234,6 +234,99 @@ def test_a_copy_that_took_as_long_as_a_use_is_whole_or_refused(roots: Place, cut
     assert code == 32 or (first, cut) != ("before", 1 << 20)
 
 
+BACK = {
+    "cp": "cp {0} {1}",
+    "dd": "dd if={0} of={1} conv=notrunc bs=1M status=none",
+    "rsync": "rsync --inplace --ignore-times {0} {1}",
+}
+
+
+def put_back(place: Place, copy: Path, how: str) -> None:
+    """Write a copy over the original: the file stays the same one."""
+    if shutil.which(how) is None:
+        pytest.skip(f"needs {how}")
+    before = place.store.stat().st_ino
+    run(*(as_nobody_prefix() if place.nobody else []), *BACK[how].format(copy, place.store).split())
+    assert place.store.stat().st_ino == before and digest(place.store) == digest(copy)
+
+
+@pytest.mark.parametrize("how", BACK)
+def test_a_copy_of_an_image_in_use_is_known_in_the_originals_place(nobody_path: Path, how: str) -> None:
+    place = Place(nobody_path, nobody=True)
+    put_back(place, copied_in_use(place), how)
+    before = digest(place.store)
+    said = "a copy of a store that was in use, in which files may be incomplete"
+    for arguments in (("mount", place.lower, place.at, "--store", place.store), ("grow", place.store, "48")):
+        code, _, complaint = place.cowfs(*arguments)
+        assert (code, complaint.count("\n"), said in complaint) == (32, 1, True)
+    assert said in place.cowfs("info", place.store)[1]
+    assert place.cowfs("check", "-n", place.store)[0] == 4
+    assert digest(place.store) == before
+
+    assert place.cowfs("check", place.store)[0] == 1
+    for _ in range(2):
+        place.mount()
+        assert "synced" in place.names()
+        place.umount()
+
+
+def test_a_backup_in_the_originals_place_is_the_store(place: Place) -> None:
+    """One that was made while the image was not in use, older than what it replaces; then a newer one."""
+    copies = {}
+    for name in ("old", "new"):
+        place.mount()
+        run(*(as_nobody_prefix() if place.nobody else []), "touch", place.at / name)
+        place.umount()
+        copies[name] = place.path / f"{name}.bs"
+        shutil.copyfile(place.store, copies[name])
+    for copy, names in (("old", {"old"}), ("new", {"old", "new"}), ("old", {"old"})):
+        put_back(place, copies[copy], "cp")
+        place.mount()
+        assert place.names() == names
+        place.umount()
+    place.mount()
+    place.kill()
+    place.mount()
+    assert place.names() == {"old"}
+    place.umount()
+    run("e2fsck", "-fn", place.store)
+
+
+def test_an_image_that_another_program_has_changed_is_a_store_like_any(roots: Place) -> None:
+    roots.mount()
+    roots.umount()
+    at = roots.path / "by the kernel"
+    at.mkdir()
+    run("mount", "-o", "loop", roots.store, at)
+    (at / "upper/file").touch()
+    run("umount", at)
+    roots.mount()
+    assert roots.names() == {"file"}
+    roots.umount()
+
+
+@pytest.mark.parametrize("cut", [4096, 1 << 20])
+def test_a_copy_of_two_moments_in_the_originals_place_is_whole_or_refused(roots: Place, cut: int) -> None:
+    """It says that it is clean, and is checked."""
+    with mounted(roots.lower, roots.at, roots.store):
+        (roots.at / "kept").write_text("kept")
+    old = roots.store.read_bytes()
+    with mounted(roots.lower, roots.at, roots.store):
+        roots.change()
+    copy = roots.path / "copy.bs"
+    copy.write_bytes(old[:cut] + roots.store.read_bytes()[cut:])
+    put_back(roots, copy, "cp")
+    code, _, complaint = roots.cowfs("mount", roots.lower, roots.at, "--store", roots.store)
+    assert code in {0, 32}, complaint
+    if code == 0:
+        assert (roots.at / "kept").read_text() == "kept"
+        roots.umount()
+        run("e2fsck", "-fn", roots.store)
+    else:
+        assert "a copy that is not whole" in complaint
+    assert code == 32 or cut != 1 << 20
+
+
 def test_a_copy_of_an_image_that_is_not_in_use_is_a_store_like_any(roots: Place) -> None:
     with mounted(roots.lower, roots.at, roots.store):
         (roots.at / "kept").write_text("kept")
