@@ -8,7 +8,6 @@ import stat
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cowfs.linux.files import LACK_OF_ROOM
 from cowfs.linux.signals import forget_held_back, wait_asked
 from cowfs.store.sizes import format_size
 
@@ -23,12 +22,13 @@ class Unsaved(NamedTuple):
     since: float
     """Since the epoch: what was done before is on disk."""
     waits: bool
-    """Whether they are written as soon as the disk has room; else there is no more than can be read now."""
+    """Whether they are written as soon as the disk takes them; else there is no more than can be read now."""
 
     def __str__(self) -> str:
         since = time.strftime("%H:%M:%S", time.localtime(self.since))
         if self.waits:
-            return f"{self.why}: the changes since {since} are in memory alone until its disk has room"
+            until = "takes them" if self.why == os.strerror(errno.EIO) else "has room"
+            return f"{self.why}: the changes since {since} are in memory alone until its disk {until}"
         return f"{self.why}: changes since {since} are lost when it is unmounted"
 
 
@@ -93,7 +93,7 @@ def wait_for_room(store: Store, seconds: float, *, heeds_signals: bool = False) 
             return
         except OSError as error:
             waits = unsaved(store)
-            if error.errno not in LACK_OF_ROOM or not waits or not waits.waits or time.monotonic() > deadline:
+            if not waits or not waits.waits or time.monotonic() > deadline:
                 raise
             failure = error
         if not heeds_signals:

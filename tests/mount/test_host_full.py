@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -263,8 +263,24 @@ def thin(base: Path) -> Iterator[tuple[Path, Path]]:
             run("umount", at)
 
 
+def drop_pages(store: Path) -> None:
+    """Let the kernel forget what it takes for written, as it does when memory is short."""
+    fd = os.open(store, os.O_RDONLY)
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(fd)
+
+
+def refuse_early(store: Path) -> None:
+    """Let the kernel write the pages of a store back, be refused, and forget them."""
+    fd = os.open(store, os.O_RDWR)
+    with suppress(OSError):
+        os.fsync(fd)
+    os.close(fd)
+    drop_pages(store)
+
+
 def test_a_thin_volume_that_is_full_is_told_by_fsync(base: Path, thin: tuple[Path, Path]) -> None:
-    """What it lost nobody has any more: so the store stays as the last commit left it, and says so."""
+    """File data that it has taken, and refuses, is in memory until it has room; then all goes on."""
     at, pool = thin
     store = sparse_copy(base / "whole", at / "store")
     run("sync", "-f", store)
@@ -272,16 +288,61 @@ def test_a_thin_volume_that_is_full_is_told_by_fsync(base: Path, thin: tuple[Pat
         files = Files(work)
         files.make(["before"])
         other = fill(pool)
-        fd = work("os.open('data', os.O_CREAT | os.O_WRONLY)")
+        fd = work("os.open('data', os.O_CREAT | os.O_RDWR)")
+        big = work("os.open('big', os.O_RDWR)")  # is copied up
+        for number in range(16):
+            assert work(f"os.write({fd}, b'%x' % {number} * (1 << 20))") == MIB, "the volume takes it"
+        assert work(f"os.pwrite({big}, b'changed', 100_000)") == 7
+        assert work(f"os.fsync({fd})") == -errno.ENOSPC
+        assert work("os.open('later', os.O_CREAT | os.O_WRONLY)") == -errno.ENOSPC
+        assert work(f"os.write({fd}, b'more')") == -errno.ENOSPC
+        assert work(f"os.fsync({big})") == -errno.ENOSPC
+        assert info(here.path)["store"]["unsaved"]["waits"]
+        assert "UNSAVED:" in cowfs("info", here.path).stdout
+        assert "Changes are refused until it has room" in here.log.read_text()
+        assert "in memory alone until its disk has room" in cowfs("diff", here.path).stderr
+        drop_pages(store)
+        drop_pages(here.path / "data")
+        assert work(f"[os.pread({fd}, 1, n << 20) for n in range(16)] == [b'%x' % n for n in range(16)]")
+        work("os.chdir('/')")
+        refused = cowfs("umount", here.path)
+        assert refused.returncode == 32 and "not unmounted" in refused.stderr and "--force" in refused.stderr
+        drop_pages(store)
+        other.unlink()
+        assert work(f"os.fsync({fd})") is None, "there is room again"
+        assert work(f"os.pwrite({fd}, b'more', 16 << 20)") == 4
+        work("os.closerange(3, 9)")
+    whole(store)
+    with mounted(base / "lower", base / "mnt", store, quiet=False) as here:
+        files.check(here)
+        data = (here.path / "data").read_bytes()
+        assert data == b"".join(b"%x" % number * MIB for number in range(16)) + b"more"
+        lower = (base / "lower/big").read_bytes()
+        assert (here.path / "big").read_bytes() == lower[:100_000] + b"changed" + lower[100_007:]
+
+
+def test_what_a_thin_volume_refused_and_the_kernel_forgot(base: Path, thin: tuple[Path, Path]) -> None:
+    """Nobody has it any more: so the store stays as the last commit left it, and the log names the files."""
+    at, pool = thin
+    store = sparse_copy(base / "whole", at / "store")
+    run("sync", "-f", store)
+    with mounted(base / "lower", base / "mnt", store, quiet=False) as here, worker(here) as work:
+        files = Files(work)
+        files.make(["before"])
+        other = fill(pool)
+        work("os.mkdir('new')")
+        fd = work("os.open('new/data', os.O_CREAT | os.O_WRONLY)")
         for _ in range(16):
             assert work(f"os.write({fd}, b'd' * (1 << 20))") == MIB, "the volume takes it"
-        assert work(f"os.fsync({fd})") in {-errno.ENOSPC, -errno.EIO}
+        refuse_early(store)
+        assert work(f"os.fsync({fd})") == -errno.EIO
         assert work("os.open('later', os.O_CREAT | os.O_WRONLY)") == -errno.EROFS
-        assert work("os.path.getsize('data')") == 16 * MIB
+        assert work("os.path.getsize('new/data')") == 16 * MIB
         shown = info(here.path)["store"]["unsaved"]
         assert not shown["waits"]
         assert "UNSAVED:" in cowfs("info", here.path).stdout
         assert "given up" in here.log.read_text()
+        eventually(lambda: "is lost: upper/new/data" in here.log.read_text(), "the log names the file")
         assert "lost when it is unmounted" in cowfs("diff", here.path).stderr
         work("[os.closerange(3, 9), os.chdir('/')]")
         refused = cowfs("umount", here.path)

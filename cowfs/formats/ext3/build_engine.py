@@ -20,6 +20,7 @@ SOURCES = [
     "htree",
     "xattr",
     "room",
+    "unsynced",
     "super",
     "open",
     "engine",

@@ -77,11 +77,11 @@ int io_read(x3_image *img, void *buf, size_t len, uint64_t off)
 	return error || !img->patches.n ? error : patches_read(img, buf, len, off);
 }
 
-/* Write up to three pieces one behind the other. */
-int io_write(x3_image *img, const struct iovec *iov, int count, uint64_t off)
+/* Write up to three pieces one behind the other; *end* is where that has stopped, be it by an error. */
+int io_write_until(x3_image *img, const struct iovec *iov, int count, uint64_t off, uint64_t *end)
 {
 	struct iovec left[3], *next = left;
-	uint64_t at = off;
+	uint64_t at = *end = off;
 	int error = injected(img, X3_PWRITE), n = count;
 
 	if (error)
@@ -91,7 +91,8 @@ int io_write(x3_image *img, const struct iovec *iov, int count, uint64_t off)
 		ssize_t done = pwritev(img->fd, next, n, at);
 		if (done < 0 && errno != EINTR)
 			return -errno;
-		for (at += max(done, 0); n && done >= (ssize_t)next->iov_len; next++, n--)
+		*end = at += max(done, 0);
+		for (; n && done >= (ssize_t)next->iov_len; next++, n--)
 			done -= next->iov_len;
 		if (n && done > 0) {
 			next->iov_base = (char *)next->iov_base + done;
@@ -103,6 +104,13 @@ int io_write(x3_image *img, const struct iovec *iov, int count, uint64_t off)
 	return 0;
 }
 
+int io_write(x3_image *img, const struct iovec *iov, int count, uint64_t off)
+{
+	uint64_t end;
+
+	return io_write_until(img, iov, count, off, &end);
+}
+
 int io_write1(x3_image *img, const void *buf, size_t len, uint64_t off)
 {
 	struct iovec iov = { (void *)buf, len };
@@ -110,50 +118,24 @@ int io_write1(x3_image *img, const void *buf, size_t len, uint64_t off)
 	return io_write(img, &iov, 1, off);
 }
 
-/* How many barriers have failed so far. */
-uint64_t io_failures(x3_image *img)
-{
-	pthread_mutex_lock(&img->sync_lock);
-	uint64_t failures = img->failures;
-	pthread_mutex_unlock(&img->sync_lock);
-	return failures;
-}
-
-/* Write file data, of which the next barrier must know. */
-int io_write_data(x3_image *img, const struct iovec *iov, int count, uint64_t off)
-{
-	int error;
-
-	/* Before and after: whenever the barrier looks, it must not miss it. */
-	__atomic_fetch_add(&img->unsynced, 1, __ATOMIC_SEQ_CST);
-	error = io_write(img, iov, count, off);
-	__atomic_fetch_add(&img->unsynced, 1, __ATOMIC_SEQ_CST);
-	return error;
-}
-
 /* Return when everything written before is on disk. */
 int io_barrier(x3_image *img)
 {
 	int error = injected(img, X3_FDATASYNC);
 	uint64_t nr = __atomic_add_fetch(&img->barrier_nr, 1, __ATOMIC_RELAXED);
-	uint64_t unsynced = __atomic_load_n(&img->unsynced, __ATOMIC_RELAXED);
 
 	if (!error)
 		trace(img, X3_TRACE_BEGUN, nr, NULL, 0);
 	pthread_mutex_lock(&img->sync_lock);
+	unsynced_begin(img);
 	if (!error && fdatasync(img->fd))
 		error = -errno;
-	if (error) { /* the kernel tells it once, to one thread: the others must hear of it */
-		img->failures++;
-		img->failure = error;
-		img->data_lost |= __atomic_load_n(&img->unsynced, __ATOMIC_RELAXED) != 0;
-	} else if (img->data_lost) {
-		error = img->failure;
-	}
+	error = unsynced_end(img, error);
+	if (error)
+		trace(img, X3_TRACE_FAILED, nr, NULL, 0);
 	pthread_mutex_unlock(&img->sync_lock);
 	if (error)
 		return error;
-	__atomic_fetch_sub(&img->unsynced, unsynced, __ATOMIC_RELAXED);
 	trace(img, X3_TRACE_BARRIER, nr, NULL, 0);
 	__atomic_fetch_add(&img->barriers, 1, __ATOMIC_RELAXED);
 	return 0;
@@ -340,7 +322,7 @@ void *block_change(x3_image *img, struct block *b, uint32_t offset, uint32_t len
 /* A block becomes file data: the log must not know it. (Held back as it was, it does not; in tests it may.) */
 void block_forget(x3_image *img, uint32_t nr)
 {
-	struct block *b = img->debug & ~X3_OTHER_BOOT ? block_find(img, nr) : NULL;
+	struct block *b = img->debug & ~(X3_OTHER_BOOT | X3_NO_MEMORY) ? block_find(img, nr) : NULL;
 
 	if (b)
 		b->flags = (b->flags & ~(DIRTY | LOGGING | LOGGED)) | PINNED;
@@ -401,9 +383,9 @@ bool op_again(struct op *op)
 	if (op->tries && img->atoms)
 		return false; /* a commit would wait for the caller */
 	if (op->tries && op->changing && !op->error) {
-		if (img->ndirty > img->dirty_max)
+		if (img->ndirty > img->dirty_max || unsynced_is_much(img))
 			commit_until(img, img->tid);
-		else if (redo_is_lost(img))
+		else if (redo_is_lost(img) && !img->stalled)
 			commit_until(img, img->redo.lost_tid);
 		else if (img->nlogged > img->cached_max / 2)
 			checkpoint_now(img);

@@ -217,7 +217,8 @@ static int64_t read_some(x3_image *img, uint32_t ino, char *buf, uint64_t off, u
 
 	QUERY (img) {
 		plan_read(img, ino, off, end, &plan);
-		plan.done = img->draining; /* a commit waits for the readers that there are: be none */
+		/* A commit waits for the readers that there are: be none. Nor let what is not home change meanwhile. */
+		plan.done = img->draining || (img->patches.n && !img->read_only);
 		if (plan.done && (error = carry_out(img, &plan, buf, off)))
 			fail(img, -error, "file data cannot be read");
 		img->readers += !plan.done;
@@ -281,15 +282,15 @@ int64_t data_segment(x3_image *img, uint32_t ino, uint64_t from, uint64_t *stop)
 /* --- writing --- */
 
 /* Write a run of blocks that are the file's already: from byte *skip* of block *nr* on. */
-static int write_old(x3_image *img, uint32_t nr, uint32_t skip, const char *buf, uint64_t len)
+static int write_old(x3_image *img, uint32_t ino, uint32_t nr, uint32_t skip, const char *buf, uint64_t len)
 {
 	struct iovec iov = { (void *)buf, len };
 
-	return io_write_data(img, &iov, 1, ((uint64_t)nr << img->bits) + skip);
+	return unsynced_write(img, ino, &iov, 1, ((uint64_t)nr << img->bits) + skip);
 }
 
 /* The same for new blocks: what is not written in the first and the last is zero. */
-static int write_new(x3_image *img, uint32_t nr, uint32_t skip, const char *buf, uint64_t len)
+static int write_new(x3_image *img, uint32_t ino, uint32_t nr, uint32_t skip, const char *buf, uint64_t len)
 {
 	struct iovec iov[3] = {
 		{ (void *)zero, skip },
@@ -297,7 +298,7 @@ static int write_new(x3_image *img, uint32_t nr, uint32_t skip, const char *buf,
 		{ (void *)zero, -(skip + len) & (img->bs - 1) },
 	};
 
-	return io_write_data(img, iov, 3, (uint64_t)nr << img->bits);
+	return unsynced_write(img, ino, iov, 3, (uint64_t)nr << img->bits);
 }
 
 /*
@@ -315,7 +316,7 @@ static void zero_tail(x3_image *img, struct inode *in, uint64_t size, uint64_t e
 		e = data_map(img, in, size >> img->bits, 1);
 	if (!e.nr)
 		return;
-	error = write_old(img, e.nr, skip, zero, min(end - size, (uint64_t)img->bs - skip));
+	error = write_old(img, in->ino, e.nr, skip, zero, min(end - size, (uint64_t)img->bs - skip));
 	if (error)
 		fail(img, -error, "file data cannot be written: %s", strerror(-error));
 }
@@ -413,7 +414,7 @@ uint64_t data_write(x3_image *img, uint32_t ino, const char *buf, uint64_t len, 
 				break;
 		}
 		end = min(len, done + ((uint64_t)n << img->bits) - skip);
-		error = (e.nr ? write_old : write_new)(img, nr, skip, buf + done, end - done);
+		error = (e.nr ? write_old : write_new)(img, ino, nr, skip, buf + done, end - done);
 		if (error && !done)
 			fail(img, -error, "file data cannot be written: %s", strerror(-error));
 		if (error) { /* what has been written, in place perhaps, stays */

@@ -19,7 +19,7 @@ int x3_facts(x3_image *img, struct x3_facts *out)
 		out->missing = room.missing;
 		out->disk_free = room.disk_free;
 		out->stalled = img->stalled;
-		out->unsaved = img->ndirty + img->nlogging;
+		out->unsaved = img->ndirty + img->nlogging + (img->read_only ? 0 : img->patches.n);
 		out->saved_ns = img->saved_ns;
 		out->block_size = img->bs;
 		out->inode_size = img->inode_size;
@@ -45,6 +45,18 @@ int x3_facts(x3_image *img, struct x3_facts *out)
 		out->bytes_written = __atomic_load_n(&img->bytes_written, __ATOMIC_RELAXED);
 	}
 	return op_finish(&op);
+}
+
+
+uint32_t x3_lost(x3_image *img, uint32_t *inodes, uint32_t room)
+{
+	uint32_t n;
+
+	image_lock(img);
+	n = min(img->nlost, room);
+	memcpy(inodes, img->lost, n * sizeof *inodes);
+	pthread_mutex_unlock(&img->lock);
+	return n;
 }
 
 
@@ -465,28 +477,28 @@ int x3_checkpoint(x3_image *img)
 
 int x3_fsync(x3_image *img, uint32_t ino, int datasync)
 {
-	uint32_t tid = 0;
-	bool in_place = false;
-	int error = 0;
+	uint32_t tid;
+	uint64_t failures;
+	int error;
 
 	if (img->read_only)
 		return 0;
-	image_lock(img);
-	if (img->aborted) {
-		error = -EROFS;
-	} else {
+	do {
+		image_lock(img);
 		tid = (datasync ? img->lasting : img->changed)[ino % 4096];
-		in_place = !tid_after(tid, img->committed);
-		if (!in_place)
-			error = commit_until(img, tid);
-	}
-	pthread_mutex_unlock(&img->lock);
-	if (!in_place)
-		return error;
-	error = io_barrier(img);
+		if (img->aborted || img->stalled || tid_after(tid, img->committed)) {
+			error = img->aborted ? -EROFS : commit_until(img, tid);
+			pthread_mutex_unlock(&img->lock);
+			return error;
+		}
+		failures = io_failures(img);
+		pthread_mutex_unlock(&img->lock);
+		error = io_barrier(img);
+	} while (!error && failures != io_failures(img)); /* another barrier was told what was meant for us */
+	if (!error)
+		return 0;
 	pthread_mutex_lock(&img->lock);
-	if (error)
-		error = room_judge(img, error);
+	error = committing_begin(img) ? committing_end(img, error) : -EIO;
 	pthread_mutex_unlock(&img->lock);
 	return error;
 }
@@ -544,7 +556,7 @@ void x3_end(x3_image *img)
 		img->excused = false;
 		redo_flush(img);
 		pthread_cond_broadcast(&img->wake);
-		if (redo_is_lost(img))
+		if (redo_is_lost(img) && !img->stalled)
 			commit_until(img, img->redo.lost_tid);
 	}
 	pthread_mutex_unlock(&img->lock);

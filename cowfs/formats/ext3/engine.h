@@ -14,9 +14,9 @@
  * tell. EUCLEAN from a function that reads aborts nothing.
  *
  * The disk that the image is on may be full (ENOSPC, EDQUOT, EFBIG): then what needs a block there fails
- * with that. If a commit is refused, which hardly happens (see room.c), the image is stalled: what was
- * done is in memory, all that waits for it to be on disk, and all changes, fail with that errno, and the
- * commit is done again by the next call, but at most each second. Once it succeeds all goes on.
+ * with that. If a commit is refused, which hardly happens (see room.c), or fdatasync, by EIO too, the image is
+ * stalled: what was done is in memory, all that waits for it to be on disk, and all changes, fail with that
+ * errno, and it is tried again by the next call, but at most each second. Once it succeeds all goes on.
  *
  * This file is read by cffi as well (build_engine.py): plain declarations and integer #defines alone.
  */
@@ -33,6 +33,7 @@ typedef struct x3_image x3_image;
 #define X3_NO_FORGET 2   /* blocks that are in the log still become data without a checkpoint */
 #define X3_NO_BARRIER 4  /* no barrier before the commit record */
 #define X3_NO_ORPHANS 8  /* no orphan list */
+#define X3_NO_MEMORY 32  /* no rule: as if there were none for data that the disk has refused */
 #define X3_OTHER_BOOT 16 /* no rule: as if the machine had been started anew since the image was last open */
 
 /* x3_inject: kind */
@@ -47,6 +48,7 @@ typedef struct x3_image x3_image;
 #define X3_TRACE_MARK 3    /* x3_mark; offset: its argument */
 #define X3_TRACE_BEGUN 4   /* fdatasync is about to begin; offset: its number. What was written before
                               is on disk when the record X3_TRACE_BARRIER of that number is there. */
+#define X3_TRACE_FAILED 5  /* it failed: what was written since the last that did not may never get to the disk */
 
 /* x3_setattr: what to set */
 #define X3_MODE 1
@@ -87,7 +89,7 @@ struct x3_facts {
 	uint32_t aborted;            /* errno of what aborted it, or 0 */
 	uint32_t dirty;              /* metadata blocks in the running transaction */
 	uint32_t stalled;            /* errno of what the disk lacks, or 0 */
-	uint32_t unsaved;            /* metadata blocks with changes that are in memory alone */
+	uint32_t unsaved;            /* blocks of metadata, and of refused data, that are in memory alone */
 	int64_t saved_ns;            /* when all was on disk last: since the epoch */
 	uint64_t missing, disk_free; /* bytes that the file lacks of its blocks, and that its disk has free */
 	uint64_t cached, held;       /* blocks in the cache; free blocks that wait for commit or checkpoint */
@@ -163,6 +165,9 @@ int x3_close(x3_image *img);
 void x3_abandon(x3_image *img);
 
 int x3_facts(x3_image *img, struct x3_facts *out);
+
+/* The inodes whose data the disk has refused, and nobody has any more: up to *room* of them; return how many. */
+uint32_t x3_lost(x3_image *img, uint32_t *inodes, uint32_t room);
 
 /* What aborted the image, or what was wrong last, in a sentence. Valid until the next call. NULL: see x3_open. */
 const char *x3_message(x3_image *img);

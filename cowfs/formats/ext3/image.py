@@ -31,6 +31,7 @@ from cowfs.formats.ext3.directory import (
     place_of,
     type_of,
 )
+from cowfs.formats.ext3.places import places
 from cowfs.formats.ext3.records import INODE, Facts, Inode
 from cowfs.linux.files import LACK_OF_ROOM
 from cowfs.linux.signals import held_back
@@ -86,6 +87,7 @@ class Image:
         self._said = False
         self._damages: set[str] = set()
         self._stalled = 0
+        self._lost_told = False
         out = ffi.new("x3_image **")
         code = lib.x3_open(fd, lib.X3_READ_ONLY if read_only else 0, cache_bytes, trace_fd, debug, out)
         if code < 0:
@@ -146,6 +148,7 @@ class Image:
                 if code < 0:
                     self._failure(code)  # which says so; the next call that changes something fails too
             self._tell_stall()
+            self.tell_lost()
 
     # --- errors
 
@@ -162,7 +165,7 @@ class Image:
                 )
         if code == -errno.EUCLEAN:
             return self.damaged(_message(self.handle))
-        if -code in LACK_OF_ROOM:
+        if -code in LACK_OF_ROOM or code == -errno.EIO:
             self._tell_stall()
         return OSError(-code, os.strerror(-code), *names)
 
@@ -173,18 +176,34 @@ class Image:
             log.error("%s: damaged: %s. Unmount it, then: cowfs check %s", self.name, what, self.name)
         return OSError(errno.EUCLEAN, f"damaged: {what} (see `cowfs check`)", self.name)
 
+    def tell_lost(self) -> None:
+        """Log, once, which files have data that the disk has refused, and nobody has any more. Blocks."""
+        inodes = ffi.new("uint32_t[]", _MOST_TOLD)
+        count = lib.x3_lost(self.handle, inodes, _MOST_TOLD)
+        if not count or self._lost_told:
+            return
+        self._lost_told = True
+        found = sorted(places(set(inodes[0:count]), self._list, self._stop.is_set))
+        log.error(
+            "%s: what was written to these files in the last seconds is lost: %s",
+            self.name,
+            ", ".join(os.fsdecode(path) for path in found) or "files without names",
+        )
+
     def _tell_stall(self) -> None:
         """Log that changes are refused from now on because the disk is full, or not any more."""
         facts = self.facts()
         if facts.stalled and not self._stalled:
             since = time.strftime("%H:%M:%S", time.localtime(facts.saved_ns / 1e9))
             log.error(
-                "%s: nothing can be written to its disk: %s. Changes are refused until it has room; those"
+                "%s: nothing can be written to its disk: %s. Changes are refused until it %s; those"
                 " since %s are in memory alone until then",
-                *(self.name, os.strerror(facts.stalled), since),
+                *(self.name, os.strerror(facts.stalled)),
+                *("has room" if facts.stalled in LACK_OF_ROOM else "takes them", since),
             )
         elif self._stalled and not facts.stalled and not facts.aborted:
-            log.warning("%s: its disk has room again, and all is written", self.name)
+            again = "has room" if self._stalled in LACK_OF_ROOM else "takes them"
+            log.warning("%s: its disk %s again, and all is written", self.name, again)
         self._stalled = facts.stalled
 
     def _done(self, code: int, *names: object) -> int:

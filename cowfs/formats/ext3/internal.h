@@ -12,6 +12,7 @@
  *   dir.c      names in directories; htree.c: indexed ones
  *   xattr.c    extended attributes
  *   room.c     room on the disk that the image is on
+ *   unsynced.c file data that is not on disk yet, and may be refused there
  *   super.c    the superblock: features and geometry
  *   open.c     opening, closing, letting go for a while
  *   engine.c   the other entry points
@@ -89,11 +90,24 @@ struct patch {
 	uint32_t nr;
 	uint32_t source; /* the block of the image that has it; 0: only *data* */
 	bool used, escaped;
+	bool home; /* and waits for others to be */
 	char *data;
 };
 struct table { /* open addressing; of a power of two */
 	struct patch *slot;
 	uint32_t mask, n;
+};
+
+/* Checksums of file data: see unsynced.c. */
+struct sums {
+	struct table table;
+	bool broken; /* there was no memory for all of them */
+};
+#define LOST_MAX 64
+struct edge { /* a unit that was written to in part, and what it has since */
+	uint64_t unit;
+	bool known;
+	char data[4096];
 };
 
 /* One operation: lives on the stack of the entry point. */
@@ -115,13 +129,15 @@ struct x3_image {
 	bool read_only;
 	pthread_mutex_t io_lock; /* of what is below, up to the blank line */
 	uint64_t barrier_nr, barriers, bytes_written;
-	uint64_t unsynced;         /* writes of file data since the last barrier, about; atomic */
-	pthread_mutex_t sync_lock; /* of barriers, and what is below, up to the blank line */
-	uint64_t failures;         /* of barriers */
-	int failure;               /* -errno of the last one */
-	bool data_lost;            /* by one of them */
+	pthread_mutex_t sync_lock; /* of barriers: one at a time */
 	int inject_kind, inject_error, inject_sticky;
 	int64_t inject_nth;
+
+	pthread_mutex_t sums_lock; /* of what is below, up to the blank line */
+	struct sums sums, syncing; /* syncing: those that the running barrier covers, or the last, which has failed */
+	uint64_t failures;         /* of barriers; atomic */
+	int failure;               /* -errno of the last one */
+	bool unjudged;             /* that was told, and nothing done about it yet */
 
 	pthread_mutex_t lock; /* of everything below */
 	pthread_cond_t wake;  /* a commit has ended, a reader has left, a truncation is complete */
@@ -223,6 +239,12 @@ struct x3_image {
 	int stalled;                  /* errno: what is logged or dirty waits for room */
 	bool excused;                 /* that began between x3_begin and x3_end */
 	int64_t tried_ns, saved_ns;
+	bool unsure;                  /* whether the disk takes what it has let us write */
+	bool data_lost;               /* it has not, and nobody has it any more */
+	uint32_t lost[LOST_MAX], nlost; /* of which inodes */
+	struct edge edge[2];
+	int edge_turn;                /* which has been read last */
+	uint64_t patched;             /* writes to what is kept in img->patches */
 
 	/* data */
 	uint32_t readers;  /* threads that read file data without the lock */
@@ -248,9 +270,8 @@ int io_read(x3_image *img, void *buf, size_t len, uint64_t off);
 int io_read_raw(x3_image *img, void *buf, size_t len, uint64_t off);
 int io_write(x3_image *img, const struct iovec *iov, int count, uint64_t off);
 int io_write1(x3_image *img, const void *buf, size_t len, uint64_t off);
-int io_write_data(x3_image *img, const struct iovec *iov, int count, uint64_t off);
+int io_write_until(x3_image *img, const struct iovec *iov, int count, uint64_t off, uint64_t *end);
 int io_barrier(x3_image *img);
-uint64_t io_failures(x3_image *img);
 int injected(x3_image *img, int kind);
 void trace(x3_image *img, uint64_t kind, uint64_t off, const struct iovec *iov, int count);
 
@@ -297,6 +318,8 @@ int journal_start(x3_image *img);
 int journal_empty(x3_image *img);
 int journal_finish(x3_image *img);
 void journal_mark_damaged(x3_image *img);
+bool committing_begin(x3_image *img);
+int committing_end(x3_image *img, int error);
 int commit_until(x3_image *img, uint32_t tid);
 int checkpoint_now(x3_image *img);
 bool tid_after(uint32_t a, uint32_t b);
@@ -309,6 +332,17 @@ void room_facts(const x3_image *img, struct x3_facts *out);
 bool room_is_lacking(int error);
 int room_judge(x3_image *img, int error);
 bool room_refuses(x3_image *img, enum change_kind kind);
+
+/* --- unsynced.c --- */
+
+int unsynced_write(x3_image *img, uint32_t ino, const struct iovec *iov, int count, uint64_t off);
+void unsynced_begin(x3_image *img);
+int unsynced_end(x3_image *img, int error);
+uint64_t io_failures(x3_image *img);
+bool unsynced_is_much(x3_image *img);
+bool unsynced_judge(x3_image *img);
+int unsynced_home(x3_image *img);
+void unsynced_free(x3_image *img);
 
 /* --- super.c --- */
 
@@ -329,13 +363,14 @@ int patches_read(x3_image *img, char *buf, size_t len, uint64_t off);
 char *patch_data(x3_image *img, uint32_t nr, int *error);
 bool journal_is_in_use(const x3_image *img);
 int replay_find(x3_image *img);
-int replay_home(x3_image *img);
+int patches_home(x3_image *img, uint32_t most);
 
 /* --- redo.c --- */
 
 void redo_layout(x3_image *img);
 int redo_start(x3_image *img);
 void redo_drop(x3_image *img);
+void redo_spoil(x3_image *img);
 int redo_note(x3_image *img, bool may_fail);
 void redo_flush(x3_image *img);
 bool redo_is_lost(x3_image *img);

@@ -474,7 +474,7 @@ static int commit(x3_image *img)
 }
 
 /* Become the one who commits or checkpoints; false if the image is aborted. */
-static bool committing_begin(x3_image *img)
+bool committing_begin(x3_image *img)
 {
 	while (img->committing && !img->aborted)
 		pthread_cond_wait(&img->wake, &img->lock);
@@ -484,10 +484,10 @@ static bool committing_begin(x3_image *img)
 	return true;
 }
 
-static int committing_end(x3_image *img, int error)
+int committing_end(x3_image *img, int error)
 {
-	img->committing = false;
 	error = room_judge(img, error);
+	img->committing = false;
 	pthread_cond_broadcast(&img->wake);
 	return error;
 }
@@ -504,7 +504,10 @@ int commit_until(x3_image *img, uint32_t tid)
 			return 0; /* there is no such transaction yet */
 		if (!committing_begin(img))
 			return -EIO;
-		if (!img->ndirty && !img->nlogging)
+		error = unsynced_home(img);
+		if (error)
+			;
+		else if (!img->ndirty && !img->nlogging)
 			error = img->stalled ? checkpoint(img) : 0;
 		else if (tid_after(tid, img->committed) || img->stalled)
 			error = commit(img);

@@ -107,7 +107,7 @@ static int recover_in_memory(x3_image *img)
 /* Write it home. */
 static int recover(x3_image *img)
 {
-	int error = replay_home(img);
+	int error = patches_home(img, UINT32_MAX);
 
 	error = error ? error : journal_empty(img);
 	error = error ? error : redo_commit(img);
@@ -150,6 +150,7 @@ static void release(x3_image *img)
 {
 	unload(img);
 	table_free(&img->patches);
+	unsynced_free(img);
 	redo_forget(img);
 	free(img->redo.buf);
 	free(img->dirty);
@@ -164,6 +165,7 @@ static void release(x3_image *img)
 		close(img->trace_fd);
 	pthread_mutex_destroy(&img->io_lock);
 	pthread_mutex_destroy(&img->sync_lock);
+	pthread_mutex_destroy(&img->sums_lock);
 	pthread_mutex_destroy(&img->lock);
 	pthread_cond_destroy(&img->wake);
 	free(img);
@@ -186,6 +188,7 @@ int x3_open(int fd, uint32_t flags, uint64_t cache_bytes, int trace_fd, uint32_t
 	img->trace_fd = trace_fd < 0 ? -1 : fcntl(trace_fd, F_DUPFD_CLOEXEC, 3);
 	pthread_mutex_init(&img->io_lock, NULL);
 	pthread_mutex_init(&img->sync_lock, NULL);
+	pthread_mutex_init(&img->sums_lock, NULL);
 	pthread_mutex_init(&img->lock, NULL);
 	pthread_condattr_init(&attr);
 	pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);

@@ -182,6 +182,21 @@ void redo_drop(x3_image *img)
 	img->redo.on = false;
 }
 
+/*
+ * What the records build upon may be lost, if we die before it has been brought home: let none that there are count.
+ * What is done from now on is acknowledged when it is in the journal, until that is with all before it.
+ */
+void redo_spoil(x3_image *img)
+{
+	struct start none[2] = { { 0 } };
+
+	if (!img->redo.on)
+		return;
+	journal_io(img, img->jend, sizeof(struct redo_header), (char *)none, sizeof none, true);
+	img->redo.lost = true;
+	img->redo.lost_tid = img->tid;
+}
+
 static bool redo_room(x3_image *img, size_t more)
 {
 	char *buf = try_grow(img->redo.buf, &img->redo.cap, img->redo.used + more, 1);

@@ -300,33 +300,57 @@ int replay_find(x3_image *img)
 
 static int by_number(const void *a, const void *b)
 {
-	uint32_t x = ((const struct patch *)a)->nr, y = ((const struct patch *)b)->nr;
+	uint32_t x = (*(struct patch *const *)a)->nr, y = (*(struct patch *const *)b)->nr;
 
 	return (x > y) - (x < y);
 }
 
-/* Write home what was found, and empty the log. Whenever this is cut short, it can be done again. */
-int replay_home(x3_image *img)
+/* Write some of them home, and mark them if all of that is on disk. *block*: room for one. */
+static int some_home(x3_image *img, struct patch *const *some, uint32_t n, char *block)
 {
-	struct patch *all = malloc((img->patches.n + 1) * sizeof *all);
+	uint64_t patched = __atomic_load_n(&img->patched, __ATOMIC_SEQ_CST);
+	int error = 0;
+
+	for (uint32_t i = 0; i < n && !error; i++) {
+		error = patch_read(img, some[i], block, 0, img->bs);
+		if (!error)
+			error = io_write1(img, block, img->bs, (uint64_t)some[i]->nr << img->bits);
+	}
+	error = error ? error : io_barrier(img);
+	pthread_mutex_lock(&img->lock);
+	for (uint32_t i = 0; i < n && !error && patched == img->patched; i++)
+		some[i]->home = true;
+	pthread_mutex_unlock(&img->lock);
+	return error;
+}
+
+/*
+ * Write home what is in img->patches, and forget it; *most* blocks, then a barrier. Whenever this is cut short, it can
+ * be done again. Without the lock; nothing may be added meanwhile.
+ */
+int patches_home(x3_image *img, uint32_t most)
+{
+	struct patch **all = malloc((img->patches.n + 1) * sizeof *all);
 	char *block = malloc(img->bs);
 	uint32_t n = 0;
 	int error = all && block ? 0 : -ENOMEM;
 
 	for (uint32_t i = 0; !error && img->patches.n && i <= img->patches.mask; i++)
-		if (img->patches.slot[i].used)
-			all[n++] = img->patches.slot[i];
+		if (img->patches.slot[i].used && !img->patches.slot[i].home)
+			all[n++] = &img->patches.slot[i];
 	if (!error)
 		qsort(all, n, sizeof *all, by_number);
-	for (uint32_t i = 0; i < n && !error; i++) {
-		error = patch_read(img, &all[i], block, 0, img->bs);
+	for (uint32_t i = 0; i < n && !error; i += min(most, n - i))
+		error = some_home(img, all + i, min(most, n - i), block);
+	if (!error) {
+		pthread_mutex_lock(&img->lock);
+		for (uint32_t i = 0; i < n; i++)
+			error = all[i]->home ? error : -EAGAIN; /* somebody wrote to it meanwhile */
 		if (!error)
-			error = io_write1(img, block, img->bs, (uint64_t)all[i].nr << img->bits);
+			table_free(&img->patches); /* what is in the cache has come from there */
+		pthread_mutex_unlock(&img->lock);
 	}
 	free(all);
 	free(block);
-	error = error ? error : io_barrier(img);
-	if (!error)
-		table_free(&img->patches); /* what is in the cache has come from there */
 	return error;
 }

@@ -10,7 +10,12 @@
  * nothing is lost by that the image is stalled: all is kept in memory, changes are refused, and the
  * same commit or checkpoint is done again, until it succeeds. After fdatasync has failed the kernel
  * forgets which pages of the file were not written. What the journal takes is still in memory then;
- * file data is not: if there was some, the image is aborted, and what is on disk is the last commit.
+ * file data is read back (unsynced.c). If some is not there any more, the image is aborted, and what is
+ * on disk is the last commit.
+ *
+ * ENOSPC, EDQUOT and EFBIG are a lack of room. EIO from fdatasync may be one (a thin volume whose metadata is full, a
+ * network filesystem) or a disk that fails: as long as nothing is lost it costs nothing to try again. EIO from
+ * anything else, and all other errors, are a disk that fails.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -83,6 +88,8 @@ int room_start(x3_image *img)
 	int error = 0;
 
 	img->no_fallocate = false;
+	img->edge[0].known = img->edge[1].known = false;
+	img->unsure = fstatfs(img->fd, &disk) < 0 || disk.f_type != TMPFS || disk.f_blocks != 0;
 	for (size_t i = 0; i < img->cached; i++)
 		img->all[i]->flags &= ~HAS_ROOM;
 	img->in_memory = fstat(img->fd, &st) < 0 || !S_ISREG(st.st_mode) ||
@@ -136,14 +143,23 @@ bool room_is_lacking(int error)
 	return error == -ENOSPC || error == -EDQUOT || error == -EFBIG;
 }
 
-/* After a commit or checkpoint: stall the image, abort it, or let it go on. Return what the waiters are told. */
+/*
+ * After a commit or checkpoint, as the one who does it: stall the image, abort it, or let it go on. Return what
+ * the waiters are told.
+ */
 int room_judge(x3_image *img, int error)
 {
+	bool late = unsynced_judge(img);
+
+	if (late && !error)
+		error = img->failure;
+	if (!error && img->data_lost)
+		error = -EIO;
 	if (!error) {
 		img->stalled = 0;
 		return 0;
 	}
-	if (room_is_lacking(error) && !img->data_lost) {
+	if ((room_is_lacking(error) || (late && error == -EIO)) && !img->data_lost) {
 		if (!img->stalled && !img->aborted)
 			snprintf(img->message, sizeof img->message, "%s", strerror(-error));
 		img->excused |= !img->stalled && img->atoms;
@@ -151,7 +167,8 @@ int room_judge(x3_image *img, int error)
 		img->tried_ns = monotonic_ns();
 		return error;
 	}
-	abort_image(img, -error, img->data_lost ? "file data did not get to the disk: %s" : "the journal cannot be written: %s",
+	abort_image(img, -error, img->data_lost ? "the disk has refused file data: %s; it is in memory no more" :
+		    "the journal cannot be written: %s",
 		    strerror(-error));
 	return -EIO;
 }

@@ -1,0 +1,400 @@
+"""Disks that take file data and refuse it later: it is kept, or known to be lost."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import random
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO
+
+import pytest
+
+from tests.ext3 import engine, images
+from tests.ext3.engine import FDATASYNC, Engine, find, make_file
+from tests.ext3.images import MODERN, OLD, SMALL, Shape
+from tests.ext3.load import Load
+from tests.ext3.model import Promises, judge
+from tests.ext3.powercut import Event, parse
+from tests.ext3.reader import Image
+from tests.ext3.test_room import FULL, fails_with, must_refuse
+
+NO_MEMORY = 32
+"""X3_NO_MEMORY of engine.h."""
+WIDE = Shape(block_size=65536, mib=144, journal=64, inodes=512)
+_WRITE, _BARRIER, _BEGUN, _FAILED = 1, 2, 4, 5
+
+shapes = pytest.mark.parametrize("shape", [MODERN, OLD, WIDE], ids=str)
+
+
+class Disk:
+    """An image's file, and what of it an fdatasync has brought to the disk."""
+
+    def __init__(self, path: Path, trace: IO[bytes]) -> None:
+        self.path = path
+        self.trace = trace
+        self._base = path.read_bytes()
+
+    def durable(self) -> bytes:
+        """What was written before an fdatasync that succeeded, and after the last that did not."""
+        self.trace.seek(0)
+        disk = bytearray(self._base)
+        written: list[tuple[int, Event]] = []
+        begun: dict[int, int] = {}  # where in the trace each fdatasync begins, by its number
+        for at, event in enumerate(parse(self.trace.read())):
+            if event.kind == _WRITE:
+                written.append((at, event))
+            elif event.kind == _BEGUN:
+                begun[event.number] = at
+            elif event.kind == _FAILED:
+                written.clear()
+            elif event.kind == _BARRIER:
+                for _, write in (covered := [each for each in written if each[0] < begun[event.number]]):
+                    disk[write.number : write.number + len(write.data)] = write.data
+                del written[: len(covered)]
+        return bytes(disk)
+
+    def drop(self) -> None:
+        """Forget all that is not on disk, as a kernel does that has told of it once."""
+        with self.path.open("r+b") as file:
+            file.write(self.durable())
+
+
+@contextmanager
+def work(path: Path, debug: int = 0) -> Iterator[tuple[Disk, Engine]]:
+    """Open an image, whose file may be told to drop what is not on disk."""
+    with (
+        tempfile.TemporaryFile() as trace,
+        engine.opened(path, trace_fd=trace.fileno(), debug=debug) as opened,
+    ):
+        yield Disk(path, trace), opened
+
+
+def fill(opened: Engine, seed: int = 1) -> dict[bytes, bytes]:
+    """Files that are written to as programs do it; what they hold."""
+    chance = random.Random(seed)
+    layer = opened.layer
+    content: dict[bytes, bytes] = {}
+
+    def write(name: bytes, *pieces: tuple[int, bytes]) -> None:
+        key = find(layer, name) if name in layer.names(layer.root) else make_file(layer, name)
+        file = layer.open(key, os.O_RDWR)
+        now = bytearray(content.get(name, b""))
+        for offset, data in pieces:
+            file.pwrite(data, offset)
+            now.extend(bytes(max(offset + len(data) - len(now), 0)))
+            now[offset : offset + len(data)] = data
+        file.close()
+        content[name] = bytes(now)
+
+    write(b"whole", (0, chance.randbytes(1 << 20)))
+    write(b"lines", *((at, b"%099d\n" % at) for at in range(0, 30_000, 100)))
+    write(b"odd", (0, chance.randbytes(300_001)), (300_001, chance.randbytes(70_007)), (5000, b"x" * 5000))
+    write(b"sparse", (1_000_003, b"far"), (500_000, chance.randbytes(9000)))
+    opened.image.commit()
+    write(b"whole", (12_288, chance.randbytes(8192)), (40_000, b"in the middle"))
+    write(b"lines", *((at, b"%099d\n" % at) for at in range(30_000, 35_000, 100)))
+    write(b"fresh", *((at, chance.randbytes(1000)) for at in range(0, 20_000, 2000)))
+    return content
+
+
+def check(opened: Engine, content: dict[bytes, bytes]) -> None:
+    for name, data in content.items():
+        file = opened.layer.open(find(opened.layer, name), os.O_RDONLY)
+        assert file.pread(len(data) + 1, 0) == data, name
+        file.close()
+
+
+def reopened(path: Path, content: dict[bytes, bytes], gone: tuple[bytes, ...] = ()) -> None:
+    """Open what a dead process has left; it is sound, and has all of *content* and nothing of *gone*."""
+    with engine.opened(path) as opened:
+        check(opened, content)
+        assert not set(gone) & set(opened.layer.names(opened.layer.root))
+    assert images.unclean(path) is None
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+@shapes
+def test_what_fdatasync_refuses_is_kept_in_memory(place: Path, shape: Shape, code: int) -> None:
+    """It can be read though the kernel has dropped it, and is on disk as soon as that takes it."""
+    path = images.make(place / "image", shape)
+    with work(path) as (disk, opened):
+        make_file(opened.layer, b"kept")
+        content = fill(opened)
+        opened.inject(FDATASYNC, 1, code, sticky=True)
+        with fails_with(code):
+            opened.layer.sync()
+        disk.drop()
+        facts = opened.image.facts()
+        assert facts.stalled == code and facts.unsaved > 5
+        check(opened, content)
+        must_refuse(opened, code)
+        disk.drop()
+        opened.inject(FDATASYNC, 3, code, sticky=True)  # a part of it gets there
+        with fails_with(code):
+            opened.layer.sync()
+        disk.drop()
+        check(opened, content)
+        opened.inject(FDATASYNC, 0, 0)
+        opened.layer.sync()
+        assert not opened.image.facts().stalled and not opened.image.facts().unsaved
+        disk.drop()
+        check(opened, content)
+        make_file(opened.layer, b"later")
+        opened.image.abandon()
+    reopened(path, content)
+
+
+def test_fsync_of_a_file_whose_metadata_is_on_disk(place: Path) -> None:
+    """It needs no commit: fdatasync alone is waited for, and it alone is told."""
+    path = images.make(place / "image")
+    with work(path) as (disk, opened):
+        content = fill(opened)
+        opened.layer.sync()
+        file = opened.layer.open(find(opened.layer, b"whole"), os.O_RDWR)
+        file.pwrite(b"anew" * 5000, 2000)
+        content[b"whole"] = content[b"whole"][:2000] + b"anew" * 5000 + content[b"whole"][22_000:]
+        opened.inject(FDATASYNC, 1, errno.ENOSPC)
+        with fails_with(errno.ENOSPC):
+            file.fsync(True)
+        disk.drop()
+        check(opened, content)
+        file.fsync(True)
+        disk.drop()
+        check(opened, content)
+        file.close()
+        assert not opened.image.facts().stalled
+        opened.image.abandon()
+    reopened(path, content)
+
+
+@pytest.mark.parametrize("then", ["nothing", "a part is written", "all is written"])
+def test_what_was_dropped_before_is_lost_and_told(
+    place: Path, caplog: pytest.LogCaptureFixture, then: str
+) -> None:
+    """The kernel wrote it back on its own, was refused, and dropped it: fdatasync tells afterwards."""
+    path = images.make(place / "image")
+    with work(path) as (disk, opened):
+        before = fill(opened)
+        opened.layer.sync()
+        layer = opened.layer
+        folder = layer.mkdir(layer.root, b"folder", 0o700, 0, 0)
+        victim, new = find(layer, b"whole"), make_file(layer, b"file", folder)
+        files = [layer.open(key, os.O_RDWR) for key in (victim, new)]
+        for file in files:
+            file.pwrite(b"lost" * 3072, 8192)
+        disk.drop()
+        if then == "a part is written":
+            for file in files:
+                file.pwrite(b"part", 8300)
+        elif then == "all is written":
+            for file in files:
+                file.pwrite(b"kept" * 3072, 8192)
+        opened.inject(FDATASYNC, 1, errno.ENOSPC)
+        if then == "all is written":
+            with fails_with(errno.ENOSPC):
+                layer.sync()
+            layer.sync()
+            assert files[0].pread(12_288, 8192) == files[1].pread(12_288, 8192) == b"kept" * 3072
+            assert not opened.image.facts().aborted
+            return
+        with caplog.at_level(logging.ERROR), fails_with(errno.EIO):
+            layer.sync()
+        opened.image.tell_lost()
+        opened.image.tell_lost()
+        must_refuse_for_good(opened)
+        assert "the disk has refused file data: No space left on device" in caplog.text
+        assert caplog.text.count("is lost: folder/file, whole\n") == 1
+        for file in files:
+            file.close()
+        opened.image.abandon()
+    if then == "a part is written":
+        del before[b"whole"]  # it has that part, for it was written in place
+    reopened(path, before, gone=(b"folder",))
+
+
+def must_refuse_for_good(opened: Engine) -> None:
+    with fails_with(errno.EROFS):
+        opened.layer.mkdir(opened.layer.root, b"new", 0o700, 0, 0)
+    with fails_with(errno.EROFS):
+        opened.layer.sync()
+    assert opened.image.facts().aborted
+
+
+def test_a_file_that_is_gone_is_not_missed(place: Path) -> None:
+    path = images.make(place / "image")
+    with work(path) as (disk, opened):
+        content = fill(opened)
+        opened.layer.sync()
+        file = opened.layer.open(make_file(opened.layer, b"temporary"), os.O_RDWR)
+        file.pwrite(b"temporary" * 3000, 0)
+        disk.drop()
+        file.close()
+        opened.layer.unlink(opened.layer.root, b"temporary", None)
+        opened.inject(FDATASYNC, 1, errno.ENOSPC)
+        with fails_with(errno.ENOSPC):
+            opened.layer.sync()
+        opened.layer.sync()
+        check(opened, content)
+    reopened(path, content)
+
+
+@pytest.mark.parametrize("dropped", [False, True])
+def test_without_memory_for_it(place: Path, dropped: bool) -> None:
+    """Then it is left to the page cache, and compared again when it is tried again."""
+    path = images.make(place / "image")
+    with work(path, debug=NO_MEMORY) as (disk, opened):
+        content = fill(opened)
+        opened.inject(FDATASYNC, 1, errno.ENOSPC, sticky=True)
+        for _ in range(3):
+            with fails_with(errno.ENOSPC):
+                opened.layer.sync()
+        check(opened, content)
+        if dropped:
+            disk.drop()
+            with fails_with(errno.EIO):
+                opened.layer.sync()
+            must_refuse_for_good(opened)
+            opened.image.abandon()
+            return
+        opened.inject(FDATASYNC, 0, 0)
+        opened.layer.sync()
+        disk.drop()
+        check(opened, content)
+        opened.image.abandon()
+    reopened(path, content)
+
+
+def test_killed_while_it_waits(place: Path) -> None:
+    """What the redo log says builds upon data that may be gone: the last commit counts, as a whole."""
+    path = images.make(place / "image")
+    with engine.opened(path) as opened:
+        content = fill(opened)
+        opened.layer.sync()
+        make_file(opened.layer, b"empty")
+        file = opened.layer.open(make_file(opened.layer, b"late"), os.O_RDWR)
+        file.pwrite(b"late" * 10_000, 0)
+        file.close()
+        opened.inject(FDATASYNC, 1, errno.ENOSPC, sticky=True)
+        with fails_with(errno.ENOSPC):
+            opened.layer.sync()
+        opened.image.abandon()
+    reopened(path, content, gone=(b"late", b"empty"))
+
+
+def test_killed_after_it_went_on(place: Path) -> None:
+    """The redo log is good for what was done since."""
+    path = images.make(place / "image")
+    with engine.opened(path) as opened:
+        content = fill(opened)
+        opened.inject(FDATASYNC, 1, errno.ENOSPC)
+        with fails_with(errno.ENOSPC):
+            opened.layer.sync()
+        opened.layer.sync()
+        content |= {b"after%d" % number: b"after" * number for number in range(20)}
+        for number in range(20):
+            file = opened.layer.open(make_file(opened.layer, b"after%d" % number), os.O_RDWR)
+            file.pwrite(b"after" * number, 0)
+            file.close()
+        opened.image.abandon()
+    reopened(path, content)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_many_write_and_sync_while_it_refuses_now_and_then(place: Path, seed: int) -> None:
+    """Whoever waits for whose fdatasync: what one of them was told is on disk without what was refused."""
+    path = images.make(place / "image")
+    with work(path) as (disk, opened):
+        over = threading.Event()
+
+        def write(number: int) -> bytes:
+            chance = random.Random(seed * 10 + number)
+            file = opened.layer.open(keys[number], os.O_RDWR)
+            content = bytearray(200_000)
+            patiently(lambda: file.pwrite(bytes(content), 0))
+            for _ in range(150):
+                at = chance.randrange(190_000)
+                data = chance.randbytes(chance.choice((10, 1000, 4096, 10_000)))
+                content[at : at + len(data)] = data
+                patiently(lambda at=at, data=data: file.pwrite(data, at))
+                if chance.random() < 0.2:
+                    patiently(lambda: file.fsync(chance.random() < 0.5))
+            file.close()
+            return bytes(content)
+
+        def refuse() -> None:
+            chance = random.Random(seed)
+            while not over.wait(0.001):
+                opened.inject(FDATASYNC, chance.randint(1, 6), errno.ENOSPC)
+
+        def patiently(call: Callable[[], object]) -> None:
+            for _ in range(10_000):
+                try:
+                    call()
+                    return
+                except OSError as error:
+                    assert error.errno == errno.ENOSPC, error
+                with suppress(OSError):
+                    opened.image.commit()
+            pytest.fail("it never goes on")
+
+        keys = [make_file(opened.layer, b"%d" % number) for number in range(4)]
+        with ThreadPoolExecutor(5) as pool:
+            refusing = pool.submit(refuse)
+            try:
+                content = list(pool.map(write, range(4)))
+            finally:
+                over.set()
+            refusing.result()
+        opened.inject(FDATASYNC, 0, 0)
+        opened.layer.sync()
+        assert not opened.image.facts().stalled and not opened.image.facts().aborted
+        disk.drop()
+        check(opened, {b"%d" % number: data for number, data in enumerate(content)})
+        opened.image.abandon()
+    reopened(path, {b"%d" % number: data for number, data in enumerate(content)})
+
+
+@pytest.mark.parametrize("shape", [MODERN, SMALL], ids=str)
+def test_dropped_after_the_nth_barrier_has_failed(place: Path, shape: Shape) -> None:
+    """A load of everything there is: whichever barrier fails, and all is dropped then, nothing is lost."""
+    base = images.make(place / "base", shape)
+    failures = 0
+    for nth in range(1, 200, 5):
+        path = place / "image"
+        shutil.copyfile(base, path)
+        with work(path) as (disk, opened):
+            load = Load(opened.layer, Image(base.read_bytes()), nth, tolerate=frozenset(FULL))
+            opened.inject(FDATASYNC, nth, errno.ENOSPC)
+            failed = 0
+            for number in range(90):
+                load.step()
+                try:
+                    if number % 6 == 5:
+                        load.commit() if number % 12 == 5 else load.sync_one()
+                except OSError as error:
+                    assert error.errno == errno.ENOSPC
+                if opened.image.facts().stalled:
+                    disk.drop()
+                    load.check()
+                    opened.layer.sync()
+                    failed += 1
+            opened.inject(FDATASYNC, 0, 0)
+            load.release()
+            load.check()
+        assert images.unclean(path) is None
+        number = load.model.operation
+        assert judge(load.model.states, Promises(number, number), Image(path.read_bytes())) is None
+        failures += failed
+        if not failed:
+            break
+    else:
+        pytest.fail("it never ended")
+    assert failures > 2
