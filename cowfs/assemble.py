@@ -16,11 +16,15 @@ from typing import Any, TypeVar
 import cowfs
 from cowfs.errors import CowfsError, LayerError, MountFailure, StoreError, SystemFailure
 from cowfs.formats.squashfs.image import open_image
+from cowfs.fuse.control import Replies
 from cowfs.layers.base import LowerLayer
 from cowfs.layers.directory import DirectoryLayer
+from cowfs.layers.shared_directory import SharedDirectoryLayer
+from cowfs.layers.slow import SlowLayer
 from cowfs.layers.squashfs import SquashfsLayer
 from cowfs.linux.files import LACK_OF_ROOM, fs_magic
 from cowfs.linux.mounts import attach_loop, detached_mount, mount_of, where_is
+from cowfs.linux.remote import may_wait
 from cowfs.overlay.copyup import copy_xattrs
 from cowfs.overlay.overlay import Overlay
 from cowfs.overlay.state import OverlayOptions
@@ -28,7 +32,7 @@ from cowfs.store import room, saving
 from cowfs.store.identity import identify_lower
 from cowfs.store.open import open_store
 from cowfs.store.store import Store
-from cowfs.types import Identity
+from cowfs.types import Change, Identity
 
 Progress = Callable[[str], None]
 R = TypeVar("R")
@@ -143,13 +147,13 @@ def open_lower(spec: str, engine: str = "auto", offset: int = 0) -> LowerLayer:
     Raises LayerError when it is neither, SystemFailure when the engine cannot be had.
     """
     if os.path.isdir(spec) and not offset:
-        try:
-            fd = os.open(spec, os.O_PATH | os.O_DIRECTORY)
-        except OSError as error:
-            raise LayerError(f"{spec}: {error.strerror}") from None
-        return DirectoryLayer(fd, os.path.abspath(spec))
+        fd, waits = _look_at(spec, os.O_DIRECTORY)
+        return _directory(fd, spec, waits=waits)
+    fd, waits = _look_at(spec)
+    os.close(fd)
     if engine != "kernel":
-        return SquashfsLayer(os.path.abspath(spec), offset=offset)
+        image = SquashfsLayer(os.path.abspath(spec), offset=offset)
+        return SlowLayer(image) if waits else image
     if os.geteuid() != 0:
         raise SystemFailure(
             f"{spec}: only root may ask the kernel to mount an image", "--engine process needs no privilege"
@@ -160,9 +164,31 @@ def open_lower(spec: str, engine: str = "auto", offset: int = 0) -> LowerLayer:
             "--engine process can; mksquashfs without -nopad pads an image",
         )
     try:
-        return _kernel_mounted(spec, offset)
+        return _kernel_mounted(spec, offset, waits=waits)
     except OSError as error:
         raise LayerError(f"{spec}: cannot be mounted: {error.strerror or error}") from None
+
+
+def _look_at(spec: str, flags: int = 0) -> tuple[int, bool]:
+    """Return a descriptor (O_PATH) of what is there, and whether to read it may be to wait for others."""
+    try:
+        with ExitStack() as stack:
+            fd = os.open(spec, os.O_PATH | flags)
+            stack.callback(os.close, fd)
+            waits = may_wait(fd)
+            stack.pop_all()
+            return fd, waits
+    except OSError as error:
+        raise LayerError(f"{spec}: {error.strerror}") from None
+    raise AssertionError("not reached")
+
+
+def _directory(fd: int, spec: str, *, waits: bool, alone: bool = False) -> LowerLayer:
+    """Return a layer that shows the directory *fd*: one that can while a call waits, if any may."""
+    name = os.path.abspath(spec)
+    if not waits:
+        return DirectoryLayer(fd, name, alone=alone)
+    return SlowLayer(SharedDirectoryLayer(fd, name, alone=alone))
 
 
 _SECTOR = 512
@@ -181,13 +207,13 @@ def _kernel_reaches(spec: str, offset: int) -> bool:
     return -(-used // _SQUASHFS_DEVBLK_SIZE) * _SQUASHFS_DEVBLK_SIZE <= available
 
 
-def _kernel_mounted(spec: str, offset: int) -> DirectoryLayer:
+def _kernel_mounted(spec: str, offset: int, *, waits: bool) -> LowerLayer:
     loop_fd, device = attach_loop(spec, readonly=True, offset=offset)
     try:
         fd = detached_mount("squashfs", device, {}, readonly=True, noatime=True)
     finally:
         os.close(loop_fd)
-    return DirectoryLayer(fd, os.path.abspath(spec), alone=True)
+    return _directory(fd, spec, waits=waits, alone=True)
 
 
 def open_lowers(specs: Sequence[str], engine: str = "auto", offsets: Sequence[int] = ()) -> list[LowerLayer]:
@@ -226,6 +252,8 @@ def _open_union(options: UnionOptions, progress: Progress) -> Union:
         lowers = open_lowers(options.lowers, options.engine, offsets)
         for layer in lowers:
             stack.callback(layer.close)
+            if isinstance(layer, SlowLayer):
+                layer.has_notes = layer is not lowers[-1]
         store = open_store(
             options.store,
             lowers=identities,
@@ -279,8 +307,8 @@ def _take_attributes(overlay: Overlay, lower: LowerLayer) -> None:
     overlay.root.mode = attr.st_mode
 
 
-def check_mountpoint(mountpoint: str, options: UnionOptions) -> str:
-    """Return the mountpoint's real path; MountFailure when it cannot be one for these layers."""
+def check_mountpoint(mountpoint: str) -> str:
+    """Return the mountpoint's real path; MountFailure when it cannot be one."""
     if mountpoint.startswith("/dev/fd/"):
         return mountpoint  # mounted by somebody else, who hands us the connection
     try:
@@ -298,17 +326,16 @@ def check_mountpoint(mountpoint: str, options: UnionOptions) -> str:
     here = mount_of(target)
     if here is not None and here.fstype == "fuse.cowfs":
         raise MountFailure(f"{mountpoint}: a cowfs is mounted here already", f"cowfs umount {mountpoint}")
-    _check_places(target, options)
     return target
 
 
-def _check_places(mountpoint: str, options: UnionOptions) -> None:
-    """Refuse a store directory in a lower, or the other way round, and a mountpoint in it.
+def check_places(mountpoint: str, options: UnionOptions) -> None:
+    """Refuse a store directory in a lower, or the other way round, and a mountpoint in it: MountFailure.
 
     Else a mountpoint may be a layer, in one, or above it: layers are known by descriptors, and what is
     mounted in one does not belong to it.
     """
-    if options.store == "memory" or os.path.isfile(options.store):
+    if mountpoint.startswith("/dev/fd/") or options.store == "memory" or os.path.isfile(options.store):
         return
     store = _place(options.store)
     for lower in filter(os.path.isdir, options.lowers):
@@ -350,28 +377,26 @@ def _inside(place: _Place, directory: _Place) -> bool:
     return place[0] == directory[0] and place[1][: len(directory[1])] == directory[1]
 
 
-def commands(union: Union, more: Callable[[], dict[str, Any]]) -> Mapping[str, Any]:
-    """Return what the control socket of this union answers. *more* adds to ``info``."""
+def commands(
+    union: Union, more: Callable[[], dict[str, Any]], lose_patience: Callable[[], None] = lambda: None
+) -> Mapping[str, Any]:
+    """Return what the control socket of this union answers.
+
+    *more* adds to ``info``; *lose_patience* is called when the mount is about to be detached.
+    """
 
     def info(_: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield {**union.info(), **more()}
 
-    def diff(_: dict[str, Any]) -> Iterator[dict[str, Any] | None]:
-        from cowfs.changes.diff import steps
+    def diff(_: dict[str, Any]) -> Replies:
         from cowfs.changes.render import to_json
+        from cowfs.live_diff import steps
 
-        overlay = union.overlay
         lost = saving.unsaved(union.store)
         if lost:
             yield {"said": f"{union.store.path}: {lost}"}
-        for change in steps(
-            overlay.upper,
-            overlay.root.upper,
-            overlay.lowers,
-            overlay.options.xattr_prefix,
-            index=overlay.index,
-        ):
-            yield {"change": to_json(change)} if change else None
+        for step in steps(union.overlay):
+            yield {"change": to_json(step)} if isinstance(step, Change) else step
 
     def grow(request: dict[str, Any]) -> Iterator[dict[str, Any] | Callable[[], None]]:
         from cowfs.store.grow import grow_open_store
@@ -386,7 +411,9 @@ def commands(union: Union, more: Callable[[], dict[str, Any]]) -> Mapping[str, A
         size = yield from _told(steps(union.store, *given))
         yield {"size": size}
 
-    def leave(request: dict[str, Any]) -> Iterator[dict[str, Any] | Callable[[], None]]:
+    def leave(request: dict[str, Any]) -> Replies:
+        if request.get("lazy"):
+            lose_patience()
         union.may_be_lost = request["force"]
         if not union.may_be_lost:
             yield lambda: _try_to_save(union.store)

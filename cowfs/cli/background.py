@@ -17,6 +17,9 @@ from cowfs.cli.log_limit import Limit
 from cowfs.errors import CowfsError, InternalError, MountFailure, printable
 from cowfs.linux.signals import hold_back, let_come, open_signals, take
 
+_PATIENCE_MS = 5_000
+"""So long a daemon is waited for that has been asked to end."""
+
 
 class Reporter:
     """The daemon's end of a pipe that its parent waits on."""
@@ -62,7 +65,12 @@ def run_in_background(
     if pid == 0:
         _be_daemon(daemon, writing, keep)
     os.close(writing)
-    said, asked = _wait_for_report(reading, pid, heeds_signals=not stays)
+    said, asked, ended = _wait_for_report(reading, pid, heeds_signals=not stays)
+    if not ended:
+        print(
+            f"cowfs: interrupted; its process (pid {pid}) waits for a lower, and then ends", file=sys.stderr
+        )
+        raise SystemExit(128 + asked)
     report: dict[str, Any] = json.loads(said) if said else {"error": ""}
     if "error" not in report and not asked:
         return 0
@@ -79,10 +87,13 @@ def run_in_background(
     raise failure
 
 
-def _wait_for_report(pipe: int, pid: int, *, heeds_signals: bool) -> tuple[bytes, int]:
-    """Return what the daemon says, and the signal that asked us to end before it had said anything, or 0.
+def _wait_for_report(pipe: int, pid: int, *, heeds_signals: bool) -> tuple[bytes, int, bool]:
+    """Return what the daemon says, the signal that asked us to end before it had said anything, or 0, and
+    whether it has ended or said all.
 
-    That signal is passed on. The report is complete when the pipe is closed, *pipe* itself too.
+    That signal is passed on. The report is complete when the pipe is closed, *pipe* itself too. A daemon that
+    does not end for some time after the signal is left alone: the kernel keeps it, for a lower that does not
+    answer.
     """
     signals = open_signals()
     poll = select.poll()
@@ -91,13 +102,15 @@ def _wait_for_report(pipe: int, pid: int, *, heeds_signals: bool) -> tuple[bytes
         poll.register(signals, select.POLLIN)
     asked = 0
     with os.fdopen(pipe, "rb") as reader:
-        while pipe not in dict(poll.poll()):
+        while pipe not in dict(poll.poll(_PATIENCE_MS if asked else None)):
             number = take(signals)
+            if number is None and asked:
+                return b"", asked, False
             if number is not None:
                 asked = number
                 os.kill(pid, signal.SIGTERM)
         os.close(signals)
-        return reader.read(), asked
+        return reader.read(), asked, True
 
 
 def _be_daemon(daemon: Callable[[Reporter], int], pipe: int, keep: Collection[int]) -> NoReturn:
@@ -118,9 +131,8 @@ def _be_daemon(daemon: Callable[[Reporter], int], pipe: int, keep: Collection[in
         except BaseException as error:
             logging.getLogger(__name__).exception("the daemon failed")
             reporter.failed(InternalError(f"the daemon failed: {error!r}"))
-        logging.shutdown()
     finally:
-        _leave(code)
+        leave(code)
 
 
 def _interruptible(daemon: Callable[[Reporter], int], reporter: Reporter) -> int:
@@ -142,10 +154,14 @@ def _detach(pipe: int, keep: Collection[int]) -> None:
     os.chdir("/")
 
 
-def _leave(code: int) -> NoReturn:
-    """End the forked process; through the exit handlers, which a coverage tool needs."""
+def leave(code: int) -> NoReturn:
+    """End the process as it is; through the exit handlers, which a coverage tool needs."""
     import atexit
 
+    with suppress(Exception):
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
     atexit._run_exitfuncs()
     os._exit(code)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 from contextlib import suppress
 
 from cowfs.cli.client import ask, owner_of
@@ -14,8 +15,8 @@ from cowfs.errors import CowfsError, MountFailure, StoreError
 class Farewell:
     """A pipe through which the daemon says how its store was released: its socket is gone by then."""
 
-    def __init__(self, dev: str, mountpoint: str, *, force: bool) -> None:
-        """Have everything written to disk. Blocks.
+    def __init__(self, dev: str, mountpoint: str, *, force: bool, lazy: bool = False) -> None:
+        """Have everything written to disk. Blocks. *lazy*: what hangs is to be given up.
 
         Raises MountFailure if the disk refuses that, and not *force*. A daemon that does not answer is dead,
         or of an older cowfs: nothing is heard from it; nor from that of another user, who gets no pipe.
@@ -23,11 +24,14 @@ class Farewell:
         self._mountpoint = mountpoint
         self._force = force
         self._answers = False
+        self._said = b""
         self._reading, writing = os.pipe()
         try:
             with suppress(CowfsError, OSError):
                 ours = owner_of(dev) == os.geteuid()
-                for reply in ask(dev, "leave", timeout=None, fd=writing if ours else -1, force=force):
+                for reply in ask(
+                    dev, "leave", timeout=None, fd=writing if ours else -1, force=force, lazy=lazy
+                ):
                     if "unsaved" in reply:
                         raise _Refused(reply["unsaved"])
                     self._answers = ours
@@ -39,11 +43,20 @@ class Farewell:
         finally:
             os.close(writing)
 
+    def is_said(self) -> bool:
+        """Whether the daemon has told how the store was released. Does not block."""
+        if not self._said and select.select([self._reading], [], [], 0)[0]:
+            self._said = os.read(self._reading, 65536)
+        return bool(self._said)
+
     def hear(self) -> None:
-        """Call it when the daemon is gone. Raises StoreError if something was not saved, and not by force."""
+        """Call it when the daemon is gone, or has said it.
+
+        Raises StoreError if something was not saved, and not by force.
+        """
         if not self._answers:
             return
-        said = os.read(self._reading, 65536)
+        said = self._said or os.read(self._reading, 65536)
         failure = json.loads(said).get("error") if said else "its daemon ended before all was saved"
         if failure and self._force:
             warn(f"{self._mountpoint}: unmounted, but: {failure}")

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from cowfs.cli import options as mount_options
-from cowfs.cli.background import Reporter, run_in_background, set_up_log
+from cowfs.cli.background import Reporter, leave, run_in_background, set_up_log
 from cowfs.cli.output import warn
 from cowfs.errors import MountFailure, SystemFailure, UsageError
 from cowfs.linux.programs import find
@@ -64,7 +64,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Mount; return when the mount answers, or with -f when it has been unmounted."""
-    from cowfs.assemble import UnionOptions, check_mountpoint
+    from cowfs.assemble import UnionOptions, check_mountpoint, check_places
+    from cowfs.layers.slow import must_not_be_touched
 
     given = mount_options.parse(args.options)
     lowers = mount_options.split_lowers(args.lower)
@@ -93,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
             "mount as a user, or leave it out",
         )
     _check_system()
-    mountpoint = check_mountpoint(args.mountpoint, union)
+    mountpoint = check_mountpoint(args.mountpoint)
     _check_permission(mountpoint, given)
     log = given.values.get("log")
     if log:
@@ -102,9 +103,16 @@ def run(args: argparse.Namespace) -> int:
 
     def daemon(reporter: Reporter) -> int:
         set_up_log(log, foreground=args.foreground)
+        # Not before: to look at a lower may be to wait, and who waits for us shall be able to leave.
+        check_places(mountpoint, union)
         return _serve(union, mountpoint, given, reporter)
 
-    code = daemon(Reporter(-1)) if args.foreground else run_in_background(daemon, _handed_over(mountpoint))
+    if args.foreground:
+        code = daemon(Reporter(-1))
+        if must_not_be_touched():
+            leave(code)
+    else:
+        code = run_in_background(daemon, _handed_over(mountpoint))
     if store == "memory" and not args.foreground and "ro" not in given.flags:
         warn("changes are kept in memory, lost at the unmount (--store keeps them)")
     return code
@@ -198,7 +206,7 @@ def _serve(union_options: object, mountpoint: str, given: mount_options.Options,
         daemon.mount()  # from here on no path may be followed that could lead into the mount
         try:
             daemon.serve(
-                assemble.commands(union, lambda: {**more, **daemon.adapter.figures()}),
+                assemble.commands(union, lambda: {**more, **daemon.adapter.figures()}, daemon.lose_patience),
                 reporter.ready,
                 watch(union.store),
                 after_pause=disks.look_after_sleep,

@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
         _say(f"{mountpoint}: unmounted; the store stays in use, by the mount at {os.fsdecode(own)}")
         return 0
     dead = daemon is None and not args.lazy and _is_dead(mountpoint)
-    farewell = Farewell(found.dev, mountpoint, force=args.force)
+    farewell = Farewell(found.dev, mountpoint, force=args.force, lazy=args.lazy)
     _unmount(mountpoint, lazy=args.lazy)
     if args.lazy or dead:
         return 0
@@ -77,15 +77,16 @@ def run(args: argparse.Namespace) -> int:
         raise SystemFailure(
             f"{mountpoint}: unmounted, but whether its store is released cannot be told: {silence}"
         )
-    _wait(mountpoint, found.dev, daemon["pid"], args.timeout)
+    _wait(mountpoint, found.dev, daemon["pid"], args.timeout, farewell)
     farewell.hear()
     return 0
 
 
-def _wait(mountpoint: str, dev: str, pid: int, timeout: float) -> None:
+def _wait(mountpoint: str, dev: str, pid: int, timeout: float, farewell: Farewell) -> None:
     """Return when the daemon *pid* has released the store; SystemFailure after *timeout* seconds.
 
-    Says meanwhile what it waits for, when that takes long or will not end by itself.
+    Says meanwhile what it waits for, when that takes long or will not end by itself. The daemon is gone then,
+    unless the kernel keeps it, for a lower that does not answer.
     """
     deadline = time.monotonic() + timeout
     said = ""
@@ -93,6 +94,11 @@ def _wait(mountpoint: str, dev: str, pid: int, timeout: float) -> None:
         patience = 0.1 if _mounts(dev) else _PATIENCE
         left = deadline - time.monotonic()
         if wait_pid_gone(pid, max(min(patience, left), 0)):
+            return
+        if farewell.is_said():
+            _say(
+                f"{mountpoint}: unmounted; its daemon (pid {pid}) ends when a lower answers that does not yet"
+            )
             return
         why = _where(dev)
         if left <= patience:

@@ -1,20 +1,21 @@
 """The FUSE protocol on one side, the union on the other; no semantics here but when to await.
 
 The union is synchronous and used from this thread alone, so code between two awaits needs no lock.
-Awaited are: the data of large copy-ups, fsync, syncs, and a copy-up of the same file by another
-request, which whoever wants to change or remove the file waits for.
+Awaited are: the data of large copy-ups, fsync, syncs, what slow lowers are asked, and a copy-up of the same
+file by another request, which whoever wants to change or remove the file waits for.
 """
 
 from __future__ import annotations
 
 import errno
 import functools
+import itertools
 import logging
 import os
 import stat
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from contextlib import asynccontextmanager, closing
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import closing
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import pyfuse3
@@ -27,10 +28,12 @@ from cowfs.fuse.loop import RequestLoop
 from cowfs.fuse.open_files import OpenFiles
 from cowfs.fuse.shares import Bounds
 from cowfs.fuse.shares import bounds as bounds_of_process
-from cowfs.fuse.turns import Turns, in_thread
+from cowfs.fuse.threads import Threads
+from cowfs.fuse.turns import in_thread
 from cowfs.layers.acl import ACCESS as ACCESS_ACL
 from cowfs.layers.acl import DEFAULT as DEFAULT_ACL
 from cowfs.layers.base import File
+from cowfs.layers.slow import Answers, NotYet, SlowFile, SlowLayer
 from cowfs.linux.callers import look_at, may_see_trusted
 from cowfs.overlay.attr import NewAttributes
 from cowfs.overlay.dir import Owner
@@ -54,6 +57,8 @@ _DOTS = 2
 """A listing begins with . and .."""
 _SLICE = 0.001
 """So many seconds a listing takes before others have a turn."""
+_AHEAD = 24
+"""So many names after the one that is listed are looked up along with it in a slow lower: a page of them."""
 _SYNCHRONOUS = os.O_SYNC | os.O_DSYNC
 
 
@@ -71,12 +76,17 @@ def _sync(
     """Make a request handler of a plain method: whatever it raises becomes an errno."""
 
     async def handler(self: Adapter, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        while True:
-            try:
-                return method(self, *args, **kwargs)
-            except Exception as error:
-                if not self._made_room(error):
-                    raise _failure(error, method.__name__) from None
+        try:
+            return method(self, *args, **kwargs)
+        except Exception as error:
+            if not self._may_succeed(error):
+                raise _failure(error, method.__name__) from None
+            failure = error
+
+        async def again() -> R:
+            return method(self, *args, **kwargs)
+
+        return await self._again(again, failure, method.__name__, _user_of(args))
 
     functools.update_wrapper(handler, method)
     return handler
@@ -88,15 +98,26 @@ def _async(
     """The same for a method that may have to await."""
 
     async def handler(self: Adapter, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        while True:
-            try:
-                return await method(self, *args, **kwargs)
-            except Exception as error:
-                if not self._made_room(error):
-                    raise _failure(error, method.__name__) from None
+        try:
+            return await method(self, *args, **kwargs)
+        except Exception as error:
+            if not self._may_succeed(error):
+                raise _failure(error, method.__name__) from None
+            failure = error
+        again = functools.partial(method, self, *args, **kwargs)
+        return await self._again(again, failure, method.__name__, _user_of(args))
 
     functools.update_wrapper(handler, method)
     return handler
+
+
+def _user_of(args: Sequence[Any]) -> int:
+    """Return who asks: the context is one of a handler's last arguments."""
+    for argument in reversed(args):
+        uid = getattr(argument, "uid", None)
+        if isinstance(uid, int):
+            return uid
+    return 0
 
 
 class _Listing:
@@ -127,7 +148,10 @@ class Adapter(pyfuse3.Operations):
         self._listings: dict[int, _Listing] = {}
         self._listed = 0
         self._kept: set[Node] = set()
-        self._copies, self._reads, self._syncs = Turns(), Turns(), Turns()
+        self._threads = Threads(loop)
+        for layer in fs.lowers:
+            if isinstance(layer, SlowLayer):
+                layer.serve(self._threads.later)
         self._no_capability: set[int] = set()
         self._no_default_acl: set[int] = set()
         libfuse.prepare(self._seek)
@@ -135,6 +159,29 @@ class Adapter(pyfuse3.Operations):
         self._missing.entry_timeout = FOREVER
 
     # --- between the two sides
+
+    def _may_succeed(self, error: Exception) -> bool:
+        """Whether what has failed with *error*, and left nothing behind, is to be tried again."""
+        return isinstance(error, NotYet) or self._made_room(error)
+
+    async def _again(
+        self, call: Callable[[], Coroutine[Any, Any, R]], error: Exception, name: str, uid: int
+    ) -> R:
+        """Do *call* again, which failed with *error*, until it succeeds or nothing is left to try."""
+        answers = Answers(uid)
+        try:
+            while True:
+                try:
+                    if isinstance(error, NotYet):
+                        await self._threads.ask(error.question, answers)
+                    with answers.at_hand():
+                        return await call()
+                except Exception as failure:
+                    if not self._may_succeed(failure):
+                        raise _failure(failure, name) from None
+                    error = failure
+        finally:
+            answers.close()
 
     def _made_room(self, error: Exception) -> bool:
         """Whether there is room now for what failed for lack of it; it left nothing behind, so it may be
@@ -197,23 +244,6 @@ class Adapter(pyfuse3.Operations):
         if node.mode != mode:
             self._loop.forget_attributes(node.ino)
 
-    @asynccontextmanager
-    async def _turn(self, turns: Turns, uid: int) -> AsyncIterator[None]:
-        """Wait for this user's turn of some kind of long work. What it needs, be it descriptors, is taken
-        then: however many wait, they have nothing."""
-        loop = self._loop
-        loop.hand_over()
-        loop.waiting += 1
-        try:
-            async with turns.turn(uid):
-                yield
-        finally:
-            loop.waiting -= 1
-
-    async def _in_thread(self, call: Callable[[], R], turns: Turns, uid: int) -> R:
-        async with self._turn(turns, uid):
-            return await in_thread(call)
-
     async def _settled(self, node: Node) -> None:
         """Wait while another request copies the node up."""
         while node.copying is not None:
@@ -259,23 +289,33 @@ class Adapter(pyfuse3.Operations):
         wanted = fs.stat(node).st_size
         if size is not None:
             wanted = min(wanted, size)
-        if wanted <= fs.options.inline_up_to:
+        waits = fs.data_waits(node)
+        if wanted <= (0 if waits else fs.options.inline_up_to):
             return
         node.copying = done = trio.Event()
         try:
-            async with self._turn(self._copies, uid):
-                job = fs.prepare_copy_up(node, size)
-                if job is None:
-                    return
-                try:
-                    await in_thread(job.run)
-                except BaseException:
-                    job.abort()
-                    raise
-                job.commit()
+            turns = self._threads.slow_copies if waits else self._threads.copies
+            async with self._threads.turn(turns, uid):
+                await self._copy_up(node, size, uid)
         finally:
             node.copying = None
             done.set()
+
+    async def _copy_up(self, node: Node, size: int | None, uid: int) -> None:
+        """Do it, at the user's turn."""
+        with closing(Answers(uid)) as answers, answers.at_hand():
+            job = await self._threads.answered(lambda: self._fs.prepare_copy_up(node, size), answers)
+        if job is None:
+            return
+        try:
+            if self._fs.data_waits(node):
+                await self._threads.patiently(job.run)
+            else:
+                await in_thread(job.run)
+        except BaseException:
+            job.abort()
+            raise
+        job.commit()
 
     # --- names
 
@@ -499,9 +539,13 @@ class Adapter(pyfuse3.Operations):
         data = file.try_pread(size, off)
         if data is not None:
             return data
+        threads = self._threads
+        if isinstance(file, SlowFile):
+            pread = functools.partial(file.pread, size, off)
+            return await threads.run_patiently(pread, threads.slow_reads, self._files.opener(fh))
         if self._loop.nobody_waits():  # the way to a thread and back would help nobody
             return file.pread(size, off)
-        return await self._in_thread(lambda: file.pread(size, off), self._reads, self._files.opener(fh))
+        return await threads.run(lambda: file.pread(size, off), threads.reads, self._files.opener(fh))
 
     @_async
     async def write(self, fh: int, off: int, buf: bytes) -> int:
@@ -516,9 +560,8 @@ class Adapter(pyfuse3.Operations):
             if not handle.is_synchronous:
                 return self._fs.write(handle, buf, off, writer=writer)
             self._fs.will_be_written(handle, writer)
-            return await self._in_thread(
-                lambda: handle.file.pwrite(buf, off), self._syncs, self._files.opener(fh)
-            )
+            pwrite = functools.partial(handle.file.pwrite, buf, off)
+            return await self._threads.run(pwrite, self._threads.syncs, self._files.opener(fh))
         finally:
             self._tell(node, mode)
 
@@ -541,7 +584,7 @@ class Adapter(pyfuse3.Operations):
     async def fsync(self, fh: int, datasync: bool) -> None:
         handle = self._files[fh]
         if handle.node.upper is not None:
-            async with self._turn(self._syncs, self._files.opener(fh)):
+            async with self._threads.turn(self._threads.syncs, self._files.opener(fh)):
                 await self._synced(handle.file, datasync)
 
     async def _synced(self, file: File, datasync: bool) -> None:
@@ -568,29 +611,37 @@ class Adapter(pyfuse3.Operations):
         self._listings[number] = _Listing(node, ctx.uid)
         return number
 
-    async def _list(self, node: Node, uid: int) -> Listing:
-        listed = self._fs.listing(node)
-        return await self._in_thread(listed, self._reads, uid) if callable(listed) else listed
-
     @_async
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
-        fs = self._fs
         listing = self._listings[fh]
-        node = listing.node
+        answers = Answers(listing.opener)
+        with answers.at_hand():  # this handler cannot be begun again: it awaits what it needs where it does
+            await self._list(listing, start_id, token, answers)
+
+    async def _list(
+        self, listing: _Listing, start_id: int, token: pyfuse3.ReaddirToken, answers: Answers
+    ) -> None:
+        fs, node, answered = self._fs, listing.node, self._threads.answered
         names = listing.names
         end = time.monotonic() + _SLICE
         if names is None or start_id == 0:
-            names = await self._list(node, listing.opener)
-            listing.names = names
+            listed = await answered(lambda: fs.listing(node), answers)
+            if callable(listed):
+                listed = await self._threads.run(listed, self._threads.reads, listing.opener)
+            names = listing.names = listed
         for number in range(start_id, _DOTS):
             this = node if number == 0 else node.parent or node
-            dots = b"." * (number + 1)
-            if not pyfuse3.readdir_reply(token, dots, self._entry(this, fs.stat(this)), number + 1):
+            attr = await answered(functools.partial(fs.stat, this), answers)
+            if not pyfuse3.readdir_reply(token, b"." * (number + 1), self._entry(this, attr), number + 1):
                 return
         for place, name in names.after(max(start_id - _DOTS, 0)):
             found = entry = None
             try:
-                found = fs.lookup(node, name)
+                try:
+                    found = fs.lookup(node, name)
+                except NotYet:
+                    more = [other for _, other in itertools.islice(names.after(place), _AHEAD)]
+                    found = await answered(functools.partial(fs.lookup, node, name), answers, more)
                 entry = None if found is None else self._entry(*found)
             except Exception as failure:
                 code = errno_of(failure, "readdir")
@@ -617,7 +668,7 @@ class Adapter(pyfuse3.Operations):
         listing = self._listings[fh]
         node = listing.node
         if node.upper is not None:
-            async with self._turn(self._syncs, listing.opener):
+            async with self._threads.turn(self._threads.syncs, listing.opener):
                 with closing(self._fs.upper.open_directory(node.upper)) as directory:
                     await self._synced(directory, datasync)
 

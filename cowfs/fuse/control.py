@@ -9,22 +9,31 @@ through its own mount.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
 from array import array
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Generator, Iterator, Mapping
 from socket import CMSG_SPACE, MSG_CMSG_CLOEXEC, MSG_DONTWAIT, MSG_PEEK, SCM_RIGHTS, SOL_SOCKET
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import trio
 
 from cowfs.errors import CowfsError
+from cowfs.fuse.turns import Turns, in_thread
 from cowfs.linux.sockets import control_listener, peer_of
 
 log = logging.getLogger(__name__)
 
-Replies = Iterator[dict[str, Any] | Callable[[], None] | None]
+
+class MayHang(NamedTuple):
+    """Work for a thread that may never end; nothing is left undone if it does not."""
+
+    call: Callable[[], None]
+
+
+Replies = Iterator[dict[str, Any] | Callable[[], None] | MayHang | None]
 """None where there is nothing to say yet, but requests of the filesystem may want their turn; a callable
 where there is long work, which a thread does before the next step."""
 Command = Callable[[dict[str, Any]], Replies]
@@ -37,6 +46,7 @@ async def serve(directory: int, dev: str, commands: Mapping[str, Command]) -> No
 
     *directory* is open_control_directory()'s. Raises OSError when there can be no socket.
     """
+    turns = Turns()
     with control_listener(directory, dev) as socket:
         listener = trio.socket.from_stdlib_socket(socket)
         async with trio.open_nursery() as nursery:
@@ -47,10 +57,10 @@ async def serve(directory: int, dev: str, commands: Mapping[str, Command]) -> No
                     log.warning("a request on the control socket was not accepted: %s", error)
                     await trio.sleep(1)
                     continue
-                nursery.start_soon(_talk, trio.SocketStream(connection), commands)
+                nursery.start_soon(_talk, trio.SocketStream(connection), commands, turns)
 
 
-async def _talk(stream: trio.SocketStream, commands: Mapping[str, Command]) -> None:
+async def _talk(stream: trio.SocketStream, commands: Mapping[str, Command], turns: Turns) -> None:
     async with stream:
         try:
             _, uid = peer_of(stream.socket._sock)  # type: ignore[attr-defined]
@@ -59,7 +69,7 @@ async def _talk(stream: trio.SocketStream, commands: Mapping[str, Command]) -> N
                 return
             line, fds = await _line(stream.socket)
             try:
-                await _obey(stream, _request(line), fds, commands)
+                await _obey(stream, _request(line), fds, commands, functools.partial(_patiently, turns, uid))
             finally:
                 for fd in fds:
                     os.close(fd)
@@ -77,8 +87,21 @@ def _request(line: bytes) -> dict[str, Any]:
     return request if isinstance(request, dict) else {}
 
 
+Patiently = Callable[[MayHang], Awaitable[None]]
+
+
+async def _patiently(turns: Turns, uid: int, work: MayHang) -> None:
+    """Have it done; a user's that hangs holds up nobody else, nor the end of the mount."""
+    async with turns.turn(uid):
+        await in_thread(work.call, may_hang=True)
+
+
 async def _obey(
-    stream: trio.SocketStream, request: dict[str, Any], fds: list[int], commands: Mapping[str, Command]
+    stream: trio.SocketStream,
+    request: dict[str, Any],
+    fds: list[int],
+    commands: Mapping[str, Command],
+    patiently: Patiently,
 ) -> None:
     name = request.get("command")
     command = commands.get(name) if isinstance(name, str) else None
@@ -89,17 +112,20 @@ async def _obey(
         return
     if fds:
         request["fd"] = fds[0]
-    await _answer(stream, command(request))
+    await _answer(stream, command(request), patiently)
 
 
-async def _answer(stream: trio.SocketStream, replies: Replies) -> None:
+async def _answer(stream: trio.SocketStream, replies: Replies, patiently: Patiently) -> None:
     batch: list[dict[str, Any]] = []
     try:
         for reply in replies:
-            if callable(reply):
+            if isinstance(reply, MayHang) or callable(reply):
                 await _send(stream, batch)
                 batch = []
-                await trio.to_thread.run_sync(reply)
+                if isinstance(reply, MayHang):
+                    await patiently(reply)
+                else:
+                    await trio.to_thread.run_sync(reply)
                 if _has_left(stream):
                     raise trio.BrokenResourceError
                 continue
@@ -124,6 +150,14 @@ async def _answer(stream: trio.SocketStream, replies: Replies) -> None:
         if isinstance(replies, Generator):
             replies.close()
     await _send(stream, batch)
+
+
+R = TypeVar("R")
+
+
+def in_main_thread(call: Callable[[], R]) -> R:
+    """Do *call* where the filesystem is served from; for the thread that does some long work."""
+    return trio.from_thread.run_sync(call)
 
 
 def _has_left(stream: trio.SocketStream) -> bool:

@@ -123,6 +123,10 @@ class Daemon:
         gc.set_threshold(100_000, 20, 100)
         trio.run(self._main, commands, ready, look, also)
 
+    def lose_patience(self) -> None:
+        """Give up requests that seem to hang, in some seconds and from then on: the mount is being left."""
+        self._loop.lose_patience()
+
     def close(self) -> None:
         """Detach from the mountpoint if it is still mounted."""
         if self._control >= 0:

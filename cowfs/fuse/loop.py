@@ -17,10 +17,12 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 import os
 import select
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pyfuse3
 import trio
@@ -43,6 +45,8 @@ _BUSY_NS = 100_000_000
 _YIELD_NS = 500_000
 """After so long in a row of requests, other tasks (signals, the control socket) have a turn."""
 _YIELD_WHEN_OTHERS_WAIT_NS = 50_000
+_PATIENCE = 5.0
+"""Seconds that something which may never come is waited for when the filesystem is to end."""
 _PAUSE_NS = 50_000_000
 """Without a request for so long, the machine may have slept: to freeze and to thaw it takes longer …"""
 _WAKING_NS = 20_000_000
@@ -57,6 +61,8 @@ class RequestLoop:
         """Called before requests are received that come after some time without any."""
         self.waiting = 0
         self._attached = False
+        self._patient: set[trio.CancelScope] = set()
+        self._patience = self._end = math.inf
         self._leader: trio.lowlevel.Task | None = None
         self._idle: list[trio.lowlevel.Task] = []
         self._first: trio.lowlevel.Task | None = None
@@ -99,9 +105,32 @@ class RequestLoop:
             setattr(pyfuse3, _WAIT, stock)
 
     def stop(self) -> None:
-        """Let :meth:`run` return after the requests that are being handled."""
+        """Let :meth:`run` return after the requests that are being handled; those that hang are given up."""
         self._close()
         pyfuse3.terminate()
+
+    @contextmanager
+    def patience(self) -> Iterator[trio.CancelScope]:
+        """What is awaited here may never come; it is waited for until the filesystem is to end.
+
+        When it is given up the body ends at its await, and ``cancelled_caught`` is true of the scope.
+        """
+        scope = trio.CancelScope(deadline=min(self._end, trio.current_time() + self._patience))
+        self._patient.add(scope)
+        try:
+            with scope:
+                yield scope
+        finally:
+            self._patient.discard(scope)
+
+    def lose_patience(self) -> None:
+        """Wait for nothing longer than some seconds from now on: nobody can come to use what comes later."""
+        self._patience = _PATIENCE
+        self._hurry(trio.current_time() + _PATIENCE)
+
+    def _hurry(self, end: float) -> None:
+        for scope in self._patient:
+            scope.deadline = min(scope.deadline, end)
 
     def nobody_waits(self) -> bool:
         """Whether no other request has come, and none is under way in a thread."""
@@ -149,7 +178,10 @@ class RequestLoop:
             self._nursery.start_soon(body, self._nursery, 1, 0)
 
     def _close(self) -> None:
-        self._closing = True
+        if not self._closing:
+            self._closing = True
+            self._end = trio.current_time() + _PATIENCE
+            self._hurry(self._end)
         while self._idle:
             trio.lowlevel.reschedule(self._idle.pop())
 

@@ -7,6 +7,7 @@ from collections import Counter
 from cowfs.fuse import libfuse
 from cowfs.fuse.shares import Bounds, Share
 from cowfs.layers.base import File
+from cowfs.layers.slow import SlowFile
 from cowfs.overlay.handle import Handle
 
 
@@ -18,6 +19,10 @@ class _Users:
     def __init__(self, payer: int) -> None:
         self.payer = payer
         self.by_uid: Counter[int] = Counter()
+
+
+def _descriptor_of(file: File) -> int:
+    return file.descriptor() if isinstance(file, SlowFile) else file.fileno()
 
 
 class OpenFiles:
@@ -57,7 +62,7 @@ class OpenFiles:
 
         def replaced(before: File, file: File) -> None:
             self._use(number, file, uid)
-            self._use_no_more(before.fileno(), uid)
+            self._use_no_more(_descriptor_of(before), uid)
 
         handle.on_replace = replaced
         return number
@@ -69,12 +74,12 @@ class OpenFiles:
         libfuse.read_from(number, -1)
         self._free.append(number)
         self.opened.give_back(uid)
-        self._use_no_more(handle.file.fileno(), uid)
+        self._use_no_more(_descriptor_of(handle.file), uid)
         return handle
 
     def _use(self, number: int, file: File, uid: int) -> None:
-        fd = file.fileno()
-        libfuse.read_from(number, fd)
+        libfuse.read_from(number, file.fileno())
+        fd = _descriptor_of(file)
         if fd < 0:
             return
         users = self._users.get(fd)

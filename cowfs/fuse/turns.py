@@ -38,6 +38,9 @@ class Turns:
                 self._limiters.pop(uid, None)
 
 
-async def in_thread(call: Callable[[], R]) -> R:
-    """Return what *call* gives, which a thread runs at once: to wait for a turn is the caller's."""
-    return await trio.to_thread.run_sync(call, limiter=_ANY)
+async def in_thread(call: Callable[[], R], *, may_hang: bool = False) -> R:
+    """Return what *call* gives, which a thread runs at once: to wait for a turn is the caller's.
+
+    To be cancelled meanwhile is only for one that *may_hang*: the thread goes on then.
+    """
+    return await trio.to_thread.run_sync(call, limiter=_ANY, abandon_on_cancel=may_hang)

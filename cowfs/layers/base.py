@@ -11,7 +11,8 @@ and stays valid, through renames and after the last name is gone, until ``forget
 would give. ``lookup`` of a name that is not there returns None: misses are frequent, not errors.
 
 **Threads.** All methods are called from one thread, but for those of :class:`File`, which may be
-called from any, though never two at once for one File with the same offset range.
+called from any, though never two at once for one File with the same offset range. Layers that are put
+behind a :class:`cowfs.layers.slow.SlowLayer` are called from many at once.
 """
 
 from __future__ import annotations
@@ -85,6 +86,8 @@ class LowerLayer(Protocol):
     root: Key
     dev: int
     """``st_dev`` of the attributes it gives, but for subvolumes of btrfs."""
+    waits: bool
+    """Whether its calls may wait for other machines or programs: the data of its files is read in threads."""
 
     def lookup(self, directory: Key, name: bytes) -> tuple[Key, Attr] | None:
         """Find *name*; None when it is not there. A fresh key may be given for a known inode."""

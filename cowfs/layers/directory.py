@@ -60,6 +60,7 @@ class DirectoryLayer:
     on belonging to root as far as the union is concerned (:mod:`cowfs.layers.owner_notes`).
     """
 
+    waits = False
     _alive = 0
     """How many layers are open."""
 
@@ -88,8 +89,12 @@ class DirectoryLayer:
         """Return a descriptor of a directory, valid until the next call that opens one."""
         return key.fd if key.fd >= 0 else self._open_dir(key)
 
+    def _most(self) -> int:
+        """Return how many directories may be kept open."""
+        return max(_FEWEST, min(_OPEN_DIRECTORIES, limits.descriptors() // _PART // DirectoryLayer._alive))
+
     def _open_dir(self, key: PathKey) -> int:
-        most = max(_FEWEST, min(_OPEN_DIRECTORIES, limits.descriptors() // _PART // DirectoryLayer._alive))
+        most = self._most()
         if len(self._open) >= most:
             self._close_oldest()
         chain = []

@@ -47,6 +47,8 @@ _NOTHING = _Inherit(-1, b"")
 class Ext3Layer:
     """Serve an open image as a :class:`cowfs.layers.base.UpperLayer`; the layer owns it from now on."""
 
+    waits = False
+
     def __init__(self, image: Image) -> None:
         self.image = image
         self.name = image.name

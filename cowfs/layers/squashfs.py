@@ -9,6 +9,7 @@ import errno
 import itertools
 import os
 import struct
+import threading
 from array import array
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -99,17 +100,25 @@ class _Numbers:
     32 bits that the format has: another one at the next mount, if it is then met first.
     """
 
-    __slots__ = ("_more", "_others", "_owners")
+    __slots__ = ("_lock", "_more", "_others", "_owners")
 
     def __init__(self) -> None:
         # Reference + 1 of the inode that has the number, 64 numbers at a time: 11 bytes for each.
         self._owners: dict[int, array[int]] = {}
         self._others: dict[int, int] = {}
         self._more: dict[int, int] = {}
+        self._lock = threading.Lock()
 
     def of(self, inode: Inode) -> int:
         """The number of *inode*: its own if it was the first to have it."""
         number, owner = inode.number, inode.ref + 1
+        owners = self._owners.get(number >> 6)
+        if owners is not None and owners[number & 63] == owner:
+            return number
+        with self._lock:
+            return self._given(number, owner)
+
+    def _given(self, number: int, owner: int) -> int:
         owners = self._owners.get(number >> 6)
         if owners is None:
             owners = self._owners[number >> 6] = array("Q", bytes(8 * 64))
@@ -127,7 +136,9 @@ class _Numbers:
 
 
 class SquashfsLayer:
-    """Serve the image at *path* as a :class:`cowfs.layers.base.LowerLayer`."""
+    """Serve the image at *path* as a :class:`cowfs.layers.base.LowerLayer`. Any thread may read from it."""
+
+    waits = False
 
     def __init__(self, path: str, *, offset: int = 0, cache_bytes: int = CACHE_BYTES) -> None:
         """Open the image that begins *offset* bytes into the file; reads little.

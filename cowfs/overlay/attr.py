@@ -44,6 +44,8 @@ def setattr_(fs: State, node: Node, new: NewAttributes) -> Attr:
         copy_up(fs, node, new.size)
     else:
         copy_up_meta(fs, node)
+    if node.metacopy:
+        fs.stat(node)  # needs the lower, which may fail: before anything is changed
     key = node.upper
     if new.size is not None:
         drop_set_id(fs, node, new.writer)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -26,10 +27,15 @@ _MAY_FAIL = {errno.EOPNOTSUPP, errno.EPERM, errno.EINVAL}
 
 
 _Place = tuple[Node, bytes]
+Xattr = tuple[bytes, bytes]
 
 
-class _Origin(NamedTuple):
-    note: bytes
+class _Original(NamedTuple):
+    """A lower inode: what is read of it before anything is made in the upper."""
+
+    attr: Attr
+    xattrs: Sequence[Xattr]
+    origin: bytes
     index_name: bytes | None
     """Where the inode is put in the index; None when it is no hard link, or there is no index."""
 
@@ -44,7 +50,7 @@ class CopyUp:
     def __init__(self, fs: State, node: Node, attr: Attr, size: int) -> None:
         self._fs = fs
         self._node = node
-        self._attr = attr
+        self._original = _read(fs, node, attr)
         self.size = size
         """How many bytes of the data are wanted."""
         self._place = _place_of(fs, node)  # a lookup of another name may change the node's meanwhile
@@ -70,10 +76,8 @@ class CopyUp:
         fs, node = self._fs, self._node
         try:
             self._close()
-            layer, key = node.lowers[0]
-            _dress(fs, fs.lowers[layer], key, self._key, self._attr)
-            note = _origin_of(fs, layer, key, self._attr)
-            _settle(fs, node, self._place, self._key, self._temporary, note)
+            _dress(fs, self._key, self._original)
+            _settle(fs, node, self._place, self._key, self._temporary, self._original)
         except BaseException:
             self.abort()
             raise
@@ -198,7 +202,8 @@ def copy_up_meta(fs: State, node: Node) -> None:
         _copy_up_directory(fs, node)
         return
     attr = fs.stat(node)
-    if stat.S_ISREG(attr.st_mode) and attr.st_size < fs.options.metacopy_from:
+    metacopy_from = 1 if fs.data_waits(node) else fs.options.metacopy_from
+    if stat.S_ISREG(attr.st_mode) and attr.st_size < metacopy_from:
         copy_up(fs, node)
         return
     _parents(fs, node)
@@ -280,13 +285,14 @@ def _parents(fs: State, node: Node) -> None:
 def _copy_up_directory(fs: State, node: Node) -> None:
     layer, key = node.lowers[0]
     attr = fs.lowers[layer].stat(key)
+    original = _read(fs, node, attr)
     temporary = fs.temporary()
     made = fs.upper.mkdir(fs.work, temporary, 0o700, attr.st_uid, attr.st_gid)
     try:
-        _dress(fs, fs.lowers[layer], key, made, attr)
+        _dress(fs, made, original)
         with suppress(OSError):  # only a hint to the kernel's readdir
             fs.note(made, fs.x_impure, b"y")
-        _settle(fs, node, _place_of(fs, node), made, temporary, _origin_of(fs, layer, key, attr))
+        _settle(fs, node, _place_of(fs, node), made, temporary, original)
     except BaseException:
         with suppress(OSError):
             fs.upper.rmdir(fs.work, temporary, None)
@@ -297,11 +303,12 @@ def _copy_up_directory(fs: State, node: Node) -> None:
 def _copy_up_inode(fs: State, node: Node, attr: Attr) -> None:
     """Copy up a symlink, a device, or a regular file without its data."""
     layer, key = node.lowers[0]
+    original = _read(fs, node, attr)
+    target = fs.lowers[layer].readlink(key) if stat.S_ISLNK(attr.st_mode) else b""
     temporary = fs.temporary()
     upper, work = fs.upper, fs.work
     is_file = stat.S_ISREG(attr.st_mode)
     if stat.S_ISLNK(attr.st_mode):
-        target = fs.lowers[layer].readlink(key)
         made = upper.symlink(work, temporary, target, attr.st_uid, attr.st_gid)
     elif is_file:
         made, file = upper.create(work, temporary, stat.S_IMODE(attr.st_mode), attr.st_uid, attr.st_gid)
@@ -312,8 +319,8 @@ def _copy_up_inode(fs: State, node: Node, attr: Attr) -> None:
         if is_file:
             upper.truncate(made, attr.st_size)
             fs.note(made, fs.x_metacopy, b"")
-        _dress(fs, fs.lowers[layer], key, made, attr)
-        _settle(fs, node, _place_of(fs, node), made, temporary, _origin_of(fs, layer, key, attr))
+        _dress(fs, made, original)
+        _settle(fs, node, _place_of(fs, node), made, temporary, original)
     except BaseException:
         with suppress(OSError):
             upper.unlink(work, temporary, None)
@@ -322,52 +329,68 @@ def _copy_up_inode(fs: State, node: Node, attr: Attr) -> None:
     _adopt(fs, node, made)
 
 
-def _dress(fs: State, layer: LowerLayer, source: Key, key: Key, attr: Attr) -> None:
+def _read(fs: State, node: Node, attr: Attr) -> _Original:
+    """Return all that *node*, with the attributes *attr*, gives to its copy but data, or target, and name."""
+    layer, key = node.lowers[0]
+    xattrs = _xattrs_of(fs, fs.lowers[layer], key)
+    handle = fs.lowers[layer].handle(key)
+    hard_link = attr.st_nlink > 1 and not stat.S_ISDIR(attr.st_mode)
+    if handle is None or (hard_link and fs.index is None):
+        return _Original(attr, xattrs, b"", None)
+    note = origin.encode(handle)
+    return _Original(attr, xattrs, note, origin.index_name(note) if hard_link else None)
+
+
+def _dress(fs: State, key: Key, original: _Original) -> None:
     """Give the new inode everything of the old one but data and name."""
-    upper = fs.upper
-    acls = copy_xattrs(fs, layer, source, key)
+    upper, attr = fs.upper, original.attr
+    _give_xattrs(fs, key, original.xattrs)
+    acls = bool(original.xattrs)
     if not stat.S_ISLNK(attr.st_mode) and (acls or attr.st_mode & 0o7000 or not stat.S_ISREG(attr.st_mode)):
         upper.chmod(key, attr.st_mode)  # an ACL changes the mode, and chown(2) takes set-ID bits
     upper.utimens(key, attr.st_atime_ns, attr.st_mtime_ns)
 
 
-def copy_xattrs(fs: State, layer: LowerLayer, source: Key, key: Key) -> bool:
-    """Copy all xattrs but the union's own; one that the upper cannot hold is left behind.
+def copy_xattrs(fs: State, layer: LowerLayer, source: Key, key: Key) -> None:
+    """Copy all xattrs but the union's own; one that the upper cannot hold is left behind."""
+    _give_xattrs(fs, key, _xattrs_of(fs, layer, source))
 
-    Returns whether there were any.
-    """
+
+def _xattrs_of(fs: State, layer: LowerLayer, key: Key) -> list[Xattr]:
+    """Return the xattrs of an inode but the union's own, and those that cannot be read."""
     try:
-        names = layer.listxattr(source)
+        names = layer.listxattr(key)
     except OSError as failure:
         if failure.errno in _MAY_FAIL:
-            return False
+            return []
         raise
+    xattrs = []
     for name in names:
         if name.startswith(fs.options.xattr_prefix) and not name.startswith(fs.escaped):
             continue
         try:
-            fs.upper.setxattr(key, name, layer.getxattr(source, name))
+            xattrs.append((name, layer.getxattr(key, name)))
         except OSError as failure:
             if failure.errno not in _MAY_FAIL:
                 raise
-    return bool(names)
+    return xattrs
 
 
-def _origin_of(fs: State, layer: int, key: Key, attr: Attr) -> _Origin:
-    handle = fs.lowers[layer].handle(key)
-    hard_link = attr.st_nlink > 1 and not stat.S_ISDIR(attr.st_mode)
-    if handle is None or (hard_link and fs.index is None):
-        return _Origin(b"", None)
-    note = origin.encode(handle)
-    return _Origin(note, origin.index_name(note) if hard_link else None)
+def _give_xattrs(fs: State, key: Key, xattrs: Sequence[Xattr]) -> None:
+    for name, value in xattrs:
+        try:
+            fs.upper.setxattr(key, name, value)
+        except OSError as failure:
+            if failure.errno not in _MAY_FAIL:
+                raise
 
 
-def _settle(fs: State, node: Node, place: _Place, key: Key, temporary: bytes, origin_: _Origin) -> None:
+def _settle(fs: State, node: Node, place: _Place, key: Key, temporary: bytes, original: _Original) -> None:
     """Move what is ready from the work directory to the node's name."""
     parent, name = place
     upper = fs.upper
     try:
-        fs.note(key, fs.x_origin, origin_.note)
+        fs.note(key, fs.x_origin, original.origin)
     except OSError as failure:
         # user.* xattrs are not allowed on symlinks and devices (xattr(7)).
         if failure.errno not in {errno.EPERM, errno.EOPNOTSUPP}:
@@ -376,8 +399,8 @@ def _settle(fs: State, node: Node, place: _Place, key: Key, temporary: bytes, or
         if node.lowers[0][0]:
             fs.note(key, fs.x_layer, b"%d" % node.lowers[0][0])
     before = upper.stat(parent.upper)
-    if origin_.index_name is not None and fs.index is not None:
-        _settle_indexed(fs, node, place, key, temporary, origin_.index_name)
+    if original.index_name is not None and fs.index is not None:
+        _settle_indexed(fs, node, place, key, temporary, original.index_name, original.attr.st_nlink)
     else:
         upper.rename((fs.work, temporary), (parent.upper, name), files.RENAME_NOREPLACE, moved=key)
     # The directory has not changed as far as the merged tree is concerned.
@@ -385,12 +408,10 @@ def _settle(fs: State, node: Node, place: _Place, key: Key, temporary: bytes, or
 
 
 def _settle_indexed(
-    fs: State, node: Node, place: _Place, key: Key, temporary: bytes, index_name: bytes
+    fs: State, node: Node, place: _Place, key: Key, temporary: bytes, index_name: bytes, links: int
 ) -> None:
     """Put a hard link into the index, and from there under its name."""
     parent, name = place
-    layer, low = node.lowers[0]
-    links = fs.lowers[layer].stat(low).st_nlink
     fs.note(key, fs.x_nlink, b"L+0")
     fs.note(key, fs.x_links, b"%d" % links)
     fs.upper.rename((fs.work, temporary), (fs.index, index_name), moved=key)

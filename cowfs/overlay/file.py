@@ -89,7 +89,7 @@ def seek(fs: State, handle: Handle, offset: int, whence: int) -> int:
         raise error(errno.EINVAL, handle.node.name)
     if handle.file.fileno() >= 0:
         return os.lseek(handle.file.fileno(), offset, whence)
-    size = fs.stat(handle.node).st_size
+    size = handle.file.stat().st_size
     if not 0 <= offset < size:
         raise error(errno.ENXIO, handle.node.name)
     hole, deadline = offset, time.monotonic() + _SEEK_SECONDS

@@ -83,12 +83,12 @@ def _from_upper(
     value = notes.get(fs.x_origin, b"")
     ino = _ino_of_origin(fs, value, notes.get(fs.x_layer))
     node, attr = _enter(fs, parent, name, key, lowers, ino or fs.ino_of(0, fs.upper.dev, attr), attr)
+    if node.indexed is None and origin.index_name(value) in fs.indexed:
+        node.indexed = _union_nlink(fs, notes, attr.st_nlink, lower_nlink)
     if metacopy and node.upper is key:
         node.metacopy = True
         node.redirect = redirect
-        attr = fs.stat(node)
-    if node.indexed is None and origin.index_name(value) in fs.indexed:
-        node.indexed = _union_nlink(fs, notes, attr.st_nlink, lower_nlink)
+        attr = fs.stat(node)  # last, for the lower may fail: the node is known from now on
     return node, attr
 
 

@@ -25,9 +25,11 @@ class OverlayOptions:
     xattr_prefix: bytes = b"trusted.overlay."
     """``user.overlay.`` where trusted.* is not allowed (the kernel's *userxattr*)."""
     metacopy_from: int = 65536
-    """Files of at least this many bytes are copied up without their data when only attributes change."""
+    """Files of at least this many bytes are copied up without their data when only attributes change; if
+    that may wait for others, all that have any."""
     inline_up_to: int = 262144
-    """Files of at most this many bytes are copied up within the request, without a thread."""
+    """Files of at most this many bytes are copied up within the request, without a thread, if their data
+    waits for nobody."""
     sync_copy_up: bool = False
     """Put a copied-up file on disk before it gets its name: for uppers whose filesystem does not
     order data before metadata, as ext3 does."""
@@ -187,6 +189,10 @@ class State:
             st_mtime_ns=attr.st_mtime_ns,
             st_ctime_ns=attr.st_ctime_ns,
         )
+
+    def data_waits(self, node: Node) -> bool:
+        """Whether the data of a file that is not in the upper is in a lower that may wait for others."""
+        return bool(node.lowers) and self.lowers[node.lowers[-1][0]].waits
 
     # --- the union's own xattrs in the upper
 

@@ -7,10 +7,14 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from cowfs.layers.base import LowerLayer, UpperLayer
 from cowfs.layers.directory import open_directory
+from cowfs.layers.shared_directory import SharedDirectoryLayer
+from cowfs.layers.slow import SlowLayer
 from cowfs.layers.squashfs import SquashfsLayer
+from tests.support.asking import Asking, serve
 from tests.support.system import NOBODY, run
 
 
@@ -72,6 +76,25 @@ def _squashfs(path: Path) -> Iterator[LowerLayer]:
         layer.close()
 
 
+@contextmanager
+def _slow(path: Path) -> Iterator[LowerLayer]:
+    """A directory whose filesystem may wait for others, asked in many threads."""
+    layer = SlowLayer(SharedDirectoryLayer(os.open(path, os.O_PATH | os.O_DIRECTORY), os.fspath(path)))
+    serve(layer)
+    try:
+        yield cast(LowerLayer, Asking(layer))
+    finally:
+        layer.close()
+
+
+@contextmanager
+def _slow_squashfs(path: Path) -> Iterator[LowerLayer]:
+    with _squashfs(path) as image:
+        layer = SlowLayer(image)
+        serve(layer)
+        yield cast(LowerLayer, Asking(layer))
+
+
 def _ext3(block_size: int, inode_size: int) -> Kind:
     name = f"ext3, blocks of {block_size}, inodes of {inode_size}"
 
@@ -103,6 +126,8 @@ KINDS = [
     Kind("directory", _directory, _directory),
     Kind("directory of nobody", _directory_of_nobody, _directory_of_nobody, privileged=False),
     Kind("squashfs", _squashfs, None, tick_ns=1_000_000_000),
+    Kind("slow directory", _slow, None),
+    Kind("slow squashfs", _slow_squashfs, None, tick_ns=1_000_000_000),
     *(_ext3(block_size, inode_size) for block_size in (1024, 4096) for inode_size in (128, 256)),
 ]
 LOWERS = [kind for kind in KINDS if kind.lower]

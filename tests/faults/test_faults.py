@@ -78,6 +78,7 @@ OPERATIONS: dict[str, tuple[Act, Act]] = {
     "setxattr": (_nothing, lambda fs: fs.setxattr("dir/a", b"user.x", b"y")),
     "removexattr": (_nothing, lambda fs: fs.removexattr("file", b"user.a")),
     "append to a hard link": (_nothing, lambda fs: fs.write("one", b"more", 7)),
+    "chmod of a hard link": (_nothing, lambda fs: fs.set("one", mode=0o600)),
     "append to its other name": (lambda fs: fs.set("one", mode=0o600), lambda fs: fs.write("dir/two", b"+")),
     # making and removing
     "create": (_nothing, lambda fs: fs.create("dir/sub/new")),
@@ -137,11 +138,11 @@ def scratch() -> Iterator[Path]:
     shutil.rmtree(place)
 
 
-def opened(scratch: Path, fault: Fault, prepare: Act) -> Direct:
+def opened(scratch: Path, fault: Fault, prepare: Act, *, slow: bool = False) -> Direct:
     """A fresh union in which *prepare* has been done and given back, and the fault is armed."""
     store = scratch / "store"
     shutil.rmtree(store, ignore_errors=True)
-    fs = Direct(str(store), [str(scratch / "lower")], faulty(fault))
+    fs = Direct(str(store), [str(scratch / "lower")], faulty(fault), slow=slow)
     prepare(fs)
     fs.forget()
     return fs
@@ -182,6 +183,22 @@ def test_old_or_new(name: str, how: str, scratch: Path) -> None:
     pytest.fail("it never succeeds")
 
 
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_the_same_with_a_slow_lower(name: str, scratch: Path) -> None:
+    """An operation is begun again for each thing that it must ask a lower which may wait for others."""
+    prepare, act = OPERATIONS[name]
+    trees = []
+    for slow in (False, True):
+        fs = opened(scratch, Fault(0, 0), prepare, slow=slow)
+        act(fs)
+        trees.append(seen(fs.snapshot()))
+        fs.crash()
+        trees.append(seen(fs.snapshot()))
+        fs.close()
+        assert upper.leftovers(str(scratch / "store")) == []
+    assert all(one == trees[0] for one in trees)
+
+
 def check(fs: Direct, fault: Fault, failed: OSError | None, old: Snapshot, new: Snapshot, where: str) -> None:
     """The tree is one of the two; it is the new one if the operation said so."""
     if failed is not None:
@@ -213,3 +230,14 @@ def error_of(operation: Callable[[], Any]) -> OSError | None:
     except OSError as error:
         return error
     return None
+
+
+def test_links_that_only_the_index_has(scratch: Path) -> None:
+    """What is begun again finds no inode that the first attempt has left half known."""
+    tree.build(scratch / "links", {"one": b"linked\n", "dir/two": link("one"), "dir/three": link("one")})
+    fs = Direct(str(scratch / "store"), [str(scratch / "links")], slow=True)
+    fs.set("one", mode=0o600)
+    fs.crash()
+    shown = fs.snapshot()
+    assert [shown[path]["nlink"] for path in ("one", "dir/two", "dir/three")] == [3, 3, 3]
+    fs.close()

@@ -20,9 +20,9 @@ from tests.support.tree import Node, link
 BIG = b"0123456789abcdef" * (1 << 16)
 
 
-@pytest.fixture
-def fs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Direct]:
-    """A union in memory."""
+@pytest.fixture(params=[False, True], ids=["local", "slow"])
+def fs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Direct]:
+    """A union in memory; its lower may be one that may wait for others."""
     if os.geteuid() != 0:
         pytest.skip("needs root: whiteouts on tmpfs")
     place = Path(tempfile.mkdtemp(prefix="cowfs-fuse-", dir="/dev/shm"))
@@ -38,7 +38,7 @@ def fs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Direct]:
         },
     )
     fake_readdir_reply(monkeypatch)
-    direct = Direct(str(place / "store"), [str(place / "lower")])
+    direct = Direct(str(place / "store"), [str(place / "lower")], slow=request.param)
     yield direct
     direct.close()
     shutil.rmtree(place)
@@ -47,7 +47,7 @@ def fs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Direct]:
 @pytest.fixture
 def adapter(fs: Direct) -> Adapter:
     """Its adapter."""
-    return Adapter(fs.fs, RequestLoop())
+    return Adapter(fs.union.overlay, RequestLoop())
 
 
 @pytest.fixture
@@ -59,4 +59,4 @@ def kernel(adapter: Adapter) -> Kernel:
 @pytest.fixture
 def slow(fs: Direct, monkeypatch: pytest.MonkeyPatch) -> Slow:
     """Copy-ups wait until they are let go."""
-    return Slow(fs.fs, monkeypatch)
+    return Slow(fs.union.overlay, monkeypatch)

@@ -50,6 +50,7 @@ async def read(adapter: Adapter, ino: int) -> bytes:
 
 async def test_others_go_on_while_a_file_is_copied_up(adapter: Adapter, kernel: Kernel, slow: Slow) -> None:
     big = await kernel.find("big")
+    slow.let_go(b"file")  # small, but of a slow lower it goes the same way
     async with trio.open_nursery() as nursery:
         nursery.start_soon(write, adapter, big)
         await until(lambda: slow.begun == [b"big"])
@@ -94,9 +95,9 @@ async def test_others_go_on_while_a_write_waits_for_the_disk(
         assert disk.wait(10)
         return write_at_once(self, data, offset)
 
+    info = await adapter.open(file, os.O_RDWR | flag, CTX)  # it is copied up, maybe by pwrite
     monkeypatch.setattr(KernelFile, "pwrite", pwrite)
     written: list[int] = []
-    info = await adapter.open(file, os.O_RDWR | flag, CTX)
 
     async def writer() -> None:
         written.append(await adapter.write(info.fh, 0, b"HEAD"))
@@ -266,7 +267,7 @@ async def test_all_names_of_a_hard_link_wait(adapter: Adapter, kernel: Kernel, s
 async def test_eight_clients(fs: Direct, adapter: Adapter, kernel: Kernel, seed: int) -> None:
     """They do everything to the same few names, with a switch after each request; only errnos come of it."""
     names = [b"file", b"big", b"big2", b"linked", b"alias", b"dir", b"x", b"y"]
-    fs.fs.options = type(fs.fs.options)(inline_up_to=0)
+    fs.union.overlay.options = type(fs.fs.options)(inline_up_to=0)
 
     async def client(number: int) -> None:
         chance = random.Random(seed * 100 + number)

@@ -120,9 +120,9 @@ class UnionMachine(RuleBasedStateMachine):
         self.handles: list[tuple[Any, Inode]] = []
         self.inos: dict[int, int] = {}
 
-    @initialize(top=LAYER, bottom=LAYER, two=st.booleans(), caching=st.booleans())
+    @initialize(top=LAYER, bottom=LAYER, two=st.booleans(), caching=st.booleans(), slow=st.booleans())
     def build(
-        self, top: dict[str, tree.Node], bottom: dict[str, tree.Node], two: bool, caching: bool
+        self, top: dict[str, tree.Node], bottom: dict[str, tree.Node], two: bool, caching: bool, slow: bool
     ) -> None:
         below = sound(bottom, None, is_below=True) if two else None
         layers = [sound(top, below), *([below] if below is not None else [])]
@@ -131,7 +131,7 @@ class UnionMachine(RuleBasedStateMachine):
             tree.build(place, layer)
         load(self.model, layers, places)
         self.lowers = [str(place) for place in places]
-        self.fs = Direct(str(self.place / "store"), self.lowers)
+        self.fs = Direct(str(self.place / "store"), self.lowers, slow=slow)
         self.fs.caching = caching
         self.look()
 

@@ -10,16 +10,19 @@ import hashlib
 import os
 import stat
 from collections.abc import Callable, Sequence
-from typing import Any
+from contextlib import nullcontext
+from typing import Any, cast
 
 from cowfs.assemble import Union, UnionOptions, open_union
 from cowfs.layers.base import UpperLayer
+from cowfs.layers.slow import SlowLayer
 from cowfs.overlay.attr import NewAttributes
 from cowfs.overlay.dir import Owner
 from cowfs.overlay.file import Handle
 from cowfs.overlay.node import Node
 from cowfs.overlay.overlay import Overlay
 from cowfs.types import Attr
+from tests.support.asking import Asking, all_wait, serve
 from tests.support.tree import NOT_OURS, PRIVATE, Snapshot, group_links
 
 EXCHANGE = 2
@@ -47,7 +50,11 @@ class Direct:
         store: str,
         lowers: Sequence[str],
         wrap: Callable[[UpperLayer], UpperLayer] = lambda layer: layer,
+        *,
+        slow: bool = False,
     ) -> None:
+        """*slow*: the lowers are such that may wait for others."""
+        self._slow = slow
         self._options = UnionOptions(lowers=tuple(lowers), store=store)
         self._wrap = wrap
         self._taken: list[Node] = []
@@ -58,9 +65,15 @@ class Direct:
         self._open()
 
     def _open(self) -> None:
-        self.union = open_union(self._options)
+        with all_wait() if self._slow else nullcontext():
+            self.union = open_union(self._options)
         self.fs = self.union.overlay
         self.fs.upper = self._wrap(self.fs.upper)
+        if self._slow:
+            for layer in self.fs.lowers:
+                assert isinstance(layer, SlowLayer)
+                serve(layer)
+            self.fs = cast(Overlay, Asking(self.fs))
 
     def close(self) -> None:
         """Give everything back and close the union."""

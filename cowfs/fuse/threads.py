@@ -1,0 +1,97 @@
+"""Where requests wait for threads, and what slow lowers are asked in them."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import logging
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
+from typing import TypeVar
+
+import trio
+
+from cowfs.fuse.loop import RequestLoop
+from cowfs.fuse.turns import Turns, in_thread
+from cowfs.layers.slow import Answers, NotYet, Question
+
+R = TypeVar("R")
+log = logging.getLogger(__name__)
+
+
+class Threads:
+    """The threads that work for the requests of one loop, some of each kind for each user."""
+
+    def __init__(self, loop: RequestLoop) -> None:
+        self._loop = loop
+        self.copies, self.reads, self.syncs = Turns(), Turns(), Turns()
+        # What may hang takes no threads from what does not.
+        self.slow_copies, self.slow_reads = Turns(), Turns()
+        self._questions = Turns()
+
+    @asynccontextmanager
+    async def turn(self, turns: Turns, uid: int) -> AsyncIterator[None]:
+        """Wait for this user's turn of some kind of long work; others are served meanwhile.
+
+        What it needs, be it descriptors, is to be taken then: however many wait, they have nothing.
+        """
+        loop = self._loop
+        loop.hand_over()
+        loop.waiting += 1
+        try:
+            async with turns.turn(uid):
+                yield
+        finally:
+            loop.waiting -= 1
+
+    async def run(self, call: Callable[[], R], turns: Turns, uid: int) -> R:
+        """Return what *call* gives, which a thread runs at the user's turn."""
+        async with self.turn(turns, uid):
+            return await in_thread(call)
+
+    async def run_patiently(self, call: Callable[[], R], turns: Turns, uid: int) -> R:
+        """The same for what may never end: EIO if it has not when the filesystem is to end."""
+        with self._loop.patience():
+            async with self.turn(turns, uid):
+                return await in_thread(call, may_hang=True)
+        raise _given_up()
+
+    async def patiently(self, call: Callable[[], R]) -> R:
+        """The same at once: it is the user's turn."""
+        with self._loop.patience():
+            return await in_thread(call, may_hang=True)
+        raise _given_up()
+
+    async def ask(self, question: Question, answers: Answers, names: Sequence[bytes] = ()) -> None:
+        """Learn the answer to a question, and what likely is asked next.
+
+        *names* are those that are looked up too if this is a lookup.
+        """
+        ask = functools.partial(question.ask, names)
+        answers.add(await self.run_patiently(ask, self._questions, answers.uid))
+
+    async def answered(self, call: Callable[[], R], answers: Answers, names: Sequence[bytes] = ()) -> R:
+        """Return what *call* gives as soon as the *answers*, which are at hand, are all that it needs."""
+        while True:
+            try:
+                return call()
+            except NotYet as need:
+                await self.ask(need.question, answers, names)
+
+    def later(self, uid: int, call: Callable[[], None]) -> None:
+        """Let a thread of the user's do *call* some time. The user's questions wait if it hangs."""
+
+        async def do() -> None:
+            try:
+                async with self._questions.turn(uid):
+                    await in_thread(call, may_hang=True)
+            except Exception:
+                log.exception("what nobody waits for has failed")
+
+        with suppress(RuntimeError):  # nothing is served any more: the layers close all that is open
+            trio.lowlevel.spawn_system_task(do)
+
+
+def _given_up() -> OSError:
+    log.warning("a lower does not answer: a request is given up")
+    return OSError(errno.EIO, "a lower does not answer")

@@ -1,0 +1,348 @@
+"""A lower layer whose calls may wait for other machines or programs, for those who must not wait.
+
+Until a union is served its calls are done at once. From then on (:meth:`SlowLayer.serve`) the layer gives the
+answers that the :class:`Answers` at hand hold, and raises :class:`NotYet` where they hold none. Whoever gets
+that has the question asked in a thread, and does the whole operation again, with the answer: an operation
+that a layer's call fails leaves nothing behind. So no lock is held, and no operation half done, while a
+lower is waited for (docs/adr/0025-slow-lowers.md).
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import stat
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from typing import Any, NamedTuple, TypeVar, cast
+
+from cowfs.layers.base import File, Key, LowerLayer
+from cowfs.types import Attr, DirEntry, FileHandle, FsStats
+
+R = TypeVar("R")
+InBackground = Callable[[int, Callable[[], None]], None]
+log = logging.getLogger(__name__)
+
+_CLOSING = 3.0
+"""Seconds that the end of the union waits for a lower to close its files."""
+_MOST_VALUES = 32
+"""So many attributes are read along with their names."""
+
+
+class NotYet(Exception):
+    """No answer, and no error either: the question must be asked in a thread first.
+
+    No OSError, so that nobody takes it for what the layer says.
+    """
+
+    def __init__(self, question: Question) -> None:
+        super().__init__(question.method)
+        self.question = question
+
+
+class Question(NamedTuple):
+    """A call of a slow layer."""
+
+    layer: SlowLayer
+    method: str
+    arguments: tuple[Any, ...]
+
+    def ask(self, more: Iterable[bytes] = ()) -> Learnt:
+        """Return the answer, and those to what is likely asked next. Blocks; for any thread.
+
+        *more* are names that are looked up too if this is a lookup.
+        """
+        learnt: Learnt = {}
+        self._learn(learnt)
+        if self.method == "lookup":
+            for name in more:
+                self._replace(arguments=(self.arguments[0], name))._learn(learnt)
+        return learnt
+
+    def _learn(self, learnt: Learnt) -> None:
+        if self in learnt:
+            return
+        answer = learnt[self] = self._answer()
+        if answer.error is not None:
+            return
+        if self.method == "listxattr":
+            for name in answer.value[:_MOST_VALUES]:
+                Question(self.layer, "getxattr", (self.arguments[0], name))._learn(learnt)
+        elif self.method == "lookup" and self.layer.has_notes and answer.value is not None:
+            key, attr = answer.value
+            if stat.S_ISDIR(attr.st_mode) or stat.S_ISREG(attr.st_mode):
+                Question(self.layer, "listxattr", (key,))._learn(learnt)
+
+    def _answer(self) -> Answer:
+        try:
+            return Answer(self.layer.do(self.method, self.arguments), None)
+        except Exception as error:
+            return Answer(None, error.with_traceback(None))
+
+
+class Answer(NamedTuple):
+    """What a layer said, or raised."""
+
+    value: Any
+    error: Exception | None
+
+
+Learnt = dict[Question, Answer]
+_at_hand: ContextVar[Answers | None] = ContextVar("answers", default=None)
+
+
+class Answers:
+    """What was learnt from slow layers for one request of the user *uid*. Be sure to :meth:`close`."""
+
+    __slots__ = ("_known", "uid")
+
+    def __init__(self, uid: int) -> None:
+        self.uid = uid
+        self._known: Learnt = {}
+
+    def add(self, learnt: Learnt) -> None:
+        """Know more."""
+        self._known.update(learnt)
+
+    @contextmanager
+    def at_hand(self) -> Iterator[None]:
+        """Let the layers give these answers to this task, for the time being."""
+        token = _at_hand.set(self)
+        try:
+            yield
+        finally:
+            _at_hand.reset(token)
+
+    def to(self, question: Question) -> Answer | None:
+        """Return what is known. A file is given once."""
+        if question.method != "open":
+            return self._known.get(question)
+        answer = self._known.pop(question, None)
+        if answer is not None and answer.error is None:
+            answer.value.owner = self.uid
+        return answer
+
+    def close(self) -> None:
+        """Close the files that nobody has asked for."""
+        for question in [question for question in self._known if question.method == "open"]:
+            answer = self.to(question)
+            if answer is not None and answer.error is None:
+                answer.value.close()
+
+
+class SlowLayer:
+    """A :class:`LowerLayer` before *inner*, the methods of which any thread may call at any time."""
+
+    waits = True
+
+    def __init__(self, inner: LowerLayer) -> None:
+        self.inner = inner
+        self.name = inner.name
+        self.root: Key = inner.root
+        self.dev = inner.dev
+        self.has_notes = False
+        """Whether the union reads the attributes of what it finds: layers below are to be hidden by them."""
+        self._files: set[SlowFile] = set()
+        self._in_background: InBackground | None = None
+
+    def serve(self, in_background: InBackground) -> None:
+        """Wait for nothing from now on. *in_background* lets a thread of a user's do a call some time."""
+        self._in_background = in_background
+
+    def _ask(self, method: str, *arguments: Any) -> Any:
+        if self._in_background is None:
+            return self.do(method, arguments)
+        question = Question(self, method, arguments)
+        answers = _at_hand.get()
+        answer = None if answers is None else answers.to(question)
+        if answer is None:
+            raise NotYet(question)
+        if answer.error is not None:
+            raise answer.error.with_traceback(None)
+        return answer.value
+
+    def do(self, method: str, arguments: tuple[Any, ...]) -> Any:
+        """Call a method of the layer. Blocks; for any thread."""
+        result = getattr(self.inner, method)(*arguments)
+        if method == "names" and callable(result):
+            return result()
+        if method != "open":
+            return result
+        file = SlowFile(self, result)
+        self._files.add(file)
+        return file
+
+    def lookup(self, directory: Key, name: bytes) -> tuple[Key, Attr] | None:
+        return cast("tuple[Key, Attr] | None", self._ask("lookup", directory, name))
+
+    def stat(self, key: Key) -> Attr:
+        return cast(Attr, self._ask("stat", key))
+
+    def readdir(self, directory: Key) -> list[DirEntry]:
+        return list(self._ask("readdir", directory))
+
+    def names(self, directory: Key) -> list[bytes]:
+        return list(self._ask("names", directory))
+
+    def readlink(self, key: Key) -> bytes:
+        return cast(bytes, self._ask("readlink", key))
+
+    def listxattr(self, key: Key) -> list[bytes]:
+        return list(self._ask("listxattr", key))
+
+    def getxattr(self, key: Key, name: bytes) -> bytes:
+        return cast(bytes, self._ask("getxattr", key, name))
+
+    def open(self, key: Key, flags: int) -> SlowFile:
+        return cast(SlowFile, self._ask("open", key, flags))
+
+    def statfs(self) -> FsStats:
+        return cast(FsStats, self._ask("statfs"))
+
+    def handle(self, key: Key) -> FileHandle | None:
+        return cast("FileHandle | None", self._ask("handle", key))
+
+    def handle_ino(self, handle: FileHandle) -> int | None:
+        """As the layer says, which knows without asking."""
+        return self.inner.handle_ino(handle)
+
+    def forget(self, key: Key) -> None:
+        self.inner.forget(key)
+
+    def dismiss(self, file: SlowFile) -> None:
+        """Let a thread close a file that nobody uses any more."""
+        if self._in_background is None:
+            file.close_now()
+        else:
+            self._in_background(file.owner, file.close_now)
+
+    def let_go(self, file: SlowFile) -> bool:
+        """Whether the caller is the one who closes a file."""
+        try:
+            self._files.remove(file)
+        except KeyError:
+            return False
+        return True
+
+    def close(self) -> None:
+        """Close all. Waits some seconds for it, then leaves it to the end of the process, and says so."""
+        thread = threading.Thread(target=self._close, name=f"closes {self.name}", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # no thread is to be had
+            self._close()
+            return
+        thread.join(_CLOSING)
+        if thread.is_alive():
+            log.warning(
+                "%s does not answer; what is open of it stays so until the process has ended", self.name
+            )
+            _unclosed.append(self)
+
+    def _close(self) -> None:
+        for file in list(self._files):
+            file.close_now()
+        self.inner.close()
+
+
+_unclosed: list[SlowLayer] = []
+
+
+def must_not_be_touched() -> bool:
+    """Whether the process shall end without closing what is open: it could wait for ever."""
+    return bool(_unclosed)
+
+
+class SlowFile:
+    """An open file of a slow layer. Its data is read in threads alone; ``close`` waits for nothing."""
+
+    __slots__ = ("_attr", "_closed", "_inner", "_layer", "_writing", "owner")
+
+    def __init__(self, layer: SlowLayer, inner: File) -> None:
+        """May block."""
+        self._layer = layer
+        self._inner = inner
+        self._attr = inner.stat()
+        self._writing = threading.Lock()
+        self._closed = False
+        self.owner = 0
+        """The user for whom it was opened."""
+
+    def pread(self, size: int, offset: int) -> bytes:
+        return self._inner.pread(size, offset)
+
+    def try_pread(self, size: int, offset: int) -> bytes | None:
+        return None
+
+    def pwrite(self, data: bytes, offset: int) -> int:
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+
+    def truncate(self, size: int) -> None:
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+
+    def fsync(self, datasync: bool) -> None:
+        """Nothing is ever dirty."""
+
+    def stat(self) -> Attr:
+        """The attributes that it had when it was opened."""
+        return self._attr
+
+    def segments(self, end: int) -> Iterator[tuple[int, int]]:
+        """All of it: to ask for holes is to wait. :meth:`copy_to` does."""
+        if end > 0:
+            yield 0, end
+
+    def fileno(self) -> int:
+        """-1: nobody shall read from it but by a thread."""
+        return -1
+
+    def descriptor(self) -> int:
+        """The descriptor that it has open all the same, to be counted; -1 if it has none."""
+        return self._inner.fileno()
+
+    def copy_to(self, target: File, size: int | None = None) -> None:
+        """Copy as the layer's file does. Ends with EBADF, and writes nothing more, once this is closed."""
+        if size != 0:
+            self._inner.copy_to(cast(File, _Target(self, target)), size)
+
+    def write_to(self, call: Callable[..., R], *arguments: object) -> R:
+        """Do *call*, unless this file is closed, or is being closed, which waits for it then."""
+        with self._writing:
+            if self._closed:
+                raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+            return call(*arguments)
+
+    def close(self) -> None:
+        """Nothing is read from it any more, and nothing written of what was."""
+        with self._writing:
+            done, self._closed = self._closed, True
+        if not done:
+            self._layer.dismiss(self)
+
+    def close_now(self) -> None:
+        """Close it. May block."""
+        self._closed = True
+        if self._layer.let_go(self):
+            with suppress(OSError):  # the lower is dead
+                self._inner.close()
+
+
+class _Target:
+    """The file that a slow one is copied to: a copy that hangs until nobody waits for it writes no more."""
+
+    def __init__(self, source: SlowFile, target: File) -> None:
+        self._source = source
+        self._target = target
+
+    def pwrite(self, data: bytes, offset: int) -> int:
+        return self._source.write_to(self._target.pwrite, data, offset)
+
+    def truncate(self, size: int) -> None:
+        self._source.write_to(self._target.truncate, size)
+
+    def fileno(self) -> int:
+        """-1: all goes through :meth:`pwrite`."""
+        return -1

@@ -1,0 +1,73 @@
+"""Whether a filesystem's calls wait for nothing but the disks of this machine.
+
+Others wait for another machine or for a program (NFS, FUSE): for as long as these like, or for ever.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+
+from cowfs.linux.files import fs_magic
+
+_OWN = {
+    *(0xEF53, 0x58465342, 0x9123683E, 0xF2F52010, 0xCA451A4E),  # ext2 to 4, xfs, btrfs, f2fs, bcachefs
+    *(0x01021994, 0x858458F6, 0x62656572, 0x9FA0),  # tmpfs, ramfs, sysfs, proc
+    *(0x73717368, 0xE0F5E1E2, 0x28CD3D45, 0x453DCD28, 0x7275),  # squashfs, erofs, cramfs, romfs
+    *(0x9660, 0x15013346, 0x4D44, 0x2011BAB0, 0x7366746E, 0x5346544E),  # iso9660, udf, fat, exfat, ntfs
+    *(0x2FC12FC1, 0x3153464A, 0x52654973, 0x3434, 0x00011954),  # zfs, jfs, reiserfs, nilfs, ufs
+    *(0x4244, 0x482B, 0x137F, 0x138F, 0x2468, 0x2478, 0x4D5A, 0x5A4F4653),  # hfs, hfs+, minix, zonefs
+    *(0x794C7630, 0x24051905, 0x72B6),  # overlayfs, ubifs, jffs2
+}
+"""f_type of statfs(2). What is not here, FUSE and the network's filesystems and those unknown, may wait."""
+_FAR_DISKS = re.compile(r"(nbd|rbd|drbd|ublkb|etherd)")
+_DEEPEST = 8
+"""So many filesystems and devices one in another are looked at."""
+
+
+def may_wait(fd: int, depth: int = 0) -> bool:
+    """Whether what *fd* is on may wait for others: its filesystem, or the device, or the file, that holds it.
+
+    An overlay of the kernel's counts as our own. Asks the filesystem, so it may wait itself. Raises OSError.
+    """
+    if fs_magic(fd) not in _OWN:
+        return True
+    info = os.fstat(fd)
+    device = info.st_rdev if stat.S_ISBLK(info.st_mode) else info.st_dev
+    return _device_waits(f"{os.major(device)}:{os.minor(device)}", depth)
+
+
+def _device_waits(number: str, depth: int) -> bool:
+    """Whether a block device may wait; nothing is known of one that sysfs does not have."""
+    place = os.path.realpath(f"/sys/dev/block/{number}")
+    if not os.path.isdir(place) or depth >= _DEEPEST:
+        return False
+    if os.path.exists(f"{place}/partition"):
+        place = os.path.dirname(place)
+    if _FAR_DISKS.match(os.path.basename(place)):
+        return True
+    if os.path.exists(f"{place}/loop/backing_file"):
+        return _loop_waits(f"{place}/loop/backing_file", depth)
+    try:
+        parts = os.listdir(f"{place}/slaves")
+        numbers = [_read(f"{place}/slaves/{part}/dev") for part in parts]
+    except OSError:
+        return False
+    return any(_device_waits(one, depth + 1) for one in numbers)
+
+
+def _loop_waits(attribute: str, depth: int) -> bool:
+    try:
+        fd = os.open(_read(attribute), os.O_PATH)
+    except OSError:  # removed, or in another mount namespace
+        return False
+    try:
+        return may_wait(fd, depth + 1)
+    finally:
+        os.close(fd)
+
+
+def _read(path: str) -> str:
+    with open(path, encoding="utf-8", errors="surrogateescape") as file:
+        return file.read().rstrip("\n")

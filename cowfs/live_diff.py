@@ -1,0 +1,70 @@
+"""The changes of a union that is mounted, told step by step while its requests are served."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+from cowfs.changes import diff
+from cowfs.fuse.control import MayHang, in_main_thread
+from cowfs.layers.base import LowerLayer, UpperLayer
+from cowfs.layers.slow import SlowLayer
+from cowfs.overlay.overlay import Overlay
+from cowfs.types import Change
+
+_SLICE = 0.02
+"""Seconds that a thread works before what it has found is told."""
+
+
+def steps(overlay: Overlay) -> Iterator[Change | MayHang | None]:
+    """Yield every change, and what :data:`cowfs.fuse.control.Replies` may hold besides.
+
+    Where a lower may wait for others a thread does the work, and has the other layers asked in the main
+    thread, to which they belong.
+    """
+    if not any(layer.waits for layer in overlay.lowers):
+        yield from _all(overlay, overlay.upper, list(overlay.lowers))
+        return
+    upper = cast(UpperLayer, _InMainThread(overlay.upper))
+    lowers = [layer.inner if isinstance(layer, SlowLayer) else _lower(layer) for layer in overlay.lowers]
+    found = _all(overlay, upper, lowers)
+    batch: list[Change | None] = [None]
+    while batch:
+        batch = []
+        yield MayHang(functools.partial(_work, found, batch))
+        yield from batch
+
+
+def _all(overlay: Overlay, upper: UpperLayer, lowers: list[LowerLayer]) -> Iterator[Change | None]:
+    options = overlay.options
+    return diff.steps(upper, overlay.root.upper, lowers, options.xattr_prefix, index=overlay.index)
+
+
+def _work(found: Iterator[Change | None], batch: list[Change | None]) -> None:
+    """Move some of what is *found* to *batch*: nothing when there is no more."""
+    end = time.monotonic() + _SLICE
+    for step in found:
+        batch.append(step)
+        if time.monotonic() > end:
+            return
+
+
+def _lower(layer: LowerLayer) -> LowerLayer:
+    return cast(LowerLayer, _InMainThread(layer))
+
+
+class _InMainThread:
+    """A layer whose methods are called in the main thread, whoever wants it."""
+
+    def __init__(self, layer: LowerLayer) -> None:
+        self._layer = layer
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._layer, name)
+        return functools.partial(_call, value) if callable(value) else value
+
+
+def _call(method: Callable[..., Any], *arguments: Any) -> Any:
+    return in_main_thread(functools.partial(method, *arguments))

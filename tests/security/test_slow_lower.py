@@ -1,0 +1,241 @@
+"""A lower that hangs, or is dead, blocks those who use it and nobody else."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.support.holding import Lower, holding
+from tests.support.mounts import COWFS, Mounted, cowfs, eventually, is_mounted, mount_arguments, mounted
+from tests.support.system import NOBODY, as_nobody_prefix, needs_fuse, needs_root, run
+from tests.support.victim import VICTIM
+
+pytestmark = [needs_fuse, needs_root]
+
+
+@dataclass
+class Place:
+    """A mount of all users' whose lower can be made to hang."""
+
+    lower: Lower
+    here: Mounted
+    store: Path
+    attacks: list[subprocess.Popen[str]]
+
+    def attack(self, script: str) -> subprocess.Popen[str]:
+        """Let nobody run a command in the mount."""
+        command = [*as_nobody_prefix(), "sh", "-c", script]
+        pipe = subprocess.PIPE
+        process = subprocess.Popen(command, cwd=self.here.path, stdout=pipe, stderr=pipe, text=True)
+        self.attacks.append(process)
+        return process
+
+    def hang(self, request: str, name: str, script: str) -> subprocess.Popen[str]:
+        """Let nobody run a command that waits, for a request about *name*."""
+        self.lower.hold(request, name)
+        process = self.attack(script)
+        eventually(lambda: self.lower.is_held(request), f"{script} waits in {request}")
+        return process
+
+    def others_work(self, number: int = 0) -> None:
+        """Somebody else looks at, lists, reads and makes files."""
+        script = f"""
+            stat calm/file{number} && ls calm && cat calm/file{number} && readlink calm/alias && stat -f .
+            echo new > own/made{number} && mv own/made{number} own/moved && cat own/moved
+            rm own/moved && ls own
+            echo more >> calm/theirs && chmod 600 calm/theirs && cat calm/theirs
+        """
+        prefix = ["setpriv", f"--reuid={VICTIM}", f"--regid={VICTIM}", "--clear-groups", "--"]
+        said = run(*prefix, "sh", "-e", "-c", script, cwd=self.here.path, timeout=15).stdout
+        assert f"content {number}\n" in said and "\nnew\n" in said and said.endswith("more\n")
+
+    def mount_arguments(self) -> list[str]:
+        """What to mount it with."""
+        options = ["allow_other", f"log={self.here.log}"]
+        return mount_arguments(self.lower.path, self.here.path, self.store, None, options)
+
+
+@pytest.fixture
+def place(nobody_path: Path) -> Iterator[Place]:
+    """Mounted; the end may not take long."""
+    with made(nobody_path) as it:
+        yield it
+
+
+@contextmanager
+def made(scratch: Path) -> Iterator[Place]:
+    source, at = scratch / "source", scratch / "mnt"
+    for directory in (source / "calm", source / "hung", at):
+        directory.mkdir(parents=True)
+    for number in range(8):
+        (source / "calm" / f"file{number}").write_text(f"content {number}\n")
+    (source / "calm" / "alias").symlink_to("file0")
+    (source / "calm" / "theirs").write_text("theirs\n")
+    (source / "hung" / "held").write_text("held\n")
+    (source / "hung" / "other").write_text("other\n")
+    (source / "hung" / "link").symlink_to("held")
+    os.setxattr(source / "hung" / "held", "user.color", b"red")
+    for path in (source / "hung", *(source / "hung").iterdir()):
+        os.chown(path, NOBODY, NOBODY, follow_symlinks=False)
+    os.chown(source / "calm" / "theirs", VICTIM, VICTIM)
+    with holding(source, scratch) as lower:
+        it = Place(lower, Mounted(at, scratch / "log"), scratch / "store", [])
+        try:
+            done = cowfs(*it.mount_arguments())
+            assert done.returncode == 0, done.stderr
+            (at / "own").mkdir()
+            os.chown(at / "own", VICTIM, VICTIM)
+            yield it
+        finally:
+            with suppress(OSError):
+                lower.let_go()
+            lower.die()
+            for process in it.attacks:
+                process.communicate(timeout=20)
+            if is_mounted(at):
+                it.here.umount()
+
+
+HANGS = {
+    "lookup": ("lookup", "held", "stat -c %s hung/held", "5\n"),
+    "getattr": ("getattr", "held", "stat -c %s hung/held", "5\n"),
+    "readdir": ("readdir", "hung", "ls hung", "held\nlink\nother\n"),
+    "attributes of a listing": ("getattr", "other", "ls hung", "held\nlink\nother\n"),
+    "open": ("open", "held", "cat hung/held", "held\n"),
+    "read": ("read", "held", "cat hung/held", "held\n"),
+    "readlink": ("readlink", "link", "readlink hung/link", "held\n"),
+    "getxattr": ("getxattr", "held", "getfattr --only-values -n user.color hung/held", "red"),
+    "listxattr": ("listxattr", "held", "getfattr hung/held | grep user", "user.color\n"),
+    "close": ("flush", "held", "cat hung/held", "held\n"),
+    "copy-up of data": ("read", "held", "echo x >> hung/held && cat hung/held", "held\nx\n"),
+    "copy-up of attributes": ("listxattr", "held", "chmod 755 hung/held && stat -c %a hung/held", "755\n"),
+    "truncation": ("open", "held", "echo > hung/held && cat hung/held", "\n"),
+    "making a name": ("lookup", "new", "mkdir hung/new && ls hung", "held\nlink\nnew\nother\n"),
+    "removal": ("getattr", "held", "rm -f hung/held && ls hung", "link\nother\n"),
+    "renaming": ("lookup", "new", "mv hung/held hung/new && cat hung/new", "held\n"),
+    "a link": ("read", "held", "ln hung/held hung/new && cat hung/new", "held\n"),
+}
+
+
+@pytest.mark.parametrize("what", HANGS)
+def test_others_are_served_while_one_waits(what: str, place: Place) -> None:
+    request, name, script, answer = HANGS[what]
+    waiting = place.hang(request, name, script)
+    place.others_work()
+    if what != "close":  # nobody waits for that
+        assert waiting.poll() is None
+    place.lower.let_go()
+    assert waiting.communicate(timeout=20) == (answer, "")
+    place.here.umount()
+    assert place.here.trouble() == []
+
+
+def test_many_requests_of_one_user_wait(place: Place) -> None:
+    """More than there are threads for one user: who waits for a thread hangs too, and nobody else."""
+    waiting = [place.hang("read", "held", "cat hung/held")]
+    waiting += [place.attack("cat hung/held") for _ in range(40)]
+    place.lower.hold("getattr", "other")
+    waiting += [place.attack("cat hung/other hung/held") for _ in range(20)]
+    place.others_work()
+    place.lower.let_go()
+    said = {process.communicate(timeout=20) for process in waiting}
+    assert said == {("held\n", ""), ("other\nheld\n", "")}
+    place.here.umount()
+    assert place.here.trouble() == []
+
+
+def test_changes_are_told_while_a_lower_hangs(place: Place) -> None:
+    """cowfs diff waits for the lower; others do not wait for cowfs diff."""
+    place.attack("echo longer >> hung/held").communicate(timeout=20)
+    place.lower.hold("getattr", "held")
+    told = subprocess.Popen(
+        [*COWFS, "diff", place.here.path],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    place.attacks.append(told)
+    eventually(lambda: place.lower.is_held("getattr"), "the diff waits")
+    place.others_work()
+    assert cowfs("info", place.here.path, timeout=10).returncode == 0
+    place.lower.let_go()
+    said = told.communicate(timeout=20)[0]
+    assert "hung/held" in said and told.returncode in {0, 1}
+
+
+def test_dead_lower(place: Place) -> None:
+    """Who asks it gets an error; what waited too; the rest goes on, and the unmount is as ever."""
+    waiting = place.hang("read", "held", "cat hung/held")
+    place.lower.die()
+    said, wrong = waiting.communicate(timeout=20)
+    assert said == "" and "cat: hung/held: " in wrong
+    assert "not connected" in place.attack("stat hung/other").communicate(timeout=20)[1]
+    prefix = ["setpriv", f"--reuid={VICTIM}", f"--regid={VICTIM}", "--clear-groups", "--"]
+    script = "echo new > own/file && cat own/file && mkdir own/dir && ls own"
+    said = run(*prefix, "sh", "-c", script, cwd=place.here.path, timeout=15).stdout
+    assert said == "new\ndir\nfile\n"
+    place.here.umount()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("how", "what"),
+    [
+        ("SIGTERM", "lookup"),
+        ("SIGTERM", "close"),
+        ("SIGTERM", "copy-up of data"),
+        ("umount -l", "read"),
+        ("umount -l", "close"),
+    ],
+)
+def test_the_end_waits_for_nobody(what: str, how: str, place: Place) -> None:
+    """The mount ends, and its store is free for another, while the lower still hangs; the log says so."""
+    request, name, script, _ = HANGS[what]
+    pid = place.here.pid()
+    waiting = place.hang(request, name, script)
+    if how == "SIGTERM":
+        os.kill(pid, signal.SIGTERM)
+    else:
+        assert cowfs("umount", "-l", place.here.path, timeout=20).returncode == 0
+    eventually(lambda: not is_mounted(place.here.path), "the mount is gone", 30)
+    if what != "close":
+        wrong = waiting.communicate(timeout=20)[1]  # a read is tried again, of a mount that has gone
+        assert "Input/output error" in wrong or "connection abort" in wrong
+        eventually(lambda: "does not answer" in place.here.log.read_text(), "the log says so")
+    other = place.here.path.with_name("calm lower")
+    other.mkdir()
+    with mounted(other, place.here.path.with_name("mnt2"), place.store, options=["force_lower"]) as again:
+        assert (again.path / "own").is_dir()
+        assert not (again.path / "hung" / "held").exists() or what != "copy-up of data"
+    place.lower.let_go()
+    eventually(lambda: not Path(f"/proc/{pid}").exists(), "the process ends when the lower answers", 20)
+
+
+def test_mounting_can_be_interrupted(nobody_path: Path) -> None:
+    """The lower hangs before it is mounted: whoever waits for it can leave."""
+    source = nobody_path / "source"
+    source.mkdir()
+    at = nobody_path / "mnt"
+    at.mkdir()
+    with holding(source, nobody_path) as lower:
+        lower.hold("getattr", "source")
+        command = [*COWFS, *mount_arguments(lower.path, at, nobody_path / "store")]
+        said = nobody_path / "said"
+        with said.open("wb") as file:
+            waiting = subprocess.Popen(command, stderr=file)
+        try:
+            eventually(lambda: lower.is_held("getattr"), "the mount waits")
+            waiting.terminate()
+            assert waiting.wait(20) == 128 + signal.SIGTERM
+        finally:
+            lower.die()
+            waiting.kill()
+            waiting.wait(20)
+        assert said.read_text().startswith("cowfs: interrupted; its process (pid ")
+        assert not is_mounted(at)
