@@ -75,6 +75,8 @@ class FileHandle(NamedTuple):
     data: bytes
     uuid: bytes = bytes(16)
     """The UUID of the filesystem, all zero where it has none (squashfs)."""
+    place: bytes = b""
+    """Where a layer has the inode: tells apart those to which a bad image gives one handle."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -223,7 +223,7 @@ class SquashfsLayer:
         inode = self._image.inode(key)
         if self._numbers.of(inode) != inode.number:
             return None
-        return FileHandle(_FILEID_INO32_GEN, _HANDLE.pack(inode.number, 0))
+        return FileHandle(_FILEID_INO32_GEN, _HANDLE.pack(inode.number, 0), place=b"%d" % key)
 
     def handle_ino(self, handle: FileHandle) -> int | None:
         if handle.type != _FILEID_INO32_GEN or len(handle.data) != _HANDLE.size or any(handle.uuid):

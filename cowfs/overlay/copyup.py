@@ -38,6 +38,8 @@ class _Original(NamedTuple):
     origin: bytes
     index_name: bytes | None
     """Where the inode is put in the index; None when it is no hard link, or there is no index."""
+    place: bytes = b""
+    """Which inode it is of those with its handle, if a layer knows that there may be others."""
 
 
 class CopyUp:
@@ -338,7 +340,9 @@ def _read(fs: State, node: Node, attr: Attr) -> _Original:
     if handle is None or (hard_link and fs.index is None):
         return _Original(attr, xattrs, b"", None)
     note = origin.encode(handle)
-    return _Original(attr, xattrs, note, origin.index_name(note) if hard_link else None)
+    if not hard_link:
+        return _Original(attr, xattrs, note, None)
+    return _Original(attr, xattrs, note, origin.index_name(note), handle.place)
 
 
 def _dress(fs: State, key: Key, original: _Original) -> None:
@@ -389,6 +393,8 @@ def _settle(fs: State, node: Node, place: _Place, key: Key, temporary: bytes, or
     """Move what is ready from the work directory to the node's name."""
     parent, name = place
     upper = fs.upper
+    if _is_taken(fs, original):
+        original = original._replace(origin=b"", index_name=None)
     try:
         fs.note(key, fs.x_origin, original.origin)
     except OSError as failure:
@@ -400,23 +406,33 @@ def _settle(fs: State, node: Node, place: _Place, key: Key, temporary: bytes, or
             fs.note(key, fs.x_layer, b"%d" % node.lowers[0][0])
     before = upper.stat(parent.upper)
     if original.index_name is not None and fs.index is not None:
-        _settle_indexed(fs, node, place, key, temporary, original.index_name, original.attr.st_nlink)
+        _settle_indexed(fs, node, place, key, temporary, original.index_name, original)
     else:
         upper.rename((fs.work, temporary), (parent.upper, name), files.RENAME_NOREPLACE, moved=key)
     # The directory has not changed as far as the merged tree is concerned.
     upper.utimens(parent.upper, before.st_atime_ns, before.st_mtime_ns)
 
 
+def _is_taken(fs: State, original: _Original) -> bool:
+    """Whether the index has another lower inode, of the same number, in the place of this one."""
+    if not original.place or original.index_name not in fs.indexed or fs.index is None:
+        return False
+    found = fs.upper.lookup(fs.index, original.index_name)
+    return found is not None and not fs.came_from(found[0], original.place)
+
+
 def _settle_indexed(
-    fs: State, node: Node, place: _Place, key: Key, temporary: bytes, index_name: bytes, links: int
+    fs: State, node: Node, place: _Place, key: Key, temporary: bytes, index_name: bytes, original: _Original
 ) -> None:
     """Put a hard link into the index, and from there under its name."""
     parent, name = place
     fs.note(key, fs.x_nlink, b"L+0")
-    fs.note(key, fs.x_links, b"%d" % links)
+    fs.note(key, fs.x_links, b"%d" % original.attr.st_nlink)
+    if original.place:
+        fs.note(key, fs.x_place, original.place)
     fs.upper.rename((fs.work, temporary), (fs.index, index_name), moved=key)
     fs.indexed.add(index_name)
-    node.indexed = links
+    node.indexed = original.attr.st_nlink
     fs.upper.link(key, parent.upper, name)
 
 

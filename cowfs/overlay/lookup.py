@@ -145,7 +145,8 @@ def find_in_index(fs: State, layer: int, key: Key) -> tuple[Key, Attr] | None:
     if handle is None or fs.index is None:
         return None
     name = origin.index_name(origin.encode(handle))
-    return fs.upper.lookup(fs.index, name) if name in fs.indexed else None
+    found = fs.upper.lookup(fs.index, name) if name in fs.indexed else None
+    return found if found is not None and fs.came_from(found[0], handle.place) else None
 
 
 def _union_nlink(fs: State, notes: dict[bytes, bytes], upper_nlink: int, lower_nlink: int | None) -> int:
@@ -193,7 +194,7 @@ def _enter(
     """Return the node for what was found: a known one for another name of the same inode."""
     known = fs.nodes.get(ino)
     if known is not None and not known.dead:
-        if _same(fs, known, upper, attr):
+        if _same(fs, known, upper, lowers, attr):
             return _another_name(fs, known, parent, name, upper, lowers, attr)
         # Two uppers of one origin: hard links that somebody without an index broke.
         ino = (
@@ -209,12 +210,16 @@ def _enter(
     return node, attr
 
 
-def _same(fs: State, known: Node, upper: Key | None, attr: Attr) -> bool:
+def _same(fs: State, known: Node, upper: Key | None, lowers: tuple[Lower, ...], attr: Attr) -> bool:
     if known.is_dir or stat.S_IFMT(known.mode) != stat.S_IFMT(attr.st_mode):
         return False
-    if upper is None or known.upper is None:
-        # Without an upper here, another name of it: a hard link, whatever an origin says.
-        return upper is None and (known.upper is None or attr.st_nlink > 1)
+    if known.upper is None:
+        return upper is None
+    if upper is None:
+        # Another name of it: a hard link, whatever an origin says.
+        layer, key = lowers[0]
+        handle = fs.lowers[layer].handle(key) if attr.st_nlink > 1 else None
+        return attr.st_nlink > 1 and (handle is None or fs.came_from(known.upper, handle.place))
     return fs.upper.stat(known.upper).st_ino == attr.st_ino
 
 

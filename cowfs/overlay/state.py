@@ -84,6 +84,7 @@ class State:
         self.x_impure = prefix + b"impure"
         self.x_nlink = prefix + b"nlink"
         self.x_links = prefix + b"cowfs.links"  # ours: nlink of the lower inode that a hard link was
+        self.x_place = prefix + b"cowfs.place"  # ours: which of the inodes with that handle it was
         self.x_layer = prefix + b"cowfs.layer"  # ours: which lower an origin means, if not the first
         self.escaped = prefix + b"overlay."
         self.indexed: set[bytes] = set()
@@ -212,6 +213,14 @@ class State:
         if not names:
             return None
         return {name: layer.getxattr(key, name) for name in names if not name.startswith(self.escaped)}
+
+    def came_from(self, key: Key, place: bytes) -> bool:
+        """Whether an indexed hard link was copied up from the lower inode that is at this place, and not
+        from another to which a bad image gives the same number; True where that is not known."""
+        try:
+            return not place or self.upper.getxattr(key, self.x_place) == place
+        except OSError:
+            return True  # the kernel, or an old cowfs, has copied it up
 
     # --- life and death of nodes
 

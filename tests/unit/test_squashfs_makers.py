@@ -593,6 +593,32 @@ def test_a_union_does_not_take_inodes_with_one_number_for_one(tmp_path: Path) ->
         union.close()
 
 
+@pytest.mark.parametrize("links", [1, 2])
+def test_a_copied_up_inode_is_not_taken_for_another_with_its_number(tmp_path: Path, links: int) -> None:
+    """After a remount, whichever is met first; hard links are found by their number in the store."""
+    forge = Forge()
+    entries = []
+    for name in (b"a", b"b"):
+        start = forge.block(name * 9)
+        body = struct.pack("<QQQIIIII", start, 9, 0, links, NONE32, 0, NONE32, 9 | RAW)
+        ref = forge.inode(9, body, 7)
+        entries += [Entry(name, ref, number=7), Entry(name + b"-too", ref, number=7)][:links]
+    (tmp_path / "image.sqfs").write_bytes(forge.finish(forge.directory(entries, 9)))
+    (tmp_path / "store").mkdir()
+    union = Direct(os.fspath(tmp_path / "store"), [os.fspath(tmp_path / "image.sqfs")])
+    wanted = {"a": b"a" * 9, "b": b"b" * 9}
+    try:
+        for changed in ("a", "b"):
+            union.remount()
+            union.write(changed, changed.upper().encode())
+            wanted[changed] = changed.upper().encode() + changed.encode() * 8
+            for order in (("a", "b"), ("b", "a")):
+                union.remount()
+                assert {name: union.read(name) for name in order} == wanted
+    finally:
+        union.close()
+
+
 # --- real makers, with the options that others use
 
 
