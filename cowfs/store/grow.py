@@ -213,7 +213,12 @@ def _check_filesystem(fd: int, path: str) -> None:
 
 
 def _resize(fd: int, path: str) -> None:
+    """Let the filesystem fill its file, after _check_filesystem().
+
+    resize2fs wants to see that by the times in the superblock, and those are wrong where the clock is: so it
+    is not asked.
+    """
     on_terminal = sys.stdout.isatty()
-    options = ["-p"] if on_terminal else []
+    options = ["-f", "-p"] if on_terminal else ["-f"]
     hint = "the same command again goes on from here"
     tools.resize(fd, path, *options, show=on_terminal, hint=hint)
