@@ -131,12 +131,10 @@ int io_barrier(x3_image *img)
 	if (!error && fdatasync(img->fd))
 		error = -errno;
 	error = unsynced_end(img, error);
-	if (error)
-		trace(img, X3_TRACE_FAILED, nr, NULL, 0);
+	trace(img, error ? X3_TRACE_FAILED : X3_TRACE_BARRIER, nr, NULL, 0);
 	pthread_mutex_unlock(&img->sync_lock);
 	if (error)
 		return error;
-	trace(img, X3_TRACE_BARRIER, nr, NULL, 0);
 	__atomic_fetch_add(&img->barriers, 1, __ATOMIC_RELAXED);
 	return 0;
 }
