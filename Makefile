@@ -47,7 +47,7 @@ release-test: ## make demo and all checks on bare systems of Debian 12 and 13: a
 	$(AS_ROOT) $(PYTHON) -m pytest $(RELEASE_ARGS) tests/release
 
 fuzz: ## look for inputs that do harm: a minute for each target, or as FUZZ_ARGS says
-	@scripts/setup --test
+	@scripts/setup --test --fuzz
 	$(AS_ROOT) $(PYTHON) -m tests.fuzz.run $(FUZZ_ARGS)
 
 lint: ## check the source: ruff, mypy, import-linter, shellcheck

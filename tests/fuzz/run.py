@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.util
 import os
 import random
 import re
@@ -115,6 +116,10 @@ def _engine(wanted: Wanted, here: Path, scratch: Path, corpus: list[Path]) -> li
 
 
 def _python(target: str, wanted: Wanted, here: Path, corpus: list[Path]) -> list[str]:
+    if importlib.util.find_spec("atheris") and wanted.seconds:
+        limits = [f"-max_total_time={wanted.seconds:.0f}", f"-seed={wanted.seed % 0xFFFFFFFF or 1}"]
+        command = [sys.executable, "-m", "tests.fuzz.by_atheris", target, str(here / "findings"), *limits]
+        return [*command, *map(str, reversed(corpus))]
     return [
         *(sys.executable, "-m", "tests.fuzz.driver", "--seconds", str(wanted.seconds)),
         *("--seed", str(wanted.seed), "--findings", str(here / "findings"), "--keep", str(here / "inputs")),

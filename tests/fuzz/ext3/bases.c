@@ -18,10 +18,8 @@
 
 static struct base bases[BASES_MAX];
 static unsigned nbases;
-static const struct base *current; /* whose image is in the file */
 static unsigned char *image;
 static int image_fd;
-static uint64_t image_size;
 static char image_path[4096];
 
 static unsigned char *read_file(const char *directory, unsigned number, const char *suffix, uint32_t *size)
@@ -101,20 +99,17 @@ void world_resize(struct world *w, uint64_t size)
 {
 	if (ftruncate(w->fd, size))
 		err(1, "ftruncate");
-	w->size = image_size = size;
+	w->size = size;
 }
 
 /* Let the file be the base again; most of it is. */
 void world_begin(struct world *w, const struct base *base)
 {
 	*w = (struct world){ .base = base, .fd = image_fd, .image = image, .known = { 2 }, .nknown = 1 };
-	if (image_size != base->size || current != base)
-		world_resize(w, base->size);
-	w->size = base->size;
+	world_resize(w, base->size); /* whatever has become of it */
 	for (uint32_t at = 0; at < base->size; at += PAGE) {
 		uint32_t length = base->size - at < PAGE ? base->size - at : PAGE;
 		if (memcmp(image + at, base->data + at, length))
 			memcpy(image + at, base->data + at, length);
 	}
-	current = base;
 }

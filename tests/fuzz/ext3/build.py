@@ -30,15 +30,18 @@ def has_clang() -> bool:
 
 
 def build(out: Path, *, libfuzzer: bool = True, compiler: str = "clang", flags: Iterable[str] = ()) -> Path:
-    """Compile the fuzzer; without *libfuzzer* what runs the inputs that it is given, with any compiler."""
-    root = Path(project_root())
+    """Compile the fuzzer; without *libfuzzer* what runs the inputs that it is given, with any compiler.
+
+    What else the compiler writes is beside *out*.
+    """
+    root, out = Path(project_root()), out.absolute()
     sources = [root / ENGINE / f"{name}.c" for name in ENGINE_SOURCES]
-    sources += [HERE / f"{name}.c" for name in (*HARNESS, "mutate" if libfuzzer else "replay")]
+    sources += [HERE / f"{name}.c" for name in (*HARNESS, "mutate" if libfuzzer else "standalone")]
     out.parent.mkdir(parents=True, exist_ok=True)
     run(
         compiler, *WARNINGS, "-O2", *SANITIZERS, *(["-fsanitize=fuzzer"] if libfuzzer else []), *flags,
         "-I", root / ENGINE, "-I", HERE, *sources, "-o", out, "-lext2fs", "-lcom_err", "-lpthread",
-        timeout=300,
+        timeout=300, cwd=out.parent,
     )  # fmt: skip
     return out
 

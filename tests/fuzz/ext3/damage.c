@@ -15,9 +15,9 @@
 
 #define WILD 0x8000u /* in e: a number that is not of this image */
 
-bool is_damage(uint8_t op)
+bool is_damage(const struct record *r)
 {
-	return op % OPS >= PATCH;
+	return what(r) >= PATCH;
 }
 
 /* A piece of the image that is within the file; NULL: there is none. */
@@ -195,7 +195,7 @@ static const struct record *forge_log(struct world *w, const struct record *r, c
 	super->incompat |= htonl(INCOMPAT_REVOKE);
 	if (!(r->e & 1))
 		sb->s_feature_incompat |= EXT3_FEATURE_INCOMPAT_RECOVER;
-	for (r++; r < end && r->op % OPS == LOG; r++) {
+	for (r++; r < end && what(r) == LOG; r++) {
 		if ((r->a & 3) < 2) {
 			d.tag[d.n++] = r;
 			if (d.n == 24 || r->e & 4)
@@ -324,7 +324,7 @@ static const struct record *forge_redo(struct world *w, const struct record *r, 
 	redo.used = 8;
 	redo_begin(&redo, w->image + head->at);
 	redo_start_transaction(&redo);
-	for (r++; r < end && r->op % OPS == REDO && redo.used + 64 < REDO_BYTES; r++) {
+	for (r++; r < end && what(r) == REDO && redo.used + 64 < REDO_BYTES; r++) {
 		redo_piece(&redo, r);
 		if (r->e & (NEXT_RECORD | NEXT_TRANSACTION))
 			redo_end_record(&redo);
@@ -349,7 +349,7 @@ static const struct record *forge_redo(struct world *w, const struct record *r, 
 const struct record *damage(struct world *w, const struct record *r, const struct record *end)
 {
 	w->damaged = true;
-	switch (r->op % OPS) {
+	switch (what(r)) {
 	case PATCH:
 		patch(w, r);
 		break;
@@ -366,6 +366,8 @@ const struct record *damage(struct world *w, const struct record *r, const struc
 		return forge_log(w, r, end);
 	case FORGE_REDO:
 		return forge_redo(w, r, end);
+	default:
+		break;
 	}
 	return r;
 }

@@ -7,7 +7,7 @@
  *   operations.c what programs do with an image
  *   run.c        goes through an input
  *   mutate.c     what libFuzzer calls to make an input from others
- *   replay.c     instead of libFuzzer: runs the inputs that it is given
+ *   standalone.c instead of libFuzzer: runs the inputs that it is given
  *
  * An input is an array of records, whatever their bytes: each does something, or is left out. The first says
  * which image it is for. So nothing has to be parsed, and every change of an input is an input.
@@ -30,11 +30,18 @@ enum op {
 	/* what programs do */
 	LIST, CREATE, CREATE_MANY, WRITE, READ, TRUNCATE, SEGMENTS, REMOVE, REMOVE_MANY, RENAME, LINK, SET_XATTR,
 	REMOVE_XATTR, GET_XATTRS, SET_ATTR, LOOK, RELEASE, SYNC_ONE, COMMIT_ALL, CHECKPOINT, TOGETHER, INJECT, CRASH,
-	CLOSE, SUSPEND, SWITCH, WALK,
+	CLOSE, SUSPEND, SWITCH, WALK, LINK_MANY, SCATTER,
+	OPERATIONS,
 	/* what only an attacker or a failing disk does: PATCH and what follows */
-	PATCH, COPY, FILL, CUT, FORGE_LOG, LOG, FORGE_REDO, REDO,
-	OPS
+	PATCH = 32, COPY, FILL, CUT, FORGE_LOG, LOG, FORGE_REDO, REDO,
+	DAMAGES,
+	CODES = 64 /* the rest does nothing; so inputs that are kept go on meaning the same */
 };
+
+static inline enum op what(const struct record *r)
+{
+	return r->op % CODES;
+}
 
 /* What there is in an image, for the damage to be where it may do harm. images.py writes them in this order. */
 enum region {
@@ -87,7 +94,7 @@ void world_resize(struct world *w, uint64_t size);
 
 /* --- damage.c --- */
 
-bool is_damage(uint8_t op);
+bool is_damage(const struct record *r);
 const struct record *damage(struct world *w, const struct record *r, const struct record *end);
 
 /* --- walk.c --- */

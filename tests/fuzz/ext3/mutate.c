@@ -112,7 +112,7 @@ static void make_operation(struct record *r)
 		r->c = any(70000);
 	else if (r->op == CREATE || r->op == LINK)
 		r->c = any(10) * 1000 + any(20);
-	else if (r->op == CREATE_MANY)
+	else if (r->op == CREATE_MANY || r->op == LINK_MANY || r->op == SCATTER)
 		r->c = any(150), r->e = any(10000);
 	else if (r->op == RENAME || r->op == LINK)
 		r->d = any(10) * 1000 + any(20);
@@ -122,7 +122,7 @@ static void make_operation(struct record *r)
 
 static void make_record(struct record *r)
 {
-	*r = (struct record){ .op = any(3) ? any(PATCH) : PATCH + any(OPS - PATCH) };
+	*r = (struct record){ .op = any(3) ? any(OPERATIONS) : PATCH + any(DAMAGES - PATCH) };
 	switch (r->op) {
 	case PATCH:
 		make_patch(r);
@@ -157,17 +157,17 @@ static void make_record(struct record *r)
 static size_t insert(struct record *records, size_t n, size_t max)
 {
 	size_t at = n ? 1 + any(n) : 0, count = any(4) ? 1 : 1 + any(12);
-	uint8_t op = any(8) ? OPS : any(2) ? LOG : REDO;
+	uint8_t op = any(8) ? CODES : any(2) ? LOG : REDO;
 
 	at = at > n ? n : at;
 	count = n + count > max ? max - n : count;
 	memmove(records + at + count, records + at, (n - at) * sizeof *records);
 	for (size_t i = at; i < at + count; i++) {
 		make_record(&records[i]);
-		while (op != OPS && records[i].op != op)
+		while (op != CODES && records[i].op != op)
 			make_record(&records[i]);
 	}
-	if (op != OPS && count)
+	if (op != CODES && count)
 		records[at] = (struct record){ .op = op == LOG ? FORGE_LOG : FORGE_REDO };
 	return n + count;
 }

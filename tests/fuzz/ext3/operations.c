@@ -322,6 +322,17 @@ static void link_one(struct world *w, const struct record *r)
 		check(w, x3_link(w->img, ino, dir, name, length, 0, &place));
 }
 
+static void link_many(struct world *w, const struct record *r)
+{
+	struct record each = *r;
+
+	for (uint32_t i = 0; i < r->c % MANY; i++) {
+		each.c = r->e >> 16;
+		each.d = 8000 + (r->e + i) % 997; /* long names: an index gets large */
+		link_one(w, &each);
+	}
+}
+
 static void release(struct world *w, const struct record *r)
 {
 	uint32_t i = w->nkept ? r->b % w->nkept : 0;
@@ -362,6 +373,15 @@ static void write_one(struct world *w, const struct record *r)
 
 	fill_value(data, length, r->e);
 	check(w, x3_write(w->img, pick(w, r->b), data, length, offset_of(w, r->d)));
+}
+
+/* A byte here and there, so that each has indirect blocks of its own. */
+static void scatter(struct world *w, const struct record *r)
+{
+	uint64_t step = w->base->block_size / 4 * (uint64_t)w->base->block_size;
+
+	for (uint32_t i = 0; i < r->c % (2 * MANY); i++)
+		check(w, x3_write(w->img, pick(w, r->b), "x", 1, (r->d % 7 + i) * step));
 }
 
 static void read_one(struct world *w, const struct record *r)
@@ -446,12 +466,13 @@ static void inject(struct world *w, const struct record *r)
 static void durability(struct world *w, const struct record *r)
 {
 	end_atom(w);
-	switch (r->op % OPS) {
+	switch (what(r)) {
 	case SYNC_ONE:
 		check(w, x3_fsync(w->img, pick(w, r->b), r->a & 1));
 		break;
 	case COMMIT_ALL:
-		check(w, x3_commit(w->img));
+		if (x3_dirty(w->img) || x3_wait(w->img, 0))
+			check(w, x3_commit(w->img));
 		break;
 	case CHECKPOINT:
 		check(w, x3_checkpoint(w->img));
@@ -460,6 +481,8 @@ static void durability(struct world *w, const struct record *r)
 		check(w, x3_checkpoint(w->img));
 		check(w, x3_switch(w->img, w->fd));
 		break;
+	default:
+		break;
 	}
 }
 
@@ -467,7 +490,7 @@ static void do_it(struct world *w, const struct record *r)
 {
 	const char *name = xattr_name(r->c);
 
-	switch (r->op % OPS) {
+	switch (what(r)) {
 	case LIST: return list_some(w, r);
 	case CREATE: return create(w, directory(w, r->b), r->c, r);
 	case CREATE_MANY: return create_many(w, r);
@@ -491,14 +514,17 @@ static void do_it(struct world *w, const struct record *r)
 	case CLOSE: return close_image(w);
 	case SUSPEND: return suspend(w, r);
 	case WALK: walk(w, SOME); return;
-	default: return durability(w, r);
+	case LINK_MANY: return link_many(w, r);
+	case SCATTER: return scatter(w, r);
+	case SYNC_ONE: case COMMIT_ALL: case CHECKPOINT: case SWITCH: return durability(w, r);
+	default: return;
 	}
 }
 
 /* Do what a record says, with the image open; if it cannot be opened nothing happens. */
 void operation(struct world *w, const struct record *r)
 {
-	if (w->atoms && (w->atoms++ > TOGETHER_MAX || r->op % OPS == TOGETHER))
+	if (w->atoms && (w->atoms++ > TOGETHER_MAX || what(r) == TOGETHER))
 		end_atom(w);
 	if (!w->img && !open_image(w, w->first.b & 7 ? 0 : X3_READ_ONLY))
 		return;

@@ -3,6 +3,7 @@
  */
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 
 #include "fuzz.h"
 
@@ -23,6 +24,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	static struct record records[RECORDS_MAX];
 	size_t n = size / sizeof *records < RECORDS_MAX ? size / sizeof *records : RECORDS_MAX;
 	struct world w;
+	struct stat st;
 	int opened = 0;
 
 	if (n < 2)
@@ -31,7 +33,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	world_begin(&w, base_of(records[0].a));
 	w.first = records[0];
 	for (const struct record *r = records + 1; r < records + n; r++) {
-		if (is_damage(r->op)) {
+		if (is_damage(r)) {
 			r = damage(&w, r, records + n);
 			continue;
 		}
@@ -42,5 +44,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	if (w.img)
 		walk(&w, 250);
 	close_image(&w);
+	if (fstat(w.fd, &st) || st.st_size > (off_t)(w.size > w.base->size ? w.size : w.base->size))
+		finding("it was written to behind the end of the image");
 	return 0;
 }

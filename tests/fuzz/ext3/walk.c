@@ -45,8 +45,11 @@ void finding(const char *format, ...)
 /* Return the result of a call, if it is one that the engine may give; else this is the end. */
 int64_t check(struct world *w, int64_t result)
 {
-	if (result < 0 && !may_be(w, -result))
-		finding("the engine says %s: %s", strerror(-result), x3_message(w->img));
+	if (result < 0) {
+		const char *message = x3_message(w->img);
+		if (!may_be(w, -result))
+			finding("the engine says %s: %s", strerror(-result), message);
+	}
 	return result;
 }
 
@@ -113,7 +116,8 @@ uint32_t list(struct world *w, uint32_t dir, struct name *names, uint32_t most)
 	return n;
 }
 
-bool find(struct world *w, uint32_t dir, const char *name, uint32_t length, struct name *found)
+/* By reading all of a directory. */
+static bool search(struct world *w, uint32_t dir, const char *name, uint32_t length, struct name *found)
 {
 	static unsigned char buffer[LISTING];
 	uint64_t cursor = 0;
@@ -126,6 +130,20 @@ bool find(struct world *w, uint32_t dir, const char *name, uint32_t length, stru
 				return true;
 		}
 	return false;
+}
+
+bool find(struct world *w, uint32_t dir, const char *name, uint32_t length, struct name *found)
+{
+	struct x3_found by_index;
+	bool is_there = search(w, dir, name, length, found);
+	int64_t said = check(w, x3_lookup(w->img, dir, name, length, &by_index));
+
+	if (w->damaged || w->injected)
+		return is_there;
+	if (said != is_there || (is_there && (by_index.ino != found->ino || by_index.type != found->type ||
+					      memcmp(&by_index.place, &found->place, sizeof by_index.place))))
+		finding("a name in directory %u is not found as it is listed", dir);
+	return is_there;
 }
 
 

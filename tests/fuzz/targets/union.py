@@ -102,18 +102,19 @@ class Place:
             stack.callback(layer.close)
         path = images.make(place / "image", Shape(1024, 256, mib=3, journal=1, inodes=256))
         self.image = path.read_bytes()
-        with self.opened() as layer:
+        with self.opened(keep=True) as layer:
             for directory, name in ((layer.root, b"upper"), (layer.root, b"work")):
                 layer.mkdir(directory, name, 0o755, 0, 0)
             work = self.find(layer, b"work")
             for name in (b"work", b"index"):
                 layer.mkdir(work, name, 0o755, 0, 0)
             _use(self.union(layer))
-        self.image = self.left
 
     @contextmanager
-    def opened(self, patch: Callable[[int], object] = lambda fd: None) -> Iterator[Ext3Layer]:
-        """The image, changed by *patch*; ``left`` is what becomes of it."""
+    def opened(
+        self, patch: Callable[[int], object] = lambda fd: None, *, keep: bool = False
+    ) -> Iterator[Ext3Layer]:
+        """A copy of the image, changed by *patch*; to *keep* it, it takes the place of the image."""
         fd = os.memfd_create("image")
         try:
             os.write(fd, self.image)
@@ -126,7 +127,8 @@ class Place:
                 raise
             with suppress(OSError):
                 layer.close()
-            self.left = os.pread(fd, 1 << 26, 0)
+            if keep:
+                self.image = os.pread(fd, 1 << 26, 0)
         finally:
             os.close(fd)
 
