@@ -28,7 +28,7 @@ from cowfs.fuse.loop import RequestLoop
 from cowfs.fuse.open_files import OpenFiles
 from cowfs.fuse.shares import Bounds
 from cowfs.fuse.shares import bounds as bounds_of_process
-from cowfs.fuse.threads import Threads
+from cowfs.fuse.threads import SLICE, Threads
 from cowfs.fuse.turns import in_thread
 from cowfs.layers.acl import ACCESS as ACCESS_ACL
 from cowfs.layers.acl import DEFAULT as DEFAULT_ACL
@@ -41,7 +41,7 @@ from cowfs.overlay.file import SET_ID
 from cowfs.overlay.handle import Handle, Writer
 from cowfs.overlay.node import Node
 from cowfs.overlay.overlay import Overlay
-from cowfs.overlay.readdir import Listing
+from cowfs.overlay.readdir import Listing, Seen
 from cowfs.types import Attr
 
 log = logging.getLogger(__name__)
@@ -55,8 +55,8 @@ _CAPABILITY = b"security.capability"
 _TRUSTED = b"trusted."
 _DOTS = 2
 """A listing begins with . and .."""
-_SLICE = 0.001
-"""So many seconds a listing takes before others have a turn."""
+_DEEP = 16
+"""So many directories are copied up at once; if it takes more, others have a turn."""
 _AHEAD = 24
 """So many names after the one that is listed are looked up along with it in a slow lower: a page of them."""
 _SYNCHRONOUS = os.O_SYNC | os.O_DSYNC
@@ -152,6 +152,9 @@ class Adapter(pyfuse3.Operations):
         for layer in fs.lowers:
             if isinstance(layer, SlowLayer):
                 layer.serve(self._threads.later)
+        fs.upper.later = functools.partial(self._threads.later, 0)
+        self._sweeping = False
+        fs.sweep_soon = self._sweep_soon
         self._no_capability: set[int] = set()
         self._no_default_acl: set[int] = set()
         libfuse.prepare(self._seek)
@@ -244,6 +247,54 @@ class Adapter(pyfuse3.Operations):
         if node.mode != mode:
             self._loop.forget_attributes(node.ino)
 
+    def _sweep_soon(self) -> None:
+        if not self._sweeping:
+            self._sweeping = True
+            trio.lowlevel.spawn_system_task(self._sweep)
+
+    async def _sweep(self) -> None:
+        """Remove what is left of directories; nobody waits for that."""
+        try:
+            await self._threads.stepwise(self._fs.sweep(), 0, is_urgent=False)
+        except Exception:
+            log.exception("what was removed is not cleared away before the next mount")
+        finally:
+            self._sweeping = False
+
+    async def _within_reach(self, directory: Node | None) -> None:
+        """Copy up what is above in a deep tree, and the directory itself, before a change that needs it."""
+        missing, walk = 0, directory
+        while walk is not None and walk.upper is None:
+            missing += 1
+            walk = walk.parent
+        if missing > _DEEP:
+            await self._threads.stepwise(self._fs.copy_up_chain(directory), 0)
+
+    async def _look_through(self, parent: Node, name: bytes, uid: int) -> Seen | None:
+        """Return what is in a directory that is to go; None for what is no directory, or not known."""
+        while True:
+            node = self._fs.nodes.child(parent, name) if parent.is_dir else None
+            if node is None or not node.is_dir:
+                return None
+            seen = await self._threads.stepwise(self._fs.look_through(node), uid)
+            if seen.holds():
+                return seen
+
+    async def _cut(self, node: Node, size: int, uid: int) -> None:
+        """Free what a large file has behind its new end, in a thread. A small one's is left to the call that
+        sets the size."""
+        await self._settled(node)
+        if not self._fs.is_long_to_cut(node, size):
+            return
+        node.copying = done = trio.Event()  # who would change it waits, as for a copy-up
+        try:
+            async with self._threads.turn(self._threads.copies, uid):
+                with closing(self._fs.upper.open(node.upper, os.O_WRONLY)) as file:
+                    await in_thread(lambda: file.truncate(size))
+        finally:
+            node.copying = None
+            done.set()
+
     async def _settled(self, node: Node) -> None:
         """Wait while another request copies the node up."""
         while node.copying is not None:
@@ -329,7 +380,11 @@ class Adapter(pyfuse3.Operations):
         return self._missing if found is None else self._given(found)
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
+        end = time.monotonic() + SLICE
         for ino, lookups in inode_list:
+            if time.monotonic() > end:  # there may be many thousands
+                await self._loop.give_way()
+                end = time.monotonic() + SLICE
             node = self._fs.nodes.get(ino)
             if node is not None:
                 self._no_capability.discard(ino)
@@ -339,41 +394,52 @@ class Adapter(pyfuse3.Operations):
                 except Exception:
                     log.exception("forgetting inode %d failed", ino)
 
-    @_sync
-    def mknod(
+    @_async
+    async def mknod(
         self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: RequestContext
     ) -> EntryAttributes:
         owner = Owner(ctx.uid, ctx.gid)
         parent = self._node(parent_inode)
+        await self._within_reach(parent)
         return self._given(self._fs.mknod(parent, name, self._masked(parent, mode, ctx), rdev, owner))
 
-    @_sync
-    def mkdir(self, parent_inode: int, name: bytes, mode: int, ctx: RequestContext) -> EntryAttributes:
+    @_async
+    async def mkdir(self, parent_inode: int, name: bytes, mode: int, ctx: RequestContext) -> EntryAttributes:
         parent = self._node(parent_inode)
+        await self._within_reach(parent)
         owner = Owner(ctx.uid, ctx.gid)
         return self._given(self._fs.mkdir(parent, name, self._masked(parent, mode, ctx), owner))
 
-    @_sync
-    def symlink(self, parent_inode: int, name: bytes, target: bytes, ctx: RequestContext) -> EntryAttributes:
-        return self._given(self._fs.symlink(self._node(parent_inode), name, target, Owner(ctx.uid, ctx.gid)))
+    @_async
+    async def symlink(
+        self, parent_inode: int, name: bytes, target: bytes, ctx: RequestContext
+    ) -> EntryAttributes:
+        parent = self._node(parent_inode)
+        await self._within_reach(parent)
+        return self._given(self._fs.symlink(parent, name, target, Owner(ctx.uid, ctx.gid)))
 
     @_async
     async def link(
         self, inode: int, new_parent_inode: int, new_name: bytes, ctx: RequestContext
     ) -> EntryAttributes:
-        node = self._node(inode)
+        node, parent = self._node(inode), self._node(new_parent_inode)
+        await self._within_reach(parent)
+        await self._within_reach(node.parent)
         await self._bring_up(node, ctx.uid)
-        return self._given((node, self._fs.link(node, self._node(new_parent_inode), new_name)))
+        return self._given((node, self._fs.link(node, parent, new_name)))
 
     @_async
     async def unlink(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
         parent = self._node(parent_inode)
+        await self._within_reach(parent)
         await self._name_settled(parent, name)
         self._fs.unlink(parent, name)
 
-    @_sync
-    def rmdir(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
-        self._fs.rmdir(self._node(parent_inode), name)
+    @_async
+    async def rmdir(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
+        parent = self._node(parent_inode)
+        await self._within_reach(parent)
+        self._fs.rmdir(parent, name, await self._look_through(parent, name, ctx.uid))
 
     @_async
     async def rename(
@@ -386,10 +452,15 @@ class Adapter(pyfuse3.Operations):
         ctx: RequestContext,
     ) -> None:
         parent, new_parent = self._node(parent_inode_old), self._node(parent_inode_new)
-        while self._is_copying(parent, name_old) or self._is_copying(new_parent, name_new):
+        await self._within_reach(parent)
+        await self._within_reach(new_parent)
+        while True:
+            seen = None if flags else await self._look_through(new_parent, name_new, ctx.uid)
+            if not self._is_copying(parent, name_old) and not self._is_copying(new_parent, name_new):
+                break
             await self._name_settled(parent, name_old)
             await self._name_settled(new_parent, name_new)
-        self._fs.rename(parent, name_old, new_parent, name_new, flags)
+        self._fs.rename(parent, name_old, new_parent, name_new, flags, seen)
 
     # --- attributes
 
@@ -423,8 +494,10 @@ class Adapter(pyfuse3.Operations):
             mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
             writer=self._writer(node, ctx, takes),
         )
+        await self._within_reach(node.parent)
         if new.size is not None:
             await self._bring_up(node, ctx.uid, new.size)
+            await self._cut(node, new.size, ctx.uid)
         else:
             await self._settled(node)
         return self._entry(node, self._fs.setattr(node, new))
@@ -473,6 +546,7 @@ class Adapter(pyfuse3.Operations):
     @_async
     async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: RequestContext) -> None:
         node = self._node(inode)
+        await self._within_reach(node.parent)
         await self._settled(node)
         self._no_capability.discard(inode)
         self._no_default_acl.discard(inode)
@@ -490,6 +564,7 @@ class Adapter(pyfuse3.Operations):
     @_async
     async def removexattr(self, inode: int, name: bytes, ctx: RequestContext) -> None:
         node = self._node(inode)
+        await self._within_reach(node.parent)
         await self._settled(node)
         self._fs.removexattr(node, name)
 
@@ -503,16 +578,20 @@ class Adapter(pyfuse3.Operations):
         node = self._node(inode)
         self._files.must_have(ctx.uid)
         if flags & (os.O_ACCMODE | os.O_TRUNC):
+            await self._within_reach(node.parent)
             await self._bring_up(node, ctx.uid, 0 if flags & os.O_TRUNC else None)
+        if flags & os.O_TRUNC:
+            await self._cut(node, 0, ctx.uid)
         opener = self._writer(node, ctx, takes) if flags & os.O_TRUNC else _by_uid(ctx)
         return self._opened(node, flags, ctx, opener)
 
-    @_sync
-    def create(
+    @_async
+    async def create(
         self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: RequestContext
     ) -> tuple[FileInfo, EntryAttributes]:
         owner = Owner(ctx.uid, ctx.gid)
         parent = self._node(parent_inode)
+        await self._within_reach(parent)
         self._files.must_have(ctx.uid)
         node, attr, file = self._fs.create(parent, name, self._masked(parent, mode, ctx), owner)
         if flags & _SYNCHRONOUS:
@@ -623,7 +702,7 @@ class Adapter(pyfuse3.Operations):
     ) -> None:
         fs, node, answered = self._fs, listing.node, self._threads.answered
         names = listing.names
-        end = time.monotonic() + _SLICE
+        end = time.monotonic() + SLICE
         if names is None or start_id == 0:
             listed = await answered(lambda: fs.listing(node), answers)
             if callable(listed):
@@ -649,7 +728,7 @@ class Adapter(pyfuse3.Operations):
             if found is None or entry is None:  # removed since the listing began, a whiteout, or damage
                 if time.monotonic() > end:  # a reply bounds what is shown, nothing bounds this
                     await self._loop.give_way()
-                    end = time.monotonic() + _SLICE
+                    end = time.monotonic() + SLICE
                 continue
             if not pyfuse3.readdir_reply(token, name, entry, _DOTS + place):
                 fs.release(found[0])

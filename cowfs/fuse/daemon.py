@@ -8,6 +8,7 @@ import os
 import signal
 import string
 import subprocess
+import sys
 import tempfile
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -38,6 +39,8 @@ _PLAIN = frozenset(b"%s%s/._-+:=@" % (string.ascii_letters.encode(), string.digi
 _LONGEST_SOURCE = 2000
 _NOW_AND_THEN = 5.0
 """Seconds."""
+_TURN = 0.0005
+"""So many seconds a thread runs while the loop, which takes turns with it several times a request, waits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +123,8 @@ class Daemon:
         self._loop.after_pause = after_pause
         gc.collect()
         gc.freeze()
-        gc.set_threshold(100_000, 20, 100)
+        gc.set_threshold(50_000, 5, 1000)  # what a user makes us know of is gone through in small parts
+        sys.setswitchinterval(_TURN)
         trio.run(self._main, commands, ready, look, also)
 
     def lose_patience(self) -> None:

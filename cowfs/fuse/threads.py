@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import logging
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import TypeVar
@@ -14,9 +15,15 @@ import trio
 from cowfs.fuse.loop import RequestLoop
 from cowfs.fuse.turns import Turns, in_thread
 from cowfs.layers.slow import Answers, NotYet, Question
+from cowfs.overlay.state import Steps
 
 R = TypeVar("R")
 log = logging.getLogger(__name__)
+
+SLICE = 0.001
+"""So many seconds long work of this thread takes before others have a turn."""
+_PAUSE = 0.002
+"""So many seconds others have in between, where nobody waits for the work."""
 
 
 class Threads:
@@ -61,6 +68,30 @@ class Threads:
         with self._loop.patience():
             return await in_thread(call, may_hang=True)
         raise _given_up()
+
+    async def stepwise(self, steps: Steps[R], uid: int, *, is_urgent: bool = True) -> R:
+        """Do long work for a user; return what it comes to. Anything may have changed meanwhile."""
+        end = time.monotonic() + SLICE
+        try:
+            call = next(steps)
+            while True:
+                if call is not None:
+                    try:
+                        given = await self.run(call, self.reads, uid)
+                    except OSError as failure:
+                        call = steps.throw(failure)
+                    else:
+                        call = steps.send(given)
+                    continue
+                if time.monotonic() > end:
+                    await (self._loop.give_way() if is_urgent else trio.sleep(_PAUSE))
+                    end = time.monotonic() + SLICE
+                call = next(steps)
+        except StopIteration as stop:
+            result: R = stop.value
+            return result
+        finally:
+            steps.close()
 
     async def ask(self, question: Question, answers: Answers, names: Sequence[bytes] = ()) -> None:
         """Learn the answer to a question, and what likely is asked next.

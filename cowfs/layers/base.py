@@ -27,6 +27,11 @@ NamesJob = Callable[[], list[bytes]]
 """Gives the names of a directory that has very many; blocks."""
 
 
+def at_once(call: Callable[[], None], /) -> None:
+    """Make a call that may be made later, too."""
+    call()
+
+
 class File(Protocol):
     """An open regular file."""
 
@@ -143,6 +148,9 @@ class UpperLayer(LowerLayer, Protocol):
 
     New inodes belong to the caller's *uid* and *gid*; *mode* is taken as it is (no umask).
     """
+
+    later: Callable[[Callable[[], None]], None]
+    """Takes calls that block and for which nobody waits. Who has threads sets it; else they are made now."""
 
     def create(self, directory: Key, name: bytes, mode: int, uid: int, gid: int) -> tuple[Key, File]:
         """Make an empty regular file, open for reading and writing. EEXIST when *name* is there."""

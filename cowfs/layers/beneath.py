@@ -20,7 +20,7 @@ import itertools
 import os
 import stat
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -167,15 +167,24 @@ def names(fd: int) -> list[bytes] | Callable[[], list[bytes]]:
     """Return the names in a directory; where there are very many, what reads the rest and returns all."""
     found = os.scandir(_way(fd))
     first = [entry.name for entry in itertools.islice(found, _MANY)]
-    if len(first) < _MANY:
-        return first
+    return first if len(first) < _MANY else _Rest(first, found)
 
-    def rest() -> list[bytes]:
-        with found:
-            first.extend(entry.name for entry in found)
-        return first
 
-    return rest
+class _Rest:
+    """The rest of a directory that is being read."""
+
+    __slots__ = ("_first", "_found")
+
+    def __init__(self, first: list[bytes], found: Iterator[os.DirEntry[bytes]]) -> None:
+        self._first = first
+        self._found = found
+
+    def __call__(self) -> list[bytes]:
+        self._first.extend(entry.name for entry in self._found)
+        return self._first
+
+    def __del__(self) -> None:
+        self._found.close()  # type: ignore[attr-defined]
 
 
 def readlink(fd: int) -> bytes:

@@ -17,7 +17,7 @@ from typing import TypeVar
 
 from cowfs.layers import beneath
 from cowfs.layers.acl import ACCESS
-from cowfs.layers.base import NamesJob
+from cowfs.layers.base import NamesJob, at_once
 from cowfs.layers.beneath import (
     DIRECTORY,
     LINK,
@@ -44,6 +44,8 @@ _PART = 8
 """All layers together keep one part of so many of all descriptors."""
 _FEWEST = 4
 _PATH_MAX = 4096
+_LARGE = 16 << 20
+"""To free so many bytes is long work."""
 _KEPT_CHAIN = 64
 """Descriptors of all directories above are kept too when a directory is less deep than this, of some if not:
 then the way to the next one in the same place is not as long."""
@@ -80,6 +82,7 @@ class DirectoryLayer:
         self.root = PathKey(None, b"", self._mark(info), root)
         self._uuid: bytes | None = None
         self._noatime = os.O_NOATIME
+        self.later: Callable[[Callable[[], None]], None] = at_once
         self._notes = None if privileged else OwnerNotes(self)
         DirectoryLayer._alive += 1
 
@@ -357,8 +360,11 @@ class DirectoryLayer:
         if key.fd >= 0 and key is not self.root:
             if key.parent is not None:
                 self._open.remove(key)
-            os.close(key.fd)
-            key.fd = -1
+            fd, key.fd = key.fd, -1
+            if key.mark & 15 == REGULAR and os.fstat(fd).st_blocks > _LARGE // 512:
+                self.later(lambda: os.close(fd))  # with the last descriptor its blocks are freed
+            else:
+                os.close(fd)
 
     def close(self) -> None:
         if self.root.fd >= 0:

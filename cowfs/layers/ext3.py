@@ -11,6 +11,7 @@ import itertools
 import os
 import stat
 import struct
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from cowfs.formats.ext3 import image as ext3
 from cowfs.formats.ext3.directory import INO, AnyNames, LargeNames, type_of
 from cowfs.formats.ext3.image import Image
 from cowfs.layers import acl
-from cowfs.layers.base import NamesJob
+from cowfs.layers.base import NamesJob, at_once
 from cowfs.layers.beneath import open_given
 from cowfs.layers.ext3_file import Capabilities, Ext3File, InUse, Key
 from cowfs.linux.files import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WHITEOUT
@@ -63,6 +64,7 @@ class Ext3Layer:
         """By how much the image can be made to grow when it is full: counted as free."""
         self.is_beyond_room = False
         """Whether the last ENOSPC was for attributes that fit into no inode, however much room there is."""
+        self.later: Callable[[Callable[[], None]], None] = at_once
 
     # --- reading
 

@@ -19,7 +19,7 @@ from cowfs.linux import files
 from cowfs.overlay import origin
 from cowfs.overlay.handle import Reader
 from cowfs.overlay.node import Node
-from cowfs.overlay.state import State, count_in, error
+from cowfs.overlay.state import State, Steps, count_in, error
 from cowfs.types import Attr
 
 _CAPABILITY = b"security.capability"
@@ -88,9 +88,13 @@ class CopyUp:
 
     def abort(self) -> None:
         """Remove what was made so far."""
-        self._close()
+        self._source.close()
         with suppress(OSError):
             self._fs.upper.unlink(self._fs.work, self._temporary, None)
+        if self._target.fileno() >= 0:  # what was copied is freed now, by the kernel
+            self._fs.upper.later(self._target.close)
+        else:
+            self._target.close()
 
     def _close(self) -> None:
         self._source.close()
@@ -120,10 +124,16 @@ class DataCopyUp:
             raise
 
     def run(self) -> None:
-        """Copy the data. Blocks."""
-        self._source.copy_to(self._target, self.size)
-        if self._fs.options.sync_copy_up:
-            self._target.fsync(datasync=True)
+        """Copy the data; if that fails, give back the room that it took. Blocks."""
+        try:
+            self._source.copy_to(self._target, self.size)
+            if self._fs.options.sync_copy_up:
+                self._target.fsync(datasync=True)
+        except BaseException:
+            with suppress(OSError):
+                self._target.truncate(0)
+                self._target.truncate(self._before.st_size)
+            raise
 
     def commit(self) -> None:
         """Make the node an ordinary upper file."""
@@ -149,11 +159,9 @@ class DataCopyUp:
         upper.utimens(key, before.st_atime_ns, before.st_mtime_ns)
 
     def abort(self) -> None:
-        """Leave the metacopy as it was, and give back the room that its data took."""
+        """Leave the metacopy as it was."""
         self._source.close()
         with suppress(OSError):
-            self._target.truncate(0)
-            self._target.truncate(self._before.st_size)
             self._restore()
         self._target.close()
 
@@ -261,6 +269,21 @@ def copy_up_directory(fs: State, node: Node) -> None:
     if node.upper is None:
         _parents(fs, node)
         _copy_up_directory(fs, node)
+
+
+def copy_up_chain(fs: State, node: Node | None) -> Steps[None]:
+    """Copy up a directory and all above it, one in each step, the topmost first."""
+    missing = []
+    while node is not None and node.upper is None:
+        missing.append(node)
+        node = node.parent
+    for directory in reversed(missing):
+        above = directory.parent
+        if above is None or above.upper is None or directory.dead:
+            return  # it was moved or removed meanwhile: whoever needs it, sees to it
+        if directory.upper is None:
+            _copy_up_directory(fs, directory)
+        yield None
 
 
 def _place_of(fs: State, node: Node) -> _Place:

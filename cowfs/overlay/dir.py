@@ -14,7 +14,7 @@ from cowfs.overlay import acl, origin, whiteout
 from cowfs.overlay.copyup import copy_up, copy_up_directory, copy_up_meta, link_alias, note_nlink
 from cowfs.overlay.lookup import lower_has, resolve
 from cowfs.overlay.node import Node
-from cowfs.overlay.readdir import is_empty
+from cowfs.overlay.readdir import Seen, see
 from cowfs.overlay.state import State, error, is_whiteout
 from cowfs.types import Attr
 
@@ -67,6 +67,7 @@ def _make(
     fs: State, parent: Node, name: bytes, maker: _Maker, owner: Owner, *, directory: bool = False
 ) -> tuple[Node, Attr]:
     _must_live(parent, name)
+    parent.added += 1
     covered = parent.is_merged and lower_has(fs, parent, name)
     if covered:
         _only_whiteout(fs, parent, name)
@@ -133,6 +134,7 @@ def link(fs: State, node: Node, parent: Node, name: bytes) -> Attr:
     _must_live(parent, name)
     if node.is_dir:
         raise error(errno.EPERM, name)
+    parent.added += 1
     covered = parent.is_merged and lower_has(fs, parent, name)
     if covered:
         _only_whiteout(fs, parent, name)
@@ -177,7 +179,7 @@ def unlink(fs: State, parent: Node, name: bytes) -> Node:
     if not covered:
         fs.upper.unlink(parent.upper, name, node.upper)
     elif node.upper is not None:
-        whiteout.replace(fs, parent, name, node.upper)
+        whiteout.replace(fs, parent, name, node)
     else:
         whiteout.make(fs, parent.upper, name)
     gone(fs, node, parent, name, last=last)
@@ -239,19 +241,22 @@ def _leave_index(fs: State, node: Node) -> None:
             fs.indexed.discard(name)
 
 
-def rmdir(fs: State, parent: Node, name: bytes) -> Node:
-    """Remove a directory that shows no names; return the node that it had."""
+def rmdir(fs: State, parent: Node, name: bytes, seen: Seen | None = None) -> Node:
+    """Remove a directory that shows no names; return the node that it had.
+
+    *seen* is what was seen in it; else it is looked through here.
+    """
     node = resolve(fs, parent, name)
     if not node.is_dir:
         raise error(errno.ENOTDIR, name)
-    if not is_empty(fs, node):
+    if not see(fs, node, seen).empty:
         raise error(errno.ENOTEMPTY, name)
     covered = parent.is_merged and lower_has(fs, parent, name)
     copy_up_directory(fs, parent)
     if covered and node.upper is None:
         whiteout.make(fs, parent.upper, name)
     elif covered:
-        whiteout.replace(fs, parent, name, node.upper)
+        whiteout.replace(fs, parent, name, node)
     else:
         _remove_directory(fs, parent, name, node)
     fs.nodes.detach(parent, name)
@@ -269,5 +274,4 @@ def _remove_directory(fs: State, parent: Node, name: bytes, node: Node) -> None:
         # It still holds whiteouts: take it out of sight before they go.
         temporary = fs.temporary()
         fs.upper.rename((parent.upper, name), (fs.work, temporary), moved=node.upper)
-        with suppress(OSError):  # what stays in the work directory goes at the next mount
-            whiteout.clear(fs, fs.work, temporary, node.upper)
+        whiteout.throw_away(fs, temporary, node)

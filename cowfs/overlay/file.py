@@ -44,6 +44,21 @@ def open_file(fs: State, node: Node, flags: int, *, opener: Writer = Writer.PRIV
     return _enter(handle)
 
 
+_CUT_FROM = 16 << 20
+"""To free so many bytes is long work."""
+
+
+def is_long_to_cut(fs: State, node: Node, size: int) -> bool:
+    """Say whether setting the size of a file of the upper frees so much that others should not wait for it.
+
+    ``File.truncate`` can be called in a thread then; after that setattr_ or open_file sets the size.
+    """
+    if node.upper is None or node.metacopy or not stat.S_ISREG(node.mode):
+        return False
+    attr = fs.upper.stat(node.upper)
+    return min(attr.st_blocks * 512, attr.st_size - size) >= _CUT_FROM
+
+
 def _reader(fs: State, node: Node) -> Reader:
     reader = node.handles.reader if node.handles is not None else None
     if reader is not None and reader.users:
@@ -127,8 +142,11 @@ def file_stat(fs: State, handle: Handle) -> Attr:
 
 def release(fs: State, handle: Handle) -> None:
     """Close an open file; the last handle of an unlinked file lets its data go."""
-    handle.close()
     node = handle.node
+    if node.dead and handle.file.fileno() >= 0 and handle.file.stat().st_blocks * 512 > _CUT_FROM:
+        fs.upper.later(handle.close)
+    else:
+        handle.close()
     if node.handles is not None:
         del node.handles[handle]
         if not node.handles:

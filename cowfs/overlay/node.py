@@ -29,6 +29,7 @@ class Node:
     """
 
     __slots__ = (
+        "added",
         "children",
         "copying",
         "dead",
@@ -71,6 +72,7 @@ class Node:
         self.copying: Any = None  # whatever the adapter lets others wait on
         self.metacopy = False
         self.redirect: bytes | None = None
+        self.added = 0  # how often a name was put into it, or is about to be
         self.indexed: int | None = None  # for a hard link in the index: how many names the union shows
         self.dead = False
 

@@ -12,6 +12,7 @@ from cowfs.overlay import file as _file
 from cowfs.overlay import lookup as _lookup
 from cowfs.overlay import readdir as _readdir
 from cowfs.overlay import rename as _rename
+from cowfs.overlay import whiteout as _whiteout
 from cowfs.overlay import xattrs as _xattrs
 from cowfs.overlay.state import State
 
@@ -27,7 +28,7 @@ class Overlay(State):
     resolve = _lookup.resolve
     readdir = _readdir.readdir
     listing = _readdir.listing
-    is_empty = _readdir.is_empty
+    look_through = _readdir.look_through
     create = _dir.create
     mkdir = _dir.mkdir
     symlink = _dir.symlink
@@ -36,6 +37,7 @@ class Overlay(State):
     unlink = _dir.unlink
     rmdir = _dir.rmdir
     rename = _rename.rename
+    sweep = _whiteout.sweep
     setattr = _attr.setattr_
     readlink = _attr.readlink
     statfs = _attr.statfs
@@ -44,11 +46,13 @@ class Overlay(State):
     setxattr = _xattrs.setxattr
     removexattr = _xattrs.removexattr
     open = _file.open_file
+    is_long_to_cut = _file.is_long_to_cut
     attach = _file.attach
     write = _file.write
     will_be_written = _file.will_be_written
     seek = _file.seek
     release_handle = _file.release
     copy_up = _copyup.copy_up
+    copy_up_chain = _copyup.copy_up_chain
     copy_up_meta = _copyup.copy_up_meta
     prepare_copy_up = _copyup.prepare

@@ -6,10 +6,11 @@ import errno
 import stat
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 from cowfs.layers.base import Key, LowerLayer, NamesJob
 from cowfs.overlay.node import Node
-from cowfs.overlay.state import State, error, is_whiteout
+from cowfs.overlay.state import State, Steps, done_at_once, error, is_whiteout
 from cowfs.types import DirEntry
 
 
@@ -25,7 +26,7 @@ def readdir(fs: State, node: Node) -> list[DirEntry]:
     sources.extend((fs.lowers[layer], key) for layer, key in node.lowers)
     if len(sources) == 1:
         layer, key = sources[0]
-        return [entry for entry in layer.readdir(key) if entry.type or not _hides(layer, key, entry)]
+        return [entry for entry in layer.readdir(key) if entry.type or not _hides(layer, key, entry.name)]
     seen: set[bytes] = set()
     entries = []
     for layer, key in sources:
@@ -35,7 +36,7 @@ def readdir(fs: State, node: Node) -> list[DirEntry]:
             seen.add(entry.name)
             if entry.type and not stat.S_ISCHR(entry.type):
                 entries.append(entry)
-            elif not _hides(layer, key, entry):
+            elif not _hides(layer, key, entry.name):
                 entries.append(entry)
     return entries
 
@@ -60,7 +61,7 @@ class Listing:
         """*below* are the names of the lower layers, each once; *upper* all of the upper's."""
         self._below = below
         if below and upper:
-            known = set(below)
+            known = _set_of(below)
             upper = [name for name in upper if name not in known]
         self._own = _in_order(upper)
 
@@ -77,6 +78,14 @@ class Listing:
             at = before = max(_place(name), before + 1)
             if at > place:
                 yield at, name
+
+
+def _set_of(names: list[bytes]) -> set[bytes]:
+    """Return set(names), which lets no other thread run before it is complete."""
+    known: set[bytes] = set()
+    for name in names:
+        known.add(name)
+    return known
 
 
 def _in_order(names: list[bytes]) -> list[bytes]:
@@ -112,7 +121,8 @@ def listing(fs: State, node: Node) -> Listing | Callable[[], Listing]:
         return Listing([], [])
     lowers = [fs.lowers[layer].names(key) for layer, key in node.lowers]
     upper = fs.upper.names(node.upper) if node.upper is not None else []
-    if all(isinstance(names, list) and len(names) < _MANY for names in (*lowers, upper)):
+    all_ = *lowers, upper
+    if sum(len(names) if isinstance(names, list) else _MANY for names in all_) < _MANY:
         return _listing(lowers, upper)
     return lambda: _listing(lowers, upper)
 
@@ -122,18 +132,58 @@ def _listing(lowers: Sequence[list[bytes] | NamesJob], upper: list[bytes] | Name
     for part in lowers:
         names = part() if callable(part) else part
         if below:
-            known = set(below)
+            known = _set_of(below)
             below += [name for name in names if name not in known]
         else:
             below = names
     return Listing(below, upper() if callable(upper) else upper)
 
 
-def is_empty(fs: State, node: Node) -> bool:
-    """Whether a directory shows no names."""
-    return not readdir(fs, node)
+class Seen(NamedTuple):
+    """What was found by looking through a directory."""
+
+    node: Node
+    added: int
+    empty: bool
+    """Whether it shows no names."""
+    bare: bool
+    """Whether the upper has no whiteouts in it either."""
+
+    def holds(self) -> bool:
+        """Say whether it is still so; that it is not empty need not be so any more."""
+        return self.added == self.node.added or not self.empty
 
 
-def _hides(layer: LowerLayer, key: Key, entry: DirEntry) -> bool:
-    found = layer.lookup(key, entry.name)
+def look_through(fs: State, node: Node) -> Steps[Seen]:
+    """See whether a directory is empty."""
+    if node.children is None:
+        raise error(errno.ENOTDIR, node.name)
+    added, bare = node.added, True
+    sources: list[tuple[LowerLayer, Key]] = []
+    if node.upper is not None and not node.dead:
+        sources.append((fs.upper, node.upper))
+    if not node.dead:
+        sources.extend((fs.lowers[layer], key) for layer, key in node.lowers)
+    seen: set[bytes] = set()
+    for layer, key in sources:
+        names = layer.names(key)
+        for name in (yield names) if callable(names) else names:
+            yield None
+            bare = bare and layer is not fs.upper
+            if name not in seen:
+                seen.add(name)
+                if not _hides(layer, key, name):
+                    return Seen(node, added, empty=False, bare=bare)
+    return Seen(node, added, empty=True, bare=bare)
+
+
+def see(fs: State, node: Node, seen: Seen | None = None) -> Seen:
+    """Return what is in a directory: what was seen before, if that is of it and holds."""
+    if seen is not None and seen.node is node and seen.holds():
+        return seen
+    return done_at_once(look_through(fs, node))
+
+
+def _hides(layer: LowerLayer, key: Key, name: bytes) -> bool:
+    found = layer.lookup(key, name)
     return found is None or is_whiteout(found[1])

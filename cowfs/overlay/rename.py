@@ -18,25 +18,37 @@ from cowfs.overlay.copyup import copy_up_directory, copy_up_meta, link_alias, no
 from cowfs.overlay.dir import gone
 from cowfs.overlay.lookup import lookup, lower_has, resolve
 from cowfs.overlay.node import Node
-from cowfs.overlay.readdir import is_empty
+from cowfs.overlay.readdir import Seen, see
 from cowfs.overlay.state import State, error, is_whiteout
 
 
 def rename(
-    fs: State, parent: Node, name: bytes, new_parent: Node, new_name: bytes, flags: int = 0
+    fs: State,
+    parent: Node,
+    name: bytes,
+    new_parent: Node,
+    new_name: bytes,
+    flags: int = 0,
+    seen: Seen | None = None,
 ) -> Node | None:
     """Rename as renameat2(2) does, with RENAME_NOREPLACE and RENAME_EXCHANGE.
 
-    Returns the node that was replaced, if one was.
+    *seen* is what was seen in a directory that is to be replaced; else it is looked through here. Returns
+    the node that was replaced, if one was.
     """
     if flags & ~(RENAME_NOREPLACE | RENAME_EXCHANGE):
         raise error(errno.EINVAL, name)
     node = resolve(fs, parent, name)
     found = lookup(fs, new_parent, new_name)
     target = found[0] if found else None
-    _check(fs, node, new_parent, new_name, target, flags)
+    _check(node, new_parent, new_name, target, flags)
     if target is node:
         return None  # two names of one inode: POSIX has nothing done
+    if target is not None and target.is_dir and not flags & RENAME_EXCHANGE:
+        seen = see(fs, target, seen)
+        if not seen.empty:
+            raise error(errno.ENOTEMPTY, new_name)
+    new_parent.added += 1
     _bring_up(fs, node, parent, name)
     copy_up_directory(fs, new_parent)
     if flags & RENAME_EXCHANGE:
@@ -46,7 +58,7 @@ def rename(
         return None
     last = False
     if target is not None:
-        last = _make_replaceable(fs, target, new_parent, new_name)
+        last = _make_replaceable(fs, target, new_parent, new_name, seen)
     _mark(fs, node, parent, new_parent, new_name)
     _move(fs, (parent, name, node), (new_parent, new_name, target))
     fs.nodes.detach(parent, name)
@@ -61,7 +73,7 @@ def rename(
     return target
 
 
-def _check(fs: State, node: Node, new_parent: Node, new_name: bytes, target: Node | None, flags: int) -> None:
+def _check(node: Node, new_parent: Node, new_name: bytes, target: Node | None, flags: int) -> None:
     if new_parent.children is None:
         raise error(errno.ENOTDIR, new_parent.name)
     if new_parent.dead:
@@ -85,8 +97,6 @@ def _check(fs: State, node: Node, new_parent: Node, new_name: bytes, target: Nod
         raise error(errno.ENOTDIR, new_name)
     if target.is_dir and not node.is_dir:
         raise error(errno.EISDIR, new_name)
-    if target.is_dir and not is_empty(fs, target):
-        raise error(errno.ENOTEMPTY, new_name)
 
 
 def _bring_up(fs: State, node: Node, parent: Node, name: bytes) -> None:
@@ -96,10 +106,11 @@ def _bring_up(fs: State, node: Node, parent: Node, name: bytes) -> None:
     link_alias(fs, node, parent, name)
 
 
-def _make_replaceable(fs: State, target: Node, parent: Node, name: bytes) -> bool:
+def _make_replaceable(fs: State, target: Node, parent: Node, name: bytes, seen: Seen | None) -> bool:
     """Prepare what will be replaced; return whether its last name goes with it."""
     if target.is_dir:
-        if target.upper is not None and fs.upper.readdir(target.upper):
+        assert seen is not None
+        if not seen.bare:
             _empty(fs, target, parent, name)
         return True
     attr = fs.stat(target)
@@ -120,9 +131,8 @@ def _empty(fs: State, target: Node, parent: Node, name: bytes) -> None:
         (fs.work, temporary), (parent.upper, name), RENAME_EXCHANGE, moved=made, replaced=target.upper
     )
     old, target.upper, target.lowers = target.upper, made, ()
-    with suppress(OSError):  # what stays in the work directory goes at the next mount
-        whiteout.clear(fs, fs.work, temporary, old)
     fs.upper.forget(old)
+    whiteout.throw_away(fs, temporary, None)
 
 
 _Place = tuple[Node, bytes, Node]

@@ -5,9 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from itertools import count
+from typing import Any, NamedTuple, TypeVar
 
 from cowfs.layers.base import Key, LowerLayer, UpperLayer
 from cowfs.overlay.node import ROOT_INO, Lower, Node, NodeTable
@@ -48,6 +49,34 @@ def is_whiteout(attr: Attr) -> bool:
 def count_in(note: bytes) -> int | None:
     """Return the number in a note, None for what is none, or one that nothing is so many of."""
     return int(note) if note.isdigit() and len(note) < 10 else None
+
+
+R = TypeVar("R")
+Steps = Generator[Callable[[], Any] | None, Any, R]
+"""Long work that others need not wait for: between two steps they may have a turn, and may change anything.
+
+What is yielded, if it is not None, shall be called, in any thread since it blocks, and the work be sent what
+that gave. What it raises is thrown in.
+"""
+
+
+def done_at_once(steps: Steps[R]) -> R:
+    """Do all the steps; return what they come to."""
+    try:
+        call = next(steps)
+        while True:
+            call = next(steps) if call is None else steps.send(call())
+    except StopIteration as end:
+        result: R = end.value
+        return result
+
+
+class Rubbish(NamedTuple):
+    """A directory in the work directory that holds nothing but whiteouts."""
+
+    name: bytes
+    node: Node | None
+    """Whose it was, if that is still in use."""
 
 
 class State:
@@ -96,6 +125,11 @@ class State:
         """Called when the upper is full; True: there is more room now, try again."""
         self.not_saved: Callable[[OSError], None] = lambda error: None
         """Called when the upper could not put on disk what was written to it."""
+        self.rubbish: list[Rubbish] = []
+        """What is to be removed from the work directory (:mod:`cowfs.overlay.whiteout`)."""
+        self.sweep_soon: Callable[[], None] | None = None
+        """Called when there is much of that, to let somebody call :func:`~cowfs.overlay.whiteout.sweep`;
+        without it that is done at once."""
         self._temporaries = count()
         self._strange: dict[tuple[int, int, int], int] = {}
         self._taken: dict[int, tuple[int, int, int]] = {}

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import errno
 import stat
-from contextlib import suppress
+from contextlib import closing, suppress
+from itertools import islice
 
 from cowfs.layers.base import Key
 from cowfs.linux import files
 from cowfs.overlay.node import Node
-from cowfs.overlay.state import State
+from cowfs.overlay.state import Rubbish, State, Steps, done_at_once
 
 _NAME = b"#whiteout"
 _NO_LINK = {errno.EMLINK, errno.EPERM, errno.ENOENT, errno.EOPNOTSUPP}
@@ -50,35 +51,69 @@ def _key_of(fs: State, directory: Key, name: bytes) -> Key:
     return found[0]
 
 
-def replace(fs: State, parent: Node, name: bytes, key: Key | None) -> None:
+def replace(fs: State, parent: Node, name: bytes, node: Node) -> None:
     """Put a whiteout in the place of what the upper has at a name, in one step.
 
-    *key* is that of the inode there, if somebody goes on using it. A directory must hold nothing
-    but whiteouts.
+    *node* is what stands there. A directory must hold nothing but whiteouts.
     """
     temporary = fs.temporary()
     make(fs, fs.work, temporary)
     place = (parent.upper, name)
     try:
-        found = fs.upper.lookup(*place)
-        if found is not None and stat.S_ISDIR(found[1].st_mode):
-            fs.upper.rename((fs.work, temporary), place, files.RENAME_EXCHANGE, replaced=key)
-            with suppress(OSError):  # what stays in the work directory goes at the next mount
-                clear(fs, fs.work, temporary, key)
+        if node.is_dir:
+            fs.upper.rename((fs.work, temporary), place, files.RENAME_EXCHANGE, replaced=node.upper)
         else:
-            fs.upper.rename((fs.work, temporary), place, replaced=key)
+            fs.upper.rename((fs.work, temporary), place, replaced=node.upper)
     except BaseException:
         with suppress(OSError):
             fs.upper.unlink(fs.work, temporary, None)
         raise
+    if node.is_dir:
+        throw_away(fs, temporary, node)
 
 
-def clear(fs: State, directory: Key, name: bytes, key: Key | None) -> None:
-    """Remove a directory of the upper that holds nothing but whiteouts."""
-    found = fs.upper.lookup(directory, name)
+_AT_ONCE = 200
+"""So many whiteouts are removed at once; with more of them others have a turn."""
+
+
+def throw_away(fs: State, name: bytes, node: Node | None) -> None:
+    """Remove a directory of the work directory that holds nothing but whiteouts, now or soon.
+
+    *node* is whose directory it was, if somebody goes on using that. What stays there goes at the next mount.
+    """
+    fs.rubbish.append(Rubbish(name, node))
+    if fs.sweep_soon is None:
+        done_at_once(sweep(fs))
+    elif len(fs.rubbish) == 1:
+        steps = sweep(fs)
+        with closing(steps):
+            if all(step is None for step in islice(steps, _AT_ONCE)) and not fs.rubbish:
+                return
+        fs.sweep_soon()
+
+
+def sweep(fs: State) -> Steps[None]:
+    """Remove what was thrown away. One shall do so at a time."""
+    while fs.rubbish:
+        rubbish = fs.rubbish[0]
+        with suppress(OSError):
+            yield from _clear(fs, rubbish)
+        fs.rubbish.remove(rubbish)
+
+
+def _clear(fs: State, rubbish: Rubbish) -> Steps[None]:
+    found = fs.upper.lookup(fs.work, rubbish.name)
     if found is None:
         return
-    for entry in fs.upper.readdir(found[0]):
-        fs.upper.unlink(found[0], entry.name, None)
-    fs.upper.forget(found[0])
-    fs.upper.rmdir(directory, name, key)
+    key = found[0]
+    try:
+        names = fs.upper.names(key)
+        for name in (yield names) if callable(names) else names:
+            yield None
+            with suppress(FileNotFoundError):
+                fs.upper.unlink(key, name, None)
+    finally:
+        fs.upper.forget(key)
+    node = rubbish.node
+    in_use = node is not None and fs.nodes.get(node.ino) is node
+    fs.upper.rmdir(fs.work, rubbish.name, node.upper if in_use and node is not None else None)

@@ -13,6 +13,7 @@ from cowfs.layers.base import UpperLayer
 from tests.ext3.model import Model, Synced
 from tests.ext3.operations import OPERATIONS, Refused
 from tests.ext3.reader import ROOT, Image
+from tests.support.listing import names_of
 
 BEGIN, COMMITTED, SYNCED = 1, 2, 3
 """What a mark says: an operation is about to begin; all up to one is committed; an inode is synced."""
@@ -141,7 +142,7 @@ class Load:
             self.model.see(ino, self.layer.stat(key))
             assert node.facts == facts, f"inode {ino} has other times"
             if node.kind == stat.S_IFDIR:
-                assert sorted(self.layer.names(key)) == sorted(node.names)
+                assert sorted(names_of(self.layer, key)) == sorted(node.names)
                 for name, kind in self.layer.readdir(key):
                     assert kind in (0, self.model.nodes[node.names[name]].kind)
             if node.kind == stat.S_IFREG:

@@ -31,7 +31,7 @@ def shown(layer: UpperLayer) -> dict[bytes, Any]:
         facts = (attr.st_ino, attr.st_mode, attr.st_nlink, attr.st_uid, attr.st_gid, attr.st_size, *times)
         found[path] = (facts, xattrs, _content(layer, key, attr.st_mode, attr.st_size))
         if stat.S_ISDIR(attr.st_mode):
-            for name in layer.names(key):
+            for name, _ in layer.readdir(key):
                 child = layer.lookup(key, name)
                 assert child is not None, name
                 waiting.append((child[0], path + b"/" + name))

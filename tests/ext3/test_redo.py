@@ -18,6 +18,7 @@ from tests.ext3.load import Load
 from tests.ext3.model import Promises
 from tests.ext3.powercut import Disk, Recording, choose_cuts, parse
 from tests.ext3.redo import RARELY, judged, left, records_in, strict
+from tests.support.listing import names_of
 from tests.support.system import needs_root, run
 
 
@@ -107,9 +108,9 @@ def test_a_cut_of_the_power_leaves_no_redo_log(place: Path) -> None:
         opened.image.abandon()
     with engine.opened(path, read_only=True, debug=recovery.OTHER_BOOT) as opened:
         assert opened.image.facts().redone == 0
-        assert set(opened.layer.names(opened.layer.root)) == {b"lost+found", b"committed"}
+        assert set(names_of(opened.layer, opened.layer.root)) == {b"lost+found", b"committed"}
     with engine.opened(path, debug=recovery.OTHER_BOOT) as opened:
-        assert set(opened.layer.names(opened.layer.root)) == {b"lost+found", b"committed"}
+        assert set(names_of(opened.layer, opened.layer.root)) == {b"lost+found", b"committed"}
     assert images.unclean(path) is None
 
 
@@ -151,8 +152,8 @@ def test_who_recovers_otherwise_ends_the_redo_log(place: Path, recovered: Callab
     path = left(place)
     recovered(path)
     with engine.opened(path, read_only=True) as opened:
-        assert b"not committed" not in opened.layer.names(opened.layer.root)
-        assert b"committed" in opened.layer.names(opened.layer.root)
+        assert b"not committed" not in names_of(opened.layer, opened.layer.root)
+        assert b"committed" in names_of(opened.layer, opened.layer.root)
     assert recovery.by_engine(path) is None
 
 
@@ -162,7 +163,7 @@ def test_an_image_may_be_copied_after_the_death(place: Path) -> None:
     for image in (path, place / "copy"):
         assert recovery.by_engine(image) is None
         with engine.opened(image, read_only=True) as opened:
-            assert b"not committed" in opened.layer.names(opened.layer.root)
+            assert b"not committed" in names_of(opened.layer, opened.layer.root)
 
 
 def clear_flag(path: Path) -> None:
@@ -179,7 +180,7 @@ def test_the_journal_is_recovered_without_the_flag(place: Path) -> None:
     clear_flag(path)
     assert recovery.by_engine(path) is None
     with engine.opened(path, read_only=True) as opened:
-        assert {b"committed", b"not committed"} <= set(opened.layer.names(opened.layer.root))
+        assert {b"committed", b"not committed"} <= set(names_of(opened.layer, opened.layer.root))
 
 
 def test_a_journal_that_somebody_did_without_is_old(place: Path) -> None:
@@ -192,7 +193,7 @@ def test_a_journal_that_somebody_did_without_is_old(place: Path) -> None:
         file.seek(1024 + 44)
         file.write(struct.pack("<I", mounted + 100))
     with engine.opened(path) as opened:
-        assert opened.layer.names(opened.layer.root) == [b"lost+found"]
+        assert names_of(opened.layer, opened.layer.root) == [b"lost+found"]
     assert images.unclean(path) is None
 
 
@@ -211,7 +212,7 @@ def test_after_growing_the_log_goes_on(place: Path) -> None:
         opened.image.abandon()
     assert recovery.by_engine(path) is None
     with engine.opened(path, read_only=True) as opened:
-        assert {b"before", b"after"} <= set(opened.layer.names(opened.layer.root))
+        assert {b"before", b"after"} <= set(names_of(opened.layer, opened.layer.root))
 
 
 def test_what_came_from_memory_has_a_log_on_the_disk(place: Path) -> None:
@@ -235,5 +236,5 @@ def test_what_came_from_memory_has_a_log_on_the_disk(place: Path) -> None:
         opened.image.abandon()
     with engine.opened(path, read_only=True) as opened:
         assert opened.image.facts().redone == 1
-        assert {b"in memory", b"on disk"} <= set(opened.layer.names(opened.layer.root))
+        assert {b"in memory", b"on disk"} <= set(names_of(opened.layer, opened.layer.root))
     assert recovery.by_engine(path) is None

@@ -18,6 +18,7 @@ from tests.ext3.load import Load
 from tests.ext3.model import Promises
 from tests.ext3.reader import Image
 from tests.ext3.redo import RARELY, crc32c, judged, left, records_in, ring, strict, without_log
+from tests.support.listing import names_of
 
 LARGE = Shape(mib=160, journal=64)
 
@@ -47,7 +48,7 @@ def test_records_after_a_bad_one_do_not_count(place: Path, harm: str) -> None:
         file.write(data)
     assert recovery.by_engine(path) is None
     with engine.opened(path, read_only=True) as opened:
-        names = set(opened.layer.names(opened.layer.root))
+        names = set(names_of(opened.layer, opened.layer.root))
     assert names == {b"lost+found", *(b"%d" % number for number in range(12))}
 
 
@@ -128,7 +129,7 @@ def test_a_record_that_was_never_written_is_missed(place: Path) -> None:
     assert len({tid for _, _, tid in records_in(path.read_bytes())}) == 2
     assert recovery.by_engine(path) is None
     with engine.opened(path, read_only=True) as opened:
-        assert set(opened.layer.names(opened.layer.root)) == {
+        assert set(names_of(opened.layer, opened.layer.root)) == {
             b"lost+found", *(b"before%d" % number for number in range(3))
         }  # fmt: skip
 
@@ -146,7 +147,7 @@ def test_changes_that_belong_together_are_redone_together(place: Path) -> None:
     for name, there in (("within", {b"before"}), ("after", {b"before", b"one", b"two"})):
         assert recovery.by_engine(place / name) is None
         with engine.opened(place / name, read_only=True) as opened:
-            assert set(opened.layer.names(opened.layer.root)) == {b"lost+found"} | there
+            assert set(names_of(opened.layer, opened.layer.root)) == {b"lost+found"} | there
 
 
 def fill(layer: UpperLayer, count: int) -> None:
@@ -160,10 +161,10 @@ def test_a_full_log_makes_a_transaction_end(place: Path, shape: Shape) -> None:
     with engine.opened(path) as opened:
         fill(opened.layer, 1900)
         shutil.copyfile(path, place / "copy")
-        names = set(opened.layer.names(opened.layer.root))
+        names = set(names_of(opened.layer, opened.layer.root))
     assert recovery.by_engine(place / "copy") is None
     with engine.opened(place / "copy", read_only=True) as opened:
-        assert set(opened.layer.names(opened.layer.root)) == names
+        assert set(names_of(opened.layer, opened.layer.root)) == names
 
 
 def test_a_change_that_no_log_has_room_for_is_committed(place: Path) -> None:
@@ -178,7 +179,7 @@ def test_a_change_that_no_log_has_room_for_is_committed(place: Path) -> None:
     for copy, count in (("copy", 1101), ("later", 1102)):
         assert recovery.by_engine(place / copy) is None
         with engine.opened(place / copy, read_only=True) as opened:
-            assert len(opened.layer.names(opened.layer.root)) == count
+            assert len(names_of(opened.layer, opened.layer.root)) == count
 
 
 def test_what_cannot_be_logged_is_not_done(place: Path) -> None:
@@ -198,7 +199,7 @@ def test_what_cannot_be_logged_is_not_done(place: Path) -> None:
         shutil.copyfile(path, place / "copy")
     assert recovery.by_engine(place / "copy") is None
     with engine.opened(place / "copy", read_only=True) as opened:
-        assert set(opened.layer.names(opened.layer.root)) == {
+        assert set(names_of(opened.layer, opened.layer.root)) == {
             b"lost+found",
             b"before",
             b"file",

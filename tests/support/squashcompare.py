@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from cowfs.layers.squashfs import SquashfsLayer
 from cowfs.linux.mounts import attach_loop, detached_mount
+from tests.support.listing import names_of
 from tests.support.squashfs import FIELDS
 
 PAGE = 4096
@@ -136,7 +137,7 @@ def seen_by_us(layer: SquashfsLayer) -> Seen:
         elif form == stat.S_IFREG:
             here["pages"] = attempt(lambda: _our_pages(layer, key, attr.st_size))  # noqa: B023
         elif form == stat.S_IFDIR:
-            listed = attempt(lambda: sorted(layer.names(key)))  # noqa: B023
+            listed = attempt(lambda: sorted(names_of(layer, key)))  # noqa: B023
             here["names"] = listed
             for name in ABSENT:
                 here[f"lookup {name!r}"] = attempt(lambda: _find(layer, key, name))  # noqa: B023

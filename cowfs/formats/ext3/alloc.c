@@ -175,7 +175,7 @@ uint32_t alloc_blocks(x3_image *img, uint32_t goal, uint32_t want, uint32_t *got
 			return group_start(img, group) + at;
 		}
 	}
-	img->op->starved = img->nheld > 0;
+	img->op->starved = img->nheld > 0 || img->ndoomed > 0;
 	return 0;
 }
 
@@ -221,35 +221,84 @@ void held_undo(x3_image *img, size_t n)
 		hold(img, img->held.run[--img->held.n], false);
 }
 
-/* Their time has come: they may be used, but those that are in the log unless *logged_too*. */
-void held_release(x3_image *img, struct runs *runs, bool logged_too)
+static int compare_numbers(const void *a, const void *b)
+{
+	uint32_t x = *(const uint32_t *)a, y = *(const uint32_t *)b;
+
+	return (x > y) - (x < y);
+}
+
+/* The numbers of the blocks that the log knows, in order, all of them or those that *runs* have; NULL: no memory. */
+static uint32_t *logged_numbers(x3_image *img, const struct runs *runs, size_t *n)
+{
+	uint32_t *numbers = malloc((img->nlogged + 1) * sizeof *numbers);
+	uint64_t blocks = 0;
+
+	*n = 0;
+	for (size_t i = 0; i < runs->n; i++)
+		blocks += runs->run[i].count;
+	for (size_t i = 0; numbers && blocks < img->nlogged && i < runs->n; i++) {
+		for (uint32_t k = 0; k < runs->run[i].count; k++) {
+			const struct block *b = block_find(img, runs->run[i].start + k);
+			if (b && b->flags & LOGGED)
+				numbers[(*n)++] = b->nr;
+		}
+	}
+	for (size_t i = 0; numbers && blocks >= img->nlogged && i < img->nlogged; i++)
+		if (img->logged[i]->flags & LOGGED)
+			numbers[(*n)++] = img->logged[i]->nr;
+	if (numbers)
+		qsort(numbers, *n, sizeof *numbers, compare_numbers);
+	return numbers;
+}
+
+/* How many of *n* numbers, which are in order, are less than *nr*. */
+static size_t count_below(const uint32_t *numbers, size_t n, uint32_t nr)
+{
+	size_t low = 0;
+
+	while (low < n) {
+		size_t middle = low + (n - low) / 2;
+		if (numbers[middle] < nr)
+			low = middle + 1;
+		else
+			n = middle;
+	}
+	return low;
+}
+
+/* Let a run be used, but for the blocks of it that the log knows: those wait for the checkpoint. */
+static void release_run(x3_image *img, struct run run, const uint32_t *logged, size_t n)
 {
 	struct runs *later = &img->held_logged;
 
-	for (size_t i = 0; i < runs->n; i++) {
-		struct run run = runs->run[i];
-		for (uint32_t k = 0; k < run.count && !logged_too; k++) {
-			struct block *b = block_find(img, run.start + k);
-			if (!b || !(b->flags & LOGGED))
-				continue;
-			struct run *more = try_grow(later->run, &later->cap, later->n + 1, sizeof *more);
-			if (!more) { /* no memory to remember it: let the run wait for ever */
-				run.count = 0;
-				break;
-			}
-			later->run = more;
-			later->run[later->n++] = (struct run){ run.start + k, 1 };
-			if (k)
-				hold(img, (struct run){ run.start, k }, false);
-			run.start += k + 1;
-			run.count -= k + 1;
-			k = -1;
-		}
-		if (run.count)
-			hold(img, run, false);
+	for (size_t i = count_below(logged, n, run.start); i < n && logged[i] - run.start < run.count; i++) {
+		uint32_t k = logged[i] - run.start;
+		struct run *more = try_grow(later->run, &later->cap, later->n + 1, sizeof *more);
+		if (!more) /* no memory to remember it: let the rest wait for ever */
+			return;
+		later->run = more;
+		later->run[later->n++] = (struct run){ logged[i], 1 };
+		if (k)
+			hold(img, (struct run){ run.start, k }, false);
+		run.start += k + 1;
+		run.count -= k + 1;
 	}
+	if (run.count)
+		hold(img, run, false);
+}
+
+/* Their time has come: they may be used, but those that are in the log unless *logged_too*. */
+void held_release(x3_image *img, struct runs *runs, bool logged_too)
+{
+	size_t n = 0;
+	uint32_t *logged = runs->n && !logged_too ? logged_numbers(img, runs, &n) : NULL;
+
+	for (size_t i = 0; i < runs->n && (logged || logged_too); i++) /* no memory: let them wait for ever */
+		release_run(img, runs->run[i], logged, n);
+	free(logged);
 	runs->n = 0;
-	if (runs != later) {
+	if (runs != &img->held_logged) {
 		free(runs->run);
 		*runs = (struct runs){ 0 };
 	}
@@ -342,6 +391,7 @@ uint32_t alloc_inode(x3_image *img, uint32_t dir, bool is_dir)
 		mark_inode(img, ino, is_dir, true);
 		return ino;
 	}
+	img->op->starved = img->ndoomed > 0;
 	fail(img, ENOSPC, "no inode is left");
 }
 

@@ -15,6 +15,7 @@ SOURCES = [
     "redo",
     "alloc",
     "inode",
+    "doom",
     "data",
     "dir",
     "htree",

@@ -368,9 +368,19 @@ void op_begin(struct op *op, x3_image *img, uint32_t ino, enum change_kind chang
 	op->changing = changing;
 	op->starved = false;
 	op->tries = op->error = 0;
-	op->result = 0;
+	op->result = op->rest = 0;
 	op->ino = ino;
 	image_lock(img);
+}
+
+/* Whether a file is being truncated, so that nobody may write to it. */
+static bool is_truncated(const x3_image *img, uint32_t ino)
+{
+	const struct truncation *t = img->truncations;
+
+	while (t && t->ino != ino)
+		t = t->next;
+	return t != NULL;
 }
 
 /* Before each attempt and after the last one: whether to try (again). */
@@ -393,7 +403,9 @@ bool op_again(struct op *op)
 	}
 	if (op->tries && !(op->error == ENOSPC && op->starved && op->tries <= 3))
 		return false;
-	/* Free blocks are held back: let them go. */
+	/* Free blocks are held back, or about to be free: let them go. */
+	if (op->tries)
+		doomed_make_room(img);
 	if (op->tries && (op->tries == 1 ? commit_until(img, img->tid) : checkpoint_now(img))) {
 		op->error = img->aborted ? EIO : ENOSPC;
 		return false;
@@ -402,7 +414,7 @@ bool op_again(struct op *op)
 		op->error = img->stalled;
 		return false;
 	}
-	while (is_suspended(img) || (img->busy && (op->ino == img->busy || op->ino == ANY_INODE)))
+	while (is_suspended(img) || is_truncated(img, op->ino))
 		pthread_cond_wait(&img->wake, &img->lock);
 	op->error = 0;
 	op->starved = false;

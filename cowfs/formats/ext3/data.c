@@ -258,10 +258,11 @@ int64_t data_segment(x3_image *img, uint32_t ino, uint64_t from, uint64_t *stop)
 {
 	struct inode in = inode_get(img, ino);
 	uint64_t size = inode_size_of(&in), at = from >> img->bits, end = (size + img->bs - 1) >> img->bits;
+	uint32_t steps = 0;
 	struct extent e;
 
 	need_regular(img, &in);
-	for (; at < end; at += e.count) {
+	for (; at < end && steps < EXTENTS_MAX; at += e.count, steps++) { /* if there are more holes, so many are data */
 		e = data_map(img, &in, at, end - at);
 		if (e.nr)
 			break;
@@ -269,7 +270,7 @@ int64_t data_segment(x3_image *img, uint32_t ino, uint64_t from, uint64_t *stop)
 	if (from >= size || at >= end)
 		fail(img, ENXIO, "no more data");
 	from = max(from, at << img->bits);
-	for (uint32_t steps = 0; at < end && steps < EXTENTS_MAX; at += e.count, steps++) {
+	for (steps = 0; at < end && steps < EXTENTS_MAX; at += e.count, steps++) {
 		e = data_map(img, &in, at, end - at);
 		if (!e.nr)
 			break;

@@ -27,7 +27,7 @@ _NUMBERS = {mode: number for number, mode in enumerate(TYPES)}
 
 MOST_NAMES = 1 << 18
 """How many names are kept in all, about 200 bytes each; the last directory used is kept, however large."""
-LARGE = 1 << 20
+LARGE = 1 << 18
 """Bytes from which on a directory is not read whole to find a name in it: others would wait."""
 MOST_LISTED = 2_000_000
 """How many names of a directory are listed: what that takes in memory has a bound."""
@@ -85,7 +85,7 @@ class Names(dict[bytes, int]):
 class LargeNames:
     """The same for a directory that is too large to be held in memory: the image is asked for each name."""
 
-    __slots__ = ("_directories", "_find", "_list", "hint", "more")
+    __slots__ = ("_directories", "_find", "_list", "_names", "hint", "more")
 
     def __init__(
         self, find: Callable[[bytes], int | None], list_: Callable[[], Iterator[tuple[bytes, int]]]
@@ -94,6 +94,7 @@ class LargeNames:
         self._find = find
         self._list = list_
         self._directories: dict[int, bytes] = {}  # by which name each that was asked for is known
+        self._names: dict[bytes, int] = {}  # and the other way round
         self.hint = 0
         self.more: object = None
 
@@ -111,14 +112,19 @@ class LargeNames:
 
     def __setitem__(self, name: bytes, value: int) -> None:
         """The image has it already."""
-        if value & INO in self._directories:
-            self._directories[value & INO] = name
+        ino = value & INO
+        if ino in self._directories:
+            self._names.pop(self._directories[ino], None)
+            self._know(ino, name)
+
+    def _know(self, ino: int, name: bytes) -> None:
+        self._directories[ino] = name
+        self._names[name] = ino
 
     def __delitem__(self, name: bytes) -> None:
-        for ino, known in self._directories.items():
-            if known == name:
-                del self._directories[ino]
-                break
+        ino = self._names.pop(name, None)
+        if ino is not None:
+            self._directories.pop(ino, None)
 
     def __iter__(self) -> Iterator[bytes]:
         return (name for name, _ in self._list())
@@ -128,10 +134,13 @@ class LargeNames:
 
     def __len__(self) -> int:
         """What it takes in memory."""
-        return len(self._directories)
+        return 2 * len(self._directories)
 
     def is_twice(self, ino: int, name: bytes) -> bool:
-        return self._directories.setdefault(ino, name) != name
+        known = self._directories.get(ino)
+        if known is None:
+            self._know(ino, name)
+        return known not in {None, name}
 
 
 AnyNames = Names | LargeNames

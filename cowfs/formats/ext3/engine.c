@@ -24,11 +24,11 @@ int x3_facts(x3_image *img, struct x3_facts *out)
 		out->block_size = img->bs;
 		out->inode_size = img->inode_size;
 		out->blocks = img->blocks;
-		out->free_blocks = img->sb->s_free_blocks_count;
+		out->free_blocks = img->sb->s_free_blocks_count + img->doomed_blocks;
 		out->reserved = img->sb->s_r_blocks_count;
 		out->overhead = img->overhead;
 		out->inodes = img->inodes;
-		out->free_inodes = img->sb->s_free_inodes_count;
+		out->free_inodes = img->sb->s_free_inodes_count + img->ndoomed;
 		out->journal_blocks = img->jlen;
 		out->journal_used = img->jhead - img->jfirst;
 		out->tid = img->tid;
@@ -217,6 +217,21 @@ static int delete_rest(x3_image *img, uint32_t ino)
 	return result == -ESTALE ? 0 : result;
 }
 
+/* End an operation that may have begun to free an inode: see to the rest, or leave it to who calls x3_wait(). */
+static int64_t finish_removal(struct op *op, uint32_t ino)
+{
+	x3_image *img = op->img;
+	bool rest = !op->error && op->result == HAS_REST;
+	int64_t result;
+
+	if (rest && img->attended) {
+		doom(img, ino, op->rest);
+		op->result = rest = false;
+	}
+	result = op_finish(op);
+	return rest ? delete_rest(img, ino) : result;
+}
+
 /* Fail unless an inode is what the call is for. */
 static struct inode want_type(x3_image *img, uint32_t ino, bool is_dir)
 {
@@ -232,8 +247,6 @@ static struct inode want_type(x3_image *img, uint32_t ino, bool is_dir)
 static int remove_name(x3_image *img, uint32_t dir, const char *name, uint32_t len, struct x3_place where,
 		       uint32_t ino, bool keep, bool is_dir)
 {
-	int64_t result;
-
 	CHANGE (img) {
 		struct inode in = inode_get(img, dir);
 		struct x3_place found = dir_find(img, &in, name, len, where, ino);
@@ -243,8 +256,7 @@ static int remove_name(x3_image *img, uint32_t dir, const char *name, uint32_t l
 			add_links(img, dir, -1);
 		op.result = inode_drop_link(img, ino, keep);
 	}
-	result = op_finish(&op);
-	return result == HAS_REST ? delete_rest(img, ino) : result;
+	return finish_removal(&op, ino);
 }
 
 int x3_unlink(x3_image *img, uint32_t dir, const char *name, uint32_t len, struct x3_place where, uint32_t ino,
@@ -261,14 +273,11 @@ int x3_rmdir(x3_image *img, uint32_t dir, const char *name, uint32_t len, struct
 
 int x3_release(x3_image *img, uint32_t ino)
 {
-	int64_t result;
-
 	GO_ON (img) {
 		if (inode_get(img, ino).raw->i_links_count == 0)
-			op.result = !inode_delete_some(img, ino, true);
+			op.result = inode_delete_some(img, ino, true) ? LIVES : HAS_REST;
 	}
-	result = op_finish(&op);
-	return result > 0 ? delete_rest(img, ino) : result;
+	return finish_removal(&op, ino);
 }
 
 static void touch(x3_image *img, uint32_t ino)
@@ -329,8 +338,6 @@ static void leave_whiteout(x3_image *img, struct x3_rename *how, struct x3_place
 
 int x3_rename(x3_image *img, struct x3_rename *how)
 {
-	int64_t result;
-
 	how->whiteout = 0;
 	CHANGE (img) {
 		uint32_t mode = inode_get(img, how->ino).raw->i_mode;
@@ -357,8 +364,7 @@ int x3_rename(x3_image *img, struct x3_rename *how)
 		}
 		touch(img, how->ino);
 	}
-	result = op_finish(&op);
-	return result == HAS_REST ? delete_rest(img, how->replaced) : result;
+	return finish_removal(&op, how->replaced);
 }
 
 
@@ -384,26 +390,47 @@ int64_t x3_write(x3_image *img, uint32_t ino, const void *buf, uint64_t len, uin
 	return done;
 }
 
+/* Let nobody write to a file until the end of its truncation; under the lock. */
+static void truncation_begin(x3_image *img, struct truncation *t)
+{
+	t->next = img->truncations;
+	img->truncations = t;
+}
+
+static void truncation_end(x3_image *img, struct truncation *t)
+{
+	for (struct truncation **link = &img->truncations; *link; link = &(*link)->next) {
+		if (*link == t) {
+			*link = t->next;
+			pthread_cond_broadcast(&img->wake);
+			return;
+		}
+	}
+}
+
 int x3_truncate(x3_image *img, uint32_t ino, uint64_t size)
 {
+	struct truncation rest = { .ino = ino };
 	int64_t result;
 
-	CHANGE_DATA (img, ANY_INODE) {
+	CHANGE_DATA (img, ino) {
 		op.result = !data_truncate(img, ino, size);
 		if (op.result)
-			img->busy = ino;
+			truncation_begin(img, &rest);
 	}
+	if (op.error)
+		truncation_end(img, &rest);
 	result = op_finish(&op);
 	if (result <= 0)
 		return result;
 	do {
+		let_others();
 		GO_ON (img)
 			op.result = !data_truncate_more(img, ino);
 		result = op_finish(&op);
 	} while (result > 0);
 	pthread_mutex_lock(&img->lock);
-	img->busy = 0;
-	pthread_cond_broadcast(&img->wake);
+	truncation_end(img, &rest);
 	pthread_mutex_unlock(&img->lock);
 	return result;
 }
@@ -513,6 +540,14 @@ int x3_dirty(x3_image *img)
 	return dirty;
 }
 
+static bool is_past(const struct timespec *when)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return now.tv_sec > when->tv_sec || (now.tv_sec == when->tv_sec && now.tv_nsec >= when->tv_nsec);
+}
+
 int x3_wait(x3_image *img, int64_t ms)
 {
 	struct timespec until;
@@ -524,9 +559,19 @@ int x3_wait(x3_image *img, int64_t ms)
 	until.tv_sec += until.tv_nsec / NS;
 	until.tv_nsec %= NS;
 	pthread_mutex_lock(&img->lock);
-	while (!img->woken && (img->due != img->tid || img->aborted))
-		if (pthread_cond_timedwait(&img->wake, &img->lock, &until) == ETIMEDOUT)
+	img->attended = !img->woken;
+	while (!img->woken && (img->due != img->tid || img->aborted)) {
+		if (img->ndoomed && !img->aborted && !img->stalled && !is_suspended(img)) {
+			pthread_mutex_unlock(&img->lock);
+			doomed_free_some(img);
+			let_others();
+			pthread_mutex_lock(&img->lock);
+			if (is_past(&until))
+				break;
+		} else if (pthread_cond_timedwait(&img->wake, &img->lock, &until) == ETIMEDOUT) {
 			break;
+		}
+	}
 	img->woken = false;
 	img->due = 0;
 	result = (img->ndirty || img->stalled) && !img->aborted;
@@ -538,6 +583,7 @@ void x3_wake(x3_image *img)
 {
 	pthread_mutex_lock(&img->lock);
 	img->woken = true;
+	img->attended = false;
 	pthread_cond_broadcast(&img->wake);
 	pthread_mutex_unlock(&img->lock);
 }

@@ -321,7 +321,8 @@ void orphan_check(x3_image *img)
 /* --- deleting --- */
 
 /*
- * Free an inode without names, or as many of its blocks as one operation should; whether that was all.
+ * Free an inode without names, or as many of its blocks as one operation should; whether that was all. If not,
+ * the operation knows how many are left.
  *
  * *listed*: it is on the orphan list.
  */
@@ -329,8 +330,10 @@ bool inode_delete_some(x3_image *img, uint32_t ino, bool listed)
 {
 	struct inode in = inode_change(img, ino, true);
 
-	if (inode_is_mapped(img, &in) && !data_free_from(img, &in, 0))
+	if (inode_is_mapped(img, &in) && !data_free_from(img, &in, 0)) {
+		img->op->rest = in.raw->i_blocks / (img->bs / 512);
 		return false;
+	}
 	xattr_free_block(img, &in);
 	if (listed)
 		orphan_remove(img, &in);

@@ -8,6 +8,7 @@
  *   redo.c     the log of what is not committed yet, which outlives the process
  *   alloc.c    blocks and inodes: bitmaps, counts, blocks held back after they were freed
  *   inode.c    inodes, their attributes, the orphan list, deletion
+ *   doom.c     freeing what has lost its name, bit by bit
  *   data.c     block pointers; reading, writing, truncating
  *   dir.c      names in directories; htree.c: indexed ones
  *   xattr.c    extended attributes
@@ -118,8 +119,21 @@ struct op {
 	uint32_t ino; /* not while this one is being truncated */
 	int tries, error;
 	size_t held_before; /* img->held.n at its beginning */
+	uint64_t rest;      /* blocks that an inode still has of which a part was freed */
 	int64_t result;
 	jmp_buf escape;
+};
+
+/* A file that is being truncated in several steps: by who called x3_truncate(), on whose stack this is. */
+struct truncation {
+	uint32_t ino;
+	struct truncation *next;
+};
+
+/* An inode without a name that is freed bit by bit. */
+struct doomed {
+	uint32_t ino;
+	uint64_t blocks; /* that it still has */
 };
 
 struct x3_image {
@@ -249,7 +263,13 @@ struct x3_image {
 	/* data */
 	uint32_t readers;  /* threads that read file data without the lock */
 	bool draining;     /* wait for them */
-	uint32_t busy;     /* the inode that is being truncated in several steps */
+	struct truncation *truncations;
+
+	/* Inodes on the orphan list that are freed bit by bit: see doom() */
+	struct doomed *doomed;
+	size_t ndoomed, doomed_cap;
+	uint64_t doomed_blocks; /* that all of them still have */
+	bool attended;          /* somebody comes to x3_wait() again and again */
 
 	struct {
 		uint32_t ino, previous;
@@ -296,7 +316,6 @@ void undo_to(x3_image *img, struct mark mark);
 #define CHANGE(image) OPERATION(image, 0, CHANGES)
 #define GO_ON(image) OPERATION(image, 0, GOES_ON)
 #define CHANGE_DATA(image, ino) OPERATION(image, ino, CHANGES) /* not while it is being truncated */
-#define ANY_INODE UINT32_MAX                                /* nor any other */
 void image_lock(x3_image *img);
 bool is_suspended(const x3_image *img);
 void op_begin(struct op *op, x3_image *img, uint32_t ino, enum change_kind changing);
@@ -309,6 +328,13 @@ void abort_image(x3_image *img, int error, const char *format, ...)
 	__attribute__((cold, format(printf, 3, 4)));
 void *grow(x3_image *img, void *array, size_t *cap, size_t need, size_t size);
 void *try_grow(void *array, size_t *cap, size_t need, size_t size);
+
+/* --- doom.c --- */
+
+void doom(x3_image *img, uint32_t ino, uint64_t blocks);
+bool doomed_free_some(x3_image *img);
+void doomed_make_room(x3_image *img);
+void let_others(void);
 
 /* --- journal.c --- */
 

@@ -157,6 +157,7 @@ static void release(x3_image *img)
 	free(img->logging);
 	free(img->logged);
 	free(img->log);
+	free(img->doomed);
 	free(img->held.run);
 	free(img->held_logging.run);
 	free(img->held_logged.run);
@@ -248,13 +249,15 @@ const char *x3_message(x3_image *img)
 /* Whether something is under way, or not yet home. */
 static bool is_busy(const x3_image *img)
 {
-	return img->committing || img->busy || img->atoms || img->readers;
+	return img->committing || img->truncations || img->atoms || img->readers;
 }
 
 int x3_suspend(x3_image *img)
 {
 	int error = 0;
 
+	while (doomed_free_some(img)) /* others would take them for what a crash has left */
+		;
 	image_lock(img);
 	img->draining = true; /* who reads from now on, does it under the lock */
 	for (int pass = 0; pass < 2 && !error; pass++) {
@@ -289,6 +292,7 @@ int x3_resume(x3_image *img, int fd)
 	img->resumer = pthread_self();
 	pthread_mutex_unlock(&img->lock);
 	unload(img); /* all others wait */
+	img->ndoomed = img->doomed_blocks = 0; /* whoever had the image has dealt with them, or x3_close() will */
 	error = error ? error : load(img);
 	pthread_mutex_lock(&img->lock);
 	if (error) {

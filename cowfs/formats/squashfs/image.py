@@ -33,8 +33,8 @@ LISTED_ENTRIES = 200_000
 """How many directory entries are kept as dictionaries, for quick lookups (about 150 bytes each)."""
 _INDEX_FROM = 256 << 10
 """Directories with a listing longer than this are at first searched by their index."""
-_INDEX_TO = 8 << 20
-"""Directories with a listing longer than this are only ever searched by their index."""
+_INDEX_TO = 1 << 19
+"""Directories with a listing longer than this are only ever searched by their index: others would wait."""
 _PROBES = 16
 """After how many searches by index a directory is read whole."""
 
