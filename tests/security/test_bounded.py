@@ -454,7 +454,7 @@ NAMES = 400_000
 
 @needs_root
 @needs_fuse
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("kind", ["squashfs", "directory", "ext3", "ext3 without an index"])
 def test_others_are_served_while_a_huge_directory_is_listed(tmp_path: Path, kind: str) -> None:
     """And while a name is looked for in it."""
