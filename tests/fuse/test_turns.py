@@ -40,6 +40,7 @@ def fs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Direct]:
         (place / f"lower/big/{number}").touch()
     (place / "lower" / "/".join(["d"] * DEPTH)).mkdir(parents=True)
     monkeypatch.setattr(threads, "SLICE", -1.0)
+    monkeypatch.setattr(threads, "_PAUSE", 0.0)
     monkeypatch.setattr(adapter_module, "SLICE", -1.0)
     fake_readdir_reply(monkeypatch)
     direct = Direct(str(place / "store"), [str(place / "lower")])
