@@ -23,6 +23,8 @@ def __getattr__(name: str) -> str:
     from importlib.metadata import PackageNotFoundError, version
 
     try:
-        return version("cowfs")
+        found = version("cowfs")
     except PackageNotFoundError:  # run from a source tree that was not installed
-        return "0"
+        found = "0"
+    globals()[name] = found
+    return found

@@ -8,6 +8,7 @@ import logging.handlers
 import os
 import select
 import signal
+import socket
 import sys
 from collections.abc import Callable, Collection
 from contextlib import suppress
@@ -15,7 +16,9 @@ from typing import Any, NoReturn
 
 from cowfs.cli.log_limit import Limit
 from cowfs.errors import CowfsError, InternalError, MountFailure, printable
+from cowfs.linux import outside
 from cowfs.linux.signals import hold_back, let_come, open_signals, take
+from cowfs.linux.sockets import SYSLOG
 
 _PATIENCE_MS = 5_000
 """So long a daemon is waited for that has been asked to end."""
@@ -179,6 +182,17 @@ class _Formatter(logging.Formatter):
         return "\n".join(map(printable, super().formatException(ei).split("\n")))
 
 
+class _Syslog(logging.handlers.SysLogHandler):
+    """Connects anew by the process that does errands for us when the system's log has been started anew."""
+
+    def _connect_unixsocket(self, address: str) -> None:
+        elsewhere = outside.current()
+        if elsewhere is None:
+            super()._connect_unixsocket(address)  # type: ignore[misc]
+        else:
+            self.socket = socket.socket(fileno=elsewhere.ask("syslog")["fd"])
+
+
 def set_up_log(path: str | None, *, foreground: bool) -> None:
     """Send the log to a file, to the terminal in the foreground, or else to syslog if there is one."""
     handler: logging.Handler
@@ -188,8 +202,8 @@ def set_up_log(path: str | None, *, foreground: bool) -> None:
     elif foreground:
         handler = logging.StreamHandler()
         form = "cowfs: %(message)s"
-    elif os.path.exists("/dev/log"):
-        handler = logging.handlers.SysLogHandler("/dev/log", logging.handlers.SysLogHandler.LOG_DAEMON)
+    elif os.path.exists(SYSLOG):
+        handler = _Syslog(SYSLOG, logging.handlers.SysLogHandler.LOG_DAEMON)
         form = "cowfs[%(process)d]: %(message)s"
     else:
         handler = logging.NullHandler()

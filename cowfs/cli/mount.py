@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import resource
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from cowfs.cli import options as mount_options
 from cowfs.cli.background import Reporter, leave, run_in_background, set_up_log
 from cowfs.cli.output import warn
 from cowfs.errors import MountFailure, SystemFailure, UsageError
+from cowfs.linux import outside
 from cowfs.linux.programs import find
 
 if TYPE_CHECKING:
     from cowfs.assemble import UnionOptions
+    from cowfs.store.store import Store
+
+_log = logging.getLogger(__name__)
 
 NAME = "mount"
 
@@ -177,18 +182,35 @@ def _others_may_be_allowed() -> bool:
         return False
 
 
-def _serve(union_options: object, mountpoint: str, given: mount_options.Options, reporter: Reporter) -> int:
-    from cowfs import assemble
-    from cowfs.cli.own_files import need_no_more
-    from cowfs.fuse.daemon import Daemon, MountRequest
+def _serve(
+    union_options: UnionOptions, mountpoint: str, given: mount_options.Options, reporter: Reporter
+) -> int:
     from cowfs.linux.privileges import give_up
-    from cowfs.linux.sleep import Disks
-    from cowfs.store.room import watch
 
-    assert isinstance(union_options, assemble.UnionOptions)
     os.umask(0)
     _raise_file_limit()
     give_up()  # before there are threads: opening the store starts some
+    try:
+        shut_in = _step_aside(union_options, mountpoint)
+        _mount_and_serve(union_options, mountpoint, given, reporter, shut_in)
+    finally:
+        outside.end()
+    return 0
+
+
+def _mount_and_serve(
+    union_options: UnionOptions,
+    mountpoint: str,
+    given: mount_options.Options,
+    reporter: Reporter,
+    shut_in: Callable[[Store], None],
+) -> None:
+    from cowfs import assemble
+    from cowfs.cli.own_files import need_no_more
+    from cowfs.fuse.daemon import Daemon, MountRequest
+    from cowfs.linux.sleep import Disks
+    from cowfs.store.room import watch
+
     union = assemble.open_union(union_options, warn)
     try:
         request = MountRequest(
@@ -205,6 +227,7 @@ def _serve(union_options: object, mountpoint: str, given: mount_options.Options,
         need_no_more(mountpoint)
         daemon.mount()  # from here on no path may be followed that could lead into the mount
         try:
+            shut_in(union.store)  # and none leads anywhere
             daemon.serve(
                 assemble.commands(union, lambda: {**more, **daemon.adapter.figures()}, daemon.lose_patience),
                 reporter.ready,
@@ -215,7 +238,36 @@ def _serve(union_options: object, mountpoint: str, given: mount_options.Options,
             daemon.close()
     finally:
         union.close(heeds_signals=True)
-    return 0
+
+
+def _step_aside(union: UnionOptions, mountpoint: str) -> Callable[[Store], None]:
+    """Leave for mounts of our own, with a process that stays here; return what shuts us in there.
+
+    For root alone, who may mount anywhere. Who has been handed a mount has nobody to unmount it, and all in
+    reach, as has whoever's root cannot be exchanged.
+    """
+    from cowfs.cli.errands import Errands
+    from cowfs.linux import confine
+    from cowfs.linux.sockets import connect_manager
+
+    if os.geteuid() != 0 or mountpoint.startswith("/dev/fd/") or not confine.is_possible():
+        return lambda _: None
+    Errands(mountpoint, [*union.lowers, *([] if union.store == "memory" else [union.store])]).start()
+    try:
+        confine.step_aside()
+    except OSError as error:
+        _log.info("goes on with all files in reach: no mounts of its own: %s", error.strerror)
+        outside.end()
+        return lambda _: None
+
+    def shut_in(store: Store) -> None:
+        connect_manager()
+        try:
+            confine.shut_in([store.place[0]] if store.place else [])
+        except OSError as error:
+            _log.info("goes on with all files in reach: %s", error.strerror)
+
+    return shut_in
 
 
 def _source(lowers: Sequence[str], mountpoint: str) -> str:

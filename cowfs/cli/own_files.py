@@ -41,6 +41,7 @@ def need_no_more(mountpoint: str) -> None:
         with suppress(ImportError):
             importlib.import_module(name)
     time.localtime()  # reads the time zone
+    assert cowfs.__version__, "looks among the packages that are installed"
     _show_no_sources()
     tools.hide(mountpoint)
 

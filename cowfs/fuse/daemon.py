@@ -24,7 +24,7 @@ from cowfs.fuse.fakeroot import FakerootAdapter
 from cowfs.fuse.known import KnownInodes, most_inodes
 from cowfs.fuse.loop import RequestLoop
 from cowfs.fuse.shares import bounds
-from cowfs.linux import programs
+from cowfs.linux import outside, programs
 from cowfs.linux.files import syncfs
 from cowfs.linux.mounts import drop_unused, mount_of, umount2
 from cowfs.linux.signals import hold_back, open_signals, take
@@ -71,6 +71,9 @@ class Daemon:
         self._mounted = False
         self.dev = ""
         self._control = -1
+        self._outside = outside.current()
+        self._asked = False
+        """Whether it was us who ended it."""
 
     def mount(self) -> None:
         """Attach the filesystem to its mountpoint; requests wait until :meth:`serve`.
@@ -85,17 +88,20 @@ class Daemon:
             options.add("default_permissions")
         options |= self._request.options
         self._control = _control_directory()
+        place = self._mount_elsewhere() or self._request.mountpoint
         with _stderr() as said:
             try:
-                pyfuse3.init(self.adapter, self._request.mountpoint, options)
+                pyfuse3.init(self.adapter, place, options)
             except RuntimeError:
+                if self._outside is not None:
+                    self._outside.ask("unmount")
                 raise _explain(said(), self._request.mountpoint) from None
         self._mounted = True
         lacking = libfuse.lacks()
         if lacking is not None:
             log.warning("slower than it could be, without holes, and umasks always count: %s", lacking)
         self._loop.attach()
-        if self._request.mountpoint.startswith("/dev/fd/"):
+        if self.dev or self._request.mountpoint.startswith("/dev/fd/"):
             return
         found = mount_of(self._request.mountpoint)
         if found is None:
@@ -104,6 +110,25 @@ class Daemon:
                 f"{self._request.mountpoint}: mounted, but /proc/self/mountinfo does not show it"
             )
         self.dev = found.dev
+
+    def _mount_elsewhere(self) -> str:
+        """Let the process that does our errands mount; return how libfuse finds the connection, or ""."""
+        if self._outside is None:
+            return ""
+        fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+        options = sorted(self._request.options | {"default_permissions"})
+        source = _short(os.fsencode(self._request.fsname))
+        try:
+            self.dev = self._outside.ask("mount", [fd], source=os.fsdecode(source), options=options)["dev"]
+        except OSError as error:
+            os.close(fd)
+            why = error.strerror
+            raise MountFailure(f"{self._request.mountpoint}: cannot be mounted: {why}") from None
+        if not self.dev:
+            raise SystemFailure(
+                f"{self._request.mountpoint}: mounted, but /proc/self/mountinfo does not show it"
+            )
+        return f"/dev/fd/{fd}"
 
     def serve(
         self,
@@ -139,7 +164,20 @@ class Daemon:
         if self._mounted:
             self._mounted = False
             pyfuse3.close(unmount=True)
-            self._detach_dead()
+            if self._outside is None:
+                self._detach_dead()
+            else:
+                self._unmount_elsewhere(self._outside)
+
+    def _unmount_elsewhere(self, elsewhere: outside.Outside) -> None:
+        place = self._request.mountpoint
+        try:
+            was_there = elsewhere.ask("unmount")["was"]
+        except OSError as error:  # somebody has killed it: cowfs umount takes the mount away
+            log.warning("%s: cannot be detached, if it is there yet: %s", place, error.strerror)
+            return
+        if was_there and not self._asked:
+            log.warning("the connection to the kernel was aborted: %s is detached", place)
 
     def _detach_dead(self) -> None:
         """Take the mount away that libfuse leaves when the connection was aborted: nobody serves it."""
@@ -179,7 +217,7 @@ class Daemon:
     async def _announce(self, ready: Callable[[], None]) -> None:
         """Say that the mount answers, once it does."""
         if self.dev:
-            await trio.to_thread.run_sync(os.stat, self._request.mountpoint, abandon_on_cancel=True)
+            await trio.to_thread.run_sync(self._answers, abandon_on_cancel=True)
         sd_notify(f"READY=1\nMAINPID={os.getpid()}")
         ready()
 
@@ -190,7 +228,16 @@ class Daemon:
             log.warning("the kernel decides alone how many inodes we must know: %s", error)
 
     def _drop_unused(self) -> None:
-        drop_unused(self._request.mountpoint, self.dev)
+        if self._outside is not None:
+            self._outside.ask("drop")
+        else:
+            drop_unused(self._request.mountpoint, self.dev)
+
+    def _answers(self) -> None:
+        if self._outside is not None:
+            self._outside.ask("answers")
+        else:
+            os.stat(self._request.mountpoint)
 
     async def _serve_control(self, commands: Mapping[str, control.Command]) -> None:
         try:
@@ -212,12 +259,16 @@ class Daemon:
                     break  # whatever else comes waits until the process is gone
         finally:
             os.close(fd)
+        self._asked = True
         self._loop.stop()
 
     async def _write_back(self) -> None:
         """Let the kernel hand us what it still holds: pages written through mmap."""
 
         def sync() -> None:
+            if self._outside is not None:
+                self._outside.ask("sync")
+                return
             fd = os.open(self._request.mountpoint, os.O_RDONLY | os.O_DIRECTORY)
             try:
                 syncfs(fd)
@@ -266,10 +317,11 @@ def _escape(text: str) -> str:
 
     fuse_opt.c knows a backslash before three octal digits. mount(2) takes a source of less than a page.
     """
-    value = os.fsencode(text)
-    if len(value) > _LONGEST_SOURCE:
-        value = value[:_LONGEST_SOURCE] + b"..."
-    return "".join(chr(byte) if byte in _PLAIN else f"\\{byte:03o}" for byte in value)
+    return "".join(chr(byte) if byte in _PLAIN else f"\\{byte:03o}" for byte in _short(os.fsencode(text)))
+
+
+def _short(source: bytes) -> bytes:
+    return source if len(source) <= _LONGEST_SOURCE else source[:_LONGEST_SOURCE] + b"..."
 
 
 def _explain(said: str, mountpoint: str) -> MountFailure:

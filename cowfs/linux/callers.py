@@ -10,6 +10,15 @@ from typing import NamedTuple
 
 from cowfs.linux.privileges import CAPABILITIES
 
+_proc = "/proc"
+
+
+def found_at(proc: str) -> None:
+    """Look for callers in the proc filesystem at this place from now on."""
+    global _proc  # noqa: PLW0603 - a process has one
+    _proc = proc
+
+
 _EVERYBODY = "0 0 4294967295"
 """The users of the first user namespace, in user_namespaces(7)'s words."""
 _MAPS = ("uid_map", "gid_map", "projid_map")
@@ -32,7 +41,7 @@ def look_at(pid: int) -> Caller | None:
     """Return what there is to know of a caller; None if that is nothing: it is in no PID namespace of ours
     (then *pid* is 0), or /proc hides it."""
     try:
-        with open(f"/proc/{pid}/status", encoding="ascii", errors="replace") as status:
+        with open(f"{_proc}/{pid}/status", encoding="ascii", errors="replace") as status:
             facts = dict(line.split(":", 1) for line in status)
         groups = frozenset(map(int, [*facts["Groups"].split(), facts["Gid"].split()[3]]))
         capabilities = int(facts["CapEff"], 16)
@@ -45,7 +54,7 @@ def look_at(pid: int) -> Caller | None:
 
 def _is_everybody(pid: int, name: str) -> bool:
     """Whether a process has all users or groups, as in the first user namespace; another one seldom has."""
-    with open(f"/proc/{pid}/{name}", encoding="ascii", errors="replace") as text:
+    with open(f"{_proc}/{pid}/{name}", encoding="ascii", errors="replace") as text:
         return " ".join(text.read().split()) == _EVERYBODY
 
 

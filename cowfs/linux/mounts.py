@@ -15,7 +15,7 @@ import re
 import select
 import stat
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,11 @@ _MS_RDONLY, _MS_REMOUNT, _MS_NOATIME = 1, 0x20, 0x400
 # The same on all architectures but alpha: include/uapi/asm-generic/unistd.h
 _SYS_OPEN_TREE, _SYS_FSOPEN, _SYS_FSCONFIG, _SYS_FSMOUNT, _SYS_MOUNT_SETATTR = 428, 430, 431, 432, 442
 _SYS_FSPICK = 433
+_SYS_MOVE_MOUNT = 429
+_MOVE_MOUNT_F_EMPTY_PATH = 4
+_AT_FDCWD = -100
+_SYS_PIVOT_ROOT = {"x86_64": 155, "i686": 217, "armv7l": 218, "ppc64le": 203, "s390x": 217}
+_SYS_PIVOT_ROOT_ELSEWHERE = 41  # include/uapi/asm-generic/unistd.h
 
 # include/uapi/linux/mount.h
 _FSOPEN_CLOEXEC = 1
@@ -40,11 +45,12 @@ _FSCONFIG_CMD_RECONFIGURE = 7
 _FSPICK_CLOEXEC, _FSPICK_EMPTY_PATH = 1, 8
 _OPEN_TREE_CLONE, _OPEN_TREE_CLOEXEC = 1, os.O_CLOEXEC
 _AT_EMPTY_PATH = 0x1000
-_MS_REC, _MS_PRIVATE = 1 << 14, 1 << 18
+_MS_REC, _MS_PRIVATE, _MS_SLAVE = 1 << 14, 1 << 18, 1 << 19
 _CLONE_NEWNS = 0x20000  # include/uapi/linux/sched.h
 _MOUNT_ATTR_ATIME = 0x70  # MOUNT_ATTR__ATIME: all that says when times of access are kept
 _MOUNT_ATTR = struct.Struct("=QQQQ")  # struct mount_attr: attr_set, attr_clr, propagation, userns_fd
 _MOUNT_ATTR_RDONLY, _MOUNT_ATTR_NOSUID, _MOUNT_ATTR_NODEV, _MOUNT_ATTR_NOATIME = 1, 2, 4, 0x10
+_MOUNT_ATTR_NOEXEC, _MOUNT_ATTR_NOSYMFOLLOW = 8, 0x200000
 
 # include/uapi/linux/loop.h
 _LOOP_CTL_GET_FREE = 0x4C82
@@ -147,9 +153,29 @@ def private_clone(directory: int) -> int:
     # Private: since Linux 6.15 what is mounted on a shared mount comes to its clones. Before 5.12 there is no
     # mount_setattr(2), and nothing comes.
     with suppress(OSError):
-        how = _MOUNT_ATTR.pack(_MOUNT_ATTR_NOATIME, _MOUNT_ATTR_ATIME, _MS_PRIVATE, 0)
+        wanted = _MOUNT_ATTR_NOATIME | _MOUNT_ATTR_NOSUID | _MOUNT_ATTR_NODEV | _MOUNT_ATTR_NOEXEC
+        how = _MOUNT_ATTR.pack(wanted, _MOUNT_ATTR_ATIME, _MS_PRIVATE, 0)
         _syscall(_SYS_MOUNT_SETATTR, clone, b"", _AT_EMPTY_PATH, how, _MOUNT_ATTR.size)
     return clone
+
+
+def private_clone_of(path: str) -> int:
+    """Return the same of the directory at *path*."""
+    fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        return private_clone(fd)
+    finally:
+        os.close(fd)
+
+
+def processes() -> int:
+    """Mount a proc filesystem that shows processes alone, read-only, and by which nobody reaches what they
+    have open or where they are: no link in it is followed (Linux 5.14). See detached_mount."""
+    fd = detached_mount("proc", "proc", {"subset": "pid"}, readonly=True)
+    with suppress(OSError):  # then the kernel asks for more capabilities than a daemon has: ptrace(2)
+        wanted = _MOUNT_ATTR.pack(_MOUNT_ATTR_NOSYMFOLLOW | _MOUNT_ATTR_NOEXEC, 0, 0, 0)
+        _syscall(_SYS_MOUNT_SETATTR, fd, b"", _AT_EMPTY_PATH, wanted, _MOUNT_ATTR.size)
+    return fd
 
 
 def tmpfs(size: int | None = None, mode: int = 0o755) -> int:
@@ -200,6 +226,42 @@ def drop_unused(path: str, dev: str) -> None:
         _syscall(_SYS_FSCONFIG, context, _FSCONFIG_CMD_RECONFIGURE, None, None, 0)
     finally:
         os.close(context)
+
+
+def unshare_slave() -> None:
+    """Give this process mounts of its own, to which the others' changes come, and back nothing. OSError."""
+    if _libc.unshare(_CLONE_NEWNS) or _libc.mount(None, b"/", None, _MS_REC | _MS_SLAVE, None):
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+
+
+def exchange_root(root: int, bound: Iterable[tuple[int, str]]) -> None:
+    """Make a detached mount the root of this process and of all its threads, and let go of the mounts that it
+    has seen. Other detached mounts are attached to directories in it first. It cannot be written to.
+
+    Raises OSError, EINVAL where the root is none that pivot_root(2) takes; then the root is the old one.
+    """
+    os.fchdir(root)
+    _attach(root, "/")
+    try:
+        for mount, place in bound:
+            _attach(mount, place)
+            os.close(mount)
+        read_only = _MOUNT_ATTR.pack(_MOUNT_ATTR_RDONLY | _MOUNT_ATTR_NOEXEC, 0, 0, 0)
+        _syscall(_SYS_MOUNT_SETATTR, root, b"", _AT_EMPTY_PATH, read_only, _MOUNT_ATTR.size)
+        number = _SYS_PIVOT_ROOT.get(os.uname().machine, _SYS_PIVOT_ROOT_ELSEWHERE)
+        _syscall(number, b".", b".")
+    except OSError:
+        os.chdir("/")
+        umount2(f"/proc/self/fd/{root}", MNT_DETACH)
+        raise
+    umount2(".", MNT_DETACH)
+    os.chdir("/")
+
+
+def _attach(mount: int, place: str) -> None:
+    target = os.fsencode(place)
+    _syscall(_SYS_MOVE_MOUNT, mount, b"", _AT_FDCWD, target, _MOVE_MOUNT_F_EMPTY_PATH)
 
 
 def remount(path: str | bytes, *, readonly: bool) -> None:

@@ -15,13 +15,20 @@ _REFUSED = """
     acct add_key adjtimex bpf chroot clock_adjtime clock_settime create_module delete_module
     fanotify_init finit_module get_kernel_syms init_module io_uring_enter io_uring_register
     io_uring_setup ioperm iopl kcmp kexec_file_load kexec_load keyctl lookup_dcookie migrate_pages
-    modify_ldt move_pages nfsservctl perf_event_open personality pidfd_getfd pivot_root process_madvise
+    modify_ldt move_pages nfsservctl perf_event_open personality pidfd_getfd process_madvise
     process_vm_readv process_vm_writev ptrace query_module quotactl quotactl_fd reboot request_key
     setdomainname sethostname setns settimeofday stime swapoff swapon _sysctl sysfs syslog uselib
     userfaultfd ustat vhangup vm86 vm86old
 """
 
+_REFUSED_AT_LAST = """
+    chroot execve execveat fsconfig fsmount fsopen fspick mount mount_setattr move_mount open_by_handle_at
+    open_tree pivot_root setns swapoff swapon umount umount2 unshare
+"""
+"""Of one that has shut itself in: what could lead out, or bring another program in."""
+
 # include/seccomp.h of libseccomp 2
+_TSYNC = 4  # SCMP_FLTATR_CTL_TSYNC
 _ALLOW = 0x7FFF0000
 _EPERM = 0x00050000 | errno.EPERM
 _NOT_EQUAL = 1  # SCMP_CMP_NE
@@ -42,6 +49,15 @@ def refuse_needless_calls() -> None:
 
     Raises OSError: ENOENT without libseccomp, EACCES without no_new_privs or CAP_SYS_ADMIN.
     """
+    _load(_REFUSED, sockets=True)
+
+
+def refuse_for_good() -> None:
+    """Refuse to all threads what could lead out of a root of one's own. Raises OSError as above."""
+    _load(_REFUSED_AT_LAST, sockets=False)
+
+
+def _load(refused: str, *, sockets: bool) -> None:
     try:
         library = ctypes.CDLL("libseccomp.so.2")
     except OSError:
@@ -55,14 +71,17 @@ def refuse_needless_calls() -> None:
         ctypes.c_uint,
         ctypes.POINTER(_Comparison),
     )
+    library.seccomp_attr_set.argtypes = (ctypes.c_void_p, ctypes.c_int, ctypes.c_uint32)
     library.seccomp_load.argtypes = library.seccomp_release.argtypes = (ctypes.c_void_p,)
     context = library.seccomp_init(_ALLOW)
     if not context:
         raise OSError(errno.EINVAL, "libseccomp does not know this machine")
     try:
-        local = _Comparison(0, _NOT_EQUAL, socket.AF_UNIX, 0)
-        _refuse(library, context, "socket", local)
-        for name in _REFUSED.split():
+        if sockets:
+            _refuse(library, context, "socket", _Comparison(0, _NOT_EQUAL, socket.AF_UNIX, 0))
+        else:
+            _check(library.seccomp_attr_set(context, _TSYNC, 1))  # of all threads
+        for name in refused.split():
             _refuse(library, context, name)
         _check(library.seccomp_load(context))
     finally:

@@ -7,6 +7,8 @@ import time
 from collections.abc import Iterable
 from contextlib import suppress
 
+from cowfs.linux import outside
+
 _COUNT = "/sys/power/suspend_stats/success"
 
 
@@ -20,14 +22,23 @@ class Disks:
 
     def __init__(self, paths: Iterable[str]) -> None:
         self.devices = sorted({device for path in paths if (device := disk_of(path))})
-        self._slept = _slept()
+        try:
+            self._count = os.open(_COUNT, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            self._count = -1
+        self._slept = _slept(self._count)
 
     def look_after_sleep(self) -> None:
         """Open the disks if the machine has slept since the last call. Costs some us when it has not."""
-        slept = _slept()
+        slept = _slept(self._count)
         if slept == self._slept:
             return
         self._slept = slept
+        elsewhere = outside.current()
+        if elsewhere is not None:
+            with suppress(OSError):
+                elsewhere.ask("wake")
+            return
         for device in self.devices:
             with suppress(OSError):  # users may not; and it may be gone
                 os.close(os.open(device, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
@@ -45,17 +56,10 @@ def disk_of(path: str) -> str:
     return "/dev/" + os.path.basename(place).replace("!", "/")
 
 
-def _slept() -> tuple[bytes, int]:
+def _slept(count: int) -> tuple[bytes, int]:
     """Return what is another after each sleep: the kernel's count of suspends, and the seconds slept.
 
     A short sleep has no seconds, a hibernation is not counted.
     """
     seconds = time.clock_gettime(time.CLOCK_BOOTTIME) - time.clock_gettime(time.CLOCK_MONOTONIC)
-    try:
-        fd = os.open(_COUNT, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return b"", round(seconds)
-    try:
-        return os.read(fd, 32), round(seconds)
-    finally:
-        os.close(fd)
+    return os.pread(count, 32, 0) if count >= 0 else b"", round(seconds)

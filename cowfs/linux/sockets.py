@@ -126,17 +126,36 @@ def peer_of(connection: socket.socket) -> tuple[int, int]:
     return pid, uid
 
 
-def sd_notify(message: str) -> bool:
-    """Tell the service manager a state such as ``READY=1`` (sd_notify(3)); False when none listens."""
+SYSLOG = "/dev/log"
+
+_manager: socket.socket | None = None
+
+
+def connect_manager() -> bool:
+    """Connect to the service manager for :func:`sd_notify`, while its name leads there; False if none is."""
+    global _manager  # noqa: PLW0603 - a process has one
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:
         return False
     if address.startswith("@"):
         address = "\0" + address[1:]
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
-        try:
-            sender.connect(address)
-            sender.sendall(message.encode())
-        except OSError:
-            return False
+    sender = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+    try:
+        sender.connect(address)
+    except OSError:
+        sender.close()
+        return False
+    _manager = sender
+    return True
+
+
+def sd_notify(message: str) -> bool:
+    """Tell the service manager a state such as ``READY=1`` (sd_notify(3)); False when none listens."""
+    if _manager is None and not connect_manager():
+        return False
+    try:
+        assert _manager is not None
+        _manager.sendall(message.encode())
+    except OSError:
+        return False
     return True

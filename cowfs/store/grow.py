@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, NamedTuple, NoReturn
 
 from cowfs.errors import StoreError, UsageError
+from cowfs.linux import outside
 from cowfs.store import lock, place, tools
 from cowfs.store.allocate import allocate, fill_holes
 from cowfs.store.image import open_file, refuse_torn
@@ -99,6 +100,9 @@ def _is_in_its_place(store: Store) -> bool:
     """Whether what the user calls by the store's name is still that store. Enters no mount of ours."""
     if store.place is None:
         return True
+    elsewhere = outside.current()
+    if elsewhere is not None:  # it has the directory
+        return bool(elsewhere.ask("in_place", [store.fd])["there"])
     directory, name = store.place
     try:
         now = os.stat(name, dir_fd=directory, follow_symlinks=False)

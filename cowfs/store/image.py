@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from cowfs.errors import StoreError, SystemFailure
 from cowfs.layers.base import UpperLayer
 from cowfs.layers.directory import DirectoryLayer
-from cowfs.linux import mounts
+from cowfs.linux import mounts, outside
 from cowfs.linux.files import LACK_OF_ROOM
 from cowfs.store import layout, lock, place, tools
 from cowfs.store.allocate import take_room
@@ -78,6 +78,9 @@ def open_image(path: str, want: Wanted) -> Store:
         above = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         store.release.callback(os.close, above)
         store.place = (above, name)
+        elsewhere = outside.current()
+        if elsewhere is not None:
+            elsewhere.ask("place", [above], name=name)
         return store
 
 
@@ -214,7 +217,14 @@ def _close(layer: UpperLayer, path: str) -> None:
 def _wait_detached(fd: int, device: str, progress: tools.Progress) -> None:
     """Return when the kernel has written the image and let go of it."""
     deadline = time.monotonic() + _DETACH_PATIENCE
-    while device in mounts.loop_users(f"/proc/self/fd/{fd}"):
+    elsewhere = outside.current()
+
+    def users() -> list[str]:
+        if elsewhere is not None:
+            return list(elsewhere.ask("loops", [fd])["devices"])
+        return mounts.loop_users(f"/proc/self/fd/{fd}")
+
+    while device in users():
         if time.monotonic() > deadline:
             progress(f"{device} is still in use: somebody else has opened it")
             return

@@ -1,0 +1,136 @@
+"""What the daemon of root's mount has done by a process that is not shut in: mount, unmount, and run e2fsck.
+
+Where it is to be mounted, and what the layers are, is known before the daemon has read anything. Nothing that
+it asks for later is a path, so whoever gets the better of it has no more of this than what it does anyway.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+from cowfs.linux import mounts, outside
+from cowfs.linux.files import syncfs
+from cowfs.linux.sleep import Disks
+from cowfs.linux.sockets import SYSLOG
+from cowfs.store import tools
+
+_FLAGS = {"ro": mounts.MS_RDONLY, "noexec": mounts.MS_NOEXEC, "sync": 16, "dirsync": 128, "noatime": 1024}
+_NEGATED = {"suid": mounts.MS_NOSUID, "dev": mounts.MS_NODEV}
+"""What is set unless the option is there, as libfuse has it (lib/mount.c)."""
+_FOR_FUSE = {"default_permissions", "allow_other"}
+
+Request = dict[str, Any]
+Reply = dict[str, Any]
+
+
+class Errands:
+    """The errands of one mount, by their names."""
+
+    def __init__(self, mountpoint: str, paths: Sequence[str]) -> None:
+        """*paths* are those of layers and store."""
+        self._mountpoint = mountpoint
+        self._paths = paths
+        self._dev = ""
+        self._held: list[int] = []
+        self._devices: list[str] = []
+        self._place: tuple[int, bytes] | None = None
+
+    def start(self) -> None:
+        """Have them done from now on, while there is one thread."""
+        inline = {"place": self.place, "mount": self.mount}
+        waiting = {"answers": self.answers, "sync": self.sync, "drop": self.drop, "unmount": self.unmount}
+        asking = {"in_place": self.in_place, "loops": self.loops, "wake": self.wake, "syslog": self.syslog}
+        outside.start({**inline, **waiting, **asking, "run": self.run}, inline=inline)
+
+    def place(self, request: Request, fds: list[int]) -> Reply:
+        """Remember the directory and the name that the store's image has: once, before the mount."""
+        if self._dev or self._place:
+            raise PermissionError(1, "it is known")
+        self._place = os.dup(fds[0]), os.fsencode(request["name"])
+        return {}
+
+    def mount(self, request: Request, fds: list[int]) -> Reply:
+        """Mount the FUSE device *fds*, once, and return which filesystem that is.
+
+        From now on layers and store are in use for all to see, whatever is unmounted in here.
+        """
+        if self._dev:
+            raise PermissionError(1, "it is mounted")
+        for path in self._paths:
+            with suppress(OSError):
+                self._held.append(os.open(path, os.O_PATH | os.O_CLOEXEC))
+        self._devices = Disks(self._paths).devices
+        options = set(request["options"])
+        flags = sum(bit for name, bit in _FLAGS.items() if name in options)
+        flags |= sum(bit for name, bit in _NEGATED.items() if name not in options or f"no{name}" in options)
+        mode = os.stat(self._mountpoint).st_mode & 0o170000
+        words = [f"fd={fds[0]}", f"rootmode={mode:o}", f"user_id={os.getuid()}", f"group_id={os.getgid()}"]
+        words += sorted(options & _FOR_FUSE)
+        tools.hide(self._mountpoint)
+        mounts.mount(request["source"], self._mountpoint, "fuse.cowfs", flags, ",".join(words))
+        here = mounts.mount_of(self._mountpoint)
+        self._dev = here.dev if here is not None else "none"
+        return {"dev": here.dev if here is not None else ""}
+
+    def unmount(self, request: Request, fds: list[int]) -> Reply:
+        """Detach what was mounted, if it is there yet; say whether it was."""
+        here = mounts.mount_of(self._mountpoint)
+        if here is None or here.dev != self._dev:
+            return {"was": False}
+        mounts.umount2(self._mountpoint, mounts.MNT_DETACH)
+        return {"was": True}
+
+    def answers(self, request: Request, fds: list[int]) -> Reply:
+        """Return once the mount has answered."""
+        os.stat(self._mountpoint)
+        return {}
+
+    def sync(self, request: Request, fds: list[int]) -> Reply:
+        """Let the kernel write back what it holds of the mount."""
+        fd = os.open(self._mountpoint, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            here = os.fstat(fd).st_dev
+            if f"{os.major(here)}:{os.minor(here)}" == self._dev:
+                syncfs(fd)
+        finally:
+            os.close(fd)
+        return {}
+
+    def drop(self, request: Request, fds: list[int]) -> Reply:
+        """Let the kernel drop what it knows of the mount and nobody uses."""
+        mounts.drop_unused(self._mountpoint, self._dev)
+        return {}
+
+    def run(self, request: Request, fds: list[int]) -> Reply:
+        """Run e2fsck or resize2fs on the image *fds*; see :func:`cowfs.store.tools.run`."""
+        return tools.run_errand(request, fds)
+
+    def in_place(self, request: Request, fds: list[int]) -> Reply:
+        """Say whether what has the name of the store's image is the file *fds*."""
+        there = False
+        with suppress(OSError):
+            if self._place is not None:
+                now = os.stat(self._place[1], dir_fd=self._place[0], follow_symlinks=False)
+                there = os.path.samestat(now, os.fstat(fds[0]))
+        return {"there": there}
+
+    def loops(self, request: Request, fds: list[int]) -> Reply:
+        """Return the loop devices that stand on the file *fds*."""
+        return {"devices": mounts.loop_users(f"/proc/self/fd/{fds[0]}")}
+
+    def wake(self, request: Request, fds: list[int]) -> Reply:
+        """Open the disks of the layers, after a sleep of the machine."""
+        for device in self._devices:
+            with suppress(OSError):
+                os.close(os.open(device, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
+        return {}
+
+    def syslog(self, request: Request, fds: list[int]) -> Reply:
+        """Return a connection to the system's log."""
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        connection.connect(SYSLOG)
+        return {"fd": connection.detach()}
