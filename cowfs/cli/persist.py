@@ -58,7 +58,6 @@ def run(args: argparse.Namespace) -> int:
     found = find_mount(args.mountpoint)
     if found is None:
         raise MountFailure(f"{args.mountpoint}: no cowfs is mounted here")
-    facts = facts_of(found.dev)
     kept = 0
     shown, path = args.store, os.path.abspath(args.store)
     with directory_of(path) as (fd, name):
@@ -69,6 +68,7 @@ def run(args: argparse.Namespace) -> int:
         served = {found.dev, *(mount.dev for mount in mountinfo() if mount.fstype == VIEW_FSTYPE)}
         if f"{os.major(device)}:{os.minor(device)}" in served:
             raise StoreError(f"{path}: is inside the mount whose changes it shall hold", "put it elsewhere")
+        facts = facts_of(found.dev)
         for reply in ask(found.dev, NAME, timeout=None, fd=fd, name=name, path=path, size=size):
             if "said" in reply:
                 say(f"{reply['said']} …")
