@@ -76,6 +76,8 @@ def start(errands: Mapping[str, Errand], inline: Collection[str]) -> Outside:
     """
     global _current  # noqa: PLW0603 - a process has one
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    gc.collect()
+    gc.freeze()  # a collection writes to what it looks at: it would have a page of its own in each process
     pid = os.fork()
     if pid == 0:
         try:
@@ -129,7 +131,6 @@ def _leave_everything(kept: int) -> None:
     hold_back()
     signal.signal(signal.SIGQUIT, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them
-    gc.freeze()
 
 
 def _do(errands: Mapping[str, Errand], request: dict[str, Any], fds: list[int]) -> None:
