@@ -56,7 +56,7 @@ def check_store(path: str, *, read_only: bool = False, progress: Progress = quie
     with ExitStack() as stack:
         try:
             if os.path.isdir(path):
-                _check_inside(_directory(path, stack), report)
+                _check_inside(_directory(path, read_only, report, stack), report)
             else:
                 _check_image(path, read_only, progress, report, stack)
         except OSError as error:
@@ -99,8 +99,8 @@ def _check_image(path: str, read_only: bool, progress: Progress, report: Report,
     _check_inside(layer, report)
 
 
-def _directory(path: str, stack: ExitStack) -> DirectoryLayer:
-    """Open a store that is a directory, locked against writers."""
+def _directory(path: str, read_only: bool, report: Report, stack: ExitStack) -> DirectoryLayer:
+    """Open a store that is a directory, locked against writers; take a copy of one in use as it is."""
     layer = DirectoryLayer(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC), path)
     stack.callback(layer.close)
     lock.refuse_mounted_directory(layer.root.fd, path)
@@ -108,6 +108,12 @@ def _directory(path: str, stack: ExitStack) -> DirectoryLayer:
     if fd is not None:
         stack.callback(os.close, fd)
         lock.lock(fd, path, shared=True)
+        if place.was_copied_in_use(fd, layer.root.fd):
+            report.problems.append(place.torn(path).message)
+            report.code |= tools.FSCK_UNCORRECTED if read_only else tools.FSCK_CORRECTED
+            if not read_only and (writable := layout.open_lock(layer, make=True)) is not None:
+                stack.callback(os.close, writable)
+                place.leave(writable)
     return layer
 
 

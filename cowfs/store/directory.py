@@ -15,7 +15,7 @@ from cowfs.layers.base import UpperLayer
 from cowfs.layers.directory import DirectoryLayer
 from cowfs.layers.keys import PathKey
 from cowfs.linux import trust
-from cowfs.store import layout, lock
+from cowfs.store import layout, lock, place
 from cowfs.store.header import TRUSTED, USER, Header, check_lowers, new_header
 from cowfs.store.store import Kind, Store, Wanted, finish
 from cowfs.types import Attr
@@ -119,7 +119,7 @@ def open_root(root: int, path: str, want: Wanted, stack: ExitStack, *, kind: Kin
         found = layout.recognise(first)  # before anything is written into what may not be ours
         header = _header(first, found)
         if not want.read_only or found == "store":
-            _lock(first, path, want, stack)
+            _lock(first, root, path, want, stack)
         if not want.read_only:
             now = layout.recognise(first)  # somebody may have been faster to make it
             if found != "overlayfs" or now == "store":
@@ -145,11 +145,20 @@ def open_root(root: int, path: str, want: Wanted, stack: ExitStack, *, kind: Kin
         raise StoreError(*_explain(path, error)) from None
 
 
-def _lock(layer: DirectoryLayer, path: str, want: Wanted, stack: ExitStack) -> None:
+def _lock(layer: DirectoryLayer, root: int, path: str, want: Wanted, stack: ExitStack) -> None:
+    """Lock the store, and refuse a copy of one that was in use."""
     fd = layout.open_lock(layer, make=not want.read_only)
-    if fd is not None:  # it is missing where somebody has copied the content of an image
-        stack.callback(os.close, fd)
-        lock.lock(fd, path, shared=want.read_only)
+    if fd is None:  # somebody has copied the content of an image
+        return
+    stack.callback(os.close, fd)
+    lock.lock(fd, path, shared=want.read_only)
+    if place.was_copied_in_use(fd, root):
+        if not want.read_only:
+            raise place.torn(path)
+        want.progress(place.torn(path).message)
+    if not want.read_only:
+        place.enter(fd, root)
+        stack.callback(place.leave, fd)
 
 
 def _prepare(layer: DirectoryLayer, found: str, header: Header) -> Header:

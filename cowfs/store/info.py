@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 from cowfs.errors import StoreError, SystemFailure
@@ -67,6 +67,17 @@ def _image(path: str, stack: ExitStack) -> dict[str, Any]:
     }
 
 
+def _was_copied_in_use(layer: DirectoryLayer) -> bool:
+    with suppress(OSError):  # only its owner may read the lock file
+        fd = layout.open_lock(layer)
+        if fd is not None:
+            try:
+                return place.was_copied_in_use(fd, layer.root.fd)
+            finally:
+                os.close(fd)
+    return False
+
+
 def _directory(path: str, stack: ExitStack) -> dict[str, Any]:
     layer = DirectoryLayer(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC), path)
     stack.callback(layer.close)
@@ -82,6 +93,8 @@ def _directory(path: str, stack: ExitStack) -> dict[str, Any]:
         user = lock.holder(tools.place(fd))
         if user:
             inside["problem"] = None  # its mark is being made anew
+        elif _was_copied_in_use(layer):
+            inside["problem"] = str(place.torn(path))
     return {
         "path": path,
         "kind": "directory",

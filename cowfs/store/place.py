@@ -8,6 +8,9 @@ which file (:func:`cowfs.store.identity.identify_file`) it was in when it was la
 A copy may be put back into that very file (``cp COPY STORE``, ``dd``, ``rsync --inplace``), which leaves the
 file's own attributes as they are. So it has one while the image in it is not in use, which tells what the
 superblock was when that was closed.
+
+A directory store that is in use has in its lock file which directory it is: a copy has the same there, and
+is another one.
 """
 
 from __future__ import annotations
@@ -88,6 +91,27 @@ def is_copy(layer: UpperLayer, fd: int) -> bool | None:
         return True
     before, here = noted(layer), identify_file(fd)
     return before != here if before and here else None
+
+
+def enter(lock: int, directory: int) -> None:
+    """Note in the lock file of a directory store that it is in use, and which directory it is. Not in one
+    that has other names: what they stand for is not ours to write to."""
+    if os.fstat(lock).st_nlink == 1:
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, identify_file(directory).encode(), 0)
+
+
+def leave(lock: int) -> None:
+    """Note that it is not in use any more."""
+    with suppress(OSError):
+        if os.fstat(lock).st_nlink == 1:
+            os.ftruncate(lock, 0)
+
+
+def was_copied_in_use(lock: int, directory: int) -> bool:
+    """Say whether a directory store is a copy that was made while the original was in use."""
+    said, here = os.pread(lock, 100, 0), identify_file(directory).encode()
+    return bool(said and here) and said != here
 
 
 def torn(path: str) -> StoreError:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,9 +14,10 @@ from pathlib import Path
 import pytest
 
 from cowfs.errors import StoreError
+from cowfs.linux import mounts
 from cowfs.store.create import create_store
 from cowfs.store.open import open_store
-from tests.support.mounts import cowfs, mounted
+from tests.support.mounts import cowfs, force_umount, mounted
 from tests.support.system import NOBODY, as_nobody_prefix, needs_root, run
 
 pytestmark = needs_root
@@ -199,6 +201,43 @@ def test_a_copy_that_is_brought_up_to_date_otherwise_is_refused(
     shown(path, "store", nobody)
     user(nobody, "rsync", how, f"{path}/store/", path / "copy")
     refused(cowfs("diff", path / "copy", nobody=nobody), lost)
+
+
+# --- copies of stores in use
+
+
+@pytest.mark.parametrize("how", ["cp -a", "tar"])
+def test_a_copy_of_a_store_in_use_is_not_served_unasked(place: tuple[Path, bool], how: str) -> None:
+    path, nobody = place
+    copy = path / "copy"
+    with mounted(path / "lower", path / "mnt", path / "store", nobody=nobody):
+        user(nobody, "sh", "-c", RIGHT[how], cwd=path)
+    before = facts(copy)
+    said = "a copy of a store that was in use, in which files may be incomplete"
+    done = cowfs("mount", path / "lower", path / "mnt", "--store", copy, nobody=nobody)
+    assert (done.returncode, done.stderr.count("\n"), said in done.stderr) == (32, 1, True)
+    assert f"cowfs check {copy}" in done.stderr
+    assert said in cowfs("info", copy, nobody=nobody, check=True).stdout
+    assert said in cowfs("diff", copy, nobody=nobody, check=True).stderr
+    assert cowfs("check", "-n", copy, nobody=nobody).returncode == 4
+    assert facts(copy) == before
+    assert said in cowfs("check", copy, nobody=nobody).stdout
+    copied = shown(path, "copy", nobody)
+    assert copied == shown(path, "store", nobody)
+
+
+def test_a_killed_store_is_no_copy(place: tuple[Path, bool]) -> None:
+    """Nor is one that is renamed; and a copy that is made when it has been unmounted again is a store."""
+    path, nobody = place
+    with mounted(path / "lower", path / "mnt", path / "store", nobody=nobody, quiet=False) as mount:
+        os.kill(pid := mount.pid(), signal.SIGKILL)
+        mounts.wait_pid_gone(pid, 20)
+        force_umount(mount.path)
+    (path / "store").rename(path / "renamed")
+    before = shown(path, "renamed", nobody)
+    (path / "renamed").rename(path / "store")
+    user(nobody, "cp", "-a", f"{path}/store/.", path / "copy")
+    assert shown(path, "copy", nobody) == before
 
 
 # --- stores that have no mark, and other marks
