@@ -116,7 +116,7 @@ def with_mapping(out: Path, initramfs: Path, disk: str) -> Path:
     for name in ("lib", "lib64"):  # where the loader looks
         (tree / "usr" / name).mkdir()
         (tree / name).symlink_to(f"usr/{name}")
-    _program(tree, Path(shutil.which("dmsetup") or "/usr/sbin/dmsetup"))
+    copy_program(tree, Path(shutil.which("dmsetup") or "/usr/sbin/dmsetup"))
     shutil.copy(HELPERS / "boot/init", tree / "init.cowfs")
     (tree / "init").write_text(_MAPPING_INIT.replace("DISK", disk))
     (tree / "init").chmod(0o755)
@@ -169,7 +169,7 @@ def root_tree(tree: Path) -> Path:
             (tree / "usr/bin" / applet).symlink_to("busybox")
     _python(tree)
     for program in ("e2fsck", "mke2fs", "resize2fs"):
-        _program(
+        copy_program(
             tree,
             Path("/usr/sbin", program) if Path("/usr/sbin", program).exists() else Path("/sbin", program),
         )
@@ -191,7 +191,7 @@ def root_tree(tree: Path) -> Path:
 def _python(tree: Path) -> None:
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     program = Path(f"/usr/bin/{version}")
-    _program(tree, program)
+    copy_program(tree, program)
     (tree / "usr/bin/python3").symlink_to(version)
     unwanted = shutil.ignore_patterns(
         "test", "tests", "ensurepip", "idlelib", "lib2to3", "tkinter", "turtle*", "pydoc_data",
@@ -202,7 +202,8 @@ def _python(tree: Path) -> None:
     _libraries(tree, (tree / library.relative_to("/")).glob("lib-dynload/*.so"))
 
 
-def _program(tree: Path, program: Path) -> None:
+def copy_program(tree: Path, program: Path) -> None:
+    """Put a program into a tree, with the libraries that it needs."""
     shutil.copy2(program.resolve(), tree / program.resolve().relative_to("/"))
     _libraries(tree, [program])
 

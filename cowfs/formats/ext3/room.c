@@ -13,8 +13,8 @@
  * file data is read back (unsynced.c). If some is not there any more, the image is aborted, and what is
  * on disk is the last commit.
  *
- * ENOSPC, EDQUOT and EFBIG are a lack of room. EIO from fdatasync may be one (a thin volume whose metadata is full, a
- * network filesystem) or a disk that fails: as long as nothing is lost it costs nothing to try again. EIO from
+ * ENOSPC, EDQUOT and EFBIG are a lack of room. EIO from fdatasync may be one (so says ext4 on a thin pool of
+ * device-mapper, in Linux 6.1) or a disk that fails: as long as nothing is lost it costs nothing to try again. EIO from
  * anything else, and all other errors, are a disk that fails.
  */
 #define _GNU_SOURCE
