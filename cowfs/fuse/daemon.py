@@ -254,13 +254,27 @@ class Daemon:
                 if number is None or number == signal.SIGHUP:
                     continue  # the terminal closed: a mount outlives it
                 log.info("%s: unmounting", number.name)
-                await self._write_back()
+                async with trio.open_nursery() as nursery:
+                    if not self._request.stay_on_sigterm:
+                        nursery.start_soon(self._watch_impatience, fd, nursery.cancel_scope)
+                    await self._write_back()
+                    nursery.cancel_scope.cancel()
                 if not self._request.stay_on_sigterm:
                     break  # whatever else comes waits until the process is gone
         finally:
             os.close(fd)
         self._asked = True
         self._loop.stop()
+
+    async def _watch_impatience(self, fd: int, waiting: trio.CancelScope) -> None:
+        """End the waiting for the kernel when one more signal asks to end."""
+        while True:
+            await trio.lowlevel.wait_readable(fd)
+            number = take(fd)
+            if number is not None and number != signal.SIGHUP:
+                log.info("%s again: unmounting at once", number.name)
+                waiting.cancel()
+                return
 
     async def _write_back(self) -> None:
         """Let the kernel hand us what it still holds: pages written through mmap."""

@@ -357,6 +357,21 @@ def test_signals_unmount_it(tmp_path: Path, lower: Path, number: int) -> None:
     assert (tmp_path / "store/upper/new").read_text() == "x"
 
 
+def test_a_second_signal_waits_for_nothing(tmp_path: Path, lower: Path) -> None:
+    """The first has the kernel write back what it holds, for up to half a minute."""
+    with mounted(lower, tmp_path / "mnt", tmp_path / "store", log=tmp_path / "log") as here:
+        (here.path / "new").write_text("x")
+        daemon, helper = here.pid(), outside(here)
+        os.kill(helper, signal.SIGSTOP)  # who has it written back
+        os.kill(daemon, signal.SIGTERM)
+        eventually(lambda: "SIGTERM: unmounting" in here.log.read_text(), "it has begun")
+        os.kill(daemon, signal.SIGTERM)
+        eventually(lambda: "SIGTERM again" in here.log.read_text(), "it has given up to wait")
+        os.kill(helper, signal.SIGCONT)
+        eventually(lambda: has_ended(daemon) and not is_mounted(here.path), "it has ended")
+    assert (tmp_path / "store/upper/new").read_text() == "x"
+
+
 def test_the_filesystems_of_layers_stay_in_use(tmp_path: Path, lower: Path) -> None:
     """The daemon is in other mounts, and still nobody unmounts the disk that a layer is on, by mistake."""
     disk = tmp_path / "disk"
