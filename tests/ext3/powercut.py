@@ -240,7 +240,15 @@ def cut(recording: Recording, count: int, seed: int, place: Path) -> list[Outcom
     outcomes: list[Outcome] = []
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         while batch := list(islice(cuts, 8)):  # so many images are in memory at once
-            outcomes += pool.map(lambda one: _recovered(recording, *one, place), batch)
+            paths = [place / f"cut{where}-{number}" for number, (where, _, _) in enumerate(batch)]
+            made = list(pool.map(lambda *one: _recovered(recording, *one), paths, batch))
+            # Not in threads: a program that another one starts has the files that are open in this process
+            # until it is that program, and keeps a mount busy with them.
+            for path, outcome in zip(paths, made, strict=True):
+                if outcome.wrong is None and _is_for_kernel(outcome.cut):
+                    outcome.wrong = _said_by(lambda path=path: seen_by_kernel(path, path.with_suffix(".mnt")))
+                path.unlink()
+            outcomes += made
     return outcomes
 
 
@@ -266,23 +274,30 @@ def seen_by_kernel(path: Path, at: Path) -> None:
             layer.close()
 
 
-def _recovered(recording: Recording, where: int, disk: bytearray, promises: Promises, place: Path) -> Outcome:
-    path = place / f"cut{where}-{id(disk)}"
+def _recovered(recording: Recording, path: Path, made: tuple[int, bytearray, Promises]) -> Outcome:
+    """Make the image of a cut and recover it."""
+    where, disk, promises = made
     path.write_bytes(disk)
-    kernel = os.geteuid() == 0 and where % 6 == 0
-    try:
-        if kernel:
+
+    def wrong() -> str | None:
+        if _is_for_kernel(where):
             wrong = images.recover_by_kernel(path, path.with_suffix(".mnt"))
         elif where % 6 == 1:
             wrong = images.recover(path)
         else:
             wrong = recovery.by_engine(path, recovery.OTHER_BOOT)
-        if wrong is None:
-            wrong = judge(recording.states, promises, Image(path.read_bytes()))
-        if wrong is None and kernel:
-            seen_by_kernel(path, path.with_suffix(".mnt"))
+        return wrong or judge(recording.states, promises, Image(path.read_bytes()))
+
+    return Outcome(where, _said_by(wrong))
+
+
+def _is_for_kernel(where: int) -> bool:
+    return os.geteuid() == 0 and where % 6 == 0
+
+
+def _said_by(check: Callable[[], str | None]) -> str | None:
+    """What a check says is wrong, in words or by failing."""
+    try:
+        return check()
     except (AssertionError, LookupError, OSError, struct.error) as error:
-        wrong = f"unreadable: {error!r}"
-    finally:
-        path.unlink()
-    return Outcome(where, wrong)
+        return f"unreadable: {error!r}"
