@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
+import socket
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -233,7 +236,7 @@ def test_the_place_of_a_dead_daemon(base: Path, nobody: bool) -> None:
     cowfs("mount", at, at, "-o", f"log={base.parent / 'log'}", nobody=nobody, check=True)
     shown = cowfs("info", at, "--json", nobody=nobody, check=True).stdout
     pid = next(int(line.split(":")[1].strip(" ,")) for line in shown.splitlines() if '"pid"' in line)
-    os.kill(pid, 9)
+    os.kill(pid, signal.SIGKILL)
     eventually(lambda: "Z" in _state(pid), "the daemon is dead")
     cowfs("umount", at, nobody=nobody, check=True, timeout=20)
     assert sorted(os.listdir(at)) == ["file", "gone", "sub"]
@@ -247,47 +250,98 @@ def _state(pid: int) -> str:
 
 
 USR = """
-grow() { head -c 160M /dev/zero >"$place/large"; }
+grow() { head -c 160M /dev/zero >"$at/large"; }
 set -eu
 place=$1 kept=$2; shift 2
+at=$place
+[ "$place" != / ] || at=/..  # "/" itself stays what it was, for all that run already
 "$@" mount "$place" "$place" -o size=300M,log="$kept/log"
 trap 'umount -l "$place"' EXIT
-test -e "$place/large" && exit 3
+test -e "$at/large" && exit 3
 "$@" info "$place" >/dev/null
 grow
 "$@" diff "$place" | grep -q 'A  large'
 "$@" persist "$place" "$kept/x.bs" 300
 "$@" grow "$place" 320
-ls -lR "$place" >/dev/null
+ls -lR "$at" | head -n 20000 >/dev/null
 "$@" umount -l "$place"  # Python runs from it
 trap - EXIT
-test ! -e "$place/large"
+test ! -e "$at/large"
 """
+PLACES = {
+    "/": "/",
+    "/usr": "/usr",
+    "/lib": os.path.realpath("/lib"),
+    "python": project_root(),
+    "the environment": sys.prefix,
+    "the standard library": os.path.dirname(os.__file__),
+    "programs": "/usr/sbin",
+}
 
 
 @needs_root
 @pytest.mark.slow
-@pytest.mark.parametrize("place", ["/usr", "python"])
+@pytest.mark.parametrize("place", PLACES)
 def test_a_place_that_the_daemon_itself_comes_from(tmp_path: Path, place: str) -> None:
     """/usr, with e2fsprogs, libraries and Python, and the directory of cowfs's own modules: nothing is looked
     for there while the daemon serves. The store in memory grows there, is kept, and grows again."""
-    place = project_root() if place == "python" else place
-    command = ["unshare", "-m", "sh", "-c", USR, "sh", place, str(tmp_path), *COWFS]
-    environment = {**os.environ, "PYTHONPATH": project_root(), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = ["unshare", "-m", "sh", "-c", USR, "sh", PLACES[place], str(tmp_path), *COWFS]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=unmeasured(),
         cwd=tmp_path, start_new_session=True,
     )  # fmt: skip
     try:
         said, _ = process.communicate(timeout=90)
     except subprocess.TimeoutExpired:
-        for entry in Path("/proc").glob("[0-9]*/cmdline"):  # its daemon, which alone can let go of the others
-            with suppress(OSError):
-                if (
-                    f"\0{tmp_path}".encode() in entry.read_bytes()
-                    or f"log={tmp_path}".encode() in entry.read_bytes()
-                ):
-                    os.kill(int(entry.parts[2]), 9)
+        kill_daemons(tmp_path)  # they alone can let go of the others
+        process.communicate(timeout=10)
         raise
     assert process.returncode == 0, said
     assert "Traceback" not in (tmp_path / "log").read_text()
+
+
+def unmeasured() -> dict[str, str]:
+    """The environment, but that coverage does not measure what gets it: it looks for the file of each module
+    when that runs for the first time, and would look into the mount."""
+    kept = {name: value for name, value in os.environ.items() if name != "COVERAGE_PROCESS_CONFIG"}
+    return {**kept, "PYTHONPATH": project_root(), "PYTHONDONTWRITEBYTECODE": "1"}
+
+
+def kill_daemons(log: Path) -> None:
+    """Those whose log is in a directory."""
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            if f"log={log}".encode() in entry.read_bytes():
+                os.kill(int(entry.parts[2]), signal.SIGKILL)
+
+
+SEEN = """
+place=$1; shift
+"$@" && ls -l "$place" >/dev/null && echo seen && read wait
+"""
+
+
+@needs_root
+@pytest.mark.parametrize("place", ["/etc", "/usr/share", "/sys/power", "/dev", "/run", "/tmp", "/var"])
+def test_a_place_that_the_daemon_may_ask_later(tmp_path: Path, place: str) -> None:
+    """The time zone, the log's and the service manager's sockets, the disks and their sleep: whatever is
+    hidden, the daemon is ready, answers, writes into its log, and ends when it is asked to."""
+    log = tmp_path / "log"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        manager.settimeout(30)
+        command = ["unshare", "-m", "sh", "-c", SEEN, "sh", place, *COWFS]
+        command += ["mount", place, place, "-o", f"log={log}"]
+        environment = {**unmeasured(), "NOTIFY_SOCKET": str(tmp_path / "notify")}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        with subprocess.Popen(command, env=environment, cwd="/", **pipes) as user:  # type: ignore[call-overload]
+            try:
+                said = dict(line.split("=") for line in manager.recv(4096).decode().splitlines())
+                assert said["READY"] == "1" and user.stdout.readline() == b"seen\n"
+                pid = int(said["MAINPID"])
+                os.kill(pid, signal.SIGTERM)
+                eventually(lambda: "Z" in _state(pid), "the daemon has ended")
+            finally:
+                kill_daemons(tmp_path)
+                user.stdin.close()
+    assert "SIGTERM: unmounting" in log.read_text() and "Traceback" not in log.read_text()
