@@ -41,6 +41,10 @@ _REQUEST_MAX = 65536
 _SLICE = 64
 
 
+class _Left(Exception):
+    """The client waits for no answer any more."""
+
+
 async def serve(directory: int, dev: str, commands: Mapping[str, Command]) -> None:
     """Answer requests for the mount with this ``major:minor`` until cancelled.
 
@@ -73,8 +77,8 @@ async def _talk(stream: trio.SocketStream, commands: Mapping[str, Command], turn
             finally:
                 for fd in fds:
                     os.close(fd)
-        except (trio.BrokenResourceError, trio.ClosedResourceError):
-            pass  # the client left
+        except _Left:
+            pass
         except Exception:
             log.exception("a request on the control socket failed")
 
@@ -127,7 +131,7 @@ async def _answer(stream: trio.SocketStream, replies: Replies, patiently: Patien
                 else:
                     await trio.to_thread.run_sync(reply)
                 if _has_left(stream):
-                    raise trio.BrokenResourceError
+                    raise _Left
                 continue
             if reply is not None:
                 batch.append(reply)
@@ -137,8 +141,8 @@ async def _answer(stream: trio.SocketStream, replies: Replies, patiently: Patien
             else:
                 await trio.lowlevel.checkpoint()
         batch.append({"end": True})
-    except (trio.BrokenResourceError, trio.ClosedResourceError):
-        raise  # the client left
+    except _Left:
+        raise
     except Exception as error:
         failure: dict[str, Any] = {"error": str(error)}
         refused = isinstance(error, CowfsError)
@@ -171,7 +175,13 @@ def _has_left(stream: trio.SocketStream) -> bool:
 
 
 async def _send(stream: trio.SocketStream, replies: list[dict[str, Any]]) -> None:
-    await stream.send_all(b"".join(json.dumps(reply).encode() + b"\n" for reply in replies))
+    # Not send_all(): when that fails, error and traceback hold each other, with all that we had to say.
+    rest = memoryview(b"".join(json.dumps(reply).encode() + b"\n" for reply in replies))
+    try:
+        while rest:
+            rest = rest[await stream.socket.send(rest) :]
+    except OSError:
+        raise _Left from None
 
 
 async def _line(connection: trio.socket.SocketType) -> tuple[bytes, list[int]]:
