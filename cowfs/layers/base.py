@@ -59,8 +59,10 @@ class File(Protocol):
         """The attributes of the open inode (fstat)."""
         ...
 
-    def segments(self, end: int) -> Iterator[tuple[int, int]]:
+    def segments(self, end: int, start: int = 0) -> Iterator[tuple[int, int]]:
         """Yield ``(start, stop)`` of every run of data below *end*, in order; the rest are holes.
+
+        What ends before *start* may be left out.
 
         A run may be given in parts, one behind the other.
         """

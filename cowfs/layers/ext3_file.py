@@ -180,8 +180,8 @@ class Ext3File:
     def stat(self) -> Attr:
         return self._show(self._ino, self._image.getattr(self._ino))
 
-    def segments(self, end: int) -> Iterator[tuple[int, int]]:
-        return self._image.segments(self._ino, end)
+    def segments(self, end: int, start: int = 0) -> Iterator[tuple[int, int]]:
+        return self._image.segments(self._ino, end, start)
 
     def fileno(self) -> int:
         return -1

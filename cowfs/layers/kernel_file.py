@@ -44,8 +44,8 @@ class KernelFile:
     def stat(self) -> Attr:
         return os.fstat(self._fd)
 
-    def segments(self, end: int) -> Iterator[tuple[int, int]]:
-        return files.segments(self._fd, end)
+    def segments(self, end: int, start: int = 0) -> Iterator[tuple[int, int]]:
+        return files.segments(self._fd, end, start)
 
     def fileno(self) -> int:
         return self._fd

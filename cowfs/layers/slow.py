@@ -290,10 +290,10 @@ class SlowFile:
         """The attributes that it had when it was opened."""
         return self._attr
 
-    def segments(self, end: int) -> Iterator[tuple[int, int]]:
+    def segments(self, end: int, start: int = 0) -> Iterator[tuple[int, int]]:
         """All of it: to ask for holes is to wait. :meth:`copy_to` does."""
-        if end > 0:
-            yield 0, end
+        if end > start:
+            yield start, end
 
     def fileno(self) -> int:
         """-1: nobody shall read from it but by a thread."""

@@ -63,9 +63,9 @@ class SquashfsFile:
     def stat(self) -> Attr:
         return self._attr
 
-    def segments(self, end: int) -> Iterator[tuple[int, int]]:
+    def segments(self, end: int, start: int = 0) -> Iterator[tuple[int, int]]:
         """What is stored; holes are the blocks that mksquashfs found to be zeros. May block; EIO."""
-        return self._data.segments(end)
+        return self._data.segments(end, start)
 
     def fileno(self) -> int:
         return -1

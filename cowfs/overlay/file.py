@@ -16,7 +16,7 @@ from cowfs.types import Attr
 
 _SYNCHRONOUS = os.O_SYNC | os.O_DSYNC
 _PASSED_ON = os.O_ACCMODE | _SYNCHRONOUS
-_SEEK_SECONDS = 0.05
+_SEEK_SECONDS = 0.005
 """How long is searched for data or a hole: others wait."""
 SET_ID = stat.S_ISUID | stat.S_ISGID
 
@@ -108,7 +108,7 @@ def seek(fs: State, handle: Handle, offset: int, whence: int) -> int:
     if not 0 <= offset < size:
         raise error(errno.ENXIO, handle.node.name)
     hole, deadline = offset, time.monotonic() + _SEEK_SECONDS
-    for start, stop in handle.file.segments(size):
+    for start, stop in handle.file.segments(size, offset):
         if stop > offset:
             if whence == os.SEEK_DATA:
                 return max(start, offset)

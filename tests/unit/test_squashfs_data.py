@@ -186,7 +186,7 @@ class MemoryFile:
     def stat(self) -> Attr:
         return AttrData(0, 0)
 
-    def segments(self, end: int) -> Iterator[tuple[int, int]]:
+    def segments(self, end: int, start: int = 0) -> Iterator[tuple[int, int]]:
         raise NotImplementedError
 
     def close(self) -> None:

@@ -498,10 +498,9 @@ class Image:
         """Set the size in bytes. EFBIG."""
         self._done(lib.x3_truncate(self.handle, ino, size))
 
-    def segments(self, ino: int, end: int) -> Iterator[tuple[int, int]]:
-        """Yield ``(start, stop)`` of every run of data below *end*."""
+    def segments(self, ino: int, end: int, position: int = 0) -> Iterator[tuple[int, int]]:
+        """Yield ``(start, stop)`` of every run of data below *end*, from *position* on."""
         stop = ffi.new("uint64_t *")
-        position = 0
         while position < end:
             start = lib.x3_segment(self.handle, ino, position, stop)
             if start == -errno.ENXIO or start >= end:

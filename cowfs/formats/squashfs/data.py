@@ -281,15 +281,18 @@ class FileData:
         except OSError:
             return  # whoever reads the block will find the same, and say so
 
-    def _blocks_stored(self) -> Iterator[tuple[int, Stored]]:
-        return iter(()) if self._map is None else self._map.since(0)
+    def _blocks_stored(self, number: int = 0) -> Iterator[tuple[int, Stored]]:
+        return iter(()) if self._map is None else self._map.since(number)
 
-    def segments(self, end: int) -> Iterator[tuple[int, int]]:
-        """``(start, stop)`` of every run of data below *end*; the rest are holes. May block. EIO."""
+    def segments(self, end: int, after: int = 0) -> Iterator[tuple[int, int]]:
+        """``(start, stop)`` of every run of data below *end*; the rest are holes. May block. EIO.
+
+        What ends before *after* is left out.
+        """
         size = self._blocks.size
         end = min(end, self.size)
         start = stop = 0
-        for number, _ in self._blocks_stored():
+        for number, _ in self._blocks_stored(after // size):
             begin = number * size
             if begin >= end:
                 break
