@@ -214,6 +214,11 @@ def test_segments_hold_all_the_data(place: Place, name: str) -> None:
             before = stop
         assert bytes(rebuilt) == real
         assert all(stop <= 3 for _start, stop in file.segments(3))
+        for begin in {0, 3, len(real) // 2, max(len(real) - 1, 0), len(real)}:
+            rest = bytearray(len(real))
+            for start, stop in file.segments(len(real), begin):
+                rest[start:stop] = real[start:stop]
+            assert rest[begin:] == real[begin:]
     finally:
         file.close()
 

@@ -504,6 +504,10 @@ def test_holes(upper: UpperLayer) -> None:
         segments = list(file.segments((2 << 20) + 3))
         assert segments[-1][1] == (2 << 20) + 3
         assert segments[0][0] >= 1 << 20, "the hole is told as data"
+        write(upper, key, b"begin", 0)
+        assert next(file.segments((2 << 20) + 3, 1 << 20))[1] == (2 << 20) + 3, (
+            "what is before is passed over"
+        )
     finally:
         file.close()
 
