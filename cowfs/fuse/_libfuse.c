@@ -132,6 +132,7 @@ static void on_init(void *userdata, struct fuse_conn_info *conn)
 #endif
 
 	theirs.init(userdata, conn);
+	conn->max_background = UINT16_MAX;
 	tells_set_id = kernel_has(1u << 28) && begin_reply(conn);
 #ifdef HAS_WANT_EXT
 	/* There are two words for it, and libfuse refuses a session that set them to different things: we set

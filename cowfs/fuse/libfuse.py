@@ -8,6 +8,8 @@
 - Before it writes or changes an owner, the kernel does not ask what that takes from a file (set-ID bits,
   capabilities; FUSE_HANDLE_KILLPRIV and its V2): the union and the layers take it.
 - lseek(2) knows holes.
+- Any number of reads ahead may be under way (max_background): the kernel has 12 of a filesystem at a time,
+  and those of one user that hang would be all of them.
 - Whether a write leaves set-ID bits (CAP_FSETID), which the kernel alone knows, is read from its request.
 
 Without the module everything else works, slower; :func:`lacks` says why it takes no part.

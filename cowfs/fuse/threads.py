@@ -7,7 +7,7 @@ import functools
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from typing import TypeVar
 
 import trio
@@ -19,6 +19,8 @@ from cowfs.overlay.state import Steps
 
 R = TypeVar("R")
 log = logging.getLogger(__name__)
+_SOON = 0.02
+"""Seconds after which is done what nobody waits for."""
 
 SLICE = 0.001
 """So many seconds long work of this thread takes before others have a turn."""
@@ -35,6 +37,7 @@ class Threads:
         # What may hang takes no threads from what does not.
         self.slow_copies, self.slow_reads = Turns(), Turns()
         self._questions = Turns()
+        self._later: dict[int, list[Callable[[], None]]] = {}
 
     @asynccontextmanager
     async def turn(self, turns: Turns, uid: int) -> AsyncIterator[None]:
@@ -110,17 +113,28 @@ class Threads:
                 await self.ask(need.question, answers, names)
 
     def later(self, uid: int, call: Callable[[], None]) -> None:
-        """Let a thread of the user's do *call* some time. The user's questions wait if it hangs."""
+        """Let a thread of the user's do *call* soon. The user's questions wait if it hangs."""
+        calls = self._later.setdefault(uid, [])
+        calls.append(call)
+        if len(calls) > 1:
+            return
+        try:
+            trio.lowlevel.spawn_system_task(self._do_later, uid)
+        except RuntimeError:  # nothing is served any more: the layers close all that is open
+            del self._later[uid]
 
-        async def do() -> None:
-            try:
-                async with self._questions.turn(uid):
-                    await in_thread(call, may_hang=True)
-            except Exception:
-                log.exception("what nobody waits for has failed")
+    async def _do_later(self, uid: int) -> None:
+        await trio.sleep(_SOON)  # one thread for many
+        try:
+            async with self._questions.turn(uid):
+                await in_thread(functools.partial(_do_all, self._later.pop(uid)), may_hang=True)
+        except Exception:
+            log.exception("what nobody waits for has failed")
 
-        with suppress(RuntimeError):  # nothing is served any more: the layers close all that is open
-            trio.lowlevel.spawn_system_task(do)
+
+def _do_all(calls: Sequence[Callable[[], None]]) -> None:
+    for call in calls:
+        call()
 
 
 def _given_up() -> OSError:

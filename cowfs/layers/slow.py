@@ -28,6 +28,11 @@ log = logging.getLogger(__name__)
 
 _CLOSING = 3.0
 """Seconds that the end of the union waits for a lower to close its files."""
+_SMALL = 64 << 10
+"""A file of no more bytes is read when it is opened …"""
+_SMALL_TOGETHER = 32 << 20
+"""… unless so many bytes of a layer's files wait to be read."""
+_NONE = {errno.ENODATA, errno.EOPNOTSUPP}
 _MOST_VALUES = 32
 """So many attributes are read along with their names."""
 
@@ -66,15 +71,27 @@ class Question(NamedTuple):
         if self in learnt:
             return
         answer = learnt[self] = self._answer()
+        if isinstance(answer.error, OSError) and self.method == "getxattr":
+            self._learn_of_others(answer.error)
         if answer.error is not None:
             return
         if self.method == "listxattr":
+            (key,) = self.arguments
             for name in answer.value[:_MOST_VALUES]:
-                Question(self.layer, "getxattr", (self.arguments[0], name))._learn(learnt)
+                Question(self.layer, "getxattr", (key, name))._learn(learnt)
+            Question(self.layer, "handle", (key,))._learn(learnt)  # for a copy-up
         elif self.method == "lookup" and self.layer.has_notes and answer.value is not None:
             key, attr = answer.value
             if stat.S_ISDIR(attr.st_mode) or stat.S_ISREG(attr.st_mode):
                 Question(self.layer, "listxattr", (key,))._learn(learnt)
+
+    def _learn_of_others(self, failure: OSError) -> None:
+        """If the inode has not this attribute, see if it has any: programs ask for several (ls -l)."""
+        if failure.errno in _NONE:
+            key = self.arguments[0]
+            names = Question(self.layer, "listxattr", (key,))._answer()
+            if names.value == []:
+                self.layer.bare[key] = failure
 
     def _answer(self) -> Answer:
         try:
@@ -145,7 +162,11 @@ class SlowLayer:
         self.dev = inner.dev
         self.has_notes = False
         """Whether the union reads the attributes of what it finds: layers below are to be hidden by them."""
+        self.bare: dict[Key, OSError] = {}
+        """The inodes in use that have no attributes, and what is said to who asks for one."""
         self._files: set[SlowFile] = set()
+        self._room = _SMALL_TOGETHER
+        self._counting = threading.Lock()
         self._in_background: InBackground | None = None
 
     def serve(self, in_background: InBackground) -> None:
@@ -191,9 +212,11 @@ class SlowLayer:
         return cast(bytes, self._ask("readlink", key))
 
     def listxattr(self, key: Key) -> list[bytes]:
-        return list(self._ask("listxattr", key))
+        return [] if key in self.bare else list(self._ask("listxattr", key))
 
     def getxattr(self, key: Key, name: bytes) -> bytes:
+        if key in self.bare:
+            raise self.bare[key].with_traceback(None)
         return cast(bytes, self._ask("getxattr", key, name))
 
     def open(self, key: Key, flags: int) -> SlowFile:
@@ -210,7 +233,16 @@ class SlowLayer:
         return self.inner.handle_ino(handle)
 
     def forget(self, key: Key) -> None:
+        self.bare.pop(key, None)
         self.inner.forget(key)
+
+    def take_room(self, size: int) -> bool:
+        """Whether there is room for so many bytes that were read ahead; a negative *size* gives it back."""
+        with self._counting:
+            if size > self._room:
+                return False
+            self._room -= size
+            return True
 
     def dismiss(self, file: SlowFile) -> None:
         """Let a thread close a file that nobody uses any more."""
@@ -259,7 +291,7 @@ def must_not_be_touched() -> bool:
 class SlowFile:
     """An open file of a slow layer. Its data is read in threads alone; ``close`` waits for nothing."""
 
-    __slots__ = ("_attr", "_closed", "_inner", "_layer", "_writing", "owner")
+    __slots__ = ("_attr", "_closed", "_content", "_inner", "_layer", "_writing", "owner")
 
     def __init__(self, layer: SlowLayer, inner: File) -> None:
         """May block."""
@@ -270,12 +302,32 @@ class SlowFile:
         self._closed = False
         self.owner = 0
         """The user for whom it was opened."""
+        self._content: bytes | None = None
+        """All of a small file, until it has been read to its end."""
+        size = self._attr.st_size
+        if 0 < size <= _SMALL and layer.take_room(size):
+            with suppress(OSError):  # whoever reads is told
+                self._content = inner.pread(size + 1, 0)
+            if self._content is None or len(self._content) != size:
+                self._content = None
+                layer.take_room(-size)
 
     def pread(self, size: int, offset: int) -> bytes:
         return self._inner.pread(size, offset)
 
     def try_pread(self, size: int, offset: int) -> bytes | None:
-        return None
+        """What was read already. For the main thread."""
+        content = self._content
+        if content is None:
+            return None
+        if offset + size >= len(content):
+            self._drop_content()
+        return content[offset : offset + size]
+
+    def _drop_content(self) -> None:
+        if self._content is not None:
+            self._layer.take_room(-len(self._content))
+            self._content = None
 
     def pwrite(self, data: bytes, offset: int) -> int:
         raise OSError(errno.EBADF, os.strerror(errno.EBADF))
@@ -319,6 +371,7 @@ class SlowFile:
         """Nothing is read from it any more, and nothing written of what was."""
         with self._writing:
             done, self._closed = self._closed, True
+        self._drop_content()
         if not done:
             self._layer.dismiss(self)
 

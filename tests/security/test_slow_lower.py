@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import random
+import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -12,12 +15,19 @@ from pathlib import Path
 
 import pytest
 
+from cowfs.linux.remote import may_wait
 from tests.support.holding import Lower, holding
 from tests.support.mounts import COWFS, Mounted, cowfs, eventually, is_mounted, mount_arguments, mounted
 from tests.support.system import NOBODY, as_nobody_prefix, needs_fuse, needs_root, run
 from tests.support.victim import VICTIM
 
 pytestmark = [needs_fuse, needs_root]
+
+
+def as_victim(script: str, where: Path) -> str:
+    """What a command says that another user runs, in less time than anything would wait."""
+    prefix = ["setpriv", f"--reuid={VICTIM}", f"--regid={VICTIM}", "--clear-groups", "--"]
+    return run(*prefix, "sh", "-e", "-c", script, cwd=where, timeout=15).stdout
 
 
 @dataclass
@@ -52,8 +62,7 @@ class Place:
             rm own/moved && ls own
             echo more >> calm/theirs && chmod 600 calm/theirs && cat calm/theirs
         """
-        prefix = ["setpriv", f"--reuid={VICTIM}", f"--regid={VICTIM}", "--clear-groups", "--"]
-        said = run(*prefix, "sh", "-e", "-c", script, cwd=self.here.path, timeout=15).stdout
+        said = as_victim(script, self.here.path)
         assert f"content {number}\n" in said and "\nnew\n" in said and said.endswith("more\n")
 
     def mount_arguments(self) -> list[str]:
@@ -73,13 +82,15 @@ def place(nobody_path: Path) -> Iterator[Place]:
 def made(scratch: Path) -> Iterator[Place]:
     source, at = scratch / "source", scratch / "mnt"
     for directory in (source / "calm", source / "hung", at):
-        directory.mkdir(parents=True)
+        directory.mkdir(parents=True, exist_ok=True)
     for number in range(8):
         (source / "calm" / f"file{number}").write_text(f"content {number}\n")
+    (source / "calm" / "large").write_bytes(bytes(300_000))
     (source / "calm" / "alias").symlink_to("file0")
     (source / "calm" / "theirs").write_text("theirs\n")
     (source / "hung" / "held").write_text("held\n")
     (source / "hung" / "other").write_text("other\n")
+    (source / "hung" / "large").write_bytes(bytes(300_000))
     (source / "hung" / "link").symlink_to("held")
     os.setxattr(source / "hung" / "held", "user.color", b"red")
     for path in (source / "hung", *(source / "hung").iterdir()):
@@ -106,10 +117,11 @@ def made(scratch: Path) -> Iterator[Place]:
 HANGS = {
     "lookup": ("lookup", "held", "stat -c %s hung/held", "5\n"),
     "getattr": ("getattr", "held", "stat -c %s hung/held", "5\n"),
-    "readdir": ("readdir", "hung", "ls hung", "held\nlink\nother\n"),
-    "attributes of a listing": ("getattr", "other", "ls hung", "held\nlink\nother\n"),
+    "readdir": ("readdir", "hung", "ls hung", "held\nlarge\nlink\nother\n"),
+    "attributes of a listing": ("getattr", "other", "ls hung", "held\nlarge\nlink\nother\n"),
     "open": ("open", "held", "cat hung/held", "held\n"),
     "read": ("read", "held", "cat hung/held", "held\n"),
+    "read of a large file": ("read", "large", "cat hung/large | wc -c", "300000\n"),
     "readlink": ("readlink", "link", "readlink hung/link", "held\n"),
     "getxattr": ("getxattr", "held", "getfattr --only-values -n user.color hung/held", "red"),
     "listxattr": ("listxattr", "held", "getfattr hung/held | grep user", "user.color\n"),
@@ -117,8 +129,8 @@ HANGS = {
     "copy-up of data": ("read", "held", "echo x >> hung/held && cat hung/held", "held\nx\n"),
     "copy-up of attributes": ("listxattr", "held", "chmod 755 hung/held && stat -c %a hung/held", "755\n"),
     "truncation": ("open", "held", "echo > hung/held && cat hung/held", "\n"),
-    "making a name": ("lookup", "new", "mkdir hung/new && ls hung", "held\nlink\nnew\nother\n"),
-    "removal": ("getattr", "held", "rm -f hung/held && ls hung", "link\nother\n"),
+    "making a name": ("lookup", "new", "mkdir hung/new && ls hung", "held\nlarge\nlink\nnew\nother\n"),
+    "removal": ("getattr", "held", "rm -f hung/held && ls hung", "large\nlink\nother\n"),
     "renaming": ("lookup", "new", "mv hung/held hung/new && cat hung/new", "held\n"),
     "a link": ("read", "held", "ln hung/held hung/new && cat hung/new", "held\n"),
 }
@@ -151,6 +163,28 @@ def test_many_requests_of_one_user_wait(place: Place) -> None:
     assert place.here.trouble() == []
 
 
+def test_many_reads_wait(nobody_path: Path) -> None:
+    """More than the kernel lets a filesystem have under way at a time, unless that asks for more."""
+    for number in range(40):
+        (nobody_path / "source" / "many" / str(number)).mkdir(parents=True)
+        (nobody_path / "source" / "many" / str(number) / "held").write_bytes(bytes(300_000))
+    with made(nobody_path) as place:
+        place.lower.hold("read", "held")
+        waiting = [place.attack(f"cat many/{number}/held | wc -c") for number in range(40)]
+        eventually(lambda: place.lower.is_held("read"), "they wait")
+        eventually(lambda: open_files(place) >= 4, "several wait")
+        place.others_work()
+        as_victim("cat calm/large | wc -c", place.here.path)
+        place.lower.let_go()
+        assert {process.communicate(timeout=30) for process in waiting} == {("300000\n", "")}
+        place.here.umount()
+
+
+def open_files(place: Place) -> int:
+    shown = cowfs("info", place.here.path, "--json", check=True).stdout
+    return int(json.loads(shown)["open_files"])
+
+
 def test_changes_are_told_while_a_lower_hangs(place: Place) -> None:
     """cowfs diff waits for the lower; others do not wait for cowfs diff."""
     place.attack("echo longer >> hung/held").communicate(timeout=20)
@@ -176,10 +210,8 @@ def test_dead_lower(place: Place) -> None:
     said, wrong = waiting.communicate(timeout=20)
     assert said == "" and "cat: hung/held: " in wrong
     assert "not connected" in place.attack("stat hung/other").communicate(timeout=20)[1]
-    prefix = ["setpriv", f"--reuid={VICTIM}", f"--regid={VICTIM}", "--clear-groups", "--"]
     script = "echo new > own/file && cat own/file && mkdir own/dir && ls own"
-    said = run(*prefix, "sh", "-c", script, cwd=place.here.path, timeout=15).stdout
-    assert said == "new\ndir\nfile\n"
+    assert as_victim(script, place.here.path) == "new\ndir\nfile\n"
     place.here.umount()
 
 
@@ -215,6 +247,62 @@ def test_the_end_waits_for_nobody(what: str, how: str, place: Place) -> None:
         assert not (again.path / "hung" / "held").exists() or what != "copy-up of data"
     place.lower.let_go()
     eventually(lambda: not Path(f"/proc/{pid}").exists(), "the process ends when the lower answers", 20)
+
+
+def test_an_image_on_a_filesystem_that_hangs(nobody_path: Path) -> None:
+    """What is read of it waits; the rest of the union does not."""
+    source, tree = nobody_path / "source", nobody_path / "tree"
+    tree.mkdir()
+    content = random.Random(1).randbytes(300_000)
+    (tree / "file").write_bytes(content)
+    source.mkdir()
+    run("mksquashfs", tree, source / "image", "-quiet", "-no-progress")
+    with holding(source, nobody_path) as lower:
+        at, options = nobody_path / "mnt", ["allow_other"]
+        with mounted(lower.path / "image", at, nobody_path / "store", options=options) as here:
+            (at / "new").mkdir()
+            os.chown(at / "new", VICTIM, VICTIM)
+            lower.hold("read", "image")
+            waiting = subprocess.Popen(["cat", at / "file"], stdout=subprocess.PIPE)
+            try:
+                eventually(lambda: lower.is_held("read"), "the image is read")
+                script = "echo x > x && mkdir y && ls && cat x && df ."
+                assert as_victim(script, at / "new").startswith("x\ny\nx\n")
+                lower.let_go()
+                assert waiting.communicate(timeout=20)[0] == content
+            finally:
+                lower.let_go()
+                waiting.communicate(timeout=20)
+            assert here.trouble() == []
+
+
+def test_which_filesystems_may_wait(nobody_path: Path) -> None:
+    """FUSE, images on it, what the kernel has mounted of those, and the device between; not our own disks."""
+    source, at = nobody_path / "source", nobody_path / "mnt"
+    (source / "directory").mkdir(parents=True)
+    at.mkdir()
+    run("mksquashfs", source, nobody_path / "local", "-quiet", "-no-progress")
+    shutil.copy(nobody_path / "local", source / "image")
+    with holding(source, nobody_path) as lower:
+        assert all(waits(lower.path / name) for name in ("", "directory", "image"))
+        assert not any(
+            waits(path) for path in (source, nobody_path / "local", Path("/proc"), Path("/dev/shm"))
+        )
+        for image, expected in ((lower.path / "image", True), (nobody_path / "local", False)):
+            run("mount", "-o", "loop,ro", image, at)
+            try:
+                device = run("findmnt", "-no", "SOURCE", at).stdout.strip()
+                assert (waits(at), waits(Path(device))) == (expected, expected)
+            finally:
+                run("umount", at)
+
+
+def waits(path: Path) -> bool:
+    fd = os.open(path, os.O_PATH)
+    try:
+        return may_wait(fd)
+    finally:
+        os.close(fd)
 
 
 def test_mounting_can_be_interrupted(nobody_path: Path) -> None:
