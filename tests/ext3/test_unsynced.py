@@ -20,7 +20,7 @@ from typing import IO
 import pytest
 
 from tests.ext3 import engine, images
-from tests.ext3.engine import FDATASYNC, Engine, find, make_file
+from tests.ext3.engine import FDATASYNC, PWRITE, Engine, find, make_file
 from tests.ext3.images import MODERN, OLD, SMALL, Shape
 from tests.ext3.load import Load
 from tests.ext3.model import Promises, judge
@@ -32,6 +32,8 @@ NO_MEMORY = 32
 """X3_NO_MEMORY of engine.h."""
 WIDE = Shape(block_size=65536, mib=144, journal=64, inodes=512)
 _WRITE, _BARRIER, _MARK, _BEGUN, _FAILED = 1, 2, 3, 4, 5
+AS_NFS = 64
+"""X3_AS_NFS."""
 OTHER_BOOT = 16
 """X3_OTHER_BOOT."""
 
@@ -275,6 +277,32 @@ def test_without_memory_for_it(place: Path, dropped: bool) -> None:
             opened.image.abandon()
             return
         opened.inject(FDATASYNC, 0, 0)
+        opened.layer.sync()
+        disk.drop()
+        check(opened, content)
+        opened.image.abandon()
+    reopened(path, content)
+
+
+@pytest.mark.parametrize("dropped", [False, True])
+def test_a_host_that_tells_it_by_the_next_write(place: Path, dropped: bool) -> None:
+    """As NFS does: fdatasync succeeds afterwards, and must not be believed."""
+    path = images.make(place / "image")
+    with work(path, AS_NFS) as (disk, opened):
+        content = fill(opened)
+        if dropped:
+            disk.drop()
+        file = opened.layer.open(find(opened.layer, b"fresh"), os.O_RDWR)
+        opened.inject(PWRITE, 1, errno.EDQUOT)
+        with fails_with(errno.EDQUOT):
+            file.pwrite(b"more", 1 << 20)
+        file.close()
+        with fails_with(errno.EIO if dropped else errno.EDQUOT):
+            opened.layer.sync()
+        if dropped:
+            must_refuse_for_good(opened)
+            opened.image.abandon()
+            return
         opened.layer.sync()
         disk.drop()
         check(opened, content)

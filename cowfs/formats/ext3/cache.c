@@ -77,8 +77,7 @@ int io_read(x3_image *img, void *buf, size_t len, uint64_t off)
 	return error || !img->patches.n ? error : patches_read(img, buf, len, off);
 }
 
-/* Write up to three pieces one behind the other; *end* is where that has stopped, be it by an error. */
-int io_write_until(x3_image *img, const struct iovec *iov, int count, uint64_t off, uint64_t *end)
+static int write_pieces(x3_image *img, const struct iovec *iov, int count, uint64_t off, uint64_t *end)
 {
 	struct iovec left[3], *next = left;
 	uint64_t at = *end = off;
@@ -102,6 +101,16 @@ int io_write_until(x3_image *img, const struct iovec *iov, int count, uint64_t o
 	__atomic_fetch_add(&img->bytes_written, at - off, __ATOMIC_RELAXED);
 	trace(img, X3_TRACE_WRITE, off, iov, count);
 	return 0;
+}
+
+/* Write up to three pieces one behind the other; *end* is where that has stopped, be it by an error. */
+int io_write_until(x3_image *img, const struct iovec *iov, int count, uint64_t off, uint64_t *end)
+{
+	int error = write_pieces(img, iov, count, off, end);
+
+	if (error && img->tells_early)
+		unsynced_end(img, error);
+	return error;
 }
 
 int io_write(x3_image *img, const struct iovec *iov, int count, uint64_t off)
@@ -320,7 +329,7 @@ void *block_change(x3_image *img, struct block *b, uint32_t offset, uint32_t len
 /* A block becomes file data: the log must not know it. (Held back as it was, it does not; in tests it may.) */
 void block_forget(x3_image *img, uint32_t nr)
 {
-	struct block *b = img->debug & ~(X3_OTHER_BOOT | X3_NO_MEMORY) ? block_find(img, nr) : NULL;
+	struct block *b = img->debug & ~(X3_OTHER_BOOT | X3_NO_MEMORY | X3_AS_NFS) ? block_find(img, nr) : NULL;
 
 	if (b)
 		b->flags = (b->flags & ~(DIRTY | LOGGING | LOGGED)) | PINNED;

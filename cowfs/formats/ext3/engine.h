@@ -34,6 +34,7 @@ typedef struct x3_image x3_image;
 #define X3_NO_BARRIER 4  /* no barrier before the commit record */
 #define X3_NO_ORPHANS 8  /* no orphan list */
 #define X3_NO_MEMORY 32  /* no rule: as if there were none for data that the disk has refused */
+#define X3_AS_NFS 64     /* no rule: as if the image were on NFS */
 #define X3_OTHER_BOOT 16 /* no rule: as if the machine had been started anew since the image was last open */
 
 /* x3_inject: kind */

@@ -254,6 +254,7 @@ struct x3_image {
 	bool excused;                 /* that began between x3_begin and x3_end */
 	int64_t tried_ns, saved_ns;
 	bool unsure;                  /* whether the disk takes what it has let us write */
+	bool tells_early;             /* an error of fdatasync may be told by write, and then not again */
 	bool data_lost;               /* it has not, and nobody has it any more */
 	uint32_t lost[LOST_MAX], nlost; /* of which inodes */
 	struct edge edge[2];

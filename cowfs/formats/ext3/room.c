@@ -31,6 +31,7 @@
 #include "internal.h"
 
 #define TMPFS 0x01021994
+#define NFS 0x6969
 #define RETRY_NS (1 * NS)
 
 static int64_t monotonic_ns(void)
@@ -89,7 +90,10 @@ int room_start(x3_image *img)
 
 	img->no_fallocate = false;
 	img->edge[0].known = img->edge[1].known = false;
-	img->unsure = fstatfs(img->fd, &disk) < 0 || disk.f_type != TMPFS || disk.f_blocks != 0;
+	if (fstatfs(img->fd, &disk))
+		memset(&disk, 0, sizeof disk);
+	img->unsure = disk.f_type != TMPFS || disk.f_blocks != 0;
+	img->tells_early = disk.f_type == NFS || img->debug & X3_AS_NFS;
 	for (size_t i = 0; i < img->cached; i++)
 		img->all[i]->flags &= ~HAS_ROOM;
 	img->in_memory = fstat(img->fd, &st) < 0 || !S_ISREG(st.st_mode) ||
