@@ -19,7 +19,6 @@ from cowfs.formats.squashfs.xattrs import COUNT_MAX
 from cowfs.layers.directory import open_directory
 from cowfs.layers.ext3 import open_ext3
 from tests.ext3 import images
-from tests.security.test_bounded import huge_squashfs
 from tests.support.mounts import Mounted, eventually, mounted
 from tests.support.squashforge import Entry, Forge
 from tests.support.system import needs_fuse, needs_root, run
@@ -28,8 +27,9 @@ from tests.support.victim import looking
 pytestmark = [needs_root, needs_fuse, pytest.mark.nightly, pytest.mark.timeout(900)]
 
 NAMES = 300_000
-P99, LONGEST = 0.1, 0.5
-"""Seconds."""
+P99, LONGEST = 0.1, 1.0
+"""Seconds. Of few looks the longest alone says something."""
+ENOUGH = 100
 _LINKS = 30_000
 """Names that one inode may have everywhere."""
 
@@ -97,7 +97,7 @@ class Report(list[str]):
         with looking(here.path / "theirs/file") as looks:
             act()
         print(f"{what}: {looks}", flush=True)
-        if looks.p99 > P99 or looks.longest > LONGEST:
+        if looks.longest > LONGEST or (looks.count >= ENOUGH and looks.p99 > P99):
             self.append(f"{what}: {looks}")
 
 
@@ -108,9 +108,13 @@ def report() -> Iterator[Report]:
     assert not slow
 
 
-def swept(here: Mounted, before: os.statvfs_result) -> None:
+def swept(here: Mounted, store: Path, before: os.statvfs_result) -> None:
     """Wait until the whiteouts are gone."""
-    eventually(lambda: os.statvfs(here.path).f_bfree > before.f_bfree, "there is room again", 120)
+    if store.is_file():
+        eventually(lambda: os.statvfs(here.path).f_bfree > before.f_bfree, "there is room again", 120)
+    else:
+        work = store / "work/work"
+        eventually(lambda: os.listdir(work) in ([], ["#whiteout"]), "the work directory is empty", 120)
 
 
 @pytest.mark.parametrize("kind", ["directory", "image"])
@@ -124,12 +128,14 @@ def test_directories_full_of_whiteouts(place: Path, report: Report, kind: str) -
         fill_with_whiteouts(store, name)
     with cowfs(place, place / "lower", store) as here:
         before = os.statvfs(here.path)
-        report.watch(here, f"rmdir, {kind}", lambda: (os.rmdir(here.path / "one"), swept(here, before)))
+        report.watch(
+            here, f"rmdir, {kind}", lambda: (os.rmdir(here.path / "one"), swept(here, store, before))
+        )
         before = os.statvfs(here.path)
         report.watch(
             here,
             f"rename over, {kind}",
-            lambda: (os.rename(here.path / "dir", here.path / "two"), swept(here, before)),
+            lambda: (os.rename(here.path / "dir", here.path / "two"), swept(here, store, before)),
         )
         report.watch(here, f"mkdir again, {kind}", lambda: os.mkdir(here.path / "one"))
         assert os.listdir(here.path / "one") == os.listdir(here.path / "two") == []
@@ -179,19 +185,19 @@ def test_listing_merged_directories(place: Path, report: Report) -> None:
 def test_listing(place: Path, report: Report, kind: str) -> None:
     lowers, store = [place / "lower"], make_store(place, "image" if kind == "image" else "directory")
     if kind == "squashfs":
-        (place / "image").write_bytes(huge_squashfs(NAMES))
+        fill(place / "tree of it/big")
+        run("mksquashfs", place / "tree of it", place / "image", "-quiet", "-no-progress", timeout=300)
         lowers.append(place / "image")
     elif kind == "directory":
         fill(place / "lower/big")
     else:
         fill_with_files(store)
-    width = 8 if kind == "squashfs" else 6
     with cowfs(place, lowers, store) as here:
-        report.watch(here, f"a name of {kind}", lambda: os.stat(here.path / f"big/{7:0{width}}"))
+        report.watch(here, f"a name of {kind}", lambda: os.stat(here.path / "big/000007"))
         report.watch(here, f"all names of {kind}", lambda: os.listdir(here.path / "big"))
         report.watch(
             here, f"names one by one, of {kind}",
-            lambda: [os.stat(here.path / f"big/{number:0{width}}") for number in range(0, NAMES, 37)],
+            lambda: [os.stat(here.path / f"big/{number:06}") for number in range(0, NAMES, 37)],
         )  # fmt: skip
 
 
@@ -293,7 +299,7 @@ def test_attributes_and_links(place: Path, report: Report) -> None:
     keys = b"".join(struct.pack("<HH", 0, len(name)) + name + struct.pack("<I", 1) + b"x" for name in names)
     forge = Forge(xattr_keys=keys, xattr_sets=[(0, len(names), len(keys))])
     file = forge.large_file(0, 0, b"", 2, xattr=0)
-    link = forge.inode(3, struct.pack("<II", 1, 65535) + b"x" * 65535, 3)
+    link = forge.inode(3, struct.pack("<II", 1, 4095) + b"x" * 4095, 3)
     (place / "image").write_bytes(
         forge.finish(forge.directory([Entry(b"file", file), Entry(b"link", link, 3)]))
     )

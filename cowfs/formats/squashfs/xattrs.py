@@ -27,7 +27,7 @@ _KNOWN = 0x1FF
 
 VALUE_MAX = 65536
 """The longest value in bytes (XATTR_SIZE_MAX of the kernel, which gives no longer ones)."""
-COUNT_MAX = 16384
+COUNT_MAX = (64 << 10) // len(b"user.x\0") + 1
 """The most attributes of one inode: more than there are names in XATTR_LIST_MAX (64 KiB)."""
 SET_MAX = 1 << 20
 """The most bytes that the keys and values of one inode may take, but for values out of line."""
