@@ -28,6 +28,7 @@ from cowfs.fuse.loop import RequestLoop
 from cowfs.fuse.open_files import OpenFiles
 from cowfs.fuse.shares import Bounds
 from cowfs.fuse.shares import bounds as bounds_of_process
+from cowfs.fuse.snapshots import OpenDirectory, Snapshots
 from cowfs.fuse.threads import SLICE, Threads
 from cowfs.fuse.turns import in_thread
 from cowfs.layers.acl import ACCESS as ACCESS_ACL
@@ -41,7 +42,7 @@ from cowfs.overlay.file import SET_ID
 from cowfs.overlay.handle import Handle, Writer
 from cowfs.overlay.node import Node
 from cowfs.overlay.overlay import Overlay
-from cowfs.overlay.readdir import Listing, Seen
+from cowfs.overlay.readdir import Seen
 from cowfs.types import Attr
 
 log = logging.getLogger(__name__)
@@ -120,18 +121,6 @@ def _user_of(args: Sequence[Any]) -> int:
     return 0
 
 
-class _Listing:
-    """An open directory."""
-
-    __slots__ = ("names", "node", "opener")
-
-    def __init__(self, node: Node, opener: int) -> None:
-        self.node = node
-        self.opener = opener
-        self.names: Listing | None = None
-        """What was there when the listing began."""
-
-
 class Adapter(pyfuse3.Operations):
     """Answer the kernel's requests from an :class:`Overlay`."""
 
@@ -144,8 +133,10 @@ class Adapter(pyfuse3.Operations):
         self.enable_acl = acl
         self._fs = fs
         self._loop = loop
-        self._files = OpenFiles(bounds or bounds_of_process(shared=False))
-        self._listings: dict[int, _Listing] = {}
+        bounds = bounds or bounds_of_process(shared=False)
+        self._files = OpenFiles(bounds)
+        self.snapshots = Snapshots(bounds.names)
+        self._listings: dict[int, OpenDirectory] = {}
         self._listed = 0
         self._kept: set[Node] = set()
         self._threads = Threads(loop)
@@ -687,7 +678,7 @@ class Adapter(pyfuse3.Operations):
         if node not in self._kept:
             self._kept.add(node)
             number |= libfuse.KEPT
-        self._listings[number] = _Listing(node, ctx.uid)
+        self._listings[number] = OpenDirectory(node, ctx.uid)
         return number
 
     @_async
@@ -698,7 +689,7 @@ class Adapter(pyfuse3.Operations):
             await self._list(listing, start_id, token, answers)
 
     async def _list(
-        self, listing: _Listing, start_id: int, token: pyfuse3.ReaddirToken, answers: Answers
+        self, listing: OpenDirectory, start_id: int, token: pyfuse3.ReaddirToken, answers: Answers
     ) -> None:
         fs, node, answered = self._fs, listing.node, self._threads.answered
         names = listing.names
@@ -707,7 +698,8 @@ class Adapter(pyfuse3.Operations):
             listed = await answered(lambda: fs.listing(node), answers)
             if callable(listed):
                 listed = await self._threads.run(listed, self._threads.reads, listing.opener)
-            names = listing.names = listed
+            names = listed
+            self.snapshots.keep(listing, names)
         for number in range(start_id, _DOTS):
             this = node if number == 0 else node.parent or node
             attr = await answered(functools.partial(fs.stat, this), answers)
@@ -738,6 +730,7 @@ class Adapter(pyfuse3.Operations):
     @_sync
     def releasedir(self, fh: int) -> None:
         listing = self._listings.pop(fh)
+        self.snapshots.drop(listing)
         self._files.opened.give_back(listing.opener)
         if fh & libfuse.KEPT:
             self._kept.discard(listing.node)

@@ -15,6 +15,8 @@ from cowfs.linux import limits
 
 _A_FILE = 1 << 10
 """Bytes that an open file takes of the daemon's memory, about."""
+_A_NAME = 100
+"""Bytes that a name takes in a listing, about."""
 _ROOTS_PART = 8
 """One part of so many is root's alone."""
 
@@ -26,17 +28,20 @@ class Bounds(NamedTuple):
     """Files and directories that are open at a time: they take memory."""
     descriptors: int
     """Descriptors for the files among them behind which stands one of the kernel's."""
+    names: int
+    """Names that are kept for those who list directories."""
     shared: bool
     """Whether others than the one who mounted may come."""
 
 
 def bounds(*, shared: bool) -> Bounds:
-    """Return what this process can give: a sixteenth of its memory, and five eighths of its descriptors.
+    """Return what this process can give: parts of its memory, and five eighths of its descriptors.
 
     The others are for directories that layers keep open, inodes without a name, copy-ups, and ourselves.
     """
-    own = limits.open_now()
-    return Bounds(limits.memory() // 16 // _A_FILE, limits.descriptors() * 5 // 8 - own, shared)
+    memory = limits.memory()
+    descriptors = limits.descriptors() * 5 // 8 - limits.open_now()
+    return Bounds(memory // 16 // _A_FILE, descriptors, memory // 32 // _A_NAME, shared)
 
 
 class Share:

@@ -65,6 +65,9 @@ class Listing:
             upper = [name for name in upper if name not in known]
         self._own = _in_order(upper)
 
+    def __len__(self) -> int:
+        return len(self._below) + len(self._own)
+
     def after(self, place: int) -> Iterator[tuple[int, bytes]]:
         """Yield place and name of those that come after a place; all are after 0. Less than 2 ** 63 - 2."""
         if place < _OWN:

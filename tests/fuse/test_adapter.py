@@ -15,6 +15,7 @@ from pyfuse3 import FUSEError
 
 from cowfs.fuse import loop
 from cowfs.fuse.adapter import Adapter
+from cowfs.fuse.shares import Bounds
 from tests.fuse.kernel import CTX, ROOT, Kernel, Page, changes
 from tests.support.direct import Direct
 
@@ -237,3 +238,26 @@ async def test_nodes_of_hard_links_are_one(adapter: Adapter, kernel: Kernel) -> 
 def test_pyfuse3_has_what_the_loop_replaces() -> None:
     """A private name of pyfuse3's: without it the stock loop serves, twice as slowly. Time to look."""
     assert hasattr(pyfuse3, loop._WAIT)
+
+
+async def test_names_are_kept_for_few_readers_and_each_sees_all(fs: Direct) -> None:
+    """However many list a directory at a time: who was left behind goes on with names that are taken anew."""
+    adapter = Adapter(fs.fs, loop.RequestLoop(), bounds=Bounds(1000, 1000, 250, shared=True))
+    kernel = Kernel(adapter)
+    ino = await kernel.find("dir")
+    fs.create("dir/own")
+    readers = [await adapter.opendir(ino, CTX) for _ in range(10)]
+    seen: list[list[bytes]] = [[] for _ in readers]
+    places = [0] * len(readers)
+    for _ in range(11):
+        for number, fh in enumerate(readers):
+            page = Page(10)
+            await adapter.readdir(fh, places[number], page)  # type: ignore[arg-type]
+            seen[number] += page.names
+            places[number] = page.next or places[number]
+            assert len(adapter.snapshots) <= 250
+    expected = sorted([b".", b"..", b"own", *(b"%03d" % number for number in range(100))])
+    assert [sorted(names) for names in seen] == [expected] * len(readers)
+    for fh in readers:
+        await adapter.releasedir(fh)
+    assert len(adapter.snapshots) == 0

@@ -1,0 +1,51 @@
+"""What was in a directory when somebody began to list it, for all who are at it."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+from cowfs.overlay.node import Node
+from cowfs.overlay.readdir import Listing
+
+
+class OpenDirectory:
+    """An open directory."""
+
+    __slots__ = ("names", "node", "opener")
+
+    def __init__(self, node: Node, opener: int) -> None:
+        self.node = node
+        self.opener = opener
+        self.names: Listing | None = None
+        """What was there when the listing began."""
+
+
+class Snapshots:
+    """Keeps at most so many names in all, and those taken last whatever they are.
+
+    Who comes back to a listing that is gone goes on with a new one: a name has its place in any of them.
+    """
+
+    __slots__ = ("_count", "_kept", "_most")
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._count = 0
+        self._kept: OrderedDict[OpenDirectory, int] = OrderedDict()
+
+    def __len__(self) -> int:
+        return self._count
+
+    def keep(self, directory: OpenDirectory, names: Listing) -> None:
+        """Let a reader go on with these names."""
+        self.drop(directory)
+        directory.names = names
+        self._kept[directory] = len(names)
+        self._count += len(names)
+        while self._count > self._most and len(self._kept) > 1:
+            self.drop(next(iter(self._kept)))
+
+    def drop(self, directory: OpenDirectory) -> None:
+        """Forget the names of a reader."""
+        directory.names = None
+        self._count -= self._kept.pop(directory, 0)
