@@ -28,12 +28,19 @@ _HANDLE_KILLPRIV = 1 << 20
 _CACHE_SYMLINKS = 1 << 23
 
 
+_LAST = "takes_set_id"
+"""What came into the module last."""
+
+
 def _load() -> tuple[Any, str]:
     # Global symbols, and before pyfuse3 is loaded: that is how its calls come through the module.
     flags = sys.getdlopenflags()
     sys.setdlopenflags(flags | os.RTLD_GLOBAL)
     try:
-        return import_module("cowfs.fuse._libfuse"), ""
+        module = import_module("cowfs.fuse._libfuse")
+        if not hasattr(module, _LAST):
+            return None, "it was built for another version of cowfs: scripts/setup builds it"
+        return module, ""
     except ImportError as error:
         return None, str(error)
     finally:
