@@ -12,16 +12,11 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
-from cowfs.linux import mounts, outside
+from cowfs.linux import fuse, mounts, outside
 from cowfs.linux.files import syncfs
 from cowfs.linux.sleep import Disks
 from cowfs.linux.sockets import SYSLOG
 from cowfs.store import tools
-
-_FLAGS = {"ro": mounts.MS_RDONLY, "noexec": mounts.MS_NOEXEC, "sync": 16, "dirsync": 128, "noatime": 1024}
-_NEGATED = {"suid": mounts.MS_NOSUID, "dev": mounts.MS_NODEV}
-"""What is set unless the option is there, as libfuse has it (lib/mount.c)."""
-_FOR_FUSE = {"default_permissions", "allow_other"}
 
 Request = dict[str, Any]
 Reply = dict[str, Any]
@@ -64,14 +59,8 @@ class Errands:
             with suppress(OSError):
                 self._held.append(os.open(path, os.O_PATH | os.O_CLOEXEC))
         self._devices = Disks(self._paths).devices
-        options = set(request["options"])
-        flags = sum(bit for name, bit in _FLAGS.items() if name in options)
-        flags |= sum(bit for name, bit in _NEGATED.items() if name not in options or f"no{name}" in options)
-        mode = os.stat(self._mountpoint).st_mode & 0o170000
-        words = [f"fd={fds[0]}", f"rootmode={mode:o}", f"user_id={os.getuid()}", f"group_id={os.getgid()}"]
-        words += sorted(options & _FOR_FUSE)
         tools.hide(self._mountpoint)
-        mounts.mount(request["source"], self._mountpoint, "fuse.cowfs", flags, ",".join(words))
+        fuse.mount_connection(fds[0], self._mountpoint, request["source"], request["options"])
         here = mounts.mount_of(self._mountpoint)
         self._dev = here.dev if here is not None else "none"
         return {"dev": here.dev if here is not None else ""}

@@ -248,7 +248,6 @@ def _step_aside(union: UnionOptions, mountpoint: str) -> Callable[[Store], None]
     """
     from cowfs.cli.errands import Errands
     from cowfs.linux import confine
-    from cowfs.linux.sockets import connect_manager
 
     if os.geteuid() != 0 or mountpoint.startswith("/dev/fd/") or not confine.is_possible():
         return lambda _: None
@@ -261,7 +260,6 @@ def _step_aside(union: UnionOptions, mountpoint: str) -> Callable[[Store], None]
         return lambda _: None
 
     def shut_in(store: Store) -> None:
-        connect_manager()
         try:
             confine.shut_in([store.place[0]] if store.place else [])
         except OSError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import logging
 import os
@@ -24,11 +25,11 @@ from cowfs.fuse.fakeroot import FakerootAdapter
 from cowfs.fuse.known import KnownInodes, most_inodes
 from cowfs.fuse.loop import RequestLoop
 from cowfs.fuse.shares import bounds
-from cowfs.linux import outside, programs
+from cowfs.linux import fuse, outside, programs
 from cowfs.linux.files import syncfs
 from cowfs.linux.mounts import drop_unused, mount_of, umount2
 from cowfs.linux.signals import hold_back, open_signals, take
-from cowfs.linux.sockets import open_control_directory, sd_notify
+from cowfs.linux.sockets import connect_manager, open_control_directory, sd_notify
 from cowfs.overlay.overlay import Overlay
 
 log = logging.getLogger(__name__)
@@ -83,52 +84,59 @@ class Daemon:
         for that (an init, after a minute or two) must not undo it.
         """
         hold_back()
-        options = {f"fsname={_escape(self._request.fsname)}", "subtype=cowfs"}
+        options = set(self._request.options)
         if not self._request.fakeroot:
             options.add("default_permissions")
-        options |= self._request.options
         self._control = _control_directory()
-        place = self._mount_elsewhere() or self._request.mountpoint
-        with _stderr() as said:
-            try:
-                pyfuse3.init(self.adapter, place, options)
-            except RuntimeError:
-                if self._outside is not None:
-                    self._outside.ask("unmount")
-                raise _explain(said(), self._request.mountpoint) from None
+        connect_manager()
+        handed_over = self._request.mountpoint.startswith("/dev/fd/")
+        if handed_over or os.geteuid() != 0 or not self._mount_connection(options):
+            source = {f"fsname={_escape(self._request.fsname)}", "subtype=cowfs"}
+            self._begin_session(self._request.mountpoint, source | options)
         self._mounted = True
         lacking = libfuse.lacks()
         if lacking is not None:
             log.warning("slower than it could be, without holes, and umasks always count: %s", lacking)
-        self._loop.attach()
-        if self.dev or self._request.mountpoint.startswith("/dev/fd/"):
+        if handed_over:
             return
-        found = mount_of(self._request.mountpoint)
-        if found is None:
+        if not self.dev:
+            found = mount_of(self._request.mountpoint)
+            self.dev = found.dev if found is not None else ""
+        if not self.dev:
             self.close()
             raise SystemFailure(
                 f"{self._request.mountpoint}: mounted, but /proc/self/mountinfo does not show it"
             )
-        self.dev = found.dev
 
-    def _mount_elsewhere(self) -> str:
-        """Let the process that does our errands mount; return how libfuse finds the connection, or ""."""
-        if self._outside is None:
-            return ""
-        fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
-        options = sorted(self._request.options | {"default_permissions"})
-        source = _short(os.fsencode(self._request.fsname))
+    def _mount_connection(self, options: set[str]) -> bool:
+        """Mount by mount(2), or have it done by the process that does our errands; False if we may not.
+
+        The session comes first: what libfuse and the beginning of a session look for may be hidden then.
+        """
+        place = self._request.mountpoint
+        source = os.fsdecode(_short(os.fsencode(self._request.fsname)))
+        connection = fuse.open_connection()
+        self._begin_session(f"/dev/fd/{connection}", set())
         try:
-            self.dev = self._outside.ask("mount", [fd], source=os.fsdecode(source), options=options)["dev"]
+            if self._outside is None:
+                fuse.mount_connection(connection, place, source, options)
+            else:
+                request = {"source": source, "options": sorted(options)}
+                self.dev = self._outside.ask("mount", [connection], **request)["dev"]
         except OSError as error:
-            os.close(fd)
-            why = error.strerror
-            raise MountFailure(f"{self._request.mountpoint}: cannot be mounted: {why}") from None
-        if not self.dev:
-            raise SystemFailure(
-                f"{self._request.mountpoint}: mounted, but /proc/self/mountinfo does not show it"
-            )
-        return f"/dev/fd/{fd}"
+            pyfuse3.close(unmount=False)  # closes the connection too
+            if error.errno == errno.EPERM and self._outside is None:
+                return False
+            raise MountFailure(f"{place}: cannot be mounted: {error.strerror}") from None
+        return True
+
+    def _begin_session(self, place: str, options: set[str]) -> None:
+        with _stderr() as said:
+            try:
+                pyfuse3.init(self.adapter, place, options)
+            except RuntimeError:
+                raise _explain(said(), self._request.mountpoint) from None
+        self._loop.attach()
 
     def serve(
         self,
@@ -180,11 +188,12 @@ class Daemon:
             log.warning("the connection to the kernel was aborted: %s is detached", place)
 
     def _detach_dead(self) -> None:
-        """Take the mount away that libfuse leaves when the connection was aborted: nobody serves it."""
+        """Take the mount away that is left: nobody serves it any more."""
         found = mount_of(self._request.mountpoint)
         if found is None or found.dev != self.dev:
             return
-        log.warning("the connection to the kernel was aborted: %s is detached", self._request.mountpoint)
+        if not self._asked:
+            log.warning("the connection to the kernel was aborted: %s is detached", self._request.mountpoint)
         if os.geteuid() == 0:
             with suppress(OSError):
                 umount2(self._request.mountpoint, _MNT_DETACH)

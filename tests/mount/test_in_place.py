@@ -323,14 +323,16 @@ place=$1; shift
 
 @needs_root
 @pytest.mark.parametrize("place", ["/etc", "/usr/share", "/sys/power", "/dev", "/run", "/tmp", "/var"])
-def test_a_place_that_the_daemon_may_ask_later(tmp_path: Path, place: str) -> None:
+@pytest.mark.parametrize("propagation", ["private", "shared"])
+def test_a_place_that_the_daemon_may_ask_later(tmp_path: Path, place: str, propagation: str) -> None:
     """The time zone, the log's and the service manager's sockets, the disks and their sleep: whatever is
     hidden, the daemon is ready, answers, writes into its log, and ends when it is asked to."""
     log = tmp_path / "log"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(str(tmp_path / "notify"))
         manager.settimeout(30)
-        command = ["unshare", "-m", "sh", "-c", SEEN, "sh", place, *COWFS]
+        # Shared, as systemd has them: what is mounted comes to who has mounts of its own.
+        command = ["unshare", "-m", "--propagation", propagation, "sh", "-c", SEEN, "sh", place, *COWFS]
         command += ["mount", place, place, "-o", f"log={log}"]
         environment = {**unmeasured(), "NOTIFY_SOCKET": str(tmp_path / "notify")}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
