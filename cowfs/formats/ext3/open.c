@@ -38,6 +38,10 @@ static int clean_orphans(x3_image *img)
 		}
 		result = op_finish(&op);
 	} while (result > 0);
+	if (result == -ESTALE) { /* by the redo log, or a log that is not what was written, since orphan_check() */
+		snprintf(img->message, sizeof img->message, "the orphan list is damaged");
+		return -EBADMSG;
+	}
 	return result;
 }
 
