@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import stat
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from cowfs.changes.diff import diff
 from cowfs.errors import LayerError
 from cowfs.formats.ext3.image import Image
-from cowfs.layers.base import Key, LowerLayer
+from cowfs.layers.base import Key, LowerLayer, UpperLayer
 from cowfs.layers.directory import DirectoryLayer
 from cowfs.layers.ext3 import Ext3Layer
 from cowfs.layers.squashfs import SquashfsLayer
@@ -102,13 +103,26 @@ class Place:
             stack.callback(layer.close)
         path = images.make(place / "image", Shape(1024, 256, mib=3, journal=1, inodes=256))
         self.image = path.read_bytes()
+        self._directory = place / "store"
         with self.opened(keep=True) as layer:
-            for directory, name in ((layer.root, b"upper"), (layer.root, b"work")):
-                layer.mkdir(directory, name, 0o755, 0, 0)
-            work = self.find(layer, b"work")
-            for name in (b"work", b"index"):
-                layer.mkdir(work, name, 0o755, 0, 0)
-            _use(self.union(layer))
+            self._fill(layer)
+
+    def _fill(self, layer: UpperLayer) -> None:
+        for directory, name in ((layer.root, b"upper"), (layer.root, b"work")):
+            layer.mkdir(directory, name, 0o755, 0, 0)
+        work = self.find(layer, b"work")
+        for name in (b"work", b"index"):
+            layer.mkdir(work, name, 0o755, 0, 0)
+        _use(self.union(layer))
+
+    @contextmanager
+    def directory(self) -> Iterator[DirectoryLayer]:
+        """A new store in a directory."""
+        shutil.rmtree(self._directory, ignore_errors=True)
+        self._directory.mkdir(0o700)
+        with closing(DirectoryLayer(os.open(self._directory, os.O_PATH | os.O_DIRECTORY), "store")) as layer:
+            self._fill(layer)
+            yield layer
 
     @contextmanager
     def opened(
@@ -132,7 +146,7 @@ class Place:
         finally:
             os.close(fd)
 
-    def find(self, layer: Ext3Layer, *names: bytes) -> Key:
+    def find(self, layer: UpperLayer, *names: bytes) -> Key:
         """The key of what stands at a path; ENOENT."""
         key: Key = layer.root
         for name in names:
@@ -142,8 +156,8 @@ class Place:
             key = found[0]
         return key
 
-    def union(self, layer: Ext3Layer) -> Overlay:
-        """The union of the image with the lowers."""
+    def union(self, layer: UpperLayer) -> Overlay:
+        """The union of the store with the lowers."""
         upper, work = self.find(layer, b"upper"), self.find(layer, b"work", b"work")
         index = self.find(layer, b"work", b"index")
         return Overlay(layer, upper, work, index, self.lowers, OverlayOptions(PREFIX, metacopy_from=4096))
@@ -168,8 +182,8 @@ def _use(fs: Overlay) -> None:
     fs.setxattr(fs.resolve(root, b"two"), b"user.x", b"value")
 
 
-def _keys(layer: Ext3Layer, key: Key) -> list[tuple[Key, bytes, Key]]:
-    """All names below a directory of the image: (directory, name, inode)."""
+def _keys(layer: UpperLayer, key: Key) -> list[tuple[Key, bytes, Key]]:
+    """All names below a directory of the store: (directory, name, inode)."""
     found, pending = [], [key]
     while pending and len(found) < ROOM:
         directory = pending.pop()
@@ -182,7 +196,7 @@ def _keys(layer: Ext3Layer, key: Key) -> list[tuple[Key, bytes, Key]]:
     return found
 
 
-def _edit(layer: Ext3Layer, source: Source) -> None:
+def _edit(layer: UpperLayer, source: Source) -> None:
     """Change the store as its owner may."""
     directory, name, key = source.pick(_keys(layer, layer.root))
     how = source.number(8)
@@ -296,15 +310,15 @@ def _above(node: Node, below: Node | None) -> bool:
 
 def _one(place: Place, data: bytes) -> None:
     source = Source(data)
-    edits, damages, operations = source.number(8), source.number(6), source.number(24)
+    edits, damages, operations = source.number(32), source.number(6), source.number(24)
 
     def patch(fd: int) -> None:
         for _ in range(damages):
             at = source.number(len(place.image) if source.number(2) else 200_000)
             os.pwrite(fd, source.take(1 + source.number(4)), at)
 
-    with suppress(OSError, LayerError), place.opened(patch) as layer:
-        for _ in range(edits):
+    with suppress(OSError, LayerError), place.directory() if edits & 8 else place.opened(patch) as layer:
+        for _ in range(edits & 7):
             with suppress(OSError):
                 _edit(layer, source)
         fs = place.union(layer)
@@ -327,13 +341,14 @@ def _run() -> Iterator[Run]:
 
 def _seeds() -> list[bytes]:
     choose = random.Random(0)
-    sound = [bytes((choose.randrange(8), 0, 23)) + choose.randbytes(150) for _ in range(30)]
+    sound = [bytes((choose.randrange(16), 0, 23)) + choose.randbytes(150) for _ in range(30)]
     return [b"", *sound, *(bytes((2, 2, 9)) + choose.randbytes(80) for _ in range(10))]
 
 
 def _mutate(data: bytes, choose: random.Random) -> bytes:
     if choose.randrange(10) == 0:
-        return bytes((choose.randrange(8), choose.randrange(3), choose.randrange(24))) + choose.randbytes(200)
+        counts = choose.randrange(16), choose.randrange(3), choose.randrange(24)
+        return bytes(counts) + choose.randbytes(200)
     return plain.mutate(data, choose)
 
 
