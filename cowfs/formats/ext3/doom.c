@@ -46,6 +46,8 @@ static void count_left(x3_image *img, uint64_t blocks, bool gone)
 /* Free a part of one. False: there is none. */
 bool doomed_free_some(x3_image *img)
 {
+	bool dropped = false;
+
 	GO_ON (img) {
 		op.result = img->ndoomed > 0;
 		if (op.result) {
@@ -53,9 +55,11 @@ bool doomed_free_some(x3_image *img)
 			count_left(img, gone ? 0 : op.rest, gone);
 		}
 	}
-	if (op.error && img->ndoomed) /* nothing was: x3_close(), or whoever looks after the damage, will do */
+	if (op.error && img->ndoomed) { /* nothing was: x3_close(), or whoever looks after the damage, will do */
 		count_left(img, 0, true);
-	return op_finish(&op) != 0;
+		dropped = true;
+	}
+	return op_finish(&op) > 0 || dropped;
 }
 
 /* Free enough of them for any one operation, if there are some. Under the lock, which is given up meanwhile. */

@@ -258,9 +258,9 @@ static bool is_busy(const x3_image *img)
 
 int x3_suspend(x3_image *img)
 {
-	int error = 0;
+	int error = img->read_only ? -EROFS : 0;
 
-	while (doomed_free_some(img)) /* others would take them for what a crash has left */
+	while (!error && doomed_free_some(img)) /* others would take them for what a crash has left */
 		;
 	image_lock(img);
 	img->draining = true; /* who reads from now on, does it under the lock */
