@@ -139,7 +139,7 @@ print("as it was")
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("store", ["directory", "image"])
 def test_a_million_names(nobody_path: Path, store: str) -> None:
-    """The memory grows by what a node is said to take, to the bound, and not any more."""
+    """The memory grows by what a node is said to take, to the bound; a second million adds little."""
     linux_tree(nobody_path / "lower", 1000, 1000)
     most = 200_000
     if store == "image":
@@ -151,12 +151,13 @@ def test_a_million_names(nobody_path: Path, store: str) -> None:
         pid = mount.pid()
         before = memory_of(pid)
         seen = [before]
-        for folder in range(10):
+        for folder in [*range(10), *range(10)]:
             walk(mount.path / f"{folder}")
             seen.append(memory_of(pid))
         print(
             "MiB at the start, and after each 100,000 names:", [size >> 20 for size in seen], file=sys.stderr
         )
         assert max(seen) - before < most * A_NODE
-        assert seen[-1] - seen[3] < most * A_NODE // 10
+        # The table of nodes, 10 MiB, is made anew now and then. 26 bytes that stay of each name are too many.
+        assert max(seen[11:]) - max(seen[:11]) < most * A_NODE // 8
         assert known(mount) <= most
