@@ -69,6 +69,7 @@ def fuzz(target: str, wanted: Wanted) -> Result:
     with tempfile.TemporaryDirectory(prefix="cowfs-fuzz-", dir=images.scratch()) as scratch:
         corpus = [*_corpus(target, Path(scratch)), inputs]
         environment = {**os.environ, "COWFS_FUZZ_IMAGES": scratch, "COWFS_FUZZ_FSCK": str(wanted.fsck_every)}
+        environment["TMPDIR"] = scratch  # atheris ends the process, and nothing in it tidies up
         environment.pop("COVERAGE_PROCESS_CONFIG", None)  # it costs nine tenths of the runs
         command = (
             _engine(wanted, here, Path(scratch), corpus)

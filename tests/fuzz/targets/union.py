@@ -334,7 +334,8 @@ def _one(place: Place, data: bytes) -> None:
 
 @contextmanager
 def _run() -> Iterator[Run]:
-    with tempfile.TemporaryDirectory(dir=images.scratch()) as name, ExitStack() as stack:
+    place_in = os.environ.get("TMPDIR") or images.scratch()
+    with tempfile.TemporaryDirectory(dir=place_in) as name, ExitStack() as stack:
         place = Place(Path(name), stack)
         yield lambda data: _one(place, data)
 
