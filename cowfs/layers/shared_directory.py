@@ -87,4 +87,7 @@ class SharedDirectoryLayer(DirectoryLayer):
 
     def close(self) -> None:
         self._kept.clear()
+        self._in_use = (
+            _InUse()
+        )  # of all threads: the lower's filesystem would stay in use as long as they live
         super().close()
