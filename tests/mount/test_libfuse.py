@@ -25,10 +25,11 @@ import sys
 from cowfs.cli.main import main
 from cowfs.fuse.adapter import Adapter
 
+notes = open(sys.argv[1], "a", buffering=1)  # a daemon opens nothing later
+
 def noting(name, handler):
     def noted(self, *arguments):
-        with open(sys.argv[1], "a") as notes:
-            print(name, *(a for a in arguments if type(a) is bytes and len(a) < 100), file=notes)
+        print(name, *(a for a in arguments if type(a) is bytes and len(a) < 100), file=notes)
         return handler(self, *arguments)
     return noted
 
