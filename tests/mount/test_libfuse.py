@@ -25,14 +25,20 @@ import sys
 from cowfs.cli.main import main
 from cowfs.fuse.adapter import Adapter
 
-notes = open(sys.argv[1], "a", buffering=1)  # a daemon opens nothing later
-
 def noting(name, handler):
     def noted(self, *arguments):
         print(name, *(a for a in arguments if type(a) is bytes and len(a) < 100), file=notes)
         return handler(self, *arguments)
     return noted
 
+def opening(init):
+    def opened(self, *arguments, **more):
+        global notes  # in the daemon, which keeps no file of its parent's and reaches none once it is mounted
+        notes = open(sys.argv[1], "a", buffering=1)
+        init(self, *arguments, **more)
+    return opened
+
+Adapter.__init__ = opening(Adapter.__init__)
 for name in ("getattr", "getxattr", "opendir", "read", "readdir", "readlink", "setattr", "write"):
     setattr(Adapter, name, noting(name, getattr(Adapter, name)))
 sys.exit(main(sys.argv[2:]))
