@@ -239,3 +239,18 @@ def copy_range(source_fd: int, target_fd: int, start: int, stop: int) -> None:
         if copied == 0:
             raise OSError(errno.EIO, "the source is shorter than its attributes say")
         start += copied
+
+
+def fgetxattr(fd: int, name: str) -> bytes:
+    """Return an attribute of an open file. ENODATA."""
+    return os.getxattr(fd, name)
+
+
+def fsetxattr(fd: int, name: str, value: bytes) -> None:
+    """Give an open file an attribute. ENOSPC, ENOTSUP."""
+    os.setxattr(fd, name, value)
+
+
+def fremovexattr(fd: int, name: str) -> None:
+    """Take an attribute from an open file. ENODATA."""
+    os.removexattr(fd, name)

@@ -22,6 +22,7 @@ from contextlib import suppress
 from cowfs.errors import StoreError
 from cowfs.formats.ext3 import features
 from cowfs.layers.base import UpperLayer
+from cowfs.linux import files
 from cowfs.store import layout
 from cowfs.store.identity import identify_file
 
@@ -40,20 +41,20 @@ def _superblock(fd: int) -> bytes:
 def closed(fd: int) -> None:
     """Note that the image in the file *fd* is not in use, and clean; where a file may have attributes."""
     with suppress(OSError):
-        os.setxattr(fd, _CLOSED, _superblock(fd))
+        files.fsetxattr(fd, _CLOSED, _superblock(fd))
 
 
 def opened(fd: int) -> None:
     """Forget what :func:`closed` has noted, before anything else is written; on disk at return. Blocks."""
     with suppress(OSError):
-        os.removexattr(fd, _CLOSED)
+        files.fremovexattr(fd, _CLOSED)
         os.fsync(fd)
 
 
 def _is_another(fd: int) -> bool:
     """Say whether somebody has written to the file since we have closed the image in it."""
     with suppress(OSError):
-        return os.getxattr(fd, _CLOSED) != _superblock(fd)
+        return files.fgetxattr(fd, _CLOSED) != _superblock(fd)
     return False
 
 

@@ -45,6 +45,8 @@ def picture(base: Path) -> dict[str, object]:
     for folder, names, files in os.walk(base):
         for name in [*names, *files]:
             path = os.path.join(folder, name)
+            if path.endswith("/cowfs/lock"):  # says who has it
+                continue
             st = os.lstat(path)
             content = b""
             if stat.S_ISREG(st.st_mode):

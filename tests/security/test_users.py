@@ -21,13 +21,18 @@ BIG = b"0123456789abcdef" * (1 << 15)
 _GATED = """
 import os, sys, time
 from cowfs.cli.main import main
+from cowfs.fuse.adapter import Adapter
 from cowfs.layers.kernel_file import KernelFile
-copy_to = KernelFile.copy_to
+begin, copy_to = Adapter.__init__, KernelFile.copy_to
+def beginning(self, *arguments, **more):
+    global gate  # a daemon reaches no file by its name once it is mounted
+    gate = os.open(sys.argv[1], os.O_RDONLY)
+    begin(self, *arguments, **more)
 def gated(self, target, size=None):
-    while os.path.exists(sys.argv[1]):
+    while os.fstat(gate).st_nlink:
         time.sleep(0.005)
     copy_to(self, target, size)
-KernelFile.copy_to = gated
+Adapter.__init__, KernelFile.copy_to = beginning, gated
 sys.exit(main(sys.argv[2:]))
 """
 """A daemon that copies no data up as long as some file exists: a lower that is very slow."""

@@ -216,7 +216,8 @@ def view(layer: LowerLayer, *, content: bool = True) -> Iterator[tuple[bytes, di
         seen: dict[str, Any] = {field: getattr(attr, field) for field in FIELDS}
         form = stat.S_IFMT(attr.st_mode)
         seen["xattrs"] = xattrs(layer, key)
-        seen["handle"] = layer.handle(key)
+        handle = layer.handle(key)
+        seen["handle"] = handle and handle._replace(place=b"")  # that is the layer's own
         if not seen["xattrs"]:  # the kernel counts their blocks too
             seen["st_blocks"] = attr.st_blocks
         if form == stat.S_IFLNK:

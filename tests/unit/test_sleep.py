@@ -26,7 +26,7 @@ def test_what_is_on_no_disk_has_none(path: str) -> None:
 def test_disks_are_opened_once_after_each_sleep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = []
     answers: Iterator[tuple[bytes, int]] = iter([(b"0", 0), (b"0", 0), (b"1", 0), (b"1", 0), (b"1", 60)])
-    monkeypatch.setattr(sleep, "_slept", lambda: next(answers))
+    monkeypatch.setattr(sleep, "_slept", lambda *_: next(answers))
     monkeypatch.setattr(sleep, "disk_of", lambda path: "" if path == "memory" else f"{tmp_path}/disk")
     disks = sleep.Disks(["image", "store", "memory"])
     monkeypatch.setattr(os, "open", lambda name, flags: opened.append(name) or os.dup(0))
@@ -37,6 +37,6 @@ def test_disks_are_opened_once_after_each_sleep(tmp_path: Path, monkeypatch: pyt
 
 def test_a_disk_that_is_gone_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     answers = iter([(b"0", 0), (b"1", 0)])
-    monkeypatch.setattr(sleep, "_slept", lambda: next(answers))
+    monkeypatch.setattr(sleep, "_slept", lambda *_: next(answers))
     monkeypatch.setattr(sleep, "disk_of", lambda path: f"{tmp_path}/none")
     sleep.Disks(["store"]).look_after_sleep()

@@ -274,7 +274,10 @@ def test_handles_lead_back_to_inode_numbers(image: Path, opened: Open) -> None:
     layer = opened(image)
     key = key_of(layer, b"small")
     handle = layer.handle(key)
-    assert handle == FileHandle(1, struct.pack("<II", layer.stat(key).st_ino, 0), bytes(16))
+    assert handle is not None
+    assert handle._replace(place=b"") == FileHandle(
+        1, struct.pack("<II", layer.stat(key).st_ino, 0), bytes(16)
+    )
     assert layer.handle_ino(handle) == layer.stat(key).st_ino
     for foreign in (
         FileHandle(2, handle.data),

@@ -84,7 +84,8 @@ def test_handles_are_the_kernels(tree: Path, tmp_path: Path) -> None:
             assert one and two
             handle = theirs.handle(two[0])
             assert handle is not None
-            assert ours.handle(one[0]) == handle
+            mine = ours.handle(one[0])
+            assert mine is not None and mine._replace(place=b"") == handle
             assert ours.handle_ino(handle) == two[1].st_ino
     ours.close()
 
