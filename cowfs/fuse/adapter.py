@@ -140,9 +140,10 @@ class Adapter(pyfuse3.Operations):
         self._listed = 0
         self._kept: set[Node] = set()
         self._threads = Threads(loop)
-        for layer in fs.lowers:
-            if isinstance(layer, SlowLayer):
-                layer.serve(self._threads.later)
+        slow = [layer for layer in fs.lowers if isinstance(layer, SlowLayer)]
+        for layer in slow:
+            layer.serve(self._threads.later)
+        self._has_slow_lowers = bool(slow)
         fs.upper.later = functools.partial(self._threads.later, 0)
         self._sweeping = False
         fs.sweep_soon = self._sweep_soon
@@ -391,13 +392,15 @@ class Adapter(pyfuse3.Operations):
     ) -> EntryAttributes:
         owner = Owner(ctx.uid, ctx.gid)
         parent = self._node(parent_inode)
-        await self._within_reach(parent)
+        if parent.upper is None:
+            await self._within_reach(parent)
         return self._given(self._fs.mknod(parent, name, self._masked(parent, mode, ctx), rdev, owner))
 
     @_async
     async def mkdir(self, parent_inode: int, name: bytes, mode: int, ctx: RequestContext) -> EntryAttributes:
         parent = self._node(parent_inode)
-        await self._within_reach(parent)
+        if parent.upper is None:
+            await self._within_reach(parent)
         owner = Owner(ctx.uid, ctx.gid)
         return self._given(self._fs.mkdir(parent, name, self._masked(parent, mode, ctx), owner))
 
@@ -406,7 +409,8 @@ class Adapter(pyfuse3.Operations):
         self, parent_inode: int, name: bytes, target: bytes, ctx: RequestContext
     ) -> EntryAttributes:
         parent = self._node(parent_inode)
-        await self._within_reach(parent)
+        if parent.upper is None:
+            await self._within_reach(parent)
         return self._given(self._fs.symlink(parent, name, target, Owner(ctx.uid, ctx.gid)))
 
     @_async
@@ -422,14 +426,16 @@ class Adapter(pyfuse3.Operations):
     @_async
     async def unlink(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
         parent = self._node(parent_inode)
-        await self._within_reach(parent)
+        if parent.upper is None:
+            await self._within_reach(parent)
         await self._name_settled(parent, name)
         self._fs.unlink(parent, name)
 
     @_async
     async def rmdir(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
         parent = self._node(parent_inode)
-        await self._within_reach(parent)
+        if parent.upper is None:
+            await self._within_reach(parent)
         self._fs.rmdir(parent, name, await self._look_through(parent, name, ctx.uid))
 
     @_async
@@ -485,11 +491,12 @@ class Adapter(pyfuse3.Operations):
             mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
             writer=self._writer(node, ctx, takes),
         )
-        await self._within_reach(node.parent)
+        if node.upper is None:
+            await self._within_reach(node.parent)
         if new.size is not None:
             await self._bring_up(node, ctx.uid, new.size)
             await self._cut(node, new.size, ctx.uid)
-        else:
+        elif node.copying is not None:
             await self._settled(node)
         return self._entry(node, self._fs.setattr(node, new))
 
@@ -582,7 +589,8 @@ class Adapter(pyfuse3.Operations):
     ) -> tuple[FileInfo, EntryAttributes]:
         owner = Owner(ctx.uid, ctx.gid)
         parent = self._node(parent_inode)
-        await self._within_reach(parent)
+        if parent.upper is None:
+            await self._within_reach(parent)
         self._files.must_have(ctx.uid)
         node, attr, file = self._fs.create(parent, name, self._masked(parent, mode, ctx), owner)
         if flags & _SYNCHRONOUS:
@@ -684,25 +692,31 @@ class Adapter(pyfuse3.Operations):
     @_async
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         listing = self._listings[fh]
+        if not self._has_slow_lowers:
+            await self._list(listing, start_id, token, None)
+            return
         answers = Answers(listing.opener)
         with answers.at_hand():  # this handler cannot be begun again: it awaits what it needs where it does
             await self._list(listing, start_id, token, answers)
 
+    async def _answered(self, call: Callable[[], R], answers: Answers | None) -> R:
+        return call() if answers is None else await self._threads.answered(call, answers)
+
     async def _list(
-        self, listing: OpenDirectory, start_id: int, token: pyfuse3.ReaddirToken, answers: Answers
+        self, listing: OpenDirectory, start_id: int, token: pyfuse3.ReaddirToken, answers: Answers | None
     ) -> None:
-        fs, node, answered = self._fs, listing.node, self._threads.answered
+        fs, node = self._fs, listing.node
         names = listing.names
         end = time.monotonic() + SLICE
         if names is None or start_id == 0:
-            listed = await answered(lambda: fs.listing(node), answers)
+            listed = await self._answered(functools.partial(fs.listing, node), answers)
             if callable(listed):
                 listed = await self._threads.run(listed, self._threads.reads, listing.opener)
             names = listed
             self.snapshots.keep(listing, names)
         for number in range(start_id, _DOTS):
             this = node if number == 0 else node.parent or node
-            attr = await answered(functools.partial(fs.stat, this), answers)
+            attr = await self._answered(functools.partial(fs.stat, this), answers)
             if not pyfuse3.readdir_reply(token, b"." * (number + 1), self._entry(this, attr), number + 1):
                 return
         for place, name in names.after(max(start_id - _DOTS, 0)):
@@ -712,7 +726,9 @@ class Adapter(pyfuse3.Operations):
                     found = fs.lookup(node, name)
                 except NotYet:
                     more = [other for _, other in itertools.islice(names.after(place), _AHEAD)]
-                    found = await answered(functools.partial(fs.lookup, node, name), answers, more)
+                    assert answers is not None
+                    look = functools.partial(fs.lookup, node, name)
+                    found = await self._threads.answered(look, answers, more)
                 entry = None if found is None else self._entry(*found)
             except Exception as failure:
                 code = errno_of(failure, "readdir")

@@ -29,8 +29,14 @@ class NewAttributes:
     @property
     def is_nothing(self) -> bool:
         """Whether nothing is to be set: what comes before a write, for what this takes from a file."""
-        given = (self.mode, self.uid, self.gid, self.size, self.atime_ns, self.mtime_ns)
-        return all(value is None for value in given)
+        return (
+            self.mode is None
+            and self.uid is None
+            and self.mtime_ns is None
+            and self.gid is None
+            and self.size is None
+            and self.atime_ns is None
+        )
 
 
 def setattr_(fs: State, node: Node, new: NewAttributes) -> Attr:
