@@ -96,6 +96,8 @@ def _wait(mountpoint: str, dev: str, pid: int, timeout: float, farewell: Farewel
         if wait_pid_gone(pid, max(min(patience, left), 0)):
             return
         if farewell.is_said():
+            if wait_pid_gone(pid, _PATIENCE):  # it has only to end
+                return
             _say(
                 f"{mountpoint}: unmounted; its daemon (pid {pid}) ends when a lower answers that does not yet"
             )

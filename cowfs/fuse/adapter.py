@@ -155,24 +155,38 @@ class Adapter(pyfuse3.Operations):
 
     # --- between the two sides
 
-    def _may_succeed(self, error: Exception) -> bool:
+    def _may_succeed(self, error: Exception, *, gave_way: bool = False) -> bool:
         """Whether what has failed with *error*, and left nothing behind, is to be tried again."""
-        return isinstance(error, NotYet) or self._made_room(error)
+        if isinstance(error, NotYet) or self._made_room(error):
+            return True
+        return not gave_way and self._may_get_room(error)
+
+    def _may_get_room(self, error: Exception) -> bool:
+        """Whether there may be room for what failed once the requests that have come are handled.
+
+        The kernel may tell that it has forgotten a removed file after it has passed on what came later
+        (fuse_dev_do_read() in fs/fuse/dev.c).
+        """
+        return isinstance(error, OSError) and error.errno == errno.ENOSPC and self._loop.somebody_waits()
 
     async def _again(
         self, call: Callable[[], Coroutine[Any, Any, R]], error: Exception, name: str, uid: int
     ) -> R:
         """Do *call* again, which failed with *error*, until it succeeds or nothing is left to try."""
         answers = Answers(uid)
+        gave_way = False
         try:
             while True:
                 try:
                     if isinstance(error, NotYet):
                         await self._threads.ask(error.question, answers)
+                    elif not gave_way:
+                        gave_way = True
+                        await self._loop.serve_others()
                     with answers.at_hand():
                         return await call()
                 except Exception as failure:
-                    if not self._may_succeed(failure):
+                    if not self._may_succeed(failure, gave_way=gave_way):
                         raise _failure(failure, name) from None
                     error = failure
         finally:

@@ -45,6 +45,8 @@ _BUSY_NS = 100_000_000
 _YIELD_NS = 500_000
 """After so long in a row of requests, other tasks (signals, the control socket) have a turn."""
 _YIELD_WHEN_OTHERS_WAIT_NS = 50_000
+_MOST_TURNS = 64
+"""So often one that lets others be served first gives way."""
 _PATIENCE = 5.0
 """Seconds that something which may never come is waited for when the filesystem is to end."""
 _PAUSE_NS = 50_000_000
@@ -135,6 +137,17 @@ class RequestLoop:
     def nobody_waits(self) -> bool:
         """Whether no other request has come, and none is under way in a thread."""
         return not self.waiting and self._fd >= 0 and not self._poll.poll(0)
+
+    def somebody_waits(self) -> bool:
+        """Whether a request has come that is not taken yet."""
+        return self._fd >= 0 and bool(self._poll.poll(0))
+
+    async def serve_others(self) -> None:
+        """Let what has come be handled first, if it is not too much."""
+        for _ in range(_MOST_TURNS):
+            if not self.somebody_waits():
+                return
+            await self.give_way()
 
     def forget_attributes(self, ino: int) -> None:
         """Let the kernel ask for an inode's attributes before it goes by them again. Does not block."""

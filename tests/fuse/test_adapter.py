@@ -261,3 +261,28 @@ async def test_names_are_kept_for_few_readers_and_each_sees_all(fs: Direct) -> N
     for fh in readers:
         await adapter.releasedir(fh)
     assert len(adapter.snapshots) == 0
+
+
+async def test_who_finds_no_room_lets_others_be_served_first(
+    adapter: Adapter, fs: Direct, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Among what has come may be that a removed file is forgotten; once, so that it ends."""
+    overlay, mkdir = fs.union.overlay, fs.union.overlay.upper.mkdir
+    full, served = True, []
+
+    def failing(*arguments: Any) -> Any:
+        if full:
+            raise OSError(errno.ENOSPC, "full")
+        return mkdir(*arguments)
+
+    async def serve() -> None:
+        nonlocal full
+        served.append("others")
+        full = len(served) < 2
+
+    monkeypatch.setattr(overlay.upper, "mkdir", failing)
+    monkeypatch.setattr(loop.RequestLoop, "somebody_waits", lambda _: True)
+    monkeypatch.setattr(loop.RequestLoop, "serve_others", lambda _: serve())
+    assert await errno_of(adapter.mkdir(ROOT, b"new", 0o755, CTX)) == errno.ENOSPC
+    assert await errno_of(adapter.mkdir(ROOT, b"new", 0o755, CTX)) == 0
+    assert served == ["others"] * 2
