@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     mountpoint = os.fsdecode(found.mountpoint)
     daemon, silence = _daemon_of(found.dev)
     own = os.fsencode(daemon["mountpoint"]) if daemon else b""
-    if own != found.mountpoint and any(own == mount.mountpoint for mount in _mounts(found.dev)):
+    if own != found.mountpoint and any(own == mount.mountpoint for mount in _mounts(found)):
         _unmount(mountpoint, lazy=args.lazy)
         _say(f"{mountpoint}: unmounted; the store stays in use, by the mount at {os.fsdecode(own)}")
         return 0
@@ -77,12 +77,12 @@ def run(args: argparse.Namespace) -> int:
         raise SystemFailure(
             f"{mountpoint}: unmounted, but whether its store is released cannot be told: {silence}"
         )
-    _wait(mountpoint, found.dev, daemon["pid"], args.timeout, farewell)
+    _wait(mountpoint, found, daemon["pid"], args.timeout, farewell)
     farewell.hear()
     return 0
 
 
-def _wait(mountpoint: str, dev: str, pid: int, timeout: float, farewell: Farewell) -> None:
+def _wait(mountpoint: str, found: MountInfo, pid: int, timeout: float, farewell: Farewell) -> None:
     """Return when the daemon *pid* has released the store; SystemFailure after *timeout* seconds.
 
     Says meanwhile what it waits for, when that takes long or will not end by itself. The daemon is gone then,
@@ -91,7 +91,7 @@ def _wait(mountpoint: str, dev: str, pid: int, timeout: float, farewell: Farewel
     deadline = time.monotonic() + timeout
     said = ""
     while True:
-        patience = 0.1 if _mounts(dev) else _PATIENCE
+        patience = 0.1 if _mounts(found) else _PATIENCE
         left = deadline - time.monotonic()
         if wait_pid_gone(pid, max(min(patience, left), 0)):
             return
@@ -102,7 +102,7 @@ def _wait(mountpoint: str, dev: str, pid: int, timeout: float, farewell: Farewel
                 f"{mountpoint}: unmounted; its daemon (pid {pid}) ends when a lower answers that does not yet"
             )
             return
-        why = _where(dev)
+        why = _where(found)
         if left <= patience:
             break
         if why != said:
@@ -117,15 +117,20 @@ def _say(what: str) -> None:
     warn(what)
 
 
-def _mounts(dev: str) -> list[MountInfo]:
-    return [mount for mount in mountinfo() if mount.dev == dev]
+def _is_same(mount: MountInfo, other: MountInfo) -> bool:
+    """Whether two mounts are of one filesystem: when one is gone the next gets its device number."""
+    return mount.dev == other.dev and mount.source == other.source and mount.fstype == other.fstype
 
 
-def _where(dev: str) -> str:
+def _mounts(found: MountInfo) -> list[MountInfo]:
+    return [mount for mount in mountinfo() if _is_same(mount, found)]
+
+
+def _where(found: MountInfo) -> str:
     """Say where else this filesystem is mounted, as far as we may look; nothing if nowhere."""
     from cowfs.changes.render import escape
 
-    places = [escape(mount.mountpoint) for mount in _mounts(dev)]
+    places = [escape(mount.mountpoint) for mount in _mounts(found)]
     seen = {_namespace("self")}
     for pid in filter(str.isdigit, os.listdir("/proc")):
         try:
@@ -134,7 +139,7 @@ def _where(dev: str) -> str:
                 continue
             seen.add(namespace)
             with open(f"/proc/{pid}/mountinfo", "rb") as table:
-                there = [mount for mount in parse_mountinfo(table.read()) if mount.dev == dev]
+                there = [mount for mount in parse_mountinfo(table.read()) if _is_same(mount, found)]
             with open(f"/proc/{pid}/comm", "rb") as name:
                 who = f"in the mount namespace of pid {pid} ({escape(name.read().rstrip())})"
         except OSError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 from collections.abc import Iterator
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from cowfs.cli import umount
+from cowfs.linux.mounts import mountinfo
 from tests.support.mounts import COWFS, cowfs, eventually, is_mounted, mounted, project_root
 from tests.support.system import needs_fuse, needs_root, run
 
@@ -126,3 +129,13 @@ def test_a_dead_daemon_has_released_it(base: Path) -> None:
     eventually(lambda: not Path(f"/proc/{pid}").exists(), "it is gone")
     done = cowfs("umount", base / "mnt", timeout=30)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_another_filesystem_with_the_number_of_one_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel gives a device number to the next mount at once: that one is not what is waited for."""
+    found = mountinfo()[0]
+    successor = dataclasses.replace(found, source=b"another", mountpoint=b"/elsewhere")
+    monkeypatch.setattr(umount, "mountinfo", lambda: [successor])
+    monkeypatch.setattr(umount, "parse_mountinfo", lambda _: [successor])
+    assert umount._where(found) == ""
+    assert "/elsewhere" in umount._where(successor)
