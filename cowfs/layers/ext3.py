@@ -350,8 +350,8 @@ class Ext3Layer:
     # --- attributes
 
     def chmod(self, key: int, mode: int) -> None:
-        inode = self.image.getattr(key)
-        if stat.S_ISLNK(inode.mode):
+        before = self.image.raw(key)[0]
+        if stat.S_ISLNK(before):
             raise _error(errno.EOPNOTSUPP)
         access = self._acl(key, acl.ACCESS)
         if access:
@@ -360,7 +360,7 @@ class Ext3Layer:
                 self.image.setattr(key, ext3.MODE, mode=mode & 0o7777)
         else:
             self.image.setattr(key, ext3.MODE, mode=mode & 0o7777)
-        if stat.S_ISDIR(inode.mode):
+        if stat.S_ISDIR(before):
             self._inherits_anew(key)
 
     def _acl(self, key: int, name: bytes) -> list[acl.Entry]:
@@ -368,22 +368,23 @@ class Ext3Layer:
 
     def chown(self, key: int, uid: int, gid: int) -> None:
         """Take set-ID bits and capabilities from all but directories too, as chown(2) does."""
-        inode = self.image.getattr(key)
+        before = self.image.raw(key)[0]
         what = (ext3.UID if uid >= 0 else 0) | (ext3.GID if gid >= 0 else 0)
-        mode = inode.mode & 0o7777
-        if stat.S_ISDIR(inode.mode):
+        mode = before
+        is_directory = stat.S_ISDIR(before)
+        if is_directory:
             self._inherits_anew(key)
         else:
             mode &= ~stat.S_ISUID
             if mode & stat.S_IXGRP:
                 mode &= ~stat.S_ISGID
-        if mode != inode.mode & 0o7777:
+        if mode != before:
             what |= ext3.MODE
         with self.image.together():
-            if not stat.S_ISDIR(inode.mode):
+            if not is_directory:
                 self._capabilities.drop(key)
             if what:
-                self.image.setattr(key, what, mode=mode, uid=max(uid, 0), gid=max(gid, 0))
+                self.image.setattr(key, what, mode=mode & 0o7777, uid=max(uid, 0), gid=max(gid, 0))
 
     def utimens(self, key: int, atime_ns: int, mtime_ns: int) -> None:
         """With inodes of 128 bytes times are whole seconds, from 1901 to 2038."""

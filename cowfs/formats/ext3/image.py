@@ -13,7 +13,6 @@ import stat
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from cowfs.formats.ext3 import features
@@ -57,6 +56,21 @@ _XATTR = 1024
 """Bytes that most attributes fit in."""
 _CHARS = ffi.typeof("char[]")
 _unset = ffi.new_allocator(should_clear_after_alloc=False)
+
+
+class _Together:
+    """A block of changes that are one to the disk."""
+
+    __slots__ = ("_handle",)
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+
+    def __enter__(self) -> None:
+        lib.x3_begin(self._handle)
+
+    def __exit__(self, *failure: object) -> None:
+        lib.x3_end(self._handle)
 
 
 class Image:
@@ -232,14 +246,9 @@ class Image:
         """Return when an inode and its data are on disk. Blocks."""
         self._done(lib.x3_fsync(self.handle, ino, datasync))
 
-    @contextmanager
-    def together(self) -> Iterator[None]:
+    def together(self) -> _Together:
         """The changes in the block come to disk together or not at all: a few quick ones."""
-        lib.x3_begin(self.handle)
-        try:
-            yield
-        finally:
-            lib.x3_end(self.handle)
+        return _Together(self.handle)
 
     def suspend(self) -> None:
         """Leave the image to others, whole and clean, until resume. Blocks; what is called meanwhile waits.
@@ -300,8 +309,8 @@ class Image:
         atime: int = 0,
         mtime: int = 0,
     ) -> None:
-        """Set those of the attributes that *what* names, in one step."""
-        attr = ffi.new("struct x3_attr *")
+        """Set those of the attributes that *what* names, in one step. For one thread."""
+        attr = self._attr
         attr.mode, attr.uid, attr.gid = mode, uid, gid
         attr.atime_ns, attr.mtime_ns = max(min(atime, _LAST), -_LAST), max(min(mtime, _LAST), -_LAST)
         self._done(lib.x3_setattr(self.handle, ino, what, attr))
@@ -512,6 +521,8 @@ class Image:
 
     def listxattr(self, ino: int) -> list[bytes]:
         """Return the names of all attributes."""
+        if not self._done(lib.x3_listxattr(self.handle, ino, ffi.NULL, 0)):
+            return []  # as most have
         buffer, size = self._answer(lambda buffer, room: lib.x3_listxattr(self.handle, ino, buffer, room))
         return bytes(ffi.buffer(buffer, size)).split(b"\0")[:-1]
 
