@@ -40,6 +40,8 @@ def lookup(fs: State, parent: Node, name: bytes) -> tuple[Node, Attr] | None:
             return _from_upper(fs, parent, name, *above)
     if len(name) > redirects.NAME_MAX:
         raise error(errno.ENAMETOOLONG, name)
+    if not parent.lowers:
+        return None
     found = _below(fs, parent.lowers, name)
     return _from_lower(fs, parent, name, found) if found else None
 
@@ -128,7 +130,7 @@ def _start(
 
 def _from_lower(fs: State, parent: Node, name: bytes, found: _Found) -> tuple[Node, Attr]:
     layer, key, attr = found[0]
-    lowers = tuple((i, low) for i, low, _ in found)
+    lowers = ((layer, key),) if len(found) == 1 else tuple((i, low) for i, low, _ in found)
     ino = fs.ino_of(layer + 1, fs.lowers[layer].dev, attr)
     if attr.st_nlink > 1 and fs.indexed and not stat.S_ISDIR(attr.st_mode) and fs.nodes.get(ino) is None:
         index = find_in_index(fs, layer, key)

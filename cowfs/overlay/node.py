@@ -144,8 +144,12 @@ class NodeTable:
             node.lookups += before.lookups
         node.mode = self._modes.setdefault(node.mode, node.mode)  # few different ones: share the ints
         self._by_ino[node.ino] = node
-        if node.parent is not None and node.parent.children is not None:
-            self._put(node, node.parent.children, node.parent, node.name)
+        parent, name = node.parent, node.name
+        if parent is not None and parent.children is not None:
+            known = parent.children.get(name)
+            if known is not None:
+                _drop_other(known, parent, name)
+            parent.children[name] = node
         if len(self._by_ino) > self.many:
             self.too_many()
 
@@ -160,13 +164,10 @@ class NodeTable:
                 node.others.add((before[0], before[1]))
             _drop_other(node, parent, name)
             node.parent, node.name = parent, name
-        self._put(node, parent.children, parent, name)
-
-    def _put(self, node: Node, children: dict[bytes, Node], parent: Node, name: bytes) -> None:
-        before = children.get(name)
-        if before is not None and before is not node:
-            _drop_other(before, parent, name)
-        children[name] = node
+        known = parent.children.get(name)
+        if known is not None and known is not node:
+            _drop_other(known, parent, name)
+        parent.children[name] = node
 
     def detach(self, parent: Node, name: bytes) -> None:
         """Forget a name, not the node."""
@@ -188,39 +189,45 @@ class NodeTable:
 
     def unused(self, node: Node) -> list[Node]:
         """Remove *node* if nobody refers to it, then its parents likewise; return what was removed."""
-        removed: dict[Node, None] = {}
-        walk = [node]
-        while walk:
-            here = walk.pop()
-            if (
-                here is self.root
-                or here in removed
-                or here.lookups > 0
-                or here.children
-                or here.handles
-                or here.copying is not None
-            ):
-                continue
-            if self._by_ino.get(here.ino) is here:
-                del self._by_ino[here.ino]
-            removed[here] = None
-            if here.parent is not None:
-                walk.append(_leave(here, here.parent, here.name))
-            if here.others is not None:
-                walk += [_leave(here, parent, name) for parent, name in here.others]
-                here.others = None
-        return list(removed)
+        removed: list[Node] = []
+        others, node.others = node.others, None
+        self._remove_upwards(node, removed)
+        if others is not None:
+            if not removed:
+                node.others = others
+                return removed
+            for parent, name in others:
+                _leave(node, parent, name)
+                if parent not in removed:
+                    self._remove_upwards(parent, removed)
+        return removed
+
+    def _remove_upwards(self, node: Node, removed: list[Node]) -> None:
+        walk: Node | None = node
+        while not (
+            walk is None
+            or walk.lookups > 0
+            or walk.children
+            or walk.handles
+            or walk is self.root
+            or walk.copying is not None
+        ):
+            if self._by_ino.get(walk.ino) is walk:
+                del self._by_ino[walk.ino]
+            removed.append(walk)
+            if walk.parent is not None:
+                _leave(walk, walk.parent, walk.name)
+            walk = walk.parent
 
 
 def _stands_at(node: Node, parent: Node | None, name: bytes) -> bool:
     return parent is not None and parent.children is not None and parent.children.get(name) is node
 
 
-def _leave(node: Node, parent: Node, name: bytes) -> Node:
-    """Let a directory forget a node, if it knows it under this name; return the directory."""
+def _leave(node: Node, parent: Node, name: bytes) -> None:
+    """Let a directory forget a node, if it knows it under this name."""
     if parent.children is not None and parent.children.get(name) is node:
         del parent.children[name]
-    return parent
 
 
 def _drop_other(node: Node, parent: Node, name: bytes) -> None:

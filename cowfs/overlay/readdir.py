@@ -63,7 +63,7 @@ class Listing:
         if below and upper:
             known = _set_of(below)
             upper = [name for name in upper if name not in known]
-        self._own = _in_order(upper)
+        self._own = _in_order(upper) if upper else upper
 
     def __len__(self) -> int:
         return len(self._below) + len(self._own)
@@ -73,6 +73,8 @@ class Listing:
         if place < _OWN:
             for number in range(place, len(self._below)):
                 yield number + 1, self._below[number]
+        if not self._own:
+            return
         # Of names with one hash, which are rare, each has the place after the one before.
         first = place >> _TIES << _TIES
         before = first - 1
@@ -124,10 +126,10 @@ def listing(fs: State, node: Node) -> Listing | Callable[[], Listing]:
         return Listing([], [])
     lowers = [fs.lowers[layer].names(key) for layer, key in node.lowers]
     upper = fs.upper.names(node.upper) if node.upper is not None else []
-    all_ = *lowers, upper
-    if sum(len(names) if isinstance(names, list) else _MANY for names in all_) < _MANY:
-        return _listing(lowers, upper)
-    return lambda: _listing(lowers, upper)
+    count = 0
+    for names in (*lowers, upper):
+        count += len(names) if isinstance(names, list) else _MANY
+    return _listing(lowers, upper) if count < _MANY else lambda: _listing(lowers, upper)
 
 
 def _listing(lowers: Sequence[list[bytes] | NamesJob], upper: list[bytes] | NamesJob) -> Listing:
