@@ -67,6 +67,14 @@ def _failure(error: BaseException, name: str) -> FUSEError:
     return error if isinstance(error, FUSEError) else FUSEError(errno_of(error, name))
 
 
+def _dot(node: Node) -> EntryAttributes:
+    """Return the entry for . or .., of which the kernel takes no more than this (fuse_direntplus_link())."""
+    entry = EntryAttributes()
+    entry.st_ino = node.ino
+    entry.st_mode = node.mode
+    return entry
+
+
 def _by_uid(ctx: RequestContext) -> Writer:
     return Writer.PRIVILEGED if ctx.uid == 0 else Writer.MEMBER
 
@@ -106,6 +114,29 @@ def _async(
                 raise _failure(error, method.__name__) from None
             failure = error
         again = functools.partial(method, self, *args, **kwargs)
+        return await self._again(again, failure, method.__name__, _user_of(args))
+
+    functools.update_wrapper(handler, method)
+    return handler
+
+
+def _told(
+    method: Callable[Concatenate[Adapter, bool | None, P], Coroutine[Any, Any, R]],
+) -> Callable[Concatenate[Adapter, P], Coroutine[Any, Any, R]]:
+    """The same for a method that is told first whether the request takes set-ID bits; None: not known.
+
+    Its message says so, which is there only until something is awaited.
+    """
+
+    async def handler(self: Adapter, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        takes = self._takes_set_id()
+        try:
+            return await method(self, takes, *args, **kwargs)
+        except Exception as error:
+            if not self._may_succeed(error):
+                raise _failure(error, method.__name__) from None
+            failure = error
+        again = functools.partial(method, self, takes, *args, **kwargs)
         return await self._again(again, failure, method.__name__, _user_of(args))
 
     functools.update_wrapper(handler, method)
@@ -480,22 +511,19 @@ class Adapter(pyfuse3.Operations):
         node = self._node(inode)
         return self._entry(node, self._fs.stat(node))
 
+    @_told
     async def setattr(
-        self, inode: int, attr: EntryAttributes, fields: SetattrFields, fh: int | None, ctx: RequestContext
-    ) -> EntryAttributes:
-        takes = self._takes_set_id() if fields.update_size else None  # a chown always does
-        return await self._setattr(inode, attr, fields, ctx, takes)
-
-    @_async
-    async def _setattr(
         self,
+        takes: bool | None,
         inode: int,
         attr: EntryAttributes,
         fields: SetattrFields,
+        fh: int | None,
         ctx: RequestContext,
-        takes: bool | None,
     ) -> EntryAttributes:
         node = self._node(inode)
+        if not fields.update_size:
+            takes = None  # a chown always does
         new = NewAttributes(
             mode=stat.S_IMODE(attr.st_mode) if fields.update_mode else None,
             uid=attr.st_uid if fields.update_uid else None,
@@ -582,18 +610,16 @@ class Adapter(pyfuse3.Operations):
 
     # --- files
 
-    async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
-        return await self._open(inode, flags, ctx, self._takes_set_id())
-
-    @_async
-    async def _open(self, inode: int, flags: int, ctx: RequestContext, takes: bool | None) -> FileInfo:
+    @_told
+    async def open(self, takes: bool | None, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
         node = self._node(inode)
         self._files.must_have(ctx.uid)
         if flags & (os.O_ACCMODE | os.O_TRUNC):
             await self._within_reach(node.parent)
             await self._bring_up(node, ctx.uid, 0 if flags & os.O_TRUNC else None)
-        if flags & os.O_TRUNC:
-            await self._cut(node, 0, ctx.uid)
+            if flags & os.O_TRUNC:
+                await self._cut(node, 0, ctx.uid)
+            self._files.must_have(ctx.uid)
         opener = self._writer(node, ctx, takes) if flags & os.O_TRUNC else _by_uid(ctx)
         return self._opened(node, flags, ctx, opener)
 
@@ -616,7 +642,6 @@ class Adapter(pyfuse3.Operations):
         return info, self._given((node, attr))
 
     def _opened(self, node: Node, flags: int, ctx: RequestContext, opener: Writer) -> FileInfo:
-        self._files.must_have(ctx.uid)
         mode = node.mode
         handle = self._fs.open(node, flags, opener=opener)
         self._tell(node, mode)
@@ -691,8 +716,7 @@ class Adapter(pyfuse3.Operations):
     @_sync
     def opendir(self, inode: int, ctx: RequestContext) -> int:
         node = self._node(inode)
-        self._files.opened.must_have(ctx.uid)
-        self._files.opened.take(ctx.uid)
+        self._files.opened.claim(ctx.uid)
         self._listed += 1
         number = self._listed
         # What the kernel keeps is for one at a time: it would give a second reader, once past the beginning,
@@ -713,9 +737,6 @@ class Adapter(pyfuse3.Operations):
         with answers.at_hand():  # this handler cannot be begun again: it awaits what it needs where it does
             await self._list(listing, start_id, token, answers)
 
-    async def _answered(self, call: Callable[[], R], answers: Answers | None) -> R:
-        return call() if answers is None else await self._threads.answered(call, answers)
-
     async def _list(
         self, listing: OpenDirectory, start_id: int, token: pyfuse3.ReaddirToken, answers: Answers | None
     ) -> None:
@@ -723,15 +744,18 @@ class Adapter(pyfuse3.Operations):
         names = listing.names
         end = time.monotonic() + SLICE
         if names is None or start_id == 0:
-            listed = await self._answered(functools.partial(fs.listing, node), answers)
+            listed = (
+                fs.listing(node)
+                if answers is None
+                else await self._threads.answered(lambda: fs.listing(node), answers)
+            )
             if callable(listed):
                 listed = await self._threads.run(listed, self._threads.reads, listing.opener)
             names = listed
             self.snapshots.keep(listing, names)
         for number in range(start_id, _DOTS):
             this = node if number == 0 else node.parent or node
-            attr = await self._answered(functools.partial(fs.stat, this), answers)
-            if not pyfuse3.readdir_reply(token, b"." * (number + 1), self._entry(this, attr), number + 1):
+            if not pyfuse3.readdir_reply(token, b"." * (number + 1), _dot(this), number + 1):
                 return
         for place, name in names.after(max(start_id - _DOTS, 0)):
             found = entry = None

@@ -59,26 +59,31 @@ class OpenFiles:
         self._openers[number] = uid
         self.opened.take(uid)
         self._use(number, handle.file, uid)
-
-        def replaced(before: File, file: File) -> None:
-            self._use(number, file, uid)
-            self._use_no_more(_descriptor_of(before), uid)
-
-        handle.on_replace = replaced
+        handle.number = number
+        handle.on_replace = self._replaced
         return number
+
+    def _replaced(self, handle: Handle, before: File) -> None:
+        uid = self._openers[handle.number]
+        if before.fileno() >= 0:
+            libfuse.read_from(handle.number, -1)
+        self._use(handle.number, handle.file, uid)
+        self._use_no_more(before, uid)
 
     def leave(self, number: int) -> Handle:
         """Take a number back; the handle is still open."""
         handle = self._handles.pop(number)
         uid = self._openers.pop(number)
-        libfuse.read_from(number, -1)
+        if handle.file.fileno() >= 0:
+            libfuse.read_from(number, -1)
         self._free.append(number)
         self.opened.give_back(uid)
-        self._use_no_more(_descriptor_of(handle.file), uid)
+        self._use_no_more(handle.file, uid)
         return handle
 
     def _use(self, number: int, file: File, uid: int) -> None:
-        libfuse.read_from(number, file.fileno())
+        if file.fileno() >= 0:
+            libfuse.read_from(number, file.fileno())
         fd = _descriptor_of(file)
         if fd < 0:
             return
@@ -88,7 +93,8 @@ class OpenFiles:
             self._descriptors.take(uid)
         users.by_uid[uid] += 1
 
-    def _use_no_more(self, fd: int, uid: int) -> None:
+    def _use_no_more(self, file: File, uid: int) -> None:
+        fd = _descriptor_of(file)
         if fd < 0:
             return
         users = self._users[fd]

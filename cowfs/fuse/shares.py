@@ -63,6 +63,11 @@ class Share:
         if left <= 0:
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
+    def claim(self, uid: int) -> None:
+        """Count one more as a user's, or raise EMFILE."""
+        self.must_have(uid)
+        self.take(uid)
+
     def take(self, uid: int) -> None:
         """Count one as a user's, whether or not he may have it."""
         self._left -= 1

@@ -38,7 +38,8 @@ class Snapshots:
 
     def keep(self, directory: OpenDirectory, names: Listing) -> None:
         """Let a reader go on with these names."""
-        self.drop(directory)
+        if directory.names is not None:
+            self.drop(directory)
         directory.names = names
         self._kept[directory] = len(names)
         self._count += len(names)
@@ -47,5 +48,6 @@ class Snapshots:
 
     def drop(self, directory: OpenDirectory) -> None:
         """Forget the names of a reader."""
-        directory.names = None
-        self._count -= self._kept.pop(directory, 0)
+        if directory.names is not None:
+            directory.names = None
+            self._count -= self._kept.pop(directory)

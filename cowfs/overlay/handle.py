@@ -40,6 +40,7 @@ class Handle:
         "file",
         "is_synchronous",
         "node",
+        "number",
         "on_replace",
         "opener",
         "reader",
@@ -59,8 +60,10 @@ class Handle:
         """Who is taken to write if nothing is known of that."""
         self.is_synchronous = False
         """Whether each write waits for the disk (O_SYNC, O_DSYNC)."""
-        self.on_replace: Callable[[File, File], None] | None = None
-        """Told of a file, and of that which takes its place."""
+        self.number = -1
+        """What those who keep handles by number call it."""
+        self.on_replace: Callable[[Handle, File], None] | None = None
+        """Called after another file has taken the place of this one."""
         self._retired: list[tuple[File, Reader | None]] = []
 
     def replace(self, reader: Reader) -> None:
@@ -69,7 +72,7 @@ class Handle:
         self.file, self.reader = reader.file, reader
         reader.users += 1
         if self.on_replace is not None:
-            self.on_replace(before, self.file)
+            self.on_replace(self, before)
         if before.fileno() < 0:
             self._retired.append((before, reader_before))
         # A file of the kernel's is closed by whoever drops it last, so that none lies idle.
