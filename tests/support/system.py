@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import stat
 import subprocess
@@ -38,6 +39,13 @@ def isolate(scratch: Path) -> None:
         os.chmod(node, 0o666)
         if libc.mount(os.fsencode(node), b"/dev/fuse", None, MS_BIND, None) != 0:
             raise OSError(ctypes.get_errno(), "mount --bind /dev/fuse")
+
+
+@functools.cache
+def makes_user_namespaces() -> bool:
+    """Whether one can make a namespace of users here: in a chroot nobody can (user_namespaces(7))."""
+    tried = [["unshare", "--user", "true"], [*as_nobody_prefix(), "unshare", "--user", "true"]]
+    return all(run(*command, check=False).returncode == 0 for command in tried)
 
 
 def as_nobody_prefix() -> list[str]:
