@@ -7,6 +7,7 @@ daemon starts do not see it.
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import linecache
 import logging
@@ -40,6 +41,8 @@ def need_no_more(mountpoint: str) -> None:
     for name in _OTHERS:
         with suppress(ImportError):
             importlib.import_module(name)
+    with suppress(OSError):
+        ctypes.CDLL("libgcc_s.so.1")  # which a thread needs that ends with the process (pthread_exit(3))
     time.localtime()  # reads the time zone
     assert cowfs.__version__, "looks among the packages that are installed"
     _show_no_sources()

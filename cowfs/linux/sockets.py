@@ -62,27 +62,23 @@ def _open_if_private(directory: str, uid: int) -> int:
 def control_listener(directory: int, dev: str) -> Iterator[socket.socket]:
     """Listen on the control socket of the mount *dev*, in the open *directory*; remove it in the end.
 
-    The socket of a killed daemon, which had the same number, is replaced. Raises OSError: EADDRINUSE when
-    a daemon listens.
+    One that is there is replaced: two mounts never have one number, so it is that of a mount that is no
+    more, whose daemon was killed or has not ended yet.
     """
     path = _beneath(directory, dev)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as listener:
-        if not _listens(path):
-            with suppress(FileNotFoundError):
-                os.unlink(dev, dir_fd=directory)
+        with suppress(FileNotFoundError):
+            os.unlink(dev, dir_fd=directory)
         listener.bind(path)
+        ours = os.stat(dev, dir_fd=directory, follow_symlinks=False).st_ino
         try:
             os.chmod(path, 0o600)
             listener.listen(8)
             yield listener
         finally:
             with suppress(OSError):
-                os.unlink(dev, dir_fd=directory)
-
-
-def _listens(path: str) -> bool:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as probe:
-        return probe.connect_ex(path) == 0
+                if os.stat(dev, dir_fd=directory, follow_symlinks=False).st_ino == ours:
+                    os.unlink(dev, dir_fd=directory)
 
 
 def _beneath(directory: int, name: str) -> str:

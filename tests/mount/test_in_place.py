@@ -347,3 +347,11 @@ def test_a_place_that_the_daemon_may_ask_later(tmp_path: Path, place: str, propa
                 kill_daemons(tmp_path)
                 user.stdin.close()
     assert "SIGTERM: unmounting" in log.read_text() and "Traceback" not in log.read_text()
+
+
+@needs_root
+def test_what_a_thread_needs_at_its_end_is_loaded(tmp_path: Path) -> None:
+    """The C library looks for it when Python ends a thread with the process, and aborts without it."""
+    (tmp_path / "lower").mkdir()
+    with mounted(tmp_path / "lower", tmp_path / "mnt") as here:
+        assert "/libgcc_s.so" in Path(f"/proc/{here.pid()}/maps").read_text()

@@ -10,12 +10,13 @@ import stat
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
 from cowfs.cli.client import find_mount
+from cowfs.linux.sockets import control_listener
 from tests.support.mounts import cowfs, eventually, force_umount, is_mounted, mounted
 from tests.support.system import NOBODY, needs_fuse, needs_root, run
 
@@ -196,6 +197,23 @@ def test_what_a_killed_daemon_left_is_replaced(lower: Path, nobody_path: Path) -
             if now.dev == found.dev:
                 return
     pytest.skip("the number of the killed mount was not given again")
+
+
+def test_the_socket_of_a_daemon_that_has_not_ended_yet_is_replaced(tmp_path: Path) -> None:
+    """The kernel gives the number of a mount that is gone to the next, whose daemon may come before that."""
+    directory = os.open(tmp_path, os.O_RDONLY)
+    place = tmp_path / "0:99"
+    try:
+        with ExitStack() as first:
+            first.enter_context(control_listener(directory, "0:99"))
+            with control_listener(directory, "0:99") as second:
+                first.close()
+                with socket.socket(socket.AF_UNIX) as client:
+                    client.connect(str(place))
+                    second.accept()[0].close()
+            assert not place.exists()
+    finally:
+        os.close(directory)
 
 
 def _listens(path: Path) -> bool:
