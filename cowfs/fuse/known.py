@@ -13,6 +13,7 @@ invalidation of entries is no way: it takes mounts away, and the names from what
 from __future__ import annotations
 
 import errno
+import math
 import os
 import struct
 import sys
@@ -34,6 +35,10 @@ _NOTIFY = struct.Struct("=IiQII8x")  # struct fuse_out_header, struct fuse_notif
 _AT_ONCE = 512
 _PAUSE = 0.1
 """Seconds in which the kernel says some of what it has forgotten."""
+_AGAIN = 0.5
+"""Seconds after which the kernel is asked again when that was not enough, at first …"""
+_AGAIN_AT_LAST = 64.0
+"""… and at last: each time twice as long."""
 
 
 def most_inodes() -> int:
@@ -62,9 +67,10 @@ class KnownInodes:
     async def keep_few(self, fd: int, drop_all: Callable[[], None]) -> None:
         """Do so until cancelled. *fd* is the connection; *drop_all* lets the kernel drop all that is not
         used, and raises OSError where it cannot."""
-        nodes, aim = self._nodes, self._most - self._most // 4
+        nodes, aim, pause = self._nodes, self._most - self._most // 4, _AGAIN
         while True:
-            await self._many.wait()
+            with trio.move_on_after(pause if len(nodes) > self._most else math.inf):
+                await self._many.wait()
             nodes.many = sys.maxsize  # no need to be told
             try:
                 await self._prune(fd, aim)
@@ -73,7 +79,8 @@ class KnownInodes:
                     raise
                 await in_thread(drop_all)
             await self._settle(aim)
-            # What is left is in use, or somebody is as fast as we are.
+            # What is left is in use, or somebody is as fast as we are: that is seen later.
+            pause = min(2 * pause, _AGAIN_AT_LAST) if len(nodes) > self._most else _AGAIN
             self._many = trio.Event()
             nodes.too_many = self._many.set
             nodes.many = max(self._most, len(nodes) + self._most // 8)
