@@ -34,7 +34,7 @@ def test_grown_under_a_load(place: Path, shape: Shape) -> None:
             assert images.unclean(path) is None, "it is clean, for others to change"
             os.truncate(path, path.stat().st_size + (4 << 20))
             run("e2fsck", "-fp", path)  # or resize2fs demands it, unless the last one was in this second
-            run("resize2fs", path)
+            run("resize2fs", "-f", path)
             assert run("e2fsck", "-fp", path, check=False).returncode == 0
             opened.layer.resume(hidden)
             assert opened.layer.statfs().blocks > before, f"turn {turn}"

@@ -69,6 +69,7 @@ def fuzz(target: str, wanted: Wanted) -> Result:
     with tempfile.TemporaryDirectory(prefix="cowfs-fuzz-", dir=images.scratch()) as scratch:
         corpus = [*_corpus(target, Path(scratch)), inputs]
         environment = {**os.environ, "COWFS_FUZZ_IMAGES": scratch, "COWFS_FUZZ_FSCK": str(wanted.fsck_every)}
+        environment["ASAN_OPTIONS"] = "quarantine_size_mb=64"
         environment["TMPDIR"] = scratch  # atheris ends the process, and nothing in it tidies up
         environment.pop("COVERAGE_PROCESS_CONFIG", None)  # it costs nine tenths of the runs
         command = (
@@ -104,7 +105,8 @@ def _corpus(target: str, scratch: Path) -> Iterator[Path]:
 def _engine(wanted: Wanted, here: Path, scratch: Path, corpus: list[Path]) -> list[str]:
     build.make_images(scratch)
     fuzzer = build.up_to_date(wanted.place / "engine" / "fuzzer")
-    limits = ["-timeout=20", "-rss_limit_mb=1024", "-malloc_limit_mb=256", "-max_len=3200", "-len_control=20"]
+    # Two processors may be shared with much else, and most of the memory is what AddressSanitizer holds back.
+    limits = ["-timeout=60", "-rss_limit_mb=2048", "-malloc_limit_mb=256", "-max_len=3200", "-len_control=20"]
     how = [
         f"-seed={wanted.seed % 0xFFFFFFFF or 1}",
         f"-artifact_prefix={here / 'findings'}/",

@@ -598,7 +598,7 @@ def test_suspended_for_growing(plain: Path) -> None:
         waiting = threading.Thread(target=engine.create, args=(ROOT, b"waited"))
         waiting.start()
         run("truncate", "-s", "128M", plain)
-        run("resize2fs", plain)
+        run("resize2fs", "-f", plain)
         assert waiting.is_alive()
         engine.call("resume", -1)
         waiting.join()

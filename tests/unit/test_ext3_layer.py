@@ -546,7 +546,7 @@ def test_an_image_grows_while_it_is_used(tmp_path: Path) -> None:
         layer.suspend(place)
         os.truncate(image, 96 << 20)
         run("e2fsck", "-fp", image)
-        run("resize2fs", image)
+        run("resize2fs", "-f", image)
         layer.resume(place)
 
         after = layer.statfs()
