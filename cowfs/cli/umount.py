@@ -105,7 +105,7 @@ def _wait(mountpoint: str, found: MountInfo, pid: int, timeout: float, farewell:
         why = _where(found)
         if left <= patience:
             break
-        if why != said:
+        if why != said and (why or patience == _PATIENCE):  # else it is gone just now
             _say(f"{mountpoint}: unmounted, but {why or f'its daemon (pid {pid}) still writes'}; waiting")
             said = why
     hint = "unmount it there too" if why else ""
