@@ -37,6 +37,8 @@ def what_is_missing() -> Iterator[tuple[str, str]]:
         yield "pkg-config", "pkg-config libfuse3-dev"
     elif says("pkg-config", "--exists", "fuse3 >= 3.14") is None:
         yield "libfuse 3.14 or later with its headers", "libfuse3-dev"
+    elif says("pkg-config", "--exists", "liburing >= 2.3") is None:
+        yield "liburing 2.3 or later with its headers", "liburing-dev"
 
 
 compiler = shlex.split(sysconfig.get_config_var("CC") or "cc")
@@ -50,12 +52,13 @@ setup(
     ext_modules=[
         Extension(
             "cowfs.fuse._libfuse",
-            ["cowfs/fuse/_libfuse.c"],
+            ["cowfs/fuse/_libfuse.c", "cowfs/fuse/ring.c"],
+            depends=["cowfs/fuse/ring.h"],
             extra_compile_args=[
                 "-D_FILE_OFFSET_BITS=64",
                 *shlex.split(says("pkg-config", "--cflags", "fuse3") or ""),
             ],
-            extra_link_args=shlex.split(says("pkg-config", "--libs", "fuse3") or ""),
+            extra_link_args=shlex.split(says("pkg-config", "--libs", "fuse3", "liburing") or ""),
         )
     ],
     cffi_modules=["cowfs/formats/ext3/build_engine.py:builder"],

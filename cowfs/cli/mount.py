@@ -18,6 +18,7 @@ from cowfs.linux.programs import find
 
 if TYPE_CHECKING:
     from cowfs.assemble import UnionOptions
+    from cowfs.fuse.rings import Rings
     from cowfs.store.store import Store
 
 _log = logging.getLogger(__name__)
@@ -189,10 +190,11 @@ def _serve(
 
     os.umask(0)
     _raise_file_limit()
-    give_up()  # before there are threads: opening the store starts some
+    rings = _rings(given.values.get("io_uring", "auto"))
+    give_up(has_rings=rings is not None)  # before there are threads: opening the store starts some
     try:
         shut_in = _step_aside(union_options, mountpoint)
-        _mount_and_serve(union_options, mountpoint, given, reporter, shut_in)
+        _mount_and_serve(union_options, mountpoint, given, reporter, shut_in, rings)
     finally:
         outside.end()
     return 0
@@ -204,6 +206,7 @@ def _mount_and_serve(
     given: mount_options.Options,
     reporter: Reporter,
     shut_in: Callable[[Store], None],
+    rings: Rings | None,
 ) -> None:
     from cowfs import assemble
     from cowfs.cli.own_files import need_no_more
@@ -220,7 +223,7 @@ def _mount_and_serve(
             acl="noacl" not in given.flags,
             fakeroot=union_options.fakeroot,
         )
-        daemon = Daemon(union.overlay, request)
+        daemon = Daemon(union.overlay, request, rings)
         disks = Disks([*union_options.lowers, union_options.store])
         options = [*request.options, *(["fakeroot"] if request.fakeroot else [])]
         more = {"mountpoint": mountpoint, "options": sorted(options)}
@@ -229,7 +232,11 @@ def _mount_and_serve(
         try:
             shut_in(union.store)  # and none leads anywhere
             daemon.serve(
-                assemble.commands(union, lambda: {**more, **daemon.adapter.figures()}, daemon.lose_patience),
+                assemble.commands(
+                    union,
+                    lambda: {**more, "transport": daemon.transport(), **daemon.adapter.figures()},
+                    daemon.lose_patience,
+                ),
                 reporter.ready,
                 watch(union.store),
                 after_pause=disks.look_after_sleep,
@@ -266,6 +273,27 @@ def _step_aside(union: UnionOptions, mountpoint: str) -> Callable[[Store], None]
             _log.info("goes on with all files in reach: %s", error.strerror)
 
     return shut_in
+
+
+def _rings(wanted: str) -> Rings | None:
+    """Make the rings for requests by io_uring, if they are *wanted* and to be had."""
+    from cowfs.fuse import rings
+
+    if wanted == "off":
+        return None
+    why = rings.why_not()
+    if not why:
+        try:
+            return rings.open_rings()
+        except OSError as error:
+            why = error.strerror or str(error)
+            if wanted == "auto":
+                warn(f"slower than it could be: io_uring cannot be used: {why}")
+    if wanted == "on":
+        raise SystemFailure(
+            f"io_uring cannot be used: {why}", "leave out io_uring=on: it is used where it can be"
+        )
+    return None
 
 
 def _source(lowers: Sequence[str], mountpoint: str) -> str:

@@ -11,12 +11,14 @@ from cowfs.errors import UsageError
 from cowfs.store.sizes import parse_size
 
 ENGINES = ("auto", "process", "kernel")
+_CHOICES = {"engine": ENGINES, "io_uring": ("auto", "on", "off")}
 
 _VALUES = {
     "store": "the writable store: an image, a directory, or memory (the default)",
     "engine": "who reads and writes images: process (and auto), or kernel (root only)",
     "offset": "where in its file the lower image begins, in bytes; several with colons",
     "size": "how large a store in memory may become: 256M, 2G (default: half of the RAM)",
+    "io_uring": "take requests on the CPU where they are made: auto, on or off (Linux 6.14)",
     "log": "write the log to this file",
 }
 _FLAGS = {
@@ -124,9 +126,10 @@ def parse(given: list[str]) -> Options:
         elif not (name in _IGNORED or name.startswith(("x-", "X-", "comment")) or "sloppy" in parts):
             known = ", ".join([*(f"{name}=" for name in _VALUES), *_FLAGS])
             raise UsageError(f"unknown option {option!r}", f"known: {known}, and mount's suid, dev, exec …")
-    engine = options.values.get("engine", "auto")
-    if engine not in ENGINES:
-        raise UsageError(f"unknown engine {engine!r}", "one of " + ", ".join(ENGINES))
+    for name, choices in _CHOICES.items():
+        value = options.values.get(name, choices[0])
+        if value not in choices:
+            raise UsageError(f"unknown {name} {value!r}", "one of " + ", ".join(choices))
     return options
 
 

@@ -25,6 +25,8 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
+#include "ring.h"
+
 #if FUSE_VERSION >= FUSE_MAKE_VERSION(3, 17)
 #define HAS_WANT_EXT
 #endif
@@ -47,57 +49,52 @@ static void *received; /* the buffer that the last request came in: each of pyfu
 static bool tells_set_id; /* the kernel says with each request what it takes from a file */
 
 /* The kernel need not ask for security.capability before it writes, since whoever writes below us removes it
- * (FUSE_HANDLE_KILLPRIV_V2 in linux/fuse.h). */
+ * (FUSE_HANDLE_KILLPRIV_V2 in linux/fuse.h). Until libfuse 3.16 libfuse does not know it: we put the flag into the
+ * answer to FUSE_INIT. */
 #ifdef FUSE_CAP_HANDLE_KILLPRIV_V2
 #define KILLPRIV_V2 FUSE_CAP_HANDLE_KILLPRIV_V2
-
-static bool begin_reply(const struct fuse_conn_info *conn)
-{
-	return conn->capable & KILLPRIV_V2;
-}
-
-static void watch_reply(struct fuse_session *session)
-{
-	(void)session;
-}
-#else /* until libfuse 3.16, which does not know it: we put the flag into the answer to FUSE_INIT */
+#else
 #define KILLPRIV_V2 0
+#endif
 
 static bool initialising; /* what is written next is that answer */
 
 static bool begin_reply(const struct fuse_conn_info *conn)
 {
-	(void)conn;
-	return initialising = true;
+	initialising = true;
+	return !KILLPRIV_V2 || conn->capable & KILLPRIV_V2;
 }
 
 static ssize_t on_writev(int fd, struct iovec *iov, int count, void *userdata)
 {
 	enum { FLAGS = 12, HANDLE_KILLPRIV_V2 = 1 << 28 };
 	(void)userdata;
-	if (initialising && count >= 2 && iov[1].iov_len >= FLAGS + sizeof(uint32_t)) {
+	if (initialising && !KILLPRIV_V2 && count >= 2 && iov[1].iov_len >= FLAGS + sizeof(uint32_t)) {
 		uint32_t flags;
 		memcpy(&flags, (char *)iov[1].iov_base + FLAGS, sizeof flags);
 		flags |= HANDLE_KILLPRIV_V2;
 		memcpy((char *)iov[1].iov_base + FLAGS, &flags, sizeof flags);
 	}
 	initialising = false;
-	return writev(fd, iov, count);
+	return ring_writev(fd, iov, count);
 }
 
 static ssize_t on_receive(int fd, void *request, size_t size, void *userdata)
 {
 	(void)userdata;
-	return read(fd, request, size);
+	return ring_read(fd, request, size);
 }
 
+/* A libfuse that was built without custom I/O refuses: then there are no rings, and all else goes on. */
 static void watch_reply(struct fuse_session *session)
 {
 	static const struct fuse_custom_io io = {.writev = on_writev, .read = on_receive};
 
+	if (KILLPRIV_V2 && !ring_wanted())
+		return;
+	ring_device(fuse_session_fd(session));
 	fuse_session_custom_io(session, &io, fuse_session_fd(session));
 }
-#endif
 
 /* A word of the last request (linux/fuse.h), at so many bytes from its beginning. */
 static uint32_t word(size_t offset)
@@ -383,5 +380,9 @@ static struct PyModuleDef definition = {
 
 PyMODINIT_FUNC PyInit__libfuse(void)
 {
-	return PyModule_Create(&definition);
+	PyObject *module = PyModule_Create(&definition);
+
+	if (module && PyModule_AddFunctions(module, ring_methods))
+		Py_CLEAR(module);
+	return module;
 }

@@ -188,9 +188,9 @@ class Adapter(pyfuse3.Operations):
 
     def _may_succeed(self, error: Exception, *, gave_way: bool = False) -> bool:
         """Whether what has failed with *error*, and left nothing behind, is to be tried again."""
-        if isinstance(error, NotYet) or self._made_room(error):
+        if isinstance(error, NotYet) or (not gave_way and self._may_get_room(error)):
             return True
-        return not gave_way and self._may_get_room(error)
+        return self._made_room(error)
 
     def _may_get_room(self, error: Exception) -> bool:
         """Whether there may be room for what failed once the requests that have come are handled.
@@ -206,6 +206,7 @@ class Adapter(pyfuse3.Operations):
         """Do *call* again, which failed with *error*, until it succeeds or nothing is left to try."""
         answers = Answers(uid)
         gave_way = False
+        await self._loop.step_aside()  # what is at hand is a task's
         try:
             while True:
                 try:
@@ -287,7 +288,7 @@ class Adapter(pyfuse3.Operations):
     def _sweep_soon(self) -> None:
         if not self._sweeping:
             self._sweeping = True
-            trio.lowlevel.spawn_system_task(self._sweep)
+            self._loop.in_trio(lambda: trio.lowlevel.spawn_system_task(self._sweep))
 
     async def _sweep(self) -> None:
         """Remove what is left of directories; nobody waits for that."""
@@ -335,7 +336,9 @@ class Adapter(pyfuse3.Operations):
     async def _settled(self, node: Node) -> None:
         """Wait while another request copies the node up."""
         while node.copying is not None:
-            self._loop.hand_over()
+            await self._loop.step_aside()
+            if node.copying is None:
+                return
             self._loop.waiting += 1
             try:
                 await node.copying.wait()
@@ -546,8 +549,9 @@ class Adapter(pyfuse3.Operations):
     def readlink(self, inode: int, ctx: RequestContext) -> bytes:
         return self._fs.readlink(self._node(inode))
 
-    @_sync
-    def statfs(self, ctx: RequestContext) -> StatvfsData:
+    @_async
+    async def statfs(self, ctx: RequestContext) -> StatvfsData:
+        await self._loop.take_forgets()
         stats = self._fs.statfs()
         data = StatvfsData()
         data.f_bsize = stats.bsize

@@ -24,6 +24,7 @@ from cowfs.fuse.adapter import Adapter
 from cowfs.fuse.fakeroot import FakerootAdapter
 from cowfs.fuse.known import KnownInodes, most_inodes
 from cowfs.fuse.loop import RequestLoop
+from cowfs.fuse.rings import Rings
 from cowfs.fuse.shares import bounds
 from cowfs.linux import fuse, outside, programs
 from cowfs.linux.files import syncfs
@@ -61,14 +62,15 @@ class MountRequest:
 class Daemon:
     """One mounted union."""
 
-    def __init__(self, fs: Overlay, request: MountRequest) -> None:
+    def __init__(self, fs: Overlay, request: MountRequest, rings: Rings | None = None) -> None:
         self._fs = fs
         self._request = request
-        self._loop = RequestLoop()
+        self._rings = rings
+        self._loop = RequestLoop(rings)
         adapter = FakerootAdapter if request.fakeroot else Adapter
         shared = "allow_other" in request.options
         self.adapter: Adapter = adapter(fs, self._loop, acl=request.acl, bounds=bounds(shared=shared))
-        self._known = KnownInodes(fs.nodes, most_inodes())
+        self._known = KnownInodes(fs.nodes, most_inodes(), self._loop.in_trio)
         self._mounted = False
         self.dev = ""
         self._control = -1
@@ -163,6 +165,13 @@ class Daemon:
     def lose_patience(self) -> None:
         """Give up requests that seem to hang, in some seconds and from then on: the mount is being left."""
         self._loop.lose_patience()
+
+    def transport(self) -> str:
+        """Say how requests come, for ``cowfs info``."""
+        if self._rings is None:
+            return "/dev/fuse"
+        refused = libfuse.rings_refused()
+        return f"/dev/fuse ({refused})" if refused else f"io_uring, {self._rings.describe()}"
 
     def close(self) -> None:
         """Detach from the mountpoint if it is still mounted."""

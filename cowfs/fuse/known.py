@@ -58,11 +58,22 @@ def prune(fd: int, inodes: array[int]) -> None:
 class KnownInodes:
     """Keeps the number of nodes at *most*, and below for some time after it was reached."""
 
-    def __init__(self, nodes: NodeTable, most: int) -> None:
+    def __init__(
+        self, nodes: NodeTable, most: int, in_trio: Callable[[Callable[[], object]], object] | None = None
+    ) -> None:
+        """*in_trio* has a call done by trio's thread: nodes are made by others too."""
         self._nodes = nodes
         self._most = nodes.many = most
-        self._many = trio.Event()
-        nodes.too_many = self._many.set
+        self._in_trio = in_trio or (lambda call: call())
+        self._expect()
+
+    def _expect(self) -> None:
+        self._many = many = trio.Event()
+
+        def tell() -> None:
+            self._in_trio(many.set)
+
+        self._nodes.too_many = tell
 
     async def keep_few(self, fd: int, drop_all: Callable[[], None]) -> None:
         """Do so until cancelled. *fd* is the connection; *drop_all* lets the kernel drop all that is not
@@ -81,8 +92,7 @@ class KnownInodes:
             await self._settle(aim)
             # What is left is in use, or somebody is as fast as we are: that is seen later.
             pause = min(2 * pause, _AGAIN_AT_LAST) if len(nodes) > self._most else _AGAIN
-            self._many = trio.Event()
-            nodes.too_many = self._many.set
+            self._expect()
             nodes.many = max(self._most, len(nodes) + self._most // 8)
 
     async def _prune(self, fd: int, aim: int) -> None:

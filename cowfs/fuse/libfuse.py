@@ -50,6 +50,9 @@ def _load() -> tuple[Any, str]:
 _module: Any
 _module, _why = _load()
 
+ring: Any = _module
+"""The functions of ``ring.c``, for :mod:`cowfs.fuse.rings`; None without the module."""
+
 KEPT: int = 1 << 62
 """Handle numbers of directories whose listing the kernel shall keep have this bit."""
 
@@ -93,3 +96,13 @@ def takes_set_id() -> bool | None:
     For handlers of open, create, write and setattr, before they await anything.
     """
     return None if _module is None else _module.takes_set_id()
+
+
+def rings_serve() -> bool:
+    """Whether requests come by io_uring."""
+    return _module is not None and not _module.ring_refused()
+
+
+def rings_refused() -> str:
+    """Return why requests do not come by io_uring, though that was asked for; "" when they do."""
+    return str(_module.ring_refused())

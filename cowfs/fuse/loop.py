@@ -11,6 +11,9 @@ task leads. So the common request costs no task switch at all, and a slow one ho
 
 The waiting function is a private name of pyfuse3's, which this module replaces; with a pyfuse3 that
 has no such name, the stock loop serves, only slower.
+
+Where the kernel gives requests by io_uring (``rings.py``), threads serve them, and what comes here is little:
+the first request, inodes that the kernel forgets, and what must wait.
 """
 
 from __future__ import annotations
@@ -28,11 +31,11 @@ import pyfuse3
 import trio
 
 from cowfs.fuse import libfuse
+from cowfs.fuse.rings import BODY, CoreLock, Rings
 
 log = logging.getLogger(__name__)
 
 _WAIT = "_wait_fuse_readable"
-_BODY = "_session_loop"
 _MAX_IDLE = 8
 """So many tasks are kept that have nothing to do; what a burst needed more of goes with it."""
 _POLLS = 80
@@ -51,6 +54,8 @@ _PATIENCE = 5.0
 """Seconds that something which may never come is waited for when the filesystem is to end."""
 _PAUSE_NS = 50_000_000
 """Without a request for so long, the machine may have slept: to freeze and to thaw it takes longer …"""
+_FORGETS = 0.02
+"""Seconds in which what the kernel forgets is left to gather, where requests come by io_uring."""
 _WAKING_NS = 20_000_000
 """… and for so long from then on it may still be waking: others run before the kernel counts the sleep."""
 
@@ -58,10 +63,12 @@ _WAKING_NS = 20_000_000
 class RequestLoop:
     """Serve the session that :func:`pyfuse3.init` has opened; :meth:`attach` comes first."""
 
-    def __init__(self) -> None:
+    def __init__(self, rings: Rings | None = None) -> None:
+        self._rings = rings
         self.after_pause: Callable[[], None] | None = None
         """Called before requests are received that come after some time without any."""
         self.waiting = 0
+        self._forget_now, self._forgotten = trio.Event(), trio.Event()
         self._attached = False
         self._patient: set[trio.CancelScope] = set()
         self._patience = self._end = math.inf
@@ -91,7 +98,7 @@ class RequestLoop:
     async def run(self) -> None:
         """Serve requests until the filesystem is unmounted or :meth:`stop` is called."""
         stock = getattr(pyfuse3, _WAIT, None)
-        if stock is None or not hasattr(pyfuse3, _BODY):
+        if stock is None or not hasattr(pyfuse3, BODY):
             await pyfuse3.main()
             return
         self._poll.register(self._fd, select.POLLIN)
@@ -99,12 +106,28 @@ class RequestLoop:
         watch = _TaskWatch(self._task_ended)
         trio.lowlevel.add_instrument(watch)
         try:
-            async with trio.open_nursery() as self._nursery:
-                await pyfuse3.main(1, 0)  # one task, which makes no others: that is done here
+            if self._rings is None:
+                async with trio.open_nursery() as self._nursery:
+                    await pyfuse3.main(1, 0)  # one task, which makes no others: that is done here
+            else:
+                await self._run_rings(self._rings)
         finally:
             self._nursery = None
             trio.lowlevel.remove_instrument(watch)
             setattr(pyfuse3, _WAIT, stock)
+
+    async def _run_rings(self, rings: Rings) -> None:
+        libfuse.ring.watch_pauses(self.after_pause)
+        lock = CoreLock()
+        libfuse.ring.core_lock()
+        trio.lowlevel.add_instrument(lock)
+        try:
+            async with trio.open_nursery() as self._nursery, rings.serving(self._nursery, self.stop):
+                await pyfuse3.main(1, 0)
+            await rings.close()
+        finally:
+            trio.lowlevel.remove_instrument(lock)
+            libfuse.ring.core_unlock()
 
     def stop(self) -> None:
         """Let :meth:`run` return after the requests that are being handled; those that hang are given up."""
@@ -136,7 +159,11 @@ class RequestLoop:
 
     def nobody_waits(self) -> bool:
         """Whether no other request has come, and none is under way in a thread."""
-        return not self.waiting and self._fd >= 0 and not self._poll.poll(0)
+        if self.waiting:
+            return False
+        if self._rings is not None and self._rings.here():
+            return bool(libfuse.ring.ring_quiet())
+        return self._fd >= 0 and not self._poll.poll(0)
 
     def somebody_waits(self) -> bool:
         """Whether a request has come that is not taken yet."""
@@ -144,6 +171,9 @@ class RequestLoop:
 
     async def serve_others(self) -> None:
         """Let what has come be handled first, if it is not too much."""
+        if self.forgets_wait():
+            await self.take_forgets()
+            return
         for _ in range(_MOST_TURNS):
             if not self.somebody_waits():
                 return
@@ -159,16 +189,44 @@ class RequestLoop:
             if error.errno != errno.ENOENT:  # the kernel does not know the inode
                 log.warning("the kernel may go by old attributes of inode %d: %s", ino, error.strerror)
 
-    def hand_over(self) -> None:
-        """Let another task lead: the caller is about to await something."""
+    async def step_aside(self) -> None:
+        """Let others be served: the caller is about to await something."""
+        if self._rings is not None and self._rings.here():
+            libfuse.empty_buffer()
+            await self._rings.leave()
+        else:
+            self._hand_over()
+
+    def in_trio(self, call: Callable[[], object]) -> None:
+        """Have something done by trio's thread: at once if it is the caller."""
+        if self._rings is not None and self._rings.here():
+            self._rings.in_trio(call)
+        else:
+            call()
+
+    def _hand_over(self) -> None:
         if self._leader is trio.lowlevel.current_task():
             self._leader = None
             libfuse.empty_buffer()
             self._appoint()
 
+    def forgets_wait(self) -> bool:
+        """Whether the kernel has forgotten inodes, and that has not been taken yet. It may free room."""
+        return self._rings is not None and libfuse.rings_serve() and bool(self._poll.poll(0))
+
+    async def take_forgets(self) -> None:
+        """Wait until it has been taken."""
+        if not self.forgets_wait():
+            return
+        await self.step_aside()
+        if self._closing or not self._poll.poll(0):  # meanwhile
+            return
+        self._forget_now.set()
+        await self._forgotten.wait()
+
     async def give_way(self) -> None:
         """Let others have a turn: the caller has much to do."""
-        self.hand_over()
+        await self.step_aside()
         self.waiting += 1
         try:
             await trio.lowlevel.checkpoint()
@@ -187,7 +245,7 @@ class RequestLoop:
             self._leader = task
             trio.lowlevel.reschedule(task)
         elif self._nursery is not None and not self._closing:
-            body = getattr(pyfuse3, _BODY)
+            body = getattr(pyfuse3, BODY)
             self._nursery.start_soon(body, self._nursery, 1, 0)
 
     def _close(self) -> None:
@@ -195,11 +253,16 @@ class RequestLoop:
             self._closing = True
             self._end = trio.current_time() + _PATIENCE
             self._hurry(self._end)
+        self._forgotten.set()
         while self._idle:
             trio.lowlevel.reschedule(self._idle.pop())
 
     async def _readable(self) -> bool:
-        """Return True when the calling task shall receive a request, False when it shall end."""
+        """Return True when the caller shall receive a request, False when it shall end."""
+        if self._rings is not None:
+            receives = self._rings.receives()
+            if receives is not None:
+                return receives if isinstance(receives, bool) else await receives
         task = trio.lowlevel.current_task()
         if self._first is None:
             self._first = task  # pyfuse3.main ends with it
@@ -242,6 +305,10 @@ class RequestLoop:
                 after = time.monotonic_ns()
                 if after - now > _PREEMPTED_NS:
                     self._busy_until = after + _BUSY_NS
+        if not events and self._forget_now.is_set():
+            self._forget_now = trio.Event()
+            self._forgotten.set()
+            self._forgotten = trio.Event()
         while not events:
             asleep = time.monotonic_ns()
             try:
@@ -250,8 +317,13 @@ class RequestLoop:
                 self._close()
             if self._closing:
                 return False
+            if libfuse.rings_serve():
+                with trio.move_on_after(_FORGETS):
+                    await self._forget_now.wait()
+                if self._closing:
+                    return False
             self._yielded = time.monotonic_ns()
-            self._spin = self._yielded - asleep < _KEEP_COMING_NS
+            self._spin = self._yielded - asleep < _KEEP_COMING_NS and self._rings is None
             events = poll(0)
         if events[0][1] & ~select.POLLIN:  # POLLERR: the filesystem is unmounted
             self._close()

@@ -46,7 +46,7 @@ class Threads:
         What it needs, be it descriptors, is to be taken then: however many wait, they have nothing.
         """
         loop = self._loop
-        loop.hand_over()
+        await loop.step_aside()
         loop.waiting += 1
         try:
             async with turns.turn(uid):
@@ -61,6 +61,7 @@ class Threads:
 
     async def run_patiently(self, call: Callable[[], R], turns: Turns, uid: int) -> R:
         """The same for what may never end: EIO if it has not when the filesystem is to end."""
+        await self._loop.step_aside()
         with self._loop.patience():
             async with self.turn(turns, uid):
                 return await in_thread(call, may_hang=True)
@@ -118,10 +119,14 @@ class Threads:
         calls.append(call)
         if len(calls) > 1:
             return
-        try:
-            trio.lowlevel.spawn_system_task(self._do_later, uid)
-        except RuntimeError:  # nothing is served any more: the layers close all that is open
-            del self._later[uid]
+
+        def begin() -> None:
+            try:
+                trio.lowlevel.spawn_system_task(self._do_later, uid)
+            except RuntimeError:  # nothing is served any more: the layers close all that is open
+                del self._later[uid]
+
+        self._loop.in_trio(begin)
 
     async def _do_later(self, uid: int) -> None:
         await trio.sleep(_SOON)  # one thread for many

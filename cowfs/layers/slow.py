@@ -127,11 +127,12 @@ class Answers:
     @contextmanager
     def at_hand(self) -> Iterator[None]:
         """Let the layers give these answers to this task, for the time being."""
-        token = _at_hand.set(self)
+        before = _at_hand.get()
+        _at_hand.set(self)
         try:
             yield
         finally:
-            _at_hand.reset(token)
+            _at_hand.set(before)  # no reset(): a request may have moved to another thread, with its context
 
     def to(self, question: Question) -> Answer | None:
         """Return what is known. A file is given once."""

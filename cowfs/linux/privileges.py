@@ -44,15 +44,22 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.prctl.argtypes = (ctypes.c_int, *[ctypes.c_ulong] * 4)
 
 
-def give_up() -> None:
+def give_up(*, has_rings: bool = False) -> None:
     """Keep of root's privileges what a daemon needs, and show nobody its memory. Does nothing as a user.
+
+    *has_rings*: it goes on using the io_uring rings that it has made.
 
     A user's daemon has none to give up, and needs fusermount3, which is set-user-ID, for its unmount. The log
     tells what the kernel, or a container, does not let us give up.
     """
     if os.geteuid() != 0:
         return
-    for step in (_hide_memory, _drop_capabilities, _no_new_privileges, refuse_needless_calls):
+
+    def refuse() -> None:
+        refuse_needless_calls(has_rings=has_rings)
+
+    refuse.__name__ = refuse_needless_calls.__name__
+    for step in (_hide_memory, _drop_capabilities, _no_new_privileges, refuse):
         try:
             step()
         except OSError as error:

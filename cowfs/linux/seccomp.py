@@ -13,13 +13,15 @@ import socket
 
 _REFUSED = """
     acct add_key adjtimex bpf chroot clock_adjtime clock_settime create_module delete_module
-    fanotify_init finit_module get_kernel_syms init_module io_uring_enter io_uring_register
-    io_uring_setup ioperm iopl kcmp kexec_file_load kexec_load keyctl lookup_dcookie migrate_pages
-    modify_ldt move_pages nfsservctl perf_event_open personality pidfd_getfd process_madvise
-    process_vm_readv process_vm_writev ptrace query_module quotactl quotactl_fd reboot request_key
-    setdomainname sethostname setns settimeofday stime swapoff swapon _sysctl sysfs syslog uselib
-    userfaultfd ustat vhangup vm86 vm86old
+    fanotify_init finit_module get_kernel_syms init_module io_uring_setup ioperm iopl kcmp
+    kexec_file_load kexec_load keyctl lookup_dcookie migrate_pages modify_ldt move_pages nfsservctl
+    perf_event_open personality pidfd_getfd process_madvise process_vm_readv process_vm_writev
+    ptrace query_module quotactl quotactl_fd reboot request_key setdomainname sethostname setns
+    settimeofday stime swapoff swapon _sysctl sysfs syslog uselib userfaultfd ustat vhangup vm86
+    vm86old
 """
+_RINGS = "io_uring_enter io_uring_register"
+"""Refused as well where no rings were made before. Those that were do no more than ``ring.c`` lets them."""
 
 _REFUSED_AT_LAST = """
     chroot execve execveat fsconfig fsmount fsopen fspick mount mount_setattr move_mount open_by_handle_at
@@ -44,12 +46,12 @@ class _Comparison(ctypes.Structure):
     )
 
 
-def refuse_needless_calls() -> None:
+def refuse_needless_calls(*, has_rings: bool = False) -> None:
     """Refuse them to this thread and to all that it starts, for good, and sockets but for local ones.
 
     Raises OSError: ENOENT without libseccomp, EACCES without no_new_privs or CAP_SYS_ADMIN.
     """
-    _load(_REFUSED, sockets=True)
+    _load(_REFUSED if has_rings else f"{_REFUSED} {_RINGS}", sockets=True)
 
 
 def refuse_for_good() -> None:

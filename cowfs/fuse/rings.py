@@ -1,0 +1,262 @@
+"""Requests by io_uring: a thread for each CPU serves what is asked there, and what must wait goes on in trio.
+
+The caller of a request and the thread that serves it are on one CPU, so that no other one has to be woken:
+that takes longer than most requests (docs/benchmarks.md). ``ring.c`` moves the requests; here is who runs
+the handlers.
+
+pyfuse3 serves requests in coroutines, each a loop of receiving, handling and answering. Such a coroutine is
+begun in trio, up to where it waits for a request, and then driven by a ring's thread. A handler that does not
+wait never meets trio. One that must wait calls :meth:`Rings.leave` first: its coroutine goes on as a
+task of trio's, which ends once it has answered, and the thread drives a fresh one.
+
+The core lock (``ring.c``) lets one thread at a time run all this: trio's thread has it except while it waits
+for I/O.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import types
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator
+from contextlib import asynccontextmanager
+from contextvars import Context, copy_context
+from typing import Any
+
+import pyfuse3
+import trio
+
+from cowfs.fuse import libfuse
+
+log = logging.getLogger(__name__)
+
+BODY = "_session_loop"
+"""pyfuse3's coroutine that serves requests: a private name."""
+_SWITCH = "/sys/module/fuse/parameters/enable_uring"
+_POSSIBLE = "/sys/devices/system/cpu/possible"
+_SPARE = 4
+"""So many coroutines are ready for requests before they are needed."""
+_NEVER = 1 << 30
+
+
+class _Here(threading.local):
+    serves = False
+    """Whether this thread serves a ring, and is not in trio."""
+
+
+_here = _Here()
+
+
+class _Move:
+    """What a coroutine yields that must go on in trio."""
+
+
+@types.coroutine
+def _leave() -> Generator[type[_Move], None, None]:
+    yield _Move
+
+
+class Rings:
+    """The rings of one mount, and their threads. :meth:`serving` runs them."""
+
+    def __init__(self, cpus: tuple[int, ...]) -> None:
+        self._cpus = cpus
+        self._threads: list[threading.Thread] = []
+        self._spare: deque[Coroutine[Any, Any, None]] = deque()
+        self._more = threading.Semaphore(0)
+        self._making = False
+        self._stopped = False
+        self._adopted: set[trio.lowlevel.Task] = set()
+        self._left = 0
+        self._all_left = trio.Event()
+        self._token: trio.lowlevel.TrioToken
+        self._nursery: trio.Nursery
+        self._told: Callable[[], None]
+
+    @asynccontextmanager
+    async def serving(self, nursery: trio.Nursery, ended: Callable[[], None]) -> AsyncIterator[None]:
+        """Serve requests by threads; *ended* is called in trio when no more will come.
+
+        What must wait goes on in *nursery*. At the end of the block no request is taken any more, and the
+        nursery has all that are under way.
+        """
+        self._nursery = nursery
+        self._told = ended
+        self._token = trio.lowlevel.current_trio_token()
+        for _ in range(_SPARE):
+            self._make()
+        for number in range(len(self._cpus)):
+            thread = threading.Thread(target=self._serve, args=(number,), name=f"ring {number}", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+        try:
+            yield
+        finally:
+            self._stopped = True
+            libfuse.ring.ring_stop()
+            for _ in self._threads:
+                self._more.release()
+            with trio.CancelScope(shield=True):
+                await self._all_left.wait()
+
+    def describe(self) -> str:
+        """Say how many threads serve."""
+        count = len(self._cpus)
+        return f"{count} {'thread' if count == 1 else 'threads'}"
+
+    async def close(self) -> None:
+        """End the threads, after the last answer."""
+        libfuse.ring.ring_quit()
+        with trio.CancelScope(shield=True):
+            for thread in self._threads:
+                await trio.to_thread.run_sync(thread.join)
+        libfuse.ring.ring_close()
+
+    def receives(self) -> bool | Awaitable[bool] | None:
+        """Whether the caller, pyfuse3's wait for a request, shall receive one; None: not by a ring."""
+        if _here.serves:
+            return True
+        if self._making:
+            return self._begin()
+        return False if trio.lowlevel.current_task() in self._adopted else None
+
+    @staticmethod
+    async def _begin() -> bool:
+        await _leave()
+        return True
+
+    @staticmethod
+    def here() -> bool:
+        """Whether the caller runs in a ring's thread, where nothing may be awaited but :meth:`leave`."""
+        return _here.serves
+
+    @staticmethod
+    def leave() -> Awaitable[None]:
+        """Go on in trio: the ring's thread serves others."""
+        return _leave()
+
+    def in_trio(self, call: Callable[[], object]) -> None:
+        """Have something done by trio's thread, soon."""
+        self._token.run_sync_soon(call)
+
+    def _make(self) -> None:
+        """Begin one more coroutine, in trio; a thread goes on with it."""
+        self._making = True
+        try:
+            # It would ask for others when it finds fewer than the last number, which counts down.
+            coroutine = getattr(pyfuse3, BODY)(self._nursery, _NEVER, -_NEVER)
+            coroutine.send(None)
+        finally:
+            self._making = False
+        self._spare.append(coroutine)
+        self._more.release()
+
+    def _serve(self, number: int) -> None:
+        ring = libfuse.ring
+        try:
+            if not ring.ring_join(number):
+                return
+            _here.serves = True
+            while not self._stopped:
+                self._more.acquire()
+                if self._stopped:
+                    break
+                coroutine, context = self._spare.popleft(), copy_context()
+                try:
+                    context.run(coroutine.send, None)
+                except StopIteration:
+                    break  # the session has ended
+                except Exception:
+                    log.exception("serving a request failed")
+                    self._token.run_sync_soon(self._make)
+                    continue
+                ring.ring_leave()
+                self._token.run_sync_soon(self._adopt, coroutine, context)
+                ring.core_give()
+        except OSError as error:
+            log.error("a ring cannot be used, the mount ends: %s", error.strerror)
+        finally:
+            _here.serves = False
+            ring.core_give()
+            self._token.run_sync_soon(self._has_left)
+            ring.ring_finish()
+
+    def _has_left(self) -> None:
+        self._left += 1
+        if self._left == len(self._threads):
+            self._all_left.set()
+        if libfuse.rings_serve():
+            self._told()
+
+    def _adopt(self, coroutine: Coroutine[Any, Any, None], context: Context) -> None:
+        self._make()
+        context.run(self._nursery.start_soon, self._go_on, coroutine)  # what was set there counts here
+
+    async def _go_on(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = trio.lowlevel.current_task()
+        self._adopted.add(task)
+        try:
+            await _resume(coroutine)
+        except Exception:
+            log.exception("serving a request failed")
+        finally:
+            self._adopted.discard(task)
+
+
+@types.coroutine
+def _resume(coroutine: Coroutine[Any, Any, None]) -> Generator[Any, Any, None]:
+    """Go on with a suspended coroutine in the task of the caller."""
+    value: Any = None
+    failure: BaseException | None = None
+    while True:
+        try:
+            trap = coroutine.send(value) if failure is None else coroutine.throw(failure)
+        except StopIteration:
+            return
+        try:
+            value, failure = (yield trap), None
+        except BaseException as error:
+            failure = error
+
+
+class CoreLock(trio.abc.Instrument):
+    """Let the rings' threads run while trio's waits for I/O."""
+
+    def before_io_wait(self, timeout: float) -> None:
+        del timeout
+        libfuse.ring.core_unlock()
+
+    def after_io_wait(self, timeout: float) -> None:
+        del timeout
+        libfuse.ring.core_lock()
+
+
+def why_not() -> str:
+    """Return why this kernel does not give requests by io_uring; "" when it does."""
+    if libfuse.ring is None:
+        return "cowfs was built without it"
+    if not hasattr(pyfuse3, BODY):
+        return "this pyfuse3 is not known"
+    try:
+        with open(_SWITCH, encoding="ascii") as switch:
+            on = switch.read().strip() == "Y"
+    except FileNotFoundError:
+        return f"this kernel ({os.uname().release}) has none: Linux 6.14 brought it"
+    except OSError as error:
+        return f"{_SWITCH}: {error.strerror}"
+    return "" if on else f"it is turned off (as root: echo Y > {_SWITCH})"
+
+
+def open_rings() -> Rings:
+    """Make the rings, before the filesystem is mounted. OSError: EPERM, ENOMEM, ENOSYS."""
+    cpus = tuple(sorted(os.sched_getaffinity(0)))
+    libfuse.ring.ring_open(_possible(), cpus)
+    return Rings(cpus)
+
+
+def _possible() -> int:
+    """How many CPUs there could be, of which the last has the highest number."""
+    with open(_POSSIBLE, encoding="ascii") as numbers:
+        return int(numbers.read().strip().replace(",", "-").rsplit("-", 1)[-1]) + 1

@@ -1,0 +1,252 @@
+"""Requests by io_uring: everything that the loop over /dev/fuse is right under, on a kernel that has it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.support.mounts import Mounted, cowfs, eventually, is_mounted, mounted
+from tests.support.system import as_nobody_prefix, needs_root, run
+
+SWITCH = Path("/sys/module/fuse/parameters/enable_uring")
+pytestmark = [
+    needs_root,
+    pytest.mark.skipif(not SWITCH.exists(), reason="this kernel has no FUSE over io_uring (Linux 6.14)"),
+]
+CLIENTS = 8
+
+
+@pytest.fixture(scope="module", autouse=True)
+def switched_on() -> Iterator[None]:
+    """The kernel offers it while these tests run; it never needs to be on for those that have it already."""
+    before = SWITCH.read_text()
+    SWITCH.write_text("Y")
+    yield
+    SWITCH.write_text(before)
+
+
+@pytest.fixture
+def mount(tmp_path: Path) -> Iterator[Mounted]:
+    """A mount of a few files, with a store in an image."""
+    lower = tmp_path / "lower"
+    lower.mkdir()
+    for number in range(40):
+        (lower / f"large{number}").write_bytes(os.urandom(1 << 20))
+    (lower / "file").write_text("here\n")
+    assert cowfs("create", tmp_path / "s.bs", "128").returncode == 0
+    with mounted(lower, tmp_path / "mnt", tmp_path / "s.bs", options=["io_uring=on"]) as made:
+        yield made
+    assert run("e2fsck", "-fn", tmp_path / "s.bs", check=False).returncode == 0
+
+
+def transport(mount: Mounted) -> str:
+    """What ``cowfs info`` calls the way of requests."""
+    found: str = json.loads(cowfs("info", mount.path, "--json", check=True).stdout)["transport"]
+    return found
+
+
+def test_info_tells(mount: Mounted) -> None:
+    assert transport(mount).startswith("io_uring, ")
+    assert "requests:   by io_uring" in cowfs("info", mount.path).stdout
+
+
+@pytest.mark.parametrize("nobody", [False, True], ids=["root", "nobody"])
+def test_it_is_used_by_itself(nobody_path: Path, nobody: bool) -> None:
+    (nobody_path / "lower").mkdir()
+    with mounted(nobody_path / "lower", nobody_path / "mnt", nobody=nobody) as made:
+        shown = cowfs("info", made.path, "--json", nobody=nobody, check=True).stdout
+        assert json.loads(shown)["transport"].startswith("io_uring")
+
+
+def test_off(tmp_path: Path) -> None:
+    (tmp_path / "lower").mkdir()
+    with mounted(tmp_path / "lower", tmp_path / "mnt", options=["io_uring=off"]) as made:
+        assert transport(made) == "/dev/fuse"
+
+
+def test_on_where_it_is_turned_off(tmp_path: Path) -> None:
+    (tmp_path / "lower").mkdir()
+    (tmp_path / "mnt").mkdir()
+    (tmp_path / "N").write_text("N\n")
+    done = run(
+        "unshare", "-m", "sh", "-euc", f'mount --bind "$1" {SWITCH}; shift; "$@"', "sh", tmp_path / "N",
+        sys.executable, "-m", "cowfs.cli.main", "mount", tmp_path / "lower", tmp_path / "mnt",
+        "-o", "io_uring=on", check=False,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert done.stderr.strip() == (
+        f"cowfs: io_uring cannot be used: it is turned off (as root: echo Y > {SWITCH}) "
+        "(leave out io_uring=on: it is used where it can be)"
+    )
+    assert not is_mounted(tmp_path / "mnt")
+
+
+def test_a_value_that_is_none(tmp_path: Path) -> None:
+    done = cowfs("mount", tmp_path, tmp_path, "-o", "io_uring=maybe")
+    assert "unknown io_uring 'maybe' (one of auto, on, off)" in done.stderr
+
+
+def test_one_cpu_serves_all_queues(tmp_path: Path) -> None:
+    """A daemon that may not use the CPUs on which its clients are."""
+    (tmp_path / "lower").mkdir()
+    (tmp_path / "lower/file").write_text("here\n")
+    (tmp_path / "mnt").mkdir()
+    first = min(os.sched_getaffinity(0))
+    run(
+        "taskset", "-c", str(first), sys.executable, "-m", "cowfs.cli.main", "mount",
+        tmp_path / "lower", tmp_path / "mnt", "-o", "io_uring=on",
+    )  # fmt: skip
+    try:
+        assert transport(Mounted(tmp_path / "mnt", tmp_path / "log")) == "io_uring, 1 thread"
+        for cpu in os.sched_getaffinity(0):
+            seen = run("taskset", "-c", str(cpu), "sh", "-c", f"cat {tmp_path}/mnt/file; ls {tmp_path}/mnt")
+            assert seen.stdout == "here\nfile\n"
+    finally:
+        assert cowfs("umount", tmp_path / "mnt").returncode == 0
+
+
+def test_many_clients_at_once(mount: Mounted) -> None:
+    def work(number: int) -> bytes:
+        mine = mount.path / f"of{number}"
+        for turn in range(25):
+            mine.mkdir()
+            (mine / "file").write_bytes(b"%d" % turn * 5000)
+            os.link(mine / "file", mine / "other")
+            os.rename(mine / "other", mine / "third")
+            assert sorted(os.listdir(mine)) == ["file", "third"]
+            kept = (mine / "third").read_bytes()
+            os.unlink(mine / "file")
+            os.unlink(mine / "third")
+            mine.rmdir()
+        return kept
+
+    with ThreadPoolExecutor(CLIENTS) as clients:
+        assert list(clients.map(work, range(CLIENTS))) == [b"24" * 5000] * CLIENTS
+
+
+def test_more_wait_than_a_queue_has_entries(mount: Mounted) -> None:
+    """Copy-ups, each with a thread, leave the queue to others, and none is lost."""
+
+    def change(number: int) -> bytes:
+        with open(mount.path / f"large{number}", "r+b") as file:
+            file.write(b"new")
+            os.fsync(file.fileno())
+        return (mount.path / f"large{number}").read_bytes()[:3]
+
+    with ThreadPoolExecutor(40) as clients:
+        changes = [clients.submit(change, number) for number in range(40)]
+        for _ in range(100):
+            assert (mount.path / "file").read_text() == "here\n"
+        assert [each.result() for each in changes] == [b"new"] * 40
+
+
+def test_room_that_was_given_back_is_there_at_once(mount: Mounted) -> None:
+    """What the kernel forgets comes by another way, and later."""
+    for _ in range(5):
+        before = os.statvfs(mount.path).f_bavail
+        (mount.path / "huge").write_bytes(bytes(4 << 20))
+        os.unlink(mount.path / "huge")
+        assert os.statvfs(mount.path).f_bavail >= before - 64
+    for _ in range(3):
+        (mount.path / "huge").write_bytes(bytes(70 << 20))
+        os.unlink(mount.path / "huge")
+
+
+@pytest.mark.parametrize("how", ["umount", "term", "kill"])
+def test_an_end_while_it_is_busy(mount: Mounted, how: str) -> None:
+    stop = threading.Event()
+    failures: set[int | None] = set()
+
+    def load() -> None:
+        while not stop.is_set():
+            try:
+                (mount.path / "busy").write_bytes(bytes(100_000))
+                os.unlink(mount.path / "busy")
+            except OSError as error:
+                failures.add(error.errno)
+                return
+
+    pid = mount.pid()
+    worker = threading.Thread(target=load)
+    worker.start()
+    try:
+        if how == "umount":
+            assert cowfs("umount", "--lazy", mount.path).returncode == 0
+        else:
+            os.kill(pid, signal.SIGTERM if how == "term" else signal.SIGKILL)
+        eventually(lambda: not os.path.exists(f"/proc/{pid}"), "the daemon ends", 30)
+    finally:
+        stop.set()
+        worker.join(30)
+        subprocess.run(["umount", "-l", mount.path], check=False, capture_output=True)
+    assert not worker.is_alive(), "a client hangs"
+    if how == "kill":
+        assert cowfs("check", mount.path.with_name("s.bs")).returncode == 0
+
+
+def test_it_stops_and_goes_on(mount: Mounted) -> None:
+    pid = mount.pid()
+    os.kill(pid, signal.SIGSTOP)
+    with ThreadPoolExecutor(1) as client:
+        waiting = client.submit((mount.path / "file").read_text)
+        os.kill(pid, signal.SIGCONT)
+        assert waiting.result(10) == "here\n"
+
+
+def test_an_idle_mount_does_nothing(mount: Mounted) -> None:
+    """No thread is woken while nobody asks."""
+    pid = mount.pid()
+    (mount.path / "file").read_text()
+
+    def switches() -> int:
+        status = [Path(task, "status").read_text() for task in Path(f"/proc/{pid}/task").iterdir()]
+        return sum(
+            int(line.split()[1]) for text in status for line in text.splitlines() if "ctxt_switches" in line
+        )
+
+    quiet = [switches()]
+    eventually(
+        lambda: (quiet.append(switches()), quiet[-1] == quiet[-20:][0] and len(quiet) > 20)[1], "it is idle"
+    )
+
+
+def test_a_user_with_little_memory_to_lock(nobody_path: Path) -> None:
+    for name in ("lower", "mnt"):
+        (nobody_path / name).mkdir()
+        os.chown(nobody_path / name, 65534, 65534)
+    done = run(
+        *as_nobody_prefix(), "sh", "-euc",
+        'ulimit -l 0; python=$1; shift; "$python" -m cowfs.cli.main mount "$1" "$2"; '
+        'echo x >"$2/new"; cat "$2/new"; "$python" -m cowfs.cli.main umount "$2"',
+        "sh", sys.executable, nobody_path / "lower", nobody_path / "mnt",
+    )  # fmt: skip
+    assert done.stdout == "x\n"
+    assert "slower than it could be: io_uring cannot be used: Cannot allocate memory" in done.stderr
+
+
+def test_rings_that_cannot_be_had(tmp_path: Path) -> None:
+    """Where io_uring is forbidden a mount says so, and goes on without; with io_uring=on it fails."""
+    (tmp_path / "lower").mkdir()
+    (tmp_path / "mnt").mkdir()
+    switch = Path("/proc/sys/kernel/io_uring_disabled")
+    before = switch.read_text()
+    switch.write_text("2")
+    try:
+        with mounted(tmp_path / "lower", tmp_path / "mnt", quiet=False) as made:
+            assert "io_uring cannot be used: Operation not permitted" in made.said
+            assert transport(made) == "/dev/fuse"
+            (made.path / "new").write_text("x")
+        done = cowfs("mount", tmp_path / "lower", tmp_path / "mnt", "-o", "io_uring=on")
+        assert done.returncode != 0
+        assert "io_uring cannot be used: Operation not permitted" in done.stderr
+    finally:
+        switch.write_text(before)
