@@ -24,6 +24,8 @@ A_REQUEST = 40
 """Bytes: what one may leave behind on average. One object that is kept is larger."""
 SLACK = 192 << 10
 """Bytes: what the memory's own granularity makes of nothing."""
+ROUNDS = 5
+"""Python takes memory by the mebibyte, so that a round may show that much for nothing. A leak shows in all."""
 
 
 @pytest.fixture(params=["image", "directory"])
@@ -51,17 +53,21 @@ def memory_of(pid: int) -> int:
 )
 def test_each_kind_of_request(mount: Mounted, count: int) -> None:
     pid = mount.pid()
-    grown = {}
+    allowed = SLACK + A_REQUEST * min(count, 20_000)
+    too_much = {}
     with Requests(mount.path) as requests:
         for kind, call in requests.kinds.items():
             for number in range(WARM):
                 call(number)
-            before = memory_of(pid)
-            for number in range(count):
-                call(number)
-            grown[kind] = memory_of(pid) - before
-    too_much = {kind: size for kind, size in grown.items() if size > SLACK + A_REQUEST * min(count, 20_000)}
-    assert not too_much, f"bytes more after {count} requests: {too_much}"
+            grown: list[int] = []
+            while len(grown) < ROUNDS and (not grown or grown[-1] > allowed):
+                before = memory_of(pid)
+                for number in range(count):
+                    call(number)
+                grown.append(memory_of(pid) - before)
+            if grown[-1] > allowed:
+                too_much[kind] = grown
+    assert not too_much, f"bytes more after {count} requests, and as many again: {too_much}"
 
 
 @pytest.mark.nightly
