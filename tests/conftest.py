@@ -11,7 +11,28 @@ from pathlib import Path
 import pytest
 
 from tests.support import guard, system
+from tests.support import transport as transports
 from tests.support.system import run
+
+transport = transports.transport
+_before = pytest.StashKey[str]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Have the kernel offer FUSE over io_uring while the tests run."""
+    if not hasattr(config, "workerinput"):
+        config.stash[_before] = transports.turn("Y")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Leave that as it was."""
+    if not hasattr(config, "workerinput"):
+        transports.turn(config.stash.get(_before, ""))
+
+
+def pytest_report_header() -> str:
+    """Say what daemons use."""
+    return f"requests by {' and '.join(transports.ways())}; {transports.SWITCH} is on during the run"
 
 
 @pytest.fixture(scope="session", autouse=True)

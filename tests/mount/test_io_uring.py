@@ -16,22 +16,14 @@ import pytest
 
 from tests.support.mounts import Mounted, cowfs, eventually, is_mounted, mounted
 from tests.support.system import as_nobody_prefix, needs_root, run
+from tests.support.transport import IO_URING, SWITCH
 
-SWITCH = Path("/sys/module/fuse/parameters/enable_uring")
+TRANSPORT = IO_URING
 pytestmark = [
     needs_root,
     pytest.mark.skipif(not SWITCH.exists(), reason="this kernel has no FUSE over io_uring (Linux 6.14)"),
 ]
 CLIENTS = 8
-
-
-@pytest.fixture(scope="module", autouse=True)
-def switched_on() -> Iterator[None]:
-    """The kernel offers it while these tests run; it never needs to be on for those that have it already."""
-    before = SWITCH.read_text()
-    SWITCH.write_text("Y")
-    yield
-    SWITCH.write_text(before)
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ A_REQUEST = 40
 SLACK = 192 << 10
 """Bytes: what the memory's own granularity makes of nothing."""
 ROUNDS = 5
-"""Python takes memory by the mebibyte, so that a round may show that much for nothing. A leak shows in all."""
+"""Python takes memory by the mebibyte: a round may show that much for nothing. A leak shows in all."""
 
 
 @pytest.fixture(params=["image", "directory"])
