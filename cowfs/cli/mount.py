@@ -186,11 +186,12 @@ def _others_may_be_allowed() -> bool:
 def _serve(
     union_options: UnionOptions, mountpoint: str, given: mount_options.Options, reporter: Reporter
 ) -> int:
+    from cowfs.fuse.rings import rings_for
     from cowfs.linux.privileges import give_up
 
     os.umask(0)
     _raise_file_limit()
-    rings = _rings(given.values.get("io_uring", "auto"))
+    rings = rings_for(given.values.get("io_uring", "auto"), warn)
     give_up(has_rings=rings is not None)  # before there are threads: opening the store starts some
     try:
         shut_in = _step_aside(union_options, mountpoint)
@@ -273,27 +274,6 @@ def _step_aside(union: UnionOptions, mountpoint: str) -> Callable[[Store], None]
             _log.info("goes on with all files in reach: %s", error.strerror)
 
     return shut_in
-
-
-def _rings(wanted: str) -> Rings | None:
-    """Make the rings for requests by io_uring, if they are *wanted* and to be had."""
-    from cowfs.fuse import rings
-
-    if wanted == "off":
-        return None
-    why = rings.why_not()
-    if not why:
-        try:
-            return rings.open_rings()
-        except OSError as error:
-            why = error.strerror or str(error)
-            if wanted == "auto":
-                warn(f"slower than it could be: io_uring cannot be used: {why}")
-    if wanted == "on":
-        raise SystemFailure(
-            f"io_uring cannot be used: {why}", "leave out io_uring=on: it is used where it can be"
-        )
-    return None
 
 
 def _source(lowers: Sequence[str], mountpoint: str) -> str:

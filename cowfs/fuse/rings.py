@@ -28,6 +28,7 @@ from typing import Any
 import pyfuse3
 import trio
 
+from cowfs.errors import SystemFailure
 from cowfs.fuse import libfuse
 
 log = logging.getLogger(__name__)
@@ -247,6 +248,28 @@ def why_not() -> str:
     except OSError as error:
         return f"{_SWITCH}: {error.strerror}"
     return "" if on else f"it is turned off (as root: echo Y > {_SWITCH})"
+
+
+def rings_for(wanted: str, tell: Callable[[str], None]) -> Rings | None:
+    """Make the rings of a mount, if they are *wanted* (auto, on or off) and to be had; None if not.
+
+    SystemFailure says why they are not, if they must be; *tell* takes what a user should know.
+    """
+    if wanted == "off":
+        return None
+    why = why_not()
+    if not why:
+        try:
+            return open_rings()
+        except OSError as error:
+            why = error.strerror or str(error)
+            if wanted == "auto":
+                tell(f"slower than it could be: io_uring cannot be used: {why}")
+    if wanted == "on":
+        raise SystemFailure(
+            f"io_uring cannot be used: {why}", "leave out io_uring=on: it is used where it can be"
+        )
+    return None
 
 
 def open_rings() -> Rings:

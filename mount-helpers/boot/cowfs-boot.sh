@@ -328,9 +328,18 @@ bind_into_world() { # under the same name, so that what cowfs tells is true in t
     mount -o bind "$1" "$world$1"
 }
 
+# Let the kernel (Linux 6.14) give requests by io_uring, which is twice as quick, unless its command line says
+# what it shall do.
+offer_io_uring() {
+    case " $(tr '\n' ' ' <"$COWFS_PROC/cmdline") " in *" fuse.enable_uring="*) return ;; esac
+    switch=$COWFS_SYS/module/fuse/parameters/enable_uring
+    [ ! -e "$switch" ] || echo Y >"$switch"
+}
+
 # Start cowfs on the store $1 (or: memory), $2 rw or ro; returns when the root answers, or why not.
 serve() {
     rm -f "$top/refused"
+    offer_io_uring
     set -- --image "$image_file" --store "$1" --mode "$2" --engine "$engine" --mountpoint "$top/root" \
         --show-store "$top/store" --show-below "$top/below" --log /run/log --pid-file /run/pid
     set -f

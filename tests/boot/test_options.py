@@ -304,3 +304,26 @@ def test_a_stick_that_is_still_starting_is_waited_for(system: System) -> None:
     assert system.shell(coming) == ["coming"]
     (interface / "host6/target6:0:0/6:0:0:0/block/sdb").mkdir(parents=True)
     assert system.shell(coming) == ["no"]  # it is there
+
+
+# --- requests by io_uring
+
+
+@pytest.mark.parametrize(
+    ("line", "before", "after"),
+    [
+        ("boot=cowfs", "N\n", "Y\n"),
+        ("boot=cowfs", None, None),
+        ("fuse.enable_uring=N boot=cowfs", "N\n", "N\n"),
+        ("boot=cowfs fuse.enable_uring=1", "Y\n", "Y\n"),
+    ],
+)
+def test_the_kernel_is_made_to_offer_io_uring(
+    system: System, line: str, before: str | None, after: str | None
+) -> None:
+    switch = system.top / "sys/module/fuse/parameters/enable_uring"
+    if before is not None:
+        switch.parent.mkdir(parents=True)
+        switch.write_text(before)
+    system.shell(f". {LIBRARY}/cowfs-boot.sh\noffer_io_uring", line)
+    assert (switch.read_text() if switch.exists() else None) == after

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -13,6 +14,7 @@ from cowfs.linux.mounts import mount_of, wait_pid_gone
 from tests.boot.root import Root
 from tests.support.mounts import cowfs, is_mounted, mounted
 from tests.support.system import needs_fuse, needs_root, run
+from tests.support.transport import IO_URING, ways
 
 pytestmark = [needs_root, needs_fuse]
 
@@ -36,6 +38,8 @@ def test_serves_and_outlives(root: Root, store: Path, engine: str) -> None:
     assert not wait_pid_gone(pid, 0.3)
     (root.root / "after").write_text("y")
     assert (root.shown / "upper/new").read_text() == "x"
+    shown = json.loads(cowfs("info", root.root, "--json", check=True).stdout)
+    assert shown["transport"].startswith("io_uring" if IO_URING in ways() else "/dev/fuse")
     root.stop()
     assert mount_of(root.shown) is None
     assert run("debugfs", "-R", "cat /upper/after", store).stdout == "y"
