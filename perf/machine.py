@@ -89,6 +89,17 @@ def last_word(argv: list[str]) -> str:
     return words[-1] if words else ""
 
 
+def offer_io_uring(wanted: str) -> str:
+    """Have the kernel give FUSE requests by io_uring (Y), or not (N); return what it did, "" if it cannot."""
+    switch = Path("/sys/module/fuse/parameters/enable_uring")
+    if not switch.exists():
+        return ""
+    before = switch.read_text().strip()
+    if wanted:
+        switch.write_text(wanted)
+    return before
+
+
 @dataclass(frozen=True, slots=True)
 class CpuTimes:
     """Processor seconds of the whole machine since boot."""

@@ -105,6 +105,7 @@ def outside(argv: list[str]) -> int:
         work = CACHE / "work"
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir()
+        before = machine.offer_io_uring("Y")
         # The end of this process ends that of unshare, and the end of unshare all that it holds.
         tied = ["setpriv", "--pdeathsig", "KILL", "--"]
         namespaces = [*tied, "unshare", "--mount", "--propagation=private", "--pid", "--fork", "--mount-proc"]
@@ -116,6 +117,7 @@ def outside(argv: list[str]) -> int:
         except KeyboardInterrupt:
             return 130
         finally:
+            machine.offer_io_uring(before)
             # The namespaces are gone, and the mounts with them: nothing below is anything but plain files.
             shutil.rmtree(work, ignore_errors=True)
 

@@ -24,6 +24,8 @@ class Cowfs:
     engine: str
     tree: Path = PROJECT
     fuse: bool = True
+    by_dev_fuse: bool = False
+    """Whether requests come by /dev/fuse even where the kernel gives them by io_uring."""
 
     def missing(self) -> str:
         done = subprocess.run(
@@ -43,14 +45,17 @@ class Cowfs:
         return machine.revision(self.tree)
 
     def options(self) -> str:
-        return f"cowfs mount IMAGE MNT --store STORE.img --engine {self.engine} -f"
+        return " ".join(["cowfs mount IMAGE MNT --store STORE.img", *self._how()])
 
     def create(self, box: Box) -> None:
         box.check([*command(self.tree), "create", str(box.image), f"{STORE_BYTES >> 20}M"])
 
     def mount(self, box: Box) -> None:
-        store = ["--store", str(box.image), "--engine", self.engine]
-        box.start_daemon([*command(self.tree), "mount", str(box.corpus.image), str(box.merged), *store, "-f"])
+        store = ["--store", str(box.image), *self._how()]
+        box.start_daemon([*command(self.tree), "mount", str(box.corpus.image), str(box.merged), *store])
+
+    def _how(self) -> list[str]:
+        return ["--engine", self.engine, *(["-o", "io_uring=off"] if self.by_dev_fuse else []), "-f"]
 
     def unmount(self, box: Box) -> None:
         box.stop_daemon(box.merged, [*command(self.tree), "umount", str(box.merged)])
@@ -90,7 +95,11 @@ class CowfsReader:
         box.stop_daemon(box.merged, [*command(), "umount", str(box.merged)])
 
 
-SYSTEMS: list[System] = [Cowfs("cowfs", "auto"), Cowfs("cowfs-kernel", "kernel")]
+SYSTEMS: list[System] = [
+    Cowfs("cowfs", "auto"),
+    Cowfs("cowfs-dev-fuse", "auto", by_dev_fuse=True),
+    Cowfs("cowfs-kernel", "kernel"),
+]
 STORES: list[System] = [Cowfs("cowfs-store", "process"), Cowfs("cowfs-kernel", "kernel")]
 if BEFORE := os.environ.get("COWFS_BEFORE"):
     SYSTEMS.append(Cowfs("cowfs-before", "auto", Path(BEFORE).resolve()))
