@@ -144,7 +144,7 @@ def _mount_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         *([("hint", store["hint"].replace("MOUNTPOINT", facts["mountpoint"]))] if store["hint"] else []),
         ("since", time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(facts["since"]))),
         ("daemon", f"pid {facts['pid']}, {format_size(facts['rss'])} resident, cowfs {facts['version']}"),
-        ("requests", f"by {facts['transport']}"),
+        ("requests", f"by {facts.get('transport', '/dev/fuse')}"),
         ("known", f"{facts['inodes_known']} inodes, {facts['open_files']} open files"),
     ]
     return lines
