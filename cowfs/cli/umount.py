@@ -171,7 +171,7 @@ def _is_dead(mountpoint: str) -> bool:
         try:
             os.statvfs(mountpoint)
         except OSError as error:
-            dead.append(error.errno in {errno.ENOTCONN, errno.ECONNABORTED})
+            dead.append(error.errno in {errno.ENOTCONN, errno.ECONNABORTED, errno.ECANCELED})
 
     thread = threading.Thread(target=look, daemon=True)
     thread.start()

@@ -37,10 +37,12 @@
 
 /* include/uapi/linux/fuse.h of Linux 6.14, protocol 7.42: Debian 12 has older headers. */
 enum { FUSE_INIT = 26, CMD_REGISTER = 1, CMD_COMMIT_AND_FETCH = 2 };
+enum { NOTIFY_RETRIEVE = 5 };
 enum { INIT_FLAGS = 3, INIT_MAX_WRITE = 5, INIT_MAX_PAGES = 7, INIT_FLAGS2 = 8 }; /* 32-bit words of the answer */
 #define INIT_EXT (1u << 30)
 #define OVER_IO_URING (1u << (41 - 32))
 #define MIN_PAYLOAD 8192
+#define OURS (UINT64_C(1) << 63) /* in the number of a request that we have had made */
 
 struct in_header {
 	uint32_t len, opcode;
@@ -76,8 +78,9 @@ enum {
 	FEW_RINGS = 8,
 	ENTRIES = 4,          /* of a queue at first … */
 	ENTRIES_OF_MANY = 2,  /* … and where there are more than FEW_RINGS */
-	MOST_ENTRIES = 1024,  /* of a queue, when requests wait */
-	LARGE = 64 << 10,     /* memory of a payload that is given back while its request waits */
+	RESERVE = 8,          /* that wait for requests when others have one that waits */
+	MOST_ENTRIES = 16384, /* of a queue: nobody shall have all by letting requests wait */
+	FILES = 8,
 	BUCKETS = 256,
 };
 
@@ -126,6 +129,9 @@ static atomic_uint core_waiters;
 static pthread_mutex_t turnstile = PTHREAD_MUTEX_INITIALIZER; /* trio's thread has it while it waits for the core lock */
 static atomic_bool trio_waits;
 static struct entry *waiting[BUCKETS]; /* by unique; core lock */
+
+static uint64_t files[FILES]; /* the last that were opened, read or written; core lock */
+static unsigned last_file;
 
 static struct {
 	pthread_mutex_t lock;
@@ -262,6 +268,46 @@ static void answer(struct entry *e, const struct out_header *out, size_t size)
 	e->ring->late = e;
 	pthread_mutex_unlock(&e->ring->late_lock);
 	wake(e->ring);
+}
+
+/* Have the kernel look at who waits in a queue, for an entry has been lost to it. It gives a new one to nobody who
+ * waits already, only to the next who comes, and one that has answered to the next who waits
+ * (fuse_uring_do_register() and fuse_uring_commit_fetch() in fs/fuse/dev_uring.c). So we have somebody come: to a
+ * FUSE_NOTIFY_RETRIEVE, here of nothing, the kernel says that nothing by a request, in the queue of the CPU where
+ * we are. It has to know the inode, which must be a file. Should it know none of these, the next who comes by
+ * himself does it. */
+static void have_one_come(struct ring *ring, const struct queue *queue)
+{
+	static uint64_t number;
+	struct {
+		struct out_header header;
+		uint64_t unique, nodeid, offset;
+		uint32_t size, padding;
+	} retrieve = {{sizeof retrieve, NOTIFY_RETRIEVE, 0}, OURS | ++number << 1, 0, 0, 0, 0};
+	cpu_set_t here, there;
+
+	io_uring_submit(&ring->uring); /* the new entry, first */
+	CPU_ZERO(&there);
+	CPU_SET(queue->id, &there);
+	bool elsewhere = queue->id != ring->cpu && !sched_getaffinity(0, sizeof here, &here);
+	if (elsewhere && sched_setaffinity(0, sizeof there, &there))
+		return; /* we may not go there */
+	for (unsigned i = 1; i <= FILES; i++) {
+		retrieve.nodeid = files[(last_file + FILES + 1 - i) % FILES];
+		if (retrieve.nodeid && write(device, &retrieve, sizeof retrieve) > 0)
+			break;
+	}
+	if (elsewhere)
+		sched_setaffinity(0, sizeof here, &here);
+}
+
+/* Keep the numbers of some files that the kernel knows. */
+static void note_file(const struct in_header *in)
+{
+	enum { OPEN = 14, WRITE = 16 };
+
+	if (in->opcode >= OPEN && in->opcode <= WRITE && files[last_file] != in->nodeid)
+		files[last_file = (last_file + 1) % FILES] = in->nodeid;
 }
 
 /* The entry of a request that is being handled: here, or somewhere since it waits. */
@@ -484,8 +530,14 @@ static ssize_t next_request(struct ring *ring, char *buffer, size_t size)
 		}
 		ring->serving = e;
 		ssize_t length = put_together(e, buffer, size);
+		if (length > 0 && e->unique & OURS) {
+			struct out_header done = {sizeof done, 0, e->unique};
+			answer(e, &done, 0);
+			continue;
+		}
 		if (length > 0) {
 			ring->requests++;
+			note_file((const struct in_header *)buffer);
 			tell_of_pause();
 			return length;
 		}
@@ -667,13 +719,13 @@ static PyObject *py_leave(PyObject *self, PyObject *args)
 	mine->serving = NULL;
 	e->next = waiting[e->unique / 2 % BUCKETS];
 	waiting[e->unique / 2 % BUCKETS] = e;
-	if (payload_size > LARGE) /* what was in it has been taken */
-		madvise(e->payload + LARGE, payload_size - LARGE, MADV_DONTNEED);
-	if (!e->queue->idle && e->queue->entries < MOST_ENTRIES) {
+	madvise(e->payload, payload_size, MADV_DONTNEED); /* what was in it has been taken */
+	while (e->queue->idle < RESERVE && e->queue->entries < MOST_ENTRIES) {
 		struct entry *more = new_entry(mine, e->queue);
-		if (more)
-			send_entry(more, CMD_REGISTER);
+		if (!more || !send_entry(more, CMD_REGISTER))
+			break;
 	}
+	have_one_come(mine, e->queue);
 	Py_RETURN_NONE;
 }
 

@@ -166,6 +166,7 @@ def test_named_store_on_a_hard_disk_is_repaired(
     assert images.is_clean(disk) == ""
 
 
+@pytest.mark.nightly
 def test_stick_that_comes_late_is_waited_for(boot: Boot, image_disk: Path, tmp_path: Path) -> None:
     """And process 1 is busybox's init, which is told to power off."""
     store = make_store(tmp_path / "s.bs")
@@ -183,6 +184,7 @@ def test_stick_that_comes_late_is_waited_for(boot: Boot, image_disk: Path, tmp_p
     assert images.is_clean(images.from_fat(late, "/late/my.bs", tmp_path / "after.bs")) == ""
 
 
+@pytest.mark.nightly
 def test_what_cannot_be_used_is_said_and_changes_are_in_memory(
     boot: Boot, image_disk: Path, tmp_path: Path
 ) -> None:
@@ -217,6 +219,7 @@ def test_what_cannot_be_used_is_said_and_changes_are_in_memory(
         assert after.read_bytes() == file.read_bytes(), "what is refused is not to be touched"
 
 
+@pytest.mark.nightly
 def test_store_on_a_disc_is_a_layer_below_memory_and_what_is_kept(
     boot: Boot, parts: Parts, tmp_path: Path
 ) -> None:
@@ -272,6 +275,7 @@ def test_store_on_a_disc_is_a_layer_below_memory_and_what_is_kept(
     assert images.fat_is_clean(mine) == ""
 
 
+@pytest.mark.nightly
 def test_no_store_is_looked_for_and_one_is_made_later(boot: Boot, image_disk: Path, tmp_path: Path) -> None:
     """Changes in memory by the user's choice, who then changes his mind; and what `cowfs find` tells him."""
     mine = images.fat_stick(tmp_path / "stick.img", {"/sysrcd.bs": make_store(tmp_path / "s.bs")}, 192)
