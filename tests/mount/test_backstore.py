@@ -13,6 +13,8 @@ from cowfs.store.open import open_store
 from tests.support.mounts import project_root
 from tests.support.system import as_nobody_prefix, needs_root, run
 
+DEV_FUSE_AT_NIGHT = True
+
 SCRIPT = Path(project_root(), "mount-helpers", "sysresccd-backstore")
 COWFS = Path(project_root(), ".venv", "bin", "cowfs")
 MIB = 1 << 20

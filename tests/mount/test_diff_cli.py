@@ -15,6 +15,8 @@ import pytest
 from tests.support.mounts import COWFS, cowfs, mounted, project_root
 from tests.support.system import as_nobody_prefix, needs_fuse, needs_root, run
 
+DEV_FUSE_AT_NIGHT = True
+
 pytestmark = needs_fuse
 
 MAKE = r"""

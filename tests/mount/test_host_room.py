@@ -16,6 +16,8 @@ from tests.support.hosts import MIB, fill, host, sparse_copy
 from tests.support.mounts import cowfs
 from tests.support.system import needs_root, run
 
+DEV_FUSE_AT_NIGHT = True
+
 pytestmark = needs_root
 
 

@@ -10,6 +10,8 @@ import pytest
 from tests.support.mounts import mounted
 from tests.support.system import needs_fuse, needs_root, run
 
+DEV_FUSE_AT_NIGHT = True
+
 pytestmark = [needs_root, needs_fuse, pytest.mark.root]
 
 

@@ -16,6 +16,8 @@ from tests.support import tree
 from tests.support.mounts import COWFS, cowfs, is_mounted, mounted, project_root
 from tests.support.system import as_nobody_prefix, needs_fuse, needs_root, run
 
+DEV_FUSE_AT_NIGHT = True
+
 pytestmark = needs_fuse
 
 

@@ -11,6 +11,8 @@ from tests.support import tree
 from tests.support.mounts import COWFS, is_mounted, project_root
 from tests.support.system import needs_fuse, needs_root, run
 
+DEV_FUSE_AT_NIGHT = True
+
 pytestmark = [needs_fuse, needs_root]
 
 HELPERS = Path(project_root()) / "mount-helpers"

@@ -14,6 +14,8 @@ from cowfs.linux.mounts import mount_of, parse_mountinfo
 from tests.support.mounts import cowfs, mounted, project_root
 from tests.support.system import as_nobody_prefix, needs_fuse, needs_root, run
 
+DEV_FUSE_AT_NIGHT = True
+
 NAMES = [
     "a,b", "a:b", "a\\b", "a\\", "\\,:", "-x", "--help", "%s%n%(x)s", "a b", " ", "é",
     os.fsdecode(b"\xff\xfe"),

@@ -19,6 +19,8 @@ from tests.support.mounts import Mounted, cowfs, eventually, mounted
 from tests.support.system import needs_fuse, needs_root, run
 from tests.support.worker import script
 
+DEV_FUSE_AT_NIGHT = True
+
 pytestmark = [needs_fuse, needs_root]
 
 

@@ -21,6 +21,8 @@ from tests.support.mounts import Mounted, cowfs, is_mounted, mounted
 from tests.support.squashfs import mksquashfs, needs_mksquashfs, noise, sample_tree, text
 from tests.support.system import NOBODY, as_nobody_prefix, needs_fuse, needs_root, run
 
+DEV_FUSE_AT_NIGHT = True
+
 pytestmark = [needs_fuse, needs_mksquashfs]
 
 LOWER: tree.Tree = {

@@ -20,6 +20,8 @@ from tests.support.mounts import COWFS, cowfs, eventually, project_root
 from tests.support.programs import replaced
 from tests.support.system import as_nobody_prefix, needs_root, run
 
+DEV_FUSE_AT_NIGHT = True
+
 MIB = 1 << 20
 
 

@@ -20,6 +20,8 @@ from cowfs.store.open import open_store
 from tests.support.mounts import cowfs, force_umount, mounted
 from tests.support.system import NOBODY, as_nobody_prefix, needs_root, run
 
+DEV_FUSE_AT_NIGHT = True
+
 pytestmark = needs_root
 
 CHANGES = """

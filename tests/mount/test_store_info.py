@@ -14,6 +14,8 @@ from cowfs.store.open import open_store
 from tests.support.mounts import cowfs, is_mounted, mounted
 from tests.support.system import as_nobody_prefix, makes_user_namespaces, needs_root, run
 
+DEV_FUSE_AT_NIGHT = True
+
 ROOM = re.compile(r"[\d.]+ [KMGT]B on its filesystem")
 
 

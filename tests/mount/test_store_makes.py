@@ -18,6 +18,8 @@ from tests.ext3 import images
 from tests.ext3.makes import MAKES, REFUSED, Make
 from tests.support.system import needs_root
 
+DEV_FUSE_AT_NIGHT = True
+
 VALUE = b"v" * 300
 
 

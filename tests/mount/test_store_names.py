@@ -13,6 +13,8 @@ from cowfs.store.create import create_store
 from tests.support.mounts import cowfs, mounted
 from tests.support.system import needs_root, run
 
+DEV_FUSE_AT_NIGHT = True
+
 NAMES = (
     "a?.bs",
     "a?offset=1048576",

@@ -47,9 +47,17 @@ def transport(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 
 def with_each(metafunc: pytest.Metafunc) -> None:
-    """For the hook pytest_generate_tests: make of each test one for each way; ``TRANSPORT = …`` in a module
-    that is about one of them says so."""
+    """For the hook pytest_generate_tests: make of each test one for each way.
+
+    ``TRANSPORT = …`` in a module that is about one of them says so; ``DEV_FUSE_AT_NIGHT = True`` in one that
+    is about stores, images or the command line, to which it should not matter.
+    """
     if "transport" not in metafunc.fixturenames:
         metafunc.fixturenames.append("transport")
     only = getattr(metafunc.module, "TRANSPORT", None)
-    metafunc.parametrize("transport", [only] if only else ways(), indirect=True, scope="module")
+    all_ = [only] if only else ways()
+    at_night = len(all_) > 1 and getattr(metafunc.module, "DEV_FUSE_AT_NIGHT", False)
+    marked = [
+        pytest.param(way, marks=[pytest.mark.nightly] if at_night and way == DEV_FUSE else []) for way in all_
+    ]
+    metafunc.parametrize("transport", marked, indirect=True, scope="module")
