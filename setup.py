@@ -52,8 +52,8 @@ setup(
     ext_modules=[
         Extension(
             "cowfs.fuse._libfuse",
-            ["cowfs/fuse/_libfuse.c", "cowfs/fuse/ring.c"],
-            depends=["cowfs/fuse/ring.h"],
+            ["cowfs/fuse/_libfuse.c", "cowfs/fuse/ring.c", "cowfs/fuse/figures.c"],
+            depends=["cowfs/fuse/ring.h", "cowfs/fuse/figures.h"],
             extra_compile_args=[
                 "-D_FILE_OFFSET_BITS=64",
                 *shlex.split(says("pkg-config", "--cflags", "fuse3") or ""),

@@ -163,3 +163,12 @@ def _refuse_strangers(owner: int, fd: int) -> None:
             f"this mount belongs to another user (uid {owner}), who is not given files of yours",
             "do it as that user",
         )
+
+
+def resident(pid: int) -> int:
+    """Return the resident memory of a process in bytes; 0 when it may not be seen."""
+    try:
+        with open(f"/proc/{pid}/statm", encoding="ascii") as statm:
+            return int(statm.read().split()[1]) * 4096
+    except OSError:
+        return 0

@@ -11,8 +11,9 @@ from contextlib import closing
 from typing import Any
 
 from cowfs.cli import options
-from cowfs.cli.client import facts_of, find_mount, sensible
+from cowfs.cli.client import facts_of, find_mount, resident, sensible
 from cowfs.cli.output import say
+from cowfs.cli.requests import Requests, requests_in
 from cowfs.errors import LayerError, UsageError
 
 NAME = "info"
@@ -52,9 +53,12 @@ def run(args: argparse.Namespace) -> int:
         )
     if found is not None:
         facts = facts_of(found.dev)
-        facts["rss"] = _resident(facts["pid"])
+        facts["rss"] = resident(facts["pid"])
         with sensible():
-            lines = _mount_lines(facts)
+            requests = requests_in(facts)
+            lines = _mount_lines(facts, requests)
+            if requests is not None:
+                facts["requests"] = requests.to_json()
     elif offsets or _is_image(args.what):
         facts, lines = _image(args.what, *offsets)
     else:
@@ -127,7 +131,7 @@ def _value(what: str, said: str) -> int | bool | str | list[str]:
     return int(number[1]) if number else said
 
 
-def _mount_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
+def _mount_lines(facts: dict[str, Any], requests: Requests | None) -> list[tuple[str, str]]:
     from cowfs.store.sizes import format_size
 
     store = facts["store"]
@@ -145,6 +149,7 @@ def _mount_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("since", time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(facts["since"]))),
         ("daemon", f"pid {facts['pid']}, {format_size(facts['rss'])} resident, cowfs {facts['version']}"),
         ("requests", f"by {facts.get('transport', '/dev/fuse')}"),
+        *([("served", f"{requests.count():,}; cowfs top {facts['mountpoint']}")] if requests else []),
         ("known", f"{facts['inodes_known']} inodes, {facts['open_files']} open files"),
     ]
     return lines
@@ -200,12 +205,3 @@ def _disk_lines(disk: dict[str, int] | None) -> list[tuple[str, str]]:
         return []
     lacks = f"; the store's file may still take {format_size(disk['missing'])}" if disk["missing"] else ""
     return [("disk", f"{format_size(disk['free'])} free{lacks}")]
-
-
-def _resident(pid: int) -> int:
-    """Return the resident memory of a process in bytes; 0 when it may not be seen."""
-    try:
-        with open(f"/proc/{pid}/statm", encoding="ascii") as statm:
-            return int(statm.read().split()[1]) * 4096
-    except OSError:
-        return 0

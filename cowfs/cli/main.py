@@ -16,7 +16,7 @@ from cowfs.cli.output import warn
 from cowfs.errors import EXIT_SYSTEM, EXIT_USAGE, CowfsError
 from cowfs.linux.programs import clean_own_environment
 
-SUBCOMMANDS = ("mount", "umount", "create", "grow", "persist", "check", "info", "diff", "find")
+SUBCOMMANDS = ("mount", "umount", "create", "grow", "persist", "check", "info", "top", "diff", "find")
 
 _DESCRIPTION = """\
 Merge a read-only root (a squashfs image or a directory) with a writable store, and keep the changes:

@@ -25,6 +25,7 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
+#include "figures.h"
 #include "ring.h"
 
 #if FUSE_VERSION >= FUSE_MAKE_VERSION(3, 17)
@@ -37,6 +38,7 @@
 static struct fuse_lowlevel_ops theirs;
 static unsigned wanted, granted;
 static bool between;      /* pyfuse3 has come through here */
+static bool watched;      /* and so do the messages between libfuse and the kernel */
 static PyObject *seeker;  /* called as seeker(fh, offset, whence) */
 
 /* By handle number: the descriptor that reads are served from, or -1. */
@@ -76,24 +78,32 @@ static ssize_t on_writev(int fd, struct iovec *iov, int count, void *userdata)
 		memcpy((char *)iov[1].iov_base + FLAGS, &flags, sizeof flags);
 	}
 	initialising = false;
+	/* Before it is on its way: who gets the answer finds it counted. */
+	struct { uint32_t len; int32_t error; uint64_t unique; } head; /* struct fuse_out_header */
+	if (iov[0].iov_len >= sizeof head) {
+		memcpy(&head, iov[0].iov_base, sizeof head);
+		figures_end(head.unique, head.error);
+	}
 	return ring_writev(fd, iov, count);
 }
 
 static ssize_t on_receive(int fd, void *request, size_t size, void *userdata)
 {
 	(void)userdata;
-	return ring_read(fd, request, size);
+	ssize_t n = ring_read(fd, request, size);
+	if (n > 0)
+		figures_begin(request, (size_t)n);
+	return n;
 }
 
-/* A libfuse that was built without custom I/O refuses: then there are no rings, and all else goes on. */
-static void watch_reply(struct fuse_session *session)
+/* A libfuse that was built without custom I/O refuses: then there are no rings and no figures, and all else goes on. */
+static void watch_messages(struct fuse_session *session)
 {
 	static const struct fuse_custom_io io = {.writev = on_writev, .read = on_receive};
 
-	if (KILLPRIV_V2 && !ring_wanted())
-		return;
+	figures_reset();
 	ring_device(fuse_session_fd(session));
-	fuse_session_custom_io(session, &io, fuse_session_fd(session));
+	watched = !fuse_session_custom_io(session, &io, fuse_session_fd(session));
 }
 
 /* A word of the last request (linux/fuse.h), at so many bytes from its beginning. */
@@ -162,6 +172,7 @@ static void on_read(fuse_req_t req, fuse_ino_t ino, size_t size, off_t offset, s
 		buffer = larger;
 		buffer_size = size;
 	}
+	figures_read_directly();
 	ssize_t got;
 	Py_BEGIN_ALLOW_THREADS
 	do
@@ -247,7 +258,7 @@ int fuse_session_mount(struct fuse_session *session, const char *mountpoint)
 	int failure = real ? real(session, mountpoint) : -1;
 
 	if (!failure && between)
-		watch_reply(session);
+		watch_messages(session);
 	return failure;
 }
 
@@ -283,7 +294,7 @@ static PyObject *prepare(PyObject *self, PyObject *args)
 		return NULL;
 	Py_INCREF(callable);
 	Py_XSETREF(seeker, callable);
-	between = tells_set_id = false;
+	between = watched = tells_set_id = false;
 	granted = 0;
 	Py_RETURN_NONE;
 }
@@ -298,6 +309,12 @@ static PyObject *takes_part(PyObject *self, PyObject *args)
 {
 	(void)self, (void)args;
 	return PyBool_FromLong(between);
+}
+
+static PyObject *watches(PyObject *self, PyObject *args)
+{
+	(void)self, (void)args;
+	return PyBool_FromLong(watched);
 }
 
 static PyObject *read_from(PyObject *self, PyObject *args)
@@ -368,6 +385,7 @@ static PyMethodDef methods[] = {
 	{"capabilities", capabilities, METH_NOARGS,
 	 "capabilities(): the FUSE_CAP_* that the session has; 0 before the kernel has said hello."},
 	{"takes_part", takes_part, METH_NOARGS, "takes_part(): whether pyfuse3's session was made here."},
+	{"watches", watches, METH_NOARGS, "watches(): whether libfuse lets its messages go through here."},
 	{"read_from", read_from, METH_VARARGS,
 	 "read_from(fh, fd): serve reads of handle number fh from descriptor fd; -1: let pyfuse3 have them."},
 	{NULL, NULL, 0, NULL},
@@ -382,7 +400,8 @@ PyMODINIT_FUNC PyInit__libfuse(void)
 {
 	PyObject *module = PyModule_Create(&definition);
 
-	if (module && PyModule_AddFunctions(module, ring_methods))
+	if (module && (PyModule_AddFunctions(module, ring_methods) ||
+		       PyModule_AddFunctions(module, figures_methods)))
 		Py_CLEAR(module);
 	return module;
 }

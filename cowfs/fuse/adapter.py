@@ -22,7 +22,7 @@ import pyfuse3
 import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, SetattrFields, StatvfsData
 
-from cowfs.fuse import libfuse
+from cowfs.fuse import libfuse, requests
 from cowfs.fuse.failure import errno_of
 from cowfs.fuse.loop import RequestLoop
 from cowfs.fuse.open_files import OpenFiles
@@ -806,4 +806,8 @@ class Adapter(pyfuse3.Operations):
 
     def figures(self) -> dict[str, Any]:
         """Return what the daemon knows of itself, for ``cowfs info``."""
-        return {"inodes_known": len(self._fs.nodes), "open_files": len(self._files)}
+        return {
+            "inodes_known": len(self._fs.nodes),
+            "open_files": len(self._files),
+            **requests.counted(),
+        }

@@ -10,6 +10,7 @@
 - lseek(2) knows holes.
 - Any number of reads ahead may be under way (max_background): the kernel has 12 of a filesystem at a time,
   and those of one user that hang would be all of them.
+- Requests are counted, and timed.
 - Whether a write leaves set-ID bits (CAP_FSETID), which the kernel alone knows, is read from its request.
 
 Without the module everything else works, slower; :func:`lacks` says why it takes no part.
@@ -21,14 +22,14 @@ import os
 import sys
 from collections.abc import Callable
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
 
 _DONT_MASK = 1 << 6  # fuse_common.h
 _HANDLE_KILLPRIV = 1 << 20
 _CACHE_SYMLINKS = 1 << 23
 
 
-_LAST = "takes_set_id"
+_LAST = "figures"
 """What came into the module last."""
 
 
@@ -96,6 +97,27 @@ def takes_set_id() -> bool | None:
     For handlers of open, create, write and setattr, before they await anything.
     """
     return None if _module is None else _module.takes_set_id()
+
+
+class Counted(NamedTuple):
+    """What was counted since the mount."""
+
+    operations: list[tuple[int, int, int, int, list[tuple[int, int, int]]]]
+    """Opcode, answers, errors among them, ns, and how many took from so many ns to so many."""
+    under_way: list[tuple[int, int]]
+    """Opcode, and for how many ns."""
+    direct_reads: int
+    """How many reads were served without Python."""
+
+
+def counted() -> Counted | str:
+    """Return what requests there were; or why that is not known."""
+    lacking = lacks()
+    if lacking is not None:
+        return lacking
+    if not _module.watches():
+        return "libfuse was built without custom I/O"
+    return Counted(*_module.figures())
 
 
 def rings_serve() -> bool:

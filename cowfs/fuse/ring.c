@@ -33,6 +33,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "figures.h"
 #include "ring.h"
 
 /* include/uapi/linux/fuse.h of Linux 6.14, protocol 7.42: Debian 12 has older headers. */
@@ -508,6 +509,7 @@ static void tell_of_pause(void)
 static void refuse(struct entry *e, int error)
 {
 	struct out_header out = {sizeof out, -error, e->unique};
+	figures_end(e->unique, error);
 	answer(e, &out, 0);
 }
 
@@ -556,11 +558,6 @@ ssize_t ring_read(int fd, void *buffer, size_t size)
 		init_offered = (init[3] & INIT_EXT) && (init[4] & OVER_IO_URING);
 	}
 	return n;
-}
-
-bool ring_wanted(void)
-{
-	return ring_count != 0;
 }
 
 void ring_device(int fd)

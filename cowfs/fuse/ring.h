@@ -2,12 +2,8 @@
 #ifndef COWFS_RING_H
 #define COWFS_RING_H
 
-#include <stdbool.h>
 #include <sys/types.h>
 #include <sys/uio.h>
-
-/* Whether there are rings, so that what libfuse reads and writes has to come through here. */
-bool ring_wanted(void);
 
 /* The session's descriptor of /dev/fuse: what ring_read() and ring_writev() are given. */
 void ring_device(int fd);

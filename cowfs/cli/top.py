@@ -1,0 +1,278 @@
+"""``cowfs top``: what is asked of a mount, how often, and how long the answers take."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import os
+import shutil
+import sys
+import time
+import unicodedata
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from cowfs.cli.client import facts_of, find_mount, resident, sensible
+from cowfs.cli.output import say
+from cowfs.cli.requests import Operation, Requests, caches_in, number, requests_in, why_none
+from cowfs.errors import MountFailure, SystemFailure, UsageError, printable
+from cowfs.linux.mounts import MountInfo
+
+NAME = "top"
+_SHORTEST = 0.1
+"""Seconds."""
+_LONGEST = 86400.0
+_BAR = 10
+_HOME, _CLEAR, _TO_END_OF_LINE, _TO_END = "\x1b[H", "\x1b[2J", "\x1b[K", "\x1b[J"
+
+_EPILOG = """\
+What is shown first is since the mount, then every few seconds what has come since the last time: how often
+each operation was asked for, its share of the time that all took, how long an answer took (mean, median and the
+time that 99 of 100 kept to, both right to an eighth), and how many answers were an error. A name that is not
+there is none: the kernel remembers that. A FORGET has no answer, and takes no time here. Ctrl-C ends it.
+
+examples:
+  cowfs top /mnt                 every two seconds, until Ctrl-C
+  cowfs top /mnt -n 1            once: since the mount
+  cowfs top /mnt -d 10 --json    one JSON object a line, every ten seconds
+"""
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Describe the subcommand."""
+    parser = subparsers.add_parser(
+        NAME,
+        help="show what is asked of a mount, and how long it takes",
+        description="Show what is asked of a mount, how often, and how long the answers take.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("mountpoint", metavar="MOUNTPOINT")
+    parser.add_argument("-n", "--rounds", metavar="ROUNDS", help="end after so many (default: Ctrl-C)")
+    parser.add_argument("-d", "--delay", metavar="SECONDS", default="2", help="between two rounds (default: 2)")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Show round after round; Ctrl-C is the usual end."""
+    rounds, delay = _rounds(args.rounds), _delay(args.delay)
+    found = find_mount(args.mountpoint)
+    if found is None:
+        raise MountFailure(f"{args.mountpoint}: no cowfs is mounted here")
+    redraws = not args.json and sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+    try:
+        for turn, seen in enumerate(_looks(args.mountpoint, found, rounds, delay)):
+            if args.json:
+                print(json.dumps(_to_json(seen)), flush=True)
+            elif redraws:
+                _redraw(_lines(seen), first=not turn)
+            else:
+                for line in [*([""] if turn else []), *_lines(seen)]:
+                    say(line)
+    except KeyboardInterrupt:
+        pass
+    return 0
+
+
+def _rounds(given: str | None) -> int | None:
+    if given is None:
+        return None
+    if not given.isdecimal() or not 0 < int(given[:10]) or len(given) > 9:
+        raise UsageError(f"{given!r} is no number of rounds", "1 or more")
+    return int(given)
+
+
+def _delay(given: str) -> float:
+    try:
+        delay = float(given)
+    except ValueError:
+        delay = math.nan
+    if not _SHORTEST <= delay <= _LONGEST:
+        raise UsageError(f"{given!r} is no number of seconds", f"{_SHORTEST} or more, a day at most")
+    return delay
+
+
+# --- what is seen
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What came within some seconds."""
+
+    facts: dict[str, Any]
+    """What the daemon told last."""
+    seconds: float
+    whole: bool
+    """Since the mount."""
+    requests: Requests
+    caches: dict[str, tuple[int, int]]
+    """By name: how often something was there, and how often not."""
+    rss: int
+
+
+def _looks(mountpoint: str, mount: MountInfo, rounds: int | None, delay: float) -> Iterator[Seen]:
+    """Yield what came since the mount, then what came in each *delay*."""
+    facts, now = facts_of(mount.dev), time.monotonic()
+    with sensible():
+        requests, caches = requests_in(facts), caches_in(facts)
+        seconds = max(time.time() - float(facts["since"]), 0.001)
+        if not math.isfinite(seconds):
+            raise ValueError(seconds)
+    if requests is None:
+        raise SystemFailure(f"{mountpoint}: its requests are not counted: {why_none(facts)}")
+    yield Seen(facts, seconds, True, requests, caches, resident(facts["pid"]))
+    for _ in range(rounds - 1) if rounds else itertools.repeat(None):
+        time.sleep(delay)
+        before, last, cached, then = facts, requests, caches, now
+        facts, now = _again(mountpoint, mount, before), time.monotonic()
+        with sensible():
+            requests, caches = requests_in(facts), caches_in(facts)
+            if requests is None:
+                raise ValueError("it has counted before")
+            new = {
+                name: (hits - cached.get(name, (0, 0))[0], misses - cached.get(name, (0, 0))[1])
+                for name, (hits, misses) in caches.items()
+            }
+            seen = Seen(facts, now - then, False, requests - last, new, resident(facts["pid"]))
+        yield seen
+
+
+def _again(mountpoint: str, mount: MountInfo, before: dict[str, Any]) -> dict[str, Any]:
+    """Return what the daemon tells now. MountFailure when its mount is gone, be there another one by now."""
+    gone = MountFailure(f"{mountpoint}: is not mounted any more")
+    try:
+        facts = facts_of(mount.dev)
+    except MountFailure:
+        found = find_mount(mountpoint)
+        if found is None or found.dev != mount.dev:
+            raise gone from None
+        raise
+    if (facts["pid"], facts.get("since")) != (before["pid"], before["since"]):
+        raise gone
+    return facts
+
+
+def _to_json(seen: Seen) -> dict[str, Any]:
+    facts = seen.facts
+    return {
+        "mountpoint": facts["mountpoint"],
+        "time": time.time(),
+        "seconds": seen.seconds,
+        "since_mount": seen.whole,
+        "transport": facts.get("transport"),
+        "rss": seen.rss,
+        "inodes_known": facts.get("inodes_known"),
+        "open_files": facts.get("open_files"),
+        "requests": seen.requests.to_json(),
+        "caches": {name: {"hits": hits, "misses": misses} for name, (hits, misses) in seen.caches.items()},
+    }
+
+
+# --- how it is shown
+
+
+def _lines(seen: Seen) -> list[str]:
+    """Return the lines for people."""
+    from cowfs.store.sizes import format_size
+
+    facts, requests = seen.facts, seen.requests
+    with sensible():
+        known, files = number(facts["inodes_known"]), number(facts["open_files"])
+        head = [
+            f"{facts['mountpoint']}: {_period(seen)}",
+            f"by {facts['transport']}; {format_size(seen.rss)} resident; "
+            f"{known:,} inodes known, {files:,} open files",
+            f"{requests.count() / seen.seconds:,.0f} requests/s{_waiting(requests)}",
+            *_hits(seen),
+        ]
+    rows = sorted(requests.operations.items(), key=lambda row: (-row[1].total_ns, -row[1].count, row[0]))
+    width = max([16, *(len(name) for name in requests.operations)])
+    title = f"{'OPERATION':<{width}} {'COUNT':>11} {'PER SECOND':>10}  {'SHARE OF TIME':<{_BAR + 6}}"
+    title += f" {'MEAN':>8} {'P50':>8} {'P99':>8} {'ERRORS':>9}"
+    total = requests.total_ns()
+    return [*head, "", title, *(_row(name, width, row, seen.seconds, total) for name, row in rows)]
+
+
+def _period(seen: Seen) -> str:
+    if not seen.whole:
+        return f"the last {seen.seconds:.1f} s"
+    minutes, seconds = divmod(int(seen.seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"since the mount, {hours}:{minutes:02}:{seconds:02} ago"
+
+
+def _waiting(requests: Requests) -> str:
+    if not requests.under_way:
+        return ""
+    ns, operation = max(requests.under_way)
+    count = len(requests.under_way)
+    which = f", the longest a {operation}" if count > 1 else f", a {operation}"
+    return f"; {count:,} under way{which} since {_duration(ns)}"
+
+
+def _hits(seen: Seen) -> list[str]:
+    """Say what had not to be fetched, or not to be handled by Python."""
+    rates = []
+    reads = seen.requests.operations.get("READ")
+    if reads is not None:
+        rates.append(f"{_percent(seen.requests.direct_reads, reads.count)} of reads without Python")
+    rates += [
+        f"{name} {_percent(hits, hits + misses)}"
+        for name, (hits, misses) in seen.caches.items()
+        if hits + misses > 0
+    ]
+    return [f"hits: {', '.join(rates)}"] if rates else []
+
+
+def _percent(part: int, whole: int) -> str:
+    percent = 100 * part / whole
+    return f"{percent:.0f} %" if percent in {0, 100} or percent < 99 else f"{min(percent, 99.9):.1f} %"
+
+
+def _row(name: str, width: int, operation: Operation, seconds: float, total_ns: int) -> str:
+    share = operation.total_ns / total_ns if total_ns else 0.0
+    bar = "#" * round(_BAR * share)
+    times = [operation.mean_ns(), operation.percentile_ns(50), operation.percentile_ns(99)]
+    return (
+        f"{name:<{width}} {operation.count:>11,} {operation.count / seconds:>10,.1f}"
+        f"  {100 * share:>4.0f} % {bar:<{_BAR}}"
+        + "".join(f" {_duration(ns):>8}" for ns in times)
+        + f" {operation.errors:>9,}"
+    )
+
+
+def _duration(ns: float | None) -> str:
+    if ns is None:
+        return "-"
+    for size, unit in ((1e9, "s"), (1e6, "ms")):
+        if ns >= size:
+            return f"{ns / size:,.1f} {unit}"
+    return f"{ns / 1e3:.1f} us"
+
+
+# --- on a terminal
+
+
+def _redraw(lines: list[str], *, first: bool) -> None:
+    """Write over what was there; nothing of the terminal's has to be restored afterwards."""
+    size = shutil.get_terminal_size()
+    fitting = [_fit(line, size.columns) for line in lines[: max(size.lines - 1, 1)]]
+    text = "".join(f"{line}{_TO_END_OF_LINE}\n" for line in fitting)
+    sys.stdout.write(f"{_HOME}{_CLEAR if first else ''}{text}{_TO_END}")
+    sys.stdout.flush()
+
+
+def _fit(line: str, columns: int) -> str:
+    """Return as much of a line as the terminal has room for."""
+    encoding = sys.stdout.encoding or "ascii"
+    shown = printable(line).encode(encoding, "backslashreplace").decode(encoding)
+    room = columns
+    for place, character in enumerate(shown):
+        room -= 2 if unicodedata.east_asian_width(character) in "WF" else 1
+        if room < 0:
+            return shown[:place]
+    return shown

@@ -1,0 +1,207 @@
+/* How many requests there were of each kind, and how long they took.
+ *
+ * A request is timed from when libfuse is given it to when libfuse gives its answer. Not in it is the way between
+ * the kernel and us, nor the wait for another request that is being handled. It costs two looks at the clock and
+ * some ten memory accesses.
+ *
+ * Requests that wait for something are answered late, and by another thread than the one that took them: so all
+ * that are under way are in a table by their number. Where there are threads all of this is done under the core
+ * lock (ring.c); else one thread does it.
+ *
+ * The durations are counted in ranges, four to each power of two: what is told of them is right to an eighth.
+ */
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <stdbool.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#include "figures.h"
+
+enum { FORGET = 2, INTERRUPT = 36, BATCH_FORGET = 42 }; /* linux/fuse.h: nobody waits for an answer to these */
+enum {
+	OPERATIONS = 64, /* opcodes; what the kernel has beyond them is counted as 0 */
+	RANGES = 4 * 42, /* of durations: up to an hour */
+	BUCKETS = 256,
+	AT_HAND = 64,    /* so many requests under way need no memory of their own */
+};
+
+struct record { /* what is known of an operation */
+	uint64_t count, errors, ns;
+	uint64_t ranges[RANGES];
+};
+
+struct request { /* one under way */
+	uint64_t unique;
+	int64_t begun;
+	uint32_t operation;
+	bool own; /* has memory of its own */
+	struct request *next;
+};
+
+struct head { /* struct fuse_in_header */
+	uint32_t len, opcode;
+	uint64_t unique;
+};
+
+static struct record records[OPERATIONS];
+static struct request *under_way[BUCKETS]; /* by unique */
+static struct request at_hand[AT_HAND], *unused;
+static uint64_t direct_reads;
+
+static int64_t now(void)
+{
+	struct timespec t;
+	clock_gettime(CLOCK_MONOTONIC, &t);
+	return t.tv_sec * 1000000000LL + t.tv_nsec;
+}
+
+static unsigned range_of(uint64_t ns)
+{
+	if (ns < 4)
+		return (unsigned)ns;
+	unsigned power = 63 - (unsigned)__builtin_clzll(ns);
+	unsigned range = (power - 1) * 4 + (ns >> (power - 2) & 3);
+	return range < RANGES ? range : RANGES - 1;
+}
+
+/* The shortest duration of a range. */
+static uint64_t from(unsigned range)
+{
+	return range < 4 ? range : (uint64_t)(4 + range % 4) << (range / 4 - 1);
+}
+
+static struct request **bucket_of(uint64_t unique)
+{
+	return &under_way[unique / 2 % BUCKETS]; /* the kernel's numbers are even */
+}
+
+void figures_begin(const void *request, size_t size)
+{
+	struct head head;
+
+	if (size < sizeof head)
+		return;
+	memcpy(&head, request, sizeof head);
+	uint32_t operation = head.opcode < OPERATIONS ? head.opcode : 0;
+	if (operation == FORGET || operation == BATCH_FORGET || operation == INTERRUPT) {
+		records[operation].count++;
+		return;
+	}
+	struct request *r = unused;
+	if (r)
+		unused = r->next;
+	else if ((r = malloc(sizeof *r)))
+		r->own = true;
+	else
+		return; /* one less is counted */
+	struct request **bucket = bucket_of(head.unique);
+	r->unique = head.unique;
+	r->operation = operation;
+	r->next = *bucket;
+	*bucket = r;
+	r->begun = now();
+}
+
+void figures_end(uint64_t unique, int32_t error)
+{
+	struct request **place = bucket_of(unique), *r;
+
+	while ((r = *place) && r->unique != unique)
+		place = &r->next;
+	if (!r) /* a notice to the kernel, which answers nothing */
+		return;
+	int64_t took = now() - r->begun;
+	struct record *record = &records[r->operation];
+	record->count++;
+	record->errors += error != 0;
+	record->ns += (uint64_t)took;
+	record->ranges[range_of((uint64_t)took)]++;
+	*place = r->next;
+	if (r->own) {
+		free(r);
+	} else {
+		r->next = unused;
+		unused = r;
+	}
+}
+
+void figures_read_directly(void)
+{
+	direct_reads++;
+}
+
+void figures_reset(void)
+{
+	for (unsigned b = 0; b < BUCKETS; b++)
+		for (struct request *r = under_way[b], *next; r; r = next) {
+			next = r->next;
+			if (r->own)
+				free(r);
+		}
+	memset(under_way, 0, sizeof under_way);
+	memset(records, 0, sizeof records);
+	direct_reads = 0;
+	unused = NULL;
+	for (unsigned i = 0; i < AT_HAND; i++) {
+		at_hand[i].next = unused;
+		unused = &at_hand[i];
+	}
+}
+
+/* --- for Python --- */
+
+/* Append and let go; -1 if something has failed. */
+static int add(PyObject *list, PyObject *item)
+{
+	int failure = item ? PyList_Append(list, item) : -1;
+
+	Py_XDECREF(item);
+	return failure;
+}
+
+static PyObject *ranges(const struct record *record)
+{
+	PyObject *list = PyList_New(0);
+
+	for (unsigned i = 0; list && i < RANGES; i++)
+		if (record->ranges[i] && add(list, Py_BuildValue("(KKK)", (unsigned long long)from(i),
+								 (unsigned long long)from(i + 1),
+								 (unsigned long long)record->ranges[i])))
+			Py_CLEAR(list);
+	return list;
+}
+
+static PyObject *py_figures(PyObject *self, PyObject *args)
+{
+	(void)self, (void)args;
+	PyObject *known = PyList_New(0), *waiting = PyList_New(0);
+	int64_t time = now();
+
+	for (unsigned i = 0; known && i < OPERATIONS; i++) {
+		const struct record *r = &records[i];
+		if (r->count && add(known, Py_BuildValue("(IKKKN)", i, (unsigned long long)r->count,
+							 (unsigned long long)r->errors, (unsigned long long)r->ns,
+							 ranges(r))))
+			Py_CLEAR(known);
+	}
+	for (unsigned b = 0; waiting && b < BUCKETS; b++)
+		for (const struct request *r = under_way[b]; waiting && r; r = r->next)
+			if (add(waiting, Py_BuildValue("(IL)", r->operation, (long long)(time - r->begun))))
+				Py_CLEAR(waiting);
+	if (!known || !waiting) {
+		Py_XDECREF(known);
+		Py_XDECREF(waiting);
+		return NULL;
+	}
+	return Py_BuildValue("(NNK)", known, waiting, (unsigned long long)direct_reads);
+}
+
+PyMethodDef figures_methods[] = {
+	{"figures", py_figures, METH_NOARGS,
+	 "figures(): (opcode, count, errors, ns, ranges) of each operation, and a range is (from, to, count) of\n"
+	 "durations; (opcode, ns) of each request under way; how many reads were served without Python."},
+	{NULL, NULL, 0, NULL},
+};
