@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import time
@@ -29,10 +30,10 @@ _BAR = 10
 _HOME, _CLEAR, _TO_END_OF_LINE, _TO_END = "\x1b[H", "\x1b[2J", "\x1b[K", "\x1b[J"
 
 _EPILOG = """\
-What is shown first is since the mount, then every few seconds what has come since the last time: how often
-each operation was asked for, its share of the time that all took, how long an answer took (mean, median and the
-time that 99 of 100 kept to, both right to an eighth), and how many answers were an error. A name that is not
-there is none: the kernel remembers that. A FORGET has no answer, and takes no time here. Ctrl-C ends it.
+The first round is since the mount, each other one since the round before: how often each operation was asked
+for, its share of the time that all took, how long an answer took (mean, median, and the time that 99 of 100
+kept to, both right to an eighth), and how many answers were an error. A name that is not there is none: the
+kernel remembers that. A FORGET has no answer, and takes no time here. Ctrl-C ends it.
 
 examples:
   cowfs top /mnt                 every two seconds, until Ctrl-C
@@ -52,7 +53,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("mountpoint", metavar="MOUNTPOINT")
     parser.add_argument("-n", "--rounds", metavar="ROUNDS", help="end after so many (default: Ctrl-C)")
-    parser.add_argument("-d", "--delay", metavar="SECONDS", default="2", help="between two rounds (default: 2)")
+    parser.add_argument(
+        "-d", "--delay", metavar="SECONDS", default="2", help="between two rounds (default: 2)"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     parser.set_defaults(run=run)
 
@@ -81,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
 def _rounds(given: str | None) -> int | None:
     if given is None:
         return None
-    if not given.isdecimal() or not 0 < int(given[:10]) or len(given) > 9:
+    if not re.fullmatch(r"0*[1-9][0-9]{0,8}", given):
         raise UsageError(f"{given!r} is no number of rounds", "1 or more")
     return int(given)
 
@@ -210,8 +213,8 @@ def _waiting(requests: Requests) -> str:
         return ""
     ns, operation = max(requests.under_way)
     count = len(requests.under_way)
-    which = f", the longest a {operation}" if count > 1 else f", a {operation}"
-    return f"; {count:,} under way{which} since {_duration(ns)}"
+    which = "the longest, " if count > 1 else ""
+    return f"; {count:,} under way, {which}{operation}, for {_duration(ns)}"
 
 
 def _hits(seen: Seen) -> list[str]:
