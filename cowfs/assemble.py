@@ -17,7 +17,7 @@ import cowfs
 from cowfs.errors import CowfsError, LayerError, MountFailure, StoreError, SystemFailure
 from cowfs.formats.squashfs.image import open_image
 from cowfs.fuse.control import Replies
-from cowfs.layers.base import LowerLayer
+from cowfs.layers.base import Cached, LowerLayer
 from cowfs.layers.directory import DirectoryLayer
 from cowfs.layers.shared_directory import SharedDirectoryLayer
 from cowfs.layers.slow import SlowLayer
@@ -132,7 +132,20 @@ class Union:
                 "unsaved": lost._asdict() | {"said": str(lost)} if lost else None,
             },
             "engine": self.options.engine,
+            "caches": self._caches(),
         }
+
+    def _caches(self) -> dict[str, dict[str, int]]:
+        """How often what was needed of an image was in memory, and how often not, in all images of a kind."""
+        lowers = (layer.inner if isinstance(layer, SlowLayer) else layer for layer in self.overlay.lowers)
+        known: dict[str, dict[str, int]] = {}
+        for layer in (*lowers, self.store.layer):
+            if isinstance(layer, Cached):
+                for name, (hits, misses) in layer.caches().items():
+                    both = known.setdefault(name, {"hits": 0, "misses": 0})
+                    both["hits"] += hits
+                    both["misses"] += misses
+        return known
 
 
 def _offsets(options: UnionOptions) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ behind a :class:`cowfs.layers.slow.SlowLayer` are called from many at once.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from cowfs.types import Attr, DirEntry, FileHandle, FsStats
 
@@ -212,3 +212,11 @@ class UpperLayer(LowerLayer, Protocol):
     def sync(self) -> None:
         """Return when everything written so far is on disk. Blocks; may be called from any thread."""
         ...
+
+
+@runtime_checkable
+class Cached(Protocol):
+    """A layer that keeps in memory what it reads of an image."""
+
+    def caches(self) -> dict[str, tuple[int, int]]:
+        """How often what was needed was there, and how often not, by its kind. Does not block."""

@@ -155,6 +155,11 @@ class Ext3Layer:
             favail=facts.free_inodes + spare_inodes,
         )
 
+    def caches(self) -> dict[str, tuple[int, int]]:
+        """How often a block was in memory when it was needed, and how often not, by its kind."""
+        facts = self.image.facts()
+        return {"ext3 metadata": (facts.cache_hits, facts.cache_misses)}
+
     def handle(self, key: int) -> FileHandle:
         """What name_to_handle_at(2) gives for the same inode of the mounted image."""
         return FileHandle(

@@ -243,6 +243,10 @@ class SquashfsLayer:
         """(what, value) of what the image says of itself, as ``unsquashfs -s`` shows it. EIO."""
         return summary(self._image)
 
+    def caches(self) -> dict[str, tuple[int, int]]:
+        """How often a block was there decompressed when it was needed, and how often not, by its kind."""
+        return self._image.caches()
+
     def forget(self, key: int) -> None:
         """Nothing is remembered of a key."""
 

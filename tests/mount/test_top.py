@@ -23,6 +23,7 @@ import pytest
 
 from tests.support.holding import holding
 from tests.support.mounts import COWFS, Mounted, cowfs, eventually, is_mounted, mounted, project_root
+from tests.support.squashfs import mksquashfs, needs_mksquashfs
 from tests.support.system import needs_fuse, needs_root, run
 
 pytestmark = needs_fuse
@@ -113,6 +114,41 @@ def test_reads_without_python(mount: Mounted) -> None:
     os.close(fd)
     if len((mount.path / "new").read_bytes()) == MIB and came(mount, after, "READ"):
         assert told(mount)["direct_reads"] == after["direct_reads"]
+
+
+@needs_mksquashfs
+def test_what_images_have_in_memory(tmp_path: Path) -> None:
+    """What is read once is there the second time; asking changes nothing."""
+    (tmp_path / "tree").mkdir()
+    (tmp_path / "tree/file").write_bytes(b"some text\n" * 100_000)
+    image = mksquashfs(tmp_path / "image.dat", tmp_path / "tree")
+    assert cowfs("create", tmp_path / "s.bs", "16").returncode == 0
+
+    def caches(here: Mounted) -> dict[str, dict[str, int]]:
+        shown = cowfs("info", here.path, "--json", check=True).stdout
+        found: dict[str, dict[str, int]] = json.loads(shown)["caches"]
+        return found
+
+    with mounted(image, tmp_path / "mnt", tmp_path / "s.bs", engine="process") as here:
+        assert set(caches(here)) == {"squashfs metadata", "squashfs data", "ext3 metadata"}
+        assert caches(here)["squashfs data"]["misses"] == 0
+        assert (here.path / "file").read_bytes() == b"some text\n" * 100_000
+        first = caches(here)
+        assert first["squashfs data"]["misses"] == 8, "as many blocks of 128 KiB as there are"
+        fd = os.open(here.path / "file", os.O_RDONLY)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        assert len(os.pread(fd, 1_000_000, 0)) == 1_000_000
+        os.close(fd)
+        second = caches(here)
+        assert second["squashfs data"]["misses"] == 8
+        assert second["squashfs data"]["hits"] >= first["squashfs data"]["hits"] + 8
+        assert caches(here) == second
+        (here.path / "new").mkdir()
+        assert caches(here)["ext3 metadata"]["hits"] > second["ext3 metadata"]["hits"]
+        assert 0 < caches(here)["ext3 metadata"]["misses"] < 100
+        shown = cowfs("top", here.path, "-n", "1", check=True).stdout
+        hits, misses = second["squashfs data"].values()
+        assert f"squashfs data {100 * hits / (hits + misses):.0f} %" in shown, shown
 
 
 # --- what is timed

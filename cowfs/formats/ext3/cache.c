@@ -255,7 +255,10 @@ struct block *block_get(x3_image *img, uint32_t nr)
 	struct block *b = block_find(img, nr);
 	int error;
 
-	if (!b) {
+	if (b) {
+		img->hits++;
+	} else {
+		img->misses++;
 		if (nr >= img->blocks)
 			fail(img, EUCLEAN, "block %u is outside of the filesystem", nr);
 		b = cache_add(img, nr);

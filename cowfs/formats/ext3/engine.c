@@ -37,6 +37,8 @@ int x3_facts(x3_image *img, struct x3_facts *out)
 		out->dirty = img->ndirty;
 		out->cached = img->cached;
 		out->held = img->nheld;
+		out->cache_hits = img->hits;
+		out->cache_misses = img->misses;
 		out->commits = img->commits;
 		out->checkpoints = img->checkpoints;
 		out->replayed = img->replayed;

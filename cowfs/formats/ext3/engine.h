@@ -94,6 +94,7 @@ struct x3_facts {
 	int64_t saved_ns;            /* when all was on disk last: since the epoch */
 	uint64_t missing, disk_free; /* bytes that the file lacks of its blocks, and that its disk has free */
 	uint64_t cached, held;       /* blocks in the cache; free blocks that wait for commit or checkpoint */
+	uint64_t cache_hits, cache_misses; /* metadata blocks that were there when they were needed, and that were not */
 	uint64_t commits, checkpoints, barriers, bytes_written; /* since open */
 	uint64_t replayed, redone; /* transactions of the journal and records of the redo log that it took to open it */
 	uint8_t uuid[16];

@@ -175,6 +175,7 @@ struct x3_image {
 	struct block **bucket, **all; /* all: for the clock */
 	uint32_t bucket_mask;
 	size_t cached, cached_cap, cached_max, hand;
+	uint64_t hits, misses; /* of block_get() */
 	struct {
 		struct change *change;
 		size_t n, cap;

@@ -55,3 +55,7 @@ class Facts(NamedTuple):
     """Bytes that the image's file lacks of its blocks: it is sparse."""
     disk_free: int
     """Bytes that its disk has free for them."""
+    cache_hits: int
+    """Metadata blocks that were in memory when they were needed …"""
+    cache_misses: int
+    """… and that had to be read, since it was opened."""

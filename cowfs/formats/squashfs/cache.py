@@ -90,6 +90,8 @@ class OnceCache(Generic[K]):
         """*limit* is in bytes."""
         self._cache: GenerationCache[K, bytes] = GenerationCache(limit, len)
         self._making: dict[K, _Making] = {}
+        self.hits = self.misses = 0
+        """How often a value was there, and how often it was made. Threads may lose a few of these."""
 
     def get(self, key: K, make: Callable[[K], bytes]) -> bytes:
         """The value of *key*; the first who misses it calls *make*, the others wait for the result.
@@ -98,14 +100,17 @@ class OnceCache(Generic[K]):
         """
         value = self._cache.get(key)
         if value is not None:
+            self.hits += 1
             return value
         mine = _Making()
         other = self._making.setdefault(key, mine)  # one step: of several threads one gets its own
         if other is not mine:
+            self.hits += 1
             return other.wait()
         try:
             value = self._cache.get(key)  # made by another between the two lines above
             if value is None:
+                self.misses += 1
                 value = make(key)
                 self._cache.put(key, value)
         except BaseException as error:

@@ -97,12 +97,17 @@ class Blocks:
         if self._cache.peek(stored) is not None or self._started.get(stored):
             return None
         self._started.put(stored, True)
+        self._cache.misses += 1
         raw = self._stored(stored)
         try:
             data = self._starter(raw, size)
         except CodecError as error:
             raise self._damaged(stored, error) from error
         return data if len(data) == size else None
+
+    def found(self) -> tuple[int, int]:
+        """How often a block was there decompressed when it was needed, and how often it was not."""
+        return self._cache.hits, self._cache.misses
 
     def work(self, stored: Stored) -> int:
         """How many bytes there are to decompress for :meth:`get`, by whichever thread."""

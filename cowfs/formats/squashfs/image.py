@@ -190,6 +190,11 @@ class Image:
         has_some = self.superblock.flags & sblk.COMPRESSOR_OPTIONS
         return self._metadata.block(sblk.SIZE)[0] if has_some else b""
 
+    def caches(self) -> dict[str, tuple[int, int]]:
+        """How often a block was there decompressed when it was needed, and how often not, by its kind."""
+        metadata = self._metadata
+        return {"squashfs metadata": (metadata.hits, metadata.misses), "squashfs data": self._blocks.found()}
+
     def fingerprint(self) -> str:
         """What the image is recognised by: SHA-256 of the superblock and all tables, in hexadecimal.
 

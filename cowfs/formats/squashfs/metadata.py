@@ -32,11 +32,12 @@ class Place(NamedTuple):
 class Metadata:
     """The metadata blocks of an image, by their position in it."""
 
-    __slots__ = ("_cache", "_decompress", "source")
+    __slots__ = ("_cache", "_decompress", "hits", "misses", "source")
 
     def __init__(self, source: Source, decompress: Decompress) -> None:
         self.source = source
         self._decompress = decompress
+        self.hits = self.misses = 0
         self._cache: GenerationCache[int, tuple[bytes, int]] = GenerationCache(
             CACHE_BYTES, lambda value: len(value[0])
         )
@@ -45,8 +46,11 @@ class Metadata:
         """The decompressed block at *position*, and the position of the next; may block, EIO."""
         found = self._cache.get(position)
         if found is None:
+            self.misses += 1
             found = self._load(position)
             self._cache.put(position, found)
+        else:
+            self.hits += 1
         return found
 
     def _load(self, position: int) -> tuple[bytes, int]:
