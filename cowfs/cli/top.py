@@ -27,6 +27,7 @@ _SHORTEST = 0.1
 """Seconds."""
 _LONGEST = 86400.0
 _BAR = 10
+_NAME = 16
 _HOME, _CLEAR, _TO_END_OF_LINE, _TO_END = "\x1b[H", "\x1b[2J", "\x1b[K", "\x1b[J"
 
 _EPILOG = """\
@@ -193,7 +194,7 @@ def _lines(seen: Seen) -> list[str]:
             *_hits(seen),
         ]
     rows = sorted(requests.operations.items(), key=lambda row: (-row[1].total_ns, -row[1].count, row[0]))
-    width = max([16, *(len(name) for name in requests.operations)])
+    width = max([_NAME, *(min(len(name), 2 * _NAME) for name in requests.operations)])
     title = f"{'OPERATION':<{width}} {'COUNT':>11} {'PER SECOND':>10}  {'SHARE OF TIME':<{_BAR + 6}}"
     title += f" {'MEAN':>8} {'P50':>8} {'P99':>8} {'ERRORS':>9}"
     total = requests.total_ns()

@@ -101,6 +101,19 @@ def test_errors(mount: Mounted) -> None:
     assert came(mount, before, "RMDIR") == came(mount, before, "RMDIR", "errors") == N
 
 
+def test_what_the_kernel_forgets_has_no_answer(mount: Mounted) -> None:
+    (mount.path / "new").touch()
+    (mount.path / "new").unlink()
+    kinds = ("FORGET", "BATCH_FORGET")
+    eventually(lambda: any(kind in told(mount)["operations"] for kind in kinds), "it is forgotten")
+    operations = told(mount)["operations"]
+    for kind in operations.keys() & kinds:
+        assert operations[kind]["count"] == 1 and operations[kind]["durations_ns"] == []
+        assert operations[kind]["mean_ns"] is operations[kind]["p99_ns"] is None
+    shown = cowfs("top", mount.path, "-n", "1", check=True).stdout
+    assert re.search(r"\n(BATCH_)?FORGET +1 .* 0 % +- +- +- +0\n", shown), shown
+
+
 def test_reads_without_python(mount: Mounted) -> None:
     """Of a file behind which stands one of the kernel's; of a store in an image there is none."""
     (mount.path / "new").write_bytes(bytes(MIB))

@@ -393,3 +393,46 @@ def test_grow_looks_at_what_it_reports(lower: Path, nobody_path: Path, tmp_path:
                 assert done.returncode == 32 and "is not what the daemon" in done.stderr, done
         assert cowfs("grow", here.path, "32", check=True).stdout.endswith("has 32 MB now\n")
         assert cowfs("grow", store, "48", check=True).stdout.endswith("has 48 MB now\n")
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        "[]",
+        '{"operations": [], "under_way": [], "direct_reads": 0}',
+        '{"operations": {"READ": {}}, "under_way": [], "direct_reads": 0}',
+        '{"operations": {}, "under_way": [], "direct_reads": -1}',
+        '{"operations": {}, "under_way": [], "direct_reads": NaN}',
+        '{"operations": {}, "under_way": [], "direct_reads": 1e400}',
+        f'{{"operations": {{}}, "under_way": [], "direct_reads": {1 << 64}}}',
+        '{"operations": {}, "under_way": [{"operation": "READ", "ns": "long"}], "direct_reads": 0}',
+        '{"operations": {"READ": {"count": 1, "errors": 0, "total_ns": 1, "durations_ns": [[1, 2]]}}, '
+        '"under_way": [], "direct_reads": 0}',
+    ],
+)
+def test_figures_that_make_no_sense(lower: Path, nobody_path: Path, told: str) -> None:
+    with mounted(lower, nobody_path / "mnt", quiet=False) as here:
+        facts = json.loads(cowfs("info", here.path, "--json", check=True).stdout)
+        line = json.dumps({**facts, "requests": "HERE"}).replace('"HERE"', told)
+        with lying(here.path, 0, {"info": f"{line}\n"}):
+            for command in (["top", "-n", "1"], ["top", "-n", "1", "--json"], ["info"]):
+                done = cowfs(*command, here.path)
+                assert done.returncode == 32 and done.stdout == "", done
+                assert done.stderr == "cowfs: what the daemon of this mount answers makes no sense\n"
+
+
+def test_figures_are_data(lower: Path, nobody_path: Path) -> None:
+    """Names that drive a terminal, one that is long, and more of all than can be."""
+    with mounted(lower, nobody_path / "mnt", quiet=False) as here:
+        facts = json.loads(cowfs("info", here.path, "--json", check=True).stdout)
+        most = (1 << 64) - 1
+        much = {"count": most, "errors": most, "total_ns": most, "durations_ns": [[0, most, most]]}
+        names = ["\x1b[31mREAD", "LONG" * 5000, *(f"OP{number}" for number in range(300))]
+        facts["requests"]["operations"] = dict.fromkeys(names, much)
+        facts["requests"]["under_way"] = [{"operation": "\x1b[31mOPEN\n", "ns": most}]
+        facts |= {"transport": "\x1b[31mby\n", "caches": {"\x1b[31m\r": {"hits": most, "misses": 1}}}
+        with lying(here.path, 0, {"info": json.dumps(facts) + "\n"}):
+            done = cowfs("top", "-n", "1", here.path, check=True)
+        assert "\x1b" not in done.stdout and "\r" not in done.stdout
+        assert "\n\\x1b[31mREAD " in done.stdout and "under way, \\x1b[31mOPEN\\n, for " in done.stdout
+        assert len(done.stdout) < 200_000
