@@ -188,7 +188,7 @@ def _lines(seen: Seen) -> list[str]:
         known, files = number(facts["inodes_known"]), number(facts["open_files"])
         head = [
             f"{facts['mountpoint']}: {_period(seen)}",
-            f"by {facts['transport']}; {format_size(seen.rss)} resident; "
+            f"by {facts.get('transport', '/dev/fuse')}; {format_size(seen.rss)} resident; "
             f"{known:,} inodes known, {files:,} open files",
             f"{requests.count() / seen.seconds:,.0f} requests/s{_waiting(requests)}",
             *_hits(seen),
