@@ -192,10 +192,10 @@ def test_a_copy_up_in_a_thread_is_in_its_own_row(mount: Mounted) -> None:
     start = time.monotonic_ns()
     os.close(os.open(mount.path / "large", os.O_RDWR))
     took = time.monotonic_ns() - start
-    assert took > 5_000_000, "this copy-up is too small to be seen"
     assert came(mount, before, "OPEN") == 1
-    assert took / 2 < came(mount, before, "OPEN", "total_ns") < took
-    assert told(mount)["operations"]["OPEN"]["durations_ns"][-1][1] > took / 2
+    total = came(mount, before, "OPEN", "total_ns")
+    assert 1_000_000 < total < took, "to copy so much takes milliseconds"
+    assert told(mount)["operations"]["OPEN"]["durations_ns"][-1][1] > total / 2
     assert not told(mount)["under_way"]
     (mount.path / "small").touch()
     assert came(mount, before, "OPEN") == 1
