@@ -68,6 +68,7 @@ def is_left_clean(kind: Kind, disk: Path, tmp_path: Path) -> Path | None:
     return store
 
 
+@pytest.mark.nightly
 def test_image_and_store_on_a_card(boot: Boot, image_disk: Path, parts: Parts, tmp_path: Path) -> None:
     """exFAT, as cards are sold. The store is made when there was none; the next boot needs the card only."""
     kind = Kind("exfat", sd_card, "mmcblk0p1", "mbr", package="exfatprogs", megabytes=254)

@@ -16,6 +16,7 @@ from tests.parity.script import Case, load_cases
 from tests.support import tree
 from tests.support.system import needs_fuse, needs_root
 
+DEV_FUSE_AT_NIGHT = True
 SUBJECT = os.environ.get("COWFS_PARITY_SUBJECT", "cowfs")
 pytestmark = [needs_root, needs_fuse, pytest.mark.timeout(120)]
 

@@ -59,7 +59,7 @@ def may_differ(case: str, field: str) -> bool:
     return any(f" {what} " in case and field == which for what, which in DIFFER)
 
 
-@pytest.mark.parametrize("store", ["process", "kernel", "directory"])
+@pytest.mark.parametrize("store", ["process", pytest.param("kernel", marks=pytest.mark.nightly), "directory"])
 def test_as_on_ext4(nobody_path: Path, ext4: Seen, store: str) -> None:
     """Of files in the lower, in the store, and of those of which the store has the attributes alone."""
     lower, place = nobody_path / "lower", nobody_path / "store"
