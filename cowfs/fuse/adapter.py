@@ -14,9 +14,9 @@ import logging
 import os
 import stat
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Sequence
 from contextlib import closing
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any
 
 import pyfuse3
 import trio
@@ -24,12 +24,13 @@ from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, Setatt
 
 from cowfs.fuse import libfuse, requests
 from cowfs.fuse.failure import errno_of
+from cowfs.fuse.handlers import Handlers, async_, failure_of, sync, told
 from cowfs.fuse.loop import RequestLoop
 from cowfs.fuse.open_files import OpenFiles
 from cowfs.fuse.shares import Bounds
 from cowfs.fuse.shares import bounds as bounds_of_process
 from cowfs.fuse.snapshots import OpenDirectory, Snapshots
-from cowfs.fuse.threads import SLICE, Threads
+from cowfs.fuse.threads import SLICE
 from cowfs.fuse.turns import in_thread
 from cowfs.layers.acl import ACCESS as ACCESS_ACL
 from cowfs.layers.acl import DEFAULT as DEFAULT_ACL
@@ -47,9 +48,6 @@ from cowfs.types import Attr
 
 log = logging.getLogger(__name__)
 
-P = ParamSpec("P")
-R = TypeVar("R")
-
 FOREVER = 10.0**9
 """Seconds that the kernel may keep names and attributes: nobody but us changes them."""
 _CAPABILITY = b"security.capability"
@@ -61,10 +59,6 @@ _DEEP = 16
 _AHEAD = 24
 """So many names after the one that is listed are looked up along with it in a slow lower: a page of them."""
 _SYNCHRONOUS = os.O_SYNC | os.O_DSYNC
-
-
-def _failure(error: BaseException, name: str) -> FUSEError:
-    return error if isinstance(error, FUSEError) else FUSEError(errno_of(error, name))
 
 
 def _dot(node: Node) -> EntryAttributes:
@@ -79,80 +73,7 @@ def _by_uid(ctx: RequestContext) -> Writer:
     return Writer.PRIVILEGED if ctx.uid == 0 else Writer.MEMBER
 
 
-def _sync(
-    method: Callable[Concatenate[Adapter, P], R],
-) -> Callable[Concatenate[Adapter, P], Coroutine[Any, Any, R]]:
-    """Make a request handler of a plain method: whatever it raises becomes an errno."""
-
-    async def handler(self: Adapter, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        try:
-            return method(self, *args, **kwargs)
-        except Exception as error:
-            if not self._may_succeed(error):
-                raise _failure(error, method.__name__) from None
-            failure = error
-
-        async def again() -> R:
-            return method(self, *args, **kwargs)
-
-        return await self._again(again, failure, method.__name__, _user_of(args))
-
-    functools.update_wrapper(handler, method)
-    return handler
-
-
-def _async(
-    method: Callable[Concatenate[Adapter, P], Coroutine[Any, Any, R]],
-) -> Callable[Concatenate[Adapter, P], Coroutine[Any, Any, R]]:
-    """The same for a method that may have to await."""
-
-    async def handler(self: Adapter, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        try:
-            return await method(self, *args, **kwargs)
-        except Exception as error:
-            if not self._may_succeed(error):
-                raise _failure(error, method.__name__) from None
-            failure = error
-        again = functools.partial(method, self, *args, **kwargs)
-        return await self._again(again, failure, method.__name__, _user_of(args))
-
-    functools.update_wrapper(handler, method)
-    return handler
-
-
-def _told(
-    method: Callable[Concatenate[Adapter, bool | None, P], Coroutine[Any, Any, R]],
-) -> Callable[Concatenate[Adapter, P], Coroutine[Any, Any, R]]:
-    """The same for a method that is told first whether the request takes set-ID bits; None: not known.
-
-    Its message says so, which is there only until something is awaited.
-    """
-
-    async def handler(self: Adapter, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        takes = self._takes_set_id()
-        try:
-            return await method(self, takes, *args, **kwargs)
-        except Exception as error:
-            if not self._may_succeed(error):
-                raise _failure(error, method.__name__) from None
-            failure = error
-        again = functools.partial(method, self, takes, *args, **kwargs)
-        return await self._again(again, failure, method.__name__, _user_of(args))
-
-    functools.update_wrapper(handler, method)
-    return handler
-
-
-def _user_of(args: Sequence[Any]) -> int:
-    """Return who asks: the context is one of a handler's last arguments."""
-    for argument in reversed(args):
-        uid = getattr(argument, "uid", None)
-        if isinstance(uid, int):
-            return uid
-    return 0
-
-
-class Adapter(pyfuse3.Operations):
+class Adapter(Handlers):
     """Answer the kernel's requests from an :class:`Overlay`."""
 
     supports_dot_lookup = False
@@ -160,17 +81,14 @@ class Adapter(pyfuse3.Operations):
     def __init__(
         self, fs: Overlay, loop: RequestLoop, *, acl: bool = True, bounds: Bounds | None = None
     ) -> None:
-        super().__init__()
+        super().__init__(fs, loop)
         self.enable_acl = acl
-        self._fs = fs
-        self._loop = loop
         bounds = bounds or bounds_of_process(shared=False)
         self._files = OpenFiles(bounds)
         self.snapshots = Snapshots(bounds.names)
         self._listings: dict[int, OpenDirectory] = {}
         self._listed = 0
         self._kept: set[Node] = set()
-        self._threads = Threads(loop)
         slow = [layer for layer in fs.lowers if isinstance(layer, SlowLayer)]
         for layer in slow:
             layer.serve(self._threads.later)
@@ -185,55 +103,6 @@ class Adapter(pyfuse3.Operations):
         self._missing.entry_timeout = FOREVER
 
     # --- between the two sides
-
-    def _may_succeed(self, error: Exception, *, gave_way: bool = False) -> bool:
-        """Whether what has failed with *error*, and left nothing behind, is to be tried again."""
-        if isinstance(error, NotYet) or (not gave_way and self._may_get_room(error)):
-            return True
-        return self._made_room(error)
-
-    def _may_get_room(self, error: Exception) -> bool:
-        """Whether there may be room for what failed once the requests that have come are handled.
-
-        The kernel may tell that it has forgotten a removed file after it has passed on what came later
-        (fuse_dev_do_read() in fs/fuse/dev.c).
-        """
-        return isinstance(error, OSError) and error.errno == errno.ENOSPC and self._loop.somebody_waits()
-
-    async def _again(
-        self, call: Callable[[], Coroutine[Any, Any, R]], error: Exception, name: str, uid: int
-    ) -> R:
-        """Do *call* again, which failed with *error*, until it succeeds or nothing is left to try."""
-        answers = Answers(uid)
-        gave_way = False
-        await self._loop.step_aside()  # what is at hand is a task's
-        try:
-            while True:
-                try:
-                    if isinstance(error, NotYet):
-                        await self._threads.ask(error.question, answers)
-                    elif not gave_way:
-                        gave_way = True
-                        await self._loop.serve_others()
-                    with answers.at_hand():
-                        return await call()
-                except Exception as failure:
-                    if not self._may_succeed(failure, gave_way=gave_way):
-                        raise _failure(failure, name) from None
-                    error = failure
-        finally:
-            answers.close()
-
-    def _made_room(self, error: Exception) -> bool:
-        """Whether there is room now for what failed for lack of it; it left nothing behind, so it may be
-        tried again."""
-        if not isinstance(error, OSError) or error.errno != errno.ENOSPC:
-            return False
-        try:
-            return self._fs.make_room()
-        except Exception:
-            log.exception("the store cannot grow")
-            return False
 
     def _node(self, ino: int) -> Node:
         node = self._fs.nodes.get(ino)
@@ -265,10 +134,6 @@ class Adapter(pyfuse3.Operations):
         node, attr = found
         node.lookups += 1
         return self._entry(node, attr)
-
-    def _takes_set_id(self) -> bool | None:
-        """Whether the request that has just come takes set-ID bits; None if the kernel does not say."""
-        return libfuse.takes_set_id()
 
     def _writer(self, node: Node, ctx: RequestContext, takes: bool | None) -> Writer:
         """Return who changes a file, or its owner or ACL. What *takes* does not say is in /proc."""
@@ -410,7 +275,7 @@ class Adapter(pyfuse3.Operations):
 
     # --- names
 
-    @_sync
+    @sync
     def lookup(self, parent_inode: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
         parent = self._node(parent_inode)
         if name in {b".", b".."}:
@@ -434,7 +299,7 @@ class Adapter(pyfuse3.Operations):
                 except Exception:
                     log.exception("forgetting inode %d failed", ino)
 
-    @_async
+    @async_
     async def mknod(
         self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: RequestContext
     ) -> EntryAttributes:
@@ -444,7 +309,7 @@ class Adapter(pyfuse3.Operations):
             await self._within_reach(parent)
         return self._given(self._fs.mknod(parent, name, self._masked(parent, mode, ctx), rdev, owner))
 
-    @_async
+    @async_
     async def mkdir(self, parent_inode: int, name: bytes, mode: int, ctx: RequestContext) -> EntryAttributes:
         parent = self._node(parent_inode)
         if parent.upper is None:
@@ -452,7 +317,7 @@ class Adapter(pyfuse3.Operations):
         owner = Owner(ctx.uid, ctx.gid)
         return self._given(self._fs.mkdir(parent, name, self._masked(parent, mode, ctx), owner))
 
-    @_async
+    @async_
     async def symlink(
         self, parent_inode: int, name: bytes, target: bytes, ctx: RequestContext
     ) -> EntryAttributes:
@@ -461,7 +326,7 @@ class Adapter(pyfuse3.Operations):
             await self._within_reach(parent)
         return self._given(self._fs.symlink(parent, name, target, Owner(ctx.uid, ctx.gid)))
 
-    @_async
+    @async_
     async def link(
         self, inode: int, new_parent_inode: int, new_name: bytes, ctx: RequestContext
     ) -> EntryAttributes:
@@ -471,7 +336,7 @@ class Adapter(pyfuse3.Operations):
         await self._bring_up(node, ctx.uid)
         return self._given((node, self._fs.link(node, parent, new_name)))
 
-    @_async
+    @async_
     async def unlink(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
         parent = self._node(parent_inode)
         if parent.upper is None:
@@ -479,14 +344,14 @@ class Adapter(pyfuse3.Operations):
         await self._name_settled(parent, name)
         self._fs.unlink(parent, name)
 
-    @_async
+    @async_
     async def rmdir(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
         parent = self._node(parent_inode)
         if parent.upper is None:
             await self._within_reach(parent)
         self._fs.rmdir(parent, name, await self._look_through(parent, name, ctx.uid))
 
-    @_async
+    @async_
     async def rename(
         self,
         parent_inode_old: int,
@@ -509,12 +374,12 @@ class Adapter(pyfuse3.Operations):
 
     # --- attributes
 
-    @_sync
+    @sync
     def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
         node = self._node(inode)
         return self._entry(node, self._fs.stat(node))
 
-    @_told
+    @told
     async def setattr(
         self,
         takes: bool | None,
@@ -545,11 +410,11 @@ class Adapter(pyfuse3.Operations):
             await self._settled(node)
         return self._entry(node, self._fs.setattr(node, new))
 
-    @_sync
+    @sync
     def readlink(self, inode: int, ctx: RequestContext) -> bytes:
         return self._fs.readlink(self._node(inode))
 
-    @_async
+    @async_
     async def statfs(self, ctx: RequestContext) -> StatvfsData:
         await self._loop.take_forgets()
         stats = self._fs.statfs()
@@ -565,7 +430,7 @@ class Adapter(pyfuse3.Operations):
         data.f_namemax = stats.namemax
         return data
 
-    @_sync
+    @sync
     def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
         # The kernel asks for this one before every write.
         if name == _CAPABILITY:
@@ -579,7 +444,7 @@ class Adapter(pyfuse3.Operations):
                 raise
         return self._fs.getxattr(self._node(inode), name)
 
-    @_sync
+    @sync
     def listxattr(self, inode: int, ctx: RequestContext) -> list[bytes]:
         names = self._fs.listxattr(self._node(inode))
         if not any(name.startswith(_TRUSTED) for name in names) or may_see_trusted(ctx.pid, ctx.uid):
@@ -587,7 +452,7 @@ class Adapter(pyfuse3.Operations):
         # As xattr(7) says; the kernel leaves it to us.
         return [name for name in names if not name.startswith(_TRUSTED)]
 
-    @_async
+    @async_
     async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: RequestContext) -> None:
         node = self._node(inode)
         await self._within_reach(node.parent)
@@ -605,7 +470,7 @@ class Adapter(pyfuse3.Operations):
             self._fs.setattr(node, NewAttributes(mode=stat.S_IMODE(mode) & ~stat.S_ISGID))
             self._tell(node, mode)
 
-    @_async
+    @async_
     async def removexattr(self, inode: int, name: bytes, ctx: RequestContext) -> None:
         node = self._node(inode)
         await self._within_reach(node.parent)
@@ -614,7 +479,7 @@ class Adapter(pyfuse3.Operations):
 
     # --- files
 
-    @_told
+    @told
     async def open(self, takes: bool | None, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
         node = self._node(inode)
         self._files.must_have(ctx.uid)
@@ -627,7 +492,7 @@ class Adapter(pyfuse3.Operations):
         opener = self._writer(node, ctx, takes) if flags & os.O_TRUNC else _by_uid(ctx)
         return self._opened(node, flags, ctx, opener)
 
-    @_async
+    @async_
     async def create(
         self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: RequestContext
     ) -> tuple[FileInfo, EntryAttributes]:
@@ -654,7 +519,7 @@ class Adapter(pyfuse3.Operations):
     def _numbered(self, handle: Handle, uid: int) -> FileInfo:
         return FileInfo(fh=self._files.enter(handle, uid))
 
-    @_async
+    @async_
     async def read(self, fh: int, off: int, size: int) -> bytes:
         file = self._files[fh].file
         data = file.try_pread(size, off)
@@ -668,7 +533,7 @@ class Adapter(pyfuse3.Operations):
             return file.pread(size, off)
         return await threads.run(lambda: file.pread(size, off), threads.reads, self._files.opener(fh))
 
-    @_async
+    @async_
     async def write(self, fh: int, off: int, buf: bytes) -> int:
         handle = self._files[fh]
         node = handle.node
@@ -690,7 +555,7 @@ class Adapter(pyfuse3.Operations):
         # Nothing is held back, so close(2) has nothing to say; the kernel does not ask again.
         raise FUSEError(errno.ENOSYS)
 
-    @_sync
+    @sync
     def release(self, fh: int) -> None:
         self._fs.release_handle(self._files.leave(fh))
 
@@ -699,9 +564,9 @@ class Adapter(pyfuse3.Operations):
         try:
             return self._fs.seek(self._files[fh], offset, whence)
         except Exception as error:
-            return -_failure(error, "lseek").errno
+            return -failure_of(error, "lseek").errno
 
-    @_async
+    @async_
     async def fsync(self, fh: int, datasync: bool) -> None:
         handle = self._files[fh]
         if handle.node.upper is not None:
@@ -717,7 +582,7 @@ class Adapter(pyfuse3.Operations):
 
     # --- directories
 
-    @_sync
+    @sync
     def opendir(self, inode: int, ctx: RequestContext) -> int:
         node = self._node(inode)
         self._files.opened.claim(ctx.uid)
@@ -731,7 +596,7 @@ class Adapter(pyfuse3.Operations):
         self._listings[number] = OpenDirectory(node, ctx.uid)
         return number
 
-    @_async
+    @async_
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         listing = self._listings[fh]
         if not self._has_slow_lowers:
@@ -785,7 +650,7 @@ class Adapter(pyfuse3.Operations):
                 return
             found[0].lookups += 1
 
-    @_sync
+    @sync
     def releasedir(self, fh: int) -> None:
         listing = self._listings.pop(fh)
         self.snapshots.drop(listing)
@@ -793,7 +658,7 @@ class Adapter(pyfuse3.Operations):
         if fh & libfuse.KEPT:
             self._kept.discard(listing.node)
 
-    @_async
+    @async_
     async def fsyncdir(self, fh: int, datasync: bool) -> None:
         listing = self._listings[fh]
         node = listing.node

@@ -1,0 +1,166 @@
+"""How requests are answered: what a handler raises becomes an errno; what may succeed yet is tried again."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import logging
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+import pyfuse3
+from pyfuse3 import FUSEError
+
+from cowfs.fuse import libfuse
+from cowfs.fuse.failure import errno_of
+from cowfs.fuse.loop import RequestLoop
+from cowfs.fuse.threads import Threads
+from cowfs.layers.slow import Answers, NotYet
+from cowfs.overlay.overlay import Overlay
+
+log = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+R = TypeVar("R")
+S = TypeVar("S", bound="Handlers")
+
+
+def failure_of(error: BaseException, name: str) -> FUSEError:
+    """Return what the kernel is told of what the handler *name* has raised."""
+    return error if isinstance(error, FUSEError) else FUSEError(errno_of(error, name))
+
+
+def sync(
+    method: Callable[Concatenate[S, P], R],
+) -> Callable[Concatenate[S, P], Coroutine[Any, Any, R]]:
+    """Make a request handler of a plain method: whatever it raises becomes an errno."""
+
+    async def handler(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return method(self, *args, **kwargs)
+        except Exception as error:
+            if not self._may_succeed(error):
+                raise failure_of(error, method.__name__) from None
+            failure = error
+
+        async def again() -> R:
+            return method(self, *args, **kwargs)
+
+        return await self._again(again, failure, method.__name__, _user_of(args))
+
+    functools.update_wrapper(handler, method)
+    return handler
+
+
+def async_(
+    method: Callable[Concatenate[S, P], Coroutine[Any, Any, R]],
+) -> Callable[Concatenate[S, P], Coroutine[Any, Any, R]]:
+    """The same for a method that may have to await."""
+
+    async def handler(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return await method(self, *args, **kwargs)
+        except Exception as error:
+            if not self._may_succeed(error):
+                raise failure_of(error, method.__name__) from None
+            failure = error
+        again = functools.partial(method, self, *args, **kwargs)
+        return await self._again(again, failure, method.__name__, _user_of(args))
+
+    functools.update_wrapper(handler, method)
+    return handler
+
+
+def told(
+    method: Callable[Concatenate[S, bool | None, P], Coroutine[Any, Any, R]],
+) -> Callable[Concatenate[S, P], Coroutine[Any, Any, R]]:
+    """The same for a method that is told first whether the request takes set-ID bits; None: not known.
+
+    Its message says so, which is there only until something is awaited.
+    """
+
+    async def handler(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        takes = self._takes_set_id()
+        try:
+            return await method(self, takes, *args, **kwargs)
+        except Exception as error:
+            if not self._may_succeed(error):
+                raise failure_of(error, method.__name__) from None
+            failure = error
+        again = functools.partial(method, self, takes, *args, **kwargs)
+        return await self._again(again, failure, method.__name__, _user_of(args))
+
+    functools.update_wrapper(handler, method)
+    return handler
+
+
+def _user_of(args: Sequence[Any]) -> int:
+    """Return who asks: the context is one of a handler's last arguments."""
+    for argument in reversed(args):
+        uid = getattr(argument, "uid", None)
+        if isinstance(uid, int):
+            return uid
+    return 0
+
+
+class Handlers(pyfuse3.Operations):
+    """What all handlers stand on; the functions above make those of :class:`cowfs.fuse.adapter.Adapter`."""
+
+    def __init__(self, fs: Overlay, loop: RequestLoop) -> None:
+        super().__init__()
+        self._fs = fs
+        self._loop = loop
+        self._threads = Threads(loop)
+
+    def _may_succeed(self, error: Exception, *, gave_way: bool = False) -> bool:
+        """Whether what has failed with *error*, and left nothing behind, is to be tried again."""
+        if isinstance(error, NotYet) or (not gave_way and self._may_get_room(error)):
+            return True
+        return self._made_room(error)
+
+    def _may_get_room(self, error: Exception) -> bool:
+        """Whether there may be room for what failed once the requests that have come are handled.
+
+        The kernel may tell that it has forgotten a removed file after it has passed on what came later
+        (fuse_dev_do_read() in fs/fuse/dev.c).
+        """
+        return isinstance(error, OSError) and error.errno == errno.ENOSPC and self._loop.somebody_waits()
+
+    async def _again(
+        self, call: Callable[[], Coroutine[Any, Any, R]], error: Exception, name: str, uid: int
+    ) -> R:
+        """Do *call* again, which failed with *error*, until it succeeds or nothing is left to try."""
+        answers = Answers(uid)
+        gave_way = False
+        await self._loop.step_aside()  # what is at hand is a task's
+        try:
+            while True:
+                try:
+                    if isinstance(error, NotYet):
+                        await self._threads.ask(error.question, answers)
+                    elif not gave_way:
+                        gave_way = True
+                        await self._loop.serve_others()
+                    with answers.at_hand():
+                        return await call()
+                except Exception as failure:
+                    if not self._may_succeed(failure, gave_way=gave_way):
+                        raise failure_of(failure, name) from None
+                    error = failure
+        finally:
+            answers.close()
+
+    def _made_room(self, error: Exception) -> bool:
+        """Whether there is room now for what failed for lack of it; it left nothing behind, so it may be
+        tried again."""
+        if not isinstance(error, OSError) or error.errno != errno.ENOSPC:
+            return False
+        try:
+            return self._fs.make_room()
+        except Exception:
+            log.exception("the store cannot grow")
+            return False
+
+    def _takes_set_id(self) -> bool | None:
+        """Whether the request that has just come takes set-ID bits; None if the kernel does not say."""
+        return libfuse.takes_set_id()
