@@ -109,9 +109,11 @@ void figures_end(uint64_t unique, int32_t error)
 {
 	struct request **place = bucket_of(unique), *r;
 
+	if (!unique) /* a notice to the kernel, from whatever thread */
+		return;
 	while ((r = *place) && r->unique != unique)
 		place = &r->next;
-	if (!r) /* a notice to the kernel, which answers nothing */
+	if (!r)
 		return;
 	int64_t took = now() - r->begun;
 	struct record *record = &records[r->operation];
