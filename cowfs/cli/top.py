@@ -26,15 +26,17 @@ NAME = "top"
 _SHORTEST = 0.1
 """Seconds."""
 _LONGEST = 86400.0
-_BAR = 10
-_NAME = 16
+_BAR = 5
+_NAME = 11
+"""READDIRPLUS. A table of usual numbers fits into 80 columns."""
 _HOME, _CLEAR, _TO_END_OF_LINE, _TO_END = "\x1b[H", "\x1b[2J", "\x1b[K", "\x1b[J"
 
 _EPILOG = """\
 The first round is since the mount, each other one since the round before: how often each operation was asked
 for, its share of the time that all took, how long an answer took (mean, median, and the time that 99 of 100
 kept to, both right to an eighth), and how many answers were an error. A name that is not there is none: the
-kernel remembers that. A FORGET has no answer, and takes no time here. Ctrl-C ends it.
+kernel remembers that; an attribute that is not there is one. A FORGET has no answer, and takes no time here.
+Ctrl-C ends it.
 
 examples:
   cowfs top /mnt                 every two seconds, until Ctrl-C
@@ -55,7 +57,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("mountpoint", metavar="MOUNTPOINT")
     parser.add_argument("-n", "--rounds", metavar="ROUNDS", help="end after so many (default: Ctrl-C)")
     parser.add_argument(
-        "-d", "--delay", metavar="SECONDS", default="2", help="between two rounds (default: 2)"
+        "-d", "--delay", metavar="SECONDS", default="2", help="between two rounds: 0.1 to 86400 (default: 2)"
     )
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     parser.set_defaults(run=run)
@@ -78,7 +80,8 @@ def run(args: argparse.Namespace) -> int:
                 for line in [*([""] if turn else []), *_lines(seen)]:
                     say(line)
     except KeyboardInterrupt:
-        pass
+        if redraws:
+            print()
     return 0
 
 
@@ -195,8 +198,8 @@ def _lines(seen: Seen) -> list[str]:
         ]
     rows = sorted(requests.operations.items(), key=lambda row: (-row[1].total_ns, -row[1].count, row[0]))
     width = max([_NAME, *(min(len(name), 2 * _NAME) for name in requests.operations)])
-    title = f"{'OPERATION':<{width}} {'COUNT':>11} {'PER SECOND':>10}  {'SHARE OF TIME':<{_BAR + 6}}"
-    title += f" {'MEAN':>8} {'P50':>8} {'P99':>8} {'ERRORS':>9}"
+    title = f"{'OPERATION':<{width}} {'COUNT':>9} {'A SECOND':>8}  {'OF ALL TIME':<{_BAR + 7}}"
+    title += f"{'MEAN':>8} {'P50':>8} {'P99':>8} {'ERRORS':>6}"
     total = requests.total_ns()
     return [*head, "", title, *(_row(name, width, row, seen.seconds, total) for name, row in rows)]
 
@@ -242,10 +245,10 @@ def _row(name: str, width: int, operation: Operation, seconds: float, total_ns: 
     bar = "#" * round(_BAR * share)
     times = [operation.mean_ns(), operation.percentile_ns(50), operation.percentile_ns(99)]
     return (
-        f"{name:<{width}} {operation.count:>11,} {operation.count / seconds:>10,.1f}"
-        f"  {100 * share:>4.0f} % {bar:<{_BAR}}"
+        f"{name:<{width}} {operation.count:>9,} {operation.count / seconds:>8,.1f}"
+        f" {100 * share:>4.0f} % {bar:<{_BAR}}"
         + "".join(f" {_duration(ns):>8}" for ns in times)
-        + f" {operation.errors:>9,}"
+        + f" {operation.errors:>6,}"
     )
 
 
@@ -264,7 +267,10 @@ def _duration(ns: float | None) -> str:
 def _redraw(lines: list[str], *, first: bool) -> None:
     """Write over what was there; nothing of the terminal's has to be restored afterwards."""
     size = shutil.get_terminal_size()
-    fitting = [_fit(line, size.columns) for line in lines[: max(size.lines - 1, 1)]]
+    room = max(size.lines - 1, 1)
+    if len(lines) > room > 1:
+        lines = [*lines[: room - 1], f"... and {len(lines) - room + 1} more lines"]
+    fitting = [_fit(line, size.columns) for line in lines[:room]]
     text = "".join(f"{line}{_TO_END_OF_LINE}\n" for line in fitting)
     sys.stdout.write(f"{_HOME}{_CLEAR if first else ''}{text}{_TO_END}")
     sys.stdout.flush()
