@@ -49,7 +49,8 @@ class _Version(argparse.Action):
         parser.exit()
 
 
-def _parser(wanted: str | None) -> argparse.ArgumentParser:
+def _parser(wanted: str | None) -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """Return the parser of the whole, and those of the subcommands."""
     parser = _Parser(
         prog="cowfs",
         description=_DESCRIPTION,
@@ -62,7 +63,7 @@ def _parser(wanted: str | None) -> argparse.ArgumentParser:
     names = (wanted,) if wanted in SUBCOMMANDS else SUBCOMMANDS
     for name in names:
         importlib.import_module(f"cowfs.cli.{name}").add_parser(subparsers)
-    return parser
+    return parser, dict(subparsers.choices)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -79,8 +80,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if first is not None and not first.startswith("-") and first not in SUBCOMMANDS and len(args) > 1:
         args.insert(0, "mount")  # cowfs LOWER MOUNTPOINT -o ...
         first = "mount"
-    parser = _parser(first)
-    parsed = parser.parse_args(args)
+    parser, of_commands = _parser(first)
+    parsed, unknown = parser.parse_known_args(args)
+    if unknown:
+        (of_commands.get(parsed.subcommand) or parser).error(f"unrecognized arguments: {' '.join(unknown)}")
     if parsed.subcommand is None:
         parser.print_help()
         return EXIT_USAGE
