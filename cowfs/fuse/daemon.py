@@ -24,7 +24,7 @@ from cowfs.fuse.adapter import Adapter
 from cowfs.fuse.fakeroot import FakerootAdapter
 from cowfs.fuse.known import KnownInodes, most_inodes
 from cowfs.fuse.loop import RequestLoop
-from cowfs.fuse.rings import Rings
+from cowfs.fuse.rings import Rings, why_not
 from cowfs.fuse.shares import bounds
 from cowfs.linux import fuse, outside, programs
 from cowfs.linux.files import syncfs
@@ -66,6 +66,7 @@ class Daemon:
         self._fs = fs
         self._request = request
         self._rings = rings
+        self._without = why_not() if rings is None else ""
         self._loop = RequestLoop(rings)
         adapter = FakerootAdapter if request.fakeroot else Adapter
         shared = "allow_other" in request.options
@@ -169,7 +170,7 @@ class Daemon:
     def transport(self) -> str:
         """Say how requests come, for ``cowfs info``."""
         if self._rings is None:
-            return "/dev/fuse"
+            return f"/dev/fuse; io_uring: {self._without}" if self._without else "/dev/fuse"
         refused = libfuse.rings_refused()
         return f"/dev/fuse ({refused})" if refused else f"io_uring, {self._rings.describe()}"
 
