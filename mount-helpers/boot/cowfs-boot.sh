@@ -328,8 +328,7 @@ bind_into_world() { # under the same name, so that what cowfs tells is true in t
     mount -o bind "$1" "$world$1"
 }
 
-# Let the kernel (Linux 6.14) give requests by io_uring, which is twice as quick, unless its command line says
-# what it shall do.
+# Let the kernel (Linux 6.14) give requests by io_uring, unless its command line says whether it shall.
 offer_io_uring() {
     case " $(tr '\n' ' ' <"$COWFS_PROC/cmdline") " in *" fuse.enable_uring="*) return ;; esac
     switch=$COWFS_SYS/module/fuse/parameters/enable_uring
