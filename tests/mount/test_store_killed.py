@@ -137,6 +137,25 @@ def test_nobody_calls_a_killed_store_damaged(place: Place, engine: str) -> None:
     assert abs(after["free_inodes"] - facts["free_inodes"]) < 12, "the journal counts"
 
 
+@pytest.mark.parametrize("what", ["grown", "kept", "kept and grown"])
+def test_nothing_is_lost_after_the_store_was_left_to_others(place: Place, what: str) -> None:
+    """While it is grown, or goes from memory to a disk, the daemon is shut in already."""
+    if "kept" in what:
+        place.store.unlink()
+        at_first = mount_arguments(place.lower, place.at, "memory", "process", [f"log={place.path}/log"])
+        place.cowfs(*at_first, check=True)
+        place.cowfs("persist", place.at, place.store, "128", check=True)
+    else:
+        place.mount()
+    if "grown" in what:
+        place.cowfs("grow", place.at, "256", check=True)
+    run(*(as_nobody_prefix() if place.nobody else []), "sh", "-ec", 'cd "$0"; mkdir a b c d', place.at)
+    place.kill()
+    place.mount()
+    assert {"a", "b", "c", "d"} <= place.names()
+    place.umount()
+
+
 def test_a_journal_counts_whatever_the_flag_says(roots: Place) -> None:
     roots.mount()
     roots.change()

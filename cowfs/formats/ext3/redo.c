@@ -26,6 +26,7 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -97,18 +98,30 @@ static int journal_io(x3_image *img, uint32_t first, size_t at, char *buf, size_
 	return 0;
 }
 
-/* Which start of the machine this is; false: not known. */
+/*
+ * Which start of the machine this is; false: not known. It is read when the first image is opened: a daemon that
+ * serves sees no /proc any more.
+ */
 static bool this_boot(const x3_image *img, char boot[40])
 {
-	int fd = open("/proc/sys/kernel/random/boot_id", O_RDONLY | O_CLOEXEC);
-	ssize_t n = fd < 0 ? -1 : read(fd, boot, 36);
+	static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+	static char known[40];
+	bool good;
 
-	if (fd >= 0)
-		close(fd);
-	memset(boot + 36, 0, 4);
+	pthread_mutex_lock(&lock);
+	if (!known[0]) {
+		int fd = open("/proc/sys/kernel/random/boot_id", O_RDONLY | O_CLOEXEC);
+		if (fd < 0 || read(fd, known, 36) != 36)
+			known[0] = 0;
+		if (fd >= 0)
+			close(fd);
+	}
+	good = known[0];
+	memcpy(boot, known, sizeof known);
+	pthread_mutex_unlock(&lock);
 	if (img->debug & X3_OTHER_BOOT)
 		boot[0] ^= 1;
-	return n == 36;
+	return good;
 }
 
 static uint32_t header_crc(const struct redo_header *h)
@@ -148,13 +161,14 @@ int redo_start(x3_image *img)
 	char *block;
 	struct stat st;
 	int error;
+	bool known = this_boot(img, header.boot);
 
 	img->redo.on = false;
 	img->redo.count = img->redo.used = 0;
 	img->redo.head = img->redo.first = img->redo.needed = 0;
 	img->redo.tid = 0;
 	img->redo.lost = false;
-	if (fstat(img->fd, &st) || (S_ISREG(st.st_mode) && !st.st_nlink) || !this_boot(img, header.boot))
+	if (fstat(img->fd, &st) || (S_ISREG(st.st_mode) && !st.st_nlink) || !known)
 		return 0;
 	if (getrandom(&header.session, sizeof header.session, GRND_NONBLOCK) < 0)
 		header.session = now_ns();
