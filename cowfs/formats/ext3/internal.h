@@ -139,6 +139,7 @@ struct doomed {
 struct x3_image {
 	/* the file */
 	int fd, trace_fd;
+	int meminfo; /* /proc/meminfo: a daemon that serves sees no /proc any more; -1: not known */
 	uint32_t debug;
 	bool read_only;
 	pthread_mutex_t io_lock; /* of what is below, up to the blank line */

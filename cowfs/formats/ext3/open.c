@@ -168,6 +168,8 @@ static void release(x3_image *img)
 	close(img->fd);
 	if (img->trace_fd >= 0)
 		close(img->trace_fd);
+	if (img->meminfo >= 0)
+		close(img->meminfo);
 	pthread_mutex_destroy(&img->io_lock);
 	pthread_mutex_destroy(&img->sync_lock);
 	pthread_mutex_destroy(&img->sums_lock);
@@ -190,6 +192,7 @@ int x3_open(int fd, uint32_t flags, uint64_t cache_bytes, int trace_fd, uint32_t
 	img->debug = debug;
 	img->cache_bytes = cache_bytes;
 	img->fd = fcntl(fd, F_DUPFD_CLOEXEC, 3);
+	img->meminfo = img->read_only ? -1 : open("/proc/meminfo", O_RDONLY | O_CLOEXEC);
 	img->trace_fd = trace_fd < 0 ? -1 : fcntl(trace_fd, F_DUPFD_CLOEXEC, 3);
 	pthread_mutex_init(&img->io_lock, NULL);
 	pthread_mutex_init(&img->sync_lock, NULL);

@@ -350,14 +350,14 @@ uint64_t io_failures(x3_image *img)
 static uint64_t memory_to_keep_it(const x3_image *img)
 {
 	unsigned long long kilobytes = 128 << 10;
-	char line[128];
-	FILE *file = img->debug & X3_NO_MEMORY ? NULL : fopen("/proc/meminfo", "re");
+	char text[512]; /* it is the third line */
+	ssize_t n = pread(img->meminfo, text, sizeof text - 1, 0);
+	const char *line;
 
-	while (file && fgets(line, sizeof line, file))
-		if (sscanf(line, "MemAvailable: %llu", &kilobytes) == 1)
-			break;
-	if (file)
-		fclose(file);
+	text[n > 0 ? n : 0] = 0;
+	line = strstr(text, "MemAvailable:");
+	if (line)
+		sscanf(line, "MemAvailable: %llu", &kilobytes);
 	return img->debug & X3_NO_MEMORY ? 0 : kilobytes * 1024 / 2;
 }
 
