@@ -31,7 +31,6 @@ from cowfs.fuse.shares import Bounds
 from cowfs.fuse.shares import bounds as bounds_of_process
 from cowfs.fuse.snapshots import OpenDirectory, Snapshots
 from cowfs.fuse.threads import SLICE
-from cowfs.fuse.turns import in_thread
 from cowfs.layers.acl import ACCESS as ACCESS_ACL
 from cowfs.layers.acl import DEFAULT as DEFAULT_ACL
 from cowfs.layers.base import File
@@ -193,10 +192,10 @@ class Adapter(Handlers):
         try:
             async with self._threads.turn(self._threads.copies, uid):
                 with closing(self._fs.upper.open(node.upper, os.O_WRONLY)) as file:
-                    await in_thread(lambda: file.truncate(size))
+                    await self._threads.do(lambda: file.truncate(size))
         finally:
             node.copying = None
-            done.set()
+            self._loop.tell(done)
 
     async def _settled(self, node: Node) -> None:
         """Wait while another request copies the node up."""
@@ -255,7 +254,7 @@ class Adapter(Handlers):
                 await self._copy_up(node, size, uid)
         finally:
             node.copying = None
-            done.set()
+            self._loop.tell(done)
 
     async def _copy_up(self, node: Node, size: int | None, uid: int) -> None:
         """Do it, at the user's turn."""
@@ -267,7 +266,7 @@ class Adapter(Handlers):
             if self._fs.data_waits(node):
                 await self._threads.patiently(job.run)
             else:
-                await in_thread(job.run)
+                await self._threads.do(job.run)
         except BaseException:
             job.abort()
             raise
@@ -575,7 +574,7 @@ class Adapter(Handlers):
 
     async def _synced(self, file: File, datasync: bool) -> None:
         try:
-            await in_thread(lambda: file.fsync(datasync))
+            await self._threads.do(lambda: file.fsync(datasync))
         except OSError as failure:
             self._fs.not_saved(failure)
             raise

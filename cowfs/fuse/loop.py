@@ -24,8 +24,9 @@ import math
 import os
 import select
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import pyfuse3
 import trio
@@ -34,6 +35,7 @@ from cowfs.fuse import libfuse
 from cowfs.fuse.rings import BODY, CoreLock, Rings
 
 log = logging.getLogger(__name__)
+R = TypeVar("R")
 
 _WAIT = "_wait_fuse_readable"
 _MAX_IDLE = 8
@@ -196,6 +198,22 @@ class RequestLoop:
             await self._rings.leave()
         else:
             self._hand_over()
+
+    def may_work(self) -> bool:
+        """Whether :meth:`work` is a short way for the caller, before it steps aside."""
+        return self._rings is not None and self._rings.here() and self._rings.may_work()
+
+    def work(self, call: Callable[[], R]) -> Awaitable[R]:
+        """Have a worker do what blocks, and go on there; others are served. As :meth:`may_work` has it."""
+        assert self._rings is not None
+        return self._rings.work(call)
+
+    def tell(self, event: trio.Event) -> None:
+        """Set an event, wherever the caller is."""
+        if event.statistics().tasks_waiting:
+            self.in_trio(event.set)
+        else:
+            event.set()
 
     def in_trio(self, call: Callable[[], object]) -> None:
         """Have something done by trio's thread: at once if it is the caller."""

@@ -91,6 +91,7 @@ static const int64_t WAKING = 20 * 1000000LL; /* … and for so long it may stil
 struct queue { /* of the kernel's: one for each CPU that there could be */
 	uint16_t id;
 	unsigned entries, idle;
+	bool crowded; /* requests may wait in it that got no entry */
 };
 
 struct entry { /* room for one request and its answer */
@@ -271,12 +272,11 @@ static void answer(struct entry *e, const struct out_header *out, size_t size)
 	wake(e->ring);
 }
 
-/* Have the kernel look at who waits in a queue, for an entry has been lost to it. It gives a new one to nobody who
- * waits already, only to the next who comes, and one that has answered to the next who waits
- * (fuse_uring_do_register() and fuse_uring_commit_fetch() in fs/fuse/dev_uring.c). So we have somebody come: to a
- * FUSE_NOTIFY_RETRIEVE, here of nothing, the kernel says that nothing by a request, in the queue of the CPU where
- * we are. It has to know the inode, which must be a file. Should it know none of these, the next who comes by
- * himself does it. */
+/* Have the kernel look at who waits in a queue that had no entry left. It gives a new one to nobody who waits
+ * already, only to the next who comes, and one that has answered to the next who waits (fuse_uring_do_register()
+ * and fuse_uring_commit_fetch() in fs/fuse/dev_uring.c). So we have somebody come: to a FUSE_NOTIFY_RETRIEVE, here
+ * of nothing, the kernel says that nothing by a request, in the queue of the CPU where we are. It has to know the
+ * inode, which must be a file. Should it know none of these, the next who comes by himself does it. */
 static void have_one_come(struct ring *ring, const struct queue *queue)
 {
 	static uint64_t number;
@@ -535,6 +535,10 @@ static ssize_t next_request(struct ring *ring, char *buffer, size_t size)
 		if (length > 0 && e->unique & OURS) {
 			struct out_header done = {sizeof done, 0, e->unique};
 			answer(e, &done, 0);
+			/* Whoever waits is given the entry at once. */
+			io_uring_submit(&ring->uring);
+			if (!io_uring_cq_ready(&ring->uring))
+				e->queue->crowded = false;
 			continue;
 		}
 		if (length > 0) {
@@ -717,12 +721,25 @@ static PyObject *py_leave(PyObject *self, PyObject *args)
 	e->next = waiting[e->unique / 2 % BUCKETS];
 	waiting[e->unique / 2 % BUCKETS] = e;
 	madvise(e->payload, payload_size, MADV_DONTNEED); /* what was in it has been taken */
+	if (!e->queue->idle)
+		e->queue->crowded = true;
 	while (e->queue->idle < RESERVE && e->queue->entries < MOST_ENTRIES) {
 		struct entry *more = new_entry(mine, e->queue);
 		if (!more || !send_entry(more, CMD_REGISTER))
 			break;
+		e->queue->crowded = true; /* until it is registered the others may all be taken */
 	}
-	have_one_come(mine, e->queue);
+	if (e->queue->crowded)
+		have_one_come(mine, e->queue);
+	Py_RETURN_NONE;
+}
+
+static PyObject *py_take(PyObject *self, PyObject *args)
+{
+	(void)self, (void)args;
+	Py_BEGIN_ALLOW_THREADS
+	take_core();
+	Py_END_ALLOW_THREADS
 	Py_RETURN_NONE;
 }
 
@@ -858,6 +875,7 @@ PyMethodDef ring_methods[] = {
 	{"ring_figures", py_figures, METH_NOARGS, "ring_figures(): CPU, requests and entries of each ring."},
 	{"watch_pauses", py_watch_pauses, METH_O, "watch_pauses(call): call it before requests that come after a pause."},
 	{"core_lock", py_lock, METH_NOARGS, "core_lock(): let no other thread touch the union."},
+	{"core_take", py_take, METH_NOARGS, "core_take(): the same, for one of many threads."},
 	{"core_unlock", py_unlock, METH_NOARGS, "core_unlock(): let others."},
 	{"core_give", py_give_core, METH_NOARGS, "core_give(): the same for a ring's thread, if it has it."},
 	{NULL, NULL, 0, NULL},

@@ -9,21 +9,26 @@ begun in trio, up to where it waits for a request, and then driven by a ring's t
 wait never meets trio. One that must wait calls :meth:`Rings.leave` first: its coroutine goes on as a
 task of trio's, which ends once it has answered, and the thread drives a fresh one.
 
+Most handlers that wait do so for one piece of work: an fsync, the data of a copy-up, a read that
+decompresses. They call :meth:`Rings.work`: a worker does it, drives the coroutine to its end, answer and all,
+and gives it back. That spares two ways from one thread to another, which take longer than most such work.
+
 The core lock (``ring.c``) lets one thread at a time run all this: trio's thread has it except while it waits
-for I/O.
+for I/O, a worker when it drives a coroutine.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import queue
 import threading
 import types
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator
 from contextlib import asynccontextmanager
 from contextvars import Context, copy_context
-from typing import Any
+from typing import Any, NamedTuple, TypeVar, cast
 
 import pyfuse3
 import trio
@@ -32,6 +37,7 @@ from cowfs.errors import SystemFailure
 from cowfs.fuse import libfuse
 
 log = logging.getLogger(__name__)
+R = TypeVar("R")
 
 BODY = "_session_loop"
 """pyfuse3's coroutine that serves requests: a private name."""
@@ -39,12 +45,16 @@ _SWITCH = "/sys/module/fuse/parameters/enable_uring"
 _POSSIBLE = "/sys/devices/system/cpu/possible"
 _SPARE = 4
 """So many coroutines are ready for requests before they are needed."""
+_WORKERS = 8
+"""So many requests are with workers at most; others wait in trio."""
 _NEVER = 1 << 30
 
 
 class _Here(threading.local):
     serves = False
-    """Whether this thread serves a ring, and is not in trio."""
+    """Whether this thread runs handlers, and is not in trio."""
+    works = False
+    """Whether it is a worker."""
 
 
 _here = _Here()
@@ -54,9 +64,47 @@ class _Move:
     """What a coroutine yields that must go on in trio."""
 
 
+class _Ready:
+    """What a coroutine yields that waits for a request."""
+
+
+class _Work(NamedTuple):
+    """What a coroutine yields that waits for some work."""
+
+    call: Callable[[], Any]
+
+
 @types.coroutine
-def _leave() -> Generator[type[_Move], None, None]:
-    yield _Move
+def _pause(why: object) -> Generator[object, Any, Any]:
+    return (yield why)
+
+
+class _Job(NamedTuple):
+    """Some work, and who waits for it."""
+
+    coroutine: Coroutine[Any, Any, None]
+    context: Context
+    call: Callable[[], Any]
+
+    def go_on(self, value: Any, failure: BaseException | None) -> object:
+        """Tell the coroutine how the work has ended; return what it waits for next, None if it has ended."""
+        try:
+            if failure is not None:
+                return self.context.run(self.coroutine.throw, failure)
+            return self.context.run(self.coroutine.send, value)
+        except StopIteration:
+            return None
+        except Exception:
+            log.exception("serving a request failed")
+            return None
+
+
+def _outcome(call: Callable[[], Any]) -> tuple[Any, BaseException | None]:
+    """Return what *call* gives, or raises."""
+    try:
+        return call(), None
+    except BaseException as failure:
+        return None, failure
 
 
 class Rings:
@@ -72,6 +120,10 @@ class Rings:
         self._adopted: set[trio.lowlevel.Task] = set()
         self._left = 0
         self._all_left = trio.Event()
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._workers: list[threading.Thread] = []
+        self._working = 0
+        self._all_done = trio.Event()
         self._token: trio.lowlevel.TrioToken
         self._nursery: trio.Nursery
         self._told: Callable[[], None]
@@ -101,6 +153,8 @@ class Rings:
                 self._more.release()
             with trio.CancelScope(shield=True):
                 await self._all_left.wait()
+                if self._working:
+                    await self._all_done.wait()
 
     def describe(self) -> str:
         """Say how many threads serve."""
@@ -110,13 +164,17 @@ class Rings:
     async def close(self) -> None:
         """End the threads, after the last answer."""
         libfuse.ring.ring_quit()
+        for _ in self._workers:
+            self._jobs.put(None)
         with trio.CancelScope(shield=True):
-            for thread in self._threads:
+            for thread in self._threads + self._workers:
                 await trio.to_thread.run_sync(thread.join)
         libfuse.ring.ring_close()
 
     def receives(self) -> bool | Awaitable[bool] | None:
         """Whether the caller, pyfuse3's wait for a request, shall receive one; None: not by a ring."""
+        if _here.works:
+            return self._begin() if len(self._spare) < _SPARE else False
         if _here.serves:
             return True
         if self._making:
@@ -125,18 +183,39 @@ class Rings:
 
     @staticmethod
     async def _begin() -> bool:
-        await _leave()
+        await _pause(_Ready)
         return True
 
     @staticmethod
     def here() -> bool:
-        """Whether the caller runs in a ring's thread, where nothing may be awaited but :meth:`leave`."""
+        """Whether the caller is not in trio, and may await nothing but :meth:`leave` and :meth:`work`."""
         return _here.serves
 
     @staticmethod
     def leave() -> Awaitable[None]:
-        """Go on in trio: the ring's thread serves others."""
-        return _leave()
+        """Go on in trio: the thread serves others."""
+        return _pause(_Move)
+
+    def may_work(self) -> bool:
+        """Whether a worker is free for what the caller, who is not in trio, would have done."""
+        if _here.works:
+            return True
+        if self._working >= _WORKERS:
+            return False
+        if self._working < len(self._workers):
+            return True
+        thread = threading.Thread(target=self._work, name=f"worker {len(self._workers)}", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # there are too many threads
+            return False
+        self._workers.append(thread)
+        return True
+
+    @staticmethod
+    async def work(call: Callable[[], R]) -> R:
+        """Return what *call* gives, which a worker runs; the caller has asked :meth:`may_work`."""
+        return cast("R", await _pause(_Work(call)))
 
     def in_trio(self, call: Callable[[], object]) -> None:
         """Have something done by trio's thread, soon."""
@@ -166,7 +245,7 @@ class Rings:
                     break
                 coroutine, context = self._spare.popleft(), copy_context()
                 try:
-                    context.run(coroutine.send, None)
+                    why = context.run(coroutine.send, None)
                 except StopIteration:
                     break  # the session has ended
                 except Exception:
@@ -174,7 +253,13 @@ class Rings:
                     self._token.run_sync_soon(self._make)
                     continue
                 ring.ring_leave()
-                self._token.run_sync_soon(self._adopt, coroutine, context)
+                if isinstance(why, _Work):
+                    self._working += 1
+                    self._jobs.put(_Job(coroutine, context, why.call))
+                    if not self._spare:
+                        self._token.run_sync_soon(self._make)
+                else:
+                    self._token.run_sync_soon(self._adopt, coroutine, context)
                 ring.core_give()
         except OSError as error:
             log.error("a ring cannot be used, the mount ends: %s", error.strerror)
@@ -183,6 +268,32 @@ class Rings:
             ring.core_give()
             self._token.run_sync_soon(self._has_left)
             ring.ring_finish()
+
+    def _work(self) -> None:
+        """Be a worker."""
+        ring = libfuse.ring
+        _here.works = True
+        while (job := self._jobs.get()) is not None:
+            why: object = _Work(job.call)
+            while isinstance(why, _Work):
+                value, failure = _outcome(why.call)
+                ring.core_take()
+                _here.serves = True
+                try:
+                    why = job.go_on(value, failure)
+                finally:
+                    _here.serves = False
+                    if isinstance(why, _Work):
+                        ring.core_unlock()
+            if why is _Ready:
+                self._spare.append(job.coroutine)
+                self._more.release()
+            elif why is _Move:
+                self._token.run_sync_soon(self._adopt, job.coroutine, job.context)
+            self._working -= 1
+            if self._stopped and not self._working:
+                self._token.run_sync_soon(self._all_done.set)
+            ring.core_unlock()
 
     def _has_left(self) -> None:
         self._left += 1

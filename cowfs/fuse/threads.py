@@ -46,6 +46,16 @@ class Threads:
         What it needs, be it descriptors, is to be taken then: however many wait, they have nothing.
         """
         loop = self._loop
+        begun = turns.begin(uid) if loop.may_work() else None
+        if begun is not None:
+            try:
+                yield
+            finally:
+                if turns.others_wait(uid):
+                    loop.in_trio(functools.partial(turns.end, uid, begun))
+                else:
+                    turns.end(uid, begun)
+            return
         await loop.step_aside()
         loop.waiting += 1
         try:
@@ -57,7 +67,14 @@ class Threads:
     async def run(self, call: Callable[[], R], turns: Turns, uid: int) -> R:
         """Return what *call* gives, which a thread runs at the user's turn."""
         async with self.turn(turns, uid):
-            return await in_thread(call)
+            return await self.do(call)
+
+    async def do(self, call: Callable[[], R]) -> R:
+        """The same at once: it is the user's turn."""
+        if self._loop.may_work():
+            return await self._loop.work(call)
+        await self._loop.step_aside()
+        return await in_thread(call)
 
     async def run_patiently(self, call: Callable[[], R], turns: Turns, uid: int) -> R:
         """The same for what may never end: EIO if it has not when the filesystem is to end."""
@@ -69,6 +86,7 @@ class Threads:
 
     async def patiently(self, call: Callable[[], R]) -> R:
         """The same at once: it is the user's turn."""
+        await self._loop.step_aside()
         with self._loop.patience():
             return await in_thread(call, may_hang=True)
         raise _given_up()

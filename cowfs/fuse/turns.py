@@ -29,13 +29,40 @@ class Turns:
         me = object()
         try:
             await limiter.acquire_on_behalf_of(me)
-            try:
-                yield
-            finally:
-                limiter.release_on_behalf_of(me)
+        except BaseException:
+            self._tidy(uid, limiter)
+            raise
+        try:
+            yield
         finally:
-            if not limiter.borrowed_tokens and not limiter.statistics().tasks_waiting:
-                self._limiters.pop(uid, None)
+            self.end(uid, me)
+
+    def begin(self, uid: int) -> object | None:
+        """Begin a piece of this user's work, and return what to give to :meth:`end`; None: it has to wait.
+
+        For any thread that has the core lock, as the two below.
+        """
+        limiter = self._limiters.setdefault(uid, trio.CapacityLimiter(_EACH))
+        me = object()
+        try:
+            limiter.acquire_on_behalf_of_nowait(me)
+        except trio.WouldBlock:
+            return None
+        return me
+
+    def others_wait(self, uid: int) -> bool:
+        """Whether more of this user's work waits: then :meth:`end` is for trio's thread alone."""
+        return bool(self._limiters[uid].statistics().tasks_waiting)
+
+    def end(self, uid: int, me: object) -> None:
+        """Let the next piece of work begin."""
+        limiter = self._limiters[uid]
+        limiter.release_on_behalf_of(me)
+        self._tidy(uid, limiter)
+
+    def _tidy(self, uid: int, limiter: trio.CapacityLimiter) -> None:
+        if not limiter.borrowed_tokens and not limiter.statistics().tasks_waiting:
+            self._limiters.pop(uid, None)
 
 
 async def in_thread(call: Callable[[], R], *, may_hang: bool = False) -> R:

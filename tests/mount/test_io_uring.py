@@ -141,6 +141,31 @@ def test_more_wait_than_a_queue_has_entries(mount: Mounted) -> None:
         assert [each.result() for each in changes] == [b"new"] * 40
 
 
+def test_work_of_more_users_than_there_are_workers(mount: Mounted) -> None:
+    """Each user has some turns, and there are fewer workers than turns of all."""
+    write = """
+import concurrent.futures, os
+
+def write(number):
+    file = os.open(str(number), os.O_CREAT | os.O_RDWR)
+    for turn in range(30):
+        os.pwrite(file, b"%d" % turn * 1000, 0)
+        os.fsync(file)
+    return os.pread(file, 100, 0)
+
+with concurrent.futures.ThreadPoolExecutor(6) as clients:
+    assert list(clients.map(write, range(6))) == [b"29" * 50] * 6
+"""
+    writers = []
+    for uid in range(60_000, 60_006):
+        place = mount.path / str(uid)
+        place.mkdir()
+        os.chown(place, uid, uid)
+        user = ["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups"]
+        writers.append(subprocess.Popen([*user, sys.executable, "-c", write], cwd=place))
+    assert [writer.wait(60) for writer in writers] == [0] * 6
+
+
 def test_room_that_was_given_back_is_there_at_once(mount: Mounted) -> None:
     """What the kernel forgets comes by another way, and later."""
     for _ in range(5):
