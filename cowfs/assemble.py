@@ -334,7 +334,7 @@ def check_mountpoint(mountpoint: str) -> str:
     if not os.path.exists(mountpoint):
         raise MountFailure(f"{mountpoint}: no such mountpoint", "make the directory first")
     if not os.path.isdir(mountpoint):
-        raise MountFailure(f"{mountpoint}: not a directory")
+        raise MountFailure(f"{mountpoint}: not a directory", "a union is mounted on a directory: make one")
     target = os.path.realpath(mountpoint)
     here = mount_of(target)
     if here is not None and here.fstype == "fuse.cowfs":

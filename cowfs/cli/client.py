@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import select
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cowfs.errors import CowfsError, MountFailure
 from cowfs.linux.mounts import MountInfo, mount_of, mountinfo
 from cowfs.linux.sockets import connect_control
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
 
 FSTYPE = "fuse.cowfs"
 _MOST_LINKS = 40
@@ -34,6 +40,18 @@ def find_mount(path: str) -> MountInfo | None:
         except OSError:
             break
     return None
+
+
+def the_mount(path: str) -> MountInfo:
+    """Return the cowfs mount whose mountpoint is *path*; MountFailure when there is none."""
+    found = find_mount(path)
+    if found is None:
+        raise MountFailure(f"{path}: no cowfs is mounted here", f"findmnt -t {FSTYPE} lists where one is")
+    return found
+
+
+class Silent(MountFailure):
+    """The daemon is there, and says nothing."""
 
 
 def mount_with_store(path: str) -> MountInfo | None:
@@ -62,7 +80,7 @@ def facts_of(dev: str, timeout: float | None = 60.0) -> dict[str, Any]:
     store = facts.get("store")
     named = [facts.get("mountpoint"), *map(store.get, ("kind", "path"))] if isinstance(store, dict) else [0]
     if type(facts.get("pid")) is not int or not all(isinstance(name, str) for name in named):
-        raise _senseless()
+        raise _senseless(name_of(dev))
     return facts
 
 
@@ -74,27 +92,39 @@ def ask(
     *timeout* is in seconds, for each reply; *fd* goes with the command. A pid in a reply is that of who
     answers.
 
-    Raises MountFailure when no daemon answers, CowfsError with what it says when it fails.
+    Raises MountFailure when no daemon answers, Silent when one takes too long or is stopped, CowfsError with
+    what it says when it fails.
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as connection:
         connection.settimeout(timeout)
-        owner = owner_of(dev)
-        _refuse_strangers(owner, fd)
+        owner, place = owner_of(dev), name_of(dev)
+        _refuse_strangers(place, owner, fd)
         try:
             pid = connect_control(connection, dev, owner)
         except OSError as error:
-            raise MountFailure(f"the daemon of this mount does not answer: {error.strerror}") from None
+            raise _unheard(place, error) from None
         request = json.dumps({"command": command, **arguments}).encode() + b"\n"
         with suppress(BrokenPipeError, ConnectionResetError):  # it has said why, and left
             socket.send_fds(connection, [request], [fd] if fd >= 0 else [])
-        yield from replies(connection, pid)
+        yield from replies(connection, pid, place)
 
 
-def replies(connection: socket.socket, pid: int) -> Iterator[dict[str, Any]]:
-    """Yield what the daemon *pid* (0: not known) answers on a connection. Raises as :func:`ask` does."""
-    with connection.makefile("rb") as lines, suppress(ConnectionResetError):
+def _unheard(place: str, error: OSError) -> MountFailure:
+    """Return why nobody can be asked, and what to do."""
+    if isinstance(error, ConnectionRefusedError):
+        return MountFailure(f"{place}: its daemon is dead", f"cowfs umount {place} takes the mount away")
+    if isinstance(error, FileNotFoundError):
+        hint = f"ask where the mount was made, as who made it; umount {place} takes it away"
+        return MountFailure(f"{place}: its daemon has no control socket here", hint)
+    return MountFailure(f"{place}: its daemon cannot be asked: {error.strerror}", "try again, or as root")
+
+
+def replies(connection: socket.socket, pid: int, place: str) -> Iterator[dict[str, Any]]:
+    """Yield what the daemon *pid* (0: not known) of the mount at *place* answers. Raises as ask() does."""
+    raw = _Patient(connection, pid, place)
+    with io.BufferedReader(raw) as lines, suppress(ConnectionResetError):
         while line := lines.readline(_LONGEST_REPLY):
-            reply = _parse(line)
+            reply = _parse(line, place)
             if reply.get("end"):
                 return
             if "error" in reply:
@@ -102,20 +132,68 @@ def replies(connection: socket.socket, pid: int) -> Iterator[dict[str, Any]]:
             if pid and "pid" in reply:
                 reply["pid"] = pid
             yield reply
-    raise MountFailure("the daemon of this mount ended in the middle of its answer")
+            raw.begun = time.monotonic()
+    hint = f"if it is dead, cowfs umount {place} takes the mount away"
+    raise MountFailure(f"{place}: its daemon ended in the middle of its answer", hint)
+
+
+_STOPPED = 2.0
+"""So many seconds a daemon may be stopped: that is noticed before its time is over."""
+
+
+class _Patient(io.RawIOBase):
+    """What a daemon says. Silent when a reply takes the connection's timeout, or while it is stopped."""
+
+    def __init__(self, connection: socket.socket, pid: int, place: str) -> None:
+        self._connection = connection
+        self._pid = pid
+        self._place = place
+        self.begun = time.monotonic()
+        """Since when the next reply is waited for."""
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def readinto(self, buffer: WriteableBuffer) -> int:
+        """See :class:`io.RawIOBase`."""
+        timeout = self._connection.gettimeout()
+        runs = time.monotonic()
+        while True:
+            came = select.select([self._connection], [], [], _STOPPED / 4)[0]
+            now = time.monotonic()
+            if timeout is not None and now - self.begun >= timeout:
+                why = f"its daemon (pid {self._pid}) has not answered within {timeout:g} s"
+                raise Silent(f"{self._place}: {why}", "its log may tell what it waits for; try again later")
+            if came:
+                return self._connection.recv_into(buffer)
+            if not _is_stopped(self._pid):
+                runs = now
+            elif now - runs >= _STOPPED:
+                why = f"its daemon (pid {self._pid}) is stopped"
+                raise Silent(f"{self._place}: {why}", f"kill -CONT {self._pid} lets it go on")
+
+
+def _is_stopped(pid: int) -> bool:
+    """Whether a process is stopped or traced, as far as we may see (proc_pid_stat(5))."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as stat:
+            return stat.read().rpartition(b") ")[2][:1] in {b"T", b"t"}
+    except OSError:
+        return False
 
 
 _LONGEST_REPLY = 16 << 20
 """Bytes of a line: another user's daemon does not fill our memory."""
 
 
-def _parse(line: bytes) -> dict[str, Any]:
+def _parse(line: bytes, place: str) -> dict[str, Any]:
     try:
         reply = json.loads(line)
     except (ValueError, RecursionError):
-        raise _senseless() from None
+        raise _senseless(place) from None
     if not isinstance(reply, dict):
-        raise _senseless()
+        raise _senseless(place)
     return reply
 
 
@@ -129,16 +207,23 @@ def _failure(reply: dict[str, Any]) -> CowfsError:
 
 
 @contextmanager
-def sensible() -> Iterator[None]:
-    """Raise MountFailure for an answer that is not made as it should be: another user's may say anything."""
+def sensible(place: str) -> Iterator[None]:
+    """Raise MountFailure for an answer from the mount at *place* that is not made as it should be: another
+    user's may say anything."""
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
-        raise _senseless() from None
+        raise _senseless(place) from None
 
 
-def _senseless() -> MountFailure:
-    return MountFailure("what the daemon of this mount answers makes no sense")
+def _senseless(place: str) -> MountFailure:
+    hint = "another version of cowfs may have mounted it, or its user lies"
+    return MountFailure(f"{place}: what its daemon answers makes no sense", hint)
+
+
+def name_of(dev: str) -> str:
+    """Return where the mount *dev* is, for messages."""
+    return next((os.fsdecode(mount.mountpoint) for mount in mountinfo() if mount.dev == dev), dev)
 
 
 def owner_of(dev: str) -> int:
@@ -148,19 +233,19 @@ def owner_of(dev: str) -> int:
             for option in mount.super_options.split(","):
                 if option.startswith("user_id="):
                     return int(option.removeprefix("user_id="))
-    raise MountFailure("this mount is gone")
+    raise MountFailure(f"the mount {dev} is gone", f"findmnt -t {FSTYPE} lists those that are there")
 
 
-def _refuse_strangers(owner: int, fd: int) -> None:
+def _refuse_strangers(place: str, owner: int, fd: int) -> None:
     """MountFailure unless we may talk to the daemon of *owner*, and hand it *fd* where there is one."""
     me = os.geteuid()
     if me not in {0, owner}:
         raise MountFailure(
-            f"this mount belongs to another user (uid {owner})", "ask as that user, or as root"
+            f"{place}: this mount belongs to another user (uid {owner})", "ask as that user, or as root"
         )
     if fd >= 0 and me != owner:
         raise MountFailure(
-            f"this mount belongs to another user (uid {owner}), who is not given files of yours",
+            f"{place}: this mount belongs to another user (uid {owner}), who is not given files of yours",
             "do it as that user",
         )
 

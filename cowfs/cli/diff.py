@@ -11,7 +11,7 @@ from itertools import zip_longest
 from typing import NamedTuple
 
 from cowfs.cli import options
-from cowfs.cli.client import ask, find_mount, sensible
+from cowfs.cli.client import FSTYPE, ask, find_mount, sensible
 from cowfs.cli.output import warn
 from cowfs.errors import EXIT_SYSTEM, StoreError, UsageError
 from cowfs.types import Change, Identity
@@ -105,26 +105,26 @@ def _changes(args: argparse.Namespace, stack: ExitStack) -> Iterator[Change]:
             raise UsageError(
                 f"{args.what}: is mounted, and compared with what it is mounted on", "no --lower"
             )
-        return _of_mount(found.dev)
+        return _of_mount(args.what, found.dev)
     if args.what == "memory":
         raise UsageError("a store in memory is nowhere but in its mount", "give the mountpoint")
     if not os.path.lexists(args.what):
-        raise StoreError(f"{args.what}: no such store or mountpoint")
+        raise StoreError(f"{args.what}: no such store or mountpoint", f"findmnt -t {FSTYPE} lists the mounts")
     lowers = None if args.lower is None else options.split_lowers(args.lower)
     if lowers == ():
-        raise UsageError("--lower names no lower")
+        raise UsageError("--lower names no lower", "give an image or a directory: --lower LOWER[:LOWER...]")
     place = _Lowers(lowers, options.parse_offsets(args.offset), args.engine)
     return _of_store(args.what, place, stack, force=args.force_lower)
 
 
-def _of_mount(dev: str) -> Iterator[Change]:
+def _of_mount(path: str, dev: str) -> Iterator[Change]:
     from cowfs.changes.render import from_json
 
     for reply in ask(dev, "diff", timeout=_PATIENCE):
         if "said" in reply:
             warn(str(reply["said"]))
         else:
-            with sensible():
+            with sensible(path):
                 change = from_json(reply["change"])
             yield change
 
@@ -166,7 +166,10 @@ def _identities(lowers: Sequence[str], offsets: Sequence[int]) -> list[Identity]
     from cowfs.store.identity import identify_lower
 
     if len(offsets) > len(lowers):
-        raise UsageError(f"--offset names {len(offsets)} offsets, and there is one lower for each")
+        raise UsageError(
+            f"--offset: {len(offsets)} offsets, {len(lowers)} lower layers",
+            "give one for each lower",
+        )
     return [
         identify_lower(str(path), int(offset)) for path, offset in zip_longest(lowers, offsets, fillvalue=0)
     ]

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import os
 import select
-from contextlib import suppress
 
-from cowfs.cli.client import ask, owner_of
+from cowfs.cli.client import Silent, ask, owner_of
 from cowfs.cli.output import warn
 from cowfs.errors import CowfsError, MountFailure, StoreError
 
@@ -15,10 +14,11 @@ from cowfs.errors import CowfsError, MountFailure, StoreError
 class Farewell:
     """A pipe through which the daemon says how its store was released: its socket is gone by then."""
 
-    def __init__(self, dev: str, mountpoint: str, *, force: bool, lazy: bool = False) -> None:
+    def __init__(self, dev: str, mountpoint: str, timeout: float, *, force: bool, lazy: bool = False) -> None:
         """Have everything written to disk. Blocks. *lazy*: what hangs is to be given up.
 
-        Raises MountFailure if the disk refuses that, and not *force*. A daemon that does not answer is dead,
+        Raises MountFailure if the disk refuses that, and not *force*; Silent if it takes more than *timeout*
+        seconds, and neither *force* nor *lazy*. A daemon that does not answer is dead,
         or of an older cowfs: nothing is heard from it; nor from that of another user, who gets no pipe.
         """
         self._mountpoint = mountpoint
@@ -27,14 +27,18 @@ class Farewell:
         self._said = b""
         self._reading, writing = os.pipe()
         try:
-            with suppress(CowfsError, OSError):
-                ours = owner_of(dev) == os.geteuid()
-                for reply in ask(
-                    dev, "leave", timeout=None, fd=writing if ours else -1, force=force, lazy=lazy
-                ):
-                    if "unsaved" in reply:
-                        raise _Refused(reply["unsaved"])
-                    self._answers = ours
+            ours = owner_of(dev) == os.geteuid()
+            for reply in ask(
+                dev, "leave", timeout=timeout, fd=writing if ours else -1, force=force, lazy=lazy
+            ):
+                if "unsaved" in reply:
+                    raise _Refused(reply["unsaved"])
+                self._answers = ours
+        except Silent:
+            if not (force or lazy):
+                raise
+        except (CowfsError, OSError):
+            pass
         except _Refused as refused:
             raise MountFailure(
                 f"{mountpoint}: not unmounted, for not all of it could be saved: {refused}",

@@ -14,7 +14,7 @@ from cowfs.cli import options
 from cowfs.cli.client import facts_of, find_mount, resident, sensible
 from cowfs.cli.output import say
 from cowfs.cli.requests import Requests, requests_in
-from cowfs.errors import LayerError, UsageError
+from cowfs.errors import LayerError, MountFailure, UsageError
 
 NAME = "info"
 
@@ -48,13 +48,12 @@ def run(args: argparse.Namespace) -> int:
     found = find_mount(args.what)
     offsets = options.parse_offsets(args.offset)
     if len(offsets) > 1 or (offsets and found is not None):
-        raise UsageError(
-            "--offset is for one image" if found is None else f"{args.what}: is a mount, no image"
-        )
+        why = "--offset is for one image" if found is None else f"{args.what}: is a mount, no image"
+        raise UsageError(why, "give one offset, and the image that begins there")
     if found is not None:
         facts = facts_of(found.dev)
         facts["rss"] = resident(facts["pid"])
-        with sensible():
+        with sensible(args.what):
             requests = requests_in(facts)
             lines = _mount_lines(facts, requests)
             if requests is not None:
@@ -65,6 +64,9 @@ def run(args: argparse.Namespace) -> int:
         from cowfs.store.info import store_info
         from cowfs.store.saving import disk_of
 
+        if not os.path.lexists(args.what):
+            hint = "give a store, a squashfs image or a mountpoint; cowfs create makes a store"
+            raise MountFailure(f"{args.what}: there is nothing of that name", hint)
         facts = store_info(args.what)
         on_disk = disk_of(facts["path"])
         facts["disk"] = on_disk._asdict() if on_disk else None
@@ -86,7 +88,9 @@ def _is_image(path: str) -> bool:
         with open(path, "rb", buffering=0, opener=_without_waiting) as file:
             head = file.read(SAMPLE)
     except PermissionError as error:
-        raise LayerError(f"{path}: no permission to read it: {error.strerror}") from None
+        raise LayerError(
+            f"{path}: no permission to read it: {error.strerror}", "ask as its owner, or as root"
+        ) from None
     except OSError:
         return False  # a directory, or something to be told about as a store
     end = appended_at(head)

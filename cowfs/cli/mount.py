@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     given = mount_options.parse(args.options)
     lowers = mount_options.split_lowers(args.lower)
     if not lowers:
-        raise UsageError("no lower layer is given")
+        raise UsageError("no lower layer is given", "the first argument is LOWER[:LOWER...]")
     store = args.store or given.values.get("store", "memory")
     union = UnionOptions(
         lowers=tuple(os.path.abspath(lower) for lower in lowers),
@@ -88,7 +88,10 @@ def run(args: argparse.Namespace) -> int:
         fakeroot="fakeroot" in given.flags,
     )
     if len(union.offsets) > len(lowers):
-        raise UsageError(f"offset= names {len(union.offsets)} offsets, and there is one lower for each")
+        raise UsageError(
+            f"offset={given.values['offset']}: {len(union.offsets)} offsets, {len(lowers)} lower layers",
+            "give one for each lower",
+        )
     if union.fakeroot and "allow_other" in given.flags:
         raise UsageError(
             "fakeroot checks no permissions: with allow_other every user would be root inside",
@@ -129,7 +132,9 @@ def _check_log(path: str) -> None:
     try:
         os.close(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644))
     except OSError as error:
-        raise SystemFailure(f"{path}: cannot be the log: {error.strerror}") from None
+        raise SystemFailure(
+            f"{path}: cannot be the log: {error.strerror}", "give the path of a file that may be written to"
+        ) from None
 
 
 def _check_system() -> None:

@@ -117,11 +117,15 @@ def parse(given: list[str]) -> Options:
         name, equals, value = option.partition("=")
         if name in _VALUES and equals:
             if not value:
-                raise UsageError(f"option {name}= needs a value", _VALUES[name])
+                raise UsageError(f"option {name} needs a value: {name}=…", _VALUES[name])
             options.values[name] = value
-        elif name in _FLAGS and not equals:
+        elif name in _VALUES:
+            raise UsageError(f"option {name} needs a value: {name}=…", _VALUES[name])
+        elif equals and name in {*_FLAGS, *_FUSE_FLAGS}:
+            raise UsageError(f"option {option}: {name} takes no value", f"write {name} alone")
+        elif name in _FLAGS:
             options.flags.add(name.replace("-", "_"))
-        elif name in _FUSE_FLAGS and not equals:
+        elif name in _FUSE_FLAGS:
             options.fuse.add(name)
         elif not (name in _IGNORED or name.startswith(("x-", "X-", "comment")) or "sloppy" in parts):
             known = ", ".join([*(f"{name}=" for name in _VALUES), *_FLAGS])

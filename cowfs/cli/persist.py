@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 
-from cowfs.cli.client import VIEW_FSTYPE, ask, facts_of, find_mount
+from cowfs.cli.client import VIEW_FSTYPE, ask, facts_of, the_mount
 from cowfs.cli.output import say
-from cowfs.errors import MountFailure, StoreError
+from cowfs.errors import StoreError
 from cowfs.linux.mounts import mountinfo
 
 NAME = "persist"
@@ -55,9 +55,7 @@ def run(args: argparse.Namespace) -> int:
     from cowfs.store.sizes import format_size, parse_size
 
     size = parse_size(args.size) if args.size else None
-    found = find_mount(args.mountpoint)
-    if found is None:
-        raise MountFailure(f"{args.mountpoint}: no cowfs is mounted here")
+    found = the_mount(args.mountpoint)
     kept = 0
     shown, path = args.store, os.path.abspath(args.store)
     with directory_of(path) as (fd, name):

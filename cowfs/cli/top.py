@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from cowfs.cli.client import facts_of, find_mount, resident, sensible
+from cowfs.cli.client import facts_of, find_mount, resident, sensible, the_mount
 from cowfs.cli.output import say
 from cowfs.cli.requests import Operation, Requests, caches_in, number, requests_in, why_none
 from cowfs.errors import MountFailure, SystemFailure, UsageError, printable
@@ -66,9 +66,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     """Show round after round; Ctrl-C is the usual end."""
     rounds, delay = _rounds(args.rounds), _delay(args.delay)
-    found = find_mount(args.mountpoint)
-    if found is None:
-        raise MountFailure(f"{args.mountpoint}: no cowfs is mounted here")
+    found = the_mount(args.mountpoint)
     redraws = not args.json and sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"
     try:
         for turn, seen in enumerate(_looks(args.mountpoint, found, rounds, delay)):
@@ -124,7 +122,7 @@ class Seen:
 def _looks(mountpoint: str, mount: MountInfo, rounds: int | None, delay: float) -> Iterator[Seen]:
     """Yield what came since the mount, then what came in each *delay*."""
     facts, now = facts_of(mount.dev), time.monotonic()
-    with sensible():
+    with sensible(mountpoint):
         requests, caches = requests_in(facts), caches_in(facts)
         seconds = max(time.time() - float(facts["since"]), 0.001)
         if not math.isfinite(seconds):
@@ -136,7 +134,7 @@ def _looks(mountpoint: str, mount: MountInfo, rounds: int | None, delay: float) 
         time.sleep(delay)
         before, last, cached, then = facts, requests, caches, now
         facts, now = _again(mountpoint, mount, before), time.monotonic()
-        with sensible():
+        with sensible(mountpoint):
             requests, caches = requests_in(facts), caches_in(facts)
             if requests is None:
                 raise ValueError("it has counted before")
@@ -150,7 +148,7 @@ def _looks(mountpoint: str, mount: MountInfo, rounds: int | None, delay: float) 
 
 def _again(mountpoint: str, mount: MountInfo, before: dict[str, Any]) -> dict[str, Any]:
     """Return what the daemon tells now. MountFailure when its mount is gone, be there another one by now."""
-    gone = MountFailure(f"{mountpoint}: is not mounted any more")
+    gone = MountFailure(f"{mountpoint}: is not mounted any more", "mount it again to go on")
     try:
         facts = facts_of(mount.dev)
     except MountFailure:
@@ -187,7 +185,7 @@ def _lines(seen: Seen) -> list[str]:
     from cowfs.store.sizes import format_size
 
     facts, requests = seen.facts, seen.requests
-    with sensible():
+    with sensible(facts["mountpoint"]):
         known, files = number(facts["inodes_known"]), number(facts["open_files"])
         head = [
             f"{facts['mountpoint']}: {_period(seen)}",

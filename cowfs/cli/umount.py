@@ -10,7 +10,7 @@ import threading
 import time
 from typing import Any
 
-from cowfs.cli.client import facts_of, find_mount
+from cowfs.cli.client import Silent, facts_of, the_mount
 from cowfs.cli.farewell import Farewell
 from cowfs.cli.output import warn
 from cowfs.errors import CowfsError, MountFailure, SystemFailure
@@ -21,6 +21,8 @@ NAME = "umount"
 MNT_DETACH = 2
 _PATIENCE = 3.0
 """Seconds after which the one who waits wants to know for what."""
+_LONG = 60.0
+"""Seconds in which a daemon should have told of itself."""
 _NAMED = 3
 """So many places are named."""
 
@@ -51,31 +53,46 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--force", action="store_true", help="unmount though what could not be written to the store is lost"
     )
     parser.add_argument(
-        "--timeout", type=float, default=600, metavar="SECONDS", help="how long to wait (600)"
+        "--timeout",
+        type=_seconds,
+        default=600,
+        metavar="SECONDS",
+        help="how long to wait, before the unmount and after it (600)",
     )
     parser.set_defaults(run=run)
 
 
+def _seconds(given: str) -> float:
+    seconds = float(given)
+    if not 0 <= seconds <= threading.TIMEOUT_MAX:
+        raise ValueError(given)
+    return seconds
+
+
 def run(args: argparse.Namespace) -> int:
     """Unmount and wait."""
-    found = find_mount(args.mountpoint)
-    if found is None:
-        raise MountFailure(f"{args.mountpoint}: no cowfs is mounted here")
+    found = the_mount(args.mountpoint)
     mountpoint = os.fsdecode(found.mountpoint)
-    daemon, silence = _daemon_of(found.dev)
+    daemon, silence = _daemon_of(found.dev, min(args.timeout, _LONG))
+    if isinstance(silence, Silent) and not (args.lazy or args.force):
+        raise _not_unmounted(silence)
     own = os.fsencode(daemon["mountpoint"]) if daemon else b""
     if own != found.mountpoint and any(own == mount.mountpoint for mount in _mounts(found)):
         _unmount(mountpoint, lazy=args.lazy)
         _say(f"{mountpoint}: unmounted; the store stays in use, by the mount at {os.fsdecode(own)}")
         return 0
     dead = daemon is None and not args.lazy and _is_dead(mountpoint)
-    farewell = Farewell(found.dev, mountpoint, force=args.force, lazy=args.lazy)
+    try:
+        farewell = Farewell(found.dev, mountpoint, args.timeout, force=args.force, lazy=args.lazy)
+    except Silent as error:
+        raise _not_unmounted(error) from None
     _unmount(mountpoint, lazy=args.lazy)
     if args.lazy or dead:
         return 0
     if daemon is None:
         raise SystemFailure(
-            f"{mountpoint}: unmounted, but whether its store is released cannot be told: {silence}"
+            f"{mountpoint}: unmounted, but whether its store is released cannot be told: {silence}",
+            "cowfs info STORE says who has it",
         )
     _wait(mountpoint, found, daemon["pid"], args.timeout, farewell)
     farewell.hear()
@@ -155,12 +172,16 @@ def _namespace(pid: str) -> str:
     return os.readlink(f"/proc/{pid}/ns/mnt")
 
 
-def _daemon_of(dev: str) -> tuple[dict[str, Any] | None, str]:
-    """Return what the daemon tells of itself, or None and why it does not."""
+def _daemon_of(dev: str, timeout: float) -> tuple[dict[str, Any] | None, Exception | None]:
+    """Return what the daemon tells of itself within so many seconds, or None and why it does not."""
     try:
-        return facts_of(dev), ""
+        return facts_of(dev, timeout), None
     except (CowfsError, OSError) as error:
-        return None, str(error)
+        return None, error
+
+
+def _not_unmounted(silence: Silent) -> MountFailure:
+    return MountFailure(f"not unmounted: {silence.message}", f"{silence.hint}; -l unmounts it now")
 
 
 def _is_dead(mountpoint: str) -> bool:

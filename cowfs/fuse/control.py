@@ -13,6 +13,7 @@ import functools
 import json
 import logging
 import os
+import select
 from array import array
 from collections.abc import Awaitable, Callable, Generator, Iterator, Mapping
 from socket import CMSG_SPACE, MSG_CMSG_CLOEXEC, MSG_DONTWAIT, MSG_PEEK, SCM_RIGHTS, SOL_SOCKET
@@ -73,6 +74,8 @@ async def _talk(stream: trio.SocketStream, commands: Mapping[str, Command], turn
                 return
             line, fds = await _line(stream.socket)
             try:
+                if _is_closed(stream):  # it has lost patience, and was told that nothing is done
+                    raise _Left
                 await _obey(stream, _request(line), fds, commands, functools.partial(_patiently, turns, uid))
             finally:
                 for fd in fds:
@@ -172,6 +175,13 @@ def _has_left(stream: trio.SocketStream) -> bool:
         return False
     except OSError:
         return True
+
+
+def _is_closed(stream: trio.SocketStream) -> bool:
+    """Whether the client has closed its end, not only for writing."""
+    poll = select.poll()
+    poll.register(stream.socket.fileno(), 0)
+    return bool(poll.poll(0))
 
 
 async def _send(stream: trio.SocketStream, replies: list[dict[str, Any]]) -> None:

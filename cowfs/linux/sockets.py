@@ -93,18 +93,20 @@ def connect_control(connection: socket.socket, dev: str, uid: int) -> int:
     Raises OSError; PermissionError when who answers is somebody else, or the place is not *uid*'s alone.
     """
     failure: OSError = FileNotFoundError(errno.ENOENT, "no daemon listens")
+    refused = False  # where its socket is says more than where there is none
     for directory in [*control_directories(uid), *([_OF_THE_ROOT] if uid == 0 else [])]:
         try:
             fd = _open_if_private(directory, uid)
         except FileNotFoundError:
             continue
         except OSError as error:
-            failure = error
+            failure = failure if refused else error
             continue
         try:
             connection.connect(_beneath(fd, dev))
         except OSError as error:
-            failure = error
+            failure = failure if refused else error
+            refused = isinstance(failure, ConnectionRefusedError)
             continue
         finally:
             os.close(fd)

@@ -36,12 +36,19 @@ def create_store(path: str, size: int, *, progress: Progress = quiet) -> None:
         raise UsageError(f"{format_size(size)} is too small for a store", f"at least {format_size(SMALLEST)}")
     if size >= LARGEST:
         raise UsageError(f"{format_size(size)} is too large for ext3", f"less than {format_size(LARGEST)}")
+    if os.path.isdir(path):
+        raise StoreError(
+            f"{path}: is a directory already",
+            f"give the path of a file, such as {os.path.join(path, 'sysrcd.bs')}",
+        )
     if os.path.lexists(path):
         raise StoreError(f"{path}: exists already", f"cowfs grow {path} makes an existing store larger")
     path = os.path.abspath(path)
     directory = os.path.dirname(path)
     if not os.path.isdir(directory):
-        raise StoreError(f"{path}: there is no directory {directory}")
+        raise StoreError(
+            f"{path}: there is no directory {directory}", "make it first, or choose another place"
+        )
     check_room(path, directory, size)
     tools.program("mke2fs")
     progress(f"making {path}, {format_size(size)}")

@@ -22,6 +22,7 @@ from cowfs.store.superblock import read_superblock
 from cowfs.store.tools import Progress, quiet
 
 Step = Callable[[], None]
+_ROOM = "make room on the disk that it is on"
 
 
 def grow_store(path: str, size: int | None, *, progress: Progress = quiet) -> int:
@@ -32,7 +33,7 @@ def grow_store(path: str, size: int | None, *, progress: Progress = quiet) -> in
     file that has the size already is no error. Raises StoreError, StoreBusy, UsageError.
     """
     if os.path.isdir(path):
-        raise StoreError(f"{path}: a directory store has no size of its own")
+        raise StoreError(f"{path}: a directory store has no size of its own", _ROOM)
     path = os.path.abspath(path)
     with cleaned_up(), ExitStack() as stack:
         fd = open_file(path)
@@ -55,11 +56,11 @@ def grow_open_store(store: Store, size: int | None) -> Generator[Step | str, Non
         return _allow(store.memory, size)
     path = store.path
     if store.kind == "directory":
-        raise StoreError(f"{path}: a directory store has no size of its own")
+        raise StoreError(f"{path}: a directory store has no size of its own", _ROOM)
     if store.kind != "image" or store.read_only or not hasattr(store.layer, "suspend"):
         raise StoreError(f"{path}: cannot grow while the kernel has it", "unmount it first")
     if path in _growing:
-        raise StoreError(f"{path}: is being grown already")
+        raise StoreError(f"{path}: is being grown already", "wait for the end of that")
     with ExitStack() as stack:
         _growing.add(path)
         stack.callback(_growing.remove, path)
@@ -67,7 +68,7 @@ def grow_open_store(store: Store, size: int | None) -> Generator[Step | str, Non
         fd = open_file(tools.place(store.fd))
         stack.callback(os.close, fd)
         if not _is_in_its_place(store):
-            raise StoreError(f"{path}: is another file than when it was mounted")
+            raise StoreError(f"{path}: is another file than when it was mounted", "unmount it first")
         plan = _plan(fd, path, size)
         if plan.size == plan.filesystem:
             yield f"{path}: has {format_size(plan.size)} already"

@@ -66,11 +66,13 @@ def identify_lower(path: str, offset: int = 0) -> Identity:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
-        raise LayerError(f"{path}: {_why(error)}") from None
+        raise LayerError(*_why(path, error)) from None
     try:
         kind = stat.S_IFMT(os.fstat(fd).st_mode)
         if kind == stat.S_IFDIR and offset:
-            raise LayerError(f"{path}: is a directory, not an image that begins at offset {offset}")
+            raise LayerError(
+                f"{path}: is a directory, not an image that begins at offset {offset}", "leave offset= out"
+            )
         if kind == stat.S_IFDIR:
             return _directory(fd, path)
         if kind == stat.S_IFREG:
@@ -79,13 +81,13 @@ def identify_lower(path: str, offset: int = 0) -> Identity:
         raise LayerError(f"{path}: cannot be read: {error.strerror}") from None
     finally:
         os.close(fd)
-    raise LayerError(f"{path}: neither a squashfs image nor a directory")
+    raise LayerError(f"{path}: neither a squashfs image nor a directory", "mksquashfs makes an image")
 
 
-def _why(error: OSError) -> str:
+def _why(path: str, error: OSError) -> tuple[str, str]:
     if error.errno == errno.ENOENT:
-        return "no such lower"
-    return f"cannot be opened: {error.strerror}"
+        return f"{path}: no such lower", "give the path of a squashfs image or of a directory"
+    return f"{path}: cannot be opened: {error.strerror}", "a lower is read by whoever mounts it"
 
 
 def _squashfs(fd: int, path: str, start: int) -> Identity:
@@ -111,7 +113,7 @@ def _superblock(fd: int, path: str, start: int) -> Superblock:
     if not start:
         return parse(os.pread(fd, SAMPLE, 0), path, size)
     if start >= size:
-        raise LayerError(f"{path}: has no byte at offset {start}: it has {size}")
+        raise LayerError(f"{path}: has no byte at offset {start}: it has {size}", "see cowfs info IMAGE")
     try:
         return parse(os.pread(fd, SAMPLE, start), f"{path} at offset {start}", size - start)
     except LayerError as error:

@@ -83,7 +83,7 @@ def _directory(path: str, stack: ExitStack) -> dict[str, Any]:
     stack.callback(layer.close)
     inside = _inside(layer)
     if inside["version"] is None and inside["format"] != "overlayfs":
-        raise StoreError(f"{path}: not a store", "cowfs mount --store DIR makes one in an empty directory")
+        raise StoreError(f"{path}: not a store", layout.MADE_BY)
     room = layer.statfs()
     user = None
     locked: Any = layout.find(layer, layout.PRIVATE, layout.LOCK)

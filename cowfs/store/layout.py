@@ -32,6 +32,7 @@ from cowfs.types import Attr, DirEntry
 UPPER, WORK, PRIVATE, INDEX = b"upper", b"work", b"cowfs", b"index"
 HEADER, LOCK = b"header.json", b"lock"
 _NEW_HEADER = b"header.json.new"
+MADE_BY = "cowfs mount --store DIR makes one in an empty directory"
 _LOST = b"lost+found"
 _LARGEST_HEADER = 1 << 20
 
@@ -74,7 +75,7 @@ def recognise(layer: UpperLayer) -> str:
     foreign = sorted(names - {UPPER, WORK, PRIVATE})
     if not foreign:
         missing = sorted({UPPER, WORK, PRIVATE} - names) or [PRIVATE + b"/" + HEADER]
-        raise StoreError(f"{layer.name}: not a whole store: {os.fsdecode(missing[0])} is missing")
+        raise StoreError(f"{layer.name}: not a whole store: {os.fsdecode(missing[0])} is missing", MADE_BY)
     others = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
     raise StoreError(
         f"{layer.name}: not a store: it holds {os.fsdecode(foreign[0])}{others}",
@@ -173,7 +174,7 @@ def ensure_directory(layer: UpperLayer, parent: Key, name: bytes, mode: int) -> 
         return made
     key, attr = found
     if not stat.S_ISDIR(attr.st_mode):
-        raise StoreError(f"{layer.name}: {os.fsdecode(name)} is not a directory: not a store")
+        raise StoreError(f"{layer.name}: {os.fsdecode(name)} is not a directory: not a store", MADE_BY)
     _unshut(layer, key, attr)
     return key
 

@@ -164,9 +164,9 @@ def finish(
         check_lowers(header, want.lowers, path)
     upper, work = layout.find(layer, layout.UPPER), layout.find(layer, layout.WORK)
     if upper is None or work is None:
-        raise StoreError(f"{path}: not a whole store: upper/ or work/ is missing")
+        raise StoreError(f"{path}: not a whole store: upper/ or work/ is missing", layout.MADE_BY)
     if not all(stat.S_ISDIR(layer.stat(key).st_mode) for key in (upper, work)):
-        raise StoreError(f"{path}: not a store: upper or work is not a directory")
+        raise StoreError(f"{path}: not a store: upper or work is not a directory", layout.MADE_BY)
     layout.unshut_work(layer, work)
     if layout.find(layer, layout.WORK, b"work", b"incompat") is not None:
         raise StoreError(

@@ -80,9 +80,9 @@ def _answered(data: bytes) -> None:
             theirs.send(data)
         theirs.shutdown(socket.SHUT_WR)
         with suppress(CowfsError):
-            for reply in replies(ours, os.getpid()):
+            for reply in replies(ours, os.getpid(), "/mnt"):
                 assert isinstance(reply, dict) and reply.get("pid", os.getpid()) == os.getpid()
-                with sensible():
+                with sensible("/mnt"):
                     from_json(reply["change"])
 
 

@@ -1,0 +1,118 @@
+"""Refusals name the thing and the way out; nobody waits for a daemon that is stopped."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.support.mounts import Mounted, cowfs, is_mounted, mounted
+from tests.support.system import as_nobody_prefix, needs_fuse, run
+
+pytestmark = needs_fuse
+
+
+@pytest.fixture
+def base(nobody_path: Path) -> Path:
+    (nobody_path / "lower").mkdir()
+    (nobody_path / "lower" / "file").write_text("x\n")
+    (nobody_path / "lower").chmod(0o777)
+    (nobody_path / "mnt").mkdir()
+    return nobody_path
+
+
+def advised(said: str, what: object) -> str:
+    """The advice of a message, which is one line, names the thing, and has a reason."""
+    assert said.count("\n") == 1 and said.isascii() and str(what) in said, said
+    line = said.strip()
+    assert line.startswith("cowfs: ") and line.endswith(")") and ": " in line.removeprefix("cowfs: "), said
+    return line.rpartition("(")[2]
+
+
+@pytest.mark.parametrize("command", [["umount"], ["top"], ["persist"], ["info"], ["diff"], ["grow"]], ids=str)
+@pytest.mark.parametrize("there", [True, False])
+def test_a_path_at_which_nothing_is_mounted(base: Path, command: list[str], there: bool) -> None:
+    place = base / ("mnt" if there else "absent")
+    more = [str(base / "new")] if command == ["persist"] else []
+    done = cowfs(*command, str(place), *more)
+    if there and command == ["info"]:
+        assert "makes one in an empty directory" in done.stderr
+    else:
+        assert done.returncode > 0
+        advised(done.stderr, place)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ([], "absent"),
+        (["-o", "io_uring"], "io_uring"),
+        (["-o", "size"], "size"),
+        (["-o", "engine="], "engine"),
+        (["-o", "ro=1"], "ro"),
+        (["-o", "nosuid=yes"], "nosuid"),
+        (["-o", "offset=1:2:3"], "offset"),
+        (["-o", "log=/proc/none/log"], "/proc/none/log"),
+    ],
+)
+def test_mount(base: Path, options: list[str], named: str) -> None:
+    done = cowfs(
+        "mount", str(base / "absent" if not options else base / "lower"), str(base / "mnt"), *options
+    )
+    assert done.returncode in {1, 2, 32} and not is_mounted(base / "mnt")
+    said = done.stderr.replace("…", "...")
+    assert "unknown option" not in said
+    advised(said, named)
+
+
+def test_create_where_a_directory_is(base: Path) -> None:
+    done = cowfs("create", str(base / "mnt"), "16")
+    assert done.returncode == 32
+    advice = advised(done.stderr, base / "mnt")
+    assert "grow" not in advice and f"{base}/mnt/" in advice
+
+
+@contextmanager
+def stopped(here: Mounted) -> Iterator[int]:
+    pid = here.pid()
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield pid
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+@pytest.mark.parametrize("nobody", [False, True])
+def test_nobody_waits_for_a_stopped_daemon(base: Path, nobody: bool) -> None:
+    """It is said which it is, and how it goes on; then all is as it was."""
+    if nobody and os.geteuid() != 0:
+        pytest.skip("needs root, to be another user")
+    with mounted(base / "lower", base / "mnt2", nobody=nobody) as here:
+        new = base / "kept"
+        commands = [["info"], ["top"], ["diff"], ["grow"], ["umount"], ["umount", "--timeout", "1"]]
+        with stopped(here) as pid:
+            for command in [*commands, ["persist"]]:
+                more = ["64"] if command == ["grow"] else [str(new)] if command == ["persist"] else []
+                done = cowfs(*command, str(here.path), *more, nobody=nobody, timeout=20)
+                assert done.returncode == 32, (command, done)
+                advice = advised(done.stderr, here.path)
+                if command[-1] != "1":
+                    assert f"pid {pid}" in done.stderr and f"kill -CONT {pid}" in advice, done.stderr
+                if command[0] == "umount":
+                    assert "not unmounted" in done.stderr and "-l" in advice
+                assert is_mounted(here.path) and not new.exists()
+        run(*(as_nobody_prefix() if nobody else []), "touch", here.path / "new")
+        assert cowfs("diff", str(here.path), nobody=nobody).stdout == "A  new\n"
+        assert not here.log.read_text()
+    assert not new.exists()
+
+
+def test_a_stopped_daemon_can_be_left(base: Path) -> None:
+    with mounted(base / "lower", base / "mnt2") as here, stopped(here):
+        done = cowfs("umount", "-l", str(here.path), timeout=20)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert not is_mounted(here.path)
