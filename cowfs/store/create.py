@@ -38,7 +38,7 @@ def create_store(path: str, size: int, *, progress: Progress = quiet) -> None:
         raise UsageError(f"{format_size(size)} is too large for ext3", f"less than {format_size(LARGEST)}")
     if os.path.isdir(path):
         raise StoreError(
-            f"{path}: is a directory already",
+            f"{path}: exists already, as a directory",
             f"give the path of a file, such as {os.path.join(path, 'sysrcd.bs')}",
         )
     if os.path.lexists(path):
