@@ -136,10 +136,11 @@ def _check(entries: Listing) -> None:
         entries.problem = "a name has a slash or a NUL in it, or is '.' or '..'"
         for name in [name for name in entries if b"/" in name or b"\0" in name or name in {b".", b".."}]:
             del entries[name]
-    directories = Counter(value for value in entries.values() if value & _TYPE == 1)
-    if len(directories) != directories.total():
+    directories = [value for value in entries.values() if value & _TYPE == 1]
+    if len(set(directories)) != len(directories):
         entries.problem = "two names mean the same directory"
-        for name in [name for name, value in entries.items() if directories[value] > 1]:
+        count = Counter(directories)
+        for name in [name for name, value in entries.items() if count[value] > 1]:
             del entries[name]
 
 
