@@ -13,13 +13,13 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from cowfs.errors import CowfsError, MountFailure
+from cowfs.linux.fuse import FSTYPE
 from cowfs.linux.mounts import MountInfo, mount_of, mountinfo
 from cowfs.linux.sockets import connect_control
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
-FSTYPE = "fuse.cowfs"
 _MOST_LINKS = 40
 """As many symbolic links as the kernel follows (path_resolution(7))."""
 VIEW_FSTYPE = "fuse.cowfs-store"

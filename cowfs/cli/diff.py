@@ -11,9 +11,10 @@ from itertools import zip_longest
 from typing import NamedTuple
 
 from cowfs.cli import options
-from cowfs.cli.client import FSTYPE, ask, find_mount, sensible
+from cowfs.cli.client import ask, find_mount, sensible
 from cowfs.cli.output import warn
 from cowfs.errors import EXIT_SYSTEM, StoreError, UsageError
+from cowfs.linux.fuse import FSTYPE
 from cowfs.types import Change, Identity
 
 NAME = "diff"

@@ -15,6 +15,7 @@ from cowfs.cli.output import warn
 from cowfs.errors import MountFailure, SystemFailure, UsageError
 from cowfs.linux import outside
 from cowfs.linux.programs import find
+from cowfs.linux.sockets import remove_dead
 
 if TYPE_CHECKING:
     from cowfs.assemble import UnionOptions
@@ -196,6 +197,7 @@ def _serve(
 
     os.umask(0)
     _raise_file_limit()
+    remove_dead()  # while we may see who is where
     rings = rings_for(given.values.get("io_uring", "auto"), warn)
     give_up(has_rings=rings is not None)  # before there are threads: opening the store starts some
     try:

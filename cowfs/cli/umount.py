@@ -8,6 +8,7 @@ import os
 import subprocess
 import threading
 import time
+from contextlib import suppress
 from typing import Any
 
 from cowfs.cli.client import Silent, facts_of, the_mount
@@ -15,7 +16,8 @@ from cowfs.cli.farewell import Farewell
 from cowfs.cli.output import warn
 from cowfs.errors import CowfsError, MountFailure, SystemFailure
 from cowfs.linux import programs
-from cowfs.linux.mounts import MountInfo, mountinfo, parse_mountinfo, umount2, wait_pid_gone
+from cowfs.linux.mounts import MountInfo, mountinfo, umount2, wait_pid_gone
+from cowfs.linux.namespaces import mounted_elsewhere
 
 NAME = "umount"
 MNT_DETACH = 2
@@ -148,28 +150,20 @@ def _where(found: MountInfo) -> str:
     from cowfs.changes.render import escape
 
     places = [escape(mount.mountpoint) for mount in _mounts(found)]
-    seen = {_namespace("self")}
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            namespace = _namespace(pid)
-            if namespace in seen:
-                continue
-            seen.add(namespace)
-            with open(f"/proc/{pid}/mountinfo", "rb") as table:
-                there = [mount for mount in parse_mountinfo(table.read()) if _is_same(mount, found)]
-            with open(f"/proc/{pid}/comm", "rb") as name:
-                who = f"in the mount namespace of pid {pid} ({escape(name.read().rstrip())})"
-        except OSError:
-            continue  # it ended, or is somebody else's
-        places += [f"{escape(mount.mountpoint)} {who}" for mount in there]
+    for pid, mounts in mounted_elsewhere():
+        there = [mount for mount in mounts if _is_same(mount, found)]
+        with suppress(OSError):  # it has ended
+            who = f"in the mount namespace of pid {pid} ({escape(_name(pid))})" if there else ""
+            places += [f"{escape(mount.mountpoint)} {who}" for mount in there]
     if not places:
         return ""
     more = f" and {len(places) - _NAMED} other places" if len(places) > _NAMED else ""
     return f"still mounted at {', '.join(places[:_NAMED])}{more}"
 
 
-def _namespace(pid: str) -> str:
-    return os.readlink(f"/proc/{pid}/ns/mnt")
+def _name(pid: int) -> bytes:
+    with open(f"/proc/{pid}/comm", "rb") as name:
+        return name.read().rstrip()
 
 
 def _daemon_of(dev: str, timeout: float) -> tuple[dict[str, Any] | None, Exception | None]:

@@ -12,6 +12,9 @@ from collections.abc import Collection
 
 from cowfs.linux import mounts
 
+FSTYPE = "fuse.cowfs"
+"""Of our mounts."""
+
 _FLAGS = {"ro": mounts.MS_RDONLY, "noexec": mounts.MS_NOEXEC, "sync": 16, "dirsync": 128, "noatime": 1024}
 _NEGATED = {"suid": mounts.MS_NOSUID, "dev": mounts.MS_NODEV}
 """What is set unless the option is there, as libfuse has it (lib/mount.c)."""

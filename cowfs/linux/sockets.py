@@ -7,16 +7,24 @@ mount can write to, so that nobody else can take the name or answer in the daemo
 from __future__ import annotations
 
 import errno
+import itertools
 import os
+import re
 import socket
 import stat
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
+from cowfs.linux.fuse import FSTYPE
+from cowfs.linux.mounts import mountinfo
+from cowfs.linux.namespaces import mounted_elsewhere
+
 _UCRED = struct.Struct("=iII")  # struct ucred: pid, uid, gid
 
 
+_CLIENTS = 128
+"""So many may wait to be heard."""
 _OF_THE_ROOT = "/run/initramfs/cowfs/world/run/cowfs"
 """/run/cowfs of the daemon of a root filesystem, as the system that it serves sees it."""
 
@@ -48,6 +56,53 @@ def open_control_directory() -> int:
     raise failure
 
 
+def remove_dead() -> None:
+    """Remove our own sockets that nobody listens on: those of daemons that were killed.
+
+    Those of mounts that are there yet stay, as far as we see them: who asks is told that the daemon is dead.
+    """
+    with suppress(OSError):  # there is no place for them
+        directory = open_control_directory()
+        try:
+            _sweep(directory)
+        finally:
+            os.close(directory)
+
+
+def _sweep(directory: int) -> None:
+    left = set(filter(_NAME.fullmatch, os.listdir(directory)))
+    everywhere = itertools.chain([(0, mountinfo())], mounted_elsewhere())
+    for _, mounts in everywhere if left else ():
+        left.difference_update(mount.dev for mount in mounts if mount.fstype == FSTYPE)
+    for name in left:
+        with suppress(OSError):
+            _remove_dead(directory, name)
+
+
+_NAME = re.compile(r"[0-9]+:[0-9]+")
+
+
+def _remove_dead(directory: int, name: str) -> None:
+    seen = os.stat(name, dir_fd=directory, follow_symlinks=False)
+    if not stat.S_ISSOCK(seen.st_mode) or seen.st_uid != os.geteuid():
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as connection:
+        connection.setblocking(False)
+        try:
+            connection.connect(_beneath(directory, name))
+        except ConnectionRefusedError:
+            pass
+        else:
+            return
+    # A new mount may have that number since: its socket gets its name back.
+    aside = f"dead-{os.getpid()}"
+    os.rename(name, aside, src_dir_fd=directory, dst_dir_fd=directory)
+    if os.path.samestat(seen, os.stat(aside, dir_fd=directory, follow_symlinks=False)):
+        os.unlink(aside, dir_fd=directory)
+    else:
+        os.rename(aside, name, src_dir_fd=directory, dst_dir_fd=directory)
+
+
 def _open_if_private(directory: str, uid: int) -> int:
     """Open a directory that only *uid* (or root) can write to. Raises PermissionError for any other."""
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -63,17 +118,18 @@ def control_listener(directory: int, dev: str) -> Iterator[socket.socket]:
     """Listen on the control socket of the mount *dev*, in the open *directory*; remove it in the end.
 
     One that is there is replaced: two mounts never have one number, so it is that of a mount that is no
-    more, whose daemon was killed or has not ended yet.
+    more, whose daemon was killed or has not ended yet. Whatever has the name listens, or its daemon is dead.
     """
-    path = _beneath(directory, dev)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as listener:
+        new = f"new-{os.getpid()}"
         with suppress(FileNotFoundError):
-            os.unlink(dev, dir_fd=directory)
-        listener.bind(path)
-        ours = os.stat(dev, dir_fd=directory, follow_symlinks=False).st_ino
+            os.unlink(new, dir_fd=directory)
+        listener.bind(_beneath(directory, new))
+        os.chmod(new, 0o600, dir_fd=directory)
+        listener.listen(_CLIENTS)
+        ours = os.stat(new, dir_fd=directory, follow_symlinks=False).st_ino
+        os.rename(new, dev, src_dir_fd=directory, dst_dir_fd=directory)
         try:
-            os.chmod(path, 0o600)
-            listener.listen(8)
             yield listener
         finally:
             with suppress(OSError):

@@ -136,6 +136,6 @@ def test_another_filesystem_with_the_number_of_one_that_is_gone(monkeypatch: pyt
     found = mountinfo()[0]
     successor = dataclasses.replace(found, source=b"another", mountpoint=b"/elsewhere")
     monkeypatch.setattr(umount, "mountinfo", lambda: [successor])
-    monkeypatch.setattr(umount, "parse_mountinfo", lambda _: [successor])
+    monkeypatch.setattr(umount, "mounted_elsewhere", lambda: iter([(1, [successor])]))
     assert umount._where(found) == ""
     assert "/elsewhere" in umount._where(successor)

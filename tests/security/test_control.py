@@ -216,6 +216,54 @@ def test_the_socket_of_a_daemon_that_has_not_ended_yet_is_replaced(tmp_path: Pat
         os.close(directory)
 
 
+def _killed(lower: Path, mountpoint: Path, *, nobody: bool, stays: bool) -> Path:
+    """The socket of a daemon that was killed, whose mount *stays* or was taken away by umount(8)."""
+    with mounted(lower, mountpoint, nobody=nobody, quiet=False) as here:
+        found = find_mount(str(here.path))
+        assert found is not None
+        dead = Path(f"/tmp/cowfs-{NOBODY}" if nobody else "/run/cowfs", found.dev)
+        os.kill(here.pid(), signal.SIGKILL)
+        eventually(lambda: not _listens(dead), "the daemon is gone")
+        if stays:
+            done = cowfs("info", here.path, nobody=nobody)
+            assert done.returncode == 32 and "is dead" in done.stderr and "cowfs umount" in done.stderr
+            # Other mounts come meanwhile: it is still said of this one that it is dead.
+            with mounted(lower, nobody_path_of(mountpoint), nobody=nobody):
+                assert cowfs("info", here.path, nobody=nobody).stderr == done.stderr
+        run("umount", "-i", here.path)
+    assert dead.is_socket()
+    return dead
+
+
+def nobody_path_of(mountpoint: Path) -> Path:
+    return mountpoint.with_name(f"{mountpoint.name}-beside")
+
+
+@pytest.mark.parametrize("nobody", [False, True])
+def test_the_next_mount_clears_away_what_killed_daemons_left(
+    lower: Path, nobody_path: Path, nobody: bool
+) -> None:
+    """Sockets of mounts that are no more, and nothing else that is there."""
+    with mounted(lower, nobody_path / "lives", nobody=nobody) as lives, ExitStack() as stack:
+        dead = _killed(lower, nobody_path / "dead", nobody=nobody, stays=True)
+        beside = [dead.with_name("99:1"), dead.with_name("99:2")]
+        for path in beside:
+            stack.callback(path.unlink, missing_ok=True)
+        beside[0].write_text("no socket")
+        uid = NOBODY if nobody else 0
+        with socket.socket(socket.AF_UNIX) as slow, socket.socket(socket.AF_UNIX) as unheard:
+            slow.bind(str(beside[1]))
+            slow.listen(0)
+            unheard.connect(str(beside[1]))
+            for path in beside:
+                os.chown(path, uid, uid)
+            with mounted(lower, nobody_path / "next", nobody=nobody) as here:
+                gone = not dead.exists() or _listens(dead)  # that of a new mount with its number
+                assert gone and beside[0].exists() and beside[1].exists()
+                assert not list(dead.parent.glob("dead-*")) and not list(dead.parent.glob("new-*"))
+                assert lives.pid() > 0 and here.pid() > 0
+
+
 def _listens(path: Path) -> bool:
     with socket.socket(socket.AF_UNIX) as probe:
         return probe.connect_ex(str(path)) == 0

@@ -1,0 +1,28 @@
+"""What is mounted in the mount namespaces of other processes, as far as we may look."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+from cowfs.linux.mounts import MountInfo, parse_mountinfo
+
+
+def mounted_elsewhere() -> Iterator[tuple[int, list[MountInfo]]]:
+    """Yield, for each mount namespace but ours, a process in it and what is mounted there."""
+    seen = {_namespace("self")}
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            namespace = _namespace(pid)
+            if namespace in seen:
+                continue
+            seen.add(namespace)
+            with open(f"/proc/{pid}/mountinfo", "rb") as table:
+                mounts = parse_mountinfo(table.read())
+        except OSError:
+            continue  # it ended, or is somebody else's
+        yield int(pid), mounts
+
+
+def _namespace(pid: str) -> str:
+    return os.readlink(f"/proc/{pid}/ns/mnt")
