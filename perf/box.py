@@ -10,6 +10,7 @@ import signal
 import subprocess
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -74,6 +75,8 @@ class Box:
     """Seconds that everything together may take."""
     prefix: list[str] = field(default_factory=list)
     """Put before the command that starts a daemon: a profiler."""
+    user: list[str] = field(default_factory=list)
+    """Put before the commands of a system of another user, and of its clients: what makes one that user."""
     daemons: dict[Path, subprocess.Popen[bytes]] = field(default_factory=dict)
     """The running ones, by what they serve."""
     mount_seconds: float | None = None
@@ -186,11 +189,11 @@ class Box:
 
     def start_daemon(self, argv: list[str]) -> None:
         """Start the FUSE daemon under test, in the foreground; return when ``merged`` answers."""
-        self._start([*self.prefix, *argv], self.merged)
+        self._start([*self.user, *self.prefix, *argv], self.merged)
 
     def start_helper(self, argv: list[str], target: Path) -> None:
         """Start a FUSE daemon that the one under test stands on; return when *target* answers."""
-        self._start(argv, target)
+        self._start([*self.user, *argv], target)
 
     def _start(self, argv: list[str], target: Path) -> None:
         outside = target.stat().st_dev
@@ -257,6 +260,7 @@ class Box:
 
     def run(self, argv: list[str], *, stdout: Path | None = None, codes: tuple[int, ...] = (0,)) -> float:
         """Run a client in ``merged`` and return its wall time in seconds; SampleFailed if it fails."""
+        argv = [*self.user, *argv]
         out = stdout or self.scratch / "stdout"
         with out.open("wb") as sink, (self.scratch / "stderr").open("w+b") as errors:
             begin = time.perf_counter()
@@ -275,10 +279,10 @@ class Box:
             raise SampleFailed(f"{argv[0]} ended with {process.returncode}: {said[0] if said else ''}")
         return seconds
 
-    def client(self, job: str, *args: str) -> tuple[float, str]:
+    def client(self, job: str, *args: str, prefix: Sequence[str] = ()) -> tuple[float, str]:
         """Run a job of ``client.py`` in ``merged``; return the seconds it measured and what it found."""
         out = self.scratch / "client"
-        self.run([machine.python(), "-I", "-S", str(CLIENT), job, *args], stdout=out)
+        self.run([*prefix, machine.python(), "-I", "-S", str(CLIENT), job, *args], stdout=out)
         seconds, _, found = out.read_text().partition(" ")
         return float(seconds), found.strip()
 
@@ -299,8 +303,8 @@ class Box:
         """What a command of the verification prints, run in *where*; WrongResult when it fails."""
         try:
             done = subprocess.run(
-                argv, cwd=where, stdin=subprocess.DEVNULL, capture_output=True, env=ENVIRONMENT,
-                timeout=self.remaining(), check=False,
+                [*self.user, *argv], cwd=where, stdin=subprocess.DEVNULL, capture_output=True,
+                env=ENVIRONMENT, timeout=self.remaining(), check=False,
             )  # fmt: skip
         except subprocess.TimeoutExpired:
             raise SampleFailed(f"{argv[0]}: not done within {self.limit:.0f} s") from None

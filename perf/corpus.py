@@ -148,10 +148,7 @@ def prepare(image: Path, reference: Path, scratch: Path) -> Corpus:
     """Look at the *reference* (the mounted *image*) and make the archive and the data file in *scratch*."""
     entries = scan(reference)
     archived = for_archive(entries, TAR_FILES)
-    archive = scratch / "files.tar"
-    with tarfile.open(archive, "w", format=tarfile.GNU_FORMAT) as tar:
-        for entry in archived:
-            tar.add(reference / entry.path, arcname=f"./{entry.path}", recursive=False)
+    archive = make_archive(scratch / "files.tar", reference, archived)
     data = scratch / "data"
     write_data(data, DATA_MIB)
     regular = [e for e in entries if stat.S_ISREG(e.mode)]
@@ -166,6 +163,14 @@ def prepare(image: Path, reference: Path, scratch: Path) -> Corpus:
         "fingerprint": f"{fingerprint(entries):08x}",
     }
     return Corpus(image, archive, data, reference, entries, archived, facts)
+
+
+def make_archive(archive: Path, reference: Path, archived: list[Entry]) -> Path:
+    """Pack *archived* of the *reference* into *archive*, and return it."""
+    with tarfile.open(archive, "w", format=tarfile.GNU_FORMAT) as tar:
+        for entry in archived:
+            tar.add(reference / entry.path, arcname=f"./{entry.path}", recursive=False)
+    return archive
 
 
 def for_archive(entries: list[Entry], count: int, max_size: int = 1 << 16) -> list[Entry]:

@@ -21,6 +21,8 @@ COMPRESSORS = ("gzip", "xz", "zstd")
 LARGE = "large"
 LARGE_BYTES = 1 << 30
 _MAX_FILE = 1 << 16
+USER, USER_FILES, NOBODY = "user", 20_000, 65534
+"""The image of an ordinary user: its name, how many files it has at most, and whose they are."""
 
 
 def prepare(cache: Path, lower: Corpus, compressor: str, reference: Path) -> Corpus:
@@ -63,6 +65,19 @@ def make(cache: Path, lower: Path, entries: list[Entry], compressor: str) -> Pat
     if tar.returncode:
         raise RuntimeError("tar could not read the lower: what was made of it is not used")
     new.rename(image)
+    return image
+
+
+def make_user(cache: Path, lower: Corpus) -> Path:
+    """Return the image of a directory of the *lower* that is all nobody's, made if it is not in *cache*."""
+    image = cache / f"{USER}.squashfs"
+    if not image.exists():
+        new = image.with_suffix(".new")
+        source = lower.reference / lower.directory(USER_FILES, 400 << 20)
+        owner = [word for kind in ("uid", "gid") for word in (f"-force-{kind}", str(NOBODY))]
+        squash = ["mksquashfs", str(source), str(new), "-comp", "zstd", "-noappend", "-no-progress", "-quiet"]
+        subprocess.run([*squash, *owner], stdout=subprocess.DEVNULL, check=True)
+        new.rename(image)
     return image
 
 

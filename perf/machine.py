@@ -91,12 +91,22 @@ def last_word(argv: list[str]) -> str:
 
 def offer_io_uring(wanted: str) -> str:
     """Have the kernel give FUSE requests by io_uring (Y), or not (N); return what it did, "" if it cannot."""
-    switch = Path("/sys/module/fuse/parameters/enable_uring")
-    if not switch.exists():
+    return switch("enable_uring", wanted)
+
+
+def let_root_look(wanted: str) -> str:
+    """Have the kernel let root into the FUSE mounts of others (Y), or not (N); return as the above."""
+    return switch("allow_sys_admin_access", wanted)
+
+
+def switch(parameter: str, wanted: str) -> str:
+    """Give a parameter of the kernel's fuse a value, if there is one; return what it was, "" without it."""
+    path = Path("/sys/module/fuse/parameters", parameter)
+    if not path.exists():
         return ""
-    before = switch.read_text().strip()
+    before = path.read_text().strip()
     if wanted:
-        switch.write_text(wanted)
+        path.write_text(wanted)
     return before
 
 

@@ -133,6 +133,18 @@ def inserts(path: str) -> None:
     database.close()
 
 
+def two(path: str) -> None:
+    """Make two files, one to be renamed over the other."""
+    put(path, BLOCK)
+    put(f"{path}-over")
+
+
+def changed(path: str) -> None:
+    """Change the mode and look."""
+    os.chmod(path, 0o600)
+    os.stat(path)
+
+
 def database(path: str) -> None:
     """Make a database with an empty table."""
     with sqlite3.connect(path) as made:
@@ -172,7 +184,7 @@ FILES = [
     Operation("append to a file of the store", lambda p, n: put(p.new(n), b"+", os.O_APPEND), made),
     Operation("append to a file of the lower", lambda p, n: put(p.lower(n), b"+", os.O_APPEND)),
     Operation("chmod", lambda p, n: os.chmod(p.new(n), 0o600), made),
-    Operation("chmod, then stat", lambda p, n: (os.chmod(p.new(n), 0o600), os.stat(p.new(n))), made),
+    Operation("chmod, then stat", lambda p, n: changed(p.new(n)), made),
     Operation("chown of a file of the lower", lambda p, n: os.chown(p.lower(n), 12, 34)),
     Operation("set times", lambda p, n: os.utime(p.new(n), (1, 2)), made),
     Operation("truncate by name", lambda p, n: os.truncate(p.new(n), 17), made),
@@ -190,7 +202,7 @@ NAMES = [
     Operation(
         "rename over a file",
         lambda p, n: os.rename(p.new(n), f"{p.new(n)}-over"),
-        lambda p, n: (made(p, n), put(f"{p.new(n)}-over")),
+        lambda p, n: two(p.new(n)),
     ),
     Operation("unlink", lambda p, n: os.unlink(p.new(n)), made),
     Operation(

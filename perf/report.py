@@ -130,6 +130,7 @@ def image_lines(results: Results) -> list[str]:
         f"The {name} image: {facts['entries']} entries, one of them of {facts['large_bytes'] / 1e6:.0f} MB, "
         f"in {facts['image_bytes'] / 1e6:.0f} MB."
         for name, facts in results.corpus.get("images", {}).items()
+        if "large_bytes" in facts
     ]
 
 

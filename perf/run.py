@@ -5,6 +5,7 @@
     python -m perf.run -w untar,append -s cowfs,overlayfs -r 9
     python -m perf.run --requests -s cowfs    once more with every FUSE request counted
     python -m perf.run -w squash              the squashfs reader, beside squashfuse and the kernel
+    python -m perf.run -w targets -r 3        what the targets are about: files, data, programs, users
 
 Needs root: it mounts. It works in mount and process namespaces of its own, so that every mount, loop
 device and daemon is gone when it ends, however it ends.
@@ -16,23 +17,19 @@ import argparse
 import datetime
 import fcntl
 import os
-import shlex
 import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-from perf import corpus, images, machine, report, requests
-from perf.bench import Workload
-from perf.box import PROJECT, Box, SampleFailed
+from perf import corpus, debian, images, machine, report
+from perf.box import PROJECT
 from perf.groups import Group, groups, select
-from perf.peers import System, systems
-from perf.samples import Results, Sample, rotated
+from perf.peers import System, newest, systems
+from perf.samples import Results
+from perf.sampling import Runner
 
 RESULTS = PROJECT / "perf" / "results"
 CACHE = PROJECT / ".cache" / "perf"
@@ -86,11 +83,11 @@ def main(argv: list[str] | None = None) -> int:
             print(f"perf.run: {program} is not installed (Debian package {package})", file=sys.stderr)
             return 2
     if INSIDE not in os.environ:
-        return outside(sys.argv[1:] if argv is None else argv)
+        return outside(sys.argv[1:] if argv is None else argv, chosen)
     return inside(options, chosen, Path(os.environ[INSIDE]))
 
 
-def outside(argv: list[str]) -> int:
+def outside(argv: list[str], chosen: list[Group]) -> int:
     """Run the suite in new namespaces, and remove its working directory afterwards."""
     CACHE.mkdir(parents=True, exist_ok=True)
     with (CACHE / "lock").open("w") as lock:
@@ -102,10 +99,16 @@ def outside(argv: list[str]) -> int:
         if not (CACHE / "lower.squashfs").exists():
             print("making the lower image, once (some minutes) ...", flush=True)
         corpus.make_image(CACHE)
+        if any(group.image == debian.NAME for group in chosen):
+            if not debian.path(CACHE).exists():
+                print("making the small Debian, once (some minutes) ...", flush=True)
+            debian.make(CACHE)
+        if why := newest.make():
+            print(f"without the newest peers: {why}", flush=True)
         work = CACHE / "work"
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir()
-        before = machine.offer_io_uring("Y")
+        before, shown = machine.offer_io_uring("Y"), machine.let_root_look("Y")
         # The end of this process ends that of unshare, and the end of unshare all that it holds.
         tied = ["setpriv", "--pdeathsig", "KILL", "--"]
         namespaces = [*tied, "unshare", "--mount", "--propagation=private", "--pid", "--fork", "--mount-proc"]
@@ -118,6 +121,7 @@ def outside(argv: list[str]) -> int:
             return 130
         finally:
             machine.offer_io_uring(before)
+            machine.let_root_look(shown)
             # The namespaces are gone, and the mounts with them: nothing below is anything but plain files.
             shutil.rmtree(work, ignore_errors=True)
 
@@ -171,157 +175,46 @@ def prepare(chosen: list[Group], work: Path) -> dict[str, corpus.Corpus]:
     scratch, reference = work / "scratch", work / "reference"
     for directory, how in (
         (work / "fusectl", ["-t", "fusectl", "fusectl"]),
-        (scratch, ["-t", "tmpfs", "-o", "mode=700", "tmpfs"]),
+        (scratch, ["-t", "tmpfs", "-o", "mode=755", "tmpfs"]),
         (reference, ["-t", "squashfs", "-o", "loop,ro", str(CACHE / "lower.squashfs")]),
     ):
         directory.mkdir()
         subprocess.run(["mount", *how, str(directory)], check=True)
     made = {"": corpus.prepare(CACHE / "lower.squashfs", reference, scratch)}
-    for compressor in filter(None, (group.compressor for group in chosen)):
+    for compressor in sorted({group.image for group in chosen} - {""}):
+        if compressor in (debian.NAME, images.USER):
+            made[compressor] = prepare_small(compressor, work / f"reference-{compressor}", made[""], scratch)
+            continue
         if not images.path(CACHE, compressor).exists():
             print(f"making the {compressor} image, once (some minutes) ...", flush=True)
         made[compressor] = images.prepare(CACHE, made[""], compressor, work / f"reference-{compressor}")
     return made
 
 
+def prepare_small(name: str, reference: Path, lower: corpus.Corpus, scratch: Path) -> corpus.Corpus:
+    """Mount the small Debian, or the image of a user's files, at *reference*, and return its corpus."""
+    image = debian.path(CACHE) if name == debian.NAME else images.make_user(CACHE, lower)
+    reference.mkdir()
+    subprocess.run(["mount", "-t", "squashfs", "-o", "loop,ro", str(image), str(reference)], check=True)
+    entries = corpus.scan(reference)
+    archived = corpus.for_archive(entries, 2_000) if name == images.USER else []
+    archive = corpus.make_archive(scratch / f"{name}.tar", reference, archived)
+    facts = {"image_bytes": image.stat().st_size, "entries": len(entries)}
+    facts["fingerprint"] = corpus.fingerprint(entries)
+    return replace(
+        lower,
+        image=image,
+        reference=reference,
+        entries=entries,
+        archive=archive,
+        archived=archived,
+        facts=facts,
+    )
+
+
 def facts(system: System) -> dict[str, str | bool]:
     """What the results say about a system."""
     return {"version": system.version(), "mounted": system.options(), "fuse": system.fuse}
-
-
-class Runner:
-    """Takes the samples, one after the other."""
-
-    def __init__(
-        self, results: Results, chosen: list[Group], made: dict[str, corpus.Corpus],
-        work: Path, options: argparse.Namespace, path: Path,
-    ) -> None:  # fmt: skip
-        self.results = results
-        self.groups = chosen
-        self.corpora = made
-        self.work = work
-        self.options = options
-        self.path = path
-        self._count = 0
-
-    def rounds(self, rounds: int) -> None:
-        """Each round: each workload on all systems, one after the other, the first one changing."""
-        for turn in range(rounds):
-            for group in self.groups:
-                for number, workload in enumerate(group.workloads.values()):
-                    for position, peer in enumerate(rotated(list(group.systems), turn + number)):
-                        sample = self._sample(group, workload, peer, turn, position)
-                        good = sample.seconds and not sample.error
-                        took = f"{sample.seconds:.3f} s" if good else sample.error
-                        print(f"round {turn + 1}/{rounds}  {workload.name:12} {peer:28} {took}", flush=True)
-
-    def _sample(self, group: Group, workload: Workload, peer: str, turn: int, position: int) -> Sample:
-        sample = Sample(workload.name, peer, turn, position)
-        sample.busy_before = machine.wait_until_quiet(self.options.quiet_wait)
-        sample.load = machine.load()
-        self.take(sample, group, workload)
-        self.results.samples.append(sample)
-        self.results.save(self.path)
-        return sample
-
-    def count_requests(self) -> None:
-        """One traced sample of each workload on each FUSE system; its time does not count."""
-        try:
-            with requests.tracefs(self.work / "trace") as instance:
-                for group in self.groups:
-                    for workload in group.workloads.values():
-                        for peer, system in group.systems.items():
-                            if system.fuse:
-                                self._count_requests_of(group, workload, peer, instance)
-        except (requests.Unavailable, subprocess.CalledProcessError) as error:
-            print(f"no requests counted: {error}", file=sys.stderr)
-
-    def _count_requests_of(self, group: Group, workload: Workload, peer: str, instance: Path) -> None:
-        kinds: dict[str, requests.Kind] = {}
-
-        def traced(box: Box) -> float:
-            with requests.recorded(instance, box.merged, kinds):
-                return workload.run(box)
-
-        sample = Sample(workload.name, peer, -1, 0)
-        self.take(sample, group, workload, traced)
-        self.results.requests[f"{workload.name}/{peer}"] = {
-            "seconds": sample.seconds,
-            "daemon_cpu_seconds": sample.daemon_cpu_seconds,
-            "error": sample.error,
-            "kinds": requests.as_json(kinds),
-        }
-
-    def take(
-        self, sample: Sample, group: Group, workload: Workload, run: Callable[[Box], float] | None = None
-    ) -> None:
-        """Fill in *sample*: a fresh store, set-up, the timed part, unmount, verification."""
-        self._count += 1
-        scratch = self.work / "scratch" / f"box-{self._count}"
-        scratch.mkdir()
-        prefix = shlex.split(self.options.daemon_prefix)
-        corpus = self.corpora[group.compressor]
-        box = Box(self.work / f"box-{self._count}", scratch, corpus, self.options.limit, prefix)
-        with ExitStack() as cleanup:
-            cleanup.callback(shutil.rmtree, scratch, ignore_errors=True)
-            cleanup.callback(box.close)
-            box.open()
-            try:
-                measure(box, sample, workload, group.systems[sample.system], run or workload.run)
-            except SampleFailed as error:
-                sample.error = str(error)
-            except OSError as error:
-                sample.error = f"{type(error).__name__}: {error.strerror} ({Path(str(error.filename)).name})"
-
-
-def measure(
-    box: Box, sample: Sample, workload: Workload, system: System, run: Callable[[Box], float]
-) -> None:
-    """The course of one sample; SampleFailed when a step does."""
-    system.create(box)
-    machine.drop_caches()
-    mount(box, sample, system)
-    workload.setup(box)
-    if workload.cold:
-        system.unmount(box)
-        mount(box, sample, system)
-        machine.drop_caches()
-        warm(box)
-    cpu, usage = machine.cpu_times(), box.usage()
-    sample.seconds = round(run(box), 6)
-    cpu_after, usage_after = machine.cpu_times(), box.usage()
-    sample.busy_cpu_seconds = round(cpu_after.busy - cpu.busy, 2)
-    sample.steal_seconds = round(cpu_after.steal - cpu.steal, 2)
-    if usage and usage_after:
-        sample.daemon_cpu_seconds = round(usage_after.cpu - usage.cpu, 2)
-        sample.rss_start, sample.rss_end = usage.rss, usage_after.rss
-    if not workload.writes:
-        workload.verify(box)
-    begin = time.perf_counter()
-    system.unmount(box)
-    if box.image.exists():
-        with box.image.open("rb") as image:
-            os.fsync(image.fileno())
-    sample.settle_seconds = round(time.perf_counter() - begin, 6)
-    if workload.writes:
-        system.mount(box)
-        workload.verify(box)
-
-
-def mount(box: Box, sample: Sample, system: System) -> None:
-    """Mount *system* and note how long that took."""
-    begin = time.perf_counter()
-    system.mount(box)
-    sample.mount_seconds = round(time.perf_counter() - begin, 6)
-
-
-def warm(box: Box) -> None:
-    """Read into the page cache again what a cold start is not about: programs, and some images."""
-    for program in ("find", "tar", "grep", "rm", "dd", "git"):
-        box.output([program, "--version"], box.scratch)
-    box.output([machine.python(), "-I", "-S", "-c", "import hashlib, time, sys"], box.scratch)
-    if box.corpus.in_cache:
-        box.keep_in_cache(box.corpus.image)
 
 
 if __name__ == "__main__":

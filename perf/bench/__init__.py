@@ -74,9 +74,22 @@ def bench_of_store() -> dict[str, Workload]:
     return {workload.name: workload for workload in store.WORKLOADS}
 
 
+def bench_of_targets() -> dict[str, dict[str, Workload]]:
+    """What the targets of docs/benchmarks.md are about, by group and name."""
+    from perf.bench import data, files, programs
+
+    user = [*files.of("user-", 2), *data.of("user-", 2)]
+    known = {
+        "files": files.WORKLOADS, "data": data.WORKLOADS, "programs": programs.WORKLOADS, "user": user
+    }  # fmt: skip
+    return {group: {workload.name: workload for workload in of} for group, of in known.items()}
+
+
 def workloads() -> dict[str, Workload]:
-    """Every workload by name."""
+    """Every workload by name, but for the programs, which want a root of their own."""
     known = bench_of_union() | bench_of_store()
+    for name, each in bench_of_targets().items():
+        known |= {} if name == "programs" else each
     for compressor in COMPRESSORS:
         known |= bench_of_image(compressor)
     return known

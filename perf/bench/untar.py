@@ -35,7 +35,7 @@ class Untar:
 
 def untar(box: Box) -> float:
     """Unpack the archive into TREE; return the seconds it took."""
-    return box.run(["tar", "-xf", str(box.corpus.archive), "-C", TREE])
+    return box.run(["tar", "-xpf", str(box.corpus.archive), "-C", TREE])
 
 
 def verify_unpacked(box: Box) -> None:

@@ -60,6 +60,21 @@ def unions() -> dict[str, System]:
     return {system.name: system for system in known}
 
 
+def targets() -> dict[str, System]:
+    """Every system that the targets are about, by name, in the order of the tables."""
+    from perf.peers import cowfs, fuse_overlayfs, overlayfs, unionfs_fuse
+
+    known = [*cowfs.SYSTEMS, overlayfs.SYSTEMS[0], *fuse_overlayfs.SYSTEMS, *fuse_overlayfs.NEWEST]
+    return {system.name: system for system in [*known, *unionfs_fuse.SYSTEMS]}
+
+
+def of_a_user() -> dict[str, System]:
+    """Every system that an ordinary user mounts, by name."""
+    from perf.peers import one_user
+
+    return {system.name: system for system in one_user.SYSTEMS}
+
+
 def readers() -> dict[str, System]:
     """Every system that reads a squashfs image, by name, in the order of the tables."""
     from perf.peers import cowfs, squashfuse
@@ -76,4 +91,4 @@ def stores() -> dict[str, System]:
 
 def systems() -> dict[str, System]:
     """Every system by name."""
-    return {**unions(), **readers(), **stores()}
+    return {**unions(), **targets(), **of_a_user(), **readers(), **stores()}

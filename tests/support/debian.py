@@ -8,23 +8,10 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+from perf.debian import mirror, release
 from tests.support.system import run
 
-ANY_MIRROR = "http://deb.debian.org/debian"
-
-
-def release() -> str:
-    """The code name of the Debian that this machine runs."""
-    found = re.search(r"^VERSION_CODENAME=(\w+)$", Path("/etc/os-release").read_text(), re.M)
-    return found[1] if found else "bookworm"
-
-
-def mirror() -> str:
-    """Where this machine's apt gets Debian from."""
-    named = ("indextargets", "--format", "$(REPO_URI) $(ORIGIN)", "Created-By: Packages")
-    shown = run("apt-get", *named, check=False).stdout if shutil.which("apt-get") else ""
-    found = re.search(r"^(http\S+/debian)/? Debian$", shown, re.M)
-    return found[1] if found else ANY_MIRROR
+__all__ = ["bootstrap", "environment", "mirror", "release", "surroundings"]
 
 
 def bootstrap(suite: str, tree: Path, packages: Iterable[str], *options: str) -> None:
