@@ -58,6 +58,13 @@ _CHARS = ffi.typeof("char[]")
 _unset = ffi.new_allocator(should_clear_after_alloc=False)
 
 
+def _way_out(error: int) -> str:
+    """Say when changes are taken again that were refused for this errno."""
+    if error == errno.ENOMEM:
+        return "there is memory"
+    return "it has room" if error in LACK_OF_ROOM else "it takes them"
+
+
 class _Together:
     """A block of changes that are one to the disk."""
 
@@ -179,7 +186,7 @@ class Image:
                 )
         if code == -errno.EUCLEAN:
             return self.damaged(_message(self.handle))
-        if -code in LACK_OF_ROOM or code == -errno.EIO:
+        if -code in LACK_OF_ROOM or code in {-errno.EIO, -errno.ENOMEM}:
             self._tell_stall()
         return OSError(-code, os.strerror(-code), *names)
 
@@ -210,14 +217,12 @@ class Image:
         if facts.stalled and not self._stalled:
             since = time.strftime("%H:%M:%S", time.localtime(facts.saved_ns / 1e9))
             log.error(
-                "%s: nothing can be written to its disk: %s. Changes are refused until it %s; those"
+                "%s: nothing can be written to its disk: %s. Changes are refused until %s; those"
                 " since %s are in memory alone until then",
-                *(self.name, os.strerror(facts.stalled)),
-                *("has room" if facts.stalled in LACK_OF_ROOM else "takes them", since),
+                *(self.name, os.strerror(facts.stalled), _way_out(facts.stalled), since),
             )
         elif self._stalled and not facts.stalled and not facts.aborted:
-            again = "has room" if self._stalled in LACK_OF_ROOM else "takes them"
-            log.warning("%s: its disk %s again, and all is written", self.name, again)
+            log.warning("%s: %s again, and all is written", self.name, _way_out(self._stalled))
         self._stalled = facts.stalled
 
     def _done(self, code: int, *names: object) -> int:

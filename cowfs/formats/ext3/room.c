@@ -15,7 +15,8 @@
  *
  * ENOSPC, EDQUOT and EFBIG are a lack of room. EIO from fdatasync may be one (so says ext4 on a thin pool of
  * device-mapper, in Linux 6.1) or a disk that fails: as long as nothing is lost it costs nothing to try again. EIO from
- * anything else, and all other errors, are a disk that fails.
+ * anything else, and all other errors, are a disk that fails. Memory that is lacking (ENOMEM) is waited for as room is:
+ * what a commit or checkpoint needs is asked for before anything is changed that could not be done again.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -163,7 +164,7 @@ int room_judge(x3_image *img, int error)
 		img->stalled = 0;
 		return 0;
 	}
-	if ((room_is_lacking(error) || (late && error == -EIO)) && !img->data_lost) {
+	if ((room_is_lacking(error) || error == -ENOMEM || (late && error == -EIO)) && !img->data_lost) {
 		if (!img->stalled && !img->aborted)
 			snprintf(img->message, sizeof img->message, "%s", strerror(-error));
 		img->excused |= !img->stalled && img->atoms;
