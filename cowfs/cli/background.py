@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection
 from contextlib import suppress
 from typing import Any, NoReturn
 
+from cowfs.cli.lacking import lacking
 from cowfs.cli.log_limit import Limit
 from cowfs.errors import CowfsError, InternalError, MountFailure, printable
 from cowfs.linux import outside
@@ -132,8 +133,10 @@ def _be_daemon(daemon: Callable[[Reporter], int], pipe: int, keep: Collection[in
         except KeyboardInterrupt:
             reporter.failed(MountFailure("the daemon was ended by SIGINT"))
         except BaseException as error:
+            failure = lacking(error) or InternalError(f"the daemon failed: {error!r}")
+            code = failure.exit_code
             logging.getLogger(__name__).exception("the daemon failed")
-            reporter.failed(InternalError(f"the daemon failed: {error!r}"))
+            reporter.failed(failure)
     finally:
         leave(code)
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import cowfs
+from cowfs.cli.lacking import lacking
 from cowfs.cli.output import warn
 from cowfs.errors import EXIT_SYSTEM, EXIT_USAGE, CowfsError
 from cowfs.linux.programs import clean_own_environment
@@ -104,7 +105,13 @@ def guarded(call: object) -> int:
     except KeyboardInterrupt:
         print("cowfs: interrupted", file=sys.stderr)
         return 130
-    except OSError as error:
+    except (OSError, RuntimeError, MemoryError, ImportError, BaseExceptionGroup) as error:
+        failure = lacking(error)
+        if failure is not None:
+            warn(str(failure))
+            return failure.exit_code
+        if not isinstance(error, OSError):
+            raise
         where = os.fsdecode(error.filename) + ": " if error.filename is not None else ""
         warn(f"{where}{error.strerror or error}")
         return EXIT_SYSTEM

@@ -6,11 +6,13 @@ import argparse
 import logging
 import os
 import resource
+import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from cowfs.cli import options as mount_options
 from cowfs.cli.background import Reporter, leave, run_in_background, set_up_log
+from cowfs.cli.lacking import LEAST_FILES, too_few_files
 from cowfs.cli.output import warn
 from cowfs.errors import MountFailure, SystemFailure, UsageError
 from cowfs.linux import outside
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 NAME = "mount"
+_STACK = 1 << 20
+"""Bytes of a thread: what is reserved for it counts where address space is limited."""
 
 _EPILOG = """\
 LOWER is a squashfs image or a directory. Several are stacked, the leftmost on top; a colon in a
@@ -104,6 +108,7 @@ def run(args: argparse.Namespace) -> int:
             "mount as a user, or leave it out",
         )
     _check_system()
+    _raise_file_limit()
     mountpoint = check_mountpoint(args.mountpoint)
     _check_permission(mountpoint, given)
     log = given.values.get("log")
@@ -196,7 +201,7 @@ def _serve(
     from cowfs.linux.privileges import give_up
 
     os.umask(0)
-    _raise_file_limit()
+    threading.stack_size(_STACK)
     remove_dead()  # while we may see who is where
     rings = rings_for(given.values.get("io_uring", "auto"), warn)
     give_up(has_rings=rings is not None)  # before there are threads: opening the store starts some
@@ -337,4 +342,6 @@ def _forbidden(union: UnionOptions) -> dict[str, str]:
 def _raise_file_limit() -> None:
     """Take as many descriptors as we may: an unlinked open file needs one each."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= hard < LEAST_FILES:
+        raise too_few_files()
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

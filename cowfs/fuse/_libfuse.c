@@ -269,7 +269,8 @@ int fuse_session_receive_buf(struct fuse_session *session, struct fuse_buf *buf)
 		real = (__typeof__(real))dlsym(RTLD_NEXT, "fuse_session_receive_buf");
 	int got = real ? real(session, buf) : -ENOSYS;
 	received = buf->mem;
-	return got;
+	/* There is no memory for the buffer: pyfuse3 would end the mount, and after EINTR it tries again. */
+	return got == -ENOMEM && !buf->mem && !ring_serves() ? -EINTR : got;
 }
 
 int fuse_reply_open(fuse_req_t req, const struct fuse_file_info *fi)

@@ -550,6 +550,11 @@ static ssize_t next_request(struct ring *ring, char *buffer, size_t size)
 	}
 }
 
+bool ring_serves(void)
+{
+	return mine != NULL;
+}
+
 ssize_t ring_read(int fd, void *buffer, size_t size)
 {
 	if (mine)

@@ -19,10 +19,12 @@ for I/O, a worker when it drives a coroutine.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import queue
 import threading
+import time
 import types
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator
@@ -48,6 +50,8 @@ _SPARE = 4
 _WORKERS = 8
 """So many requests are with workers at most; others wait in trio."""
 _NEVER = 1 << 30
+_NO_MEMORY = 0.01
+"""Seconds until a request is taken again for which memory was lacking."""
 
 
 class _Here(threading.local):
@@ -248,8 +252,9 @@ class Rings:
                     why = context.run(coroutine.send, None)
                 except StopIteration:
                     break  # the session has ended
-                except Exception:
-                    log.exception("serving a request failed")
+                except Exception as failure:
+                    ring.core_give()  # or trio could not make another, which is waited for
+                    _tell(failure)
                     self._token.run_sync_soon(self._make)
                     continue
                 ring.ring_leave()
@@ -331,6 +336,14 @@ def _resume(coroutine: Coroutine[Any, Any, None]) -> Generator[Any, Any, None]:
             value, failure = (yield trap), None
         except BaseException as error:
             failure = error
+
+
+def _tell(failure: Exception) -> None:
+    """Log what no request should come to; lack of memory passes, and to tell of it takes some."""
+    if isinstance(failure, MemoryError) or getattr(failure, "errno", 0) == errno.ENOMEM:
+        time.sleep(_NO_MEMORY)
+    else:
+        log.exception("serving a request failed")
 
 
 class CoreLock(trio.abc.Instrument):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import math
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import TypeVar
 
 import trio
+
+from cowfs.linux.limits import is_lack_of_threads
 
 R = TypeVar("R")
 
@@ -68,6 +71,14 @@ class Turns:
 async def in_thread(call: Callable[[], R], *, may_hang: bool = False) -> R:
     """Return what *call* gives, which a thread runs at once: to wait for a turn is the caller's.
 
-    To be cancelled meanwhile is only for one that *may_hang*: the thread goes on then.
+    To be cancelled meanwhile is only for one that *may_hang*: the thread goes on then. If there is no thread
+    to be had, the others wait until the caller has done it; EAGAIN for one that may hang.
     """
-    return await trio.to_thread.run_sync(call, limiter=_ANY, abandon_on_cancel=may_hang)
+    try:
+        return await trio.to_thread.run_sync(call, limiter=_ANY, abandon_on_cancel=may_hang)
+    except RuntimeError as error:
+        if not is_lack_of_threads(error):
+            raise
+    if may_hang:
+        raise OSError(errno.EAGAIN, "no thread is to be had")
+    return call()

@@ -14,6 +14,11 @@ def descriptors() -> int:
     return soft if soft != resource.RLIM_INFINITY else 1 << 20  # fs.nr_open's default: it has no end
 
 
+def is_lack_of_threads(error: BaseException) -> bool:
+    """Whether a thread could not be started, for want of memory or by RLIMIT_NPROC (``_thread`` says so)."""
+    return isinstance(error, RuntimeError) and "start new thread" in str(error)
+
+
 def open_now() -> int:
     """Return how many descriptors this process has open."""
     return len(os.listdir("/proc/self/fd")) - 1
