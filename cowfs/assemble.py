@@ -25,6 +25,7 @@ from cowfs.layers.squashfs import SquashfsLayer
 from cowfs.linux.files import LACK_OF_ROOM, fs_magic
 from cowfs.linux.mounts import attach_loop, detached_mount, mount_of, where_is
 from cowfs.linux.remote import may_wait
+from cowfs.overlay import rest
 from cowfs.overlay.copyup import copy_xattrs
 from cowfs.overlay.overlay import Overlay
 from cowfs.overlay.state import OverlayOptions
@@ -131,6 +132,7 @@ class Union:
                 "disk": on_disk._asdict() if (on_disk := saving.disk(self.store)) else None,
                 "unsaved": lost._asdict() | {"said": str(lost)} if lost else None,
             },
+            "partial": dict(zip(("files", "bytes"), rest.missing(self.overlay), strict=True)),
             "engine": self.options.engine,
             "caches": self._caches(),
         }
@@ -287,13 +289,20 @@ def _open_union(options: UnionOptions, progress: Progress) -> Union:
             store.work,
             store.index,
             lowers,
-            OverlayOptions(xattr_prefix=store.xattr_prefix, sync_copy_up=not _orders_data(store)),
+            OverlayOptions(
+                xattr_prefix=store.xattr_prefix,
+                sync_copy_up=not _orders_data(store),
+                has_exact_holes=store.kind == "image" or bool(store.layer.fill_unit),
+            ),
         )
         overlay.make_room = store.make_room
         overlay.not_saved = store.not_saved
         if anew:
             _take_attributes(overlay, lowers[0])
         store.bind(identities)
+        overlay.notebook = store.notebook
+        overlay.wants_rest = lambda: store.memory is None  # what is in memory alone need not be there twice
+        rest.resume(overlay)
         return Union(options, identities, store, overlay, stack.pop_all(), time.time())
     raise AssertionError("not reached")
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable
+from contextlib import closing
 from dataclasses import dataclass
 
 from cowfs.changes.marks import Marks
 from cowfs.layers.base import File, Key, LowerLayer
+from cowfs.layers.partial import Part, PartialFile, either
 from cowfs.types import Attr
 
 _CHUNK = 1 << 20
@@ -24,6 +26,20 @@ class Inode:
     attr: Attr
     data: tuple[LowerLayer, Key] | None = None
     """For a metacopy: the layer and the inode with its data."""
+    end: int | None = None
+    """Where it has some of its data itself: of how many bytes the rest is in *data*."""
+
+    def open(self) -> File:
+        """Open its data."""
+        layer, key = self.data or (self.layer, self.key)
+        if self.end is None:
+            return layer.open(key, os.O_RDONLY)
+        source = layer.open(key, os.O_RDONLY)
+        try:
+            return PartialFile(Part(self.end, 1), self.layer.open(self.key, os.O_RDONLY), source)
+        except BaseException:
+            source.close()
+            raise
 
 
 def compare(new: Inode, old: Inode, marks: Marks) -> Generator[None, None, tuple[str, ...]]:
@@ -68,43 +84,36 @@ def _same_content(new: Inode, old: Inode) -> Generator[None, None, bool]:
         return False
     new_layer, new_key = new.data or (new.layer, new.key)
     old_layer, old_key = old.data or (old.layer, old.key)
+    is_same = False
     if new_layer is old_layer:
         one, two = new_layer.stat(new_key), old_layer.stat(old_key)
         if (one.st_dev, one.st_ino) == (two.st_dev, two.st_ino):
-            return True
-    new_file = new_layer.open(new_key, os.O_RDONLY)
+            if new.end is None:
+                return True
+            is_same = new.end >= new.attr.st_size
+    new_file = new.open()
     try:
-        old_file = old_layer.open(old_key, os.O_RDONLY)
+        old_file = old.open()
         try:
-            return (yield from _same_bytes(new_file, old_file, new.attr.st_size))
+            size = new.attr.st_size
+            written = new.layer.open(new.key, os.O_RDONLY) if is_same else None
+            if written is not None:
+                with closing(written):  # the rest is the same, unread
+                    return (yield from _same_bytes(new_file, old_file, written.segments(size)))
+            runs = either(new_file.segments(size), old_file.segments(size))
+            return (yield from _same_bytes(new_file, old_file, runs))
         finally:
             old_file.close()
     finally:
         new_file.close()
 
 
-def _same_bytes(new: File, old: File, size: int) -> Generator[None, None, bool]:
-    for start, stop in _written(new, old, size):
+def _same_bytes(new: File, old: File, runs: Iterable[tuple[int, int]]) -> Generator[None, None, bool]:
+    """Compare these runs. Where both have holes is none: they are equal unread."""
+    for start, stop in runs:
         for position in range(start, stop, _CHUNK):
             yield
             length = min(_CHUNK, stop - position)
             if new.pread(length, position) != old.pread(length, position):
                 return False
     return True
-
-
-def _written(new: File, old: File, size: int) -> Iterator[tuple[int, int]]:
-    """Yield the runs where at least one of the files has data: two holes are equal unread."""
-    runs = [new.segments(size), old.segments(size)]
-    nexts = [next(run, None) for run in runs]
-    position = 0
-    while True:
-        waiting = [(run, number) for number, run in enumerate(nexts) if run is not None]
-        if not waiting:
-            return
-        (start, stop), number = min(waiting)
-        nexts[number] = next(runs[number], None)
-        start = max(start, position)
-        if start < stop:
-            yield start, stop
-            position = stop

@@ -185,14 +185,14 @@ class _Diff:
         if key is not None:
             new = Inode(self._upper, key, self._upper.stat(key))
             if self._marks.metacopy(self._upper, key):
-                new.data = self._data(base)
+                self._give_data(new, base)
             yield from self._modified(path, new, base)
         self._view.forget(base)
 
     def _renamed(self, path: bytes, key: Key, attr: Attr, origin: Lower, source: bytes) -> Iterator[_Step]:
         new = Inode(self._upper, key, attr)
         if not origin.is_dir:
-            new.data = self._data(origin)
+            self._give_data(new, origin)
         what = yield from self._compare(new, origin)
         yield Change("R", path, what, source, type_name(attr.st_mode))
         if origin.is_dir:
@@ -225,7 +225,7 @@ class _Diff:
                 elsewhere = None if redirect is None else below(here.base_path, redirect)
                 origin = base if elsewhere is None else self._view.resolve(elsewhere)
                 if origin is not None:
-                    new.data = self._data(origin)
+                    self._give_data(new, origin)
             yield from self._modified(path, new, base)
             self._view.forget(base)
         self._upper.forget(key)
@@ -241,6 +241,13 @@ class _Diff:
         if not base.is_dir:
             old.data = self._data(base)
         return (yield from compare(new, old, self._marks))
+
+    def _give_data(self, new: Inode, origin: Lower) -> None:
+        """Let a metacopy have the data that is below, all of it or what it has not itself."""
+        new.data = self._data(origin)
+        note = self._marks.partial(new.layer, new.key)
+        if note is not None:
+            new.end = min(note.end, new.attr.st_size)
 
     def _data(self, base: Lower) -> tuple[LowerLayer, Key]:
         number, key = base.places[-1]

@@ -6,7 +6,7 @@ import errno
 import stat
 
 from cowfs.layers.base import Key, LowerLayer
-from cowfs.overlay import redirect
+from cowfs.overlay import partial, redirect
 from cowfs.types import Attr
 
 _NO_XATTRS = {errno.ENODATA, errno.EOPNOTSUPP, errno.EPERM, errno.EACCES}
@@ -35,7 +35,7 @@ def is_whiteout(attr: Attr) -> bool:
 class Marks:
     """Reads the notes that are kept in xattrs under *prefix*, and those that users see beside them."""
 
-    __slots__ = ("_escaped", "_metacopy", "_opaque", "_prefix", "_redirect")
+    __slots__ = ("_escaped", "_metacopy", "_opaque", "_partial", "_prefix", "_redirect")
 
     def __init__(self, prefix: bytes) -> None:
         self._prefix = prefix
@@ -43,6 +43,7 @@ class Marks:
         self._opaque = prefix + b"opaque"
         self._redirect = prefix + b"redirect"
         self._metacopy = prefix + b"metacopy"
+        self._partial = prefix + b"cowfs.partial"
 
     def opaque(self, layer: LowerLayer, key: Key) -> bool:
         """Whether a directory hides everything below it."""
@@ -52,12 +53,18 @@ class Marks:
         """Whether a file has its attributes here and its data in a layer further down."""
         return _get(layer, key, self._metacopy) is not None
 
+    def partial(self, layer: LowerLayer, key: Key) -> partial.Note | None:
+        """What is noted of a file with some of its data here and the rest in a layer further down, or None."""
+        value = _get(layer, key, self._partial) if self.metacopy(layer, key) else None
+        return None if value is None else partial.decode(value)
+
     def redirect(self, layer: LowerLayer, key: Key) -> bytes | None:
         """Return where an inode is found in the layers below: ``/from/the/root`` or ``another-name``.
 
         Raises EINVAL for a value that is neither.
         """
-        value = _get(layer, key, self._redirect)
+        note = self.partial(layer, key)
+        value = _get(layer, key, self._redirect) if note is None else note.path
         if value is None:
             return None
         path = redirect.parse(value)

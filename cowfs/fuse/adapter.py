@@ -27,6 +27,7 @@ from cowfs.fuse.failure import errno_of
 from cowfs.fuse.handlers import Handlers, async_, failure_of, sync, told
 from cowfs.fuse.loop import RequestLoop
 from cowfs.fuse.open_files import OpenFiles
+from cowfs.fuse.rests import Rests
 from cowfs.fuse.shares import Bounds
 from cowfs.fuse.shares import bounds as bounds_of_process
 from cowfs.fuse.snapshots import OpenDirectory, Snapshots
@@ -93,6 +94,8 @@ class Adapter(Handlers):
             layer.serve(self._threads.later)
         self._has_slow_lowers = bool(slow)
         fs.upper.later = functools.partial(self._threads.later, 0)
+        self._rests = Rests(fs, loop)
+        fs.rest_soon = self._rests.soon
         self._sweeping = False
         fs.sweep_soon = self._sweep_soon
         self._no_capability: set[int] = set()
@@ -148,6 +151,10 @@ class Adapter(Handlers):
         """Tell the kernel if a mode is not *mode* any more and no answer says so: it runs programs by it."""
         if node.mode != mode:
             self._loop.forget_attributes(node.ino)
+
+    def go_on(self) -> None:
+        """Go on with what an earlier mount has begun."""
+        self._rests.soon()
 
     def _sweep_soon(self) -> None:
         if not self._sweeping:
@@ -245,7 +252,7 @@ class Adapter(Handlers):
         if size is not None:
             wanted = min(wanted, size)
         waits = fs.data_waits(node)
-        if wanted <= (0 if waits else fs.options.inline_up_to):
+        if node.partial is None and wanted <= (0 if waits else fs.options.inline_up_to):
             return
         node.copying = done = trio.Event()
         try:
@@ -484,7 +491,9 @@ class Adapter(Handlers):
         self._files.must_have(ctx.uid)
         if flags & (os.O_ACCMODE | os.O_TRUNC):
             await self._within_reach(node.parent)
-            await self._bring_up(node, ctx.uid, 0 if flags & os.O_TRUNC else None)
+            await self._settled(node)
+            if flags & os.O_TRUNC or not self._fs.begin_lazily(node):
+                await self._bring_up(node, ctx.uid, 0 if flags & os.O_TRUNC else None)
             if flags & os.O_TRUNC:
                 await self._cut(node, 0, ctx.uid)
             self._files.must_have(ctx.uid)
@@ -542,11 +551,13 @@ class Adapter(Handlers):
             takes = self._takes_set_id()
             writer = None if takes is None else Writer.MEMBER if takes else Writer.PRIVILEGED
         try:
-            if not handle.is_synchronous:
+            is_long = self._fs.is_long_to_write(handle, len(buf), off)
+            if not handle.is_synchronous and not is_long:
                 return self._fs.write(handle, buf, off, writer=writer)
             self._fs.will_be_written(handle, writer)
             pwrite = functools.partial(handle.file.pwrite, buf, off)
-            return await self._threads.run(pwrite, self._threads.syncs, self._files.opener(fh))
+            turns = self._threads.reads if is_long else self._threads.syncs
+            return await self._threads.run(pwrite, turns, self._files.opener(fh))
         finally:
             self._tell(node, mode)
 

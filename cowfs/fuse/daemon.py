@@ -227,6 +227,8 @@ class Daemon:
                 nursery.start_soon(_beside, task)
             nursery.start_soon(self._keep_few_inodes)
             nursery.start_soon(self._announce, ready)
+            if "ro" not in self._request.options:
+                self.adapter.go_on()
             if look is not None:
                 nursery.start_soon(_now_and_then, look)
             await self._loop.run()

@@ -7,6 +7,7 @@ from collections import Counter
 from cowfs.fuse import libfuse
 from cowfs.fuse.shares import Bounds, Share
 from cowfs.layers.base import File
+from cowfs.layers.partial import PartialFile
 from cowfs.layers.slow import SlowFile
 from cowfs.overlay.handle import Handle
 
@@ -22,7 +23,7 @@ class _Users:
 
 
 def _descriptor_of(file: File) -> int:
-    return file.descriptor() if isinstance(file, SlowFile) else file.fileno()
+    return file.descriptor() if isinstance(file, SlowFile | PartialFile) else file.fileno()
 
 
 class OpenFiles:

@@ -151,6 +151,9 @@ class UpperLayer(LowerLayer, Protocol):
     New inodes belong to the caller's *uid* and *gid*; *mode* is taken as it is (no umask).
     """
 
+    fill_unit: int
+    """Of how many bytes its files' holes are, if they can be filled while others write to them, as
+    :class:`cowfs.layers.partial.Fillable` says; else 0."""
     later: Callable[[Callable[[], None]], None]
     """Takes calls that block and for which nobody waits. Who has threads sets it; else they are made now."""
 
@@ -204,6 +207,10 @@ class UpperLayer(LowerLayer, Protocol):
         ...
 
     def removexattr(self, key: Key, name: bytes) -> None: ...
+
+    def numbered(self, ino: int) -> Key | None:
+        """The key of an inode by its number, which it may not have any more; None where it takes a name."""
+        ...
 
     def open_directory(self, key: Key) -> File:
         """Open a directory, of which only ``fsync`` and ``close`` are good: its names are on disk then."""

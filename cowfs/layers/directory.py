@@ -63,6 +63,7 @@ class DirectoryLayer:
     """
 
     waits = False
+    fill_unit = 0
     _alive = 0
     """How many layers are open."""
 
@@ -353,6 +354,9 @@ class DirectoryLayer:
             self._uuid = files.filesystem_uuid(fd)
             os.close(fd)
         return self._uuid
+
+    def numbered(self, ino: int) -> None:
+        """None: the kernel finds inodes by names."""
 
     def forget(self, key: PathKey) -> None:
         if key.parent is None or key.parent is self._nameless.place:

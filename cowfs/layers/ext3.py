@@ -58,6 +58,7 @@ class Ext3Layer:
         facts = image.facts()
         self._uuid = facts.uuid
         self._block_size = facts.block_size
+        self.fill_unit = 0 if image.read_only else facts.block_size
         self._in_use = InUse(image)
         self._capabilities = Capabilities(image)
         self.spare_bytes = 0
@@ -170,6 +171,9 @@ class Ext3Layer:
         if handle.uuid != self._uuid or handle.type not in {1, 2} or len(handle.data) < _HANDLE.size:
             return None
         return int(_HANDLE.unpack_from(handle.data)[0])
+
+    def numbered(self, ino: int) -> Key:
+        return Key(ino)
 
     def forget(self, key: int) -> None:
         """An inode without a name that lived by this very key goes, once no file of it is open."""

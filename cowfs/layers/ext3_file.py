@@ -163,6 +163,10 @@ class Ext3File:
             self._image.fsync(self._ino, self._flags & os.O_SYNC != os.O_SYNC)
         return written
 
+    def fill(self, data: bytes, offset: int) -> None:
+        """Write *data* where there are holes, and change nothing else: see Image.fill. ENOSPC. May block."""
+        self._image.fill(self._ino, data, offset)
+
     def truncate(self, size: int) -> None:
         self._changes()
         self._image.truncate(self._ino, size)

@@ -16,13 +16,12 @@ from typing import NamedTuple
 
 from cowfs.layers.base import Key, LowerLayer
 from cowfs.linux import files
-from cowfs.overlay import origin
+from cowfs.overlay import origin, partial
 from cowfs.overlay.handle import Reader
 from cowfs.overlay.node import Node
 from cowfs.overlay.state import State, Steps, count_in, error
 from cowfs.types import Attr
 
-_CAPABILITY = b"security.capability"
 _MAY_FAIL = {errno.EOPNOTSUPP, errno.EPERM, errno.EINVAL}
 
 
@@ -112,10 +111,7 @@ class DataCopyUp:
         self._node = node
         self.size = size
         layer, key = node.lowers[-1]
-        self._before = fs.upper.stat(node.upper)
-        self._capability: bytes | None = None  # writing takes it away
-        with suppress(OSError):
-            self._capability = fs.upper.getxattr(node.upper, _CAPABILITY)
+        self._before = partial.Before(fs, node.upper)
         self._source = fs.lowers[layer].open(key, os.O_RDONLY)
         try:
             self._target = fs.upper.open(node.upper, os.O_RDWR)
@@ -132,7 +128,7 @@ class DataCopyUp:
         except BaseException:
             with suppress(OSError):
                 self._target.truncate(0)
-                self._target.truncate(self._before.st_size)
+                self._target.truncate(self._before.attr.st_size)
             raise
 
     def commit(self) -> None:
@@ -140,7 +136,7 @@ class DataCopyUp:
         fs, node = self._fs, self._node
         self._source.close()
         self._target.close()
-        self._restore()
+        self._before.restore()
         fs.upper.removexattr(node.upper, fs.x_metacopy)
         node.metacopy = False
         if node.redirect is not None:
@@ -149,30 +145,23 @@ class DataCopyUp:
                 fs.upper.removexattr(node.upper, fs.x_redirect)
         _switch_handles(fs, node)
 
-    def _restore(self) -> None:
-        """Give back what writing has taken."""
-        upper, key, before = self._fs.upper, self._node.upper, self._before
-        if self._capability is not None:
-            upper.setxattr(key, _CAPABILITY, self._capability)
-        if before.st_mode & (stat.S_ISUID | stat.S_ISGID):
-            upper.chmod(key, before.st_mode)
-        upper.utimens(key, before.st_atime_ns, before.st_mtime_ns)
-
     def abort(self) -> None:
         """Leave the metacopy as it was."""
         self._source.close()
         with suppress(OSError):
-            self._restore()
+            self._before.restore()
         self._target.close()
 
 
-def prepare(fs: State, node: Node, size: int | None = None) -> CopyUp | DataCopyUp | None:
+def prepare(fs: State, node: Node, size: int | None = None) -> CopyUp | DataCopyUp | partial.Rest | None:
     """Begin to copy up a regular file with its first *size* bytes (all by default).
 
     Returns what is left to do: ``run``, then ``commit`` (or ``abort``); None when nothing is.
     """
     if node.upper is not None and not node.metacopy:
         return None
+    if node.partial is not None:
+        return partial.Rest(fs, node, size)
     if node.dead:
         raise error(errno.ENOENT, node.name)
     attr = fs.stat(node)
@@ -196,6 +185,24 @@ def copy_up(fs: State, node: Node, size: int | None = None) -> None:
             job.commit()
     else:
         copy_up_meta(fs, node)
+
+
+def begin_lazily(fs: State, node: Node) -> bool:
+    """Let a large file be written to, with its data to come up later; False if that cannot be."""
+    if not fs.fill_unit or not stat.S_ISREG(node.mode) or node.dead:
+        return False
+    if node.upper is None:
+        attr = fs.stat(node)
+        if fs.notebook is None or len(fs.pending) >= partial.MOST or not partial.may_be(fs, node, attr):
+            return False
+        _parents(fs, node)
+        _copy_up_inode(fs, node, attr)
+    known = node.partial
+    if not partial.begin(fs, node):
+        return False
+    if known is None:
+        _switch_handles(fs, node)
+    return True
 
 
 def copy_up_meta(fs: State, node: Node) -> None:
@@ -467,10 +474,10 @@ def _adopt(fs: State, node: Node, key: Key) -> None:
 def _switch_handles(fs: State, node: Node) -> None:
     """Let the files that are open for reading see from now on what is written to the upper."""
     handles = node.handles
-    if handles is None or node.metacopy:  # its data is where it was
+    if handles is None or (node.metacopy and node.partial is None):  # its data is where it was
         return
     reading = [handle for handle in handles if not handle.writable]
     if reading:
-        reader = handles.reader = Reader(fs.upper.open(node.upper, os.O_RDONLY))
+        reader = handles.reader = Reader(partial.open_data(fs, node, os.O_RDONLY))
         for handle in reading:
             handle.replace(reader)

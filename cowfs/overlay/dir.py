@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from cowfs.layers.base import File, Key
 from cowfs.linux import files
-from cowfs.overlay import acl, origin, whiteout
+from cowfs.overlay import acl, origin, partial, whiteout
 from cowfs.overlay.copyup import copy_up, copy_up_directory, copy_up_meta, link_alias, note_nlink
 from cowfs.overlay.lookup import lower_has, resolve
 from cowfs.overlay.node import Node
@@ -211,6 +211,7 @@ def gone(fs: State, node: Node, parent: Node, name: bytes, *, last: bool) -> Non
         _stand_elsewhere(fs, node)
         return
     node.dead = True
+    partial.gone(fs, node)
     if node.indexed is not None:
         _leave_index(fs, node)
     fs.release(node)

@@ -8,7 +8,9 @@ import stat
 import time
 
 from cowfs.layers.base import File
-from cowfs.overlay.copyup import copy_up
+from cowfs.layers.partial import PartialFile
+from cowfs.overlay import partial
+from cowfs.overlay.copyup import begin_lazily, copy_up
 from cowfs.overlay.handle import Handle, Handles, Reader, Writer
 from cowfs.overlay.node import Node
 from cowfs.overlay.state import State, error
@@ -22,16 +24,16 @@ SET_ID = stat.S_ISUID | stat.S_ISGID
 
 
 def open_file(fs: State, node: Node, flags: int, *, opener: Writer = Writer.PRIVILEGED) -> Handle:
-    """Open a regular file; for writing its whole data is copied up first (or none with O_TRUNC)."""
+    """Open a regular file; for writing its data is copied up first, if it is not large (none with O_TRUNC)."""
     if node.is_dir:
         raise error(errno.EISDIR, node.name)
     writable = flags & os.O_ACCMODE != os.O_RDONLY
     truncates = bool(flags & os.O_TRUNC)
-    if writable or truncates:
+    if truncates or (writable and not begin_lazily(fs, node)):
         copy_up(fs, node, 0 if truncates else None)
     if not writable and not truncates:
         return _enter(Handle(node, _reader(fs, node), writable=False, opener=opener))
-    file = fs.upper.open(node.upper, flags & _PASSED_ON)
+    file = partial.open_data(fs, node, flags & _PASSED_ON)
     handle = Handle(node, file, writable=writable, opener=opener)
     handle.is_synchronous = bool(flags & _SYNCHRONOUS)
     if truncates:
@@ -63,8 +65,8 @@ def _reader(fs: State, node: Node) -> Reader:
     reader = node.handles.reader if node.handles is not None else None
     if reader is not None and reader.users:
         return reader
-    if node.upper is not None and not node.metacopy:
-        return Reader(fs.upper.open(node.upper, os.O_RDONLY))
+    if node.upper is not None and (not node.metacopy or node.partial is not None):
+        return Reader(partial.open_data(fs, node, os.O_RDONLY))
     layer, key = node.lowers[-1]
     return Reader(fs.lowers[layer].open(key, os.O_RDONLY))
 
@@ -87,6 +89,11 @@ def write(fs: State, handle: Handle, data: bytes, offset: int, *, writer: Writer
     """Write all of *data*; return its length. ENOSPC at once when the store is full."""
     will_be_written(fs, handle, writer)
     return handle.file.pwrite(data, offset)
+
+
+def is_long_to_write(handle: Handle, size: int, offset: int) -> bool:
+    """Say whether a write has to read from a lower first: others need not wait for that."""
+    return isinstance(handle.file, PartialFile) and handle.file.needs_the_lower(size, offset)
 
 
 def will_be_written(fs: State, handle: Handle, writer: Writer | None) -> None:

@@ -8,7 +8,7 @@ import stat
 from collections.abc import Sequence
 
 from cowfs.layers.base import Key
-from cowfs.overlay import origin
+from cowfs.overlay import origin, partial
 from cowfs.overlay import redirect as redirects
 from cowfs.overlay.node import Lower, Node
 from cowfs.overlay.state import State, count_in, error, is_whiteout
@@ -76,11 +76,14 @@ def _from_upper(
         return _enter(fs, parent, name, key, (), fs.ino_of(0, fs.upper.dev, attr), attr)
     lowers: tuple[Lower, ...] = ()
     metacopy = fs.x_metacopy in notes and stat.S_ISREG(attr.st_mode)
-    redirect = _redirect(fs, notes) if metacopy else None
+    note = partial.note_in(fs, notes) if metacopy else None
+    redirect = None if not metacopy else _redirect(fs, notes) if note is None else note.path
     if metacopy:
         found = _descend(fs, *_start(fs, parent, name, redirect))
         if not found or not stat.S_ISREG(found[-1][2].st_mode):
             raise error(errno.EIO, name)  # its data is nowhere: not the lower it was made for
+        if note is not None:
+            partial.must_be_the_same(note, found[-1][2])
         lowers = tuple((layer, low) for layer, low, _ in found)
     value = notes.get(fs.x_origin, b"")
     ino = _ino_of_origin(fs, value, notes.get(fs.x_layer))
@@ -90,6 +93,8 @@ def _from_upper(
     if metacopy and node.upper is key:
         node.metacopy = True
         node.redirect = redirect
+        if note is not None:
+            partial.enter(fs, node, note, attr)
         attr = fs.stat(node)  # last, for the lower may fail: the node is known from now on
     return node, attr
 
@@ -355,6 +360,12 @@ def _walk(fs: State, index: int, base: Key, path: tuple[bytes, ...]) -> _Step:
         if at_end:
             step.hit = hit
     return step
+
+
+def find_below(fs: State, path: tuple[bytes, ...]) -> tuple[int, Key, Attr] | None:
+    """Return the file, with its data, that the lowers have at a path from their root; None if it is none."""
+    found = _descend(fs, fs.roots, path)
+    return found[-1] if found and stat.S_ISREG(found[-1][2].st_mode) else None
 
 
 def _obey(fs: State, step: _Step, notes: dict[bytes, bytes], path: tuple[bytes, ...], depth: int) -> None:

@@ -10,6 +10,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from cowfs.layers.base import Key
+from cowfs.layers.partial import Part
 
 if TYPE_CHECKING:
     from cowfs.overlay.handle import Handles
@@ -44,6 +45,7 @@ class Node:
         "name",
         "others",
         "parent",
+        "partial",
         "redirect",
         "upper",
     )
@@ -71,6 +73,8 @@ class Node:
         self.handles: Handles | None = None
         self.copying: Any = None  # whatever the adapter lets others wait on
         self.metacopy = False
+        self.partial: Part | None = None
+        """How much of its data a metacopy has, if it is to have all of it; None for others."""
         self.redirect: bytes | None = None
         self.added = 0  # how often a name was put into it, or is about to be
         self.indexed: int | None = None  # for a hard link in the index: how many names the union shows

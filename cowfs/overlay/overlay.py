@@ -46,6 +46,8 @@ class Overlay(State):
     setxattr = _xattrs.setxattr
     removexattr = _xattrs.removexattr
     open = _file.open_file
+    begin_lazily = _copyup.begin_lazily
+    is_long_to_write = staticmethod(_file.is_long_to_write)
     is_long_to_cut = _file.is_long_to_cut
     attach = _file.attach
     write = _file.write

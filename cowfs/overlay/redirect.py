@@ -10,6 +10,10 @@ from __future__ import annotations
 import errno
 import logging
 import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cowfs.overlay.node import Node
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +38,20 @@ def parse(value: bytes) -> bytes:
 def names(redirect: bytes) -> tuple[bytes, ...]:
     """Return the names that a redirect consists of; it begins at the root if it begins with a slash."""
     return tuple(redirect[1:].split(b"/")) if redirect.startswith(b"/") else (redirect,)
+
+
+def of(node: Node, *, same_directory: bool) -> bytes:
+    """Return the name, or the path from the root, by which the lowers know a node."""
+    if same_directory:
+        return node.redirect if node.redirect is not None else node.name
+    path: list[bytes] = []
+    walk: Node | None = node
+    while walk is not None and walk.parent is not None:
+        if walk.redirect is not None and walk.redirect.startswith(b"/"):
+            return b"/".join([walk.redirect, *reversed(path)])
+        path.append(walk.redirect if walk.redirect is not None else walk.name)
+        walk = walk.parent
+    return b"/" + b"/".join(reversed(path))
 
 
 def leads_out(name: bytes) -> bool:

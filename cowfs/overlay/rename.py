@@ -13,6 +13,7 @@ from contextlib import suppress
 
 from cowfs.layers.base import Key
 from cowfs.linux.files import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WHITEOUT
+from cowfs.overlay import redirect as redirects
 from cowfs.overlay import whiteout
 from cowfs.overlay.copyup import copy_up_directory, copy_up_meta, link_alias, note_nlink
 from cowfs.overlay.dir import gone
@@ -162,27 +163,13 @@ def _mark(fs: State, node: Node, parent: Node, new_parent: Node, new_name: bytes
     if node.is_dir or node.metacopy:
         # A relative one would be wrong for the other names of a hard link.
         relative = parent is new_parent and node.indexed is None
-        redirect = _redirect(fs, node, same_directory=relative)
+        redirect = redirects.of(node, same_directory=relative)
         if redirect != node.redirect:
             fs.note(node.upper, fs.x_redirect, redirect)
             node.redirect = redirect
     if not new_parent.is_merged:
         with suppress(OSError):  # a hint to the kernel's readdir that inode numbers differ
             fs.note(new_parent.upper, fs.x_impure, b"y")
-
-
-def _redirect(fs: State, node: Node, *, same_directory: bool) -> bytes:
-    """Return the name, or the path from the root, by which the lowers know the node."""
-    if same_directory:
-        return node.redirect if node.redirect is not None else node.name
-    path: list[bytes] = []
-    walk: Node | None = node
-    while walk is not None and walk.parent is not None:
-        if walk.redirect is not None and walk.redirect.startswith(b"/"):
-            return b"/".join([walk.redirect, *reversed(path)])
-        path.append(walk.redirect if walk.redirect is not None else walk.name)
-        walk = walk.parent
-    return b"/" + b"/".join(reversed(path))
 
 
 def _move(fs: State, source: _Place, target: _Target) -> None:

@@ -11,6 +11,7 @@ from itertools import count
 from typing import Any, NamedTuple, TypeVar
 
 from cowfs.layers.base import Key, LowerLayer, UpperLayer
+from cowfs.layers.partial import Part
 from cowfs.overlay.node import ROOT_INO, Lower, Node, NodeTable
 from cowfs.types import Attr, AttrData
 
@@ -28,6 +29,11 @@ class OverlayOptions:
     metacopy_from: int = 65536
     """Files of at least this many bytes are copied up without their data when only attributes change; if
     that may wait for others, all that have any."""
+    lazy_from: int = 64 << 20
+    """Files of at least this many bytes are copied up after they were opened to be written to, bit by bit, where
+    the holes of the upper's files can be filled."""
+    has_exact_holes: bool = False
+    """Whether the holes of the upper's files are what was never written, exactly: in an image."""
     inline_up_to: int = 262144
     """Files of at most this many bytes are copied up within the request, without a thread, if their data
     waits for nobody."""
@@ -69,6 +75,18 @@ def done_at_once(steps: Steps[R]) -> R:
     except StopIteration as end:
         result: R = end.value
         return result
+
+
+@dataclass(slots=True)
+class Pending:
+    """A file that is copied up lazily, and not whole yet."""
+
+    key: Key
+    part: Part
+    path: bytes
+    """Where its lower is, from the root of the lowers."""
+    node: Node | None = None
+    """Whose it is, if it was looked up since the mount; not in use any more, maybe."""
 
 
 class Rubbish(NamedTuple):
@@ -115,12 +133,23 @@ class State:
         self.x_links = prefix + b"cowfs.links"  # ours: nlink of the lower inode that a hard link was
         self.x_place = prefix + b"cowfs.place"  # ours: which of the inodes with that handle it was
         self.x_layer = prefix + b"cowfs.layer"  # ours: which lower an origin means, if not the first
+        self.x_partial = prefix + b"cowfs.partial"  # ours: see cowfs.overlay.partial
         self.escaped = prefix + b"overlay."
         self.indexed: set[bytes] = set()
         if index is not None:
             self.indexed = {entry.name for entry in upper.readdir(index)}
         self.userxattr = prefix.startswith(b"user.")
         self.shared_whiteout: Key | None = None
+        self.fill_unit = upper.fill_unit
+        """Of how many bytes are the holes of the upper's files that can be filled; 0: none can."""
+        self.notebook: Key | None = None
+        """The inode of the upper that has the list of files that are not whole, if they shall be listed."""
+        self.pending: dict[int, Pending] = {}
+        """These files, by the upper's inode numbers."""
+        self.wants_rest: Callable[[], bool] = lambda: True
+        """Whether they shall become whole while nobody waits for that."""
+        self.rest_soon: Callable[[], None] = lambda: None
+        """Called when there is one more."""
         self.make_room: Callable[[], bool] = lambda: False
         """Called when the upper is full; True: there is more room now, try again."""
         self.not_saved: Callable[[OSError], None] = lambda error: None

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from cowfs.errors import StoreError, SystemFailure, printable
 from cowfs.layers.base import Key, UpperLayer
 from cowfs.layers.directory import DirectoryLayer
+from cowfs.overlay import partial
 from cowfs.store import layout, lock, place, tools
 from cowfs.store.directory import sees_all
 from cowfs.store.header import TRUSTED, USER, Header
@@ -192,6 +193,12 @@ def broken_rules(entries: Iterable[Entry], prefix: bytes) -> Iterator[str]:
         if stat.S_ISCHR(entry.mode) and entry.rdev == 0 and parent in opaque:
             yield f"{name}: a whiteout inside an opaque directory"
         redirect = entry.xattrs.get(prefix + b"redirect")
+        if prefix + b"metacopy" in entry.xattrs and (note := entry.xattrs.get(prefix + b"cowfs.partial")):
+            try:
+                redirect = partial.decode(note).path  # of a file that is not wholly copied up yet
+            except OSError:
+                yield f"{name}: nobody can tell which of its data is in a lower (cowfs.partial)"
+                continue
         if redirect is not None and not _leads_somewhere(redirect):
             yield f"{name}: redirects to {printable(os.fsdecode(redirect))}, which is no place in a lower"
         if prefix + b"metacopy" in entry.xattrs and redirect is None:

@@ -73,6 +73,11 @@ class Store:
         return self.header.xattrs.encode()
 
     @property
+    def notebook(self) -> Key:
+        """The directory that is ours: it may have attributes that are, too."""
+        return layout.find(self.layer, layout.PRIVATE)
+
+    @property
     def size(self) -> int:
         """Bytes that the store's filesystem holds, free or not."""
         room = self.layer.statfs()

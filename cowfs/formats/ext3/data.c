@@ -382,17 +382,23 @@ static uint64_t array_left(const x3_image *img, uint64_t at)
 
 /*
  * Write up to *len* bytes in one operation; return how many. ENOSPC if there is room for none.
+ *
+ * To fill *holes* is to leave alone what blocks there are, the size, and the times.
  */
-uint64_t data_write(x3_image *img, uint32_t ino, const char *buf, uint64_t len, uint64_t off)
+uint64_t data_write(x3_image *img, uint32_t ino, const char *buf, uint64_t len, uint64_t off, bool holes)
 {
 	struct inode in = inode_change(img, ino, false);
 	uint64_t done = 0, end;
 	uint32_t goal = 0, nr, skip, n;
 
 	need_regular(img, &in);
+	if (holes && off >= inode_size_of(&in))
+		return len;
+	if (holes && (off & (img->bs - 1)))
+		fail(img, EINVAL, "a part of a block cannot be filled");
 	if (off >= img->size_max)
 		fail(img, EFBIG, "too large a file");
-	len = min(len, img->size_max - off);
+	len = min(len, (holes ? inode_size_of(&in) : img->size_max) - off);
 	len = min(len, WRITE_MAX - (off & (img->bs - 1)));
 	if (off > inode_size_of(&in))
 		zero_tail(img, &in, inode_size_of(&in), off);
@@ -415,7 +421,11 @@ uint64_t data_write(x3_image *img, uint32_t ino, const char *buf, uint64_t len, 
 				break;
 		}
 		end = min(len, done + ((uint64_t)n << img->bits) - skip);
-		error = (e.nr ? write_old : write_new)(img, ino, nr, skip, buf + done, end - done);
+		error = 0;
+		if (!e.nr)
+			error = write_new(img, ino, nr, skip, buf + done, end - done);
+		else if (!holes)
+			error = write_old(img, ino, nr, skip, buf + done, end - done);
 		if (error && !done)
 			fail(img, -error, "file data cannot be written: %s", strerror(-error));
 		if (error) { /* what has been written, in place perhaps, stays */
@@ -427,6 +437,8 @@ uint64_t data_write(x3_image *img, uint32_t ino, const char *buf, uint64_t len, 
 	}
 	if (!done && len)
 		fail(img, ENOSPC, "full");
+	if (holes)
+		return done;
 	if (off + done > inode_size_of(&in))
 		inode_set_size(img, &in, off + done);
 	inode_times(img, &in, X3_MTIME | CTIME, now_ns());

@@ -372,24 +372,34 @@ int x3_rename(x3_image *img, struct x3_rename *how)
 
 /* --- data --- */
 
-static int64_t write_some(x3_image *img, uint32_t ino, const char *buf, uint64_t len, uint64_t off)
+static int64_t write_some(x3_image *img, uint32_t ino, const char *buf, uint64_t len, uint64_t off, bool holes)
 {
 	CHANGE_DATA (img, ino)
-		op.result = data_write(img, ino, buf, len, off);
+		op.result = data_write(img, ino, buf, len, off, holes);
 	return op_finish(&op);
 }
 
-int64_t x3_write(x3_image *img, uint32_t ino, const void *buf, uint64_t len, uint64_t off)
+static int64_t write_all(x3_image *img, uint32_t ino, const char *buf, uint64_t len, uint64_t off, bool holes)
 {
 	uint64_t done = 0;
 
 	while (done < len) {
-		int64_t n = write_some(img, ino, (const char *)buf + done, len - done, off + done);
+		int64_t n = write_some(img, ino, buf + done, len - done, off + done, holes);
 		if (n < 0)
 			return done && n != -EIO && n != -EUCLEAN ? (int64_t)done : n;
 		done += n;
 	}
 	return done;
+}
+
+int64_t x3_write(x3_image *img, uint32_t ino, const void *buf, uint64_t len, uint64_t off)
+{
+	return write_all(img, ino, buf, len, off, false);
+}
+
+int64_t x3_fill(x3_image *img, uint32_t ino, const void *buf, uint64_t len, uint64_t off)
+{
+	return write_all(img, ino, buf, len, off, true);
 }
 
 /* Let nobody write to a file until the end of its truncation; under the lock. */

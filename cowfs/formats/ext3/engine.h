@@ -286,6 +286,15 @@ int64_t x3_read(x3_image *img, uint32_t ino, void *buf, uint64_t len, uint64_t o
  */
 int64_t x3_write(x3_image *img, uint32_t ino, const void *buf, uint64_t len, uint64_t off);
 
+/*
+ * Write to those blocks of a range that are holes, and leave the others, the size and the times as they are.
+ *
+ * *off* is a multiple of the block size; what *len* lacks of the last block is zero. What is behind the end of the
+ * file is left out. Each block has its whole new content, on disk too, or is still a hole. Returns and fails
+ * as x3_write.
+ */
+int64_t x3_fill(x3_image *img, uint32_t ino, const void *buf, uint64_t len, uint64_t off);
+
 /* Set the size in bytes. EFBIG. A big file's blocks are freed in several transactions; a crash finishes it. */
 int x3_truncate(x3_image *img, uint32_t ino, uint64_t size);
 

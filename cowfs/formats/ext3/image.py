@@ -499,13 +499,22 @@ class Image:
 
     def pwrite(self, ino: int, data: bytes, offset: int) -> int:
         """Write all of *data*; return its length. May block. After ENOSPC a part may be there."""
+        return self._write(lib.x3_write, ino, data, offset)
+
+    def fill(self, ino: int, data: bytes, offset: int) -> int:
+        """Write *data* where there are holes, and change nothing else: neither blocks, nor size, nor times.
+
+        *offset* is a multiple of the block size; what is missing of the last block is zero. Each block is a
+        hole or has all of its data, after a crash too. ENOSPC. May block.
+        """
+        return self._write(lib.x3_fill, ino, data, offset)
+
+    def _write(self, call: Any, ino: int, data: bytes, offset: int) -> int:
         size = len(data)
-        done: int = lib.x3_write(self.handle, ino, ffi.from_buffer(data), size, offset)
+        done: int = call(self.handle, ino, ffi.from_buffer(data), size, offset)
         while 0 <= done < size:  # full: the rest says so
             rest = memoryview(data)[done:]
-            done += self._done(
-                lib.x3_write(self.handle, ino, ffi.from_buffer(rest), size - done, offset + done)
-            )
+            done += self._done(call(self.handle, ino, ffi.from_buffer(rest), size - done, offset + done))
         return self._done(done)
 
     def truncate(self, ino: int, size: int) -> None:

@@ -454,7 +454,7 @@ struct extent {
 };
 struct extent data_map(x3_image *img, const struct inode *in, uint64_t at, uint64_t most);
 struct block *data_append_meta(x3_image *img, struct inode *in, uint64_t at);
-uint64_t data_write(x3_image *img, uint32_t ino, const char *buf, uint64_t len, uint64_t off);
+uint64_t data_write(x3_image *img, uint32_t ino, const char *buf, uint64_t len, uint64_t off, bool holes);
 bool data_truncate(x3_image *img, uint32_t ino, uint64_t size);
 bool data_truncate_more(x3_image *img, uint32_t ino);
 int64_t data_segment(x3_image *img, uint32_t ino, uint64_t from, uint64_t *stop);

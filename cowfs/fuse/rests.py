@@ -1,0 +1,100 @@
+"""Bringing up what is missing of lazily copied files, behind the backs of those who use them."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+
+import trio
+
+from cowfs.fuse.loop import RequestLoop
+from cowfs.fuse.turns import in_thread
+from cowfs.layers.partial import PartialFile
+from cowfs.linux.files import LACK_OF_ROOM
+from cowfs.overlay import rest
+from cowfs.overlay.overlay import Overlay
+from cowfs.overlay.state import Pending
+
+log = logging.getLogger(__name__)
+
+_BEGIN = 2.0
+"""Seconds after which the copying begins: who opens a file may be done with it by then, and sync it alone."""
+_AGAIN = 30.0
+"""Seconds after which it is looked again whether there is room."""
+_SYNCED = 8 << 20
+"""So many bytes are copied before they are put on disk: who syncs a file waits for no more than that."""
+_REST, _MOST_REST = 0.005, 1.0
+"""The copying rests as long as it has worked, within these bounds in seconds."""
+
+
+class Rests:
+    """One task, while there is something to do."""
+
+    def __init__(self, fs: Overlay, loop: RequestLoop) -> None:
+        self._fs = fs
+        self._loop = loop
+        self._is_running = False
+        self._failed: set[int] = set()
+        """Files that are left as they are until the next mount."""
+
+    def soon(self) -> None:
+        """Begin some time, if there is a file that is not whole."""
+        if not self._is_running and self._next() is not None:
+            self._is_running = True
+            self._loop.in_trio(lambda: trio.lowlevel.spawn_system_task(self._run))
+
+    def _next(self) -> int | None:
+        return next((ino for ino in self._fs.pending if ino not in self._failed), None)
+
+    async def _run(self) -> None:
+        try:
+            await trio.sleep(_BEGIN)
+            while self._fs.wants_rest() and (ino := self._next()) is not None:
+                pending = self._fs.pending[ino]
+                try:
+                    if not await self._bring_up(ino, pending):
+                        await trio.sleep(_AGAIN)
+                except OSError as failure:
+                    self._failed.add(ino)
+                    log.warning("%r stays copied up in part: %s", pending.path, failure.strerror)
+        except Exception:
+            log.exception("files stay copied up in part until the next mount")
+        finally:
+            self._is_running = False
+
+    async def _bring_up(self, ino: int, pending: Pending) -> bool:
+        """Bring up the rest of one file; False for want of room."""
+        fs = self._fs
+        file = rest.open_rest(fs, pending)
+        try:
+            steps = file.copy_steps()
+            while True:
+                if not rest.has_room(fs, pending):
+                    return False
+                begun = time.monotonic()
+                try:
+                    there_is_more = await in_thread(lambda: _copy_some(file, steps))
+                except OSError as failure:
+                    if failure.errno not in LACK_OF_ROOM:
+                        raise
+                    return fs.make_room()
+                if fs.pending.get(ino) is not pending:
+                    return True  # it is whole, or removed
+                if not there_is_more:
+                    rest.complete(fs, pending)
+                    return True
+                await trio.sleep(min(max(time.monotonic() - begun, _REST), _MOST_REST))
+        finally:
+            file.close()
+
+
+def _copy_some(file: PartialFile, steps: Iterator[int]) -> bool:
+    """Copy a few MiB; say whether there may be more."""
+    copied = 0
+    for size in steps:
+        copied += size
+        if copied >= _SYNCED:
+            file.fsync(True)
+            return True
+    return False

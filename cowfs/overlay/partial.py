@@ -1,0 +1,318 @@
+"""Files that are copied up lazily: a metacopy that has some of its data already (cowfs.layers.partial).
+
+What a metacopy has is right for everybody until data is written to it. So before that it gets notes which
+are right for us, and which every overlayfs of a kernel refuses: to open such a file without knowing how would
+be to show old data in the place of new. Whatever is cut short on the way leaves a metacopy.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import stat
+from contextlib import suppress
+from typing import NamedTuple
+
+from cowfs.layers.base import File, Key, LowerLayer
+from cowfs.layers.partial import Part, PartialFile
+from cowfs.overlay import redirect as redirects
+from cowfs.overlay.node import Node
+from cowfs.overlay.state import Pending, State, error
+from cowfs.types import Attr
+
+log = logging.getLogger(__name__)
+
+METACOPY = b"\x01"
+"""Too short to be one: EIO (ovl_check_metacopy_xattr() in fs/overlayfs/util.c, since Linux 6.6)."""
+REDIRECT = b"not whole yet/mount it with cowfs"
+"""No name, for the slash, and no path from the root either: EINVAL (ovl_get_redirect_xattr(), since 4.19)."""
+_CAPABILITY = b"security.capability"
+MOST = 64
+"""So many files may be incomplete; the next is copied up at once."""
+
+
+class Note(NamedTuple):
+    """What the note says that makes a file partial."""
+
+    end: int
+    """So many bytes of the lower show."""
+    mtime_ns: int
+    """When the lower was last written to."""
+    path: bytes
+    """Where it is in the lowers, from their root, with a leading slash."""
+
+
+def encode(note: Note) -> bytes:
+    """Return the value of the attribute."""
+    return b"%d:%d:%s" % note
+
+
+def decode(value: bytes) -> Note:
+    """Return what the attribute says. EINVAL for what nobody has written so."""
+    end, _, rest = value.partition(b":")
+    mtime, colon, path = rest.partition(b":")
+    if not (end.isdigit() and mtime.removeprefix(b"-").isdigit() and colon and len(end) < 20 > len(mtime)):
+        raise error(errno.EINVAL)
+    if not path.startswith(b"/"):
+        raise error(errno.EINVAL)
+    return Note(int(end), int(mtime), redirects.parse(path))
+
+
+# --- making one
+
+
+def begin(fs: State, node: Node) -> bool:
+    """Let a metacopy be a partial file, if it is large and its lower is local; say if it is one now."""
+    if node.partial is not None:
+        return bool(fs.fill_unit)
+    if not node.metacopy or fs.notebook is None or len(fs.pending) >= MOST:
+        return False
+    attr = fs.stat(node)
+    layer, low = node.lowers[-1]
+    data = fs.lowers[layer].stat(low)
+    if not may_be(fs, node, attr) or data.st_size != attr.st_size or _has_data(fs, node, attr):
+        return False
+    note = Note(data.st_size, data.st_mtime_ns, redirects.of(node, same_directory=False))
+    part = Part(note.end, fs.fill_unit)
+    try:
+        _list(fs, attr.st_ino)
+        fs.note(node.upper, fs.x_partial, encode(note))
+        fs.note(node.upper, fs.x_redirect, REDIRECT)
+        fs.note(node.upper, fs.x_metacopy, METACOPY)
+    except OSError:
+        _undo(fs, node)
+        return False
+    fs.pending[attr.st_ino] = Pending(node.upper, part, note.path, node)
+    node.partial, node.redirect = part, note.path
+    fs.rest_soon()
+    return True
+
+
+def may_be(fs: State, node: Node, attr: Attr) -> bool:
+    """Whether a file that is not in the upper, or without its data, may be copied up lazily."""
+    return (
+        bool(fs.fill_unit)
+        and stat.S_ISREG(attr.st_mode)
+        and attr.st_size >= fs.options.lazy_from
+        and attr.st_nlink == 1
+        and node.indexed is None
+        and not fs.data_waits(node)
+    )
+
+
+def _has_data(fs: State, node: Node, attr: Attr) -> bool:
+    """Whether somebody was copying up the data of a metacopy, and died: then not all in it need be right."""
+    file = fs.upper.open(node.upper, os.O_RDONLY)
+    try:
+        return next(file.segments(attr.st_size), None) is not None
+    finally:
+        file.close()
+
+
+def _undo(fs: State, node: Node) -> None:
+    """Let it be a mere metacopy again; nothing was written to it."""
+    with suppress(OSError):
+        fs.note(node.upper, fs.x_metacopy, b"")
+        if node.redirect is None:
+            _remove(fs, node.upper, fs.x_redirect)
+        else:
+            fs.note(node.upper, fs.x_redirect, node.redirect)
+        _remove(fs, node.upper, fs.x_partial)
+
+
+def _remove(fs: State, key: Key, name: bytes) -> None:
+    try:
+        fs.upper.removexattr(key, name)
+    except OSError as failure:
+        if failure.errno != errno.ENODATA:
+            raise
+
+
+# --- finding one
+
+
+def note_in(fs: State, notes: dict[bytes, bytes]) -> Note | None:
+    """Return what the notes of a metacopy say if it is partial. EIO where holes may be anything."""
+    value = notes.get(fs.x_partial)
+    if value is None:
+        return None
+    if not fs.options.has_exact_holes:
+        log.error("a file is only in part in the store, which is no image any more: it cannot be read")
+        raise error(errno.EIO)
+    return decode(value)
+
+
+def must_be_the_same(note: Note, attr: Attr) -> None:
+    """EIO if the lower is not what it was when the copying began: data of two files would be mixed."""
+    if attr.st_size < note.end or attr.st_mtime_ns != note.mtime_ns:
+        if note.path not in _told:
+            _told.add(note.path)
+            log.error(
+                "%r has changed in its lower while it was not wholly copied up: it is refused", note.path
+            )
+        raise error(errno.EIO, note.path)
+
+
+_told: set[bytes] = set()
+
+
+def enter(fs: State, node: Node, note: Note, attr: Attr) -> None:
+    """Let a node that was found be the partial file that its notes say it is; *attr* is that of the upper."""
+    pending = fs.pending.get(attr.st_ino)
+    if pending is None:
+        pending = fs.pending[attr.st_ino] = Pending(
+            node.upper, part_of(fs, node.upper, note, attr), note.path
+        )
+    pending.node = node
+    node.partial = pending.part
+
+
+def part_of(fs: State, key: Key, note: Note, attr: Attr) -> Part:
+    """Return how much of it shows. A truncation that a crash cut short is completed."""
+    end = min(note.end, attr.st_size)
+    if end < note.end and fs.fill_unit:
+        fs.note(key, fs.x_partial, encode(note._replace(end=end)))
+    return Part(end, fs.fill_unit or 1)
+
+
+def open_partial(fs: State, node: Node, flags: int) -> PartialFile:
+    """Open it. *flags* as :meth:`UpperLayer.open`."""
+    assert node.partial is not None
+    layer, key = node.lowers[-1]
+    source = fs.lowers[layer].open(key, os.O_RDONLY)
+    try:
+        return PartialFile(node.partial, fs.upper.open(node.upper, flags), source)
+    except BaseException:
+        source.close()
+        raise
+
+
+def open_data(fs: State, node: Node, flags: int) -> File:
+    """Open a file that has its data, or a part of it, in the upper."""
+    return fs.upper.open(node.upper, flags) if node.partial is None else open_partial(fs, node, flags)
+
+
+# --- its end
+
+
+class Before:
+    """What a file in the upper has that writing takes from it, or changes."""
+
+    def __init__(self, fs: State, key: Key) -> None:
+        self._upper = fs.upper
+        self._key = key
+        self.attr = fs.upper.stat(key)
+        self._capability: bytes | None = None
+        with suppress(OSError):
+            self._capability = fs.upper.getxattr(key, _CAPABILITY)
+
+    def restore(self) -> None:
+        """Give it back."""
+        upper, key, before = self._upper, self._key, self.attr
+        if self._capability is not None:
+            upper.setxattr(key, _CAPABILITY, self._capability)
+        if before.st_mode & (stat.S_ISUID | stat.S_ISGID):
+            upper.chmod(key, before.st_mode)
+        upper.utimens(key, before.st_atime_ns, before.st_mtime_ns)
+
+
+class Rest:
+    """What is missing of a partial file on its way up: see :class:`cowfs.overlay.copyup.CopyUp`.
+
+    Others may read and write the file meanwhile, but not change its size.
+    """
+
+    def __init__(self, fs: State, node: Node, size: int | None) -> None:
+        """*size*: what the file will have next, if that is to be less."""
+        self._fs = fs
+        self._node = node
+        self._part = node.partial
+        self._before = Before(fs, node.upper)
+        now = self._before.attr.st_size
+        self.size = now if size is None else min(size, now)
+        self._is_cut = self.size < now
+        self._file = open_partial(fs, node, os.O_RDWR)
+
+    def run(self) -> None:
+        """Copy the data. Blocks; for any thread."""
+        for _ in self._file.copy_steps(self.size):
+            pass
+        if self._is_cut:
+            self._file.cut(self.size)
+
+    def commit(self) -> None:
+        """Make the node an ordinary upper file."""
+        self._file.close()
+        if self._node.partial is self._part and self._part is not None:
+            if not self._fs.fill_unit:
+                self._before.restore()
+            finish(self._fs, self._node.upper, self._part, self._node)
+
+    def abort(self) -> None:
+        """Leave what was copied."""
+        self._file.close()
+
+
+def finish(fs: State, key: Key, part: Part, node: Node | None) -> None:
+    """Let a file be an ordinary one, all of whose data has been copied up."""
+    try:
+        fs.upper.removexattr(key, fs.x_metacopy)  # from here on the other notes mean nothing
+    except OSError:
+        part.is_wrong = True
+        raise
+    part.is_whole = True
+    if node is not None and node.partial is part:
+        node.metacopy, node.partial, node.redirect = False, None, None
+    for name in (fs.x_redirect, fs.x_partial):
+        with suppress(OSError):
+            fs.upper.removexattr(key, name)
+    _strike(fs, fs.upper.stat(key).st_ino)
+
+
+def gone(fs: State, node: Node) -> None:
+    """Note that a node has no name any more: nobody needs the rest, but who has it open."""
+    if node.partial is not None:
+        _strike(fs, fs.upper.stat(node.upper).st_ino)
+
+
+# --- the list of them: what the next mount goes on with
+
+
+def listed(upper: LowerLayer, notebook: Key, name: bytes) -> list[int]:
+    """Return the inode numbers of the partial files of a store; some may be whole, or others, by now."""
+    try:
+        value = upper.getxattr(notebook, name)
+    except OSError:
+        return []
+    return [int(word) for word in value.split() if word.isdigit() and len(word) < 20]
+
+
+def _list(fs: State, ino: int) -> None:
+    known = listed(fs.upper, fs.notebook, fs.x_partial)
+    if ino not in known:
+        _write_list(fs, [*known, ino])
+
+
+def _strike(fs: State, ino: int) -> None:
+    """Forget a file. What stays on the list does no harm."""
+    fs.pending.pop(ino, None)
+    if fs.notebook is None or not fs.fill_unit:
+        return
+    with suppress(OSError):
+        known = listed(fs.upper, fs.notebook, fs.x_partial)
+        if ino in known:
+            known.remove(ino)
+            _write_list(fs, known)
+
+
+def _write_list(fs: State, known: list[int]) -> None:
+    if known:
+        fs.note(fs.notebook, fs.x_partial, b" ".join(b"%d" % ino for ino in known))
+    else:
+        _remove(fs, fs.notebook, fs.x_partial)
+
+
+def drop_from_list(fs: State, ino: int) -> None:
+    """Forget one that is no partial file any more."""
+    _strike(fs, ino)

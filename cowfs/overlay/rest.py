@@ -1,0 +1,78 @@
+"""What is missing of partial files: found again at the next mount, brought up while nobody waits for it."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import stat
+
+from cowfs.layers.partial import PartialFile
+from cowfs.overlay import lookup, partial, redirect
+from cowfs.overlay.state import Pending, State, error
+
+log = logging.getLogger(__name__)
+
+_SPARE = 64 << 20
+"""Bytes that are left to others: what nobody waits for never takes the last."""
+_NO_MORE = {errno.ENODATA, errno.ESTALE, errno.ENOENT, errno.EINVAL, errno.EOPNOTSUPP}
+
+
+def resume(fs: State) -> None:
+    """Find the partial files that an earlier mount has left."""
+    if fs.notebook is None or not fs.fill_unit:
+        return
+    for ino in partial.listed(fs.upper, fs.notebook, fs.x_partial):
+        key = fs.upper.numbered(ino)
+        try:
+            fs.upper.getxattr(key, fs.x_metacopy)
+            note = partial.decode(fs.upper.getxattr(key, fs.x_partial))
+            attr = fs.upper.stat(key)
+            if not stat.S_ISREG(attr.st_mode):
+                raise error(errno.EINVAL)
+            fs.pending[ino] = Pending(key, partial.part_of(fs, key, note, attr), note.path)
+        except OSError as failure:
+            if failure.errno in _NO_MORE:
+                partial.drop_from_list(fs, ino)
+            else:
+                log.warning("inode %d of the store: %s", ino, failure.strerror)
+
+
+def missing(fs: State) -> tuple[int, int]:
+    """Return how many files are partial, and about how many bytes of them are in the lower alone."""
+    size = 0
+    for pending in fs.pending.values():
+        size += max(pending.part.end - fs.upper.stat(pending.key).st_blocks * 512, 0)
+    return len(fs.pending), size
+
+
+def has_room(fs: State, pending: Pending) -> bool:
+    """Whether the rest of a file can be brought up so that some is left for others."""
+    room = fs.upper.statfs()
+    need = max(pending.part.end - fs.upper.stat(pending.key).st_blocks * 512, 0)
+    return room.bavail * room.frsize >= need + need // 512 + _SPARE
+
+
+def open_rest(fs: State, pending: Pending) -> PartialFile:
+    """Open a partial file to copy the rest. EIO if its lower is not what it was; EAGAIN if that may wait."""
+    found = lookup.find_below(fs, redirect.names(pending.path))
+    if found is None:
+        raise error(errno.EIO, pending.path)
+    layer, low, attr = found
+    if fs.lowers[layer].waits:
+        raise error(errno.EAGAIN, pending.path)
+    note = partial.decode(fs.upper.getxattr(pending.key, fs.x_partial))
+    partial.must_be_the_same(note, attr)
+    source = fs.lowers[layer].open(low, os.O_RDONLY)
+    fs.lowers[layer].forget(low)
+    try:
+        return PartialFile(pending.part, fs.upper.open(pending.key, os.O_RDWR), source)
+    except BaseException:
+        source.close()
+        raise
+
+
+def complete(fs: State, pending: Pending) -> None:
+    """Let a file, all of whose data is in the upper by now, be an ordinary one."""
+    partial.finish(fs, pending.key, pending.part, pending.node)
+    log.info("%r is copied up whole", pending.path)
