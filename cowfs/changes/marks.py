@@ -54,7 +54,7 @@ class Marks:
         return _get(layer, key, self._metacopy) is not None
 
     def partial(self, layer: LowerLayer, key: Key) -> partial.Note | None:
-        """What is noted of a file with some of its data here and the rest in a layer further down, or None."""
+        """What is noted of a file with some of its data here and the rest in a layer below, or None."""
         value = _get(layer, key, self._partial) if self.metacopy(layer, key) else None
         return None if value is None else partial.decode(value)
 

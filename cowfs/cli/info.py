@@ -148,6 +148,7 @@ def _mount_lines(facts: dict[str, Any], requests: Requests | None) -> list[tuple
         ("store", where),
         _room(store["size"], store["free"], own=own),
         *_disk_lines(store["disk"] if own else None),
+        *_partial_lines(facts),
         *([("UNSAVED", store["unsaved"]["said"])] if store["unsaved"] else []),
         *([("hint", store["hint"].replace("MOUNTPOINT", facts["mountpoint"]))] if store["hint"] else []),
         ("since", time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(facts["since"]))),
@@ -173,6 +174,7 @@ def _store_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         on_disk = Disk(**facts["disk"]) if facts["disk"] else None
         said = lacks_room(on_disk) or said
         lines += [("hint", said)] if said else []
+    lines += _partial_lines(facts)
     if facts["state"] == "needs recovery":
         facts = {
             **facts,
@@ -185,6 +187,17 @@ def _store_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
     if facts["in_use_by"]:
         lines.append(("in use by", facts["in_use_by"]))
     return lines
+
+
+def _partial_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    """Say what of large files is not in the store yet."""
+    from cowfs.store.sizes import format_size
+
+    missing = facts.get("partial") or {"files": 0}
+    if not missing["files"]:
+        return []
+    files = "1 file is" if missing["files"] == 1 else f"{missing['files']} files are"
+    return [("partial", f"{files} copied up in part; {format_size(missing['bytes'])} to come")]
 
 
 def _lower_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:

@@ -93,7 +93,7 @@ class PartialFile:
             yield _Below(self), end - position, position
 
     def below(self, size: int, offset: int, read: Callable[[int, int], bytes | None]) -> bytes | None:
-        """Return so many bytes of what shows in holes, as *read* gives them. EIO if the lower is shorter now."""
+        """Return so many bytes of what shows in holes, read by *read*. EIO if the lower is shorter now."""
         there = min(size, max(self._part.end - offset, 0))
         data = read(there, offset) if there else b""
         if data is not None and len(data) != there:
@@ -118,7 +118,7 @@ class PartialFile:
         return next((run for run in self._target.segments(end, position) if run[1] > position), None)
 
     def pwrite(self, data: bytes, offset: int) -> int:
-        """Write. Blocks that it changes in part are brought up first: as they were, so a crash is no matter."""
+        """Write. Blocks that it changes in part come up first: as they were, so a crash is no matter."""
         if self._part.is_wrong and offset + len(data) > self._part.end:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         for block in self._edges(len(data), offset):

@@ -24,7 +24,7 @@ SET_ID = stat.S_ISUID | stat.S_ISGID
 
 
 def open_file(fs: State, node: Node, flags: int, *, opener: Writer = Writer.PRIVILEGED) -> Handle:
-    """Open a regular file; for writing its data is copied up first, if it is not large (none with O_TRUNC)."""
+    """Open a regular file; for writing its data is copied up first, unless it is large (or O_TRUNC)."""
     if node.is_dir:
         raise error(errno.EISDIR, node.name)
     writable = flags & os.O_ACCMODE != os.O_RDONLY

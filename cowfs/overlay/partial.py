@@ -264,10 +264,16 @@ def finish(fs: State, key: Key, part: Part, node: Node | None) -> None:
     part.is_whole = True
     if node is not None and node.partial is part:
         node.metacopy, node.partial, node.redirect = False, None, None
-    for name in (fs.x_redirect, fs.x_partial):
-        with suppress(OSError):
-            fs.upper.removexattr(key, name)
-    _strike(fs, fs.upper.stat(key).st_ino)
+    drop(fs, key, fs.upper.stat(key).st_ino)
+
+
+def drop(fs: State, key: Key, ino: int) -> None:
+    """Forget an inode that is no partial file any more; take away the notes that it was."""
+    with suppress(OSError):
+        if fs.notes(fs.upper, key) and fs.upper.getxattr(key, fs.x_partial):
+            for name in (fs.x_redirect, fs.x_partial):  # in this order: the one says what the other is
+                _remove(fs, key, name)
+    _strike(fs, ino)
 
 
 def gone(fs: State, node: Node) -> None:
@@ -311,8 +317,3 @@ def _write_list(fs: State, known: list[int]) -> None:
         fs.note(fs.notebook, fs.x_partial, b" ".join(b"%d" % ino for ino in known))
     else:
         _remove(fs, fs.notebook, fs.x_partial)
-
-
-def drop_from_list(fs: State, ino: int) -> None:
-    """Forget one that is no partial file any more."""
-    _strike(fs, ino)

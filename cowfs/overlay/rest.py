@@ -33,7 +33,7 @@ def resume(fs: State) -> None:
             fs.pending[ino] = Pending(key, partial.part_of(fs, key, note, attr), note.path)
         except OSError as failure:
             if failure.errno in _NO_MORE:
-                partial.drop_from_list(fs, ino)
+                partial.drop(fs, key, ino)
             else:
                 log.warning("inode %d of the store: %s", ino, failure.strerror)
 

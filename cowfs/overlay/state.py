@@ -30,8 +30,8 @@ class OverlayOptions:
     """Files of at least this many bytes are copied up without their data when only attributes change; if
     that may wait for others, all that have any."""
     lazy_from: int = 64 << 20
-    """Files of at least this many bytes are copied up after they were opened to be written to, bit by bit, where
-    the holes of the upper's files can be filled."""
+    """Files of at least this many bytes are copied up after they were opened to be written to, bit by bit,
+    where the holes of the upper's files can be filled."""
     has_exact_holes: bool = False
     """Whether the holes of the upper's files are what was never written, exactly: in an image."""
     inline_up_to: int = 262144

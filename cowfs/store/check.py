@@ -193,7 +193,7 @@ def broken_rules(entries: Iterable[Entry], prefix: bytes) -> Iterator[str]:
         if stat.S_ISCHR(entry.mode) and entry.rdev == 0 and parent in opaque:
             yield f"{name}: a whiteout inside an opaque directory"
         redirect = entry.xattrs.get(prefix + b"redirect")
-        if prefix + b"metacopy" in entry.xattrs and (note := entry.xattrs.get(prefix + b"cowfs.partial")):
+        if note := entry.xattrs.get(prefix + b"cowfs.partial"):
             try:
                 redirect = partial.decode(note).path  # of a file that is not wholly copied up yet
             except OSError:

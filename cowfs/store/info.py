@@ -9,6 +9,7 @@ from typing import Any
 from cowfs.errors import StoreError, SystemFailure
 from cowfs.layers.base import UpperLayer
 from cowfs.layers.directory import DirectoryLayer
+from cowfs.overlay import partial
 from cowfs.store import layout, lock, place, tools
 from cowfs.store.directory import sees_all
 from cowfs.store.header import VERSION, Header
@@ -20,11 +21,12 @@ def store_info(spec: str) -> dict[str, Any]:
     """Return what a store tells about itself: a dictionary that JSON can hold. Blocks for reading.
 
     Keys: ``path kind size used free inodes free_inodes state format version created created_by uuid
-    lowers in_use_by problem``. Sizes are bytes; what is not known is None. A directory's *size*, *free* and
-    inodes are those of the filesystem that it is on, so its *used* is not known. *format* is ``overlayfs``,
-    ``aufs``, ``none yet`` (an empty filesystem) or ``foreign``; *state* that of the filesystem, which is
-    ``in use`` while it is mounted. What the journal of an image holds counts as if it had been replayed.
-    *problem* says why what is in it cannot be told. Raises StoreError if *spec* cannot be read or is no
+    lowers in_use_by problem partial``. Sizes are bytes; what is not known is None. A directory's *size*,
+    *free* and inodes are those of the filesystem that it is on, so its *used* is not known. *format* is
+    ``overlayfs``, ``aufs``, ``none yet`` (an empty filesystem) or ``foreign``; *state* that of the filesystem,
+    which is ``in use`` while it is mounted. What the journal of an image holds counts as if it had been
+    replayed. *problem* says why what is in it cannot be told. *partial* has how many ``files`` are copied up
+    in part, and how many ``bytes`` of them are missing. Raises StoreError if *spec* cannot be read or is no
     store at all.
     """
     path = os.path.abspath(spec)
@@ -41,7 +43,7 @@ def _image(path: str, stack: ExitStack) -> dict[str, Any]:
     superblock = read_superblock(fd, path, smallest=0)
     user = lock.holder(tools.place(fd))
     free, free_inodes = superblock.free_blocks, superblock.free_inodes
-    inside: dict[str, Any] = {"format": None, **_facts(None), "problem": None}
+    inside: dict[str, Any] = {"format": None, **_facts(None), "problem": None, "partial": None}
     try:
         layer = open_layer(fd, path, stack, read_only=True)
         layer.readdir(layer.root)
@@ -119,7 +121,23 @@ def _inside(layer: UpperLayer) -> dict[str, Any]:
             layout.refuse_lossy_copy(layer, header, sees_all=sees_all(layer, header))
     except StoreError as error:
         problem = str(error)
-    return {"format": _format(names), **_facts(header), "problem": problem}
+    missing = None if header is None else _missing(layer, header)
+    return {"format": _format(names), **_facts(header), "problem": problem, "partial": missing}
+
+
+def _missing(layer: UpperLayer, header: Header) -> dict[str, int]:
+    """Return how many files are copied up in part, and about how much of them is in the lower alone."""
+    files = size = 0
+    prefix = header.xattrs.encode()
+    name = prefix + b"cowfs.partial"
+    for ino in partial.listed(layer, layout.find(layer, layout.PRIVATE), name):
+        with suppress(OSError):  # it is whole by now, or another
+            key = layer.numbered(ino)
+            layer.getxattr(key, prefix + b"metacopy")
+            end = partial.decode(layer.getxattr(key, name)).end
+            size += max(end - layer.stat(key).st_blocks * 512, 0)
+            files += 1
+    return {"files": files, "bytes": size}
 
 
 def _format(names: set[bytes]) -> str:
