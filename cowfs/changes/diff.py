@@ -244,10 +244,11 @@ class _Diff:
 
     def _give_data(self, new: Inode, origin: Lower) -> None:
         """Let a metacopy have the data that is below, all of it or what it has not itself."""
-        new.data = self._data(origin)
         note = self._marks.partial(new.layer, new.key)
-        if note is not None:
-            new.end = min(note.end, new.attr.st_size)
+        layer, key = self._data(origin)
+        if note is None or note.is_of(layer.stat(key)):  # else nobody can read it
+            new.data = layer, key
+            new.end = None if note is None else min(note.end, new.attr.st_size)
 
     def _data(self, base: Lower) -> tuple[LowerLayer, Key]:
         number, key = base.places[-1]

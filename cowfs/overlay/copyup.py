@@ -123,6 +123,8 @@ class DataCopyUp:
         """Copy the data; if that fails, give back the room that it took. Blocks."""
         try:
             self._source.copy_to(self._target, self.size)
+            if self.size < self._before.attr.st_size:  # or what is behind would be zeros until it is cut
+                self._target.truncate(self.size)
             if self._fs.options.sync_copy_up:
                 self._target.fsync(datasync=True)
         except BaseException:
@@ -189,7 +191,7 @@ def copy_up(fs: State, node: Node, size: int | None = None) -> None:
 
 def begin_lazily(fs: State, node: Node) -> bool:
     """Let a large file be written to, with its data to come up later; False if that cannot be."""
-    if not fs.fill_unit or not stat.S_ISREG(node.mode) or node.dead:
+    if not fs.fill_unit or not stat.S_ISREG(node.mode) or (node.dead and node.partial is None):
         return False
     if node.upper is None:
         attr = fs.stat(node)

@@ -28,6 +28,8 @@ METACOPY = b"\x01"
 REDIRECT = b"not whole yet/mount it with cowfs"
 """No name, for the slash, and no path from the root either: EINVAL (ovl_get_redirect_xattr(), since 4.19)."""
 _CAPABILITY = b"security.capability"
+_LARGEST = (1 << 32) - 1
+"""The largest number of an inode in an image."""
 MOST = 64
 """So many files may be incomplete; the next is copied up at once."""
 
@@ -41,6 +43,10 @@ class Note(NamedTuple):
     """When the lower was last written to."""
     path: bytes
     """Where it is in the lowers, from their root, with a leading slash."""
+
+    def is_of(self, attr: Attr) -> bool:
+        """Whether a lower file is what it was when the copying began."""
+        return attr.st_size >= self.end and attr.st_mtime_ns == self.mtime_ns
 
 
 def encode(note: Note) -> bytes:
@@ -145,7 +151,7 @@ def note_in(fs: State, notes: dict[bytes, bytes]) -> Note | None:
 
 def must_be_the_same(note: Note, attr: Attr) -> None:
     """EIO if the lower is not what it was when the copying began: data of two files would be mixed."""
-    if attr.st_size < note.end or attr.st_mtime_ns != note.mtime_ns:
+    if not note.is_of(attr):
         if note.path not in _told:
             _told.add(note.path)
             log.error(
@@ -291,7 +297,10 @@ def listed(upper: LowerLayer, notebook: Key, name: bytes) -> list[int]:
         value = upper.getxattr(notebook, name)
     except OSError:
         return []
-    return [int(word) for word in value.split() if word.isdigit() and len(word) < 20]
+    numbers = [
+        int(word) for word in value.split() if word.isdigit() and len(word) < len(b"%d" % _LARGEST) + 1
+    ]
+    return [ino for ino in numbers if ino <= _LARGEST]
 
 
 def _list(fs: State, ino: int) -> None:

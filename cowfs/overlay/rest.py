@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import stat
+from contextlib import suppress
 
 from cowfs.layers.partial import PartialFile
 from cowfs.overlay import lookup, partial, redirect
@@ -42,7 +43,8 @@ def missing(fs: State) -> tuple[int, int]:
     """Return how many files are partial, and about how many bytes of them are in the lower alone."""
     size = 0
     for pending in fs.pending.values():
-        size += max(pending.part.end - fs.upper.stat(pending.key).st_blocks * 512, 0)
+        with suppress(OSError):
+            size += max(pending.part.end - fs.upper.stat(pending.key).st_blocks * 512, 0)
     return len(fs.pending), size
 
 

@@ -23,11 +23,11 @@ def store_info(spec: str) -> dict[str, Any]:
     Keys: ``path kind size used free inodes free_inodes state format version created created_by uuid
     lowers in_use_by problem partial``. Sizes are bytes; what is not known is None. A directory's *size*,
     *free* and inodes are those of the filesystem that it is on, so its *used* is not known. *format* is
-    ``overlayfs``, ``aufs``, ``none yet`` (an empty filesystem) or ``foreign``; *state* that of the filesystem,
-    which is ``in use`` while it is mounted. What the journal of an image holds counts as if it had been
-    replayed. *problem* says why what is in it cannot be told. *partial* has how many ``files`` are copied up
-    in part, and how many ``bytes`` of them are missing. Raises StoreError if *spec* cannot be read or is no
-    store at all.
+    ``overlayfs``, ``aufs``, ``none yet`` (an empty filesystem) or ``foreign``; *state* that of the
+    filesystem, which is ``in use`` while it is mounted. What the journal of an image holds counts as if it
+    had been replayed. *problem* says why what is in it cannot be told. *partial* has how many ``files`` are
+    copied up in part, and how many ``bytes`` of them are missing. Raises StoreError if *spec* cannot be read
+    or is no store at all.
     """
     path = os.path.abspath(spec)
     with ExitStack() as stack:

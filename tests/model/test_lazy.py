@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import random
 from collections.abc import Iterator
@@ -54,7 +55,10 @@ def lazy(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
     """A union with one file in its lower."""
     block_size, kind = request.param
     monkeypatch.setattr("cowfs.layers.partial._PIECE", 65536)  # many steps
-    tree.build(tmp_path / "lower", {"dir/other": b"", **{f"big{number}": b"" for number in range(FILES)}})
+    tree.build(
+        tmp_path / "lower",
+        {"dir/other": b"", "dense": DATA, **{f"big{number}": b"" for number in range(FILES)}},
+    )
     for number in range(FILES):
         with open(tmp_path / f"lower/big{number}", "r+b") as file:
             file.write(DATA[:40_000])
@@ -213,3 +217,33 @@ def test_random_operations(lazy: Lazy, seed: int) -> None:
             history.check()
         history.remount()
         history.check()
+
+
+def test_a_metacopy_is_never_longer_than_its_data(lazy: Lazy) -> None:
+    """When its data has come up to a size that it is to have, it has that size, and no zeros behind."""
+    lazy.fs.options = dataclasses.replace(lazy.fs.options, lazy_from=1 << 40)
+    lazy.set("dense", mode=0o600)
+    node = lazy.find("dense")
+    job = lazy.fs.prepare_copy_up(node, 1000)
+    assert job is not None
+    job.run()
+    job.commit()
+    assert lazy.read("dense") == DATA[:1000]
+
+
+NONSENSE = [b"", b"1", b"1:2", b"x:1:/big0", b"1:1:big0", b"1:1://", b"9" * 30 + b":1:/a"]
+
+
+def test_notes_that_make_no_sense_are_refused(lazy: Lazy) -> None:
+    """A store may say anything: EINVAL, and the mount goes on."""
+    name = lazy.fs.x_partial
+    for value in NONSENSE:
+        lazy.write("big0", b"x")
+        lazy.layer.setxattr(lazy.find("big0").upper, name, value)
+        lazy.layer.setxattr(lazy.fs.notebook, name, b"12345 99999999999 18446744073709551616 x -1")
+        lazy.remount()
+        with pytest.raises(OSError) as caught:
+            lazy.find("big0")
+        assert caught.value.errno == errno.EINVAL
+        assert lazy.read("big1") == LOWER
+        lazy.layer.unlink(lazy.fs.root.upper, b"big0", None)
