@@ -40,28 +40,36 @@ class Rests:
 
     def soon(self) -> None:
         """Begin some time, if there is a file that is not whole."""
-        if not self._is_running and self._next() is not None:
+        if not self._is_running and self._waiting():
             self._is_running = True
             self._loop.in_trio(lambda: trio.lowlevel.spawn_system_task(self._run))
 
-    def _next(self) -> int | None:
-        return next((ino for ino in self._fs.pending if ino not in self._failed), None)
+    def _waiting(self) -> list[int]:
+        return [ino for ino in self._fs.pending if ino not in self._failed]
 
     async def _run(self) -> None:
         try:
             await trio.sleep(_BEGIN)
-            while self._fs.wants_rest() and (ino := self._next()) is not None:
-                pending = self._fs.pending[ino]
-                try:
-                    if not await self._bring_up(ino, pending):
-                        await trio.sleep(_AGAIN)
-                except OSError as failure:
-                    self._failed.add(ino)
-                    log.warning("%r stays copied up in part: %s", pending.path, failure.strerror)
+            while self._fs.wants_rest() and (waiting := self._waiting()):
+                progress = [await self._try(ino) for ino in waiting]
+                if not all(progress):
+                    await trio.sleep(_AGAIN)
         except Exception:
             log.exception("files stay copied up in part until the next mount")
         finally:
             self._is_running = False
+
+    async def _try(self, ino: int) -> bool:
+        """Go on with one file; False if it has to wait for room."""
+        pending = self._fs.pending.get(ino)
+        if pending is None:
+            return True
+        try:
+            return await self._bring_up(ino, pending)
+        except OSError as failure:
+            self._failed.add(ino)
+            log.warning("%r stays copied up in part: %s", pending.path, failure.strerror)
+            return True
 
     async def _bring_up(self, ino: int, pending: Pending) -> bool:
         """Bring up the rest of one file; False for want of room."""
@@ -70,7 +78,7 @@ class Rests:
         try:
             steps = file.copy_steps()
             while True:
-                if not rest.has_room(fs, pending):
+                if not rest.has_room(fs, file):
                     return False
                 begun = time.monotonic()
                 try:

@@ -158,6 +158,11 @@ class PartialFile:
                 position = until
             done = max(done, position)
 
+    def missing(self) -> int:
+        """About how many bytes of the lower's data are not here yet."""
+        whole = min(self._part.end, self._source.stat().st_blocks * 512)
+        return 0 if self._part.is_whole else max(whole - self.stat().st_blocks * 512, 0)
+
     def cut(self, size: int) -> None:
         """Set a size that is less than it was, after the data up to there was copied. Blocks."""
         with self._part.changing:

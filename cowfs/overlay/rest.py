@@ -48,10 +48,10 @@ def missing(fs: State) -> tuple[int, int]:
     return len(fs.pending), size
 
 
-def has_room(fs: State, pending: Pending) -> bool:
+def has_room(fs: State, file: PartialFile) -> bool:
     """Whether the rest of a file can be brought up so that some is left for others."""
     room = fs.upper.statfs()
-    need = max(pending.part.end - fs.upper.stat(pending.key).st_blocks * 512, 0)
+    need = file.missing()
     return room.bavail * room.frsize >= need + need // 512 + _SPARE
 
 
