@@ -15,7 +15,7 @@ from cowfs.overlay.state import Pending, State, error
 log = logging.getLogger(__name__)
 
 _SPARE = 64 << 20
-"""Bytes that are left to others: what nobody waits for never takes the last."""
+"""So many bytes, but at most a sixteenth, are left: what nobody waits for never takes the last."""
 _NO_MORE = {errno.ENODATA, errno.ESTALE, errno.ENOENT, errno.EINVAL, errno.EOPNOTSUPP}
 
 
@@ -52,7 +52,8 @@ def has_room(fs: State, file: PartialFile) -> bool:
     """Whether the rest of a file can be brought up so that some is left for others."""
     room = fs.upper.statfs()
     need = file.missing()
-    return room.bavail * room.frsize >= need + need // 512 + _SPARE
+    spare = min(_SPARE, room.blocks * room.frsize // 16)
+    return room.bavail * room.frsize >= need + need // 512 + spare
 
 
 def open_rest(fs: State, pending: Pending) -> PartialFile:

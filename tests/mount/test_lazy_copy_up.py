@@ -302,6 +302,23 @@ def test_another_file_in_the_lower_is_refused(tmp_path: Path) -> None:
         assert (mount.path / "big").read_bytes() == CHANGED
 
 
+def test_kept_and_grown_while_it_is_not_whole(tmp_path: Path) -> None:
+    """In memory nothing is copied that nobody writes to; kept, and grown meanwhile, the file becomes whole."""
+    place = Place(tmp_path, image=True)
+    place.store = tmp_path / "kept.bs"
+    with mounted(place.lower, tmp_path / "memory", "memory", quiet=False) as mount:
+        change_a_byte(mount.path / "big")
+        cowfs("persist", mount.path, place.store, check=True)
+        assert place.digest(mount) == DIGEST
+        assert place.info(mount)["partial"]["files"] == 1
+    with place.mounted() as mount:
+        eventually(lambda: place.info(mount)["partial"]["bytes"] < len(BIG) - 8 * MIB, "it goes on")
+        cowfs("grow", mount.path, "320", check=True)
+        place.becomes_whole(mount)
+        assert place.digest(mount) == DIGEST
+    ext3.sound(place.store)
+
+
 def test_a_directory_has_whole_files(tmp_path: Path) -> None:
     """In a store that is a directory a hole may be anything: there a file is copied up at once."""
     place = Place(tmp_path)
