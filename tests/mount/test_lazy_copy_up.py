@@ -303,7 +303,7 @@ def test_another_file_in_the_lower_is_refused(tmp_path: Path) -> None:
 
 
 def test_kept_and_grown_while_it_is_not_whole(tmp_path: Path) -> None:
-    """In memory nothing is copied that nobody writes to; kept, and grown meanwhile, the file becomes whole."""
+    """In memory nothing is copied that nobody writes to; kept, and then grown, the file becomes whole."""
     place = Place(tmp_path, image=True)
     place.store = tmp_path / "kept.bs"
     with mounted(place.lower, tmp_path / "memory", "memory", quiet=False) as mount:
