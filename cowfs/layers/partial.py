@@ -17,8 +17,8 @@ from typing import Protocol, cast
 from cowfs.layers.base import File
 from cowfs.types import Attr
 
-_PIECE = 1 << 20
-"""Bytes that are copied at a time."""
+_PIECE = 256 << 10
+"""Bytes that are copied at a time: whoever needs the upper at that moment waits."""
 
 
 class Fillable(File, Protocol):
@@ -98,7 +98,7 @@ class PartialFile:
         data = read(there, offset) if there else b""
         if data is not None and len(data) != there:
             raise OSError(errno.EIO, "the lower file is shorter than it was")
-        return None if data is None else data + bytes(size - there)
+        return data if data is None or there == size else data + bytes(size - there)
 
     def needs_the_lower(self, size: int, offset: int) -> bool:
         """Whether a write has to read from the lower first, which may take a while."""
@@ -140,7 +140,7 @@ class PartialFile:
     def copy_steps(self, size: int | None = None) -> Iterator[int]:
         """Copy what shows of the lower in the first *size* bytes, or in all.
 
-        Blocks, and yields after each MiB or so how much it was. After the end nothing of it is missing.
+        Blocks, and yields after each piece how much it was. After the end nothing of it is missing.
         """
         part, unit, done = self._part, self._part.unit, 0
         end = part.end if size is None else min(size, part.end)

@@ -7,6 +7,7 @@ import errno
 import os
 import random
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import cast
 
@@ -247,3 +248,30 @@ def test_notes_that_make_no_sense_are_refused(lazy: Lazy) -> None:
         assert caught.value.errno == errno.EINVAL
         assert lazy.read("big1") == LOWER
         lazy.layer.unlink(lazy.fs.root.upper, b"big0", None)
+
+
+def test_a_file_of_the_second_of_two_lowers(tmp_path: Path) -> None:
+    """Its lower is found again from the root of all, after it and what is above it were renamed."""
+    tree.build(tmp_path / "top", {"dir/other": b"other"})
+    tree.build(tmp_path / "bottom", {"dir/sub/big": DATA, "hidden": b"hidden"})
+    ext3.make(tmp_path / "store", size=16 << 20)
+    lazy = Lazy(str(tmp_path / "store"), [str(tmp_path / "top"), str(tmp_path / "bottom")])
+    lazy.write("dir/sub/big", b"mine", 70_000)
+    lazy.rename("dir/sub/big", "dir/moved")
+    lazy.rename("dir", "renamed")
+    lazy.mkdir("new")
+    lazy.rename("renamed/moved", "new/big")
+    lazy.kill()
+    wanted = DATA[:70_000] + b"mine" + DATA[70_004:]
+    (pending,) = lazy.fs.pending.values()
+    assert lazy.read("new/big") == wanted
+    with closing(rest.open_rest(lazy.fs, pending)) as file:
+        for _ in file.copy_steps():
+            assert lazy.read("new/big") == wanted
+    rest.complete(lazy.fs, pending)
+    assert not lazy.fs.pending
+    (tmp_path / "bottom/dir/sub/big").write_bytes(b"")
+    lazy.remount()
+    assert lazy.read("new/big") == wanted
+    lazy.close()
+    ext3.sound(tmp_path / "store")
