@@ -52,8 +52,8 @@ setup(
     ext_modules=[
         Extension(
             "cowfs.fuse._libfuse",
-            ["cowfs/fuse/_libfuse.c", "cowfs/fuse/ring.c", "cowfs/fuse/figures.c"],
-            depends=["cowfs/fuse/ring.h", "cowfs/fuse/figures.h"],
+            [f"cowfs/fuse/{name}.c" for name in ("_libfuse", "ring", "figures", "passthrough")],
+            depends=[f"cowfs/fuse/{name}.h" for name in ("ring", "figures", "passthrough")],
             extra_compile_args=[
                 "-D_FILE_OFFSET_BITS=64",
                 *shlex.split(says("pkg-config", "--cflags", "fuse3") or ""),

@@ -154,10 +154,20 @@ def _mount_lines(facts: dict[str, Any], requests: Requests | None) -> list[tuple
         ("since", time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(facts["since"]))),
         ("daemon", f"pid {facts['pid']}, {format_size(facts['rss'])} resident, cowfs {facts['version']}"),
         ("requests", f"by {facts.get('transport', '/dev/fuse')}"),
+        ("data", _passed_by(facts.get("passthrough"))),
         *([("served", f"{requests.count():,}; cowfs top {facts['mountpoint']}")] if requests else []),
         ("known", f"{facts['inodes_known']} inodes, {facts['open_files']} open files"),
     ]
     return lines
+
+
+def _passed_by(passthrough: dict[str, Any] | None) -> str:
+    """Say who reads and writes the files of the store: a daemon of before tells nothing."""
+    why = "its daemon is older" if passthrough is None else passthrough["why_not"]
+    if passthrough is None or why:
+        return f"by way of the daemon ({why})"
+    count = passthrough["lent"]
+    return f"the store's by the kernel itself (passthrough), {count} {'file' if count == 1 else 'files'} now"
 
 
 def _store_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:

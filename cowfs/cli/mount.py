@@ -235,6 +235,7 @@ def _mount_and_serve(
             frozenset(_fuse_options(given, union_options)),
             acl="noacl" not in given.flags,
             fakeroot=union_options.fakeroot,
+            passthrough=given.values.get("passthrough", "auto"),
         )
         daemon = Daemon(union.overlay, request, rings)
         disks = Disks([*union_options.lowers, union_options.store])

@@ -11,7 +11,7 @@ from cowfs.errors import UsageError
 from cowfs.store.sizes import parse_size
 
 ENGINES = ("auto", "process", "kernel")
-_CHOICES = {"engine": ENGINES, "io_uring": ("auto", "on", "off")}
+_CHOICES = {"engine": ENGINES, "io_uring": ("auto", "on", "off"), "passthrough": ("auto", "off")}
 
 _VALUES = {
     "store": "the writable store: an image, a directory, or memory (the default)",
@@ -19,6 +19,7 @@ _VALUES = {
     "offset": "where in its file the lower image begins, in bytes; several with colons",
     "size": "how large a store in memory may become: 256M, 2G (default: half of the RAM)",
     "io_uring": "take requests on the CPU where they are made: auto, on or off (Linux 6.14)",
+    "passthrough": "let the kernel read and write the store's files: auto or off (Linux 6.9)",
     "log": "write the log to this file",
 }
 _FLAGS = {

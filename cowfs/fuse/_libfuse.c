@@ -26,6 +26,7 @@
 #include <unistd.h>
 
 #include "figures.h"
+#include "passthrough.h"
 #include "ring.h"
 
 #if FUSE_VERSION >= FUSE_MAKE_VERSION(3, 17)
@@ -34,6 +35,9 @@
 
 /* Handle numbers of directories whose listing the kernel shall keep have this bit: libfuse.py knows it too. */
 #define KEPT (UINT64_C(1) << 62)
+
+/* … and those of all directories this one. */
+#define LISTING (UINT64_C(1) << 61)
 
 static struct fuse_lowlevel_ops theirs;
 static unsigned wanted, granted;
@@ -78,6 +82,7 @@ static ssize_t on_writev(int fd, struct iovec *iov, int count, void *userdata)
 		memcpy((char *)iov[1].iov_base + FLAGS, &flags, sizeof flags);
 	}
 	initialising = false;
+	passthrough_complete(iov, count);
 	/* Before it is on its way: who gets the answer finds it counted. */
 	struct { uint32_t len; int32_t error; uint64_t unique; } head; /* struct fuse_out_header */
 	if (iov[0].iov_len >= sizeof head) {
@@ -91,8 +96,10 @@ static ssize_t on_receive(int fd, void *request, size_t size, void *userdata)
 {
 	(void)userdata;
 	ssize_t n = ring_read(fd, request, size);
-	if (n > 0)
+	if (n > 0) {
 		figures_begin(request, (size_t)n);
+		passthrough_received(request, (size_t)n);
+	}
 	return n;
 }
 
@@ -103,6 +110,7 @@ static void watch_messages(struct fuse_session *session)
 
 	figures_reset();
 	ring_device(fuse_session_fd(session));
+	passthrough_reset(fuse_session_fd(session));
 	watched = !fuse_session_custom_io(session, &io, fuse_session_fd(session));
 }
 
@@ -278,21 +286,39 @@ int fuse_reply_open(fuse_req_t req, const struct fuse_file_info *fi)
 	static __typeof__(&fuse_reply_open) real;
 	if (!real)
 		real = (__typeof__(real))dlsym(RTLD_NEXT, "fuse_reply_open");
-	if (!(fi->fh & KEPT))
-		return real(req, fi);
-	/* Nobody but us changes a directory, so the kernel may keep what it was told of it. */
-	struct fuse_file_info kept = *fi;
-	kept.cache_readdir = 1;
-	kept.keep_cache = 1;
-	return real(req, &kept);
+	struct fuse_file_info changed = *fi;
+	if (!(fi->fh & LISTING)) {
+		passthrough_begin_reply(&changed);
+	} else if (fi->fh & KEPT) {
+		/* Nobody but us changes a directory, so the kernel may keep what it was told of it. */
+		changed.cache_readdir = 1;
+		changed.keep_cache = 1;
+	}
+	int failure = real(req, &changed);
+	passthrough_end_reply();
+	return failure;
+}
+
+int fuse_reply_create(fuse_req_t req, const struct fuse_entry_param *entry, const struct fuse_file_info *fi)
+{
+	static __typeof__(&fuse_reply_create) real;
+	if (!real)
+		real = (__typeof__(real))dlsym(RTLD_NEXT, "fuse_reply_create");
+	struct fuse_file_info changed = *fi;
+	passthrough_begin_reply(&changed);
+	int failure = real(req, entry, &changed);
+	passthrough_end_reply();
+	return failure;
 }
 
 static PyObject *prepare(PyObject *self, PyObject *args)
 {
 	PyObject *callable;
+	int passthrough;
 	(void)self;
-	if (!PyArg_ParseTuple(args, "IO", &wanted, &callable))
+	if (!PyArg_ParseTuple(args, "IOp", &wanted, &callable, &passthrough))
 		return NULL;
+	passthrough_want(passthrough);
 	Py_INCREF(callable);
 	Py_XSETREF(seeker, callable);
 	between = watched = tells_set_id = false;
@@ -360,6 +386,13 @@ static PyObject *takes_set_id(PyObject *self, PyObject *args)
 	Py_RETURN_NONE;
 }
 
+static PyObject *requester(PyObject *self, PyObject *args)
+{
+	enum { UID = 24, PID = 32 };
+	(void)self, (void)args;
+	return received ? Py_BuildValue("(II)", word(PID), word(UID)) : Py_BuildValue("(II)", 0, 0);
+}
+
 static PyObject *empty_buffer(PyObject *self, PyObject *args)
 {
 	(void)self, (void)args;
@@ -380,9 +413,12 @@ static PyMethodDef methods[] = {
 	{"takes_set_id", takes_set_id, METH_NOARGS,
 	 "takes_set_id(): whether the request that has just come takes set-ID bits from a file, since who makes\n"
 	 "it has not CAP_FSETID; None where the kernel does not say it."},
+	{"requester", requester, METH_NOARGS,
+	 "requester(): process and user who make the request that has just come; 0 where that is not known."},
 	{"prepare", prepare, METH_VARARGS,
-	 "prepare(want, seek): ask for these FUSE_CAP_* in the sessions that follow; seek(fh, offset, whence)\n"
-	 "answers lseek(2) with SEEK_DATA and SEEK_HOLE: an offset, or an errno negated."},
+	 "prepare(want, seek, passthrough): ask for these FUSE_CAP_* in the sessions that follow; seek(fh, offset,\n"
+	 "whence) answers lseek(2) with SEEK_DATA and SEEK_HOLE: an offset, or an errno negated; passthrough: whether\n"
+	 "files shall be lent to the kernel."},
 	{"capabilities", capabilities, METH_NOARGS,
 	 "capabilities(): the FUSE_CAP_* that the session has; 0 before the kernel has said hello."},
 	{"takes_part", takes_part, METH_NOARGS, "takes_part(): whether pyfuse3's session was made here."},
@@ -402,7 +438,8 @@ PyMODINIT_FUNC PyInit__libfuse(void)
 	PyObject *module = PyModule_Create(&definition);
 
 	if (module && (PyModule_AddFunctions(module, ring_methods) ||
-		       PyModule_AddFunctions(module, figures_methods)))
+		       PyModule_AddFunctions(module, figures_methods) ||
+		       PyModule_AddFunctions(module, passthrough_methods)))
 		Py_CLEAR(module);
 	return module;
 }

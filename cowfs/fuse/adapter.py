@@ -15,7 +15,7 @@ import os
 import stat
 import time
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from typing import Any
 
 import pyfuse3
@@ -27,6 +27,7 @@ from cowfs.fuse.failure import errno_of
 from cowfs.fuse.handlers import Handlers, async_, failure_of, sync, told
 from cowfs.fuse.loop import RequestLoop
 from cowfs.fuse.open_files import OpenFiles
+from cowfs.fuse.passthrough import Passthrough
 from cowfs.fuse.rests import Rests
 from cowfs.fuse.shares import Bounds
 from cowfs.fuse.shares import bounds as bounds_of_process
@@ -79,7 +80,13 @@ class Adapter(Handlers):
     supports_dot_lookup = False
 
     def __init__(
-        self, fs: Overlay, loop: RequestLoop, *, acl: bool = True, bounds: Bounds | None = None
+        self,
+        fs: Overlay,
+        loop: RequestLoop,
+        *,
+        acl: bool = True,
+        bounds: Bounds | None = None,
+        passthrough: str = "off",
     ) -> None:
         super().__init__(fs, loop)
         self.enable_acl = acl
@@ -100,7 +107,8 @@ class Adapter(Handlers):
         fs.sweep_soon = self._sweep_soon
         self._no_capability: set[int] = set()
         self._no_default_acl: set[int] = set()
-        libfuse.prepare(self._seek)
+        self._passthrough = Passthrough(fs.upper, passthrough)
+        libfuse.prepare(self._seek, passthrough=self._passthrough.wanted)
         self._missing = EntryAttributes()  # st_ino 0: the kernel remembers that there is no such name
         self._missing.entry_timeout = FOREVER
 
@@ -117,7 +125,7 @@ class Adapter(Handlers):
         entry.st_ino = node.ino
         entry.generation = node.generation
         entry.entry_timeout = FOREVER
-        entry.attr_timeout = FOREVER
+        entry.attr_timeout = 0 if self._passthrough.may_change(node.ino) else FOREVER
         entry.st_mode = attr.st_mode
         entry.st_nlink = self._fs.nlink(node, attr)
         entry.st_uid = attr.st_uid
@@ -139,10 +147,13 @@ class Adapter(Handlers):
 
     def _writer(self, node: Node, ctx: RequestContext, takes: bool | None) -> Writer:
         """Return who changes a file, or its owner or ACL. What *takes* does not say is in /proc."""
+        return self._writer_by(node, ctx.pid, ctx.uid, takes)
+
+    def _writer_by(self, node: Node, pid: int, uid: int, takes: bool | None) -> Writer:
         if not node.mode & SET_ID or takes is False:
             return Writer.PRIVILEGED
-        caller = look_at(ctx.pid)
-        if takes is None and (ctx.uid == 0 if caller is None else caller.has("CAP_FSETID")):
+        caller = look_at(pid)
+        if takes is None and (uid == 0 if caller is None else caller.has("CAP_FSETID")):
             return Writer.PRIVILEGED
         is_member = caller is not None and self._fs.stat(node).st_gid in caller.groups
         return Writer.MEMBER if is_member else Writer.STRANGER
@@ -302,6 +313,8 @@ class Adapter(Handlers):
                 self._no_default_acl.discard(ino)
                 try:
                     self._fs.forget(node, lookups)
+                    if self._fs.nodes.get(ino) is None:
+                        self._passthrough.forget(ino)
                 except Exception:
                     log.exception("forgetting inode %d failed", ino)
 
@@ -348,7 +361,9 @@ class Adapter(Handlers):
         if parent.upper is None:
             await self._within_reach(parent)
         await self._name_settled(parent, name)
+        size = self._size_of(parent, name)
         self._fs.unlink(parent, name)
+        self._removed(size)
 
     @async_
     async def rmdir(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
@@ -376,7 +391,9 @@ class Adapter(Handlers):
                 break
             await self._name_settled(parent, name_old)
             await self._name_settled(new_parent, name_new)
+        size = self._size_of(new_parent, name_new)
         self._fs.rename(parent, name_old, new_parent, name_new, flags, seen)
+        self._removed(size)
 
     # --- attributes
 
@@ -514,7 +531,9 @@ class Adapter(Handlers):
             file.close()
             info = self._opened(node, flags & ~os.O_TRUNC, ctx, _by_uid(ctx))
         else:
-            info = self._numbered(self._fs.attach(node, file, opener=_by_uid(ctx)), ctx.uid)
+            info = self._numbered(
+                self._fs.attach(node, file, opener=_by_uid(ctx)), ctx.uid, flags, is_new=True
+            )
         self._no_capability.add(node.ino)
         return info, self._given((node, attr))
 
@@ -522,10 +541,27 @@ class Adapter(Handlers):
         mode = node.mode
         handle = self._fs.open(node, flags, opener=opener)
         self._tell(node, mode)
-        return self._numbered(handle, ctx.uid)
+        return self._numbered(handle, ctx.uid, flags)
 
-    def _numbered(self, handle: Handle, uid: int) -> FileInfo:
-        return FileInfo(fh=self._files.enter(handle, uid))
+    def _numbered(self, handle: Handle, uid: int, flags: int, *, is_new: bool = False) -> FileInfo:
+        number = self._files.enter(handle, uid)
+        if self._passthrough.opened(handle, flags) and not is_new:
+            self._loop.forget_attributes(handle.node.ino)
+        return FileInfo(fh=number)
+
+    def _size_of(self, parent: Node, name: bytes) -> int:
+        """Return how many bytes of the store may be freed with a name, if that matters to the kernel."""
+        node = self._fs.nodes.child(parent, name) if len(self._passthrough) else None
+        if node is None or node.upper is None or node.is_dir:
+            return 0
+        with suppress(OSError):  # who removes it is told
+            return self._fs.stat(node).st_blocks * 512
+        return 0
+
+    def _removed(self, size: int) -> None:
+        """Free what was removed soon, if somebody may need the room who does not ask us for it."""
+        if size and self._passthrough.wants_room(size):
+            self._loop.take_forgets_soon()
 
     @async_
     async def read(self, fh: int, off: int, size: int) -> bytes:
@@ -549,7 +585,8 @@ class Adapter(Handlers):
         writer = None
         if mode & SET_ID:
             takes = self._takes_set_id()
-            writer = None if takes is None else Writer.MEMBER if takes else Writer.PRIVILEGED
+            if takes is not None:
+                writer = self._writer_by(node, *libfuse.requester(), takes)
         try:
             is_long = self._fs.is_long_to_write(handle, len(buf), off)
             if not handle.is_synchronous and not is_long:
@@ -567,7 +604,9 @@ class Adapter(Handlers):
 
     @sync
     def release(self, fh: int) -> None:
-        self._fs.release_handle(self._files.leave(fh))
+        handle = self._files.leave(fh)
+        self._passthrough.closed(handle)
+        self._fs.release_handle(handle)
 
     def _seek(self, fh: int, offset: int, whence: int) -> int:
         """Answer lseek(2) with SEEK_DATA or SEEK_HOLE: the place, or an errno negated."""
@@ -597,7 +636,7 @@ class Adapter(Handlers):
         node = self._node(inode)
         self._files.opened.claim(ctx.uid)
         self._listed += 1
-        number = self._listed
+        number = self._listed | libfuse.LISTING
         # What the kernel keeps is for one at a time: it would give a second reader, once past the beginning,
         # what the first was told before the second came.
         if node not in self._kept:
@@ -684,5 +723,6 @@ class Adapter(Handlers):
         return {
             "inodes_known": len(self._fs.nodes),
             "open_files": len(self._files),
+            "passthrough": {"lent": len(self._passthrough), "why_not": self._passthrough.why_not()},
             **requests.counted(),
         }

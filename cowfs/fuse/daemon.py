@@ -57,6 +57,8 @@ class MountRequest:
     fakeroot: bool = False
     """Whether the user who mounts is root inside."""
     stay_on_sigterm: bool = False
+    passthrough: str = "auto"
+    """Whether the kernel reads and writes files of the store by itself: auto, off."""
 
 
 class Daemon:
@@ -70,7 +72,9 @@ class Daemon:
         self._loop = RequestLoop(rings)
         adapter = FakerootAdapter if request.fakeroot else Adapter
         shared = "allow_other" in request.options
-        self.adapter: Adapter = adapter(fs, self._loop, acl=request.acl, bounds=bounds(shared=shared))
+        self.adapter: Adapter = adapter(
+            fs, self._loop, acl=request.acl, bounds=bounds(shared=shared), passthrough=request.passthrough
+        )
         self._known = KnownInodes(fs.nodes, most_inodes(), self._loop.in_trio)
         self._mounted = False
         self.dev = ""

@@ -11,6 +11,7 @@
 - Any number of reads ahead may be under way (max_background): the kernel has 12 of a filesystem at a time,
   and those of one user that hang would be all of them.
 - Requests are counted, and timed.
+- Files may be lent to the kernel, which then reads and writes them without us (passthrough).
 - Whether a write leaves set-ID bits (CAP_FSETID), which the kernel alone knows, is read from its request.
 
 Without the module everything else works, slower; :func:`lacks` says why it takes no part.
@@ -29,7 +30,7 @@ _HANDLE_KILLPRIV = 1 << 20
 _CACHE_SYMLINKS = 1 << 23
 
 
-_LAST = "figures"
+_LAST = "lend"
 """What came into the module last."""
 
 
@@ -57,11 +58,17 @@ ring: Any = _module
 KEPT: int = 1 << 62
 """Handle numbers of directories whose listing the kernel shall keep have this bit."""
 
+LISTING: int = 1 << 61
+"""Those of all directories have this one."""
 
-def prepare(seek: Callable[[int, int, int], int]) -> None:
-    """Say what the next session shall be able to do; *seek* answers lseek(2): an offset, or -errno."""
+
+def prepare(seek: Callable[[int, int, int], int], *, passthrough: bool = False) -> None:
+    """Say what the next session shall be able to do; *seek* answers lseek(2): an offset, or -errno.
+
+    *passthrough*: whether files shall be lent to the kernel.
+    """
     if _module is not None:
-        _module.prepare(_DONT_MASK | _HANDLE_KILLPRIV | _CACHE_SYMLINKS, seek)
+        _module.prepare(_DONT_MASK | _HANDLE_KILLPRIV | _CACHE_SYMLINKS, seek, passthrough)
 
 
 def lacks() -> str | None:
@@ -84,6 +91,34 @@ def read_from(handle: int, descriptor: int) -> None:
         _module.read_from(handle, descriptor)
 
 
+def lends_not() -> str:
+    """Return why the session that pyfuse3 has made cannot lend files to the kernel; "" if it can."""
+    if _module is None or not _module.takes_part():
+        return lacks() or ""
+    if not _module.watches():
+        return "libfuse was built without custom I/O"
+    return str(_module.passthrough_lacking())
+
+
+def lend(descriptor: int) -> int:
+    """Let the kernel have a file; return its number there. OSError: ELOOP on a filesystem that is on another,
+    EPERM, EINVAL, ENOMEM."""
+    return int(_module.lend(descriptor))
+
+
+def take_back(number: int) -> None:
+    """Name a file that was lent in no answer any more."""
+    _module.take_back(number)
+
+
+def pass_through(handle: int, number: int, *, direct: bool = False) -> None:
+    """Name a file that was lent in the answer to the open of a handle; 0: none.
+
+    *direct*: only its mappings are the kernel's, reads and writes come here.
+    """
+    _module.pass_through(handle, number, direct)
+
+
 def empty_buffer() -> None:
     """Give back the memory that the last request came in: whoever handles it is about to wait, and has taken
     what is in it."""
@@ -97,6 +132,12 @@ def takes_set_id() -> bool | None:
     For handlers of open, create, write and setattr, before they await anything.
     """
     return None if _module is None else _module.takes_set_id()
+
+
+def requester() -> tuple[int, int]:
+    """Return the process and the user who make the request that has just come, as :func:`takes_set_id` does;
+    process 0 is not known."""
+    return (0, 0) if _module is None else _module.requester()
 
 
 class Counted(NamedTuple):

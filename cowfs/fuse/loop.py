@@ -242,6 +242,11 @@ class RequestLoop:
         self._forget_now.set()
         await self._forgotten.wait()
 
+    def take_forgets_soon(self) -> None:
+        """Let what the kernel forgets next not gather."""
+        if self._rings is not None:
+            self.in_trio(self._forget_now.set)
+
     async def give_way(self) -> None:
         """Let others have a turn: the caller has much to do."""
         await self.step_aside()

@@ -76,7 +76,7 @@ def _mounted(tmp_path: Path, first: str = "") -> Iterator[Noted]:
     log, notes = tmp_path / "log", tmp_path / "notes"
     run(
         sys.executable, "-c", _NOTING.format(first=first), notes,
-        *mount_arguments(lower, path, store, options=[f"log={log}"]),
+        *mount_arguments(lower, path, store, options=[f"log={log}", "passthrough=off"]),
         cwd=project_root(),
     )  # fmt: skip
     try:

@@ -1,0 +1,162 @@
+"""Which open files the kernel reads, writes and maps by itself (docs/adr/0031-passthrough.md).
+
+The kernel has two ways to the data of an inode, its own pages and a file that we lend it, and takes one at
+a time: all that is open of an inode is open the same way, and lent is one file. So the first open decides. A
+file in a lower is never lent, for who reads it shall see what is written once it is copied up, which is in
+another file then.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from contextlib import suppress
+
+from cowfs.fuse import libfuse
+from cowfs.layers.base import UpperLayer
+from cowfs.layers.directory import DirectoryLayer
+from cowfs.linux.remote import may_wait
+from cowfs.overlay.handle import Handle
+from cowfs.overlay.node import Node
+
+log = logging.getLogger(__name__)
+
+_UNFIT = os.O_APPEND | os.O_DIRECT
+"""fcntl(2) takes these flags from a file that is open; the kernel would go by what it was opened with."""
+_SHORT = 64 << 20
+_SHORT_PART = 8
+"""Room is short when less than so many bytes, and one part of so many, are free: then what is written comes
+here, where it waits for what has been removed to be freed."""
+_MUCH = 16
+"""A file is worth waiting for when no more than so many times its size is free."""
+_NEVER = {
+    errno.ELOOP: "the store's filesystem is itself on another one",
+    errno.EPERM: "the daemon has not the privilege of the system's root",
+    errno.EINVAL: "the kernel does not take the store's files",
+    errno.EOPNOTSUPP: "the kernel does not take the store's files",
+    errno.ENOTTY: "the kernel does not know it",
+}
+
+
+def why_not(upper: UpperLayer, wanted: str) -> str:
+    """Return why no file of a store can be lent to the kernel; "" if that is to be tried. May block."""
+    if wanted == "off":
+        return "turned off"
+    if os.geteuid() != 0:
+        return "only root may"
+    if not isinstance(upper, DirectoryLayer):
+        return "it reads the image itself"
+    try:
+        waits = may_wait(upper.root.fd)
+    except OSError:
+        waits = True
+    if waits:
+        return "the store's filesystem may wait for others"
+    if not os.fstatvfs(upper.root.fd).f_flag & os.ST_NOATIME:
+        return "reading would change the store's times"
+    return ""
+
+
+class _Lent:
+    """The file of an inode that the kernel has."""
+
+    __slots__ = ("number", "users")
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.users = 0
+
+
+class Passthrough:
+    """What is lent to the kernel."""
+
+    def __init__(self, upper: UpperLayer, wanted: str) -> None:
+        self._why = why_not(upper, wanted)
+        self._upper = upper
+        self._lent: dict[Node, _Lent] = {}
+        self._known: dict[int, bool] = {}
+        """Inodes of which something has been lent to be read: a mapping may be left, of which nobody tells.
+        True: one that may be written to."""
+
+    @property
+    def wanted(self) -> bool:
+        """Whether the session shall be able to lend."""
+        return not self._why
+
+    def why_not(self) -> str:
+        """Return why nothing is lent; "" if something is."""
+        return self._why or libfuse.lends_not()
+
+    def __len__(self) -> int:
+        """How many inodes are open that way."""
+        return len(self._lent)
+
+    def may_change(self, ino: int) -> bool:
+        """Whether an inode's times may change without a word to the kernel: by a mapping."""
+        return self._known.get(ino, False)
+
+    def forget(self, ino: int) -> None:
+        """The kernel does not know an inode any more, so there is no mapping."""
+        self._known.pop(ino, None)
+
+    def opened(self, handle: Handle, flags: int) -> bool:
+        """Let the kernel have a file that has just been opened, if it may.
+
+        Returns whether what it knows of the inode's times is not to be believed from now on.
+        """
+        node = handle.node
+        if self._why or node.upper is None or node.metacopy or handle.file.fileno() < 0:
+            return False
+        access = flags & os.O_ACCMODE
+        lasts = not flags & (os.O_DIRECT if access == os.O_RDONLY else _UNFIT) and access != os.O_ACCMODE
+        lent = self._lent.get(node)
+        if lent is None:
+            others = node.handles is not None and len(node.handles) > 1
+            fit = node.ino in self._known or (lasts and self._is_fit(access))
+            lent = None if others or not fit else self._lend(handle)
+            if lent is None:
+                return False
+            self._lent[node] = lent
+        lent.users += 1
+        libfuse.pass_through(handle.number, lent.number, direct=not lasts)
+        changes = access == os.O_RDWR and not self._known.get(node.ino)
+        if changes or (access != os.O_WRONLY and node.ino not in self._known):
+            self._known[node.ino] = changes
+        return changes
+
+    def _is_fit(self, access: int) -> bool:
+        return access == os.O_RDONLY or not self._room_is_short()
+
+    def _room_is_short(self, removed: int = 0) -> bool:
+        room = self._upper.statfs()
+        free = room.bavail * room.frsize
+        return free < max(min(_SHORT, room.blocks * room.frsize // _SHORT_PART), _MUCH * removed)
+
+    def wants_room(self, removed: int) -> bool:
+        """Whether the kernel, which writes without asking us to make room, may soon need that of a removed
+        file of so many bytes."""
+        return bool(self._lent) and self._room_is_short(removed)
+
+    def _lend(self, handle: Handle) -> _Lent | None:
+        if libfuse.lends_not():
+            return None
+        try:
+            return _Lent(libfuse.lend(handle.file.fileno()))
+        except OSError as error:
+            if error.errno in _NEVER:
+                self._why = _NEVER[error.errno]
+                log.info("files are read and written by way of the daemon: %s", self._why)
+            return None
+
+    def closed(self, handle: Handle) -> None:
+        """Take note that a file is not open any more, for the kernel too."""
+        lent = self._lent.get(handle.node)
+        if lent is None:
+            return
+        libfuse.pass_through(handle.number, 0)
+        lent.users -= 1
+        if not lent.users:
+            del self._lent[handle.node]
+            with suppress(OSError):  # the filesystem is gone, and with it all that was lent
+                libfuse.take_back(lent.number)
