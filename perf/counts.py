@@ -27,8 +27,8 @@ from cowfs.cli.requests import Requests, requests_in
 from perf import machine
 from perf.box import PROJECT
 from perf.operations import OPERATIONS, Operation, Place, lower_tree, outside_tree, versions
+from perf.report import DOCUMENT, between
 
-DOCUMENT = PROJECT / "docs/benchmarks.md"
 BEGIN, END = "<!-- requests per operation: made by perf.counts -->", "<!-- end of requests per operation -->"
 COWFS = [machine.python(), "-m", "cowfs.cli.main"]
 UNTOLD = {"FORGET", "BATCH_FORGET", "INTERRUPT", "DESTROY", "INIT"}
@@ -216,11 +216,7 @@ def read_table(text: str) -> tuple[dict[str, str], dict[str, Row]]:
 
 def write(rows: list[Row]) -> None:
     """Put the table into the document."""
-    text = DOCUMENT.read_text()
-    head, found, rest = text.partition(BEGIN)
-    if not found:
-        raise ValueError(f"{DOCUMENT} has no place for the table")
-    DOCUMENT.write_text(f"{head}{BEGIN}\n{table(rows)}\n{END}{rest.partition(END)[2]}")
+    between(DOCUMENT, BEGIN, END, f"\n{table(rows)}\n")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,7 +1,8 @@
 """Draw a results file: ``python -m perf.plot [FILE] [-o DIR] [--format png|svg]``; wants matplotlib.
 
-Two pictures: seconds of every workload on every system, and how many times as long as cowfs each took.
-The bars are medians, the whiskers reach from the fastest to the slowest round.
+Seconds of every workload on every system, and how many times as long as cowfs each took: the bars are
+medians, the whiskers reach from the fastest to the slowest round. And of a run of the targets, how many times
+as long cowfs took, over either transport, as the better C peer and as the kernel's overlayfs.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from perf import targets
 from perf.report import newest
 from perf.samples import Results, Spread, ratio, spread
 
@@ -111,12 +113,47 @@ def draw_ratios(results: Results, pyplot: Any) -> Any:
     return figure
 
 
+def draw_targets(results: Results, pyplot: Any) -> Any:
+    """Two charts: beside the better C peer (or a user's stack), and beside the kernel's overlayfs."""
+    ours = targets.of_groups(results, targets.ALL)
+    of_user = targets.of_groups(results, ("user",))
+    sides = [
+        ("times as long as the better C peer", targets.PEERS, of_user),
+        ("times as long as the kernel's overlayfs", targets.KERNELS, []),
+    ]
+    height = 0.32 * (len(ours) + len(of_user)) + 1.6
+    figure, axes = pyplot.subplots(1, 2, figsize=(12, height), squeeze=False)
+    for axis, (label, peers, users) in zip(axes.flat, sides, strict=True):
+        rows = [*ours, *users]
+        for number, system in enumerate(targets.OWN[:2]):
+            found = targets.ratios(results, ours, system, peers)
+            found |= targets.ratios(results, users, targets.OF_USER[number], targets.STACKS)
+            places = [len(rows) - 1 - rows.index(name) + 0.18 - 0.36 * number for name in found]
+            widths = [value - 1 for value in found.values()]
+            name = (
+                f"{system}: mean {targets.shown(targets.mean(targets.ratios(results, ours, system, peers)))}"
+            )
+            colour = (COLOURS["cowfs"], OTHER)[number]
+            axis.barh(places, widths, left=1, height=0.34, color=colour, label=name)
+        axis.set_xscale("log")
+        ticks = [0.1, 0.2, 0.5, 1, 2, 5, 10]
+        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axis.set_yticks(range(len(rows)), list(reversed(rows)), fontsize=8)
+        axis.axvline(1, color="#222222", linewidth=1)
+        axis.set_xlabel(f"{label} (left of the line: cowfs is quicker)", fontsize=9)
+        axis.legend(fontsize=8, frameon=False)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    return figure
+
+
 def main(argv: list[str] | None = None) -> int:
     """Write the pictures beside the results file, or into a directory of one's own."""
     parser = argparse.ArgumentParser(prog="perf.plot", description=__doc__)
     parser.add_argument("file", nargs="?", type=Path, help="a results file (the newest)")
     parser.add_argument("-o", "--output", type=Path, help="the directory for the pictures (that of the file)")
-    parser.add_argument("--format", choices=("png", "svg"), default="svg")
+    parser.add_argument("--format", choices=("png", "svg", "both"), default="svg")
+    parser.add_argument("--only", choices=("seconds", "ratios", "targets"), help="one of the pictures")
     options = parser.parse_args(argv)
     path = options.file or newest()
     if path is None:
@@ -137,13 +174,21 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     directory = options.output or path.parent
     directory.mkdir(parents=True, exist_ok=True)
-    pictures = {"seconds": draw_seconds(results, pyplot)}
+    pictures = {"seconds": draw_seconds}
     if any(name in results.systems for name in OWN) and len(results.systems) > 1:
-        pictures["ratios"] = draw_ratios(results, pyplot)
-    for name, figure in pictures.items():
-        target = directory / f"{path.stem}-{name}.{options.format}"
-        figure.savefig(target, dpi=120)
-        print(target)
+        pictures["ratios"] = draw_ratios
+    if targets.ratio_rows(results):
+        pictures["targets"] = draw_targets
+    # What is drawn from one file is the same each time.
+    matplotlib.rcParams["svg.hashsalt"] = path.stem
+    for name, draw in pictures.items():
+        if options.only not in (None, name):
+            continue
+        figure = draw(results, pyplot)
+        for kind in ("png", "svg") if options.format == "both" else (options.format,):
+            target = directory / f"{path.stem}-{name}.{kind}"
+            figure.savefig(target, dpi=120, metadata={"Date": None} if kind == "svg" else None)
+            print(target)
     return 0
 
 

@@ -1,15 +1,23 @@
-"""A results file as tables: ``python -m perf.report [FILE] [--markdown]``, the newest file by default."""
+"""A results file as tables: ``python -m perf.report [FILE] [--markdown]``, the newest file by default.
+
+``--document`` writes what the run says of the targets, with its plots, into docs/.
+"""
 
 from __future__ import annotations
 
 import argparse
 import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+from perf import targets
 from perf.samples import Results, Spread, ratio, spread
 
 FOLDER = Path(__file__).with_name("results")
+DOCUMENT = FOLDER.parents[1] / "docs/benchmarks.md"
+PLOTS = DOCUMENT.with_name("plots")
+BEGIN, END = "<!-- targets: made by perf.report --document -->", "<!-- end of targets -->"
 BASES = (
     *("cowfs", "overlayfs", "cowfs-store", "cowfs-process"),
     *("squashfuse_ll", "squashfuse_ll+fuse-overlayfs"),
@@ -137,7 +145,7 @@ def image_lines(results: Results) -> list[str]:
 def text(results: Results, *, as_markdown: bool = False) -> str:
     """Everything, for a terminal or in Markdown."""
     show = markdown if as_markdown else aligned
-    parts = [machine_line(results), *image_lines(results)]
+    parts = [machine_line(results), *image_lines(results), *target_parts(results, show)]
     for base in BASES:
         if any(s.system == base for s in results.samples):
             parts.append(f"Median seconds, and the ratio to {base} paired within rounds (lowest..highest):")
@@ -158,10 +166,48 @@ def text(results: Results, *, as_markdown: bool = False) -> str:
     return "\n\n".join(parts)
 
 
+def target_parts(results: Results, show: Callable[[list[list[str]]], str]) -> list[str]:
+    """What the run says of the targets; nothing when it is about other things."""
+    tables: dict[str, Callable[[Results], list[list[str]]]] = {
+        "Aims, and what is reached: how many times as long as another cowfs takes:": targets.target_rows,
+        "Ratios, the median of those within each round; means are geometric:": targets.ratio_rows,
+        "The same for an ordinary user, beside the stack of squashfuse_ll, fuse2fs and fuse-overlayfs:":
+            targets.user_rows,
+    }  # fmt: skip
+    made = {title: table(results) for title, table in tables.items()}
+    return [part for title, table in made.items() if table for part in (title, show(table))]
+
+
+def document(path: Path, results: Results) -> None:
+    """Write the section of the targets in docs/benchmarks.md anew, from a run and its plots."""
+    parts = [machine_line(results), *target_parts(results, markdown)]
+    if path.resolve().parent == FOLDER:
+        parts.insert(1, f"The raw figures: [{path.name}](../perf/results/{path.name}).")
+    pictures = [each for each in PLOTS.glob(f"{path.stem}-targets.*") if each.suffix == ".svg"]
+    parts += [f"![Ratios](plots/{each.name}) ([PNG](plots/{each.stem}.png))" for each in pictures]
+    parts += [
+        "Median seconds, and the ratio to cowfs paired within rounds (lowest..highest); `!` marks a failure:"
+    ]
+    parts += [markdown(rows(results, base)) for base in ("cowfs", "cowfs-user") if base in results.systems]
+    failed = {f"- {s.workload} on {s.system}: {s.error}" for s in results.errors()}
+    parts += ["\n".join(sorted(failed))] if failed else []
+    between(DOCUMENT, BEGIN, END, f"\n{chr(10).join(f'{part}{chr(10)}' for part in parts)}")
+
+
+def between(path: Path, begin: str, end: str, text: str) -> None:
+    """Put *text* between two marks in *path*; ValueError when they are not there."""
+    head, _, rest = path.read_text().partition(begin)
+    _, found, tail = rest.partition(end)
+    if not found:
+        raise ValueError(f"{path} has no place for this: {begin}")
+    path.write_text(f"{head}{begin}{text}{end}{tail}")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Print the tables."""
     parser = argparse.ArgumentParser(prog="perf.report", description=__doc__)
     parser.add_argument("file", nargs="?", type=Path, help="a results file (the newest)")
+    parser.add_argument("--document", action="store_true", help="write docs/benchmarks.md and docs/plots")
     parser.add_argument("--markdown", action="store_true", help="as Markdown tables")
     options = parser.parse_args(argv)
     path = options.file or newest()
@@ -173,6 +219,13 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         print(f"perf.report: {error}", file=sys.stderr)
         return 2
+    if options.document:
+        from perf import plot  # which needs this module
+
+        for old in PLOTS.glob("*-targets.*"):
+            old.unlink()
+        plot.main([str(path), "-o", str(PLOTS), "--format", "both", "--only", "targets"])
+        document(path, results)
     print(text(results, as_markdown=options.markdown))
     return 0
 

@@ -51,6 +51,7 @@ class Cowfs:
         box.check([*command(self.tree), "create", str(box.image), f"{STORE_BYTES >> 20}M"])
 
     def mount(self, box: Box) -> None:
+        machine.offer_io_uring("Y")  # which others on this machine may have turned off since
         store = ["--store", str(box.image), *self._how()]
         box.start_daemon([*command(self.tree), "mount", str(box.corpus.image), str(box.merged), *store])
 

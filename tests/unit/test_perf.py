@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from perf import corpus, images, machine, plot, report, requests, run, samples
+from perf import corpus, images, machine, plot, report, requests, run, samples, targets
 from perf.bench import Workload, store, workloads
 from perf.box import Box, SampleFailed, WrongResult
 from perf.peers import needs, systems
@@ -238,6 +238,67 @@ def test_the_plots_are_written(kind: str, tmp_path: Path) -> None:
     assert plot.main([str(path), "--format", kind]) == 0
     for name in ("seconds", "ratios"):
         assert (tmp_path / f"2000-01-01-{name}.{kind}").stat().st_size > 1000
+    results_of_targets().save(path)
+    assert plot.main([str(path), "--format", "both", "--only", "targets"]) == 0
+    assert (tmp_path / f"2000-01-01-targets.{kind}").stat().st_size > 1000
+
+
+def results_of_targets() -> Results:
+    """Three rounds of two workloads of the targets, on cowfs, two peers and the kernel."""
+    seconds = {
+        "create": {"cowfs": 1.0, "fuse-overlayfs": 4.0, "unionfs-fuse": 2.5, "overlayfs": 0.5},
+        "make": {"cowfs": 9.0, "fuse-overlayfs": 8.0, "unionfs-fuse": 10.0, "overlayfs": 3.0},
+    }
+    results = some_results()
+    results.workloads = {name: {"title": name} for name in seconds}
+    results.systems = {name: {"fuse": True} for name in seconds["create"]}
+    results.samples = [
+        Sample(workload, system, turn, 0, seconds=took * (turn + 1))
+        for turn in range(3)
+        for workload, each in seconds.items()
+        for system, took in each.items()
+    ]
+    return results
+
+
+def test_targets_are_ratios_to_the_better_peer_and_to_the_kernel() -> None:
+    results = results_of_targets()
+    rows = {row[0]: row[1:] for row in targets.ratio_rows(results)}
+    assert rows["create"] == ["unionfs-fuse", "0.40", "2.00"]
+    assert rows["make"] == ["fuse-overlayfs", "1.12", "3.00"]
+    assert rows["**mean of all**"] == ["", "0.67", "2.45"], "geometric"
+    said = {(row[0], row[2]): row[4] for row in targets.target_rows(results)}
+    assert said["small files, each", "the better peer"] == "yes: at most 0.40"
+    assert said["programs, each", "the better peer"] == "no: 0 of 1; above are make 1.12"
+    assert said["all, mean", "overlayfs"] == "no: 2.45"
+    assert not any(what.startswith(("data", "an ordinary user")) for what, _ in said), "which were not run"
+
+
+def test_a_target_tells_what_has_no_figure() -> None:
+    results = results_of_targets()
+    for sample in results.samples:
+        if (sample.workload, sample.system) == ("make", "cowfs"):
+            sample.error = "wrong bytes"
+    said = {(row[0], row[2]): row[4] for row in targets.target_rows(results)}
+    assert said["all, mean", "the better peer"] == "yes: 0.40; 1 without a figure"
+
+
+def test_the_document_gets_the_targets_between_its_marks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, target = tmp_path / "2000-01-01.json", tmp_path / "benchmarks.md"
+    results_of_targets().save(path)
+    target.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    monkeypatch.setattr(report, "DOCUMENT", target)
+    monkeypatch.setattr(report, "PLOTS", tmp_path / "plots")
+    for _ in range(2):
+        assert report.main([str(path), "--document"]) == 0
+        text = target.read_text()
+        assert text.startswith(f"before\n{report.BEGIN}\n") and text.endswith(f"{report.END}\nafter\n")
+        assert "| create | unionfs-fuse | 0.40 | 2.00 |" in text and "old" not in text
+    (tmp_path / "benchmarks.md").write_text("no place")
+    with pytest.raises(ValueError, match="no place"):
+        report.document(path, results_of_targets())
 
 
 TRACE = """\
