@@ -196,12 +196,18 @@ class _Syslog(logging.handlers.SysLogHandler):
             self.socket = socket.socket(fileno=elsewhere.ask("syslog")["fd"])
 
 
+def open_log(path: str) -> int:
+    """Open the file that is to be the log. Nobody waits for who shall read it (fifo(7))."""
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+    return os.open(path, flags, 0o644)
+
+
 def set_up_log(path: str | None, *, foreground: bool) -> None:
     """Send the log to a file, to the terminal in the foreground, or else to syslog if there is one."""
     handler: logging.Handler
     form = "%(asctime)s cowfs[%(process)d] %(levelname)s %(name)s: %(message)s"
     if path is not None:
-        handler = logging.FileHandler(path)
+        handler = logging.StreamHandler(os.fdopen(open_log(path), "w", errors="backslashreplace"))
     elif foreground:
         handler = logging.StreamHandler()
         form = "cowfs: %(message)s"

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from cowfs.cli import options as mount_options
-from cowfs.cli.background import Reporter, leave, run_in_background, set_up_log
+from cowfs.cli.background import Reporter, leave, open_log, run_in_background, set_up_log
 from cowfs.cli.lacking import LEAST_FILES, too_few_files
 from cowfs.cli.output import warn
 from cowfs.errors import MountFailure, SystemFailure, UsageError
@@ -136,7 +136,7 @@ def run(args: argparse.Namespace) -> int:
 def _check_log(path: str) -> None:
     """SystemFailure when the log cannot be written: said here, where somebody reads it."""
     try:
-        os.close(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644))
+        os.close(open_log(path))
     except OSError as error:
         raise SystemFailure(
             f"{path}: cannot be the log: {error.strerror}", "give the path of a file that may be written to"

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Sequence
 
-from cowfs.errors import UsageError
+from cowfs.errors import StoreError, UsageError
 from cowfs.store.directory import open_directory
 from cowfs.store.image import open_image
 from cowfs.store.memory import open_memory
 from cowfs.store.store import Store, Wanted
 from cowfs.store.tools import Progress, quiet
 from cowfs.types import Identity
+
+_OF_THE_SYSTEM = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN}
+"""Nothing is wrong with the store then."""
 
 
 def open_store(
@@ -43,9 +47,15 @@ def open_store(
             "an image has a size of its own, which cowfs grow changes",
         )
     path = os.path.abspath(spec)
-    if os.path.isdir(path) or (not os.path.lexists(path) and not _looks_like_image(spec)):
-        return open_directory(path, want)
-    return open_image(path, want)
+    try:
+        if os.path.isdir(path) or (not os.path.lexists(path) and not _looks_like_image(spec)):
+            return open_directory(path, want)
+        return open_image(path, want)
+    except OSError as error:
+        if error.errno in _OF_THE_SYSTEM:
+            raise
+        hint = f"cowfs check -n {path} tells more"
+        raise StoreError(f"{path}: cannot be opened as a store: {error.strerror}", hint) from None
 
 
 def _looks_like_image(spec: str) -> bool:

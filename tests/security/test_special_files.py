@@ -1,0 +1,71 @@
+"""FIFOs and other things that are no files, where a file is expected: nobody waits for them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.mounts import COWFS, cowfs, is_mounted, mounted, project_root
+from tests.support.system import needs_fuse, needs_root, run
+
+pytestmark = needs_fuse
+
+
+@pytest.fixture
+def base(nobody_path: Path) -> Iterator[Path]:
+    (nobody_path / "lower").mkdir()
+    (nobody_path / "lower" / "file").write_text("x\n")
+    (nobody_path / "mnt").mkdir()
+    os.mkfifo(nobody_path / "fifo")
+    yield nobody_path
+
+
+def test_a_log_that_nobody_reads(base: Path) -> None:
+    done = cowfs("mount", base / "lower", base / "mnt", "-o", f"log={base}/fifo", timeout=20)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done
+    assert f"{base}/fifo" in done.stderr and not is_mounted(base / "mnt")
+
+
+def test_a_log_whose_reader_stops_reading(base: Path) -> None:
+    """What is logged is lost then, and the mount goes on."""
+    reader = os.open(base / "fifo", os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        with mounted(base / "lower", base / "mnt2", log=base / "fifo", quiet=False) as here:
+            full = os.open(base / "fifo", os.O_WRONLY | os.O_NONBLOCK)
+            try:
+                while True:
+                    os.write(full, b"x" * 4096)
+            except BlockingIOError:
+                pass
+            finally:
+                os.close(full)
+            env = {**os.environ, "PYTHONPATH": project_root()}
+            done = run(*COWFS, "grow", here.path, "16", timeout=20, check=False, env=env)  # it logs a refusal
+            assert done.returncode == 32
+            assert (here.path / "file").read_text() == "x\n"
+            here.umount()
+    finally:
+        os.close(reader)
+
+
+@needs_root
+@pytest.mark.parametrize(
+    "edits",
+    [["sif / mode 0100777"], ["unlink /cowfs", "link /upper /cowfs"], ["sif /work mode 0100777"]],
+    ids=["the root is a file", "a directory has two names", "work is a file"],
+)
+def test_what_a_store_is_made_of(base: Path, edits: list[str]) -> None:
+    """A mount is refused in one line, as damage of the store, and no fault of ours."""
+    image = base / "image"
+    cowfs("create", image, "16", check=True)
+    with mounted(base / "lower", base / "mnt2", image) as here:
+        (here.path / "new").write_text("x")
+    for edit in edits:
+        run("debugfs", "-w", "-R", edit, image)
+    done = cowfs("mount", base / "lower", base / "mnt", "--store", image)
+    assert done.returncode == 32 and done.stderr.count("\n") == 1, done
+    assert str(image) in done.stderr and "(" in done.stderr, done
+    assert not is_mounted(base / "mnt")
