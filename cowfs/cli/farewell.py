@@ -42,7 +42,7 @@ class Farewell:
         except _Refused as refused:
             raise MountFailure(
                 f"{mountpoint}: not unmounted, for not all of it could be saved: {refused}",
-                "make room on the disk of the store, and unmount again; --force gives up what is not saved",
+                "remove the cause, be it a full disk, and unmount again; --force gives up what is not saved",
             ) from None
         finally:
             os.close(writing)
