@@ -46,6 +46,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("-w", "--workloads", metavar="A,B", help="only these: " + ", ".join(names))
     made.add_argument("-s", "--systems", metavar="A,B", help="only these: " + ", ".join(systems()))
     made.add_argument("-r", "--rounds", type=int, help="rounds (5; 2 with --quick; 0 for --requests alone)")
+    made.add_argument(
+        "--minutes", type=float, default=0, metavar="N", help="begin no round that would not end within these"
+    )
     made.add_argument("--quick", action="store_true", help="only the main workloads, 2 rounds")
     made.add_argument("--limit", type=float, default=180, metavar="SECONDS", help="for one sample (180)")
     made.add_argument(

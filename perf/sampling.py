@@ -52,7 +52,12 @@ class Runner:
 
     def rounds(self, rounds: int) -> None:
         """Each round: each workload on all systems, one after the other, the first one changing."""
+        start = time.monotonic()
         for turn in range(rounds):
+            taken = time.monotonic() - start
+            if turn and self.options.minutes and taken * (turn + 1) / turn > self.options.minutes * 60:
+                self.results.rounds = turn
+                return
             for group in self.groups:
                 for number, workloads in enumerate(batches(group)):
                     for position, peer in enumerate(rotated(list(group.systems), turn + number)):

@@ -78,7 +78,7 @@ def bench_of_targets() -> dict[str, dict[str, Workload]]:
     """What the targets of docs/benchmarks.md are about, by group and name."""
     from perf.bench import data, files, programs
 
-    user = [*files.of("user-", 2), *data.of("user-", 2)]
+    user = [*files.of("user-", 4), *data.of("user-", 4)]
     known = {
         "files": files.WORKLOADS, "data": data.WORKLOADS, "programs": programs.WORKLOADS, "user": user
     }  # fmt: skip

@@ -133,7 +133,7 @@ class Unpack(Untar):
 
 def of(prefix: str, share: int = 1) -> list[Workload]:
     """The workloads, their names begun with *prefix*, on one in *share* of the files."""
-    few, many = 1000 // share, 3000 // share
+    few, many = 2000 // share, 6000 // share
     known: list[Workload] = [
         Walk("walk", "find -printf of the whole lower", cold=True, main=False),
         ReadSmall("cat", f"read {many:,} small files of the lower", many),
