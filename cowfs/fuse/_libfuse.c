@@ -39,6 +39,9 @@
 /* … and those of all directories this one. */
 #define LISTING (UINT64_C(1) << 61)
 
+/* A file that the kernel has not told us that it opens has its inode number with this bit for a handle number. */
+#define UNOPENED (UINT64_C(1) << 63)
+
 static struct fuse_lowlevel_ops theirs;
 static unsigned wanted, granted;
 static bool between;      /* pyfuse3 has come through here */
@@ -52,6 +55,8 @@ static char *buffer;
 static size_t buffer_size;
 
 static void *received; /* the buffer that the last request came in: each of pyfuse3's tasks has its own */
+static bool knows_files;  /* by their inodes: it shall not be told which ones are opened */
+static bool unopened;     /* and it knows how */
 static bool tells_set_id; /* the kernel says with each request what it takes from a file */
 
 /* The kernel need not ask for security.capability before it writes, since whoever writes below us removes it
@@ -124,7 +129,7 @@ static uint32_t word(size_t offset)
 }
 
 /* In front of each request, struct fuse_in_header. */
-enum { OPCODE = 4, BODY = 40 };
+enum { OPCODE = 4, UID = 24, PID = 32, BODY = 40 };
 
 /* Whether FUSE_INIT, which is being handled, knows a flag. */
 static bool kernel_has(uint32_t flag)
@@ -134,10 +139,16 @@ static bool kernel_has(uint32_t flag)
 	return received && word(OPCODE) == INIT && word(FLAGS) & flag;
 }
 
-/* pyfuse3 has all of a request in memory before it looks at it: a way through a pipe is only longer. */
+/* pyfuse3 has all of a request in memory before it looks at it: a way through a pipe is only longer. Nobody but us
+ * changes a file, so what the kernel has read of it holds whatever its times are. Who is not told of opened files
+ * is not told by O_TRUNC either. */
 static uint32_t better(uint32_t want, const struct fuse_conn_info *conn)
 {
-	return (want | ((wanted | KILLPRIV_V2) & conn->capable)) & ~(uint32_t)FUSE_CAP_SPLICE_READ;
+	uint32_t without = FUSE_CAP_SPLICE_READ | FUSE_CAP_AUTO_INVAL_DATA;
+
+	if (unopened)
+		without |= FUSE_CAP_ATOMIC_O_TRUNC;
+	return (want | ((wanted | KILLPRIV_V2) & conn->capable)) & ~without;
 }
 
 static void on_init(void *userdata, struct fuse_conn_info *conn)
@@ -149,6 +160,7 @@ static void on_init(void *userdata, struct fuse_conn_info *conn)
 	theirs.init(userdata, conn);
 	conn->max_background = UINT16_MAX;
 	tells_set_id = kernel_has(1u << 28) && begin_reply(conn);
+	unopened = knows_files && kernel_has(1u << 17); /* FUSE_NO_OPEN_SUPPORT */
 #ifdef HAS_WANT_EXT
 	/* There are two words for it, and libfuse refuses a session that set them to different things: we set
 	 * what pyfuse3 sets. */
@@ -164,8 +176,29 @@ static void on_init(void *userdata, struct fuse_conn_info *conn)
 	granted = conn->want = better(conn->want, conn);
 }
 
+/* Our handle numbers begin with 1. */
+static void find_file(fuse_ino_t ino, struct fuse_file_info *fi)
+{
+	if (unopened && !fi->fh)
+		fi->fh = ino | UNOPENED;
+}
+
+static void on_write_buf(fuse_req_t req, fuse_ino_t ino, struct fuse_bufvec *data, off_t offset,
+			 struct fuse_file_info *fi)
+{
+	find_file(ino, fi);
+	theirs.write_buf(req, ino, data, offset, fi);
+}
+
+static void on_fsync(fuse_req_t req, fuse_ino_t ino, int datasync, struct fuse_file_info *fi)
+{
+	find_file(ino, fi);
+	theirs.fsync(req, ino, datasync, fi);
+}
+
 static void on_read(fuse_req_t req, fuse_ino_t ino, size_t size, off_t offset, struct fuse_file_info *fi)
 {
+	find_file(ino, fi);
 	int fd = fi->fh < handles ? descriptors[fi->fh] : -1;
 	if (fd < 0) {
 		theirs.read(req, ino, size, offset, fi);
@@ -196,7 +229,7 @@ static void on_read(fuse_req_t req, fuse_ino_t ino, size_t size, off_t offset, s
 
 static void on_lseek(fuse_req_t req, fuse_ino_t ino, off_t offset, int whence, struct fuse_file_info *fi)
 {
-	(void)ino;
+	find_file(ino, fi);
 	PyObject *result =
 		PyObject_CallFunction(seeker, "KLi", (unsigned long long)fi->fh, (long long)offset, whence);
 	long long place = result ? PyLong_AsLongLong(result) : -EIO;
@@ -225,6 +258,12 @@ static const struct fuse_lowlevel_ops *put_between(const struct fuse_lowlevel_op
 	ours = theirs;
 	ours.init = on_init;
 	ours.read = on_read;
+	if (theirs.write_buf && theirs.fsync) {
+		ours.write_buf = on_write_buf;
+		ours.fsync = on_fsync;
+	} else {
+		knows_files = false;
+	}
 	if (seeker)
 		ours.lseek = on_lseek;
 	between = true;
@@ -316,12 +355,14 @@ static PyObject *prepare(PyObject *self, PyObject *args)
 	PyObject *callable;
 	int passthrough;
 	(void)self;
-	if (!PyArg_ParseTuple(args, "IOp", &wanted, &callable, &passthrough))
+	int files;
+	if (!PyArg_ParseTuple(args, "IOpp", &wanted, &callable, &files, &passthrough))
 		return NULL;
+	knows_files = files;
 	passthrough_want(passthrough);
 	Py_INCREF(callable);
 	Py_XSETREF(seeker, callable);
-	between = watched = tells_set_id = false;
+	between = watched = tells_set_id = unopened = false;
 	granted = 0;
 	Py_RETURN_NONE;
 }
@@ -386,11 +427,19 @@ static PyObject *takes_set_id(PyObject *self, PyObject *args)
 	Py_RETURN_NONE;
 }
 
-static PyObject *requester(PyObject *self, PyObject *args)
+static PyObject *opens_nothing(PyObject *self, PyObject *args)
 {
-	enum { UID = 24, PID = 32 };
 	(void)self, (void)args;
-	return received ? Py_BuildValue("(II)", word(PID), word(UID)) : Py_BuildValue("(II)", 0, 0);
+	return PyBool_FromLong(unopened);
+}
+
+static PyObject *request(PyObject *self, PyObject *args)
+{
+	enum { WRITE = 16, FLAGS = BODY + 32 };
+	(void)self, (void)args;
+	if (!received)
+		return Py_BuildValue("(III)", 0, 0, 0);
+	return Py_BuildValue("(III)", word(PID), word(UID), word(OPCODE) == WRITE ? word(FLAGS) : 0);
 }
 
 static PyObject *empty_buffer(PyObject *self, PyObject *args)
@@ -413,12 +462,15 @@ static PyMethodDef methods[] = {
 	{"takes_set_id", takes_set_id, METH_NOARGS,
 	 "takes_set_id(): whether the request that has just come takes set-ID bits from a file, since who makes\n"
 	 "it has not CAP_FSETID; None where the kernel does not say it."},
-	{"requester", requester, METH_NOARGS,
-	 "requester(): process and user who make the request that has just come; 0 where that is not known."},
 	{"prepare", prepare, METH_VARARGS,
-	 "prepare(want, seek, passthrough): ask for these FUSE_CAP_* in the sessions that follow; seek(fh, offset,\n"
-	 "whence) answers lseek(2) with SEEK_DATA and SEEK_HOLE: an offset, or an errno negated; passthrough: whether\n"
-	 "files shall be lent to the kernel."},
+	 "prepare(want, seek, files, passthrough): ask for these FUSE_CAP_* in the sessions that follow; seek(fh,\n"
+	 "offset, whence) answers lseek(2) with SEEK_DATA and SEEK_HOLE: an offset, or an errno negated; files: which\n"
+	 "ones are opened need not be known; passthrough: whether files shall be lent to the kernel."},
+	{"opens_nothing", opens_nothing, METH_NOARGS,
+	 "opens_nothing(): whether the kernel opens files by itself if open(2) is answered by ENOSYS."},
+	{"request", request, METH_NOARGS,
+	 "request(): process and user who make the request that has just come, and of a write the flags of the open\n"
+	 "file; 0 where that is not known."},
 	{"capabilities", capabilities, METH_NOARGS,
 	 "capabilities(): the FUSE_CAP_* that the session has; 0 before the kernel has said hello."},
 	{"takes_part", takes_part, METH_NOARGS, "takes_part(): whether pyfuse3's session was made here."},

@@ -24,7 +24,7 @@ from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, Setatt
 
 from cowfs.fuse import libfuse, requests
 from cowfs.fuse.failure import errno_of
-from cowfs.fuse.handlers import Handlers, async_, failure_of, sync, told
+from cowfs.fuse.handlers import Handlers, Said, async_, failure_of, sync, told
 from cowfs.fuse.loop import RequestLoop
 from cowfs.fuse.open_files import OpenFiles
 from cowfs.fuse.passthrough import Passthrough
@@ -33,6 +33,7 @@ from cowfs.fuse.shares import Bounds
 from cowfs.fuse.shares import bounds as bounds_of_process
 from cowfs.fuse.snapshots import OpenDirectory, Snapshots
 from cowfs.fuse.threads import SLICE
+from cowfs.fuse.unopened import Unopened
 from cowfs.layers.acl import ACCESS as ACCESS_ACL
 from cowfs.layers.acl import DEFAULT as DEFAULT_ACL
 from cowfs.layers.base import File
@@ -108,9 +109,16 @@ class Adapter(Handlers):
         self._no_capability: set[int] = set()
         self._no_default_acl: set[int] = set()
         self._passthrough = Passthrough(fs.upper, passthrough)
-        libfuse.prepare(self._seek, passthrough=self._passthrough.wanted)
+        self._unopened = Unopened(fs)
+        libfuse.prepare(
+            self._seek, knows_files=self.may_open_nothing(), passthrough=self._passthrough.wanted
+        )
         self._missing = EntryAttributes()  # st_ino 0: the kernel remembers that there is no such name
         self._missing.entry_timeout = FOREVER
+
+    def may_open_nothing(self) -> bool:
+        """Whether the kernel may open files by itself: what they cost us then is counted for nobody."""
+        return not any(layer.has_descriptors for layer in (self._fs.upper, *self._fs.lowers))
 
     # --- between the two sides
 
@@ -312,6 +320,8 @@ class Adapter(Handlers):
                 self._no_capability.discard(ino)
                 self._no_default_acl.discard(ino)
                 try:
+                    if lookups >= node.lookups:
+                        self._unopened.forget(node)
                     self._fs.forget(node, lookups)
                     if self._fs.nodes.get(ino) is None:
                         self._passthrough.forget(ino)
@@ -405,7 +415,7 @@ class Adapter(Handlers):
     @told
     async def setattr(
         self,
-        takes: bool | None,
+        said: Said,
         inode: int,
         attr: EntryAttributes,
         fields: SetattrFields,
@@ -413,8 +423,7 @@ class Adapter(Handlers):
         ctx: RequestContext,
     ) -> EntryAttributes:
         node = self._node(inode)
-        if not fields.update_size:
-            takes = None  # a chown always does
+        takes = said.takes if fields.update_size else None  # a chown always does
         new = NewAttributes(
             mode=stat.S_IMODE(attr.st_mode) if fields.update_mode else None,
             uid=attr.st_uid if fields.update_uid else None,
@@ -503,7 +512,9 @@ class Adapter(Handlers):
     # --- files
 
     @told
-    async def open(self, takes: bool | None, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
+    async def open(self, said: Said, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
+        if libfuse.opens_nothing():
+            raise FUSEError(errno.ENOSYS)
         node = self._node(inode)
         self._files.must_have(ctx.uid)
         if flags & (os.O_ACCMODE | os.O_TRUNC):
@@ -514,7 +525,7 @@ class Adapter(Handlers):
             if flags & os.O_TRUNC:
                 await self._cut(node, 0, ctx.uid)
             self._files.must_have(ctx.uid)
-        opener = self._writer(node, ctx, takes) if flags & os.O_TRUNC else _by_uid(ctx)
+        opener = self._writer(node, ctx, said.takes) if flags & os.O_TRUNC else _by_uid(ctx)
         return self._opened(node, flags, ctx, opener)
 
     @async_
@@ -563,9 +574,20 @@ class Adapter(Handlers):
         if size and self._passthrough.wants_room(size):
             self._loop.take_forgets_soon()
 
+    def _reading(self, fh: int) -> Handle:
+        """Return what the file of a number is read by."""
+        if fh & libfuse.UNOPENED:
+            return self._unopened.to_read(self._node(fh ^ libfuse.UNOPENED))
+        return self._files[fh]
+
+    def _user(self, fh: int) -> int:
+        """Return whose work it is to read or write a file. To be asked before anything is awaited."""
+        return libfuse.request()[1] if fh & libfuse.UNOPENED else self._files.opener(fh)
+
     @async_
     async def read(self, fh: int, off: int, size: int) -> bytes:
-        file = self._files[fh].file
+        handle = self._reading(fh)
+        file = handle.file
         data = file.try_pread(size, off)
         if data is not None:
             return data
@@ -575,18 +597,21 @@ class Adapter(Handlers):
             return await threads.run_patiently(pread, threads.slow_reads, self._files.opener(fh))
         if self._loop.nobody_waits():  # the way to a thread and back would help nobody
             return file.pread(size, off)
-        return await threads.run(lambda: file.pread(size, off), threads.reads, self._files.opener(fh))
+        uid = self._user(fh)
+        with self._unopened.in_use(handle.node):
+            return await threads.run(lambda: file.pread(size, off), threads.reads, uid)
 
-    @async_
-    async def write(self, fh: int, off: int, buf: bytes) -> int:
+    @told
+    async def write(self, said: Said, fh: int, off: int, buf: bytes) -> int:
+        if fh & libfuse.UNOPENED:
+            return await self._write_unopened(said, self._node(fh ^ libfuse.UNOPENED), off, buf)
         handle = self._files[fh]
         node = handle.node
         mode = node.mode
         writer = None
         if mode & SET_ID:
-            takes = self._takes_set_id()
-            if takes is not None:
-                writer = self._writer_by(node, *libfuse.requester(), takes)
+            if said.takes is not None:
+                writer = self._writer_by(node, said.pid, said.uid, said.takes)
         try:
             is_long = self._fs.is_long_to_write(handle, len(buf), off)
             if not handle.is_synchronous and not is_long:
@@ -595,6 +620,27 @@ class Adapter(Handlers):
             pwrite = functools.partial(handle.file.pwrite, buf, off)
             turns = self._threads.reads if is_long else self._threads.syncs
             return await self._threads.run(pwrite, turns, self._files.opener(fh))
+        finally:
+            self._tell(node, mode)
+
+    async def _write_unopened(self, said: Said, node: Node, off: int, buf: bytes) -> int:
+        """Write to what was opened without us; what is in a lower is copied up now."""
+        takes = said.uid != 0 if said.takes is None else said.takes
+        mode = node.mode
+        if node.upper is None or node.metacopy or node.copying is not None:
+            if not node.dead:
+                await self._within_reach(node.parent)
+            await self._bring_up(node, said.uid)
+        try:
+            handle = self._unopened.to_write(node)
+            writer = Writer.MEMBER if takes else Writer.PRIVILEGED
+            written = self._fs.write(handle, buf, off, writer=writer)
+            if said.flags & _SYNCHRONOUS:
+                with self._unopened.in_use(node):
+                    datasync = not said.flags & os.O_SYNC & ~os.O_DSYNC
+                    call = functools.partial(handle.file.fsync, datasync)
+                    await self._threads.run(call, self._threads.syncs, said.uid)
+            return written
         finally:
             self._tell(node, mode)
 
@@ -611,15 +657,23 @@ class Adapter(Handlers):
     def _seek(self, fh: int, offset: int, whence: int) -> int:
         """Answer lseek(2) with SEEK_DATA or SEEK_HOLE: the place, or an errno negated."""
         try:
-            return self._fs.seek(self._files[fh], offset, whence)
+            return self._fs.seek(self._reading(fh), offset, whence)
         except Exception as error:
             return -failure_of(error, "lseek").errno
 
     @async_
     async def fsync(self, fh: int, datasync: bool) -> None:
+        uid = self._user(fh)
+        if fh & libfuse.UNOPENED:
+            node = self._node(fh ^ libfuse.UNOPENED)
+            if node.upper is not None:
+                async with self._threads.turn(self._threads.syncs, uid):
+                    with closing(self._fs.upper.open(node.upper, os.O_RDONLY)) as file:
+                        await self._synced(file, datasync)
+            return
         handle = self._files[fh]
         if handle.node.upper is not None:
-            async with self._threads.turn(self._threads.syncs, self._files.opener(fh)):
+            async with self._threads.turn(self._threads.syncs, uid):
                 await self._synced(handle.file, datasync)
 
     async def _synced(self, file: File, datasync: bool) -> None:

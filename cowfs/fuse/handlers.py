@@ -6,7 +6,7 @@ import errno
 import functools
 import logging
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import pyfuse3
 from pyfuse3 import FUSEError
@@ -71,23 +71,35 @@ def async_(
     return handler
 
 
-def told(
-    method: Callable[Concatenate[S, bool | None, P], Coroutine[Any, Any, R]],
-) -> Callable[Concatenate[S, P], Coroutine[Any, Any, R]]:
-    """The same for a method that is told first whether the request takes set-ID bits; None: not known.
+class Said(NamedTuple):
+    """What a request says and pyfuse3 does not pass on."""
 
-    Its message says so, which is there only until something is awaited.
+    takes: bool | None
+    """Whether it takes set-ID bits, since who makes it has not CAP_FSETID; None: the kernel does not say."""
+    pid: int
+    uid: int
+    """Who makes it; 0xFFFFFFFF where the kernel writes what mmap(2) has changed."""
+    flags: int
+    """Of a write: those of the open file."""
+
+
+def told(
+    method: Callable[Concatenate[S, Said, P], Coroutine[Any, Any, R]],
+) -> Callable[Concatenate[S, P], Coroutine[Any, Any, R]]:
+    """The same for a method that is told first what pyfuse3 does not tell of the request.
+
+    It is in its message, which is there only until something is awaited.
     """
 
     async def handler(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        takes = self._takes_set_id()
+        said = Said(self._takes_set_id(), *libfuse.request())
         try:
-            return await method(self, takes, *args, **kwargs)
+            return await method(self, said, *args, **kwargs)
         except Exception as error:
             if not self._may_succeed(error):
                 raise failure_of(error, method.__name__) from None
             failure = error
-        again = functools.partial(method, self, takes, *args, **kwargs)
+        again = functools.partial(method, self, said, *args, **kwargs)
         return await self._again(again, failure, method.__name__, _user_of(args))
 
     functools.update_wrapper(handler, method)

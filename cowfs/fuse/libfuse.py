@@ -13,6 +13,9 @@
 - Requests are counted, and timed.
 - Files may be lent to the kernel, which then reads and writes them without us (passthrough).
 - Whether a write leaves set-ID bits (CAP_FSETID), which the kernel alone knows, is read from its request.
+- What the kernel has read of a file it keeps when the file's times change (not FUSE_CAP_AUTO_INVAL_DATA).
+- Which files are opened, and closed, we need not be told (FUSE_NO_OPEN_SUPPORT): the kernel then reads and
+  writes by the inode. ``adapter.py`` says where.
 
 Without the module everything else works, slower; :func:`lacks` says why it takes no part.
 """
@@ -30,7 +33,7 @@ _HANDLE_KILLPRIV = 1 << 20
 _CACHE_SYMLINKS = 1 << 23
 
 
-_LAST = "lend"
+_LAST = "opens_nothing"
 """What came into the module last."""
 
 
@@ -61,14 +64,38 @@ KEPT: int = 1 << 62
 LISTING: int = 1 << 61
 """Those of all directories have this one."""
 
+UNOPENED: int = 1 << 63
+"""With this bit an inode's number is the handle number of a file that was opened without us."""
 
-def prepare(seek: Callable[[int, int, int], int], *, passthrough: bool = False) -> None:
+
+def prepare(
+    seek: Callable[[int, int, int], int], *, knows_files: bool = False, passthrough: bool = False
+) -> None:
     """Say what the next session shall be able to do; *seek* answers lseek(2): an offset, or -errno.
 
-    *passthrough*: whether files shall be lent to the kernel.
+    *knows_files*: files can be read and written that were opened without us. *passthrough*: whether files shall
+    be lent to the kernel.
     """
     if _module is not None:
-        _module.prepare(_DONT_MASK | _HANDLE_KILLPRIV | _CACHE_SYMLINKS, seek, passthrough)
+        _module.prepare(
+            _DONT_MASK | _HANDLE_KILLPRIV | _CACHE_SYMLINKS, seek, knows_files, passthrough
+        )
+
+
+def opens_nothing() -> bool:
+    """Whether the kernel opens all files without us once open(2) was answered by ENOSYS."""
+    return _module is not None and bool(_module.opens_nothing())
+
+
+def request() -> tuple[int, int, int]:
+    """Return process and user of the request that has just come, and of a write the flags of the open file.
+
+    For handlers, before they await anything. A user of 0xFFFFFFFF: the kernel writes what mmap(2) changed.
+    """
+    if _module is None:
+        return 0, 0, 0
+    found: tuple[int, int, int] = _module.request()
+    return found
 
 
 def lacks() -> str | None:

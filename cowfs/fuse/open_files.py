@@ -27,7 +27,7 @@ def _descriptor_of(file: File) -> int:
 
 
 class OpenFiles:
-    """Handles by number. A descriptor counts for one of those who have it open."""
+    """Handles by number, from 1 on. A descriptor counts for one of those who have it open."""
 
     def __init__(self, bounds: Bounds) -> None:
         self.opened = Share(bounds.opened, shared=bounds.shared)
@@ -55,7 +55,7 @@ class OpenFiles:
 
     def enter(self, handle: Handle, uid: int) -> int:
         """Return the number of a file that a user has opened."""
-        number = self._free.pop() if self._free else len(self._handles)
+        number = self._free.pop() if self._free else len(self._handles) + 1
         self._handles[number] = handle
         self._openers[number] = uid
         self.opened.take(uid)

@@ -95,6 +95,8 @@ class LowerLayer(Protocol):
     """``st_dev`` of the attributes it gives, but for subvolumes of btrfs."""
     waits: bool
     """Whether its calls may wait for other machines or programs: the data of its files is read in threads."""
+    has_descriptors: bool
+    """Whether a file of it that is open costs one of the kernel's."""
 
     def lookup(self, directory: Key, name: bytes) -> tuple[Key, Attr] | None:
         """Find *name*; None when it is not there. A fresh key may be given for a known inode."""

@@ -64,6 +64,7 @@ class DirectoryLayer:
 
     waits = False
     fill_unit = 0
+    has_descriptors = True
     _alive = 0
     """How many layers are open."""
 

@@ -49,6 +49,7 @@ class Ext3Layer:
     """Serve an open image as a :class:`cowfs.layers.base.UpperLayer`; the layer owns it from now on."""
 
     waits = False
+    has_descriptors = False
 
     def __init__(self, image: Image) -> None:
         self.image = image

@@ -155,6 +155,7 @@ class SlowLayer:
     """A :class:`LowerLayer` before *inner*, the methods of which any thread may call at any time."""
 
     waits = True
+    has_descriptors = True
 
     def __init__(self, inner: LowerLayer) -> None:
         self.inner = inner

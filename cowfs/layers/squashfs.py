@@ -139,6 +139,7 @@ class SquashfsLayer:
     """Serve the image at *path* as a :class:`cowfs.layers.base.LowerLayer`. Any thread may read from it."""
 
     waits = False
+    has_descriptors = False
 
     def __init__(self, path: str, *, offset: int = 0, cache_bytes: int = CACHE_BYTES) -> None:
         """Open the image that begins *offset* bytes into the file; reads little.

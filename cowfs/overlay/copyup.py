@@ -54,7 +54,8 @@ class CopyUp:
         self._original = _read(fs, node, attr)
         self.size = size
         """How many bytes of the data are wanted."""
-        self._place = _place_of(fs, node)  # a lookup of another name may change the node's meanwhile
+        # A lookup of another name may change the node's meanwhile.
+        self._place = None if node.dead else _place_of(fs, node)
         self._temporary = fs.temporary()
         layer, key = node.lowers[-1]
         self._source = fs.lowers[layer].open(key, os.O_RDONLY)
@@ -164,13 +165,12 @@ def prepare(fs: State, node: Node, size: int | None = None) -> CopyUp | DataCopy
         return None
     if node.partial is not None:
         return partial.Rest(fs, node, size)
-    if node.dead:
-        raise error(errno.ENOENT, node.name)
     attr = fs.stat(node)
     wanted = attr.st_size if size is None else min(size, attr.st_size)
     if node.upper is not None:
         return DataCopyUp(fs, node, wanted)
-    _parents(fs, node)
+    if not node.dead:
+        _parents(fs, node)
     return CopyUp(fs, node, attr, wanted)
 
 
@@ -214,8 +214,6 @@ def copy_up_meta(fs: State, node: Node) -> None:
     """
     if node.upper is not None:
         return
-    if node.dead:
-        raise error(errno.ENOENT, node.name)
     if node.is_dir:
         _parents(fs, node)
         _copy_up_directory(fs, node)
@@ -225,7 +223,8 @@ def copy_up_meta(fs: State, node: Node) -> None:
     if stat.S_ISREG(attr.st_mode) and attr.st_size < metacopy_from:
         copy_up(fs, node)
         return
-    _parents(fs, node)
+    if not node.dead:
+        _parents(fs, node)
     _copy_up_inode(fs, node, attr)
 
 
@@ -354,7 +353,8 @@ def _copy_up_inode(fs: State, node: Node, attr: Attr) -> None:
             upper.truncate(made, attr.st_size)
             fs.note(made, fs.x_metacopy, b"")
         _dress(fs, made, original)
-        _settle(fs, node, _place_of(fs, node), made, temporary, original)
+        place = None if node.dead else _place_of(fs, node)
+        _settle(fs, node, place, made, temporary, original)
     except BaseException:
         with suppress(OSError):
             upper.unlink(work, temporary, None)
@@ -421,10 +421,15 @@ def _give_xattrs(fs: State, key: Key, xattrs: Sequence[Xattr]) -> None:
                 raise
 
 
-def _settle(fs: State, node: Node, place: _Place, key: Key, temporary: bytes, original: _Original) -> None:
-    """Move what is ready from the work directory to the node's name."""
-    parent, name = place
+def _settle(
+    fs: State, node: Node, place: _Place | None, key: Key, temporary: bytes, original: _Original
+) -> None:
+    """Move what is ready from the work directory to the node's name; without one, it lives by its key."""
     upper = fs.upper
+    if place is None:
+        upper.unlink(fs.work, temporary, key)
+        return
+    parent, name = place
     if _is_taken(fs, original):
         original = original._replace(origin=b"", index_name=None)
     try:
