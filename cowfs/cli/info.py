@@ -156,7 +156,7 @@ def _mount_lines(facts: dict[str, Any], requests: Requests | None) -> list[tuple
         ("requests", f"by {facts.get('transport', '/dev/fuse')}"),
         ("data", _passed_by(facts.get("passthrough"))),
         *([("served", f"{requests.count():,}; cowfs top {facts['mountpoint']}")] if requests else []),
-        ("known", f"{facts['inodes_known']} inodes, {facts['open_files']} open files"),
+        ("known", f"{facts['inodes_known']} inodes{_open(facts['open_files'])}"),
     ]
     return lines
 
@@ -168,6 +168,11 @@ def _passed_by(passthrough: dict[str, Any] | None) -> str:
         return f"by way of the daemon ({why})"
     count = passthrough["lent"]
     return f"the store's by the kernel itself (passthrough), {count} {'file' if count == 1 else 'files'} now"
+
+
+def _open(files: int | None) -> str:
+    """Say how many files are open; nothing where the kernel opens them by itself."""
+    return "" if files is None else f", {files} open files"
 
 
 def _store_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:

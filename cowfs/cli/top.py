@@ -186,11 +186,12 @@ def _lines(seen: Seen) -> list[str]:
 
     facts, requests = seen.facts, seen.requests
     with sensible(facts["mountpoint"]):
-        known, files = number(facts["inodes_known"]), number(facts["open_files"])
+        known, files = number(facts["inodes_known"]), facts["open_files"]
+        opened = "" if files is None else f", {number(files):,} open files"
         head = [
             f"{facts['mountpoint']}: {_period(seen)}",
             f"by {facts.get('transport', '/dev/fuse')}; {format_size(seen.rss)} resident; "
-            f"{known:,} inodes known, {files:,} open files",
+            f"{known:,} inodes known{opened}",
             f"{requests.count() / seen.seconds:,.0f} requests/s{_waiting(requests)}",
             *_hits(seen),
         ]

@@ -61,6 +61,8 @@ _DEEP = 16
 _AHEAD = 24
 """So many names after the one that is listed are looked up along with it in a slow lower: a page of them."""
 _SYNCHRONOUS = os.O_SYNC | os.O_DSYNC
+_UNKNOWN = 0
+"""The handle number of files that the kernel opens by itself, and never gives back."""
 
 
 def _dot(node: Node) -> EntryAttributes:
@@ -538,7 +540,10 @@ class Adapter(Handlers):
             await self._within_reach(parent)
         self._files.must_have(ctx.uid)
         node, attr, file = self._fs.create(parent, name, self._masked(parent, mode, ctx), owner)
-        if flags & _SYNCHRONOUS:
+        if libfuse.opens_nothing():
+            self._unopened.created(self._fs.attach(node, file))
+            info = FileInfo(fh=_UNKNOWN)
+        elif flags & _SYNCHRONOUS:
             file.close()
             info = self._opened(node, flags & ~os.O_TRUNC, ctx, _by_uid(ctx))
         else:
@@ -650,6 +655,8 @@ class Adapter(Handlers):
 
     @sync
     def release(self, fh: int) -> None:
+        if fh == _UNKNOWN:  # made before the kernel opened files by itself
+            return
         handle = self._files.leave(fh)
         self._passthrough.closed(handle)
         self._fs.release_handle(handle)
@@ -776,7 +783,7 @@ class Adapter(Handlers):
         """Return what the daemon knows of itself, for ``cowfs info``."""
         return {
             "inodes_known": len(self._fs.nodes),
-            "open_files": len(self._files),
+            "open_files": None if libfuse.opens_nothing() else len(self._files),
             "passthrough": {"lent": len(self._passthrough), "why_not": self._passthrough.why_not()},
             **requests.counted(),
         }

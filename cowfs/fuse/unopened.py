@@ -57,6 +57,10 @@ class Unopened:
             kept.writes = self._fs.open(node, os.O_RDWR)
         return kept.writes
 
+    def created(self, handle: Handle) -> None:
+        """Keep open what was made."""
+        self._of(handle.node).writes = handle
+
     @contextmanager
     def in_use(self, node: Node) -> Iterator[None]:
         """Keep it open meanwhile."""
