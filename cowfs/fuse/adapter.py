@@ -608,46 +608,40 @@ class Adapter(Handlers):
 
     @told
     async def write(self, said: Said, fh: int, off: int, buf: bytes) -> int:
+        threads = self._threads
         if fh & libfuse.UNOPENED:
-            return await self._write_unopened(said, self._node(fh ^ libfuse.UNOPENED), off, buf)
-        handle = self._files[fh]
+            handle, uid = await self._to_write(self._node(fh ^ libfuse.UNOPENED), said.uid), said.uid
+        else:
+            handle, uid = self._files[fh], self._files.opener(fh)
         node = handle.node
         mode = node.mode
         writer = None
-        if mode & SET_ID:
-            if said.takes is not None:
-                writer = self._writer_by(node, said.pid, said.uid, said.takes)
+        if mode & SET_ID and (said.takes is not None or fh & libfuse.UNOPENED):
+            writer = self._writer_by(node, said.pid, said.uid, said.takes)
         try:
             is_long = self._fs.is_long_to_write(handle, len(buf), off)
-            if not handle.is_synchronous and not is_long:
+            if not handle.is_synchronous and not is_long and not said.flags & _SYNCHRONOUS:
                 return self._fs.write(handle, buf, off, writer=writer)
             self._fs.will_be_written(handle, writer)
-            pwrite = functools.partial(handle.file.pwrite, buf, off)
-            turns = self._threads.reads if is_long else self._threads.syncs
-            return await self._threads.run(pwrite, turns, self._files.opener(fh))
-        finally:
-            self._tell(node, mode)
-
-    async def _write_unopened(self, said: Said, node: Node, off: int, buf: bytes) -> int:
-        """Write to what was opened without us; what is in a lower is copied up now."""
-        takes = said.uid != 0 if said.takes is None else said.takes
-        mode = node.mode
-        if node.upper is None or node.metacopy or node.copying is not None:
-            if not node.dead:
-                await self._within_reach(node.parent)
-            await self._bring_up(node, said.uid)
-        try:
-            handle = self._unopened.to_write(node)
-            writer = Writer.MEMBER if takes else Writer.PRIVILEGED
-            written = self._fs.write(handle, buf, off, writer=writer)
-            if said.flags & _SYNCHRONOUS:
-                with self._unopened.in_use(node):
-                    datasync = not said.flags & os.O_SYNC & ~os.O_DSYNC
-                    call = functools.partial(handle.file.fsync, datasync)
-                    await self._threads.run(call, self._threads.syncs, said.uid)
+            turns = threads.reads if is_long else threads.syncs
+            with self._unopened.in_use(node):
+                written = await threads.run(functools.partial(handle.file.pwrite, buf, off), turns, uid)
+                if not handle.is_synchronous and said.flags & _SYNCHRONOUS:
+                    sync = functools.partial(handle.file.fsync, said.flags & os.O_SYNC != os.O_SYNC)
+                    await threads.run(sync, threads.syncs, uid)
             return written
         finally:
             self._tell(node, mode)
+
+    async def _to_write(self, node: Node, uid: int) -> Handle:
+        """Return what a file is written by that was opened without us; it is copied up now."""
+        if node.upper is None or node.metacopy or node.copying is not None:
+            if not node.dead:
+                await self._within_reach(node.parent)
+            await self._settled(node)
+            if not self._fs.begin_lazily(node):
+                await self._bring_up(node, uid)
+        return self._unopened.to_write(node)
 
     async def flush(self, fh: int) -> None:
         # Nothing is held back, so close(2) has nothing to say; the kernel does not ask again.

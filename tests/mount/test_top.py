@@ -194,7 +194,7 @@ def test_a_copy_up_in_a_thread_is_in_its_own_row(mount: Mounted) -> None:
     took = time.monotonic_ns() - start
     assert came(mount, before, "OPEN") == 1
     total = came(mount, before, "OPEN", "total_ns")
-    assert 1_000_000 < total < took, "to copy so much takes milliseconds"
+    assert took / 5 < total < took, "to copy so much is most of what the caller waits for"
     assert told(mount)["operations"]["OPEN"]["durations_ns"][-1][1] > total / 2
     assert not told(mount)["under_way"]
     (mount.path / "small").touch()
@@ -286,7 +286,7 @@ def test_since_the_mount(mount: Mounted) -> None:
     assert counts(shown)["MKDIR"] == N
     facts = json.loads(cowfs("info", mount.path, "--json", check=True).stdout)
     assert f"\nby {facts['transport']}; " in shown
-    assert f"; {facts['inodes_known']:,} inodes known\n" in shown
+    assert f"; {facts['inodes_known']:,} inodes known, 0 open files\n" in shown
     assert counts(shown) == {name: one["count"] for name, one in facts["requests"]["operations"].items()}
     by_time = sorted(facts["requests"]["operations"].items(), key=lambda item: -item[1]["total_ns"])
     assert list(counts(shown)) == [name for name, _ in by_time]
@@ -342,7 +342,7 @@ def test_rounds_as_json(mount: Mounted) -> None:
     assert 0.9 < second["seconds"] < 30
     for one in (first, second):
         assert one["mountpoint"] == str(mount.path)
-        assert one["rss"] > MIB and one["inodes_known"] >= 1 and one["open_files"] is None
+        assert one["rss"] > MIB and one["inodes_known"] >= 1 and one["open_files"] == 0
         assert one["transport"].startswith(("io_uring", "/dev/fuse"))
         for operation in one["requests"]["operations"].values():
             assert operation["p50_ns"] <= operation["p99_ns"] and operation["errors"] <= operation["count"]
