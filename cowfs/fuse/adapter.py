@@ -112,9 +112,7 @@ class Adapter(Handlers):
         self._no_default_acl: set[int] = set()
         self._passthrough = Passthrough(fs.upper, passthrough)
         self._unopened = Unopened(fs)
-        libfuse.prepare(
-            self._seek, knows_files=self.may_open_nothing(), passthrough=self._passthrough.wanted
-        )
+        libfuse.prepare(self._seek, knows_files=self.may_open_nothing(), passthrough=self._passthrough.wanted)
         self._missing = EntryAttributes()  # st_ino 0: the kernel remembers that there is no such name
         self._missing.entry_timeout = FOREVER
 

@@ -73,13 +73,11 @@ def prepare(
 ) -> None:
     """Say what the next session shall be able to do; *seek* answers lseek(2): an offset, or -errno.
 
-    *knows_files*: files can be read and written that were opened without us. *passthrough*: whether files shall
-    be lent to the kernel.
+    *knows_files*: files can be read and written that were opened without us. *passthrough*: whether files
+    shall be lent to the kernel.
     """
     if _module is not None:
-        _module.prepare(
-            _DONT_MASK | _HANDLE_KILLPRIV | _CACHE_SYMLINKS, seek, knows_files, passthrough
-        )
+        _module.prepare(_DONT_MASK | _HANDLE_KILLPRIV | _CACHE_SYMLINKS, seek, knows_files, passthrough)
 
 
 def opens_nothing() -> bool:

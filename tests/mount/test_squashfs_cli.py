@@ -304,7 +304,7 @@ def test_info_of_what_is_neither(base: Path) -> None:
     assert f"try -o offset={WHERE}" in said("info", base / "program", code=32, nobody=True)
     assert "not a store but a text file" in said("info", base / "text", code=32, nobody=True)
     assert "not a store" in said("info", base / "lower", code=32, nobody=True)
-    assert "no such store" in said("info", base / "missing", code=32, nobody=True)
+    assert "there is nothing of that name" in said("info", base / "missing", code=32, nobody=True)
     assert "is a directory" in said("info", "-o", "4096", base / "lower", code=32, nobody=True)
     assert "one image" in said("info", "-o", "1:2", base / "program", code=1, nobody=True)
     with mounted(base / "lower", base / "mnt", base / "store", nobody=True) as mount:

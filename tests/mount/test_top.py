@@ -38,7 +38,7 @@ def mount(tmp_path: Path) -> Iterator[Mounted]:
     (lower / "full/of").mkdir(parents=True)
     (lower / "file").write_bytes(os.urandom(100_000))
     with open(lower / "large", "wb") as large:
-        for _ in range(64):
+        for _ in range(48):
             large.write(os.urandom(MIB))
     with mounted(lower, tmp_path / "mnt") as made:
         yield made
