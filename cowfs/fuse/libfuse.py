@@ -15,7 +15,7 @@
 - Whether a write leaves set-ID bits (CAP_FSETID), which the kernel alone knows, is read from its request.
 - What the kernel has read of a file it keeps when the file's times change (not FUSE_CAP_AUTO_INVAL_DATA).
 - Which files are opened, and closed, we need not be told (FUSE_NO_OPEN_SUPPORT): the kernel then reads and
-  writes by the inode. ``adapter.py`` says where.
+  writes by the inode. ``unopened.py`` says where.
 
 Without the module everything else works, slower; :func:`lacks` says why it takes no part.
 """

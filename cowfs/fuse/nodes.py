@@ -1,0 +1,230 @@
+"""Nodes and what the kernel is told of them; what is awaited before one is changed."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import logging
+import os
+import stat
+from contextlib import closing
+
+import trio
+from pyfuse3 import EntryAttributes, FUSEError, RequestContext
+
+from cowfs.fuse import libfuse
+from cowfs.fuse.handlers import Handlers
+from cowfs.fuse.loop import RequestLoop
+from cowfs.fuse.passthrough import Passthrough
+from cowfs.fuse.rests import Rests
+from cowfs.layers.acl import DEFAULT as DEFAULT_ACL
+from cowfs.layers.slow import Answers, SlowLayer
+from cowfs.linux.callers import look_at
+from cowfs.overlay.file import SET_ID
+from cowfs.overlay.handle import Writer
+from cowfs.overlay.node import Node
+from cowfs.overlay.overlay import Overlay
+from cowfs.overlay.readdir import Seen
+from cowfs.types import Attr
+
+log = logging.getLogger(__name__)
+
+FOREVER = 10.0**9
+"""Seconds that the kernel may keep names and attributes: nobody but us changes them."""
+_DEEP = 16
+"""So many directories are copied up at once; if it takes more, others have a turn."""
+
+
+class NodeHandlers(Handlers):
+    """What handlers of names, attributes, files and directories have in common."""
+
+    def __init__(self, fs: Overlay, loop: RequestLoop, *, acl: bool, passthrough: str) -> None:
+        super().__init__(fs, loop)
+        self.enable_acl = acl
+        slow = [layer for layer in fs.lowers if isinstance(layer, SlowLayer)]
+        for layer in slow:
+            layer.serve(self._threads.later)
+        self._has_slow_lowers = bool(slow)
+        fs.upper.later = functools.partial(self._threads.later, 0)
+        self._rests = Rests(fs, loop)
+        fs.rest_soon = self._rests.soon
+        self._sweeping = False
+        fs.sweep_soon = self._sweep_soon
+        self._no_default_acl: set[int] = set()
+        self._passthrough = Passthrough(fs.upper, passthrough)
+
+    def _node(self, ino: int) -> Node:
+        node = self._fs.nodes.get(ino)
+        if node is None:
+            raise FUSEError(errno.ESTALE)
+        return node
+
+    def _entry(self, node: Node, attr: Attr) -> EntryAttributes:
+        entry = EntryAttributes()
+        entry.st_ino = node.ino
+        entry.generation = node.generation
+        entry.entry_timeout = FOREVER
+        entry.attr_timeout = 0 if self._passthrough.may_change(node.ino) else FOREVER
+        entry.st_mode = attr.st_mode
+        entry.st_nlink = self._fs.nlink(node, attr)
+        entry.st_uid = attr.st_uid
+        entry.st_gid = attr.st_gid
+        entry.st_rdev = attr.st_rdev
+        entry.st_size = attr.st_size
+        entry.st_blocks = attr.st_blocks
+        entry.st_blksize = attr.st_blksize
+        entry.st_atime_ns = attr.st_atime_ns
+        entry.st_mtime_ns = attr.st_mtime_ns
+        entry.st_ctime_ns = attr.st_ctime_ns
+        return entry
+
+    def _given(self, found: tuple[Node, Attr]) -> EntryAttributes:
+        """Return the entry for a node that the kernel refers to once more from now on."""
+        node, attr = found
+        node.lookups += 1
+        return self._entry(node, attr)
+
+    def _writer(self, node: Node, ctx: RequestContext, takes: bool | None) -> Writer:
+        """Return who changes a file, or its owner or ACL. What *takes* does not say is in /proc."""
+        return self._writer_by(node, ctx.pid, ctx.uid, takes)
+
+    def _writer_by(self, node: Node, pid: int, uid: int, takes: bool | None) -> Writer:
+        if not node.mode & SET_ID or takes is False:
+            return Writer.PRIVILEGED
+        caller = look_at(pid)
+        if takes is None and (uid == 0 if caller is None else caller.has("CAP_FSETID")):
+            return Writer.PRIVILEGED
+        is_member = caller is not None and self._fs.stat(node).st_gid in caller.groups
+        return Writer.MEMBER if is_member else Writer.STRANGER
+
+    def _tell(self, node: Node, mode: int) -> None:
+        """Tell the kernel if a mode is not *mode* any more and no answer says so: it runs programs by it."""
+        if node.mode != mode:
+            self._loop.forget_attributes(node.ino)
+
+    def go_on(self) -> None:
+        """Go on with what an earlier mount has begun."""
+        self._rests.soon()
+
+    def _sweep_soon(self) -> None:
+        if not self._sweeping:
+            self._sweeping = True
+            self._loop.in_trio(lambda: trio.lowlevel.spawn_system_task(self._sweep))
+
+    async def _sweep(self) -> None:
+        """Remove what is left of directories; nobody waits for that."""
+        try:
+            await self._threads.stepwise(self._fs.sweep(), 0, is_urgent=False)
+        except Exception:
+            log.exception("what was removed is not cleared away before the next mount")
+        finally:
+            self._sweeping = False
+
+    async def _within_reach(self, directory: Node | None) -> None:
+        """Copy up what is above in a deep tree, and the directory itself, before a change that needs it."""
+        missing, walk = 0, directory
+        while walk is not None and walk.upper is None:
+            missing += 1
+            walk = walk.parent
+        if missing > _DEEP:
+            await self._threads.stepwise(self._fs.copy_up_chain(directory), 0)
+
+    async def _look_through(self, parent: Node, name: bytes, uid: int) -> Seen | None:
+        """Return what is in a directory that is to go; None for what is no directory, or not known."""
+        while True:
+            node = self._fs.nodes.child(parent, name) if parent.is_dir else None
+            if node is None or not node.is_dir:
+                return None
+            seen = await self._threads.stepwise(self._fs.look_through(node), uid)
+            if seen.holds():
+                return seen
+
+    async def _cut(self, node: Node, size: int, uid: int) -> None:
+        """Free what a large file has behind its new end, in a thread. A small one's is left to the call that
+        sets the size."""
+        await self._settled(node)
+        if not self._fs.is_long_to_cut(node, size):
+            return
+        node.copying = done = trio.Event()  # who would change it waits, as for a copy-up
+        try:
+            async with self._threads.turn(self._threads.copies, uid):
+                with closing(self._fs.upper.open(node.upper, os.O_WRONLY)) as file:
+                    await self._threads.do(lambda: file.truncate(size))
+        finally:
+            node.copying = None
+            self._loop.tell(done)
+
+    async def _settled(self, node: Node) -> None:
+        """Wait while another request copies the node up."""
+        while node.copying is not None:
+            await self._loop.step_aside()
+            if node.copying is None:
+                return
+            self._loop.waiting += 1
+            try:
+                await node.copying.wait()
+            finally:
+                self._loop.waiting -= 1
+
+    def _masked(self, parent: Node, mode: int, ctx: RequestContext) -> int:
+        """Return the mode of a new inode: without the umask's bits, unless a default ACL rules (umask(2))."""
+        umask = ctx.umask
+        if not umask or not libfuse.leaves_umask():
+            return mode
+        if self.enable_acl and parent.ino not in self._no_default_acl:
+            try:
+                self._fs.getxattr(parent, DEFAULT_ACL)
+                return mode
+            except OSError:
+                self._no_default_acl.add(parent.ino)
+        return mode & ~umask
+
+    def _is_copying(self, parent: Node, name: bytes) -> bool:
+        node = self._fs.nodes.child(parent, name)
+        return node is not None and node.copying is not None
+
+    async def _name_settled(self, parent: Node, name: bytes) -> None:
+        """Wait while what is under this name is being copied up, whatever it is by then."""
+        while True:
+            node = self._fs.nodes.child(parent, name)
+            if node is None or node.copying is None:
+                return
+            await self._settled(node)
+
+    async def _bring_up(self, node: Node, uid: int, size: int | None = None) -> None:
+        """Copy up a large file's data in a thread. A small one's is left to the call that needs it."""
+        if node.copying is not None:
+            await self._settled(node)
+        if not stat.S_ISREG(node.mode) or (node.upper is not None and not node.metacopy):
+            return
+        fs = self._fs
+        wanted = fs.stat(node).st_size
+        if size is not None:
+            wanted = min(wanted, size)
+        waits = fs.data_waits(node)
+        if node.partial is None and wanted <= (0 if waits else fs.options.inline_up_to):
+            return
+        node.copying = done = trio.Event()
+        try:
+            turns = self._threads.slow_copies if waits else self._threads.copies
+            async with self._threads.turn(turns, uid):
+                await self._copy_up(node, size, uid)
+        finally:
+            node.copying = None
+            self._loop.tell(done)
+
+    async def _copy_up(self, node: Node, size: int | None, uid: int) -> None:
+        """Do it, at the user's turn."""
+        with closing(Answers(uid)) as answers, answers.at_hand():
+            job = await self._threads.answered(lambda: self._fs.prepare_copy_up(node, size), answers)
+        if job is None:
+            return
+        try:
+            if self._fs.data_waits(node):
+                await self._threads.patiently(job.run)
+            else:
+                await self._threads.do(job.run)
+        except BaseException:
+            job.abort()
+            raise
+        job.commit()
