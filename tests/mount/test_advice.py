@@ -13,6 +13,7 @@ import pytest
 from tests.support.mounts import Mounted, cowfs, is_mounted, mounted
 from tests.support.system import as_nobody_prefix, needs_fuse, run
 
+DEV_FUSE_AT_NIGHT = True
 pytestmark = needs_fuse
 
 

@@ -16,6 +16,7 @@ from tests.support.programs import replaced
 from tests.support.system import NOBODY, needs_fuse, needs_root, run
 from tests.support.worker import script, worker
 
+DEV_FUSE_AT_NIGHT = True
 pytestmark = needs_fuse
 
 MIB = 1 << 20

@@ -19,6 +19,7 @@ from tests.support.mounts import Mounted, cowfs, eventually, is_mounted, mounted
 from tests.support.system import needs_fuse, needs_root, run
 from tests.support.worker import Worker, script, worker
 
+DEV_FUSE_AT_NIGHT = True
 pytestmark = [needs_fuse, needs_root]
 
 

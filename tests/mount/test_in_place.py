@@ -19,6 +19,7 @@ from tests.support.mounts import COWFS, cowfs, eventually, force_umount, is_moun
 from tests.support.system import as_nobody_prefix, needs_fuse, needs_root, run
 from tests.support.tree import build
 
+DEV_FUSE_AT_NIGHT = True
 pytestmark = [needs_fuse, pytest.mark.timeout(110)]
 
 _HANGS = 40.0

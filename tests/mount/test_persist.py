@@ -35,6 +35,7 @@ from tests.support.system import NOBODY, as_nobody_prefix, needs_fuse, needs_roo
 from tests.support.tree import Node, link, symlink
 from tests.support.worker import script, seen, worker, writer
 
+DEV_FUSE_AT_NIGHT = True
 pytestmark = needs_fuse
 
 MIB = 1 << 20
