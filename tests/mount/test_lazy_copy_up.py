@@ -22,6 +22,7 @@ from tests.support.mounts import KERNEL_OPTIONS, Mounted, cowfs, eventually, mou
 from tests.support.system import NOBODY, as_nobody_prefix, needs_fuse, needs_root, run
 from tests.support.tree import Node
 
+DEV_FUSE_AT_NIGHT = True
 pytestmark = [needs_fuse, needs_root]
 
 MIB = 1 << 20

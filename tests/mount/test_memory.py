@@ -16,6 +16,7 @@ from tests.support.mounts import Mounted, cowfs, mounted
 from tests.support.requests import Requests, lower_tree
 from tests.support.system import needs_fuse, needs_root
 
+DEV_FUSE_AT_NIGHT = True
 pytestmark = [needs_fuse, needs_root]
 
 WARM = 1000

@@ -17,6 +17,7 @@ from cowfs.linux import mounts
 from tests.support.mounts import cowfs, eventually, force_umount, is_mounted, mount_arguments, mounted
 from tests.support.system import NOBODY, as_nobody_prefix, needs_fuse, needs_root, run
 
+DEV_FUSE_AT_NIGHT = True
 pytestmark = [needs_root, needs_fuse]
 
 

@@ -26,6 +26,7 @@ from tests.support.mounts import (
 from tests.support.system import NOBODY, as_nobody_prefix, needs_fuse, needs_root, run
 from tests.support.tree import Node, link, symlink
 
+DEV_FUSE_AT_NIGHT = True
 pytestmark = needs_fuse
 
 LOWER: tree.Tree = {

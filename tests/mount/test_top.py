@@ -26,6 +26,7 @@ from tests.support.mounts import COWFS, Mounted, cowfs, eventually, is_mounted, 
 from tests.support.squashfs import mksquashfs, needs_mksquashfs
 from tests.support.system import needs_fuse, needs_root, run
 
+DEV_FUSE_AT_NIGHT = True
 pytestmark = needs_fuse
 N = 20
 MIB = 1 << 20
