@@ -132,7 +132,8 @@ class FileHandlers(NodeHandlers):
     async def write(self, said: Said, fh: int, off: int, buf: bytes) -> int:
         threads = self._threads
         if fh & libfuse.UNOPENED:
-            handle, uid = await self._to_write(self._node(fh ^ libfuse.UNOPENED), said.uid), said.uid
+            node, uid = self._node(fh ^ libfuse.UNOPENED), said.uid
+            handle = self._unopened.writes(node) or await self._to_write(node, uid)
         else:
             handle, uid = self._files[fh], self._files.opener(fh)
         node = handle.node

@@ -50,6 +50,11 @@ class Unopened:
             kept.reads = self._fs.open(node, os.O_RDONLY)
         return kept.reads
 
+    def writes(self, node: Node) -> Handle | None:
+        """Return what an inode is written by if it is open, and nobody changes it in a thread."""
+        kept = self._kept.get(node)
+        return None if kept is None or node.copying is not None else kept.writes
+
     def to_write(self, node: Node) -> Handle:
         """Return what an inode of the upper is written by."""
         kept = self._of(node)
