@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -181,4 +182,5 @@ def test_attack(mount: Mounted, attack: str) -> None:
     assert p99 < P99 and count > 10
     assert largest - memory < MORE
     run("ls", "-R", mount.path)
-    eventually(lambda: descriptors(pid) == before, "all files are closed", 20)
+    # Fewer than before are right: what set it up may have been forgotten since.
+    eventually(lambda: not Counter(descriptors(pid)) - Counter(before), "all files are closed", 20)
