@@ -66,6 +66,10 @@ class Counter:
         self.times = times
         device = os.stat(merged).st_dev
         self._dev = f"{os.major(device)}:{os.minor(device)}"
+        known = merged / "known"
+        known.touch()
+        known.read_bytes()  # with the first open the kernel learns whether it has to ask for one
+        known.unlink()
 
     def count(self, operation: Operation) -> Row:
         """Do *operation*, which no other may have done here before, and count."""
