@@ -26,8 +26,8 @@ static struct ext2_group_desc *group_change(x3_image *img, uint32_t group)
 {
 	uint32_t per_block = img->bs / sizeof(struct ext2_group_desc);
 
-	return block_change(img, img->gd_block[group / per_block],
-			    group % per_block * sizeof(struct ext2_group_desc), sizeof(struct ext2_group_desc));
+	return block_change(img, img->gd_block[group / per_block], group % per_block * sizeof(struct ext2_group_desc),
+			    sizeof(struct ext2_group_desc));
 }
 
 static uint32_t group_start(const x3_image *img, uint32_t group)
@@ -46,7 +46,7 @@ static bool overlaps(uint32_t a, uint32_t a_count, uint32_t b, uint32_t b_count)
 	return a < b + b_count && b < a + a_count;
 }
 
-/* Fail if any of the blocks is outside of the filesystem, or is its own: as ext4_setup_system_zone() has it. */
+/* Fail if any of the blocks is outside the filesystem, or is its own: as ext4_setup_system_zone() has it. */
 void check_block(x3_image *img, uint32_t nr, uint32_t count)
 {
 	bool good = nr >= img->first_block + 1 && nr < img->blocks && count <= img->blocks - nr;
@@ -127,7 +127,7 @@ static void mark_blocks(x3_image *img, uint32_t group, uint32_t from, uint32_t c
 	uint32_t byte = from / 8, bytes = (from + count - 1) / 8 - byte + 1;
 
 	if (!used && bit_find(bitmap->data, NULL, from, from + count, false) < from + count)
-		fail(img, EUCLEAN, "blocks near %u are freed, and were free", group_start(img, group) + from);
+		fail(img, EUCLEAN, "blocks near %u are freed twice", group_start(img, group) + from);
 	block_change(img, bitmap, byte, bytes);
 	bits_set(bitmap->data, from, count, used);
 	group_change(img, group)->bg_free_blocks_count += used ? -count : count;
@@ -217,8 +217,10 @@ static void runs_push(x3_image *img, struct runs *runs, struct run run, size_t a
 /* Take back what was freed since there were *n* runs. */
 void held_undo(x3_image *img, size_t n)
 {
-	while (img->held.n > n)
-		hold(img, img->held.run[--img->held.n], false);
+	while (img->held.n > n) {
+		img->held_now -= img->held.run[--img->held.n].count;
+		hold(img, img->held.run[img->held.n], false);
+	}
 }
 
 static int compare_numbers(const void *a, const void *b)
@@ -317,6 +319,7 @@ void free_blocks(x3_image *img, uint32_t nr, uint32_t count)
 		if (!(img->debug & X3_NO_HOLD)) {
 			runs_push(img, &img->held, (struct run){ nr, n }, img->op->held_before);
 			hold(img, (struct run){ nr, n }, true);
+			img->held_now += n;
 		}
 		nr += n;
 		count -= n;
@@ -362,7 +365,7 @@ static void mark_inode(x3_image *img, uint32_t ino, bool is_dir, bool used)
 	struct ext2_group_desc *gd;
 
 	if (bit_get(bitmap->data, bit) == used)
-		fail(img, EUCLEAN, "inode %u is freed, and was free", ino);
+		fail(img, EUCLEAN, "inode %u is freed twice", ino);
 	block_change(img, bitmap, bit / 8, 1);
 	bits_set(bitmap->data, bit, 1, used);
 	gd = group_change(img, group);
@@ -382,7 +385,8 @@ uint32_t alloc_inode(x3_image *img, uint32_t dir, bool is_dir)
 		const struct ext2_group_desc *gd = group_get(img, group);
 		if (!gd->bg_free_inodes_count)
 			continue;
-		uint32_t bit = bit_find(block_get(img, gd->bg_inode_bitmap)->data, NULL, 0, img->inodes_per_group, false);
+		uint32_t bit = bit_find(block_get(img, gd->bg_inode_bitmap)->data, NULL, 0, img->inodes_per_group,
+					false);
 		uint32_t ino = group * img->inodes_per_group + bit + 1;
 		if (bit == img->inodes_per_group)
 			continue;
@@ -392,7 +396,7 @@ uint32_t alloc_inode(x3_image *img, uint32_t dir, bool is_dir)
 		return ino;
 	}
 	img->op->starved = img->ndoomed > 0;
-	fail(img, ENOSPC, "no inode is left");
+	fail(img, ENOSPC, "no free inode is left");
 }
 
 void free_inode(x3_image *img, uint32_t ino, bool is_dir)

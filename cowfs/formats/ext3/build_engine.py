@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
 from pathlib import Path
 
 from cffi import FFI
@@ -15,17 +17,25 @@ SOURCES = [
     "redo",
     "alloc",
     "inode",
-    "doom",
+    "lazy_free",
     "data",
     "dir",
     "htree",
     "xattr",
-    "room",
+    "host_space",
     "unsynced",
+    "track",
+    "nowait",
     "super",
     "open",
     "engine",
+    "names",
+    "sync",
 ]
+
+
+CFLAGS = tuple(shlex.split(os.environ.get("COWFS_CFLAGS", "")))
+"""For those who work on cowfs: scripts/setup has -Werror in it."""
 
 
 def builder(here: Path = HERE, flags: tuple[str, ...] = ()) -> FFI:
@@ -40,7 +50,7 @@ def builder(here: Path = HERE, flags: tuple[str, ...] = ()) -> FFI:
         depends=[str(here / "engine.h"), str(here / "internal.h"), str(here / "jbd.h")],
         include_dirs=[str(here)],
         libraries=["ext2fs"],
-        extra_compile_args=["-std=gnu11", "-O2", "-Wall", "-Wextra", *flags],
+        extra_compile_args=["-std=gnu11", "-O2", "-Wall", "-Wextra", *CFLAGS, *flags],
         extra_link_args=list(flags),
     )
     return ffi

@@ -14,7 +14,7 @@
 
 /* --- the image's file --- */
 
-/* Return the -errno that a test wants the next system call of this kind to give, or 0. */
+/* Return the -errno that a test wants the next system call of this kind to give, or 0; blocks if the test wants that. */
 int injected(x3_image *img, int kind)
 {
 	int error = 0;
@@ -27,6 +27,9 @@ int injected(x3_image *img, int kind)
 		if (!img->inject_sticky)
 			img->inject_kind = 0;
 		img->inject_nth = 0;
+		img->inject_holds = !error;
+		while (img->inject_holds)
+			pthread_cond_wait(&img->inject_wake, &img->io_lock);
 	}
 	pthread_mutex_unlock(&img->io_lock);
 	return error;
@@ -90,6 +93,8 @@ static int write_pieces(x3_image *img, const struct iovec *iov, int count, uint6
 		ssize_t done = pwritev(img->fd, next, n, at);
 		if (done < 0 && errno != EINTR)
 			return -errno;
+		if (done > 0)
+			track_write(img, at, at + done);
 		*end = at += max(done, 0);
 		for (; n && done >= (ssize_t)next->iov_len; next++, n--)
 			done -= next->iov_len;
@@ -109,7 +114,7 @@ int io_write_until(x3_image *img, const struct iovec *iov, int count, uint64_t o
 	int error = write_pieces(img, iov, count, off, end);
 
 	if (error && img->tells_early)
-		unsynced_end(img, error);
+		unsynced_end(img, error, 0);
 	return error;
 }
 
@@ -130,17 +135,16 @@ int io_write1(x3_image *img, const void *buf, size_t len, uint64_t off)
 /* Return when everything written before is on disk. */
 int io_barrier(x3_image *img)
 {
-	int error = injected(img, X3_FDATASYNC);
-	uint64_t nr = __atomic_add_fetch(&img->barrier_nr, 1, __ATOMIC_RELAXED);
+	uint64_t nr;
+	int error;
 
-	if (!error)
-		trace(img, X3_TRACE_BEGUN, nr, NULL, 0);
 	pthread_mutex_lock(&img->sync_lock);
-	unsynced_begin(img);
+	nr = ++img->barrier_nr;
+	unsynced_begin(img, nr);
+	error = injected(img, X3_FDATASYNC);
 	if (!error && fdatasync(img->fd))
 		error = -errno;
-	error = unsynced_end(img, error);
-	trace(img, error ? X3_TRACE_FAILED : X3_TRACE_BARRIER, nr, NULL, 0);
+	error = unsynced_end(img, error, nr);
 	pthread_mutex_unlock(&img->sync_lock);
 	if (error)
 		return error;
@@ -160,6 +164,7 @@ void *try_grow(void *array, size_t *cap, size_t need, size_t size)
 		return array;
 	while (more < need)
 		more *= 2;
+	/* The caller still has the old one. NOLINTNEXTLINE(bugprone-suspicious-realloc-usage) */
 	array = realloc(array, more * size);
 	if (array)
 		*cap = more;
@@ -236,6 +241,17 @@ static void cache_trim(x3_image *img)
 	}
 }
 
+/* Between operations: drop all that is as it is on disk. */
+void x3_shrink(x3_image *img)
+{
+	pthread_mutex_lock(&img->lock);
+	for (size_t i = is_suspended(img) ? 0 : img->cached; i--;)
+		if (!(img->all[i]->flags & ~(USED | HAS_ROOM)))
+			cache_remove(img, i);
+	img->hand = 0;
+	pthread_mutex_unlock(&img->lock);
+}
+
 void cache_free(x3_image *img)
 {
 	while (img->cached)
@@ -260,7 +276,7 @@ struct block *block_get(x3_image *img, uint32_t nr)
 	} else {
 		img->misses++;
 		if (nr >= img->blocks)
-			fail(img, EUCLEAN, "block %u is outside of the filesystem", nr);
+			fail(img, EUCLEAN, "block %u is outside the filesystem", nr);
 		b = cache_add(img, nr);
 		error = io_read(img, b->data, img->bs, (uint64_t)nr << img->bits);
 		if (error) {
@@ -400,6 +416,12 @@ bool op_again(struct op *op)
 {
 	x3_image *img = op->img;
 
+	if (op->error == ENOSPC && op->starved && in_a_hurry()) {
+		op->error = EAGAIN;
+		return false;
+	}
+	if (op->tries && op->changing && !op->error)
+		look_ahead(img);
 	if (op->tries && img->atoms)
 		return false; /* a commit would wait for the caller */
 	if (op->tries && op->changing && !op->error) {

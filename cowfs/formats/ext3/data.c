@@ -15,9 +15,9 @@
 
 const char zero[BLOCK_MAX];
 
-#define WRITE_MAX (4u << 20) /* bytes that one operation writes at most */
+#define WRITE_MAX (4u << 20)   /* bytes that one operation writes at most */
 #define EXTENTS_MAX (1u << 16) /* that one operation looks at: others wait */
-#define CHANGES_MAX 400u /* of metadata, after which an operation writes or frees no more */
+#define CHANGES_MAX 400u       /* of metadata, after which an operation writes or frees no more */
 
 /* A row of block pointers: from one on to the end of the array it is in. */
 struct slots {
@@ -28,6 +28,7 @@ struct slots {
 
 static uint32_t *slot(const struct slots *s, uint64_t i)
 {
+	/* Where there is no block nobody asks. NOLINTNEXTLINE(clang-analyzer-core.NullPointerArithm) */
 	return (uint32_t *)(s->block->data + s->offset) + i;
 }
 
@@ -163,7 +164,7 @@ struct block *data_append_meta(x3_image *img, struct inode *in, uint64_t at)
 static void need_regular(x3_image *img, const struct inode *in)
 {
 	if (!S_ISREG(in->raw->i_mode))
-		fail(img, S_ISDIR(in->raw->i_mode) ? EISDIR : EINVAL, "no regular file");
+		fail(img, S_ISDIR(in->raw->i_mode) ? EISDIR : EINVAL, "not a regular file");
 }
 
 
@@ -226,6 +227,7 @@ static int64_t read_some(x3_image *img, uint32_t ino, char *buf, uint64_t off, u
 	result = op_finish(&op);
 	if (result < 0)
 		return result;
+	/* It was set, or the result is an error. NOLINTNEXTLINE(clang-analyzer-core.uninitialized.Branch) */
 	if (!plan.done) {
 		error = carry_out(img, &plan, buf, off);
 		pthread_mutex_lock(&img->lock);
@@ -262,7 +264,8 @@ int64_t data_segment(x3_image *img, uint32_t ino, uint64_t from, uint64_t *stop)
 	struct extent e;
 
 	need_regular(img, &in);
-	for (; at < end && steps < EXTENTS_MAX; at += e.count, steps++) { /* if there are more holes, so many are data */
+	for (; at < end && steps < EXTENTS_MAX;
+	     at += e.count, steps++) { /* if there are more holes, so many are data */
 		e = data_map(img, &in, at, end - at);
 		if (e.nr)
 			break;
@@ -400,6 +403,8 @@ uint64_t data_write(x3_image *img, uint32_t ino, const char *buf, uint64_t len, 
 		fail(img, EFBIG, "too large a file");
 	len = min(len, (holes ? inode_size_of(&in) : img->size_max) - off);
 	len = min(len, WRITE_MAX - (off & (img->bs - 1)));
+	if (!holes)
+		leave_some(img, len >> img->bits);
 	if (off > inode_size_of(&in))
 		zero_tail(img, &in, inode_size_of(&in), off);
 	while (done < len && !(done && img->undo.n > CHANGES_MAX)) {
@@ -560,4 +565,91 @@ bool data_truncate_more(x3_image *img, uint32_t ino)
 	if (in.raw->i_links_count)
 		orphan_remove(img, &in);
 	return true;
+}
+
+
+/* --- punching holes --- */
+
+/*
+ * Free those of the blocks that a pointer leads to by indirect ones which are number *from* and more, less than *to*.
+ *
+ * An indirect block that maps nothing any more goes too. False: the operation has done enough, and something remains.
+ */
+static bool punch_tree(x3_image *img, struct inode *in, struct slots s, int depth, uint64_t from, uint64_t to)
+{
+	uint32_t per = img->bs / 4, nr = *slot(&s, 0);
+	uint64_t span = depth == 3 ? (uint64_t)per * per : depth == 2 ? per : 1;
+	struct slots below = { .count = per };
+
+	if (!nr)
+		return true;
+	if (img->undo.n > CHANGES_MAX)
+		return false;
+	below.block = indirect(img, nr);
+	if (depth == 1) {
+		below.offset = 4 * from;
+		below.count = per - from;
+		clear_slots(img, in, below, to - from);
+	} else {
+		for (uint64_t i = from / span; i * span < to; i++) {
+			struct slots child = { below.block, 4 * i, 1 };
+			uint64_t start = i * span;
+			if (!punch_tree(img, in, child, depth - 1, max(from, start) - start, min(to - start, span)))
+				return false;
+		}
+	}
+	if (memcmp(below.block->data, zero, img->bs))
+		return true;
+	s.count = 1;
+	clear_slots(img, in, s, 1);
+	return true;
+}
+
+/* Let blocks number *first* and more, less than *last*, be holes. False: more is to be done. */
+static bool punch_blocks(x3_image *img, struct inode *in, uint64_t first, uint64_t last)
+{
+	uint64_t per = img->bs / 4, span = per, start = 12;
+
+	if (first < min(last, 12))
+		clear_slots(img, in, inode_slots(in, first), min(last, 12) - first);
+	for (int depth = 1; depth <= 3; depth++, start += span, span *= per) {
+		uint64_t from = max(first, start) - start, to = max(min(last, start + span), start) - start;
+		if (from < to && !punch_tree(img, in, inode_slots(in, 11 + depth), depth, from, to))
+			return false;
+	}
+	return true;
+}
+
+/* Zero *len* bytes at *off*, all in one block, if that is there. */
+static void zero_part(x3_image *img, struct inode *in, uint64_t off, uint64_t len)
+{
+	struct extent e = data_map(img, in, off >> img->bits, 1);
+	int error = e.nr && len ? write_old(img, in->ino, e.nr, off & (img->bs - 1), zero, len) : 0;
+
+	if (error)
+		fail(img, -error, "file data cannot be written: %s", strerror(-error));
+}
+
+/* Let a range be a hole: its blocks are freed, and what of others is in it is zero. False: more is to be done. */
+bool data_punch(x3_image *img, uint32_t ino, uint64_t off, uint64_t len)
+{
+	struct inode in = inode_change(img, ino, true);
+	uint64_t size = inode_size_of(&in), end = len < size - min(off, size) ? off + len : size;
+	uint64_t mask = img->bs - 1, first = (off + mask) >> img->bits, last = end >> img->bits;
+
+	need_regular(img, &in);
+	inode_times(img, &in, X3_MTIME | CTIME, now_ns());
+	if (off >= size)
+		return true;
+	if (end == size) /* what the last block has behind the end is nobody's */
+		last = (size + mask) >> img->bits;
+	if (first > last) { /* all in one block */
+		zero_part(img, &in, off, end - off);
+		return true;
+	}
+	if (off & mask)
+		zero_part(img, &in, off, (first << img->bits) - off);
+	if (end > last << img->bits)
+		zero_part(img, &in, last << img->bits, end - (last << img->bits));
+	return punch_blocks(img, &in, first, last);
 }

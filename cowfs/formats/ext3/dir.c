@@ -11,8 +11,8 @@
 static uint8_t entry_type(const x3_image *img, uint32_t mode)
 {
 	static const uint8_t type[16] = {
-		[S_IFREG >> 12] = EXT2_FT_REG_FILE, [S_IFDIR >> 12] = EXT2_FT_DIR,   [S_IFCHR >> 12] = EXT2_FT_CHRDEV,
-		[S_IFBLK >> 12] = EXT2_FT_BLKDEV,   [S_IFIFO >> 12] = EXT2_FT_FIFO,  [S_IFSOCK >> 12] = EXT2_FT_SOCK,
+		[S_IFREG >> 12] = EXT2_FT_REG_FILE, [S_IFDIR >> 12] = EXT2_FT_DIR,  [S_IFCHR >> 12] = EXT2_FT_CHRDEV,
+		[S_IFBLK >> 12] = EXT2_FT_BLKDEV,   [S_IFIFO >> 12] = EXT2_FT_FIFO, [S_IFSOCK >> 12] = EXT2_FT_SOCK,
 		[S_IFLNK >> 12] = EXT2_FT_SYMLINK,
 	};
 
@@ -24,7 +24,7 @@ static struct inode get_dir(x3_image *img, uint32_t ino)
 	struct inode in = inode_get(img, ino);
 
 	if (!S_ISDIR(in.raw->i_mode))
-		fail(img, ENOTDIR, "no directory");
+		fail(img, ENOTDIR, "not a directory");
 	return in;
 }
 
@@ -34,7 +34,7 @@ static struct inode change_dir(x3_image *img, uint32_t ino)
 	struct inode in = inode_change(img, ino, true);
 
 	if (!S_ISDIR(in.raw->i_mode))
-		fail(img, ENOTDIR, "no directory");
+		fail(img, ENOTDIR, "not a directory");
 	inode_times(img, &in, X3_MTIME | CTIME, now_ns());
 	return in;
 }
@@ -131,8 +131,8 @@ struct block *dir_append(x3_image *img, struct inode *dir, uint32_t *at)
 }
 
 /* Add a name to a directory; for *hint* see x3_create. */
-struct x3_place dir_insert(x3_image *img, uint32_t ino, const char *name, uint32_t len, uint32_t target,
-			   uint32_t mode, uint32_t hint)
+struct x3_place dir_insert(x3_image *img, uint32_t ino, const char *name, uint32_t len, uint32_t target, uint32_t mode,
+			   uint32_t hint)
 {
 	struct inode dir = change_dir(img, ino);
 	uint64_t blocks = dir_blocks(img, &dir);
@@ -176,7 +176,8 @@ void dir_init(x3_image *img, struct inode *dir, uint32_t parent)
 
 static bool is_it(const entry *e, const char *name, uint32_t len, uint32_t ino)
 {
-	return (ino == ANY_INO ? e->inode != 0 : e->inode == ino) && e->name_len == len && memcmp(e->name, name, len) == 0;
+	return (ino == ANY_INO ? e->inode != 0 : e->inode == ino) && e->name_len == len &&
+	       memcmp(e->name, name, len) == 0;
 }
 
 /* Where a name of *ino*, which may be ANY_INO, stands in one block; false if it does not. */
@@ -201,8 +202,8 @@ bool dir_find_in(x3_image *img, const struct inode *dir, uint32_t at, const char
  *
  * The block is walked in any case: an old offset may point into the middle of an entry.
  */
-struct x3_place dir_find(x3_image *img, const struct inode *dir, const char *name, uint32_t len,
-			 struct x3_place guess, uint32_t ino)
+struct x3_place dir_find(x3_image *img, const struct inode *dir, const char *name, uint32_t len, struct x3_place guess,
+			 uint32_t ino)
 {
 	uint64_t blocks = dir_blocks(img, dir);
 	struct x3_place where;

@@ -70,7 +70,7 @@ class Names(dict[bytes, int]):
         """What the user of the image remembers about the directory."""
         self._twice: frozenset[int] = frozenset()
 
-    def find_twice(self) -> None:
+    def find_double(self) -> None:
         """Remember which inodes have more than one name in it, now that all names are there."""
         seen = {value & INO for value in self.values()}
         if len(seen) < len(self):
@@ -185,7 +185,7 @@ class Directories:
             names = Names()
             for data in self._load(directory):
                 names.update(parse(data))
-            names.find_twice()
+            names.find_double()
         self._by_ino[directory] = names
         self._count += len(names) + _ITSELF
         self._loads += 1

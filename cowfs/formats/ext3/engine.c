@@ -1,11 +1,11 @@
 /*
- * The entry points that engine.h promises; those of opening and closing are in open.c.
+ * The entry points that engine.h promises for an inode and what is in it; those for names are in names.c, for
+ * durability in sync.c, for opening and closing in open.c.
  */
 #include <errno.h>
 #include <limits.h>
 #include <string.h>
 #include <sys/stat.h>
-#include <time.h>
 
 #include "internal.h"
 
@@ -105,6 +105,47 @@ int x3_setattr(x3_image *img, uint32_t ino, uint32_t what, const struct x3_attr 
 	return op_finish(&op);
 }
 
+static int64_t atime_is_due(x3_image *img, uint32_t ino, int64_t now, bool always)
+{
+	QUERY (img) {
+		struct inode in = inode_get(img, ino);
+		op.result = inode_atime_is_due(img, &in, now, always);
+	}
+	return op_finish(&op);
+}
+
+int x3_was_read(x3_image *img, uint32_t ino, int always)
+{
+	int64_t now = now_ns(), due = img->read_only ? 0 : atime_is_due(img, ino, now, always);
+
+	if (due <= 0)
+		return due;
+	CHANGE (img) {
+		struct inode in = inode_change(img, ino, false);
+		inode_times(img, &in, X3_ATIME, now);
+	}
+	return op_finish(&op);
+}
+
+int x3_setflags(x3_image *img, uint32_t ino, uint32_t flags)
+{
+	CHANGE (img) {
+		struct inode in = inode_change(img, ino, true);
+		inode_set_flags(img, &in, flags);
+		inode_times(img, &in, CTIME, now_ns());
+	}
+	return op_finish(&op);
+}
+
+int x3_birth(x3_image *img, uint32_t ino, int64_t *ns)
+{
+	QUERY (img) {
+		struct inode in = inode_get(img, ino);
+		op.result = inode_birth(img, &in, ns);
+	}
+	return op_finish(&op);
+}
+
 int64_t x3_readlink(x3_image *img, uint32_t ino, void *buf, uint64_t cap)
 {
 	QUERY (img) {
@@ -112,9 +153,9 @@ int64_t x3_readlink(x3_image *img, uint32_t ino, void *buf, uint64_t cap)
 		const char *target = (const char *)in.raw->i_block;
 		uint32_t size = in.raw->i_size;
 		if (!S_ISLNK(in.raw->i_mode))
-			fail(img, EINVAL, "no symlink");
+			fail(img, EINVAL, "not a symlink");
 		if (!size || size >= (inode_is_mapped(img, &in) ? min(img->bs, PATH_MAX) : sizeof in.raw->i_block))
-			fail(img, EUCLEAN, "symlink %u makes no sense", ino);
+			fail(img, EUCLEAN, "symlink %u is invalid", ino);
 		if (size > cap)
 			fail(img, ERANGE, "too small a buffer");
 		if (inode_is_mapped(img, &in))
@@ -124,249 +165,6 @@ int64_t x3_readlink(x3_image *img, uint32_t ino, void *buf, uint64_t cap)
 		op.result = size;
 	}
 	return op_finish(&op);
-}
-
-
-/* --- names --- */
-
-int64_t x3_readdir(x3_image *img, uint32_t dir, uint64_t *cursor, void *buf, uint64_t cap)
-{
-	QUERY (img)
-		op.result = dir_list(img, dir, cursor, buf, cap);
-	return op_finish(&op);
-}
-
-int x3_lookup(x3_image *img, uint32_t dir, const char *name, uint32_t len, struct x3_found *out)
-{
-	QUERY (img)
-		op.result = dir_lookup(img, dir, name, len, out);
-	return op_finish(&op);
-}
-
-int64_t x3_parent(x3_image *img, uint32_t dir)
-{
-	QUERY (img)
-		op.result = dir_parent(img, dir, NULL)->inode;
-	return op_finish(&op);
-}
-
-int x3_is_above(x3_image *img, uint32_t ino, uint32_t dir)
-{
-	QUERY (img)
-		op.result = dir_is_above(img, ino, dir);
-	return op_finish(&op);
-}
-
-/* Let a directory have more or fewer subdirectories. EMLINK. */
-static void add_links(x3_image *img, uint32_t ino, int count)
-{
-	struct inode in = inode_change(img, ino, true);
-
-	if (in.raw->i_links_count + count > X3_LINK_MAX)
-		fail(img, EMLINK, "too many links");
-	if (in.raw->i_links_count + count < 2)
-		fail(img, EUCLEAN, "directory %u has too few links", ino);
-	in.raw->i_links_count += count;
-	inode_times(img, &in, CTIME, now_ns());
-}
-
-int x3_create(x3_image *img, uint32_t dir, const char *name, uint32_t len, uint32_t hint, struct x3_new *n)
-{
-	CHANGE (img) {
-		struct inode in = inode_make(img, dir, n);
-		if (S_ISDIR(n->mode))
-			add_links(img, dir, 1);
-		n->place = dir_insert(img, dir, name, len, in.ino, n->mode, hint);
-		n->ino = in.ino;
-		inode_attr(img, &in, &n->attr);
-	}
-	return op_finish(&op);
-}
-
-int x3_link(x3_image *img, uint32_t ino, uint32_t dir, const char *name, uint32_t len, uint32_t hint,
-	    struct x3_place *place)
-{
-	CHANGE (img) {
-		struct inode in = inode_change(img, ino, true);
-		bool orphan = in.raw->i_links_count == 0, is_dir = S_ISDIR(in.raw->i_mode);
-		if (is_dir && !orphan)
-			fail(img, EPERM, "a directory");
-		if (in.raw->i_links_count >= X3_LINK_MAX)
-			fail(img, EMLINK, "too many links");
-		if (orphan)
-			orphan_remove(img, &in);
-		in.raw->i_links_count += is_dir ? 2 : 1;
-		if (is_dir) {
-			dir_set_parent(img, ino, dir);
-			add_links(img, dir, 1);
-		}
-		inode_times(img, &in, CTIME, now_ns());
-		*place = dir_insert(img, dir, name, len, ino, in.raw->i_mode, hint);
-	}
-	return op_finish(&op);
-}
-
-/* Free what is left of an orphan, operation by operation; e2fsck may have done it while we were suspended. */
-static int delete_rest(x3_image *img, uint32_t ino)
-{
-	int64_t result;
-
-	do {
-		GO_ON (img)
-			op.result = !inode_delete_some(img, ino, true);
-		result = op_finish(&op);
-	} while (result > 0);
-	return result == -ESTALE ? 0 : result;
-}
-
-/* End an operation that may have begun to free an inode: see to the rest, or leave it to who calls x3_wait(). */
-static int64_t finish_removal(struct op *op, uint32_t ino)
-{
-	x3_image *img = op->img;
-	bool rest = !op->error && op->result == HAS_REST;
-	int64_t result;
-
-	if (rest && img->attended) {
-		doom(img, ino, op->rest);
-		op->result = rest = false;
-	}
-	result = op_finish(op);
-	return rest ? delete_rest(img, ino) : result;
-}
-
-/* Fail unless an inode is what the call is for. */
-static struct inode want_type(x3_image *img, uint32_t ino, bool is_dir)
-{
-	struct inode in = inode_get(img, ino);
-
-	if (!!S_ISDIR(in.raw->i_mode) != is_dir)
-		fail(img, is_dir ? ENOTDIR : EISDIR, "of the wrong type");
-	if (is_dir && !dir_is_empty(img, ino))
-		fail(img, ENOTEMPTY, "not empty");
-	return in;
-}
-
-static int remove_name(x3_image *img, uint32_t dir, const char *name, uint32_t len, struct x3_place where,
-		       uint32_t ino, bool keep, bool is_dir)
-{
-	CHANGE (img) {
-		struct inode in = inode_get(img, dir);
-		struct x3_place found = dir_find(img, &in, name, len, where, ino);
-		want_type(img, ino, is_dir);
-		dir_remove(img, dir, found);
-		if (is_dir)
-			add_links(img, dir, -1);
-		op.result = inode_drop_link(img, ino, keep);
-	}
-	return finish_removal(&op, ino);
-}
-
-int x3_unlink(x3_image *img, uint32_t dir, const char *name, uint32_t len, struct x3_place where, uint32_t ino,
-	      int keep)
-{
-	return remove_name(img, dir, name, len, where, ino, keep, false);
-}
-
-int x3_rmdir(x3_image *img, uint32_t dir, const char *name, uint32_t len, struct x3_place where, uint32_t ino,
-	     int keep)
-{
-	return remove_name(img, dir, name, len, where, ino, keep, true);
-}
-
-int x3_release(x3_image *img, uint32_t ino)
-{
-	GO_ON (img) {
-		if (inode_get(img, ino).raw->i_links_count == 0)
-			op.result = inode_delete_some(img, ino, true) ? LIVES : HAS_REST;
-	}
-	return finish_removal(&op, ino);
-}
-
-static void touch(x3_image *img, uint32_t ino)
-{
-	struct inode in = inode_change(img, ino, false);
-
-	inode_times(img, &in, CTIME, now_ns());
-}
-
-static void exchange(x3_image *img, struct x3_rename *how, struct x3_place source, uint32_t mode)
-{
-	struct inode dir = inode_get(img, how->target_dir), other = inode_get(img, how->replaced);
-	bool moved_dir = S_ISDIR(mode), other_dir = S_ISDIR(other.raw->i_mode);
-
-	how->place = dir_find(img, &dir, how->target_name, how->target_len, how->target_place, how->replaced);
-	dir_replace(img, how->source_dir, source, how->replaced, other.raw->i_mode);
-	dir_replace(img, how->target_dir, how->place, how->ino, mode);
-	if (how->source_dir != how->target_dir) {
-		if (moved_dir)
-			dir_set_parent(img, how->ino, how->target_dir);
-		if (other_dir)
-			dir_set_parent(img, how->replaced, how->source_dir);
-		if (moved_dir != other_dir) {
-			add_links(img, how->source_dir, other_dir - moved_dir);
-			add_links(img, how->target_dir, moved_dir - other_dir);
-		}
-	}
-	touch(img, how->replaced);
-}
-
-/* Let the target name be *ino*'s; what became of the inode that had it? */
-static enum fate take_target(x3_image *img, struct x3_rename *how, uint32_t mode)
-{
-	bool is_dir = S_ISDIR(mode);
-	struct inode dir = inode_get(img, how->target_dir);
-
-	if (!how->replaced) {
-		how->place = dir_insert(img, how->target_dir, how->target_name, how->target_len, how->ino, mode,
-					how->hint);
-		return LIVES;
-	}
-	how->place = dir_find(img, &dir, how->target_name, how->target_len, how->target_place, how->replaced);
-	want_type(img, how->replaced, is_dir);
-	dir_replace(img, how->target_dir, how->place, how->ino, mode);
-	if (is_dir)
-		add_links(img, how->target_dir, -1);
-	return inode_drop_link(img, how->replaced, how->flags & X3_KEEP);
-}
-
-/* Put a character device 0:0 where the source was. */
-static void leave_whiteout(x3_image *img, struct x3_rename *how, struct x3_place source)
-{
-	struct x3_new new = { .mode = S_IFCHR, .uid = how->uid, .gid = how->gid };
-
-	how->whiteout = inode_make(img, how->source_dir, &new).ino;
-	dir_replace(img, how->source_dir, source, how->whiteout, S_IFCHR);
-}
-
-int x3_rename(x3_image *img, struct x3_rename *how)
-{
-	how->whiteout = 0;
-	CHANGE (img) {
-		uint32_t mode = inode_get(img, how->ino).raw->i_mode;
-		struct inode dir = inode_get(img, how->source_dir);
-		struct x3_place source = dir_find(img, &dir, how->source_name, how->source_len, how->source_place,
-						  how->ino);
-		if (how->ino == how->replaced)
-			fail(img, EINVAL, "two names of one inode");
-		if (how->flags & X3_EXCHANGE) {
-			exchange(img, how, source, mode);
-		} else {
-			op.result = take_target(img, how, mode);
-			/* The new name may have moved the old one. */
-			source = dir_find(img, &dir, how->source_name, how->source_len, source, how->ino);
-			if (how->flags & X3_WHITEOUT)
-				leave_whiteout(img, how, source);
-			else
-				dir_remove(img, how->source_dir, source);
-			if (S_ISDIR(mode) && how->source_dir != how->target_dir) {
-				dir_set_parent(img, how->ino, how->target_dir);
-				add_links(img, how->source_dir, -1);
-				add_links(img, how->target_dir, 1);
-			}
-		}
-		touch(img, how->ino);
-	}
-	return finish_removal(&op, how->replaced);
 }
 
 
@@ -447,6 +245,20 @@ int x3_truncate(x3_image *img, uint32_t ino, uint64_t size)
 	return result;
 }
 
+int x3_punch(x3_image *img, uint32_t ino, uint64_t off, uint64_t len)
+{
+	int64_t result;
+
+	for (;;) {
+		CHANGE_DATA (img, ino)
+			op.result = !data_punch(img, ino, off, len);
+		result = op_finish(&op);
+		if (result <= 0)
+			return result;
+		let_others();
+	}
+}
+
 int64_t x3_segment(x3_image *img, uint32_t ino, uint64_t from, uint64_t *stop)
 {
 	QUERY (img)
@@ -471,7 +283,8 @@ int64_t x3_getxattr(x3_image *img, uint32_t ino, const char *name, uint32_t len,
 	return op_finish(&op);
 }
 
-int x3_setxattr(x3_image *img, uint32_t ino, const char *name, uint32_t len, const void *value, uint64_t size, int flags)
+int x3_setxattr(x3_image *img, uint32_t ino, const char *name, uint32_t len, const void *value, uint64_t size,
+		int flags)
 {
 	CHANGE (img)
 		xattr_set(img, ino, name, len, value, size, flags, false);
@@ -483,141 +296,6 @@ int x3_removexattr(x3_image *img, uint32_t ino, const char *name, uint32_t len)
 	CHANGE (img)
 		xattr_set(img, ino, name, len, NULL, 0, 0, true);
 	return op_finish(&op);
-}
-
-
-/* --- durability --- */
-
-int x3_commit(x3_image *img)
-{
-	int error = 0;
-
-	image_lock(img);
-	if (img->aborted)
-		error = -EROFS;
-	else if (!img->read_only)
-		error = commit_until(img, img->tid);
-	pthread_mutex_unlock(&img->lock);
-	return error;
-}
-
-int x3_checkpoint(x3_image *img)
-{
-	int error = 0;
-
-	image_lock(img);
-	if (img->aborted)
-		error = -EROFS;
-	else if (!img->read_only)
-		error = checkpoint_now(img);
-	pthread_mutex_unlock(&img->lock);
-	return error;
-}
-
-int x3_fsync(x3_image *img, uint32_t ino, int datasync)
-{
-	uint32_t tid;
-	uint64_t failures;
-	int error;
-
-	if (img->read_only)
-		return 0;
-	do {
-		image_lock(img);
-		tid = (datasync ? img->lasting : img->changed)[ino % 4096];
-		if (img->aborted || img->stalled || tid_after(tid, img->committed)) {
-			error = img->aborted ? -EROFS : commit_until(img, tid);
-			pthread_mutex_unlock(&img->lock);
-			return error;
-		}
-		failures = io_failures(img);
-		pthread_mutex_unlock(&img->lock);
-		error = io_barrier(img);
-	} while (!error && failures != io_failures(img)); /* another barrier was told what was meant for us */
-	if (!error)
-		return 0;
-	pthread_mutex_lock(&img->lock);
-	error = committing_begin(img) ? committing_end(img, error) : -EIO;
-	pthread_mutex_unlock(&img->lock);
-	return error;
-}
-
-int x3_dirty(x3_image *img)
-{
-	int dirty;
-
-	image_lock(img);
-	dirty = (img->ndirty || img->stalled) && !img->aborted;
-	pthread_mutex_unlock(&img->lock);
-	return dirty;
-}
-
-static bool is_past(const struct timespec *when)
-{
-	struct timespec now;
-
-	clock_gettime(CLOCK_MONOTONIC, &now);
-	return now.tv_sec > when->tv_sec || (now.tv_sec == when->tv_sec && now.tv_nsec >= when->tv_nsec);
-}
-
-int x3_wait(x3_image *img, int64_t ms)
-{
-	struct timespec until;
-	int result;
-
-	clock_gettime(CLOCK_MONOTONIC, &until);
-	until.tv_sec += ms / 1000;
-	until.tv_nsec += ms % 1000 * 1000000;
-	until.tv_sec += until.tv_nsec / NS;
-	until.tv_nsec %= NS;
-	pthread_mutex_lock(&img->lock);
-	img->attended = !img->woken;
-	while (!img->woken && (img->due != img->tid || img->aborted)) {
-		if (img->ndoomed && !img->aborted && !img->stalled && !is_suspended(img)) {
-			pthread_mutex_unlock(&img->lock);
-			doomed_free_some(img);
-			let_others();
-			pthread_mutex_lock(&img->lock);
-			if (is_past(&until))
-				break;
-		} else if (pthread_cond_timedwait(&img->wake, &img->lock, &until) == ETIMEDOUT) {
-			break;
-		}
-	}
-	img->woken = false;
-	img->due = 0;
-	result = (img->ndirty || img->stalled) && !img->aborted;
-	pthread_mutex_unlock(&img->lock);
-	return result;
-}
-
-void x3_wake(x3_image *img)
-{
-	pthread_mutex_lock(&img->lock);
-	img->woken = true;
-	img->attended = false;
-	pthread_cond_broadcast(&img->wake);
-	pthread_mutex_unlock(&img->lock);
-}
-
-void x3_begin(x3_image *img)
-{
-	image_lock(img);
-	img->atoms++;
-	pthread_mutex_unlock(&img->lock);
-}
-
-void x3_end(x3_image *img)
-{
-	pthread_mutex_lock(&img->lock);
-	if (--img->atoms == 0) {
-		img->excused = false;
-		redo_flush(img);
-		pthread_cond_broadcast(&img->wake);
-		if (redo_is_lost(img) && !img->stalled)
-			commit_until(img, img->redo.lost_tid);
-	}
-	pthread_mutex_unlock(&img->lock);
 }
 
 
@@ -636,6 +314,8 @@ int x3_inject(x3_image *img, int kind, int64_t nth, int error, int sticky)
 	img->inject_nth = nth;
 	img->inject_error = error;
 	img->inject_sticky = sticky;
+	img->inject_holds = false;
+	pthread_cond_broadcast(&img->inject_wake);
 	pthread_mutex_unlock(&img->io_lock);
 	return 0;
 }

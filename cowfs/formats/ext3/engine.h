@@ -14,7 +14,7 @@
  * tell. EUCLEAN from a function that reads aborts nothing.
  *
  * The disk that the image is on may be full (ENOSPC, EDQUOT, EFBIG): then what needs a block there fails
- * with that. If a commit is refused, which hardly happens (see room.c), or fdatasync, by EIO too, the image is
+ * with that. If a commit is refused, which hardly happens (see host_space.c), or fdatasync, by EIO too, the image is
  * stalled: what was done is in memory, all that waits for it to be on disk, and all changes, fail with that
  * errno, and it is tried again by the next call, but at most each second. Once it succeeds all goes on.
  *
@@ -47,9 +47,10 @@ typedef struct x3_image x3_image;
 #define X3_TRACE_WRITE 1   /* a write was done: the image has these bytes at offset */
 #define X3_TRACE_BARRIER 2 /* fdatasync returned; offset: its number */
 #define X3_TRACE_MARK 3    /* x3_mark; offset: its argument */
-#define X3_TRACE_BEGUN 4   /* fdatasync is about to begin; offset: its number. What was written before
+#define X3_TRACE_BEGUN \
+	4                 /* fdatasync is about to begin; offset: its number. What was written before
                               is on disk when the record X3_TRACE_BARRIER of that number is there. */
-#define X3_TRACE_FAILED 5  /* it failed: what was written since the last that did not may never get to the disk */
+#define X3_TRACE_FAILED 5 /* it failed: what was written since the last that did not may never get to the disk */
 
 /* x3_setattr: what to set */
 #define X3_MODE 1
@@ -65,7 +66,10 @@ typedef struct x3_image x3_image;
 
 #define X3_LINK_MAX 32000 /* names of a file, and subdirectories + 2 of a directory; then EMLINK */
 
-/* The attributes of an inode. Times: nanoseconds since the epoch, up to the year 2262. */
+/*
+ * The attributes of an inode. Times: nanoseconds since the epoch, from 1901 to 2446; from 2262 on less 2^64, so what
+ * is before 1901 is after 2262.
+ */
 struct x3_attr {
 	uint32_t mode, nlink, uid, gid;
 	uint32_t major, minor; /* of a device */
@@ -94,7 +98,8 @@ struct x3_facts {
 	int64_t saved_ns;            /* when all was on disk last: since the epoch */
 	uint64_t missing, disk_free; /* bytes that the file lacks of its blocks, and that its disk has free */
 	uint64_t cached, held;       /* blocks in the cache; free blocks that wait for commit or checkpoint */
-	uint64_t cache_hits, cache_misses; /* metadata blocks that were there when they were needed, and that were not */
+	uint64_t cache_hits,
+		cache_misses; /* metadata blocks that were there when they were needed, and that were not */
 	uint64_t commits, checkpoints, barriers, bytes_written; /* since open */
 	uint64_t replayed, redone; /* transactions of the journal and records of the redo log that it took to open it */
 	uint8_t uuid[16];
@@ -131,8 +136,8 @@ struct x3_rename {
 	uint32_t flags;               /* X3_EXCHANGE, X3_WHITEOUT, X3_KEEP */
 	uint32_t uid, gid;            /* of the whiteout */
 	/* out */
-	struct x3_place place;      /* of the target's name now; the source's stays where it was, if it stays */
-	uint32_t whiteout;          /* the inode of the whiteout, or 0 */
+	struct x3_place place; /* of the target's name now; the source's stays where it was, if it stays */
+	uint32_t whiteout;     /* the inode of the whiteout, or 0 */
 };
 
 
@@ -192,6 +197,18 @@ int x3_child(x3_image *img, uint32_t dir, uint32_t ino, struct x3_attr *out);
  * Of the mode only the lowest 12 bits count. Times beyond what the inode can hold are clamped.
  */
 int x3_setattr(x3_image *img, uint32_t ino, uint32_t what, const struct x3_attr *attr);
+/* Note that it was read now: if the kernel did with relatime, or *always*. */
+int x3_was_read(x3_image *img, uint32_t ino, int always);
+
+/*
+ * Set the flags of chattr(1), those in i_flags that can be set, as FS_IOC_SETFLAGS of the kernel's ext3 does: EOPNOTSUPP
+ * for what ext3 has not, EINVAL for extents; those of the engine's own stay as they are. Who may do so, and what
+ * they forbid, is for the caller to see to.
+ */
+int x3_setflags(x3_image *img, uint32_t ino, uint32_t flags);
+
+/* When it was made: 1 and *ns*, or 0 if it has no room for that, as inodes of 128 bytes. */
+int x3_birth(x3_image *img, uint32_t ino, int64_t *ns);
 
 /* Copy the target into *buf* and return its length; ERANGE if *cap* is less, EINVAL for no symlink. */
 int64_t x3_readlink(x3_image *img, uint32_t ino, void *buf, uint64_t cap);
@@ -254,12 +271,12 @@ int x3_link(x3_image *img, uint32_t ino, uint32_t dir, const char *name, uint32_
  * the inode goes too, unless *keep*: then it lives on, on the orphan list, until x3_release (or
  * x3_close, or the recovery after a crash). Return 1 in that case, else 0. ENOENT; EISDIR.
  */
-int x3_unlink(x3_image *img, uint32_t dir, const char *name, uint32_t len, struct x3_place where,
-	      uint32_t ino, int keep);
+int x3_unlink(x3_image *img, uint32_t dir, const char *name, uint32_t len, struct x3_place where, uint32_t ino,
+	      int keep);
 
 /* The same for an empty directory. ENOTEMPTY; ENOTDIR. */
-int x3_rmdir(x3_image *img, uint32_t dir, const char *name, uint32_t len, struct x3_place where,
-	     uint32_t ino, int keep);
+int x3_rmdir(x3_image *img, uint32_t dir, const char *name, uint32_t len, struct x3_place where, uint32_t ino,
+	     int keep);
 
 /*
  * Move a name, as renameat2(2) does.
@@ -299,6 +316,12 @@ int64_t x3_fill(x3_image *img, uint32_t ino, const void *buf, uint64_t len, uint
 int x3_truncate(x3_image *img, uint32_t ino, uint64_t size);
 
 /*
+ * Let a range be a hole, as fallocate(2) with FALLOC_FL_PUNCH_HOLE: its blocks are freed, other bytes are zero. The size
+ * stays. A large range in several transactions: after a crash a part of it is a hole, and the rest as it was.
+ */
+int x3_punch(x3_image *img, uint32_t ino, uint64_t off, uint64_t len);
+
+/*
  * The next run of data at or behind *from*: return its start, and let *stop* be its end, or a place where to ask
  * again if there are very many pieces. ENXIO if there is none.
  */
@@ -332,21 +355,35 @@ int x3_removexattr(x3_image *img, uint32_t ino, const char *name, uint32_t len);
  * Return when *ino*, its data and the names it has got, is on disk. Blocks.
  *
  * Without uncommitted changes of the inode (with *datasync*: changes but of its times) this is
- * one fdatasync of the image, otherwise a commit, shared with all who wait at the same time.
+ * one fdatasync of the image, otherwise a commit, shared with all who wait at the same time; both, if the data was
+ * written while that commit was under way.
  */
 int x3_fsync(x3_image *img, uint32_t ino, int datasync);
 
 /* Return when everything that happened before is on disk. Blocks; operations go on meanwhile. */
 int x3_commit(x3_image *img);
 
+/*
+ * Whether this thread is in a hurry, with whatever image: its operations do not wait for a commit that lets freed
+ * blocks be used, but fail with EAGAIN. Then, and before a change when *x3_pressed() is not 0, another thread shall
+ * call x3_relieve() (*for_blocks*: after an EAGAIN), which blocks, before it is tried again.
+ */
+int x3_hurry(int on); /* whether it was */
+const volatile uint32_t *x3_pressed(x3_image *img);
+int x3_relieve(x3_image *img, int for_blocks);
+
 /* Commit, and write home what is in the journal: it is empty then, unless others write. Blocks. */
 int x3_checkpoint(x3_image *img);
+
+/* Give back the memory of what the cache can read again. */
+void x3_shrink(x3_image *img);
 
 /* Whether there is something to commit: 0 or 1. */
 int x3_dirty(x3_image *img);
 
 /*
- * Wait until it is time to commit: *ms* milliseconds, or less if the room for the redo log comes to an end.
+ * Wait until it is time to commit: *ms* milliseconds, or less if the room of something that a commit frees
+ * comes to an end.
  * Return whether there is something to commit. x3_wake ends one wait at once, be it the next.
  */
 int x3_wait(x3_image *img, int64_t ms);
@@ -371,6 +408,16 @@ int x3_suspend(x3_image *img);
 int x3_resume(x3_image *img, int fd);
 
 /*
+ * Remember from now on, or no more, which MiB of the image's file are written to.
+ *
+ * Copy the numbers of some that were since the last call into *units*, which has room for *cap*, 64 at least; they are
+ * forgotten, so read them after that. Return how many; 0: there are no others. EFBIG for what no ext3 of common blocks
+ * has.
+ */
+int x3_track(x3_image *img, int on);
+int64_t x3_tracked(x3_image *img, uint32_t *units, uint64_t cap);
+
+/*
  * Go on with another descriptor (it is duplicated).
  *
  * It must hold the same bytes: copied after a x3_checkpoint, and nothing changed since (EBUSY if
@@ -386,6 +433,6 @@ int x3_mark(x3_image *img, uint64_t n);
 
 /*
  * Let the *nth* (1: the next) system call of *kind* on the image answer *error*, once or, if *sticky*,
- * from then on. 0 ends it.
+ * from then on. 0 ends it. Without an *error* that call waits for the next x3_inject; fdatasync has begun then.
  */
 int x3_inject(x3_image *img, int kind, int64_t nth, int error, int sticky);

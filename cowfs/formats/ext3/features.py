@@ -105,27 +105,27 @@ def obstacle(superblock: bytes, name: str) -> tuple[str, str] | None:
     """
     found = read(superblock)
     if found is None:
-        return "no ext3 filesystem", ""
+        return "not an ext3 filesystem", ""
     if found.incompatible & JOURNAL_DEVICE:
         return "an external ext3 journal, not a filesystem", ""
     if names := foreign(found):
         return (
-            f"an ext4 filesystem ({', '.join(names)}), but a store is a mere ext3",
-            "cowfs create makes a store",
+            f"an ext4 filesystem ({', '.join(names)}), but a store is a plain ext3 filesystem",
+            f"cowfs create creates a store; of one in it: mount -o loop {name} DIR, and give DIR",
         )
     (revision,) = _REVISION.unpack_from(superblock, 76)
     if revision > 1:
-        return f"an ext filesystem of the unknown revision {revision}", ""
+        return f"an ext filesystem of unknown revision {revision}", ""
     if not found.compatible & HAS_JOURNAL:
         return (
             "an ext2 filesystem: it has no journal and would not survive a crash",
-            f"make a copy of the file, then: tune2fs -j {name}",
+            f"copy the file, then run on the copy: tune2fs -j {name}",
         )
     if not _JOURNAL_INODE.unpack_from(superblock, 224)[0]:
         return (
-            "its journal is on another device, but a store is one file",
-            f"unmount it where that is; make a copy of the file, then: tune2fs -O ^has_journal {name} and"
-            f" tune2fs -j {name}",
+            "its journal is on another device, but a store must be a single file",
+            f"unmount it on the machine with that device; copy the file, then run on the copy:"
+            f" tune2fs -O ^has_journal {name} and tune2fs -j {name}",
         )
     return None
 

@@ -210,7 +210,7 @@ static struct block *split_leaf(x3_image *img, struct inode *dir, struct level *
 		offset += entry_length(img, e);
 	}
 	if (n < 2)
-		fail(img, EUCLEAN, "directory block %u makes no sense", leaf->nr);
+		fail(img, EUCLEAN, "directory block %u is invalid", leaf->nr);
 	qsort(names, n, sizeof *names, by_hash);
 	for (split = n; split > 1 && moved + names[split - 1].size <= img->bs / 2; split--)
 		moved += names[split - 1].size;
@@ -262,7 +262,8 @@ uint32_t htree_find(x3_image *img, const struct inode *dir, const char *name, ui
 }
 
 /* Go on to the next leaf, if it has names of the same hash. */
-static bool next_leaf(x3_image *img, const struct inode *dir, uint32_t hash, struct level *path, int depth, uint32_t *at)
+static bool next_leaf(x3_image *img, const struct inode *dir, uint32_t hash, struct level *path, int depth,
+		      uint32_t *at)
 {
 	int level = depth;
 

@@ -1,21 +1,16 @@
-"""An ext3 image, open in this process: the engine's operations in Python's terms.
+"""The inodes of an ext3 image that is open in this process: the engine's operations in Python's terms.
 
-Inodes are named by their numbers. Everything raises OSError and nothing else. What is written is on
-disk after ``commit``, ``fsync``, ``close`` or, at the latest, some seconds later: a thread sees to that.
+Inodes are named by their numbers. Everything raises OSError and nothing else.
 """
 
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import stat
-import threading
-import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Unpack
 
-from cowfs.formats.ext3 import features
 from cowfs.formats.ext3._engine import ffi, lib
 from cowfs.formats.ext3.directory import (
     INO,
@@ -30,261 +25,42 @@ from cowfs.formats.ext3.directory import (
     place_of,
     type_of,
 )
-from cowfs.formats.ext3.places import places
-from cowfs.formats.ext3.records import INODE, Facts, Inode
-from cowfs.linux.files import LACK_OF_ROOM
-from cowfs.linux.signals import held_back
-
-log = logging.getLogger(__name__)
+from cowfs.formats.ext3.opened import CHARS, How, Opened, unset
+from cowfs.formats.ext3.records import FIRST, INODE, Inode, number_of, time_of
 
 ROOT = 2
-CACHE_BYTES = 64 << 20
-"""Of metadata; the data of files is in the page cache."""
-COMMIT_SECONDS = 5.0
-"""How often what has changed is put on disk, as the kernel does it."""
-
 MODE, UID, GID, ATIME, MTIME = 1, 2, 4, 8, 16
 """What setattr sets."""
 
-_LISTING = 64 << 10
-"""Bytes of names that are asked for at a time; at least four blocks."""
-_MOST_TOLD = 100
-"""Damages of one image that are logged."""
 _NOTHING_NEW = 1000
 """How often in a row a part of a directory may have no name that is new."""
 _XATTR = 1024
 """Bytes that most attributes fit in."""
-_CHARS = ffi.typeof("char[]")
-_unset = ffi.new_allocator(should_clear_after_alloc=False)
 
 
-def _way_out(error: int) -> str:
-    """Say when changes are taken again that were refused for this errno."""
-    if error == errno.ENOMEM:
-        return "there is memory"
-    return "it has room" if error in LACK_OF_ROOM else "it takes them"
-
-
-class _Together:
-    """A block of changes that are one to the disk."""
-
-    __slots__ = ("_handle",)
-
-    def __init__(self, handle: Any) -> None:
-        self._handle = handle
-
-    def __enter__(self) -> None:
-        lib.x3_begin(self._handle)
-
-    def __exit__(self, *failure: object) -> None:
-        lib.x3_end(self._handle)
-
-
-class Image:
+class Image(Opened):
     """The image behind a descriptor, which is duplicated: the caller's stays the caller's.
 
     The methods about names are for one thread; those about one inode, and ``commit``, for any.
     """
 
-    def __init__(
-        self,
-        fd: int,
-        name: str,
-        *,
-        read_only: bool = False,
-        cache_bytes: int = CACHE_BYTES,
-        commit_seconds: float = COMMIT_SECONDS,
-        trace_fd: int = -1,
-        debug: int = 0,
-    ) -> None:
-        """Open it. EUCLEAN when its journal must be recovered first; what is no mere ext3: features.check.
-
-        *name* is for messages; *trace_fd* and *debug* are for tests: see x3_open. Without
-        *commit_seconds* (0) nothing is committed but on demand.
-        """
-        features.check(fd, name)
-        self.name = name
-        self.read_only = read_only
-        self._said = False
-        self._damages: set[str] = set()
-        self._stalled = 0
-        self._lost_told = False
-        out = ffi.new("x3_image **")
-        code = lib.x3_open(fd, lib.X3_READ_ONLY if read_only else 0, cache_bytes, trace_fd, debug, out)
-        if code < 0:
-            raise OSError(-code, _message(ffi.NULL) or os.strerror(-code), name)
-        self.handle: Any = out[0]
-        """The engine's own, for what only tests do with it."""
-        self._listing = max(_LISTING, 4 * self.facts().block_size)
+    def __init__(self, fd: int, name: str, **how: Unpack[How]) -> None:
+        """Open it, as :class:`~cowfs.formats.ext3.opened.Opened`."""
+        super().__init__(fd, name, **how)
         self._attr = ffi.new("struct x3_attr *")
+        self._new = ffi.new("struct x3_new *")
         self._attr_bytes = ffi.buffer(self._attr)
         self._directories = Directories(self._list, self._large)
-        self._seconds = 0 if read_only else commit_seconds
-        self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
-        self._start_thread()
-
-    def close(self) -> None:
-        """Write everything to its place and let go of the image. Blocks. Safe to call twice.
-
-        Raises what went wrong with that; nothing is open all the same.
-        """
-        handle = self._let_go()
-        if handle is not None:
-            code = lib.x3_close(handle)
-            if code < 0:
-                raise OSError(-code, os.strerror(-code), self.name)
-
-    def abandon(self) -> None:
-        """Let go of the image as a crash would: nothing more is written."""
-        handle = self._let_go()
-        if handle is not None:
-            lib.x3_abandon(handle)
-
-    def _let_go(self) -> Any:
-        self._stop_thread()
-        handle, self.handle = self.handle, None
-        return handle
-
-    def _start_thread(self) -> None:
-        if self._seconds:
-            self._stop.clear()
-            name = f"commit {self.name}"
-            self._thread = threading.Thread(target=self._commit_now_and_then, name=name, daemon=True)
-            with held_back():  # else a signal would find this thread when the others hold it back
-                self._thread.start()
-
-    def _stop_thread(self) -> None:
-        self._stop.set()
-        if self._thread is not None:
-            lib.x3_wake(self.handle)
-            self._thread.join()
-            self._thread = None
-
-    def _commit_now_and_then(self) -> None:
-        milliseconds = round(self._seconds * 1000)
-        while not self._stop.is_set():
-            if lib.x3_wait(self.handle, milliseconds) and not self._stop.is_set():
-                code = lib.x3_commit(self.handle)
-                if code < 0:
-                    self._failure(code)  # which says so; the next call that changes something fails too
-            self._tell_stall()
-            self.tell_lost()
-
-    # --- errors
-
-    def _failure(self, code: int, *names: object) -> OSError:
-        """Return the exception for a result below 0; say it loudly, once, if the image is given up."""
-        if code in {-errno.EIO, -errno.EROFS, -errno.EUCLEAN} and not self._said and not self.read_only:
-            aborted = self.facts().aborted
-            if aborted and not self._said:
-                self._said = True
-                log.error(
-                    "%s: given up, nothing more is written to it: %s. What was done in the last seconds"
-                    " may be lost when it is unmounted; until then it can be read. Then: cowfs check %s",
-                    *(self.name, _message(self.handle) or os.strerror(aborted), self.name),
-                )
-        if code == -errno.EUCLEAN:
-            return self.damaged(_message(self.handle))
-        if -code in LACK_OF_ROOM or code in {-errno.EIO, -errno.ENOMEM}:
-            self._tell_stall()
-        return OSError(-code, os.strerror(-code), *names)
-
-    def damaged(self, what: str) -> OSError:
-        """Log a damage, each once and no more than anybody reads; return the exception for it."""
-        if what not in self._damages and len(self._damages) < _MOST_TOLD:
-            self._damages.add(what)
-            log.error("%s: damaged: %s. Unmount it, then: cowfs check %s", self.name, what, self.name)
-        return OSError(errno.EUCLEAN, f"damaged: {what} (see `cowfs check`)", self.name)
-
-    def tell_lost(self) -> None:
-        """Log, once, which files have data that the disk has refused, and nobody has any more. Blocks."""
-        inodes = ffi.new("uint32_t[]", _MOST_TOLD)
-        count = lib.x3_lost(self.handle, inodes, _MOST_TOLD)
-        if not count or self._lost_told:
-            return
-        self._lost_told = True
-        found = sorted(places(set(inodes[0:count]), self._list, self._stop.is_set))
-        log.error(
-            "%s: what was written to these files in the last seconds is lost: %s",
-            self.name,
-            ", ".join(os.fsdecode(path) for path in found) or "files without names",
-        )
-
-    def _tell_stall(self) -> None:
-        """Log that changes are refused from now on because the disk is full, or not any more."""
-        facts = self.facts()
-        if facts.stalled and not self._stalled:
-            since = time.strftime("%H:%M:%S", time.localtime(facts.saved_ns / 1e9))
-            log.error(
-                "%s: nothing can be written to its disk: %s. Changes are refused until %s; those"
-                " since %s are in memory alone until then",
-                *(self.name, os.strerror(facts.stalled), _way_out(facts.stalled), since),
-            )
-        elif self._stalled and not facts.stalled and not facts.aborted:
-            log.warning("%s: %s again, and all is written", self.name, _way_out(self._stalled))
-        self._stalled = facts.stalled
-
-    def _done(self, code: int, *names: object) -> int:
-        if code < 0:
-            raise self._failure(code, *names)
-        return code
-
-    # --- the whole
-
-    def facts(self) -> Facts:
-        """Return what is known of the whole image now."""
-        out = ffi.new("struct x3_facts *")
-        lib.x3_facts(self.handle, out)
-        known = {name: getattr(out, name) for name in Facts._fields if name != "uuid"}
-        return Facts(**known, uuid=bytes(ffi.buffer(out.uuid)))
-
-    def commit(self) -> None:
-        """Return when everything that was done is on disk. Blocks."""
-        self._done(lib.x3_commit(self.handle))
-
-    def checkpoint(self) -> None:
-        """Commit, and leave nothing in the journal. Blocks."""
-        self._done(lib.x3_checkpoint(self.handle))
-
-    def fsync(self, ino: int, datasync: bool) -> None:
-        """Return when an inode and its data are on disk. Blocks."""
-        self._done(lib.x3_fsync(self.handle, ino, datasync))
-
-    def together(self) -> _Together:
-        """The changes in the block come to disk together or not at all: a few quick ones."""
-        return _Together(self.handle)
-
-    def suspend(self) -> None:
-        """Leave the image to others, whole and clean, until resume. Blocks; what is called meanwhile waits.
-
-        Inodes without names are lost when others check the image.
-        """
-        self._stop_thread()
-        try:
-            self._done(lib.x3_suspend(self.handle))
-        except OSError:
-            self._start_thread()
-            raise
 
     def resume(self, fd: int = -1) -> None:
-        """Go on with the image as it is now, behind *fd* if that is given. Blocks.
-
-        If this fails so does all that follows, with EIO.
-        """
-        self._done(lib.x3_resume(self.handle, fd))
+        super().resume(fd)
         self._directories.clear()
-        self._start_thread()
-
-    def switch(self, fd: int) -> None:
-        """Go on with a descriptor of a file with the same content. EBUSY if something has changed since
-        the last checkpoint."""
-        self._done(lib.x3_switch(self.handle, fd))
 
     # --- inodes
 
     def raw(self, ino: int) -> tuple[int, ...]:
-        """Return the fields of an Inode, bare and quick. ESTALE for what is not in use. For one thread."""
+        """Return the fields of an Inode, bare and quick: times as numbers. ESTALE for what is not in use. For
+        one thread."""
         code = lib.x3_getattr(self.handle, ino, self._attr)
         if code < 0:
             raise self._failure(code)
@@ -301,7 +77,12 @@ class Image:
         """Return the attributes. ESTALE. For any thread."""
         attr = ffi.new("struct x3_attr *")
         self._done(lib.x3_getattr(self.handle, ino, attr))
-        return Inode._make(INODE.unpack(ffi.buffer(attr)))
+        inode = Inode._make(INODE.unpack(ffi.buffer(attr)))
+        times = inode.atime_ns, inode.mtime_ns, inode.ctime_ns
+        if min(times) >= FIRST:
+            return inode
+        atime, mtime, ctime = map(time_of, times)
+        return inode._replace(atime_ns=atime, mtime_ns=mtime, ctime_ns=ctime)
 
     def setattr(
         self,
@@ -316,13 +97,28 @@ class Image:
     ) -> None:
         """Set those of the attributes that *what* names, in one step. For one thread."""
         attr = self._attr
-        attr.mode, attr.uid, attr.gid = mode, uid, gid
-        attr.atime_ns, attr.mtime_ns = max(min(atime, _LAST), -_LAST), max(min(mtime, _LAST), -_LAST)
+        if what & (MODE | UID | GID):
+            attr.mode, attr.uid, attr.gid = mode, uid, gid
+        if what & (ATIME | MTIME):
+            attr.atime_ns, attr.mtime_ns = number_of(atime), number_of(mtime)
         self._done(lib.x3_setattr(self.handle, ino, what, attr))
+
+    def was_read(self, ino: int, *, always: bool) -> None:
+        """Set its atime if reading it does that with relatime, or *always*. Nobody is told if it fails."""
+        lib.x3_was_read(self.handle, ino, always)
+
+    def setflags(self, ino: int, flags: int) -> None:
+        """Set the flags of chattr(1) that can be set. EOPNOTSUPP, EINVAL."""
+        self._done(lib.x3_setflags(self.handle, ino, flags))
+
+    def birth(self, ino: int) -> int | None:
+        """Return when an inode was made, None where that is not kept."""
+        out = ffi.new("int64_t *")
+        return int(out[0]) if self._done(lib.x3_birth(self.handle, ino, out)) else None
 
     def readlink(self, ino: int) -> bytes:
         """Return the target. EINVAL for what is no symlink."""
-        buffer = _unset(_CHARS, 4096)
+        buffer = unset(CHARS, 4096)
         return bytes(ffi.buffer(buffer, self._done(lib.x3_readlink(self.handle, ino, buffer, 4096))))
 
     # --- names
@@ -370,35 +166,31 @@ class Image:
             # An index may move names to the end while we read: some come twice. But all cannot.
             count = 0 if len(names) > before else count + 1
             if len(names) > MOST_LISTED:
-                raise OSError(errno.EFBIG, "a directory too large to be listed", self.name)
+                raise OSError(errno.EFBIG, "the directory is too large to be listed", self.name)
             if count > _NOTHING_NEW:
                 raise self.damaged(f"directory {directory} has the same names again and again")
         return names
-
-    def _list(self, directory: int) -> Iterator[bytes]:
-        cursor = ffi.new("uint64_t *")
-        room = self._listing
-        buffer = _unset(_CHARS, room)
-        while size := self._done(lib.x3_readdir(self.handle, directory, cursor, buffer, room)):
-            yield bytes(ffi.buffer(buffer, size))
 
     def create(
         self, directory: int, name: bytes, mode: int, uid: int, gid: int, rdev: int = 0, target: bytes = b""
     ) -> int:
         """Make an inode of any type under a name that is free; return its number."""
         names = self.names(directory)
-        new = ffi.new("struct x3_new *")
+        new = self._new
         new.mode, new.uid, new.gid = mode, uid, gid
-        if rdev:
-            new.major, new.minor = os.major(rdev), os.minor(rdev)
+        new.major, new.minor = (os.major(rdev), os.minor(rdev)) if rdev else (0, 0)
         if target:
             kept = ffi.from_buffer(target)
-            new.target, new.target_len = ffi.cast("const char *", kept), len(target)
-        self._done(lib.x3_create(self.handle, directory, name, len(name), names.hint, new), name)
+            new.target = ffi.cast("const char *", kept)
+        new.target_len = len(target)
+        code = lib.x3_create(self.handle, directory, name, len(name), names.hint, new)
+        if code < 0:
+            raise self._failure(code, name)
         ino: int = new.ino
+        place = new.place
         self._directories.forget(ino)  # which had the number before
-        names[name] = entry(ino, mode, new.place.block, new.place.offset)
-        names.hint = new.place.block
+        names[name] = entry(ino, mode, place.block, place.offset)
+        names.hint = place.block
         return ino
 
     def link(self, ino: int, mode: int, directory: int, name: bytes) -> None:
@@ -491,7 +283,7 @@ class Image:
 
     def pread(self, ino: int, size: int, offset: int) -> bytes:
         """Read up to *size* bytes; fewer only at the end of the file. May block."""
-        buffer = _unset(_CHARS, size)
+        buffer = unset(CHARS, size)
         got = lib.x3_read(self.handle, ino, buffer, size, offset)
         if got < 0:
             raise self._failure(got)
@@ -499,7 +291,10 @@ class Image:
 
     def pwrite(self, ino: int, data: bytes, offset: int) -> int:
         """Write all of *data*; return its length. May block. After ENOSPC a part may be there."""
-        return self._write(lib.x3_write, ino, data, offset)
+        size = len(data)
+        given = data if type(data) is bytes else ffi.from_buffer(data)
+        done: int = lib.x3_write(self.handle, ino, given, size, offset)
+        return done if done == size else self._write_on(lib.x3_write, ino, data, offset, done)
 
     def fill(self, ino: int, data: bytes, offset: int) -> int:
         """Write *data* where there are holes, and change nothing else: neither blocks, nor size, nor times.
@@ -507,11 +302,11 @@ class Image:
         *offset* is a multiple of the block size; what is missing of the last block is zero. Each block is a
         hole or has all of its data, after a crash too. ENOSPC. May block.
         """
-        return self._write(lib.x3_fill, ino, data, offset)
+        return self._write_on(lib.x3_fill, ino, data, offset, 0)
 
-    def _write(self, call: Any, ino: int, data: bytes, offset: int) -> int:
+    def _write_on(self, call: Any, ino: int, data: bytes, offset: int, done: int) -> int:
+        """Write the rest; *done* is what the first call has said."""
         size = len(data)
-        done: int = call(self.handle, ino, ffi.from_buffer(data), size, offset)
         while 0 <= done < size:  # full: the rest says so
             rest = memoryview(data)[done:]
             done += self._done(call(self.handle, ino, ffi.from_buffer(rest), size - done, offset + done))
@@ -520,6 +315,10 @@ class Image:
     def truncate(self, ino: int, size: int) -> None:
         """Set the size in bytes. EFBIG."""
         self._done(lib.x3_truncate(self.handle, ino, size))
+
+    def punch(self, ino: int, offset: int, length: int) -> None:
+        """Let a range be a hole. May block."""
+        self._done(lib.x3_punch(self.handle, ino, offset, length))
 
     def segments(self, ino: int, end: int, position: int = 0) -> Iterator[tuple[int, int]]:
         """Yield ``(start, stop)`` of every run of data below *end*, from *position* on."""
@@ -551,7 +350,7 @@ class Image:
     def _answer(self, ask: Any) -> tuple[Any, int]:
         room = _XATTR
         while True:
-            buffer = _unset(_CHARS, room)
+            buffer = unset(CHARS, room)
             size = ask(buffer, room)
             if size != -errno.ERANGE:
                 return buffer, self._done(size)
@@ -566,10 +365,4 @@ class Image:
         self._done(lib.x3_removexattr(self.handle, ino, name, len(name)))
 
 
-_LAST = (1 << 63) - 1
 _CHAR = 0o020000
-
-
-def _message(handle: Any) -> str:
-    said = lib.x3_message(handle)
-    return "" if said == ffi.NULL else ffi.string(said).decode(errors="replace")

@@ -14,7 +14,7 @@ int64_t now_ns(void)
 	struct timespec now;
 
 	clock_gettime(CLOCK_REALTIME, &now);
-	return now.tv_sec * NS + now.tv_nsec;
+	return (uint64_t)now.tv_sec * NS + now.tv_nsec;
 }
 
 
@@ -27,10 +27,10 @@ struct inode inode_at(x3_image *img, uint32_t ino)
 	uint64_t byte;
 
 	if (ino == 0 || ino > img->inodes)
-		fail(img, EUCLEAN, "there is no inode %u", ino);
+		fail(img, EUCLEAN, "inode %u does not exist", ino);
 	byte = (uint64_t)((ino - 1) % img->inodes_per_group) * img->inode_size;
-	in.block = block_get(img, group_get(img, (ino - 1) / img->inodes_per_group)->bg_inode_table +
-					  (byte >> img->bits));
+	in.block = block_get(img,
+			     group_get(img, (ino - 1) / img->inodes_per_group)->bg_inode_table + (byte >> img->bits));
 	in.offset = byte & (img->bs - 1);
 	in.raw = (struct ext2_inode_large *)(in.block->data + in.offset);
 	return in;
@@ -43,10 +43,10 @@ struct inode inode_get(x3_image *img, uint32_t ino)
 	uint32_t type = in.raw->i_mode >> 12, extra = 0;
 
 	if (ino != EXT2_ROOT_INO && ino < img->first_ino)
-		fail(img, EUCLEAN, "inode %u is a reserved one", ino);
+		fail(img, EUCLEAN, "inode %u is reserved", ino);
 	if (in.raw->i_links_count == 0) { /* an orphan in use, or a free inode */
-		const struct block *bitmap =
-			block_get(img, group_get(img, (ino - 1) / img->inodes_per_group)->bg_inode_bitmap);
+		const struct block *bitmap = block_get(
+			img, group_get(img, (ino - 1) / img->inodes_per_group)->bg_inode_bitmap);
 		uint32_t bit = (ino - 1) % img->inodes_per_group;
 		if (!(bitmap->data[bit / 8] >> bit % 8 & 1))
 			fail(img, ESTALE, "inode %u is free", ino);
@@ -58,7 +58,7 @@ struct inode inode_get(x3_image *img, uint32_t ino)
 	if (!((1 << 1 | 1 << 2 | 1 << 4 | 1 << 6 | 1 << 8 | 1 << 10 | 1 << 12) >> type & 1) ||
 	    in.raw->i_flags & (EXT4_EXTENTS_FL | EXT4_INLINE_DATA_FL | EXT4_EA_INODE_FL) || extra % 4 ||
 	    (extra && extra > img->inode_size - EXT2_GOOD_OLD_INODE_SIZE))
-		fail(img, EUCLEAN, "inode %u makes no sense", ino);
+		fail(img, EUCLEAN, "inode %u is invalid", ino);
 	return in;
 }
 
@@ -116,7 +116,10 @@ static bool has_extra(x3_image *img, const struct inode *in, size_t end)
 	       EXT2_GOOD_OLD_INODE_SIZE + (size_t)in->raw->i_extra_isize >= end;
 }
 
-/* A time: 32 bits of seconds, and where there is room, two bits more and the nanoseconds. */
+/*
+ * A time: 32 bits of seconds, and where there is room, two bits more and the nanoseconds. From 2262 on they are more
+ * than 63 bits, and so what would be before 1901, which no inode holds.
+ */
 static int64_t time_get(x3_image *img, const struct inode *in, const uint32_t *base, const uint32_t *extra)
 {
 	int64_t sec = (int32_t)*base;
@@ -124,17 +127,18 @@ static int64_t time_get(x3_image *img, const struct inode *in, const uint32_t *b
 	if (!has_extra(img, in, (const char *)(extra + 1) - (const char *)in->raw))
 		return sec * NS;
 	sec += (int64_t)(*extra & 3) << 32;
-	return min(sec, INT64_MAX / NS - 1) * NS + min(*extra >> 2, (uint32_t)NS - 1);
+	return (uint64_t)sec * NS + min(*extra >> 2, (uint32_t)NS - 1);
 }
 
 static void time_set(x3_image *img, struct inode *in, uint32_t *base, uint32_t *extra, int64_t ns)
 {
 	bool wide = has_extra(img, in, (const char *)(extra + 1) - (const char *)in->raw);
 	int64_t most = wide ? INT32_MAX + (3LL << 32) : INT32_MAX;
-	int64_t sec = ns / NS - (ns % NS < 0), nsec = ns - sec * NS;
+	uint64_t since = (uint64_t)ns - (uint64_t)INT32_MIN * NS; /* the first there is */
+	int64_t sec = INT32_MIN + (int64_t)(since / NS), nsec = since % NS;
 
-	if (sec < INT32_MIN || sec > most) {
-		sec = sec < INT32_MIN ? INT32_MIN : most;
+	if (sec == INT32_MIN || sec >= most) { /* as timestamp_truncate() in the kernel's fs/inode.c */
+		sec = min(sec, most);
 		nsec = 0;
 	}
 	*base = sec;
@@ -151,6 +155,23 @@ void inode_times(x3_image *img, struct inode *in, uint32_t what, int64_t ns)
 		time_set(img, in, &in->raw->i_mtime, &in->raw->i_mtime_extra, ns);
 	if (what & CTIME)
 		time_set(img, in, &in->raw->i_ctime, &in->raw->i_ctime_extra, ns);
+}
+
+/* Whether reading changes its atime (relatime_need_update() in the kernel's fs/inode.c). */
+bool inode_atime_is_due(x3_image *img, const struct inode *in, int64_t now, bool always)
+{
+	enum { A_DAY = 24 * 60 * 60 };
+	const struct ext2_inode_large *raw = in->raw;
+	uint64_t first = (uint64_t)INT32_MIN * NS;
+	uint64_t atime = (uint64_t)time_get(img, in, &raw->i_atime, &raw->i_atime_extra) - first;
+	uint64_t mtime = (uint64_t)time_get(img, in, &raw->i_mtime, &raw->i_mtime_extra) - first;
+	uint64_t ctime = (uint64_t)time_get(img, in, &raw->i_ctime, &raw->i_ctime_extra) - first;
+	uint64_t then = (uint64_t)now - first;
+	bool wide = has_extra(img, in, (const char *)(&raw->i_atime_extra + 1) - (const char *)raw);
+
+	if (!always && mtime < atime && ctime < atime && (then < atime || then / NS - atime / NS < A_DAY))
+		return false;
+	return wide ? atime != then : atime / NS != then / NS;
 }
 
 void inode_attr(x3_image *img, const struct inode *in, struct x3_attr *out)
@@ -175,6 +196,61 @@ void inode_attr(x3_image *img, const struct inode *in, struct x3_attr *out)
 		out->major = old ? old >> 8 & 0xff : (new & 0xfff00) >> 8;
 		out->minor = old ? old & 0xff : (new & 0xff) | (new >> 12 & 0xfff00);
 	}
+}
+
+/* When it was made; false: it has no room for that. */
+bool inode_birth(x3_image *img, const struct inode *in, int64_t *ns)
+{
+	if (!has_extra(img, in, offsetof(struct ext2_inode_large, i_crtime_extra) + sizeof in->raw->i_crtime_extra))
+		return false;
+	*ns = time_get(img, in, &in->raw->i_crtime, &in->raw->i_crtime_extra);
+	return true;
+}
+
+
+/* --- flags, as chattr(1) has them: ext4_fileattr_set() in fs/ext4/ioctl.c --- */
+
+/* FS_DAX_FL and FS_PROJINHERIT_FL, of linux/fs.h, are not in the oldest <ext2fs/ext2_fs.h> there is. */
+enum { DAX = 0x02000000, PROJINHERIT = 0x20000000 };
+
+/* What anybody may ask for: these are kept … */
+#define FLAGS_KEPT                                                                                          \
+	(EXT2_SECRM_FL | EXT2_UNRM_FL | EXT2_COMPR_FL | EXT2_SYNC_FL | EXT2_IMMUTABLE_FL | EXT2_APPEND_FL | \
+	 EXT2_NODUMP_FL | EXT2_NOATIME_FL | EXT3_JOURNAL_DATA_FL | EXT2_NOTAIL_FL | DAX)
+#define FLAGS_OF_DIRECTORIES (EXT2_DIRSYNC_FL | EXT2_TOPDIR_FL | PROJINHERIT)
+/* … and these stay what they are. */
+#define FLAGS_SHOWN                                                                                           \
+	(EXT2_DIRTY_FL | EXT2_COMPRBLK_FL | EXT2_NOCOMPR_FL | EXT4_ENCRYPT_FL | EXT2_INDEX_FL | 0x00100000u | \
+	 0x00400000u | 0x10000000u)
+/* What a new inode has from its directory. */
+#define FLAGS_INHERITED                                                                                   \
+	(EXT2_SECRM_FL | EXT2_UNRM_FL | EXT2_COMPR_FL | EXT2_SYNC_FL | EXT2_NODUMP_FL | EXT2_NOATIME_FL | \
+	 EXT3_JOURNAL_DATA_FL | EXT2_NOTAIL_FL | EXT2_DIRSYNC_FL | PROJINHERIT | DAX)
+
+static uint32_t flags_kept(uint32_t mode)
+{
+	return FLAGS_KEPT | (S_ISDIR(mode) ? FLAGS_OF_DIRECTORIES : 0);
+}
+
+/* Set those that can be set. EOPNOTSUPP for what ext3 does not have; EINVAL for extents. */
+void inode_set_flags(x3_image *img, struct inode *in, uint32_t flags)
+{
+	uint32_t kept = flags_kept(in->raw->i_mode);
+
+	if (flags & EXT4_EXTENTS_FL)
+		fail(img, EINVAL, "no extents here");
+	if (flags & ~(kept | FLAGS_SHOWN))
+		fail(img, EOPNOTSUPP, "no such flag here");
+	in->raw->i_flags = (in->raw->i_flags & ~kept) | (flags & kept);
+}
+
+static uint32_t flags_inherited(x3_image *img, uint32_t dir, uint32_t mode)
+{
+	uint32_t flags = inode_get(img, dir).raw->i_flags & FLAGS_INHERITED;
+
+	if (S_ISDIR(mode))
+		return flags;
+	return flags & (S_ISREG(mode) ? FLAGS_KEPT : EXT2_NODUMP_FL | EXT2_NOATIME_FL);
 }
 
 
@@ -220,6 +296,7 @@ struct inode inode_make(x3_image *img, uint32_t dir, const struct x3_new *n)
 	in.raw->i_gid = n->gid;
 	in.raw->osd2.linux2.l_i_gid_high = n->gid >> 16;
 	in.raw->i_links_count = is_dir ? 2 : 1;
+	in.raw->i_flags = flags_inherited(img, dir, n->mode);
 	img->random = img->random * 6364136223846793005ull + 1442695040888963407ull;
 	in.raw->i_generation = img->random >> 32;
 	inode_times(img, &in, X3_ATIME | X3_MTIME | CTIME, now);

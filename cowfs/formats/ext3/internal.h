@@ -1,22 +1,22 @@
 /*
  * What the parts of the engine share.
  *
- *   cache.c    the image's file (with traces and injected faults), the cache of metadata blocks,
- *              operations and their undo
- *   journal.c  opening the journal, commit, checkpoint
- *   replay.c   what a crash has left in the journal
- *   redo.c     the log of what is not committed yet, which outlives the process
- *   alloc.c    blocks and inodes: bitmaps, counts, blocks held back after they were freed
- *   inode.c    inodes, their attributes, the orphan list, deletion
- *   doom.c     freeing what has lost its name, bit by bit
- *   data.c     block pointers; reading, writing, truncating
- *   dir.c      names in directories; htree.c: indexed ones
- *   xattr.c    extended attributes
- *   room.c     room on the disk that the image is on
- *   unsynced.c file data that is not on disk yet, and may be refused there
- *   super.c    the superblock: features and geometry
- *   open.c     opening, closing, letting go for a while
- *   engine.c   the other entry points
+ *   cache.c      the image's file (with traces and injected faults), the cache of metadata blocks,
+ *                operations and their undo
+ *   journal.c    opening the journal, commit, checkpoint
+ *   replay.c     what a crash has left in the journal
+ *   redo.c       the log of what is not committed yet, which outlives the process
+ *   alloc.c      blocks and inodes: bitmaps, counts, blocks held back after they were freed
+ *   inode.c      inodes, their attributes, the orphan list, deletion
+ *   lazy_free.c  freeing what has lost its name, bit by bit
+ *   data.c       block pointers; reading, writing, truncating
+ *   dir.c        names in directories; htree.c: indexed ones
+ *   xattr.c      extended attributes
+ *   host_space.c room on the disk that the image is on
+ *   unsynced.c   file data that is not on disk yet, and may be refused there
+ *   super.c      the superblock: features and geometry
+ *   open.c       opening, closing, letting go for a while
+ *   engine.c     the other entry points
  *
  * All metadata is changed in the cache, through block_change() alone: it keeps the old bytes for the
  * undo and puts the block into the running transaction. A cached block never moves while an operation
@@ -55,12 +55,12 @@ struct block {
 	char *logged;       /* LOGGED: what the log holds, if *data* is newer by now */
 	char data[];
 };
-#define DIRTY 1    /* belongs to the running transaction */
-#define LISTED 2   /* stands in img->dirty (maybe no longer DIRTY) */
-#define LOGGING 4  /* belongs to the transaction that is being committed */
-#define LOGGED 8   /* committed, but not home yet */
-#define PINNED 16  /* never evicted */
-#define USED 32    /* since the clock's hand came by */
+#define DIRTY 1        /* belongs to the running transaction */
+#define LISTED 2       /* stands in img->dirty (maybe no longer DIRTY) */
+#define LOGGING 4      /* belongs to the transaction that is being committed */
+#define LOGGED 8       /* committed, but not home yet */
+#define PINNED 16      /* never evicted */
+#define USED 32        /* since the clock's hand came by */
 #define HAS_ROOM 128   /* on the disk */
 #define WAS_ESCAPED 64 /* LOGGING: it begins with the journal's magic number */
 
@@ -143,10 +143,13 @@ struct x3_image {
 	uint32_t debug;
 	bool read_only;
 	pthread_mutex_t io_lock; /* of what is below, up to the blank line */
-	uint64_t barrier_nr, barriers, bytes_written;
-	pthread_mutex_t sync_lock; /* of barriers: one at a time */
+	uint64_t barriers, bytes_written;
+	pthread_mutex_t sync_lock; /* of barriers, one at a time, and of their numbers */
+	uint64_t barrier_nr;
 	int inject_kind, inject_error, inject_sticky;
 	int64_t inject_nth;
+	bool inject_holds;
+	pthread_cond_t inject_wake;
 
 	pthread_mutex_t sums_lock; /* of what is below, up to the blank line */
 	struct sums sums, syncing; /* syncing: those that the running barrier covers, or the last, which has failed */
@@ -169,7 +172,7 @@ struct x3_image {
 	uint64_t cache_bytes;
 	struct block *sb_block, **gd_block;
 	struct ext2_super_block *sb;
-	uint64_t random; /* for i_generation */
+	uint64_t random;        /* for i_generation */
 	struct x3_facts opened; /* as it was when opened */
 
 	/* cache */
@@ -188,24 +191,26 @@ struct x3_image {
 	uint32_t tid;
 	struct block **dirty;
 	size_t ndirty, dirty_cap, dirty_max;
-	struct runs held;        /* freed in it */
-	uint32_t changed[4096];  /* by a hash of the inode: tid of the last change of anything */
-	uint32_t lasting[4096];  /* and of anything but its times */
+	struct runs held;          /* freed in it */
+	uint64_t held_now;         /* how many blocks these are */
+	volatile uint32_t pressed; /* whoever is in a hurry shall not change anything before a commit */
+	uint32_t changed[4096];    /* by a hash of the inode: tid of the last change of anything */
+	uint32_t lasting[4096];    /* and of anything but its times */
 
 	/* the journal */
 	uint32_t *jmap, jlen, jfirst, jhead;
 	uint32_t *jsorted, jblocks; /* the blocks of its inode: jmap itself, if that is in order */
-	uint32_t jend; /* where our log ends, before the end of the journal */
+	uint32_t jend;              /* where our log ends, before the end of the journal */
 	char jsb[1024];
-	bool committing; /* or checkpointing: by one thread at a time */
-	uint32_t atoms;  /* x3_begin without x3_end: no transaction ends */
-	bool suspended;  /* everybody waits, but who resumes it */
+	bool committing;     /* or checkpointing: by one thread at a time */
+	uint32_t atoms;      /* x3_begin without x3_end: no transaction ends */
+	bool suspended;      /* everybody waits, but who resumes it */
 	bool resuming, dead; /* dead: that failed */
 	pthread_t resumer;
 	uint32_t committed;
 	struct block **logging; /* the transaction being committed */
 	size_t nlogging, logging_cap;
-	char *log;              /* and its image as it goes to the journal */
+	char *log; /* and its image as it goes to the journal */
 	size_t log_size;
 	struct runs held_logging;
 	struct block **logged; /* everything that is not home yet */
@@ -225,17 +230,17 @@ struct x3_image {
 	struct {
 		bool on;
 		uint64_t session;
-		uint32_t blocks; /* in the ring */
-		uint32_t tid;    /* whose records are written */
+		uint32_t blocks;          /* in the ring */
+		uint32_t tid;             /* whose records are written */
 		uint32_t count, previous; /* how many there are, and of the transaction before */
 		/* In the ring, counted on and on: where the next record goes, the first one of *tid* is, and the first
 		   one that is needed. */
 		uint64_t head, first, needed;
-		char *buf;      /* the next record */
+		char *buf; /* the next record */
 		size_t used, cap;
-		uint32_t nr;    /* the block of its last piece */
-		bool broken;    /* there was no memory for all of it */
-		bool lost;      /* see redo.c */
+		uint32_t nr; /* the block of its last piece */
+		bool broken; /* there was no memory for all of it */
+		bool lost;   /* see redo.c */
 		uint32_t lost_tid;
 		struct found { /* by the recovery: the records of one transaction */
 			char *data;
@@ -243,11 +248,11 @@ struct x3_image {
 		} found[2];
 		struct table seen; /* the blocks that one of them has, while it is checked */
 	} redo;
-	uint32_t due;           /* the transaction that should be committed soon */
-	bool woken;             /* nobody shall wait for that any more */
+	uint32_t due; /* the transaction that should be committed soon */
+	bool woken;   /* nobody shall wait for that any more */
 
 	/* allocation */
-	char **hold;            /* per group: a bitmap of its free blocks that may not be used yet, or NULL */
+	char **hold; /* per group: a bitmap of its free blocks that may not be used yet, or NULL */
 	uint64_t nheld;
 
 	/* room on the disk */
@@ -255,17 +260,23 @@ struct x3_image {
 	int stalled;                  /* errno: what is logged or dirty waits for room */
 	bool excused;                 /* that began between x3_begin and x3_end */
 	int64_t tried_ns, saved_ns;
-	bool unsure;                  /* whether the disk takes what it has let us write */
-	bool tells_early;             /* an error of fdatasync may be told by write, and then not again */
-	bool data_lost;               /* it has not, and nobody has it any more */
+	bool unsure;                    /* whether the disk takes what it has let us write */
+	bool tells_early;               /* an error of fdatasync may be told by write, and then not again */
+	bool data_lost;                 /* it has not, and nobody has it any more */
 	uint32_t lost[LOST_MAX], nlost; /* of which inodes */
 	struct edge edge[2];
-	int edge_turn;                /* which has been read last */
-	uint64_t patched;             /* writes to what is kept in img->patches */
+	int edge_turn;    /* which has been read last */
+	uint64_t patched; /* writes to what is kept in img->patches */
+
+	/* see track.c */
+	struct {
+		bool on, beyond; /* beyond: something was written that has no bit */
+		uint64_t *map;
+	} track;
 
 	/* data */
-	uint32_t readers;  /* threads that read file data without the lock */
-	bool draining;     /* wait for them */
+	uint32_t readers; /* threads that read file data without the lock */
+	bool draining;    /* wait for them */
 	struct truncation *truncations;
 
 	/* Inodes on the orphan list that are freed bit by bit: see doom() */
@@ -286,6 +297,11 @@ struct inode {
 	uint32_t offset;
 	struct ext2_inode_large *raw;
 };
+
+/* --- track.c --- */
+
+void track_write(x3_image *img, uint64_t off, uint64_t end);
+void track_free(x3_image *img);
 
 /* --- cache.c --- */
 
@@ -311,9 +327,9 @@ void undo_to(x3_image *img, struct mark mark);
  * The statement behind QUERY or CHANGE is one operation, under the lock; `return op_finish(&op)` follows.
  * It puts its result into op.result, and is done again after an ENOSPC that a commit can help.
  */
-#define OPERATION(image, ino, changing)                                                        \
-	struct op op;                                                                          \
-	for (op_begin(&op, image, ino, changing); op_again(&op); op_end(&op))                  \
+#define OPERATION(image, ino, changing)                                       \
+	struct op op;                                                         \
+	for (op_begin(&op, image, ino, changing); op_again(&op); op_end(&op)) \
 		if (setjmp(op.escape) == 0)
 #define QUERY(image) OPERATION(image, 0, CHANGES_NOTHING)
 #define CHANGE(image) OPERATION(image, 0, CHANGES)
@@ -325,14 +341,12 @@ void op_begin(struct op *op, x3_image *img, uint32_t ino, enum change_kind chang
 bool op_again(struct op *op);
 void op_end(struct op *op);
 int64_t op_finish(struct op *op);
-void fail(x3_image *img, int error, const char *format, ...)
-	__attribute__((noreturn, cold, format(printf, 3, 4)));
-void abort_image(x3_image *img, int error, const char *format, ...)
-	__attribute__((cold, format(printf, 3, 4)));
+void fail(x3_image *img, int error, const char *format, ...) __attribute__((noreturn, cold, format(printf, 3, 4)));
+void abort_image(x3_image *img, int error, const char *format, ...) __attribute__((cold, format(printf, 3, 4)));
 void *grow(x3_image *img, void *array, size_t *cap, size_t need, size_t size);
 void *try_grow(void *array, size_t *cap, size_t need, size_t size);
 
-/* --- doom.c --- */
+/* --- lazy_free.c --- */
 
 void doom(x3_image *img, uint32_t ino, uint64_t blocks);
 bool doomed_free_some(x3_image *img);
@@ -349,11 +363,12 @@ int journal_finish(x3_image *img);
 void journal_mark_damaged(x3_image *img);
 bool committing_begin(x3_image *img);
 int committing_end(x3_image *img, int error);
+int barrier_failed(x3_image *img, int error);
 int commit_until(x3_image *img, uint32_t tid);
 int checkpoint_now(x3_image *img);
 bool tid_after(uint32_t a, uint32_t b);
 
-/* --- room.c --- */
+/* --- host_space.c --- */
 
 int room_start(x3_image *img);
 void room_for(x3_image *img, struct block *b);
@@ -365,13 +380,21 @@ bool room_refuses(x3_image *img, enum change_kind kind);
 /* --- unsynced.c --- */
 
 int unsynced_write(x3_image *img, uint32_t ino, const struct iovec *iov, int count, uint64_t off);
-void unsynced_begin(x3_image *img);
-int unsynced_end(x3_image *img, int error);
+void unsynced_begin(x3_image *img, uint64_t nr);
+int unsynced_end(x3_image *img, int error, uint64_t nr);
 uint64_t io_failures(x3_image *img);
 bool unsynced_is_much(x3_image *img);
+bool unsynced_is_unjudged(x3_image *img);
 bool unsynced_judge(x3_image *img);
 int unsynced_home(x3_image *img);
 void unsynced_free(x3_image *img);
+
+/* --- nowait.c --- */
+
+bool in_a_hurry(void);
+void ask_commit(x3_image *img);
+void look_ahead(x3_image *img);
+void leave_some(x3_image *img, uint64_t count);
 
 /* --- super.c --- */
 
@@ -403,6 +426,7 @@ void redo_spoil(x3_image *img);
 int redo_note(x3_image *img, bool may_fail);
 void redo_flush(x3_image *img);
 bool redo_is_lost(x3_image *img);
+bool redo_is_much(x3_image *img);
 int redo_find(x3_image *img);
 void redo_forget(x3_image *img);
 int redo_show(x3_image *img);
@@ -433,7 +457,10 @@ void inode_set_size(x3_image *img, struct inode *in, uint64_t size);
 void inode_add_blocks(x3_image *img, struct inode *in, int64_t count);
 bool inode_is_mapped(x3_image *img, const struct inode *in);
 void inode_attr(x3_image *img, const struct inode *in, struct x3_attr *out);
+bool inode_birth(x3_image *img, const struct inode *in, int64_t *ns);
+void inode_set_flags(x3_image *img, struct inode *in, uint32_t flags);
 void inode_times(x3_image *img, struct inode *in, uint32_t what, int64_t ns);
+bool inode_atime_is_due(x3_image *img, const struct inode *in, int64_t now, bool always);
 #define CTIME 32 /* beside X3_ATIME and X3_MTIME */
 struct inode inode_make(x3_image *img, uint32_t dir, const struct x3_new *new_inode);
 enum fate { LIVES, IS_KEPT, HAS_REST }; /* of an inode that lost a link; HAS_REST: an orphan to be freed */
@@ -456,6 +483,7 @@ struct extent data_map(x3_image *img, const struct inode *in, uint64_t at, uint6
 struct block *data_append_meta(x3_image *img, struct inode *in, uint64_t at);
 uint64_t data_write(x3_image *img, uint32_t ino, const char *buf, uint64_t len, uint64_t off, bool holes);
 bool data_truncate(x3_image *img, uint32_t ino, uint64_t size);
+bool data_punch(x3_image *img, uint32_t ino, uint64_t off, uint64_t len);
 bool data_truncate_more(x3_image *img, uint32_t ino);
 int64_t data_segment(x3_image *img, uint32_t ino, uint64_t from, uint64_t *stop);
 uint64_t data_size_max(uint32_t bits);
@@ -472,10 +500,10 @@ uint64_t dir_blocks(x3_image *img, const struct inode *dir);
 entry *dir_entry(x3_image *img, struct block *b, uint32_t offset);
 int64_t dir_put(x3_image *img, struct block *b, const char *name, uint32_t len, uint32_t ino, uint8_t type);
 struct block *dir_append(x3_image *img, struct inode *dir, uint32_t *at);
-struct x3_place dir_insert(x3_image *img, uint32_t dir, const char *name, uint32_t len, uint32_t ino,
-			   uint32_t mode, uint32_t hint);
-struct x3_place dir_find(x3_image *img, const struct inode *dir, const char *name, uint32_t len,
-			 struct x3_place guess, uint32_t ino);
+struct x3_place dir_insert(x3_image *img, uint32_t dir, const char *name, uint32_t len, uint32_t ino, uint32_t mode,
+			   uint32_t hint);
+struct x3_place dir_find(x3_image *img, const struct inode *dir, const char *name, uint32_t len, struct x3_place guess,
+			 uint32_t ino);
 bool dir_find_in(x3_image *img, const struct inode *dir, uint32_t at, const char *name, uint32_t len, uint32_t ino,
 		 struct x3_place *where);
 #define ANY_INO 0 /* for dir_find_in() */
@@ -502,6 +530,6 @@ struct x3_place htree_insert(x3_image *img, struct inode *dir, const char *name,
 
 int64_t xattr_list(x3_image *img, uint32_t ino, char *buf, uint64_t cap);
 int64_t xattr_get(x3_image *img, uint32_t ino, const char *name, uint32_t len, char *buf, uint64_t cap);
-void xattr_set(x3_image *img, uint32_t ino, const char *name, uint32_t len, const char *value, uint64_t size,
-	       int flags, bool remove);
+void xattr_set(x3_image *img, uint32_t ino, const char *name, uint32_t len, const char *value, uint64_t size, int flags,
+	       bool remove);
 void xattr_free_block(x3_image *img, struct inode *in);

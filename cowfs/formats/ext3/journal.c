@@ -25,7 +25,7 @@
 
 #define JOURNAL_MAX (1u << 20) /* blocks: four times as many as mke2fs gives to the largest filesystem */
 #define TRANSACTION_MAX min(4096u, (64u << 20) >> img->bits) /* blocks, however large the journal is */
-#define BOUNCE min(256u, (4u << 20) >> img->bits) /* blocks that a checkpoint copies at a time */
+#define BOUNCE min(256u, (4u << 20) >> img->bits)            /* blocks that a checkpoint copies at a time */
 
 bool tid_after(uint32_t a, uint32_t b)
 {
@@ -118,7 +118,7 @@ int journal_load(x3_image *img)
 	int error;
 
 	if (!S_ISREG(in.raw->i_mode) || blocks < 1024 || blocks > min(img->blocks, JOURNAL_MAX))
-		fail(img, EBADMSG, "the journal's inode makes no sense");
+		fail(img, EBADMSG, "the journal's inode is invalid");
 	img->jlen = blocks;
 	img->jmap = calloc(img->jlen, sizeof *img->jmap);
 	if (!img->jmap)
@@ -137,12 +137,12 @@ int journal_load(x3_image *img)
 	if (ntohl(super->header.type) == SUPERBLOCK_V1) /* which ends before the features */
 		memset(&super->compat, 0, sizeof img->jsb - offsetof(struct journal_super, compat));
 	else if (ntohl(super->header.type) != SUPERBLOCK_V2)
-		fail(img, EBADMSG, "the journal's superblock makes no sense");
-	if (ntohl(super->header.magic) != JBD_MAGIC ||
-	    ntohl(super->block_size) != img->bs || ntohl(super->blocks) > img->jlen ||
-	    ntohl(super->blocks) < 1024 || ntohl(super->first) == 0 || ntohl(super->first) > ntohl(super->blocks) - 512 ||
+		fail(img, EBADMSG, "the journal's superblock is invalid");
+	if (ntohl(super->header.magic) != JBD_MAGIC || ntohl(super->block_size) != img->bs ||
+	    ntohl(super->blocks) > img->jlen || ntohl(super->blocks) < 1024 || ntohl(super->first) == 0 ||
+	    ntohl(super->first) > ntohl(super->blocks) - 512 ||
 	    (super->start && ntohl(super->start) < ntohl(super->first)) || ntohl(super->start) >= ntohl(super->blocks))
-		fail(img, EBADMSG, "the journal's superblock makes no sense");
+		fail(img, EBADMSG, "the journal's superblock is invalid");
 	if (ntohl(super->incompat) & ~INCOMPAT_REVOKE || super->ro_compat)
 		fail(img, EOPNOTSUPP, "the journal has unknown features (%#x)", ntohl(super->incompat));
 	img->has_errors |= super->error != 0;
@@ -359,6 +359,8 @@ static int close_transaction(x3_image *img)
 	}
 	img->held_logging = img->held;
 	img->held = (struct runs){ 0 };
+	img->held_now = 0;
+	img->pressed = 0;
 	img->tid++;
 	return 0;
 }
@@ -432,6 +434,14 @@ static int finish_transaction(x3_image *img)
 	return 0;
 }
 
+/* Whether somebody has made the file shorter than its filesystem: what is gone cannot be had back. */
+static bool is_cut(x3_image *img)
+{
+	struct stat st;
+
+	return fstat(img->fd, &st) == 0 && S_ISREG(st.st_mode) && st.st_size < (int64_t)img->blocks << img->bits;
+}
+
 /*
  * Commit the running transaction, which is not empty; if the last one failed for lack of room, that. With
  * img->committing.
@@ -442,6 +452,10 @@ static int commit(x3_image *img)
 	uint32_t tid;
 	int error;
 
+	if (is_cut(img)) {
+		abort_image(img, EIO, "its file was truncated meanwhile");
+		return -EIO;
+	}
 	for (int tries = 0; !img->nlogging; tries++) {
 		while (img->atoms)
 			pthread_cond_wait(&img->wake, &img->lock);
@@ -487,6 +501,23 @@ bool committing_begin(x3_image *img)
 int committing_end(x3_image *img, int error)
 {
 	error = room_judge(img, error);
+	img->committing = false;
+	pthread_cond_broadcast(&img->wake);
+	return error;
+}
+
+/*
+ * A barrier of somebody who does not commit has failed. Return what he is told. Under the lock, which is given up.
+ *
+ * If whoever commits has judged it meanwhile nothing is left to do: judged again, without what it has covered, it would
+ * pass for an error of the journal.
+ */
+int barrier_failed(x3_image *img, int error)
+{
+	if (!committing_begin(img))
+		return -EIO;
+	if (unsynced_is_unjudged(img))
+		return committing_end(img, error);
 	img->committing = false;
 	pthread_cond_broadcast(&img->wake);
 	return error;

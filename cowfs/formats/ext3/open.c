@@ -165,6 +165,7 @@ static void release(x3_image *img)
 	free(img->held.run);
 	free(img->held_logging.run);
 	free(img->held_logged.run);
+	track_free(img);
 	close(img->fd);
 	if (img->trace_fd >= 0)
 		close(img->trace_fd);
@@ -195,6 +196,7 @@ int x3_open(int fd, uint32_t flags, uint64_t cache_bytes, int trace_fd, uint32_t
 	img->meminfo = img->read_only ? -1 : open("/proc/meminfo", O_RDONLY | O_CLOEXEC);
 	img->trace_fd = trace_fd < 0 ? -1 : fcntl(trace_fd, F_DUPFD_CLOEXEC, 3);
 	pthread_mutex_init(&img->io_lock, NULL);
+	pthread_cond_init(&img->inject_wake, NULL);
 	pthread_mutex_init(&img->sync_lock, NULL);
 	pthread_mutex_init(&img->sums_lock, NULL);
 	pthread_mutex_init(&img->lock, NULL);
@@ -298,7 +300,7 @@ int x3_resume(x3_image *img, int fd)
 	img->resuming = true;
 	img->resumer = pthread_self();
 	pthread_mutex_unlock(&img->lock);
-	unload(img); /* all others wait */
+	unload(img);                           /* all others wait */
 	img->ndoomed = img->doomed_blocks = 0; /* whoever had the image has dealt with them, or x3_close() will */
 	error = error ? error : load(img);
 	pthread_mutex_lock(&img->lock);

@@ -9,6 +9,23 @@ INODE = struct.Struct("=8I2Q3q")
 """struct x3_attr of engine.h."""
 
 
+FIRST = -(1 << 31) * 10**9
+"""The earliest time that an inode can have, in ns …"""
+_LAST = ((1 << 31) + (3 << 32) - 1) * 10**9
+"""… and the latest, which the year 2446 has."""
+
+
+def time_of(number: int) -> int:
+    """Return the time that a number of struct x3_attr is."""
+    return number if number >= FIRST else number + (1 << 64)
+
+
+def number_of(time: int) -> int:
+    """Return what struct x3_attr has for a time, or for the one next to it that an inode can have."""
+    time = min(max(time, FIRST), _LAST)
+    return time if time < 1 << 63 else time - (1 << 64)
+
+
 class Inode(NamedTuple):
     """The attributes of an inode as the engine gives them; struct x3_attr says what they are."""
 

@@ -48,20 +48,20 @@ struct redo_header {
 	uint32_t mounted_at;
 	char boot[40]; /* which start of the machine */
 	uint8_t uuid[16];
-	uint64_t session; /* of all records that count */
+	uint64_t session;          /* of all records that count */
 	uint32_t blocks, reserved; /* blocks: in the ring */
 };
-struct start { /* two of them follow the header: of a transaction with an even number, and an odd one */
+struct start {        /* two of them follow the header: of a transaction with an even number, and an odd one */
 	uint32_t crc; /* of the session, and of the rest */
 	uint32_t tid;
 	uint32_t at;       /* where in the ring its first record is */
 	uint32_t previous; /* how many records the transaction before had */
 };
-struct record { /* is followed by pieces; never goes round the end of the ring */
+struct record {          /* is followed by pieces; never goes round the end of the ring */
 	uint32_t crc;    /* of its place in the order of all, and of what follows */
 	uint32_t length; /* bytes, with this */
 };
-struct piece { /* is followed by the number of the block, with OTHER_BLOCK, and by *length* bytes */
+struct piece {                   /* is followed by the number of the block, with OTHER_BLOCK, and by *length* bytes */
 	uint16_t offset, length; /* length 0: all of the block is zero */
 };
 typedef int (*piece_fn)(x3_image *img, uint32_t nr, const struct piece *piece, const char *bytes);
@@ -126,7 +126,8 @@ static bool this_boot(const x3_image *img, char boot[40])
 
 static uint32_t header_crc(const struct redo_header *h)
 {
-	return ext2fs_crc32c_le(~0u, (const unsigned char *)&h->mounted_at, sizeof *h - offsetof(struct redo_header, mounted_at));
+	return ext2fs_crc32c_le(~0u, (const unsigned char *)&h->mounted_at,
+				sizeof *h - offsetof(struct redo_header, mounted_at));
 }
 
 static uint32_t start_crc(const x3_image *img, const struct start *s)
@@ -260,7 +261,8 @@ static uint32_t differs_at(const char *old, const char *new, uint32_t i, uint32_
 }
 
 /* Put down what differs of *length* bytes of a block. */
-static bool put_difference(x3_image *img, uint32_t nr, uint32_t offset, uint32_t length, const char *old, const char *new)
+static bool put_difference(x3_image *img, uint32_t nr, uint32_t offset, uint32_t length, const char *old,
+			   const char *new)
 {
 	uint32_t begin = differs_at(old, new, 0, length), end, next;
 
@@ -311,7 +313,8 @@ static bool put_changes(x3_image *img)
 static int write_start(x3_image *img, struct start s)
 {
 	s.crc = start_crc(img, &s);
-	return journal_io(img, img->jend, sizeof(struct redo_header) + (s.tid & 1) * sizeof s, (char *)&s, sizeof s, true);
+	return journal_io(img, img->jend, sizeof(struct redo_header) + (s.tid & 1) * sizeof s, (char *)&s, sizeof s,
+			  true);
 }
 
 /* Write the record that was collected; -errno. Positive: there is no room for it. */
@@ -381,11 +384,15 @@ static int write_down(x3_image *img, bool may_fail)
 	img->redo.used = 0;
 	img->redo.broken = false;
 	img->redo.count += !error; /* be it a gap, which ends the transaction */
-	if (img->redo.head - img->redo.needed > ring_size(img) / 4 * 3 && img->due != img->tid) {
-		img->due = img->tid;
-		pthread_cond_broadcast(&img->wake);
-	}
+	if (img->redo.head - img->redo.needed > ring_size(img) / 4 * 3)
+		ask_commit(img);
 	return error;
+}
+
+/* Whether it is nearly full of what is needed. */
+bool redo_is_much(x3_image *img)
+{
+	return img->redo.on && img->redo.head - img->redo.needed > ring_size(img) / 8 * 7;
 }
 
 /* After an operation, which has changed something. -errno: it must be undone, unless that is out of the question. */
@@ -472,8 +479,8 @@ static int read_ring(x3_image *img, const char *ring)
 	for (int i = 0; i < 2; i++) {
 		struct start s;
 		uint32_t tid = img->committed + 1 + i;
-		int64_t count = journal_io(img, img->jend, sizeof(struct redo_header) + (tid & 1) * sizeof s, (char *)&s,
-					   sizeof s, false);
+		int64_t count = journal_io(img, img->jend, sizeof(struct redo_header) + (tid & 1) * sizeof s,
+					   (char *)&s, sizeof s, false);
 		if (count < 0)
 			return count;
 		if (s.tid != tid || s.crc != start_crc(img, &s) || s.at % 4 || s.at >= ring_size(img))
@@ -501,7 +508,7 @@ static int read_records(x3_image *img)
 	return error;
 }
 
-/* Do something with each piece of a record, which ends at *end*; -EBADMSG if one makes no sense. */
+/* Do something with each piece of a record, which ends at *end*; -EBADMSG if one is invalid. */
 static int pieces_of(x3_image *img, const char *p, const char *end, piece_fn do_it)
 {
 	uint32_t nr = UINT32_MAX;

@@ -116,11 +116,12 @@ char *patch_data(x3_image *img, uint32_t nr, int *error)
 
 	*error = -ENOMEM;
 	if (!p || p->data)
+		/* Nothing was allocated. NOLINTNEXTLINE(clang-analyzer-unix.Malloc) */
 		return p ? p->data : NULL;
 	if (!data)
 		return NULL;
-	*error = p->source ? patch_read(img, p, data, 0, img->bs) :
-			     io_read_raw(img, data, img->bs, (uint64_t)nr << img->bits);
+	*error = p->source ? patch_read(img, p, data, 0, img->bs)
+			   : io_read_raw(img, data, img->bs, (uint64_t)nr << img->bits);
 	if (*error) {
 		free(data);
 		return NULL;
@@ -140,7 +141,7 @@ struct walk {
 	uint32_t steps;
 	uint32_t end;          /* the first transaction that is not whole; from SCAN */
 	uint64_t committed_at; /* when the last one was committed, in seconds; 0: not known */
-	struct table logged; /* what is in the log: *source* is the last transaction that revokes it, if *escaped* */
+	struct table logged;   /* what is in the log: *source* is the last transaction that revokes it, if *escaped* */
 };
 
 static int damaged(x3_image *img, const char *what)
@@ -191,8 +192,9 @@ static int walk_descriptor(struct walk *w)
 		offset += sizeof tag + (ntohs(tag.flags) & SAME_UUID ? 0 : 16);
 		if (w->steps >= w->img->jlen - w->img->jfirst)
 			return 1;
-		int error = w->pass == TAGS ? note_tag(w, ntohl(tag.nr)) :
-			    w->pass == BLOCKS ? take_block(w, ntohl(tag.nr), ntohs(tag.flags) & ESCAPED) : 0;
+		int error = w->pass == TAGS     ? note_tag(w, ntohl(tag.nr))
+			    : w->pass == BLOCKS ? take_block(w, ntohl(tag.nr), ntohs(tag.flags) & ESCAPED)
+						: 0;
 		if (error)
 			return error;
 		step(w);
@@ -206,13 +208,13 @@ static int walk_revoke(struct walk *w)
 	uint32_t used = ntohl(revoke->used);
 
 	if (used < sizeof *revoke || used > w->img->bs)
-		return damaged(w->img, "a revoke block makes no sense");
+		return damaged(w->img, "a revoke block is invalid");
 	for (uint32_t offset = sizeof *revoke; offset + 4 <= used; offset += 4) {
 		uint32_t nr;
 		memcpy(&nr, w->block + offset, 4);
 		nr = ntohl(nr);
 		if (nr >= w->img->blocks)
-			return damaged(w->img, "it revokes a block that there is not");
+			return damaged(w->img, "it revokes a block that does not exist");
 		struct patch *p = table_find(&w->logged, nr);
 		if (p) {
 			p->source = w->sequence; /* they come in order */

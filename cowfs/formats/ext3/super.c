@@ -12,14 +12,14 @@
 #include "internal.h"
 
 /* The kernel's EXT3_FEATURE_*_SUPP, and sparse_super2, which it does not mind. */
-#define COMPAT                                                                                           \
-	(EXT2_FEATURE_COMPAT_DIR_PREALLOC | EXT2_FEATURE_COMPAT_IMAGIC_INODES |                          \
-	 EXT3_FEATURE_COMPAT_HAS_JOURNAL | EXT2_FEATURE_COMPAT_EXT_ATTR | EXT2_FEATURE_COMPAT_RESIZE_INODE | \
-	 EXT2_FEATURE_COMPAT_DIR_INDEX | EXT4_FEATURE_COMPAT_SPARSE_SUPER2)
+#define COMPAT                                                                                                    \
+	(EXT2_FEATURE_COMPAT_DIR_PREALLOC | EXT2_FEATURE_COMPAT_IMAGIC_INODES | EXT3_FEATURE_COMPAT_HAS_JOURNAL | \
+	 EXT2_FEATURE_COMPAT_EXT_ATTR | EXT2_FEATURE_COMPAT_RESIZE_INODE | EXT2_FEATURE_COMPAT_DIR_INDEX |        \
+	 EXT4_FEATURE_COMPAT_SPARSE_SUPER2)
 #define INCOMPAT (EXT2_FEATURE_INCOMPAT_FILETYPE | EXT3_FEATURE_INCOMPAT_RECOVER | EXT2_FEATURE_INCOMPAT_META_BG)
 #define BTREE_DIR 4 /* never came to mean anything */
 #define RO_COMPAT (EXT2_FEATURE_RO_COMPAT_SPARSE_SUPER | EXT2_FEATURE_RO_COMPAT_LARGE_FILE | BTREE_DIR)
-#define GROUP_MAX 65528 /* the counts of a group have 16 bits */
+#define GROUP_MAX 65528       /* the counts of a group have 16 bits */
 #define GROUPS_MAX (1u << 19) /* as many as 2^32 blocks of 1 KiB make, in groups as large as they can be */
 
 
@@ -32,14 +32,14 @@ static int check_features(x3_image *img, const struct ext2_super_block *sb)
 				sb->s_feature_ro_compat & ~RO_COMPAT };
 
 	if (unknown[0] || unknown[1] || unknown[2])
-		snprintf(img->message, sizeof img->message, "no ext3 filesystem: features %#x %#x %#x are unknown",
+		snprintf(img->message, sizeof img->message, "not an ext3 filesystem: features %#x %#x %#x are unknown",
 			 unknown[0], unknown[1], unknown[2]);
 	else if (!(sb->s_feature_compat & EXT3_FEATURE_COMPAT_HAS_JOURNAL))
 		snprintf(img->message, sizeof img->message, "it has no journal");
 	else if (!sb->s_journal_inum)
-		snprintf(img->message, sizeof img->message, "its journal is elsewhere");
+		snprintf(img->message, sizeof img->message, "its journal is on another device");
 	else if (sb->s_rev_level > EXT2_DYNAMIC_REV)
-		snprintf(img->message, sizeof img->message, "revision %u is unknown", sb->s_rev_level);
+		snprintf(img->message, sizeof img->message, "unknown revision %u", sb->s_rev_level);
 	else
 		return 0;
 	return -EOPNOTSUPP;
@@ -47,12 +47,12 @@ static int check_features(x3_image *img, const struct ext2_super_block *sb)
 
 static bool makes_sense(const x3_image *img, const struct ext2_super_block *sb)
 {
-	return img->groups <= GROUPS_MAX && img->first_block == (img->bs == 1024) && img->blocks > img->first_block + 8 &&
-	       img->blocks_per_group >= 8 && img->blocks_per_group <= min(img->bs * 8, GROUP_MAX) &&
-	       img->blocks_per_group % 8 == 0 && img->inodes_per_group > 0 &&
-	       img->inodes_per_group <= min(img->bs * 8, GROUP_MAX) && img->inode_size >= EXT2_GOOD_OLD_INODE_SIZE &&
-	       img->inode_size <= img->bs && !(img->inode_size & (img->inode_size - 1)) &&
-	       img->first_ino >= EXT2_GOOD_OLD_FIRST_INO &&
+	return img->groups <= GROUPS_MAX && img->first_block == (img->bs == 1024) &&
+	       img->blocks > img->first_block + 8 && img->blocks_per_group >= 8 &&
+	       img->blocks_per_group <= min(img->bs * 8, GROUP_MAX) && img->blocks_per_group % 8 == 0 &&
+	       img->inodes_per_group > 0 && img->inodes_per_group <= min(img->bs * 8, GROUP_MAX) &&
+	       img->inode_size >= EXT2_GOOD_OLD_INODE_SIZE && img->inode_size <= img->bs &&
+	       !(img->inode_size & (img->inode_size - 1)) && img->first_ino >= EXT2_GOOD_OLD_FIRST_INO &&
 	       (uint64_t)img->groups * img->inodes_per_group == img->inodes && img->first_ino <= img->inodes &&
 	       sb->s_journal_inum <= img->inodes;
 }
@@ -69,9 +69,11 @@ int super_load(x3_image *img)
 	if (error)
 		return error;
 	if (sb.s_magic != EXT2_SUPER_MAGIC)
-		return snprintf(img->message, sizeof img->message, "no ext3 filesystem"), -EINVAL;
-	img->opened = (struct x3_facts){ .compat = sb.s_feature_compat, .incompat = sb.s_feature_incompat,
-					 .ro_compat = sb.s_feature_ro_compat, .state = sb.s_state };
+		return snprintf(img->message, sizeof img->message, "not an ext3 filesystem"), -EINVAL;
+	img->opened = (struct x3_facts){ .compat = sb.s_feature_compat,
+					 .incompat = sb.s_feature_incompat,
+					 .ro_compat = sb.s_feature_ro_compat,
+					 .state = sb.s_state };
 	memcpy(img->opened.uuid, sb.s_uuid, 16);
 	if (!img->patches.n) { /* what the journal has is older */
 		img->mounted_at = sb.s_mtime;
@@ -81,7 +83,7 @@ int super_load(x3_image *img)
 	error = check_features(img, &sb);
 	if (error)
 		return error;
-	snprintf(img->message, sizeof img->message, "the superblock makes no sense");
+	snprintf(img->message, sizeof img->message, "the superblock is invalid");
 	if (sb.s_log_block_size > 6 || !sb.s_blocks_per_group)
 		return -EINVAL;
 	old = sb.s_rev_level == EXT2_GOOD_OLD_REV; /* where these two were no fields yet */
@@ -163,8 +165,7 @@ uint32_t group_copies(const x3_image *img, uint32_t group)
 /* How many blocks of a group are neither data nor free. */
 static uint32_t group_overhead(const x3_image *img, uint32_t group, uint32_t table)
 {
-	return group_copies(img, group) + 2 + table +
-	       (has_super(img->sb, group) ? img->sb->s_reserved_gdt_blocks : 0);
+	return group_copies(img, group) + 2 + table + (has_super(img->sb, group) ? img->sb->s_reserved_gdt_blocks : 0);
 }
 
 /* Whether a group has its own bitmaps and inode table, in places of their own: as ext4_check_descriptors(). */
@@ -197,7 +198,7 @@ void groups_load(x3_image *img)
 	for (uint32_t g = 0; g < img->groups; g++) {
 		const struct ext2_group_desc *gd = group_get(img, g);
 		if (!group_makes_sense(img, g, gd, table))
-			fail(img, EINVAL, "group descriptor %u makes no sense", g);
+			fail(img, EINVAL, "group descriptor %u is invalid", g);
 		img->overhead += group_overhead(img, g, table);
 		free_blocks += gd->bg_free_blocks_count;
 		free_inodes += gd->bg_free_inodes_count;
@@ -266,8 +267,7 @@ void super_need(x3_image *img, uint32_t compat, uint32_t ro_compat)
 /* Count blocks and inodes that are free from now on, or not any more. */
 void super_count(x3_image *img, int32_t blocks, int32_t inodes)
 {
-	struct ext2_super_block *sb =
-		super_change(img, offsetof(struct ext2_super_block, s_free_blocks_count), 8);
+	struct ext2_super_block *sb = super_change(img, offsetof(struct ext2_super_block, s_free_blocks_count), 8);
 
 	sb->s_free_blocks_count += blocks;
 	sb->s_free_inodes_count += inodes;

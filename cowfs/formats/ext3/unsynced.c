@@ -20,11 +20,12 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "internal.h"
 
-#define UNITS 64u          /* in a leaf */
-#define UNIT_MAX sizeof ((struct edge *)0)->data
+#define UNITS 64u /* in a leaf */
+#define UNIT_MAX sizeof((struct edge *)0)->data
 #define LEAVES_SOON 32768u /* from so many on, of 512 bytes, a commit is asked for */
 #define LEAVES_MAX 65536u  /* and waited for */
 #define AT_A_TIME 1024u    /* blocks that go home before a barrier, lest a disk that is still full gets much to do */
@@ -82,6 +83,7 @@ static struct leaf *leaf_put(struct table *table, uint64_t unit)
 	struct patch *p = table_put(table, unit / UNITS);
 
 	if (p && !p->data)
+		/* Patches have bytes. NOLINTNEXTLINE(clang-analyzer-unix.MallocSizeof) */
 		p->data = calloc(1, sizeof(struct leaf));
 	return p ? (struct leaf *)p->data : NULL;
 }
@@ -153,10 +155,8 @@ bool unsynced_is_much(x3_image *img)
 {
 	uint32_t n = __atomic_load_n(&img->sums.table.n, __ATOMIC_RELAXED);
 
-	if (n > LEAVES_SOON && img->due != img->tid) {
-		img->due = img->tid;
-		pthread_cond_broadcast(&img->wake);
-	}
+	if (n > LEAVES_SOON)
+		ask_commit(img);
 	return n > LEAVES_MAX;
 }
 
@@ -175,6 +175,7 @@ static void gather(const struct iovec *iov, size_t skip, char *buf, size_t len)
 	for (; len; iov++) {
 		if (skip < iov->iov_len) {
 			size_t n = min(len, iov->iov_len - skip);
+			/* Of *len* bytes that are there. NOLINTNEXTLINE(clang-analyzer-core.NonNullParamChecker) */
 			memcpy(buf, (char *)iov->iov_base + skip, n);
 			buf += n, len -= n, skip += n;
 		}
@@ -230,7 +231,8 @@ static int edge_need(x3_image *img, uint64_t unit, uint64_t other, uint32_t ino)
 }
 
 /* What a unit has after a write of what is in *iov*, from *off* to *end*; in *buf* if need be. NULL: not known. */
-static const char *unit_after(x3_image *img, uint64_t unit, const struct iovec *iov, uint64_t off, uint64_t end, char *buf)
+static const char *unit_after(x3_image *img, uint64_t unit, const struct iovec *iov, uint64_t off, uint64_t end,
+			      char *buf)
 {
 	uint32_t size = 1u << unit_bits(img);
 	uint64_t at = unit * size, from = max(at, off), to = min(at + size, end);
@@ -311,20 +313,22 @@ int unsynced_write(x3_image *img, uint32_t ino, const struct iovec *iov, int cou
 
 /* --- barriers --- */
 
-/* One begins. */
-void unsynced_begin(x3_image *img)
+/* Number *nr* begins. Whatever is in img->syncing from here on is in the trace before. */
+void unsynced_begin(x3_image *img, uint64_t nr)
 {
 	pthread_mutex_lock(&img->sums_lock);
 	sums_join(img);
+	trace(img, X3_TRACE_BEGUN, nr, NULL, 0);
 	pthread_mutex_unlock(&img->sums_lock);
 }
 
 /*
  * It has ended; what do those who wait for it have to be told?
  *
- * The kernel tells an error once, to one thread. The others must hear of it, until it has been judged.
+ * The kernel tells an error once, to one thread. The others must hear of it, until it has been judged. The trace has it
+ * before that, for what is written afterwards is not what the kernel has dropped. *nr* 0: it is not a barrier that tells.
  */
-int unsynced_end(x3_image *img, int error)
+int unsynced_end(x3_image *img, int error, uint64_t nr)
 {
 	pthread_mutex_lock(&img->sums_lock);
 	if (error) {
@@ -336,8 +340,21 @@ int unsynced_end(x3_image *img, int error)
 	} else {
 		sums_free(&img->syncing);
 	}
+	if (nr)
+		trace(img, error ? X3_TRACE_FAILED : X3_TRACE_BARRIER, nr, NULL, 0);
 	pthread_mutex_unlock(&img->sums_lock);
 	return error;
+}
+
+/* Whether a barrier has failed that nobody has judged yet. */
+bool unsynced_is_unjudged(x3_image *img)
+{
+	bool unjudged;
+
+	pthread_mutex_lock(&img->sums_lock);
+	unjudged = img->unjudged;
+	pthread_mutex_unlock(&img->sums_lock);
+	return unjudged;
 }
 
 /* How many barriers have failed so far, or had to. */
@@ -427,14 +444,11 @@ static void keep_leaf(x3_image *img, const struct patch *p, uint64_t *memory)
  */
 bool unsynced_judge(x3_image *img)
 {
-	bool before = img->draining, failed;
+	bool before = img->draining;
 	struct sums all;
 	uint64_t memory;
 
-	pthread_mutex_lock(&img->sums_lock);
-	failed = img->unjudged;
-	pthread_mutex_unlock(&img->sums_lock);
-	if (!failed)
+	if (!unsynced_is_unjudged(img))
 		return false;
 	img->draining = true;
 	while (img->readers)

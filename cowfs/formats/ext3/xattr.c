@@ -392,8 +392,8 @@ static void store(x3_image *img, struct inode *in, struct attrs *all)
 }
 
 /* See x3_setxattr and x3_removexattr. */
-void xattr_set(x3_image *img, uint32_t ino, const char *name, uint32_t len, const char *value, uint64_t size,
-	       int flags, bool remove)
+void xattr_set(x3_image *img, uint32_t ino, const char *name, uint32_t len, const char *value, uint64_t size, int flags,
+	       bool remove)
 {
 	struct inode in = inode_change(img, ino, true);
 	struct attr new = parse_name(img, name, len);

@@ -6,6 +6,8 @@ import threading
 from collections.abc import Callable, Hashable
 from typing import Generic, TypeVar
 
+from cowfs.url.waiting import WouldWait, must_not_wait
+
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
 
@@ -102,6 +104,8 @@ class OnceCache(Generic[K]):
         if value is not None:
             self.hits += 1
             return value
+        if must_not_wait():
+            return self._make_at_once(key, make)
         mine = _Making()
         other = self._making.setdefault(key, mine)  # one step: of several threads one gets its own
         if other is not mine:
@@ -119,6 +123,15 @@ class OnceCache(Generic[K]):
             raise
         del self._making[key]
         mine.finish(value)
+        return value
+
+    def _make_at_once(self, key: K, make: Callable[[K], bytes]) -> bytes:
+        """Make a value without waiting for another who does, and without letting others wait for it."""
+        if key in self._making:
+            raise WouldWait
+        value = make(key)
+        self.misses += 1
+        self._cache.put(key, value)
         return value
 
     def peek(self, key: K) -> bytes | None:

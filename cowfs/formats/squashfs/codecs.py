@@ -39,8 +39,8 @@ def decompressor(name: str, block_size: int, image: str) -> Decompress:
     except (ImportError, OSError) as error:
         needs = _LIBRARIES.get(name, "a library that is missing")
         raise LayerError(
-            f"{image}: is compressed with {name}, for which {needs} is needed",
-            f"install it, or pack the image again with another compressor: {error}",
+            f"{image}: is compressed with {name}, which needs {needs}",
+            f"install it, or repack the image with another compressor: {error}",
         ) from error
 
 
@@ -120,7 +120,7 @@ def _zstd(block_size: int) -> Decompress:
             # The library allocates what the frame's header says, so that is looked at first.
             size = content_size(block)
             if size > limit:
-                raise CodecError("zstd: larger than its place")
+                raise CodecError("zstd: the data is larger than its block")
             context = contexts.unsized if size < 0 else contexts.sized
             data: bytes = context.decompress(block, max_output_size=limit)
         except (failure, ValueError) as error:
@@ -189,7 +189,7 @@ def _lzo(block_size: int) -> Decompress:
 
 def _whole(name: str, data: bytes, limit: int, ended: bool) -> bytes:
     if len(data) > limit:
-        raise CodecError(f"{name}: larger than its place")
+        raise CodecError(f"{name}: the data is larger than its block")
     if not ended:
         raise CodecError(f"{name}: the block ends too early")
     return data

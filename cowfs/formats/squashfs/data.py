@@ -174,6 +174,10 @@ class Blocks:
     def _damaged(self, stored: Stored, what: object) -> OSError:
         return self._source.damaged(f"data block at {stored.position:#x}: {what}")
 
+    def shrink(self) -> None:
+        """Forget the cache."""
+        self._cache.clear()
+
     def close(self) -> None:
         """Stop the workers and forget the cache."""
         self.workers.close()

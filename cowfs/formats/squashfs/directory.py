@@ -91,7 +91,7 @@ def parse(data: bytes, size: int, *, ended: bool) -> Listing | None:
     except struct.error:
         if not ended:
             return None
-        entries.problem = "an entry is cut off"
+        entries.problem = "an entry is truncated"
     except _Short:
         # A size that is too large is not damage: the kernel takes the end of the table for the end too.
         if not ended:
@@ -133,12 +133,12 @@ def _check(entries: Listing) -> None:
     """Leave out what leads out of the directory, or to the same directory twice."""
     names = b"/".join(entries)
     if names.count(b"/") >= max(len(entries), 1) or b"\0" in names or b"." in entries or b".." in entries:
-        entries.problem = "a name has a slash or a NUL in it, or is '.' or '..'"
+        entries.problem = "a name contains a slash or a NUL, or is '.' or '..'"
         for name in [name for name in entries if b"/" in name or b"\0" in name or name in {b".", b".."}]:
             del entries[name]
     directories = [value for value in entries.values() if value & _TYPE == 1]
     if len(set(directories)) != len(directories):
-        entries.problem = "two names mean the same directory"
+        entries.problem = "two names refer to the same directory"
         count = Counter(directories)
         for name in [name for name, value in entries.items() if count[value] > 1]:
             del entries[name]

@@ -21,9 +21,9 @@ from cowfs.formats.squashfs.directory import DirectoryTable, Found, Listing
 from cowfs.formats.squashfs.inodes import NONE, Inode, InodeTable
 from cowfs.formats.squashfs.metadata import IndexedTable, Metadata, Table
 from cowfs.formats.squashfs.recognise import SAMPLE
-from cowfs.formats.squashfs.source import Source
+from cowfs.formats.squashfs.source import Bytes, Source, open_bytes
 from cowfs.formats.squashfs.superblock import Superblock
-from cowfs.formats.squashfs.xattrs import XattrTable
+from cowfs.formats.squashfs.xattrs import KINDS, XattrTable
 
 NOBODY = 65534
 """Whose the kernel says that something is whose owner is 0xffffffff, which is none (overflowuid)."""
@@ -164,15 +164,17 @@ class Image:
 
     def xattr_names(self, ref: int) -> list[bytes]:
         """The names of the extended attributes of the inode at *ref*."""
+        if self.xattrs is None:
+            return []
         number = self._inodes.read(ref).xattr
-        return [] if number == NONE or self.xattrs is None else self.xattrs.names(number)
+        return [] if number == NONE else self.xattrs.names(number)
 
     def xattr(self, ref: int, name: bytes) -> bytes:
-        """The value of an extended attribute. ENODATA; EOPNOTSUPP when the image can have none."""
-        if self.xattrs is None:
+        """The value of an extended attribute. ENODATA; EOPNOTSUPP for one that no squashfs has."""
+        if not name.startswith(KINDS):
             raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
         number = self._inodes.read(ref).xattr
-        value = None if number == NONE else self.xattrs.value(number, name)
+        value = None if number == NONE or self.xattrs is None else self.xattrs.value(number, name)
         if value is None:
             raise OSError(errno.ENODATA, os.strerror(errno.ENODATA))
         return value
@@ -193,7 +195,8 @@ class Image:
     def caches(self) -> dict[str, tuple[int, int]]:
         """How often a block was there decompressed when it was needed, and how often not, by its kind."""
         metadata = self._metadata
-        return {"squashfs metadata": (metadata.hits, metadata.misses), "squashfs data": self._blocks.found()}
+        own = {"squashfs metadata": (metadata.hits, metadata.misses), "squashfs data": self._blocks.found()}
+        return own | self.source.caches()
 
     def fingerprint(self) -> str:
         """What the image is recognised by: SHA-256 of the superblock and all tables, in hexadecimal.
@@ -208,8 +211,17 @@ class Image:
             position += size
         return digest.hexdigest()
 
+    def shrink(self) -> None:
+        """Forget what can be read and decompressed again."""
+        self._metadata.shrink()
+        self._blocks.shrink()
+        self._listings.clear()
+        if self.xattrs is not None:
+            self.xattrs.shrink()
+
     def close(self) -> None:
         """Wait for reads under way, release threads, memory and the file. Safe to call twice."""
+        self.source.stop()
         self._blocks.close()
         self._listings.clear()
         self.source.close()
@@ -220,29 +232,32 @@ def _entries(listing: Listing) -> int:
 
 
 def open_image(path: str, offset: int = 0, cache_bytes: int = CACHE_BYTES) -> Image:
-    """Open the image that begins *offset* bytes into the file (or block device) at *path*.
+    """Open the image that begins *offset* bytes into the file, block device or URL at *path*.
 
     Reads little: an image of any size opens in milliseconds. :class:`LayerError` says why an image
     cannot be used: not there, not readable, not a squashfs (and what it is instead), of another
     version, truncated, damaged, or compressed with something there is no library for.
     """
-    name = path if not offset else f"{path} at offset {offset}"
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        data = open_bytes(path)
     except OSError as error:
         raise LayerError(f"{path}: {error.strerror}") from error
-    source = Source(fd, name, offset, 0)
+    return image_in(data, path, offset, cache_bytes)
+
+
+def image_in(data: Bytes, path: str, offset: int = 0, cache_bytes: int = CACHE_BYTES) -> Image:
+    """Open the image in *data*, which belongs to it then. As :func:`open_image`."""
+    name = path if not offset else f"{path} at offset {offset}"
+    source = Source(data, name, offset, 0)
     try:
-        status = os.fstat(fd)
-        if stat.S_ISDIR(status.st_mode):
-            raise LayerError(f"{path}: is a directory, not a squashfs image")
-        if not stat.S_ISREG(status.st_mode) and not stat.S_ISBLK(status.st_mode):
-            raise LayerError(f"{path}: is neither a file nor a block device")
-        size = os.lseek(fd, 0, os.SEEK_END) - offset
+        size = data.size - offset
         if offset < 0 or size <= 0:
-            raise LayerError(f"{path}: has no byte at offset {offset}" if offset else f"{path}: is empty")
+            what = f"offset {offset} is beyond its end" if offset else "is empty"
+            hint = "offset=auto looks for the image" if offset else "download or copy it again"
+            raise LayerError(f"{path}: {what}", hint)
         source.size = size
-        superblock = sblk.parse(source.pread(min(size, SAMPLE), 0, "superblock"), name, size)
+        start = source.pread(min(size, SAMPLE), 0, "superblock")
+        superblock = sblk.parse(start, name, size, lambda count, at: data.pread(count, offset + at))
         source.size = superblock.bytes_used
         return Image(source, superblock, cache_bytes)
     except OSError as error:

@@ -109,10 +109,13 @@ class Inode:
         return table.after(begin, self.end - begin.offset)
 
 
+_NONE_YET = Inode(*[-1] * 16)
+
+
 class InodeTable:
     """The inode table of an image."""
 
-    __slots__ = ("_ids", "_last", "_table")
+    __slots__ = ("_ids", "_inode", "_last", "_table")
 
     def __init__(self, table: Table, ids: tuple[int, ...]) -> None:
         """*ids*: the owner table."""
@@ -120,9 +123,14 @@ class InodeTable:
         self._ids = ids
         # The block that was used last: the inodes of a directory are mostly in one.
         self._last = (-1, b"")
+        # The inode that was read last: a copy-up, or a removal, does so several times.
+        self._inode = _NONE_YET
 
     def read(self, ref: int) -> Inode:
         """The inode at *ref*. May block. EIO when there can be none."""
+        inode = self._inode
+        if inode.ref == ref:
+            return inode
         block = ref >> 16
         at = offset = ref & 0xFFFF
         last, data = self._last
@@ -130,7 +138,7 @@ class InodeTable:
             data = self._table.block(block)
             self._last = block, data
         if offset + _LONGEST > len(data):  # it may go on in the next block, or be the last of all
-            data, at = self._straddling(Place(block, offset)), 0
+            data, at = self._read_fixed_part(Place(block, offset)), 0
         kind = data[at]
         fields: tuple[int, ...]
         try:
@@ -145,7 +153,7 @@ class InodeTable:
                 fields = self._others(kind, Place(block, offset), rest)
             if not number or data[at + 1]:
                 raise self._no_inode(ref, kind)
-            return Inode(
+            inode = Inode(
                 ref,
                 number,
                 _MODES[kind] | (mode & 0o7777),
@@ -158,6 +166,8 @@ class InodeTable:
             raise self._no_inode(ref, kind) from None
         except IndexError:
             raise self._table.damaged(Place(block, offset), "has an unknown owner") from None
+        self._inode = inode
+        return inode
 
     def _others(self, kind: int, begin: Place, rest: list[int]) -> tuple[int, ...]:
         """The fields from nlink on, for the types that are not frequent; *rest* is as in the layout."""
@@ -187,13 +197,13 @@ class InodeTable:
                 xattr = rest[-1]
         return nlink, size, rdev, blocks, xattr, start, fragment, offset, begin.offset + length, index_count
 
-    def _straddling(self, place: Place) -> bytes:
+    def _read_fixed_part(self, place: Place) -> bytes:
         """The fixed part of an inode and not a byte more: it may be the last that there is."""
         kind = int.from_bytes(self._table.read(place, 2), "little")
         return self._table.read(place, _LAYOUTS[kind].size if kind in _LAYOUTS else 2)
 
     def _no_inode(self, ref: int, kind: int) -> OSError:
-        return self._table.damaged(Place(ref >> 16, ref & 0xFFFF), f"is no inode (type {kind})")
+        return self._table.damaged(Place(ref >> 16, ref & 0xFFFF), f"is not an inode (type {kind})")
 
     def target(self, inode: Inode) -> bytes:
         """The target of a symlink, up to its first NUL as the kernel sees it. EIO."""

@@ -42,6 +42,10 @@ class Metadata:
             CACHE_BYTES, lambda value: len(value[0])
         )
 
+    def shrink(self) -> None:
+        """Forget the blocks that were read."""
+        self._cache.clear()
+
     def block(self, position: int) -> tuple[bytes, int]:
         """The decompressed block at *position*, and the position of the next; may block, EIO."""
         found = self._cache.get(position)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from typing import NamedTuple
 
 
@@ -10,38 +11,68 @@ class _Magic(NamedTuple):
     offset: int
     magic: bytes
     what: str
+    advice: str = ""
+    """What to do to have its content as a lower."""
 
+
+MAGIC, MAGIC_BIG_ENDIAN = b"hsqs", b"sqsh"
+"""How a squashfs image begins; the other one before version 4."""
 
 SAMPLE = 0x9008
 """How many bytes from the start :func:`recognise` wants to see."""
 
+EXT_MAGIC = (1080, b"\x53\xef")
+"""Where an ext2, ext3 or ext4 filesystem has its magic, and which."""
+
+_DECOMPRESS = "decompress it first: {} FILE"
+_UNPACK = "unpack it, and mount the directory, or make an image of that with mksquashfs: {}"
+_LOOP = "mount it, and mount the directory as the lower: mount -o loop,ro FILE DIR"
+_VENDOR = "unpack it with sasquatch, then make an image of that with mksquashfs"
+
 _MAGICS = (
-    _Magic(0, b"\x1f\x8b", "gzip-compressed data"),
-    _Magic(0, b"\xfd7zXZ\0", "xz-compressed data"),
-    _Magic(0, b"\x28\xb5\x2f\xfd", "zstd-compressed data"),
-    _Magic(0, b"BZh", "bzip2-compressed data"),
-    _Magic(0, b"PK\x03\x04", "a zip archive"),
-    _Magic(0, b"7z\xbc\xaf\x27\x1c", "a 7-zip archive"),
-    _Magic(0, b"QFI\xfb", "a qcow2 disk image"),
-    _Magic(0, b"KDMV", "a VMDK disk image"),
-    _Magic(0, b"shsq", "a squashfs 3 image with LZMA compression"),
-    _Magic(0, b"qshs", "a squashfs 3 image with LZMA compression"),
-    _Magic(0, b"\x45\x3d\xcd\x28", "a cramfs image"),
-    _Magic(0, b"-rom1fs-", "a romfs image"),
-    _Magic(0, b"XFSB", "an XFS filesystem"),
-    _Magic(0, b"070701", "a cpio archive"),
-    _Magic(0, b"!<arch>\n", "an ar archive or a Debian package"),
+    _Magic(0, b"\x1f\x8b", "gzip-compressed data", _DECOMPRESS.format("gunzip")),
+    _Magic(0, b"\xfd7zXZ\0", "xz-compressed data", _DECOMPRESS.format("unxz")),
+    _Magic(0, b"\x28\xb5\x2f\xfd", "zstd-compressed data", _DECOMPRESS.format("unzstd")),
+    _Magic(0, b"\x04\x22\x4d\x18", "lz4-compressed data", _DECOMPRESS.format("unlz4")),
+    _Magic(0, b"BZh", "bzip2-compressed data", _DECOMPRESS.format("bunzip2")),
+    _Magic(0, b"PK\x03\x04", "a zip archive", _UNPACK.format("unzip FILE -d DIR")),
+    _Magic(0, b"7z\xbc\xaf\x27\x1c", "a 7-zip archive", _UNPACK.format("7z x FILE -oDIR")),
+    _Magic(0, b"Rar!\x1a\x07", "a RAR archive", _UNPACK.format("unrar x FILE DIR/")),
+    _Magic(0, b"QFI\xfb", "a qcow2 disk image", "make it a raw one first: qemu-img convert FILE RAW"),
+    _Magic(0, b"KDMV", "a VMDK disk image", "make it a raw one first: qemu-img convert FILE RAW"),
+    _Magic(0, b"vhdxfile", "a VHDX disk image", "make it a raw one first: qemu-img convert FILE RAW"),
+    _Magic(0, b"shsq", "a squashfs 3 image with LZMA compression", _VENDOR),
+    _Magic(0, b"qshs", "a squashfs 3 image with LZMA compression", _VENDOR),
+    _Magic(0, b"sqlz", "a vendor's squashfs image with LZMA compression", _VENDOR),
+    _Magic(0, b"tqsh", "a squashfs image of DD-WRT", _VENDOR),
+    _Magic(0, b"hsqt", "a squashfs image of DD-WRT", _VENDOR),
+    _Magic(0, b"\x45\x3d\xcd\x28", "a cramfs image", _LOOP),
+    _Magic(0, b"\x28\xcd\x3d\x45", "a big-endian cramfs image", _UNPACK.format("cramfsck -x DIR FILE")),
+    _Magic(0, b"-rom1fs-", "a romfs image", _LOOP),
+    _Magic(0, b"XFSB", "an XFS filesystem", _LOOP),
+    _Magic(0, b"070701", "a cpio archive", _UNPACK.format("cpio -id -D DIR <FILE")),
+    _Magic(0, b"070702", "a cpio archive", _UNPACK.format("cpio -id -D DIR <FILE")),
+    _Magic(0, b"!<arch>\n", "an ar archive or a Debian package", _UNPACK.format("dpkg-deb -x FILE DIR")),
+    _Magic(0, b"\xed\xab\xee\xdb", "an RPM package", _UNPACK.format("rpm2cpio FILE | cpio -id -D DIR")),
     _Magic(0, b"#!", "a script"),
-    _Magic(257, b"ustar", "a tar archive"),
-    _Magic(1024, b"\xe2\xe1\xf5\xe0", "an EROFS image"),
-    _Magic(1080, b"\x53\xef", "an ext2, ext3 or ext4 filesystem"),
-    _Magic(0x8001, b"CD001", "an ISO 9660 image"),
+    _Magic(257, b"ustar", "a tar archive", "it can be a lower if it is a file, from its start"),
+    _Magic(1024, b"\xe2\xe1\xf5\xe0", "an EROFS image", "root can mount it, from a file: --engine kernel"),
+    _Magic(*EXT_MAGIC, "an ext2, ext3 or ext4 filesystem", _LOOP),
+    _Magic(0x8001, b"CD001", "an ISO 9660 image", f"if it holds a squashfs: -o offset=auto; else {_LOOP}"),
 )
+
+
+def advice(start: bytes) -> str:
+    """Say what to do to have the content of a file that begins with *start* as a lower, if that is known."""
+    for offset, magic, _, what_to_do in _MAGICS:
+        if start[offset : offset + len(magic)] == magic:
+            return what_to_do
+    return ""
 
 
 def recognise(start: bytes) -> str:
     """Say what a file is that begins with *start*, in a few words; "" when nothing is known of it."""
-    for offset, magic, what in _MAGICS:
+    for offset, magic, what, _ in _MAGICS:
         if start[offset : offset + len(magic)] == magic:
             return what
     if not start:
@@ -66,16 +97,63 @@ def _is_text(start: bytes) -> bool:
     return True
 
 
-def appended_at(start: bytes) -> int | None:
-    """Where an ELF program ends and what is appended to it begins (as in an AppImage), or None.
+Pread = Callable[[int, int], bytes]
+"""As of os.pread, of one file: size, and where."""
+_SEARCHED = 16 << 20
+"""So far behind a program an image is looked for."""
+_SQUASHFS = struct.Struct("<4s8xI6xH4xHH")  # magic, block_size, block_log, major, minor
+_LOAD = 1  # PT_LOAD
+_NO_FILE = 1 << 62
+"""No file is as long, and a place some way behind it can still be asked for (off_t)."""
 
-    The section headers are the last thing in an ELF file (elf(5)): e_shoff + e_shentsize * e_shnum.
+
+def appended_at(start: bytes) -> int | None:
+    """Where an ELF program ends and what is appended to it begins (as in an AppImage), or None (elf(5)).
+
+    The section headers are the last thing in it: e_shoff + e_shentsize * e_shnum. Without any, what is loaded
+    from it is.
     """
     if start[:6] == b"\x7fELF\x02\x01" and len(start) >= 64:
-        table, size, count = struct.unpack_from("<40xQ10xHH", start)
+        programs, table, program, count, size, sections = struct.unpack_from("<32xQQ6xHHHH", start)
+        load = struct.Struct("<I4xQ16xQ")  # p_type, p_offset, p_filesz
     elif start[:6] == b"\x7fELF\x01\x01" and len(start) >= 52:
-        table, size, count = struct.unpack_from("<32xI10xHH", start)
+        programs, table, program, count, size, sections = struct.unpack_from("<28xII6xHHHH", start)
+        load = struct.Struct("<II8xI")
     else:
         return None
-    end = int(table) + int(size) * int(count)
-    return end if end > 0 else None
+    if table and size * sections:
+        end = int(table + size * sections)
+        return end if end < _NO_FILE else None
+    ends = [0]
+    for number in range(count):
+        at = programs + number * program
+        if at + load.size > len(start):
+            break
+        kind, offset, length = load.unpack_from(start, at)
+        if kind == _LOAD:
+            ends.append(offset + length)
+    return max(ends) or None if max(ends) < _NO_FILE else None
+
+
+def image_behind(start: bytes, pread: Pread) -> int | None:
+    """Where a squashfs image begins behind an ELF program, or the program ends if none is seen; None for
+    what is no such program. *start* is its beginning. Reads some MiB at most. OSError."""
+    end = appended_at(start)
+    if end is None:
+        return None
+    at = end
+    while at < end + _SEARCHED and (piece := pread(1 << 20, at)):
+        found = piece.find(MAGIC)
+        while found >= 0:
+            if _may_be_squashfs(pread(_SQUASHFS.size, at + found)):
+                return at + found
+            found = piece.find(MAGIC, found + 1)
+        at += max(len(piece) - 3, 1)
+    return end
+
+
+def _may_be_squashfs(start: bytes) -> bool:
+    if len(start) < _SQUASHFS.size:
+        return False
+    _, block_size, block_log, major, minor = _SQUASHFS.unpack(start)
+    return (major, minor) == (4, 0) and block_log <= 20 and block_size == 1 << block_log

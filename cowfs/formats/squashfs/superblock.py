@@ -9,10 +9,17 @@ import struct
 from dataclasses import dataclass
 
 from cowfs.errors import LayerError
-from cowfs.formats.squashfs.recognise import appended_at, recognise
+from cowfs.formats.squashfs.recognise import (
+    MAGIC,
+    MAGIC_BIG_ENDIAN,
+    Pread,
+    advice,
+    appended_at,
+    image_behind,
+    recognise,
+)  # fmt: skip
 
 SIZE = 96
-MAGIC = 0x73717368
 NONE = 0xFFFF_FFFF_FFFF_FFFF
 """In place of a table's position: the image has no such table."""
 
@@ -75,15 +82,19 @@ class Superblock:
         return self.xattr_table != NONE
 
 
-def parse(raw: bytes, name: str, file_size: int) -> Superblock:
+_AGAIN = "download or copy it again, and compare its checksum"
+
+
+def parse(raw: bytes, name: str, file_size: int, pread: Pread | None = None) -> Superblock:
     """Read a superblock; :class:`LayerError` says why the image called *name* cannot be read.
 
     *raw* is the start of the image: 96 bytes, or more for saying what a foreign file is.
-    *file_size* is the number of bytes there are from the start of the image on.
+    *file_size* is the number of bytes there are from the start of the image on, *pread* reads from there: to
+    say where an image begins behind a program.
     """
-    _check_magic(raw, name)
+    _check_magic(raw, name, pread)
     if len(raw) < SIZE:
-        raise LayerError(f"{name}: truncated: a squashfs image has at least {SIZE} bytes")
+        raise LayerError(f"{name}: truncated: a squashfs image has at least {SIZE} bytes", _AGAIN)
     (
         _,
         inodes,
@@ -130,25 +141,25 @@ def parse(raw: bytes, name: str, file_size: int) -> Superblock:
     return superblock
 
 
-def _check_magic(raw: bytes, name: str) -> None:
+def _check_magic(raw: bytes, name: str, pread: Pread | None) -> None:
     magic = raw[:4]
-    if magic == b"hsqs":
+    if magic == MAGIC:
         return
-    if magic == b"sqsh":  # big-endian: versions before 4
+    if magic == MAGIC_BIG_ENDIAN:  # versions before 4
         major, minor = struct.unpack_from(">28xHH", raw) if len(raw) >= 32 else (3, 0)
-        _refuse_version(name, major, minor)
+        _refuse_version(name, major, minor, "big-endian ")
     what = recognise(raw)
-    hint = "if the image begins further on in the file, say where with -o offset=BYTES"
-    end = appended_at(raw)
+    hint = advice(raw) or "if one begins later in the file, use -o offset=auto"
+    end = appended_at(raw) if pread is None else image_behind(raw, pread)
     if end is not None:
         hint = f"if this is an AppImage, try -o offset={end}"
     raise LayerError(f"{name}: not a squashfs image" + (f" but {what}" if what else ""), hint)
 
 
-def _refuse_version(name: str, major: int, minor: int) -> None:
+def _refuse_version(name: str, major: int, minor: int, order: str = "") -> None:
     raise LayerError(
-        f"{name}: squashfs version {major}.{minor} is not supported, only 4.0 is",
-        "unpack it with unsquashfs and pack it again with mksquashfs"
+        f"{name}: {order}squashfs version {major}.{minor} is not supported, only 4.0",
+        "unpack it and make a new one: unsquashfs -d DIR FILE, mksquashfs DIR NEW"
         if major < 4
         else "the image is newer than this reader, or damaged",
     )
@@ -162,9 +173,7 @@ def _check(sb: Superblock, name: str, file_size: int) -> None:
     elif not 12 <= sb.block_log <= 20 or sb.block_size != 1 << sb.block_log:
         problem = f"block size {sb.block_size} with logarithm {sb.block_log}"
     elif sb.bytes_used > file_size:
-        raise LayerError(
-            f"{name}: truncated squashfs image: it should have {sb.bytes_used} bytes and has {file_size}"
-        )
+        raise LayerError(f"{name}: truncated squashfs image: {file_size} of {sb.bytes_used} bytes", _AGAIN)
     elif not sb.ids:
         problem = "no owners"
     elif not SIZE <= sb.inode_table < sb.directory_table < sb.bytes_used:
@@ -180,4 +189,4 @@ def _check(sb: Superblock, name: str, file_size: int) -> None:
     elif sb.root & 0xFFFF >= 8192:
         problem = f"root inode {sb.root:#x}"
     if problem:
-        raise LayerError(f"{name}: damaged squashfs superblock: {problem}")
+        raise LayerError(f"{name}: damaged squashfs superblock: {problem}", _AGAIN)

@@ -22,6 +22,9 @@ _LENGTH = struct.Struct("<I")
 _REFERENCE = struct.Struct("<Q")
 
 _PREFIXES = {0: b"user.", 1: b"trusted.", 2: b"security."}
+KINDS = tuple(_PREFIXES.values())
+"""How the names of all attributes begin that there can be."""
+
 _OUT_OF_LINE = 0x100
 _KNOWN = 0x1FF
 
@@ -67,6 +70,10 @@ class XattrTable:
         self.first_block: int = start
         """Where the keys and values begin: the end of the table before them."""
         self._cache: GenerationCache[int, Attributes] = GenerationCache(4 << 20, _weight)
+
+    def shrink(self) -> None:
+        """Forget what was read."""
+        self._cache.clear()
 
     def names(self, number: int) -> list[bytes]:
         """The names of set *number*, with their prefixes. May block. EIO."""

@@ -107,7 +107,8 @@ int room_start(x3_image *img)
 		error = take_room(img, img->jmap[i], n);
 	}
 	if (error)
-		snprintf(img->message, sizeof img->message, "its disk has no room for the journal: %s", strerror(-error));
+		snprintf(img->message, sizeof img->message, "its disk has no space for the journal: %s",
+			 strerror(-error));
 	return error;
 }
 
@@ -122,7 +123,7 @@ void room_for(x3_image *img, struct block *b)
 	if (room_is_lacking(error) && img->op->changing == GOES_ON)
 		return; /* it must be completed; if the room is missed later the image is stalled */
 	if (error)
-		fail(img, -error, "no room on the disk for block %u: %s", b->nr, strerror(-error));
+		fail(img, -error, "no space on the disk for block %u: %s", b->nr, strerror(-error));
 	b->flags |= HAS_ROOM;
 }
 
@@ -172,8 +173,9 @@ int room_judge(x3_image *img, int error)
 		img->tried_ns = monotonic_ns();
 		return error;
 	}
-	abort_image(img, -error, img->data_lost ? "the disk has refused file data: %s; it is in memory no more" :
-		    "the journal cannot be written: %s",
+	abort_image(img, -error,
+		    img->data_lost ? "the disk has refused file data: %s; it is no longer in memory"
+				   : "the journal cannot be written: %s",
 		    strerror(-error));
 	return -EIO;
 }

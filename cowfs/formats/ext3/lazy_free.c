@@ -46,8 +46,6 @@ static void count_left(x3_image *img, uint64_t blocks, bool gone)
 /* Free a part of one. False: there is none. */
 bool doomed_free_some(x3_image *img)
 {
-	bool dropped = false;
-
 	GO_ON (img) {
 		op.result = img->ndoomed > 0;
 		if (op.result) {
@@ -55,10 +53,10 @@ bool doomed_free_some(x3_image *img)
 			count_left(img, gone ? 0 : op.rest, gone);
 		}
 	}
-	if (op.error && img->ndoomed) { /* nothing was: x3_close(), or whoever looks after the damage, will do */
+	bool dropped = op.error &&
+		       img->ndoomed; /* nothing was: x3_close(), or whoever looks after the damage, will do */
+	if (dropped)
 		count_left(img, 0, true);
-		dropped = true;
-	}
 	return op_finish(&op) > 0 || dropped;
 }
 

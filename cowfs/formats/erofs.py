@@ -1,0 +1,49 @@
+"""The superblock of an EROFS image: what it is recognised by. The kernel reads the rest.
+
+Layout: the kernel's fs/erofs/erofs_fs.h, struct erofs_super_block.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+from cowfs.errors import LayerError
+
+OFFSET = 1024
+SIZE = 128
+MAGIC = b"\xe2\xe1\xf5\xe0"
+
+# magic, checksum, feature_compat, blkszbits, sb_extslots, root_nid, inos, build_time, build_time_nsec, blocks
+_LAYOUT = struct.Struct("<4sIIBBHQQII")
+
+
+@dataclass(frozen=True, slots=True)
+class Superblock:
+    """What an image says of itself."""
+
+    raw: bytes
+    inodes: int
+    made: int
+    """Seconds since the epoch."""
+    size: int
+    """Bytes of the whole image."""
+
+
+def is_erofs(start: bytes) -> bool:
+    """Whether an image that begins so is one."""
+    return start[OFFSET : OFFSET + len(MAGIC)] == MAGIC
+
+
+def parse(start: bytes, name: str, file_size: int) -> Superblock:
+    """Read the superblock of an image that begins with *start*; LayerError says what is wrong with it."""
+    raw = start[OFFSET : OFFSET + SIZE]
+    if len(raw) < SIZE:
+        raise LayerError(f"{name}: truncated EROFS image: {file_size} bytes")
+    _, _, _, block_log, _, _, inodes, made, _, blocks = _LAYOUT.unpack_from(raw)
+    size = blocks << block_log
+    if not 9 <= block_log <= 16 or not inodes or not blocks or made >= 1 << 36:
+        raise LayerError(f"{name}: damaged EROFS superblock")
+    if size > file_size:
+        raise LayerError(f"{name}: truncated EROFS image: {file_size} of {size} bytes")
+    return Superblock(raw, inodes, made, size)

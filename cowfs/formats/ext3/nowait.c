@@ -1,0 +1,117 @@
+/*
+ * Who must not wait for the disk, and what is done so that nobody has to.
+ *
+ * An operation may need a commit: freed blocks can be used only then, and a transaction, the journal, the redo log
+ * have their bounds. To wait for one is to wait for the disk. A thread that serves many, and is all that they wait
+ * for, says that it is in a hurry (x3_hurry). It never waits for blocks: the operation fails with EAGAIN, and others
+ * see to it (x3_relieve). For the bounds it waits only at the last: x3_pressed() tells before. And commits are asked
+ * for (img->due) long before anything of this comes.
+ */
+#include <errno.h>
+
+#include "internal.h"
+
+#define HELD_SOON 1024u /* freed blocks that are worth a commit */
+
+static __thread bool hurried;
+
+bool in_a_hurry(void)
+{
+	return hurried;
+}
+
+int x3_hurry(int on)
+{
+	bool before = hurried;
+
+	hurried = on;
+	return before;
+}
+
+/* Let whoever is in x3_wait() commit what there is now. */
+void ask_commit(x3_image *img)
+{
+	if (img->due == img->tid)
+		return;
+	img->due = img->tid;
+	pthread_cond_broadcast(&img->wake);
+}
+
+/* Free blocks that may be used at once. */
+static uint64_t usable_blocks(const x3_image *img)
+{
+	uint64_t free = img->sb->s_free_blocks_count;
+
+	return free - min(free, img->nheld);
+}
+
+/* After an operation that has changed something. */
+void look_ahead(x3_image *img)
+{
+	if (img->ndirty > img->dirty_max / 2 || img->held_now > max(usable_blocks(img), (uint64_t)HELD_SOON))
+		ask_commit(img);
+	img->pressed = img->ndirty > img->dirty_max / 4 * 3 || img->nlogged > img->cached_max / 8 * 3 ||
+		       unsynced_is_much(img) || redo_is_much(img);
+}
+
+/*
+ * Fail if a thread in a hurry would take, with a large write of *count* blocks, the last ones that can be used while
+ * many are held back: small writes shall find some.
+ */
+void leave_some(x3_image *img, uint64_t count)
+{
+	uint64_t reserve = img->blocks / 64;
+
+	if (!hurried || count < 16 || img->nheld < reserve || usable_blocks(img) >= reserve + count)
+		return;
+	img->op->starved = true;
+	fail(img, ENOSPC, "full until the next commit");
+}
+
+const volatile uint32_t *x3_pressed(x3_image *img)
+{
+	return &img->pressed;
+}
+
+/* Wait until a commit has ended that is under way. Return whether there was one. */
+static bool wait_for_commit(x3_image *img)
+{
+	if (!img->committing)
+		return false;
+	while (img->committing && !img->aborted)
+		pthread_cond_wait(&img->wake, &img->lock);
+	return true;
+}
+
+static int let_blocks_go(x3_image *img)
+{
+	int error;
+
+	if (wait_for_commit(img) && usable_blocks(img) > img->blocks / 64)
+		return 0;
+	doomed_make_room(img);
+	error = commit_until(img, img->tid);
+	if (!error && img->nheld && usable_blocks(img) < HELD_SOON)
+		error = checkpoint_now(img); /* the log knows what is still held */
+	return error;
+}
+
+int x3_relieve(x3_image *img, int for_blocks)
+{
+	int error = 0;
+
+	image_lock(img);
+	if (for_blocks && !img->aborted)
+		error = let_blocks_go(img);
+	else if (wait_for_commit(img) || !img->pressed)
+		;
+	else if (img->nlogged > img->cached_max / 8 * 3)
+		error = checkpoint_now(img);
+	else
+		error = commit_until(img, img->tid);
+	img->pressed = 0; /* the next operation looks again */
+	if (img->aborted)
+		error = -EROFS;
+	pthread_mutex_unlock(&img->lock);
+	return error;
+}

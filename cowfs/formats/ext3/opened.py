@@ -1,0 +1,317 @@
+"""An ext3 image as a whole, open in this process: opening, closing, errors, commits.
+
+What is written is on disk after ``commit``, ``fsync``, ``close`` or, at the latest, some seconds later: a
+thread sees to that.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import threading
+from collections.abc import Iterator
+from typing import Any, TypedDict
+
+from cowfs.errors import NotYetFree
+from cowfs.formats.ext3 import features
+from cowfs.formats.ext3._engine import ffi, lib
+from cowfs.formats.ext3.places import places
+from cowfs.formats.ext3.records import Facts
+from cowfs.jsontext import local_time
+from cowfs.linux.files import LACK_OF_ROOM
+from cowfs.linux.signals import held_back
+
+log = logging.getLogger(__name__)
+
+CACHE_BYTES = 64 << 20
+"""Of metadata; the data of files is in the page cache."""
+COMMIT_SECONDS = 5.0
+"""How often what has changed is put on disk, as the kernel does it."""
+
+_LISTING = 64 << 10
+"""Bytes of names that are asked for at a time; at least four blocks."""
+_UNITS = 4096
+_MOST_TOLD = 100
+"""Damages of one image that are logged."""
+CHARS = ffi.typeof("char[]")
+unset = ffi.new_allocator(should_clear_after_alloc=False)
+"""Makes room whose content does not matter."""
+
+
+def _way_out(error: int) -> str:
+    """Say when changes are taken again that were refused for this errno."""
+    if error == errno.ENOMEM:
+        return "there is memory"
+    return "it has space" if error in LACK_OF_ROOM else "it accepts writes"
+
+
+class _Together:
+    """A block of changes that are one to the disk."""
+
+    __slots__ = ("_handle",)
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+
+    def __enter__(self) -> None:
+        lib.x3_begin(self._handle)
+
+    def __exit__(self, *failure: object) -> None:
+        lib.x3_end(self._handle)
+
+
+class How(TypedDict, total=False):
+    """How an image is opened: see :class:`Opened`."""
+
+    read_only: bool
+    cache_bytes: int
+    commit_seconds: float
+    trace_fd: int
+    debug: int
+
+
+class Opened:
+    """The image behind a descriptor, which is duplicated: the caller's stays the caller's."""
+
+    def __init__(
+        self,
+        fd: int,
+        name: str,
+        *,
+        read_only: bool = False,
+        cache_bytes: int = CACHE_BYTES,
+        commit_seconds: float = COMMIT_SECONDS,
+        trace_fd: int = -1,
+        debug: int = 0,
+    ) -> None:
+        """Open it. EUCLEAN when its journal must be recovered first; what is no mere ext3: features.check.
+
+        *name* is for messages; *trace_fd* and *debug* are for tests: see x3_open. Without
+        *commit_seconds* (0) nothing is committed but on demand.
+        """
+        features.check(fd, name)
+        self.name = name
+        self.read_only = read_only
+        self._said = False
+        self._damages: set[str] = set()
+        self._stalled = 0
+        self.is_tracked = False
+        """Whether somebody has it remembered what is written to: see track()."""
+        self.resumed = 0
+        """How often others have had the image in between."""
+        self._lost_told = False
+        out = ffi.new("x3_image **")
+        code = lib.x3_open(fd, lib.X3_READ_ONLY if read_only else 0, cache_bytes, trace_fd, debug, out)
+        if code < 0:
+            raise OSError(-code, _message(ffi.NULL) or os.strerror(-code), name)
+        self.handle: Any = out[0]
+        """The engine's own, for what only tests do with it."""
+        self.pressed: Any = lib.x3_pressed(self.handle)
+        """Its first is not 0 while whoever is in a hurry should have relieve() called before a change."""
+        self._listing = max(_LISTING, 4 * self.facts().block_size)
+        self._seconds = 0 if read_only else commit_seconds
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._start_thread()
+
+    def close(self) -> None:
+        """Write everything to its place and let go of the image. Blocks. Safe to call twice.
+
+        Raises what went wrong with that; nothing is open all the same.
+        """
+        handle = self._let_go()
+        if handle is not None:
+            code = lib.x3_close(handle)
+            if code < 0:
+                raise OSError(-code, os.strerror(-code), self.name)
+
+    def abandon(self) -> None:
+        """Let go of the image as a crash would: nothing more is written."""
+        handle = self._let_go()
+        if handle is not None:
+            lib.x3_abandon(handle)
+
+    def _let_go(self) -> Any:
+        self._stop_thread()
+        handle, self.handle = self.handle, None
+        return handle
+
+    def _start_thread(self) -> None:
+        if self._seconds:
+            self._stop.clear()
+            name = f"commit {self.name}"
+            self._thread = threading.Thread(target=self._commit_now_and_then, name=name, daemon=True)
+            with held_back():  # else a signal would find this thread when the others hold it back
+                self._thread.start()
+
+    def _stop_thread(self) -> None:
+        self._stop.set()
+        if self._thread is not None:
+            lib.x3_wake(self.handle)
+            self._thread.join()
+            self._thread = None
+
+    def _commit_now_and_then(self) -> None:
+        milliseconds = round(self._seconds * 1000)
+        while not self._stop.is_set():
+            if lib.x3_wait(self.handle, milliseconds) and not self._stop.is_set():
+                code = lib.x3_commit(self.handle)
+                if code < 0:
+                    self._failure(code)  # which says so; the next call that changes something fails too
+            self._tell_stall()
+            self.tell_lost()
+
+    # --- errors
+
+    def _failure(self, code: int, *names: object) -> OSError:
+        """Return the exception for a result below 0; say it loudly, once, if the image is given up."""
+        if code in {-errno.EIO, -errno.EROFS, -errno.EUCLEAN} and not self._said and not self.read_only:
+            aborted = self.facts().aborted
+            if aborted and not self._said:
+                self._said = True
+                log.error(
+                    "%s: failed, and is read-only from now on: %s. The changes of the last seconds"
+                    " may be lost when it is unmounted. Unmount it, then run: cowfs check %s",
+                    *(self.name, _message(self.handle) or os.strerror(aborted), self.name),
+                )
+        if code == -errno.EUCLEAN:
+            return self.damaged(_message(self.handle))
+        if code == -errno.EAGAIN:
+            return NotYetFree(errno.ENOSPC, os.strerror(errno.ENOSPC), *names)
+        if -code in LACK_OF_ROOM or code in {-errno.EIO, -errno.ENOMEM}:
+            self._tell_stall()
+        return OSError(-code, os.strerror(-code), *names)
+
+    def damaged(self, what: str) -> OSError:
+        """Log a damage, each once and no more than anybody reads; return the exception for it."""
+        if what not in self._damages and len(self._damages) < _MOST_TOLD:
+            self._damages.add(what)
+            log.error("%s: damaged: %s. Unmount it, then run: cowfs check %s", self.name, what, self.name)
+        return OSError(errno.EUCLEAN, f"damaged: {what} (see `cowfs check`)", self.name)
+
+    def tell_lost(self) -> None:
+        """Log, once, which files have data that the disk has refused, and nobody has any more. Blocks."""
+        inodes = ffi.new("uint32_t[]", _MOST_TOLD)
+        count = lib.x3_lost(self.handle, inodes, _MOST_TOLD)
+        if not count or self._lost_told:
+            return
+        self._lost_told = True
+        found = sorted(places(set(inodes[0:count]), self._list, self._stop.is_set))
+        log.error(
+            "%s: what was written to these files in the last seconds is lost: %s",
+            self.name,
+            ", ".join(os.fsdecode(path) for path in found) or "files without names",
+        )
+
+    def _tell_stall(self) -> None:
+        """Log that changes are refused from now on because the disk is full, or not any more."""
+        facts = self.facts()
+        if facts.stalled and not self._stalled:
+            since = local_time(facts.saved_ns / 1e9)
+            log.error(
+                "%s: cannot write to its disk: %s. New changes are refused until %s; the changes"
+                " since %s are only in memory until then",
+                *(self.name, os.strerror(facts.stalled), _way_out(facts.stalled), since),
+            )
+        elif self._stalled and not facts.stalled and not facts.aborted:
+            log.warning("%s: %s again, and all changes are written", self.name, _way_out(self._stalled))
+        self._stalled = facts.stalled
+
+    def _done(self, code: int, *names: object) -> int:
+        if code < 0:
+            raise self._failure(code, *names)
+        return code
+
+    # --- the whole
+
+    def facts(self) -> Facts:
+        """Return what is known of the whole image now."""
+        out = ffi.new("struct x3_facts *")
+        lib.x3_facts(self.handle, out)
+        known = {name: getattr(out, name) for name in Facts._fields if name != "uuid"}
+        return Facts(**known, uuid=bytes(ffi.buffer(out.uuid)))
+
+    def shrink(self) -> None:
+        """Forget what can be read again of the image."""
+        lib.x3_shrink(self.handle)
+
+    def commit(self) -> None:
+        """Return when everything that was done is on disk. Blocks."""
+        self._done(lib.x3_commit(self.handle))
+
+    def checkpoint(self) -> None:
+        """Commit, and leave nothing in the journal. Blocks."""
+        self._done(lib.x3_checkpoint(self.handle))
+
+    @staticmethod
+    def hurry(on: bool) -> bool:
+        """Say whether this thread must not wait for the disk where freed blocks are to be used: NotYetFree.
+
+        Returns what was said before."""
+        return bool(lib.x3_hurry(on))
+
+    def relieve(self, for_room: bool) -> None:
+        """Commit what those in a hurry wait for; *for_room*: after a NotYetFree. Blocks."""
+        self._done(lib.x3_relieve(self.handle, for_room))
+
+    def fsync(self, ino: int, datasync: bool) -> None:
+        """Return when an inode and its data are on disk. Blocks."""
+        self._done(lib.x3_fsync(self.handle, ino, datasync))
+
+    def together(self) -> _Together:
+        """The changes in the block come to disk together or not at all: a few quick ones."""
+        return _Together(self.handle)
+
+    def suspend(self) -> None:
+        """Leave the image to others, whole and clean, until resume. Blocks; what is called meanwhile waits.
+
+        Inodes without names are lost when others check the image.
+        """
+        self._stop_thread()
+        try:
+            self._done(lib.x3_suspend(self.handle))
+        except OSError:
+            self._start_thread()
+            raise
+
+    def resume(self, fd: int = -1) -> None:
+        """Go on with the image as it is now, behind *fd* if that is given. Blocks.
+
+        If this fails so does all that follows, with EIO.
+        """
+        self.resumed += 1
+        self._done(lib.x3_resume(self.handle, fd))
+        self._start_thread()
+
+    def track(self, on: bool) -> None:
+        """Remember from now on, or no more, which MiB of the file are written to here."""
+        self._done(lib.x3_track(self.handle, on))
+        self.is_tracked = on
+
+    def tracked(self) -> list[int]:
+        """Return the numbers of the MiB that were written to since the last call: read them after it."""
+        units = ffi.new("uint32_t[]", _UNITS)
+        found: list[int] = []
+        while True:
+            count = self._done(lib.x3_tracked(self.handle, units, _UNITS))
+            found.extend(units[0:count])
+            if count + 64 <= _UNITS:  # it has seen the whole map; who goes on writing is for the next call
+                return found
+
+    def switch(self, fd: int) -> None:
+        """Go on with a descriptor of a file with the same content. EBUSY if something has changed since
+        the last checkpoint."""
+        self._done(lib.x3_switch(self.handle, fd))
+
+    def _list(self, directory: int) -> Iterator[bytes]:
+        cursor = ffi.new("uint64_t *")
+        room = self._listing
+        buffer = unset(CHARS, room)
+        while size := self._done(lib.x3_readdir(self.handle, directory, cursor, buffer, room)):
+            yield bytes(ffi.buffer(buffer, size))
+
+
+def _message(handle: Any) -> str:
+    said = lib.x3_message(handle)
+    return "" if said == ffi.NULL else ffi.string(said).decode(errors="replace")

@@ -1,0 +1,148 @@
+/*
+ * The entry points for durability, and for the thread that commits in the background.
+ */
+#include <errno.h>
+#include <time.h>
+
+#include "internal.h"
+
+
+int x3_commit(x3_image *img)
+{
+	int error = 0;
+
+	image_lock(img);
+	if (img->aborted)
+		error = -EROFS;
+	else if (!img->read_only)
+		error = commit_until(img, img->tid);
+	pthread_mutex_unlock(&img->lock);
+	return error;
+}
+
+int x3_checkpoint(x3_image *img)
+{
+	int error = 0;
+
+	image_lock(img);
+	if (img->aborted)
+		error = -EROFS;
+	else if (!img->read_only)
+		error = checkpoint_now(img);
+	pthread_mutex_unlock(&img->lock);
+	return error;
+}
+
+int x3_fsync(x3_image *img, uint32_t ino, int datasync)
+{
+	uint32_t tid, written;
+	uint64_t failures;
+	int error = 0;
+	bool done;
+
+	if (img->read_only)
+		return 0;
+	do {
+		image_lock(img);
+		tid = (datasync ? img->lasting : img->changed)[ino % 4096];
+		written = img->changed[ino % 4096]; /* or later than the data was */
+		done = img->aborted || img->stalled || tid_after(tid, img->committed);
+		if (done) {
+			error = img->aborted ? -EROFS : commit_until(img, tid);
+			/* That commit may have been under way when the data was written, which it does not have then. */
+			done = error || !tid_after(written, img->committed);
+		}
+		if (done) {
+			pthread_mutex_unlock(&img->lock);
+			return error;
+		}
+		failures = io_failures(img);
+		pthread_mutex_unlock(&img->lock);
+		error = io_barrier(img);
+	} while (!error && failures != io_failures(img)); /* another barrier was told what was meant for us */
+	if (!error)
+		return 0;
+	pthread_mutex_lock(&img->lock);
+	error = barrier_failed(img, error);
+	pthread_mutex_unlock(&img->lock);
+	return error;
+}
+
+int x3_dirty(x3_image *img)
+{
+	int dirty;
+
+	image_lock(img);
+	dirty = (img->ndirty || img->stalled) && !img->aborted;
+	pthread_mutex_unlock(&img->lock);
+	return dirty;
+}
+
+static bool is_past(const struct timespec *when)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return now.tv_sec > when->tv_sec || (now.tv_sec == when->tv_sec && now.tv_nsec >= when->tv_nsec);
+}
+
+int x3_wait(x3_image *img, int64_t ms)
+{
+	struct timespec until;
+	int result;
+
+	clock_gettime(CLOCK_MONOTONIC, &until);
+	until.tv_sec += ms / 1000;
+	until.tv_nsec += ms % 1000 * 1000000;
+	until.tv_sec += until.tv_nsec / NS;
+	until.tv_nsec %= NS;
+	pthread_mutex_lock(&img->lock);
+	img->attended = !img->woken;
+	while (!img->woken && (img->due != img->tid || img->aborted)) {
+		if (img->ndoomed && !img->aborted && !img->stalled && !is_suspended(img)) {
+			pthread_mutex_unlock(&img->lock);
+			doomed_free_some(img);
+			let_others();
+			pthread_mutex_lock(&img->lock);
+			if (is_past(&until))
+				break;
+		} else if (pthread_cond_timedwait(&img->wake, &img->lock, &until) == ETIMEDOUT) {
+			break;
+		}
+	}
+	img->woken = false;
+	img->due = 0;
+	result = (img->ndirty || img->stalled) && !img->aborted;
+	pthread_mutex_unlock(&img->lock);
+	return result;
+}
+
+void x3_wake(x3_image *img)
+{
+	pthread_mutex_lock(&img->lock);
+	img->woken = true;
+	img->attended = false;
+	pthread_cond_broadcast(&img->wake);
+	pthread_mutex_unlock(&img->lock);
+}
+
+void x3_begin(x3_image *img)
+{
+	image_lock(img);
+	img->atoms++;
+	pthread_mutex_unlock(&img->lock);
+}
+
+void x3_end(x3_image *img)
+{
+	pthread_mutex_lock(&img->lock);
+	if (--img->atoms == 0) {
+		img->excused = false;
+		redo_flush(img);
+		if (img->committing) /* who commits waits for this; nobody else does */
+			pthread_cond_broadcast(&img->wake);
+		if (redo_is_lost(img) && !img->stalled)
+			commit_until(img, img->redo.lost_tid);
+	}
+	pthread_mutex_unlock(&img->lock);
+}

@@ -1,0 +1,68 @@
+/*
+ * Which parts of the image were written to: for who copies it while it is in use.
+ *
+ * A bit for each unit, set after the write, by whatever thread. Who copies takes a bit and then reads: what is written
+ * in between sets it again. The map has all units that ext3 can have, and so is as it is while the image grows; memory
+ * is taken for the pages of it that are in use.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <stdlib.h>
+
+#include "internal.h"
+
+#define UNIT_BITS 20
+#define UNITS (1u << 24)
+#define WORDS (UNITS / 64)
+
+int x3_track(x3_image *img, int on)
+{
+	uint64_t *map = __atomic_load_n(&img->track.map, __ATOMIC_ACQUIRE);
+
+	if (on && !map) {
+		map = calloc(WORDS, sizeof *map);
+		if (!map)
+			return -ENOMEM;
+		__atomic_store_n(&img->track.map, map, __ATOMIC_RELEASE); /* until x3_close: writers look at it */
+	}
+	__atomic_store_n(&img->track.on, on, __ATOMIC_RELEASE);
+	for (uint32_t i = 0; map && i < WORDS; i++)
+		if (map[i])
+			__atomic_store_n(map + i, 0, __ATOMIC_RELAXED);
+	img->track.beyond = false;
+	return 0;
+}
+
+void track_write(x3_image *img, uint64_t off, uint64_t end)
+{
+	if (!__atomic_load_n(&img->track.on, __ATOMIC_ACQUIRE))
+		return;
+	for (uint64_t unit = off >> UNIT_BITS; unit << UNIT_BITS < end; unit++) {
+		if (unit >= UNITS) {
+			img->track.beyond = true;
+			return;
+		}
+		__atomic_fetch_or(img->track.map + unit / 64, UINT64_C(1) << unit % 64, __ATOMIC_RELEASE);
+	}
+}
+
+int64_t x3_tracked(x3_image *img, uint32_t *units, uint64_t cap)
+{
+	uint64_t count = 0;
+
+	if (!img->track.on)
+		return -EINVAL;
+	if (img->track.beyond)
+		return -EFBIG;
+	for (uint32_t i = 0; i < WORDS && count + 64 <= cap; i++) {
+		uint64_t word = img->track.map[i] ? __atomic_exchange_n(img->track.map + i, 0, __ATOMIC_ACQ_REL) : 0;
+		for (; word; word &= word - 1)
+			units[count++] = i * 64 + __builtin_ctzll(word);
+	}
+	return count;
+}
+
+void track_free(x3_image *img)
+{
+	free(img->track.map);
+}

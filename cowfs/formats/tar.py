@@ -1,0 +1,289 @@
+"""An index of an uncompressed tar archive: bytes -> inodes, nothing is unpacked.
+
+The headers are read by Python's tarfile: ustar, pax and GNU's, with sparse files and extended attributes
+(SCHILY.xattr). An archive is untrusted: names, counts, sizes and places are checked here.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import re
+import stat
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from cowfs.errors import LayerError
+from cowfs.formats.squashfs.source import Bytes
+
+_MOST_MEMBERS = 4_000_000
+"""So many members, and so many inodes: directories that are only named on the way to others are some, too."""
+_LONGEST_HEADER = 16 << 20
+"""No header, with all that belongs to it, has more bytes: attributes of one file, a name, a sparse map."""
+_MOST_FOR_ALL = 1000
+"""So many attributes may stand for all members that follow (pax's global headers): each gets them anew."""
+_LONGEST_PATH = 64 << 10
+_NAME_MAX = 255
+_XATTR = "SCHILY.xattr."
+_NAMES = ("utf-8", "surrogateescape")
+"""How bytes of names and values stand in strings: any bytes come back."""
+_AHEAD = 64 << 10
+_TIME = re.compile(r"(-?)([0-9]{1,10})(?:\.([0-9]+))?")
+_MOST_SECONDS = 9_000_000_000
+_LONGEST_XATTR_NAME, _LONGEST_XATTR = 255, 64 << 10  # linux/limits.h: XATTR_NAME_MAX, XATTR_SIZE_MAX
+
+
+@dataclass(slots=True)
+class Inode:
+    """A file, a directory or whatever else an archive has."""
+
+    number: int
+    mode: int
+    uid: int = 0
+    gid: int = 0
+    mtime_ns: int = 0
+    size: int = 0
+    rdev: int = 0
+    nlink: int = 1
+    target: bytes = b""
+    segments: list[tuple[int, int, int]] = field(default_factory=list)
+    """What is stored of a file: where it is in the file, how many bytes, and where in the archive."""
+    xattrs: dict[bytes, bytes] = field(default_factory=dict)
+    children: dict[bytes, Inode] = field(default_factory=dict)
+
+
+def is_tar(start: bytes) -> bool:
+    """Whether a file that begins so is an archive: ustar's, pax's or GNU's."""
+    return start[257:262] == b"ustar"
+
+
+class Archive:
+    """The index of an archive, and its bytes. Any thread may read from it."""
+
+    def __init__(self, data: Bytes, name: str) -> None:
+        """Read all headers. *data* belongs to the archive then. Blocks; LayerError, OSError."""
+        self.data = data
+        self.name = name
+        self.root = Inode(1, stat.S_IFDIR | 0o755, nlink=2)
+        self.inodes = 1
+        self._size = data.size
+        self._xattr_bytes = 0
+        digest = hashlib.sha256()
+        try:
+            for count, member in enumerate(_members(data)):
+                if count >= _MOST_MEMBERS:
+                    raise LayerError(f"{name}: has more than {_MOST_MEMBERS} members")
+                inode = self._add(member)
+                digest.update(repr((member.name, *_facts(inode))).encode(*_NAMES))
+        except (tarfile.TarError, ValueError, EOFError, OverflowError, RecursionError) as error:
+            raise LayerError(f"{name}: damaged tar archive: {error}") from None
+        self.fingerprint = digest.hexdigest()
+        """SHA-256 of all headers: of what they say."""
+
+    def _add(self, member: tarfile.TarInfo) -> Inode:
+        parts = self._parts(member.name)
+        if not parts:
+            if member.isdir():
+                self._set_attributes(self.root, member)
+            return self.root
+        directory = self._directory(parts[:-1])
+        known = directory.children.get(parts[-1])
+        if member.isdir() and known is not None and stat.S_ISDIR(known.mode):
+            self._set_attributes(known, member)
+            return known
+        inode = self._linked(member) if member.islnk() else self._made(member)
+        if known is inode:
+            return inode
+        if known is not None:
+            self._gone(directory, known)
+        directory.children[parts[-1]] = inode
+        if stat.S_ISDIR(inode.mode):
+            directory.nlink += 1
+        return inode
+
+    def _parts(self, name: str) -> list[bytes]:
+        if len(name) > _LONGEST_PATH:
+            raise LayerError(f"{self.name}: has a path of {len(name)} characters")
+        parts = [part for part in name.encode(*_NAMES).split(b"/") if part not in {b"", b"."}]
+        if any(part == b".." or len(part) > _NAME_MAX or b"\0" in part for part in parts):
+            raise LayerError(f"{self.name}: has a member of the name {name!r}, which no file can have here")
+        return parts
+
+    def _directory(self, parts: list[bytes]) -> Inode:
+        """Return the directory at a path; what the archive does not have itself is root's, mode 0755."""
+        directory = self.root
+        for part in parts:
+            child = directory.children.get(part)
+            if child is None:
+                child = self._new(stat.S_IFDIR | 0o755)
+                child.nlink = 2
+                directory.children[part] = child
+                directory.nlink += 1
+            if not stat.S_ISDIR(child.mode):
+                raise LayerError(f"{self.name}: {b'/'.join(parts)!r} is no directory, but has members")
+            directory = child
+        return directory
+
+    def _new(self, mode: int) -> Inode:
+        if self.inodes >= _MOST_MEMBERS:
+            raise LayerError(f"{self.name}: has more than {_MOST_MEMBERS} files and directories")
+        self.inodes += 1
+        return Inode(self.inodes, mode)
+
+    def _linked(self, member: tarfile.TarInfo) -> Inode:
+        *way, last = self._parts(member.linkname) or [b""]
+        found = self._directory(way).children.get(last)
+        if found is None or stat.S_ISDIR(found.mode):
+            raise LayerError(f"{self.name}: {member.name!r} is a link to no file: {member.linkname!r}")
+        found.nlink += 1
+        return found
+
+    def _gone(self, directory: Inode, inode: Inode) -> None:
+        """Count what a later member of the same name replaces."""
+        inode.nlink -= 1
+        if stat.S_ISDIR(inode.mode):
+            directory.nlink -= 1
+
+    def _made(self, member: tarfile.TarInfo) -> Inode:
+        inode = self._new(0)
+        if member.isdir():
+            inode.mode, inode.nlink = stat.S_IFDIR, 2
+        elif member.issym():
+            inode.mode = stat.S_IFLNK
+            inode.target = member.linkname.encode(*_NAMES)
+            inode.size = len(inode.target)
+            if not 0 < inode.size < 4096:
+                raise LayerError(f"{self.name}: {member.name!r} is a symbolic link of {inode.size} bytes")
+        elif member.isfifo():
+            inode.mode = stat.S_IFIFO
+        elif member.isdev():
+            inode.mode = stat.S_IFCHR if member.ischr() else stat.S_IFBLK
+            inode.rdev = os.makedev(member.devmajor, member.devminor)
+        else:
+            inode.mode, inode.size = stat.S_IFREG, member.size
+            inode.segments = self._segments(member)
+        self._set_attributes(inode, member)
+        return inode
+
+    def _segments(self, member: tarfile.TarInfo) -> list[tuple[int, int, int]]:
+        sparse: list[tuple[int, int]] | None = cast(Any, member).sparse
+        pieces = [(0, member.size)] if sparse is None else sparse
+        segments, place, end = [], member.offset_data, 0
+        if not 0 <= member.size < 1 << 63:
+            raise LayerError(f"{self.name}: {member.name!r} has {member.size} bytes")
+        for start, length in pieces:
+            if start < end or length < 0 or start + length > member.size:
+                raise LayerError(f"{self.name}: {member.name!r} has a damaged map of its holes")
+            if length:
+                segments.append((start, length, place))
+            place, end = place + length, start + length
+        if place > self._size:
+            raise LayerError(f"{self.name}: truncated tar archive: ends before {member.name!r} does")
+        return segments
+
+    def _set_attributes(self, inode: Inode, member: tarfile.TarInfo) -> None:
+        inode.mode = stat.S_IFMT(inode.mode) | (0o777 if member.issym() else member.mode & 0o7777)
+        inode.uid, inode.gid = member.uid & 0xFFFFFFFF, member.gid & 0xFFFFFFFF
+        inode.mtime_ns = _nanoseconds(member)
+        inode.xattrs = self._xattrs(member)
+
+    def _xattrs(self, member: tarfile.TarInfo) -> dict[bytes, bytes]:
+        """Return the extended attributes of a member. LayerError for those that no file can have."""
+        found = {
+            key.removeprefix(_XATTR).encode(*_NAMES): text.encode(*_NAMES)
+            for key, text in member.pax_headers.items()
+            if key.startswith(_XATTR)
+        }
+        for name, value in found.items():
+            is_name = 0 < len(name) <= _LONGEST_XATTR_NAME and b"\0" not in name
+            if not is_name or len(value) > _LONGEST_XATTR:
+                raise LayerError(
+                    f"{self.name}: {member.name!r} has an extended attribute that no file can have"
+                )
+            self._xattr_bytes += len(name) + len(value)
+        if self._xattr_bytes > self._size:  # one that stands for all members would be kept for each
+            raise LayerError(f"{self.name}: has more bytes of extended attributes than it has itself")
+        return found
+
+    def pread(self, inode: Inode, size: int, offset: int) -> bytes:
+        """Return up to *size* bytes of a file. EIO where the archive has become shorter."""
+        end = min(offset + size, inode.size)
+        if offset < 0 or offset >= end:
+            return b""
+        found = bytearray(end - offset)
+        for start, length, place in inode.segments:
+            first, last = max(start, offset), min(start + length, end)
+            while first < last:
+                piece = self.data.pread(last - first, place + first - start)
+                if not piece:
+                    raise OSError(errno.EIO, f"{self.name}: the archive has become shorter")
+                found[first - offset : first - offset + len(piece)] = piece
+                first += len(piece)
+        return bytes(found)
+
+
+def _facts(inode: Inode) -> tuple[object, ...]:
+    what = (inode.mode, inode.uid, inode.gid, inode.mtime_ns, inode.size, inode.rdev, inode.target)
+    return (*what, inode.segments, sorted(inode.xattrs.items()), inode.number)
+
+
+def _nanoseconds(member: tarfile.TarInfo) -> int:
+    """Return the time of the last change; 0 for one that is none, or is beyond what 64 bits hold."""
+    exact = _TIME.fullmatch(member.pax_headers.get("mtime", ""))
+    if exact:
+        time = int(exact[2]) * 1_000_000_000 + int((exact[3] or "").ljust(9, "0")[:9])
+        if int(exact[2]) >= _MOST_SECONDS:
+            return 0
+        return -time if exact[1] else time
+    return int(member.mtime) * 1_000_000_000 if abs(member.mtime) < _MOST_SECONDS else 0
+
+
+def _members(data: Bytes) -> Iterator[tarfile.TarInfo]:
+    stream = _Stream(data)
+    with tarfile.open(fileobj=stream, mode="r:", encoding=_NAMES[0], errors=_NAMES[1]) as archive:  # type: ignore[call-overload]
+        while (member := archive.next()) is not None:
+            if len(archive.pax_headers) > _MOST_FOR_ALL:
+                raise tarfile.ReadError(f"a header of {len(archive.pax_headers)} attributes for all members")
+            yield member
+            archive.members.clear()  # it would keep them all
+            stream.left = _LONGEST_HEADER
+        end = data.pread(tarfile.BLOCKSIZE, archive.offset)
+        if end.strip(b"\0"):  # to tarfile a header that is none is an end
+            raise tarfile.ReadError(f"no header at {archive.offset:#x}")
+
+
+class _Stream:
+    """The bytes as tarfile reads them: a header at a time."""
+
+    def __init__(self, data: Bytes) -> None:
+        self._data = data
+        self._at = 0
+        self._begin, self._piece = 0, b""
+        self.left = _LONGEST_HEADER
+        """So many bytes may the headers of the next member have."""
+
+    def read(self, size: int) -> bytes:
+        """Return *size* bytes, fewer at the end."""
+        if not 0 <= self._at <= self._data.size:
+            raise tarfile.ReadError(f"a header at {self._at}")
+        if not 0 <= size <= self.left:
+            raise tarfile.ReadError(f"a header of more than {_LONGEST_HEADER} bytes")
+        self.left -= size
+        start = self._at - self._begin
+        if start < 0 or start + size > len(self._piece):
+            self._begin, self._piece = self._at, self._data.pread(max(size, _AHEAD), self._at)
+            start = 0
+        found = self._piece[start : start + size]
+        self._at += len(found)
+        return found
+
+    def seek(self, place: int) -> None:
+        """Go to a place."""
+        self._at = place
+
+    def tell(self) -> int:
+        """Return the place."""
+        return self._at
