@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 DEFAULT = b"system.posix_acl_default"
 ACCESS = b"system.posix_acl_access"
@@ -94,6 +94,14 @@ def masked(entries: list[Entry], mode: int) -> list[Entry]:
     """Return the ACL of an inode that is made with *mode* where *entries* are the default."""
     allowed = _allowed(entries, mode)
     return [(tag, perm & allowed.get(tag, 7), who) for tag, perm, who in entries]
+
+
+def renamed(value: bytes, user: Callable[[int], int], group: Callable[[int], int]) -> bytes:
+    """Return the value of an xattr with other users and groups. EINVAL, EOPNOTSUPP as :func:`parse`."""
+    entries = parse(value)
+    name = {_USER: user, _GROUP: group}
+    changed = [(tag, perm, name[tag](who) if tag in name else who) for tag, perm, who in entries]
+    return build(changed) if value else value
 
 
 def _allowed(entries: list[Entry], mode: int) -> dict[int, int]:

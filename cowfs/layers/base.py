@@ -17,10 +17,11 @@ behind a :class:`cowfs.layers.slow.SlowLayer` are called from many at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Protocol, TypeGuard, runtime_checkable
 
-from cowfs.types import Attr, DirEntry, FileHandle, FsStats
+from cowfs.types import Atime, Attr, DirEntry, FileHandle, FsStats
 
 Key = Any
 NamesJob = Callable[[], list[bytes]]
@@ -30,6 +31,16 @@ NamesJob = Callable[[], list[bytes]]
 def at_once(call: Callable[[], None], /) -> None:
     """Make a call that may be made later, too."""
     call()
+
+
+@contextmanager
+def may_wait_for_disk(layer: UpperLayer) -> Iterator[None]:
+    """Let this thread wait for the disk in the block, whatever it has said."""
+    before = layer.hurry(False)
+    try:
+        yield
+    finally:
+        layer.hurry(before)
 
 
 class File(Protocol):
@@ -85,6 +96,14 @@ class File(Protocol):
         ...
 
 
+class Allocatable(File, Protocol):
+    """A file that can be written to."""
+
+    def fallocate(self, mode: int, offset: int, length: int) -> None:
+        """fallocate(2). May block. EOPNOTSUPP for a *mode* that the layer cannot do."""
+        ...
+
+
 class LowerLayer(Protocol):
     """A read-only tree."""
 
@@ -93,10 +112,15 @@ class LowerLayer(Protocol):
     root: Key
     dev: int
     """``st_dev`` of the attributes it gives, but for subvolumes of btrfs."""
+    generation: int | None
+    """What says, along with an inode's number, for all times which inode is meant; an upper's inodes have one
+    each (``st_gen``). None where that is not known."""
     waits: bool
     """Whether its calls may wait for other machines or programs: the data of its files is read in threads."""
     has_descriptors: bool
     """Whether a file of it that is open costs one of the kernel's."""
+    data_only: bool
+    """Whether a union shows no name of it: it has the data of files that layers above name by a redirect."""
 
     def lookup(self, directory: Key, name: bytes) -> tuple[Key, Attr] | None:
         """Find *name*; None when it is not there. A fresh key may be given for a known inode."""
@@ -158,6 +182,8 @@ class UpperLayer(LowerLayer, Protocol):
     :class:`cowfs.layers.partial.Fillable` says; else 0."""
     later: Callable[[Callable[[], None]], None]
     """Takes calls that block and for which nobody waits. Who has threads sets it; else they are made now."""
+    pressed: Sequence[int]
+    """Its first is not 0 while something should be put on disk before more is changed: see relieve."""
 
     def create(self, directory: Key, name: bytes, mode: int, uid: int, gid: int) -> tuple[Key, File]:
         """Make an empty regular file, open for reading and writing. EEXIST when *name* is there."""
@@ -202,6 +228,17 @@ class UpperLayer(LowerLayer, Protocol):
 
     def utimens(self, key: Key, atime_ns: int, mtime_ns: int) -> None: ...
 
+    atime: Atime
+    """When reading changes it."""
+
+    def note_reads(self, when: Atime) -> None:
+        """Change the atime of what is read from now on, by the files that are opened from now on."""
+        ...
+
+    def was_read(self, key: Key) -> None:
+        """Note that something was read, where the kernel does not. Nobody is told if it fails."""
+        ...
+
     def truncate(self, key: Key, size: int) -> None: ...
 
     def setxattr(self, key: Key, name: bytes, value: bytes, flags: int = 0) -> None:
@@ -222,6 +259,16 @@ class UpperLayer(LowerLayer, Protocol):
         """Return when everything written so far is on disk. Blocks; may be called from any thread."""
         ...
 
+    def hurry(self, on: bool) -> bool:
+        """Say whether what this thread changes must not wait for the disk; return what was said before.
+
+        It gets NotYetFree then where it would have to."""
+        ...
+
+    def relieve(self, for_room: bool) -> None:
+        """Put on disk what has gathered; *for_room*: after a NotYetFree. Blocks; for another thread."""
+        ...
+
 
 @runtime_checkable
 class Cached(Protocol):
@@ -229,3 +276,57 @@ class Cached(Protocol):
 
     def caches(self) -> dict[str, tuple[int, int]]:
         """How often what was needed was there, and how often not, by its kind. Does not block."""
+
+    def shrink(self) -> None:
+        """Forget all that can be read again."""
+
+
+class Flagged(Protocol):
+    """A layer whose inodes have more than attributes. Flags are asked of files and directories alone."""
+
+    def getflags(self, key: Key) -> int:
+        """The flags of chattr(1), as FS_IOC_GETFLAGS gives them; 0 where there are none."""
+        ...
+
+    def birth(self, key: Key) -> int | None:
+        """When the inode was made, in ns since the epoch; None where that is not kept."""
+        ...
+
+
+class Flaggable(Flagged, Protocol):
+    """An upper layer of that kind."""
+
+    def setflags(self, key: Key, flags: int) -> None:
+        """Set all of them, as FS_IOC_SETFLAGS does. EOPNOTSUPP. Who may do so is for the caller to see to."""
+        ...
+
+    def version(self, key: Key) -> int:
+        """The generation of the inode's number, as FS_IOC_GETVERSION gives it."""
+        ...
+
+
+# isinstance() of a protocol takes longer than most requests: 8 us. So these ask for one method.
+
+
+def is_flagged(layer: LowerLayer) -> TypeGuard[Flagged]:
+    """Whether a layer's inodes have flags."""
+    return hasattr(layer, "getflags")
+
+
+def is_flaggable(layer: UpperLayer) -> TypeGuard[Flaggable]:
+    """Whether they can be set as well."""
+    return hasattr(layer, "setflags")
+
+
+class Transactional(Protocol):
+    """A layer that can have several changes come to disk at once."""
+
+    def together(self) -> AbstractContextManager[object]:
+        """The changes in the block come to disk together or not at all: a few quick ones."""
+        ...
+
+
+def together(layer: UpperLayer) -> AbstractContextManager[object]:
+    """The same, for any layer: one after the other where it cannot do better."""
+    begin: Callable[[], AbstractContextManager[object]] | None = getattr(layer, "together", None)
+    return nullcontext() if begin is None else begin()

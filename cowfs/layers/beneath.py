@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 
-from cowfs.linux import files, mounts
+from cowfs.linux import files, filesystems, mounts, override
 from cowfs.types import Attr, AttrData, DirEntry
 
 NO_NAMES = {b"", b".", b".."}
@@ -47,20 +47,45 @@ class Ways:
 
 
 def _stat(dir_fd: int, name: bytes) -> os.stat_result:
-    return os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
+    try:
+        return os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
+    except PermissionError:
+        return _attributes(override.open_at(dir_fd, name, os.O_PATH | os.O_NOFOLLOW, beneath=False))
 
 
 def _open(dir_fd: int, name: bytes, flags: int) -> int:
-    return os.open(name, flags | os.O_NOFOLLOW, dir_fd=dir_fd)
+    flags |= os.O_NOFOLLOW
+    try:
+        return os.open(name, flags, dir_fd=dir_fd)
+    except PermissionError:
+        return override.open_at(dir_fd, name, flags, beneath=False)
+
+
+def _stat_beneath(dir_fd: int, name: bytes) -> os.stat_result:
+    try:
+        return files.stat_beneath(dir_fd, name)
+    except PermissionError:
+        return _attributes(override.open_at(dir_fd, name, os.O_PATH | os.O_NOFOLLOW, beneath=True))
 
 
 def _open_beneath(dir_fd: int, name: bytes, flags: int) -> int:
-    return files.open_beneath(dir_fd, name, flags | os.O_NOFOLLOW)
+    flags |= os.O_NOFOLLOW
+    try:
+        return files.open_beneath(dir_fd, name, flags)
+    except PermissionError:
+        return override.open_at(dir_fd, name, flags, beneath=True)
+
+
+def _attributes(fd: int) -> os.stat_result:
+    try:
+        return os.fstat(fd)
+    finally:
+        os.close(fd)
 
 
 PLAIN = Ways(_stat, _open)
 """Where nothing is mounted."""
-_GUARDED = Ways(files.stat_beneath, _open_beneath)
+_GUARDED = Ways(_stat_beneath, _open_beneath)
 
 
 def enclosed(root: int) -> tuple[int, Ways]:
@@ -86,16 +111,21 @@ Mark = Callable[[Attr], int]
 REGULAR, DIRECTORY, LINK = stat.S_IFREG >> 12, stat.S_IFDIR >> 12, stat.S_IFLNK >> 12
 """Types, as in a mark."""
 
-_FAT, _EXFAT, _FUSE, _CIFS, _SMB2 = 0x4D44, 0x2011BAB0, 0x65735546, 0xFF534D42, 0xFE534D42
-_OVERLAY, _BTRFS, _BCACHEFS, _NFS = 0x794C7630, 0x9123683E, 0xCA451A4E, 0x6969
-_EXT, _XFS, _TMPFS, _F2FS = 0xEF53, 0x58465342, 0x01021994, 0xF2F52010
-_FLEETING = {_FAT, _EXFAT, _FUSE, _CIFS, _SMB2}
+_FLEETING = {filesystems.FAT, filesystems.EXFAT, filesystems.FUSE, filesystems.CIFS, filesystems.SMB2}
 """Filesystems that give an inode another number once they have forgotten it: there the type must do. None of
 them has hard links, or whoever serves it can say anything."""
 
 _CLOCK_REALTIME_COARSE = 5  # linux/time.h
-_OUR_CLOCK = {_EXT, _XFS, _BTRFS, _TMPFS, _F2FS}
-_WITHIN = {_BTRFS, _BCACHEFS, _NFS}
+_OUR_CLOCK = {
+    *(filesystems.EXT, filesystems.XFS, filesystems.BTRFS, filesystems.TMPFS, filesystems.F2FS),
+}
+_WITHOUT_OWNERS = {
+    *(filesystems.FAT, filesystems.EXFAT, filesystems.CIFS, filesystems.SMB2),
+}
+"""Filesystems on which all belongs to whom the mount says, and nobody makes links."""
+_SQUASHED = {filesystems.NFS: (65534,)}
+"""Whom a server may make of root: exports(5)."""
+_WITHIN = {filesystems.BTRFS, filesystems.BCACHEFS, filesystems.NFS}
 """Filesystems with others in them that are no mounts, so that st_dev tells, too."""
 
 
@@ -116,7 +146,7 @@ def marker(magic: int, dev: int) -> Mark:
 
     if magic in _FLEETING:
         return of_type
-    if magic == _OVERLAY:
+    if magic == filesystems.OVERLAYFS:
         return of_overlay
     return full if magic in _WITHIN else plain
 
@@ -141,17 +171,27 @@ def _way(fd: int) -> bytes:
 
 def reopen(fd: int, flags: int) -> int:
     """Open the regular file that *fd* is on. EAGAIN at once while another has a lease on it: fcntl(2)."""
-    return os.open(_way(fd), flags | os.O_NONBLOCK)
+    flags |= os.O_NONBLOCK
+    try:
+        return os.open(_way(fd), flags)
+    except PermissionError:
+        if flags & os.O_ACCMODE != os.O_RDONLY:
+            raise
+        return override.reopen(fd, flags)
 
 
-def open_directory(fd: int) -> int:
+def open_directory(fd: int, flags: int = 0) -> int:
     """Open the directory that *fd* is on, to read it or to sync it."""
-    return os.open(b".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=fd)
+    flags |= os.O_RDONLY | os.O_DIRECTORY
+    try:
+        return os.open(b".", flags, dir_fd=fd)
+    except PermissionError:
+        return override.reopen(fd, flags)
 
 
-def entries(fd: int) -> list[DirEntry]:
-    """Return what is in a directory, with the types that the filesystem tells."""
-    here = open_directory(fd)
+def entries(fd: int, flags: int = 0) -> list[DirEntry]:
+    """Return what is in a directory, with the types that the filesystem tells. *flags*: O_NOATIME."""
+    here = open_directory(fd, flags)
     try:
         with os.scandir(here) as found:
             return [DirEntry(os.fsencode(entry.name), _entry_type(entry)) for entry in found]
@@ -165,7 +205,14 @@ _MANY = 8192
 
 def names(fd: int) -> list[bytes] | Callable[[], list[bytes]]:
     """Return the names in a directory; where there are very many, what reads the rest and returns all."""
-    found = os.scandir(_way(fd))
+    try:
+        found = os.scandir(_way(fd))
+    except PermissionError:
+        here = override.reopen(fd, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            return list(map(os.fsencode, os.listdir(here)))
+        finally:
+            os.close(here)
     first = [entry.name for entry in itertools.islice(found, _MANY)]
     return first if len(first) < _MANY else _Rest(first, found)
 
@@ -203,12 +250,24 @@ def utimens(fd: int, atime_ns: int, mtime_ns: int) -> None:
     os.utime(_way(fd), ns=(atime_ns, mtime_ns))
 
 
+def may_change(fd: int) -> bool:
+    """Whether we may make and remove names in the directory that *fd* is on, or write to the file."""
+    how = os.W_OK | (os.X_OK if stat.S_ISDIR(os.fstat(fd).st_mode) else 0)
+    return os.access(_way(fd), how, effective_ids=True)
+
+
 def listxattr(fd: int) -> list[bytes]:
-    return [os.fsencode(name) for name in os.listxattr(_way(fd))]
+    try:
+        return [os.fsencode(name) for name in os.listxattr(_way(fd))]
+    except PermissionError:
+        return override.listxattr(fd)
 
 
 def getxattr(fd: int, name: bytes) -> bytes:
-    return os.getxattr(_way(fd), name)
+    try:
+        return os.getxattr(_way(fd), name)
+    except PermissionError:
+        return override.getxattr(fd, name)
 
 
 def setxattr(fd: int, name: bytes, value: bytes, flags: int) -> None:
@@ -258,6 +317,33 @@ def rmdir(dir_fd: int, name: bytes) -> None:
     os.rmdir(name, dir_fd=dir_fd)
 
 
+def remove_tree(parent: int, name: bytes, ways: Ways = PLAIN) -> None:
+    """Remove a name of a directory, and all that is below; no link is followed. Blocks; OSError.
+
+    Each directory on the way down takes a descriptor.
+    """
+    levels = [(os.dup(parent), [name])]
+    names = [name]
+    try:
+        while levels:
+            directory, waiting = levels[-1]
+            if not waiting:
+                os.close(levels.pop()[0])
+                if levels:
+                    rmdir(levels[-1][0], names.pop())
+                continue
+            each = waiting.pop()
+            try:
+                unlink(directory, each)
+            except IsADirectoryError:
+                fd = ways.open(directory, each, os.O_RDONLY | os.O_DIRECTORY)
+                names.append(each)
+                levels.append((fd, [os.fsencode(below) for below in os.listdir(fd)]))
+    finally:
+        for directory, _ in levels:
+            os.close(directory)
+
+
 def now() -> int:
     """Return the time, in ns, that a file would get which is made now."""
     return time.clock_gettime_ns(_CLOCK_REALTIME_COARSE)
@@ -271,7 +357,7 @@ def is_new(fd: int, info: os.stat_result, since: int, magic: int) -> bool:
         whole = info.st_mtime_ns % 10**9 == 0  # some inodes have whole seconds only
         if info.st_mtime_ns < since - (since % 10**9 if whole else 0):
             return False
-    if info.st_uid != os.geteuid():
+    if magic not in _WITHOUT_OWNERS and info.st_uid not in {os.geteuid(), *_SQUASHED.get(magic, ())}:
         return False
     return not names(fd) if stat.S_ISDIR(info.st_mode) else info.st_nlink == 1
 

@@ -1,9 +1,8 @@
 """A directory as a layer: of the host's tree, or of an image that the kernel has mounted.
 
-Everything happens relative to file descriptors, so it makes no difference whether the tree is
-mounted anywhere, and no path is ever longer than one name: trees deeper than PATH_MAX work. What leads
-out of the directory is not followed, and what has taken the place of what was looked up is not touched
-(:mod:`cowfs.layers.beneath`): ESTALE.
+Everything happens by file descriptors (:mod:`cowfs.layers.descriptors`), so it makes no difference whether
+the tree is mounted anywhere. What leads out of the directory is not followed, and what has taken the place of
+what was looked up is not touched: ESTALE.
 """
 
 from __future__ import annotations
@@ -11,47 +10,36 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import closing, nullcontext
 from typing import TypeVar
 
 from cowfs.layers import beneath
 from cowfs.layers.acl import ACCESS
-from cowfs.layers.base import NamesJob, at_once
+from cowfs.layers.base import NamesJob
 from cowfs.layers.beneath import (
     DIRECTORY,
     LINK,
     NO_NAMES,
-    PLAIN,
     REGULAR,
     check_name,
     covered,
-    enclosed,
     stale,
 )
+from cowfs.layers.descriptors import Descriptors, stands_at
 from cowfs.layers.kernel_file import KernelFile
 from cowfs.layers.keys import CoveredKey, PathKey
-from cowfs.layers.nameless import Nameless
 from cowfs.layers.owner_notes import OwnerNotes, needed
-from cowfs.linux import files, limits
-from cowfs.types import Attr, DirEntry, FileHandle, FsStats
+from cowfs.layers.reopened import Reopened
+from cowfs.linux import files, inode_flags, mounts
+from cowfs.types import Atime, Attr, DirEntry, FileHandle, FsStats
 
 R = TypeVar("R")
 
-_OPEN_DIRECTORIES = 512
-"""How many directory descriptors a layer keeps open at a time, at most."""
-_PART = 8
-"""All layers together keep one part of so many of all descriptors."""
-_FEWEST = 4
 _PATH_MAX = 4096
-_LARGE = 16 << 20
-"""To free so many bytes is long work."""
-_KEPT_CHAIN = 64
-"""Descriptors of all directories above are kept too when a directory is less deep than this, of some if not:
-then the way to the next one in the same place is not as long."""
 
 
-class DirectoryLayer:
+class DirectoryLayer(Descriptors):
     """Serve the tree below *root_fd* (which the layer owns from now on) as an upper or lower layer.
 
     What is mounted inside it does not belong to it. *alone* says that nothing can be: *root_fd* is the root
@@ -62,174 +50,18 @@ class DirectoryLayer:
     on belonging to root as far as the union is concerned (:mod:`cowfs.layers.owner_notes`).
     """
 
+    generation: int | None = None
     waits = False
     fill_unit = 0
     has_descriptors = True
-    _alive = 0
-    """How many layers are open."""
+    data_only = False
 
     def __init__(self, root_fd: int, name: str, *, privileged: bool = True, alone: bool = False) -> None:
-        self.name = name
-        info = os.fstat(root_fd)
-        if not stat.S_ISDIR(info.st_mode):
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), name)
-        self._given = root_fd
-        root, self._ways = (root_fd, PLAIN) if alone else enclosed(root_fd)
-        self._stat = self._ways.stat
-        self.dev = info.st_dev
-        self._open: list[PathKey] = []  # directories with a cached descriptor, oldest first
-        self._nameless = Nameless(self._dir_fd, self._by_fd)
-        self._magic = files.fs_magic(root_fd)
-        self._mark = beneath.marker(self._magic, self.dev)
-        self.root = PathKey(None, b"", self._mark(info), root)
+        super().__init__(root_fd, name, alone=alone)
+        self.atime = Atime()
         self._uuid: bytes | None = None
         self._noatime = os.O_NOATIME
-        self.later: Callable[[Callable[[], None]], None] = at_once
         self._notes = None if privileged else OwnerNotes(self)
-        DirectoryLayer._alive += 1
-
-    # --- from keys to descriptors
-
-    def _dir_fd(self, key: PathKey) -> int:
-        """Return a descriptor of a directory, valid until the next call that opens one."""
-        return key.fd if key.fd >= 0 else self._open_dir(key)
-
-    def _most(self) -> int:
-        """Return how many directories may be kept open."""
-        return max(_FEWEST, min(_OPEN_DIRECTORIES, limits.descriptors() // _PART // DirectoryLayer._alive))
-
-    def _open_dir(self, key: PathKey) -> int:
-        most = self._most()
-        if len(self._open) >= most:
-            self._close_oldest()
-        chain = []
-        walk = key
-        while walk.fd < 0:
-            chain.append(walk)
-            if walk.parent is None:
-                raise stale(walk.name)
-            walk = walk.parent
-        fd = walk.fd
-        every = 1 if len(chain) < min(_KEPT_CHAIN, most) else max(_KEPT_CHAIN, 4 * len(chain) // most)
-        for depth, step in enumerate(reversed(chain), 1 - len(chain)):
-            above, above_is_kept = fd, step.parent.fd >= 0 if step.parent else True
-            try:
-                fd = self._enter(above, step)
-            finally:
-                if not above_is_kept:
-                    os.close(above)
-            if depth % every == 0:
-                step.fd = fd
-                self._open.append(step)
-        return fd
-
-    def _place(self, directory: PathKey, name: bytes) -> int:
-        """Return a descriptor of a directory in which a name is to be made, moved or removed."""
-        check_name(name)
-        return self._dir_fd(directory)
-
-    def _above(self, key: PathKey) -> int:
-        """Return a descriptor of the directory that *key* has its name in. ESTALE when it has none, EXDEV for
-        what something is mounted on."""
-        if key.parent is None or isinstance(key, CoveredKey):
-            code = errno.ESTALE if key.parent is None else errno.EXDEV
-            raise OSError(code, os.strerror(code), key.name)
-        return self._dir_fd(key.parent)
-
-    def _close_oldest(self) -> None:
-        count = len(self._open) // 2
-        old, self._open = self._open[:count], self._open[count:]
-        for key in old:
-            # A directory that lost its name is pinned by this descriptor and no longer ours to close.
-            if key.fd >= 0 and key.parent is not None:
-                os.close(key.fd)
-                key.fd = -1
-
-    def _two_dir_fds(self, first: PathKey, second: PathKey) -> tuple[int, int]:
-        self._dir_fd(first)
-        fd = self._dir_fd(second)
-        return self._dir_fd(first), fd  # the second may have pushed the first out of the cache
-
-    def _enter(self, above: int, key: PathKey) -> int:
-        """Return a descriptor of what *key* stands for in the directory *above*. ESTALE if that is not what
-        was looked up."""
-        fd = self._ways.open(above, key.name, os.O_PATH)
-        if self._mark(os.fstat(fd)) != key.mark:
-            os.close(fd)
-            raise stale(key.name)
-        return fd
-
-    def _reach(self, key: PathKey) -> int:
-        """Return a descriptor (O_PATH) of an inode, which is to be given to :meth:`_leave`."""
-        if key.fd >= 0:
-            return key.fd
-        above = self._above(key)
-        return self._open_dir(key) if key.mark & 15 == DIRECTORY else self._enter(above, key)
-
-    def _leave(self, key: PathKey, fd: int) -> None:
-        if fd != key.fd:
-            os.close(fd)
-
-    def _by_fd(self, key: PathKey, call: Callable[..., R], *arguments: object) -> R:
-        """Do what a function of :mod:`~cowfs.layers.beneath` does to a descriptor, to an inode."""
-        fd = self._reach(key)
-        try:
-            return call(fd, *arguments)
-        finally:
-            self._leave(key, fd)
-
-    @contextmanager
-    def _losing(self, key: PathKey) -> Iterator[None]:
-        """Hold on to an inode whose name is about to go; if it does not go after all, all is as it was."""
-        many = self._nameless.are_many()
-        name = self._nameless.hide(key) if many else None
-        attr = self.plain_stat(key) if many and key.mark & 15 == DIRECTORY else None
-        if name is not None:
-            try:
-                yield
-            except OSError:
-                self._nameless.remove(name)
-                raise
-            self._nameless.has_only(key, name)
-        elif attr is not None:
-            yield
-            self._close_directory(key)
-            key.parent = None
-            self._nameless.leaves(key, attr)
-        else:
-            fresh = key.fd < 0
-            self._pin(key)
-            try:
-                yield
-            except OSError:
-                self._unpin(key, fresh)
-                raise
-            key.parent = None
-
-    def _pin(self, key: PathKey) -> None:
-        key.fd = self._reach(key)
-        if key.mark & 15 == DIRECTORY and key in self._open:
-            self._open.remove(key)
-        self._nameless.pinned.add(key)
-
-    def _unpin(self, key: PathKey, fresh: bool) -> None:
-        self._nameless.pinned.discard(key)
-        if fresh:
-            os.close(key.fd)
-            key.fd = -1
-        else:
-            self._open.append(key)
-
-    def _close_directory(self, key: PathKey) -> None:
-        if key.fd >= 0:
-            self._open.remove(key)
-            os.close(key.fd)
-            key.fd = -1
-
-    def hide_in(self, place: PathKey) -> None:
-        """Let the inodes that have lost their names have others in a directory, where nobody sees them, when
-        they are too many to have a descriptor each."""
-        self._nameless.place = place
 
     # --- reading
 
@@ -259,27 +91,10 @@ class DirectoryLayer:
         attr = self.plain_stat(key)
         return attr if self._notes is None else self._notes.shown(key, attr)
 
-    def plain_stat(self, key: PathKey) -> Attr:
-        """Return the attributes as the filesystem has them, whatever was noted."""
-        if key.fd >= 0:
-            return os.fstat(key.fd)
-        if isinstance(key, CoveredKey):
-            return key.attr
-        above = key.parent
-        if above is None:
-            left = self._nameless.attributes(key)
-            if left is not None:
-                return left
-        fd = above.fd if above is not None and above.fd >= 0 else self._above(key)
-        attr: Attr = self._stat(fd, key.name)
-        if self._mark(attr) != key.mark:
-            raise stale(key.name)
-        return self._nameless.seen(key.mark, attr) if self._nameless.hidden else attr
-
     def readdir(self, directory: PathKey) -> list[DirEntry]:
         if isinstance(directory, CoveredKey):
             return []
-        return beneath.entries(self._dir_fd(directory))
+        return beneath.entries(self._dir_fd(directory), os.O_NOATIME if self.atime.files else 0)
 
     def names(self, directory: PathKey) -> list[bytes] | NamesJob:
         if isinstance(directory, CoveredKey):
@@ -307,10 +122,12 @@ class DirectoryLayer:
         try:
             return KernelFile(self._open_file(key, flags))
         except PermissionError:
-            if not self._noatime:
-                raise
             # O_NOATIME is for the owner and root alone (open(2)); another may still read.
             return KernelFile(self._insist(lambda: self._open_file(key, flags & ~os.O_NOATIME), key))
+
+    def reopened(self, key: PathKey, flags: int) -> Reopened:
+        """Open a regular file without a descriptor."""
+        return Reopened(lambda: self.open(key, flags))
 
     def _open_file(self, key: PathKey, flags: int) -> int:
         """Open a regular file: a fifo or a device is not touched."""
@@ -321,9 +138,25 @@ class DirectoryLayer:
             raise stale(key.name)
         return self._by_fd(key, beneath.reopen, flags)
 
-    def descriptor(self, key: PathKey) -> int:
-        """Return a descriptor (O_PATH) of an inode, for the caller to close."""
-        return self._by_fd(key, os.dup)
+    def _with_open(self, key: PathKey, call: Callable[..., R], *arguments: object) -> R:
+        """Do something to a descriptor of a file or directory that is open."""
+        if key.mark & 15 == DIRECTORY:
+            with closing(self.open_directory(key)) as directory:
+                return call(directory.fileno(), *arguments)
+        with closing(self.open(key, os.O_RDONLY)) as file:
+            return call(file.fileno(), *arguments)
+
+    def getflags(self, key: PathKey) -> int:
+        return 0 if isinstance(key, CoveredKey) else self._with_open(key, inode_flags.get)
+
+    def setflags(self, key: PathKey, flags: int) -> None:
+        self._with_open(key, inode_flags.put, flags)
+
+    def version(self, key: PathKey) -> int:
+        return self._with_open(key, inode_flags.version)
+
+    def birth(self, key: PathKey) -> int | None:
+        return None if isinstance(key, CoveredKey) else self._by_fd(key, inode_flags.birth)
 
     def statfs(self) -> FsStats:
         info = os.fstatvfs(self.root.fd)
@@ -358,32 +191,6 @@ class DirectoryLayer:
 
     def numbered(self, ino: int) -> None:
         """None: the kernel finds inodes by names."""
-
-    def forget(self, key: PathKey) -> None:
-        if key.parent is None or key.parent is self._nameless.place:
-            self._nameless.forget(key)
-        if key.fd >= 0 and key is not self.root:
-            if key.parent is not None:
-                self._open.remove(key)
-            fd, key.fd = key.fd, -1
-            if key.mark & 15 == REGULAR and os.fstat(fd).st_blocks > _LARGE // 512:
-                self.later(lambda: os.close(fd))  # with the last descriptor its blocks are freed
-            else:
-                os.close(fd)
-
-    def close(self) -> None:
-        if self.root.fd >= 0:
-            self._nameless.close()
-        for key in self._open:
-            if key.fd >= 0:
-                os.close(key.fd)
-                key.fd = -1
-        self._open.clear()
-        if self.root.fd >= 0:
-            DirectoryLayer._alive -= 1
-            for fd in {self.root.fd, self._given}:
-                os.close(fd)
-            self.root.fd = -1
 
     # --- changing
 
@@ -467,7 +274,13 @@ class DirectoryLayer:
 
     def link(self, key: PathKey, directory: PathKey, name: bytes) -> None:
         check_name(name)
+        self.stand_in(key)
         self._insist(lambda: self._link(key, directory, name), directory)
+
+    def stand_in(self, key: PathKey) -> None:
+        """See :meth:`OwnerNotes.stand_in`."""
+        if self._notes is not None:
+            self._notes.stand_in(key)
 
     def _link(self, key: PathKey, directory: PathKey, name: bytes) -> None:
         self._dir_fd(directory)
@@ -486,7 +299,7 @@ class DirectoryLayer:
     def _remove(
         self, directory: PathKey, name: bytes, key: PathKey | None, call: Callable[[int, bytes], None]
     ) -> None:
-        named = key is not None and _stands_at(key, (directory, name))
+        named = key is not None and stands_at(key, (directory, name))
         with self._losing(key) if named and key is not None else nullcontext():
             self._insist(lambda: call(self._place(directory, name), name), directory)
 
@@ -501,15 +314,15 @@ class DirectoryLayer:
         check_name(source[1])
         check_name(target[1])
         exchange = flags & files.RENAME_EXCHANGE
-        pin = replaced if not exchange and replaced is not None and _stands_at(replaced, target) else None
+        pin = replaced if not exchange and replaced is not None and stands_at(replaced, target) else None
         with self._losing(pin) if pin is not None else nullcontext():
             source_fd, target_fd = self._two_dir_fds(source[0], target[0])
             self._insist(
                 lambda: files.rename(source_fd, source[1], target_fd, target[1], flags),
                 *(key for key in (source[0], target[0], moved, replaced) if key is not None),
             )
-        moved_here = moved is not None and _stands_at(moved, source)
-        if exchange and replaced is not None and _stands_at(replaced, target):
+        moved_here = moved is not None and stands_at(moved, source)
+        if exchange and replaced is not None and stands_at(replaced, target):
             replaced.parent, replaced.name = source
         if moved is not None and moved_here:
             moved.parent, moved.name = target
@@ -556,6 +369,16 @@ class DirectoryLayer:
     def utimens(self, key: PathKey, atime_ns: int, mtime_ns: int) -> None:
         self._by_fd(key, beneath.utimens, atime_ns, mtime_ns)
 
+    def note_reads(self, when: Atime) -> None:
+        self.atime = when
+        if when.files:
+            self._noatime = 0
+            if self._has_own_mount:
+                mounts.note_reads(self.root.fd, when)
+
+    def was_read(self, key: PathKey) -> None:
+        """Nothing to do: it was a file of the kernel's."""
+
     def truncate(self, key: PathKey, size: int) -> None:
         fd = self._insist(lambda: self._open_file(key, os.O_WRONLY), key)
         try:
@@ -577,6 +400,14 @@ class DirectoryLayer:
 
     def open_directory(self, key: PathKey) -> KernelFile:
         return KernelFile(beneath.open_directory(self._dir_fd(key)))
+
+    def hurry(self, on: bool) -> bool:
+        """Whoever waits for the disk here is told so by the kernel alone."""
+        del on
+        return False
+
+    def relieve(self, for_room: bool) -> None:
+        """There is nothing that the kernel does not do."""
 
     def sync(self) -> None:
         fd = beneath.open_directory(self.root.fd)
@@ -608,10 +439,6 @@ class DirectoryLayer:
         finally:
             for key, mode in reversed(lent):
                 self.plain_chmod(key, mode)
-
-
-def _stands_at(key: PathKey, place: tuple[PathKey, bytes]) -> bool:
-    return key.parent is place[0] and key.name == place[1]
 
 
 def open_directory(path: str, *, privileged: bool = True) -> DirectoryLayer:

@@ -12,18 +12,20 @@ import os
 import stat
 import struct
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any, NamedTuple
 
+from cowfs.errors import NotYetFree
 from cowfs.formats.ext3 import image as ext3
 from cowfs.formats.ext3.directory import INO, AnyNames, LargeNames, type_of
 from cowfs.formats.ext3.image import Image
+from cowfs.formats.ext3.records import FIRST, time_of
 from cowfs.layers import acl
-from cowfs.layers.base import NamesJob, at_once
+from cowfs.layers.base import NamesJob, at_once, may_wait_for_disk
 from cowfs.layers.beneath import open_given
 from cowfs.layers.ext3_file import Capabilities, Ext3File, InUse, Key
 from cowfs.linux.files import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WHITEOUT
-from cowfs.types import Attr, AttrData, DirEntry, FileHandle, FsStats
+from cowfs.types import Atime, Attr, AttrData, DirEntry, FileHandle, FsStats
 
 _FILEID_INO32_GEN = 1
 """The kernel's type of a handle that is an inode number and a generation (linux/exportfs.h)."""
@@ -43,13 +45,16 @@ class _Inherit(NamedTuple):
 
 
 _NOTHING = _Inherit(-1, b"")
+_ALONE = nullcontext()
 
 
 class Ext3Layer:
     """Serve an open image as a :class:`cowfs.layers.base.UpperLayer`; the layer owns it from now on."""
 
+    generation: int | None = 0
     waits = False
     has_descriptors = False
+    data_only = False
 
     def __init__(self, image: Image) -> None:
         self.image = image
@@ -62,11 +67,15 @@ class Ext3Layer:
         self.fill_unit = 0 if image.read_only else facts.block_size
         self._in_use = InUse(image)
         self._capabilities = Capabilities(image)
+        self.atime = Atime()
         self.spare_bytes = 0
         """By how much the image can be made to grow when it is full: counted as free."""
         self.is_beyond_room = False
         """Whether the last ENOSPC was for attributes that fit into no inode, however much room there is."""
         self.later: Callable[[Callable[[], None]], None] = at_once
+        self.pressed = image.pressed
+        self.hurry = image.hurry
+        self.relieve = image.relieve
 
     # --- reading
 
@@ -92,11 +101,14 @@ class Ext3Layer:
 
     def _attributes(self, ino: int, fields: tuple[int, ...]) -> AttrData:
         """Return what the engine says of an inode as a layer says it."""
-        mode, nlink, uid, gid, major, minor, _, _, size, blocks, atime, mtime, ctime = fields
+        mode, nlink, uid, gid, major, minor, gen, _, size, blocks, atime, mtime, ctime = fields
         rdev = os.makedev(major, minor) if major or minor else 0
+        if atime < FIRST or mtime < FIRST or ctime < FIRST:  # one is beyond 2262
+            atime, mtime, ctime = time_of(atime), time_of(mtime), time_of(ctime)
         return AttrData(
-            mode, ino, self.dev, nlink, uid, gid, rdev, size, blocks, self._block_size, atime, mtime, ctime
-        )
+            mode, ino, self.dev, nlink, uid, gid, rdev, size, blocks, self._block_size, atime, mtime, ctime,
+            gen,
+        )  # fmt: skip
 
     def readdir(self, directory: int) -> list[DirEntry]:
         """All entries, in the order of the directory. ENOTDIR."""
@@ -127,8 +139,9 @@ class Ext3Layer:
             self.truncate(key, 0)
         return self._open(key, flags)
 
-    def _open(self, ino: int, flags: int) -> Ext3File:
-        return Ext3File(self.image, ino, flags, self._in_use, self._capabilities, self._attributes)
+    def _open(self, ino: int, flags: int, *, is_new: bool = False) -> Ext3File:
+        show = self._attributes
+        return Ext3File(self.image, ino, flags, self._in_use, self._capabilities, show, is_new=is_new)
 
     def _must_be_regular(self, key: int) -> None:
         kind = stat.S_IFMT(self.image.raw(key)[0])
@@ -157,6 +170,10 @@ class Ext3Layer:
             favail=facts.free_inodes + spare_inodes,
         )
 
+    def shrink(self) -> None:
+        """Forget what can be read again."""
+        self.image.shrink()
+
     def caches(self) -> dict[str, tuple[int, int]]:
         """How often a block was in memory when it was needed, and how often not, by its kind."""
         facts = self.image.facts()
@@ -171,7 +188,12 @@ class Ext3Layer:
     def handle_ino(self, handle: FileHandle) -> int | None:
         if handle.uuid != self._uuid or handle.type not in {1, 2} or len(handle.data) < _HANDLE.size:
             return None
-        return int(_HANDLE.unpack_from(handle.data)[0])
+        ino, generation = _HANDLE.unpack_from(handle.data)
+        try:
+            found = self.image.getattr(ino)
+        except OSError:
+            return None
+        return int(ino) if found.nlink and found.generation == generation else None
 
     def numbered(self, ino: int) -> Key:
         return Key(ino)
@@ -188,7 +210,7 @@ class Ext3Layer:
 
     def create(self, directory: int, name: bytes, mode: int, uid: int, gid: int) -> tuple[Key, Ext3File]:
         key = self._make(directory, name, stat.S_IFREG | mode & 0o7777, uid, gid)
-        return key, self._open(key, os.O_RDWR)
+        return key, self._open(key, os.O_RDWR, is_new=True)
 
     def mkdir(self, directory: int, name: bytes, mode: int, uid: int, gid: int) -> Key:
         return self._make(directory, name, stat.S_IFDIR | mode & 0o1777, uid, gid)
@@ -227,7 +249,7 @@ class Ext3Layer:
         try:
             return self._make_with_acls(directory, name, mode & ~0o777 | bits, uid, gid, rdev, acls)
         except OSError as failure:
-            if failure.errno != errno.ENOSPC:
+            if failure.errno != errno.ENOSPC or isinstance(failure, NotYetFree):
                 raise
             self.image.commit()  # what was freed lately can be used only then
             return self._make_with_acls(directory, name, mode & ~0o777 | bits, uid, gid, rdev, acls)
@@ -390,8 +412,9 @@ class Ext3Layer:
                 mode &= ~stat.S_ISGID
         if mode != before:
             what |= ext3.MODE
-        with self.image.together():
-            if not is_directory:
+        drops = not is_directory and self._capabilities.has(key)
+        with self.image.together() if drops else _ALONE:
+            if drops:
                 self._capabilities.drop(key)
             if what:
                 self.image.setattr(key, what, mode=mode & 0o7777, uid=max(uid, 0), gid=max(gid, 0))
@@ -399,6 +422,12 @@ class Ext3Layer:
     def utimens(self, key: int, atime_ns: int, mtime_ns: int) -> None:
         """With inodes of 128 bytes times are whole seconds, from 1901 to 2038."""
         self.image.setattr(key, ext3.ATIME | ext3.MTIME, atime=atime_ns, mtime=mtime_ns)
+
+    def note_reads(self, when: Atime) -> None:
+        self.atime = when
+
+    def was_read(self, key: int) -> None:
+        self.image.was_read(key, always=self.atime.always)
 
     def truncate(self, key: int, size: int) -> None:
         if stat.S_ISREG(self.image.getattr(key).mode):
@@ -456,7 +485,24 @@ class Ext3Layer:
             if bits != mode & 0o777:
                 self.image.setattr(key, ext3.MODE, mode=mode & 0o7000 | bits)
 
+    # --- flags
+
+    def getflags(self, key: int) -> int:
+        return self.image.getattr(key).flags & _FLAGS_SHOWN
+
+    def setflags(self, key: int, flags: int) -> None:
+        self.image.setflags(key, flags)
+
+    def version(self, key: int) -> int:
+        return self.image.getattr(key).generation
+
+    def birth(self, key: int) -> int | None:
+        return self.image.birth(key)
+
     # --- durability
+
+    def together(self) -> AbstractContextManager[object]:
+        return self.image.together()
 
     def open_directory(self, key: int) -> Ext3File:
         if not stat.S_ISDIR(self.image.getattr(key).mode):
@@ -472,7 +518,8 @@ class Ext3Layer:
 
         What is in use without a name has one in the directory *place* meanwhile.
         """
-        self._in_use.hide(place)
+        with may_wait_for_disk(self):
+            self._in_use.hide(place)
         try:
             self.image.suspend()
         except OSError:
@@ -496,6 +543,8 @@ def open_ext3(path: str, **how: Any) -> Ext3Layer:
 
 _RENAME_FLAGS = RENAME_NOREPLACE | RENAME_EXCHANGE | RENAME_WHITEOUT
 _XATTR_SIZE_MAX = 65536
+_FLAGS_SHOWN = 0x725BDFFF
+"""EXT4_FL_USER_VISIBLE in fs/ext4/ext4.h."""
 
 
 def _may_have_user(mode: int) -> bool:

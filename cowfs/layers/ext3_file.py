@@ -11,6 +11,7 @@ from contextlib import suppress
 
 from cowfs.formats.ext3.image import Image
 from cowfs.layers.base import File
+from cowfs.linux import files
 from cowfs.types import Attr
 
 _CHUNK = 1 << 20
@@ -114,9 +115,13 @@ class Capabilities:
         self.count = 0
         """How many were set so far: who has seen that a file has none must look again when it changes."""
 
+    def has(self, ino: int) -> bool:
+        """Whether an inode has one: most have not, and exceptions are slow."""
+        return _CAPABILITY in self._image.listxattr(ino)
+
     def drop(self, ino: int) -> None:
         """Take it away from an inode if it has one."""
-        if _CAPABILITY in self._image.listxattr(ino):  # which most have not, and exceptions are slow
+        if self.has(ino):
             try:
                 self._image.removexattr(ino, _CAPABILITY)
             except OSError as failure:
@@ -141,13 +146,16 @@ class Ext3File:
         in_use: InUse,
         capabilities: Capabilities,
         show: Callable[[int, tuple[int, ...]], Attr],
+        *,
+        is_new: bool = False,
     ) -> None:
+        """*is_new*: it was made for this, and has no attributes."""
         self._image = image
         self._ino = ino
         self._flags = flags
         self._in_use = in_use
         self._capabilities = capabilities
-        self._seen = -1
+        self._seen = capabilities.count if is_new else -1
         self._show = show
         in_use.opened(ino)
 
@@ -170,6 +178,13 @@ class Ext3File:
     def truncate(self, size: int) -> None:
         self._changes()
         self._image.truncate(self._ino, size)
+
+    def fallocate(self, mode: int, offset: int, length: int) -> None:
+        """Make a hole. EOPNOTSUPP for all else: ext3 has no blocks that are allocated and not written."""
+        if mode != files.PUNCH_HOLE:
+            raise _error(errno.EOPNOTSUPP)
+        self._changes()
+        self._image.punch(self._ino, offset, length)
 
     def _changes(self) -> None:
         if self._flags & os.O_ACCMODE == os.O_RDONLY:

@@ -41,6 +41,9 @@ class KernelFile:
     def truncate(self, size: int) -> None:
         os.ftruncate(self._fd, size)
 
+    def fallocate(self, mode: int, offset: int, length: int) -> None:
+        files.fallocate(self._fd, offset, length, mode)
+
     def fsync(self, datasync: bool) -> None:
         if datasync:
             os.fdatasync(self._fd)

@@ -23,7 +23,7 @@ from typing import NamedTuple, Protocol
 
 from cowfs.layers.base import Key
 from cowfs.linux import files
-from cowfs.types import Attr, AttrData
+from cowfs.types import Attr, own_attr
 
 OWNER_XATTR = b"user.overlay.cowfs.owner"
 USER_XATTR = b"user.overlay.cowfs.user"
@@ -101,23 +101,13 @@ def needed(mode: int) -> int:
 
 def shown(attr: Attr, note: Note) -> Attr:
     """Return *attr* as the note says."""
-    mode = attr.st_mode if note.mode is None else note.mode
-    special = note.mode is not None and stat.S_IFMT(mode) != stat.S_IFMT(attr.st_mode)
-    return AttrData(
-        st_mode=mode,
-        st_ino=attr.st_ino,
-        st_dev=attr.st_dev,
-        st_nlink=attr.st_nlink,
-        st_uid=note.uid,
-        st_gid=note.gid,
-        st_rdev=note.rdev if special else attr.st_rdev,
-        st_size=attr.st_size,
-        st_blocks=0 if special else attr.st_blocks,
-        st_blksize=attr.st_blksize,
-        st_atime_ns=attr.st_atime_ns,
-        st_mtime_ns=attr.st_mtime_ns,
-        st_ctime_ns=attr.st_ctime_ns,
-    )
+    seen = own_attr(attr)
+    seen.st_uid, seen.st_gid = note.uid, note.gid
+    if note.mode is not None:
+        seen.st_mode = note.mode
+        if stat.S_IFMT(note.mode) != stat.S_IFMT(attr.st_mode):
+            seen.st_rdev, seen.st_blocks = note.rdev, 0
+    return seen
 
 
 class Plain(Protocol):
@@ -269,6 +259,15 @@ class OwnerNotes:
         # Else it shows the user's own: a whiteout, or nobody asked for more (docs/semantics.md).
 
     # --- stand-ins
+
+    def stand_in(self, key: Key) -> None:
+        """Let what can have no note be a stand-in while it has one name; with more it cannot become one."""
+        real = self._layer.plain_stat(key)
+        is_whiteout = stat.S_ISCHR(real.st_mode) and real.st_rdev == 0
+        if self._spare is None or can_be_noted(real.st_mode) or is_whiteout or real.st_nlink != 1:
+            return
+        now = self.shown(key, real)
+        self._replace(key, real, Note(now.st_uid, now.st_gid, real.st_mode, real.st_rdev))
 
     def special(self, directory: Key, name: bytes, mode: int, rdev: int, uid: int, gid: int) -> Key | None:
         """Make a stand-in for a device, which only root may make; None if it is to be tried really."""

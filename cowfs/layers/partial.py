@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from typing import Protocol, cast
 
-from cowfs.layers.base import File
+from cowfs.layers.base import Allocatable, File
 from cowfs.types import Attr
 
 _PIECE = 256 << 10
@@ -174,6 +174,12 @@ class PartialFile:
         if not self._part.is_whole:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         self._target.truncate(size)
+
+    def fallocate(self, mode: int, offset: int, length: int) -> None:
+        """EIO but for a file that is whole: a hole shows the lower."""
+        if not self._part.is_whole:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        cast(Allocatable, self._target).fallocate(mode, offset, length)
 
     def fsync(self, datasync: bool) -> None:
         """Return when what the upper has is on disk. So is the rest: in the lower."""

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 from cowfs.layers.base import File, Key, LowerLayer
 from cowfs.types import Attr, DirEntry, FileHandle, FsStats
+from cowfs.url.waiting import WouldWait, at_once
 
 R = TypeVar("R")
 InBackground = Callable[[int, Callable[[], None]], None]
@@ -80,9 +81,10 @@ class Question(NamedTuple):
             for name in answer.value[:_MOST_VALUES]:
                 Question(self.layer, "getxattr", (key, name))._learn(learnt)
             Question(self.layer, "handle", (key,))._learn(learnt)  # for a copy-up
-        elif self.method == "lookup" and self.layer.has_notes and answer.value is not None:
+        elif self.method == "lookup" and answer.value is not None:
             key, attr = answer.value
-            if stat.S_ISDIR(attr.st_mode) or stat.S_ISREG(attr.st_mode):
+            is_directory = stat.S_ISDIR(attr.st_mode)  # which may be opaque; a file, a whiteout or a metacopy
+            if stat.S_ISREG(attr.st_mode) or (is_directory and self.layer.has_notes):
                 Question(self.layer, "listxattr", (key,))._learn(learnt)
 
     def _learn_of_others(self, failure: OSError) -> None:
@@ -154,22 +156,33 @@ class Answers:
 class SlowLayer:
     """A :class:`LowerLayer` before *inner*, the methods of which any thread may call at any time."""
 
+    generation: int | None = None
     waits = True
     has_descriptors = True
 
-    def __init__(self, inner: LowerLayer) -> None:
+    def __init__(self, inner: LowerLayer, *, knows_at_once: bool = False) -> None:
+        """*knows_at_once*: it heeds :func:`cowfs.url.waiting.at_once`: what is at hand needs no thread."""
         self.inner = inner
+        self.knows_at_once = knows_at_once
         self.name = inner.name
         self.root: Key = inner.root
         self.dev = inner.dev
         self.has_notes = False
-        """Whether the union reads the attributes of what it finds: layers below are to be hidden by them."""
+        """Whether the union reads the attributes of directories: layers below are to be hidden by them."""
         self.bare: dict[Key, OSError] = {}
         """The inodes in use that have no attributes, and what is said to who asks for one."""
         self._files: set[SlowFile] = set()
         self._room = _SMALL_TOGETHER
         self._counting = threading.Lock()
         self._in_background: InBackground | None = None
+
+    @property
+    def data_only(self) -> bool:
+        return self.inner.data_only
+
+    @data_only.setter
+    def data_only(self, value: bool) -> None:
+        self.inner.data_only = value
 
     def serve(self, in_background: InBackground) -> None:
         """Wait for nothing from now on. *in_background* lets a thread of a user's do a call some time."""
@@ -181,6 +194,11 @@ class SlowLayer:
         question = Question(self, method, arguments)
         answers = _at_hand.get()
         answer = None if answers is None else answers.to(question)
+        if answer is None and self.knows_at_once:
+            try:
+                return at_once(self._do_at_once, method, arguments)
+            except WouldWait:
+                pass
         if answer is None:
             raise NotYet(question)
         if answer.error is not None:
@@ -195,6 +213,19 @@ class SlowLayer:
         if method != "open":
             return result
         file = SlowFile(self, result)
+        self._files.add(file)
+        return file
+
+    def _do_at_once(self, method: str, arguments: tuple[Any, ...]) -> Any:
+        result = getattr(self.inner, method)(*arguments)
+        if method == "names" and callable(result):
+            raise WouldWait
+        if method != "open":
+            return result
+        file = SlowFile(self, result)
+        answers = _at_hand.get()
+        if answers is not None:
+            file.owner = answers.uid
         self._files.add(file)
         return file
 
@@ -266,14 +297,12 @@ class SlowLayer:
         thread = threading.Thread(target=self._close, name=f"closes {self.name}", daemon=True)
         try:
             thread.start()
-        except RuntimeError:  # no thread is to be had
+        except RuntimeError:  # no thread available
             self._close()
             return
         thread.join(_CLOSING)
         if thread.is_alive():
-            log.warning(
-                "%s does not answer; what is open of it stays so until the process has ended", self.name
-            )
+            log.warning("%s does not answer; its open files stay open until the daemon exits", self.name)
             _unclosed.append(self)
 
     def _close(self) -> None:
@@ -285,7 +314,7 @@ class SlowLayer:
 _unclosed: list[SlowLayer] = []
 
 
-def must_not_be_touched() -> bool:
+def must_stay_open() -> bool:
     """Whether the process shall end without closing what is open: it could wait for ever."""
     return bool(_unclosed)
 
@@ -307,7 +336,7 @@ class SlowFile:
         self._content: bytes | None = None
         """All of a small file, until it has been read to its end."""
         size = self._attr.st_size
-        if 0 < size <= _SMALL and layer.take_room(size):
+        if 0 < size <= _SMALL and not layer.knows_at_once and layer.take_room(size):
             with suppress(OSError):  # whoever reads is told
                 self._content = inner.pread(size + 1, 0)
             if self._content is None or len(self._content) != size:
@@ -318,13 +347,23 @@ class SlowFile:
         return self._inner.pread(size, offset)
 
     def try_pread(self, size: int, offset: int) -> bytes | None:
-        """What was read already. For the main thread."""
+        """What was read already, or is at hand. For the main thread."""
         content = self._content
+        if content is None and self._layer.knows_at_once:
+            try:
+                return at_once(self._inner.try_pread, size, offset)
+            except WouldWait:
+                return None
         if content is None:
             return None
         if offset + size >= len(content):
             self._drop_content()
         return content[offset : offset + size]
+
+    @property
+    def knows_at_once(self) -> bool:
+        """Whether :meth:`pread` heeds :func:`cowfs.url.waiting.at_once`."""
+        return self._layer.knows_at_once
 
     def _drop_content(self) -> None:
         if self._content is not None:
@@ -401,3 +440,8 @@ class _Target:
     def fileno(self) -> int:
         """-1: all goes through :meth:`pwrite`."""
         return -1
+
+
+def unwrapped(layer: LowerLayer) -> LowerLayer:
+    """Return the layer itself, for threads and those who may wait."""
+    return layer.inner if isinstance(layer, SlowLayer) else layer

@@ -10,6 +10,7 @@ import itertools
 import os
 import struct
 import threading
+import zlib
 from array import array
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -32,6 +33,11 @@ _NAME_MAX = 256
 _devices = itertools.count(1)
 _FIRST_DEVICE = 1 << 40
 """Device numbers of layers that the kernel knows nothing of begin here: the kernel's have 32 bits."""
+
+
+def new_device() -> int:
+    """Return a device number that no other layer has."""
+    return _FIRST_DEVICE + next(_devices)
 
 
 class SquashfsFile:
@@ -140,6 +146,7 @@ class SquashfsLayer:
 
     waits = False
     has_descriptors = False
+    data_only = False
 
     def __init__(self, path: str, *, offset: int = 0, cache_bytes: int = CACHE_BYTES) -> None:
         """Open the image that begins *offset* bytes into the file; reads little.
@@ -149,11 +156,13 @@ class SquashfsLayer:
         """
         self._image = open_image(path, offset, cache_bytes)
         self._path = path
-        self.name = self._image.source.name
+        self.source = self._image.source
+        self.name = self.source.name
         self.root = self._image.root
-        self.dev = _FIRST_DEVICE + next(_devices)
+        self.dev = new_device()
         self._block_size = self._image.superblock.block_size
         self._numbers = _Numbers()
+        self.generation: int | None = zlib.crc32(self._image.superblock.raw)
 
     def lookup(self, directory: int, name: bytes) -> tuple[int, Attr] | None:
         """Find *name*; None when it is not there. ENOTDIR, ENAMETOOLONG; EIO where damaged or not a tree."""
@@ -243,6 +252,10 @@ class SquashfsLayer:
     def summary(self) -> list[tuple[str, str]]:
         """(what, value) of what the image says of itself, as ``unsquashfs -s`` shows it. EIO."""
         return summary(self._image)
+
+    def shrink(self) -> None:
+        """Forget what can be read again."""
+        self._image.shrink()
 
     def caches(self) -> dict[str, tuple[int, int]]:
         """How often a block was there decompressed when it was needed, and how often not, by its kind."""

@@ -19,6 +19,11 @@ def found_at(proc: str) -> None:
     _proc = proc
 
 
+def place() -> str:
+    """Return where that is."""
+    return _proc
+
+
 _EVERYBODY = "0 0 4294967295"
 """The users of the first user namespace, in user_namespaces(7)'s words."""
 _MAPS = ("uid_map", "gid_map", "projid_map")

@@ -13,10 +13,10 @@ import os
 import stat
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
 
-from cowfs.linux import callers, mounts
+from cowfs.linux import callers, mount_table, mounts
 from cowfs.linux.seccomp import refuse_for_good
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -27,7 +27,7 @@ _CALLERS = "/callers"
 
 def is_possible() -> bool:
     """Say whether there is a root to be exchanged: not in an initramfs, nor in a chroot that is no mount."""
-    return any(mount.mountpoint == b"/" and mount.fstype != "rootfs" for mount in mounts.mountinfo())
+    return any(mount.mountpoint == b"/" and mount.fstype != "rootfs" for mount in mount_table.mountinfo())
 
 
 def step_aside() -> None:
@@ -39,13 +39,13 @@ def step_aside() -> None:
     mounts.unshare_slave()
 
 
-def shut_in(strangers: Sequence[int]) -> None:
+def shut_in() -> None:
     """Let this process, with all its threads, reach nothing by a path but its own ``/proc/self``, and what
     /proc tells of who makes requests, for good.
 
-    Directories that it has open become mounts of their own, out of which nothing leads; of *strangers*, which
-    are descriptors of some, nothing is left. Then the calls are refused by which it could mount, or run,
-    anything. Raises OSError; then nothing has changed, but for the directories.
+    Directories that it has open become mounts of their own, out of which nothing leads. Then the calls are
+    refused by which it could mount, or run, anything. Raises OSError; then nothing has changed, but for the
+    directories.
     """
     os.environ.setdefault("TZ", f":{_ZONE}")  # is read once, and not looked for again at each strftime(3)
     time.tzset()
@@ -56,14 +56,12 @@ def shut_in(strangers: Sequence[int]) -> None:
             os.makedirs(f"/proc/self/fd/{root}/{place}", mode=0o555)
         for measured in _measured():
             os.makedirs(f"/proc/self/fd/{root}{measured}", exist_ok=True)
-        given = {fd: _enclosed(fd) for fd in set(_open_directories()) - set(strangers)}
+        given = {fd: _enclosed(fd) for fd in set(_open_directories())}
         bound = [
             (own, "proc/self"),
             (others, _CALLERS[1:]),
             *((mounts.private_clone_of(path), path[1:]) for path in _measured()),
         ]
-        for fd in strangers:
-            os.dup2(root, fd, inheritable=False)
         for fd, enclosed in given.items():
             os.dup2(enclosed, fd, inheritable=False)
             os.close(enclosed)
@@ -77,10 +75,10 @@ def shut_in(strangers: Sequence[int]) -> None:
 
 def _open_directories() -> Iterator[int]:
     """Yield the descriptors of directories in mounts that are attached: ``..`` leads out of those."""
-    attached = {mount.id for mount in mounts.mountinfo()}
+    attached = {mount.id for mount in mount_table.mountinfo()}
     for fd in map(int, os.listdir("/proc/self/fd")):
         with suppress(OSError):  # the listing's own
-            if stat.S_ISDIR(os.fstat(fd).st_mode) and mounts.mount_id(fd) in attached:
+            if stat.S_ISDIR(os.fstat(fd).st_mode) and mount_table.mount_id(fd) in attached:
                 yield fd
 
 

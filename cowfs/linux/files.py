@@ -5,15 +5,22 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import glob
 import os
+import stat
 import struct
 from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
 
+from cowfs.linux import filesystems
 from cowfs.types import FileHandle
 
 RENAME_NOREPLACE = 1
 RENAME_EXCHANGE = 2
 RENAME_WHITEOUT = 4
+PUNCH_HOLE = 3
+"""FALLOC_FL_PUNCH_HOLE, which goes with FALLOC_FL_KEEP_SIZE alone."""
 
 LACK_OF_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 """What a filesystem answers that has no room, or none for us."""
@@ -66,6 +73,42 @@ def rename(source_fd: int, source: bytes, target_fd: int, target: bytes, flags: 
         os.rename(source, target, src_dir_fd=source_fd, dst_dir_fd=target_fd)
 
 
+def rename_new(directory: int, temporary: str, name: str) -> None:
+    """Give a finished file or directory its name beside it. FileExistsError rather than to replace anything.
+
+    Where the filesystem has no RENAME_NOREPLACE, what another makes at the same moment may be replaced.
+    """
+    try:
+        renameat2(directory, os.fsencode(temporary), directory, os.fsencode(name), RENAME_NOREPLACE)
+    except OSError as error:
+        if error.errno not in {errno.EINVAL, errno.ENOSYS}:
+            raise
+        with suppress(FileNotFoundError):
+            os.stat(name, dir_fd=directory, follow_symlinks=False)
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), name) from None
+        os.rename(temporary, name, src_dir_fd=directory, dst_dir_fd=directory)
+
+
+_ORDINARY = {stat.S_IFREG, stat.S_IFDIR, stat.S_IFBLK}
+
+
+def open_ordinary(path: str | bytes | os.PathLike[str], flags: int) -> int:
+    """Open what a path that others have named leads to, if it is a file, a directory or a block device.
+
+    To open other things is to act already: a fifo waits, a watchdog begins to count, a tape is wound. Of
+    these the descriptor is one that only tells what it is (O_PATH). Waits for nobody's lease: EAGAIN.
+    """
+    found = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    if stat.S_IFMT(os.fstat(found).st_mode) not in _ORDINARY:
+        return found
+    try:
+        return os.open(f"/proc/self/fd/{found}", flags | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, path) from None
+    finally:
+        os.close(found)
+
+
 def open_beneath(dir_fd: int, name: bytes, flags: int) -> int:
     """Open *name* in a directory, which leads nowhere else: by no link, no ``..``, no mount (openat2(2)).
 
@@ -96,10 +139,10 @@ def syncfs(fd: int) -> None:
         _raise()
 
 
-def fallocate(fd: int, offset: int, length: int) -> None:
-    """Allocate a range of a file (fallocate(2)). Unlike posix_fallocate(3) it writes nothing where the
-    filesystem cannot do it, but raises EOPNOTSUPP."""
-    if _libc.fallocate(fd, 0, offset, length):
+def fallocate(fd: int, offset: int, length: int, mode: int = 0) -> None:
+    """Allocate a range of a file, or what *mode* says (fallocate(2)). Unlike posix_fallocate(3) it writes
+    nothing where the filesystem cannot do it, but raises EOPNOTSUPP."""
+    if _libc.fallocate(fd, mode, offset, length):
         _raise()
 
 
@@ -163,21 +206,30 @@ def inode_of_handle(magic: int, handle: FileHandle) -> int | None:
     generation), mm/shmem.c, fs/btrfs/export.c, fs/xfs/xfs_export.c. None for one that is unknown.
     """
     kind, data = handle.type, handle.data
-    if magic == _TMPFS and kind == 1 and len(data) >= 12:
+    if magic == filesystems.TMPFS and kind == 1 and len(data) >= 12:
         _, low, high = struct.unpack_from("=III", data)
         return int(low | high << 32)
-    if magic == _BTRFS and kind in {0x4D, 0x4E, 0x4F} and len(data) >= 8:
+    if magic == filesystems.BTRFS and kind in {0x4D, 0x4E, 0x4F} and len(data) >= 8:
         return int(struct.unpack_from("=Q", data)[0])
-    if magic == _XFS and kind in {0x81, 0x82} and len(data) >= 8:
+    if magic == filesystems.XFS and kind in {0x81, 0x82} and len(data) >= 8:
         return int(struct.unpack_from("=Q", data)[0])
     if magic in _INO32 and kind in {1, 2} and len(data) >= 4:
         return int(struct.unpack_from("=I", data)[0])
     return None
 
 
-_TMPFS, _BTRFS, _XFS = 0x01021994, 0x9123683E, 0x58465342
-_EXT, _SQUASHFS, _ISOFS, _EROFS, _F2FS = 0xEF53, 0x73717368, 0x9660, 0xE0F5E1E2, 0xF2F52010
-_INO32 = {_XFS, _EXT, _SQUASHFS, _F2FS}
+_INO32 = {filesystems.XFS, filesystems.EXT, filesystems.SQUASHFS, filesystems.F2FS}
+
+
+def matching(directory: str | os.PathLike[str], pattern: str) -> list[Path]:
+    """Return what matches a pattern below a directory of /proc or /sys, sorted.
+
+    What vanishes meanwhile, as processes and devices do, is left out: pathlib's glob raises for it up to
+    Python 3.12.
+    """
+    return [
+        Path(name) for name in sorted(glob.iglob(os.path.join(glob.escape(os.fspath(directory)), pattern)))
+    ]
 
 
 def fs_magic(fd: int) -> int:

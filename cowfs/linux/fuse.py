@@ -14,8 +14,20 @@ from cowfs.linux import mounts
 
 FSTYPE = "fuse.cowfs"
 """Of our mounts."""
+LISTED = "cowfs list lists the mounts"
+"""What to do about a mount that is not there."""
 
-_FLAGS = {"ro": mounts.MS_RDONLY, "noexec": mounts.MS_NOEXEC, "sync": 16, "dirsync": 128, "noatime": 1024}
+_FLAGS = {
+    "ro": mounts.MS_RDONLY,
+    "noexec": mounts.MS_NOEXEC,
+    "sync": 16,
+    "dirsync": 128,
+    "noatime": 1024,
+    "nodiratime": 2048,
+    "strictatime": 1 << 24,
+}
+UNKNOWN_TO_LIBFUSE = frozenset({"nodiratime", "strictatime"})
+"""Options that only :func:`mount_connection` knows."""
 _NEGATED = {"suid": mounts.MS_NOSUID, "dev": mounts.MS_NODEV}
 """What is set unless the option is there, as libfuse has it (lib/mount.c)."""
 _FOR_FUSE = frozenset({"default_permissions", "allow_other"})
@@ -38,3 +50,15 @@ def mount_connection(fd: int, mountpoint: str, source: str, given: Collection[st
     words = [f"fd={fd}", f"rootmode={mode:o}", f"user_id={os.getuid()}", f"group_id={os.getgid()}"]
     words += sorted(options & _FOR_FUSE)
     mounts.mount(source, mountpoint, "fuse.cowfs", flags, ",".join(words))
+
+
+def remount(mountpoint: str, options: Collection[str], *, read_only: bool) -> None:
+    """Let a mount be written to, or not any more. *options* are those that it has, in mountinfo's words.
+
+    Raises what mount(2) raises: EBUSY while a file in it is open to write, EPERM.
+    """
+    words = set(options) - {"ro"} | ({"ro"} if read_only else set())
+    if not words & {"noatime", "relatime"}:
+        words.add("strictatime")
+    bits = {**_FLAGS, "nosuid": mounts.MS_NOSUID, "nodev": mounts.MS_NODEV}
+    mounts.mount("none", mountpoint, "none", mounts.MS_REMOUNT | sum(bits.get(word, 0) for word in words), "")

@@ -14,6 +14,12 @@ def descriptors() -> int:
     return soft if soft != resource.RLIM_INFINITY else 1 << 20  # fs.nr_open's default: it has no end
 
 
+def take_all_descriptors() -> None:
+    """Let this process have as many files open as it may at all."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def is_lack_of_threads(error: BaseException) -> bool:
     """Whether a thread could not be started, for want of memory or by RLIMIT_NPROC (``_thread`` says so)."""
     return isinstance(error, RuntimeError) and "start new thread" in str(error)
@@ -44,3 +50,13 @@ def _of_cgroup(most: int) -> int:
     except (OSError, ValueError):  # no such controller, or not to be seen from here
         pass
     return most
+
+
+def cgroup_file(name: str) -> str:
+    """Return the path of a file of the cgroup that we are in (cgroups(7), version 2), be it there or not."""
+    try:
+        with open("/proc/self/cgroup", encoding="utf-8", errors="replace") as file:
+            place = next((line[3:].strip() for line in file if line.startswith("0::")), "/")
+    except OSError:
+        place = "/"
+    return f"{_CGROUP}{place.rstrip('/')}/{name}"

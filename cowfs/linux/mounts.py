@@ -1,32 +1,26 @@
-"""Mounts, loop devices and locks: what the kernel is asked for, and what it tells about them.
+"""Mounting: what the kernel is asked for.
 
-Little here touches a mount namespace: :func:`detached_mount` yields a mount that only its descriptor
-leads to, and a loop device detaches itself with its last user. When the process dies, however it dies,
-the kernel takes both away. Needs Linux 5.8 (LOOP_CONFIGURE) and CAP_SYS_ADMIN, where not said otherwise.
+Little here touches a mount namespace: :func:`detached_mount` yields a mount that only its descriptor leads
+to, and the kernel takes it away when the process dies. Needs CAP_SYS_ADMIN, where not said otherwise.
 """
 
 from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import os
-import re
-import select
-import stat
 import struct
 from collections.abc import Iterable, Mapping
-from contextlib import closing, suppress
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
 
+from cowfs.types import Atime
+
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 1, 2, 4, 8  # include/uapi/linux/mount.h
-MNT_FORCE = 1
 MNT_DETACH = 2
-UMOUNT_NOFOLLOW = 8
 
 # include/uapi/linux/mount.h
-_MS_RDONLY, _MS_REMOUNT, _MS_NOATIME = 1, 0x20, 0x400
+_MS_RDONLY, MS_REMOUNT, _MS_NOATIME = 1, 0x20, 0x400
 
 # The same on all architectures but alpha: include/uapi/asm-generic/unistd.h
 _SYS_OPEN_TREE, _SYS_FSOPEN, _SYS_FSCONFIG, _SYS_FSMOUNT, _SYS_MOUNT_SETATTR = 428, 430, 431, 432, 442
@@ -44,25 +38,15 @@ _FSCONFIG_SET_FLAG, _FSCONFIG_SET_STRING, _FSCONFIG_CMD_CREATE = 0, 1, 6
 _FSCONFIG_CMD_RECONFIGURE = 7
 _FSPICK_CLOEXEC, _FSPICK_EMPTY_PATH = 1, 8
 _OPEN_TREE_CLONE, _OPEN_TREE_CLOEXEC = 1, os.O_CLOEXEC
-_AT_EMPTY_PATH = 0x1000
+_AT_EMPTY_PATH, _AT_RECURSIVE = 0x1000, 0x8000
 _MS_REC, _MS_PRIVATE, _MS_SLAVE = 1 << 14, 1 << 18, 1 << 19
-_CLONE_NEWNS = 0x20000  # include/uapi/linux/sched.h
+_CLONE_NEWNS, _CLONE_NEWUSER = 0x20000, 0x10000000  # include/uapi/linux/sched.h
+_MS_BIND = 1 << 12
 _MOUNT_ATTR_ATIME = 0x70  # MOUNT_ATTR__ATIME: all that says when times of access are kept
 _MOUNT_ATTR = struct.Struct("=QQQQ")  # struct mount_attr: attr_set, attr_clr, propagation, userns_fd
 _MOUNT_ATTR_RDONLY, _MOUNT_ATTR_NOSUID, _MOUNT_ATTR_NODEV, _MOUNT_ATTR_NOATIME = 1, 2, 4, 0x10
 _MOUNT_ATTR_NOEXEC, _MOUNT_ATTR_NOSYMFOLLOW = 8, 0x200000
-
-# include/uapi/linux/loop.h
-_LOOP_CTL_GET_FREE = 0x4C82
-_LOOP_CONFIGURE = 0x4C0A
-_LOOP_GET_STATUS64 = 0x4C05
-_LO_FLAGS_READ_ONLY, _LO_FLAGS_AUTOCLEAR = 1, 4
-# struct loop_info64: device, inode, rdevice, offset, sizelimit; number, encrypt_type, key_size, flags;
-# file_name[64], crypt_name[64], encrypt_key[32]; init[2]
-_LOOP_INFO64 = struct.Struct("=5Q4I64s64s32s2Q")
-_LOOP_CONFIG_HEAD = struct.Struct("=II")  # struct loop_config: fd, block_size; info; reserved[8]
-_LOOP_CONFIG_RESERVED = bytes(64)
-_LOOP_TRIES = 64
+_MOUNT_ATTR_STRICTATIME, _MOUNT_ATTR_NODIRATIME = 0x20, 0x80
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
@@ -85,9 +69,6 @@ def _syscall(number: int, *arguments: int | bytes | None) -> int:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
     return result
-
-
-# --- mounting
 
 
 def detached_mount(
@@ -159,6 +140,17 @@ def private_clone(directory: int) -> int:
     return clone
 
 
+def note_reads(fd: int, when: Atime) -> None:
+    """Have the mount of root's that *fd* (O_PATH) is on change times of access (Linux 5.12)."""
+    attributes = 0 if when.files else _MOUNT_ATTR_NOATIME  # 0: relatime
+    if when.files and when.always:
+        attributes = _MOUNT_ATTR_STRICTATIME
+    attributes |= 0 if when.directories else _MOUNT_ATTR_NODIRATIME
+    with suppress(OSError):
+        how = _MOUNT_ATTR.pack(attributes, _MOUNT_ATTR_ATIME | _MOUNT_ATTR_NODIRATIME, 0, 0)
+        _syscall(_SYS_MOUNT_SETATTR, fd, b"", _AT_EMPTY_PATH, how, _MOUNT_ATTR.size)
+
+
 def private_clone_of(path: str) -> int:
     """Return the same of the directory at *path*."""
     fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -194,6 +186,28 @@ def mount(source: str, path: str | bytes, fstype: str, flags: int, options: str)
         raise OSError(code, os.strerror(code), path)
 
 
+def bind(source: str | int, path: str, *, readonly: bool = False) -> None:
+    """Show at *path* what is at *source*, with all that is mounted there, as it is now. Raises OSError."""
+    if isinstance(source, int):
+        source = f"/proc/self/fd/{source}"
+    mount(source, path, "", _MS_BIND | _MS_REC, "")
+    mount("", path, "", _MS_REC | _MS_PRIVATE, "")
+    if readonly:
+        how = _MOUNT_ATTR.pack(_MOUNT_ATTR_RDONLY, 0, 0, 0)
+        _syscall(_SYS_MOUNT_SETATTR, _AT_FDCWD, os.fsencode(path), _AT_RECURSIVE, how, _MOUNT_ATTR.size)
+
+
+def change_root(root: str) -> None:
+    """Let *root*, where something is mounted, be the root of this process, in mounts of its own, and all
+    that it sees. For a process of one thread. Raises OSError."""
+    unshare_slave()
+    os.chdir(root)
+    number = _SYS_PIVOT_ROOT.get(os.uname().machine, _SYS_PIVOT_ROOT_ELSEWHERE)
+    _syscall(number, b".", b".")
+    umount2(".", MNT_DETACH)
+    os.chdir("/")
+
+
 def umount2(path: str | bytes, flags: int = 0) -> None:
     """Unmount what is mounted at *path* (umount2(2)). Blocks unless MNT_DETACH; releases the GIL."""
     if _libc.umount2(os.fsencode(path), flags):
@@ -207,6 +221,42 @@ def leave(mountpoint: str) -> None:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code), mountpoint)
     umount2(mountpoint, MNT_DETACH)
+
+
+def enter_user_namespace(user: int, group: int) -> None:
+    """Be in a user namespace that has this user and group alone, with all capabilities there. Raises OSError.
+
+    For a process of one thread, whose user and group these are.
+    """
+    unshare_users()
+    map_user(user, group)
+
+
+def unshare_users() -> None:
+    """Enter a user namespace that has nobody yet, with all capabilities. For a process of one thread."""
+    if _libc.unshare(_CLONE_NEWUSER):
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+
+
+def map_user(user: int, group: int, inside: int | None = None) -> None:
+    """Let nobody but this user and group be in our user namespace, both by the number *inside* if given."""
+    Path("/proc/self/setgroups").write_text("deny")
+    Path("/proc/self/uid_map").write_text(f"{user if inside is None else inside} {user} 1")
+    Path("/proc/self/gid_map").write_text(f"{group if inside is None else inside} {group} 1")
+
+
+def hide_table() -> None:
+    """Let this process, and the programs that it becomes, see no mounts in /proc/mounts. Raises OSError where
+    it may not have mounts of its own: a user needs a user namespace for that."""
+    namespaces = _CLONE_NEWNS | (0 if os.geteuid() == 0 else _CLONE_NEWUSER)
+    if (
+        _libc.unshare(namespaces)
+        or _libc.mount(None, b"/", None, _MS_REC | _MS_PRIVATE, None)
+        or _libc.mount(b"/dev/null", b"/proc/self/mounts", None, _MS_BIND, None)
+    ):
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), "/proc/mounts")
 
 
 def drop_unused(path: str, dev: str) -> None:
@@ -267,252 +317,7 @@ def _attach(mount: int, place: str) -> None:
 def remount(path: str | bytes, *, readonly: bool) -> None:
     """Let the filesystem that is mounted at *path* be written to, or not any more; noatime. Raises OSError:
     EBUSY for a file in it that is open to write, EROFS or EACCES for a disk that cannot be written to."""
-    flags = _MS_REMOUNT | _MS_NOATIME | (_MS_RDONLY if readonly else 0)
+    flags = MS_REMOUNT | _MS_NOATIME | (_MS_RDONLY if readonly else 0)
     if _libc.mount(None, os.fsencode(path), None, flags, None):
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code), path)
-
-
-# --- loop devices
-
-
-def attach_loop(
-    image: str | bytes | os.PathLike[str] | int, *, readonly: bool = False, offset: int = 0
-) -> tuple[int, str]:
-    """Attach a file to a free loop device; return a descriptor of the device, and its path.
-
-    *image* is a path or an open descriptor, whose open file description (with any flock(2) on it) the
-    kernel then keeps until the device is detached. That happens by itself when the last user of the
-    device, at first the descriptor returned, is gone. *offset* is in bytes. Raises OSError.
-    """
-    if not isinstance(image, int):
-        flags = os.O_RDONLY if readonly else os.O_RDWR
-        fd = os.open(image, flags | os.O_CLOEXEC | os.O_NONBLOCK)  # it may be a fifo by now
-        try:
-            return attach_loop(fd, readonly=readonly, offset=offset)
-        finally:
-            os.close(fd)
-    for _ in range(_LOOP_TRIES):
-        device = _free_loop()
-        fd = os.open(device, (os.O_RDONLY if readonly else os.O_RDWR) | os.O_CLOEXEC)
-        try:
-            fcntl.ioctl(fd, _LOOP_CONFIGURE, _loop_config(image, readonly, offset))
-        except OSError as error:
-            os.close(fd)
-            if error.errno != errno.EBUSY:  # somebody else was faster: take the next one
-                raise
-        else:
-            return fd, device
-    raise OSError(errno.EBUSY, "no loop device could be had, others were faster each time")
-
-
-def _free_loop() -> str:
-    """Return the path of a loop device that nobody uses at the moment."""
-    control = os.open("/dev/loop-control", os.O_RDWR | os.O_CLOEXEC)
-    try:
-        # ioctl(2) answers with the number itself, so it must not be taken for an error.
-        number = int(fcntl.ioctl(control, _LOOP_CTL_GET_FREE))
-    finally:
-        os.close(control)
-    device = f"/dev/loop{number}"
-    if not os.path.exists(device):  # no devtmpfs, or udev is late
-        major, minor = Path(f"/sys/class/block/loop{number}/dev").read_text().split(":")
-        with suppress(FileExistsError):
-            os.mknod(device, stat.S_IFBLK | 0o600, os.makedev(int(major), int(minor)))
-    return device
-
-
-def _loop_config(image_fd: int, readonly: bool, offset: int) -> bytes:
-    flags = _LO_FLAGS_AUTOCLEAR | (_LO_FLAGS_READ_ONLY if readonly else 0)
-    name = os.readlink(b"/proc/self/fd/%d" % image_fd)[:63]
-    info = _LOOP_INFO64.pack(0, 0, 0, offset, 0, 0, 0, 0, flags, name, b"", b"", 0, 0)
-    return _LOOP_CONFIG_HEAD.pack(image_fd, 0) + info + _LOOP_CONFIG_RESERVED
-
-
-def loop_users(path: str | bytes | os.PathLike[str]) -> list[str]:
-    """Return the loop devices that stand on the file *path*, under whatever name they opened it.
-
-    Works without privilege, but for files that were opened under a name that is gone by now.
-    """
-    wanted = os.stat(path)
-    found = []
-    for entry in Path("/sys/block").glob("loop*"):
-        device = f"/dev/{entry.name}"
-        backing = loop_backing(device)
-        if backing is None:
-            continue
-        try:
-            same = os.path.samestat(os.stat(backing), wanted)
-        except OSError:
-            # "NAME (deleted)", or a name of another mount namespace: only the device itself can tell.
-            same = _loop_inode(device) == (wanted.st_dev, wanted.st_ino)
-        if same:
-            found.append(device)
-    return sorted(found)
-
-
-def loop_backing(device: str) -> bytes | None:
-    """Return the name of the file behind a loop device as the kernel tells it; None when detached."""
-    try:
-        name = Path(f"/sys/block/{os.path.basename(device)}/loop/backing_file").read_bytes()
-    except OSError:
-        return None
-    return name.rstrip(b"\n")
-
-
-def _loop_inode(device: str) -> tuple[int, int] | None:
-    buffer = bytearray(_LOOP_INFO64.size)
-    try:
-        with closing(open(device, "rb", buffering=0)) as file:
-            fcntl.ioctl(file, _LOOP_GET_STATUS64, buffer, True)
-    except OSError:
-        return None
-    device_number, inode = struct.unpack_from("=QQ", buffer)
-    return device_number, inode
-
-
-# --- what is mounted
-
-
-@dataclass(frozen=True, slots=True)
-class MountInfo:
-    """One line of /proc/PID/mountinfo (proc_pid_mountinfo(5)), its octal escapes decoded."""
-
-    id: int
-    parent: int
-    dev: str
-    """``major:minor`` of the st_dev of its files."""
-    root: bytes
-    """The directory of the filesystem that is mounted here."""
-    mountpoint: bytes
-    options: str
-    fstype: str
-    source: bytes
-    super_options: str
-    super_words: tuple[str, ...]
-    """The same, split at the commas that no name brought in."""
-
-
-_ESCAPE = re.compile(rb"\\([0-7]{3})")
-
-
-def _unescape(text: bytes) -> bytes:
-    return _ESCAPE.sub(lambda match: bytes([int(match[1], 8)]), text)
-
-
-def parse_mountinfo(text: bytes) -> list[MountInfo]:
-    """Return the mounts that a mountinfo file lists, in its order."""
-    mounts = []
-    for line in filter(None, text.split(b"\n")):  # a mountpoint may have any other kind of line end in it
-        fields = line.split(b" ")
-        dash = fields.index(b"-", 6)  # after a number of optional fields
-        fstype, source, super_options = fields[dash + 1 : dash + 4]
-        mounts.append(
-            MountInfo(
-                id=int(fields[0]),
-                parent=int(fields[1]),
-                dev=fields[2].decode(),
-                root=_unescape(fields[3]),
-                mountpoint=_unescape(fields[4]),
-                options=fields[5].decode(),
-                fstype=_unescape(fstype).decode(errors="replace"),
-                source=_unescape(source),
-                super_options=os.fsdecode(_unescape(super_options)),
-                super_words=tuple(os.fsdecode(_unescape(word)) for word in super_options.split(b",")),
-            )
-        )
-    return mounts
-
-
-def mountinfo() -> list[MountInfo]:
-    """Return the mounts of our namespace, oldest first. Needs no privilege."""
-    return parse_mountinfo(Path("/proc/self/mountinfo").read_bytes())
-
-
-def mount_of(path: str | bytes | os.PathLike[str]) -> MountInfo | None:
-    """Return the topmost mount whose mountpoint is just *path* (made absolute, not resolved)."""
-    wanted = os.fsencode(os.path.abspath(path))
-    found = [mount for mount in mountinfo() if mount.mountpoint == wanted]
-    return found[-1] if found else None
-
-
-def mount_id(fd: int) -> int:
-    """Return the number of the mount that *fd* was opened in: ``id`` of its MountInfo, if it has one."""
-    text = Path(f"/proc/self/fdinfo/{fd}").read_text()
-    return next(int(line.split()[1]) for line in text.splitlines() if line.startswith("mnt_id:"))
-
-
-def where_is(fd: int) -> tuple[str, bytes]:
-    """Return the filesystem (``major:minor``) that *fd* is on, and its path there: that from the root of the
-    filesystem, whatever mount it was opened by."""
-    path, at = os.readlink(b"/proc/self/fd/%d" % fd), mount_id(fd)
-    for mount in mountinfo():
-        if mount.id == at:
-            return mount.dev, mount.root.rstrip(b"/") + path[len(mount.mountpoint.rstrip(b"/")) :]
-    device = os.fstat(fd).st_dev
-    return f"{os.major(device)}:{os.minor(device)}", path
-
-
-# --- locks and processes
-
-
-def who_locks(path: str | bytes | os.PathLike[str]) -> int | None:
-    """Return the process that holds a flock(2) on *path*; None when nobody does that we can see.
-
-    /proc/locks names the process that took the lock. When that one is gone (a daemon's parent; then a PID
-    namespace shows no line at all), the one that has it open now is looked for, which only root can do for
-    the processes of others.
-    """
-    fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
-    try:
-        inode = os.fstat(fd).st_ino
-        device = _device_of(fd)
-    finally:
-        os.close(fd)
-    pids = []
-    # 1: FLOCK  ADVISORY  WRITE 1234 fe:00:123456 0 EOF     ("1: -> FLOCK" waits for it)
-    for line in Path("/proc/locks").read_text().splitlines():
-        fields = line.split()
-        if len(fields) < 6 or fields[1] != "FLOCK":
-            continue
-        major, minor, number = fields[5].split(":")
-        if (int(major, 16), int(minor, 16), int(number)) == (*device, inode):
-            pids.append(int(fields[4]))
-    for pid in pids:
-        if pid > 0 and os.path.exists(f"/proc/{pid}"):
-            return pid
-    return _who_has_locked(inode, device)
-
-
-def _device_of(fd: int) -> tuple[int, int]:
-    """Return the device of the filesystem of *fd*: not st_dev, which btrfs makes up per subvolume."""
-    at = mount_id(fd)
-    for mount in mountinfo():
-        if mount.id == at:
-            major, minor = mount.dev.split(":")
-            return int(major), int(minor)
-    device = os.fstat(fd).st_dev
-    return os.major(device), os.minor(device)
-
-
-def _who_has_locked(inode: int, device: tuple[int, int]) -> int | None:
-    lock = f"{device[0]:02x}:{device[1]:02x}:{inode} "
-    for entry in Path("/proc").glob("[0-9]*/fdinfo/*"):
-        with suppress(OSError):
-            if any(line.startswith("lock:") and lock in line for line in entry.read_text().splitlines()):
-                return int(entry.parts[2])
-    return None
-
-
-def wait_pid_gone(pid: int, timeout: float) -> bool:
-    """Wait until process *pid* has ended, at most *timeout* seconds; say whether it has. Blocks."""
-    try:
-        fd = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return True
-    try:
-        poll = select.poll()
-        poll.register(fd, select.POLLIN)
-        return bool(poll.poll(timeout * 1000))
-    finally:
-        os.close(fd)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-from cowfs.linux.mounts import MountInfo, parse_mountinfo
+from cowfs.linux.mount_table import MountInfo, parse_mountinfo
 
 
 def mounted_elsewhere() -> Iterator[tuple[int, list[MountInfo]]]:
@@ -22,6 +22,15 @@ def mounted_elsewhere() -> Iterator[tuple[int, list[MountInfo]]]:
         except OSError:
             continue  # it ended, or is somebody else's
         yield int(pid), mounts
+
+
+def is_seen(pid: int) -> bool:
+    """Whether what a process has mounted can be seen by us: not what is in a user namespace beside ours."""
+    try:
+        with open(f"/proc/{pid}/uid_map", "rb") as theirs, open("/proc/self/uid_map", "rb") as ours:
+            return theirs.read() == ours.read() or bool(_namespace(str(pid)))
+    except OSError:
+        return False
 
 
 def _namespace(pid: str) -> str:

@@ -9,8 +9,8 @@ SAFE_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 _E2FSPROGS = ("E2FSCK_", "E2FSPROGS_", "E2IMAGE_", "EXT2FS_", "MKE2FS_", "RESIZE2FS_", "TEST_IO_", "BLKID_")
 """What variables begin with that change what e2fsprogs does: its configuration, its clock, its checks."""
 _OURS = frozenset(
-    {"LANG", "LC_ALL", "LC_CTYPE", "TERM", "COLUMNS", "NO_COLOR"}
-    | {"NOTIFY_SOCKET", "XDG_RUNTIME_DIR", "COVERAGE_PROCESS_CONFIG"}
+    {"LANG", "LC_ALL", "LC_CTYPE", "TERM", "COLUMNS", "NO_COLOR", "COWFS_DEBUG"}
+    | {"NOTIFY_SOCKET", "XDG_RUNTIME_DIR", "COVERAGE_PROCESS_CONFIG", "SOURCE_DATE_EPOCH"}
 )
 """What means something to us, or to what measures the tests of us in the processes that we fork."""
 
@@ -38,10 +38,19 @@ def environment() -> dict[str, str]:
     return {**own, "LC_ALL": "C"}
 
 
+_given: dict[bytes, bytes] = {}
+
+
+def given_environment() -> dict[bytes, bytes]:
+    """Return the environment that our caller gave us: for the programs that are not ours."""
+    return _given or dict(os.environb)
+
+
 def clean_own_environment() -> None:
     """As root, forget what the caller's environment would make us, or a library of ours, do otherwise."""
     if os.geteuid() != 0:
         return
+    _given.update(os.environb)
     for name in [name for name in os.environ if name not in _OURS]:
         del os.environ[name]
     os.environ["PATH"] = SAFE_PATH

@@ -9,16 +9,17 @@ import os
 import re
 import stat
 
+from cowfs.linux import filesystems
 from cowfs.linux.files import fs_magic
 
 _OWN = {
-    *(0xEF53, 0x58465342, 0x9123683E, 0xF2F52010, 0xCA451A4E),  # ext2 to 4, xfs, btrfs, f2fs, bcachefs
-    *(0x01021994, 0x858458F6, 0x62656572, 0x9FA0),  # tmpfs, ramfs, sysfs, proc
-    *(0x73717368, 0xE0F5E1E2, 0x28CD3D45, 0x453DCD28, 0x7275),  # squashfs, erofs, cramfs, romfs
-    *(0x9660, 0x15013346, 0x4D44, 0x2011BAB0, 0x7366746E, 0x5346544E),  # iso9660, udf, fat, exfat, ntfs
-    *(0x2FC12FC1, 0x3153464A, 0x52654973, 0x3434, 0x00011954),  # zfs, jfs, reiserfs, nilfs, ufs
-    *(0x4244, 0x482B, 0x137F, 0x138F, 0x2468, 0x2478, 0x4D5A, 0x5A4F4653),  # hfs, hfs+, minix, zonefs
-    *(0x794C7630, 0x24051905, 0x72B6),  # overlayfs, ubifs, jffs2
+    *(filesystems.EXT, filesystems.XFS, filesystems.BTRFS, filesystems.F2FS, filesystems.BCACHEFS),
+    *(filesystems.TMPFS, filesystems.RAMFS, filesystems.SYSFS, filesystems.PROC, filesystems.OVERLAYFS),
+    *(filesystems.SQUASHFS, filesystems.EROFS, filesystems.CRAMFS, filesystems.CRAMFS_SWAPPED),
+    *(filesystems.ROMFS, filesystems.ISOFS, filesystems.UDF, filesystems.FAT, filesystems.EXFAT),
+    *(filesystems.NTFS, filesystems.NTFS3, filesystems.ZFS, filesystems.JFS, filesystems.REISERFS),
+    *(filesystems.NILFS, filesystems.UFS, filesystems.HFS, filesystems.HFSPLUS, *filesystems.MINIX),
+    *(filesystems.ZONEFS, filesystems.UBIFS, filesystems.JFFS2),
 }
 """f_type of statfs(2). What is not here, FUSE and the network's filesystems and those unknown, may wait."""
 _FAR_DISKS = re.compile(r"(nbd|rbd|drbd|ublkb|etherd)")

@@ -33,7 +33,8 @@ _REFUSED_AT_LAST = """
 _TSYNC = 4  # SCMP_FLTATR_CTL_TSYNC
 _ALLOW = 0x7FFF0000
 _EPERM = 0x00050000 | errno.EPERM
-_NOT_EQUAL = 1  # SCMP_CMP_NE
+_NOTHING = 0x00050000  # SCMP_ACT_ERRNO(0)
+_NOT_EQUAL, _GREATER = 1, 6  # SCMP_CMP_NE, SCMP_CMP_GT
 _UNKNOWN = -1  # __NR_SCMP_ERROR
 
 
@@ -59,7 +60,29 @@ def refuse_for_good() -> None:
     _load(_REFUSED_AT_LAST, sockets=False)
 
 
-def _load(refused: str, *, sockets: bool) -> None:
+def refuse_all_but_network() -> None:
+    """Refuse to all threads, for good, what has no use for one that asks servers for bytes. OSError."""
+    _load(f"{_REFUSED} {_RINGS} {_REFUSED_AT_LAST}", sockets=False)
+
+
+_OWNERS = {"chown": 1, "lchown": 1, "fchown": 1, "fchownat": 2, "chown32": 1, "lchown32": 1, "fchown32": 1}
+"""The calls that change an owner; which argument is the user, and the next one the group."""
+
+
+def ignore_chown() -> None:
+    """Let a change of owner to any other user or group than 0 do nothing, and succeed; for good. OSError."""
+    library = _library()
+    context = _context(library)
+    try:
+        for name, user in _OWNERS.items():
+            for argument in (user, user + 1):
+                _rule(library, context, _NOTHING, name, _Comparison(argument, _GREATER, 0, 0))
+        _check(library.seccomp_load(context))
+    finally:
+        library.seccomp_release(context)
+
+
+def _library() -> ctypes.CDLL:
     try:
         library = ctypes.CDLL("libseccomp.so.2")
     except OSError:
@@ -75,9 +98,19 @@ def _load(refused: str, *, sockets: bool) -> None:
     )
     library.seccomp_attr_set.argtypes = (ctypes.c_void_p, ctypes.c_int, ctypes.c_uint32)
     library.seccomp_load.argtypes = library.seccomp_release.argtypes = (ctypes.c_void_p,)
-    context = library.seccomp_init(_ALLOW)
+    return library
+
+
+def _context(library: ctypes.CDLL) -> int:
+    context: int | None = library.seccomp_init(_ALLOW)
     if not context:
         raise OSError(errno.EINVAL, "libseccomp does not know this machine")
+    return context
+
+
+def _load(refused: str, *, sockets: bool) -> None:
+    library = _library()
+    context = _context(library)
     try:
         if sockets:
             _refuse(library, context, "socket", _Comparison(0, _NOT_EQUAL, socket.AF_UNIX, 0))
@@ -91,11 +124,15 @@ def _load(refused: str, *, sockets: bool) -> None:
 
 
 def _refuse(library: ctypes.CDLL, context: int, name: str, *only: _Comparison) -> None:
+    _rule(library, context, _EPERM, name, *only)
+
+
+def _rule(library: ctypes.CDLL, context: int, action: int, name: str, *only: _Comparison) -> None:
     number = library.seccomp_syscall_resolve_name(name.encode())
     if number == _UNKNOWN:  # newer than the library
         return
     _check(
-        library.seccomp_rule_add_array(context, _EPERM, number, len(only), (_Comparison * len(only))(*only))
+        library.seccomp_rule_add_array(context, action, number, len(only), (_Comparison * len(only))(*only))
     )
 
 

@@ -23,11 +23,11 @@ _MASK = struct.Struct("=Q120x")  # glibc's sigset_t: bit n - 1 is signal n
 
 
 def hold_back() -> None:
-    """Block the signals that ask to end, in this thread and those that it starts, until :func:`let_come`."""
+    """Block the signals that ask to end, in this thread and those that it starts, until :func:`unblock`."""
     signal.pthread_sigmask(signal.SIG_BLOCK, ASKS_TO_END)
 
 
-def let_come() -> None:
+def unblock() -> None:
     """Let them have their usual effect again, also those that came meanwhile."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKS_TO_END)
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable
 from contextlib import suppress
 
-from cowfs.linux import outside
+from cowfs.linux import helper_process
 
 _COUNT = "/sys/power/suspend_stats/success"
 
@@ -28,13 +28,13 @@ class Disks:
             self._count = -1
         self._slept = _slept(self._count)
 
-    def look_after_sleep(self) -> None:
+    def reopen_after_sleep(self) -> None:
         """Open the disks if the machine has slept since the last call. Costs some us when it has not."""
         slept = _slept(self._count)
         if slept == self._slept:
             return
         self._slept = slept
-        elsewhere = outside.current()
+        elsewhere = helper_process.current()
         if elsewhere is not None:
             with suppress(OSError):
                 elsewhere.ask("wake")

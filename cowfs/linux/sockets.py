@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from cowfs.linux.fuse import FSTYPE
-from cowfs.linux.mounts import mountinfo
+from cowfs.linux.mount_table import mountinfo
 from cowfs.linux.namespaces import mounted_elsewhere
 
 _UCRED = struct.Struct("=iII")  # struct ucred: pid, uid, gid

@@ -5,16 +5,18 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
-from cowfs.linux.mounts import mount_id, mountinfo
+from cowfs.linux.mount_table import mount_id, mountinfo
 
 _LINKS = 40
 """As many symbolic links as the kernel follows (MAXSYMLINKS in include/linux/namei.h)."""
+_MOST_SEEN = 20_000
+"""So many names of a directory are looked at: some 50 ms."""
 
 
-def who_can_change(path: str | bytes) -> str | None:
-    """Return why others than root can change what *path* leads to; None when they cannot.
+def who_can_change(path: str | bytes, trusted: Collection[int] = (0,)) -> str | None:
+    """Return why others than the *trusted* users can change what *path* leads to; None when they cannot.
 
     Looks at each directory and symbolic link on the way, and at the file itself: its owner, its permissions
     (an ACL's are within the group's, acl(5)), and who serves its filesystem. A directory with the sticky bit
@@ -23,29 +25,85 @@ def who_can_change(path: str | bytes) -> str | None:
     Of a directory's content nothing is looked at: there the kernel sees to it that nobody makes set-user-ID
     files and devices of root's.
     """
-    served = _served_by_users({0})
+    served = _served_by_users(trusted)
     for here, info in _way(path):
-        reason = _why(here, info) or _why_served(here, info, served)
+        reason = _why(here, info, trusted) or _why_served(here, info, served)
         if reason is not None:
             return reason
     return None
 
 
-def who_leads_astray(path: str | bytes) -> str | None:
+def who_can_redirect(path: str | bytes, fd: int = -1) -> str | None:
     """Return why another user, neither root nor ourselves, can let *path* lead to any directory at all; None
     when nobody can: by a symbolic link of theirs, or on a filesystem that they serve. OSError as above.
 
+    With *fd*, which was opened by *path*, this holds for what that is on, whatever has become of the path.
     Who may only rename what is on the way can choose among the directories that are there.
     """
     mine = {0, os.geteuid()}
     served = _served_by_users(mine)
+    here, info = b"/", os.stat("/")
     for here, info in _way(path):
         if stat.S_ISLNK(info.st_mode) and info.st_uid not in mine:
-            return f"{os.fsdecode(here)} is a symbolic link of another user's (uid {info.st_uid})"
+            return f"{os.fsdecode(here)} is a symbolic link owned by another user (uid {info.st_uid})"
         reason = _why_served(here, info, served)
         if reason is not None:
             return reason
+    if fd >= 0 and not os.path.samestat(info, os.fstat(fd)):
+        return f"{os.fsdecode(here)} is another file by now"
     return None
+
+
+def who_can_substitute(path: str | bytes, fd: int) -> str | None:
+    """Return why the file that was opened by *path*, to be written to, may not be the one that is meant; None
+    if it is: nobody but root and ourselves has led there by a symbolic link, or by a second name.
+
+    The kernel forbids such links in directories for all where fs.protected_symlinks and
+    fs.protected_hardlinks of sysctl(8) are on. OSError if it leads nowhere by now.
+    """
+    mine, seen = {0, os.geteuid()}, os.fstat(fd)
+    here, info = b"/", seen
+    for here, info in _way(path):
+        if stat.S_ISLNK(info.st_mode) and info.st_uid not in mine:
+            return f"{os.fsdecode(here)} is a symbolic link of another user's (uid {info.st_uid})"
+    if not os.path.samestat(info, seen):
+        return f"{os.fsdecode(here)} is another file by now"
+    above = os.stat(os.path.dirname(here))
+    if stat.S_ISREG(seen.st_mode) and seen.st_nlink > 1:
+        if above.st_uid not in mine or above.st_mode & stat.S_IWOTH:
+            return f"{os.fsdecode(here)} has another name, and others may write to its directory"
+    return None
+
+
+def is_public(path: str | bytes) -> bool:
+    """Whether everybody may read all that *path* leads to: a file, or a directory with all that is in it.
+
+    False for a directory with so much in it that it would take long to know. OSError if it leads nowhere.
+    """
+    *way, (there, info) = _way(path)
+    if not all(stat.S_ISLNK(here.st_mode) or here.st_mode & stat.S_IXOTH for _, here in way):
+        return False
+    if not stat.S_ISDIR(info.st_mode):
+        return stat.S_ISREG(info.st_mode) and bool(info.st_mode & stat.S_IROTH)
+    if not _is_shown(info):
+        return False
+    seen, directories = 0, [there]
+    while directories:
+        with os.scandir(directories.pop()) as entries:
+            for entry in entries:
+                info = entry.stat(follow_symlinks=False)
+                seen += 1
+                if seen > _MOST_SEEN or not _is_shown(info):
+                    return False
+                if entry.is_dir(follow_symlinks=False):
+                    directories.append(entry.path)
+    return True
+
+
+def _is_shown(info: os.stat_result) -> bool:
+    """Whether everybody may read a file, or list a directory and use what is in it."""
+    wanted = stat.S_IROTH | (stat.S_IXOTH if stat.S_ISDIR(info.st_mode) else 0)
+    return stat.S_ISLNK(info.st_mode) or info.st_mode & wanted == wanted
 
 
 def _way(path: str | bytes) -> Iterator[tuple[bytes, os.stat_result]]:
@@ -74,14 +132,33 @@ def _way(path: str | bytes) -> Iterator[tuple[bytes, os.stat_result]]:
             at = here
 
 
-def _why(path: bytes, info: os.stat_result) -> str | None:
+def forbidden(paths: Iterable[str], trusted: Collection[int] = (0,)) -> dict[str, str]:
+    """Return why ``nosuid`` and ``nodev`` must hold for what is read from *paths*: others than the *trusted*
+    users made it, or can change it.
+
+    Whoever can change an image, a store or the way to it could give themselves a set-user-ID program of
+    another user's, or a device. Of what is not there the directory counts in which it will be made.
+    """
+    why: dict[str, str] = {}
+    for path in paths:
+        there = path if os.path.lexists(path) else os.path.dirname(path)
+        reason = who_can_change(there, trusted)
+        if reason is not None:
+            return dict.fromkeys(("nosuid", "nodev"), reason)
+        for option in mount_forbids(there):
+            why.setdefault(option, f"{path} is on a filesystem that is mounted {option}")
+    return why
+
+
+def _why(path: bytes, info: os.stat_result, trusted: Collection[int]) -> str | None:
     shown = os.fsdecode(path)
-    if info.st_uid != 0:
+    if info.st_uid not in trusted:
         return f"{shown} belongs to uid {info.st_uid}"
     if stat.S_ISLNK(info.st_mode) or (stat.S_ISDIR(info.st_mode) and info.st_mode & stat.S_ISVTX):
         return None
     if info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        return f"{shown} can be written to by others than root"
+        others = "root" if trusted == (0,) else "its owner"
+        return f"{shown} is writable by users other than {others}"
     return None
 
 
@@ -100,7 +177,7 @@ def _served_by_users(trusted: Collection[int]) -> dict[str, int]:
 
 def _why_served(path: bytes, info: os.stat_result, served: dict[str, int]) -> str | None:
     who = served.get(f"{os.major(info.st_dev)}:{os.minor(info.st_dev)}")
-    return None if who is None else f"{os.fsdecode(path)} is on a filesystem that uid {who} serves"
+    return None if who is None else f"{os.fsdecode(path)} is on a filesystem served by uid {who}"
 
 
 def mount_forbids(path: str | bytes) -> set[str]:

@@ -1,13 +1,10 @@
-"""The writable store: opened by :func:`cowfs.store.open.open_store`.
+"""The writable store: opened by :func:`cowfs.store.served.open.open_store`.
 
-    open                    image | directory | memory: what a store may be
-    store                   the open store: its layer, its directories, its header
-    create grow check info  what can be done to one that is not open
-    layout header lock      what stands at its root, what it tells about itself, who has it
-    identity                what a lower is recognised by
-    superblock sniff        is this file a store, and if not, what is it
-    tools signals           running e2fsprogs
-    sizes                   read and write sizes, is there room for one
+    disks       find stores on block devices
+    offline     create, grow, check, describe and keep a store
+    served      the store of a mount: open it as image, directory or memory; its lock; room on its disk
+    e2fsprogs   run mke2fs, e2fsck and resize2fs
+    format      what a store looks like on disk: header, layout, mark, checkpoints; identities of lowers
 
-Nothing here is imported by the package itself.
+Each imports only those below it. Nothing here is imported by the package itself.
 """

@@ -1,0 +1,89 @@
+"""A file that is open without a descriptor: each call opens it anew.
+
+That is for those who open more files than there are descriptors. It costs two system calls more for each read
+and write, and there is no number of them at which the next one must be refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Protocol, runtime_checkable
+
+from cowfs.layers.base import File, Key
+from cowfs.types import Attr
+
+
+@runtime_checkable
+class Reopens(Protocol):
+    """A layer whose files can be open so."""
+
+    def reopened(self, key: Key, flags: int) -> File:
+        """Open a regular file as :meth:`LowerLayer.open` does, and keep no descriptor."""
+        ...
+
+
+class Reopened:
+    """A :class:`cowfs.layers.base.File`. As the layer's own methods, for the thread that uses the layer."""
+
+    __slots__ = ("_open",)
+
+    def __init__(self, open_: Callable[[], File]) -> None:
+        """*open_* opens the file. What it raises is raised here too."""
+        self._open = open_
+        open_().close()
+
+    @contextmanager
+    def opened(self) -> Iterator[File]:
+        """Open it for as long as this takes."""
+        file = self._open()
+        try:
+            yield file
+        finally:
+            file.close()
+
+    def pread(self, size: int, offset: int) -> bytes:
+        with self.opened() as file:
+            return file.pread(size, offset)
+
+    try_pread = pread
+
+    def pwrite(self, data: bytes, offset: int) -> int:
+        with self.opened() as file:
+            return file.pwrite(data, offset)
+
+    def truncate(self, size: int) -> None:
+        with self.opened() as file:
+            file.truncate(size)
+
+    def fsync(self, datasync: bool) -> None:
+        with self.opened() as file:
+            file.fsync(datasync)
+
+    def stat(self) -> Attr:
+        with self.opened() as file:
+            return file.stat()
+
+    def segments(self, end: int, start: int = 0) -> Iterator[tuple[int, int]]:
+        with self.opened() as file:
+            yield from file.segments(end, start)
+
+    def fileno(self) -> int:
+        return -1
+
+    def copy_to(self, target: File, size: int | None = None) -> None:
+        with self.opened() as file:
+            file.copy_to(target, size)
+
+    def close(self) -> None:
+        """Do nothing: nothing is open."""
+
+
+@contextmanager
+def at_hand(file: File) -> Iterator[File]:
+    """Yield what any thread may use: the file itself, or the same with a descriptor meanwhile."""
+    if isinstance(file, Reopened):
+        with file.opened() as opened:
+            yield opened
+    else:
+        yield file

@@ -1,0 +1,109 @@
+"""By what the inodes of a directory layer live on that have lost their names while somebody uses them.
+
+A descriptor each. Who holds on to many of them (open(2) with O_PATH tells us nothing) must not take all that
+there are: beyond some number they cost none. A file is given a name where nobody sees it, with which it goes
+at last; a directory, in which there will never be anything again, leaves its attributes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+from cowfs.layers import beneath
+from cowfs.layers.beneath import DIRECTORY
+from cowfs.layers.keys import PathKey
+from cowfs.linux import limits
+from cowfs.types import Attr, own_attr
+
+_PART = 8
+"""One part of so many of all descriptors is for them."""
+
+
+class Nameless:
+    """Those of one layer; *descriptor_of* gives one of a directory, *by_fd* calls with one of any inode."""
+
+    def __init__(self, descriptor_of: Callable[[PathKey], int], by_fd: Callable[..., Any]) -> None:
+        self._descriptor_of = descriptor_of
+        self._by_fd = by_fd
+        self.place: PathKey | None = None
+        """The directory for hidden names."""
+        self.pinned: set[PathKey] = set()
+        """Those with descriptors."""
+        self.hidden: dict[int, PathKey] = {}
+        """By mark."""
+        self._left: dict[PathKey, Attr] = {}
+        self._numbers = itertools.count()
+
+    def are_many(self) -> bool:
+        """Whether one more shall have no descriptor if that can be."""
+        return len(self.pinned) >= limits.descriptors() // _PART
+
+    # --- files
+
+    def hide(self, key: PathKey) -> bytes | None:
+        """Give a file a hidden name besides the one that it has; None if it can have none."""
+        place = self.place
+        if place is None or key.mark & 15 == DIRECTORY or key.mark in self.hidden:
+            return None
+        name = b"#gone-%x" % next(self._numbers)
+        try:
+            self._by_fd(key, lambda fd: beneath.link(fd, self._descriptor_of(place), name))
+        except OSError:  # no hard links here, or too many of this one
+            return None
+        return name
+
+    def has_only(self, key: PathKey, name: bytes) -> None:
+        """Let a key be that of the hidden name from now on."""
+        key.parent, key.name = self.place, name
+        self.hidden[key.mark] = key
+
+    def remove(self, name: bytes) -> None:
+        """Remove a hidden name."""
+        assert self.place is not None
+        with suppress(OSError):  # what stays goes at the next mount
+            beneath.unlink(self._descriptor_of(self.place), name)
+
+    # --- directories
+
+    def leaves(self, key: PathKey, attr: Attr) -> None:
+        """Remember the attributes that a directory had in the end."""
+        self._left[key] = _with_nlink(attr, 0)
+
+    def attributes(self, key: PathKey) -> Attr | None:
+        """Return what is known of a directory."""
+        return self._left.get(key)
+
+    # --- all
+
+    def seen(self, mark: int, attr: Attr) -> Attr:
+        """Return attributes without the name that nobody sees."""
+        return attr if mark not in self.hidden else _with_nlink(attr, attr.st_nlink - 1)
+
+    def forget(self, key: PathKey) -> None:
+        """Let go of an inode, but for its descriptor."""
+        self.pinned.discard(key)
+        self._left.pop(key, None)
+        if self.hidden.get(key.mark) is key:
+            del self.hidden[key.mark]
+            self.remove(key.name)
+
+    def close(self) -> None:
+        """Let go of all."""
+        for key in list(self.hidden.values()):
+            self.forget(key)
+        for key in self.pinned:
+            if key.fd >= 0:
+                os.close(key.fd)
+                key.fd = -1
+        self.pinned.clear()
+        self._left.clear()
+
+
+def _with_nlink(attr: Attr, nlink: int) -> Attr:
+    counted = own_attr(attr)
+    counted.st_nlink = nlink
+    return counted

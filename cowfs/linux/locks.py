@@ -1,0 +1,87 @@
+"""Who holds a lock on a file."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import os
+import struct
+from contextlib import suppress
+from pathlib import Path
+
+from cowfs.linux.files import matching
+from cowfs.linux.mount_table import mount_id, mountinfo
+
+
+def who_locks(path: str | bytes | os.PathLike[str]) -> int | None:
+    """Return the process that holds a flock(2) on *path*; None when nobody does that we can see.
+
+    /proc/locks names the process that took the lock. When that one is gone (a daemon's parent; then a PID
+    namespace shows no line at all), the one that has it open now is looked for, which only root can do for
+    the processes of others.
+    """
+    fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    try:
+        inode = os.fstat(fd).st_ino
+        device = _device_of(fd)
+    finally:
+        os.close(fd)
+    pids = []
+    # 1: FLOCK  ADVISORY  WRITE 1234 fe:00:123456 0 EOF     ("1: -> FLOCK" waits for it)
+    for line in Path("/proc/locks").read_text().splitlines():
+        fields = line.split()
+        if len(fields) < 6 or fields[1] != "FLOCK":
+            continue
+        major, minor, number = fields[5].split(":")
+        if (int(major, 16), int(minor, 16), int(number)) == (*device, inode):
+            pids.append(int(fields[4]))
+    for pid in pids:
+        if pid > 0 and os.path.exists(f"/proc/{pid}"):
+            return pid
+    return _who_has_locked(inode, device)
+
+
+_FLOCK = struct.Struct("hhqqi4x")
+"""struct flock: type, whence, start, length, pid."""
+
+
+def place_of(dev: int, ino: int) -> int:
+    """Return the byte of a file of locks that stands for an inode."""
+    return int.from_bytes(hashlib.blake2b(b"%d:%d" % (dev, ino), digest_size=7).digest())
+
+
+def take_place(fd: int, place: int) -> bool:
+    """Lock one byte of a file (F_OFD_SETLK), until *fd* is closed; return whether nobody else has it."""
+    try:
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, place, 1, 0))
+    except OSError as error:
+        if error.errno in {errno.EAGAIN, errno.EACCES}:
+            return False
+        raise
+    return True
+
+
+def who_has_place(fd: int, place: int) -> int | None:
+    """Return the process that has that byte locked; None if we see none."""
+    return _who_has_locked(os.fstat(fd).st_ino, _device_of(fd), f"{place} ")
+
+
+def _device_of(fd: int) -> tuple[int, int]:
+    """Return the device of the filesystem of *fd*: not st_dev, which btrfs makes up per subvolume."""
+    at = mount_id(fd)
+    for mount in mountinfo():
+        if mount.id == at:
+            major, minor = mount.dev.split(":")
+            return int(major), int(minor)
+    device = os.fstat(fd).st_dev
+    return os.major(device), os.minor(device)
+
+
+def _who_has_locked(inode: int, device: tuple[int, int], start: str = "") -> int | None:
+    lock = f"{device[0]:02x}:{device[1]:02x}:{inode} {start}"
+    for entry in matching("/proc", "[0-9]*/fdinfo/*"):
+        with suppress(OSError):
+            if any(line.startswith("lock:") and lock in line for line in entry.read_text().splitlines()):
+                return int(entry.parts[2])
+    return None

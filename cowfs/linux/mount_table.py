@@ -1,0 +1,87 @@
+"""What is mounted: the kernel's table of this mount namespace, and which mount a path or descriptor is on."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class MountInfo:
+    """One line of /proc/PID/mountinfo (proc_pid_mountinfo(5)), its octal escapes decoded."""
+
+    id: int
+    parent: int
+    dev: str
+    """``major:minor`` of the st_dev of its files."""
+    root: bytes
+    """The directory of the filesystem that is mounted here."""
+    mountpoint: bytes
+    options: str
+    fstype: str
+    source: bytes
+    super_options: str
+    super_words: tuple[str, ...]
+    """The same, split at the commas that no name brought in."""
+
+
+_ESCAPE = re.compile(rb"\\([0-7]{3})")
+
+
+def _unescape(text: bytes) -> bytes:
+    return _ESCAPE.sub(lambda match: bytes([int(match[1], 8)]), text)
+
+
+def parse_mountinfo(text: bytes) -> list[MountInfo]:
+    """Return the mounts that a mountinfo file lists, in its order."""
+    mounts = []
+    for line in filter(None, text.split(b"\n")):  # a mountpoint may have any other kind of line end in it
+        fields = line.split(b" ")
+        dash = fields.index(b"-", 6)  # after a number of optional fields
+        fstype, source, super_options = fields[dash + 1 : dash + 4]
+        mounts.append(
+            MountInfo(
+                id=int(fields[0]),
+                parent=int(fields[1]),
+                dev=fields[2].decode(),
+                root=_unescape(fields[3]),
+                mountpoint=_unescape(fields[4]),
+                options=fields[5].decode(),
+                fstype=_unescape(fstype).decode(errors="replace"),
+                source=_unescape(source),
+                super_options=os.fsdecode(_unescape(super_options)),
+                super_words=tuple(os.fsdecode(_unescape(word)) for word in super_options.split(b",")),
+            )
+        )
+    return mounts
+
+
+def mountinfo() -> list[MountInfo]:
+    """Return the mounts of our namespace, oldest first. Needs no privilege."""
+    return parse_mountinfo(Path("/proc/self/mountinfo").read_bytes())
+
+
+def mount_of(path: str | bytes | os.PathLike[str]) -> MountInfo | None:
+    """Return the topmost mount whose mountpoint is just *path* (made absolute, not resolved)."""
+    wanted = os.fsencode(os.path.abspath(path))
+    found = [mount for mount in mountinfo() if mount.mountpoint == wanted]
+    return found[-1] if found else None
+
+
+def mount_id(fd: int) -> int:
+    """Return the number of the mount that *fd* was opened in: ``id`` of its MountInfo, if it has one."""
+    text = Path(f"/proc/self/fdinfo/{fd}").read_text()
+    return next(int(line.split()[1]) for line in text.splitlines() if line.startswith("mnt_id:"))
+
+
+def where_is(fd: int) -> tuple[str, bytes]:
+    """Return the filesystem (``major:minor``) that *fd* is on, and its path there: that from the root of the
+    filesystem, whatever mount it was opened by."""
+    path, at = os.readlink(b"/proc/self/fd/%d" % fd), mount_id(fd)
+    for mount in mountinfo():
+        if mount.id == at:
+            return mount.dev, mount.root.rstrip(b"/") + path[len(mount.mountpoint.rstrip(b"/")) :]
+    device = os.fstat(fd).st_dev
+    return f"{os.major(device)}:{os.minor(device)}", path

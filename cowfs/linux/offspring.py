@@ -1,0 +1,74 @@
+"""The processes that a command has started, and left running."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import time
+from contextlib import suppress
+from pathlib import Path
+
+_PR_SET_CHILD_SUBREAPER = 36  # include/uapi/linux/prctl.h
+_LONGEST = 10.0
+"""Seconds after which those that were killed are given up."""
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def adopt() -> set[int]:
+    """Become the parent of processes whose own has ended (prctl(2)); return the children there are now."""
+    _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    return _children()
+
+
+def end_all(spared: set[int], patience: float = 2.0) -> tuple[list[str], list[str]]:
+    """End all children but those *spared*, and theirs; return the names of their programs, and of those that
+    do not end: SIGKILL does not end who waits for a disk or a server. Blocks.
+
+    They are asked with SIGTERM first, and have *patience* seconds. Those that are found later are killed at
+    once: some fork again and again.
+    """
+    names: dict[int, str] = {}
+    late_at = time.monotonic() + patience
+    while found := _alive(spared):
+        now = time.monotonic()
+        late = now > late_at
+        if now > late_at + _LONGEST:
+            left = [names.pop(pid, f"{_name(pid)} ({pid})") for pid in found]
+            return list(names.values()), left
+        for pid in found:
+            is_known = pid in names
+            names.setdefault(pid, f"{_name(pid)} ({pid})")
+            if late or not is_known:
+                with suppress(OSError):
+                    os.kill(pid, signal.SIGKILL if late else signal.SIGTERM)
+        if not late:
+            time.sleep(0.01)
+    return list(names.values()), []
+
+
+def _alive(spared: set[int]) -> list[int]:
+    """Return the children that have not ended; those that have are taken note of."""
+    alive = []
+    for pid in _children() - spared:
+        with suppress(ChildProcessError):
+            if os.waitpid(pid, os.WNOHANG)[0] == 0:
+                alive.append(pid)
+    return alive
+
+
+def _children() -> set[int]:
+    with suppress(OSError):  # CONFIG_PROC_CHILDREN
+        return set(map(int, Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()))
+    found = set()
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with suppress(OSError, ValueError):
+            if int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]) == os.getpid():
+                found.add(int(pid))
+    return found
+
+
+def _name(pid: int) -> str:
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/comm").read_text(errors="replace").strip()
+    return "?"

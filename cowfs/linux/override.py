@@ -1,0 +1,148 @@
+"""Read what belongs to this user, whatever its mode, as the root of a user namespace may.
+
+Whoever owns a file of mode 000 could change its mode; but a lower is never written to. A process in a user
+namespace of its own, in which there is nobody but this user, has CAP_DAC_OVERRIDE for what is this user's and
+their group's (capable_wrt_inode_uidgid() in kernel/capability.c). We cannot live there: all others' files
+would belong to nobody. So it is a process beside us, forked when it is first needed, which opens what we ask
+for.
+"""
+
+from __future__ import annotations
+
+import array
+import errno
+import json
+import os
+import signal
+import socket
+import threading
+import warnings
+from contextlib import suppress
+from typing import Any, NoReturn
+
+from cowfs.linux import files, mounts
+
+_LONGEST = 1 << 17
+_MAY = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOATIME | os.O_CLOEXEC
+"""No other flags: nothing is opened to be written to."""
+
+
+class _Beside:
+    """The process, seen from here."""
+
+    def __init__(self) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        user, group = os.geteuid(), os.getegid()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it does system calls alone, and takes no lock of other threads
+            self._pid = os.fork()
+        if self._pid == 0:
+            _serve(theirs, user, group)
+        theirs.close()
+        self._connection = ours
+        self._lock = threading.Lock()
+
+    def ask(self, fd: int, **request: Any) -> tuple[Any, int]:
+        with self._lock:
+            socket.send_fds(self._connection, [json.dumps(request).encode()], [fd])
+            answer, fds, _, _ = socket.recv_fds(self._connection, _LONGEST, 1, socket.MSG_CMSG_CLOEXEC)
+        if not answer:
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+        reply = json.loads(answer)
+        if isinstance(reply, dict):
+            raise OSError(reply["errno"], os.strerror(reply["errno"]))
+        return reply, fds[0] if fds else -1
+
+
+_beside: _Beside | None = None
+_cannot = False
+
+
+def _ask(fd: int, **request: Any) -> tuple[Any, int]:
+    """Have a call made; EACCES where that cannot be."""
+    global _beside, _cannot  # noqa: PLW0603 - a process has one
+    try:
+        if _cannot or os.geteuid() == 0:
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+        if _beside is None:
+            _beside = _Beside()
+        return _beside.ask(fd, **request)
+    except (BrokenPipeError, ConnectionError):  # no user namespaces here
+        _cannot = True
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES)) from None
+
+
+def open_at(directory: int, name: bytes, flags: int, *, beneath: bool) -> int:
+    """Do openat(2), or :func:`cowfs.linux.files.open_beneath`, to read or for O_PATH."""
+    return _ask(directory, call="at", name=name.decode("latin-1"), flags=flags, beneath=beneath)[1]
+
+
+def reopen(fd: int, flags: int) -> int:
+    """Open what a descriptor is on, to read it."""
+    return _ask(fd, call="reopen", flags=flags)[1]
+
+
+def listxattr(fd: int) -> list[bytes]:
+    """Return the names of the attributes of what a descriptor is on."""
+    return [name.encode("latin-1") for name in _ask(fd, call="list")[0]]
+
+
+def getxattr(fd: int, name: bytes) -> bytes:
+    """Return an attribute of what a descriptor is on."""
+    value: str = _ask(fd, call="get", name=name.decode("latin-1"))[0]
+    return value.encode("latin-1")
+
+
+# --- in the process beside
+
+
+def _serve(connection: socket.socket, user: int, group: int) -> NoReturn:
+    """Make calls until whoever asks for them is gone."""
+    try:
+        signal.set_wakeup_fd(-1)
+        os.setsid()
+        for fd in map(int, os.listdir("/proc/self/fd")):
+            if fd != connection.fileno():
+                with suppress(OSError):  # the listing's own
+                    os.close(fd)
+        mounts.enter_user_namespace(user, group)
+        while True:
+            message, fds, _, _ = socket.recv_fds(connection, _LONGEST, 1, socket.MSG_CMSG_CLOEXEC)
+            if not message:
+                break
+            _answer(connection, json.loads(message), fds[0])
+    except BaseException:
+        os._exit(1)
+    os._exit(0)
+
+
+def _answer(connection: socket.socket, request: dict[str, Any], fd: int) -> None:
+    made = -1
+    try:
+        said: Any = None
+        if request["call"] in {"at", "reopen"}:
+            made = _open(request, fd)
+        elif request["call"] == "list":
+            names = os.listxattr(b"/proc/self/fd/%d" % fd)
+            said = [os.fsencode(name).decode("latin-1") for name in names]
+        else:
+            value = os.getxattr(b"/proc/self/fd/%d" % fd, request["name"].encode("latin-1"))
+            said = value.decode("latin-1")
+    except OSError as error:
+        said = {"errno": error.errno}
+    finally:
+        os.close(fd)
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [made]))] if made >= 0 else []
+    connection.sendmsg([json.dumps(said).encode()], rights)
+    if made >= 0:
+        os.close(made)
+
+
+def _open(request: dict[str, Any], fd: int) -> int:
+    flags = request["flags"] & _MAY | os.O_CLOEXEC
+    if request["call"] == "reopen":
+        return os.open(b"/proc/self/fd/%d" % fd, flags)
+    name = request["name"].encode("latin-1")
+    if request["beneath"]:
+        return files.open_beneath(fd, name, flags)
+    return os.open(name, flags, dir_fd=fd)

@@ -1,0 +1,102 @@
+"""Whether files and directories are still where they were found: what has become of their paths.
+
+Each is held by a descriptor (O_PATH), whose path the kernel tells at any time (proc(5)). It follows renames,
+of the directories above as well, and takes note of deletions and unmounts. Asking looks nothing up: so
+nothing that is mounted on the way is entered, our own mount neither, and no other machine or program is
+waited for.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Sequence
+from contextlib import suppress
+
+from cowfs.linux.mount_table import mount_id, mountinfo
+from cowfs.linux.remote import may_wait
+
+Inode = tuple[int, int]
+"""st_dev and st_ino."""
+_DELETED = " (deleted)"
+
+
+class Places:
+    """What was found by some paths."""
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        """Hold what is there now. An empty path stands for nothing, which is never anywhere else."""
+        self._held = [_hold(path) for path in paths]
+
+    def changes(self, opened: Sequence[Inode | None] = (), *, mounts_move: bool = False) -> list[str]:
+        """Say of each what was done to it since; "" for nothing. Does not block.
+
+        *opened* are what somebody else has opened by the paths, as far as known: who has another inode than
+        we has one that was replaced in between. *mounts_move*: that a mount above it is somewhere else does
+        not count, as when a root filesystem is prepared.
+        """
+        known = [*opened, *[None] * (len(self._held) - len(opened))]
+        return [
+            "" if held is None else held.change(inode, mounts_move=mounts_move)
+            for held, inode in zip(self._held, known, strict=False)
+        ]
+
+    def close(self) -> None:
+        """Let go of them."""
+        for held in self._held:
+            if held is not None:
+                os.close(held.fd)
+        self._held = []
+
+
+class _Held:
+    def __init__(self, fd: int, *, is_watched: bool) -> None:
+        self.fd = fd
+        self._is_watched = is_watched
+        self._path = self._now()
+        info = os.fstat(fd)
+        self._inode: Inode = info.st_dev, info.st_ino
+        self._size = info.st_size
+        self._what = "the directory" if stat.S_ISDIR(info.st_mode) else "its file"
+
+    def change(self, opened: Inode | None, *, mounts_move: bool) -> str:
+        if not self._is_watched:
+            return ""
+        now = self._now()
+        info = os.fstat(self.fd)
+        if not info.st_nlink:
+            return f"{self._what} was deleted or replaced"
+        if stat.S_ISREG(info.st_mode) and info.st_size < self._size:
+            return f"{self._what} was truncated"
+        if opened is not None and opened != self._inode:
+            return f"{self._what} was replaced"
+        if now == self._path:
+            return ""
+        if now.endswith(_DELETED):
+            return f"{self._what} has another name now" if stat.S_ISREG(info.st_mode) else ""
+        if mounts_move:
+            same = os.path.basename(now) == os.path.basename(self._path)
+            return "" if same else f"{self._what} was renamed to {os.path.basename(now)}"
+        here = mount_id(self.fd)
+        if all(mount.id != here for mount in mountinfo()):
+            return f"the filesystem that {self._what.removeprefix('its ')} is on was unmounted"
+        return f"{self._what} was renamed to {now}"
+
+    def _now(self) -> str:
+        return os.readlink(f"/proc/self/fd/{self.fd}")
+
+
+def _hold(path: str) -> _Held | None:
+    """Hold what is at *path*, so that it is in use for all to see; None for nothing.
+
+    What is on another machine or served by a program is not watched: there the kernel takes for deleted what
+    is merely to be looked up again.
+    """
+    try:
+        fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    except OSError:
+        return None
+    waits = True
+    with suppress(OSError):
+        waits = may_wait(fd)
+    return _Held(fd, is_watched=not waits)

@@ -1,0 +1,93 @@
+"""Be root of a user namespace, where programs find what they want of root.
+
+The user who asks is root inside. With a range in /etc/subuid and /etc/subgid, and newuidmap(1) to give it
+out, there are as many others inside; else there is nobody but root.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+import subprocess
+from contextlib import suppress
+from pathlib import Path
+
+from cowfs.linux import mounts, programs
+
+_WHOLE = (0, 0, 4294967295)
+Range = tuple[int, int, int]
+"""The first number inside, what it is outside, and how many there are (user_namespaces(7))."""
+
+
+def ranges(kind: str) -> list[Range]:
+    """Return the users, or groups, that this process has names for; *kind* is ``uid`` or ``gid``."""
+    lines = Path(f"/proc/self/{kind}_map").read_text(encoding="ascii").splitlines()
+    return [tuple(map(int, line.split())) for line in lines]  # type: ignore[misc]
+
+
+def has_all(kind: str) -> bool:
+    """Whether these are all that there are."""
+    return ranges(kind) == [_WHOLE]
+
+
+def lacks(user: int, group: int) -> bool:
+    """Whether something's owner, as stat(2) tells it, has no number in this user namespace."""
+    return any(
+        number == int(Path(f"/proc/sys/kernel/overflow{kind}").read_text(encoding="ascii"))
+        and not any(first <= number < first + count for first, _, count in ranges(kind))
+        for kind, number in (("uid", user), ("gid", group))
+    )
+
+
+def become_root() -> None:
+    """Enter a user namespace, and a mount namespace in it, as root. For a process of one thread.
+
+    Raises OSError where users may not have any.
+    """
+    user, group = os.geteuid(), os.getegid()
+    name = ""
+    with suppress(KeyError):
+        name = pwd.getpwuid(user).pw_name
+    wanted = {kind: _subordinate(kind, name, user) for kind in ("uid", "gid")}
+    ready, go = os.pipe()
+    helper = os.fork()
+    if helper == 0:  # it stays outside: maps are given out from there
+        os.close(go)
+        done = bool(os.read(ready, 1)) and _give_out(os.getppid(), user, group, wanted)
+        os._exit(0 if done else 1)
+    os.close(ready)
+    try:
+        mounts.unshare_users()
+        os.write(go, b"x")
+    finally:
+        os.close(go)
+        _, status = os.waitpid(helper, 0)
+    if status:
+        mounts.map_user(user, group, inside=0)
+    else:
+        with suppress(OSError):
+            os.setgroups([])
+    mounts.unshare_slave()
+
+
+def _subordinate(kind: str, name: str, user: int) -> tuple[int, int] | None:
+    """Return the first of the users, or groups, that somebody may give out, and how many (subuid(5))."""
+    with suppress(OSError, ValueError):
+        for line in Path(f"/etc/sub{kind}").read_text(errors="replace").splitlines():
+            who, _, rest = line.partition(":")
+            if who and who in {name, str(user)}:
+                first, _, count = rest.partition(":")
+                return int(first), int(count)
+    return None
+
+
+def _give_out(pid: int, user: int, group: int, wanted: dict[str, tuple[int, int] | None]) -> bool:
+    """Let a process that has just entered a user namespace have its users and groups; say whether it has."""
+    for kind, own in (("gid", group), ("uid", user)):
+        program, others = programs.find(f"new{kind}map"), wanted[kind]
+        if program is None or others is None:
+            return False
+        command = [program, str(pid), "0", str(own), "1", "1", *map(str, others)]
+        if subprocess.run(command, check=False, capture_output=True).returncode:
+            return False
+    return True

@@ -1,0 +1,77 @@
+"""Which processes use a filesystem, as far as we may look: what fuser(1) tells."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import NamedTuple
+
+from cowfs.linux.mount_table import MountInfo, parse_mountinfo
+
+_LINKS = {"cwd": "its directory", "root": "its root", "exe": "running"}
+
+
+class Use(NamedTuple):
+    """What a process uses."""
+
+    pid: int
+    program: str
+    """Its name (proc_pid_comm(5)), as it is."""
+    path: bytes
+    """What the process knows the file by."""
+    how: str
+
+
+def uses_of(dev: str) -> Iterator[Use]:
+    """Yield what processes but ours have open, mapped, or run of the filesystem ``major:minor``.
+
+    Asks the filesystem nothing but for the attributes of directories. Other users' processes only root sees.
+    """
+    namespaces: dict[str, set[int]] = {}
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        if int(pid) == os.getpid():
+            continue
+        with suppress(OSError):  # it ended, or is somebody else's
+            with open(f"/proc/{pid}/comm", encoding="utf-8", errors="surrogateescape") as comm:
+                program = comm.read().rstrip("\n")
+            for path, how in _used(pid, dev, _mounts_of(pid, dev, namespaces)):
+                yield Use(int(pid), program, path, how)
+
+
+def mounted_within(dev: str) -> list[MountInfo]:
+    """Return what is mounted on a directory of the filesystem, in our namespace."""
+    with open("/proc/self/mountinfo", "rb") as table:
+        mounts = parse_mountinfo(table.read())
+    own = {mount.id for mount in mounts if mount.dev == dev}
+    return [mount for mount in mounts if mount.parent in own]
+
+
+def _mounts_of(pid: str, dev: str, known: dict[str, set[int]]) -> set[int]:
+    namespace = os.readlink(f"/proc/{pid}/ns/mnt")
+    if namespace not in known:
+        with open(f"/proc/{pid}/mountinfo", "rb") as table:
+            known[namespace] = {mount.id for mount in parse_mountinfo(table.read()) if mount.dev == dev}
+    return known[namespace]
+
+
+def _used(pid: str, dev: str, mounts: set[int]) -> Iterator[tuple[bytes, str]]:
+    major, _, minor = dev.partition(":")
+    if mounts:
+        for link, how in _LINKS.items():
+            with suppress(OSError):
+                path = os.readlink(os.fsencode(f"/proc/{pid}/{link}"))
+                seen = os.stat(f"/proc/{pid}/{link}")
+                if (os.major(seen.st_dev), os.minor(seen.st_dev)) == (int(major), int(minor)):
+                    yield path, how
+    for number in os.listdir(f"/proc/{pid}/fd"):
+        with suppress(OSError):  # closed meanwhile
+            with open(f"/proc/{pid}/fdinfo/{number}", "rb") as info:
+                lines = info.read().split(b"\n")
+            place = next((int(line.split()[1]) for line in lines if line.startswith(b"mnt_id:")), -1)
+            if place in mounts:
+                yield os.readlink(os.fsencode(f"/proc/{pid}/fd/{number}")), "open"
+    with open(f"/proc/{pid}/maps", "rb") as maps:
+        own = b"%02x:%02x" % (int(major), int(minor))
+        mapped = {line.split(b" ", 5)[5].strip() for line in maps if line.split(b" ", 4)[3] == own}
+    yield from ((path, "mapped") for path in sorted(mapped))

@@ -1,0 +1,1 @@
+"""Find stores on the disks of this machine, as a boot does."""

@@ -1,0 +1,1 @@
+"""Run the programs of e2fsprogs."""

@@ -1,0 +1,155 @@
+"""Stores of other live systems: where the overlayfs pair of each is, or what it is and what can be done.
+
+==================  ==========================================================================
+archiso             ``persistent_LABEL/ARCH/upperdir`` and ``workdir`` in its cowspace
+Debian live-boot    ``rw`` and ``work`` beside ``persistence.conf``, which has a line ``/ union``
+Slax, MiniOS        ``changes`` and ``workdir`` or ``work``
+casper (Ubuntu)     ``upper`` and ``work``
+==================  ==========================================================================
+
+All of these are the kernel's overlayfs: a pair of directories, which is adopted as it is. What aufs has
+written (Puppy's save files, Porteus) is recognised elsewhere (:mod:`cowfs.overlay.aufs`).
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from cowfs.errors import StoreError
+from cowfs.layers.base import Key, UpperLayer
+from cowfs.linux.files import open_ordinary
+
+_PAIRS = (
+    (b"upperdir", b"workdir", "archiso's cowspace"),
+    (b"rw", b"work", "a persistence of Debian live"),
+    (b"changes", b"workdir", "the changes of Slax or MiniOS"),
+    (b"changes", b"work", "the changes of Slax or MiniOS"),
+    (b"upper", b"work", "an overlayfs pair"),
+)
+_OF_A_WORK_DIR = {b"work", b"index", b"cowfs"}
+_BESIDE = {b"lost+found", b"persistence.conf", b"cowfs"}
+_CONFIGURATION = "persistence.conf"
+_DEEPEST, _MOST = 3, 200
+"""How deep, and in how many directories, a pair is looked for."""
+_LARGEST = 64 << 10
+
+
+class Pair(NamedTuple):
+    """The directories that an overlayfs of another system has written to."""
+
+    upper: str
+    work: str
+
+
+def pair_in(path: str) -> Pair | None:
+    """Return the pair that a directory of another system holds, and nothing else; None if it is none such.
+
+    ``upper/`` and ``work/`` alone are no news to a store, and not told here. StoreError for a persistence of
+    Debian that does not hold the changes of a whole root.
+    """
+    try:
+        names = {os.fsencode(name) for name in os.listdir(path)}
+    except OSError:
+        return None
+    if names & {b"upper"}:
+        return None
+    if os.fsencode(_CONFIGURATION) in names:
+        path = _of_debian(path)
+        names = {os.fsencode(name) for name in os.listdir(path)}
+    for upper, work, _ in _PAIRS:
+        if {upper, work} <= names <= {upper, work} | _BESIDE:
+            pair = Pair(os.path.join(path, os.fsdecode(upper)), os.path.join(path, os.fsdecode(work)))
+            return pair if all(map(_is_directory, pair)) and _is_work_dir(pair.work) else None
+    return None
+
+
+def _is_directory(path: str) -> bool:
+    return stat.S_ISDIR(os.lstat(path).st_mode)
+
+
+def _is_work_dir(path: str) -> bool:
+    try:
+        return {os.fsencode(name) for name in os.listdir(path)} <= _OF_A_WORK_DIR
+    except OSError:
+        return False
+
+
+def _of_debian(path: str) -> str:
+    """Return where a persistence has the changes of the root (persistence.conf(5))."""
+    try:
+        with open(open_ordinary(os.path.join(path, _CONFIGURATION), os.O_RDONLY), "rb") as file:
+            lines = file.read(_LARGEST).decode(errors="replace").splitlines()
+    except OSError as error:
+        raise StoreError(f"{path}/{_CONFIGURATION}: {error.strerror}") from None
+    others = []
+    for line in lines:
+        words = line.partition("#")[0].split()
+        if not words:
+            continue
+        options = words[1].split(",") if len(words) > 1 else []
+        source = next((one[len("source=") :] for one in options if one.startswith("source=")), ".")
+        if words[0] == "/" and "union" in options:
+            if source.startswith("/") or ".." in source.split("/"):
+                raise StoreError(f"{path}/{_CONFIGURATION}: source={source} leads out of it")
+            return os.path.normpath(os.path.join(path, source))
+        others.append(words[0])
+    raise StoreError(
+        f"{path}: a persistence of Debian live, but not of the whole root: "
+        f"{_CONFIGURATION} has no line '/ union'",
+        f"it keeps {', '.join(others[:3]) or 'nothing'}; give an empty directory in it as a store",
+    )
+
+
+# --- what is no store
+
+
+def refusal(layer: UpperLayer, names: set[bytes]) -> StoreError | None:
+    """Return what is to be told of a tree that is another system's store, and cannot be used as it is given;
+    None if it is nobody's."""
+    theirs = (pair for pair in _PAIRS if pair[0] != b"upper" and set(pair[:2]) <= names)
+    found = next(theirs, None)
+    is_image = not hasattr(layer, "descriptor")
+    mount = f"mount it (mount -o loop {layer.name} DIR)"
+    if found is not None and is_image:
+        return StoreError(f"{layer.name}: {found[2]}, in an image", f"{mount}, and give DIR as the store")
+    if found is not None:
+        more = sorted(names - {*found[:2], *_BESIDE})
+        said = f", and {os.fsdecode(more[0])} beside it" if more else ""
+        return StoreError(
+            f"{layer.name}: {found[2]}{said}",
+            f"cowfs overlay -o upperdir={os.fsdecode(found[0])},workdir={os.fsdecode(found[1])},...",
+        )
+    inside = next(_pairs_below(layer), None)
+    if inside is None:
+        return None
+    where, whose = os.fsdecode(inside[0]), inside[1]
+    if is_image:
+        return StoreError(
+            f"{layer.name}: {whose}, in an image", f"{mount}, and give DIR/{where} as the store"
+        )
+    return StoreError(f"{layer.name}: holds {whose}", f"give {os.path.join(layer.name, where)} as the store")
+
+
+def _pairs_below(layer: UpperLayer) -> Iterator[tuple[bytes, str]]:
+    """Yield where pairs are in a tree, and whose; not far down."""
+    waiting: list[tuple[bytes, Key, int]] = [(b"", layer.root, 0)]
+    looked = 0
+    while waiting and looked < _MOST:
+        path, key, depth = waiting.pop(0)
+        looked += 1
+        try:
+            entries = {entry.name: entry.type for entry in layer.readdir(key)}
+        except OSError:
+            continue
+        for upper, work, whose in _PAIRS:
+            if path and {upper, work} <= entries.keys():
+                yield path, whose
+        if depth == _DEEPEST:
+            continue
+        for name, kind in sorted(entries.items()):
+            found = layer.lookup(key, name) if kind in {0, stat.S_IFDIR} else None
+            if found is not None and stat.S_ISDIR(found[1].st_mode):
+                waiting.append((path + b"/" + name if path else name, found[0], depth + 1))

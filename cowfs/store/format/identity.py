@@ -1,0 +1,275 @@
+"""What a lower layer is recognised by when its store is mounted on it again.
+
+*A squashfs image* is read-only, so its identity is its content: the SHA-256 of the superblock and of
+everything from the inode table to the end, that is all names, attributes, sizes and the places of the
+data. Only the data blocks themselves are left out, to stay in milliseconds. The date it was made on
+is no identity (reproducible builds share one), and neither is its path.
+
+*An EROFS image* has its data between its tables; its identity is the superblock, which has a UUID, the time
+and the counts, and its first MiB.
+
+*A tar archive* is known by what its headers say, and where the data is.
+
+*A directory* may change at any time, so its identity is that of the place: the kind of filesystem, the
+identity of the filesystem where one survives a reboot, and the directory's inode number.
+
+- ext2/3/4, btrfs, bcachefs, zfs: statfs(2)'s f_fsid, which these derive from their UUID; and the file
+  handle, which has the inode's generation besides its number: a removed directory's number is given
+  to the next one that is made.
+- xfs: the UUID itself, its f_fsid is a device number; and the file handle.
+- squashfs, erofs, iso9660 (mounted images, which have no UUID that can be asked for): f_blocks and f_files.
+- all others: f_blocks and the block size. Their f_fsid is a device number or nothing at all.
+"""
+
+from __future__ import annotations
+
+import datetime
+import errno
+import fcntl
+import hashlib
+import os
+import stat
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import replace
+from itertools import zip_longest
+
+from cowfs.errors import LayerError
+from cowfs.formats import erofs
+from cowfs.formats.squashfs.recognise import SAMPLE, image_behind
+from cowfs.formats.squashfs.source import Bytes, FileBytes, open_bytes, open_unchecked
+from cowfs.formats.squashfs.superblock import Superblock, parse
+from cowfs.formats.tar import Archive, is_tar
+from cowfs.formats.verified import checked
+from cowfs.linux import files, filesystems
+from cowfs.overlay.named_whiteouts import BRANCH_NAMES
+from cowfs.store.format.sizes import format_size
+from cowfs.types import DATA_ONLY, WHITEOUTS, Identity
+from cowfs.url.names import is_url, place
+
+_CHUNK = 1 << 20
+
+_WITH_FSID = {filesystems.EXT, filesystems.BTRFS, filesystems.BCACHEFS, filesystems.ZFS}
+_WITH_GENERATIONS = {filesystems.TMPFS, filesystems.F2FS}  # random numbers, and no f_fsid that lasts
+_FROZEN = {filesystems.SQUASHFS, filesystems.EROFS, filesystems.ISOFS}
+_NAMES = {
+    filesystems.EXT: "ext4",
+    filesystems.BTRFS: "btrfs",
+    filesystems.BCACHEFS: "bcachefs",
+    filesystems.ZFS: "zfs",
+    filesystems.XFS: "xfs",
+    filesystems.SQUASHFS: "squashfs",
+    filesystems.EROFS: "erofs",
+    filesystems.ISOFS: "iso9660",
+    filesystems.TMPFS: "tmpfs",
+    filesystems.OVERLAYFS: "overlay",
+    filesystems.FUSE: "fuse",
+    filesystems.NFS: "nfs",
+    filesystems.FAT: "vfat",
+}
+_XFS_IOC_FSGEOMETRY_V1 = 0x80705864  # _IOR('X', 100, struct xfs_fsop_geom_v1), 112 bytes
+_XFS_UUID = slice(64, 80)
+
+
+def identify_lowers(
+    lowers: Sequence[str], offsets: Sequence[int], data_only: int = 0, whiteouts: Sequence[str] = ()
+) -> list[Identity]:
+    """Return the identities of lowers, of which the last *data_only* are that; *offsets*: of the first.
+
+    *whiteouts* says how those of each are written; ``auto``, and where it says nothing: as it looks.
+
+    Raises LayerError, as :func:`identify_lower` does.
+    """
+    found = [identify_lower(path, at) for path, at in zip_longest(lowers, offsets, fillvalue=0)]  # type: ignore[arg-type]
+    merged = len(found) - data_only
+    styles = [*whiteouts, *["auto"] * (merged - len(whiteouts))]
+    return [
+        *(_with_whiteouts(low, style) for low, style in zip(found[:merged], styles, strict=False)),
+        *(
+            replace(low, fingerprint=DATA_ONLY + low.fingerprint, description=f"{low.description}, data only")
+            for low in found[merged:]
+        ),
+    ]
+
+
+def _with_whiteouts(low: Identity, style: str) -> Identity:
+    """Return the identity of a lower whose whiteouts are written so."""
+    if style == "auto":
+        style = "aufs" if low.kind == "directory" and _is_branch(low.path) else "overlayfs"
+    if style == "overlayfs":
+        return low
+    described = f"{low.description}, whiteouts of {style}"
+    return replace(low, fingerprint=f"{WHITEOUTS}{style}:{low.fingerprint}", description=described)
+
+
+def _is_branch(path: str) -> bool:
+    """Say whether aufs has written to a directory: it leaves entries of its own there."""
+    return any(os.path.lexists(os.path.join(path, os.fsdecode(name))) for name in BRANCH_NAMES)
+
+
+def identify_lower(path: str, offset: int = 0) -> Identity:
+    """Return the identity of the lower at *path*: a squashfs image, in a file or on a block device, or a
+    directory. Reads from disk.
+
+    What a URL names is an image. It begins *offset* bytes into the file; its fingerprint is that of the same
+    image in a file of its own. Raises LayerError when it is missing, unreadable, damaged, or nothing that can
+    be a lower.
+    """
+    if is_url(path):
+        with closing(open_bytes(path)) as data:
+            return _of_url(data, path, offset)
+    try:
+        fd = files.open_ordinary(path, os.O_RDONLY)
+    except OSError as error:
+        raise LayerError(*_why(path, error)) from None
+    try:
+        kind = stat.S_IFMT(os.fstat(fd).st_mode)
+        if kind == stat.S_IFDIR and offset:
+            raise LayerError(
+                f"{path}: is a directory, not an image that begins at offset {offset}", "remove offset="
+            )
+        if kind == stat.S_IFDIR:
+            return _directory(fd, path)
+        if kind in {stat.S_IFREG, stat.S_IFBLK}:
+            with closing(checked(FileBytes(os.dup(fd)), place(path), open_unchecked)) as data:
+                return _image(data, path, offset)
+    except OSError as error:
+        raise LayerError(f"{path}: cannot be read: {error.strerror}") from None
+    finally:
+        os.close(fd)
+    raise LayerError(f"{path}: neither a squashfs image nor a directory", "mksquashfs creates an image")
+
+
+def _of_url(data: Bytes, path: str, offset: int) -> Identity:
+    try:
+        return _image(data, path, offset)
+    except OSError as error:
+        raise LayerError(error.strerror or str(error)) from None
+
+
+def _why(path: str, error: OSError) -> tuple[str, str]:
+    if error.errno == errno.ENOENT:
+        return f"{path}: no such lower", "give the path of a squashfs image or a directory"
+    return f"{path}: cannot be opened: {error.strerror}", "the user who mounts must be able to read the lower"
+
+
+def _image(data: Bytes, path: str, start: int) -> Identity:
+    head = data.pread(erofs.OFFSET + erofs.SIZE, start)
+    if erofs.is_erofs(head):
+        return _erofs(data, path, start)
+    if is_tar(head) and not start and not is_url(path):
+        return _tar(data, path)
+    return _squashfs(data, path, start)
+
+
+def _tar(data: Bytes, path: str) -> Identity:
+    archive = Archive(data, path)
+    size = format_size(data.size)
+    return Identity(
+        kind="tar",
+        fingerprint=archive.fingerprint,
+        description=f"tar archive, {size}, {archive.inodes} inodes, fingerprint {archive.fingerprint[:8]}",
+        path=place(path),
+    )
+
+
+def _erofs(data: Bytes, path: str, start: int) -> Identity:
+    """Return what the superblock says, with UUID and time, and the tables that stand at the beginning."""
+    head = data.pread(min(_CHUNK, data.size - start), start)
+    superblock = erofs.parse(head, path, data.size - start)
+    date = datetime.datetime.fromtimestamp(superblock.made, datetime.UTC)
+    size, inodes = format_size(superblock.size), superblock.inodes
+    where = f", at offset {start} of its file" if start else ""
+    return Identity(
+        kind="erofs",
+        fingerprint=hashlib.sha256(superblock.raw + head[: superblock.size]).hexdigest(),
+        description=f"EROFS, {size}, {inodes} inodes, made {date:%Y-%m-%d %H:%M:%S}{where}",
+        path=place(path),
+        offset=start,
+    )
+
+
+def _squashfs(data: Bytes, path: str, start: int) -> Identity:
+    superblock = _superblock(data, path, start)
+    used = superblock.bytes_used
+    digest = hashlib.sha256(superblock.raw)
+    for position in range(superblock.inode_table, used, _CHUNK):
+        digest.update(data.pread(min(_CHUNK, used - position), start + position))
+    date = datetime.datetime.fromtimestamp(superblock.mkfs_time, datetime.UTC)
+    size, inodes = format_size(used), superblock.inodes
+    where = f", at offset {start} of its file" if start else ""
+    return Identity(
+        kind="squashfs",
+        fingerprint=digest.hexdigest(),
+        description=f"squashfs, {size}, {inodes} inodes, made {date:%Y-%m-%d %H:%M:%S}{where}",
+        path=place(path),
+        offset=start,
+    )
+
+
+def _superblock(data: Bytes, path: str, start: int) -> Superblock:
+    """Read the superblock at an offset; LayerError says what is there instead, and where to look."""
+    size, pread = data.size, data.pread
+    if not start:
+        return parse(pread(SAMPLE, 0), path, size, pread)
+    if start >= size:
+        raise LayerError(f"{path}: offset {start} is beyond its end ({size} bytes)", "see cowfs info IMAGE")
+    try:
+        return parse(pread(SAMPLE, start), f"{path} at offset {start}", size - start)
+    except LayerError as error:
+        head = pread(SAMPLE, 0)
+        end = image_behind(head, pread)
+        if head.startswith(b"hsqs"):
+            raise LayerError(
+                error.message, "an image begins at the start of the file: remove offset="
+            ) from None
+        if end is not None and start != end < size:
+            raise LayerError(error.message, f"if this is an AppImage, try -o offset={end}") from None
+        raise
+
+
+def identify_file(fd: int) -> str:
+    """Return what a file is known by for as long as it exists, wherever its filesystem is mounted: no copy
+    of it has the same. "" where its filesystem has nothing like that (FAT, NFS, FUSE)."""
+    try:
+        magic = files.fs_magic(fd)
+        facts = [files.file_handle(fd, b"")] if magic in _WITH_GENERATIONS else _lasting(fd, magic)
+    except OSError:
+        return ""
+    if not facts or facts[-1] is None:
+        return ""
+    return _fingerprint([f"{magic:x}", os.fstat(fd).st_ino, *facts])
+
+
+def _lasting(fd: int, magic: int) -> list[object]:
+    """Return what tells of the filesystem and of the inode's generation; nothing where that does not last."""
+    if magic in _WITH_FSID:
+        return [f"{os.fstatvfs(fd).f_fsid:x}", files.file_handle(fd, b"")]
+    if magic == filesystems.XFS:
+        return [_xfs_uuid(fd), files.file_handle(fd, b"")]
+    return []
+
+
+def _fingerprint(facts: list[object]) -> str:
+    return hashlib.sha256(":".join(map(str, facts)).encode()).hexdigest()
+
+
+def _directory(fd: int, path: str) -> Identity:
+    info, place = os.fstat(fd), os.fstatvfs(fd)
+    magic = files.fs_magic(fd)
+    facts = _lasting(fd, magic) or [place.f_blocks, place.f_frsize]
+    facts += [place.f_files] if magic in _FROZEN else []
+    fingerprint = _fingerprint([f"{magic:x}", info.st_ino, *facts])
+    name = _NAMES.get(magic, f"filesystem {magic:#x}")
+    return Identity(
+        kind="directory",
+        fingerprint=fingerprint,
+        description=f"directory on {name}, inode {info.st_ino}, fingerprint {fingerprint[:8]}",
+        path=os.path.abspath(path),
+    )
+
+
+def _xfs_uuid(fd: int) -> str:
+    geometry = bytearray(112)
+    fcntl.ioctl(fd, _XFS_IOC_FSGEOMETRY_V1, geometry, True)
+    return bytes(geometry[_XFS_UUID]).hex()

@@ -1,0 +1,89 @@
+"""A store that changes its lowers along with its upper, by one rename (ADR 0058).
+
+::
+
+    cowfs/header.rebased   the header that comes with the new upper: its lowers count, and its version
+    upper/                 P cowfs.rebased = y: they are those of this upper, and not what header.json says
+
+The attribute is on the new upper before that takes its place. So the rename that exchanges the uppers
+exchanges the lowers, too. What is left to do after it is begun again at the next opening if it was cut short.
+"""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Iterator
+from contextlib import closing, suppress
+from dataclasses import replace
+
+from cowfs.layers.base import Key, UpperLayer
+from cowfs.overlay.xattr_format import XattrFormat
+from cowfs.store.format import layout
+from cowfs.store.format.header import Header, to_json
+
+
+def announce(layer: UpperLayer, upper: Key, header: Header) -> None:
+    """Write down that an upper which is not in its place yet belongs to the lowers of this header."""
+    uid, gid = layout.owner(layer)
+    private = layout.find(layer, layout.PRIVATE)
+    if layer.lookup(private, layout.REBASED) is not None:
+        layer.unlink(private, layout.REBASED, None)
+    _, file = layer.create(private, layout.REBASED, 0o644, uid, gid)
+    with closing(file):
+        file.pwrite(to_json(header), 0)
+        file.fsync(False)
+    layer.setxattr(upper, header.xattrs.encode() + layout.IS_REBASED, b"y")
+
+
+def settle(layer: UpperLayer, upper: Key, header: Header) -> Header:
+    """Do what is left to do after an upper with other lowers has its place; return the header.
+
+    What inodes say of the lowers that they were copied up from is true no more, and is forgotten. *header* is
+    that which was read (:func:`cowfs.store.format.layout.find_header`).
+    """
+    mark = header.xattrs.encode() + layout.IS_REBASED
+    try:
+        layer.getxattr(upper, mark)
+    except OSError:
+        return header
+    for key in _inodes(layer, upper):
+        _forget_origin(layer, key, XattrFormat(header.xattrs.encode()))
+    pending = layout.pending_header(layer)
+    if pending is not None:
+        header = replace(header, version=pending.version)
+    layout.save_header(layer, header)
+    layer.sync()
+    layer.removexattr(upper, mark)
+    layer.sync()
+    retract(layer)
+    return header
+
+
+def retract(layer: UpperLayer) -> None:
+    """Remove what :func:`announce` wrote, of an upper that is not in its place."""
+    private = layout.find(layer, layout.PRIVATE)
+    with suppress(OSError):
+        layer.unlink(private, layout.REBASED, None)
+
+
+def _inodes(layer: UpperLayer, root: Key) -> Iterator[Key]:
+    waiting = [root]
+    while waiting:
+        directory = waiting.pop()
+        for entry in layer.readdir(directory):
+            found = layer.lookup(directory, entry.name)
+            if found is None:
+                continue
+            if stat.S_ISDIR(found[1].st_mode):
+                waiting.append(found[0])
+            yield found[0]
+
+
+def _forget_origin(layer: UpperLayer, key: Key, xattrs: XattrFormat) -> None:
+    stale = {xattrs.origin, xattrs.nlink, xattrs.links, xattrs.place, xattrs.layer, xattrs.first}
+    try:
+        names = stale.intersection(layer.listxattr(key))
+    except OSError:
+        return
+    for name in names:
+        layer.removexattr(key, name)

@@ -1,0 +1,65 @@
+"""Sizes: read them, write them, and ask whether a place has room for one."""
+
+from __future__ import annotations
+
+import os
+import re
+
+from cowfs.errors import StoreError, UsageError
+from cowfs.linux import files, filesystems
+
+MIB = 1 << 20
+SMALLEST = 16 * MIB
+"""The smallest store: below that an ext3 journal leaves next to no room."""
+LARGEST = 16 << 40
+"""ext3 with blocks of 4 KiB and 32 bit block numbers ends here."""
+FAT_LARGEST = (1 << 32) - 1
+"""No file on FAT is longer (its length is kept in 32 bits)."""
+
+_UNITS = {"": MIB, "k": 1 << 10, "m": MIB, "g": 1 << 30, "t": 1 << 40}
+_SIZE = re.compile(r"([0-9]{1,18}(?:\.[0-9]{1,6})?)([kmgt]?)(?:i?b)?", re.IGNORECASE)
+
+
+def parse_size(text: str) -> int:
+    """Return the bytes that *text* means: ``256``, ``256M``, ``256MiB`` are MiB, ``64K``, ``1.5G``, ``1T``.
+
+    Rounded down to whole blocks of 4 KiB. Raises UsageError.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    if not match:
+        raise UsageError(f"{text!r} is not a size", "write 256 or 256M for MiB, 2G for GiB")
+    unit = _UNITS[match[2].lower()]
+    whole, _, part = match[1].partition(".")
+    return int(whole) * unit + int(part or 0) * unit // int("1" + "0" * len(part)) & ~4095
+
+
+def format_size(size: int) -> str:
+    """Write a number of bytes for people: ``64 MiB``, ``2 GiB``, ``1.5 GiB``, ``512 KiB``, ``12 bytes``."""
+    for unit, name in ((1 << 40, "TiB"), (1 << 30, "GiB"), (MIB, "MiB"), (1 << 10, "KiB")):
+        if size >= unit:
+            return f"{size / unit:.0f} {name}" if size % unit == 0 else f"{size / unit:.1f} {name}"
+    return f"{size} bytes"
+
+
+def check_room(path: str, place: str, size: int, allocated: int = 0) -> None:
+    """Raise StoreError unless a file of *size* bytes at *path* fits into the filesystem that *place* is on.
+
+    *allocated* bytes of it are on disk already. Two limits are looked at: free space, and that of FAT.
+    """
+    fd = os.open(place, os.O_PATH | os.O_CLOEXEC)
+    try:
+        room = os.fstatvfs(fd)
+        magic = files.fs_magic(fd)
+    finally:
+        os.close(fd)
+    if magic == filesystems.FAT and size > FAT_LARGEST:
+        raise StoreError(
+            f"{path}: a FAT filesystem cannot hold a {format_size(size)} file",
+            "give at most 4095 MiB, or use another filesystem",
+        )
+    free = (room.f_bfree if os.geteuid() == 0 else room.f_bavail) * room.f_frsize
+    if size - allocated > free:
+        raise StoreError(
+            f"{path}: needs {format_size(size - allocated)} more, but only {format_size(free)} are free",
+            "free some space, or choose a smaller size",
+        )

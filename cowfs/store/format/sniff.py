@@ -1,0 +1,104 @@
+"""Say what a file is that was to be a store, so that an error message can name it."""
+
+from __future__ import annotations
+
+import os
+import re
+
+from cowfs.errors import UsageError
+from cowfs.formats.squashfs.recognise import EXT_MAGIC, MAGIC, MAGIC_BIG_ENDIAN, recognise
+from cowfs.linux.files import open_ordinary
+from cowfs.overlay.named_whiteouts import BRANCH_NAMES
+from cowfs.store.format.foreign import pair_in
+
+_HEAD = 69_632
+"""How much of a file is looked at: btrfs has its magic at 64 KiB."""
+
+LUKS = b"LUKS\xba\xbe"
+_MAGICS: tuple[tuple[int, bytes, str], ...] = (
+    (0, MAGIC, "a squashfs image"),
+    (0, MAGIC_BIG_ENDIAN, "a big-endian squashfs image"),
+    (0, LUKS, "a LUKS encrypted volume"),
+    (3, b"NTFS    ", "an NTFS filesystem"),
+    (3, b"EXFAT   ", "an exFAT filesystem"),
+    (54, b"FAT", "a FAT filesystem"),
+    (82, b"FAT32   ", "a FAT filesystem"),
+    (512, b"EFI PART", "a disk image with a GPT partition table"),
+    (1024, b"\x10\x20\xf5\xf2", "an f2fs filesystem"),
+    (4086, b"SWAPSPACE2", "a swap area"),
+    (65_600, b"_BHRfS_M", "a btrfs filesystem"),
+)
+"""What a disk may hold; archives, programs and the like are known to *recognise*."""
+
+
+def may_be_store(path: str) -> bool:
+    """Whether something looks like a store at first sight: an ext filesystem, or a directory with upper/ and
+    work/, or that aufs has written to."""
+    if os.path.isdir(path):
+        if any(os.path.lexists(os.path.join(path, os.fsdecode(name))) for name in BRANCH_NAMES):
+            return True
+        is_ours = all(os.path.isdir(os.path.join(path, name)) for name in ("upper", "work"))
+        return is_ours or pair_in(path) is not None
+    try:
+        fd = open_ordinary(path, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        offset, magic = EXT_MAGIC
+        return os.pread(fd, len(magic), offset) == magic
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+
+
+_SUBDIR = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}")
+_TAKEN = {"upper", "work", "cowfs", "lost+found"}
+
+
+def subdir(store: str, name: str) -> str:
+    """Return the store that *name* is in another: STORE/NAME, also where STORE is an image.
+
+    UsageError for what is no name, or for a store in memory.
+    """
+    if not _SUBDIR.fullmatch(name) or name in _TAKEN:
+        raise UsageError(
+            f"subdir={name}: not a name for a store in a store",
+            "use letters, digits and _ . + -; not upper or work",
+        )
+    if store == "memory":
+        raise UsageError("subdir: a store in memory has no others in it", "give a store: -o store=FILE")
+    return os.path.join(store, name)
+
+
+def split_subdir(path: str) -> tuple[str, str]:
+    """Return image and name if *path* is a store in an image, IMAGE/NAME; else *path* and nothing."""
+    image, name = os.path.split(path.rstrip("/"))
+    return (image, name) if name and not os.path.lexists(path) and os.path.isfile(image) else (path, "")
+
+
+def may_exist(path: str) -> bool:
+    """Whether there is something at *path*, or in the image that it leads into."""
+    return os.path.lexists(path) or bool(split_subdir(path)[1])
+
+
+def is_plain_directory(path: str) -> bool:
+    """Whether *path* is a directory with nothing of a store in it: not even of a damaged one."""
+    parts = ("upper", "work", "cowfs", *map(os.fsdecode, BRANCH_NAMES))
+    if not os.path.isdir(path) or any(os.path.lexists(os.path.join(path, name)) for name in parts):
+        return False
+    return pair_in(path) is None
+
+
+def what_is(fd: int) -> str:
+    """Name the content of an open file with its article: ``a text file``. Reads its head only."""
+    head = os.pread(fd, _HEAD, 0)
+    for offset, magic, name in _MAGICS:
+        if head.startswith(magic, offset):
+            return name
+    return recognise(head) or "a file of unknown kind"
+
+
+def looks_like_image(spec: str) -> bool:
+    """Say whether somebody who wrote this name of nothing meant a file: ``sysrcd.bs``, ``store.img``."""
+    return bool(os.path.splitext(os.path.basename(spec))[1])

@@ -1,0 +1,207 @@
+"""Turn a store of aufs into one of overlayfs, or the other way round: open it, judge it, have it done."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
+from typing import Any
+
+from cowfs.errors import StoreError
+from cowfs.layers.base import Key, UpperLayer
+from cowfs.layers.directory import DirectoryLayer
+from cowfs.overlay.aufs import NAME_MAX
+from cowfs.overlay.named_whiteouts import PREFIX
+from cowfs.overlay.stack import notes_of
+from cowfs.overlay.xattr_format import XattrFormat
+from cowfs.store.e2fsprogs import tools
+from cowfs.store.e2fsprogs.tools import Progress
+from cowfs.store.format import conversion, copy_detection, layout
+from cowfs.store.format.checkpoints import Layers
+from cowfs.store.format.conversion import STAGE
+from cowfs.store.format.header import AUFS, TRUSTED, USER, WITH_LAYERS, Header, from_json, new_header
+from cowfs.store.format.sniff import split_subdir
+from cowfs.store.format.superblock import read_superblock
+from cowfs.store.offline.convert_in_place import LOST, Conversion, Converted, Tick
+from cowfs.store.served import lock
+from cowfs.store.served.directory import is_trusted, sees_all
+from cowfs.store.served.image import note_closed, open_file, open_layer, refuse_torn
+
+
+def unfit_for_aufs(layer: UpperLayer, xattrs: XattrFormat, upper: Key) -> Iterator[str]:
+    """Yield each path of an upper that aufs would not show, and why."""
+    waiting: list[tuple[Key, bytes]] = [(upper, b"")]
+    while waiting:
+        directory, path = waiting.pop()
+        for entry in layer.readdir(directory):
+            child = path + b"/" + entry.name if path else entry.name
+            if entry.name.startswith(PREFIX):
+                yield f"{os.fsdecode(child)}: to aufs a name with .wh. in front is a whiteout"
+            elif len(entry.name) > NAME_MAX:
+                yield f"{os.fsdecode(child)}: the name has more than {NAME_MAX} bytes"
+            elif child == LOST:
+                yield "lost+found: e2fsck's directory is in its place"
+            found = layer.lookup(directory, entry.name)
+            if found is not None and stat.S_ISDIR(found[1].st_mode):
+                waiting.append((found[0], child))
+
+
+def must_fit(layer: UpperLayer, header: Header, xattrs: XattrFormat, upper: Key) -> None:
+    """Raise StoreError, naming the first, for what a store has that one of aufs cannot hold."""
+    layers = Layers(layer, xattrs.prefix)
+    if header.version >= WITH_LAYERS and (layers.all() or layers.below(upper)):
+        raise StoreError(
+            f"{layer.name}: the store has checkpoints, or layers of some, which aufs has none of",
+            f"cowfs export {layer.name} --to overlayfs DIR has its changes without them",
+        )
+    unfit = list(unfit_for_aufs(layer, xattrs, upper))
+    if unfit:
+        more = f", and {len(unfit) - 1} more" if len(unfit) > 1 else ""
+        raise StoreError(f"{layer.name}: {unfit[0]}{more}", "rename or remove it; nothing was changed")
+
+
+def begin(path: str, stack: ExitStack, progress: Progress) -> UpperLayer:
+    """Lock the store at *path*, an image or a directory, recover it, and return its filesystem as a layer.
+
+    Blocks. Raises StoreError, StoreBusy.
+    """
+    if split_subdir(path)[1]:
+        raise StoreError(f"{path}: only a whole image can be converted", "give the image")
+    if os.path.isdir(path):
+        return _directory(path, stack, progress)
+    fd = open_file(path)
+    stack.callback(os.close, fd)
+    lock.lock(fd, path, progress=progress)
+    lock.refuse_mounted_image(fd, path)
+    superblock = read_superblock(fd, path)
+    if refuse_torn(fd, path, superblock) and superblock.has_errors:
+        raise copy_detection.torn_copy(path)
+    copy_detection.opened(fd)
+    stack.callback(note_closed, fd, path)
+    if superblock.state != "clean":
+        tools.recover(fd, path, progress, "-f")
+    return open_layer(fd, path, stack)
+
+
+def _directory(path: str, stack: ExitStack, progress: Progress) -> UpperLayer:
+    with closing(_open_directory(path)) as plain:
+        header = _header_of(plain) or _new_header(plain)
+    layer = _open_directory(path, privileged=header.xattrs == TRUSTED)  # else it has notes of owners
+    stack.callback(layer.close)
+    lock.refuse_mounted_directory(layer.root.fd, path)
+    for place in ((layout.PRIVATE, layout.LOCK), (STAGE, layout.PRIVATE, layout.LOCK)):
+        key: Any = layout.find(layer, *place)
+        if key is not None and stat.S_ISREG(layer.stat(key).st_mode):
+            with closing(layer.open(key, os.O_RDWR)) as file:
+                fd = os.dup(file.fileno())
+            stack.callback(os.close, fd)
+            lock.lock(fd, path, progress=progress)
+    return layer
+
+
+def _open_directory(path: str, *, privileged: bool = True) -> DirectoryLayer:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    return DirectoryLayer(fd, path, privileged=privileged)
+
+
+def convert(layer: UpperLayer, target: str, tick: Tick) -> Converted:
+    """Turn a store into one of the format *target*, or complete that. Blocks.
+
+    Raises StoreError for what has that format already, is no store, or holds what cannot be converted.
+    """
+    begun = conversion.begun(layer)
+    if begun is not None:
+        header = _header_of(layer) or _new_header(layer)
+        return Conversion(layer, target, XattrFormat(header.xattrs.encode()), tick).run(header)
+    store = layout.as_store(layer)
+    if layout.recognise(store) == "nothing":
+        raise StoreError(f"{layer.name}: nothing is in it", "the first mount makes a store of it")
+    if layout.whiteouts_of(store) == target:
+        raise StoreError(f"{layer.name}: the store has the {target} format already")
+    header = layout.find_header(store) or _new_header(layer)
+    xattrs = XattrFormat(header.xattrs.encode())
+    if not sees_all(layer, header):
+        raise StoreError(f"{layer.name}: the store was created by root", "run this as root")
+    for place, hint in _EMPTY.items():
+        key = layout.find(store, *place)
+        if key is not None and store.readdir(key):
+            raise StoreError(f"{layer.name}: {hint[0]}", hint[1].format(path=layer.name))
+    if target == AUFS:
+        upper = layout.find(store, layout.UPPER)
+        must_fit(layer, header, xattrs, upper)
+        if _refers(layer, xattrs, upper, data_only=True):
+            raise StoreError(f"{layer.name}: was changed meanwhile", "run the same command again")
+    return Conversion(layer, target, xattrs, tick).run(header)
+
+
+_EMPTY = {
+    (layout.PRIVATE, b"trash"): (
+        "keeps what `cowfs revert` has taken back, in the format that it has now",
+        "cowfs vacuum {path} --trash throws it away",
+    ),
+    (layout.WORK, layout.INDEX): (
+        "hard links of the lower are not under all their names yet",
+        "mount and unmount it once",
+    ),
+    (layout.PRIVATE, layout.LINKS): (
+        "hard links of the lower are not under all their names yet",
+        "mount and unmount it once",
+    ),
+}
+"""What must not be there, and what to do if it is."""
+
+
+def _new_header(layer: UpperLayer) -> Header:
+    """Return the header of a store that has none: another program's."""
+    of_user = isinstance(layer, DirectoryLayer) and not is_trusted()
+    return new_header(xattrs=USER if of_user else TRUSTED)
+
+
+def _header_of(layer: UpperLayer) -> Header | None:
+    """Return the header of a store that is being converted, wherever it is now."""
+    for place in ((layout.PRIVATE, layout.HEADER), (STAGE, layout.PRIVATE, layout.HEADER)):
+        key = layout.find(layer, *place)
+        if key is not None:
+            with closing(layer.open(key, os.O_RDONLY)) as file:
+                return from_json(file.pread(1 << 20, 0), layer.name)
+    return None
+
+
+def needs_lowers(layer: UpperLayer) -> bool:
+    """Whether a store that is to be one of aufs refers to its lowers as aufs cannot.
+
+    Raises StoreError for what it cannot become for other reasons.
+    """
+    if conversion.begun(layer) is not None:
+        return False
+    store = layout.as_store(layer)
+    header = layout.find_header(store) or _new_header(layer)
+    upper = layout.find(store, layout.UPPER)
+    if upper is None or layout.whiteouts_of(store) == AUFS:
+        return False
+    xattrs = XattrFormat(header.xattrs.encode())
+    must_fit(layer, header, xattrs, upper)
+    index = [
+        layout.find(store, *place) for place in ((layout.WORK, layout.INDEX), (layout.PRIVATE, layout.LINKS))
+    ]
+    return any(key is not None and store.readdir(key) for key in index) or _refers(layer, xattrs, upper)
+
+
+def _refers(layer: UpperLayer, xattrs: XattrFormat, upper: Key, *, data_only: bool = False) -> bool:
+    """Whether an upper has metacopies, or redirects, which do not count with *data_only*."""
+    waiting = [upper]
+    while waiting:
+        directory = waiting.pop()
+        for entry in layer.readdir(directory):
+            found = layer.lookup(directory, entry.name)
+            if found is None:
+                continue
+            key, attr = found
+            if stat.S_ISDIR(attr.st_mode):
+                waiting.append(key)
+            if stat.S_ISDIR(attr.st_mode) or stat.S_ISREG(attr.st_mode):
+                notes = notes_of(layer, key, xattrs) or {}
+                if xattrs.is_metacopy(notes, attr) or (xattrs.redirect in notes and not data_only):
+                    return True
+    return False

@@ -1,0 +1,435 @@
+"""Turn a store of aufs into one of overlayfs, or the other way round, in place.
+
+See :mod:`cowfs.store.format.conversion` for how it is continued. What aufs cannot say must have been put
+into the store before (:mod:`cowfs.changes.flatten`): all that only the lowers have, and the upper refers to.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+
+from cowfs.errors import StoreError
+from cowfs.layers.base import Key, UpperLayer, together
+from cowfs.layers.owner_notes import OWNER_XATTR, USER_XATTR
+from cowfs.overlay.aufs import BASE, LEFT
+from cowfs.overlay.named_whiteouts import META, OPAQUE_NAME, PREFIX, hidden_by
+from cowfs.overlay.stack import is_whiteout
+from cowfs.overlay.xattr_format import OPAQUE, XattrFormat, is_whiteout_device
+from cowfs.store.format import conversion, layout
+from cowfs.store.format.conversion import STAGE
+from cowfs.store.format.header import AUFS, OVERLAYFS, Header, new_header
+from cowfs.types import Attr
+
+LOST = b"lost+found"
+_TIMES = b"times"
+_DEVICE = b"c0:0"
+_OWNERS = {OWNER_XATTR, USER_XATTR}
+"""What a layer without privilege notes: it means the same in both formats."""
+_NO_LINK = {errno.EMLINK, errno.EPERM, errno.EOPNOTSUPP}
+_NO_XATTRS = {errno.ENODATA, errno.EOPNOTSUPP, errno.EPERM, errno.EACCES}
+Tick = Callable[[bytes], None]
+
+
+@dataclass(slots=True)
+class Converted:
+    """What was done; if it was continued, what was left to do."""
+
+    whiteouts: int = 0
+    opaque: int = 0
+    names: int = 0
+    devices: int = 0
+    copied: int = 0
+    continued: bool = False
+
+
+class Conversion:
+    """The conversion of one store. Its layer shows the filesystem as it is, whiteouts and all."""
+
+    def __init__(self, layer: UpperLayer, target: str, xattrs: XattrFormat, tick: Tick) -> None:
+        self._layer = layer
+        self._target = target
+        self._format = xattrs
+        self._tick = tick
+        self._whiteout: Key | None = None
+        self._owner = layout.owner(layer)
+        self.done = Converted()
+        aside = xattrs.prefix.removesuffix(b"overlay.") + b"cowfs."
+        kept = (xattrs.origin, xattrs.layer, xattrs.protattr)
+        self._kept = {aside + name.rpartition(b".")[2]: name for name in kept}
+        """By which names a store of aufs has those of overlayfs's attributes that both know."""
+        lost = (xattrs.place, xattrs.links, xattrs.nlink)
+        self._foreign = {*self._kept, *(aside + name.rpartition(b".")[2] for name in lost)}
+
+    def run(self, header: Header | None) -> Converted:
+        """Do all that is left to do. *header* is the store's, or that which it shall have."""
+        begun = conversion.begun(self._layer)
+        self.done.continued = begun is not None
+        if begun is not None and begun[0] != self._target:
+            conversion.refuse_begun(self._layer)
+        stage = self._stage()
+        phases = self._to_overlayfs if self._target == OVERLAYFS else self._to_aufs
+        steps = phases(stage, header)
+        begun = conversion.begun(self._layer)
+        phase = None if begun is None else begun[1]
+        for number, step in enumerate(steps):
+            if phase is not None and number < phase:
+                continue
+            if phase is None or number > phase:
+                conversion.note(self._layer, stage, self._target, number, phase)
+                phase = number
+            self._keep_times(stage)
+            step()
+        assert phase is not None
+        if self._target == OVERLAYFS:
+            self._layer.sync()  # the directory of the marker goes where the next mount removes it, at once
+            inner = self._temporaries()
+            self._layer.rename((self._layer.root, STAGE), (inner, b"#converted"))
+            layout.empty(self._layer, inner)
+        else:
+            conversion.end(self._layer, stage, self._target, phase)
+        self._layer.sync()
+        return self.done
+
+    def _stage(self) -> Key:
+        """Return the directory of the parts; it is never seen in a store of overlayfs but with its marker."""
+        found = self._layer.lookup(self._layer.root, STAGE)
+        if found is not None:
+            return found[0]
+        if self._target == OVERLAYFS:
+            before = self._layer.stat(self._layer.root)
+            with together(self._layer):
+                made = layout.ensure_directory(self._layer, self._layer.root, STAGE, 0o755)
+                self._layer.utimens(self._layer.root, before.st_atime_ns, before.st_mtime_ns)
+            return made
+        inner = self._temporaries()
+        made = layout.ensure_directory(self._layer, inner, STAGE, 0o755)
+        conversion.note(self._layer, made, self._target, 0, None)
+        self._layer.rename((inner, STAGE), (self._layer.root, STAGE), moved=made)
+        return self._must_find(STAGE)
+
+    def _temporaries(self) -> Key:
+        """Return the directory, now empty, that the next mount empties."""
+        work = self._must_find(layout.WORK)
+        inner = layout.ensure_directory(self._layer, work, layout.WORK, 0o700)
+        layout.empty(self._layer, inner)
+        return inner
+
+    def _keep_times(self, stage: Key) -> None:
+        """Keep the times of the upper's root, which change when names are moved, as those of a file."""
+        place = (STAGE, layout.UPPER) if self._target == AUFS else ()
+        source = layout.find(self._layer, *place)
+        if source is None or self._layer.lookup(stage, _TIMES) is not None:
+            return
+        attr = self._layer.stat(source)
+        self._remove(stage, _TIMES + b".new")
+        key, file = self._layer.create(stage, _TIMES + b".new", 0o600, *self._owner)
+        file.close()
+        self._layer.utimens(key, attr.st_atime_ns, attr.st_mtime_ns)
+        self._layer.rename((stage, _TIMES + b".new"), (stage, _TIMES), moved=key)
+
+    def _restore_times(self, stage: Key, key: Key) -> None:
+        found = self._layer.lookup(stage, _TIMES)
+        if found is not None:
+            self._layer.utimens(key, found[1].st_atime_ns, found[1].st_mtime_ns)
+
+    def _must_find(self, *path: bytes) -> Key:
+        key = layout.find(self._layer, *path)
+        if key is None:
+            raise StoreError(
+                f"{self._layer.name}: {os.fsdecode(b'/'.join(path))} is missing", "it is damaged"
+            )
+        return key
+
+    # --- to overlayfs
+
+    def _to_overlayfs(self, stage: Key, header: Header | None) -> list[Callable[[], object]]:
+        root = self._layer.root
+
+        def escape() -> None:
+            self._walk(root, self._escape, skips_own=True)
+
+        def set_apart() -> None:
+            self._walk(root, self._keep_device, skips_own=True)
+
+        def translate() -> None:
+            self._walk(root, self._names_to_whiteouts, skips_own=True)
+
+        def gather() -> None:
+            upper = layout.ensure_directory(self._layer, stage, layout.UPPER, 0o755)
+            for name in (layout.WORK, layout.PRIVATE):
+                layout.ensure_directory(self._layer, stage, name, 0o755)
+            for name in self._names_of_users():
+                self._layer.rename((root, name), (upper, name))
+                self._count("names", name)
+            self._copy_attributes(root, upper)
+            self._restore_times(stage, upper)
+            self._save(stage, header, OVERLAYFS)
+
+        def spread() -> None:
+            for name in (layout.UPPER, layout.WORK, layout.PRIVATE):
+                if self._layer.lookup(stage, name) is not None:
+                    self._layer.rename((stage, name), (root, name))
+            for name in (BASE, *LEFT):
+                self._remove(root, name)
+            self._plain_root()
+
+        return [escape, set_apart, translate, gather, spread]
+
+    def _escape(self, directory: Key, name: bytes, key: Key, attr: Attr) -> None:
+        """Let nothing mean more to overlayfs than it did to aufs."""
+        known = self._format
+        for own in self._xattrs_of(key):
+            if known.is_own(own) and own not in _OWNERS:
+                self._layer.setxattr(key, known.stored(own), self._layer.getxattr(key, own))
+                self._layer.removexattr(key, own)
+
+    def _keep_device(self, directory: Key, name: bytes, _: Key, attr: Attr) -> None:
+        """Put a file in the place of a device that would be a whiteout."""
+        if not is_whiteout_device(attr):
+            return
+
+        def make(temporary: bytes) -> Key:
+            key, file = self._layer.create(
+                directory, temporary, stat.S_IMODE(attr.st_mode), attr.st_uid, attr.st_gid
+            )
+            file.close()
+            self._layer.setxattr(key, self._format.device, _DEVICE)
+            return key
+
+        self._replace(directory, name, attr, make)
+
+    def _replace(self, directory: Key, name: bytes, attr: Attr, make: Callable[[bytes], Key]) -> None:
+        """Put what *make* makes under the name it is given in the place of a device, or of its stand-in."""
+        before = self._layer.stat(directory)
+        temporary = META + b"cowfs.new"
+        with together(self._layer):
+            self._remove(directory, temporary)
+            key = make(temporary)
+            self._layer.utimens(key, attr.st_atime_ns, attr.st_mtime_ns)
+            self._layer.rename((directory, temporary), (directory, name))
+            self._layer.utimens(directory, before.st_atime_ns, before.st_mtime_ns)
+        self._count("devices", name)
+
+    def _names_to_whiteouts(self, directory: Key, name: bytes, key: Key, attr: Attr) -> None:
+        own = self._xattrs_of(key)
+        for stored, note in self._kept.items():
+            if stored in own:
+                self._layer.setxattr(key, note, self._layer.getxattr(key, stored))
+        for stored in self._foreign.intersection(own):
+            self._layer.removexattr(key, stored)
+        if not stat.S_ISDIR(attr.st_mode):
+            return
+        before = self._layer.stat(key)
+        names = [entry.name for entry in self._layer.readdir(key) if entry.name.startswith(PREFIX)]
+        is_opaque = OPAQUE_NAME in names
+        for each in names:
+            hidden = None if not name and each == PREFIX + LOST else hidden_by(each)
+            if hidden is not None and not is_opaque:
+                self._hide(key, hidden, before)
+                self._count("whiteouts", hidden)
+            elif each != OPAQUE_NAME and (name or each not in {STAGE, BASE, *LEFT}):
+                self._drop(key, each, hidden, before)
+        if is_opaque:
+            with together(self._layer):
+                self._layer.setxattr(key, self._format.opaque, OPAQUE)
+                self._layer.unlink(key, OPAQUE_NAME, None)
+                self._layer.utimens(key, before.st_atime_ns, before.st_mtime_ns)
+            self._count("opaque", name)
+
+    def _drop(self, directory: Key, name: bytes, covered: bytes | None, before: Attr) -> None:
+        """Remove what nobody sees: a whiteout that hides nothing below, or what a crash of aufs has left."""
+        if covered is not None:
+            self._remove(directory, covered)
+        self._remove(directory, name)
+        self._layer.utimens(directory, before.st_atime_ns, before.st_mtime_ns)
+
+    def _hide(self, directory: Key, name: bytes, before: Attr) -> None:
+        """Put a device in the place of a whiteout's name. What stands there is what the whiteout covers."""
+        self._remove(directory, name)
+        with together(self._layer):
+            if not self._link(self._whiteout, directory, name):
+                self._whiteout = self._layer.mknod(directory, name, stat.S_IFCHR, 0, *self._owner)
+            self._layer.unlink(directory, PREFIX + name, None)
+            self._layer.utimens(directory, before.st_atime_ns, before.st_mtime_ns)
+
+    # --- to aufs
+
+    def _to_aufs(self, stage: Key, header: Header | None) -> list[Callable[[], object]]:
+        root = self._layer.root
+
+        def gather() -> None:
+            for name in (layout.UPPER, layout.WORK, layout.PRIVATE):
+                if self._layer.lookup(root, name) is not None:
+                    self._layer.rename((root, name), (stage, name))
+
+        def translate() -> None:
+            if self._layer.lookup(root, BASE) is None:
+                _, file = self._layer.create(root, BASE, 0o444, *self._owner)
+                file.close()
+            for name in LEFT:
+                layout.ensure_directory(self._layer, root, name, 0o700)
+            found = self._layer.lookup(root, BASE)
+            self._whiteout = None if found is None else found[0]
+            self._walk(self._must_find(STAGE, layout.UPPER), self._whiteouts_to_names)
+
+        def restore() -> None:
+            self._walk(self._must_find(STAGE, layout.UPPER), self._drop_overlay_attributes)
+
+        def spread() -> None:
+            upper = layout.find(self._layer, STAGE, layout.UPPER)
+            if upper is not None:
+                for entry in self._layer.readdir(upper):
+                    self._layer.rename((upper, entry.name), (root, entry.name))
+                    self._count("names", entry.name)
+                self._copy_attributes(upper, root)
+                self._layer.rmdir(stage, layout.UPPER, None)
+            self._restore_times(stage, root)
+            for name in (layout.WORK, layout.PRIVATE):
+                layout.ensure_directory(self._layer, stage, name, 0o755)
+            self._remove(self._must_find(STAGE, layout.WORK), layout.INDEX)
+            self._save(stage, header, AUFS)
+            self._remove(stage, _TIMES)
+
+        return [gather, translate, restore, spread]
+
+    def _whiteouts_to_names(self, directory: Key, name: bytes, key: Key, attr: Attr) -> None:
+        """Put names in the place of whiteouts, and of an opaque directory's attribute."""
+        if not stat.S_ISDIR(attr.st_mode):
+            return
+        before = self._layer.stat(key)
+        is_opaque = self._has_xattr(key, self._format.opaque)
+        for entry in self._layer.readdir(key):
+            if entry.name.startswith(PREFIX) or entry.type not in {0, stat.S_IFCHR, stat.S_IFREG}:
+                continue
+            found = self._layer.lookup(key, entry.name)
+            if found is None or not is_whiteout(self._layer, *found, self._format):
+                continue
+            with together(self._layer):
+                if not is_opaque:  # else it hides nothing
+                    self._make_whiteout_name(key, PREFIX + entry.name)
+                self._layer.unlink(key, entry.name, None)
+                self._layer.utimens(key, before.st_atime_ns, before.st_mtime_ns)
+            self._count("whiteouts", entry.name)
+        if is_opaque:
+            with together(self._layer):
+                self._make_whiteout_name(key, OPAQUE_NAME)
+                self._layer.removexattr(key, self._format.opaque)
+                self._layer.utimens(key, before.st_atime_ns, before.st_mtime_ns)
+            self._count("opaque", name)
+
+    def _make_whiteout_name(self, directory: Key, name: bytes) -> None:
+        if self._layer.lookup(directory, name) is None and not self._link(self._whiteout, directory, name):
+            key, file = self._layer.create(directory, name, 0o444, *self._owner)
+            file.close()
+            self._whiteout = key
+
+    def _drop_overlay_attributes(self, directory: Key, name: bytes, key: Key, attr: Attr) -> None:
+        """Take away what means something to overlayfs alone."""
+        known = self._format
+        stand_in = known.device in self._xattrs_of(key)
+        for stored, note in self._kept.items():
+            if note in self._xattrs_of(key):
+                self._layer.setxattr(key, stored, self._layer.getxattr(key, note))
+        for own in self._xattrs_of(key):
+            if known.is_own(own) and own != known.device and own not in _OWNERS:
+                self._layer.removexattr(key, own)
+        if stand_in and name:
+            mode = stat.S_IFCHR | stat.S_IMODE(attr.st_mode)
+            self._replace(
+                directory,
+                name,
+                attr,
+                lambda temporary: self._layer.mknod(directory, temporary, mode, 0, attr.st_uid, attr.st_gid),
+            )
+
+    # --- both
+
+    def _walk(
+        self, top: Key, see: Callable[[Key, bytes, Key, Attr], None], *, skips_own: bool = False
+    ) -> None:
+        """Call *see* with each directory, name, inode and its attributes below *top*; what is in a directory
+        comes after it. The names of aufs are not followed."""
+        see(top, b"", top, self._layer.stat(top))
+        waiting: list[Key] = [top]
+        while waiting:
+            directory = waiting.pop()
+            for entry in self._layer.readdir(directory):
+                if entry.name.startswith(PREFIX) or (skips_own and directory is top and entry.name == LOST):
+                    continue
+                found = self._layer.lookup(directory, entry.name)
+                if found is None:
+                    continue
+                see(directory, entry.name, *found)
+                if stat.S_ISDIR(found[1].st_mode):
+                    waiting.append(found[0])
+                else:
+                    self._layer.forget(found[0])
+                self._tick(entry.name)
+            if directory is not top:
+                self._layer.forget(directory)
+
+    def _count(self, what: str, name: bytes) -> None:
+        setattr(self.done, what, getattr(self.done, what) + 1)
+        self._tick(name)
+
+    def _names_of_users(self) -> list[bytes]:
+        """Return the names at the root that users have."""
+        names = (entry.name for entry in self._layer.readdir(self._layer.root))
+        return [name for name in names if not name.startswith(PREFIX) and name != LOST]
+
+    def _link(self, key: Key | None, directory: Key, name: bytes) -> bool:
+        if key is None:
+            return False
+        try:
+            self._layer.link(key, directory, name)
+        except OSError as failure:
+            if failure.errno not in _NO_LINK:
+                raise
+            return False
+        return True
+
+    def _remove(self, directory: Key, name: bytes) -> None:
+        found = self._layer.lookup(directory, name)
+        if found is None:
+            return
+        if stat.S_ISDIR(found[1].st_mode):
+            layout.empty(self._layer, found[0])
+            self._layer.rmdir(directory, name, None)
+        else:
+            self._layer.unlink(directory, name, None)
+
+    def _xattrs_of(self, key: Key) -> list[bytes]:
+        try:
+            return self._layer.listxattr(key)
+        except OSError as failure:
+            if failure.errno in _NO_XATTRS:
+                return []
+            raise
+
+    def _has_xattr(self, key: Key, name: bytes) -> bool:
+        return name in self._xattrs_of(key)
+
+    def _copy_attributes(self, source: Key, target: Key) -> None:
+        attr = self._layer.stat(source)
+        for name in self._xattrs_of(source):
+            if name not in {self._format.prefix + b"cowfs.file", USER_XATTR}:
+                self._layer.setxattr(target, name, self._layer.getxattr(source, name))
+        self._layer.chown(target, attr.st_uid, attr.st_gid)
+        self._layer.chmod(target, stat.S_IMODE(attr.st_mode))
+        self._layer.utimens(target, attr.st_atime_ns, attr.st_mtime_ns)
+
+    def _plain_root(self) -> None:
+        """Let the root of a store be as mke2fs makes it: what the branch had is on upper/ now."""
+        for name in {*self._xattrs_of(self._layer.root)} - {USER_XATTR}:
+            with suppress(OSError):
+                self._layer.removexattr(self._layer.root, name)
+
+    def _save(self, stage: Key, header: Header | None, whiteouts: str) -> None:
+        """Write the header that the store will have, into the directory that will be its own."""
+        made = replace(header or new_header(), version=1, whiteouts=whiteouts, adopted=True, mark=None)
+        layout.save_header(self._layer, made, stage)

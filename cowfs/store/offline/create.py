@@ -1,0 +1,118 @@
+"""Make a store: an ext3 image with upper/, work/ and the header in it. Needs no privilege."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import uuid
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+
+from cowfs.errors import StoreError, UsageError
+from cowfs.linux import files
+from cowfs.store.e2fsprogs import tools
+from cowfs.store.e2fsprogs.mke2fs import format_image
+from cowfs.store.e2fsprogs.signals import cleaned_up
+from cowfs.store.e2fsprogs.tools import Progress, quiet
+from cowfs.store.format import layout
+from cowfs.store.format.header import new_header
+from cowfs.store.format.sizes import LARGEST, SMALLEST, check_room, format_size
+from cowfs.store.served.allocate import allocate, fill_holes
+from cowfs.store.served.image import open_layer
+
+
+def create_store(path: str, size: int, *, progress: Progress = quiet) -> None:
+    """Make a store of *size* bytes at *path*, where nothing may be. All of it is allocated. Blocks.
+
+    It appears whole or not at all: a failure, SIGINT, SIGTERM or SIGHUP leave nothing behind.
+    Raises UsageError for the size, StoreError for the place, SystemFailure without e2fsprogs.
+    """
+    if size < SMALLEST:
+        raise UsageError(
+            f"{format_size(size)} is too small for a store", f"give at least {format_size(SMALLEST)}"
+        )
+    if size >= LARGEST:
+        raise UsageError(
+            f"{format_size(size)} is too large for ext3", f"give less than {format_size(LARGEST)}"
+        )
+    if os.path.isdir(path):
+        raise StoreError(
+            f"{path}: already exists and is a directory",
+            f"give the path of a new file, such as {os.path.join(path, 'sysrcd.bs')}",
+        )
+    if os.path.lexists(path):
+        raise StoreError(f"{path}: already exists", f"cowfs grow {path} makes an existing store larger")
+    path = os.path.abspath(path)
+    directory = os.path.dirname(path)
+    if not os.path.isdir(directory):
+        raise StoreError(
+            f"{path}: the directory {directory} does not exist", "create it first, or choose another path"
+        )
+    check_room(path, directory, size)
+    tools.program("mke2fs")
+    progress(f"making {path}, {format_size(size)}")
+    with cleaned_up(), unfinished(path, directory) as fd:
+        allocate(fd, path, 0, size)
+        _format(fd, path)
+        fill_holes(fd, 0, size)
+        os.fsync(fd)
+
+
+@contextmanager
+def unfinished(path: str, directory: str, called: str = "") -> Iterator[int]:
+    """Open a file that gets its name at the end, if nothing stands there by then, and else is gone.
+
+    Messages call it *called*, if not *path*.
+    """
+    name = os.path.basename(path)
+    path = called or path
+    try:
+        parent = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise StoreError(f"{path}: {error.strerror}") from None
+    temporary = ""
+    fd = -1
+    try:
+        try:
+            fd = os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=parent)
+        except OSError as error:
+            if error.errno not in {errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT}:
+                raise
+            temporary = f".cowfs-{secrets.token_hex(8)}"  # FAT: a file has a name, or is none
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            fd = os.open(temporary, flags, 0o600, dir_fd=parent)
+        yield fd
+        _publish(fd, parent, temporary, name)
+        temporary = ""
+        os.fsync(parent)
+    except FileExistsError:
+        raise StoreError(f"{path}: already exists", "another process has just created it") from None
+    except OSError as error:
+        hint = "give a place where one can be made"
+        raise StoreError(f"{path}: cannot be created: {error.strerror}", hint) from None
+    finally:
+        if temporary:
+            with suppress(OSError):
+                os.unlink(temporary, dir_fd=parent)
+        if fd >= 0:
+            os.close(fd)
+        os.close(parent)
+
+
+def _publish(fd: int, parent: int, temporary: str, name: str) -> None:
+    """Give the finished file its name. Raises FileExistsError rather than to replace anything."""
+    if not temporary:
+        os.link(f"/proc/self/fd/{fd}", name, dst_dir_fd=parent, follow_symlinks=True)
+        return
+    files.rename_new(parent, temporary, name)
+
+
+def _format(fd: int, path: str) -> None:
+    """Make the filesystem, and in it the directories and the header, all of them root's."""
+    identity = str(uuid.uuid4())
+    format_image(fd, path, identity, keep=True)
+    with ExitStack() as stack:
+        layer = open_layer(fd, path, stack)
+        layout.ensure_directory(layer, layer.root, layout.UPPER, 0o755)  # the first inode, as ever
+        layout.initialise(layer, new_header(identity=identity))

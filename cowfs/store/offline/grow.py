@@ -1,0 +1,225 @@
+"""Make a store larger. Needs no privilege but that to write to the image."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Generator
+from contextlib import ExitStack
+from functools import partial
+from typing import Any, NamedTuple, NoReturn
+
+from cowfs.errors import StoreError, UsageError
+from cowfs.linux import fuse
+from cowfs.store.e2fsprogs import tools
+from cowfs.store.e2fsprogs.signals import cleaned_up, deferred
+from cowfs.store.e2fsprogs.tools import Progress, quiet
+from cowfs.store.format import copy_detection
+from cowfs.store.format.sizes import LARGEST, check_room, format_size
+from cowfs.store.format.sniff import is_plain_directory
+from cowfs.store.format.superblock import read_superblock
+from cowfs.store.served import lock
+from cowfs.store.served.allocate import allocate, fill_holes
+from cowfs.store.served.image import open_file, refuse_torn
+from cowfs.store.served.memory import Memory
+from cowfs.store.served.store import Store
+
+Step = Callable[[], None]
+_ROOM = "free space on its disk"
+
+
+def grow_store(path: str, size: int | None, *, progress: Progress = quiet) -> int:
+    """Extend the image at *path* to *size* bytes and let its filesystem fill it; return the size. Blocks.
+
+    Without *size* only the filesystem grows, to the size that the file has. What is in the store stays.
+    Whatever fails, the store is as usable as before, and the same call again goes on from there: a
+    file that has the size already is no error. Raises StoreError, StoreBusy, UsageError.
+    """
+    if os.path.isdir(path):
+        if is_plain_directory(path):
+            raise StoreError(f"{path}: neither a store nor a cowfs mountpoint", fuse.LISTED)
+        raise StoreError(f"{path}: a directory store has no size of its own", _ROOM)
+    path = os.path.abspath(path)
+    with cleaned_up(), ExitStack() as stack:
+        fd = open_file(path)
+        stack.callback(os.close, fd)
+        lock.lock(fd, path)
+        lock.refuse_mounted_image(fd, path)
+        refuse_torn(fd, path, read_superblock(fd, path, smallest=0))
+        copy_detection.opened(fd)
+        return _grow(fd, path, size, progress)
+
+
+def grow_open_store(store: Store, size: int | None) -> Generator[Step | str, None, int]:
+    """Do the same to a store that is open, under its users; return the size.
+
+    For the thread that the store's layer belongs to, and images that are read in this process. Yields
+    what is to be told, and what is to be called by another thread before the next step: users go on
+    meanwhile. They wait for e2fsck and resize2fs. A store in memory may become that large from now on.
+    """
+    if store.memory is not None:
+        return _allow(store.memory, size)
+    path = store.path
+    if store.kind == "directory":
+        raise StoreError(f"{path}: a directory store has no size of its own", _ROOM)
+    if store.kind != "image" or store.read_only or not hasattr(store.layer, "suspend"):
+        raise StoreError(f"{path}: cannot grow while the kernel has it mounted", "unmount it first")
+    if path in _growing:
+        raise StoreError(f"{path}: is already being resized", "wait until that has finished")
+    with ExitStack() as stack:
+        _growing.add(path)
+        stack.callback(_growing.remove, path)
+        # By its descriptor: our own mount may hide it, or it is on a disk that nobody sees.
+        fd = open_file(tools.place(store.fd))
+        stack.callback(os.close, fd)
+        if not store.is_in_place():
+            raise StoreError(f"{path}: is not the file that was mounted", "unmount it first")
+        plan = _plan(fd, path, size)
+        if plan.size == plan.filesystem:
+            yield f"{path}: already has {format_size(plan.size)}"
+            return plan.size
+        yield plan.told
+        with ExitStack() as undo:
+            undo.callback(_cut_back, fd, plan)
+            yield partial(_extend, fd, plan)
+            _resize_open(store, fd, undo)
+        yield partial(_filled, fd, plan, alone=False)
+        return read_superblock(fd, path, smallest=0).size
+
+
+def _resize_open(store: Store, fd: int, undo: ExitStack) -> None:
+    """Check and resize while all wait. *undo* is forgotten once resize2fs may have written."""
+    layer: Any = store.layer
+    try:
+        layer.suspend(store.work)
+    except OSError as error:
+        raise StoreError(f"{store.path}: cannot be paused: {error.strerror}") from None
+    try:
+        _check_filesystem(fd, store.path)
+        undo.pop_all()
+        _resize(fd, store.path)
+    finally:
+        layer.resume(store.work)
+
+
+_growing: set[str] = set()
+"""Stores, by their paths, that are open in this process and are being grown."""
+
+
+def _allow(memory: Memory, size: int | None) -> int:
+    if size is None:
+        raise UsageError("memory: no size given", "512 or 512M is 512 MiB")
+    if size < memory.limit:
+        raise StoreError(
+            f"memory: the limit is {format_size(memory.limit)}, larger than the requested"
+            f" {format_size(size)}",
+            "give more than it has, or +SIZE",
+        )
+    if size >= LARGEST:
+        raise UsageError(
+            f"{format_size(size)} is too large for ext3", f"give less than {format_size(LARGEST)}"
+        )
+    memory.limit = size
+    return size
+
+
+class _Plan(NamedTuple):
+    """What is to be done to an image: all in bytes."""
+
+    path: str
+    filesystem: int
+    length: int
+    """Of the file as it is."""
+    size: int
+    """That the file and the filesystem shall have."""
+
+    @property
+    def told(self) -> str:
+        if self.size > self.length:
+            return f"extending {self.path} from {format_size(self.length)} to {format_size(self.size)}"
+        return (
+            f"{self.path}: the file already has {format_size(self.size)}; resizing its filesystem to fill it"
+        )
+
+
+def _plan(fd: int, path: str, size: int | None) -> _Plan:
+    """Return what there is to do. Raises UsageError and StoreError for what cannot be."""
+    superblock = read_superblock(fd, path, smallest=0)
+    filesystem, unit = superblock.size, max(superblock.block_size, 4096)  # resize2fs counts in pages too
+    largest = min(LARGEST, superblock.block_size << 32)
+    if size is not None and size >= largest:
+        raise UsageError(f"{format_size(size)} is too large for it", f"give less than {format_size(largest)}")
+    length = os.fstat(fd).st_size
+    size = (length if size is None else size) & -unit
+    if size < length & -unit:
+        _refuse_to_shrink(path, size, length, filesystem)
+    size = max(size, filesystem)
+    if size > length:
+        check_room(path, f"/proc/self/fd/{fd}", size, length)
+    return _Plan(path, filesystem, length, size)
+
+
+def _extend(fd: int, plan: _Plan) -> None:
+    """Give the file its new size, and all blocks that the filesystem will have."""
+    if plan.size > plan.length:
+        allocate(fd, plan.path, plan.length, plan.size)
+    else:
+        allocate(fd, plan.path, plan.filesystem, plan.size, plan.length)  # holes, if truncate(1) made it long
+
+
+def _cut_back(fd: int, plan: _Plan) -> None:
+    if plan.size > plan.length:
+        os.ftruncate(fd, plan.length)
+
+
+def _filled(fd: int, plan: _Plan, *, alone: bool) -> None:
+    fill_holes(fd, plan.filesystem, plan.size, alone=alone)
+    os.fsync(fd)
+
+
+def _grow(fd: int, path: str, size: int | None, progress: Progress) -> int:
+    plan = _plan(fd, path, size)
+    if plan.size == plan.filesystem:
+        progress(f"{path}: already has {format_size(plan.size)}")
+        return plan.size
+    _check_filesystem(fd, path)
+    progress(plan.told)
+    _extend(fd, plan)
+    _resize(fd, path)
+    _filled(fd, plan, alone=True)
+    return read_superblock(fd, path, smallest=0).size
+
+
+def _refuse_to_shrink(path: str, size: int, length: int, filesystem: int) -> NoReturn:
+    if filesystem < length:
+        raise StoreError(
+            f"{path}: the file already has {format_size(length)}, its filesystem {format_size(filesystem)}",
+            f"cowfs grow {path} finishes the resize",
+        )
+    raise StoreError(
+        f"{path}: is {format_size(length)}, larger than the requested {format_size(size)}",
+        f"a store can only grow here; cowfs shrink {path} makes it smaller",
+    )
+
+
+def _check_filesystem(fd: int, path: str) -> None:
+    """Check, and where that is safe repair, the filesystem: resize2fs demands it. *path* is for messages."""
+    with deferred():
+        code, said = tools.fsck(fd, path, "-f", "-p")
+    if code & ~(tools.FSCK_CORRECTED | 2):
+        raise StoreError(
+            f"{path}: e2fsck found damage that it cannot repair automatically: {tools.reason(said)}",
+            f"nothing was resized; copy the file, then run on the copy: e2fsck -f {path}",
+        )
+
+
+def _resize(fd: int, path: str) -> None:
+    """Let the filesystem fill its file, after _check_filesystem().
+
+    resize2fs wants to see that by the times in the superblock, and those are wrong where the clock is: so it
+    is not asked.
+    """
+    on_terminal = sys.stdout.isatty()
+    options = ["-f", "-p"] if on_terminal else ["-f"]
+    hint = "run the same command again to continue"
+    tools.resize(fd, path, *options, show=on_terminal, hint=hint)

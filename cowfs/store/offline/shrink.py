@@ -1,0 +1,185 @@
+"""Make a store smaller, and give its disk back what is free in it."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, ExitStack, suppress
+from typing import Any
+
+from cowfs.errors import StoreError, UsageError
+from cowfs.linux import fuse
+from cowfs.store.e2fsprogs import tools
+from cowfs.store.e2fsprogs.signals import cleaned_up, deferred
+from cowfs.store.e2fsprogs.tools import Progress, quiet
+from cowfs.store.format import copy_detection
+from cowfs.store.format.sizes import SMALLEST, format_size
+from cowfs.store.format.sniff import is_plain_directory
+from cowfs.store.format.superblock import read_superblock
+from cowfs.store.offline.backup import copy_image, finish_copy, suspended
+from cowfs.store.served import lock
+from cowfs.store.served.allocate import allocate
+from cowfs.store.served.image import open_file, refuse_torn
+from cowfs.store.served.store import Store
+
+Step = Callable[[], None]
+Replacing = Callable[[str], AbstractContextManager[int]]
+_MINIMUM = re.compile(r"minimum size of the filesystem: (\d+)")
+
+
+def shrink_store(path: str, size: int | None, replacing: Replacing, *, progress: Progress = quiet) -> int:
+    """Make the image at *path* as large as *size*, or as small as can be; return its size. Blocks.
+
+    *replacing* gives a file that takes the place of *path* at its end. A copy of the image is made smaller
+    there: whenever it is interrupted, the image is the old one or the new one. Raises StoreError, StoreBusy,
+    UsageError.
+    """
+    path = _image(path)
+    with cleaned_up(), ExitStack() as stack:
+        fd = _open(path, stack)
+        superblock = read_superblock(fd, path, smallest=0)
+        before, unit = os.fstat(fd).st_size, superblock.block_size
+        if size is not None and size >= before:
+            raise UsageError(f"{path}: has {format_size(before)}", "give less, or use cowfs grow")
+        if size is not None and size < SMALLEST:
+            raise UsageError(
+                f"{format_size(size)} is too small for a store", f"give at least {format_size(SMALLEST)}"
+            )
+        is_whole = os.fstat(fd).st_blocks * 512 >= before
+        directory = os.path.dirname(path)
+        _must_have_room(fd, path, directory)
+        copy = stack.enter_context(replacing(path))
+        progress(f"copying {path}")
+        for _ in copy_image(fd, copy):
+            pass
+        _check(copy, path, "-f", "-p", is_copy=True)
+        least = max(_least(copy, path) * unit, SMALLEST)
+        wanted = least if size is None else max(size, unit) // unit * unit
+        if wanted < least:
+            raise StoreError(
+                f"{path}: needs {format_size(least)} for what is in it",
+                f"give {_in_mb(least)}, or delete files",
+            )
+        if wanted < superblock.size:
+            progress(f"making it smaller: {format_size(wanted)}")
+            tools.resize(copy, path, "-f", size=f"{wanted // 1024}K")
+        os.ftruncate(copy, read_superblock(copy, path, smallest=0).size)
+        finish_copy(copy, path)
+        if is_whole:
+            allocate(copy, path, 0, os.fstat(copy).st_size, os.fstat(copy).st_size)
+        _set_attributes(fd, copy)
+        return os.fstat(copy).st_size
+
+
+def trim_store(path: str, *, progress: Progress = quiet) -> int:
+    """Give the disk back what is free in the image at *path*; return how many bytes. Blocks.
+
+    Raises StoreError, StoreBusy.
+    """
+    path = _image(path)
+    with cleaned_up(), ExitStack() as stack:
+        fd = _open(path, stack)
+        progress(f"checking {path}")
+        freed = _trim(fd, path)
+        copy_detection.closed(fd)
+        return freed
+
+
+def trim_open_store(store: Store) -> Generator[Step | str, None, int]:
+    """Give the disk back what is free in the image of an open store; return how many bytes.
+
+    All users of the mount wait while e2fsck runs. To be called in the thread that serves the filesystem.
+    StoreError for a directory, and for an image that the kernel has mounted.
+    """
+    layer: Any = store.layer
+    if not hasattr(layer, "suspend"):
+        why = (
+            "a directory has nothing to give back"
+            if store.kind == "directory"
+            else "the kernel has it mounted"
+        )
+        raise StoreError(f"{store.path}: {why}", "" if store.kind == "directory" else "use fstrim(8)")
+    yield store.save
+    with suspended(store):
+        freed = _trim(store.fd if store.memory is None else store.memory.fd, store.path)
+    return freed
+
+
+def _trim(fd: int, path: str) -> int:
+    before = os.fstat(fd).st_blocks
+    _check(fd, path, "-f", "-p", "-E", "discard")
+    os.fsync(fd)
+    return max(before - os.fstat(fd).st_blocks, 0) * 512
+
+
+def _image(path: str) -> str:
+    if os.path.isdir(path):
+        if is_plain_directory(path):
+            raise StoreError(f"{path}: neither a store nor a cowfs mountpoint", fuse.LISTED)
+        raise StoreError(f"{path}: a directory store has no size of its own", "delete files in it")
+    return os.path.realpath(path)
+
+
+def _open(path: str, stack: ExitStack) -> int:
+    """Open an image that nobody uses, and lock it until the end."""
+    fd = open_file(path)
+    stack.callback(os.close, fd)
+    lock.lock(fd, path)
+    lock.refuse_mounted_image(fd, path)
+    refuse_torn(fd, path, read_superblock(fd, path, smallest=0))
+    copy_detection.opened(fd)
+    stack.callback(_still_closed, fd)
+    return fd
+
+
+def _still_closed(fd: int) -> None:
+    with suppress(StoreError):
+        if read_superblock(fd, "", smallest=0).state == "clean":
+            copy_detection.closed(fd)
+
+
+def _must_have_room(fd: int, path: str, directory: str) -> None:
+    """StoreError where a copy of an image has no room beside it."""
+    needed = os.fstat(fd).st_blocks * 512
+    room = os.statvfs(directory)
+    free = room.f_bavail * room.f_frsize
+    if needed > free:
+        raise StoreError(
+            f"{path}: a copy needs {format_size(needed)} beside it, and {format_size(free)} are free",
+            f"cowfs trim {path} gives back what is free in it; or free space there",
+        )
+
+
+def _check(fd: int, path: str, *options: str, is_copy: bool = False) -> None:
+    with deferred():
+        code, said = tools.fsck(fd, path, *options)
+    if code & ~(tools.FSCK_CORRECTED | 2):
+        unchanged = "nothing was changed; " if is_copy else ""
+        raise StoreError(
+            f"{path}: e2fsck found damage that it cannot repair automatically: {tools.reason(said)}",
+            f"{unchanged}copy the file, then run on the copy: e2fsck -f {path}",
+        )
+
+
+def _least(fd: int, path: str) -> int:
+    """Return as how many blocks resize2fs can make it, at least."""
+    done = tools.run(["resize2fs", "-P", tools.place(fd)], pass_fds=[fd], merge=True)
+    found = _MINIMUM.search(done.stdout.decode(errors="replace"))
+    if done.returncode or found is None:
+        raise StoreError(f"{path}: resize2fs failed: {tools.last_line(done.stdout)}")
+    return int(found[1])
+
+
+def _in_mb(size: int) -> str:
+    return f"{-(-size >> 20)} MiB"
+
+
+def _set_attributes(source: int, target: int) -> None:
+    """Give the new file owner and mode of the old one."""
+    info = os.fstat(source)
+    with suppress(PermissionError):
+        os.fchown(target, info.st_uid, info.st_gid)
+    os.fchmod(target, stat.S_IMODE(info.st_mode))
+    os.fsync(target)

@@ -1,0 +1,68 @@
+"""Give the file of a store its blocks."""
+
+from __future__ import annotations
+
+import errno
+import os
+from contextlib import suppress
+
+from cowfs.errors import StoreError
+from cowfs.linux import files
+from cowfs.store.format.sizes import format_size
+
+
+def allocate(fd: int, path: str, start: int, end: int, length: int | None = None) -> None:
+    """Give a file all of its blocks from *start* to *end*, which may be beyond its end. Blocks until they
+    are on disk.
+
+    When there is no room after all the file is cut to the *length* that it had (by default *start*),
+    and StoreError raised.
+    """
+    length = start if length is None else length
+    try:
+        files.make_room(fd, start, end, alone=True)
+        os.fsync(fd)
+    except OSError as error:
+        os.ftruncate(fd, length)
+        hint = "free some space, or choose a smaller size"
+        if error.errno == errno.EFBIG:
+            hint = "the filesystem, or a limit (ulimit -f), does not allow a file of this size"
+        raise StoreError(
+            f"{path}: cannot allocate {format_size(end - start)}: {error.strerror}", hint
+        ) from None
+    except BaseException:
+        os.ftruncate(fd, length)
+        raise
+
+
+def fill_holes(fd: int, start: int, end: int, *, alone: bool = True) -> None:
+    """Allocate what e2fsprogs has given back: where a filesystem zeroes no ranges it punches holes.
+
+    Not *alone*: others write to the file meanwhile.
+    """
+    if os.fstat(fd).st_blocks * 512 < end:
+        with suppress(OSError):
+            files.make_room(fd, start, end, alone=alone)
+
+
+def take_room(fd: int, path: str) -> str:
+    """Allocate what a store, which nobody else uses, lacks of its file: a copy of one has holes. Return what
+    is to be told if its disk has no room for them. Blocks."""
+    state = os.fstat(fd)
+    missing = state.st_size - state.st_blocks * 512
+    if missing <= 0:
+        return ""
+    room = os.fstatvfs(fd)
+    free = room.f_bfree * room.f_frsize
+    told = (
+        f"{path}: the file still needs {format_size(missing)}, but its disk has only "
+        f"{format_size(free)} free: free space there"
+    )
+    if missing > free:
+        return told
+    try:
+        files.make_room(fd, 0, state.st_size, alone=True)
+        os.fsync(fd)
+    except OSError:
+        return told
+    return ""

@@ -1,0 +1,83 @@
+"""Crashes that are asked for: an image that has nothing but what was synced, whenever the daemon dies.
+
+The engine works on a copy in memory. When something is synced, the copy is made clean, and what is new in it
+is written to the image. A journal keeps no less: all that was done before an fsync(2) is on disk then.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from typing import Any
+
+from cowfs.errors import UsageError
+from cowfs.linux import files
+from cowfs.store.format.sniff import looks_like_image
+from cowfs.store.served.store import Store
+
+_PIECE = 1 << 20
+
+
+class Scratch:
+    """A copy of an image, in memory."""
+
+    def __init__(self, fd: int) -> None:
+        self._image = fd
+        self.fd = os.memfd_create("cowfs-crash", os.MFD_CLOEXEC)
+        _copy(self._image, self.fd)
+
+    def keep(self) -> None:
+        """Write what is in it to the image. Blocks."""
+        _copy(self.fd, self._image)
+
+    def close(self) -> None:
+        """Write it back, and let it go."""
+        try:
+            self.keep()
+        finally:
+            os.close(self.fd)
+
+
+def must_be_possible(store: str) -> None:
+    """UsageError for a store of which what was not synced cannot be taken away again."""
+    is_new = not os.path.lexists(store) and not looks_like_image(store)  # which makes it a directory
+    if store != "memory" and (os.path.isdir(store) or is_new):
+        raise UsageError(
+            f"{store}: a directory keeps what was not synced: no crash can be played on it",
+            f"use a store in an image: cowfs create {store}.bs 256M",
+        )
+
+
+def rehearse(store: Store) -> None:
+    """Let the image be what the store is now. Blocks; for the thread that the store's layer belongs to."""
+    if store.scratch is None:
+        return
+    layer: Any = store.layer
+    layer.suspend(store.work)
+    try:
+        store.scratch.keep()
+    finally:
+        layer.resume(store.work)
+
+
+def _copy(source: int, target: int) -> None:
+    """Let one file be as another, holes and all, and write only where it is not."""
+    size = os.fstat(source).st_size
+    if os.fstat(target).st_size != size:
+        os.ftruncate(target, size)
+    for start, stop in files.segments(source, size):
+        for at in range(start, stop, _PIECE):
+            data = os.pread(source, min(_PIECE, stop - at), at)
+            if os.pread(target, len(data), at) != data:
+                os.pwrite(target, data, at)
+    for start, stop in files.holes(source, 0, size):
+        for first, last in files.segments(target, stop, start):
+            _clear(target, max(first, start), min(last, stop))
+
+
+def _clear(fd: int, start: int, stop: int) -> None:
+    with suppress(OSError):
+        files.fallocate(fd, start, stop - start, files.PUNCH_HOLE)
+        return
+    for at in range(start, stop, _PIECE):
+        os.pwrite(fd, bytes(min(_PIECE, stop - at)), at)

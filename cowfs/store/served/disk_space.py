@@ -1,0 +1,124 @@
+"""What of a store is not on its disk, how much room that has, and how to wait for more."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import time
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from cowfs.jsontext import local_time
+from cowfs.linux.signals import forget_held_back, wait_asked
+from cowfs.overlay.aufs import written_through
+from cowfs.store.format.sizes import format_size
+from cowfs.store.served import presence
+
+if TYPE_CHECKING:
+    from cowfs.store.served.store import Store
+
+
+class Unsaved(NamedTuple):
+    """Changes that were acknowledged and are not on disk, because it refused them."""
+
+    why: str
+    since: float
+    """Since the epoch: what was done before is on disk. 0: nothing can be found there any more."""
+    waits: bool
+    """Whether they are written as soon as the disk takes them; else there is no more than can be read now."""
+
+    def __str__(self) -> str:
+        if not self.since:
+            return f"{self.why}: what it holds is lost when it is unmounted"
+        since = local_time(self.since)
+        if self.waits:
+            until = "accepts them" if self.why == os.strerror(errno.EIO) else "has space"
+            return f"{self.why}: the changes since {since} are only in memory until its disk {until}"
+        return f"{self.why}: changes since {since} are lost when it is unmounted"
+
+
+class Disk(NamedTuple):
+    """Room on the disk that a store is on, in bytes."""
+
+    free: int
+    missing: int
+    """That the store's file, which is sparse, may still take of it."""
+
+
+def unsaved(store: Store) -> Unsaved | None:
+    """Tell what is not on disk of a store, as far as that is known. Does not block."""
+    gone = "" if store.read_only else presence.lost(store)
+    if gone:
+        return Unsaved(gone, 0, False)
+    image: Any = getattr(store.layer, "image", None)
+    if image is not None and not store.read_only:
+        facts = image.facts()
+        if facts.stalled or facts.aborted:
+            why = os.strerror(facts.stalled or facts.aborted)
+            return Unsaved(why, facts.saved_ns / 1e9, not facts.aborted)
+        return None
+    if store.failure is not None:
+        return Unsaved(os.strerror(store.failure.errno or errno.EIO), store.saved, False)
+    return None
+
+
+def disk(store: Store) -> Disk | None:
+    """Return the room on the disk of a store; None for one that is in memory. Does not block."""
+    if store.kind == "memory":
+        return None
+    image: Any = getattr(store.layer, "image", None)
+    if image is not None:
+        facts = image.facts()
+        if facts.disk_free < 1 << 63:
+            return Disk(facts.disk_free, facts.missing)
+    root: Any = written_through(store.layer).root
+    fd = store.fd if store.kind == "image" else root.fd
+    return disk_of(fd) if fd >= 0 else None
+
+
+def disk_of(file: str | int) -> Disk | None:
+    """Return the room on the disk that a file or directory is on; None if it cannot be told. A path must not
+    lead into our own mount."""
+    try:
+        state, room = os.stat(file), os.statvfs(file)
+    except OSError:
+        return None
+    missing = max(state.st_size - state.st_blocks * 512, 0) if stat.S_ISREG(state.st_mode) else 0
+    return Disk(room.f_bavail * room.f_frsize, missing)
+
+
+def wait_for_room(store: Store, seconds: float, *, heeds_signals: bool = False) -> None:
+    """Write everything to disk, and while that has no room try again, so many *seconds* at most. Blocks.
+
+    A signal that asks to end, and comes while it waits, ends the waiting if it *heeds_signals*, which are
+    held back; it never stops the writing. Raises OSError, the last failure.
+    """
+    deadline = time.monotonic() + seconds
+    waited = False
+    while True:
+        try:
+            store.save()
+            return
+        except OSError as error:
+            waits = unsaved(store)
+            if not waits or not waits.waits or time.monotonic() > deadline:
+                raise
+            failure = error
+        if not heeds_signals:
+            time.sleep(1.0)
+            continue
+        if not waited:
+            forget_held_back()  # those that came while it wrote
+            waited = True
+        if wait_asked(1.0):
+            raise failure
+
+
+def lacks_room(what: Disk | None) -> str:
+    """Say so, if a sparse file cannot have its blocks; "" else."""
+    if what is None or what.missing <= what.free:
+        return ""
+    return (
+        f"its disk has only {format_size(what.free)} free, but the store's sparse file still needs "
+        f"{format_size(what.missing)}: free space there"
+    )

@@ -1,0 +1,94 @@
+"""Say in time that a store is nearly full, and how it gets more room."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from cowfs.store.format.sizes import format_size
+from cowfs.store.served import disk_space, presence
+from cowfs.store.served.store import Store
+
+log = logging.getLogger(__name__)
+
+NEARLY = 90
+"""Percent in use from which on it is told."""
+_LITTLE = 256 << 20
+"""Bytes: of a disk with so much room nobody needs to be warned."""
+_AGAIN = 80
+"""Percent below which it must have been to be told again in the log."""
+
+
+def nearly_full(path: str, used: int, of: int, used_inodes: int, of_inodes: int) -> str:
+    """Say so, and what to do, if that is so of the store at *path*; "" else. *path* may be ``memory``."""
+    blocks, inodes = _percent(used, of), _percent(used_inodes, of_inodes)
+    if max(blocks, inodes) < NEARLY:
+        return ""
+    full = f"{blocks} % full" if blocks >= inodes else f"{inodes} % of its inodes are in use"
+    if path == "memory":
+        return f"{full}; cowfs grow MOUNTPOINT SIZE raises its limit, cowfs persist moves it to a disk"
+    name = "MOUNTPOINT" if path.startswith("/dev/") else path  # on a disk that only its daemon has mounted
+    return f"{full}; cowfs grow {name} SIZE makes it larger"
+
+
+def disk_nearly_full(disk: disk_space.Disk | None, size: int) -> str:
+    """Say so of the disk, of *size* bytes, that a directory store is on; "" else."""
+    if disk is None or disk.free >= min(size * (100 - NEARLY) // 100, _LITTLE):
+        return ""
+    return f"its disk has only {format_size(disk.free)} free: free space there"
+
+
+def hint(store: Store) -> str:
+    """Return the same of an open store, or of its disk, if that is what it will lack."""
+    on_disk = disk_space.disk(store)
+    room = store.layer.statfs()
+    if not _can_grow(store):
+        return disk_nearly_full(on_disk, room.blocks * room.frsize)
+    lacks = disk_space.lacks_room(on_disk)
+    if lacks:
+        return lacks
+    return nearly_full(store.path, room.blocks - room.bfree, room.blocks, room.files - room.ffree, room.files)
+
+
+def watch(store: Store, whereabouts: presence.Whereabouts | None = None) -> Callable[[], None]:
+    """Return what is to be called every few seconds: it logs once that the store has become nearly full, and
+    what somebody has done to it, or to its lowers."""
+    told = told_of_disk = False
+    done_to_them: set[str] = set()
+
+    def look() -> None:
+        nonlocal told, told_of_disk
+        lost = disk_space.unsaved(store)
+        done = [f"{store.path}: {lost}"] if lost is not None and not lost.since else []
+        for said in (*done, *(whereabouts.told() if whereabouts else ())):
+            if said not in done_to_them:
+                done_to_them.add(said)
+                log.error("%s", said)
+        on_disk = disk_space.disk(store)
+        room = store.layer.statfs()
+        lacks = disk_space.lacks_room(on_disk)
+        if not _can_grow(store):
+            lacks = disk_nearly_full(on_disk, room.blocks * room.frsize)
+        if lacks and not told_of_disk:
+            log.warning("%s: %s", store.path, lacks)
+        told_of_disk = bool(lacks)
+        if lacks or not _can_grow(store):
+            return
+        percent = max(
+            _percent(room.blocks - room.bfree, room.blocks), _percent(room.files - room.ffree, room.files)
+        )
+        if percent >= NEARLY and not told:
+            told = True
+            log.warning("%s: %s", store.path, hint(store))
+        elif percent < _AGAIN:
+            told = False
+
+    return look
+
+
+def _can_grow(store: Store) -> bool:
+    return store.kind == "image" or store.memory is not None
+
+
+def _percent(part: int, whole: int) -> int:
+    return 100 * part // whole if whole else 0

@@ -1,0 +1,322 @@
+"""Open a store that is an ext3 image: mounted by the kernel where nobody else sees it, or read and
+written in this process, which needs no privilege.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+import time
+from contextlib import ExitStack, suppress
+from typing import TYPE_CHECKING, Any
+
+from cowfs.errors import StoreError, SystemFailure
+from cowfs.layers.base import UpperLayer
+from cowfs.layers.directory import DirectoryLayer
+from cowfs.linux import helper_process, loop_devices, mounts, safe_paths, trust
+from cowfs.linux.files import LACK_OF_ROOM, open_ordinary
+from cowfs.overlay.aufs import AufsStore
+from cowfs.store.e2fsprogs import tools
+from cowfs.store.format import copy_detection, layout
+from cowfs.store.format.header import Header, check_lowers, new_header
+from cowfs.store.format.sniff import split_subdir
+from cowfs.store.format.superblock import Superblock, read_superblock
+from cowfs.store.served import lock
+from cowfs.store.served.allocate import take_room
+from cowfs.store.served.crash import Scratch
+from cowfs.store.served.disk_space import disk_of, lacks_room
+from cowfs.store.served.store import Store, Wanted, finish
+
+if TYPE_CHECKING:
+    from cowfs.layers.ext3 import Ext3Layer
+
+_DETACH_PATIENCE = 30.0
+"""Seconds that the kernel may take to unmount after the last descriptor is closed."""
+
+
+def open_image(path: str, want: Wanted) -> Store:
+    """Lock and recover the image at *path*, and open the store in it, or one of several: IMAGE/NAME. Blocks.
+
+    Raises SystemFailure for an engine that cannot be had.
+    """
+    whole, (path, name) = path, split_subdir(path)
+    kernel = want.engine == "kernel"
+    if kernel and os.geteuid() != 0:
+        raise SystemFailure(
+            f"{path}: only root can use the kernel engine", "--engine process works without root"
+        )
+    with ExitStack() as stack:
+        fd = open_file(path, read_only=want.read_only)
+        stack.callback(os.close, fd)
+        lock.lock(fd, path, shared=want.read_only, progress=want.progress)
+        stack.callback(fcntl.flock, fd, fcntl.LOCK_UN)
+        lock.refuse_mounted_image(fd, path)
+        superblock = read_superblock(fd, path)
+        copy = None if want.read_only else refuse_torn(fd, path, superblock)
+        if not want.read_only:
+            copy_detection.opened(fd)
+            stack.callback(note_closed, fd, path)
+        if want.read_only and superblock.needs_recovery and is_copy(fd, path):
+            want.progress(copy_detection.torn_copy(path).message)
+        if superblock.state != "clean" and not want.read_only:
+            sound = copy is not None and not superblock.has_errors
+            tools.recover(fd, path, want.progress, *([] if sound else ["-f"]), sound=sound)
+            superblock = read_superblock(fd, path)
+        elif superblock.needs_recovery:
+            want.progress(f"{path}: was not cleanly unmounted; showing it as it will be after recovery")
+            kernel = False  # which would have to write to it
+        if not kernel and not want.read_only:
+            _refuse_untouched(fd, whole, want, name)
+        scratch = None
+        if want.may_crash and not want.read_only:
+            scratch = Scratch(fd)
+            stack.callback(scratch.close)  # after the layer
+            kernel = False
+        mount = _mount if kernel else _read_ourselves
+        layer = mount(scratch.fd if scratch else fd, path, superblock, want, stack)
+        try:
+            store = _open_layer(fd, whole, layer, superblock, want, stack, name)
+        except OSError as error:
+            hint = f"cowfs grow {path} SIZE makes it larger" if error.errno == errno.ENOSPC else ""
+            lacks = lacks_room(disk_of(fd))
+            raise StoreError(
+                f"{path}: the store in it cannot be opened: {error.strerror}", lacks or hint
+            ) from None
+        store.fd = store.locked = fd
+        store.scratch = scratch
+        store.most_bytes = os.fstat(fd).st_size
+        return store
+
+
+def note_closed(fd: int, path: str) -> None:
+    with suppress(StoreError):
+        if read_superblock(fd, path).state == "clean":
+            copy_detection.closed(fd)
+
+
+def open_file(path: str, *, read_only: bool = False) -> int:
+    """Open a regular file that shall be a store. Raises StoreError, saying why it cannot be one.
+
+    To be written to it must be the one that is meant: not reached by another user's link.
+    """
+    try:
+        fd = open_ordinary(path, os.O_RDONLY if read_only else os.O_RDWR)
+    except OSError as error:
+        raise StoreError(*_why_not(path, error)) from None
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise StoreError(f"{path}: not a store: neither a regular file nor a directory")
+        if not read_only and not path.startswith(("/proc/self/fd/", "/dev/fd/")):
+            _refuse_substitutes(fd, path)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _refuse_substitutes(fd: int, path: str) -> None:
+    try:
+        reason = trust.who_can_substitute(path, fd)
+    except OSError as failure:
+        reason = f"it is not there any more: {failure.strerror}"
+    if reason is not None:
+        raise StoreError(f"{path}: {reason}", "give the file itself")
+
+
+def _why_not(path: str, error: OSError) -> tuple[str, str]:
+    if error.errno == errno.ENOENT:
+        return f"{path}: no such store", f"cowfs create {path} 256 creates one of 256 MiB"
+    if error.errno == errno.EROFS:
+        return f"{path}: is on read-only media", "copy it to a writable disk"
+    if error.errno in {errno.EACCES, errno.EPERM}:
+        return (
+            f"{path}: no permission to write to it",
+            "the user who mounts must be able to write to the store",
+        )
+    return f"{path}: cannot be opened: {error.strerror}", ""
+
+
+def _mount(fd: int, path: str, superblock: Superblock, want: Wanted, stack: ExitStack) -> UpperLayer:
+    if not want.read_only:
+        refused = take_room(fd, path)
+        if refused:
+            raise StoreError(
+                f"{refused}; the kernel would lose data that it cannot write",
+                "--engine process can use it until the disk is full",
+            )
+    # The device shares our open file and so the lock: if we are killed, the image stays locked until
+    # the kernel has unmounted it.
+    try:
+        loop, device = loop_devices.attach_loop(fd, readonly=want.read_only)
+    except OSError as error:
+        raise SystemFailure(
+            f"{path}: cannot get a loop device: {error.strerror}",
+            "modprobe loop, or use --engine process, which needs no loop device",
+        ) from None
+    stack.callback(_wait_detached, fd, device, want.progress)
+    options: dict[str, str | None] = {"errors": "remount-ro"}
+    try:
+        root = mounts.detached_mount("ext3", device, options, readonly=want.read_only)
+    except OSError as error:
+        hint = f"for details see dmesg and cowfs check -n {path}"
+        if error.errno == errno.ENODEV:
+            hint = "the kernel does not support ext3: modprobe ext4"
+        elif superblock.block_size > os.sysconf("SC_PAGE_SIZE"):
+            hint = f"it may not support {superblock.block_size >> 10} KiB blocks; use --engine process"
+        raise StoreError(f"{path}: the kernel cannot mount it: {error.strerror}", hint) from None
+    finally:
+        os.close(loop)
+    layer = DirectoryLayer(root, path, privileged=True, alone=True)
+    stack.callback(layer.close)
+    return layer
+
+
+def _read_ourselves(fd: int, path: str, _: Superblock, want: Wanted, stack: ExitStack) -> UpperLayer:
+    return open_layer(fd, path, stack, read_only=want.read_only)
+
+
+def _refuse_untouched(fd: int, path: str, want: Wanted, name: str) -> None:
+    """Refuse what is no store, or another lower's, before a byte of it is changed by opening it to write."""
+    with ExitStack() as looking:
+        layer = layout.as_store(open_layer(fd, path, looking, read_only=True))
+        if name and layout.find(layer, os.fsencode(name)) is None:
+            return
+        layer = layout.as_store(within(layer, name, path, looking, read_only=True))
+        if layout.recognise(layer) == "store" and not want.force_lower:
+            check_lowers(layout.load_header(layer), want.lowers, path)
+
+
+def within(layer: UpperLayer, name: str, path: str, stack: ExitStack, *, read_only: bool) -> UpperLayer:
+    """Return the layer whose root is the directory *name* of another's; that one, for no name.
+
+    It is made if it is missing, unless *read_only*. The other layer shall not be used any more.
+    """
+    if not name:
+        return layer
+    if isinstance(layer, AufsStore):
+        raise StoreError(
+            f"{path}: the store has the aufs format, so there are no others in it", "leave out subdir"
+        )
+    key: Any = layout.find(layer, os.fsencode(name))
+    if key is None and read_only:
+        raise StoreError(f"{path}: no such store in the image", f"a mount with -o subdir={name} creates it")
+    if key is None:
+        key = layout.ensure_directory(layer, layer.root, os.fsencode(name), 0o755)
+    if not stat.S_ISDIR(layer.stat(key).st_mode):
+        raise StoreError(f"{path}: not a store: {name} is no directory")
+    if isinstance(layer, DirectoryLayer):
+        layer = DirectoryLayer(layer.descriptor(key), path, privileged=True, alone=True)
+        stack.callback(layer.close)
+    else:
+        layer.root = key
+    return layer
+
+
+def refuse_torn(fd: int, path: str, superblock: Superblock) -> bool | None:
+    """Raise StoreError for a copy of an image that was in use. Return what is_copy says of the others.
+
+    A copy of one that was in use for a while only, in the middle of the copying, says that it is clean: so
+    a copy is checked, once, in whole.
+    """
+    copy = is_copy(fd, path)
+    if copy and superblock.needs_recovery:
+        raise copy_detection.torn_copy(path)
+    if copy and not superblock.has_errors and tools.fsck(fd, path, "-f", "-n")[0]:
+        raise StoreError(
+            f"{path}: an incomplete copy: the store was in use when it was copied, or is damaged",
+            f"unmount the store and copy it again, or repair this copy: cowfs check {path}",
+        )
+    return copy
+
+
+def is_copy(fd: int, path: str) -> bool | None:
+    """Say whether an image was in another file when it was last written to; None: not known."""
+    try:
+        with ExitStack() as looking:
+            layer = layout.as_store(open_layer(fd, path, looking, read_only=True))
+            return copy_detection.is_copy(layer, fd)
+    except (OSError, StoreError, SystemFailure):
+        return None
+
+
+def open_layer(fd: int, path: str, stack: ExitStack, *, read_only: bool = False) -> Ext3Layer:
+    """Open the ext3 image behind *fd* in this process; *stack* closes it. *path* is for messages."""
+    try:
+        from cowfs.formats.ext3.image import Image
+        from cowfs.layers.ext3 import Ext3Layer
+    except ImportError as error:
+        raise SystemFailure(
+            f"{path}: this cowfs was built without the ext3 engine: {error}",
+            "install libext2fs-dev, then cowfs again; root can use --engine kernel instead",
+        ) from None
+    try:
+        layer = Ext3Layer(Image(fd, path, read_only=read_only))
+    except OSError as error:
+        if error.errno in LACK_OF_ROOM:
+            raise StoreError(f"{path}: cannot be written to: {error.strerror}", "free space there") from None
+        raise StoreError(
+            f"{path}: cannot be read: {error.strerror}", f"for details see cowfs check -n {path}"
+        ) from None
+    stack.callback(_close, layer, path)
+    return layer
+
+
+def _close(layer: UpperLayer, path: str) -> None:
+    try:
+        layer.close()
+    except OSError as error:
+        raise StoreError(f"{path}: the last changes could not be written: {error.strerror}") from error
+
+
+def _wait_detached(fd: int, device: str, progress: tools.Progress) -> None:
+    """Return when the kernel has written the image and let go of it."""
+    deadline = time.monotonic() + _DETACH_PATIENCE
+    elsewhere = helper_process.current()
+
+    def users() -> list[str]:
+        if elsewhere is not None:
+            return list(elsewhere.ask("loops", [fd])["devices"])
+        return safe_paths.loop_users(f"/proc/self/fd/{fd}")
+
+    while device in users():
+        if time.monotonic() > deadline:
+            progress(f"{device} is still in use: another process has it open")
+            return
+        time.sleep(0.001)
+
+
+def _open_layer(
+    fd: int,
+    path: str,
+    layer: UpperLayer,
+    superblock: Superblock,
+    want: Wanted,
+    stack: ExitStack,
+    name: str,
+) -> Store:
+    layer = layout.as_store(layer)
+    header = _header(path, layer, want, superblock.uuid)
+    if not want.read_only:
+        copy_detection.note(layer, fd)
+    if name:
+        layer = layout.as_store(within(layer, name, path, stack, read_only=want.read_only))
+        header = _header(path, layer, want, "")
+    return finish("image", path, layer, header, want, stack)
+
+
+def _header(path: str, layer: UpperLayer, want: Wanted, identity: str) -> Header:
+    """Return the header of the store in a layer; make the store if there is none."""
+    found = layout.recognise(layer)
+    if found == "store":
+        header = layout.load_header(layer)
+        layout.refuse_lossy_copy(layer, header)
+        return header if header.mark or want.read_only else layout.renew_mark(layer, header)
+    if want.read_only and found == "nothing":
+        raise StoreError(
+            f"{path}: an ext3 filesystem without a store in it", "mount it once to create the store"
+        )
+    whiteouts = layout.whiteouts_of(layer)
+    header = new_header(adopted=found == "overlayfs", identity=identity, whiteouts=whiteouts)
+    return header if want.read_only else layout.initialise(layer, header)

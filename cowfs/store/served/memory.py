@@ -1,0 +1,140 @@
+"""Open a store that is gone when it is closed."""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack, closing, suppress
+from typing import TYPE_CHECKING
+
+from cowfs.errors import StoreError, SystemFailure, UsageError
+from cowfs.linux import mounts
+from cowfs.store.e2fsprogs import tools
+from cowfs.store.e2fsprogs.mke2fs import format_image
+from cowfs.store.format import layout
+from cowfs.store.format.header import new_header
+from cowfs.store.format.sizes import SMALLEST, format_size
+from cowfs.store.format.superblock import read_superblock
+from cowfs.store.served import directory, image
+from cowfs.store.served.store import Store, Wanted, finish
+
+if TYPE_CHECKING:
+    from cowfs.layers.ext3 import Ext3Layer
+
+_NAME = "memory"
+_JOURNAL = 4 << 20
+"""Nothing of it survives us; the journal is there because the engine has no other way to write."""
+_FIRST = 128 << 20
+"""How large the image is at first: what one block group holds."""
+_BALLAST = b"#ballast"
+_BALLAST_BYTES = 256 << 10
+"""Set free when the image is full, so that thousands of inodes without names can have one while it grows."""
+
+
+class Memory:
+    """The image of a store in memory: a file without a name, which grows towards its limit."""
+
+    def __init__(self, fd: int, layer: Ext3Layer, limit: int) -> None:
+        self.fd = fd
+        self._layer = layer
+        self._limit = limit
+        self.leaving = ""
+        """Where it is being written to, if it is."""
+        self._tell_spare()
+
+    @property
+    def limit(self) -> int:
+        """Bytes that the image may have."""
+        return self._limit
+
+    @limit.setter
+    def limit(self, size: int) -> None:
+        self._limit = size & ~4095
+        self._tell_spare()
+
+    @property
+    def size(self) -> int:
+        """Bytes that the image has now, used or not."""
+        return os.fstat(self.fd).st_size
+
+    def _tell_spare(self) -> None:
+        self._layer.spare_bytes = self._limit - self.size
+
+    def make_room(self, place: int) -> bool:
+        """Double the image, as far as the limit allows; False when it is there. Blocks, and all users wait.
+
+        *place* is a directory for what is in use without a name.
+        """
+        before = self.size
+        after = min(2 * before, self._limit)
+        beyond, self._layer.is_beyond_room = self._layer.is_beyond_room, False
+        if after <= before or beyond:
+            return False
+        self.release_reserve(place)
+        self._layer.suspend(place)
+        try:
+            os.ftruncate(self.fd, after)
+            tools.resize(self.fd, _NAME, "-f")  # not to be checked first: nobody but us has ever seen it
+        finally:
+            self._layer.resume(place)
+            self._tell_spare()
+            self.reserve_space(place)
+        return True
+
+    def reserve_space(self, place: int) -> None:
+        """Take some room that :meth:`release_reserve` sets free; if there is none left, that is that."""
+        with suppress(OSError):
+            _, file = self._layer.create(place, _BALLAST, 0o600, 0, 0)
+            with closing(file):
+                file.pwrite(bytes(_BALLAST_BYTES), 0)
+
+    def release_reserve(self, place: int) -> None:
+        """Let it go: the image is about to be left to others."""
+        with suppress(OSError):
+            self._layer.unlink(place, _BALLAST, None)
+            self._layer.sync()
+
+
+def open_memory(want: Wanted, size: int | None = None) -> Store:
+    """Open an empty store of at most *size* bytes that only we see: an ext3 image that is a file without
+    a name, or, for the engine *kernel*, a tmpfs. Blocks.
+
+    Memory is taken as it is filled. By default there is room for half of the machine's memory. Raises
+    UsageError for a *size* that is too small.
+    """
+    with ExitStack() as stack:
+        if want.engine != "kernel":
+            return _open_image(want, size, stack)
+        try:
+            root = mounts.tmpfs(size)
+        except PermissionError:
+            raise SystemFailure(
+                "only root can mount a tmpfs", "--engine process works without root"
+            ) from None
+        except OSError as error:
+            raise SystemFailure(f"cannot mount a tmpfs for the store in memory: {error.strerror}") from None
+        stack.callback(os.close, root)
+        return directory.open_root(root, _NAME, want, stack, kind="memory")
+
+
+def _open_image(want: Wanted, size: int | None, stack: ExitStack) -> Store:
+    if size is None:
+        size = max(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2, SMALLEST)
+    if size < SMALLEST:
+        raise UsageError(
+            f"memory: {format_size(size)} is too small for a store", f"give at least {format_size(SMALLEST)}"
+        )
+    size &= ~4095
+    try:
+        fd = os.memfd_create("cowfs-store", os.MFD_CLOEXEC)
+        stack.callback(os.close, fd)
+        os.ftruncate(fd, min(size, _FIRST))
+    except OSError as error:
+        raise StoreError(f"memory: cannot create a {format_size(size)} file: {error.strerror}") from None
+    format_image(fd, _NAME, journal=_JOURNAL)
+    superblock = read_superblock(fd, _NAME)
+    layer = image.open_layer(fd, _NAME, stack)
+    header = layout.initialise(layer, new_header(identity=superblock.uuid))
+    store = finish("memory", _NAME, layer, header, want, stack)
+    store.memory = Memory(fd, layer, size)
+    store.memory.reserve_space(store.work)
+    return store

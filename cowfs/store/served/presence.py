@@ -1,0 +1,128 @@
+"""Whether what a mount uses is still there, and where it was: somebody may delete, rename or replace it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+from cowfs.layers.base import LowerLayer, UpperLayer
+from cowfs.linux import helper_process
+from cowfs.linux.places import Inode, Places
+from cowfs.overlay.aufs import written_through
+from cowfs.store.format.sizes import format_size
+from cowfs.store.format.sniff import split_subdir
+from cowfs.store.served.store import Store
+from cowfs.url.names import is_url
+
+
+def lost(store: Store) -> str:
+    """Say why nobody can find again what is written to a store; "" if that is not so. Does not block."""
+    if store.kind == "image" and store.fd >= 0:
+        seen = os.fstat(store.fd)
+        store.most_bytes = max(store.most_bytes, seen.st_size)
+        if not seen.st_nlink:
+            return "its file was deleted"
+        if seen.st_size < store.most_bytes:
+            return f"its file was truncated to {format_size(seen.st_size)}"
+    elif store.kind == "directory":
+        with suppress(AttributeError):
+            root: Any = written_through(store.layer).root
+            if root.fd >= 0 and not os.fstat(root.fd).st_nlink:
+                return "the directory was deleted"
+        try:
+            if not store.layer.stat(store.upper).st_nlink:
+                return "its directory upper was deleted"
+        except OSError:
+            return "its directory upper was deleted, renamed or replaced"
+    return ""
+
+
+class Whereabouts:
+    """Whether a store and its lowers are still where they were when they were opened."""
+
+    mounts_move = False
+    """Whether it is no news that what they are on is mounted somewhere else."""
+
+    def __init__(self, store: Store, lowers: Sequence[LowerLayer], paths: Sequence[str]) -> None:
+        """*paths* are those of the lowers. To be made before anything is mounted."""
+        self._store = store
+        self._upper = store.upper
+        self._names = [layer.name for layer in lowers]
+        opened = store.fd if store.kind == "image" else _root(store.layer)
+        self._opened = [_inode(opened) if store.path != "memory" else None, *(None for _ in _PARTS)]
+        for layer, path in zip(lowers, paths, strict=True):
+            is_known = not layer.waits and os.path.isdir(path)  # of an image it may be the root in it
+            self._opened.append(_inode(_root(layer)) if is_known else None)
+        elsewhere = helper_process.current()  # it opens them for itself, in the mounts that others see
+        self._places = None if elsewhere is not None else Places(watched(store.path, paths))
+
+    def of_store(self) -> str:
+        """Say what was done to the store that does no harm to it as yet; "" for nothing."""
+        return "" if lost(self._store) else _goes_on(self._change_of_store())
+
+    def of_lowers(self) -> list[str]:
+        """Say what was done to lowers."""
+        said = zip(self._names, self._changes()[1 + len(_PARTS) :], strict=False)
+        return [f"{name}: {_goes_on(what)}" for name, what in said if what]
+
+    def told(self) -> list[str]:
+        """Return both, each with its name."""
+        store = self.of_store()
+        return [*([f"{self._store.path}: {store}"] if store else []), *self.of_lowers()]
+
+    def is_in_place(self) -> bool:
+        """Whether what the user calls by the store's name is still that store."""
+        return not self._change_of_store()
+
+    def close(self) -> None:
+        if self._places is not None:
+            self._places.close()
+
+    def _change_of_store(self) -> str:
+        whole, *parts = self._changes()[: 1 + len(_PARTS)]
+        if self._store.upper is not self._upper:  # a checkpoint of ours was made, or gone back to
+            parts[0] = ""
+        found = (
+            what.replace("the", f"its {part}", 1) for part, what in zip(_PARTS, parts, strict=True) if what
+        )
+        return whole or next(found, "")
+
+    def _changes(self) -> list[str]:
+        if self._places is not None:
+            return self._places.changes(self._opened, mounts_move=self.mounts_move)
+        elsewhere = helper_process.current()
+        try:
+            asked = None if elsewhere is None else elsewhere.ask("places", opened=self._opened)
+        except OSError:  # somebody has killed it
+            asked = None
+        return [""] * (1 + len(_PARTS)) if asked is None else list(asked["changes"])
+
+
+_PARTS = ("upper", "work")
+
+
+def watched(store: str, lowers: Sequence[str]) -> list[str]:
+    """Return the paths by which a store is found, and its parts if it is a directory, then those of lowers.
+
+    It is that of the whole image for one of several in it. Empty for what has none: memory, and URLs.
+    """
+    path = "" if store == "memory" else split_subdir(store)[0]
+    parts = [path and os.path.join(path, part) for part in _PARTS]
+    return [path, *parts, *("" if is_url(lower) else lower for lower in lowers)]
+
+
+def _goes_on(change: str) -> str:
+    return f"{change}; the mount goes on with what it has" if change else ""
+
+
+def _root(layer: LowerLayer | UpperLayer) -> int:
+    return int(getattr(layer.root, "fd", -1))
+
+
+def _inode(fd: int) -> Inode | None:
+    if fd < 0:
+        return None
+    info = os.fstat(fd)
+    return info.st_dev, info.st_ino

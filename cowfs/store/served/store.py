@@ -1,0 +1,269 @@
+"""An open store: the writable layer, the directories that overlayfs knows, and the header."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import stat
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from cowfs.errors import StoreError
+from cowfs.layers import acl
+from cowfs.layers.apart import ApartLayer
+from cowfs.layers.base import Key, UpperLayer
+from cowfs.linux.files import LACK_OF_ROOM
+from cowfs.overlay.aufs import AufsStore
+from cowfs.store.e2fsprogs.tools import Progress, quiet
+from cowfs.store.format import layout, rebased
+from cowfs.store.format.checkpoints import Checkpoint, Layers
+from cowfs.store.format.header import USER, Header, bound, check_lowers
+from cowfs.store.served import lock
+from cowfs.types import Identity
+
+log = logging.getLogger(__name__)
+
+Kind = Literal["image", "directory", "memory"]
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """How a store is asked for: the arguments of open_store()."""
+
+    lowers: Sequence[Identity] = ()
+    force_lower: bool = False
+    engine: str = "auto"
+    read_only: bool = False
+    progress: Progress = quiet
+    durable: bool = True
+    """Whether anything is ever waited for to be on disk: only of two directories it need not be."""
+    may_crash: bool = False
+    """Whether an image is to have nothing but what was synced (cowfs.store.served.crash)."""
+
+
+@dataclass(slots=True)
+class Store:
+    """A store that is open and locked, until :meth:`close`."""
+
+    kind: Kind
+    path: str
+    """Where it is; ``memory`` for one that is nowhere."""
+    layer: UpperLayer
+    header: Header
+    upper: Key
+    """The directory of the changes: what the kernel's overlayfs calls upperdir."""
+    work: Key
+    """Where temporaries are made, on the same filesystem; empty at open. None if read-only."""
+    index: Key
+    """Where copied-up hard links are found by the handle of their lower. None if read-only."""
+    links: Key = None
+    """Where those are found that take no attributes of ours; None where all do, or if read-only."""
+    frozen: list[Checkpoint] = field(default_factory=list)
+    """What was frozen of it and is below the upper, topmost first."""
+    read_only: bool = False
+    release: ExitStack = field(default_factory=ExitStack, repr=False)
+    """What close() does after the last sync, backwards."""
+    memory: Any = field(default=None, repr=False)
+    """The growing image of a store in memory (cowfs.store.served.memory.Memory), or None."""
+    scratch: Any = field(default=None, repr=False)
+    """What is worked on instead of the image (cowfs.store.served.crash.Scratch), or None."""
+    fd: int = field(default=-1, repr=False)
+    """A descriptor of its image, which may be found no more at *path*: our own mount may hide it. Or -1."""
+    is_in_place: Callable[[], bool] = field(default=lambda: True, repr=False)
+    """Whether what the user calls by its name is still this store."""
+    locked: int = field(default=-1, repr=False)
+    """The descriptor that has the lock; -1 where there is none."""
+    most_bytes: int = field(default=0, repr=False)
+    """How large its image was, at most."""
+    dev: str = ""
+    """``major:minor`` of the mount that it is the store of, if it is mounted."""
+    saved: float = field(default_factory=time.time, repr=False)
+    """When all was on disk last."""
+    failure: OSError | None = field(default=None, repr=False)
+    """Why some of it could not be put there, if what was refused is lost."""
+    _closed: bool = field(default=False, repr=False)
+
+    @property
+    def xattr_prefix(self) -> bytes:
+        """``trusted.overlay.`` or ``user.overlay.``: how the overlay's own attributes begin."""
+        return self.header.xattrs.encode()
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether upper and work dir are another program's, which would not find another upper again."""
+        return isinstance(self.layer, ApartLayer)
+
+    @property
+    def is_aufs(self) -> bool:
+        """Whether it has the format of aufs: no redirects, metacopies, or checkpoints."""
+        return isinstance(self.layer, AufsStore)
+
+    @property
+    def layers(self) -> Layers:
+        """The checkpoints."""
+        return Layers(self.layer, self.xattr_prefix)
+
+    @property
+    def notebook(self) -> Key:
+        """The directory that is ours: it may have attributes that are, too."""
+        return layout.find(self.layer, layout.PRIVATE)
+
+    @property
+    def size(self) -> int:
+        """Bytes that the store's filesystem holds, free or not."""
+        room = self.layer.statfs()
+        return room.blocks * room.frsize
+
+    @property
+    def taken(self) -> int:
+        """Bytes of the store's filesystem that are in use."""
+        room = self.layer.statfs()
+        return (room.blocks - room.bfree) * room.frsize
+
+    @property
+    def free(self) -> int:
+        """Bytes that can still be written."""
+        room = self.layer.statfs()
+        return (room.bfree if os.geteuid() == 0 else room.bavail) * room.frsize
+
+    def mounted_as(self, dev: str) -> None:
+        """Let others who want the store see which mount it is in use by."""
+        self.dev = dev
+        if self.locked >= 0 and dev:
+            lock.mark_mounted(self.locked, dev)
+
+    def make_room(self) -> bool:
+        """Let a full store in memory grow; False for any other, and for one at its limit. Blocks."""
+        return self.memory is not None and bool(self.memory.make_room(self.work))
+
+    def save(self) -> None:
+        """Return when everything is on disk. Blocks; for any thread.
+
+        Raises OSError if it is refused. Who reads the image in this process keeps it, so that it may be tried
+        again. The kernel forgets it: then there is a *failure* for good.
+        """
+        if self.read_only:
+            return
+        now = time.time()
+        try:
+            self.layer.sync()
+        except OSError as error:
+            self.not_saved(error)
+            raise
+        if self.failure is not None:
+            raise self.failure
+        self.saved = now
+
+    def not_saved(self, error: OSError) -> None:
+        """Note that something could not be put on disk. For any thread."""
+        told = error.errno in LACK_OF_ROOM | {errno.EIO, errno.EROFS}
+        if told and not hasattr(self.layer, "image") and self.failure is None:
+            self.failure = error
+            log.error(
+                "%s: some changes could not be written to the disk and are lost: %s",
+                self.path,
+                error.strerror,
+            )
+
+    def bind(self, lowers: Sequence[Identity], volatile: Sequence[str] | None = None) -> bool:
+        """Write down that the store belongs to *lowers* from now on, and, if not None, does not keep what is
+        *volatile*. Blocks until it is on disk.
+
+        Whether it may is checked by open_store(). Returns True when the store had no lowers and no
+        history: upper/ must then be given the attributes of the topmost lower's root.
+        """
+        header = bound(self.header, lowers, volatile)
+        if self.read_only or header == self.header:
+            return False
+        first = not self.header.lowers and not self.header.adopted
+        layout.save_header(self.layer, header)
+        self.layer.sync()
+        self.header = header
+        return first
+
+    def close(self) -> None:
+        """Write everything to disk and let go of the store, its lock last. Blocks. Safe to call twice.
+
+        Raises StoreError if something could not be written; the store is released all the same.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        with self.release:
+            if not self.read_only:
+                try:
+                    self.save()
+                except OSError as error:
+                    raise StoreError(
+                        f"{self.path}: the last changes could not be written: {error.strerror}",
+                        f"cowfs check -n {self.path} tells whether the rest is sound",
+                    ) from error
+
+
+def finish(
+    kind: Kind,
+    path: str,
+    layer: UpperLayer,
+    header: Header,
+    want: Wanted,
+    release: ExitStack,
+) -> Store:
+    """Return the open store of a layer that holds one already; *release* is what close() does.
+
+    Raises WrongLower, and StoreError for what mounts of the kernel's have left behind.
+    """
+    if not want.force_lower:
+        check_lowers(header, want.lowers, path)
+    upper, work = layout.find(layer, layout.UPPER), layout.find(layer, layout.WORK)
+    if upper is None or work is None:
+        raise StoreError(f"{path}: an incomplete store: upper/ or work/ is missing", layout.MADE_BY)
+    if not all(stat.S_ISDIR(layer.stat(key).st_mode) for key in (upper, work)):
+        raise StoreError(f"{path}: not a store: upper or work is not a directory", layout.MADE_BY)
+    layout.unshut_work(layer, work)
+    if layout.find(layer, layout.WORK, b"work", b"incompat") is not None:
+        raise StoreError(
+            f"{path}: was mounted by overlayfs with the volatile option; after a crash it may be incomplete",
+            "copy the store (cp -a) before you do anything; see cowfs-store(5)",
+        )
+    temporaries = index = None
+    if not want.read_only:
+        temporaries = layout.ensure_directory(layer, work, b"work", 0o700)
+        layout.empty(layer, temporaries)
+        index = layout.ensure_directory(layer, work, layout.INDEX, 0o700)
+        for ours in (temporaries, index):
+            layout.drop_inherited(layer, ours, acl.DEFAULT)
+        if isinstance(layer, AufsStore):
+            layer.temporaries = temporaries
+            layer.clear_leftovers()
+    store = Store(
+        kind,
+        path,
+        layer,
+        header,
+        upper,
+        temporaries,
+        index,
+        read_only=want.read_only,
+    )
+    if not want.read_only and header.xattrs == USER:
+        store.links = layout.ensure_directory(layer, store.notebook, layout.LINKS, 0o700)
+    if header.version > 1:
+        _settle_layers(store)
+    store.release = release.pop_all()
+    return store
+
+
+def _settle_layers(store: Store) -> None:
+    """Find what is below the upper; complete what a crash has cut short."""
+    layers = store.layers
+    store.frozen = layers.frozen(store.upper)
+    if not store.read_only:
+        layers.settle(store.upper, store.index, store.links)
+        for number in layers.rubbish(store.upper):
+            for _ in layers.remove(number):
+                pass
+        store.header = rebased.settle(store.layer, store.upper, store.header)
