@@ -6,12 +6,13 @@ import errno
 import stat
 from dataclasses import dataclass
 
+from cowfs.overlay import protect
 from cowfs.overlay.copyup import copy_up, copy_up_meta
-from cowfs.overlay.file import drop_set_id
+from cowfs.overlay.file import SET_ID, drop_set_id
+from cowfs.overlay.fs import OverlayFs, error
 from cowfs.overlay.handle import Writer
 from cowfs.overlay.node import Node
-from cowfs.overlay.state import State, error
-from cowfs.types import Attr, FsStats
+from cowfs.types import Attr
 
 
 @dataclass(slots=True)
@@ -25,6 +26,8 @@ class NewAttributes:
     atime_ns: int | None = None
     mtime_ns: int | None = None
     writer: Writer = Writer.PRIVILEGED
+    is_touch: bool = False
+    """Whether the times are now, by who need not own the file (utime(2) with no times)."""
 
     @property
     def is_nothing(self) -> bool:
@@ -39,11 +42,12 @@ class NewAttributes:
         )
 
 
-def setattr_(fs: State, node: Node, new: NewAttributes) -> Attr:
+def setattr_(fs: OverlayFs, node: Node, new: NewAttributes) -> Attr:
     """Change attributes and return those that the node has then.
 
     A new size needs the data that it leaves in the upper; everything else only the inode there.
     """
+    must_be_allowed(fs, node, new)
     if new.size is not None:
         if node.is_dir:
             raise error(errno.EISDIR, node.name)
@@ -56,7 +60,7 @@ def setattr_(fs: State, node: Node, new: NewAttributes) -> Attr:
     if new.size is not None:
         drop_set_id(fs, node, new.writer)
         fs.upper.truncate(key, new.size)
-    elif new.is_nothing:
+    elif node.mode & SET_ID and new.is_nothing:
         drop_set_id(fs, node, new.writer)
     if new.uid is not None or new.gid is not None:
         fs.upper.chown(key, -1 if new.uid is None else new.uid, -1 if new.gid is None else new.gid)
@@ -78,16 +82,34 @@ def setattr_(fs: State, node: Node, new: NewAttributes) -> Attr:
     return attr
 
 
-def readlink(fs: State, node: Node) -> bytes:
+def must_be_allowed(fs: OverlayFs, node: Node, new: NewAttributes) -> None:
+    """EPERM for what the flags of chattr(1) forbid (may_setattr() of the kernel, and ext4_setattr())."""
+    if node.protection == 0:
+        return
+    if new.mode is not None or new.uid is not None or new.gid is not None:
+        protect.must_change(fs, node)
+    elif new.size is not None:
+        protect.must_write(fs, node, appends=False)
+    elif new.is_nothing or new.is_touch:
+        protect.must_write(fs, node, appends=True)
+    else:
+        protect.must_change(fs, node)
+
+
+def was_read(fs: OverlayFs, node: Node) -> None:
+    """Note that somebody has read something, if it is in the upper: nothing is copied up for that (as in
+    ovl_update_time() of the kernel)."""
+    when = fs.upper.atime
+    if node.upper is not None and (when.directories if node.is_dir else when.files):
+        fs.upper.was_read(node.upper)
+
+
+def readlink(fs: OverlayFs, node: Node) -> bytes:
     """Return the target of a symbolic link; EINVAL for anything else."""
     if not stat.S_ISLNK(node.mode):
         raise error(errno.EINVAL, node.name)
+    was_read(fs, node)
     if node.upper is not None:
         return fs.upper.readlink(node.upper)
     layer, key = node.lowers[0]
     return fs.lowers[layer].readlink(key)
-
-
-def statfs(fs: State) -> FsStats:
-    """Return the figures of the store: it is what fills up."""
-    return fs.upper.statfs()

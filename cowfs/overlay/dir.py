@@ -10,12 +10,15 @@ from typing import NamedTuple
 
 from cowfs.layers.base import File, Key
 from cowfs.linux import files
-from cowfs.overlay import acl, origin, partial, whiteout
+from cowfs.overlay import acl, flags, partial, protect, whiteout
 from cowfs.overlay.copyup import copy_up, copy_up_directory, copy_up_meta, link_alias, note_nlink
+from cowfs.overlay.fs import OverlayFs, error
 from cowfs.overlay.lookup import lower_has, resolve
+from cowfs.overlay.nlink import names_of
 from cowfs.overlay.node import Node
 from cowfs.overlay.readdir import Seen, see
-from cowfs.overlay.state import State, error, is_whiteout
+from cowfs.overlay.work import made_aside
+from cowfs.overlay.xattr_format import OPAQUE, as_device, index_name
 from cowfs.types import Attr
 
 
@@ -26,7 +29,10 @@ class Owner(NamedTuple):
     gid: int
 
 
-def create(fs: State, parent: Node, name: bytes, mode: int, owner: Owner) -> tuple[Node, Attr, File]:
+ROOT = Owner(0, 0)
+
+
+def create(fs: OverlayFs, parent: Node, name: bytes, mode: int, owner: Owner) -> tuple[Node, Attr, File]:
     """Make an empty regular file and open it. *mode* is taken as it is: the caller applies the umask."""
     files_: list[File] = []
 
@@ -39,34 +45,104 @@ def create(fs: State, parent: Node, name: bytes, mode: int, owner: Owner) -> tup
     return node, attr, files_[0]
 
 
-def mkdir(fs: State, parent: Node, name: bytes, mode: int, owner: Owner) -> tuple[Node, Attr]:
+def create_unnamed(fs: OverlayFs, parent: Node, mode: int, owner: Owner) -> tuple[Node, Attr, File]:
+    """Make an empty regular file that has no name, and open it (O_TMPFILE); :func:`link` may give it one.
+
+    It is in the work directory until then, where the next mount removes it, whatever happens to this one.
+    """
+    _must_take(fs, parent, b"")
+    copy_up_directory(fs, parent)
+    above = fs.upper.stat(parent.upper)
+    gid = above.st_gid if above.st_mode & stat.S_ISGID else owner.gid
+    with made_aside(fs) as temporary:
+        key, file = fs.upper.create(fs.work, temporary, mode, owner.uid, gid)
+        try:
+            acl.inherit(fs.upper, parent.upper, key, mode | stat.S_IFREG)
+            flags.inherit(fs, parent.upper, key, mode | stat.S_IFREG)
+            attr = fs.upper.stat(key)
+        except BaseException:
+            file.close()
+            raise
+    ino = fs.ino_of(0, fs.upper.dev, attr)
+    node = Node(ino, attr.st_mode, None, b"", key, (), fs.generation_of(ino, attr))
+    node.dead = True
+    fs.unnamed[node] = temporary
+    fs.nodes.add(node)
+    return node, attr, file
+
+
+def mkdir(fs: OverlayFs, parent: Node, name: bytes, mode: int, owner: Owner) -> tuple[Node, Attr]:
     """Make a directory, empty whatever the lowers hold under its name."""
     return _make(fs, parent, name, lambda d, n, o: fs.upper.mkdir(d, n, mode, *o), owner, directory=True)
 
 
-def symlink(fs: State, parent: Node, name: bytes, target: bytes, owner: Owner) -> tuple[Node, Attr]:
+def symlink(fs: OverlayFs, parent: Node, name: bytes, target: bytes, owner: Owner) -> tuple[Node, Attr]:
     """Make a symbolic link."""
     return _make(fs, parent, name, lambda d, n, o: fs.upper.symlink(d, n, target, *o), owner)
 
 
-def mknod(fs: State, parent: Node, name: bytes, mode: int, rdev: int, owner: Owner) -> tuple[Node, Attr]:
-    """Make a device, fifo, socket or regular file. EPERM for the device that is a whiteout."""
+def mknod(fs: OverlayFs, parent: Node, name: bytes, mode: int, rdev: int, owner: Owner) -> tuple[Node, Attr]:
+    """Make a device, fifo, socket or regular file."""
     if stat.S_ISREG(mode) or not stat.S_IFMT(mode):
         node, attr, file = create(fs, parent, name, mode, owner)
         file.close()
         return node, attr
     if stat.S_ISCHR(mode) and rdev == 0:
-        raise error(errno.EPERM, name)
+        return _mknod_whiteout(fs, parent, name, mode, owner)
     return _make(fs, parent, name, lambda d, n, o: fs.upper.mknod(d, n, mode, rdev, *o), owner)
+
+
+def _mknod_whiteout(fs: OverlayFs, parent: Node, name: bytes, mode: int, owner: Owner) -> tuple[Node, Attr]:
+    """Make a device that hides nothing here: it is a whiteout to an overlayfs whose upper is in the union."""
+    _must_take(fs, parent, name)
+    parent.added += 1
+    found = fs.upper.lookup(parent.upper, name) if parent.upper is not None else None
+    if found is not None or (parent.is_merged and lower_has(fs, parent, name)):
+        _only_whiteout(fs, parent, name)
+    copy_up_directory(fs, parent)
+
+    def make(directory: Key, temporary: bytes, owner: Owner) -> Key:
+        return _stand_in(fs, directory, temporary, mode, owner)
+
+    key = _make_over_whiteout(fs, parent, name, make, owner, directory=False)
+    return _device_at(fs, parent, name, key)
+
+
+def _stand_in(fs: OverlayFs, directory: Key, name: bytes, mode: int, owner: Owner) -> Key:
+    """Make what the store has for a device that it cannot have."""
+    key, file = fs.upper.create(directory, name, stat.S_IMODE(mode), *owner)
+    file.close()
+    fs.note(key, fs.format.device, b"c0:0")
+    return key
+
+
+def _device_at(fs: OverlayFs, parent: Node, name: bytes, key: Key) -> tuple[Node, Attr]:
+    attr = as_device(fs.upper.stat(key))
+    node = Node(fs.ino_of(0, fs.upper.dev, attr), attr.st_mode, parent, name, key, ())
+    fs.nodes.add(node)
+    return node, attr
+
+
+def prepare_whiteout(fs: OverlayFs, owner: Owner) -> tuple[bytes, Key]:
+    """Make what :func:`leave_whiteout` puts in its place; return its name meanwhile, and its key."""
+    temporary = fs.temporary()
+    return temporary, _stand_in(fs, fs.work, temporary, 0, owner)
+
+
+def leave_whiteout(fs: OverlayFs, parent: Node, name: bytes, prepared: tuple[bytes, Key]) -> None:
+    """Put it where a name was that has gone elsewhere."""
+    temporary, key = prepared
+    fs.upper.rename((fs.work, temporary), (parent.upper, name), moved=key)
+    _device_at(fs, parent, name, key)
 
 
 _Maker = Callable[[Key, bytes, Owner], Key]
 
 
 def _make(
-    fs: State, parent: Node, name: bytes, maker: _Maker, owner: Owner, *, directory: bool = False
+    fs: OverlayFs, parent: Node, name: bytes, maker: _Maker, owner: Owner, *, directory: bool = False
 ) -> tuple[Node, Attr]:
-    _must_live(parent, name)
+    _must_take(fs, parent, name)
     parent.added += 1
     covered = parent.is_merged and lower_has(fs, parent, name)
     if covered:
@@ -81,59 +157,60 @@ def _make(
             key = _make_over_whiteout(fs, parent, name, maker, owner, directory=directory)
         else:
             if directory and parent.is_merged:
-                fs.note(key, fs.x_opaque, b"y")
+                fs.note(key, fs.format.opaque, OPAQUE)
     attr = fs.upper.stat(key)
-    node = Node(fs.ino_of(0, fs.upper.dev, attr), attr.st_mode, parent, name, key, ())
+    ino = fs.ino_of(0, fs.upper.dev, attr)
+    node = Node(ino, attr.st_mode, parent, name, key, (), fs.generation_of(ino, attr))
+    node.protection = 0
     fs.nodes.add(node)
     return node, attr
 
 
-def _must_live(parent: Node, name: bytes) -> None:
+def _must_take(fs: OverlayFs, parent: Node, name: bytes) -> None:
     if parent.children is None:
         raise error(errno.ENOTDIR, parent.name)
     if parent.dead:
         raise error(errno.ENOENT, name)
+    protect.must_add(fs, parent)
 
 
-def _only_whiteout(fs: State, parent: Node, name: bytes) -> None:
+def _only_whiteout(fs: OverlayFs, parent: Node, name: bytes) -> None:
     """EEXIST unless a whiteout is what the upper has under the name."""
     found = fs.upper.lookup(parent.upper, name) if parent.upper is not None else None
-    if found is None or not is_whiteout(found[1]):
+    if found is None or not fs.is_whiteout(*found):
         raise error(errno.EEXIST, name)
 
 
 def _make_over_whiteout(
-    fs: State, parent: Node, name: bytes, maker: _Maker, owner: Owner, *, directory: bool
+    fs: OverlayFs, parent: Node, name: bytes, maker: _Maker, owner: Owner, *, directory: bool
 ) -> Key:
     """Make the new inode in the work directory, then let it take the whiteout's place."""
     above = fs.upper.stat(parent.upper)
-    temporary = fs.temporary()
     inherit = bool(above.st_mode & stat.S_ISGID)
-    key = maker(fs.work, temporary, Owner(owner.uid, above.st_gid) if inherit else owner)
     place = (parent.upper, name)
-    try:
-        acl.inherit(fs.upper, parent.upper, key, fs.upper.stat(key).st_mode)
+    with made_aside(fs, directory=directory) as temporary:
+        key = maker(fs.work, temporary, Owner(owner.uid, above.st_gid) if inherit else owner)
+        mode = fs.upper.stat(key).st_mode
+        acl.inherit(fs.upper, parent.upper, key, mode)
+        flags.inherit(fs, parent.upper, key, mode)
         if directory:
             if inherit:
                 fs.upper.chmod(key, fs.upper.stat(key).st_mode | stat.S_ISGID)
-            fs.note(key, fs.x_opaque, b"y")
+            fs.note(key, fs.format.opaque, OPAQUE)
             fs.upper.rename((fs.work, temporary), place, files.RENAME_EXCHANGE, moved=key)
             with suppress(OSError):  # the whiteout, in the work directory now, hides nothing
                 fs.upper.unlink(fs.work, temporary, None)
         else:
             fs.upper.rename((fs.work, temporary), place, moved=key)
-    except BaseException:
-        with suppress(OSError):
-            (fs.upper.rmdir if directory else fs.upper.unlink)(fs.work, temporary, None)
-        raise
     return key
 
 
-def link(fs: State, node: Node, parent: Node, name: bytes) -> Attr:
+def link(fs: OverlayFs, node: Node, parent: Node, name: bytes) -> Attr:
     """Give a file one more name."""
-    _must_live(parent, name)
+    _must_take(fs, parent, name)
     if node.is_dir:
         raise error(errno.EPERM, name)
+    protect.must_change(fs, node)
     parent.added += 1
     covered = parent.is_merged and lower_has(fs, parent, name)
     if covered:
@@ -141,14 +218,20 @@ def link(fs: State, node: Node, parent: Node, name: bytes) -> Attr:
     copy_up(fs, node)  # with its data: a metacopy finds it by one name only
     copy_up_directory(fs, parent)
     note_nlink(fs, node)
+    temporary = fs.unnamed.get(node)
     try:
-        if covered:
+        if temporary is not None:
+            _name(fs, node, temporary, (parent.upper, name), covered=covered)
+        elif covered:
             _link_over_whiteout(fs, node, parent, name)
         else:
             fs.upper.link(node.upper, parent.upper, name)
     except FileExistsError:
         _only_whiteout(fs, parent, name)
-        _link_over_whiteout(fs, node, parent, name)
+        if temporary is not None:
+            _name(fs, node, temporary, (parent.upper, name), covered=True)
+        else:
+            _link_over_whiteout(fs, node, parent, name)
     fs.nodes.rename(node, parent, name)
     node.dead = False
     if node.indexed is not None:
@@ -156,23 +239,27 @@ def link(fs: State, node: Node, parent: Node, name: bytes) -> Attr:
     return fs.stat(node)
 
 
-def _link_over_whiteout(fs: State, node: Node, parent: Node, name: bytes) -> None:
-    temporary = fs.temporary()
-    fs.upper.link(node.upper, fs.work, temporary)
-    try:
+def _name(fs: OverlayFs, node: Node, temporary: bytes, place: tuple[Key, bytes], *, covered: bool) -> None:
+    """Give a file its first name. EEXIST, unless it is *covered* by a whiteout, which goes."""
+    flags = 0 if covered else files.RENAME_NOREPLACE
+    fs.upper.rename((fs.work, temporary), place, flags, moved=node.upper)
+    del fs.unnamed[node]
+
+
+def _link_over_whiteout(fs: OverlayFs, node: Node, parent: Node, name: bytes) -> None:
+    with made_aside(fs) as temporary:
+        fs.upper.link(node.upper, fs.work, temporary)
         fs.upper.rename((fs.work, temporary), (parent.upper, name))
-    except BaseException:
-        fs.upper.unlink(fs.work, temporary, None)
-        raise
 
 
-def unlink(fs: State, parent: Node, name: bytes) -> Node:
+def unlink(fs: OverlayFs, parent: Node, name: bytes) -> Node:
     """Remove a name that is not a directory's; return the node that it had."""
     node = resolve(fs, parent, name)
     if node.is_dir:
         raise error(errno.EISDIR, name)
+    protect.must_remove(fs, parent, node)
     attr = fs.stat(node)
-    last = fs.nlink(node, attr) <= 1
+    last = names_of(node, attr) <= 1
     _keep_count(fs, node, parent, name, attr)
     covered = parent.is_merged and lower_has(fs, parent, name)
     copy_up_directory(fs, parent)
@@ -182,11 +269,11 @@ def unlink(fs: State, parent: Node, name: bytes) -> Node:
         whiteout.replace(fs, parent, name, node)
     else:
         whiteout.make(fs, parent.upper, name)
-    gone(fs, node, parent, name, last=last)
+    name_removed(fs, node, parent, name, last=last)
     return node
 
 
-def _keep_count(fs: State, node: Node, parent: Node, name: bytes, attr: Attr) -> None:
+def _keep_count(fs: OverlayFs, node: Node, parent: Node, name: bytes, attr: Attr) -> None:
     """See to it that removing a name of an indexed hard link takes one from its count.
 
     The count is kept relative to the names in the upper, so the name must be one of those.
@@ -202,22 +289,27 @@ def _keep_count(fs: State, node: Node, parent: Node, name: bytes, attr: Attr) ->
     note_nlink(fs, node)
 
 
-def gone(fs: State, node: Node, parent: Node, name: bytes, *, last: bool) -> None:
+def name_removed(fs: OverlayFs, node: Node, parent: Node, name: bytes, *, last: bool) -> None:
     """Note that a name of *node* is no more; with the last the node is dead."""
     fs.nodes.detach(parent, name)
     if not last:
         if node.indexed is not None:
             node.indexed -= 1
-        _stand_elsewhere(fs, node)
+        rekey(fs, node)
         return
+    last_removed(fs, node)
+
+
+def last_removed(fs: OverlayFs, node: Node) -> None:
+    """Note that *node* has no name any more: it is dead, and leaves the index."""
     node.dead = True
-    partial.gone(fs, node)
+    partial.name_removed(fs, node)
     if node.indexed is not None:
         _leave_index(fs, node)
     fs.release(node)
 
 
-def _stand_elsewhere(fs: State, node: Node) -> None:
+def rekey(fs: OverlayFs, node: Node) -> None:
     """Let the node's key be that of a name it still has, which costs no descriptor, if one is known."""
     place = fs.nodes.place(node)
     if node.upper is None or place is None or place[0].upper is None:
@@ -230,19 +322,21 @@ def _stand_elsewhere(fs: State, node: Node) -> None:
             node.upper = found[0]
 
 
-def _leave_index(fs: State, node: Node) -> None:
+def _leave_index(fs: OverlayFs, node: Node) -> None:
     """Remove the inode from the index. Its lower names are whited out by now, so nobody asks there."""
     note = b""
     with suppress(OSError):
-        note = fs.upper.getxattr(node.upper, fs.x_origin)
-    name = origin.index_name(note)
+        note = fs.noted(node.upper, fs.format.origin)
+    name = index_name(note)
     if name in fs.indexed and fs.index is not None:
         with suppress(OSError):
-            fs.upper.unlink(fs.index, name, node.upper)
+            fs.upper.unlink(fs.index_of(name), name, node.upper)
             fs.indexed.discard(name)
+            if fs.companions is not None and name in fs.companions.names:
+                fs.companions.leave(name)
 
 
-def rmdir(fs: State, parent: Node, name: bytes, seen: Seen | None = None) -> Node:
+def rmdir(fs: OverlayFs, parent: Node, name: bytes, seen: Seen | None = None) -> Node:
     """Remove a directory that shows no names; return the node that it had.
 
     *seen* is what was seen in it; else it is looked through here.
@@ -250,12 +344,14 @@ def rmdir(fs: State, parent: Node, name: bytes, seen: Seen | None = None) -> Nod
     node = resolve(fs, parent, name)
     if not node.is_dir:
         raise error(errno.ENOTDIR, name)
+    protect.must_remove(fs, parent, node)
     if not see(fs, node, seen).empty:
         raise error(errno.ENOTEMPTY, name)
     covered = parent.is_merged and lower_has(fs, parent, name)
     copy_up_directory(fs, parent)
     if covered and node.upper is None:
         whiteout.make(fs, parent.upper, name)
+        fs.covers(parent)
     elif covered:
         whiteout.replace(fs, parent, name, node)
     else:
@@ -266,7 +362,7 @@ def rmdir(fs: State, parent: Node, name: bytes, seen: Seen | None = None) -> Nod
     return node
 
 
-def _remove_directory(fs: State, parent: Node, name: bytes, node: Node) -> None:
+def _remove_directory(fs: OverlayFs, parent: Node, name: bytes, node: Node) -> None:
     try:
         fs.upper.rmdir(parent.upper, name, node.upper)
     except OSError as failure:

@@ -11,10 +11,9 @@ from cowfs.layers.base import File
 from cowfs.layers.partial import PartialFile
 from cowfs.overlay import partial
 from cowfs.overlay.copyup import begin_lazily, copy_up
+from cowfs.overlay.fs import OverlayFs, error
 from cowfs.overlay.handle import Handle, Handles, Reader, Writer
 from cowfs.overlay.node import Node
-from cowfs.overlay.state import State, error
-from cowfs.types import Attr
 
 _SYNCHRONOUS = os.O_SYNC | os.O_DSYNC
 _PASSED_ON = os.O_ACCMODE | _SYNCHRONOUS
@@ -23,8 +22,13 @@ _SEEK_SECONDS = 0.005
 SET_ID = stat.S_ISUID | stat.S_ISGID
 
 
-def open_file(fs: State, node: Node, flags: int, *, opener: Writer = Writer.PRIVILEGED) -> Handle:
-    """Open a regular file; for writing its data is copied up first, unless it is large (or O_TRUNC)."""
+def open_file(
+    fs: OverlayFs, node: Node, flags: int, *, opener: Writer = Writer.PRIVILEGED, frugal: bool = False
+) -> Handle:
+    """Open a regular file; for writing its data is copied up first, unless it is large (or O_TRUNC).
+
+    If *frugal* it shall keep no descriptor; EMFILE if it must.
+    """
     if node.is_dir:
         raise error(errno.EISDIR, node.name)
     writable = flags & os.O_ACCMODE != os.O_RDONLY
@@ -32,8 +36,8 @@ def open_file(fs: State, node: Node, flags: int, *, opener: Writer = Writer.PRIV
     if truncates or (writable and not begin_lazily(fs, node)):
         copy_up(fs, node, 0 if truncates else None)
     if not writable and not truncates:
-        return _enter(Handle(node, _reader(fs, node), writable=False, opener=opener))
-    file = partial.open_data(fs, node, flags & _PASSED_ON)
+        return _enter(Handle(node, _reader(fs, node, frugal=frugal), writable=False, opener=opener))
+    file = partial.open_data(fs, node, flags & _PASSED_ON, frugal=frugal)
     handle = Handle(node, file, writable=writable, opener=opener)
     handle.is_synchronous = bool(flags & _SYNCHRONOUS)
     if truncates:
@@ -50,7 +54,7 @@ _CUT_FROM = 16 << 20
 """To free so many bytes is long work."""
 
 
-def is_long_to_cut(fs: State, node: Node, size: int) -> bool:
+def is_long_to_cut(fs: OverlayFs, node: Node, size: int) -> bool:
     """Say whether setting the size of a file of the upper frees so much that others should not wait for it.
 
     ``File.truncate`` can be called in a thread then; after that setattr_ or open_file sets the size.
@@ -61,17 +65,17 @@ def is_long_to_cut(fs: State, node: Node, size: int) -> bool:
     return min(attr.st_blocks * 512, attr.st_size - size) >= _CUT_FROM
 
 
-def _reader(fs: State, node: Node) -> Reader:
+def _reader(fs: OverlayFs, node: Node, *, frugal: bool) -> Reader:
     reader = node.handles.reader if node.handles is not None else None
     if reader is not None and reader.users:
         return reader
     if node.upper is not None and (not node.metacopy or node.partial is not None):
-        return Reader(partial.open_data(fs, node, os.O_RDONLY))
+        return Reader(partial.open_data(fs, node, os.O_RDONLY, frugal=frugal))
     layer, key = node.lowers[-1]
-    return Reader(fs.lowers[layer].open(key, os.O_RDONLY))
+    return Reader(partial.open_in(fs.lowers[layer], key, os.O_RDONLY, frugal=frugal))
 
 
-def attach(fs: State, node: Node, file: File, *, opener: Writer = Writer.PRIVILEGED) -> Handle:
+def attach(fs: OverlayFs, node: Node, file: File, *, opener: Writer = Writer.PRIVILEGED) -> Handle:
     """Return the handle of a file that its creation has opened."""
     return _enter(Handle(node, file, writable=True, opener=opener))
 
@@ -85,9 +89,12 @@ def _enter(handle: Handle) -> Handle:
     return handle
 
 
-def write(fs: State, handle: Handle, data: bytes, offset: int, *, writer: Writer | None = None) -> int:
+def write(fs: OverlayFs, handle: Handle, data: bytes, offset: int, *, writer: Writer | None = None) -> int:
     """Write all of *data*; return its length. ENOSPC at once when the store is full."""
-    will_be_written(fs, handle, writer)
+    if handle.is_frozen:
+        copy_up(fs, handle.node)
+    if handle.node.mode & SET_ID:
+        will_be_written(fs, handle, writer)
     return handle.file.pwrite(data, offset)
 
 
@@ -96,13 +103,13 @@ def is_long_to_write(handle: Handle, size: int, offset: int) -> bool:
     return isinstance(handle.file, PartialFile) and handle.file.needs_the_lower(size, offset)
 
 
-def will_be_written(fs: State, handle: Handle, writer: Writer | None) -> None:
+def will_be_written(fs: OverlayFs, handle: Handle, writer: Writer | None) -> None:
     """Do what is to be done before a write by the file itself, in a thread say."""
     if handle.node.mode & SET_ID:
         drop_set_id(fs, handle.node, writer or handle.opener)
 
 
-def seek(fs: State, handle: Handle, offset: int, whence: int) -> int:
+def seek(fs: OverlayFs, handle: Handle, offset: int, whence: int) -> int:
     """Return where the next data or hole begins, at *offset* or after: lseek(2)'s SEEK_DATA, SEEK_HOLE.
 
     ENXIO when *offset* is at the end or beyond, or when no data follows; EINVAL for another *whence*.
@@ -129,7 +136,7 @@ def seek(fs: State, handle: Handle, offset: int, whence: int) -> int:
     return hole
 
 
-def drop_set_id(fs: State, node: Node, writer: Writer) -> None:
+def drop_set_id(fs: OverlayFs, node: Node, writer: Writer) -> None:
     """Take the set-ID bits that a write or truncate by *writer* takes (setattr_should_drop_suidgid)."""
     if writer is Writer.PRIVILEGED or node.is_dir or not node.mode & SET_ID:
         return
@@ -142,12 +149,7 @@ def drop_set_id(fs: State, node: Node, writer: Writer) -> None:
         node.mode = kept
 
 
-def file_stat(fs: State, handle: Handle) -> Attr:
-    """Return the attributes of an open file."""
-    return fs.stat(handle.node)
-
-
-def release(fs: State, handle: Handle) -> None:
+def release(fs: OverlayFs, handle: Handle) -> None:
     """Close an open file; the last handle of an unlinked file lets its data go."""
     node = handle.node
     if node.dead and handle.file.fileno() >= 0 and handle.file.stat().st_blocks * 512 > _CUT_FROM:

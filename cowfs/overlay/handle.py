@@ -38,6 +38,7 @@ class Handle:
     __slots__ = (
         "_retired",
         "file",
+        "is_frozen",
         "is_synchronous",
         "node",
         "number",
@@ -58,6 +59,8 @@ class Handle:
         self.writable = writable
         self.opener = opener
         """Who is taken to write if nothing is known of that."""
+        self.is_frozen = False
+        """Whether it was opened to be written to, and its inode is in a lower now: to be copied up first."""
         self.is_synchronous = False
         """Whether each write waits for the disk (O_SYNC, O_DSYNC)."""
         self.number = -1
@@ -68,9 +71,17 @@ class Handle:
 
     def replace(self, reader: Reader) -> None:
         """Go on with another file. A read of the one before may be under way in a thread."""
-        before, reader_before = self.file, self.reader
-        self.file, self.reader = reader.file, reader
+        self._replace(reader.file, reader)
         reader.users += 1
+
+    def thaw(self, file: File) -> None:
+        """Go on with what the inode was copied up to."""
+        self._replace(file, None)
+        self.is_frozen = False
+
+    def _replace(self, file: File, reader: Reader | None) -> None:
+        before, reader_before = self.file, self.reader
+        self.file, self.reader = file, reader
         if self.on_replace is not None:
             self.on_replace(self, before)
         if before.fileno() < 0:

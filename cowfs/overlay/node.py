@@ -11,14 +11,24 @@ from typing import TYPE_CHECKING, Any
 
 from cowfs.layers.base import Key
 from cowfs.layers.partial import Part
+from cowfs.overlay.stack import Place
 
 if TYPE_CHECKING:
     from cowfs.overlay.handle import Handles
 
 ROOT_INO = 1  # FUSE_ROOT_ID
+APART = 1 << 48
+"""In all numbers of inodes of what is not kept (:mod:`cowfs.overlay.graft`), and in no others."""
+LAYER_BITS = 4
+LAYER = (1 << LAYER_BITS) - 1
 
-Lower = tuple[int, Key]
-"""Where a node is found below the upper: the index of the lower layer, and the key in it."""
+
+def in_number(layer: int, key: Key) -> int | None:
+    """Return a place in an image as one number; None if it does not fit in.
+
+    Most inodes that are known are files with a single place, and tuples would be a fifth of a node.
+    """
+    return key << LAYER_BITS | layer if type(key) is int and 0 <= layer <= LAYER else None
 
 
 class Node:
@@ -31,6 +41,7 @@ class Node:
 
     __slots__ = (
         "added",
+        "below",
         "children",
         "copying",
         "dead",
@@ -39,13 +50,13 @@ class Node:
         "indexed",
         "ino",
         "lookups",
-        "lowers",
         "metacopy",
         "mode",
         "name",
         "others",
         "parent",
         "partial",
+        "protection",
         "redirect",
         "upper",
     )
@@ -57,16 +68,18 @@ class Node:
         parent: Node | None,
         name: bytes,
         upper: Key | None,
-        lowers: tuple[Lower, ...],
+        below: tuple[Place, ...] | int,
+        generation: int = 0,
     ) -> None:
         self.ino = ino
-        self.generation = 0
+        self.generation = generation
         self.mode = mode
         self.parent = parent
         self.name = name
         self.upper = upper
-        self.lowers = lowers
         self.children: dict[bytes, Node] | None = {} if stat.S_ISDIR(mode) else None
+        self.below = below
+        """What *lowers* says; for most files as one number (:func:`in_number`)."""
         self.others: set[tuple[Node, bytes]] | None = None
         """The names of a hard link that are known besides this one."""
         self.lookups = 0
@@ -75,10 +88,21 @@ class Node:
         self.metacopy = False
         self.partial: Part | None = None
         """How much of its data a metacopy has, if it is to have all of it; None for others."""
+        self.protection: int | None = None  # see cowfs.overlay.protect; None: not looked for yet
         self.redirect: bytes | None = None
         self.added = 0  # how often a name was put into it, or is about to be
         self.indexed: int | None = None  # for a hard link in the index: how many names the union shows
         self.dead = False
+
+    @property
+    def lowers(self) -> tuple[Place, ...]:
+        """Where it is in the lower layers."""
+        below = self.below
+        return ((below & LAYER, below >> LAYER_BITS),) if isinstance(below, int) else below
+
+    @lowers.setter
+    def lowers(self, lowers: tuple[Place, ...]) -> None:
+        self.below = lowers
 
     @property
     def is_dir(self) -> bool:
@@ -87,7 +111,7 @@ class Node:
     @property
     def is_merged(self) -> bool:
         """Whether a directory shows names of lower layers."""
-        return bool(self.lowers)
+        return self.below != ()
 
     def __repr__(self) -> str:
         place = "upper" if self.upper is not None else f"lower {self.lowers[0][0]}" if self.lowers else "gone"
@@ -97,12 +121,14 @@ class Node:
 class NodeTable:
     """All live nodes by inode number. A node lives while the kernel or a child of it refers to it."""
 
-    __slots__ = ("_by_ino", "_modes", "many", "root", "too_many")
+    __slots__ = ("_by_ino", "_modes", "many", "most", "root", "too_many")
 
     def __init__(self, root: Node) -> None:
         self.root = root
         self._by_ino: dict[int, Node] = {root.ino: root}
         self._modes: dict[int, int] = {}
+        self.most = 0
+        """The most that there were before one was removed, since :meth:`compact`."""
         self.many = sys.maxsize
         """With more nodes than this …"""
         self.too_many: Callable[[], None] = lambda: None
@@ -114,12 +140,29 @@ class NodeTable:
     def __getitem__(self, ino: int) -> Node:
         return self._by_ino[ino]
 
+    def all(self) -> list[Node]:
+        """Return all nodes that there are now."""
+        return list(self._by_ino.values())
+
     def get(self, ino: int) -> Node | None:
         return self._by_ino.get(ino)
+
+    def compact(self) -> None:
+        """Take no more memory than so many nodes need: a dictionary does not shrink by itself."""
+        self._by_ino = dict(self._by_ino)
+        self.most = 0
 
     def oldest(self, count: int) -> array[int]:
         """Return the numbers of so many nodes that were added, or renewed, before all others."""
         return array("Q", islice(self._by_ino, count))
+
+    def set_aside(self, node: Node) -> None:
+        """Let the number of a node be free for another, until :meth:`put_back`."""
+        del self._by_ino[node.ino]
+
+    def put_back(self, node: Node) -> None:
+        """Enter a node again that was set aside, in the place of another that has its number now."""
+        self._by_ino[node.ino] = node
 
     def renew(self, ino: int) -> Node | None:
         """Let a node be the last that was added, and return it; None when there is no such node."""
@@ -141,10 +184,11 @@ class NodeTable:
 
     def add(self, node: Node) -> None:
         """Enter a new node, also under its name. A dead node of the same number makes way:
-        its successor has the next generation and takes over what the kernel will forget."""
+        its successor has another generation and takes over what the kernel will forget."""
         before = self._by_ino.get(node.ino)
         if before is not None:
-            node.generation = before.generation + 1
+            if node.generation == before.generation:
+                node.generation += 1
             node.lookups += before.lookups
         node.mode = self._modes.setdefault(node.mode, node.mode)  # few different ones: share the ints
         self._by_ino[node.ino] = node
@@ -194,6 +238,7 @@ class NodeTable:
     def unused(self, node: Node) -> list[Node]:
         """Remove *node* if nobody refers to it, then its parents likewise; return what was removed."""
         removed: list[Node] = []
+        self.most = max(self.most, len(self._by_ino))
         others, node.others = node.others, None
         self._remove_upwards(node, removed)
         if others is not None:

@@ -1,6 +1,6 @@
 """The union of an upper layer and any number of lower ones, with the operations of a filesystem.
 
-Each operation lives in the module of its concern, as a function of the shared :class:`State`.
+Each operation lives in the module of its concern, as a function of the shared :class:`OverlayFs`.
 """
 
 from __future__ import annotations
@@ -9,16 +9,18 @@ from cowfs.overlay import attr as _attr
 from cowfs.overlay import copyup as _copyup
 from cowfs.overlay import dir as _dir
 from cowfs.overlay import file as _file
+from cowfs.overlay import flags as _flags
 from cowfs.overlay import lookup as _lookup
+from cowfs.overlay import nlink as _nlink
 from cowfs.overlay import readdir as _readdir
 from cowfs.overlay import rename as _rename
 from cowfs.overlay import whiteout as _whiteout
 from cowfs.overlay import xattrs as _xattrs
-from cowfs.overlay.state import State
+from cowfs.overlay.fs import OverlayFs
 
 
-class Overlay(State):
-    """The merged tree. See :class:`State` for how it is made and which thread may call it.
+class Overlay(OverlayFs):
+    """The merged tree. See :class:`OverlayFs` for how it is made and which thread may call it.
 
     Nodes come from ``lookup`` and the calls that make them. The caller counts what it gives away
     in ``node.lookups`` and takes it back with ``forget``.
@@ -30,6 +32,7 @@ class Overlay(State):
     listing = _readdir.listing
     look_through = _readdir.look_through
     create = _dir.create
+    create_unnamed = _dir.create_unnamed
     mkdir = _dir.mkdir
     symlink = _dir.symlink
     mknod = _dir.mknod
@@ -38,13 +41,19 @@ class Overlay(State):
     rmdir = _dir.rmdir
     rename = _rename.rename
     sweep = _whiteout.sweep
+    nlink = _nlink.nlink
     setattr = _attr.setattr_
     readlink = _attr.readlink
-    statfs = _attr.statfs
+    was_read = _attr.was_read
+    must_be_allowed = _attr.must_be_allowed
     getxattr = _xattrs.getxattr
     listxattr = _xattrs.listxattr
     setxattr = _xattrs.setxattr
     removexattr = _xattrs.removexattr
+    getflags = _flags.getflags
+    setflags = _flags.setflags
+    version = _flags.version
+    birth = _flags.birth
     open = _file.open_file
     begin_lazily = _copyup.begin_lazily
     is_long_to_write = staticmethod(_file.is_long_to_write)

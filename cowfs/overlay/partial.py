@@ -12,21 +12,25 @@ import logging
 import os
 import stat
 from contextlib import suppress
-from typing import NamedTuple
 
 from cowfs.layers.base import File, Key, LowerLayer
 from cowfs.layers.partial import Part, PartialFile
+from cowfs.layers.reopened import Reopens
 from cowfs.overlay import redirect as redirects
+from cowfs.overlay.fs import OverlayFs, Pending, error
 from cowfs.overlay.node import Node
-from cowfs.overlay.state import Pending, State, error
+from cowfs.overlay.xattr_format import (
+    METACOPY,
+    PARTIAL_METACOPY,
+    PARTIAL_REDIRECT,
+    Partial,
+    make_partial,
+    parse_partial,
+)
 from cowfs.types import Attr
 
 log = logging.getLogger(__name__)
 
-METACOPY = b"\x01"
-"""Too short to be one: EIO (ovl_check_metacopy_xattr() in fs/overlayfs/util.c, since Linux 6.6)."""
-REDIRECT = b"not whole yet/mount it with cowfs"
-"""No name, for the slash, and no path from the root either: EINVAL (ovl_get_redirect_xattr(), since 4.19)."""
 _CAPABILITY = b"security.capability"
 _LARGEST = (1 << 32) - 1
 """The largest number of an inode in an image."""
@@ -34,41 +38,10 @@ MOST = 64
 """So many files may be incomplete; the next is copied up at once."""
 
 
-class Note(NamedTuple):
-    """What the note says that makes a file partial."""
-
-    end: int
-    """So many bytes of the lower show."""
-    mtime_ns: int
-    """When the lower was last written to."""
-    path: bytes
-    """Where it is in the lowers, from their root, with a leading slash."""
-
-    def is_of(self, attr: Attr) -> bool:
-        """Whether a lower file is what it was when the copying began."""
-        return attr.st_size >= self.end and attr.st_mtime_ns == self.mtime_ns
-
-
-def encode(note: Note) -> bytes:
-    """Return the value of the attribute."""
-    return b"%d:%d:%s" % note
-
-
-def decode(value: bytes) -> Note:
-    """Return what the attribute says. EINVAL for what nobody has written so."""
-    end, _, rest = value.partition(b":")
-    mtime, colon, path = rest.partition(b":")
-    if not (end.isdigit() and mtime.removeprefix(b"-").isdigit() and colon and len(end) < 20 > len(mtime)):
-        raise error(errno.EINVAL)
-    if not path.startswith(b"/"):
-        raise error(errno.EINVAL)
-    return Note(int(end), int(mtime), redirects.parse(path))
-
-
 # --- making one
 
 
-def begin(fs: State, node: Node) -> bool:
+def begin(fs: OverlayFs, node: Node) -> bool:
     """Let a metacopy be a partial file, if it is large and its lower is local; say if it is one now."""
     if node.partial is not None:
         return bool(fs.fill_unit)
@@ -79,23 +52,23 @@ def begin(fs: State, node: Node) -> bool:
     data = fs.lowers[layer].stat(low)
     if not may_be(fs, node, attr) or data.st_size != attr.st_size or _has_data(fs, node, attr):
         return False
-    note = Note(data.st_size, data.st_mtime_ns, redirects.of(node, same_directory=False))
+    note = Partial(data.st_size, data.st_mtime_ns, redirects.of(node, same_directory=False))
     part = Part(note.end, fs.fill_unit)
     try:
         _list(fs, attr.st_ino)
-        fs.note(node.upper, fs.x_partial, encode(note))
-        fs.note(node.upper, fs.x_redirect, REDIRECT)
-        fs.note(node.upper, fs.x_metacopy, METACOPY)
+        fs.note(node.upper, fs.format.partial, make_partial(note))
+        fs.note(node.upper, fs.format.redirect, PARTIAL_REDIRECT)
+        fs.note(node.upper, fs.format.metacopy, PARTIAL_METACOPY)
     except OSError:
         _undo(fs, node)
         return False
     fs.pending[attr.st_ino] = Pending(node.upper, part, note.path, node)
     node.partial, node.redirect = part, note.path
-    fs.rest_soon()
+    fs.host.rest_soon()
     return True
 
 
-def may_be(fs: State, node: Node, attr: Attr) -> bool:
+def may_be(fs: OverlayFs, node: Node, attr: Attr) -> bool:
     """Whether a file that is not in the upper, or without its data, may be copied up lazily."""
     return (
         bool(fs.fill_unit)
@@ -107,7 +80,7 @@ def may_be(fs: State, node: Node, attr: Attr) -> bool:
     )
 
 
-def _has_data(fs: State, node: Node, attr: Attr) -> bool:
+def _has_data(fs: OverlayFs, node: Node, attr: Attr) -> bool:
     """Whether somebody was copying up the data of a metacopy, and died: then not all in it need be right."""
     file = fs.upper.open(node.upper, os.O_RDONLY)
     try:
@@ -116,18 +89,18 @@ def _has_data(fs: State, node: Node, attr: Attr) -> bool:
         file.close()
 
 
-def _undo(fs: State, node: Node) -> None:
+def _undo(fs: OverlayFs, node: Node) -> None:
     """Let it be a mere metacopy again; nothing was written to it."""
     with suppress(OSError):
-        fs.note(node.upper, fs.x_metacopy, b"")
+        fs.note(node.upper, fs.format.metacopy, METACOPY)
         if node.redirect is None:
-            _remove(fs, node.upper, fs.x_redirect)
+            _remove(fs, node.upper, fs.format.redirect)
         else:
-            fs.note(node.upper, fs.x_redirect, node.redirect)
-        _remove(fs, node.upper, fs.x_partial)
+            fs.note(node.upper, fs.format.redirect, node.redirect)
+        _remove(fs, node.upper, fs.format.partial)
 
 
-def _remove(fs: State, key: Key, name: bytes) -> None:
+def _remove(fs: OverlayFs, key: Key, name: bytes) -> None:
     try:
         fs.upper.removexattr(key, name)
     except OSError as failure:
@@ -138,32 +111,30 @@ def _remove(fs: State, key: Key, name: bytes) -> None:
 # --- finding one
 
 
-def note_in(fs: State, notes: dict[bytes, bytes]) -> Note | None:
+def note_in(fs: OverlayFs, notes: dict[bytes, bytes]) -> Partial | None:
     """Return what the notes of a metacopy say if it is partial. EIO where holes may be anything."""
-    value = notes.get(fs.x_partial)
+    value = notes.get(fs.format.partial)
     if value is None:
         return None
     if not fs.options.has_exact_holes:
-        log.error("a file is only in part in the store, which is no image any more: it cannot be read")
+        log.error("a file is only partly in the store, and its record is gone: it cannot be read")
         raise error(errno.EIO)
-    return decode(value)
+    return parse_partial(value)
 
 
-def must_be_the_same(note: Note, attr: Attr) -> None:
+def must_be_the_same(note: Partial, attr: Attr) -> None:
     """EIO if the lower is not what it was when the copying began: data of two files would be mixed."""
     if not note.is_of(attr):
         if note.path not in _told:
             _told.add(note.path)
-            log.error(
-                "%r has changed in its lower while it was not wholly copied up: it is refused", note.path
-            )
+            log.error("%r changed in its lower before it was fully copied up: it cannot be read", note.path)
         raise error(errno.EIO, note.path)
 
 
 _told: set[bytes] = set()
 
 
-def enter(fs: State, node: Node, note: Note, attr: Attr) -> None:
+def enter(fs: OverlayFs, node: Node, note: Partial, attr: Attr) -> None:
     """Let a node that was found be the partial file that its notes say it is; *attr* is that of the upper."""
     pending = fs.pending.get(attr.st_ino)
     if pending is None:
@@ -174,15 +145,15 @@ def enter(fs: State, node: Node, note: Note, attr: Attr) -> None:
     node.partial = pending.part
 
 
-def part_of(fs: State, key: Key, note: Note, attr: Attr) -> Part:
+def part_of(fs: OverlayFs, key: Key, note: Partial, attr: Attr) -> Part:
     """Return how much of it shows. A truncation that a crash cut short is completed."""
     end = min(note.end, attr.st_size)
     if end < note.end and fs.fill_unit:
-        fs.note(key, fs.x_partial, encode(note._replace(end=end)))
+        fs.note(key, fs.format.partial, make_partial(note._replace(end=end)))
     return Part(end, fs.fill_unit or 1)
 
 
-def open_partial(fs: State, node: Node, flags: int) -> PartialFile:
+def open_partial(fs: OverlayFs, node: Node, flags: int) -> PartialFile:
     """Open it. *flags* as :meth:`UpperLayer.open`."""
     assert node.partial is not None
     layer, key = node.lowers[-1]
@@ -194,9 +165,22 @@ def open_partial(fs: State, node: Node, flags: int) -> PartialFile:
         raise
 
 
-def open_data(fs: State, node: Node, flags: int) -> File:
+def open_data(fs: OverlayFs, node: Node, flags: int, *, frugal: bool = False) -> File:
     """Open a file that has its data, or a part of it, in the upper."""
-    return fs.upper.open(node.upper, flags) if node.partial is None else open_partial(fs, node, flags)
+    if node.partial is None:
+        return open_in(fs.upper, node.upper, flags, frugal=frugal)
+    if frugal and fs.upper.has_descriptors:
+        raise error(errno.EMFILE, node.name)
+    return open_partial(fs, node, flags)
+
+
+def open_in(layer: LowerLayer, key: Key, flags: int, *, frugal: bool) -> File:
+    """Open a file of a layer; if *frugal* without a descriptor, or EMFILE is raised if it must have one."""
+    if not frugal or not layer.has_descriptors:
+        return layer.open(key, flags)
+    if not isinstance(layer, Reopens):
+        raise error(errno.EMFILE)
+    return layer.reopened(key, flags)
 
 
 # --- its end
@@ -205,7 +189,7 @@ def open_data(fs: State, node: Node, flags: int) -> File:
 class Before:
     """What a file in the upper has that writing takes from it, or changes."""
 
-    def __init__(self, fs: State, key: Key) -> None:
+    def __init__(self, fs: OverlayFs, key: Key) -> None:
         self._upper = fs.upper
         self._key = key
         self.attr = fs.upper.stat(key)
@@ -229,7 +213,7 @@ class Rest:
     Others may read and write the file meanwhile, but not change its size.
     """
 
-    def __init__(self, fs: State, node: Node, size: int | None) -> None:
+    def __init__(self, fs: OverlayFs, node: Node, size: int | None) -> None:
         """*size*: what the file will have next, if that is to be less."""
         self._fs = fs
         self._node = node
@@ -260,10 +244,10 @@ class Rest:
         self._file.close()
 
 
-def finish(fs: State, key: Key, part: Part, node: Node | None) -> None:
+def finish(fs: OverlayFs, key: Key, part: Part, node: Node | None) -> None:
     """Let a file be an ordinary one, all of whose data has been copied up."""
     try:
-        fs.upper.removexattr(key, fs.x_metacopy)  # from here on the other notes mean nothing
+        fs.upper.removexattr(key, fs.format.metacopy)  # from here on the other notes mean nothing
     except OSError:
         part.is_wrong = True
         raise
@@ -273,19 +257,22 @@ def finish(fs: State, key: Key, part: Part, node: Node | None) -> None:
     drop(fs, key, fs.upper.stat(key).st_ino)
 
 
-def drop(fs: State, key: Key, ino: int) -> None:
+def drop(fs: OverlayFs, key: Key, ino: int) -> None:
     """Forget an inode that is no partial file any more; take away the notes that it was."""
     with suppress(OSError):
-        if fs.notes(fs.upper, key) and fs.upper.getxattr(key, fs.x_partial):
-            for name in (fs.x_redirect, fs.x_partial):  # in this order: the one says what the other is
+        if fs.notes(fs.upper, key) and fs.upper.getxattr(key, fs.format.partial):
+            for name in (
+                fs.format.redirect,
+                fs.format.partial,
+            ):  # in this order: the one says what the other is
                 _remove(fs, key, name)
-    _strike(fs, ino)
+    _unlist(fs, ino)
 
 
-def gone(fs: State, node: Node) -> None:
+def name_removed(fs: OverlayFs, node: Node) -> None:
     """Note that a node has no name any more: nobody needs the rest, but who has it open."""
     if node.partial is not None:
-        _strike(fs, fs.upper.stat(node.upper).st_ino)
+        _unlist(fs, fs.upper.stat(node.upper).st_ino)
 
 
 # --- the list of them: what the next mount goes on with
@@ -303,26 +290,26 @@ def listed(upper: LowerLayer, notebook: Key, name: bytes) -> list[int]:
     return [ino for ino in numbers if ino <= _LARGEST]
 
 
-def _list(fs: State, ino: int) -> None:
-    known = listed(fs.upper, fs.notebook, fs.x_partial)
+def _list(fs: OverlayFs, ino: int) -> None:
+    known = listed(fs.upper, fs.notebook, fs.format.partial)
     if ino not in known:
         _write_list(fs, [*known, ino])
 
 
-def _strike(fs: State, ino: int) -> None:
+def _unlist(fs: OverlayFs, ino: int) -> None:
     """Forget a file. What stays on the list does no harm."""
     fs.pending.pop(ino, None)
     if fs.notebook is None or not fs.fill_unit:
         return
     with suppress(OSError):
-        known = listed(fs.upper, fs.notebook, fs.x_partial)
+        known = listed(fs.upper, fs.notebook, fs.format.partial)
         if ino in known:
             known.remove(ino)
             _write_list(fs, known)
 
 
-def _write_list(fs: State, known: list[int]) -> None:
+def _write_list(fs: OverlayFs, known: list[int]) -> None:
     if known:
-        fs.note(fs.notebook, fs.x_partial, b" ".join(b"%d" % ino for ino in known))
+        fs.note(fs.notebook, fs.format.partial, b" ".join(b"%d" % ino for ino in known))
     else:
-        _remove(fs, fs.notebook, fs.x_partial)
+        _remove(fs, fs.notebook, fs.format.partial)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import errno
-import stat
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from cowfs.layers.base import Key, LowerLayer, NamesJob
+from cowfs.overlay.fs import OverlayFs, Steps, done_at_once, error
 from cowfs.overlay.node import Node
-from cowfs.overlay.state import State, Steps, done_at_once, error, is_whiteout
+from cowfs.overlay.stack import Merging, hides
 from cowfs.types import DirEntry
 
 
-def readdir(fs: State, node: Node) -> list[DirEntry]:
+def readdir(fs: OverlayFs, node: Node) -> list[DirEntry]:
     """List a directory without ``.`` and ``..``: the upper's names first, then the unseen lower ones."""
     if node.dead:
         return []
@@ -26,18 +26,15 @@ def readdir(fs: State, node: Node) -> list[DirEntry]:
     sources.extend((fs.lowers[layer], key) for layer, key in node.lowers)
     if len(sources) == 1:
         layer, key = sources[0]
-        return [entry for entry in layer.readdir(key) if entry.type or not _hides(layer, key, entry.name)]
-    seen: set[bytes] = set()
+        return [
+            entry
+            for entry in layer.readdir(key)
+            if entry.type or not hides(layer, key, entry.name, fs.format)
+        ]
+    merging = Merging(fs.format)
     entries = []
     for layer, key in sources:
-        for entry in layer.readdir(key):
-            if entry.name in seen:
-                continue
-            seen.add(entry.name)
-            if entry.type and not stat.S_ISCHR(entry.type):
-                entries.append(entry)
-            elif not _hides(layer, key, entry.name):
-                entries.append(entry)
+        entries += [entry for entry in layer.readdir(key) if merging.shows(layer, key, entry)]
     return entries
 
 
@@ -115,7 +112,7 @@ _MANY = 10_000
 """From so many names on they are put in order in a thread."""
 
 
-def listing(fs: State, node: Node) -> Listing | Callable[[], Listing]:
+def listing(fs: OverlayFs, node: Node) -> Listing | Callable[[], Listing]:
     """Return the names that a directory may show: a lookup of each tells which ones are whiteouts.
 
     Of a large directory, what gives them is returned: a call that blocks, for any thread.
@@ -159,7 +156,7 @@ class Seen(NamedTuple):
         return self.added == self.node.added or not self.empty
 
 
-def look_through(fs: State, node: Node) -> Steps[Seen]:
+def look_through(fs: OverlayFs, node: Node) -> Steps[Seen]:
     """See whether a directory is empty."""
     if node.children is None:
         raise error(errno.ENOTDIR, node.name)
@@ -169,26 +166,19 @@ def look_through(fs: State, node: Node) -> Steps[Seen]:
         sources.append((fs.upper, node.upper))
     if not node.dead:
         sources.extend((fs.lowers[layer], key) for layer, key in node.lowers)
-    seen: set[bytes] = set()
+    merging = Merging(fs.format)
     for layer, key in sources:
         names = layer.names(key)
         for name in (yield names) if callable(names) else names:
             yield None
             bare = bare and layer is not fs.upper
-            if name not in seen:
-                seen.add(name)
-                if not _hides(layer, key, name):
-                    return Seen(node, added, empty=False, bare=bare)
+            if merging.shows(layer, key, DirEntry(name, 0)):
+                return Seen(node, added, empty=False, bare=bare)
     return Seen(node, added, empty=True, bare=bare)
 
 
-def see(fs: State, node: Node, seen: Seen | None = None) -> Seen:
+def see(fs: OverlayFs, node: Node, seen: Seen | None = None) -> Seen:
     """Return what is in a directory: what was seen before, if that is of it and holds."""
     if seen is not None and seen.node is node and seen.holds():
         return seen
     return done_at_once(look_through(fs, node))
-
-
-def _hides(layer: LowerLayer, key: Key, name: bytes) -> bool:
-    found = layer.lookup(key, name)
-    return found is None or is_whiteout(found[1])

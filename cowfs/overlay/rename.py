@@ -9,35 +9,42 @@ from __future__ import annotations
 
 import errno
 import stat
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 
-from cowfs.layers.base import Key
+from cowfs.layers.base import Key, together
 from cowfs.linux.files import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WHITEOUT
+from cowfs.overlay import protect, whiteout
 from cowfs.overlay import redirect as redirects
-from cowfs.overlay import whiteout
 from cowfs.overlay.copyup import copy_up_directory, copy_up_meta, link_alias, note_nlink
-from cowfs.overlay.dir import gone
+from cowfs.overlay.dir import ROOT, Owner, leave_whiteout, name_removed, prepare_whiteout
+from cowfs.overlay.fs import OverlayFs, error
 from cowfs.overlay.lookup import lookup, lower_has, resolve
+from cowfs.overlay.nlink import names_of
 from cowfs.overlay.node import Node
 from cowfs.overlay.readdir import Seen, see
-from cowfs.overlay.state import State, error, is_whiteout
+from cowfs.overlay.work import made_aside
+from cowfs.overlay.xattr_format import IMPURE, OPAQUE
+
+_FLAGS = RENAME_NOREPLACE | RENAME_EXCHANGE | RENAME_WHITEOUT
 
 
 def rename(
-    fs: State,
+    fs: OverlayFs,
     parent: Node,
     name: bytes,
     new_parent: Node,
     new_name: bytes,
     flags: int = 0,
     seen: Seen | None = None,
+    owner: Owner = ROOT,
 ) -> Node | None:
-    """Rename as renameat2(2) does, with RENAME_NOREPLACE and RENAME_EXCHANGE.
+    """Rename as renameat2(2) does, with RENAME_NOREPLACE, RENAME_EXCHANGE and RENAME_WHITEOUT.
 
-    *seen* is what was seen in a directory that is to be replaced; else it is looked through here. Returns
-    the node that was replaced, if one was.
+    The last one leaves a character device 0:0 of *owner*'s under the old name. *seen* is what was seen in a
+    directory that is to be replaced; else it is looked through here. Returns the node that was replaced, if
+    one was.
     """
-    if flags & ~(RENAME_NOREPLACE | RENAME_EXCHANGE):
+    if flags & ~_FLAGS or (flags & RENAME_EXCHANGE and flags != RENAME_EXCHANGE):
         raise error(errno.EINVAL, name)
     node = resolve(fs, parent, name)
     found = lookup(fs, new_parent, new_name)
@@ -45,6 +52,9 @@ def rename(
     _check(node, new_parent, new_name, target, flags)
     if target is node:
         return None  # two names of one inode: POSIX has nothing done
+    _must_be_allowed(fs, (parent, node), (new_parent, target))
+    if not fs.options.redirect_dir:
+        _refuse_redirects(node, target if flags & RENAME_EXCHANGE else None)
     if target is not None and target.is_dir and not flags & RENAME_EXCHANGE:
         seen = see(fs, target, seen)
         if not seen.empty:
@@ -61,17 +71,38 @@ def rename(
     if target is not None:
         last = _make_replaceable(fs, target, new_parent, new_name, seen)
     _mark(fs, node, parent, new_parent, new_name)
-    _move(fs, (parent, name, node), (new_parent, new_name, target))
-    fs.nodes.detach(parent, name)
-    if target is not None:
-        if target.is_dir:
-            fs.nodes.detach(new_parent, new_name)
-            target.dead = True
-            fs.release(target)
-        else:
-            gone(fs, target, new_parent, new_name, last=last)
-    fs.nodes.rename(node, new_parent, new_name)
+    left = prepare_whiteout(fs, owner) if flags & RENAME_WHITEOUT else None
+    with nullcontext() if left is None else together(fs.upper):
+        _move(fs, (parent, name, node), (new_parent, new_name, target))
+        fs.nodes.detach(parent, name)
+        if target is not None:
+            if target.is_dir:
+                if target.upper is None:
+                    fs.covers(new_parent)
+                fs.nodes.detach(new_parent, new_name)
+                target.dead = True
+                fs.release(target)
+            else:
+                name_removed(fs, target, new_parent, new_name, last=last)
+        fs.nodes.rename(node, new_parent, new_name)
+        if left is not None:
+            leave_whiteout(fs, parent, name, left)
     return target
+
+
+def _refuse_redirects(*nodes: Node | None) -> None:
+    """EXDEV for what would need a redirect: a directory that is, or has been, in a lower."""
+    for node in nodes:
+        if node is not None and node.lowers and (node.is_dir or node.metacopy):
+            raise error(errno.EXDEV, node.name)
+
+
+def _must_be_allowed(fs: OverlayFs, source: tuple[Node, Node], target: tuple[Node, Node | None]) -> None:
+    """EPERM for what the flags of chattr(1) forbid (may_delete() and may_create() of the kernel)."""
+    protect.must_remove(fs, *source)
+    protect.must_add(fs, target[0])
+    if target[1] is not None:
+        protect.must_remove(fs, target[0], target[1])
 
 
 def _check(node: Node, new_parent: Node, new_name: bytes, target: Node | None, flags: int) -> None:
@@ -100,14 +131,14 @@ def _check(node: Node, new_parent: Node, new_name: bytes, target: Node | None, f
         raise error(errno.EISDIR, new_name)
 
 
-def _bring_up(fs: State, node: Node, parent: Node, name: bytes) -> None:
+def _bring_up(fs: OverlayFs, node: Node, parent: Node, name: bytes) -> None:
     """Let the inode be in the upper under this very name."""
     fs.nodes.rename(node, parent, name)
     copy_up_meta(fs, node)
     link_alias(fs, node, parent, name)
 
 
-def _make_replaceable(fs: State, target: Node, parent: Node, name: bytes, seen: Seen | None) -> bool:
+def _make_replaceable(fs: OverlayFs, target: Node, parent: Node, name: bytes, seen: Seen | None) -> bool:
     """Prepare what will be replaced; return whether its last name goes with it."""
     if target.is_dir:
         assert seen is not None
@@ -115,22 +146,22 @@ def _make_replaceable(fs: State, target: Node, parent: Node, name: bytes, seen: 
             _empty(fs, target, parent, name)
         return True
     attr = fs.stat(target)
-    last = fs.nlink(target, attr) <= 1
+    last = names_of(target, attr) <= 1
     if target.indexed is not None or (target.upper is None and attr.st_nlink > 1 and fs.index is not None):
         _bring_up(fs, target, parent, name)
         note_nlink(fs, target)
     return last
 
 
-def _empty(fs: State, target: Node, parent: Node, name: bytes) -> None:
+def _empty(fs: OverlayFs, target: Node, parent: Node, name: bytes) -> None:
     """Put an empty opaque directory in the place of one that holds only whiteouts (ovl_clear_empty)."""
     attr = fs.upper.stat(target.upper)
-    temporary = fs.temporary()
-    made = fs.upper.mkdir(fs.work, temporary, stat.S_IMODE(attr.st_mode), attr.st_uid, attr.st_gid)
-    fs.note(made, fs.x_opaque, b"y")
-    fs.upper.rename(
-        (fs.work, temporary), (parent.upper, name), RENAME_EXCHANGE, moved=made, replaced=target.upper
-    )
+    with made_aside(fs, directory=True) as temporary:
+        made = fs.upper.mkdir(fs.work, temporary, stat.S_IMODE(attr.st_mode), attr.st_uid, attr.st_gid)
+        fs.note(made, fs.format.opaque, OPAQUE)
+        fs.upper.rename(
+            (fs.work, temporary), (parent.upper, name), RENAME_EXCHANGE, moved=made, replaced=target.upper
+        )
     old, target.upper, target.lowers = target.upper, made, ()
     fs.upper.forget(old)
     whiteout.throw_away(fs, temporary, None)
@@ -140,7 +171,7 @@ _Place = tuple[Node, bytes, Node]
 _Target = tuple[Node, bytes, Node | None]
 
 
-def _exchange(fs: State, one: _Place, other: _Place) -> None:
+def _exchange(fs: OverlayFs, one: _Place, other: _Place) -> None:
     _mark(fs, one[2], one[0], other[0], other[1])
     _mark(fs, other[2], other[0], one[0], one[1])
     fs.upper.rename(
@@ -154,25 +185,25 @@ def _exchange(fs: State, one: _Place, other: _Place) -> None:
     fs.nodes.rename(other[2], one[0], one[1])
 
 
-def _mark(fs: State, node: Node, parent: Node, new_parent: Node, new_name: bytes) -> None:
+def _mark(fs: OverlayFs, node: Node, parent: Node, new_parent: Node, new_name: bytes) -> None:
     """Note on what will be moved where its lower part is found from its new place."""
     if node.is_dir and not node.lowers:
         if new_parent.is_merged and lower_has(fs, new_parent, new_name):
-            fs.note(node.upper, fs.x_opaque, b"y")
+            fs.note(node.upper, fs.format.opaque, OPAQUE)
         return
     if node.is_dir or node.metacopy:
         # A relative one would be wrong for the other names of a hard link.
         relative = parent is new_parent and node.indexed is None
         redirect = redirects.of(node, same_directory=relative)
         if redirect != node.redirect:
-            fs.note(node.upper, fs.x_redirect, redirect)
+            fs.note(node.upper, fs.format.redirect, redirect)
             node.redirect = redirect
     if not new_parent.is_merged:
         with suppress(OSError):  # a hint to the kernel's readdir that inode numbers differ
-            fs.note(new_parent.upper, fs.x_impure, b"y")
+            fs.note(new_parent.upper, fs.format.impure, IMPURE)
 
 
-def _move(fs: State, source: _Place, target: _Target) -> None:
+def _move(fs: OverlayFs, source: _Place, target: _Target) -> None:
     """Do the rename itself, so that the old place hides what a lower has there."""
     parent, name, node = source
     new_parent, new_name, replaced = target
@@ -180,7 +211,7 @@ def _move(fs: State, source: _Place, target: _Target) -> None:
     key: Key | None = replaced.upper if replaced is not None else None
     covered = parent.is_merged and lower_has(fs, parent, name)
     there = fs.upper.lookup(*new) if replaced is None or replaced.upper is None else None
-    if there is not None and is_whiteout(there[1]) and (covered or node.is_dir):
+    if there is not None and fs.is_whiteout(*there) and (covered or node.is_dir):
         fs.upper.rename(old, new, RENAME_EXCHANGE, moved=node.upper)
         if not covered:
             with suppress(OSError):  # a whiteout where nothing is below hides nothing

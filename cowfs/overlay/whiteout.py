@@ -13,14 +13,15 @@ from itertools import islice
 
 from cowfs.layers.base import Key
 from cowfs.linux import files
+from cowfs.overlay.fs import OverlayFs, Rubbish, Steps, done_at_once
 from cowfs.overlay.node import Node
-from cowfs.overlay.state import Rubbish, State, Steps, done_at_once
+from cowfs.overlay.work import made_aside
 
 _NAME = b"#whiteout"
 _NO_LINK = {errno.EMLINK, errno.EPERM, errno.ENOENT, errno.EOPNOTSUPP}
 
 
-def make(fs: State, directory: Key, name: bytes) -> None:
+def make(fs: OverlayFs, directory: Key, name: bytes) -> None:
     """Put a whiteout at a name that the upper does not have."""
     shared = fs.shared_whiteout
     if shared is not None:
@@ -41,33 +42,25 @@ def make(fs: State, directory: Key, name: bytes) -> None:
         fs.shared_whiteout = found[0] if found else None
 
 
-def _mknod(fs: State, directory: Key, name: bytes) -> Key:
+def _mknod(fs: OverlayFs, directory: Key, name: bytes) -> Key:
     return fs.upper.mknod(directory, name, stat.S_IFCHR, 0, 0, 0)
 
 
-def _key_of(fs: State, directory: Key, name: bytes) -> Key:
+def _key_of(fs: OverlayFs, directory: Key, name: bytes) -> Key:
     found = fs.upper.lookup(directory, name)
     assert found is not None
     return found[0]
 
 
-def replace(fs: State, parent: Node, name: bytes, node: Node) -> None:
+def replace(fs: OverlayFs, parent: Node, name: bytes, node: Node) -> None:
     """Put a whiteout in the place of what the upper has at a name, in one step.
 
     *node* is what stands there. A directory must hold nothing but whiteouts.
     """
-    temporary = fs.temporary()
-    make(fs, fs.work, temporary)
-    place = (parent.upper, name)
-    try:
-        if node.is_dir:
-            fs.upper.rename((fs.work, temporary), place, files.RENAME_EXCHANGE, replaced=node.upper)
-        else:
-            fs.upper.rename((fs.work, temporary), place, replaced=node.upper)
-    except BaseException:
-        with suppress(OSError):
-            fs.upper.unlink(fs.work, temporary, None)
-        raise
+    flags = files.RENAME_EXCHANGE if node.is_dir else 0
+    with made_aside(fs) as temporary:
+        make(fs, fs.work, temporary)
+        fs.upper.rename((fs.work, temporary), (parent.upper, name), flags, replaced=node.upper)
     if node.is_dir:
         throw_away(fs, temporary, node)
 
@@ -76,23 +69,23 @@ _AT_ONCE = 200
 """So many whiteouts are removed at once; with more of them others have a turn."""
 
 
-def throw_away(fs: State, name: bytes, node: Node | None) -> None:
+def throw_away(fs: OverlayFs, name: bytes, node: Node | None) -> None:
     """Remove a directory of the work directory that holds nothing but whiteouts, now or soon.
 
     *node* is whose directory it was, if somebody goes on using that. What stays there goes at the next mount.
     """
     fs.rubbish.append(Rubbish(name, node))
-    if fs.sweep_soon is None:
+    if fs.host.sweep_soon is None:
         done_at_once(sweep(fs))
     elif len(fs.rubbish) == 1:
         steps = sweep(fs)
         with closing(steps):
             if all(step is None for step in islice(steps, _AT_ONCE)) and not fs.rubbish:
                 return
-        fs.sweep_soon()
+        fs.host.sweep_soon()
 
 
-def sweep(fs: State) -> Steps[None]:
+def sweep(fs: OverlayFs) -> Steps[None]:
     """Remove what was thrown away. One shall do so at a time."""
     while fs.rubbish:
         rubbish = fs.rubbish[0]
@@ -101,7 +94,7 @@ def sweep(fs: State) -> Steps[None]:
         fs.rubbish.remove(rubbish)
 
 
-def _clear(fs: State, rubbish: Rubbish) -> Steps[None]:
+def _clear(fs: OverlayFs, rubbish: Rubbish) -> Steps[None]:
     found = fs.upper.lookup(fs.work, rubbish.name)
     if found is None:
         return

@@ -9,19 +9,19 @@ from __future__ import annotations
 
 import errno
 
-from cowfs.layers.base import Key, LowerLayer
+from cowfs.overlay import protect
 from cowfs.overlay.copyup import copy_up_meta
+from cowfs.overlay.fs import OverlayFs, error
 from cowfs.overlay.node import Node
-from cowfs.overlay.state import State, error
 
 _ACLS = b"system.posix_acl_"
 
 
-def getxattr(fs: State, node: Node, name: bytes) -> bytes:
+def getxattr(fs: OverlayFs, node: Node, name: bytes) -> bytes:
     """Return an attribute's value; ENODATA when there is none."""
-    layer, key = _top(fs, node)
+    layer, key = fs.topmost(node)
     try:
-        return layer.getxattr(key, _stored(fs, name))
+        return layer.getxattr(key, fs.format.stored(name))
     except OSError as failure:
         # The kernel reads the ACL to check permissions, and takes any errno but ENODATA for the result.
         if failure.errno == errno.EOPNOTSUPP and name.startswith(_ACLS):
@@ -29,41 +29,23 @@ def getxattr(fs: State, node: Node, name: bytes) -> bytes:
         raise
 
 
-def listxattr(fs: State, node: Node) -> list[bytes]:
+def listxattr(fs: OverlayFs, node: Node) -> list[bytes]:
     """Return the names of all attributes but the union's own."""
-    layer, key = _top(fs, node)
-    prefix = fs.options.xattr_prefix
-    names = []
-    for name in layer.listxattr(key):
-        if name.startswith(fs.escaped):
-            names.append(prefix + name[len(fs.escaped) :])
-        elif not name.startswith(prefix):
-            names.append(name)
-    return names
+    layer, key = fs.topmost(node)
+    names = map(fs.format.shown, layer.listxattr(key))
+    return [name for name in names if name is not None]
 
 
-def setxattr(fs: State, node: Node, name: bytes, value: bytes, flags: int = 0) -> None:
+def setxattr(fs: OverlayFs, node: Node, name: bytes, value: bytes, flags: int = 0) -> None:
     """Set an attribute. *flags*: XATTR_CREATE, XATTR_REPLACE."""
+    protect.must_change(fs, node)
     copy_up_meta(fs, node)
-    fs.upper.setxattr(node.upper, _stored(fs, name), value, flags)
+    fs.upper.setxattr(node.upper, fs.format.stored(name), value, flags)
 
 
-def removexattr(fs: State, node: Node, name: bytes) -> None:
+def removexattr(fs: OverlayFs, node: Node, name: bytes) -> None:
     """Remove an attribute; ENODATA, and no copy-up, when there is none."""
+    protect.must_change(fs, node)
     getxattr(fs, node, name)
     copy_up_meta(fs, node)
-    fs.upper.removexattr(node.upper, _stored(fs, name))
-
-
-def _stored(fs: State, name: bytes) -> bytes:
-    prefix = fs.options.xattr_prefix
-    return fs.escaped + name[len(prefix) :] if name.startswith(prefix) else name
-
-
-def _top(fs: State, node: Node) -> tuple[LowerLayer, Key]:
-    if node.upper is not None:
-        return fs.upper, node.upper
-    if not node.lowers:
-        raise error(errno.ESTALE, node.name)
-    layer, key = node.lowers[0]
-    return fs.lowers[layer], key
+    fs.upper.removexattr(node.upper, fs.format.stored(name))

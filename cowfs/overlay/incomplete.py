@@ -9,8 +9,9 @@ import stat
 from contextlib import suppress
 
 from cowfs.layers.partial import PartialFile
-from cowfs.overlay import lookup, partial, redirect
-from cowfs.overlay.state import Pending, State, error
+from cowfs.overlay import lookup, partial
+from cowfs.overlay.fs import OverlayFs, Pending, error
+from cowfs.overlay.xattr_format import names_of_redirect, parse_partial
 
 log = logging.getLogger(__name__)
 
@@ -19,15 +20,15 @@ _SPARE = 64 << 20
 _NO_MORE = {errno.ENODATA, errno.ESTALE, errno.ENOENT, errno.EINVAL, errno.EOPNOTSUPP}
 
 
-def resume(fs: State) -> None:
+def resume(fs: OverlayFs) -> None:
     """Find the partial files that an earlier mount has left."""
     if fs.notebook is None or not fs.fill_unit:
         return
-    for ino in partial.listed(fs.upper, fs.notebook, fs.x_partial):
+    for ino in partial.listed(fs.upper, fs.notebook, fs.format.partial):
         key = fs.upper.numbered(ino)
         try:
-            fs.upper.getxattr(key, fs.x_metacopy)
-            note = partial.decode(fs.upper.getxattr(key, fs.x_partial))
+            fs.upper.getxattr(key, fs.format.metacopy)
+            note = parse_partial(fs.upper.getxattr(key, fs.format.partial))
             attr = fs.upper.stat(key)
             if not stat.S_ISREG(attr.st_mode):
                 raise error(errno.EINVAL)
@@ -39,7 +40,7 @@ def resume(fs: State) -> None:
                 log.warning("inode %d of the store: %s", ino, failure.strerror)
 
 
-def missing(fs: State) -> tuple[int, int]:
+def missing(fs: OverlayFs) -> tuple[int, int]:
     """Return how many files are partial, and about how many bytes of them are in the lower alone."""
     size = 0
     for pending in fs.pending.values():
@@ -48,7 +49,7 @@ def missing(fs: State) -> tuple[int, int]:
     return len(fs.pending), size
 
 
-def has_room(fs: State, file: PartialFile) -> bool:
+def has_room(fs: OverlayFs, file: PartialFile) -> bool:
     """Whether the rest of a file can be brought up so that some is left for others."""
     room = fs.upper.statfs()
     need = file.missing()
@@ -56,15 +57,15 @@ def has_room(fs: State, file: PartialFile) -> bool:
     return room.bavail * room.frsize >= need + need // 512 + spare
 
 
-def open_rest(fs: State, pending: Pending) -> PartialFile:
+def open_rest(fs: OverlayFs, pending: Pending) -> PartialFile:
     """Open a partial file to copy the rest. EIO if its lower is not what it was; EAGAIN if that may wait."""
-    found = lookup.find_below(fs, redirect.names(pending.path))
+    found = lookup.find_below(fs, names_of_redirect(pending.path))
     if found is None:
         raise error(errno.EIO, pending.path)
     layer, low, attr = found
     if fs.lowers[layer].waits:
         raise error(errno.EAGAIN, pending.path)
-    note = partial.decode(fs.upper.getxattr(pending.key, fs.x_partial))
+    note = parse_partial(fs.upper.getxattr(pending.key, fs.format.partial))
     partial.must_be_the_same(note, attr)
     source = fs.lowers[layer].open(low, os.O_RDONLY)
     fs.lowers[layer].forget(low)
@@ -75,7 +76,7 @@ def open_rest(fs: State, pending: Pending) -> PartialFile:
         raise
 
 
-def complete(fs: State, pending: Pending) -> None:
+def complete(fs: OverlayFs, pending: Pending) -> None:
     """Let a file, all of whose data is in the upper by now, be an ordinary one."""
     partial.finish(fs, pending.key, pending.part, pending.node)
-    log.info("%r is copied up whole", pending.path)
+    log.info("%r is now fully copied up", pending.path)

@@ -1,0 +1,56 @@
+"""Names of inodes outside of the merged tree: in the trash, where `cowfs revert` has put them.
+
+A file of the upper with several names keeps those that it has in the tree; users are told of these alone.
+"""
+
+from __future__ import annotations
+
+import stat
+from collections import Counter
+from collections.abc import Iterator
+
+from cowfs.layers.base import Key
+from cowfs.overlay.fs import OverlayFs
+
+
+def names_away(fs: OverlayFs, key: Key) -> int:
+    """Return how many names of a file of the upper are away. Looks through the trash when first asked."""
+    if fs.away is None:
+        trash = fs.trash()
+        fs.away = Counter() if trash is None else Counter(_below(fs, trash))
+    return fs.away[fs.upper.stat(key).st_ino] if fs.away else 0
+
+
+def moved(fs: OverlayFs, place: tuple[Key, bytes], by: int) -> None:
+    """Note that what is at *place* in the trash has come there (*by* 1), or is about to leave (-1)."""
+    found = None if fs.away is None else fs.upper.lookup(*place)
+    if fs.away is None or found is None:
+        return
+    key, attr = found
+    numbers = (
+        _below(fs, key) if stat.S_ISDIR(attr.st_mode) else iter([attr.st_ino] if attr.st_nlink > 1 else [])
+    )
+    for number in numbers:
+        fs.away[number] += by
+        if not fs.away[number]:
+            del fs.away[number]
+
+
+def _below(fs: OverlayFs, directory: Key) -> Iterator[int]:
+    """Yield the number of each file with several names below a directory of the upper, once for each name."""
+    waiting = [directory]
+    while waiting:
+        here = waiting.pop()
+        for entry in fs.upper.readdir(here):
+            found = fs.upper.lookup(here, entry.name)
+            if found is None:
+                continue
+            key, attr = found
+            if stat.S_ISDIR(attr.st_mode):
+                waiting.append(key)
+                continue
+            if attr.st_nlink > 1 and not fs.is_whiteout(key, attr):  # whiteouts may be names of one
+                yield attr.st_ino
+            fs.upper.forget(key)
+        if here is not directory:
+            fs.upper.forget(here)

@@ -1,0 +1,75 @@
+"""The flags of chattr(1), and when an inode was made (the kernel's ovl_fileattr_get, ovl_getattr)."""
+
+from __future__ import annotations
+
+import errno
+import stat
+
+from cowfs.layers.base import Key, is_flaggable, is_flagged
+from cowfs.overlay import protect
+from cowfs.overlay.copyup import copy_up_meta
+from cowfs.overlay.fs import OverlayFs, error
+from cowfs.overlay.node import Node
+
+_OF_ANYBODY = 0x380FF
+"""The flags that files of any filesystem may have (linux/fs.h); others tell how one keeps its files."""
+
+_INHERITED = 0x180CF
+"""What a new inode has from its directory (EXT4_FL_INHERITED)."""
+_OF_DIRECTORIES = 0x30000
+
+
+def _must_have_flags(node: Node) -> None:
+    if not node.is_dir and not stat.S_ISREG(node.mode):
+        raise error(errno.ENOTTY, node.name)
+
+
+def getflags(fs: OverlayFs, node: Node) -> int:
+    """Return the flags as the topmost layer has them; 0 where it has none. ENOTTY for what can have none."""
+    _must_have_flags(node)
+    layer, key = fs.topmost(node)
+    found = layer.getflags(key) if is_flagged(layer) else 0
+    found = found & ~protect.EITHER | protect.protection(fs, node)
+    return found if node.upper is not None else found & _OF_ANYBODY
+
+
+def setflags(fs: OverlayFs, node: Node, flags: int) -> None:
+    """Set all flags, in the upper. EOPNOTSUPP for those that it has not."""
+    _must_have_flags(node)
+    if not is_flaggable(fs.upper):
+        raise error(errno.EOPNOTSUPP, node.name)
+    if node.upper is None:
+        copy_up_meta(fs, node)
+        flags = flags & _OF_ANYBODY | fs.upper.getflags(node.upper) & ~_OF_ANYBODY
+    protect.note(fs, node.upper, flags)
+    node.protection = None
+    fs.upper.setflags(node.upper, flags & ~protect.EITHER)
+    node.protection = flags & protect.EITHER
+
+
+def inherit(fs: OverlayFs, directory: Key, key: Key, mode: int) -> None:
+    """Give a new inode of *mode*, made in the work directory, the flags that it would have from a directory.
+
+    Where the upper is the kernel's that is left out: it would cost two opens for each.
+    """
+    if fs.upper.has_descriptors or not is_flaggable(fs.upper):
+        return
+    flags = fs.upper.getflags(directory) & _INHERITED
+    if flags and stat.S_ISDIR(mode):
+        fs.upper.setflags(key, flags)
+    elif flags and stat.S_ISREG(mode):
+        fs.upper.setflags(key, flags & ~_OF_DIRECTORIES)
+
+
+def version(fs: OverlayFs, node: Node) -> int:
+    """Return the generation of the inode's number in the upper. ENOTTY for one that is not there."""
+    _must_have_flags(node)
+    if node.upper is None or not is_flaggable(fs.upper):
+        raise error(errno.ENOTTY, node.name)
+    return fs.upper.version(node.upper)
+
+
+def birth(fs: OverlayFs, node: Node) -> int | None:
+    """Return when the inode was made that the topmost layer has, in ns; None where that is not kept."""
+    layer, key = fs.topmost(node)
+    return layer.birth(key) if is_flagged(layer) else None

@@ -1,0 +1,160 @@
+"""Another upper: the one so far becomes the topmost lower, or is given up for what is below it.
+
+No inode changes by being frozen. A node that was in the upper is in a lower from then on, and is copied up
+again when it is changed next; its number stays, and so does what is open of it.
+"""
+
+from __future__ import annotations
+
+import errno
+import stat
+from collections.abc import Sequence
+
+from cowfs.layers.base import Key, LowerLayer
+from cowfs.overlay.copyup import link_alias
+from cowfs.overlay.dir import rekey
+from cowfs.overlay.find import walk
+from cowfs.overlay.fs import OverlayFs, Steps, done_at_once, error
+from cowfs.overlay.lookup import union_nlink
+from cowfs.overlay.node import Node
+from cowfs.overlay.uncover import Stale
+
+
+def link_all(fs: OverlayFs) -> Steps[None]:
+    """Let the hard links in the index have all their names in the upper: as a lower it has no index."""
+    if are_hidden(fs):
+        yield from walk(fs, lambda directory, name, node: _link(fs, directory, name, node))
+
+
+def give_up_index(fs: OverlayFs) -> None:
+    """Let the hard links have all their names in the upper, and none in the index. Blocks."""
+    done_at_once(link_all(fs))
+    for name in list(fs.indexed):
+        place = fs.index_of(name)
+        found = None if place is None else fs.upper.lookup(place, name)
+        if found is not None:
+            fs.upper.unlink(place, name, None)
+        fs.indexed.discard(name)
+
+
+def are_hidden(fs: OverlayFs) -> bool:
+    """Whether a hard link in the index shows under a name that the upper does not have."""
+    for name in fs.indexed:
+        place = fs.index_of(name)
+        found = None if place is None else fs.upper.lookup(place, name)
+        if found is None or stat.S_ISDIR(found[1].st_mode):
+            continue
+        key, attr = found
+        if union_nlink(fs, fs.notes(fs.upper, key) or {}, attr.st_nlink, None) >= attr.st_nlink:
+            return True
+    return False
+
+
+def _link(fs: OverlayFs, directory: Node, name: bytes, node: Node) -> bool:
+    if fs.union_of(node) is not fs:
+        return False
+    if node.indexed is not None and node.upper is not None:
+        link_alias(fs, node, directory, name)
+    return True
+
+
+def unindex(fs: OverlayFs) -> None:
+    """Let no node be known by its name in the index."""
+    for node in fs.own_nodes():
+        if node.indexed is not None:
+            rekey(fs, node)
+
+
+def path_of(node: Node) -> bytes:
+    """Return a path of a node from the root, without a leading slash."""
+    names: list[bytes] = []
+    above: Node | None = node
+    while above is not None and above.parent is not None:
+        names.append(above.name)
+        above = above.parent
+    return b"/".join(reversed(names))
+
+
+def must_be_still(fs: OverlayFs, *, with_pending: bool) -> None:
+    """EBUSY while the data of a file is being copied up, or changed by a thread; ask again soon then.
+
+    Also while a file is not whole, unless *with_pending*.
+    """
+    for node in fs.own_nodes():
+        if node.copying is not None or (node.handles is not None and not fs.host.end_writes(node)):
+            raise error(errno.EBUSY, node.name)
+    if not fs.host.is_still() or (fs.pending and not with_pending):
+        raise error(errno.EBUSY, b"")
+
+
+def freeze(fs: OverlayFs, new_upper: Key, frozen: LowerLayer) -> None:
+    """Go on with the upper at *new_upper*, which is empty, above what was the upper, which is *frozen*.
+
+    The layers have been changed already, the index is empty, and :func:`must_be_still` has said nothing.
+    """
+    fs.lay(fs.base, (frozen, *fs.frozen))
+    number = -len(fs.frozen)
+    for node in fs.own_nodes():
+        if node is fs.root or node.dead or node.upper is None:
+            continue
+        key, node.upper = node.upper, None
+        below = node.lowers if node.is_dir else node.lowers[-1:] if node.metacopy else ()
+        node.lowers = ((number, key), *below)
+        node.metacopy, node.redirect, node.partial = False, None, None
+        for handle in node.handles or ():
+            handle.is_frozen = handle.writable
+    _begin_anew(fs, new_upper)
+    fs.root.lowers = fs.stack.roots
+
+
+def go_back(fs: OverlayFs, new_upper: Key, frozen: Sequence[LowerLayer]) -> Stale:
+    """Go on with the empty upper at *new_upper*, above *frozen*; return what the kernel must forget.
+
+    Whatever is still in use of the tree that was is gone (ESTALE).
+    """
+    names = set(_names(fs))
+    for node in list(fs.own_nodes()):
+        if node is fs.root or node in fs.unnamed:
+            continue
+        node.dead = True
+        node.others = None
+        if node.children is not None:
+            node.children.clear()
+        if node.upper is None:
+            node.lowers = ()
+    fs.pending.clear()
+    children = fs.root.children
+    assert children is not None
+    children.clear()
+    fs.lay(fs.base, frozen)
+    _begin_anew(fs, new_upper)
+    fs.root.lowers = fs.stack.roots
+    fs.host.rolled_back()
+    for node in list(fs.own_nodes()):
+        if node.dead:
+            fs.release(node)
+    names.update(_names(fs))
+    return [(fs.root.ino, None), *((fs.root.ino, name) for name in names)]
+
+
+def _names(fs: OverlayFs) -> set[bytes]:
+    """Return the names that the root may have, whiteouts among them."""
+    names = set(fs.root.children or ())
+    places = [(fs.upper, fs.root.upper), *((fs.lowers[number], key) for number, key in fs.root.lowers)]
+    for layer, key in places:
+        names.update(entry.name for entry in layer.readdir(key))
+    return names
+
+
+def _begin_anew(fs: OverlayFs, new_upper: Key) -> None:
+    """Have the root in another upper, with nothing in it and nothing in the index."""
+    fs.root.upper = new_upper
+    fs.root.mode = fs.upper.stat(new_upper).st_mode
+    fs.root.added += 1
+    fs.root.protection = None
+    fs.indexed.clear()
+    if fs.companions is not None:
+        fs.companions.clear()
+    for node in fs.own_nodes():
+        node.indexed = None
+    fs.below.clear()

@@ -1,0 +1,398 @@
+"""What all operations of the union share: its layers, its nodes, its numbering of inodes."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import count
+from typing import Any, NamedTuple, TypeVar
+
+from cowfs.layers.base import Key, LowerLayer, UpperLayer
+from cowfs.layers.partial import Part
+from cowfs.overlay.companions import NOT_HERE, Companions
+from cowfs.overlay.host import Host
+from cowfs.overlay.node import APART, LAYER, LAYER_BITS, ROOT_INO, Node, NodeTable
+from cowfs.overlay.stack import Stack, came_from, is_whiteout, notes_of, open_index
+from cowfs.overlay.xattr_format import XattrFormat, as_device, index_name, make_origin
+from cowfs.types import Attr, AttrData, FileHandle, FsStats, own_attr
+
+_LAYER_SHIFT = 40
+_REAL_MASK = (1 << _LAYER_SHIFT) - 1
+_STRANGE = 0xFF << _LAYER_SHIFT
+_TYPE = stat.S_IFIFO
+"""The least difference of two modes whose types differ."""
+_MOST_REAL = (1 << 32) - 1
+"""Larger numbers of inodes in images are made up at each mount."""
+
+
+@dataclass(frozen=True, slots=True)
+class OverlayOptions:
+    """How the union keeps its own notes in the upper."""
+
+    xattr_prefix: bytes = b"trusted.overlay."
+    """``user.overlay.`` where trusted.* is not allowed (the kernel's *userxattr*)."""
+    metacopy: bool = True
+    """Whether any file may be copied up without its data."""
+    metacopy_from: int = 65536
+    """Files of at least this many bytes are copied up without their data when only attributes change; if
+    that may wait for others, all that have any."""
+    lazy_from: int = 64 << 20
+    """Files of at least this many bytes are copied up after they were opened to be written to, bit by bit,
+    where the holes of the upper's files can be filled."""
+    has_exact_holes: bool = False
+    """Whether the holes of the upper's files are what was never written, exactly: in an image."""
+    inline_up_to: int = 262144
+    """Files of at most this many bytes are copied up within the request, without a thread, if their data
+    waits for nobody."""
+    sync_copy_up: bool = False
+    """Put a copied-up file on disk before it gets its name: for uppers whose filesystem does not
+    order data before metadata, as ext3 does."""
+    redirect_dir: bool = True
+    """Whether a directory that is in a lower can be renamed. Else that is EXDEV, and the upper has nothing
+    that only overlayfs understands."""
+    first_ino: int = 0
+    """What is added to all numbers of inodes: for a union that shares its :class:`NodeTable` with another."""
+
+
+def error(code: int, *names: object) -> OSError:
+    """Return the OSError of an errno."""
+    return OSError(code, os.strerror(code), *names)
+
+
+R = TypeVar("R")
+Steps = Generator[Callable[[], Any] | None, Any, R]
+"""Long work that others need not wait for: between two steps they may have a turn, and may change anything.
+
+What is yielded, if it is not None, shall be called, in any thread since it blocks, and the work be sent what
+that gave. What it raises is thrown in.
+"""
+
+
+def done_at_once(steps: Steps[R]) -> R:
+    """Do all the steps; return what they come to."""
+    try:
+        call = next(steps)
+        while True:
+            call = next(steps) if call is None else steps.send(call())
+    except StopIteration as end:
+        result: R = end.value
+        return result
+
+
+@dataclass(slots=True)
+class Pending:
+    """A file that is copied up lazily, and not whole yet."""
+
+    key: Key
+    part: Part
+    path: bytes
+    """Where its lower is, from the root of the lowers."""
+    node: Node | None = None
+    """Whose it is, if it was looked up since the mount; not in use any more, maybe."""
+
+
+class Rubbish(NamedTuple):
+    """A directory in the work directory that holds nothing but whiteouts."""
+
+    name: bytes
+    node: Node | None
+    """Whose it was, if that is still in use."""
+
+
+class OverlayFs:
+    """The union's layers and nodes. Not thread-safe: all calls come from one thread.
+
+    *upper_root*, *work* and *index* are directories of the upper layer: the changed tree, the place
+    for temporaries, which must be empty, and the index of hard links, if there is to be one.
+    """
+
+    def __init__(
+        self,
+        upper: UpperLayer,
+        upper_root: Key,
+        work: Key,
+        index: Key | None,
+        lowers: Sequence[LowerLayer],
+        options: OverlayOptions | None = None,
+        frozen: Sequence[LowerLayer] = (),
+        beneath: Key | None = None,
+    ) -> None:
+        """*frozen* are earlier uppers, above all *lowers*, the newest first; in the upper's filesystem.
+        *beneath*: the first of the *lowers* is another union's upper layer, whose tree begins there."""
+        self.options = options or OverlayOptions()
+        self.upper = upper
+        self.work = work
+        self.index = index
+        self.format = XattrFormat(self.options.xattr_prefix)
+        self.lay(lowers, frozen, beneath)
+        mode = upper.stat(upper_root).st_mode
+        self._first = self.options.first_ino
+        self.root = Node(ROOT_INO + self._first, mode, None, b"", upper_root, self.stack.roots)
+        self.nodes = NodeTable(self.root)
+        self.root.lookups = 1
+        self.hard_links = None if index is None else open_index(upper, index, self.format)
+        self.indexed: set[bytes] = set() if self.hard_links is None else self.hard_links.names
+        self.companions: Companions | None = None
+        self.stand_in: Callable[[Key], None] = lambda _: None
+        """Lets what takes no notes be of a kind that does, if the upper can do that."""
+        self.shared_whiteout: Key | None = None
+        self.fill_unit = upper.fill_unit
+        """Of how many bytes are the holes of the upper's files that can be filled; 0: none can."""
+        self.notebook: Key | None = None
+        """The inode of the upper that has the list of files that are not whole, if they shall be listed."""
+        self.pending: dict[int, Pending] = {}
+        """These files, by the upper's inode numbers."""
+        self.host = Host()
+        self.trash: Callable[[], Key | None] = lambda: None
+        """Returns the directory of the upper that what was taken back is in …"""
+        self.away: Counter[int] | None = None
+        """… and how many names files have there, by the upper's inode numbers; None: not counted yet."""
+        self.rubbish: list[Rubbish] = []
+        """What is to be removed from the work directory (:mod:`cowfs.overlay.whiteout`)."""
+        self.unnamed: dict[Node, bytes] = {}
+        """Files that have no name yet (O_TMPFILE), and the ones that they have in the work directory."""
+        self.below: dict[Node, int | None] = {}
+        """How many directories in merged ones only lower layers have, where :mod:`~cowfs.overlay.nlink` has
+        counted them."""
+        self._temporaries = count()
+        self.exports = None not in self._generations
+        """Whether an inode's number and generation say for all times which one is meant (file handles)."""
+        self._incarnations = count(1)
+        self._strange: dict[tuple[int, int, int], int] = {}
+        self._taken: dict[int, tuple[int, int, int]] = {}
+
+    def lay(
+        self, lowers: Sequence[LowerLayer], frozen: Sequence[LowerLayer], beneath: Key | None = None
+    ) -> None:
+        """Let the union be of these layers below the upper."""
+        self.stack = Stack(lowers, self.format, beneath, frozen=frozen)
+        self.lowers = self.stack.layers
+        """By the numbers that :data:`~cowfs.overlay.stack.Place` has; not in the order of the stack."""
+        self._generations = [layer.generation for layer in (self.upper, *self.lowers)]
+        devs = [self.upper.dev, *(layer.dev for layer in self.lowers)]
+        self._filesystems = [devs.index(dev) for dev in devs]
+
+    @property
+    def base(self) -> Sequence[LowerLayer]:
+        """The lowers that the union was made of, topmost first."""
+        return self.lowers[: len(self.lowers) - self.stack.frozen]
+
+    @property
+    def frozen(self) -> Sequence[LowerLayer]:
+        """The uppers from before, the newest first."""
+        return self.lowers[len(self.lowers) - self.stack.frozen :]
+
+    # --- where something belongs, if this is more than one union (:mod:`cowfs.overlay.graft`)
+
+    def unions(self) -> tuple[OverlayFs, ...]:
+        """Return all unions that this is made of."""
+        return (self,)
+
+    def union_of(self, node: Node) -> OverlayFs:
+        """Return the union that a node belongs to."""
+        return self
+
+    def own_nodes(self) -> Iterator[Node]:
+        """Yield the nodes of this union alone."""
+        return (node for node in self.nodes.all() if node.ino & APART == self._first)
+
+    def above(self, node: Node) -> Node:
+        """Return the directory that ``..`` means in a directory."""
+        return node.parent or node
+
+    def room_of(self, ino: int) -> FsStats:
+        """Return the figures of what fills up when an inode does: of the store."""
+        return self.upper.statfs()
+
+    # --- numbers
+
+    def ino_of(self, layer: int, dev: int, attr: Attr) -> int:
+        """Return the union's number of a layer's inode: its filesystem's above, its own below.
+
+        *layer* is 0 for the upper, i + 1 for lower i; *dev* the layer's. Layers on one filesystem
+        share its numbers, and so do the upper and what was frozen of it. Numbers of more than 40 bits, of
+        subvolumes inside a layer, and the two that FUSE keeps, get one of a range of their own: unique, but
+        maybe another at the next mount.
+        """
+        real = attr.st_ino
+        number = self._filesystems[layer] if layer > 0 else 0
+        if real <= _REAL_MASK and attr.st_dev == dev and (number or real > ROOT_INO):
+            return (real | number << _LAYER_SHIFT) + self._first
+        return self.strange_ino(layer, attr.st_dev, real)
+
+    def ino_of_real(self, layer: int, dev: int, real: int) -> int:
+        """Like :meth:`ino_of`, for an inode of which only the number is known."""
+        number = self._filesystems[layer] if layer > 0 else 0
+        if real <= _REAL_MASK and (number or real > ROOT_INO):
+            return (real | number << _LAYER_SHIFT) + self._first
+        return self.strange_ino(layer, dev, real)
+
+    def strange_ino(self, layer: int, dev: int, real: int) -> int:
+        """Return a number of the range for what has no natural one.
+
+        Only those of live nodes are remembered. It is made from what is given, so that who comes back gets
+        the number that it had, if no other has taken that.
+        """
+        inode = layer, dev, real
+        number = self._strange.get(inode)
+        if number is None:
+            start = _STRANGE + self._first
+            number = start | hash(inode) & _REAL_MASK
+            while number in self._taken:
+                number = start | number + 1 & _REAL_MASK
+            self._strange[inode] = number
+            self._taken[number] = inode
+        return number
+
+    def generation_of(self, ino: int, attr: Attr) -> int:
+        """Return what tells a new node, besides its number in the union, from others that had this."""
+        number = ino - self._first >> _LAYER_SHIFT
+        if not self.exports or number >= len(self._generations) or ino & _REAL_MASK > _MOST_REAL:
+            return next(self._incarnations) & 0x7FFFFFFF
+        if number == 0 and isinstance(attr, AttrData):
+            return attr.st_gen
+        return self._generations[number] or 0
+
+    def temporary(self) -> bytes:
+        """Return a name that is free in the work directory."""
+        return b"#%x" % next(self._temporaries)
+
+    # --- attributes
+
+    def topmost(self, node: Node) -> tuple[LowerLayer, Key]:
+        """Return the topmost layer that has a node, and its key there. ESTALE if none has it."""
+        if node.upper is not None:
+            return self.upper, node.upper
+        if not node.lowers:
+            raise error(errno.ESTALE, node.name)
+        layer, key = node.lowers[0]
+        return self.lowers[layer], key
+
+    def stat(self, node: Node) -> Attr:
+        """Return the attributes of a node as its topmost layer has them.
+
+        ``st_ino`` and ``st_nlink`` in it are the layer's: the union's are ``node.ino`` and
+        what :mod:`~cowfs.overlay.nlink` says.
+        """
+        if node.upper is not None:
+            attr = self.upper.stat(node.upper)
+            if node.metacopy:
+                return self._with_data_blocks(node, attr)
+            return attr if node.mode ^ attr.st_mode < _TYPE else as_device(attr)
+        below = node.below
+        if isinstance(below, int):
+            return self.lowers[below & LAYER].stat(below >> LAYER_BITS)
+        if not below:
+            raise error(errno.ESTALE, node.name)
+        layer, key = below[0]
+        attr = self.lowers[layer].stat(key)
+        if layer >= 0:
+            return attr
+        if len(below) > 1 and not node.is_dir:
+            return self._with_data_blocks(node, attr)
+        return attr if node.mode ^ attr.st_mode < _TYPE else as_device(attr)
+
+    def covers(self, directory: Node | None) -> None:
+        """Note that the upper has a name now under which a lower directory was seen in this directory."""
+        below = self.below.get(directory) if self.below and directory is not None else None
+        if below and directory is not None:
+            self.below[directory] = below - 1
+
+    def _with_data_blocks(self, node: Node, attr: Attr) -> Attr:
+        layer, key = node.lowers[-1]
+        whole = own_attr(attr)
+        whole.st_blocks = self.lowers[layer].stat(key).st_blocks
+        return whole
+
+    def stored(self, node: Node) -> Key | None:
+        """Return the inode that the store has of what is seen, in the upper or in one that was frozen."""
+        if node.upper is not None:
+            return node.upper
+        return node.lowers[0][1] if node.lowers and node.lowers[0][0] < 0 else None
+
+    def data_waits(self, node: Node) -> bool:
+        """Whether the data of a file that is not in the upper is in a lower that may wait for others."""
+        lowers = node.lowers
+        return bool(lowers) and self.lowers[lowers[-1][0]].waits
+
+    # --- the union's own xattrs in the upper
+
+    def note(self, key: Key, name: bytes, value: bytes) -> None:
+        """Set one of the union's own xattrs."""
+        try:
+            self.upper.setxattr(key, name, value)
+        except OSError as failure:
+            holder = self.companions.of(key) if self.companions and failure.errno in NOT_HERE else None
+            if holder is None:
+                raise
+            self.upper.setxattr(holder, name, value)
+
+    def noted(self, key: Key, name: bytes) -> bytes:
+        """Return one of the union's own xattrs in the upper. ENODATA if there is none."""
+        holder = self.companions.of(key) if self.companions else None
+        return self.upper.getxattr(key if holder is None else holder, name)
+
+    def index_of(self, name: bytes) -> Key | None:
+        """Return the directory in which an indexed hard link is, or shall be; None if there is no index."""
+        if self.companions is not None and name in self.companions.names:
+            return self.companions.place
+        return self.index
+
+    def notes(self, layer: LowerLayer, key: Key) -> dict[bytes, bytes] | None:
+        """Return the union's own xattrs of a layer's inode by full name, None when it has none."""
+        if layer is self.upper and self.companions and (holder := self.companions.of(key)) is not None:
+            key = holder
+        return notes_of(layer, key, self.format)
+
+    def came_from(self, key: Key, place: bytes) -> bool:
+        """Whether an indexed hard link was copied up from the lower inode that is at this place."""
+        holder = self.companions.of(key) if self.companions and place else None
+        return came_from(self.upper, key if holder is None else holder, place, self.format)
+
+    def find_in_index(self, handle: FileHandle | None) -> tuple[Key, Attr] | None:
+        """Return the upper inode of a hard-linked lower one that was copied up under another name."""
+        name = None if handle is None else index_name(make_origin(handle))
+        if self.companions is None or name not in self.companions.names:
+            return self.hard_links.find(handle) if self.hard_links is not None else None
+        assert handle is not None
+        found = self.upper.lookup(self.companions.place, name)
+        return found if found is not None and self.came_from(found[0], handle.place) else None
+
+    def index_what_takes_no_notes(self, place: Key) -> None:
+        """Keep hard links of symlinks, fifos, sockets and devices too, by a directory of ours."""
+        self.companions = Companions(self.upper, place)
+        self.indexed.update(self.companions.names)
+
+    def is_whiteout(self, key: Key, attr: Attr) -> bool:
+        """Whether an inode of the upper is a whiteout, in any form."""
+        return is_whiteout(self.upper, key, attr, self.format)
+
+    # --- life and death of nodes
+
+    def forget(self, node: Node, lookups: int) -> None:
+        """Take back references that the kernel had; the last one lets the node go."""
+        node.lookups -= lookups
+        if node.lookups <= 0:
+            self.release(node)
+
+    def release(self, node: Node) -> None:
+        """Let a node go that nobody refers to any more; a no-op for others."""
+        if node.lookups > 0 or node.children or node.handles:
+            return
+        for gone in self.nodes.unused(node):
+            if gone.ino >= _STRANGE and self.nodes.get(gone.ino) is None and gone.ino in self._taken:
+                del self._strange[self._taken.pop(gone.ino)]
+            if gone.upper is not None:
+                self.upper.forget(gone.upper)
+            for layer, key in gone.lowers:
+                self.lowers[layer].forget(key)
+            if self.below:
+                self.below.pop(gone, None)
+            if self.unnamed and gone in self.unnamed:
+                with suppress(OSError):  # what stays goes at the next mount
+                    self.upper.unlink(self.work, self.unnamed.pop(gone), None)

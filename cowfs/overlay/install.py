@@ -1,0 +1,126 @@
+"""How a copy that is ready gets its name, its place in the index, and its readers."""
+
+from __future__ import annotations
+
+import os
+
+from cowfs.layers.base import Key
+from cowfs.linux import files
+from cowfs.overlay import partial
+from cowfs.overlay.companions import NOT_HERE
+from cowfs.overlay.fs import OverlayFs
+from cowfs.overlay.handle import Reader
+from cowfs.overlay.node import Node
+from cowfs.overlay.original import Original
+from cowfs.overlay.xattr_format import make_nlink
+
+Place = tuple[Node, bytes]
+"""A directory, and a name in it."""
+
+
+def install(
+    fs: OverlayFs, node: Node, place: Place | None, key: Key, temporary: bytes, original: Original
+) -> None:
+    """Move what is ready from the work directory to the node's name; without one, it lives by its key."""
+    upper = fs.upper
+    if place is None:
+        (upper.rmdir if node.is_dir else upper.unlink)(fs.work, temporary, key)
+        return
+    parent, name = place
+    if _is_taken(fs, original):
+        original = original._replace(origin=b"", index_name=None)
+    try:
+        _note_origin(fs, node, key, original)
+    except OSError as failure:
+        # user.* xattrs are not allowed on symlinks and devices (xattr(7)).
+        if failure.errno not in NOT_HERE:
+            raise
+        if original.index_name is not None:
+            original = _begin_notes(fs, node, key, original, original.index_name)
+    before = upper.stat(parent.upper)
+    if original.index_name is not None and fs.index is not None:
+        _settle_indexed(fs, node, place, key, temporary, original.index_name, original)
+    else:
+        upper.rename((fs.work, temporary), (parent.upper, name), files.RENAME_NOREPLACE, moved=key)
+    # The directory has not changed as far as the merged tree is concerned.
+    upper.utimens(parent.upper, before.st_atime_ns, before.st_mtime_ns)
+
+
+def _begin_notes(fs: OverlayFs, node: Node, key: Key, original: Original, name: bytes) -> Original:
+    """Let a hard link have notes that takes none itself; without them it is not in the index."""
+    if fs.companions is None:
+        return original._replace(index_name=None)
+    fs.stand_in(key)
+    try:
+        _note_origin(fs, node, key, original)
+    except OSError as failure:
+        if failure.errno not in NOT_HERE:
+            raise
+        fs.companions.begin(key, name)
+        _note_origin(fs, node, key, original)
+    return original
+
+
+def _note_origin(fs: OverlayFs, node: Node, key: Key, original: Original) -> None:
+    fs.note(key, fs.format.origin, original.origin)
+    number, lower = node.lowers[0]
+    if number > 0:
+        fs.note(key, fs.format.layer, b"%d" % number)
+    if number < 0 and not node.is_dir:
+        notes = fs.notes(fs.lowers[number], lower) or {}
+        first = notes.get(fs.format.first) or notes.get(fs.format.origin)
+        if first:
+            fs.note(key, fs.format.first, first)
+        if first and fs.format.layer in notes:
+            fs.note(key, fs.format.layer, notes[fs.format.layer])
+
+
+def _is_taken(fs: OverlayFs, original: Original) -> bool:
+    """Whether the index has another lower inode, of the same number, in the place of this one."""
+    if not original.place or original.index_name not in fs.indexed or fs.index is None:
+        return False
+    found = fs.upper.lookup(fs.index_of(original.index_name), original.index_name)
+    return found is not None and not fs.came_from(found[0], original.place)
+
+
+def _settle_indexed(
+    fs: OverlayFs,
+    node: Node,
+    place: Place,
+    key: Key,
+    temporary: bytes,
+    index_name: bytes,
+    original: Original,
+) -> None:
+    """Put a hard link into the index, and from there under its name."""
+    parent, name = place
+    fs.note(key, fs.format.nlink, make_nlink(b"L", 0))
+    fs.note(key, fs.format.links, b"%d" % original.attr.st_nlink)
+    if original.place:
+        fs.note(key, fs.format.place, original.place)
+    fs.upper.rename((fs.work, temporary), (fs.index_of(index_name), index_name), moved=key)
+    fs.indexed.add(index_name)
+    node.indexed = original.attr.st_nlink
+    fs.upper.link(key, parent.upper, name)
+
+
+def set_upper(fs: OverlayFs, node: Node, key: Key) -> None:
+    """Let the node have its inode in the upper from now on."""
+    node.upper = key
+    show_to_handles(fs, node)
+
+
+def show_to_handles(fs: OverlayFs, node: Node) -> None:
+    """Let the files that are open for reading see from now on what is written to the upper."""
+    handles = node.handles
+    if handles is None or (node.metacopy and node.partial is None):  # its data is where it was
+        return
+    for handle in handles:
+        if handle.is_frozen:
+            flags = os.O_RDWR | (os.O_SYNC if handle.is_synchronous else 0)
+            handle.thaw(partial.open_data(fs, node, flags))
+    reading = [handle for handle in handles if not handle.writable]
+    if reading:
+        reader = handles.reader = Reader(partial.open_data(fs, node, os.O_RDONLY))
+        for handle in reading:
+            handle.replace(reader)

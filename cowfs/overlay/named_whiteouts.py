@@ -1,0 +1,207 @@
+"""Layers whose whiteouts are names, as those of aufs and of OCI images, shown as layers of overlayfs.
+
+``.wh.NAME`` beside a name hides it in the layers below; ``.wh..wh..opq`` in a directory hides all that is
+below that. What else begins with ``.wh..wh.`` belongs to aufs, and no such name can be asked for.
+
+Everybody above sees a character device 0:0 under NAME, and the attribute ``opaque`` of the directory. So
+the rules of :mod:`cowfs.overlay.stack` need not know of it, and a stack without such layers costs no more.
+The sources are whout.c and opts.c of aufs, and layer.md of the OCI image specification.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Iterable, Iterator
+
+from cowfs.layers.base import Key, LowerLayer, NamesJob
+from cowfs.overlay.xattr_format import OPAQUE, XattrFormat
+from cowfs.types import Attr, AttrData, DirEntry, FileHandle
+
+PREFIX = b".wh."
+META = b".wh..wh."
+OPAQUE_NAME = b".wh..wh..opq"
+BRANCH_NAMES = (b".wh..wh.aufs", b".wh..wh.plnk", b".wh..wh.orph")
+"""What aufs has at the root of a writable branch."""
+STYLES = ("overlayfs", "aufs", "oci")
+"""How the whiteouts of a layer may be written."""
+
+_OPTIONAL = (
+    "birth", "caches", "getflags", "image", "reopened", "resume", "setflags", "shrink", "suspend", "version",
+)  # fmt: skip
+"""What a layer may have besides, and does by itself."""
+
+
+class Whiteout:
+    """The key of a whiteout: no inode, so nothing needs to be given back."""
+
+    __slots__ = ("attr",)
+
+    def __init__(self, attr: Attr) -> None:
+        self.attr = AttrData(
+            stat.S_IFCHR,
+            attr.st_ino,
+            st_dev=attr.st_dev,
+            st_uid=attr.st_uid,
+            st_gid=attr.st_gid,
+            st_blocks=attr.st_blocks,
+            st_mtime_ns=attr.st_mtime_ns,
+            st_ctime_ns=attr.st_ctime_ns,
+        )
+
+
+class NamedWhiteouts:
+    """The layer *inner* as one with the whiteouts of overlayfs. Its keys are those of *inner*, and
+    :class:`Whiteout`.
+
+    *style* is ``aufs`` or ``oci``. They differ where a layer has both NAME and ``.wh.NAME``: to aufs that is
+    a deleted name, and to OCI images the whiteout means the layers below alone.
+    """
+
+    def __init__(self, inner: LowerLayer, style: str) -> None:
+        self.inner = inner
+        self.style = style
+        self.format = XattrFormat(b"trusted.overlay.")
+        """In whose words opaque directories are told of (:func:`use_format`)."""
+        self._alone: set[Key] = set()
+        """Directories of OCI layers, by keys in use, that have a whiteout of their own name beside them."""
+        self.name = inner.name
+        self.root: Key = inner.root
+        self.dev = inner.dev
+        self.generation = inner.generation
+        self.waits = inner.waits
+        self.has_descriptors = inner.has_descriptors
+        self.data_only = inner.data_only
+        self.readlink = inner.readlink
+        self.open = inner.open
+        self.statfs = inner.statfs
+        self.handle_ino = inner.handle_ino
+        for name in _OPTIONAL:
+            if hasattr(inner, name):
+                setattr(self, name, getattr(inner, name))
+
+    # --- names
+
+    def lookup(self, directory: Key, name: bytes) -> tuple[Key, Attr] | None:
+        if name.startswith(PREFIX):
+            return None
+        if self.style == "aufs":
+            return self._whiteout(directory, name) or self._lookup(directory, name)
+        found = self._lookup(directory, name)
+        if found is None:
+            return self._whiteout(directory, name)
+        if stat.S_ISDIR(found[1].st_mode) and self._whiteout(directory, name) is not None:
+            self._alone.add(found[0])
+        return found
+
+    def _lookup(self, directory: Key, name: bytes) -> tuple[Key, Attr] | None:
+        return self.inner.lookup(directory, name)
+
+    def _whiteout(self, directory: Key, name: bytes) -> tuple[Whiteout, Attr] | None:
+        """Return the whiteout of a name."""
+        try:
+            found = self._lookup(directory, PREFIX + name)
+        except OSError as failure:
+            if failure.errno != errno.ENAMETOOLONG:
+                raise
+            return None
+        if found is None:
+            return None
+        self.inner.forget(found[0])
+        key = Whiteout(found[1])
+        return key, key.attr
+
+    def readdir(self, directory: Key) -> list[DirEntry]:
+        entries = self.inner.readdir(directory)
+        shown = {entry.name: entry for entry in entries if not entry.name.startswith(PREFIX)}
+        if len(shown) == len(entries):
+            return entries
+        for name in _hidden(entry.name for entry in entries):
+            if self.style == "aufs" or name not in shown:
+                shown[name] = DirEntry(name, stat.S_IFCHR)
+        return list(shown.values())
+
+    def names(self, directory: Key) -> list[bytes] | NamesJob:
+        names = self.inner.names(directory)
+        return (lambda: _seen(names())) if callable(names) else _seen(names)
+
+    # --- inodes
+
+    def stat(self, key: Key) -> Attr:
+        if isinstance(key, Whiteout):
+            return key.attr
+        return self.inner.stat(key)
+
+    def listxattr(self, key: Key) -> list[bytes]:
+        if isinstance(key, Whiteout):
+            return []
+        names = [name for name in self.inner.listxattr(key) if name not in self.format.notes]
+        if self.is_opaque(key):
+            names.append(self.format.opaque)
+        return names
+
+    def getxattr(self, key: Key, name: bytes) -> bytes:
+        if name not in self.format.notes:
+            return self.inner.getxattr(key, name)
+        if name == self.format.opaque and not isinstance(key, Whiteout) and self.is_opaque(key):
+            return OPAQUE
+        raise OSError(errno.ENODATA, os.strerror(errno.ENODATA))
+
+    def is_opaque(self, key: Key) -> bool:
+        """Whether an inode is a directory that hides all that is below it."""
+        if not stat.S_ISDIR(self.inner.stat(key).st_mode):
+            return False
+        if key in self._alone:
+            return True
+        found = self._lookup(key, OPAQUE_NAME)
+        if found is not None:
+            self.inner.forget(found[0])
+        return found is not None
+
+    def handle(self, key: Key) -> FileHandle | None:
+        if isinstance(key, Whiteout):
+            return None
+        return self.inner.handle(key)
+
+    def forget(self, key: Key) -> None:
+        if isinstance(key, Whiteout):
+            return
+        self._alone.discard(key)
+        self.inner.forget(key)
+
+    def close(self) -> None:
+        self.inner.close()
+
+
+def hidden_by(name: bytes) -> bytes | None:
+    """Return the name that is hidden where this one is; None if this is no whiteout."""
+    if not name.startswith(PREFIX) or name.startswith(META):
+        return None
+    hidden = name[len(PREFIX) :]
+    return None if hidden in {b"", b".", b".."} else hidden
+
+
+def _hidden(names: Iterable[bytes]) -> Iterator[bytes]:
+    """Yield the names that these ones hide."""
+    for name in names:
+        hidden = hidden_by(name)
+        if hidden is not None:
+            yield hidden
+
+
+def _seen(names: list[bytes]) -> list[bytes]:
+    """Return the names that a directory with these has, and those that it hides."""
+    shown = [name for name in names if not name.startswith(PREFIX)]
+    if len(shown) == len(names):
+        return names
+    known = set(shown)
+    return [*shown, *(name for name in _hidden(names) if name not in known)]
+
+
+def use_format(layer: LowerLayer | None, xattrs: XattrFormat) -> None:
+    """Let a layer tell of its opaque directories in these words, if its own are others."""
+    while layer is not None and not isinstance(layer, NamedWhiteouts):
+        layer = getattr(layer, "inner", None)
+    if layer is not None:
+        layer.format = xattrs

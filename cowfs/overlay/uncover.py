@@ -1,0 +1,437 @@
+"""Uncover: let the lowers show again where the upper has something; the reverse of copy-up.
+
+What is taken away is not destroyed: it is renamed in one step to a place that the caller chooses, outside of
+the merged tree. :func:`cover` brings it back.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections import Counter
+from collections.abc import Container, Iterator
+from contextlib import closing, contextmanager, suppress
+
+from cowfs.layers.base import Key, LowerLayer
+from cowfs.linux import files
+from cowfs.overlay import away, whiteout
+from cowfs.overlay.copyup import copy_up_directory, link_alias, write_nlink
+from cowfs.overlay.dir import last_removed, name_removed, rekey
+from cowfs.overlay.fs import OverlayFs, error
+from cowfs.overlay.install import show_to_handles
+from cowfs.overlay.lookup import lookup, shown_below, union_nlink
+from cowfs.overlay.node import Node
+from cowfs.overlay.original import Xattr, user_xattrs
+from cowfs.overlay.readdir import readdir
+from cowfs.overlay.stack import Hit
+from cowfs.overlay.stack import Place as Lower
+from cowfs.overlay.xattr_format import index_name, make_nlink, parse_count
+from cowfs.types import Attr
+
+Place = tuple[Key, bytes]
+"""A directory of the upper layer, and a name in it."""
+UNFINISHED = b".unfinished"
+"""How the name of a copy ends until keep_copy() is done with it."""
+Stale = list[tuple[int, bytes | None]]
+"""What the kernel must ask for again: a name in a directory, or (None) an inode, by the union's numbers."""
+
+
+def uncover(
+    fs: OverlayFs, parent: Node, name: bytes, place: Place | None, stale: Stale, *, hidden: bool = False
+) -> bool:
+    """Move what the upper has at *name* to *place*; remove it if it is a whiteout, and return False then.
+
+    Without a *place* a file is removed, whatever it is. With *hidden* a whiteout comes to where it was.
+
+    ENOENT if it has nothing there; EBUSY while its data is still being copied up.
+    """
+    with _names_counted(fs, parent, name, stale, moved=place is not None):
+        return _uncover(fs, parent, name, place, stale, hidden=hidden)
+
+
+def _uncover(
+    fs: OverlayFs, parent: Node, name: bytes, place: Place | None, stale: Stale, *, hidden: bool
+) -> bool:
+    found = fs.upper.lookup(parent.upper, name) if parent.upper is not None else None
+    if found is None:
+        raise error(errno.ENOENT, name)
+    key, attr = found
+    node = fs.nodes.child(parent, name)
+    hides = fs.is_whiteout(key, attr)
+    if hides:
+        fs.upper.unlink(parent.upper, name, None)
+    else:
+        if node is not None:
+            node = must_be_idle(fs, node)
+        used = node.upper if node is not None else key
+        if place is None:
+            fs.upper.unlink(parent.upper, name, used)
+        else:
+            fs.upper.rename((parent.upper, name), place, 0, moved=used)
+            away.moved(fs, place, 1)
+        if hidden:
+            whiteout.make(fs, parent.upper, name)
+    parent.added += 1
+    if node is not None and not hides:
+        _follow(fs, node, parent, name, stale)
+    stale.append((parent.ino, name))
+    return not hides
+
+
+@contextmanager
+def _names_counted(
+    fs: OverlayFs, parent: Node, name: bytes, stale: Stale, *, moved: bool = False
+) -> Iterator[None]:
+    """Count the names that hard links of the index get or lose meanwhile, at *name* and below it.
+
+    With *moved* they have all these names in the upper first, and not by the index alone.
+    """
+    before = _hold(fs, parent, name, link=moved)
+    after: list[Node] = []
+    try:
+        yield
+        after = _hold(fs, parent, name)
+        difference = Counter(node for node in after if node.indexed is not None)
+        difference.subtract(node for node in before if node.indexed is not None)
+        for node, count in difference.items():
+            if count:
+                _add_to_count(fs, node, count)
+                stale.append((node.ino, None))
+        for node in difference:
+            if not node.dead:
+                _key_in_index(fs, node)
+    finally:
+        for node in reversed(before + after):
+            node.lookups -= 1
+            fs.release(node)
+
+
+def _hold(fs: OverlayFs, parent: Node, name: bytes, *, link: bool = False) -> list[Node]:
+    """Return the directories and the hard links of the index at a name and below it, once for each name.
+
+    Each stays known until the caller takes one from its *lookups*, and releases it.
+    """
+    held: list[Node] = []
+    waiting = [(parent, name)] if fs.indexed else []
+    while waiting:
+        directory, name = waiting.pop()
+        found = None
+        with suppress(OSError):  # what cannot be read has no count either
+            found = lookup(fs, directory, name)
+        if found is None:
+            continue
+        node = found[0]
+        if not node.is_dir and node.indexed is None:
+            fs.release(node)
+            continue
+        node.lookups += 1
+        held.append(node)
+        if link and not node.is_dir and node.upper is not None:
+            link_alias(fs, node, directory, name)
+        if node.is_dir:
+            with suppress(OSError):
+                waiting += [(node, entry.name) for entry in readdir(fs, node)]
+    return held
+
+
+def _key_in_index(fs: OverlayFs, node: Node) -> None:
+    """Let a hard link's key be that of its name in the index, which stays where it is."""
+    with suppress(OSError):
+        name = index_name(fs.noted(node.upper, fs.format.origin))
+        place = fs.index_of(name) if name in fs.indexed else None
+        found = None if place is None else fs.upper.lookup(place, name)
+        if found is not None and found[1].st_ino == fs.upper.stat(node.upper).st_ino:
+            fs.upper.forget(node.upper)
+            node.upper = found[0]
+
+
+def _add_to_count(fs: OverlayFs, node: Node, count: int) -> None:
+    """Let a hard link of the index have more names, or fewer; without any it leaves the index."""
+    assert node.indexed is not None
+    node.indexed += count
+    if node.indexed > 0:
+        write_nlink(fs, node)
+    elif not node.dead:
+        last_removed(fs, node)
+
+
+def must_be_idle(fs: OverlayFs, node: Node) -> Node | None:
+    """Return *node*, or None if it was in use by nobody and is forgotten now.
+
+    EBUSY while a file's data is being copied up, read by a thread, or has yet to come from a lower.
+    """
+    if node.partial is not None or node.copying is not None or not fs.host.close_idle(node):
+        raise error(errno.EBUSY, node.name)
+    return node if fs.nodes.get(node.ino) is node else None
+
+
+def cover(fs: OverlayFs, parent: Node, name: bytes, place: Place, stale: Stale) -> None:
+    """Bring back to *name* what uncover() has moved to *place*. EEXIST if the upper has something there."""
+    copy_up_directory(fs, parent)
+    with _names_counted(fs, parent, name, stale):
+        _cover(fs, parent, name, place, stale)
+
+
+def _cover(fs: OverlayFs, parent: Node, name: bytes, place: Place, stale: Stale) -> None:
+    found = fs.upper.lookup(*place)
+    if found is None:
+        raise error(errno.ENOENT, name)
+    there = fs.upper.lookup(parent.upper, name)
+    if there is not None and not fs.is_whiteout(*there):
+        raise error(errno.EEXIST, name)
+    node = fs.nodes.child(parent, name)
+    if node is not None:
+        node = must_be_idle(fs, node)
+    target = (parent.upper, name)
+    if there is None:
+        fs.upper.rename(place, target, files.RENAME_NOREPLACE, moved=found[0])
+    else:
+        fs.upper.rename(place, target, files.RENAME_EXCHANGE, moved=found[0])
+        fs.upper.unlink(*place, None)
+    away.moved(fs, target, -1)
+    parent.added += 1
+    if node is not None:
+        _follow(fs, node, parent, name, stale)
+    stale.append((parent.ino, name))
+
+
+def _follow(fs: OverlayFs, node: Node, parent: Node, name: bytes, stale: Stale) -> None:
+    """Let a node be what its name shows now, if that has its number; else it has lost the name."""
+    fs.nodes.detach(parent, name)
+    if node.is_dir:
+        _lose(fs, node)
+        return
+    fs.nodes.set_aside(node)
+    try:
+        found = lookup(fs, parent, name)
+    except OSError:
+        fs.nodes.put_back(node)
+        raise
+    fresh = None if found is None else found[0]
+    fs.nodes.put_back(node)
+    if fresh is None or fresh.ino != node.ino or stat.S_IFMT(fresh.mode) != stat.S_IFMT(node.mode):
+        _lose_name(fs, node, parent, name)
+        return
+    before = node.upper
+    for what in ("upper", "lowers", "metacopy", "partial", "redirect", "indexed", "mode"):
+        setattr(node, what, getattr(fresh, what))
+    fs.nodes.rename(node, parent, name)
+    show_to_handles(fs, node)
+    if before is not None:
+        fs.upper.forget(before)
+    stale.append((node.ino, None))
+
+
+def _lose_name(fs: OverlayFs, node: Node, parent: Node, name: bytes) -> None:
+    if node.upper is None:
+        node.dead = True
+        fs.release(node)
+        return
+    if node.indexed is not None:  # who counts its names says when it has none
+        fs.nodes.detach(parent, name)
+        rekey(fs, node)
+        return
+    # One of the names that the inode has is where we have put it.
+    name_removed(
+        fs, node, parent, name, last=fs.upper.stat(node.upper).st_nlink <= 2 and fs.nodes.place(node) is None
+    )
+
+
+def _lose(fs: OverlayFs, directory: Node) -> None:
+    """Note that a directory and all that is known below it have no name any more."""
+    waiting = [directory]
+    order = []
+    while waiting:
+        node = waiting.pop()
+        order.append(node)
+        for name, child in list((node.children or {}).items()):
+            fs.nodes.detach(node, name)
+            if child.is_dir:
+                waiting.append(child)
+            else:
+                _lose_name(fs, child, node, name)
+    for node in reversed(order):
+        node.dead = True
+        fs.release(node)
+
+
+def count_by_lower(fs: OverlayFs) -> None:
+    """Let no count of the index depend on names outside of the merged tree, which are about to go.
+
+    Those of inodes that the kernel copied up stay: no note says how many names their lower has.
+    """
+    for name in fs.indexed:
+        place = fs.index_of(name)
+        found = None if place is None else fs.upper.lookup(place, name)
+        if found is None or found[1].st_nlink <= 1:
+            continue
+        key, attr = found
+        notes = fs.notes(fs.upper, key) or {}
+        links = parse_count(notes.get(fs.format.links, b""))
+        if links is not None:
+            count = union_nlink(fs, notes, attr.st_nlink, links)
+            fs.note(key, fs.format.nlink, make_nlink(b"L", count - links))
+
+
+# --- attributes and content, in place
+
+
+class Attributes:
+    """Everything that stat and xattrs tell of an inode, to be given to another."""
+
+    __slots__ = ("attr", "xattrs")
+
+    def __init__(self, attr: Attr, xattrs: list[Xattr]) -> None:
+        self.attr = attr
+        self.xattrs = xattrs
+
+
+def attributes_of(fs: OverlayFs, layer: LowerLayer, key: Key) -> Attributes:
+    """Return what an inode of a layer has."""
+    return Attributes(layer.stat(key), user_xattrs(fs, layer, key))
+
+
+def give_attributes(fs: OverlayFs, node: Node, wanted: Attributes, stale: Stale) -> None:
+    """Let an inode of the upper have these attributes: owner, mode, times, and no other xattrs."""
+    upper, key, attr = fs.upper, node.upper, wanted.attr
+    kept = {name for name, _ in wanted.xattrs}
+    for name, value in user_xattrs(fs, upper, key):
+        if name not in kept:
+            with suppress(OSError):
+                upper.removexattr(key, name)
+        elif (name, value) in wanted.xattrs:
+            kept.discard(name)
+    for name, value in wanted.xattrs:
+        if name in kept:
+            upper.setxattr(key, name, value)
+    now = upper.stat(key)
+    if (now.st_uid, now.st_gid) != (attr.st_uid, attr.st_gid):
+        upper.chown(key, attr.st_uid, attr.st_gid)
+    if not stat.S_ISLNK(attr.st_mode) and upper.stat(key).st_mode != attr.st_mode:
+        upper.chmod(key, attr.st_mode)
+    upper.utimens(key, attr.st_atime_ns, attr.st_mtime_ns)
+    node.mode = attr.st_mode
+    stale.append((node.ino, None))
+
+
+def give_content(fs: OverlayFs, node: Node, layer: LowerLayer, key: Key, stale: Stale) -> None:
+    """Let a regular file of the upper hold what the one of *layer* holds. Blocks as long as that takes."""
+    with (
+        closing(layer.open(key, os.O_RDONLY)) as source,
+        closing(fs.upper.open(node.upper, os.O_RDWR)) as file,
+    ):
+        fs.upper.truncate(node.upper, 0)
+        source.copy_to(file)
+    stale.append((node.ino, None))
+
+
+def keep_copy(fs: OverlayFs, layer: LowerLayer, key: Key, place: Place) -> None:
+    """Make a copy of a regular file of a layer at *place*, with its attributes. Blocks; ENOSPC.
+
+    It has its name there when it is whole, and on disk.
+    """
+    attributes = attributes_of(fs, layer, key)
+    attr = attributes.attr
+    unfinished = (place[0], place[1] + UNFINISHED)
+    made, file = fs.upper.create(*unfinished, stat.S_IMODE(attr.st_mode), attr.st_uid, attr.st_gid)
+    with closing(file), closing(layer.open(key, os.O_RDONLY)) as source:
+        source.copy_to(file)
+        file.fsync(datasync=False)
+    for name, value in attributes.xattrs:
+        with suppress(OSError):
+            fs.upper.setxattr(made, name, value)
+    fs.upper.chmod(made, attr.st_mode)
+    fs.upper.utimens(made, attr.st_atime_ns, attr.st_mtime_ns)
+    fs.upper.rename(unfinished, place, files.RENAME_NOREPLACE, moved=made)
+
+
+def drop_directory(
+    fs: OverlayFs,
+    node: Node,
+    stale: Stale,
+    *,
+    any_times: bool = True,
+    dry_run: Container[bytes] | None = None,
+) -> bool:
+    """Take a directory out of the upper again if it says nothing there; return whether it does not.
+
+    It says nothing if it is empty, shows a directory of a lower under the same name, and has its attributes,
+    but for the times, where *any_times* will do. With *dry_run*, the names in it that are taken to be gone,
+    nothing is done.
+    """
+    parent, name = node.parent, node.name
+    if node.upper is None or not node.lowers or parent is None or node.redirect is not None or node.dead:
+        return False
+    if any(dry_run is None or entry.name not in dry_run for entry in fs.upper.readdir(node.upper)):
+        return False
+    below = shown_below(fs, parent, name)
+    if below is None or not _is_same(fs, below, node.lowers[0]):
+        return False
+    was = attributes_of(fs, fs.upper, node.upper)
+    is_ = attributes_of(fs, fs.lowers[below[0]], below[1])
+    if not _alike(was, is_, any_times=any_times):
+        return False
+    if dry_run is not None:
+        return True
+    before = fs.upper.stat(parent.upper)
+    fs.upper.rmdir(parent.upper, name, node.upper)
+    fs.upper.utimens(parent.upper, before.st_atime_ns, before.st_mtime_ns)
+    fs.upper.forget(node.upper)
+    node.upper = None
+    stale.append((node.ino, None))
+    return True
+
+
+def _is_same(fs: OverlayFs, found: Hit, lower: Lower) -> bool:
+    """Whether two keys of lowers are those of one inode."""
+    attr = fs.lowers[lower[0]].stat(lower[1])
+    return found[0] == lower[0] and (found[2].st_dev, found[2].st_ino) == (attr.st_dev, attr.st_ino)
+
+
+def at_home(fs: OverlayFs, node: Node) -> None:
+    """Remove the redirect of a directory that is where its lower is, by its name."""
+    if node.redirect is not None and is_at_home(fs, node):
+        fs.upper.removexattr(node.upper, fs.format.redirect)
+        node.redirect = None
+
+
+def is_at_home(fs: OverlayFs, node: Node) -> bool:
+    """Whether a directory is where its lower is, by its name and that of the directory it is in."""
+    below = shown_below(fs, node.parent, node.name) if node.parent is not None else None
+    return below is not None and bool(node.lowers) and _is_same(fs, below, node.lowers[0])
+
+
+def give_lower_times(fs: OverlayFs, node: Node, stale: Stale) -> None:
+    """Let a merged directory have the times of the lower's."""
+    if node.upper is not None and node.lowers and node.redirect is None:
+        layer, key = node.lowers[0]
+        attr = fs.lowers[layer].stat(key)
+        fs.upper.utimens(node.upper, attr.st_atime_ns, attr.st_mtime_ns)
+        stale.append((node.ino, None))
+
+
+def hide(fs: OverlayFs, parent: Node, name: bytes, stale: Stale) -> None:
+    """Put a whiteout back that uncover() has removed. EEXIST if the upper has something there now."""
+    copy_up_directory(fs, parent)
+    if fs.upper.lookup(parent.upper, name) is not None:
+        raise error(errno.EEXIST, name)
+    with _names_counted(fs, parent, name, stale):
+        node = fs.nodes.child(parent, name)
+        whiteout.make(fs, parent.upper, name)
+        if node is not None:
+            fs.nodes.detach(parent, name)
+            if node.is_dir:
+                _lose(fs, node)
+            else:
+                _lose_name(fs, node, parent, name)
+    stale.append((parent.ino, name))
+
+
+def _alike(one: Attributes, two: Attributes, *, any_times: bool) -> bool:
+    a, b = one.attr, two.attr
+    return (
+        (a.st_mode, a.st_uid, a.st_gid) == (b.st_mode, b.st_uid, b.st_gid)
+        and sorted(one.xattrs) == sorted(two.xattrs)
+        and (any_times or a.st_mtime_ns == b.st_mtime_ns)
+    )
