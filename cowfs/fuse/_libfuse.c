@@ -16,16 +16,19 @@
 #include <dlfcn.h>
 #include <errno.h>
 #include <fuse3/fuse_lowlevel.h>
-#include <malloc.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 #include <sys/uio.h>
 #include <unistd.h>
 
-#include "figures.h"
+#include "beyond.h"
+#include "core_lock.h"
+#include "last_change.h"
+#include "last_request.h"
+#include "request_stats.h"
+#include "messages.h"
 #include "passthrough.h"
 #include "ring.h"
 
@@ -44,9 +47,9 @@
 
 static struct fuse_lowlevel_ops theirs;
 static unsigned wanted, granted;
-static bool between;      /* pyfuse3 has come through here */
-static bool watched;      /* and so do the messages between libfuse and the kernel */
-static PyObject *seeker;  /* called as seeker(fh, offset, whence) */
+static bool between;     /* pyfuse3 has come through here */
+static bool watched;     /* and so do the messages between libfuse and the kernel */
+static PyObject *seeker; /* called as seeker(fh, offset, whence) */
 
 /* By handle number: the descriptor that reads are served from, or -1. */
 static int *descriptors;
@@ -54,10 +57,8 @@ static size_t handles;
 static char *buffer;
 static size_t buffer_size;
 
-static void *received; /* the buffer that the last request came in: each of pyfuse3's tasks has its own */
-static bool knows_files;  /* by their inodes: it shall not be told which ones are opened */
-static bool unopened;     /* and it knows how */
-static bool tells_set_id; /* the kernel says with each request what it takes from a file */
+static bool knows_files; /* by their inodes: it shall not be told which ones are opened */
+static bool unopened;    /* and it knows how */
 
 /* The kernel need not ask for security.capability before it writes, since whoever writes below us removes it
  * (FUSE_HANDLE_KILLPRIV_V2 in linux/fuse.h). Until libfuse 3.16 libfuse does not know it: we put the flag into the
@@ -68,28 +69,40 @@ static bool tells_set_id; /* the kernel says with each request what it takes fro
 #define KILLPRIV_V2 0
 #endif
 
-static bool initialising; /* what is written next is that answer */
+/* With SETXATTR it shall say whether an ACL takes set-group-ID (FUSE_SETXATTR_EXT): last_request.c. */
+enum { HANDLE_KILLPRIV_V2 = 1 << 28, SETXATTR_EXT = 1 << 29, INIT_EXT = 1 << 30 };
+
+static uint32_t in_answer;   /* flags of ours for the answer to FUSE_INIT, if that is what is written next */
+static bool refuses_handles; /* name_to_handle_at(2) shall give none that open_by_handle_at(2) takes */
 
 static bool begin_reply(const struct fuse_conn_info *conn)
 {
-	initialising = true;
+	if (!KILLPRIV_V2)
+		in_answer |= HANDLE_KILLPRIV_V2;
 	return !KILLPRIV_V2 || conn->capable & KILLPRIV_V2;
 }
 
 static ssize_t on_writev(int fd, struct iovec *iov, int count, void *userdata)
 {
-	enum { FLAGS = 12, HANDLE_KILLPRIV_V2 = 1 << 28 };
+	enum { FLAGS = 12, FLAGS2 = 32, NO_EXPORT_SUPPORT = 1 << (38 - 32) };
 	(void)userdata;
-	if (initialising && !KILLPRIV_V2 && count >= 2 && iov[1].iov_len >= FLAGS + sizeof(uint32_t)) {
+	if (in_answer && count >= 2 && iov[1].iov_len >= FLAGS + sizeof(uint32_t)) {
 		uint32_t flags;
 		memcpy(&flags, (char *)iov[1].iov_base + FLAGS, sizeof flags);
-		flags |= HANDLE_KILLPRIV_V2;
+		flags |= in_answer;
+		if (in_answer & INIT_EXT && iov[1].iov_len >= FLAGS2 + sizeof(uint32_t)) {
+			uint32_t flags2;
+			memcpy(&flags2, (char *)iov[1].iov_base + FLAGS2, sizeof flags2);
+			flags2 |= NO_EXPORT_SUPPORT;
+			memcpy((char *)iov[1].iov_base + FLAGS2, &flags2, sizeof flags2);
+		}
 		memcpy((char *)iov[1].iov_base + FLAGS, &flags, sizeof flags);
+		last_request_extended = in_answer & SETXATTR_EXT;
 	}
-	initialising = false;
+	in_answer = 0;
 	passthrough_complete(iov, count);
 	/* Before it is on its way: who gets the answer finds it counted. */
-	struct { uint32_t len; int32_t error; uint64_t unique; } head; /* struct fuse_out_header */
+	struct out_header head;
 	if (iov[0].iov_len >= sizeof head) {
 		memcpy(&head, iov[0].iov_base, sizeof head);
 		figures_end(head.unique, head.error);
@@ -102,6 +115,7 @@ static ssize_t on_receive(int fd, void *request, size_t size, void *userdata)
 	(void)userdata;
 	ssize_t n = ring_read(fd, request, size);
 	if (n > 0) {
+		n = last_request_shorten(request, n);
 		figures_begin(request, (size_t)n);
 		passthrough_received(request, (size_t)n);
 	}
@@ -111,7 +125,7 @@ static ssize_t on_receive(int fd, void *request, size_t size, void *userdata)
 /* A libfuse that was built without custom I/O refuses: then there are no rings and no figures, and all else goes on. */
 static void watch_messages(struct fuse_session *session)
 {
-	static const struct fuse_custom_io io = {.writev = on_writev, .read = on_receive};
+	static const struct fuse_custom_io io = { .writev = on_writev, .read = on_receive };
 
 	figures_reset();
 	ring_device(fuse_session_fd(session));
@@ -119,24 +133,12 @@ static void watch_messages(struct fuse_session *session)
 	watched = !fuse_session_custom_io(session, &io, fuse_session_fd(session));
 }
 
-/* A word of the last request (linux/fuse.h), at so many bytes from its beginning. */
-static uint32_t word(size_t offset)
-{
-	uint32_t found;
-
-	memcpy(&found, (char *)received + offset, sizeof found);
-	return found;
-}
-
-/* In front of each request, struct fuse_in_header. */
-enum { OPCODE = 4, UID = 24, PID = 32, BODY = 40 };
-
 /* Whether FUSE_INIT, which is being handled, knows a flag. */
 static bool kernel_has(uint32_t flag)
 {
 	enum { INIT = 26, FLAGS = BODY + 12 };
 
-	return received && word(OPCODE) == INIT && word(FLAGS) & flag;
+	return last_request && request_word(OPCODE) == INIT && request_word(FLAGS) & flag;
 }
 
 /* pyfuse3 has all of a request in memory before it looks at it: a way through a pipe is only longer. Nobody but us
@@ -144,7 +146,8 @@ static bool kernel_has(uint32_t flag)
  * is not told by O_TRUNC either. */
 static uint32_t better(uint32_t want, const struct fuse_conn_info *conn)
 {
-	uint32_t without = FUSE_CAP_SPLICE_READ | FUSE_CAP_AUTO_INVAL_DATA;
+	/* After an asynchronous direct write the kernel would not drop what was read meanwhile from its page cache. */
+	uint32_t without = FUSE_CAP_SPLICE_READ | FUSE_CAP_AUTO_INVAL_DATA | FUSE_CAP_ASYNC_DIO;
 
 	if (unopened)
 		without |= FUSE_CAP_ATOMIC_O_TRUNC;
@@ -159,7 +162,11 @@ static void on_init(void *userdata, struct fuse_conn_info *conn)
 
 	theirs.init(userdata, conn);
 	conn->max_background = UINT16_MAX;
-	tells_set_id = kernel_has(1u << 28) && begin_reply(conn);
+	last_request_extended = false;
+	in_answer = watched && kernel_has(SETXATTR_EXT) ? SETXATTR_EXT : 0;
+	if (watched && refuses_handles && kernel_has(INIT_EXT))
+		in_answer |= INIT_EXT;
+	last_request_tells_set_id = kernel_has(HANDLE_KILLPRIV_V2) && begin_reply(conn);
 	unopened = knows_files && kernel_has(1u << 17); /* FUSE_NO_OPEN_SUPPORT */
 #ifdef HAS_WANT_EXT
 	/* There are two words for it, and libfuse refuses a session that set them to different things: we set
@@ -230,8 +237,7 @@ static void on_read(fuse_req_t req, fuse_ino_t ino, size_t size, off_t offset, s
 static void on_lseek(fuse_req_t req, fuse_ino_t ino, off_t offset, int whence, struct fuse_file_info *fi)
 {
 	find_file(ino, fi);
-	PyObject *result =
-		PyObject_CallFunction(seeker, "KLi", (unsigned long long)fi->fh, (long long)offset, whence);
+	PyObject *result = PyObject_CallFunction(seeker, "KLi", (unsigned long long)fi->fh, (long long)offset, whence);
 	long long place = result ? PyLong_AsLongLong(result) : -EIO;
 	Py_XDECREF(result);
 	if (PyErr_Occurred()) {
@@ -275,9 +281,8 @@ static const struct fuse_lowlevel_ops *put_between(const struct fuse_lowlevel_op
  * another way or not at all. */
 struct fuse_session *session_new(struct fuse_args *args, const struct fuse_lowlevel_ops *op, size_t size,
 				 void *userdata) __asm__("fuse_session_new");
-struct fuse_session *session_new_versioned(struct fuse_args *args, const struct fuse_lowlevel_ops *op,
-					   size_t size, const void *version, void *userdata)
-	__asm__("fuse_session_new_versioned");
+struct fuse_session *session_new_versioned(struct fuse_args *args, const struct fuse_lowlevel_ops *op, size_t size,
+					   const void *version, void *userdata) __asm__("fuse_session_new_versioned");
 
 struct fuse_session *session_new(struct fuse_args *args, const struct fuse_lowlevel_ops *op, size_t size,
 				 void *userdata)
@@ -289,11 +294,10 @@ struct fuse_session *session_new(struct fuse_args *args, const struct fuse_lowle
 }
 
 /* version is what pyfuse3 was compiled with: libfuse needs it to read what pyfuse3 wrote. */
-struct fuse_session *session_new_versioned(struct fuse_args *args, const struct fuse_lowlevel_ops *op,
-					   size_t size, const void *version, void *userdata)
+struct fuse_session *session_new_versioned(struct fuse_args *args, const struct fuse_lowlevel_ops *op, size_t size,
+					   const void *version, void *userdata)
 {
-	__typeof__(&session_new_versioned) real =
-		(__typeof__(real))dlsym(RTLD_NEXT, "fuse_session_new_versioned");
+	__typeof__(&session_new_versioned) real = (__typeof__(real))dlsym(RTLD_NEXT, "fuse_session_new_versioned");
 
 	op = put_between(op, &size);
 	return real ? real(args, op, size, version, userdata) : NULL;
@@ -315,7 +319,9 @@ int fuse_session_receive_buf(struct fuse_session *session, struct fuse_buf *buf)
 	if (!real)
 		real = (__typeof__(real))dlsym(RTLD_NEXT, "fuse_session_receive_buf");
 	int got = real ? real(session, buf) : -ENOSYS;
-	received = buf->mem;
+	last_request = buf->mem;
+	if (got > 0)
+		buf->size = got = (int)beyond_received(last_request, (size_t)got);
 	/* There is no memory for the buffer: pyfuse3 would end the mount, and after EINTR it tries again. */
 	return got == -ENOMEM && !buf->mem && !ring_serves() ? -EINTR : got;
 }
@@ -356,13 +362,15 @@ static PyObject *prepare(PyObject *self, PyObject *args)
 	int passthrough;
 	(void)self;
 	int files;
-	if (!PyArg_ParseTuple(args, "IOpp", &wanted, &callable, &files, &passthrough))
+	int exports;
+	if (!PyArg_ParseTuple(args, "IOppp", &wanted, &callable, &files, &passthrough, &exports))
 		return NULL;
+	refuses_handles = !exports;
 	knows_files = files;
 	passthrough_want(passthrough);
 	Py_INCREF(callable);
 	Py_XSETREF(seeker, callable);
-	between = watched = tells_set_id = unopened = false;
+	between = watched = unopened = last_request_extended = last_request_tells_set_id = false;
 	granted = 0;
 	Py_RETURN_NONE;
 }
@@ -408,90 +416,41 @@ static PyObject *read_from(PyObject *self, PyObject *args)
 	Py_RETURN_NONE;
 }
 
-static PyObject *takes_set_id(PyObject *self, PyObject *args)
-{
-	enum { SETATTR = 4, OPEN = 14, WRITE = 16, CREATE = 35 };
-	(void)self, (void)args;
-	if (!received || !tells_set_id)
-		Py_RETURN_NONE;
-	switch (word(OPCODE)) {
-	case SETATTR: /* FATTR_KILL_SUIDGID, in valid */
-		return PyBool_FromLong(word(BODY) & 1 << 11);
-	case OPEN: /* FUSE_OPEN_KILL_SUIDGID, in open_flags */
-		return PyBool_FromLong(word(BODY + 4) & 1);
-	case CREATE:
-		return PyBool_FromLong(word(BODY + 12) & 1);
-	case WRITE: /* FUSE_WRITE_KILL_SUIDGID, in write_flags */
-		return PyBool_FromLong(word(BODY + 20) & 1 << 2);
-	}
-	Py_RETURN_NONE;
-}
-
 static PyObject *opens_nothing(PyObject *self, PyObject *args)
 {
 	(void)self, (void)args;
 	return PyBool_FromLong(unopened);
 }
 
-static PyObject *request(PyObject *self, PyObject *args)
-{
-	enum { WRITE = 16, FLAGS = BODY + 32 };
-	(void)self, (void)args;
-	if (!received)
-		return Py_BuildValue("(III)", 0, 0, 0);
-	return Py_BuildValue("(III)", word(PID), word(UID), word(OPCODE) == WRITE ? word(FLAGS) : 0);
-}
-
-static PyObject *empty_buffer(PyObject *self, PyObject *args)
-{
-	(void)self, (void)args;
-	uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
-	uintptr_t start = ((uintptr_t)received + page - 1) & ~(page - 1);
-	uintptr_t end = ((uintptr_t)received + malloc_usable_size(received)) & ~(page - 1);
-
-	/* It has room for the longest write, and tasks that wait may be many. */
-	if (received && end > start)
-		madvise((void *)start, end - start, MADV_DONTNEED);
-	received = NULL;
-	Py_RETURN_NONE;
-}
-
 static PyMethodDef methods[] = {
-	{"empty_buffer", empty_buffer, METH_NOARGS,
-	 "empty_buffer(): give back the memory of the last request, which is being handled and was read."},
-	{"takes_set_id", takes_set_id, METH_NOARGS,
-	 "takes_set_id(): whether the request that has just come takes set-ID bits from a file, since who makes\n"
-	 "it has not CAP_FSETID; None where the kernel does not say it."},
-	{"prepare", prepare, METH_VARARGS,
-	 "prepare(want, seek, files, passthrough): ask for these FUSE_CAP_* in the sessions that follow; seek(fh,\n"
-	 "offset, whence) answers lseek(2) with SEEK_DATA and SEEK_HOLE: an offset, or an errno negated; files: which\n"
-	 "ones are opened need not be known; passthrough: whether files shall be lent to the kernel."},
-	{"opens_nothing", opens_nothing, METH_NOARGS,
-	 "opens_nothing(): whether the kernel opens files by itself if open(2) is answered by ENOSYS."},
-	{"request", request, METH_NOARGS,
-	 "request(): process and user who make the request that has just come, and of a write the flags of the open\n"
-	 "file; 0 where that is not known."},
-	{"capabilities", capabilities, METH_NOARGS,
-	 "capabilities(): the FUSE_CAP_* that the session has; 0 before the kernel has said hello."},
-	{"takes_part", takes_part, METH_NOARGS, "takes_part(): whether pyfuse3's session was made here."},
-	{"watches", watches, METH_NOARGS, "watches(): whether libfuse lets its messages go through here."},
-	{"read_from", read_from, METH_VARARGS,
-	 "read_from(fh, fd): serve reads of handle number fh from descriptor fd; -1: let pyfuse3 have them."},
-	{NULL, NULL, 0, NULL},
+	{ "prepare", prepare, METH_VARARGS,
+	  "prepare(want, seek, files, passthrough, exports): ask for these FUSE_CAP_* in the sessions that follow; seek(fh,\n"
+	  "offset, whence) answers lseek(2) with SEEK_DATA and SEEK_HOLE: an offset, or an errno negated; files: which\n"
+	  "ones are opened need not be known; passthrough: whether files shall be lent to the kernel." },
+	{ "opens_nothing", opens_nothing, METH_NOARGS,
+	  "opens_nothing(): whether the kernel opens files by itself if open(2) is answered by ENOSYS." },
+	{ "capabilities", capabilities, METH_NOARGS,
+	  "capabilities(): the FUSE_CAP_* that the session has; 0 before the kernel has said hello." },
+	{ "takes_part", takes_part, METH_NOARGS, "takes_part(): whether pyfuse3's session was made here." },
+	{ "watches", watches, METH_NOARGS, "watches(): whether libfuse lets its messages go through here." },
+	{ "read_from", read_from, METH_VARARGS,
+	  "read_from(fh, fd): serve reads of handle number fh from descriptor fd; -1: let pyfuse3 have them." },
+	{ NULL, NULL, 0, NULL },
 };
 
 static struct PyModuleDef definition = {
-	PyModuleDef_HEAD_INIT, .m_name = "_libfuse", .m_doc = "Between pyfuse3 and libfuse.", .m_size = -1,
-	.m_methods = methods,
+	PyModuleDef_HEAD_INIT, .m_name = "_libfuse", .m_doc = "Between pyfuse3 and libfuse.",
+	.m_size = -1,          .m_methods = methods,
 };
 
 PyMODINIT_FUNC PyInit__libfuse(void)
 {
 	PyObject *module = PyModule_Create(&definition);
 
-	if (module && (PyModule_AddFunctions(module, ring_methods) ||
-		       PyModule_AddFunctions(module, figures_methods) ||
-		       PyModule_AddFunctions(module, passthrough_methods)))
-		Py_CLEAR(module);
+	PyMethodDef *parts[] = { ring_methods,    ring_setup_methods,  core_lock_methods,    beyond_methods,
+				 figures_methods, passthrough_methods, last_request_methods, last_change_methods };
+	for (size_t i = 0; module && i < sizeof parts / sizeof *parts; i++)
+		if (PyModule_AddFunctions(module, parts[i]))
+			Py_CLEAR(module);
 	return module;
 }

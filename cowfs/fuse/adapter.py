@@ -14,6 +14,7 @@ import logging
 import os
 import stat
 import time
+from array import array
 from collections.abc import Sequence
 from contextlib import closing, suppress
 from typing import Any
@@ -22,20 +23,23 @@ import pyfuse3
 from pyfuse3 import EntryAttributes, FUSEError, RequestContext, SetattrFields, StatvfsData
 
 from cowfs.fuse import libfuse, requests
+from cowfs.fuse.beyond import BeyondHandlers
 from cowfs.fuse.failure import errno_of
-from cowfs.fuse.files import FileHandlers
-from cowfs.fuse.handlers import Said, async_, sync, told
+from cowfs.fuse.handlers import Said, async_, changing, sync, told
+from cowfs.fuse.inode_limit import prune
 from cowfs.fuse.loop import RequestLoop
 from cowfs.fuse.nodes import FOREVER
-from cowfs.fuse.shares import Bounds
-from cowfs.fuse.shares import bounds as bounds_of_process
+from cowfs.fuse.owners import OwnerMap
+from cowfs.fuse.quotas import Bounds
+from cowfs.fuse.quotas import bounds as bounds_of_process
 from cowfs.fuse.snapshots import OpenDirectory, Snapshots
 from cowfs.fuse.threads import SLICE
 from cowfs.layers.acl import ACCESS as ACCESS_ACL
+from cowfs.layers.acl import DEFAULT as DEFAULT_ACL
 from cowfs.layers.slow import Answers, NotYet
 from cowfs.linux.callers import may_see_trusted
 from cowfs.overlay.attr import NewAttributes
-from cowfs.overlay.dir import Owner
+from cowfs.overlay.file import SET_ID
 from cowfs.overlay.handle import Writer
 from cowfs.overlay.node import Node
 from cowfs.overlay.overlay import Overlay
@@ -44,6 +48,8 @@ log = logging.getLogger(__name__)
 
 _CAPABILITY = b"security.capability"
 _TRUSTED = b"trusted."
+_ACLS = {ACCESS_ACL, DEFAULT_ACL}
+_BOTH_NOW = 1 << 7 | 1 << 8  # FATTR_ATIME_NOW, FATTR_MTIME_NOW (linux/fuse.h)
 _DOTS = 2
 """A listing begins with . and .."""
 _AHEAD = 24
@@ -58,10 +64,8 @@ def _dot(node: Node) -> EntryAttributes:
     return entry
 
 
-class Adapter(FileHandlers):
+class Adapter(BeyondHandlers):
     """Answer the kernel's requests from an :class:`Overlay`."""
-
-    supports_dot_lookup = False
 
     def __init__(
         self,
@@ -71,24 +75,41 @@ class Adapter(FileHandlers):
         acl: bool = True,
         bounds: Bounds | None = None,
         passthrough: str = "off",
+        owner_map: OwnerMap | None = None,
+        sees_all: bool = False,
     ) -> None:
         bounds = bounds or bounds_of_process(shared=False)
-        super().__init__(fs, loop, acl=acl, passthrough=passthrough, bounds=bounds)
+        super().__init__(
+            fs,
+            loop,
+            acl=acl,
+            passthrough=passthrough,
+            bounds=bounds,
+            owner_map=owner_map,
+            sees_all=sees_all,
+        )
+        fs.host.rolled_back = self.rolled_back
+        fs.host.opened = self._opened_nodes
+        fs.host.lent = self._lent_nodes
+        fs.host.prune = self._prune_lent
         self.snapshots = Snapshots(bounds.names)
         self._listings: dict[int, OpenDirectory] = {}
         self._listed = 0
         self._kept: set[Node] = set()
+        self._capability_taken: set[int] = set()
         self._missing = EntryAttributes()  # st_ino 0: the kernel remembers that there is no such name
         self._missing.entry_timeout = FOREVER
 
     # --- names
 
-    @sync
-    def lookup(self, parent_inode: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
-        parent = self._node(parent_inode)
+    @async_
+    async def lookup(self, parent_inode: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
         if name in {b".", b".."}:
-            node = parent if name == b"." else parent.parent or parent
+            node = await self._node_of_handle(parent_inode, ctx.uid)
+            if name == b"..":
+                node = self._fs.above(node)
             return self._given((node, self._fs.stat(node)))
+        parent = self._node(parent_inode)
         found = self._fs.lookup(parent, name)
         return self._missing if found is None else self._given(found)
 
@@ -96,12 +117,13 @@ class Adapter(FileHandlers):
         end = time.monotonic() + SLICE
         for ino, lookups in inode_list:
             if time.monotonic() > end:  # there may be many thousands
-                await self._loop.give_way()
+                await self._loop.yield_turn()
                 end = time.monotonic() + SLICE
             node = self._fs.nodes.get(ino)
             if node is not None:
                 self._no_capability.discard(ino)
                 self._no_default_acl.discard(ino)
+                self._capability_taken.discard(ino)
                 try:
                     if lookups >= node.lookups:
                         self._unopened.forget(node)
@@ -111,34 +133,34 @@ class Adapter(FileHandlers):
                 except Exception:
                     log.exception("forgetting inode %d failed", ino)
 
-    @async_
+    @changing
     async def mknod(
         self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: RequestContext
     ) -> EntryAttributes:
-        owner = Owner(ctx.uid, ctx.gid)
+        owner = self._owner(ctx)
         parent = self._node(parent_inode)
         if parent.upper is None:
             await self._within_reach(parent)
         return self._given(self._fs.mknod(parent, name, self._masked(parent, mode, ctx), rdev, owner))
 
-    @async_
+    @changing
     async def mkdir(self, parent_inode: int, name: bytes, mode: int, ctx: RequestContext) -> EntryAttributes:
         parent = self._node(parent_inode)
         if parent.upper is None:
             await self._within_reach(parent)
-        owner = Owner(ctx.uid, ctx.gid)
+        owner = self._owner(ctx)
         return self._given(self._fs.mkdir(parent, name, self._masked(parent, mode, ctx), owner))
 
-    @async_
+    @changing
     async def symlink(
         self, parent_inode: int, name: bytes, target: bytes, ctx: RequestContext
     ) -> EntryAttributes:
         parent = self._node(parent_inode)
         if parent.upper is None:
             await self._within_reach(parent)
-        return self._given(self._fs.symlink(parent, name, target, Owner(ctx.uid, ctx.gid)))
+        return self._given(self._fs.symlink(parent, name, target, self._owner(ctx)))
 
-    @async_
+    @changing
     async def link(
         self, inode: int, new_parent_inode: int, new_name: bytes, ctx: RequestContext
     ) -> EntryAttributes:
@@ -148,7 +170,7 @@ class Adapter(FileHandlers):
         await self._bring_up(node, ctx.uid)
         return self._given((node, self._fs.link(node, parent, new_name)))
 
-    @async_
+    @changing
     async def unlink(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
         parent = self._node(parent_inode)
         if parent.upper is None:
@@ -158,14 +180,14 @@ class Adapter(FileHandlers):
         self._fs.unlink(parent, name)
         self._removed(size)
 
-    @async_
+    @changing
     async def rmdir(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
         parent = self._node(parent_inode)
         if parent.upper is None:
             await self._within_reach(parent)
         self._fs.rmdir(parent, name, await self._look_through(parent, name, ctx.uid))
 
-    @async_
+    @changing
     async def rename(
         self,
         parent_inode_old: int,
@@ -178,6 +200,9 @@ class Adapter(FileHandlers):
         parent, new_parent = self._node(parent_inode_old), self._node(parent_inode_new)
         await self._within_reach(parent)
         await self._within_reach(new_parent)
+        node = self._fs.nodes.child(parent, name_old)
+        if node is not None:
+            await self._with_data(node, ctx.uid)
         while True:
             seen = None if flags else await self._look_through(new_parent, name_new, ctx.uid)
             if not self._is_copying(parent, name_old) and not self._is_copying(new_parent, name_new):
@@ -185,7 +210,7 @@ class Adapter(FileHandlers):
             await self._name_settled(parent, name_old)
             await self._name_settled(new_parent, name_new)
         size = self._size_of(new_parent, name_new)
-        self._fs.rename(parent, name_old, new_parent, name_new, flags, seen)
+        self._fs.rename(parent, name_old, new_parent, name_new, flags, seen, self._owner(ctx))
         self._removed(size)
 
     def _size_of(self, parent: Node, name: bytes) -> int:
@@ -221,15 +246,28 @@ class Adapter(FileHandlers):
     ) -> EntryAttributes:
         node = self._node(inode)
         takes = said.takes if fields.update_size else None  # a chown always does
+        uid, gid = attr.st_uid, attr.st_gid
+        if self._owners is not None:
+            uid, gid = self._owners.stored_user(uid), self._owners.stored_group(gid)
         new = NewAttributes(
             mode=stat.S_IMODE(attr.st_mode) if fields.update_mode else None,
-            uid=attr.st_uid if fields.update_uid else None,
-            gid=attr.st_gid if fields.update_gid else None,
+            uid=uid if fields.update_uid else None,
+            gid=gid if fields.update_gid else None,
             size=attr.st_size if fields.update_size else None,
             atime_ns=attr.st_atime_ns if fields.update_atime else None,
             mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
             writer=self._writer(node, ctx, takes),
+            is_touch=said.flags & _BOTH_NOW == _BOTH_NOW,
         )
+        if not node.mode & SET_ID:
+            pass  # as most have none
+        elif new.is_nothing and new.writer is Writer.PRIVILEGED and not self._was_taken(inode):
+            new.writer = Writer.MEMBER  # chown(2) to nobody, which takes the bits from whoever's file
+        elif new.is_nothing and self._may_take_nothing(node, new.writer, ctx):
+            if not libfuse.opens_nothing():
+                raise FUSEError(errno.EPERM)
+            return self._entry(node, self._fs.stat(node))  # if it is before a write, that takes the bits
+        self._fs.must_be_allowed(node, new)  # before a file is copied up without what is cut off
         if node.upper is None:
             await self._within_reach(node.parent)
         if new.size is not None:
@@ -237,6 +275,8 @@ class Adapter(FileHandlers):
             await self._cut(node, new.size, ctx.uid)
         elif node.copying is not None:
             await self._settled(node)
+        else:
+            await self._with_data(node, ctx.uid)
         return self._entry(node, self._fs.setattr(node, new))
 
     @sync
@@ -245,8 +285,9 @@ class Adapter(FileHandlers):
 
     @async_
     async def statfs(self, ctx: RequestContext) -> StatvfsData:
+        inode = libfuse.inode()
         await self._loop.take_forgets()
-        stats = self._fs.statfs()
+        stats = self._fs.room_of(inode)
         data = StatvfsData()
         data.f_bsize = stats.bsize
         data.f_frsize = stats.frsize
@@ -263,6 +304,8 @@ class Adapter(FileHandlers):
     def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
         # The kernel asks for this one before every write.
         if name == _CAPABILITY:
+            if self._capability_taken:
+                self._capability_taken.discard(inode)
             if inode in self._no_capability:
                 raise FUSEError(errno.ENODATA)
             try:
@@ -271,7 +314,8 @@ class Adapter(FileHandlers):
                 if failure.errno == errno.ENODATA:
                     self._no_capability.add(inode)
                 raise
-        return self._fs.getxattr(self._node(inode), name)
+        value = self._fs.getxattr(self._node(inode), name)
+        return self._owners.shown_acl(value) if self._owners is not None and name in _ACLS else value
 
     @sync
     def listxattr(self, inode: int, ctx: RequestContext) -> list[bytes]:
@@ -281,30 +325,52 @@ class Adapter(FileHandlers):
         # As xattr(7) says; the kernel leaves it to us.
         return [name for name in names if not name.startswith(_TRUSTED)]
 
-    @async_
-    async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: RequestContext) -> None:
+    @told
+    async def setxattr(self, said: Said, inode: int, name: bytes, value: bytes, ctx: RequestContext) -> None:
         node = self._node(inode)
         await self._within_reach(node.parent)
         await self._settled(node)
+        await self._with_data(node, ctx.uid)
         self._no_capability.discard(inode)
         self._no_default_acl.discard(inode)
+        if self._owners is not None and name in _ACLS:
+            value = self._owners.stored_acl(value)
         self._fs.setxattr(node, name, value)
-        if name == ACCESS_ACL and node.mode & stat.S_ISGID and not node.is_dir:
-            self._drop_set_group_id(node, self._writer(node, ctx, None))
+        if name == ACCESS_ACL and node.mode & stat.S_ISGID:
+            takes = self._writer(node, ctx, None) is Writer.STRANGER if said.takes is None else said.takes
+            if takes:
+                self._drop_set_group_id(node)
 
-    def _drop_set_group_id(self, node: Node, writer: Writer) -> None:
+    def _drop_set_group_id(self, node: Node) -> None:
         """Take the bit after a change of the ACL by who is not in the group (posix_acl_update_mode)."""
         mode = self._fs.stat(node).st_mode
-        if writer is Writer.STRANGER:
-            self._fs.setattr(node, NewAttributes(mode=stat.S_IMODE(mode) & ~stat.S_ISGID))
-            self._tell(node, mode)
+        self._fs.setattr(node, NewAttributes(mode=stat.S_IMODE(mode) & ~stat.S_ISGID))
+        self._tell(node, mode)
 
-    @async_
+    @changing
     async def removexattr(self, inode: int, name: bytes, ctx: RequestContext) -> None:
         node = self._node(inode)
         await self._within_reach(node.parent)
         await self._settled(node)
-        self._fs.removexattr(node, name)
+        await self._with_data(node, ctx.uid)
+        try:
+            self._fs.removexattr(node, name)
+        except OSError as failure:
+            if failure.errno != errno.ENODATA or name not in _ACLS:  # to remove none is no error on ext3
+                raise
+        if name == _CAPABILITY:
+            self._capability_taken.add(inode)
+
+    def _was_taken(self, inode: int) -> bool:
+        """Whether the last that was asked for of ``security.capability`` was to remove it.
+
+        Before who has CAP_FSETID writes, or changes an owner, the kernel does so, and then has nothing set:
+        for the write if there was one, for the owner in any case (__remove_privs() in its fs/inode.c).
+        """
+        if inode not in self._capability_taken:
+            return False
+        self._capability_taken.discard(inode)
+        return True
 
     # --- directories
 
@@ -316,7 +382,7 @@ class Adapter(FileHandlers):
         number = self._listed | libfuse.LISTING
         # What the kernel keeps is for one at a time: it would give a second reader, once past the beginning,
         # what the first was told before the second came.
-        if node not in self._kept:
+        if node not in self._kept and not self._fs.upper.atime.always:  # strictatime wants to hear of each
             self._kept.add(node)
             number |= libfuse.KEPT
         self._listings[number] = OpenDirectory(node, ctx.uid)
@@ -346,10 +412,11 @@ class Adapter(FileHandlers):
             )
             if callable(listed):
                 listed = await self._threads.run(listed, self._threads.reads, listing.opener)
+            fs.was_read(node)
             names = listed
             self.snapshots.keep(listing, names)
         for number in range(start_id, _DOTS):
-            this = node if number == 0 else node.parent or node
+            this = node if number == 0 else fs.above(node)
             if not pyfuse3.readdir_reply(token, b"." * (number + 1), _dot(this), number + 1):
                 return
         for place, name in names.after(max(start_id - _DOTS, 0)):
@@ -365,10 +432,10 @@ class Adapter(FileHandlers):
                 entry = None if found is None else self._entry(*found)
             except Exception as failure:
                 code = errno_of(failure, "readdir")
-                log.warning("%r is left out of a listing: %s", name, os.strerror(code))
+                log.warning("%r is missing from a listing: %s", name, os.strerror(code))
             if found is None or entry is None:  # removed since the listing began, a whiteout, or damage
                 if time.monotonic() > end:  # a reply bounds what is shown, nothing bounds this
-                    await self._loop.give_way()
+                    await self._loop.yield_turn()
                     end = time.monotonic() + SLICE
                 continue
             if not pyfuse3.readdir_reply(token, name, entry, _DOTS + place):
@@ -388,10 +455,36 @@ class Adapter(FileHandlers):
     async def fsyncdir(self, fh: int, datasync: bool) -> None:
         listing = self._listings[fh]
         node = listing.node
-        if node.upper is not None:
+        stored = self._fs.stored(node)
+        if stored is not None:
             async with self._threads.turn(self._threads.syncs, listing.opener):
-                with closing(self._fs.upper.open_directory(node.upper)) as directory:
+                with closing(self._fs.union_of(node).upper.open_directory(stored)) as directory:
                     await self._synced(directory, datasync)
+
+    def changed_within(self, ino: int) -> None:
+        """Note that an inode was changed by nobody's request."""
+        self._no_capability.discard(ino)
+        self._no_default_acl.discard(ino)
+
+    def _lent_nodes(self) -> list[Node]:
+        mapped = map(self._fs.nodes.get, self._passthrough.written_by())
+        return list({*self._passthrough.lent(), *(node for node in mapped if node is not None)})
+
+    def _prune_lent(self) -> None:
+        inodes = array("Q", self._passthrough.written_by())
+        with suppress(OSError):  # an older kernel keeps them for as long as it likes
+            if inodes:
+                prune(self._loop.connection(), inodes)
+
+    def _opened_nodes(self) -> list[Node]:
+        return [*self._files.nodes(), *(listing.node for listing in self._listings.values())]
+
+    def rolled_back(self) -> None:
+        """Note that the whole tree is another."""
+        self._no_capability.clear()
+        self._no_default_acl.clear()
+        self._capability_taken.clear()
+        self._places = {}
 
     # --- for info
 

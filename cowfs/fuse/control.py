@@ -22,7 +22,8 @@ from typing import Any, NamedTuple, TypeVar
 import trio
 
 from cowfs.errors import CowfsError
-from cowfs.fuse.turns import Turns, in_thread
+from cowfs.fuse.feeds import Watcher
+from cowfs.fuse.user_threads import UserThreads, in_thread
 from cowfs.linux.sockets import control_listener, peer_of
 
 log = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ class MayHang(NamedTuple):
 Replies = Iterator[dict[str, Any] | Callable[[], None] | MayHang | None]
 """None where there is nothing to say yet, but requests of the filesystem may want their turn; a callable
 where there is long work, which a thread does before the next step."""
-Command = Callable[[dict[str, Any]], Replies]
+Command = Callable[[dict[str, Any]], Replies | Watcher]
 _REQUEST_MAX = 65536
 _SLICE = 64
 
@@ -51,7 +52,7 @@ async def serve(directory: int, dev: str, commands: Mapping[str, Command]) -> No
 
     *directory* is open_control_directory()'s. Raises OSError when there can be no socket.
     """
-    turns = Turns()
+    turns = UserThreads()
     with control_listener(directory, dev) as socket:
         listener = trio.socket.from_stdlib_socket(socket)
         async with trio.open_nursery() as nursery:
@@ -65,7 +66,7 @@ async def serve(directory: int, dev: str, commands: Mapping[str, Command]) -> No
                 nursery.start_soon(_talk, trio.SocketStream(connection), commands, turns)
 
 
-async def _talk(stream: trio.SocketStream, commands: Mapping[str, Command], turns: Turns) -> None:
+async def _talk(stream: trio.SocketStream, commands: Mapping[str, Command], turns: UserThreads) -> None:
     async with stream:
         try:
             _, uid = peer_of(stream.socket._sock)  # type: ignore[attr-defined]
@@ -76,7 +77,9 @@ async def _talk(stream: trio.SocketStream, commands: Mapping[str, Command], turn
             try:
                 if _is_closed(stream):  # it has lost patience, and was told that nothing is done
                     raise _Left
-                await _obey(stream, _request(line), fds, commands, functools.partial(_patiently, turns, uid))
+                await _execute(
+                    stream, _request(line), fds, commands, functools.partial(_with_patience, turns, uid)
+                )
             finally:
                 for fd in fds:
                     os.close(fd)
@@ -97,13 +100,13 @@ def _request(line: bytes) -> dict[str, Any]:
 Patiently = Callable[[MayHang], Awaitable[None]]
 
 
-async def _patiently(turns: Turns, uid: int, work: MayHang) -> None:
+async def _with_patience(turns: UserThreads, uid: int, work: MayHang) -> None:
     """Have it done; a user's that hangs holds up nobody else, nor the end of the mount."""
     async with turns.turn(uid):
         await in_thread(work.call, may_hang=True)
 
 
-async def _obey(
+async def _execute(
     stream: trio.SocketStream,
     request: dict[str, Any],
     fds: list[int],
@@ -119,7 +122,19 @@ async def _obey(
         return
     if fds:
         request["fd"] = fds[0]
-    await _answer(stream, command(request), patiently)
+    try:
+        replies = command(request)
+    except CowfsError as error:
+        await _send(stream, [_failure(error)])
+        return
+    if isinstance(replies, Watcher):
+        await replies.pour(stream)
+    else:
+        await _answer(stream, replies, patiently)
+
+
+def _failure(error: CowfsError) -> dict[str, Any]:
+    return {"error": error.message, "hint": error.hint, "exit_code": error.exit_code}
 
 
 async def _answer(stream: trio.SocketStream, replies: Replies, patiently: Patiently) -> None:
@@ -151,7 +166,7 @@ async def _answer(stream: trio.SocketStream, replies: Replies, patiently: Patien
         refused = isinstance(error, CowfsError)
         log.log(logging.INFO if refused else logging.WARNING, "a request was not done: %s", error)
         if isinstance(error, CowfsError):
-            failure.update(error=error.message, hint=error.hint, exit_code=error.exit_code)
+            failure = _failure(error)
         batch.append(failure)
     finally:
         if isinstance(replies, Generator):

@@ -11,7 +11,7 @@ import string
 import subprocess
 import sys
 import tempfile
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
@@ -22,13 +22,16 @@ from cowfs.errors import MountFailure, SystemFailure
 from cowfs.fuse import control, libfuse
 from cowfs.fuse.adapter import Adapter
 from cowfs.fuse.fakeroot import FakerootAdapter
-from cowfs.fuse.known import KnownInodes, most_inodes
+from cowfs.fuse.inode_limit import InodeLimit, most_inodes
 from cowfs.fuse.loop import RequestLoop
+from cowfs.fuse.owners import OwnerMap
+from cowfs.fuse.quotas import bounds
+from cowfs.fuse.reclaim import MemoryReclaimer
 from cowfs.fuse.rings import Rings, why_not
-from cowfs.fuse.shares import bounds
-from cowfs.linux import fuse, outside, programs
+from cowfs.linux import fuse, helper_process, programs
 from cowfs.linux.files import syncfs
-from cowfs.linux.mounts import drop_unused, mount_of, umount2
+from cowfs.linux.mount_table import mount_of
+from cowfs.linux.mounts import drop_unused, umount2
 from cowfs.linux.signals import hold_back, open_signals, take
 from cowfs.linux.sockets import connect_manager, open_control_directory, sd_notify
 from cowfs.overlay.overlay import Overlay
@@ -59,6 +62,10 @@ class MountRequest:
     stay_on_sigterm: bool = False
     passthrough: str = "auto"
     """Whether the kernel reads and writes files of the store by itself: auto, off."""
+    owner_map: OwnerMap | None = None
+    """Whose files are shown as whose."""
+    sees_all: bool = False
+    """Whether no file is opened, or read, without asking us."""
 
 
 class Daemon:
@@ -69,17 +76,24 @@ class Daemon:
         self._request = request
         self._rings = rings
         self._without = why_not() if rings is None else ""
-        self._loop = RequestLoop(rings)
+        self.loop = RequestLoop(rings)
         adapter = FakerootAdapter if request.fakeroot else Adapter
         shared = "allow_other" in request.options
         self.adapter: Adapter = adapter(
-            fs, self._loop, acl=request.acl, bounds=bounds(shared=shared), passthrough=request.passthrough
+            fs,
+            self.loop,
+            acl=request.acl,
+            bounds=bounds(shared=shared),
+            passthrough=request.passthrough,
+            owner_map=request.owner_map,
+            sees_all=request.sees_all,
         )
-        self._known = KnownInodes(fs.nodes, most_inodes(), self._loop.in_trio)
+        self._memory_reclaimer = MemoryReclaimer(fs)
+        self._inode_limit = InodeLimit(fs.nodes, most_inodes(), self.loop.in_trio)
         self._mounted = False
         self.dev = ""
         self._control = -1
-        self._outside = outside.current()
+        self._outside = helper_process.current()
         self._asked = False
         """Whether it was us who ended it."""
 
@@ -99,11 +113,15 @@ class Daemon:
         handed_over = self._request.mountpoint.startswith("/dev/fd/")
         if handed_over or os.geteuid() != 0 or not self._mount_connection(options):
             source = {f"fsname={_escape(self._request.fsname)}", "subtype=cowfs"}
+            options -= fuse.UNKNOWN_TO_LIBFUSE
             self._begin_session(self._request.mountpoint, source | options)
         self._mounted = True
         lacking = libfuse.lacks()
         if lacking is not None:
-            log.warning("slower than it could be, without holes, and umasks always count: %s", lacking)
+            log.warning(
+                "cannot extend libfuse: the mount is slower, has no holes and applies umasks: %s",
+                lacking,
+            )
         if handed_over:
             return
         if not self.dev:
@@ -112,7 +130,7 @@ class Daemon:
         if not self.dev:
             self.close()
             raise SystemFailure(
-                f"{self._request.mountpoint}: mounted, but /proc/self/mountinfo does not show it"
+                f"{self._request.mountpoint}: mounted, but not listed in /proc/self/mountinfo"
             )
 
     def _mount_connection(self, options: set[str]) -> bool:
@@ -143,7 +161,7 @@ class Daemon:
                 pyfuse3.init(self.adapter, place, options)
             except RuntimeError:
                 raise _explain(said(), self._request.mountpoint) from None
-        self._loop.attach()
+        self.loop.attach()
 
     def serve(
         self,
@@ -160,16 +178,22 @@ class Daemon:
         is in *also* runs beside it, from before *ready*, and is cancelled when the filesystem is unmounted;
         its end, or its failure, ends nothing else.
         """
-        self._loop.after_pause = after_pause
+        self.loop.after_pause = after_pause
         gc.collect()
         gc.freeze()
         gc.set_threshold(50_000, 5, 1000)  # what a user makes us know of is gone through in small parts
         sys.setswitchinterval(_TURN)
         trio.run(self._main, commands, ready, look, also)
 
-    def lose_patience(self) -> None:
+    def stop_waiting_soon(self) -> None:
         """Give up requests that seem to hang, in some seconds and from then on: the mount is being left."""
-        self._loop.lose_patience()
+        self.loop.stop_waiting_soon()
+
+    def ask_again(self, stale: Iterable[tuple[int, bytes | None]]) -> None:
+        """Let the kernel ask again for names in directories, and (None) for inodes. Blocks; for a thread."""
+        for ino, name in stale:
+            self.adapter.changed_within(ino)
+            self.loop.ask_again(ino, name)
 
     def transport(self) -> str:
         """Say how requests come, for ``cowfs info``."""
@@ -191,12 +215,12 @@ class Daemon:
             else:
                 self._unmount_elsewhere(self._outside)
 
-    def _unmount_elsewhere(self, elsewhere: outside.Outside) -> None:
+    def _unmount_elsewhere(self, elsewhere: helper_process.Outside) -> None:
         place = self._request.mountpoint
         try:
             was_there = elsewhere.ask("unmount")["was"]
         except OSError as error:  # somebody has killed it: cowfs umount takes the mount away
-            log.warning("%s: cannot be detached, if it is there yet: %s", place, error.strerror)
+            log.warning("%s: cannot be detached, if it is still mounted: %s", place, error.strerror)
             return
         if was_there and not self._asked:
             log.warning("the connection to the kernel was aborted: %s is detached", place)
@@ -233,9 +257,10 @@ class Daemon:
             nursery.start_soon(self._announce, ready)
             if "ro" not in self._request.options:
                 self.adapter.go_on()
+            nursery.start_soon(_now_and_then, self._memory_reclaimer.look)
             if look is not None:
                 nursery.start_soon(_now_and_then, look)
-            await self._loop.run()
+            await self.loop.run()
             sd_notify("STOPPING=1")
             nursery.cancel_scope.cancel()
 
@@ -248,9 +273,9 @@ class Daemon:
 
     async def _keep_few_inodes(self) -> None:
         try:
-            await self._known.keep_few(self._loop.connection(), self._drop_unused)
+            await self._inode_limit.keep_few(self.loop.connection(), self._drop_unused)
         except OSError as error:
-            log.warning("the kernel decides alone how many inodes we must know: %s", error)
+            log.warning("cannot limit how many inodes the kernel keeps known: %s", error)
 
     def _drop_unused(self) -> None:
         if self._outside is not None:
@@ -268,7 +293,7 @@ class Daemon:
         try:
             await control.serve(self._control, self.dev, commands)
         except OSError as error:
-            log.warning("no control socket, so `cowfs info` and `diff` cannot ask this mount: %s", error)
+            log.warning("no control socket: `cowfs info` and `diff` do not work on this mount: %s", error)
 
     async def _watch_signals(self) -> None:
         fd = open_signals()
@@ -289,7 +314,7 @@ class Daemon:
         finally:
             os.close(fd)
         self._asked = True
-        self._loop.stop()
+        self.loop.stop()
 
     async def _watch_impatience(self, fd: int, waiting: trio.CancelScope) -> None:
         """End the waiting for the kernel when one more signal asks to end."""
@@ -297,7 +322,7 @@ class Daemon:
             await trio.lowlevel.wait_readable(fd)
             number = take(fd)
             if number is not None and number != signal.SIGHUP:
-                log.info("%s again: unmounting at once", number.name)
+                log.info("%s again: unmounting immediately", number.name)
                 waiting.cancel()
                 return
 
@@ -318,7 +343,7 @@ class Daemon:
             try:
                 await trio.to_thread.run_sync(sync, abandon_on_cancel=True)
             except OSError as error:
-                log.warning("writing back before the unmount failed: %s", error)
+                log.warning("could not write back changes before the unmount: %s", error)
 
 
 def _control_directory() -> int:
@@ -327,11 +352,11 @@ def _control_directory() -> int:
         return open_control_directory()
     except PermissionError as error:
         raise SystemFailure(
-            f"{error.filename}: cannot hold the control socket: {error.strerror}",
-            "set XDG_RUNTIME_DIR to a directory of your own",
+            f"{error.filename}: cannot create the control socket: {error.strerror}",
+            "set XDG_RUNTIME_DIR to a directory that you own",
         ) from None
     except OSError as error:
-        log.warning("no control socket, so `cowfs info` and `diff` cannot ask this mount: %s", error)
+        log.warning("no control socket: `cowfs info` and `diff` do not work on this mount: %s", error)
         return -1
 
 
@@ -339,7 +364,7 @@ async def _beside(task: Task) -> None:
     try:
         await task()
     except Exception:
-        log.exception("what ran beside the mount has ended, the mount goes on")
+        log.exception("a background task failed; the mount continues")
 
 
 async def _now_and_then(look: Callable[[], None]) -> None:
@@ -370,7 +395,7 @@ def _explain(said: str, mountpoint: str) -> MountFailure:
         why = why.removeprefix(prefix)
     hint = ""
     if "user_allow_other" in why:
-        hint = "add the line user_allow_other to /etc/fuse.conf, or leave out allow_other"
+        hint = "add the line user_allow_other to /etc/fuse.conf, or remove allow_other"
     return MountFailure(f"{mountpoint}: cannot be mounted: {why}", hint)
 
 

@@ -14,5 +14,5 @@ def errno_of(error: BaseException, name: str) -> int:
         return error.errno
     if isinstance(error, MemoryError):
         return errno.ENOMEM
-    log.error("%s failed in a way it should not: answered EIO", name, exc_info=error)
+    log.error("unexpected error in %s; answered EIO", name, exc_info=error)
     return errno.EIO

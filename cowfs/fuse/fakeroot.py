@@ -9,10 +9,12 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Iterable
 from typing import Any, NamedTuple, cast
 
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, SetattrFields
 
+from cowfs.fuse import libfuse
 from cowfs.fuse.adapter import Adapter
 from cowfs.overlay.handle import Writer
 from cowfs.overlay.node import Node
@@ -52,8 +54,8 @@ class FakerootAdapter(Adapter):
         """The kernel checks nothing at open(2) here."""
         return False
 
-    def _takes_set_id(self) -> bool | None:
-        return None  # the kernel does not know that he is root here
+    def _said(self) -> Iterable[Any]:
+        return (None, *libfuse.request())  # the kernel does not know that he is root here
 
     def _writer(self, node: Node, ctx: RequestContext, takes: bool | None) -> Writer:
         return Writer.PRIVILEGED if ctx.uid == 0 else super()._writer(node, ctx, takes)

@@ -5,26 +5,33 @@ from __future__ import annotations
 import errno
 import functools
 import os
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
 
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext
 
 from cowfs.fuse import libfuse
-from cowfs.fuse.handlers import Said, async_, failure_of, sync, told
+from cowfs.fuse.handlers import Said, async_, changing, failure_of, sync, told
 from cowfs.fuse.loop import RequestLoop
+from cowfs.fuse.no_open import Unopened
 from cowfs.fuse.nodes import NodeHandlers
 from cowfs.fuse.open_files import OpenFiles
-from cowfs.fuse.shares import Bounds
-from cowfs.fuse.unopened import Unopened
+from cowfs.fuse.owners import OwnerMap
+from cowfs.fuse.quotas import Bounds
 from cowfs.layers.base import File
+from cowfs.layers.reopened import at_hand
 from cowfs.layers.slow import SlowFile
-from cowfs.overlay.dir import Owner
+from cowfs.overlay import protect
+from cowfs.overlay.attr import NewAttributes
 from cowfs.overlay.file import SET_ID
 from cowfs.overlay.handle import Handle, Writer
 from cowfs.overlay.node import Node
 from cowfs.overlay.overlay import Overlay
+from cowfs.url.waiting import WouldWait, at_once
 
 _SYNCHRONOUS = os.O_SYNC | os.O_DSYNC
+_NO_NAME = b"/"
+"""What O_TMPFILE creates (``beyond.c``)."""
 _UNKNOWN = 0
 """The handle number of files that the kernel opens by itself, and never gives back."""
 
@@ -37,17 +44,45 @@ class FileHandlers(NodeHandlers):
     """Answer what is asked of files."""
 
     def __init__(
-        self, fs: Overlay, loop: RequestLoop, *, acl: bool, passthrough: str, bounds: Bounds
+        self,
+        fs: Overlay,
+        loop: RequestLoop,
+        *,
+        acl: bool,
+        passthrough: str,
+        bounds: Bounds,
+        owner_map: OwnerMap | None = None,
+        sees_all: bool = False,
     ) -> None:
-        super().__init__(fs, loop, acl=acl, passthrough=passthrough)
-        self._files = OpenFiles(bounds)
+        """*sees_all*: no file is opened, or read, without asking us."""
+        super().__init__(fs, loop, acl=acl, passthrough=passthrough, owner_map=owner_map)
+        self._files = OpenFiles(bounds, reads_itself=not sees_all)
         self._unopened = Unopened(fs)
+        for union in fs.unions():
+            union.host.close_idle = self._unopened.let_go
+        fs.host.end_writes = self._unopened.end_writes
+        fs.host.is_still = lambda: not self._changing
+        self._changing = 0
+        """How many threads change the data of files."""
+        self._notes_reads = fs.upper.atime.files and not fs.upper.has_descriptors  # else the kernel does
         self._no_capability: set[int] = set()
-        libfuse.prepare(self._seek, knows_files=self.may_open_nothing(), passthrough=self._passthrough.wanted)
+        libfuse.prepare(
+            self._seek,
+            knows_files=self.may_open_nothing() and not sees_all,
+            passthrough=self._passthrough.wanted,
+            exports=fs.exports,
+        )
 
     def may_open_nothing(self) -> bool:
         """Whether the kernel may open files by itself: what they cost us then is counted for nobody."""
         return not any(layer.has_descriptors for layer in (self._fs.upper, *self._fs.lowers))
+
+    def node_of(self, fh: int) -> Node | None:
+        """Return what is open by a number, if anything is."""
+        try:
+            return self._files[fh].node
+        except KeyError:
+            return None
 
     @told
     async def open(self, said: Said, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
@@ -56,8 +91,13 @@ class FileHandlers(NodeHandlers):
         node = self._node(inode)
         self._files.must_have(ctx.uid)
         if flags & (os.O_ACCMODE | os.O_TRUNC):
+            protect.must_write(
+                self._fs.union_of(node), node, appends=bool(flags & os.O_APPEND and not flags & os.O_TRUNC)
+            )
             await self._within_reach(node.parent)
             await self._settled(node)
+            if flags & os.O_TRUNC and self._takes_set_id_bits(node, self._writer(node, ctx, said.takes)):
+                raise FUSEError(errno.ESTALE)
             if flags & os.O_TRUNC or not self._fs.begin_lazily(node):
                 await self._bring_up(node, ctx.uid, 0 if flags & os.O_TRUNC else None)
             if flags & os.O_TRUNC:
@@ -66,20 +106,37 @@ class FileHandlers(NodeHandlers):
         opener = self._writer(node, ctx, said.takes) if flags & os.O_TRUNC else _by_uid(ctx)
         return self._opened(node, flags, ctx, opener)
 
-    @async_
+    def _takes_set_id_bits(self, node: Node, opener: Writer) -> bool:
+        """Take the set-ID bits that an open with O_TRUNC takes; say whether it has taken any.
+
+        The answer to the open would not tell the kernel that the mode is another. After ESTALE it looks the
+        file up, whose answer does, and opens it once more (do_filp_open() in its fs/namei.c).
+        """
+        mode = node.mode
+        if not mode & SET_ID or opener is Writer.PRIVILEGED:
+            return False
+        self._fs.setattr(node, NewAttributes(writer=opener))
+        self._tell(node, mode)
+        return node.mode != mode
+
+    @changing
     async def create(
         self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: RequestContext
     ) -> tuple[FileInfo, EntryAttributes]:
-        owner = Owner(ctx.uid, ctx.gid)
+        owner = self._owner(ctx)
         parent = self._node(parent_inode)
         if parent.upper is None:
             await self._within_reach(parent)
         self._files.must_have(ctx.uid)
-        node, attr, file = self._fs.create(parent, name, self._masked(parent, mode, ctx), owner)
+        mode = self._masked(parent, mode, ctx)
+        if name == _NO_NAME:
+            node, attr, file = self._fs.create_unnamed(parent, mode, owner)
+        else:
+            node, attr, file = self._fs.create(parent, name, mode, owner)
         if libfuse.opens_nothing():
             self._unopened.created(self._fs.attach(node, file))
             info = FileInfo(fh=_UNKNOWN)
-        elif flags & _SYNCHRONOUS:
+        elif flags & _SYNCHRONOUS or self._files.must_be_frugal(ctx.uid):
             file.close()
             info = self._opened(node, flags & ~os.O_TRUNC, ctx, _by_uid(ctx))
         else:
@@ -91,7 +148,8 @@ class FileHandlers(NodeHandlers):
 
     def _opened(self, node: Node, flags: int, ctx: RequestContext, opener: Writer) -> FileInfo:
         mode = node.mode
-        handle = self._fs.open(node, flags, opener=opener)
+        frugal = self._files.must_be_frugal(ctx.uid)
+        handle = self._fs.open(node, flags, opener=opener, frugal=frugal)
         self._tell(node, mode)
         return self._numbered(handle, ctx.uid, flags)
 
@@ -114,6 +172,8 @@ class FileHandlers(NodeHandlers):
     @async_
     async def read(self, fh: int, off: int, size: int) -> bytes:
         handle = self._reading(fh)
+        if self._notes_reads and not libfuse.request()[2] & os.O_NOATIME:
+            self._fs.was_read(handle.node)
         file = handle.file
         data = file.try_pread(size, off)
         if data is not None:
@@ -121,8 +181,13 @@ class FileHandlers(NodeHandlers):
         threads = self._threads
         if isinstance(file, SlowFile):
             pread = functools.partial(file.pread, size, off)
+            if file.knows_at_once:  # so that who waits for a server does not keep others from what is at hand
+                with suppress(WouldWait):
+                    return await threads.run(
+                        functools.partial(at_once, pread), threads.reads, self._files.opener(fh)
+                    )
             return await threads.run_patiently(pread, threads.slow_reads, self._files.opener(fh))
-        if self._loop.nobody_waits():  # the way to a thread and back would help nobody
+        if self._loop.is_quiet():  # the way to a thread and back would help nobody
             return file.pread(size, off)
         uid = self._user(fh)
         with self._unopened.in_use(handle.node):
@@ -136,7 +201,11 @@ class FileHandlers(NodeHandlers):
             handle = self._unopened.writes(node) or await self._to_write(node, uid)
         else:
             handle, uid = self._files[fh], self._files.opener(fh)
+            if handle.is_frozen:
+                await self._thaw(handle.node, uid)
         node = handle.node
+        if node.protection:
+            protect.must_write(self._fs.union_of(node), node, appends=bool(said.flags & os.O_APPEND))
         mode = node.mode
         writer = None
         if mode & SET_ID and (said.takes is not None or fh & libfuse.UNOPENED):
@@ -147,10 +216,10 @@ class FileHandlers(NodeHandlers):
                 return self._fs.write(handle, buf, off, writer=writer)
             self._fs.will_be_written(handle, writer)
             turns = threads.reads if is_long else threads.syncs
-            with self._unopened.in_use(node):
-                written = await threads.run(functools.partial(handle.file.pwrite, buf, off), turns, uid)
+            with self._unopened.in_use(node), self._changes(), at_hand(handle.file) as file:
+                written = await threads.run(functools.partial(file.pwrite, buf, off), turns, uid)
                 if not handle.is_synchronous and said.flags & _SYNCHRONOUS:
-                    sync = functools.partial(handle.file.fsync, said.flags & os.O_SYNC != os.O_SYNC)
+                    sync = functools.partial(file.fsync, said.flags & os.O_SYNC != os.O_SYNC)
                     await threads.run(sync, threads.syncs, uid)
             return written
         finally:
@@ -158,13 +227,32 @@ class FileHandlers(NodeHandlers):
 
     async def _to_write(self, node: Node, uid: int) -> Handle:
         """Return what a file is written by that was opened without us; it is copied up now."""
+        protect.must_write(self._fs.union_of(node), node, appends=True)
         if node.upper is None or node.metacopy or node.copying is not None:
-            if not node.dead:
-                await self._within_reach(node.parent)
-            await self._settled(node)
-            if not self._fs.begin_lazily(node):
-                await self._bring_up(node, uid)
+            await self._begin_to_write(node, uid)
         return self._unopened.to_write(node)
+
+    async def _begin_to_write(self, node: Node, uid: int) -> None:
+        if not node.dead:
+            await self._within_reach(node.parent)
+        await self._settled(node)
+        if not self._fs.begin_lazily(node):
+            await self._bring_up(node, uid)
+
+    async def _thaw(self, node: Node, uid: int) -> None:
+        """Copy up, once more, what is open to be written to, so that this goes on in the upper."""
+        await self._begin_to_write(node, uid)
+        if node.partial is None:
+            self._fs.copy_up(node)  # not left to the write, which a thread may do
+
+    @contextmanager
+    def _changes(self) -> Iterator[None]:
+        """A thread changes the data of a file meanwhile."""
+        self._changing += 1
+        try:
+            yield
+        finally:
+            self._changing -= 1
 
     async def flush(self, fh: int) -> None:
         # Nothing is held back, so close(2) has nothing to say; the kernel does not ask again.
@@ -190,19 +278,21 @@ class FileHandlers(NodeHandlers):
         uid = self._user(fh)
         if fh & libfuse.UNOPENED:
             node = self._node(fh ^ libfuse.UNOPENED)
-            if node.upper is not None:
+            stored = self._fs.stored(node)
+            if stored is not None:
                 async with self._threads.turn(self._threads.syncs, uid):
-                    with closing(self._fs.upper.open(node.upper, os.O_RDONLY)) as file:
+                    with closing(self._fs.union_of(node).upper.open(stored, os.O_RDONLY)) as file:
                         await self._synced(file, datasync)
             return
         handle = self._files[fh]
-        if handle.node.upper is not None:
+        if self._fs.stored(handle.node) is not None:
             async with self._threads.turn(self._threads.syncs, uid):
-                await self._synced(handle.file, datasync)
+                with at_hand(handle.file) as file:
+                    await self._synced(file, datasync)
 
     async def _synced(self, file: File, datasync: bool) -> None:
         try:
             await self._threads.do(lambda: file.fsync(datasync))
         except OSError as failure:
-            self._fs.not_saved(failure)
+            self._fs.host.not_saved(failure)
             raise

@@ -5,12 +5,13 @@ from __future__ import annotations
 import errno
 import functools
 import logging
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import pyfuse3
 from pyfuse3 import FUSEError
 
+from cowfs.errors import NotYetFree
 from cowfs.fuse import libfuse
 from cowfs.fuse.failure import errno_of
 from cowfs.fuse.loop import RequestLoop
@@ -19,6 +20,8 @@ from cowfs.layers.slow import Answers, NotYet
 from cowfs.overlay.overlay import Overlay
 
 log = logging.getLogger(__name__)
+_MOST_RELIEFS = 8
+"""So often something is done again after a commit, of which others had the room before it came to that."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -38,6 +41,8 @@ def sync(
     async def handler(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return method(self, *args, **kwargs)
+        except FUSEError:
+            raise
         except Exception as error:
             if not self._may_succeed(error):
                 raise failure_of(error, method.__name__) from None
@@ -53,13 +58,17 @@ def sync(
 
 
 def async_(
-    method: Callable[Concatenate[S, P], Coroutine[Any, Any, R]],
+    method: Callable[Concatenate[S, P], Coroutine[Any, Any, R]], *, changes: bool = False
 ) -> Callable[Concatenate[S, P], Coroutine[Any, Any, R]]:
     """The same for a method that may have to await."""
 
     async def handler(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        if changes and self._pressed[0]:
+            await self._relieve(_user_of(args))
         try:
             return await method(self, *args, **kwargs)
+        except FUSEError:
+            raise
         except Exception as error:
             if not self._may_succeed(error):
                 raise failure_of(error, method.__name__) from None
@@ -71,6 +80,13 @@ def async_(
     return handler
 
 
+def changing(
+    method: Callable[Concatenate[S, P], Coroutine[Any, Any, R]],
+) -> Callable[Concatenate[S, P], Coroutine[Any, Any, R]]:
+    """The same for one that changes something: if much has changed already, that is put on disk first."""
+    return async_(method, changes=True)
+
+
 class Said(NamedTuple):
     """What a request says and pyfuse3 does not pass on."""
 
@@ -80,21 +96,28 @@ class Said(NamedTuple):
     uid: int
     """Who makes it; 0xFFFFFFFF where the kernel writes what mmap(2) has changed."""
     flags: int
-    """Of a write: those of the open file."""
+    """Of a write: those of the open file. Of a setattr: what is to be set (FATTR_*)."""
+
+
+_new = tuple.__new__  # quicker than to name the fields
 
 
 def told(
     method: Callable[Concatenate[S, Said, P], Coroutine[Any, Any, R]],
 ) -> Callable[Concatenate[S, P], Coroutine[Any, Any, R]]:
-    """The same for a method that is told first what pyfuse3 does not tell of the request.
+    """The same for one that is told first what pyfuse3 does not tell of the request.
 
     It is in its message, which is there only until something is awaited.
     """
 
     async def handler(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        said = Said(self._takes_set_id(), *libfuse.request())
+        said: Said = _new(Said, self._said())
+        if self._pressed[0]:
+            await self._relieve(said.uid)
         try:
             return await method(self, said, *args, **kwargs)
+        except FUSEError:
+            raise
         except Exception as error:
             if not self._may_succeed(error):
                 raise failure_of(error, method.__name__) from None
@@ -123,12 +146,23 @@ class Handlers(pyfuse3.Operations):
         self._fs = fs
         self._loop = loop
         self._threads = Threads(loop)
+        self._pressed = fs.upper.pressed
+        loop.hurry = fs.upper.hurry
 
-    def _may_succeed(self, error: Exception, *, gave_way: bool = False) -> bool:
+    def _may_succeed(self, error: Exception, *, gave_way: bool = False, reliefs: int = 0) -> bool:
         """Whether what has failed with *error*, and left nothing behind, is to be tried again."""
         if isinstance(error, NotYet) or (not gave_way and self._may_get_room(error)):
             return True
-        return self._made_room(error)
+        return (isinstance(error, NotYetFree) and reliefs < _MOST_RELIEFS) or self._made_room(error)
+
+    async def _relieve(self, uid: int, *, for_room: bool = False) -> None:
+        """Have the store put on disk what has gathered; others are served meanwhile."""
+        try:
+            await self._threads.run(lambda: self._fs.upper.relieve(for_room), self._threads.syncs, uid)
+        except OSError as failure:
+            if for_room:
+                raise
+            log.debug("the store cannot be put on disk: %s", failure)  # whoever changes it is told
 
     def _may_get_room(self, error: Exception) -> bool:
         """Whether there may be room for what failed once the requests that have come are handled.
@@ -136,7 +170,7 @@ class Handlers(pyfuse3.Operations):
         The kernel may tell that it has forgotten a removed file after it has passed on what came later
         (fuse_dev_do_read() in fs/fuse/dev.c).
         """
-        return isinstance(error, OSError) and error.errno == errno.ENOSPC and self._loop.somebody_waits()
+        return isinstance(error, OSError) and error.errno == errno.ENOSPC and self._loop.has_next_request()
 
     async def _again(
         self, call: Callable[[], Coroutine[Any, Any, R]], error: Exception, name: str, uid: int
@@ -144,6 +178,7 @@ class Handlers(pyfuse3.Operations):
         """Do *call* again, which failed with *error*, until it succeeds or nothing is left to try."""
         answers = Answers(uid)
         gave_way = False
+        reliefs = 0
         await self._loop.step_aside()  # what is at hand is a task's
         try:
             while True:
@@ -153,10 +188,13 @@ class Handlers(pyfuse3.Operations):
                     elif not gave_way:
                         gave_way = True
                         await self._loop.serve_others()
+                    if isinstance(error, NotYetFree):
+                        reliefs += 1
+                        await self._relieve(uid, for_room=True)
                     with answers.at_hand():
                         return await call()
                 except Exception as failure:
-                    if not self._may_succeed(failure, gave_way=gave_way):
+                    if not self._may_succeed(failure, gave_way=gave_way, reliefs=reliefs):
                         raise failure_of(failure, name) from None
                     error = failure
         finally:
@@ -168,11 +206,10 @@ class Handlers(pyfuse3.Operations):
         if not isinstance(error, OSError) or error.errno != errno.ENOSPC:
             return False
         try:
-            return self._fs.make_room()
+            return self._fs.host.make_room()
         except Exception:
             log.exception("the store cannot grow")
             return False
 
-    def _takes_set_id(self) -> bool | None:
-        """Whether the request that has just come takes set-ID bits; None if the kernel does not say."""
-        return libfuse.takes_set_id()
+    _said: Callable[[], Iterable[Any]] = staticmethod(libfuse.said)
+    """Return what the request that has just come says: the fields of :class:`Said`."""

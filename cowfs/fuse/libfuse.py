@@ -11,8 +11,10 @@
 - Any number of reads ahead may be under way (max_background): the kernel has 12 of a filesystem at a time,
   and those of one user that hang would be all of them.
 - Requests are counted, and timed.
+- Requests that pyfuse3 has no handlers for are answered (``beyond.py``).
 - Files may be lent to the kernel, which then reads and writes them without us (passthrough).
-- Whether a write leaves set-ID bits (CAP_FSETID), which the kernel alone knows, is read from its request.
+- Whether a write, or an ACL, leaves set-ID bits (CAP_FSETID), which the kernel alone knows, is read from its
+  request.
 - What the kernel has read of a file it keeps when the file's times change (not FUSE_CAP_AUTO_INVAL_DATA).
 - Which files are opened, and closed, we need not be told (FUSE_NO_OPEN_SUPPORT): the kernel then reads and
   writes by the inode. ``unopened.py`` says where.
@@ -33,7 +35,7 @@ _HANDLE_KILLPRIV = 1 << 20
 _CACHE_SYMLINKS = 1 << 23
 
 
-_LAST = "opens_nothing"
+_LAST = "identify"
 """What came into the module last."""
 
 
@@ -44,7 +46,7 @@ def _load() -> tuple[Any, str]:
     try:
         module = import_module("cowfs.fuse._libfuse")
         if not hasattr(module, _LAST):
-            return None, "it was built for another version of cowfs: scripts/setup builds it"
+            return None, "it was built for another version of cowfs; run scripts/setup"
         return module, ""
     except ImportError as error:
         return None, str(error)
@@ -55,8 +57,12 @@ def _load() -> tuple[Any, str]:
 _module: Any
 _module, _why = _load()
 
+said: Callable[[], tuple[bool | None, int, int, int]]
+said = (lambda: (None, 0, 0, 0)) if _module is None else _module.said
+"""What :func:`takes_set_id` and :func:`request` return, in one."""
+
 ring: Any = _module
-"""The functions of ``ring.c``, for :mod:`cowfs.fuse.rings`; None without the module."""
+"""What :mod:`cowfs.fuse.rings` calls of ``ring*.c`` and ``core_lock.c``; None without the module."""
 
 KEPT: int = 1 << 62
 """Handle numbers of directories whose listing the kernel shall keep have this bit."""
@@ -67,17 +73,45 @@ LISTING: int = 1 << 61
 UNOPENED: int = 1 << 63
 """With this bit an inode's number is the handle number of a file that was opened without us."""
 
+BEYOND: int = 1 << 60
+"""The handle number of what is no read, but a request that pyfuse3 has no handler for."""
+
+
+class Message(NamedTuple):
+    """A request as the kernel sends it (linux/fuse.h)."""
+
+    opcode: int
+    ino: int
+    uid: int
+    pid: int
+    body: bytes
+    """What follows the header; of very long ones the beginning."""
+
+
+def message() -> Message:
+    """Return the request that has just come as a read by the handle number :data:`BEYOND`.
+
+    For handlers, before they await anything.
+    """
+    return Message(*_module.message())
+
 
 def prepare(
-    seek: Callable[[int, int, int], int], *, knows_files: bool = False, passthrough: bool = False
+    seek: Callable[[int, int, int], int],
+    *,
+    knows_files: bool = False,
+    passthrough: bool = False,
+    exports: bool = False,
 ) -> None:
     """Say what the next session shall be able to do; *seek* answers lseek(2): an offset, or -errno.
 
     *knows_files*: files can be read and written that were opened without us. *passthrough*: whether files
-    shall be lent to the kernel.
+    shall be lent to the kernel. *exports*: file handles are good as long as their inodes; else none is given
+    (Linux 6.10).
     """
     if _module is not None:
-        _module.prepare(_DONT_MASK | _HANDLE_KILLPRIV | _CACHE_SYMLINKS, seek, knows_files, passthrough)
+        wanted = _DONT_MASK | _HANDLE_KILLPRIV | _CACHE_SYMLINKS
+        _module.prepare(wanted, seek, knows_files, passthrough, exports)
 
 
 def opens_nothing() -> bool:
@@ -86,7 +120,7 @@ def opens_nothing() -> bool:
 
 
 def request() -> tuple[int, int, int]:
-    """Return process and user of the request that has just come, and of a write the flags of the open file.
+    """Return process and user of the request that has just come, and the flags of the file read or written.
 
     For handlers, before they await anything. A user of 0xFFFFFFFF: the kernel writes what mmap(2) changed.
     """
@@ -96,12 +130,20 @@ def request() -> tuple[int, int, int]:
     return found
 
 
+def inode() -> int:
+    """Return the number of the inode that the request that has just come is about; 0: not known."""
+    if _module is None:
+        return 0
+    found: int = _module.inode()
+    return found
+
+
 def lacks() -> str | None:
     """Return why the session that pyfuse3 has made has nothing of this; None when it has all of it."""
     if _module is None:
         return _why
     if not _module.takes_part():
-        return "pyfuse3 was loaded first, or calls libfuse by a name that cowfs does not know"
+        return "pyfuse3 was loaded first, or calls libfuse by an unknown name"
     return None
 
 
@@ -116,7 +158,7 @@ def read_from(handle: int, descriptor: int) -> None:
         _module.read_from(handle, descriptor)
 
 
-def lends_not() -> str:
+def why_no_passthrough() -> str:
     """Return why the session that pyfuse3 has made cannot lend files to the kernel; "" if it can."""
     if _module is None or not _module.takes_part():
         return lacks() or ""
@@ -144,6 +186,24 @@ def pass_through(handle: int, number: int, *, direct: bool = False) -> None:
     _module.pass_through(handle, number, direct)
 
 
+note: Callable[[int, int, int], bool] = _module.note if _module is not None else lambda *_: False
+"""Takes note that a process (inode, pid, uid) has changed an inode, for :data:`goes_on`; 0: that ends there.
+
+Returns whether the change before this one was the same process's, of the same program.
+"""
+
+identify: Callable[[int, bytes], None] = _module.identify if _module is not None else lambda *_: None
+"""Says by what the process that was noted last is known: a descriptor, which is not kept, of its
+``/proc/PID/cmdline``, and what is in there; -1: there is none."""
+
+goes_on: Callable[[], int] = _module.goes_on if _module is not None else lambda: -1
+"""Returns how the request that has just come changes what :data:`note` was told of last, if the same process
+makes it: 1: it writes, 2: the mode, 4: the owner, 8: times; 0: as it has told before. Else -1."""
+
+wrote: Callable[[int], None] = _module.wrote if _module is not None else lambda _: None
+"""Takes note that a write to an inode has succeeded: :data:`goes_on` tells of a write until then."""
+
+
 def empty_buffer() -> None:
     """Give back the memory that the last request came in: whoever handles it is about to wait, and has taken
     what is in it."""
@@ -154,7 +214,7 @@ def empty_buffer() -> None:
 def takes_set_id() -> bool | None:
     """Whether the request that has just come takes set-ID bits from a file; None where that is not told.
 
-    For handlers of open, create, write and setattr, before they await anything.
+    For handlers of open, create, write, setattr and setxattr (set-group-ID then), before they await anything.
     """
     return None if _module is None else _module.takes_set_id()
 

@@ -19,6 +19,7 @@ the first request, inodes that the kernel forgets, and what must wait.
 from __future__ import annotations
 
 import errno
+import functools
 import logging
 import math
 import os
@@ -32,6 +33,7 @@ import pyfuse3
 import trio
 
 from cowfs.fuse import libfuse
+from cowfs.fuse.crowd import Crowd
 from cowfs.fuse.rings import BODY, CoreLock, Rings
 
 log = logging.getLogger(__name__)
@@ -69,6 +71,8 @@ class RequestLoop:
         self._rings = rings
         self.after_pause: Callable[[], None] | None = None
         """Called before requests are received that come after some time without any."""
+        self.hurry: Callable[[bool], object] = lambda on: None
+        """Told by each thread that runs handlers that these must not wait for the disk."""
         self.waiting = 0
         self._forget_now, self._forgotten = trio.Event(), trio.Event()
         self._attached = False
@@ -105,6 +109,7 @@ class RequestLoop:
             return
         self._poll.register(self._fd, select.POLLIN)
         setattr(pyfuse3, _WAIT, self._readable)
+        self.hurry(True)
         watch = _TaskWatch(self._task_ended)
         trio.lowlevel.add_instrument(watch)
         try:
@@ -114,12 +119,14 @@ class RequestLoop:
             else:
                 await self._run_rings(self._rings)
         finally:
+            self.hurry(False)
             self._nursery = None
             trio.lowlevel.remove_instrument(watch)
             setattr(pyfuse3, _WAIT, stock)
 
     async def _run_rings(self, rings: Rings) -> None:
         libfuse.ring.watch_pauses(self.after_pause)
+        rings.hurry = self.hurry
         lock = CoreLock()
         libfuse.ring.core_lock()
         trio.lowlevel.add_instrument(lock)
@@ -150,7 +157,7 @@ class RequestLoop:
         finally:
             self._patient.discard(scope)
 
-    def lose_patience(self) -> None:
+    def stop_waiting_soon(self) -> None:
         """Wait for nothing longer than some seconds from now on: nobody can come to use what comes later."""
         self._patience = _PATIENCE
         self._hurry(trio.current_time() + _PATIENCE)
@@ -159,7 +166,7 @@ class RequestLoop:
         for scope in self._patient:
             scope.deadline = min(scope.deadline, end)
 
-    def nobody_waits(self) -> bool:
+    def is_quiet(self) -> bool:
         """Whether no other request has come, and none is under way in a thread."""
         if self.waiting:
             return False
@@ -167,7 +174,7 @@ class RequestLoop:
             return bool(libfuse.ring.ring_quiet())
         return self._fd >= 0 and not self._poll.poll(0)
 
-    def somebody_waits(self) -> bool:
+    def has_next_request(self) -> bool:
         """Whether a request has come that is not taken yet."""
         return self._fd >= 0 and bool(self._poll.poll(0))
 
@@ -177,9 +184,9 @@ class RequestLoop:
             await self.take_forgets()
             return
         for _ in range(_MOST_TURNS):
-            if not self.somebody_waits():
+            if not self.has_next_request():
                 return
-            await self.give_way()
+            await self.yield_turn()
 
     def forget_attributes(self, ino: int) -> None:
         """Let the kernel ask for an inode's attributes before it goes by them again. Does not block."""
@@ -190,6 +197,23 @@ class RequestLoop:
         except OSError as error:
             if error.errno != errno.ENOENT:  # the kernel does not know the inode
                 log.warning("the kernel may go by old attributes of inode %d: %s", ino, error.strerror)
+
+    def ask_again(self, ino: int, name: bytes | None) -> None:
+        """Let the kernel ask again for all that it knows of an inode or, of a directory, of a *name* in it.
+
+        Blocks, for requests that are under way: not for the thread that answers them.
+        """
+        if not self._attached:
+            return
+        calls = [functools.partial(pyfuse3.invalidate_inode, ino)]
+        if name is not None:
+            calls.append(functools.partial(pyfuse3.invalidate_entry, ino, name))
+        for call in calls:
+            try:
+                call()
+            except OSError as error:
+                if error.errno not in {errno.ENOENT, errno.ENOTEMPTY, errno.EBUSY}:
+                    log.warning("the kernel may go by what inode %d was before: %s", ino, error.strerror)
 
     async def step_aside(self) -> None:
         """Let others be served: the caller is about to await something."""
@@ -208,12 +232,12 @@ class RequestLoop:
         assert self._rings is not None
         return self._rings.work(call)
 
-    def tell(self, event: trio.Event) -> None:
-        """Set an event, wherever the caller is."""
-        if event.statistics().tasks_waiting:
-            self.in_trio(event.set)
+    def tell(self, crowd: Crowd) -> None:
+        """Let those that wait go on, wherever the caller is."""
+        if crowd.is_waited_for:
+            self.in_trio(crowd.set)
         else:
-            event.set()
+            crowd.set()
 
     def in_trio(self, call: Callable[[], object]) -> None:
         """Have something done by trio's thread: at once if it is the caller."""
@@ -247,7 +271,7 @@ class RequestLoop:
         if self._rings is not None:
             self.in_trio(self._forget_now.set)
 
-    async def give_way(self) -> None:
+    async def yield_turn(self) -> None:
         """Let others have a turn: the caller has much to do."""
         await self.step_aside()
         self.waiting += 1

@@ -13,14 +13,18 @@ import trio
 from pyfuse3 import EntryAttributes, FUSEError, RequestContext
 
 from cowfs.fuse import libfuse
+from cowfs.fuse.crowd import Crowd
 from cowfs.fuse.handlers import Handlers
+from cowfs.fuse.lazy_copier import LazyCopier
 from cowfs.fuse.loop import RequestLoop
+from cowfs.fuse.owners import OwnerMap, owners
 from cowfs.fuse.passthrough import Passthrough
-from cowfs.fuse.rests import Rests
 from cowfs.layers.acl import DEFAULT as DEFAULT_ACL
 from cowfs.layers.slow import Answers, SlowLayer
 from cowfs.linux.callers import look_at
+from cowfs.overlay.dir import Owner
 from cowfs.overlay.file import SET_ID
+from cowfs.overlay.find import Places, at_place, see_all
 from cowfs.overlay.handle import Writer
 from cowfs.overlay.node import Node
 from cowfs.overlay.overlay import Overlay
@@ -31,6 +35,8 @@ log = logging.getLogger(__name__)
 
 FOREVER = 10.0**9
 """Seconds that the kernel may keep names and attributes: nobody but us changes them."""
+_REMEMBERED = 60.0
+"""Seconds for which the places of all inodes are remembered."""
 _DEEP = 16
 """So many directories are copied up at once; if it takes more, others have a turn."""
 
@@ -38,26 +44,67 @@ _DEEP = 16
 class NodeHandlers(Handlers):
     """What handlers of names, attributes, files and directories have in common."""
 
-    def __init__(self, fs: Overlay, loop: RequestLoop, *, acl: bool, passthrough: str) -> None:
+    def __init__(
+        self, fs: Overlay, loop: RequestLoop, *, acl: bool, passthrough: str, owner_map: OwnerMap | None
+    ) -> None:
         super().__init__(fs, loop)
         self.enable_acl = acl
         slow = [layer for layer in fs.lowers if isinstance(layer, SlowLayer)]
         for layer in slow:
             layer.serve(self._threads.later)
         self._has_slow_lowers = bool(slow)
-        fs.upper.later = functools.partial(self._threads.later, 0)
-        self._rests = Rests(fs, loop)
-        fs.rest_soon = self._rests.soon
+        for union in fs.unions():
+            union.upper.later = functools.partial(self._threads.later, 0)
+        self._lazy_copier = LazyCopier(fs, loop)
+        fs.host.rest_soon = self._lazy_copier.soon
         self._sweeping = False
-        fs.sweep_soon = self._sweep_soon
+        fs.host.sweep_soon = self._sweep_soon
         self._no_default_acl: set[int] = set()
+        self._owners = owners(owner_map)
         self._passthrough = Passthrough(fs.upper, passthrough)
+        self.supports_dot_lookup = fs.exports
+        self._places: Places = {}
+        self._finding = trio.Lock()
+
+    def lend(self, *, wanted: bool) -> None:
+        """Say whether the kernel may have files that it has not yet, to read and write by itself."""
+        self._passthrough.pauses = not wanted
+
+    def lends(self, node: Node) -> bool:
+        """Whether the kernel reads and writes a file by itself."""
+        return node in self._passthrough
 
     def _node(self, ino: int) -> Node:
         node = self._fs.nodes.get(ino)
         if node is None:
             raise FUSEError(errno.ESTALE)
         return node
+
+    async def _node_of_handle(self, ino: int, uid: int) -> Node:
+        """Return the node of a number that comes from a file handle: the kernel may know it no more, nor we.
+
+        All that is in the union is seen then, and remembered for a while. ESTALE if it is not there.
+        """
+        node = self._fs.nodes.get(ino)
+        if node is not None and not node.dead:
+            return node
+        await self._loop.step_aside()
+        async with self._finding:
+            node = at_place(self._fs, ino, self._places)
+            if node is None:
+                await self._threads.stepwise(see_all(self._fs, self._places), uid)
+                self._loop.in_trio(self._forget_places_later)
+                node = at_place(self._fs, ino, self._places)
+        if node is None:
+            raise FUSEError(errno.ESTALE)
+        return node
+
+    def _forget_places_later(self) -> None:
+        async def wait() -> None:
+            await trio.sleep(_REMEMBERED)
+            self._places = {}
+
+        trio.lowlevel.spawn_system_task(wait)
 
     def _entry(self, node: Node, attr: Attr) -> EntryAttributes:
         entry = EntryAttributes()
@@ -67,8 +114,9 @@ class NodeHandlers(Handlers):
         entry.attr_timeout = 0 if self._passthrough.may_change(node.ino) else FOREVER
         entry.st_mode = attr.st_mode
         entry.st_nlink = self._fs.nlink(node, attr)
-        entry.st_uid = attr.st_uid
-        entry.st_gid = attr.st_gid
+        entry.st_uid, entry.st_gid = attr.st_uid, attr.st_gid
+        if self._owners is not None:
+            entry.st_uid, entry.st_gid = self._owners.shown(attr)
         entry.st_rdev = attr.st_rdev
         entry.st_size = attr.st_size
         entry.st_blocks = attr.st_blocks
@@ -84,6 +132,12 @@ class NodeHandlers(Handlers):
         node.lookups += 1
         return self._entry(node, attr)
 
+    def _owner(self, ctx: RequestContext) -> Owner:
+        """Return whom what a request makes belongs to in the store."""
+        if self._owners is None:
+            return Owner(ctx.uid, ctx.gid)
+        return Owner(self._owners.stored_user(ctx.uid), self._owners.stored_group(ctx.gid))
+
     def _writer(self, node: Node, ctx: RequestContext, takes: bool | None) -> Writer:
         """Return who changes a file, or its owner or ACL. What *takes* does not say is in /proc."""
         return self._writer_by(node, ctx.pid, ctx.uid, takes)
@@ -94,8 +148,26 @@ class NodeHandlers(Handlers):
         caller = look_at(pid)
         if takes is None and (uid == 0 if caller is None else caller.has("CAP_FSETID")):
             return Writer.PRIVILEGED
-        is_member = caller is not None and self._fs.stat(node).st_gid in caller.groups
+        group = self._fs.stat(node).st_gid
+        if self._owners is not None:
+            group = self._owners.group(group)
+        is_member = caller is not None and group in caller.groups
         return Writer.MEMBER if is_member else Writer.STRANGER
+
+    def _may_take_nothing(self, node: Node, writer: Writer, ctx: RequestContext) -> bool:
+        """Whether who may not asks for set-ID bits to be dropped: by chown(2) to nobody of another's file.
+
+        The same comes before a write through a descriptor, whoever does it (file_remove_privs()).
+        """
+        if writer is Writer.PRIVILEGED or self._owners is not None or node.is_dir:
+            return False
+        if not libfuse.opens_nothing() and any(handle.writable for handle in node.handles or ()):
+            return False
+        attr, caller = self._fs.stat(node), look_at(ctx.pid)
+        both = attr.st_mode & stat.S_IXGRP or writer is Writer.STRANGER
+        drops = SET_ID if both else stat.S_ISUID
+        may = attr.st_uid == ctx.uid or caller is None or caller.has("CAP_FOWNER")
+        return not may and bool(attr.st_mode & drops)
 
     def _tell(self, node: Node, mode: int) -> None:
         """Tell the kernel if a mode is not *mode* any more and no answer says so: it runs programs by it."""
@@ -104,7 +176,7 @@ class NodeHandlers(Handlers):
 
     def go_on(self) -> None:
         """Go on with what an earlier mount has begun."""
-        self._rests.soon()
+        self._lazy_copier.soon()
 
     def _sweep_soon(self) -> None:
         if not self._sweeping:
@@ -116,7 +188,7 @@ class NodeHandlers(Handlers):
         try:
             await self._threads.stepwise(self._fs.sweep(), 0, is_urgent=False)
         except Exception:
-            log.exception("what was removed is not cleared away before the next mount")
+            log.exception("removed files keep their space in the store until the next mount")
         finally:
             self._sweeping = False
 
@@ -145,10 +217,10 @@ class NodeHandlers(Handlers):
         await self._settled(node)
         if not self._fs.is_long_to_cut(node, size):
             return
-        node.copying = done = trio.Event()  # who would change it waits, as for a copy-up
+        node.copying = done = Crowd()  # who would change it waits, as for a copy-up
         try:
             async with self._threads.turn(self._threads.copies, uid):
-                with closing(self._fs.upper.open(node.upper, os.O_WRONLY)) as file:
+                with closing(self._fs.union_of(node).upper.open(node.upper, os.O_WRONLY)) as file:
                     await self._threads.do(lambda: file.truncate(size))
         finally:
             node.copying = None
@@ -191,6 +263,11 @@ class NodeHandlers(Handlers):
                 return
             await self._settled(node)
 
+    async def _with_data(self, node: Node, uid: int) -> None:
+        """Copy up a large file, of which something else than its data will change, where that must be."""
+        if not self._fs.options.metacopy and not node.dead:
+            await self._bring_up(node, uid)
+
     async def _bring_up(self, node: Node, uid: int, size: int | None = None) -> None:
         """Copy up a large file's data in a thread. A small one's is left to the call that needs it."""
         if node.copying is not None:
@@ -204,7 +281,7 @@ class NodeHandlers(Handlers):
         waits = fs.data_waits(node)
         if node.partial is None and wanted <= (0 if waits else fs.options.inline_up_to):
             return
-        node.copying = done = trio.Event()
+        node.copying = done = Crowd()
         try:
             turns = self._threads.slow_copies if waits else self._threads.copies
             async with self._threads.turn(turns, uid):

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import Counter
 
 from cowfs.fuse import libfuse
-from cowfs.fuse.shares import Bounds, Share
+from cowfs.fuse.quotas import Bounds, Quota
 from cowfs.layers.base import File
 from cowfs.layers.partial import PartialFile
 from cowfs.layers.slow import SlowFile
 from cowfs.overlay.handle import Handle
+from cowfs.overlay.node import Node
 
 
 class _Users:
@@ -29,9 +30,11 @@ def _descriptor_of(file: File) -> int:
 class OpenFiles:
     """Handles by number, from 1 on. A descriptor counts for one of those who have it open."""
 
-    def __init__(self, bounds: Bounds) -> None:
-        self.opened = Share(bounds.opened, shared=bounds.shared)
-        self._descriptors = Share(bounds.descriptors, shared=bounds.shared)
+    def __init__(self, bounds: Bounds, *, reads_itself: bool = True) -> None:
+        """*reads_itself*: whether what has a descriptor is read without asking us."""
+        self._reads_itself = reads_itself
+        self.opened = Quota(bounds.opened, shared=bounds.shared)
+        self._descriptors = Quota(bounds.descriptors, shared=bounds.shared)
         self._handles: dict[int, Handle] = {}
         self._openers: dict[int, int] = {}
         self._users: dict[int, _Users] = {}
@@ -44,6 +47,10 @@ class OpenFiles:
     def __getitem__(self, number: int) -> Handle:
         return self._handles[number]
 
+    def nodes(self) -> list[Node]:
+        """Return what is open."""
+        return [handle.node for handle in self._handles.values()]
+
     def opener(self, number: int) -> int:
         """Return which user opened a file."""
         return self._openers[number]
@@ -51,7 +58,10 @@ class OpenFiles:
     def must_have(self, uid: int) -> None:
         """Raise EMFILE if a user may not open one more file."""
         self.opened.must_have(uid)
-        self._descriptors.must_have(uid)
+
+    def must_be_frugal(self, uid: int) -> bool:
+        """Whether one more file of a user's shall have no descriptor: others need those that are left."""
+        return not self._descriptors.may_have(uid)
 
     def enter(self, handle: Handle, uid: int) -> int:
         """Return the number of a file that a user has opened."""
@@ -66,24 +76,24 @@ class OpenFiles:
 
     def _replaced(self, handle: Handle, before: File) -> None:
         uid = self._openers[handle.number]
-        if before.fileno() >= 0:
+        if before.fileno() >= 0 and self._reads_itself:
             libfuse.read_from(handle.number, -1)
         self._use(handle.number, handle.file, uid)
-        self._use_no_more(before, uid)
+        self._stop_using(before, uid)
 
     def leave(self, number: int) -> Handle:
         """Take a number back; the handle is still open."""
         handle = self._handles.pop(number)
         uid = self._openers.pop(number)
-        if handle.file.fileno() >= 0:
+        if handle.file.fileno() >= 0 and self._reads_itself:
             libfuse.read_from(number, -1)
         self._free.append(number)
         self.opened.give_back(uid)
-        self._use_no_more(handle.file, uid)
+        self._stop_using(handle.file, uid)
         return handle
 
     def _use(self, number: int, file: File, uid: int) -> None:
-        if file.fileno() >= 0:
+        if file.fileno() >= 0 and self._reads_itself:
             libfuse.read_from(number, file.fileno())
         fd = _descriptor_of(file)
         if fd < 0:
@@ -94,7 +104,7 @@ class OpenFiles:
             self._descriptors.take(uid)
         users.by_uid[uid] += 1
 
-    def _use_no_more(self, file: File, uid: int) -> None:
+    def _stop_using(self, file: File, uid: int) -> None:
         fd = _descriptor_of(file)
         if fd < 0:
             return

@@ -19,25 +19,14 @@
 
 #include "passthrough.h"
 
+#include "messages.h"
+
 /* include/uapi/linux/fuse.h of Linux 6.9, protocol 7.40: Debian 12 has older headers. */
 enum { FUSE_INIT = 26 };
 enum { INIT_EXT = 1 << 30, WRITEBACK_CACHE = 1 << 16, PASSTHROUGH = 1 << (37 - 32) };
-enum { IN_FLAGS = 3, IN_FLAGS2 = 4 };                     /* 32-bit words of struct fuse_init_in … */
+enum { IN_FLAGS = 3, IN_FLAGS2 = 4 };                        /* 32-bit words of struct fuse_init_in … */
 enum { OUT_FLAGS = 3, OUT_FLAGS2 = 8, OUT_STACK_DEPTH = 9 }; /* … and of struct fuse_init_out */
 enum { FOPEN_KEEP_CACHE = 1 << 1, FOPEN_PASSTHROUGH = 1 << 7 };
-
-struct in_header {
-	uint32_t len, opcode;
-	uint64_t unique, nodeid;
-	uint32_t uid, gid, pid;
-	uint16_t extlen, padding;
-};
-
-struct out_header {
-	uint32_t len;
-	int32_t error;
-	uint64_t unique;
-};
 
 struct open_out {
 	uint64_t fh;
@@ -151,7 +140,7 @@ static PyObject *py_lacking(PyObject *self, PyObject *args)
 
 static PyObject *py_lend(PyObject *self, PyObject *args)
 {
-	struct backing_map map = {.fd = -1};
+	struct backing_map map = { .fd = -1 };
 	(void)self;
 	if (!PyArg_ParseTuple(args, "i", &map.fd))
 		return NULL;
@@ -188,18 +177,18 @@ static PyObject *py_pass_through(PyObject *self, PyObject *args)
 		files = larger;
 		numbers = more;
 	}
-	files[number] = (struct lent){id, direct};
+	files[number] = (struct lent){ id, direct };
 	Py_RETURN_NONE;
 }
 
 PyMethodDef passthrough_methods[] = {
-	{"passthrough_lacking", py_lacking, METH_NOARGS,
-	 "passthrough_lacking(): why the session cannot lend files to the kernel; '' if it can."},
-	{"lend", py_lend, METH_VARARGS, "lend(fd): let the kernel have this file; return its number there."},
-	{"take_back", py_take_back, METH_VARARGS,
-	 "take_back(id): no open names it any more. Files that are open go on with it."},
-	{"pass_through", py_pass_through, METH_VARARGS,
-	 "pass_through(fh, id, direct): the answer to the open of handle number fh names a file that was lent; 0: none.\n"
-	 "direct: only its mappings are the kernel's, reads and writes come here."},
-	{NULL, NULL, 0, NULL},
+	{ "passthrough_lacking", py_lacking, METH_NOARGS,
+	  "passthrough_lacking(): why the session cannot lend files to the kernel; '' if it can." },
+	{ "lend", py_lend, METH_VARARGS, "lend(fd): let the kernel have this file; return its number there." },
+	{ "take_back", py_take_back, METH_VARARGS,
+	  "take_back(id): no open names it any more. Files that are open go on with it." },
+	{ "pass_through", py_pass_through, METH_VARARGS,
+	  "pass_through(fh, id, direct): the answer to the open of handle number fh names a file that was lent; 0: none.\n"
+	  "direct: only its mappings are the kernel's, reads and writes come here." },
+	{ NULL, NULL, 0, NULL },
 };

@@ -32,10 +32,10 @@ _MUCH = 16
 """A file is worth waiting for when no more than so many times its size is free."""
 _NEVER = {
     errno.ELOOP: "the store's filesystem is itself on another one",
-    errno.EPERM: "the daemon has not the privilege of the system's root",
-    errno.EINVAL: "the kernel does not take the store's files",
-    errno.EOPNOTSUPP: "the kernel does not take the store's files",
-    errno.ENOTTY: "the kernel does not know it",
+    errno.EPERM: "the daemon lacks the privileges of the system's root",
+    errno.EINVAL: "the kernel does not accept the store's files",
+    errno.EOPNOTSUPP: "the kernel does not accept the store's files",
+    errno.ENOTTY: "this kernel does not support it",
 }
 
 
@@ -44,17 +44,17 @@ def why_not(upper: UpperLayer, wanted: str) -> str:
     if wanted == "off":
         return "turned off"
     if os.geteuid() != 0:
-        return "only root may"
+        return "only root can use it"
     if not isinstance(upper, DirectoryLayer):
-        return "it reads the image itself"
+        return "the daemon reads the image itself"
     try:
         waits = may_wait(upper.root.fd)
     except OSError:
         waits = True
     if waits:
-        return "the store's filesystem may wait for others"
-    if not os.fstatvfs(upper.root.fd).f_flag & os.ST_NOATIME:
-        return "reading would change the store's times"
+        return "the store's filesystem may depend on other machines or processes"
+    if not upper.atime.files and not os.fstatvfs(upper.root.fd).f_flag & os.ST_NOATIME:
+        return "reading would update access times in the store"
     return ""
 
 
@@ -75,6 +75,8 @@ class Passthrough:
         self._why = why_not(upper, wanted)
         self._upper = upper
         self._lent: dict[Node, _Lent] = {}
+        self.pauses = False
+        """Whether nothing is lent that need not be: somebody wants to see each write."""
         self._known: dict[int, bool] = {}
         """Inodes of which something has been lent to be read: a mapping may be left, of which nobody tells.
         True: one that may be written to."""
@@ -86,11 +88,23 @@ class Passthrough:
 
     def why_not(self) -> str:
         """Return why nothing is lent; "" if something is."""
-        return self._why or libfuse.lends_not()
+        return self._why or libfuse.why_no_passthrough()
 
     def __len__(self) -> int:
         """How many inodes are open that way."""
         return len(self._lent)
+
+    def __contains__(self, node: Node) -> bool:
+        """Whether an inode is open that way."""
+        return node in self._lent
+
+    def lent(self) -> list[Node]:
+        """Return what is open that way."""
+        return list(self._lent)
+
+    def written_by(self) -> list[int]:
+        """Return the inodes that the kernel may write to by itself without any file open: by a mapping."""
+        return [ino for ino, changes in self._known.items() if changes]
 
     def may_change(self, ino: int) -> bool:
         """Whether an inode's times may change without a word to the kernel: by a mapping."""
@@ -106,14 +120,16 @@ class Passthrough:
         Returns whether what it knows of the inode's times is not to be believed from now on.
         """
         node = handle.node
-        if self._why or node.upper is None or node.metacopy or handle.file.fileno() < 0:
+        if self._why or node.upper is None or node.metacopy:
             return False
         access = flags & os.O_ACCMODE
         lasts = not flags & (os.O_DIRECT if access == os.O_RDONLY else _UNFIT) and access != os.O_ACCMODE
         lent = self._lent.get(node)
         if lent is None:
+            if handle.file.fileno() < 0:
+                return False
             others = node.handles is not None and len(node.handles) > 1
-            fit = node.ino in self._known or (lasts and self._is_fit(access))
+            fit = node.ino in self._known or (lasts and not self.pauses and self._is_fit(access))
             lent = None if others or not fit else self._lend(handle)
             if lent is None:
                 return False
@@ -139,14 +155,14 @@ class Passthrough:
         return bool(self._lent) and self._room_is_short(removed)
 
     def _lend(self, handle: Handle) -> _Lent | None:
-        if libfuse.lends_not():
+        if libfuse.why_no_passthrough():
             return None
         try:
             return _Lent(libfuse.lend(handle.file.fileno()))
         except OSError as error:
             if error.errno in _NEVER:
                 self._why = _NEVER[error.errno]
-                log.info("files are read and written by way of the daemon: %s", self._why)
+                log.info("files are read and written through the daemon: %s", self._why)
             return None
 
     def closed(self, handle: Handle) -> None:

@@ -1,4 +1,4 @@
-"""What requests there were, by the names that the kernel has for them; counted in ``figures.c``."""
+"""What requests there were, by the names that the kernel has for them; counted in ``request_stats.c``."""
 
 from __future__ import annotations
 

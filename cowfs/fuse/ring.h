@@ -17,6 +17,6 @@ ssize_t ring_writev(int fd, struct iovec *iov, int count);
 bool ring_serves(void);
 
 /* What Python calls; rings.py says what for. */
-extern PyMethodDef ring_methods[];
+extern PyMethodDef ring_methods[], ring_setup_methods[];
 
 #endif

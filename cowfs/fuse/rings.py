@@ -13,8 +13,8 @@ Most handlers that wait do so for one piece of work: an fsync, the data of a cop
 decompresses. They call :meth:`Rings.work`: a worker does it, drives the coroutine to its end, answer and all,
 and gives it back. That spares two ways from one thread to another, which take longer than most such work.
 
-The core lock (``ring.c``) lets one thread at a time run all this: trio's thread has it except while it waits
-for I/O, a worker when it drives a coroutine.
+The core lock (``core_lock.c``) lets one thread at a time run all this: trio's thread has it except while it
+waits for I/O, a worker when it drives a coroutine.
 """
 
 from __future__ import annotations
@@ -131,6 +131,8 @@ class Rings:
         self._token: trio.lowlevel.TrioToken
         self._nursery: trio.Nursery
         self._told: Callable[[], None]
+        self.hurry: Callable[[bool], object] = lambda on: None
+        """Told by each thread whether it runs handlers, which must not wait for the disk."""
 
     @asynccontextmanager
     async def serving(self, nursery: trio.Nursery, ended: Callable[[], None]) -> AsyncIterator[None]:
@@ -243,6 +245,7 @@ class Rings:
             if not ring.ring_join(number):
                 return
             _here.serves = True
+            self.hurry(True)
             while not self._stopped:
                 self._more.acquire()
                 if self._stopped:
@@ -267,7 +270,7 @@ class Rings:
                     self._token.run_sync_soon(self._adopt, coroutine, context)
                 ring.core_give()
         except OSError as error:
-            log.error("a ring cannot be used, the mount ends: %s", error.strerror)
+            log.error("a ring cannot be used; unmounting: %s", error.strerror)
         finally:
             _here.serves = False
             ring.core_give()
@@ -284,10 +287,12 @@ class Rings:
                 value, failure = _outcome(why.call)
                 ring.core_take()
                 _here.serves = True
+                self.hurry(True)
                 try:
                     why = job.go_on(value, failure)
                 finally:
                     _here.serves = False
+                    self.hurry(False)
                     if isinstance(why, _Work):
                         ring.core_unlock()
             if why is _Ready:
@@ -363,12 +368,12 @@ def why_not() -> str:
     if libfuse.ring is None:
         return "cowfs was built without it"
     if not hasattr(pyfuse3, BODY):
-        return "this pyfuse3 is not known"
+        return "this version of pyfuse3 is not supported"
     try:
         with open(_SWITCH, encoding="ascii") as switch:
             on = switch.read().strip() == "Y"
     except FileNotFoundError:
-        return f"this kernel ({os.uname().release}) has none: Linux 6.14 brought it"
+        return f"this kernel ({os.uname().release}) does not support it; Linux 6.14 or newer does"
     except OSError as error:
         return f"{_SWITCH}: {error.strerror}"
     return "" if on else f"it is turned off (as root: echo Y > {_SWITCH})"
@@ -391,7 +396,7 @@ def rings_for(wanted: str, tell: Callable[[str], None]) -> Rings | None:
                 tell(f"slower than it could be: io_uring cannot be used: {why}")
     if wanted == "on":
         raise SystemFailure(
-            f"io_uring cannot be used: {why}", "leave out io_uring=on: it is used where it can be"
+            f"io_uring cannot be used: {why}", "remove io_uring=on: the default uses it where possible"
         )
     return None
 

@@ -13,9 +13,9 @@ from typing import TypeVar
 import trio
 
 from cowfs.fuse.loop import RequestLoop
-from cowfs.fuse.turns import Turns, in_thread
+from cowfs.fuse.user_threads import UserThreads, in_thread
 from cowfs.layers.slow import Answers, NotYet, Question
-from cowfs.overlay.state import Steps
+from cowfs.overlay.fs import Steps
 
 R = TypeVar("R")
 log = logging.getLogger(__name__)
@@ -33,14 +33,14 @@ class Threads:
 
     def __init__(self, loop: RequestLoop) -> None:
         self._loop = loop
-        self.copies, self.reads, self.syncs = Turns(), Turns(), Turns()
+        self.copies, self.reads, self.syncs = UserThreads(), UserThreads(), UserThreads()
         # What may hang takes no threads from what does not.
-        self.slow_copies, self.slow_reads = Turns(), Turns()
-        self._questions = Turns()
+        self.slow_copies, self.slow_reads = UserThreads(), UserThreads()
+        self._questions = UserThreads()
         self._later: dict[int, list[Callable[[], None]]] = {}
 
     @asynccontextmanager
-    async def turn(self, turns: Turns, uid: int) -> AsyncIterator[None]:
+    async def turn(self, turns: UserThreads, uid: int) -> AsyncIterator[None]:
         """Wait for this user's turn of some kind of long work; others are served meanwhile.
 
         What it needs, be it descriptors, is to be taken then: however many wait, they have nothing.
@@ -51,7 +51,7 @@ class Threads:
             try:
                 yield
             finally:
-                if turns.others_wait(uid):
+                if turns.has_more_work(uid):
                     loop.in_trio(functools.partial(turns.end, uid, begun))
                 else:
                     turns.end(uid, begun)
@@ -64,7 +64,7 @@ class Threads:
         finally:
             loop.waiting -= 1
 
-    async def run(self, call: Callable[[], R], turns: Turns, uid: int) -> R:
+    async def run(self, call: Callable[[], R], turns: UserThreads, uid: int) -> R:
         """Return what *call* gives, which a thread runs at the user's turn."""
         async with self.turn(turns, uid):
             return await self.do(call)
@@ -76,7 +76,7 @@ class Threads:
         await self._loop.step_aside()
         return await in_thread(call)
 
-    async def run_patiently(self, call: Callable[[], R], turns: Turns, uid: int) -> R:
+    async def run_patiently(self, call: Callable[[], R], turns: UserThreads, uid: int) -> R:
         """The same for what may never end: EIO if it has not when the filesystem is to end."""
         await self._loop.step_aside()
         with self._loop.patience():
@@ -106,7 +106,7 @@ class Threads:
                         call = steps.send(given)
                     continue
                 if time.monotonic() > end:
-                    await (self._loop.give_way() if is_urgent else trio.sleep(_PAUSE))
+                    await (self._loop.yield_turn() if is_urgent else trio.sleep(_PAUSE))
                     end = time.monotonic() + SLICE
                 call = next(steps)
         except StopIteration as stop:
@@ -152,7 +152,7 @@ class Threads:
             async with self._questions.turn(uid):
                 await in_thread(functools.partial(_do_all, self._later.pop(uid)), may_hang=True)
         except Exception:
-            log.exception("what nobody waits for has failed")
+            log.exception("a background operation failed")
 
 
 def _do_all(calls: Sequence[Callable[[], None]]) -> None:
@@ -161,5 +161,5 @@ def _do_all(calls: Sequence[Callable[[], None]]) -> None:
 
 
 def _given_up() -> OSError:
-    log.warning("a lower does not answer: a request is given up")
+    log.warning("a lower does not answer; giving up a request")
     return OSError(errno.EIO, "a lower does not answer")

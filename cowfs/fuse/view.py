@@ -30,7 +30,7 @@ from cowfs.fuse import protocol
 from cowfs.fuse.failure import errno_of
 from cowfs.fuse.protocol import Request
 from cowfs.layers.base import File, Key, LowerLayer
-from cowfs.linux import mounts
+from cowfs.linux import mount_table, mounts
 from cowfs.linux.callers import may_see_trusted
 from cowfs.types import FileHandle
 
@@ -110,7 +110,7 @@ class View:
         flags = mounts.MS_RDONLY | mounts.MS_NOSUID | mounts.MS_NODEV | mounts.MS_NOEXEC
         place = os.path.realpath(place)
         mounts.mount(_SOURCE, place, FSTYPE, flags, options)
-        here = mounts.mount_of(place)
+        here = mount_table.mount_of(place)
         if here is not None:
             self._place, self._dev = place, here.dev
 
@@ -125,7 +125,7 @@ class View:
                     if error.errno in {errno.EAGAIN, errno.ENOENT}:  # who asked has been killed
                         continue
                     if error.errno != errno.ENODEV:  # unmounted
-                        log.warning("the store can be looked at no longer: %s", error)
+                        log.warning("the view of the store has failed: %s", error)
                     return
                 if not size:
                     return
@@ -142,7 +142,7 @@ class View:
         fd, self._fd = self._fd, -1
         if fd < 0:
             return
-        here = mounts.mount_of(self._place) if self._place else None
+        here = mount_table.mount_of(self._place) if self._place else None
         if here is not None and here.dev == self._dev:
             with suppress(OSError):
                 mounts.umount2(self._place, mounts.MNT_DETACH)
@@ -152,7 +152,7 @@ class View:
 
     async def _answer(self, message: bytes) -> None:
         if len(message) < protocol.IN.size:
-            log.warning("the kernel asked something in %d bytes", len(message))
+            log.warning("the kernel sent an invalid request of %d bytes", len(message))
             return
         length, opcode, unique, nodeid, uid, _, pid, _ = protocol.IN.unpack_from(message)
         request = Request(opcode, unique, nodeid, uid, pid, message[protocol.IN.size :])
@@ -180,7 +180,7 @@ class View:
             os.writev(self._fd, [protocol.OUT.pack(protocol.OUT.size + len(data), -code, unique), data])
         except OSError as error:
             if error.errno not in {errno.ENOENT, errno.ENODEV}:  # nobody waits any more
-                log.warning("an answer to the kernel was not taken: %s", error)
+                log.warning("the kernel did not accept an answer: %s", error)
 
     def _init(self, request: Request) -> bytes:
         major, minor, readahead, flags = protocol.INIT_IN.unpack_from(request.body)
@@ -260,14 +260,14 @@ class View:
     def _getxattr(self, request: Request) -> bytes:
         (size,) = protocol.GETXATTR_IN.unpack_from(request.body)
         name = _name(request.body[protocol.GETXATTR_IN.size :])
-        return _sized(self._layer.getxattr(self._node(request).key, name), size)
+        return _xattr_reply(self._layer.getxattr(self._node(request).key, name), size)
 
     def _listxattr(self, request: Request) -> bytes:
         (size,) = protocol.GETXATTR_IN.unpack_from(request.body)
         names = self._layer.listxattr(self._node(request).key)
         if not may_see_trusted(request.pid, request.uid):  # as ext3 has it; nor may he read their values
             names = [name for name in names if not name.startswith(b"trusted.")]
-        return _sized(b"".join(name + b"\0" for name in names), size)
+        return _xattr_reply(b"".join(name + b"\0" for name in names), size)
 
     # --- files
 
@@ -374,7 +374,7 @@ def _name(body: bytes) -> bytes:
     return name
 
 
-def _sized(value: bytes, size: int) -> bytes:
+def _xattr_reply(value: bytes, size: int) -> bytes:
     """Return what is answered to a question for an attribute of at most *size* bytes; 0: how long it is."""
     if size == 0:
         return protocol.GETXATTR_OUT.pack(len(value))

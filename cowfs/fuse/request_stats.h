@@ -1,4 +1,4 @@
-/* How many requests there were of each kind, and how long they took: see figures.c. */
+/* How many requests there were of each kind, and how long they took: see request_stats.c. */
 #ifndef COWFS_FIGURES_H
 #define COWFS_FIGURES_H
 

@@ -85,6 +85,25 @@ class Unopened:
         if kept is not None:
             self._close(kept)
 
+    def end_writes(self, node: Node) -> bool:
+        """Close what an inode is written by; False while a thread uses it."""
+        kept = self._kept.get(node)
+        if kept is None or kept.writes is None:
+            return True
+        if kept.users:
+            return False
+        writes, kept.writes = kept.writes, None
+        self._fs.release_handle(writes)
+        return True
+
+    def let_go(self, node: Node) -> bool:
+        """Close what is open of an inode, which is another file from now on; False while a thread uses it."""
+        kept = self._kept.get(node)
+        if kept is not None and kept.users:
+            return False
+        self.forget(node)
+        return True
+
     def _of(self, node: Node) -> _Kept:
         kept = self._kept.get(node)
         if kept is not None:

@@ -23,7 +23,7 @@ from functools import partial
 
 import trio
 
-from cowfs.fuse.turns import in_thread
+from cowfs.fuse.user_threads import in_thread
 from cowfs.linux import limits
 from cowfs.overlay.node import NodeTable
 
@@ -55,7 +55,7 @@ def prune(fd: int, inodes: array[int]) -> None:
     os.write(fd, _NOTIFY.pack(size, _PRUNE, 0, len(inodes), 0) + inodes.tobytes())
 
 
-class KnownInodes:
+class InodeLimit:
     """Keeps the number of nodes at *most*, and below for some time after it was reached."""
 
     def __init__(

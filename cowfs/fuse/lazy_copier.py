@@ -9,12 +9,13 @@ from collections.abc import Iterator
 import trio
 
 from cowfs.fuse.loop import RequestLoop
-from cowfs.fuse.turns import in_thread
+from cowfs.fuse.user_threads import in_thread
+from cowfs.layers.base import may_wait_for_disk
 from cowfs.layers.partial import PartialFile
 from cowfs.linux.files import LACK_OF_ROOM
-from cowfs.overlay import rest
+from cowfs.overlay import incomplete
+from cowfs.overlay.fs import Pending
 from cowfs.overlay.overlay import Overlay
-from cowfs.overlay.state import Pending
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ _REST, _MOST_REST = 0.005, 1.0
 """The copying rests as long as it has worked, within these bounds in seconds."""
 
 
-class Rests:
+class LazyCopier:
     """One task, while there is something to do."""
 
     def __init__(self, fs: Overlay, loop: RequestLoop) -> None:
@@ -50,12 +51,12 @@ class Rests:
     async def _run(self) -> None:
         try:
             await trio.sleep(_BEGIN)
-            while self._fs.wants_rest() and (waiting := self._waiting()):
+            while self._fs.host.wants_rest() and (waiting := self._waiting()):
                 progress = [await self._try(ino) for ino in waiting]
                 if not all(progress):
                     await trio.sleep(_AGAIN)
         except Exception:
-            log.exception("files stay copied up in part until the next mount")
+            log.exception("files remain partly copied up until the next mount")
         finally:
             self._is_running = False
 
@@ -68,17 +69,17 @@ class Rests:
             return await self._bring_up(ino, pending)
         except OSError as failure:
             self._failed.add(ino)
-            log.warning("%r stays copied up in part: %s", pending.path, failure.strerror)
+            log.warning("%r remains partly copied up: %s", pending.path, failure.strerror)
             return True
 
     async def _bring_up(self, ino: int, pending: Pending) -> bool:
         """Bring up the rest of one file; False for want of room."""
         fs = self._fs
-        file = rest.open_rest(fs, pending)
+        file = incomplete.open_rest(fs, pending)
         try:
             steps = file.copy_steps()
             while True:
-                if not rest.has_room(fs, file):
+                if not incomplete.has_room(fs, file):
                     return False
                 begun = time.monotonic()
                 try:
@@ -86,11 +87,12 @@ class Rests:
                 except OSError as failure:
                     if failure.errno not in LACK_OF_ROOM:
                         raise
-                    return fs.make_room()
+                    return fs.host.make_room()
                 if fs.pending.get(ino) is not pending:
                     return True  # it is whole, or removed
                 if not there_is_more:
-                    rest.complete(fs, pending)
+                    with may_wait_for_disk(fs.upper):
+                        incomplete.complete(fs, pending)
                     return True
                 await trio.sleep(min(max(time.monotonic() - begun, _REST), _MOST_REST))
         finally:

@@ -6,7 +6,7 @@
  *
  * Requests that wait for something are answered late, and by another thread than the one that took them: so all
  * that are under way are in a table by their number. Where there are threads all of this is done under the core
- * lock (ring.c); else one thread does it.
+ * lock (core_lock.c); else one thread does it.
  *
  * The durations are counted in ranges, four to each power of two: what is told of them is right to an eighth.
  */
@@ -19,14 +19,16 @@
 #include <string.h>
 #include <time.h>
 
-#include "figures.h"
+#include "request_stats.h"
+
+#include "messages.h"
 
 enum { FORGET = 2, INTERRUPT = 36, BATCH_FORGET = 42 }; /* linux/fuse.h: nobody waits for an answer to these */
 enum {
 	OPERATIONS = 64, /* opcodes; what the kernel has beyond them is counted as 0 */
 	RANGES = 4 * 42, /* of durations: up to an hour */
 	BUCKETS = 256,
-	AT_HAND = 64,    /* so many requests under way need no memory of their own */
+	AT_HAND = 64, /* so many requests under way need no memory of their own */
 };
 
 struct record { /* what is known of an operation */
@@ -40,11 +42,6 @@ struct request { /* one under way */
 	uint32_t operation;
 	bool own; /* has memory of its own */
 	struct request *next;
-};
-
-struct head { /* struct fuse_in_header */
-	uint32_t len, opcode;
-	uint64_t unique;
 };
 
 static struct record records[OPERATIONS];
@@ -81,7 +78,7 @@ static struct request **bucket_of(uint64_t unique)
 
 void figures_begin(const void *request, size_t size)
 {
-	struct head head;
+	struct in_header head;
 
 	if (size < sizeof head)
 		return;
@@ -170,9 +167,9 @@ static PyObject *ranges(const struct record *record)
 	PyObject *list = PyList_New(0);
 
 	for (unsigned i = 0; list && i < RANGES; i++)
-		if (record->ranges[i] && add(list, Py_BuildValue("(KKK)", (unsigned long long)from(i),
-								 (unsigned long long)from(i + 1),
-								 (unsigned long long)record->ranges[i])))
+		if (record->ranges[i] &&
+		    add(list, Py_BuildValue("(KKK)", (unsigned long long)from(i), (unsigned long long)from(i + 1),
+					    (unsigned long long)record->ranges[i])))
 			Py_CLEAR(list);
 	return list;
 }
@@ -185,9 +182,9 @@ static PyObject *py_figures(PyObject *self, PyObject *args)
 
 	for (unsigned i = 0; known && i < OPERATIONS; i++) {
 		const struct record *r = &records[i];
-		if (r->count && add(known, Py_BuildValue("(IKKKN)", i, (unsigned long long)r->count,
-							 (unsigned long long)r->errors, (unsigned long long)r->ns,
-							 ranges(r))))
+		if (r->count &&
+		    add(known, Py_BuildValue("(IKKKN)", i, (unsigned long long)r->count, (unsigned long long)r->errors,
+					     (unsigned long long)r->ns, ranges(r))))
 			Py_CLEAR(known);
 	}
 	for (unsigned b = 0; waiting && b < BUCKETS; b++)
@@ -203,8 +200,8 @@ static PyObject *py_figures(PyObject *self, PyObject *args)
 }
 
 PyMethodDef figures_methods[] = {
-	{"figures", py_figures, METH_NOARGS,
-	 "figures(): (opcode, count, errors, ns, ranges) of each operation, and a range is (from, to, count) of\n"
-	 "durations; (opcode, ns) of each request under way; how many reads were served without Python."},
-	{NULL, NULL, 0, NULL},
+	{ "figures", py_figures, METH_NOARGS,
+	  "figures(): (opcode, count, errors, ns, ranges) of each operation, and a range is (from, to, count) of\n"
+	  "durations; (opcode, ns) of each request under way; how many reads were served without Python." },
+	{ NULL, NULL, 0, NULL },
 };

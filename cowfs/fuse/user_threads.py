@@ -19,7 +19,7 @@ _EACH = 4
 _ANY = trio.CapacityLimiter(math.inf)
 
 
-class Turns:
+class UserThreads:
     """One kind of work. The oldest that waits is next, among those of one user."""
 
     def __init__(self) -> None:
@@ -53,7 +53,7 @@ class Turns:
             return None
         return me
 
-    def others_wait(self, uid: int) -> bool:
+    def has_more_work(self, uid: int) -> bool:
         """Whether more of this user's work waits: then :meth:`end` is for trio's thread alone."""
         return bool(self._limiters[uid].statistics().tasks_waiting)
 
@@ -80,5 +80,5 @@ async def in_thread(call: Callable[[], R], *, may_hang: bool = False) -> R:
         if not is_lack_of_threads(error):
             raise
     if may_hang:
-        raise OSError(errno.EAGAIN, "no thread is to be had")
+        raise OSError(errno.EAGAIN, "no thread available")
     return call()

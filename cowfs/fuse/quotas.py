@@ -44,7 +44,7 @@ def bounds(*, shared: bool) -> Bounds:
     return Bounds(memory // 16 // _A_FILE, descriptors, memory // 32 // _A_NAME, shared)
 
 
-class Share:
+class Quota:
     """So many of one thing, and who has how many of them."""
 
     __slots__ = ("_held", "_left", "_roots", "_shared")
@@ -55,12 +55,16 @@ class Share:
         self._left = total
         self._held: dict[int, int] = {}
 
-    def must_have(self, uid: int) -> None:
-        """Raise EMFILE if a user may not have one more."""
+    def may_have(self, uid: int) -> bool:
+        """Whether a user may have one more."""
         left = self._left
         if uid and self._shared:
             left -= self._roots + self._held.get(uid, 0)
-        if left <= 0:
+        return left > 0
+
+    def must_have(self, uid: int) -> None:
+        """Raise EMFILE if a user may not have one more."""
+        if not self.may_have(uid):
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
     def claim(self, uid: int) -> None:

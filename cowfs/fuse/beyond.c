@@ -1,0 +1,100 @@
+/* Requests that pyfuse3 has no handlers for, and some that libfuse does not know either.
+ *
+ * An answer to a READ is bytes and nothing else. So each of these requests goes on as a READ by a handle number that
+ * no file has, and its message is kept here: the handler asks for it, and answers the bytes that the kernel wants.
+ * An O_TMPFILE looks like a CREATE to the last byte, and is one from here on: of the name "/", which no file has.
+ */
+#include "beyond.h"
+
+#include "messages.h"
+
+#include <linux/fs.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <string.h>
+
+/* linux/fuse.h. */
+enum {
+	READ = 15,
+	CREATE = 35,
+	IOCTL = 39,
+	FALLOCATE = 43,
+	COPY_FILE_RANGE = 47,
+	SYNCFS = 50,
+	TMPFILE = 51,
+	STATX = 52,
+	COPY_FILE_RANGE_64 = 53,
+};
+
+struct read_in { /* struct fuse_read_in */
+	uint64_t fh, offset;
+	uint32_t size, read_flags;
+	uint64_t lock_owner;
+	uint32_t flags, padding;
+};
+
+#define KEPT 512u /* of a message: what follows is data of an ioctl that nobody knows */
+
+static struct in_header last; /* of the last one, as it came */
+static char body[KEPT];
+static size_t body_size;
+
+/* Whether an ioctl is one that the handler knows. Others are many: each program that asks for a terminal sends one. */
+static bool is_known(const struct in_header *head, size_t size)
+{
+	uint32_t command;
+
+	if (size < sizeof *head + sizeof(uint64_t) + 2 * sizeof command)
+		return false;
+	memcpy(&command, (const char *)(head + 1) + sizeof(uint64_t) + sizeof command, sizeof command);
+	return command == FS_IOC_GETFLAGS || command == FS_IOC_SETFLAGS || command == FS_IOC_GETVERSION ||
+	       command == FS_IOC_FSGETXATTR || command == FS_IOC_FSSETXATTR;
+}
+
+size_t beyond_received(void *request, size_t size)
+{
+	struct in_header *head = request;
+	struct read_in as_read = { .fh = BEYOND };
+
+	if (size < sizeof *head)
+		return size;
+	switch (head->opcode) {
+	case TMPFILE:
+		head->opcode = CREATE;
+		return size;
+	case IOCTL:
+		if (!is_known(head, size))
+			return size;
+		break;
+	case FALLOCATE:
+	case COPY_FILE_RANGE:
+	case COPY_FILE_RANGE_64:
+	case SYNCFS:
+	case STATX:
+		break;
+	default:
+		return size;
+	}
+	last = *head;
+	body_size = size - sizeof *head < KEPT ? size - sizeof *head : KEPT;
+	memcpy(body, head + 1, body_size);
+	head->opcode = READ;
+	head->len = sizeof *head + sizeof as_read;
+	head->extlen = 0;
+	memcpy(head + 1, &as_read, sizeof as_read); /* the buffer has room for the longest write */
+	return head->len;
+}
+
+static PyObject *message(PyObject *self, PyObject *args)
+{
+	(void)self, (void)args;
+	return Py_BuildValue("(IKIIy#)", last.opcode, (unsigned long long)last.nodeid, last.uid, last.pid, body,
+			     (Py_ssize_t)body_size);
+}
+
+PyMethodDef beyond_methods[] = {
+	{ "message", message, METH_NOARGS,
+	  "message(): what the last request was that came as a read by the handle number BEYOND: opcode, inode, user,\n"
+	  "process, and what follows the header." },
+	{ NULL, NULL, 0, NULL },
+};

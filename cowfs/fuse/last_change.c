@@ -1,0 +1,127 @@
+/* What was changed last, for observer.py: most changes are more of the same, by the same process to the same file, and
+ * so need not be told again.
+ */
+#define _GNU_SOURCE
+#include "last_change.h"
+
+#include <fcntl.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "last_request.h"
+
+static struct {
+	uint64_t ino, begun, last; /* ns */
+	uint32_t pid, uid;
+	long known; /* what goes_on() has told of already */
+} noted;
+
+/* Its command line, which it loses when it ends or becomes another program. */
+enum { LONGEST_COMMAND = 4096 };
+static int commanding = -1;
+static char command[LONGEST_COMMAND];
+static ssize_t command_size;
+
+/* Whether the process is yet what it was when it was noted. In so little time it cannot have become another one. */
+static bool is_same(void)
+{
+	enum { SOON = 100 * 1000, A_WHILE = 10 * 1000 * 1000 };
+	char now_is[LONGEST_COMMAND];
+	struct timespec time;
+
+	clock_gettime(CLOCK_MONOTONIC, &time);
+	uint64_t now = time.tv_sec * UINT64_C(1000000000) + time.tv_nsec;
+	bool soon = now - noted.last < SOON && now - noted.begun < A_WHILE;
+	noted.last = now;
+	if (soon)
+		return true;
+	noted.begun = now;
+	return command_size > 0 && pread(commanding, now_is, sizeof now_is, 0) == command_size &&
+	       !memcmp(now_is, command, (size_t)command_size);
+}
+
+static PyObject *identify(PyObject *self, PyObject *args)
+{
+	const char *content;
+	Py_ssize_t size;
+	int fd;
+
+	(void)self;
+	if (!PyArg_ParseTuple(args, "iy#", &fd, &content, &size))
+		return NULL;
+	if (commanding >= 0)
+		close(commanding);
+	commanding = fd >= 0 && size <= LONGEST_COMMAND ? fcntl(fd, F_DUPFD_CLOEXEC, 0) : -1;
+	command_size = commanding >= 0 ? size : 0;
+	memcpy(command, content, (size_t)command_size);
+	Py_RETURN_NONE;
+}
+
+static PyObject *note(PyObject *self, PyObject *args)
+{
+	unsigned long long ino;
+	unsigned pid, uid;
+
+	(void)self;
+	if (!PyArg_ParseTuple(args, "KII", &ino, &pid, &uid))
+		return NULL;
+	bool same = pid && noted.pid == pid && noted.uid == uid && is_same();
+	noted.ino = ino;
+	noted.pid = pid;
+	noted.uid = uid;
+	noted.known = 0;
+	return PyBool_FromLong(same);
+}
+
+enum { IS_WRITE = 1, IS_CHMOD = 2, IS_CHOWN = 4, IS_UTIMES = 8 };
+
+static PyObject *wrote(PyObject *self, PyObject *args)
+{
+	unsigned long long ino;
+
+	(void)self;
+	if (!PyArg_ParseTuple(args, "K", &ino))
+		return NULL;
+	if (noted.ino == ino)
+		noted.known |= IS_WRITE;
+	Py_RETURN_NONE;
+}
+
+static PyObject *goes_on(PyObject *self, PyObject *args)
+{
+	enum { SETATTR = 4, WRITE = 16, FATTR_MODE = 1, FATTR_OWNER = 6, FATTR_SIZE = 8, FATTR_TIMES = 48 };
+	long found = 0;
+
+	(void)self, (void)args;
+	if (!last_request || !noted.ino || request_word(PID) != noted.pid || request_word(UID) != noted.uid)
+		return PyLong_FromLong(-1);
+	if (request_inode() != noted.ino || !is_same())
+		return PyLong_FromLong(-1);
+	if (request_word(OPCODE) == WRITE)
+		return PyLong_FromLong(IS_WRITE & ~noted.known);
+	if (request_word(OPCODE) != SETATTR || request_word(BODY) & FATTR_SIZE)
+		return PyLong_FromLong(-1);
+	found = request_word(BODY) & FATTR_OWNER   ? IS_CHOWN
+		: request_word(BODY) & FATTR_MODE  ? IS_CHMOD
+		: request_word(BODY) & FATTR_TIMES ? IS_UTIMES
+						   : 0;
+	found &= ~noted.known;
+	noted.known |= found;
+	return PyLong_FromLong(found);
+}
+
+PyMethodDef last_change_methods[] = {
+	{ "note", note, METH_VARARGS,
+	  "note(inode, pid, uid): a process has changed an inode; 0: other than by what goes_on() knows. Returns whether the\n"
+	  "last change was the same process's." },
+	{ "identify", identify, METH_VARARGS,
+	  "identify(fd, command): the process that was noted last has this command line, which is read from fd; -1: none." },
+	{ "goes_on", goes_on, METH_NOARGS,
+	  "goes_on(): whether the request that has just come changes what note() was told of last, by the same\n"
+	  "process: 1 for a write, 2 for a mode, 4 for an owner, 8 for times; 0 if that was told before; else -1." },
+	{ "wrote", wrote, METH_VARARGS, "wrote(inode): the write that goes_on() has told of has succeeded." },
+	{ NULL, NULL, 0, NULL },
+};

@@ -1,0 +1,443 @@
+"""Who changes what, told to whoever wants to know: those who watch the mount, and the record in its store.
+
+While somebody does, the adapter has a class of its own, derived from its class, whose handlers call the
+original and tell what came of it. So nothing is tested, and nothing costs, where nobody wants to know.
+
+The process that makes a change is looked at when it has been made and is not answered yet: until then it
+waits, whatever signal it gets, and its number is its own.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import trio
+
+from cowfs.fuse import libfuse
+from cowfs.fuse.adapter import Adapter
+from cowfs.fuse.feeds import Feed
+from cowfs.fuse.paths import Place, join
+from cowfs.fuse.recorder import Recorder
+from cowfs.linux.processes import Process, Processes
+from cowfs.overlay.node import APART, Node
+from cowfs.overlay.overlay import Overlay
+from cowfs.store.format.records import OPERATIONS
+
+log = logging.getLogger(__name__)
+
+_BURST_NS = 1_000_000_000
+"""Of what one process writes to one file one who watches is told so often, and after the last of it."""
+_LOOK = 0.25
+_SAVE = 1.0
+"""Seconds."""
+_KERNEL = 0xFFFFFFFF
+"""The user whom the kernel writes as what was changed by mmap(2); it has no process, as it has for no other
+request but one from outside of our PID namespace."""
+_EXCHANGE = 2  # RENAME_EXCHANGE
+_BITS = {name: 1 << number for number, name in enumerate(OPERATIONS)}
+_MORE = {2: _BITS["chmod"], 4: _BITS["chown"], 8: _BITS["utimes"]}
+"""Of what :func:`cowfs.fuse.libfuse.goes_on` tells."""
+
+
+class Observer:
+    """Tells those who watch a mount, and records for ``cowfs blame``."""
+
+    def __init__(
+        self, adapter: Adapter, fs: Overlay, in_trio: Callable[[Callable[[], object]], None]
+    ) -> None:
+        self._adapter = adapter
+        self._nodes = fs.nodes
+        self._fs = fs
+        self._plain = type(adapter)
+        self._processes = Processes()
+        self.recorder: Recorder | None = None
+        """What records, if anything does."""
+        self._wanted = trio.Event()
+        self.feed = Feed(in_trio, self._watched)
+        self.feed.settle = self._end_bursts
+        self._bursts: dict[Node, dict[int, _Burst]] = {}
+        self._lent: dict[int, tuple[Process | None, int]] = {}
+        """Files that the kernel writes by itself: who opened them, and when they had been changed last."""
+        self._last: Process | None = None
+        """Who made the last change."""
+
+    def record(self, recorder: Recorder) -> None:
+        """Record from now on."""
+        self.recorder = recorder
+        self._watched()
+
+    def _watched(self) -> None:
+        """Begin or end to look at what is done, as somebody wants that or nobody does."""
+        wanted = bool(self.feed.watchers) or self.recorder is not None
+        derived = type(self._adapter) is not self._plain
+        if wanted and not derived:
+            self._adapter.__class__ = _derived(self._plain, self)
+            self._wanted.set()
+        elif derived and not wanted:
+            self._adapter.__class__ = self._plain
+            self._wanted = trio.Event()
+            self._processes.close()
+        libfuse.note(0, 0, 0)
+        self._adapter.lend(wanted=not wanted)
+        if not self.feed.watchers:
+            self._bursts.clear()
+            self._lent.clear()
+
+    async def run(self) -> None:
+        """Write down what is recorded, and tell the end of what is written, until cancelled."""
+        saved = time.monotonic()
+        while True:
+            await self._wanted.wait()
+            await trio.sleep(_LOOK if self.feed.watchers else _SAVE)
+            try:
+                self._end_bursts(time.monotonic_ns() - _BURST_NS)
+                if self.recorder is not None and time.monotonic() - saved >= _SAVE:
+                    saved = time.monotonic()
+                    self.recorder.save()
+            except Exception:
+                log.exception("changes are not told")
+
+    def close(self) -> None:
+        """Write down what is new. Comes before the store is closed."""
+        if self.recorder is not None:
+            self.recorder.close()
+        self._processes.close()
+
+    # --- what happens
+
+    def _who(self, pid: int, uid: int, ino: int = 0) -> Process | None:
+        """Return who makes a change now; of the inode *ino*, if it may go on."""
+        if uid == _KERNEL:
+            libfuse.note(0, 0, 0)
+            return None
+        if not libfuse.note(ino if self.recorder is not None and not self.feed.watchers else 0, pid, uid):
+            self._look(pid, uid)
+        return self._last
+
+    def _look(self, pid: int, uid: int) -> None:
+        self._last = self._processes.look_at(pid, uid) or Process(0, uid, "", (), "")
+        libfuse.identify(*self._processes.known_by(pid, uid))
+
+    def named(
+        self, operation: str, ctx: Any, place: Place, node: Node | None, to: Place | None = None
+    ) -> None:
+        """A name was made or taken away, or became another."""
+        is_kept = _is_kept(place[0])
+        goes_on = operation == "create" and node is not None and is_kept
+        process = self._who(ctx.pid, ctx.uid, node.ino if goes_on and node is not None else 0)
+        if self.recorder is not None and is_kept:
+            self.recorder.named(_BITS[operation], process, node, place, to)
+        if self.feed.watchers:
+            self.feed.tell(operation, process, join(place), None if to is None else join(to))
+
+    def created(self, ctx: Any, parent: int, name: bytes, ino: int) -> None:
+        """A file was made. Raises nothing."""
+        try:
+            directory, node = self._nodes.get(parent), self._nodes.get(ino)
+            if self.feed.watchers or self.recorder is None or node is None or not _is_kept(node):
+                self.named("create", ctx, (directory, name), node)
+                return
+            if not libfuse.note(ino, ctx.pid, ctx.uid):
+                self._look(ctx.pid, ctx.uid)
+            self.recorder.created(self._last, directory, name, node)
+        except Exception:
+            log.exception("a change is not told")
+
+    def changed(self, operation: str, pid: int, uid: int, node: Node | None) -> None:
+        """A file was changed."""
+        place = None if node is None else self._place(node)
+        if node is None or place is None:  # it has no name any more: nobody can ask for it
+            return
+        is_kept = _is_kept(node)
+        process = self._who(pid, uid, node.ino if is_kept else 0)
+        if self.recorder is not None and is_kept:
+            self.recorder.changed(_BITS[operation], process, node, place)
+        if self.feed.watchers:
+            if operation == "write":
+                self._written(node, process, place)
+            else:
+                self.feed.tell(operation, process, join(place))
+
+    def _place(self, node: Node) -> Place | None:
+        return self._nodes.place(node) if node is not self._nodes.root else (None, b"")
+
+    def leaves(self, node: Node | None, moved: bool = False) -> None:
+        """A file is about to lose the name that it has, or has lost it."""
+        if node is None:
+            return
+        if node in self._bursts:
+            self._end_burst(node)
+        if self.recorder is not None:
+            self.recorder.closes(node, moved=moved)
+
+    def reverted(self, path: bytes) -> None:
+        """Something was taken back, not by a request: it is told of, and names may be others now."""
+        if self.recorder is not None:
+            self.recorder.forget()
+        if self.feed.watchers:
+            self.feed.tell("revert", None, path)
+
+    # --- writing, as those who watch are told of it
+
+    def _written(self, node: Node, process: Process | None, place: Place) -> None:
+        """Tell of the first write, then once a second, and after the last."""
+        bursts = self._bursts.setdefault(node, {})
+        burst = bursts.get(id(process))
+        if burst is not None:
+            burst.goes_on = True
+            return
+        bursts[id(process)] = _Burst(process, time.monotonic_ns())
+        self.feed.tell("write", process, join(place))
+
+    def _end_bursts(self, begun_before: int | None = None) -> None:
+        for node in list(self._bursts):
+            self._end_burst(node, begun_before)
+
+    def _end_burst(self, node: Node, begun_before: int | None = None) -> None:
+        bursts = self._bursts[node]
+        for key, burst in list(bursts.items()):
+            if begun_before is not None and burst.told > begun_before:
+                continue
+            place = self._place(node) if burst.goes_on else None
+            if place is not None:
+                self.feed.tell("write", burst.process, join(place))
+            if place is not None and begun_before is not None:
+                burst.told, burst.goes_on = time.monotonic_ns(), False
+            else:
+                del bursts[key]
+        if not bursts:
+            del self._bursts[node]
+
+    # --- what the kernel writes by itself
+
+    def opened(self, fh: int, flags: int, ctx: Any, node: Node | None) -> None:
+        """A file was opened: the kernel may write it without a word."""
+        if node is not None and flags & os.O_ACCMODE != os.O_RDONLY and self._adapter.lends(node):
+            self._lent[fh] = self._who(ctx.pid, ctx.uid), self._fs.stat(node).st_ctime_ns
+
+    def closing(self, fh: int) -> None:
+        """A file is about to be closed."""
+        process, changed = self._lent.pop(fh)
+        node = self._adapter.node_of(fh)
+        place = None if node is None else self._place(node)
+        if node is not None and place is not None and self._fs.stat(node).st_ctime_ns != changed:
+            self.feed.tell("write", process, join(place))
+
+    @property
+    def lent(self) -> dict[int, Any]:
+        """Those files, by their numbers."""
+        return self._lent
+
+
+class _Burst:
+    """What a process writes to a file."""
+
+    __slots__ = ("goes_on", "process", "told")
+
+    def __init__(self, process: Process | None, told: int) -> None:
+        self.process = process
+        self.told = told
+        """When that was told last (monotonic_ns)."""
+        self.goes_on = False
+        """Whether it has written since."""
+
+
+# --- the handlers
+
+
+def _is_kept(node: Node | None) -> bool:
+    """Whether the store keeps what is done to it, and so may keep a record of that."""
+    return node is None or not node.ino & APART
+
+
+def _derived(kind: type[Adapter], observer: Observer) -> type[Adapter]:
+    """Return a class like *kind* whose handlers tell the observer what they have done."""
+    families = _making, _taking, _writing, _changing
+    handlers = {name: it for family in families for name, it in family(kind, observer).items()}
+    told = {name: _wrapped(name, getattr(kind, name), handler) for name, handler in handlers.items()}
+    return type(kind.__name__, (kind,), {"__slots__": (), **told})
+
+
+def _wrapped(name: str, method: Any, handler: Any) -> Any:
+    handler = functools.wraps(method)(handler)
+    handler.__name__ = name
+    return handler
+
+
+def _guarded(call: Callable[..., None]) -> Callable[..., None]:
+    """Let what goes wrong here be no answer to who asks for something else."""
+
+    def guarded(*args: Any) -> None:
+        try:
+            call(*args)
+        except Exception:
+            log.exception("a change is not told")
+
+    return guarded
+
+
+def _making(kind: type[Adapter], observer: Observer) -> dict[str, Any]:
+    nodes = observer._nodes
+    named = _guarded(observer.named)
+    opened, watchers = _guarded(observer.opened), observer.feed.watchers
+    created, plain_create = observer.created, kind.create
+
+    def maker(operation: str) -> Any:
+        make = getattr(kind, operation)
+
+        async def handler(self: Adapter, parent: int, name: bytes, *args: Any) -> Any:
+            entry = await make(self, parent, name, *args)
+            named(operation, args[-1], (nodes.get(parent), name), nodes.get(entry.st_ino))
+            return entry
+
+        return handler
+
+    async def create(self: Adapter, parent: int, name: bytes, mode: int, flags: int, ctx: Any) -> Any:
+        info, entry = await plain_create(self, parent, name, mode, flags, ctx)
+        created(ctx, parent, name, entry.st_ino)
+        if watchers:
+            opened(info.fh, flags, ctx, nodes.get(entry.st_ino))
+        return info, entry
+
+    async def link(self: Adapter, inode: int, parent: int, name: bytes, ctx: Any) -> Any:
+        node = nodes.get(inode)
+        before = None if node is None else nodes.place(node)
+        entry = await kind.link(self, inode, parent, name, ctx)
+        place = (nodes.get(parent), name)
+        if before is None:
+            named("link", ctx, place, node)
+        else:
+            named("link", ctx, before, node, place)
+        return entry
+
+    makers = {operation: maker(operation) for operation in ("mkdir", "mknod", "symlink")}
+    return {**makers, "create": create, "link": link}
+
+
+def _taking(kind: type[Adapter], observer: Observer) -> dict[str, Any]:
+    nodes = observer._nodes
+    named, leaves = _guarded(observer.named), _guarded(observer.leaves)
+
+    def child(parent: int, name: bytes) -> Node | None:
+        directory = nodes.get(parent)
+        return nodes.child(directory, name) if directory is not None and directory.is_dir else None
+
+    def taker(method: str, operation: str) -> Any:
+        take = getattr(kind, method)
+
+        async def handler(self: Adapter, parent: int, name: bytes, ctx: Any) -> None:
+            node = child(parent, name)
+            leaves(node)
+            await take(self, parent, name, ctx)
+            leaves(node)  # it may have been written to meanwhile
+            named(operation, ctx, (nodes.get(parent), name), node)
+
+        return handler
+
+    async def rename(self: Adapter, old: int, name: bytes, new: int, to: bytes, flags: int, ctx: Any) -> None:
+        concerned = child(old, name), child(new, to)
+        for node in concerned:
+            leaves(node, True)
+        await kind.rename(self, old, name, new, to, flags, ctx)
+        for node in concerned:
+            leaves(node, True)
+        operation = "exchange" if flags & _EXCHANGE else "rename"
+        named(operation, ctx, (nodes.get(old), name), concerned[0], (nodes.get(new), to))
+
+    return {"unlink": taker("unlink", "remove"), "rmdir": taker("rmdir", "rmdir"), "rename": rename}
+
+
+def _writing(kind: type[Adapter], observer: Observer) -> dict[str, Any]:
+    """Return write and setattr: a call that continues an earlier one takes a shorter way."""
+    nodes, changed, goes_on = observer._nodes, _guarded(observer.changed), libfuse.goes_on
+
+    def write(self: Adapter, fh: int, off: int, buf: bytes) -> Any:
+        bits = goes_on()
+        if bits < 0:
+            return first_write(self, fh, off, buf)
+        answer = kind.write(self, fh, off, buf)
+        return written(answer) if bits else answer
+
+    async def written(answer: Any) -> Any:
+        """Let the last record tell of a write, too, if it succeeds."""
+        recorder = observer.recorder
+        record = None if recorder is None else recorder.last
+        result = await answer
+        if recorder is not None and record is not None:
+            recorder.wrote(record)
+        return result
+
+    def setattr_(self: Adapter, inode: int, attr: Any, fields: Any, fh: int | None, ctx: Any) -> Any:
+        bits = goes_on()
+        if bits < 0:
+            return first_setattr(self, inode, attr, fields, fh, ctx)
+        if bits and observer.recorder is not None:
+            observer.recorder.adds(_MORE[bits])  # not after it has succeeded: that takes longer, and it will
+        return kind.setattr(self, inode, attr, fields, fh, ctx)
+
+    async def first_write(self: Adapter, fh: int, off: int, buf: bytes) -> int:
+        pid, uid, _ = libfuse.request()
+        if fh & libfuse.UNOPENED:
+            node = nodes.get(fh ^ libfuse.UNOPENED)
+        else:
+            node = self.node_of(fh)
+        written = await kind.write(self, fh, off, buf)
+        changed("write", pid, uid if pid else _KERNEL, node)
+        return written
+
+    async def first_setattr(
+        self: Adapter, inode: int, attr: Any, fields: Any, fh: int | None, ctx: Any
+    ) -> Any:
+        entry = await kind.setattr(self, inode, attr, fields, fh, ctx)
+        operation = _of(fields)
+        if operation:
+            changed(operation, ctx.pid, ctx.uid, nodes.get(inode))
+        return entry
+
+    return {"write": write, "setattr": setattr_}
+
+
+def _changing(kind: type[Adapter], observer: Observer) -> dict[str, Any]:
+    nodes, lent, watchers = observer._nodes, observer.lent, observer.feed.watchers
+    changed, opened = _guarded(observer.changed), _guarded(observer.opened)
+    closing = _guarded(observer.closing)
+
+    async def setxattr(self: Adapter, inode: int, name: bytes, value: bytes, ctx: Any) -> None:
+        await kind.setxattr(self, inode, name, value, ctx)
+        changed("setxattr", ctx.pid, ctx.uid, nodes.get(inode))
+
+    async def removexattr(self: Adapter, inode: int, name: bytes, ctx: Any) -> None:
+        await kind.removexattr(self, inode, name, ctx)
+        changed("removexattr", ctx.pid, ctx.uid, nodes.get(inode))
+
+    async def open_(self: Adapter, inode: int, flags: int, ctx: Any) -> Any:
+        info = await kind.open(self, inode, flags, ctx)
+        node = nodes.get(inode)
+        if flags & os.O_TRUNC:
+            changed("truncate", ctx.pid, ctx.uid, node)
+        if watchers:
+            opened(info.fh, flags, ctx, node)
+        return info
+
+    def release(self: Adapter, fh: int) -> Any:
+        if fh in lent:
+            closing(fh)
+        return kind.release(self, fh)
+
+    return {"setxattr": setxattr, "removexattr": removexattr, "open": open_, "release": release}
+
+
+def _of(fields: Any) -> str:
+    """Return what a SETATTR changes, in one word."""
+    if fields.update_size:
+        return "truncate"
+    if fields.update_uid or fields.update_gid:
+        return "chown"
+    if fields.update_mode:
+        return "chmod"
+    return "utimes" if fields.update_mtime or fields.update_atime else ""

@@ -1,0 +1,79 @@
+"""Give memory back: when the kernel has forgotten most of what it knew, and when memory is short.
+
+The kernel drops inodes when *it* needs memory, and tells us; the nodes are freed then, but not the pages that
+they were on, and not what was read of images meanwhile. Both are done here: caches forget what they can read
+again, and the allocator gives back what nobody uses (malloc_trim(3)).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import logging
+import os
+import re
+import time
+from contextlib import suppress
+
+from cowfs.layers.base import Cached
+from cowfs.layers.slow import unwrapped
+from cowfs.linux import limits
+from cowfs.overlay.overlay import Overlay
+
+log = logging.getLogger(__name__)
+
+_FEW = 4096
+"""So many nodes are not worth the work."""
+_SHORT = 5.0
+"""Percent of the last ten seconds in which somebody had to wait for memory (PSI): then it is short."""
+_AGAIN = 30.0
+"""Seconds until caches are emptied again for that: they would be of no use."""
+_SOME = re.compile(rb"some avg10=(\d+\.\d+)")
+
+
+class MemoryReclaimer:
+    """Looks after the memory of a union's daemon; made while the system's files are in reach."""
+
+    def __init__(self, fs: Overlay) -> None:
+        self._fs = fs
+        self._emptied = 0.0
+        self._pressure = _open_pressure()
+
+    def look(self) -> None:
+        """Give back what can be given back, if it is time for that. To be called every few seconds."""
+        nodes = self._fs.nodes
+        if nodes.most - len(nodes) > max(_FEW, nodes.most // 2):
+            self._give_back()
+        elif self._is_short() and time.monotonic() - self._emptied > _AGAIN:
+            log.info("memory is short: caches are emptied")
+            self._give_back()
+
+    def _give_back(self) -> None:
+        fs = self._fs
+        self._emptied = time.monotonic()
+        uppers = [union.upper for union in fs.unions()]
+        for layer in (*uppers, *fs.lowers):
+            inner = unwrapped(layer)
+            if isinstance(inner, Cached):
+                inner.shrink()
+        fs.nodes.compact()
+        gc.collect()
+        with suppress(AttributeError):  # another C library than glibc
+            ctypes.CDLL(None).malloc_trim(0)
+
+    def _is_short(self) -> bool:
+        if self._pressure < 0:
+            return False
+        try:
+            found = _SOME.match(os.pread(self._pressure, 100, 0))
+        except OSError:  # the cgroup is gone
+            return False
+        return found is not None and float(found[1]) > _SHORT
+
+
+def _open_pressure() -> int:
+    """Return a descriptor of what tells the pressure on our memory, for good; -1 where nothing does."""
+    for path in (limits.cgroup_file("memory.pressure"), "/proc/pressure/memory"):
+        with suppress(OSError):
+            return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    return -1
