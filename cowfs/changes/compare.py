@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Generator, Iterable
 from contextlib import closing
 from dataclasses import dataclass
 
-from cowfs.changes.marks import Marks
 from cowfs.layers.base import File, Key, LowerLayer
 from cowfs.layers.partial import Part, PartialFile, either
+from cowfs.overlay.xattr_format import XattrFormat
 from cowfs.types import Attr
 
+_QUIETLY = os.O_RDONLY | os.O_NOATIME
 _CHUNK = 1 << 20
 _SECOND = 1_000_000_000
+_NO_XATTRS = {errno.ENODATA, errno.EOPNOTSUPP, errno.EPERM, errno.EACCES}
 
 
 @dataclass(slots=True)
@@ -33,23 +36,25 @@ class Inode:
         """Open its data."""
         layer, key = self.data or (self.layer, self.key)
         if self.end is None:
-            return layer.open(key, os.O_RDONLY)
-        source = layer.open(key, os.O_RDONLY)
+            return layer.open(key, _QUIETLY)
+        source = layer.open(key, _QUIETLY)
         try:
-            return PartialFile(Part(self.end, 1), self.layer.open(self.key, os.O_RDONLY), source)
+            return PartialFile(Part(self.end, 1), self.layer.open(self.key, _QUIETLY), source)
         except BaseException:
             source.close()
             raise
 
 
-def compare(new: Inode, old: Inode, marks: Marks) -> Generator[None, None, tuple[str, ...]]:
+def compare(
+    new: Inode, old: Inode, xattrs: XattrFormat, *, directory_times: bool = False
+) -> Generator[None, None, tuple[str, ...]]:
     """Return which of ``type content mode owner times xattrs target device`` differ.
 
     Blocks, but yields before each MiB of content that it reads.
 
     Another type is a difference that says it all: ``type`` comes alone. Of the times only that of
-    the last write to the data counts, and a directory's does not: it changes with every entry made
-    in it. Neither do inode numbers and link counts.
+    the last write to the data counts, and a directory's does not, unless *directory_times*: it changes with
+    every entry made in it. Neither do inode numbers and link counts.
     """
     if stat.S_IFMT(new.attr.st_mode) != stat.S_IFMT(old.attr.st_mode):
         return ("type",)
@@ -61,15 +66,46 @@ def compare(new: Inode, old: Inode, marks: Marks) -> Generator[None, None, tuple
         what.append("mode")
     if (new.attr.st_uid, new.attr.st_gid) != (old.attr.st_uid, old.attr.st_gid):
         what.append("owner")
-    if not stat.S_ISDIR(mode) and not _same_time(new.attr.st_mtime_ns, old.attr.st_mtime_ns):
+    if (directory_times or not stat.S_ISDIR(mode)) and not _same_time(
+        new.attr.st_mtime_ns, old.attr.st_mtime_ns
+    ):
         what.append("times")
-    if marks.shown_xattrs(new.layer, new.key) != marks.shown_xattrs(old.layer, old.key):
+    if shown_xattrs(new, xattrs) != shown_xattrs(old, xattrs):
         what.append("xattrs")
     if stat.S_ISLNK(mode) and new.layer.readlink(new.key) != old.layer.readlink(old.key):
         what.append("target")
     if (stat.S_ISCHR(mode) or stat.S_ISBLK(mode)) and new.attr.st_rdev != old.attr.st_rdev:
         what.append("device")
     return tuple(what)
+
+
+def differing(new: Inode, old: Inode, xattrs: XattrFormat) -> tuple[bytes, ...]:
+    """Return the names, as users know them, of the xattrs that differ, or that one has and not the other."""
+    one, other = shown_xattrs(new, xattrs), shown_xattrs(old, xattrs)
+    return tuple(sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name)))
+
+
+def shown_xattrs(inode: Inode, xattrs: XattrFormat) -> dict[bytes, bytes]:
+    """Return the xattrs that users see, by the names that they know; empty where the layer has none."""
+    values = {}
+    for name in _names(inode):
+        shown = xattrs.shown(name)
+        try:
+            if shown is not None:
+                values[shown] = inode.layer.getxattr(inode.key, name)
+        except OSError as error:
+            if error.errno not in _NO_XATTRS:
+                raise
+    return values
+
+
+def _names(inode: Inode) -> list[bytes]:
+    try:
+        return inode.layer.listxattr(inode.key)
+    except OSError as error:
+        if error.errno in _NO_XATTRS:
+            return []
+        raise
 
 
 def _same_time(new: int, old: int) -> bool:
@@ -96,7 +132,7 @@ def _same_content(new: Inode, old: Inode) -> Generator[None, None, bool]:
         old_file = old.open()
         try:
             size = new.attr.st_size
-            written = new.layer.open(new.key, os.O_RDONLY) if is_same else None
+            written = new.layer.open(new.key, _QUIETLY) if is_same else None
             if written is not None:
                 with closing(written):  # the rest is the same, unread
                     return (yield from _same_bytes(new_file, old_file, written.segments(size)))

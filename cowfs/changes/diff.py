@@ -22,12 +22,14 @@ import stat
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 
-from cowfs.changes.compare import Inode, compare
+from cowfs.changes.compare import Inode, compare, differing
 from cowfs.changes.links import Aliases, find_aliases
 from cowfs.changes.lowers import Lower, LowerView
-from cowfs.changes.marks import Marks, below, is_whiteout, join, type_name
-from cowfs.changes.scan import GONE, readdir, rename_source, renamed
+from cowfs.changes.paths import join, type_name
+from cowfs.changes.scan import GONE, readdir, rename_source, renamed, source_of
 from cowfs.layers.base import Key, LowerLayer, UpperLayer
+from cowfs.overlay.stack import Stack, is_whiteout, notes_of
+from cowfs.overlay.xattr_format import Notes, XattrFormat
 from cowfs.types import Attr, Change
 
 
@@ -37,16 +39,20 @@ def diff(
     lowers: Sequence[LowerLayer],
     prefix: bytes,
     index: Key | None = None,
+    *,
+    directory_times: bool = False,
 ) -> Iterator[Change]:
     """Yield every change, sorted by name within each directory, a directory before its contents.
 
     *lowers* are topmost first; *prefix* is that of the overlay's xattrs (``trusted.overlay.``);
-    *index* is the directory of hard links in the upper layer, if there is one. Blocks as the layers
-    do: between two changes whole files may be compared. Holds the names of one directory a level,
-    and the renamed paths, in memory. The tree may be in use: then each line was true at some moment,
-    and what goes meanwhile is left out. Raises the layers' :class:`OSError`.
+    *index* is the directory of hard links in the upper layer, if there is one. With *directory_times*
+    a directory whose time alone differs is told, too. Blocks as the layers do: between two changes
+    whole files may be compared. Holds the names of one directory a level, and the renamed paths, in
+    memory. The tree may be in use: then each line was true at some moment, and what goes meanwhile is
+    left out. Raises the layers' :class:`OSError`.
     """
-    return (step for step in steps(upper, upper_root, lowers, prefix, index) if step is not None)
+    told = steps(upper, upper_root, lowers, prefix, index, directory_times=directory_times)
+    return (step for step in told if step is not None)
 
 
 def steps(
@@ -55,12 +61,14 @@ def steps(
     lowers: Sequence[LowerLayer],
     prefix: bytes,
     index: Key | None = None,
+    *,
+    directory_times: bool = False,
 ) -> Iterator[Change | None]:
     """Like :func:`diff`, but yield None again and again, after at most an inode or a MiB of content.
 
     For a caller who has other things to do meanwhile.
     """
-    return _Diff(upper, upper_root, lowers, prefix, index).run()
+    return _Diff(upper, upper_root, lowers, prefix, index, directory_times).run()
 
 
 @dataclass(slots=True)
@@ -90,26 +98,27 @@ class _Diff:
         lowers: Sequence[LowerLayer],
         prefix: bytes,
         index: Key | None,
+        directory_times: bool,
     ) -> None:
         self._upper = upper
         self._root = upper_root
-        self._marks = Marks(prefix)
-        self._view = LowerView(lowers, self._marks)
+        self._xattrs = XattrFormat(prefix)
+        self._view = LowerView(Stack(lowers, self._xattrs))
         self._index = index
+        self._directory_times = directory_times
         self._moved: frozenset[bytes] = frozenset()
         self._aliases = Aliases()
 
     def run(self) -> Iterator[Change | None]:
-        self._moved = yield from renamed(self._upper, self._root, self._marks)
+        self._moved = yield from renamed(self._upper, self._root, self._xattrs)
         if self._index is not None:
             self._aliases = yield from find_aliases(self._upper, self._index, self._view)
         base = self._view.root()
         if base is not None:
-            what = yield from self._compare(
-                Inode(self._upper, self._root, self._upper.stat(self._root)), base
-            )
+            new = Inode(self._upper, self._root, self._upper.stat(self._root))
+            what, names = yield from self._compare(new, base)
             if what:
-                yield Change("M", b"", what, type="directory")
+                yield Change("M", b"", what, type="directory", xattrs=names)
         # A stack of our own: trees may be deeper than the interpreter's.
         levels = [self._contents(_Directory(b"", self._root, base, b"", merged=True))]
         while levels:
@@ -144,7 +153,7 @@ class _Diff:
     def _entry(self, here: _Directory, name: bytes) -> Iterator[_Step]:
         path, natural = join(here.path, name), join(here.base_path, name)
         hit = None if here.upper is None else self._upper.lookup(here.upper, name)
-        if hit is None or is_whiteout(hit[1]):
+        if hit is None or is_whiteout(self._upper, *hit, self._xattrs):
             base = None if natural in self._moved else self._base(here, name)
             if base is None:
                 return
@@ -155,7 +164,8 @@ class _Diff:
                 self._view.forget(base)
             return
         key, attr = hit
-        source = rename_source(self._upper, key, attr, here.base_path, self._marks)
+        notes = self._notes(key, attr)
+        source = rename_source(notes, attr, here.base_path, self._xattrs)
         if source is not None and (here.base is None or source != natural):
             origin = self._view.resolve(source)
             if origin is not None and origin.is_dir == stat.S_ISDIR(attr.st_mode):
@@ -163,15 +173,15 @@ class _Diff:
                 if base is not None:
                     yield Change("D", path, type=type_name(base.attr.st_mode))
                     self._view.forget(base)
-                yield from self._renamed(path, key, attr, origin, source)
+                yield from self._renamed(path, key, attr, notes, origin, source)
                 return
             source = None
         base = None if source is None and natural in self._moved else self._base(here, name)
         if stat.S_ISDIR(attr.st_mode):
-            shows = source is not None or (here.merged and not self._marks.opaque(self._upper, key))
+            shows = source is not None or (here.merged and not self._xattrs.is_opaque(notes))
             yield from self._directory(path, key, attr, base, natural, shows)
         else:
-            yield from self._file(here, path, key, attr, base)
+            yield from self._file(here, path, key, attr, notes, base)
 
     def _base(self, here: _Directory, name: bytes) -> Lower | None:
         return None if here.base is None else self._view.lookup(here.base, name)
@@ -184,17 +194,26 @@ class _Diff:
         key = self._aliases.keys.get(natural)
         if key is not None:
             new = Inode(self._upper, key, self._upper.stat(key))
-            if self._marks.metacopy(self._upper, key):
-                self._give_data(new, base)
+            notes = self._notes(key, new.attr)
+            if self._xattrs.is_metacopy(notes, new.attr):
+                self._give_data(new, notes, base)
             yield from self._modified(path, new, base)
         self._view.forget(base)
 
-    def _renamed(self, path: bytes, key: Key, attr: Attr, origin: Lower, source: bytes) -> Iterator[_Step]:
+    def _notes(self, key: Key, attr: Attr) -> Notes:
+        """Return the overlay's own attributes of an inode in the upper."""
+        if not (stat.S_ISDIR(attr.st_mode) or stat.S_ISREG(attr.st_mode)):
+            return {}
+        return notes_of(self._upper, key, self._xattrs) or {}
+
+    def _renamed(
+        self, path: bytes, key: Key, attr: Attr, notes: Notes, origin: Lower, source: bytes
+    ) -> Iterator[_Step]:
         new = Inode(self._upper, key, attr)
         if not origin.is_dir:
-            self._give_data(new, origin)
-        what = yield from self._compare(new, origin)
-        yield Change("R", path, what, source, type_name(attr.st_mode))
+            self._give_data(new, notes, origin)
+        what, names = yield from self._compare(new, origin)
+        yield Change("R", path, what, source, type_name(attr.st_mode), names)
         if origin.is_dir:
             yield _Directory(path, key, origin, source, merged=True)
         else:
@@ -214,37 +233,40 @@ class _Diff:
         yield _Directory(path, key, base, natural, merged=shows)
 
     def _file(
-        self, here: _Directory, path: bytes, key: Key, attr: Attr, base: Lower | None
+        self, here: _Directory, path: bytes, key: Key, attr: Attr, notes: Notes, base: Lower | None
     ) -> Iterator[_Step]:
         if base is None:
             yield Change("A", path, type=type_name(attr.st_mode))
         else:
             new = Inode(self._upper, key, attr)
-            if stat.S_ISREG(attr.st_mode) and self._marks.metacopy(self._upper, key):
-                redirect = self._marks.redirect(self._upper, key)
-                elsewhere = None if redirect is None else below(here.base_path, redirect)
+            if self._xattrs.is_metacopy(notes, attr):
+                elsewhere = source_of(notes, attr, here.base_path, self._xattrs)
                 origin = base if elsewhere is None else self._view.resolve(elsewhere)
                 if origin is not None:
-                    self._give_data(new, origin)
+                    self._give_data(new, notes, origin)
             yield from self._modified(path, new, base)
             self._view.forget(base)
         self._upper.forget(key)
 
     def _modified(self, path: bytes, new: Inode, base: Lower) -> Iterator[_Step]:
-        what = yield from self._compare(new, base)
+        what, names = yield from self._compare(new, base)
         if what:
-            yield Change("M", path, what, type=type_name(new.attr.st_mode))
+            yield Change("M", path, what, type=type_name(new.attr.st_mode), xattrs=names)
 
-    def _compare(self, new: Inode, base: Lower) -> Generator[None, None, tuple[str, ...]]:
+    def _compare(
+        self, new: Inode, base: Lower
+    ) -> Generator[None, None, tuple[tuple[str, ...], tuple[bytes, ...]]]:
+        """Return what differs, and the names of the xattrs that do."""
         number, key = base.places[0]
         old = Inode(self._view.layers[number], key, base.attr)
         if not base.is_dir:
             old.data = self._data(base)
-        return (yield from compare(new, old, self._marks))
+        what = yield from compare(new, old, self._xattrs, directory_times=self._directory_times)
+        return what, differing(new, old, self._xattrs) if "xattrs" in what else ()
 
-    def _give_data(self, new: Inode, origin: Lower) -> None:
+    def _give_data(self, new: Inode, notes: Notes, origin: Lower) -> None:
         """Let a metacopy have the data that is below, all of it or what it has not itself."""
-        note = self._marks.partial(new.layer, new.key)
+        note = self._xattrs.partial_of(notes)
         layer, key = self._data(origin)
         if note is None or note.is_of(layer.stat(key)):  # else nobody can read it
             new.data = layer, key

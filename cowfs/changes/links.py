@@ -12,9 +12,9 @@ from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 
 from cowfs.changes.lowers import Lower, LowerView
-from cowfs.changes.marks import is_whiteout, join
+from cowfs.changes.paths import join
 from cowfs.layers.base import Key, UpperLayer
-from cowfs.overlay import origin
+from cowfs.overlay.xattr_format import index_name, is_whiteout_device, make_origin
 
 
 @dataclass(slots=True)
@@ -54,13 +54,13 @@ def find_aliases(upper: UpperLayer, index: Key, view: LowerView) -> Generator[No
         path, lower = found
         number, key = lower.places[0]
         handle = view.layers[number].handle(key)
-        name = b"" if handle is None else origin.index_name(origin.encode(handle))
+        name = b"" if handle is None else index_name(make_origin(handle))
         links = lower.attr.st_nlink
         view.forget(lower)
         if name not in wanted:
             continue
         hit = upper.lookup(index, name)
-        if hit is None or is_whiteout(hit[1]) or stat.S_ISDIR(hit[1].st_mode):
+        if hit is None or is_whiteout_device(hit[1]) or stat.S_ISDIR(hit[1].st_mode):
             missing.pop(name, None)
         else:
             aliases.add(path, hit[0])

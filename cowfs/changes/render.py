@@ -15,19 +15,21 @@ end of the name, before another one, and before ``->``. No two paths look the sa
 
 from __future__ import annotations
 
-import base64
 import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from cowfs.jsontext import get_path, put_path
 from cowfs.types import Change
 
 _ESCAPES = {"\n": "\\n", "\t": "\\t", "\r": "\\r", "\\": "\\\\"}
 _DOUBTFUL_SPACE = re.compile(r"^ | \Z| (?= |->)")
 _COLOURS = {"A": "\033[32m", "M": "\033[33m", "D": "\033[31m", "R": "\033[36m"}
 _PLAIN = "\033[0m"
+VERSION = 1
+"""Of the JSON for programs. A member that is added does not change it."""
 _WORDS = {"A": "added", "M": "modified", "D": "deleted", "R": "renamed"}
 
 
@@ -62,8 +64,13 @@ def line(change: Change, *, colour: bool = False) -> str:
         text += f"{escape(change.source)}{slash} -> "
     text += escape(change.path) + slash
     if change.what:
-        text += f"  ({', '.join(change.what)})"
+        named = (each if each != "xattrs" else _with_names(change) for each in change.what)
+        text += f"  ({', '.join(named)})"
     return f"{_COLOURS[change.kind]}{text}{_PLAIN}" if colour else text
+
+
+def _with_names(change: Change) -> str:
+    return " ".join(["xattrs", *(escape(name).replace(" ", r"\040") for name in change.xattrs)])
 
 
 def render(changes: Iterable[Change], *, colour: bool = False) -> Iterator[str]:
@@ -98,48 +105,38 @@ class Summary:
 
 
 def to_json(change: Change) -> dict[str, Any]:
-    """Return a change as an object for JSON: ``kind path type what source``.
+    """Return a change as an object for JSON: ``kind path type what source``, and ``xattrs`` if any differ.
 
     A path that is not UTF-8 is readable, with U+FFFD for what is not, in ``path``, and exact, in
     base64, in ``path_b64`` (which is not there otherwise); so for ``source_b64``.
     """
     entry: dict[str, Any] = {"kind": change.kind}
-    _put(entry, "path", change.path)
+    put_path(entry, "path", change.path)
     entry["type"] = change.type
     entry["what"] = list(change.what)
     if change.source is None:
         entry["source"] = None
     else:
-        _put(entry, "source", change.source)
+        put_path(entry, "source", change.source)
+    if change.xattrs:
+        entry["xattrs"] = [escape(name) for name in change.xattrs]
     return entry
 
 
 def from_json(entry: dict[str, Any]) -> Change:
     """Return the change that :func:`to_json` made *entry* of. ValueError when it is none."""
     try:
-        kind, path, what = entry["kind"], _get(entry, "path"), tuple(entry["what"])
+        kind, path, what = entry["kind"], get_path(entry, "path"), tuple(entry["what"])
         type_ = entry["type"]
-        source = None if entry.get("source") is None else _get(entry, "source")
+        names = tuple(unescape(name) for name in entry.get("xattrs", ()))
+        source = None if entry.get("source") is None else get_path(entry, "source")
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"not a change: {entry!r}") from error
     if kind not in _WORDS or not all(isinstance(text, str) for text in (*what, type_)):
         raise ValueError(f"not a change: {entry!r}")
-    return Change(kind, path, what, source, type_)
+    return Change(kind, path, what, source, type_, names)
 
 
 def json_line(change: Change) -> str:
-    """Return a change as one line of JSON, without its end; ASCII only."""
-    return json.dumps(to_json(change))
-
-
-def _put(entry: dict[str, Any], name: str, path: bytes) -> None:
-    try:
-        entry[name] = path.decode()
-    except UnicodeDecodeError:
-        entry[name] = path.decode(errors="replace")
-        entry[f"{name}_b64"] = base64.b64encode(path).decode()
-
-
-def _get(entry: dict[str, Any], name: str) -> bytes:
-    exact = entry.get(f"{name}_b64")
-    return base64.b64decode(exact, validate=True) if exact is not None else entry[name].encode()
+    """Return a change as one line of JSON, with ``version`` first and without its end; ASCII only."""
+    return json.dumps({"version": VERSION} | to_json(change))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import stat
 from collections.abc import Generator
 
-from cowfs.changes.marks import Marks, below, is_whiteout, join
+from cowfs.changes.paths import below, join
 from cowfs.layers.base import Key, LowerLayer
+from cowfs.overlay.stack import is_whiteout, notes_of
+from cowfs.overlay.xattr_format import Notes, RedirectError, XattrFormat, leads_somewhere
 from cowfs.types import Attr, DirEntry
 
 GONE = (FileNotFoundError, NotADirectoryError)
@@ -21,30 +24,45 @@ def readdir(layer: LowerLayer, directory: Key) -> list[DirEntry]:
         return []
 
 
-def rename_source(layer: LowerLayer, key: Key, attr: Attr, base: bytes, marks: Marks) -> bytes | None:
-    """Return the path in the lowers that an upper inode says to come from, None when it says nothing.
+def source_of(notes: Notes, attr: Attr, base: bytes, xattrs: XattrFormat) -> bytes | None:
+    """Return the path in the lowers where the directory, or the data, of an upper inode is; None: at its own.
 
-    *base* is the path in the lowers of the directory that it stands in. A directory says so if it was
-    renamed. A file does if it was renamed while its data was still below; but if it has more than one
-    name, the note tells where its data is and not which of the names is a new one: then None.
+    *base* is the path in the lowers of the directory that it stands in. Raises EINVAL for a redirect that
+    is none.
     """
     if stat.S_ISDIR(attr.st_mode):
-        if marks.opaque(layer, key):
-            return None
-    elif not stat.S_ISREG(attr.st_mode) or attr.st_nlink > 1 or not marks.metacopy(layer, key):
+        redirect = None if xattrs.is_opaque(notes) else xattrs.redirect_of(notes)
+    elif xattrs.is_metacopy(notes, attr):
+        redirect = xattrs.redirect_of(notes, is_upper=True)
+    else:
         return None
-    redirect = marks.redirect(layer, key)
-    return None if redirect is None else below(base, redirect)
+    if redirect is None:
+        return None
+    if not leads_somewhere(redirect):
+        raise RedirectError(errno.EINVAL, redirect)
+    return below(base, redirect)
 
 
-def renamed(layer: LowerLayer, root: Key, marks: Marks) -> Generator[None, None, frozenset[bytes]]:
+def rename_source(notes: Notes, attr: Attr, base: bytes, xattrs: XattrFormat) -> bytes | None:
+    """Return the path in the lowers that an upper inode says to come from, None when it says nothing.
+
+    A directory says so if it was renamed. A file does if it was renamed while its data was still below; but
+    if it has more than one name, the note tells where its data is and not which of the names is a new one:
+    then None.
+    """
+    if not stat.S_ISDIR(attr.st_mode) and attr.st_nlink > 1:
+        return None
+    return source_of(notes, attr, base, xattrs)
+
+
+def renamed(layer: LowerLayer, root: Key, xattrs: XattrFormat) -> Generator[None, None, frozenset[bytes]]:
     """Return the paths in the lowers of all that was renamed. Reads the whole upper once.
 
     Blocks, but yields before each inode.
 
     What was renamed leaves a whiteout, or something new, at its old place. To know that it is not a
     deletion one must have seen the new place, which may come later or sooner: hence this pass. It
-    needs one lookup and two xattrs an inode, and memory for the renamed ones alone.
+    needs one lookup and the xattrs of an inode, and memory for the renamed ones alone.
     """
     sources = set()
     waiting: list[tuple[Key, bytes]] = [(root, b"")]
@@ -56,10 +74,10 @@ def renamed(layer: LowerLayer, root: Key, marks: Marks) -> Generator[None, None,
             yield
             try:
                 hit = layer.lookup(directory, entry.name)
-                if hit is None or is_whiteout(hit[1]):
+                if hit is None or is_whiteout(layer, *hit, xattrs):
                     continue
                 key, attr = hit
-                source = rename_source(layer, key, attr, base, marks)
+                source = rename_source(notes_of(layer, key, xattrs) or {}, attr, base, xattrs)
             except GONE:
                 continue
             if source is not None:

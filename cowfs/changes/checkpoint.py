@@ -1,0 +1,217 @@
+"""Checkpoints: what the tree was at some moment, kept below what is changed since (ADR 0045).
+
+All work in steps, between which the mount goes on: None, or a call that blocks, for a thread. The step that
+makes the difference is one that nothing comes in between, and to the disk it is one rename.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import suppress
+
+from cowfs.changes.lowers import must_not_wait
+from cowfs.changes.render import escape
+from cowfs.errors import MountFailure, StoreError
+from cowfs.layers.frozen import FrozenLayer
+from cowfs.overlay import freeze, incomplete
+from cowfs.overlay.fs import done_at_once
+from cowfs.overlay.node import Node
+from cowfs.overlay.overlay import Overlay
+from cowfs.overlay.uncover import Stale
+from cowfs.store.format import checkpoints
+from cowfs.store.format.checkpoints import Checkpoint, check_name
+from cowfs.store.served.store import Store
+
+log = logging.getLogger(__name__)
+
+Steps = Generator[Callable[[], None] | None, None, None]
+_PATIENCE = 20.0
+"""Seconds in which there should be a moment at which no file is being copied up."""
+_PAUSE = 0.002
+_SOON = 0.5
+"""Seconds in which the kernel has said what it has forgotten."""
+
+
+def take(store: Store, fs: Overlay, name: str) -> Steps:
+    """Make a checkpoint of the tree as it is. UsageError if the name is none, or taken; StoreError."""
+    check_name(name)
+    if store.is_aufs:
+        raise StoreError(
+            f"{store.path}: the store has the aufs format, which has no checkpoints",
+            f"unmount it, then: cowfs convert {store.path} --to overlayfs",
+        )
+    layers = store.layers
+    known = layers.all()
+    if any(one.name == name for one in known.values()):
+        raise checkpoints.is_taken(name)
+    _must_be_one(fs)
+    checkpoints.must_have_room(len(store.frozen), len(known))
+    yield from _unlent(fs)
+    if freeze.are_hidden(fs):
+        must_not_wait(fs.base)
+    yield from _complete(fs)
+    yield from freeze.link_all(fs)
+    yield store.save  # what is frozen is on disk but for what comes in between
+    yield from _stillness(fs)
+    _must_not_be_lent(fs)
+    done_at_once(freeze.link_all(fs))  # those that were changed in between
+    store.header = checkpoints.with_layers(store.layer, store.header)
+    number = layers.next_number()
+    below = layers.below(store.upper)
+    new = layers.prepare(store.upper, (number, *below))
+    freeze.unindex(fs)
+    upper = store.upper
+    layers.exchange(upper, new, name)
+    freeze.freeze(fs, new.key, FrozenLayer(store.layer, upper))
+    _now(store, new.key, [layers.all()[number], *store.frozen])
+    yield store.save
+
+
+def go_back(store: Store, fs: Overlay, name: str, forget: Callable[[Stale], None]) -> Steps:
+    """Let the tree be what it was at a checkpoint; what was changed since is gone.
+
+    *forget* is called, in a thread, with what the kernel has cached. UsageError if there is no such
+    checkpoint, MountFailure if something of the tree is open.
+    """
+    layers = store.layers
+    target = layers.named(name)
+    frozen = layers.under(target)
+    _must_be_one(fs)
+    must_not_wait(fs.base)
+    yield from _released(fs)
+    yield from _stillness(fs, with_pending=True)
+    must_not_be_in_use(fs)
+    new = layers.prepare(target.key, (target.number, *target.below))
+    layers.exchange(store.upper, new)
+    stale = freeze.go_back(fs, new.key, checkpoints.as_layers(store.layer, frozen))
+    _now(store, new.key, frozen)
+    yield store.save
+    yield lambda: forget(stale)
+    yield from tidy(store)
+
+
+def delete(store: Store, fs: Overlay, name: str) -> Steps:
+    """Delete a checkpoint. What the tree shows, and what other checkpoints do, stays the same.
+
+    What others stand on keeps its layer until the store is opened next (:mod:`cowfs.changes.merge`).
+    """
+    layers = store.layers
+    target = layers.named(name)
+    layers.name(target.key, target.number, "", target.taken)
+    yield store.save
+    yield from tidy(store)
+
+
+def stand_still(store: Store, fs: Overlay) -> Generator[Callable[[], None] | None, None, str]:
+    """Return at a moment at which all that the tree shows is in the store, until the next step or request.
+
+    Returns which files the kernel goes on writing to by itself (passthrough); "" if none. MountFailure if
+    files are copied up all the time.
+    """
+    if fs.host.lent():
+        yield fs.host.prune
+    yield store.save
+    yield from _stillness(fs, with_pending=True)
+    return _first_of(fs.host.lent())
+
+
+def _now(store: Store, upper: object, frozen: list[Checkpoint]) -> None:
+    """Go on with another upper: the exchange has been made, and nothing undoes it."""
+    store.upper, store.frozen = upper, frozen
+    try:
+        store.layers.settle(store.upper, store.index, store.links)
+    except OSError as error:
+        log.warning("the index of hard links is emptied at the next mount: %s", error.strerror)
+
+
+def tidy(store: Store) -> Iterator[None]:
+    """Remove the layers that nobody can come back to."""
+    layers = store.layers
+    for number in layers.rubbish(store.upper):
+        with suppress(OSError):  # the next mount goes on with it
+            yield from layers.remove(number)
+
+
+def _must_be_one(fs: Overlay) -> None:
+    """MountFailure if some directories have another upper, in memory, which stands on this one."""
+    if len(fs.unions()) > 1:
+        raise MountFailure(
+            "the mount has volatile directories, so its layers must stay as they are",
+            "unmount, and name the store instead",
+        )
+
+
+def must_not_be_in_use(fs: Overlay) -> None:
+    """MountFailure if a file or directory of the tree is open, as far as the daemon is told of it."""
+    opened = _first_of(fs.host.opened())
+    if opened:
+        raise MountFailure(
+            f"{opened}: open, so the tree cannot become another",
+            "close it, or unmount and name the store instead",
+        )
+
+
+def _released(fs: Overlay) -> Steps:
+    """Wait for what is being closed: close(2) returns before the kernel tells us (FUSE_RELEASE)."""
+    end = time.monotonic() + _SOON
+    while _first_of(fs.host.opened()) and time.monotonic() < end:
+        yield lambda: time.sleep(_PAUSE)
+
+
+def _unlent(fs: Overlay) -> Steps:
+    """MountFailure if the kernel writes to a file of the upper by itself: it would go on doing so."""
+    if fs.host.lent():
+        yield fs.host.prune
+    end = time.monotonic() + _SOON
+    while fs.host.lent() and time.monotonic() < end:
+        yield lambda: time.sleep(_PAUSE)
+    _must_not_be_lent(fs)
+
+
+def _must_not_be_lent(fs: Overlay) -> None:
+    lent = _first_of(fs.host.lent())
+    if lent:
+        raise MountFailure(
+            f"{lent}: open or mapped, and written by the kernel itself (passthrough)",
+            "close it, or mount with -o passthrough=off",
+        )
+
+
+def _first_of(nodes: Iterable[Node]) -> str:
+    """Return a path of one of them, and how many more there are; nothing of none."""
+    paths = sorted({b"/" + freeze.path_of(node) for node in nodes})
+    if not paths:
+        return ""
+    return escape(paths[0]) + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
+
+
+def _complete(fs: Overlay) -> Steps:
+    """Bring up what is missing of files that are copied up lazily: of a lower layer nobody would."""
+    for pending in list(fs.pending.values()):
+        file = incomplete.open_rest(fs, pending)
+        try:
+            yield lambda file=file: deque(file.copy_steps(), 0) and None  # type: ignore[misc]
+            if pending in fs.pending.values():
+                incomplete.complete(fs, pending)
+        finally:
+            file.close()
+
+
+def _stillness(fs: Overlay, *, with_pending: bool = False) -> Steps:
+    """Return at a moment at which no thread changes a file. MountFailure if there is none for long."""
+    deadline = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            freeze.must_be_still(fs, with_pending=with_pending)
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                raise
+            if time.monotonic() > deadline:
+                raise MountFailure("files are being copied up all the time", "try again later") from None
+        else:
+            return
+        yield lambda: time.sleep(_PAUSE)

@@ -1,0 +1,140 @@
+"""What fills a store: the blocks of each inode, and why it is there."""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from cowfs.changes.lowers import Lower, LowerView
+from cowfs.changes.paths import join
+from cowfs.changes.scan import GONE, readdir, source_of
+from cowfs.layers.base import Key, LowerLayer, UpperLayer
+from cowfs.overlay.stack import Stack, is_whiteout, notes_of
+from cowfs.overlay.xattr_format import XattrFormat
+
+REASONS = {
+    "new": "files that the lower does not have",
+    "changed": "copies of files of the lower, changed or not",
+    "metadata": "files of which only owner, mode, times or attributes were copied",
+    "whiteouts": "marks of deleted names",
+    "directories": "directories that changes are in",
+    "trash": "what cowfs revert has taken back",
+    "overhead": "the journal, and other things of the filesystem",
+}
+_BLOCK = 512
+"""st_blocks counts in these."""
+
+
+class Used(NamedTuple):
+    """What an inode of the store takes."""
+
+    path: bytes
+    reason: str
+    """One of :data:`REASONS`."""
+    size: int
+    """Bytes of its blocks, or 0 for a further name of one that was told already."""
+    is_dir: bool = False
+
+
+def usage(
+    upper: UpperLayer,
+    root: Key,
+    private: Key | None,
+    lowers: Sequence[LowerLayer],
+    prefix: bytes,
+    frozen: Sequence[LowerLayer] = (),
+) -> Iterator[Used | None]:
+    """Yield what each inode of a store takes, and None before each. Blocks as the layers do.
+
+    *root* is the directory of the changes, *private* that of the store's own files, if there is one.
+    *frozen* are the layers of checkpoints below *root*: what they hold is told by the paths that it had.
+    """
+    seen: set[int] = set()
+    yield from _Usage(upper, [*frozen, *lowers], prefix, seen).run(root)
+    for number, layer in enumerate(frozen):
+        below = [*frozen[number + 1 :], *lowers]
+        yield from _Usage(layer, below, prefix, seen).run(layer.root)
+    trash = None if private is None else upper.lookup(private, b"trash")
+    if trash is not None:
+        yield from _all_of(upper, trash[0], b"")
+
+
+class _Usage:
+    def __init__(
+        self, upper: LowerLayer, lowers: Sequence[LowerLayer], prefix: bytes, seen: set[int]
+    ) -> None:
+        self._upper = upper
+        self._xattrs = XattrFormat(prefix)
+        self._view = LowerView(Stack(lowers, self._xattrs))
+        self._seen = seen
+
+    def run(self, root: Key) -> Iterator[Used | None]:
+        yield Used(b"", "directories", self._upper.stat(root).st_blocks * _BLOCK, is_dir=True)
+        waiting: list[tuple[bytes, Key, Lower | None, bytes]] = [(b"", root, self._view.root(), b"")]
+        while waiting:
+            path, directory, base, base_path = waiting.pop()
+            below = []
+            for name in sorted(entry.name for entry in readdir(self._upper, directory)):
+                yield None
+                try:
+                    used, inside = self._entry(directory, name, join(path, name), base, join(base_path, name))
+                except GONE:
+                    continue
+                yield used
+                if inside is not None:
+                    below.append(inside)
+            waiting += reversed(below)
+            if directory is not root:
+                self._upper.forget(directory)
+            if base is not None:
+                self._view.forget(base)
+
+    def _entry(
+        self, directory: Key, name: bytes, path: bytes, base: Lower | None, natural: bytes
+    ) -> tuple[Used | None, tuple[bytes, Key, Lower | None, bytes] | None]:
+        hit = self._upper.lookup(directory, name)
+        if hit is None:
+            return None, None
+        key, attr = hit
+        size = attr.st_blocks * _BLOCK
+        if attr.st_nlink > 1 and not stat.S_ISDIR(attr.st_mode):
+            size = 0 if attr.st_ino in self._seen else size
+            self._seen.add(attr.st_ino)
+        if is_whiteout(self._upper, key, attr, self._xattrs):
+            self._upper.forget(key)
+            return Used(path, "whiteouts", size), None
+        notes = notes_of(self._upper, key, self._xattrs) or {}
+        source = source_of(notes, attr, natural.rpartition(b"/")[0], self._xattrs)
+        if source is not None:
+            natural, found = source, self._view.resolve(source)
+        else:
+            found = None if base is None else self._view.lookup(base, name)
+        if stat.S_ISDIR(attr.st_mode):
+            reason = "new" if found is None else "directories"
+            merged = None if found is None or not found.is_dir or self._xattrs.is_opaque(notes) else found
+            return Used(path, reason, size, is_dir=True), (path, key, merged, natural)
+        if self._xattrs.is_metacopy(notes, attr):
+            reason = "metadata"
+        else:
+            reason = "new" if found is None else "changed"
+        if found is not None:
+            self._view.forget(found)
+        self._upper.forget(key)
+        return Used(path, reason, size), None
+
+
+def _all_of(upper: UpperLayer, directory: Key, path: bytes) -> Iterator[Used | None]:
+    waiting = [directory]
+    while waiting:
+        here = waiting.pop()
+        yield Used(path, "trash", upper.stat(here).st_blocks * _BLOCK)
+        for entry in readdir(upper, here):
+            yield None
+            hit = upper.lookup(here, entry.name)
+            if hit is None:
+                continue
+            if stat.S_ISDIR(hit[1].st_mode):
+                waiting.append(hit[0])
+            else:
+                yield Used(path, "trash", hit[1].st_blocks * _BLOCK)

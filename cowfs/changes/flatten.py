@@ -1,0 +1,103 @@
+"""Let an upper need nothing that only overlayfs can say: no redirects, metacopies, or index of hard links.
+
+What it has of the lowers by them is copied into it. Cut short, it is a store of the same tree all the same.
+"""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import NamedTuple
+
+from cowfs.layers.base import Key
+from cowfs.overlay.copyup import copy_up, copy_up_directory
+from cowfs.overlay.freeze import give_up_index
+from cowfs.overlay.fs import OverlayFs
+from cowfs.overlay.lookup import lookup
+from cowfs.overlay.node import Node
+from cowfs.overlay.readdir import listing
+from cowfs.overlay.xattr_format import OPAQUE
+
+
+class _Level(NamedTuple):
+    """A directory on the way."""
+
+    node: Node
+    is_whole: bool
+    """Whether all of it must come up: it is not where the lowers have it."""
+    names: Iterator[bytes]
+
+
+def flatten(fs: OverlayFs, tick: Callable[[bytes], None]) -> int:
+    """Do so; return how many directories were renamed, and files without their data. Blocks.
+
+    Nobody else may use the union meanwhile.
+    """
+    done = 0
+    levels = [_enter(fs, fs.root, is_whole=False)]
+    while levels:
+        level = levels[-1]
+        name = next(level.names, None)
+        if name is None:
+            levels.pop()
+            done += _settle(fs, level.node)
+            fs.forget(level.node, 1)
+            continue
+        found = lookup(fs, level.node, name)
+        if found is None:
+            continue
+        tick(name)
+        node = found[0]
+        if node.is_dir:
+            is_whole = level.is_whole or node.redirect is not None
+            if is_whole:
+                copy_up_directory(fs, node)
+            levels.append(_enter(fs, node, is_whole=is_whole))
+            continue
+        if node.upper is None or node.metacopy:
+            done += node.metacopy
+            copy_up(fs, node)
+        fs.release(node)
+    give_up_index(fs)
+    return done
+
+
+def _enter(fs: OverlayFs, node: Node, *, is_whole: bool) -> _Level:
+    node.lookups += 1
+    if is_whole:
+        names = listing(fs, node)
+        shown = [name for _, name in (names() if callable(names) else names).after(0)]
+    else:
+        shown = [] if node.upper is None else [entry.name for entry in fs.upper.readdir(node.upper)]
+    return _Level(node, is_whole, iter(shown))
+
+
+def _settle(fs: OverlayFs, node: Node) -> int:
+    """Cut a renamed directory, all of which is in the upper by now, off from the lowers."""
+    if node.redirect is None or node.upper is None:
+        return 0
+    fs.note(node.upper, fs.format.opaque, OPAQUE)
+    with suppress(OSError):
+        fs.upper.removexattr(node.upper, fs.format.redirect)
+    node.redirect, node.lowers = None, ()
+    _drop_whiteouts(fs, node.upper)
+    return 1
+
+
+def _drop_whiteouts(fs: OverlayFs, top: Key) -> None:
+    """Remove the whiteouts below a directory that is opaque: they hide nothing any more."""
+    waiting = [top]
+    while waiting:
+        directory = waiting.pop()
+        before = fs.upper.stat(directory)
+        for entry in fs.upper.readdir(directory):
+            found = fs.upper.lookup(directory, entry.name)
+            if found is None:
+                continue
+            key, attr = found
+            if stat.S_ISDIR(attr.st_mode):
+                waiting.append(key)
+            elif fs.is_whiteout(key, attr):
+                fs.upper.unlink(directory, entry.name, None)
+        fs.upper.utimens(directory, before.st_atime_ns, before.st_mtime_ns)

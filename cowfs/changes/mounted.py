@@ -1,0 +1,110 @@
+"""The merged tree of a mounted union, read as any program reads it."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import os
+import stat
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+
+from cowfs.changes.paths import join
+from cowfs.changes.scan import GONE
+from cowfs.changes.version import Node
+from cowfs.layers.base import File
+from cowfs.layers.kernel_file import KernelFile
+
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_NO_XATTRS = {errno.ENODATA, errno.EOPNOTSUPP}
+
+
+class MountedTree:
+    """A tree below a directory (:class:`cowfs.changes.version.Tree`). Nothing is followed out of it.
+
+    What is mounted in it is not seen: a directory with another filesystem on it is empty.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._way: list[tuple[bytes, int]] = [
+            (b"", os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+        ]
+        self._dev = os.fstat(self._way[0][1]).st_dev
+
+    def close(self) -> None:
+        """Let go of it."""
+        while self._way:
+            os.close(self._way.pop()[1])
+
+    def node(self, path: bytes) -> Node | None:
+        parent, _, name = path.rpartition(b"/")
+        fd = self._directory(parent)
+        if fd < 0:
+            return None
+        try:
+            attr = os.stat(name or b".", dir_fd=fd, follow_symlinks=False)
+        except GONE:
+            return None
+        place = b"/proc/self/fd/%d/%s" % (fd, name or b".")
+        return Node(
+            attr,
+            (0, attr.st_dev, attr.st_ino),
+            functools.partial(_xattrs, place),
+            functools.partial(os.readlink, name, dir_fd=fd),
+            functools.partial(_open, name, fd),
+        )
+
+    def names(self, path: bytes) -> set[bytes]:
+        fd = self._directory(path)
+        if fd < 0 or os.fstat(fd).st_dev != self._dev:
+            return set()
+        return set(map(os.fsencode, os.listdir(fd)))
+
+    def others(self, wanted: Iterable[tuple[int, int, int]]) -> Iterator[bytes]:
+        numbers = {ino for _, _, ino in wanted}
+        waiting = [b""] if numbers else []
+        while waiting:
+            base = waiting.pop()
+            for name in sorted(self.names(base)):
+                path = join(base, name)
+                fd = self._directory(base)
+                with suppress(*GONE):
+                    attr = os.stat(name, dir_fd=fd, follow_symlinks=False)
+                    if stat.S_ISDIR(attr.st_mode):
+                        waiting.append(path)
+                    elif attr.st_ino in numbers and attr.st_dev == self._dev:
+                        yield path
+
+    def _directory(self, path: bytes) -> int:
+        """Return a descriptor of the directory at *path*; -1 if there is none."""
+        while self._way[-1][0] and not (path + b"/").startswith(self._way[-1][0] + b"/"):
+            os.close(self._way.pop()[1])
+        here, fd = self._way[-1]
+        rest = path[len(here) :].strip(b"/")
+        for name in rest.split(b"/") if rest else ():
+            try:
+                fd = os.open(name, _DIRECTORY, dir_fd=fd)
+            except OSError as error:
+                if error.errno in {errno.ENOENT, errno.ENOTDIR, errno.ELOOP}:
+                    return -1
+                raise
+            here = join(here, name)
+            self._way.append((here, fd))
+        return fd
+
+
+def _open(name: bytes, fd: int) -> File:
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    return KernelFile(os.open(name, flags, dir_fd=fd))
+
+
+def _xattrs(place: bytes) -> dict[bytes, bytes]:
+    values = {}
+    try:
+        for name in os.listxattr(place, follow_symlinks=False):
+            with suppress(OSError):
+                values[os.fsencode(name)] = os.getxattr(place, name, follow_symlinks=False)
+    except OSError as error:
+        if error.errno not in _NO_XATTRS:
+            raise
+    return values

@@ -1,0 +1,42 @@
+"""Paths in a tree, and the words for what stands at them."""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Container
+
+_TYPES = {
+    stat.S_IFREG: "file",
+    stat.S_IFDIR: "directory",
+    stat.S_IFLNK: "symlink",
+    stat.S_IFCHR: "char",
+    stat.S_IFBLK: "block",
+    stat.S_IFIFO: "fifo",
+    stat.S_IFSOCK: "socket",
+}
+
+
+def type_name(mode: int) -> str:
+    """Return the word of :class:`cowfs.types.Change` for a file type."""
+    return _TYPES.get(stat.S_IFMT(mode), "file")
+
+
+def below(base: bytes, redirect: bytes) -> bytes:
+    """Return the path in the lowers that *redirect* means, for a child of the directory *base*."""
+    return redirect[1:] if redirect.startswith(b"/") else join(base, redirect)
+
+
+def join(directory: bytes, name: bytes) -> bytes:
+    """Return the path of *name* in a directory; the root is the empty path."""
+    return directory + b"/" + name if directory else name
+
+
+def is_below(path: bytes, paths: Container[bytes], inside: bytes = b"") -> bool:
+    """Whether one of *paths* is a directory above *path*, and below the directory *inside*."""
+    while b"/" in path:
+        path = path.rpartition(b"/")[0]
+        if len(path) <= len(inside):
+            return False
+        if path in paths:
+            return True
+    return False

@@ -1,0 +1,485 @@
+"""Carry the changes of a store to another version of its lowers: three ways, inode by inode.
+
+What the store shows (*changed*), what its lowers have (*old*) and what the others have (*new*) decide:
+
+- old and new are equal: the change stays, as it stands in the store.
+- The store has what old had: new shows.
+- The store has what new has: new shows.
+- Else both have changed it. That is a conflict: it is told, and the store's version stays.
+
+Of the times none counts here, but what stays keeps its own. What is decided goes to a :class:`Maker`, which
+makes another upper of it, out of links to the files of this one.
+"""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+from cowfs.changes.compare import Inode, compare
+from cowfs.changes.composite import Composite
+from cowfs.changes.links import Aliases, find_aliases
+from cowfs.changes.lowers import Lower, LowerView
+from cowfs.changes.paths import join
+from cowfs.changes.scan import rename_source, renamed, source_of
+from cowfs.layers.base import Key
+from cowfs.overlay.fs import done_at_once
+from cowfs.overlay.stack import Stack, is_whiteout, notes_of
+from cowfs.overlay.xattr_format import Notes, XattrFormat
+from cowfs.types import Attr
+
+
+class Told(NamedTuple):
+    """What becomes of a change that does not simply stay."""
+
+    kind: str
+    """``conflict``, or ``dropped``."""
+    path: bytes
+    why: str
+    base: bytes
+    """The path in the lowers: another one below a renamed directory."""
+
+
+class Maker(Protocol):
+    """Makes the new upper. Directories get their times when all that is in them was made."""
+
+    root: Key
+
+    def directory(
+        self, parent: Key, name: bytes, like: Inode, *, opaque: bool = False, redirect: bytes | None = None
+    ) -> Key: ...
+    def set_root_attributes(self, like: Inode) -> None: ...
+    def date(self, directory: Key, attr: Attr) -> None: ...
+    def link(self, key: Key, parent: Key, name: bytes) -> None: ...
+    def copy(self, inode: Inode, parent: Key, name: bytes) -> None: ...
+    def metacopy(self, like: Inode, redirect: bytes, parent: Key, name: bytes) -> None: ...
+    def whiteout(self, parent: Key, name: bytes) -> None: ...
+    def rmdir(self, parent: Key, name: bytes) -> None: ...
+
+
+class DryRun:
+    """A maker that makes nothing."""
+
+    root: Key = None
+
+    def directory(self, *_: Any, **__: Any) -> Key:
+        return None
+
+    def _ignore(self, *_: Any) -> None: ...
+
+    set_root_attributes = date = link = copy = metacopy = whiteout = rmdir = _ignore
+
+
+@dataclass(slots=True)
+class _Directory:
+    """A directory that is being made."""
+
+    path: bytes
+    source: Key | None
+    """In the store; None where nothing but hard links below it was changed."""
+    target: Key
+    place: tuple[_Directory, bytes] | None
+    old: Lower | None
+    new: Lower | None
+    old_path: bytes
+    """Where both lowers have it."""
+    dated: Attr
+    replaces: bool = False
+    """Whether the names that old has, and the store has not, are gone."""
+    shows: bool = True
+    """Whether the names of new show through."""
+    whole: bool = False
+    """Whether the names of old are to be copied, as no lower has them any more."""
+    droppable: bool = False
+    """Whether it goes if nothing is in it."""
+    made: int = 0
+
+
+class Rebase:
+    """One walk through the changes. Blocks; OSError."""
+
+    def __init__(
+        self,
+        changes: Composite,
+        old: Stack,
+        new: Stack,
+        maker: Maker,
+        tell: Callable[[Told], None],
+        tick: Callable[[bytes], None],
+    ) -> None:
+        self._changes: Any = changes
+        self._xattrs: XattrFormat = old.format
+        self._old, self._new = LowerView(old), LowerView(new)
+        self._maker = maker
+        self._say = tell
+        self._tick = tick
+        self._moved: frozenset[bytes] = frozenset()
+        self._aliases = Aliases()
+        self.kept = 0
+        """How many names of the store stay, without directories."""
+
+    def run(self) -> None:
+        """Make everything."""
+        self._moved = _done(renamed(self._changes, self._changes.root, self._xattrs))
+        if self._changes.index is not None:
+            self._aliases = _done(find_aliases(self._changes, self._changes.index, self._old))
+        old, new = self._old.root(), self._new.root()
+        here = Inode(self._changes, self._changes.root, self._changes.root.attr)
+        like, dated = self._choose(here, old, new, b"", b"")
+        if like is not here:
+            self._maker.set_root_attributes(like)
+        root = _Directory(
+            b"", self._changes.root, self._maker.root, None, old, new, b"", dated, shows=new is not None
+        )
+        levels = [self._fill(root)]
+        while levels:
+            for inside in levels[-1]:
+                levels.append(self._fill(inside))
+                break
+            else:
+                levels.pop()
+
+    def _fill(self, here: _Directory) -> Iterator[_Directory]:
+        names = set()
+        if here.source is not None:
+            names = {entry.name for entry in self._changes.readdir(here.source)}
+        if here.old is not None:
+            if here.replaces or here.whole:
+                names |= self._old.names(here.old)
+            else:
+                names |= self._aliases.inside.get(here.old_path, set())
+        for name in sorted(names):
+            self._tick(join(here.path, name))
+            inside = self._entry(here, name)
+            if inside is not None:
+                yield inside
+        self._finish(here)
+
+    def _finish(self, here: _Directory) -> None:
+        if here.place is not None:
+            above, name = here.place
+            if here.droppable and not here.made:
+                self._maker.rmdir(above.target, name)
+                above.made -= 1
+                return
+            if here.droppable and above.shows and above.new is not None:
+                there = self._new.lookup(above.new, name)
+                if there is not None and not there.is_dir:
+                    self._conflict(here.path, here.old_path, "has changes in it, and is no directory there")
+        self._maker.date(here.target, here.dated)
+
+    def _entry(self, here: _Directory, name: bytes) -> _Directory | None:
+        """Decide on one name; return the directory that it is, to be filled."""
+        natural = join(here.old_path, name)
+        hit = None if here.source is None else self._changes.lookup(here.source, name)
+        old = None if here.old is None else self._old.lookup(here.old, name)
+        new = None if here.new is None else self._new.lookup(here.new, name)
+        if hit is not None and not is_whiteout(self._changes, hit[0], hit[1], self._xattrs):
+            key, attr = hit
+            if stat.S_ISDIR(attr.st_mode):
+                return self._directory(here, name, key, Inode(self._changes, key, attr), old, new)
+            self._file(here, name, key, attr, old, new)
+        elif hit is not None or here.replaces:
+            self._gone(here, name, natural, old, new, is_told=hit is not None)
+        elif old is not None:
+            return self._untouched(here, name, natural, old, new)
+        return None
+
+    def _untouched(
+        self, here: _Directory, name: bytes, natural: bytes, old: Lower, new: Lower | None
+    ) -> _Directory | None:
+        """What the store has nothing of, but maybe of another name of it, or of something below it."""
+        alias = self._aliases.keys.get(natural)
+        if alias is not None:
+            self._file(here, name, alias, self._changes.stat(alias), old, new)
+        elif old.is_dir:
+            return self._directory(here, name, None, self._inode(self._old, old), old, new)
+        elif here.whole:
+            self._copied(here, name, self._inode(self._old, old))
+        return None
+
+    # --- what is gone
+
+    def _gone(
+        self, here: _Directory, name: bytes, natural: bytes, old: Lower | None, new: Lower | None, *,
+        is_told: bool,
+    ) -> None:  # fmt: skip
+        path = join(here.path, name)
+        if not here.shows or here.whole:
+            return
+        if new is None or old is None:
+            if is_told:
+                why = "deleted there, too" if new is None else "the deletion is of nothing that was there"
+                self._drop(path, natural, why)
+            return
+        if natural not in self._moved and not self._equal(old, new):
+            self._conflict(path, natural, "deleted in the store, changed in the new root")
+        self._maker.whiteout(here.target, name)
+        here.made += 1
+        self.kept += 1
+
+    # --- files
+
+    def _file(
+        self, here: _Directory, name: bytes, key: Key, attr: Attr, old: Lower | None, new: Lower | None
+    ) -> None:
+        path, natural = join(here.path, name), join(here.old_path, name)
+        notes: Notes = {}
+        if stat.S_ISREG(attr.st_mode):
+            notes = notes_of(self._changes, key, self._xattrs) or {}
+        seen = self._xattrs.seen(notes, attr) if not attr.st_size else attr
+        changed = Inode(self._changes, key, seen)
+        source = None
+        if self._xattrs.is_metacopy(notes, attr):
+            elsewhere = source_of(notes, attr, here.old_path, self._xattrs)
+            origin = old if elsewhere is None else self._old.resolve(elsewhere)
+            if origin is not None and not origin.is_dir:
+                self._give_data(changed, notes, origin)
+            source = rename_source(notes, attr, here.old_path, self._xattrs)
+            holds = self._holds(here, changed, elsewhere, new)
+            if source not in {None, natural} and not here.whole and changed.data is not None:
+                assert source is not None and origin is not None
+                self._renamed(
+                    here, name, changed, (source, origin), holds, self._seen_here(natural, old, new)
+                )
+                return
+        else:
+            holds = len(key.places) == 1
+        if natural in self._moved:
+            old = new = None
+        if not here.whole and not self._stays(here, path, natural, changed, old, new):
+            return
+        self._keep(here, name, changed, holds=holds)
+
+    def _stays(
+        self, here: _Directory, path: bytes, base: bytes, changed: Inode, old: Lower | None, new: Lower | None
+    ) -> bool:
+        """Whether a file of the store is in the new upper."""
+        was = None if old is None else self._inode(self._old, old)
+        if new is None:
+            if was is None or (not here.shows and here.new is not None):
+                return True
+            if self._same(changed, was):
+                self._drop(path, base, "unchanged in the store, gone in the new root")
+                return False
+            self._conflict(path, base, "changed in the store, gone in the new root")
+            return True
+        to_be = self._inode(self._new, new)
+        if old is not None and self._equal(old, new):
+            return True
+        if was is not None and self._same(changed, was) and here.shows:
+            self._drop(path, base, "unchanged in the store, changed in the new root")
+            return False
+        if self._same(changed, to_be):
+            if here.shows:
+                self._drop(path, base, "equal to the new root")
+            return not here.shows
+        if was is None:
+            why = "added in both"
+        elif stat.S_IFMT(to_be.attr.st_mode) != stat.S_IFMT(changed.attr.st_mode):
+            why = "changed in both, to different types"
+        else:
+            why = "changed in both"
+        self._conflict(path, base, why)
+        return True
+
+    def _renamed(
+        self, here: _Directory, name: bytes, changed: Inode, origin: tuple[bytes, Lower], holds: bool,
+        place: tuple[Lower | None, Lower | None],
+    ) -> None:  # fmt: skip
+        """A file that was renamed while its data was a lower's."""
+        source, was = origin
+        path = join(here.path, name)
+        self._covers(path, join(here.old_path, name), *place)
+        there = self._new.resolve(source)
+        if there is None or not stat.S_ISREG(there.attr.st_mode):
+            self._conflict(path, source, "renamed in the store, gone in the new root")
+        else:
+            before, after = self._inode(self._old, was), self._inode(self._new, there)
+            if not self._same(before, after) and not self._same(changed, after):
+                if self._same(changed, before):
+                    self._maker.metacopy(after, b"/" + source, here.target, name)
+                    here.made += 1
+                    self.kept += 1
+                    return
+                self._conflict(path, source, "changed in both")
+        self._keep(here, name, changed, holds=holds)
+
+    def _keep(self, here: _Directory, name: bytes, changed: Inode, *, holds: bool) -> None:
+        if holds or not stat.S_ISREG(changed.attr.st_mode):
+            self._maker.link(changed.key, here.target, name)
+            here.made += 1
+        else:
+            self._copied(here, name, changed)
+        self.kept += 1
+
+    def _copied(self, here: _Directory, name: bytes, inode: Inode) -> None:
+        self._maker.copy(inode, here.target, name)
+        here.made += 1
+
+    def _give_data(self, changed: Inode, notes: Notes, origin: Lower) -> None:
+        note = self._xattrs.partial_of(notes)
+        number, key = origin.places[-1]
+        layer = self._old.layers[number]
+        if note is None or note.is_of(layer.stat(key)):
+            changed.data = layer, key
+            changed.end = None if note is None else min(note.end, changed.attr.st_size)
+
+    def _holds(self, here: _Directory, changed: Inode, elsewhere: bytes | None, new: Lower | None) -> bool:
+        """Whether what a metacopy says of its data is true of the new lowers as well."""
+        if changed.data is None:
+            return True  # it was broken before
+        if here.whole or changed.end is not None or len(changed.key.places) > 1:
+            return False
+        there = self._new.resolve(elsewhere) if elsewhere is not None else new if here.shows else None
+        if there is None or not stat.S_ISREG(there.attr.st_mode):
+            return False
+        return "content" not in _done(compare(changed, self._inode(self._new, there), self._xattrs))
+
+    # --- directories
+
+    def _directory(
+        self, here: _Directory, name: bytes, key: Key | None, changed: Inode, old: Lower | None,
+        new: Lower | None,
+    ) -> _Directory | None:  # fmt: skip
+        natural = join(here.old_path, name)
+        notes = {} if key is None else notes_of(self._changes, key, self._xattrs) or {}
+        source = source_of(notes, changed.attr, here.old_path, self._xattrs)
+        if source is not None and source != natural:
+            origin = self._old.resolve(source)
+            if origin is not None and origin.is_dir:
+                return self._moved_directory(here, name, key, changed, (source, origin), (old, new))
+        if natural in self._moved:
+            old, taken = None, new
+            new = None
+        else:
+            taken = None
+        path = join(here.path, name)
+        is_opaque = self._xattrs.is_opaque(notes)
+        old_dir = old if old is not None and old.is_dir else None
+        new_dir = new if new is not None and new.is_dir else None
+        like, dated = self._choose(changed, old_dir, new_dir, path, natural)
+        if here.whole:
+            droppable = False
+        elif key is None:
+            droppable = True
+        else:
+            droppable = (
+                old_dir is not None
+                and new_dir is None
+                and self._same(changed, self._inode(self._old, old_dir))
+            )
+        inside = _Directory(
+            path, key, None, (here, name), old_dir, new_dir, natural, dated,
+            replaces=(is_opaque or here.replaces) and old_dir is not None,
+            shows=here.shows and new_dir is not None,
+            whole=here.whole and not is_opaque,
+            droppable=droppable,
+        )  # fmt: skip
+        if here.whole and is_opaque:
+            inside.old = None
+        opaque = is_opaque and new_dir is None and not here.whole
+        if inside.replaces and old_dir is not None and new_dir is not None and self._equal(old_dir, new_dir):
+            inside.shows, opaque = False, here.shows
+        opaque = opaque or (taken is not None and taken.is_dir and here.shows)
+        if new is not None and not new.is_dir and old_dir is None and not here.whole:
+            if old is None or not self._equal(old, new):
+                self._conflict(path, natural, "a directory in the store, and none in the new root")
+        inside.target = self._maker.directory(here.target, name, like, opaque=opaque)
+        here.made += 1
+        return inside
+
+    def _moved_directory(
+        self, here: _Directory, name: bytes, key: Key | None, changed: Inode, origin: tuple[bytes, Lower],
+        place: tuple[Lower | None, Lower | None],
+    ) -> _Directory:  # fmt: skip
+        """A directory that was renamed: so it is in the new root, if that has it where it was."""
+        source, was = origin
+        path, natural = join(here.path, name), join(here.old_path, name)
+        old, new = self._seen_here(natural, *place)
+        self._covers(path, natural, old, new)
+        there = self._new.resolve(source)
+        here.made += 1
+        if there is not None and there.is_dir:
+            like, dated = self._choose(changed, was, there, path, source)
+            target = self._maker.directory(here.target, name, like, redirect=b"/" + source)
+            return _Directory(path, key, target, (here, name), was, there, source, dated)
+        self._conflict(path, source, "renamed in the store, gone in the new root")
+        hides = here.shows and place[1] is not None and place[1].is_dir
+        target = self._maker.directory(here.target, name, changed, opaque=hides)
+        return _Directory(
+            path, key, target, (here, name), was, None, source, changed.attr, shows=False, whole=True
+        )
+
+    def _seen_here(
+        self, natural: bytes, old: Lower | None, new: Lower | None
+    ) -> tuple[Lower | None, Lower | None]:
+        """Return what both lowers have under a name, unless it went elsewhere."""
+        return (None, None) if natural in self._moved else (old, new)
+
+    def _covers(self, path: bytes, base: bytes, old: Lower | None, new: Lower | None) -> None:
+        """Something was renamed to a name of the new root: a conflict, if that is not as before."""
+        if new is not None and (old is None or not self._equal(old, new)):
+            self._conflict(path, base, "renamed to this name in the store, changed in the new root")
+
+    def _choose(
+        self, changed: Inode, old: Lower | None, new: Lower | None, path: bytes, base: bytes
+    ) -> tuple[Inode, Attr]:
+        """Return whose attributes a directory has, and whose times."""
+        if new is None:
+            return changed, changed.attr
+        to_be = self._inode(self._new, new)
+        if self._same(changed, to_be):
+            return changed, changed.attr
+        was = None if old is None else self._inode(self._old, old)
+        if was is not None and self._same(changed, was):
+            is_dated = changed.attr.st_mtime_ns != was.attr.st_mtime_ns
+            return to_be, changed.attr if is_dated else to_be.attr
+        if was is None or not self._same(was, to_be):
+            why = "added in both" if was is None else "changed in both"
+            self._conflict(path, base, f"its attributes were {why}")
+        return changed, changed.attr
+
+    # --- what is equal
+
+    def _inode(self, view: LowerView, lower: Lower) -> Inode:
+        number, key = lower.places[0]
+        inode = Inode(view.layers[number], key, lower.attr)
+        if not lower.is_dir and len(lower.places) > 1:
+            data, data_key = lower.places[-1]
+            inode.data = view.layers[data], data_key
+        return inode
+
+    def _same(self, one: Inode, other: Inode) -> bool:
+        return not {*_done(compare(one, other, self._xattrs))} - {"times"}
+
+    def _equal(self, old: Lower, new: Lower) -> bool:
+        """Whether both lowers have the same, with all that is in it."""
+        waiting = [(old, new)]
+        while waiting:
+            old, new = waiting.pop()
+            if not self._same(self._inode(self._old, old), self._inode(self._new, new)):
+                return False
+            if not old.is_dir:
+                continue
+            names = self._old.names(old)
+            if names != self._new.names(new):
+                return False
+            for name in names:
+                one, other = self._old.lookup(old, name), self._new.lookup(new, name)
+                if one is None or other is None:
+                    return False
+                waiting.append((one, other))
+        return True
+
+    def _conflict(self, path: bytes, base: bytes, why: str) -> None:
+        self._say(Told("conflict", path, why, base))
+
+    def _drop(self, path: bytes, base: bytes, why: str) -> None:
+        self._say(Told("dropped", path, why, base))
+
+
+def _done(steps: Any) -> Any:
+    return done_at_once(steps)

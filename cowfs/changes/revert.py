@@ -1,0 +1,482 @@
+"""Take changes back: the lower's version again, of what is selected.
+
+That works on a union, mounted or not, one step at a time, and each step is one change of the store. A mount
+goes on meanwhile; the kernel is told what it must ask for again. :mod:`cowfs.changes.undo` brings back.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import stat
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+from cowfs.changes import diff
+from cowfs.changes.lowers import must_not_wait
+from cowfs.changes.paths import is_below, join
+from cowfs.changes.render import escape
+from cowfs.changes.select import Selection
+from cowfs.changes.trash import Batch, Step, attributes_to_json, new_batch
+from cowfs.errors import StoreError
+from cowfs.overlay import uncover
+from cowfs.overlay.lookup import number_of, shown_below
+from cowfs.overlay.node import Node
+from cowfs.overlay.overlay import Overlay
+from cowfs.overlay.stack import Hit
+from cowfs.types import Change
+
+Forget = Callable[[uncover.Stale], None]
+"""Lets the kernel ask again. Blocks; for a thread."""
+
+ASIDE = b".cowfs-aside-"
+"""How the names begin of what was in the way of a rename."""
+
+
+class Done(NamedTuple):
+    """A step that was done, or that could not be."""
+
+    path: bytes
+    why_not: str = ""
+    kind: str = ""
+    size: int = 0
+    """Bytes of the store that it has freed, if that is what it is for."""
+
+
+Progress = Iterator[Done | Callable[[], None] | None]
+"""None where others may have a turn, a callable where a thread is to do something before the next step."""
+
+
+@dataclass(slots=True)
+class Found:
+    """A path of the merged tree."""
+
+    parent: Node
+    name: bytes
+    nodes: list[Node] = field(default_factory=list)
+    """Those on the way, the root first."""
+
+
+def revert(
+    fs: Overlay,
+    selection: Selection,
+    forget: Forget,
+    undo: Callable[[Batch], Progress],
+    *,
+    metadata: bool = False,
+) -> Progress:
+    """Take back what *selection* selects; with *metadata* only owners, modes, times and xattrs.
+
+    Raises CowfsError when a part of it cannot be taken back alone. Nothing is told then, and *undo*
+    takes back the renames that were done by then.
+    """
+    changes: list[Change] = []
+    bare: list[bytes] = []
+    must_not_wait(fs.lowers)
+    prefix, lowers = fs.options.xattr_prefix, fs.stack.in_order()
+    found = diff.steps(fs.upper, fs.root.upper, lowers, prefix, fs.index, directory_times=True)
+    for change in selection.among(found):
+        if change is not None:
+            if change.type == "directory":  # what was taken back in it has changed that again
+                change = replace(change, what=tuple(what for what in change.what if what != "times"))
+            if change.kind == "M" and not change.what:
+                bare.append(change.path)
+            else:
+                changes.append(change)
+        yield None
+    if not changes and not bare:
+        return
+    batch = new_batch(fs.upper)
+    work = _Revert(fs, selection, batch, forget)
+    try:
+        if not metadata:
+            yield from work.rename_back([change for change in changes if change.kind == "R"])
+            yield from work.remove_set_aside()
+        yield from work.take_back(changes, metadata=metadata)
+        yield from work.drop_directories(bare)
+    except StoreError:
+        if work.number:
+            yield from (step for step in undo(batch) if not isinstance(step, Done))
+        raise
+    finally:
+        if not work.number:
+            batch.remove()
+
+
+class _Revert:
+    def __init__(self, fs: Overlay, selection: Selection, batch: Batch, forget: Forget) -> None:
+        self._fs = fs
+        self._selection = selection
+        self._batch = batch
+        self._forget = forget
+        self._moves: list[tuple[bytes, bytes]] = []
+        """Where renamed directories were, and where they are again, in the order of that."""
+        self._touched: set[bytes] = set()
+        self._aside: dict[bytes, tuple[bytes, int]] = {}
+        """What was in the way of a rename: where it was put, where it had been, and how many moves there had
+        been by then."""
+        self._away: set[bytes] = set()
+        """Where of that was what was taken away."""
+        self._homeless: set[bytes] = set()
+        """What was renamed out of a directory that is gone, by its path when it was found."""
+        self._renamed: list[Done] = []
+        """What is to be told when the rest can be taken back, too."""
+        self.number = 0
+
+    def _now(self, path: bytes, since: int = 0) -> bytes:
+        """Return where something is now that was at *path* before directories were renamed back, or when that
+        had been done to so many."""
+        for old, new in self._moves[since:]:
+            if path == old or path.startswith(old + b"/"):
+                path = new + path[len(old) :]
+        return path
+
+    def _next(
+        self, kind: str, path: bytes, source: bytes = b"", attributes: dict[str, Any] | None = None
+    ) -> Step:
+        step = Step(self.number, kind, path, source, attributes)
+        self.number += 1
+        return step
+
+    # --- renames
+
+    def rename_back(self, renames: list[Change]) -> Progress:
+        """Rename directories, and files, to where they were; first those that held others then."""
+        for change in sorted(renames, key=lambda change: change.source or b""):
+            yield from self._rename_back(change)
+
+    def _rename_back(self, change: Change) -> Progress:
+        fs = self._fs
+        assert change.source is not None
+        here, home = self._now(change.path), change.source
+        missing = self._missing(home)
+        if missing:
+            if self._selection.matches(missing):
+                self._homeless.add(change.path)
+                return
+            raise StoreError(
+                f"{escape(change.path)}: the directory that {escape(home)} was in is not there any more",
+                "revert that directory too",
+            )
+        new = find(fs, home)
+        stale: uncover.Stale = []
+        if fs.lookup(new.parent, new.name) is not None:
+            if not self._selection.matches(home):
+                raise StoreError(
+                    f"{escape(change.path)}: there is another {escape(home)} now", "revert that one too"
+                )
+            aside = self._free_name(new.parent, home)
+            self._rename(home, aside, stale)
+            self._aside[aside] = home, len(self._moves)
+            here = self._now(change.path)  # which may be in it
+        for aside, (_, since) in list(self._aside.items()):
+            if self._now(aside, since) == here:
+                del self._aside[aside]  # as when two have each other's name
+        self._rename(here, home, stale)
+        node = fs.resolve(new.parent, new.name)
+        if node.is_dir:
+            uncover.at_home(fs, node)
+        yield lambda: self._forget(stale)
+        if change.type == "directory":  # else it is told with what else of it was changed
+            self._renamed.append(Done(change.path))
+
+    def _missing(self, home: bytes) -> bytes:
+        """Return the first directory above *home* that is gone, or another one of the lower now; b"" if none
+        is. New ones will do."""
+        fs = self._fs
+        node, at = fs.root, b""
+        for name in home.split(b"/")[:-1]:
+            at = join(at, name)
+            found = fs.lookup(node, name)
+            if found is None or not found[0].is_dir:
+                return at
+            node = found[0]
+            if node.lowers and not uncover.is_at_home(fs, node):
+                return at
+        return b""
+
+    def _rename(self, here: bytes, there: bytes, stale: uncover.Stale) -> None:
+        old, new = find(self._fs, here), find(self._fs, there)
+        self._batch.write([self._next("renamed", there, here)])
+        self._fs.rename(old.parent, old.name, new.parent, new.name)
+        stale += [(old.parent.ino, old.name), (new.parent.ino, new.name)]
+        self._moves.append((here, there))
+        self._touched |= {here, there}
+
+    def _free_name(self, parent: Node, home: bytes) -> bytes:
+        """Return a path beside *home* where nothing is."""
+        numbers = itertools.count(self.number)
+        name = next(
+            name for name in (b"%b%d" % (ASIDE, number) for number in numbers)
+            if self._fs.lookup(parent, name) is None
+        )  # fmt: skip
+        return join(home.rpartition(b"/")[0], name)
+
+    def remove_set_aside(self) -> Progress:
+        """Do so now that all renamed things that were in it, if they are selected, are back."""
+        for aside, (home, since) in self._aside.items():
+            path = self._now(aside, since)
+            self._away.add(path)
+            place = find(self._fs, path)
+            step = self._next("moved", path, home)
+            self._batch.write([step])
+            stale: uncover.Stale = []
+            uncover.uncover(self._fs, place.parent, place.name, self._batch.place(step.number), stale)
+            yield lambda stale=stale: self._forget(stale)  # type: ignore[misc]
+
+    # --- everything else
+
+    def take_back(self, changes: Sequence[Change], *, metadata: bool) -> Progress:
+        """Do so with all but renames of directories."""
+        plan: list[tuple[Step, _Unit]] = []
+        seen: set[bytes] = set()
+        whole: set[bytes] = set()
+        for change in changes:
+            yield None
+            path = self._place(change)
+            if path in self._away or is_below(path, self._away):
+                continue
+            try:
+                is_wanted = not metadata or change.kind in "MR"
+                if change.path in self._homeless and change.source is not None:
+                    place = find(self._fs, path)
+                    shows = shown_below(self._fs, place.parent, place.name) is not None
+                    unit: _Unit | None = _Unit("moved", path, shows_lower=shows)
+                else:
+                    unit = self._unit(change, path, metadata=metadata) if is_wanted else None
+            except OSError as error:
+                if error.errno != errno.EXDEV:
+                    raise
+                yield Done(path, why(error))
+                continue
+            if unit is not None and unit.path not in seen and not is_below(unit.path, whole):
+                if unit.kind == "moved":
+                    whole.add(unit.path)
+                seen.add(unit.path)
+                plan.append((self._next(unit.kind, unit.path, attributes=unit.attributes), unit))
+        self._batch.write([step for step, _ in plan])
+        yield from self._renamed
+        # A lower's name of a hard link shows the lower's file again once no other name has the upper's: until
+        # all are away that go, nothing shows.
+        hides = bool(self._fs.indexed)
+        shown: list[tuple[Step, _Unit]] = []
+        for step, unit in plan:
+            if unit.kind == "whiteout":
+                shown.append((step, unit))
+                continue
+            hidden = hides and unit.kind == "moved" and unit.shows_lower
+            done = yield from self._step(step, unit, hidden=hidden)
+            yield done
+            if hidden and not done.why_not:
+                shown.append((step._replace(kind="shown"), unit))
+        for step, unit in shown:
+            done = yield from self._step(step, unit)
+            if step.kind == "whiteout" or done.why_not:
+                yield done
+
+    def _step(
+        self, step: Step, unit: _Unit, *, hidden: bool = False
+    ) -> Generator[Callable[[], None], None, Done]:
+        stale: uncover.Stale = []
+        why_not = ""
+        try:
+            self._do(step, unit, stale, hidden=hidden)
+        except OSError as error:
+            why_not = why(error)
+        self._touched.add(unit.path)
+        if stale:
+            yield lambda: self._forget(stale)
+        return Done(unit.path, why_not)
+
+    def _place(self, change: Change) -> bytes:
+        """Return where a change is now."""
+        if change.kind == "D":  # of a name; what was renamed to it since is another matter
+            directory, _, name = change.path.rpartition(b"/")
+            return join(self._now(directory), name)
+        if change.source is None or change.path in self._homeless:
+            return self._now(change.path)
+        return change.source
+
+    def _unit(self, change: Change, path: bytes, *, metadata: bool) -> _Unit | None:
+        """Return the smallest thing by which a change can be taken back."""
+        fs = self._fs
+        node, parent = fs.root, None
+        names = path.split(b"/") if path else []
+        here = b""
+        covers = b""
+        for depth, name in enumerate(names):
+            parent, here = node, join(here, name)
+            found = fs.upper.lookup(parent.upper, name) if parent.upper is not None else None
+            if found is None:
+                if covers and change.kind == "D":
+                    raise self._not_alone(change, covers)
+                return self._of_a_link(change, path)
+            if fs.is_whiteout(*found):
+                return None if metadata else _Unit("whiteout", here, shows_lower=True)
+            looked = fs.lookup(parent, name)
+            if looked is None:
+                return None
+            node = looked[0]
+            _must_be_kept(fs, node)
+            if node.is_dir and node.lowers:
+                continue
+            below = shown_below(fs, parent, name)
+            if node.is_dir and depth < len(names) - 1:
+                if self._selection.matches(here):
+                    return _Unit("moved", here, shows_lower=below is not None)
+                covers = covers or (here if below is not None else b"")
+                continue
+            try:
+                if metadata:
+                    return self._attributes(change, here, node)
+                if covers and change.kind != "A":
+                    raise self._not_alone(change, covers)
+                if below is not None and self._stays(node, below):
+                    return self._in_place(here, node)
+                return _Unit("moved", here, shows_lower=below is not None)
+            finally:
+                if not node.is_dir:
+                    fs.release(node)  # there may be many
+        return self._attributes(change, path, node)
+
+    def _stays(self, node: Node, below: Hit) -> bool:
+        """Whether an inode stays what it is: the lower's of several names, or one that is open."""
+        if stat.S_IFMT(node.mode) != stat.S_IFMT(below[2].st_mode) or node.is_dir:
+            return False
+        if node.indexed is not None:
+            return node.ino == number_of(self._fs, below)
+        return is_open(self._fs, node)
+
+    def _not_alone(self, change: Change, directory: bytes) -> StoreError:
+        where = escape(directory)
+        return StoreError(
+            f"{escape(change.path)}: cannot be taken back alone: {where} was deleted and made anew",
+            f"revert {where}",
+        )
+
+    def _attributes(self, change: Change, path: bytes, node: Node) -> _Unit | None:
+        if not {"mode", "owner", "times", "xattrs"} & set(change.what) or node.upper is None:
+            return None
+        return _Unit(
+            "attributes",
+            path,
+            attributes_to_json(uncover.attributes_of(self._fs, self._fs.upper, node.upper)),
+        )
+
+    def _of_a_link(self, change: Change, path: bytes) -> _Unit | None:
+        """Of a name that the upper has nothing of: another name of the file was changed."""
+        place = find(self._fs, path)
+        found = self._fs.lookup(place.parent, place.name)
+        if found is None or found[0].indexed is None or change.kind == "D":
+            return None
+        return self._in_place(path, found[0])
+
+    def _in_place(self, path: bytes, node: Node) -> _Unit:
+        """Return how an inode is taken back that is to stay the same."""
+        if stat.S_ISREG(node.mode) and not node.metacopy:
+            return _Unit("copied", path)
+        was = uncover.attributes_of(
+            self._fs, self._fs.upper, node.upper
+        )  # its data, or target, is the lower's
+        return _Unit("attributes", path, attributes_to_json(was))
+
+    def _do(self, step: Step, unit: _Unit, stale: uncover.Stale, *, hidden: bool) -> None:
+        fs = self._fs
+        if not unit.path:
+            number, root = fs.root.lowers[0]
+            uncover.give_attributes(fs, fs.root, uncover.attributes_of(fs, fs.lowers[number], root), stale)
+            return
+        place = find(fs, unit.path)
+        if step.kind in {"moved", "whiteout", "shown"}:
+            kept = self._batch.place(step.number)
+            uncover.uncover(fs, place.parent, place.name, kept, stale, hidden=hidden)
+            return
+        node = fs.resolve(place.parent, place.name)
+        if step.kind == "copied":
+            found = fs.stack.find(place.parent.lowers, place.name)
+            if not found:
+                raise FileNotFoundError(errno.ENOENT, "there is nothing of that name below", unit.path)
+            idle = uncover.must_be_idle(fs, node)
+            if idle is None:
+                node = fs.resolve(place.parent, place.name)
+            if not node.metacopy:
+                uncover.keep_copy(fs, fs.upper, node.upper, self._batch.place(step.number))
+                layer, key = fs.lowers[found[-1][0]], found[-1][1]
+                uncover.give_content(fs, node, layer, key, stale)
+        below = shown_below(fs, place.parent, place.name)
+        if below is None:
+            raise FileNotFoundError(errno.ENOENT, "there is nothing of that name below", unit.path)
+        uncover.give_attributes(fs, node, uncover.attributes_of(fs, fs.lowers[below[0]], below[1]), stale)
+
+    def drop_directories(self, bare: Sequence[bytes]) -> Progress:
+        """Take directories out of the store that say nothing any more; *bare* are those that said nothing."""
+        fs = self._fs
+        above = set(map(self._now, bare))
+        for path in self._touched:
+            while path:
+                above.add(path)
+                path = path.rpartition(b"/")[0]
+        for path in sorted(above, key=lambda path: path.count(b"/"), reverse=True):
+            stale: uncover.Stale = []
+            with suppress(OSError):
+                place = find(fs, path)
+                found = fs.lookup(place.parent, place.name)
+                if found is not None and found[0].is_dir:
+                    if not uncover.drop_directory(fs, found[0], stale) and self._selection.matches(path):
+                        uncover.give_lower_times(fs, found[0], stale)
+                    fs.release(found[0])
+            if stale:
+                yield lambda stale=stale: self._forget(stale)  # type: ignore[misc]
+            yield None
+        if self._selection.matches(b""):
+            stale = []
+            uncover.give_lower_times(fs, fs.root, stale)
+            yield lambda: self._forget(stale)
+
+
+class _Unit(NamedTuple):
+    """What is taken back in one step."""
+
+    kind: str
+    path: bytes
+    attributes: dict[str, Any] | None = None
+    shows_lower: bool = False
+    """Whether a name of the lower shows again that was hidden or replaced."""
+
+
+def is_open(fs: Overlay, node: Node) -> bool:
+    """Whether somebody has a file open, as far as we are told (not with images alone)."""
+    return not fs.host.close_idle(node) or node.handles is not None
+
+
+def find(fs: Overlay, path: bytes) -> Found:
+    """Return the directory of a path, and the name in it. FileNotFoundError if there is no such directory."""
+    node = fs.root
+    nodes = [node]
+    *directories, name = path.split(b"/")
+    for directory in directories:
+        found = fs.lookup(node, directory)
+        if found is None or not found[0].is_dir:
+            raise FileNotFoundError(errno.ENOENT, "no such directory", path)
+        node = found[0]
+        nodes.append(node)
+    child = fs.nodes.child(node, name)
+    _must_be_kept(fs, node if child is None else child)
+    return Found(node, name, nodes)
+
+
+def _must_be_kept(fs: Overlay, node: Node) -> None:
+    """EXDEV for what is seen instead of what the store has there (:mod:`cowfs.overlay.graft`)."""
+    if fs.union_of(node) is not fs:
+        raise OSError(errno.EXDEV, "is below a volatile directory of this mount", node.name)
+
+
+def why(error: OSError) -> str:
+    """Say why a step could not be done."""
+    if error.errno == errno.EBUSY:
+        return "its data is still being copied to the store; try again later"
+    if error.errno == errno.EEXIST:
+        return "something else is there now"
+    return error.strerror or str(error)

@@ -1,0 +1,126 @@
+"""Choose which changes are told: by path, and by what differs."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+from cowfs.changes.pairs import Sides
+from cowfs.changes.render import escape
+from cowfs.errors import UsageError
+from cowfs.types import Change
+
+ASPECTS = ("type", "content", "mode", "owner", "times", "xattrs", "target", "device")
+"""What may differ between two versions of a file, see :func:`cowfs.changes.compare.compare`."""
+CONTENT = frozenset({"type", "content", "target", "device"})
+"""What a file is or holds, and not who may use it and since when."""
+_SAME = {
+    "mtime": "times",
+    "time": "times",
+    "xattr": "xattrs",
+    "acl": "xattrs",
+    "uid": "owner",
+    "gid": "owner",
+}
+
+
+def aspect(name: str) -> str | None:
+    """Return the aspect that a user means by *name* (``mtime`` is ``times``), None for none."""
+    name = _SAME.get(name, name)
+    return name if name in ASPECTS else None
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Which changes are wanted."""
+
+    patterns: tuple[re.Pattern[bytes], ...] = ()
+    """One of them must match the path, or a directory above it; no pattern: all paths."""
+    aspects: frozenset[str] = frozenset(ASPECTS)
+    """A modification in nothing else is none."""
+    texts: tuple[bytes, ...] = ()
+    """What the patterns were made of."""
+
+    def must_exist(self, sides: Sides, what: str) -> None:
+        """UsageError for a path, not a glob, at which nothing is nor was; *what* is the tree's name."""
+        for text in self.texts:
+            path = plain(text.strip(b"/"))
+            if path and sides.after(path) is None and sides.before(path) is None:
+                raise UsageError(
+                    f"{what}: there is no {escape(path)} in it, and was none before",
+                    "give the path from the root of the tree",
+                )
+
+    def of(self, changes: Iterable[Change]) -> Iterator[Change]:
+        """Yield those of *changes* that are wanted, each with the wanted aspects alone."""
+        return (change for change in self.among(changes) if change is not None)
+
+    def among(self, changes: Iterable[Change | None]) -> Iterator[Change | None]:
+        """The same, of what :func:`cowfs.changes.diff.steps` yields: with a None for each that is not wanted.
+
+        With a renamed directory all changes below it are wanted, whichever of its names was meant.
+        """
+        renamed = b""
+        for change in changes:
+            if change is None:
+                yield None
+                continue
+            is_below = bool(renamed) and change.path.startswith(renamed)
+            if not (
+                is_below
+                or self.matches(change.path)
+                or (change.source is not None and self.matches(change.source))
+            ):
+                yield None
+                continue
+            if change.kind == "R" and change.type == "directory" and not is_below:
+                renamed = change.path + b"/"
+            yield self._reduced(change)
+
+    def _reduced(self, change: Change) -> Change | None:
+        what = tuple(each for each in change.what if each in self.aspects)
+        if change.kind == "M" and not what:
+            return None
+        if len(what) == len(change.what):
+            return change
+        return replace(change, what=what, xattrs=change.xattrs if "xattrs" in what else ())
+
+    def matches(self, path: bytes) -> bool:
+        """Whether a path is one of those that are wanted."""
+        return not self.patterns or any(pattern.match(path) for pattern in self.patterns)
+
+
+def selected(texts: Iterable[bytes], aspects: frozenset[str] = frozenset(ASPECTS)) -> Selection:
+    """Return the selection of paths and globs."""
+    texts = tuple(texts)
+    return Selection(tuple(map(pattern, texts)), aspects, texts)
+
+
+def pattern(text: bytes) -> re.Pattern[bytes]:
+    """Return what matches a path, or what is below it: of a path from the root of the tree, or of a glob.
+
+    In a glob ``*`` and ``?`` match slashes too, as in git's: ``*.conf`` means those in all directories.
+
+    A glob means the path that is written like it, too: ``[x]`` the directory ``[x]`` as well as ``x``. What
+    :func:`glob.escape` gives means that path alone.
+    """
+    path = text.strip(b"/")
+    if not path:
+        return re.compile(b"")
+    exact = plain(path)
+    if exact is not None:
+        body = re.escape(exact)
+    else:
+        glob = fnmatch.translate(path.decode("latin-1"))
+        body = b"(?:%s|%s)" % (re.sub(r"\\[Zz]\Z", "", glob).encode("latin-1"), re.escape(path))
+    return re.compile(b"(?:%s)(?:/|\\Z)" % body, re.DOTALL)
+
+
+def plain(text: bytes) -> bytes | None:
+    """Return the one path that a pattern means; None: it is a glob."""
+    rest = re.sub(rb"\[[*?[]\]", b"", text)
+    if any(character in rest for character in b"*?["):
+        return None
+    return re.sub(rb"\[([*?[])\]", rb"\1", text)

@@ -1,0 +1,191 @@
+"""The trash of a store: what was taken back, until it is brought back or thrown away.
+
+Each use of ``cowfs revert`` makes a directory ``cowfs/trash/NUMBER`` in the store. In it, ``log`` has a line
+of JSON for each step, written before the step is done, and one for each step that is undone; what a step
+took out of the merged tree is there under the step's number.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import closing
+from typing import Any, NamedTuple
+
+from cowfs.errors import CowfsError, StoreError
+from cowfs.layers.base import Key, UpperLayer
+from cowfs.overlay.uncover import Attributes
+from cowfs.store.format import layout
+from cowfs.types import AttrData
+
+_LOG = b"log"
+_LARGEST_LOG = 256 << 20
+
+
+class Step(NamedTuple):
+    """One step of taking something back, as it stands in the log."""
+
+    number: int
+    kind: str
+    """``moved`` out of the tree; a ``whiteout`` removed; ``copied`` to the trash and written over in place;
+    ``attributes`` written over; ``renamed`` back, to *path* from *source*. A step ``moved`` has a *source*
+    if what it moved was renamed before, as it was in the way: where it was."""
+    path: bytes
+    source: bytes = b""
+    attributes: dict[str, Any] | None = None
+
+
+class Batch:
+    """What one use of ``revert`` has taken back."""
+
+    def __init__(self, layer: UpperLayer, parent: Key, name: bytes, key: Key) -> None:
+        self.layer = layer
+        self.key = key
+        self.name = name
+        self._parent = parent
+        self._end: int | None = None
+
+    def place(self, number: int) -> tuple[Key, bytes]:
+        """Return where a step puts what it takes away."""
+        return self.key, b"%d" % number
+
+    def write(self, steps: list[Step]) -> None:
+        """Write the log, and put it on disk. Blocks. ENOSPC."""
+        self._append([_to_json(step) for step in steps], sync=True)
+
+    def note_undone(self, step: Step) -> None:
+        """Write that a step is undone. Blocks; not on disk yet."""
+        self._append([{"undone": step.number}], sync=False)
+
+    def _append(self, entries: list[dict[str, Any]], *, sync: bool) -> None:
+        lines = b"".join(json.dumps(entry).encode() + b"\n" for entry in entries)
+        found = self.layer.lookup(self.key, _LOG)
+        if found is None:
+            _, file = self.layer.create(self.key, _LOG, 0o600, *_owner(self.layer))
+            end = 0
+        else:
+            file = self.layer.open(found[0], os.O_RDWR)
+            end = found[1].st_size if self._end is None else self._end
+        with closing(file):
+            file.pwrite(lines, end)
+            if sync:
+                file.fsync(datasync=False)
+        self._end = end + len(lines)
+
+    def steps(self) -> list[Step]:
+        """Read the log: the steps that are not undone. StoreError if it is damaged.
+
+        A last line that is not whole is of a step that was not begun.
+        """
+        found = self.layer.lookup(self.key, _LOG)
+        if found is None:
+            return []
+        with closing(self.layer.open(found[0], os.O_RDONLY)) as file:
+            size = min(file.stat().st_size, _LARGEST_LOG)
+            data = b"".join(file.pread(1 << 20, at) for at in range(0, size, 1 << 20))
+        self._end = data.rfind(b"\n") + 1
+        steps: dict[int, Step] = {}
+        try:
+            for line in data[: self._end].splitlines():
+                entry = json.loads(line)
+                if "undone" in entry:
+                    steps.pop(int(entry["undone"]), None)
+                else:
+                    step = _from_json(entry)
+                    steps[step.number] = step
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise StoreError(f"{self.layer.name}: the log of what was reverted is damaged") from None
+        return list(steps.values())
+
+    def remove(self) -> None:
+        """Throw away all that is in it. Blocks."""
+        layout.empty(self.layer, self.key)
+        self.layer.rmdir(self._parent, self.name, self.key)
+
+    def is_empty(self) -> bool:
+        """Whether nothing is left in it but the log, and copies that a kill left unfinished."""
+        return not any(entry.name.isdigit() for entry in self.layer.readdir(self.key))
+
+
+def new_batch(layer: UpperLayer) -> Batch:
+    """Make an empty one."""
+    private = layout.find(layer, layout.PRIVATE)
+    trash = layout.ensure_directory(layer, private, layout.TRASH, 0o700)
+    last = max((int(entry.name) for entry in layer.readdir(trash) if entry.name.isdigit()), default=0)
+    name = b"%d" % (last + 1)
+    return Batch(layer, trash, name, layout.ensure_directory(layer, trash, name, 0o700))
+
+
+def batches(layer: UpperLayer) -> Iterator[Batch]:
+    """Yield those that are there, the newest first."""
+    trash = layout.find(layer, layout.PRIVATE, layout.TRASH)
+    if trash is None:
+        return
+    numbers = [entry.name for entry in layer.readdir(trash) if entry.name.isdigit()]
+    for name in sorted(numbers, key=int, reverse=True):
+        found = layer.lookup(trash, name)
+        if found is not None and stat.S_ISDIR(found[1].st_mode):
+            yield Batch(layer, trash, name, found[0])
+
+
+def _owner(layer: UpperLayer) -> tuple[int, int]:
+    attr = layer.stat(layer.root)
+    return attr.st_uid, attr.st_gid
+
+
+def _to_json(step: Step) -> dict[str, Any]:
+    entry: dict[str, Any] = {"number": step.number, "kind": step.kind, "path": _text(step.path)}
+    if step.source:
+        entry["source"] = _text(step.source)
+    if step.attributes is not None:
+        entry["attributes"] = step.attributes
+    return entry
+
+
+def _from_json(entry: dict[str, Any]) -> Step:
+    attributes = entry.get("attributes")
+    if not isinstance(attributes, dict | None):
+        raise TypeError(attributes)
+    source = _bytes(entry["source"]) if "source" in entry else b""
+    return Step(int(entry["number"]), str(entry["kind"]), _bytes(entry["path"]), source, attributes)
+
+
+def _text(value: bytes) -> str:
+    return base64.b64encode(value).decode()
+
+
+def _bytes(text: str) -> bytes:
+    return base64.b64decode(text, validate=True)
+
+
+def attributes_to_json(attributes: Attributes) -> dict[str, Any]:
+    """Return attributes as they stand in the log."""
+    attr = attributes.attr
+    return {
+        "mode": attr.st_mode,
+        "uid": attr.st_uid,
+        "gid": attr.st_gid,
+        "atime_ns": attr.st_atime_ns,
+        "mtime_ns": attr.st_mtime_ns,
+        "xattrs": [[base64.b64encode(part).decode() for part in pair] for pair in attributes.xattrs],
+    }
+
+
+def attributes_from_json(entry: dict[str, Any]) -> Attributes:
+    """Return attributes from the log. CowfsError if they are damaged."""
+    try:
+        attr = AttrData(
+            st_mode=int(entry["mode"]),
+            st_ino=0,
+            st_uid=int(entry["uid"]),
+            st_gid=int(entry["gid"]),
+            st_atime_ns=int(entry["atime_ns"]),
+            st_mtime_ns=int(entry["mtime_ns"]),
+        )
+        xattrs = [(base64.b64decode(name), base64.b64decode(value)) for name, value in entry["xattrs"]]
+    except (KeyError, TypeError, ValueError):
+        raise CowfsError("the log of what was reverted is damaged") from None
+    return Attributes(attr, xattrs)

@@ -1,0 +1,136 @@
+"""A treemap of what fills a store, as SVG: nested rectangles, whose areas are the sizes.
+
+The layout is the squarified one (Bruls, Huizing and van Wijk, "Squarified treemaps", 2000).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from xml.sax.saxutils import escape as xml
+
+from cowfs.changes.render import escape
+from cowfs.store.format.sizes import format_size
+
+_WIDTH, _HEIGHT = 1200.0, 800.0
+_HEAD = 16.0
+"""Pixels for the name of a directory."""
+_LEAST = 3.0
+"""A rectangle that is thinner is not drawn: nobody could see it."""
+_COLOURS = {
+    "new": "#8bc48a",
+    "changed": "#f0c36d",
+    "metadata": "#9fc5e8",
+    "whiteouts": "#e06666",
+    "directories": "#cccccc",
+}
+
+
+@dataclass(slots=True)
+class _Item:
+    name: bytes
+    size: int = 0
+    reason: str = "directories"
+    children: dict[bytes, _Item] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class _Box:
+    x: float
+    y: float
+    width: float
+    height: float
+
+
+def treemap(files: Iterable[tuple[bytes, str, int]], least: float = _LEAST) -> str:
+    """Return an SVG image of path, reason and size of each file; none that is thinner than *least* pixels."""
+    root = _Item(b"")
+    for path, reason, size in files:
+        root.size += size
+        item = root
+        for name in path.split(b"/") if path else ():
+            item = item.children.setdefault(name, _Item(name))
+            item.size += size
+        item.reason = reason
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH:.0f} {_HEIGHT + 30:.0f}" '
+        'font-family="sans-serif" font-size="11">'
+    ]
+    lines += _drawn(root, b"", _Box(0, 0, _WIDTH, _HEIGHT), least)
+    lines += _legend()
+    return "\n".join([*lines, "</svg>", ""])
+
+
+def _drawn(item: _Item, path: bytes, box: _Box, least: float) -> Iterator[str]:
+    waiting = [(item, path, box)]
+    while waiting:
+        item, path, box = waiting.pop()
+        if box.width < least or box.height < least:
+            continue
+        title = f"{escape(path) or '/'}: {format_size(item.size)}, {item.reason}"
+        yield (
+            f'<rect x="{box.x:.1f}" y="{box.y:.1f}" width="{box.width:.1f}" height="{box.height:.1f}" '
+            f'fill="{_COLOURS.get(item.reason, "#ffffff")}" stroke="#555555" stroke-width="0.5">'
+            f"<title>{xml(title)}</title></rect>"
+        )
+        has_head = box.height > 2 * _HEAD
+        letters = int(box.width / 6.5) - 1
+        if has_head and letters > 2:
+            name = escape(item.name) or "/"
+            shown = name if len(name) <= letters else name[: letters - 1] + "…"
+            yield f'<text x="{box.x + 3:.1f}" y="{box.y + 12:.1f}">{xml(shown)}</text>'
+        if item.children:
+            head = _HEAD if has_head else 1
+            inside = _Box(box.x + 2, box.y + head, box.width - 4, box.height - head - 2)
+            children = sorted(item.children.values(), key=lambda child: -child.size)
+            places = _squarified([child.size for child in children], inside)
+            for child, place in zip(children, places, strict=False):  # what has no size has no place
+                waiting.append((child, path + b"/" + child.name if path else child.name, place))
+
+
+def _squarified(sizes: list[int], box: _Box) -> Iterator[_Box]:
+    """Divide a box by *sizes*, the largest first, so that the parts are as square as may be."""
+    start = 0
+    while start < len(sizes):
+        total = sum(sizes[start:])
+        if total <= 0 or box.width <= 0 or box.height <= 0:
+            return
+        area = box.width * box.height / total
+        short = min(box.width, box.height)
+        end, worst = start + 1, _ratio(sizes[start : start + 1], area, short)
+        while end < len(sizes):
+            ratio = _ratio(sizes[start : end + 1], area, short)
+            if ratio > worst:
+                break
+            end, worst = end + 1, ratio
+        row = sizes[start:end]
+        thick = sum(row) * area / short
+        along = 0.0
+        for size in row:
+            length = size * area / thick if thick else 0.0
+            if box.width >= box.height:
+                yield _Box(box.x, box.y + along, thick, length)
+            else:
+                yield _Box(box.x + along, box.y, length, thick)
+            along += length
+        if box.width >= box.height:
+            box = _Box(box.x + thick, box.y, box.width - thick, box.height)
+        else:
+            box = _Box(box.x, box.y + thick, box.width, box.height - thick)
+        start = end
+
+
+def _ratio(row: list[int], area: float, short: float) -> float:
+    """Return how far from a square the worst of a row is."""
+    total = sum(row) * area
+    if total <= 0 or min(row) <= 0:
+        return float("inf")
+    return max(short * short * max(row) * area / total**2, total**2 / (short * short * min(row) * area))
+
+
+def _legend() -> Iterator[str]:
+    x = 4.0
+    for reason, colour in _COLOURS.items():
+        yield f'<rect x="{x:.0f}" y="{_HEIGHT + 10:.0f}" width="12" height="12" fill="{colour}"/>'
+        yield f'<text x="{x + 16:.0f}" y="{_HEIGHT + 20:.0f}">{reason}</text>'
+        x += 110

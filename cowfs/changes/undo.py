@@ -1,0 +1,114 @@
+"""Bring back what was taken back last (:mod:`cowfs.changes.revert`), in the reverse order of its steps."""
+
+from __future__ import annotations
+
+import errno
+
+from cowfs.changes.revert import ASIDE, Done, Forget, Found, Progress, find, why
+from cowfs.changes.trash import Batch, Step, attributes_from_json, batches
+from cowfs.errors import StoreError
+from cowfs.overlay import uncover
+from cowfs.overlay.node import Node
+from cowfs.overlay.overlay import Overlay
+
+
+def undo(fs: Overlay, forget: Forget) -> Progress:
+    """Bring back what was taken back last. StoreError if nothing was."""
+    batch = next(batches(fs.upper), None)
+    if batch is None:
+        raise StoreError("nothing was reverted, or the trash was emptied")
+    return undo_batch(fs, batch, forget)
+
+
+def undo_batch(fs: Overlay, batch: Batch, forget: Forget) -> Progress:
+    """Bring back what is in one batch.
+
+    May be killed anywhere and begun again: what is undone is noted in the log, step by step, and a step that
+    was undone and not yet noted is recognised by what is there.
+    """
+    again = False
+    steps = batch.steps()
+    aside = {step.path: step.source for step in steps if ASIDE in step.path.rpartition(b"/")[2]}
+    for step in reversed(steps):
+        stale: uncover.Stale = []
+        why_not = ""
+        undone = False
+        try:
+            undone = _undo(fs, batch, step, stale)
+        except OSError as error:
+            why_not = why(error)
+            again |= error.errno != errno.ENOENT
+        if not why_not:
+            batch.note_undone(step)
+        if stale:
+            yield lambda stale=stale: forget(stale)  # type: ignore[misc]
+        if why_not or (undone and not (step.kind == "moved" and step.source)):
+            yield Done(_at_home(step.source or step.path, aside), why_not)
+    if batch.is_empty() and not again:
+        batch.remove()
+
+
+def _at_home(path: bytes, aside: dict[bytes, bytes]) -> bytes:
+    """Return where something is when nothing is aside any more."""
+    for where, home in aside.items():
+        if path.startswith(where + b"/"):
+            return home + path[len(where) :]
+    return path
+
+
+def _undo(fs: Overlay, batch: Batch, step: Step, stale: uncover.Stale) -> bool:
+    """Undo one step; False if it was never done, or is undone already."""
+    if not step.path:
+        return _undo_attributes(fs, fs.root, step, stale)
+    kept = batch.place(step.number)
+    found = fs.upper.lookup(*kept)
+    if step.kind in {"moved", "copied"} and found is None:
+        return False
+    if step.kind == "moved" and found is not None and fs.is_whiteout(*found):
+        fs.upper.unlink(*kept, None)  # it was exchanged with what is back
+        return False
+    place = find(fs, step.path)
+    if step.kind == "moved":
+        uncover.cover(fs, place.parent, place.name, kept, stale)
+        return True
+    if step.kind == "whiteout":
+        if fs.lookup(place.parent, place.name) is None:
+            return False
+        uncover.hide(fs, place.parent, place.name, stale)
+        return True
+    if step.kind == "renamed":
+        return _undo_rename(fs, place, find(fs, step.source), stale)
+    node = fs.resolve(place.parent, place.name)
+    if step.kind == "attributes":
+        return _undo_attributes(fs, node, step, stale)
+    assert found is not None
+    fs.copy_up(node)
+    uncover.give_content(fs, node, fs.upper, found[0], stale)
+    uncover.give_attributes(fs, node, uncover.attributes_of(fs, fs.upper, found[0]), stale)
+    fs.upper.unlink(*kept, found[0])
+    return True
+
+
+def _undo_rename(fs: Overlay, place: Found, target: Found, stale: uncover.Stale) -> bool:
+    is_there = fs.lookup(place.parent, place.name) is not None
+    if fs.lookup(target.parent, target.name) is not None:
+        if is_there:
+            raise FileExistsError(errno.EEXIST, "something else is there now", target.name)
+        return False
+    fs.rename(place.parent, place.name, target.parent, target.name)
+    stale += [(place.parent.ino, place.name), (target.parent.ino, target.name)]
+    return True
+
+
+def _undo_attributes(fs: Overlay, node: Node, step: Step, stale: uncover.Stale) -> bool:
+    fs.copy_up_meta(node)
+    uncover.give_attributes(fs, node, attributes_from_json(step.attributes or {}), stale)
+    return True
+
+
+def empty_trash(fs: Overlay) -> Progress:
+    """Throw away what was taken back. It cannot be brought back then."""
+    for batch in batches(fs.upper):
+        uncover.count_by_lower(fs)
+        yield batch.remove
+        fs.away = None

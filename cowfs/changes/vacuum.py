@@ -1,0 +1,136 @@
+"""Take out of a store what says nothing: copies of what is below, whiteouts of nothing, bare directories."""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Callable, Generator, Iterator
+from contextlib import suppress
+
+from cowfs.changes.compare import Inode, compare
+from cowfs.changes.lowers import must_not_wait
+from cowfs.changes.paths import join
+from cowfs.changes.revert import Done, Forget, Progress, is_open
+from cowfs.layers.base import Key
+from cowfs.overlay import uncover
+from cowfs.overlay.lookup import number_of, shown_below
+from cowfs.overlay.node import Node
+from cowfs.overlay.overlay import Overlay
+from cowfs.types import Attr
+
+
+def vacuum(fs: Overlay, forget: Forget, *, dry_run: bool = False) -> Progress:
+    """Remove from the store what nobody can see a difference without; with *dry_run* only tell of it.
+
+    No inode that is in use gets another number. What is open stays open.
+    """
+    must_not_wait(fs.lowers)
+    return _Vacuum(fs, forget, dry_run).run()
+
+
+class _Vacuum:
+    def __init__(self, fs: Overlay, forget: Forget, dry_run: bool) -> None:
+        self._fs = fs
+        self._forget = forget
+        self._gone: dict[bytes, set[bytes]] | None = {} if dry_run else None
+        """What would have been removed, by directory; None if it is."""
+
+    def run(self) -> Progress:
+        levels: list[tuple[bytes, Node, Iterator[bytes]]] = [self._level(b"", self._fs.root)]
+        while levels:
+            path, directory, names = levels[-1]
+            name = next(names, None)
+            yield None
+            if name is None:
+                levels.pop()
+                if path:
+                    yield from self._directory(path, directory)
+                continue
+            with suppress(OSError):  # it went meanwhile
+                child = yield from self._entry(directory, name, join(path, name))
+                if child is not None:
+                    levels.append(self._level(join(path, name), child))
+
+    def _level(self, path: bytes, directory: Node) -> tuple[bytes, Node, Iterator[bytes]]:
+        entries = [] if directory.upper is None else self._fs.upper.readdir(directory.upper)
+        return path, directory, iter(sorted(entry.name for entry in entries))
+
+    def _entry(
+        self, parent: Node, name: bytes, path: bytes
+    ) -> Generator[Done | Callable[[], None] | None, None, Node | None]:
+        """Look at one name of the upper; return the directory that it is, to go into."""
+        fs = self._fs
+        found = fs.upper.lookup(parent.upper, name) if parent.upper is not None else None
+        if found is None:
+            return None
+        key, attr = found
+        below = shown_below(fs, parent, name)
+        if fs.is_whiteout(key, attr):
+            if below is None:
+                yield from self._away(parent, name, path, "whiteout", 0)
+            return None
+        looked = fs.lookup(parent, name)
+        if looked is None:
+            return None
+        node = looked[0]
+        if fs.union_of(node) is not fs:
+            return None
+        if node.is_dir:
+            return node
+        if below is None or node.indexed is not None or node.partial is not None or node.copying is not None:
+            return None
+        same_number = node.ino == number_of(fs, below)
+        in_use = bool(node.lookups)
+        if (in_use and not same_number) or is_open(fs, node):
+            return None
+        if (yield from self._is_same(node, key, attr, parent, name)):
+            yield from self._away(parent, name, path, "copy", attr.st_blocks * 512)
+        fs.release(node)
+        return None
+
+    def _is_same(
+        self, node: Node, key: Key, attr: Attr, parent: Node, name: bytes
+    ) -> Generator[None, None, bool]:
+        """Compare a file with what is below it, in all that a user can see, exact times too."""
+        fs = self._fs
+        found = fs.stack.find(parent.lowers, name)
+        below = found[0]
+        new = Inode(fs.upper, key, attr)
+        old = Inode(fs.lowers[below[0]], below[1], below[2])
+        if len(found) > 1 and stat.S_ISREG(below[2].st_mode):
+            old.data = fs.lowers[found[-1][0]], found[-1][1]
+        if node.metacopy:
+            layer, data = node.lowers[-1]
+            new.data = fs.lowers[layer], data
+        if stat.S_ISREG(attr.st_mode) and attr.st_mtime_ns != below[2].st_mtime_ns:
+            return False
+        return not (yield from compare(new, old, self._fs.format))
+
+    def _away(self, parent: Node, name: bytes, path: bytes, kind: str, size: int) -> Progress:
+        if self._gone is not None:
+            self._pretend(path)
+        else:
+            stale: uncover.Stale = []
+            before = self._fs.upper.stat(parent.upper)
+            uncover.uncover(self._fs, parent, name, None, stale)
+            self._fs.upper.utimens(parent.upper, before.st_atime_ns, before.st_mtime_ns)
+            yield lambda: self._forget(stale)
+        yield Done(path, kind=kind, size=size)
+
+    def _pretend(self, path: bytes) -> None:
+        if self._gone is not None:
+            directory, _, name = path.rpartition(b"/")
+            self._gone.setdefault(directory, set()).add(name)
+
+    def _directory(self, path: bytes, node: Node) -> Progress:
+        fs = self._fs
+        if node.dead or node.upper is None:
+            return
+        stale: uncover.Stale = []
+        pretended = None if self._gone is None else self._gone.pop(path, set())
+        with suppress(OSError):
+            if uncover.drop_directory(fs, node, stale, any_times=False, dry_run=pretended):
+                self._pretend(path)
+                if stale:
+                    yield lambda: self._forget(stale)
+                yield Done(path, kind="directory", size=4096)
+        fs.release(node)
