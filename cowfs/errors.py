@@ -44,6 +44,10 @@ def _shown(character: str) -> str:
     return _SHORT.get(character) or character.encode("unicode_escape", "surrogatepass").decode()
 
 
+class NotYetFree(OSError):
+    """ENOSPC for who must not wait for the disk: what was freed can be used after the next commit."""
+
+
 class CowfsError(Exception):
     """A failure that one line explains: ``what: why`` and, as *hint*, what to do about it."""
 

@@ -8,28 +8,41 @@ from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 from cowfs.changes import diff
+from cowfs.changes.composite import Above, above
 from cowfs.fuse.control import MayHang, in_main_thread
 from cowfs.layers.base import LowerLayer, UpperLayer
 from cowfs.layers.slow import SlowLayer
 from cowfs.overlay.overlay import Overlay
+from cowfs.store.format.checkpoints import Range, as_layers
 from cowfs.types import Change
 
 _SLICE = 0.02
 """Seconds that a thread works before what it has found is told."""
 
 
-def steps(overlay: Overlay) -> Iterator[Change | MayHang | None]:
-    """Yield every change, and what :data:`cowfs.fuse.control.Replies` may hold besides.
+def steps(
+    overlay: Overlay, between: Range, *, directory_times: bool = False
+) -> Iterator[Change | MayHang | None]:
+    """Yield every change that lies *between*, and what :data:`cowfs.fuse.control.Replies` may hold besides.
 
     Where a lower may wait for others a thread does the work, and has the other layers asked in the main
     thread, to which they belong.
     """
-    if not any(layer.waits for layer in overlay.lowers):
-        yield from _all(overlay, overlay.upper, list(overlay.lowers))
+    if between.is_empty:
         return
-    upper = cast(UpperLayer, _InMainThread(overlay.upper))
-    lowers = [layer.inner if isinstance(layer, SlowLayer) else _lower(layer) for layer in overlay.lowers]
-    found = _all(overlay, upper, lowers)
+    upper, root, index = above(
+        (overlay.upper, overlay.root.upper) if between.has_upper else None,
+        as_layers(overlay.upper, between.newer),
+        overlay.format,
+        overlay.index,
+    )
+    below: list[LowerLayer] = list(as_layers(overlay.upper, between.older))
+    if not any(layer.waits for layer in overlay.base):
+        yield from _all(overlay, Above(upper, root, index), [*below, *overlay.base], directory_times)
+        return
+    upper = cast(UpperLayer, _InMainThread(upper))
+    lowers = [layer.inner if isinstance(layer, SlowLayer) else _lower(layer) for layer in overlay.base]
+    found = _all(overlay, Above(upper, root, index), [*map(_lower, below), *lowers], directory_times)
     batch: list[Change | None] = [None]
     while batch:
         batch = []
@@ -37,9 +50,11 @@ def steps(overlay: Overlay) -> Iterator[Change | MayHang | None]:
         yield from batch
 
 
-def _all(overlay: Overlay, upper: UpperLayer, lowers: list[LowerLayer]) -> Iterator[Change | None]:
-    options = overlay.options
-    return diff.steps(upper, overlay.root.upper, lowers, options.xattr_prefix, index=overlay.index)
+def _all(
+    overlay: Overlay, new: Above, lowers: list[LowerLayer], directory_times: bool
+) -> Iterator[Change | None]:
+    prefix, times = overlay.options.xattr_prefix, directory_times
+    return diff.steps(new.layer, new.root, lowers, prefix, index=new.links, directory_times=times)
 
 
 def _work(found: Iterator[Change | None], batch: list[Change | None]) -> None:

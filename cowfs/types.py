@@ -58,6 +58,27 @@ class AttrData:
     st_atime_ns: int = 0
     st_mtime_ns: int = 0
     st_ctime_ns: int = 0
+    st_gen: int = 0
+    """Tells the inode from those that had its number before, where the layer knows that (ioctl_iflags(2))."""
+
+
+def own_attr(attr: Attr) -> AttrData:
+    """Return the same attributes as an :class:`AttrData` that may be changed; without ``st_gen``."""
+    return AttrData(
+        attr.st_mode,
+        attr.st_ino,
+        attr.st_dev,
+        attr.st_nlink,
+        attr.st_uid,
+        attr.st_gid,
+        attr.st_rdev,
+        attr.st_size,
+        attr.st_blocks,
+        attr.st_blksize,
+        attr.st_atime_ns,
+        attr.st_mtime_ns,
+        attr.st_ctime_ns,
+    )
 
 
 class DirEntry(NamedTuple):
@@ -94,6 +115,23 @@ class FsStats:
     namemax: int = 255
 
 
+class Atime(NamedTuple):
+    """When reading something of the store changes its atime, as mount(8) has it; by default never."""
+
+    files: bool = False
+    """Where that is older than the last change, or a day old (relatime)."""
+    directories: bool = False
+    """For directories as well."""
+    always: bool = False
+    """Whatever it is (strictatime)."""
+
+
+DATA_ONLY = "data-only:"
+"""How the fingerprint of a data-only lower begins."""
+WHITEOUTS = "whiteouts-"
+"""How that of a lower begins whose whiteouts are not overlayfs's; their style, and a colon follow."""
+
+
 @dataclass(frozen=True, slots=True)
 class Identity:
     """What a lower layer is recognised by at the next mount."""
@@ -106,6 +144,20 @@ class Identity:
     """For messages: what a person recognises it by (size, date, number of inodes)."""
     path: str
     """Where it was found; not part of the identity."""
+    offset: int = 0
+    """Where in that file the image begins, in bytes; not part of the identity either."""
+
+    @property
+    def data_only(self) -> bool:
+        """Whether it gives files their data, and shows nothing of its own. That is part of the identity."""
+        return self.fingerprint.startswith(DATA_ONLY)
+
+    @property
+    def whiteouts(self) -> str:
+        """How its whiteouts are written (cowfs.overlay.named_whiteouts): part of the identity."""
+        if not self.fingerprint.startswith(WHITEOUTS):
+            return "overlayfs"
+        return self.fingerprint[len(WHITEOUTS) :].partition(":")[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,3 +174,5 @@ class Change:
     """For ``R``: the path that the directory had in the lower."""
     type: str = "file"
     """``file directory symlink char block fifo socket``: what is there now (or was, for ``D``)."""
+    xattrs: tuple[bytes, ...] = ()
+    """If these differ (``what``): the names of those that do, also of ACLs (``system.posix_acl_access``)."""

@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
-import logging.handlers
 import os
 import select
 import signal
-import socket
 import sys
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from typing import Any, NoReturn
 
-from cowfs.cli.lacking import lacking
-from cowfs.cli.log_limit import Limit
-from cowfs.errors import CowfsError, InternalError, MountFailure, printable
-from cowfs.linux import outside
-from cowfs.linux.signals import hold_back, let_come, open_signals, take
-from cowfs.linux.sockets import SYSLOG
+from cowfs.cli.limits import explain_shortage
+from cowfs.errors import CowfsError, InternalError, MountFailure
+from cowfs.linux.signals import hold_back, open_signals, take, unblock
 
 _PATIENCE_MS = 5_000
 """So long a daemon is waited for that has been asked to end."""
@@ -72,7 +67,8 @@ def run_in_background(
     said, asked, ended = _wait_for_report(reading, pid, heeds_signals=not stays)
     if not ended:
         print(
-            f"cowfs: interrupted; its process (pid {pid}) waits for a lower, and then ends", file=sys.stderr
+            f"cowfs: interrupted; the daemon (pid {pid}) waits for a lower to answer, then exits",
+            file=sys.stderr,
         )
         raise SystemExit(128 + asked)
     report: dict[str, Any] = json.loads(said) if said else {"error": ""}
@@ -84,8 +80,8 @@ def run_in_background(
         raise SystemExit(128 + asked)
     if not said:
         if os.WIFSIGNALED(status):
-            raise MountFailure(f"the daemon was ended by {signal.Signals(os.WTERMSIG(status)).name}")
-        raise InternalError(f"the daemon ended without a word (wait status {status})")
+            raise MountFailure(f"the daemon was killed by {signal.Signals(os.WTERMSIG(status)).name}")
+        raise InternalError(f"the daemon exited without reporting a result (wait status {status})")
     failure = CowfsError(report["error"])
     failure.exit_code = report["code"]
     raise failure
@@ -125,15 +121,15 @@ def _be_daemon(daemon: Callable[[Reporter], int], pipe: int, keep: Collection[in
         reporter = Reporter(pipe)
         try:
             code = _interruptible(daemon, reporter)
-            reporter.failed(MountFailure("unmounted before it had answered"))
+            reporter.failed(MountFailure("unmounted before the daemon was ready"))
         except CowfsError as error:
             logging.getLogger(__name__).error("%s", error)
             reporter.failed(error)
             code = error.exit_code
         except KeyboardInterrupt:
-            reporter.failed(MountFailure("the daemon was ended by SIGINT"))
+            reporter.failed(MountFailure("the daemon was interrupted (SIGINT)"))
         except BaseException as error:
-            failure = lacking(error) or InternalError(f"the daemon failed: {error!r}")
+            failure = explain_shortage(error) or InternalError(f"the daemon failed: {error!r}")
             code = failure.exit_code
             logging.getLogger(__name__).exception("the daemon failed")
             reporter.failed(failure)
@@ -144,7 +140,7 @@ def _be_daemon(daemon: Callable[[Reporter], int], pipe: int, keep: Collection[in
 def _interruptible(daemon: Callable[[Reporter], int], reporter: Reporter) -> int:
     """Let signals have their usual effect until *daemon* holds them back, or is done."""
     try:
-        let_come()
+        unblock()
         return daemon(reporter)
     finally:
         hold_back()
@@ -170,54 +166,3 @@ def leave(code: int) -> NoReturn:
         sys.stderr.flush()
     atexit._run_exitfuncs()
     os._exit(code)
-
-
-class _Formatter(logging.Formatter):
-    """Makes one line of each message, and no traceback drive a terminal: names come from others."""
-
-    def formatMessage(self, record: logging.LogRecord) -> str:
-        """Return the line; see printable()."""
-        record.message = printable(record.message)
-        return super().formatMessage(record)
-
-    def formatException(self, ei: Any) -> str:
-        """Return the traceback, printable line by line."""
-        return "\n".join(map(printable, super().formatException(ei).split("\n")))
-
-
-class _Syslog(logging.handlers.SysLogHandler):
-    """Connects anew by the process that does errands for us when the system's log has been started anew."""
-
-    def _connect_unixsocket(self, address: str) -> None:
-        elsewhere = outside.current()
-        if elsewhere is None:
-            super()._connect_unixsocket(address)  # type: ignore[misc]
-        else:
-            self.socket = socket.socket(fileno=elsewhere.ask("syslog")["fd"])
-
-
-def open_log(path: str) -> int:
-    """Open the file that is to be the log. Nobody waits for who shall read it (fifo(7))."""
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-    return os.open(path, flags, 0o644)
-
-
-def set_up_log(path: str | None, *, foreground: bool) -> None:
-    """Send the log to a file, to the terminal in the foreground, or else to syslog if there is one."""
-    handler: logging.Handler
-    form = "%(asctime)s cowfs[%(process)d] %(levelname)s %(name)s: %(message)s"
-    if path is not None:
-        handler = logging.StreamHandler(os.fdopen(open_log(path), "w", errors="backslashreplace"))
-    elif foreground:
-        handler = logging.StreamHandler()
-        form = "cowfs: %(message)s"
-    elif os.path.exists(SYSLOG):
-        handler = _Syslog(SYSLOG, logging.handlers.SysLogHandler.LOG_DAEMON)
-        form = "cowfs[%(process)d]: %(message)s"
-    else:
-        handler = logging.NullHandler()
-    handler.setFormatter(_Formatter(form))
-    handler.addFilter(Limit())
-    root = logging.getLogger()
-    root.handlers[:] = [handler]
-    root.setLevel(logging.INFO if not foreground else logging.WARNING)

@@ -3,40 +3,41 @@
 from __future__ import annotations
 
 import argparse
-from typing import NoReturn
+import json
+from typing import TYPE_CHECKING, NoReturn
 
-from cowfs.cli.output import say, warn
+from cowfs.cli import options
+from cowfs.cli.output import note, say, warn
+from cowfs.client import find_mount
 from cowfs.errors import StoreError, SystemFailure
+
+if TYPE_CHECKING:
+    from cowfs.store.offline.check import Report
 
 NAME = "check"
 FSCK_USAGE = 16
 
 _DESCRIPTION = """\
-Check a store that is not mounted: first its filesystem, by e2fsck, which repairs what can be repaired
-without a question; then what cowfs and the kernel's overlayfs rely on: the header, and whiteouts,
-redirects and metacopy files that make sense. Those are reported, one a line, and never changed.
+Check a store that is not mounted. First e2fsck checks its filesystem, and repairs what is safe to repair
+without asking. Then cowfs checks the rules that it and the kernel's overlayfs rely on: the header, whiteouts,
+redirects and metacopy files. Violations of these rules are reported, one per line, but never repaired.
 """
 _EPILOG = """\
 example:
-  cowfs check -n sysrcd.bs         look, and change nothing
+  cowfs check -n sysrcd.bs         check without changing anything
 
-exit codes are those of fsck(8): 0 nothing wrong; 1 errors were corrected; 4 errors are left; 8 it could
-not be checked (no store, in use, e2fsck is missing); 16 wrong usage. They add up: 12 is 4 and 8. What is
-in a store of the aufs format is not checked (and no error), only its filesystem.
+Exit codes are those of fsck(8): 0 no errors; 1 errors corrected; 4 errors left uncorrected; 8 the store
+could not be checked (it is missing or in use, or e2fsck is missing); 16 usage error. Codes are added: 12 is
+4 and 8.
 """
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Describe the subcommand."""
-    parser = subparsers.add_parser(
-        NAME,
-        help="check a store",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("store", metavar="STORE", help="an image, or a directory store")
-    parser.add_argument("-n", "--no-changes", action="store_true", help="change nothing, only report")
+    parser = options.add_subcommand(subparsers, NAME, "check a store", _DESCRIPTION, _EPILOG)
+    parser.add_argument("store", metavar="STORE", help="an image or a directory store")
+    parser.add_argument("-n", "--no-changes", action="store_true", help="report errors, but change nothing")
+    parser.add_argument("--json", action="store_true", help="print what was found as JSON")
     parser.set_defaults(run=run)
 
     def error(message: str) -> NoReturn:
@@ -48,22 +49,56 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Check the store; return the exit code of fsck(8)."""
-    from cowfs.store.check import check_store
-    from cowfs.store.tools import FSCK_CORRECTED, FSCK_OPERATIONAL, FSCK_UNCORRECTED
+    from cowfs.store.e2fsprogs.tools import FSCK_OPERATIONAL
+    from cowfs.store.format.sniff import split_subdir
+    from cowfs.store.offline.check import check_store
 
+    if find_mount(args.store) is not None:
+        warn(f"{args.store}: is a mountpoint, not a store (unmount it, then check its store)")
+        return FSCK_OPERATIONAL
     try:
-        report = check_store(args.store, read_only=args.no_changes, progress=say)
+        report = check_store(
+            split_subdir(args.store)[0], read_only=args.no_changes, progress=_ignored if args.json else note
+        )
+        return (_show_json if args.json else _show)(args.store, report)
     except (StoreError, SystemFailure) as error:
         warn(str(error))
         return FSCK_OPERATIONAL
+
+
+def _ignored(_: str) -> None:
+    pass
+
+
+def _state(code: int) -> str:
+    """Return what an exit code of fsck(8) means, in a word."""
+    from cowfs.store.e2fsprogs.tools import FSCK_CORRECTED, FSCK_UNCORRECTED
+
+    if code & FSCK_UNCORRECTED:
+        return "errors"
+    if code & ~(FSCK_CORRECTED | 2):
+        return "unchecked"
+    return "repaired" if code else "clean"
+
+
+def _show(store: str, report: Report) -> int:
     for problem in report.problems:
         say(problem)
-    found = "repaired" if report.code else "clean"
-    if report.code & FSCK_UNCORRECTED:
-        found = "ERRORS ARE LEFT"
-    elif report.code & ~(FSCK_CORRECTED | 2):
-        found = "COULD NOT BE CHECKED"
-    elif not report.checked:
-        found = f"the filesystem is {found}; what is in it was not checked"
-    say(f"{args.store}: {found}")
+    found = {"errors": "ERRORS REMAIN", "unchecked": "NOT CHECKED"}.get(state := _state(report.code), state)
+    if found == state and not report.checked:
+        found = f"the filesystem is {found}; its contents were not checked"
+    (say if found != state else note)(f"{store}: {found}")
+    return report.code
+
+
+def _show_json(store: str, report: Report) -> int:
+    facts = {
+        "version": 1,
+        "store": store,
+        "state": _state(report.code),
+        "exit_code": report.code,
+        "contents_checked": report.checked,
+        "problems": list(report.problems),
+    }
+    print(json.dumps(facts, indent=2))
     return report.code

@@ -3,68 +3,86 @@
 from __future__ import annotations
 
 import argparse
+import glob
 import os
+import shutil
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
-from itertools import zip_longest
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from cowfs.cli import options
-from cowfs.cli.client import ask, find_mount, sensible
-from cowfs.cli.output import warn
-from cowfs.errors import EXIT_SYSTEM, StoreError, UsageError
-from cowfs.linux.fuse import FSTYPE
-from cowfs.types import Change, Identity
+from cowfs.cli.output import printable_lines, progress_line, warn
+from cowfs.errors import EXIT_SYSTEM, CowfsError, UsageError
+from cowfs.types import Change
+
+if TYPE_CHECKING:
+    from cowfs.api import Changes
+    from cowfs.changes.patch import Counts
+    from cowfs.changes.select import Selection
 
 NAME = "diff"
 EXIT_CHANGES = 1
-_PATIENCE = 3600.0
-"""Seconds that a daemon may take from one change to the next: it may be comparing a huge file."""
 
 _DESCRIPTION = """\
-List what was changed: what differs between the merged tree and the lower it was made from. A file that
-was written to but is as it was before is not listed.
+List what was changed: the differences between the merged tree and its lower. A file that was written to but
+is the same as before is not listed.
 """
 _EPILOG = """\
-Each line is a letter and a path:
-  A  added     M  modified, and in brackets what: content, mode, owner, times, xattrs, target of a
+Each line has a letter and a path:
+  A  added     M  modified, followed by what: content, mode, owner, times, xattrs, target of a
   D  deleted      symlink, device, type (a file where a directory was)
   R  renamed: OLD -> NEW; changes in a renamed directory are listed under its new name
-A directory ends in a slash, and a deleted one is one line. The times of directories do not count. In
-names, what does not print and what is not UTF-8 is written as \\n, \\t or \\ooo (three octal digits).
+The path of a directory ends in a slash. A deleted directory is one line. Times of directories are ignored.
+In names, bytes that do not print or are not UTF-8 are written as \\n, \\t or \\ooo (three octal digits).
 
-A store knows where its lower was found. If that is gone or is another one now, give it with --lower.
-The counts go to the standard error.
+A PATH is relative to the root of the tree, and includes everything below it. A glob such as '*.conf'
+matches in all directories.
+
+A store records where its lower is. If that has been moved or replaced, give it with --lower.
+The totals are printed to standard error.
 
 examples:
-  cowfs diff /mnt                          of a mount, also while it is in use
-  cowfs diff sysrcd.bs                     of a store that is not mounted
+  cowfs diff /mnt                          of a mount, even while it is in use
+  cowfs diff /mnt/etc                      only below /etc
+  cowfs diff sysrcd.bs '*.conf' -p         how configuration files changed, as a patch
   cowfs diff sysrcd.bs --lower /media/cdrom/sysrcd.dat
   cowfs diff /mnt --json | jq -r 'select(.kind == "A") | .path'
+  cowfs diff /mnt -p --binary >changes.patch; git -C copy-of-the-lower apply changes.patch
+  cowfs diff /mnt --since before-upgrade   what was changed after a checkpoint
   cowfs diff ~/changes --exit-code >/dev/null && echo nothing was changed
 """
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Describe the subcommand."""
-    parser = subparsers.add_parser(
-        NAME,
-        help="list what was changed",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = options.add_subcommand(subparsers, NAME, "list what was changed", _DESCRIPTION, _EPILOG)
     parser.add_argument("what", metavar="STORE|MOUNTPOINT")
-    parser.add_argument("--lower", metavar="LOWER[:LOWER...]", help="what the store was mounted on")
-    options.add_offset(parser)
     parser.add_argument(
-        "--force-lower", action="store_true", help="compare with LOWER though the store belongs to another"
+        "paths",
+        metavar="PATH",
+        nargs="*",
+        default=(),
+        help="list only this path and what is below it; may be a glob",
     )
-    parser.add_argument("--engine", choices=options.ENGINES, default="auto", help="who reads images")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("-p", "--patch", action="store_true", help="print a patch for git apply")
+    form.add_argument(
+        "--stat", action="store_true", help="print the number of lines added and removed, per file"
+    )
+    form.add_argument("--name-only", action="store_true", help="print only paths")
+    form.add_argument(
+        "--json",
+        action="store_true",
+        help="print one JSON object per line: version kind path type what source",
+    )
+    parser.add_argument("--binary", action="store_true", help="with -p: include binary files")
     parser.add_argument(
-        "--json", action="store_true", help="one JSON object a line: kind path type what source"
+        "-z", "--null", action="store_true", help="end each field with a NUL, and do not escape names"
     )
+    add_aspects(parser, "do not list")
+    parser.add_argument("--since", metavar="NAME", help="list what was changed after this checkpoint")
+    parser.add_argument("--until", metavar="NAME", help="list what was changed before this checkpoint")
+    options.add_opening(parser, "compare with")
     parser.add_argument(
         "--exit-code",
         action="store_true",
@@ -75,119 +93,154 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Print the changes as they are found."""
+    from cowfs.api import open_changes
+    from cowfs.changes.render import Summary
+
     try:
-        with ExitStack() as stack:
-            total = _show(_changes(args, stack), json=args.json)
-    except UsageError as error:
-        if args.exit_code:
+        if args.binary and not args.patch:
+            raise UsageError("--binary works only with -p", "add -p")
+        if args.null and (args.patch or args.stat or args.json):
+            raise UsageError("-z works only with lists of names", "leave it out")
+        lowers = options.lowers_to_open(args)
+        if lowers.given == ():
+            raise UsageError(
+                "--lower: no lower given", "give an image or a directory: --lower LOWER[:LOWER...]"
+            )
+        what, paths = patterns_of(args)
+        summary = Summary()
+        with open_changes(what, lowers, warn, since=args.since, until=args.until) as changes:
+            selection = selection_of(args, paths)
+            selection.must_exist(changes, what)
+            wanted = selection.of(changes)
+            with progress_line() as progress:
+                _show(args, changes, _watched(summary.counted(wanted), progress))
+        sys.stdout.flush()
+        if not (args.json or args.name_only or args.null or args.patch or args.stat):
+            print(summary, file=sys.stderr)
+    except CowfsError as error:
+        if args.exit_code and error.exit_code < EXIT_SYSTEM:
             error.exit_code = EXIT_SYSTEM
         raise
-    return EXIT_CHANGES if args.exit_code and total else 0
+    return EXIT_CHANGES if args.exit_code and summary.total else 0
 
 
-def _show(changes: Iterator[Change], *, json: bool) -> int:
-    from cowfs.changes.render import Summary, json_line, line
-
-    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
-    summary = Summary()
-    for change in summary.counted(changes):
-        print(json_line(change) if json else line(change, colour=colour))
-    sys.stdout.flush()
-    if not json:
-        print(summary, file=sys.stderr)
-    return summary.total
+def _watched(changes: Iterator[Change], progress: Callable[[str], None]) -> Iterator[Change]:
+    """Show how many there were, unless the changes themselves are seen on the terminal."""
+    is_seen = sys.stdout.isatty()
+    for number, change in enumerate(changes, 1):
+        if not is_seen:
+            progress(f"{number} changes")
+        yield change
 
 
-def _changes(args: argparse.Namespace, stack: ExitStack) -> Iterator[Change]:
-    """Return the changes of a mount or of a store, which is open until *stack* closes."""
-    found = find_mount(args.what)
-    if found is not None:
-        if args.lower is not None:
-            raise UsageError(
-                f"{args.what}: is mounted, and compared with what it is mounted on", "no --lower"
-            )
-        return _of_mount(args.what, found.dev)
-    if args.what == "memory":
-        raise UsageError("a store in memory is nowhere but in its mount", "give the mountpoint")
-    if not os.path.lexists(args.what):
-        raise StoreError(f"{args.what}: no such store or mountpoint", f"findmnt -t {FSTYPE} lists the mounts")
-    lowers = None if args.lower is None else options.split_lowers(args.lower)
-    if lowers == ():
-        raise UsageError("--lower names no lower", "give an image or a directory: --lower LOWER[:LOWER...]")
-    place = _Lowers(lowers, options.parse_offsets(args.offset), args.engine)
-    return _of_store(args.what, place, stack, force=args.force_lower)
+def _what(given: str) -> tuple[str, bytes]:
+    """Return the store or mountpoint, and the path beneath it that *given* leads to, if it does."""
+    from cowfs.client import mount_above
+    from cowfs.store.format.sniff import may_be_store
+
+    found = mount_above(given)
+    if found is None or (found[1] and may_be_store(given)):
+        return given, b""
+    return found[0], os.fsencode(found[1])
 
 
-def _of_mount(path: str, dev: str) -> Iterator[Change]:
-    from cowfs.changes.render import from_json
+def paths_of(args: argparse.Namespace) -> tuple[str, list[bytes]]:
+    """Return the store or mountpoint that is meant, and the paths in it that are."""
+    what, below = _what(args.what)
+    return what, _paths(below, args.paths)
 
-    for reply in ask(dev, "diff", timeout=_PATIENCE):
-        if "said" in reply:
-            warn(str(reply["said"]))
+
+def patterns_of(args: argparse.Namespace) -> tuple[str, list[bytes]]:
+    """Return the store or mountpoint that is meant, and the paths and globs in it that are: what leads there
+    from the mountpoint is no glob."""
+    what, below = _what(args.what)
+    return what, _paths(glob.escape(below), args.paths)
+
+
+def _paths(below: bytes, given: Sequence[str]) -> list[bytes]:
+    paths = [os.path.join(below, os.fsencode(path).lstrip(b"/")) for path in given]
+    return [below] if below and not paths else paths
+
+
+def add_aspects(parser: argparse.ArgumentParser, leave_out: str) -> None:
+    """Add ``--content`` and ``--ignore``, for :func:`selection_of`; *leave_out* begins the help."""
+    parser.add_argument(
+        "--content",
+        action="store_true",
+        help="ignore changes of mode, owner, times and extended attributes",
+    )
+    parser.add_argument(
+        "--ignore",
+        metavar="ASPECT,...",
+        default="",
+        help=f"{leave_out} files that differ only in these: mode, owner, mtime, xattrs, ...",
+    )
+
+
+def selection_of(args: argparse.Namespace, paths: list[bytes]) -> Selection:
+    """Return what of the changes is asked for. UsageError for an aspect that does not exist."""
+    from cowfs.changes.select import ASPECTS, CONTENT, aspect, selected
+
+    aspects = CONTENT if args.content else frozenset(ASPECTS)
+    for name in filter(None, args.ignore.split(",")):
+        ignored = aspect(name)
+        if ignored is None:
+            raise UsageError(f"--ignore: unknown aspect {name!r}", "known: " + ", ".join(ASPECTS))
+        aspects -= {ignored}
+    return selected(paths, aspects)
+
+
+def _show(args: argparse.Namespace, changes: Changes, wanted: Iterator[Change]) -> None:
+    from cowfs.changes import patch
+    from cowfs.changes.render import escape, json_line, line
+
+    out = sys.stdout.buffer
+    if args.patch:
+        is_seen = out.isatty()  # what is in files must not drive a terminal; a program gets it as it is
+        for piece in patch.patch(wanted, changes, binary=args.binary):
+            out.write(printable_lines(piece) if is_seen else piece)
+    elif args.stat:
+        _show_stat(patch.stat_of(wanted, changes))
+    elif args.null:
+        for change in wanted:
+            fields = [] if args.name_only else [change.kind.encode()]
+            if change.source is not None and not args.name_only:
+                fields.append(change.source)
+            out.write(b"".join(field + b"\0" for field in [*fields, change.path]))
+    elif args.name_only:
+        for change in wanted:
+            print(escape(change.path))
+    elif args.json:
+        for change in wanted:
+            print(json_line(change))
+    else:
+        colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+        for change in wanted:
+            print(line(change, colour=colour))
+
+
+def _show_stat(counts: Iterable[Counts]) -> None:
+    """Print the lines of all files, in one column, as git does."""
+    from cowfs.changes.render import escape
+
+    rows = []
+    added = removed = 0
+    for each in counts:
+        name = escape(each.path)
+        rows.append((f"{escape(each.source)} => {name}" if each.source is not None else name, each))
+        added += each.added
+        removed += each.removed
+    widest = max((len(name) for name, _ in rows), default=0)
+    most = max((each.added + each.removed for _, each in rows), default=0)
+    room = max(shutil.get_terminal_size().columns - widest - len(str(most)) - 6, 10)
+    scale = min(1.0, room / most) if most else 1.0
+    for name, each in rows:
+        if each.sizes is not None:
+            print(f" {name:<{widest}} | Bin {each.sizes[0]} -> {each.sizes[1]} bytes")
         else:
-            with sensible(path):
-                change = from_json(reply["change"])
-            yield change
-
-
-class _Lowers(NamedTuple):
-    """Which lowers to compare with, and how to open them."""
-
-    given: Sequence[str] | None
-    offsets: Sequence[int]
-    engine: str
-
-
-def _of_store(path: str, place: _Lowers, stack: ExitStack, *, force: bool) -> Iterator[Change]:
-    from cowfs.assemble import open_lowers
-    from cowfs.changes.diff import diff
-    from cowfs.store import layout
-    from cowfs.store.header import check_lowers
-    from cowfs.store.open import open_store
-
-    store = open_store(path, engine=place.engine, read_only=True, progress=_tell)
-    stack.callback(store.close)
-    given = place.given
-    if given is None:
-        given = _lowers_of_header(path, store.header.lowers, place.offsets)
-    elif not force:
-        check_lowers(store.header, _identities(given, place.offsets), path)
-    lowers = open_lowers(given, place.engine, place.offsets)
-    for lower in lowers:
-        stack.callback(lower.close)
-    index = layout.find(store.layer, layout.WORK, b"index")
-    return diff(store.layer, store.upper, lowers, store.xattr_prefix, index)
-
-
-def _tell(said: str) -> None:
-    warn(said)
-
-
-def _identities(lowers: Sequence[str], offsets: Sequence[int]) -> list[Identity]:
-    from cowfs.store.identity import identify_lower
-
-    if len(offsets) > len(lowers):
-        raise UsageError(
-            f"--offset: {len(offsets)} offsets, {len(lowers)} lower layers",
-            "give one for each lower",
-        )
-    return [
-        identify_lower(str(path), int(offset)) for path, offset in zip_longest(lowers, offsets, fillvalue=0)
-    ]
-
-
-def _lowers_of_header(path: str, lowers: Sequence[Identity], offsets: Sequence[int]) -> list[str]:
-    """Return where the lowers of a store are. UsageError if they are not there any more."""
-    from cowfs.errors import LayerError
-
-    if not lowers:
-        raise UsageError(f"{path}: does not say which lower it belongs to", "give it with --lower")
-    for number, lower in enumerate(lowers):
-        belongs, hint = f"{path}: belongs to {lower.description}", "tell where it is with --lower, --offset"
-        try:
-            (now,) = _identities([lower.path], offsets[number : number + 1])
-        except LayerError as error:
-            raise UsageError(f"{belongs}; {error.message}", hint) from None
-        if now.fingerprint != lower.fingerprint:
-            raise UsageError(f"{belongs}; {lower.path} is now another: {now.description}", hint)
-    return [lower.path for lower in lowers]
+            plus, minus = (-(-int(count * scale * 1000) // 1000) for count in (each.added, each.removed))
+            print(
+                f" {name:<{widest}} | {each.added + each.removed:>{len(str(most))}} {'+' * plus}{'-' * minus}"
+            )
+    files = "1 file" if len(rows) == 1 else f"{len(rows)} files"
+    print(f" {files} changed, {added} insertions(+), {removed} deletions(-)")

@@ -9,22 +9,24 @@ import re
 from contextlib import suppress
 from typing import Any
 
-from cowfs.cli.client import ask, find_mount
 from cowfs.cli.output import say
+from cowfs.client import ask, find_mount
 from cowfs.errors import CowfsError
 
 NAME = "find"
 
 _EPILOG = """\
-BACKSTORE is what stands after backstore= on the kernel's command line: alldev (all disks, not only those
-that can be removed), /path/to/a/store, both with a comma, or nothing, for /sysrcd.bs on removable disks.
+BACKSTORE is the value of the boot option backstore=: alldev (all disks, not only removable ones),
+/path/to/a/store, or both, separated by a comma. The default is /sysrcd.bs on removable disks.
 
-Disks that are not mounted are looked at as well, but by root only, and without a change to them.
+Root also searches disks that are not mounted, without changing them.
 
 examples:
   cowfs find                          what a boot without options finds
-  cowfs find alldev                   and on hard disks
+  cowfs find alldev                   the same, including hard disks
   cowfs find alldev,/my.bs --image /live/sysrcd.dat
+
+Exit codes: 0 a boot would use one of the stores; 1 it would use none.
 """
 
 
@@ -33,19 +35,21 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser(
         NAME,
         help="list the stores that a boot would consider",
-        description="List the stores that a boot would consider, and tell which it would take and why.",
+        description="List the stores that a boot would consider, which one it would use, and why.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("backstore", metavar="BACKSTORE", nargs="?", default="", help="as the boot option")
-    parser.add_argument("--image", metavar="FILE", help="the root image (default: that of the running root)")
-    parser.add_argument("--json", action="store_true", help="one JSON array")
+    parser.add_argument(
+        "backstore", metavar="BACKSTORE", nargs="?", default="", help="the value of the boot option"
+    )
+    parser.add_argument("--image", metavar="FILE", help="the root image (default: the one in use)")
+    parser.add_argument("--json", action="store_true", help="print a JSON array")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Print what is found; 0 if a boot would take one of it, 1 if none."""
-    from cowfs.store.find import find_stores, parse_wanted
+    from cowfs.store.disks.find import find_stores, parse_wanted
 
     wanted = parse_wanted(args.backstore)
     fingerprint, device = _image(args.image)
@@ -58,10 +62,11 @@ def run(args: argparse.Namespace) -> int:
             say(f"    {_store_line(thing.facts)}")
             for lower in thing.facts["lowers"]:
                 say(f"    lower: {lower['path']} ({lower['description']})")
-        say(f"    {'TAKEN' if thing.taken else 'not taken'}: {thing.why}")
+        say(f"    {'SELECTED' if thing.taken else 'not selected'}: {thing.why}")
     taken = any(thing.taken for thing in found)
     if not args.json and not taken:
-        say(f"no store would be taken ({wanted.path}, {_SCOPES[wanted.scope]}): changes would be in memory")
+        where = f"{wanted.path}, {_SCOPES[wanted.scope]}"
+        say(f"no store would be used ({where}): changes would be kept in memory")
     return 0 if taken else 1
 
 
@@ -71,7 +76,7 @@ _SCOPES = {"removable": "removable disks", "all": "all disks", "off": "backstore
 def _image(given: str | None) -> tuple[str, str]:
     """Return the fingerprint of the root image, and the device it is on, as far as they are known."""
     if given is not None:
-        from cowfs.store.identity import identify_lower
+        from cowfs.store.format.identity import identify_lower
 
         return identify_lower(given).fingerprint, ""
     root = find_mount("/")
@@ -84,7 +89,7 @@ def _image(given: str | None) -> tuple[str, str]:
 
 
 def _store_line(facts: dict[str, Any]) -> str:
-    from cowfs.store.sizes import format_size
+    from cowfs.store.format.sizes import format_size
 
     used = f"{format_size(facts['used'])} of {format_size(facts['size'])} used"
     return f"{used}, format: {facts['format']}, {facts['state']}"

@@ -6,44 +6,41 @@ import argparse
 import os
 import sys
 
-from cowfs.cli.client import ask, facts_of, mount_with_store
-from cowfs.cli.output import say
+from cowfs.cli import options
+from cowfs.cli.output import note
+from cowfs.client import ask, facts_of, mount_with_store
+from cowfs.errors import UsageError
 
 NAME = "grow"
 
 _DESCRIPTION = """\
-Make a store larger; what is in it stays. Its filesystem is checked (and repaired where that is safe), the
-file is extended, and the filesystem is made to fill it. If a step fails the store is as usable as before:
-remove the cause, and run the same command again. A store that cowfs has mounted (not with the engine kernel)
-is grown under its users, who wait while it is checked and resized. A store in memory may become that large.
+Make a store larger, and keep its contents. cowfs checks the filesystem (and repairs what is safe), extends
+the file, and resizes the filesystem to fill it. If a step fails, the store is still usable: fix the cause
+and run the same command again. A store may be mounted (unless by --engine kernel); programs that use the
+mount wait while its filesystem is checked and resized. For a store in memory, SIZE is its new size limit.
 """
 _EPILOG = """\
-SIZE is the new size, not what is added: in megabytes, or with a unit (1024, 1024M, 1G). A store can
-not be made smaller.
+SIZE is the new size; with a + before it, the amount to add to an image. It is in MiB
+unless it has a unit (1024, 1024M, 1.5G, +100M).
+cowfs shrink makes it smaller.
 
 examples:
-  cowfs grow sysrcd.bs 1024        let it have 1 GB, mounted or not
-  cowfs grow /mnt 1024             the same, for the store of this mount
+  cowfs grow sysrcd.bs 1024        resize it to 1 GiB, whether it is mounted or not
+  cowfs grow /mnt 1024             the same for the store of this mount
 
-exit codes: 0 it has that size; 1 wrong usage; 2 a program is missing; 32 the store could not be grown.
+Exit codes: 0 the store has that size; 1 usage error; 2 a program is missing; 32 it could not be resized.
 """
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Describe the subcommand."""
-    parser = subparsers.add_parser(
-        NAME,
-        help="make a store larger",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = options.add_subcommand(subparsers, NAME, "make a store larger", _DESCRIPTION, _EPILOG)
     parser.add_argument("store", metavar="STORE|MOUNTPOINT", help="the store to grow")
     parser.add_argument(
         "size",
         metavar="SIZE",
         nargs="?",
-        help="its new size in megabytes, or 1024M, 2G; without it the filesystem is made to fill the file",
+        help="its new size in MiB, or with a unit: 1024M, 2G (default: the size of the file)",
     )
     parser.set_defaults(run=run)
 
@@ -51,20 +48,23 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     """Grow the store."""
     from cowfs.cli.verify import has_size
-    from cowfs.store.grow import grow_store
-    from cowfs.store.sizes import format_size, parse_size
+    from cowfs.store.format.sizes import format_size
+    from cowfs.store.format.sniff import split_subdir
+    from cowfs.store.offline.grow import grow_store
 
     def tell(message: str) -> None:
         # On a terminal resize2fs shows its own progress below these lines; a script gets the result alone.
         if sys.stdout.isatty():
-            say(message)
+            note(message)
 
-    wanted = parse_size(args.size) if args.size else None
     mount = mount_with_store(args.store)
     if mount is None:
-        size = grow_store(args.store, wanted, progress=tell)
+        image = split_subdir(args.store)[0]
+        size = grow_store(image, _wanted(args.size, image, mounted=False), progress=tell)
     else:
         size = 0
+        image = args.store if os.path.isfile(args.store) else facts_of(mount.dev)["store"]["path"]
+        wanted = _wanted(args.size, image, mounted=True)
         for reply in ask(mount.dev, NAME, timeout=None, size=wanted):
             size = reply.get("size", size)
             if "said" in reply:
@@ -73,5 +73,19 @@ def run(args: argparse.Namespace) -> int:
         if facts["store"]["kind"] == "image":
             named = args.store if os.path.isfile(args.store) else facts["store"]["path"]
             has_size(named, facts, size)
-    say(f"{args.store}: has {format_size(size)} now")
+    note(f"{args.store}: resized to {format_size(size)}")
     return 0
+
+
+def _wanted(text: str | None, image: str, *, mounted: bool) -> int | None:
+    """Return the size in bytes that the command line asks for; UsageError for what is none."""
+    from cowfs.store.format.sizes import parse_size
+
+    if not text or not text.startswith("+"):
+        return parse_size(text) if text else None
+    more = parse_size(text[1:])
+    if not mounted and not os.path.isfile(image):
+        return more  # there is no store to add to, as its opening says
+    if not os.path.isfile(image):
+        raise UsageError(f"{text}: adds to the size of an image alone", "give the new size")
+    return os.path.getsize(image) + more

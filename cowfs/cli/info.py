@@ -6,40 +6,52 @@ import argparse
 import json
 import os
 import re
-import time
 from contextlib import closing
 from typing import Any
 
 from cowfs.cli import options
-from cowfs.cli.client import facts_of, find_mount, resident, sensible
-from cowfs.cli.output import say
+from cowfs.cli.output import say, warn
 from cowfs.cli.requests import Requests, requests_in
+from cowfs.client import checked_answer, facts_of, find_mount, resident
 from cowfs.errors import LayerError, MountFailure, UsageError
+from cowfs.jsontext import local_time
+from cowfs.url.names import is_url
 
 NAME = "info"
 
 _EPILOG = """\
 examples:
-  cowfs info sysrcd.bs        size, use, the lower it belongs to, who has it open
+  cowfs info sysrcd.bs        its size, usage, lower, and who uses it
   cowfs info /mnt             what is mounted there, and how full its store is
-  cowfs info sysrcd.dat       what a squashfs image says of itself, and its fingerprint
-  cowfs info -o 188392 a.AppImage   of one that begins further on in its file
+  cowfs info sysrcd.dat       the superblock of a squashfs image, and its fingerprint
+  cowfs info -o 188392 a.AppImage   the same for an image inside a file
   cowfs info /mnt --json      the same for programs
+  cowfs info sysrcd.bs --kernel | MOUNTPOINT=/mnt sh   mount it without cowfs
 """
+
+
+_NAMED = 3
+"""So many checkpoints are named."""
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Describe the subcommand."""
     parser = subparsers.add_parser(
         NAME,
-        help="tell what a store, an image or a mount is, and how full",
-        description="Tell about a store, about a squashfs image, or about a mount and what it is made of.",
+        help="describe a store, an image or a mount, and how full it is",
+        description="Describe a store, a squashfs image, or a mount and its layers.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("what", metavar="STORE|IMAGE|MOUNTPOINT")
     options.add_offset(parser)
-    parser.add_argument("--json", action="store_true", help="one JSON object")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument(
+        "--kernel",
+        action="store_true",
+        help="print how the kernel's overlayfs mounts a store, and its lowers",
+    )
+    form.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run)
 
 
@@ -48,29 +60,37 @@ def run(args: argparse.Namespace) -> int:
     found = find_mount(args.what)
     offsets = options.parse_offsets(args.offset)
     if len(offsets) > 1 or (offsets and found is not None):
-        why = "--offset is for one image" if found is None else f"{args.what}: is a mount, no image"
-        raise UsageError(why, "give one offset, and the image that begins there")
+        why = (
+            "--offset: more than one offset given"
+            if found is None
+            else f"{args.what}: is a mount, not an image"
+        )
+        raise UsageError(why, "give the image, and the one offset at which it begins")
     if found is not None:
         facts = facts_of(found.dev)
         facts["rss"] = resident(facts["pid"])
-        with sensible(args.what):
+        facts["mountpoint"] = os.fsdecode(found.mountpoint)  # where it is now: mount(8) --move, --bind
+        with checked_answer(args.what):
             requests = requests_in(facts)
             lines = _mount_lines(facts, requests)
             if requests is not None:
                 facts["requests"] = requests.to_json()
-    elif offsets or _is_image(args.what):
-        facts, lines = _image(args.what, *offsets)
+    elif offsets or is_url(args.what) or _is_image(args.what):
+        facts, lines = _image(args.what, *options.find_offsets(offsets, [args.what]))
     else:
-        from cowfs.store.info import store_info
-        from cowfs.store.saving import disk_of
+        from cowfs.store.format.sniff import may_exist, split_subdir
+        from cowfs.store.offline.info import store_info
+        from cowfs.store.served.disk_space import disk_of
 
-        if not os.path.lexists(args.what):
-            hint = "give a store, a squashfs image or a mountpoint; cowfs create makes a store"
-            raise MountFailure(f"{args.what}: there is nothing of that name", hint)
+        if not may_exist(args.what):
+            hint = "give a store, a squashfs image or a mountpoint; cowfs create creates a store"
+            raise MountFailure(f"{args.what}: No such file or directory", hint)
         facts = store_info(args.what)
-        on_disk = disk_of(facts["path"])
+        on_disk = disk_of(split_subdir(facts["path"])[0])
         facts["disk"] = on_disk._asdict() if on_disk else None
         lines = _store_lines(facts)
+    if args.kernel:
+        return _kernel(args.what, facts)
     if args.json:
         print(json.dumps(facts, indent=2, default=str))
     else:
@@ -80,32 +100,59 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _kernel(what: str, facts: dict[str, Any]) -> int:
+    """Print the commands by which the kernel mounts a store; none if it is in use."""
+    from cowfs.store.format.kernel import commands
+
+    store = facts.get("store", facts)
+    prefix, problem = store.get("xattr_prefix"), facts.get("problem")
+    if store["kind"] == "memory" or prefix is None:
+        raise UsageError(f"{what}: {problem or 'not a store that the kernel could mount'}", "name a store")
+    if not facts["lowers"]:
+        raise UsageError(f"{what}: does not record which lower it belongs to", "mount it once with cowfs")
+    if store.get("fresh"):
+        raise UsageError(f"{what}: a checkpoint was cut short by a crash", "mount it once with cowfs")
+    if store is not facts or facts.get("in_use_by"):
+        why = "is in use: mounted twice it would be damaged"
+        raise MountFailure(f"{store['path']}: {why}", "unmount it first, and name the store")
+    for line in commands(
+        store["path"], store["kind"], prefix, store["uuid"], facts["lowers"], store["layers"]
+    ):
+        print(line)
+    files = (facts.get("partial") or {"files": 0})["files"]
+    if files:
+        warn(f"{files} files are partly copied up: the kernel refuses them")
+    return 0
+
+
 def _is_image(path: str) -> bool:
     """Whether a file is a squashfs image, of any version, or a program with something appended to it."""
-    from cowfs.formats.squashfs.recognise import SAMPLE, appended_at
+    from cowfs.formats.squashfs.recognise import MAGIC, MAGIC_BIG_ENDIAN, SAMPLE, appended_at
 
     try:
         with open(path, "rb", buffering=0, opener=_without_waiting) as file:
             head = file.read(SAMPLE)
     except PermissionError as error:
         raise LayerError(
-            f"{path}: no permission to read it: {error.strerror}", "ask as its owner, or as root"
+            f"{path}: cannot be read: {error.strerror}", "run this as its owner, or as root"
         ) from None
     except OSError:
         return False  # a directory, or something to be told about as a store
     end = appended_at(head)
-    return head[:4] in {b"hsqs", b"sqsh"} or (end is not None and end < os.path.getsize(path))
+    return head[:4] in {MAGIC, MAGIC_BIG_ENDIAN} or (end is not None and end < os.path.getsize(path))
 
 
 def _without_waiting(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK)
+    from cowfs.linux.files import open_ordinary
+
+    return open_ordinary(path, flags)
 
 
 def _image(path: str, offset: int = 0) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     """Return what a squashfs image says of itself: for programs, and for people."""
     from cowfs.layers.squashfs import SquashfsLayer
-    from cowfs.store.identity import identify_lower
-    from cowfs.store.sizes import format_size
+    from cowfs.store.format.identity import identify_lower
+    from cowfs.store.format.sizes import format_size
 
     identity = identify_lower(path, offset)
     with closing(SquashfsLayer(identity.path, offset=offset)) as layer:
@@ -136,7 +183,7 @@ def _value(what: str, said: str) -> int | bool | str | list[str]:
 
 
 def _mount_lines(facts: dict[str, Any], requests: Requests | None) -> list[tuple[str, str]]:
-    from cowfs.store.sizes import format_size
+    from cowfs.store.format.sizes import format_size
 
     store = facts["store"]
     own = store["kind"] == "image" or store["path"] == "memory"
@@ -148,26 +195,55 @@ def _mount_lines(facts: dict[str, Any], requests: Requests | None) -> list[tuple
         ("store", where),
         _room(store["size"], store["free"], own=own),
         *_disk_lines(store["disk"] if own else None),
+        *_volatile_lines(facts.get("volatile")),
         *_partial_lines(facts),
+        *_checkpoint_lines(store),
         *([("UNSAVED", store["unsaved"]["said"])] if store["unsaved"] else []),
+        *([("MOVED", store["moved"])] if store.get("moved") else []),
+        *([("LOST", said) for said in facts.get("lost_lowers", ())]),
         *([("hint", store["hint"].replace("MOUNTPOINT", facts["mountpoint"]))] if store["hint"] else []),
-        ("since", time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(facts["since"]))),
+        ("since", local_time(facts["since"])),
         ("daemon", f"pid {facts['pid']}, {format_size(facts['rss'])} resident, cowfs {facts['version']}"),
         ("requests", f"by {facts.get('transport', '/dev/fuse')}"),
         ("data", _passed_by(facts.get("passthrough"))),
+        *_fetched_lines(facts),
         *([("served", f"{requests.count():,}; cowfs top {facts['mountpoint']}")] if requests else []),
         ("known", f"{facts['inodes_known']} inodes{_open(facts['open_files'])}"),
+        *_log_lines(facts.get("log")),
     ]
+    return lines
+
+
+def _fetched_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    """Say how much of what was read by URL was at hand, if anything was."""
+    blocks = facts.get("caches", {}).get("blocks by URL")
+    if blocks is None:
+        return []
+    asked = blocks["hits"] + blocks["misses"]
+    rate = 100 * blocks["hits"] // max(asked, 1)
+    return [("by URL", f"{rate} % of {asked:,} reads of blocks were at hand, {blocks['misses']:,} fetched")]
+
+
+def _log_lines(log: dict[str, Any] | None) -> list[tuple[str, str]]:
+    """Say where the log is, and if something happened that nobody expected. An older daemon says nothing."""
+    if log is None:
+        return []
+    lines = [("log", log["place"])]
+    if log["failures"]:
+        when = local_time(log["last_failure_at"])
+        times = "once" if log["failures"] == 1 else f"{log['failures']} times, the last"
+        lines.append(("FAILED", f"{times} at {when}: {log['last_failure']}; the log says where"))
     return lines
 
 
 def _passed_by(passthrough: dict[str, Any] | None) -> str:
     """Say who reads and writes the files of the store: a daemon of before tells nothing."""
-    why = "its daemon is older" if passthrough is None else passthrough["why_not"]
+    why = "the daemon is an older cowfs" if passthrough is None else passthrough["why_not"]
     if passthrough is None or why:
-        return f"by way of the daemon ({why})"
+        return f"through the daemon ({why})"
     count = passthrough["lent"]
-    return f"the store's by the kernel itself (passthrough), {count} {'file' if count == 1 else 'files'} now"
+    files = "1 file" if count == 1 else f"{count} files"
+    return f"the kernel reads and writes the store's files itself (passthrough), {files} now"
 
 
 def _open(files: int | None) -> str:
@@ -176,8 +252,8 @@ def _open(files: int | None) -> str:
 
 
 def _store_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
-    from cowfs.store.room import nearly_full
-    from cowfs.store.saving import Disk, lacks_room
+    from cowfs.store.served.disk_space import Disk, lacks_room
+    from cowfs.store.served.fullness import nearly_full
 
     lines = [("path", facts["path"]), ("kind", facts["kind"])]
     lines.append(_room(facts["size"], facts["free"], own=facts["kind"] == "image"))
@@ -189,15 +265,17 @@ def _store_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         on_disk = Disk(**facts["disk"]) if facts["disk"] else None
         said = lacks_room(on_disk) or said
         lines += [("hint", said)] if said else []
-    lines += _partial_lines(facts)
+    lines += _partial_lines(facts) + _checkpoint_lines(facts)
     if facts["state"] == "needs recovery":
         facts = {
             **facts,
-            "state": "needs recovery: was not unmounted; the next mount recovers it, or cowfs check",
+            "state": "needs recovery: not cleanly unmounted; the next mount or cowfs check recovers it",
         }
     for key in ("state", "problem", "format", "version", "created", "created_by", "uuid"):
         if facts[key] is not None:
             lines.append((key.replace("_", " "), str(facts[key])))
+    if facts["volatile"]:
+        lines.append(("volatile", f"{', '.join(facts['volatile'])}: what is changed there is not kept"))
     lines += _lower_lines(facts)
     if facts["in_use_by"]:
         lines.append(("in use by", facts["in_use_by"]))
@@ -206,13 +284,33 @@ def _store_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _partial_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
     """Say what of large files is not in the store yet."""
-    from cowfs.store.sizes import format_size
+    from cowfs.store.format.sizes import format_size
 
     missing = facts.get("partial") or {"files": 0}
     if not missing["files"]:
         return []
     files = "1 file is" if missing["files"] == 1 else f"{missing['files']} files are"
-    return [("partial", f"{files} copied up in part; {format_size(missing['bytes'])} to come")]
+    return [("partial", f"{files} partly copied up; {format_size(missing['bytes'])} still to copy")]
+
+
+def _checkpoint_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    """Say what checkpoints there are, the last ones by name. An older daemon says nothing."""
+    names = facts.get("checkpoints") or []
+    if not names:
+        return []
+    more = f"{len(names)}, the last of them " if len(names) > _NAMED else ""
+    return [("checkpoints", more + ", ".join(names[-_NAMED:]))]
+
+
+def _volatile_lines(volatile: dict[str, Any] | None) -> list[tuple[str, str]]:
+    """Say what the store does not keep; an older daemon says nothing."""
+    from cowfs.store.format.sizes import format_size
+
+    if not volatile:
+        return []
+    used, size = volatile["size"] - volatile["free"], volatile["size"]
+    where = ", ".join(volatile["paths"])
+    return [("volatile", f"{where}: in memory, {format_size(used)} of {format_size(size)} used")]
 
 
 def _lower_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
@@ -221,7 +319,7 @@ def _lower_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _room(size: int, free: int, *, own: bool) -> tuple[str, str]:
     """Say how full a store is, or, if it has no filesystem of its *own*, how much fits into it still."""
-    from cowfs.store.sizes import format_size
+    from cowfs.store.format.sizes import format_size
 
     if not own:
         return "free", f"{format_size(free)} on its filesystem"
@@ -231,9 +329,9 @@ def _room(size: int, free: int, *, own: bool) -> tuple[str, str]:
 
 def _disk_lines(disk: dict[str, int] | None) -> list[tuple[str, str]]:
     """Say how much room there is on the disk that an image is on."""
-    from cowfs.store.sizes import format_size
+    from cowfs.store.format.sizes import format_size
 
     if disk is None:
         return []
-    lacks = f"; the store's file may still take {format_size(disk['missing'])}" if disk["missing"] else ""
+    lacks = f"; the store's file may still need {format_size(disk['missing'])}" if disk["missing"] else ""
     return [("disk", f"{format_size(disk['free'])} free{lacks}")]

@@ -28,7 +28,9 @@ class Limit(logging.Filter):
         self._left_out = 0
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Say whether a line is to be written."""
+        """Say whether a line is to be written. What --debug asked for is."""
+        if record.levelno <= logging.DEBUG:
+            return True
         now = time.monotonic()
         for kind, budget in self._budgets.items():
             self._budgets[kind] = min(budget + (now - self._last) * _PER_SECOND, _BURST)
@@ -43,6 +45,6 @@ class Limit(logging.Filter):
             self._seen.clear()
         self._seen[text] = count + 1, now
         if self._left_out:
-            record.msg, record.args = f"{text} ({self._left_out} lines before this were left out)", ()
+            record.msg, record.args = f"{text} ({self._left_out} earlier lines were left out)", ()
             self._left_out = 0
         return True

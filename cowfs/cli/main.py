@@ -3,35 +3,49 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
-import io
 import logging
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import NoReturn
 
 import cowfs
-from cowfs.cli.lacking import lacking
-from cowfs.cli.output import warn
-from cowfs.errors import EXIT_SYSTEM, EXIT_USAGE, CowfsError
+from cowfs.cli.limits import explain_shortage
+from cowfs.cli.output import be_quiet, open_streams, warn
+from cowfs.errors import EXIT_SYSTEM, EXIT_USAGE, CowfsError, UsageError
 from cowfs.linux.programs import clean_own_environment
 
-SUBCOMMANDS = ("mount", "umount", "create", "grow", "persist", "check", "info", "top", "diff", "find")
+# What `cowfs --help` says: subcommands that belong together share a line, so that all fit on a screen of 24.
+_SUMMARY = (
+    ("mount, umount", "mount a lower merged with a store; unmount it"),
+    ("run, overlay", "try a command, then commit or discard; mount for Podman"),
+    ("create, grow, shrink", "create a store; make it larger; make it smaller"),
+    ("check, trim, convert", "check a store; give back free room; turn one of aufs"),
+    ("backup, restore", "copy a store, in use or not; copy it back"),
+    ("persist, rebase", "save a store that is in memory; move one to a new root"),
+    ("list, info", "list the mounts; describe a store, an image or a mount"),
+    ("find", "list the stores that a boot would consider"),
+    ("top", "show the requests to a mount, and how long they take"),
+    ("diff, du", "show what was changed; show what fills a store"),
+    ("explain, report", "explain what a path shows; write the changes as HTML"),
+    ("browse", "walk the changes in the terminal, and take them back"),
+    ("export, apply", "write the changes to a file; carry them to a directory"),
+    ("blame, watch", "tell which process changed a file; show changes live"),
+    ("revert, vacuum", "take changes back; remove redundant entries from a store"),
+    ("checkpoint, rollback", "keep the state of a tree; go back to it"),
+    ("checkpoints", "list the states that were kept"),
+)
+SUBCOMMANDS = tuple(name for names, _ in _SUMMARY for name in names.split(", "))
 
 _DESCRIPTION = """\
-Merge a read-only root (a squashfs image or a directory) with a writable store, and keep the changes:
-new and changed files, and what was deleted, live in the store and are there again at the next mount.
-"""
-_EPILOG = """\
-examples:
-  cowfs create sysrcd.bs 512                     make a store of 512 MB
-  cowfs mount sysrcd.dat /mnt --store sysrcd.bs  merge an image with it
-  cowfs diff /mnt                                see what has changed
-  cowfs umount /mnt                              write everything back and let go
+Mount a read-only image or directory writable, and keep the changes in a store.
+See `cowfs SUBCOMMAND --help`. `cowfs LOWER MOUNTPOINT` means `cowfs mount`.
 
-`cowfs SUBCOMMAND --help` tells more. Also: cowfs LOWER MOUNTPOINT -o store=FILE (as mount(8) calls it).
-"""
+subcommands:
+""" + "\n".join(f"  {names:<21} {does}" for names, does in _SUMMARY)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -54,48 +68,98 @@ def _parser(wanted: str | None) -> tuple[argparse.ArgumentParser, dict[str, argp
     """Return the parser of the whole, and those of the subcommands."""
     parser = _Parser(
         prog="cowfs",
+        usage="cowfs [--help] [--version] SUBCOMMAND ...",
         description=_DESCRIPTION,
-        epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
     )
-    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
-    subparsers = parser.add_subparsers(metavar="SUBCOMMAND", dest="subcommand", parser_class=_Parser)
+    # Not described: the usage line names them, and the help is to fit on a screen.
+    parser.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
+    parser.add_argument("--version", action=_Version, nargs=0, help=argparse.SUPPRESS)
+    subparsers = parser.add_subparsers(
+        prog="cowfs", help=argparse.SUPPRESS, metavar="SUBCOMMAND", dest="subcommand", parser_class=_Parser
+    )
     # Only the subcommand that was asked for is imported: starting up is half of a short command's time.
-    names = (wanted,) if wanted in SUBCOMMANDS else SUBCOMMANDS
-    for name in names:
-        importlib.import_module(f"cowfs.cli.{name}").add_parser(subparsers)
+    if wanted in SUBCOMMANDS:
+        importlib.import_module(f"cowfs.cli.{wanted}").add_parser(subparsers)
+        _add_quiet(subparsers.choices[wanted])
     return parser, dict(subparsers.choices)
+
+
+def _add_quiet(parser: argparse.ArgumentParser) -> None:
+    """Let every subcommand have it, described once, in the manual; some have one of their own."""
+    with suppress(argparse.ArgumentError):
+        parser.add_argument("-q", "--quiet", action="store_true", help=argparse.SUPPRESS)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code. Never raises but for SystemExit of argparse."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="surrogateescape")  # names are bytes, and are shown as they are
     if argv is None:  # we are the program, and not called by another
+        if "_ARGCOMPLETE" in os.environ:  # a shell asks what may come next
+            from cowfs.cli.completion import complete
+
+            complete(lambda name: _parser(name)[0], SUBCOMMANDS)
+        open_streams()
         clean_own_environment()
     args = list(sys.argv[1:] if argv is None else argv)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8
     logging.getLogger("cowfs").addHandler(logging.NullHandler())  # a log is the daemon's; errors say it all
+    return guarded(lambda: _run(args))
+
+
+def _run(args: list[str]) -> int:
     first = args[0] if args else None
-    if first is not None and not first.startswith("-") and first not in SUBCOMMANDS and len(args) > 1:
+    if first is not None and first.startswith("-") and any("lowerdir=" in word for word in args):
+        args.insert(0, "overlay")  # as fuse-overlayfs is called
+        first = "overlay"
+    if first is not None and not first.startswith("-") and first not in SUBCOMMANDS:
+        _refuse_misspelt(first)
         args.insert(0, "mount")  # cowfs LOWER MOUNTPOINT -o ...
         first = "mount"
+    command: list[str] = []
+    if first == "run" and "--" in args:
+        at = args.index("--")
+        args, command = args[:at], args[at + 1 :]
     parser, of_commands = _parser(first)
     parsed, unknown = parser.parse_known_args(args)
+    if hasattr(parsed, "paths") and _are_paths(unknown):
+        parsed.paths = [*parsed.paths, *(word for word in unknown if word != "--")]
+        unknown = []
     if unknown:
         (of_commands.get(parsed.subcommand) or parser).error(f"unrecognized arguments: {' '.join(unknown)}")
+    if command:
+        parsed.command = command
+    if getattr(parsed, "quiet", False):
+        be_quiet()
     if parsed.subcommand is None:
         parser.print_help()
         return EXIT_USAGE
-    return guarded(lambda: int(parsed.run(parsed)))
+    return int(parsed.run(parsed))
+
+
+def _refuse_misspelt(word: str) -> None:
+    """Raise UsageError for a word that looks like a subcommand, and that no file or directory is called."""
+    if os.path.lexists(word) or not word.replace("-", "").isalpha():
+        return
+    near = difflib.get_close_matches(word, SUBCOMMANDS, n=1)
+    if near:
+        raise UsageError(f"unknown subcommand {word!r}; did you mean {near[0]!r}?")
+    raise UsageError(f"unknown subcommand {word!r}, and there is no lower of that name", "see `cowfs --help`")
+
+
+def _are_paths(words: Sequence[str]) -> bool:
+    """Whether what argparse did not understand are paths: it knows of none that come after an option."""
+    return words[:1] == ["--"] or not any(word.startswith("-") for word in words)
 
 
 def guarded(call: object) -> int:
     """Run *call*; say in one line what went wrong, and return the exit code."""
     assert callable(call)
     try:
-        return int(call())
+        try:
+            return int(call())
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()  # or what it cannot write is said only when Python ends, with a traceback
     except CowfsError as error:
         warn(str(error))
         return error.exit_code
@@ -106,15 +170,26 @@ def guarded(call: object) -> int:
         print("cowfs: interrupted", file=sys.stderr)
         return 130
     except (OSError, RuntimeError, MemoryError, ImportError, BaseExceptionGroup) as error:
-        failure = lacking(error)
+        failure = explain_shortage(error)
         if failure is not None:
             warn(str(failure))
             return failure.exit_code
         if not isinstance(error, OSError):
             raise
+        if error.filename is None and _is_astray():
+            warn("the current directory has been removed (change to another one, or give absolute paths)")
+            return EXIT_SYSTEM
         where = os.fsdecode(error.filename) + ": " if error.filename is not None else ""
         warn(f"{where}{error.strerror or error}")
         return EXIT_SYSTEM
+
+
+def _is_astray() -> bool:
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return True
+    return False
 
 
 if __name__ == "__main__":

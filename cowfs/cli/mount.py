@@ -7,22 +7,33 @@ import logging
 import os
 import resource
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from functools import partial
 from typing import TYPE_CHECKING
 
 from cowfs.cli import options as mount_options
-from cowfs.cli.background import Reporter, leave, open_log, run_in_background, set_up_log
-from cowfs.cli.lacking import LEAST_FILES, too_few_files
+from cowfs.cli import remount
+from cowfs.cli.background import Reporter, leave, run_in_background
+from cowfs.cli.limits import LEAST_FILES, must_have_address_space, too_few_files
+from cowfs.cli.log import Log, open_log, set_up_log
 from cowfs.cli.output import warn
-from cowfs.errors import MountFailure, SystemFailure, UsageError
-from cowfs.linux import outside
+from cowfs.errors import MountFailure, StoreError, SystemFailure, UsageError
+from cowfs.formats.verified import is_root_hash
+from cowfs.linux import helper_process
+from cowfs.linux.limits import take_all_descriptors
 from cowfs.linux.programs import find
 from cowfs.linux.sockets import remove_dead
+from cowfs.url.names import check, is_url, place
+from cowfs.url.trust import forbidden, shows_too_much, who_can_change
 
 if TYPE_CHECKING:
-    from cowfs.assemble import UnionOptions
+    from cowfs.fuse.daemon import MountRequest
+    from cowfs.fuse.observer import Observer
+    from cowfs.fuse.owners import OwnerMap
     from cowfs.fuse.rings import Rings
-    from cowfs.store.store import Store
+    from cowfs.store.served.store import Store
+    from cowfs.union import UnionOptions
 
 _log = logging.getLogger(__name__)
 
@@ -31,15 +42,20 @@ _STACK = 1 << 20
 """Bytes of a thread: what is reserved for it counts where address space is limited."""
 
 _EPILOG = """\
-LOWER is a squashfs image or a directory. Several are stacked, the leftmost on top; a colon in a
-name is written \\: .
+LOWER is a squashfs image, in a file, on a block device or at a URL, a tar archive, or a directory. Several
+are stacked, the leftmost on top. Write a colon in a name as \\: .
 
-The store is where changes go: an image made by `cowfs create`, a directory (made if it is missing),
-or `memory`, which is the default, and is lost at the unmount (`cowfs persist` keeps it).
+Changes are written to the store: an image made by `cowfs create`, a directory (created if missing), or
+`memory`, the default. Changes in memory are lost at unmount, unless `cowfs persist` saves them first.
 
 options for -o:
 {options}
-  suid, nosuid, dev, nodev, exec, noexec, noatime, sync … as for mount(8)
+  relatime, noatime, strictatime, nodiratime: when reading changes times of access (relatime)
+  suid, nosuid, dev, nodev, exec, noexec, sync … see mount(8)
+
+topics for --debug and the environment variable COWFS_DEBUG, separated by commas:
+{topics}
+  They are written to the log: the terminal with -f, the file of -o log=FILE, or the system log.
 
 examples:
   cowfs mount /live/sysrcd.dat /mnt --store /live/sysrcd.bs
@@ -54,62 +70,99 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         NAME,
         help="merge a lower with a store, and mount the result",
         description="Merge read-only layers with a writable store and mount the result at MOUNTPOINT.",
-        epilog=_EPILOG.format(options=mount_options.describe()),
+        epilog=_EPILOG.format(options=mount_options.describe(), topics=mount_options.describe_topics()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("lower", metavar="LOWER[:LOWER...]", help="image or directory, leftmost on top")
-    parser.add_argument("mountpoint", metavar="MOUNTPOINT", help="an existing directory")
-    parser.add_argument("--store", metavar="FILE|DIR|memory", help="where changes are kept")
+    add_arguments(parser)
+    parser.add_argument("-f", "--foreground", action="store_true", help="stay in the foreground")
+    parser.add_argument("--debug", metavar="TOPICS", default="", help="log what the daemon does (see below)")
+    parser.set_defaults(run=run)
+
+
+def add_arguments(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
+    """Describe what is merged, and where it is mounted, which may be *optional*."""
+    count = "?" if optional else None
+    parser.add_argument(
+        "lower",
+        metavar="LOWER[:LOWER...]",
+        nargs=count,
+        help="an image or a directory; the leftmost is on top",
+    )
+    parser.add_argument("mountpoint", metavar="MOUNTPOINT", nargs=count, help="an existing directory")
+    parser.add_argument("--store", metavar="FILE|DIR|memory", help="where to keep changes")
     parser.add_argument(
         "--engine",
         choices=mount_options.ENGINES,
-        help="who reads and writes images: we (auto and process), or the kernel (root only)",
+        help="what reads and writes images: cowfs itself (auto, process) or the kernel (root only)",
     )
     parser.add_argument(
-        "--force-lower", action="store_true", help="use the store though it was made for another lower"
+        "--force-lower", action="store_true", help="use the store even if it belongs to another lower"
+    )
+    parser.add_argument(
+        "--verify",
+        metavar="HASH|FILE",
+        help="compare the lower image with its dm-verity tree: by this root hash, or who signed it",
     )
     parser.add_argument("-o", metavar="OPTS", dest="options", action="append", default=[], help="see below")
-    parser.add_argument("-f", "--foreground", action="store_true", help="stay in the foreground")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Mount; return when the mount answers, or with -f when it has been unmounted."""
-    from cowfs.assemble import UnionOptions, check_mountpoint, check_places
-    from cowfs.layers.slow import must_not_be_touched
+    code, union = mounted(args)
+    is_told = union is not None and union.store == "memory" and not _is_read_only(args)
+    if is_told and not (args.foreground or getattr(args, "quiet", False)):
+        how = "-o store=FILE" if mount_options.is_by_options(args) else "--store"
+        warn(f"changes are kept in memory and are lost at unmount (use {how} to keep them)")
+    return code
 
+
+def mounted(args: argparse.Namespace, *, hides_store: bool = False) -> tuple[int, UnionOptions | None]:
+    """The same; also return what was mounted, if it was not merely changed. Who *hides_store* takes care that
+    nobody reaches the store through the mount, so it may be inside the lower."""
+    if remount.is_asked_for(args.options):
+        return remount.remount(args.mountpoint, args.options), None
     given = mount_options.parse(args.options)
-    lowers = mount_options.split_lowers(args.lower)
-    if not lowers:
-        raise UsageError("no lower layer is given", "the first argument is LOWER[:LOWER...]")
-    store = args.store or given.values.get("store", "memory")
-    union = UnionOptions(
-        lowers=tuple(os.path.abspath(lower) for lower in lowers),
-        store=store if store == "memory" else os.path.abspath(store),
-        engine=args.engine or given.values.get("engine", "auto"),
-        force_lower=args.force_lower or "force_lower" in given.flags,
-        size=given.size,
-        offsets=given.offsets,
-        fakeroot="fakeroot" in given.flags,
+    given.debug |= mount_options.parse_topics(args.debug) | mount_options.parse_topics(
+        os.environ.get("COWFS_DEBUG", "")
     )
-    if len(union.offsets) > len(lowers):
-        raise UsageError(
-            f"offset={given.values['offset']}: {len(union.offsets)} offsets, {len(lowers)} lower layers",
-            "give one for each lower",
-        )
-    if union.fakeroot and "allow_other" in given.flags:
-        raise UsageError(
-            "fakeroot checks no permissions: with allow_other every user would be root inside",
-            "leave one of them out",
-        )
-    if union.fakeroot and os.geteuid() == 0:
-        raise UsageError(
-            "fakeroot is for users: root is denied nothing as it is, and lets others in",
-            "mount as a user, or leave it out",
-        )
+    union = _union_options(args, given)
+    here = os.getcwd()
+
+    @contextmanager
+    def look() -> Iterator[None]:
+        with mount_options.own_spelling(args):
+            mount_options.refuse_bare_colon(mount_options.split_lowers(args.lower), here)
+            yield
+
+    where, foreground = args.mountpoint, args.foreground
+    return start(union, where, given, foreground=foreground, around=look, hides_store=hides_store), union
+
+
+def _is_read_only(args: argparse.Namespace) -> bool:
+    return "ro" in mount_options.parse(args.options).flags
+
+
+def start(
+    union: UnionOptions,
+    where: str,
+    given: mount_options.Options,
+    *,
+    foreground: bool,
+    around: Callable[[], AbstractContextManager[None]] = nullcontext,
+    owner_map: OwnerMap | None = None,
+    hides_store: bool = False,
+) -> int:
+    """Mount a union at *where*; return when the mount answers, or in the *foreground* when it was unmounted.
+
+    What the daemon does, from the first look at a lower on, it does in *around*.
+    """
+    from cowfs.layers.slow import must_stay_open
+    from cowfs.mountpoint import check_mountpoint, check_places
+
     _check_system()
     _raise_file_limit()
-    mountpoint = check_mountpoint(args.mountpoint)
+    must_have_address_space()
+    mountpoint = check_mountpoint(where)
     _check_permission(mountpoint, given)
     log = given.values.get("log")
     if log:
@@ -117,20 +170,112 @@ def run(args: argparse.Namespace) -> int:
         _check_log(log)
 
     def daemon(reporter: Reporter) -> int:
-        set_up_log(log, foreground=args.foreground)
+        daemon_log = set_up_log(log, foreground=foreground)
         # Not before: to look at a lower may be to wait, and who waits for us shall be able to leave.
-        check_places(mountpoint, union)
-        return _serve(union, mountpoint, given, reporter)
+        with around():
+            if not hides_store:
+                check_places(mountpoint, union)
+            return _serve(union, mountpoint, given, reporter, daemon_log, owner_map)
 
-    if args.foreground:
+    if foreground:
         code = daemon(Reporter(-1))
-        if must_not_be_touched():
+        if must_stay_open():
             leave(code)
-    else:
-        code = run_in_background(daemon, _handed_over(mountpoint))
-    if store == "memory" and not args.foreground and "ro" not in given.flags:
-        warn("changes are kept in memory, lost at the unmount (--store keeps them)")
-    return code
+        return code
+    return run_in_background(daemon, _handed_over(mountpoint))
+
+
+def _union_options(args: argparse.Namespace, given: mount_options.Options) -> UnionOptions:
+    """Return what is to be joined, and how. UsageError for what does not go together."""
+    from cowfs.union import UnionOptions
+
+    lowers, data_only = mount_options.split_layers(args.lower)
+    if args.verify:
+        given.values["verify"] = args.verify
+    for url in filter(is_url, lowers):
+        check(url)
+    _ = given.by_url  # refused here, if it is to be
+    engine = args.engine or given.values.get("engine", "auto")
+    if engine == "kernel" and any(map(is_url, lowers)):
+        raise UsageError("engine=kernel: the kernel reads nothing by URL", "leave it out")
+    if not lowers:
+        raise UsageError("no lower layer given", "the first argument is LOWER[:LOWER...]")
+    store = args.store or given.values.get("store", "memory")
+    if "subdir" in given.values:
+        store = _of_several(store, given.values["subdir"])
+    union = UnionOptions(
+        lowers=tuple(map(place, lowers)),
+        store=store if store == "memory" else os.path.abspath(store),
+        engine=engine,
+        force_lower=args.force_lower or "force_lower" in given.flags,
+        size=given.size,
+        offsets=mount_options.find_offsets(given.offsets, lowers),
+        verify=_verify(given, lowers, engine),
+        data_only=data_only,
+        atime=given.atime,
+        fakeroot="fakeroot" in given.flags,
+        whiteouts=(given.values.get("whiteouts", "auto"),) * (len(lowers) - data_only),
+        volatile=given.volatile,
+        may_crash=_may_crash(given.faults, store),
+        read_only="ro" in given.flags and os.path.lexists(store) and not os.access(store, os.W_OK),
+    )
+    if len(union.offsets) > len(lowers):
+        raise UsageError(
+            f"offset={given.values['offset']}: {len(union.offsets)} offsets for {len(lowers)} lower layers",
+            "give one for each lower",
+        )
+    if union.fakeroot and "allow_other" in given.flags:
+        raise UsageError(
+            "fakeroot and allow_other exclude each other: every user would be root in the mount",
+            "remove one of them",
+        )
+    if union.fakeroot and os.geteuid() == 0:
+        raise UsageError(
+            "fakeroot is for ordinary users: root needs no fakeroot",
+            "mount as an ordinary user, or remove fakeroot",
+        )
+    return union
+
+
+def _may_crash(faults: list[str], store: str) -> bool:
+    """Whether a crash is among the faults. UsageError for what is none, or where there can be no crash."""
+    if not faults:
+        return False
+    from cowfs.faults import may_crash, parse_all
+    from cowfs.store.served.crash import must_be_possible
+
+    if any(fault.crashes for fault in parse_all(faults)):
+        must_be_possible(store)
+    return may_crash(faults)
+
+
+def _verify(given: mount_options.Options, lowers: Sequence[str], engine: str) -> tuple[str, ...]:
+    """Return by what each lower is compared with its hash tree. UsageError where that cannot be."""
+    verify = given.verify
+    if len(verify) > len(lowers):
+        raise UsageError(
+            f"verify={given.values['verify']}: {len(verify)} for {len(lowers)} lower layers",
+            "give one for each lower",
+        )
+    if any(verify) and engine == "kernel":
+        raise UsageError("verify: the kernel would read what was not compared", "leave engine=kernel out")
+    for lower, by in zip(lowers, verify, strict=False):
+        if by and not is_url(lower) and os.path.isdir(lower):
+            raise UsageError(f"{lower}: a directory has no hash tree", "remove verify for it")
+    return verify
+
+
+def _of_several(store: str, name: str) -> str:
+    """Return the store *name* in another, which is made if it is missing and to be a directory."""
+    from cowfs.store.format.sniff import looks_like_image, subdir
+
+    whole = subdir(store, name)
+    if not os.path.lexists(store):
+        if looks_like_image(store):
+            raise StoreError(f"{store}: no such store", f"cowfs create {store} 256 creates one of 256 MiB")
+        with suppress(OSError):  # who opens the store says so
+            os.mkdir(store, 0o700)
+    return whole
 
 
 def _check_log(path: str) -> None:
@@ -139,7 +284,7 @@ def _check_log(path: str) -> None:
         os.close(open_log(path))
     except OSError as error:
         raise SystemFailure(
-            f"{path}: cannot be the log: {error.strerror}", "give the path of a file that may be written to"
+            f"{path}: cannot write the log: {error.strerror}", "give the path of a writable file"
         ) from None
 
 
@@ -148,18 +293,16 @@ def _check_system() -> None:
     try:
         os.close(os.open("/dev/fuse", os.O_RDWR))
     except FileNotFoundError:
-        raise SystemFailure("/dev/fuse: there is none", "load the module: modprobe fuse") from None
-    except OSError as error:
         raise SystemFailure(
-            f"/dev/fuse: {error.strerror}", "let everybody use it: chmod 666 /dev/fuse, as root"
+            "/dev/fuse: not found; is the fuse module loaded?", "as root: modprobe fuse"
         ) from None
+    except OSError as error:
+        raise SystemFailure(f"/dev/fuse: {error.strerror}", "as root: chmod 666 /dev/fuse") from None
     if os.geteuid() != 0 and find("fusermount3") is None:
-        raise SystemFailure(
-            "fusermount3: not found; without root nothing is mounted without it", "apt install fuse3"
-        )
+        raise SystemFailure("fusermount3: not found; ordinary users need it to mount", "apt install fuse3")
     if os.geteuid() != 0 and not os.path.exists("/etc/mtab"):  # a bare container, a Debian not yet booted
         raise SystemFailure(
-            "/etc/mtab: there is none; without it fusermount3 cannot unmount",
+            "/etc/mtab: not found; fusermount3 cannot unmount without it",
             "as root: ln -s /proc/self/mounts /etc/mtab",
         )
 
@@ -167,7 +310,7 @@ def _check_system() -> None:
 def _handed_over(mountpoint: str) -> list[int]:
     """Return the descriptor in a mountpoint /dev/fd/N, which somebody else has mounted already."""
     number = mountpoint.removeprefix("/dev/fd/")
-    return [int(number)] if number != mountpoint and number.isdigit() else []
+    return [int(number)] if number != mountpoint and number.isdecimal() else []
 
 
 def _check_permission(mountpoint: str, given: mount_options.Options) -> None:
@@ -176,13 +319,13 @@ def _check_permission(mountpoint: str, given: mount_options.Options) -> None:
         return
     if os.path.isdir(mountpoint) and not os.access(mountpoint, os.W_OK):
         raise MountFailure(
-            f"{mountpoint}: only its owner, or root, may mount there: Permission denied",
-            "choose a directory of your own",
+            f"{mountpoint}: Permission denied: only its owner or root can mount there",
+            "choose a directory that you own",
         )
     if "allow_other" in given.flags and not _others_may_be_allowed():
         raise MountFailure(
-            f"{mountpoint}: allow_other is only for root here",
-            "add the line user_allow_other to /etc/fuse.conf, or leave out allow_other",
+            f"{mountpoint}: only root may use allow_other on this system",
+            "add the line user_allow_other to /etc/fuse.conf, or remove allow_other",
         )
 
 
@@ -195,108 +338,188 @@ def _others_may_be_allowed() -> bool:
 
 
 def _serve(
-    union_options: UnionOptions, mountpoint: str, given: mount_options.Options, reporter: Reporter
+    union_options: UnionOptions,
+    mountpoint: str,
+    given: mount_options.Options,
+    reporter: Reporter,
+    daemon_log: Log,
+    owner_map: OwnerMap | None = None,
 ) -> int:
+    from cowfs.formats.squashfs.source import open_unchecked
+    from cowfs.formats.verified import belonging, require, root_hash_of
     from cowfs.fuse.rings import rings_for
     from cowfs.linux.privileges import give_up
+    from cowfs.url.opened import held_open
 
     os.umask(0)
     threading.stack_size(_STACK)
     remove_dead()  # while we may see who is where
     rings = rings_for(given.values.get("io_uring", "auto"), warn)
-    give_up(has_rings=rings is not None)  # before there are threads: opening the store starts some
-    try:
-        shut_in = _step_aside(union_options, mountpoint)
-        _mount_and_serve(union_options, mountpoint, given, reporter, shut_in, rings)
-    finally:
-        outside.end()
+    compared = _compared(union_options)
+    needed = [file for low, by in compared.items() for file in belonging(low, by)]
+    with held_open(
+        [*union_options.lowers, *needed], given.by_url
+    ) as begin_to_fetch:  # by programs: not later
+        give_up(has_rings=rings is not None)  # before there are threads: opening the store starts some
+        try:
+            shut_in = _step_aside(union_options, mountpoint)
+            begin_to_fetch()
+            require({low: root_hash_of(low, by, open_unchecked) for low, by in compared.items()})
+            request = partial(_request, union_options, mountpoint, given, owner_map)
+            _mount_and_serve(union_options, request, given, reporter, daemon_log, shut_in, rings)
+        finally:
+            helper_process.end()
     return 0
 
 
 def _mount_and_serve(
     union_options: UnionOptions,
-    mountpoint: str,
+    requested: Callable[[], MountRequest],
     given: mount_options.Options,
     reporter: Reporter,
-    shut_in: Callable[[Store], None],
+    daemon_log: Log,
+    shut_in: Callable[[], None],
     rings: Rings | None,
 ) -> None:
-    from cowfs import assemble
-    from cowfs.cli.own_files import need_no_more
-    from cowfs.fuse.daemon import Daemon, MountRequest
+    from cowfs.cli.own_files import forbid_lookups
+    from cowfs.faults import install
+    from cowfs.fuse.daemon import Daemon
+    from cowfs.fuse.observer import Observer
+    from cowfs.fuse.tasks import describe_tasks
     from cowfs.linux.sleep import Disks
-    from cowfs.store.room import watch
+    from cowfs.serve import commands
+    from cowfs.store.served.fullness import watch
+    from cowfs.trace import trace
+    from cowfs.union import open_union
 
-    union = assemble.open_union(union_options, warn)
+    union = open_union(union_options, warn)
     try:
-        request = MountRequest(
-            mountpoint,
-            _source(union_options.lowers, mountpoint),
-            frozenset(_fuse_options(given, union_options)),
-            acl="noacl" not in given.flags,
-            fakeroot=union_options.fakeroot,
-            passthrough=given.values.get("passthrough", "auto"),
-        )
+        request = requested()
         daemon = Daemon(union.overlay, request, rings)
-        disks = Disks([*union_options.lowers, union_options.store])
+        disks = Disks([*_paths(union_options.lowers), union_options.store])
         options = [*request.options, *(["fakeroot"] if request.fakeroot else [])]
-        more = {"mountpoint": mountpoint, "options": sorted(options)}
-        need_no_more(mountpoint)
+        more = {"mountpoint": request.mountpoint, "options": sorted(options)}
+        forbid_lookups(request.mountpoint)
+        trace(given.debug, union, daemon)
+        faults = install(given.faults, union.store, daemon.adapter)
+        observer = Observer(daemon.adapter, union.overlay, daemon.loop.in_trio)
+        if "blame" in given.flags:
+            _record(union.store, observer)
+        daemon_log.explain_when_asked(describe_tasks)
         daemon.mount()  # from here on no path may be followed that could lead into the mount
         try:
-            shut_in(union.store)  # and none leads anywhere
+            union.store.mounted_as(daemon.dev)
+            shut_in()  # and none leads anywhere
             daemon.serve(
-                assemble.commands(
+                commands(
                     union,
-                    lambda: {**more, "transport": daemon.transport(), **daemon.adapter.figures()},
-                    daemon.lose_patience,
+                    lambda: {
+                        **more,
+                        "log": daemon_log.facts(),
+                        "transport": daemon.transport(),
+                        **daemon.adapter.figures(),
+                    },
+                    daemon.stop_waiting_soon,
+                    daemon.ask_again,
+                    observer,
+                    faults,
                 ),
                 reporter.ready,
-                watch(union.store),
-                after_pause=disks.look_after_sleep,
+                watch(union.store, union.whereabouts),
+                also=[observer.run],
+                after_pause=disks.reopen_after_sleep,
             )
         finally:
             daemon.close()
+            observer.close()
     finally:
         union.close(heeds_signals=True)
 
 
-def _step_aside(union: UnionOptions, mountpoint: str) -> Callable[[Store], None]:
+def _request(
+    union: UnionOptions, mountpoint: str, given: mount_options.Options, owner_map: OwnerMap | None
+) -> MountRequest:
+    """Return what is asked of FUSE."""
+    from cowfs.fuse.daemon import MountRequest
+
+    return MountRequest(
+        mountpoint,
+        given.values.get("fsname") or _source(union, mountpoint),
+        frozenset(_fuse_options(given, union)),
+        acl="noacl" not in given.flags,
+        fakeroot=union.fakeroot,
+        passthrough="off"
+        if "blame" in given.flags or given.faults
+        else given.values.get("passthrough", "auto"),
+        owner_map=owner_map,
+        sees_all=bool(given.faults),
+    )
+
+
+def _record(store: Store, observer: Observer) -> None:
+    """Begin to record who makes changes, or say why not: a mount that was asked for goes on."""
+    from cowfs.fuse.recorder import Recorder
+    from cowfs.store.format.records import open_or_make
+
+    why = ""
+    try:
+        records, said = open_or_make(store.layer, store.size)
+        if said:
+            warn(f"{said}; a new one is begun")
+        observer.record(Recorder(records, store.path))
+    except StoreError as error:
+        why = str(error)
+    except OSError as error:
+        why = f"{store.path}: {error.strerror}"
+    if why:
+        warn(f"who changes what is not recorded: {why}")
+        _log.warning("who changes what is not recorded: %s", why)
+
+
+def _step_aside(union: UnionOptions, mountpoint: str) -> Callable[[], None]:
     """Leave for mounts of our own, with a process that stays here; return what shuts us in there.
 
     For root alone, who may mount anywhere. Who has been handed a mount has nobody to unmount it, and all in
     reach, as has whoever's root cannot be exchanged.
     """
-    from cowfs.cli.errands import Errands
+    from cowfs.cli.helper_requests import HelperRequests
     from cowfs.linux import confine
+    from cowfs.store.served.presence import watched
 
     if os.geteuid() != 0 or mountpoint.startswith("/dev/fd/") or not confine.is_possible():
-        return lambda _: None
-    Errands(mountpoint, [*union.lowers, *([] if union.store == "memory" else [union.store])]).start()
+        return lambda: None
+    HelperRequests(mountpoint, watched(union.store, union.lowers)).start()
     try:
         confine.step_aside()
     except OSError as error:
-        _log.info("goes on with all files in reach: no mounts of its own: %s", error.strerror)
-        outside.end()
-        return lambda _: None
+        _log.info("the daemon is not confined: it cannot have its own mount namespace: %s", error.strerror)
+        helper_process.end()
+        return lambda: None
 
-    def shut_in(store: Store) -> None:
+    def shut_in() -> None:
         try:
-            confine.shut_in([store.place[0]] if store.place else [])
+            confine.shut_in()
         except OSError as error:
-            _log.info("goes on with all files in reach: %s", error.strerror)
+            _log.info("the daemon is not confined: %s", error.strerror)
 
     return shut_in
 
 
-def _source(lowers: Sequence[str], mountpoint: str) -> str:
+def _paths(lowers: Iterable[str]) -> list[str]:
+    """Return those that are no URLs."""
+    return [lower for lower in lowers if not is_url(lower)]
+
+
+def _source(union: UnionOptions, mountpoint: str) -> str:
     """Return what mount(8) shows as the source: the lowers, as they are written on the command line.
 
     Programs look for sources that are paths, e2fsck too, which we start: they must not lead into the mount.
     """
-    if any(f"{os.path.realpath(lower)}/".startswith(f"{mountpoint.rstrip('/')}/") for lower in lowers):
+    if any(
+        f"{os.path.realpath(low)}/".startswith(f"{mountpoint.rstrip('/')}/") for low in _paths(union.lowers)
+    ):
         return "cowfs"
-    return mount_options.join_lowers(lowers)
+    return mount_options.join_lowers(union.lowers, union.data_only)
 
 
 def _fuse_options(given: mount_options.Options, union: UnionOptions) -> set[str]:
@@ -306,38 +529,50 @@ def _fuse_options(given: mount_options.Options, union: UnionOptions) -> set[str]
     is_root = os.geteuid() == 0
     if ("allow_other" in given.flags or is_root) and "noallow_other" not in given.flags:
         options.add("allow_other")
+    if is_root and not given.flags & {"allow_other", "noallow_other"} and not options & {"suid", "dev"}:
+        layers = [*([] if union.store == "memory" else [union.store]), *union.lowers]
+        reason = shows_too_much(layers, lambda layer: _who_can_change(layer, union))
+        if reason is not None:
+            options.discard("allow_other")
+            warn(f"mounted for root alone: {reason} (-o allow_other if you trust it)")
     if "fakeroot" in given.flags:
         options -= {"suid", "dev"}
         options |= {"nosuid", "nodev"}
     if is_root:  # libfuse's default is nosuid,nodev; mount(8)'s is not
         wanted = [option for option in ("suid", "dev") if not options & {option, f"no{option}"}]
-        forbidden = _forbidden(union) if wanted else {}
-        options |= {option for option in wanted if f"no{option}" not in forbidden}
-        left_out = [f"no{option}" for option in wanted if f"no{option}" in forbidden]
+        refused = _forbidden(union) if wanted else {}
+        options |= {option for option in wanted if f"no{option}" not in refused}
+        left_out = [f"no{option}" for option in wanted if f"no{option}" in refused]
         if left_out:
-            why = forbidden[left_out[0]]
+            why = refused[left_out[0]]
             hint = ",".join(option.removeprefix("no") for option in left_out)
-            warn(f"mounted {','.join(left_out)}: {why} (-o {hint} if you trust it)")
+            warn(f"mounted with {','.join(left_out)}: {why} (use -o {hint} if you trust it)")
     return options
 
 
 def _forbidden(union: UnionOptions) -> dict[str, str]:
-    """Return why ``nosuid`` and ``nodev`` must hold: others than root made, or can change, what is mounted.
+    """Return why ``nosuid`` and ``nodev`` must hold: others than root made, or can change, it."""
+    return forbidden((*_decide(union), *([] if union.store == "memory" else [union.store])))
 
-    Whoever can change an image, a store or the way to it could give themselves a set-user-ID program of
-    root's, or a device.
-    """
-    from cowfs.linux.trust import mount_forbids, who_can_change
 
-    why: dict[str, str] = {}
-    for path in (*union.lowers, *([] if union.store == "memory" else [union.store])):
-        there = path if os.path.lexists(path) else os.path.dirname(path)  # a store that will be made
-        reason = who_can_change(there)
-        if reason is not None:
-            return dict.fromkeys(("nosuid", "nodev"), reason)
-        for option in mount_forbids(there):
-            why.setdefault(option, f"{path} is on a filesystem that is mounted {option}")
-    return why
+def _compared(union: UnionOptions) -> dict[str, str]:
+    """Return the lowers that are compared with hash trees, and by what each."""
+    return {low: by for low, by in zip(union.lowers, union.verify, strict=False) if by}
+
+
+def _decide(union: UnionOptions) -> list[str]:
+    """Return what decides what the lowers hold: for those that are compared a file, or nothing."""
+    compared = _compared(union)
+    deciding = (compared.get(lower, lower) for lower in union.lowers)
+    return [one for one in deciding if not is_root_hash(one)]
+
+
+def _who_can_change(path: str, union: UnionOptions) -> str | None:
+    """Return why others than root can change a layer; None when they cannot, or it would be noticed."""
+    by = _compared(union).get(path)
+    if by:
+        return None if is_root_hash(by) else who_can_change(by)
+    return who_can_change(path)
 
 
 def _raise_file_limit() -> None:
@@ -345,4 +580,4 @@ def _raise_file_limit() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if 0 <= hard < LEAST_FILES:
         raise too_few_files()
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    take_all_descriptors()

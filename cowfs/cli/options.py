@@ -3,41 +3,89 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
-from collections.abc import Sequence
+import stat
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import combinations
+from typing import TYPE_CHECKING
 
-from cowfs.errors import UsageError
-from cowfs.store.sizes import parse_size
+from cowfs import command
+from cowfs.errors import CowfsError, LayerError, UsageError
+from cowfs.formats.verified import is_root_hash
+from cowfs.store.format.sizes import parse_size
+from cowfs.types import Atime
+from cowfs.url.names import authority, is_url
+from cowfs.url.settings import DEFAULT_LIMIT, Settings
+
+if TYPE_CHECKING:
+    from cowfs.api import Lowers
 
 ENGINES = ("auto", "process", "kernel")
-_CHOICES = {"engine": ENGINES, "io_uring": ("auto", "on", "off"), "passthrough": ("auto", "off")}
-
-_VALUES = {
-    "store": "the writable store: an image, a directory, or memory (the default)",
-    "engine": "who reads and writes images: process (and auto), or kernel (root only)",
-    "offset": "where in its file the lower image begins, in bytes; several with colons",
-    "size": "how large a store in memory may become: 256M, 2G (default: half of the RAM)",
-    "io_uring": "take requests on the CPU where they are made: auto, on or off (Linux 6.14)",
-    "passthrough": "let the kernel read and write the store's files: auto or off (Linux 6.9)",
-    "log": "write the log to this file",
+_CHOICES = {
+    "engine": ENGINES,
+    "io_uring": ("auto", "on", "off"),
+    "passthrough": ("auto", "off"),
+    "whiteouts": ("auto", "overlayfs", "aufs", "oci"),
 }
+
+VALUES = {
+    "store": "the writable store: an image, a directory, or memory (the default)",
+    "subdir": "one of several stores in the store, for its own system: a name",
+    "engine": "what reads and writes images: cowfs (process, auto) or the kernel (root only)",
+    "offset": "byte offset of the lower image in its file, or auto; colons separate several",
+    "image_offset": "the same, for mount(8) and fstab: mount(8) takes offset= for itself",
+    "verify": "root hash of the lower image's dm-verity tree, or a file with it; colons separate several",
+    "size": "maximum size of a store in memory: 256M, 2G (default: half of the RAM)",
+    "io_uring": "receive requests through io_uring: auto, on or off (Linux 6.14)",
+    "passthrough": "let the kernel read and write the store's files: auto or off (Linux 6.9)",
+    "whiteouts": "how deletions are written in the lowers: overlayfs, aufs, oci, or auto",
+    "volatile": "do not keep changes below these directories: /tmp:/run; the store remembers; or none",
+    "url_cache": "keep what is read by URL in this directory, or none (/var/cache/cowfs, ~/.cache/cowfs)",
+    "url_cache_size": "bytes of it at most, of all images: 500M, 8G (default: 2G)",
+    "url_wait": "seconds that a read waits for a server that does not answer (default: 600)",
+    "fsname": "what mount(8) and df(1) show as the source (default: the lowers)",
+    "log": "write the log to this file",
+    "fault": "let requests fail, for tests: *.conf:write:ENOSPC:AFTER=3; may be repeated; or none",
+    "debug": "topics to log: requests, overlay, store, cache; separated by colons",
+}
+_SAME = {"image_offset": "offset"}
 _FLAGS = {
-    "force_lower": "use the store though it was made for another lower",
-    "allow_other": "let other users in (root's mounts do by default)",
-    "noallow_other": "let only the one who mounts in",
-    "noacl": "do not serve POSIX ACLs",
-    "fakeroot": "be root inside: see all owners, be denied nothing (users only)",
+    "force_lower": "use the store even if it belongs to another lower",
+    "allow_other": "let other users access the mount (the default for root)",
+    "noallow_other": "let only the user who mounts access the mount",
+    "noacl": "do not support POSIX ACLs",
+    "blame": "record in the store which program made which change (cowfs blame)",
+    "fakeroot": "act as root inside: see all owners, may do everything (users only)",
     "ro": "read-only",
     "rw": "writable (the default)",
-    "sloppy": "ignore options that nobody knows",
+    "sloppy": "ignore unknown options",
 }
-_FUSE_FLAGS = {"suid", "nosuid", "dev", "nodev", "exec", "noexec", "sync", "dirsync", "noatime", "atime"}
+DEBUG_TOPICS = {
+    "requests": "each request of the kernel, its answer and its duration",
+    "overlay": "in which layers a name was found",
+    "store": "each change made to the store",
+    "cache": "reads from images, and what the kernel is told to forget",
+}
+_FUSE_FLAGS = {"suid", "nosuid", "dev", "nodev", "exec", "noexec", "sync", "dirsync"}
+_ATIME = {
+    "noatime": ("noatime", True), "atime": ("noatime", False), "relatime": ("noatime", False),
+    "strictatime": ("strictatime", True), "nostrictatime": ("strictatime", False),
+    "nodiratime": ("nodiratime", True), "diratime": ("nodiratime", False),
+}  # fmt: skip
+"""Of those that say when reading changes times: which one is meant, and whether it is on."""
 _IGNORED = {
     "auto", "noauto", "nofail", "_netdev", "user", "nouser", "users", "owner", "group", "defaults",
-    "loop", "default_permissions", "relatime", "norelatime", "strictatime", "async", "diratime", "nodiratime",
-    "silent", "loud", "mand", "nomand", "lazytime", "nolazytime", "iversion", "noiversion",
+    "loop", "default_permissions", "norelatime", "async", "silent", "loud",
+    "mand", "nomand", "lazytime", "nolazytime", "iversion", "noiversion",
 }  # fmt: skip
+
+
+def names() -> list[str]:
+    """Every option that means something to cowfs, in order; with a ``=`` at the end if it takes a value."""
+    return sorted([*(f"{name}=" for name in VALUES), *_FLAGS, *_FUSE_FLAGS, *_ATIME])
 
 
 @dataclass(slots=True)
@@ -47,11 +95,49 @@ class Options:
     values: dict[str, str] = field(default_factory=dict)
     flags: set[str] = field(default_factory=set)
     fuse: set[str] = field(default_factory=set)
+    debug: frozenset[str] = frozenset()
+    """What is to be logged (cowfs.trace)."""
+    faults: list[str] = field(default_factory=list)
+    """Which requests are to fail (cowfs.faults)."""
 
     @property
     def size(self) -> int | None:
         """The size option in bytes."""
         return parse_size(self.values["size"]) if "size" in self.values else None
+
+    @property
+    def verify(self) -> tuple[str, ...]:
+        """The verify option, for as many of the lowers as it names: root hashes, or the paths of files."""
+        given = self.values.get("verify")
+        parts = _split(given, ":") if given else []
+        return tuple(part if not part or is_root_hash(part) else os.path.abspath(part) for part in parts)
+
+    @property
+    def by_url(self) -> Settings:
+        """How lowers are read that are named by a URL. UsageError."""
+        cache, wait = self.values.get("url_cache"), self.values.get("url_wait", "600")
+        if not wait.isdecimal() or not 0 < int(wait) < 1 << 31:
+            raise UsageError(f"url_wait={wait}: not a number of seconds", "write url_wait=600")
+        if cache is not None:
+            cache = "" if cache == "none" else os.path.abspath(cache)
+        size = self.values.get("url_cache_size")
+        return Settings(float(wait), cache, DEFAULT_LIMIT if size is None else parse_size(size))
+
+    @property
+    def atime(self) -> Atime:
+        """When reading something of the store changes its atime: by default as with the kernel's relatime."""
+        always = "strictatime" in self.fuse
+        files = (always or "noatime" not in self.fuse) and "ro" not in self.flags
+        return Atime(files, files and "nodiratime" not in self.fuse, always)
+
+    @property
+    def volatile(self) -> tuple[str, ...] | None:
+        """The directories of the volatile option, without those in others of them; None if it is not given.
+
+        UsageError for what can be none.
+        """
+        given = self.values.get("volatile")
+        return None if given is None else parse_volatile(given)
 
     @property
     def offsets(self) -> tuple[int, ...]:
@@ -63,51 +149,194 @@ _OFFSET = re.compile(r"([0-9]{1,18})([kmgt]?)", re.IGNORECASE)
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
+AUTO = -1
+"""An offset that is to be found."""
+
+
 def parse_offsets(text: str) -> tuple[int, ...]:
     """Return the bytes that OFFSET[:OFFSET...] means; none is 0, and ``offset=`` may stand before it.
 
-    A bare number is in bytes, ``4K`` is 4096. UsageError for anything else.
+    A bare number is in bytes, ``4K`` is 4096, ``auto`` is AUTO. UsageError for anything else.
     """
     offsets = []
     given = text.removeprefix("offset=")
     for part in given.split(":") if given else ():
+        if part == "auto":
+            offsets.append(AUTO)
+            continue
         match = _OFFSET.fullmatch(part or "0")
         if not match:
-            raise UsageError(f"{part!r} is not an offset", "a number of bytes, or 4K, 1M")
+            raise UsageError(f"{part!r} is not an offset", "give a number of bytes, 4K, 1M, or auto")
         offsets.append(int(match[1]) * _UNITS[match[2].lower()])
     return tuple(offsets)
 
 
+def find_offsets(offsets: Sequence[int], lowers: Sequence[str]) -> tuple[int, ...]:
+    """Put in place of each AUTO the byte at which the image in that lower begins.
+
+    Reads of the file as far as that is, and blocks. LayerError for a file without an image; one that cannot
+    be read is for others to refuse.
+    """
+    found = list(offsets)
+    for number, (offset, lower) in enumerate(zip(offsets, lowers, strict=False)):
+        if offset == AUTO:
+            found[number] = _image_in(lower)
+    return tuple(found)
+
+
+def _image_in(path: str) -> int:
+    from cowfs.formats.squashfs.find import find_image
+    from cowfs.linux.files import open_ordinary
+
+    if is_url(path):
+        raise UsageError(f"{path}: offset=auto would read all of it", "give its place: offset=BYTES")
+    try:
+        fd = open_ordinary(path, os.O_RDONLY)
+        try:
+            mode = os.fstat(fd).st_mode
+            if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+                return 0
+            found = find_image(fd)
+        except LayerError as error:
+            raise LayerError(f"{path}: {error.message}", error.hint) from None
+        finally:
+            os.close(fd)
+    except OSError:
+        return 0
+    if found is None:
+        raise LayerError(f"{path}: no squashfs image was found in it", "give its place: offset=BYTES")
+    return found
+
+
+def parse_volatile(text: str) -> tuple[str, ...]:
+    """Return the directories that PATH[:PATH...] means, each once, and none below another.
+
+    UsageError for what is not an absolute path below the root.
+    """
+    if text == "none":
+        return ()
+    paths: set[str] = set()
+    for path in filter(None, _split(text, ":")):
+        parts = [part for part in path.split("/") if part not in {"", "."}]
+        if not path.startswith("/"):
+            raise UsageError(f"volatile: {path!r} is not an absolute path", "write it from the root: /tmp")
+        if ".." in parts:
+            raise UsageError(f"volatile: {path!r} has .. in it", "write the path without it")
+        if not parts:
+            raise UsageError("volatile: / would keep nothing at all", "use store=memory for that")
+        paths.add("/" + "/".join(parts))
+    return tuple(sorted(path for path in paths if not any(path.startswith(f"{p}/") for p in paths)))
+
+
 def split(text: str) -> list[str]:
     """Split at commas; ``\\,`` is a comma that belongs to a value, and ``\\\\`` a backslash."""
-    return _split(text, ",")
+    return [part for part in _split(text, ",") if part]
 
 
 def split_lowers(text: str) -> tuple[str, ...]:
-    """Split LOWER[:LOWER...]; ``\\:`` is a colon in a name, as in overlayfs's lowerdir, ``\\\\`` a backslash.
+    """Split LOWER[:LOWER...][::DATA...] into its names, as :func:`split_layers` does."""
+    return split_layers(text)[0]
 
-    Before anything else a backslash is one.
+
+def split_layers(text: str) -> tuple[tuple[str, ...], int]:
+    """Split LOWER[:LOWER...][::DATA...]; return the names, and how many of them, the last, are data-only.
+
+    In a URL no colon up to the end of its host ends a name. As in overlayfs's lowerdir ``\\:`` is a colon in
+    a name, ``\\\\`` a backslash; before anything else a backslash is one. UsageError for an empty name among
+    others, and for an ordinary lower after one that is data-only.
     """
-    return tuple(_split(text, ":"))
+    parts = _split(text, ":", authority)
+    if parts == [""]:
+        return (), 0
+    names, after = [parts[0]], [False]
+    rest = iter(parts[1:])
+    for part in rest:
+        after.append(not part)
+        names.append(part or next(rest, ""))
+    if not all(names):
+        raise UsageError(f"{text}: an empty lower", "remove the colon, or write \\: for one in a name")
+    data_only = sum(after)
+    if data_only and not all(after[-data_only:]):
+        raise UsageError(
+            f"{text}: an ordinary lower below a data-only one", "write :: before all that follow the first ::"
+        )
+    return tuple(names), data_only
 
 
-def join_lowers(lowers: Sequence[str]) -> str:
-    """Write LOWER[:LOWER...] so that :func:`split_lowers` has the same back."""
-    return ":".join(lower.replace("\\", "\\\\").replace(":", "\\:") for lower in lowers)
+def lowers_of(args: argparse.Namespace, engine: str = "auto", *, force: bool = False) -> Lowers:
+    """Return what ``--lower`` and ``--offset`` say."""
+    from cowfs.api import Lowers
+
+    given, data_only = (None, 0) if args.lower is None else split_layers(args.lower)
+    offsets = parse_offsets(args.offset)
+    if AUTO in offsets and given is None:
+        raise UsageError(
+            "--offset auto: no lower is given to look in", "give it by --lower, or leave --offset out"
+        )
+    return Lowers(given, find_offsets(offsets, given or ()), engine, force, data_only)
 
 
-def _split(text: str, separator: str) -> list[str]:
-    parts = [""]
-    characters = iter(text)
-    for character in characters:
+def lowers_to_open(args: argparse.Namespace) -> Lowers:
+    """Return what the options of :func:`add_opening` say. UsageError for a bare colon in a lower's name."""
+    lowers = lowers_of(args, args.engine, force=args.force_lower)
+    refuse_bare_colon(lowers.given or ())
+    return lowers
+
+
+def refuse_bare_colon(lowers: Sequence[str], directory: str = "") -> None:
+    """Raise UsageError if a colon that separates two lowers is part of the name of one. Looks at them.
+
+    They are relative to *directory*.
+    """
+    for first, last in combinations(range(len(lowers)), 2):
+        parts = lowers[first : last + 1]
+        whole = ":".join(parts)
+        missing = [part for part in parts if not os.path.lexists(os.path.join(directory, part))]
+        if missing and os.path.lexists(os.path.join(directory, whole)):
+            raise UsageError(
+                f"{whole}: a colon separates lowers",
+                f"in a name, write it as \\:, as in '{join_lowers([whole])}'",
+            )
+
+
+def is_by_options(args: argparse.Namespace) -> bool:
+    """Whether all options came by ``-o``: mount(8), and who writes as for that, knows no others."""
+    return bool(args.options) and not (args.store or args.engine or args.force_lower)
+
+
+@contextmanager
+def own_spelling(args: argparse.Namespace) -> Iterator[None]:
+    """Let the hint of an error advise options in the spelling in which the caller gave theirs."""
+    try:
+        yield
+    except CowfsError as error:
+        if is_by_options(args):
+            hint = error.hint.replace("--force-lower", "-o force_lower")
+            error.hint = re.sub(r"--(engine|store) (\w+)", r"-o \1=\2", hint)
+        raise
+
+
+def join_lowers(lowers: Sequence[str], data_only: int = 0) -> str:
+    """Write LOWER[:LOWER...][::DATA...] so that :func:`split_layers` has the same back."""
+    return command.join_lowers(lowers, data_only)
+
+
+def _split(text: str, separator: str, whole: Callable[[str], str] = lambda _: "") -> list[str]:
+    """*whole* returns how much at the beginning of a part is taken as it is."""
+    parts = [whole(text)]
+    characters = iter(range(len(parts[0]), len(text)))
+    for at in characters:
+        character = text[at]
         if character == "\\":
-            following = next(characters, "")
+            following = text[next(characters, len(text)) :][:1]
             parts[-1] += following if following in {separator, "\\"} else character + following
         elif character == separator:
-            parts.append("")
+            parts.append(whole(text[at + 1 :]))
+            for _ in parts[-1]:
+                next(characters)
         else:
             parts[-1] += character
-    return [part for part in parts if part]
+    return parts
 
 
 def parse(given: list[str]) -> Options:
@@ -116,41 +345,118 @@ def parse(given: list[str]) -> Options:
     parts = [part for text in given for part in split(text)]
     for option in parts:
         name, equals, value = option.partition("=")
-        if name in _VALUES and equals:
+        name = _SAME.get(name, name) if equals and value else name
+        if name in VALUES and equals:
             if not value:
-                raise UsageError(f"option {name} needs a value: {name}=…", _VALUES[name])
+                raise UsageError(f"option {name} needs a value: {name}=…", VALUES[name])
             options.values[name] = value
-        elif name in _VALUES:
-            raise UsageError(f"option {name} needs a value: {name}=…", _VALUES[name])
-        elif equals and name in {*_FLAGS, *_FUSE_FLAGS}:
+            if name == "fault":
+                options.faults.append(value)
+        elif name in VALUES:
+            raise UsageError(f"option {name} needs a value: {name}=…", VALUES[name])
+        elif equals and name in {*_FLAGS, *_FUSE_FLAGS, *_ATIME}:
             raise UsageError(f"option {option}: {name} takes no value", f"write {name} alone")
         elif name in _FLAGS:
             options.flags.add(name.replace("-", "_"))
         elif name in _FUSE_FLAGS:
             options.fuse.add(name)
-        elif not (name in _IGNORED or name.startswith(("x-", "X-", "comment")) or "sloppy" in parts):
-            known = ", ".join([*(f"{name}=" for name in _VALUES), *_FLAGS])
+        elif name in _ATIME:
+            flag, is_on = _ATIME[name]
+            (options.fuse.add if is_on else options.fuse.discard)(flag)
+        elif not (is_ignored(name) or "sloppy" in parts):
+            known = ", ".join([*(f"{name}=" for name in VALUES), *_FLAGS])
             raise UsageError(f"unknown option {option!r}", f"known: {known}, and mount's suid, dev, exec …")
     for name, choices in _CHOICES.items():
         value = options.values.get(name, choices[0])
         if value not in choices:
-            raise UsageError(f"unknown {name} {value!r}", "one of " + ", ".join(choices))
+            raise UsageError(f"unknown {name} {value!r}", "give one of " + ", ".join(choices))
+    options.debug = parse_topics(options.values.get("debug", ""))
     return options
+
+
+def is_ignored(name: str) -> bool:
+    """Whether an option is for others: mount(8), systemd, whoever reads fstab."""
+    return name in _IGNORED or name.startswith(("x-", "X-", "comment"))
+
+
+def parse_topics(text: str) -> frozenset[str]:
+    """Return the topics named in *text*, separated by commas or colons. UsageError for an unknown one."""
+    topics = frozenset(filter(None, text.replace(":", ",").split(",")))
+    for topic in sorted(topics - DEBUG_TOPICS.keys()):
+        raise UsageError(f"unknown debug topic {topic!r}", "the topics are " + ", ".join(DEBUG_TOPICS))
+    return topics
 
 
 def describe() -> str:
     """Return the help text for ``-o``."""
-    lines = [f"  {name + '=…':<16}{text}" for name, text in _VALUES.items()]
+    lines = [f"  {name + '=…':<16}{text}" for name, text in VALUES.items()]
     lines += [f"  {name:<16}{text}" for name, text in _FLAGS.items()]
     return "\n".join(lines)
 
 
-def add_offset(parser: argparse.ArgumentParser) -> None:
+def describe_topics() -> str:
+    """Return the help text for ``--debug``."""
+    return "\n".join(f"  {name:<16}{text}" for name, text in DEBUG_TOPICS.items())
+
+
+def add_subcommand(
+    subparsers: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    summary: str,
+    description: str,
+    epilog: str,
+) -> argparse.ArgumentParser:
+    """Add the parser of a subcommand; its texts are printed as they are."""
+    return subparsers.add_parser(
+        name,
+        help=summary,
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def add_lower(parser: argparse.ArgumentParser, *, letter: bool = True) -> None:
+    """Add ``--lower`` and ``--offset``: for subcommands that read a store that is not mounted.
+
+    Without *letter* ``-o`` is left for something else.
+    """
+    parser.add_argument("--lower", metavar="LOWER[:LOWER...]", help="the lower that the store belongs to")
+    add_offset(parser, letter=letter)
+
+
+def add_opening(parser: argparse.ArgumentParser, verb: str = "use", *, letter: bool = True) -> None:
+    """Add what :func:`lowers_to_open` reads: ``--lower``, ``--offset``, ``--force-lower`` and ``--engine``.
+
+    *verb* says in the help what is done with the lower; *letter* is as for :func:`add_lower`.
+    """
+    add_lower(parser, letter=letter)
+    parser.add_argument(
+        "--force-lower", action="store_true", help=f"{verb} LOWER even if the store belongs to another"
+    )
+    parser.add_argument(
+        "--engine",
+        choices=ENGINES,
+        default="auto",
+        help="what reads images: cowfs (auto, process) or the kernel",
+    )
+
+
+def add_trust(parser: argparse.ArgumentParser, verb: str) -> None:
+    """Add ``--trust``: for subcommands that make files which somebody may run."""
+    parser.add_argument(
+        "--trust",
+        action="store_true",
+        help=f"{verb} set-ID bits, capabilities and devices, whoever can change the store or the lower",
+    )
+
+
+def add_offset(parser: argparse.ArgumentParser, *, letter: bool = True) -> None:
     """Add the offset of images to a subcommand that opens them; :func:`parse_offsets` reads it."""
     parser.add_argument(
-        "-o",
+        *(("-o",) if letter else ()),
         "--offset",
         metavar="BYTES[:BYTES...]",
         default="",
-        help="where in its file the image begins",
+        help="byte offset of the image in its file",
     )

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import io
+import os
 import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-from cowfs.errors import printable
+from cowfs.errors import SystemFailure, printable
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 
 def say(text: str) -> None:
@@ -12,6 +22,115 @@ def say(text: str) -> None:
     print(printable(text), flush=True)
 
 
+_asked: set[str] = set()
+"""Holds ``quiet`` if that is asked for."""
+
+
+def be_quiet() -> None:
+    """Print no notes from now on (--quiet)."""
+    _asked.add("quiet")
+
+
+def note(text: str) -> None:
+    """Print one line about what was done, if anybody wants to know: --quiet says no."""
+    if not _asked:
+        say(text)
+
+
+def printable_lines(data: bytes) -> bytes:
+    """Return lines of others' making for a terminal: with nothing in them that drives it, but tabs."""
+    lines = data.decode(errors="surrogateescape").split("\n")
+    return "\n".join("\t".join(map(printable, line.split("\t"))) for line in lines).encode()
+
+
 def warn(text: str) -> None:
     """Print one line to standard error."""
     print(f"cowfs: {printable(text)}", file=sys.stderr, flush=True)
+
+
+_CLEAR_LINE = "\r\x1b[K"
+_PAUSE = 0.2
+_LONG = 99
+"""Seconds; more are minutes."""
+
+
+@contextmanager
+def progress_line() -> Iterator[Callable[[str], None]]:
+    """Give a function that shows a text on one line of the terminal; the line is removed in the end.
+
+    It may be called often: it shows a text every 0.2 seconds, and none if standard error is no terminal.
+    """
+    is_seen = sys.stderr.isatty() and not _asked
+    last = time.monotonic()
+    is_shown = False
+
+    def show(text: str) -> None:
+        nonlocal last, is_shown
+        now = time.monotonic()
+        if is_seen and now - last > _PAUSE:
+            last, is_shown = now, True
+            print(_CLEAR_LINE + text, end="", file=sys.stderr, flush=True)
+
+    try:
+        yield show
+    finally:
+        if is_shown:
+            print(_CLEAR_LINE, end="", file=sys.stderr, flush=True)
+
+
+def rate(size: int, since: float) -> str:
+    """Say how many bytes are done, and how fast: ``120 MiB, 60 MiB/s``. *since* is a time.monotonic()."""
+    passed = time.monotonic() - since
+    return f"{size >> 20} MiB" + (f", {size / passed / (1 << 20):.0f} MiB/s" if passed > _PAUSE else "")
+
+
+def counted(progress: Callable[[str], None], whole: int = 0) -> Callable[[int], None]:
+    """Return what adds up bytes and shows them, how fast they come, and how long the *whole* takes yet."""
+    total, begun = 0, time.monotonic()
+
+    def tick(size: int) -> None:
+        nonlocal total
+        total += size
+        left = ""
+        if 0 < total < whole:
+            seconds = (whole - total) * (time.monotonic() - begun) / total
+            left = f", {seconds / 60:.0f} min left" if seconds > _LONG else f", {seconds:.0f} s left"
+        progress(rate(total, begun) + left)
+
+    return tick
+
+
+def open_streams() -> None:
+    """Open the standard streams that are closed, and let a failure to write to standard output say so.
+
+    A descriptor below 3 that is closed would be given to the next file that is opened, such as a store.
+    """
+    for fd, flags in ((0, os.O_RDONLY), (1, os.O_RDONLY), (2, os.O_WRONLY)):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, flags)  # the lowest free number: *fd*; standard output cannot be written then
+    if sys.stderr is None:
+        sys.stderr = io.TextIOWrapper(io.FileIO(2, "w", closefd=False), errors="backslashreplace")
+    raw = _StandardOutput(1, "w", closefd=False)
+    sys.stdout = io.TextIOWrapper(
+        io.BufferedWriter(raw),
+        encoding=getattr(sys.stdout, "encoding", None),
+        errors="backslashreplace",  # a terminal that is not UTF-8
+        line_buffering=raw.isatty(),
+    )
+
+
+class _StandardOutput(io.FileIO):
+    """Standard output. A failed write raises SystemFailure, once: what is written later is lost."""
+
+    def write(self, data: ReadableBuffer, /) -> int:
+        """See :class:`io.RawIOBase`."""
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            why = "it is closed" if error.errno == errno.EBADF else error.strerror
+            raise SystemFailure(f"cannot write to standard output: {why}") from None

@@ -15,11 +15,12 @@ import pkgutil
 import sys
 import time
 from contextlib import suppress
+from functools import cache
 from types import TracebackType
 from typing import Any
 
 import cowfs
-from cowfs.store import tools
+from cowfs.store.e2fsprogs import tools
 
 _NOT_OURS = ("cowfs.cli", "cowfs.formats.ext3.build_engine")
 _OTHERS = (
@@ -32,8 +33,16 @@ _OTHERS = (
 """What the standard library and trio import when they first need it."""
 
 
-def need_no_more(mountpoint: str) -> None:
+def forbid_lookups(mountpoint: str) -> None:
     """Let this process never again look for a file of its own by its name: it is about to mount there."""
+    load_all()
+    _show_no_sources()
+    tools.hide(mountpoint)
+
+
+@cache
+def load_all() -> None:
+    """Load whatever a daemon may ever need. The second time nothing is left to do."""
     for module in pkgutil.walk_packages(cowfs.__path__, "cowfs."):
         if not module.name.startswith(_NOT_OURS):
             with suppress(ImportError):  # an engine that was not built is told of by who wants it
@@ -45,8 +54,6 @@ def need_no_more(mountpoint: str) -> None:
         ctypes.CDLL("libgcc_s.so.1")  # which a thread needs that ends with the process (pthread_exit(3))
     time.localtime()  # reads the time zone
     assert cowfs.__version__, "looks among the packages that are installed"
-    _show_no_sources()
-    tools.hide(mountpoint)
 
 
 def _show_no_sources() -> None:
@@ -63,4 +70,4 @@ def _show_no_sources() -> None:
 
 
 def _say(kind: type[BaseException], failure: BaseException | None, where: TracebackType | None) -> None:
-    logging.getLogger("cowfs").error("an exception that nobody handles", exc_info=(kind, failure, where))  # type: ignore[arg-type]
+    logging.getLogger("cowfs").error("unhandled exception", exc_info=(kind, failure, where))  # type: ignore[arg-type]

@@ -4,60 +4,67 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Callable
 
-from cowfs.cli.client import VIEW_FSTYPE, ask, facts_of, the_mount
-from cowfs.cli.output import say
+from cowfs.cli import options
+from cowfs.cli.output import note
+from cowfs.client import VIEW_FSTYPE, ask, facts_of, the_mount
 from cowfs.errors import StoreError
-from cowfs.linux.mounts import mountinfo
+from cowfs.linux.mount_table import mountinfo
 
 NAME = "persist"
 
 _DESCRIPTION = """\
-Write the changes of a mount whose store is in memory to a new store, STORE, and go on with them there:
-what is changed from now on is kept too. The mount can be used meanwhile; at the end its users wait, a second
-or two for each gigabyte. If it fails, or is interrupted, the mount goes on as it was.
+Write the changes of a mount whose store is in memory to a new store, STORE, and keep all later changes there
+too. The mount stays in use; at the end, programs that use it wait for a second or two per GiB. If the
+command fails or is interrupted, the mount continues as before.
 
-STORE is a path, or, for root, one that begins with a disk: /dev/sdb1/my/sysrcd.bs is /my/sysrcd.bs on that
-disk, /dev/sdb1 is /sysrcd.bs on it. It need not be mounted.
+STORE is a path. For root it may begin with a disk, which need not be mounted: /dev/sdb1/my/sysrcd.bs is
+/my/sysrcd.bs on that disk, and /dev/sdb1 is /sysrcd.bs on it.
 """
 _EPILOG = """\
-SIZE is how large STORE shall be: in megabytes, or with a unit (1024M, 2G). Without it STORE is as large
-as the store in memory has become; `cowfs grow` makes it larger later.
+SIZE is the size of STORE, in MiB unless it has a unit (1024M, 2G). By default STORE is as large as the
+store in memory has become; `cowfs grow` makes it larger later.
 
 examples:
   cowfs persist /mnt sysrcd.bs 512
   cowfs persist / /dev/sdb1 512          in a live system: the next boot finds it
 
-exit codes: 0 it is kept; 1 wrong usage; 2 only root may do that; 32 it could not be written.
-In all cases but the first the changes are in memory as before.
+Exit codes: 0 the changes are kept; 1 usage error; 2 only root can do this; 32 STORE could not be written.
+Unless the exit code is 0, the changes are still in memory.
 """
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Describe the subcommand."""
-    parser = subparsers.add_parser(
-        NAME,
-        help="keep the changes of a mount that has them in memory",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = options.add_subcommand(
+        subparsers, NAME, "save the changes of a mount whose store is in memory", _DESCRIPTION, _EPILOG
     )
     parser.add_argument("mountpoint", metavar="MOUNTPOINT")
-    parser.add_argument("store", metavar="STORE", help="the store to make")
-    parser.add_argument("size", metavar="SIZE", nargs="?", help="its size in megabytes, or 1024M, 2G")
+    parser.add_argument("store", metavar="STORE", help="the store to create")
+    parser.add_argument("size", metavar="SIZE", nargs="?", help="its size in MiB, or with a unit: 1024M, 2G")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Ask the daemon to move its store."""
-    from cowfs.cli.verify import is_kept
-    from cowfs.store.carrier import directory_of
-    from cowfs.store.sizes import format_size, parse_size
+    from cowfs.store.format.sizes import format_size, parse_size
 
-    size = parse_size(args.size) if args.size else None
-    found = the_mount(args.mountpoint)
+    shown, kept = persist(args.mountpoint, args.store, parse_size(args.size) if args.size else None)
+    note(f"{args.mountpoint}: changes are now kept in {shown} ({format_size(kept)})")
+    return 0
+
+
+def persist(
+    mountpoint: str, store: str, size: int | None = None, tell: Callable[[str], object] = note
+) -> tuple[str, int]:
+    """Move a store to a file; return its name, and how large it is. Tells what it does; raises CowfsError."""
+    from cowfs.cli.verify import is_kept
+    from cowfs.store.disks.block_device import directory_of
+
+    found = the_mount(mountpoint)
     kept = 0
-    shown, path = args.store, os.path.abspath(args.store)
+    shown, path = store, os.path.abspath(store)
     with directory_of(path) as (fd, name):
         if os.path.basename(path) != name:  # only the disk was named
             shown = path = os.path.join(path, name)
@@ -65,12 +72,13 @@ def run(args: argparse.Namespace) -> int:
         # The daemon would wait for itself.
         served = {found.dev, *(mount.dev for mount in mountinfo() if mount.fstype == VIEW_FSTYPE)}
         if f"{os.major(device)}:{os.minor(device)}" in served:
-            raise StoreError(f"{path}: is inside the mount whose changes it shall hold", "put it elsewhere")
+            raise StoreError(
+                f"{path}: is inside the mount whose changes it is to hold", "choose a path outside the mount"
+            )
         facts = facts_of(found.dev)
         for reply in ask(found.dev, NAME, timeout=None, fd=fd, name=name, path=path, size=size):
             if "said" in reply:
-                say(f"{reply['said']} …")
+                tell(f"{reply['said']} …")
             kept = reply.get("size", kept)
         is_kept(fd, name, path, facts, kept)
-    say(f"{args.mountpoint}: the changes are kept in {shown}, {format_size(kept)}, from now on")
-    return 0
+    return shown, kept

@@ -124,7 +124,7 @@ def requests_in(facts: dict[str, Any]) -> Requests | None:
 
 def why_none(facts: dict[str, Any]) -> str:
     """Return why a daemon counts no requests."""
-    return str(facts.get("no_requests", "the daemon of this mount is of an older cowfs"))
+    return str(facts.get("no_requests", "the daemon of this mount is an older cowfs"))
 
 
 def number(told: object) -> int:

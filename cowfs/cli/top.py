@@ -16,11 +16,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from cowfs.cli.client import facts_of, find_mount, resident, sensible, the_mount
 from cowfs.cli.output import say
 from cowfs.cli.requests import Operation, Requests, caches_in, number, requests_in, why_none
+from cowfs.client import checked_answer, facts_of, find_mount, resident, the_mount
 from cowfs.errors import MountFailure, SystemFailure, UsageError, printable
-from cowfs.linux.mounts import MountInfo
+from cowfs.linux.mount_table import MountInfo
 
 NAME = "top"
 _SHORTEST = 0.1
@@ -32,16 +32,16 @@ _NAME = 11
 _HOME, _CLEAR, _TO_END_OF_LINE, _TO_END = "\x1b[H", "\x1b[2J", "\x1b[K", "\x1b[J"
 
 _EPILOG = """\
-The first round is since the mount, each other one since the round before: how often each operation was asked
-for, its share of the time that all took, how long an answer took (mean, median, and the time that 99 of 100
-kept to, both right to an eighth), and how many answers were an error. A name that is not there is none: the
-kernel remembers that; an attribute that is not there is one. A FORGET has no answer, and takes no time here.
-Ctrl-C ends it.
+The first round covers the time since the mount; each later round covers the time since the previous one. For
+each operation it shows the number of requests, the share of the total time, the time per request (mean,
+median, and 99th percentile, the latter two accurate to one eighth), and the number of errors. Looking up a
+name that does not exist is not counted as an error; reading an extended attribute that does not exist is.
+FORGET has no answer, so it takes no time here. Press Ctrl-C to quit.
 
 examples:
   cowfs top /mnt                 every two seconds, until Ctrl-C
   cowfs top /mnt -n 1            once: since the mount
-  cowfs top /mnt -d 10 --json    one JSON object a line, every ten seconds
+  cowfs top /mnt -d 10 --json    one JSON object per line, every ten seconds
 """
 
 
@@ -49,17 +49,19 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Describe the subcommand."""
     parser = subparsers.add_parser(
         NAME,
-        help="show what is asked of a mount, and how long it takes",
-        description="Show what is asked of a mount, how often, and how long the answers take.",
+        help="show the requests to a mount, and how long they take",
+        description="Show which requests a mount receives, how many, and how long they take.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("mountpoint", metavar="MOUNTPOINT")
-    parser.add_argument("-n", "--rounds", metavar="ROUNDS", help="end after so many (default: Ctrl-C)")
     parser.add_argument(
-        "-d", "--delay", metavar="SECONDS", default="2", help="between two rounds: 0.1 to 86400 (default: 2)"
+        "-n", "--rounds", metavar="ROUNDS", help="stop after this many rounds (default: on Ctrl-C)"
     )
-    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    parser.add_argument(
+        "-d", "--delay", metavar="SECONDS", default="2", help="time between rounds: 0.1 to 86400 (default: 2)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object per line")
     parser.set_defaults(run=run)
 
 
@@ -87,7 +89,7 @@ def _rounds(given: str | None) -> int | None:
     if given is None:
         return None
     if not re.fullmatch(r"0*[1-9][0-9]{0,8}", given):
-        raise UsageError(f"{given!r} is no number of rounds", "1 or more")
+        raise UsageError(f"{given!r} is not a number of rounds", "give 1 or more")
     return int(given)
 
 
@@ -97,7 +99,7 @@ def _delay(given: str) -> float:
     except ValueError:
         delay = math.nan
     if not _SHORTEST <= delay <= _LONGEST:
-        raise UsageError(f"{given!r} is no number of seconds", f"{_SHORTEST} or more, a day at most")
+        raise UsageError(f"{given!r} is not a number of seconds", f"give {_SHORTEST} to 86400")
     return delay
 
 
@@ -122,19 +124,19 @@ class Seen:
 def _looks(mountpoint: str, mount: MountInfo, rounds: int | None, delay: float) -> Iterator[Seen]:
     """Yield what came since the mount, then what came in each *delay*."""
     facts, now = facts_of(mount.dev), time.monotonic()
-    with sensible(mountpoint):
+    with checked_answer(mountpoint):
         requests, caches = requests_in(facts), caches_in(facts)
         seconds = max(time.time() - float(facts["since"]), 0.001)
         if not math.isfinite(seconds):
             raise ValueError(seconds)
     if requests is None:
-        raise SystemFailure(f"{mountpoint}: its requests are not counted: {why_none(facts)}")
+        raise SystemFailure(f"{mountpoint}: requests are not counted: {why_none(facts)}")
     yield Seen(facts, seconds, True, requests, caches, resident(facts["pid"]))
     for _ in range(rounds - 1) if rounds else itertools.repeat(None):
         time.sleep(delay)
         before, last, cached, then = facts, requests, caches, now
         facts, now = _again(mountpoint, mount, before), time.monotonic()
-        with sensible(mountpoint):
+        with checked_answer(mountpoint):
             requests, caches = requests_in(facts), caches_in(facts)
             if requests is None:
                 raise ValueError("it has counted before")
@@ -148,7 +150,7 @@ def _looks(mountpoint: str, mount: MountInfo, rounds: int | None, delay: float) 
 
 def _again(mountpoint: str, mount: MountInfo, before: dict[str, Any]) -> dict[str, Any]:
     """Return what the daemon tells now. MountFailure when its mount is gone, be there another one by now."""
-    gone = MountFailure(f"{mountpoint}: is not mounted any more", "mount it again to go on")
+    gone = MountFailure(f"{mountpoint}: no longer mounted", "mount it again, then run this again")
     try:
         facts = facts_of(mount.dev)
     except MountFailure:
@@ -182,10 +184,10 @@ def _to_json(seen: Seen) -> dict[str, Any]:
 
 def _lines(seen: Seen) -> list[str]:
     """Return the lines for people."""
-    from cowfs.store.sizes import format_size
+    from cowfs.store.format.sizes import format_size
 
     facts, requests = seen.facts, seen.requests
-    with sensible(facts["mountpoint"]):
+    with checked_answer(facts["mountpoint"]):
         known, files = number(facts["inodes_known"]), facts["open_files"]
         opened = "" if files is None else f", {number(files):,} open files"
         head = [

@@ -11,13 +11,15 @@ import time
 from contextlib import suppress
 from typing import Any
 
-from cowfs.cli.client import Silent, facts_of, the_mount
-from cowfs.cli.farewell import Farewell
 from cowfs.cli.output import warn
+from cowfs.cli.unmount_request import UnmountRequest
+from cowfs.client import Silent, facts_of, owner_of, the_mount
 from cowfs.errors import CowfsError, MountFailure, SystemFailure
 from cowfs.linux import programs
-from cowfs.linux.mounts import MountInfo, mountinfo, umount2, wait_pid_gone
+from cowfs.linux.mount_table import MountInfo, mountinfo
+from cowfs.linux.mounts import umount2
 from cowfs.linux.namespaces import mounted_elsewhere
+from cowfs.linux.pids import wait_pid_gone
 
 NAME = "umount"
 MNT_DETACH = 2
@@ -29,9 +31,9 @@ _NAMED = 3
 """So many places are named."""
 
 _EPILOG = """\
-umount(8) returns before the daemon has written everything back and released the store; this does not,
-so that afterwards the store can be copied, checked, grown or unplugged. While the union is mounted
-elsewhere too (a bind mount, another mount namespace), it says where, and waits for that.
+umount(8) returns before the daemon has written all changes and released the store. This command waits for
+that, so that afterwards the store can be copied, checked, resized or unplugged. If the tree is also mounted
+elsewhere (by a bind mount, or in another mount namespace), it prints where, and waits for that unmount.
 
 example:
   cowfs umount /mnt
@@ -42,24 +44,24 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Describe the subcommand."""
     parser = subparsers.add_parser(
         NAME,
-        help="unmount, and return when the store is written back and released",
-        description="Unmount MOUNTPOINT and wait until its store is written back and released.",
+        help="unmount, and wait until all changes are written",
+        description="Unmount MOUNTPOINT, and wait until all changes are written and the store is released.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("mountpoint", metavar="MOUNTPOINT")
     parser.add_argument(
-        "-l", "--lazy", action="store_true", help="detach now, end when nobody uses it any more; do not wait"
+        "-l", "--lazy", action="store_true", help="detach now, finish when no longer in use; do not wait"
     )
     parser.add_argument(
-        "--force", action="store_true", help="unmount though what could not be written to the store is lost"
+        "--force", action="store_true", help="unmount even if changes that cannot be written are lost"
     )
     parser.add_argument(
         "--timeout",
         type=_seconds,
         default=600,
         metavar="SECONDS",
-        help="how long to wait, before the unmount and after it (600)",
+        help="how long to wait before and after the unmount (default: 600)",
     )
     parser.set_defaults(run=run)
 
@@ -80,28 +82,31 @@ def run(args: argparse.Namespace) -> int:
         raise _not_unmounted(silence)
     own = os.fsencode(daemon["mountpoint"]) if daemon else b""
     if own != found.mountpoint and any(own == mount.mountpoint for mount in _mounts(found)):
-        _unmount(mountpoint, lazy=args.lazy)
-        _say(f"{mountpoint}: unmounted; the store stays in use, by the mount at {os.fsdecode(own)}")
+        _unmount(mountpoint, found.dev, lazy=args.lazy)
+        _say(f"{mountpoint}: unmounted; the store is still in use by the mount at {os.fsdecode(own)}")
         return 0
     dead = daemon is None and not args.lazy and _is_dead(mountpoint)
     try:
-        farewell = Farewell(found.dev, mountpoint, args.timeout, force=args.force, lazy=args.lazy)
+        request = UnmountRequest(found.dev, mountpoint, args.timeout, force=args.force, lazy=args.lazy)
     except Silent as error:
         raise _not_unmounted(error) from None
-    _unmount(mountpoint, lazy=args.lazy)
+    _unmount(mountpoint, found.dev, lazy=args.lazy)
     if args.lazy or dead:
         return 0
     if daemon is None:
         raise SystemFailure(
-            f"{mountpoint}: unmounted, but whether its store is released cannot be told: {silence}",
-            "cowfs info STORE says who has it",
+            f"{mountpoint}: unmounted, but cannot tell whether the store is released: {silence}",
+            "cowfs info STORE shows who uses it",
         )
-    _wait(mountpoint, found, daemon["pid"], args.timeout, farewell)
-    farewell.hear()
+    _wait(mountpoint, found, daemon["pid"], args.timeout, request)
+    request.finish()
+    moved = daemon["store"].get("moved")
+    if moved:
+        warn(f"{daemon['store']['path']}: {moved.partition(';')[0]}; the changes are in what was mounted")
     return 0
 
 
-def _wait(mountpoint: str, found: MountInfo, pid: int, timeout: float, farewell: Farewell) -> None:
+def _wait(mountpoint: str, found: MountInfo, pid: int, timeout: float, request: UnmountRequest) -> None:
     """Return when the daemon *pid* has released the store; SystemFailure after *timeout* seconds.
 
     Says meanwhile what it waits for, when that takes long or will not end by itself. The daemon is gone then,
@@ -114,22 +119,22 @@ def _wait(mountpoint: str, found: MountInfo, pid: int, timeout: float, farewell:
         left = deadline - time.monotonic()
         if wait_pid_gone(pid, max(min(patience, left), 0)):
             return
-        if farewell.is_said():
+        if request.has_answered():
             if wait_pid_gone(pid, _PATIENCE):  # it has only to end
                 return
-            _say(
-                f"{mountpoint}: unmounted; its daemon (pid {pid}) ends when a lower answers that does not yet"
-            )
+            _say(f"{mountpoint}: unmounted; the daemon (pid {pid}) exits when a lower that hangs answers")
             return
         why = _where(found)
         if left <= patience:
             break
         if why != said and (why or patience == _PATIENCE):  # else it is gone just now
-            _say(f"{mountpoint}: unmounted, but {why or f'its daemon (pid {pid}) still writes'}; waiting")
+            _say(f"{mountpoint}: unmounted, but {why or f'the daemon (pid {pid}) is still writing'}; waiting")
             said = why
     hint = "unmount it there too" if why else ""
-    why = why or f"its daemon (pid {pid}) still writes"
-    raise SystemFailure(f"{mountpoint}: unmounted, but {why} after {timeout:g} s: the store is in use", hint)
+    why = why or f"the daemon (pid {pid}) is still writing"
+    raise SystemFailure(
+        f"{mountpoint}: unmounted, but {why} after {timeout:g} s; the store is still in use", hint
+    )
 
 
 def _say(what: str) -> None:
@@ -194,16 +199,22 @@ def _is_dead(mountpoint: str) -> bool:
     return dead == [True]
 
 
-def _unmount(mountpoint: str, *, lazy: bool) -> None:
+def _unmount(mountpoint: str, dev: str, *, lazy: bool) -> None:
     if os.geteuid() == 0:
         try:
             umount2(mountpoint, MNT_DETACH if lazy else 0)
         except OSError as error:
             if error.errno == errno.EBUSY:
-                hint = f"fuser -vm {mountpoint} tells by whom; -l detaches it now"
-                raise MountFailure(f"{mountpoint}: in use", hint) from None
+                hint = f"fuser -vm {mountpoint} shows who uses it; -l detaches it now"
+                raise MountFailure(f"{mountpoint}: busy", hint) from None
             raise MountFailure(f"{mountpoint}: {error.strerror}") from None
         return
+    owner = owner_of(dev)
+    if owner != os.geteuid():
+        raise MountFailure(
+            f"{mountpoint}: this mount belongs to another user (uid {owner})",
+            "run this as that user, or as root",
+        )
     program = programs.find("fusermount3")
     if program is None:
         raise SystemFailure("fusermount3: not found", "apt install fuse3")

@@ -6,11 +6,11 @@ import os
 from typing import Any
 
 from cowfs.errors import StoreError
-from cowfs.linux import mounts
-from cowfs.store import lock
-from cowfs.store.image import open_file
-from cowfs.store.sizes import format_size
-from cowfs.store.superblock import read_superblock
+from cowfs.linux import locks
+from cowfs.store.format.sizes import format_size
+from cowfs.store.format.superblock import read_superblock
+from cowfs.store.served import lock
+from cowfs.store.served.image import open_file
 
 
 def is_kept(directory: int, name: str, path: str, facts: dict[str, Any], size: int) -> None:
@@ -53,7 +53,7 @@ _ROUNDED = 64 << 10
 def _check(fd: int, path: str, facts: dict[str, Any], size: int) -> None:
     superblock = read_superblock(fd, path)
     length = os.fstat(fd).st_size
-    user = mounts.who_locks(f"/proc/self/fd/{fd}")
+    user = locks.who_locks(f"/proc/self/fd/{fd}")
     if superblock.has_errors:
         raise _untrue(path, "its filesystem has errors")
     if (
@@ -61,7 +61,7 @@ def _check(fd: int, path: str, facts: dict[str, Any], size: int) -> None:
         or superblock.size + superblock.block_size <= min(size, length)
         or length < size
     ):
-        told = f"{format_size(superblock.size)} in a file of {format_size(length)}"
+        told = f"{format_size(superblock.size)} in a {format_size(length)} file"
         raise _untrue(path, f"it has {told}, not {format_size(size)}")
     if user not in {None, facts["pid"]} or lock.try_lock(fd, shared=True):
         raise _untrue(path, f"process {user} uses it" if user else "nobody uses it")
@@ -69,5 +69,5 @@ def _check(fd: int, path: str, facts: dict[str, Any], size: int) -> None:
 
 def _untrue(path: str, why: str) -> StoreError:
     return StoreError(
-        f"{path}: is not what the daemon of the mount says: {why}", "cowfs info MOUNTPOINT shows what it has"
+        f"{path}: differs from what the daemon of the mount reports: {why}", "see cowfs info MOUNTPOINT"
     )

@@ -6,12 +6,12 @@ import json
 import os
 import select
 
-from cowfs.cli.client import Silent, ask, owner_of
 from cowfs.cli.output import warn
+from cowfs.client import Silent, ask, owner_of
 from cowfs.errors import CowfsError, MountFailure, StoreError
 
 
-class Farewell:
+class UnmountRequest:
     """A pipe through which the daemon says how its store was released: its socket is gone by then."""
 
     def __init__(self, dev: str, mountpoint: str, timeout: float, *, force: bool, lazy: bool = False) -> None:
@@ -24,7 +24,7 @@ class Farewell:
         self._mountpoint = mountpoint
         self._force = force
         self._answers = False
-        self._said = b""
+        self._answer = b""
         self._reading, writing = os.pipe()
         try:
             ours = owner_of(dev) == os.geteuid()
@@ -41,27 +41,27 @@ class Farewell:
             pass
         except _Refused as refused:
             raise MountFailure(
-                f"{mountpoint}: not unmounted, for not all of it could be saved: {refused}",
-                "remove the cause, be it a full disk, and unmount again; --force gives up what is not saved",
+                f"{mountpoint}: not unmounted, because some changes could not be saved: {refused}",
+                "fix the cause, such as a full disk, and unmount again; --force discards what is not saved",
             ) from None
         finally:
             os.close(writing)
 
-    def is_said(self) -> bool:
+    def has_answered(self) -> bool:
         """Whether the daemon has told how the store was released. Does not block."""
-        if not self._said and select.select([self._reading], [], [], 0)[0]:
-            self._said = os.read(self._reading, 65536)
-        return bool(self._said)
+        if not self._answer and select.select([self._reading], [], [], 0)[0]:
+            self._answer = os.read(self._reading, 65536)
+        return bool(self._answer)
 
-    def hear(self) -> None:
+    def finish(self) -> None:
         """Call it when the daemon is gone, or has said it.
 
         Raises StoreError if something was not saved, and not by force.
         """
         if not self._answers:
             return
-        said = self._said or os.read(self._reading, 65536)
-        failure = json.loads(said).get("error") if said else "its daemon ended before all was saved"
+        said = self._answer or os.read(self._reading, 65536)
+        failure = json.loads(said).get("error") if said else "the daemon exited before everything was saved"
         if failure and self._force:
             warn(f"{self._mountpoint}: unmounted, but: {failure}")
         elif failure:

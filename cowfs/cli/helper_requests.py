@@ -12,41 +12,34 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
-from cowfs.linux import fuse, mounts, outside
+from cowfs.linux import fuse, helper_process, mount_table, mounts, safe_paths
 from cowfs.linux.files import syncfs
+from cowfs.linux.places import Places
 from cowfs.linux.sleep import Disks
 from cowfs.linux.sockets import SYSLOG
-from cowfs.store import tools
+from cowfs.store.e2fsprogs import tools
 
 Request = dict[str, Any]
 Reply = dict[str, Any]
 
 
-class Errands:
+class HelperRequests:
     """The errands of one mount, by their names."""
 
     def __init__(self, mountpoint: str, paths: Sequence[str]) -> None:
-        """*paths* are those of layers and store."""
+        """*paths* are those of the store and the lowers: watched()."""
         self._mountpoint = mountpoint
         self._paths = paths
         self._dev = ""
-        self._held: list[int] = []
         self._devices: list[str] = []
-        self._place: tuple[int, bytes] | None = None
+        self._places: Places | None = None
 
     def start(self) -> None:
         """Have them done from now on, while there is one thread."""
-        inline = {"place": self.place, "mount": self.mount}
+        inline = {"mount": self.mount}
         waiting = {"answers": self.answers, "sync": self.sync, "drop": self.drop, "unmount": self.unmount}
-        asking = {"in_place": self.in_place, "loops": self.loops, "wake": self.wake, "syslog": self.syslog}
-        outside.start({**inline, **waiting, **asking, "run": self.run}, inline=inline)
-
-    def place(self, request: Request, fds: list[int]) -> Reply:
-        """Remember the directory and the name that the store's image has: once, before the mount."""
-        if self._dev or self._place:
-            raise PermissionError(1, "it is known")
-        self._place = os.dup(fds[0]), os.fsencode(request["name"])
-        return {}
+        asking = {"places": self.places, "loops": self.loops, "wake": self.wake, "syslog": self.syslog}
+        helper_process.start({**inline, **waiting, **asking, "run": self.run}, inline=inline)
 
     def mount(self, request: Request, fds: list[int]) -> Reply:
         """Mount the FUSE device *fds*, once, and return which filesystem that is.
@@ -55,19 +48,17 @@ class Errands:
         """
         if self._dev:
             raise PermissionError(1, "it is mounted")
-        for path in self._paths:
-            with suppress(OSError):
-                self._held.append(os.open(path, os.O_PATH | os.O_CLOEXEC))
+        self._places = Places(self._paths)
         self._devices = Disks(self._paths).devices
         tools.hide(self._mountpoint)
         fuse.mount_connection(fds[0], self._mountpoint, request["source"], request["options"])
-        here = mounts.mount_of(self._mountpoint)
+        here = mount_table.mount_of(self._mountpoint)
         self._dev = here.dev if here is not None else "none"
         return {"dev": here.dev if here is not None else ""}
 
     def unmount(self, request: Request, fds: list[int]) -> Reply:
         """Detach what was mounted, if it is there yet; say whether it was."""
-        here = mounts.mount_of(self._mountpoint)
+        here = mount_table.mount_of(self._mountpoint)
         if here is None or here.dev != self._dev:
             return {"was": False}
         mounts.umount2(self._mountpoint, mounts.MNT_DETACH)
@@ -95,21 +86,17 @@ class Errands:
         return {}
 
     def run(self, request: Request, fds: list[int]) -> Reply:
-        """Run e2fsck or resize2fs on the image *fds*; see :func:`cowfs.store.tools.run`."""
+        """Run e2fsck or resize2fs on the image *fds*; see :func:`cowfs.store.e2fsprogs.tools.run`."""
         return tools.run_errand(request, fds)
 
-    def in_place(self, request: Request, fds: list[int]) -> Reply:
-        """Say whether what has the name of the store's image is the file *fds*."""
-        there = False
-        with suppress(OSError):
-            if self._place is not None:
-                now = os.stat(self._place[1], dir_fd=self._place[0], follow_symlinks=False)
-                there = os.path.samestat(now, os.fstat(fds[0]))
-        return {"there": there}
+    def places(self, request: Request, fds: list[int]) -> Reply:
+        """Say what was done to the store and the lowers, of which the daemon has the inodes *opened*."""
+        opened = [None if inode is None else (inode[0], inode[1]) for inode in request["opened"]]
+        return {"changes": self._places.changes(opened) if self._places else [""] * len(self._paths)}
 
     def loops(self, request: Request, fds: list[int]) -> Reply:
         """Return the loop devices that stand on the file *fds*."""
-        return {"devices": mounts.loop_users(f"/proc/self/fd/{fds[0]}")}
+        return {"devices": safe_paths.loop_users(f"/proc/self/fd/{fds[0]}")}
 
     def wake(self, request: Request, fds: list[int]) -> Reply:
         """Open the disks of the layers, after a sleep of the machine."""

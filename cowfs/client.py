@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import os
 import select
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from cowfs.errors import CowfsError, MountFailure
-from cowfs.linux.fuse import FSTYPE
-from cowfs.linux.mounts import MountInfo, mount_of, mountinfo
+from cowfs.linux.fuse import FSTYPE, LISTED
+from cowfs.linux.mount_table import MountInfo, mount_of, mountinfo
+from cowfs.linux.safe_paths import is_same_file
 from cowfs.linux.sockets import connect_control
 
 if TYPE_CHECKING:
@@ -42,11 +44,35 @@ def find_mount(path: str) -> MountInfo | None:
     return None
 
 
+def mount_above(path: str) -> tuple[str, str] | None:
+    """Return the mountpoint of the cowfs mount that *path* is in, and the way from there; None if in none.
+
+    Symbolic links on the way are followed, one at the end is not.
+    """
+    if find_mount(path) is not None:
+        return path, ""
+    directory, name = os.path.split(os.path.abspath(path))
+    place, way = os.path.realpath(directory), name
+    while True:
+        if find_mount(place) is not None:
+            return place, way
+        above, name = os.path.split(place)
+        if above == place:
+            return None
+        place, way = above, os.path.join(name, way)
+
+
+def from_root(path: str, mountpoint: str) -> str:
+    """Return a path from the root of the tree; it may begin with the mountpoint."""
+    below = mountpoint.rstrip("/") + "/"
+    return path[len(below) :] if f"{path}/".startswith(below) and path.startswith("/") else path
+
+
 def the_mount(path: str) -> MountInfo:
     """Return the cowfs mount whose mountpoint is *path*; MountFailure when there is none."""
     found = find_mount(path)
     if found is None:
-        raise MountFailure(f"{path}: no cowfs is mounted here", f"findmnt -t {FSTYPE} lists where one is")
+        raise MountFailure(f"{path}: not a cowfs mountpoint", LISTED)
     return found
 
 
@@ -59,15 +85,41 @@ def mount_with_store(path: str) -> MountInfo | None:
     found = find_mount(path)
     if found is not None or not os.path.isfile(path):
         return found
+    patience = Patience(each=5.0, in_all=10.0)
     for mount in mountinfo():
         if mount.fstype == FSTYPE:
             try:
-                store = facts_of(mount.dev, timeout=5.0)["store"]
-                if store["kind"] == "image" and os.path.samefile(store["path"], path):
+                info = os.stat(path)
+                if owner_of(mount.dev) not in {0, os.geteuid(), info.st_uid}:
+                    continue  # whose daemon may say so of any store
+                store = patience.facts_of(mount.dev)["store"]
+                if store["kind"] == "image" and is_same_file(store["path"], info):
                     return mount
             except (CowfsError, OSError):
                 continue
     return None
+
+
+class Patience:
+    """Asks many daemons: those of one user, who may have very many that say nothing, take so long in all."""
+
+    def __init__(self, each: float, in_all: float) -> None:
+        """Both are in seconds."""
+        self._each = each
+        self._left: dict[int, float] = {}
+        self._in_all = in_all
+
+    def facts_of(self, dev: str) -> dict[str, Any]:
+        """Do :func:`facts_of`. Silent also when a user's have taken too long already."""
+        owner = owner_of(dev)
+        left = self._left.get(owner, self._in_all)
+        if left <= 0:
+            raise Silent(f"{name_of(dev)}: was not asked, as others of uid {owner} do not answer")
+        begun = time.monotonic()
+        try:
+            return facts_of(dev, timeout=min(self._each, left))
+        finally:
+            self._left[owner] = left - (time.monotonic() - begun)
 
 
 def facts_of(dev: str, timeout: float | None = 60.0) -> dict[str, Any]:
@@ -80,7 +132,7 @@ def facts_of(dev: str, timeout: float | None = 60.0) -> dict[str, Any]:
     store = facts.get("store")
     named = [facts.get("mountpoint"), *map(store.get, ("kind", "path"))] if isinstance(store, dict) else [0]
     if type(facts.get("pid")) is not int or not all(isinstance(name, str) for name in named):
-        raise _senseless(name_of(dev))
+        raise _bad_answer(name_of(dev))
     return facts
 
 
@@ -98,25 +150,25 @@ def ask(
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as connection:
         connection.settimeout(timeout)
         owner, place = owner_of(dev), name_of(dev)
-        _refuse_strangers(place, owner, fd)
+        _refuse_other_users(place, owner, fd)
         try:
             pid = connect_control(connection, dev, owner)
         except OSError as error:
-            raise _unheard(place, error) from None
+            raise _unreachable(place, error) from None
         request = json.dumps({"command": command, **arguments}).encode() + b"\n"
         with suppress(BrokenPipeError, ConnectionResetError):  # it has said why, and left
             socket.send_fds(connection, [request], [fd] if fd >= 0 else [])
         yield from replies(connection, pid, place)
 
 
-def _unheard(place: str, error: OSError) -> MountFailure:
+def _unreachable(place: str, error: OSError) -> MountFailure:
     """Return why nobody can be asked, and what to do."""
     if isinstance(error, ConnectionRefusedError):
-        return MountFailure(f"{place}: its daemon is dead", f"cowfs umount {place} takes the mount away")
+        return MountFailure(f"{place}: the daemon is dead", f"remove the mount: cowfs umount {place}")
     if isinstance(error, FileNotFoundError):
-        hint = f"ask where the mount was made, as who made it; umount {place} takes it away"
-        return MountFailure(f"{place}: its daemon has no control socket here", hint)
-    return MountFailure(f"{place}: its daemon cannot be asked: {error.strerror}", "try again, or as root")
+        hint = f"run this where it was mounted, as the same user; or remove it: umount {place}"
+        return MountFailure(f"{place}: cannot find the daemon's control socket", hint)
+    return MountFailure(f"{place}: cannot connect to the daemon: {error.strerror}", "try again, or as root")
 
 
 def replies(connection: socket.socket, pid: int, place: str) -> Iterator[dict[str, Any]]:
@@ -133,8 +185,8 @@ def replies(connection: socket.socket, pid: int, place: str) -> Iterator[dict[st
                 reply["pid"] = pid
             yield reply
             raw.begun = time.monotonic()
-    hint = f"if it is dead, cowfs umount {place} takes the mount away"
-    raise MountFailure(f"{place}: its daemon ended in the middle of its answer", hint)
+    hint = f"if the daemon is dead, remove the mount: cowfs umount {place}"
+    raise MountFailure(f"{place}: the daemon exited in the middle of a reply", hint)
 
 
 _STOPPED = 2.0
@@ -159,19 +211,21 @@ class _Patient(io.RawIOBase):
         """See :class:`io.RawIOBase`."""
         timeout = self._connection.gettimeout()
         runs = time.monotonic()
+        poll = select.poll()  # select(2) knows the first 1024 descriptors only
+        poll.register(self._connection, select.POLLIN)
         while True:
-            came = select.select([self._connection], [], [], _STOPPED / 4)[0]
+            came = poll.poll(_STOPPED / 4 * 1000)
             now = time.monotonic()
             if timeout is not None and now - self.begun >= timeout:
-                why = f"its daemon (pid {self._pid}) has not answered within {timeout:g} s"
-                raise Silent(f"{self._place}: {why}", "its log may tell what it waits for; try again later")
+                why = f"the daemon (pid {self._pid}) has not answered within {timeout:g} s"
+                raise Silent(f"{self._place}: {why}", "its log may show what it waits for; try again later")
             if came:
                 return self._connection.recv_into(buffer)
             if not _is_stopped(self._pid):
                 runs = now
             elif now - runs >= _STOPPED:
-                why = f"its daemon (pid {self._pid}) is stopped"
-                raise Silent(f"{self._place}: {why}", f"kill -CONT {self._pid} lets it go on")
+                why = f"the daemon (pid {self._pid}) is stopped"
+                raise Silent(f"{self._place}: {why}", f"kill -CONT {self._pid} continues it")
 
 
 def _is_stopped(pid: int) -> bool:
@@ -191,9 +245,9 @@ def _parse(line: bytes, place: str) -> dict[str, Any]:
     try:
         reply = json.loads(line)
     except (ValueError, RecursionError):
-        raise _senseless(place) from None
+        raise _bad_answer(place) from None
     if not isinstance(reply, dict):
-        raise _senseless(place)
+        raise _bad_answer(place)
     return reply
 
 
@@ -207,18 +261,26 @@ def _failure(reply: dict[str, Any]) -> CowfsError:
 
 
 @contextmanager
-def sensible(place: str) -> Iterator[None]:
+def checked_answer(place: str) -> Iterator[None]:
     """Raise MountFailure for an answer from the mount at *place* that is not made as it should be: another
     user's may say anything."""
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
-        raise _senseless(place) from None
+        raise _bad_answer(place) from None
 
 
-def _senseless(place: str) -> MountFailure:
-    hint = "another version of cowfs may have mounted it, or its user lies"
-    return MountFailure(f"{place}: what its daemon answers makes no sense", hint)
+def record_batches(replies: Iterable[dict[str, Any]], place: str) -> Iterator[bytes]:
+    """Yield the contents of the records in the answer to ``blame``, of the mount at *place*. MountFailure."""
+    for reply in replies:
+        with checked_answer(place):
+            content = base64.b64decode(reply["batch"], validate=True)
+        yield content
+
+
+def _bad_answer(place: str) -> MountFailure:
+    hint = "it may be another version of cowfs, or the user who mounted it is not honest"
+    return MountFailure(f"{place}: the daemon sent an invalid reply", hint)
 
 
 def name_of(dev: str) -> str:
@@ -233,20 +295,20 @@ def owner_of(dev: str) -> int:
             for option in mount.super_options.split(","):
                 if option.startswith("user_id="):
                     return int(option.removeprefix("user_id="))
-    raise MountFailure(f"the mount {dev} is gone", f"findmnt -t {FSTYPE} lists those that are there")
+    raise MountFailure(f"the mount {dev} no longer exists", LISTED)
 
 
-def _refuse_strangers(place: str, owner: int, fd: int) -> None:
+def _refuse_other_users(place: str, owner: int, fd: int) -> None:
     """MountFailure unless we may talk to the daemon of *owner*, and hand it *fd* where there is one."""
     me = os.geteuid()
     if me not in {0, owner}:
         raise MountFailure(
-            f"{place}: this mount belongs to another user (uid {owner})", "ask as that user, or as root"
+            f"{place}: this mount belongs to another user (uid {owner})", "run this as that user, or as root"
         )
     if fd >= 0 and me != owner:
         raise MountFailure(
-            f"{place}: this mount belongs to another user (uid {owner}), who is not given files of yours",
-            "do it as that user",
+            f"{place}: this mount belongs to another user (uid {owner}), to whom your files are not passed",
+            "run this as that user",
         )
 
 

@@ -1,0 +1,68 @@
+"""The screens that lie above the tree: a question, and the help."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from rich.text import Text
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import VerticalScroll
+from textual.screen import ModalScreen
+from textual.widgets import Static
+
+_STYLE = """
+{0} {{ align: center middle; }}
+{0} > VerticalScroll {{
+    width: auto; max-width: 90%; height: auto; max-height: 90%; padding: 0 1; border: round $accent;
+    background: $surface;
+}}
+{0} Static {{ width: auto; max-width: 100%; }}
+"""
+
+_HELP = """\
+Up, Down        go to the path above, below
+Right, Left     open a directory; close it, or go to the one above
+Enter           open a directory, or scroll what is said of a file
+Escape          back to the tree
+Tab             from the tree to what is said of the path, and back
+
+d               show how the selected path differs
+e               explain why it shows what it shows
+Space           mark it, and everything below it; again: unmark it
+r               revert what is marked, or else the selected path
+u               bring back what was reverted last
+R               read the changes again
+q               quit
+
+A added   M modified   D deleted   R renamed   * marked
+(3) after a directory: changes below it"""
+
+
+class Question(ModalScreen[bool]):
+    """Asks something that *y* answers with yes, and everything else with no."""
+
+    DEFAULT_CSS = _STYLE.format("Question")
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("y", "dismiss(True)"),
+        Binding("n,q,escape,enter,ctrl+c", "dismiss(False)"),
+    ]
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self._text = text
+
+    def compose(self) -> ComposeResult:
+        yield VerticalScroll(Static(Text(self._text)))
+
+
+class Help(ModalScreen[None]):
+    """Lists the keys; any of the usual ones closes it."""
+
+    DEFAULT_CSS = _STYLE.format("Help")
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("escape,q,question_mark,enter,space,ctrl+c", "dismiss(None)")
+    ]
+
+    def compose(self) -> ComposeResult:
+        yield VerticalScroll(Static(Text(_HELP)))

@@ -1,0 +1,234 @@
+"""What is browsed: the changes as a tree, how each differs, and how they are taken back. Draws nothing.
+
+All of it blocks, and belongs to one thread: a store that is not mounted is open for reading while it is
+looked at, and is closed while changes are taken back.
+"""
+
+from __future__ import annotations
+
+import glob
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from itertools import islice
+
+from cowfs.api import Changes, Done, Lowers, Tell, open_changes, take_back
+from cowfs.changes import explain
+from cowfs.changes.patch import patch
+from cowfs.changes.render import Summary, escape, line
+from cowfs.changes.version import Version
+from cowfs.client import checked_answer
+from cowfs.errors import printable
+from cowfs.types import Change
+
+_LARGEST = 4 << 20
+"""Bytes of a file that is compared."""
+_MOST = 64 << 10
+"""Bytes of a diff that are shown."""
+_MOST_FILES = 200
+"""Files of a deleted or renamed directory that are shown."""
+_FOR_GIT = ("index ", "similarity ")
+"""Lines of a patch that only git reads."""
+_LONGEST = 1000
+"""Characters of a line that are shown."""
+
+
+class Entry:
+    """A changed path, or a directory that changes are in."""
+
+    __slots__ = ("change", "children", "count", "name", "parent", "path")
+
+    def __init__(self, name: bytes, path: bytes, parent: Entry | None) -> None:
+        self.name = name
+        self.path = path
+        self.parent = parent
+        self.change: Change | None = None
+        self.children: dict[bytes, Entry] = {}
+        self.count = 0
+        """Of the changes here and below."""
+
+    @property
+    def is_directory(self) -> bool:
+        return bool(self.children) or self.change is None or self.change.type == "directory"
+
+    def ways(self) -> Iterator[Entry]:
+        """Yield this one and those above it, the root last."""
+        entry: Entry | None = self
+        while entry is not None:
+            yield entry
+            entry = entry.parent
+
+    def find(self, path: bytes) -> Entry:
+        """Return the entry of *path*, or the nearest above that there is."""
+        entry = self
+        for name in filter(None, path.split(b"/")):
+            child = entry.children.get(name)
+            if child is None:
+                break
+            entry = child
+        return entry
+
+    def add(self, change: Change) -> None:
+        """Put a change in its place below this one, the root."""
+        entry = self
+        entry.count += 1
+        for name in filter(None, change.path.split(b"/")):
+            child = entry.children.get(name)
+            if child is None:
+                path = entry.path + b"/" + name if entry.path else name
+                child = entry.children[name] = Entry(name, path, entry)
+            entry = child
+            entry.count += 1
+        entry.change = change
+
+    def changes(self) -> Iterator[Change]:
+        """Yield the changes here and below."""
+        waiting = [self]
+        while waiting:
+            entry = waiting.pop()
+            if entry.change is not None:
+                yield entry.change
+            waiting.extend(reversed(entry.children.values()))
+
+
+class Source:
+    """The changes of a store or a mount."""
+
+    def __init__(self, what: str, lowers: Lowers, since: str | None, tell: Tell) -> None:
+        self.what = what
+        self.since = since
+        self.found = 0
+        """How many changes :meth:`read` has found so far; any thread may look."""
+        self.stopped = False
+        """Any thread may set it: :meth:`read` then ends early."""
+        self._lowers = lowers
+        self._tell = tell
+        self._stack = ExitStack()
+        self._changes: Changes | None = None
+
+    def open(self) -> Changes:
+        """Open it, unless it is open. CowfsError says why it cannot be."""
+        if self._changes is None:
+            opening = open_changes(self.what, self._lowers, self._tell, since=self.since)
+            self._changes = self._stack.enter_context(opening)
+        return self._changes
+
+    def close(self) -> None:
+        """Close it; what is asked next opens it again."""
+        self._changes = None
+        self._stack.close()
+
+    def read(self) -> Entry:
+        """Return the root of the tree of all changes, as they are now."""
+        self.close()
+        root = Entry(b"", b"", None)
+        self.found = 0
+        for change in self.open():
+            root.add(change)
+            self.found += 1
+            if self.stopped:
+                break
+        return root
+
+    def explain(self, entry: Entry) -> str:
+        """Return why the path shows what it shows, for people."""
+        answer = self.open().explain(entry.path)
+        with checked_answer(self.what):
+            lines = list(explain.render(answer, escape(entry.path) or "/", explain.date_of))
+        return "\n".join(map(printable, lines))
+
+    def diff(self, entry: Entry) -> str:
+        """Return how the path differs: as a patch, or for a directory what there is below it."""
+        change = entry.change
+        head = [line(change)] if change is not None else []
+        below = entry.count - (change is not None)
+        if below:
+            counts = Summary()
+            for _ in counts.counted(each for each in entry.changes() if each is not change):
+                pass
+            kinds = Counter(each.type for each in entry.changes() if each is not change)
+            types = ", ".join(f"{kind} {count}" for kind, count in kinds.most_common())
+            head.append(f"Below {escape(entry.path) or '/'}: {counts} ({types}).")
+        if change is None:
+            return "\n".join(head)
+        return "\n".join([*map(printable, head), "", *self._patch(entry, change)])
+
+    def _patch(self, entry: Entry, change: Change) -> Iterator[str]:
+        sides = _Sides(self.open(), whole=change.kind in "DR" or "type" in change.what)
+        # Below a renamed directory the old version has another path, which patch() finds by the rename.
+        above = [each.change for each in entry.ways() if each is not entry and each.change is not None]
+        renames = [replace(each, what=()) for each in reversed(above) if each.kind == "R"]
+        if renames:
+            sides.whole = False
+        elif any(
+            version is not None and version.attr.st_size > _LARGEST
+            for version in (sides.before(change.path), sides.after(change.path))
+        ):
+            yield f"Not compared: the file is larger than {_LARGEST >> 20} MiB."
+            return
+        room = _MOST
+        needless = _FOR_GIT if change.type == "directory" else (*_FOR_GIT, "diff --git ")
+        for piece in patch([*renames, change], sides):
+            lines = list(_shown(piece[:room]))
+            head = next((number for number, each in enumerate(lines) if each.startswith("@@")), len(lines))
+            yield from (each for each in lines[:head] if not each.startswith(needless))
+            yield from lines[head:]
+            room -= len(piece)
+            if room <= 0:
+                yield "(The rest is left out.)"
+                return
+
+    def revert(self, paths: Sequence[bytes]) -> list[Done]:
+        """Take back what was changed at and below *paths* (an empty one is the root: everything)."""
+        everything = b"" in paths
+        return self._take_back("revert", None if everything else [glob.escape(path) for path in paths])
+
+    def undo(self) -> list[Done]:
+        """Bring back what was taken back last."""
+        return self._take_back("undo", None)
+
+    def _take_back(self, asked: str, paths: Sequence[bytes] | None) -> list[Done]:
+        self.close()  # or the store is in use
+        return list(take_back(self.what, asked, paths, self._lowers, tell=self._tell))
+
+
+class _Sides:
+    """The two versions of a path, with no more than can be looked at."""
+
+    def __init__(self, changes: Changes, *, whole: bool) -> None:
+        self._changes = changes
+        self.whole = whole
+        """Whether to show what is in a directory that was deleted or renamed."""
+
+    def before(self, path: bytes) -> Version | None:
+        return self._changes.before(path)
+
+    def after(self, path: bytes) -> Version | None:
+        return self._changes.after(path)
+
+    def files_before(self, path: bytes) -> Iterator[bytes]:
+        if self.whole:
+            yield from islice(filter(self._is_small, self._changes.files_before(path)), _MOST_FILES)
+
+    def _is_small(self, path: bytes) -> bool:
+        version = self.before(path)
+        return version is not None and version.attr.st_size <= _LARGEST
+
+
+def _shown(text: bytes) -> Iterator[str]:
+    """Yield lines of others' making, with nothing in them that drives a terminal."""
+    lines = text.decode(errors="surrogateescape").split("\n")
+    for each in lines[:-1] if not lines[-1] else lines:
+        cut = each[:_LONGEST].expandtabs(8)
+        yield printable(cut) + ("…" if len(each) > _LONGEST else "")
+
+
+def topmost(entries: Iterable[Entry]) -> list[Entry]:
+    """Return those of *entries* that are below no other of them."""
+    chosen = {entry.path: entry for entry in entries}
+    return [
+        entry
+        for entry in chosen.values()
+        if not any(above.path in chosen for above in entry.ways() if above is not entry)
+    ]

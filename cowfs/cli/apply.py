@@ -1,0 +1,149 @@
+"""``cowfs apply``: carry the changes onto a directory."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from cowfs.cli import options
+from cowfs.cli.output import say, warn
+from cowfs.errors import UsageError, printable
+
+if TYPE_CHECKING:
+    from cowfs.exports.losses import Losses
+
+NAME = "apply"
+EXIT_PARTIAL = 64
+EXIT_CONFLICT = 65
+
+_DESCRIPTION = """\
+Change the directory ROOT as the lower was changed: afterwards it holds the merged tree. ROOT is a copy of the
+lower, or was one; what else is in it stays. ROOT may be another store, which is not mounted, or a mountpoint.
+"""
+_EPILOG = """\
+Where ROOT has something other than the lower had (another content or type, or nothing), that is a conflict:
+it is named, and nothing is changed. --force replaces and removes those files, too.
+
+Each file is replaced at once: whenever it is interrupted, the content of each path is old or new; the same
+command completes it. Nothing outside ROOT is changed, whatever links are in it. Other filesystems mounted
+in ROOT are left alone.
+
+--backup DIR copies what is to be replaced to DIR first; --undo brings it back, and removes what was added.
+
+examples:
+  cowfs apply sysrcd.bs /mnt/unpacked --dry-run    list what would be done, as cowfs diff does
+  cowfs apply sysrcd.bs /mnt/unpacked
+  cowfs apply /mnt /srv/root-copy                  the changes of a mount
+  cowfs apply sysrcd.bs /mnt/unpacked --backup old && cowfs apply --undo --backup old /mnt/unpacked
+
+Exit codes: 0 done; 64 done, but some owners, attributes or devices could not be made, which are named;
+65 there are conflicts, and nothing was changed; 1 usage error; 2 ROOT could not be read or changed; 32 the
+store or the lower cannot be used.
+"""
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Describe the subcommand."""
+    parser = options.add_subcommand(
+        subparsers, NAME, "carry the changes onto a directory", _DESCRIPTION, _EPILOG
+    )
+    parser.add_argument("what", metavar="STORE|MOUNTPOINT", help="the changes; with --undo left out")
+    parser.add_argument("root", metavar="ROOT", nargs="?", help="the directory, or the store, to change")
+    parser.add_argument("-n", "--dry-run", action="store_true", help="only list what would be done")
+    parser.add_argument("-f", "--force", action="store_true", help="change what is in conflict, too")
+    parser.add_argument(
+        "-i", "--interactive", action="store_true", help="ask for each change, and each conflict"
+    )
+    parser.add_argument(
+        "--backup", metavar="DIR", default="", help="make DIR, of what is replaced; with --undo: read it"
+    )
+    parser.add_argument("--undo", action="store_true", help="bring back what DIR has of ROOT")
+    options.add_trust(parser, "make")
+    options.add_opening(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Look for conflicts, and change the directory."""
+    from cowfs.api import apply
+    from cowfs.changes.render import escape, line
+    from cowfs.linux.limits import take_all_descriptors
+
+    lowers = options.lowers_to_open(args)
+    take_all_descriptors()  # each directory on the way to a path takes one
+    if args.undo:
+        return _undo(args)
+    if args.root is None:
+        raise UsageError("no ROOT given", "name the directory to change after the store")
+    if args.dry_run and (args.interactive or args.backup):
+        raise UsageError("--dry-run: changes nothing to be asked of or kept", "leave out one of them")
+    found, losses = apply(
+        args.what,
+        args.root,
+        lowers,
+        force=args.force,
+        trust=args.trust,
+        dry_run=(lambda change: say(line(change))) if args.dry_run else None,
+        backup=args.backup,
+        ask=_asking() if args.interactive else None,
+        tell=warn,
+    )
+    if not args.interactive:
+        for path, why in found:
+            warn(f"conflict: {escape(path) or '/'} {why}")
+    if found and not args.force and not args.interactive:
+        if not args.dry_run:
+            warn("nothing was changed (give --force to change what is in conflict, too)")
+        return EXIT_CONFLICT
+    return _told(args.root, losses)
+
+
+def _told(root: str, losses: Losses) -> int:
+    for text in losses:
+        warn(f"{root}: {text}")
+    return EXIT_PARTIAL if losses.is_partial else 0
+
+
+def _undo(args: argparse.Namespace) -> int:
+    from cowfs.api import undo_apply
+    from cowfs.changes.render import escape
+
+    if args.dry_run or args.interactive or args.force:
+        raise UsageError("--undo: has no --dry-run, --interactive or --force", "leave them out")
+    if not args.backup:
+        raise UsageError("--undo: which backup?", "name it with --backup DIR")
+    root = args.root or args.what
+    stay, losses = undo_apply(root, args.backup, trust=args.trust)
+    for path in stay:
+        warn(f"{root}: /{escape(path)} stays: something else is in it")
+    return _told(root, losses)
+
+
+def _asking() -> Callable[[str, bytes, str], bool]:
+    """Return what asks on standard error, and reads answers from standard input."""
+    from cowfs.changes.render import escape
+
+    rest: bool | None = None
+
+    def ask(kind: str, path: bytes, conflict: str) -> bool:
+        nonlocal rest
+        while rest is None:
+            question = f"{kind}  {escape(path) or '/'}" + (f"  conflict: {conflict}" if conflict else "")
+            print(f"{printable(question)}  [y,n,a,d,q,?] ", end="", file=sys.stderr, flush=True)
+            answer = sys.stdin.readline()
+            if not sys.stdin.isatty():
+                print(file=sys.stderr)
+            match answer.strip().lower():
+                case "y" | "n" as one:
+                    return one == "y"
+                case "a" | "d" as one:
+                    rest = one == "a"
+                case "q" | "" if answer in {"", "q\n", "Q\n", "q"}:
+                    raise UsageError("nothing was changed")
+                case _:
+                    warn("y: change it; n: do not; a: and all others; d: and none of the others; q: nothing")
+        return rest
+
+    return ask

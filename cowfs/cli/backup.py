@@ -1,0 +1,54 @@
+"""``cowfs backup``: copy a store, which may be in use."""
+
+from __future__ import annotations
+
+import argparse
+
+from cowfs.cli import options
+from cowfs.cli.output import counted, note, progress_line, warn
+
+NAME = "backup"
+
+_DESCRIPTION = """\
+Copy a store to FILE, as it is at one moment, though its mount is in use. FILE is a store itself: it can be
+mounted, and `cowfs restore` copies it back.
+"""
+_EPILOG = """\
+Programs that use the mount wait for what was written while the store was copied; not at all for long where
+FILE can share blocks with the store (btrfs, XFS). A store that is an image, or in memory, becomes a file with
+holes where the store has nothing; one in a directory becomes a directory.
+
+FILE is complete in the end, or not there. What a program has not yet written is not in it: like a power
+failure at that moment, it leaves what fsync(2) had been called for.
+
+examples:
+  cowfs backup /mnt monday.bs
+  cowfs backup sysrcd.bs /media/stick/sysrcd.bs
+  cowfs mount root.sfs /look --store monday.bs -o ro
+
+Exit codes: 0 FILE is complete; 1 usage error; 2 it could not be written; 32 the store could not be copied.
+"""
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Describe the subcommand."""
+    parser = options.add_subcommand(
+        subparsers, NAME, "copy a store, which may be in use", _DESCRIPTION, _EPILOG
+    )
+    parser.add_argument("what", metavar="STORE|MOUNTPOINT")
+    parser.add_argument("file", metavar="FILE", help="what to make: a file, or a directory")
+    parser.add_argument("-f", "--force", action="store_true", help="replace FILE if it exists")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Copy it."""
+    from cowfs.backups import backup
+    from cowfs.linux.limits import take_all_descriptors
+    from cowfs.store.e2fsprogs.signals import cleaned_up
+
+    take_all_descriptors()  # each directory on the way to a path takes some
+    with cleaned_up(), progress_line() as progress:
+        backup(args.what, args.file, force=args.force, tell=warn, progress=progress, tick=counted(progress))
+    note(f"{args.what}: copied to {args.file}")
+    return 0

@@ -1,0 +1,224 @@
+"""``cowfs blame``: which process made, wrote, renamed or removed a file."""
+
+from __future__ import annotations
+
+import argparse
+import glob
+import json
+import os
+import shlex
+import sys
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+from cowfs.cli import options
+from cowfs.cli.output import say, warn
+from cowfs.client import from_root, mount_above, the_mount
+from cowfs.errors import StoreError, UsageError, printable
+from cowfs.jsontext import raw, stamp
+from cowfs.linux.fuse import LISTED
+
+if TYPE_CHECKING:
+    from cowfs.changes.blame import Deed, History
+
+NAME = "blame"
+EXIT_NOTHING = 1
+
+_DESCRIPTION = """\
+Show which process created a file, wrote to it, changed its attributes, renamed or removed it: the first and
+the last of each. This is recorded only while the store is mounted with -o blame.
+"""
+_EPILOG = """\
+PATH is below a mountpoint (/mnt/etc/hosts); or it is a path in the merged tree (etc/hosts), after the
+mountpoint or the store. For a file that was removed, give the path that it had. If a file was renamed, what
+was done under its earlier names is shown, too. PATH may be a glob such as '*.conf', which matches in all
+directories.
+
+A process can set its own command line and name. Its pid, user and cgroup come from the kernel.
+
+exit codes: 0 done; 1 wrong usage, or nothing is recorded for some PATH.
+
+examples:
+  cowfs blame /mnt/etc/hosts
+  cowfs blame sysrcd.bs etc/hosts usr/share/doc
+  cowfs blame /mnt/etc -r                       all that is recorded below /etc
+  cowfs blame /mnt '*.conf'
+  cowfs blame /mnt/etc/hosts --json | jq -r 'select(.what == "written") | .last.process.command | join(" ")'
+"""
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Describe the subcommand."""
+    parser = options.add_subcommand(
+        subparsers, NAME, "tell which process changed a file", _DESCRIPTION, _EPILOG
+    )
+    parser.add_argument("where", metavar="STORE|MOUNTPOINT|PATH")
+    parser.add_argument("paths", metavar="PATH", nargs="*", default=())
+    parser.add_argument(
+        "-r", "--recursive", action="store_true", help="and of all that is recorded below PATH"
+    )
+    parser.add_argument(
+        "--engine", choices=("auto", "process", "kernel"), default="auto", help="who reads images"
+    )
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--json", action="store_true", help="one JSON object a line")
+    how.add_argument(
+        "-z",
+        "--null",
+        action="store_true",
+        help="names as they are; path, what, first or last, time, operations, path then, new path, pid, "
+        "uid, program, unit and container, a NUL after each",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print what is known of each path."""
+    from cowfs.api import blame
+
+    what, asked = _asked(args)
+    histories, since = blame(what, asked, recursive=args.recursive, engine=args.engine, tell=warn)
+    code = 0 if histories else EXIT_NOTHING
+    if not histories:
+        warn(f"{what}: {_nothing(since)} of such paths")
+    for number, history in enumerate(histories):
+        if not history.first:
+            warn(f"{os.fsdecode(history.path) or '/'}: {_nothing(since)}")
+            code = EXIT_NOTHING
+        elif args.json:
+            for entry in history.to_json():
+                print(json.dumps(entry))
+        elif args.null:
+            _print_with_nul(history)
+        else:
+            _print(history, after=number > 0)
+    sys.stdout.flush()
+    return code
+
+
+def _nothing(since: int | None) -> str:
+    return "nothing is recorded" if since is None else f"nothing is recorded since {_local(since)}"
+
+
+# --- whom to ask
+
+
+def _asked(args: argparse.Namespace) -> tuple[str, list[bytes]]:
+    """Return the store or the mountpoint, and the paths and globs in the merged tree."""
+    from cowfs.store.format.sniff import may_be_store, may_exist
+
+    above = mount_above(args.where)
+    if args.recursive and not args.paths and (above is None or not above[1]):
+        args.paths = [""]
+    if above is not None and not above[1]:
+        if not args.paths:
+            raise UsageError(f"{args.where}: which path?", "cowfs blame MOUNTPOINT PATH, or MOUNTPOINT/PATH")
+        mountpoint = os.fsdecode(the_mount(args.where).mountpoint)
+        return args.where, [_in_tree(path, mountpoint) for path in args.paths]
+    if above is not None and not may_be_store(args.where):
+        return above[0], [_below(path, above[0]) for path in (args.where, *args.paths)]
+    if not may_exist(args.where):
+        raise StoreError(f"{args.where}: no such store, and not below a mountpoint", LISTED)
+    if not args.paths:
+        raise UsageError(f"{args.where}: which path?", "cowfs blame STORE PATH")
+    return args.where, [_plain(path) for path in args.paths]
+
+
+def _in_tree(path: str, mountpoint: str) -> bytes:
+    below = from_root(path, mountpoint)
+    return _plain(below) if below == path else glob.escape(_plain(below))
+
+
+def _below(path: str, mountpoint: str) -> bytes:
+    """Return where in the merged tree something below a mountpoint is. UsageError for what is not."""
+    found = mount_above(path)
+    if found is None or found[0] != mountpoint:
+        raise UsageError(f"{path}: is not below {mountpoint}", "ask for one mount at a time")
+    return glob.escape(_plain(found[1]))
+
+
+def _plain(path: str) -> bytes:
+    return os.path.normpath(b"/" + os.fsencode(path)).lstrip(b"/")
+
+
+# --- how it is told
+
+
+def _print(history: History, *, after: bool) -> None:
+    from cowfs.changes.render import escape
+    from cowfs.linux.processes import described
+
+    if after:
+        print()
+    print(escape(history.path) or "/")
+    for kind, deeds in history.deeds():
+        for which, deed in deeds:
+            who = None if deed.process is None else described(deed.process)
+            label = f"{kind} {which}".strip()
+            say(f"  {label:<17} {_local(deed.time)}  {_what(deed, history.path)}{by(who)}")
+            if who is not None and who["command"]:
+                say(f"  {'':<17} {_command(who['command'])}")
+
+
+def _what(deed: Deed, path: bytes) -> str:
+    from cowfs.changes.render import escape
+
+    done = " ".join(deed.operations)
+    if deed.to is not None:
+        return f"{done} {escape(deed.path)} -> {escape(deed.to)}, "
+    return f"{done} {escape(deed.path)}, " if deed.path != path else f"{done}, "
+
+
+def by(process: dict[str, Any] | None) -> str:
+    """Say which process it was, as its JSON tells."""
+    if process is None:
+        return "by the kernel, for a mapping"
+    program = printable(str(process["program"])) or "a process that is hidden"
+    where = process.get("container") or process.get("unit")
+    inside = f", in {printable(str(where))[:_LONGEST_UNIT]}" if where else ""
+    return f"by {program} (pid {process['pid']}, uid {process['uid']}{inside})"
+
+
+_LONGEST_UNIT = 64
+_LONGEST_COMMAND = 300
+
+
+def _command(words: list[str]) -> str:
+    text = printable(shlex.join(words))
+    return text if len(text) <= _LONGEST_COMMAND else text[:_LONGEST_COMMAND] + " ..."
+
+
+def local(time: str) -> str:
+    """Return a time of a JSON line as it is where we are. ValueError."""
+    return _shown(datetime.fromisoformat(time))
+
+
+def _local(microseconds: int) -> str:
+    return _shown(datetime.fromtimestamp(microseconds / 1e6).astimezone())
+
+
+def _shown(time: datetime) -> str:
+    return time.astimezone().strftime("%Y-%m-%d %H:%M:%S.%f")[:-3]
+
+
+def _print_with_nul(history: History) -> None:
+    from cowfs.linux.processes import container, unit
+
+    for kind in history.first:
+        for which, deed in (("first", history.first[kind]), ("last", history.last[kind])):
+            process = deed.process
+            fields: list[bytes | str] = [
+                history.path,
+                kind,
+                which,
+                stamp(deed.time),
+                ",".join(deed.operations),
+            ]
+            fields += [deed.path, deed.to or b""]
+            if process is None:
+                fields += [""] * 5
+            else:
+                fields += [str(process.pid), str(process.uid), process.program]
+                fields += [unit(process.cgroup), container(process.cgroup)]
+            for entry in fields:
+                sys.stdout.buffer.write((entry if isinstance(entry, bytes) else raw(entry)) + b"\0")

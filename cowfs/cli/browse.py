@@ -1,0 +1,67 @@
+"""``cowfs browse``: walk the changes in a terminal."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+
+from cowfs.cli import options
+from cowfs.errors import SystemFailure, UsageError
+
+NAME = "browse"
+
+_DESCRIPTION = """\
+Walk the changes as a tree in the terminal, look at how each path differs and why it shows what it shows,
+mark paths and take them back.
+"""
+_EPILOG = """\
+keys:
+  arrows   walk the tree, open and close directories
+  d, e     show how the selected path differs; explain it
+  Enter    scroll that; Escape: back to the tree
+  Space    mark a path, and everything below it
+  r        revert what is marked, or else the selected path; asks first
+  u        bring back what was reverted last
+  R        read the changes again
+  ?, q     help; quit
+
+In a store with checkpoints it shows what was changed since the last one: that is what can be reverted.
+It needs the Python package textual: pip install 'cowfs[browse]'.
+
+examples:
+  cowfs browse /mnt             of a mount, even while it is in use
+  cowfs browse /mnt/etc         begin at this directory
+  cowfs browse sysrcd.bs        of a store that is not mounted
+"""
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Describe the subcommand."""
+    parser = options.add_subcommand(subparsers, NAME, "walk the changes in a terminal", _DESCRIPTION, _EPILOG)
+    parser.add_argument("what", metavar="STORE|MOUNTPOINT")
+    options.add_lower(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Browse until the user quits."""
+    from cowfs.cli.diff import paths_of
+    from cowfs.cli.revert import last_checkpoint
+
+    if not all(os.isatty(fd) for fd in (0, 1, 2)) or os.environ.get("TERM", "dumb") == "dumb":
+        raise UsageError(
+            "browse needs a terminal for input, output and errors", "cowfs diff prints the changes"
+        )
+    for name in [name for name in os.environ if name.startswith("TEXTUAL")]:
+        del os.environ[name]  # they name modules to load and files to write
+    if importlib.util.find_spec("textual") is None:
+        raise SystemFailure(
+            "browse needs the Python package textual, which is not installed", "pip install 'cowfs[browse]'"
+        )
+    from cowfs.browse.app import browse
+
+    args.paths = ()
+    what, paths = paths_of(args)
+    browse(what, options.lowers_of(args), last_checkpoint(what), paths[0] if paths else b"")
+    return 0

@@ -1,0 +1,51 @@
+"""``cowfs checkpoint``: keep the state that a tree has now."""
+
+from __future__ import annotations
+
+import argparse
+
+from cowfs.cli import options
+from cowfs.cli.output import warn
+
+NAME = "checkpoint"
+
+_DESCRIPTION = """\
+Keep the state that the tree has now under a name. `cowfs rollback` brings it back, and `cowfs diff --since`
+compares with it. It takes no room: only what is changed after it does.
+"""
+_EPILOG = """\
+A mounted tree stays in use: files that are open for writing are copied once more when they are written to
+next. What fsync(2) has put on disk is in the checkpoint, and so is all that was written before it was asked
+for. A store with checkpoints cannot be used by cowfs versions that do not know them.
+
+--delete removes a checkpoint, and changes neither the tree nor other checkpoints. What nobody needs any more
+is freed: at once if the store is not mounted, else when it is mounted next.
+
+examples:
+  cowfs checkpoint /mnt before-upgrade
+  cowfs checkpoint sysrcd.bs clean               of a store that is not mounted
+  cowfs checkpoint /mnt --delete before-upgrade
+
+exit codes: 0 done; 1 no such name, or not a name; others as those of `cowfs mount`.
+"""
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Describe the subcommand."""
+    parser = options.add_subcommand(
+        subparsers, NAME, "keep the state of a tree under a name", _DESCRIPTION, _EPILOG
+    )
+    parser.add_argument("what", metavar="STORE|MOUNTPOINT")
+    parser.add_argument("name", metavar="NAME", help="what to call it")
+    parser.add_argument("--delete", action="store_true", help="delete the checkpoint of that name")
+    options.add_lower(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Make one, or delete one."""
+    from cowfs import api
+
+    lowers = options.lowers_of(args)
+    (api.delete_checkpoint if args.delete else api.checkpoint)(args.what, args.name, lowers, warn)
+    return 0

@@ -1,0 +1,50 @@
+"""``cowfs checkpoints``: list them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from cowfs.cli.output import say
+
+NAME = "checkpoints"
+
+_EPILOG = """\
+Each line has the time (UTC) at which one was taken, its name, and the one that it was taken after. A star
+marks those that the tree was made from: what was changed since the last of these, `cowfs diff --since NAME`
+lists.
+
+--json prints one object: "version" (1), and "checkpoints", an array of objects with "name", "taken", "on"
+(the one before it, or null), "current" (starred) and "last" (the last one with a star).
+
+example:
+  cowfs checkpoints /mnt
+"""
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Describe the subcommand."""
+    parser = subparsers.add_parser(
+        NAME,
+        help="list the checkpoints of a store",
+        description="List the checkpoints of a store or of a mount, the oldest first.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("what", metavar="STORE|MOUNTPOINT")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """List them."""
+    from cowfs.api import checkpoints
+
+    found = checkpoints(args.what)
+    if args.json:
+        print(json.dumps({"version": 1, "checkpoints": [one._asdict() for one in found]}, indent=2))
+        return 0
+    for one in found:
+        after = f"  (after {one.on})" if one.on is not None else ""
+        say(f"{'*' if one.current else ' '} {one.taken[:19].replace('T', ' ')}  {one.name}{after}")
+    return 0

@@ -1,0 +1,72 @@
+"""What a shell offers for the next word of a ``cowfs`` command, by argcomplete."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Iterable
+
+import argcomplete
+
+from cowfs.cli import options as mount_options
+from cowfs.linux.mount_table import mountinfo
+
+_files = argcomplete.completers.FilesCompleter()
+
+
+def complete(parser_of: Callable[[str | None], argparse.ArgumentParser], subcommands: Iterable[str]) -> None:
+    """Print what may come next in the command line that the shell says it has; end the process.
+
+    *parser_of* returns the parser that knows the subcommand of that name. Nothing here raises or prints
+    elsewhere: a shell would show it in the middle of what is typed.
+    """
+    line = os.environ.get("COMP_LINE", "")
+    point = os.environ.get("COMP_POINT", "")
+    typed = line[: int(point)] if point.isdecimal() else line
+    words = typed.split()
+    known = tuple(subcommands)
+    if len(words) > 1 and words[1] in known and (len(words) > 2 or typed[-1:].isspace()):
+        parser = parser_of(words[1])
+        for part in _all_of(parser):
+            _explain_usage(part)
+    else:
+        parser = argparse.ArgumentParser("cowfs")
+        parser.add_argument("--version", action="store_true")
+        # `cowfs LOWER MOUNTPOINT` is a command, too.
+        first = parser.add_argument("subcommand", nargs="*")
+        first.completer = lambda prefix, **_: [*known, *_files(prefix)]  # type: ignore[attr-defined]
+    argcomplete.autocomplete(parser, always_complete_options="long")
+
+
+def _all_of(parser: argparse.ArgumentParser) -> list[argparse.Action]:
+    """The arguments of a parser and of the parsers below it."""
+    found = []
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for below in action.choices.values():
+                found.extend(_all_of(below))
+        else:
+            found.append(action)
+    return found
+
+
+def _explain_usage(action: argparse.Action) -> None:
+    """Give an argument its completer, by what the manual calls it."""
+    metavar = action.metavar if isinstance(action.metavar, str) else ""
+    if metavar == "OPTS":
+        action.completer = _mount_options  # type: ignore[attr-defined]
+    elif "MOUNTPOINT" in metavar:
+        action.completer = lambda prefix, **_: [*_mountpoints(), *_files(prefix)]  # type: ignore[attr-defined]
+
+
+def _mountpoints() -> list[str]:
+    """Where cowfs is mounted, in what we see."""
+    names = [os.fsdecode(mount.mountpoint) for mount in mountinfo() if mount.fstype == "fuse.cowfs"]
+    return [name for name in names if name.isprintable()]  # other users choose names, too
+
+
+def _mount_options(prefix: str, **_: object) -> list[str]:
+    """The options that may follow those typed already."""
+    before, comma, _last = prefix.rpartition(",")
+    typed = {option.partition("=")[0] for option in before.split(",")}
+    return [before + comma + name for name in mount_options.names() if name.rstrip("=") not in typed]

@@ -1,0 +1,77 @@
+"""``cowfs convert``: turn a store of one format into one of another."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from cowfs.cli import options
+from cowfs.cli.output import progress_line, say, warn
+
+NAME = "convert"
+
+_DESCRIPTION = """\
+Turn a store of aufs, as SystemRescueCd 1 to 5 wrote them, into one of overlayfs, or the other way round, in
+place. The merged tree is the same before and after.
+"""
+_EPILOG = """\
+It needs hardly any room: whiteouts are written anew, everything else is moved. Whenever it is interrupted,
+the same command completes it; until then the store cannot be mounted. The store must not be mounted, nor
+keep what `cowfs revert` has taken back.
+
+To aufs: what the store has of its lower by a renamed directory, by a file that is copied up without its data,
+or by a hard link is copied into it first, so the lower must be there. Names that aufs cannot have (.wh.NAME,
+more than 242 bytes) and checkpoints are refused, before anything is changed.
+
+examples:
+  cowfs convert old.bs --to overlayfs
+  cowfs convert sysrcd.bs --to aufs --lower sysrcd.dat
+"""
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Describe the subcommand."""
+    parser = options.add_subcommand(
+        subparsers, NAME, "turn a store of aufs into one of overlayfs, or back", _DESCRIPTION, _EPILOG
+    )
+    parser.add_argument("store", metavar="STORE", help="a store that is not mounted")
+    parser.add_argument(
+        "--to", choices=("overlayfs", "aufs"), required=True, help="the format that it is to have"
+    )
+    options.add_opening(parser)
+    parser.add_argument("--json", action="store_true", help="report as one JSON object")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Convert it, or complete that."""
+    from cowfs.converting import convert
+    from cowfs.linux.limits import take_all_descriptors
+    from cowfs.store.e2fsprogs.signals import cleaned_up
+
+    lowers = options.lowers_to_open(args)
+    take_all_descriptors()
+    seen = 0
+    with cleaned_up(), progress_line() as progress:
+
+        def tick(_: bytes) -> None:
+            nonlocal seen
+            seen += 1
+            progress(f"{seen} names")
+
+        done = convert(args.store, args.to, lowers, tell=warn, tick=tick)
+    counts = {
+        "whiteouts": done.whiteouts,
+        "opaque directories": done.opaque,
+        "devices 0:0": done.devices,
+        "moved": done.names,
+        "copied from the lower": done.copied,
+    }
+    if args.json:
+        facts = {name.replace(" ", "_").replace(":", ""): count for name, count in counts.items()}
+        say(json.dumps({"store": args.store, "format": args.to, "continued": done.continued, **facts}))
+        return 0
+    said = ", ".join(f"{name}: {count}" for name, count in counts.items() if count) or "nothing was in it"
+    done_now = "completed: " if done.continued else ""
+    warn(f"{args.store}: has the {args.to} format now; {done_now}{said}")
+    return 0

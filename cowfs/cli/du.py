@@ -1,0 +1,161 @@
+"""``cowfs du``: what fills a store."""
+
+from __future__ import annotations
+
+import argparse
+import heapq
+import json
+import os
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cowfs.cli import options
+from cowfs.cli.output import progress_line, say, warn
+from cowfs.errors import SystemFailure, UsageError
+
+if TYPE_CHECKING:
+    from cowfs.api import Changes
+    from cowfs.changes.du import Used
+
+NAME = "du"
+VERSION = 1
+
+_DESCRIPTION = """\
+Show what fills a store: how much of it is taken, for what reason, and below which directories.
+"""
+_EPILOG = """\
+The sum is what df(1) shows as used. A file with several names counts once.
+
+examples:
+  cowfs du /mnt                     by reason, and the ten largest directories and files
+  cowfs du sysrcd.bs --top 30       the thirty largest
+  cowfs du /mnt --treemap map.svg   a picture: the larger an area, the more is there
+  cowfs du sysrcd.bs --json | jq -r 'select(.reason == "new") | .path'
+"""
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Describe the subcommand."""
+    parser = options.add_subcommand(subparsers, NAME, "show what fills a store", _DESCRIPTION, _EPILOG)
+    parser.add_argument("what", metavar="STORE|MOUNTPOINT")
+    parser.add_argument("--top", metavar="N", type=_number, default=10, help="list N paths (default: 10)")
+    parser.add_argument("--treemap", metavar="FILE", help="draw a treemap: an SVG image")
+    parser.add_argument(
+        "--json", action="store_true", help="one JSON object a line: version path reason size"
+    )
+    parser.add_argument(
+        "--programs", action="store_true", help="and by the program that changed it last, if that is recorded"
+    )
+    options.add_lower(parser)
+    parser.set_defaults(run=run)
+
+
+def _number(text: str) -> int:
+    if not text.isdecimal():
+        raise UsageError(f"--top: {text!r} is not a number", "give 0 or more")
+    return int(text)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Show it."""
+    from cowfs.api import open_changes
+    from cowfs.changes.render import escape
+    from cowfs.jsontext import put_path
+    from cowfs.store.format.sizes import format_size
+
+    lowers = options.lowers_of(args)
+    total = _Total(args.top, keeps=bool(args.treemap))
+    who: dict[bytes, str] = {}
+    with open_changes(args.what, lowers, warn) as changes, progress_line() as progress:
+        if args.programs:
+            who = _programs(changes, args.what)
+        for number, used in enumerate(changes.usage()):
+            progress(f"{number} files")
+            if args.json:
+                entry: dict[str, object] = {"version": VERSION}
+                put_path(entry, "path", used.path)
+                print(json.dumps(entry | {"reason": used.reason, "size": used.size}))
+            else:
+                total.add(used, who)
+    if args.json:
+        return 0
+    if args.treemap:
+        _draw(args.treemap, total.files)
+    _show_reasons(total.reasons)
+    if args.programs:
+        for name, size in total.programs.most_common(args.top):
+            say(f"{format_size(size):>12}  by {name}")
+    for path, size in total.largest():
+        say(f"{format_size(size):>12}  {escape(path)}")
+    return 0
+
+
+class _Total:
+    """Adds up what is told. Holds directories in memory, and of files the largest, unless it *keeps* all."""
+
+    def __init__(self, top: int, *, keeps: bool) -> None:
+        self.reasons: dict[str, int] = defaultdict(int)
+        self.programs: Counter[str] = Counter()
+        self.files: list[tuple[bytes, str, int]] = []
+        self._top, self._keeps = top, keeps
+        self._directories: dict[bytes, int] = defaultdict(int)
+        self._largest: list[tuple[int, bytes]] = []
+
+    def add(self, used: Used, who: dict[bytes, str]) -> None:
+        self.reasons[used.reason] += used.size
+        if used.reason in {"trash", "overhead"} or not used.size:
+            return
+        self.programs[who.get(used.path, "what is not recorded")] += used.size
+        path = used.path
+        if self._keeps:
+            self.files.append((path, used.reason, used.size))
+        if not used.is_dir:
+            heapq.heappush(self._largest, (used.size, path))
+            if len(self._largest) > 4 * self._top:
+                heapq.heappop(self._largest)
+            path = path.rpartition(b"/")[0]
+        while path:
+            self._directories[path] += used.size
+            path = path.rpartition(b"/")[0]
+
+    def largest(self) -> list[tuple[bytes, int]]:
+        """Return the largest directories, with what is in them, and files."""
+        sizes = Counter(self._directories)
+        for size, path in self._largest:
+            sizes[path] += size  # a file may be in the layer of a checkpoint, too
+        return sorted(sizes.items(), key=lambda item: (-item[1], item[0]))[: self._top]
+
+
+def _programs(changes: Changes, what: str) -> dict[bytes, str]:
+    """Return which program was the last to change each path."""
+    from cowfs.exports.timeline import Timeline
+
+    records = changes.records()
+    if records is None:
+        raise UsageError(
+            f"{what}: nothing is recorded", "it is with cowfs mount -o blame; leave --programs out"
+        )
+    timeline = Timeline()
+    for record in records:
+        timeline.add(record)
+    return timeline.who
+
+
+def _show_reasons(reasons: dict[str, int]) -> None:
+    from cowfs.changes.du import REASONS
+    from cowfs.store.format.sizes import format_size
+
+    for reason, meaning in REASONS.items():
+        if reasons.get(reason):
+            say(f"{format_size(reasons[reason]):>12}  {reason:<12} {meaning}")
+    say(f"{format_size(sum(reasons.values())):>12}  in all")
+
+
+def _draw(file: str, files: list[tuple[bytes, str, int]]) -> None:
+    from cowfs.changes.treemap import treemap
+
+    try:
+        Path(os.path.abspath(file)).write_text(treemap(files), encoding="utf-8")
+    except OSError as error:
+        raise SystemFailure(f"{file}: cannot be written: {error.strerror}") from None

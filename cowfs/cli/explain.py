@@ -1,0 +1,63 @@
+"""``cowfs explain``: why a path shows what it shows."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from cowfs.cli import options
+from cowfs.cli.output import say, warn
+from cowfs.errors import EXIT_MOUNT, UsageError
+
+NAME = "explain"
+
+_DESCRIPTION = """\
+Explain why a path in the merged tree shows what it shows: what each layer has there, which rule decides, why
+the path counts as changed, and how much of the store it takes.
+"""
+_EPILOG = """\
+examples:
+  cowfs explain /mnt/etc/fstab           of a mounted tree
+  cowfs explain sysrcd.bs etc/fstab      of a store that is not mounted
+  cowfs explain /mnt etc --json          the same for programs
+
+exit codes: 0 the path shows something; 1 wrong usage; 32 nothing is seen there, or it cannot be told.
+"""
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Describe the subcommand."""
+    parser = options.add_subcommand(
+        subparsers, NAME, "explain why a path shows what it shows", _DESCRIPTION, _EPILOG
+    )
+    parser.add_argument("what", metavar="STORE|MOUNTPOINT")
+    parser.add_argument("paths", metavar="PATH", nargs="*", default=(), help="what to explain")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    options.add_lower(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Explain each path."""
+    from cowfs.api import open_changes
+    from cowfs.changes.explain import date_of, render
+    from cowfs.changes.render import escape
+    from cowfs.cli.diff import paths_of
+    from cowfs.client import checked_answer
+
+    what, paths = paths_of(args)
+    if not paths:
+        raise UsageError("no path to explain", "name one in the tree: cowfs explain STORE|MOUNTPOINT PATH")
+    code = 0
+    with open_changes(what, options.lowers_of(args), warn) as changes:
+        for path in paths:
+            path = path.strip(b"/")
+            answer = changes.explain(path)
+            with checked_answer(what):
+                code = code if answer["seen"] else EXIT_MOUNT
+                if args.json:
+                    print(json.dumps(answer))
+                    continue
+                for line in list(render(answer, escape(path) or "/", date_of)):
+                    say(line)
+    return code

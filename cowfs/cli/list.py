@@ -1,0 +1,101 @@
+"""``cowfs list``: what is mounted where, with which store, by whom."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pwd
+from typing import Any
+
+from cowfs.cli.output import say
+from cowfs.client import Patience
+from cowfs.errors import CowfsError
+from cowfs.linux.fuse import FSTYPE
+from cowfs.linux.mount_table import MountInfo, mountinfo
+
+NAME = "list"
+
+_PATIENCE, _IN_ALL = 2.0, 6.0
+"""So many seconds a daemon has for its answer."""
+_HEADINGS = ("MOUNTPOINT", "LOWER", "STORE", "USER", "STATE")
+_EPILOG = """\
+A store whose daemon does not answer within 2 seconds, or that belongs to another user, is shown as `?'.
+
+example:
+  cowfs list --json | jq -r '.[].mountpoint'
+"""
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Describe the subcommand."""
+    parser = subparsers.add_parser(
+        NAME,
+        help="list the mounts of cowfs",
+        description="List what cowfs has mounted where, with which store, and for which user.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON array")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print a line for each mount that is seen from here, in the order of mounting."""
+    patience = Patience(_PATIENCE, _IN_ALL)
+    found = [_about(mount, patience) for mount in mountinfo() if mount.fstype == FSTYPE]
+    if args.json:
+        print(json.dumps(found, indent=2))
+        return 0
+    if not found:
+        return 0
+    rows = [_HEADINGS, *map(_row, found)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADINGS) - 1)]
+    for row in rows:
+        cells = (f"{cell:<{width}}" for cell, width in zip(row, [*widths, 0], strict=True))
+        say("  ".join(cells).rstrip())
+    return 0
+
+
+def _about(mount: MountInfo, patience: Patience) -> dict[str, Any]:
+    """What the kernel says of a mount, and what its daemon says if it answers."""
+    user = next((word[8:] for word in mount.super_words if word.startswith("user_id=")), "")
+    about: dict[str, Any] = {
+        "mountpoint": os.fsdecode(mount.mountpoint),
+        "source": os.fsdecode(mount.source),
+        "uid": int(user) if user.isdecimal() else None,
+        "user": _name(int(user)) if user.isdecimal() else None,
+        "readonly": "ro" in mount.options.split(","),
+        "lowers": None,
+        "store": None,
+        "pid": None,
+        "error": None,
+    }
+    try:
+        facts = patience.facts_of(mount.dev)
+    except CowfsError as error:
+        about["error"] = str(error)
+    else:
+        lowers = facts.get("lowers")
+        if isinstance(lowers, list) and all(isinstance(lower, dict) for lower in lowers):
+            about["lowers"] = [str(lower.get("path")) for lower in lowers]
+        about["store"] = {"kind": facts["store"]["kind"], "path": facts["store"]["path"]}
+        about["pid"] = facts["pid"]
+    return about
+
+
+def _name(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
+
+
+def _row(about: dict[str, Any]) -> tuple[str, ...]:
+    """The cells of a line."""
+    store = about["store"]
+    kept = "?" if store is None else "memory" if store["kind"] == "memory" else store["path"]
+    asked = os.geteuid() in {0, about["uid"]}  # nobody else gets an answer
+    state = "no answer" if about["error"] and asked else "ro" if about["readonly"] else "rw"
+    lowers = ":".join(about["lowers"]) if about["lowers"] else about["source"]
+    return about["mountpoint"], lowers, kept, about["user"] or "?", state

@@ -1,0 +1,154 @@
+"""The daemon's log: where it goes, what is counted of it, and what SIGUSR1 adds to it."""
+
+from __future__ import annotations
+
+import errno
+import faulthandler
+import logging
+import logging.handlers
+import os
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+from cowfs.cli.log_limit import Limit
+from cowfs.errors import printable
+from cowfs.linux import helper_process
+from cowfs.linux.sockets import SYSLOG
+from cowfs.linux.trust import who_can_redirect, who_can_substitute
+
+_DEEPEST = 50
+"""So many frames of a thread are shown."""
+
+
+class _Formatter(logging.Formatter):
+    """Makes one line of each message, and no traceback drive a terminal: names come from others."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """Return the line; see printable()."""
+        record.message = printable(record.message)
+        return super().formatMessage(record)
+
+    def formatException(self, ei: Any) -> str:
+        """Return the traceback, printable line by line."""
+        return "\n".join(map(printable, super().formatException(ei).split("\n")))
+
+
+class _Syslog(logging.handlers.SysLogHandler):
+    """Connects anew by the process that does errands for us when the system's log has been started anew."""
+
+    def _connect_unixsocket(self, address: str) -> None:
+        elsewhere = helper_process.current()
+        if elsewhere is None:
+            super()._connect_unixsocket(address)  # type: ignore[misc]
+        else:
+            self.socket = socket.socket(fileno=elsewhere.ask("syslog")["fd"])
+
+
+def open_log(path: str) -> int:
+    """Open the file that is to be the log. Nobody waits for who shall read it (fifo(7)).
+
+    PermissionError if another user leads it elsewhere, be it in a directory for all: by a link, or by the
+    second name of a file (which fs.protected_symlinks and fs.protected_hardlinks of sysctl(8) may forbid).
+    """
+    reason = None
+    with suppress(FileNotFoundError):  # it will be made; what is on the way has been looked at
+        reason = who_can_redirect(path)
+    if reason is not None:
+        raise PermissionError(errno.EPERM, reason, path)
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+    fd = os.open(os.path.realpath(path), flags | os.O_NOFOLLOW, 0o644)
+    reason = who_can_substitute(path, fd)
+    if reason is not None:
+        os.close(fd)
+        raise PermissionError(errno.EPERM, reason, path)
+    return fd
+
+
+class Failures(logging.Handler):
+    """Counts the exceptions that nobody expected: for ``cowfs info``, which says that there were some."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.count = 0
+        self.last = ""
+        self.when = 0.0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Count it if it has a traceback."""
+        if record.exc_info:
+            self.count += 1
+            self.last, self.when = record.getMessage(), record.created
+
+
+class Log(NamedTuple):
+    """Where the log of a daemon goes, and what went wrong in it."""
+
+    place: str
+    failures: Failures
+    fd: int
+    """The file behind it, -1 if there is none."""
+
+    def facts(self) -> dict[str, Any]:
+        """Return what ``cowfs info`` tells of it."""
+        failures = self.failures
+        return {
+            "place": self.place,
+            "failures": failures.count,
+            "last_failure": failures.last or None,
+            "last_failure_at": failures.when or None,
+        }
+
+    def explain_when_asked(self, tasks: Callable[[], Iterable[str]]) -> None:
+        """Write down what each thread and each of *tasks* is doing when SIGUSR1 comes, or a fatal signal.
+
+        From the main thread. If that one hangs, a log in a file still gets the threads (faulthandler).
+        """
+        asked = logging.getLogger("cowfs.debug.signal")
+        asked.setLevel(logging.DEBUG)
+
+        def explain(*_: object) -> None:
+            if self.fd < 0:
+                for ident, frame in sys._current_frames().items():
+                    asked.debug("thread %#x:", ident)
+                    for entry in traceback.extract_stack(frame, limit=_DEEPEST):
+                        asked.debug("  %s:%s in %s", entry.filename, entry.lineno, entry.name)
+            for line in tasks():
+                asked.debug("%s", line)
+
+        signal.signal(signal.SIGUSR1, explain)
+        if self.fd >= 0:
+            faulthandler.enable(self.fd)
+            faulthandler.register(signal.SIGUSR1, self.fd, chain=True)
+
+
+def set_up_log(path: str | None, *, foreground: bool) -> Log:
+    """Send the log to a file, to the terminal in the foreground, or else to syslog if there is one."""
+    handler: logging.Handler
+    form = "%(asctime)s cowfs[%(process)d] %(levelname)s %(name)s: %(message)s"
+    fd = -1
+    if path is not None:
+        fd = open_log(path)
+        handler = logging.StreamHandler(os.fdopen(fd, "w", errors="backslashreplace"))
+    elif foreground:
+        handler = logging.StreamHandler()
+        form = "cowfs: %(message)s"
+        path, fd = "standard error", 2
+    elif os.path.exists(SYSLOG):
+        handler = _Syslog(SYSLOG, logging.handlers.SysLogHandler.LOG_DAEMON)
+        form = "cowfs[%(process)d]: %(message)s"
+        path = f"system log (journalctl _PID={os.getpid()})"
+    else:
+        handler = logging.NullHandler()
+        path = "none: mount with -o log=FILE"
+    handler.setFormatter(_Formatter(form))
+    handler.addFilter(Limit())
+    failures = Failures()
+    root = logging.getLogger()
+    root.handlers[:] = [handler, failures]
+    root.setLevel(logging.INFO)
+    return Log(path, failures, fd)

@@ -1,0 +1,211 @@
+"""``cowfs overlay``: what fuse-overlayfs does, by its command line, for podman and buildah."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NoReturn
+
+import cowfs
+from cowfs.cli import options as mount_options
+from cowfs.cli.output import warn
+from cowfs.errors import UsageError
+from cowfs.overlay.named_whiteouts import STYLES
+
+if TYPE_CHECKING:
+    from cowfs.fuse.owners import OwnerMap
+    from cowfs.union import UnionOptions
+
+NAME = "overlay"
+
+_OURS = {
+    "lowerdir": "LOWER[:LOWER...]: the layers, the leftmost on top; \\\\: is a colon in a name",
+    "upperdir": "a directory: where changes are written; without it the mount is read-only",
+    "workdir": "a directory on the same mount as upperdir, needed with it",
+    "uidmapping": "FILE:SHOWN:COUNT[:...]: users of files, and those that are shown",
+    "gidmapping": "FILE:SHOWN:COUNT[:...]: the same for groups",
+    "squash_to_root": "show all files as root's",
+    "squash_to_uid": "show all files as this user's",
+    "squash_to_gid": "show all files as this group's",
+    "volatile": "wait for nothing to be on disk: fsync(2) returns at once",
+    "fsync": "0 is the same",
+    "noacl": "do not support POSIX ACLs",
+    "metacopy": "on: changed attributes do not copy the data of large files (off)",
+    "whiteouts": "how deletions are written in the layers: oci (the default), aufs, overlayfs",
+    "redirect_dir": "on: directories of layers can be renamed (off: mv(1) copies them)",
+    "xattr_permissions": "0 alone: owners and modes are those of the files",
+}
+_PASSED = {"io_uring", "passthrough", "log", "debug", "fsname"}
+_QUIET = {
+    "index", "xino", "userxattr", "nfs_export", "uuid", "context", "fscontext", "defcontext", "rootcontext",
+    "static_nlink", "clone_fd", "max_idle_threads", "max_threads", "threaded", "timeout", "auto_unmount",
+    "allow_root", "noxattrs", "ino32_t", "fast_ino", "plugins", "kernel_cache", "auto_cache", "max_write",
+}  # fmt: skip
+"""What changes nothing that somebody who mounts layers could miss."""
+_EPILOG = """\
+Options for -o; commas separate them, and \\, is a comma in a name:
+{options}
+  those of `cowfs mount`: io_uring=, passthrough=, log=, debug=, fsname=, ro, noatime, nosuid, nodev …
+  others are ignored, with a warning
+
+examples:
+  cowfs overlay -o lowerdir=/a:/b,upperdir=/up,workdir=/work /mnt
+  podman --storage-driver overlay --storage-opt overlay.mount_program=/usr/bin/cowfs-overlay info
+"""
+
+
+class _Version(argparse.Action):
+    """What podman info shows."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        print(f"cowfs-overlay: version {cowfs.__version__}")
+        parser.exit()
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Describe the subcommand."""
+    parser = mount_options.add_subcommand(
+        subparsers,
+        NAME,
+        "mount as fuse-overlayfs does",
+        "Mount directories merged, by the command line of fuse-overlayfs. cowfs-overlay is the same.",
+        _EPILOG.format(options="\n".join(f"  {name:<18}{text}" for name, text in _OURS.items())),
+    )
+    parser.add_argument("mountpoint", metavar="MOUNTPOINT", help="an existing directory")
+    parser.add_argument("-o", metavar="OPTS", dest="options", action="append", default=[], help="see below")
+    parser.add_argument("-f", "--foreground", action="store_true", help="stay in the foreground")
+    parser.add_argument("-d", "--debug", action="store_true", help="the same, and log each request")
+    parser.add_argument("-s", action="store_true", help="ignored: requests are served in one thread")
+    parser.add_argument("-V", "--version", action=_Version, nargs=0, help="print the version")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Mount; return when the mount answers, or with -f when it has been unmounted."""
+    from cowfs.cli.mount import start
+
+    words = dict(_words(args.options))
+    given = _for_mount(words)
+    if args.debug:
+        given.debug |= {"requests"}
+    union = _union(words, given)
+    return start(
+        union, args.mountpoint, given, foreground=args.foreground or args.debug, owner_map=_owner_map(words)
+    )
+
+
+def _words(given: list[str]) -> Iterator[tuple[str, str]]:
+    """Yield the options of all ``-o`` with their values; quotes enclose commas (``context="a,b"``)."""
+    for text in given:
+        hidden = re.sub(r'="([^"]*)"', lambda found: "=" + found[1].replace(",", "\\,"), text)
+        for word in mount_options.split(hidden):
+            name, _, value = word.partition("=")
+            yield name, value
+
+
+def _for_mount(words: dict[str, str]) -> mount_options.Options:
+    """Return what `cowfs mount` is to be told. What nobody knows is ignored, as fuse-overlayfs does."""
+    known = {name.removesuffix("=") for name in mount_options.names()} - set(_OURS) | {"noacl"}
+    taken, unknown = [], []
+    for name, value in words.items():
+        if name == "debug" and not value:
+            words["debug"] = value = "requests"
+        if name in _PASSED or (name in known and not value and name not in mount_options.VALUES):
+            taken.append(f"{name}={value}" if value else name)
+        elif name not in _OURS and name not in _QUIET and not mount_options.is_ignored(name):
+            unknown.append(name)
+    for name in unknown:
+        warn(f"option {name} is unknown and ignored")
+    given = mount_options.parse(taken)
+    # Who calls this has decided what is mounted for whom, as with fuse-overlayfs.
+    if os.geteuid() == 0:
+        if "noallow_other" not in given.flags:
+            given.flags.add("allow_other")
+        given.fuse |= {name for name in ("suid", "dev") if f"no{name}" not in given.fuse}
+    if "upperdir" not in words:
+        given.flags.add("ro")
+    return given
+
+
+def _union(words: dict[str, str], given: mount_options.Options) -> UnionOptions:
+    """Return what is to be joined. UsageError for what does not go together."""
+    from cowfs.union import UnionOptions
+
+    lowers, data_only = mount_options.split_layers(words.get("lowerdir", ""))
+    if not lowers:
+        raise UsageError("no lowerdir given", "-o lowerdir=LOWER[:LOWER...] names the layers")
+    upper, work = words.get("upperdir", ""), words.get("workdir", "")
+    if upper and not work:
+        raise UsageError("upperdir without workdir", "give workdir=DIR, on the same mount as upperdir")
+    if words.get("xattr_permissions", "0") not in {"0", ""}:
+        raise UsageError(
+            "xattr_permissions: owners and modes in attributes are not supported", "leave it out"
+        )
+    return UnionOptions(
+        lowers=tuple(os.path.abspath(lower) for lower in lowers),
+        store=os.path.abspath(_plain(upper)) if upper else "memory",
+        work=os.path.abspath(_plain(work)) if upper else "",
+        force_lower=True,
+        data_only=data_only,
+        whiteouts=(_style(words),) * (len(lowers) - data_only),
+        atime=given.atime,
+        durable="volatile" not in words and words.get("fsync", "1") != "0",
+        metacopy=words.get("metacopy") == "on",
+        redirect_dir=words.get("redirect_dir") == "on",
+    )
+
+
+def _style(words: dict[str, str]) -> str:
+    """Return how whiteouts are written. fuse-overlayfs reads devices and names, and writes names where it may
+    not make devices."""
+    style = words.get("whiteouts", "oci")
+    if style not in STYLES:
+        raise UsageError(f"unknown whiteouts {style!r}", "give one of " + ", ".join(STYLES))
+    return style
+
+
+def _plain(path: str) -> str:
+    """Return a path of which colons may have been escaped, as those of lowers must be."""
+    return re.sub(r"\\([:\\])", r"\1", path)
+
+
+def _owner_map(words: dict[str, str]) -> OwnerMap | None:
+    """Return whose files are to be shown as whose; None where all are their owners'."""
+    from cowfs.fuse.owners import OwnerMap
+
+    root = 0 if "squash_to_root" in words else None
+    found = OwnerMap(
+        _ranges(words, "uidmapping"),
+        _ranges(words, "gidmapping"),
+        _number(words, "squash_to_uid", root),
+        _number(words, "squash_to_gid", root),
+    )
+    return None if found == OwnerMap() else found
+
+
+_LAST = (1 << 32) - 2
+_NUMBER = re.compile(r"[0-9]{1,10}")
+
+
+def _number(words: dict[str, str], name: str, default: int | None) -> int | None:
+    value = words.get(name)
+    if value is None:
+        return default
+    if not _NUMBER.fullmatch(value) or int(value) > _LAST:
+        raise UsageError(f"{name}={value}: not the number of a user or group", f"write {name}=1000")
+    return int(value)
+
+
+def _ranges(words: dict[str, str], name: str) -> tuple[tuple[int, int, int], ...]:
+    value = words.get(name)
+    if value is None:
+        return ()
+    parts = value.split(":")
+    if len(parts) % 3 or not all(_NUMBER.fullmatch(part) and int(part) <= _LAST + 1 for part in parts):
+        raise UsageError(
+            f"{name}={value}: not FILE:SHOWN:COUNT[:...]", f"write {name}=0:1000:1:1:100000:65536"
+        )
+    numbers = list(map(int, parts))
+    return tuple((numbers[at], numbers[at + 1], numbers[at + 2]) for at in range(0, len(numbers), 3))

@@ -1,0 +1,127 @@
+"""``cowfs rebase``: carry the changes to a new version of the root."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import TYPE_CHECKING
+
+from cowfs.cli import options
+from cowfs.cli.output import progress_line, say, warn
+
+if TYPE_CHECKING:
+    from cowfs.api import Lowers
+    from cowfs.rebasing import Rebased
+
+NAME = "rebase"
+EXIT_CONFLICT = 65
+
+_DESCRIPTION = """\
+Let a store that was made for one root belong to another version of it, with its changes. For each file the
+store, OLDROOT and NEWROOT decide. What only the store has changed stays; what only NEWROOT has changed is
+that of NEWROOT; what is equal to NEWROOT by now is dropped, and so are deletions of what is not there any
+more.
+"""
+_EPILOG = """\
+What the store and NEWROOT have both changed is a conflict: it is named, and the store's version stays.
+--conflicts DIR writes all versions of these to DIR/old, DIR/new and DIR/changed. A renamed directory that
+NEWROOT does not have any more stays whole, as OLDROOT had it.
+
+Whenever it is interrupted, even by a power failure, the store is the old one or the new one. The store needs
+room for new directories, and for copies of files whose data was OLDROOT's and is not NEWROOT's. It must not
+be mounted, nor hold checkpoints or what `cowfs revert` has taken back.
+
+examples:
+  cowfs rebase sysrcd.bs --from old.sfs --onto new.sfs --dry-run
+  cowfs rebase sysrcd.bs --from old.sfs --onto new.sfs --conflicts /tmp/look
+  diff -r /tmp/look/new /tmp/look/changed
+  cowfs rebase sysrcd.bs --onto new.sfs       the old root is where the store last saw it
+
+Exit codes: 0 done; 65 done, with conflicts (with --dry-run: there would be some); 1 usage error; 2 a file
+could not be written; 32 the store or a root cannot be used, and nothing was changed.
+"""
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Describe the subcommand."""
+    parser = options.add_subcommand(
+        subparsers, NAME, "carry the changes to a new version of the root", _DESCRIPTION, _EPILOG
+    )
+    parser.add_argument("store", metavar="STORE")
+    parser.add_argument(
+        "--from",
+        metavar="OLDROOT",
+        dest="old",
+        help="the root that the store belongs to: images or directories, separated by colons",
+    )
+    parser.add_argument("--onto", metavar="NEWROOT", required=True, help="the root that it is to belong to")
+    options.add_offset(parser)
+    parser.add_argument("-n", "--dry-run", action="store_true", help="only report what would be done")
+    parser.add_argument("--json", action="store_true", help="report as one JSON object")
+    parser.add_argument("--conflicts", metavar="DIR", default="", help="write what is in conflict to DIR")
+    parser.add_argument(
+        "--force-lower", action="store_true", help="use OLDROOT even if the store belongs to another"
+    )
+    parser.add_argument(
+        "--engine",
+        choices=options.ENGINES,
+        default="auto",
+        help="what reads images: cowfs (auto, process) or the kernel",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Carry them over, or report what would be done."""
+    from cowfs.changes.render import escape
+    from cowfs.linux.limits import take_all_descriptors
+    from cowfs.rebasing import rebase
+    from cowfs.store.e2fsprogs.signals import cleaned_up
+
+    old, new = _lowers(args, args.old, ""), _lowers(args, args.onto, args.offset)
+    take_all_descriptors()
+    seen = 0
+    with cleaned_up(), progress_line() as progress:
+
+        def tick(_: bytes) -> None:
+            nonlocal seen
+            seen += 1
+            progress(f"{seen} paths")
+
+        done = rebase(
+            args.store, old, new, dry_run=args.dry_run, conflicts=args.conflicts, tell=warn, tick=tick
+        )
+    if args.json:
+        say(json.dumps(_facts(done, args)))
+    else:
+        for one in done.told:
+            say(f"{one.kind:<9} {escape(one.path) or '/'}: {one.why}")
+        dropped, conflicts = len(done.told) - len(done.conflicts), len(done.conflicts)
+        warn(f"{args.store}: {done.kept} kept, {dropped} dropped, {conflicts} in conflict")
+    return EXIT_CONFLICT if done.conflicts else 0
+
+
+def _lowers(args: argparse.Namespace, text: str | None, offset: str) -> Lowers:
+    from cowfs.api import Lowers
+
+    given, data_only = (None, 0) if text is None else options.split_layers(text)
+    options.refuse_bare_colon(given or ())
+    offsets = options.find_offsets(options.parse_offsets(offset), given or ())
+    return Lowers(given, offsets, args.engine, args.force_lower, data_only)
+
+
+def _facts(done: Rebased, args: argparse.Namespace) -> dict[str, object]:
+    from cowfs.jsontext import put_path
+
+    told: list[dict[str, object]] = []
+    for one in done.told:
+        told.append({"kind": one.kind, "why": one.why})
+        put_path(told[-1], "path", one.path)
+    return {
+        "store": args.store,
+        "dry_run": args.dry_run,
+        "from": [low.path for low in done.old],
+        "onto": [low.path for low in done.new],
+        "kept": done.kept,
+        "told": told,
+    }

@@ -1,0 +1,54 @@
+"""``mount -o remount,ro`` and ``remount,rw`` of a mount that is there."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Sequence
+
+from cowfs.cli.options import split
+from cowfs.client import ask, facts_of, the_mount
+from cowfs.errors import MountFailure
+from cowfs.linux import fuse
+
+
+def is_asked_for(given: list[str]) -> bool:
+    """Whether the options of all ``-o`` say so."""
+    return "remount" in _words(given)
+
+
+def _words(given: list[str]) -> Sequence[str]:
+    return [word for text in given for word in split(text)]
+
+
+def _must_be_writable(mountpoint: str, dev: str) -> None:
+    """MountFailure where nothing can be written, whatever the mount says."""
+    store = facts_of(dev)["store"]
+    if store.get("read_only"):
+        raise MountFailure(
+            f"{mountpoint}: the store {store['path']} was opened read-only", "unmount, and mount without ro"
+        )
+
+
+def remount(mountpoint: str, given: list[str]) -> int:
+    """Change whether a mount can be written to; the rest stays as it is, since mount(8) repeats it all.
+
+    When nobody can write any more, what was written is put on disk. MountFailure: in use, or not ours.
+    """
+    mount = the_mount(mountpoint)
+    asked = [word for word in _words(given) if word in {"ro", "rw"}]
+    is_read_only = asked[-1:] == ["ro"]
+    if asked and not is_read_only:
+        _must_be_writable(mountpoint, mount.dev)
+    try:
+        fuse.remount(mountpoint, mount.options.split(","), read_only=is_read_only)
+    except OSError as failure:
+        hint = {
+            errno.EBUSY: "somebody has a file open to write: fuser -vm tells who",
+            errno.EPERM: "only root remounts",
+        }.get(failure.errno or 0, "")
+        raise MountFailure(f"{mountpoint}: {os.strerror(failure.errno or 0)}", hint) from None
+    if is_read_only:
+        for _ in ask(mount.dev, "sync", timeout=None):
+            pass
+    return 0

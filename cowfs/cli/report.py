@@ -1,0 +1,75 @@
+"""``cowfs report``: what was changed, as a page to look at in a browser."""
+
+from __future__ import annotations
+
+import argparse
+import re
+
+from cowfs.cli import options
+from cowfs.cli.diff import add_aspects, patterns_of, selection_of
+from cowfs.cli.output import progress_line, warn
+
+NAME = "report"
+_OFFSET = re.compile(r"(?:offset=)?(?:auto|\d+[kmg]?)(?::(?:auto|\d+[kmg]?))*", re.I)
+"""What ``-o`` means elsewhere; a file was meant by it here alone."""
+
+_DESCRIPTION = """\
+Write what was changed as one HTML file to look at in a browser: a summary, what fills the store, when and by
+which programs (if recorded with -o blame), a table that sorts and filters, and differences of texts.
+"""
+_EPILOG = """\
+The file loads nothing from the network. It has parts of the files that were changed, so only you may read it.
+The same store gives the same bytes.
+
+A PATH is relative to the root of the tree, and includes everything below it. A glob such as '*.conf'
+matches in all directories.
+
+examples:
+  cowfs report /mnt -O changes.html
+  cowfs report sysrcd.bs etc '*.conf' -O etc.html
+  cowfs report /mnt --content -O - | ssh desk 'cat >changes.html'
+"""
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Describe the subcommand."""
+    parser = options.add_subcommand(
+        subparsers, NAME, "write what was changed as an HTML page", _DESCRIPTION, _EPILOG
+    )
+    parser.add_argument("what", metavar="STORE|MOUNTPOINT")
+    parser.add_argument("paths", metavar="PATH", nargs="*", default=(), help="only this path, or glob")
+    parser.add_argument(
+        "-O",
+        "--output",
+        metavar="FILE",
+        default="cowfs-report.html",
+        help="default: cowfs-report.html; -: standard output",
+    )
+    parser.add_argument("-o", dest="old", default=None, help=argparse.SUPPRESS)  # of older versions
+    parser.add_argument("-f", "--force", action="store_true", help="replace FILE")
+    add_aspects(parser, "leave out")
+    options.add_opening(parser, "compare with", letter=False)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write it."""
+    from cowfs.api import report
+
+    if args.old is not None and _OFFSET.fullmatch(args.old):
+        args.offset = args.old
+    elif args.old is not None:
+        args.output = args.old
+    lowers = options.lowers_to_open(args)
+    what, paths = patterns_of(args)
+    with progress_line() as progress:
+        report(
+            what,
+            args.output,
+            selection_of(args, paths),
+            lowers,
+            force=args.force,
+            tell=warn,
+            tick=lambda what, count: progress(f"{count} {what}"),
+        )
+    return 0

@@ -1,0 +1,47 @@
+"""``cowfs restore``: copy a backup to where a store is to be."""
+
+from __future__ import annotations
+
+import argparse
+
+from cowfs.cli import options
+from cowfs.cli.output import counted, note, progress_line, warn
+
+NAME = "restore"
+
+_DESCRIPTION = """\
+Check FILE, which `cowfs backup` has made, and copy it to STORE.
+"""
+_EPILOG = """\
+STORE is what it was, or what FILE is, whenever this is interrupted. It must not be in use.
+
+examples:
+  cowfs restore monday.bs sysrcd.bs --force
+
+Exit codes: 0 STORE is what FILE is; 1 usage error; 2 it could not be written; 32 FILE is no sound store, or
+STORE is in use.
+"""
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Describe the subcommand."""
+    parser = options.add_subcommand(subparsers, NAME, "copy a backup of a store back", _DESCRIPTION, _EPILOG)
+    parser.add_argument("file", metavar="FILE", help="what cowfs backup has made")
+    parser.add_argument("store", metavar="STORE", help="the store to make")
+    parser.add_argument(
+        "-f", "--force", action="store_true", help="replace STORE if it is a file, or an empty directory"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Copy it."""
+    from cowfs.backups import restore
+    from cowfs.linux.limits import take_all_descriptors
+    from cowfs.store.e2fsprogs.signals import cleaned_up
+
+    take_all_descriptors()  # each directory on the way to a path takes some
+    with cleaned_up(), progress_line() as progress:
+        restore(args.file, args.store, force=args.force, tell=warn, tick=counted(progress))
+    note(f"{args.store}: restored from {args.file}")
+    return 0

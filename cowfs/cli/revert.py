@@ -1,0 +1,126 @@
+"""``cowfs revert``: the lower's version again."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from cowfs.cli import options
+from cowfs.cli.output import progress_line, say, warn
+from cowfs.errors import CowfsError, UsageError
+
+if TYPE_CHECKING:
+    from cowfs.api import Done
+
+NAME = "revert"
+JSON_HELP = "one JSON object a line: version path kind size why_not"
+VERSION = 1
+
+_DESCRIPTION = """\
+Take changes back: PATH, and everything below it, becomes what it is in the lower. Added files are removed,
+deleted files come back, and renamed directories get their old names. Nothing is lost: what is removed is
+moved to a trash in the store, and --undo brings it back.
+"""
+_EPILOG = """\
+A PATH is relative to the root of the tree; a glob such as '*.conf' matches in all directories. `cowfs diff`
+with the same paths lists what will be taken back, and so does --dry-run. In a store with checkpoints, PATH
+becomes what it was at the last checkpoint; `cowfs diff --since NAME` lists the changes since then.
+
+The tree may be mounted and in use: open files then have the content of the lower. What was taken back
+takes up space in the store until `cowfs vacuum --trash` empties the trash.
+
+examples:
+  cowfs revert /mnt etc/fstab           one file
+  cowfs revert /mnt/etc                 all that was changed below /etc
+  cowfs revert sysrcd.bs --all          everything, in a store that is not mounted
+  cowfs revert /mnt usr --metadata      owners, modes, times and attributes, but not the contents
+  cowfs revert /mnt --undo              bring back what was taken back last
+
+exit codes: 0 done; 1 wrong usage, or nothing to take back; 32 some of it could not be taken back.
+"""
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Describe the subcommand."""
+    parser = options.add_subcommand(subparsers, NAME, "take changes back", _DESCRIPTION, _EPILOG)
+    parser.add_argument("what", metavar="STORE|MOUNTPOINT")
+    parser.add_argument(
+        "paths", metavar="PATH", nargs="*", default=(), help="what to take back; may be a glob"
+    )
+    parser.add_argument("--all", action="store_true", help="take everything back")
+    parser.add_argument("--metadata", action="store_true", help="only owners, modes, times and xattrs")
+    parser.add_argument("--undo", action="store_true", help="bring back what was taken back last")
+    parser.add_argument("-n", "--dry-run", action="store_true", help="only list what would be taken back")
+    options.add_lower(parser)
+    parser.add_argument("--json", action="store_true", help=JSON_HELP)
+    parser.add_argument("-q", "--quiet", action="store_true", help="do not list what is done")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Take back, or bring back."""
+    from cowfs.api import open_changes, take_back
+    from cowfs.changes.render import escape, json_line, line
+    from cowfs.changes.select import selected
+    from cowfs.cli.diff import patterns_of
+
+    what, paths = patterns_of(args)
+    if args.undo and (paths or args.all or args.metadata or args.dry_run):
+        raise UsageError("--undo brings back all that was taken back last", "leave the rest out")
+    if not paths and not args.all and not args.undo:
+        raise UsageError("nothing is named", "give paths, or --all")
+    if paths and args.all:
+        raise UsageError("--all takes everything back", "leave the paths out, or --all")
+    lowers = options.lowers_of(args)
+    if args.dry_run:
+        with open_changes(what, lowers, warn, since=last_checkpoint(what)) as changes:
+            selection = selected(paths)
+            selection.must_exist(changes, what)
+            for change in selection.of(changes):
+                if args.json:
+                    print(json_line(change))
+                else:
+                    say(line(change))
+        return 0
+    asked = "undo" if args.undo else "revert"
+    count = failed = 0
+    word = "brought back" if args.undo else "reverted"
+    chosen = None if args.all else paths
+    with progress_line() as progress:
+        for done in take_back(what, asked, chosen, lowers, metadata=args.metadata, tell=warn):
+            failed += bool(done.why_not)
+            count += not done.why_not
+            if args.json:
+                print(json_of(done))
+            elif done.why_not:
+                warn(f"{escape(done.path) or '/'}: {done.why_not}")
+            elif not args.quiet:
+                say(f"{word} {escape(done.path) or '/'}")
+            else:
+                progress(f"{count} {word}")
+    if not count and not failed:
+        raise UsageError(f"{args.what}: nothing to take back there", "cowfs diff lists the changes")
+    if not args.undo and not args.quiet and not args.json:
+        warn(f"{count} reverted; cowfs revert {os.path.abspath(what)} --undo brings them back")
+    return 32 if failed else 0
+
+
+def json_of(done: Done) -> str:
+    """Return what was taken back, brought back or removed as JSON; ``why_not`` is null if it was."""
+    from cowfs.jsontext import put_path
+
+    entry: dict[str, object] = {"version": VERSION}
+    put_path(entry, "path", done.path)
+    return json.dumps(entry | {"kind": done.kind, "size": done.size, "why_not": done.why_not or None})
+
+
+def last_checkpoint(what: str) -> str | None:
+    """Return the checkpoint that things are reverted to; None if it is the lower."""
+    from cowfs.api import checkpoints
+
+    with suppress(CowfsError):  # who opens it says what is wrong
+        return next((one.name for one in checkpoints(what) if one.last), None)
+    return None

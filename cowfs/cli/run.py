@@ -1,0 +1,270 @@
+"""``cowfs run``: run a command as root of its own world, in which a union is mounted, or is its root."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
+from cowfs.cli import mount, umount
+from cowfs.cli import options as mount_options
+from cowfs.cli.ending import Ending, complete_interrupted
+from cowfs.cli.output import warn
+from cowfs.cli.sandbox import Part, Sandbox
+from cowfs.errors import MountFailure, SystemFailure, UsageError
+from cowfs.layers.beneath import now
+from cowfs.linux import mounts, offspring, programs, seccomp, user_namespace
+from cowfs.linux.signals import ASKS_TO_END, unblock
+
+NAME = "run"
+_FROM_TERMINAL = (signal.SIGINT, signal.SIGQUIT)
+_NOT_FOUND, _NOT_RUN = 127, 126
+"""Exit codes of sh(1)."""
+
+_EPILOG = """\
+With --root COMMAND sees nothing but the merged tree of ROOT, as its root directory: / to try a command on
+this system, a directory, or an image. Filesystems mounted in ROOT can be changed in the same way, those that
+are read-only stay so, and /proc and /sys are the system's. /dev has the usual devices. When COMMAND exits,
+what it has left running is ended. On a terminal its changes are listed then, and cowfs asks what to do with
+them; the options --commit, --discard and --keep answer beforehand. Without a terminal and an answer the
+changes stay in the store, or are discarded if there is none.
+
+--commit carries the changes onto ROOT, a directory: all of them, whenever it is interrupted, for the next
+`cowfs run` completes it. Where ROOT was changed meanwhile, that is a conflict: it is named, nothing is
+changed, and the changes are kept. The changes of a filesystem mounted in ROOT at etc/x are kept in the store
+STORE.mounts/etc%2Fx.
+
+Without --root the merged tree is at MOUNTPOINT, which only COMMAND sees. It is unmounted in the end.
+
+For an ordinary user, COMMAND is root of a user namespace: it may do what root may do, to the files of the
+user and in the merged tree. Other users and groups exist there if /etc/subuid and /etc/subgid assign some
+to the user and newuidmap(1) is installed (apt install uidmap). Otherwise all files are shown as owned by
+root, and changing an owner has no effect.
+
+options for -o: those of `cowfs mount` except fakeroot, which is not needed
+
+examples:
+  cowfs run --root / -- make install                look, then commit or discard
+  cowfs run --root / --commit -- sh install.sh
+  cowfs run --root root.sqsh --store changes -- apt-get install hello
+  cowfs run root.sqsh tree --store changes -- cp -a /etc/skel tree/root
+
+Exit codes: that of COMMAND; 127 it is not found; 126 it cannot be run; 125 it has run, and not all of its
+changes were committed or kept; without having run it: 1 usage error; 2 system error; 32 mount failed.
+"""
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Describe the subcommand."""
+    parser = subparsers.add_parser(
+        NAME,
+        help="run a command on a merged tree, as root; then commit or discard what it changed",
+        description="Run COMMAND as root on a merged tree; then commit, keep or discard what it has changed.",
+        usage="cowfs run --root ROOT [OPTIONS] -- COMMAND [ARGUMENT...]\n"
+        "       cowfs run [OPTIONS] LOWER[:LOWER...] MOUNTPOINT [OPTIONS] -- COMMAND [ARGUMENT...]",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    mount.add_arguments(parser, optional=True)
+    parser.add_argument("--root", metavar="IMAGE|DIR|/", help="the root directory of COMMAND")
+    answer = parser.add_mutually_exclusive_group()
+    answer.add_argument("--commit", action="store_true", help="carry the changes onto the lower")
+    answer.add_argument("--discard", action="store_true", help="discard the changes")
+    answer.add_argument("--keep", metavar="STORE", help="write the changes to a new store")
+    parser.add_argument(
+        "-f", "--force", action="store_true", help="commit over what was changed meanwhile, too"
+    )
+    parser.set_defaults(run=run, command=[], foreground=False, debug="")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Mount, run the command, ask what is to become of its changes, do that, and unmount."""
+    _check(args)
+    is_all_there = _enter()
+    complete_interrupted(_lower(args))
+    since = now()
+    with _private_directory() as private:
+        if not os.access(os.environ.get("XDG_RUNTIME_DIR", "/none"), os.W_OK):
+            os.environ["XDG_RUNTIME_DIR"] = private  # for the daemon's socket
+        prepare = (lambda: None) if is_all_there else seccomp.ignore_chown
+        sandbox = Sandbox(args, private) if args.root else None
+        parts = sandbox.parts if sandbox is not None else []
+        try:
+            if sandbox is not None:
+                sandbox.build()
+            else:
+                parts.append(_mounted(args))
+            code = _wait(args.command, prepare, sandbox)
+            ending = Ending(args, parts, since)
+            ending.decide()
+        finally:
+            if sandbox is not None:
+                sandbox.close(_unmount)
+            elif parts:
+                _unmount(args.mountpoint)
+    return ending.finish() or code
+
+
+def _check(args: argparse.Namespace) -> None:
+    """UsageError for what does not go together."""
+    if not args.command:
+        raise UsageError("no command given: cowfs run --root / -- COMMAND", "see `cowfs run --help`")
+    if "fakeroot" in mount_options.parse(args.options).flags:
+        raise UsageError("fakeroot: the command is root without it", "remove it")
+    if args.root is not None and args.lower is not None:
+        raise UsageError(
+            f"--root and {args.lower}: one of them is too many", "cowfs run --root ROOT -- COMMAND"
+        )
+    if args.root is None and (args.lower is None or args.mountpoint is None):
+        raise UsageError("no root given", "cowfs run --root / -- COMMAND, or LOWER MOUNTPOINT")
+    has_store = args.store not in {None, "memory"}
+    if has_store and args.keep:
+        raise UsageError("--store and --keep: both say where the changes are kept", "leave one of them out")
+    if has_store and args.discard and os.path.lexists(args.store):
+        raise UsageError(
+            f"--discard: {args.store} is there already, and keeps its changes",
+            "leave out --store, or use `cowfs revert`",
+        )
+    if args.keep and os.path.lexists(args.keep):
+        raise UsageError(f"--keep {args.keep}: already exists", "give another name, or --store to add to it")
+    lower = _lower(args)
+    if args.commit and not os.path.isdir(lower):
+        raise UsageError(f"--commit: {lower} is no directory, and cannot be changed", "use --keep STORE")
+    if args.commit and os.statvfs(lower).f_flag & os.ST_RDONLY:
+        raise UsageError(f"--commit: {lower} is mounted read-only", "use --keep STORE")
+
+
+def _lower(args: argparse.Namespace) -> str:
+    """Return the path or URL of the lower that changes are to; of several what was written for them."""
+    if args.root is not None:
+        return str(args.root)
+    lowers = mount_options.split_lowers(args.lower)
+    return lowers[0] if len(lowers) == 1 else str(args.lower)
+
+
+def _mounted(args: argparse.Namespace) -> Part:
+    """Mount what the command is to see, at its mountpoint, and return it."""
+    is_new = bool(args.store) and args.store != "memory" and not os.path.lexists(args.store)
+    if args.commit or args.keep or args.discard:
+        mount.mounted(args)
+    else:
+        mount.run(args)
+    return Part(_lower(args), args.mountpoint, b"", args.store or "memory", is_new)
+
+
+@contextmanager
+def _private_directory() -> Iterator[str]:
+    """Give an empty directory for what is mounted, and remove it when nothing is any more.
+
+    No tempfile.TemporaryDirectory: daemons are forked from us, and each that ends would remove that, with all
+    that is mounted in it.
+    """
+    private = tempfile.mkdtemp(prefix="cowfs-run-")
+    try:
+        yield private
+    finally:
+        with suppress(OSError):
+            mounts.umount2(private, mounts.MNT_DETACH)
+        if not os.path.ismount(private):
+            shutil.rmtree(private, ignore_errors=True)
+
+
+def _enter() -> bool:
+    """Let this process be root with mounts of its own; say whether others than root can own files."""
+    if os.geteuid() == 0:
+        mounts.unshare_slave()
+        return True
+    try:
+        user_namespace.become_root()
+    except OSError as error:
+        raise SystemFailure(
+            f"no user namespace can be had: {error.strerror}",
+            "the system forbids them: see kernel.unprivileged_userns_clone and user.max_user_namespaces",
+        ) from None
+    return _others_are_there()
+
+
+def _others_are_there() -> bool:
+    return sum(count for _, _, count in user_namespace.ranges("uid")) > 1
+
+
+def _wait(command: list[str], prepare: Callable[[], object], sandbox: Sandbox | None) -> int:
+    """Run a command to its end; return its exit code as sh(1) does. What the terminal sends is for it.
+
+    In a sandbox what it has left running is ended.
+    """
+    before = [signal.getsignal(number) for number in _FROM_TERMINAL]
+    for number in _FROM_TERMINAL:
+        signal.signal(number, signal.SIG_IGN)
+    spared = offspring.adopt() if sandbox is not None else set()
+    try:
+        return _run(command, prepare, sandbox)
+    finally:
+        if sandbox is not None:
+            ended, left = offspring.end_all(spared)
+            if ended:
+                warn(f"ended what the command has left running: {', '.join(ended)}")
+            if left:
+                warn(f"what the command has left running cannot be ended: {', '.join(left)}")
+        for number, handler in zip(_FROM_TERMINAL, before, strict=True):
+            signal.signal(number, handler)
+
+
+def _run(command: list[str], prepare: Callable[[], object], sandbox: Sandbox | None) -> int:
+
+    def become() -> None:
+        for number in _FROM_TERMINAL:
+            signal.signal(number, signal.SIG_DFL)
+        for number in ASKS_TO_END:
+            signal.signal(number, signal.SIG_DFL)
+        unblock()
+        if sandbox is not None:
+            sandbox.enter()
+        prepare()
+
+    try:
+        environment = programs.given_environment()
+        if sandbox is not None:
+            environment = sandbox.environment(environment, all_there=_others_are_there())
+        process = subprocess.Popen(command, env=environment, preexec_fn=become)  # noqa: PLW1509 - one thread
+    except subprocess.SubprocessError:  # become() has failed, and it is not told why
+        warn(f"{command[0]}: cannot be run: its root directory cannot be entered")
+        return _NOT_RUN
+    except OSError as error:
+        warn(f"{command[0]}: {error.strerror}")
+        return _NOT_FOUND if isinstance(error, FileNotFoundError) else _NOT_RUN
+    with _passed_on(process):
+        code = process.wait()
+    return code if code >= 0 else 128 - code
+
+
+@contextmanager
+def _passed_on(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Let a process have the signals that ask us to end: we end when it has."""
+    asking = ASKS_TO_END - set(_FROM_TERMINAL)
+    before = {number: signal.getsignal(number) for number in asking}
+    for number in asking:
+        signal.signal(number, lambda number, _: process.send_signal(number))
+    mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, asking)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _unmount(mountpoint: str) -> None:
+    arguments = argparse.Namespace(mountpoint=mountpoint, lazy=False, force=False, timeout=600.0)
+    try:
+        umount.run(arguments)
+    except MountFailure as failure:
+        warn(f"{failure.message}: what the command has left running keeps it")
+        arguments.lazy = True
+        with suppress(MountFailure):
+            umount.run(arguments)

@@ -1,0 +1,248 @@
+"""A root for one command: the merged tree of a directory or an image, and what programs expect in a root.
+
+Each filesystem that is mounted in the directory has a union, and a store, of its own. Those that are no
+stores of files (/proc, /sys) are shown as they are, and what is read-only stays so. /dev has the usual
+devices and no others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+
+from cowfs.cli import mount
+from cowfs.cli.output import warn
+from cowfs.errors import CowfsError, SystemFailure, UsageError
+from cowfs.linux import mounts
+from cowfs.linux.mount_table import MountInfo, mountinfo
+from cowfs.url.names import is_url
+
+_KERNELS = frozenset(
+    (
+        *("proc", "sysfs", "cgroup", "cgroup2", "mqueue", "debugfs", "tracefs", "securityfs", "bpf", "nsfs"),
+        *("configfs", "fusectl", "pstore", "hugetlbfs", "binfmt_misc", "efivarfs", "rpc_pipefs"),
+        *("selinuxfs", "nfsd", "devpts", "devtmpfs"),
+    )
+)
+"""Filesystems that show what the kernel has."""
+_DEVICES = ("null", "zero", "full", "random", "urandom", "tty", "fuse")
+_LINKS = (
+    *(("fd", "/proc/self/fd"), ("stdin", "fd/0"), ("stdout", "fd/1"), ("stderr", "fd/2")),
+    ("ptmx", "pts/ptmx"),
+)
+_FOR_APT = "/dev/cowfs/apt.conf"
+"""For a root with no users but root: apt cannot become _apt there."""
+_TMPFS = mounts.MS_NOSUID
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One union of the root."""
+
+    lower: str
+    mountpoint: str
+    at: bytes
+    """Where it is in the root, without a leading slash."""
+    store: str
+    """Where its changes are, or ``memory``."""
+    is_new: bool
+    """Whether the store was made for this."""
+
+
+class Sandbox:
+    """A root that is being built, and used."""
+
+    def __init__(self, args: argparse.Namespace, private: str) -> None:
+        """*private* is an empty directory, which nobody else sees anything in. SystemFailure, UsageError."""
+        self._args = args
+        self._by_url = is_url(args.root)
+        self._lower = args.root if self._by_url else os.path.realpath(args.root)
+        if not (self._by_url or os.path.exists(self._lower)):
+            raise UsageError(f"{args.root}: no such file or directory", "give an image or a directory")
+        self._inside = [each for each in mountinfo() if self._is_inside(each)]
+        try:
+            mounts.mount("cowfs", private, "tmpfs", _TMPFS, "mode=711")
+            self.path = os.path.join(os.path.realpath(private), "root")
+            os.mkdir(self.path)
+        except OSError as error:
+            raise SystemFailure(f"{private}: {error.strerror}") from None
+        self.parts: list[Part] = []
+        self._mounted: list[str] = []
+
+    @property
+    def is_directory(self) -> bool:
+        return os.path.isdir(self._lower)
+
+    def build(self) -> None:
+        """Mount all. CowfsError; what has been mounted is in :attr:`parts`."""
+        self._cover(self._lower, "", self._args.store or "memory")
+        shown: list[str] = []
+        for each in self._inside:
+            place = os.fsdecode(each.mountpoint)
+            at = os.path.relpath(place, self._lower)
+            if any(at == above or at.startswith(f"{above}/") for above in ("dev", *shown)):
+                continue
+            if each.fstype in _KERNELS:
+                shown.append(at)
+            if each.fstype != "autofs" and self._is_there(at):
+                self._show(each, place, at)
+        for at in ("proc", "sys"):
+            if at not in shown and self._is_directory(at):
+                self._bind(f"/{at}", at)
+        if not self._is_host() and self._is_directory("run"):
+            self._mount("run", "tmpfs", "mode=755")
+        if self._is_directory("dev"):
+            self._bind(self._make_dev(), "dev")
+        self._hide_store()
+
+    def enter(self) -> None:
+        """Let the root be that of this process, and its working directory the same, if it is there."""
+        here = os.path.relpath(os.getcwd(), self._lower) if self.is_directory else ".."
+        mounts.change_root(self.path)
+        with suppress(OSError):
+            os.chdir(here if here.split("/")[0] != ".." else "/")
+
+    def close(self, unmount: Callable[[str], object]) -> None:
+        """Unmount all; a union by *unmount*."""
+        unions = {part.mountpoint for part in self.parts}
+        while self._mounted:
+            path = self._mounted.pop()
+            if path in unions:
+                unmount(path)
+            else:
+                with suppress(OSError):
+                    mounts.umount2(path, mounts.MNT_DETACH)
+
+    def _is_host(self) -> bool:
+        return bool(self._lower == "/")
+
+    def _is_there(self, at: str) -> bool:
+        """Whether something is at *at* in the root itself, not where a symbolic link in it leads: that is no
+        part of it, and to mount there would hide from us what the system has."""
+        path = os.path.join(self.path, at)
+        return os.path.lexists(path) and os.path.realpath(path) == path
+
+    def _is_directory(self, at: str) -> bool:
+        return self._is_there(at) and os.path.isdir(os.path.join(self.path, at))
+
+    def _is_inside(self, each: MountInfo) -> bool:
+        """Whether something is mounted in the root, and not hidden by what was mounted later."""
+        path = os.fsdecode(each.mountpoint)
+        if path == self._lower or not path.startswith(f"{self._lower.rstrip('/')}/"):
+            return False
+        try:
+            info = os.lstat(path)
+        except OSError:
+            return False
+        dev = f"{os.major(info.st_dev)}:{os.minor(info.st_dev)}"
+        return bool(dev == each.dev or each.fstype == "btrfs")
+
+    def _show(self, each: MountInfo, place: str, at: str) -> None:
+        is_file = not os.path.isdir(place)
+        if each.fstype in _KERNELS:
+            self._bind(place, at)
+        elif is_file or "ro" in {*each.options.split(","), *each.super_words}:
+            self._bind(place, at, readonly=True)
+        elif self._is_directory(at):
+            try:
+                self._cover(place, at, self._store_of(at))
+            except CowfsError as error:
+                warn(f"{place} is read-only for the command: {error.message}")
+                self._bind(place, at, readonly=True)
+
+    def _store_of(self, at: str) -> str:
+        """Return where the changes of what is mounted at *at* are kept: beside those of the root."""
+        if not self._args.store or self._args.store == "memory":
+            return "memory"
+        beside = f"{os.path.abspath(self._args.store)}.mounts"
+        with suppress(OSError):  # who opens the store says so
+            os.makedirs(beside, mode=0o700, exist_ok=True)
+        return os.path.join(beside, name_of(os.fsencode(at)))
+
+    def _cover(self, lower: str, at: str, store: str) -> None:
+        args = argparse.Namespace(**vars(self._args))
+        args.lower = lower if is_url(lower) else lower.replace("\\", "\\\\").replace(":", "\\:")
+        args.mountpoint = os.path.join(self.path, at).rstrip("/")
+        args.store = store
+        is_new = store != "memory" and not os.path.lexists(store)
+        mount.mounted(args, hides_store=True)
+        self._mounted.append(args.mountpoint)
+        self.parts.append(Part(lower, args.mountpoint, os.fsencode(at), store, is_new))
+
+    def _bind(self, source: str, at: str, *, readonly: bool = False) -> None:
+        try:
+            mounts.bind(source, os.path.join(self.path, at), readonly=readonly)
+            self._mounted.append(os.path.join(self.path, at))
+        except OSError as error:
+            warn(f"{source} is not there for the command: {error.strerror}")
+
+    def _mount(self, at: str, fstype: str, options: str, *, readonly: bool = False) -> None:
+        flags = _TMPFS | (mounts.MS_RDONLY if readonly else 0)
+        try:
+            mounts.mount("cowfs", os.path.join(self.path, at), fstype, flags, options)
+            self._mounted.append(os.path.join(self.path, at))
+        except OSError as error:
+            shown = os.path.normpath(f"/{at}")
+            raise SystemFailure(f"{shown}: cannot be mounted for the command: {error.strerror}") from None
+
+    def _make_dev(self) -> str:
+        """Make what is to be /dev, beside the root: who can change that could let us write elsewhere."""
+        beside = os.path.join(os.pardir, "dev")
+        dev = os.path.join(os.path.dirname(self.path), "dev")
+        os.mkdir(dev)
+        self._mount(beside, "tmpfs", "mode=755")
+        for name in _DEVICES:
+            if os.path.exists(f"/dev/{name}"):
+                with open(os.path.join(dev, name), "xb"):
+                    pass
+                self._bind(f"/dev/{name}", os.path.join(beside, name))
+        for name, target in _LINKS:
+            os.symlink(target, os.path.join(dev, name))
+        for name in ("pts", "shm", "cowfs"):
+            os.mkdir(os.path.join(dev, name))
+        self._mount(os.path.join(beside, "pts"), "devpts", "newinstance,ptmxmode=0666,mode=620")
+        self._mount(os.path.join(beside, "shm"), "tmpfs", "mode=1777")
+        with suppress(OSError):  # there is none
+            terminal = os.ttyname(0)
+            with open(os.path.join(dev, "console"), "xb"):
+                pass
+            self._bind(terminal, os.path.join(beside, "console"))
+        with open(os.path.join(dev, os.path.relpath(_FOR_APT, "/dev")), "x", encoding="ascii") as file:
+            file.write('APT::Sandbox::User "root";\n')
+        return dev
+
+    @staticmethod
+    def environment(given: dict[bytes, bytes], *, all_there: bool) -> dict[bytes, bytes]:
+        """Return the environment for the command, where *all_there* says whether others than root are."""
+        return given if all_there else {b"APT_CONFIG": _FOR_APT.encode(), **given}
+
+    def _hide_store(self) -> None:
+        """Let the command not reach the stores by their paths: what it changed there would be their own."""
+        for path in {os.path.realpath(part.store) for part in self.parts if part.store != "memory"}:
+            at = os.path.relpath(path, self._lower)
+            there = os.path.join(self.path, at)
+            if at.split("/")[0] == ".." or not os.path.lexists(there):
+                continue
+            if os.path.isdir(there):
+                self._mount(at, "tmpfs", "mode=0", readonly=True)
+            else:
+                self._bind("/dev/null", at)
+
+
+def name_of(at: bytes) -> str:
+    """Return the name of the store of what is mounted at *at*, in one directory for all: without a dot, with
+    which it would be taken for that of an image."""
+    return os.fsdecode(at).replace("%", "%25").replace("/", "%2F").replace(".", "%2E")
+
+
+def forget_unused(parts: list[Part], used: set[str]) -> None:
+    """Remove the stores that were made for nothing; the mounts are gone."""
+    for part in parts[1:]:
+        if part.is_new and part.mountpoint not in used:
+            shutil.rmtree(part.store, ignore_errors=True)
+            with suppress(OSError):
+                os.rmdir(os.path.dirname(part.store))

@@ -1,0 +1,54 @@
+"""``cowfs shrink``: make a store smaller."""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+
+from cowfs.cli import options
+from cowfs.cli.output import say
+
+NAME = "shrink"
+
+_DESCRIPTION = """\
+Make a store smaller, and keep its contents. It must not be mounted. A copy is checked and made smaller, and
+takes its place: the store is the old one or the new one, whenever this is interrupted.
+"""
+_EPILOG = """\
+SIZE is the new size in MiB, or with a unit (256, 256M, 1.5G); without it, as small as can be, 16 MiB at
+least. There must be room for the copy beside the store: for what the disk has of it by now. `cowfs trim`
+gives back what is free in a store without a copy.
+
+examples:
+  cowfs shrink sysrcd.bs 256
+  cowfs shrink sysrcd.bs           leaves no room for more changes: for keeping it
+
+Exit codes: 0 the store has that size; 1 usage error; 2 a program is missing; 32 it is as it was.
+"""
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Describe the subcommand."""
+    parser = options.add_subcommand(subparsers, NAME, "make a store smaller", _DESCRIPTION, _EPILOG)
+    parser.add_argument("store", metavar="STORE", help="the store to shrink")
+    parser.add_argument(
+        "size", metavar="SIZE", nargs="?", help="its new size in MiB, or with a unit: 256M, 1G"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Shrink the store."""
+    from cowfs.client import mount_with_store
+    from cowfs.errors import StoreError
+    from cowfs.exports.target import new_file
+    from cowfs.store.format.sizes import format_size, parse_size
+    from cowfs.store.format.sniff import split_subdir
+    from cowfs.store.offline.shrink import shrink_store
+
+    if mount_with_store(args.store) is not None:
+        raise StoreError(f"{args.store}: is mounted", "unmount it first")
+    size = parse_size(args.size) if args.size else None
+    size = shrink_store(split_subdir(args.store)[0], size, partial(new_file, force=True))
+    say(f"{args.store}: resized to {format_size(size)}")
+    return 0

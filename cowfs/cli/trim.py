@@ -1,0 +1,55 @@
+"""``cowfs trim``: give the disk back what is free in a store."""
+
+from __future__ import annotations
+
+import argparse
+
+from cowfs.cli import options
+from cowfs.cli.output import say
+
+NAME = "trim"
+
+_DESCRIPTION = """\
+Give the disk back what is free in a store that is an image: its file gets holes there. It keeps its size, and
+takes room again as it is filled. For a store in memory, that is memory.
+"""
+_EPILOG = """\
+The store is checked (and what is safe is repaired). It may be mounted, unless by --engine kernel; programs
+that use the mount wait while it is checked.
+
+A store that has given back room needs some on its disk when it is written to: where the disk is full, writing
+fails. `cowfs create` and `grow` take all of it at once, so that this cannot happen.
+
+examples:
+  cowfs trim /mnt
+  cowfs trim sysrcd.bs
+
+Exit codes: 0 done; 1 usage error; 2 a program is missing; 32 the store cannot be used.
+"""
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Describe the subcommand."""
+    parser = options.add_subcommand(
+        subparsers, NAME, "give the disk back what is free in a store", _DESCRIPTION, _EPILOG
+    )
+    parser.add_argument("store", metavar="STORE|MOUNTPOINT", help="the store to trim")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Trim the store."""
+    from cowfs.client import ask, mount_with_store
+    from cowfs.store.format.sizes import format_size
+    from cowfs.store.format.sniff import split_subdir
+    from cowfs.store.offline.shrink import trim_store
+
+    mount = mount_with_store(args.store)
+    freed = 0
+    if mount is None:
+        freed = trim_store(split_subdir(args.store)[0])
+    else:
+        for reply in ask(mount.dev, NAME, timeout=None):
+            freed = int(reply.get("freed", freed))
+    say(f"{args.store}: {format_size(freed)} given back")
+    return 0

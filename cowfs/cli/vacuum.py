@@ -1,0 +1,70 @@
+"""``cowfs vacuum``: take out of a store what says nothing."""
+
+from __future__ import annotations
+
+import argparse
+
+from cowfs.cli import options
+from cowfs.cli.output import progress_line, say, warn
+from cowfs.cli.revert import JSON_HELP, json_of
+
+NAME = "vacuum"
+
+_DESCRIPTION = """\
+Free space in a store without changing the merged tree: remove copies of files that are identical to the
+lower's, whiteouts that hide nothing, and directories that add nothing.
+"""
+_EPILOG = """\
+A copy is identical if its content, owner, mode, exact times and attributes are those of the lower's file.
+Copies of files that are in use are kept, because removing them would change inode numbers. `cowfs revert`
+leaves copies of files that were open.
+
+--trash permanently removes what `cowfs revert` has taken back, and nothing else.
+
+examples:
+  cowfs vacuum /mnt --dry-run     list what can be removed
+  cowfs vacuum sysrcd.bs          clean up a store that is not mounted
+  cowfs vacuum /mnt --trash       empty the trash
+"""
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Describe the subcommand."""
+    parser = options.add_subcommand(
+        subparsers, NAME, "remove redundant entries from a store", _DESCRIPTION, _EPILOG
+    )
+    parser.add_argument("what", metavar="STORE|MOUNTPOINT")
+    parser.add_argument("--trash", action="store_true", help="throw away what cowfs revert has taken back")
+    parser.add_argument("-n", "--dry-run", action="store_true", help="only list what could go")
+    options.add_lower(parser)
+    parser.add_argument("--json", action="store_true", help=JSON_HELP)
+    parser.add_argument("-q", "--quiet", action="store_true", help="do not list what is done")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Remove it, or list it."""
+    from cowfs.api import take_back
+    from cowfs.changes.render import escape
+    from cowfs.errors import UsageError
+    from cowfs.store.format.sizes import format_size
+
+    if args.trash and args.dry_run:
+        raise UsageError("--trash has no --dry-run", "cowfs du shows how large the trash is")
+    lowers = options.lowers_of(args)
+    count = size = 0
+    asked = "trash" if args.trash else "vacuum"
+    with progress_line() as progress:
+        for done in take_back(args.what, asked, None, lowers, dry_run=args.dry_run, tell=warn):
+            count += 1
+            size += done.size
+            if args.json:
+                print(json_of(done))
+            elif not args.quiet:
+                say(f"{done.kind:<9} {escape(done.path)}")
+            else:
+                progress(f"{count} so far")
+    if not args.trash and not args.json:
+        verb = "could be removed" if args.dry_run else "removed"
+        warn(f"{count} {verb}, {format_size(size)}")
+    return 0

@@ -1,0 +1,178 @@
+"""Mounting and unmounting by the command, in a process of its own: for programs that go on meanwhile."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import IO
+
+from cowfs.errors import (
+    EXIT_INTERNAL,
+    EXIT_SYSTEM,
+    EXIT_USAGE,
+    CowfsError,
+    InternalError,
+    MountFailure,
+    SystemFailure,
+    UsageError,
+)
+from cowfs.url.names import authority, place
+
+Path = str | os.PathLike[str]
+Option = str | int | bool | Sequence[str] | None
+_FAILURES: dict[int, type[CowfsError]] = {
+    EXIT_USAGE: UsageError,
+    EXIT_SYSTEM: SystemFailure,
+    EXIT_INTERNAL: InternalError,
+}
+LONGEST_REQUEST = 1 << 20
+
+
+def mount_arguments(
+    lowers: Sequence[Path], mountpoint: str, store: Path | None, options: Iterable[tuple[str, Option]]
+) -> list[str]:
+    """Return the arguments of ``cowfs mount`` for these layers, topmost first."""
+    arguments = ["mount", join_lowers([place(os.fspath(lower)) for lower in lowers]), mountpoint]
+    if store is not None:
+        where = os.fspath(store)
+        arguments.append(f"--store={where if where == 'memory' else os.path.abspath(where)}")
+    for name, value in options:
+        if value is True:
+            arguments += ["-o", name]
+        elif value is not None and value is not False:
+            for each in [str(value)] if isinstance(value, str | int) else value:
+                arguments += ["-o", f"{name}={_escaped(each, ',')}"]
+    return arguments
+
+
+def join_lowers(lowers: Sequence[str], data_only: int = 0) -> str:
+    """Write LOWER[:LOWER...][::DATA...] as ``cowfs mount`` takes it; the last *data_only* are that."""
+    names = [_of_several(lower) for lower in lowers]
+    merged = len(names) - data_only
+    return "::".join((":".join(names[:merged]), *names[merged:]))
+
+
+def _of_several(lower: str) -> str:
+    """Return a lower's name as it is written among others. A colon in the host of a URL ends no name."""
+    start = authority(lower)
+    if start == lower:  # nothing would end it
+        start = ""
+    return start + _escaped(lower[len(start) :], ":")
+
+
+def _escaped(text: str, separator: str) -> str:
+    return text.replace("\\", "\\\\").replace(separator, f"\\{separator}")
+
+
+def run_command(arguments: Sequence[str]) -> None:
+    """Run ``cowfs ARGUMENTS`` to its end. Blocks; raises what it said, as the CowfsError of its exit code.
+
+    When this is interrupted the command is asked to end, and has ended when this returns.
+    """
+    with tempfile.TemporaryFile() as said:  # a daemon may hold it for longer than the command lasts
+        warm = _warm[-1] if _warm else None
+        code = _start(arguments, said) if warm is None else warm.run(arguments, said)
+        if code == 0:
+            return
+        said.seek(0)
+        lines = said.read().decode(errors="replace").strip().splitlines()
+    why = lines[-1].removeprefix("cowfs: ") if lines else f"cowfs {arguments[0]} failed ({code})"
+    raise _FAILURES.get(code, MountFailure)(why)
+
+
+def _start(arguments: Sequence[str], said: IO[bytes]) -> int:
+    """Run it by a Python of its own; return the exit code."""
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-m", "cowfs", *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=said,
+        stderr=said,
+    )
+    try:
+        return process.wait()
+    except BaseException:
+        process.terminate()
+        process.wait()
+        raise
+
+
+# --- a process that has loaded everything
+
+_warm: list[_Warm] = []
+
+
+@contextmanager
+def warm() -> Iterator[None]:
+    """Have a process ready, in this block, that has everything loaded: to mount takes a tenth of the time.
+
+    It takes some 30 MiB of memory, and is gone at the end; what is mounted stays.
+    """
+    ready = _Warm()
+    _warm.append(ready)
+    try:
+        yield
+    finally:
+        _warm.remove(ready)
+        ready.close()
+
+
+class _Warm:
+    """See :mod:`cowfs.cli.zygote`."""
+
+    def __init__(self) -> None:
+        self._owner = _whose()
+        self._socket, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        # Root's Python is isolated: it imports nothing of the caller's.
+        isolated = "-I" if os.geteuid() == 0 else "-P"
+        with there:
+            self._process = subprocess.Popen(
+                [sys.executable, isolated, "-m", "cowfs.cli.zygote", str(there.fileno())],
+                stdin=subprocess.DEVNULL,
+                pass_fds=[there.fileno()],
+            )
+
+    def run(self, arguments: Sequence[str], said: IO[bytes]) -> int:
+        """Run a command; return the exit code, 1 if it has said none."""
+        if _whose() != self._owner:  # a fork has the socket, and another end; or the user is another by now
+            return _start(arguments, said)
+        try:
+            directory = os.getcwd()
+        except OSError:  # it has been removed, which the command says by itself
+            return _start(arguments, said)
+        asked = {"arguments": list(arguments), "environment": dict(os.environ), "directory": directory}
+        answer, there = socket.socketpair()
+        with answer, answer.makefile("r") as answers:
+            with there:
+                try:
+                    fds = [said.fileno(), there.fileno()]
+                    socket.send_fds(self._socket, [json.dumps(asked).encode()], fds)
+                except OSError:  # it is gone, or that is too long for it
+                    return _start(arguments, said)
+            first = ""
+            try:
+                first = answers.readline()
+                code = answers.readline()
+            except BaseException:
+                with suppress(OSError, ValueError):
+                    os.kill(int(first or answers.readline()), signal.SIGTERM)
+                answers.read()
+                raise
+        return int(code) if code.strip() else 1
+
+    def close(self) -> None:
+        """Let it end. Commands that run go on."""
+        self._socket.close()
+        if os.getpid() == self._owner[0]:
+            self._process.wait()
+
+
+def _whose() -> tuple[int, int, int, str]:
+    """Return which process this is, with whose rights, and which mounts it sees: those that commands have."""
+    return os.getpid(), os.geteuid(), os.getegid(), os.readlink("/proc/self/ns/mnt")

@@ -1,0 +1,135 @@
+"""Carry the changes of mounts onto the directories that are their lowers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from cowfs.api import Tell, open_changes
+from cowfs.changes.paths import join
+from cowfs.errors import SystemFailure
+from cowfs.exports.commit import Stage, complete, conflicts, forbidden, resume
+from cowfs.exports.entries import Withheld
+from cowfs.exports.losses import Losses
+from cowfs.exports.plan import Plan, plan
+from cowfs.linux.trust import who_can_change
+from cowfs.linux.user_namespace import has_all
+
+Tick = Callable[[bytes, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Changed:
+    """A mount whose changes are to be carried onto its lower."""
+
+    mountpoint: str
+    root: str
+    """The lower, a directory."""
+    store: str = "memory"
+    at: bytes = b""
+    """What its paths begin with when they are told."""
+
+
+class Commit:
+    """Changes on their way: those that are prepared can be made when nothing is mounted any more."""
+
+    def __init__(self) -> None:
+        self.losses = Losses()
+        self.conflicts: list[tuple[bytes, str]] = []
+        self._stage: Stage | None = None
+
+    def prepare(
+        self, mounts: Sequence[Changed], *, since: int, force: bool, tell: Tell, tick: Tick = lambda *_: None
+    ) -> bool:
+        """Write all that is needed to a directory; say whether that was done.
+
+        Not with conflicts, without *force*: what the lowers have was changed after *since* (ns). Blocks.
+        Raises CowfsError, and OSError with the path of what cannot be read.
+        """
+        with ExitStack() as stack:
+            stage = Stage(place())
+            undo = stack.enter_context(ExitStack())
+            undo.callback(stage.abandon)  # also where it holds already, and is not known to be on disk
+            for mount in mounts:
+                changes = stack.enter_context(open_changes(mount.mountpoint, None, tell))
+                before, after, told = changes.tree_before(), changes.tree(), list(changes.exactly())
+                items = plan(told, after, before)
+                found = conflicts(items, before, since)
+                self.conflicts += [(join(mount.at, path), why) for path, why in found]
+                bad = set(forbidden(items, before, {change.path: change for change in told}, mount.root))
+                if force:
+                    items = self._without(items, bad, mount.at)
+                else:
+                    self.conflicts += [(join(mount.at, path), "may not be changed by you") for path in bad]
+                if told and (force or not self.conflicts):
+                    withheld = _withheld(mount.store)
+                    stage.add(mount.root, items, after, told, self.losses, tick, withheld)
+            if self.conflicts and not force:
+                return False
+            stage.finish()
+            undo.pop_all()
+            self._stage = stage
+        return True
+
+    def _without(self, items: Plan, bad: set[bytes], at: bytes) -> Plan:
+        """Leave out what may not be changed, and all below."""
+        kept: Plan = {}
+        out = b"\0"
+        for path, item in items.items():
+            if path.startswith(out):
+                continue
+            if path in bad:
+                self.losses.add("left out, for you may not change it", join(at, path))
+                out = path + b"/"
+            else:
+                kept[path] = item
+        return kept
+
+    def make(self, tick: Tick = lambda *_: None) -> None:
+        """Make the changes that were prepared. Blocks. If it is interrupted, :func:`complete_all` goes on."""
+        assert self._stage is not None
+        try:
+            complete(self._stage.path, self.losses, tick)
+        finally:
+            self._stage.close()
+            self._stage = None
+
+    def forget(self) -> None:
+        """Remove what was prepared, if it was."""
+        if self._stage is not None:
+            self._stage.abandon()
+            self._stage = None
+
+
+def _withheld(store: str) -> Withheld:
+    """Return what a commit leaves out: who can change the store, and not the lower, gets no rights by it."""
+    reason = None if store == "memory" else who_can_change(store)
+    return {} if reason is None else dict.fromkeys(("nosuid", "nodev"), reason)
+
+
+def place() -> str:
+    """Return the directory in which commits are prepared: on a disk, for what is interrupted is completed."""
+    state = os.environ.get("XDG_STATE_HOME", "")
+    if os.geteuid() == 0 and has_all("uid"):
+        state = "/var/lib"
+    elif not os.path.isabs(state):
+        state = os.path.expanduser("~/.local/state")
+    return os.path.join(state, "cowfs", "commits")
+
+
+def complete_all(lower: str, tell: Tell) -> None:
+    """Complete the commits that were interrupted. Blocks. SystemFailure if one to *lower* cannot be."""
+    losses = Losses()
+    for path, roots, why in resume(place(), losses, lambda *_: None):
+        if not why:
+            tell(f"a commit to {', '.join(roots)} that was interrupted has been completed")
+            continue
+        said = f"a commit to {', '.join(roots)} that was interrupted cannot be completed: {why}"
+        hint = f"remove {path} to leave things as they are"
+        if any(os.path.join(root, "").startswith(os.path.join(lower, "")) for root in roots):
+            raise SystemFailure(said, hint)
+        tell(f"{said} ({hint})")
+    for text in losses:
+        tell(text)

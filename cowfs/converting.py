@@ -1,0 +1,40 @@
+"""Turn a store of overlayfs into one of aufs, or the other way round, with what the lowers have to give."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import ExitStack
+
+from cowfs.changes.flatten import flatten
+from cowfs.client import mount_with_store
+from cowfs.errors import StoreError
+from cowfs.offline_changes import Lowers, Tell, must_be_there, open_offline_union
+from cowfs.store.format.header import AUFS
+from cowfs.store.offline import convert as offline
+from cowfs.store.offline.convert_in_place import Converted
+
+
+def convert(
+    path: str, target: str, lowers: Lowers, *, tell: Tell, tick: Callable[[bytes], None] = lambda _: None
+) -> Converted:
+    """Convert the store *path*, in place, or complete that. Blocks; each name that is looked at is ticked.
+
+    To aufs, what the store has of the *lowers* by a redirect or as a metacopy is copied into it first. Raises
+    CowfsError.
+    """
+    must_be_there(path)
+    if mount_with_store(path) is not None:
+        raise StoreError(f"{path}: is mounted", "unmount it first")
+    path = os.path.abspath(path)
+    copied = 0
+    if target == AUFS:
+        with ExitStack() as stack:
+            needs_lowers = offline.needs_lowers(offline.begin(path, stack, tell))
+        if needs_lowers:
+            with ExitStack() as stack:
+                copied = flatten(open_offline_union(path, lowers, stack, tell).overlay, tick)
+    with ExitStack() as stack:
+        done = offline.convert(offline.begin(path, stack, tell), target, tick)
+    done.copied = copied
+    return done

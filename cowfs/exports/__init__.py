@@ -1,0 +1,1 @@
+"""Changes, or a whole merged tree, written in formats that others read."""

@@ -1,0 +1,36 @@
+"""Let somebody choose which of the changes are carried over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from cowfs.changes.version import Tree
+from cowfs.exports.plan import Item, Plan
+
+Ask = Callable[[str, bytes, str], bool]
+"""Is asked of a change: its kind (A, D or M), its path, and what is in conflict with it, if anything is."""
+
+
+def chosen(items: Plan, before: Tree, after: Tree, bad: Mapping[bytes, str], ask: Ask) -> Plan:
+    """Return those of *items* that are wanted, with the directories above them. Blocks; OSError.
+
+    Not asked of: directories that both have, which come along, and what is in a directory that is not wanted.
+    """
+    wanted: Plan = {}
+    refused = b""
+    for path, item in items.items():
+        if refused and path.startswith(refused):
+            continue
+        was = before.node(path)
+        to_be = None if item is Item.WHITEOUT else after.node(path)
+        if was is not None and to_be is not None and was.is_dir and to_be.is_dir and path not in bad:
+            wanted[path] = item
+            continue
+        kind = "D" if to_be is None else "A" if was is None else "M"
+        inside = (why for below, why in bad.items() if below.startswith(path + b"/"))
+        conflict = bad.get(path) or next((f"something in it {why}" for why in inside), "")
+        if ask(kind, path, conflict):
+            wanted[path] = item
+        else:
+            refused = path + b"/"
+    return wanted

@@ -1,0 +1,414 @@
+"""Carry changes onto the directories that they were made to: all of them, whenever it is interrupted.
+
+A directory cannot be changed while the contents are read that it is to have: a renamed file is read from its
+old name. So everything is *staged* first, in a directory of its own: ``files/N`` are the contents, and
+``manifest`` says the rest. The manifest gets its name when all is on disk. From then on the commit holds:
+what is interrupted is done again by the next, as often as needed. Until then nothing has been changed, and
+the next removes it.
+
+The manifest has lines of JSON: one for the whole, then one for each path. Paths and attributes are base64.
+"""
+
+from __future__ import annotations
+
+import base64
+import fcntl
+import json
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, closing, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from cowfs.changes.paths import join
+from cowfs.changes.version import Node, Tree
+from cowfs.errors import CowfsError, StoreError, SystemFailure
+from cowfs.exports.apply import Apply, Root
+from cowfs.exports.entries import Entry, Tick, Withheld, copy, data_runs, feed, opened, target_of
+from cowfs.exports.losses import Losses
+from cowfs.exports.plan import Item, Plan
+from cowfs.layers import beneath
+from cowfs.layers.base import File
+from cowfs.layers.kernel_file import KernelFile
+from cowfs.linux import files, user_namespace
+from cowfs.types import AttrData, Change
+
+_VERSION = 1
+_MANIFEST, _FILES = "manifest", "files"
+_TIMES = {"content", "times"}
+"""What a change of a directory may be without its other attributes."""
+
+
+def conflicts(items: Plan, before: Tree, since: int) -> Iterator[tuple[bytes, str]]:
+    """Yield each path of the lower that is to be replaced or removed and was changed after *since* (ns).
+
+    *before* is the lower as it is now. Blocks; OSError.
+    """
+    for path, item in items.items():
+        was = before.node(path)
+        if was is None or (was.is_dir and item is Item.NODE):
+            continue
+        waiting = [(path, was)]
+        while waiting:
+            there, node = waiting.pop()
+            if node.attr.st_ctime_ns > since:
+                yield there, "was changed in the lower meanwhile"
+            if node.is_dir:
+                below = ((join(there, name), before.node(join(there, name))) for name in before.names(there))
+                waiting += [(name, each) for name, each in below if each is not None]
+
+
+def forbidden(items: Plan, before: Tree, told: dict[bytes, Change], root: str) -> Iterator[bytes]:
+    """Yield each path of *root*, the lower, that we may not change so. Blocks; OSError.
+
+    Root of a user namespace may do everything in the merged tree, and not so here.
+    """
+    if os.geteuid() == 0 and user_namespace.has_all("uid"):
+        return
+    with closing(Root(root)) as here:
+        for path, item in items.items():
+            was, change = before.node(path), told.get(path)
+            stays = was is not None and was.is_dir and item is Item.NODE
+            if stays and (change is None or _TIMES.issuperset(_what(change) or ("all",))):
+                continue
+            fd = here.open(path)
+            try:
+                may = _may(here, path, fd, change, stays=stays)
+                if not may or (was is not None and was.is_dir and not stays and not _may_empty(here, path)):
+                    yield path
+            finally:
+                if fd is not None:
+                    os.close(fd)
+
+
+def _may(here: Root, path: bytes, fd: int | None, change: Change | None, *, stays: bool) -> bool:
+    info = None if fd is None else os.fstat(fd)
+    is_ours = info is None or (info.st_uid == os.geteuid() and not user_namespace.lacks(info.st_uid, 0))
+    if stays:
+        return is_ours
+    if not is_ours and change is not None and _what(change) is not None:  # its owner could not be kept
+        return _is_content(change) and fd is not None and beneath.may_change(fd)
+    above = path.rpartition(b"/")[0]
+    while (there := here.open(above)) is None:
+        above = above.rpartition(b"/")[0]
+    try:
+        if beneath.may_change(there) and (is_ours or not _is_sticky(there)):
+            return True
+    finally:
+        os.close(there)
+    return _is_content(change) and fd is not None and beneath.may_change(fd)
+
+
+def _is_content(change: Change | None) -> bool:
+    return change is not None and _TIMES.issuperset(_what(change) or ("all",))
+
+
+def _is_sticky(directory: int) -> bool:
+    """Whether we may remove only what is ours from a directory."""
+    info = os.fstat(directory)
+    return bool(info.st_mode & stat.S_ISVTX) and info.st_uid != os.geteuid()
+
+
+def _may_empty(here: Root, top: bytes) -> bool:
+    """Whether we may remove all that is below a directory."""
+    waiting = [top]
+    while waiting:
+        path = waiting.pop()
+        try:
+            directory = here.directory(path)
+            found = beneath.entries(directory)
+        except PermissionError:
+            return False
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        if found and not beneath.may_change(directory):
+            return False
+        if _is_sticky(directory) and any(
+            info is None or info.st_uid != os.geteuid()
+            for info in (here.stat_in(directory, entry.name) for entry in found)
+        ):
+            return False
+        waiting += [join(path, entry.name) for entry in found if entry.type in {stat.S_IFDIR, 0}]
+    return True
+
+
+# --- staging
+
+
+class Stage:
+    """A commit that is being made. Nobody else's hands are in it: it is locked."""
+
+    def __init__(self, place: str) -> None:
+        """Make it in the directory *place*, which is made if missing. SystemFailure."""
+        try:
+            os.makedirs(place, mode=0o700, exist_ok=True)
+            self.path = tempfile.mkdtemp(prefix="commit-", dir=place)
+            self._lock = _locked(self.path)
+            os.mkdir(os.path.join(self.path, _FILES))
+        except OSError as error:
+            raise SystemFailure(
+                f"{place}: the changes cannot be prepared there: {error.strerror}",
+                "set XDG_STATE_HOME to a directory on a disk that you can write to",
+            ) from None
+        self._trees: list[dict[str, Any]] = []
+        self._lines: list[dict[str, Any]] = []
+        self._count = 0
+
+    def add(
+        self,
+        root: str,
+        items: Plan,
+        after: Tree,
+        changes: Iterable[Change],
+        losses: Losses,
+        tick: Tick,
+        withheld: Withheld,
+    ) -> None:
+        """Have the changes of one more directory, *root*, but for what is *withheld*. Blocks; OSError."""
+        info = os.stat(root)
+        self._trees.append(
+            {"root": os.path.abspath(root), "dev": info.st_dev, "ino": info.st_ino, "fsid": _fsid(root)}
+        )
+        told = {change.path: change for change in changes}
+        feed(items.items(), after, _Sink(self, told, losses, tick), losses, tick, None, withheld)
+
+    def note(self, line: dict[str, Any]) -> None:
+        self._lines.append({"tree": len(self._trees) - 1, **line})
+
+    def new_file(self) -> tuple[str, KernelFile]:
+        """Return the name of a new file for a content, and the file."""
+        self._count += 1
+        name = str(self._count)
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        return name, KernelFile(os.open(os.path.join(self.path, _FILES, name), flags, 0o600))
+
+    def finish(self) -> None:
+        """Let the commit hold from now on. Blocks; OSError."""
+        temporary = os.path.join(self.path, f"{_MANIFEST}.new")
+        whole = {"version": _VERSION, "trees": self._trees, "users": _users(), "lines": len(self._lines)}
+        with open(temporary, "x", encoding="ascii") as file:
+            for line in [whole, *self._lines]:
+                file.write(json.dumps(line) + "\n")
+        files.syncfs(self._lock)
+        os.rename(temporary, os.path.join(self.path, _MANIFEST))
+        os.fsync(self._lock)
+
+    def abandon(self) -> None:
+        """Remove it, though it may hold."""
+        with suppress(FileNotFoundError):
+            os.unlink(os.path.join(self.path, _MANIFEST))
+        self.close()
+
+    def close(self) -> None:
+        """Let others complete it, if it holds; else nothing stays of it."""
+        if not os.path.exists(os.path.join(self.path, _MANIFEST)):
+            shutil.rmtree(self.path, ignore_errors=True)
+        os.close(self._lock)
+
+
+class _Sink:
+    """See :class:`cowfs.exports.entries.Sink`."""
+
+    def __init__(self, stage: Stage, told: dict[bytes, Change], losses: Losses, tick: Tick) -> None:
+        self._stage = stage
+        self._told = told
+        self._losses = losses
+        self._tick = tick
+
+    def whiteout(self, path: bytes) -> None:
+        self._stage.note({"path": _text(path)})
+
+    def add(self, entry: Entry) -> None:
+        attr, change = entry.node.attr, self._told.get(entry.path)
+        line: dict[str, Any] = {
+            "path": _text(entry.path), "mode": entry.mode, "uid": attr.st_uid, "gid": attr.st_gid,
+            "rdev": attr.st_rdev, "size": attr.st_size, "mtime": entry.mtime_ns,
+            "xattrs": {_text(name): _text(value) for name, value in entry.xattrs.items()},
+            "same": None if entry.same_as is None else _text(entry.same_as), "nlink": attr.st_nlink,
+            "what": _what(change),
+        }  # fmt: skip
+        if stat.S_ISLNK(attr.st_mode):
+            line["target"] = _text(target_of(entry))
+        elif stat.S_ISREG(attr.st_mode) and entry.same_as is None:
+            line["file"] = self._copied(entry)
+        self._stage.note(line)
+
+    def _copied(self, entry: Entry) -> str:
+        name, file = self._stage.new_file()
+        with closing(file), opened(entry) as data:
+            file.truncate(entry.size)
+            copy(entry, data, data_runs(data, entry.size), file.pwrite, self._losses, self._tick)
+            os.utime(file.fileno(), ns=(entry.mtime_ns, entry.mtime_ns))
+        return name
+
+
+def _what(change: Change | None) -> list[str] | None:
+    """Return which attributes were changed; None: all."""
+    if change is None:
+        return []
+    return sorted(change.what) if change.kind == "M" and "type" not in change.what else None
+
+
+# --- applying
+
+
+@dataclass(slots=True)
+class _Staged:
+    """What is staged for one directory: a Tree of what it is to hold, and what is known of it."""
+
+    files: str
+    lines: dict[bytes, dict[str, Any]] = field(default_factory=dict)
+
+    def plan(self) -> Plan:
+        return {path: Item.NODE if "mode" in line else Item.WHITEOUT for path, line in self.lines.items()}
+
+    def node(self, path: bytes) -> Node | None:
+        line = self.lines.get(path)
+        if line is None or "mode" not in line:
+            return None
+        first = _bytes(line["same"]) if line["same"] is not None else path
+        attr = AttrData(
+            line["mode"], 0, 0, line["nlink"], line["uid"], line["gid"], line["rdev"], line["size"],
+            st_mtime_ns=line["mtime"],
+        )  # fmt: skip
+        xattrs = {_bytes(name): _bytes(value) for name, value in line["xattrs"].items()}
+        return Node(
+            attr, (0, 0, self.lines[first]["number"]), lambda: xattrs, lambda: _bytes(line["target"]),
+            lambda: self._open(self.lines[first]["file"]),
+        )  # fmt: skip
+
+    def names(self, path: bytes) -> set[bytes]:
+        return {each.rpartition(b"/")[2] for each in self.lines if each and each.rpartition(b"/")[0] == path}
+
+    def others(self, wanted: Iterable[tuple[int, int, int]]) -> Iterator[bytes]:
+        return iter(())
+
+    def differs(self, entry: Entry) -> bool:
+        what = self.lines[entry.path]["what"]
+        return what is None or not _TIMES.issuperset(what)
+
+    def keeps_owner(self, path: bytes) -> bool:
+        what = self.lines[path]["what"]
+        return what is not None and "owner" not in what
+
+    def _open(self, name: str) -> File:
+        return KernelFile(os.open(os.path.join(self.files, name), os.O_RDONLY | os.O_CLOEXEC))
+
+
+def complete(path: str, losses: Losses, tick: Tick) -> None:
+    """Make the changes of a commit that holds, and remove it. Blocks; CowfsError, OSError with the path."""
+    trees = _read(path)
+    with ExitStack() as stack:
+        roots = []
+        for path_of_root, _ in trees:
+            roots.append(Root(path_of_root))
+            stack.callback(roots[-1].close)
+        for root, (_, staged) in zip(roots, trees, strict=True):
+            Apply(root, staged, losses, tick).run(staged.plan(), staged, {})
+    os.unlink(os.path.join(path, _MANIFEST))
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def _read(path: str) -> list[tuple[str, _Staged]]:
+    """Return what a manifest says: directories, and what is to be in each."""
+    try:
+        with open(os.path.join(path, _MANIFEST), encoding="ascii") as file:
+            whole = json.loads(file.readline())
+            if whole["version"] != _VERSION:
+                raise StoreError(f"{path}: was made by a newer cowfs", "complete it with that one")
+            trees = [(str(tree["root"]), _Staged(os.path.join(path, _FILES))) for tree in whole["trees"]]
+            for text in file:
+                line = json.loads(text)
+                lines = trees[line["tree"]][1].lines
+                lines[_bytes(line["path"])] = line | {"number": len(lines)}
+        if sum(len(staged.lines) for _, staged in trees) != whole["lines"]:
+            raise ValueError(path)
+    except (ValueError, KeyError, TypeError, IndexError):
+        raise StoreError(f"{path}: a prepared commit is damaged", "remove it, and commit again") from None
+    if whole["users"] != _users():
+        raise StoreError(
+            f"{path}: was prepared by somebody who has other users and groups",
+            "start cowfs run as the same user, with the same /etc/subuid and /etc/subgid",
+        )
+    for tree in whole["trees"]:
+        info = os.stat(tree["root"])
+        # The numbers of disks may change when the machine starts; what a filesystem calls itself does not.
+        known = tree.get("fsid")
+        is_on_it = info.st_dev == tree["dev"] if known is None else _fsid(tree["root"]) == known
+        if info.st_ino != tree["ino"] or not is_on_it:
+            raise StoreError(
+                f"{path}: another directory is at {tree['root']} now", "mount what was there when it began"
+            )
+    return trees
+
+
+def resume(place: str, losses: Losses, tick: Tick) -> Iterator[tuple[str, list[str], str]]:
+    """Complete the commits in *place* that were interrupted; yield each, its directories, and why it cannot
+    be.
+
+    Those that do not hold are removed. Blocks.
+    """
+    with suppress(OSError):
+        for name in sorted(os.listdir(place)):
+            path = os.path.join(place, name)
+            try:
+                lock = _locked(path)
+            except OSError:
+                continue  # it is being made, or completed
+            try:
+                if os.path.exists(os.path.join(path, _MANIFEST)):
+                    yield path, _roots(path), _completed(path, losses, tick)
+                else:
+                    shutil.rmtree(path, ignore_errors=True)
+            finally:
+                os.close(lock)
+
+
+def _fsid(path: str) -> int | None:
+    """Return what the filesystem that *path* is on calls itself (statfs(2)); None if it has no name."""
+    return os.statvfs(path).f_fsid or None
+
+
+def _completed(path: str, losses: Losses, tick: Tick) -> str:
+    try:
+        complete(path, losses, tick)
+    except CowfsError as error:
+        return str(error)
+    except OSError as error:
+        return f"{os.fsdecode(error.filename or path)}: {error.strerror}"
+    return ""
+
+
+def _roots(path: str) -> list[str]:
+    """Return the directories that a commit is for; none if it does not say so."""
+    try:
+        with open(os.path.join(path, _MANIFEST), encoding="ascii") as file:
+            return [str(tree["root"]) for tree in json.loads(file.readline())["trees"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def _locked(path: str) -> int:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _users() -> list[list[list[int]]]:
+    """Return whom our numbers of users and groups stand for."""
+    return [[list(each) for each in user_namespace.ranges(kind)] for kind in ("uid", "gid")]
+
+
+def _text(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+def _bytes(text: str) -> bytes:
+    return base64.b64decode(text)

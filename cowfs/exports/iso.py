@@ -1,0 +1,146 @@
+"""A bootable ISO: another one, in which the root image is replaced. xorriso makes it.
+
+The volume descriptor is that of ECMA-119, 8.4: at sector 16, its modification date at byte 830. Boot loaders
+look for a disc by that date (GRUB calls it the UUID), so it stays.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shlex
+import stat
+import subprocess
+from contextlib import ExitStack
+from typing import NamedTuple
+
+from cowfs.errors import SystemFailure, UsageError
+from cowfs.formats.squashfs.recognise import MAGIC
+from cowfs.linux import programs
+from cowfs.linux.files import open_ordinary
+
+_SECTOR = 2048
+_NO_SECTOR = 1 << 32
+_DATE = 16 * _SECTOR + 830
+_FILE = re.compile(r"File data lba: +\d+ , +(\d+) , +\d+ , +\d+ , (.*)")
+_CHECKSUMS = ("sha512", "sha256", "sha1", "md5")
+_HINT = "give the ISO of a live system, as FILE[:PATH]"
+IMAGE = "image"
+
+
+class Base(NamedTuple):
+    """An ISO, and the root image in it."""
+
+    fd: int
+    image: str
+    """The path in the ISO."""
+    files: frozenset[str]
+    date: str
+    """Of the volume, as xorriso takes it; empty if it has none."""
+
+
+def open_base(where: str, stack: ExitStack) -> Base:
+    """Open an ISO, ``FILE[:PATH]``, until *stack* is closed; PATH may be left out if it has one squashfs.
+
+    UsageError for what is none; SystemFailure without xorriso.
+    """
+    path, _, image = where.rpartition(":") if not os.path.exists(where) else (where, "", "")
+    try:
+        fd = open_ordinary(path or where, os.O_RDONLY)
+    except OSError as error:
+        raise UsageError(f"--base {where}: {error.strerror}", _HINT) from None
+    stack.callback(os.close, fd)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        raise UsageError(f"--base {where}: not a file", _HINT)
+    report = ["-indev", f"/proc/self/fd/{fd}", "-find", "/", "-type", "f", "-exec", "report_lba"]
+    done = _run(report, [fd])
+    if done.returncode:
+        raise UsageError(f"--base {where}: not an ISO image", _HINT)
+    lines = done.stdout.decode(errors="surrogateescape").splitlines()
+    named = [(_unquoted(match[2]), int(match[1])) for match in map(_FILE.fullmatch, lines) if match]
+    found = {name: sector for name, sector in named if name.startswith("/") and sector < _NO_SECTOR}
+    images = [name for name, sector in found.items() if os.pread(fd, 4, sector * _SECTOR) == MAGIC]
+    if image:
+        image = "/" + image.strip("/")
+        if image not in found:
+            raise UsageError(f"--base {where}: no such file in the ISO", "it has " + _list(images))
+    elif len(images) != 1:
+        raise UsageError(f"--base {where}: which file is the root image?", f"give FILE:PATH; {_list(images)}")
+    date = os.pread(fd, 16, _DATE).decode("ascii", "replace")
+    return Base(fd, image or images[0], frozenset(found), date if date.isdecimal() else "")
+
+
+def write(fd: int, base: Base, scratch: int, made: int) -> None:
+    """Write to *fd* what *base* has, with another root image: the file IMAGE in *scratch*. Blocks.
+
+    Checksums of it beside it are made anew. *made* is in seconds. SystemFailure when xorriso fails.
+    """
+    changed = {base.image: IMAGE}
+    for name in _CHECKSUMS:
+        beside = f"{os.path.splitext(base.image)[0]}.{name}"
+        if beside in base.files:
+            changed[beside] = name
+            text = f"{_digest(scratch, name)}  {os.path.basename(base.image)}\n"
+            with open(_new(name, scratch), "wb") as file:
+                file.write(os.fsencode(text))
+    command = ["-abort_on", "FAILURE", "-indev", f"/proc/self/fd/{base.fd}"]
+    command += ["-outdev", f"stdio:/proc/self/fd/{fd}", "-boot_image", "any", "replay"]
+    for path, name in changed.items():
+        os.chmod(name, 0o444, dir_fd=scratch)
+        os.utime(name, (made, made), dir_fd=scratch)
+        command += ["-rm", path, "--", "-map", f"/proc/self/fd/{scratch}/{name}", path]
+        command += ["-chown", "0", path, "--", "-chgrp", "0", path, "--"]
+        for time in ("b", "c"):
+            command += ["-alter_date", time, f"={made}", path, "--"]
+    if base.date:
+        command += ["-volume_date", "uuid", base.date]
+    done = _run([*command, "-commit"], [fd, base.fd, scratch], made)
+    if done.returncode:
+        raise SystemFailure(f"xorriso failed: {_reason(done.stderr)}")
+
+
+def new_image(scratch: int) -> int:
+    """Return a descriptor of the image that :func:`write` takes, to be filled."""
+    return _new(IMAGE, scratch)
+
+
+def _new(name: str, directory: int) -> int:
+    return os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=directory)
+
+
+def _run(command: list[str], fds: list[int], made: int = 0) -> subprocess.CompletedProcess[bytes]:
+    program = programs.find("xorriso")
+    if program is None:
+        raise SystemFailure("xorriso is not installed", "apt install xorriso")
+    environment = programs.environment() | {"SOURCE_DATE_EPOCH": str(made)}
+    return subprocess.run(
+        [program, "-no_rc", *command],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        check=False,
+        pass_fds=fds,
+        env=environment,
+    )
+
+
+def _reason(said: bytes) -> str:
+    lines = said.decode(errors="replace").splitlines()
+    told = [line for line in lines if "FAILURE" in line or "FATAL" in line] or lines[-1:]
+    return told[0].partition(" : ")[2].strip() or told[0] if told else "it says nothing"
+
+
+def _digest(scratch: int, name: str) -> str:
+    with open(os.open(IMAGE, os.O_RDONLY | os.O_CLOEXEC, dir_fd=scratch), "rb") as file:
+        return hashlib.file_digest(file, name).hexdigest()
+
+
+def _unquoted(word: str) -> str:
+    try:
+        return "".join(shlex.split(word))
+    except ValueError:
+        return word
+
+
+def _list(names: list[str]) -> str:
+    return ", ".join(names) or "no squashfs"

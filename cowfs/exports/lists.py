@@ -1,0 +1,33 @@
+"""Lists of what was changed, for programs that copy or back up the files themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from cowfs.changes.version import Tree
+from cowfs.exports.losses import Losses
+from cowfs.exports.plan import Item, Plan
+
+
+def for_rsync(items: Plan) -> Iterator[bytes]:
+    """Yield what ``rsync --from0 --files-from`` reads: all paths, and last those that are gone."""
+    yield from ((path or b".") + b"\0" for path, item in items.items() if item is not Item.WHITEOUT)
+    yield from (path + b"\0" for path, item in items.items() if item is Item.WHITEOUT)
+
+
+def for_restic(items: Plan, tree: Tree, losses: Losses) -> Iterator[bytes]:
+    """Yield what ``restic backup --files-from-raw`` reads: of a directory it would take all that is in it."""
+    parents = {path.rpartition(b"/")[0] for path, item in items.items() if item is not Item.WHITEOUT}
+    for path, item in items.items():
+        if item is Item.WHITEOUT:
+            losses.add("deletions left out", path)
+            continue
+        if path in parents or not path:
+            continue
+        node = tree.node(path)
+        if node is None:
+            losses.add("went away while this was read, left out", path)
+        elif node.is_dir and tree.names(path):
+            losses.add("directories left out: only their attributes or deletions in them are changes", path)
+        else:
+            yield path + b"\0"

@@ -1,0 +1,112 @@
+"""What a layer must hold so that it and the lowers, merged, show the tree: by path alone.
+
+It has no redirects, metacopies or opaque directories, which only some systems know: a renamed directory
+comes with all that is in it, and each name that must not show through has a whiteout of its own. So every
+system that stacks layers can express it.
+"""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Iterable, Iterator
+from enum import Enum
+
+from cowfs.changes.paths import join
+from cowfs.changes.version import Tree
+from cowfs.types import Change
+
+
+class Item(Enum):
+    """What a layer has at a path."""
+
+    NODE = "what the merged tree has"
+    REPLACED = "the same, where the lowers have something of another type"
+    WHITEOUT = "a whiteout: the lowers have something, and the merged tree nothing"
+
+
+Plan = dict[bytes, Item]
+
+
+def plan(changes: Iterable[Change], after: Tree, before: Tree) -> Plan:
+    """Return what is needed, by path: in order, a directory before its contents. Blocks; OSError."""
+    items: Plan = {}
+    sources: list[bytes] = []
+    region = b""
+    for change in changes:
+        if change.source is not None:
+            sources.append(change.source)
+        path = change.path
+        if region and path.startswith(region):
+            continue
+        if change.kind == "D":
+            items.setdefault(path, Item.WHITEOUT)
+            continue
+        if change.type == "directory" and (
+            change.kind == "R" or (change.kind == "A" and _is_dir(before, path))
+        ):
+            region = path + b"/"
+            _include_tree(path, items, after, before)
+        else:
+            items[path] = _node(change, before)
+    for source in sources:
+        if source not in items and after.node(source) is None and before.node(source) is not None:
+            if _is_dir(after, source.rpartition(b"/")[0]):
+                items[source] = Item.WHITEOUT
+    _join_links(items, after)
+    for path in list(items):
+        while path:
+            path = path.rpartition(b"/")[0]
+            if path in items:
+                break
+            items[path] = Item.NODE
+    items.setdefault(b"", Item.NODE)
+    return dict(sorted(items.items(), key=lambda item: item[0].replace(b"/", b"\0")))
+
+
+def everything(tree: Tree, top: bytes = b"") -> Iterator[tuple[bytes, Item]]:
+    """Yield all paths of a tree, from *top* on, as a plan has them. Blocks; OSError."""
+    waiting = [top]
+    while waiting:
+        path = waiting.pop()
+        yield path, Item.NODE
+        waiting += [join(path, name) for name in sorted(tree.names(path), reverse=True)]
+
+
+def _is_dir(tree: Tree, path: bytes) -> bool:
+    node = tree.node(path)
+    return node is not None and node.is_dir
+
+
+def _node(change: Change, before: Tree) -> Item:
+    if change.kind == "M":
+        return Item.REPLACED if "type" in change.what else Item.NODE
+    was = before.node(change.path)  # where that was renamed to another place
+    return Item.REPLACED if was is not None and was.is_dir != (change.type == "directory") else Item.NODE
+
+
+def _include_tree(top: bytes, items: Plan, after: Tree, before: Tree) -> None:
+    """Have all of the tree at *top*, and hide what the lowers have there."""
+    waiting = [top]
+    while waiting:
+        path = waiting.pop()
+        node, was = after.node(path), before.node(path)
+        if node is None:
+            continue
+        differs = was is not None and stat.S_IFMT(was.attr.st_mode) != stat.S_IFMT(node.attr.st_mode)
+        items[path] = Item.REPLACED if differs else Item.NODE
+        if node.is_dir:
+            names = after.names(path)
+            if was is not None and was.is_dir:
+                items.update((join(path, name), Item.WHITEOUT) for name in before.names(path) - names)
+            waiting += [join(path, name) for name in sorted(names, reverse=True)]
+
+
+def _join_links(items: Plan, after: Tree) -> None:
+    """Have all names of an inode, if any of several: one that is the lower's would stand alone."""
+    known: dict[tuple[int, int, int], int] = {}
+    for path, item in items.items():
+        node = after.node(path) if item is not Item.WHITEOUT else None
+        if node is not None and not node.is_dir and node.attr.st_nlink > 1:
+            known[node.identity] = known.get(node.identity, node.attr.st_nlink) - 1
+    for path in list(after.others([identity for identity, missing in known.items() if missing > 0])):
+        items.setdefault(path, Item.NODE)

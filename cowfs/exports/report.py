@@ -1,0 +1,355 @@
+"""What was changed as one HTML page, which loads nothing from anywhere.
+
+The page has its facts as JSON, and a script of ours (``report.js``) that shows a part of them at a time, so
+that a browser opens 50,000 changes at once. Its content-security-policy allows that script and its style by
+their hashes, and nothing else: no other script, no image, no request. Paths are escaped as for a terminal
+(:func:`cowfs.changes.render.escape`); the script makes text of what it shows, and never markup.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import stat
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+from xml.sax.saxutils import escape as xml
+
+from cowfs.changes.pairs import Pair, Sides, files
+from cowfs.changes.patch import patch_of
+from cowfs.changes.render import Summary, escape
+from cowfs.changes.select import Selection
+from cowfs.changes.spool import Spool
+from cowfs.changes.treemap import treemap
+from cowfs.changes.version import Version
+from cowfs.errors import printable
+from cowfs.exports.timeline import Timeline
+from cowfs.types import Change
+
+if TYPE_CHECKING:
+    from cowfs.changes.blame import Record
+    from cowfs.changes.du import Used
+
+_MOST_ROWS = 200_000
+"""So many changes are listed; the rest is counted."""
+_LARGEST_TEXT = 256 << 10
+"""Bytes of a file of which differences are shown."""
+_LONGEST_DIFF = 32 << 10
+"""Characters of one file's differences that are shown."""
+_DIFFS = 6 << 20
+"""Characters of all differences together."""
+_MOST_DIFFS = 2000
+_LEAST_AREA = 8.0
+"""Pixels: a treemap of any number of files has so many areas at most, and the page has a bounded size."""
+_AT_A_TIME = 1000
+_HERE = Path(__file__).parent
+
+
+@dataclass(slots=True)
+class Facts:
+    """What a report tells besides the changes."""
+
+    what: str
+    """The store or the mountpoint, as its user names it."""
+    about: list[tuple[str, str]]
+    """Names and values, for the summary."""
+    records: Iterable[Record] | None = None
+    """Who changed what, the newest first; None: nobody has recorded that."""
+
+
+Tick = Callable[[str, int], None]
+"""Is told what is being done, and how many of it were."""
+
+
+@dataclass(slots=True)
+class _Left:
+    """What a report leaves out."""
+
+    rows: int = 0
+    diffs: int = 0
+
+
+@dataclass(slots=True)
+class _Table:
+    """The changes, and where each is in the table."""
+
+    rows: list[list[Any]] = field(default_factory=list)
+    diffs: list[str] = field(default_factory=list)
+    left: _Left = field(default_factory=_Left)
+    places: dict[tuple[bytes, bool], int] = field(default_factory=dict)
+    """By path, and whether it is gone."""
+    compared: bytearray = field(default_factory=bytearray)
+    """Of each row whether it shows differences: 1."""
+    words: dict[str, str] = field(default_factory=dict)
+    """Texts that many rows have, once."""
+    latest: int = 0
+    """Seconds since the epoch."""
+
+
+class Changes(Sides, Protocol):
+    """What is reported, see :class:`cowfs.api.Changes`."""
+
+    def __iter__(self) -> Iterator[Change]:
+        """Find the changes."""
+
+    def usage(self) -> Iterator[Used]:
+        """Yield what each inode takes in the store."""
+
+
+class Out(Protocol):
+    """Where the page goes."""
+
+    def __call__(self, data: bytes, /) -> object:
+        """Write."""
+
+
+def write_report(
+    changes: Changes, facts: Facts, wanted: Selection, out: Out, tick: Tick = lambda *_: None
+) -> None:
+    """Write the page. Blocks. Holds the names of all changes in memory; raises what *changes* does."""
+    reasons, areas = _used(changes, wanted, tick)
+    picture = treemap(areas, _LEAST_AREA) if areas else ""
+    del areas
+    summary = Summary()
+    table = _Table()
+    with closing(Spool(_listed(table, summary.counted(wanted.of(changes)), tick))) as listed:
+        reached = _fill(table, listed, changes, tick)
+    table.left.diffs = len(reached.skipped)
+    timeline = Timeline()
+    if facts.records is not None:
+        for number, record in enumerate(facts.records):
+            tick("records", number)
+            if wanted.matches(record.path) or (record.to is not None and wanted.matches(record.to)):
+                timeline.add(record)
+        for (path, _), at in table.places.items():
+            table.rows[at][7] = timeline.who.get(path, "")
+    data = {
+        "rows": table.rows,
+        "diffs": table.diffs,
+        "left": {"rows": table.left.rows, "diffs": table.left.diffs},
+        "counts": [summary.added, summary.modified, summary.deleted, summary.renamed],
+        "latest": table.latest,
+        "reasons": reasons,
+        "recorded": facts.records is not None,
+        "programs": timeline.programs(),
+    }
+    for piece in _page(facts.what, facts.about, data, picture, timeline.picture()):
+        out(piece)
+
+
+def _listed(table: _Table, changes: Iterable[Change], tick: Tick) -> Iterator[Change]:
+    """Put the changes into the table, and yield those that are in it and may be compared."""
+    for number, change in enumerate(changes):
+        tick("changes", number)
+        if len(table.rows) >= _MOST_ROWS:
+            table.left.rows += 1
+            continue
+        _list(table, change)
+        if not (change.kind == "D" and change.type == "directory"):
+            yield change
+
+
+def _list(table: _Table, change: Change) -> None:
+    slash = "/" if change.type == "directory" else ""
+    what = [each for each in change.what if each != "xattrs"]
+    if change.xattrs:
+        what.append("xattrs " + " ".join(map(escape, change.xattrs)))
+    elif "xattrs" in change.what:
+        what.append("xattrs")
+    source = "" if change.source is None else escape(change.source) + slash
+    # kind, path, what, size before and after, source, number of the differences, program, type, details
+    told = table.words.setdefault(", ".join(what), ", ".join(what))
+    kind, type_ = (table.words.setdefault(word, word) for word in (change.kind, change.type))
+    table.places[change.path, change.kind == "D"] = len(table.rows)
+    table.compared.append(change.kind in "AD" or bool({"content", "target", "type"} & set(change.what)))
+    table.rows.append([kind, escape(change.path) + slash, told, -1, -1, source, -1, "", type_, ""])
+
+
+@dataclass(slots=True)
+class _Reached:
+    characters: int = 0
+    skipped: list[int] = field(default_factory=list)
+    """Rows of texts whose differences were left out."""
+
+
+def _fill(table: _Table, listed: Iterable[Change], changes: Changes, tick: Tick) -> _Reached:
+    """Put sizes, attributes and differences into the rows."""
+    reached = _Reached()
+    for number, pair in enumerate(files(listed, changes)):
+        tick("files", number)
+        if isinstance(pair, bytes):
+            continue
+        at = table.places.get((pair.new_path, pair.new is None))
+        if at is None:
+            continue
+        row = table.rows[at]
+        row[3], row[4] = _size(pair.old), _size(pair.new)
+        details = _details(pair.old, pair.new)
+        row[9] = table.words.setdefault(details, details)
+        if pair.new is not None:
+            table.latest = max(table.latest, pair.new.attr.st_mtime_ns // 10**9)
+        if table.compared[at]:
+            _add_diff(table, at, pair, reached)
+    return reached
+
+
+def _add_diff(table: _Table, at: int, pair: Pair, reached: _Reached) -> None:
+    both = [version for version in (pair.old, pair.new) if version is not None]
+    sizes = [version.attr.st_size for version in both if version.is_file or version.is_link]
+    if not sizes or not max(sizes):
+        return
+    if max(sizes) > _LARGEST_TEXT or len(table.diffs) >= _MOST_DIFFS or reached.characters >= _DIFFS:
+        reached.skipped.append(at)
+        return
+    try:
+        told = patch_of(pair, binary=False)
+    except OSError:  # it is in use, and gone by now
+        reached.skipped.append(at)
+        return
+    text = _shown(told)
+    if not text:
+        return
+    reached.characters += len(text)
+    table.rows[at][6] = len(table.diffs)
+    table.diffs.append(text)
+
+
+def _shown(patch: bytes) -> str:
+    """Return the differences of a patch of one file for people, or nothing if it is of a binary file."""
+    lines = patch.decode("utf-8", "surrogateescape").split("\n")
+    begin = next((number for number, line in enumerate(lines) if line.startswith("@@ ")), None)
+    if begin is None:
+        return ""
+    kept: list[str] = []
+    room = _LONGEST_DIFF
+    for number, line in enumerate(lines[begin:], begin):
+        plain = "\t".join(map(printable, line.split("\t")))
+        room -= len(plain) + 1
+        if room < 0:
+            kept.append(f"\\ {len(lines) - number} more lines are left out; cowfs diff -p shows them")
+            break
+        kept.append(plain)
+    return "\n".join(kept)
+
+
+def _size(version: Version | None) -> int:
+    return version.attr.st_size if version is not None and not version.is_dir else -1
+
+
+def _details(old: Version | None, new: Version | None) -> str:
+    """Return mode and owner, before and after where they differ."""
+    shown = []
+    for name, of in (("mode", _mode), ("owner", _owner)):
+        values = [of(version) for version in (old, new) if version is not None]
+        shown.append(f"{name} {' → '.join(dict.fromkeys(values))}")
+    return ", ".join(shown)
+
+
+def _mode(version: Version) -> str:
+    return f"{stat.S_IMODE(version.attr.st_mode):04o}"
+
+
+def _owner(version: Version) -> str:
+    return f"{version.attr.st_uid}:{version.attr.st_gid}"
+
+
+def _used(
+    changes: Changes, wanted: Selection, tick: Tick
+) -> tuple[list[tuple[str, int]], list[tuple[bytes, str, int]]]:
+    """Return how much of the store is taken for each reason, and path, reason and size of what is."""
+    reasons: dict[str, int] = {}
+    areas = []
+    for number, used in enumerate(changes.usage()):
+        tick("inodes", number)
+        is_file = used.reason not in {"trash", "overhead"}
+        if is_file and not wanted.matches(used.path):
+            continue
+        reasons[used.reason] = reasons.get(used.reason, 0) + used.size
+        if is_file and used.size:
+            areas.append((used.path, used.reason, used.size))
+    return sorted(reasons.items(), key=lambda item: (-item[1], item[0])), areas
+
+
+# --- the page
+
+
+def _page(
+    what: str, about: list[tuple[str, str]], data: dict[str, Any], picture: str, timeline: str
+) -> Iterable[bytes]:
+    script, style = ((_HERE / f"report.{kind}").read_text(encoding="ascii") for kind in ("js", "css"))
+    policy = (
+        f"default-src 'none'; script-src '{_hash(script)}'; style-src '{_hash(style)}'; "
+        "base-uri 'none'; form-action 'none'"
+    )
+    title = xml(printable(what))
+    rows = "".join(f"<dt>{xml(name)}</dt><dd>{xml(printable(value))}</dd>" for name, value in about)
+    parts = {"h-summary": "Summary", "h-time": timeline and "Time", "h-space": picture and "Space"}
+    links = " ".join(f'<a href="#{at}">{name}</a>' for at, name in parts.items() if name)
+    links += ' <a href="#changes">Changes</a>'
+    head = f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="referrer" content="no-referrer">
+<meta name="color-scheme" content="light dark">
+<title>Changes in {title}</title>
+<style>{style}</style>
+</head>
+<body>
+<a class="skip" href="#changes">Skip to the list of changes</a>
+<header><h1>Changes in <bdi>{title}</bdi></h1>
+<nav aria-label="Parts of this page">{links}</nav></header>
+<main>
+<noscript><p class="note">This page needs JavaScript to list the changes. It loads nothing.</p></noscript>
+<section aria-labelledby="h-summary"><h2 id="h-summary">Summary</h2>
+<div id="counts" class="counts"></div><dl id="about">{rows}</dl></section>
+"""
+    yield _ascii(head)
+    if timeline:
+        yield _ascii(
+            '<section aria-labelledby="h-time"><h2 id="h-time">When, and by what</h2>'
+            f'<div class="wide">{timeline}</div><div id="programs"></div></section>\n'
+        )
+    if picture:
+        yield _ascii(
+            '<section aria-labelledby="h-space"><h2 id="h-space">What fills the store</h2>'
+            '<div id="reasons"></div><p class="hint">The larger an area, the more is there. '
+            "Click one to list what is in it.</p>"
+            f'<div class="wide" id="map">{picture}</div></section>\n'
+        )
+    yield (
+        b'<section aria-labelledby="changes"><h2 id="changes" tabindex="-1">What was changed</h2>'
+        b'<div id="table"></div></section>\n</main>\n<script id="data" type="application/json">'
+    )
+    yield from _data(data)
+    yield f"</script>\n<script>{script}</script>\n</body>\n</html>\n".encode()
+
+
+def _data(data: dict[str, Any]) -> Iterator[bytes]:
+    """Yield in_script() of the data, some rows at a time."""
+    rows = data.pop("rows")
+    yield b'{"rows":['
+    for start in range(0, len(rows), _AT_A_TIME):
+        piece = in_script(rows[start : start + _AT_A_TIME])
+        yield (("," if start else "") + piece[1:-1]).encode()
+    yield b"]," + in_script(data)[1:].encode()
+
+
+def _ascii(markup: str) -> bytes:
+    return markup.encode("ascii", "xmlcharrefreplace")
+
+
+def in_script(data: object) -> str:
+    """Return JSON that can stand in a script element: ASCII, and nothing that ends it or begins a comment."""
+    text = json.dumps(data, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _hash(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

@@ -1,0 +1,272 @@
+"""Write what was changed, or a whole merged tree, in the format of another program."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from cowfs.changes import pairs, patch
+from cowfs.changes.version import Tree
+from cowfs.errors import SystemFailure, UsageError
+from cowfs.exports import iso, lists, oci, squashfs
+from cowfs.exports.entries import NOTHING, Tick, Withheld, feed
+from cowfs.exports.losses import Losses
+from cowfs.exports.plan import Item, Plan, everything, plan
+from cowfs.exports.tar import Tar
+from cowfs.exports.target import new_directory, new_file, scratch_directory
+from cowfs.exports.upper import Upper
+from cowfs.types import Change
+
+FORMATS = ("squashfs", "tar", "gnutar", "oci", "overlayfs", "iso", "patch", "rsync", "restic")
+_STYLES = {
+    "squashfs": ("overlayfs", "aufs"),
+    "tar": ("oci", "aufs", "overlayfs", "list"),
+    "gnutar": ("oci", "aufs", "overlayfs", "list"),
+}
+"""Those of each format that has a choice, the default first."""
+_CHANGES_ALONE = {"patch", "rsync", "restic"}
+_TAG, _COMPRESSION = "latest", "gzip"
+_STANDARD_OUTPUT = "-"
+
+
+class Source(pairs.Sides, Protocol):
+    """What is exported: :class:`cowfs.api.Changes` is one."""
+
+    def exactly(self) -> Iterator[Change]:
+        """Find the changes, and directories whose time alone differs."""
+
+    def tree(self) -> Tree:
+        """Return the merged tree."""
+
+    def tree_before(self) -> Tree:
+        """Return the tree of the lowers."""
+
+    def __iter__(self) -> Iterator[Change]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class How:
+    """How something is exported."""
+
+    format: str
+    merged: bool = False
+    """The whole tree, and not what was changed alone."""
+    whiteouts: str = ""
+    """One of :data:`cowfs.exports.whiteouts.STYLES`; empty: the first that the format has."""
+    base: str = ""
+    """For ``oci``: the layout of the image to put the layer on, ``DIRECTORY[:TAG]``. For ``iso``: the ISO
+    that is to have another root image, ``FILE[:PATH]``."""
+    tag: str = _TAG
+    """For ``oci``: the name of the image."""
+    compression: str = _COMPRESSION
+    """For ``squashfs``."""
+    force: bool = False
+    """Replace the target, if it is a file or an empty directory."""
+    latest: int | None = None
+    """SOURCE_DATE_EPOCH: when it is made, and how late times may be, in seconds since the epoch."""
+
+    @property
+    def style(self) -> str:
+        return (
+            self.whiteouts or _STYLES.get(self.format, ("oci" if self.format == "oci" else "overlayfs",))[0]
+        )
+
+
+def check(how: How) -> None:
+    """Raise UsageError for what does not go together."""
+    if how.format not in FORMATS:
+        raise UsageError(f"--to {how.format}: no such format", "known: " + ", ".join(FORMATS))
+    styles = _STYLES.get(how.format, ())
+    if how.whiteouts and how.whiteouts not in styles:
+        hint = "known: " + ", ".join(styles) if styles else "leave it out"
+        raise UsageError(f"--whiteouts {how.whiteouts}: not with --to {how.format}", hint)
+    if how.merged and how.format in _CHANGES_ALONE:
+        raise UsageError(f"--merged: not with --to {how.format}, which is about changes", "leave it out")
+    if how.tag != _TAG and how.format != "oci":
+        raise UsageError("--tag: only with --to oci", "leave it out")
+    if not oci.NAME.fullmatch(how.tag):
+        raise UsageError(
+            f"--tag {how.tag}: not a name for an image",
+            "use letters and digits, with one of - . _ : @ + / or -- between them",
+        )
+    if how.format == "iso":
+        if not how.base:
+            raise UsageError("--to iso: needs the ISO that is to be changed", "give it with --base")
+        return
+    if how.merged and (how.base or how.whiteouts):
+        raise UsageError(
+            f"--{'base' if how.base else 'whiteouts'}: not with --merged", "leave one of them out"
+        )
+    if how.base and how.format != "oci":
+        raise UsageError("--base: only with --to oci or iso", "leave it out")
+    if how.compression != _COMPRESSION and how.format != "squashfs":
+        raise UsageError("--compression: only with --to squashfs or iso", "leave it out")
+
+
+def export(
+    source: Source, how: How, target: str, tick: Tick = lambda *_: None, withheld: Withheld = NOTHING
+) -> Losses:
+    """Write *target*, and return what the format cannot express. Blocks.
+
+    What is *withheld* counts for a directory of files, which are there then; an archive has all.
+    *target* is made whole or not at all, and is never replaced but with *how.force*. Raises CowfsError, and
+    OSError with the path of what cannot be read.
+    """
+    check(how)
+    losses = Losses()
+    if how.format in {"oci", "overlayfs"}:
+        if target == _STANDARD_OUTPUT:
+            raise UsageError(f"-: {how.format} is a directory, not standard output", "give its name")
+        with new_directory(target, force=how.force) as fd:
+            if how.format == "oci":
+                _oci(fd, source, how, losses, tick)
+            else:
+                _overlayfs(fd, source, how, losses, tick, withheld)
+        return losses
+    with ExitStack() as stack:
+        if target == _STANDARD_OUTPUT:
+            if how.format in {"squashfs", "iso"} or how.style == "list":
+                raise UsageError(f"-: {how.format} cannot go to standard output", "give the name of a file")
+            if os.isatty(1):  # names and contents are others', and drive it
+                raise UsageError(
+                    "-: standard output is a terminal", "redirect it, or give the name of a file"
+                )
+            stack.enter_context(_standard_output())
+            fd = 1
+        else:
+            fd = stack.enter_context(new_file(target, force=how.force))
+        if how.style == "list" and not how.merged:
+            beside = stack.enter_context(new_file(f"{target}.deleted", force=how.force))
+        else:
+            beside = -1
+        if how.format == "squashfs":
+            _squashfs(fd, source, how, losses, tick)
+        elif how.format == "iso":
+            _iso(fd, source, how, target, losses, tick)
+        elif how.format in {"tar", "gnutar"}:
+            _tar(fd, beside, source, how, losses, tick)
+        else:
+            _lines(fd, source, how, losses, tick)
+    return losses
+
+
+def _items(source: Source, how: How, tick: Tick) -> Iterable[tuple[bytes, Item]]:
+    return everything(source.tree()) if how.merged else _plan(source, tick).items()
+
+
+def _plan(source: Source, tick: Tick) -> Plan:
+    return plan(_told(source.exactly(), tick), source.tree(), source.tree_before())
+
+
+def _told(changes: Iterable[Change], tick: Tick) -> Iterator[Change]:
+    for change in changes:
+        tick(change.path, 0)
+        yield change
+
+
+def _squashfs(fd: int, source: Source, how: How, losses: Losses, tick: Tick) -> None:
+    items, tree = _items(source, how, tick), source.tree()
+    style = "" if how.merged else how.style
+    made = how.latest or 0
+    with squashfs.making(fd, losses, tick, style, how.compression, made) as sink:
+        feed(items, tree, sink, losses, tick, how.latest)
+
+
+def _iso(fd: int, source: Source, how: How, target: str, losses: Losses, tick: Tick) -> None:
+    with ExitStack() as stack:
+        base = iso.open_base(how.base, stack)
+        scratch = stack.enter_context(scratch_directory(target))
+        image = iso.new_image(scratch)
+        try:
+            _squashfs(image, source, replace(how, merged=True), losses, tick)
+        finally:
+            os.close(image)
+        iso.write(fd, base, scratch, how.latest or 0)
+
+
+def _tar(fd: int, beside: int, source: Source, how: How, losses: Losses, tick: Tick) -> None:
+    items, tree = _items(source, how, tick), source.tree()
+    with _buffered(fd) as write:
+        tar = Tar(write, losses, tick, "" if how.merged else how.style, gnu=how.format == "gnutar")
+        feed(items, tree, tar, losses, tick, how.latest)
+        tar.close()
+    if beside >= 0:
+        _note_kept_xattrs(items, tree, source.tree_before(), losses)
+        replaced = [path for path, item in items if item is Item.REPLACED]
+        with _buffered(beside) as write:
+            for path in sorted([*tar.deleted, *replaced]):
+                write(path + b"\0")
+
+
+def _note_kept_xattrs(items: Iterable[tuple[bytes, Item]], after: Tree, before: Tree, losses: Losses) -> None:
+    """Note directories that have fewer attributes than before: unpacking takes none from what is there."""
+    for path, item in items:
+        was, node = (before.node(path), after.node(path)) if item is Item.NODE else (None, None)
+        if was is not None and node is not None and was.is_dir and node.is_dir:
+            if was.xattrs().keys() - node.xattrs().keys():
+                losses.add("directories that keep extended attributes that were removed", path)
+
+
+def _overlayfs(fd: int, source: Source, how: How, losses: Losses, tick: Tick, withheld: Withheld) -> None:
+    upper = Upper(fd, losses, tick, whole=how.merged)
+    try:
+        feed(_items(source, how, tick), source.tree(), upper, losses, tick, how.latest, withheld)
+    finally:
+        upper.close()
+
+
+def _oci(fd: int, source: Source, how: How, losses: Losses, tick: Tick) -> None:
+    with ExitStack() as stack:
+        base = oci.Base(how.base, stack) if how.base else None
+        items = _items(source, how, tick)
+        layout = oci.Layout(fd)
+        stack.callback(layout.close)
+        if base is not None:
+            base.copy_layers(layout)
+        with layout.blob() as blob:
+            archive = oci.Gzip(blob)
+            tar = Tar(archive.write, losses, tick, "oci", sparse=False)  # layer.md: no sparse files
+            feed(items, source.tree(), tar, losses, tick, how.latest)
+            tar.close()
+            layer = archive.finish()
+        layout.finish(layer, base, how.latest or 0, how.tag)
+
+
+def _lines(fd: int, source: Source, how: How, losses: Losses, tick: Tick) -> None:
+    if how.format == "patch":
+        lines = _patch(source, losses, tick)
+    elif how.format == "rsync":
+        lines = lists.for_rsync(_plan(source, tick))
+    else:
+        lines = lists.for_restic(_plan(source, tick), source.tree(), losses)
+    with _buffered(fd) as write:
+        for line in lines:
+            write(line)
+
+
+def _patch(source: Source, losses: Losses, tick: Tick) -> Iterator[bytes]:
+    for piece in patch.patch(_told(source, tick), source, binary=True):
+        if piece.startswith(b"# "):
+            losses.add("changes that a patch has no words for", piece[2:].partition(b": ")[0])
+        yield piece
+
+
+@contextmanager
+def _standard_output() -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        if error.filename is not None:
+            raise  # what is read
+        raise SystemFailure(f"cannot write to standard output: {error.strerror}") from None
+
+
+@contextmanager
+def _buffered(fd: int) -> Iterator[Callable[[bytes], object]]:
+    with os.fdopen(fd, "wb", buffering=1 << 20, closefd=False) as file:
+        yield file.write

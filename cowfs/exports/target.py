@@ -1,0 +1,182 @@
+"""The place of an export: whole, or as it was before."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import secrets
+import stat
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+
+from cowfs.errors import SystemFailure, UsageError
+from cowfs.layers import beneath
+from cowfs.linux import files
+from cowfs.linux.trust import who_can_redirect
+
+_NO_TMPFILE = {errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT}
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+_FORCE = "give another name, or --force to replace it"
+
+
+@contextmanager
+def new_file(path: str, *, force: bool) -> Iterator[int]:
+    """Open a file that gets its name at the end, when all of it is on disk; else nothing of it stays.
+
+    Until then it has no name, where the filesystem can do that. UsageError if something is at *path* and not
+    to be replaced, or cannot be; SystemFailure with *path* for what the system refuses.
+    """
+    with _parent(path) as (parent, name):
+        _refuse(path, parent, name, stat.S_IFREG, force=force)
+        temporary = ""
+        with ExitStack() as stack:
+            try:
+                fd = os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=parent)
+            except OSError as error:
+                if error.errno not in _NO_TMPFILE:
+                    raise
+                temporary = _temporary(name)
+                stack.callback(_remove, parent, temporary)
+                flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+                fd = os.open(temporary, flags, 0o600, dir_fd=parent)
+            stack.callback(os.close, fd)
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            yield fd
+            os.fsync(fd)
+            if not temporary:
+                temporary = _temporary(name) if force else name
+                os.link(f"/proc/self/fd/{fd}", temporary, dst_dir_fd=parent, follow_symlinks=True)
+                stack.callback(_remove, parent, temporary if force else "")
+            if temporary != name:
+                _rename(parent, temporary, name, force=force)
+            os.fsync(parent)
+
+
+@contextmanager
+def new_directory(path: str, *, force: bool) -> Iterator[int]:
+    """The same for a directory, whose temporary name is beside it.
+
+    What an export that was killed has left of one is removed by the next to the same place. With *force* an
+    empty directory is replaced, never one that holds something.
+    """
+    with _parent(path) as (parent, name):
+        _refuse(path, parent, name, stat.S_IFDIR, force=force)
+        with _made(parent, name) as (fd, temporary):
+            yield fd
+            files.syncfs(fd)
+            _rename(parent, temporary, name, force=force)
+            os.fsync(parent)
+
+
+@contextmanager
+def scratch_directory(path: str) -> Iterator[int]:
+    """Open a directory beside *path* for files that are needed until this ends; then it is removed."""
+    with _parent(path) as (parent, name), _made(parent, name) as (fd, _):
+        yield fd
+
+
+@contextmanager
+def _made(parent: int, name: str) -> Iterator[tuple[int, str]]:
+    """Make a directory with a temporary name, which is removed in the end if it has that name yet."""
+    temporary = _temporary(name)
+    with ExitStack() as stack:
+        stack.callback(_remove, parent, temporary)
+        since = beneath.now()
+        os.mkdir(temporary, 0o700, dir_fd=parent)
+        fd = os.open(temporary, _DIRECTORY | os.O_NOFOLLOW, dir_fd=parent)
+        stack.callback(os.close, fd)
+        if not beneath.is_new(fd, os.fstat(fd), since, files.fs_magic(fd)):
+            raise beneath.stale(os.fsencode(temporary))
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield fd, temporary
+
+
+@contextmanager
+def _parent(path: str) -> Iterator[tuple[int, str]]:
+    """Open the directory that *path* is to be in; say what fails meanwhile of *path*, in one line."""
+    directory, name = os.path.split(path.rstrip("/") if path.strip("/") else path)
+    if name in {"", ".", ".."}:
+        raise UsageError(f"{path}: not a name for a file", "give the name of a file to be made")
+    try:
+        parent = os.open(directory or ".", _DIRECTORY)
+    except OSError as error:
+        hint = ""
+        if isinstance(error, FileNotFoundError):
+            hint = f"there is no directory {directory}: mkdir -p {directory}"
+        elif isinstance(error, NotADirectoryError):
+            hint = f"{directory} is no directory: give another name"
+        raise SystemFailure(f"{path}: {error.strerror}", hint) from None
+    try:
+        reason = who_can_redirect(directory or ".", parent)
+        if reason is not None:
+            raise UsageError(f"{path}: {reason}", "give a name in the directory itself")
+        _sweep(parent, name)
+        yield parent, name
+    except FileExistsError:
+        raise UsageError(f"{path}: already exists", _FORCE) from None
+    except OSError as error:
+        if error.filename is not None and os.fsencode(error.filename).startswith(b"/"):
+            raise  # what is read, and not what is written
+        raise SystemFailure(f"{path}: cannot be written: {error.strerror or error}") from None
+    finally:
+        os.close(parent)
+
+
+def _refuse(path: str, parent: int, name: str, wanted: int, *, force: bool) -> None:
+    """Raise UsageError for what is there already."""
+    try:
+        there = os.stat(name, dir_fd=parent, follow_symlinks=False)
+    except FileNotFoundError:
+        return
+    if not force:
+        raise UsageError(f"{path}: already exists", _FORCE)
+    if stat.S_IFMT(there.st_mode) != wanted:
+        kind = "regular file" if wanted == stat.S_IFREG else "directory"
+        raise UsageError(f"{path}: is there, and no {kind}", "give another name")
+    if wanted == stat.S_IFDIR:
+        fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+        try:
+            if os.listdir(fd):
+                raise UsageError(f"{path}: is not empty", "remove it first, or give another name")
+        finally:
+            os.close(fd)
+
+
+def _rename(parent: int, temporary: str, name: str, *, force: bool) -> None:
+    if force:
+        os.rename(temporary, name, src_dir_fd=parent, dst_dir_fd=parent)
+    else:
+        files.rename_new(parent, temporary, name)
+
+
+def _prefix(name: str) -> str:
+    return f".{name[:100]}.cowfs-"
+
+
+def _temporary(name: str) -> str:
+    return _prefix(name) + secrets.token_hex(8)
+
+
+def _sweep(parent: int, name: str) -> None:
+    """Remove what exports to this place have left that were killed: nobody has it locked any more."""
+    for each in os.listdir(parent):
+        rest = each.removeprefix(_prefix(name))
+        if rest == each or len(rest) != 16:
+            continue
+        with suppress(OSError):
+            fd = os.open(each, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=parent)
+            try:
+                if os.fstat(fd).st_uid != os.geteuid():
+                    continue
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _remove(parent, each)
+            finally:
+                os.close(fd)
+
+
+def _remove(parent: int, name: str) -> None:
+    if not name:
+        return
+    with suppress(OSError):
+        beneath.remove_tree(parent, os.fsencode(name))

@@ -1,0 +1,83 @@
+"""Where a union may be mounted."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+from cowfs.errors import MountFailure
+from cowfs.linux.mount_table import mount_of, where_is
+from cowfs.union import UnionOptions
+
+
+def check_mountpoint(mountpoint: str) -> str:
+    """Return the mountpoint's real path; MountFailure when it cannot be one."""
+    if mountpoint.startswith("/dev/fd/"):
+        return mountpoint  # mounted by somebody else, who hands us the connection
+    try:
+        os.statvfs(mountpoint)  # asks its daemon, which stat(2) need not
+    except OSError as error:
+        if error.errno == errno.ENOTCONN:
+            raise MountFailure(
+                f"{mountpoint}: a cowfs whose daemon is dead is mounted here",
+                f"remove it first: cowfs umount {mountpoint}",
+            ) from None
+    if not os.path.exists(mountpoint):
+        raise MountFailure(f"{mountpoint}: no such directory", "create it first")
+    if not os.path.isdir(mountpoint):
+        raise MountFailure(f"{mountpoint}: not a directory", "create a directory to mount on")
+    target = os.path.realpath(mountpoint)
+    here = mount_of(target)
+    if here is not None and here.fstype == "fuse.cowfs":
+        raise MountFailure(
+            f"{mountpoint}: a cowfs is already mounted here", f"unmount it first: cowfs umount {mountpoint}"
+        )
+    return target
+
+
+def check_places(mountpoint: str, options: UnionOptions) -> None:
+    """Refuse a store directory in a lower, or the other way round, and a mountpoint in it: MountFailure.
+
+    Else a mountpoint may be a layer, in one, or above it: layers are known by descriptors, and what is
+    mounted in one does not belong to it.
+    """
+    if mountpoint.startswith("/dev/fd/") or options.store == "memory" or os.path.isfile(options.store):
+        return
+    store = _place(options.store)
+    for lower in filter(os.path.isdir, options.lowers):
+        if _inside(store, _place(lower)):
+            raise MountFailure(
+                f"{options.store}: the store is inside the lower {lower}", "choose another path"
+            )
+        if _inside(_place(lower), store):
+            raise MountFailure(
+                f"{lower}: the lower is inside the store {options.store}", "choose another store"
+            )
+    at = _place(mountpoint)
+    if at != store and _inside(at, store):
+        raise MountFailure(f"{mountpoint}: is inside the store {options.store}", "choose another mountpoint")
+
+
+_Place = tuple[str, tuple[bytes, ...]]
+"""A filesystem, and the names on the way from its root: the same by whatever mount it is reached."""
+
+
+def _place(path: str) -> _Place:
+    """Return the place of what is at *path*, or will be made there."""
+    try:
+        fd = os.open(path, os.O_PATH)
+    except OSError:
+        above, name = os.path.split(path)
+        if not name:
+            return "", ()
+        dev, names = _place(above)
+        return dev, (*names, os.fsencode(name))
+    try:
+        dev, way = where_is(fd)
+    finally:
+        os.close(fd)
+    return dev, tuple(filter(None, way.split(b"/")))
+
+
+def _inside(place: _Place, directory: _Place) -> bool:
+    return place[0] == directory[0] and place[1][: len(directory[1])] == directory[1]

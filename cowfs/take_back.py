@@ -1,0 +1,105 @@
+"""Take changes back, and make checkpoints to come back to: for the control socket of a mounted union, and for
+a store that is not mounted."""
+
+from __future__ import annotations
+
+import base64
+import functools
+from collections.abc import Callable, Generator, Iterator
+from contextlib import suppress
+from typing import Any
+
+from cowfs.changes import checkpoint, revert, undo, vacuum
+from cowfs.changes.select import Selection, pattern
+from cowfs.errors import StoreError, UsageError
+from cowfs.linux.files import LACK_OF_ROOM
+from cowfs.overlay.uncover import Stale
+from cowfs.union import Union
+
+
+def request(
+    what: str, paths: list[bytes] | None = None, *, metadata: bool = False, dry_run: bool = False
+) -> dict[str, Any]:
+    """Return the request to do *what*: ``revert`` (no paths: everything), ``undo``, ``vacuum``, ``trash``."""
+    given = None if paths is None else [base64.b64encode(path).decode() for path in paths]
+    return {"what": what, "paths": given, "metadata": metadata, "dry_run": dry_run}
+
+
+Told = Generator[dict[str, Any] | Callable[[], None] | None, None, None]
+
+
+def told(union: Union, asked: dict[str, Any], ask_again: Callable[[Stale], None]) -> Told:
+    """Do it, and tell what was done: as :data:`cowfs.fuse.control.Replies`, without waiting for lowers."""
+    fs, what = union.overlay, asked.get("what")
+    if union.store.read_only and not (what == "vacuum" and asked.get("dry_run")):
+        raise UsageError(f"{union.store.path}: is read-only", "mount it without ro")
+    steps: revert.Progress
+    if what == "revert":
+        paths = asked.get("paths")
+        patterns = () if paths is None else tuple(pattern(base64.b64decode(path)) for path in paths)
+        back = functools.partial(undo.undo_batch, fs, forget=ask_again)
+        steps = revert.revert(fs, Selection(patterns), ask_again, back, metadata=bool(asked.get("metadata")))
+    elif what == "undo":
+        steps = undo.undo(fs, ask_again)
+    elif what == "vacuum":
+        steps = vacuum.vacuum(fs, ask_again, dry_run=bool(asked.get("dry_run")))
+    elif what == "trash":
+        steps = undo.empty_trash(fs)
+    else:
+        raise UsageError(f"{what!r}: cannot be done")
+    try:
+        for step in steps:
+            if isinstance(step, revert.Done):
+                path = base64.b64encode(step.path).decode()
+                yield {"path": path, "kind": step.kind, "why_not": step.why_not, "bytes": step.size}
+            else:
+                yield step
+    except OSError as error:
+        raise _failed(union, error) from None
+
+
+def checkpoints(
+    union: Union, asked: dict[str, Any], ask_again: Callable[[Stale], None] = lambda _: None
+) -> Told:
+    """Do what is *asked* with the checkpoint ``name``: ``take`` it, ``go_back`` to it, or ``delete`` it."""
+    store, fs, name = union.store, union.overlay, str(asked.get("name"))
+    if store.read_only:
+        raise UsageError(f"{store.path}: is read-only", "mount it without ro")
+    if store.is_apart:
+        raise UsageError(
+            f"{store.path}: is the upperdir of another program, which would not find its changes again",
+            "keep states with that program, as with podman commit",
+        )
+    try:
+        match asked.get("what"):
+            case "take":
+                yield from checkpoint.take(store, fs, name)
+            case "go_back":
+                yield from checkpoint.go_back(store, fs, name, ask_again)
+            case "delete":
+                yield from checkpoint.delete(store, fs, name)
+            case what:
+                raise UsageError(f"{what!r}: cannot be done")
+    except OSError as error:
+        with suppress(OSError):
+            yield from checkpoint.tidy(store)  # what was prepared
+        raise _failed(union, error) from None
+
+
+def _failed(union: Union, error: OSError) -> StoreError:
+    hint = "delete files, or make it larger (cowfs grow)" if error.errno in LACK_OF_ROOM else ""
+    return StoreError(f"{union.store.path}: {error.strerror}", hint)
+
+
+def offline(union: Union, asked: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Do it with a union that is not mounted. Blocks."""
+    yield from done(told(union, asked, lambda _: None))
+
+
+def done(steps: Told) -> Iterator[dict[str, Any]]:
+    """Do all steps; yield what they say. Blocks."""
+    for step in steps:
+        if isinstance(step, dict):
+            yield step
+        elif step is not None:
+            step()

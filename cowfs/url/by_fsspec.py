@@ -1,0 +1,83 @@
+"""A file that the Python package fsspec knows how to read: s3://, gs://, and what else there is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cowfs.url.http import changed
+from cowfs.url.protocol import Refused, Unreachable, Version
+
+_MARKS = (
+    *("ETag", "etag", "LastModified", "last_modified", "updated", "mtime", "modified", "modify"),
+    *("generation", "VersionId", "version_id", "md5Hash", "content_md5", "checksum", "uid", "ino"),
+)
+"""What the filesystems of fsspec call what tells one state of a file from another."""
+
+
+class FsspecFile:
+    """A file of fsspec's. All methods from any thread."""
+
+    def __init__(self, url: str) -> None:
+        """Refused where fsspec, or what it needs for the URL, is not installed."""
+        scheme = url.partition("://")[0]
+        try:
+            from fsspec.core import url_to_fs
+        except ImportError:
+            raise Refused(
+                f"{scheme}:// needs the Python package fsspec", "pip install 'cowfs[url]'"
+            ) from None
+        try:
+            self._fs, self._path = url_to_fs(url, use_listings_cache=False)
+        except (ImportError, ValueError) as error:
+            raise Refused(
+                f"fsspec cannot read {scheme}://: {_line(error)}",
+                "install the package that it needs for that (s3fs, gcsfs, adlfs …)",
+            ) from None
+        except Exception as error:
+            raise Refused(f"fsspec cannot read it: {_line(error)}", "check the URL, and the login") from None
+
+    def version(self) -> Version:
+        """Return which state of the file there is. Blocks; Refused, Unreachable."""
+        try:
+            self._fs.invalidate_cache(self._path)
+            info: dict[str, Any] = self._fs.info(self._path)
+        except Exception as error:
+            raise _explained(error) from None
+        if info.get("type", "file") != "file" or info.get("size") is None:
+            raise Refused("is not a file", "check the URL")
+        marks = tuple((name, str(info[name])) for name in _MARKS if info.get(name) is not None)
+        return Version(int(info["size"]), marks)
+
+    def end_overdue(self) -> None:
+        """The limits are those of fsspec."""
+
+    def read(self, start: int, length: int, version: Version) -> bytes:
+        """Return bytes of this state of the file, as :meth:`HttpFile.read` does.
+
+        Whether it was that one is asked afterwards: what is of another one is not returned.
+        """
+        try:
+            data: bytes = self._fs.cat_file(self._path, start=start, end=start + length)
+        except Exception as error:
+            raise _explained(error) from None
+        found = self.version()
+        if found != version:
+            raise changed(version, found)
+        if len(data) != length:
+            raise Unreachable(f"the answer was cut short: {len(data)} of {length} bytes")
+        return data
+
+
+def _explained(error: Exception) -> Exception:
+    if isinstance(error, FileNotFoundError):
+        return Refused("there is no such file", "check the URL")
+    if isinstance(error, PermissionError):
+        return Refused("its reading is not allowed", "give a login, as the package for the URL wants it")
+    if type(error).__name__ in {"NoCredentialsError", "HttpError", "ClientError"}:
+        return Refused(f"is refused: {_line(error)}", "give a login, as the package for the URL wants it")
+    return Unreachable(_line(error))
+
+
+def _line(error: Exception) -> str:
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__

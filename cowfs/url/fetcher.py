@@ -1,0 +1,297 @@
+"""The process that fetches: it asks servers, and reads what they send, in place of the daemon.
+
+As root's it is nobody's, and may do nothing but talk to servers; a daemon that is shut in has no network. It
+may hang, or die: then it is begun anew by the process that it was forked from, which does nothing else.
+
+Run as ``python -m cowfs.url.fetcher FD``, by :mod:`cowfs.url.link`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import heapq
+import itertools
+import json
+import netrc
+import os
+import pwd
+import random
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+from contextlib import suppress
+from typing import Any, NamedTuple, NoReturn, Protocol
+
+from cowfs.linux.seccomp import refuse_all_but_network
+from cowfs.url.http import HttpFile, Login
+from cowfs.url.protocol import (
+    LONGEST,
+    PIECE,
+    Kind,
+    Message,
+    Refused,
+    Unreachable,
+    Version,
+    pack,
+    pack_json,
+    unpack,
+)
+
+NOBODY = 65534
+_THREADS = 6
+"""So many requests are under way at a time."""
+_SILENCE = 15.0
+"""Seconds in which a server must say something."""
+_WATCHED = 10.0
+"""Seconds after which is looked for answers that take too long."""
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0
+"""Seconds between one attempt and the next; each is about twice the one before."""
+_SAID_AFTER = 3.0
+"""Seconds without an answer after which the log is told."""
+_PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS = 1, 38
+
+
+class RemoteFile(Protocol):
+    """A file on a server."""
+
+    def version(self) -> Version: ...
+
+    def read(self, start: int, length: int, version: Version) -> bytes: ...
+
+    def end_overdue(self) -> None: ...
+
+
+class _Work(NamedTuple):
+    order: tuple[int, int]
+    """First what somebody waits for, then what may be wanted; of each kind the oldest."""
+    message: Message
+    since: float
+
+
+class Worker:
+    """Answers what comes by a socket."""
+
+    def __init__(self, connection: socket.socket, login: Login) -> None:
+        self._connection = connection
+        self._login = login
+        self._file: RemoteFile | None = None
+        self._version: Version | None = None
+        self._url = ""
+        self._work: list[_Work] = []
+        self._under_way: set[int] = set()
+        self._some = threading.Condition()
+        self._count = itertools.count()
+        self._away_since = 0.0
+        self._told = False
+        self._state = threading.Condition()
+
+    def run(self) -> None:
+        """Answer until nobody asks any more."""
+        self._send(pack(Kind.READY))
+        while raw := self._connection.recv(LONGEST):
+            message = unpack(raw)
+            if message.kind == Kind.OPEN and not self._url:  # else it was asked for before we had begun, too
+                self._url = message.json()["url"]
+                threading.Thread(target=self._open, args=[message], daemon=True).start()
+            elif message.kind == Kind.FETCH:
+                self._put(message)
+
+    def _put(self, message: Message) -> None:
+        with self._some:
+            if message.number not in self._under_way:
+                self._under_way.add(message.number)
+                order = (message.length >> 31, next(self._count))
+                heapq.heappush(self._work, _Work(order, message, time.monotonic()))
+                self._some.notify()
+
+    def _open(self, message: Message) -> None:
+        asked = message.json()
+        since = time.monotonic()
+        try:
+            self._file = file = self._find(self._url)
+            known = Version.of_json(asked["version"]) if asked["version"] else None
+            version = self._with_patience(file.version, since, asked["patience"]) if known is None else known
+        except Refused as error:
+            return self._failed(message.number, error.why, error.hint)
+        except Unreachable as error:
+            return self._failed(message.number, error.why, "check the URL and the network")
+        except Exception as error:
+            return self._failed(message.number, f"{type(error).__name__}: {error}")
+        self._version = version
+        threading.Thread(target=self._watch, args=[file], daemon=True).start()
+        self._send(pack_json(Kind.OPENED, message.number, version.to_json()))
+        for number in range(_THREADS):
+            threading.Thread(target=self._fetch_for_ever, name=f"fetches-{number}", daemon=True).start()
+        return None
+
+    def _watch(self, file: RemoteFile) -> None:
+        while True:
+            time.sleep(_WATCHED)
+            file.end_overdue()
+
+    def _find(self, url: str) -> RemoteFile:
+        if url.lower().startswith(("http://", "https://")):
+            return HttpFile(url, self._login, _SILENCE)
+        from cowfs.url.by_fsspec import FsspecFile
+
+        return FsspecFile(url)
+
+    def _fetch_for_ever(self) -> None:
+        while True:
+            with self._some:
+                while not self._work:
+                    self._some.wait()
+                work = heapq.heappop(self._work)
+            self._fetch(work)
+            with self._some:
+                self._under_way.discard(work.message.number)
+
+    def _fetch(self, work: _Work) -> None:
+        message = work.message
+        number, start, length = message.number, message.place, message.length & 0x7FFFFFFF
+        (patience,) = json.loads(message.rest)
+        file, version = self._file, self._version
+        assert file is not None and version is not None
+        try:
+            data = self._with_patience(lambda: file.read(start, length, version), work.since, patience)
+        except Refused as error:
+            return self._failed(number, error.why, error.hint, changed=error.changed)
+        except Unreachable as error:
+            return self._failed(number, error.why, "it is tried again when something is read", away=True)
+        except Exception as error:
+            return self._failed(number, f"{type(error).__name__}: {error}")
+        for at in range(0, length, PIECE):
+            self._send(pack(Kind.DATA, number, at, rest=data[at : at + PIECE]))
+        self._send(pack(Kind.DONE, number))
+        return None
+
+    def _with_patience(self, call: Any, since: float, patience: float) -> Any:
+        """Return what *call* gives, which is tried until it works or *patience* seconds are over."""
+        pause = _FIRST_PAUSE
+        while True:
+            try:
+                result = call()
+            except Unreachable as error:
+                self._is_away(error.why)
+                now = time.monotonic()
+                wait = max(error.wait, pause * random.uniform(0.5, 1.5))
+                if now + wait > since + patience:
+                    raise
+                self._pause(wait, at_least=error.wait)
+                pause = min(2 * pause, _LONGEST_PAUSE)
+            else:
+                self._is_back()
+                return result
+
+    def _is_away(self, why: str) -> None:
+        with self._state:
+            now = time.monotonic()
+            self._away_since = self._away_since or now
+            tell = not self._told and now - self._away_since >= _SAID_AFTER
+            self._told |= tell
+        if tell:
+            self._say("warning", f"{self._url}: cannot be read for now: {why}; goes on trying")
+
+    def _pause(self, seconds: float, at_least: float) -> None:
+        """Wait for some seconds, or only until another request has worked."""
+        time.sleep(at_least)
+        with self._state:
+            if self._away_since:
+                self._state.wait(max(seconds - at_least, 0))
+
+    def _is_back(self) -> None:
+        with self._state:
+            told, away = self._told, self._away_since
+            self._told, self._away_since = False, 0.0
+            if away:
+                self._state.notify_all()
+        if told:
+            self._say("info", f"{self._url}: can be read again, after {time.monotonic() - away:.0f} s")
+
+    def _say(self, level: str, text: str) -> None:
+        self._send(pack_json(Kind.SAID, 0, {"level": level, "text": text}))
+
+    def _failed(self, number: int, why: str, hint: str = "", **more: bool) -> None:
+        self._send(pack_json(Kind.FAILED, number, {"why": why[:1000], "hint": hint, **more}))
+
+    def _send(self, raw: bytes) -> None:
+        with suppress(OSError):  # nobody wants to know any more
+            self._connection.sendall(raw)
+
+
+def main(fd: int) -> NoReturn:
+    """Fetch, for who has the other end of the socket *fd*, until that is closed."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_IGN)  # we end when the daemon does
+    login = _logins()
+    _give_up()
+    connection = socket.socket(fileno=fd)
+    pause = 0.0
+    while True:
+        begun = time.monotonic()
+        pid = os.fork()
+        if pid == 0:
+            _ctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+            try:
+                Worker(connection, login).run()
+            finally:
+                os._exit(0)
+        if _outlives(connection, pid):
+            os._exit(0)
+        pause = 0.0 if time.monotonic() - begun > 10 else min(pause + 0.5, 5.0)
+        time.sleep(pause)
+
+
+def _outlives(connection: socket.socket, pid: int) -> bool:
+    """Wait until the worker has died, or nobody wants it any more; return whether that is so."""
+    worker = os.pidfd_open(pid)
+    poll = select.poll()
+    poll.register(worker, select.POLLIN)
+    poll.register(connection, 0)  # POLLHUP alone
+    events = dict(poll.poll())
+    is_over = connection.fileno() in events
+    if is_over:
+        os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    os.close(worker)
+    return is_over
+
+
+def _logins() -> Login:
+    """Return who knows the logins of the user's netrc(5), which nobody could read later."""
+    own = os.environ.get("NETRC")
+    with suppress(KeyError):
+        own = own or os.path.join(pwd.getpwuid(os.geteuid()).pw_dir, ".netrc")
+    hosts: dict[str, tuple[str, str]] = {}
+    if own is not None:
+        with suppress(OSError, netrc.NetrcParseError, UnicodeDecodeError):
+            for host, (user, _, password) in netrc.netrc(own).hosts.items():
+                if host != "default":
+                    hosts[host] = (user, password or "")
+    return hosts.get
+
+
+def _give_up() -> None:
+    """Keep nothing of root's; of a user's what programs can do without privileges, but run others."""
+    if os.geteuid() == 0:
+        with suppress(OSError):  # a user namespace without that user
+            os.setgroups([])
+            os.setresgid(NOBODY, NOBODY, NOBODY)
+            os.setresuid(NOBODY, NOBODY, NOBODY)
+    with suppress(OSError):
+        os.chdir("/")
+    _ctl(_PR_SET_NO_NEW_PRIVS, 1)
+    with suppress(OSError):  # no libseccomp
+        refuse_all_but_network()
+
+
+def _ctl(option: int, value: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl(option, ctypes.c_ulong(value), 0, 0, 0)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

@@ -1,0 +1,309 @@
+"""A file on a web server, read by ranges (RFC 9110): over connections that stay open, one a thread.
+
+Each answer says which state of the file it is of. So what is of another state is never taken.
+"""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import re
+import socket
+import ssl
+import threading
+import time
+import urllib.request
+from collections.abc import Callable
+from contextlib import closing, suppress
+from hashlib import sha256
+from http import HTTPStatus
+from urllib.parse import SplitResult, quote, urljoin, urlsplit, urlunsplit
+
+from cowfs.url.protocol import BEGINNING, Refused, Unreachable, Version
+
+Login = Callable[[str], tuple[str, str] | None]
+"""Return the user and the password for a host, if any are known."""
+
+_REDIRECTS = {301, 302, 303, 307, 308}
+_MOST_REDIRECTS = 10
+_LATER = {408, 425, 429, 500, 502, 503, 504}
+"""Who answers so may answer otherwise soon."""
+_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
+_WHOLE = re.compile(r"bytes \*/(\d{1,18})")
+_MARKS = ("ETag", "Last-Modified")
+_START = 4096
+_LONGEST_WAIT = 60.0
+_SLOWEST = 120.0
+"""Seconds in which all of an answer must have come."""
+_KEPT = "%/:?#[]@!$&'()*+,;=~"
+"""What stays as it is in a URL; what else is no letter, digit, - . or _ is written as %XX (RFC 3986)."""
+_DRAINED = 4096
+"""An answer with no more bytes that nobody wants is read; for one with more the connection is closed."""
+
+NO_RANGES = "the server only sends whole files: it does not take range requests"
+NO_RANGES_HINT = "download the image first, or serve it by nginx, Apache, lighttpd or Caddy"
+
+
+class _Moved(Exception):
+    """The answer is elsewhere."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self.url = url
+
+
+class _Thread(threading.local):
+    """The connection of a thread, and where the file was found by it."""
+
+    connection: http.client.HTTPConnection | None = None
+    place: tuple[str, str] = ("", "")
+    url = ""
+
+
+class HttpFile:
+    """A file on a web server. All methods from any thread; each thread has its own connection."""
+
+    def __init__(self, url: str, login: Login, timeout: float) -> None:
+        """*timeout*: seconds in which the server must say something."""
+        self._url = url
+        self._login = login
+        self._timeout = timeout
+        self._mine = _Thread()
+        self._under_way: dict[int, tuple[float, http.client.HTTPConnection, socket.socket | None]] = {}
+        """When an answer is overdue, and by what it comes: a connection forgets a socket that is to be closed
+        after the answer."""
+        self._tls: ssl.SSLContext | None = None
+
+    def version(self) -> Version:
+        """Return which state of the file the server has. Blocks; Refused, Unreachable.
+
+        Where the server says nothing that tells one from another it is known by how it begins.
+        """
+        version, start = self._ask(0, _START, None)
+        return version if version.marks else Version(version.size, ((BEGINNING, sha256(start).hexdigest()),))
+
+    def read(self, start: int, length: int, version: Version) -> bytes:
+        """Return bytes of this state of the file. Blocks; Refused, if it is another by now; Unreachable."""
+        if version.marks[0][0] != BEGINNING:
+            return self._ask(start, length, version)[1]
+        data = self._ask(start, length, Version(version.size, ()))[1]
+        found = self.version()  # later: so that what was read before is of this one
+        if found != version:
+            raise changed(version, found)
+        return data
+
+    def _ask(self, start: int, length: int, version: Version | None) -> tuple[Version, bytes]:
+        known = bool(self._mine.url)
+        try:
+            return self._follow(start, length, version)
+        except Refused as error:
+            if error.changed or not known:
+                raise
+        except Unreachable:
+            self._drop()
+            if not known:
+                raise
+        # What we were led to may be gone, or an old connection closed: once more from the beginning.
+        self._drop()
+        try:
+            return self._follow(start, length, version)
+        except Unreachable:
+            self._drop()
+            raise
+
+    def _follow(self, start: int, length: int, version: Version | None) -> tuple[Version, bytes]:
+        mine = self._mine
+        url = mine.url or self._url
+        for _ in range(_MOST_REDIRECTS):
+            try:
+                found = self._once(url, start, length, version)
+            except _Moved as moved:
+                url = self._allowed(url, moved.url)
+                continue
+            mine.url = url
+            return found
+        raise Refused(f"leads on more than {_MOST_REDIRECTS} times", "give the URL of the file itself")
+
+    def _allowed(self, from_: str, to: str) -> str:
+        url = urljoin(from_, to)
+        scheme = urlsplit(url).scheme
+        if scheme not in {"http", "https"} or (scheme == "http" and from_.startswith("https:")):
+            raise Refused(f"leads to {url}, which is less safe", "give the URL that is meant")
+        return url
+
+    def _once(self, url: str, start: int, length: int, version: Version | None) -> tuple[Version, bytes]:
+        me = threading.get_ident()
+        try:
+            connection, target, headers = self._connected(urlsplit(url))
+            deadline = time.monotonic() + _SLOWEST
+            self._under_way[me] = deadline, connection, None
+            headers["Range"] = f"bytes={start}-{start + length - 1}"
+            connection.request("GET", target, headers=headers)
+            self._under_way[me] = deadline, connection, connection.sock
+            with closing(connection.getresponse()) as answer:
+                found = self._judge(url, answer, start, length, version)
+                data = answer.read(length + 1)  # no more, whatever the server sends
+        except ssl.SSLCertVerificationError as error:
+            raise Refused(
+                f"its certificate cannot be verified: {error.verify_message}",
+                "check the host's name and the clock; update-ca-certificates(8) adds an authority",
+            ) from None
+        except (OSError, http.client.HTTPException) as error:
+            raise Unreachable(_said(error)) from None
+        finally:
+            self._under_way.pop(me, None)
+        if len(data) > length:
+            raise Unreachable("the server sends more than was asked for")
+        if len(data) != min(length, found.size - start):
+            raise Unreachable(f"the answer was cut short: {len(data)} of {length} bytes")
+        return found, data
+
+    def end_overdue(self) -> None:
+        """Break off answers that have taken too long. For a thread that does so now and then."""
+        now = time.monotonic()
+        for deadline, connection, known in list(self._under_way.values()):
+            if now > deadline and (sock := known or connection.sock) is not None:
+                with suppress(OSError):
+                    sock.shutdown(socket.SHUT_RDWR)
+
+    def _judge(
+        self,
+        url: str,
+        answer: http.client.HTTPResponse,
+        start: int,
+        length: int,
+        version: Version | None,
+    ) -> Version:
+        """Return what state of the file an answer is of, if it is what was asked for."""
+        try:
+            found = self._found(answer, start, length, version)
+        except BaseException:
+            if (answer.length or 0) > _DRAINED or answer.chunked or answer.length is None:
+                self._drop()
+            else:
+                answer.read()
+            raise
+        if version is not None and found != version:
+            self._drop()
+            raise changed(version, found)
+        return found
+
+    def _found(
+        self, answer: http.client.HTTPResponse, start: int, length: int, version: Version | None
+    ) -> Version:
+        status = answer.status
+        location = answer.getheader("Location")
+        if status in _REDIRECTS and location:
+            raise _Moved(location)
+        if status in _LATER:
+            raise Unreachable(f"the server answers {_reason(answer)}", _wait(answer))
+        marks = tuple((name, value) for name in _MARKS if (value := answer.getheader(name)))
+        if status == HTTPStatus.PARTIAL_CONTENT:
+            match = _RANGE.fullmatch(answer.getheader("Content-Range", "").strip())
+            if match is None or answer.getheader("Content-Encoding", "identity") != "identity":
+                raise Refused(NO_RANGES, NO_RANGES_HINT)
+            first, last, size = map(int, match.groups())
+            if first != start or last != min(start + length, size) - 1:
+                if version is not None and size != version.size:
+                    return Version(size, marks)
+                raise Unreachable(f"the server sent bytes {first}-{last}, which are not those asked for")
+            return Version(size, marks)
+        if status == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
+            match = _WHOLE.fullmatch(answer.getheader("Content-Range", "").strip())
+            size = int(match[1]) if match else 0
+            if version is not None and size != version.size:
+                return Version(size, marks)
+            raise Refused("is empty" if not size else NO_RANGES, "" if not size else NO_RANGES_HINT)
+        if status == HTTPStatus.OK:
+            size = int(answer.getheader("Content-Length") or -1)
+            if version is not None and size >= 0 and Version(size, marks) != version:
+                return Version(size, marks)
+            raise Refused("is empty" if size == 0 else NO_RANGES, "" if size == 0 else NO_RANGES_HINT)
+        raise _refusal(answer)
+
+    def _connected(self, url: SplitResult) -> tuple[http.client.HTTPConnection, str, dict[str, str]]:
+        """Return a connection to the server of a URL, what to ask it for, and the headers for that."""
+        mine = self._mine
+        host = url.hostname or ""
+        target = quote(urlunsplit(("", "", url.path or "/", url.query, "")), safe=_KEPT)
+        headers = {"Accept-Encoding": "identity", "User-Agent": "cowfs"}
+        login = self._login(host)
+        if login is not None:
+            headers["Authorization"] = "Basic " + base64.b64encode(":".join(login).encode()).decode()
+        proxy = _proxy(url.scheme, url.netloc)
+        if proxy is not None and url.scheme == "http":
+            target = quote(urlunsplit((*url[:4], "")), safe=_KEPT)
+        if mine.connection is None or mine.place != (url.scheme, url.netloc):
+            self._disconnect()
+            mine.connection = self._connect(url, host, proxy)
+            mine.place = (url.scheme, url.netloc)
+        return mine.connection, target, headers
+
+    def _connect(self, url: SplitResult, host: str, proxy: SplitResult | None) -> http.client.HTTPConnection:
+        to, port = (host, url.port) if proxy is None else (proxy.hostname or "", proxy.port)
+        if url.scheme == "http":
+            return http.client.HTTPConnection(to, port, timeout=self._timeout)
+        if self._tls is None:
+            self._tls = ssl.create_default_context()
+        connection = http.client.HTTPSConnection(to, port, timeout=self._timeout, context=self._tls)
+        if proxy is not None:
+            connection.set_tunnel(host, url.port or 443)
+        return connection
+
+    def _disconnect(self) -> None:
+        connection, self._mine.connection = self._mine.connection, None
+        if connection is not None:
+            connection.close()
+
+    def _drop(self) -> None:
+        """Begin anew with the next request."""
+        self._mine.url = ""
+        self._disconnect()
+
+
+def changed(version: Version, found: Version) -> Refused:
+    """Return what to raise where a file is not what it was."""
+    return Refused(
+        f"is another file than the one that was opened: {found}, not {version}",
+        "put the old one back, or unmount, and mount the new one",
+        changed=True,
+    )
+
+
+def _refusal(answer: http.client.HTTPResponse) -> Refused:
+    status, reason = answer.status, _reason(answer)
+    if status in {HTTPStatus.UNAUTHORIZED, HTTPStatus.PROXY_AUTHENTICATION_REQUIRED}:
+        return Refused(f"the server wants a login ({reason})", "write user and password into ~/.netrc")
+    if status == HTTPStatus.FORBIDDEN:
+        return Refused(f"the server does not allow it ({reason})", "check the URL, and the login in ~/.netrc")
+    if status in {HTTPStatus.NOT_FOUND, HTTPStatus.GONE}:
+        return Refused(f"the server has no such file ({reason})", "check the URL")
+    return Refused(f"the server answers {reason}", "check the URL")
+
+
+def _reason(answer: http.client.HTTPResponse) -> str:
+    return f"{answer.status} {answer.reason}".strip()
+
+
+def _wait(answer: http.client.HTTPResponse) -> float:
+    said = answer.getheader("Retry-After", "")
+    return min(float(said), _LONGEST_WAIT) if said.isdecimal() else 0.0
+
+
+def _said(error: Exception) -> str:
+    if isinstance(error, TimeoutError):
+        return "the server does not answer"
+    if isinstance(error, http.client.IncompleteRead):
+        return "the answer was cut short"
+    if isinstance(error, socket.gaierror):
+        return f"its host is not known: {error.strerror}"
+    if isinstance(error, OSError):
+        return error.strerror or str(error) or type(error).__name__
+    return f"the server speaks no HTTP: {str(error) or type(error).__name__}"
+
+
+def _proxy(scheme: str, netloc: str) -> SplitResult | None:
+    proxy = urllib.request.getproxies_environment().get(scheme)
+    if not proxy or urllib.request.proxy_bypass(netloc):
+        return None
+    return urlsplit(proxy if "://" in proxy else f"http://{proxy}")

@@ -1,0 +1,47 @@
+"""What is a URL, and how it is written among other lowers."""
+
+from __future__ import annotations
+
+import os
+import re
+from urllib.parse import urlsplit
+
+from cowfs.errors import UsageError
+
+_START = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+_AUTHORITY = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://[^/?#\\]*")
+"""Up to where a colon belongs to the URL: to its scheme, its port, or an address of IPv6."""
+
+
+def is_url(text: str) -> bool:
+    """Whether a lower is named by a URL: by a scheme and ``://``. A path is one with ./ before it."""
+    return _START.match(text) is not None
+
+
+def authority(text: str) -> str:
+    """Return the part of a text that begins with a URL in which no colon ends a name; "" for others."""
+    match = _AUTHORITY.match(text)
+    return match[0] if match else ""
+
+
+def place(text: str) -> str:
+    """Return where a lower is, from anywhere: its absolute path, or its URL."""
+    return text if is_url(text) else os.path.abspath(text)
+
+
+def check(url: str) -> None:
+    """UsageError for a URL that cannot be used, or would show a password to everybody."""
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError as error:
+        raise UsageError(f"{url}: not a URL: {error}", "write it as https://HOST/PATH") from None
+    if parts.password is not None or (parts.scheme in {"http", "https"} and parts.username is not None):
+        shown = url.replace(parts.netloc, parts.netloc.rpartition("@")[2], 1)
+        raise UsageError(f"{shown}: a login in a URL is shown to all users", "write it into ~/.netrc")
+    if not parts.netloc and parts.scheme != "file":
+        raise UsageError(f"{url}: names no host", "write it as https://HOST/PATH")
+    if port == 0 or parts.path in {"", "/"}:
+        raise UsageError(f"{url}: names no file", "write it as https://HOST/PATH")
+    if any(ord(character) <= 32 or ord(character) == 127 for character in url):
+        raise UsageError(f"{url!r}: a URL has no spaces in it", "write a space as %20")

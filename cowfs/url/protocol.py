@@ -1,0 +1,114 @@
+"""What the process that fetches and the one that it fetches for say to each other.
+
+They share a socket that keeps messages apart (SOCK_SEQPACKET): whoever dies leaves none cut in two. A message
+is a head and what belongs to it.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+HEAD = struct.Struct("<IQQI")  # kind, number, and for bytes: place and length
+BEGINNING = "beginning"
+"""The mark of a file of which the server says nothing that tells one state from another: how it begins."""
+PIECE = 64 << 10
+"""So many bytes of data are in one message."""
+LONGEST = HEAD.size + PIECE
+
+
+class Kind(IntEnum):
+    """What a message is."""
+
+    OPEN = 1
+    """To the fetcher: the file, and what it is known to be; JSON."""
+    FETCH = 2
+    """To the fetcher: which bytes; a number, by which the answer is known, and seconds in place of data."""
+    READY = 3
+    """From the fetcher, when it begins, and each time that it begins anew: say again what is wanted."""
+    OPENED = 4
+    """What the file is: JSON."""
+    DATA = 5
+    """Some of the bytes, at a place from the beginning of what was asked for."""
+    DONE = 6
+    """All bytes have been sent."""
+    FAILED = 7
+    """There are none: JSON."""
+    SAID = 8
+    """A line for the log: JSON."""
+
+
+class Message(NamedTuple):
+    """A message, taken apart."""
+
+    kind: Kind
+    number: int
+    place: int
+    length: int
+    rest: bytes
+
+    def json(self) -> dict[str, Any]:
+        """Return what a message says that has JSON in it."""
+        return dict(json.loads(self.rest))
+
+
+def pack(kind: Kind, number: int = 0, place: int = 0, length: int = 0, rest: bytes = b"") -> bytes:
+    """Return a message."""
+    return HEAD.pack(kind, number, place, length) + rest
+
+
+def pack_json(kind: Kind, number: int, what: dict[str, Any]) -> bytes:
+    """Return a message that says something in JSON."""
+    return pack(kind, number, rest=json.dumps(what).encode())
+
+
+def unpack(raw: bytes) -> Message:
+    """Take a message apart. ValueError for what is none."""
+    try:
+        kind, number, place, length = HEAD.unpack_from(raw)
+    except struct.error as error:
+        raise ValueError(str(error)) from None
+    return Message(Kind(kind), number, place, length, raw[HEAD.size :])
+
+
+class Version(NamedTuple):
+    """What tells one state of a file on a server from another."""
+
+    size: int
+    marks: tuple[tuple[str, str], ...]
+    """What the server says of it besides: (name, value), as ETag and Last-Modified. None: only its size."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as JSON can hold it."""
+        return {"size": self.size, "marks": [list(mark) for mark in self.marks]}
+
+    @classmethod
+    def of_json(cls, said: dict[str, Any]) -> Version:
+        """Return what :meth:`to_json` was made of."""
+        return cls(int(said["size"]), tuple((str(name), str(value)) for name, value in said["marks"]))
+
+    def __str__(self) -> str:
+        return ", ".join([f"{self.size} bytes", *(f"{name} {value}" for name, value in self.marks)])
+
+
+class Refused(Exception):
+    """The server will not give it, however often it is asked; the texts are for people."""
+
+    def __init__(self, why: str, hint: str = "", *, changed: bool = False) -> None:
+        super().__init__(why)
+        self.why = why
+        self.hint = hint
+        self.changed = changed
+        """Whether it has another file by now."""
+
+
+class Unreachable(Exception):
+    """It did not work this time; the text says why, for people."""
+
+    def __init__(self, why: str, wait: float = 0.0) -> None:
+        super().__init__(why)
+        self.why = why
+        self.wait = wait
+        """Seconds that the server wants us to wait."""
