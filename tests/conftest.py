@@ -15,6 +15,8 @@ from tests.support import transport as transports
 from tests.support.system import run
 
 transport = transports.transport
+ROOTS_FIXTURES = {"ext3", "parts"}
+"""Fixtures that skip for all others whatever asks for them."""
 _before = pytest.StashKey[str]()
 
 
@@ -28,6 +30,15 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     """Leave that as it was."""
     if not hasattr(config, "workerinput"):
         transports.turn(config.stash.get(_before, ""))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what only root can run: by needs_root, or by a fixture that is root's."""
+    for item in items:
+        needs = any(mark is system.needs_root.mark for mark in item.iter_markers("skipif"))
+        if needs or not ROOTS_FIXTURES.isdisjoint(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.root)
 
 
 def pytest_report_header() -> str:
@@ -92,3 +103,19 @@ def ext3(tmp_path_factory: pytest.TempPathFactory, surroundings: guard.Guard) ->
     yield at
     run("umount", at)
     image.unlink()
+
+
+@pytest.fixture
+def many(tmp_path: Path) -> Iterator[None]:
+    """Let nobody give out some users and groups."""
+    if shutil.which("newuidmap") is None:
+        pytest.skip("needs newuidmap (apt install uidmap)")
+    given = tmp_path / "given"
+    given.write_text("nobody:100000:65536\n")
+    places = [Path("/etc/subuid"), Path("/etc/subgid")]
+    for place in places:
+        place.touch()
+        run("mount", "--bind", given, place)
+    yield
+    for place in places:
+        run("umount", place)

@@ -34,9 +34,9 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Parts:
     """The kernel, an initramfs and a root image; made by the first of the test processes that wants them."""
     if os.geteuid() != 0:
         pytest.skip("needs root: the files in a root image belong to root")
-    for program in (QEMU, "mksquashfs", "mkfs.vfat", "mcopy", "xorriso", "cpio"):
+    for program in (QEMU, "mksquashfs", "mkfs.vfat", "mcopy", "xorriso", "cpio", "depmod"):
         if shutil.which(program) is None:
-            pytest.skip(f"needs {program}")
+            pytest.skip(f"needs {program} (scripts/setup --boot)")
     base = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         base = base.parent
@@ -69,7 +69,7 @@ def boot(parts: Parts, request: pytest.FixtureRequest) -> Callable[..., Machine]
     def switch_on(
         options: str = "",
         *,
-        kernel: Path = parts.kernel,
+        kernel: Path | None = parts.kernel,
         initramfs: Path = parts.initramfs,
         **more: object,
     ) -> Machine:

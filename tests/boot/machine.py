@@ -26,12 +26,13 @@ class Machine:
     """One run of qemu, from power-on to power-off.
 
     The serial console is written to *log* as it comes. *test* is a shell script that the guest's process 1
-    runs (see images.py); what it prints after ``TEST`` is what :meth:`said` finds.
+    runs (see images.py); what it prints after ``TEST`` is what :meth:`said` finds. Without a *kernel* the
+    firmware boots from a disc.
     """
 
     def __init__(
         self,
-        kernel: Path,
+        kernel: Path | None,
         initramfs: Path,
         log: Path,
         *,
@@ -48,10 +49,11 @@ class Machine:
         script = log.with_suffix(".sh")
         script.write_text(test)
         line = f"console=ttyS0 quiet panic=1 {options}"
+        loaded = ("-kernel", str(kernel), "-initrd", str(initramfs), "-append", line)
         command = [
             *(QEMU, "-M", "q35", "-accel", "tcg,thread=multi,tb-size=256", "-cpu", "max"),
             *("-smp", "2", "-m", str(memory), "-nodefaults", "-no-user-config", "-display", "none"),
-            *("-no-reboot", "-kernel", str(kernel), "-initrd", str(initramfs), "-append", line),
+            *("-no-reboot", *(loaded if kernel is not None else ("-boot", "d"))),
             *("-serial", "stdio", "-monitor", f"unix:{self._monitor_path},server=on,wait=off"),
             *("-fw_cfg", f"name=opt/test,file={script}"),
             *("-device", "qemu-xhci,id=usb", "-device", "virtio-scsi-pci,id=scsi"),

@@ -8,12 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cowfs.linux.mounts import umount2, wait_pid_gone
-from tests.boot.images import HELPERS
+from cowfs.linux.mounts import umount2
+from cowfs.linux.pids import wait_pid_gone
 from tests.support.mounts import is_mounted, project_root
 from tests.support.system import run
-
-DAEMON = HELPERS / "boot/root-daemon"
 
 
 @dataclass
@@ -45,10 +43,10 @@ class Root:
         self, store: Path | str, mode: str = "rw", engine: str = "auto", below: Sequence[Path] = ()
     ) -> tuple[int, str]:
         """Start it; its exit code, and what it said."""
-        # Coverage measures in the environment that -I of the script's first line would hide.
+        # Not by the script, whose Python is isolated: coverage measures in the environment.
         done = run(
-            sys.executable, DAEMON, "--image", self.image, "--store", store, "--mode", mode,
-            "--engine", engine, "--mountpoint", self.root, "--show-store", self.shown,
+            sys.executable, "-m", "cowfs.cli.root_daemon", "--image", self.image, "--store", store,
+            "--mode", mode, "--engine", engine, "--mountpoint", self.root, "--show-store", self.shown,
             "--show-below", self.top / "below", "--log", self.top / "log", "--pid-file", self.top / "pid",
             *(word for path in below for word in ("--below", path)),
             check=False, env={**os.environ, "PYTHONPATH": project_root()},
@@ -62,5 +60,5 @@ class Root:
         """Unmount, as the shutdown does, and wait for the daemon."""
         if is_mounted(self.root):
             pid = self.pid()
-            umount2(self.root)
+            umount2(str(self.root))
             assert wait_pid_gone(pid, 20)

@@ -93,7 +93,7 @@ os.fsync(file); os.fsync(directory)'
         assert "usr" in machine.said("view")
         store_is_shown(machine, "after")
         assert machine.said("eater") == "137", "the one who took the memory was to be ended"
-        assert machine.said("ballast") == "2c7ab85a"  # 16 MB of zeros
+        assert machine.said("ballast") == "2c7ab85a"  # 16 MiB of zeros
         assert int(machine.said("read")) > 3_000_000
         assert machine.said("swap file") == "swapon: /root/swap: Invalid argument"
         assert machine.said("swapped") == "written meanwhile"
@@ -267,8 +267,8 @@ def test_store_on_a_disc_is_a_layer_below_memory_and_what_is_kept(
         assert machine.said("files").split() == ["new", "also"]
         assert machine.said("passwd") == "1"
         assert machine.said("motd") == ""
-        assert re.search(r"/dev/sda1 .* TAKEN.*/dev/sr0 .* not taken", machine.said("found"))
-        machine.shows(r"stands on \S+/sr0/sysrcd.bs", "are unmounted cleanly")
+        assert re.search(r"/dev/sda1 .* SELECTED.*/dev/sr0 .* not selected", machine.said("found"))
+        machine.shows(r"is based on \S+/sr0/sysrcd.bs", "are unmounted cleanly")
     after = images.from_fat(mine, "/sysrcd.bs", tmp_path / "again.bs")
     assert images.is_clean(after) == ""
     assert content(after, "root/again") == "again\n"
@@ -294,7 +294,7 @@ def test_no_store_is_looked_for_and_one_is_made_later(boot: Boot, image_disk: Pa
         assert machine.said("store") == "in memory (lost at the unmount)"
         assert machine.said("motd") == ""
         assert "/dev/sda1 /sysrcd.bs" in machine.said("found").replace("  ", " ")
-        assert "TAKEN: the first that can be used" in machine.said("found")
+        assert "SELECTED: the first usable store" in machine.said("found")
         assert machine.said("persist") == "0"
         store_is_shown(machine, "kept")
         machine.shows(r"changes are kept in memory \(backstore=off\)", "are unmounted cleanly")
@@ -304,6 +304,7 @@ def test_no_store_is_looked_for_and_one_is_made_later(boot: Boot, image_disk: Pa
     assert images.fat_is_clean(mine) == ""
 
 
+@pytest.mark.nightly
 def test_missing_store_asks_in_a_shell(boot: Boot, image_disk: Path) -> None:
     """A store that was named and is not there: a shell, and then the choice that was made there."""
     options = f"{PLAIN} backstore=alldev,/nowhere.bs backstore.wait=1"
@@ -318,6 +319,7 @@ def test_missing_store_asks_in_a_shell(boot: Boot, image_disk: Path) -> None:
         assert machine.said("motd").count("no disk that was looked at has the store /nowhere.bs") == 1
 
 
+@pytest.mark.nightly
 def test_missing_store_ends_the_boot_when_told_to(boot: Boot, image_disk: Path) -> None:
     options = f"{PLAIN} backstore=/nowhere.bs backstore.wait=0 backstore.fallback=fail"
     with boot(options, test="out 'up: yes'", devices=hard_disk(image_disk, "image")).wait() as machine:

@@ -101,7 +101,7 @@ def test_image_and_store_on_a_card(boot: Boot, image_disk: Path, parts: Parts, t
         assert machine.said("store") == f"{CARRIER}/mmcblk0p1/sysrcd.bs"
         assert machine.said("lower").startswith(f"{CARRIER}/mmcblk0p1/sysrcd.dat (squashfs")
         assert machine.said("kept").split() == ["first", "later"]
-        assert "TAKEN" in machine.said("found")
+        assert "SELECTED" in machine.said("found")
         assert machine.said("motd") == ""
         assert "needs recovery" not in machine.text, "the first boot left it clean"
         machine.shows("are unmounted cleanly")
@@ -163,7 +163,7 @@ def test_store_on(boot: Boot, image_disk: Path, tmp_path: Path, name: str) -> No
         assert found.startswith(f"/dev/{kind.device}  /sysrcd.bs  (mounted on {CARRIER}/{kind.device})"), (
             found
         )
-        assert "TAKEN" in found
+        assert "SELECTED" in found
         assert machine.said("motd") == ""
         assert "needs recovery" not in machine.text, "the first boot left it clean"
         machine.shows("are unmounted cleanly")
@@ -218,7 +218,7 @@ def test_store_in_a_mapping(boot: Boot, image_disk: Path, parts: Parts, tmp_path
         assert machine.said("below") == "dm-0"
         assert machine.said("store") == f"{CARRIER}/dm-0/sysrcd.bs"
         assert re.findall(r"/dev/\S+  ", machine.said("found")) == ["/dev/dm-0  "]
-        assert "TAKEN" in machine.said("found")
+        assert "SELECTED" in machine.said("found")
         assert machine.said("motd") == ""
         machine.shows("are unmounted cleanly")
     assert images.is_clean(disk) == ""

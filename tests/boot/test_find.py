@@ -11,8 +11,10 @@ import pytest
 
 from cowfs.cli.main import main
 from cowfs.errors import UsageError
-from cowfs.linux.mounts import attach_loop, umount2
-from cowfs.store import find
+from cowfs.linux.loop_devices import attach_loop
+from cowfs.linux.mounts import umount2
+from cowfs.store.disks import find
+from cowfs.store.disks.block_device import DEFAULT
 from tests.boot import images
 from tests.boot.test_options import DEVICES, OPTIONS, System
 from tests.support.mounts import cowfs, mounted
@@ -34,7 +36,7 @@ PLAIN = [line for line in OPTIONS if line.startswith("backstore=") and not {'"',
 @pytest.mark.parametrize("line", PLAIN)
 def test_options_are_those_of_the_boot_library(line: str) -> None:
     scope, named, _, _ = OPTIONS[line].split("|")
-    assert find.parse_wanted(line) == find.Wanted(named or find.DEFAULT, scope)
+    assert find.parse_wanted(line) == find.Wanted(named or DEFAULT, scope)
 
 
 @pytest.mark.parametrize("value", ["nonsense", "/", "/a/", "/../a", "/a,/b", "off,/a", "alldev,x"])
@@ -82,17 +84,17 @@ def test_the_first_that_can_be_used_is_taken(
     try:
         assert main(["find", "--image", str(tmp_path / "lower.dat")]) == 0
     finally:
-        umount2(mountpoint)
+        umount2(str(mountpoint))
     said = capsys.readouterr().out
     blocks = ("\n" + said.strip()).split("\n/dev/")[1:]
     assert [block.split()[0] for block in blocks] == sticks[:4]
-    assert "not taken: not a store but a text file" in blocks[0]
-    assert "not taken: belongs to another root image" in blocks[1]
+    assert "not selected: not a store but a text file" in blocks[0]
+    assert "not selected: belongs to another root image" in blocks[1]
     assert f"mounted on {mountpoint}" in blocks[1]
-    assert "TAKEN: the first that can be used" in blocks[2]
-    assert "16 MB used, format: overlayfs, clean" in blocks[2]
+    assert "SELECTED: the first usable store" in blocks[2]
+    assert "16 MiB used, format: overlayfs, clean" in blocks[2]
     assert "lower.dat" in blocks[2]
-    assert f"not taken: /dev/{sticks[2]} comes first" in blocks[3]
+    assert f"not selected: /dev/{sticks[2]} takes precedence" in blocks[3]
 
 
 @needs_root
@@ -100,6 +102,6 @@ def test_nothing_is_found(
     sticks: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["find", "/nowhere.bs"]) == 1
-    assert "no store would be taken (/nowhere.bs, removable disks)" in capsys.readouterr().out
+    assert "no store would be used (/nowhere.bs, removable disks)" in capsys.readouterr().out
     assert main(["find", "off", "--json"]) == 1
     assert capsys.readouterr().out == "[]\n"

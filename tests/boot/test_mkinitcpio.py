@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,10 @@ from tests.boot.machine import Machine, hard_disk, stick
 from tests.boot.test_boot import CARRIER, GUEST, PLAIN, make_store
 from tests.support.system import needs_root, run
 
-pytestmark = needs_root
+pytestmark = [
+    needs_root,
+    pytest.mark.skipif(shutil.which("depmod") is None, reason="needs depmod (scripts/setup --boot)"),
+]
 
 MKINITCPIO = Path(__file__).parent / "initcpio/mkinitcpio"
 

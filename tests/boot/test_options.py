@@ -67,8 +67,8 @@ class System:
             (place / "dm/name").write_text(f"{disk.mapping}\n")
             (place / "dm/suspended").write_text(f"{disk.suspended}\n")
         for holder in disk.holders:
-            below, _, by = holder.partition(":")
-            target = place if below == disk.name else place / below
+            of, _, by = holder.partition(":")
+            target = place if of == disk.name else place / of
             (target / "holders" / by).symlink_to(f"../../{by}")
         for slave in disk.slaves:
             (found,) = [path for path in self.top.glob(f"sys/devices/**/{slave}") if path.is_dir()]

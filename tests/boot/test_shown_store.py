@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from cowfs.linux import mounts
+from cowfs.linux import mount_table, mounts
 from cowfs.linux.files import RENAME_EXCHANGE, renameat2
-from cowfs.linux.mounts import mount_of
+from cowfs.linux.mount_table import mount_of
 from tests.boot.root import Root
 from tests.support.mounts import TROUBLE, cowfs, eventually
 from tests.support.system import NOBODY, needs_fuse, needs_root, run
@@ -376,7 +376,7 @@ def test_persist_into_itself_is_refused(in_memory: Root) -> None:
     """The daemon would ask itself for the directory, and wait for the answer for ever."""
     done = cowfs("persist", in_memory.root, in_memory.shown / "upper/kept.bs", timeout=20)
     assert done.returncode == 32
-    assert "is inside the mount whose changes it shall hold" in done.stderr
+    assert "is inside the mount whose changes it is to hold" in done.stderr
     assert sorted(os.listdir(in_memory.shown / "upper")) == []
 
 
@@ -457,7 +457,7 @@ def test_cannot_be_shown(root: Root, store: Path) -> None:
     root.shown.rmdir()
     code, said = root.start(store)
     assert code == 0
-    assert "WARNING: the store cannot be looked at: " in said
+    assert "WARNING: the store cannot be shown: " in said
     (root.root / "new").write_text("x")
     root.stop()
 
@@ -470,5 +470,5 @@ def test_is_no_union(in_image: Root) -> None:
         here = mount_of(in_image.shown)
         assert here is not None
         connection.connect(b"\0cowfs-" + here.dev.encode())
-    types = [mount.fstype for mount in mounts.mountinfo() if mount.fstype.startswith("fuse.cowfs")]
+    types = [mount.fstype for mount in mount_table.mountinfo() if mount.fstype.startswith("fuse.cowfs")]
     assert sorted(types)[0] == "fuse.cowfs" and types.count("fuse.cowfs") == 1

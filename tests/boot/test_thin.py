@@ -99,7 +99,7 @@ def test_a_thin_pool_that_fills_up_and_is_extended(boot: Boot, image_disk: Path,
         assert said("refused") == said("again") == said("fsync")
         assert said("read") == "30", "though the kernel was told to drop all pages"
         assert said("umount") == "32"
-        machine.shows("TEST info: .*: the changes since .* are in memory alone until its disk ")
+        machine.shows("TEST info: .*: the changes since .* are only in memory until its disk ")
         assert said("extended") == "yes"
         assert said("room") == said("later") == "None"
         assert said("info") == "."

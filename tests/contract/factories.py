@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -14,6 +14,8 @@ from cowfs.layers.directory import open_directory
 from cowfs.layers.shared_directory import SharedDirectoryLayer
 from cowfs.layers.slow import SlowLayer
 from cowfs.layers.squashfs import SquashfsLayer
+from cowfs.layers.tar import TarLayer
+from cowfs.overlay.aufs import AufsStore
 from tests.support.asking import Asking, serve
 from tests.support.system import NOBODY, run
 
@@ -31,6 +33,9 @@ class Kind:
     """How exactly it keeps times."""
     rootless: bool = False
     """Needs no root to be all that as an upper."""
+    longest_name: int = 255
+    is_aufs: bool = False
+    """Whiteouts and attributes of overlayfs mean something to it."""
 
     def __str__(self) -> str:
         return self.name
@@ -70,6 +75,20 @@ def _squashfs(path: Path) -> Iterator[LowerLayer]:
     image = path.with_name(f"{path.name}.squashfs")
     run("mksquashfs", path, image, "-quiet", "-no-progress", "-noappend", timeout=120)
     layer = SquashfsLayer(str(image))
+    try:
+        yield layer
+    finally:
+        layer.close()
+
+
+@contextmanager
+def _tar(path: Path) -> Iterator[LowerLayer]:
+    """An archive of the directory, as GNU tar makes it: it has no sockets."""
+    (path / "socket").unlink(missing_ok=True)
+    archive = path.with_name(f"{path.name}.tar")
+    xattrs = ("--xattrs", "--xattrs-include=*")
+    run("tar", *xattrs, "--sparse", "--format=pax", "-C", path, "-cf", archive, ".", timeout=120)
+    layer = TarLayer(str(archive))
     try:
         yield layer
     finally:
@@ -122,13 +141,29 @@ def _ext3(block_size: int, inode_size: int) -> Kind:
     return Kind(name, lower, upper, tick_ns=tick_ns, rootless=True)
 
 
+def _aufs(kind: Kind) -> Kind:
+    """A branch of aufs in a layer of another kind, without what is beside it."""
+
+    @contextmanager
+    def upper(path: Path) -> Iterator[UpperLayer]:
+        assert kind.upper
+        with kind.upper(path) as inner:
+            layer = AufsStore(inner)
+            layer.root = layer.branch
+            yield layer
+
+    return replace(kind, name=f"aufs in {kind}", lower=None, upper=upper, longest_name=242, is_aufs=True)
+
+
 KINDS = [
     Kind("directory", _directory, _directory),
     Kind("directory of nobody", _directory_of_nobody, _directory_of_nobody, privileged=False),
     Kind("squashfs", _squashfs, None, tick_ns=1_000_000_000),
+    Kind("tar", _tar, None),
     Kind("slow directory", _slow, None),
     Kind("slow squashfs", _slow_squashfs, None, tick_ns=1_000_000_000),
     *(_ext3(block_size, inode_size) for block_size in (1024, 4096) for inode_size in (128, 256)),
 ]
+KINDS += [_aufs(kind) for kind in (KINDS[0], KINDS[-1])]
 LOWERS = [kind for kind in KINDS if kind.lower]
 UPPERS = [kind for kind in KINDS if kind.upper]

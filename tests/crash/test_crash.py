@@ -28,7 +28,7 @@ from tests.support.mounts import COWFS, Mounted, cowfs, eventually, is_mounted, 
 from tests.support.system import NOBODY, as_nobody_prefix, needs_fuse, needs_root, run
 
 pytestmark = [needs_fuse, pytest.mark.crash, pytest.mark.timeout(180)]
-ROUNDS = int(os.environ.get("COWFS_CRASH_ROUNDS", "2"))
+ROUNDS = int(os.environ.get("COWFS_CRASH_ROUNDS", "1"))
 
 
 def rounds(ordinary: int) -> list[Any]:

@@ -89,7 +89,7 @@ def test_killed_while_it_is_copied_up(tmp_path: Path, nobody_path: Path, seed: i
     with mounted(base / "lower", base / "mnt", store, nobody=nobody, log=log) as mount:
 
         def content() -> bytes:
-            command = [*prefix, "cat", mount.path / "big"]
+            command: list[str | Path] = [*prefix, "cat", mount.path / "big"]
             return subprocess.run(command, stdout=subprocess.PIPE, check=True, timeout=60).stdout
 
         def whole() -> bool:

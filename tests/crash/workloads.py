@@ -106,7 +106,8 @@ def names(root: str) -> Iterator[str]:
 
 def named_steps() -> Iterator[tuple[str, ...]]:
     """What `names` does, the same each time."""
-    chance, files, directories = random.Random(1), [], [""]
+    chance, directories = random.Random(1), [""]
+    files: list[str] = []
     for number in range(STEPS["names"]):
         how = chance.choice(("make", "make", "mkdir", "rename", "rename", "unlink", "rmdir", "symlink"))
         new = f"{chance.choice(directories)}{number}"

@@ -39,7 +39,7 @@ MIDDLE = Shape(block_size=2048, mib=12, journal=2)
 
 def make(path: Path, shape: Shape = MODERN, tree: Path | None = None) -> Path:
     """An image as ``cowfs create`` makes them, empty or with a copy of a *tree*."""
-    fill = [] if tree is None else ["-d", tree]
+    fill: list[str | Path] = [] if tree is None else ["-d", tree]
     with path.open("wb") as out:
         out.truncate(shape.mib << 20)
     run(

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -246,7 +247,7 @@ def cut(recording: Recording, count: int, seed: int, place: Path) -> list[Outcom
             # until it is that program, and keeps a mount busy with them.
             for path, outcome in zip(paths, made, strict=True):
                 if outcome.wrong is None and _is_for_kernel(outcome.cut):
-                    outcome.wrong = _said_by(lambda path=path: seen_by_kernel(path, path.with_suffix(".mnt")))
+                    outcome.wrong = _said_by(partial(seen_by_kernel, path, path.with_suffix(".mnt")))
                 path.unlink()
             outcomes += made
     return outcomes

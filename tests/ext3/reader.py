@@ -68,12 +68,12 @@ class Image:
     def __init__(self, data: bytes | bytearray | memoryview) -> None:
         self.data = data = memoryview(data)
         word = struct.Struct("<I").unpack_from
-        (self.inodes,) = word(data, 1024)
-        (self.blocks,) = word(data, 1024 + 4)
-        (self.first_block,) = word(data, 1024 + 20)
+        self.inodes: int = word(data, 1024)[0]
+        self.blocks: int = word(data, 1024 + 4)[0]
+        self.first_block: int = word(data, 1024 + 20)[0]
         self.block_size: int = 1024 << word(data, 1024 + 24)[0]
-        (self.blocks_per_group,) = word(data, 1024 + 32)
-        (self.inodes_per_group,) = word(data, 1024 + 40)
+        self.blocks_per_group: int = word(data, 1024 + 32)[0]
+        self.inodes_per_group: int = word(data, 1024 + 40)[0]
         (self.revision,) = word(data, 1024 + 76)
         self.inode_size: int = struct.unpack_from("<H", data, 1024 + 88)[0] if self.revision else 128
         self.compat, self.incompat, self.read_only_compat = struct.unpack_from("<III", data, 1024 + 92)
@@ -86,7 +86,8 @@ class Image:
 
     def group(self, number: int) -> tuple[int, int, int]:
         """The blocks of a group's block bitmap, inode bitmap and inode table."""
-        return struct.unpack_from("<III", self.data, self.descriptor(number))  # type: ignore[return-value]
+        blocks, inodes, table = struct.unpack_from("<III", self.data, self.descriptor(number))
+        return blocks, inodes, table
 
     def descriptor(self, number: int) -> int:
         """The byte where a group's descriptor is."""
@@ -168,7 +169,7 @@ class Image:
         return Inode(
             ino, raw, mode, uid | uid_high << 16, gid | gid_high << 16,
             low | (high << 32 if stat.S_ISREG(mode) else 0), nlink, sectors, flags,
-            struct.unpack_from("<15I", raw, 40), acl_block, times,  # type: ignore[arg-type]
+            struct.unpack_from("<15I", raw, 40), acl_block, times,
         )  # fmt: skip
 
     def mapping(self, inode: Inode) -> Iterator[tuple[int, int]]:
@@ -279,7 +280,7 @@ class Image:
         return inode.raw[40 : 40 + inode.size]
 
     def _xattrs(self, inode: Inode) -> dict[bytes, bytes]:
-        found = {}
+        found: dict[bytes, bytes] = {}
         if self.inode_size > 128:
             begin = 128 + struct.unpack_from("<H", inode.raw, 128)[0]
             if struct.unpack_from("<I", inode.raw, begin)[0] == 0xEA020000:

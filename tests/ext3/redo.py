@@ -42,7 +42,7 @@ def left(place: Path) -> Path:
     return path
 
 
-def ring(data: bytes) -> tuple[int, int, int]:
+def ring(data: bytes | bytearray) -> tuple[int, int, int]:
     """Where in the image the header of the redo log is, its ring begins, and ends."""
     image = Image(data)
     blocks = [nr for _, nr in image.mapping(image.inode(8))]
@@ -52,7 +52,7 @@ def ring(data: bytes) -> tuple[int, int, int]:
     return header, header + size, header + count * size
 
 
-def crc32c(data: bytes) -> int:
+def crc32c(data: bytes | bytearray) -> int:
     """The checksum that ext4 uses."""
     crc = 0xFFFFFFFF
     for byte in data:
@@ -62,7 +62,7 @@ def crc32c(data: bytes) -> int:
     return crc
 
 
-def records_in(data: bytes) -> Iterator[tuple[int, int, int]]:
+def records_in(data: bytes | bytearray) -> Iterator[tuple[int, int, int]]:
     """Offset and length of each record that is in the image, and its transaction."""
     header, begin, end = ring(data)
     session = data[header + 72 : header + 80]

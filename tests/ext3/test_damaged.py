@@ -11,6 +11,7 @@ import shutil
 import struct
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -86,7 +87,7 @@ def test_many_damaged_images_that_must_be_recovered(left: list[Path]) -> None:
     assert done == 20_000
 
 
-DAMAGE = {
+DAMAGE: dict[str, Callable[[Image], tuple[int, int]]] = {
     "an orphan beyond the last inode": lambda image: (1024 + 232, 1226),
     "an orphan that is the root": lambda image: (1024 + 232, 2),
     "a log that begins nowhere": lambda image: (journal(image) + 20, 0xFFFFFFFF),

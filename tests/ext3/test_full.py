@@ -18,6 +18,7 @@ from tests.ext3.images import MODERN, OLD, SMALL, Shape
 from tests.ext3.load import BEGIN, COMMITTED, SYNCED, Load
 from tests.ext3.model import Promises, judge, perhaps_written
 from tests.ext3.reader import Image
+from tests.support.listing import names_of
 
 
 def frozen(opened: Engine, path: Path) -> Path:
@@ -135,7 +136,7 @@ def test_names_on_a_full_disk(place: Path) -> None:
             with pytest.raises(OSError) as caught:
                 call()
             assert caught.value.errno == errno.ENOSPC
-        assert sorted(layer.names(layer.root)) == sorted([b"lost+found", b"file", b"ballast", *made])
+        assert sorted(names_of(layer, layer.root)) == sorted([b"lost+found", b"file", b"ballast", *made])
         assert layer.listxattr(held) == []
         layer.sync()
         image = Image(frozen(opened, path).read_bytes())
@@ -160,7 +161,7 @@ def test_inodes_run_out(place: Path) -> None:
             with pytest.raises(OSError) as caught:
                 make()
             assert caught.value.errno == errno.ENOSPC
-        assert sorted(layer.names(layer.root)) == sorted([b"lost+found", *made])
+        assert sorted(names_of(layer, layer.root)) == sorted([b"lost+found", *made])
         layer.sync()
         frozen(opened, path)
         layer.unlink(layer.root, b"7", None)
@@ -213,7 +214,7 @@ def must_be_read_only(opened: Engine) -> None:
     with pytest.raises(OSError) as caught:
         layer.sync()
     assert caught.value.errno in (errno.EIO, errno.EROFS), "what is lost must not be called synced"
-    assert b"kept" in layer.names(root)
+    assert b"kept" in names_of(layer, root)
     file = layer.open(find(layer, b"kept"), os.O_RDWR)
     with pytest.raises(OSError) as caught:
         file.pwrite(b"data", 0)
@@ -239,6 +240,8 @@ def with_failure(path: Path, kind: int, nth: int, error: int, sticky: bool) -> t
     base = Image(path.read_bytes())
     promises = Promises(begun=1 << 30)
 
+    last: tuple[int, Any] = -1, ()
+
     def mark(kind: int, number: int) -> None:
         if kind == COMMITTED:
             promises.committed = number
@@ -252,7 +255,6 @@ def with_failure(path: Path, kind: int, nth: int, error: int, sticky: bool) -> t
         last = load.model.operation, what
 
     failures = 0
-    last: tuple[int, Any] = -1, ()
     with engine.opened(path) as opened:
         load = Load(opened.layer, base, 7, mark, tolerate=frozenset({errno.ENOSPC}), writing=writing)
         load.spared.add(find(opened.layer, b"kept"))

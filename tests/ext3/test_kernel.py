@@ -247,6 +247,39 @@ def test_devices_times_and_owners(place: Path) -> None:
             assert (attr.st_atime_ns, attr.st_mtime_ns) == (time, time + 1), time
 
 
+@pytest.mark.parametrize("shape", [MODERN, OLD], ids=str)
+def test_times_have_bounds(place: Path, shape: Shape) -> None:
+    """Those before 1901, and after 2038 or 2446, become the ones next to them that an inode can have."""
+    path = images.make(place / "image", shape)
+    bounds = [
+        -1 << 40,
+        -1 << 31,
+        0,
+        1 << 31,
+        9_223_372_036,
+        9_223_372_037,
+        13 << 30,
+        (1 << 34) - (1 << 31),
+        1 << 40,
+    ]
+    times = [bound * 10**9 + more for bound in bounds for more in (-(10**9), -1, 0, 1, 10**9)]
+    for side in (by_engine, by_kernel):
+        with side(path) as layer:
+            for number, time in enumerate(times):
+                key = make_file(layer, b"%s%d" % (side.__name__.encode(), number), layer.root)
+                layer.utimens(key, time, time + 1)
+        agreed(path)
+    for side in (by_engine, by_kernel):
+        with side(path) as layer:
+            for number, time in enumerate(times):
+                seen = [
+                    layer.stat(find(layer, b"%s%d" % (maker, number)))
+                    for maker in (b"by_engine", b"by_kernel")
+                ]
+                ours, kernels = ((attr.st_atime_ns, attr.st_mtime_ns) for attr in seen)
+                assert ours == kernels, time
+
+
 @pytest.mark.parametrize("shape", [MODERN, SMALL, OLD], ids=str)
 def test_files_of_every_depth(place: Path, shape: Shape) -> None:
     """Direct to triple indirect blocks, beyond 2 GiB, and up to where the format ends."""

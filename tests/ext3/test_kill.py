@@ -26,7 +26,7 @@ def kill_one(place: Path, shape: Shape, seed: int) -> str | None:
     path = images.make(place / f"image{seed}", shape)
     account = Account(Model(Image(path.read_bytes())).states)
     said, enough = bytearray(), int(10 ** chance.uniform(3, 6.5))  # bytes
-    command = [sys.executable, "-m", "tests.ext3.killed", path, str(seed)]
+    command: list[str | Path] = [sys.executable, "-m", "tests.ext3.killed", path, str(seed)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=project_root()) as child:
         assert child.stdout
         while len(said) < enough and (data := os.read(child.stdout.fileno(), 1 << 16)):

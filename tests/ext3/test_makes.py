@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from cowfs.layers.base import UpperLayer
-from cowfs.store import tools
+from cowfs.store.e2fsprogs import tools
 from tests.ext3 import engine, images
 from tests.ext3.engine import find, make_file
 from tests.ext3.load import Load

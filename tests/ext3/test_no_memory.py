@@ -5,6 +5,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import pytest
+
+from tests.support import sanitized
 from tests.support.ext3 import make, opened
 from tests.support.mounts import project_root
 from tests.support.system import run
@@ -42,6 +45,7 @@ image.close()
 """
 
 
+@pytest.mark.skipif(sanitized.ENGINE is not None, reason="AddressSanitizer maps terabytes")
 def test_a_commit_for_which_memory_is_lacking_is_done_later(tmp_path: Path) -> None:
     image = make(tmp_path / "image")
     done = run(sys.executable, "-c", _SCRIPT, image, env={"PYTHONPATH": project_root()}, check=False)

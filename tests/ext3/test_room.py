@@ -20,6 +20,7 @@ from tests.ext3.model import Promises, judge
 from tests.ext3.reader import Image
 from tests.ext3.test_full import write
 from tests.support.hosts import fill, free, host, sparse_copy
+from tests.support.listing import names_of
 from tests.support.system import needs_root, run
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -49,7 +50,7 @@ def must_refuse(opened: Engine, code: int) -> None:
     ):
         with fails_with(code):
             call()
-    assert b"kept" in layer.names(root) and b"new" not in layer.names(root)
+    assert b"kept" in names_of(layer, root) and b"new" not in names_of(layer, root)
 
 
 def struggle(load: Load, opened: Engine, steps: int) -> int:

@@ -9,16 +9,19 @@ import random
 import shutil
 import tempfile
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import IO
 
 import pytest
 
+from cowfs.formats.ext3._engine import ffi
 from tests.ext3 import engine, images
 from tests.ext3.engine import FDATASYNC, PWRITE, Engine, find, make_file
 from tests.ext3.images import MODERN, OLD, SMALL, Shape
@@ -27,6 +30,7 @@ from tests.ext3.model import Promises, judge
 from tests.ext3.powercut import Event, parse
 from tests.ext3.reader import Image
 from tests.ext3.test_room import FULL, fails_with, must_refuse
+from tests.support.listing import names_of
 
 NO_MEMORY = 32
 """X3_NO_MEMORY of engine.h."""
@@ -96,7 +100,7 @@ def fill(opened: Engine, seed: int = 1) -> dict[bytes, bytes]:
     content: dict[bytes, bytes] = {}
 
     def write(name: bytes, *pieces: tuple[int, bytes]) -> None:
-        key = find(layer, name) if name in layer.names(layer.root) else make_file(layer, name)
+        key = find(layer, name) if name in names_of(layer, layer.root) else make_file(layer, name)
         file = layer.open(key, os.O_RDWR)
         now = bytearray(content.get(name, b""))
         for offset, data in pieces:
@@ -128,7 +132,7 @@ def reopened(path: Path, content: dict[bytes, bytes], gone: tuple[bytes, ...] = 
     """Open what a dead process has left; it is sound, and has all of *content* and nothing of *gone*."""
     with engine.opened(path) as opened:
         check(opened, content)
-        assert not set(gone) & set(opened.layer.names(opened.layer.root))
+        assert not set(gone) & set(names_of(opened.layer, opened.layer.root))
     assert images.unclean(path) is None
 
 
@@ -187,7 +191,7 @@ def test_fsync_of_a_file_whose_metadata_is_on_disk(place: Path) -> None:
     reopened(path, content)
 
 
-@pytest.mark.parametrize("then", ["nothing", "a part is written", "all is written"])
+@pytest.mark.parametrize("then", ["nothing", "a part is written", "all changes are written"])
 def test_what_was_dropped_before_is_lost_and_told(
     place: Path, caplog: pytest.LogCaptureFixture, then: str
 ) -> None:
@@ -206,11 +210,11 @@ def test_what_was_dropped_before_is_lost_and_told(
         if then == "a part is written":
             for file in files:
                 file.pwrite(b"part", 8300)
-        elif then == "all is written":
+        elif then == "all changes are written":
             for file in files:
                 file.pwrite(b"kept" * 1024, 8192)
         opened.inject(FDATASYNC, 1, errno.ENOSPC)
-        if then == "all is written":
+        if then == "all changes are written":
             with fails_with(errno.ENOSPC):
                 layer.sync()
             layer.sync()
@@ -376,6 +380,111 @@ def test_what_is_written_while_it_waits(place: Path) -> None:
     reopened(path, content)
 
 
+def begun(trace: IO[bytes]) -> int:
+    """How many fdatasyncs have been begun."""
+    return sum(event.kind == _BEGUN for event in parse(os.pread(trace.fileno(), 1 << 30, 0)))
+
+
+def eventually(condition: Callable[[], bool]) -> None:
+    """Return as soon as that is so."""
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+def waits_in(opened: Engine, thread: int) -> bool:
+    """Whether a thread of this process waits for a lock or a condition of the engine's."""
+    call = Path(f"/proc/self/task/{thread}/syscall").read_text().split()
+    handle = int(ffi.cast("uintptr_t", opened.image.handle))
+    return len(call) > 1 and 0 <= int(call[1], 16) - handle < 4096
+
+
+@pytest.mark.parametrize("datasync", [True, False])
+def test_fsync_of_what_was_written_while_a_commit_was_under_way(place: Path, datasync: bool) -> None:
+    """The inode is in that commit; the data that was written since is not."""
+    path = images.make(place / "image")
+    with work(path) as (disk, opened), ThreadPoolExecutor(2) as pool:
+        file = opened.layer.open(make_file(opened.layer, b"file"), os.O_RDWR)
+        file.pwrite(bytes(8192), 0)
+        before = begun(disk.trace)
+        opened.inject(FDATASYNC, 2, 0)
+        try:
+            commit = pool.submit(opened.image.commit)
+            eventually(lambda: begun(disk.trace) == before + 2)  # the one behind its last block
+            file.pwrite(b"since" * 1000, 0)
+            syncing = pool.submit(threading.get_native_id).result()
+            synced = pool.submit(file.fsync, datasync)
+            eventually(lambda: waits_in(opened, syncing))
+        finally:
+            opened.inject(FDATASYNC, 0, 0)
+        synced.result()
+        commit.result()
+        path.write_bytes(disk.durable())
+        opened.image.abandon()
+    with engine.opened(path, read_only=True, debug=OTHER_BOOT) as left:
+        check(left, {b"file": b"since" * 1000 + bytes(3192)})
+
+
+def test_what_is_written_while_an_fdatasync_waits_for_its_turn(place: Path) -> None:
+    """It is on disk when that one ends, here as in the engine, which has forgotten it then."""
+    path = images.make(place / "image")
+    with work(path) as (disk, opened), ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
+        content = fill(opened)
+        opened.layer.sync()
+        file = opened.layer.open(find(opened.layer, b"whole"), os.O_RDWR)
+        waiting = other.submit(threading.get_native_id).result()
+        before = begun(disk.trace)
+        opened.inject(FDATASYNC, 1, 0)
+        try:
+            first = one.submit(file.fsync, True)
+            eventually(lambda: begun(disk.trace) == before + 1)
+            second = other.submit(file.fsync, True)
+            eventually(lambda: waits_in(opened, waiting))
+            file.pwrite(b"anew" * 5000, 0)
+        finally:
+            opened.inject(FDATASYNC, 0, 0)
+        first.result()
+        second.result()
+        opened.inject(FDATASYNC, 1, errno.ENOSPC)
+        with fails_with(errno.ENOSPC):
+            file.fsync(True)
+        file.close()
+        disk.drop()
+        content[b"whole"] = b"anew" * 5000 + content[b"whole"][20_000:]
+        check(opened, content)
+        opened.layer.sync()
+
+
+def test_an_fsync_whose_failure_somebody_else_has_seen_to(place: Path) -> None:
+    """The disk has told EIO once; that the commit has kept the data is enough for both."""
+    path = images.make(place / "image")
+    with work(path) as (disk, opened), ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
+        content = fill(opened)
+        opened.layer.sync()
+        file = opened.layer.open(find(opened.layer, b"whole"), os.O_RDWR)
+        threads = [pool.submit(threading.get_native_id).result() for pool in (one, other)]
+        with opened.image.together():
+            file.pwrite(b"anew" * 5000, 0)
+            committed = one.submit(opened.image.commit)  # waits for the end of this block
+            eventually(lambda: waits_in(opened, threads[0]))
+            opened.inject(FDATASYNC, 1, errno.EIO)
+            synced = other.submit(file.fsync, True)  # fails, and waits for the commit
+            eventually(lambda: waits_in(opened, threads[1]))
+        for told in (committed, synced):
+            with fails_with(errno.EIO):
+                told.result()
+        disk.drop()
+        opened.layer.sync()
+        assert not opened.image.facts().aborted
+        content[b"whole"] = b"anew" * 5000 + content[b"whole"][20_000:]
+        check(opened, content)
+        file.close()
+        disk.drop()
+        opened.image.abandon()
+    reopened(path, content)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_many_write_and_sync_while_it_refuses_now_and_then(place: Path, seed: int) -> None:
     """What an fsync was told to be on disk is there, without what an fdatasync has refused."""
@@ -394,7 +503,7 @@ def test_many_write_and_sync_while_it_refuses_now_and_then(place: Path, seed: in
                 at = chance.randrange(90_000)
                 data = chance.randbytes(chance.choice((10, 1000, 4096, 10_000)))
                 content[at : at + len(data)] = data
-                patiently(lambda at=at, data=data: file.pwrite(data, at))
+                patiently(partial(file.pwrite, data, at))
                 with suppress(OSError):
                     file.fsync(True)
                     if turn % 4 == 0:

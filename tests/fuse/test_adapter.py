@@ -15,7 +15,7 @@ from pyfuse3 import FUSEError
 
 from cowfs.fuse import loop
 from cowfs.fuse.adapter import Adapter
-from cowfs.fuse.shares import Bounds
+from cowfs.fuse.quotas import Bounds
 from tests.fuse.kernel import CTX, ROOT, Kernel, Page, changes
 from tests.support.direct import Direct
 
@@ -44,10 +44,12 @@ async def test_errors_are_answered(adapter: Adapter, kernel: Kernel) -> None:
         "mkdir over": (adapter.mkdir(ROOT, b"file", 0o755, CTX), errno.EEXIST),
         "create over": (adapter.create(ROOT, b"file", 0o644, os.O_WRONLY, CTX), errno.EEXIST),
         "symlink over": (adapter.symlink(ROOT, b"file", b"x", CTX), errno.EEXIST),
-        "mknod a whiteout": (adapter.mknod(ROOT, b"w", stat.S_IFCHR, 0, CTX), errno.EPERM),
+        "mknod a device 0:0 over": (adapter.mknod(ROOT, b"file", stat.S_IFCHR, 0, CTX), errno.EEXIST),
         "link a directory": (adapter.link(folder, ROOT, b"x", CTX), errno.EPERM),
         "rename missing": (adapter.rename(ROOT, b"missing", ROOT, b"x", 0, CTX), errno.ENOENT),
         "rename with odd flags": (adapter.rename(ROOT, b"file", ROOT, b"x", 64, CTX), errno.EINVAL),
+        "exchange, but whiteout": (adapter.rename(ROOT, b"file", ROOT, b"dir", 2 | 4, CTX), errno.EINVAL),
+        "exchange, but not over": (adapter.rename(ROOT, b"file", ROOT, b"dir", 2 | 1, CTX), errno.EINVAL),
         "rename into itself": (adapter.rename(ROOT, b"dir", folder, b"x", 0, CTX), errno.EINVAL),
         "readlink of a file": (adapter.readlink(file, CTX), errno.EINVAL),
         "getxattr": (adapter.getxattr(file, b"user.none", CTX), errno.ENODATA),
@@ -281,7 +283,7 @@ async def test_who_finds_no_room_lets_others_be_served_first(
         full = len(served) < 2
 
     monkeypatch.setattr(overlay.upper, "mkdir", failing)
-    monkeypatch.setattr(loop.RequestLoop, "somebody_waits", lambda _: True)
+    monkeypatch.setattr(loop.RequestLoop, "has_next_request", lambda _: True)
     monkeypatch.setattr(loop.RequestLoop, "serve_others", lambda _: serve())
     assert await errno_of(adapter.mkdir(ROOT, b"new", 0o755, CTX)) == errno.ENOSPC
     assert await errno_of(adapter.mkdir(ROOT, b"new", 0o755, CTX)) == 0

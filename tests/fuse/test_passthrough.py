@@ -15,7 +15,7 @@ from tests.support.direct import Direct
 @pytest.fixture
 def passthrough(fs: Direct, monkeypatch: pytest.MonkeyPatch) -> Passthrough:
     """Of a store in memory, before a kernel that has it."""
-    monkeypatch.setattr(libfuse, "lends_not", lambda: "")
+    monkeypatch.setattr(libfuse, "why_no_passthrough", lambda: "")
     made = Passthrough(fs.fs.upper, "auto")
     monkeypatch.setattr(made, "_why", "")
     return made
@@ -25,7 +25,7 @@ def passthrough(fs: Direct, monkeypatch: pytest.MonkeyPatch) -> Passthrough:
     ("code", "why"),
     [
         (errno.ELOOP, "the store's filesystem is itself on another one"),
-        (errno.EPERM, "the daemon has not the privilege of the system's root"),
+        (errno.EPERM, "the daemon lacks the privileges of the system's root"),
         (errno.ENOMEM, ""),
     ],
 )

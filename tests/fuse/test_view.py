@@ -41,6 +41,7 @@ from cowfs.fuse.protocol import (
 from cowfs.fuse.view import View
 from cowfs.layers.ext3 import Ext3Layer
 from tests.support import ext3
+from tests.support.listing import names_of
 
 ROOT = protocol.ROOT_ID
 DATA = bytes(range(256)) * 4096
@@ -240,7 +241,7 @@ async def test_listing(layer: Ext3Layer) -> None:
             found += more
             offset = more[-1][2]
         assert [at for _, _, at, _ in found] == list(range(1, len(found) + 1))
-        assert {name for name, _, _, _ in found} == {b".", b"..", *layer.names(layer.root)}
+        assert {name for name, _, _, _ in found} == {b".", b"..", *names_of(layer, layer.root)}
         for name, ino, _, kind in found:
             _, attr = layer.lookup(layer.root, name) or (0, layer.stat(layer.root))
             assert (ino, kind) == (attr.st_ino, stat.S_IFMT(attr.st_mode) >> 12)
@@ -431,7 +432,7 @@ async def test_a_damaged_inode_is_listed(layer: Ext3Layer, monkeypatch: pytest.M
         listed = {
             entry[0]: entry for entry in names_in(await whole(kernel, ROOT, await kernel.open(ROOT, OPENDIR)))
         }
-        assert listed.keys() == {b".", b"..", *layer.names(layer.root)}
+        assert listed.keys() == {b".", b"..", *names_of(layer, layer.root)}
         assert (listed[b"file"][1], listed[b"file"][3]) == (0xFFFFFFFF, 0)
         assert await kernel.ask(LOOKUP, ROOT, b"file\0") == (errno.EUCLEAN, b"")
 
@@ -454,7 +455,7 @@ async def test_ends_with_the_connection(layer: Ext3Layer) -> None:
 
 async def test_an_answer_that_nobody_takes(layer: Ext3Layer, caplog: pytest.LogCaptureFixture) -> None:
     async with asked(layer) as kernel:
-        while "not taken" not in caplog.text:
+        while "did not accept" not in caplog.text:
             assert kernel.unique < 100_000
             await kernel.tell(GETATTR, ROOT, bytes(16))
             await trio.lowlevel.checkpoint()
@@ -477,4 +478,4 @@ async def test_what_fails_beside_a_mount_ends_nothing(caplog: pytest.LogCaptureF
         raise RuntimeError("a bug")
 
     await daemon._beside(fails)
-    assert "the mount goes on" in caplog.text
+    assert "the mount continues" in caplog.text

@@ -6,12 +6,17 @@ import errno
 import logging
 import os
 import stat
+from collections.abc import Callable
+from contextlib import closing
+from typing import ParamSpec, TypeVar
 
 from cowfs.errors import LayerError
 from cowfs.layers.base import Key
-from cowfs.layers.directory import KernelFile
+from cowfs.layers.kernel_file import KernelFile
 from cowfs.layers.squashfs import SquashfsLayer
 
+P = ParamSpec("P")
+T = TypeVar("T")
 ALLOWED = {errno.EIO, errno.EFBIG, errno.ENODATA, errno.EOPNOTSUPP}
 _NAMES = 400
 """So many names of an image are looked at."""
@@ -32,10 +37,8 @@ def exercise(image: bytes) -> int:
             layer = SquashfsLayer(f"/proc/self/fd/{fd}")
         except LayerError:
             return -1
-        try:
+        with closing(layer):
             return _walk(layer)
-        finally:
-            layer.close()
     finally:
         os.close(fd)
 
@@ -94,9 +97,9 @@ def _whole(file: object, size: int) -> None:
         target.close()
 
 
-def _try(function, *arguments):  # type: ignore[no-untyped-def] # whatever comes, goes
+def _try(function: Callable[P, T], *arguments: P.args, **more: P.kwargs) -> T | None:
     try:
-        return function(*arguments)
+        return function(*arguments, **more)
     except OSError as error:
         if error.errno not in ALLOWED:
             raise

@@ -15,10 +15,11 @@ import pytest
 
 from cowfs.layers.ext3 import Ext3Layer
 from cowfs.layers.partial import PartialFile
-from cowfs.overlay import rest
+from cowfs.overlay import incomplete
+from cowfs.overlay.fs import Pending
 from cowfs.overlay.handle import Handle
+from cowfs.overlay.node import Node
 from cowfs.overlay.partial import Rest
-from cowfs.overlay.state import Pending
 from tests.support import ext3, tree
 from tests.support.direct import Direct
 from tests.support.system import run
@@ -41,6 +42,11 @@ class Lazy(Direct):
     def layer(self) -> Ext3Layer:
         """Its upper."""
         return cast(Ext3Layer, self.fs.upper)
+
+    def key(self, node: Node) -> int:
+        """The inode of a node in the upper, where it is."""
+        assert isinstance(node.upper, int)
+        return node.upper
 
     def kill(self) -> None:
         """Let the process die, and another one open the store."""
@@ -145,11 +151,11 @@ class History:
             return
         if self.copying is None or self.copying[0] is not pending:
             self.stop_copying()
-            file = rest.open_rest(self.fs.fs, pending)
+            file = incomplete.open_rest(self.fs.fs, pending)
             self.copying = pending, file, file.copy_steps()
         if next(self.copying[2], None) is None:
             self.stop_copying()
-            rest.complete(self.fs.fs, pending)
+            incomplete.complete(self.fs.fs, pending)
         assert self.fs.fs.stat(self.fs.find(self.path)).st_mtime_ns == before, "the times are left alone"
 
     def remount(self) -> None:
@@ -237,17 +243,18 @@ NONSENSE = [b"", b"1", b"1:2", b"x:1:/big0", b"1:1:big0", b"1:1://", b"9" * 30 +
 
 def test_notes_that_make_no_sense_are_refused(lazy: Lazy) -> None:
     """A store may say anything: EINVAL, and the mount goes on."""
-    name = lazy.fs.x_partial
+    name = lazy.fs.format.partial
     for value in NONSENSE:
         lazy.write("big0", b"x")
-        lazy.layer.setxattr(lazy.find("big0").upper, name, value)
+        lazy.layer.setxattr(lazy.key(lazy.find("big0")), name, value)
+        assert lazy.fs.notebook is not None
         lazy.layer.setxattr(lazy.fs.notebook, name, b"12345 99999999999 18446744073709551616 x -1")
         lazy.remount()
         with pytest.raises(OSError) as caught:
             lazy.find("big0")
         assert caught.value.errno == errno.EINVAL
         assert lazy.read("big1") == LOWER
-        lazy.layer.unlink(lazy.fs.root.upper, b"big0", None)
+        lazy.layer.unlink(lazy.key(lazy.fs.root), b"big0", None)
 
 
 def test_a_file_of_the_second_of_two_lowers(tmp_path: Path) -> None:
@@ -265,10 +272,10 @@ def test_a_file_of_the_second_of_two_lowers(tmp_path: Path) -> None:
     wanted = DATA[:70_000] + b"mine" + DATA[70_004:]
     (pending,) = lazy.fs.pending.values()
     assert lazy.read("new/big") == wanted
-    with closing(rest.open_rest(lazy.fs, pending)) as file:
+    with closing(incomplete.open_rest(lazy.fs, pending)) as file:
         for _ in file.copy_steps():
             assert lazy.read("new/big") == wanted
-    rest.complete(lazy.fs, pending)
+    incomplete.complete(lazy.fs, pending)
     assert not lazy.fs.pending
     (tmp_path / "bottom/dir/sub/big").write_bytes(b"")
     lazy.remount()

@@ -331,13 +331,17 @@ class UnionMachine(RuleBasedStateMachine):
         finally:
             shutil.rmtree(self.place)
 
+    def layers(self) -> list[str]:
+        """What is above the lowers, topmost first."""
+        return []
+
     def by_the_kernel(self) -> None:
         """The kernel mounts the store and sees what the model says."""
         store = self.place / "store"
         assert upper.leftovers(str(store)) == []
         if os.geteuid() != 0:
             return
-        with kernel_overlay(self.lowers, store, self.place / "mnt") as merged:
+        with kernel_overlay([*self.layers(), *self.lowers], store, self.place / "mnt") as merged:
             assert compare(self.model.snapshot(), tree.snapshot(merged), None) == []
 
 

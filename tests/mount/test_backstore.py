@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cowfs.store.open import open_store
+from cowfs.store.served.open import open_store
 from tests.support.mounts import project_root
 from tests.support.system import as_nobody_prefix, needs_root, run
 
@@ -81,8 +81,8 @@ def test_the_size_is_a_whole_number_from_16_to_32768(store: Path, tmp_path: Path
 
 
 def test_it_refuses_what_the_manual_refuses(store: Path) -> None:
-    refused(backstore("create", store, 32), "exists already")
-    refused(backstore("grow", store, 16), "has 32 MB")
+    refused(backstore("create", store, 32), "already exists")
+    refused(backstore("grow", store, 16), "is 32 MiB")
     refused(backstore("grow", store.with_name("missing"), 32), "no such store")
     refused(backstore("growfs", store.with_name("missing")), "no such store")
     opened = open_store(str(store))

@@ -99,7 +99,8 @@ def test_json(changed: Path) -> None:
     done = cowfs("diff", changed, "--json")
     entries = [json.loads(line) for line in told(done)]
     assert [entry["kind"] for entry in entries] == [line[0] for line in LINES]
-    assert entries[0] == {"kind": "R", "path": "bin", "type": "directory", "what": [], "source": "usr"}
+    renamed = {"kind": "R", "path": "bin", "type": "directory", "what": [], "source": "usr"}
+    assert entries[0] == {"version": 1} | renamed
     assert entries[2]["what"] == ["content", "times"]
     assert entries[-1]["path_b64"] == "/w=="
     assert done.stderr == ""
@@ -124,7 +125,7 @@ def test_the_lower_must_be_the_one_it_was_made_on(changed: Path, tmp_path: Path)
     refused(cowfs("diff", changed, "--lower", other), 32, str(lower), str(other), "--force-lower")
     assert told(cowfs("diff", changed, "--lower", other, "--force-lower")) == LINES
     other.rename(lower)
-    refused(cowfs("diff", changed), 1, "is now another", "--lower")
+    refused(cowfs("diff", changed), 1, "is now a different one", "--lower")
     refused(cowfs("diff", changed, "--lower", tmp_path / "missing"), 32, "missing")
     refused(cowfs("diff", changed, "--lower", ""), 1, "--lower")
 

@@ -9,7 +9,7 @@ import stat
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -147,7 +147,7 @@ def test_each_way_to_modify(edit: Any) -> None:
         (m / "usr/share/doc/pkg/README").mkdir()
 
     assert edit(work) == [
-        "M  big  (owner, xattrs)",
+        "M  big  (owner, xattrs user.comment)",
         "M  etc/fstab  (content, times)",
         "M  etc/hosts  (content)",
         "M  link  (target)",
@@ -394,7 +394,7 @@ def paths(top: Path) -> tuple[list[bytes], list[bytes]]:
     return every, folders
 
 
-def _open(path: bytes, mode: str) -> BinaryIO:
+def _open(path: bytes, mode: str) -> IO[Any]:
     """Open a regular file; a pipe would wait for somebody at its other end, a device do what it does."""
     if not os.path.isfile(path):
         raise OSError(errno.EINVAL, "not a regular file")
@@ -637,7 +637,7 @@ def test_without_redirects_it_is_the_plain_difference(tmp_path: Path, steps: lis
     with Overlay([lower], store, place / "merged", options) as merged:
         before, after = snapshot(lower), snapshot(merged)
     found = changes(store, [lower])
-    expected = {}
+    expected: dict[str, tuple[str, set[str]]] = {}
     for path in before.keys() | after.keys():
         above = _parent(path)
         if path not in after:

@@ -6,8 +6,9 @@ import errno
 import json
 import os
 import signal
+import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 
 from tests.support.hosts import MIB, fill, free, host, sparse_copy
-from tests.support.mounts import Mounted, cowfs, eventually, is_mounted, mounted
+from tests.support.mounts import COWFS, Mounted, cowfs, eventually, is_mounted, mounted, project_root
 from tests.support.system import needs_fuse, needs_root, run
 from tests.support.worker import Worker, script, worker
 
@@ -127,14 +128,14 @@ def test_filled_by_somebody_else(base: Path, kind: str) -> None:
             files = Files(work)
             shown = info(here.path)["store"]
             assert shown["disk"]["missing"] > 48 * MIB and shown["disk"]["free"] == free(at)
-            assert "its disk has" in shown["hint"] and "make room there" in shown["hint"]
+            assert "its disk has" in shown["hint"] and "free space there" in shown["hint"]
             room = os.statvfs(here.path)
             assert abs(room.f_bavail * room.f_frsize - free(at)) < 8 * MIB, "df says what can be written"
             files.make(["before"])
             other = fill(at)
             files.make([f"full{number}" for number in range(400)])
             assert files.refused == {errno.ENOSPC}
-            assert " free; the store's file may still take " in cowfs("info", here.path).stdout
+            assert " free; the store's file may still need " in cowfs("info", here.path).stdout
             assert "before" in os.listdir(here.path) and len(files.kept) < 401
             other.unlink()
             files.make(["after"])
@@ -204,7 +205,7 @@ def test_filled_in_a_storm_of_names(base: Path, kind: str) -> None:
         store = sparse_copy(base / "whole", at / "store")
         with mounted(base / "lower", base / "mnt", store, quiet=False) as here:
             other = fill(at, 64 << 10)
-            command = [sys.executable, "-c", STORM, here.path]
+            command: list[str | Path] = [sys.executable, "-c", STORM, here.path]
             refused, *_ = run(*command, "0", "120").stdout.split()
             assert int(refused) > 50
             other.unlink()
@@ -224,18 +225,18 @@ def test_full_already(base: Path, kind: str) -> None:
         other = fill(at)
         before = store.read_bytes()
         (base / "mnt").mkdir()
-        command = ["mount", base / "lower", base / "mnt", "--store", store]
+        command: list[str | Path] = ["mount", base / "lower", base / "mnt", "--store", store]
         refused = cowfs(*command)
         assert refused.returncode == 32
         assert (
-            "its disk has no room for the journal" in refused.stderr and "make room there" in refused.stderr
+            "its disk has no space for the journal" in refused.stderr and "free space there" in refused.stderr
         )
         assert store.read_bytes() == before
         os.truncate(other, other.stat().st_size - 4 * MIB)
         refused = cowfs(*command)
         assert refused.returncode in {0, 32}
         if refused.returncode:
-            assert "room" in refused.stderr and "Traceback" not in refused.stderr
+            assert "space" in refused.stderr and "Traceback" not in refused.stderr
         else:
             cowfs("umount", base / "mnt", check=True)
         other.unlink()
@@ -281,7 +282,7 @@ def refuse_early(store: Path) -> None:
 
 
 def test_a_thin_volume_that_is_full_is_told_by_fsync(base: Path, thin: tuple[Path, Path]) -> None:
-    """File data that it has taken, and refuses, is in memory until it has room; then all goes on."""
+    """File data that it has taken, and refuses, is in memory until it has space; then all goes on."""
     at, pool = thin
     store = sparse_copy(base / "whole", at / "store")
     run("sync", "-f", store)
@@ -300,8 +301,8 @@ def test_a_thin_volume_that_is_full_is_told_by_fsync(base: Path, thin: tuple[Pat
         assert work(f"os.fsync({big})") == -errno.ENOSPC
         assert info(here.path)["store"]["unsaved"]["waits"]
         assert "UNSAVED:" in cowfs("info", here.path).stdout
-        assert "Changes are refused until it has room" in here.log.read_text()
-        assert "in memory alone until its disk has room" in cowfs("diff", here.path).stderr
+        assert "changes are refused until it has space" in here.log.read_text()
+        assert "in memory until its disk has space" in cowfs("diff", here.path).stderr
         drop_pages(store)
         drop_pages(here.path / "data")
         assert work(f"[os.pread({fd}, 1, n << 20) for n in range(16)] == [b'%x' % n for n in range(16)]")
@@ -342,7 +343,7 @@ def test_what_a_thin_volume_refused_and_the_kernel_forgot(base: Path, thin: tupl
         shown = info(here.path)["store"]["unsaved"]
         assert not shown["waits"]
         assert "UNSAVED:" in cowfs("info", here.path).stdout
-        assert "given up" in here.log.read_text()
+        assert "is read-only from now on" in here.log.read_text()
         eventually(lambda: "is lost: upper/new/data" in here.log.read_text(), "the log names the file")
         assert "lost when it is unmounted" in cowfs("diff", here.path).stderr
         work("[os.closerange(3, 9), os.chdir('/')]")
@@ -405,6 +406,27 @@ def refused_names(base: Path, thin: tuple[Path, Path]) -> Iterator[tuple[Mounted
         yield here, other
 
 
+@contextmanager
+def next_mount(base: Path, thin: tuple[Path, Path], mountpoint: Path) -> Iterator[Callable[[], bool]]:
+    """Who wants the store next, and waits for it by now; yields whether that has ended, and well."""
+    said = base / "next.said"
+    with (
+        said.open("wb") as stream,
+        subprocess.Popen(
+            [*COWFS, "mount", base / "lower", mountpoint, "--store", thin[0] / "store"],
+            stdout=stream, stderr=stream, env={**os.environ, "PYTHONPATH": project_root()},
+        ) as process,
+    ):  # fmt: skip
+        eventually(lambda: "waiting for" in said.read_text(), "it says what it waits for")
+
+        def ended() -> bool:
+            code = process.poll()
+            assert code in {None, 0}, said.read_text()
+            return code == 0
+
+        yield ended
+
+
 @pytest.mark.slow
 def test_refused_in_the_background(base: Path, thin: tuple[Path, Path]) -> None:
     """Nobody asks for the commit: the log, info, diff and umount tell, and it goes on without being asked."""
@@ -417,9 +439,9 @@ def test_refused_in_the_background(base: Path, thin: tuple[Path, Path]) -> None:
         assert {"before", "lost"} < set(os.listdir(here.path))
         assert (
             "ERROR" in here.log.read_text()
-            and "Changes are refused until it has room" in here.log.read_text()
+            and "changes are refused until it has space" in here.log.read_text()
         )
-        said = "in memory alone until its disk has room"
+        said = "in memory until its disk has space"
         assert said in cowfs("info", here.path).stdout
         shown = cowfs("diff", here.path)
         assert said in shown.stderr and "A  lost/" in shown.stdout
@@ -431,7 +453,7 @@ def test_refused_in_the_background(base: Path, thin: tuple[Path, Path]) -> None:
         assert is_mounted(here.path)
         other.unlink()
         eventually(lambda: not stalled(here), "it goes on by itself")
-        assert "has room again" in here.log.read_text()
+        assert "has space again" in here.log.read_text()
         (here.path / "later").mkdir()
     with mounted(base / "lower", base / "mnt", thin[0] / "store", quiet=False) as here:
         assert {"before", "later", "lost"} < set(os.listdir(here.path))
@@ -448,12 +470,13 @@ def test_who_is_not_asked_waits_for_room_at_the_end(base: Path, thin: tuple[Path
         else:
             run("umount", "-i", here.path)
         eventually(lambda: not is_mounted(here.path), "it is unmounted")
-        eventually(lambda: "nothing can be written to its disk" in here.log.read_text(), "it is told")
+        eventually(lambda: "cannot write to its disk" in here.log.read_text(), "it is told")
         assert os.path.exists(f"/proc/{pid}")
-        again = cowfs("mount", base / "lower", here.path, "--store", thin[0] / "store")
-        assert "in use" in again.stderr
-        other.unlink()
-        eventually(lambda: not os.path.exists(f"/proc/{pid}"), "all is saved")
+        with next_mount(base, thin, here.path) as ended:
+            other.unlink()
+            eventually(lambda: not os.path.exists(f"/proc/{pid}"), "all is saved")
+            eventually(ended, "the next one has the store", 30)
+        assert cowfs("umount", here.path).returncode == 0
     with mounted(base / "lower", base / "mnt", thin[0] / "store", quiet=False) as here:
         assert (here.path / "lost").is_dir()
     whole(thin[0] / "store")
@@ -466,9 +489,9 @@ def test_asked_twice_it_gives_up(base: Path, thin: tuple[Path, Path]) -> None:
         os.kill(pid, signal.SIGTERM)
         os.kill(pid, signal.SIGTERM)  # while it still writes: changes nothing
         eventually(lambda: not is_mounted(here.path), "it is unmounted")
-        eventually(lambda: "nothing can be written to its disk" in here.log.read_text(), "it is told")
-        again = cowfs("mount", base / "lower", here.path, "--store", thin[0] / "store")
-        assert "in use" in again.stderr, "it waits"
+        eventually(lambda: "cannot write to its disk" in here.log.read_text(), "it is told")
+
+        assert os.path.exists(f"/proc/{pid}"), "it waits"
 
         def is_gone_when_asked() -> bool:
             try:
@@ -533,7 +556,7 @@ def test_the_kernel_gets_a_store_that_cannot_run_out_of_its_disk(base: Path, kin
         (base / "mnt").mkdir()
         refused = cowfs("mount", base / "lower", base / "mnt", "--store", store, "--engine", "kernel")
         assert refused.returncode == 32
-        assert "make room there" in refused.stderr and "--engine process" in refused.stderr
+        assert "free space there" in refused.stderr and "--engine process" in refused.stderr
         assert free(at) > 30 * MIB, "none was taken"
         other.unlink()
         with (
@@ -586,7 +609,7 @@ def test_persist_into_a_disk_that_fills_up(base: Path, kind: str) -> None:
         script("dd if=/dev/urandom of=data bs=1M count=60 status=none", here)
         other = fill(at, 100 * MIB)
         refused = cowfs("persist", here.path, at / "kept.bs")
-        assert refused.returncode == 32 and "are needed" in refused.stderr
+        assert refused.returncode == 32 and "MiB more, but only" in refused.stderr
         assert set(os.listdir(at)) - {"lost+found"} == {"ballast"}
         assert free(at) > 90 * MIB
         (here.path / "file").write_text("more")
@@ -632,10 +655,10 @@ def test_grow_under_users_into_a_disk_that_is_full(base: Path) -> None:
         with mounted(base / "lower", base / "mnt", store, quiet=False) as here:
             (here.path / "before").write_text("before")
             refused = cowfs("grow", here.path, "200")
-            assert refused.returncode == 32 and "are needed" in refused.stderr
+            assert refused.returncode == 32 and "MiB more, but only" in refused.stderr
             run("prlimit", f"--pid={here.pid()}", f"--fsize={110 << 20}:unlimited")
             refused = cowfs("grow", here.path, "120")
-            assert refused.returncode == 32 and "cannot be allocated: File too large" in refused.stderr
+            assert refused.returncode == 32 and "MiB: File too large" in refused.stderr
             assert store.stat().st_size == 96 * MIB
             (here.path / "after").write_text("after")
             run("prlimit", f"--pid={here.pid()}", "--fsize=unlimited")

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from cowfs.linux import files
-from cowfs.store.grow import grow_open_store
-from cowfs.store.open import open_store
+from cowfs.store.offline.grow import grow_open_store
+from cowfs.store.served.open import open_store
 from tests.support.hosts import MIB, fill, host, sparse_copy
 from tests.support.mounts import cowfs
 from tests.support.system import needs_root, run
@@ -69,7 +69,7 @@ def test_what_grow_adds_has_its_blocks(tmp_path: Path, kind: str) -> None:
         assert path.stat().st_blocks * 512 >= 48 * MIB
         fill(at, 8 * MIB)
         refused = cowfs("grow", path, "96")
-        assert refused.returncode == 32 and "48 MB more are needed" in refused.stderr
+        assert refused.returncode == 32 and "needs 48 MiB more" in refused.stderr
         assert path.stat().st_size == 48 * MIB
         assert run("e2fsck", "-fn", path).returncode == 0
 

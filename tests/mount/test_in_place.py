@@ -160,7 +160,7 @@ def test_it_works(base: Path, nobody: bool, what: str) -> None:
             assert "mounted at" in cowfs("info", at, nobody=nobody, timeout=20, check=True).stdout
             if place.store.endswith(".bs") and script == CHANGES:
                 done = cowfs("grow", at, "24", nobody=nobody, timeout=30, check=True)
-                assert "24 MB" in done.stdout
+                assert "24 MiB" in done.stdout
                 inside(at, LOOK, prefix)
         assert not is_mounted(at)
     after = sorted({*os.listdir(at)} - {"cowfs", "upper", "work"})

@@ -77,14 +77,14 @@ def test_on_where_it_is_turned_off(tmp_path: Path) -> None:
     assert done.returncode != 0
     assert done.stderr.strip() == (
         f"cowfs: io_uring cannot be used: it is turned off (as root: echo Y > {SWITCH}) "
-        "(leave out io_uring=on: it is used where it can be)"
+        "(remove io_uring=on: the default uses it where possible)"
     )
     assert not is_mounted(tmp_path / "mnt")
 
 
 def test_a_value_that_is_none(tmp_path: Path) -> None:
     done = cowfs("mount", tmp_path, tmp_path, "-o", "io_uring=maybe")
-    assert "unknown io_uring 'maybe' (one of auto, on, off)" in done.stderr
+    assert "unknown io_uring 'maybe' (give one of auto, on, off)" in done.stderr
 
 
 def test_one_cpu_serves_all_queues(tmp_path: Path) -> None:
@@ -108,6 +108,7 @@ def test_one_cpu_serves_all_queues(tmp_path: Path) -> None:
 
 def test_many_clients_at_once(mount: Mounted) -> None:
     def work(number: int) -> bytes:
+        kept = b""
         mine = mount.path / f"of{number}"
         for turn in range(25):
             mine.mkdir()
@@ -231,9 +232,12 @@ def test_an_idle_mount_does_nothing(mount: Mounted) -> None:
         )
 
     quiet = [switches()]
-    eventually(
-        lambda: (quiet.append(switches()), quiet[-1] == quiet[-20:][0] and len(quiet) > 20)[1], "it is idle"
-    )
+
+    def idle() -> bool:
+        quiet.append(switches())
+        return quiet[-1] == quiet[-20:][0] and len(quiet) > 20
+
+    eventually(idle, "it is idle")
 
 
 def test_a_user_with_little_memory_to_lock(nobody_path: Path) -> None:
@@ -267,7 +271,8 @@ def test_rings_that_cannot_be_had(tmp_path: Path) -> None:
     """Where io_uring is forbidden, as in containers, a mount says so and goes on; but not with =on."""
     (tmp_path / "lower").mkdir()
     (tmp_path / "mnt").mkdir()
-    command = [sys.executable, "-c", _WITHOUT, "mount", tmp_path / "lower", tmp_path / "mnt"]
+    places = [tmp_path / "lower", tmp_path / "mnt"]
+    command: list[str | Path] = [sys.executable, "-c", _WITHOUT, "mount", *places]
     done = run(*command)
     made = Mounted(tmp_path / "mnt", tmp_path / "log")
     try:

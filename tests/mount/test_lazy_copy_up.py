@@ -111,14 +111,14 @@ def test_what_is_written_is_copied_and_the_rest_after_it(
         assert missing["files"] == 1
         assert missing["bytes"] > len(BIG) - MIB, "next to nothing has been copied"
         assert place.digest(mount) == DIGEST
-        assert "1 file is copied up in part" in cowfs("info", mount.path, nobody=nobody, check=True).stdout
+        assert "1 file is partly copied up" in cowfs("info", mount.path, nobody=nobody, check=True).stdout
         assert cowfs("diff", mount.path, nobody=nobody).stdout == DIFF
     ext3.sound(place.store)
     before = place.in_the_store()
     assert before.st_size == len(BIG)
     assert before.st_blocks * 512 < MIB, "a few blocks, and those of pointers"
     assert cowfs("check", "-n", place.store).returncode == 0
-    assert "1 file is copied up in part" in cowfs("info", place.store, check=True).stdout
+    assert "1 file is partly copied up" in cowfs("info", place.store, check=True).stdout
     assert cowfs("diff", place.store).stdout == DIFF
     refused_by_the_kernel(place)
     with place.mounted() as mount:
@@ -297,7 +297,7 @@ def test_another_file_in_the_lower_is_refused(tmp_path: Path) -> None:
         with pytest.raises(OSError, match="Input/output"):
             os.stat(mount.path / "big")
         assert (mount.path / "small").read_bytes() == b"small"
-        assert "has changed in its lower" in mount.shown_log()
+        assert "changed in its lower" in mount.shown_log()
     os.utime(place.lower / "big", (T0, T0))
     with place.mounted() as mount:
         assert (mount.path / "big").read_bytes() == CHANGED

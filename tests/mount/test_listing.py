@@ -12,7 +12,7 @@ import random
 import struct
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import ClassVar
 
@@ -20,6 +20,8 @@ import pytest
 
 from tests.support.mounts import cowfs, mounted
 from tests.support.system import needs_fuse, needs_root
+
+DEV_FUSE_AT_NIGHT = True
 
 pytestmark = needs_fuse
 
@@ -279,3 +281,39 @@ def test_ten_thousand_names(folder: Path) -> None:
     finally:
         stop.set()
         thread.join()
+
+
+def test_directories_count_those_in_them(tmp_path: Path) -> None:
+    """As on ext3, from the first stat, whatever was made, removed and renamed, in which layer it is."""
+    layers = [tmp_path / "one", tmp_path / "two"]
+    for layer, names in zip(layers, (["a/b", "a/c/d", "e"], ["a/c/f", "a/g", "h/i"]), strict=True):
+        for name in names:
+            (layer / name).mkdir(parents=True)
+        (layer / "a" / "file").touch()
+
+    def counted(root: Path) -> dict[str, int]:
+        return {place: os.stat(place).st_nlink for place, _, _ in os.walk(root)}
+
+    def there(root: Path) -> dict[str, int]:
+        return {place: 2 + len(names) for place, names, _ in os.walk(root)}
+
+    for under in (layers, layers[:1]):
+        store = tmp_path / f"store{len(under)}"
+        for number in range(2):  # the second time all is as the first has left it
+            with mounted(under, tmp_path / "mnt", store) as mount:
+                assert counted(mount.path) == there(mount.path)
+                if number:
+                    continue
+                changes: list[Callable[[Path], object]] = [
+                    lambda at: (at / "a" / "new" / "deep").mkdir(parents=True),
+                    lambda at: (at / "a" / "b").rmdir(),
+                    lambda at: (at / "a" / "b").mkdir(),
+                    lambda at: (at / "a" / "c" / "d").rename(at / "d"),
+                    lambda at: (at / "e").rename(at / "a" / "b"),
+                    lambda at: (at / "a" / "c" / "x").touch(),
+                    lambda at: (at / "a" / "new").rename(at / "a" / "c" / "new"),
+                    lambda at: (at / "d").rmdir(),
+                ]
+                for change in changes:
+                    change(mount.path)
+                    assert counted(mount.path) == there(mount.path)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from cowfs.fuse.known import A_NODE
+from cowfs.fuse.inode_limit import A_NODE
 from tests.mount.test_memory import memory_of
 from tests.support.mounts import Mounted, cowfs, eventually, is_mounted, mount_arguments, project_root
 from tests.support.system import as_nobody_prefix, needs_fuse, needs_root, run
@@ -22,13 +22,13 @@ MOST = 1 << 13
 _BOUNDED = """
 import errno, os, sys
 from cowfs.cli.main import main
-from cowfs.fuse import known
+from cowfs.fuse import inode_limit
 from cowfs.linux import limits
 limits.memory = lambda: int(sys.argv[2])
 if sys.argv[1] == "reconfigure":
     def unknown(fd, inodes):
         raise OSError(errno.EINVAL, "no such request")
-    known.prune = unknown
+    inode_limit.prune = unknown
 sys.exit(main(sys.argv[3:]))
 """
 """A daemon on a machine with little memory, and with an old kernel if wanted."""

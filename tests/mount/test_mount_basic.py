@@ -421,7 +421,7 @@ def test_a_full_store_says_so(tmp_path: Path) -> None:
 
 @needs_root
 def test_link_counts_of_directories(tmp_path: Path) -> None:
-    """Right for directories of one layer; 1, which means unknown, for merged ones, as overlayfs has it."""
+    """As on ext3, for merged directories too."""
     tree.build(tmp_path / "lower", {"a/b/c/x": b"", "a/d/x": b""})
     with mounted(tmp_path / "lower", tmp_path / "mnt", tmp_path / "store") as mount:
         assert os.stat(mount.path / "a").st_nlink == 4
@@ -431,5 +431,8 @@ def test_link_counts_of_directories(tmp_path: Path) -> None:
         os.rmdir(mount.path / "new" / "sub")
         assert os.stat(mount.path / "new").st_nlink == 2
         (mount.path / "a" / "y").write_text("merged now")
-        assert os.stat(mount.path / "a").st_nlink == 1
+        assert os.stat(mount.path / "a").st_nlink == 4
+        os.rmdir(mount.path / "new")
+        os.mkdir(mount.path / "a" / "e")
+        assert os.stat(mount.path / "a").st_nlink == 5
         assert stat.S_ISDIR(os.stat(mount.path / "a").st_mode)

@@ -80,7 +80,7 @@ def refused(
 
 def test_a_log_that_cannot_be_written(base: Path) -> None:
     refused(
-        base, 2, "/proc/none", "cannot be the log",
+        base, 2, "/proc/none", "cannot write the log",
         arguments=[str(base / "lower"), str(base / "mnt"), "-o", "log=/proc/none"],
     )  # fmt: skip
 
@@ -180,7 +180,7 @@ def zeroed(path: Path) -> str:
 
 
 def tiny(path: Path) -> str:
-    """A store of 4 MB."""
+    """A store of 4 MiB."""
     with path.open("wb") as out:
         out.truncate(4 << 20)
     run("mke2fs", "-q", "-t", "ext3", "-b", "1024", path)

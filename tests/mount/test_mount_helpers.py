@@ -131,3 +131,143 @@ def test_exit_code_and_message(base: Path) -> None:
 def test_a_dry_run_mounts_nothing(base: Path) -> None:
     with_helpers(base, f"mount -f -t cowfs -o store={base}/store lower mnt; ! mountpoint -q mnt")
     assert not (base / "store").exists()
+
+
+def test_remount(base: Path) -> None:
+    """mount(8) finds the helper by the name of the type: nothing can be written, then it can again."""
+    os.symlink(HELPERS / "mount.cowfs", base / "sbin" / "mount.fuse.cowfs")
+    said = with_helpers(
+        base,
+        """
+        mkdir store
+        mount -t cowfs -o store=store,nosuid lower mnt
+        echo one > mnt/one
+        exec 5> mnt/open
+        mount -o remount,ro mnt 2> refused && echo "not refused"
+        exec 5>&-
+        grep -q fuser refused
+        mount -o remount,ro mnt
+        findmnt -n -o OPTIONS -M "$PWD/mnt"
+        echo two 2> /dev/null > mnt/two && echo "written to"
+        cat mnt/one
+        mount -o remount,rw mnt
+        findmnt -n -o OPTIONS -M "$PWD/mnt"
+        echo two > mnt/two
+        umount mnt
+        cat store/upper/two
+        """,
+    )
+    options, one, again, two = said.splitlines()
+    assert (one, two) == ("one", "two")
+    assert options.startswith("ro,nosuid")
+    assert again.startswith("rw,nosuid")
+
+
+@pytest.mark.parametrize("kind", [pytest.param("directory", marks=pytest.mark.nightly), "image"])
+def test_a_store_on_read_only_media(base: Path, kind: str) -> None:
+    """It can be looked at, hard links and all, and not be made writable."""
+    os.symlink(HELPERS / "mount.cowfs", base / "sbin" / "mount.fuse.cowfs")
+    os.link(base / "lower/file", base / "lower/link")
+    said = with_helpers(
+        base,
+        f"""
+        mkdir media
+        mount -t tmpfs none media
+        [ {kind} = directory ] || cowfs create media/store 32M >&2
+        mount -t cowfs -o store=media/store lower mnt
+        echo changed >> mnt/link
+        echo new > mnt/new
+        rm -r mnt/dir
+        umount mnt
+        mount -o remount,ro media
+        mount -t cowfs -o store=media/store,ro lower mnt
+        (cd mnt; ls; cat file link new)
+        ! touch mnt/x 2> /dev/null
+        ! mount -o remount,rw mnt 2>&1
+        cowfs diff mnt
+        umount mnt
+        ! mount -t cowfs -o store=media/store lower mnt 2>&1
+        umount media
+        """,
+    )
+    refusal, *lines = [line for line in said.splitlines() if "media/store" in line]
+    assert "was opened read-only (unmount, and mount without ro)" in refusal
+    assert "read-only media" in lines[0]
+    rest = [line for line in said.splitlines() if "media/store" not in line]
+    assert rest[:3] == ["file", "link", "new"]
+    assert rest[3:8] == ["x", "changed", "x", "changed", "new"]
+    assert {tuple(line.split()) for line in rest[8:]} >= {("A", "new"), ("D", "dir/")}
+
+
+def test_a_user_mounts_and_unmounts_by_fstab(nobody_path: Path, base: Path) -> None:
+    """``users``: mount(8) and umount(8) run the helpers as the user; findmnt and df show what is there."""
+    for name in ("lower", "mnt"):
+        (nobody_path / name).mkdir()
+        os.chown(nobody_path / name, 65534, 65534)
+    (nobody_path / "lower/file").write_text("file\n")
+    user = f"setpriv --reuid=65534 --regid=65534 --clear-groups env PATH={base}/sbin:$PATH"
+    os.chmod(base, 0o755)
+    said = with_helpers(
+        base,
+        f"""
+        cd {nobody_path}
+        {user} mount mnt
+        {user} sh -c 'cat mnt/file; echo new > mnt/new'
+        {user} findmnt -n -o TARGET,SOURCE,FSTYPE -M {nobody_path}/mnt
+        {user} df --output=fstype,target mnt | tail -n 1
+        {user} umount mnt
+        mountpoint -q mnt || cat store/upper/new
+        """,
+        fstab=f"{nobody_path}/lower {nobody_path}/mnt cowfs store={nobody_path}/store,users,noauto 0 0\n",
+    )
+    here = str(nobody_path)
+    shown = [f"{here}/mnt", f"{here}/lower", "fuse.cowfs"]
+    assert [line.split() for line in said.splitlines()] == [
+        *(["file"], shown, ["fuse.cowfs", f"{here}/mnt"], ["new"])
+    ]
+
+
+def test_every_option_may_stand_in_fstab(base: Path) -> None:
+    """Those of cowfs, those of mount(8), and those of others: all in one line that mounts."""
+    ours = [
+        f"store={base}/store,subdir=one,engine=auto,image_offset=0,io_uring=auto,passthrough=auto,volatile=/dir",
+        f"size=64M,fsname=name,log={base}/log,debug=cache,force_lower,noallow_other,noacl,blame,fault=none",
+    ]
+    others = (
+        "defaults,async,rw,nosuid,nodev,noexec,relatime,sync,nofail,noauto,_netdev,users,user,owner,group"
+    )
+    systemd = (
+        "x-systemd.automount,x-systemd.device-timeout=5,x-systemd.requires=a.service,x-initrd.mount,comment=x"
+    )
+    said = with_helpers(
+        base,
+        """
+        mount mnt
+        findmnt -n -o SOURCE,OPTIONS -M "$PWD/mnt"
+        umount mnt
+        """,
+        fstab=f"{base}/lower {base}/mnt cowfs {','.join([*ours, others, systemd])} 0 0\n",
+    )
+    source, options = said.split()
+    assert source == "name"
+    assert {"rw", "nosuid", "nodev", "noexec", "relatime", "sync"} <= set(options.split(","))
+
+
+GENERATOR = Path("/lib/systemd/system-generators/systemd-fstab-generator")
+
+
+@pytest.mark.skipif(not GENERATOR.exists(), reason="needs systemd (its generator for fstab)")
+def test_systemd_makes_units_of_the_line(tmp_path: Path) -> None:
+    """An automount, a mount that does not stop the boot, and what it waits for."""
+    units = tmp_path / "units"
+    units.mkdir()
+    options = "store=/srv/store.bs,nofail,_netdev,x-systemd.automount,x-systemd.requires=srv.mount"
+    (tmp_path / "fstab").write_text(f"/srv/root.sqsh /mnt/system cowfs {options} 0 0\n")
+    run("env", f"SYSTEMD_FSTAB={tmp_path}/fstab", GENERATOR, units, units, units)
+    unit = (units / "mnt-system.mount").read_text()
+    assert f"What=/srv/root.sqsh\nWhere=/mnt/system\nType=cowfs\nOptions={options}\n" in unit
+    assert "Requires=srv.mount\n" in unit
+    assert (units / "mnt-system.automount").exists()
+    assert (units / "remote-fs.target.wants/mnt-system.automount").exists() or (
+        units / "remote-fs.target.requires/mnt-system.automount"
+    ).exists()

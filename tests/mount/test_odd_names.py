@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from cowfs.cli.options import join_lowers, split, split_lowers
-from cowfs.linux.mounts import mount_of, parse_mountinfo
+from cowfs.errors import UsageError
+from cowfs.linux.mount_table import mount_of, parse_mountinfo
 from tests.support.mounts import cowfs, mounted, project_root
 from tests.support.system import as_nobody_prefix, needs_fuse, needs_root, run
 
@@ -32,6 +33,15 @@ def quoted(name: str) -> str:
 def test_lists_are_split_as_they_are_joined(name: str) -> None:
     assert split_lowers(join_lowers([name, "x", name])) == (name, "x", name)
     assert split(f"rw,store={quoted(name)},ro") == ["rw", f"store={name}", "ro"]
+
+
+def test_an_empty_lower_is_refused() -> None:
+    for lowers in ("a:", ":a", "a:b:", "::a", "a:::b", "a::b:c"):
+        with pytest.raises(UsageError, match=f"{lowers}: "):
+            split_lowers(lowers)
+    for command in (["mount", "a:", "/nowhere"], ["diff", "--lower", "a:", "/"]):
+        done = cowfs(*command)
+        assert done.returncode == 1 and done.stderr.startswith("cowfs: a:: an empty lower ("), done
 
 
 def test_a_backslash_before_anything_else_is_one() -> None:

@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from cowfs.cli.client import ask, find_mount
+from cowfs.client import ask, find_mount
 from cowfs.errors import CowfsError, StoreError
-from cowfs.store.open import open_store
-from cowfs.store.persist import persist
-from cowfs.store.store import Store
+from cowfs.store.offline.persist import persist
+from cowfs.store.served.open import open_store
+from cowfs.store.served.store import Store
 from tests.support import tree
 from tests.support.mounts import (
     COWFS,
@@ -108,7 +108,7 @@ def test_a_store_in_memory_is_kept_under_its_users(base: Path, nobody: bool) -> 
         with writer(here, go_on) as written_until_then:
             done = cowfs("persist", here.path, store, "160", nobody=nobody)
             assert (done.returncode, done.stderr) == (0, "")
-            assert done.stdout.endswith(f"kept in {store}, 160 MB, from now on\n")
+            assert done.stdout.endswith(f"now kept in {store} (160 MiB)\n")
             shown = info(here.path, nobody=nobody)["store"]
             assert (shown["kind"], shown["path"]) == ("image", str(store))
             assert store.stat().st_size == 160 * MIB <= store.stat().st_blocks * 512
@@ -158,7 +158,7 @@ def test_what_is_kept_has_the_size_of_the_memory_and_survives_a_kill(base: Path,
     with in_memory(base, nobody=nobody, quiet=False) as here:
         cowfs("persist", here.path, store, nobody=nobody, check=True)
         assert store.stat().st_size == 128 * MIB
-        refused(cowfs("persist", here.path, base / "kept/t", nobody=nobody), "is kept already")
+        refused(cowfs("persist", here.path, base / "kept/t", nobody=nobody), "changes are already kept")
         script("echo kept > kept && sync kept", here)
         refused(cowfs("check", store, nobody=nobody), "in use by process", 8)
         os.kill(here.pid(), signal.SIGKILL)
@@ -177,12 +177,12 @@ def test_persist_is_refused(base: Path, nobody: bool) -> None:
     with in_memory(base, nobody=nobody) as here:
         script("echo x > x", here)
         for path, size, said, code in (
-            (kept / "there", [], "exists already", 32),
-            (here.path / "s", [], "is inside the mount whose changes it shall hold", 32),
+            (kept / "there", [], "already exists", 32),
+            (here.path / "s", [], "is inside the mount whose changes it is to hold", 32),
             (here.path / "etc/s", [], "is inside the mount", 32),
             (base / "no/s", [], "No such file or directory", 32),
             (base / "lower/old/s", [], "Not a directory", 32),
-            (kept / "s", ["64"], "64 MB is too small: in memory the store has 128 MB by now", 1),
+            (kept / "s", ["64"], "64 MiB is too small: the store in memory has 128 MiB", 1),
             (kept / "s", ["20T"], "too large for ext3", 1),
             (kept / "s", ["15T"], "are free", 32),
             (kept / "s", ["x"], "is not a size", 1),
@@ -190,7 +190,7 @@ def test_persist_is_refused(base: Path, nobody: bool) -> None:
         ):
             refused(cowfs("persist", here.path, path, *size, nobody=nobody), said, code)
             assert os.listdir(kept) == ["there"]
-        refused(cowfs("persist", base, kept / "s", nobody=nobody), "no cowfs is mounted here")
+        refused(cowfs("persist", base, kept / "s", nobody=nobody), "not a cowfs mountpoint")
         assert info(here.path, nobody=nobody)["store"]["kind"] == "memory"
         assert script("cat x", here) == "x\n"
         cowfs("persist", here.path, kept / "s", nobody=nobody, check=True)
@@ -202,15 +202,21 @@ def test_what_is_no_memory_is_kept_already(base: Path, kind: str) -> None:
     if kind == "image":
         cowfs("create", base / "s", "16", nobody=True, check=True)
     with mounted(base / "lower", base / "mnt", base / "s", nobody=True) as here:
-        refused(cowfs("persist", here.path, base / "kept/s", nobody=True), f"{base}/s: is kept already")
-        said = "a directory store has no size" if kind == "directory" else "a store can grow only"
+        refused(
+            cowfs("persist", here.path, base / "kept/s", nobody=True),
+            f"{base}/s: its changes are already kept",
+        )
+        said = "a directory store has no size" if kind == "directory" else "a store can only grow"
         refused(cowfs("grow", here.path, "15", nobody=True), said)
 
 
 @needs_root
 def test_a_tmpfs_of_the_kernels_cannot_be_kept(base: Path) -> None:
     with in_memory(base, nobody=False, engine="kernel") as here:
-        refused(cowfs("persist", here.path, base / "kept/s"), "a tmpfs of the kernel's cannot be kept")
+        refused(
+            cowfs("persist", here.path, base / "kept/s"),
+            "changes in a tmpfs (--engine kernel) cannot be kept",
+        )
         refused(cowfs("grow", here.path, "300"), "cannot grow")
     assert os.listdir(base / "kept") == []
 
@@ -224,7 +230,7 @@ def test_another_user_is_not_obeyed(base: Path) -> None:
     os.chown(base / "mnt", NOBODY, NOBODY)
     log = base / "nobody.log"
     with in_memory(base, nobody=True, log=log) as here:  # root is, but hands a user's daemon no directory
-        refused(cowfs("persist", here.path, base / "kept/s"), "is not given files of yours")
+        refused(cowfs("persist", here.path, base / "kept/s"), "to whom your files are not passed")
         os.chown(base / "kept", 0, 0)
         refused(cowfs("persist", here.path, base / "kept/s", nobody=True), "Permission denied")
         os.chown(base / "kept", NOBODY, NOBODY)
@@ -237,7 +243,7 @@ def test_persist_without_room(base: Path) -> None:
     run("mount", "-t", "tmpfs", "-o", "size=48m", "tmpfs", small)
     try:
         with in_memory(base, nobody=False) as here:
-            refused(cowfs("persist", here.path, small / "s"), "128 MB more are needed, 48 MB are free")
+            refused(cowfs("persist", here.path, small / "s"), "needs 128 MiB more, but only 48 MiB are free")
             assert os.listdir(small) == []
             assert info(here.path)["store"]["kind"] == "memory"
     finally:
@@ -281,7 +287,7 @@ def test_whoever_asked_goes_away(base: Path) -> None:
             assert any(reply["said"] == "copying" for reply in replies)
             with closing(requested(here, kept, "t")) as second, pytest.raises(CowfsError) as failure:
                 next(second)
-            assert f"is being written to {kept}/s already" in str(failure.value)
+            assert f"is already being written to {kept}/s" in str(failure.value)
         eventually(lambda: not any(path.startswith(f"{kept}/") for path in open_by(pid)), "it is given up")
         assert os.listdir(kept) == []
         assert info(here.path)["store"]["kind"] == "memory"
@@ -341,7 +347,7 @@ def test_a_name_that_is_taken_meanwhile_is_left_alone(opened: Store, tmp_path: P
     steps = moving(opened, tmp_path)
     assert "copying" in steps
     (tmp_path / "s").write_text("mine")
-    with pytest.raises(StoreError, match="exists already"):
+    with pytest.raises(StoreError, match="already exists"):
         list(steps)
     assert (tmp_path / "s").read_text() == "mine"
     assert (opened.kind, opened.path) == ("memory", "memory")
@@ -361,7 +367,7 @@ def test_a_store_that_grows_while_it_is_kept(opened: Store, tmp_path: Path, size
     assert opened.make_room()
     write(opened, b"y", 150 * MIB)
     if size == 128 * MIB:
-        with pytest.raises(StoreError, match="have outgrown 128 MB meanwhile"):
+        with pytest.raises(StoreError, match="have outgrown 128 MiB in the meantime"):
             list(steps)
         assert (os.listdir(tmp_path), opened.kind) == ([], "memory")
         return

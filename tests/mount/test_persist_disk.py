@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 
 from cowfs.cli.main import main
-from cowfs.linux.mounts import attach_loop, loop_backing, mountinfo
-from cowfs.store import carrier, find
+from cowfs.errors import StoreError
+from cowfs.linux.loop_devices import attach_loop, loop_backing
+from cowfs.linux.mount_table import mountinfo
+from cowfs.store.disks import block_device, find
 from tests.mount.test_persist import MIB, in_memory, info, refused
 from tests.support.mounts import Mounted, cowfs, eventually, mounted
 from tests.support.system import needs_fuse, needs_root, run
@@ -109,7 +111,7 @@ def test_a_disk_that_is_not_mounted(
         script("echo x > x", here)
         done = cowfs("persist", here.path, device + named, "160")
         assert (done.returncode, done.stderr) == (0, "")
-        assert done.stdout.endswith(f"kept in {device}{named or '/sysrcd.bs'}, 160 MB, from now on\n")
+        assert done.stdout.endswith(f"kept in {device}{named or '/sysrcd.bs'} (160 MiB)\n")
         shown = info(here.path)["store"]
         assert (shown["kind"], shown["path"]) == ("image", f"{device}{named or '/sysrcd.bs'}")
         assert len(mountinfo()) == before + 1, "nobody else sees the disk mounted"
@@ -186,7 +188,7 @@ def test_what_a_boot_has_mounted_is_made_writable(
                 cowfs("persist", here.path, device),
                 f"{device}: is mounted read-only on {at} (mount -o remount,rw",
             )
-            monkeypatch.setattr(carrier, "_BOOT_DISKS", os.fsencode(home) + b"/")
+            monkeypatch.setattr(block_device, "_BOOT_DISKS", os.fsencode(home) + b"/")
             run("umount", at)
             run("mount", "-o", "ro,noload", device, at)
             assert main(["persist", str(here.path), device]) == 32
@@ -224,16 +226,16 @@ def test_what_is_no_place_for_a_store_is_refused(home: Path, disks: Disks) -> No
             ("/dev/null/s", "/dev/null: not a block device"),
             ("/dev/nosuch1", "/dev/nosuch1: no such device"),
             ("/dev/nosuch1/sysrcd.bs", "/dev/nosuch1: no such device"),
-            (small, f"{small}/sysrcd.bs: 128 MB more are needed"),
+            (small, f"{small}/sysrcd.bs: needs 128 MiB more"),
             (protected, f"{protected}: is write-protected"),
-            (empty, f"{empty}: holds no filesystem"),
+            (empty, f"{empty}: contains no filesystem"),
             (foreign, f"{foreign}: holds an NTFS filesystem, which this kernel cannot"),
             (mirrored, f"{mirrored}: is one disk of a RAID"),
             (f"{good}/no/s", f"{good}/no/s: No such file or directory"),
             (f"{good}/out/s", f"{good}/out/s: leads to another filesystem"),
         ):
             refused(cowfs("persist", here.path, place), said)
-        refused(cowfs("persist", here.path, good, nobody=True), f"{good}: only root may mount a disk", 2)
+        refused(cowfs("persist", here.path, good, nobody=True), f"{good}: only root can mount a disk", 2)
         fd = os.open(good, os.O_RDONLY | os.O_EXCL)
         try:
             refused(cowfs("persist", here.path, good), f"{good}: is in use")
@@ -249,15 +251,15 @@ def test_what_is_no_place_for_a_store_is_refused(home: Path, disks: Disks) -> No
 def test_a_disk_that_others_stand_on(disks: Disks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel says who; and which are the partitions of a disk that has no filesystem of its own."""
     device, _ = disks.make("nothing", 8)
-    monkeypatch.setattr(carrier, "_facts", lambda _: tmp_path)
+    monkeypatch.setattr(block_device, "_facts", lambda _: tmp_path)
     (tmp_path / "holders/dm-3").mkdir(parents=True)
-    held = pytest.raises(carrier.StoreError, match=rf"{device}: is in use by dm-3 \(try /dev/dm-3\)")
-    with held, carrier.directory_of(device):
+    held = pytest.raises(StoreError, match=rf"{device}: is in use by dm-3 \(try /dev/dm-3\)")
+    with held, block_device.directory_of(device):
         pass
     (tmp_path / "holders/dm-3").rmdir()
     (tmp_path / "ro").write_text("0\n")
     for part in ("sdb1", "sdb2"):
         (tmp_path / part).mkdir()
         (tmp_path / part / "partition").touch()
-    with pytest.raises(carrier.StoreError, match="is divided into sdb1, sdb2"), carrier.directory_of(device):
+    with pytest.raises(StoreError, match="is divided into sdb1, sdb2"), block_device.directory_of(device):
         pass

@@ -10,6 +10,7 @@ import pytest
 from perf import counts
 from perf.counts import Counter, Row
 from perf.operations import OPERATIONS, Operation, versions
+from perf.report import DOCUMENT
 from tests.support.squashfs import needs_mksquashfs
 from tests.support.system import needs_fuse, needs_root
 
@@ -32,7 +33,7 @@ def counter(image: Path, transport: str) -> Iterator[Counter]:
 
 def in_document() -> tuple[dict[str, str], dict[str, Row]]:
     """With what was counted, and the rows."""
-    return counts.read_table(counts.DOCUMENT.read_text())
+    return counts.read_table(DOCUMENT.read_text())
 
 
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.title)

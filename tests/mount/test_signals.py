@@ -16,6 +16,8 @@ import pytest
 from tests.support.mounts import COWFS, cowfs, eventually, is_mounted, mount_arguments, project_root
 from tests.support.system import as_nobody_prefix, needs_fuse, needs_root, run
 
+DEV_FUSE_AT_NIGHT = True
+
 pytestmark = [needs_fuse, pytest.mark.slow]
 
 ROUNDS = [8, pytest.param(100, marks=pytest.mark.nightly)]

@@ -122,11 +122,42 @@ def test_an_image_that_begins_further_on(base: Path, how: tuple[bool, str]) -> N
         assert shell(mount, "tail -n 1 etc/hosts") == "more\n"
 
 
-def test_diff_of_a_store_takes_the_offset(base: Path) -> None:
+def test_the_offset_is_found(base: Path) -> None:
+    """Behind a program, or anywhere in a disk image, whatever looks like the beginning of one before it."""
+    with mounted(
+        base / "program", base / "mnt", base / "store", options=["offset=auto"], nobody=True
+    ) as mount:
+        assert shell(mount, "cat etc/hosts; rm lib/big") == "127.0.0.1 localhost\n"
+        assert facts(mount.path, nobody=True)["lowers"][0]["offset"] == WHERE
+    done = cowfs("diff", base / "store", "--lower", base / "program", "--offset", "auto", nobody=True)
+    assert (done.stdout, done.returncode) == ("D  lib/big\n", 0), done.stderr
+    good = (base / "good.squashfs").read_bytes()
+    longer = good[:40] + struct.pack("<Q", 1 << 40) + good[48:96]  # its length: more than the file has
+    before = longer + b"hsqs".rjust((1 << 20) + 2 - 96)  # the second across what is read at once
+    (base / "disk").write_bytes(before.ljust(3 << 20) + good)
+    assert facts(base / "disk", "-o", "auto")["offset"] == 3 << 20
+    assert facts(base / "good.squashfs", "-o", "auto")["offset"] == 0
+    (base / "none").write_bytes(b"hsqs" * 1000)
+    mount_it: list[str | Path] = ["mount", base / "none", base / "mnt", "-o", "offset=auto"]
+    for arguments in (["info", base / "none", "-o", "auto"], mount_it):
+        assert "no squashfs image was found in it" in said(*arguments, code=32)
+    assert "no lower is given to look in" in said(
+        "diff", base / "store", "--offset", "auto", code=1, nobody=True
+    )
+
+
+def test_diff_of_a_store_knows_the_offset_or_takes_it(base: Path) -> None:
     with mounted(
         base / "program", base / "mnt", base / "store", options=[f"offset={WHERE}"], nobody=True
     ) as mount:
         shell(mount, "rm lib/big")
+    done = cowfs("diff", base / "store", nobody=True)
+    assert (done.stdout, done.returncode) == ("D  lib/big\n", 0), done.stderr
+
+    header = base / "store/cowfs/header.json"  # as versions before 0.2 wrote it
+    content = json.loads(header.read_text())
+    assert content["lowers"][0].pop("offset") == WHERE
+    header.write_text(json.dumps(content))
     line = said("diff", base / "store", code=1, nobody=True)
     assert f"offset {WHERE}" in line and "--offset" in line
     for option in (["-o", f"offset={WHERE}"], ["--offset", str(WHERE)]):
@@ -150,11 +181,11 @@ def test_several_lowers_have_an_offset_each(base: Path, good: Path, offset: str)
 
 
 BAD_OFFSETS: dict[str, tuple[str, str, int, list[str]]] = {
-    "past the end": ("program", "1G", 32, ["program", "no byte at offset 1073741824", "it has "]),
+    "past the end": ("program", "1G", 32, ["program", "offset 1073741824 is beyond its end"]),
     "nothing there": ("program", "1000", 32, ["at offset 1000", "not a squashfs", f"offset={WHERE}"]),
     "none where one is": ("program", "0", 32, ["ELF program", f"offset={WHERE}"]),
     "text there": ("text", "10", 32, ["at offset 10", "a text file"]),
-    "in an image": ("good.squashfs", "512", 32, ["at offset 512", "leave offset= out"]),
+    "in an image": ("good.squashfs", "512", 32, ["at offset 512", "remove offset="]),
     "of a directory": ("lower", "4096", 32, ["is a directory"]),
     "no number": ("program", "0x20", 1, ["'0x20' is not an offset"]),
     "beyond all": ("program", "9" * 5000, 1, ["is not an offset"]),
@@ -168,7 +199,8 @@ def test_bad_offset(base: Path, which: str) -> None:
     """One line that says what is there; nothing is mounted, no store is begun."""
     name, offset, code, words = BAD_OFFSETS[which]
     (base / "text").write_text("nothing but text\n" * 5000)
-    command = ["mount", base / name, base / "mnt", "--store", base / "store", "-o", f"offset={offset}"]
+    places = [base / name, base / "mnt"]
+    command: list[str | Path] = ["mount", *places, "--store", base / "store", "-o", f"offset={offset}"]
     line = said(*command, code=code, nobody=True)
     if os.geteuid() == 0 and code == 32:
         assert said(*command, "--engine", "kernel", code=code) == line
@@ -303,10 +335,10 @@ def test_info_of_what_is_neither(base: Path) -> None:
     (base / "text").write_text("words\n" * 100)
     assert f"try -o offset={WHERE}" in said("info", base / "program", code=32, nobody=True)
     assert "not a store but a text file" in said("info", base / "text", code=32, nobody=True)
-    assert "not a store" in said("info", base / "lower", code=32, nobody=True)
-    assert "there is nothing of that name" in said("info", base / "missing", code=32, nobody=True)
+    assert "neither a store nor a cowfs mountpoint" in said("info", base / "lower", code=32, nobody=True)
+    assert "No such file or directory" in said("info", base / "missing", code=32, nobody=True)
     assert "is a directory" in said("info", "-o", "4096", base / "lower", code=32, nobody=True)
-    assert "one image" in said("info", "-o", "1:2", base / "program", code=1, nobody=True)
+    assert "more than one offset" in said("info", "-o", "1:2", base / "program", code=1, nobody=True)
     with mounted(base / "lower", base / "mnt", base / "store", nobody=True) as mount:
         assert "is a mount" in said("info", "-o", "1", mount.path, code=1, nobody=True)
 
@@ -322,8 +354,8 @@ def with_version(major: int, minor: int, magic: bytes = b"hsqs") -> bytes:
 
 def damaged_tables(good: bytes) -> bytes:
     """The image with all its tables overwritten."""
-    (table,) = struct.unpack_from("<Q", good, 64)
-    return good[: int(table)] + b"\xa5" * (len(good) - table)
+    table: int = struct.unpack_from("<Q", good, 64)[0]
+    return good[:table] + b"\xa5" * (len(good) - table)
 
 
 BAD: dict[str, tuple[Callable[[bytes], bytes], list[str]]] = {
@@ -334,7 +366,7 @@ BAD: dict[str, tuple[Callable[[bytes], bytes], list[str]]] = {
     "version 5": (lambda good: with_version(5, 0), ["squashfs version 5.0", "newer"]),
     "gzip": (lambda good: b"\x1f\x8b\x08" + good, ["gzip-compressed data"]),
     "zip": (lambda good: b"PK\x03\x04" + good, ["a zip archive"]),
-    "a disk": (lambda good: bytes(510) + b"\x55\xaa" + good, ["a disk image", "offset=BYTES"]),
+    "a disk": (lambda good: bytes(510) + b"\x55\xaa" + good, ["a disk image", "offset=auto"]),
     "zeros": (lambda good: bytes(9000), ["begins with zeros"]),
     "half": (lambda good: good[: len(good) // 2], ["truncated", "bytes"]),
     "superblock": (lambda good: good[:96], ["truncated"]),
@@ -460,8 +492,40 @@ def test_an_image_harmed_while_it_is_mounted(
         assert "Traceback" not in mount.log.read_text()
     image.write_bytes(bytes(offset) + original)
     given_away(nobody_path)
-    options, log = [f"offset={offset}"], nobody_path / "second.log"
+    second = nobody_path / "second.log"
     with mounted(
-        image, nobody_path / "mnt", nobody_path / "store", options=options, nobody=True, log=log
-    ) as mount:
+        image, nobody_path / "mnt", nobody_path / "store",
+        options=[f"offset={offset}"], nobody=True, log=second,
+    ) as mount:  # fmt: skip
         assert shell(mount, "wc -c < first; cat new; ls") == "400000\nnew\nmore\nd\ndir\nfirst\nnew\n"
+
+
+@needs_root
+@pytest.mark.parametrize("engine", ["process", "kernel"])
+@pytest.mark.parametrize("partition", [False, True], ids=["whole", "at an offset"])
+def test_an_image_on_a_block_device(base: Path, engine: str, partition: bool) -> None:
+    """It is the same lower as in a file."""
+    cowfs("create", base / "store", "64", check=True)
+    at = base / "mnt"
+    with mounted(base / "good.squashfs", at, base / "store", engine=engine):
+        (at / "new").write_text("new")
+    image, options = (base / "program", [f"offset={WHERE}"]) if partition else (base / "good.squashfs", [])
+    device = run("losetup", "--find", "--show", "--read-only", image).stdout.strip()
+    try:
+        with mounted(device, at, base / "store", engine=engine, options=options):
+            assert (at / "lib" / "big").read_bytes() == LOWER["lib/big"]
+            assert (at / "new").read_text() == "new"
+        shown = cowfs("info", device, *(["-o", options[0]] if options else [])).stdout
+        assert "fingerprint" in shown
+    finally:
+        run("losetup", "--detach", device)
+
+
+def test_a_program_without_section_headers(base: Path) -> None:
+    """The place of the image behind it is told."""
+    header = b"\x7fELF\x02\x01" + struct.pack("<26xQQ6xHHHH2x", 64, 0, 56, 1, 64, 0)
+    header += struct.pack("<I4xQ16xQ16x", 1, 0, WHERE)
+    (base / "bare").write_bytes(header.ljust(WHERE, b"\0") + (base / "good.squashfs").read_bytes())
+    for done in (cowfs("mount", base / "bare", base / "mnt"), cowfs("info", base / "bare")):
+        assert done.returncode != 0
+        assert f"-o offset={WHERE}" in done.stderr

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from cowfs.errors import StoreError
-from cowfs.linux import mounts
-from cowfs.store.create import create_store
-from cowfs.store.open import open_store
+from cowfs.linux import pids
+from cowfs.store.offline.create import create_store
+from cowfs.store.served.open import open_store
 from tests.support.mounts import cowfs, force_umount, mounted
 from tests.support.system import NOBODY, as_nobody_prefix, needs_root, run
 
@@ -171,15 +171,15 @@ def test_all_commands_tell_it(place: tuple[Path, bool]) -> None:
     before = facts(path / "copy")
     refused(cowfs("diff", path / "copy", nobody=nobody), "hard links")
     done = cowfs("check", "-n", path / "copy", nobody=nobody)
-    assert (done.returncode, done.stdout.count("a copy that lacks")) == (4, 1)
-    assert "a copy that lacks" in cowfs("info", path / "copy", nobody=nobody, check=True).stdout
+    assert (done.returncode, done.stdout.count("a copy without the")) == (4, 1)
+    assert "a copy without the" in cowfs("info", path / "copy", nobody=nobody, check=True).stdout
     assert facts(path / "copy") == before
 
 
 def refused(done: subprocess.CompletedProcess[str], lost: str) -> None:
     assert done.returncode == 32, done.stdout + done.stderr
     assert done.stderr.count("\n") == 1
-    assert re.search(rf"a copy that lacks [^(]*{lost}", done.stderr), done.stderr
+    assert re.search(rf"a copy without the [^(]*{lost}", done.stderr), done.stderr
 
 
 def facts(path: Path) -> dict[str, tuple[int, int]]:
@@ -215,7 +215,7 @@ def test_a_copy_of_a_store_in_use_is_not_served_unasked(place: tuple[Path, bool]
     with mounted(path / "lower", path / "mnt", path / "store", nobody=nobody):
         user(nobody, "sh", "-c", RIGHT[how], cwd=path)
     before = facts(copy)
-    said = "a copy of a store that was in use, in which files may be incomplete"
+    said = "a copy of a store that was in use; its files may be incomplete"
     done = cowfs("mount", path / "lower", path / "mnt", "--store", copy, nobody=nobody)
     assert (done.returncode, done.stderr.count("\n"), said in done.stderr) == (32, 1, True)
     assert f"cowfs check {copy}" in done.stderr
@@ -233,7 +233,7 @@ def test_a_killed_store_is_no_copy(place: tuple[Path, bool]) -> None:
     path, nobody = place
     with mounted(path / "lower", path / "mnt", path / "store", nobody=nobody, quiet=False) as mount:
         os.kill(pid := mount.pid(), signal.SIGKILL)
-        mounts.wait_pid_gone(pid, 20)
+        pids.wait_pid_gone(pid, 20)
         force_umount(mount.path)
     (path / "store").rename(path / "renamed")
     before = shown(path, "renamed", nobody)
@@ -259,7 +259,7 @@ def test_a_store_of_an_old_version_gets_a_mark(tmp_path: Path) -> None:
     open_store(str(old), read_only=True).close()
     open_store(str(old)).close()
     run("cp", "-r", old, tmp_path / "copy")
-    with pytest.raises(StoreError, match=r"a copy that lacks .*cp -a"):
+    with pytest.raises(StoreError, match=r"a copy without the .*cp -a"):
         open_store(str(tmp_path / "copy"))
 
 
@@ -269,7 +269,7 @@ def test_what_a_filesystem_does_not_keep_is_not_missed(tmp_path: Path) -> None:
     header = json.loads((tmp_path / "s/cowfs/header.json").read_text())
     assert {"xattrs", "whiteouts", "links", "owners"} <= set(header["mark"]["keeps"])
     (tmp_path / "s/cowfs" / header["mark"]["name"] / "acl").unlink()
-    with pytest.raises(StoreError, match="lacks ACLs of"):
+    with pytest.raises(StoreError, match="without the ACLs of"):
         open_store(str(tmp_path / "s"))
     header["mark"]["keeps"].remove("acls")
     (tmp_path / "s/cowfs/header.json").write_text(json.dumps(header))
@@ -297,5 +297,5 @@ def test_the_content_of_an_image_is_a_store_if_it_is_copied_well(tmp_path: Path)
     finally:
         run("umount", at)
     open_store(str(tmp_path / "good")).close()
-    with pytest.raises(StoreError, match="a copy that lacks"):
+    with pytest.raises(StoreError, match="a copy without the"):
         open_store(str(tmp_path / "bad"))

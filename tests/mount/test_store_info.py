@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from cowfs.store.identity import identify_lower
-from cowfs.store.open import open_store
+from cowfs.store.format.identity import identify_lower
+from cowfs.store.served.open import open_store
 from tests.support.mounts import cowfs, is_mounted, mounted
 from tests.support.system import as_nobody_prefix, makes_user_namespaces, needs_root, run
 
 DEV_FUSE_AT_NIGHT = True
 
-ROOM = re.compile(r"[\d.]+ [KMGT]B on its filesystem")
+ROOM = re.compile(r"[\d.]+ [KMGT]iB on its filesystem")
 
 
 def info(what: Path, *, nobody: bool = False) -> dict[str, str]:
@@ -45,7 +45,7 @@ def base(nobody_path: Path) -> Path:
 def test_an_image_has_a_size_for_people_and_bytes_for_programs(tmp_path: Path) -> None:
     cowfs("create", tmp_path / "s.bs", "32", check=True)
     shown = info(tmp_path / "s.bs")
-    assert re.fullmatch(r"[\d.]+ [KM]B of 32 MB \(\d+ %\)", shown["used"]), shown["used"]
+    assert re.fullmatch(r"[\d.]+ [KM]iB of 32 MiB \(\d+ %\)", shown["used"]), shown["used"]
     assert re.fullmatch(r"\d+ of 8192 are free", shown["inodes"])
     assert facts(tmp_path / "s.bs")["size"] == 32 << 20
 
@@ -78,24 +78,24 @@ def test_of_a_directory_it_tells_what_is_free_the_same_for_store_and_mount(base:
 def test_roots_store_in_memory_has_a_size(base: Path) -> None:
     with mounted(base / "lower", base / "mnt", engine="kernel", options=["size=8M"]) as mount:
         shown = info(mount.path)
-    assert re.fullmatch(r"\d+ KB of 8 MB \(0 %\)", shown["used"]), shown["used"]
+    assert re.fullmatch(r"\d+ KiB of 8 MiB \(0 %\)", shown["used"]), shown["used"]
     assert shown["store"] == "in memory (lost at the unmount)"
 
 
 def test_a_users_store_in_memory_has_a_size_too(base: Path) -> None:
     with mounted(base / "lower", base / "mnt", options=["size=32M"], nobody=True) as mount:
         shown = info(mount.path, nobody=True)
-    assert re.fullmatch(r"[\d.]+ (KB|MB) of \d+(\.\d)? MB \(\d+ %\)", shown["used"]), shown["used"]
+    assert re.fullmatch(r"[\d.]+ (KiB|MiB) of \d+(\.\d)? MiB \(\d+ %\)", shown["used"]), shown["used"]
     assert shown["store"] == "in memory (lost at the unmount)"
 
 
 def test_a_size_that_nobody_would_keep_is_refused(base: Path) -> None:
     done = cowfs("mount", base / "lower", base / "mnt", "-o", "size=1M", nobody=True)
     assert done.returncode == 1
-    assert "memory: 1 MB is too small for a store" in done.stderr
+    assert "memory: 1 MiB is too small for a store" in done.stderr
     done = cowfs("mount", base / "lower", base / "mnt", "-o", f"size=1M,store={base}/store", nobody=True)
     assert done.returncode == 1
-    assert "size= is for a store in memory" in done.stderr
+    assert "size= applies only to a store in memory" in done.stderr
     assert not is_mounted(base / "mnt")
     assert sorted(os.listdir(base)) == ["lower", "mnt"]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from cowfs.linux import mounts
+from cowfs.linux import pids, safe_paths
 from tests.support.mounts import cowfs, eventually, force_umount, is_mounted, mount_arguments, mounted
 from tests.support.system import NOBODY, as_nobody_prefix, needs_fuse, needs_root, run
 
@@ -62,10 +62,10 @@ class Place:
         """End the daemon as nothing should, and take its mount away."""
         pid = json.loads(self.cowfs("info", self.at, "--json", check=True)[1])["pid"]
         os.kill(pid, signal.SIGKILL)
-        mounts.wait_pid_gone(pid, 20)
+        pids.wait_pid_gone(pid, 20)
         force_umount(self.at)
         assert not is_mounted(self.at)
-        eventually(lambda: not mounts.loop_users(self.store), "the kernel lets go of the image")
+        eventually(lambda: not safe_paths.loop_users(self.store), "the kernel lets go of the image")
 
     def umount(self) -> None:
         self.cowfs("umount", self.at, check=True)
@@ -123,7 +123,7 @@ def test_nobody_calls_a_killed_store_damaged(place: Place, engine: str) -> None:
     code, said, complaint = place.cowfs("check", "-n", place.store)
     assert (code, complaint) == (0, "")
     assert said.endswith(": clean\n")
-    assert ("was not unmounted" in said) == (engine == "process")
+    assert ("was not cleanly unmounted" in said) == (engine == "process")
     code, said, complaint = place.cowfs("diff", place.store, "--json")
     assert code == 0, complaint
     assert ("was not cleanly unmounted" in complaint) == (engine == "process")
@@ -165,7 +165,7 @@ def test_a_journal_counts_whatever_the_flag_says(roots: Place) -> None:
     before = digest(roots.store)
     assert json.loads(roots.cowfs("info", roots.store, "--json")[1])["state"] == "needs recovery"
     code, said, _ = roots.cowfs("check", "-n", roots.store)
-    assert (code, "was not unmounted" in said, said.endswith(": clean\n")) == (0, True, True)
+    assert (code, "was not cleanly unmounted" in said, said.endswith(": clean\n")) == (0, True, True)
     assert "synced" in changes(roots.cowfs("diff", roots.store, "--json")[1])
     assert digest(roots.store) == before
     code, said, _ = roots.cowfs("check", roots.store)
@@ -206,7 +206,7 @@ def copied_in_use(place: Place) -> Path:
 def test_a_copy_of_an_image_in_use_is_not_served_unasked(place: Place) -> None:
     copy = copied_in_use(place)
     before = digest(copy)
-    said = "a copy of a store that was in use, in which files may be incomplete"
+    said = "a copy of a store that was in use; its files may be incomplete"
     for arguments in (("mount", place.lower, place.at, "--store", copy), ("grow", copy, "48")):
         code, _, complaint = place.cowfs(*arguments)
         assert (code, complaint.count("\n")) == (32, 1)
@@ -250,7 +250,7 @@ def test_a_copy_that_took_as_long_as_a_use_is_whole_or_refused(roots: Place, cut
         roots.umount()
         run("e2fsck", "-fn", copy)
     else:
-        assert re.search(r"a copy (of a store that was in use|that is not whole)", complaint)
+        assert re.search(r"a copy of a store that was in use|an incomplete copy", complaint)
     assert code == 32 or (first, cut) != ("before", 1 << 20)
 
 
@@ -275,7 +275,7 @@ def test_a_copy_of_an_image_in_use_is_known_in_the_originals_place(nobody_path: 
     place = Place(nobody_path, nobody=True)
     put_back(place, copied_in_use(place), how)
     before = digest(place.store)
-    said = "a copy of a store that was in use, in which files may be incomplete"
+    said = "a copy of a store that was in use; its files may be incomplete"
     for arguments in (("mount", place.lower, place.at, "--store", place.store), ("grow", place.store, "48")):
         code, _, complaint = place.cowfs(*arguments)
         assert (code, complaint.count("\n"), said in complaint) == (32, 1, True)
@@ -343,7 +343,7 @@ def test_a_copy_of_two_moments_in_the_originals_place_is_whole_or_refused(roots:
         roots.umount()
         run("e2fsck", "-fn", roots.store)
     else:
-        assert "a copy that is not whole" in complaint
+        assert "an incomplete copy" in complaint
     assert code == 32 or cut != 1 << 20
 
 
@@ -360,7 +360,7 @@ def test_a_copy_of_an_image_that_is_not_in_use_is_a_store_like_any(roots: Place)
     with mounted(roots.lower, roots.at, copy) as again:  # it is the same file still
         assert (roots.at / "kept").read_text() == "kept"
         assert again.said.count("\n") == 1
-        assert "was not cleanly unmounted, recovered" in again.said
+        assert "was not cleanly unmounted; recovered" in again.said
 
 
 def test_where_files_cannot_be_known_a_killed_image_is_checked_whole(roots: Place) -> None:

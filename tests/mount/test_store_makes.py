@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from cowfs.errors import StoreError, UsageError
-from cowfs.store.check import check_store
-from cowfs.store.grow import grow_store
-from cowfs.store.info import store_info
-from cowfs.store.open import open_store
+from cowfs.store.offline.check import check_store
+from cowfs.store.offline.grow import grow_store
+from cowfs.store.offline.info import store_info
+from cowfs.store.served.open import open_store
 from tests.ext3 import images
 from tests.ext3.makes import MAKES, REFUSED, Make
 from tests.support.system import needs_root
@@ -83,7 +83,7 @@ def test_a_store_in_it_is_used_and_grown(place: Path, make: Make) -> None:
 def test_the_engines_take_turns_or_the_kernel_is_said_to_be_unable(place: Path, make: Make) -> None:
     path = make.make(place / "s.bs")
     if not make.for_kernel:
-        with pytest.raises(StoreError, match=r"blocks of \d+ KB.*--engine process"):
+        with pytest.raises(StoreError, match=r"\d+ KiB blocks.*--engine process"):
             fill(path, "kernel", b"one")
         return
     for number, engine in enumerate(("kernel", "process", "kernel")):
@@ -141,5 +141,5 @@ def test_a_file_of_an_odd_size_is_filled_once(place: Path, block: int) -> None:
 
 def test_so_many_blocks_has_no_ext3(place: Path) -> None:
     path = Make(options=("-b", "1024")).make(place / "s.bs")
-    with pytest.raises(UsageError, match="less than 4 TB"):
+    with pytest.raises(UsageError, match="less than 4 TiB"):
         grow_store(str(path), 4 << 40)

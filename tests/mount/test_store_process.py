@@ -8,11 +8,12 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 
-from cowfs.linux import mounts
+from cowfs.linux import safe_paths
 from tests.support import tree
 from tests.support.mounts import (
     KERNEL_OPTIONS,
@@ -92,20 +93,20 @@ def base(nobody_path: Path) -> Iterator[Path]:
 
 def script(text: str, mount: Mounted, base: Path) -> str:
     more = {"TREE": str(base / "tree"), "HOME": "/nonexistent", "GIT_CONFIG_NOSYSTEM": "1"}
-    command = ["sh", "-euc", f'cd "$1"\n{text}', "sh", mount.path]
+    command: list[str | Path] = ["sh", "-euc", f'cd "$1"\n{text}', "sh", mount.path]
     return run(*as_nobody_prefix(), *command, env={**os.environ, **more}).stdout
 
 
 def seen(mount: Mounted) -> tree.Snapshot:
     """The tree as its user sees it: nobody else may look into his mount."""
     child = "import json, sys; from tests.support import tree; print(json.dumps(tree.snapshot(sys.argv[1])))"
-    command = [sys.executable, "-c", child, mount.path]
+    command: list[str | Path] = [sys.executable, "-c", child, mount.path]
     said = run(*as_nobody_prefix(), *command, env={**os.environ, "PYTHONPATH": project_root()}).stdout
     result: tree.Snapshot = json.loads(said)
     return result
 
 
-def mount(base: Path, name: str = "mnt") -> object:
+def mount(base: Path, name: str = "mnt") -> AbstractContextManager[Mounted]:
     return mounted(base / "root.sqsh", base / name, base / "sysrcd.bs", nobody=True)
 
 
@@ -169,7 +170,7 @@ def test_a_second_mount_is_refused(base: Path) -> None:
         done = cowfs("mount", base / "root.sqsh", base / "other", "--store", base / "sysrcd.bs", nobody=True)
         assert done.returncode == 32
         assert "in use by process" in done.stderr
-        assert not mounts.loop_users(base / "sysrcd.bs")
+        assert not safe_paths.loop_users(base / "sysrcd.bs")
 
 
 def test_a_full_store_says_so(base: Path) -> None:

@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 
 from cowfs.cli import umount
-from cowfs.linux.mounts import mountinfo
+from cowfs.linux.mount_table import mountinfo
 from tests.support.mounts import COWFS, cowfs, eventually, is_mounted, mounted, project_root
 from tests.support.system import needs_fuse, needs_root, run
+
+DEV_FUSE_AT_NIGHT = True
 
 pytestmark = [needs_fuse, needs_root]
 

@@ -17,6 +17,8 @@ from tests.support.mounts import Mounted, cowfs, mounted
 from tests.support.squashfs import needs_mksquashfs
 from tests.support.system import as_nobody_prefix, needs_fuse, needs_root, run
 
+DEV_FUSE_AT_NIGHT = True
+
 pytestmark = [needs_fuse, needs_root, needs_mksquashfs]
 MANY = 1300
 """More than are kept open."""
@@ -138,9 +140,9 @@ def test_more_files_than_are_kept_open(mount: Mounted) -> None:
     for number in range(0, MANY, 3):
         with open(mount.path / "many" / f"{number}", "a") as file:
             file.write("more\n")
-    for number, file in enumerate(opened):
-        assert os.read(file, 100) == b"%d\n" % number + (b"more\n" if number % 3 == 0 else b"")
-        os.close(file)
+    for number, fd in enumerate(opened):
+        assert os.read(fd, 100) == b"%d\n" % number + (b"more\n" if number % 3 == 0 else b"")
+        os.close(fd)
     for number in range(MANY):
         more = "more\n" if number % 3 == 0 else ""
         assert (mount.path / "many" / f"{number}").read_text() == f"{number}\n{more}"

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import os
 import struct
+from functools import partial
 from pathlib import Path
 
 from tests.parity.script import Script, case
 from tests.parity.trees import BASE, BIG, CAPABILITY
 from tests.support.tree import Node, directory
+
+
+def _create(path: str) -> None:
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o666))
 
 
 @case(BASE)
@@ -210,10 +215,10 @@ def default_acls_and_the_umask(s: Script) -> None:
                 s.setxattr("made", "system.posix_acl_default", DEFAULT)
             s.step(
                 f"create in {place}",
-                lambda place=place: os.close(os.open(s.at(place + "/f"), os.O_WRONLY | os.O_CREAT, 0o666)),
+                partial(_create, s.at(place + "/f")),
             )
-            s.step(f"mkdir in {place}", lambda place=place: os.mkdir(s.at(place + "/d"), 0o777))
-            s.step(f"mkfifo in {place}", lambda place=place: os.mkfifo(s.at(place + "/p"), 0o666))
+            s.step(f"mkdir in {place}", partial(os.mkdir, s.at(place + "/d"), 0o777))
+            s.step(f"mkfifo in {place}", partial(os.mkfifo, s.at(place + "/p"), 0o666))
         s.removexattr("made", "system.posix_acl_default")
         s.step("and without", lambda: os.mkdir(s.at("made/after"), 0o777))
     finally:

@@ -251,10 +251,17 @@ def devices_and_special_files(s: Script) -> None:
 
 
 @case(BASE)
-def whiteout_devices_are_refused(s: Script) -> None:
-    """A device 0:0 would be a whiteout in the upper."""
-    s.mknod("w", stat.S_IFCHR, 0)
-    s.mknod("dir/w", stat.S_IFCHR, 0)
+def whiteout_devices(s: Script) -> None:
+    """A device 0:0 would be a whiteout in the upper: the kernel's overlayfs refuses it."""
+    for name in ("w", "dir/w"):
+
+        def come_and_go(name: str = name) -> None:
+            os.mknod(s.at(name), stat.S_IFCHR | 0o600, 0)
+            os.unlink(s.at(name))
+
+        s.create(f"{name}2")
+        s.unlink(f"{name}2")
+        s.differs("an overlayfs needs it above", name, come_and_go, kernel="errno EPERM", cowfs=None)
     s.mknod("blk", stat.S_IFBLK, 0)
     s.listdir(".")
 

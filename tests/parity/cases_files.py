@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import mmap
 import os
 import struct
+from functools import partial
 
+from cowfs.linux import files
 from tests.parity.script import Script, case
 from tests.parity.trees import BASE, BIG
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _size(fd: int) -> int:
+    return os.fstat(fd).st_size
+
+
+def _group(fd: int) -> int:
+    return os.fstat(fd).st_gid
+
+
+def _mode_and_names(fd: int) -> tuple[str, int]:
+    return oct(os.fstat(fd).st_mode), os.fstat(fd).st_nlink
 
 
 @case(BASE)
@@ -238,17 +255,45 @@ def copy_between_files(s: Script) -> None:
     s.fd("copy_file_range", lambda: os.copy_file_range(upper, target, 5000))
     s.fd("sendfile", lambda: os.sendfile(target, lower, 0, 3000))
     s.fd("offset", lambda: os.lseek(target, 0, os.SEEK_CUR))
+
+    def from_below() -> int:
+        before = os.fstat(target).st_size
+        copied = os.copy_file_range(lower, target, 10_000, 50, before)
+        os.ftruncate(target, before)
+        return copied
+
+    s.differs("no copy between filesystems", "from below", from_below, kernel="errno EXDEV", cowfs=10_000)
+    s.fd("at the end", lambda: os.copy_file_range(upper, target, 10_000, 5990, 0))
+    s.fd("behind it", lambda: os.copy_file_range(upper, target, 10, 1 << 30, 0))
+    s.fd("overlapping", lambda: os.copy_file_range(target, target, 100, 0, 50))
+    s.fd("to who reads", lambda: os.copy_file_range(target, lower, 100))
+    changed = s.open("file", os.O_RDWR)
+    s.fd("to below", lambda: os.copy_file_range(upper, changed, 100, 5, 2))
+    s.close(changed)
+    s.read("file")
+    s.read("target")
     for fd in (upper, lower, target):
         s.close(fd)
 
 
 @case(BASE)
-def unsupported_by_fuse(s: Script) -> None:
-    """pyfuse3 has no fallocate and no ioctl."""
+def allocate(s: Script) -> None:
+    """fallocate(2): what ext3 refuses the C library does by writing zeros; holes can be made."""
     fd = s.open("new", os.O_RDWR | os.O_CREAT)
-    # Without fallocate the C library writes zeros instead.
     s.fd("posix_fallocate", lambda: os.posix_fallocate(fd, 0, 10_000))
     s.fd("its size", lambda: os.fstat(fd).st_size)
+    s.close(fd)
+    for name in ("big", "new", "file"):
+        fd = s.open(name, os.O_RDWR)
+        for mode in (0, 1, 2, files.PUNCH_HOLE, 0x10, 0x11, 8, 0x20):
+            s.fd(f"{name}: mode {mode}", partial(files.fallocate, fd, 4000, 9000, mode))
+            s.fd(f"{name}: its size", partial(_size, fd))
+        s.fd(f"{name}: nothing", partial(files.fallocate, fd, 4000, 0, files.PUNCH_HOLE))
+        s.fd(f"{name}: behind the end", partial(files.fallocate, fd, 1 << 30, 9, files.PUNCH_HOLE))
+        s.read(name)
+        s.close(fd)
+    fd = s.open("big")
+    s.fd("for who reads", lambda: files.fallocate(fd, 0, 9, files.PUNCH_HOLE))
     s.close(fd)
 
 
@@ -261,20 +306,44 @@ def holes(s: Script) -> None:
     for name in ("sparse", "hollow", "big"):
         fd = s.open(name)
         for offset in (0, 4096, 65536, 70_000, (1 << 20) - 1, 1 << 20, 1 << 30):
-            s.fd(f"{name}: data from {offset}", lambda o=offset, fd=fd: os.lseek(fd, o, os.SEEK_DATA))
-            s.fd(f"{name}: a hole from {offset}", lambda o=offset, fd=fd: os.lseek(fd, o, os.SEEK_HOLE))
-        s.fd("no such way", lambda fd=fd: os.lseek(fd, -1, os.SEEK_DATA))
+            s.fd(f"{name}: data from {offset}", partial(os.lseek, fd, offset, os.SEEK_DATA))
+            s.fd(f"{name}: a hole from {offset}", partial(os.lseek, fd, offset, os.SEEK_HOLE))
+        s.fd("no such way", partial(os.lseek, fd, -1, os.SEEK_DATA))
         s.close(fd)
 
 
-@case(BASE, upper_differs="the kernel makes the file in a copied-up directory")
+@case(BASE)
 def tmpfile(s: Script) -> None:
-    """O_TMPFILE: pyfuse3 does not know it, callers fall back to a named temporary."""
-    s.differs(
-        "pyfuse3 knows no tmpfile", "O_TMPFILE",
-        lambda: os.close(os.open(s.at("dir"), os.O_TMPFILE | os.O_RDWR, 0o600)),
-        kernel=None, cowfs="errno ENOTSUP",
-    )  # fmt: skip
+    """O_TMPFILE, and the name that linkat(2) gives: where there was none, a whiteout, something."""
+    os.chmod(s.at("emptydir"), 0o2775)
+    os.chown(s.at("emptydir"), 0, 1000)
+    s.unlink("dir/a")
+    for directory, name, flags in (
+        ("dir", "dir/new", 0),
+        ("dir", "dir/a", 0),
+        ("dir", "dir/b", 0),
+        ("emptydir", "emptydir/new", 0),
+        ("emptydir", "there", 0),
+        (".", "never", os.O_EXCL),
+    ):
+        fd = s.open(directory, os.O_TMPFILE | os.O_RDWR | flags, 0o664)
+        s.fd("write", partial(os.write, fd, b"unnamed"))
+        for _ in range(2):
+            s.fd("its mode and names", partial(_mode_and_names, fd))
+            s.fd("its group", partial(_group, fd))
+            s.step(f"name {name}", partial(link_fd, fd, s.at(name)))
+        s.fd("read", partial(os.pread, fd, 10, 0))
+        s.close(fd)
+    s.step("read only", lambda: os.open(s.at("dir"), os.O_TMPFILE | os.O_RDONLY))
+    s.step("not in a file", lambda: os.open(s.at("file"), os.O_TMPFILE | os.O_RDWR))
+    s.unlink("dir/new")
+    s.remounted()
+
+
+def link_fd(fd: int, name: str) -> None:
+    """Give an open file a name (open(2), O_TMPFILE)."""
+    if _libc.linkat(-100, b"/proc/self/fd/%d" % fd, -100, os.fsencode(name), 0x400):  # AT_SYMLINK_FOLLOW
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
 @case(BASE)

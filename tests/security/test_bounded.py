@@ -19,7 +19,8 @@ import pytest
 from cowfs.formats.ext3.directory import LARGE
 from cowfs.layers.ext3 import Ext3Layer, open_ext3
 from cowfs.layers.ext3_file import Key
-from cowfs.overlay.file import Handle, seek
+from cowfs.overlay.file import seek
+from cowfs.overlay.handle import Handle
 from cowfs.overlay.node import Node
 from tests.ext3 import images
 from tests.ext3.reader import Image as Reader

@@ -9,13 +9,14 @@ import socket
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
-from cowfs.cli.client import find_mount
+from cowfs.client import Patience, Silent, find_mount, mount_with_store
 from cowfs.linux.sockets import control_listener
 from tests.support.mounts import cowfs, eventually, force_umount, is_mounted, mounted
 from tests.support.system import NOBODY, needs_fuse, needs_root, run
@@ -112,7 +113,7 @@ def test_a_mount_whose_socket_a_stranger_could_replace_fails(lower: Path, nobody
             env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
         )  # fmt: skip
         assert done.returncode == 2, done
-        assert f"{taken}: cannot hold the control socket" in done.stderr
+        assert f"{taken}: cannot create the control socket" in done.stderr
         assert not is_mounted(mountpoint)
     finally:
         taken.rmdir()
@@ -166,7 +167,7 @@ def test_strangers_are_told_whose_the_mount_is(lower: Path, nobody_path: Path) -
 def test_no_file_of_roots_is_handed_to_a_users_daemon(lower: Path, nobody_path: Path) -> None:
     with mounted(lower, nobody_path / "mnt", nobody=True) as here:
         done = cowfs("persist", here.path, nobody_path / "kept.bs", "64")
-        assert done.returncode != 0 and "is not given files of yours" in done.stderr
+        assert done.returncode != 0 and "to whom your files are not passed" in done.stderr
         assert not (nobody_path / "kept.bs").exists()
 
 
@@ -385,7 +386,7 @@ def test_an_endless_answer_ends(lower: Path, nobody_path: Path) -> None:
             done = run(*bounded, sys.executable, "-m", "cowfs", "info", here.path, check=False)
             talker.kill()
         os.rename(f"{place}-real", place)
-        assert done.returncode == 32 and "makes no sense" in done.stderr, done
+        assert done.returncode == 32 and "the daemon sent an invalid reply" in done.stderr, done
 
 
 def test_the_pid_is_the_kernels_word(lower: Path, nobody_path: Path) -> None:
@@ -393,7 +394,7 @@ def test_the_pid_is_the_kernels_word(lower: Path, nobody_path: Path) -> None:
     with mounted(lower, nobody_path / "mnt", nobody=True, quiet=False) as here:
         info = {"pid": 1, "mountpoint": str(here.path), "store": {"kind": "memory", "path": "memory"}}
         with lying(here.path, NOBODY, {"*": json.dumps(info) + "\n"}) as process:
-            from cowfs.cli.client import facts_of
+            from cowfs.client import facts_of
 
             found = find_mount(str(here.path))
             assert found is not None
@@ -402,8 +403,8 @@ def test_the_pid_is_the_kernels_word(lower: Path, nobody_path: Path) -> None:
 
 
 def kept(mountpoint: Path, path: str) -> dict[str, str]:
-    info = {"pid": 1, "mountpoint": str(mountpoint)}
-    info |= {"store": {"kind": "memory", "path": path, "uuid": "none"}}  # type: ignore[dict-item]
+    store = {"kind": "memory", "path": path, "uuid": "none"}
+    info = {"pid": 1, "mountpoint": str(mountpoint), "store": store}
     done = '{"said": "copying"}\n{"size": 16777216}\n'
     return {"info": json.dumps(info) + "\n", "persist": done, "grow": done}
 
@@ -426,7 +427,7 @@ def test_persist_looks_at_what_it_reports(lower: Path, nobody_path: Path, tmp_pa
         with lying(here.path, 0, kept(here.path, "memory")):
             done = cowfs("persist", here.path, place)
         assert done.returncode == 32 and done.stderr.count("\n") == 1, done
-        assert "from now on" not in done.stdout
+        assert "changes are now kept" not in done.stdout
 
 
 def test_grow_looks_at_what_it_reports(lower: Path, nobody_path: Path, tmp_path: Path) -> None:
@@ -438,9 +439,9 @@ def test_grow_looks_at_what_it_reports(lower: Path, nobody_path: Path, tmp_path:
         with lying(here.path, 0, answers):
             for named in (here.path, store):
                 done = cowfs("grow", named, "32")
-                assert done.returncode == 32 and "is not what the daemon" in done.stderr, done
-        assert cowfs("grow", here.path, "32", check=True).stdout.endswith("has 32 MB now\n")
-        assert cowfs("grow", store, "48", check=True).stdout.endswith("has 48 MB now\n")
+                assert done.returncode == 32 and "differs from what the daemon" in done.stderr, done
+        assert cowfs("grow", here.path, "32", check=True).stdout.endswith("resized to 32 MiB\n")
+        assert cowfs("grow", store, "48", check=True).stdout.endswith("resized to 48 MiB\n")
 
 
 @pytest.mark.parametrize(
@@ -466,7 +467,7 @@ def test_figures_that_make_no_sense(lower: Path, nobody_path: Path, told: str) -
             for command in (["top", "-n", "1"], ["top", "-n", "1", "--json"], ["info"]):
                 done = cowfs(*command, here.path)
                 assert done.returncode == 32 and done.stdout == "", done
-                assert done.stderr.startswith(f"cowfs: {here.path}: what its daemon answers makes no sense (")
+                assert done.stderr.startswith(f"cowfs: {here.path}: the daemon sent an invalid reply (")
 
 
 def test_figures_are_data(lower: Path, nobody_path: Path) -> None:
@@ -484,3 +485,36 @@ def test_figures_are_data(lower: Path, nobody_path: Path) -> None:
         assert "\x1b" not in done.stdout and "\r" not in done.stdout
         assert "\n\\x1b[31mREAD " in done.stdout and "under way, \\x1b[31mOPEN\\n, for " in done.stdout
         assert len(done.stdout) < 200_000
+
+
+def test_whose_store_it_is_no_daemon_says(lower: Path, nobody_path: Path, tmp_path: Path) -> None:
+    """One of another user's that claims root's store does not keep root from using that."""
+    store = tmp_path / "store.bs"
+    cowfs("create", store, "16", check=True)
+    with mounted(lower, nobody_path / "mnt", nobody=True, quiet=False) as here:
+        info = {"pid": 1, "mountpoint": str(here.path), "store": {"kind": "image", "path": str(store)}}
+        with lying(here.path, NOBODY, {"*": json.dumps(info) + "\n"}):
+            assert mount_with_store(str(store)) is None
+            assert cowfs("backup", store, tmp_path / "copy.bs").returncode == 0
+
+
+def test_many_daemons_that_say_nothing(
+    lower: Path, nobody_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A user may have a thousand mounts: those of one take so long in all, whatever there are."""
+    asked = []
+
+    def never(dev: str, timeout: float) -> dict[str, object]:
+        asked.append(timeout)
+        clock[0] += timeout
+        raise Silent("says nothing")
+
+    clock = [0.0]
+    monkeypatch.setattr("cowfs.client.facts_of", never)
+    monkeypatch.setattr("cowfs.client.owner_of", lambda dev: NOBODY)
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    patience = Patience(each=2.0, in_all=5.0)
+    for _ in range(1000):
+        with pytest.raises(Silent):
+            patience.facts_of("0:1")
+    assert asked == [2.0, 2.0, 1.0]

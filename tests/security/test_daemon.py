@@ -66,7 +66,7 @@ def test_programs_get_no_environment_of_the_callers(
     tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     from cowfs.linux import programs
-    from cowfs.store import tools
+    from cowfs.store.e2fsprogs import tools
 
     monkeypatch.setenv(name, str(tmp_path))
     monkeypatch.setattr(programs, "find", lambda _: "/usr/bin/env")
@@ -162,7 +162,8 @@ def threads(pid: int) -> list[dict[str, str]]:
 @pytest.mark.parametrize("kind", ["memory", "image", "directory"])
 def test_no_thread_has_more_than_it_needs(tmp_path: Path, lower: Path, store: Path, kind: str) -> None:
     allowed = sum(1 << number for number in NEEDED)
-    chosen = {"memory": "memory", "image": store, "directory": tmp_path / "changes"}[kind]
+    stores: dict[str, str | Path] = {"memory": "memory", "image": store, "directory": tmp_path / "changes"}
+    chosen = stores[kind]
     with mounted(lower, tmp_path / "mnt", chosen) as here:
         (here.path / "new").write_text("x")
         pid = here.pid()

@@ -10,6 +10,7 @@ import stat
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ def place(nobody_path: Path) -> Iterator[Path]:
 def fill(directory: Path, prefix: str = "", count: int = NAMES) -> Path:
     """Make a directory with very many names."""
     directory.mkdir(parents=True)
+    first = directory
     for number in range(count):
         name = directory / f"{prefix}{number:06}"
         if number % _LINKS == 0:
@@ -64,7 +66,7 @@ def fill_with_whiteouts(store: Path, name: bytes) -> None:
     layer: Any = open_ext3(str(store)) if store.is_file() else open_directory(str(store))
     with closing(layer):
         upper = layer.lookup(layer.root, b"upper")[0]
-        made = layer.mkdir(upper, name, 0o755, 0, 0)
+        made = first = layer.mkdir(upper, name, 0o755, 0, 0)
         for number in range(NAMES):
             if number % _LINKS == 0:
                 layer.mknod(made, b"%06d" % number, stat.S_IFCHR, 0, 0, 0)
@@ -108,6 +110,11 @@ def report() -> Iterator[Report]:
     assert not slow
 
 
+def in_turn(*calls: Callable[[], object]) -> None:
+    for call in calls:
+        call()
+
+
 def swept(here: Mounted, store: Path, before: os.statvfs_result) -> None:
     """Wait until the whiteouts are gone."""
     if store.is_file():
@@ -124,18 +131,19 @@ def test_directories_full_of_whiteouts(place: Path, report: Report, kind: str) -
         fill(place / "lower" / name)
     (place / "lower/dir").mkdir()
     store = make_store(place, kind)
-    for name in (b"one", b"two"):
-        fill_with_whiteouts(store, name)
+    for hidden in (b"one", b"two"):
+        fill_with_whiteouts(store, hidden)
     with cowfs(place, place / "lower", store) as here:
-        before = os.statvfs(here.path)
-        report.watch(
-            here, f"rmdir, {kind}", lambda: (os.rmdir(here.path / "one"), swept(here, store, before))
-        )
-        before = os.statvfs(here.path)
+
+        def then_swept(call: Callable[..., object], *paths: Path) -> Callable[[], object]:
+            before = os.statvfs(here.path)
+            return lambda: in_turn(lambda: call(*paths), lambda: swept(here, store, before))
+
+        report.watch(here, f"rmdir, {kind}", then_swept(os.rmdir, here.path / "one"))
         report.watch(
             here,
             f"rename over, {kind}",
-            lambda: (os.rename(here.path / "dir", here.path / "two"), swept(here, store, before)),
+            then_swept(os.rename, here.path / "dir", here.path / "two"),
         )
         report.watch(here, f"mkdir again, {kind}", lambda: os.mkdir(here.path / "one"))
         assert os.listdir(here.path / "one") == os.listdir(here.path / "two") == []
@@ -148,7 +156,7 @@ def test_removing_a_directory(place: Path, report: Report, kind: str) -> None:
     store = make_store(place, kind)
     with cowfs(place, place / "lower", store) as here:
         report.watch(
-            here, f"not empty, {kind}", lambda: [_fails(os.rmdir, here.path / "big") for _ in range(50)]
+            here, f"not empty, {kind}", lambda: in_turn(*[partial(_fails, os.rmdir, here.path / "big")] * 50)
         )
         report.watch(here, f"make, {kind}", lambda: fill(here.path / "new", count=60_000))
         report.watch(
@@ -176,7 +184,7 @@ def test_listing_merged_directories(place: Path, report: Report) -> None:
                 next(found)
 
         report.watch(here, "first name of a merged directory", first)
-        report.watch(here, "again and again", lambda: [first() for _ in range(3)])
+        report.watch(here, "again and again", lambda: in_turn(*[first] * 3))
         report.watch(here, "all names", lambda: os.listdir(here.path / "big"))
         report.watch(here, "not empty", lambda: _fails(os.rmdir, here.path / "big"))
 
@@ -205,7 +213,7 @@ def fill_with_files(store: Path) -> None:
     with closing(open_ext3(str(store))) as layer:
         upper = layer.lookup(layer.root, b"upper")
         assert upper is not None
-        made = layer.mkdir(upper[0], b"big", 0o755, 0, 0)
+        made = first = layer.mkdir(upper[0], b"big", 0o755, 0, 0)
         for number in range(NAMES):
             if number % _LINKS == 0:
                 first, file = layer.create(made, b"%06d" % number, 0o644, 0, 0)
@@ -218,7 +226,7 @@ SIZE = 16 << 30
 
 
 def sparse(path: Path) -> None:
-    """16 GB, of which each 4 MiB have a block."""
+    """16 GiB, of which each 4 MiB have a block."""
     with path.open("wb") as out:
         for at in range(0, SIZE, 4 << 20):
             os.pwrite(out.fileno(), b"x", at)
@@ -306,9 +314,9 @@ def test_attributes_and_links(place: Path, report: Report) -> None:
     with cowfs(place, [place / "lower", place / "image"], make_store(place, "directory")) as here:
         at = here.path
         report.watch(
-            here, "list attributes", lambda: [may_fail(os.listxattr, at / "file") for _ in range(20)]
+            here, "list attributes", lambda: in_turn(*[partial(may_fail, os.listxattr, at / "file")] * 20)
         )
-        report.watch(here, "readlink", lambda: [may_fail(os.readlink, at / "link") for _ in range(500)])
+        report.watch(here, "readlink", lambda: in_turn(*[partial(may_fail, os.readlink, at / "link")] * 500))
         report.watch(here, "copy attributes up", lambda: may_fail(os.chmod, at / "file", 0o600))
         report.watch(here, "copy a link up", lambda: may_fail(os.link, at / "link", at / "other"))
 

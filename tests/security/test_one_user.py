@@ -69,7 +69,7 @@ def as_user(uid: int) -> list[str]:
 def victim(at: Path) -> Iterator[list[float]]:
     """Let somebody work; in the end: how many rounds, and how long 99 % of the calls took, the longest."""
     figures: list[float] = []
-    command = [*as_user(VICTIM), sys.executable, "-c", _VICTIM, at]
+    command: list[str | Path] = [*as_user(VICTIM), sys.executable, "-c", _VICTIM, at]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stdout.readline() == "started\n"
         try:
@@ -165,6 +165,7 @@ def test_attack(mount: Mounted, attack: str) -> None:
         ]
         rounds = 0
         for process in attackers:
+            said = ""
             while True:
                 try:
                     said, _ = process.communicate(timeout=0.2)

@@ -198,6 +198,14 @@ def test_changes_are_told_while_a_lower_hangs(place: Place) -> None:
     eventually(lambda: place.lower.is_held("getattr"), "the diff waits")
     place.others_work()
     assert cowfs("info", place.here.path, timeout=10).returncode == 0
+    here = place.here.path
+    for words in (("du", here), ("explain", here, "hung/held"), ("vacuum", here), ("revert", here, "--all")):
+        refused = cowfs(*words, timeout=10)  # they would wait, and all others with them
+        assert (refused.returncode, refused.stdout) == (32, "")
+        assert (
+            "a lower is on a filesystem that may hang" in refused.stderr and refused.stderr.count("\n") == 1
+        )
+    place.others_work()
     place.lower.let_go()
     said = told.communicate(timeout=20)[0]
     assert "hung/held" in said and told.returncode in {0, 1}
@@ -325,5 +333,5 @@ def test_mounting_can_be_interrupted(nobody_path: Path) -> None:
             lower.die()
             waiting.kill()
             waiting.wait(20)
-        assert said.read_text().startswith("cowfs: interrupted; its process (pid ")
+        assert said.read_text().startswith("cowfs: interrupted; the daemon (pid ")
         assert not is_mounted(at)

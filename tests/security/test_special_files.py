@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.mounts import COWFS, cowfs, is_mounted, mounted, project_root
-from tests.support.system import needs_fuse, needs_root, run
+from tests.support.mounts import COWFS, cowfs, force_umount, is_mounted, mounted, project_root
+from tests.support.system import NOBODY, needs_fuse, needs_root, run
 
 pytestmark = needs_fuse
 
@@ -27,6 +27,42 @@ def test_a_log_that_nobody_reads(base: Path) -> None:
     done = cowfs("mount", base / "lower", base / "mnt", "-o", f"log={base}/fifo", timeout=20)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done
     assert f"{base}/fifo" in done.stderr and not is_mounted(base / "mnt")
+
+
+@needs_root
+@pytest.mark.parametrize("how", ["a link", "a link that leads nowhere", "a link on the way", "a second name"])
+def test_a_log_that_a_user_leads_elsewhere(base: Path, how: str) -> None:
+    """In a directory for all, whatever sysctl fs.protected_symlinks and protected_hardlinks say."""
+    elsewhere, shared = base / "elsewhere", base / "shared"
+    elsewhere.mkdir()
+    shared.mkdir()
+    os.chown(shared, 0, 0)
+    shared.chmod(0o1777)
+    target, log = elsewhere / "log", shared / "log"
+    if how != "a link that leads nowhere":
+        target.write_text("as it was\n")
+    if how == "a second name":
+        os.link(target, log)
+    elif how == "a link on the way":
+        (shared / "way").symlink_to(elsewhere)
+        os.chown(shared / "way", NOBODY, NOBODY, follow_symlinks=False)
+        log = shared / "way/log"
+    else:
+        log.symlink_to(target)
+        os.chown(log, NOBODY, NOBODY, follow_symlinks=False)
+    done = cowfs("mount", base / "lower", base / "mnt", "-o", f"log={log}", timeout=20)
+    if is_mounted(base / "mnt"):
+        force_umount(base / "mnt")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and str(log) in done.stderr, done
+    assert not target.exists() if how == "a link that leads nowhere" else target.read_text() == "as it was\n"
+
+
+@needs_root
+def test_a_log_behind_roots_own_link(base: Path) -> None:
+    (base / "log").symlink_to(base / "real")
+    with mounted(base / "lower", base / "mnt2", log=base / "log"):
+        pass
+    assert (base / "real").exists()
 
 
 def test_a_log_whose_reader_stops_reading(base: Path) -> None:

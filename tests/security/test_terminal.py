@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from cowfs.errors import CowfsError, printable
 from tests.support import tree
-from tests.support.mounts import cowfs, mounted
+from tests.support.mounts import COWFS, cowfs, mounted, project_root
 from tests.support.system import needs_fuse, needs_root, run
 
 EVIL = "\x1b]0;owned\x07\x9b31m\r\u202e"
@@ -41,8 +43,8 @@ def test_what_a_header_says(tmp_path: Path, kind: str) -> None:
     with mounted(tmp_path / "lower", tmp_path / "mnt", store):
         pass
     _forge(store)
-    for arguments in (["info", store], ["check", "-n", store], ["diff", store]):
-        done = cowfs(*arguments)
+    for arguments in (["info"], ["check", "-n"], ["diff"]):
+        done = cowfs(*arguments, store)
         assert harmless(done.stdout) and harmless(done.stderr), (done.stdout, done.stderr)
     done = cowfs("mount", tmp_path / "other", tmp_path / "mnt", "--store", store)
     assert done.returncode == 32 and done.stderr.count("\n") == 1 and harmless(done.stderr), done.stderr
@@ -109,3 +111,40 @@ def test_names_in_messages_and_logs(tmp_path: Path) -> None:
         (here.path / f"new{EVIL}").touch()
         assert harmless(cowfs("diff", here.path, check=True).stdout)
     assert harmless((tmp_path / "log").read_text())
+
+
+def on_a_terminal(*arguments: str | os.PathLike[str]) -> bytes:
+    """What a command writes to a terminal."""
+    terminal, its_end = os.openpty()
+    environment = {**os.environ, "TERM": "dumb", "PYTHONPATH": project_root()}
+    try:
+        with subprocess.Popen(
+            [*COWFS, *arguments], stdout=its_end, stderr=its_end, env=environment
+        ) as process:
+            os.close(its_end)
+            said = b""
+            with suppress(OSError):  # EIO: it is closed
+                while more := os.read(terminal, 4096):
+                    said += more
+        assert process.returncode == 0, said
+        return said.replace(b"\r\n", b"\n")
+    finally:
+        os.close(terminal)
+
+
+@needs_root
+@needs_fuse
+def test_contents_in_a_patch(tmp_path: Path) -> None:
+    """Files and targets of links are made by others; a patch for a program is as they are."""
+    text = f"a\tb{EVIL}\x1b[2J\n".encode("utf-8", "surrogateescape")
+    tree.build(tmp_path / "lower", {"file": b"x\n"})
+    with mounted(tmp_path / "lower", tmp_path / "mnt", tmp_path / "store") as here:
+        (here.path / "file").write_bytes(text)
+        (here.path / "link").symlink_to(EVIL)
+        (here.path / f"name{EVIL}").write_text("x\n")
+        said = on_a_terminal("diff", here.path, "-p").decode()
+        assert harmless(said.replace("\t", "")) and "+a\tb\\x1b]0;owned\\x07" in said, said
+        for form in ("--stat", "--json", "--name-only"):
+            assert harmless(on_a_terminal("diff", here.path, form).decode()), form
+        patch = subprocess.run([*COWFS, "diff", here.path, "-p"], capture_output=True, check=True).stdout
+        assert b"\n+" + text in patch

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from cowfs.linux.trust import who_can_change, who_leads_astray
+from cowfs.linux.trust import who_can_change, who_can_redirect
 from tests.support.mounts import cowfs, eventually, force_umount, is_mounted, mounted
 from tests.support.system import NOBODY, as_nobody_prefix, needs_fuse, needs_root, run
 
@@ -56,8 +56,13 @@ def chown(path: Path) -> None:
     os.chown(path, NOBODY, NOBODY, follow_symlinks=False)
 
 
-def acl(entry: str) -> Callable[[Path], None]:
-    return lambda path: run("setfacl", "-m", entry, path) and None
+def give_to_a_group(path: Path) -> None:
+    os.chown(path, 0, 1000)
+    path.chmod(0o770)
+
+
+def acl(entry: str) -> Callable[[Path], object]:
+    return lambda path: run("setfacl", "-m", entry, path)
 
 
 PARTS = [
@@ -67,7 +72,7 @@ PARTS = [
 WAYS: dict[str, Callable[[Path], object]] = {
     "belongs to": chown,
     "all may write": lambda path: path.chmod(0o777),
-    "a group may write": lambda path: (os.chown(path, 0, 1000), path.chmod(0o770)),
+    "a group may write": give_to_a_group,
     "an ACL for a user": acl("u:65534:rwx"),
     "an ACL for a group": acl("g:1000:rwx"),
     "a sticky bit does not help": lambda path: path.chmod(0o1777),
@@ -81,7 +86,7 @@ def test_a_store_of_which_others_may_write_a_part(lower: Path, store: Path, part
         run("cp", "-a", store, lower.parent / "tried")
         change(lower.parent / "tried" / part)
         said = refused(lower, lower.parent / "tried")
-        assert ("another user (uid 65534)" if way == "belongs to" else "may write to") in said, (way, said)
+        assert ("another user (uid 65534)" if way == "belongs to" else "can write to") in said, (way, said)
         assert part in said
         run("rm", "-rf", lower.parent / "tried")
 
@@ -135,7 +140,7 @@ def test_another_users_link_to_a_directory(lower: Path, nobody_path: Path) -> No
     chown(nobody_path / "above")
     chown(nobody_path / "store")
     for store in (nobody_path / "store", nobody_path / "above/victim", nobody_path / "above/missing"):
-        assert "symbolic link of another user's (uid 65534)" in refused(lower, store)
+        assert "symbolic link owned by another user (uid 65534)" in refused(lower, store)
     assert not list(victim.iterdir()) and not (lower.parent / "missing").exists()
     (lower.parent / "link").symlink_to(victim)  # root's own
     with mounted(lower, lower.parent / "mnt", lower.parent / "link"):
@@ -200,19 +205,19 @@ def test_a_filesystem_that_a_user_serves(roots: Path) -> None:
     with served_by(STRANGER, roots / "place"):
         assert (roots / "place/image").stat().st_uid == 0
         for path in (roots / "place", roots / "place/image"):
-            said = who_can_change(path)
-            assert said is not None and f"uid {STRANGER} serves" in said
-            assert said == who_leads_astray(path)
-        assert who_can_change(roots / "place/..") is not None, "its daemon says what .. leads by"
+            said = who_can_change(str(path))
+            assert said is not None and f"served by uid {STRANGER}" in said
+            assert said == who_can_redirect(str(path))
+        assert who_can_change(str(roots / "place/..")) is not None, "its daemon says what .. leads by"
     with served_by(0, roots / "place"):
-        assert who_can_change(roots / "place/image") is None
+        assert who_can_change(str(roots / "place/image")) is None
 
 
 def test_a_store_there(lower: Path) -> None:
     place = lower.parent / "place"
     place.mkdir()
     with served_by(STRANGER, place):
-        assert f"uid {STRANGER} serves" in refused(lower, place)
+        assert f"served by uid {STRANGER}" in refused(lower, place)
 
 
 def test_the_way_is_the_kernels(roots: Path, nobody_path: Path) -> None:
@@ -223,8 +228,8 @@ def test_the_way_is_the_kernels(roots: Path, nobody_path: Path) -> None:
     (nobody_path / "deep/er").mkdir()
     (roots / "link").symlink_to(nobody_path / "deep/er")
     assert os.path.samefile(roots / "link/../../image", nobody_path / "image")
-    assert who_can_change(f"{roots}/link/../../image") is not None
-    assert who_can_change(f"{roots}/link/../../../../../../..{roots}/image") is not None
+    assert who_can_change(str(f"{roots}/link/../../image")) is not None
+    assert who_can_change(str(f"{roots}/link/../../../../../../..{roots}/image")) is not None
 
 
 def test_a_bind_mount_is_what_is_mounted(roots: Path, nobody_path: Path) -> None:
@@ -234,12 +239,12 @@ def test_a_bind_mount_is_what_is_mounted(roots: Path, nobody_path: Path) -> None
     (tree / "image").touch()
     place = roots / "place"
     place.mkdir()
-    assert who_can_change(tree / "image") is not None
+    assert who_can_change(str(tree / "image")) is not None
     run("mount", "--bind", tree, place)
     try:
-        assert who_can_change(place / "image") is None
+        assert who_can_change(str(place / "image")) is None
         chown(tree)
-        assert who_can_change(place / "image") is not None
+        assert who_can_change(str(place / "image")) is not None
     finally:
         run("umount", place)
 
@@ -249,11 +254,72 @@ def test_a_bind_mount_is_what_is_mounted(roots: Path, nobody_path: Path) -> None
 def test_acls_on_the_way(roots: Path, at: str, entry: str) -> None:
     (roots / "way").mkdir()
     (roots / "way/image").touch()
-    assert who_can_change(roots / "way/image") is None
+    assert who_can_change(str(roots / "way/image")) is None
     run("setfacl", "-m", entry, roots / at)
-    assert who_can_change(roots / "way/image") is not None
+    assert who_can_change(str(roots / "way/image")) is not None
     run("setfacl", "-m", "m::r-x", roots / at)
-    assert who_can_change(roots / "way/image") is None, "the mask takes it away"
+    assert who_can_change(str(roots / "way/image")) is None, "the mask takes it away"
+
+
+LEADS = ["a link", "a link on the way", "a second name", "a second name in their directory"]
+
+
+@pytest.fixture
+def foreign(roots: Path) -> Path:
+    """A filesystem of root's that is no store."""
+    (roots / "private").mkdir(mode=0o700)
+    image = roots / "private/image"
+    with image.open("wb") as file:
+        file.truncate(16 << 20)
+    run("mke2fs", "-q", "-t", "ext3", image)
+    return image
+
+
+def led_to(file: Path, way: Path, how: str) -> Path:
+    """What a user has made in a directory for all, or in one of theirs, so that it leads to a file."""
+    way.mkdir()
+    way.chmod(0o1777)
+    if how == "a link on the way":
+        (way / "deep").symlink_to(file.parent)
+        os.chown(way / "deep", NOBODY, NOBODY, follow_symlinks=False)
+        return way / "deep" / file.name
+    name = way / "name"
+    if how == "a link":
+        name.symlink_to(file)
+        os.chown(name, NOBODY, NOBODY, follow_symlinks=False)
+        return name
+    os.link(file, name)
+    if how == "a second name in their directory":
+        way.chmod(0o755)
+        os.chown(way, NOBODY, NOBODY)
+    return name
+
+
+@pytest.mark.parametrize("how", LEADS)
+def test_a_file_of_roots_that_a_user_leads_to(roots: Path, lower: Path, foreign: Path, how: str) -> None:
+    """It is neither repaired nor resized, nor written to otherwise."""
+    name = led_to(foreign, roots / "way", how)
+    before = foreign.read_bytes()
+    commands: list[list[str | Path]] = [
+        ["check", name],
+        ["grow", name, "32"],
+        ["mount", lower, roots / "mnt", "--store", name],
+    ]
+    for command in commands:
+        done = cowfs(*command)
+        assert done.returncode and done.stderr.count("\n") == 1, done
+        assert "symbolic link of another" in done.stderr or "has another name" in done.stderr, done
+    assert foreign.read_bytes() == before
+
+
+def test_links_of_ones_own(roots: Path, lower: Path) -> None:
+    cowfs("create", roots / "image", "16", check=True)
+    os.link(roots / "image", roots / "second")
+    (roots / "link").symlink_to("second")
+    (roots / "more").symlink_to(roots)
+    cowfs("check", roots / "more/link", check=True)
+    with mounted(lower, roots / "mnt", roots / "more/link"):
+        pass
 
 
 def test_users_may_have_stores_where_they_like(nobody_path: Path) -> None:

@@ -317,9 +317,9 @@ def strangers(at: str, number: int) -> None:
                 connection.send(b'{"command": "in')
     device = os.stat(at).st_dev
     for name in (f"{os.major(device)}:{os.minor(device)}", "x"):
-        for path in (f"\0cowfs/{name}", f"/run/cowfs/{name}"):
+        for address in (f"\0cowfs/{name}", f"/run/cowfs/{name}"):
             with socket.socket(socket.AF_UNIX) as connection, suppress(OSError):
-                connection.connect(path)
+                connection.connect(address)
                 connection.send(b'{"command": "in')
     with suppress(OSError):
         ctypes.CDLL(None).umount2(at.encode(), 2)

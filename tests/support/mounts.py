@@ -103,7 +103,7 @@ class Mounted:
             return []
         text = self.log.read_text(errors="surrogateescape")
         lines = [line for line in text.splitlines() if TROUBLE.search(line)]
-        return [line for line in lines if "WARNING cowfs.store.room: " not in line]
+        return [line for line in lines if "WARNING cowfs.store.served.fullness: " not in line]
 
 
 def mount_arguments(

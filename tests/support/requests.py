@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from cowfs.cli.client import ask
+from cowfs.client import ask
 from cowfs.errors import CowfsError
 
 LOWER_FILES = 100
@@ -63,9 +63,9 @@ class Requests:
             "getxattr": lambda i: os.getxattr(file, "user.x"),
             "listxattr": lambda i: os.listxattr(file),
             "setxattr": lambda i: os.setxattr(file, "user.y", b"%d" % i),
-            "setxattr and removexattr": lambda i: (
-                os.setxattr(file, "user.z", b"z"),
-                os.removexattr(file, "user.z"),
+            "setxattr and removexattr": _in_turn(
+                lambda i: os.setxattr(file, "user.z", b"z"),
+                lambda i: os.removexattr(file, "user.z"),
             ),
             "statvfs": lambda i: os.statvfs(self.at),
         }
@@ -88,7 +88,7 @@ class Requests:
             "rename over a directory": lambda i: fails(os.rename, file, self.dir),
             "rename into itself": lambda i: fails(os.rename, self.dir, f"{self.dir}/full/y"),
             "unlink, missing": lambda i: fails(os.unlink, f"{at}/missing"),
-            "mknod of a whiteout": lambda i: fails(os.mknod, f"{at}/whiteout", 0o20600, 0),
+            "mknod of a device 0:0": lambda i: make_null(f"{at}/null"),
             "lseek beyond": lambda i: fails(os.lseek, self.big_fd, 1 << 40, os.SEEK_DATA),
         }
 
@@ -100,30 +100,34 @@ class Requests:
             "read": self._read,
             "write": lambda i: os.pwrite(self.fd, b"abc", i & 4095),
             "lseek": lambda i: os.lseek(self.big_fd, i % 1000, os.SEEK_DATA),
-            "fsync": lambda i: i % 50 or os.fsync(self.fd),
-            "mmap": lambda i: i % 10 or self._mmap(),
+            "fsync": _sometimes(50, lambda i: os.fsync(self.fd)),
+            "mmap": _sometimes(10, lambda i: self._mmap()),
         }
 
     def _names(self) -> dict[str, Callable[[int], object]]:
         at = self.at
         return {
-            "create and unlink": lambda i: (touch(f"{at}/c{i}"), os.unlink(f"{at}/c{i}")),
-            "create with O_SYNC": lambda i: (
-                i % 50 or (touch(f"{at}/c{i}", os.O_SYNC), os.unlink(f"{at}/c{i}"))
+            "create and unlink": _in_turn(lambda i: touch(f"{at}/c{i}"), lambda i: os.unlink(f"{at}/c{i}")),
+            "create with O_SYNC": _sometimes(
+                50, lambda i: touch(f"{at}/c{i}", os.O_SYNC), lambda i: os.unlink(f"{at}/c{i}")
             ),
             "create, unlink and write": self._unlinked,
-            "symlink": lambda i: (
-                os.symlink("a", f"{at}/s{i}"),
-                os.readlink(f"{at}/s{i}"),
-                os.unlink(f"{at}/s{i}"),
+            "symlink": _in_turn(
+                lambda i: os.symlink("a", f"{at}/s{i}"),
+                lambda i: os.readlink(f"{at}/s{i}"),
+                lambda i: os.unlink(f"{at}/s{i}"),
             ),
-            "link": lambda i: (os.link(self.file, f"{at}/l{i}"), os.unlink(f"{at}/l{i}")),
-            "mknod": lambda i: (os.mkfifo(f"{at}/p{i}"), os.unlink(f"{at}/p{i}")),
-            "rename": lambda i: (os.rename(f"{at}/link", f"{at}/r"), os.rename(f"{at}/r", f"{at}/link")),
-            "rename over": lambda i: (touch(f"{at}/t{i}"), os.rename(f"{at}/t{i}", f"{at}/over")),
-            "rename a directory": lambda i: (
-                os.rename(self.dir, f"{at}/moved"),
-                os.rename(f"{at}/moved", self.dir),
+            "link": _in_turn(lambda i: os.link(self.file, f"{at}/l{i}"), lambda i: os.unlink(f"{at}/l{i}")),
+            "mknod": _in_turn(lambda i: os.mkfifo(f"{at}/p{i}"), lambda i: os.unlink(f"{at}/p{i}")),
+            "rename": _in_turn(
+                lambda i: os.rename(f"{at}/link", f"{at}/r"), lambda i: os.rename(f"{at}/r", f"{at}/link")
+            ),
+            "rename over": _in_turn(
+                lambda i: touch(f"{at}/t{i}"), lambda i: os.rename(f"{at}/t{i}", f"{at}/over")
+            ),
+            "rename a directory": _in_turn(
+                lambda i: os.rename(self.dir, f"{at}/moved"),
+                lambda i: os.rename(f"{at}/moved", self.dir),
             ),
             "unlink and make what is below": self._whiteout,
             "many at a time": self._many,
@@ -132,18 +136,18 @@ class Requests:
     def _directories(self) -> dict[str, Callable[[int], object]]:
         at = self.at
         return {
-            "mkdir, list and rmdir": lambda i: (
-                os.mkdir(f"{at}/m{i}"),
-                os.listdir(f"{at}/m{i}"),
-                os.rmdir(f"{at}/m{i}"),
+            "mkdir, list and rmdir": _in_turn(
+                lambda i: os.mkdir(f"{at}/m{i}"),
+                lambda i: os.listdir(f"{at}/m{i}"),
+                lambda i: os.rmdir(f"{at}/m{i}"),
             ),
-            "list after a change": lambda i: (
-                touch(f"{self.dir}/new"),
-                os.listdir(self.dir),
-                os.unlink(f"{self.dir}/new"),
+            "list after a change": _in_turn(
+                lambda i: touch(f"{self.dir}/new"),
+                lambda i: os.listdir(self.dir),
+                lambda i: os.unlink(f"{self.dir}/new"),
             ),
             "list a part": self._list_a_part,
-            "fsync of a directory": lambda i: i % 50 or self._fsync_directory(),
+            "fsync of a directory": _sometimes(50, lambda i: self._fsync_directory()),
         }
 
     def _read(self, i: int) -> None:
@@ -198,8 +202,34 @@ class Requests:
 TRUNCATING = os.O_CREAT | os.O_TRUNC | os.O_WRONLY
 
 
+def _in_turn(*steps: Callable[[int], object]) -> Callable[[int], object]:
+    """One request after the other."""
+
+    def act(i: int) -> None:
+        for step in steps:
+            step(i)
+
+    return act
+
+
+def _sometimes(every: int, *steps: Callable[[int], object]) -> Callable[[int], object]:
+    """The same, but only each time that the number is a multiple of *every*."""
+
+    def act(i: int) -> None:
+        if i % every == 0:
+            _in_turn(*steps)(i)
+
+    return act
+
+
 def touch(path: str, flags: int = 0) -> None:
     os.close(os.open(path, os.O_CREAT | os.O_WRONLY | flags, 0o600))
+
+
+def make_null(path: str) -> None:
+    """Make the device that is a whiteout to a layer, and remove it."""
+    os.mknod(path, 0o20600, 0)
+    os.unlink(path)
 
 
 def fails(call: Callable[..., object], *arguments: object) -> None:

@@ -179,9 +179,11 @@ class Case(NamedTuple):
     """Who has opened the file that *who* uses; "": itself."""
     foreign: bool = False
     """The file belongs to a group that nobody is in."""
+    bare: bool = False
+    """It has no capabilities."""
 
     def name(self) -> str:
-        group = "foreign " if self.foreign else ""
+        group = ("foreign " if self.foreign else "") + ("bare " if self.bare else "")
         return f"{self.mode:o} {group}{self.what} by {self.who} {self.opener and 'opened by ' + self.opener}"
 
 
@@ -199,6 +201,7 @@ def cases() -> list[Case]:
         for foreign in (False, True):
             for who in ("the owner", "root", "root without CAP_FSETID"):
                 found += [Case(what, who, mode, "", foreign) for what in ATTRIBUTES]
+                found += [Case(what, who, mode, "", foreign, True) for what in ("chown of nobody", "write")]
     return list(dict.fromkeys(found))
 
 
@@ -218,7 +221,8 @@ def make(tree: str) -> None:
 
 def dress(path: str, case: Case) -> None:
     os.chmod(path, case.mode)
-    os.setxattr(path, "security.capability", CAPABILITY)
+    if not case.bare:
+        os.setxattr(path, "security.capability", CAPABILITY)
 
 
 class _Statx(ctypes.Structure):

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cowfs.layers.squashfs import SquashfsLayer
-from cowfs.linux.mounts import attach_loop, detached_mount
+from cowfs.linux.loop_devices import attach_loop
+from cowfs.linux.mounts import detached_mount
 from tests.support.listing import names_of
 from tests.support.squashfs import FIELDS
 

@@ -18,7 +18,8 @@ import pytest
 
 from cowfs.layers.base import LowerLayer
 from cowfs.layers.directory import DirectoryLayer
-from cowfs.linux.mounts import attach_loop, detached_mount
+from cowfs.linux.loop_devices import attach_loop
+from cowfs.linux.mounts import detached_mount
 from tests.support.system import run
 
 needs_mksquashfs = pytest.mark.skipif(
@@ -67,8 +68,8 @@ def sample_tree(top: Path) -> Path:
     many.mkdir()
     for number in range(700):
         (many / f"name-{number:05}-{'x' * (number % 90)}").write_bytes(b"%d" % (number % 50))
-    for name in (b"\xff\xfe not utf-8", b"new\nline", "\u00fc \u4e2d".encode(), b"n" * 255):
-        Path(os.fsdecode(os.fsencode(top) + b"/" + name)).write_bytes(name)
+    for odd in (b"\xff\xfe not utf-8", b"new\nline", "\u00fc \u4e2d".encode(), b"n" * 255):
+        Path(os.fsdecode(os.fsencode(top) + b"/" + odd)).write_bytes(odd)
     os.link(top / "tail", top / "dir" / "tail-again")
     os.link(top / "tail", top / "dir" / "tail-third")
     (top / "copy of block").write_bytes((top / "block").read_bytes())

@@ -87,7 +87,7 @@ def build(root: str | os.PathLike[str], tree: Tree) -> None:
         if node.kind != "link":
             made[path] = node
     for number, (path, node) in enumerate(sorted(made.items(), reverse=True)):
-        _dress(os.path.join(base, path), node, EPOCH_NS + number * 1_000_000_001)
+        _set_attributes(os.path.join(base, path), node, EPOCH_NS + number * 1_000_000_001)
 
 
 def _parents(path: str) -> Iterable[str]:
@@ -113,7 +113,7 @@ def _make(base: str, path: str, node: Node) -> None:
                 out.truncate(node.size)
 
 
-def _dress(full: str, node: Node, mtime_ns: int) -> None:
+def _set_attributes(full: str, node: Node, mtime_ns: int) -> None:
     if (node.uid, node.gid) != (0, 0):
         os.chown(full, node.uid, node.gid, follow_symlinks=False)
     if node.kind != "symlink":

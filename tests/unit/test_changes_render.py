@@ -111,6 +111,10 @@ def test_json_objects() -> None:
         "what": ["content"],
         "source": None,
     }
+    named = Change("M", b"a", ("mode", "xattrs"), xattrs=(b"system.posix_acl_access", b"user.a b\xff"))
+    assert to_json(named)["xattrs"] == ["system.posix_acl_access", r"user.a b\377"]
+    assert from_json(to_json(named)) == named
+    assert line(named) == r"M  a  (mode, xattrs system.posix_acl_access user.a\040b\377)"
     found = to_json(Change("R", b"\xff", (), b"\xfe", "directory"))
     assert (found["path"], found["path_b64"]) == ("\ufffd", "/w==")
     assert (found["source"], found["source_b64"]) == ("\ufffd", "/g==")
@@ -124,6 +128,7 @@ def test_json_objects() -> None:
         {"kind": "X", "path": "a", "type": "file", "what": []},
         [],
         {"kind": "A", "path": 1, "what": [], "type": "file"},
+        {"kind": "M", "path": "a", "what": ["xattrs"], "type": "file", "xattrs": [1]},
     ],
 )
 def test_what_is_no_change_is_refused(entry: object) -> None:

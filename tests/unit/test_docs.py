@@ -1,6 +1,10 @@
 """What the documentation says of the command line is what the command line knows."""
 
+import os
 import re
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +14,7 @@ from cowfs.cli import options
 from cowfs.cli.main import SUBCOMMANDS, main
 
 ROOT = Path(__file__).parents[2]
-GUIDES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+GUIDES = sorted({*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")} - {*ROOT.glob("docs/site/man/*")})
 MANUAL = ROOT / "docs/man/cowfs.1"
 _OPTION = re.compile(r"(?<![\w-])(--[a-z][a-z-]*|-[a-zA-Z])(?![\w-])")
 _COMMAND = re.compile(r"(?<![\w./-])cowfs +([a-z]+)\b(?!=)([^|;&`)]*)")
@@ -44,7 +48,7 @@ def commands(text: str) -> Iterator[tuple[str, list[str]]]:
         if re.match(r"cowfs: ", line):  # what it answers
             continue
         for match in _COMMAND.finditer(line.partition(" #")[0] if not line.startswith("#") else line):
-            yield match[1], _OPTION.findall(match[2])
+            yield match[1], _OPTION.findall(match[2].partition(" -- ")[0])  # what follows is another's
 
 
 def manual() -> dict[str, set[str]]:
@@ -81,6 +85,25 @@ def test_the_manual_has_all_options_and_no_others(
     assert manual()[subcommand] == known(subcommand, capsys) - {"-h", "--help"}
 
 
+def test_each_subcommand_has_a_page_of_its_own(tmp_path: Path) -> None:
+    """What scripts/manpages makes of the manual: every option is there, and man(1) has nothing to say."""
+    subprocess.run([sys.executable, ROOT / "scripts/manpages", tmp_path], check=True)
+    assert {path.name for path in tmp_path.iterdir()} == {f"cowfs-{name}.1" for name in SUBCOMMANDS}
+    for name, options_of in manual().items():
+        text = (tmp_path / f"cowfs-{name}.1").read_text()
+        assert re.search(r"^\.Nd [a-z][^\n]{5,75}$", text, re.MULTILINE), name
+        assert f".Nm cowfs\n.Cm {name}\n" in text, f"the synopsis of {name}"
+        shown = {"-" + option for option in re.findall(r"Fl +(-?[\w-]+)", text)}
+        assert options_of <= shown
+        if shutil.which("man"):
+            said = subprocess.run(
+                ["man", "--warnings", "-l", tmp_path / f"cowfs-{name}.1"],
+                env={**os.environ, "MANPAGER": "cat", "MANROFFSEQ": "", "LC_ALL": "C.UTF-8"},
+                capture_output=True, text=True, check=True,
+            )  # fmt: skip
+            assert said.stderr == ""
+
+
 def test_the_manual_has_all_mount_options() -> None:
     said = (ROOT / "docs/man/mount.cowfs.8").read_text().partition(".Sh OPTIONS")[2].partition(".Sh FILES")[0]
     described = {word for line in said.splitlines() if line.startswith(".It Cm") for word in line.split()}
@@ -100,10 +123,38 @@ def test_mount_options_in_the_guides_are_known() -> None:
     options.parse(given)
 
 
+def test_what_the_guides_make_can_be_made() -> None:
+    """``make TARGET`` and scripts of ours, in all code of the guides."""
+    targets = set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    wrong, seen = [], 0
+    for guide in GUIDES:
+        for line in code(guide.read_text()):
+            made = re.findall(r"(?:^|sudo |&& )make ([a-z][a-z-]*)\b(?!=)", line)
+            run = re.findall(r"(?<![\w./-])((?:scripts|mount-helpers|\.ci)/[\w./-]*\w)", line)
+            seen += len(made) + len(run)
+            wrong += [f"{guide.name}: make {target}" for target in made if target not in targets]
+            wrong += [f"{guide.name}: {path}" for path in run if not (ROOT / path).exists()]
+    assert not wrong
+    assert seen >= 20
+
+
 def test_links_lead_somewhere() -> None:
     broken = []
-    for guide in ROOT.glob("docs/**/*.md"):
+    for guide in GUIDES:
         for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", guide.read_text()):
-            if "://" not in target and not (guide.parent / target).exists():
+            place = ROOT / target[1:] if target.startswith("/") else guide.parent / target
+            if "://" not in target and not place.exists():
                 broken.append(f"{guide.relative_to(ROOT)}: {target}")
     assert not broken
+
+
+@pytest.mark.parametrize("guide", GUIDES, ids=lambda guide: guide.name)
+def test_lines_of_prose_fit_an_editor(guide: Path) -> None:
+    """120 columns; not tables, nor code and what programs print."""
+    long = []
+    fenced = False
+    for number, line in enumerate(guide.read_text().split("\n"), 1):
+        fenced ^= line.startswith("```")
+        if len(line.encode()) > 120 and not fenced and line[:4].strip() and line[0] != "|":
+            long.append(number)
+    assert long == []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import importlib.util
 import os
 import random
 import shutil
@@ -21,26 +20,11 @@ from typing import Any
 
 import pytest
 
-from tests.support import ext3
+from cowfs.formats.ext3.records import FIRST, number_of, time_of
+from tests.support import ext3, sanitized
 from tests.support.system import run
 
-OTHER = os.environ.get("COWFS_TEST_ENGINE")  # a module compiled otherwise, instead of the installed one
-
-
-def _load() -> Any:
-    if OTHER is None:
-        import cowfs.formats.ext3._engine as module
-
-        return module
-    spec = importlib.util.spec_from_file_location("cowfs.formats.ext3._engine", OTHER)
-    assert spec is not None and spec.loader is not None
-    assert b"__asan_init" in Path(OTHER).read_bytes()
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-module = _load()
+module = sanitized.load()
 ffi, lib = module.ffi, module.lib
 ROOT = 2
 GEOMETRIES = [(1024, 128), (1024, 256), (2048, 256), (4096, 256)]
@@ -182,7 +166,10 @@ def place() -> Iterator[Path]:
 
 @pytest.fixture(params=GEOMETRIES, ids=lambda pair: "-".join(map(str, pair)))
 def image(request: pytest.FixtureRequest, place: Path) -> Iterator[Path]:
-    path = ext3.make(place / "image", *request.param, size=24 << 20, more=("-J", "size=4", "-N", "8192"))
+    block_size, inode_size = request.param
+    path = ext3.make(
+        place / "image", block_size, inode_size, size=24 << 20, more=("-J", "size=4", "-N", "8192")
+    )
     yield path
     sound(path)
 
@@ -230,13 +217,21 @@ def test_times_beyond_2038_and_before_1970(image: Path) -> None:
     wide = ext3_inode_size(image) > 128
     with Engine(image) as engine:
         ino = engine.create(ROOT, b"file")
-        for given in (4_000_000_000_123_456_789, -1_500_000_001, (1 << 63) - 10**10, -(1 << 62)):
-            engine.call("setattr", ino, lib.X3_MTIME, ffi.new("struct x3_attr *", {"mtime_ns": given}))
+        times = (
+            4_000_000_000_123_456_789,
+            -1_500_000_001,
+            (1 << 63) - 10**10,
+            14 * 10**18 + 1,
+            FIRST,
+            FIRST - 1,
+        )
+        for given in times:
+            new = ffi.new("struct x3_attr *", {"mtime_ns": number_of(given)})
+            engine.call("setattr", ino, lib.X3_MTIME, new)
             last = ((1 << 31) - 1 + (3 << 32 if wide else 0)) * 10**9
-            first = -(1 << 31) * 10**9
-            got = engine.attr(ino).mtime_ns
-            if not first <= given < last + 10**9:
-                assert got == (first if given < 0 else last)
+            got = time_of(engine.attr(ino).mtime_ns)
+            if not FIRST <= given < last + 10**9:
+                assert got == (FIRST if given < 0 else last)
             else:
                 assert got == (given if wide else given // 10**9 * 10**9)
 
@@ -640,28 +635,14 @@ def test_what_is_no_ext3_is_refused(tmp_path: Path, options: tuple[str, ...], ex
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(OTHER is not None, reason="this is the run under sanitizers")
+@pytest.mark.skipif(sanitized.ENGINE is not None, reason="this is the run under sanitizers")
 @pytest.mark.timeout(300)
 def test_all_of_this_under_sanitizers(tmp_path: Path) -> None:
-    from cowfs.formats.ext3.build_engine import builder
-
-    flags = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1")
-    here = Path(sys.modules["cowfs.formats.ext3"].__path__[0])
-    compiled = builder(here, flags).compile(tmpdir=str(tmp_path))
-    libraries = [run("gcc", f"-print-file-name={name}.so").stdout.strip() for name in ("libasan", "libubsan")]
-    environment = {
-        **os.environ,
-        "LD_PRELOAD": " ".join(libraries),
-        "ASAN_OPTIONS": "detect_leaks=0",  # Python itself leaks at its end
-        "UBSAN_OPTIONS": "print_stacktrace=1",
-        "COWFS_TEST_ENGINE": compiled,
-    }
-    environment.pop("COVERAGE_PROCESS_CONFIG", None)
     options = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", f"--basetemp={tmp_path / 'inner'}"]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *options, __file__],
-        env=environment,
-        cwd=here.parents[2],
+        env=sanitized.environment(tmp_path),
+        cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
         timeout=280,

@@ -15,7 +15,7 @@ import pytest
 
 from cowfs.formats.ext3 import directory as ext3_directory
 from cowfs.formats.ext3._engine import lib
-from cowfs.formats.ext3.directory import Directories, entry, place_of, type_of
+from cowfs.formats.ext3.directory import Directories, Names, entry, place_of, type_of
 from cowfs.formats.ext3.image import ROOT, Image
 from tests.contract.test_upper import fails
 from tests.support import ext3
@@ -123,7 +123,9 @@ def test_few_names_are_kept_in_memory() -> None:
     assert sum(len(known.names(number)) for number in kept) <= 1000
     grown = Directories(lambda _: iter(()), most=1000)
     for number in range(2000):
-        grown.names(number).update({b"%d" % n: 0 for n in range(50)})
+        names = grown.names(number)
+        assert isinstance(names, Names)
+        names.update({b"%d" % n: 0 for n in range(50)})
     kept = [number for number in range(2000) if grown.known(number) is not None]
     assert sum(len(grown.names(number)) for number in kept) < 20_000
 

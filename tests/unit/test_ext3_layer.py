@@ -8,7 +8,7 @@ import random
 import stat
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from cowfs.layers.ext3 import Ext3Layer
 from cowfs.layers.squashfs import SquashfsLayer
 from tests.contract.test_upper import fails
 from tests.support import ext3
+from tests.support.listing import names_of
 from tests.support.system import needs_root, run
 
 T0 = 1_400_000_000_123_456_789
@@ -118,7 +119,7 @@ def populate(layer: UpperLayer) -> None:
     ):
         layer.mknod(root, name, kind | 0o640, rdev, 70000, 4_000_000_000)
     _link_and_move(layer)
-    _dress(layer)
+    _set_attributes(layer)
 
 
 def _link_and_move(layer: UpperLayer) -> None:
@@ -143,7 +144,7 @@ def _link_and_move(layer: UpperLayer) -> None:
     layer.rmdir(other, b"moved-dir", None)
 
 
-def _dress(layer: UpperLayer) -> None:
+def _set_attributes(layer: UpperLayer) -> None:
     root = layer.root
     dressed = layer.mkdir(root, b"dressed", 0o755, 0, 0)
     layer.setxattr(dressed, b"trusted.overlay.opaque", b"y")
@@ -341,17 +342,22 @@ def test_a_number_that_is_used_again_is_another_inodes(layer: Ext3Layer) -> None
     layer.rmdir(layer.root, b"d", old)
     assert layer.names(old) == []
     layer.forget(old)
-    makers = (lambda n: put(layer, layer.root, n), lambda n: layer.mkdir(layer.root, n, 0o755, 0, 0))
+    makers: list[Callable[[bytes], int]] = [
+        lambda n: put(layer, layer.root, n),
+        lambda n: layer.mkdir(layer.root, n, 0o755, 0, 0),
+    ]
     for number, make in enumerate(makers):
+        key, name = 0, b""
         for other in range(100):
-            key = make(b"%d-%d" % (number, other))
+            name = b"%d-%d" % (number, other)
+            key = make(name)
             if key == old:
                 break
         assert key == old, "the number comes again"
         if number == 0:
             with fails(errno.ENOTDIR):
                 layer.names(key)
-            layer.unlink(layer.root, b"%d-%d" % (number, other), None)
+            layer.unlink(layer.root, name, None)
         else:
             assert layer.stat(put(layer, key, b"x")).st_gid == 0
 
@@ -409,7 +415,7 @@ def test_syncing_while_others_write(layer: Ext3Layer) -> None:
             layer.forget(key)
         stop.set()
         assert all(future.result() for future in running)
-    assert {b"g%d" % number for number in range(100)} <= set(layer.names(layer.root))
+    assert {b"g%d" % number for number in range(100)} <= set(names_of(layer, layer.root))
 
 
 def test_copies_keep_their_holes(layer: Ext3Layer, tmp_path: Path) -> None:
@@ -426,6 +432,7 @@ def test_copies_keep_their_holes(layer: Ext3Layer, tmp_path: Path) -> None:
         open_directory(str(tmp_path / "tree")),
         SquashfsLayer(str(tmp_path / "squash")),
     ]
+    key = 0
     for number, source in enumerate(sources):
         file = source.open(find(source, b"file"), os.O_RDONLY)
         key, target = layer.create(layer.root, b"copy%d" % number, 0o600, 0, 0)
@@ -554,7 +561,7 @@ def test_an_image_grows_while_it_is_used(tmp_path: Path) -> None:
         assert after.ffree - before.ffree == after.files - before.files
         assert (opened.pread(10, 0), nameless.pread(10, 0)) == (b"kept", b"gone")
         assert (layer.stat(gone).st_nlink, layer.stat(folder).st_nlink) == (0, 0)
-        assert layer.names(place) == []
+        assert names_of(layer, place) == []
         assert opened.pwrite(bytes(40 << 20), 0) == 40 << 20
         for file in (opened, nameless):
             file.close()
@@ -581,8 +588,8 @@ def test_a_full_image_cannot_hide_its_nameless_and_goes_on(tmp_path: Path) -> No
     image = ext3.make(tmp_path / "image", block_size=1024, size=16 << 20)
     with ext3.opened(image) as layer:
         place = layer.mkdir(layer.root, b"p" * 200, 0o700, 0, 0)
-        while layer.stat(place).st_size == 1024 and len(layer.names(place)) < 3:
-            put(layer, place, b"%0250d" % len(layer.names(place)))
+        while layer.stat(place).st_size == 1024 and len(names_of(layer, place)) < 3:
+            put(layer, place, b"%0250d" % len(names_of(layer, place)))
         keys = [put(layer, layer.root, b"f%d" % number) for number in range(20)]
         for number, key in enumerate(keys):
             layer.unlink(layer.root, b"f%d" % number, key)
@@ -592,7 +599,7 @@ def test_a_full_image_cannot_hide_its_nameless_and_goes_on(tmp_path: Path) -> No
                 file.pwrite(bytes(1024), at)
         with fails(errno.ENOSPC):
             layer.suspend(place)
-        assert len(layer.names(place)) == 3
+        assert len(names_of(layer, place)) == 3
         assert {layer.stat(key).st_nlink for key in keys} == {0}
         file.close()
 

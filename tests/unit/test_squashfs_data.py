@@ -14,11 +14,13 @@ from pathlib import Path
 
 import pytest
 
+from cowfs.formats.squashfs.blocks import Stored
 from cowfs.formats.squashfs.cache import GenerationCache, OnceCache
 from cowfs.formats.squashfs.codecs import starter
 from cowfs.formats.squashfs.errors import CodecError
 from cowfs.formats.squashfs.workers import Workers
-from cowfs.layers.directory import KernelFile
+from cowfs.layers.base import File
+from cowfs.layers.kernel_file import KernelFile
 from cowfs.layers.squashfs import SquashfsFile, SquashfsLayer
 from cowfs.types import Attr, AttrData
 from tests.support.squashforge import Entry, Forge
@@ -178,6 +180,12 @@ class MemoryFile:
         return -1
 
     def pread(self, size: int, offset: int) -> bytes:
+        raise NotImplementedError
+
+    def try_pread(self, size: int, offset: int) -> bytes | None:
+        raise NotImplementedError
+
+    def copy_to(self, target: File, size: int | None = None) -> None:
         raise NotImplementedError
 
     def fsync(self, datasync: bool) -> None:
@@ -349,7 +357,7 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     seen: list[int] = []
     original = module.Blocks._expand
 
-    def expand(self: module.Blocks, raw: bytes, stored: module.Stored) -> bytes:
+    def expand(self: module.Blocks, raw: bytes, stored: Stored) -> bytes:
         seen.append(stored.position)
         return original(self, raw, stored)
 
@@ -450,7 +458,7 @@ def test_a_slow_block_that_another_thread_makes_is_not_waited_for(
     begun, go_on = threading.Event(), threading.Event()
     original = module.Blocks._expand
 
-    def expand(self: module.Blocks, raw: bytes, stored: module.Stored) -> bytes:
+    def expand(self: module.Blocks, raw: bytes, stored: Stored) -> bytes:
         begun.set()
         assert go_on.wait(60)
         return original(self, raw, stored)

@@ -162,7 +162,7 @@ def small_files(top: bytes, most: int, largest: int) -> tuple[list[bytes], int]:
 def pack(image: Path, paths: list[bytes]) -> Path:
     """Make an image of these paths and no others."""
     tar = ["tar", "--null", "--no-recursion", "--verbatim-files-from", "--xattrs", "-T", "-", "-cf", "-"]
-    pack_ = ["sqfstar", "-quiet", "-no-progress", "-comp", "lz4", "-processors", "2", image]
+    pack_: list[str | Path] = ["sqfstar", "-quiet", "-no-progress", "-comp", "lz4", "-processors", "2", image]
     with (
         subprocess.Popen(tar, stdin=PIPE, stdout=PIPE, stderr=DEVNULL) as packing,
         subprocess.Popen(pack_, stdin=packing.stdout, stdout=DEVNULL) as making,

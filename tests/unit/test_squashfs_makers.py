@@ -12,6 +12,7 @@ import os
 import struct
 import zlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,7 +70,7 @@ def peculiar_for(*values: Any) -> Callable[[Callable[[Any], Image]], Callable[[A
     def note(make: Callable[[Any], Image]) -> Callable[[Any], Image]:
         for value in values:
             shown = value if isinstance(value, str) else repr(value)[:50]
-            _makers[f"{make.__name__.replace('_', ' ')} {shown}"] = lambda value=value: make(value)
+            _makers[f"{make.__name__.replace('_', ' ')} {shown}"] = partial(make, value)
         return make
 
     return note

@@ -12,7 +12,7 @@ import pytest
 
 from cowfs.formats.squashfs.codecs import decompressor
 from cowfs.formats.squashfs.metadata import BLOCK, IndexedTable, Metadata, Place, Table
-from cowfs.formats.squashfs.source import Source
+from cowfs.formats.squashfs.source import FileBytes, Source
 from tests.support.squashfs import text
 
 Make = Callable[[bytes], Metadata]
@@ -25,7 +25,7 @@ def make() -> Iterator[Make]:
     def call(image: bytes) -> Metadata:
         fd = os.memfd_create("image")
         os.write(fd, image)
-        sources.append(Source(fd, "image", 0, len(image)))
+        sources.append(Source(FileBytes(fd), "image", 0, len(image)))
         return Metadata(sources[-1], decompressor("gzip", BLOCK, "image"))
 
     yield call

@@ -17,11 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cowfs.errors import LayerError, StoreError, UsageError, WrongLower
-from cowfs.linux import files
-from cowfs.store import header, sizes
-from cowfs.store.identity import identify_lower
-from cowfs.store.sniff import what_is
-from cowfs.store.superblock import Superblock, read_superblock
+from cowfs.linux import files, filesystems
+from cowfs.store.format import header, sizes
+from cowfs.store.format.identity import identify_lower
+from cowfs.store.format.sniff import what_is
+from cowfs.store.format.superblock import Superblock, read_superblock
 from cowfs.types import Identity
 from tests.support.system import run
 
@@ -34,13 +34,15 @@ from tests.support.system import run
         ("256", 256 << 20),
         ("256M", 256 << 20),
         ("256m", 256 << 20),
-        ("256MB", 256 << 20),
+        ("256MiB", 256 << 20),
         ("256MiB", 256 << 20),
         ("2G", 2 << 30),
         ("1T", 1 << 40),
         ("65536K", 64 << 20),
         ("5K", 4096),
         (" 16 ", 16 << 20),
+        ("1.5G", 3 << 29),
+        ("0.25MiB", 1 << 18),
     ],
 )
 def test_a_size_is_megabytes_unless_it_says_otherwise(text: str, size: int) -> None:
@@ -48,7 +50,23 @@ def test_a_size_is_megabytes_unless_it_says_otherwise(text: str, size: int) -> N
 
 
 @pytest.mark.parametrize(
-    "text", ["", "M", "-1", "1.5G", "12 34", "64X", "0x10", "1e3", "ten", "9" * 5000, "\u0661"]
+    "text",
+    [
+        "",
+        "M",
+        "-1",
+        "1.5.5G",
+        "1.",
+        ".5G",
+        "1,5G",
+        "12 34",
+        "64X",
+        "0x10",
+        "1e3",
+        "ten",
+        "9" * 5000,
+        "\u0661",
+    ],
 )
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="is not a size"):
@@ -58,11 +76,11 @@ def test_what_is_no_size_is_refused(text: str) -> None:
 def test_sizes_are_written_for_people() -> None:
     assert [sizes.format_size(n) for n in (12, 512 << 10, 64 << 20, 2 << 30, 3 << 29, 1 << 40)] == [
         "12 bytes",
-        "512 KB",
-        "64 MB",
-        "2 GB",
-        "1.5 GB",
-        "1 TB",
+        "512 KiB",
+        "64 MiB",
+        "2 GiB",
+        "1.5 GiB",
+        "1 TiB",
     ]
 
 
@@ -74,7 +92,7 @@ def test_room_is_looked_for_before_anything_is_written(tmp_path: Path) -> None:
 
 
 def test_fat_holds_no_file_of_4_gib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "fs_magic", lambda fd: sizes.FAT_MAGIC)
+    monkeypatch.setattr(files, "fs_magic", lambda fd: filesystems.FAT)
     monkeypatch.setattr(os, "fstatvfs", lambda fd: os.statvfs_result((4096, 4096) + (1 << 40,) * 8))
     sizes.check_room("s", str(tmp_path), 4095 << 20)
     with pytest.raises(StoreError, match="FAT"):
@@ -191,12 +209,12 @@ def _patch(path: Path, offset: int, data: bytes) -> None:
 def test_a_truncated_image_is_refused(tmp_path: Path) -> None:
     path = _mke2fs(tmp_path / "i", "-t", "ext3")
     os.truncate(path, (16 << 20) - 4096)
-    with pytest.raises(StoreError, match=r"truncated: 16.0 MB of 16 MB"):
+    with pytest.raises(StoreError, match=r"truncated: it has only 16.0 MiB of 16 MiB"):
         _superblock(path)
 
 
 def test_an_image_below_16_mb_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match="12 MB is too small"):
+    with pytest.raises(StoreError, match="12 MiB is too small"):
         _superblock(_mke2fs(tmp_path / "i", "-t", "ext3", size="12M"))
 
 
@@ -228,7 +246,7 @@ def _cached_image(factory: pytest.TempPathFactory) -> Path:
 # --- headers
 
 LOWERS = (
-    Identity("squashfs", "ab" * 32, "squashfs, 61 MB, 59012 inodes", "/live/root"),
+    Identity("squashfs", "ab" * 32, "squashfs, 61 MiB, 59012 inodes", "/live/root", 4096),
     Identity("directory", "cd" * 32, "directory on ext4, inode 2", "/base"),
 )
 
@@ -245,14 +263,16 @@ def test_unknown_fields_of_the_same_version_are_kept() -> None:
 
 
 def test_a_newer_version_is_refused_saying_so() -> None:
-    content = json.loads(header.to_json(header.new_header())) | {"version": 2, "created_by": "cowfs 9"}
-    with pytest.raises(StoreError, match=r"format version 2, this cowfs knows up to 1 .made by cowfs 9"):
+    content = json.loads(header.to_json(header.new_header())) | {"version": 3, "created_by": "cowfs 9"}
+    with pytest.raises(
+        StoreError, match=r"format version 3; this cowfs supports versions up to 2 .created by cowfs 9"
+    ):
         header.from_json(json.dumps(content).encode(), "s")
 
 
 def test_another_whiteout_format_is_refused() -> None:
-    content = json.loads(header.to_json(header.new_header())) | {"whiteouts": "aufs"}
-    with pytest.raises(StoreError, match="aufs format"):
+    content = json.loads(header.to_json(header.new_header())) | {"whiteouts": "unionfs"}
+    with pytest.raises(StoreError, match="unionfs format"):
         header.from_json(json.dumps(content).encode(), "s")
 
 
@@ -303,7 +323,7 @@ def test_a_store_knows_its_lowers() -> None:
     header.check_lowers(header.new_header(), LOWERS, "s")
     for wrong in (LOWERS[:1], LOWERS[::-1]):
         with pytest.raises(
-            WrongLower, match=r"belongs to /live/root \(squashfs, 61 MB.*not to.*--force-lower"
+            WrongLower, match=r"belongs to /live/root \(squashfs, 61 MiB.*not to.*--force-lower"
         ):
             header.check_lowers(made, wrong, "s")
 
@@ -341,7 +361,7 @@ def test_a_squashfs_image_that_is_not_whole_is_refused(tree: Path, tmp_path: Pat
     image = _squash(tree, tmp_path / "one.sqfs")
     whole = image.read_bytes()
     used = struct.unpack_from("<Q", whole, 40)[0]
-    for end, said in ((used - 1, f"should have {used} bytes and has {used - 1}"), (60, "truncated")):
+    for end, said in ((used - 1, f"truncated squashfs image: {used - 1} of {used} bytes"), (60, "truncated")):
         image.write_bytes(whole[:end])
         with pytest.raises(LayerError, match=said):
             identify_lower(str(image))

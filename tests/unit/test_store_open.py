@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 
 from cowfs.errors import CowfsError, StoreBusy, StoreError, UsageError, WrongLower
-from cowfs.store import layout
-from cowfs.store.create import create_store
-from cowfs.store.open import open_store
-from cowfs.store.store import Store
+from cowfs.store.format import layout
+from cowfs.store.offline.create import create_store
+from cowfs.store.served.open import open_store
+from cowfs.store.served.store import Store
 from cowfs.types import Identity
 from tests.support.mounts import project_root
 from tests.support.system import as_nobody_prefix, needs_root, run
@@ -28,7 +28,7 @@ OTHER = Identity("directory", "bb", "directory on ext4, inode 3", "/other")
 
 HOLD = """
 import sys
-from cowfs.store.open import open_store
+from cowfs.store.served.open import open_store
 store = open_store(sys.argv[1])
 print(store.layer.name, flush=True)
 sys.stdin.read()
@@ -121,12 +121,11 @@ def test_a_store_of_the_kernels_is_adopted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (["file"], "not a store: it holds file"),
-        (["upper/x", "work/y", "zfile", "afile"], "not a store: it holds afile and 1 more"),
-        ([".wh..wh.orph/x", ".wh..wh.aufs", "etc/passwd"], "aufs format"),
-        (["upper/x"], "not a store: it holds upper|work is missing|not a whole store"),
-        (["cowfs/header.json"], "not a whole store: upper is missing"),
-        (["cowfs/foreign", "upper/x", "work/x"], "not a whole store"),
+        (["file"], "not a store: it contains file"),
+        (["upper/x", "work/y", "zfile", "afile"], "not a store: it contains afile and 1 more"),
+        (["upper/x"], "not a store: it contains upper|work is missing|an incomplete store"),
+        (["cowfs/header.json"], "an incomplete store: upper is missing"),
+        (["cowfs/foreign", "upper/x", "work/x"], "an incomplete store"),
     ],
 )
 def test_what_is_no_store_is_refused_and_left_alone(tmp_path: Path, content: list[str], said: str) -> None:
@@ -148,6 +147,14 @@ def test_a_making_cut_short_is_made_again(tmp_path: Path) -> None:
         (tmp_path / "cowfs/header.json").rename(tmp_path / "cowfs/header.json.new")
         for made in ("work/work", "work/index", "work", "upper"):
             (tmp_path / made).rmdir()
+
+
+@needs_root
+def test_what_a_kill_left_of_trying_the_filesystem_is_no_fault_of_it(tmp_path: Path) -> None:
+    open_store(str(tmp_path / "store")).close()
+    os.mknod(tmp_path / "store/work/#cowfs-probe", stat.S_IFCHR | 0o600, 0)
+    open_store(str(tmp_path / "store")).close()
+    assert not (tmp_path / "store/work/#cowfs-probe").exists()
 
 
 def test_a_damaged_header_is_not_guessed_around(tmp_path: Path) -> None:
@@ -258,7 +265,7 @@ def test_reading_a_store_changes_nothing(tmp_path: Path) -> None:
 def test_a_name_with_an_extension_is_not_taken_for_a_directory(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r"no such store .cowfs create"):
         open_store(str(tmp_path / "sysrcd.bs"))
-    with pytest.raises(StoreError, match="cannot be made"):
+    with pytest.raises(StoreError, match="cannot be created"):
         open_store(str(tmp_path / "no/parent"))
     assert os.listdir(tmp_path) == []
 
@@ -277,7 +284,9 @@ def test_a_filesystem_without_what_it_takes_is_refused(
         raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
 
     monkeypatch.setattr(os, call, refuse)
-    with pytest.raises(StoreError, match=r"the filesystem holds no (extended|whiteouts).*cowfs create"):
+    with pytest.raises(
+        StoreError, match=r"the filesystem does not support (extended|whiteouts).*cowfs create"
+    ):
         open_store(str(tmp_path))
 
 
@@ -345,7 +354,7 @@ def test_read_only_media_are_named(tmp_path: Path) -> None:
     try:
         with pytest.raises(StoreError, match="read-only media"):
             open_store(str(tmp_path))
-        with pytest.raises(StoreError, match="cannot be made: Read-only"):
+        with pytest.raises(StoreError, match="cannot be created: Read-only"):
             open_store(str(tmp_path / "new"))
     finally:
         run("umount", tmp_path)
@@ -367,7 +376,7 @@ def as_nobody(script: str, *arguments: object, **env: str) -> str:
 OPEN = """
 import sys
 from cowfs.errors import CowfsError
-from cowfs.store.open import open_store
+from cowfs.store.served.open import open_store
 try:
     store = open_store(sys.argv[1])
     print(store.kind, store.xattr_prefix.decode(), store.header.adopted)
@@ -385,7 +394,7 @@ def test_without_root_the_store_is_in_user_attributes(nobody_path: Path) -> None
         store = open_store(str(path), read_only=True)
         assert store.xattr_prefix == b"user.overlay."
         store.close()
-        with pytest.raises(StoreError, match=r"belongs to another user \(uid 65534\) \(mount it as"):
+        with pytest.raises(StoreError, match=r"belongs to another user \(uid 65534\) \(mount as"):
             open_store(str(path))
         assert as_nobody(OPEN, path) == "directory user.overlay. False\n", "root has left it as it was"
 
@@ -426,7 +435,7 @@ def test_without_root_an_image_is_opened_in_process(nobody_path: Path) -> None:
         assert as_nobody(OPEN, nobody_path / "image") == "image trusted.overlay. False\n"
     run("e2fsck", "-fn", nobody_path / "image")
     script = OPEN.replace("sys.argv[1])", "sys.argv[1], engine='kernel')")
-    assert "only root may ask the kernel" in as_nobody(script, nobody_path / "image")
+    assert "only root can use the kernel" in as_nobody(script, nobody_path / "image")
 
 
 @needs_root
@@ -465,7 +474,7 @@ def test_without_root_memory_is_an_image_that_is_nowhere() -> None:
 
 def test_memory_that_is_too_small_for_an_image_is_refused() -> None:
     script = OPEN.replace("open_store(sys.argv[1])", "open_store('memory', memory_size=1 << 20)")
-    assert as_nobody(script).startswith("UsageError memory: 1 MB is too small for a store")
+    assert as_nobody(script).startswith("UsageError memory: 1 MiB is too small for a store")
 
 
 def test_an_empty_image_in_memory_uses_little_of_it() -> None:
@@ -478,6 +487,6 @@ def test_an_empty_image_in_memory_uses_little_of_it() -> None:
 
 
 def test_a_size_is_for_memory_alone(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"size= is for a store in memory.*cowfs grow"):
+    with pytest.raises(UsageError, match=r"size= applies only to a store in memory.*cowfs grow"):
         open_store(str(tmp_path / "store"), memory_size=1 << 20)
     assert os.listdir(tmp_path) == []

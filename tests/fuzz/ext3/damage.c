@@ -247,7 +247,9 @@ static void redo_begin(struct redo *redo, unsigned char *head)
 	int fd = open("/proc/sys/kernel/random/boot_id", O_RDONLY | O_CLOEXEC);
 
 	redo->head = head;
-	*h = (struct redo_header){ .mounted_at = sb->s_mtime, .session = 1, .blocks = redo->w->base->region[REDO_RING].n };
+	*h = (struct redo_header){ .mounted_at = sb->s_mtime,
+				   .session = 1,
+				   .blocks = redo->w->base->region[REDO_RING].n };
 	memcpy(h->magic, "cowfsRDO", 8);
 	memcpy(h->uuid, sb->s_uuid, 16);
 	if (fd >= 0 && read(fd, h->boot, 36) == 36)

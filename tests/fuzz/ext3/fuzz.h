@@ -28,12 +28,45 @@ struct record {
 
 enum op {
 	/* what programs do */
-	LIST, CREATE, CREATE_MANY, WRITE, READ, TRUNCATE, SEGMENTS, REMOVE, REMOVE_MANY, RENAME, LINK, SET_XATTR,
-	REMOVE_XATTR, GET_XATTRS, SET_ATTR, LOOK, RELEASE, SYNC_ONE, COMMIT_ALL, CHECKPOINT, TOGETHER, INJECT, CRASH,
-	CLOSE, SUSPEND, SWITCH, WALK, LINK_MANY, SCATTER,
+	LIST,
+	CREATE,
+	CREATE_MANY,
+	WRITE,
+	READ,
+	TRUNCATE,
+	SEGMENTS,
+	REMOVE,
+	REMOVE_MANY,
+	RENAME,
+	LINK,
+	SET_XATTR,
+	REMOVE_XATTR,
+	GET_XATTRS,
+	SET_ATTR,
+	LOOK,
+	RELEASE,
+	SYNC_ONE,
+	COMMIT_ALL,
+	CHECKPOINT,
+	TOGETHER,
+	INJECT,
+	CRASH,
+	CLOSE,
+	SUSPEND,
+	SWITCH,
+	WALK,
+	LINK_MANY,
+	SCATTER,
 	OPERATIONS,
 	/* what only an attacker or a failing disk does: PATCH and what follows */
-	PATCH = 32, COPY, FILL, CUT, FORGE_LOG, LOG, FORGE_REDO, REDO,
+	PATCH = 32,
+	COPY,
+	FILL,
+	CUT,
+	FORGE_LOG,
+	LOG,
+	FORGE_REDO,
+	REDO,
 	DAMAGES,
 	CODES = 64 /* the rest does nothing; so inputs that are kept go on meaning the same */
 };
@@ -45,8 +78,20 @@ static inline enum op what(const struct record *r)
 
 /* What there is in an image, for the damage to be where it may do harm. images.py writes them in this order. */
 enum region {
-	SUPERBLOCK, GROUPS, BITMAPS, INODES, DIRECTORIES, INDEXES, INDIRECT, XATTRS, JOURNAL, JOURNAL_LOG, REDO_HEAD,
-	REDO_RING, CONTENTS, ANYWHERE,
+	SUPERBLOCK,
+	GROUPS,
+	BITMAPS,
+	INODES,
+	DIRECTORIES,
+	INDEXES,
+	INDIRECT,
+	XATTRS,
+	JOURNAL,
+	JOURNAL_LOG,
+	REDO_HEAD,
+	REDO_RING,
+	CONTENTS,
+	ANYWHERE,
 	REGIONS
 };
 
@@ -78,7 +123,7 @@ struct world {
 	bool injected; /* a system call may have failed since the image was opened */
 	bool in_doubt; /* the same, since it was made */
 	int atoms;
-	uint32_t boot; /* which start of the machine this is: 0 or X3_OTHER_BOOT */
+	uint32_t boot;                     /* which start of the machine this is: 0 or X3_OTHER_BOOT */
 	uint32_t known[KNOWN_MAX], nknown; /* inodes that were seen; the first is the root */
 	uint32_t kept[KEPT_MAX], nkept;    /* without a name */
 	uint32_t log_at, next_tid;         /* of the forged log */

@@ -23,8 +23,9 @@ static uint32_t any(uint32_t below)
 static uint32_t number(void)
 {
 	static const uint32_t interesting[] = {
-		0, 1, 2, 3, 4, 7, 8, 10, 11, 12, 0x7f, 0x80, 0xff, 0x100, 0x3ff, 0x400, 0x3fc, 0x7fff, 0x8000, 0xfffc, 0xffff, 0x10000,
-		0xffffff, 0x7fffffff, 0x80000000, 0xfffffffe, 0xffffffff,
+		0,      1,      2,      3,       4,        7,          8,          10,         11,
+		12,     0x7f,   0x80,   0xff,    0x100,    0x3ff,      0x400,      0x3fc,      0x7fff,
+		0x8000, 0xfffc, 0xffff, 0x10000, 0xffffff, 0x7fffffff, 0x80000000, 0xfffffffe, 0xffffffff,
 	};
 
 	switch (any(4)) {
@@ -43,35 +44,38 @@ struct field {
 	uint16_t at, width;
 };
 static const struct field superblock[] = {
-	{ 0, 2 }, { 4, 2 }, { 12, 2 }, { 16, 2 }, { 20, 2 }, { 24, 2 }, { 32, 2 }, { 40, 2 }, { 44, 2 }, { 56, 1 }, { 58, 1 },
-	{ 76, 2 }, { 84, 2 }, { 88, 1 }, { 92, 2 }, { 96, 2 }, { 100, 2 }, { 206, 1 }, { 224, 2 }, { 232, 2 }, { 252, 0 },
-	{ 260, 2 }, { 348, 2 }, { 352, 2 }, { 584, 2 }, { 588, 2 },
+	{ 0, 2 },   { 4, 2 },   { 12, 2 },  { 16, 2 },  { 20, 2 },  { 24, 2 },  { 32, 2 },  { 40, 2 },  { 44, 2 },
+	{ 56, 1 },  { 58, 1 },  { 76, 2 },  { 84, 2 },  { 88, 1 },  { 92, 2 },  { 96, 2 },  { 100, 2 }, { 206, 1 },
+	{ 224, 2 }, { 232, 2 }, { 252, 0 }, { 260, 2 }, { 348, 2 }, { 352, 2 }, { 584, 2 }, { 588, 2 },
 };
 static const struct field group[] = { { 0, 2 }, { 4, 2 }, { 8, 2 }, { 12, 1 }, { 14, 1 }, { 16, 1 } };
 static const struct field inode[] = {
-	{ 0, 1 }, { 4, 2 }, { 20, 2 }, { 26, 1 }, { 28, 2 }, { 32, 2 }, { 40, 2 }, { 44, 2 }, { 48, 2 }, { 88, 2 }, { 92, 2 },
-	{ 96, 2 }, { 100, 2 }, { 104, 2 }, { 108, 2 }, { 116, 1 }, { 118, 1 }, { 128, 1 }, { 160, 2 }, { 164, 0 }, { 165, 0 },
-	{ 166, 1 }, { 168, 2 }, { 172, 2 },
+	{ 0, 1 },   { 4, 2 },   { 20, 2 },  { 26, 1 },  { 28, 2 },  { 32, 2 },  { 40, 2 },  { 44, 2 },
+	{ 48, 2 },  { 88, 2 },  { 92, 2 },  { 96, 2 },  { 100, 2 }, { 104, 2 }, { 108, 2 }, { 116, 1 },
+	{ 118, 1 }, { 128, 1 }, { 160, 2 }, { 164, 0 }, { 165, 0 }, { 166, 1 }, { 168, 2 }, { 172, 2 },
 };
 static const struct field index_root[] = {
-	{ 24, 2 }, { 28, 0 }, { 29, 0 }, { 30, 0 }, { 32, 1 }, { 34, 1 }, { 36, 2 }, { 40, 2 }, { 44, 2 }, { 48, 2 },
-	{ 4, 1 }, { 12, 2 }, { 16, 1 }, { 18, 0 },
+	{ 24, 2 }, { 28, 0 }, { 29, 0 }, { 30, 0 }, { 32, 1 }, { 34, 1 }, { 36, 2 },
+	{ 40, 2 }, { 44, 2 }, { 48, 2 }, { 4, 1 },  { 12, 2 }, { 16, 1 }, { 18, 0 },
 };
 static const struct field xattrs[] = {
 	{ 0, 2 }, { 4, 2 }, { 8, 2 }, { 12, 2 }, { 32, 0 }, { 33, 0 }, { 34, 1 }, { 36, 2 }, { 40, 2 }, { 44, 2 },
 };
 static const struct field journal[] = {
-	{ 0, 2 }, { 4, 2 }, { 8, 2 }, { 12, 2 }, { 16, 2 }, { 20, 2 }, { 24, 2 }, { 28, 2 }, { 32, 2 }, { 36, 2 }, { 40, 2 }, { 44, 2 },
+	{ 0, 2 },  { 4, 2 },  { 8, 2 },  { 12, 2 }, { 16, 2 }, { 20, 2 },
+	{ 24, 2 }, { 28, 2 }, { 32, 2 }, { 36, 2 }, { 40, 2 }, { 44, 2 },
 };
-static const struct field redo_head[] = { { 0, 2 }, { 8, 2 }, { 12, 2 }, { 16, 2 }, { 80, 2 }, { 88, 2 }, { 92, 2 }, { 96, 2 }, { 100, 2 } };
+static const struct field redo_head[] = { { 0, 2 },  { 8, 2 },  { 12, 2 }, { 16, 2 }, { 80, 2 },
+					  { 88, 2 }, { 92, 2 }, { 96, 2 }, { 100, 2 } };
 
 #define FIELDS(array) { array, sizeof array / sizeof *array }
 static const struct {
 	const struct field *field;
 	uint32_t n;
 } fields[REGIONS] = {
-	[SUPERBLOCK] = FIELDS(superblock), [GROUPS] = FIELDS(group),	 [INODES] = FIELDS(inode),   [INDEXES] = FIELDS(index_root),
-	[XATTRS] = FIELDS(xattrs),	   [JOURNAL] = FIELDS(journal), [REDO_HEAD] = FIELDS(redo_head),
+	[SUPERBLOCK] = FIELDS(superblock), [GROUPS] = FIELDS(group),  [INODES] = FIELDS(inode),
+	[INDEXES] = FIELDS(index_root),    [XATTRS] = FIELDS(xattrs), [JOURNAL] = FIELDS(journal),
+	[REDO_HEAD] = FIELDS(redo_head),
 };
 
 /* A region, and rather not file contents. */
@@ -102,11 +106,16 @@ static void make_patch(struct record *r)
 
 static void make_operation(struct record *r)
 {
-	static const uint8_t often[] = { LIST, CREATE, WRITE, REMOVE, RENAME, TRUNCATE, SET_XATTR, LINK, CRASH, COMMIT_ALL };
+	static const uint8_t often[] = { LIST,     CREATE,    WRITE, REMOVE, RENAME,
+					 TRUNCATE, SET_XATTR, LINK,  CRASH,  COMMIT_ALL };
 
 	if (any(2))
 		r->op = often[any(sizeof often)];
-	*r = (struct record){ .op = r->op, .a = any(0), .b = any(12), .c = any(3) ? any(40) : number(), .d = any(0),
+	*r = (struct record){ .op = r->op,
+			      .a = any(0),
+			      .b = any(12),
+			      .c = any(3) ? any(40) : number(),
+			      .d = any(0),
 			      .e = any(3) ? any(4) : any(0) };
 	if (r->op == WRITE)
 		r->c = any(70000);
@@ -127,7 +136,8 @@ static void make_record(struct record *r)
 	case PATCH:
 		make_patch(r);
 		break;
-	case COPY: case FILL:
+	case COPY:
+	case FILL:
 		*r = (struct record){ r->op, some_region(), any(32), any(3) ? some_region() : any(0), any(32), any(0) };
 		break;
 	case CUT:
@@ -137,16 +147,19 @@ static void make_record(struct record *r)
 		}
 		r->c = any(0);
 		break;
-	case FORGE_LOG: case FORGE_REDO:
+	case FORGE_LOG:
+	case FORGE_REDO:
 		r->e = !any(8);
 		break;
 	case LOG:
-		*r = (struct record){ LOG, any(4) | some_region() << 2, any(32), any(3) ? any(256) & ~3u : some_region(), number(),
-				      any(3) ? 0 : any(0) };
+		*r = (struct record){ LOG,      any(4) | some_region() << 2,
+				      any(32),  any(3) ? any(256) & ~3u : some_region(),
+				      number(), any(3) ? 0 : any(0) };
 		break;
 	case REDO:
-		*r = (struct record){ REDO, some_region(), any(32), any(3) ? any(256) & ~3u : any(0), number(),
-				      any(2) ? any(64) : any(0) };
+		*r = (struct record){ REDO,     some_region(),
+				      any(32),  any(3) ? any(256) & ~3u : any(0),
+				      number(), any(2) ? any(64) : any(0) };
 		break;
 	default:
 		make_operation(r);
@@ -203,7 +216,10 @@ static size_t mutate_once(struct record *records, size_t n, size_t max)
 	size_t i = n ? any(n) : 0, k = n ? any(n) : 0, count;
 
 	switch (n < 3 ? 0 : any(10)) {
-	case 0: case 1: case 2: case 3:
+	case 0:
+	case 1:
+	case 2:
+	case 3:
 		return n < max ? insert(records, n, max) : n;
 	case 4: /* leave some out */
 		count = 1 + any(any(3) ? 2 : n - i);

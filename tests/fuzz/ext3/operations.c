@@ -67,7 +67,8 @@ static bool open_image(struct world *w, uint32_t flags)
 		w->img = NULL;
 	if (error && !w->damaged)
 		finding("a sound image cannot be opened: %s: %s", strerror(-error), x3_message(NULL));
-	if (error && error != -EINVAL && error != -EUCLEAN && error != -EOPNOTSUPP && error != -EBADMSG && error != -EIO)
+	if (error && error != -EINVAL && error != -EUCLEAN && error != -EOPNOTSUPP && error != -EBADMSG &&
+	    error != -EIO)
 		finding("opening says %s: %s", strerror(-error), x3_message(NULL));
 	return !error;
 }
@@ -83,8 +84,8 @@ static void ask_e2fsck(const struct world *w)
 		every = getenv("COWFS_FUZZ_FSCK") ? atoi(getenv("COWFS_FUZZ_FSCK")) : UINT32_MAX;
 	if (!every || ++count % every)
 		return;
-	snprintf(command, sizeof command, "said=$(e2fsck -fn /proc/%d/fd/%d 2>&1) || { echo \"$said\" >&2; exit 1; }", getpid(),
-		 w->fd);
+	snprintf(command, sizeof command, "said=$(e2fsck -fn /proc/%d/fd/%d 2>&1) || { echo \"$said\" >&2; exit 1; }",
+		 getpid(), w->fd);
 	status = system(command);
 	if (!WIFEXITED(status) || WEXITSTATUS(status))
 		finding("e2fsck is not content");
@@ -218,7 +219,9 @@ static void create(struct world *w, uint32_t dir, uint32_t number, const struct 
 {
 	static const uint32_t types[] = { S_IFREG, S_IFREG, S_IFDIR, S_IFDIR, S_IFLNK, S_IFCHR, S_IFIFO, S_IFBLK };
 	static char target[5000];
-	struct x3_new new = { .mode = types[r->a % 8] | (r->d & 07777), .uid = r->d, .gid = r->d >> 8, .target = target };
+	struct x3_new new = {
+		.mode = types[r->a % 8] | (r->d & 07777), .uid = r->d, .gid = r->d >> 8, .target = target
+	};
 	struct name found;
 	char name[300];
 	uint32_t length = name_of(name, number);
@@ -255,8 +258,8 @@ static void remove_name(struct world *w, uint32_t dir, const struct name *name, 
 	if (!attributes(w, name->ino, &attr))
 		return;
 	keep &= w->nkept < KEPT_MAX;
-	result = check(w, (S_ISDIR(attr.mode) ? x3_rmdir : x3_unlink)(w->img, dir, name->name, name->length, name->place,
-								     name->ino, keep));
+	result = check(w, (S_ISDIR(attr.mode) ? x3_rmdir : x3_unlink)(w->img, dir, name->name, name->length,
+								      name->place, name->ino, keep));
 	if (result == 1)
 		w->kept[w->nkept++] = name->ino;
 }
@@ -278,7 +281,9 @@ static bool is_above(struct world *w, uint32_t ino, uint32_t dir)
 static void rename_one(struct world *w, const struct record *r)
 {
 	static struct name names[64];
-	struct x3_rename how = { .source_dir = directory(w, r->b), .target_dir = directory(w, r->e), .flags = r->a & 7 };
+	struct x3_rename how = { .source_dir = directory(w, r->b),
+				 .target_dir = directory(w, r->e),
+				 .flags = r->a & 7 };
 	uint32_t n = list(w, how.source_dir, names, 64), length;
 	const struct name *source = &names[r->c % 64 % (n ? n : 1)];
 	struct name target;
@@ -353,7 +358,9 @@ static uint64_t offset_of(const struct world *w, uint32_t number)
 	uint64_t bs = w->base->block_size, per = bs / 4, near = number >> 3;
 
 	switch (number & 7) {
-	case 0: case 1: case 2:
+	case 0:
+	case 1:
+	case 2:
 		return near % (20 * bs);
 	case 3:
 		return (12 + near % 8) * bs - near % 3;
@@ -403,8 +410,15 @@ static void segments(struct world *w, const struct record *r)
 static const char *xattr_name(uint32_t number)
 {
 	static const char *names[] = {
-		"user.a", "user.b", "trusted.overlay.origin", "trusted.overlay.opaque", "security.capability",
-		"system.posix_acl_access", "system.posix_acl_default", "user.", "other.x",
+		"user.a",
+		"user.b",
+		"trusted.overlay.origin",
+		"trusted.overlay.opaque",
+		"security.capability",
+		"system.posix_acl_access",
+		"system.posix_acl_default",
+		"user.",
+		"other.x",
 		"user.long name long name long name long name long name long name long name long name long name",
 	};
 	return names[number % 10];
@@ -412,8 +426,9 @@ static const char *xattr_name(uint32_t number)
 
 static void set_xattr(struct world *w, const struct record *r)
 {
-	static const unsigned char acl[] = { 2, 0, 0, 0, 1, 0, 6, 0, 255, 255, 255, 255, 2, 0, 4, 0, 1, 0, 0, 0, 4, 0, 4, 0, 255,
-					     255, 255, 255, 16, 0, 4, 0, 255, 255, 255, 255, 32, 0, 0, 0, 255, 255, 255, 255 };
+	static const unsigned char acl[] = { 2, 0, 0,   0,   1,   0,   6,  0, 255, 255, 255, 255, 2,   0,  4,
+					     0, 1, 0,   0,   0,   4,   0,  4, 0,   255, 255, 255, 255, 16, 0,
+					     4, 0, 255, 255, 255, 255, 32, 0, 0,   0,   255, 255, 255, 255 };
 	static unsigned char value[66000];
 	const char *name = xattr_name(r->c);
 	uint32_t length = r->d % (r->a & 4 ? sizeof value : r->a & 8 ? 1000 : 60);
@@ -439,7 +454,10 @@ static void get_xattrs(struct world *w, const struct record *r)
 
 static void set_attr(struct world *w, const struct record *r)
 {
-	struct x3_attr attr = { .mode = r->c, .uid = r->d, .gid = r->e, .atime_ns = (int64_t)r->d << (r->c & 31),
+	struct x3_attr attr = { .mode = r->c,
+				.uid = r->d,
+				.gid = r->e,
+				.atime_ns = (int64_t)r->d << (r->c & 31),
 				.mtime_ns = -((int64_t)r->e << (r->c & 31)) };
 
 	check(w, x3_setattr(w->img, pick(w, r->b), r->a & 31, &attr));
@@ -492,33 +510,68 @@ static void do_it(struct world *w, const struct record *r)
 	const char *name = xattr_name(r->c);
 
 	switch (what(r)) {
-	case LIST: return list_some(w, r);
-	case CREATE: return create(w, directory(w, r->b), r->c, r);
-	case CREATE_MANY: return create_many(w, r);
-	case WRITE: return write_one(w, r);
-	case READ: return read_one(w, r);
-	case TRUNCATE: check(w, x3_truncate(w->img, pick(w, r->b), offset_of(w, r->d))); return;
-	case SEGMENTS: return segments(w, r);
-	case REMOVE: return remove_some(w, r, 1);
-	case REMOVE_MANY: return remove_some(w, r, 1 + r->d % MANY);
-	case RENAME: return rename_one(w, r);
-	case LINK: return link_one(w, r);
-	case SET_XATTR: return set_xattr(w, r);
-	case REMOVE_XATTR: check(w, x3_removexattr(w->img, pick(w, r->b), name, strlen(name))); return;
-	case GET_XATTRS: return get_xattrs(w, r);
-	case SET_ATTR: return set_attr(w, r);
-	case LOOK: return look(w, r);
-	case RELEASE: return release(w, r);
-	case TOGETHER: x3_begin(w->img); w->atoms = 1; return;
-	case INJECT: return inject(w, r);
-	case CRASH: return crash(w, r);
-	case CLOSE: return close_image(w);
-	case SUSPEND: return suspend(w, r);
-	case WALK: walk(w, SOME); return;
-	case LINK_MANY: return link_many(w, r);
-	case SCATTER: return scatter(w, r);
-	case SYNC_ONE: case COMMIT_ALL: case CHECKPOINT: case SWITCH: return durability(w, r);
-	default: return;
+	case LIST:
+		return list_some(w, r);
+	case CREATE:
+		return create(w, directory(w, r->b), r->c, r);
+	case CREATE_MANY:
+		return create_many(w, r);
+	case WRITE:
+		return write_one(w, r);
+	case READ:
+		return read_one(w, r);
+	case TRUNCATE:
+		check(w, x3_truncate(w->img, pick(w, r->b), offset_of(w, r->d)));
+		return;
+	case SEGMENTS:
+		return segments(w, r);
+	case REMOVE:
+		return remove_some(w, r, 1);
+	case REMOVE_MANY:
+		return remove_some(w, r, 1 + r->d % MANY);
+	case RENAME:
+		return rename_one(w, r);
+	case LINK:
+		return link_one(w, r);
+	case SET_XATTR:
+		return set_xattr(w, r);
+	case REMOVE_XATTR:
+		check(w, x3_removexattr(w->img, pick(w, r->b), name, strlen(name)));
+		return;
+	case GET_XATTRS:
+		return get_xattrs(w, r);
+	case SET_ATTR:
+		return set_attr(w, r);
+	case LOOK:
+		return look(w, r);
+	case RELEASE:
+		return release(w, r);
+	case TOGETHER:
+		x3_begin(w->img);
+		w->atoms = 1;
+		return;
+	case INJECT:
+		return inject(w, r);
+	case CRASH:
+		return crash(w, r);
+	case CLOSE:
+		return close_image(w);
+	case SUSPEND:
+		return suspend(w, r);
+	case WALK:
+		walk(w, SOME);
+		return;
+	case LINK_MANY:
+		return link_many(w, r);
+	case SCATTER:
+		return scatter(w, r);
+	case SYNC_ONE:
+	case COMMIT_ALL:
+	case CHECKPOINT:
+	case SWITCH:
+		return durability(w, r);
+	default:
+		return;
 	}
 }
 

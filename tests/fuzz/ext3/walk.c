@@ -18,11 +18,28 @@
 static bool may_be(const struct world *w, int error)
 {
 	switch (error) {
-	case ENOSPC: case ENODATA: case ENOENT: case EEXIST: case ENOTDIR: case EISDIR: case ENOTEMPTY: case EMLINK:
-	case EFBIG: case EPERM: case ENXIO: case ERANGE: case ENAMETOOLONG: case ESTALE: case EINVAL: case EOPNOTSUPP:
+	case ENOSPC:
+	case ENODATA:
+	case ENOENT:
+	case EEXIST:
+	case ENOTDIR:
+	case EISDIR:
+	case ENOTEMPTY:
+	case EMLINK:
+	case EFBIG:
+	case EPERM:
+	case ENXIO:
+	case ERANGE:
+	case ENAMETOOLONG:
+	case ESTALE:
+	case EINVAL:
+	case EOPNOTSUPP:
 	case EBUSY:
 		return true;
-	case EIO: case EUCLEAN: case EBADMSG: case EDQUOT:
+	case EIO:
+	case EUCLEAN:
+	case EBADMSG:
+	case EDQUOT:
 		return w->damaged || w->injected;
 	case EROFS:
 		return w->damaged || w->injected || w->read_only;
@@ -246,7 +263,8 @@ uint64_t walk(struct world *w, uint32_t most)
 				continue;
 			add(&d, names[i].name, names[i].length);
 			add_inode(w, names[i].ino, &attr, &d);
-			if (S_ISDIR(attr.mode) && npending < DIRECTORIES_MAX && !was_seen(pending, npending, names[i].ino))
+			if (S_ISDIR(attr.mode) && npending < DIRECTORIES_MAX &&
+			    !was_seen(pending, npending, names[i].ino))
 				pending[npending++] = names[i].ino;
 		}
 	}

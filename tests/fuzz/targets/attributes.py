@@ -7,21 +7,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from cowfs.layers import acl, owner_notes
-from cowfs.overlay import origin, redirect
-from cowfs.overlay.state import count_in
+from cowfs.overlay import xattr_format
 from cowfs.types import FileHandle
 from tests.fuzz.driver import Run, Target
 
 
 def _origin(value: bytes) -> None:
-    handle = origin.decode(value)
-    assert handle is None or len(origin.encode(handle)) == len(value)
-    assert bytes.fromhex(origin.index_name(value).decode()) == value
+    handle = xattr_format.parse_origin(value)
+    assert handle is None or len(xattr_format.make_origin(handle)) == len(value)
+    assert bytes.fromhex(xattr_format.index_name(value).decode()) == value
 
 
 def _redirect(value: bytes) -> None:
-    for name in redirect.names(redirect.parse(value)):
-        if redirect.may_exist(name):
+    for name in xattr_format.names_of_redirect(xattr_format.parse_redirect(value)):
+        if xattr_format.may_exist(name):
             assert (
                 0 < len(name) <= 255 and b"/" not in name and b"\0" not in name and name not in {b".", b".."}
             )
@@ -48,11 +47,19 @@ def _acl(value: bytes) -> None:
 
 
 def _count(value: bytes) -> None:
-    number = count_in(value)
+    number = xattr_format.parse_count(value)
     assert number is None or 0 <= number < 1 << 32
+    nlink = xattr_format.parse_nlink(value)
+    assert nlink is None or xattr_format.parse_nlink(xattr_format.make_nlink(*nlink)) == nlink
 
 
-_PARSERS: list[Callable[[bytes], None]] = [_origin, _redirect, _note, _acl, _count]
+def _partial(value: bytes) -> None:
+    partial = xattr_format.parse_partial(value)
+    assert partial.end >= 0
+    assert xattr_format.parse_partial(xattr_format.make_partial(partial)) == partial
+
+
+_PARSERS: list[Callable[[bytes], None]] = [_origin, _redirect, _note, _acl, _count, _partial]
 
 
 def _one(data: bytes) -> None:
@@ -70,16 +77,16 @@ def _run() -> Iterator[Run]:
 def _seeds() -> list[bytes]:
     entries = [(1, 6, 0xFFFFFFFF), (2, 4, 1), (4, 4, 0xFFFFFFFF), (16, 4, 0xFFFFFFFF), (32, 0, 0xFFFFFFFF)]
     return [
-        b"\0" + origin.encode(FileHandle(1, b"\1\0\0\0\2\0\0\0", b"u" * 16)),
+        b"\0" + xattr_format.make_origin(FileHandle(1, b"\1\0\0\0\2\0\0\0", b"u" * 16)),
         b"\1/one/two", b"\1name", b"\1/..", b"\1a/b",
         b"\x020:0", b"\x021000:1000:100644", b"\x020:0:20644:1:3", b"\x020:0:40755",
-        b"\3" + acl.build(entries), b"\4" + b"17",
+        b"\3" + acl.build(entries), b"\4" + b"17", b"\4U-1", b"\x054096:-17:/one/two",
     ]  # fmt: skip
 
 
 TARGET = Target(
     _run,
     _seeds,
-    ("cowfs.layers.acl", "cowfs.layers.owner_notes", "cowfs.overlay.origin", "cowfs.overlay.redirect"),
+    ("cowfs.layers.acl", "cowfs.layers.owner_notes", "cowfs.overlay.xattr_format"),
     largest=70_000,
 )

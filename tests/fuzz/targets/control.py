@@ -17,11 +17,12 @@ from typing import Any
 
 import trio
 
-from cowfs.assemble import UnionOptions, commands, open_union
 from cowfs.changes.render import from_json
-from cowfs.cli.client import replies, sensible
+from cowfs.client import checked_answer, replies
 from cowfs.errors import CowfsError
 from cowfs.fuse import control
+from cowfs.serve import commands
+from cowfs.union import UnionOptions, open_union
 from tests.fuzz.driver import Run, Target
 
 _DEV = "0:1"
@@ -82,7 +83,7 @@ def _answered(data: bytes) -> None:
         with suppress(CowfsError):
             for reply in replies(ours, os.getpid(), "/mnt"):
                 assert isinstance(reply, dict) and reply.get("pid", os.getpid()) == os.getpid()
-                with sensible("/mnt"):
+                with checked_answer("/mnt"):
                     from_json(reply["change"])
 
 
@@ -130,4 +131,4 @@ def _seeds() -> list[bytes]:
     ]
 
 
-TARGET = Target(_run, _seeds, ("cowfs.fuse.control", "cowfs.cli.client"), largest=70_000)
+TARGET = Target(_run, _seeds, ("cowfs.fuse.control", "cowfs.client"), largest=70_000)

@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from typing import Any
 
 from cowfs.errors import CowfsError, printable
-from cowfs.store.header import bound, check_lowers, from_json, new_header, to_json
+from cowfs.store.format.header import bound, check_lowers, from_json, new_header, to_json
 from cowfs.types import Identity
 from tests.fuzz import bytes as plain
 from tests.fuzz.driver import Run, Target
 
-_LOWER = Identity("squashfs", "0" * 64, "squashfs, 1 MB", "/lower")
+_LOWER = Identity("squashfs", "0" * 64, "squashfs, 1 MiB", "/lower")
 
 
 def _one(data: bytes) -> None:
@@ -90,4 +90,6 @@ def _mutate(data: bytes, choose: random.Random) -> bytes:
         return plain.mutate(data, choose)
 
 
-TARGET = Target(_run, _seeds, ("cowfs.store.header", "cowfs.store.mark"), _mutate, largest=1 << 20)
+TARGET = Target(
+    _run, _seeds, ("cowfs.store.format.header", "cowfs.store.format.mark"), _mutate, largest=1 << 20
+)

@@ -24,9 +24,9 @@ from cowfs.layers.ext3 import Ext3Layer
 from cowfs.layers.squashfs import SquashfsLayer
 from cowfs.overlay.attr import NewAttributes
 from cowfs.overlay.dir import Owner
+from cowfs.overlay.fs import OverlayOptions
 from cowfs.overlay.node import Node
 from cowfs.overlay.overlay import Overlay
-from cowfs.overlay.state import OverlayOptions
 from tests.ext3 import images
 from tests.ext3.images import Shape
 from tests.fuzz import bytes as plain
@@ -184,7 +184,8 @@ def _use(fs: Overlay) -> None:
 
 def _keys(layer: UpperLayer, key: Key) -> list[tuple[Key, bytes, Key]]:
     """All names below a directory of the store: (directory, name, inode)."""
-    found, pending = [], [key]
+    found: list[tuple[Key, bytes, Key]] = []
+    pending = [key]
     while pending and len(found) < ROOM:
         directory = pending.pop()
         for name, _ in layer.readdir(directory)[:ROOM]:
@@ -224,7 +225,8 @@ def _edit(layer: UpperLayer, source: Source) -> None:
 
 def _nodes(fs: Overlay) -> list[tuple[Node, bytes, Node]]:
     """The merged tree, as far as it can be seen."""
-    found, pending = [], [fs.root]
+    found: list[tuple[Node, bytes, Node]] = []
+    pending = [fs.root]
     while pending and len(found) < ROOM:
         directory = pending.pop()
         names: list[bytes] = []

@@ -1,0 +1,79 @@
+"""SIGKILL at any change to the store while `cowfs rebase` is at work: the old store, or the new one."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cowfs.store.offline.info import store_info
+from tests.model.test_rebase import facts_of, prepare, run, seen
+from tests.support.mounts import cowfs, project_root
+from tests.support.system import needs_root
+
+pytestmark = [pytest.mark.crash, needs_root, pytest.mark.timeout(600)]
+
+KILLED = """
+import sys
+from cowfs.api import Lowers
+from cowfs.rebasing import rebase
+from cowfs.store.format.checkpoints import Layers
+from tests.crash.checkpointing import Killer
+store, old, new, at = sys.argv[1:]
+killer = Killer(int(at))
+exchange = Layers.exchange
+def told(*arguments):
+    exchange(*arguments)
+    print(killer.count)
+Layers.exchange = told
+rebase(store, Lowers([old]), Lowers([new]))
+print(killer.count)
+"""
+
+
+def killed(store: Path, old: Path, new: Path, at: int) -> list[int]:
+    """Let it be killed at a change; 0: let it be, and return the number at the exchange and at the end."""
+    env = {**os.environ, "PYTHONPATH": project_root()}
+    command = [sys.executable, "-c", KILLED, str(store), str(old), str(new), str(at)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env, timeout=60)
+    assert done.returncode == (-9 if at else 0), done.stderr
+    return [int(line) for line in done.stdout.split()]
+
+
+def copied(store: Path, target: Path) -> Path:
+    shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
+    subprocess.run(["cp", "-a", store, target], check=True)
+    return target
+
+
+@pytest.mark.parametrize(
+    ("seed", "kills"),
+    [(7, 2), (8, 2), *(pytest.param(seed, 60, marks=pytest.mark.nightly) for seed in range(20, 28))],
+)
+def test_killed(tmp_path: Path, seed: int, kills: int) -> None:
+    old, store, new, before = prepare(tmp_path, seed, moves=True, links=True)
+    place = tmp_path / "copies" / store.name
+    place.parent.mkdir()
+    copy = copied(store, place)
+    switch, count = killed(copy, old, new, 0)
+    after = facts_of(seen(copy, new))
+    chance = random.Random(seed)
+    found = set()
+    for at in sorted({*range(switch - 2, switch + 3), *(chance.randint(1, count) for _ in range(kills))}):
+        killed(copied(store, place), old, new, at)
+        lower = Path(store_info(str(place))["lowers"][0]["path"])
+        found.add(lower)
+        assert lower in (old, new)
+        assert facts_of(seen(place, lower)) == (facts_of(before) if lower == old else after), at
+        assert store_info(str(place))["layers"] == []
+        if store.suffix:
+            assert cowfs("check", "-n", place).returncode == 0
+        if lower == old:  # and it can be done again
+            assert run(place, old, new).new[0].path == str(new)
+            assert facts_of(seen(place, new)) == after
+    assert found == {old, new}

@@ -1,0 +1,36 @@
+"""The engine's cache gives back what it can read again, and nothing else."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from tests.support import ext3
+
+pytest.importorskip("cowfs.formats.ext3._engine", reason="needs the engine: libext2fs-dev to build it")
+
+
+def test_a_cache_that_shrinks_at_any_time_loses_nothing(tmp_path: Path) -> None:
+    image = ext3.make(tmp_path / "image")
+    chance = random.Random(4)
+    names = [b"name-%d" % number for number in range(600)]
+    with ext3.opened(image) as layer:
+        for step, name in enumerate(names):
+            key, file = layer.create(layer.root, name, 0o600, 1, 2)
+            file.pwrite(name, 0)
+            file.close()
+            layer.setxattr(key, b"user.name", name)
+            if chance.random() < 0.1:
+                layer.shrink()
+            if step % 200 == 199:
+                layer.sync()
+        layer.image.checkpoint()  # what is in the journal alone stays
+        layer.shrink()
+        misses = layer.caches()["ext3 metadata"][1]
+        for name in names:
+            found = layer.lookup(layer.root, name)
+            assert found
+            assert layer.getxattr(found[0], b"user.name") == name
+        assert layer.caches()["ext3 metadata"][1] > misses, "it was read again"

@@ -1,0 +1,102 @@
+"""`cowfs du`: what fills a store, by reason; its sum is what df tells."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from tests.mount.test_diff_patch import script
+from tests.mount.test_revert import MAKE, WORK
+from tests.support.mounts import cowfs, mounted
+from tests.support.system import needs_fuse
+
+DEV_FUSE_AT_NIGHT = True
+
+pytestmark = needs_fuse
+
+
+def usage(what: Path) -> list[dict[str, object]]:
+    done = cowfs("du", what, "--json", check=True)
+    entries = [json.loads(line) for line in done.stdout.splitlines()]
+    assert all(entry.pop("version") == 1 for entry in entries)
+    return entries
+
+
+def _sizes(shown: str) -> list[tuple[int, str]]:
+    """The lines with paths."""
+    units = {"bytes": 1, "KiB": 1 << 10, "MiB": 1 << 20}
+    lines = shown.partition("in all\n")[2].splitlines()
+    return [(int(float(size) * units[unit]), path) for size, unit, path in (line.split() for line in lines)]
+
+
+def reasons(entries: list[dict[str, object]]) -> dict[object, object]:
+    return {entry["path"]: entry["reason"] for entry in entries if entry["reason"] != "overhead"}
+
+
+def total(entries: list[dict[str, object]]) -> int:
+    return sum(int(str(entry["size"])) for entry in entries)
+
+
+@pytest.mark.parametrize("kind", ["image", "directory"])
+def test_each_thing_has_its_reason(tmp_path: Path, kind: str) -> None:
+    script(MAKE, tmp_path)
+    store = tmp_path / ("store.bs" if kind == "image" else "store")
+    if kind == "image":
+        cowfs("create", store, "16", check=True)
+    with mounted(tmp_path / "lower", tmp_path / "mnt", store, options=["blame"]) as here:
+        script(WORK, here.path)
+        (here.path / "large").chmod(0o600)
+        told = usage(here.path)
+        found = reasons(told)
+        assert found["etc/fstab"] == found["bin/lib/so"] == "changed"
+        assert found["etc/hosts"] == found["bin/tool"] == "whiteouts"
+        assert found["etc/new/deep/file"] == found["etc/new"] == found["old/n"] == "new"
+        assert found["large"] == "metadata" and found["bin"] == found["etc"] == "directories"
+        if kind == "image":
+            room = os.statvfs(here.path)
+            assert total(told) == (room.f_blocks - room.f_bfree) * room.f_frsize
+        shown = cowfs("du", here.path, "--top", "2", check=True).stdout.splitlines()
+        assert shown[-3].endswith("in all")
+        top = {path: size for size, path in _sizes(cowfs("du", here.path, "--top", "100", check=True).stdout)}
+        for path in ("etc/new", "bin"):
+            inside = [entry for entry in told if f"{entry['path']}/".startswith(f"{path}/")]
+            assert top[path] == total(inside)
+        programs = cowfs("du", here.path, "--programs", check=True).stdout
+        assert {"by sh", "by mkdir"} <= {line.split(maxsplit=2)[2] for line in programs.splitlines()}
+    later = usage(store)
+    assert reasons(later) == found
+    back = cowfs("revert", store, "--all", "--json", check=True)
+    lines = [json.loads(line) for line in back.stdout.splitlines()]
+    assert {"version": 1, "path": "etc/hosts", "kind": "", "size": 0, "why_not": None} in lines
+    assert back.stderr == ""
+    assert {entry["reason"] for entry in usage(store)} >= {"trash"}
+
+
+def test_the_treemap_is_a_picture(tmp_path: Path) -> None:
+    script(MAKE, tmp_path)
+    with mounted(tmp_path / "lower", tmp_path / "mnt", tmp_path / "store") as here:
+        script("head -c 100000 /dev/zero | tr '\\0' x >'<big>&'; mkdir d; cp etc/fstab d/small", here.path)
+        cowfs("du", here.path, "--treemap", tmp_path / "map.svg", check=True)
+    root = ElementTree.parse(tmp_path / "map.svg").getroot()
+    space = "{http://www.w3.org/2000/svg}"
+    areas = {}
+    for rect in root.iter(f"{space}rect"):
+        title = rect.find(f"{space}title")
+        if title is not None and title.text:
+            areas[title.text.partition(": ")[0]] = float(rect.get("width", 0)) * float(rect.get("height", 0))
+    assert areas["/"] > areas["<big>&"] > 10 * areas["d"] > 0
+
+
+def test_what_cannot_be(tmp_path: Path) -> None:
+    script(MAKE, tmp_path)
+    for words, code, word in (
+        (["nothing"], 32, "no such store"),
+        (["lower"], 32, "neither a store"),
+        (["lower", "--top", "x"], 1, "--top"),
+    ):
+        done = cowfs("du", tmp_path / words[0], *words[1:])
+        assert (done.returncode, done.stdout) == (code, "") and word in done.stderr, done

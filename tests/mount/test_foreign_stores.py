@@ -1,0 +1,100 @@
+"""Stores of other live systems: adopted where they are overlayfs, else named, with what to do."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.mount.test_export import script
+from tests.support.mounts import cowfs, force_umount, mounted
+from tests.support.system import needs_fuse, needs_root, run
+
+DEV_FUSE_AT_NIGHT = True
+
+pytestmark = [needs_fuse, needs_root]
+
+PAIRS = {
+    "archiso": ("upperdir", "workdir", ""),
+    "debian": ("rw", "work", "# all of it\n/ union\n"),
+    "debian-source": ("all/rw", "all/work", "/home bind\n/ union,source=all\n"),
+    "minios": ("changes", "workdir", ""),
+}
+
+
+def kernel_mount(lower: Path, upper: Path, work: Path, mnt: Path) -> None:
+    options = f"lowerdir={lower},upperdir={upper},workdir={work},redirect_dir=on,metacopy=on,index=on"
+    run("mount", "-t", "overlay", "overlay", "-o", options, mnt)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["archiso", "debian-source", *(pytest.param(k, marks=pytest.mark.nightly) for k in ("debian", "minios"))],
+)
+def test_a_pair_is_adopted_and_goes_back(tmp_path: Path, kind: str) -> None:
+    upper, work, configuration = PAIRS[kind]
+    place, lower, mnt = tmp_path / "place", tmp_path / "lower", tmp_path / "mnt"
+    script(
+        "mkdir -p lower/d mnt; echo a >lower/a; echo b >lower/b; echo x >lower/d/x; ln lower/b lower/c",
+        tmp_path,
+    )
+    for name in (upper, work):
+        (place / name).mkdir(parents=True)
+    if configuration:
+        (place / "persistence.conf").write_text(configuration)
+    kernel_mount(lower, place / upper, place / work, mnt)
+    try:
+        script("rm a; mv d e; echo more >>b; chmod 700 e/x", mnt)
+    finally:
+        force_umount(mnt)
+    with mounted(lower, mnt, place):
+        assert sorted(os.listdir(mnt)) == ["b", "c", "e"]
+        assert (mnt / "c").read_text() == "b\nmore\n"
+        assert (mnt / "e/x").stat().st_mode & 0o777 == 0o700
+        script("echo y >e/y; rm c; mkdir new", mnt)
+        assert cowfs("checkpoint", mnt, "one").returncode == 1
+    told = cowfs("diff", place)
+    assert (told.returncode, "R  d/ -> e/" in told.stdout, "A  new/" in told.stdout) == (0, True, True)
+    for refused in (cowfs("rebase", place, "--onto", lower), cowfs("backup", place, tmp_path / "copy")):
+        assert (refused.returncode, "another" in refused.stderr) == (32, True)
+    kernel_mount(lower, place / upper, place / work, mnt)
+    try:
+        assert sorted(os.listdir(mnt)) == ["b", "e", "new"]
+        assert (mnt / "e/y").read_text() == "y\n"
+    finally:
+        force_umount(mnt)
+
+
+def test_what_cannot_be_adopted_is_named(tmp_path: Path) -> None:
+    (tmp_path / "lower").mkdir()
+
+    def refused(store: Path) -> str:
+        done = cowfs("mount", tmp_path / "lower", tmp_path / "mnt", "--store", store)
+        assert (done.returncode, done.stderr.count("\n")) == (32, 1)
+        return done.stderr
+
+    (tmp_path / "mnt").mkdir()
+    cow = tmp_path / "cow/persistent_ARCH/x86_64"
+    for name in ("upperdir", "workdir"):
+        (cow / name).mkdir(parents=True)
+    assert f"holds archiso's cowspace (give {cow} as the store)" in refused(tmp_path / "cow")
+    home = tmp_path / "home"
+    (home / "rw").mkdir(parents=True)
+    (home / "work").mkdir()
+    (home / "persistence.conf").write_text("/home union\n")
+    assert "not of the whole root" in refused(home)
+    (home / "persistence.conf").write_text("/ union,source=../elsewhere\n")
+    assert "leads out of it" in refused(home)
+    image = tmp_path / "persistence"
+    (home / "persistence.conf").write_text("/ union\n")
+    with open(image, "wb") as file:
+        file.truncate(16 << 20)
+    run("mke2fs", "-q", "-t", "ext3", "-d", home, image)
+    assert "a persistence of Debian live, in an image (mount it (mount -o loop" in refused(image)
+    run("mke2fs", "-q", "-F", "-t", "ext4", image)
+    assert "an ext4 filesystem" in refused(image)
+    image.write_bytes(b"LUKS\xba\xbe\0\2" + bytes(1 << 20))
+    assert "a LUKS encrypted volume (cryptsetup open" in refused(image)
+    shutil.rmtree(tmp_path / "cow")

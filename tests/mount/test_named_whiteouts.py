@@ -1,0 +1,183 @@
+"""Lowers whose whiteouts are names: branches of aufs, and layers of OCI images (-o whiteouts=)."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+from tests.support.mounts import cowfs, mounted
+from tests.support.system import needs_fuse, needs_root, run
+
+pytestmark = needs_fuse
+DEV_FUSE_AT_NIGHT = True
+
+Tree = dict[str, "Tree | str"]
+
+
+def tree(top: Path) -> Tree:
+    """What a directory shows, by name: contents of files, and directories."""
+    listed = {entry.name for entry in os.scandir(top)}
+    shown: Tree = {}
+    for name in sorted(listed):
+        path = top / name
+        shown[name] = tree(path) if path.is_dir() else path.read_text()
+    return shown
+
+
+def put(top: Path, content: Tree) -> None:
+    """Make a tree; what is there stays."""
+    top.mkdir(exist_ok=True, parents=True)
+    for name, what in content.items():
+        if isinstance(what, str):
+            (top / name).write_text(what)
+        else:
+            put(top / name, what)
+
+
+BOTTOM: Tree = {
+    "etc": {"passwd": "root", "motd": "old", "conf.d": {"a": "a", "b": "b"}},
+    "var": {"log": {"one": "1"}, "file": "below"},
+    "gone": {"deep": {"x": "x"}},
+    "plain": "plain",
+    "both": {"low": "low"},
+}
+TOP: Tree = {
+    "etc": {".wh.motd": "", "conf.d": {".wh..wh..opq": "", "c": "c"}},
+    "var": {"log": {".wh.one": "", "two": "2"}, ".wh.file": ""},
+    ".wh.gone": "",
+    ".wh.both": "",
+    "both": {"top": "top"},
+    ".wh..wh.aufs": "",
+    ".wh..wh.plnk": {"1.2": "plink"},
+    ".wh..wh.orph": {},
+}
+MERGED: Tree = {
+    "etc": {"passwd": "root", "conf.d": {"c": "c"}},
+    "var": {"log": {"two": "2"}},
+    "plain": "plain",
+}
+
+
+@pytest.fixture
+def layers(tmp_path: Path) -> list[Path]:
+    top, bottom = tmp_path / "top", tmp_path / "bottom"
+    put(top, TOP)
+    put(bottom, BOTTOM)
+    return [top, bottom]
+
+
+@pytest.mark.parametrize("style", ["auto", pytest.param("aufs", marks=pytest.mark.nightly), "oci"])
+def test_merged_and_changed(layers: list[Path], tmp_path: Path, style: str) -> None:
+    expected = dict(MERGED)
+    if style == "oci":  # the whiteout says nothing of its own layer
+        expected["both"] = {"top": "top"}
+    store = tmp_path / "store"
+    options = [] if style == "auto" else [f"whiteouts={style}"]
+    with mounted(layers, tmp_path / "m", store, options=options) as mount:
+        top = mount.path
+        assert tree(top) == expected
+        for name in (".wh.gone", ".wh..wh.aufs", "gone", "etc/motd", "etc/.wh.motd", "etc/conf.d/a"):
+            assert not os.path.lexists(top / name), name
+        assert os.listxattr(top / "etc/conf.d") == []
+        (top / "gone").mkdir()  # over whiteouts of the lower, and below them
+        (top / "etc/motd").write_text("new")
+        (top / "etc/conf.d/c").unlink()
+        (top / "etc/conf.d").rmdir()
+        (top / "etc/.wh.passwd").write_text("a plain name in the store")
+        expected |= {
+            "gone": {},
+            "etc": {"passwd": "root", "motd": "new", ".wh.passwd": "a plain name in the store"},
+        }
+        assert tree(top) == expected
+        live = cowfs("diff", top, check=True).stdout
+    assert "A  gone" in live.replace("A ", "A  ") or "gone" in live
+    again = cowfs("diff", store, check=True).stdout
+    assert again == live
+    told = json.loads(cowfs("info", store, "--json", check=True).stdout)
+    fingerprint = told["lowers"][0]["fingerprint"]
+    assert fingerprint.startswith("whiteouts-oci:" if style == "oci" else "whiteouts-aufs:")
+    refused = cowfs(
+        "mount", ":".join(map(str, layers)), tmp_path / "m", "--store", store, "-o", "whiteouts=overlayfs"
+    )
+    assert refused.returncode and "belongs to" in refused.stderr and "whiteouts of" in refused.stderr
+    with mounted(layers, tmp_path / "m", store, options=options) as mount:
+        assert tree(mount.path) == expected
+
+
+def test_overlayfs_lowers_show_such_names(tmp_path: Path) -> None:
+    """Nothing is known of them unless it is asked for, or aufs has been there."""
+    put(tmp_path / "low", {"file": "x", ".wh.file": "y", "d": {".wh..wh..opq": ""}})
+    with mounted(tmp_path / "low", tmp_path / "m") as mount:
+        assert tree(mount.path) == {"file": "x", ".wh.file": "y", "d": {".wh..wh..opq": ""}}
+    with mounted(tmp_path / "low", tmp_path / "m", options=["whiteouts=aufs"]) as mount:
+        assert tree(mount.path) == {"d": {}}
+
+
+@needs_root
+def test_squashfs_modules(layers: list[Path], tmp_path: Path) -> None:
+    """As Slax, Porteus and Puppy stack them."""
+    images = []
+    for layer in layers:
+        images.append(tmp_path / f"{layer.name}.sb")
+        run("mksquashfs", layer, images[-1], "-quiet", "-no-progress", check=True)
+    with mounted(images, tmp_path / "m", tmp_path / "store", options=["whiteouts=aufs"]) as mount:
+        assert tree(mount.path) == MERGED
+        said = cowfs("explain", mount.path / "etc" / "motd").stdout
+        assert "whiteout" in said
+
+
+# --- any layers
+
+
+def _random_layer(chance: random.Random, depth: int = 0) -> Tree:
+    layer: Tree = {}
+    for name in "abcd":
+        kind = chance.choice(["file", "dir", "dir", "hidden", "none", "none"])
+        if kind == "file":
+            layer[name] = f"{chance.random()}"
+        elif kind == "hidden":
+            layer[f".wh.{name}"] = ""
+        elif kind == "dir" and depth < 3:
+            below = layer[name] = _random_layer(chance, depth + 1)
+            if chance.random() < 0.3:
+                below[".wh..wh..opq"] = ""
+    return layer
+
+
+def _merge(layers: list[Tree]) -> Tree:
+    """Merge layers, topmost first, as the manual of aufs has it."""
+    merged: Tree = {}
+    names = {name for layer in layers for name in layer if not name.startswith(".wh.")}
+    for name in sorted(names):
+        below: list[Tree] = []
+        for layer in layers:
+            if f".wh.{name}" in layer:
+                break
+            what = layer.get(name)
+            if isinstance(what, str):
+                if not below:
+                    merged[name] = what
+                break
+            if what is not None:
+                below.append(what)
+                if ".wh..wh..opq" in what:
+                    break
+        if below:
+            merged[name] = _merge(below)
+    return merged
+
+
+def test_any_layers(tmp_path: Path) -> None:
+    chance = random.Random(2026)
+    kinds = [[_random_layer(chance) for _ in range(3)] for _ in range(40)]
+    layers: list[Path] = []
+    for number in range(3):  # one mount shows all of them
+        put(tmp_path / f"{number}", {f"case{case}": kind[number] for case, kind in enumerate(kinds)})
+        layers.append(tmp_path / f"{number}")
+    with mounted(layers, tmp_path / "m", options=["whiteouts=aufs"]) as mount:
+        for case, kind in enumerate(kinds):
+            assert tree(mount.path / f"case{case}") == _merge(kind), f"case {case}"

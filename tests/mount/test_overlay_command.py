@@ -1,0 +1,155 @@
+"""``cowfs overlay``: the command line of fuse-overlayfs, with an upper and a work dir anywhere."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import stat
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.support.mounts import COWFS, cowfs, eventually, is_mounted, project_root
+from tests.support.system import needs_fuse, needs_root, run
+
+pytestmark = [needs_fuse, needs_root]
+DEV_FUSE_AT_NIGHT = True
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """Two lowers, an upper behind a symbolic link, a work dir elsewhere, and a place to mount."""
+    for name in ("low/d", "l:2,", "deep/up", "work/w,k", "mnt"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "UP").symlink_to("deep/up")
+    (tmp_path / "low/a").write_text("a\n")
+    (tmp_path / "low/d/x").write_text("x\n")
+    (tmp_path / "l:2,/b").write_text("b" * 100_000)
+    (tmp_path / "low/.wh.hidden").touch()  # as fuse-overlayfs writes it where it may make no devices
+    (tmp_path / "l:2,/hidden").touch()
+    os.chown(tmp_path / "low/a", 5, 6)
+    os.chown(tmp_path / "low/d/x", 5000, 6000)
+    return tmp_path
+
+
+@contextmanager
+def overlay(place: Path, *options: str, upper: bool = True) -> Iterator[Path]:
+    """Mount as podman does: relative paths, one ``-o``; unmounted as it does, by umount(8)."""
+    words = [r"lowerdir=low:l\:2\,"]
+    if upper:
+        words += ["upperdir=UP", r"workdir=work/w\,k"]
+    done = cowfs("-o", ",".join([*words, *options]), "mnt", cwd=str(place))
+    assert done.returncode == 0, done.stderr
+    try:
+        yield place / "mnt"
+    finally:
+        run("umount", place / "mnt")
+        eventually(lambda: not held(place), "the daemon lets go of the store")
+
+
+def held(place: Path) -> bool:
+    """Whether somebody has the lock of the store."""
+    lock = place / "work/w,k/cowfs/lock"
+    if not lock.exists():
+        return False
+    return subprocess.run(["flock", "-n", lock, "true"], check=False).returncode != 0
+
+
+def owners(*paths: Path) -> list[tuple[int, int]]:
+    return [(info.st_uid, info.st_gid) for info in map(os.lstat, paths)]
+
+
+def test_two_directories_and_maps(place: Path) -> None:
+    with overlay(place, "uidmapping=0:1000:100", "gidmapping=0:2000:100") as top:
+        assert owners(top / "a", top / "d/x") == [(1005, 2006), (65534, 65534)]
+        assert {p.name for p in top.iterdir()} == {"a", "b", "d"}
+        (top / "new").touch()
+        os.chown(top / "new", 1007, 2008)
+        run("setfacl", "-m", "u:1003:r", top / "new")
+        (top / "a").unlink()
+        with pytest.raises(OSError) as refused:
+            os.rename(top / "d", top / "e")
+        assert refused.value.errno == errno.EXDEV
+        os.chmod(top / "b", 0o600)
+    up = place / "deep/up"
+    assert owners(up / "new") == [(7, 8)]
+    assert "user:3:r--" in run("getfacl", "-n", up / "new").stdout
+    assert stat.S_ISCHR(os.lstat(up / "a").st_mode) and os.lstat(up / "a").st_rdev == 0
+    assert (up / "b").read_text() == "b" * 100_000, "no metacopy: the upper means the same to all who read it"
+    assert {p.name for p in up.iterdir()} == {"a", "b", "new"}
+
+    with overlay(place, "squash_to_root") as top:
+        assert owners(top / "new", top / "d/x") == [(0, 0), (0, 0)]
+        assert not (top / "a").exists()
+    with overlay(place, "squash_to_uid=77", "redirect_dir=on") as top:
+        assert owners(top / "new", top / "d/x") == [(77, 8), (77, 6000)]
+        os.rename(top / "d", top / "e")
+        assert (top / "e/x").read_text() == "x\n"
+        refusal = cowfs("checkpoint", top, "before")
+        assert refusal.returncode != 0 and "upperdir of another program" in refusal.stderr
+
+
+def test_without_an_upper_it_is_read_only(place: Path) -> None:
+    quoted = 'context="system_u:object_r:container_file_t:s0:c1,c2"'
+    with overlay(place, "ro", quoted, "nodev", "xino=off", upper=False) as top:
+        assert (top / "b").exists()
+        with pytest.raises(OSError) as refused:
+            (top / "new").touch()
+        assert refused.value.errno == errno.EROFS
+
+
+@pytest.mark.skipif(not shutil.which("strace"), reason="needs strace")
+def test_volatile_waits_for_no_disk(place: Path) -> None:
+    """strace tells: fsync(2), O_SYNC and the unmount make the daemon sync nothing."""
+    arguments = ["-o", r"lowerdir=low,upperdir=UP,workdir=work/w\,k,volatile", "-f", "mnt"]
+    log = place / "strace"
+    with subprocess.Popen(
+        ["strace", "-f", "-o", log, "-e", "trace=fsync,fdatasync,syncfs,sync", *COWFS, "overlay", *arguments],
+        cwd=place,
+        env={**os.environ, "PYTHONPATH": project_root()},
+    ) as daemon:
+        eventually(lambda: is_mounted(place / "mnt"), "it is mounted")
+        with open(place / "mnt/f", "w") as file:
+            file.write("new")
+            file.flush()
+            os.fsync(file.fileno())
+        fd = os.open(place / "mnt/g", os.O_CREAT | os.O_WRONLY | os.O_SYNC)
+        os.write(fd, b"new")
+        os.close(fd)
+        (place / "mnt/a").write_text("changed")
+        run("umount", place / "mnt")
+        daemon.wait(20)
+    assert (place / "deep/up/f").read_text() == "new"
+    assert not [line for line in log.read_text().splitlines() if "sync" in line]
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ("upperdir=UP,workdir=work", "no lowerdir given"),
+        ("lowerdir=low,upperdir=UP", "upperdir without workdir"),
+        ("lowerdir=low,upperdir=UP,workdir=missing", "missing: not a directory"),
+        ("lowerdir=low,upperdir=UP,workdir=deep/up", "the same, or one is in the other"),
+        ("lowerdir=low,upperdir=UP,workdir=deep", "the same, or one is in the other"),
+        ("lowerdir=low,upperdir=UP,workdir=/proc", "different mounts"),
+        ("lowerdir=low,uidmapping=0:1", "uidmapping=0:1: not FILE:SHOWN:COUNT"),
+        ("lowerdir=low,squash_to_uid=me", "squash_to_uid=me: not the number"),
+        (f"lowerdir=low,squash_to_gid={'1' * 5000}", "1: not the number"),
+        ("lowerdir=low,xattr_permissions=2", "xattr_permissions"),
+    ],
+)
+def test_what_cannot_be(place: Path, options: str, what: str) -> None:
+    done = cowfs("overlay", "-o", options, "mnt", cwd=str(place))
+    assert done.returncode != 0
+    assert what in done.stderr and done.stderr.count("\n") == 1
+    assert not is_mounted(place / "mnt")
+
+
+def test_an_unknown_option_is_named_and_ignored(place: Path) -> None:
+    done = cowfs("overlay", "-o", "lowerdir=low,bogus=1", "mnt", cwd=str(place))
+    assert (done.returncode, done.stderr) == (0, "cowfs: option bogus is unknown and ignored\n")
+    run("umount", place / "mnt")

@@ -1,0 +1,177 @@
+"""``cowfs.mount``: a mount for as long as a block of Python lasts."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import trio
+
+import cowfs
+from cowfs.client import facts_of
+from cowfs.errors import CowfsError, MountFailure, UsageError
+from cowfs.types import Change
+from tests.support.mounts import is_mounted
+from tests.support.system import needs_root
+
+DEV_FUSE_AT_NIGHT = True
+
+
+@pytest.fixture
+def lower(tmp_path: Path) -> Path:
+    lower = tmp_path / "low:er,\\"
+    lower.mkdir()
+    (lower / "old").write_text("old")
+    return lower
+
+
+def test_a_tree_is_changed_kept_taken_back_and_gone(lower: Path) -> None:
+    with cowfs.mount(lower, size="64M") as tree:
+        assert is_mounted(tree.path)
+        (tree.path / "new").write_text("new")
+        assert tree.diff() == [Change("A", b"new")]
+        first, second = tree.snapshot(), tree.snapshot()
+        (tree.path / "old").unlink()
+        assert [(change.kind, change.path) for change in tree.diff()] == [("A", b"new"), ("D", b"old")]
+        with pytest.raises(CowfsError, match="there is a checkpoint of this name"):
+            tree.snapshot(first)
+        with (tree.path / "new").open(), pytest.raises(CowfsError, match="new: open"):
+            tree.rollback(first)
+        tree.rollback(first)
+        assert (tree.path / "old").read_text() == "old"
+        assert [one.name for one in tree.checkpoints()] == [first, second]
+    assert not tree.path.exists()
+    assert [path.name for path in lower.iterdir()] == ["old"]
+
+
+def test_what_was_just_closed_does_not_stop_a_rollback(lower: Path) -> None:
+    with cowfs.mount(lower) as tree:
+        (tree.path / "new").write_text("new")
+        first = tree.snapshot()
+        for _ in range(15):
+            opened = [(tree.path / "new").open() for _ in range(100)]
+            for file in opened:
+                file.close()
+            tree.rollback(first)
+
+
+def command_line(tree: Path) -> bytes:
+    """Of the daemon that serves a tree."""
+    dev = tree.stat().st_dev
+    pid = facts_of(f"{os.major(dev)}:{os.minor(dev)}")["pid"]
+    return Path(f"/proc/{pid}/cmdline").read_bytes()
+
+
+def test_a_process_is_kept_warm(lower: Path) -> None:
+    """Commands are forks of it: they get arguments, environment and directory, and fail as others do."""
+    with cowfs.warm(), cowfs.mount(lower, fsname="one") as tree:
+        assert b"cowfs.cli.zygote" in command_line(tree.path)
+        (tree.path / "new").write_text("new")
+        with pytest.raises(UsageError, match="unknown option 'bogus=1'"), cowfs.mount(lower, bogus=1):
+            raise AssertionError("not reached")
+        second = cowfs.mount(lower, mountpoint=tree.path)
+        with pytest.raises(MountFailure, match="already mounted here"), second:
+            raise AssertionError("not reached")
+        assert tree.diff() == [Change("A", b"new")]
+    assert not tree.path.exists()
+    with cowfs.mount(lower) as tree:
+        assert b"zygote" not in command_line(tree.path)
+
+
+def test_who_is_interrupted_leaves_no_warm_process(lower: Path) -> None:
+    program = (
+        "import cowfs, sys\n"
+        "with cowfs.warm(), cowfs.mount(sys.argv[1]) as tree:\n"
+        "    print(tree.path, flush=True); sys.stdin.read()\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program, lower],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        where = process.stdout.readline().strip()
+        assert is_mounted(where)
+        process.send_signal(signal.SIGINT)
+        process.wait(20)
+    assert not is_mounted(where)  # and no process is left, which is looked at after each test
+
+
+AS_ANOTHER = """
+import cowfs, os, sys
+with cowfs.warm():
+    os.setgroups([]); os.setresgid(65534, 65534, 65534); os.setresuid(65534, 65534, 65534)
+    with cowfs.mount(sys.argv[1], mountpoint=sys.argv[2]) as tree:
+        print([line for line in open("/proc/self/mountinfo") if f" {sys.argv[2]} " in line])
+    os.mkdir(sys.argv[2] + "/gone"); os.chdir(sys.argv[2] + "/gone"); os.rmdir(sys.argv[2] + "/gone")
+    try:
+        with cowfs.mount(sys.argv[1], mountpoint=sys.argv[2]):
+            pass
+    except cowfs.errors.CowfsError as error:
+        print(error)
+"""
+
+
+@needs_root
+def test_a_warm_process_mounts_for_nobody_else(nobody_path: Path) -> None:
+    """Whoever was root when it was begun, and is not any more, does not mount as root."""
+    for name in ("lower", "mnt"):
+        (nobody_path / name).mkdir()
+        os.chown(nobody_path / name, 65534, 65534)
+    done = subprocess.run(
+        [sys.executable, "-c", AS_ANOTHER, nobody_path / "lower", nobody_path / "mnt"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert "user_id=65534" in done.stdout, done.stderr
+    assert "the current directory has been removed" in done.stdout
+
+
+def test_a_store_keeps_what_an_exception_has_cut_off(lower: Path, tmp_path: Path) -> None:
+    store, mountpoint = tmp_path / "store", tmp_path / "mnt"
+    mountpoint.mkdir()
+    with pytest.raises(ZeroDivisionError) as caught, cowfs.mount(lower, store, mountpoint=mountpoint) as tree:
+        assert tree.path == mountpoint
+        in_use = (tree.path / "new").open("w")
+        raise ZeroDivisionError
+    assert "busy" in caught.value.__notes__[0]
+    assert not is_mounted(mountpoint)
+    in_use.close()
+    assert (store / "upper/new").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "error"), [({"nonsense": True}, UsageError), ({"store": "/etc/passwd"}, MountFailure)]
+)
+def test_what_cannot_be_mounted_is_an_error_of_its_class(
+    lower: Path, options: dict[str, bool | str], error: type[Exception]
+) -> None:
+    with pytest.raises(error, match=r"nonsense|/etc/passwd"), cowfs.mount(lower, **options):  # type: ignore[arg-type]
+        pass
+
+
+async def test_cancelling_unmounts(lower: Path) -> None:
+    with trio.CancelScope() as scope:
+        async with cowfs.mount_async(lower) as tree:
+            assert await tree.snapshot() == "snapshot-1"
+            (tree.path / "old").unlink()
+            assert [change.kind for change in await tree.diff()] == ["D"]
+            await tree.rollback("snapshot-1")
+            assert await tree.diff() == []
+            scope.cancel()
+            await trio.sleep_forever()
+    assert scope.cancelled_caught
+    assert not tree.path.exists()
+
+
+def test_importing_the_package_imports_nothing_else() -> None:
+    """Root's Python is not isolated before that, and would run a module of the current directory."""
+    program = "import sys; before = {*sys.modules}; import cowfs; print({*sys.modules} - before)"
+    assert subprocess.check_output([sys.executable, "-c", program], text=True).strip() == "{'cowfs'}"

@@ -1,0 +1,124 @@
+"""`cowfs rebase`: the changes on a new version of the root, as a user sees it."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.mount.test_export import script
+from tests.support.mounts import COWFS, cowfs, mounted
+from tests.support.system import as_nobody_prefix, needs_fuse, needs_root, run
+
+DEV_FUSE_AT_NIGHT = True
+
+pytestmark = needs_fuse
+
+CONFLICTS = 65
+OLD = """
+mkdir -p old/etc old/opt/tool old/gone/deep old/deleted
+echo a >old/etc/a; echo b >old/etc/b; echo c >old/etc/c
+echo one >old/opt/tool/one; echo data >old/gone/deep/file
+echo d >old/deleted/d; ln old/etc/c old/etc/c2
+cp -a old new
+echo new-a >new/etc/a; echo new-b >new/etc/b; echo two >new/opt/tool/two; rm -r new/gone
+echo d2 >new/deleted/d2
+"""
+CHANGE = """
+echo my-a >etc/a; echo mine >etc/mine; mv opt/tool opt/tool2; mv gone kept; echo more >>kept/deep/file
+rm -r deleted; echo more >>etc/c; echo new-b >etc/b
+"""
+TOLD = {
+    ("conflict", "deleted", "deleted in the store, changed in the new root"),
+    ("conflict", "etc/a", "changed in both"),
+    ("dropped", "etc/b", "equal to the new root"),
+    ("conflict", "kept", "renamed in the store, gone in the new root"),
+    ("dropped", "gone", "deleted there, too"),
+}
+
+
+@pytest.mark.parametrize("fakeroot", [True, pytest.param(False, marks=pytest.mark.nightly)])
+def test_a_users_store(nobody_path: Path, fakeroot: bool) -> None:
+    prefix = as_nobody_prefix() if os.geteuid() == 0 else []
+
+    def at(place: Path, text: str) -> str:
+        return run(*prefix, "sh", "-ec", f"cd {place}; {text}").stdout
+
+    at(nobody_path, OLD)
+    old, new, store, mnt = (nobody_path / name for name in ("old", "new", "store", "mnt"))
+    options = ["fakeroot"] if fakeroot else []
+    own = "chown 5:6 etc/mine; mkdir owned; chown 7:8 owned" if fakeroot else ""
+    with mounted(old, mnt, store, options=options, nobody=True):
+        at(mnt, CHANGE + own)
+        refused = cowfs("rebase", store, "--onto", new, nobody=True)
+        assert refused.returncode == 32
+        assert "in use" in refused.stderr
+
+    def rebased(*arguments: str | Path) -> tuple[int, dict[str, object]]:
+        done = cowfs("rebase", store, "--onto", new, "--json", *arguments, nobody=True)
+        return done.returncode, json.loads(done.stdout)
+
+    before = cowfs("diff", store, nobody=True).stdout
+    refused = cowfs("rebase", store, "--from", new, "--onto", old, nobody=True)
+    assert refused.returncode == 32
+    assert "belongs to" in refused.stderr
+    code, would = rebased("--dry-run")
+    assert (code, would["dry_run"]) == (CONFLICTS, True)
+    assert cowfs("diff", store, nobody=True).stdout == before
+    look = nobody_path / "look"
+    code, done = rebased("--from", old, "--conflicts", look)
+    assert code == CONFLICTS
+    assert {(one["kind"], one["path"], one["why"]) for one in done["told"]} == TOLD  # type: ignore[attr-defined]
+    assert (done["told"], done["kept"], done["from"]) == (would["told"], would["kept"], [str(old)])
+    files = at(look, "find . -type f | xargs grep .").splitlines()
+    assert sorted(files) == [
+        *("./changed/etc/a:my-a", "./changed/kept/deep/file:data", "./changed/kept/deep/file:more"),
+        *("./new/deleted/d2:d2", "./new/deleted/d:d", "./new/etc/a:new-a"),
+        *("./old/deleted/d:d", "./old/etc/a:a", "./old/gone/deep/file:data"),
+    ]
+    with mounted(new, mnt, store, options=options, nobody=True):
+        assert sorted(at(mnt, "find . -type f | xargs grep .").splitlines()) == [
+            *("./etc/a:my-a", "./etc/b:new-b", "./etc/c2:c", "./etc/c2:more", "./etc/c:c", "./etc/c:more"),
+            *("./etc/mine:mine", "./kept/deep/file:data", "./kept/deep/file:more"),
+            *("./opt/tool2/one:one", "./opt/tool2/two:two"),
+        ]
+        assert at(mnt, "stat -c %i etc/c etc/c2 | uniq | wc -l") == "1\n"
+        if fakeroot:
+            assert at(mnt, "stat -c '%u %F' etc/mine owned").splitlines() == [
+                *("5 regular file", "7 directory"),
+            ]
+    assert "opt/tool/ -> opt/tool2/" in cowfs("diff", store, nobody=True).stdout
+
+
+@needs_root
+def test_what_is_refused(tmp_path: Path) -> None:
+    script(OLD, tmp_path)
+    old, new, store = tmp_path / "old", tmp_path / "new", tmp_path / "store.bs"
+    cowfs("create", store, "16", check=True)
+    with mounted(old, tmp_path / "mnt", store):
+        script("echo 1 >etc/a", tmp_path / "mnt")
+        for what in (store, tmp_path / "mnt"):
+            refused = cowfs("rebase", what, "--onto", new)
+            assert refused.returncode == 32
+            assert "is mounted" in refused.stderr
+    run(*COWFS, "checkpoint", store, "one")
+    refused = cowfs("rebase", store, "--onto", new)
+    assert (refused.returncode, "has checkpoints, which show the old root: one" in refused.stderr) == (
+        32,
+        True,
+    )
+    run(*COWFS, "checkpoint", store, "one", "--delete")
+    run(*COWFS, "revert", store, "etc/a")
+    refused = cowfs("rebase", store, "--onto", new)
+    assert (refused.returncode, "has taken back" in refused.stderr) == (32, True)
+    run(*COWFS, "vacuum", store, "--trash")
+    for wrong in (tmp_path / "none", store):
+        assert cowfs("rebase", store, "--onto", wrong).returncode == 32
+    assert cowfs("rebase", old, "--onto", new).returncode == 32
+    assert not (old / "upper").exists()
+    (tmp_path / "file").touch()
+    refused = cowfs("rebase", store, "--onto", new, "--conflicts", tmp_path / "file/x", "--force-lower")
+    assert refused.returncode == 0  # there are no conflicts
+    assert cowfs("info", store).stdout.count(f"{new} ") == 1

@@ -1,0 +1,510 @@
+"""`cowfs revert` and `cowfs vacuum`: the lower's version again, mounted and not, and nothing lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import stat
+import subprocess
+from itertools import islice
+from pathlib import Path
+
+import pytest
+
+from cowfs.api import take_back
+from tests.mount.test_diff_patch import random_work, script
+from tests.support.mounts import COWFS, cowfs, is_mounted, kernel_overlay, mounted, project_root
+from tests.support.system import needs_fuse, needs_root, run
+
+DEV_FUSE_AT_NIGHT = True
+
+pytestmark = needs_fuse
+
+MAKE = r"""
+mkdir -p lower/etc/sub lower/usr/lib lower/usr/share/doc/x lower/old lower/empty && cd lower
+seq 1 20 >etc/fstab; echo localhost >etc/hosts; ln -s hosts etc/link; echo tool >usr/tool; echo so >usr/lib/so
+echo a >usr/share/doc/x/a; echo '#!/bin/sh' >script; echo f >old/f; echo g >old/g; echo one >first
+ln first second; head -c 200000 /dev/urandom >big; mkfifo pipe; setfattr -n user.a -v b etc/hosts
+touch -d 2020-01-01 etc/* usr/* script first big old/*; touch -d 2019-05-05 . etc usr usr/lib old
+"""
+WORK = r"""
+echo more >>etc/fstab; rm etc/hosts; mkdir -p etc/new/deep; echo n >etc/new/deep/file; rmdir etc/sub
+mv usr bin; rm bin/tool; echo more >>bin/lib/so; chmod 755 script; ln -sf fstab etc/link
+rm -r old; mkdir old; echo new >old/n; echo new f >old/f; echo two >>second; mv big large
+rm pipe; echo file >pipe; mkdir usr; echo y >usr/y; rmdir empty; echo file >empty
+touch "$(printf 'new\nline')"
+"""
+
+
+def tree(top: Path) -> dict[str, object]:
+    """Everything that a user can see of a tree but access times and sizes of directories."""
+    found: dict[str, object] = {}
+    for directory, below, names in os.walk(top):
+        for name in [".", *below, *names]:
+            path = Path(directory, name)
+            info = path.lstat()
+            mode = info.st_mode
+            facts: list[object] = [stat.filemode(mode), info.st_uid, info.st_gid, info.st_mtime_ns]
+            if stat.S_ISLNK(mode):
+                facts.append(os.readlink(path))
+            elif stat.S_ISREG(mode):
+                facts += [info.st_nlink, path.read_bytes()]
+            xattrs = os.listxattr(path, follow_symlinks=False)
+            facts += [(key, os.getxattr(path, key, follow_symlinks=False)) for key in sorted(xattrs)]
+            found[os.path.relpath(path, top)] = facts
+    return found
+
+
+def without_directory_times(seen: dict[str, object]) -> dict[str, object]:
+    kept: dict[str, object] = {}
+    for path, facts in seen.items():
+        assert isinstance(facts, list)
+        is_directory = str(facts[0]).startswith("d")
+        kept[path] = [fact for number, fact in enumerate(facts) if not (is_directory and number == 3)]
+    return kept
+
+
+def reverted(*words: str | Path) -> list[str]:
+    done = cowfs("revert", *words)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def store_of(top: Path, kind: str) -> Path:
+    store = top / ("store.bs" if kind == "image" else "store")
+    if kind == "image":
+        assert cowfs("create", store, "16").returncode == 0
+    return store
+
+
+def lower_of(top: Path, kind: str) -> Path:
+    script(MAKE, top)
+    if kind != "image":
+        return top / "lower"
+    run("mksquashfs", top / "lower", top / "lower.sqsh", "-quiet", "-no-progress")
+    return top / "lower.sqsh"
+
+
+KINDS = pytest.mark.parametrize("kind", ["image", "directory"])
+
+
+@KINDS
+def test_all_of_a_mount_and_back_again(tmp_path: Path, kind: str) -> None:
+    lower, store = lower_of(tmp_path, kind), store_of(tmp_path, kind)
+    with mounted(lower, tmp_path / "mnt", store) as here:
+        before = tree(here.path)
+        script(WORK, here.path)
+        changed = tree(here.path)
+        assert "reverted etc/fstab" in reverted(here.path, "--all")
+        assert tree(here.path) == before
+        assert cowfs("diff", here.path).stderr == "no changes\n"
+        assert "brought back etc/fstab" in reverted(here.path, "--undo")
+        assert without_directory_times(tree(here.path)) == without_directory_times(changed)
+        reverted(here.path, "--all")
+    with mounted(lower, tmp_path / "mnt", store) as here:
+        assert tree(here.path) == before
+    assert cowfs("check", store).returncode == 0
+
+
+@KINDS
+def test_all_of_a_store_and_back_again(tmp_path: Path, kind: str) -> None:
+    lower, store = lower_of(tmp_path, kind), store_of(tmp_path, kind)
+    with mounted(lower, tmp_path / "mnt", store) as here:
+        before = tree(here.path)
+        script(WORK, here.path)
+        changed = tree(here.path)
+    reverted(store, "--all")
+    with mounted(lower, tmp_path / "mnt", store) as here:
+        assert tree(here.path) == before
+    reverted(store, "--undo", "-q")
+    with mounted(lower, tmp_path / "mnt", store) as here:
+        assert without_directory_times(tree(here.path)) == without_directory_times(changed)
+
+
+@needs_root
+def test_the_kernel_shows_the_same_afterwards(tmp_path: Path) -> None:
+    script(MAKE, tmp_path)
+    store = tmp_path / "store"
+    with mounted(tmp_path / "lower", tmp_path / "mnt", store) as here:
+        script(WORK, here.path)
+        reverted(here.path, "etc", "old", "usr")
+        seen = tree(here.path)
+    with kernel_overlay([tmp_path / "lower"], store, tmp_path / "kernel") as kernel:
+        assert without_directory_times(tree(kernel)) == without_directory_times(seen)
+
+
+def test_a_user_does_it(nobody_path: Path) -> None:
+    script(MAKE, nobody_path, nobody=True)
+    top = nobody_path
+    with mounted(top / "lower", top / "mnt", top / "store", nobody=True) as here:
+        script(WORK, here.path, nobody=True)
+        done = cowfs("revert", here.path, "--all", nobody=True)
+        assert done.returncode == 0, done.stderr
+        assert cowfs("diff", here.path, nobody=True).stderr == "no changes\n"
+        assert cowfs("revert", here.path, "--undo", nobody=True).returncode == 0
+    assert cowfs("revert", top / "store", "--all", nobody=True).returncode == 0
+    assert cowfs("diff", top / "store", nobody=True).stderr == "no changes\n"
+
+
+def test_only_what_is_named(tmp_path: Path) -> None:
+    script(MAKE, tmp_path)
+    with mounted(tmp_path / "lower", tmp_path / "mnt", tmp_path / "store") as here:
+        script(WORK, here.path)
+        assert reverted(here.path, "etc/fstab") == ["reverted etc/fstab"]
+        assert (here.path / "etc/fstab").read_bytes() == (tmp_path / "lower/etc/fstab").read_bytes()
+        assert not (here.path / "etc/hosts").exists()
+        assert set(reverted(here.path / "etc")) == {
+            "reverted etc/hosts", "reverted etc/link", "reverted etc/new", "reverted etc/sub"
+        }  # fmt: skip
+        assert reverted(here.path, "scri*") == ["reverted script"]
+        assert (here.path / "old/n").exists() and (here.path / "bin").exists()
+        assert reverted(here.path, "usr")[0] == "reverted bin"  # it was renamed from there
+        assert not (here.path / "bin").exists() and (here.path / "usr/tool").exists()
+        assert reverted(here.path, "second") == ["reverted second"]  # and its other name with it
+        assert (here.path / "first").read_text() == "one\n"
+
+
+def test_metadata_alone(tmp_path: Path) -> None:
+    script(MAKE, tmp_path)
+    work = "echo x >>etc/fstab; chmod 600 etc/fstab; chmod 711 etc; setfattr -n user.x -v y script; rm old/f"
+    with mounted(tmp_path / "lower", tmp_path / "mnt", tmp_path / "store") as here:
+        script(work, here.path)
+        assert set(reverted(here.path, "--all", "--metadata")) == {
+            "reverted etc", "reverted etc/fstab", "reverted script"
+        }  # fmt: skip
+        shown = cowfs("diff", here.path).stdout.splitlines()
+        assert shown == ["M  etc/fstab  (content)", "D  old/f"]
+        assert os.listxattr(here.path / "script") == []
+        reverted(here.path, "--undo")
+        assert stat.S_IMODE((here.path / "etc/fstab").stat().st_mode) == 0o600
+        assert stat.S_IMODE((here.path / "etc").stat().st_mode) == 0o711
+        assert os.getxattr(here.path / "script", "user.x") == b"y"
+
+
+@KINDS
+def test_files_that_are_open(tmp_path: Path, kind: str) -> None:
+    lower, store = lower_of(tmp_path, kind), store_of(tmp_path, kind)
+    with mounted(lower, tmp_path / "mnt", store) as here:
+        fstab = here.path / "etc/fstab"
+        before = fstab.read_bytes()
+        with fstab.open("r+b") as writer, fstab.open("rb") as reader:
+            number = fstab.stat().st_ino
+            writer.write(b"changed\n")
+            writer.flush()
+            assert reader.read() != before
+            added = here.path / "added"
+            with added.open("w+") as file:
+                file.write("still here\n")
+                file.flush()
+                reverted(here.path, "--all")
+                assert not added.exists()
+                file.seek(0)
+                assert file.read() == "still here\n"
+            reader.seek(0)
+            assert reader.read() == before == fstab.read_bytes()
+            assert fstab.stat().st_ino == number == os.fstat(writer.fileno()).st_ino
+            writer.seek(0)
+            writer.write(b"again\n")
+            writer.flush()
+            assert fstab.read_bytes().startswith(b"again\n")
+        assert cowfs("diff", here.path).stdout == "M  etc/fstab  (content, times)\n"
+
+
+def test_attributes_of_what_has_several_names(tmp_path: Path) -> None:
+    """A large file, of which the store has the attributes alone, and a symlink."""
+    script(MAKE, tmp_path)
+    script("ln lower/big lower/large; ln -P lower/etc/link lower/link", tmp_path)
+    with mounted(tmp_path / "lower", tmp_path / "mnt", tmp_path / "store") as here:
+        before = tree(here.path)
+        script("chmod 600 big; chown -h 5:6 link", here.path)
+        changed = tree(here.path)
+        reverted(here.path, "--all")
+        assert tree(here.path) == before
+        reverted(here.path, "--undo")
+        assert tree(here.path) == changed
+
+
+def test_names_of_a_hard_link(tmp_path: Path) -> None:
+    """What shows or hides a directory, or another file's name, counts the names that go or come with it."""
+    script("mkdir -p lower/d/e; cd lower; echo one >first; ln first second; ln first d/e/third", tmp_path)
+    work = "mkdir -p new/deep; ln first new/a; ln first new/deep/b; ln first c; ln first d/four; rm -r d"
+    parts = [("new", 2), ("d", 5), ("second", 5)]
+    lower, store = tmp_path / "lower", tmp_path / "store"
+    with mounted(lower, tmp_path / "mnt", store) as here:
+        first, before = here.path / "first", tree(here.path)
+        script(work + "; rm second; echo other >second", here.path)
+        changed = tree(here.path)
+        assert first.stat().st_nlink == 4
+        for what, count in parts:
+            reverted(here.path, what)
+            assert (what, first.stat().st_nlink) == (what, count)
+            reverted(here.path, "--undo")
+            assert tree(here.path)["first"] == changed["first"], what
+        assert without_directory_times(tree(here.path)) == without_directory_times(changed)
+    reverted(store, "new", "d")
+    with mounted(lower, tmp_path / "mnt", store) as here:
+        assert (here.path / "first").stat().st_nlink == 3
+        reverted(here.path, "--undo")
+        assert without_directory_times(tree(here.path)) == without_directory_times(changed)
+        script("ln first x; ln first y", here.path)
+        reverted(here.path, "new")
+        (here.path / "c").unlink()  # which counts by the names that the upper has, those in the trash too
+        cowfs("vacuum", here.path, "--trash", check=True)
+    with mounted(lower, tmp_path / "mnt", store) as here:
+        assert (here.path / "first").stat().st_nlink == 3
+        script("echo more >>first; mv y z; rm first x", here.path)  # z is the last name
+        reverted(here.path, "--all")  # the lower's second shows again, which another file has replaced
+        assert tree(here.path) == before
+        reverted(here.path, "--undo")
+        script("rm second", here.path)
+        reverted(here.path, "--all")
+        assert tree(here.path) == before
+
+
+def refused(*words: str | Path, code: int, word: str) -> None:
+    done = cowfs("revert", *words)
+    assert (done.returncode, done.stdout) == (code, ""), done
+    assert word in done.stderr and done.stderr.count("\n") == 1 and done.stderr.startswith("cowfs: ")
+
+
+def test_what_cannot_be(tmp_path: Path) -> None:
+    script(MAKE, tmp_path)
+    with mounted(tmp_path / "lower", tmp_path / "mnt", tmp_path / "store") as here:
+        refused(here.path, "--undo", code=32, word="nothing was reverted")
+        refused(here.path, "--all", code=1, word="nothing to take back")
+        script(WORK, here.path)
+        changed = tree(here.path)
+        refused(here.path, "old/g", code=32, word="old was deleted and made anew")
+        refused(here.path, "bin", code=32, word="there is another usr now")
+        refused(here.path, code=1, word="--all")
+        refused(here.path, "etc", "--all", code=1, word="--all")
+        refused(here.path, "etc", "--undo", code=1, word="--undo")
+        assert tree(here.path) == changed
+        dry = cowfs("revert", here.path, "--dry-run", "--all").stdout
+        assert dry == cowfs("diff", here.path).stdout
+        assert tree(here.path) == changed
+    refused(tmp_path / "nothing", "--all", code=32, word="no such store")
+    refused(tmp_path / "lower", "--all", code=32, word="not a store")
+
+
+def test_a_full_store(tmp_path: Path) -> None:
+    """What needs room for its log is refused in a line, and changes nothing; what was deleted makes room."""
+    script(MAKE.replace("mkfifo pipe", "touch pipe"), tmp_path)
+    store, full = store_of(tmp_path, "image"), "No space left on device (delete files, or make it larger"
+    with mounted(tmp_path / "lower", tmp_path / "mnt", store) as here:
+        script(WORK, here.path)
+        script("dd if=/dev/zero of=fill bs=4096 2>/dev/null || rm -f none", here.path)
+        for number in range(2000):
+            try:
+                (here.path / f"bin/{'long' * 50}{number}").touch()
+            except OSError:
+                break
+        changed = tree(here.path)
+        for words in (("etc/fstab",), ("--all",)):
+            refused(here.path, *words, code=32, word=full)
+        assert tree(here.path) == changed
+    refused(store, "--all", code=32, word=full)
+    with mounted(tmp_path / "lower", tmp_path / "mnt", store) as here:
+        assert tree(here.path) == changed
+        (here.path / "fill").unlink()
+        reverted(here.path, "--all", "-q")
+        assert cowfs("diff", here.path, check=True).stderr == "no changes\n"
+
+
+def test_undo_spares_what_was_made_since(tmp_path: Path) -> None:
+    script(MAKE, tmp_path)
+    with mounted(tmp_path / "lower", tmp_path / "mnt", tmp_path / "store") as here:
+        script("echo mine >etc/fstab; echo new >added", here.path)
+        reverted(here.path, "--all")
+        (here.path / "added").write_text("another\n")
+        done = cowfs("revert", here.path, "--undo")
+        assert done.returncode == 32 and "added: something else is there now" in done.stderr
+        assert (here.path / "added").read_text() == "another\n"
+        assert (here.path / "etc/fstab").read_text() == "mine\n"
+        (here.path / "added").unlink()
+        reverted(here.path, "--undo")  # what is left in the trash
+        assert (here.path / "added").read_text() == "new\n"
+
+
+@pytest.mark.parametrize(
+    ("seed", "count"),
+    [(1, 100), *(pytest.param(seed, 1000, marks=pytest.mark.nightly) for seed in range(2, 12))],
+)
+@KINDS
+def test_after_many_changes(tmp_path: Path, kind: str, seed: int, count: int) -> None:
+    script(MAKE.replace("mkfifo pipe", "touch pipe"), tmp_path)  # that nobody waits for its reader
+    random_work(tmp_path / "lower", seed + 100, 60)
+    store = store_of(tmp_path, kind)
+    with mounted(tmp_path / "lower", tmp_path / "mnt", store) as here:
+        before = tree(here.path)
+        random_work(here.path, seed, count)
+        changed = tree(here.path)
+        reverted(here.path, "--all", "-q")
+        assert tree(here.path) == before
+        reverted(here.path, "--undo", "-q")
+        assert without_directory_times(tree(here.path)) == without_directory_times(changed)
+    if kind == "image":
+        run("e2fsck", "-fn", store)
+
+
+IN_THE_WAY = r"""
+mv usr bin; mkdir usr; mv bin/lib usr/moved; echo n >usr/moved/n; ln usr/moved/n usr/m; echo y >usr/y
+mv etc usr/etc; mkdir etc; echo new >etc/fstab; mv usr/etc/sub etc/same
+mv old t; mv empty old; mv t empty; echo more >>empty/f
+mv d t; mkdir d; mv t d/t; mv d/t/e d/e; echo more >>d/e/file; chmod 700 d/e
+chmod 755 script; rm second; mv big large
+"""
+
+
+def test_a_step_may_be_undone_twice(tmp_path: Path) -> None:
+    """As after a kill just before it was noted; with others at the place of renamed directories."""
+    script(MAKE + "\nmkdir -p d/e; echo e >d/e/file; chmod 750 d", tmp_path)
+    store = tmp_path / "store"
+    with mounted(tmp_path / "lower", tmp_path / "mnt", store) as here:
+        before = tree(here.path)
+        script(IN_THE_WAY, here.path)
+        changed = tree(here.path)
+        reverted(here.path, "--all")
+        assert tree(here.path) == before
+    log, names = store / "cowfs/trash/1/log", list[bytes]()
+    while log.exists():
+        for done in list(islice(take_back(str(store), "undo", None), 2)):  # and give up the store
+            assert not done.why_not, done
+            names.append(done.path)
+        if log.exists():
+            *lines, last = log.read_text().splitlines(keepends=True)
+            assert "undone" in last
+            log.write_text("".join(lines) + last[:9])  # torn, as well
+    assert {b"bin", b"usr", b"usr/moved", b"usr/etc", b"etc/same", b"old", b"empty"} < set(names)
+    with mounted(tmp_path / "lower", tmp_path / "mnt", store) as here:
+        assert without_directory_times(tree(here.path)) == without_directory_times(changed)
+
+
+@pytest.mark.crash
+@pytest.mark.parametrize(
+    "seed", [1, 2, *(pytest.param(seed, marks=pytest.mark.nightly) for seed in range(3, 103))]
+)
+def test_killed_in_the_middle_nothing_is_lost(tmp_path: Path, seed: int) -> None:
+    rng = random.Random(seed)
+    script(MAKE.replace("mkfifo pipe", "touch pipe"), tmp_path)
+    store = store_of(tmp_path, "image" if seed % 2 else "directory")
+    with mounted(tmp_path / "lower", tmp_path / "mnt", store, quiet=False) as here:
+        script(WORK, here.path)
+        random_work(here.path, seed, 40)
+        changed = tree(here.path)
+        pid = here.pid()
+        environment = {**os.environ, "PYTHONPATH": project_root()}
+        with subprocess.Popen(
+            [*COWFS, "revert", here.path, "--all"],
+            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment,
+        ) as process:  # fmt: skip
+            assert process.stdout is not None
+            for _ in range(rng.randrange(1, 25)):
+                process.stdout.readline()
+            os.kill(pid, signal.SIGKILL)
+            process.stdout.read()
+        assert cowfs("umount", here.path).returncode == 0
+        assert not is_mounted(here.path)
+        again = cowfs("mount", tmp_path / "lower", here.path, "--store", store)
+        assert again.returncode == 0, again.stderr
+        done = cowfs("revert", here.path, "--undo")
+        assert done.returncode in {0, 1}, done.stderr  # 1: it came before the first step
+        assert without_directory_times(tree(here.path)) == without_directory_times(changed)
+
+
+# --- vacuum
+
+
+@KINDS
+def test_vacuum_removes_what_says_nothing(tmp_path: Path, kind: str) -> None:
+    lower, store = lower_of(tmp_path, kind), store_of(tmp_path, kind)
+    with mounted(lower, tmp_path / "mnt", store) as here:
+        script(
+            "chmod 600 etc/fstab; chmod 644 etc/fstab; cp -p usr/tool t; rm usr/tool; mv t usr/tool",
+            here.path,
+        )
+        script("echo x >>script; mkdir usr/d; rmdir usr/d; touch -d 2019-05-05 usr", here.path)
+        os.utime(here.path / "usr/tool", ns=(0, (tmp_path / "lower/usr/tool").stat().st_mtime_ns))
+        seen = tree(here.path)
+    upper = {"D", "M", "A"}
+    before = store.read_bytes() if store.is_file() else b""
+    dry = cowfs("vacuum", store, "--dry-run")
+    assert before == (store.read_bytes() if store.is_file() else b"")
+    done = cowfs("vacuum", store)
+    assert (done.returncode, done.stdout) == (0, dry.stdout), done.stderr
+    removed = {line.split(maxsplit=1)[1] for line in done.stdout.splitlines()}
+    assert {"etc/fstab", "usr/tool"} <= removed, done.stdout
+    assert "script" not in removed
+    with mounted(lower, tmp_path / "mnt", store) as here:
+        assert tree(here.path) == seen
+        assert cowfs("vacuum", here.path).stdout == ""
+        assert {line[0] for line in cowfs("diff", here.path).stdout.splitlines()} <= upper
+
+
+@pytest.mark.crash
+@pytest.mark.parametrize(
+    "seed", [1, 2, *(pytest.param(seed, marks=pytest.mark.nightly) for seed in range(3, 103))]
+)
+def test_vacuum_killed_in_the_middle(tmp_path: Path, seed: int) -> None:
+    """Nothing that is seen changes: of a mount the daemon is killed, of a store the command."""
+    rng = random.Random(seed)
+    script(MAKE.replace("mkfifo pipe", "touch pipe"), tmp_path)
+    store = store_of(tmp_path, "image" if seed % 2 else "directory")
+    lower, mnt = tmp_path / "lower", tmp_path / "mnt"
+    needless = (
+        'find . -type f | while read -r f; do m=$(stat -c %a "$f"); chmod 600 "$f"; chmod $m "$f"; done\n'
+        'find . -type d | while read -r d; do touch -r "$d" /tmp/$$; mkdir "$d/.x"; rmdir "$d/.x";'
+        ' touch -r /tmp/$$ "$d"; done; rm /tmp/$$'
+    )
+    with mounted(lower, mnt, store, quiet=False) as here:
+        script(needless, here.path)
+        script(WORK, here.path)
+        random_work(here.path, seed, 20)
+        changed = tree(here.path)
+        is_mount = seed % 4 < 2
+        if not is_mount:
+            cowfs("umount", here.path, check=True)
+        with subprocess.Popen(
+            [*COWFS, "vacuum", here.path if is_mount else store, "--json"],
+            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONPATH": project_root(), "PYTHONUNBUFFERED": "1"},
+        ) as process:  # fmt: skip
+            assert process.stdout is not None
+            for _ in range(rng.randrange(0, 25)):
+                process.stdout.readline()
+            os.kill(here.pid() if is_mount else process.pid, signal.SIGKILL)
+            process.stdout.read()
+        if is_mount:
+            cowfs("umount", here.path, check=True)
+        cowfs("mount", lower, mnt, "--store", store, check=True)
+        assert tree(here.path) == changed
+        removed = cowfs("vacuum", here.path, "--json", check=True).stdout.splitlines()
+        assert all(json.loads(line)["version"] == 1 for line in removed)
+        assert tree(here.path) == changed
+        assert cowfs("vacuum", here.path, "--json", check=True).stdout == ""
+
+
+def test_vacuum_leaves_what_is_in_use(tmp_path: Path) -> None:
+    script(MAKE, tmp_path)
+    with mounted(tmp_path / "lower", tmp_path / "mnt", tmp_path / "store") as here:
+        script("chmod 600 etc/fstab; chmod 644 etc/fstab", here.path)
+        with (here.path / "etc/fstab").open("rb") as file:
+            number = os.fstat(file.fileno()).st_ino
+            cowfs("vacuum", here.path, check=True)
+            assert os.fstat(file.fileno()).st_ino == number == (here.path / "etc/fstab").stat().st_ino
+            assert file.read() == (tmp_path / "lower/etc/fstab").read_bytes()
+        assert "etc/fstab" in cowfs("vacuum", here.path).stdout
+
+
+def test_the_trash_is_emptied(tmp_path: Path) -> None:
+    script(MAKE, tmp_path)
+    store = tmp_path / "store"
+    with mounted(tmp_path / "lower", tmp_path / "mnt", store) as here:
+        script(WORK, here.path)
+        reverted(here.path, "--all")
+        assert list((store / "cowfs/trash").iterdir())
+        cowfs("vacuum", here.path, "--trash", check=True)
+        assert list((store / "cowfs/trash").iterdir()) == []
+        refused(here.path, "--undo", code=32, word="nothing was reverted")

@@ -1,0 +1,447 @@
+"""`cowfs run --root`: a command on a tree of its own, and what becomes of what it has changed."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import pty
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+
+from cowfs.commits import Changed, Commit
+from cowfs.layers import beneath
+from cowfs.layers.beneath import now
+from perf import debian
+from tests.support.mounts import COWFS, cowfs, mounted, project_root
+from tests.support.system import makes_user_namespaces, needs_fuse, needs_root, run
+from tests.support.tree import Snapshot, differences, snapshot
+
+DEV_FUSE_AT_NIGHT = True
+pytestmark = [needs_fuse, needs_root]
+
+FAILED = 125
+PROGRAMS = ("usr", "bin", "sbin", "lib", "lib64")
+
+MAKE = r"""
+umask 022
+mkdir -p proc dev run opaque/below gone/sub swap1 swap2 renamed/deep links tmp/kept m.1
+echo 1 >opaque/old; echo 2 >opaque/below/old; echo 3 >gone/sub/file; echo 4 >swap1/one; echo 5 >swap2/two
+echo 6 >renamed/deep/file; echo 7 >links/a; ln links/a links/b; ln links/a links/c; ln -s gone link
+echo 8 >file; echo 9 >'odd
+name'; echo 10 >owned; chown 42:43 owned; chmod 4750 owned; mkfifo fifo
+truncate -s 1M sparse; echo end >>sparse; echo 11 >tofile; mkdir todir; echo 12 >todir/x
+echo a >x1; echo b >x2
+"""
+
+CHANGE = r"""
+umask 022
+rm -r opaque; mkdir opaque; echo new >opaque/new; mkdir opaque/below
+rm -r gone; mv swap1 swap3; mv swap2 swap1; mv swap3 swap2
+mv renamed/deep moved; echo more >>moved/file; mv moved renamed/again; echo 2 >>links/b; rm links/c
+ln links/a another; rm link; mkdir link; echo in >link/in; chmod 700 tmp; rmdir tmp/kept
+echo more >>file; mv file 'odd
+name'; chown 1:2 owned; chmod 6755 owned; mkfifo fifo2; rm fifo; echo no >fifo; ln -s /etc/passwd sym
+rm tofile; mkdir tofile; rm -r todir; echo file >todir; mv x1 x3; mv x2 x1; mv x3 x2
+printf x | dd of=sparse bs=1 seek=5000 conv=notrunc 2>/dev/null; touch -d 2001-02-03 dated
+setfattr -n user.one -v 1 swap1; mknod null c 1 3
+python3 -c 'import socket; socket.socket(socket.AF_UNIX).bind("socket")'
+"""
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return made(tmp_path / "root")
+
+
+def made(path: Path) -> Path:
+    """Make a directory with a tree, and where the programs of this system can be shown."""
+    path.mkdir()
+    run("sh", "-euc", MAKE, cwd=path)
+    for name in PROGRAMS:
+        there = Path("/", name)
+        if there.is_symlink():
+            (path / name).symlink_to(os.readlink(there))
+        elif there.is_dir():
+            (path / name).mkdir()
+    return path
+
+
+@contextmanager
+def with_programs(root: Path) -> Iterator[None]:
+    """Show the programs of this system in a root."""
+    with ExitStack() as stack:
+        for name in PROGRAMS:
+            if (root / name).is_dir() and not (root / name).is_symlink():
+                run("mount", "-o", "bind,ro", Path("/", name), root / name)
+                stack.callback(run, "umount", root / name)
+        yield
+
+
+def sandbox(root: Path, *arguments: str | Path, script: str = "true") -> subprocess.CompletedProcess[str]:
+    with with_programs(root):
+        return cowfs("run", "--root", root, *arguments, "--", "sh", "-euc", script)
+
+
+def test_a_commit_does_what_the_command_does(root: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    run("cp", "-a", root, copy)
+    run("mount", "-t", "tmpfs", "-o", "mode=755", "cowfs-test", root / "m.1")
+    try:
+        for top in (root, copy):
+            run("sh", "-c", "umask 022; mkdir m.1/in; echo 1 >m.1/in/old; echo 2 >m.1/two", cwd=top)
+        change = f"{CHANGE}\nmv m.1/two two; echo 3 >>m.1/in/old; cp dated m.1/dated"
+        before = snapshot(root)
+        done = sandbox(root, "--discard", "--store", tmp_path / "new", script=change)
+        assert (done.returncode, differences(before, snapshot(root))) == (0, []), done.stderr
+        assert list(tmp_path.glob("new*")) == []
+        done = sandbox(root, "--commit", script=f"{change}\necho out; exit 7")
+        assert (done.returncode, done.stdout) == (7, "out\n"), done.stderr
+        run("sh", "-euc", change, cwd=copy)
+        assert differences(contents(snapshot(copy)), contents(snapshot(root))) == []
+        assert (root / "dated").stat().st_mtime == (copy / "dated").stat().st_mtime
+        assert (root / "links/a").samefile(root / "another")
+        assert os.listdir("/var/lib/cowfs/commits") == []
+    finally:
+        run("umount", root / "m.1")
+
+
+KILLED = """
+import os, signal, sys
+from cowfs.commits import Changed, Commit
+from cowfs.layers.beneath import now
+mountpoint, root, when, path, times = sys.argv[1:4] + [os.fsencode(sys.argv[4]), int(sys.argv[5])]
+def tick(at, size):
+    global times
+    times -= at == path
+    if times == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+ticks = {"prepare": lambda *_: None, "make": lambda *_: None, when: tick}
+commit = Commit()
+commit.prepare([Changed(mountpoint, root)], since=now(), force=False, tell=print, tick=ticks["prepare"])
+commit.make(ticks["make"])
+"""
+
+
+def contents(tree: Snapshot) -> Snapshot:
+    """What is where, whichever inodes and times it has."""
+    fleeting = {"mtime", "ino", "d_ino", "same_dev"}
+    return {
+        path: {name: value for name, value in facts.items() if name not in fleeting}
+        for path, facts in tree.items()
+    }
+
+
+def failing(fd: int) -> None:
+    raise OSError(errno.EIO, "fsync")
+
+
+def renumber_disks() -> None:
+    """Let the commit that is prepared have been so before the machine was started anew."""
+    (manifest,) = Path("/var/lib/cowfs/commits").glob("*/manifest")
+    first, rest = manifest.read_text().split("\n", 1)
+    whole = json.loads(first)
+    for tree in whole["trees"]:
+        tree["dev"] += 1
+    manifest.write_text(f"{json.dumps(whole)}\n{rest}")
+
+
+def test_a_commit_that_is_killed_is_undone_or_completed(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("mnt", "other", "empty"):
+        (tmp_path / name).mkdir()
+    the_next = ("run", tmp_path / "empty", tmp_path / "other", "--", "true")
+    before = contents(snapshot(root))
+    with mounted(root, tmp_path / "mnt") as here:
+        run("sh", "-euc", CHANGE, cwd=here.path)
+        wanted = contents(snapshot(here.path))
+
+        def killed(*how: str) -> None:
+            command: list[str | Path] = [sys.executable, "-c", KILLED, here.path, root, *how]
+            assert subprocess.run(command, cwd=project_root(), check=False).returncode == -signal.SIGKILL
+
+        with monkeypatch.context() as patched, pytest.raises(OSError, match="fsync"):
+            patched.setattr(os, "fsync", failing)
+            Commit().prepare([Changed(str(here.path), str(root))], since=now(), force=False, tell=print)
+        killed("prepare", "sparse", "2")
+        assert cowfs(*the_next).stderr.count("completed") == 0
+        assert contents(snapshot(root)) == before
+        for path, times in (("swap1/two", "1"), ("sparse", "2"), ("gone", "2")):
+            killed("make", path, times)
+            if path == "swap1/two":
+                half = contents(snapshot(root))
+                assert half["file"]["content"] == before["file"]["content"]
+                assert half["swap2/two"] == before["swap2/two"]
+            renumber_disks()
+            done = cowfs(*the_next)
+            assert f"a commit to {root} that was interrupted has been completed" in done.stderr
+            assert differences(wanted, contents(snapshot(root))) == []
+            break
+
+
+def as_on_fat(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let there be no symbolic links and no sticky bits."""
+    chmod = beneath.chmod
+
+    def refused(*_: object) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    def limited(fd: int, mode: int) -> None:
+        (refused if mode & 0o1000 else chmod)(fd, mode)
+
+    monkeypatch.setattr(beneath, "make_symlink", refused)
+    monkeypatch.setattr(beneath, "chmod", limited)
+
+
+def test_a_commit_leaves_out_what_cannot_be(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where something is mounted, and what a filesystem does not have: else it could never be completed."""
+    (tmp_path / "mnt").mkdir()
+    as_on_fat(monkeypatch)
+    with mounted(root, tmp_path / "mnt") as here:
+        run("sh", "-euc", "rm -r gone; echo new >new; ln -s x new-link; mkdir -m 1777 new-dir", cwd=here.path)
+        run("mount", "-t", "tmpfs", "cowfs-test", root / "gone/sub")
+        try:
+            commit = Commit()
+            changed = [Changed(str(here.path), str(root))]
+            assert commit.prepare(changed, since=now(), force=False, tell=print)
+            commit.make()
+        finally:
+            run("umount", root / "gone/sub")
+    assert [(root / name).exists() for name in ("new", "new-dir", "new-link")] == [True, True, False]
+    assert sorted(commit.losses) == [
+        "files whose mode their filesystem does not have: 1 (new-dir)",
+        "left there, for something is mounted on it, or in it: 1 (gone)",
+        "symbolic links, FIFOs and sockets left out, which the filesystem does not have: 1 (new-link)",
+    ]
+    assert os.listdir("/var/lib/cowfs/commits") == []
+
+
+def test_what_was_changed_meanwhile_is_a_conflict(root: Path, tmp_path: Path) -> None:
+    """The host's files stay, and the changes are kept."""
+    store = tmp_path / "store"
+    with with_programs(root):
+        command: list[str | Path] = [
+            *COWFS,
+            "run",
+            "--root",
+            root,
+            "--store",
+            store,
+            "--commit",
+            "--",
+            "sh",
+            "-euc",
+        ]
+        process = subprocess.Popen(
+            [*command, "echo mine >file; rm -r gone; echo new >new; echo; read x; (sleep 100 &)"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=project_root(),
+        )
+        assert process.stdout is not None
+        process.stdout.readline()
+        (root / "file").write_text("host")
+        (root / "gone/sub/file").write_text("host")
+        said = process.communicate("\n", timeout=60)[1]
+    assert process.returncode == FAILED
+    for line in ("file was changed in the lower", "gone/sub/file was changed in the lower"):
+        assert f"conflict: {line} meanwhile\n" in said
+    assert "ended what the command has left running: " in said
+    assert ((root / "file").read_text(), (root / "new").exists()) == ("host", False)
+    assert cowfs("diff", store, "--name-only").stdout == "file\ngone\nnew\n"
+    done = sandbox(root, "--store", store, "--commit", "--force")
+    assert (done.returncode, (root / "file").read_text()) == (0, "mine\n"), done.stderr
+    assert not (root / "gone").exists()
+
+
+def answering(
+    root: Path, answers: bytes, script: str, *options: str | Path, output: int | None = None
+) -> tuple[int, str]:
+    """Run a command on a terminal, and answer what is asked; return the exit code and what was shown."""
+    ours, theirs = pty.openpty()
+    with with_programs(root):
+        command: list[str | Path] = [*COWFS, "run", "--root", root, *options, "--", "sh", "-euc", script]
+        process = subprocess.Popen(
+            command,
+            stdin=theirs,
+            stdout=theirs if output is None else output,
+            stderr=theirs,
+            cwd=project_root(),
+        )
+        os.close(theirs)
+        os.write(ours, answers)
+        shown = b""
+        try:
+            while piece := os.read(ours, 65536):
+                shown += piece
+        except OSError:  # EIO: all others have closed it
+            pass
+        os.close(ours)
+        return process.wait(60), shown.decode()
+
+
+def test_it_is_asked_on_a_terminal(root: Path, tmp_path: Path) -> None:
+    change = "echo more >>file; rm swap1/one; exit 3"
+    old = snapshot(root)
+    code, shown = answering(root, b"what\nd\n", change)
+    assert (code, differences(old, snapshot(root))) == (3, [])
+    assert "M  file  (content, times)\r\nD  swap1/one\r\ncowfs: 1 modified, 1 deleted\r\n" in shown
+    assert shown.count("[c]ommit, [k]eep, [d]iscard? ") == 2
+    code, shown = answering(root, b"k\n%s\n" % os.fsencode(tmp_path / "kept.bs"), change)
+    assert (code, differences(old, snapshot(root))) == (3, []), shown
+    assert cowfs("diff", tmp_path / "kept.bs", "--name-only").stdout == "file\nswap1/one\n"
+    code, shown = answering(root, b"c\n", "true", "--store", tmp_path / "kept.bs")
+    assert (code, (root / "file").read_text(), os.listdir(root / "swap1")) == (0, "8\nmore\n", []), shown
+    assert "discard?" not in shown
+    assert cowfs("diff", tmp_path / "kept.bs").stdout == ""
+    code, shown = answering(root, b"\4", "echo more >>file", "--store", tmp_path / "store")
+    assert (code, cowfs("diff", tmp_path / "store", "--name-only").stdout) == (0, "file\n"), shown
+
+
+def rescued(said: str) -> str:
+    """Return what is in the store that changes were rescued to, and remove that."""
+    (path,) = re.findall(r"the changes of / are kept in (/var/lib/cowfs/kept/\S+)", said)
+    listed = cowfs("diff", path, "--name-only").stdout
+    os.unlink(path)
+    return listed
+
+
+def test_what_cannot_be_kept_as_asked_is_not_lost(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    done = sandbox(root, "--keep", tmp_path / "file/store.bs", script="echo more >>file")
+    assert (done.returncode, rescued(done.stderr)) == (FAILED, "file\n")
+    gone, closed = os.pipe()
+    os.close(gone)  # as with `cowfs run ... | head`
+    shown = answering(root, b"", "echo more >>file", output=closed)[1]
+    os.close(closed)
+    assert rescued(shown.replace("\r", "")) == "file\n"
+
+
+def test_a_lower_whose_name_has_a_colon_is_changed(tmp_path: Path) -> None:
+    for name in ("a:b", "mnt"):
+        (tmp_path / name).mkdir()
+    escaped = f"{tmp_path}/a\\:b"
+    done = cowfs("run", "--commit", escaped, tmp_path / "mnt", "--", "touch", tmp_path / "mnt/new")
+    assert (done.returncode, os.listdir(tmp_path / "a:b")) == (0, ["new"]), done.stderr
+
+
+def test_links_in_a_root_lead_nowhere_else_and_what_is_read_only_stays_so(root: Path, tmp_path: Path) -> None:
+    """To mount where links lead would hide our own files from us."""
+    (root / "run").rmdir()
+    (root / "run").symlink_to(Path(project_root(), "cowfs"))
+    (root / "dev").rmdir()
+    (root / "dev").symlink_to(Path(project_root(), "cowfs/changes"))
+    (tmp_path / "disk").mkdir()
+    with ExitStack() as stack:
+        run("mount", "-t", "tmpfs", "cowfs-test", tmp_path / "disk")
+        stack.callback(run, "umount", tmp_path / "disk")
+        run("mount", "--bind", tmp_path / "disk", root / "m.1")
+        stack.callback(run, "umount", root / "m.1")
+        (tmp_path / "store.mounts").mkdir()
+        (tmp_path / "store.mounts/m%2E1").write_text("no store")
+        before = snapshot(root)
+        done = sandbox(root, "--store", tmp_path / "store", "--commit", script="! touch m.1/new")
+        assert (done.returncode, differences(before, snapshot(root))) == (0, []), done.stderr
+        assert f"{root}/m.1 is read-only for the command: " in done.stderr
+        run("mount", "-o", "remount,ro", tmp_path / "disk")  # the filesystem, and not the mount in the root
+        done = sandbox(root, "--commit", script="echo more >>file; ! touch m.1/new")
+    assert (done.returncode, (root / "file").read_text()) == (0, "8\nmore\n"), done.stderr
+
+
+def test_an_ordinary_user_commits_what_they_may_change(nobody_path: Path) -> None:
+    if not makes_user_namespaces():
+        pytest.skip("needs user namespaces")
+    env = {"XDG_STATE_HOME": str(nobody_path)}
+    root = made(nobody_path / "root")
+    own = root / "own"
+    own.mkdir()
+    (own / "group").write_text("1\n")
+    (own / "group").chmod(0o664)
+    (root / "log").write_text("1\n")
+    for path, group in ((own, -1), (own / "group", 4), (root / "log", -1)):
+        os.chown(path, 65534, group)
+    script = """
+    cd own; mkdir d; echo 2 >d/new; echo 2 >>group; chmod 600 group; echo 2 >>../log
+    id -u; cat "$APT_CONFIG"; python3 -c 'import pty; pty.openpty()'
+    """
+    with with_programs(root):
+        command = ("run", "--root", root, "--commit", "--", "sh", "-euc")
+        (own / "theirs/sub").mkdir(parents=True)
+        (own / "theirs/sub/file").write_text("root's")
+        change = f"{script}rm ../file; echo >../new; rm -r theirs"
+        refused = cowfs(*command, change, nobody=True, env=env)
+        assert refused.returncode == FAILED
+        assert (own / "theirs/sub/file").exists()
+        assert not (own / "d").exists()
+        for name in ("file", "new", "own/theirs"):
+            assert f"conflict: {name} may not be changed by you\n" in refused.stderr
+        kept = next((nobody_path / "cowfs/kept").iterdir())
+        listed = cowfs("diff", kept, "--name-only", nobody=True).stdout.split()
+        assert {"file", "log", "new", "own/d", "own/d/new", "own/group"} <= set(listed)
+        done = cowfs(*command, script, nobody=True, env=env)
+    assert (done.returncode, done.stdout) == (0, '0\nAPT::Sandbox::User "root";\n'), done.stderr
+    assert (own / "d/new").stat().st_uid == 65534
+    info = (own / "group").stat()
+    assert (info.st_uid, info.st_gid, info.st_mode & 0o777) == (65534, 4, 0o600)
+    assert [(own / "group").read_text(), (root / "log").read_text()] == ["1\n2\n"] * 2
+
+
+INSTALL = r"""
+export DEBIAN_FRONTEND=noninteractive
+apt-get -qq install -y /srv/packages/bash-completion*.deb /srv/packages/publicsuffix*.deb >/dev/null
+dpkg -s bash-completion | grep ^Status
+dpkg -i /srv/packages/wamerican*.deb >/dev/null && look zymurg || wc -l </usr/share/dict/words
+pip install -q --no-index --break-system-packages --root-user-action ignore /srv/sample-1.0-py3-none-any.whl
+python3 -c 'import sample.m7; print(sample.m7.number)'
+cd /srv/c && make -s && install -D -o root -g 42 -m 2755 program /usr/local/bin/sum && sum
+stat -c %a /usr/local/bin/sum
+"""
+
+
+@pytest.mark.nightly
+def test_an_ordinary_user_installs_packages(nobody_path: Path) -> None:
+    """apt-get, dpkg, pip and install(1) in a Debian, with nobody there but root."""
+    if not makes_user_namespaces():
+        pytest.skip("needs user namespaces")
+    if debian.missing():
+        pytest.skip(debian.missing())
+    cache = Path(project_root(), ".cache/perf")
+    cache.mkdir(parents=True, exist_ok=True)
+    image = Path(shutil.copy(debian.make(cache), nobody_path))
+    image.chmod(0o644)
+    command = ("run", "--root", image, "--store", nobody_path / "store", "--", "sh", "-euc")
+    done = cowfs(*command, INSTALL, nobody=True, timeout=110)
+    assert done.returncode == 0, done.stderr
+    shown = done.stdout.splitlines()
+    assert (shown[0], shown[2:]) == ("Status: install ok installed", ["7", "780", "2755"])
+    listed = cowfs("diff", nobody_path / "store", "--name-only", nobody=True).stdout.splitlines()
+    assert {"usr/local/bin/sum", "usr/share/dict/american-english"} <= set(listed)
+
+
+def test_what_does_not_go_together_is_said_before_anything_is_run(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "image").touch()
+    for arguments, said in (
+        (("--root", tmp_path / "image", "--commit"), "is no directory, and cannot be changed"),
+        (("--root", root, tmp_path / "image", tmp_path), "one of them is too many"),
+        ((), "no root given"),
+        (("--root", tmp_path / "none"), "no such file or directory"),
+        (("--root", root, "--keep", tmp_path / "image"), "already exists"),
+        (("--root", root, "--keep", "x", "--store", "y"), "both say where"),
+        (("--root", root, "--discard", "--store", tmp_path), "keeps its changes"),
+    ):
+        done = cowfs("run", *arguments, "--", "touch", tmp_path / "done")
+        assert (done.returncode, said in done.stderr) == (1, True), done.stderr
+    assert not (tmp_path / "done").exists()

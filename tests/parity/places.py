@@ -1,0 +1,53 @@
+"""A store on which a case is run, and how each system mounts it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+from tests.support.mounts import cowfs, kernel_overlay, mounted
+from tests.support.system import run
+
+
+class Place:
+    """A store, and how each system mounts it."""
+
+    def __init__(self, at: Path, lowers: Sequence[Path], store: Path, kind: str) -> None:
+        self.at, self.lowers, self.store, self.kind = at, lowers, store, kind
+        self.opened = store if kind == "directory" else at.with_name(f"{at.name}.opened")
+        at.mkdir()
+        if kind != "directory":
+            self.opened.mkdir()
+            cowfs("create", store, "128", check=True)
+
+    @contextmanager
+    def seen(self) -> Iterator[Path]:
+        """The filesystem with upper/ and work/."""
+        if self.kind == "directory":
+            yield self.store
+            return
+        run("mount", "-o", "loop", self.store, self.opened)
+        try:
+            yield self.opened
+        finally:
+            run("umount", self.opened)
+
+    @contextmanager
+    def kernel(self) -> Iterator[None]:
+        with self.seen() as store:
+            store.mkdir(exist_ok=True)
+            with kernel_overlay(self.lowers, store, self.at):
+                yield
+
+    @contextmanager
+    def cowfs(self) -> Iterator[None]:
+        engine = "kernel" if self.kind == "kernel" else None
+        with mounted(list(self.lowers), self.at, self.store, engine=engine, quiet=False) as here:
+            yield
+        trouble = [line for line in here.trouble() if " is missing from a listing: " not in line]
+        assert not trouble, trouble
+
+    def by(self, system: str) -> AbstractContextManager[None]:
+        """Mount it."""
+        return self.kernel() if system == "kernel" else self.cowfs()

@@ -1,0 +1,108 @@
+"""Small cases, all on one mount: each acts in a directory of its own, which is looked at in the end.
+
+A case is a function, or a generator: where it yields, all is unmounted and mounted again, once for all cases.
+Standard library only: the child that runs them imports it too.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from typing import Any
+
+from tests.parity.script import Script, attempt
+from tests.parity.trees import directory, link, symlink
+from tests.support import tree
+from tests.support.tree import Node
+
+Act = Callable[[Script], Generator[None, None, None] | None]
+
+LONGEST = "n" * 255
+"""A name."""
+
+SMALL: tree.Tree = {
+    "f": b"lower\n",
+    "empty": b"",
+    "prog": Node(data=b"#!/bin/sh\necho ran\n", mode=0o755),
+    "d/a": b"a\n",
+    "d/b": b"bb\n",
+    "d/s/c": b"c\n",
+    "x": directory(0o750),
+    "l": symlink("f"),
+    "ld": symlink("d"),
+    "dangling": symlink("nowhere"),
+    "h1": b"hard\n",
+    "h2": link("h1"),
+    "d/h3": link("h1"),
+    "p": Node("fifo"),
+    "n": Node("char", rdev=os.makedev(1, 3), mode=0o666),
+    "w": Node(data=b"for all\n", mode=0o666),
+    "dressed": Node(data=b"x\n", xattrs={"user.color": b"red", "trusted.t": b"\0\1"}),
+    "theirs": directory(0o755, uid=1000, gid=1000),
+    "theirs/f": Node(data=b"theirs\n", mode=0o644, uid=1000, gid=1000),
+    "sticky": directory(0o1777),
+    "sticky/f": Node(data=b"theirs\n", mode=0o666, uid=1001, gid=1001),
+}
+
+
+@dataclass
+class Quick:
+    """A small case."""
+
+    name: str
+    act: Act
+    lowers: tuple[tree.Tree, ...]
+    upper_differs: str
+    """Why the uppers are not equal after this case."""
+    merged_differs: str
+    """Why the kernel shows another tree."""
+
+
+CASES: dict[str, Quick] = {}
+
+
+def quick(*lowers: tree.Tree, upper_differs: str = "", merged_differs: str = "") -> Callable[[Act], Act]:
+    """Register a case over *lowers*, topmost first, by the name of its function."""
+
+    def register(act: Act) -> Act:
+        assert act.__name__ not in CASES, f"two cases are called {act.__name__}"
+        CASES[act.__name__] = Quick(act.__name__, act, lowers or (SMALL,), upper_differs, merged_differs)
+        return act
+
+    return register
+
+
+def load() -> dict[str, Quick]:
+    """Import every module of small cases."""
+    import importlib
+    from pathlib import Path
+
+    for path in sorted(Path(__file__).parent.glob("quick_*.py")):
+        if path.stem != "quick_child":
+            importlib.import_module(f"tests.parity.{path.stem}")
+    return CASES
+
+
+class Brief(Script):
+    """A script that looks at the tree when it is asked to only."""
+
+    def look(self) -> tree.Snapshot:
+        return {}
+
+
+def errno_of(operation: Callable[[], Any]) -> Any:
+    """The errno of an operation of which the result does not matter; None if it succeeds."""
+    result = attempt(operation)
+    return result if isinstance(result, str) and result.startswith("errno") else None
+
+
+def clear(s: Script, path: str) -> None:
+    """Remove a directory and all that is in it."""
+    for name in sorted(os.listdir(s.at(path))):
+        here = f"{path}/{name}"
+        if os.path.isdir(s.at(here)) and not os.path.islink(s.at(here)):
+            clear(s, here)
+        else:
+            s.unlink(here)
+    s.rmdir(path)

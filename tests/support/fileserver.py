@@ -1,0 +1,211 @@
+"""A web server on the loopback interface that serves files by ranges, as well or badly as a test wants."""
+
+from __future__ import annotations
+
+import base64
+import random
+import re
+import socket
+import ssl
+import struct
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+_PIECE = 128 << 10
+
+
+@dataclass
+class Behaviour:
+    """What the server does; may be changed at any time."""
+
+    files: dict[str, bytes] = field(default_factory=dict)
+    """What it has, by path."""
+    etag: str | None = '"first"'
+    modified: str | None = "Sat, 01 Aug 2026 10:00:00 GMT"
+    ranges: bool = True
+    login: tuple[str, str] | None = None
+    redirects: dict[str, str] = field(default_factory=dict)
+    status: int = 0
+    """What is answered in place of everything."""
+    latency: float = 0.0
+    failures: float = 0.0
+    """The part of the requests whose connection is reset."""
+    cut: int = 0
+    """So many bytes are missing at the end of each answer."""
+    away: threading.Event = field(default_factory=threading.Event)
+    """While it is set connections are reset."""
+    stalls: threading.Event = field(default_factory=threading.Event)
+    """While it is set no answer comes, until it is not any more."""
+    endless: bool = False
+    """Whether answers do not end."""
+    bandwidth: float = 0.0
+    """Bytes a second, of all clients together; 0: no limit."""
+
+
+@dataclass
+class Served:
+    """What has been asked for."""
+
+    requests: int = 0
+    bytes: int = 0
+    ranges: list[tuple[str, int, int]] = field(default_factory=list)
+    waiting: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 256
+
+    def __init__(self, behaviour: Behaviour) -> None:
+        self.behaviour = behaviour
+        self.served = Served()
+        self.over = threading.Event()
+        self.free_at = 0.0
+        super().__init__(("127.0.0.1", 0), _Handler)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Clients go away."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: _Server
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+    def do_GET(self) -> None:
+        wanted, served = self.server.behaviour, self.server.served
+        self.path = unquote(self.path.partition("?")[0])
+        with served.lock:
+            served.requests += 1
+            served.waiting += 1
+        try:
+            while wanted.stalls.is_set() and not self.server.over.wait(0.01):
+                pass
+        finally:
+            with served.lock:
+                served.waiting -= 1
+        if wanted.latency:
+            time.sleep(wanted.latency)
+        if wanted.away.is_set() or random.random() < wanted.failures:
+            self._reset()
+        elif wanted.status:
+            self._say(wanted.status)
+        elif self.path in wanted.redirects:
+            self._say(302, Location=wanted.redirects[self.path])
+        elif wanted.login and self.headers["Authorization"] != _basic(*wanted.login):
+            self._say(401, **{"WWW-Authenticate": 'Basic realm="x"'})
+        elif self.path not in wanted.files:
+            self._say(404)
+        else:
+            self._file(wanted.files[self.path], wanted, served)
+
+    def _file(self, data: bytes, wanted: Behaviour, served: Served) -> None:
+        match = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers["Range"] or "")
+        headers = {"Content-Type": "application/octet-stream"}
+        if wanted.etag:
+            headers["ETag"] = wanted.etag
+        if wanted.modified:
+            headers["Last-Modified"] = wanted.modified
+        start, end, status = 0, len(data), 200
+        if match and wanted.ranges:
+            start, end = int(match[1]), min(int(match[2]) + 1, len(data))
+            if start >= len(data):
+                self._say(416, **headers, **{"Content-Range": f"bytes */{len(data)}"})
+                return
+            status = 206
+            headers["Content-Range"] = f"bytes {start}-{end - 1}/{len(data)}"
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        if not wanted.endless:
+            self.send_header("Content-Length", str(end - start))
+        self.end_headers()
+        with served.lock:
+            served.bytes += end - start
+            served.ranges.append((self.path, start, end))
+        end = max(end - wanted.cut, start)
+        whole = memoryview(data)
+        while start < end:
+            piece = whole[start : min(start + _PIECE, end)]
+            if wanted.bandwidth:
+                self._wait_for_turn(len(piece) / wanted.bandwidth)
+            self.wfile.write(piece)
+            start += len(piece)
+        while wanted.endless and not self.server.over.is_set():
+            self.wfile.write(bytes(_PIECE))
+        if wanted.cut:
+            self._reset()
+
+    def _wait_for_turn(self, seconds: float) -> None:
+        """Take so many seconds of the line, which all connections share piece by piece."""
+        with self.server.served.lock:
+            self.server.free_at = max(self.server.free_at, time.monotonic()) + seconds
+            wait = self.server.free_at - time.monotonic()
+        time.sleep(max(wait, 0))
+
+    def _say(self, status: int, **headers: str) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def _reset(self) -> None:
+        self.close_connection = True
+        with suppress(OSError):
+            self.wfile.flush()
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.connection.shutdown(socket.SHUT_RDWR)
+
+
+def _basic(user: str, password: str) -> str:
+    return "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()
+
+
+@dataclass
+class FileServer:
+    """A server that runs."""
+
+    behaviour: Behaviour
+    served: Served
+    port: int
+    scheme: str
+
+    def url(self, path: str = "/root.sqsh") -> str:
+        """The URL of what it has at a path."""
+        return f"{self.scheme}://127.0.0.1:{self.port}{path}"
+
+
+@contextmanager
+def serving(
+    image: Path | None = None, behaviour: Behaviour | None = None, certificate: Path | None = None
+) -> Iterator[FileServer]:
+    """A server that has *image* as ``/root.sqsh``; by TLS with a *certificate*, in a file with its key."""
+    behaviour = behaviour or Behaviour()
+    if image is not None:
+        behaviour.files["/root.sqsh"] = image.read_bytes()
+    server = _Server(behaviour)
+    if certificate is not None:
+        tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        tls.load_cert_chain(certificate)
+        server.socket = tls.wrap_socket(server.socket, server_side=True)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    try:
+        scheme = "http" if certificate is None else "https"
+        yield FileServer(behaviour, server.served, server.server_address[1], scheme)
+    finally:
+        server.over.set()
+        server.shutdown()
+        thread.join()
+        server.server_close()

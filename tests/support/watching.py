@@ -1,0 +1,73 @@
+"""``cowfs watch`` running beside a test."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tests.support.mounts import COWFS, eventually, project_root
+from tests.support.system import as_nobody_prefix
+
+
+class Watch:
+    """One that has begun: what happens from now on is told."""
+
+    def __init__(self, process: subprocess.Popen[bytes], out: Path, err: Path) -> None:
+        self.process = process
+        self.out = out
+        self.err = err
+
+    def lines(self) -> list[dict[str, Any]]:
+        """What it has told, with ``--json``; a line that is not whole yet is left out."""
+        return [json.loads(line) for line in self.out.read_bytes().split(b"\n")[:-1]]
+
+    def changes(self) -> list[tuple[str, ...]]:
+        """Operation, path, and new path where there is one."""
+        return [
+            tuple(str(line[name]) for name in ("operation", "path", "to") if name in line)
+            for line in self.lines()
+            if "operation" in line
+        ]
+
+    def wait_for(self, *change: str) -> list[tuple[str, ...]]:
+        """Return all changes once this one has been told."""
+        eventually(lambda: change in self.changes(), f"{change} is told")
+        return self.changes()
+
+    def end(self, seconds: float = 30.0) -> tuple[int, str]:
+        """Return exit code and what was said, once it has ended."""
+        return self.process.wait(seconds), self.err.read_text()
+
+
+@contextmanager
+def watching(
+    mountpoint: Path, place: Path, *arguments: str, nobody: bool = False, json_lines: bool = True
+) -> Iterator[Watch]:
+    """Watch, from before what is done next; it is killed at the end if it has not ended."""
+    number = len(list(place.glob("watch.*.out")))
+    out, err = place / f"watch.{number}.out", place / f"watch.{number}.err"
+    prefix: Sequence[str] = as_nobody_prefix() if nobody else []
+    command = [
+        *prefix,
+        *COWFS,
+        "watch",
+        os.fspath(mountpoint),
+        *arguments,
+        *(["--json"] if json_lines else []),
+    ]
+    with open(out, "wb") as stdout, open(err, "wb") as stderr:
+        process = subprocess.Popen(
+            command, stdout=stdout, stderr=stderr, env={**os.environ, "PYTHONPATH": project_root()}
+        )
+    try:
+        eventually(lambda: "watching" in err.read_text() or process.poll() is not None, "it watches")
+        yield Watch(process, out, err)
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
