@@ -22,8 +22,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cowfs.cli.client import facts_of
 from cowfs.cli.requests import Requests, requests_in
+from cowfs.client import facts_of
 from perf import machine
 from perf.box import PROJECT
 from perf.operations import OPERATIONS, Operation, Place, lower_tree, outside_tree, versions
