@@ -1,11 +1,13 @@
 """The parts in C; all else is in pyproject.toml."""
 
+import os
 import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
 from collections.abc import Iterator
+from glob import glob
 
 from setuptools import Extension, setup
 
@@ -52,10 +54,13 @@ setup(
     ext_modules=[
         Extension(
             "cowfs.fuse._libfuse",
-            [f"cowfs/fuse/{name}.c" for name in ("_libfuse", "ring", "figures", "passthrough")],
-            depends=[f"cowfs/fuse/{name}.h" for name in ("ring", "figures", "passthrough")],
+            sorted(glob("cowfs/fuse/*.c")),
+            depends=sorted(glob("cowfs/fuse/*.h")),
             extra_compile_args=[
                 "-D_FILE_OFFSET_BITS=64",
+                "-Wall",
+                "-Wextra",
+                *shlex.split(os.environ.get("COWFS_CFLAGS", "")),
                 *shlex.split(says("pkg-config", "--cflags", "fuse3") or ""),
             ],
             extra_link_args=shlex.split(says("pkg-config", "--libs", "fuse3", "liburing") or ""),

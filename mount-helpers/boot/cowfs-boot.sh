@@ -278,7 +278,7 @@ tell_unused() {
     used=$1 unused=''
     shift
     for other; do
-        grep -qF "stands on $disks/$other$path" "$top/refused" && continue
+        grep -qF "is based on $disks/$other$path" "$top/refused" && continue
         close_carrier "$other"
         unused="$unused $other"
     done
@@ -341,6 +341,7 @@ serve() {
     offer_io_uring
     set -- --image "$image_file" --store "$1" --mode "$2" --engine "$engine" --mountpoint "$top/root" \
         --show-store "$top/store" --show-below "$top/below" --log /run/log --pid-file /run/pid
+    [ -z "$volatile" ] || set -- "$@" --volatile "$volatile"
     set -f
     IFS=$newline
     # shellcheck disable=SC2086 # a line is a word

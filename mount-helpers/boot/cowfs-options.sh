@@ -43,10 +43,10 @@ command_line() {
 }
 
 # Sets: scope (off, removable, all), named (the path asked for, or nothing), subdir, image, skip (a list),
-# fallback (ram, fail, shell), patience (seconds), engine (auto, kernel, process), panic (seconds until a failed
-# boot starts again).
+# fallback (ram, fail, shell), patience (seconds), engine (auto, kernel, process), volatile (directories whose
+# changes are not kept, or nothing), panic (seconds until a failed boot starts again).
 read_options() {
-    scope=removable named='' subdir='' image=/sysrcd.dat skip='' fallback='' patience='' engine=auto panic=''
+    scope=removable named='' subdir='' image=/sysrcd.dat skip='' fallback='' patience='' engine=auto volatile='' panic=''
     while IFS= read -r word; do
         case $word in
         backstore=*) read_backstore "${word#*=}" ;;
@@ -58,6 +58,8 @@ read_options() {
         cowfs.image=/*) image=${word#*=} ;;
         cowfs.engine=kernel | cowfs.engine=process | cowfs.engine=auto) engine=${word#*=} ;;
         cowfs.engine=*) warn "$word is not understood (auto, kernel or process): ignored" ;;
+        cowfs.volatile=/* | cowfs.volatile=none) volatile=${word#*=} ;;
+        cowfs.volatile=*) warn "$word is not understood (directories, or none): ignored" ;;
         cowfs.image=*) warn "$word does not begin with /: ignored" ;;
         panic=*) panic=${word#*=} ;;
         esac
