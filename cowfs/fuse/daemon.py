@@ -96,6 +96,8 @@ class Daemon:
         self._outside = helper_process.current()
         self._asked = False
         """Whether it was us who ended it."""
+        self._failure: MountFailure | None = None
+        """Why there was no mount to serve."""
 
     def mount(self) -> None:
         """Attach the filesystem to its mountpoint; requests wait until :meth:`serve`.
@@ -184,6 +186,8 @@ class Daemon:
         gc.set_threshold(50_000, 5, 1000)  # what a user makes us know of is gone through in small parts
         sys.setswitchinterval(_TURN)
         trio.run(self._main, commands, ready, look, also)
+        if self._failure is not None:
+            raise self._failure
 
     def stop_waiting_soon(self) -> None:
         """Give up requests that seem to hang, in some seconds and from then on: the mount is being left."""
@@ -267,7 +271,17 @@ class Daemon:
     async def _announce(self, ready: Callable[[], None]) -> None:
         """Say that the mount answers, once it does."""
         if self.dev:
-            await trio.to_thread.run_sync(self._answers, abandon_on_cancel=True)
+            try:
+                await trio.to_thread.run_sync(self._answers, abandon_on_cancel=True)
+            except OSError as error:
+                if not self._asked:
+                    self._asked = True
+                    self._failure = MountFailure(
+                        f"{self._request.mountpoint}: the root cannot be read: {error.strerror}",
+                        "`cowfs check` tells whether the store is damaged",
+                    )
+                    self.loop.stop()
+                return  # a mount that is being ended refuses what comes late
         sd_notify(f"READY=1\nMAINPID={os.getpid()}")
         ready()
 

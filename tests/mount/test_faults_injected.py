@@ -145,6 +145,16 @@ def test_what_is_no_fault_is_refused(lower: Path, tmp_path: Path, fault: str, wh
     assert what in done.stderr and done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("options", [[], ["-f"]], ids=["background", "foreground"])
+def test_a_root_that_cannot_be_read_is_no_mount(lower: Path, tmp_path: Path, options: list[str]) -> None:
+    (tmp_path / "mnt").mkdir()
+    done = command("mount", lower, tmp_path / "mnt", "-o", "fault=/:stat:EIO", *options)
+    assert done.returncode == 32
+    assert done.stderr.startswith(f"cowfs: {tmp_path}/mnt: the root cannot be read: Input/output error")
+    assert done.stderr.count("\n") == 1
+    assert not is_mounted(tmp_path / "mnt")
+
+
 def test_a_directory_cannot_crash(lower: Path, tmp_path: Path) -> None:
     """Neither one that is there, nor one that the mount would make; other faults can be."""
     refused = "a directory keeps what was not synced"
