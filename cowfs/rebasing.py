@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 
 from cowfs.changes.composite import Composite
+from cowfs.changes.imagined import ImaginedUpper
+from cowfs.changes.layers_rebased import Step, steps
 from cowfs.changes.merged import Merged
-from cowfs.changes.rebase import DryRun, Maker, Rebase, Told
+from cowfs.changes.rebase import Maker, Rebase, Told
 from cowfs.changes.upper_maker import UpperMaker
 from cowfs.changes.version import Tree
 from cowfs.client import mount_with_store
@@ -19,12 +21,14 @@ from cowfs.exports.losses import Losses
 from cowfs.exports.plan import Item, everything
 from cowfs.exports.target import new_directory
 from cowfs.exports.upper import Upper
+from cowfs.layers.base import LowerLayer
+from cowfs.layers.frozen import FrozenLayer
 from cowfs.linux.files import LACK_OF_ROOM
 from cowfs.offline_changes import Lowers, Tell, identities, must_be_there, recorded_lowers, styles_of
 from cowfs.overlay.stack import Stack, open_index
 from cowfs.overlay.xattr_format import XattrFormat
 from cowfs.store.format import checkpoints, layout, rebased
-from cowfs.store.format.checkpoints import as_layers
+from cowfs.store.format.checkpoints import Prepared, as_layers
 from cowfs.store.format.header import Header, bound, check_lowers
 from cowfs.store.format.sniff import is_plain_directory
 from cowfs.store.served.open import open_store
@@ -51,12 +55,29 @@ class Rebased:
 
 @dataclass(slots=True)
 class _Sides:
-    store: Store
-    xattrs: XattrFormat
+    """What one upper is made of."""
+
+    changes: Composite
     old: Stack
     new: Stack
-    changes: Composite
     after: Merged
+    checkpoint: str
+    told: list[Told] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class _Work:
+    store: Store
+    xattrs: XattrFormat
+    old: list[LowerLayer]
+    new: list[LowerLayer]
+    result: Rebased
+    tick: Callable[[bytes], None]
+    sides: list[_Sides] = field(default_factory=list)
+    made: dict[int, LowerLayer] = field(default_factory=dict)
+    """By the number of the layer that it stands for."""
+    chains: dict[int | None, tuple[int, ...]] = field(default_factory=lambda: {None: ()})
+    """By the same: that, and what is below it."""
 
 
 def rebase(
@@ -71,9 +92,9 @@ def rebase(
 ) -> Rebased:
     """Let the store at *path*, made for the lowers *old*, belong to *new*, with the changes it has.
 
-    Whenever it is interrupted the store is the old one or the new one. What both have changed stays as the
-    store has it, and is told; with *conflicts* the versions of each are written to that directory, which is
-    made. Blocks. Raises CowfsError.
+    Its checkpoints come along. Whenever it is interrupted the store is the old one or the new one. What both
+    have changed stays as the store has it, and is told; with *conflicts* the versions of each are written to
+    that directory, which is made. Blocks. Raises CowfsError.
     """
     must_be_there(path)
     mount = mount_with_store(path)
@@ -90,18 +111,21 @@ def rebase(
         result.old = _identities(before, store)
         result.new = _identities(new, store)
         _refuse(store)
-        sides = _open(store, before, new, result, stack)
+        work = _open(store, (before, new), result, tick, stack)
         if dry_run:
-            result.kept = _walk(sides, DryRun(), result, tick)
+            for step in steps(store.layers, store.upper):
+                root = store.upper if step.top is None else step.top.key
+                imagined = ImaginedUpper(store.layer, root, work.xattrs)
+                _walk(work, step, imagined, imagined)
+            if conflicts and result.conflicts:
+                _write_conflicts(work.sides, conflicts)
         else:
             try:
-                _switch(sides, result, conflicts, tick)
+                _switch(work, conflicts)
             except OSError as error:
                 hint = "make it larger (cowfs grow), or delete files" if error.errno in LACK_OF_ROOM else ""
                 name = f": {os.fsdecode(error.filename)}" if error.filename else ""
                 raise StoreError(f"{path}: nothing was changed: {error.strerror}{name}", hint) from None
-        if conflicts and dry_run and result.conflicts:
-            _write_conflicts(sides, result.conflicts, conflicts)
     return result
 
 
@@ -132,12 +156,6 @@ def _refuse(store: Store) -> None:
             f"{store.path}: is the upperdir of another program, which would not find another again",
             "make a new store on the new root, and cowfs apply",
         )
-    names = [one.name for one in store.layers.all().values() if one.name]
-    if names:
-        raise StoreError(
-            f"{store.path}: has checkpoints, which show the old root: {', '.join(sorted(names)[:5])}",
-            f"copy the store if you need them, then: cowfs checkpoint {store.path} NAME --delete",
-        )
     trash = layout.find(store.layer, layout.PRIVATE, b"trash")
     if trash is not None and store.layer.readdir(trash):
         raise StoreError(
@@ -146,57 +164,85 @@ def _refuse(store: Store) -> None:
         )
 
 
-def _open(store: Store, old: Lowers, new: Lowers, result: Rebased, stack: ExitStack) -> _Sides:
-    xattrs = XattrFormat(store.xattr_prefix)
-    layers = []
-    for lowers, known in ((old, result.old), (new, result.new)):
+def _open(
+    store: Store,
+    lowers: tuple[Lowers, Lowers],
+    result: Rebased,
+    tick: Callable[[bytes], None],
+    stack: ExitStack,
+) -> _Work:
+    opened = []
+    for one, known in zip(lowers, (result.old, result.new), strict=True):
         styles = [low.whiteouts for low in known]
-        layers.append(
-            open_lowers(lowers.given or (), lowers.engine, lowers.offsets, lowers.data_only, styles)
-        )
-        for layer in layers[-1]:
+        opened.append(open_lowers(one.given or (), one.engine, one.offsets, one.data_only, styles))
+        for layer in opened[-1]:
             stack.callback(layer.close)
-    frozen = as_layers(store.layer, store.frozen)
-    fresh = store.layers.is_fresh(store.upper)
-    index = None if fresh else layout.find(store.layer, layout.WORK, layout.INDEX)
+    return _Work(store, XattrFormat(store.xattr_prefix), opened[0], opened[1], result, tick)
+
+
+def _sides(work: _Work, step: Step) -> _Sides:
+    store, xattrs = work.store, work.xattrs
+    below = as_layers(store.layer, list(step.below))
+    merged = as_layers(store.layer, list(step.merged))
+    old = Stack([*below, *work.old], xattrs)
+    new = Stack([*(work.made[number] for number in work.chains[step.base]), *work.new], xattrs)
+    if step.top is not None:
+        top = FrozenLayer(store.layer, step.top.key)
+        after = Merged(Stack([top, *merged, *old.layers], xattrs))
+        return _Sides(Composite([top, *merged], xattrs), old, new, after, step.top.name or "-")
+    index = None
+    if not store.layers.is_fresh(store.upper):
+        index = layout.find(store.layer, layout.WORK, layout.INDEX)
     shown = None if index is None else open_index(store.layer, index, xattrs)
     return _Sides(
-        store,
-        xattrs,
-        Stack(layers[0], xattrs),
-        Stack(layers[1], xattrs),
-        Composite([store.layer, *frozen], xattrs, store.upper, index),
-        Merged(Stack([store.layer, *frozen, *layers[0]], xattrs, store.upper), shown),
+        Composite([store.layer, *merged], xattrs, store.upper, index),
+        old,
+        new,
+        Merged(Stack([store.layer, *merged, *old.layers], xattrs, store.upper), shown),
+        "",
     )
 
 
-def _walk(sides: _Sides, maker: Maker, result: Rebased, tick: Callable[[bytes], None]) -> int:
-    walk = Rebase(sides.changes, sides.old, sides.new, maker, result.told.append, tick)
+def _walk(work: _Work, step: Step, maker: Maker, made: LowerLayer) -> None:
+    """Let *maker* make one upper, which *made* shows then."""
+    sides = _sides(work, step)
+
+    def tell(told: Told) -> None:
+        sides.told.append(told._replace(checkpoint=sides.checkpoint))
+
+    walk = Rebase(sides.changes, sides.old, sides.new, maker, tell, work.tick)
     walk.run()
-    return walk.kept
+    work.sides.append(sides)
+    work.made[step.number] = made
+    work.chains[step.number] = (step.number, *work.chains[step.base])
+    work.result.told += sides.told
+    work.result.kept += walk.kept
 
 
-def _switch(sides: _Sides, result: Rebased, conflicts: str, tick: Callable[[bytes], None]) -> None:
-    store, layers = sides.store, sides.store.layers
+def _switch(work: _Work, conflicts: str) -> None:
+    store, layers = work.store, work.store.layers
     header = store.header
-    wanted = bound(header, result.new)
+    wanted = bound(header, work.result.new)
+    plan = steps(layers, store.upper)
+    checkpoints.must_have_room_for(len(plan), len(layers.all()))
     store.header = checkpoints.with_layers(store.layer, header)  # until the old upper is gone
-    new = layers.prepare(store.upper, ())
+    first = layers.next_number()
     try:
-        result.kept = _walk(sides, UpperMaker(store.layer, new.key, sides.xattrs), result, tick)
-        if conflicts and result.conflicts:
-            _write_conflicts(sides, result.conflicts, conflicts)
-        rebased.announce(store.layer, new.key, wanted)
+        new = _make(work, plan)
+        if conflicts and work.result.conflicts:
+            _write_conflicts(work.sides, conflicts)
+        rebased.announce(store.layer, new.key, wanted, first)
         store.layer.sync()
     except BaseException:
         with suppress(OSError):
             rebased.retract(store.layer)
-            for _ in layers.remove(new.number):
-                pass
+            for number in range(layers.next_number() - 1, first - 1, -1):
+                for _ in layers.remove(number):
+                    pass
             layout.save_header(store.layer, header)
         raise
     layers.exchange(store.upper, new)
-    store.upper, store.frozen = new.key, []
+    store.upper = new.key
     try:
         _complete(store, wanted)
     except OSError as error:
@@ -206,41 +252,91 @@ def _switch(sides: _Sides, result: Rebased, conflicts: str, tick: Callable[[byte
         ) from None
 
 
+def _make(work: _Work, plan: Sequence[Step]) -> Prepared:
+    """Make all layers; return the upper, which is the last."""
+    store, layers = work.store, work.store.layers
+    numbers: dict[int, int] = {}
+    for step in plan[:-1]:
+        assert step.top is not None
+        new = layers.prepare(step.top.key, _on(step, numbers), fresh=False)
+        numbers[step.number] = new.number
+        _fill(work, step, new)
+        rebased.call(store.layer, layers, new.key, new.number, step.top, store.xattr_prefix)
+    new = layers.prepare(store.upper, _on(plan[-1], numbers))
+    _fill(work, plan[-1], new)
+    return new
+
+
+def _on(step: Step, numbers: dict[int, int]) -> tuple[int, ...]:
+    return () if step.base is None else (numbers[step.base],)
+
+
+def _fill(work: _Work, step: Step, new: Prepared) -> None:
+    layer = work.store.layer
+    _walk(work, step, UpperMaker(layer, new.key, work.xattrs), FrozenLayer(layer, new.key))
+
+
 def _complete(store: Store, wanted: Header) -> None:
     """Do what is left to do once the new upper has its place; the next opening does the same."""
     layers = store.layers
     store.layer.sync()
     layers.settle(store.upper, store.index, store.links)
+    rebased.exchange_names(store.layer, layers, store.upper, store.xattr_prefix)
     for number in layers.rubbish(store.upper):
         for _ in layers.remove(number):
             pass
-    store.header = rebased.settle(store.layer, store.upper, replace(store.header, lowers=wanted.lowers))
+    store.frozen = layers.frozen(store.upper)
+    frozen = [one.key for one in layers.all().values()]
+    header = replace(store.header, lowers=wanted.lowers)
+    store.header = rebased.settle(store.layer, store.upper, header, frozen)
 
 
 # --- what is in conflict, to look at
 
 
-def _write_conflicts(sides: _Sides, found: Sequence[Told], target: str) -> None:
-    """Make a directory with three trees: what each of the old, the new and the changed has of it."""
-    trees: list[tuple[bytes, Tree, bool]] = [
-        (b"old", Merged(sides.old), True),
-        (b"new", Merged(sides.new), True),
-        (b"changed", sides.after, False),
+def _write_conflicts(found: Sequence[_Sides], target: str) -> None:
+    """Make a directory with three trees: what each of the old, the new and the changed has of it.
+
+    Of the changes of a checkpoint it is one below ``checkpoints``.
+    """
+    with new_directory(target, force=True) as top:
+        for sides in found:
+            conflicts = [one for one in sides.told if one.kind == "conflict"]
+            if not conflicts:
+                continue
+            path = os.path.join("checkpoints", sides.checkpoint) if sides.checkpoint else ""
+            with _below(top, path) as fd:
+                _write_versions(sides, conflicts, fd)
+
+
+@contextmanager
+def _below(top: int, path: str) -> Iterator[int]:
+    """Make what is missing of a path, and open it."""
+    with ExitStack() as stack:
+        fd = top
+        for name in filter(None, path.split("/")):
+            with suppress(FileExistsError):
+                os.mkdir(name, 0o700, dir_fd=fd)
+            fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
+            stack.callback(os.close, fd)
+        yield fd
+
+
+def _write_versions(sides: _Sides, found: Sequence[Told], place: int) -> None:
+    trees: list[tuple[str, Tree, bool]] = [
+        ("old", Merged(sides.old), True),
+        ("new", Merged(sides.new), True),
+        ("changed", sides.after, False),
     ]
     losses = Losses()
-    with new_directory(target, force=True) as top:
-        for name, tree, is_below in trees:
-            os.mkdir(name, 0o700, dir_fd=top)
-            fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=top)
+    for name, tree, is_below in trees:
+        with _below(place, name) as fd:
+            paths = sorted({one.base if is_below else one.path for one in found})
+            upper = Upper(fd, losses, lambda *_: None, whole=True)
             try:
-                paths = sorted({one.base if is_below else one.path for one in found})
-                upper = Upper(fd, losses, lambda *_: None, whole=True)
-                try:
-                    feed(_chosen(tree, paths), tree, upper, losses, lambda *_: None, None)
-                finally:
-                    upper.close()
+                feed(_chosen(tree, paths), tree, upper, losses, lambda *_: None, None)
             finally:
-                os.close(fd)
+                upper.close()
 
 
 def _chosen(tree: Tree, paths: Sequence[bytes]) -> list[tuple[bytes, Item]]:

@@ -121,7 +121,7 @@ def _same_content(new: Inode, old: Inode) -> Generator[None, None, bool]:
     new_layer, new_key = new.data or (new.layer, new.key)
     old_layer, old_key = old.data or (old.layer, old.key)
     is_same = False
-    if new_layer is old_layer:
+    if new_layer.stat == old_layer.stat:  # also where both are directories of one layer (FrozenLayer)
         one, two = new_layer.stat(new_key), old_layer.stat(old_key)
         if (one.st_dev, one.st_ino) == (two.st_dev, two.st_ino):
             if new.end is None:

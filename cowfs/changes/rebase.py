@@ -40,6 +40,8 @@ class Told(NamedTuple):
     why: str
     base: bytes
     """The path in the lowers: another one below a renamed directory."""
+    checkpoint: str = ""
+    """The checkpoint whose change it is, ``-`` for one that was deleted; "": it was changed since."""
 
 
 class Maker(Protocol):
@@ -57,19 +59,6 @@ class Maker(Protocol):
     def metacopy(self, like: Inode, redirect: bytes, parent: Key, name: bytes) -> None: ...
     def whiteout(self, parent: Key, name: bytes) -> None: ...
     def rmdir(self, parent: Key, name: bytes) -> None: ...
-
-
-class DryRun:
-    """A maker that makes nothing."""
-
-    root: Key = None
-
-    def directory(self, *_: Any, **__: Any) -> Key:
-        return None
-
-    def _ignore(self, *_: Any) -> None: ...
-
-    set_root_attributes = date = link = copy = metacopy = whiteout = rmdir = _ignore
 
 
 @dataclass(slots=True)

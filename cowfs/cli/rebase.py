@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from typing import TYPE_CHECKING
 
 from cowfs.cli import options
@@ -28,8 +29,9 @@ What the store and NEWROOT have both changed is a conflict: it is named, and the
 NEWROOT does not have any more stays whole, as OLDROOT had it.
 
 Whenever it is interrupted, even by a power failure, the store is the old one or the new one. The store needs
-room for new directories, and for copies of files whose data was OLDROOT's and is not NEWROOT's. It must not
-be mounted, nor hold checkpoints or what `cowfs revert` has taken back.
+room for new directories, and for copies of files whose data was OLDROOT's and is not NEWROOT's. Its
+checkpoints come along, each as it would be had it been made on NEWROOT. It must not be mounted, nor hold what
+`cowfs revert` has taken back.
 
 examples:
   cowfs rebase sysrcd.bs --from old.sfs --onto new.sfs --dry-run
@@ -95,7 +97,8 @@ def run(args: argparse.Namespace) -> int:
         say(json.dumps(_facts(done, args)))
     else:
         for one in done.told:
-            say(f"{one.kind:<9} {escape(one.path) or '/'}: {one.why}")
+            where = f" (checkpoint {escape(os.fsencode(one.checkpoint))})" if one.checkpoint else ""
+            say(f"{one.kind:<9} {escape(one.path) or '/'}: {one.why}{where}")
         dropped, conflicts = len(done.told) - len(done.conflicts), len(done.conflicts)
         warn(f"{args.store}: {done.kept} kept, {dropped} dropped, {conflicts} in conflict")
     return EXIT_CONFLICT if done.conflicts else 0
@@ -115,7 +118,7 @@ def _facts(done: Rebased, args: argparse.Namespace) -> dict[str, object]:
 
     told: list[dict[str, object]] = []
     for one in done.told:
-        told.append({"kind": one.kind, "why": one.why})
+        told.append({"kind": one.kind, "why": one.why, "checkpoint": one.checkpoint or None})
         put_path(told[-1], "path", one.path)
     return {
         "store": args.store,

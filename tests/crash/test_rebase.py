@@ -7,12 +7,14 @@ import random
 import shutil
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from cowfs.store.offline.info import store_info
-from tests.model.test_rebase import facts_of, prepare, run, seen
+from cowfs.store.served.open import open_store
+from tests.model.test_rebase import Plain, change, facts_of, prepare, run, seen, states, with_checkpoints
 from tests.support.mounts import cowfs, project_root
 from tests.support.system import needs_root
 
@@ -77,3 +79,34 @@ def test_killed(tmp_path: Path, seed: int, kills: int) -> None:
             assert run(place, old, new).new[0].path == str(new)
             assert facts_of(seen(place, new)) == after
     assert found == {old, new}
+
+
+@pytest.mark.parametrize(
+    ("seed", "kills"),
+    [(1, 1), *(pytest.param(seed, 40, marks=pytest.mark.nightly) for seed in range(2, 8))],
+)
+def test_killed_with_checkpoints(tmp_path: Path, seed: int, kills: int) -> None:
+    """Of each checkpoint there is one, at any time: of the old root, or of the new one."""
+    old, store, chance = with_checkpoints(tmp_path, seed, moves=True, links=True)
+    new = tmp_path / "new"
+    shutil.copytree(old, new, symlinks=True)
+    change(Plain(new), chance, 10, moves=False, links=False)
+    place = tmp_path / "copies" / store.name
+    place.parent.mkdir()
+    copy = copied(store, place)
+    switch, count = killed(copy, old, new, 0)
+    expected = {old: all_facts(store, old, tmp_path), new: all_facts(copy, new, tmp_path)}
+    nights = range(switch - 2, switch + 30) if kills > 1 else (switch, switch + 1, switch + 4)
+    for at in sorted({*nights, *(chance.randint(1, count) for _ in range(kills))}):
+        killed(copied(store, place), old, new, at)
+        lower = Path(store_info(str(place))["lowers"][0]["path"])
+        assert all_facts(place, lower, tmp_path) == expected[lower], at
+        if store.suffix:
+            assert cowfs("check", "-n", place).returncode == 0
+
+
+def all_facts(store: Path, lower: Path, place: Path) -> dict[str, object]:
+    """Return what a store shows now and at each checkpoint; opening it completes what was cut short."""
+    with closing(open_store(str(store))):
+        pass
+    return {name: facts_of(one) for name, one in states(store, lower, place).items()}

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from cowfs.api import Lowers, open_changes
+from cowfs.api import Lowers, checkpoints, open_changes
 from cowfs.changes import checkpoint
 from cowfs.changes.render import line
 from cowfs.errors import StoreError
@@ -26,7 +26,7 @@ from cowfs.store.offline.info import store_info
 from cowfs.store.served.open import open_store
 from tests.support import tree
 from tests.support.direct import EXCHANGE, Direct
-from tests.support.mounts import kernel_overlay
+from tests.support.mounts import cowfs, kernel_overlay
 from tests.support.system import needs_root
 from tests.support.system import run as run_command
 
@@ -222,6 +222,7 @@ def run(store: Path, old: Path, new: Path, *, dry_run: bool = False) -> Rebased:
 
 
 SEEDS = [*range(4), *(pytest.param(seed, marks=pytest.mark.nightly) for seed in range(4, MOST))]
+AT_NIGHT = [pytest.param(seed, marks=pytest.mark.nightly) for seed in range(3, MOST)]
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -314,8 +315,8 @@ def seen_twice(snapshot: tree.Snapshot) -> Any:
             yield path
 
 
-def diff(store: Path, lower: Path) -> list[str]:
-    with open_changes(str(store), Lowers([str(lower)])) as changes:
+def diff(store: Path, lower: Path, since: str | None = None) -> list[str]:
+    with open_changes(str(store), Lowers([str(lower)]), since=since) as changes:
         return [line(one) for one in changes]
 
 
@@ -335,3 +336,86 @@ def test_what_fails_after_the_exchange_is_told_as_that(
     assert [low["path"] for low in store_info(str(store))["lowers"]] == [str(new)]
     with closing(open_store(str(store))) as opened:
         assert [low.path for low in opened.header.lowers] == [str(new)]
+
+
+def keep(fs: Direct, name: str) -> None:
+    done_at_once(checkpoint.take(fs.union.store, fs.union.overlay, name))
+
+
+def go_back(fs: Direct, name: str) -> None:
+    done_at_once(checkpoint.go_back(fs.union.store, fs.union.overlay, name, lambda _: None))
+
+
+def states(store: Path, lower: Path, place: Path) -> dict[str, tree.Snapshot]:
+    """Return what a store shows now, as "", and at each checkpoint, by going back to it in a copy."""
+    found = {"": seen(store, lower)}
+    for one in checkpoints(str(store)):
+        copy = place / f"copy-{one.name}{store.suffix}"
+        run_command("cp", "-a", store, copy)
+        with closing(Direct(str(copy), [str(lower)])) as fs:
+            go_back(fs, one.name)
+            found[one.name] = fs.snapshot()
+        shutil.rmtree(copy) if copy.is_dir() else copy.unlink()
+    return found
+
+
+def with_checkpoints(place: Path, seed: int, *, moves: bool, links: bool) -> tuple[Path, Path, random.Random]:
+    """Make a root and a store on it: with two checkpoints below each other, one beside, and deleted ones."""
+    chance = random.Random(seed)
+    old = built(place / "old", chance, links=links)
+    store = place / ("store.bs" if seed % 2 else "store")
+    if seed % 2:
+        create_store(str(store), 16 << 20)
+    with closing(Direct(str(store), [str(old)])) as fs:
+        for name in ("gone", "one", "two", "shared"):
+            change(fs, chance, 15, moves=moves, links=links)
+            keep(fs, name)
+        if seed % 3:
+            change(fs, chance, 10, moves=moves, links=links)
+            keep(fs, "beside")
+            go_back(fs, "shared")
+        change(fs, chance, 15, moves=moves, links=links)
+        for name in ("gone", "shared"):
+            done_at_once(checkpoint.delete(fs.union.store, fs.union.overlay, name))
+    return old, store, chance
+
+
+@pytest.mark.parametrize("seed", [pytest.param(1, marks=pytest.mark.nightly), 2, *AT_NIGHT])
+def test_checkpoints_onto_the_same_root(tmp_path: Path, seed: int) -> None:
+    old, store, _ = with_checkpoints(tmp_path, seed, moves=True, links=True)
+    again = tmp_path / "again"
+    run_command("cp", "-a", old, again)
+    before, listed = states(store, old, tmp_path), checkpoints(str(store))
+    assert set(before) == {"", "one", "two", *(["beside"] if seed % 3 else [])}
+    lines = {name: diff(store, old, name) for name in (None, "one", "two")}
+    assert run(store, old, again, dry_run=True).told == run(store, old, again).told == []
+    assert checkpoints(str(store)) == listed
+    assert {name: diff(store, again, name) for name in lines} == lines
+    after = states(store, again, tmp_path)
+    for name, one in before.items():
+        assert tree.differences(tree.stable(one), tree.stable(after[name])) == [], name
+    if store.suffix:
+        assert cowfs("check", "-n", store).returncode == 0
+
+
+@pytest.mark.parametrize("seed", [1, *AT_NIGHT])
+def test_checkpoints_as_the_model(tmp_path: Path, seed: int) -> None:
+    """Each is carried on top of what was made of the one below it."""
+    chance = random.Random(seed)
+    old, new = built(tmp_path / "old", chance, links=False), tmp_path / "new"
+    shutil.copytree(old, new, symlinks=True)
+    change(Plain(new), chance, chance.choice((1, 10, 30)), moves=False, links=False)
+    store = tmp_path / "store"
+    wanted, trees = nested(facts_of(tree.snapshot(new))), [nested(facts_of(tree.snapshot(old)))]
+    models: dict[str, Nested | None] = {}
+    with closing(Direct(str(store), [str(old)])) as fs:
+        for name in ("one", "two", ""):
+            change(fs, chance, 15, moves=False, links=False)
+            if name:
+                keep(fs, name)
+            trees.append(nested(facts_of(fs.snapshot())))
+            models[name] = merged(trees[-2], trees[-1], wanted)
+            wanted = models[name] or {}
+    told = run(store, old, new, dry_run=True).told
+    assert run(store, old, new).told == told
+    assert {name: nested(facts_of(one)) for name, one in states(store, new, tmp_path).items()} == models

@@ -103,13 +103,6 @@ def test_what_is_refused(tmp_path: Path) -> None:
             refused = cowfs("rebase", what, "--onto", new)
             assert refused.returncode == 32
             assert "is mounted" in refused.stderr
-    run(*COWFS, "checkpoint", store, "one")
-    refused = cowfs("rebase", store, "--onto", new)
-    assert (refused.returncode, "has checkpoints, which show the old root: one" in refused.stderr) == (
-        32,
-        True,
-    )
-    run(*COWFS, "checkpoint", store, "one", "--delete")
     run(*COWFS, "revert", store, "etc/a")
     refused = cowfs("rebase", store, "--onto", new)
     assert (refused.returncode, "has taken back" in refused.stderr) == (32, True)
@@ -122,3 +115,34 @@ def test_what_is_refused(tmp_path: Path) -> None:
     refused = cowfs("rebase", store, "--onto", new, "--conflicts", tmp_path / "file/x", "--force-lower")
     assert refused.returncode == 0  # there are no conflicts
     assert cowfs("info", store).stdout.count(f"{new} ") == 1
+
+
+@needs_root
+def test_checkpoints_come_along(tmp_path: Path) -> None:
+    script(OLD, tmp_path)
+    old, new, store, mnt = (tmp_path / name for name in ("old", "new", "store.bs", "mnt"))
+    cowfs("create", store, "16", check=True)
+    with mounted(old, mnt, store):
+        script("echo my-a >etc/a; echo early >etc/mine; mv opt/tool opt/tool2", mnt)
+        run(*COWFS, "checkpoint", mnt, "early")
+        script("echo late >etc/mine; echo my-b >etc/b; rm opt/tool2/one", mnt)
+    done = cowfs("rebase", store, "--onto", new, "--json", "--conflicts", tmp_path / "look")
+    assert done.returncode == CONFLICTS
+    told = {(one["checkpoint"], one["path"], one["why"]) for one in json.loads(done.stdout)["told"]}
+    assert told == {("early", "etc/a", "changed in both"), (None, "etc/b", "changed in both")}
+    found = run("sh", "-c", f"cd {tmp_path / 'look'}; find . -type f | xargs grep .").stdout.splitlines()
+    assert sorted(found) == [
+        *("./changed/etc/b:my-b", "./checkpoints/early/changed/etc/a:my-a"),
+        *("./checkpoints/early/new/etc/a:new-a", "./checkpoints/early/old/etc/a:a"),
+        *("./new/etc/b:new-b", "./old/etc/b:b"),
+    ]
+    since = cowfs("diff", store, "--since", "early").stdout.split("\n")
+    assert [line.split()[:2] for line in since if line] == [
+        *(["M", "etc/b"], ["M", "etc/mine"], ["D", "opt/tool2/one"]),
+    ]
+    with mounted(new, mnt, store):
+        run(*COWFS, "rollback", mnt, "early")
+        files = run("sh", "-c", f"cd {mnt}; grep . etc/a etc/b etc/mine opt/tool2/*").stdout.splitlines()
+    assert files == [
+        *("etc/a:my-a", "etc/b:new-b", "etc/mine:early", "opt/tool2/one:one", "opt/tool2/two:two"),
+    ]

@@ -339,6 +339,12 @@ def must_have_room(below: int, known: int) -> None:
             raise StoreError(f"there are {count} checkpoints{where}, as many as can be", "delete some first")
 
 
+def must_have_room_for(more: int, known: int) -> None:
+    """StoreError when a store cannot have so many more layers for a while."""
+    if known + more > _MOST_KEPT:
+        raise StoreError(f"there are {known} checkpoints, too many to make them anew", "delete some first")
+
+
 def with_layers(layer: UpperLayer, header: Header) -> Header:
     """Let the header say that there are layers, which an older cowfs does not know; return it."""
     if header.version >= WITH_LAYERS:

@@ -260,10 +260,13 @@ def finish(
 def _settle_layers(store: Store) -> None:
     """Find what is below the upper; complete what a crash has cut short."""
     layers = store.layers
-    store.frozen = layers.frozen(store.upper)
+    layers.frozen(store.upper)  # is anything missing?
     if not store.read_only:
         layers.settle(store.upper, store.index, store.links)
+        rebased.exchange_names(store.layer, layers, store.upper, store.xattr_prefix)
         for number in layers.rubbish(store.upper):
             for _ in layers.remove(number):
                 pass
-        store.header = rebased.settle(store.layer, store.upper, store.header)
+        frozen = [one.key for one in layers.all().values()]
+        store.header = rebased.settle(store.layer, store.upper, store.header, frozen)
+    store.frozen = layers.frozen(store.upper)

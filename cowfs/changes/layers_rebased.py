@@ -1,0 +1,57 @@
+"""Which layers of a store a rebase makes anew: each on top of what it has made of the one below."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from cowfs.layers.base import Key
+from cowfs.store.format.checkpoints import UPPER, Checkpoint, Layers
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One upper to be made, of one that is there."""
+
+    top: Checkpoint | None
+    """None: the upper of the store."""
+    merged: tuple[Checkpoint, ...]
+    """Layers right below it that nobody can come back to: they become one with it. Topmost first."""
+    below: tuple[Checkpoint, ...]
+    """All that is below these, topmost first."""
+    base: int | None
+    """The number of the step's layer that it stands on; None: the lowers."""
+
+    @property
+    def number(self) -> int:
+        return UPPER if self.top is None else self.top.number
+
+
+def steps(layers: Layers, upper: Key) -> list[Step]:
+    """Return what is to be made, each after what it stands on; the upper last."""
+    known = layers.all()
+    wanted: dict[int, tuple[int, ...]] = {UPPER: layers.below(upper)}
+    for one in known.values():
+        if one.name:
+            wanted[one.number] = one.below
+    for below in list(wanted.values()):
+        for number in below:
+            wanted[number] = known[number].below
+    standing: dict[int, int] = {}
+    for below in wanted.values():
+        for number in below[:1]:
+            standing[number] = standing.get(number, 0) + 1
+
+    def joins(number: int) -> bool:
+        return not known[number].name and standing[number] == 1
+
+    def made() -> Iterator[Step]:
+        for number, below in wanted.items():
+            if number != UPPER and joins(number):
+                continue
+            count = next((at for at, one in enumerate(below) if not joins(one)), len(below))
+            chain = tuple(known[one] for one in below)
+            top = None if number == UPPER else known[number]
+            yield Step(top, chain[:count], chain[count:], below[count] if count < len(below) else None)
+
+    return sorted(made(), key=lambda step: (step.top is None, len(step.below)))
