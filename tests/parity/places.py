@@ -13,13 +13,16 @@ from tests.support.system import run
 class Place:
     """A store, and how each system mounts it."""
 
-    def __init__(self, at: Path, lowers: Sequence[Path], store: Path, kind: str) -> None:
+    def __init__(
+        self, at: Path, lowers: Sequence[Path], store: Path, kind: str, *, made: bool = False
+    ) -> None:
         self.at, self.lowers, self.store, self.kind = at, lowers, store, kind
         self.opened = store if kind == "directory" else at.with_name(f"{at.name}.opened")
         at.mkdir()
         if kind != "directory":
             self.opened.mkdir()
-            cowfs("create", store, "128", check=True)
+            if not made:
+                cowfs("create", store, "128", check=True)
 
     @contextmanager
     def seen(self) -> Iterator[Path]:

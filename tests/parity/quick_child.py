@@ -14,6 +14,7 @@ import sys
 import traceback
 from collections.abc import Generator
 from contextlib import suppress
+from functools import partial
 
 from tests.parity.quick import Brief, load
 from tests.parity.script import Step
@@ -27,7 +28,11 @@ def main() -> None:
         if answer != "mounted\n":
             raise SystemExit(f"the parent could not mount: {answer!r}")
 
-    cases = {name: case for name, case in load().items() if fnmatch.fnmatch(name, pattern)}
+    cases = {
+        name: case
+        for name, case in load().items()
+        if any(map(partial(fnmatch.fnmatch, name), pattern.split(",")))
+    }
     scripts = {name: Brief(f"{root}/{name}", system, lambda: None) for name in cases}
     crashed: dict[str, str] = {}
     running: dict[str, Generator[None, None, None]] = {}

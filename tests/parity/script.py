@@ -281,7 +281,12 @@ class Failed(OSError):
 
 
 def in_child(uid: int, gid: int, operation: Callable[[], Any]) -> Any:
-    """Run *operation* as another user; its result, or the OSError that it raised."""
+    """Run *operation* as another user; its result, or the OSError that it raised.
+
+    Who is not root cannot be another: nothing is done.
+    """
+    if os.geteuid() != 0:
+        return None
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:
