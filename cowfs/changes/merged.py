@@ -18,6 +18,7 @@ from cowfs.changes.version import Node, Version
 from cowfs.layers.base import File, Key, LowerLayer, UpperLayer
 from cowfs.layers.frozen import FrozenLayer
 from cowfs.overlay.stack import Index, Stack, notes_of
+from cowfs.overlay.xattr_format import is_whiteout_device
 from cowfs.types import Attr
 
 _PIECE = 1 << 20
@@ -154,15 +155,15 @@ class Merged:
             return None
         number, key = found.places[0]
         inode = Inode(self._view.layers[number], key, found.attr)
+        if found.is_dir:
+            return inode
+        hit = self._indexed(number, inode)
+        if hit is not None:
+            inode, number = Inode(self._view.layers[0], *hit), 0
         if stat.S_ISREG(found.attr.st_mode):
-            data_number, data_key = found.places[-1]
-            data = self._view.layers[data_number], data_key
-            hit = self._indexed(number, inode)
-            if hit is not None:
-                inode = Inode(self._view.layers[0], *hit)
             if hit is not None or len(found.places) > 1:
-                self._give_data(inode, data)
-            number = 0 if hit is not None else number
+                data_number, data_key = found.places[-1]
+                self._give_data(inode, (self._view.layers[data_number], data_key))
             if not inode.attr.st_size and self._is_of_store(number):
                 notes = self._stack.notes(number, inode.key) or {}
                 inode.attr = self._stack.format.seen(notes, inode.attr)
@@ -173,7 +174,9 @@ class Merged:
         if self._index is None or not number or inode.attr.st_nlink < 2:
             return None
         hit = self._index.find(inode.layer.handle(inode.key))
-        return hit if hit is not None and stat.S_ISREG(hit[1].st_mode) else None
+        if hit is None or stat.S_IFMT(hit[1].st_mode) != stat.S_IFMT(inode.attr.st_mode):
+            return None  # a whiteout: of all of its names none is left in the upper
+        return None if is_whiteout_device(hit[1]) else hit
 
     def _give_data(self, inode: Inode, data: tuple[LowerLayer, Key]) -> None:
         """Let a metacopy have the data that is below, all of it or what it has not itself."""

@@ -228,7 +228,8 @@ class Rebase:
                 self._give_data(changed, notes, origin)
             source = rename_source(notes, attr, here.old_path, self._xattrs)
             holds = self._holds(here, changed, elsewhere, new)
-            if source not in {None, natural} and not here.whole and changed.data is not None:
+            is_elsewhere = source is not None and (here.old is None or source != natural)
+            if is_elsewhere and not here.whole and changed.data is not None:
                 assert source is not None and origin is not None
                 self._renamed(
                     here, name, changed, (source, origin), holds, self._seen_here(natural, old, new)
@@ -336,7 +337,7 @@ class Rebase:
         natural = join(here.old_path, name)
         notes = {} if key is None else notes_of(self._changes, key, self._xattrs) or {}
         source = source_of(notes, changed.attr, here.old_path, self._xattrs)
-        if source is not None and source != natural:
+        if source is not None and (here.old is None or source != natural):
             origin = self._old.resolve(source)
             if origin is not None and origin.is_dir:
                 return self._moved_directory(here, name, key, changed, (source, origin), (old, new))

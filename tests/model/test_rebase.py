@@ -419,3 +419,27 @@ def test_checkpoints_as_the_model(tmp_path: Path, seed: int) -> None:
     told = run(store, old, new, dry_run=True).told
     assert run(store, old, new).told == told
     assert {name: nested(facts_of(one)) for name, one in states(store, new, tmp_path).items()} == models
+
+
+def test_what_came_back_into_a_new_directory(tmp_path: Path) -> None:
+    """Its redirect leads to where it is, but no lower shows there: the directory around it is another one."""
+    old, new, store = tmp_path / "old", tmp_path / "new", tmp_path / "store"
+    tree.build(old, {"usr/bin/one": b"1", "usr/bin/two": b"2", "usr/file": b"f", "usr/lib": b"l"})
+    shutil.copytree(old, new)
+    with closing(Direct(str(store), [str(old)])) as fs:
+        fs.rename("usr", "away")
+        fs.mkdir("usr")
+        fs.rename("away/bin", "usr/bin")
+        fs.rename("away/file", "usr/file")
+    before, lines = seen(store, old), diff(store, old)
+    again = tmp_path / "again"
+    run_command("cp", "-a", old, again)
+    run_command("cp", "-a", store, tmp_path / "kept")
+    assert run(tmp_path / "kept", old, again).told == []
+    assert facts_of(seen(tmp_path / "kept", again)) == facts_of(before)
+    assert diff(tmp_path / "kept", again) == lines
+    (new / "usr/bin/three").write_bytes(b"3")
+    assert run(store, old, new).conflicts == []
+    after = seen(store, new)
+    files = {path for path in after if after[path]["type"] == "file"}
+    assert files == {"usr/bin/one", "usr/bin/two", "usr/bin/three", "usr/file", "away/lib"}

@@ -35,6 +35,7 @@ echo a >usr/share/x/a; echo f >old/f; echo one >first; ln first second; echo 1 >
 echo s >gone/sub/f; echo f >gone/g
 echo 1 >z1/one; echo x >z1/d/x; echo y >z1/d/y; echo 2 >z2/two; echo f >filetodir; echo q >dirtofile/q
 head -c 300000 /dev/urandom >big; echo r >renamed; echo 1 >opq/1; echo 2 >opq/2; ln -s hosts etc/link
+mkfifo pipe; ln pipe pipe2; ln -s hosts sl; ln sl sl2
 touch -d 2020-01-01 etc/* usr/* first
 """
 CHANGE = r"""
@@ -45,7 +46,7 @@ mv z1 z3; mv z2 z1; mv z3 z2; rm z2/d/x
 rm filetodir; mkdir filetodir; echo in >filetodir/in; rm -r dirtofile; echo f >dirtofile
 chmod 600 big; mv renamed named; touch -d '2001-01-01 00:00:00.123456789' touched
 touch "$(printf 'new\nline')" "$(printf 'bad\377name')"; ln -s nowhere dangling
-mkfifo fifo
+mkfifo fifo; chmod 640 pipe; ln sl sl3; ln pipe2 etc/pipe
 truncate -s 1M sparse; printf x | dd of=sparse bs=1 seek=700000 conv=notrunc status=none
 setfattr -n user.x -v 0x00ff0a3d etc/fstab
 long=$(printf 'n%.0s' $(seq 200)); mkdir -p $long/$long; echo long >$long/$long/$long
