@@ -11,7 +11,7 @@ from contextlib import suppress
 from typing import NamedTuple
 
 from cowfs.layers.base import Key
-from cowfs.overlay.copyup import copy_up, copy_up_directory
+from cowfs.overlay.copyup import copy_up, copy_up_directory, link_alias
 from cowfs.overlay.freeze import give_up_index
 from cowfs.overlay.fs import OverlayFs
 from cowfs.overlay.lookup import lookup
@@ -58,6 +58,8 @@ def flatten(fs: OverlayFs, tick: Callable[[bytes], None]) -> int:
         if node.upper is None or node.metacopy:
             done += node.metacopy
             copy_up(fs, node)
+        if level.is_whole and node.upper is not None:
+            link_alias(fs, node, level.node, name)  # another name of it was copied up
         fs.release(node)
     give_up_index(fs)
     return done

@@ -94,6 +94,12 @@ def patch_of(file: Pair, *, binary: bool) -> bytes:
         return remarks
     if old is None or new is None:  # as git sees it, nothing was renamed
         at = file.new_path if old is None else file.old_path
+        if binary and old is None and file.old is not None and not file.old.is_dir and file.old_path == at:
+            # git apply creates no file where there is something, and then applies nothing at all.
+            return b"# %s: %s became a file, which a patch cannot tell\n" % (
+                text(at),
+                _kind(file.old.attr.st_mode),
+            )
         return remarks + _patch_of(Pair(at, at, old, new), binary=binary)
     return _patch_of(Pair(file.old_path, file.new_path, old, new), binary=binary)
 

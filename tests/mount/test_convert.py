@@ -109,6 +109,10 @@ def test_what_only_the_lower_has_comes_along(lower: Path, tmp_path: Path) -> Non
     (lower / "usr/big").write_bytes(big)
     (lower / "dir/kept").write_text("kept\n")
     (lower / "dir/below/second").write_text("second\n")
+    os.link(lower / "dir/kept", lower / "dir/below/linked")
+    os.link(lower / "usr/b", lower / "dir/far")
+    os.mkfifo(lower / "dir/fifo")
+    os.link(lower / "dir/fifo", lower / "dir/below/fifo")
     store = tmp_path / "o.bs"
     cowfs("create", store, "16", check=True)
     with mounted(lower, tmp_path / "m", store) as mount:
@@ -117,15 +121,16 @@ def test_what_only_the_lower_has_comes_along(lower: Path, tmp_path: Path) -> Non
         (top / "renamed/below/file").unlink()
         (top / "usr/big").chmod(0o600)
         (top / "usr/a").write_text("one inode\n")
+        (top / "usr/b").write_text("one more\n")
         (top / "etc/motd").unlink()
         os.mknod(top / "device", 0o020600, 0)
     first = seen(lower, store, tmp_path / "m")
     told = converted(store, "aufs")
     assert told["copied_from_the_lower"] == 2
     assert told["devices_00"] == 1
-    assert raw(store, "/renamed") == {"below", "kept", ".wh..wh..opq"}
-    assert raw(store, "/renamed/below") == {"second"}
-    assert raw(store, "/usr") == {"big", "a", "hard"}
+    assert raw(store, "/renamed") == {"below", "kept", "far", "fifo", ".wh..wh..opq"}
+    assert raw(store, "/renamed/below") == {"second", "linked", "fifo"}
+    assert raw(store, "/usr") == {"big", "a", "hard", "b"}
     assert raw(store, "/etc") == {".wh.motd"}
     told_of = run("debugfs", "-R", "stat /device", store).stdout
     assert "character special" in told_of

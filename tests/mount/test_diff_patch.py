@@ -95,6 +95,7 @@ def test_git_applies_it_to_the_lower(nobody_path: Path, kind: str, nobody: bool)
 
 def test_what_git_has_no_words_for(tmp_path: Path) -> None:
     script(MAKE, tmp_path)
+    os.mkfifo(tmp_path / "lower/fifo")
     with mounted(tmp_path / "lower", tmp_path / "mnt", tmp_path / "store") as here:
         script("mkfifo pipe; mkdir empty; chown 5:6 script; chmod 600 etc/fstab", here.path)
         assert cowfs("diff", here.path, "-p").stdout.splitlines() == [
@@ -108,6 +109,11 @@ def test_what_git_has_no_words_for(tmp_path: Path) -> None:
         assert f"Binary files a/usr/bin.dat and b/usr/bin.dat differ\n# {size} -> 10 bytes\n" in (
             cowfs("diff", here.path, "-p").stdout
         )
+        script("rm fifo; echo now >fifo", here.path)
+        assert "+now\n" in cowfs("diff", here.path, "-p").stdout
+        patch = cowfs("diff", here.path, "-p", "--binary").stdout  # which git apply is to take
+        assert "# fifo: fifo became a file, which a patch cannot tell\n" in patch
+        assert "a/fifo" not in patch
 
 
 def test_a_file_too_large_to_be_read(tmp_path: Path) -> None:
