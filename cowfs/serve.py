@@ -7,6 +7,7 @@ import os
 import select
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from cowfs.changes.lowers import must_not_wait
@@ -131,6 +132,7 @@ def _of_keeping(union: Union, stop_waiting_soon: Callable[[], None]) -> Mapping[
 
         given = (request[what] for what in ("fd", "name", "path", "size"))
         size = yield from _told(steps(union.store, *given))
+        yield partial(_watch, union, request["fd"], request["name"])
         yield {"size": size}
 
     def backup(request: dict[str, Any]) -> Iterator[dict[str, Any] | Callable[[], None]]:
@@ -181,6 +183,16 @@ def _of_keeping(union: Union, stop_waiting_soon: Callable[[], None]) -> Mapping[
         "sync": sync,
         "leave": leave,
     }
+
+
+def _watch(union: Union, directory: int, name: str) -> None:
+    """Tell from now on what is done to a store that was put there."""
+    with suppress(OSError):
+        fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+        try:
+            union.whereabouts.store_is_at(fd)
+        finally:
+            os.close(fd)
 
 
 _LONGEST_SILENCE = 60_000

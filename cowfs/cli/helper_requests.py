@@ -36,7 +36,7 @@ class HelperRequests:
 
     def start(self) -> None:
         """Have them done from now on, while there is one thread."""
-        inline = {"mount": self.mount}
+        inline = {"mount": self.mount, "store": self.store}
         waiting = {"answers": self.answers, "sync": self.sync, "drop": self.drop, "unmount": self.unmount}
         asking = {"places": self.places, "loops": self.loops, "wake": self.wake, "syslog": self.syslog}
         helper_process.start({**inline, **waiting, **asking, "run": self.run}, inline=inline)
@@ -93,6 +93,12 @@ class HelperRequests:
         """Say what was done to the store and the lowers, of which the daemon has the inodes *opened*."""
         opened = [None if inode is None else (inode[0], inode[1]) for inode in request["opened"]]
         return {"changes": self._places.changes(opened) if self._places else [""] * len(self._paths)}
+
+    def store(self, request: Request, fds: list[int]) -> Reply:
+        """Watch the file *fds* as the store from now on."""
+        if self._places is not None:
+            self._places.put(0, fds[0])
+        return {}
 
     def loops(self, request: Request, fds: list[int]) -> Reply:
         """Return the loop devices that stand on the file *fds*."""

@@ -41,6 +41,12 @@ class Places:
             for held, inode in zip(self._held, known, strict=False)
         ]
 
+    def put(self, number: int, fd: int) -> None:
+        """Hold instead of one of them what this descriptor is of (O_PATH), as it is found by now."""
+        before, self._held[number] = self._held[number], _held(os.dup(fd))
+        if before is not None:
+            os.close(before.fd)
+
     def close(self) -> None:
         """Let go of them."""
         for held in self._held:
@@ -96,6 +102,10 @@ def _hold(path: str) -> _Held | None:
         fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
     except OSError:
         return None
+    return _held(fd)
+
+
+def _held(fd: int) -> _Held:
     waits = True
     with suppress(OSError):
         waits = may_wait(fd)

@@ -110,6 +110,8 @@ def content(store: Path) -> dict[str, bytes]:
         at_night("directory", rename_work, "its work directory was renamed to {}/store/was work", id="work"),
         at_night("image", swap, "its file was renamed to {}/elsewhere", id="image"),
         at_night("image", rename_above, "its file was renamed to {}/elsewhere/store", id="image above"),
+        pytest.param("memory", swap, "its file was renamed to {}/elsewhere", id="persisted"),
+        at_night("memory", rename_above, "its file was renamed to {}/elsewhere/store", id="persisted above"),
     ],
 )
 def test_a_store_elsewhere(
@@ -127,8 +129,11 @@ def test_a_store_elsewhere(
     store = base / "in" / "store"
     if kind == "image":
         cowfs("create", store, "50", check=True, nobody=nobody)
-    with mounted(base / "lower", base / "mnt", store, nobody=nobody, quiet=False) as here:
+    at_first = "memory" if kind == "memory" else store
+    with mounted(base / "lower", base / "mnt", at_first, nobody=nobody, quiet=False) as here:
         write(here.path / "file", "before")
+        if kind == "memory":
+            cowfs("persist", here.path, store, check=True, nobody=nobody)
         assert "MOVED" not in cowfs("info", here.path, check=True, nobody=nobody).stdout
         act(store)
         other = content(store) if store.exists() and act is swap else {}

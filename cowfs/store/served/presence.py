@@ -10,6 +10,7 @@ from typing import Any
 from cowfs.layers.base import LowerLayer, UpperLayer
 from cowfs.linux import helper_process
 from cowfs.linux.places import Inode, Places
+from cowfs.linux.remote import may_wait
 from cowfs.overlay.aufs import written_through
 from cowfs.store.format.sizes import format_size
 from cowfs.store.format.sniff import split_subdir
@@ -75,6 +76,16 @@ class Whereabouts:
     def is_in_place(self) -> bool:
         """Whether what the user calls by the store's name is still that store."""
         return not self._change_of_store()
+
+    def store_is_at(self, fd: int) -> None:
+        """Watch from now on where this is (O_PATH): the store was in memory before. May wait for a disk."""
+        if may_wait(fd):
+            return
+        self._opened[0] = _inode(self._store.fd)
+        if self._places is not None:
+            self._places.put(0, fd)
+        elif (elsewhere := helper_process.current()) is not None:
+            elsewhere.ask("store", [fd])
 
     def close(self) -> None:
         if self._places is not None:
