@@ -36,7 +36,7 @@ from cowfs.overlay.aufs import written_through
 from cowfs.overlay.freeze import give_up_index
 from cowfs.overlay.fs import OverlayOptions
 from cowfs.overlay.graft import Grafted
-from cowfs.overlay.named_whiteouts import NamedWhiteouts
+from cowfs.overlay.named_whiteouts import reworded
 from cowfs.overlay.node import APART
 from cowfs.overlay.original import copy_xattrs
 from cowfs.overlay.overlay import Overlay
@@ -231,12 +231,10 @@ def open_lower(spec: str, engine: str = "auto", offset: int = 0, whiteouts: str 
     Raises LayerError when it is neither, SystemFailure when the engine cannot be had.
     """
     layer = _open_lower(spec, engine, offset)
-    if whiteouts == "overlayfs":
-        return layer
     if isinstance(layer, SlowLayer):
-        layer.inner = NamedWhiteouts(layer.inner, whiteouts)
+        layer.inner = reworded(layer.inner, whiteouts)
         return layer
-    return NamedWhiteouts(layer, whiteouts)
+    return reworded(layer, whiteouts)
 
 
 def _open_lower(spec: str, engine: str, offset: int) -> LowerLayer:

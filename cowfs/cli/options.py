@@ -28,7 +28,7 @@ _CHOICES = {
     "engine": ENGINES,
     "io_uring": ("auto", "on", "off"),
     "passthrough": ("auto", "off"),
-    "whiteouts": ("auto", "overlayfs", "aufs", "oci"),
+    "whiteouts": ("auto", "overlayfs", "userxattr", "trustedxattr", "aufs", "oci"),
 }
 
 VALUES = {
@@ -41,7 +41,7 @@ VALUES = {
     "size": "maximum size of a store in memory: 256M, 2G (default: half of the RAM)",
     "io_uring": "receive requests through io_uring: auto, on or off (Linux 6.14)",
     "passthrough": "let the kernel read and write the store's files: auto or off (Linux 6.9)",
-    "whiteouts": "how deletions are written in the lowers: overlayfs, aufs, oci, or auto",
+    "whiteouts": "how deletions are written in the lowers: overlayfs, userxattr, aufs, oci, or auto",
     "volatile": "do not keep changes below these directories: /tmp:/run; the store remembers; or none",
     "url_cache": "keep what is read by URL in this directory, or none (/var/cache/cowfs, ~/.cache/cowfs)",
     "url_cache_size": "bytes of it at most, of all images: 500M, 8G (default: 2G)",

@@ -26,6 +26,8 @@ BRANCH_NAMES = (b".wh..wh.aufs", b".wh..wh.plnk", b".wh..wh.orph")
 """What aufs has at the root of a writable branch."""
 STYLES = ("overlayfs", "aufs", "oci")
 """How the whiteouts of a layer may be written."""
+XATTRS = {"userxattr": b"user.overlay.", "trustedxattr": b"trusted.overlay."}
+"""Or as overlayfs writes them, with these attributes whatever the union's are."""
 
 _OPTIONAL = (
     "birth", "caches", "getflags", "image", "reopened", "resume", "setflags", "shrink", "suspend", "version",
@@ -51,21 +53,13 @@ class Whiteout:
         )
 
 
-class NamedWhiteouts:
-    """The layer *inner* as one with the whiteouts of overlayfs. Its keys are those of *inner*, and
-    :class:`Whiteout`.
+class Reworded:
+    """The layer *inner*, whose words for what is below it are others than those of the union."""
 
-    *style* is ``aufs`` or ``oci``. They differ where a layer has both NAME and ``.wh.NAME``: to aufs that is
-    a deleted name, and to OCI images the whiteout means the layers below alone.
-    """
-
-    def __init__(self, inner: LowerLayer, style: str) -> None:
+    def __init__(self, inner: LowerLayer) -> None:
         self.inner = inner
-        self.style = style
         self.format = XattrFormat(b"trusted.overlay.")
-        """In whose words opaque directories are told of (:func:`use_format`)."""
-        self._alone: set[Key] = set()
-        """Directories of OCI layers, by keys in use, that have a whiteout of their own name beside them."""
+        """The words of the union (:func:`use_format`)."""
         self.name = inner.name
         self.root: Key = inner.root
         self.dev = inner.dev
@@ -80,6 +74,24 @@ class NamedWhiteouts:
         for name in _OPTIONAL:
             if hasattr(inner, name):
                 setattr(self, name, getattr(inner, name))
+
+    def close(self) -> None:
+        self.inner.close()
+
+
+class NamedWhiteouts(Reworded):
+    """The layer *inner* as one with the whiteouts of overlayfs. Its keys are those of *inner*, and
+    :class:`Whiteout`.
+
+    *style* is ``aufs`` or ``oci``. They differ where a layer has both NAME and ``.wh.NAME``: to aufs that is
+    a deleted name, and to OCI images the whiteout means the layers below alone.
+    """
+
+    def __init__(self, inner: LowerLayer, style: str) -> None:
+        super().__init__(inner)
+        self.style = style
+        self._alone: set[Key] = set()
+        """Directories of OCI layers, by keys in use, that have a whiteout of their own name beside them."""
 
     # --- names
 
@@ -170,8 +182,45 @@ class NamedWhiteouts:
         self._alone.discard(key)
         self.inner.forget(key)
 
-    def close(self) -> None:
-        self.inner.close()
+
+class OtherXattrs(Reworded):
+    """The layer *inner*, whose attributes of overlayfs begin with the *prefix*, as one whose begin with the
+    union's: ``user.overlay.`` in what a user's overlayfs has written (its option *userxattr*)."""
+
+    def __init__(self, inner: LowerLayer, prefix: bytes) -> None:
+        super().__init__(inner)
+        self.lookup = inner.lookup
+        self.readdir = inner.readdir
+        self.names = inner.names
+        self.stat = inner.stat
+        self.handle = inner.handle
+        self.forget = inner.forget
+        self._own = XattrFormat(prefix)
+
+    def listxattr(self, key: Key) -> list[bytes]:
+        return [self._told(name) for name in self.inner.listxattr(key)]
+
+    def getxattr(self, key: Key, name: bytes) -> bytes:
+        return self.inner.getxattr(key, self._asked(name))
+
+    def _told(self, name: bytes) -> bytes:
+        """Return what one of our attributes is called in the union's words."""
+        if self._own.is_own(name):
+            return self.format.prefix + name[len(self._own.prefix) :]
+        return self.format.stored(self._own.shown(name) or name)
+
+    def _asked(self, name: bytes) -> bytes:
+        """Return the name here of what the union's words are for."""
+        if self.format.is_own(name):
+            return self._own.prefix + name[len(self.format.prefix) :]
+        return self._own.stored(self.format.shown(name) or name)
+
+
+def reworded(layer: LowerLayer, style: str) -> LowerLayer:
+    """Return a layer with whiteouts of this style as one that the union understands."""
+    if style == "overlayfs":
+        return layer
+    return OtherXattrs(layer, XATTRS[style]) if style in XATTRS else NamedWhiteouts(layer, style)
 
 
 def hidden_by(name: bytes) -> bytes | None:
@@ -200,8 +249,8 @@ def _seen(names: list[bytes]) -> list[bytes]:
 
 
 def use_format(layer: LowerLayer | None, xattrs: XattrFormat) -> None:
-    """Let a layer tell of its opaque directories in these words, if its own are others."""
-    while layer is not None and not isinstance(layer, NamedWhiteouts):
+    """Let a layer tell of what is below it in these words, if its own are others."""
+    while layer is not None and not isinstance(layer, Reworded):
         layer = getattr(layer, "inner", None)
     if layer is not None:
         layer.format = xattrs

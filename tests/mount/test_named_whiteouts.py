@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import random
+import sys
 from pathlib import Path
 
 import pytest
 
 from tests.support.mounts import cowfs, mounted
-from tests.support.system import needs_fuse, needs_root, run
+from tests.support.squashfs import mksquashfs
+from tests.support.system import as_nobody_prefix, needs_fuse, needs_root, run
 
 pytestmark = needs_fuse
 DEV_FUSE_AT_NIGHT = True
@@ -181,3 +183,53 @@ def test_any_layers(tmp_path: Path) -> None:
     with mounted(layers, tmp_path / "m", options=["whiteouts=aufs"]) as mount:
         for case, kind in enumerate(kinds):
             assert tree(mount.path / f"case{case}") == _merge(kind), f"case {case}"
+
+
+@needs_root
+@pytest.mark.parametrize("style", ["userxattr", "trustedxattr"])
+def test_marks_of_the_other_kind(style: str, nobody_path: Path) -> None:
+    """What overlayfs wrote for a user, below an image; what it wrote for root, below a user's directory."""
+    base, merged, changed = (nobody_path / name for name in ("base", "merged", "changed"))
+    put(base, BOTTOM)
+    prefix, by_root = ("trusted", True) if style == "trustedxattr" else ("user", False)
+    run("chown", "-R", "65534:65534", base)
+    changed.mkdir()
+    if not by_root:
+        os.chown(changed, 65534, 65534)
+    with mounted(base, merged, changed, nobody=not by_root):
+        act = [*([] if by_root else as_nobody_prefix()), "sh", "-c"]
+        run(
+            *act,
+            f"cd {merged}; rm -r etc/conf.d gone plain; mkdir etc/conf.d; echo c > etc/conf.d/c; mv var v",
+        )
+    expected = {
+        "etc": {"passwd": "root", "motd": "old", "conf.d": {"c": "c\n"}},
+        "v": {"log": {"one": "1"}, "file": "below"},
+        "both": {"low": "low"},
+    }
+    top = changed / "upper"
+    assert os.getxattr(top / "v", f"{prefix}.overlay.redirect") == b"var"
+    if by_root:
+        top = mksquashfs(nobody_path / "top.sqfs", top)
+        top.chmod(0o644)
+    store = nobody_path / ("store" if by_root else "store.bs")
+    if not by_root:
+        cowfs("create", store, "16", nobody=True, check=True)
+    else:
+        store.mkdir()
+        os.chown(store, 65534, 65534)
+    merged = nobody_path / "again"
+    with mounted([top, base], merged, store, nobody=True, options=[f"whiteouts={style}"]):
+        seen = json.loads(run(*as_nobody_prefix(), sys.executable, "-c", _TREE, merged).stdout)
+        run(*as_nobody_prefix(), "rm", merged / "v/file")
+    assert seen == expected
+    assert cowfs("diff", store, nobody=True, check=True).stdout == "D  v/file\n"
+
+
+_TREE = """
+import json, os, sys
+def tree(top):
+    return {name: tree(f"{top}/{name}") if os.path.isdir(f"{top}/{name}") else open(f"{top}/{name}").read()
+            for name in os.listdir(top)}
+print(json.dumps(tree(sys.argv[1])))
+"""

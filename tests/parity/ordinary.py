@@ -163,6 +163,8 @@ def main() -> None:
         os.setresuid(NOBODY, NOBODY, 0)
     kind = _RootsPlace if work.system == ROOTS else _UsersPlace
     place = kind(work.at, work.lowers, work.store, work.kind, made=not work.runs)
+    if work.kind == "image":
+        place.options = ["whiteouts=userxattr"]
     result: Any = look(cases, work.system, place) if not work.runs else None
     if work.runs:
         result = run_steps(cases, work.system, place, ",".join(work.names))

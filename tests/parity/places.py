@@ -13,6 +13,9 @@ from tests.support.system import run
 class Place:
     """A store, and how each system mounts it."""
 
+    options: Sequence[str] = ()
+    """For cowfs."""
+
     def __init__(
         self, at: Path, lowers: Sequence[Path], store: Path, kind: str, *, made: bool = False
     ) -> None:
@@ -46,7 +49,9 @@ class Place:
     @contextmanager
     def cowfs(self) -> Iterator[None]:
         engine = "kernel" if self.kind == "kernel" else None
-        with mounted(list(self.lowers), self.at, self.store, engine=engine, quiet=False) as here:
+        with mounted(
+            list(self.lowers), self.at, self.store, engine=engine, options=self.options, quiet=False
+        ) as here:
             yield
         trouble = [line for line in here.trouble() if " is missing from a listing: " not in line]
         assert not trouble, trouble

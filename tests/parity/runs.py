@@ -112,7 +112,7 @@ def compare(case: Quick, kernel: Seen, subject: Seen, names: tuple[str, str]) ->
             if moved:
                 yield f"{name}: {system}: a remount changed the inode numbers of {moved}"
             yield from _unlike(name, seen.final, seen.again, f"{system} before remount", "after")
-        if seen.by_other:
+        if name in seen.by_other:
             yield from _unlike(
                 name, seen.final, seen.by_other, f"{system}'s store seen by itself", "by the other"
             )
