@@ -318,6 +318,25 @@ def is_flaggable(layer: UpperLayer) -> TypeGuard[Flaggable]:
     return hasattr(layer, "setflags")
 
 
+class TakesWhole(UpperLayer, Protocol):
+    """An upper layer in which a file can appear with all that it has, in one step."""
+
+    def copy_in(
+        self, directory: Key, name: bytes, attr: Attr, data: bytes, xattrs: Sequence[tuple[bytes, bytes]]
+    ) -> Key:
+        """Make a regular file with these *data*, mode, owner, times and *xattrs*, which are no ACLs.
+
+        After a crash it is complete or not there. It inherits nothing of the directory, whose mtime stays as
+        it is. EEXIST. A few hundred KiB at most.
+        """
+        ...
+
+
+def takes_whole(layer: UpperLayer) -> TypeGuard[TakesWhole]:
+    """Whether a layer is one."""
+    return hasattr(layer, "copy_in")
+
+
 class Transactional(Protocol):
     """A layer that can have several changes come to disk at once."""
 

@@ -11,7 +11,7 @@ import itertools
 import os
 import stat
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any, NamedTuple
 
@@ -212,6 +212,17 @@ class Ext3Layer:
         key = self._make(directory, name, stat.S_IFREG | mode & 0o7777, uid, gid)
         return key, self._open(key, os.O_RDWR, is_new=True)
 
+    def copy_in(
+        self, directory: int, name: bytes, attr: Attr, data: bytes, xattrs: Sequence[tuple[bytes, bytes]]
+    ) -> Key:
+        self._names_for(directory, name)
+        owner = attr.st_uid, attr.st_gid
+        times = attr.st_atime_ns, attr.st_mtime_ns
+        key = Key(self.image.copy(directory, name, (attr.st_mode, *owner), times, data, xattrs))
+        for attribute, _ in xattrs:
+            self._capabilities.noted(attribute)
+        return key
+
     def mkdir(self, directory: int, name: bytes, mode: int, uid: int, gid: int) -> Key:
         return self._make(directory, name, stat.S_IFDIR | mode & 0o1777, uid, gid)
 
@@ -246,33 +257,14 @@ class Ext3Layer:
         acls = {} if is_all else {acl.ACCESS: acl.build(entries)}
         if stat.S_ISDIR(mode):
             acls[acl.DEFAULT] = inherit.acl
-        try:
-            return self._make_with_acls(directory, name, mode & ~0o777 | bits, uid, gid, rdev, acls)
+        mode = mode & ~0o777 | bits
+        try:  # in one step: it must not be seen without them, on disk either
+            return Key(self.image.create(directory, name, mode, uid, gid, rdev, attrs=list(acls.items())))
         except OSError as failure:
-            if failure.errno != errno.ENOSPC or isinstance(failure, NotYetFree):
-                raise
-            self.image.commit()  # what was freed lately can be used only then
-            return self._make_with_acls(directory, name, mode & ~0o777 | bits, uid, gid, rdev, acls)
-
-    def _make_with_acls(
-        self, directory: int, name: bytes, mode: int, uid: int, gid: int, rdev: int, acls: dict[bytes, bytes]
-    ) -> Key:
-        """Make an inode that must not be seen without its ACLs: not on disk either."""
-        before = self.image.getattr(directory)
-        with self.image.together():
-            key = Key(self.image.create(directory, name, mode, uid, gid, rdev))
-            try:
-                for attribute, value in acls.items():
-                    self._setxattr(key, attribute, value)
-            except OSError:
-                with suppress(OSError):  # the image has been given up
-                    (self.image.rmdir if stat.S_ISDIR(mode) else self.image.unlink)(
-                        directory, name, keep=False
-                    )
-                    times = ext3.ATIME | ext3.MTIME
-                    self.image.setattr(directory, times, atime=before.atime_ns, mtime=before.mtime_ns)
-                raise
-        return key
+            if failure.errno == errno.ENOSPC and not isinstance(failure, NotYetFree):
+                facts = self.image.facts()
+                self.is_beyond_room = facts.free_blocks > 0 < facts.free_inodes
+            raise
 
     def _names_for(self, directory: int, name: bytes) -> AnyNames:
         """Return the names of a directory that *name* may be added to."""

@@ -1,8 +1,9 @@
 """Copy-up: how a lower inode becomes an upper one, whole or not at all (the kernel's copy_up.c).
 
-Everything is made ready under a temporary name in the work directory and then renamed into place. The
-data goes in before the xattrs, since writing drops ``security.capability``; the owner before the mode,
-since chown(2) drops set-ID bits; the times last.
+Where the upper takes a small file in one step, it gets that (:mod:`cowfs.overlay.whole`). Everything else is
+made ready under a temporary name in the work directory and then renamed into place. The data goes in before
+the xattrs, since writing drops ``security.capability``; the owner before the mode, since chown(2) drops
+set-ID bits; the times last.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from contextlib import suppress
 from cowfs.layers.base import Key
 from cowfs.overlay import partial
 from cowfs.overlay.fs import OverlayFs, Steps, error
-from cowfs.overlay.install import Place, install, set_upper, show_to_handles
+from cowfs.overlay.install import install, place_of, set_upper, show_to_handles
 from cowfs.overlay.node import Node
 from cowfs.overlay.original import copy_attributes, read_original
+from cowfs.overlay.whole import copy_whole
 from cowfs.overlay.work import made_aside
 from cowfs.overlay.xattr_format import IMPURE, METACOPY, make_nlink, parse_count
 from cowfs.types import Attr
@@ -37,7 +39,7 @@ class CopyUp:
         self.size = size
         """How many bytes of the data are wanted."""
         # A lookup of another name may change the node's meanwhile.
-        self._place = None if node.dead else _place_of(fs, node)
+        self._place = None if node.dead else place_of(fs, node)
         self._temporary = fs.temporary()
         layer, key = node.lowers[-1]
         self._source = fs.lowers[layer].open(key, os.O_RDONLY)
@@ -153,7 +155,7 @@ def prepare(fs: OverlayFs, node: Node, size: int | None = None) -> CopyUp | Data
         return DataCopyUp(fs, node, wanted)
     if not node.dead:
         _parents(fs, node)
-    return CopyUp(fs, node, attr, wanted)
+    return None if copy_whole(fs, node, attr, wanted) else CopyUp(fs, node, attr, wanted)
 
 
 def copy_up(fs: OverlayFs, node: Node, size: int | None = None) -> None:
@@ -212,7 +214,8 @@ def copy_up_meta(fs: OverlayFs, node: Node) -> None:
     if not node.dead:
         _parents(fs, node)
     if stat.S_ISREG(attr.st_mode) and (attr.st_size < metacopy_from or not fs.options.metacopy):
-        _do(CopyUp(fs, node, attr, attr.st_size))
+        if not copy_whole(fs, node, attr, attr.st_size):
+            _do(CopyUp(fs, node, attr, attr.st_size))
     else:
         _copy_up_inode(fs, node, attr)
 
@@ -288,16 +291,8 @@ def copy_up_chain(fs: OverlayFs, node: Node | None) -> Steps[None]:
         yield None
 
 
-def _place_of(fs: OverlayFs, node: Node) -> Place:
-    """Return a name that the node has, for a hard link whichever is known."""
-    found = fs.nodes.place(node)
-    if found is None:
-        raise error(errno.ENOENT, node.name)
-    return found
-
-
 def _parents(fs: OverlayFs, node: Node) -> None:
-    _place_of(fs, node)
+    place_of(fs, node)
     missing = []
     walk = node.parent
     while walk is not None and walk.upper is None:
@@ -318,7 +313,7 @@ def _copy_up_directory(fs: OverlayFs, node: Node) -> None:
         copy_attributes(fs, made, original)
         with suppress(OSError):  # only a hint to the kernel's readdir
             fs.note(made, fs.format.impure, IMPURE)
-        install(fs, node, None if node.dead else _place_of(fs, node), made, temporary, original)
+        install(fs, node, None if node.dead else place_of(fs, node), made, temporary, original)
     node.upper = made
     if not node.dead:
         fs.covers(node.parent)
@@ -334,7 +329,7 @@ def _copy_up_inode(fs: OverlayFs, node: Node, attr: Attr) -> None:
             fs.upper.truncate(made, attr.st_size)
             fs.note(made, fs.format.metacopy, METACOPY)
         copy_attributes(fs, made, original)
-        install(fs, node, None if node.dead else _place_of(fs, node), made, temporary, original)
+        install(fs, node, None if node.dead else place_of(fs, node), made, temporary, original)
     node.metacopy = is_file
     set_upper(fs, node, made)
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 
 from cowfs.layers.base import Key
 from cowfs.linux import files
 from cowfs.overlay import partial
 from cowfs.overlay.companions import NOT_HERE
-from cowfs.overlay.fs import OverlayFs
+from cowfs.overlay.fs import OverlayFs, error
 from cowfs.overlay.handle import Reader
 from cowfs.overlay.node import Node
 from cowfs.overlay.original import Original
@@ -16,6 +17,14 @@ from cowfs.overlay.xattr_format import make_nlink
 
 Place = tuple[Node, bytes]
 """A directory, and a name in it."""
+
+
+def place_of(fs: OverlayFs, node: Node) -> Place:
+    """Return a name that the node has, for a hard link whichever is known. ENOENT."""
+    found = fs.nodes.place(node)
+    if found is None:
+        raise error(errno.ENOENT, node.name)
+    return found
 
 
 def install(

@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 
-from cowfs.layers.base import Key, UpperLayer
+from cowfs.layers.base import Key, UpperLayer, takes_whole
+from cowfs.types import AttrData
 from tests.contract.factories import Kind
+from tests.ext3.operations import ACL
 
 NOREPLACE, EXCHANGE, WHITEOUT = 1, 2, 4
 T0 = 1_000_000_000_123_456_789
@@ -482,6 +484,40 @@ def test_create_opens(upper: UpperLayer) -> None:
     finally:
         file.close()
     assert upper.stat(key).st_size == 4
+
+
+def test_copy_in(upper: UpperLayer) -> None:
+    """All at once, whatever the directory would have it inherit; nobody sees that a name was made."""
+    if not takes_whole(upper):
+        return
+    folder = upper.mkdir(upper.root, b"d", 0o755, 5, 6)
+    upper.chmod(folder, 0o2755)
+    upper.setxattr(folder, b"system.posix_acl_default", ACL)
+    upper.utimens(folder, 10**9, 2 * 10**9)
+    attr = AttrData(
+        stat.S_IFREG | 0o4751, 0, st_uid=70_000, st_gid=80_000, st_atime_ns=10**9, st_mtime_ns=-(10**9)
+    )
+    xattrs = [(b"user.a", b""), (b"trusted.b", bytes(100))]
+    data = os.urandom(70_001)
+    key = upper.copy_in(folder, b"name", attr, data, xattrs)
+    found = upper.lookup(folder, b"name")
+    assert found is not None and found[0] == key
+    seen, above = found[1], upper.stat(folder)
+    wanted = (attr.st_mode, 70_000, 80_000, 1, len(data))
+    assert (seen.st_mode, seen.st_uid, seen.st_gid, seen.st_nlink, seen.st_size) == wanted
+    assert (seen.st_atime_ns, seen.st_mtime_ns) == (10**9, -(10**9))
+    assert {name: upper.getxattr(key, name) for name in upper.listxattr(key)} == dict(xattrs)
+    assert (above.st_atime_ns, above.st_mtime_ns) == (10**9, 2 * 10**9)
+    file = upper.open(key, os.O_RDONLY)
+    assert file.pread(len(data) + 1, 0) == data
+    file.close()
+    with fails(errno.EEXIST):
+        upper.copy_in(folder, b"name", attr, b"", [])
+    with fails(errno.ENAMETOOLONG):
+        upper.copy_in(folder, b"n" * 256, attr, b"", [])
+    with fails(errno.EOPNOTSUPP):
+        upper.copy_in(folder, b"other", attr, data, [(b"unknown.x", b"")])
+    assert [entry.name for entry in upper.readdir(folder)] == [b"name"]
 
 
 def test_files_of_one_inode_agree(upper: UpperLayer) -> None:

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from cowfs.layers.base import takes_whole
+from cowfs.types import AttrData
 from tests.ext3.model import Node
 from tests.ext3.reader import Facts
 
@@ -78,6 +80,24 @@ def create(load: Load) -> None:
     new_node(load, directory, name, key, mode, owner)
 
 
+def copy(load: Load) -> None:
+    """A file with all that it has, in one step, as small files are copied up."""
+    if len(load.model.nodes) > load.files or not takes_whole(load.layer):
+        raise Refused
+    directory, name, owner = load.directory(), load.name(), load.owner()
+    mode = stat.S_IFREG | load.random.choice((0o644, 0o4755, 0o2710))
+    size = load.random.choice((0, 1, load.model.block_size, 13 * load.model.block_size + 1, 20_000))
+    data, xattrs = load.random.randbytes(min(size, load.largest)), {b"trusted.overlay.origin": b"#" * 29}
+    attr = AttrData(mode, 0, st_uid=owner[0], st_gid=owner[1], st_atime_ns=T0, st_mtime_ns=T0 + 10**9)
+    load.begin()
+    key = load.layer.copy_in(load.key(directory), name, attr, data, list(xattrs.items()))
+    found = load.layer.stat(key)
+    assert (found.st_atime_ns, found.st_mtime_ns) == (T0, T0 + 10**9)
+    ino = new_node(load, directory, name, key, mode, owner)
+    load.model.set(ino, xattrs=xattrs)
+    load.model.write(ino, 0, data)
+
+
 def mkdir(load: Load) -> None:
     if len(load.model.nodes) > load.files:
         raise Refused
@@ -89,7 +109,7 @@ def mkdir(load: Load) -> None:
 
 def symlink(load: Load) -> None:
     directory, name, owner = load.directory(), load.name(), load.owner()
-    target = b"t" * load.random.choice((1, 59, 60, 61, load.model.block_size - 2))
+    target = b"t" * load.random.choice((1, 59, 60, 61, min(load.model.block_size, 4096) - 2))
     load.begin()
     key = load.layer.symlink(load.key(directory), name, target, *owner)
     new_node(load, directory, name, key, stat.S_IFLNK | 0o777, owner, target=target, size=len(target))
@@ -393,8 +413,8 @@ def utimens(load: Load) -> None:
 
 
 OPERATIONS: dict[Callable[[Load], None], int] = {
-    create: 16, write: 14, append: 8, truncate: 6, mkdir: 5, symlink: 3, mknod: 3, rename: 10, exchange: 3,
-    whiteout: 3, link: 4, unlink: 12, rmdir: 4, setxattr: 5, removexattr: 2, chmod: 3, chown: 2, utimens: 2,
-    forget: 5, sparse: 1, acl: 1,
+    create: 16, copy: 8, write: 14, append: 8, truncate: 6, mkdir: 5, symlink: 3, mknod: 3, rename: 10,
+    exchange: 3, whiteout: 3, link: 4, unlink: 12, rmdir: 4, setxattr: 5, removexattr: 2, chmod: 3, chown: 2,
+    utimens: 2, forget: 5, sparse: 1, acl: 1,
 }  # fmt: skip
 """How often each is done."""

@@ -10,7 +10,7 @@ from typing import Any
 from cowfs.layers.base import UpperLayer
 
 ALLOCATES = frozenset(
-    {"create", "mkdir", "symlink", "mknod", "link", "rename", "setxattr", "pwrite", "truncate"}
+    {"create", "mkdir", "symlink", "mknod", "link", "rename", "setxattr", "pwrite", "truncate", "copy_in"}
 )
 CALLS = ALLOCATES | {
     *("lookup", "stat", "readdir", "names", "readlink", "listxattr", "getxattr", "open", "handle"),

@@ -117,10 +117,26 @@ struct x3_new {
 	uint32_t major, minor;   /* of a device */
 	const char *target;      /* of a symlink */
 	uint32_t target_len;
+	const char *attrs;   /* extended attributes: of each two numbers of 32 bits, the lengths of name and value, */
+	uint64_t attrs_size; /* and then these */
 	/* out */
 	uint32_t ino;
 	struct x3_place place;
 	struct x3_attr attr;
+};
+
+/* A regular file that x3_copy makes, with all that it has. */
+struct x3_copy {
+	/* in */
+	uint32_t mode, uid, gid;
+	int64_t atime_ns, mtime_ns;
+	const char *data;
+	uint64_t size;
+	const char *attrs; /* as in x3_new */
+	uint64_t attrs_size;
+	/* out */
+	uint32_t ino;
+	struct x3_place place;
 };
 
 struct x3_rename {
@@ -255,6 +271,12 @@ int x3_is_above(x3_image *img, uint32_t ino, uint32_t dir);
  * EMLINK, ENAMETOOLONG for names beyond 255 and targets that do not fit a block. x3_new says the rest.
  */
 int x3_create(x3_image *img, uint32_t dir, const char *name, uint32_t len, uint32_t hint, struct x3_new *new_inode);
+
+/*
+ * Make a regular file that is complete from the beginning, whatever becomes of us, and give it a name in *dir*, whose
+ * mtime stays as it is. It inherits nothing. *hint* is as for x3_create.
+ */
+int x3_copy(x3_image *img, uint32_t dir, const char *name, uint32_t len, uint32_t hint, struct x3_copy *copy);
 
 /*
  * Give *ino* one more name. EMLINK; EPERM for a directory.

@@ -8,7 +8,8 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterator
+import struct
+from collections.abc import Iterator, Sequence
 from typing import Any, Unpack
 
 from cowfs.formats.ext3._engine import ffi, lib
@@ -36,6 +37,14 @@ _NOTHING_NEW = 1000
 """How often in a row a part of a directory may have no name that is new."""
 _XATTR = 1024
 """Bytes that most attributes fit in."""
+_LENGTHS = struct.Struct("=II")
+Xattrs = Sequence[tuple[bytes, bytes]]
+
+
+def _in_a_row(attrs: Xattrs) -> Any:
+    """Return attributes as x3_new has them; who gives them to the engine keeps this meanwhile."""
+    parts = [part for name, value in attrs for part in (_LENGTHS.pack(len(name), len(value)), name, value)]
+    return ffi.from_buffer(CHARS, b"".join(parts))
 
 
 class Image(Opened):
@@ -172,9 +181,17 @@ class Image(Opened):
         return names
 
     def create(
-        self, directory: int, name: bytes, mode: int, uid: int, gid: int, rdev: int = 0, target: bytes = b""
+        self,
+        directory: int,
+        name: bytes,
+        mode: int,
+        uid: int,
+        gid: int,
+        rdev: int = 0,
+        target: bytes = b"",
+        attrs: Xattrs = (),
     ) -> int:
-        """Make an inode of any type under a name that is free; return its number."""
+        """Make an inode of any type under a name that is free, with *attrs*; return its number."""
         names = self.names(directory)
         new = self._new
         new.mode, new.uid, new.gid = mode, uid, gid
@@ -183,6 +200,10 @@ class Image(Opened):
             kept = ffi.from_buffer(target)
             new.target = ffi.cast("const char *", kept)
         new.target_len = len(target)
+        new.attrs_size = 0
+        if attrs:
+            kept_attrs = _in_a_row(attrs)
+            new.attrs, new.attrs_size = kept_attrs, len(kept_attrs)
         code = lib.x3_create(self.handle, directory, name, len(name), names.hint, new)
         if code < 0:
             raise self._failure(code, name)
@@ -190,6 +211,36 @@ class Image(Opened):
         place = new.place
         self._directories.forget(ino)  # which had the number before
         names[name] = entry(ino, mode, place.block, place.offset)
+        names.hint = place.block
+        return ino
+
+    def copy(
+        self,
+        directory: int,
+        name: bytes,
+        fields: tuple[int, int, int],
+        times: tuple[int, int],
+        data: bytes,
+        attrs: Xattrs,
+    ) -> int:
+        """Make a regular file, complete from the beginning, under a name that is free; return its number.
+
+        *fields*: mode, owner and group; *times*: atime and mtime. The directory's mtime stays as it is.
+        """
+        names = self.names(directory)
+        new = ffi.new("struct x3_copy *")
+        new.mode, new.uid, new.gid = fields
+        new.atime_ns, new.mtime_ns = number_of(times[0]), number_of(times[1])
+        kept, kept_attrs = ffi.from_buffer(CHARS, data), _in_a_row(attrs)
+        new.data, new.size = kept, len(data)
+        new.attrs, new.attrs_size = kept_attrs, len(kept_attrs)
+        code = lib.x3_copy(self.handle, directory, name, len(name), names.hint, new)
+        if code < 0:
+            raise self._failure(code, name)
+        ino: int = new.ino
+        place = new.place
+        self._directories.forget(ino)
+        names[name] = entry(ino, stat.S_IFREG, place.block, place.offset)
         names.hint = place.block
         return ino
 

@@ -2,6 +2,7 @@
  * The entry points for names: looking them up, making, removing and renaming them.
  */
 #include <errno.h>
+#include <string.h>
 #include <sys/stat.h>
 
 #include "internal.h"
@@ -48,6 +49,17 @@ static void add_links(x3_image *img, uint32_t ino, int count)
 	inode_times(img, &in, CTIME, now_ns());
 }
 
+static void set_attrs(x3_image *img, uint32_t ino, const char *attrs, uint64_t size)
+{
+	uint32_t length[2]; /* of name and value */
+
+	for (const char *p = attrs, *end = p + size; p < end; p += length[0] + (uint64_t)length[1]) {
+		memcpy(length, p, sizeof length);
+		p += sizeof length;
+		xattr_set(img, ino, p, length[0], p + length[0], length[1], 0, false);
+	}
+}
+
 int x3_create(x3_image *img, uint32_t dir, const char *name, uint32_t len, uint32_t hint, struct x3_new *n)
 {
 	CHANGE (img) {
@@ -56,7 +68,32 @@ int x3_create(x3_image *img, uint32_t dir, const char *name, uint32_t len, uint3
 			add_links(img, dir, 1);
 		n->place = dir_insert(img, dir, name, len, in.ino, n->mode, hint);
 		n->ino = in.ino;
+		set_attrs(img, in.ino, n->attrs, n->attrs_size);
 		inode_attr(img, &in, &n->attr);
+	}
+	return op_finish(&op);
+}
+
+int x3_copy(x3_image *img, uint32_t dir, const char *name, uint32_t len, uint32_t hint, struct x3_copy *c)
+{
+	CHANGE (img) {
+		struct x3_new new = { .mode = S_IFREG | (c->mode & 07777), .uid = c->uid, .gid = c->gid };
+		struct inode parent = inode_get(img, dir), in;
+		struct x3_attr before;
+		inode_attr(img, &parent, &before);
+		in = inode_make(img, dir, &new);
+		inode_set_flags(img, &in, 0);
+		c->ino = in.ino;
+		c->place = dir_insert(img, dir, name, len, in.ino, new.mode, hint);
+		for (uint64_t done = 0; done < c->size;)
+			done += data_write(img, c->ino, c->data + done, c->size - done, done, false);
+		set_attrs(img, c->ino, c->attrs, c->attrs_size);
+		in = inode_change(img, c->ino, true);
+		inode_times(img, &in, X3_ATIME, c->atime_ns);
+		inode_times(img, &in, X3_MTIME, c->mtime_ns);
+		inode_times(img, &in, CTIME, now_ns());
+		parent = inode_change(img, dir, true);
+		inode_times(img, &parent, X3_MTIME, before.mtime_ns);
 	}
 	return op_finish(&op);
 }

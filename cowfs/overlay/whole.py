@@ -1,0 +1,66 @@
+"""Copy-up of small files in one step, where the upper layer can do that: most files that change.
+
+Nothing is made in the work directory then, nor renamed: to the disk the copy is one change.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import closing
+
+from cowfs.layers import acl
+from cowfs.layers.base import takes_whole
+from cowfs.overlay.fs import OverlayFs
+from cowfs.overlay.install import place_of, set_upper
+from cowfs.overlay.node import Node
+from cowfs.overlay.original import Original, Xattr, read_original
+from cowfs.types import Attr
+
+_ATTRIBUTES = 512
+"""Bytes of extended attributes, and of our notes, that any upper takes."""
+
+
+def copy_whole(fs: OverlayFs, node: Node, attr: Attr, size: int) -> bool:
+    """Copy up a regular file, with the attributes *attr* and its first *size* bytes; False if not so.
+
+    Then nothing has changed. All directories above are in the upper.
+    """
+    upper = fs.upper
+    if node.dead or size > fs.options.inline_up_to or not takes_whole(upper) or fs.data_waits(node):
+        return False
+    xattrs = _xattrs_of(fs, node, read_original(fs, node, attr))
+    data = None if xattrs is None else _data_of(fs, node, size)
+    if xattrs is None or data is None:
+        return False
+    parent, name = place_of(fs, node)
+    key = upper.copy_in(parent.upper, name, attr, data, xattrs)
+    node.metacopy = False
+    set_upper(fs, node, key)
+    return True
+
+
+def _xattrs_of(fs: OverlayFs, node: Node, original: Original) -> list[Xattr] | None:
+    """Return all that the copy is to have, notes and all; None if that takes more than to set it."""
+    number = node.lowers[0][0]
+    if original.index_name is not None or original.protection or number < 0 or fs.options.sync_copy_up:
+        return None
+    xattrs = [*original.xattrs, (fs.format.origin, original.origin)]
+    if number > 0:
+        xattrs.append((fs.format.layer, b"%d" % number))
+    if len(xattrs) > 1:
+        taken = sum(len(name) + len(value) for name, value in xattrs)
+        if taken > _ATTRIBUTES or any(name in {acl.ACCESS, acl.DEFAULT} for name, _ in xattrs):
+            return None
+    return xattrs
+
+
+def _data_of(fs: OverlayFs, node: Node, size: int) -> bytes | None:
+    """Return the first bytes of a lower file; None if it has holes there."""
+    if not size:
+        return b""
+    layer, key = node.lowers[-1]
+    with closing(fs.lowers[layer].open(key, os.O_RDONLY)) as source:
+        if next(source.segments(size), None) != (0, size):
+            return None
+        data = source.pread(size, 0)
+    return data if len(data) == size else None
