@@ -162,6 +162,8 @@ class SquashfsLayer:
         self.dev = new_device()
         self._block_size = self._image.superblock.block_size
         self._numbers = _Numbers()
+        # What was asked for last, key and answer: a copy-up, or a removal, asks several times.
+        self._last = -1, AttrData(0, 0)
         self.generation: int | None = zlib.crc32(self._image.superblock.raw)
 
     def lookup(self, directory: int, name: bytes) -> tuple[int, Attr] | None:
@@ -172,7 +174,11 @@ class SquashfsLayer:
         return None if inode is None else (inode.ref, self._attr(inode))
 
     def stat(self, key: int) -> Attr:
-        return self._attr(self._image.inode(key))
+        last, attr = self._last
+        if last != key:
+            attr = self._attr(self._image.inode(key))
+            self._last = key, attr
+        return attr
 
     def _attr(self, inode: Inode) -> AttrData:
         time = inode.mtime * 1_000_000_000

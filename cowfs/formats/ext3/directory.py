@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 INO = (1 << 32) - 1
 """The bits of an entry that are the inode number."""
 _TYPE_AT, _OFFSET_AT, _BLOCK_AT = 32, 35, 51
+_WHAT = (1 << _OFFSET_AT) - 1
 _HEAD = struct.Struct("<IIHBB")  # ino, block, offset, type, length of the name: see x3_readdir
 
 TYPES = (
@@ -45,6 +46,11 @@ def entry(ino: int, mode: int, block: int, offset: int) -> int:
 def packed(ino: int, kind: int, block: int, offset: int) -> int:
     """The same for a type that is told as directories have it."""
     return ino | kind << _TYPE_AT | offset << _OFFSET_AT | block << _BLOCK_AT
+
+
+def moved(value: int, block: int, offset: int) -> int:
+    """Return the entry of the same inode in another place."""
+    return value & _WHAT | offset << _OFFSET_AT | block << _BLOCK_AT
 
 
 def type_of(value: int) -> int:

@@ -21,10 +21,10 @@ from cowfs.formats.ext3.directory import (
     Directories,
     LargeNames,
     entry,
+    moved,
     packed,
     parse,
     place_of,
-    type_of,
 )
 from cowfs.formats.ext3.opened import CHARS, How, Opened, unset
 from cowfs.formats.ext3.records import FIRST, INODE, Inode, number_of, time_of
@@ -290,41 +290,45 @@ class Image(Opened):
         The two must be names of different inodes, and a directory must not end up below itself. Returns
         whether what was replaced lives on without a name.
         """
-        names, new_names = self.names(source[0]), self.names(target[0])
-        value, replaced = names[source[1]], new_names.get(target[1])
+        (source_dir, source_name), (target_dir, target_name) = source, target
+        names = self.names(source_dir)
+        new_names = names if target_dir == source_dir else self.names(target_dir)
+        value, replaced = names[source_name], new_names.get(target_name)
+        here = place_of(value)
         how = ffi.new("struct x3_rename *")
-        how.source_dir, how.target_dir = source[0], target[0]
-        names_ = ffi.from_buffer(source[1]), ffi.from_buffer(target[1])
-        how.source_name, how.target_name = (ffi.cast("const char *", name) for name in names_)
-        how.source_len, how.target_len = len(source[1]), len(target[1])
-        how.source_place.block, how.source_place.offset = place_of(value)
+        how.source_dir, how.target_dir = source_dir, target_dir
+        kept, kept_too = ffi.from_buffer(CHARS, source_name), ffi.from_buffer(CHARS, target_name)
+        how.source_name, how.target_name = kept, kept_too
+        how.source_len, how.target_len = len(source_name), len(target_name)
+        how.source_place.block, how.source_place.offset = here
         how.ino, how.hint = value & INO, new_names.hint
         if replaced is not None:
             how.target_place.block, how.target_place.offset = place_of(replaced)
             how.replaced = replaced & INO
         if whiteout is not None:
             how.uid, how.gid = whiteout
-        how.flags = (
-            (lib.X3_EXCHANGE if exchange else 0)
-            | (lib.X3_WHITEOUT if whiteout is not None else 0)
-            | (lib.X3_KEEP if keep else 0)
-        )
-        kept = bool(self._done(lib.x3_rename(self.handle, how), source[1], None, target[1]))
-        new_names[target[1]] = entry(value & INO, type_of(value), how.place.block, how.place.offset)
-        here = place_of(value)
+        if exchange or keep or whiteout is not None:
+            how.flags = (
+                (lib.X3_EXCHANGE if exchange else 0)
+                | (lib.X3_WHITEOUT if whiteout is not None else 0)
+                | (lib.X3_KEEP if keep else 0)
+            )
+        kept_on = bool(self._done(lib.x3_rename(self.handle, how), source_name, None, target_name))
+        place = how.place
+        new_names[target_name] = moved(value, place.block, place.offset)
         if exchange and replaced is not None:
-            names[source[1]] = entry(replaced & INO, type_of(replaced), *here)
+            names[source_name] = moved(replaced, *here)
             return False
         if replaced is None:
-            new_names.hint = how.place.block
+            new_names.hint = place.block
         else:
             self._directories.forget(replaced & INO)
         if whiteout is not None:
-            names[source[1]] = entry(how.whiteout, _CHAR, *here)
+            names[source_name] = entry(how.whiteout, _CHAR, *here)
         else:
-            del names[source[1]]
+            del names[source_name]
             names.hint = min(names.hint, here[0])
-        return kept
+        return kept_on
 
     def release(self, ino: int) -> None:
         """Let an inode go that has no name any more."""

@@ -65,6 +65,8 @@ class Blocks:
         self._starter = starter(superblock.compression, superblock.block_size)
         self._started: GenerationCache[Stored, bool] = GenerationCache(_STARTED, int)
         self._fragments = fragments
+        # The one that was needed last: it has the ends of files that stand side by side.
+        self._last_fragment: tuple[int, Stored] = -1, Stored(0, 0)
         self._cache: OnceCache[Stored] = OnceCache(max(cache_bytes, 4 * superblock.block_size))
         self.superblock = superblock
         self.size = superblock.block_size
@@ -117,7 +119,11 @@ class Blocks:
 
     def fragment(self, inode: Inode) -> Stored:
         """Where the end of a file is. May block. EIO."""
-        return self._fragments[inode.fragment]
+        number, stored = self._last_fragment
+        if number != inode.fragment:
+            stored = self._fragments[inode.fragment]
+            self._last_fragment = inode.fragment, stored
+        return stored
 
     def tail(self, inode: Inode, size: int) -> bytes:
         """The first *size* bytes of the end of a file that is in a fragment. May block. EIO."""
