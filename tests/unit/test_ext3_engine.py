@@ -602,6 +602,34 @@ def test_suspended_for_growing(plain: Path) -> None:
         assert b"waited" in engine.names(ROOT)
 
 
+def test_a_barrier_with_nothing_behind_it_is_spared(plain: Path) -> None:
+    """fsync of a file, then of its directory: what is on disk is not waited for again."""
+    with Engine(plain) as engine:
+
+        def barriers(call: str, *arguments: object) -> int:
+            before = engine.facts().barriers
+            engine.call(call, *arguments)
+            return int(engine.facts().barriers - before)
+
+        assert barriers("fsync", ROOT, 0) == 1, "what an earlier daemon wrote may not be on disk"
+        ino = engine.create(ROOT, b"journal")
+        engine.write(ino, b"x" * 8192)
+        assert barriers("fsync", ino, 0) == 2, "a commit"
+        assert barriers("fsync", ROOT, 0) == 0
+        engine.write(ino, b"y" * 4096)
+        assert barriers("fsync", ino, 1) == 1, "data alone"
+        assert barriers("fsync", ino, 1) == 0
+        engine.write(ino, b"z" * 4096)
+        engine.call("inject", 2, 1, errno.ENOSPC, 0)  # the next fdatasync
+        with pytest.raises(OSError, match="No space left"):
+            engine.call("fsync", ino, 1)
+        assert barriers("fsync", ino, 1) >= 1, "the last one has failed"
+        engine.call("suspend")
+        engine.call("resume", -1)
+        assert barriers("fsync", ino, 1) >= 1, "who had the image meanwhile may have written to it"
+        assert engine.read(ino, 8192) == b"z" * 4096 + b"x" * 4096
+
+
 def test_changes_between_begin_and_end_come_together(plain: Path, place: Path) -> None:
     with Engine(plain) as engine:
         lib.x3_begin(engine.image)

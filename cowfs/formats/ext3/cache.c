@@ -93,8 +93,10 @@ static int write_pieces(x3_image *img, const struct iovec *iov, int count, uint6
 		ssize_t done = pwritev(img->fd, next, n, at);
 		if (done < 0 && errno != EINTR)
 			return -errno;
-		if (done > 0)
+		if (done > 0) {
 			track_write(img, at, at + done);
+			__atomic_fetch_add(&img->writes, 1, __ATOMIC_SEQ_CST); /* now: no barrier before covers it */
+		}
 		*end = at += max(done, 0);
 		for (; n && done >= (ssize_t)next->iov_len; next++, n--)
 			done -= next->iov_len;
@@ -132,24 +134,38 @@ int io_write1(x3_image *img, const void *buf, size_t len, uint64_t off)
 	return io_write(img, &iov, 1, off);
 }
 
-/* Return when everything written before is on disk. */
+/* Return when everything written before is on disk, at once if the last barrier has seen to that. */
 int io_barrier(x3_image *img)
 {
-	uint64_t nr;
+	uint64_t nr, writes;
 	int error;
 
 	pthread_mutex_lock(&img->sync_lock);
+	writes = __atomic_load_n(&img->writes, __ATOMIC_SEQ_CST);
+	if (writes == img->synced && !unsynced_is_unjudged(img)) {
+		pthread_mutex_unlock(&img->sync_lock);
+		return 0;
+	}
 	nr = ++img->barrier_nr;
 	unsynced_begin(img, nr);
 	error = injected(img, X3_FDATASYNC);
 	if (!error && fdatasync(img->fd))
 		error = -errno;
 	error = unsynced_end(img, error, nr);
+	img->synced = error ? UINT64_MAX : writes;
 	pthread_mutex_unlock(&img->sync_lock);
 	if (error)
 		return error;
 	__atomic_fetch_add(&img->barriers, 1, __ATOMIC_RELAXED);
 	return 0;
+}
+
+/* Somebody else may have written to the file, or it is another one: the next barrier is needed. */
+void io_changed(x3_image *img)
+{
+	pthread_mutex_lock(&img->sync_lock);
+	img->synced = UINT64_MAX;
+	pthread_mutex_unlock(&img->sync_lock);
 }
 
 

@@ -146,6 +146,8 @@ struct x3_image {
 	uint64_t barriers, bytes_written;
 	pthread_mutex_t sync_lock; /* of barriers, one at a time, and of their numbers */
 	uint64_t barrier_nr;
+	uint64_t writes; /* so far; atomic */
+	uint64_t synced; /* as many as the last barrier covers, if it has succeeded; UINT64_MAX: not known */
 	int inject_kind, inject_error, inject_sticky;
 	int64_t inject_nth;
 	bool inject_holds;
@@ -311,6 +313,7 @@ int io_write(x3_image *img, const struct iovec *iov, int count, uint64_t off);
 int io_write1(x3_image *img, const void *buf, size_t len, uint64_t off);
 int io_write_until(x3_image *img, const struct iovec *iov, int count, uint64_t off, uint64_t *end);
 int io_barrier(x3_image *img);
+void io_changed(x3_image *img);
 int injected(x3_image *img, int kind);
 void trace(x3_image *img, uint64_t kind, uint64_t off, const struct iovec *iov, int count);
 

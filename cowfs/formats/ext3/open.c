@@ -192,6 +192,7 @@ int x3_open(int fd, uint32_t flags, uint64_t cache_bytes, int trace_fd, uint32_t
 	img->read_only = flags & X3_READ_ONLY;
 	img->debug = debug;
 	img->cache_bytes = cache_bytes;
+	img->synced = UINT64_MAX; /* what a daemon wrote that was killed may not be on disk yet */
 	img->fd = fcntl(fd, F_DUPFD_CLOEXEC, 3);
 	img->meminfo = img->read_only ? -1 : open("/proc/meminfo", O_RDONLY | O_CLOEXEC);
 	img->trace_fd = trace_fd < 0 ? -1 : fcntl(trace_fd, F_DUPFD_CLOEXEC, 3);
@@ -300,6 +301,7 @@ int x3_resume(x3_image *img, int fd)
 	img->resuming = true;
 	img->resumer = pthread_self();
 	pthread_mutex_unlock(&img->lock);
+	io_changed(img);
 	unload(img);                           /* all others wait */
 	img->ndoomed = img->doomed_blocks = 0; /* whoever had the image has dealt with them, or x3_close() will */
 	error = error ? error : load(img);
@@ -327,6 +329,7 @@ int x3_switch(x3_image *img, int fd)
 		error = -errno;
 	else
 		error = room_start(img);
+	io_changed(img);
 	if (!error)
 		error = redo_start(img); /* it may have a name, and the one before had none */
 	pthread_mutex_unlock(&img->lock);
