@@ -435,6 +435,7 @@ def test_what_is_written_while_an_fdatasync_waits_for_its_turn(place: Path) -> N
         file = opened.layer.open(find(opened.layer, b"whole"), os.O_RDWR)
         waiting = other.submit(threading.get_native_id).result()
         before = begun(disk.trace)
+        file.pwrite(content[b"whole"][-1:], len(content[b"whole"]) - 1)  # something to wait for
         opened.inject(FDATASYNC, 1, 0)
         try:
             first = one.submit(file.fsync, True)
@@ -446,6 +447,7 @@ def test_what_is_written_while_an_fdatasync_waits_for_its_turn(place: Path) -> N
             opened.inject(FDATASYNC, 0, 0)
         first.result()
         second.result()
+        file.pwrite(content[b"whole"][-1:], len(content[b"whole"]) - 1)
         opened.inject(FDATASYNC, 1, errno.ENOSPC)
         with fails_with(errno.ENOSPC):
             file.fsync(True)
