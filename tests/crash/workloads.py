@@ -11,6 +11,7 @@ import random
 import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import closing
 
@@ -261,12 +262,15 @@ def main() -> None:
 
 
 def wait_until_gone(root: str, why: Exception) -> None:
-    """Raise *why* unless it is that the filesystem does not answer."""
-    try:
-        os.statvfs(root)
-    except OSError as error:
-        if error.errno in {errno.ENOTCONN, errno.ECONNABORTED}:
-            return
+    """Raise *why* unless it is that the filesystem does not answer, at once or soon."""
+    until = time.monotonic() + 10
+    while time.monotonic() < until:
+        try:
+            os.statvfs(root)
+        except OSError as error:
+            if error.errno in {errno.ENOTCONN, errno.ECONNABORTED}:
+                return
+        time.sleep(0.01)
     raise why
 
 
