@@ -115,7 +115,13 @@ def _of_taking_back(
 
         yield from listed(union.store.layers, union.store.upper)
 
-    return {"take_back": take_back, "checkpoint": checkpoint, "checkpoints": checkpoints}
+    def lower(request: dict[str, Any]) -> Replies:
+        from cowfs.modules import told
+
+        return told(union, request, ask_again)
+
+    answers = {"take_back": take_back, "checkpoint": checkpoint, "checkpoints": checkpoints}
+    return {**answers, "lower": lower}
 
 
 def _of_keeping(union: Union, stop_waiting_soon: Callable[[], None]) -> Mapping[str, Any]:

@@ -33,6 +33,11 @@ def told(union: Union, asked: dict[str, Any], ask_again: Callable[[Stale], None]
     fs, what = union.overlay, asked.get("what")
     if union.store.read_only and not (what == "vacuum" and asked.get("dry_run")):
         raise UsageError(f"{union.store.path}: is read-only", "mount it without ro")
+    if fs.loaded and what != "trash" and not asked.get("dry_run"):
+        raise UsageError(
+            f"{union.modules[fs.loaded[0]].path}: is a module of this mount, on which nothing may depend",
+            "remove all modules first, with cowfs lower remove",
+        )
     steps: revert.Progress
     if what == "revert":
         paths = asked.get("paths")

@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import zip_longest
 from typing import Any, TypeVar
 
@@ -22,6 +22,7 @@ from cowfs.formats.squashfs.source import open_bytes
 from cowfs.formats.tar import is_tar
 from cowfs.layers.base import Cached, Key, LowerLayer
 from cowfs.layers.directory import DirectoryLayer
+from cowfs.layers.module import ModuleLayer
 from cowfs.layers.shared_directory import SharedDirectoryLayer
 from cowfs.layers.slow import SlowLayer, unwrapped
 from cowfs.layers.squashfs import SquashfsLayer
@@ -31,7 +32,7 @@ from cowfs.linux.files import LACK_OF_ROOM, fs_magic
 from cowfs.linux.loop_devices import attach_loop
 from cowfs.linux.mounts import detached_mount
 from cowfs.linux.remote import may_wait
-from cowfs.overlay import incomplete
+from cowfs.overlay import incomplete, modules
 from cowfs.overlay.aufs import written_through
 from cowfs.overlay.freeze import give_up_index
 from cowfs.overlay.fs import OverlayOptions
@@ -42,12 +43,13 @@ from cowfs.overlay.original import copy_xattrs
 from cowfs.overlay.overlay import Overlay
 from cowfs.store.format import layout
 from cowfs.store.format.checkpoints import as_layers, listed
+from cowfs.store.format.header import modules_in
 from cowfs.store.format.identity import identify_lowers
 from cowfs.store.served import disk_space, fullness, presence
 from cowfs.store.served.open import open_aside, open_store
 from cowfs.store.served.store import Store
 from cowfs.types import Atime, Identity
-from cowfs.url.names import is_url
+from cowfs.url.names import is_url, place
 
 Progress = Callable[[str], None]
 R = TypeVar("R")
@@ -117,6 +119,8 @@ class Union:
     """Whether the user has said so of what cannot be written."""
     aside: Store | None = None
     """What has the changes that are not kept, if any are not."""
+    modules: dict[int, Identity] = field(default_factory=dict)
+    """What is merged above the lowers, by the overlay's numbers (:mod:`cowfs.modules`)."""
     release_pipe: int = -1
     """A descriptor of who wants to hear how the release went, if anybody does."""
 
@@ -178,6 +182,7 @@ class Union:
             "since": self.since,
             "lost_lowers": self.whereabouts.of_lowers(),
             "lowers": [asdict(identity) for identity in self.identities],
+            "modules": [asdict(self.modules[number]) for number in self.overlay.loaded],
             "store": {
                 "kind": self.store.kind,
                 "read_only": self.store.read_only,
@@ -373,6 +378,13 @@ def _open_union(options: UnionOptions, progress: Progress) -> Union:
                 layer.has_notes = layer is not lowers[-1]
         store = _open_store(options, identities, progress)
         stack.callback(store.close)
+        above = modules_in(store.header, identities)
+        of_modules, identities = identities[:above], identities[above:]
+        for number in range(above):
+            lowers[number].close()
+            lowers[number] = _as_module(options.lowers[number], offsets[number])
+            stack.callback(lowers[number].close)
+        opened, lowers = lowers, lowers[above:]
         store.layer.note_reads(options.atime)
         anew = not store.header.lowers and not store.header.adopted
         directory = written_through(store.layer)
@@ -380,12 +392,18 @@ def _open_union(options: UnionOptions, progress: Progress) -> Union:
             directory.hide_in(store.work)
             if options.fakeroot:
                 directory.act_as_root(store.work, anew=anew)
-        if store.frozen:
+        if store.frozen and not store.header.modules:  # whiteouts that only these need would be lost
             merge_deleted(store, lowers)
         volatile = store.header.volatile if options.volatile is None else options.volatile
         if store.read_only:
             volatile = ()
+        if volatile and above:
+            raise UsageError(
+                f"{options.lowers[0]}: a module cannot be used with volatile directories",
+                "leave it out, or mount with -o volatile=none",
+            )
         overlay = _join(Grafted if volatile else Overlay, store, lowers, options)
+        stack.callback(_close_all, overlay.modules)
         if anew and not store.read_only:
             _take_attributes(overlay, lowers[0])
         aside = None
@@ -400,7 +418,11 @@ def _open_union(options: UnionOptions, progress: Progress) -> Union:
         # What is in memory alone need not be there twice.
         overlay.host.wants_rest = lambda: store.memory is None
         incomplete.resume(overlay)
-        whereabouts = presence.Whereabouts(store, lowers, options.lowers)
+        loaded = [
+            (modules.add(overlay, layer)[0], known)
+            for layer, known in zip(opened[above - 1 :: -1] if above else (), of_modules[::-1], strict=True)
+        ]
+        whereabouts = presence.Whereabouts(store, opened, options.lowers)
         stack.callback(whereabouts.close)
         store.is_in_place = whereabouts.is_in_place
         return Union(
@@ -412,8 +434,28 @@ def _open_union(options: UnionOptions, progress: Progress) -> Union:
             stack.pop_all(),
             time.time(),
             aside=aside,
+            modules=dict(loaded),
         )
     raise AssertionError("not reached")
+
+
+def _close_all(layers: list[LowerLayer]) -> None:
+    for layer in layers:
+        layer.close()
+
+
+def _as_module(spec: str, offset: int) -> LowerLayer:
+    """Open an image as a module; LayerError if it is none."""
+    waits = is_url(spec)
+    if not waits:
+        fd, waits = _look_at(spec)
+        os.close(fd)
+    layer = ModuleLayer(place(spec), offset=offset)
+    if not waits:
+        return layer
+    slow = SlowLayer(layer, knows_at_once=is_url(spec))
+    slow.has_notes = True
+    return slow
 
 
 def _open_store(options: UnionOptions, identities: Sequence[Identity], progress: Progress) -> Store:

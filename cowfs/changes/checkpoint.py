@@ -48,7 +48,7 @@ def take(store: Store, fs: Overlay, name: str) -> Steps:
     known = layers.all()
     if any(one.name == name for one in known.values()):
         raise checkpoints.is_taken(name)
-    _must_be_one(fs)
+    must_be_one(fs)
     checkpoints.must_have_room(len(store.frozen), len(known))
     yield from _unlent(fs)
     if freeze.are_hidden(fs):
@@ -56,7 +56,7 @@ def take(store: Store, fs: Overlay, name: str) -> Steps:
     yield from _complete(fs)
     yield from freeze.link_all(fs)
     yield store.save  # what is frozen is on disk but for what comes in between
-    yield from _stillness(fs)
+    yield from stillness(fs)
     _must_not_be_lent(fs)
     done_at_once(freeze.link_all(fs))  # those that were changed in between
     store.header = checkpoints.with_layers(store.layer, store.header)
@@ -80,10 +80,10 @@ def go_back(store: Store, fs: Overlay, name: str, forget: Callable[[Stale], None
     layers = store.layers
     target = layers.named(name)
     frozen = layers.under(target)
-    _must_be_one(fs)
+    must_be_one(fs)
     must_not_wait(fs.base)
     yield from _released(fs)
-    yield from _stillness(fs, with_pending=True)
+    yield from stillness(fs, with_pending=True)
     must_not_be_in_use(fs)
     new = layers.prepare(target.key, (target.number, *target.below))
     layers.exchange(store.upper, new)
@@ -115,7 +115,7 @@ def stand_still(store: Store, fs: Overlay) -> Generator[Callable[[], None] | Non
     if fs.host.lent():
         yield fs.host.prune
     yield store.save
-    yield from _stillness(fs, with_pending=True)
+    yield from stillness(fs, with_pending=True)
     return _first_of(fs.host.lent())
 
 
@@ -136,7 +136,7 @@ def tidy(store: Store) -> Iterator[None]:
             yield from layers.remove(number)
 
 
-def _must_be_one(fs: Overlay) -> None:
+def must_be_one(fs: Overlay) -> None:
     """MountFailure if some directories have another upper, in memory, which stands on this one."""
     if len(fs.unions()) > 1:
         raise MountFailure(
@@ -201,7 +201,7 @@ def _complete(fs: Overlay) -> Steps:
             file.close()
 
 
-def _stillness(fs: Overlay, *, with_pending: bool = False) -> Steps:
+def stillness(fs: Overlay, *, with_pending: bool = False) -> Steps:
     """Return at a moment at which no thread changes a file. MountFailure if there is none for long."""
     deadline = time.monotonic() + _PATIENCE
     while True:

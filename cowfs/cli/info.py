@@ -314,7 +314,9 @@ def _volatile_lines(volatile: dict[str, Any] | None) -> list[tuple[str, str]]:
 
 
 def _lower_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
-    return [("lower", f"{lower['path']} ({lower['description']})") for lower in facts["lowers"]]
+    named = [("module", lower) for lower in facts.get("modules", ())]
+    named += [("lower", lower) for lower in facts["lowers"]]
+    return [(what, f"{lower['path']} ({lower['description']})") for what, lower in named]
 
 
 def _room(size: int, free: int, *, own: bool) -> tuple[str, str]:

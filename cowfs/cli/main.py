@@ -36,7 +36,7 @@ _SUMMARY = (
     ("blame, watch", "tell which process changed a file; show changes live"),
     ("revert, vacuum", "take changes back; remove redundant entries from a store"),
     ("checkpoint, rollback", "keep the state of a tree; go back to it"),
-    ("checkpoints", "list the states that were kept"),
+    ("checkpoints, lower", "list the states that were kept; load and remove modules"),
 )
 SUBCOMMANDS = tuple(name for names, _ in _SUMMARY for name in names.split(", "))
 

@@ -18,8 +18,9 @@ from datetime import UTC, datetime
 from cowfs.formats.squashfs.copy import copy
 from cowfs.formats.squashfs.data import FileData
 from cowfs.formats.squashfs.directory import type_of
-from cowfs.formats.squashfs.image import CACHE_BYTES, open_image
+from cowfs.formats.squashfs.image import CACHE_BYTES, image_in, open_image
 from cowfs.formats.squashfs.inodes import Inode
+from cowfs.formats.squashfs.source import Bytes
 from cowfs.formats.squashfs.summary import summary
 from cowfs.layers.base import File, NamesJob
 from cowfs.types import Attr, AttrData, DirEntry, FileHandle, FsStats, Identity
@@ -148,13 +149,18 @@ class SquashfsLayer:
     has_descriptors = False
     data_only = False
 
-    def __init__(self, path: str, *, offset: int = 0, cache_bytes: int = CACHE_BYTES) -> None:
-        """Open the image that begins *offset* bytes into the file; reads little.
+    def __init__(
+        self, path: str, *, offset: int = 0, cache_bytes: int = CACHE_BYTES, data: Bytes | None = None
+    ) -> None:
+        """Open the image that begins *offset* bytes into the file, or into *data* of it; reads little.
 
         :class:`cowfs.errors.LayerError` says why an image cannot be used. *cache_bytes* bounds the
         decompressed data that is kept.
         """
-        self._image = open_image(path, offset, cache_bytes)
+        if data is None:
+            self._image = open_image(path, offset, cache_bytes)
+        else:
+            self._image = image_in(data, path, offset, cache_bytes)
         self._path = path
         self.source = self._image.source
         self.name = self.source.name

@@ -209,11 +209,12 @@ def copy_up_meta(fs: OverlayFs, node: Node) -> None:
         return
     attr = fs.stat(node)
     metacopy_from = fs.options.metacopy_from
-    if fs.options.metacopy and fs.data_waits(node):
+    metacopy = fs.options.metacopy and not fs.in_module(node)
+    if metacopy and fs.data_waits(node):
         metacopy_from = 1
     if not node.dead:
         _parents(fs, node)
-    if stat.S_ISREG(attr.st_mode) and (attr.st_size < metacopy_from or not fs.options.metacopy):
+    if stat.S_ISREG(attr.st_mode) and (attr.st_size < metacopy_from or not metacopy):
         if not copy_whole(fs, node, attr, attr.st_size):
             _do(CopyUp(fs, node, attr, attr.st_size))
     else:

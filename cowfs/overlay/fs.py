@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Any, NamedTuple, TypeVar
 
-from cowfs.layers.base import Key, LowerLayer, UpperLayer
+from cowfs.layers.base import Cached, Key, LowerLayer, UpperLayer
 from cowfs.layers.partial import Part
 from cowfs.overlay.companions import NOT_HERE, Companions
 from cowfs.overlay.host import Host
@@ -129,6 +129,14 @@ class OverlayFs:
         self.work = work
         self.index = index
         self.format = XattrFormat(self.options.xattr_prefix)
+        self.modules: list[LowerLayer] = []
+        """By their numbers, less those of the lowers: :mod:`~cowfs.overlay.modules`. Some may be gone."""
+        self.loaded: tuple[int, ...] = ()
+        """The numbers of those that are merged, topmost first."""
+        self.covered: dict[Node, None] = {}
+        """What lost its name to a module, and is in use: those above first."""
+        self.left: dict[int, set[Node]] = {}
+        """What is in use of modules that are merged no more, by their numbers."""
         self.lay(lowers, frozen, beneath)
         mode = upper.stat(upper_root).st_mode
         self._first = self.options.first_ino
@@ -169,8 +177,11 @@ class OverlayFs:
     def lay(
         self, lowers: Sequence[LowerLayer], frozen: Sequence[LowerLayer], beneath: Key | None = None
     ) -> None:
-        """Let the union be of these layers below the upper."""
-        self.stack = Stack(lowers, self.format, beneath, frozen=frozen)
+        """Let the union be of these layers below the upper, and of the modules that are loaded."""
+        all_lowers = (*lowers, *self.modules)
+        self.stack = Stack(
+            all_lowers, self.format, beneath, frozen=frozen, bound=len(lowers), modules=self.loaded
+        )
         self.lowers = self.stack.layers
         """By the numbers that :data:`~cowfs.overlay.stack.Place` has; not in the order of the stack."""
         self._generations = [layer.generation for layer in (self.upper, *self.lowers)]
@@ -179,8 +190,8 @@ class OverlayFs:
 
     @property
     def base(self) -> Sequence[LowerLayer]:
-        """The lowers that the union was made of, topmost first."""
-        return self.lowers[: len(self.lowers) - self.stack.frozen]
+        """The lowers that the union was made of, topmost first; no modules."""
+        return self.lowers[: self.stack.bound]
 
     @property
     def frozen(self) -> Sequence[LowerLayer]:
@@ -315,6 +326,10 @@ class OverlayFs:
             return node.upper
         return node.lowers[0][1] if node.lowers and node.lowers[0][0] < 0 else None
 
+    def in_module(self, node: Node) -> bool:
+        """Whether a module has a part in what is seen of a node."""
+        return bool(self.modules) and any(layer >= self.stack.bound for layer, _ in node.lowers)
+
     def data_waits(self, node: Node) -> bool:
         """Whether the data of a file that is not in the upper is in a lower that may wait for others."""
         lowers = node.lowers
@@ -391,8 +406,26 @@ class OverlayFs:
                 self.upper.forget(gone.upper)
             for layer, key in gone.lowers:
                 self.lowers[layer].forget(key)
+            if self.modules:
+                self._left(gone)
             if self.below:
                 self.below.pop(gone, None)
             if self.unnamed and gone in self.unnamed:
                 with suppress(OSError):  # what stays goes at the next mount
                     self.upper.unlink(self.work, self.unnamed.pop(gone), None)
+
+    def _left(self, gone: Node) -> None:
+        """Close the modules that are merged no more, and of which *gone* was the last that was in use."""
+        self.covered.pop(gone, None)
+        for number in [number for number, nodes in self.left.items() if gone in nodes]:
+            self.left[number].discard(gone)
+            if not self.left[number]:
+                del self.left[number]
+                self.close_module(number)
+
+    def close_module(self, number: int) -> None:
+        """Close a module of which nothing is in use; its number is free."""
+        layer = self.lowers[number]
+        layer.close()
+        if isinstance(layer, Cached):
+            layer.shrink()

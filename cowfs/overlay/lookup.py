@@ -118,7 +118,8 @@ def _upper_directory(
         if parent.lowers or redirect is not None:
             found = fs.stack.below(parent.lowers, name, redirect, directories=True)
             lowers = tuple((layer, low) for layer, low, _ in found)
-            ino = _number_of_directory(fs, found) if found else None
+            if any(hit[0] < fs.stack.bound for hit in found):
+                ino = _number_of_directory(fs, found)
     if ino is None:
         ino = fs.ino_of(0, fs.upper.dev, attr)
     node, _ = _enter(fs, parent, name, key, lowers, ino, attr)
@@ -169,8 +170,10 @@ def number_of(fs: OverlayFs, hit: Hit) -> int:
 
 
 def _number_of_directory(fs: OverlayFs, found: list[Hit]) -> int:
-    """Return the number of a directory that the lowers have: it stays when one more upper is frozen."""
-    layer, _, attr = next((hit for hit in found if hit[0] >= 0), found[-1])
+    """Return the number of a directory that the lowers have: it stays when one more upper is frozen, and when
+    modules come and go."""
+    kept = [hit for hit in found if hit[0] < fs.stack.bound] or found[:1]
+    layer, _, attr = next((hit for hit in kept if hit[0] >= 0), kept[-1])
     return fs.ino_of(layer + 1, fs.lowers[layer].dev, attr)
 
 
@@ -222,6 +225,9 @@ def _enter(
 ) -> tuple[Node, Attr]:
     """Return the node for what was found: a known one for another name of the same inode."""
     known = fs.nodes.get(ino)
+    if known is not None and known in fs.covered:  # and has its number for as long as it is in use
+        ino = fs.strange_ino(-3, attr.st_dev, attr.st_ino)
+        known = fs.nodes.get(ino)
     if known is not None and not known.dead:
         if _same(fs, known, upper, lowers, attr):
             return _another_name(fs, known, parent, name, upper, lowers, attr)
@@ -307,5 +313,5 @@ def _must_not_be_above(node: Node, parent: Node, name: bytes) -> None:
 
 def find_below(fs: OverlayFs, path: tuple[bytes, ...]) -> Hit | None:
     """Return the file, with its data, that the lowers have at a path from their root; None if it is none."""
-    found = fs.stack.search(fs.stack.roots, path)
+    found = fs.stack.search(fs.stack.kept, path)
     return found[-1] if found and stat.S_ISREG(found[-1][2].st_mode) else None

@@ -77,6 +77,7 @@ def may_be(fs: OverlayFs, node: Node, attr: Attr) -> bool:
         and attr.st_nlink == 1
         and node.indexed is None
         and not fs.data_waits(node)
+        and not fs.in_module(node)
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import stat
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -29,7 +30,7 @@ def readdir(fs: OverlayFs, node: Node) -> list[DirEntry]:
         return [
             entry
             for entry in layer.readdir(key)
-            if entry.type or not hides(layer, key, entry.name, fs.format)
+            if entry.type not in {0, stat.S_IFCHR} or not hides(layer, key, entry.name, fs.format)
         ]
     merging = Merging(fs.format)
     entries = []

@@ -55,6 +55,7 @@ def rename(
     _must_be_allowed(fs, (parent, node), (new_parent, target))
     if not fs.options.redirect_dir:
         _refuse_redirects(node, target if flags & RENAME_EXCHANGE else None)
+    _refuse_modules(fs, node, target if flags & RENAME_EXCHANGE else None)
     if target is not None and target.is_dir and not flags & RENAME_EXCHANGE:
         seen = see(fs, target, seen)
         if not seen.empty:
@@ -94,6 +95,13 @@ def _refuse_redirects(*nodes: Node | None) -> None:
     """EXDEV for what would need a redirect: a directory that is, or has been, in a lower."""
     for node in nodes:
         if node is not None and node.lowers and (node.is_dir or node.metacopy):
+            raise error(errno.EXDEV, node.name)
+
+
+def _refuse_modules(fs: OverlayFs, *nodes: Node | None) -> None:
+    """EXDEV for a directory that a module has: a redirect into it would lead nowhere without it."""
+    for node in nodes:
+        if node is not None and node.is_dir and fs.in_module(node):
             raise error(errno.EXDEV, node.name)
 
 

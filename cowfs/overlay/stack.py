@@ -92,7 +92,19 @@ class Found(NamedTuple):
 class Stack:
     """Layers, topmost first, that are merged."""
 
-    __slots__ = ("bottom", "data", "format", "frozen", "has_upper", "layers", "root_of", "roots")
+    __slots__ = (
+        "bottom",
+        "bound",
+        "data",
+        "format",
+        "frozen",
+        "has_upper",
+        "kept",
+        "layers",
+        "modules",
+        "root_of",
+        "roots",
+    )
 
     def __init__(
         self,
@@ -102,11 +114,18 @@ class Stack:
         *,
         frozen: Sequence[LowerLayer] = (),
         is_part: bool = False,
+        bound: int | None = None,
+        modules: Sequence[int] = (),
     ) -> None:
         """*upper*: if the topmost is the upper layer of a union, where in it the union's tree begins.
 
         *frozen* are above all *layers*: uppers of the same union from before, the newest first. *is_part*:
         other layers are below these.
+
+        Of *layers* only the first *bound* (all, if None) are what they are by themselves. Those behind have
+        numbers that nothing changes, and *modules* says which of them are merged, above the first ones, in
+        which order. No metacopy above has its data in one, and no redirect above leads into one
+        (:mod:`cowfs.overlay.modules`).
         """
         self.layers = (*layers, *frozen)
         """By number: those below 0 count from the end."""
@@ -116,22 +135,38 @@ class Stack:
             use_format(layer, xattrs)
         self.format = xattrs
         self.has_upper = upper is not None
-        below = [number for number, layer in enumerate(layers) if layer.data_only]
+        self.bound = len(layers) if bound is None else bound
+        """From this number on they are modules, …"""
+        self.modules = tuple(modules)
+        """… of which these are merged, topmost first."""
+        below = [number for number, layer in enumerate(layers[: self.bound]) if layer.data_only]
         self.data: tuple[Place, ...] = tuple((number, layers[number].root) for number in below)
         """The roots of the data-only layers, which are below all others: no name of theirs is searched."""
-        merged = len(layers) - len(below)
-        roots = {number: self.layers[number].root for number in range(-len(frozen), merged)}
+        merged = self.bound - len(below)
+        order = (*range(-len(frozen), 0), *self.modules, *range(merged))
+        roots = {number: self.layers[number].root for number in order}
         if upper is not None:
             roots[0] = upper
         self.roots: tuple[Place, ...] = tuple(roots.items())
+        self.kept: tuple[Place, ...] = self.without_modules(self.roots) if modules else self.roots
+        """Those but of modules."""
         self.root_of: dict[int, Key] = dict((*self.roots, *self.data))
         """Where each layer's tree begins, by number."""
         self.bottom = merged - (not is_part)
         """The number of the layer below which there is nothing to be merged."""
 
+    def without_modules(self, places: Sequence[Place]) -> tuple[Place, ...]:
+        """Return the places that are in no module."""
+        return tuple(place for place in places if place[0] < self.bound)
+
     def in_order(self) -> list[LowerLayer]:
         """Return the layers, topmost first."""
         return [self.layers[number] for number, _ in (*self.roots, *self.data)]
+
+    def below_layer(self, layer: int) -> tuple[Place, ...]:
+        """Return the roots of the layers below one."""
+        numbers = [number for number, _ in self.roots]
+        return self.roots[numbers.index(layer) + 1 :]
 
     # --- a name
 
@@ -181,10 +216,12 @@ class Stack:
         *places* are those of the upper's directory in this stack.
         """
         path: Path = (name,)
+        if self.modules and (redirect is not None or not directories):
+            places = self.without_modules(places)
         if redirect is not None:
             path = names_of_redirect(redirect)
             if redirect.startswith(b"/"):
-                places = self.roots
+                places = self.kept
         return self.search(places, path, directories=directories, verdicts=verdicts)
 
     def look(
@@ -266,7 +303,8 @@ class _Search:
         """*first* is what the first layer has under the first name, if that was looked up already."""
         position = 0
         stopped = absolute = False
-        from_root = places is self._stack.roots
+        stack = self._stack
+        from_root = places is stack.roots or places is stack.kept
         while position < len(places):
             layer, base = places[position]
             position += 1
@@ -281,8 +319,9 @@ class _Search:
                 path = step.path
                 if step.absolute:
                     absolute = True
-                    lower = layer + 1 + self._stack.frozen
-                    places, position, from_root = self._stack.roots[lower:], 0, True
+                    places, position, from_root = stack.below_layer(layer), 0, True
+            if stack.modules and layer < stack.bound and (step.path is not None or step.metacopy):
+                places, position = stack.without_modules(places[position:]), 0
         if self.incomplete and absolute and not stopped:
             self._find_data(path)
         return Found(self.hits, not self.incomplete, None if stopped else (path, from_root))
@@ -325,7 +364,9 @@ class _Search:
         above = self.hits[-1][2] if self.hits else None
         if not stat.S_ISDIR(attr.st_mode):
             if self._directories or (above is not None and stat.S_ISDIR(above.st_mode)):
-                return self._refuse(Rule.NO_DIRECTORY, layer, key, path, from_root)
+                self._refuse(Rule.NO_DIRECTORY, layer, key, path, from_root)
+                is_module = bool(self._stack.modules) and layer >= self._stack.bound
+                return not is_module  # what is below was merged with the directory above before that came
             if self.incomplete and not stat.S_ISREG(attr.st_mode):
                 return self._refuse(Rule.NO_FILE, layer, key, path, from_root)
             if len(self.hits) == 2:  # a chain of metacopies: the first has the attributes, the last the data
@@ -356,7 +397,7 @@ class _Search:
         step = _Step()
         layer = self._layers[number]
         directory = base
-        below = number < self._stack.bottom
+        below = number != self._stack.bottom
         for depth, name in enumerate(path):
             if depth or hit is None:
                 hit = layer.lookup(directory, name) if may_exist(name) else None

@@ -45,8 +45,8 @@ def image(tree: Path) -> Path:
 def opened() -> Iterator[Callable[..., SquashfsLayer]]:
     layers: list[SquashfsLayer] = []
 
-    def call(path: Path | str, **options: int) -> SquashfsLayer:
-        layers.append(SquashfsLayer(os.fspath(path), **options))
+    def call(path: Path | str, *, offset: int = 0) -> SquashfsLayer:
+        layers.append(SquashfsLayer(os.fspath(path), offset=offset))
         return layers[-1]
 
     yield call

@@ -37,6 +37,7 @@ _FIELDS = (
     "lowers",
     "mark",
     "volatile",
+    "modules",
 )
 
 
@@ -61,6 +62,8 @@ class Header:
     """By what a copy is known that has lost something; stores of old versions of cowfs have none."""
     volatile: tuple[str, ...] = ()
     """Directories of the union whose changes are not kept, as its users name them: ``/tmp``."""
+    modules: tuple[Identity, ...] = ()
+    """What may be mounted above the lowers, in any order, or not: what `cowfs lower add` added."""
     more: dict[str, Any] = field(default_factory=dict)
     """Fields of the same version that we do not know: kept as they are."""
 
@@ -82,16 +85,6 @@ def new_header(
 
 def to_json(header: Header) -> bytes:
     """Write a header as it stands in the store."""
-    lowers = [
-        {
-            "kind": low.kind,
-            "fingerprint": low.fingerprint,
-            "description": low.description,
-            "path": low.path,
-            **({"offset": low.offset} if low.offset else {}),
-        }
-        for low in header.lowers
-    ]
     content = {
         "version": header.version,
         "whiteouts": header.whiteouts,
@@ -100,12 +93,23 @@ def to_json(header: Header) -> bytes:
         "created": header.created,
         "created_by": header.created_by,
         "adopted": header.adopted,
-        "lowers": lowers,
+        "lowers": list(map(_of_lower, header.lowers)),
         **({"mark": {"name": header.mark.name, "keeps": list(header.mark.keeps)}} if header.mark else {}),
         **({"volatile": list(header.volatile)} if header.volatile else {}),
+        **({"modules": list(map(_of_lower, header.modules))} if header.modules else {}),
         **header.more,
     }
     return json.dumps(content, indent=2).encode() + b"\n"
+
+
+def _of_lower(low: Identity) -> dict[str, Any]:
+    return {
+        "kind": low.kind,
+        "fingerprint": low.fingerprint,
+        "description": low.description,
+        "path": low.path,
+        **({"offset": low.offset} if low.offset else {}),
+    }
 
 
 def from_json(data: bytes, path: str) -> Header:
@@ -141,6 +145,7 @@ def from_json(data: bytes, path: str) -> Header:
             version=version,
             mark=_mark(content.get("mark"), path),
             volatile=_volatile(content.get("volatile", [])),
+            modules=tuple(map(_lower, content.get("modules", []))),
             more={key: value for key, value in content.items() if key not in _FIELDS},
         )
     except (KeyError, TypeError, ValueError, AttributeError):
@@ -192,17 +197,34 @@ def _damaged(path: str) -> StoreError:
     return StoreError(f"{path}: the store's header is damaged", hint)
 
 
-def check_lowers(header: Header, lowers: Sequence[Identity], path: str) -> None:
-    """Raise WrongLower, naming both, if the store belongs to other lowers than those given."""
+def check_lowers(
+    header: Header, lowers: Sequence[Identity], path: str, *, with_modules: bool = False
+) -> None:
+    """Raise WrongLower, naming both, if the store belongs to other lowers than those given.
+
+    Above them there may be modules of the store, where *with_modules* are understood.
+    """
     if not header.lowers or not lowers:
         return
-    if [low.fingerprint for low in header.lowers] == [low.fingerprint for low in lowers]:
+    above = modules_in(header, lowers) if with_modules else 0
+    if [low.fingerprint for low in header.lowers] == [low.fingerprint for low in lowers[above:]]:
         return
     raise WrongLower(
         f"{path} belongs to {_names(header.lowers)}, not to {_names(lowers)}",
         "give the lower that it was made with, or carry the changes over with cowfs rebase;"
         " what --force-lower shows of another one may be wrong, so copy the store before you try that",
     )
+
+
+def modules_in(header: Header, lowers: Sequence[Identity]) -> int:
+    """Return how many of *lowers*, the topmost, are modules of the store above its own lowers."""
+    above = len(lowers) - len(header.lowers)
+    known = {low.fingerprint for low in header.modules}
+    given = [low.fingerprint for low in lowers[: max(above, 0)]]
+    own = [low.fingerprint for low in header.lowers]
+    if not own or not set(given) <= known or own != [low.fingerprint for low in lowers[len(given) :]]:
+        return 0
+    return len(given)
 
 
 def volatile_above(volatile: Sequence[str], path: bytes) -> str | None:

@@ -140,6 +140,18 @@ def identify_lower(path: str, offset: int = 0) -> Identity:
     raise LayerError(f"{path}: neither a squashfs image nor a directory", "mksquashfs creates an image")
 
 
+def identify_image(fd: int, path: str) -> Identity:
+    """Return the identity of the squashfs image in the open file *fd*, which is called *path*.
+
+    LayerError if there is none in it. Reads from disk.
+    """
+    try:
+        with closing(FileBytes(os.dup(fd))) as data:
+            return _squashfs(data, path, 0)
+    except OSError as error:
+        raise LayerError(f"{path}: cannot be read: {error.strerror}") from None
+
+
 def _of_url(data: Bytes, path: str, offset: int) -> Identity:
     try:
         return _image(data, path, offset)

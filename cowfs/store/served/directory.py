@@ -213,7 +213,9 @@ def _open(
         if found == "store":
             layout.refuse_lossy_copy(first, header)
         if not want.force_lower:
-            check_lowers(header, want.lowers, path)  # before anything is tried out in what is for another
+            check_lowers(
+                header, want.lowers, path, with_modules=True
+            )  # before anything is tried out in what is for another
         if not want.read_only:
             header = _prepare(first, found, header)
     except OSError as error:

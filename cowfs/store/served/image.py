@@ -185,7 +185,7 @@ def _refuse_untouched(fd: int, path: str, want: Wanted, name: str) -> None:
             return
         layer = layout.as_store(within(layer, name, path, looking, read_only=True))
         if layout.recognise(layer) == "store" and not want.force_lower:
-            check_lowers(layout.load_header(layer), want.lowers, path)
+            check_lowers(layout.load_header(layer), want.lowers, path, with_modules=True)
 
 
 def within(layer: UpperLayer, name: str, path: str, stack: ExitStack, *, read_only: bool) -> UpperLayer:

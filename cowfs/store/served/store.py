@@ -9,7 +9,7 @@ import stat
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from cowfs.errors import StoreError
@@ -185,6 +185,13 @@ class Store:
         self.header = header
         return first
 
+    def know_modules(self, modules: Sequence[Identity]) -> None:
+        """Write down what may be mounted above the store's lowers from now on. Blocks until it is on disk."""
+        header = replace(self.header, modules=tuple(modules))
+        layout.save_header(self.layer, header)
+        self.layer.sync()
+        self.header = header
+
     def close(self) -> None:
         """Write everything to disk and let go of the store, its lock last. Blocks. Safe to call twice.
 
@@ -217,7 +224,7 @@ def finish(
     Raises WrongLower, and StoreError for what mounts of the kernel's have left behind.
     """
     if not want.force_lower:
-        check_lowers(header, want.lowers, path)
+        check_lowers(header, want.lowers, path, with_modules=True)
     upper, work = layout.find(layer, layout.UPPER), layout.find(layer, layout.WORK)
     if upper is None or work is None:
         raise StoreError(f"{path}: an incomplete store: upper/ or work/ is missing", layout.MADE_BY)

@@ -1,0 +1,95 @@
+"""``cowfs lower``: add an image to the lowers of a mounted tree, or remove it."""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import os
+from contextlib import suppress
+
+from cowfs.cli import options
+from cowfs.cli.output import note
+from cowfs.errors import LayerError
+
+NAME = "lower"
+
+_DESCRIPTION = """\
+Load a module into a mounted tree: a squashfs image, which is merged above the lowers and below the store. Or
+remove it again.
+"""
+_EPILOG = """\
+Each name shows what it would if the tree were mounted anew. So what the store has, or has deleted, is not
+changed by a module. A file that is open stays what it is until it is closed.
+
+The store does not depend on its modules. At the next mount they may be named above the lower that the store
+belongs to, in any order, or left out: cowfs mount MODULE:LOWER MOUNTPOINT --store STORE.
+
+examples:
+  cowfs lower add /mnt firefox.sb
+  cowfs lower remove /mnt firefox.sb
+
+exit codes: 0 done; 1 no such module, or added already; others as those of `cowfs mount`.
+"""
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Describe the subcommand."""
+    parser = options.add_subcommand(
+        subparsers, NAME, "load a module into a mounted tree, or remove it", _DESCRIPTION, _EPILOG
+    )
+    parser.add_argument("what", choices=("add", "remove"), help="what to do")
+    parser.add_argument("mountpoint", metavar="MOUNTPOINT")
+    parser.add_argument("image", metavar="IMAGE", help="the module: a squashfs image in a file")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Have the daemon do it."""
+    from cowfs.client import ask, the_mount
+    from cowfs.linux.remote import may_wait
+
+    mount = the_mount(args.mountpoint)
+    path = os.path.abspath(args.image)
+    fd = -1
+    try:
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError as error:
+            if args.what == "add":
+                raise LayerError(f"{args.image}: {error.strerror}") from None
+        if args.what == "add" and may_wait(fd):
+            raise LayerError(
+                f"{args.image}: is on a filesystem that may hang (NFS, FUSE), or in the mount itself",
+                "copy it to /run or to a disk",
+            )
+        replies = ask(
+            mount.dev,
+            NAME,
+            timeout=None,
+            fd=fd,
+            what=args.what,
+            path=path,
+            mounts=[base64.b64encode(place).decode() for place in _mounts_in(mount.mountpoint)],
+        )
+        for reply in replies:
+            used = int(reply.get("in_use", 0))
+            if used:
+                what, verb = ("file or directory", "is") if used == 1 else ("files or directories", "are")
+                note(
+                    f"{args.image}: removed; it is closed when {used} {what} of it {verb} not in use any more"
+                )
+    finally:
+        if fd >= 0:
+            os.close(fd)
+    return 0
+
+
+def _mounts_in(mountpoint: bytes) -> list[bytes]:
+    """Return the paths, from there, of what is mounted below a mountpoint."""
+    from cowfs.linux.mount_table import mountinfo
+
+    above = mountpoint.rstrip(b"/") + b"/"
+    found = []
+    with suppress(OSError):
+        found = [mount.mountpoint for mount in mountinfo()]
+    return sorted({place[len(above) :] for place in found if place.startswith(above) and place != above})
