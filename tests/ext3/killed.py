@@ -17,6 +17,7 @@ from typing import Any
 from tests.ext3 import engine
 from tests.ext3.load import BEGIN, COMMITTED, SYNCED, Load
 from tests.ext3.model import Block, Model, Promises, State, Synced, perhaps_written
+from tests.ext3.operations import COPYING
 from tests.ext3.reader import Image
 
 _LENGTH = struct.Struct("<I")
@@ -50,7 +51,7 @@ def main() -> None:
         say("writing", ino, offset, data)
 
     with engine.opened(path) as opened:
-        load = Load(opened.layer, base, seed, mark, settled=settled, writing=writing)
+        load = Load(opened.layer, base, seed, mark, settled=settled, writing=writing, kinds=COPYING)
         while True:
             load.run(100, commit_every=12, sync_every=8)
 

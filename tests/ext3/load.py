@@ -6,7 +6,7 @@ import os
 import random
 import stat
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from cowfs.layers.base import UpperLayer
@@ -15,6 +15,7 @@ from tests.ext3.operations import OPERATIONS, Refused
 from tests.ext3.reader import ROOT, Image
 from tests.support.listing import names_of
 
+Operation = Callable[["Load"], None]
 BEGIN, COMMITTED, SYNCED = 1, 2, 3
 """What a mark says: an operation is about to begin; all up to one is committed; an inode is synced."""
 
@@ -39,6 +40,7 @@ class Load:
         tolerate: frozenset[int] = frozenset(),
         largest: int = 60_000,
         files: int = 120,
+        kinds: Mapping[Operation, int] = OPERATIONS,
     ) -> None:
         self.layer = layer
         self.model = Model(image)
@@ -50,6 +52,7 @@ class Load:
         self.tolerate = tolerate
         self.largest = largest
         self.files = files
+        self._kinds = kinds
         self.syncs: list[Synced] = []
         self.spared = {ROOT, 11}
         """Inodes that are left alone, but for names in the root; 11 is ``lost+found``."""
@@ -74,7 +77,7 @@ class Load:
 
     def step(self) -> None:
         """One operation of a kind that suits the tree."""
-        kinds, weights = list(OPERATIONS), list(OPERATIONS.values())
+        kinds, weights = list(self._kinds), list(self._kinds.values())
         while True:
             (operation,) = self.random.choices(kinds, weights)
             try:

@@ -413,8 +413,10 @@ def utimens(load: Load) -> None:
 
 
 OPERATIONS: dict[Callable[[Load], None], int] = {
-    create: 16, copy: 8, write: 14, append: 8, truncate: 6, mkdir: 5, symlink: 3, mknod: 3, rename: 10,
-    exchange: 3, whiteout: 3, link: 4, unlink: 12, rmdir: 4, setxattr: 5, removexattr: 2, chmod: 3, chown: 2,
-    utimens: 2, forget: 5, sparse: 1, acl: 1,
+    create: 16, write: 14, append: 8, truncate: 6, mkdir: 5, symlink: 3, mknod: 3, rename: 10, exchange: 3,
+    whiteout: 3, link: 4, unlink: 12, rmdir: 4, setxattr: 5, removexattr: 2, chmod: 3, chown: 2, utimens: 2,
+    forget: 5, sparse: 1, acl: 1,
 }  # fmt: skip
 """How often each is done."""
+COPYING = {copy: 20, **OPERATIONS}
+"""The same with many files copied up."""

@@ -27,6 +27,7 @@ from tests.ext3.engine import Engine
 from tests.ext3.images import Shape
 from tests.ext3.load import BEGIN, COMMITTED, SYNCED, Load
 from tests.ext3.model import Promises, State, Synced, judge
+from tests.ext3.operations import COPYING
 from tests.ext3.reader import Image
 
 PAGE = 4096
@@ -92,7 +93,7 @@ def record(
     base = path.read_bytes()
     with (place / "trace").open("w+b") as trace:
         with engine.opened(path, trace_fd=trace.fileno(), debug=debug, cache_bytes=cache_bytes) as opened:
-            load = Load(opened.layer, Image(base), seed, opened.mark)
+            load = Load(opened.layer, Image(base), seed, opened.mark, kinds=COPYING)
             with _stirring(opened, load) if stir else nullcontext():
                 work(load, opened)
             if not debug:
