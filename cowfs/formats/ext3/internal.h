@@ -420,7 +420,7 @@ bool journal_is_in_use(const x3_image *img);
 int replay_find(x3_image *img);
 int patches_home(x3_image *img, uint32_t most);
 
-/* --- redo.c --- */
+/* --- redo_log.c, redo.c --- */
 
 void redo_layout(x3_image *img);
 int redo_start(x3_image *img);
@@ -430,6 +430,9 @@ int redo_note(x3_image *img, bool may_fail);
 void redo_flush(x3_image *img);
 bool redo_is_lost(x3_image *img);
 bool redo_is_much(x3_image *img);
+
+/* --- redo_read.c --- */
+
 int redo_find(x3_image *img);
 void redo_forget(x3_image *img);
 int redo_show(x3_image *img);
@@ -485,12 +488,15 @@ struct extent {
 struct extent data_map(x3_image *img, const struct inode *in, uint64_t at, uint64_t most);
 struct block *data_append_meta(x3_image *img, struct inode *in, uint64_t at);
 uint64_t data_write(x3_image *img, uint32_t ino, const char *buf, uint64_t len, uint64_t off, bool holes);
-bool data_truncate(x3_image *img, uint32_t ino, uint64_t size);
-bool data_punch(x3_image *img, uint32_t ino, uint64_t off, uint64_t len);
-bool data_truncate_more(x3_image *img, uint32_t ino);
 int64_t data_segment(x3_image *img, uint32_t ino, uint64_t from, uint64_t *stop);
 uint64_t data_size_max(uint32_t bits);
+
+/* --- free_data.c --- */
+
 bool data_free_from(x3_image *img, struct inode *in, uint64_t first);
+bool data_truncate(x3_image *img, uint32_t ino, uint64_t size);
+bool data_truncate_more(x3_image *img, uint32_t ino);
+bool data_punch(x3_image *img, uint32_t ino, uint64_t off, uint64_t len);
 
 /* --- dir.c --- */
 

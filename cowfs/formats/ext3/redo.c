@@ -1,155 +1,26 @@
 /*
- * The redo log: what operations have changed since the last commit, where the death of this process
- * leaves it.
+ * Writing the redo log (redo_log.h).
  *
- * It is the last quarter of the journal's blocks, which our log, that never goes round, does not come to:
- * one block with a header, then a ring of records. The records of a transaction are needed until it is
- * committed; the header says where those of the last two begin, for there is one that is running and
- * perhaps one that is being committed. Each operation appends one record with the bytes that it has changed, before its result is told. That
- * is a write into the page cache of the image's file, and no more: nothing waits for the disk. So a record
- * outlives us, but not the machine: the header says which start of the machine it is good for, since what
- * the record builds upon (the data of files above all) may not have come to the disk when the power went.
+ * Before the result of an operation is returned, one record with the bytes that it has changed is appended. This
+ * is a write to the page cache of the image's file: nothing waits for the disk. Changes between x3_begin() and
+ * x3_end() are one record.
  *
- * A record counts if the header was written since this machine was started and this filesystem was last
- * mounted, if its own checksum is right, if all records of its transaction before it are there, and if
- * its transaction is the first that the journal does not have, or the second, and then only behind all of the
- * first. Whoever recovers the journal, or mounts, leaves numbers out or sets the time of the mount: then no
- * record counts any more.
- *
- * Others take the log to end where our blocks begin: none of them begins with the magic number of the
- * journal in the place where they look.
- *
- * Changes between x3_begin() and x3_end() are one record. An operation for which the ring has no room is not
- * acknowledged before its transaction is in the journal, and nothing else is meanwhile: redo.lost. If the record
- * cannot be written the operation fails.
+ * If the ring has no room for a record, its operation is not acknowledged before its transaction is in the
+ * journal, and neither is any other until then: redo.lost. If a record cannot be written, the operation fails.
  */
 #define _GNU_SOURCE
 #include <errno.h>
-#include <fcntl.h>
-#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/random.h>
 #include <sys/stat.h>
-#include <unistd.h>
-#include <ext2fs/ext2fs.h>
 
 #include "internal.h"
+#include "redo_log.h"
 
-#define REDO_MAX (8u << 20) /* bytes, however large the journal is */
-#define APART 4             /* bytes that are the same and yet part of a piece: its head costs as much */
-#define OTHER_BLOCK 0x8000u
+#define APART 4 /* bytes that are the same and yet part of a piece: its head costs as much */
 #define PIECE_MAX 0x7fffu
-
-struct redo_header {
-	char magic[8];
-	uint32_t crc; /* of the rest */
-	uint32_t mounted_at;
-	char boot[40]; /* which start of the machine */
-	uint8_t uuid[16];
-	uint64_t session;          /* of all records that count */
-	uint32_t blocks, reserved; /* blocks: in the ring */
-};
-struct start {        /* two of them follow the header: of a transaction with an even number, and an odd one */
-	uint32_t crc; /* of the session, and of the rest */
-	uint32_t tid;
-	uint32_t at;       /* where in the ring its first record is */
-	uint32_t previous; /* how many records the transaction before had */
-};
-struct record {          /* is followed by pieces; never goes round the end of the ring */
-	uint32_t crc;    /* of its place in the order of all, and of what follows */
-	uint32_t length; /* bytes, with this */
-};
-struct piece {                   /* is followed by the number of the block, with OTHER_BLOCK, and by *length* bytes */
-	uint16_t offset, length; /* length 0: all of the block is zero */
-};
-typedef int (*piece_fn)(x3_image *img, uint32_t nr, const struct piece *piece, const char *bytes);
-static const char magic[8] = "cowfsRDO";
-
-/* Which of the journal's blocks are ours. */
-void redo_layout(x3_image *img)
-{
-	uint32_t blocks = min(img->jlen / 4, max(REDO_MAX >> img->bits, 64u));
-
-	img->jend = img->jlen - blocks;
-	img->redo.blocks = blocks - 1;
-}
-
-static uint64_t ring_size(const x3_image *img)
-{
-	return (uint64_t)img->redo.blocks << img->bits;
-}
-
-/* Read or write within the journal, from byte *at* of its block *first* on. */
-static int journal_io(x3_image *img, uint32_t first, size_t at, char *buf, size_t len, bool to_write)
-{
-	while (len) {
-		uint32_t i = first + (at >> img->bits), skip = at & (img->bs - 1), k = 1;
-		while (((size_t)k << img->bits) < skip + len && img->jmap[i + k] == img->jmap[i] + k)
-			k++;
-		size_t n = min(len, ((size_t)k << img->bits) - skip);
-		uint64_t off = ((uint64_t)img->jmap[i] << img->bits) + skip;
-		int error = to_write ? io_write1(img, buf, n, off) : io_read_raw(img, buf, n, off);
-		if (error)
-			return error;
-		buf += n, at += n, len -= n;
-	}
-	return 0;
-}
-
-/*
- * Which start of the machine this is; false: not known. It is read when the first image is opened: a daemon that
- * serves sees no /proc any more.
- */
-static bool this_boot(const x3_image *img, char boot[40])
-{
-	static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
-	static char known[40];
-	bool good;
-
-	pthread_mutex_lock(&lock);
-	if (!known[0]) {
-		int fd = open("/proc/sys/kernel/random/boot_id", O_RDONLY | O_CLOEXEC);
-		if (fd < 0 || read(fd, known, 36) != 36)
-			known[0] = 0;
-		if (fd >= 0)
-			close(fd);
-	}
-	good = known[0];
-	memcpy(boot, known, sizeof known);
-	pthread_mutex_unlock(&lock);
-	if (img->debug & X3_OTHER_BOOT)
-		boot[0] ^= 1;
-	return good;
-}
-
-static uint32_t header_crc(const struct redo_header *h)
-{
-	return ext2fs_crc32c_le(~0u, (const unsigned char *)&h->mounted_at,
-				sizeof *h - offsetof(struct redo_header, mounted_at));
-}
-
-static uint32_t start_crc(const x3_image *img, const struct start *s)
-{
-	uint32_t crc = ext2fs_crc32c_le(~0u, (const unsigned char *)&img->redo.session, sizeof img->redo.session);
-
-	return ext2fs_crc32c_le(crc, (const unsigned char *)&s->tid, sizeof *s - offsetof(struct start, tid));
-}
-
-static uint32_t record_crc(const x3_image *img, uint32_t tid, uint32_t number, const struct record *r)
-{
-	struct {
-		uint64_t session;
-		uint32_t tid, number;
-	} order = { img->redo.session, tid, number };
-	uint32_t crc = ext2fs_crc32c_le(~0u, (const unsigned char *)&order, sizeof order);
-
-	return ext2fs_crc32c_le(crc, (const unsigned char *)&r->length, r->length - offsetof(struct record, length));
-}
-
-
-/* --- writing --- */
 
 /*
  * Begin a log without a record. Not while there is anything that is not committed.
@@ -162,7 +33,7 @@ int redo_start(x3_image *img)
 	char *block;
 	struct stat st;
 	int error;
-	bool known = this_boot(img, header.boot);
+	bool known = redo_boot(img, header.boot);
 
 	img->redo.on = false;
 	img->redo.count = img->redo.used = 0;
@@ -173,14 +44,14 @@ int redo_start(x3_image *img)
 		return 0;
 	if (getrandom(&header.session, sizeof header.session, GRND_NONBLOCK) < 0)
 		header.session = now_ns();
-	memcpy(header.magic, magic, sizeof magic);
+	memcpy(header.magic, redo_magic, sizeof redo_magic);
 	memcpy(header.uuid, img->sb->s_uuid, sizeof header.uuid);
-	header.crc = header_crc(&header);
+	header.crc = redo_header_crc(&header);
 	block = calloc(1, img->bs);
 	if (!block)
 		return -ENOMEM;
 	memcpy(block, &header, sizeof header);
-	error = journal_io(img, img->jend, 0, block, img->bs, true);
+	error = redo_io(img, img->jend, 0, block, img->bs, true);
 	free(block);
 	img->redo.session = header.session;
 	img->redo.on = !error;
@@ -193,7 +64,7 @@ void redo_drop(x3_image *img)
 	struct redo_header none = { 0 };
 
 	if (img->redo.on)
-		journal_io(img, img->jend, 0, (char *)&none, sizeof none, true);
+		redo_io(img, img->jend, 0, (char *)&none, sizeof none, true);
 	img->redo.on = false;
 }
 
@@ -207,7 +78,7 @@ void redo_spoil(x3_image *img)
 
 	if (!img->redo.on)
 		return;
-	journal_io(img, img->jend, sizeof(struct redo_header), (char *)none, sizeof none, true);
+	redo_io(img, img->jend, sizeof(struct redo_header), (char *)none, sizeof none, true);
 	img->redo.lost = true;
 	img->redo.lost_tid = img->tid;
 }
@@ -312,15 +183,14 @@ static bool put_changes(x3_image *img)
 /* A transaction has its first record: let the header say where. */
 static int write_start(x3_image *img, struct start s)
 {
-	s.crc = start_crc(img, &s);
-	return journal_io(img, img->jend, sizeof(struct redo_header) + (s.tid & 1) * sizeof s, (char *)&s, sizeof s,
-			  true);
+	s.crc = redo_start_crc(img, &s);
+	return redo_io(img, img->jend, sizeof(struct redo_header) + (s.tid & 1) * sizeof s, (char *)&s, sizeof s, true);
 }
 
 /* Write the record that was collected; -errno. Positive: there is no room for it. */
 static int write_record(x3_image *img)
 {
-	uint64_t size = ring_size(img), head = img->redo.head, at = head % size;
+	uint64_t size = redo_ring_size(img), head = img->redo.head, at = head % size;
 	size_t length = (img->redo.used + 3) & ~(size_t)3;
 	struct record *r;
 	int error;
@@ -342,8 +212,8 @@ static int write_record(x3_image *img)
 	memset(img->redo.buf + img->redo.used, 0, length - img->redo.used);
 	r = (struct record *)img->redo.buf;
 	r->length = length;
-	r->crc = record_crc(img, img->tid, img->redo.count, r);
-	error = journal_io(img, img->jend + 1, at, img->redo.buf, length, true);
+	r->crc = redo_record_crc(img, img->tid, img->redo.count, r);
+	error = redo_io(img, img->jend + 1, at, img->redo.buf, length, true);
 	if (!error)
 		img->redo.head = head + length;
 	return error;
@@ -384,7 +254,7 @@ static int write_down(x3_image *img, bool may_fail)
 	img->redo.used = 0;
 	img->redo.broken = false;
 	img->redo.count += !error; /* be it a gap, which ends the transaction */
-	if (img->redo.head - img->redo.needed > ring_size(img) / 4 * 3)
+	if (img->redo.head - img->redo.needed > redo_ring_size(img) / 4 * 3)
 		ask_commit(img);
 	return error;
 }
@@ -392,7 +262,7 @@ static int write_down(x3_image *img, bool may_fail)
 /* Whether it is nearly full of what is needed. */
 bool redo_is_much(x3_image *img)
 {
-	return img->redo.on && img->redo.head - img->redo.needed > ring_size(img) / 8 * 7;
+	return img->redo.on && img->redo.head - img->redo.needed > redo_ring_size(img) / 8 * 7;
 }
 
 /* After an operation, which has changed something. -errno: it must be undone, unless that is out of the question. */
@@ -423,227 +293,4 @@ bool redo_is_lost(x3_image *img)
 	if (img->redo.lost && !tid_after(img->redo.lost_tid, img->committed))
 		img->redo.lost = false;
 	return img->redo.lost;
-}
-
-
-/* --- reading --- */
-
-/* Read the header, and say whether the log is of this start of the machine and this mount. */
-static int read_header(x3_image *img, bool *good)
-{
-	struct redo_header header;
-	char boot[40];
-	int error = journal_io(img, img->jend, 0, (char *)&header, sizeof header, false);
-
-	*good = !error && !memcmp(header.magic, magic, sizeof magic) && header.crc == header_crc(&header) &&
-		header.blocks == img->redo.blocks && header.mounted_at == img->mounted_at &&
-		!memcmp(header.uuid, img->sb->s_uuid, sizeof header.uuid) && this_boot(img, boot) &&
-		!memcmp(header.boot, boot, sizeof boot);
-	img->redo.session = header.session;
-	return error;
-}
-
-/* Add the records of *tid* that there are in the ring, one after the other, to *found*; return how many. */
-static int64_t good_records(x3_image *img, const char *ring, struct start s, struct found *found)
-{
-	uint64_t size = ring_size(img), at = s.at, count = 0;
-	bool again = false; /* it has gone round */
-
-	while (at <= size) {
-		const struct record *r = (const struct record *)(ring + at);
-		if (at + sizeof *r <= size && r->length >= sizeof *r && r->length % 4 == 0 && r->length <= size - at &&
-		    record_crc(img, s.tid, count, r) == r->crc) {
-			char *data = try_grow(found->data, &found->cap, found->length + r->length, 1);
-			if (!data)
-				return -ENOMEM;
-			found->data = data;
-			memcpy(data + found->length, r, r->length);
-			found->length += r->length;
-			at += r->length;
-			count++;
-		} else if (!again) {
-			again = true;
-			at = 0;
-		} else {
-			break;
-		}
-	}
-	return count;
-}
-
-/* Read the records of the two transactions that the journal does not have. */
-static int read_ring(x3_image *img, const char *ring)
-{
-	int64_t before = 0;
-
-	for (int i = 0; i < 2; i++) {
-		struct start s;
-		uint32_t tid = img->committed + 1 + i;
-		int64_t count = journal_io(img, img->jend, sizeof(struct redo_header) + (tid & 1) * sizeof s,
-					   (char *)&s, sizeof s, false);
-		if (count < 0)
-			return count;
-		if (s.tid != tid || s.crc != start_crc(img, &s) || s.at % 4 || s.at >= ring_size(img))
-			break;
-		if (i == 1 && (!before || s.previous != before))
-			break; /* something before it is missing */
-		count = good_records(img, ring, s, &img->redo.found[i]);
-		if (count < 0)
-			return count;
-		before = count;
-		img->redone += count;
-	}
-	return 0;
-}
-
-static int read_records(x3_image *img)
-{
-	uint64_t size = ring_size(img);
-	char *ring = malloc(size);
-	int error = ring ? journal_io(img, img->jend + 1, 0, ring, size, false) : -ENOMEM;
-
-	if (!error)
-		error = read_ring(img, ring);
-	free(ring);
-	return error;
-}
-
-/* Do something with each piece of a record, which ends at *end*; -EBADMSG if one is invalid. */
-static int pieces_of(x3_image *img, const char *p, const char *end, piece_fn do_it)
-{
-	uint32_t nr = UINT32_MAX;
-	int error = 0;
-
-	while ((size_t)(end - p) >= sizeof(struct piece) && !error) {
-		struct piece piece;
-		memcpy(&piece, p, sizeof piece);
-		p += sizeof piece;
-		if (piece.length & OTHER_BLOCK) {
-			if ((size_t)(end - p) < sizeof nr)
-				return -EBADMSG;
-			memcpy(&nr, p, sizeof nr);
-			p += sizeof nr;
-			piece.length &= ~OTHER_BLOCK;
-		}
-		if (nr >= img->blocks || piece.length > end - p || piece.offset + piece.length > img->bs)
-			return -EBADMSG;
-		error = do_it(img, nr, &piece, p);
-		p += piece.length;
-	}
-	return error;
-}
-
-/* The same for each record of a transaction. */
-static int each_piece(x3_image *img, int i, piece_fn do_it)
-{
-	const char *p = img->redo.found[i].data, *end = p ? p + img->redo.found[i].length : NULL;
-	int error = 0;
-
-	for (uint32_t length; p < end && !error; p += length) {
-		length = ((const struct record *)p)->length;
-		error = pieces_of(img, p + sizeof(struct record), p + length, do_it);
-	}
-	return error;
-}
-
-/* It is one, and that is all; but each block that it is in takes memory, and a transaction has so many at most. */
-static int check_piece(x3_image *img, uint32_t nr, const struct piece *piece, const char *bytes)
-{
-	(void)piece, (void)bytes;
-	if (!table_put(&img->redo.seen, nr))
-		return -ENOMEM;
-	return img->redo.seen.n > 2 * img->dirty_max + 1024 ? -EBADMSG : 0;
-}
-
-/* Find the records that count; img->redone is how many there are. After replay_find(). */
-int redo_find(x3_image *img)
-{
-	bool good = false;
-	int error = img->stale ? 0 : read_header(img, &good);
-
-	if (error || !good)
-		return error;
-	error = read_records(img);
-	for (int i = 0; i < 2 && !error; i++) {
-		error = each_piece(img, i, check_piece);
-		table_free(&img->redo.seen);
-	}
-	if (error == -EBADMSG)
-		snprintf(img->message, sizeof img->message, "the redo log is damaged");
-	return error;
-}
-
-void redo_forget(x3_image *img)
-{
-	for (int i = 0; i < 2; i++) {
-		free(img->redo.found[i].data);
-		img->redo.found[i] = (struct found){ 0 };
-	}
-}
-
-/* More blocks than two transactions and what is in the journal can have: nobody has written that. */
-static uint32_t blocks_max(const x3_image *img)
-{
-	return 2 * img->jlen;
-}
-
-static int show_piece(x3_image *img, uint32_t nr, const struct piece *piece, const char *bytes)
-{
-	int error = -EBADMSG;
-	char *data = img->patches.n < blocks_max(img) ? patch_data(img, nr, &error) : NULL;
-
-	if (!data)
-		return error;
-	if (piece->length)
-		memcpy(data + piece->offset, bytes, piece->length);
-	else
-		memset(data, 0, img->bs);
-	return 0;
-}
-
-/* Let the image look as it does with all that was found; in memory. */
-int redo_show(x3_image *img)
-{
-	int error = each_piece(img, 0, show_piece);
-
-	return error ? error : each_piece(img, 1, show_piece);
-}
-
-static int do_piece(x3_image *img, uint32_t nr, const struct piece *piece, const char *bytes)
-{
-	if (img->ndirty >= blocks_max(img))
-		return -EBADMSG;
-	if (piece->length)
-		memcpy(block_change(img, block_get(img, nr), piece->offset, piece->length), bytes, piece->length);
-	else
-		block_fresh(img, nr);
-	return 0;
-}
-
-/* Commit one of the transactions, under its own number. */
-static int redo_one(x3_image *img, int i)
-{
-	int64_t error;
-
-	CHANGE (img) {
-		error = each_piece(img, i, do_piece);
-		if (error)
-			fail(img, -error, "the redo log is damaged");
-	}
-	error = op_finish(&op);
-	return error ? error : x3_commit(img);
-}
-
-/*
- * Commit what was found. However far this comes, the journal and what is left of the log are good for the
- * rest. Then write it home: the log may know blocks that are free now.
- */
-int redo_commit(x3_image *img)
-{
-	int error = 0;
-
-	for (int i = 0; i < 2 && !error; i++)
-		if (img->redo.found[i].length)
-			error = redo_one(img, i);
-	return error ? error : x3_checkpoint(img);
 }

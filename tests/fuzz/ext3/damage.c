@@ -210,7 +210,7 @@ static const struct record *forge_log(struct world *w, const struct record *r, c
 }
 
 
-/* --- a forged redo log: its layout is at the beginning of redo.c --- */
+/* --- a forged redo log: its layout is in redo_log.h --- */
 
 struct redo_header {
 	char magic[8];
