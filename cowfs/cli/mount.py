@@ -6,40 +6,29 @@ import argparse
 import logging
 import os
 import resource
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from functools import partial
 from typing import TYPE_CHECKING
 
 from cowfs.cli import options as mount_options
 from cowfs.cli import remount
 from cowfs.cli.background import Reporter, leave, run_in_background
 from cowfs.cli.limits import LEAST_FILES, must_have_address_space, too_few_files
-from cowfs.cli.log import Log, open_log, set_up_log
+from cowfs.cli.log import open_log, set_up_log
+from cowfs.cli.mount_daemon import serve
 from cowfs.cli.output import warn
 from cowfs.errors import MountFailure, StoreError, SystemFailure, UsageError
-from cowfs.formats.verified import is_root_hash
-from cowfs.linux import helper_process
 from cowfs.linux.limits import take_all_descriptors
 from cowfs.linux.programs import find
-from cowfs.linux.sockets import remove_dead
 from cowfs.url.names import check, is_url, place
-from cowfs.url.trust import forbidden, shows_too_much, who_can_change
 
 if TYPE_CHECKING:
-    from cowfs.fuse.daemon import MountRequest
-    from cowfs.fuse.observer import Observer
     from cowfs.fuse.owners import OwnerMap
-    from cowfs.fuse.rings import Rings
-    from cowfs.store.served.store import Store
     from cowfs.union import UnionOptions
 
 _log = logging.getLogger(__name__)
 
 NAME = "mount"
-_STACK = 1 << 20
-"""Bytes of a thread: what is reserved for it counts where address space is limited."""
 
 _EPILOG = """\
 LOWER is a squashfs image, in a file, on a block device or at a URL, a tar archive, or a directory. Several
@@ -175,7 +164,7 @@ def start(
         with around():
             if not hides_store:
                 check_places(mountpoint, union)
-            return _serve(union, mountpoint, given, reporter, daemon_log, owner_map)
+            return serve(union, mountpoint, given, reporter, daemon_log, owner_map)
 
     if foreground:
         code = daemon(Reporter(-1))
@@ -335,244 +324,6 @@ def _others_may_be_allowed() -> bool:
             return any(line.strip() == "user_allow_other" for line in lines)
     except OSError:
         return False
-
-
-def _serve(
-    union_options: UnionOptions,
-    mountpoint: str,
-    given: mount_options.Options,
-    reporter: Reporter,
-    daemon_log: Log,
-    owner_map: OwnerMap | None = None,
-) -> int:
-    from cowfs.formats.squashfs.source import open_unchecked
-    from cowfs.formats.verified import belonging, require, root_hash_of
-    from cowfs.fuse.rings import rings_for
-    from cowfs.linux.privileges import give_up
-    from cowfs.url.opened import held_open
-
-    os.umask(0)
-    threading.stack_size(_STACK)
-    remove_dead()  # while we may see who is where
-    rings = rings_for(given.values.get("io_uring", "auto"), warn)
-    compared = _compared(union_options)
-    needed = [file for low, by in compared.items() for file in belonging(low, by)]
-    with held_open(
-        [*union_options.lowers, *needed], given.by_url
-    ) as begin_to_fetch:  # by programs: not later
-        give_up(has_rings=rings is not None)  # before there are threads: opening the store starts some
-        try:
-            shut_in = _step_aside(union_options, mountpoint)
-            begin_to_fetch()
-            require({low: root_hash_of(low, by, open_unchecked) for low, by in compared.items()})
-            request = partial(_request, union_options, mountpoint, given, owner_map)
-            _mount_and_serve(union_options, request, given, reporter, daemon_log, shut_in, rings)
-        finally:
-            helper_process.end()
-    return 0
-
-
-def _mount_and_serve(
-    union_options: UnionOptions,
-    requested: Callable[[], MountRequest],
-    given: mount_options.Options,
-    reporter: Reporter,
-    daemon_log: Log,
-    shut_in: Callable[[], None],
-    rings: Rings | None,
-) -> None:
-    from cowfs.cli.own_files import forbid_lookups
-    from cowfs.faults import install
-    from cowfs.fuse.daemon import Daemon
-    from cowfs.fuse.observer import Observer
-    from cowfs.fuse.tasks import describe_tasks
-    from cowfs.linux.sleep import Disks
-    from cowfs.serve import commands
-    from cowfs.store.served.fullness import watch
-    from cowfs.trace import trace
-    from cowfs.union import open_union
-
-    union = open_union(union_options, warn)
-    try:
-        request = requested()
-        daemon = Daemon(union.overlay, request, rings)
-        disks = Disks([*_paths(union_options.lowers), union_options.store])
-        options = [*request.options, *(["fakeroot"] if request.fakeroot else [])]
-        more = {"mountpoint": request.mountpoint, "options": sorted(options)}
-        forbid_lookups(request.mountpoint)
-        trace(given.debug, union, daemon)
-        faults = install(given.faults, union.store, daemon.adapter)
-        observer = Observer(daemon.adapter, union.overlay, daemon.loop.in_trio)
-        if "blame" in given.flags:
-            _record(union.store, observer)
-        daemon_log.explain_when_asked(describe_tasks)
-        daemon.mount()  # from here on no path may be followed that could lead into the mount
-        try:
-            union.store.mounted_as(daemon.dev)
-            shut_in()  # and none leads anywhere
-            daemon.serve(
-                commands(
-                    union,
-                    lambda: {
-                        **more,
-                        "log": daemon_log.facts(),
-                        "transport": daemon.transport(),
-                        **daemon.adapter.figures(),
-                    },
-                    daemon.stop_waiting_soon,
-                    daemon.ask_again,
-                    observer,
-                    faults,
-                ),
-                reporter.ready,
-                watch(union.store, union.whereabouts),
-                also=[observer.run],
-                after_pause=disks.reopen_after_sleep,
-            )
-        finally:
-            daemon.close()
-            observer.close()
-    finally:
-        union.close(heeds_signals=True)
-
-
-def _request(
-    union: UnionOptions, mountpoint: str, given: mount_options.Options, owner_map: OwnerMap | None
-) -> MountRequest:
-    """Return what is asked of FUSE."""
-    from cowfs.fuse.daemon import MountRequest
-
-    return MountRequest(
-        mountpoint,
-        given.values.get("fsname") or _source(union, mountpoint),
-        frozenset(_fuse_options(given, union)),
-        acl="noacl" not in given.flags,
-        fakeroot=union.fakeroot,
-        passthrough="off"
-        if "blame" in given.flags or given.faults
-        else given.values.get("passthrough", "auto"),
-        owner_map=owner_map,
-        sees_all=bool(given.faults),
-    )
-
-
-def _record(store: Store, observer: Observer) -> None:
-    """Begin to record who makes changes, or say why not: a mount that was asked for goes on."""
-    from cowfs.fuse.recorder import Recorder
-    from cowfs.store.format.records import open_or_make
-
-    why = ""
-    try:
-        records, said = open_or_make(store.layer, store.size)
-        if said:
-            warn(f"{said}; a new one is begun")
-        observer.record(Recorder(records, store.path))
-    except StoreError as error:
-        why = str(error)
-    except OSError as error:
-        why = f"{store.path}: {error.strerror}"
-    if why:
-        warn(f"who changes what is not recorded: {why}")
-        _log.warning("who changes what is not recorded: %s", why)
-
-
-def _step_aside(union: UnionOptions, mountpoint: str) -> Callable[[], None]:
-    """Leave for mounts of our own, with a process that stays here; return what shuts us in there.
-
-    For root alone, who may mount anywhere. Who has been handed a mount has nobody to unmount it, and all in
-    reach, as has whoever's root cannot be exchanged.
-    """
-    from cowfs.cli.helper_requests import HelperRequests
-    from cowfs.linux import confine
-    from cowfs.store.served.presence import watched
-
-    if os.geteuid() != 0 or mountpoint.startswith("/dev/fd/") or not confine.is_possible():
-        return lambda: None
-    HelperRequests(mountpoint, watched(union.store, union.lowers)).start()
-    try:
-        confine.step_aside()
-    except OSError as error:
-        _log.info("the daemon is not confined: it cannot have its own mount namespace: %s", error.strerror)
-        helper_process.end()
-        return lambda: None
-
-    def shut_in() -> None:
-        try:
-            confine.shut_in()
-        except OSError as error:
-            _log.info("the daemon is not confined: %s", error.strerror)
-
-    return shut_in
-
-
-def _paths(lowers: Iterable[str]) -> list[str]:
-    """Return those that are no URLs."""
-    return [lower for lower in lowers if not is_url(lower)]
-
-
-def _source(union: UnionOptions, mountpoint: str) -> str:
-    """Return what mount(8) shows as the source: the lowers, as they are written on the command line.
-
-    Programs look for sources that are paths, e2fsck too, which we start: they must not lead into the mount.
-    """
-    if any(
-        f"{os.path.realpath(low)}/".startswith(f"{mountpoint.rstrip('/')}/") for low in _paths(union.lowers)
-    ):
-        return "cowfs"
-    return mount_options.join_lowers(union.lowers, union.data_only)
-
-
-def _fuse_options(given: mount_options.Options, union: UnionOptions) -> set[str]:
-    options = set(given.fuse)
-    if "ro" in given.flags:
-        options.add("ro")
-    is_root = os.geteuid() == 0
-    if ("allow_other" in given.flags or is_root) and "noallow_other" not in given.flags:
-        options.add("allow_other")
-    if is_root and not given.flags & {"allow_other", "noallow_other"} and not options & {"suid", "dev"}:
-        layers = [*([] if union.store == "memory" else [union.store]), *union.lowers]
-        reason = shows_too_much(layers, lambda layer: _who_can_change(layer, union))
-        if reason is not None:
-            options.discard("allow_other")
-            warn(f"mounted for root alone: {reason} (-o allow_other if you trust it)")
-    if "fakeroot" in given.flags:
-        options -= {"suid", "dev"}
-        options |= {"nosuid", "nodev"}
-    if is_root:  # libfuse's default is nosuid,nodev; mount(8)'s is not
-        wanted = [option for option in ("suid", "dev") if not options & {option, f"no{option}"}]
-        refused = _forbidden(union) if wanted else {}
-        options |= {option for option in wanted if f"no{option}" not in refused}
-        left_out = [f"no{option}" for option in wanted if f"no{option}" in refused]
-        if left_out:
-            why = refused[left_out[0]]
-            hint = ",".join(option.removeprefix("no") for option in left_out)
-            warn(f"mounted with {','.join(left_out)}: {why} (use -o {hint} if you trust it)")
-    return options
-
-
-def _forbidden(union: UnionOptions) -> dict[str, str]:
-    """Return why ``nosuid`` and ``nodev`` must hold: others than root made, or can change, it."""
-    return forbidden((*_decide(union), *([] if union.store == "memory" else [union.store])))
-
-
-def _compared(union: UnionOptions) -> dict[str, str]:
-    """Return the lowers that are compared with hash trees, and by what each."""
-    return {low: by for low, by in zip(union.lowers, union.verify, strict=False) if by}
-
-
-def _decide(union: UnionOptions) -> list[str]:
-    """Return what decides what the lowers hold: for those that are compared a file, or nothing."""
-    compared = _compared(union)
-    deciding = (compared.get(lower, lower) for lower in union.lowers)
-    return [one for one in deciding if not is_root_hash(one)]
-
-
-def _who_can_change(path: str, union: UnionOptions) -> str | None:
-    """Return why others than root can change a layer; None when they cannot, or it would be noticed."""
-    by = _compared(union).get(path)
-    if by:
-        return None if is_root_hash(by) else who_can_change(by)
-    return who_can_change(path)
 
 
 def _raise_file_limit() -> None:

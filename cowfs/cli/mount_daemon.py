@@ -1,0 +1,217 @@
+"""The daemon that ``cowfs mount`` starts: open the union, mount it, and serve it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from cowfs.cli import options as mount_options
+from cowfs.cli.background import Reporter
+from cowfs.cli.log import Log
+from cowfs.cli.mount_trust import fuse_options, verified_lowers
+from cowfs.cli.output import warn
+from cowfs.errors import StoreError
+from cowfs.linux import helper_process
+from cowfs.linux.sockets import remove_dead
+from cowfs.url.names import is_url
+
+if TYPE_CHECKING:
+    from cowfs.fuse.daemon import Daemon, MountRequest
+    from cowfs.fuse.observer import Observer
+    from cowfs.fuse.owners import OwnerMap
+    from cowfs.fuse.rings import Rings
+    from cowfs.store.served.store import Store
+    from cowfs.union import UnionOptions
+
+_log = logging.getLogger(__name__)
+
+_STACK = 1 << 20
+"""Bytes of a thread's stack, which count where address space is limited."""
+
+
+def serve(
+    union_options: UnionOptions,
+    mountpoint: str,
+    given: mount_options.Options,
+    reporter: Reporter,
+    daemon_log: Log,
+    owner_map: OwnerMap | None = None,
+) -> int:
+    from cowfs.formats.squashfs.source import open_unchecked
+    from cowfs.formats.verified import belonging, require, root_hash_of
+    from cowfs.fuse.rings import rings_for
+    from cowfs.linux.privileges import give_up
+    from cowfs.url.opened import held_open
+
+    os.umask(0)
+    threading.stack_size(_STACK)
+    remove_dead()  # while we may see who is where
+    rings = rings_for(given.values.get("io_uring", "auto"), warn)
+    compared = verified_lowers(union_options)
+    needed = [file for low, by in compared.items() for file in belonging(low, by)]
+    with held_open(
+        [*union_options.lowers, *needed], given.by_url
+    ) as begin_to_fetch:  # by programs: not later
+        give_up(has_rings=rings is not None)  # before there are threads: opening the store starts some
+        try:
+            shut_in = _step_aside(union_options, mountpoint)
+            begin_to_fetch()
+            require({low: root_hash_of(low, by, open_unchecked) for low, by in compared.items()})
+            request = partial(_request, union_options, mountpoint, given, owner_map)
+            _mount_and_serve(union_options, request, given, reporter, daemon_log, shut_in, rings)
+        finally:
+            helper_process.end()
+    return 0
+
+
+def _mount_and_serve(
+    union_options: UnionOptions,
+    requested: Callable[[], MountRequest],
+    given: mount_options.Options,
+    reporter: Reporter,
+    daemon_log: Log,
+    shut_in: Callable[[], None],
+    rings: Rings | None,
+) -> None:
+    from cowfs.cli.own_files import forbid_lookups
+    from cowfs.faults import install
+    from cowfs.fuse.daemon import Daemon
+    from cowfs.fuse.observer import Observer
+    from cowfs.fuse.tasks import describe_tasks
+    from cowfs.linux.sleep import Disks
+    from cowfs.serve import commands
+    from cowfs.store.served.fullness import watch
+    from cowfs.trace import trace
+    from cowfs.union import open_union
+
+    union = open_union(union_options, warn)
+    try:
+        request = requested()
+        daemon = Daemon(union.overlay, request, rings)
+        disks = Disks([*_paths(union_options.lowers), union_options.store])
+        forbid_lookups(request.mountpoint)
+        trace(given.debug, union, daemon)
+        faults = install(given.faults, union.store, daemon.adapter)
+        observer = Observer(daemon.adapter, union.overlay, daemon.loop.in_trio)
+        if "blame" in given.flags:
+            _record(union.store, observer)
+        daemon_log.explain_when_asked(describe_tasks)
+        daemon.mount()  # from here on no path may be followed that could lead into the mount
+        try:
+            union.store.mounted_as(daemon.dev)
+            shut_in()  # and none leads anywhere
+            facts = _facts(daemon, request, daemon_log)
+            daemon.serve(
+                commands(union, facts, daemon.stop_waiting_soon, daemon.ask_again, observer, faults),
+                reporter.ready,
+                watch(union.store, union.whereabouts),
+                also=[observer.run],
+                after_pause=disks.reopen_after_sleep,
+            )
+        finally:
+            daemon.close()
+            observer.close()
+    finally:
+        union.close(heeds_signals=True)
+
+
+def _facts(daemon: Daemon, request: MountRequest, daemon_log: Log) -> Callable[[], dict[str, Any]]:
+    """Return what tells ``cowfs info`` about the mount."""
+    options = [*request.options, *(["fakeroot"] if request.fakeroot else [])]
+    mounted = {"mountpoint": request.mountpoint, "options": sorted(options)}
+    return lambda: {
+        **mounted,
+        "log": daemon_log.facts(),
+        "transport": daemon.transport(),
+        **daemon.adapter.figures(),
+    }
+
+
+def _request(
+    union: UnionOptions, mountpoint: str, given: mount_options.Options, owner_map: OwnerMap | None
+) -> MountRequest:
+    """Return what is asked of FUSE."""
+    from cowfs.fuse.daemon import MountRequest
+
+    return MountRequest(
+        mountpoint,
+        given.values.get("fsname") or _source(union, mountpoint),
+        frozenset(fuse_options(given, union)),
+        acl="noacl" not in given.flags,
+        fakeroot=union.fakeroot,
+        passthrough="off"
+        if "blame" in given.flags or given.faults
+        else given.values.get("passthrough", "auto"),
+        owner_map=owner_map,
+        sees_all=bool(given.faults),
+    )
+
+
+def _record(store: Store, observer: Observer) -> None:
+    """Begin to record who makes changes, or say why not: a mount that was asked for goes on."""
+    from cowfs.fuse.recorder import Recorder
+    from cowfs.store.format.records import open_or_make
+
+    why = ""
+    try:
+        records, said = open_or_make(store.layer, store.size)
+        if said:
+            warn(f"{said}; a new one is begun")
+        observer.record(Recorder(records, store.path))
+    except StoreError as error:
+        why = str(error)
+    except OSError as error:
+        why = f"{store.path}: {error.strerror}"
+    if why:
+        warn(f"who changes what is not recorded: {why}")
+        _log.warning("who changes what is not recorded: %s", why)
+
+
+def _step_aside(union: UnionOptions, mountpoint: str) -> Callable[[], None]:
+    """Leave for mounts of our own, with a process that stays here; return what shuts us in there.
+
+    For root alone, who may mount anywhere. Who has been handed a mount has nobody to unmount it, and all in
+    reach, as has whoever's root cannot be exchanged.
+    """
+    from cowfs.cli.helper_requests import HelperRequests
+    from cowfs.linux import confine
+    from cowfs.store.served.presence import watched
+
+    if os.geteuid() != 0 or mountpoint.startswith("/dev/fd/") or not confine.is_possible():
+        return lambda: None
+    HelperRequests(mountpoint, watched(union.store, union.lowers)).start()
+    try:
+        confine.step_aside()
+    except OSError as error:
+        _log.info("the daemon is not confined: it cannot have its own mount namespace: %s", error.strerror)
+        helper_process.end()
+        return lambda: None
+
+    def shut_in() -> None:
+        try:
+            confine.shut_in()
+        except OSError as error:
+            _log.info("the daemon is not confined: %s", error.strerror)
+
+    return shut_in
+
+
+def _paths(lowers: Iterable[str]) -> list[str]:
+    """Return those that are no URLs."""
+    return [lower for lower in lowers if not is_url(lower)]
+
+
+def _source(union: UnionOptions, mountpoint: str) -> str:
+    """Return what mount(8) shows as the source: the lowers, as they are written on the command line.
+
+    Programs look for sources that are paths, e2fsck too, which we start: they must not lead into the mount.
+    """
+    if any(
+        f"{os.path.realpath(low)}/".startswith(f"{mountpoint.rstrip('/')}/") for low in _paths(union.lowers)
+    ):
+        return "cowfs"
+    return mount_options.join_lowers(union.lowers, union.data_only)

@@ -1,0 +1,69 @@
+"""Who else than root can change what is mounted, and what the mount therefore must not allow."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from cowfs.cli import options as mount_options
+from cowfs.cli.output import warn
+from cowfs.formats.verified import is_root_hash
+from cowfs.linux import user_namespace
+from cowfs.url.trust import forbidden, shows_too_much, who_can_change
+
+if TYPE_CHECKING:
+    from cowfs.union import UnionOptions
+
+
+def fuse_options(given: mount_options.Options, union: UnionOptions) -> set[str]:
+    """Return the options of the mount: those given, and what its layers' owners allow."""
+    options = set(given.fuse)
+    if "ro" in given.flags:
+        options.add("ro")
+    is_root = os.geteuid() == 0
+    if ("allow_other" in given.flags or is_root) and "noallow_other" not in given.flags:
+        options.add("allow_other")
+    if is_root and not given.flags & {"allow_other", "noallow_other"} and not options & {"suid", "dev"}:
+        layers = [*([] if union.store == "memory" else [union.store]), *union.lowers]
+        reason = shows_too_much(layers, lambda layer: _who_can_change(layer, union))
+        if reason is not None:
+            options.discard("allow_other")
+            warn(f"mounted for root alone: {reason} (-o allow_other if you trust it)")
+    if "fakeroot" in given.flags:
+        options -= {"suid", "dev"}
+        options |= {"nosuid", "nodev"}
+    if is_root:  # libfuse's default is nosuid,nodev; mount(8)'s is not
+        wanted = [option for option in ("suid", "dev") if not options & {option, f"no{option}"}]
+        refused = _forbidden(union) if wanted else {}
+        options |= {option for option in wanted if f"no{option}" not in refused}
+        left_out = [f"no{option}" for option in wanted if f"no{option}" in refused]
+        if left_out and user_namespace.has_all("uid"):  # in a namespace they are expected, and / is nobody's
+            why = refused[left_out[0]]
+            hint = ",".join(option.removeprefix("no") for option in left_out)
+            warn(f"mounted with {','.join(left_out)}: {why} (use -o {hint} if you trust it)")
+    return options
+
+
+def _forbidden(union: UnionOptions) -> dict[str, str]:
+    """Return why ``nosuid`` and ``nodev`` must hold: others than root made, or can change, it."""
+    return forbidden((*_deciding(union), *([] if union.store == "memory" else [union.store])))
+
+
+def verified_lowers(union: UnionOptions) -> dict[str, str]:
+    """Return the lowers that are verified with hash trees, and by what each."""
+    return {low: by for low, by in zip(union.lowers, union.verify, strict=False) if by}
+
+
+def _deciding(union: UnionOptions) -> list[str]:
+    """Return what decides the content of the lowers: for a verified one its certificate, or nothing."""
+    compared = verified_lowers(union)
+    deciding = (compared.get(lower, lower) for lower in union.lowers)
+    return [one for one in deciding if not is_root_hash(one)]
+
+
+def _who_can_change(path: str, union: UnionOptions) -> str | None:
+    """Return why others than root can change a layer; None when they cannot, or it would be noticed."""
+    by = verified_lowers(union).get(path)
+    if by:
+        return None if is_root_hash(by) else who_can_change(by)
+    return who_can_change(path)
