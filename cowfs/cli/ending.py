@@ -17,6 +17,7 @@ from cowfs.cli.output import progress_line, say, warn
 from cowfs.cli.sandbox import Part, forget_unused, name_of
 from cowfs.commits import Changed, Commit, complete_all, place
 from cowfs.errors import CowfsError
+from cowfs.linux.signals import interruptible
 
 FAILED = 125
 """Exit code when the command has run, and its changes could not be committed or kept."""
@@ -62,10 +63,21 @@ class Ending:
         if not total:
             return
         answer = "commit" if args.commit else "discard" if args.discard else "keep" if args.keep else ""
-        while asks and not self._do(_ask(self._choices(), at_end="keep" if self._is_kept else "discard")):
-            pass
+        try:
+            while asks and not self._do(_ask(self._choices(), at_end="keep" if self._is_kept else "discard")):
+                pass
+        except KeyboardInterrupt:  # that is no answer
+            self._leave()
+            return
         if not asks and not self._do(answer) and answer in {"commit", "keep"}:
             self._do("rescue")
+
+    def _leave(self) -> None:
+        """Keep what was changed, and say where."""
+        print(file=sys.stderr)
+        if self._is_kept:
+            warn(f"nothing was committed or discarded: the changes are in {self._args.store}")
+        self._do("rescue")
 
     def finish(self) -> int:
         """Commit what was prepared; return 125 if anything has failed, else 0. Nothing is mounted."""
@@ -222,11 +234,15 @@ def _is_seen() -> bool:
 
 
 def _ask(choices: dict[str, str], at_end: str) -> str:
-    """Return the answer of who is at the terminal; *at_end* if they type Ctrl-D, or have closed it."""
+    """Return the answer of who is at the terminal; *at_end* if they type Ctrl-D, or have closed it.
+
+    KeyboardInterrupt for Ctrl-C.
+    """
     while True:
         words = ", ".join(f"[{key}]{word[1:]}" for key, word in choices.items())
         print(f"{words}? ", end="", file=sys.stderr, flush=True)
-        said = sys.stdin.readline()
+        with interruptible():
+            said = sys.stdin.readline()
         if not said:
             return at_end
         found = [word for key, word in choices.items() if said.strip().lower() in {key, word}]
@@ -236,6 +252,6 @@ def _ask(choices: dict[str, str], at_end: str) -> str:
 
 def _ask_name() -> str:
     print("store (a new file): ", end="", file=sys.stderr, flush=True)
-    with suppress(KeyboardInterrupt):
+    with suppress(KeyboardInterrupt), interruptible():
         return sys.stdin.readline().strip()
     return ""

@@ -42,6 +42,18 @@ def held_back() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Let Ctrl-C (SIGINT) raise KeyboardInterrupt inside, though it is held back around."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    before = signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.signal(signal.SIGINT, handler)
+
+
 def forget_held_back() -> None:
     """Let the signals that wait, being held back, have come in vain. Does not block."""
     while signal.sigtimedwait(ASKS_TO_END, 0) is not None:
