@@ -75,9 +75,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Carry them over, or report what would be done."""
+    from cowfs.api import rebase
     from cowfs.changes.render import escape
     from cowfs.linux.limits import take_all_descriptors
-    from cowfs.rebasing import rebase
     from cowfs.store.e2fsprogs.signals import cleaned_up
 
     old, new = _lowers(args, args.old, ""), _lowers(args, args.onto, args.offset)
@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
             progress(f"{seen} paths")
 
         done = rebase(
-            args.store, old, new, dry_run=args.dry_run, conflicts=args.conflicts, tell=warn, tick=tick
+            args.store, new, old, dry_run=args.dry_run, conflicts=args.conflicts, tell=warn, tick=tick
         )
     if args.json:
         say(json.dumps(_facts(done, args)))
