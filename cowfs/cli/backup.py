@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 
 from cowfs.cli import options
-from cowfs.cli.output import counted, note, progress_line, warn
+from cowfs.cli.output import note, warn
+from cowfs.cli.progress import bytes_done, progress_line, size_of
 
 NAME = "backup"
 
@@ -48,7 +49,8 @@ def run(args: argparse.Namespace) -> int:
     from cowfs.store.e2fsprogs.signals import cleaned_up
 
     take_all_descriptors()  # each directory on the way to a path takes some
-    with cleaned_up(), progress_line() as progress:
-        backup(args.what, args.file, force=args.force, tell=warn, progress=progress, tick=counted(progress))
+    with cleaned_up(), progress_line() as show:
+        tick = bytes_done(show, size_of(args.what))
+        backup(args.what, args.file, force=args.force, tell=warn, progress=show, tick=tick)
     note(f"{args.what}: copied to {args.file}")
     return 0

@@ -6,7 +6,8 @@ import argparse
 import json
 
 from cowfs.cli import options
-from cowfs.cli.output import progress_line, say, warn
+from cowfs.cli.output import say, warn
+from cowfs.cli.progress import names_done, progress_line
 
 NAME = "convert"
 
@@ -51,15 +52,8 @@ def run(args: argparse.Namespace) -> int:
 
     lowers = options.lowers_to_open(args)
     take_all_descriptors()
-    seen = 0
-    with cleaned_up(), progress_line() as progress:
-
-        def tick(_: bytes) -> None:
-            nonlocal seen
-            seen += 1
-            progress(f"{seen} names")
-
-        done = convert(args.store, args.to, lowers, tell=warn, tick=tick)
+    with cleaned_up(), progress_line() as show:
+        done = convert(args.store, args.to, lowers, tell=warn, tick=names_done(show, "names"))
     counts = {
         "whiteouts": done.whiteouts,
         "opaque directories": done.opaque,

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cowfs.cli import options
-from cowfs.cli.output import progress_line, say, warn
+from cowfs.cli.output import say, warn
+from cowfs.cli.progress import names_done, progress_line
 from cowfs.errors import SystemFailure, UsageError
 
 if TYPE_CHECKING:
@@ -67,11 +68,12 @@ def run(args: argparse.Namespace) -> int:
     lowers = options.lowers_of(args)
     total = _Total(args.top, keeps=bool(args.treemap))
     who: dict[bytes, str] = {}
-    with open_changes(args.what, lowers, warn) as changes, progress_line() as progress:
+    with open_changes(args.what, lowers, warn) as changes, progress_line() as show:
         if args.programs:
             who = _programs(changes, args.what)
-        for number, used in enumerate(changes.usage()):
-            progress(f"{number} files")
+        tick = names_done(show, "files")
+        for used in changes.usage():
+            tick(used)
             if args.json:
                 entry: dict[str, object] = {"version": VERSION}
                 put_path(entry, "path", used.path)

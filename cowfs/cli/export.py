@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import argparse
 import os
-import time
 from typing import TYPE_CHECKING
 
 from cowfs.cli import options
-from cowfs.cli.output import progress_line, rate, warn
+from cowfs.cli.output import warn
+from cowfs.cli.progress import changes_of, paths_done, progress_line
 from cowfs.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from cowfs.exports.entries import Tick
+    pass
 
 NAME = "export"
 EXIT_PARTIAL = 64
@@ -104,10 +102,9 @@ def run(args: argparse.Namespace) -> int:
     )
     lowers = options.lowers_to_open(args)
     take_all_descriptors()  # each directory on the way to a path takes one
-    with cleaned_up(), progress_line() as progress:
-        losses = export(
-            args.what, args.file, how, lowers, trust=args.trust, tell=warn, tick=_counted(progress)
-        )
+    with cleaned_up(), progress_line() as show:
+        tick = paths_done(show, 0 if args.merged else changes_of(args.what))
+        losses = export(args.what, args.file, how, lowers, trust=args.trust, tell=warn, tick=tick)
     for line in losses:
         warn(f"{args.file}: {line}")
     return EXIT_PARTIAL if losses.is_partial else 0
@@ -120,16 +117,3 @@ def _latest() -> int | None:
     if not (text.isascii() and text.isdigit() and len(text) < 12):
         raise UsageError(f"SOURCE_DATE_EPOCH={text}: not a number of seconds", "unset it")
     return int(text)
-
-
-def _counted(progress: Callable[[str], None]) -> Tick:
-    paths = size = 0
-    begun = time.monotonic()
-
-    def tick(_: bytes, length: int) -> None:
-        nonlocal paths, size
-        paths += not length
-        size += length
-        progress(f"{paths} paths, {rate(size, begun)}")
-
-    return tick

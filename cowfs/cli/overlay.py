@@ -39,9 +39,11 @@ _OURS = {
     "xattr_permissions": "0 alone: owners and modes are those of the files",
 }
 _OVERRIDES = (
-    "user.containers.override_stat", "user.fuseoverlayfs.override_stat", "security.fuseoverlayfs.override_stat",
-)  # fmt: skip
-"""Attributes of containers/storage's force_mask and of fuse-overlayfs, with the owner, mode and type of a file."""
+    "user.containers.override_stat",
+    "user.fuseoverlayfs.override_stat",
+    "security.fuseoverlayfs.override_stat",
+)
+"""Attributes of fuse-overlayfs and of containers/storage's force_mask, with a file's owner, mode and type."""
 _PASSED = {"io_uring", "passthrough", "log", "debug", "fsname"}
 _QUIET = {
     "index", "xino", "userxattr", "nfs_export", "uuid", "context", "fscontext", "defcontext", "rootcontext",

@@ -8,7 +8,8 @@ import os
 from typing import TYPE_CHECKING
 
 from cowfs.cli import options
-from cowfs.cli.output import progress_line, say, warn
+from cowfs.cli.output import say, warn
+from cowfs.cli.progress import names_done, progress_line
 
 if TYPE_CHECKING:
     from cowfs.api import Lowers
@@ -82,14 +83,8 @@ def run(args: argparse.Namespace) -> int:
 
     old, new = _lowers(args, args.old, ""), _lowers(args, args.onto, args.offset)
     take_all_descriptors()
-    seen = 0
-    with cleaned_up(), progress_line() as progress:
-
-        def tick(_: bytes) -> None:
-            nonlocal seen
-            seen += 1
-            progress(f"{seen} paths")
-
+    with cleaned_up(), progress_line() as show:
+        tick = names_done(show, "paths")
         done = rebase(
             args.store, new, old, dry_run=args.dry_run, conflicts=args.conflicts, tell=warn, tick=tick
         )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 
 from cowfs.cli import options
-from cowfs.cli.output import counted, note, progress_line, warn
+from cowfs.cli.output import note, warn
+from cowfs.cli.progress import bytes_done, progress_line, size_of
 
 NAME = "restore"
 
@@ -41,7 +42,8 @@ def run(args: argparse.Namespace) -> int:
     from cowfs.store.e2fsprogs.signals import cleaned_up
 
     take_all_descriptors()  # each directory on the way to a path takes some
-    with cleaned_up(), progress_line() as progress:
-        restore(args.file, args.store, force=args.force, tell=warn, tick=counted(progress))
+    with cleaned_up(), progress_line() as show:
+        tick = bytes_done(show, size_of(args.file))
+        restore(args.file, args.store, force=args.force, tell=warn, tick=tick)
     note(f"{args.store}: restored from {args.file}")
     return 0

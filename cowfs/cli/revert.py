@@ -9,7 +9,8 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from cowfs.cli import options
-from cowfs.cli.output import progress_line, say, warn
+from cowfs.cli.output import say, warn
+from cowfs.cli.progress import progress_line
 from cowfs.errors import CowfsError, UsageError
 
 if TYPE_CHECKING:

@@ -6,6 +6,7 @@ import argparse
 
 from cowfs.cli import options
 from cowfs.cli.output import say
+from cowfs.cli.progress import progress_line, share_done
 
 NAME = "trim"
 
@@ -47,7 +48,8 @@ def run(args: argparse.Namespace) -> int:
     mount = mount_with_store(args.store)
     freed = 0
     if mount is None:
-        freed = trim_store(split_subdir(args.store)[0])
+        with progress_line() as show:
+            freed = trim_store(split_subdir(args.store)[0], share=share_done(show))
     else:
         for reply in ask(mount.dev, NAME, timeout=None):
             freed = int(reply.get("freed", freed))

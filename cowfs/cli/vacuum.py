@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 
 from cowfs.cli import options
-from cowfs.cli.output import progress_line, say, warn
+from cowfs.cli.output import say, warn
+from cowfs.cli.progress import progress_line
 from cowfs.cli.revert import JSON_HELP, json_of
 
 NAME = "vacuum"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
@@ -17,7 +17,7 @@ from cowfs.overlay.stack import notes_of
 from cowfs.overlay.xattr_format import Notes, XattrFormat, is_whiteout_device, leads_somewhere, parse_partial
 from cowfs.store.e2fsprogs import tools
 from cowfs.store.e2fsprogs.signals import deferred
-from cowfs.store.e2fsprogs.tools import Progress, quiet
+from cowfs.store.e2fsprogs.tools import Progress, Share, quiet
 from cowfs.store.format import copy_detection, layout
 from cowfs.store.format.checkpoints import Layers
 from cowfs.store.format.header import AUFS, TRUSTED, WITH_LAYERS, Header
@@ -52,10 +52,13 @@ class Entry:
     notes: Notes
 
 
-def check_store(path: str, *, read_only: bool = False, progress: Progress = quiet) -> Report:
+def check_store(
+    path: str, *, read_only: bool = False, progress: Progress = quiet, share: Share | None = None
+) -> Report:
     """Check the store at *path*, an image or a directory; repair its filesystem unless *read_only*.
 
-    What breaks the overlay's rules is reported, never changed. *progress* gets what e2fsck says.
+    What breaks the overlay's rules is reported, never changed. *progress* gets what e2fsck says,
+    *share* how much is done.
     Blocks. Raises StoreError for what cannot be checked at all, StoreBusy while it is in use.
     """
     path = os.path.abspath(path)
@@ -67,15 +70,17 @@ def check_store(path: str, *, read_only: bool = False, progress: Progress = quie
     with ExitStack() as stack:
         try:
             if os.path.isdir(path):
-                _check_inside(_directory(path, read_only, report, stack), report)
+                _check_inside(_directory(path, read_only, report, stack), report, share)
             else:
-                _check_image(path, read_only, progress, report, stack)
+                _check_image(path, read_only, progress, share, report, stack)
         except OSError as error:
             raise StoreError(f"{path}: cannot be read: {error.strerror}") from None
     return report
 
 
-def _check_image(path: str, read_only: bool, progress: Progress, report: Report, stack: ExitStack) -> None:
+def _check_image(
+    path: str, read_only: bool, progress: Progress, share: Share | None, report: Report, stack: ExitStack
+) -> None:
     fd = open_file(path, read_only=read_only)
     stack.callback(os.close, fd)
     lock.lock(fd, path, shared=read_only, progress=progress)
@@ -87,9 +92,9 @@ def _check_image(path: str, read_only: bool, progress: Progress, report: Report,
     with deferred():
         if read_only and superblock.needs_recovery:
             progress(f"{path}: was not cleanly unmounted; checking it as if its journal had been replayed")
-            report.code, said = tools.fsck_recovered(fd, path, sound=not superblock.has_errors)
+            report.code, said = tools.fsck_recovered(fd, path, sound=not superblock.has_errors, share=share)
         else:
-            report.code, said = tools.fsck(fd, path, "-f", "-n" if read_only else "-p")
+            report.code, said = tools.fsck(fd, path, "-f", "-n" if read_only else "-p", share=share)
     for line in said.splitlines():
         if line.strip() and not line.startswith("e2fsck "):
             progress(_SUMMARY.sub(r"\1 of \2 inodes, \3 of \4 blocks in use", line.rstrip()))
@@ -107,7 +112,7 @@ def _check_image(path: str, read_only: bool, progress: Progress, report: Report,
         report.code |= tools.FSCK_OPERATIONAL
         report.checked = False
         return
-    _check_inside(layer, report)
+    _check_inside(layer, report, share)
 
 
 def _directory(path: str, read_only: bool, report: Report, stack: ExitStack) -> DirectoryLayer:
@@ -128,7 +133,7 @@ def _directory(path: str, read_only: bool, report: Report, stack: ExitStack) -> 
     return layer
 
 
-def _check_inside(layer: UpperLayer, report: Report) -> None:
+def _check_inside(layer: UpperLayer, report: Report, share: Share | None) -> None:
     """Look whether what stands in the filesystem is a store, and follows the rules."""
     header = None
     try:
@@ -153,13 +158,29 @@ def _check_inside(layer: UpperLayer, report: Report) -> None:
     except StoreError as error:
         report.problems.append(str(error))
         report.code |= tools.FSCK_UNCORRECTED
-    found = _broken_layout(layer, names, header)
+    found = _broken_layout(layer, names, header, _counting(layer, share))
     if found:
         report.problems += found
         report.code |= tools.FSCK_UNCORRECTED
 
 
-def _broken_layout(layer: UpperLayer, names: set[bytes], header: Header | None) -> list[str]:
+def _counting(layer: UpperLayer, share: Share | None) -> Callable[[], None]:
+    """Return what is called for each inode, and tells how many of those in the store that were."""
+    stats = layer.statfs()
+    count, whole = 0, max(stats.files - stats.ffree, 1)
+
+    def tick() -> None:
+        nonlocal count
+        count += 1
+        if share is not None:
+            share("checking the changes", min(count / whole, 1))
+
+    return tick
+
+
+def _broken_layout(
+    layer: UpperLayer, names: set[bytes], header: Header | None, tick: Callable[[], None]
+) -> list[str]:
     missing = sorted({layout.UPPER, layout.WORK} - names)
     found = [f"{layer.name}: {os.fsdecode(name)}/ is missing" for name in missing]
     prefix = header.xattrs if header is not None else TRUSTED
@@ -167,10 +188,10 @@ def _broken_layout(layer: UpperLayer, names: set[bytes], header: Header | None) 
         xattrs = XattrFormat(prefix.encode())
         top = layout.find(layer, layout.UPPER)
         if layout.whiteouts_of(layer) == AUFS:
-            return [*found, *_broken_names(_walk(layer, xattrs, top))]
-        found += broken_rules(_walk(layer, xattrs, top), xattrs)
+            return [*found, *_broken_names(_walk(layer, xattrs, top, tick))]
+        found += broken_rules(_walk(layer, xattrs, top, tick), xattrs)
         if header is not None and header.version >= WITH_LAYERS:
-            found += _broken_layers(layer, xattrs, top)
+            found += _broken_layers(layer, xattrs, top, tick)
     return found
 
 
@@ -183,7 +204,9 @@ def _broken_names(entries: Iterator[Entry]) -> Iterator[str]:
             yield f"{shown}: a name of {len(name)} bytes, and aufs shows none of more than {NAME_MAX}"
 
 
-def _broken_layers(layer: UpperLayer, xattrs: XattrFormat, upper: Key) -> Iterator[str]:
+def _broken_layers(
+    layer: UpperLayer, xattrs: XattrFormat, upper: Key, tick: Callable[[], None]
+) -> Iterator[str]:
     """Yield a line for everything that is wrong with the layers of checkpoints."""
     layers = Layers(layer, xattrs.prefix)
     known = layers.all()
@@ -191,13 +214,15 @@ def _broken_layers(layer: UpperLayer, xattrs: XattrFormat, upper: Key) -> Iterat
     for one in known.values():
         needed.update(one.below)
         called = printable(one.name) or str(one.number)
-        for line in broken_rules(_walk(layer, xattrs, one.key), xattrs):
+        for line in broken_rules(_walk(layer, xattrs, one.key, tick), xattrs):
             yield f"checkpoint {called}: {line}"
     for number in sorted(needed - known.keys()):
         yield f"{layer.name}: cowfs/layers/{number}/ is missing, which holds changes from before a checkpoint"
 
 
-def _walk(layer: UpperLayer, xattrs: XattrFormat, top: Key | None) -> Iterator[Entry]:
+def _walk(
+    layer: UpperLayer, xattrs: XattrFormat, top: Key | None, tick: Callable[[], None]
+) -> Iterator[Entry]:
     """Yield everything below an upper, each directory before what is in it."""
     stack: list[tuple[Key, bytes]] = [(top, b"")] if top is not None else []
     while stack:
@@ -211,6 +236,7 @@ def _walk(layer: UpperLayer, xattrs: XattrFormat, top: Key | None) -> Iterator[E
             if stat.S_ISDIR(attr.st_mode) or stat.S_ISREG(attr.st_mode):
                 notes = notes_of(layer, child, xattrs)
             entry = Entry(path + b"/" + name if path else name, attr, notes or {})
+            tick()
             yield entry
             if stat.S_ISDIR(attr.st_mode):
                 stack.append((child, entry.path))
