@@ -160,4 +160,6 @@ def _draw(file: str, files: list[tuple[bytes, str, int]]) -> None:
     try:
         Path(os.path.abspath(file)).write_text(treemap(files), encoding="utf-8")
     except OSError as error:
-        raise SystemFailure(f"{file}: cannot be written: {error.strerror}") from None
+        raise SystemFailure(
+            f"{file}: cannot be written: {error.strerror}", "give the path of a file that you may write"
+        ) from None

@@ -104,8 +104,8 @@ def open_unchecked(path: str) -> Bytes:
         return FileBytes(fd)
     os.close(fd)
     if kind == stat.S_IFDIR:
-        raise LayerError(f"{path}: is a directory, not a squashfs image")
-    raise LayerError(f"{path}: is neither a file nor a block device")
+        raise LayerError(f"{path}: is a directory, not a squashfs image", "give the path of the image")
+    raise LayerError(f"{path}: is neither a file nor a block device", "give the path of the image")
 
 
 class Source:
@@ -159,7 +159,7 @@ class Source:
     def damaged(self, what: str) -> DamagedImage:
         """Log *what* is damaged, once, and return the exception to raise for it."""
         self._report(what)
-        return DamagedImage(f"{self.name}: damaged squashfs image: {what}")
+        return DamagedImage(f"{self.name}: damaged squashfs image: {what}", "copy it again from its source")
 
     def _report(self, what: str) -> None:
         if what not in self._reported and len(self._reported) < _REPORTS:

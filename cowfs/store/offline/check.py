@@ -74,7 +74,9 @@ def check_store(
             else:
                 _check_image(path, read_only, progress, share, report, stack)
         except OSError as error:
-            raise StoreError(f"{path}: cannot be read: {error.strerror}") from None
+            raise StoreError(
+                f"{path}: cannot be read: {error.strerror}", "check its disk: see dmesg"
+            ) from None
     return report
 
 
@@ -99,7 +101,12 @@ def _check_image(
         if line.strip() and not line.startswith("e2fsck "):
             progress(_SUMMARY.sub(r"\1 of \2 inodes, \3 of \4 blocks in use", line.rstrip()))
     if report.code & ~(tools.FSCK_CORRECTED | 2):
-        report.problems.append(f"{path}: the filesystem is damaged, so its contents were not checked")
+        step = f"cowfs check {path} repairs what is safe"
+        if not read_only:
+            step = f"copy the file, then run on the copy: e2fsck -f {path}"
+        report.problems.append(
+            f"{path}: the filesystem is damaged, so its contents were not checked ({step})"
+        )
         report.checked = False
         return
     if copy:
@@ -150,7 +157,9 @@ def _check_inside(layer: UpperLayer, report: Report, share: Share | None) -> Non
             report.problems.append(f"{layer.name}: has no header (it was not mounted by cowfs yet)")
         elif not sees_all(layer, header):
             layout.refuse_lossy_copy(layer, header, sees_all=False)
-            report.problems.append(f"{layer.name}: was made by root, and only root can check what is in it")
+            report.problems.append(
+                f"{layer.name}: was made by root (run this as root to check what is in it)"
+            )
             report.checked = False
             return
         else:
