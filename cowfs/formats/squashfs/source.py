@@ -159,7 +159,7 @@ class Source:
     def damaged(self, what: str) -> DamagedImage:
         """Log *what* is damaged, once, and return the exception to raise for it."""
         self._report(what)
-        return DamagedImage(f"{self.name}: damaged squashfs image: {what}", "copy it again from its source")
+        return DamagedImage(f"{self.name}: damaged squashfs image: {what}")
 
     def _report(self, what: str) -> None:
         if what not in self._reported and len(self._reported) < _REPORTS:
