@@ -23,7 +23,6 @@ from cowfs.types import AttrData
 
 _LOG = b"log"
 _LARGEST_LOG = 256 << 20
-EMPTY_TRASH = "cowfs vacuum --trash empties the trash, and this with it"
 
 
 class Step(NamedTuple):
@@ -98,9 +97,7 @@ class Batch:
                     step = _from_json(entry)
                     steps[step.number] = step
         except (ValueError, KeyError, TypeError, RecursionError):
-            raise StoreError(
-                f"{self.layer.name}: the log of what was reverted is damaged", EMPTY_TRASH
-            ) from None
+            raise StoreError(f"{self.layer.name}: the log of what was reverted is damaged") from None
         return list(steps.values())
 
     def remove(self) -> None:
@@ -190,5 +187,5 @@ def attributes_from_json(entry: dict[str, Any]) -> Attributes:
         )
         xattrs = [(base64.b64decode(name), base64.b64decode(value)) for name, value in entry["xattrs"]]
     except (KeyError, TypeError, ValueError):
-        raise CowfsError("the log of what was reverted is damaged", EMPTY_TRASH) from None
+        raise CowfsError("the log of what was reverted is damaged") from None
     return Attributes(attr, xattrs)

@@ -16,7 +16,7 @@ def undo(fs: Overlay, forget: Forget) -> Progress:
     """Bring back what was taken back last. StoreError if nothing was."""
     batch = next(batches(fs.upper), None)
     if batch is None:
-        raise StoreError("nothing was reverted, or the trash was emptied", "cowfs diff lists the changes")
+        raise StoreError("nothing was reverted, or the trash was emptied")
     return undo_batch(fs, batch, forget)
 
 

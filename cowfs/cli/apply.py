@@ -5,12 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from cowfs.cli import options
 from cowfs.cli.output import say, warn
-from cowfs.cli.progress import changes_of, paths_done, progress_line
 from cowfs.errors import UsageError, printable
 
 if TYPE_CHECKING:
@@ -81,20 +79,17 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("no ROOT given", "name the directory to change after the store")
     if args.dry_run and (args.interactive or args.backup):
         raise UsageError("--dry-run: changes nothing to be asked of or kept", "leave out one of them")
-    silent = nullcontext(lambda _: None)
-    with silent if args.interactive or args.dry_run else progress_line() as show:
-        found, losses = apply(
-            args.what,
-            args.root,
-            lowers,
-            force=args.force,
-            trust=args.trust,
-            dry_run=(lambda change: say(line(change))) if args.dry_run else None,
-            backup=args.backup,
-            ask=_asking() if args.interactive else None,
-            tell=warn,
-            tick=paths_done(show, changes_of(args.what)),
-        )
+    found, losses = apply(
+        args.what,
+        args.root,
+        lowers,
+        force=args.force,
+        trust=args.trust,
+        dry_run=(lambda change: say(line(change))) if args.dry_run else None,
+        backup=args.backup,
+        ask=_asking() if args.interactive else None,
+        tell=warn,
+    )
     if not args.interactive:
         for path, why in found:
             warn(f"conflict: {escape(path) or '/'} {why}")
@@ -120,8 +115,7 @@ def _undo(args: argparse.Namespace) -> int:
     if not args.backup:
         raise UsageError("--undo: which backup?", "name it with --backup DIR")
     root = args.root or args.what
-    with progress_line() as show:
-        stay, losses = undo_apply(root, args.backup, paths_done(show), trust=args.trust)
+    stay, losses = undo_apply(root, args.backup, trust=args.trust)
     for path in stay:
         warn(f"{root}: /{escape(path)} stays: something else is in it")
     return _told(root, losses)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 
 from cowfs.cli import options
-from cowfs.cli.output import note, warn
-from cowfs.cli.progress import bytes_done, progress_line, size_of
+from cowfs.cli.output import counted, note, progress_line, warn
 
 NAME = "backup"
 
@@ -44,13 +43,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Copy it."""
-    from cowfs.api import backup
+    from cowfs.backups import backup
     from cowfs.linux.limits import take_all_descriptors
     from cowfs.store.e2fsprogs.signals import cleaned_up
 
     take_all_descriptors()  # each directory on the way to a path takes some
-    with cleaned_up(), progress_line() as show:
-        tick = bytes_done(show, size_of(args.what))
-        backup(args.what, args.file, force=args.force, tell=warn, progress=show, tick=tick)
+    with cleaned_up(), progress_line() as progress:
+        backup(args.what, args.file, force=args.force, tell=warn, progress=progress, tick=counted(progress))
     note(f"{args.what}: copied to {args.file}")
     return 0

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, NoReturn
 
 from cowfs.cli import options
 from cowfs.cli.output import note, say, warn
-from cowfs.cli.progress import is_watched, progress_line, share_done
 from cowfs.client import find_mount
 from cowfs.errors import StoreError, SystemFailure
 
@@ -58,20 +57,17 @@ def run(args: argparse.Namespace) -> int:
         warn(f"{args.store}: is a mountpoint, not a store (unmount it, then check its store)")
         return FSCK_OPERATIONAL
     try:
-        with progress_line() as show:
-
-            def tell(line: str) -> None:
-                show("")
-                if not args.json:
-                    note(line)
-
-            share = share_done(show) if is_watched() else None
-            store = split_subdir(args.store)[0]
-            report = check_store(store, read_only=args.no_changes, progress=tell, share=share)
+        report = check_store(
+            split_subdir(args.store)[0], read_only=args.no_changes, progress=_ignored if args.json else note
+        )
         return (_show_json if args.json else _show)(args.store, report)
     except (StoreError, SystemFailure) as error:
         warn(str(error))
         return FSCK_OPERATIONAL
+
+
+def _ignored(_: str) -> None:
+    pass
 
 
 def _state(code: int) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 
-from cowfs.cli.output import say
+from cowfs.cli.output import say, say_fields
 
 NAME = "checkpoints"
 
@@ -32,7 +33,14 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("what", metavar="STORE|MOUNTPOINT")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--json", action="store_true", help="print one JSON object")
+    how.add_argument(
+        "-z",
+        "--null",
+        action="store_true",
+        help="* or nothing, when it was taken, name, and the one before it, a NUL after each",
+    )
     parser.set_defaults(run=run)
 
 
@@ -45,6 +53,10 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps({"version": 1, "checkpoints": [one._asdict() for one in found]}, indent=2))
         return 0
     for one in found:
+        if args.null:
+            say_fields("*" if one.current else "", one.taken, one.name, one.on or "")
+            continue
         after = f"  (after {one.on})" if one.on is not None else ""
         say(f"{'*' if one.current else ' '} {one.taken[:19].replace('T', ' ')}  {one.name}{after}")
+    sys.stdout.flush()
     return 0

@@ -6,8 +6,7 @@ import argparse
 import json
 
 from cowfs.cli import options
-from cowfs.cli.output import say, warn
-from cowfs.cli.progress import names_done, progress_line
+from cowfs.cli.output import progress_line, say, warn
 
 NAME = "convert"
 
@@ -46,14 +45,21 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Convert it, or complete that."""
-    from cowfs.api import convert
+    from cowfs.converting import convert
     from cowfs.linux.limits import take_all_descriptors
     from cowfs.store.e2fsprogs.signals import cleaned_up
 
     lowers = options.lowers_to_open(args)
     take_all_descriptors()
-    with cleaned_up(), progress_line() as show:
-        done = convert(args.store, args.to, lowers, tell=warn, tick=names_done(show, "names"))
+    seen = 0
+    with cleaned_up(), progress_line() as progress:
+
+        def tick(_: bytes) -> None:
+            nonlocal seen
+            seen += 1
+            progress(f"{seen} names")
+
+        done = convert(args.store, args.to, lowers, tell=warn, tick=tick)
     counts = {
         "whiteouts": done.whiteouts,
         "opaque directories": done.opaque,

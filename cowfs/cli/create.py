@@ -6,7 +6,6 @@ import argparse
 
 from cowfs.cli import options
 from cowfs.cli.output import note
-from cowfs.cli.progress import is_watched, progress_line, share_done
 
 NAME = "create"
 
@@ -41,7 +40,6 @@ def run(args: argparse.Namespace) -> int:
     from cowfs.store.offline.create import create_store
 
     size = parse_size(args.size)
-    with progress_line() as show:
-        create_store(args.store, size, share=share_done(show) if is_watched() else None)
+    create_store(args.store, size)
     note(f"{args.store}: created an empty {format_size(size)} store")
     return 0

@@ -11,8 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from cowfs.cli import options
-from cowfs.cli.output import printable_lines, warn
-from cowfs.cli.progress import progress_line
+from cowfs.cli.output import printable_lines, progress_line, warn
 from cowfs.errors import EXIT_SYSTEM, CowfsError, UsageError
 from cowfs.types import Change
 

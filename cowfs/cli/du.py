@@ -6,13 +6,13 @@ import argparse
 import heapq
 import json
 import os
+import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cowfs.cli import options
-from cowfs.cli.output import say, warn
-from cowfs.cli.progress import names_done, progress_line
+from cowfs.cli.output import progress_line, say, say_fields, warn
 from cowfs.errors import SystemFailure, UsageError
 
 if TYPE_CHECKING:
@@ -42,8 +42,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("what", metavar="STORE|MOUNTPOINT")
     parser.add_argument("--top", metavar="N", type=_number, default=10, help="list N paths (default: 10)")
     parser.add_argument("--treemap", metavar="FILE", help="draw a treemap: an SVG image")
-    parser.add_argument(
-        "--json", action="store_true", help="one JSON object a line: version path reason size"
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--json", action="store_true", help="one JSON object a line: version path reason size")
+    how.add_argument(
+        "-z",
+        "--null",
+        action="store_true",
+        help="names as they are; reason, bytes and path, a NUL after each",
     )
     parser.add_argument(
         "--programs", action="store_true", help="and by the program that changed it last, if that is recorded"
@@ -68,19 +73,21 @@ def run(args: argparse.Namespace) -> int:
     lowers = options.lowers_of(args)
     total = _Total(args.top, keeps=bool(args.treemap))
     who: dict[bytes, str] = {}
-    with open_changes(args.what, lowers, warn) as changes, progress_line() as show:
+    with open_changes(args.what, lowers, warn) as changes, progress_line() as progress:
         if args.programs:
             who = _programs(changes, args.what)
-        tick = names_done(show, "files")
-        for used in changes.usage():
-            tick(used)
+        for number, used in enumerate(changes.usage()):
+            progress(f"{number} files")
             if args.json:
                 entry: dict[str, object] = {"version": VERSION}
                 put_path(entry, "path", used.path)
                 print(json.dumps(entry | {"reason": used.reason, "size": used.size}))
+            elif args.null:
+                say_fields(used.reason, used.size, used.path)
             else:
                 total.add(used, who)
-    if args.json:
+    if args.json or args.null:
+        sys.stdout.flush()
         return 0
     if args.treemap:
         _draw(args.treemap, total.files)
@@ -160,6 +167,4 @@ def _draw(file: str, files: list[tuple[bytes, str, int]]) -> None:
     try:
         Path(os.path.abspath(file)).write_text(treemap(files), encoding="utf-8")
     except OSError as error:
-        raise SystemFailure(
-            f"{file}: cannot be written: {error.strerror}", "give the path of a file that you may write"
-        ) from None
+        raise SystemFailure(f"{file}: cannot be written: {error.strerror}") from None

@@ -13,8 +13,7 @@ from dataclasses import replace
 
 from cowfs.changes.paths import join
 from cowfs.changes.render import Summary, escape, line
-from cowfs.cli.output import say, warn
-from cowfs.cli.progress import progress_line
+from cowfs.cli.output import progress_line, say, warn
 from cowfs.cli.sandbox import Part, forget_unused, name_of
 from cowfs.commits import Changed, Commit, complete_all, place
 from cowfs.errors import CowfsError

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
+from collections.abc import Iterator
+from typing import Any
 
 from cowfs.cli import options
-from cowfs.cli.output import say, warn
+from cowfs.cli.output import say, say_fields, warn
 from cowfs.errors import EXIT_MOUNT, UsageError
+from cowfs.jsontext import get_path
 
 NAME = "explain"
 
@@ -32,7 +36,15 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("what", metavar="STORE|MOUNTPOINT")
     parser.add_argument("paths", metavar="PATH", nargs="*", default=(), help="what to explain")
-    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--json", action="store_true", help="one JSON object a line")
+    how.add_argument(
+        "-z",
+        "--null",
+        action="store_true",
+        help="names as they are; for each layer path, layer, path there, type, mode, uid, gid, size, "
+        "mtime in ns, target and rules, a NUL after each",
+    )
     options.add_lower(parser)
     parser.set_defaults(run=run)
 
@@ -58,6 +70,22 @@ def run(args: argparse.Namespace) -> int:
                 if args.json:
                     print(json.dumps(answer))
                     continue
+                if args.null:
+                    for each in answer["layers"]:
+                        say_fields(path, *_fields(each))
+                    continue
                 for line in list(render(answer, escape(path) or "/", date_of)):
                     say(line)
+    sys.stdout.flush()
     return code
+
+
+def _fields(layer: dict[str, Any]) -> Iterator[bytes | str]:
+    """Yield what a layer has of a path; of what it has nothing of, empty fields."""
+    yield layer["layer"]
+    yield get_path(layer, "path")
+    for fact in ("type", "mode", "uid", "gid", "size", "mtime_ns"):
+        known = layer.get(fact)
+        yield "" if known is None else str(known)
+    yield get_path(layer, "target") if "target" in layer else ""
+    yield " ".join(str(rule["rule"]) for rule in layer["rules"])

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import argparse
 import os
+import time
 from typing import TYPE_CHECKING
 
 from cowfs.cli import options
-from cowfs.cli.output import warn
-from cowfs.cli.progress import changes_of, paths_done, progress_line
+from cowfs.cli.output import progress_line, rate, warn
 from cowfs.errors import UsageError
 
 if TYPE_CHECKING:
-    pass
+    from collections.abc import Callable
+
+    from cowfs.exports.entries import Tick
 
 NAME = "export"
 EXIT_PARTIAL = 64
@@ -90,7 +92,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Write it, and tell what is lost on the way."""
-    from cowfs.api import How, export
+    from cowfs.api import export
+    from cowfs.exports.run import How
     from cowfs.exports.squashfs import COMPRESSIONS
     from cowfs.linux.limits import take_all_descriptors
     from cowfs.store.e2fsprogs.signals import cleaned_up
@@ -102,9 +105,10 @@ def run(args: argparse.Namespace) -> int:
     )
     lowers = options.lowers_to_open(args)
     take_all_descriptors()  # each directory on the way to a path takes one
-    with cleaned_up(), progress_line() as show:
-        tick = paths_done(show, 0 if args.merged else changes_of(args.what))
-        losses = export(args.what, args.file, how, lowers, trust=args.trust, tell=warn, tick=tick)
+    with cleaned_up(), progress_line() as progress:
+        losses = export(
+            args.what, args.file, how, lowers, trust=args.trust, tell=warn, tick=_counted(progress)
+        )
     for line in losses:
         warn(f"{args.file}: {line}")
     return EXIT_PARTIAL if losses.is_partial else 0
@@ -117,3 +121,16 @@ def _latest() -> int | None:
     if not (text.isascii() and text.isdigit() and len(text) < 12):
         raise UsageError(f"SOURCE_DATE_EPOCH={text}: not a number of seconds", "unset it")
     return int(text)
+
+
+def _counted(progress: Callable[[str], None]) -> Tick:
+    paths = size = 0
+    begun = time.monotonic()
+
+    def tick(_: bytes, length: int) -> None:
+        nonlocal paths, size
+        paths += not length
+        size += length
+        progress(f"{paths} paths, {rate(size, begun)}")
+
+    return tick

@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING
 
 from cowfs.cli import options as mount_options
 from cowfs.cli import remount
-from cowfs.cli.absent import is_tolerated
 from cowfs.cli.background import Reporter, leave, run_in_background
 from cowfs.cli.limits import LEAST_FILES, must_have_address_space, too_few_files
 from cowfs.cli.log import open_log, set_up_log
 from cowfs.cli.mount_daemon import serve
 from cowfs.cli.output import warn
-from cowfs.errors import CowfsError, MountFailure, StoreError, SystemFailure, UsageError
+from cowfs.errors import MountFailure, StoreError, SystemFailure, UsageError
 from cowfs.linux.limits import take_all_descriptors
 from cowfs.linux.programs import find
 from cowfs.url.names import check, is_url, place
@@ -98,12 +97,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, optional: bool = False) ->
 
 def run(args: argparse.Namespace) -> int:
     """Mount; return when the mount answers, or with -f when it has been unmounted."""
-    try:
-        code, union = mounted(args)
-    except CowfsError:
-        if is_tolerated(args):
-            return 0
-        raise
+    code, union = mounted(args)
     is_told = union is not None and union.store == "memory" and not _is_read_only(args)
     if is_told and not (args.foreground or getattr(args, "quiet", False)):
         how = "-o store=FILE" if mount_options.is_by_options(args) else "--store"

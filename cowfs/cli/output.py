@@ -6,12 +6,21 @@ import errno
 import io
 import os
 import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from cowfs.errors import SystemFailure, printable
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
+
+
+def say_fields(*fields: bytes | str | int) -> None:
+    """Print fields as they are, each ended by a NUL: what ``-z`` gives."""
+    whole = (field if isinstance(field, bytes) else str(field).encode() for field in fields)
+    sys.stdout.buffer.write(b"".join(field + b"\0" for field in whole))
 
 
 def say(text: str) -> None:
@@ -26,11 +35,6 @@ _asked: set[str] = set()
 def be_quiet() -> None:
     """Print no notes from now on (--quiet)."""
     _asked.add("quiet")
-
-
-def is_quiet() -> bool:
-    """Whether nobody wants notes."""
-    return bool(_asked)
 
 
 def note(text: str) -> None:
@@ -48,6 +52,58 @@ def printable_lines(data: bytes) -> bytes:
 def warn(text: str) -> None:
     """Print one line to standard error."""
     print(f"cowfs: {printable(text)}", file=sys.stderr, flush=True)
+
+
+_CLEAR_LINE = "\r\x1b[K"
+_PAUSE = 0.2
+_LONG = 99
+"""Seconds; more are minutes."""
+
+
+@contextmanager
+def progress_line() -> Iterator[Callable[[str], None]]:
+    """Give a function that shows a text on one line of the terminal; the line is removed in the end.
+
+    It may be called often: it shows a text every 0.2 seconds, and none if standard error is no terminal.
+    """
+    is_seen = sys.stderr.isatty() and not _asked
+    last = time.monotonic()
+    is_shown = False
+
+    def show(text: str) -> None:
+        nonlocal last, is_shown
+        now = time.monotonic()
+        if is_seen and now - last > _PAUSE:
+            last, is_shown = now, True
+            print(_CLEAR_LINE + text, end="", file=sys.stderr, flush=True)
+
+    try:
+        yield show
+    finally:
+        if is_shown:
+            print(_CLEAR_LINE, end="", file=sys.stderr, flush=True)
+
+
+def rate(size: int, since: float) -> str:
+    """Say how many bytes are done, and how fast: ``120 MiB, 60 MiB/s``. *since* is a time.monotonic()."""
+    passed = time.monotonic() - since
+    return f"{size >> 20} MiB" + (f", {size / passed / (1 << 20):.0f} MiB/s" if passed > _PAUSE else "")
+
+
+def counted(progress: Callable[[str], None], whole: int = 0) -> Callable[[int], None]:
+    """Return what adds up bytes and shows them, how fast they come, and how long the *whole* takes yet."""
+    total, begun = 0, time.monotonic()
+
+    def tick(size: int) -> None:
+        nonlocal total
+        total += size
+        left = ""
+        if 0 < total < whole:
+            seconds = (whole - total) * (time.monotonic() - begun) / total
+            left = f", {seconds / 60:.0f} min left" if seconds > _LONG else f", {seconds:.0f} s left"
+        progress(rate(total, begun) + left)
+
+    return tick
 
 
 def open_streams() -> None:

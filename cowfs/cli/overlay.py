@@ -6,7 +6,6 @@ import argparse
 import os
 import re
 from collections.abc import Iterator
-from contextlib import suppress
 from typing import TYPE_CHECKING, NoReturn
 
 import cowfs
@@ -38,12 +37,6 @@ _OURS = {
     "redirect_dir": "on: directories of layers can be renamed (off: mv(1) copies them)",
     "xattr_permissions": "0 alone: owners and modes are those of the files",
 }
-_OVERRIDES = (
-    "user.containers.override_stat",
-    "user.fuseoverlayfs.override_stat",
-    "security.fuseoverlayfs.override_stat",
-)
-"""Attributes of fuse-overlayfs and of containers/storage's force_mask, with a file's owner, mode and type."""
 _PASSED = {"io_uring", "passthrough", "log", "debug", "fsname"}
 _QUIET = {
     "index", "xino", "userxattr", "nfs_export", "uuid", "context", "fscontext", "defcontext", "rootcontext",
@@ -146,14 +139,10 @@ def _union(words: dict[str, str], given: mount_options.Options) -> UnionOptions:
     upper, work = words.get("upperdir", ""), words.get("workdir", "")
     if upper and not work:
         raise UsageError("upperdir without workdir", "give workdir=DIR, on the same mount as upperdir")
-    permissions = words.get("xattr_permissions", "0")
-    if permissions not in {"0", ""}:
+    if words.get("xattr_permissions", "0") not in {"0", ""}:
         raise UsageError(
-            f"xattr_permissions={permissions}: cowfs does not keep owners and modes in attributes",
-            "remove force_mask from storage.conf, or use fuse-overlayfs",
+            "xattr_permissions: owners and modes in attributes are not supported", "leave it out"
         )
-    for layer in [*lowers, *([_plain(upper)] if upper else [])]:
-        _must_be_plain(layer)
     return UnionOptions(
         lowers=tuple(os.path.abspath(lower) for lower in lowers),
         store=os.path.abspath(_plain(upper)) if upper else "memory",
@@ -166,20 +155,6 @@ def _union(words: dict[str, str], given: mount_options.Options) -> UnionOptions:
         metacopy=words.get("metacopy") == "on",
         redirect_dir=words.get("redirect_dir") == "on",
     )
-
-
-def _must_be_plain(layer: str) -> None:
-    """UsageError if the files of a layer have other owners and modes than they show.
-
-    fuse-overlayfs looks at the root of each layer as well, whatever its options.
-    """
-    for name in _OVERRIDES:
-        with suppress(OSError):  # it has none, or is not there, which is said later
-            os.getxattr(layer, name)
-            raise UsageError(
-                f"{layer}: keeps owners and modes in attributes ({name}), which cowfs does not read",
-                "pull the image into a storage without force_mask, or use fuse-overlayfs",
-            )
 
 
 def _style(words: dict[str, str]) -> str:

@@ -8,8 +8,7 @@ import os
 from typing import TYPE_CHECKING
 
 from cowfs.cli import options
-from cowfs.cli.output import say, warn
-from cowfs.cli.progress import names_done, progress_line
+from cowfs.cli.output import progress_line, say, warn
 
 if TYPE_CHECKING:
     from cowfs.api import Lowers
@@ -76,17 +75,23 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Carry them over, or report what would be done."""
-    from cowfs.api import rebase
     from cowfs.changes.render import escape
     from cowfs.linux.limits import take_all_descriptors
+    from cowfs.rebasing import rebase
     from cowfs.store.e2fsprogs.signals import cleaned_up
 
     old, new = _lowers(args, args.old, ""), _lowers(args, args.onto, args.offset)
     take_all_descriptors()
-    with cleaned_up(), progress_line() as show:
-        tick = names_done(show, "paths")
+    seen = 0
+    with cleaned_up(), progress_line() as progress:
+
+        def tick(_: bytes) -> None:
+            nonlocal seen
+            seen += 1
+            progress(f"{seen} paths")
+
         done = rebase(
-            args.store, new, old, dry_run=args.dry_run, conflicts=args.conflicts, tell=warn, tick=tick
+            args.store, old, new, dry_run=args.dry_run, conflicts=args.conflicts, tell=warn, tick=tick
         )
     if args.json:
         say(json.dumps(_facts(done, args)))

@@ -7,8 +7,7 @@ import re
 
 from cowfs.cli import options
 from cowfs.cli.diff import add_aspects, patterns_of, selection_of
-from cowfs.cli.output import warn
-from cowfs.cli.progress import progress_line
+from cowfs.cli.output import progress_line, warn
 
 NAME = "report"
 _OFFSET = re.compile(r"(?:offset=)?(?:auto|\d+[kmg]?)(?::(?:auto|\d+[kmg]?))*", re.I)

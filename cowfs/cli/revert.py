@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from cowfs.cli import options
-from cowfs.cli.output import say, warn
-from cowfs.cli.progress import progress_line
+from cowfs.cli.output import progress_line, say, say_fields, warn
 from cowfs.errors import CowfsError, UsageError
 
 if TYPE_CHECKING:
@@ -56,7 +56,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--undo", action="store_true", help="bring back what was taken back last")
     parser.add_argument("-n", "--dry-run", action="store_true", help="only list what would be taken back")
     options.add_lower(parser)
-    parser.add_argument("--json", action="store_true", help=JSON_HELP)
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--json", action="store_true", help=JSON_HELP)
+    how.add_argument(
+        "-z", "--null", action="store_true", help="names as they are; path and why not, a NUL after each"
+    )
     parser.add_argument("-q", "--quiet", action="store_true", help="do not list what is done")
     parser.set_defaults(run=run)
 
@@ -83,8 +87,12 @@ def run(args: argparse.Namespace) -> int:
             for change in selection.of(changes):
                 if args.json:
                     print(json_line(change))
+                elif args.null:
+                    source = () if change.source is None else (change.source,)
+                    say_fields(change.kind, *source, change.path)
                 else:
                     say(line(change))
+        sys.stdout.flush()
         return 0
     asked = "undo" if args.undo else "revert"
     count = failed = 0
@@ -96,6 +104,8 @@ def run(args: argparse.Namespace) -> int:
             count += not done.why_not
             if args.json:
                 print(json_of(done))
+            elif args.null:
+                say_fields(done.path, done.why_not)
             elif done.why_not:
                 warn(f"{escape(done.path) or '/'}: {done.why_not}")
             elif not args.quiet:
@@ -104,7 +114,8 @@ def run(args: argparse.Namespace) -> int:
                 progress(f"{count} {word}")
     if not count and not failed:
         raise UsageError(f"{args.what}: nothing to take back there", "cowfs diff lists the changes")
-    if not args.undo and not args.quiet and not args.json:
+    sys.stdout.flush()
+    if not args.undo and not args.quiet and not (args.json or args.null):
         warn(f"{count} reverted; cowfs revert {os.path.abspath(what)} --undo brings them back")
     return 32 if failed else 0
 

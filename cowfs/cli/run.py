@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
     with _private_directory() as private:
         if not os.access(os.environ.get("XDG_RUNTIME_DIR", "/none"), os.W_OK):
             os.environ["XDG_RUNTIME_DIR"] = private  # for the daemon's socket
-        prepare = (lambda: None) if is_all_there else _ignoring_chown()
+        prepare = (lambda: None) if is_all_there else seccomp.ignore_chown
         sandbox = Sandbox(args, private) if args.root else None
         parts = sandbox.parts if sandbox is not None else []
         try:
@@ -187,16 +187,6 @@ def _enter() -> bool:
             "the system forbids them: see kernel.unprivileged_userns_clone and user.max_user_namespaces",
         ) from None
     return _others_are_there()
-
-
-def _ignoring_chown() -> Callable[[], None]:
-    """Return what the command's process does where it has no others to give files to."""
-    try:
-        return seccomp.ignoring_chown()
-    except OSError as error:
-        raise SystemFailure(
-            f"owners cannot be ignored: {error.strerror}", "apt install libseccomp2"
-        ) from None
 
 
 def _others_are_there() -> bool:

@@ -7,7 +7,6 @@ from functools import partial
 
 from cowfs.cli import options
 from cowfs.cli.output import say
-from cowfs.cli.progress import progress_line, share_done
 
 NAME = "shrink"
 
@@ -50,8 +49,6 @@ def run(args: argparse.Namespace) -> int:
     if mount_with_store(args.store) is not None:
         raise StoreError(f"{args.store}: is mounted", "unmount it first")
     size = parse_size(args.size) if args.size else None
-    with progress_line() as show:
-        image, replacing = split_subdir(args.store)[0], partial(new_file, force=True)
-        size = shrink_store(image, size, replacing, share=share_done(show))
+    size = shrink_store(split_subdir(args.store)[0], size, partial(new_file, force=True))
     say(f"{args.store}: resized to {format_size(size)}")
     return 0

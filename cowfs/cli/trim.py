@@ -6,7 +6,6 @@ import argparse
 
 from cowfs.cli import options
 from cowfs.cli.output import say
-from cowfs.cli.progress import progress_line, share_done
 
 NAME = "trim"
 
@@ -48,8 +47,7 @@ def run(args: argparse.Namespace) -> int:
     mount = mount_with_store(args.store)
     freed = 0
     if mount is None:
-        with progress_line() as show:
-            freed = trim_store(split_subdir(args.store)[0], share=share_done(show))
+        freed = trim_store(split_subdir(args.store)[0])
     else:
         for reply in ask(mount.dev, NAME, timeout=None):
             freed = int(reply.get("freed", freed))

@@ -222,6 +222,4 @@ def _unmount(mountpoint: str, dev: str, *, lazy: bool) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=programs.environment())
     if done.returncode:
         why = done.stderr.strip().removeprefix("fusermount3: ") or f"fusermount3 failed ({done.returncode})"
-        raise MountFailure(
-            f"{mountpoint}: {why}", f"fuser -vm {mountpoint} shows who uses it; -l detaches it now"
-        )
+        raise MountFailure(f"{mountpoint}: {why}")

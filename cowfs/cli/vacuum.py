@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 from cowfs.cli import options
-from cowfs.cli.output import say, warn
-from cowfs.cli.progress import progress_line
+from cowfs.cli.output import progress_line, say, say_fields, warn
 from cowfs.cli.revert import JSON_HELP, json_of
 
 NAME = "vacuum"
@@ -38,7 +38,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--trash", action="store_true", help="throw away what cowfs revert has taken back")
     parser.add_argument("-n", "--dry-run", action="store_true", help="only list what could go")
     options.add_lower(parser)
-    parser.add_argument("--json", action="store_true", help=JSON_HELP)
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--json", action="store_true", help=JSON_HELP)
+    how.add_argument(
+        "-z", "--null", action="store_true", help="names as they are; kind, bytes and path, a NUL after each"
+    )
     parser.add_argument("-q", "--quiet", action="store_true", help="do not list what is done")
     parser.set_defaults(run=run)
 
@@ -61,11 +65,14 @@ def run(args: argparse.Namespace) -> int:
             size += done.size
             if args.json:
                 print(json_of(done))
+            elif args.null:
+                say_fields(done.kind, done.size, done.path)
             elif not args.quiet:
                 say(f"{done.kind:<9} {escape(done.path)}")
             else:
                 progress(f"{count} so far")
-    if not args.trash and not args.json:
+    sys.stdout.flush()
+    if not args.trash and not (args.json or args.null):
         verb = "could be removed" if args.dry_run else "removed"
         warn(f"{count} {verb}, {format_size(size)}")
     return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from cowfs.changes import pairs, patch
@@ -13,7 +13,6 @@ from cowfs.changes.version import Tree
 from cowfs.errors import SystemFailure, UsageError
 from cowfs.exports import iso, lists, oci, squashfs
 from cowfs.exports.entries import NOTHING, Tick, Withheld, feed
-from cowfs.exports.how import COMPRESSION, FORMATS, STYLES, TAG, How
 from cowfs.exports.losses import Losses
 from cowfs.exports.plan import Item, Plan, everything, plan
 from cowfs.exports.tar import Tar
@@ -21,7 +20,15 @@ from cowfs.exports.target import new_directory, new_file, scratch_directory
 from cowfs.exports.upper import Upper
 from cowfs.types import Change
 
+FORMATS = ("squashfs", "tar", "gnutar", "oci", "overlayfs", "iso", "patch", "rsync", "restic")
+_STYLES = {
+    "squashfs": ("overlayfs", "aufs"),
+    "tar": ("oci", "aufs", "overlayfs", "list"),
+    "gnutar": ("oci", "aufs", "overlayfs", "list"),
+}
+"""Those of each format that has a choice, the default first."""
 _CHANGES_ALONE = {"patch", "rsync", "restic"}
+_TAG, _COMPRESSION = "latest", "gzip"
 _STANDARD_OUTPUT = "-"
 
 
@@ -40,17 +47,45 @@ class Source(pairs.Sides, Protocol):
     def __iter__(self) -> Iterator[Change]: ...
 
 
+@dataclass(frozen=True, slots=True)
+class How:
+    """How something is exported."""
+
+    format: str
+    merged: bool = False
+    """The whole tree, and not what was changed alone."""
+    whiteouts: str = ""
+    """One of :data:`cowfs.exports.whiteouts.STYLES`; empty: the first that the format has."""
+    base: str = ""
+    """For ``oci``: the layout of the image to put the layer on, ``DIRECTORY[:TAG]``. For ``iso``: the ISO
+    that is to have another root image, ``FILE[:PATH]``."""
+    tag: str = _TAG
+    """For ``oci``: the name of the image."""
+    compression: str = _COMPRESSION
+    """For ``squashfs``."""
+    force: bool = False
+    """Replace the target, if it is a file or an empty directory."""
+    latest: int | None = None
+    """SOURCE_DATE_EPOCH: when it is made, and how late times may be, in seconds since the epoch."""
+
+    @property
+    def style(self) -> str:
+        return (
+            self.whiteouts or _STYLES.get(self.format, ("oci" if self.format == "oci" else "overlayfs",))[0]
+        )
+
+
 def check(how: How) -> None:
     """Raise UsageError for what does not go together."""
     if how.format not in FORMATS:
         raise UsageError(f"--to {how.format}: no such format", "known: " + ", ".join(FORMATS))
-    styles = STYLES.get(how.format, ())
+    styles = _STYLES.get(how.format, ())
     if how.whiteouts and how.whiteouts not in styles:
         hint = "known: " + ", ".join(styles) if styles else "leave it out"
         raise UsageError(f"--whiteouts {how.whiteouts}: not with --to {how.format}", hint)
     if how.merged and how.format in _CHANGES_ALONE:
         raise UsageError(f"--merged: not with --to {how.format}, which is about changes", "leave it out")
-    if how.tag != TAG and how.format != "oci":
+    if how.tag != _TAG and how.format != "oci":
         raise UsageError("--tag: only with --to oci", "leave it out")
     if not oci.NAME.fullmatch(how.tag):
         raise UsageError(
@@ -67,7 +102,7 @@ def check(how: How) -> None:
         )
     if how.base and how.format != "oci":
         raise UsageError("--base: only with --to oci or iso", "leave it out")
-    if how.compression != COMPRESSION and how.format != "squashfs":
+    if how.compression != _COMPRESSION and how.format != "squashfs":
         raise UsageError("--compression: only with --to squashfs or iso", "leave it out")
 
 

@@ -118,9 +118,7 @@ def _parent(path: str) -> Iterator[tuple[int, str]]:
     except OSError as error:
         if error.filename is not None and os.fsencode(error.filename).startswith(b"/"):
             raise  # what is read, and not what is written
-        raise SystemFailure(
-            f"{path}: cannot be written: {error.strerror or error}", "free space there, or give another path"
-        ) from None
+        raise SystemFailure(f"{path}: cannot be written: {error.strerror or error}") from None
     finally:
         os.close(parent)
 

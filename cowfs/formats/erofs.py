@@ -17,8 +17,6 @@ MAGIC = b"\xe2\xe1\xf5\xe0"
 # magic, checksum, feature_compat, blkszbits, sb_extslots, root_nid, inos, build_time, build_time_nsec, blocks
 _LAYOUT = struct.Struct("<4sIIBBHQQII")
 
-_AGAIN = "copy it again from its source"
-
 
 @dataclass(frozen=True, slots=True)
 class Superblock:
@@ -41,11 +39,11 @@ def parse(start: bytes, name: str, file_size: int) -> Superblock:
     """Read the superblock of an image that begins with *start*; LayerError says what is wrong with it."""
     raw = start[OFFSET : OFFSET + SIZE]
     if len(raw) < SIZE:
-        raise LayerError(f"{name}: truncated EROFS image: {file_size} bytes", _AGAIN)
+        raise LayerError(f"{name}: truncated EROFS image: {file_size} bytes")
     _, _, _, block_log, _, _, inodes, made, _, blocks = _LAYOUT.unpack_from(raw)
     size = blocks << block_log
     if not 9 <= block_log <= 16 or not inodes or not blocks or made >= 1 << 36:
-        raise LayerError(f"{name}: damaged EROFS superblock", _AGAIN)
+        raise LayerError(f"{name}: damaged EROFS superblock")
     if size > file_size:
-        raise LayerError(f"{name}: truncated EROFS image: {file_size} of {size} bytes", _AGAIN)
+        raise LayerError(f"{name}: truncated EROFS image: {file_size} of {size} bytes")
     return Superblock(raw, inodes, made, size)

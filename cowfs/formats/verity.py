@@ -61,10 +61,7 @@ class VerifiedBytes:
         self._reported: set[int] = set()
         blocks, self._salt = _superblock(tree, name)
         if blocks * BLOCK > data.size or not blocks:
-            raise LayerError(
-                f"{name}: its hash tree is of {blocks * BLOCK} bytes, but it has {data.size}",
-                "give the tree that was made for this image",
-            )
+            raise LayerError(f"{name}: its hash tree is of {blocks * BLOCK} bytes, but it has {data.size}")
         self.size = blocks * BLOCK
         self._levels = _levels(blocks)
         self._root = root_hash

@@ -39,8 +39,11 @@ static bool is_same(void)
 	if (soon)
 		return true;
 	noted.begun = now;
-	return command_size > 0 && pread(commanding, now_is, sizeof now_is, 0) == command_size &&
-	       !memcmp(now_is, command, (size_t)command_size);
+	if (command_size > 0 && pread(commanding, now_is, sizeof now_is, 0) == command_size &&
+	    !memcmp(now_is, command, (size_t)command_size))
+		return true;
+	noted.pid = 0; /* nor is it when asked again at once */
+	return false;
 }
 
 static PyObject *identify(PyObject *self, PyObject *args)

@@ -9,7 +9,7 @@ import glob
 import os
 import stat
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -146,15 +146,13 @@ def fallocate(fd: int, offset: int, length: int, mode: int = 0) -> None:
         _raise()
 
 
-def make_room(
-    fd: int, start: int, end: int, *, alone: bool, tick: Callable[[int], object] = lambda _: None
-) -> None:
+def make_room(fd: int, start: int, end: int, *, alone: bool) -> None:
     """Let a file have all blocks of a range, which may reach beyond its end; no byte of it changes. Blocks.
 
     By fallocate(2). Filesystems that cannot do that (ext3, exFAT, NFS 3) are given zeros to write: beyond the
     end of the file, and, for one who is *alone* with the file, into its holes, which read as zeros before.
     (posix_fallocate(3) reads and writes bytes of blocks that others may be writing to.) Raises OSError; what
-    was allocated by then stays. *tick* is told of the bytes that are written.
+    was allocated by then stays.
     """
     try:
         fallocate(fd, start, end - start)
@@ -163,16 +161,14 @@ def make_room(
             raise
         length = os.fstat(fd).st_size
         for hole, stop in list(holes(fd, start, min(end, length))) if alone else []:
-            _write_zeros(fd, hole, stop, tick)
-        _write_zeros(fd, max(start, length), end, tick)
+            _write_zeros(fd, hole, stop)
+        _write_zeros(fd, max(start, length), end)
 
 
-def _write_zeros(fd: int, start: int, end: int, tick: Callable[[int], object]) -> None:
+def _write_zeros(fd: int, start: int, end: int) -> None:
     zeros = bytes(_ZEROS)
     while start < end:
-        written = os.pwrite(fd, zeros[: end - start], start)
-        start += written
-        tick(written)
+        start += os.pwrite(fd, zeros[: end - start], start)
 
 
 def file_handle(dir_fd: int, name: bytes) -> tuple[int, bytes] | None:

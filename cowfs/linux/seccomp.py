@@ -10,7 +10,6 @@ import ctypes
 import errno
 import os
 import socket
-from collections.abc import Callable
 
 _REFUSED = """
     acct add_key adjtimex bpf chroot clock_adjtime clock_settime create_module delete_module
@@ -70,17 +69,17 @@ _OWNERS = {"chown": 1, "lchown": 1, "fchown": 1, "fchownat": 2, "chown32": 1, "l
 """The calls that change an owner; which argument is the user, and the next one the group."""
 
 
-def ignoring_chown() -> Callable[[], None]:
-    """Return what lets a change of owner to any other user or group than 0 do nothing, and succeed; for good.
-
-    What that takes is loaded now: who calls it may have a root without libseccomp by then. OSError.
-    """
+def ignore_chown() -> None:
+    """Let a change of owner to any other user or group than 0 do nothing, and succeed; for good. OSError."""
     library = _library()
     context = _context(library)
-    for name, user in _OWNERS.items():
-        for argument in (user, user + 1):
-            _rule(library, context, _NOTHING, name, _Comparison(argument, _GREATER, 0, 0))
-    return lambda: _check(library.seccomp_load(context))
+    try:
+        for name, user in _OWNERS.items():
+            for argument in (user, user + 1):
+                _rule(library, context, _NOTHING, name, _Comparison(argument, _GREATER, 0, 0))
+        _check(library.seccomp_load(context))
+    finally:
+        library.seccomp_release(context)
 
 
 def _library() -> ctypes.CDLL:

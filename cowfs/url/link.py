@@ -143,15 +143,10 @@ class Link:
         self._thread.start()
         self._send_opening()
         if not fetch.wait(_OPENING + _GRACE):
-            raise LayerError(
-                f"{self.url}: what fetches it does not answer", "check the network, and try again"
-            )
+            raise LayerError(f"{self.url}: what fetches it does not answer")
         answer = self._opened
         if answer is None:
-            raise LayerError(
-                f"{self.url}: {fetch.error.strerror if fetch.error else 'cannot be read'}",
-                "check the network, and try again",
-            )
+            raise LayerError(f"{self.url}: {fetch.error.strerror if fetch.error else 'cannot be read'}")
         try:
             said = answer.json()
             if answer.kind == Kind.FAILED:

@@ -227,27 +227,6 @@ def test_a_user_mounts_and_unmounts_by_fstab(nobody_path: Path, base: Path) -> N
     ]
 
 
-@pytest.mark.parametrize(
-    ("layers", "missing"),
-    [("gone cowfs store={}/store", "gone"), ("lower cowfs store={}/none.bs", "none.bs")],
-)
-def test_nofail_is_silent_where_a_layer_is_missing(base: Path, layers: str, missing: str) -> None:
-    """As mount(8) is where a device is missing; and what is wrong otherwise is still said."""
-    lower, type_, store = layers.format(base).split()
-    line = f"{base}/{lower} {base}/mnt {type_} {store}"
-    said = with_helpers(
-        base,
-        """
-        mount -a 2>&1
-        test -z "$(ls mnt)"
-        sed s/,nofail// fstab >without; cat without >/etc/fstab
-        mount -a 2>&1 || echo "code $?"
-        """,
-        fstab=f"{line},nofail 0 0\n",
-    )
-    assert said.startswith(f"cowfs: {base}/{missing}: no such ") and said.endswith("code 32\n"), said
-
-
 def test_every_option_may_stand_in_fstab(base: Path) -> None:
     """Those of cowfs, those of mount(8), and those of others: all in one line that mounts."""
     ours = [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -91,16 +90,6 @@ def test_others_are_there_with_subordinate_users(base: Path) -> None:
     ]  # fmt: skip
     again = running(base, "stat", "-c", "%u:%g", base / "mnt" / "again" / "link", base / "mnt" / "owned")
     assert again.stdout.split() == ["44:45", "1:2"]
-
-
-def test_a_root_needs_no_libraries(base: Path) -> None:
-    """Not even those that the command's own process is prepared with."""
-    run(*as_nobody_prefix(), "mkdir", base / "root")
-    run(*as_nobody_prefix(), "cp", shutil.which("busybox") or pytest.skip("needs busybox"), base / "root/sh")
-    done = cowfs("run", "--root", base / "root", "--discard", "--", "/sh", "-c", "echo done", nobody=True)
-    assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
-    missing = cowfs("run", "--root", base / "root", "--discard", "--", "/none", nobody=True)
-    assert missing.returncode == 127 and "No such file or directory" in missing.stderr
 
 
 def test_the_exit_code_is_the_commands(base: Path) -> None:

@@ -20,7 +20,7 @@ import pytest
 from cowfs.api import apply, export
 from cowfs.errors import CowfsError
 from cowfs.exports.apply import Root
-from cowfs.exports.how import How
+from cowfs.exports.run import How
 from cowfs.store.offline.copy_tree import TreeCopy
 from tests.support.mounts import COWFS, cowfs, mounted
 from tests.support.system import NOBODY, as_nobody_prefix, needs_fuse, needs_root, run

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 
 from cowfs.errors import StoreError
 from cowfs.store.e2fsprogs import tools
@@ -15,30 +14,11 @@ _GROUP = 128 << 20
 """Bytes that one block group covers, with blocks of 4 KiB."""
 
 
-_TABLES = re.compile(rb"(\d+)/(\d+)[\b ]*$")
-"""How mke2fs tells which table of inodes it is at; it then goes back over that."""
-
-
-def format_image(
-    fd: int,
-    path: str,
-    identity: str = "",
-    *,
-    journal: int = 0,
-    keep: bool = False,
-    share: tools.Share | None = None,
-) -> None:
+def format_image(fd: int, path: str, identity: str = "", *, journal: int = 0, keep: bool = False) -> None:
     """Make an empty ext3 filesystem, all of it root's, in the file behind *fd*. Blocks.
 
     With *keep* the blocks that the file has stay allocated; *journal* is in bytes (0: mke2fs's choice).
     """
-    said = bytearray()
-
-    def show(piece: bytes) -> None:
-        said.extend(piece)
-        if share is not None and (at := _TABLES.search(piece)) and int(at[2]):
-            share("making the filesystem", min(int(at[1]) / int(at[2]), 1))
-
     # All block groups have the number of inodes that the first one, however small, was made with. So
     # a small store gets twice as many, or it would run out of them when it is a large one.
     per_inode = "8192" if os.fstat(fd).st_size >= _GROUP else "4096"
@@ -47,19 +27,7 @@ def format_image(
     extended = ["lazy_itable_init=0", "root_owner=0:0", *(["nodiscard"] if keep else [])]
     done = tools.run(
         [
-            *(
-                "mke2fs",
-                *([] if share else ["-q"]),
-                "-F",
-                "-t",
-                "ext3",
-                "-O",
-                _FEATURES,
-                "-b",
-                "4096",
-                "-I",
-                "256",
-            ),
+            *("mke2fs", "-q", "-F", "-t", "ext3", "-O", _FEATURES, "-b", "4096", "-I", "256"),
             *("-m", "0", "-i", per_inode, "-L", "cowfs", "-E", ",".join(extended)),
             *(["-U", identity] if identity else []),
             *(["-J", f"size={journal >> 20}"] if journal else []),
@@ -67,7 +35,6 @@ def format_image(
         ],
         pass_fds=[fd],
         merge=True,
-        show=show if share else None,
     )
     if done.returncode:
-        raise StoreError(f"{path}: mke2fs failed: {tools.last_line(bytes(said) + done.stdout)}")
+        raise StoreError(f"{path}: mke2fs failed: {tools.last_line(done.stdout)}")

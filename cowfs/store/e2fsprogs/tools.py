@@ -6,9 +6,8 @@ import errno
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from threading import Thread
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from cowfs.errors import StoreError, SystemFailure
@@ -20,9 +19,6 @@ from cowfs.store.format.superblock import flag_recovery, needs_recovery
 Progress = Callable[[str], None]
 """Is told, in one line, of what takes a while or is worth knowing."""
 
-Share = Callable[[str, float], object]
-"""Is told what is being done, and how much of it is, of 1."""
-
 FSCK_CORRECTED = 1
 FSCK_UNCORRECTED = 4
 FSCK_OPERATIONAL = 8
@@ -30,10 +26,6 @@ FSCK_OPERATIONAL = 8
 
 def quiet(message: str) -> None:
     """Be a Progress that tells nobody."""
-
-
-def untold(step: str, share: float) -> None:
-    """Be a Share that tells nobody."""
 
 
 _hidden = ""
@@ -172,13 +164,9 @@ def last_line(output: bytes) -> str:
     return lines[-1] if lines else "no message"
 
 
-_PASSES = (0.0, 0.7, 0.9, 0.92, 0.95, 1.0)
-"""How much of a check is done at the end of each pass of e2fsck: as its own bar has it."""
-
-
-def fsck(fd: int, path: str, *options: str, share: Share | None = None) -> tuple[int, str]:
+def fsck(fd: int, path: str, *options: str) -> tuple[int, str]:
     """Run ``e2fsck OPTIONS`` on the image behind *fd*; return its exit code (e2fsck(8)) and all that it
-    said, in which the image is called *path*. Blocks. *share* is called by another thread.
+    said, in which the image is called *path*. Blocks.
 
     e2fsck begins lines with the label of the filesystem. Stores have the label *cowfs*, so that these
     would look like complaints of ours: it is taken off.
@@ -186,40 +174,13 @@ def fsck(fd: int, path: str, *options: str, share: Share | None = None) -> tuple
     label = _label(fd)
     if "-n" not in options and not replay(fd):
         flag_recovery(fd)
-    with _told(share) as told:
-        tells = [] if told < 0 else ["-C", str(told)]
-        fds = [fd] if told < 0 else [fd, told]
-        done = run(["e2fsck", *options, *tells, place(fd)], pass_fds=fds, merge=True)
+    done = run(["e2fsck", *options, place(fd)], pass_fds=[fd], merge=True)
     code = done.returncode if done.returncode >= 0 else FSCK_OPERATIONAL
     said = done.stdout.decode(errors="replace").splitlines(keepends=True)
     return code, "".join(line.removeprefix(f"{label}: ").replace(place(fd), path) for line in said)
 
 
-@contextmanager
-def _told(share: Share | None) -> Iterator[int]:
-    """Give a descriptor for e2fsck's -C, whose lines *share* is told of; -1 for none."""
-    if share is None:
-        yield -1
-        return
-    reading, writing = os.pipe()
-
-    def read() -> None:
-        with open(reading) as lines:
-            for line in lines:
-                number, done, whole, *_ = map(int, line.split()[:3])
-                before, after = _PASSES[number - 1 : number + 1]
-                share("checking the filesystem", before + (after - before) * done / max(whole, 1))
-
-    reader = Thread(target=read, daemon=True)
-    reader.start()
-    try:
-        yield writing
-    finally:
-        os.close(writing)
-        reader.join()
-
-
-def fsck_recovered(fd: int, path: str, *, sound: bool, share: Share | None = None) -> tuple[int, str]:
+def fsck_recovered(fd: int, path: str, *, sound: bool) -> tuple[int, str]:
     """Say what ``fsck -f -n`` would say of an image if its journal had been replayed. Blocks.
 
     Nothing is written to it: its metadata, with the journal, is copied to memory, and that is recovered.
@@ -235,7 +196,7 @@ def fsck_recovered(fd: int, path: str, *, sound: bool, share: Share | None = Non
             return recovery
         if sound:
             fsck(copy, path, "-p")  # lets go of what had no name any more, and looks at nothing
-        return fsck(copy, path, "-f", "-n", share=share)
+        return fsck(copy, path, "-f", "-n")
     finally:
         os.close(copy)
 

@@ -35,7 +35,6 @@ LAYERS = b"layers"
 UPPER = 0
 """What stands for the upper where layers have numbers."""
 _LONGEST = 100
-_BACK = "bring the store back from a copy"
 _MOST = 100
 """So many layers may be below an upper: the kernel's overlayfs takes 500, its options a page."""
 _MOST_KEPT = 10_000
@@ -152,9 +151,7 @@ class Layers:
                     "it holds changes that were made before a checkpoint; bring it back from a copy",
                 )
         if len(numbers) > _MOST:
-            raise StoreError(
-                f"{self._layer.name}: damaged: more than {_MOST} checkpoints below each other", _BACK
-            )
+            raise StoreError(f"{self._layer.name}: damaged: more than {_MOST} checkpoints below each other")
         return [known[number] for number in numbers]
 
     def named(self, name: str) -> Checkpoint:
@@ -290,7 +287,7 @@ class Layers:
                 continue
             count += 1
             if count > _MOST_KEPT:
-                raise StoreError(f"{self._layer.name}: damaged: more than {_MOST_KEPT} checkpoints", _BACK)
+                raise StoreError(f"{self._layer.name}: damaged: more than {_MOST_KEPT} checkpoints")
             yield number, found[0]
 
     def _get(self, key: Key, what: bytes) -> bytes | None:

@@ -83,9 +83,7 @@ def _of_debian(path: str) -> str:
         with open(open_ordinary(os.path.join(path, _CONFIGURATION), os.O_RDONLY), "rb") as file:
             lines = file.read(_LARGEST).decode(errors="replace").splitlines()
     except OSError as error:
-        raise StoreError(
-            f"{path}/{_CONFIGURATION}: {error.strerror}", "run this as root, or repair its disk"
-        ) from None
+        raise StoreError(f"{path}/{_CONFIGURATION}: {error.strerror}") from None
     others = []
     for line in lines:
         words = line.partition("#")[0].split()
@@ -95,10 +93,7 @@ def _of_debian(path: str) -> str:
         source = next((one[len("source=") :] for one in options if one.startswith("source=")), ".")
         if words[0] == "/" and "union" in options:
             if source.startswith("/") or ".." in source.split("/"):
-                raise StoreError(
-                    f"{path}/{_CONFIGURATION}: source={source} leads out of it",
-                    "write the source as a path in it",
-                )
+                raise StoreError(f"{path}/{_CONFIGURATION}: source={source} leads out of it")
             return os.path.normpath(os.path.join(path, source))
         others.append(words[0])
     raise StoreError(

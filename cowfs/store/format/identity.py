@@ -134,7 +134,7 @@ def identify_lower(path: str, offset: int = 0) -> Identity:
             with closing(checked(FileBytes(os.dup(fd)), place(path), open_unchecked)) as data:
                 return _image(data, path, offset)
     except OSError as error:
-        raise LayerError(f"{path}: cannot be read: {error.strerror}", "check its disk: see dmesg") from None
+        raise LayerError(f"{path}: cannot be read: {error.strerror}") from None
     finally:
         os.close(fd)
     raise LayerError(f"{path}: neither a squashfs image nor a directory", "mksquashfs creates an image")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
@@ -17,7 +17,7 @@ from cowfs.overlay.stack import notes_of
 from cowfs.overlay.xattr_format import Notes, XattrFormat, is_whiteout_device, leads_somewhere, parse_partial
 from cowfs.store.e2fsprogs import tools
 from cowfs.store.e2fsprogs.signals import deferred
-from cowfs.store.e2fsprogs.tools import Progress, Share, quiet
+from cowfs.store.e2fsprogs.tools import Progress, quiet
 from cowfs.store.format import copy_detection, layout
 from cowfs.store.format.checkpoints import Layers
 from cowfs.store.format.header import AUFS, TRUSTED, WITH_LAYERS, Header
@@ -52,13 +52,10 @@ class Entry:
     notes: Notes
 
 
-def check_store(
-    path: str, *, read_only: bool = False, progress: Progress = quiet, share: Share | None = None
-) -> Report:
+def check_store(path: str, *, read_only: bool = False, progress: Progress = quiet) -> Report:
     """Check the store at *path*, an image or a directory; repair its filesystem unless *read_only*.
 
-    What breaks the overlay's rules is reported, never changed. *progress* gets what e2fsck says,
-    *share* how much is done.
+    What breaks the overlay's rules is reported, never changed. *progress* gets what e2fsck says.
     Blocks. Raises StoreError for what cannot be checked at all, StoreBusy while it is in use.
     """
     path = os.path.abspath(path)
@@ -70,19 +67,15 @@ def check_store(
     with ExitStack() as stack:
         try:
             if os.path.isdir(path):
-                _check_inside(_directory(path, read_only, report, stack), report, share)
+                _check_inside(_directory(path, read_only, report, stack), report)
             else:
-                _check_image(path, read_only, progress, share, report, stack)
+                _check_image(path, read_only, progress, report, stack)
         except OSError as error:
-            raise StoreError(
-                f"{path}: cannot be read: {error.strerror}", "check its disk: see dmesg"
-            ) from None
+            raise StoreError(f"{path}: cannot be read: {error.strerror}") from None
     return report
 
 
-def _check_image(
-    path: str, read_only: bool, progress: Progress, share: Share | None, report: Report, stack: ExitStack
-) -> None:
+def _check_image(path: str, read_only: bool, progress: Progress, report: Report, stack: ExitStack) -> None:
     fd = open_file(path, read_only=read_only)
     stack.callback(os.close, fd)
     lock.lock(fd, path, shared=read_only, progress=progress)
@@ -94,19 +87,14 @@ def _check_image(
     with deferred():
         if read_only and superblock.needs_recovery:
             progress(f"{path}: was not cleanly unmounted; checking it as if its journal had been replayed")
-            report.code, said = tools.fsck_recovered(fd, path, sound=not superblock.has_errors, share=share)
+            report.code, said = tools.fsck_recovered(fd, path, sound=not superblock.has_errors)
         else:
-            report.code, said = tools.fsck(fd, path, "-f", "-n" if read_only else "-p", share=share)
+            report.code, said = tools.fsck(fd, path, "-f", "-n" if read_only else "-p")
     for line in said.splitlines():
         if line.strip() and not line.startswith("e2fsck "):
             progress(_SUMMARY.sub(r"\1 of \2 inodes, \3 of \4 blocks in use", line.rstrip()))
     if report.code & ~(tools.FSCK_CORRECTED | 2):
-        step = f"cowfs check {path} repairs what is safe"
-        if not read_only:
-            step = f"copy the file, then run on the copy: e2fsck -f {path}"
-        report.problems.append(
-            f"{path}: the filesystem is damaged, so its contents were not checked ({step})"
-        )
+        report.problems.append(f"{path}: the filesystem is damaged, so its contents were not checked")
         report.checked = False
         return
     if copy:
@@ -119,7 +107,7 @@ def _check_image(
         report.code |= tools.FSCK_OPERATIONAL
         report.checked = False
         return
-    _check_inside(layer, report, share)
+    _check_inside(layer, report)
 
 
 def _directory(path: str, read_only: bool, report: Report, stack: ExitStack) -> DirectoryLayer:
@@ -140,7 +128,7 @@ def _directory(path: str, read_only: bool, report: Report, stack: ExitStack) -> 
     return layer
 
 
-def _check_inside(layer: UpperLayer, report: Report, share: Share | None) -> None:
+def _check_inside(layer: UpperLayer, report: Report) -> None:
     """Look whether what stands in the filesystem is a store, and follows the rules."""
     header = None
     try:
@@ -157,9 +145,7 @@ def _check_inside(layer: UpperLayer, report: Report, share: Share | None) -> Non
             report.problems.append(f"{layer.name}: has no header (it was not mounted by cowfs yet)")
         elif not sees_all(layer, header):
             layout.refuse_lossy_copy(layer, header, sees_all=False)
-            report.problems.append(
-                f"{layer.name}: was made by root (run this as root to check what is in it)"
-            )
+            report.problems.append(f"{layer.name}: was made by root, and only root can check what is in it")
             report.checked = False
             return
         else:
@@ -167,29 +153,13 @@ def _check_inside(layer: UpperLayer, report: Report, share: Share | None) -> Non
     except StoreError as error:
         report.problems.append(str(error))
         report.code |= tools.FSCK_UNCORRECTED
-    found = _broken_layout(layer, names, header, _counting(layer, share))
+    found = _broken_layout(layer, names, header)
     if found:
         report.problems += found
         report.code |= tools.FSCK_UNCORRECTED
 
 
-def _counting(layer: UpperLayer, share: Share | None) -> Callable[[], None]:
-    """Return what is called for each inode, and tells how many of those in the store that were."""
-    stats = layer.statfs()
-    count, whole = 0, max(stats.files - stats.ffree, 1)
-
-    def tick() -> None:
-        nonlocal count
-        count += 1
-        if share is not None:
-            share("checking the changes", min(count / whole, 1))
-
-    return tick
-
-
-def _broken_layout(
-    layer: UpperLayer, names: set[bytes], header: Header | None, tick: Callable[[], None]
-) -> list[str]:
+def _broken_layout(layer: UpperLayer, names: set[bytes], header: Header | None) -> list[str]:
     missing = sorted({layout.UPPER, layout.WORK} - names)
     found = [f"{layer.name}: {os.fsdecode(name)}/ is missing" for name in missing]
     prefix = header.xattrs if header is not None else TRUSTED
@@ -197,10 +167,10 @@ def _broken_layout(
         xattrs = XattrFormat(prefix.encode())
         top = layout.find(layer, layout.UPPER)
         if layout.whiteouts_of(layer) == AUFS:
-            return [*found, *_broken_names(_walk(layer, xattrs, top, tick))]
-        found += broken_rules(_walk(layer, xattrs, top, tick), xattrs)
+            return [*found, *_broken_names(_walk(layer, xattrs, top))]
+        found += broken_rules(_walk(layer, xattrs, top), xattrs)
         if header is not None and header.version >= WITH_LAYERS:
-            found += _broken_layers(layer, xattrs, top, tick)
+            found += _broken_layers(layer, xattrs, top)
     return found
 
 
@@ -213,9 +183,7 @@ def _broken_names(entries: Iterator[Entry]) -> Iterator[str]:
             yield f"{shown}: a name of {len(name)} bytes, and aufs shows none of more than {NAME_MAX}"
 
 
-def _broken_layers(
-    layer: UpperLayer, xattrs: XattrFormat, upper: Key, tick: Callable[[], None]
-) -> Iterator[str]:
+def _broken_layers(layer: UpperLayer, xattrs: XattrFormat, upper: Key) -> Iterator[str]:
     """Yield a line for everything that is wrong with the layers of checkpoints."""
     layers = Layers(layer, xattrs.prefix)
     known = layers.all()
@@ -223,15 +191,13 @@ def _broken_layers(
     for one in known.values():
         needed.update(one.below)
         called = printable(one.name) or str(one.number)
-        for line in broken_rules(_walk(layer, xattrs, one.key, tick), xattrs):
+        for line in broken_rules(_walk(layer, xattrs, one.key), xattrs):
             yield f"checkpoint {called}: {line}"
     for number in sorted(needed - known.keys()):
         yield f"{layer.name}: cowfs/layers/{number}/ is missing, which holds changes from before a checkpoint"
 
 
-def _walk(
-    layer: UpperLayer, xattrs: XattrFormat, top: Key | None, tick: Callable[[], None]
-) -> Iterator[Entry]:
+def _walk(layer: UpperLayer, xattrs: XattrFormat, top: Key | None) -> Iterator[Entry]:
     """Yield everything below an upper, each directory before what is in it."""
     stack: list[tuple[Key, bytes]] = [(top, b"")] if top is not None else []
     while stack:
@@ -245,7 +211,6 @@ def _walk(
             if stat.S_ISDIR(attr.st_mode) or stat.S_ISREG(attr.st_mode):
                 notes = notes_of(layer, child, xattrs)
             entry = Entry(path + b"/" + name if path else name, attr, notes or {})
-            tick()
             yield entry
             if stat.S_ISDIR(attr.st_mode):
                 stack.append((child, entry.path))

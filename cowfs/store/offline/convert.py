@@ -118,9 +118,7 @@ def convert(layer: UpperLayer, target: str, tick: Tick) -> Converted:
     if layout.recognise(store) == "nothing":
         raise StoreError(f"{layer.name}: nothing is in it", "the first mount makes a store of it")
     if layout.whiteouts_of(store) == target:
-        raise StoreError(
-            f"{layer.name}: the store has the {target} format already", "it can be mounted as it is"
-        )
+        raise StoreError(f"{layer.name}: the store has the {target} format already")
     header = layout.find_header(store) or _new_header(layer)
     xattrs = XattrFormat(header.xattrs.encode())
     if not sees_all(layer, header):

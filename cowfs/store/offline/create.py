@@ -14,7 +14,7 @@ from cowfs.linux import files
 from cowfs.store.e2fsprogs import tools
 from cowfs.store.e2fsprogs.mke2fs import format_image
 from cowfs.store.e2fsprogs.signals import cleaned_up
-from cowfs.store.e2fsprogs.tools import Share
+from cowfs.store.e2fsprogs.tools import Progress, quiet
 from cowfs.store.format import layout
 from cowfs.store.format.header import new_header
 from cowfs.store.format.sizes import LARGEST, SMALLEST, check_room, format_size
@@ -22,21 +22,12 @@ from cowfs.store.served.allocate import allocate, fill_holes
 from cowfs.store.served.image import open_layer
 
 
-def create_store(path: str, size: int, *, share: Share | None = None) -> None:
+def create_store(path: str, size: int, *, progress: Progress = quiet) -> None:
     """Make a store of *size* bytes at *path*, where nothing may be. All of it is allocated. Blocks.
 
     It appears whole or not at all: a failure, SIGINT, SIGTERM or SIGHUP leave nothing behind.
-    Raises UsageError for the size, StoreError for the place, SystemFailure without e2fsprogs. *share* is told
-    how much is done.
+    Raises UsageError for the size, StoreError for the place, SystemFailure without e2fsprogs.
     """
-    written = 0
-
-    def tick(more: int) -> None:
-        nonlocal written
-        written += more
-        if share is not None:
-            share("allocating", written / size)
-
     if size < SMALLEST:
         raise UsageError(
             f"{format_size(size)} is too small for a store", f"give at least {format_size(SMALLEST)}"
@@ -60,9 +51,10 @@ def create_store(path: str, size: int, *, share: Share | None = None) -> None:
         )
     check_room(path, directory, size)
     tools.program("mke2fs")
+    progress(f"making {path}, {format_size(size)}")
     with cleaned_up(), unfinished(path, directory) as fd:
-        allocate(fd, path, 0, size, tick=tick)
-        _format(fd, path, share)
+        allocate(fd, path, 0, size)
+        _format(fd, path)
         fill_holes(fd, 0, size)
         os.fsync(fd)
 
@@ -78,7 +70,7 @@ def unfinished(path: str, directory: str, called: str = "") -> Iterator[int]:
     try:
         parent = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
-        raise StoreError(f"{path}: {error.strerror}", "choose another directory") from None
+        raise StoreError(f"{path}: {error.strerror}") from None
     temporary = ""
     fd = -1
     try:
@@ -116,10 +108,10 @@ def _publish(fd: int, parent: int, temporary: str, name: str) -> None:
     files.rename_new(parent, temporary, name)
 
 
-def _format(fd: int, path: str, share: Share | None) -> None:
+def _format(fd: int, path: str) -> None:
     """Make the filesystem, and in it the directories and the header, all of them root's."""
     identity = str(uuid.uuid4())
-    format_image(fd, path, identity, keep=True, share=share)
+    format_image(fd, path, identity, keep=True)
     with ExitStack() as stack:
         layer = open_layer(fd, path, stack)
         layout.ensure_directory(layer, layer.root, layout.UPPER, 0o755)  # the first inode, as ever

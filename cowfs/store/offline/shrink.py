@@ -13,7 +13,7 @@ from cowfs.errors import StoreError, UsageError
 from cowfs.linux import fuse
 from cowfs.store.e2fsprogs import tools
 from cowfs.store.e2fsprogs.signals import cleaned_up, deferred
-from cowfs.store.e2fsprogs.tools import Share, untold
+from cowfs.store.e2fsprogs.tools import Progress, quiet
 from cowfs.store.format import copy_detection
 from cowfs.store.format.sizes import SMALLEST, format_size
 from cowfs.store.format.sniff import is_plain_directory
@@ -29,12 +29,12 @@ Replacing = Callable[[str], AbstractContextManager[int]]
 _MINIMUM = re.compile(r"minimum size of the filesystem: (\d+)")
 
 
-def shrink_store(path: str, size: int | None, replacing: Replacing, *, share: Share = untold) -> int:
+def shrink_store(path: str, size: int | None, replacing: Replacing, *, progress: Progress = quiet) -> int:
     """Make the image at *path* as large as *size*, or as small as can be; return its size. Blocks.
 
     *replacing* gives a file that takes the place of *path* at its end. A copy of the image is made smaller
     there: whenever it is interrupted, the image is the old one or the new one. Raises StoreError, StoreBusy,
-    UsageError. *share* is told how much is done.
+    UsageError.
     """
     path = _image(path)
     with cleaned_up(), ExitStack() as stack:
@@ -51,11 +51,10 @@ def shrink_store(path: str, size: int | None, replacing: Replacing, *, share: Sh
         directory = os.path.dirname(path)
         _must_have_room(fd, path, directory)
         copy = stack.enter_context(replacing(path))
-        done, whole = 0, max(os.fstat(fd).st_blocks * 512, 1)
-        for length in copy_image(fd, copy):
-            done += length
-            share("copying", min(done / whole, 1))
-        _check(copy, path, "-f", "-p", is_copy=True, share=share)
+        progress(f"copying {path}")
+        for _ in copy_image(fd, copy):
+            pass
+        _check(copy, path, "-f", "-p", is_copy=True)
         least = max(_least(copy, path) * unit, SMALLEST)
         wanted = least if size is None else max(size, unit) // unit * unit
         if wanted < least:
@@ -64,7 +63,7 @@ def shrink_store(path: str, size: int | None, replacing: Replacing, *, share: Sh
                 f"give {_in_mb(least)}, or delete files",
             )
         if wanted < superblock.size:
-            share("making it smaller", 0)
+            progress(f"making it smaller: {format_size(wanted)}")
             tools.resize(copy, path, "-f", size=f"{wanted // 1024}K")
         os.ftruncate(copy, read_superblock(copy, path, smallest=0).size)
         finish_copy(copy, path)
@@ -74,7 +73,7 @@ def shrink_store(path: str, size: int | None, replacing: Replacing, *, share: Sh
         return os.fstat(copy).st_size
 
 
-def trim_store(path: str, *, share: Share = untold) -> int:
+def trim_store(path: str, *, progress: Progress = quiet) -> int:
     """Give the disk back what is free in the image at *path*; return how many bytes. Blocks.
 
     Raises StoreError, StoreBusy.
@@ -82,7 +81,8 @@ def trim_store(path: str, *, share: Share = untold) -> int:
     path = _image(path)
     with cleaned_up(), ExitStack() as stack:
         fd = _open(path, stack)
-        freed = _trim(fd, path, share)
+        progress(f"checking {path}")
+        freed = _trim(fd, path)
         copy_detection.closed(fd)
         return freed
 
@@ -107,9 +107,9 @@ def trim_open_store(store: Store) -> Generator[Step | str, None, int]:
     return freed
 
 
-def _trim(fd: int, path: str, share: Share | None = None) -> int:
+def _trim(fd: int, path: str) -> int:
     before = os.fstat(fd).st_blocks
-    _check(fd, path, "-f", "-p", "-E", "discard", share=share)
+    _check(fd, path, "-f", "-p", "-E", "discard")
     os.fsync(fd)
     return max(before - os.fstat(fd).st_blocks, 0) * 512
 
@@ -152,9 +152,9 @@ def _must_have_room(fd: int, path: str, directory: str) -> None:
         )
 
 
-def _check(fd: int, path: str, *options: str, is_copy: bool = False, share: Share | None = None) -> None:
+def _check(fd: int, path: str, *options: str, is_copy: bool = False) -> None:
     with deferred():
-        code, said = tools.fsck(fd, path, *options, share=share)
+        code, said = tools.fsck(fd, path, *options)
     if code & ~(tools.FSCK_CORRECTED | 2):
         unchanged = "nothing was changed; " if is_copy else ""
         raise StoreError(
@@ -168,7 +168,7 @@ def _least(fd: int, path: str) -> int:
     done = tools.run(["resize2fs", "-P", tools.place(fd)], pass_fds=[fd], merge=True)
     found = _MINIMUM.search(done.stdout.decode(errors="replace"))
     if done.returncode or found is None:
-        raise StoreError(f"{path}: resize2fs failed: {tools.last_line(done.stdout)}", "nothing was changed")
+        raise StoreError(f"{path}: resize2fs failed: {tools.last_line(done.stdout)}")
     return int(found[1])
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
 from contextlib import suppress
 
 from cowfs.errors import StoreError
@@ -12,23 +11,16 @@ from cowfs.linux import files
 from cowfs.store.format.sizes import format_size
 
 
-def allocate(
-    fd: int,
-    path: str,
-    start: int,
-    end: int,
-    length: int | None = None,
-    tick: Callable[[int], object] = lambda _: None,
-) -> None:
+def allocate(fd: int, path: str, start: int, end: int, length: int | None = None) -> None:
     """Give a file all of its blocks from *start* to *end*, which may be beyond its end. Blocks until they
     are on disk.
 
     When there is no room after all the file is cut to the *length* that it had (by default *start*),
-    and StoreError raised. *tick* is told of bytes that are written for it, where they must be.
+    and StoreError raised.
     """
     length = start if length is None else length
     try:
-        files.make_room(fd, start, end, alone=True, tick=tick)
+        files.make_room(fd, start, end, alone=True)
         os.fsync(fd)
     except OSError as error:
         os.ftruncate(fd, length)

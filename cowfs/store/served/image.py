@@ -107,10 +107,7 @@ def open_file(path: str, *, read_only: bool = False) -> int:
         raise StoreError(*_why_not(path, error)) from None
     try:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise StoreError(
-                f"{path}: not a store: neither a regular file nor a directory",
-                "mount a disk, and give a file or a directory on it",
-            )
+            raise StoreError(f"{path}: not a store: neither a regular file nor a directory")
         if not read_only and not path.startswith(("/proc/self/fd/", "/dev/fd/")):
             _refuse_substitutes(fd, path)
     except BaseException:
@@ -208,7 +205,7 @@ def within(layer: UpperLayer, name: str, path: str, stack: ExitStack, *, read_on
     if key is None:
         key = layout.ensure_directory(layer, layer.root, os.fsencode(name), 0o755)
     if not stat.S_ISDIR(layer.stat(key).st_mode):
-        raise StoreError(f"{path}: not a store: {name} is no directory", "give subdir another name")
+        raise StoreError(f"{path}: not a store: {name} is no directory")
     if isinstance(layer, DirectoryLayer):
         layer = DirectoryLayer(layer.descriptor(key), path, privileged=True, alone=True)
         stack.callback(layer.close)
@@ -270,10 +267,7 @@ def _close(layer: UpperLayer, path: str) -> None:
     try:
         layer.close()
     except OSError as error:
-        raise StoreError(
-            f"{path}: the last changes could not be written: {error.strerror}",
-            f"cowfs check -n {path} tells whether the rest is sound",
-        ) from error
+        raise StoreError(f"{path}: the last changes could not be written: {error.strerror}") from error
 
 
 def _wait_detached(fd: int, device: str, progress: tools.Progress) -> None:

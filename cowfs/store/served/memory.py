@@ -111,10 +111,7 @@ def open_memory(want: Wanted, size: int | None = None) -> Store:
                 "only root can mount a tmpfs", "--engine process works without root"
             ) from None
         except OSError as error:
-            raise SystemFailure(
-                f"cannot mount a tmpfs for the store in memory: {error.strerror}",
-                "--engine process needs none",
-            ) from None
+            raise SystemFailure(f"cannot mount a tmpfs for the store in memory: {error.strerror}") from None
         stack.callback(os.close, root)
         return directory.open_root(root, _NAME, want, stack, kind="memory")
 
@@ -132,10 +129,7 @@ def _open_image(want: Wanted, size: int | None, stack: ExitStack) -> Store:
         stack.callback(os.close, fd)
         os.ftruncate(fd, min(size, _FIRST))
     except OSError as error:
-        raise StoreError(
-            f"memory: cannot create a {format_size(size)} file: {error.strerror}",
-            "give a smaller size, or a store on a disk",
-        ) from None
+        raise StoreError(f"memory: cannot create a {format_size(size)} file: {error.strerror}") from None
     format_image(fd, _NAME, journal=_JOURNAL)
     superblock = read_superblock(fd, _NAME)
     layer = image.open_layer(fd, _NAME, stack)
