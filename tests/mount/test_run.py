@@ -101,6 +101,11 @@ def test_the_exit_code_is_the_commands(base: Path) -> None:
     assert "no command" in cowfs("run", base / "image", base / "mnt", nobody=True).stderr
 
 
+def test_it_says_nothing_of_its_own(base: Path) -> None:
+    """Of root in its namespace the mount need not warn: there it is the user."""
+    assert running(base, "true").stderr == ""
+
+
 def test_others_do_not_see_the_mount_and_the_store_is_in_use(base: Path) -> None:
     arguments: list[str | Path] = [
         "run",
