@@ -288,11 +288,12 @@ def refuse_bare_colon(lowers: Sequence[str], directory: str = "") -> None:
 
     They are relative to *directory*.
     """
-    for first, last in combinations(range(len(lowers)), 2):
-        parts = lowers[first : last + 1]
-        whole = ":".join(parts)
-        missing = [part for part in parts if not os.path.lexists(os.path.join(directory, part))]
-        if missing and os.path.lexists(os.path.join(directory, whole)):
+    missing = [at for at, part in enumerate(lowers) if not os.path.lexists(os.path.join(directory, part))]
+    for first, last in combinations(range(len(lowers)), 2) if missing else ():
+        if not any(first <= at <= last for at in missing):
+            continue
+        whole = ":".join(lowers[first : last + 1])
+        if os.path.lexists(os.path.join(directory, whole)):
             raise UsageError(
                 f"{whole}: a colon separates lowers",
                 f"in a name, write it as \\:, as in '{join_lowers([whole])}'",
