@@ -322,6 +322,11 @@ def files_of(model: Model) -> dict[str, object]:
     }
 
 
+def without(paths: set[str], files: dict[str, object]) -> dict[str, object]:
+    """Leave out what a patch tells in a comment: a file that came where a fifo or a device was."""
+    return {path: what for path, what in files.items() if path not in paths}
+
+
 def check_diff(before: Model, after: Model, store: Path) -> None:
     with open_changes(str(store)) as changes:
         found = [
@@ -365,6 +370,7 @@ def test_what_was_changed(tmp_path: Path, kind: str, seed: int, count: int) -> N
     model = model_of(layers, places)
     before = copy.deepcopy(model)
     below = build_for_git(before, tmp_path / "below")
+    special = {path for path, inode in before.walk() if inode.kind not in {"dir", "file", "symlink"}}
     work = Work(fs, model, seed)
     for number in range(count // ROUND):
         work.run(ROUND)
@@ -374,7 +380,8 @@ def test_what_was_changed(tmp_path: Path, kind: str, seed: int, count: int) -> N
 
         check_diff(before, model, store)
         shutil.rmtree(tmp_path / "patched", ignore_errors=True)
-        assert apply(patch_of(store), below, tmp_path / "patched") == files_of(model)
+        patched = apply(patch_of(store), below, tmp_path / "patched")
+        assert without(special, patched) == without(special, files_of(model))
 
         assert [done for done in take_back(str(store), "revert") if done.why_not] == []
         with open_changes(str(store)) as changes:

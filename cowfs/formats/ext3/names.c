@@ -53,6 +53,8 @@ static void set_attrs(x3_image *img, uint32_t ino, const char *attrs, uint64_t s
 {
 	uint32_t length[2]; /* of name and value */
 
+	if (!size)
+		return; /* attrs is NULL */
 	for (const char *p = attrs, *end = p + size; p < end; p += length[0] + (uint64_t)length[1]) {
 		memcpy(length, p, sizeof length);
 		p += sizeof length;
