@@ -7,7 +7,7 @@ import os
 import shutil
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -228,3 +228,56 @@ def test_an_image_without_a_journal_to_write_to_is_refused_and_left_alone(place:
         with engine.opened(path) as opened:
             write(opened.layer, b"file", 100_000)
         assert run("e2fsck", "-fn", path).returncode == 0
+
+
+def test_a_truncation_that_is_refused_keeps_the_data(place: Path) -> None:
+    """Whichever of its writes is refused: what it was to cut off of the last block is still there."""
+    path = images.make(place / "image", SMALL)
+    old = bytes(range(1, 251)) * 20
+    outcomes = set()
+    with engine.opened(path) as opened:
+        layer = opened.layer
+        key, file = layer.create(layer.root, b"file", 0o600, 0, 0)
+        for nth in range(1, 6):
+            file.pwrite(old, 0)
+            layer.sync()
+            opened.inject(PWRITE, nth, errno.ENOSPC, sticky=True)
+            try:
+                layer.truncate(key, len(old) - 1)
+                wanted = old[:-1]
+            except OSError as error:
+                assert error.errno == errno.ENOSPC
+                wanted = old
+            assert file.pread(len(old), 0) == wanted
+            opened.inject(PWRITE, 0, 0)
+            layer.truncate(key, len(old) + 1)
+            assert file.pread(len(old) + 1, 0) == wanted.ljust(len(old) + 1, b"\0")
+            outcomes.add(wanted)
+        file.close()
+    assert len(outcomes) == 2
+    assert images.unclean(path) is None
+
+
+def test_a_write_that_is_refused_has_written_a_beginning_or_nothing(place: Path) -> None:
+    """A hole comes first, then a block that is there: it is left alone unless the hole is filled."""
+    path = images.make(place / "image", SMALL)
+    outcomes = set()
+    with engine.opened(path) as opened:
+        layer, size = opened.layer, Image(path.read_bytes()).block_size
+        for nth in range(1, 9):
+            _, file = layer.create(layer.root, b"%d" % nth, 0o600, 0, 0)
+            file.pwrite(b"o" * size, size)
+            old, new = bytes(size) + b"o" * size, b"n" * 2 * size
+            layer.sync()
+            opened.inject(PWRITE, nth, errno.ENOSPC, sticky=True)
+            with suppress(OSError):
+                file.pwrite(new, 0)
+            done = file.pread(3 * size, 0)
+            opened.inject(PWRITE, 0, 0)
+            layer.sync()
+            assert done == file.pread(3 * size, 0)
+            assert done in (old, new[:size] + old[size:], new)
+            outcomes.add(done)
+            file.close()
+    assert len(outcomes) > 1
+    assert images.unclean(path) is None

@@ -468,6 +468,7 @@ bool op_again(struct op *op)
 		pthread_cond_wait(&img->wake, &img->lock);
 	op->error = 0;
 	op->starved = false;
+	op->late.len = 0;
 	if (img->dead) {
 		op->error = EIO;
 		return false;
@@ -490,6 +491,8 @@ void op_end(struct op *op)
 
 	if (!op->error && op->changing)
 		op->error = -redo_note(img, op->changing == CHANGES);
+	if (!op->error && op->changing)
+		op->error = -data_clear_late(img);
 	if (op->error && op->changing) {
 		undo_to(img, (struct mark){ 0, 0, op->held_before });
 		if (op->error == EIO || op->error == EUCLEAN)

@@ -372,6 +372,7 @@ uint64_t data_write(x3_image *img, uint32_t ino, const char *buf, uint64_t len, 
 	struct inode in = inode_change(img, ino, false);
 	uint64_t done = 0, end;
 	uint32_t goal = 0, nr, skip, n;
+	bool fresh = false;
 
 	need_regular(img, &in);
 	if (holes && off >= inode_size_of(&in))
@@ -395,6 +396,8 @@ uint64_t data_write(x3_image *img, uint32_t ino, const char *buf, uint64_t len, 
 		struct extent e = data_map(img, &in, at, left);
 		nr = e.nr;
 		n = e.count;
+		if (nr && fresh && !holes)
+			break; /* if the new blocks are undone, nothing behind them may be written in place */
 		if (!nr) {
 			n = min(n, array_left(img, at));
 			if (done)
@@ -418,6 +421,7 @@ uint64_t data_write(x3_image *img, uint32_t ino, const char *buf, uint64_t len, 
 		}
 		goal = nr + n;
 		done = end;
+		fresh |= !e.nr;
 	}
 	if (!done && len)
 		fail(img, ENOSPC, "full");

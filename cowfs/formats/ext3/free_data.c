@@ -5,6 +5,7 @@
  */
 
 #include <errno.h>
+#include <stdio.h>
 #include <string.h>
 #include <sys/stat.h>
 
@@ -93,6 +94,42 @@ bool data_free_from(x3_image *img, struct inode *in, uint64_t first)
 }
 
 /*
+ * Let the last block of a file that becomes shorter be zero from *size* on, when that is sure.
+ *
+ * If the operation's record is refused, the file keeps its size, and must keep what it has there.
+ */
+static void clear_tail_late(x3_image *img, struct inode *in, uint64_t size)
+{
+	uint32_t skip = size & (img->bs - 1);
+	struct extent e = { 0 };
+
+	if (skip)
+		e = data_map(img, in, size >> img->bits, 1);
+	if (!e.nr)
+		return;
+	img->op->late.off = ((uint64_t)e.nr << img->bits) + skip;
+	img->op->late.len = img->bs - skip;
+	img->op->late.ino = in->ino;
+}
+
+/*
+ * The operation has its record: zero what it wanted to be zero. -EIO.
+ *
+ * Where the disk has no room for that it is done when the file grows: see data_zero_tail().
+ */
+int data_clear_late(x3_image *img)
+{
+	struct op *op = img->op;
+	struct iovec iov = { (void *)zero, op->late.len };
+	int error = op->late.len ? unsynced_write(img, op->late.ino, &iov, 1, op->late.off) : 0;
+
+	if (!error || room_is_lacking(error))
+		return 0;
+	snprintf(img->message, sizeof img->message, "file data cannot be written: %s", strerror(-error));
+	return -EIO;
+}
+
+/*
  * Set the size. False: the file is on the orphan list, and has blocks behind its end: call
  * data_truncate_more() until it says true, and let nobody write to the file before.
  */
@@ -104,7 +141,10 @@ bool data_truncate(x3_image *img, uint32_t ino, uint64_t size)
 	need_regular(img, &in);
 	if (size > img->size_max)
 		fail(img, EFBIG, "too large a file");
-	data_zero_tail(img, &in, min(size, old), UINT64_MAX);
+	if (size < old)
+		clear_tail_late(img, &in, size);
+	else
+		data_zero_tail(img, &in, old, UINT64_MAX);
 	inode_set_size(img, &in, size);
 	inode_times(img, &in, X3_MTIME | CTIME, now_ns());
 	if (size > old)

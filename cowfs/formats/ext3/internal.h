@@ -120,6 +120,11 @@ struct op {
 	int tries, error;
 	size_t held_before; /* img->held.n at its beginning */
 	uint64_t rest;      /* blocks that an inode still has of which a part was freed */
+	struct {
+		/* Bytes of file data to be zeroed once the operation has its record: data_clear_late() */
+		uint64_t off;
+		uint32_t len, ino;
+	} late;
 	int64_t result;
 	jmp_buf escape;
 };
@@ -494,6 +499,7 @@ uint64_t data_size_max(uint32_t bits);
 /* --- free_data.c --- */
 
 bool data_free_from(x3_image *img, struct inode *in, uint64_t first);
+int data_clear_late(x3_image *img);
 bool data_truncate(x3_image *img, uint32_t ino, uint64_t size);
 bool data_truncate_more(x3_image *img, uint32_t ino);
 bool data_punch(x3_image *img, uint32_t ino, uint64_t off, uint64_t len);
