@@ -472,8 +472,11 @@ class Ext3Layer:
             if entries and not is_all:
                 self._setxattr(key, name, acl.build(entries))
             else:
-                with suppress(OSError):  # ENODATA: there was none
+                try:
                     self.image.removexattr(key, name)
+                except OSError as failure:
+                    if failure.errno != errno.ENODATA:
+                        raise
             if bits != mode & 0o777:
                 self.image.setattr(key, ext3.MODE, mode=mode & 0o7000 | bits)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.commits import one_run_at_a_time  # noqa: F401 - a fixture for all
 from tests.support.mounts import COWFS, cowfs, eventually, is_mounted, mounted, project_root
 from tests.support.squashfs import mksquashfs, needs_mksquashfs
 from tests.support.system import as_nobody_prefix, makes_user_namespaces, needs_fuse, needs_root, run

@@ -23,6 +23,7 @@ from cowfs.commits import Changed, Commit
 from cowfs.layers import beneath
 from cowfs.layers.beneath import now
 from perf import debian
+from tests.support.commits import one_run_at_a_time  # noqa: F401 - a fixture for all
 from tests.support.mounts import COWFS, cowfs, mounted, project_root
 from tests.support.system import makes_user_namespaces, needs_fuse, needs_root, run
 from tests.support.tree import Snapshot, differences, snapshot
