@@ -18,7 +18,7 @@ from cowfs.cli import mount
 from cowfs.cli.output import warn
 from cowfs.errors import CowfsError, SystemFailure, UsageError
 from cowfs.linux import mounts
-from cowfs.linux.mount_table import MountInfo, mountinfo
+from cowfs.linux.mount_table import MountInfo, mountinfo, visible
 from cowfs.url.names import is_url
 
 _KERNELS = frozenset(
@@ -63,7 +63,7 @@ class Sandbox:
         self._lower = args.root if self._by_url else os.path.realpath(args.root)
         if not (self._by_url or os.path.exists(self._lower)):
             raise UsageError(f"{args.root}: no such file or directory", "give an image or a directory")
-        self._inside = [each for each in mountinfo() if self._is_inside(each)]
+        self._inside = [each for each in visible(mountinfo()) if self._is_inside(each)]
         try:
             mounts.mount("cowfs", private, "tmpfs", _TMPFS, "mode=711")
             self.path = os.path.join(os.path.realpath(private), "root")
@@ -130,22 +130,16 @@ class Sandbox:
         return self._is_there(at) and os.path.isdir(os.path.join(self.path, at))
 
     def _is_inside(self, each: MountInfo) -> bool:
-        """Whether something is mounted in the root, and not hidden by what was mounted later."""
+        """Whether something is mounted in the root, not as the root."""
         path = os.fsdecode(each.mountpoint)
-        if path == self._lower or not path.startswith(f"{self._lower.rstrip('/')}/"):
-            return False
-        try:
-            info = os.lstat(path)
-        except OSError:
-            return False
-        dev = f"{os.major(info.st_dev)}:{os.minor(info.st_dev)}"
-        return bool(dev == each.dev or each.fstype == "btrfs")
+        return path != self._lower and path.startswith(f"{self._lower.rstrip('/')}/")
 
     def _show(self, each: MountInfo, place: str, at: str) -> None:
-        is_file = not os.path.isdir(place)
         if each.fstype in _KERNELS:
             self._bind(place, at)
-        elif is_file or "ro" in {*each.options.split(","), *each.super_words}:
+        elif _is_of_another_user(each):  # who may let it hang: it is asked nothing
+            self._bind(place, at, readonly=True)
+        elif not os.path.isdir(place) or "ro" in {*each.options.split(","), *each.super_words}:
             self._bind(place, at, readonly=True)
         elif self._is_directory(at):
             try:
@@ -231,6 +225,12 @@ class Sandbox:
                 self._mount(at, "tmpfs", "mode=0", readonly=True)
             else:
                 self._bind("/dev/null", at)
+
+
+def _is_of_another_user(each: MountInfo) -> bool:
+    """Whether a user who is neither root nor we serves it by FUSE."""
+    user = next((word[8:] for word in each.super_words if word.startswith("user_id=")), "0")
+    return each.fstype.split(".")[0] in ("fuse", "fuseblk") and user not in ("0", str(os.geteuid()))
 
 
 def name_of(at: bytes) -> str:

@@ -63,6 +63,35 @@ def mountinfo() -> list[MountInfo]:
     return parse_mountinfo(Path("/proc/self/mountinfo").read_bytes())
 
 
+def visible(table: list[MountInfo]) -> list[MountInfo]:
+    """Return those mounts of *table* that their paths lead to: not hidden by a later one, on them or above.
+
+    Asks the table alone: a filesystem may never answer.
+    """
+    by_id = {mount.id: mount for mount in table}
+    places: dict[int, set[bytes]] = {}
+    for mount in table:
+        places.setdefault(mount.parent, set()).add(mount.mountpoint)
+
+    def is_reached(mount: MountInfo) -> bool:
+        while True:
+            parent = by_id.get(mount.parent)
+            if parent is None or parent is mount:
+                return True
+            path = mount.mountpoint
+            if path == b"/" or path.endswith(b"//deleted"):  # a path starts beneath what is mounted on /
+                return False
+            above = (path[:at] for at in range(1, len(path)) if path[at : at + 1] == b"/")
+            if not places[mount.parent].isdisjoint(above):
+                return False
+            mount = parent
+
+    def is_on_top(mount: MountInfo) -> bool:
+        return mount.mountpoint == b"/" or mount.mountpoint not in places.get(mount.id, ())
+
+    return [mount for mount in table if is_on_top(mount) and is_reached(mount)]
+
+
 def mount_of(path: str | bytes | os.PathLike[str]) -> MountInfo | None:
     """Return the topmost mount whose mountpoint is just *path* (made absolute, not resolved)."""
     wanted = os.fsencode(os.path.abspath(path))

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import NamedTuple
 
-from cowfs.linux.mount_table import MountInfo, parse_mountinfo
+from cowfs.linux.mount_table import MountInfo, mount_id, parse_mountinfo
 
 _LINKS = {"cwd": "its directory", "root": "its root", "exe": "running"}
 
@@ -26,7 +26,7 @@ class Use(NamedTuple):
 def uses_of(dev: str) -> Iterator[Use]:
     """Yield what processes but ours have open, mapped, or run of the filesystem ``major:minor``.
 
-    Asks the filesystem nothing but for the attributes of directories. Other users' processes only root sees.
+    Asks no filesystem anything. Other users' processes only root sees.
     """
     namespaces: dict[str, set[int]] = {}
     for pid in filter(str.isdigit, os.listdir("/proc")):
@@ -61,8 +61,12 @@ def _used(pid: str, dev: str, mounts: set[int]) -> Iterator[tuple[bytes, str]]:
         for link, how in _LINKS.items():
             with suppress(OSError):
                 path = os.readlink(os.fsencode(f"/proc/{pid}/{link}"))
-                seen = os.stat(f"/proc/{pid}/{link}")
-                if (os.major(seen.st_dev), os.minor(seen.st_dev)) == (int(major), int(minor)):
+                fd = os.open(f"/proc/{pid}/{link}", os.O_PATH | os.O_CLOEXEC)
+                try:  # no stat: the filesystem that it leads to may hang
+                    place = mount_id(fd)
+                finally:
+                    os.close(fd)
+                if place in mounts:
                     yield path, how
     for number in os.listdir(f"/proc/{pid}/fd"):
         with suppress(OSError):  # closed meanwhile

@@ -5,35 +5,19 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from cowfs.linux import mount_table, mounts
+from tests.support.hung import hung, hung_around_a_process
 from tests.support.mounts import COWFS, cowfs, mounted, project_root
 from tests.support.system import as_nobody_prefix, needs_fuse, needs_root, run
 
 DEV_FUSE_AT_NIGHT = True
 
 pytestmark = [needs_fuse, needs_root]
-
-
-@contextmanager
-def hung(place: Path, source: str | None = None) -> Iterator[None]:
-    """A FUSE mount of which nobody ever answers anything, whose source is itself."""
-    place.mkdir()
-    connection = os.open("/dev/fuse", os.O_RDWR)
-    try:
-        options = f"fd={connection},rootmode=40000,user_id=0,group_id=0,allow_other"
-        mounts.mount(source or os.fspath(place), os.fspath(place), "fuse", 0, options)
-        try:
-            yield
-        finally:
-            mounts.umount2(os.fspath(place), mounts.MNT_DETACH)
-    finally:
-        os.close(connection)
 
 
 @pytest.fixture(params=[False, True], ids=["root", "nobody"])
@@ -84,6 +68,17 @@ def test_a_mount_that_hangs_holds_up_nothing(base: Path, nobody: bool) -> None:
 def test_a_directory_store_is_not_held_up_either(base: Path) -> None:
     with hung(base / "hung"), mounted(base / "lower", base / "mnt", base / "store"):
         assert cowfs("diff", base / "mnt", timeout=20).returncode == 0
+
+
+def test_a_rollback_looks_for_users_and_is_not_held_up(base: Path) -> None:
+    with mounted(base / "lower", base / "mnt", base / "store"):
+        with hung_around_a_process(base / "hung"):
+            done = cowfs("rollback", base / "mnt", "unknown", timeout=20)
+        assert (done.returncode, "unknown" in done.stderr) == (1, True), done.stderr
+        with subprocess.Popen(["cat"], stdin=subprocess.PIPE, cwd=base / "mnt") as process:
+            done = cowfs("rollback", base / "mnt", "unknown", timeout=20)
+            process.kill()
+        assert f"{base}/mnt (its directory, by cat, pid {process.pid})" in done.stderr
 
 
 def test_an_image_in_a_fuse_mount_is_still_known_by_its_links(base: Path) -> None:

@@ -24,6 +24,7 @@ from cowfs.layers import beneath
 from cowfs.layers.beneath import now
 from perf import debian
 from tests.support.commits import one_run_at_a_time  # noqa: F401 - a fixture for all
+from tests.support.hung import hung
 from tests.support.mounts import COWFS, cowfs, mounted, project_root
 from tests.support.system import makes_user_namespaces, needs_fuse, needs_root, run
 from tests.support.tree import Snapshot, differences, snapshot
@@ -92,6 +93,13 @@ def with_programs(root: Path) -> Iterator[None]:
 def sandbox(root: Path, *arguments: str | Path, script: str = "true") -> subprocess.CompletedProcess[str]:
     with with_programs(root):
         return cowfs("run", "--root", root, *arguments, "--", "sh", "-euc", script)
+
+
+def test_a_mount_of_a_user_that_hangs_holds_up_nothing(root: Path) -> None:
+    script = "while read -r _ _ _ _ at how _; do [ $at != /hung ] || echo $how; done </proc/self/mountinfo"
+    with hung(root / "hung", user=65534), with_programs(root):
+        done = cowfs("run", "--root", root, "--discard", "--", "sh", "-euc", script, timeout=20)
+    assert (done.returncode, done.stdout[:2]) == (0, "ro"), done
 
 
 def test_a_commit_does_what_the_command_does(root: Path, tmp_path: Path) -> None:
