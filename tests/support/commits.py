@@ -1,4 +1,4 @@
-"""Commits of ``cowfs run`` that wait to be completed are the machine's: whoever runs next completes them."""
+"""Commits of ``cowfs run`` that wait are a user's, on all of the machine: who runs next completes them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ import pytest
 @pytest.fixture(autouse=True)
 def one_run_at_a_time() -> Iterator[None]:
     """Let no test of another worker complete what is left here."""
-    fd = os.open(Path(tempfile.gettempdir()) / "cowfs-tests-commits.lock", os.O_RDWR | os.O_CREAT, 0o600)
+    lock = Path(tempfile.gettempdir()) / f"cowfs-tests-commits-{os.geteuid()}.lock"
+    fd = os.open(lock, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)
         yield
