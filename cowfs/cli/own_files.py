@@ -22,7 +22,8 @@ from typing import Any
 import cowfs
 from cowfs.store.e2fsprogs import tools
 
-_NOT_OURS = ("cowfs.cli", "cowfs.formats.ext3.build_engine")
+_NOT_OURS = ("cowfs.browse", "cowfs.cli", "cowfs.formats.ext3.build_engine", "cowfs.pytest_plugin")
+"""What no daemon needs: textual and pytest, where they are installed, would double the time of a mount."""
 _OTHERS = (
     "encodings.idna",
     "encodings.ascii",
