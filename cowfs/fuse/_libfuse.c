@@ -25,6 +25,7 @@
 
 #include "beyond.h"
 #include "core_lock.h"
+#include "held_data.h"
 #include "last_change.h"
 #include "last_request.h"
 #include "request_stats.h"
@@ -115,7 +116,7 @@ static ssize_t on_receive(int fd, void *request, size_t size, void *userdata)
 	(void)userdata;
 	ssize_t n = ring_read(fd, request, size);
 	if (n > 0) {
-		n = last_request_shorten(request, n);
+		n = held_data_shorten(request, last_request_shorten(request, n));
 		figures_begin(request, (size_t)n);
 		passthrough_received(request, (size_t)n);
 	}
@@ -363,8 +364,11 @@ static PyObject *prepare(PyObject *self, PyObject *args)
 	(void)self;
 	int files;
 	int exports;
-	if (!PyArg_ParseTuple(args, "IOppp", &wanted, &callable, &files, &passthrough, &exports))
+	unsigned long long most_held;
+	int shared;
+	if (!PyArg_ParseTuple(args, "IOpppKp", &wanted, &callable, &files, &passthrough, &exports, &most_held, &shared))
 		return NULL;
+	held_data_allow(most_held, shared);
 	refuses_handles = !exports;
 	knows_files = files;
 	passthrough_want(passthrough);
@@ -424,9 +428,10 @@ static PyObject *opens_nothing(PyObject *self, PyObject *args)
 
 static PyMethodDef methods[] = {
 	{ "prepare", prepare, METH_VARARGS,
-	  "prepare(want, seek, files, passthrough, exports): ask for these FUSE_CAP_* in the sessions that follow; seek(fh,\n"
-	  "offset, whence) answers lseek(2) with SEEK_DATA and SEEK_HOLE: an offset, or an errno negated; files: which\n"
-	  "ones are opened need not be known; passthrough: whether files shall be lent to the kernel." },
+	  "prepare(want, seek, files, passthrough, exports, most_held, shared): ask for these FUSE_CAP_* in the sessions\n"
+	  "that follow; seek(fh, offset, whence) answers lseek(2) with SEEK_DATA and SEEK_HOLE: an offset, or an errno\n"
+	  "negated; files: which ones are opened need not be known; passthrough: whether files shall be lent to the\n"
+	  "kernel; most_held: bytes of data that writes may hold while they wait; shared: they are of several users." },
 	{ "opens_nothing", opens_nothing, METH_NOARGS,
 	  "opens_nothing(): whether the kernel opens files by itself if open(2) is answered by ENOSYS." },
 	{ "capabilities", capabilities, METH_NOARGS,

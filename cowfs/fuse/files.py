@@ -71,6 +71,8 @@ class FileHandlers(NodeHandlers):
             knows_files=self.may_open_nothing() and not sees_all,
             passthrough=self._passthrough.wanted,
             exports=fs.exports,
+            most_held=bounds.data,
+            shared=bounds.shared,
         )
 
     def may_open_nothing(self) -> bool:

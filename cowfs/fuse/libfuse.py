@@ -102,16 +102,19 @@ def prepare(
     knows_files: bool = False,
     passthrough: bool = False,
     exports: bool = False,
+    most_held: int = 64 << 20,
+    shared: bool = False,
 ) -> None:
     """Say what the next session shall be able to do; *seek* answers lseek(2): an offset, or -errno.
 
     *knows_files*: files can be read and written that were opened without us. *passthrough*: whether files
     shall be lent to the kernel. *exports*: file handles are good as long as their inodes; else none is given
-    (Linux 6.10).
+    (Linux 6.10). *most_held*: so many bytes of data may be in memory with writes that wait, of which nobody
+    but root gets more than is left if the mount is *shared* (``held_data.c``).
     """
     if _module is not None:
         wanted = _DONT_MASK | _HANDLE_KILLPRIV | _CACHE_SYMLINKS
-        _module.prepare(wanted, seek, knows_files, passthrough, exports)
+        _module.prepare(wanted, seek, knows_files, passthrough, exports, most_held, shared)
 
 
 def opens_nothing() -> bool:

@@ -17,6 +17,8 @@ _A_FILE = 1 << 10
 """Bytes that an open file takes of the daemon's memory, about."""
 _A_NAME = 100
 """Bytes that a name takes in a listing, about."""
+_LEAST_DATA = 64 << 20
+"""Bytes of data that writes may hold while they wait, on the smallest machine."""
 _ROOTS_PART = 8
 """One part of so many is root's alone."""
 
@@ -32,6 +34,8 @@ class Bounds(NamedTuple):
     """Names that are kept for those who list directories."""
     shared: bool
     """Whether others than the one who mounted may come."""
+    data: int = 64 << 20
+    """Bytes of data that writes hold while they wait (``held_data.c``)."""
 
 
 def bounds(*, shared: bool) -> Bounds:
@@ -41,7 +45,8 @@ def bounds(*, shared: bool) -> Bounds:
     """
     memory = limits.memory()
     descriptors = limits.descriptors() * 5 // 8 - limits.open_now()
-    return Bounds(memory // 16 // _A_FILE, descriptors, memory // 32 // _A_NAME, shared)
+    data = max(memory // 128, _LEAST_DATA)
+    return Bounds(memory // 16 // _A_FILE, descriptors, memory // 32 // _A_NAME, shared, data)
 
 
 class Quota:

@@ -21,6 +21,7 @@
 
 #include "request_stats.h"
 
+#include "held_data.h"
 #include "messages.h"
 
 enum { FORGET = 2, INTERRUPT = 36, BATCH_FORGET = 42 }; /* linux/fuse.h: nobody waits for an answer to these */
@@ -40,7 +41,8 @@ struct request { /* one under way */
 	uint64_t unique;
 	int64_t begun;
 	uint32_t operation;
-	bool own; /* has memory of its own */
+	uint32_t uid, held; /* so many bytes of a user's data */
+	bool own;           /* has memory of its own */
 	struct request *next;
 };
 
@@ -98,6 +100,8 @@ void figures_begin(const void *request, size_t size)
 	struct request **bucket = bucket_of(head.unique);
 	r->unique = head.unique;
 	r->operation = operation;
+	r->uid = head.uid;
+	r->held = held_data_take(request, size);
 	r->next = *bucket;
 	*bucket = r;
 	r->begun = now();
@@ -119,6 +123,7 @@ void figures_end(uint64_t unique, int32_t error)
 	record->errors += error != 0 && error != -ENOSYS; /* which says: never ask for this again */
 	record->ns += (uint64_t)took;
 	record->ranges[range_of((uint64_t)took)]++;
+	held_data_give_back(r->uid, r->held);
 	*place = r->next;
 	if (r->own) {
 		free(r);

@@ -33,6 +33,8 @@ enum {
 	MOST_ENTRIES = 16384, /* of a queue: nobody shall have all by letting requests wait */
 	FILES = 8,
 	BUCKETS = 256,
+	FEW = 64,        /* entries of a queue whose memory is kept for the next request, … */
+	LARGE = 1 << 16, /* … but for that of larger data than this */
 };
 
 static const int64_t PAUSE = 50 * 1000000LL;  /* ns: without a request for so long, the machine may have slept … */
@@ -301,6 +303,8 @@ static ssize_t put_together(struct entry *e, char *buffer, size_t size)
 	memcpy(buffer, in, sizeof *in);
 	memcpy(buffer + sizeof *in, e->header->op_in, fixed);
 	memcpy(buffer + sizeof *in + fixed, e->payload, payload);
+	if (payload > LARGE && e->queue->entries > FEW)
+		madvise(e->payload, payload, MADV_DONTNEED); /* a burst may have left thousands of entries */
 	return in->len;
 }
 
