@@ -5,7 +5,7 @@ The layers of the package, each importing only from those below it (import-linte
     cli             one module per subcommand; the daemon of a root filesystem
     trio_api | pytest_plugin  mounting under trio | for tests under pytest
     api             the Python API
-    client | serve  who asks the daemon of a mount by its control socket | what that answers
+    client | serve  talks to the daemon of a mount over its control socket | answers in the daemon
     command         the command, run by other programs
     mountpoint      where a union may be mounted
     union           options -> layers + store + Overlay
@@ -33,7 +33,7 @@ _ELSEWHERE = {"mount": "cowfs.api", "mount_async": "cowfs.trio_api", "warm": "co
 
 
 def __getattr__(name: str) -> object:
-    """Find what is asked for when it is asked for: nothing else is imported with the package."""
+    """Import what is asked for on first use: importing the package alone loads nothing else."""
     found: object
     if name in _ELSEWHERE:
         from importlib import import_module

@@ -11,7 +11,7 @@
         (tree.path / "bin/new").write_text("x")
         print(tree.diff())
 
-All of it blocks, and raises :class:`cowfs.errors.CowfsError` with what a user should be told, or the
+Every function blocks. It raises :class:`cowfs.errors.CowfsError` with a message for the user, or the
 :class:`OSError` of a layer.
 """
 
@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from cowfs.changes.version import Tree, Version
 from cowfs.client import ask, checked_answer, find_mount, the_mount
 from cowfs.command import Option, mount_arguments, run_command
-from cowfs.command import warm as warm  # noqa: PLC0414 (it is for the package)
+from cowfs.command import warm as warm  # noqa: PLC0414 (re-exported by the package)
 from cowfs.errors import CowfsError, MountFailure, StoreError, UsageError
 from cowfs.linux.fuse import LISTED
 from cowfs.mounted_changes import PATIENCE, MountedChanges
@@ -59,10 +59,10 @@ class Changes(Protocol):
     """The changes of a store, or of a mounted union."""
 
     def __iter__(self) -> Iterator[Change]:
-        """Find them, sorted by name within each directory; see :mod:`cowfs.changes.diff`."""
+        """Yield the changes, sorted by name within each directory; see :mod:`cowfs.changes.diff`."""
 
     def exactly(self) -> Iterator[Change]:
-        """Find them, and directories whose time alone differs."""
+        """Yield the changes, and also directories whose time alone differs."""
 
     def tree(self) -> Tree:
         """Return the merged tree."""
@@ -83,18 +83,21 @@ class Changes(Protocol):
         """Return why *path* shows what it shows: see :func:`cowfs.changes.explain.explain`."""
 
     def usage(self) -> Iterator[Used]:
-        """Yield what each inode takes in the store, and why it is there; last what the filesystem itself
-        takes."""
+        """Yield what each inode takes in the store, and why it is there; last, what the filesystem itself
+        takes.
+        """
 
     def about(self) -> list[tuple[str, str]]:
-        """Return what it is and what it is compared with, as names and values for people."""
+        """Return what this is and what it is compared with, as names and values for people."""
 
     def withheld(self) -> dict[str, str]:
-        """Return why ``nosuid`` and ``nodev`` must hold for what is copied from it, for others can change it;
-        and as ``shown`` why others must not see that at all: they could show what we alone may read."""
+        """Return why copies made from this must have ``nosuid`` and ``nodev``: others can change it.
+
+        ``shown`` says why others must not see such a copy at all: it could show them what only we may read.
+        """
 
     def records(self) -> Iterator[Record] | None:
-        """Return who changed what, the newest first; None if nobody has recorded that, or we may not know."""
+        """Return who changed what, the newest first; None if nobody recorded it, or we may not know."""
 
 
 @contextmanager
@@ -106,10 +109,11 @@ def open_changes(
     since: str | None = None,
     until: str | None = None,
 ) -> Iterator[Changes]:
-    """Open the changes of *what*, a mountpoint or a store that is not mounted; *tell* is told of oddities.
+    """Open the changes of *what*, a mountpoint or a store that is not mounted; *tell* is called with
+    warnings. *since* and *until* name checkpoints: only changes after the one, and before the other.
 
-    With *since*, those after that checkpoint; with *until*, those before that one. A store is opened
-    read-only. UsageError, StoreError, MountFailure or WrongLower say why it cannot be.
+    A store is opened read-only. Raises UsageError, StoreError, MountFailure or WrongLower if it cannot be
+    opened.
     """
     lowers = lowers or Lowers()
     found = find_mount(what)
@@ -142,10 +146,10 @@ def export(
 ) -> Losses:
     """Write the changes of a store or a mount, or its whole tree, to *target*; return what gets lost.
 
-    A directory of files gets no set-ID bits, capabilities and devices from what others can change, but with
-    *trust*.
-    *target* is whole in the end, or what it was before. *tick* is told of each path that is come to, and of
-    so many bytes of it. Raises CowfsError, and OSError with the path of what cannot be read.
+    A directory of files gets no set-ID bits, capabilities and devices if others can change the source, unless
+    *trust* is set. At the end *target* is complete, or as it was before. *tick* is called with each path
+    reached, and with the number of bytes read of it. Raises CowfsError, and OSError with the path of what
+    cannot be read.
     """
     from cowfs.exports.run import check, export
 
@@ -170,10 +174,10 @@ def report(
 ) -> None:
     """Write the changes of a store or a mount as an HTML page to the file *target*.
 
-    The file is whole in the end, or what it was before; one that is there is replaced only with *force*.
-    ``-`` is standard output. *selection*: of these
-    changes only. *tick* is told what is read, and how many of it were. Blocks; raises CowfsError, and OSError
-    with the path of what cannot be read.
+    At the end the file is complete, or as it was before; an existing one is replaced only with *force*. ``-``
+    is standard output. *selection* limits the page to these changes. *tick* is called with what is being
+    read, and how many of it were. Blocks; raises CowfsError, and OSError with the path of what cannot be
+    read.
     """
     from cowfs.changes.select import Selection
     from cowfs.exports.report import Facts, write_report
@@ -205,11 +209,11 @@ def blame(
     engine: str = "auto",
     tell: Tell = lambda _: None,
 ) -> tuple[list[History], int | None]:
-    """Return who made, wrote, renamed and removed what is or was at *paths*, as a store or mount recorded it.
+    """Return who made, wrote, renamed and removed the files at *paths*, as a store or mount recorded it.
 
-    A path may be a glob (:func:`cowfs.changes.select.pattern`); with *recursive* all that is recorded below
-    is meant, too. Without it there is a history of each path that is no glob, empty if nothing is known. The
-    second value is since when there are records, in µs since the epoch. Raises CowfsError.
+    A path may be a glob (:func:`cowfs.changes.select.pattern`); with *recursive* it includes everything
+    recorded below. Without *recursive* each path that is not a glob has a history, empty if nothing is known.
+    The second value is the time of the first record, in µs since the epoch. Raises CowfsError.
     """
     from cowfs.changes import blame as changes
     from cowfs.changes.select import pattern, plain
@@ -246,12 +250,12 @@ def apply(
 ) -> tuple[list[tuple[bytes, str]], Losses]:
     """Carry the changes of a store or a mount onto the directory *root*, or into another store.
 
-    Returns the conflicts (each a path and what is wrong there), and what could not be made. With conflicts,
-    and without *force*, nothing is changed; neither with *dry_run*, which is told of each change. Set-ID
-    bits, capabilities and devices of what others can change are left out, but with *trust*. With *backup* a
-    directory of that name is made first, of what is replaced (:func:`undo_apply`); *ask* chooses what is
-    changed, conflicts too (:func:`cowfs.exports.choose.chosen`). Blocks.
-    Raises CowfsError, and OSError with the path of what cannot be read or changed.
+    Returns the conflicts (each a path and what is wrong there), and what could not be made. With conflicts
+    nothing is changed, unless *force* is set. *dry_run* is called with each change, and nothing is changed.
+    Set-ID bits, capabilities and devices are left out if others can change the source, unless *trust* is set.
+    *backup* names a directory that first receives everything to be replaced (:func:`undo_apply`). *ask*
+    chooses what is changed, conflicts included (:func:`cowfs.exports.choose.chosen`). Blocks. Raises
+    CowfsError, and OSError with the path of what cannot be read or changed.
     """
     from cowfs.exports.apply import Apply, Compared, conflicts
     from cowfs.exports.choose import chosen
@@ -295,11 +299,11 @@ def _withheld(changes: Changes, target: str) -> dict[str, str]:
 def undo_apply(
     root: str, backup: str, tick: Callable[[bytes, int], None] = lambda *_: None, *, trust: bool = False
 ) -> tuple[list[bytes], Losses]:
-    """Let a directory, or a store, have again what *backup* has kept of it.
+    """Restore to a directory, or a store, what *backup* has kept of it.
 
-    Returns the directories that stay, as something new is in them, and what could not be made: with *trust*
-    set-ID bits, capabilities and devices, too, though others can change the backup. Blocks. Raises
-    CowfsError, and OSError with the path of what cannot be changed.
+    Returns the directories that stay because something new is in them, and what could not be made. With
+    *trust* set-ID bits, capabilities and devices are restored even if others can change the backup. Blocks.
+    Raises CowfsError, and OSError with the path of what cannot be changed.
     """
     from cowfs.exports.kept import bring_back
     from cowfs.linux.trust import forbidden
@@ -321,7 +325,7 @@ def _root(path: str, stack: ExitStack) -> Root:
 
 
 def _tree_of(path: str, stack: ExitStack) -> str:
-    """Return a directory; for a store that is not mounted, one that it is mounted on until *stack* ends."""
+    """Return a directory; for a store that is not mounted, one where it stays mounted until *stack* ends."""
     from cowfs.client import mount_with_store
     from cowfs.offline_changes import recorded_lowers
     from cowfs.store.format.sniff import may_be_store
@@ -348,7 +352,7 @@ def _is_on(path: str, dev: str) -> bool:
 
 
 class Done(NamedTuple):
-    """What was taken back, brought back, or removed; or why it was not."""
+    """What was reverted, restored, or removed; or why it was not."""
 
     path: bytes
     why_not: str
@@ -367,11 +371,11 @@ def take_back(
     dry_run: bool = False,
     tell: Tell = lambda _: None,
 ) -> Iterator[Done]:
-    """Let a store or a mount have the lower's version of *paths* again, and yield each thing that is done.
+    """Give *paths* in a store or a mount the lower's version again, and yield each thing that is done.
 
-    *asked* is ``revert`` (without *paths*: of everything), ``undo`` of the last of these, ``vacuum`` (removes
-    what says nothing; with *dry_run* only finds it) or ``trash`` (empties that). CowfsError says why it
-    cannot be done.
+    *asked* is ``revert`` (without *paths*: of everything), ``undo`` (of the last revert), ``vacuum`` (removes
+    what makes no difference; with *dry_run* only finds it) or ``trash`` (empties the trash). CowfsError says
+    why it cannot be done.
     """
     from cowfs.take_back import offline, request
 
@@ -434,17 +438,17 @@ def checkpoints(what: str) -> list[Checkpoint]:
 
 
 def checkpoint(what: str, name: str, lowers: Lowers | None = None, tell: Tell = lambda _: None) -> None:
-    """Keep the state that the tree of a store or a mount has now, under a name. It is on disk then.
+    """Keep the present state of the tree of a store or a mount under a name. It is on disk then.
 
-    UsageError if it cannot have that name.
+    UsageError for an invalid name.
     """
     _ask_checkpoints(what, "take", name, lowers, tell)
 
 
 def rollback(what: str, name: str, lowers: Lowers | None = None, tell: Tell = lambda _: None) -> None:
-    """Let the tree be what it was at a checkpoint; what was changed since, and not kept by another, is gone.
+    """Make the tree what it was at a checkpoint; later changes that no other checkpoint keeps are lost.
 
-    MountFailure if it is mounted, and a process uses something of it.
+    MountFailure if it is mounted and a process uses a file of it.
     """
     found = find_mount(what)
     if found is not None:
@@ -455,10 +459,10 @@ def rollback(what: str, name: str, lowers: Lowers | None = None, tell: Tell = la
 def delete_checkpoint(
     what: str, name: str, lowers: Lowers | None = None, tell: Tell = lambda _: None
 ) -> None:
-    """Delete a checkpoint. The tree, and other checkpoints, stay as they are."""
+    """Delete a checkpoint. The tree and the other checkpoints keep their contents."""
     _ask_checkpoints(what, "delete", name, lowers, tell)
     if find_mount(what) is None:
-        with ExitStack() as stack:  # which merges what is left of it
+        with ExitStack() as stack:  # which merges its remaining layer
             open_offline_union(what, lowers or Lowers(), stack, tell)
 
 
@@ -492,13 +496,13 @@ class MountedTree:
             return list(changes)
 
     def checkpoints(self) -> list[Checkpoint]:
-        """Return the states that were kept, the oldest first. Raises CowfsError."""
+        """Return the checkpoints, the oldest first. Raises CowfsError."""
         return checkpoints(str(self.path))
 
     def snapshot(self, name: str | None = None) -> str:
-        """Keep the state that the tree has now as a checkpoint; return its name, which is found if not given.
+        """Keep the present state of the tree as a checkpoint; return its name, which is chosen if not given.
 
-        UsageError if it cannot have that name.
+        UsageError for an invalid name.
         """
         if name is None:
             taken = {one.name for one in self.checkpoints()}
@@ -507,25 +511,27 @@ class MountedTree:
         return name
 
     def rollback(self, name: str) -> None:
-        """Let the tree be what it was at a checkpoint.
+        """Make the tree what it was at a checkpoint.
 
         CowfsError if a process (this one, too) has a file of it open or its working directory there.
         """
         rollback(str(self.path), name)
 
     def inject(self, *faults: str) -> None:
-        """Let requests fail from now on as *faults* say, and as no earlier ones did; none: all succeed again.
+        """From now on make requests fail as *faults* say; earlier faults end.
 
-        Each is what ``-o fault=`` takes. CowfsError for a tree that was mounted without one, or ``none``.
+        Without *faults* all requests succeed again. Each fault is a value of ``-o fault=``. CowfsError if the
+        tree was mounted without that option (``fault=none`` is enough).
         """
         self._ask_faults(faults=list(faults))
 
     def crash(self) -> None:
-        """Let the daemon end as at a power cut: what was not synced is lost. To be mounted again after that.
+        """End the daemon as a power cut would: what was not synced is lost.
 
-        CowfsError where a crash cannot be: with a store in a directory, and without ``fault=``.
+        Mount the tree again after that. CowfsError where that is impossible: with a store in a directory, and
+        without ``fault=``.
         """
-        with suppress(MountFailure):  # it ends in the middle of its reply
+        with suppress(MountFailure):  # the daemon ends in the middle of its reply
             self._ask_faults(crash=True)
 
     def _ask_faults(self, **asked: Any) -> None:
@@ -544,13 +550,13 @@ def mount(
     """Mount a union of *lower* (an image or a directory; several: the topmost first) and *store*; unmount it
     at the end.
 
-    A daemon of its own serves it, as with ``cowfs mount``; any user who may mount through fusermount3 can.
-    Without *store* changes are kept in memory, and are gone at the end. Without *mountpoint* it is mounted in
-    a temporary directory, which goes with it. *options* are those of ``-o``: ``size="64M"``,
+    A daemon of its own serves it, as with ``cowfs mount``; any user who may mount through fusermount3 can use
+    it. Without *store* changes are kept in memory and lost at the end. Without *mountpoint* it is mounted in
+    a temporary directory, which is removed at the end. *options* are those of ``-o``: ``size="64M"``,
     ``fakeroot=True``. Blocks until the mount answers and, at the end, until all is written and the store is
-    released. CowfsError says why it cannot be mounted, or that a process still used it at the end: it has
-    been detached, and the store is released when that process is done. An exception of the block gets that
-    as a note.
+    released. CowfsError says why it cannot be mounted, or that a process still used it at the end: then it is
+    detached, and the store is released when that process is done. If the block raised an exception, that gets
+    this as a note.
     """
     lowers = [lower] if isinstance(lower, str | os.PathLike) else list(lower)
     with ExitStack() as stack:
@@ -564,7 +570,7 @@ def mount(
             run_command(mount_arguments(lowers, where, store, options.items()))
         except BaseException:
             now = find_mount(where)
-            if now is not None and now != before:  # interrupted when it was mounted already
+            if now is not None and now != before:  # interrupted after it was mounted
                 _unmount(where, now)
             raise
         mounted = find_mount(where)
@@ -573,7 +579,7 @@ def mount(
         except BaseException as error:
             try:
                 _unmount(where, mounted)
-            except CowfsError as failure:  # of the two the other one matters, and may be why
+            except CowfsError as failure:  # the other exception matters more, and may be the cause
                 error.add_note(f"cowfs: {failure}")
             raise
         _unmount(where, mounted)
@@ -581,7 +587,7 @@ def mount(
 
 def _unmount(where: str, mounted: MountInfo | None) -> None:
     """Unmount, and wait until all is written; MountFailure if it could only be detached."""
-    if find_mount(where) != mounted:  # somebody has done it
+    if find_mount(where) != mounted:  # somebody else has unmounted it
         return
     try:
         run_command(["umount", where])
@@ -596,7 +602,7 @@ _TOLD = 3
 
 
 def _must_not_be_used(what: str, dev: str) -> None:
-    """MountFailure that says what is open, and by whom."""
+    """Raise MountFailure, which says what is open and by whom."""
     from cowfs.changes.render import escape
     from cowfs.linux.users import mounted_within, uses_of
 

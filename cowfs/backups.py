@@ -1,4 +1,4 @@
-"""Copies of stores: of one that is in use, as it is at one moment, and back."""
+"""Copy stores: back up a store, even one in use, as it is at one moment; and restore it."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ def backup(
     progress: Tell = lambda _: None,
     tick: Tick = lambda _: None,
 ) -> None:
-    """Copy a store, or that of a mount in use, to *target*: what it is at one moment.
+    """Copy a store, or the store of a mount in use, to *target*, as it is at one moment.
 
-    *tell* is told of oddities, *progress* of what is done.
-    A store in a directory becomes a directory, any other a file; either is a store. *target* is whole in the
-    end, or not there. Blocks. Raises CowfsError, and OSError with the path of what cannot be copied.
+    *tell* is called with warnings, *progress* with what was done so far. A store in a directory becomes a
+    directory, any other a file; either is a store. At the end *target* is complete or does not exist. Blocks.
+    Raises CowfsError, and OSError with the path of what cannot be copied.
     """
     mount = mount_with_store(what)
     if mount is not None:
@@ -67,9 +67,9 @@ def restore(
     tell: Tell = lambda _: None,
     tick: Tick = lambda _: None,
 ) -> None:
-    """Copy a backup, which is checked, to where a store is to be; with *force* in the place of an image.
+    """Check a backup and copy it to *target*; with *force* it replaces an image that is there.
 
-    *target* is whole in the end, or what it was. Blocks. Raises as backup does.
+    At the end *target* is complete, or as it was before. Blocks. Raises what backup() raises.
     """
     must_be_there(source)
     if is_plain_directory(source):
@@ -117,7 +117,7 @@ def _mounted_image(what: str, mount: MountInfo, target: str, force: bool, tell: 
         for reply in ask(mount.dev, "backup", timeout=None, fd=fd):
             if "said" in reply:
                 tell(f"{what}: {reply['said']}")
-        superblock = read_superblock(fd, target)  # a daemon's word is not enough
+        superblock = read_superblock(fd, target)  # the daemon's word alone is not enough
         if superblock.state != "clean" or superblock.uuid != facts["store"].get("uuid"):
             raise MountFailure(f"{what}: the daemon did not copy its store", "see its log")
 
@@ -151,7 +151,7 @@ def _mounted_directory(mount: MountInfo, target: str, force: bool, tell: Tell, t
 
 
 class _Asking(Thread):
-    """Waits for the answer to ``hold``, which comes when that is over."""
+    """Waits for the answer to ``hold``, which comes when the hold is over."""
 
     def __init__(self, dev: str, end: socket.socket) -> None:
         super().__init__(daemon=True)
@@ -173,9 +173,9 @@ class _Asking(Thread):
 
 @contextmanager
 def _held(mount: MountInfo, tell: Tell) -> Iterator[Callable[[], None]]:
-    """Let all users of a mount wait; gives what is to be called now and then.
+    """Make all users of a mount wait; yield a function that must be called now and then.
 
-    MountFailure if they cannot, or did not wait until the end.
+    MountFailure if they cannot be made to wait, or went on too early.
     """
     ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     asking = _Asking(mount.dev, its)
@@ -198,7 +198,7 @@ def _held(mount: MountInfo, tell: Tell) -> Iterator[Callable[[], None]]:
                 is_held = bool(ours.recv(1, socket.MSG_DONTWAIT))
             except BlockingIOError:
                 pass
-            except OSError:  # the daemon has left, and what we said to it unread
+            except OSError:  # the daemon is gone, and has not read our last message
                 is_held = False
     asking.join()
     if asking.failure is not None:
@@ -217,6 +217,6 @@ def _refuse_inside(target: str, dev: str) -> None:
 
 
 def _give_owner(fd: int, info: os.stat_result) -> None:
-    """Let a copy belong to whom the image belongs to: what others have made does not become root's."""
+    """Give a copy to the owner of the image: what others have made does not become root's."""
     if os.geteuid() == 0:
         os.fchown(fd, info.st_uid, info.st_gid)

@@ -1,5 +1,5 @@
-"""``cowfs browse``: walk the changes in a terminal, look at them, take them back.
+"""``cowfs browse``: walk the changes in a terminal, look at them, revert them.
 
-:mod:`cowfs.browse.source` gets the changes and takes them back, in a thread of its own; the rest draws, with
-textual, which is imported here alone. All of it stands on :mod:`cowfs.api`.
+:mod:`cowfs.browse.source` reads the changes and reverts them, in a thread of its own; the rest draws, with
+textual, which nothing else in cowfs imports. Everything goes through :mod:`cowfs.api`.
 """

@@ -1,4 +1,4 @@
-"""The application: the tree above, what is said of the selected path below it."""
+"""The application: the tree above, details of the selected path below it."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ _DIFF_STYLES = {"+": "green", "-": "red", "@": "cyan", "#": "dim"}
 def browse(what: str, lowers: Lowers, since: str | None, at: bytes = b"") -> None:
     """Browse the changes of a store or a mount, from the directory *at* on, until the user quits.
 
-    With *since*, those after that checkpoint. Takes the whole terminal. Raises CowfsError if the changes
-    cannot be had.
+    With *since*, those after that checkpoint. Uses the whole terminal. Raises CowfsError if the changes
+    cannot be read.
     """
     said: list[str] = []
     source = Source(what, lowers, since, said.append)
     thread = ThreadPoolExecutor(1, "source")
     try:
-        thread.submit(source.open).result()  # a refusal is one line, on a terminal that is as it was
+        thread.submit(source.open).result()  # a refusal prints one line and leaves the terminal as it is
         app = Browser(source, thread, said, at)
         app.run()
         if app.failure is not None:
@@ -50,7 +50,7 @@ def browse(what: str, lowers: Lowers, since: str | None, at: bytes = b"") -> Non
 
 
 class Browser(App[None]):
-    """Walks the changes of one source."""
+    """Shows the changes of one source."""
 
     CSS = """
     Screen { layout: vertical; }
@@ -103,7 +103,7 @@ class Browser(App[None]):
         return self.query_one(ChangesTree)
 
     async def _asked(self, call: Callable[[], _T]) -> _T:
-        """Run *call* where the source is at home, and wait for it."""
+        """Run *call* in the thread of the source, and wait for its result."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, call)
 
     def _tick(self) -> None:
@@ -137,7 +137,7 @@ class Browser(App[None]):
             self._is_read = True
         changes = "1 change" if root.count == 1 else f"{root.count or 'no'} changes"
 
-        def go() -> None:  # a node has no line before it was drawn
+        def go() -> None:  # a node has no line before it is drawn
             tree.move_cursor(target)
             self._title(changes)
             self._describe(root.find(at))
@@ -154,7 +154,7 @@ class Browser(App[None]):
 
     @work(exclusive=True, group="describe")
     async def _describe(self, entry: Entry) -> None:
-        await asyncio.sleep(0.05)  # who walks quickly does not wait for what he passes
+        await asyncio.sleep(0.05)  # someone who moves quickly does not wait for the paths in between
         ask = self._source.explain if self._shown == "explain" else self._source.diff
         try:
             said = await self._asked(lambda: ask(entry))
@@ -195,7 +195,7 @@ class Browser(App[None]):
 
     @work(group="revert")
     async def action_revert(self) -> None:
-        """Take back what is marked, or else what is selected, if the user says so."""
+        """Revert what is marked, or else what is selected, if the user agrees."""
         tree, selected = self._tree, self._tree.selected
         wanted = topmost(tree.marked.values()) or ([] if selected is None else [selected])
         count = sum(entry.count for entry in wanted)
@@ -212,7 +212,7 @@ class Browser(App[None]):
 
     @work(group="revert")
     async def action_undo(self) -> None:
-        """Bring back what was taken back last."""
+        """Undo the last revert."""
         if not self._busy and not self._reading:
             await self._take_back(self._source.undo, "brought back", "")
 

@@ -1,4 +1,4 @@
-"""The screens that lie above the tree: a question, and the help."""
+"""The screens above the tree: a question, and the help."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ A added   M modified   D deleted   R renamed   * marked
 
 
 class Question(ModalScreen[bool]):
-    """Asks something that *y* answers with yes, and everything else with no."""
+    """Asks a question: *y* means yes, every other key no."""
 
     DEFAULT_CSS = _STYLE.format("Question")
     BINDINGS: ClassVar[list[BindingType]] = [

@@ -1,7 +1,7 @@
-"""What is browsed: the changes as a tree, how each differs, and how they are taken back. Draws nothing.
+"""The data that is browsed: the tree of changes, how each differs, and how to revert them. Draws nothing.
 
-All of it blocks, and belongs to one thread: a store that is not mounted is open for reading while it is
-looked at, and is closed while changes are taken back.
+Everything blocks and belongs to one thread. A store that is not mounted is open for reading while the user
+looks at it, and closed while changes are reverted.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _LONGEST = 1000
 
 
 class Entry:
-    """A changed path, or a directory that changes are in."""
+    """A changed path, or a directory with changes in it."""
 
     __slots__ = ("change", "children", "count", "name", "parent", "path")
 
@@ -53,14 +53,14 @@ class Entry:
         return bool(self.children) or self.change is None or self.change.type == "directory"
 
     def ways(self) -> Iterator[Entry]:
-        """Yield this one and those above it, the root last."""
+        """Yield this entry and those above it, the root last."""
         entry: Entry | None = self
         while entry is not None:
             yield entry
             entry = entry.parent
 
     def find(self, path: bytes) -> Entry:
-        """Return the entry of *path*, or the nearest above that there is."""
+        """Return the entry of *path*, or the nearest existing entry above it."""
         entry = self
         for name in filter(None, path.split(b"/")):
             child = entry.children.get(name)
@@ -70,7 +70,7 @@ class Entry:
         return entry
 
     def add(self, change: Change) -> None:
-        """Put a change in its place below this one, the root."""
+        """Add a change to the tree below this entry, the root."""
         entry = self
         entry.count += 1
         for name in filter(None, change.path.split(b"/")):
@@ -108,19 +108,19 @@ class Source:
         self._changes: Changes | None = None
 
     def open(self) -> Changes:
-        """Open it, unless it is open. CowfsError says why it cannot be."""
+        """Open it, unless it is open. Raises CowfsError if that fails."""
         if self._changes is None:
             opening = open_changes(self.what, self._lowers, self._tell, since=self.since)
             self._changes = self._stack.enter_context(opening)
         return self._changes
 
     def close(self) -> None:
-        """Close it; what is asked next opens it again."""
+        """Close it; the next question opens it again."""
         self._changes = None
         self._stack.close()
 
     def read(self) -> Entry:
-        """Return the root of the tree of all changes, as they are now."""
+        """Read all changes as they are now, and return the root of their tree."""
         self.close()
         root = Entry(b"", b"", None)
         self.found = 0
@@ -139,7 +139,7 @@ class Source:
         return "\n".join(map(printable, lines))
 
     def diff(self, entry: Entry) -> str:
-        """Return how the path differs: as a patch, or for a directory what there is below it."""
+        """Return how the path differs: a patch, or for a directory the changes below it."""
         change = entry.change
         head = [line(change)] if change is not None else []
         below = entry.count - (change is not None)
@@ -180,12 +180,12 @@ class Source:
                 return
 
     def revert(self, paths: Sequence[bytes]) -> list[Done]:
-        """Take back what was changed at and below *paths* (an empty one is the root: everything)."""
+        """Revert everything at and below *paths* (an empty path is the root: everything)."""
         everything = b"" in paths
         return self._take_back("revert", None if everything else [glob.escape(path) for path in paths])
 
     def undo(self) -> list[Done]:
-        """Bring back what was taken back last."""
+        """Undo the last revert."""
         return self._take_back("undo", None)
 
     def _take_back(self, asked: str, paths: Sequence[bytes] | None) -> list[Done]:
@@ -194,7 +194,7 @@ class Source:
 
 
 class _Sides:
-    """The two versions of a path, with no more than can be looked at."""
+    """The two versions of a path, cut to a size that one can look at."""
 
     def __init__(self, changes: Changes, *, whole: bool) -> None:
         self._changes = changes
@@ -217,7 +217,7 @@ class _Sides:
 
 
 def _shown(text: bytes) -> Iterator[str]:
-    """Yield lines of others' making, with nothing in them that drives a terminal."""
+    """Yield lines that others wrote, without anything in them that controls a terminal."""
     lines = text.decode(errors="surrogateescape").split("\n")
     for each in lines[:-1] if not lines[-1] else lines:
         cut = each[:_LONGEST].expandtabs(8)

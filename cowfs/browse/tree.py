@@ -1,4 +1,4 @@
-"""The tree of changes as a widget, which fills a directory when it is opened."""
+"""The tree of changes as a widget; a directory is filled when it is opened."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _STYLES = {"A": "green", "M": "yellow", "D": "red", "R": "cyan"}
 
 
 class More(NamedTuple):
-    """Stands for the names of a directory from a number on."""
+    """A placeholder for the names of a directory from a given number on."""
 
     entry: Entry
     start: int
@@ -29,7 +29,7 @@ Node = TreeNode[Entry | More]
 
 
 class ChangesTree(Tree[Entry | More]):
-    """The changed paths. What is marked survives that the changes are read again, and what is open."""
+    """The changed paths. What is marked and what is open stays so when the changes are read again."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("space", "app.mark", "Mark", key_display="Space"),
@@ -49,7 +49,7 @@ class ChangesTree(Tree[Entry | More]):
         return data if isinstance(data, Entry) else None
 
     def fill(self, root: Entry, at: bytes) -> Node:
-        """Show the changes anew, and what was open open; return the node of a path, or one near it."""
+        """Show the changes anew, with the same directories open; return the node of a path, or one near."""
         opened = [node.data.path for node in self._open_nodes(self.root) if isinstance(node.data, Entry)]
         marked = [root.find(path) for path in self.marked]
         self.marked = {each.path: each for each in marked if each.path in self.marked}
@@ -69,7 +69,7 @@ class ChangesTree(Tree[Entry | More]):
         return found
 
     def _reach(self, entry: Entry) -> Node:
-        """Return the node of *entry*, after opening all above it; the nearest, if it is on no page yet."""
+        """Return the node of *entry*, after opening all above it; the nearest, if no page shows it yet."""
         node = self.root
         for step in [each for each in entry.ways()][-2::-1]:
             self._grow(node)
@@ -92,7 +92,7 @@ class ChangesTree(Tree[Entry | More]):
             node.add_leaf(Text(f"... {left} more (Enter)"), data=More(entry, start + _PAGE))
 
     def label(self, entry: Entry) -> Text:
-        """Return what is shown of an entry: text alone, whatever is in its name."""
+        """Return what is shown of an entry: plain text, whatever its name contains."""
         text = Text(no_wrap=True)
         marked = any(each.path in self.marked for each in entry.ways())
         text.append("* " if marked else "  ", "bold magenta")
@@ -119,7 +119,7 @@ class ChangesTree(Tree[Entry | More]):
         self.action_cursor_down()
 
     def unmark(self) -> None:
-        """Mark nothing any more."""
+        """Remove all marks."""
         self.marked.clear()
         self._relabel(self.root)
 
@@ -130,11 +130,11 @@ class ChangesTree(Tree[Entry | More]):
             self._relabel(child)
 
     def on_tree_node_expanded(self, event: Tree.NodeExpanded[Entry | More]) -> None:
-        """Fill a directory, the first time."""
+        """Fill a directory when it is first opened."""
         self._grow(event.node)
 
     def on_tree_node_selected(self, event: Tree.NodeSelected[Entry | More]) -> None:
-        """Put the next names in the place of what stands for them."""
+        """Replace the placeholder by the next names."""
         node = event.node
         if isinstance(node.data, More) and node.parent is not None:
             more, parent = node.data, node.parent
@@ -142,7 +142,7 @@ class ChangesTree(Tree[Entry | More]):
             self._grow(parent, more.start)
 
     def action_open(self) -> None:
-        """Open the directory, or go to what is first in it."""
+        """Open the directory, or go to its first entry."""
         node = self.cursor_node
         if node is None or not node.allow_expand:
             return

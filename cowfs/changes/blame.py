@@ -1,7 +1,7 @@
 """Who made, wrote, renamed and removed a file, from what ``mount -o blame`` has recorded.
 
-The records are read from the newest to the oldest, and a file is followed to the names that it had before: so
-an editor that writes a new file and renames it, or a package manager, is told of as the one who wrote.
+The records are read from the newest to the oldest, and a file is followed to its earlier names. So an editor
+or a package manager, which writes a new file and renames it, is named as the writer.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Record(NamedTuple):
 def records(contents: Iterable[bytes], name: str) -> Iterator[Record]:
     """Yield the records in what :meth:`cowfs.store.format.records.Records.contents` gives, the newest first.
 
-    Raises StoreError for what makes no sense; *name* is the store's.
+    Raises StoreError for a record that makes no sense; *name* is the name of the store.
     """
     for content in contents:
         batch = parse(content, name)
@@ -112,7 +112,7 @@ class Deed(NamedTuple):
 
 @dataclass(slots=True)
 class History:
-    """What is known of one path: of each kind the first and the last that was done."""
+    """What is known of one path: the first and the last event of each kind."""
 
     path: bytes
     first: dict[str, Deed] = field(default_factory=dict)
@@ -125,14 +125,14 @@ class History:
         self.names[self.path] = None
 
     def add_older(self, record: Record) -> None:
-        """Take note of a record; the one that was taken before is newer."""
+        """Add a record that is older than all those added before."""
         is_ours, operations = record.path in self.names, record.operations
         if record.to is not None:
             before = [older for name in self.names if (older := _before(record, name)) is not None]
             if before:
                 self.names.update(dict.fromkeys(before[: _MOST_NAMES - len(self.names)]))
             elif "link" in operations:
-                return  # it has one more name, and was there
+                return  # it has one more name, and existed already
             is_ours = is_ours or bool(before)
         if not is_ours:
             return
@@ -148,7 +148,7 @@ class History:
         self.first[kind] = begin
 
     def to_json(self) -> Iterator[dict[str, Any]]:
-        """Yield an object for each kind of things that were done."""
+        """Yield a JSON object for each kind of event."""
         for kind in _in_order(self.first):
             entry: dict[str, Any] = {"version": VERSION}
             put_path(entry, "path", self.path)
@@ -157,7 +157,7 @@ class History:
             yield entry
 
     def deeds(self) -> Iterator[tuple[str, list[tuple[str, Deed]]]]:
-        """Yield each kind with its first and its last, or with one where they are nearly the same."""
+        """Yield each kind with its first and last event, or with one where they are nearly the same."""
         for kind in _in_order(self.first):
             first, last = self.first[kind], self.last[kind]
             alike = first._replace(time=0) == last._replace(time=0) and last.time - first.time < _ALIKE
@@ -169,7 +169,7 @@ def _in_order(found: dict[str, Deed]) -> list[str]:
 
 
 def _before(record: Record, name: bytes) -> bytes | None:
-    """Return what had a name before, if the record tells that it got the name then."""
+    """Return the earlier name of what *name* names, if the record says that it got the name then."""
     assert record.to is not None
     before = _moved(name, record.to, record.path)
     return (
@@ -178,7 +178,9 @@ def _before(record: Record, name: bytes) -> bytes | None:
 
 
 def _moved(name: bytes, there: bytes, before: bytes) -> bytes | None:
-    """Return what *name* was before *before* became *there*; None if it is not that, nor below it."""
+    """Return what *name* was called before *before* became *there*; None if it is neither *there* nor below
+    it.
+    """
     if name == there:
         return before
     if there and name.startswith(there + b"/"):
@@ -196,7 +198,7 @@ def _json(deed: Deed) -> dict[str, Any]:
 
 
 class _Histories:
-    """Histories, found by the names that their files had."""
+    """Histories, by the names that their files had at the time reached."""
 
     def __init__(self) -> None:
         self._by_name: dict[bytes, list[History]] = {}
@@ -213,7 +215,7 @@ class _Histories:
                 self._above.add(name)
 
     def go_back(self, record: Record) -> None:
-        """Let those take note of a record that it may be about."""
+        """Add a record to the histories that it may concern."""
         found = {id(each): each for each in self._by_name.get(record.path, ())}
         if record.to is not None:
             found |= {id(each): each for each in self._by_name.get(record.to, ())}
@@ -229,14 +231,14 @@ class _Histories:
 
 
 class _Names:
-    """What is called how in the end of what had some name at the time that has been reached, going back."""
+    """The last name of each file, by the name it had at the time reached while going back."""
 
     def __init__(self) -> None:
         self._later: dict[bytes, bytes] = {}
         """Of files and directories that were renamed since."""
 
     def of(self, path: bytes) -> bytes:
-        """Return the last name of what was at *path*."""
+        """Return the last name of the file that was at *path*."""
         above, rest = path, b""
         while above:
             later = self._later.get(above)
@@ -247,7 +249,7 @@ class _Names:
         return path
 
     def go_back(self, record: Record) -> Iterator[bytes]:
-        """Yield the last names of what a record is about, and go back to before it."""
+        """Yield the last names of the files in a record, and go back to before it."""
         path, to = record.path, record.to
         if to is None:
             yield self.of(path)
@@ -262,11 +264,11 @@ class _Names:
             self._later[path], self._later[to] = last, self.of(path)
         elif "rename" in record.operations:
             self._later[path] = last
-            self._later[to] = to  # what was there before went
+            self._later[to] = to  # what was there before disappeared
 
 
 def names_of(contents: Iterable[bytes], name: str, selects: Callable[[bytes], object]) -> list[bytes]:
-    """Return all paths that are recorded and that *selects* is true of, as they were called last, sorted."""
+    """Return all recorded paths that *selects* accepts, under their last names, sorted."""
     names, found = _Names(), set()
     for record in records(contents, name):
         found |= {path for path in names.go_back(record) if path not in found and selects(path)}
@@ -274,10 +276,10 @@ def names_of(contents: Iterable[bytes], name: str, selects: Callable[[bytes], ob
 
 
 def blame(contents: Iterable[bytes], paths: Iterable[bytes], name: str) -> tuple[list[History], int | None]:
-    """Return what is recorded of each path, and since when (µs since the epoch) something is recorded at all.
+    """Return what is recorded of each path, and the time of the first record (µs since the epoch).
 
-    *contents* are those of a store's records; *name* is for messages. Raises StoreError if they are damaged.
-    Holds what is returned in memory.
+    *contents* is what a store's records contain; *name* is for messages. Raises StoreError if they are
+    damaged. The whole result is held in memory.
     """
     histories = [History(path) for path in paths]
     known = _Histories()

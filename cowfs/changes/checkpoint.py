@@ -1,7 +1,8 @@
-"""Checkpoints: what the tree was at some moment, kept below what is changed since (ADR 0045).
+"""Checkpoints: the tree as it was at some moment, kept as layers below later changes (ADR 0045).
 
-All work in steps, between which the mount goes on: None, or a call that blocks, for a thread. The step that
-makes the difference is one that nothing comes in between, and to the disk it is one rename.
+All functions are generators, and the mount serves requests between two steps. A step yields None, or a call
+that blocks, to be run in a thread. The decisive step is atomic: nothing runs in between, and on the disk it
+is one rename.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ _SOON = 0.5
 
 
 def take(store: Store, fs: Overlay, name: str) -> Steps:
-    """Make a checkpoint of the tree as it is. UsageError if the name is none, or taken; StoreError."""
+    """Make a checkpoint of the tree as it is. UsageError if the name is invalid or taken; StoreError."""
     check_name(name)
     if store.is_aufs:
         raise StoreError(
@@ -55,10 +56,10 @@ def take(store: Store, fs: Overlay, name: str) -> Steps:
         must_not_wait(fs.base)
     yield from _complete(fs)
     yield from freeze.link_all(fs)
-    yield store.save  # what is frozen is on disk but for what comes in between
+    yield store.save  # what is frozen is on disk, except what changes meanwhile
     yield from stillness(fs)
     _must_not_be_lent(fs)
-    done_at_once(freeze.link_all(fs))  # those that were changed in between
+    done_at_once(freeze.link_all(fs))  # those that changed meanwhile
     store.header = checkpoints.with_layers(store.layer, store.header)
     number = layers.next_number()
     below = layers.below(store.upper)
@@ -72,10 +73,10 @@ def take(store: Store, fs: Overlay, name: str) -> Steps:
 
 
 def go_back(store: Store, fs: Overlay, name: str, forget: Callable[[Stale], None]) -> Steps:
-    """Let the tree be what it was at a checkpoint; what was changed since is gone.
+    """Make the tree what it was at a checkpoint; later changes are lost.
 
     *forget* is called, in a thread, with what the kernel has cached. UsageError if there is no such
-    checkpoint, MountFailure if something of the tree is open.
+    checkpoint, MountFailure if a file of the tree is open.
     """
     layers = store.layers
     target = layers.named(name)
@@ -95,9 +96,9 @@ def go_back(store: Store, fs: Overlay, name: str, forget: Callable[[Stale], None
 
 
 def delete(store: Store, fs: Overlay, name: str) -> Steps:
-    """Delete a checkpoint. What the tree shows, and what other checkpoints do, stays the same.
+    """Delete a checkpoint. The tree and the other checkpoints keep their contents.
 
-    What others stand on keeps its layer until the store is opened next (:mod:`cowfs.changes.merge`).
+    A layer that others need stays until the store is opened next (:mod:`cowfs.changes.merge`).
     """
     layers = store.layers
     target = layers.named(name)
@@ -107,10 +108,11 @@ def delete(store: Store, fs: Overlay, name: str) -> Steps:
 
 
 def stand_still(store: Store, fs: Overlay) -> Generator[Callable[[], None] | None, None, str]:
-    """Return at a moment at which all that the tree shows is in the store, until the next step or request.
+    """Return at a moment when everything the tree shows is in the store; this holds until the next step or
+    request.
 
-    Returns which files the kernel goes on writing to by itself (passthrough); "" if none. MountFailure if
-    files are copied up all the time.
+    Returns the files that the kernel itself writes to (passthrough); "" if none. MountFailure if files are
+    copied up without a pause.
     """
     if fs.host.lent():
         yield fs.host.prune
@@ -120,7 +122,7 @@ def stand_still(store: Store, fs: Overlay) -> Generator[Callable[[], None] | Non
 
 
 def _now(store: Store, upper: object, frozen: list[Checkpoint]) -> None:
-    """Go on with another upper: the exchange has been made, and nothing undoes it."""
+    """Continue with another upper: the exchange is made, and nothing can undo it."""
     store.upper, store.frozen = upper, frozen
     try:
         store.layers.settle(store.upper, store.index, store.links)
@@ -129,15 +131,15 @@ def _now(store: Store, upper: object, frozen: list[Checkpoint]) -> None:
 
 
 def tidy(store: Store) -> Iterator[None]:
-    """Remove the layers that nobody can come back to."""
+    """Remove the layers that nobody can go back to."""
     layers = store.layers
     for number in layers.rubbish(store.upper):
-        with suppress(OSError):  # the next mount goes on with it
+        with suppress(OSError):  # if this fails, the next mount continues
             yield from layers.remove(number)
 
 
 def must_be_one(fs: Overlay) -> None:
-    """MountFailure if some directories have another upper, in memory, which stands on this one."""
+    """MountFailure if some directories have another upper, in memory, based on this one."""
     if len(fs.unions()) > 1:
         raise MountFailure(
             "the mount has volatile directories, so its layers must stay as they are",
@@ -146,7 +148,7 @@ def must_be_one(fs: Overlay) -> None:
 
 
 def must_not_be_in_use(fs: Overlay) -> None:
-    """MountFailure if a file or directory of the tree is open, as far as the daemon is told of it."""
+    """MountFailure if a file or directory of the tree is open, as far as the daemon knows."""
     opened = _first_of(fs.host.opened())
     if opened:
         raise MountFailure(
@@ -156,14 +158,16 @@ def must_not_be_in_use(fs: Overlay) -> None:
 
 
 def _released(fs: Overlay) -> Steps:
-    """Wait for what is being closed: close(2) returns before the kernel tells us (FUSE_RELEASE)."""
+    """Wait until files that were closed are released: close(2) returns before the kernel tells us
+    (FUSE_RELEASE).
+    """
     end = time.monotonic() + _SOON
     while _first_of(fs.host.opened()) and time.monotonic() < end:
         yield lambda: time.sleep(_PAUSE)
 
 
 def _unlent(fs: Overlay) -> Steps:
-    """MountFailure if the kernel writes to a file of the upper by itself: it would go on doing so."""
+    """MountFailure if the kernel itself writes to a file of the upper: it would continue to."""
     if fs.host.lent():
         yield fs.host.prune
     end = time.monotonic() + _SOON
@@ -182,7 +186,7 @@ def _must_not_be_lent(fs: Overlay) -> None:
 
 
 def _first_of(nodes: Iterable[Node]) -> str:
-    """Return a path of one of them, and how many more there are; nothing of none."""
+    """Return the path of one of them, and how many more there are; "" if there are none."""
     paths = sorted({b"/" + freeze.path_of(node) for node in nodes})
     if not paths:
         return ""
@@ -190,7 +194,7 @@ def _first_of(nodes: Iterable[Node]) -> str:
 
 
 def _complete(fs: Overlay) -> Steps:
-    """Bring up what is missing of files that are copied up lazily: of a lower layer nobody would."""
+    """Copy up the missing data of partial files: in a lower layer nobody would."""
     for pending in list(fs.pending.values()):
         file = incomplete.open_rest(fs, pending)
         try:
@@ -202,7 +206,7 @@ def _complete(fs: Overlay) -> Steps:
 
 
 def stillness(fs: Overlay, *, with_pending: bool = False) -> Steps:
-    """Return at a moment at which no thread changes a file. MountFailure if there is none for long."""
+    """Return at a moment when no thread changes a file. MountFailure if none comes for a long time."""
     deadline = time.monotonic() + _PATIENCE
     while True:
         try:

@@ -1,4 +1,4 @@
-"""What differs between two inodes, as far as users of a tree would call it a difference."""
+"""What differs between two inodes, as far as a user would call it a difference."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _NO_XATTRS = {errno.ENODATA, errno.EOPNOTSUPP, errno.EPERM, errno.EACCES}
 
 @dataclass(slots=True)
 class Inode:
-    """An inode of one layer, and where its data is if not in the same."""
+    """An inode of one layer, and where its data is if not there."""
 
     layer: LowerLayer
     key: Key
@@ -52,9 +52,9 @@ def compare(
 
     Blocks, but yields before each MiB of content that it reads.
 
-    Another type is a difference that says it all: ``type`` comes alone. Of the times only that of
-    the last write to the data counts, and a directory's does not, unless *directory_times*: it changes with
-    every entry made in it. Neither do inode numbers and link counts.
+    If the types differ, the result is ``type`` alone. The only time that counts is that of the last write to
+    the data. A directory's does not count unless *directory_times*, since it changes with every entry made in
+    it. Inode numbers and link counts do not count.
     """
     if stat.S_IFMT(new.attr.st_mode) != stat.S_IFMT(old.attr.st_mode):
         return ("type",)
@@ -80,13 +80,13 @@ def compare(
 
 
 def differing(new: Inode, old: Inode, xattrs: XattrFormat) -> tuple[bytes, ...]:
-    """Return the names, as users know them, of the xattrs that differ, or that one has and not the other."""
+    """Return the names, as users know them, of the xattrs that differ or that only one inode has."""
     one, other = shown_xattrs(new, xattrs), shown_xattrs(old, xattrs)
     return tuple(sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name)))
 
 
 def shown_xattrs(inode: Inode, xattrs: XattrFormat) -> dict[bytes, bytes]:
-    """Return the xattrs that users see, by the names that they know; empty where the layer has none."""
+    """Return the xattrs that users see, under the names they know; empty if the layer has none."""
     values = {}
     for name in _names(inode):
         shown = xattrs.shown(name)
@@ -109,7 +109,7 @@ def _names(inode: Inode) -> list[bytes]:
 
 
 def _same_time(new: int, old: int) -> bool:
-    """Compare as exactly as both can tell: an ext3 with small inodes knows whole seconds only."""
+    """Compare as exactly as both can record: an ext3 with small inodes stores whole seconds only."""
     if new % _SECOND == 0 or old % _SECOND == 0:
         return new // _SECOND == old // _SECOND
     return new == old
@@ -134,7 +134,7 @@ def _same_content(new: Inode, old: Inode) -> Generator[None, None, bool]:
             size = new.attr.st_size
             written = new.layer.open(new.key, _QUIETLY) if is_same else None
             if written is not None:
-                with closing(written):  # the rest is the same, unread
+                with closing(written):  # the rest is the same, without reading it
                     return (yield from _same_bytes(new_file, old_file, written.segments(size)))
             runs = either(new_file.segments(size), old_file.segments(size))
             return (yield from _same_bytes(new_file, old_file, runs))
@@ -145,7 +145,7 @@ def _same_content(new: Inode, old: Inode) -> Generator[None, None, bool]:
 
 
 def _same_bytes(new: File, old: File, runs: Iterable[tuple[int, int]]) -> Generator[None, None, bool]:
-    """Compare these runs. Where both have holes is none: they are equal unread."""
+    """Compare two runs of data. Nothing to compare where both have holes: they are equal."""
     for start, stop in runs:
         for position in range(start, stop, _CHUNK):
             yield

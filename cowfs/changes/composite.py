@@ -1,7 +1,7 @@
-"""Several uppers on top of each other as one: what was changed since a checkpoint that is not the last.
+"""Several stacked uppers as one layer: what was changed since a checkpoint that is not the last.
 
-To whoever reads it, it is a layer as any upper is: with whiteouts, opaque directories, redirects and
-metacopies in it, which say what all the layers together mean to those below.
+A reader sees it as an ordinary upper, with whiteouts, opaque directories, redirects and metacopies. They say
+what all the layers together mean for the layers below.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from cowfs.types import Attr, AttrData, DirEntry, FileHandle, FsStats
 
 @dataclass(slots=True, eq=False)
 class _Composed:
-    """An inode: where the layers have it, and what of their notes is not true of all of them."""
+    """An inode: where the layers have it, and which overlay attributes do not hold for all of them."""
 
     places: tuple[Place, ...]
     attr: Attr
@@ -45,8 +45,9 @@ class Composite:
         upper: Key | None = None,
         index: Key | None = None,
     ) -> None:
-        """*layers* are topmost first. *upper* is the root of the first if that is an upper in use, and
-        *index* its directory of hard links."""
+        """*layers* are topmost first. *upper* is the root of the first layer if it is an upper in use, and
+        *index* its directory of hard links.
+        """
         self._stack = stack = Stack(layers, xattrs, upper, is_part=True)
         self._format = xattrs
         self._index: Index | None = None if index is None else open_index(layers[0], index, xattrs)
@@ -122,7 +123,9 @@ class Composite:
 
     @staticmethod
     def _redirect(found: Found, name: bytes, is_root: bool) -> bytes | None:
-        """Return where the layers below have what *name* is, in the root or elsewhere; None: where it is."""
+        """Return where the layers below have what *name* is, in the root or elsewhere; None: under its own
+        name.
+        """
         assert found.further is not None
         path, from_root = found.further
         if path == (name,) and (is_root or not from_root):
@@ -190,7 +193,7 @@ class Composite:
                 continue
 
     def close(self) -> None:
-        """Nothing: the layers are closed by whoever opened them."""
+        """Do nothing: whoever opened the layers closes them."""
 
     def _top(self, key: _Composed) -> tuple[LowerLayer, Key]:
         number, below = key.places[0]
@@ -198,7 +201,7 @@ class Composite:
 
 
 class Above(NamedTuple):
-    """What is above some layer of a store: what there is to compare with it."""
+    """What is above some layer of a store: what can be compared with it."""
 
     layer: UpperLayer
     root: Key
@@ -212,7 +215,7 @@ def above(
     xattrs: XattrFormat,
     index: Key | None,
 ) -> Above:
-    """Return an upper, if there is one, and the layers *frozen* right below it as one."""
+    """Return the upper, if there is one, and the *frozen* layers right below it, as one layer."""
     if upper is None:
         composite = Composite(frozen, xattrs)
     elif not frozen:

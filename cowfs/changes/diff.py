@@ -1,19 +1,19 @@
 """The changes between the lowers and the merged tree, found by reading the upper.
 
-Every path has at most one line, but for a place where something went and something else was renamed
-to: that has a ``D`` and then an ``R``. The rules:
+Every path has at most one line, with one exception: if something was deleted and something else was renamed
+to its place, the path has a ``D`` and then an ``R``. The rules:
 
-- ``D``: what the lowers show is gone. A directory is one line, not its contents. Where a directory
-  was deleted and made anew (an opaque one), that of its old contents which is not there any more.
-- ``R``: a directory, or a file whose data was not touched, was renamed; changes below a directory are
-  told under its new name, and so are its own attributes. The old place has then no ``D``, and what was
-  put there since is ``A``.
-- ``A``: the merged tree has a name that the lowers have not; each file of a new directory is told.
-- ``M``: both have it, and they differ. If one of them is a directory and the other is not, that is
-  ``M`` with ``type``, and the contents of a directory that went are not told.
+- ``D``: what the lowers show is gone. A directory is one line, without its contents. If a directory was
+  deleted and made anew (it is opaque), each of its old entries that is gone has a line.
+- ``R``: a directory, or a file whose data was not touched, was renamed. Changes below a directory, and of its
+  own attributes, are listed under its new name. The old place has no ``D``, and what was put there later is
+  ``A``.
+- ``A``: the merged tree has a name that the lowers do not have; each file of a new directory is listed.
+- ``M``: both have it, and they differ. If one of them is a directory and the other is not, that is ``M`` with
+  ``type``; the contents of a deleted directory are not listed.
 
-A file copied up but otherwise equal, and a directory copied up for the sake of what is in it, are no
-changes. What counts as equal is told at :func:`cowfs.changes.compare.compare`.
+A file that was copied up but is equal, and a directory that was copied up only because of its contents, are
+not changes. :func:`cowfs.changes.compare.compare` says what counts as equal.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ def diff(
 ) -> Iterator[Change]:
     """Yield every change, sorted by name within each directory, a directory before its contents.
 
-    *lowers* are topmost first; *prefix* is that of the overlay's xattrs (``trusted.overlay.``);
-    *index* is the directory of hard links in the upper layer, if there is one. With *directory_times*
-    a directory whose time alone differs is told, too. Blocks as the layers do: between two changes
-    whole files may be compared. Holds the names of one directory a level, and the renamed paths, in
-    memory. The tree may be in use: then each line was true at some moment, and what goes meanwhile is
-    left out. Raises the layers' :class:`OSError`.
+    *lowers* are topmost first; *prefix* is that of the overlay's xattrs (``trusted.overlay.``); *index* is
+    the directory of hard links in the upper layer, if there is one. With *directory_times* a directory whose
+    time alone differs is listed, too. Blocks as the layers do: it may compare whole files between two
+    changes. Holds the names of one directory per level, and the renamed paths, in memory. The tree may be in
+    use: then each line was true at some moment, and files deleted meanwhile are left out. Raises the layers'
+    :class:`OSError`.
     """
     told = steps(upper, upper_root, lowers, prefix, index, directory_times=directory_times)
     return (step for step in told if step is not None)
@@ -64,16 +64,16 @@ def steps(
     *,
     directory_times: bool = False,
 ) -> Iterator[Change | None]:
-    """Like :func:`diff`, but yield None again and again, after at most an inode or a MiB of content.
+    """Like :func:`diff`, but also yield None, at least after each inode and each MiB of content.
 
-    For a caller who has other things to do meanwhile.
+    For a caller that has other work to do meanwhile.
     """
     return _Diff(upper, upper_root, lowers, prefix, index, directory_times).run()
 
 
 @dataclass(slots=True)
 class _Directory:
-    """A directory of the merged tree whose contents are still to be compared."""
+    """A directory of the merged tree whose contents still have to be compared."""
 
     path: bytes
     upper: Key | None
@@ -187,7 +187,9 @@ class _Diff:
         return None if here.base is None else self._view.lookup(here.base, name)
 
     def _untouched(self, path: bytes, natural: bytes, base: Lower) -> Iterator[_Step]:
-        """What the upper has no entry for: a hard link in the index, or a directory on the way to one."""
+        """Find changes that the upper has no entry for: a hard link in the index, or a directory on the way
+        to one.
+        """
         if base.is_dir:
             yield _Directory(path, None, base, natural, merged=True)
             return
@@ -265,7 +267,7 @@ class _Diff:
         return what, differing(new, old, self._xattrs) if "xattrs" in what else ()
 
     def _give_data(self, new: Inode, notes: Notes, origin: Lower) -> None:
-        """Let a metacopy have the data that is below, all of it or what it has not itself."""
+        """Give a metacopy its data from below: all of it, or what it does not have itself."""
         note = self._xattrs.partial_of(notes)
         layer, key = self._data(origin)
         if note is None or note.is_of(layer.stat(key)):  # else nobody can read it

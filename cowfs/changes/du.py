@@ -47,8 +47,8 @@ def usage(
 ) -> Iterator[Used | None]:
     """Yield what each inode of a store takes, and None before each. Blocks as the layers do.
 
-    *root* is the directory of the changes, *private* that of the store's own files, if there is one.
-    *frozen* are the layers of checkpoints below *root*: what they hold is told by the paths that it had.
+    *root* is the directory of the changes, *private* the one of the store's own files, if there is one.
+    *frozen* are the layers of checkpoints below *root*; their contents are listed under the paths they had.
     """
     seen: set[int] = set()
     yield from _Usage(upper, [*frozen, *lowers], prefix, seen).run(root)

@@ -1,4 +1,4 @@
-"""Why a path shows what it shows: what each layer has, the rules that decide, what the store has of it."""
+"""Why a path shows what it shows: what each layer has, which rules decide, what the store holds of it."""
 
 from __future__ import annotations
 
@@ -30,13 +30,14 @@ def explain(
     path: bytes,
     frozen: Sequence[tuple[str, LowerLayer]] = (),
 ) -> dict[str, Any]:
-    """Return an explanation of *path*, for JSON. *frozen*: the checkpoints below the upper, and their layers.
+    """Return an explanation of *path*, for JSON. *frozen* are the checkpoints below the upper, and their
+    layers.
 
     ``layers`` are the layers, the store first, each with what it has of the path: ``path`` (a redirect may
     lead elsewhere), ``type``, ``mode``, ``uid``, ``gid``, ``size``, ``mtime_ns``, and the ``rules`` that were
-    applied there. ``seen`` is whether anything shows; ``change`` the letter of ``cowfs diff``, or None, with
-    ``what`` differs and ``source``, the path in the lowers; ``bytes`` what it takes in the store. Blocks as
-    the layers do; OSError.
+    applied there. ``seen`` says whether the path exists in the merged tree. ``change`` is the letter of
+    ``cowfs diff``, or None, with ``what`` (what differs) and ``source`` (the path in the lowers). ``bytes``
+    is what the path takes in the store. Blocks as the layers do; OSError.
     """
     xattrs = XattrFormat(prefix)
     below = [layer for _, layer in frozen]
@@ -164,7 +165,7 @@ class _Upper:
 def _change(
     inode: Inode, base: Lower | None, here: _Found, xattrs: XattrFormat, view: LowerView
 ) -> tuple[str | None, list[str]]:
-    """Return the letter of a change, and what differs."""
+    """Return the letter of the change, and what differs."""
     if here.is_whiteout:
         return ("D" if base is not None else None), []
     if base is None:

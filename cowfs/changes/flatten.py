@@ -1,6 +1,8 @@
-"""Let an upper need nothing that only overlayfs can say: no redirects, metacopies, or index of hard links.
+"""Make an upper work without overlayfs's attributes: without redirects, metacopies, and the index of hard
+links.
 
-What it has of the lowers by them is copied into it. Cut short, it is a store of the same tree all the same.
+What they refer to in the lowers is copied into the upper. If this is interrupted, the store still shows the
+same tree.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from cowfs.overlay.xattr_format import OPAQUE
 
 
 class _Level(NamedTuple):
-    """A directory on the way."""
+    """A directory on the way down."""
 
     node: Node
     is_whole: bool
@@ -30,7 +32,7 @@ class _Level(NamedTuple):
 
 
 def flatten(fs: OverlayFs, tick: Callable[[bytes], None]) -> int:
-    """Do so; return how many directories were renamed, and files without their data. Blocks.
+    """Flatten; return how many directories were renamed, and how many files had no data. Blocks.
 
     Nobody else may use the union meanwhile.
     """
@@ -76,7 +78,7 @@ def _enter(fs: OverlayFs, node: Node, *, is_whole: bool) -> _Level:
 
 
 def _settle(fs: OverlayFs, node: Node) -> int:
-    """Cut a renamed directory, all of which is in the upper by now, off from the lowers."""
+    """Cut a renamed directory off from the lowers: the upper has all of it by now."""
     if node.redirect is None or node.upper is None:
         return 0
     fs.note(node.upper, fs.format.opaque, OPAQUE)
@@ -88,7 +90,7 @@ def _settle(fs: OverlayFs, node: Node) -> int:
 
 
 def _drop_whiteouts(fs: OverlayFs, top: Key) -> None:
-    """Remove the whiteouts below a directory that is opaque: they hide nothing any more."""
+    """Remove the whiteouts below an opaque directory: they hide nothing any more."""
     waiting = [top]
     while waiting:
         directory = waiting.pop()

@@ -1,4 +1,4 @@
-"""An upper that is not made: what a rebase would make, as a layer to look at."""
+"""An upper that is never written: what a rebase would make, as a layer to read."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cowfs.types import Attr, AttrData, DirEntry, FileHandle, FsStats, own_attr
 
 @dataclass(slots=True, eq=False)
 class _Imagined:
-    """An inode: one that a layer has, or what is said of it here."""
+    """An inode: one of a layer, or one described here."""
 
     attr: Attr
     xattrs: dict[bytes, bytes] | None = None
@@ -28,9 +28,9 @@ class _Imagined:
 
 
 class ImaginedUpper:
-    """A :class:`cowfs.changes.rebase.Maker` that makes nothing, and the layer that it would have made.
+    """A :class:`cowfs.changes.rebase.Maker` that writes nothing, and the layer that it would have made.
 
-    Blocks as the layer does that it would link the files of; OSError.
+    Blocks as the layer does whose files it would link; OSError.
     """
 
     generation: int | None = None
@@ -40,7 +40,7 @@ class ImaginedUpper:
     dev = 0
 
     def __init__(self, layer: LowerLayer, root: Key, xattrs: XattrFormat) -> None:
-        """*root* is the directory of the layer whose attributes it begins with."""
+        """*root* is the directory of the layer whose attributes the new root starts with."""
         self.name = layer.name
         self._layer = layer
         self._format = xattrs
@@ -140,10 +140,10 @@ class ImaginedUpper:
         return None
 
     def forget(self, key: Key) -> None:
-        """Nothing: all that it has are references."""
+        """Do nothing: all that it has are references."""
 
     def close(self) -> None:
-        """Nothing: the layer is closed by whoever opened it."""
+        """Do nothing: whoever opened the layer closes it."""
 
     @staticmethod
     def _place(key: Key) -> tuple[LowerLayer, Key]:

@@ -1,4 +1,4 @@
-"""Which layers of a store a rebase makes anew: each on top of what it has made of the one below."""
+"""Which layers of a store a rebase makes anew: each on top of the new version of the one below."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cowfs.store.format.checkpoints import UPPER, Checkpoint, Layers
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One upper to be made, of one that is there."""
+    """One upper to be made from one that exists."""
 
     top: Checkpoint | None
     """None: the upper of the store."""
@@ -28,7 +28,7 @@ class Step:
 
 
 def steps(layers: Layers, upper: Key) -> list[Step]:
-    """Return what is to be made, each after what it stands on; the upper last."""
+    """Return what is to be made, each after the one below it; the upper last."""
     known = layers.all()
     wanted: dict[int, tuple[int, ...]] = {UPPER: layers.below(upper)}
     for one in known.values():

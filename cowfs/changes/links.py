@@ -1,4 +1,4 @@
-"""Hard links of the lower that changed without being in the upper: their other names were copied up.
+"""Hard links of the lower that changed without an entry in the upper, since another name was copied up.
 
 The kernel's overlayfs, with *index*, keeps the inode of a copied-up hard link in an index as well,
 under its origin. A name of the same inode that was never touched shows that inode, although the
@@ -39,12 +39,12 @@ def find_aliases(upper: UpperLayer, index: Key, view: LowerView) -> Generator[No
 
     Blocks, but yields before each inode.
 
-    Reads nothing of the lowers when the index is empty, which it is unless a file with several names
-    was changed; else lists them until all names have been found.
+    Reads nothing of the lowers if the index is empty, as it is unless a file with several names was changed.
+    Else lists them until all names are found.
     """
     aliases = Aliases()
     wanted = {entry.name for entry in upper.readdir(index) if not entry.name.startswith(b"#")}
-    missing: dict[bytes, int] = dict.fromkeys(wanted, -1)  # names yet to be found; -1: not known how many
+    missing: dict[bytes, int] = dict.fromkeys(wanted, -1)  # names still to be found; -1: unknown
     if not missing:
         return aliases
     for found in _linked_files(view):
@@ -74,7 +74,7 @@ def find_aliases(upper: UpperLayer, index: Key, view: LowerView) -> Generator[No
 
 
 def _linked_files(view: LowerView) -> Iterator[tuple[bytes, Lower] | None]:
-    """Yield every name in the merged lowers of an inode that has several; to be forgotten by the caller.
+    """Yield every name in the merged lowers of an inode that has several; the caller must forget it.
 
     None comes before each inode.
     """

@@ -1,4 +1,4 @@
-"""The lower layers merged among themselves: what a tree was before anything was changed."""
+"""The lower layers merged among themselves: the tree before anything was changed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cowfs.types import Attr
 
 
 def must_not_wait(lowers: Iterable[LowerLayer]) -> None:
-    """MountFailure if a lower of a mount may wait for others: the whole mount would wait with it."""
+    """MountFailure if a lower of a mount may wait for others: the whole mount would have to wait."""
     if any(layer.waits for layer in lowers):
         raise MountFailure(
             "a lower is on a filesystem that may hang (NFS, FUSE)", "unmount, and name the store instead"
@@ -45,18 +45,18 @@ class LowerView:
         self._stack = stack
 
     def root(self) -> Lower | None:
-        """Return the root directory; None when there is no lower at all."""
+        """Return the root directory; None if there is no lower at all."""
         if not self.layers:
             return None
         top = self.layers[0]
         return Lower(top.stat(self._stack.roots[0][1]), list(self._stack.roots))
 
     def lookup(self, directory: Lower, name: bytes) -> Lower | None:
-        """Return what *name* in a directory shows, None when nothing."""
+        """Return what *name* in a directory shows; None if nothing."""
         return self._find(directory.places, (name,))
 
     def resolve(self, path: bytes) -> Lower | None:
-        """Return what a path from the root (without a leading slash) shows, None when nothing."""
+        """Return what a path from the root (without a leading slash) shows; None if nothing."""
         return self._find(self._stack.roots, tuple(path.split(b"/"))) if path else self.root()
 
     def names(self, directory: Lower) -> set[bytes]:
@@ -76,5 +76,5 @@ class LowerView:
                 layer.forget(key)
 
     def _find(self, places: Sequence[Place], path: Path) -> Lower | None:
-        hits = self._stack.look(places, path).hits  # of a file that has no data: what there is
+        hits = self._stack.look(places, path).hits  # a file without data: show what there is
         return Lower(hits[0][2], [(number, key) for number, key, _ in hits]) if hits else None

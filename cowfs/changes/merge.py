@@ -1,7 +1,8 @@
-"""Merge a layer whose checkpoint was deleted with the one that stands on it.
+"""Merge a layer whose checkpoint was deleted with the layer above it.
 
-What both show together is made anew beside them, of links to their files and of directories of its own, and
-takes the place of the upper one by one rename. Before that nothing has changed; after it both are rubbish.
+A new layer beside them gets what both show together: links to their files, and new directories. One rename
+puts it in the place of the upper one. Before the rename nothing has changed; after it both old layers are
+rubbish.
 """
 
 from __future__ import annotations
@@ -33,14 +34,14 @@ _AT_A_TIME = 20
 
 
 class NotMerged(Exception):
-    """Two layers stay as they are: what they have cannot be one layer."""
+    """Two layers stay as they are: they cannot be merged into one."""
 
 
 def merge_deleted(store: Store, lowers: Sequence[LowerLayer]) -> None:
-    """Merge or remove each layer whose checkpoint was deleted, and that nobody else stands on. Blocks.
+    """Merge or remove each layer whose checkpoint was deleted and that no other layer needs. Blocks.
 
-    Only while nothing uses the store's keys. Whatever fails leaves the layers as they are. *lowers* are those
-    of the store.
+    Call it only while nothing uses the store's keys. A failure leaves the layers as they are. *lowers* are
+    the store's lowers.
     """
     if store.read_only or any(layer.waits for layer in lowers):
         return
@@ -62,7 +63,7 @@ def merge_deleted(store: Store, lowers: Sequence[LowerLayer]) -> None:
 
 
 def _next(store: Store, kept: set[int]) -> tuple[Checkpoint, int] | None:
-    """Return a layer without a name on which one other stands, and that."""
+    """Return a layer without a name that exactly one other is based on, and that other."""
     layers = store.layers
     for one in layers.all().values():
         if not one.name and one.number not in kept:
@@ -107,7 +108,7 @@ class _Merge:
         self._below = LowerView(below)
 
     def fill(self, made: Key) -> None:
-        """Let the empty directory *made* hold what both layers show."""
+        """Fill the empty directory *made* with what both layers show."""
         waiting: list[_Directory] = [(self._both.root, made, self._below.root())]
         dated: list[tuple[Key, Key]] = []
         while waiting:
@@ -122,7 +123,7 @@ class _Merge:
             self._layer.utimens(target, attr.st_atime_ns, attr.st_mtime_ns)
 
     def _entry(self, source: Key, target: Key, base: Lower | None, name: bytes) -> _Directory | None:
-        """Make one name; return the directory that it is, to be filled."""
+        """Make one entry; return it if it is a directory, to be filled."""
         both, layer = self._both, self._layer
         hit = both.lookup(source, name)
         if hit is None:
@@ -130,7 +131,7 @@ class _Merge:
         key, attr = hit
         top = key.places[0][1]
         if is_whiteout(both, key, attr, self._xattrs):
-            # Where it hides nothing the kernel may show it, or call the directory corrupt.
+            # Where it hides nothing, the kernel may show it or call the directory corrupt.
             if base is not None and self._below.lookup(base, name) is not None:
                 self._whiteout(top, target, name)
             return None
@@ -155,7 +156,7 @@ class _Merge:
             self._layer.mknod(directory, name, stat.S_IFCHR, 0, 0, 0)
 
     def _base(self, key: Key, base: Lower | None, name: bytes) -> Lower | None:
-        """Return what the layers below show in a directory of both; None: nothing."""
+        """Return what the layers below show in a directory that both layers have; None: nothing."""
         if self._xattrs.opaque in key.notes:
             return None
         redirect = key.notes.get(self._xattrs.redirect)
@@ -168,7 +169,7 @@ class _Merge:
         return found if found is not None and found.is_dir else None
 
     def _has_other_notes(self, key: Key) -> bool:
-        """Whether what a file without its data says of that would have to be another in one layer."""
+        """Whether a file without its data would need other overlay attributes in the merged layer."""
         for name in (self._xattrs.redirect, self._xattrs.partial):
             with suppress(OSError):
                 if name in key.notes and self._layer.getxattr(key.places[0][1], name) != key.notes[name]:
@@ -182,7 +183,7 @@ class _Merge:
         return False
 
     def _metacopy(self, key: Key, parent: Key, name: bytes) -> None:
-        """Make a file without data, as one is, but that says where this is found without the lower layer."""
+        """Make a metacopy that says where its data is once the lower layer is gone."""
         both, layer = self._both, self._layer
         attr = both.stat(key)
         made, file = layer.create(parent, name, 0o600, attr.st_uid, attr.st_gid)
@@ -208,7 +209,7 @@ class _Merge:
         return made
 
     def _complete(self, key: Key) -> None:
-        """Let a file of the upper layer have its data, which the lower one has."""
+        """Copy to a file of the upper layer its data, which the lower one has."""
         layer, xattrs, top = self._layer, self._xattrs, key.places[0][1]
         with suppress(OSError):
             layer.getxattr(top, xattrs.partial)

@@ -1,4 +1,4 @@
-"""What some layers show when they are merged, under each path."""
+"""What some layers show under each path when they are merged."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Merged:
         return None if inode is None else Version(inode.attr, functools.partial(_read, inode))
 
     def node(self, path: bytes) -> Node | None:
-        """Return what is at *path*, with all that is to be known of it; None when nothing is."""
+        """Return what is at *path*, with all that is known of it; None if nothing is."""
         inode = self._inode(path)
         if inode is None:
             return None
@@ -54,7 +54,7 @@ class Merged:
         )
 
     def names(self, path: bytes) -> set[bytes]:
-        """Return the names in the directory at *path*; none if there is no directory."""
+        """Return the names in the directory at *path*; none if it is not a directory."""
         found = self._directory(path)
         return set() if found is None else self._view.names(found)
 
@@ -74,7 +74,7 @@ class Merged:
             self._view.forget(found)
 
     def others(self, wanted: Iterable[tuple[int, int, int]]) -> Iterator[bytes]:
-        """Yield all paths of these inodes (:attr:`Node.identity`), as far as they are the store's."""
+        """Return all paths of these inodes (:attr:`Node.identity`), as far as they are in the store."""
         layers: dict[int, set[tuple[int, int]]] = {}
         for number, dev, ino in wanted:
             if self._is_of_store(number):
@@ -117,13 +117,15 @@ class Merged:
                 layer.forget(directory)
 
     def _is_of_store(self, number: int) -> bool:
-        """Whether a layer is the upper, or was once."""
+        """Whether a layer is the upper, or was one once."""
         return (self._stack.has_upper and not number) or isinstance(self._view.layers[number], FrozenLayer)
 
     # --- looking up
 
     def _directory(self, path: bytes) -> Lower | None:
-        """Return the directory at *path*, known until others are asked for; None if it is none."""
+        """Return the directory at *path*, which stays known until others are asked for; None if it is not
+        one.
+        """
         while self._way and self._way[-1][0] and not _is_above(self._way[-1][0], path):
             self._view.forget(self._way.pop()[1])
         if not self._way:
@@ -170,7 +172,7 @@ class Merged:
         return inode
 
     def _indexed(self, number: int, inode: Inode) -> tuple[Key, Attr] | None:
-        """Return what another name of a lower inode was copied up to, if it was; this one was not touched."""
+        """Return what a lower inode was copied up to under another name; None if it was not."""
         if self._index is None or not number or inode.attr.st_nlink < 2:
             return None
         hit = self._index.find(inode.layer.handle(inode.key))
@@ -179,7 +181,7 @@ class Merged:
         return None if is_whiteout_device(hit[1]) else hit
 
     def _give_data(self, inode: Inode, data: tuple[LowerLayer, Key]) -> None:
-        """Let a metacopy have the data that is below, all of it or what it has not itself."""
+        """Give a metacopy its data from below: all of it, or what it does not have itself."""
         xattrs = self._stack.format
         notes = notes_of(inode.layer, inode.key, xattrs) or {}
         if xattrs.is_metacopy(notes, inode.attr):

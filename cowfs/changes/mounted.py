@@ -20,9 +20,9 @@ _NO_XATTRS = {errno.ENODATA, errno.EOPNOTSUPP}
 
 
 class MountedTree:
-    """A tree below a directory (:class:`cowfs.changes.version.Tree`). Nothing is followed out of it.
+    """A tree below a directory (:class:`cowfs.changes.version.Tree`). It follows no link out of the tree.
 
-    What is mounted in it is not seen: a directory with another filesystem on it is empty.
+    Mounts in the tree are not seen: a directory with another filesystem on it is empty.
     """
 
     def __init__(self, path: str) -> None:
@@ -32,7 +32,7 @@ class MountedTree:
         self._dev = os.fstat(self._way[0][1]).st_dev
 
     def close(self) -> None:
-        """Let go of it."""
+        """Close it."""
         while self._way:
             os.close(self._way.pop()[1])
 
@@ -76,7 +76,7 @@ class MountedTree:
                         yield path
 
     def _directory(self, path: bytes) -> int:
-        """Return a descriptor of the directory at *path*; -1 if there is none."""
+        """Return a descriptor of the directory at *path*; -1 if it is not one."""
         while self._way[-1][0] and not (path + b"/").startswith(self._way[-1][0] + b"/"):
             os.close(self._way.pop()[1])
         here, fd = self._way[-1]

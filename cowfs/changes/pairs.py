@@ -1,4 +1,4 @@
-"""The files that differ, as git sees them: a renamed or deleted directory is its files."""
+"""The files that differ, as git sees them: for a renamed or deleted directory, its files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cowfs.types import Change
 
 
 class Sides(Protocol):
-    """Where the two versions of a path come from."""
+    """Where the two versions of a path are read from."""
 
     def before(self, path: bytes) -> Version | None:
         """Return what the lowers have at *path*."""
@@ -26,12 +26,12 @@ class Sides(Protocol):
         """Return what the merged tree has at *path*."""
 
     def files_before(self, path: bytes) -> Iterator[bytes]:
-        """Yield the paths of what the lowers have below the directory *path* and is none itself."""
+        """Yield the paths of everything the lowers have below the directory *path*, except directories."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """One file, as it was and as it is."""
+    """One file, before and after."""
 
     old_path: bytes
     new_path: bytes
@@ -40,11 +40,11 @@ class Pair:
 
 
 def files(changes: Iterable[Change], sides: Sides) -> Iterator[Pair | bytes]:
-    """Yield each file that differs, as git sees it, and comments for what it does not see.
+    """Yield each file that differs, as git sees it, and comments on what git does not see.
 
-    A renamed or deleted directory comes as its files. What is deleted where something else is now comes
-    first: to git a later deletion is one of that. Blocks as *sides* do: finds all changes first, for a
-    directory that is gone may have held what was renamed.
+    A renamed or deleted directory comes as its files. If something was deleted and something else took its
+    place, the deletion comes first: git would take a later one for a deletion of the new file. Blocks as
+    *sides* do. Finds all changes first, since a deleted directory may have held what was renamed.
     """
     with closing(Spool(changes)) as found:
         moved = {change.source for change in found if change.source is not None}
@@ -62,14 +62,14 @@ def files(changes: Iterable[Change], sides: Sides) -> Iterator[Pair | bytes]:
 
 
 def _gives_way(pair: Pair, sides: Sides) -> bool:
-    """Whether git sees a file deleted where there is another now."""
+    """Whether git sees one file deleted where there is another now."""
     return in_git(pair.old) and not in_git(pair.new) and in_git(sides.after(pair.old_path))
 
 
 def _files(changes: Iterable[Change], sides: Sides, moved: set[bytes]) -> Iterator[Pair | bytes]:
-    """Yield them, given where all that was renamed came from."""
+    """Yield them, given where everything that was renamed came from."""
     renames: list[_Rename] = []
-    pending: bytes | None = None  # an added directory, empty as far as we know
+    pending: bytes | None = None  # an added directory, empty as far as is known
     for change in changes:
         if pending is not None and not change.path.startswith(pending + b"/"):
             yield b"# " + text(pending) + b"/: an empty directory was added"
@@ -90,7 +90,7 @@ def _files(changes: Iterable[Change], sides: Sides, moved: set[bytes]) -> Iterat
                 yield _of(change, renames, sides)
             yield from _remarks(change, renames, sides)
             continue
-        if "type" in change.what:  # a directory that became something else is told in one line
+        if "type" in change.what:  # a directory that became something else is one line
             old = _old_path(renames, change.path)
             before = sides.before(old)
             if before is not None and before.is_dir:
@@ -104,14 +104,14 @@ def _files(changes: Iterable[Change], sides: Sides, moved: set[bytes]) -> Iterat
 
 
 def _gone(directory: bytes, sides: Sides, moved: set[bytes]) -> Iterator[Pair]:
-    """Yield the files of a directory that is not there any more, but for those that were renamed."""
+    """Yield the files of a deleted directory, except those that were renamed."""
     for path in sides.files_before(directory):
         if path not in moved and not is_below(path, moved, directory):
             yield Pair(path, path, sides.before(path), None)
 
 
 class _Rename:
-    """A renamed directory whose contents are being told."""
+    """A renamed directory whose contents are being listed."""
 
     def __init__(self, path: bytes, source: bytes) -> None:
         self.path = path
@@ -121,7 +121,7 @@ class _Rename:
         """Where other directories have come to, as they would have been called."""
 
     def untouched(self, sides: Sides, moved: set[bytes]) -> Iterator[Pair]:
-        """Yield what came along with the directory and was not told of by itself."""
+        """Yield what moved along with the directory and was not listed by itself."""
         for old in sides.files_before(self.source):
             new = self.path + old[len(self.source) :]
             if old in self.told or old in moved or is_below(old, self.replaced):
@@ -129,12 +129,12 @@ class _Rename:
             if is_below(old, moved, self.source):
                 continue
             after = sides.after(new)
-            if after is not None:  # else it, or a directory above it, was deleted or moved on
+            if after is not None:  # else it was deleted or moved on, or a directory above it was
                 yield Pair(old, new, sides.before(old), after)
 
 
 def _old_path(renames: list[_Rename], path: bytes) -> bytes:
-    """Return where *path* was before the directories above it were renamed, and note that it is told of."""
+    """Return what *path* was before the directories above it were renamed, and note that it is listed."""
     if not renames:
         return path
     rename = renames[-1]
@@ -154,7 +154,7 @@ def _of(change: Change, renames: list[_Rename], sides: Sides) -> Pair:
 
 
 def _remarks(change: Change, renames: list[_Rename], sides: Sides) -> Iterator[bytes]:
-    """Yield what of a change git has no words for."""
+    """Yield what git has no words for in a change."""
     if change.kind not in "MR" or not {"mode", "owner", "xattrs", "device"} & set(change.what):
         return
     old = change.source if change.source is not None else _old_path(renames, change.path)
@@ -182,7 +182,7 @@ def _device(number: int) -> bytes:
 
 
 def in_git(version: Version | None) -> bool:
-    """Whether git knows files of its kind."""
+    """Whether git stores files of its type."""
     return version is not None and (version.is_file or version.is_link)
 
 
@@ -196,5 +196,5 @@ def git_mode(version: Version | None) -> int:
 
 
 def text(path: bytes) -> bytes:
-    """Return a path as it stands in a comment."""
+    """Return a path as it is written in a comment."""
     return escape(path).encode()

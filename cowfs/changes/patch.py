@@ -1,8 +1,8 @@
 r"""Changes as a patch that ``git apply`` takes.
 
-What git's format has no words for is said in lines that begin with ``#``, which ``git apply`` and patch(1)
-skip: owners, modes other than 644 and 755, extended attributes, devices, fifos, sockets, empty directories.
-The format is that of git-diff(1), "Generating patch text with -p", and for binary files that of git's
+What git's format cannot express stands in lines that begin with ``#``, which ``git apply`` and patch(1) skip:
+owners, modes other than 644 and 755, extended attributes, devices, fifos, sockets, empty directories. The
+format is that of git-diff(1), "Generating patch text with -p", and for binary files that of git's
 ``--binary`` (``GIT binary patch``: pieces of zlib data in base 85, each with its length as a letter).
 """
 
@@ -41,7 +41,7 @@ _PIECE = 52
 
 @dataclass(slots=True)
 class Counts:
-    """How much a change is, for ``--stat``."""
+    """The size of a change, for ``--stat``."""
 
     path: bytes
     source: bytes | None
@@ -52,10 +52,10 @@ class Counts:
 
 
 def patch(changes: Iterable[Change], sides: Sides, *, binary: bool = False) -> Iterator[bytes]:
-    """Yield the lines of a patch, with their ends; those of one file in one piece.
+    """Yield the lines of a patch, with their line ends; all lines of one file together.
 
-    Texts are compared by diff(1). A binary file is one line with its sizes, unless *binary*: then all of it
-    is in the patch. Blocks. SystemFailure without diff(1).
+    diff(1) compares texts. A binary file is one line with its sizes; with *binary* the patch has its whole
+    content. Blocks. SystemFailure without diff(1).
     """
     for file in files(changes, sides):
         yield file + b"\n" if isinstance(file, bytes) else patch_of(file, binary=binary)
@@ -83,7 +83,7 @@ def stat_of(changes: Iterable[Change], sides: Sides) -> Iterator[Counts]:
 
 
 def patch_of(file: Pair, *, binary: bool) -> bytes:
-    """Return the patch of one file; empty for what does not differ in what git knows. Blocks."""
+    """Return the patch of one file; empty if nothing differs that git knows of. Blocks."""
     remarks = _special(file)
     if _is_too_large(file):
         lengths = _size(file.old), _size(file.new)
@@ -95,7 +95,7 @@ def patch_of(file: Pair, *, binary: bool) -> bytes:
     if old is None or new is None:  # as git sees it, nothing was renamed
         at = file.new_path if old is None else file.old_path
         if binary and old is None and file.old is not None and not file.old.is_dir and file.old_path == at:
-            # git apply creates no file where there is something, and then applies nothing at all.
+            # git apply refuses to create a file that exists, and then applies nothing at all.
             return b"# %s: %s became a file, which a patch cannot tell\n" % (
                 text(at),
                 _kind(file.old.attr.st_mode),
@@ -105,7 +105,7 @@ def patch_of(file: Pair, *, binary: bool) -> bytes:
 
 
 def _special(file: Pair) -> bytes:
-    """Return a line for each version of a file that git does not know the kind of."""
+    """Return a line for each version of a file whose type git does not know."""
     if file.old is not None and file.new is not None and not (in_git(file.old) or in_git(file.new)):
         if stat.S_IFMT(file.old.attr.st_mode) == stat.S_IFMT(file.new.attr.st_mode):
             if file.old_path == file.new_path or file.new.is_dir:
@@ -121,7 +121,7 @@ def _special(file: Pair) -> bytes:
 
 
 def _patch_of(file: Pair, *, binary: bool) -> bytes:
-    """The same, of a file that git knows on each side where it is."""
+    """The same, for a file whose type git knows on each side that has it."""
     old, new = file.old, file.new
     if old is not None and new is not None and stat.S_IFMT(git_mode(old)) != stat.S_IFMT(git_mode(new)):
         gone, come = (
@@ -179,7 +179,7 @@ def _is_binary(data: bytes) -> bool:
 
 
 def _blob(version: Version | None, data: bytes) -> bytes:
-    """Return git's name of a content: gitformat-pack(5) calls it a blob."""
+    """Return git's object ID of a content: a blob in gitformat-pack(5)."""
     if version is None:
         return _NO_BLOB
     return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest().encode()
@@ -205,7 +205,7 @@ def _literal(data: bytes) -> bytes:
 
 
 def _hunks(before: bytes, after: bytes) -> list[bytes]:
-    """Return the lines of the unified differences of two texts; their names are left out."""
+    """Return the hunks of the unified diff of two texts, without the header lines."""
     if not before or not after:
         return _whole(before, b"-") if before else _whole(after, b"+")
     one, other = _lines(before), _lines(after)
@@ -227,7 +227,7 @@ def _hunks(before: bytes, after: bytes) -> list[bytes]:
 
 
 def _compared(before: list[bytes], after: list[bytes]) -> list[bytes]:
-    """The same, of few lines: without a process for each of many small files."""
+    """The same for a few lines: without starting a process for each of many small files."""
     found = list(difflib.diff_bytes(difflib.unified_diff, before, after, lineterm=b"\n"))[2:]
     return [line if line.endswith(b"\n") else line + b"\n\\ No newline at end of file\n" for line in found]
 
@@ -254,7 +254,7 @@ def _lines(data: bytes) -> list[bytes]:
 
 @contextmanager
 def _in_memory(data: bytes) -> Iterator[int]:
-    """Put *data* in a file in memory, which a program reads by the descriptor."""
+    """Put *data* in a file in memory, which a program can read through the descriptor."""
     with open(os.memfd_create("cowfs-diff", os.MFD_CLOEXEC), "r+b") as file:
         file.write(data)
         file.flush()
@@ -277,6 +277,6 @@ _ESCAPES = {
 
 
 def _named(path: bytes) -> bytes:
-    """Return a path for a ``---`` line, where a tab ends a name with blanks in it."""
+    """Return a path for a ``---`` line, where a tab ends a name that contains spaces."""
     quoted = _quoted(path)
     return quoted + b"\t" if b" " in path and quoted == path else quoted

@@ -17,7 +17,7 @@ _TYPES = {
 
 
 def type_name(mode: int) -> str:
-    """Return the word of :class:`cowfs.types.Change` for a file type."""
+    """Return the word that :class:`cowfs.types.Change` uses for a file type."""
     return _TYPES.get(stat.S_IFMT(mode), "file")
 
 
@@ -32,7 +32,7 @@ def join(directory: bytes, name: bytes) -> bytes:
 
 
 def is_below(path: bytes, paths: Container[bytes], inside: bytes = b"") -> bool:
-    """Whether one of *paths* is a directory above *path*, and below the directory *inside*."""
+    """Whether one of *paths* is a directory above *path* and below the directory *inside*."""
     while b"/" in path:
         path = path.rpartition(b"/")[0]
         if len(path) <= len(inside):

@@ -1,14 +1,15 @@
 """Carry the changes of a store to another version of its lowers: three ways, inode by inode.
 
-What the store shows (*changed*), what its lowers have (*old*) and what the others have (*new*) decide:
+Three versions decide: what the store shows (*changed*), what its lowers have (*old*), and what the other
+lowers have (*new*):
 
-- old and new are equal: the change stays, as it stands in the store.
+- old and new are equal: the change stays as it is in the store.
 - The store has what old had: new shows.
 - The store has what new has: new shows.
-- Else both have changed it. That is a conflict: it is told, and the store's version stays.
+- Else both have changed it. That is a conflict: it is reported, and the store's version stays.
 
-Of the times none counts here, but what stays keeps its own. What is decided goes to a :class:`Maker`, which
-makes another upper of it, out of links to the files of this one.
+No time counts in this comparison, but what stays keeps its times. The decisions go to a :class:`Maker`, which
+makes another upper, from links to the files of this one.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from cowfs.types import Attr
 
 
 class Told(NamedTuple):
-    """What becomes of a change that does not simply stay."""
+    """What happens to a change that does not simply stay."""
 
     kind: str
     """``conflict``, or ``dropped``."""
@@ -45,7 +46,7 @@ class Told(NamedTuple):
 
 
 class Maker(Protocol):
-    """Makes the new upper. Directories get their times when all that is in them was made."""
+    """Makes the new upper. A directory gets its times when all its contents are made."""
 
     root: Key
 
@@ -160,7 +161,7 @@ class Rebase:
         self._maker.date(here.target, here.dated)
 
     def _entry(self, here: _Directory, name: bytes) -> _Directory | None:
-        """Decide on one name; return the directory that it is, to be filled."""
+        """Decide on one name; return it if it is a directory, to be filled."""
         natural = join(here.old_path, name)
         hit = None if here.source is None else self._changes.lookup(here.source, name)
         old = None if here.old is None else self._old.lookup(here.old, name)
@@ -179,7 +180,7 @@ class Rebase:
     def _untouched(
         self, here: _Directory, name: bytes, natural: bytes, old: Lower, new: Lower | None
     ) -> _Directory | None:
-        """What the store has nothing of, but maybe of another name of it, or of something below it."""
+        """Handle a name that is not in the store, while another name of it, or something below it, may be."""
         alias = self._aliases.keys.get(natural)
         if alias is not None:
             self._file(here, name, alias, self._changes.stat(alias), old, new)
@@ -279,7 +280,7 @@ class Rebase:
         self, here: _Directory, name: bytes, changed: Inode, origin: tuple[bytes, Lower], holds: bool,
         place: tuple[Lower | None, Lower | None],
     ) -> None:  # fmt: skip
-        """A file that was renamed while its data was a lower's."""
+        """Handle a file that was renamed while its data was a lower's."""
         source, was = origin
         path = join(here.path, name)
         self._covers(path, join(here.old_path, name), *place)
@@ -318,7 +319,7 @@ class Rebase:
             changed.end = None if note is None else min(note.end, changed.attr.st_size)
 
     def _holds(self, here: _Directory, changed: Inode, elsewhere: bytes | None, new: Lower | None) -> bool:
-        """Whether what a metacopy says of its data is true of the new lowers as well."""
+        """Whether what a metacopy says of its data holds for the new lowers as well."""
         if changed.data is None:
             return True  # it was broken before
         if here.whole or changed.end is not None or len(changed.key.places) > 1:
@@ -385,7 +386,9 @@ class Rebase:
         self, here: _Directory, name: bytes, key: Key | None, changed: Inode, origin: tuple[bytes, Lower],
         place: tuple[Lower | None, Lower | None],
     ) -> _Directory:  # fmt: skip
-        """A directory that was renamed: so it is in the new root, if that has it where it was."""
+        """Handle a directory that was renamed: it is renamed in the new root too, if that has it at the old
+        place.
+        """
         source, was = origin
         path, natural = join(here.path, name), join(here.old_path, name)
         old, new = self._seen_here(natural, *place)
@@ -406,18 +409,18 @@ class Rebase:
     def _seen_here(
         self, natural: bytes, old: Lower | None, new: Lower | None
     ) -> tuple[Lower | None, Lower | None]:
-        """Return what both lowers have under a name, unless it went elsewhere."""
+        """Return what both lowers have under a name, unless it was moved elsewhere."""
         return (None, None) if natural in self._moved else (old, new)
 
     def _covers(self, path: bytes, base: bytes, old: Lower | None, new: Lower | None) -> None:
-        """Something was renamed to a name of the new root: a conflict, if that is not as before."""
+        """Report a conflict if something was renamed to a name whose contents differ in the new root."""
         if new is not None and (old is None or not self._equal(old, new)):
             self._conflict(path, base, "renamed to this name in the store, changed in the new root")
 
     def _choose(
         self, changed: Inode, old: Lower | None, new: Lower | None, path: bytes, base: bytes
     ) -> tuple[Inode, Attr]:
-        """Return whose attributes a directory has, and whose times."""
+        """Return whose attributes a directory gets, and whose times."""
         if new is None:
             return changed, changed.attr
         to_be = self._inode(self._new, new)
@@ -446,7 +449,7 @@ class Rebase:
         return not {*_done(compare(one, other, self._xattrs))} - {"times"}
 
     def _equal(self, old: Lower, new: Lower) -> bool:
-        """Whether both lowers have the same, with all that is in it."""
+        """Whether both lowers have the same here, including everything below."""
         waiting = [(old, new)]
         while waiting:
             old, new = waiting.pop()

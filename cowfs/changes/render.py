@@ -7,10 +7,10 @@ A line of text is a letter, the path, and what differs::
     D  usr/share/doc/
     R  old/ -> new/  (mode)
 
-A directory ends in a slash; the root of the tree is ``/``. Characters that do not print, bytes that
-are not UTF-8 and the backslash are escaped as in C: ``\n``, ``\t``, ``\r``, ``\\``, and ``\ooo`` with
-three octal digits a byte. So is (as ``\040``) a space where it could be taken for one of ours: at an
-end of the name, before another one, and before ``->``. No two paths look the same.
+A directory ends in a slash; the root of the tree is ``/``. Characters that do not print, bytes that are not
+UTF-8 and the backslash are escaped as in C: ``\n``, ``\t``, ``\r``, ``\\``, and ``\ooo`` with three octal
+digits a byte. A space becomes ``\040`` where it could be mistaken for a separator: at either end of the name,
+before another space, and before ``->``. No two paths look the same.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _WORDS = {"A": "added", "M": "modified", "D": "deleted", "R": "renamed"}
 
 
 def escape(path: bytes) -> str:
-    """Return a path as printable text from which the bytes can be had back (see :func:`unescape`)."""
+    """Return a path as printable text; :func:`unescape` gives the bytes back."""
     shown = []
     for character in path.decode("utf-8", "surrogateescape"):
         if character in _ESCAPES:
@@ -47,7 +47,7 @@ def escape(path: bytes) -> str:
 
 
 def unescape(text: str) -> bytes:
-    """Return the path that :func:`escape` made *text* of."""
+    """Return the path from which :func:`escape` made *text*."""
     letters = {b"n": b"\n", b"t": b"\t", b"r": b"\r", b"\\": b"\\"}
 
     def plain(match: re.Match[bytes]) -> bytes:
@@ -107,8 +107,8 @@ class Summary:
 def to_json(change: Change) -> dict[str, Any]:
     """Return a change as an object for JSON: ``kind path type what source``, and ``xattrs`` if any differ.
 
-    A path that is not UTF-8 is readable, with U+FFFD for what is not, in ``path``, and exact, in
-    base64, in ``path_b64`` (which is not there otherwise); so for ``source_b64``.
+    For a path that is not UTF-8, ``path`` has U+FFFD for each wrong byte, and ``path_b64`` has the exact
+    bytes in base64; other paths have no ``path_b64``. The same holds for ``source`` and ``source_b64``.
     """
     entry: dict[str, Any] = {"kind": change.kind}
     put_path(entry, "path", change.path)
@@ -124,7 +124,7 @@ def to_json(change: Change) -> dict[str, Any]:
 
 
 def from_json(entry: dict[str, Any]) -> Change:
-    """Return the change that :func:`to_json` made *entry* of. ValueError when it is none."""
+    """Return the change from which :func:`to_json` made *entry*. ValueError if it is not one."""
     try:
         kind, path, what = entry["kind"], get_path(entry, "path"), tuple(entry["what"])
         type_ = entry["type"]

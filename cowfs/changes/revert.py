@@ -1,7 +1,8 @@
-"""Take changes back: the lower's version again, of what is selected.
+"""Revert changes: show the lower's version again of what is selected.
 
-That works on a union, mounted or not, one step at a time, and each step is one change of the store. A mount
-goes on meanwhile; the kernel is told what it must ask for again. :mod:`cowfs.changes.undo` brings back.
+This works on a union, mounted or not, one step at a time, and each step is one change of the store. A mount
+keeps working meanwhile; the kernel is told which of its caches are stale. :mod:`cowfs.changes.undo` undoes
+it.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ ASIDE = b".cowfs-aside-"
 
 
 class Done(NamedTuple):
-    """A step that was done, or that could not be."""
+    """A step that was done, or that could not be done."""
 
     path: bytes
     why_not: str = ""
@@ -67,10 +68,10 @@ def revert(
     *,
     metadata: bool = False,
 ) -> Progress:
-    """Take back what *selection* selects; with *metadata* only owners, modes, times and xattrs.
+    """Revert what *selection* selects; with *metadata* only owners, modes, times and xattrs.
 
-    Raises CowfsError when a part of it cannot be taken back alone. Nothing is told then, and *undo*
-    takes back the renames that were done by then.
+    Raises CowfsError if a part of it cannot be reverted alone. Then it yields nothing, and *undo* reverts the
+    renames already made.
     """
     changes: list[Change] = []
     bare: list[bytes] = []
@@ -79,7 +80,7 @@ def revert(
     found = diff.steps(fs.upper, fs.root.upper, lowers, prefix, fs.index, directory_times=True)
     for change in selection.among(found):
         if change is not None:
-            if change.type == "directory":  # what was taken back in it has changed that again
+            if change.type == "directory":  # the steps inside it have changed that again
                 change = replace(change, what=tuple(what for what in change.what if what != "times"))
             if change.kind == "M" and not change.what:
                 bare.append(change.path)
@@ -126,8 +127,9 @@ class _Revert:
         self.number = 0
 
     def _now(self, path: bytes, since: int = 0) -> bytes:
-        """Return where something is now that was at *path* before directories were renamed back, or when that
-        had been done to so many."""
+        """Return where something is now that was at *path* before directories were renamed back, or after
+        only some of them were.
+        """
         for old, new in self._moves[since:]:
             if path == old or path.startswith(old + b"/"):
                 path = new + path[len(old) :]
@@ -143,7 +145,7 @@ class _Revert:
     # --- renames
 
     def rename_back(self, renames: list[Change]) -> Progress:
-        """Rename directories, and files, to where they were; first those that held others then."""
+        """Rename directories and files back; first those that held others then."""
         for change in sorted(renames, key=lambda change: change.source or b""):
             yield from self._rename_back(change)
 
@@ -183,8 +185,10 @@ class _Revert:
             self._renamed.append(Done(change.path))
 
     def _missing(self, home: bytes) -> bytes:
-        """Return the first directory above *home* that is gone, or another one of the lower now; b"" if none
-        is. New ones will do."""
+        """Return the first directory above *home* that is gone, or is the lower's again; b"" if none is.
+
+        New directories will do there.
+        """
         fs = self._fs
         node, at = fs.root, b""
         for name in home.split(b"/")[:-1]:
@@ -215,7 +219,7 @@ class _Revert:
         return join(home.rpartition(b"/")[0], name)
 
     def remove_set_aside(self) -> Progress:
-        """Do so now that all renamed things that were in it, if they are selected, are back."""
+        """Remove the directories set aside: every renamed entry in them, if selected, is back."""
         for aside, (home, since) in self._aside.items():
             path = self._now(aside, since)
             self._away.add(path)
@@ -229,7 +233,7 @@ class _Revert:
     # --- everything else
 
     def take_back(self, changes: Sequence[Change], *, metadata: bool) -> Progress:
-        """Do so with all but renames of directories."""
+        """Revert everything except renames of directories."""
         plan: list[tuple[Step, _Unit]] = []
         seen: set[bytes] = set()
         whole: set[bytes] = set()
@@ -258,8 +262,8 @@ class _Revert:
                 plan.append((self._next(unit.kind, unit.path, attributes=unit.attributes), unit))
         self._batch.write([step for step, _ in plan])
         yield from self._renamed
-        # A lower's name of a hard link shows the lower's file again once no other name has the upper's: until
-        # all are away that go, nothing shows.
+        # A hard link of the lower shows the lower's file again only when no name has the upper's file any
+        # more. Until all names are removed, nothing shows.
         hides = bool(self._fs.indexed)
         shown: list[tuple[Step, _Unit]] = []
         for step, unit in plan:
@@ -292,7 +296,7 @@ class _Revert:
 
     def _place(self, change: Change) -> bytes:
         """Return where a change is now."""
-        if change.kind == "D":  # of a name; what was renamed to it since is another matter
+        if change.kind == "D":  # under that name; what was renamed to it since is another matter
             directory, _, name = change.path.rpartition(b"/")
             return join(self._now(directory), name)
         if change.source is None or change.path in self._homeless:
@@ -300,7 +304,7 @@ class _Revert:
         return change.source
 
     def _unit(self, change: Change, path: bytes, *, metadata: bool) -> _Unit | None:
-        """Return the smallest thing by which a change can be taken back."""
+        """Return the smallest thing that includes a change and can be reverted as one."""
         fs = self._fs
         node, parent = fs.root, None
         names = path.split(b"/") if path else []
@@ -342,7 +346,7 @@ class _Revert:
         return self._attributes(change, path, node)
 
     def _stays(self, node: Node, below: Hit) -> bool:
-        """Whether an inode stays what it is: the lower's of several names, or one that is open."""
+        """Whether an inode keeps its identity: it has several names in the lower, or is open."""
         if stat.S_IFMT(node.mode) != stat.S_IFMT(below[2].st_mode) or node.is_dir:
             return False
         if node.indexed is not None:
@@ -366,7 +370,7 @@ class _Revert:
         )
 
     def _of_a_link(self, change: Change, path: bytes) -> _Unit | None:
-        """Of a name that the upper has nothing of: another name of the file was changed."""
+        """Handle a name that the upper has no entry for: another name of the file was changed."""
         place = find(self._fs, path)
         found = self._fs.lookup(place.parent, place.name)
         if found is None or found[0].indexed is None or change.kind == "D":
@@ -374,7 +378,7 @@ class _Revert:
         return self._in_place(path, found[0])
 
     def _in_place(self, path: bytes, node: Node) -> _Unit:
-        """Return how an inode is taken back that is to stay the same."""
+        """Return how to revert an inode that must keep its identity."""
         if stat.S_ISREG(node.mode) and not node.metacopy:
             return _Unit("copied", path)
         was = uncover.attributes_of(
@@ -411,7 +415,9 @@ class _Revert:
         uncover.give_attributes(fs, node, uncover.attributes_of(fs, fs.lowers[below[0]], below[1]), stale)
 
     def drop_directories(self, bare: Sequence[bytes]) -> Progress:
-        """Take directories out of the store that say nothing any more; *bare* are those that said nothing."""
+        """Remove directories from the store that no longer say anything; *bare* are those that said nothing
+        before.
+        """
         fs = self._fs
         above = set(map(self._now, bare))
         for path in self._touched:
@@ -437,7 +443,7 @@ class _Revert:
 
 
 class _Unit(NamedTuple):
-    """What is taken back in one step."""
+    """What is reverted in one step."""
 
     kind: str
     path: bytes
@@ -447,12 +453,12 @@ class _Unit(NamedTuple):
 
 
 def is_open(fs: Overlay, node: Node) -> bool:
-    """Whether somebody has a file open, as far as we are told (not with images alone)."""
+    """Whether anybody has a file open, as far as we know (with images alone we are not told)."""
     return not fs.host.close_idle(node) or node.handles is not None
 
 
 def find(fs: Overlay, path: bytes) -> Found:
-    """Return the directory of a path, and the name in it. FileNotFoundError if there is no such directory."""
+    """Return the directory of a path, and the name in it. FileNotFoundError without that directory."""
     node = fs.root
     nodes = [node]
     *directories, name = path.split(b"/")
@@ -468,7 +474,7 @@ def find(fs: Overlay, path: bytes) -> Found:
 
 
 def _must_be_kept(fs: Overlay, node: Node) -> None:
-    """EXDEV for what is seen instead of what the store has there (:mod:`cowfs.overlay.graft`)."""
+    """Raise EXDEV for what is shown in place of what the store has there (:mod:`cowfs.overlay.graft`)."""
     if fs.union_of(node) is not fs:
         raise OSError(errno.EXDEV, "is below a volatile directory of this mount", node.name)
 

@@ -17,7 +17,7 @@ GONE = (FileNotFoundError, NotADirectoryError)
 
 
 def readdir(layer: LowerLayer, directory: Key) -> list[DirEntry]:
-    """Return the entries of a directory, none if it was removed meanwhile."""
+    """Return the entries of a directory; none if it was removed meanwhile."""
     try:
         return layer.readdir(directory)
     except GONE:
@@ -27,8 +27,7 @@ def readdir(layer: LowerLayer, directory: Key) -> list[DirEntry]:
 def source_of(notes: Notes, attr: Attr, base: bytes, xattrs: XattrFormat) -> bytes | None:
     """Return the path in the lowers where the directory, or the data, of an upper inode is; None: at its own.
 
-    *base* is the path in the lowers of the directory that it stands in. Raises EINVAL for a redirect that
-    is none.
+    *base* is the path in the lowers of the directory that contains it. Raises EINVAL for an invalid redirect.
     """
     if stat.S_ISDIR(attr.st_mode):
         redirect = None if xattrs.is_opaque(notes) else xattrs.redirect_of(notes)
@@ -44,11 +43,10 @@ def source_of(notes: Notes, attr: Attr, base: bytes, xattrs: XattrFormat) -> byt
 
 
 def rename_source(notes: Notes, attr: Attr, base: bytes, xattrs: XattrFormat) -> bytes | None:
-    """Return the path in the lowers that an upper inode says to come from, None when it says nothing.
+    """Return the path in the lowers that an upper inode says it comes from; None if it says nothing.
 
-    A directory says so if it was renamed. A file does if it was renamed while its data was still below; but
-    if it has more than one name, the note tells where its data is and not which of the names is a new one:
-    then None.
+    A renamed directory says so. A file says so if it was renamed while its data was still below. If a file
+    has several names, the attribute says where its data is, but not which of the names is new: then None.
     """
     if not stat.S_ISDIR(attr.st_mode) and attr.st_nlink > 1:
         return None
@@ -56,13 +54,13 @@ def rename_source(notes: Notes, attr: Attr, base: bytes, xattrs: XattrFormat) ->
 
 
 def renamed(layer: LowerLayer, root: Key, xattrs: XattrFormat) -> Generator[None, None, frozenset[bytes]]:
-    """Return the paths in the lowers of all that was renamed. Reads the whole upper once.
+    """Return the paths in the lowers of everything that was renamed.
 
-    Blocks, but yields before each inode.
+    Reads the whole upper once. Blocks, but yields before each inode.
 
-    What was renamed leaves a whiteout, or something new, at its old place. To know that it is not a
-    deletion one must have seen the new place, which may come later or sooner: hence this pass. It
-    needs one lookup and the xattrs of an inode, and memory for the renamed ones alone.
+    What was renamed leaves a whiteout, or something new, at its old place. Only the new place shows that this
+    is not a deletion, and it may come sooner or later: hence this pass. It needs one lookup and the xattrs of
+    each inode, and memory only for the renamed ones.
     """
     sources = set()
     waiting: list[tuple[Key, bytes]] = [(root, b"")]

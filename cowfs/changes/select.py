@@ -1,4 +1,4 @@
-"""Choose which changes are told: by path, and by what differs."""
+"""Choose which changes are listed: by path, and by what differs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _SAME = {
 
 
 def aspect(name: str) -> str | None:
-    """Return the aspect that a user means by *name* (``mtime`` is ``times``), None for none."""
+    """Return the aspect that a user means by *name* (``mtime`` is ``times``); None if there is none."""
     name = _SAME.get(name, name)
     return name if name in ASPECTS else None
 
@@ -44,7 +44,7 @@ class Selection:
     """What the patterns were made of."""
 
     def must_exist(self, sides: Sides, what: str) -> None:
-        """UsageError for a path, not a glob, at which nothing is nor was; *what* is the tree's name."""
+        """Raise UsageError for a path, not a glob, where nothing is nor was; *what* is the tree's name."""
         for text in self.texts:
             path = plain(text.strip(b"/"))
             if path and sides.after(path) is None and sides.before(path) is None:
@@ -54,11 +54,12 @@ class Selection:
                 )
 
     def of(self, changes: Iterable[Change]) -> Iterator[Change]:
-        """Yield those of *changes* that are wanted, each with the wanted aspects alone."""
+        """Yield those of *changes* that are wanted, each with only the wanted aspects."""
         return (change for change in self.among(changes) if change is not None)
 
     def among(self, changes: Iterable[Change | None]) -> Iterator[Change | None]:
-        """The same, of what :func:`cowfs.changes.diff.steps` yields: with a None for each that is not wanted.
+        """The same for what :func:`cowfs.changes.diff.steps` yields: with None for each change that is not
+        wanted.
 
         With a renamed directory all changes below it are wanted, whichever of its names was meant.
         """
@@ -88,7 +89,7 @@ class Selection:
         return replace(change, what=what, xattrs=change.xattrs if "xattrs" in what else ())
 
     def matches(self, path: bytes) -> bool:
-        """Whether a path is one of those that are wanted."""
+        """Whether a path is among the wanted ones."""
         return not self.patterns or any(pattern.match(path) for pattern in self.patterns)
 
 
@@ -99,12 +100,12 @@ def selected(texts: Iterable[bytes], aspects: frozenset[str] = frozenset(ASPECTS
 
 
 def pattern(text: bytes) -> re.Pattern[bytes]:
-    """Return what matches a path, or what is below it: of a path from the root of the tree, or of a glob.
+    """Return a pattern that matches a path or glob, from the root of the tree, and everything below it.
 
     In a glob ``*`` and ``?`` match slashes too, as in git's: ``*.conf`` means those in all directories.
 
-    A glob means the path that is written like it, too: ``[x]`` the directory ``[x]`` as well as ``x``. What
-    :func:`glob.escape` gives means that path alone.
+    A glob also means the path that is spelled like it: ``[x]`` means the directory ``[x]`` as well as ``x``.
+    The result of :func:`glob.escape` means that path alone.
     """
     path = text.strip(b"/")
     if not path:
@@ -119,7 +120,7 @@ def pattern(text: bytes) -> re.Pattern[bytes]:
 
 
 def plain(text: bytes) -> bytes | None:
-    """Return the one path that a pattern means; None: it is a glob."""
+    """Return the one path that a pattern means; None if it is a glob."""
     rest = re.sub(rb"\[[*?[]\]", b"", text)
     if any(character in rest for character in b"*?["):
         return None

@@ -1,4 +1,4 @@
-"""Changes kept to be gone through more than once: few in memory, many in a temporary file."""
+"""Changes that are kept so that they can be read again: a few in memory, many in a temporary file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _IN_MEMORY = 4 << 20
 
 
 class Spool:
-    """The changes that were found. Iterating begins with the first. Close it in the end."""
+    """The changes that were found. Each iteration starts with the first. Close it at the end."""
 
     def __init__(self, changes: Iterable[Change]) -> None:
         """Find them all. Blocks; OSError of the temporary file, which has no name."""
@@ -31,7 +31,7 @@ class Spool:
     def __iter__(self) -> Iterator[Change]:
         at = 0
         while True:
-            self._file.seek(at)  # another may iterate, too
+            self._file.seek(at)  # another iteration may run at the same time
             lines = self._file.readlines(1 << 16)
             if not lines:
                 return
@@ -40,5 +40,5 @@ class Spool:
                 yield from_json(json.loads(line))
 
     def close(self) -> None:
-        """Give the space back."""
+        """Free the space."""
         self._file.close()

@@ -1,4 +1,4 @@
-"""The trash of a store: what was taken back, until it is brought back or thrown away.
+"""The trash of a store: what was reverted, until that is undone or the trash is emptied.
 
 Each use of ``cowfs revert`` makes a directory ``cowfs/trash/NUMBER`` in the store. In it, ``log`` has a line
 of JSON for each step, written before the step is done, and one for each step that is undone; what a step
@@ -26,7 +26,7 @@ _LARGEST_LOG = 256 << 20
 
 
 class Step(NamedTuple):
-    """One step of taking something back, as it stands in the log."""
+    """One step of a revert, as it stands in the log."""
 
     number: int
     kind: str
@@ -39,7 +39,7 @@ class Step(NamedTuple):
 
 
 class Batch:
-    """What one use of ``revert`` has taken back."""
+    """What one use of ``revert`` has reverted."""
 
     def __init__(self, layer: UpperLayer, parent: Key, name: bytes, key: Key) -> None:
         self.layer = layer
@@ -49,7 +49,7 @@ class Batch:
         self._end: int | None = None
 
     def place(self, number: int) -> tuple[Key, bytes]:
-        """Return where a step puts what it takes away."""
+        """Return where a step puts what it removes from the tree."""
         return self.key, b"%d" % number
 
     def write(self, steps: list[Step]) -> None:
@@ -57,7 +57,7 @@ class Batch:
         self._append([_to_json(step) for step in steps], sync=True)
 
     def note_undone(self, step: Step) -> None:
-        """Write that a step is undone. Blocks; not on disk yet."""
+        """Record that a step is undone. Blocks; not on disk yet."""
         self._append([{"undone": step.number}], sync=False)
 
     def _append(self, entries: list[dict[str, Any]], *, sync: bool) -> None:
@@ -76,9 +76,9 @@ class Batch:
         self._end = end + len(lines)
 
     def steps(self) -> list[Step]:
-        """Read the log: the steps that are not undone. StoreError if it is damaged.
+        """Read the log: the steps that are not undone.
 
-        A last line that is not whole is of a step that was not begun.
+        StoreError if it is damaged. An incomplete last line belongs to a step that did not start.
         """
         found = self.layer.lookup(self.key, _LOG)
         if found is None:
@@ -101,17 +101,17 @@ class Batch:
         return list(steps.values())
 
     def remove(self) -> None:
-        """Throw away all that is in it. Blocks."""
+        """Delete everything in it. Blocks."""
         layout.empty(self.layer, self.key)
         self.layer.rmdir(self._parent, self.name, self.key)
 
     def is_empty(self) -> bool:
-        """Whether nothing is left in it but the log, and copies that a kill left unfinished."""
+        """Whether only the log is left, and copies that a kill left unfinished."""
         return not any(entry.name.isdigit() for entry in self.layer.readdir(self.key))
 
 
 def new_batch(layer: UpperLayer) -> Batch:
-    """Make an empty one."""
+    """Make an empty batch."""
     private = layout.find(layer, layout.PRIVATE)
     trash = layout.ensure_directory(layer, private, layout.TRASH, 0o700)
     last = max((int(entry.name) for entry in layer.readdir(trash) if entry.name.isdigit()), default=0)
@@ -120,7 +120,7 @@ def new_batch(layer: UpperLayer) -> Batch:
 
 
 def batches(layer: UpperLayer) -> Iterator[Batch]:
-    """Yield those that are there, the newest first."""
+    """Yield the batches, the newest first."""
     trash = layout.find(layer, layout.PRIVATE, layout.TRASH)
     if trash is None:
         return
@@ -162,7 +162,7 @@ def _bytes(text: str) -> bytes:
 
 
 def attributes_to_json(attributes: Attributes) -> dict[str, Any]:
-    """Return attributes as they stand in the log."""
+    """Return attributes as they are written in the log."""
     attr = attributes.attr
     return {
         "mode": attr.st_mode,

@@ -43,7 +43,9 @@ class _Box:
 
 
 def treemap(files: Iterable[tuple[bytes, str, int]], least: float = _LEAST) -> str:
-    """Return an SVG image of path, reason and size of each file; none that is thinner than *least* pixels."""
+    """Return an SVG image of path, reason and size of each file; it leaves out rectangles thinner than
+    *least* pixels.
+    """
     root = _Item(b"")
     for path, reason, size in files:
         root.size += size
@@ -84,12 +86,12 @@ def _drawn(item: _Item, path: bytes, box: _Box, least: float) -> Iterator[str]:
             inside = _Box(box.x + 2, box.y + head, box.width - 4, box.height - head - 2)
             children = sorted(item.children.values(), key=lambda child: -child.size)
             places = _squarified([child.size for child in children], inside)
-            for child, place in zip(children, places, strict=False):  # what has no size has no place
+            for child, place in zip(children, places, strict=False):  # what has no size gets no place
                 waiting.append((child, path + b"/" + child.name if path else child.name, place))
 
 
 def _squarified(sizes: list[int], box: _Box) -> Iterator[_Box]:
-    """Divide a box by *sizes*, the largest first, so that the parts are as square as may be."""
+    """Divide a box by *sizes*, the largest first, so that the parts are as square as possible."""
     start = 0
     while start < len(sizes):
         total = sum(sizes[start:])

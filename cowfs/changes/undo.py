@@ -1,4 +1,4 @@
-"""Bring back what was taken back last (:mod:`cowfs.changes.revert`), in the reverse order of its steps."""
+"""Undo the last revert (:mod:`cowfs.changes.revert`): its steps in reverse order."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cowfs.overlay.overlay import Overlay
 
 
 def undo(fs: Overlay, forget: Forget) -> Progress:
-    """Bring back what was taken back last. StoreError if nothing was."""
+    """Undo the last revert. StoreError if there is none."""
     batch = next(batches(fs.upper), None)
     if batch is None:
         raise StoreError("nothing was reverted, or the trash was emptied")
@@ -21,10 +21,10 @@ def undo(fs: Overlay, forget: Forget) -> Progress:
 
 
 def undo_batch(fs: Overlay, batch: Batch, forget: Forget) -> Progress:
-    """Bring back what is in one batch.
+    """Undo one batch.
 
-    May be killed anywhere and begun again: what is undone is noted in the log, step by step, and a step that
-    was undone and not yet noted is recognised by what is there.
+    It may be killed anywhere and started again: the log records each step that is undone, and a step that was
+    undone but not yet recorded is recognised by what is there.
     """
     again = False
     steps = batch.steps()
@@ -49,7 +49,7 @@ def undo_batch(fs: Overlay, batch: Batch, forget: Forget) -> Progress:
 
 
 def _at_home(path: bytes, aside: dict[bytes, bytes]) -> bytes:
-    """Return where something is when nothing is aside any more."""
+    """Return where something is when nothing is set aside any more."""
     for where, home in aside.items():
         if path.startswith(where + b"/"):
             return home + path[len(where) :]
@@ -57,7 +57,7 @@ def _at_home(path: bytes, aside: dict[bytes, bytes]) -> bytes:
 
 
 def _undo(fs: Overlay, batch: Batch, step: Step, stale: uncover.Stale) -> bool:
-    """Undo one step; False if it was never done, or is undone already."""
+    """Undo one step; return False if it was never done, or is undone already."""
     if not step.path:
         return _undo_attributes(fs, fs.root, step, stale)
     kept = batch.place(step.number)
@@ -65,7 +65,7 @@ def _undo(fs: Overlay, batch: Batch, step: Step, stale: uncover.Stale) -> bool:
     if step.kind in {"moved", "copied"} and found is None:
         return False
     if step.kind == "moved" and found is not None and fs.is_whiteout(*found):
-        fs.upper.unlink(*kept, None)  # it was exchanged with what is back
+        fs.upper.unlink(*kept, None)  # it was exchanged with what is restored
         return False
     place = find(fs, step.path)
     if step.kind == "moved":
@@ -107,7 +107,7 @@ def _undo_attributes(fs: Overlay, node: Node, step: Step, stale: uncover.Stale) 
 
 
 def empty_trash(fs: Overlay) -> Progress:
-    """Throw away what was taken back. It cannot be brought back then."""
+    """Delete everything that was reverted. It cannot be restored then."""
     for batch in batches(fs.upper):
         uncover.count_by_lower(fs)
         yield batch.remove

@@ -1,4 +1,4 @@
-"""Make an upper beside the one that a store has: of links to its files, and of copies where need be."""
+"""Make an upper beside the one of a store: from links to its files, or copies where links do not work."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class UpperMaker:
         return made
 
     def set_root_attributes(self, like: Inode) -> None:
-        """Give the root the attributes of another directory alone."""
+        """Give the root the attributes of another directory, and nothing else."""
         for name in self._layer.listxattr(self.root):
             if not self._xattrs.is_own(name):
                 with suppress(OSError):
@@ -54,7 +54,7 @@ class UpperMaker:
         self._layer.link(key.places[0][1], parent, name)
 
     def copy(self, inode: Inode, parent: Key, name: bytes) -> None:
-        """Make the same inode, with its data; a link to what was made of it before."""
+        """Make the same inode, with its data; or a link to the copy made before."""
         attr = inode.attr
         identity = (id(inode.layer), attr.st_dev, attr.st_ino)
         known = self._copies.get(identity)
@@ -68,7 +68,7 @@ class UpperMaker:
             self._copies[identity] = made
 
     def metacopy(self, like: Inode, redirect: bytes, parent: Key, name: bytes) -> None:
-        """Make a file that has its data where *redirect* leads to."""
+        """Make a file whose data is where *redirect* leads to."""
         made, file = self._layer.create(parent, name, 0o600, *layout.owner(self._layer))
         file.close()
         self._layer.truncate(made, like.attr.st_size)
@@ -102,7 +102,7 @@ class UpperMaker:
         return made
 
     def _set_attributes(self, made: Key, like: Inode) -> None:
-        """Set owner, attributes and mode: the owner first, which clears others of them."""
+        """Set owner, attributes and mode: the owner first, since that clears some of the others."""
         layer, attr = self._layer, like.attr
         mode = stat.S_IMODE(attr.st_mode)
         if not stat.S_ISLNK(attr.st_mode):

@@ -1,4 +1,4 @@
-"""Take out of a store what says nothing: copies of what is below, whiteouts of nothing, bare directories."""
+"""Remove from a store what says nothing: unchanged copies, whiteouts of nothing, bare directories."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from cowfs.types import Attr
 
 
 def vacuum(fs: Overlay, forget: Forget, *, dry_run: bool = False) -> Progress:
-    """Remove from the store what nobody can see a difference without; with *dry_run* only tell of it.
+    """Remove from the store everything that makes no visible difference; with *dry_run* only list it.
 
-    No inode that is in use gets another number. What is open stays open.
+    No inode in use changes its number. Open files stay open.
     """
     must_not_wait(fs.lowers)
     return _Vacuum(fs, forget, dry_run).run()
@@ -57,7 +57,7 @@ class _Vacuum:
     def _entry(
         self, parent: Node, name: bytes, path: bytes
     ) -> Generator[Done | Callable[[], None] | None, None, Node | None]:
-        """Look at one name of the upper; return the directory that it is, to go into."""
+        """Examine one name of the upper; return it if it is a directory, to go into."""
         fs = self._fs
         found = fs.upper.lookup(parent.upper, name) if parent.upper is not None else None
         if found is None:
@@ -90,7 +90,7 @@ class _Vacuum:
     def _is_same(
         self, node: Node, key: Key, attr: Attr, parent: Node, name: bytes
     ) -> Generator[None, None, bool]:
-        """Compare a file with what is below it, in all that a user can see, exact times too."""
+        """Compare a file with what is below it in everything a user can see, exact times too."""
         fs = self._fs
         found = fs.stack.find(parent.lowers, name)
         below = found[0]

@@ -1,4 +1,4 @@
-"""One version of a file: what it was below, or what it is now."""
+"""One version of a file: before or after the change."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Version:
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """An inode of a tree, and what reads the rest of it. All of that blocks, and raises OSError."""
+    """An inode of a tree, and the functions that read the rest of it. These block, and raise OSError."""
 
     attr: Attr
     identity: tuple[int, int, int]
@@ -56,23 +56,23 @@ class Node:
 class Tree(Protocol):
     """A tree that is read, by paths from its root, without a leading slash. Blocks; OSError.
 
-    Best asked for paths in order: what was looked up on the way to one is used for the next.
+    Ask for paths in order if possible: what was looked up for one path is used for the next.
     """
 
     def node(self, path: bytes) -> Node | None:
-        """Return what is at *path*; None when nothing is."""
+        """Return what is at *path*; None if nothing is."""
 
     def names(self, path: bytes) -> set[bytes]:
-        """Return the names in the directory at *path*; none if there is no directory."""
+        """Return the names in the directory at *path*; none if it is not a directory."""
 
     def others(self, wanted: Iterable[tuple[int, int, int]]) -> Iterator[bytes]:
-        """Yield the paths of inodes that were changed, by :attr:`Node.identity`."""
+        """Yield the paths of the changed inodes with these identities (:attr:`Node.identity`)."""
 
 
 def version_of(path: bytes, root: int) -> Version | None:
     """Return what is at *path* beneath the directory *root*, a descriptor; None if nothing is.
 
-    Nothing is followed but directories on the way. Raises OSError for what else goes wrong.
+    Follows no symbolic link. Raises OSError for any other failure.
     """
     try:
         attr = os.stat(path or b".", dir_fd=root, follow_symlinks=False)
