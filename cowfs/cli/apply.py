@@ -45,7 +45,7 @@ store or the lower cannot be used.
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Describe the subcommand."""
+    """Add the subcommand's parser."""
     parser = options.add_subcommand(
         subparsers, NAME, "carry the changes onto a directory", _DESCRIPTION, _EPILOG
     )
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     from cowfs.linux.limits import take_all_descriptors
 
     lowers = options.lowers_to_open(args)
-    take_all_descriptors()  # each directory on the way to a path takes one
+    take_all_descriptors()  # each directory on the way to a path uses one
     if args.undo:
         return _undo(args)
     if args.root is None:
@@ -122,7 +122,7 @@ def _undo(args: argparse.Namespace) -> int:
 
 
 def _asking() -> Callable[[str, bytes, str], bool]:
-    """Return what asks on standard error, and reads answers from standard input."""
+    """Return a function that asks on standard error and reads answers from standard input."""
     from cowfs.changes.render import escape
 
     rest: bool | None = None

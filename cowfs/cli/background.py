@@ -1,4 +1,4 @@
-"""Going into the background, and telling the one who waits how it went."""
+"""Start the daemon in the background, and report to the waiting parent how that went."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Reporter:
         self._null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC) if fd >= 0 else -1  # the mount may hide it
 
     def ready(self) -> None:
-        """Let the parent return with success, and leave the terminal."""
+        """Let the parent return with success, and detach from the terminal."""
         self._send({})
         if self._null >= 0:
             for fd in range(3):
@@ -37,7 +37,7 @@ class Reporter:
             self._null = -1
 
     def failed(self, error: CowfsError) -> None:
-        """Let the parent say why and return with the error's exit code."""
+        """Make the parent print the error and return with its exit code."""
         self._send({"error": str(error), "code": error.exit_code})
 
     def _send(self, report: dict[str, object]) -> None:
@@ -52,14 +52,15 @@ def run_in_background(
 ) -> int:
     """Run *daemon* in a process of its own session; return once it has reported.
 
-    Of the descriptors that were open only *keep* and the terminal's stay. Raises the CowfsError that it
-    reported. A signal that asks to end is passed on to it, and SystemExit says so when it has ended; one
-    that comes after its report, or at any time when it *stays*, changes nothing: it is held back for good.
+    Of the open descriptors only *keep* and the terminal's stay open. Raises the CowfsError that the daemon
+    reported. A signal that asks us to end is passed on to the daemon, and SystemExit is raised when the
+    daemon has ended. A signal after the report, or at any time if *stays*, has no effect: it stays blocked
+    for good.
     """
     reading, writing = os.pipe()
     sys.stdout.flush()
     sys.stderr.flush()
-    hold_back()  # or one of the two might be gone, and the other not know
+    hold_back()  # or one process might be gone and the other not know
     pid = os.fork()
     if pid == 0:
         _be_daemon(daemon, writing, keep)
@@ -88,11 +89,11 @@ def run_in_background(
 
 
 def _wait_for_report(pipe: int, pid: int, *, heeds_signals: bool) -> tuple[bytes, int, bool]:
-    """Return what the daemon says, the signal that asked us to end before it had said anything, or 0, and
-    whether it has ended or said all.
+    """Return the daemon's report, the signal that asked us to end before that (or 0), and whether the daemon
+    has ended or the report is complete.
 
-    That signal is passed on. The report is complete when the pipe is closed, *pipe* itself too. A daemon that
-    does not end for some time after the signal is left alone: the kernel keeps it, for a lower that does not
+    The signal is passed on. The report is complete when the pipe is closed, *pipe* included. A daemon that
+    does not end for some time after the signal is left alone: the kernel holds it, because a lower does not
     answer.
     """
     signals = open_signals()
@@ -114,7 +115,7 @@ def _wait_for_report(pipe: int, pid: int, *, heeds_signals: bool) -> tuple[bytes
 
 
 def _be_daemon(daemon: Callable[[Reporter], int], pipe: int, keep: Collection[int]) -> NoReturn:
-    """Run *daemon* in the process that was forked for it, and end that. Never returns, whatever happens."""
+    """Run *daemon* in the process that was forked for it, and end the process. Never returns."""
     code = 1
     try:
         _detach(pipe, keep)
@@ -138,7 +139,7 @@ def _be_daemon(daemon: Callable[[Reporter], int], pipe: int, keep: Collection[in
 
 
 def _interruptible(daemon: Callable[[Reporter], int], reporter: Reporter) -> int:
-    """Let signals have their usual effect until *daemon* holds them back, or is done."""
+    """Give signals their usual effect until *daemon* blocks them, or is done."""
     try:
         unblock()
         return daemon(reporter)
@@ -157,7 +158,7 @@ def _detach(pipe: int, keep: Collection[int]) -> None:
 
 
 def leave(code: int) -> NoReturn:
-    """End the process as it is; through the exit handlers, which a coverage tool needs."""
+    """End the process, but run the exit handlers, which a coverage tool needs."""
     import atexit
 
     with suppress(Exception):

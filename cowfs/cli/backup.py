@@ -31,7 +31,7 @@ Exit codes: 0 FILE is complete; 1 usage error; 2 it could not be written; 32 the
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Describe the subcommand."""
+    """Add the subcommand's parser."""
     parser = options.add_subcommand(
         subparsers, NAME, "copy a store, which may be in use", _DESCRIPTION, _EPILOG
     )
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     from cowfs.linux.limits import take_all_descriptors
     from cowfs.store.e2fsprogs.signals import cleaned_up
 
-    take_all_descriptors()  # each directory on the way to a path takes some
+    take_all_descriptors()  # each directory on the way to a path uses some
     with cleaned_up(), progress_line() as progress:
         backup(args.what, args.file, force=args.force, tell=warn, progress=progress, tick=counted(progress))
     note(f"{args.what}: copied to {args.file}")

@@ -48,7 +48,7 @@ examples:
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Describe the subcommand."""
+    """Add the subcommand's parser."""
     parser = options.add_subcommand(
         subparsers, NAME, "tell which process changed a file", _DESCRIPTION, _EPILOG
     )
@@ -104,7 +104,7 @@ def _nothing(since: int | None) -> str:
 
 
 def _asked(args: argparse.Namespace) -> tuple[str, list[bytes]]:
-    """Return the store or the mountpoint, and the paths and globs in the merged tree."""
+    """Return the store or mountpoint, and the paths and globs in the merged tree."""
     from cowfs.store.format.sniff import may_be_store, may_exist
 
     above = mount_above(args.where)
@@ -170,7 +170,7 @@ def _what(deed: Deed, path: bytes) -> str:
 
 
 def by(process: dict[str, Any] | None) -> str:
-    """Say which process it was, as its JSON tells."""
+    """Name the process, as its JSON describes it."""
     if process is None:
         return "by the kernel, for a mapping"
     program = printable(str(process["program"])) or "a process that is hidden"
@@ -189,7 +189,7 @@ def _command(words: list[str]) -> str:
 
 
 def local(time: str) -> str:
-    """Return a time of a JSON line as it is where we are. ValueError."""
+    """Return the local time for a time of a JSON line. ValueError."""
     return _shown(datetime.fromisoformat(time))
 
 

@@ -33,7 +33,7 @@ could not be checked (it is missing or in use, or e2fsck is missing); 16 usage e
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Describe the subcommand."""
+    """Add the subcommand's parser."""
     parser = options.add_subcommand(subparsers, NAME, "check a store", _DESCRIPTION, _EPILOG)
     parser.add_argument("store", metavar="STORE", help="an image or a directory store")
     parser.add_argument("-n", "--no-changes", action="store_true", help="report errors, but change nothing")
@@ -71,7 +71,7 @@ def _ignored(_: str) -> None:
 
 
 def _state(code: int) -> str:
-    """Return what an exit code of fsck(8) means, in a word."""
+    """Return in a word what an exit code of fsck(8) means."""
     from cowfs.store.e2fsprogs.tools import FSCK_CORRECTED, FSCK_UNCORRECTED
 
     if code & FSCK_UNCORRECTED:

@@ -1,4 +1,4 @@
-"""``cowfs checkpoint``: keep the state that a tree has now."""
+"""``cowfs checkpoint``: keep the present state of a tree."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ exit codes: 0 done; 1 no such name, or not a name; others as those of `cowfs mou
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Describe the subcommand."""
+    """Add the subcommand's parser."""
     parser = options.add_subcommand(
         subparsers, NAME, "keep the state of a tree under a name", _DESCRIPTION, _EPILOG
     )

@@ -1,4 +1,4 @@
-"""What a shell offers for the next word of a ``cowfs`` command, by argcomplete."""
+"""What a shell offers as the next word of a ``cowfs`` command, with argcomplete."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _files = argcomplete.completers.FilesCompleter()
 
 
 def complete(parser_of: Callable[[str | None], argparse.ArgumentParser], subcommands: Iterable[str]) -> None:
-    """Print what may come next in the command line that the shell says it has; end the process.
+    """Print what may come next in the command line that the shell passed, and end the process.
 
-    *parser_of* returns the parser that knows the subcommand of that name. Nothing here raises or prints
-    elsewhere: a shell would show it in the middle of what is typed.
+    *parser_of* returns the parser of the subcommand of that name. Nothing here raises or prints elsewhere: a
+    shell would show it in the middle of the command line.
     """
     line = os.environ.get("COMP_LINE", "")
     point = os.environ.get("COMP_POINT", "")
@@ -51,7 +51,7 @@ def _all_of(parser: argparse.ArgumentParser) -> list[argparse.Action]:
 
 
 def _explain_usage(action: argparse.Action) -> None:
-    """Give an argument its completer, by what the manual calls it."""
+    """Give an argument its completer, chosen by its name in the usage line."""
     metavar = action.metavar if isinstance(action.metavar, str) else ""
     if metavar == "OPTS":
         action.completer = _mount_options  # type: ignore[attr-defined]
@@ -60,13 +60,13 @@ def _explain_usage(action: argparse.Action) -> None:
 
 
 def _mountpoints() -> list[str]:
-    """Where cowfs is mounted, in what we see."""
+    """Complete the mountpoints of cowfs that we can see."""
     names = [os.fsdecode(mount.mountpoint) for mount in mountinfo() if mount.fstype == "fuse.cowfs"]
     return [name for name in names if name.isprintable()]  # other users choose names, too
 
 
 def _mount_options(prefix: str, **_: object) -> list[str]:
-    """The options that may follow those typed already."""
+    """Complete the options that may follow those already typed."""
     before, comma, _last = prefix.rpartition(",")
     typed = {option.partition("=")[0] for option in before.split(",")}
     return [before + comma + name for name in mount_options.names() if name.rstrip("=") not in typed]

@@ -1,4 +1,4 @@
-"""``cowfs create``: make a store."""
+"""``cowfs create``: create a store."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Exit codes: 0 success; 1 usage error; 2 a program is missing; 32 the store could
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Describe the subcommand."""
+    """Add the subcommand's parser."""
     parser = options.add_subcommand(subparsers, NAME, "create a store", _DESCRIPTION, _EPILOG)
     parser.add_argument("store", metavar="STORE", help="the file to create, such as sysrcd.bs")
     parser.add_argument("size", metavar="SIZE", help="its size in MiB, or with a unit: 512M, 2G")
@@ -35,7 +35,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(args: argparse.Namespace) -> int:
-    """Make the store."""
+    """Create the store."""
     from cowfs.store.format.sizes import format_size, parse_size
     from cowfs.store.offline.create import create_store
 

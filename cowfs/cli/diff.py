@@ -1,4 +1,4 @@
-"""``cowfs diff``: what was changed, of a store or of a mount."""
+"""``cowfs diff``: what has changed in a store or a mount."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ examples:
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Describe the subcommand."""
+    """Add the subcommand's parser."""
     parser = options.add_subcommand(subparsers, NAME, "list what was changed", _DESCRIPTION, _EPILOG)
     parser.add_argument("what", metavar="STORE|MOUNTPOINT")
     parser.add_argument(
@@ -125,7 +125,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _watched(changes: Iterator[Change], progress: Callable[[str], None]) -> Iterator[Change]:
-    """Show how many there were, unless the changes themselves are seen on the terminal."""
+    """Show progress, unless the changes themselves appear on the terminal."""
     is_seen = sys.stdout.isatty()
     for number, change in enumerate(changes, 1):
         if not is_seen:
@@ -134,7 +134,7 @@ def _watched(changes: Iterator[Change], progress: Callable[[str], None]) -> Iter
 
 
 def _what(given: str) -> tuple[str, bytes]:
-    """Return the store or mountpoint, and the path beneath it that *given* leads to, if it does."""
+    """Return the store or mountpoint, and the path below it that *given* names, if it names one."""
     from cowfs.client import mount_above
     from cowfs.store.format.sniff import may_be_store
 
@@ -145,14 +145,15 @@ def _what(given: str) -> tuple[str, bytes]:
 
 
 def paths_of(args: argparse.Namespace) -> tuple[str, list[bytes]]:
-    """Return the store or mountpoint that is meant, and the paths in it that are."""
+    """Return the store or mountpoint that is meant, and the paths in it."""
     what, below = _what(args.what)
     return what, _paths(below, args.paths)
 
 
 def patterns_of(args: argparse.Namespace) -> tuple[str, list[bytes]]:
-    """Return the store or mountpoint that is meant, and the paths and globs in it that are: what leads there
-    from the mountpoint is no glob."""
+    """Return the store or mountpoint that is meant, and the paths and globs in it. The part of a path up to
+    the mountpoint is not a glob.
+    """
     what, below = _what(args.what)
     return what, _paths(glob.escape(below), args.paths)
 
@@ -178,7 +179,7 @@ def add_aspects(parser: argparse.ArgumentParser, leave_out: str) -> None:
 
 
 def selection_of(args: argparse.Namespace, paths: list[bytes]) -> Selection:
-    """Return what of the changes is asked for. UsageError for an aspect that does not exist."""
+    """Return which changes are asked for. UsageError for an aspect that does not exist."""
     from cowfs.changes.select import ASPECTS, CONTENT, aspect, selected
 
     aspects = CONTENT if args.content else frozenset(ASPECTS)
@@ -196,7 +197,7 @@ def _show(args: argparse.Namespace, changes: Changes, wanted: Iterator[Change]) 
 
     out = sys.stdout.buffer
     if args.patch:
-        is_seen = out.isatty()  # what is in files must not drive a terminal; a program gets it as it is
+        is_seen = out.isatty()  # file contents must not control a terminal; a program gets them unchanged
         for piece in patch.patch(wanted, changes, binary=args.binary):
             out.write(printable_lines(piece) if is_seen else piece)
     elif args.stat:
@@ -220,7 +221,7 @@ def _show(args: argparse.Namespace, changes: Changes, wanted: Iterator[Change]) 
 
 
 def _show_stat(counts: Iterable[Counts]) -> None:
-    """Print the lines of all files, in one column, as git does."""
+    """Print the lines of all files in one column, as git does."""
     from cowfs.changes.render import escape
 
     rows = []

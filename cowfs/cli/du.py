@@ -37,7 +37,7 @@ examples:
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Describe the subcommand."""
+    """Add the subcommand's parser."""
     parser = options.add_subcommand(subparsers, NAME, "show what fills a store", _DESCRIPTION, _EPILOG)
     parser.add_argument("what", metavar="STORE|MOUNTPOINT")
     parser.add_argument("--top", metavar="N", type=_number, default=10, help="list N paths (default: 10)")
@@ -64,7 +64,7 @@ def _number(text: str) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Show it."""
+    """Show what fills the store."""
     from cowfs.api import open_changes
     from cowfs.changes.render import escape
     from cowfs.jsontext import put_path
@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 class _Total:
-    """Adds up what is told. Holds directories in memory, and of files the largest, unless it *keeps* all."""
+    """Adds up sizes. Holds all directories in memory, and only the largest files unless it *keeps* all."""
 
     def __init__(self, top: int, *, keeps: bool) -> None:
         self.reasons: dict[str, int] = defaultdict(int)
@@ -129,7 +129,7 @@ class _Total:
             path = path.rpartition(b"/")[0]
 
     def largest(self) -> list[tuple[bytes, int]]:
-        """Return the largest directories, with what is in them, and files."""
+        """Return the largest directories, with the size of their contents, and the largest files."""
         sizes = Counter(self._directories)
         for size, path in self._largest:
             sizes[path] += size  # a file may be in the layer of a checkpoint, too
@@ -137,7 +137,7 @@ class _Total:
 
 
 def _programs(changes: Changes, what: str) -> dict[bytes, str]:
-    """Return which program was the last to change each path."""
+    """Return the program that changed each path last."""
     from cowfs.exports.timeline import Timeline
 
     records = changes.records()

@@ -1,4 +1,4 @@
-"""What becomes of the changes that a command has made in a private mount."""
+"""What happens to the changes that a command made in a private mount."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from cowfs.errors import CowfsError
 from cowfs.linux.signals import interruptible
 
 FAILED = 125
-"""Exit code when the command has run, and its changes could not be committed or kept."""
+"""Exit code if the command ran, but its changes could not be committed or kept."""
 _SHOWN = 20
-"""So many changes are shown before it is asked what to do with them."""
+"""How many changes are shown before the question what to do with them."""
 
 
 def complete_interrupted(lower: str) -> None:
-    """Complete the commits that were killed. SystemFailure if one to *lower* cannot be."""
+    """Complete commits that were killed. SystemFailure if one to *lower* cannot be completed."""
     complete_all(os.path.realpath(lower), warn)
 
 
 class Ending:
-    """First :meth:`decide`, as long as all is mounted; then :meth:`finish`, when nothing is."""
+    """Call :meth:`decide` while everything is mounted, then :meth:`finish` when nothing is mounted."""
 
     def __init__(self, args: argparse.Namespace, parts: Sequence[Part], since: int) -> None:
         self._args = args
@@ -44,9 +44,9 @@ class Ending:
         self._changed: list[Part] = []
 
     def decide(self) -> None:
-        """Show what was changed, learn what is to become of it, and do what must be done while it is mounted.
+        """Show what was changed, ask what to do with it, and do what needs the mount.
 
-        What fails is told, and no exception: the exit code is that of :meth:`finish`.
+        Prints failures instead of raising: :meth:`finish` returns the exit code.
         """
         args = self._args
         asks = _is_seen() and not (args.commit or args.discard or args.keep)
@@ -66,21 +66,21 @@ class Ending:
         try:
             while asks and not self._do(_ask(self._choices(), at_end="keep" if self._is_kept else "discard")):
                 pass
-        except KeyboardInterrupt:  # that is no answer
+        except KeyboardInterrupt:  # that is not an answer
             self._leave()
             return
         if not asks and not self._do(answer) and answer in {"commit", "keep"}:
             self._do("rescue")
 
     def _leave(self) -> None:
-        """Keep what was changed, and say where."""
+        """Keep the changes, and say where."""
         print(file=sys.stderr)
         if self._is_kept:
             warn(f"nothing was committed or discarded: the changes are in {self._args.store}")
         self._do("rescue")
 
     def finish(self) -> int:
-        """Commit what was prepared; return 125 if anything has failed, else 0. Nothing is mounted."""
+        """Commit what was prepared; return 125 if anything failed, else 0. Nothing is mounted."""
         used = set() if self._is_discarded else {part.mountpoint for part in self._changed}
         if self._is_prepared:
             self._make()
@@ -90,7 +90,7 @@ class Ending:
         return FAILED if self._has_failed else 0
 
     def _make(self) -> None:
-        """Make the changes of the commit that is prepared, and take them out of the stores."""
+        """Carry out the prepared commit, and remove its changes from the stores."""
         try:
             with progress_line() as show:
                 self._commit.make(lambda path, _: show(f"committing {escape(path)}"))
@@ -110,7 +110,7 @@ class Ending:
     # --- what was changed
 
     def _look(self, *, shows: bool) -> int:
-        """Find what was changed, and show some of it if asked; return how much it is."""
+        """Find the changes, and show some of them if asked; return how many there are."""
         from cowfs.api import open_changes
 
         summary = Summary()
@@ -146,7 +146,7 @@ class Ending:
         return choices
 
     def _do(self, answer: str) -> bool:
-        """Do what was answered; say whether that is all."""
+        """Do what the user chose; return whether that is all."""
         try:
             match answer:
                 case "commit":
@@ -155,7 +155,7 @@ class Ending:
                     return self._keep(self._args.keep or _ask_name())
                 case "rescue" if not self._is_kept:
                     self._keep(os.path.join(os.path.dirname(place()), "kept", f"{time.time_ns():x}.bs"))
-                    self._has_failed = True  # that is not what was asked for
+                    self._has_failed = True  # the user did not ask for that
                 case "discard":
                     self._is_discarded = True
                 case "" if not self._is_kept:
@@ -166,7 +166,7 @@ class Ending:
         return True
 
     def _prepare(self) -> bool:
-        """Prepare the commit; say whether it is, and name the conflicts."""
+        """Prepare the commit; return whether that worked, and print the conflicts."""
         mounts = [Changed(part.mountpoint, part.lower, part.store, part.at) for part in self._changed]
         self._commit = Commit()
         with progress_line() as show:
@@ -186,7 +186,7 @@ class Ending:
         return done
 
     def _keep(self, store: str) -> bool:
-        """Write the changes to new stores, that of the root to *store*."""
+        """Write the changes to new stores, those of the root to *store*."""
         from cowfs.cli.persist import persist
 
         if not store:
@@ -234,10 +234,7 @@ def _is_seen() -> bool:
 
 
 def _ask(choices: dict[str, str], at_end: str) -> str:
-    """Return the answer of who is at the terminal; *at_end* if they type Ctrl-D, or have closed it.
-
-    KeyboardInterrupt for Ctrl-C.
-    """
+    """Return the user's answer; *at_end* for Ctrl-D or a closed terminal. KeyboardInterrupt for Ctrl-C."""
     while True:
         words = ", ".join(f"[{key}]{word[1:]}" for key, word in choices.items())
         print(f"{words}? ", end="", file=sys.stderr, flush=True)

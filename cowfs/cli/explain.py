@@ -30,7 +30,7 @@ exit codes: 0 the path shows something; 1 wrong usage; 32 nothing is seen there,
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Describe the subcommand."""
+    """Add the subcommand's parser."""
     parser = options.add_subcommand(
         subparsers, NAME, "explain why a path shows what it shows", _DESCRIPTION, _EPILOG
     )
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _fields(layer: dict[str, Any]) -> Iterator[bytes | str]:
-    """Yield what a layer has of a path; of what it has nothing of, empty fields."""
+    """Yield what a layer has of a path; empty fields if it has nothing."""
     yield layer["layer"]
     yield get_path(layer, "path")
     for fact in ("type", "mode", "uid", "gid", "size", "mtime_ns"):

@@ -1,4 +1,4 @@
-"""``cowfs export``: take the changes elsewhere."""
+"""``cowfs export``: write the changes in another format."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ seconds are told, but no failure.
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Describe the subcommand."""
+    """Add the subcommand's parser."""
     parser = options.add_subcommand(
         subparsers,
         NAME,
@@ -91,7 +91,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write it, and tell what is lost on the way."""
+    """Write the export, and say what the format cannot hold."""
     from cowfs.api import export
     from cowfs.exports.run import How
     from cowfs.exports.squashfs import COMPRESSIONS
@@ -104,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
         args.to, args.merged, args.whiteouts, args.base, args.tag, args.compression, args.force, _latest()
     )
     lowers = options.lowers_to_open(args)
-    take_all_descriptors()  # each directory on the way to a path takes one
+    take_all_descriptors()  # each directory on the way to a path uses one
     with cleaned_up(), progress_line() as progress:
         losses = export(
             args.what, args.file, how, lowers, trust=args.trust, tell=warn, tick=_counted(progress)

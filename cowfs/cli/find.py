@@ -1,4 +1,4 @@
-"""``cowfs find``: which stores a boot would consider, which it would take, and why."""
+"""``cowfs find``: which stores a boot would consider, which one it would use, and why."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Exit codes: 0 a boot would use one of the stores; 1 it would use none.
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Describe the subcommand."""
+    """Add the subcommand's parser."""
     parser = subparsers.add_parser(
         NAME,
         help="list the stores that a boot would consider",
@@ -48,7 +48,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print what is found; 0 if a boot would take one of it, 1 if none."""
+    """Print the stores found; return 0 if a boot would use one of them, 1 if none."""
     from cowfs.store.disks.find import find_stores, parse_wanted
 
     wanted = parse_wanted(args.backstore)
@@ -74,7 +74,7 @@ _SCOPES = {"removable": "removable disks", "all": "all disks", "off": "backstore
 
 
 def _image(given: str | None) -> tuple[str, str]:
-    """Return the fingerprint of the root image, and the device it is on, as far as they are known."""
+    """Return the fingerprint of the root image, and the device it is on, as far as known."""
     if given is not None:
         from cowfs.store.format.identity import identify_lower
 

@@ -33,7 +33,7 @@ Exit codes: 0 the store has that size; 1 usage error; 2 a program is missing; 32
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Describe the subcommand."""
+    """Add the subcommand's parser."""
     parser = options.add_subcommand(subparsers, NAME, "make a store larger", _DESCRIPTION, _EPILOG)
     parser.add_argument("store", metavar="STORE|MOUNTPOINT", help="the store to grow")
     parser.add_argument(
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     from cowfs.store.offline.grow import grow_store
 
     def tell(message: str) -> None:
-        # On a terminal resize2fs shows its own progress below these lines; a script gets the result alone.
+        # On a terminal resize2fs shows its own progress below these lines; a script gets only the result.
         if sys.stdout.isatty():
             note(message)
 
@@ -78,14 +78,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _wanted(text: str | None, image: str, *, mounted: bool) -> int | None:
-    """Return the size in bytes that the command line asks for; UsageError for what is none."""
+    """Return the size in bytes that the command line asks for; UsageError for an invalid one."""
     from cowfs.store.format.sizes import parse_size
 
     if not text or not text.startswith("+"):
         return parse_size(text) if text else None
     more = parse_size(text[1:])
     if not mounted and not os.path.isfile(image):
-        return more  # there is no store to add to, as its opening says
+        return more  # there is no store to grow, as opening it will say
     if not os.path.isfile(image):
         raise UsageError(f"{text}: adds to the size of an image alone", "give the new size")
     return os.path.getsize(image) + more

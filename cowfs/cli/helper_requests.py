@@ -1,7 +1,9 @@
-"""What the daemon of root's mount has done by a process that is not shut in: mount, unmount, and run e2fsck.
+"""Requests that the daemon of root's mount sends to a process that is not confined: mount, unmount, run
+e2fsck.
 
-Where it is to be mounted, and what the layers are, is known before the daemon has read anything. Nothing that
-it asks for later is a path, so whoever gets the better of it has no more of this than what it does anyway.
+The helper learns the mountpoint and the layers before the daemon has read any data. Later requests contain no
+path. So an attacker who takes over the daemon gains nothing from the helper beyond what the daemon does
+anyway.
 """
 
 from __future__ import annotations
@@ -24,10 +26,10 @@ Reply = dict[str, Any]
 
 
 class HelperRequests:
-    """The errands of one mount, by their names."""
+    """The requests of one mount, by name."""
 
     def __init__(self, mountpoint: str, paths: Sequence[str]) -> None:
-        """*paths* are those of the store and the lowers: watched()."""
+        """*paths* are the paths of the store and the lowers: watched()."""
         self._mountpoint = mountpoint
         self._paths = paths
         self._dev = ""
@@ -35,7 +37,7 @@ class HelperRequests:
         self._places: Places | None = None
 
     def start(self) -> None:
-        """Have them done from now on, while there is one thread."""
+        """Start to serve requests, while the process has one thread."""
         inline = {"mount": self.mount, "store": self.store}
         waiting = {"answers": self.answers, "sync": self.sync, "drop": self.drop, "unmount": self.unmount}
         asking = {"places": self.places, "loops": self.loops, "wake": self.wake, "syslog": self.syslog}
@@ -44,7 +46,7 @@ class HelperRequests:
     def mount(self, request: Request, fds: list[int]) -> Reply:
         """Mount the FUSE device *fds*, once, and return which filesystem that is.
 
-        From now on layers and store are in use for all to see, whatever is unmounted in here.
+        From now on everybody can see that the layers and the store are in use, whatever is unmounted in here.
         """
         if self._dev:
             raise PermissionError(1, "it is mounted")
@@ -57,7 +59,7 @@ class HelperRequests:
         return {"dev": here.dev if here is not None else ""}
 
     def unmount(self, request: Request, fds: list[int]) -> Reply:
-        """Detach what was mounted, if it is there yet; say whether it was."""
+        """Detach the mount if it still exists; return whether it did."""
         here = mount_table.mount_of(self._mountpoint)
         if here is None or here.dev != self._dev:
             return {"was": False}
@@ -65,12 +67,12 @@ class HelperRequests:
         return {"was": True}
 
     def answers(self, request: Request, fds: list[int]) -> Reply:
-        """Return once the mount has answered."""
+        """Return once the mount answers requests."""
         os.stat(self._mountpoint)
         return {}
 
     def sync(self, request: Request, fds: list[int]) -> Reply:
-        """Let the kernel write back what it holds of the mount."""
+        """Make the kernel write back what it holds of the mount."""
         fd = os.open(self._mountpoint, os.O_RDONLY | os.O_DIRECTORY)
         try:
             here = os.fstat(fd).st_dev
@@ -81,7 +83,7 @@ class HelperRequests:
         return {}
 
     def drop(self, request: Request, fds: list[int]) -> Reply:
-        """Let the kernel drop what it knows of the mount and nobody uses."""
+        """Make the kernel drop what it caches of the mount and nobody uses."""
         mounts.drop_unused(self._mountpoint, self._dev)
         return {}
 
@@ -90,7 +92,7 @@ class HelperRequests:
         return tools.run_errand(request, fds)
 
     def places(self, request: Request, fds: list[int]) -> Reply:
-        """Say what was done to the store and the lowers, of which the daemon has the inodes *opened*."""
+        """Return what was done to the store and the lowers, whose inodes *opened* the daemon has."""
         opened = [None if inode is None else (inode[0], inode[1]) for inode in request["opened"]]
         return {"changes": self._places.changes(opened) if self._places else [""] * len(self._paths)}
 
@@ -101,11 +103,11 @@ class HelperRequests:
         return {}
 
     def loops(self, request: Request, fds: list[int]) -> Reply:
-        """Return the loop devices that stand on the file *fds*."""
+        """Return the loop devices that use the file *fds*."""
         return {"devices": safe_paths.loop_users(f"/proc/self/fd/{fds[0]}")}
 
     def wake(self, request: Request, fds: list[int]) -> Reply:
-        """Open the disks of the layers, after a sleep of the machine."""
+        """Open the disks of the layers again after the machine slept."""
         for device in self._devices:
             with suppress(OSError):
                 os.close(os.open(device, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
