@@ -130,7 +130,7 @@ def _in_tree(path: str, mountpoint: str) -> bytes:
 
 
 def _below(path: str, mountpoint: str) -> bytes:
-    """Return where in the merged tree something below a mountpoint is. UsageError for what is not."""
+    """Return the path in the merged tree of something below a mountpoint. UsageError for anything else."""
     found = mount_above(path)
     if found is None or found[0] != mountpoint:
         raise UsageError(f"{path}: is not below {mountpoint}", "ask for one mount at a time")

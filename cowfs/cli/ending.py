@@ -54,7 +54,7 @@ class Ending:
             return
         try:
             total = self._look(shows=asks)
-        except (CowfsError, OSError) as error:  # what was changed is not known, and must not be lost for that
+        except (CowfsError, OSError) as error:  # what was changed is unknown, and must not be lost for that
             self._fail(error)
             if not args.discard:
                 self._changed = list(self._parts)

@@ -35,7 +35,7 @@ _NAMED = 3
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Describe the subcommand."""
+    """Add the subcommand's parser."""
     parser = subparsers.add_parser(
         NAME,
         help="describe a store, an image or a mount, and how full it is",
@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _kernel(what: str, facts: dict[str, Any]) -> int:
-    """Print the commands by which the kernel mounts a store; none if it is in use."""
+    """Print the commands with which the kernel mounts a store; none if it is in use."""
     from cowfs.store.format.kernel import commands
 
     store = facts.get("store", facts)
@@ -126,7 +126,7 @@ def _kernel(what: str, facts: dict[str, Any]) -> int:
 
 
 def _is_image(path: str) -> bool:
-    """Whether a file is a squashfs image, of any version, or a program with something appended to it."""
+    """Whether a file is a squashfs image of any version, or a program with an image appended."""
     from cowfs.formats.squashfs.recognise import MAGIC, MAGIC_BIG_ENDIAN, SAMPLE, appended_at
 
     try:
@@ -137,7 +137,7 @@ def _is_image(path: str) -> bool:
             f"{path}: cannot be read: {error.strerror}", "run this as its owner, or as root"
         ) from None
     except OSError:
-        return False  # a directory, or something to be told about as a store
+        return False  # a directory, or a store
     end = appended_at(head)
     return head[:4] in {MAGIC, MAGIC_BIG_ENDIAN} or (end is not None and end < os.path.getsize(path))
 
@@ -149,7 +149,7 @@ def _without_waiting(path: str, flags: int) -> int:
 
 
 def _image(path: str, offset: int = 0) -> tuple[dict[str, Any], list[tuple[str, str]]]:
-    """Return what a squashfs image says of itself: for programs, and for people."""
+    """Return what a squashfs image says about itself: for programs, and for people."""
     from cowfs.layers.squashfs import SquashfsLayer
     from cowfs.store.format.identity import identify_lower
     from cowfs.store.format.sizes import format_size
@@ -171,7 +171,7 @@ _NUMBER = re.compile(r"(\d+)(?: bytes)?")
 
 
 def _value(what: str, said: str) -> int | bool | str | list[str]:
-    """Return what a line of the summary says in the type that a program expects."""
+    """Return the value of a summary line in the type that a program expects."""
     if what in _LISTS:
         return [] if said == "nothing" else said.split(", ")
     if said in {"yes", "no"}:
@@ -215,7 +215,7 @@ def _mount_lines(facts: dict[str, Any], requests: Requests | None) -> list[tuple
 
 
 def _fetched_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
-    """Say how much of what was read by URL was at hand, if anything was."""
+    """Return how much of the data read by URL was cached, if any was read."""
     blocks = facts.get("caches", {}).get("blocks by URL")
     if blocks is None:
         return []
@@ -225,7 +225,7 @@ def _fetched_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _log_lines(log: dict[str, Any] | None) -> list[tuple[str, str]]:
-    """Say where the log is, and if something happened that nobody expected. An older daemon says nothing."""
+    """Return where the log is, and whether unexpected errors happened. An older daemon says nothing."""
     if log is None:
         return []
     lines = [("log", log["place"])]
@@ -237,7 +237,7 @@ def _log_lines(log: dict[str, Any] | None) -> list[tuple[str, str]]:
 
 
 def _passed_by(passthrough: dict[str, Any] | None) -> str:
-    """Say who reads and writes the files of the store: a daemon of before tells nothing."""
+    """Return who reads and writes the files of the store: an older daemon does not say."""
     why = "the daemon is an older cowfs" if passthrough is None else passthrough["why_not"]
     if passthrough is None or why:
         return f"through the daemon ({why})"
@@ -247,7 +247,7 @@ def _passed_by(passthrough: dict[str, Any] | None) -> str:
 
 
 def _open(files: int | None) -> str:
-    """Say how many files are open; nothing where the kernel opens them by itself."""
+    """Return how many files are open; nothing where the kernel opens them itself."""
     return "" if files is None else f", {files} open files"
 
 
@@ -283,7 +283,7 @@ def _store_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _partial_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
-    """Say what of large files is not in the store yet."""
+    """Return what the store does not have yet of large files."""
     from cowfs.store.format.sizes import format_size
 
     missing = facts.get("partial") or {"files": 0}
@@ -294,7 +294,7 @@ def _partial_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _checkpoint_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
-    """Say what checkpoints there are, the last ones by name. An older daemon says nothing."""
+    """Return which checkpoints there are, the last ones by name. An older daemon says nothing."""
     names = facts.get("checkpoints") or []
     if not names:
         return []
@@ -303,7 +303,7 @@ def _checkpoint_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _volatile_lines(volatile: dict[str, Any] | None) -> list[tuple[str, str]]:
-    """Say what the store does not keep; an older daemon says nothing."""
+    """Return what the store does not keep. An older daemon says nothing."""
     from cowfs.store.format.sizes import format_size
 
     if not volatile:
@@ -320,7 +320,7 @@ def _lower_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _room(size: int, free: int, *, own: bool) -> tuple[str, str]:
-    """Say how full a store is, or, if it has no filesystem of its *own*, how much fits into it still."""
+    """Return how full a store is, or, if it has no filesystem of its *own*, how much still fits into it."""
     from cowfs.store.format.sizes import format_size
 
     if not own:
@@ -330,7 +330,7 @@ def _room(size: int, free: int, *, own: bool) -> tuple[str, str]:
 
 
 def _disk_lines(disk: dict[str, int] | None) -> list[tuple[str, str]]:
-    """Say how much room there is on the disk that an image is on."""
+    """Return how much space is left on the disk that holds an image."""
     from cowfs.store.format.sizes import format_size
 
     if disk is None:

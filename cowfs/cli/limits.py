@@ -1,4 +1,4 @@
-"""What the system gave too little of: files, threads, memory. It is told as that, and with a way out."""
+"""Which limit of the system is too low: files, threads, memory. The message says so, and what to do."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from cowfs.errors import SystemFailure
 from cowfs.linux.limits import is_lack_of_threads
 
 LEAST_FILES = 64
-"""So many files a mount has open at once, with some to spare for its users."""
+"""How many files a mount has open at once, with some to spare for its users."""
 
 LEAST_ADDRESS_SPACE = 72 << 20
-"""Bytes: with less libfuse has no buffer for the first request, and asks for one for ever."""
+"""Bytes: with less, libfuse cannot allocate a buffer for the first request, and retries for ever."""
 
 LEAST_DATA = 64 << 20
-"""Bytes of memory that a process may write to: the same."""
+"""Bytes of memory that a process may write to: as above."""
 
 
 def explain_shortage(error: BaseException) -> SystemFailure | None:
-    """Return what to tell of an error that comes of a limit, or of too little memory; None for any other."""
+    """Return the message for an error caused by a limit or by too little memory; None for any other."""
     if isinstance(error, BaseExceptionGroup):
         return next(filter(None, map(explain_shortage, error.exceptions)), None)
     code = error.errno if isinstance(error, OSError) else 0
@@ -62,7 +62,7 @@ def must_have_address_space() -> None:
 
 
 def too_few_files() -> SystemFailure:
-    """Return what to tell of RLIMIT_NOFILE."""
+    """Return the message for a low RLIMIT_NOFILE."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     return SystemFailure(
         f"the limit of open files is too low: {hard}",

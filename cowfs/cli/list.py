@@ -1,4 +1,4 @@
-"""``cowfs list``: what is mounted where, with which store, by whom."""
+"""``cowfs list``: what is mounted where, with which store, and by whom."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cowfs.linux.mount_table import MountInfo, mountinfo
 NAME = "list"
 
 _PATIENCE, _IN_ALL = 2.0, 6.0
-"""So many seconds a daemon has for its answer."""
+"""How many seconds a daemon has for its answer, and all of them together."""
 _HEADINGS = ("MOUNTPOINT", "LOWER", "STORE", "USER", "STATE")
 _EPILOG = """\
 A store whose daemon does not answer within 2 seconds, or that belongs to another user, is shown as `?'.
@@ -28,7 +28,7 @@ example:
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Describe the subcommand."""
+    """Add the subcommand's parser."""
     parser = subparsers.add_parser(
         NAME,
         help="list the mounts of cowfs",
@@ -41,7 +41,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print a line for each mount that is seen from here, in the order of mounting."""
+    """Print a line for each mount that we can see, in the order of mounting."""
     patience = Patience(_PATIENCE, _IN_ALL)
     found = [_about(mount, patience) for mount in mountinfo() if mount.fstype == FSTYPE]
     if args.json:
@@ -95,7 +95,7 @@ def _row(about: dict[str, Any]) -> tuple[str, ...]:
     """The cells of a line."""
     store = about["store"]
     kept = "?" if store is None else "memory" if store["kind"] == "memory" else store["path"]
-    asked = os.geteuid() in {0, about["uid"]}  # nobody else gets an answer
+    asked = os.geteuid() in {0, about["uid"]}  # other users get no answer
     state = "no answer" if about["error"] and asked else "ro" if about["readonly"] else "rw"
     lowers = ":".join(about["lowers"]) if about["lowers"] else about["source"]
     return about["mountpoint"], lowers, kept, about["user"] or "?", state

@@ -1,4 +1,4 @@
-"""The daemon's log: where it goes, what is counted of it, and what SIGUSR1 adds to it."""
+"""The daemon's log: where it goes, how errors in it are counted, and what SIGUSR1 writes to it."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from cowfs.linux.sockets import SYSLOG
 from cowfs.linux.trust import who_can_redirect, who_can_substitute
 
 _DEEPEST = 50
-"""So many frames of a thread are shown."""
+"""How many frames of a thread are shown."""
 
 
 class _Formatter(logging.Formatter):
-    """Makes one line of each message, and no traceback drive a terminal: names come from others."""
+    """Formats each message as one line, and makes tracebacks printable: names come from other users."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         """Return the line; see printable()."""
@@ -39,7 +39,7 @@ class _Formatter(logging.Formatter):
 
 
 class _Syslog(logging.handlers.SysLogHandler):
-    """Connects anew by the process that does errands for us when the system's log has been started anew."""
+    """Reconnects through the helper process when the system's log was restarted."""
 
     def _connect_unixsocket(self, address: str) -> None:
         elsewhere = helper_process.current()
@@ -50,13 +50,14 @@ class _Syslog(logging.handlers.SysLogHandler):
 
 
 def open_log(path: str) -> int:
-    """Open the file that is to be the log. Nobody waits for who shall read it (fifo(7)).
+    """Open the log file. For a fifo(7) it does not wait for a reader.
 
-    PermissionError if another user leads it elsewhere, be it in a directory for all: by a link, or by the
-    second name of a file (which fs.protected_symlinks and fs.protected_hardlinks of sysctl(8) may forbid).
+    PermissionError if another user redirects it, as is possible in a directory that everybody can write to:
+    by a symbolic link, or by a hard link to another file (fs.protected_symlinks and fs.protected_hardlinks of
+    sysctl(8) may forbid these).
     """
     reason = None
-    with suppress(FileNotFoundError):  # it will be made; what is on the way has been looked at
+    with suppress(FileNotFoundError):  # it will be created; the directories on the way have been checked
         reason = who_can_redirect(path)
     if reason is not None:
         raise PermissionError(errno.EPERM, reason, path)
@@ -70,7 +71,7 @@ def open_log(path: str) -> int:
 
 
 class Failures(logging.Handler):
-    """Counts the exceptions that nobody expected: for ``cowfs info``, which says that there were some."""
+    """Counts unexpected exceptions for ``cowfs info``, which reports them."""
 
     def __init__(self) -> None:
         super().__init__(logging.ERROR)
@@ -79,14 +80,14 @@ class Failures(logging.Handler):
         self.when = 0.0
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Count it if it has a traceback."""
+        """Count a message that has a traceback."""
         if record.exc_info:
             self.count += 1
             self.last, self.when = record.getMessage(), record.created
 
 
 class Log(NamedTuple):
-    """Where the log of a daemon goes, and what went wrong in it."""
+    """Where a daemon's log goes, and what went wrong in it."""
 
     place: str
     failures: Failures
@@ -94,7 +95,7 @@ class Log(NamedTuple):
     """The file behind it, -1 if there is none."""
 
     def facts(self) -> dict[str, Any]:
-        """Return what ``cowfs info`` tells of it."""
+        """Return what ``cowfs info`` shows of it."""
         failures = self.failures
         return {
             "place": self.place,
@@ -104,9 +105,9 @@ class Log(NamedTuple):
         }
 
     def explain_when_asked(self, tasks: Callable[[], Iterable[str]]) -> None:
-        """Write down what each thread and each of *tasks* is doing when SIGUSR1 comes, or a fatal signal.
+        """On SIGUSR1 or a fatal signal, log what each thread and each of *tasks* is doing.
 
-        From the main thread. If that one hangs, a log in a file still gets the threads (faulthandler).
+        The main thread writes this. If it hangs, a log in a file still gets the threads (faulthandler).
         """
         asked = logging.getLogger("cowfs.debug.signal")
         asked.setLevel(logging.DEBUG)
@@ -127,7 +128,7 @@ class Log(NamedTuple):
 
 
 def set_up_log(path: str | None, *, foreground: bool) -> Log:
-    """Send the log to a file, to the terminal in the foreground, or else to syslog if there is one."""
+    """Send the log to a file, in the foreground to the terminal, or else to syslog if there is one."""
     handler: logging.Handler
     form = "%(asctime)s cowfs[%(process)d] %(levelname)s %(name)s: %(message)s"
     fd = -1

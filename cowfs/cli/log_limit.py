@@ -1,4 +1,4 @@
-"""A log that stays small: neither a hostile image nor a user of the mount can fill the disk by it."""
+"""Limits the log, so that neither a hostile image nor a user of the mount can fill the disk with it."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import logging
 import time
 
 _BURST = 200
-"""Lines that may come in a row, of warnings and less, and of errors …"""
+"""How many lines may come in a row, of warnings and below, and of errors …"""
 _PER_SECOND = 0.1
 """… and how many more with each second."""
 _ALIKE = 3
-"""How often a line may come again …"""
+"""How often the same line may come …"""
 _ALIKE_SECONDS = 60.0
-"""… before it must wait for so long."""
+"""… before it is held back for this many seconds."""
 _REMEMBERED = 500
-"""So many different lines are known again."""
+"""How many different lines are remembered."""
 
 
 class Limit(logging.Filter):
-    """Lets so many lines through and no more; the next one tells how many were left out."""
+    """Lets a limited number of lines through; the next line says how many were left out."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class Limit(logging.Filter):
         self._left_out = 0
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Say whether a line is to be written. What --debug asked for is."""
+        """Return whether to write a line. Lines that --debug asked for are always written."""
         if record.levelno <= logging.DEBUG:
             return True
         now = time.monotonic()

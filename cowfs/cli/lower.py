@@ -33,7 +33,7 @@ exit codes: 0 done; 1 no such module, or added already; others as those of `cowf
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Describe the subcommand."""
+    """Add the subcommand's parser."""
     parser = options.add_subcommand(
         subparsers, NAME, "load a module into a mounted tree, or remove it", _DESCRIPTION, _EPILOG
     )
@@ -44,7 +44,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(args: argparse.Namespace) -> int:
-    """Have the daemon do it."""
+    """Ask the daemon to do it."""
     from cowfs.client import ask, the_mount
     from cowfs.linux.remote import may_wait
 
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _mounts_in(mountpoint: bytes) -> list[bytes]:
-    """Return the paths, from there, of what is mounted below a mountpoint."""
+    """Return the paths, relative to a mountpoint, of the mounts below it."""
     from cowfs.linux.mount_table import mountinfo
 
     above = mountpoint.rstrip(b"/") + b"/"

@@ -1,4 +1,4 @@
-"""The ``cowfs`` command: finds the subcommand, and turns every failure into one line and an exit code."""
+"""The ``cowfs`` command: find the subcommand, and turn every failure into one line and an exit code."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cowfs.cli.output import be_quiet, open_streams, warn
 from cowfs.errors import EXIT_SYSTEM, EXIT_USAGE, CowfsError, UsageError
 from cowfs.linux.programs import clean_own_environment
 
-# What `cowfs --help` says: subcommands that belong together share a line, so that all fit on a screen of 24.
+# The text of `cowfs --help`: related subcommands share a line, so that all fit on a screen of 24 lines.
 _SUMMARY = (
     ("mount, umount", "mount a lower merged with a store; unmount it"),
     ("run, overlay", "try a command, then commit or discard; mount for Podman"),
@@ -49,7 +49,7 @@ subcommands:
 
 
 class _Parser(argparse.ArgumentParser):
-    """One line for a wrong command line too, and mount(8)'s exit code for it."""
+    """Reports a wrong command line in one line, too, with mount(8)'s exit code for it."""
 
     def error(self, message: str) -> None:  # type: ignore[override]
         warn(f"{message} (see `{self.prog} --help`)")
@@ -57,7 +57,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _Version(argparse.Action):
-    """Find out the version only if it is asked for: that takes longer than a short command."""
+    """Reads the version only if it is asked for: that takes longer than a short command."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
         print(f"cowfs {cowfs.__version__}")
@@ -65,7 +65,7 @@ class _Version(argparse.Action):
 
 
 def _parser(wanted: str | None) -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
-    """Return the parser of the whole, and those of the subcommands."""
+    """Return the main parser, and those of the subcommands."""
     parser = _Parser(
         prog="cowfs",
         usage="cowfs [--help] [--version] SUBCOMMAND ...",
@@ -73,13 +73,13 @@ def _parser(wanted: str | None) -> tuple[argparse.ArgumentParser, dict[str, argp
         formatter_class=argparse.RawDescriptionHelpFormatter,
         add_help=False,
     )
-    # Not described: the usage line names them, and the help is to fit on a screen.
+    # Not described: the usage line names them, and the help must fit on a screen.
     parser.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
     parser.add_argument("--version", action=_Version, nargs=0, help=argparse.SUPPRESS)
     subparsers = parser.add_subparsers(
         prog="cowfs", help=argparse.SUPPRESS, metavar="SUBCOMMAND", dest="subcommand", parser_class=_Parser
     )
-    # Only the subcommand that was asked for is imported: starting up is half of a short command's time.
+    # Only the requested subcommand is imported: start-up is half of a short command's time.
     if wanted in SUBCOMMANDS:
         importlib.import_module(f"cowfs.cli.{wanted}").add_parser(subparsers)
         _add_quiet(subparsers.choices[wanted])
@@ -87,15 +87,15 @@ def _parser(wanted: str | None) -> tuple[argparse.ArgumentParser, dict[str, argp
 
 
 def _add_quiet(parser: argparse.ArgumentParser) -> None:
-    """Let every subcommand have it, described once, in the manual; some have one of their own."""
+    """Add --quiet to every subcommand that has no option of its own for it; the manual describes it once."""
     with suppress(argparse.ArgumentError):
         parser.add_argument("-q", "--quiet", action="store_true", help=argparse.SUPPRESS)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit code. Never raises but for SystemExit of argparse."""
-    if argv is None:  # we are the program, and not called by another
-        if "_ARGCOMPLETE" in os.environ:  # a shell asks what may come next
+    """Run the command line and return the exit code. Raises nothing but SystemExit of argparse."""
+    if argv is None:  # we are the program, not called by another
+        if "_ARGCOMPLETE" in os.environ:  # a shell asks for completions
             from cowfs.cli.completion import complete
 
             complete(lambda name: _parser(name)[0], SUBCOMMANDS)
@@ -109,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: list[str]) -> int:
     first = args[0] if args else None
     if first is not None and first.startswith("-") and any("lowerdir=" in word for word in args):
-        args.insert(0, "overlay")  # as fuse-overlayfs is called
+        args.insert(0, "overlay")  # called by the name of fuse-overlayfs
         first = "overlay"
     if first is not None and not first.startswith("-") and first not in SUBCOMMANDS:
         _refuse_misspelt(first)
@@ -137,7 +137,7 @@ def _run(args: list[str]) -> int:
 
 
 def _refuse_misspelt(word: str) -> None:
-    """Raise UsageError for a word that looks like a subcommand, and that no file or directory is called."""
+    """Raise UsageError for a word that resembles a subcommand and is not the name of a file or directory."""
     if os.path.lexists(word) or not word.replace("-", "").isalpha():
         return
     near = difflib.get_close_matches(word, SUBCOMMANDS, n=1)
@@ -147,19 +147,19 @@ def _refuse_misspelt(word: str) -> None:
 
 
 def _are_paths(words: Sequence[str]) -> bool:
-    """Whether what argparse did not understand are paths: it knows of none that come after an option."""
+    """Whether the words that argparse rejected are paths: it accepts none after an option."""
     return words[:1] == ["--"] or not any(word.startswith("-") for word in words)
 
 
 def guarded(call: object) -> int:
-    """Run *call*; say in one line what went wrong, and return the exit code."""
+    """Run *call*; print any failure in one line, and return the exit code."""
     assert callable(call)
     try:
         try:
             return int(call())
         finally:
             if sys.stdout is not None:
-                sys.stdout.flush()  # or what it cannot write is said only when Python ends, with a traceback
+                sys.stdout.flush()  # else Python reports what it cannot write only at exit, with a traceback
     except CowfsError as error:
         warn(str(error))
         return error.exit_code

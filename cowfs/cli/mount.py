@@ -54,7 +54,7 @@ examples:
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Describe the subcommand."""
+    """Add the subcommand's parser."""
     parser = subparsers.add_parser(
         NAME,
         help="merge a lower with a store, and mount the result",
@@ -69,7 +69,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
-    """Describe what is merged, and where it is mounted, which may be *optional*."""
+    """Add the arguments: the layers, and the mountpoint, which may be *optional*."""
     count = "?" if optional else None
     parser.add_argument(
         "lower",
@@ -106,8 +106,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def mounted(args: argparse.Namespace, *, hides_store: bool = False) -> tuple[int, UnionOptions | None]:
-    """The same; also return what was mounted, if it was not merely changed. Who *hides_store* takes care that
-    nobody reaches the store through the mount, so it may be inside the lower."""
+    """The same; also return the new mount, unless this was a remount. A caller that *hides_store* makes sure
+    that nobody reaches the store through the mount, so the store may be inside the lower.
+    """
     if remount.is_asked_for(args.options):
         return remount.remount(args.mountpoint, args.options), None
     given = mount_options.parse(args.options)
@@ -143,7 +144,7 @@ def start(
 ) -> int:
     """Mount a union at *where*; return when the mount answers, or in the *foreground* when it was unmounted.
 
-    What the daemon does, from the first look at a lower on, it does in *around*.
+    The daemon runs in the context *around* from its first access to a lower on.
     """
     from cowfs.layers.slow import must_stay_open
     from cowfs.mountpoint import check_mountpoint, check_places
@@ -160,7 +161,7 @@ def start(
 
     def daemon(reporter: Reporter) -> int:
         daemon_log = set_up_log(log, foreground=foreground)
-        # Not before: to look at a lower may be to wait, and who waits for us shall be able to leave.
+        # Not before the fork: access to a lower may block, and the waiting parent must be able to leave.
         with around():
             if not hides_store:
                 check_places(mountpoint, union)
@@ -175,7 +176,7 @@ def start(
 
 
 def _union_options(args: argparse.Namespace, given: mount_options.Options) -> UnionOptions:
-    """Return what is to be joined, and how. UsageError for what does not go together."""
+    """Return what to merge, and how. UsageError for options that exclude each other."""
     from cowfs.union import UnionOptions
 
     lowers, data_only = mount_options.split_layers(args.lower)
@@ -183,7 +184,7 @@ def _union_options(args: argparse.Namespace, given: mount_options.Options) -> Un
         given.values["verify"] = args.verify
     for url in filter(is_url, lowers):
         check(url)
-    _ = given.by_url  # refused here, if it is to be
+    _ = given.by_url  # if this option is refused, then here
     engine = args.engine or given.values.get("engine", "auto")
     if engine == "kernel" and any(map(is_url, lowers)):
         raise UsageError("engine=kernel: the kernel reads nothing by URL", "leave it out")
@@ -227,7 +228,9 @@ def _union_options(args: argparse.Namespace, given: mount_options.Options) -> Un
 
 
 def _may_crash(faults: list[str], store: str) -> bool:
-    """Whether a crash is among the faults. UsageError for what is none, or where there can be no crash."""
+    """Return whether a crash is among the faults. UsageError for an invalid fault, or where a crash is
+    impossible.
+    """
     if not faults:
         return False
     from cowfs.faults import may_crash, parse_all
@@ -239,7 +242,7 @@ def _may_crash(faults: list[str], store: str) -> bool:
 
 
 def _verify(given: mount_options.Options, lowers: Sequence[str], engine: str) -> tuple[str, ...]:
-    """Return by what each lower is compared with its hash tree. UsageError where that cannot be."""
+    """Return the hash tree that verifies each lower. UsageError where a lower cannot be verified."""
     verify = given.verify
     if len(verify) > len(lowers):
         raise UsageError(
@@ -255,20 +258,22 @@ def _verify(given: mount_options.Options, lowers: Sequence[str], engine: str) ->
 
 
 def _of_several(store: str, name: str) -> str:
-    """Return the store *name* in another, which is made if it is missing and to be a directory."""
+    """Return the path of the store *name* in a directory of stores, which is created if it must be a
+    directory.
+    """
     from cowfs.store.format.sniff import looks_like_image, subdir
 
     whole = subdir(store, name)
     if not os.path.lexists(store):
         if looks_like_image(store):
             raise StoreError(f"{store}: no such store", f"cowfs create {store} 256 creates one of 256 MiB")
-        with suppress(OSError):  # who opens the store says so
+        with suppress(OSError):  # opening the store reports it
             os.mkdir(store, 0o700)
     return whole
 
 
 def _check_log(path: str) -> None:
-    """SystemFailure when the log cannot be written: said here, where somebody reads it."""
+    """Raise SystemFailure if the log cannot be written: here, where somebody reads the message."""
     try:
         os.close(open_log(path))
     except OSError as error:
@@ -278,7 +283,7 @@ def _check_log(path: str) -> None:
 
 
 def _check_system() -> None:
-    """SystemFailure when FUSE cannot be had, and what to do about it."""
+    """Raise SystemFailure if FUSE is not available, with what to do about it."""
     try:
         os.close(os.open("/dev/fuse", os.O_RDWR))
     except FileNotFoundError:
@@ -297,13 +302,13 @@ def _check_system() -> None:
 
 
 def _handed_over(mountpoint: str) -> list[int]:
-    """Return the descriptor in a mountpoint /dev/fd/N, which somebody else has mounted already."""
+    """Return the descriptor in a mountpoint /dev/fd/N, which the caller has mounted already."""
     number = mountpoint.removeprefix("/dev/fd/")
     return [int(number)] if number != mountpoint and number.isdecimal() else []
 
 
 def _check_permission(mountpoint: str, given: mount_options.Options) -> None:
-    """MountFailure for what fusermount3 would refuse, before a store is made for nothing."""
+    """Raise MountFailure for what fusermount3 would refuse, before a store is created for nothing."""
     if os.geteuid() == 0:
         return
     if os.path.isdir(mountpoint) and not os.access(mountpoint, os.W_OK):
@@ -327,7 +332,7 @@ def _others_may_be_allowed() -> bool:
 
 
 def _raise_file_limit() -> None:
-    """Take as many descriptors as we may: an unlinked open file needs one each."""
+    """Raise the limit of open files as far as we may: an unlinked open file needs a descriptor."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if 0 <= hard < LEAST_FILES:
         raise too_few_files()

@@ -49,13 +49,13 @@ def serve(
 
     os.umask(0)
     threading.stack_size(_STACK)
-    remove_dead()  # while we may see who is where
+    remove_dead()  # while we may see who uses what
     rings = rings_for(given.values.get("io_uring", "auto"), warn)
     compared = verified_lowers(union_options)
     needed = [file for low, by in compared.items() for file in belonging(low, by)]
     with held_open(
         [*union_options.lowers, *needed], given.by_url
-    ) as begin_to_fetch:  # by programs: not later
+    ) as begin_to_fetch:  # they run programs, which is impossible later
         give_up(has_rings=rings is not None)  # before there are threads: opening the store starts some
         try:
             shut_in = _step_aside(union_options, mountpoint)
@@ -120,7 +120,7 @@ def _mount_and_serve(
 
 
 def _facts(daemon: Daemon, request: MountRequest, daemon_log: Log) -> Callable[[], dict[str, Any]]:
-    """Return what tells ``cowfs info`` about the mount."""
+    """Return what ``cowfs info`` shows of the mount."""
     options = [*request.options, *(["fakeroot"] if request.fakeroot else [])]
     mounted = {"mountpoint": request.mountpoint, "options": sorted(options)}
     return lambda: {
@@ -134,7 +134,7 @@ def _facts(daemon: Daemon, request: MountRequest, daemon_log: Log) -> Callable[[
 def _request(
     union: UnionOptions, mountpoint: str, given: mount_options.Options, owner_map: OwnerMap | None
 ) -> MountRequest:
-    """Return what is asked of FUSE."""
+    """Return what to ask of FUSE."""
     from cowfs.fuse.daemon import MountRequest
 
     return MountRequest(
@@ -152,7 +152,7 @@ def _request(
 
 
 def _record(store: Store, observer: Observer) -> None:
-    """Begin to record who makes changes, or say why not: a mount that was asked for goes on."""
+    """Start to record who makes changes, or warn why not: the mount goes on without it."""
     from cowfs.fuse.recorder import Recorder
     from cowfs.store.format.records import open_or_make
 
@@ -172,10 +172,10 @@ def _record(store: Store, observer: Observer) -> None:
 
 
 def _step_aside(union: UnionOptions, mountpoint: str) -> Callable[[], None]:
-    """Leave for mounts of our own, with a process that stays here; return what shuts us in there.
+    """Move to a mount namespace of our own, and leave a helper process here; return what confines us there.
 
-    For root alone, who may mount anywhere. Who has been handed a mount has nobody to unmount it, and all in
-    reach, as has whoever's root cannot be exchanged.
+    Only for root, who may mount anywhere. A daemon that was handed a mount has no helper to unmount it and
+    keeps access to all files; so does one whose root cannot be exchanged.
     """
     from cowfs.cli.helper_requests import HelperRequests
     from cowfs.linux import confine
@@ -201,14 +201,14 @@ def _step_aside(union: UnionOptions, mountpoint: str) -> Callable[[], None]:
 
 
 def _paths(lowers: Iterable[str]) -> list[str]:
-    """Return those that are no URLs."""
+    """Return the paths that are not URLs."""
     return [lower for lower in lowers if not is_url(lower)]
 
 
 def _source(union: UnionOptions, mountpoint: str) -> str:
-    """Return what mount(8) shows as the source: the lowers, as they are written on the command line.
+    """Return what mount(8) shows as the source: the lowers, as on the command line.
 
-    Programs look for sources that are paths, e2fsck too, which we start: they must not lead into the mount.
+    Programs look up sources that are paths; so does e2fsck, which we run. They must not lead into the mount.
     """
     if any(
         f"{os.path.realpath(low)}/".startswith(f"{mountpoint.rstrip('/')}/") for low in _paths(union.lowers)

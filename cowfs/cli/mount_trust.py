@@ -1,4 +1,4 @@
-"""Who else than root can change what is mounted, and what the mount therefore must not allow."""
+"""Which users other than root can change what is mounted, and what the mount must therefore forbid."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def fuse_options(given: mount_options.Options, union: UnionOptions) -> set[str]:
-    """Return the options of the mount: those given, and what its layers' owners allow."""
+    """Return the options of the mount: those given, and those that the owners of its layers require."""
     options = set(given.fuse)
     if "ro" in given.flags:
         options.add("ro")
@@ -37,7 +37,7 @@ def fuse_options(given: mount_options.Options, union: UnionOptions) -> set[str]:
         refused = _forbidden(union) if wanted else {}
         options |= {option for option in wanted if f"no{option}" not in refused}
         left_out = [f"no{option}" for option in wanted if f"no{option}" in refused]
-        if left_out and user_namespace.has_all("uid"):  # in a namespace they are expected, and / is nobody's
+        if left_out and user_namespace.has_all("uid"):  # expected in a user namespace, where nobody owns /
             why = refused[left_out[0]]
             hint = ",".join(option.removeprefix("no") for option in left_out)
             warn(f"mounted with {','.join(left_out)}: {why} (use -o {hint} if you trust it)")
@@ -45,24 +45,24 @@ def fuse_options(given: mount_options.Options, union: UnionOptions) -> set[str]:
 
 
 def _forbidden(union: UnionOptions) -> dict[str, str]:
-    """Return why ``nosuid`` and ``nodev`` must hold: others than root made, or can change, it."""
+    """Return why ``nosuid`` and ``nodev`` must hold: somebody other than root made it, or can change it."""
     return forbidden((*_deciding(union), *([] if union.store == "memory" else [union.store])))
 
 
 def verified_lowers(union: UnionOptions) -> dict[str, str]:
-    """Return the lowers that are verified with hash trees, and by what each."""
+    """Return the lowers that are verified with hash trees, and the hash tree of each."""
     return {low: by for low, by in zip(union.lowers, union.verify, strict=False) if by}
 
 
 def _deciding(union: UnionOptions) -> list[str]:
-    """Return what decides the content of the lowers: for a verified one its certificate, or nothing."""
+    """Return what determines the content of the lowers: for a verified lower its certificate, or nothing."""
     compared = verified_lowers(union)
     deciding = (compared.get(lower, lower) for lower in union.lowers)
     return [one for one in deciding if not is_root_hash(one)]
 
 
 def _who_can_change(path: str, union: UnionOptions) -> str | None:
-    """Return why others than root can change a layer; None when they cannot, or it would be noticed."""
+    """Return why users other than root can change a layer; None if they cannot, or it would be noticed."""
     by = verified_lowers(union).get(path)
     if by:
         return None if is_root_hash(by) else who_can_change(by)

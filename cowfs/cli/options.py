@@ -1,4 +1,4 @@
-"""Mount options: ``-o`` as mount(8) passes them, split into ours, libfuse's and those for others."""
+"""Mount options: ``-o`` as mount(8) passes them, split into ours, libfuse's, and those for other programs."""
 
 from __future__ import annotations
 
@@ -84,37 +84,37 @@ _IGNORED = {
 
 
 def names() -> list[str]:
-    """Every option that means something to cowfs, in order; with a ``=`` at the end if it takes a value."""
+    """Return every option that cowfs knows, in order; with a ``=`` at the end if it takes a value."""
     return sorted([*(f"{name}=" for name in VALUES), *_FLAGS, *_FUSE_FLAGS, *_ATIME])
 
 
 @dataclass(slots=True)
 class Options:
-    """What ``-o`` said."""
+    """The values that ``-o`` set."""
 
     values: dict[str, str] = field(default_factory=dict)
     flags: set[str] = field(default_factory=set)
     fuse: set[str] = field(default_factory=set)
     debug: frozenset[str] = frozenset()
-    """What is to be logged (cowfs.trace)."""
+    """What to log (cowfs.trace)."""
     faults: list[str] = field(default_factory=list)
-    """Which requests are to fail (cowfs.faults)."""
+    """Which requests should fail (cowfs.faults)."""
 
     @property
     def size(self) -> int | None:
-        """The size option in bytes."""
+        """The value of the size option in bytes."""
         return parse_size(self.values["size"]) if "size" in self.values else None
 
     @property
     def verify(self) -> tuple[str, ...]:
-        """The verify option, for as many of the lowers as it names: root hashes, or the paths of files."""
+        """The value of the verify option, one for each lower it names: root hashes, or paths of files."""
         given = self.values.get("verify")
         parts = _split(given, ":") if given else []
         return tuple(part if not part or is_root_hash(part) else os.path.abspath(part) for part in parts)
 
     @property
     def by_url(self) -> Settings:
-        """How lowers are read that are named by a URL. UsageError."""
+        """How lowers are read that are given by URL. UsageError."""
         cache, wait = self.values.get("url_cache"), self.values.get("url_wait", "600")
         if not wait.isdecimal() or not 0 < int(wait) < 1 << 31:
             raise UsageError(f"url_wait={wait}: not a number of seconds", "write url_wait=600")
@@ -125,23 +125,23 @@ class Options:
 
     @property
     def atime(self) -> Atime:
-        """When reading something of the store changes its atime: by default as with the kernel's relatime."""
+        """When reading from the store updates atimes: by default as with the kernel's relatime."""
         always = "strictatime" in self.fuse
         files = (always or "noatime" not in self.fuse) and "ro" not in self.flags
         return Atime(files, files and "nodiratime" not in self.fuse, always)
 
     @property
     def volatile(self) -> tuple[str, ...] | None:
-        """The directories of the volatile option, without those in others of them; None if it is not given.
+        """The directories of the volatile option, without those inside another; None if it is not given.
 
-        UsageError for what can be none.
+        UsageError for an invalid one.
         """
         given = self.values.get("volatile")
         return None if given is None else parse_volatile(given)
 
     @property
     def offsets(self) -> tuple[int, ...]:
-        """The offset option, in bytes, for as many of the lowers as it names."""
+        """The value of the offset option in bytes, one for each lower it names."""
         return parse_offsets(self.values.get("offset", ""))
 
 
@@ -150,11 +150,11 @@ _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
 AUTO = -1
-"""An offset that is to be found."""
+"""An offset that must be searched for."""
 
 
 def parse_offsets(text: str) -> tuple[int, ...]:
-    """Return the bytes that OFFSET[:OFFSET...] means; none is 0, and ``offset=`` may stand before it.
+    """Return the bytes that OFFSET[:OFFSET...] means; an empty one is 0, and ``offset=`` may precede it.
 
     A bare number is in bytes, ``4K`` is 4096, ``auto`` is AUTO. UsageError for anything else.
     """
@@ -172,10 +172,10 @@ def parse_offsets(text: str) -> tuple[int, ...]:
 
 
 def find_offsets(offsets: Sequence[int], lowers: Sequence[str]) -> tuple[int, ...]:
-    """Put in place of each AUTO the byte at which the image in that lower begins.
+    """Replace each AUTO by the byte at which the image in that lower begins.
 
-    Reads of the file as far as that is, and blocks. LayerError for a file without an image; one that cannot
-    be read is for others to refuse.
+    Reads the file up to that byte; blocks. LayerError for a file without an image; a file that cannot be read
+    is refused later.
     """
     found = list(offsets)
     for number, (offset, lower) in enumerate(zip(offsets, lowers, strict=False)):
@@ -209,9 +209,9 @@ def _image_in(path: str) -> int:
 
 
 def parse_volatile(text: str) -> tuple[str, ...]:
-    """Return the directories that PATH[:PATH...] means, each once, and none below another.
+    """Return the directories in PATH[:PATH...], each once, and none below another.
 
-    UsageError for what is not an absolute path below the root.
+    UsageError for anything but an absolute path below the root.
     """
     if text == "none":
         return ()
@@ -264,7 +264,7 @@ def split_layers(text: str) -> tuple[tuple[str, ...], int]:
 
 
 def lowers_of(args: argparse.Namespace, engine: str = "auto", *, force: bool = False) -> Lowers:
-    """Return what ``--lower`` and ``--offset`` say."""
+    """Return what ``--lower`` and ``--offset`` set."""
     from cowfs.api import Lowers
 
     given, data_only = (None, 0) if args.lower is None else split_layers(args.lower)
@@ -277,16 +277,16 @@ def lowers_of(args: argparse.Namespace, engine: str = "auto", *, force: bool = F
 
 
 def lowers_to_open(args: argparse.Namespace) -> Lowers:
-    """Return what the options of :func:`add_opening` say. UsageError for a bare colon in a lower's name."""
+    """Return what the options of :func:`add_opening` set. UsageError for a bare colon in a lower's name."""
     lowers = lowers_of(args, args.engine, force=args.force_lower)
     refuse_bare_colon(lowers.given or ())
     return lowers
 
 
 def refuse_bare_colon(lowers: Sequence[str], directory: str = "") -> None:
-    """Raise UsageError if a colon that separates two lowers is part of the name of one. Looks at them.
+    """Raise UsageError if a colon that separates two lowers belongs to the name of one.
 
-    They are relative to *directory*.
+    Checks whether the files exist. The names are relative to *directory*.
     """
     missing = [at for at, part in enumerate(lowers) if not os.path.lexists(os.path.join(directory, part))]
     for first, last in combinations(range(len(lowers)), 2) if missing else ():
@@ -301,13 +301,13 @@ def refuse_bare_colon(lowers: Sequence[str], directory: str = "") -> None:
 
 
 def is_by_options(args: argparse.Namespace) -> bool:
-    """Whether all options came by ``-o``: mount(8), and who writes as for that, knows no others."""
+    """Return whether all options came with ``-o``: mount(8), and users who imitate it, know no others."""
     return bool(args.options) and not (args.store or args.engine or args.force_lower)
 
 
 @contextmanager
 def own_spelling(args: argparse.Namespace) -> Iterator[None]:
-    """Let the hint of an error advise options in the spelling in which the caller gave theirs."""
+    """Let the hint of an error name options in the spelling that the caller used."""
     try:
         yield
     except CowfsError as error:
@@ -318,12 +318,12 @@ def own_spelling(args: argparse.Namespace) -> Iterator[None]:
 
 
 def join_lowers(lowers: Sequence[str], data_only: int = 0) -> str:
-    """Write LOWER[:LOWER...][::DATA...] so that :func:`split_layers` has the same back."""
+    """Write LOWER[:LOWER...][::DATA...] so that :func:`split_layers` gives the same back."""
     return command.join_lowers(lowers, data_only)
 
 
 def _split(text: str, separator: str, whole: Callable[[str], str] = lambda _: "") -> list[str]:
-    """*whole* returns how much at the beginning of a part is taken as it is."""
+    """*whole* returns how much of the beginning of a part is taken literally."""
     parts = [whole(text)]
     characters = iter(range(len(parts[0]), len(text)))
     for at in characters:
@@ -341,7 +341,7 @@ def _split(text: str, separator: str, whole: Callable[[str], str] = lambda _: ""
 
 
 def parse(given: list[str]) -> Options:
-    """Sort the options of all ``-o``. UsageError names one that nobody knows."""
+    """Sort the options of all ``-o``. UsageError for an unknown one."""
     options = Options()
     parts = [part for text in given for part in split(text)]
     for option in parts:
@@ -376,7 +376,7 @@ def parse(given: list[str]) -> Options:
 
 
 def is_ignored(name: str) -> bool:
-    """Whether an option is for others: mount(8), systemd, whoever reads fstab."""
+    """Return whether an option is for other programs: mount(8), systemd, or whatever else reads fstab."""
     return name in _IGNORED or name.startswith(("x-", "X-", "comment"))
 
 
@@ -407,7 +407,7 @@ def add_subcommand(
     description: str,
     epilog: str,
 ) -> argparse.ArgumentParser:
-    """Add the parser of a subcommand; its texts are printed as they are."""
+    """Add the parser of a subcommand; its texts are printed unchanged."""
     return subparsers.add_parser(
         name,
         help=summary,
@@ -420,7 +420,7 @@ def add_subcommand(
 def add_lower(parser: argparse.ArgumentParser, *, letter: bool = True) -> None:
     """Add ``--lower`` and ``--offset``: for subcommands that read a store that is not mounted.
 
-    Without *letter* ``-o`` is left for something else.
+    Without *letter*, ``-o`` stays free for another use.
     """
     parser.add_argument("--lower", metavar="LOWER[:LOWER...]", help="the lower that the store belongs to")
     add_offset(parser, letter=letter)
@@ -429,7 +429,7 @@ def add_lower(parser: argparse.ArgumentParser, *, letter: bool = True) -> None:
 def add_opening(parser: argparse.ArgumentParser, verb: str = "use", *, letter: bool = True) -> None:
     """Add what :func:`lowers_to_open` reads: ``--lower``, ``--offset``, ``--force-lower`` and ``--engine``.
 
-    *verb* says in the help what is done with the lower; *letter* is as for :func:`add_lower`.
+    *verb* says in the help what the command does with the lower; *letter* is as for :func:`add_lower`.
     """
     add_lower(parser, letter=letter)
     parser.add_argument(
@@ -444,7 +444,7 @@ def add_opening(parser: argparse.ArgumentParser, verb: str = "use", *, letter: b
 
 
 def add_trust(parser: argparse.ArgumentParser, verb: str) -> None:
-    """Add ``--trust``: for subcommands that make files which somebody may run."""
+    """Add ``--trust``: for subcommands that create files which somebody may run."""
     parser.add_argument(
         "--trust",
         action="store_true",
@@ -453,7 +453,7 @@ def add_trust(parser: argparse.ArgumentParser, verb: str) -> None:
 
 
 def add_offset(parser: argparse.ArgumentParser, *, letter: bool = True) -> None:
-    """Add the offset of images to a subcommand that opens them; :func:`parse_offsets` reads it."""
+    """Add ``--offset`` to a subcommand that opens images; :func:`parse_offsets` reads it."""
     parser.add_argument(
         *(("-o",) if letter else ()),
         "--offset",

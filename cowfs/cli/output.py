@@ -1,4 +1,4 @@
-"""What the command line says to people."""
+"""What the command line prints for people."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ if TYPE_CHECKING:
 
 
 def say_fields(*fields: bytes | str | int) -> None:
-    """Print fields as they are, each ended by a NUL: what ``-z`` gives."""
+    """Print fields unchanged, each ended by a NUL: for ``-z``."""
     whole = (field if isinstance(field, bytes) else str(field).encode() for field in fields)
     sys.stdout.buffer.write(b"".join(field + b"\0" for field in whole))
 
 
 def say(text: str) -> None:
-    """Print one line, whatever is in *text*, at once."""
+    """Print one line, whatever *text* contains, at once."""
     print(printable(text), flush=True)
 
 
 _asked: set[str] = set()
-"""Holds ``quiet`` if that is asked for."""
+"""Holds ``quiet`` if it is set."""
 
 
 def be_quiet() -> None:
@@ -38,13 +38,13 @@ def be_quiet() -> None:
 
 
 def note(text: str) -> None:
-    """Print one line about what was done, if anybody wants to know: --quiet says no."""
+    """Print one line about what was done, unless --quiet is set."""
     if not _asked:
         say(text)
 
 
 def printable_lines(data: bytes) -> bytes:
-    """Return lines of others' making for a terminal: with nothing in them that drives it, but tabs."""
+    """Return lines that others wrote, safe for a terminal: no control characters but tabs."""
     lines = data.decode(errors="surrogateescape").split("\n")
     return "\n".join("\t".join(map(printable, line.split("\t"))) for line in lines).encode()
 
@@ -57,14 +57,14 @@ def warn(text: str) -> None:
 _CLEAR_LINE = "\r\x1b[K"
 _PAUSE = 0.2
 _LONG = 99
-"""Seconds; more are minutes."""
+"""Seconds; longer times are shown in minutes."""
 
 
 @contextmanager
 def progress_line() -> Iterator[Callable[[str], None]]:
-    """Give a function that shows a text on one line of the terminal; the line is removed in the end.
+    """Yield a function that shows a text on one line of the terminal; the line is removed at the end.
 
-    It may be called often: it shows a text every 0.2 seconds, and none if standard error is no terminal.
+    It may be called often: it shows a text every 0.2 seconds, and none if standard error is not a terminal.
     """
     is_seen = sys.stderr.isatty() and not _asked
     last = time.monotonic()
@@ -85,13 +85,13 @@ def progress_line() -> Iterator[Callable[[str], None]]:
 
 
 def rate(size: int, since: float) -> str:
-    """Say how many bytes are done, and how fast: ``120 MiB, 60 MiB/s``. *since* is a time.monotonic()."""
+    """Return how many bytes are done, and how fast: ``120 MiB, 60 MiB/s``. *since* is a time.monotonic()."""
     passed = time.monotonic() - since
     return f"{size >> 20} MiB" + (f", {size / passed / (1 << 20):.0f} MiB/s" if passed > _PAUSE else "")
 
 
 def counted(progress: Callable[[str], None], whole: int = 0) -> Callable[[int], None]:
-    """Return what adds up bytes and shows them, how fast they come, and how long the *whole* takes yet."""
+    """Return a function that adds up bytes and shows the sum, the rate, and the time left for *whole*."""
     total, begun = 0, time.monotonic()
 
     def tick(size: int) -> None:
@@ -107,7 +107,7 @@ def counted(progress: Callable[[str], None], whole: int = 0) -> Callable[[int], 
 
 
 def open_streams() -> None:
-    """Open the standard streams that are closed, and let a failure to write to standard output say so.
+    """Open the standard streams that are closed, and report failures to write to standard output.
 
     A descriptor below 3 that is closed would be given to the next file that is opened, such as a store.
     """
@@ -115,20 +115,20 @@ def open_streams() -> None:
         try:
             os.fstat(fd)
         except OSError:
-            os.open(os.devnull, flags)  # the lowest free number: *fd*; standard output cannot be written then
+            os.open(os.devnull, flags)  # the lowest free number is *fd*; standard output is not writable then
     if sys.stderr is None:
         sys.stderr = io.TextIOWrapper(io.FileIO(2, "w", closefd=False), errors="backslashreplace")
     raw = _StandardOutput(1, "w", closefd=False)
     sys.stdout = io.TextIOWrapper(
         io.BufferedWriter(raw),
         encoding=getattr(sys.stdout, "encoding", None),
-        errors="backslashreplace",  # a terminal that is not UTF-8
+        errors="backslashreplace",  # a terminal without UTF-8
         line_buffering=raw.isatty(),
     )
 
 
 class _StandardOutput(io.FileIO):
-    """Standard output. A failed write raises SystemFailure, once: what is written later is lost."""
+    """Standard output. A failed write raises SystemFailure once; later output is lost."""
 
     def write(self, data: ReadableBuffer, /) -> int:
         """See :class:`io.RawIOBase`."""

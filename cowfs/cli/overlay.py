@@ -1,4 +1,4 @@
-"""``cowfs overlay``: what fuse-overlayfs does, by its command line, for podman and buildah."""
+"""``cowfs overlay``: replaces fuse-overlayfs, with its command line, for podman and buildah."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _QUIET = {
     "static_nlink", "clone_fd", "max_idle_threads", "max_threads", "threaded", "timeout", "auto_unmount",
     "allow_root", "noxattrs", "ino32_t", "fast_ino", "plugins", "kernel_cache", "auto_cache", "max_write",
 }  # fmt: skip
-"""What changes nothing that somebody who mounts layers could miss."""
+"""Options without an effect that a caller of fuse-overlayfs could miss."""
 _EPILOG = """\
 Options for -o; commas separate them, and \\, is a comma in a name:
 {options}
@@ -57,7 +57,7 @@ examples:
 
 
 class _Version(argparse.Action):
-    """What podman info shows."""
+    """The version that podman info shows."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
         print(f"cowfs-overlay: version {cowfs.__version__}")
@@ -65,7 +65,7 @@ class _Version(argparse.Action):
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Describe the subcommand."""
+    """Add the subcommand's parser."""
     parser = mount_options.add_subcommand(
         subparsers,
         NAME,
@@ -106,7 +106,7 @@ def _words(given: list[str]) -> Iterator[tuple[str, str]]:
 
 
 def _for_mount(words: dict[str, str]) -> mount_options.Options:
-    """Return what `cowfs mount` is to be told. What nobody knows is ignored, as fuse-overlayfs does."""
+    """Return the options for `cowfs mount`. Ignores unknown ones, as fuse-overlayfs does."""
     known = {name.removesuffix("=") for name in mount_options.names()} - set(_OURS) | {"noacl"}
     taken, unknown = [], []
     for name, value in words.items():
@@ -119,7 +119,7 @@ def _for_mount(words: dict[str, str]) -> mount_options.Options:
     for name in unknown:
         warn(f"option {name} is unknown and ignored")
     given = mount_options.parse(taken)
-    # Who calls this has decided what is mounted for whom, as with fuse-overlayfs.
+    # As with fuse-overlayfs, the caller has decided what is mounted for whom.
     if os.geteuid() == 0:
         if "noallow_other" not in given.flags:
             given.flags.add("allow_other")
@@ -130,7 +130,7 @@ def _for_mount(words: dict[str, str]) -> mount_options.Options:
 
 
 def _union(words: dict[str, str], given: mount_options.Options) -> UnionOptions:
-    """Return what is to be joined. UsageError for what does not go together."""
+    """Return what to merge. UsageError for options that exclude each other."""
     from cowfs.union import UnionOptions
 
     lowers, data_only = mount_options.split_layers(words.get("lowerdir", ""))
@@ -158,8 +158,10 @@ def _union(words: dict[str, str], given: mount_options.Options) -> UnionOptions:
 
 
 def _style(words: dict[str, str]) -> str:
-    """Return how whiteouts are written. fuse-overlayfs reads devices and names, and writes names where it may
-    not make devices."""
+    """Return how whiteouts are written.
+
+    fuse-overlayfs reads both devices and names, and writes names where it may not make devices.
+    """
     style = words.get("whiteouts", "oci")
     if style not in STYLES:
         raise UsageError(f"unknown whiteouts {style!r}", "give one of " + ", ".join(STYLES))
@@ -167,12 +169,12 @@ def _style(words: dict[str, str]) -> str:
 
 
 def _plain(path: str) -> str:
-    """Return a path of which colons may have been escaped, as those of lowers must be."""
+    """Return a path without the backslashes that escape its colons, as those of lowers must."""
     return re.sub(r"\\([:\\])", r"\1", path)
 
 
 def _owner_map(words: dict[str, str]) -> OwnerMap | None:
-    """Return whose files are to be shown as whose; None where all are their owners'."""
+    """Return whose files are shown as whose; None if all keep their owners."""
     from cowfs.fuse.owners import OwnerMap
 
     root = 0 if "squash_to_root" in words else None

@@ -1,8 +1,9 @@
-"""The files that the daemon itself is made of: its mount may hide them, and to ask it for them never ends.
+"""The daemon's own program files: its mount may hide them, and a daemon that asks its own mount for a file
+hangs.
 
-A union on /usr has Python, its modules, the sources that a traceback shows and e2fsprogs below its
-mountpoint, and others have them elsewhere. So everything is loaded before the mount, and programs that the
-daemon starts do not see it.
+A union on /usr covers Python, its modules, the sources that a traceback shows and e2fsprogs; other systems
+have them elsewhere. So everything is loaded before the mount, and programs that the daemon starts do not see
+the mount.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import cowfs
 from cowfs.store.e2fsprogs import tools
 
 _NOT_OURS = ("cowfs.browse", "cowfs.cli", "cowfs.formats.ext3.build_engine", "cowfs.pytest_plugin")
-"""What no daemon needs: textual and pytest, where they are installed, would double the time of a mount."""
+"""Modules that no daemon needs: textual and pytest, where installed, would double the time of a mount."""
 _OTHERS = (
     "encodings.idna",
     "encodings.ascii",
@@ -31,11 +32,11 @@ _OTHERS = (
     "concurrent.futures.thread",
     "unicodedata",
 )
-"""What the standard library and trio import when they first need it."""
+"""Modules that the standard library and trio import on first use."""
 
 
 def forbid_lookups(mountpoint: str) -> None:
-    """Let this process never again look for a file of its own by its name: it is about to mount there."""
+    """From now on never look up a program file by name: this process is about to mount over them."""
     load_all()
     _show_no_sources()
     tools.hide(mountpoint)
@@ -43,22 +44,22 @@ def forbid_lookups(mountpoint: str) -> None:
 
 @cache
 def load_all() -> None:
-    """Load whatever a daemon may ever need. The second time nothing is left to do."""
+    """Load every module and library that a daemon may need. A second call does nothing."""
     for module in pkgutil.walk_packages(cowfs.__path__, "cowfs."):
         if not module.name.startswith(_NOT_OURS):
-            with suppress(ImportError):  # an engine that was not built is told of by who wants it
+            with suppress(ImportError):  # an engine that was not built is reported by its user
                 importlib.import_module(module.name)
     for name in _OTHERS:
         with suppress(ImportError):
             importlib.import_module(name)
     with suppress(OSError):
-        ctypes.CDLL("libgcc_s.so.1")  # which a thread needs that ends with the process (pthread_exit(3))
+        ctypes.CDLL("libgcc_s.so.1")  # needed by a thread that ends with the process (pthread_exit(3))
     time.localtime()  # reads the time zone
     assert cowfs.__version__, "looks among the packages that are installed"
 
 
 def _show_no_sources() -> None:
-    """Write tracebacks without the lines of the sources, which would have to be read."""
+    """Write tracebacks without source lines, which would have to be read."""
 
     def none(filename: str, module_globals: dict[str, Any] | None = None) -> list[str]:
         del filename, module_globals

@@ -36,7 +36,7 @@ Unless the exit code is 0, the changes are still in memory.
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Describe the subcommand."""
+    """Add the subcommand's parser."""
     parser = options.add_subcommand(
         subparsers, NAME, "save the changes of a mount whose store is in memory", _DESCRIPTION, _EPILOG
     )
@@ -47,7 +47,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(args: argparse.Namespace) -> int:
-    """Ask the daemon to move its store."""
+    """Ask the daemon to move its store to a file."""
     from cowfs.store.format.sizes import format_size, parse_size
 
     shown, kept = persist(args.mountpoint, args.store, parse_size(args.size) if args.size else None)
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
 def persist(
     mountpoint: str, store: str, size: int | None = None, tell: Callable[[str], object] = note
 ) -> tuple[str, int]:
-    """Move a store to a file; return its name, and how large it is. Tells what it does; raises CowfsError."""
+    """Move a store to a file; return its name and its size. Prints what it does; raises CowfsError."""
     from cowfs.cli.verify import is_kept
     from cowfs.store.disks.block_device import directory_of
 
@@ -66,10 +66,10 @@ def persist(
     kept = 0
     shown, path = store, os.path.abspath(store)
     with directory_of(path) as (fd, name):
-        if os.path.basename(path) != name:  # only the disk was named
+        if os.path.basename(path) != name:  # only the disk was given
             shown = path = os.path.join(path, name)
         device = os.fstat(fd).st_dev
-        # The daemon would wait for itself.
+        # The daemon would have to wait for itself.
         served = {found.dev, *(mount.dev for mount in mountinfo() if mount.fstype == VIEW_FSTYPE)}
         if f"{os.major(device)}:{os.minor(device)}" in served:
             raise StoreError(

@@ -45,7 +45,7 @@ could not be written; 32 the store or a root cannot be used, and nothing was cha
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Describe the subcommand."""
+    """Add the subcommand's parser."""
     parser = options.add_subcommand(
         subparsers, NAME, "carry the changes to a new version of the root", _DESCRIPTION, _EPILOG
     )
@@ -74,7 +74,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(args: argparse.Namespace) -> int:
-    """Carry them over, or report what would be done."""
+    """Carry the changes over, or report what would be done."""
     from cowfs.changes.render import escape
     from cowfs.linux.limits import take_all_descriptors
     from cowfs.rebasing import rebase

@@ -1,4 +1,4 @@
-"""``mount -o remount,ro`` and ``remount,rw`` of a mount that is there."""
+"""``mount -o remount,ro`` and ``remount,rw`` of an existing mount."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cowfs.linux import fuse
 
 
 def is_asked_for(given: list[str]) -> bool:
-    """Whether the options of all ``-o`` say so."""
+    """Return whether the options of all ``-o`` ask for a remount."""
     return "remount" in _words(given)
 
 
@@ -22,7 +22,7 @@ def _words(given: list[str]) -> Sequence[str]:
 
 
 def _must_be_writable(mountpoint: str, dev: str) -> None:
-    """MountFailure where nothing can be written, whatever the mount says."""
+    """Raise MountFailure if the layers cannot be written to, whatever the mount allows."""
     store = facts_of(dev)["store"]
     if store.get("read_only"):
         raise MountFailure(
@@ -31,9 +31,9 @@ def _must_be_writable(mountpoint: str, dev: str) -> None:
 
 
 def remount(mountpoint: str, given: list[str]) -> int:
-    """Change whether a mount can be written to; the rest stays as it is, since mount(8) repeats it all.
+    """Make a mount read-only or writable; other options stay as they are, since mount(8) repeats them all.
 
-    When nobody can write any more, what was written is put on disk. MountFailure: in use, or not ours.
+    Once nobody can write any more, everything written is put on disk. MountFailure: in use, or not ours.
     """
     mount = the_mount(mountpoint)
     asked = [word for word in _words(given) if word in {"ro", "rw"}]

@@ -1,4 +1,4 @@
-"""``cowfs report``: what was changed, as a page to look at in a browser."""
+"""``cowfs report``: what has changed, as a page for a browser."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ examples:
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Describe the subcommand."""
+    """Add the subcommand's parser."""
     parser = options.add_subcommand(
         subparsers, NAME, "write what was changed as an HTML page", _DESCRIPTION, _EPILOG
     )
@@ -53,7 +53,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write it."""
+    """Write the page."""
     from cowfs.api import report
 
     if args.old is not None and _OFFSET.fullmatch(args.old):

@@ -1,4 +1,4 @@
-"""What the daemon of a mount has counted, and what follows from it: means, percentiles, hit rates."""
+"""The counters of a mount's daemon, and what follows from them: means, percentiles, hit rates."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from dataclasses import dataclass
 from typing import Any
 
 Range = tuple[int, int]
-"""From so many ns up to so many."""
+"""A range of ns, from the first up to the second."""
 
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """How often something was asked for, and how long the answers took."""
+    """How often one operation was requested, and how long the answers took."""
 
     count: int
     errors: int
     total_ns: int
     durations: dict[Range, int]
-    """How many took from so many ns up to so many. Nothing of what has no answer."""
+    """How many answers took this long, by range. Empty for operations without an answer."""
 
     def __sub__(self, before: Operation) -> Operation:
-        """Return what has come since *before*."""
+        """Return the requests since *before*."""
         durations = {
             range_: count - before.durations.get(range_, 0) for range_, count in self.durations.items()
         }
@@ -33,12 +33,14 @@ class Operation:
         )
 
     def mean_ns(self) -> float | None:
-        """How long an answer took in the mean; None if there was none."""
+        """How long an answer took on average; None if there was none."""
         answers = sum(self.durations.values())
         return self.total_ns / answers if answers else None
 
     def percentile_ns(self, percent: float) -> float | None:
-        """How long so many percent of the answers took at most, right to an eighth; None without any."""
+        """The longest time that this percentage of the answers took, correct to an eighth; None without
+        answers.
+        """
         left = math.ceil(sum(self.durations.values()) * percent / 100)
         for (low, high), count in sorted(self.durations.items()):
             left -= count
@@ -47,7 +49,7 @@ class Operation:
         return None
 
     def to_json(self) -> dict[str, Any]:
-        """For programs."""
+        """The same as JSON."""
         return {
             "count": self.count,
             "errors": self.errors,
@@ -64,16 +66,16 @@ _NEVER = Operation(0, 0, 0, {})
 
 @dataclass(frozen=True, slots=True)
 class Requests:
-    """All that was asked for."""
+    """All requests."""
 
     operations: dict[str, Operation]
     under_way: list[tuple[int, str]]
-    """For so many ns by now, and the operation."""
+    """Requests in progress: for how many ns already, and the operation."""
     direct_reads: int
     """Reads that were served without Python."""
 
     def __sub__(self, before: Requests) -> Requests:
-        """Return what has come since *before*."""
+        """Return the requests since *before*."""
         since = {
             name: operation - before.operations.get(name, _NEVER)
             for name, operation in self.operations.items()
@@ -85,15 +87,15 @@ class Requests:
         )
 
     def count(self) -> int:
-        """How many there were."""
+        """The number of requests."""
         return sum(operation.count for operation in self.operations.values())
 
     def total_ns(self) -> int:
-        """How long they took together."""
+        """The total time of all requests."""
         return sum(operation.total_ns for operation in self.operations.values())
 
     def to_json(self) -> dict[str, Any]:
-        """For programs."""
+        """The same as JSON."""
         return {
             "operations": {name: operation.to_json() for name, operation in self.operations.items()},
             "under_way": [{"operation": name, "ns": ns} for ns, name in self.under_way],
@@ -102,7 +104,7 @@ class Requests:
 
 
 def requests_in(facts: dict[str, Any]) -> Requests | None:
-    """Return what a daemon tells of its requests; None when it counts none (:func:`why_none`).
+    """Return the request counters that a daemon sent; None if it counts none (:func:`why_none`).
 
     ValueError, KeyError, TypeError: it makes no sense.
     """
@@ -128,13 +130,13 @@ def why_none(facts: dict[str, Any]) -> str:
 
 
 def number(told: object) -> int:
-    """Return a count that a daemon has told; ValueError if it is none."""
+    """Return a count that a daemon sent; ValueError if it is not one."""
     if type(told) is not int or not 0 <= told < 1 << 64:
         raise ValueError(told)
     return told
 
 
 def caches_in(facts: dict[str, Any]) -> dict[str, tuple[int, int]]:
-    """Return by name what each cache of a daemon had, and what it had not. Raises as requests_in() does."""
+    """Return, by name, the hits and misses of each cache of a daemon. Raises what requests_in() raises."""
     told = facts.get("caches") or {}
     return {name: (number(cache["hits"]), number(cache["misses"])) for name, cache in told.items()}

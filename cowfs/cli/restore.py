@@ -1,4 +1,4 @@
-"""``cowfs restore``: copy a backup to where a store is to be."""
+"""``cowfs restore``: copy a backup to where a store belongs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STORE is in use.
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Describe the subcommand."""
+    """Add the subcommand's parser."""
     parser = options.add_subcommand(subparsers, NAME, "copy a backup of a store back", _DESCRIPTION, _EPILOG)
     parser.add_argument("file", metavar="FILE", help="what cowfs backup has made")
     parser.add_argument("store", metavar="STORE", help="the store to make")
@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     from cowfs.linux.limits import take_all_descriptors
     from cowfs.store.e2fsprogs.signals import cleaned_up
 
-    take_all_descriptors()  # each directory on the way to a path takes some
+    take_all_descriptors()  # each directory on the way to a path uses some
     with cleaned_up(), progress_line() as progress:
         restore(args.file, args.store, force=args.force, tell=warn, tick=counted(progress))
     note(f"{args.store}: restored from {args.file}")

@@ -1,4 +1,4 @@
-"""``cowfs revert``: the lower's version again."""
+"""``cowfs revert``: show the lower's version again."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ exit codes: 0 done; 1 wrong usage, or nothing to take back; 32 some of it could 
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Describe the subcommand."""
+    """Add the subcommand's parser."""
     parser = options.add_subcommand(subparsers, NAME, "take changes back", _DESCRIPTION, _EPILOG)
     parser.add_argument("what", metavar="STORE|MOUNTPOINT")
     parser.add_argument(
@@ -66,7 +66,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(args: argparse.Namespace) -> int:
-    """Take back, or bring back."""
+    """Revert changes, or undo a revert."""
     from cowfs.api import open_changes, take_back
     from cowfs.changes.render import escape, json_line, line
     from cowfs.changes.select import selected
@@ -121,7 +121,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def json_of(done: Done) -> str:
-    """Return what was taken back, brought back or removed as JSON; ``why_not`` is null if it was."""
+    """Return what was reverted, restored or removed as JSON; ``why_not`` is null if it was."""
     from cowfs.jsontext import put_path
 
     entry: dict[str, object] = {"version": VERSION}
@@ -130,9 +130,9 @@ def json_of(done: Done) -> str:
 
 
 def last_checkpoint(what: str) -> str | None:
-    """Return the checkpoint that things are reverted to; None if it is the lower."""
+    """Return the checkpoint to which changes are reverted; None if it is the lower."""
     from cowfs.api import checkpoints
 
-    with suppress(CowfsError):  # who opens it says what is wrong
+    with suppress(CowfsError):  # opening the store reports it
         return next((one.name for one in checkpoints(what) if one.last), None)
     return None

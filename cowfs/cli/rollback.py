@@ -1,4 +1,4 @@
-"""``cowfs rollback``: the state of a checkpoint again."""
+"""``cowfs rollback``: return to the state of a checkpoint."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ examples:
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Describe the subcommand."""
+    """Add the subcommand's parser."""
     parser = options.add_subcommand(subparsers, NAME, "go back to a checkpoint", _DESCRIPTION, _EPILOG)
     parser.add_argument("what", metavar="STORE|MOUNTPOINT")
     parser.add_argument("name", metavar="NAME", help="the checkpoint")

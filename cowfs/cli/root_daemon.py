@@ -1,8 +1,9 @@
 """Serve the root filesystem of a system that boots from cowfs.
 
-What `cowfs mount` does, and what a root needs besides: it must outlive everybody who uses it. Runs in a root
-of its own, which is never below the mount that it serves (see cowfs-boot.sh); returns when the root answers.
-What the user should know is on standard error, a line each: the last one says why it was refused.
+It does what `cowfs mount` does, and what a root needs in addition: the daemon must outlive every process that
+uses it. It runs in a root of its own, which is never below the mount that it serves (see cowfs-boot.sh), and
+returns when the new root answers. Messages for the user go to standard error, one per line; the last one says
+why the root was refused.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ _MCL_CURRENT, _MCL_FUTURE, _MCL_ONFAULT = 1, 2, 4
 _STACK = 1 << 20
 """Bytes of stack of a thread: what is there at the start will be locked in memory as a whole."""
 _NEARLY_FULL = 4 << 20
-"""Bytes below which a store is called full: a package manager's lock and log fit in."""
+"""Bytes of free space below which a store is called full: enough for a package manager's lock and log."""
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -97,7 +98,9 @@ def main() -> int:
 
 
 def check(store: str, *, writable: bool) -> None:
-    """Refuse what is no store; repair one that was not cleanly unmounted, for all to see."""
+    """Refuse anything that is not a store; repair a store that was not cleanly unmounted, with visible
+    output.
+    """
     fd = open_file(store, read_only=not writable)
     try:
         superblock = read_superblock(fd, store)
@@ -109,7 +112,7 @@ def check(store: str, *, writable: bool) -> None:
         with open("/dev/console", "r+b", buffering=0) as console:
             told = printable(f"cowfs: {store}: {state}: e2fsck checks and repairs it")
             console.write(f"{told}\r\n".encode())
-            tools.replay(fd)  # first: e2fsck knows nothing of the redo log
+            tools.replay(fd)  # before e2fsck, which knows nothing of the redo log
             command = [tools.program("e2fsck"), "-p", "-C", "0", tools.place(fd)]
             done = subprocess.run(
                 command, stdin=subprocess.DEVNULL, stdout=console, stderr=console, check=False, pass_fds=[fd],
@@ -126,7 +129,7 @@ def check(store: str, *, writable: bool) -> None:
 
 
 def fill_holes(store: str) -> None:
-    """Give a store that is a copy with holes its room, or tell that there is none."""
+    """Allocate the missing space of a store that is a copy with holes, or say that there is none."""
     fd = open_file(store)
     try:
         if said := take_room(fd, store):
@@ -136,9 +139,9 @@ def fill_holes(store: str) -> None:
 
 
 def judge(store: str, image: str) -> list[str]:
-    """Refuse what belongs to another image, or is of another format, before anything is written to it.
+    """Refuse a store of another image or of another format, before anything is written to it.
 
-    Returns the fingerprints of the stores that it was made above, the topmost first: mostly none.
+    Returns the fingerprints of the stores below it, the topmost first: mostly none.
     """
     facts, lower = store_info(store), identify_lower(image)
     if facts["format"] not in {"overlayfs", "aufs", "none yet"}:
@@ -151,7 +154,7 @@ def judge(store: str, image: str) -> list[str]:
 
 
 def stores_below(args: argparse.Namespace, wanted: list[str]) -> list[str]:
-    """Mount the stores of --below with these fingerprints; return their upper/."""
+    """Mount the stores of --below that have these fingerprints; return their upper directories."""
     found: dict[str, tuple[str, str]] = {}
     for number, store in enumerate(args.below if wanted else ()):
         place = os.path.join(args.show_below, str(number))
@@ -170,7 +173,7 @@ def stores_below(args: argparse.Namespace, wanted: list[str]) -> list[str]:
 
 
 def show_read_only(store: str, place: str) -> str:
-    """Mount a store that cannot be written to; return where its changes are, to be a lower itself."""
+    """Mount a read-only store; return the directory of its changes, which becomes a lower itself."""
     facts = store_info(store)
     is_aufs = facts["format"] == "aufs"
     if not facts["lowers"] and not is_aufs:
@@ -191,7 +194,7 @@ def show_read_only(store: str, place: str) -> str:
 def serve(options: UnionOptions, args: argparse.Namespace, reporter: Reporter, log: Log) -> int:
     os.umask(0)
     threading.stack_size(_STACK)
-    # Nobody's keys or ulimits end a root. Before there are threads: they inherit it.
+    # No key press and no ulimit may end a root. Before there are threads: they inherit it.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     for number in (signal.SIGQUIT, signal.SIGTSTP, signal.SIGALRM, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
@@ -238,7 +241,7 @@ def serve(options: UnionOptions, args: argparse.Namespace, reporter: Reporter, l
 
 
 def show(union: Union, place: str) -> View | None:
-    """Let the filesystem of the store be seen at *place*; return what serves it, unless the kernel does."""
+    """Make the filesystem of the store visible at *place*; return what serves it, unless the kernel does."""
     layer = written_through(union.store.layer)
     try:
         if os.listdir(place):  # a store on read-only media, which is a lower
@@ -261,20 +264,20 @@ def tell_room(union: Union) -> None:
 
 
 def protect_from_kill() -> None:
-    """See to it that neither the end of the system nor lack of memory ends us before the others."""
+    """Protect this process from being killed before all others, at shutdown or when memory runs out."""
     # systemd spares processes whose name begins with @ (systemd.io/ROOT_STORAGE_DAEMONS).
     start = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[45])
     ctypes.memmove(start, b"@", 1)
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("-1000")
-    # What we run must not have to be read again; of what comes later, what is used (not whole stacks). Not
-    # PR_SET_IO_FLUSHER: what such a process asks for never makes the kernel end others that take all memory.
+    # Keep our code and data in memory; of later allocations only the pages that are used, not whole stacks.
+    # Not PR_SET_IO_FLUSHER: the kernel would never kill other processes to get memory for us.
     libc.mlockall(_MCL_CURRENT)
     libc.mlockall(_MCL_FUTURE | _MCL_ONFAULT)
 
 
 def attach(mount: int, directory: str) -> None:
-    """Let a mount that only its descriptor leads to be seen at *directory*. MountFailure if it cannot be."""
+    """Attach a mount that only its descriptor refers to at *directory*. MountFailure if that fails."""
     if libc.syscall(_SYS_MOVE_MOUNT, mount, b"", _AT_FDCWD, os.fsencode(directory), _MOVE_MOUNT_F_EMPTY_PATH):
         raise CowfsError(f"{directory}: cannot show the store there: {os.strerror(ctypes.get_errno())}")
 

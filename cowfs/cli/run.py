@@ -1,4 +1,4 @@
-"""``cowfs run``: run a command as root of its own world, in which a union is mounted, or is its root."""
+"""``cowfs run``: run a command as root of a namespace where a union is mounted, or is the root."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ changes were committed or kept; without having run it: 1 usage error; 2 system e
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Describe the subcommand."""
+    """Add the subcommand's parser."""
     parser = subparsers.add_parser(
         NAME,
         help="run a command on a merged tree, as root; then commit or discard what it changed",
@@ -83,7 +83,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(args: argparse.Namespace) -> int:
-    """Mount, run the command, ask what is to become of its changes, do that, and unmount."""
+    """Mount, run the command, ask what to do with its changes, do that, and unmount."""
     _check(args)
     is_all_there = _enter()
     complete_interrupted(_lower(args))
@@ -111,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """UsageError for what does not go together."""
+    """Raise UsageError for options that exclude each other."""
     if not args.command:
         raise UsageError("no command given: cowfs run --root / -- COMMAND", "see `cowfs run --help`")
     if "fakeroot" in mount_options.parse(args.options).flags:
@@ -140,7 +140,9 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _lower(args: argparse.Namespace) -> str:
-    """Return the path or URL of the lower that changes are to; of several what was written for them."""
+    """Return the path or URL of the lower whose changes these are; for several, as written on the command
+    line.
+    """
     if args.root is not None:
         return str(args.root)
     lowers = mount_options.split_lowers(args.lower)
@@ -148,7 +150,7 @@ def _lower(args: argparse.Namespace) -> str:
 
 
 def _mounted(args: argparse.Namespace) -> Part:
-    """Mount what the command is to see, at its mountpoint, and return it."""
+    """Mount what the command should see, and return its mountpoint."""
     is_new = bool(args.store) and args.store != "memory" and not os.path.lexists(args.store)
     if args.commit or args.keep or args.discard:
         mount.mounted(args)
@@ -159,10 +161,10 @@ def _mounted(args: argparse.Namespace) -> Part:
 
 @contextmanager
 def _private_directory() -> Iterator[str]:
-    """Give an empty directory for what is mounted, and remove it when nothing is any more.
+    """Yield an empty directory for the mounts, and remove it when nothing is mounted any more.
 
-    No tempfile.TemporaryDirectory: daemons are forked from us, and each that ends would remove that, with all
-    that is mounted in it.
+    Not a tempfile.TemporaryDirectory: daemons are forked from this process, and each would remove it at exit,
+    with everything mounted in it.
     """
     private = tempfile.mkdtemp(prefix="cowfs-run-")
     try:
@@ -175,7 +177,7 @@ def _private_directory() -> Iterator[str]:
 
 
 def _enter() -> bool:
-    """Let this process be root with mounts of its own; say whether others than root can own files."""
+    """Become root, with mounts of our own; return whether users other than root can own files."""
     if os.geteuid() == 0:
         mounts.unshare_slave()
         return True
@@ -194,9 +196,9 @@ def _others_are_there() -> bool:
 
 
 def _wait(command: list[str], prepare: Callable[[], object], sandbox: Sandbox | None) -> int:
-    """Run a command to its end; return its exit code as sh(1) does. What the terminal sends is for it.
+    """Run a command to its end; return its exit code as sh(1) does.
 
-    In a sandbox what it has left running is ended.
+    Signals of the terminal are for the command. In a sandbox, processes that it left running are killed.
     """
     before = [signal.getsignal(number) for number in _FROM_TERMINAL]
     for number in _FROM_TERMINAL:
@@ -232,7 +234,7 @@ def _run(command: list[str], prepare: Callable[[], object], sandbox: Sandbox | N
         if sandbox is not None:
             environment = sandbox.environment(environment, all_there=_others_are_there())
         process = subprocess.Popen(command, env=environment, preexec_fn=become)  # noqa: PLW1509 - one thread
-    except subprocess.SubprocessError:  # become() has failed, and it is not told why
+    except subprocess.SubprocessError:  # become() has failed; the exception does not say why
         warn(f"{command[0]}: cannot be run: its root directory cannot be entered")
         return _NOT_RUN
     except OSError as error:
@@ -245,7 +247,7 @@ def _run(command: list[str], prepare: Callable[[], object], sandbox: Sandbox | N
 
 @contextmanager
 def _passed_on(process: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Let a process have the signals that ask us to end: we end when it has."""
+    """Pass on the signals that ask us to end: this process ends when that one has."""
     asking = ASKS_TO_END - set(_FROM_TERMINAL)
     before = {number: signal.getsignal(number) for number in asking}
     for number in asking:

@@ -1,8 +1,8 @@
 """A root for one command: the merged tree of a directory or an image, and what programs expect in a root.
 
-Each filesystem that is mounted in the directory has a union, and a store, of its own. Those that are no
-stores of files (/proc, /sys) are shown as they are, and what is read-only stays so. /dev has the usual
-devices and no others.
+Each filesystem that is mounted in the directory gets a union and a store of its own. Filesystems that do not
+store files (/proc, /sys) are shown as they are, and read-only ones stay read-only. /dev has the usual devices
+and no others.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ class Part:
 
 
 class Sandbox:
-    """A root that is being built, and used."""
+    """A root that is being built and used."""
 
     def __init__(self, args: argparse.Namespace, private: str) -> None:
-        """*private* is an empty directory, which nobody else sees anything in. SystemFailure, UsageError."""
+        """*private* is an empty directory, whose contents nobody else sees. SystemFailure, UsageError."""
         self._args = args
         self._by_url = is_url(args.root)
         self._lower = args.root if self._by_url else os.path.realpath(args.root)
@@ -78,7 +78,7 @@ class Sandbox:
         return os.path.isdir(self._lower)
 
     def build(self) -> None:
-        """Mount all. CowfsError; what has been mounted is in :attr:`parts`."""
+        """Mount everything. CowfsError; :attr:`parts` lists what is mounted already."""
         self._cover(self._lower, "", self._args.store or "memory")
         shown: list[str] = []
         for each in self._inside:
@@ -100,14 +100,14 @@ class Sandbox:
         self._hide_store()
 
     def enter(self) -> None:
-        """Let the root be that of this process, and its working directory the same, if it is there."""
+        """Make this the root of the process; keep its working directory if the root has it."""
         here = os.path.relpath(os.getcwd(), self._lower) if self.is_directory else ".."
         mounts.change_root(self.path)
         with suppress(OSError):
             os.chdir(here if here.split("/")[0] != ".." else "/")
 
     def close(self, unmount: Callable[[str], object]) -> None:
-        """Unmount all; a union by *unmount*."""
+        """Unmount everything; a union by *unmount*."""
         unions = {part.mountpoint for part in self.parts}
         while self._mounted:
             path = self._mounted.pop()
@@ -121,8 +121,9 @@ class Sandbox:
         return bool(self._lower == "/")
 
     def _is_there(self, at: str) -> bool:
-        """Whether something is at *at* in the root itself, not where a symbolic link in it leads: that is no
-        part of it, and to mount there would hide from us what the system has."""
+        """Whether *at* exists in the root itself, not behind a symbolic link: the target of a link is outside
+        the root, and a mount there would hide the system's own files from us.
+        """
         path = os.path.join(self.path, at)
         return os.path.lexists(path) and os.path.realpath(path) == path
 
@@ -130,14 +131,14 @@ class Sandbox:
         return self._is_there(at) and os.path.isdir(os.path.join(self.path, at))
 
     def _is_inside(self, each: MountInfo) -> bool:
-        """Whether something is mounted in the root, not as the root."""
+        """Whether something is mounted inside the root, not as the root."""
         path = os.fsdecode(each.mountpoint)
         return path != self._lower and path.startswith(f"{self._lower.rstrip('/')}/")
 
     def _show(self, each: MountInfo, place: str, at: str) -> None:
         if each.fstype in _KERNELS:
             self._bind(place, at)
-        elif _is_of_another_user(each):  # who may let it hang: it is asked nothing
+        elif _is_of_another_user(each):  # its user may let it hang: ask it nothing
             self._bind(place, at, readonly=True)
         elif not os.path.isdir(place) or "ro" in {*each.options.split(","), *each.super_words}:
             self._bind(place, at, readonly=True)
@@ -149,11 +150,11 @@ class Sandbox:
                 self._bind(place, at, readonly=True)
 
     def _store_of(self, at: str) -> str:
-        """Return where the changes of what is mounted at *at* are kept: beside those of the root."""
+        """Return the store for the changes of the mount at *at*: beside that of the root."""
         if not self._args.store or self._args.store == "memory":
             return "memory"
         beside = f"{os.path.abspath(self._args.store)}.mounts"
-        with suppress(OSError):  # who opens the store says so
+        with suppress(OSError):  # opening the store reports it
             os.makedirs(beside, mode=0o700, exist_ok=True)
         return os.path.join(beside, name_of(os.fsencode(at)))
 
@@ -184,7 +185,7 @@ class Sandbox:
             raise SystemFailure(f"{shown}: cannot be mounted for the command: {error.strerror}") from None
 
     def _make_dev(self) -> str:
-        """Make what is to be /dev, beside the root: who can change that could let us write elsewhere."""
+        """Make the future /dev, beside the root: whoever can change the root could redirect our writes."""
         beside = os.path.join(os.pardir, "dev")
         dev = os.path.join(os.path.dirname(self.path), "dev")
         os.mkdir(dev)
@@ -211,11 +212,11 @@ class Sandbox:
 
     @staticmethod
     def environment(given: dict[bytes, bytes], *, all_there: bool) -> dict[bytes, bytes]:
-        """Return the environment for the command, where *all_there* says whether others than root are."""
+        """Return the environment for the command; *all_there* says whether users other than root exist."""
         return given if all_there else {b"APT_CONFIG": _FOR_APT.encode(), **given}
 
     def _hide_store(self) -> None:
-        """Let the command not reach the stores by their paths: what it changed there would be their own."""
+        """Keep the command from reaching the stores by path: it would change its own changes."""
         for path in {os.path.realpath(part.store) for part in self.parts if part.store != "memory"}:
             at = os.path.relpath(path, self._lower)
             there = os.path.join(self.path, at)
@@ -228,19 +229,20 @@ class Sandbox:
 
 
 def _is_of_another_user(each: MountInfo) -> bool:
-    """Whether a user who is neither root nor we serves it by FUSE."""
+    """Whether a user who is neither root nor us serves it through FUSE."""
     user = next((word[8:] for word in each.super_words if word.startswith("user_id=")), "0")
     return each.fstype.split(".")[0] in ("fuse", "fuseblk") and user not in ("0", str(os.geteuid()))
 
 
 def name_of(at: bytes) -> str:
-    """Return the name of the store of what is mounted at *at*, in one directory for all: without a dot, with
-    which it would be taken for that of an image."""
+    """Return the name of the store for the mount at *at*, in a directory for all stores. It has no dot: with
+    one it would look like the store of an image.
+    """
     return os.fsdecode(at).replace("%", "%25").replace("/", "%2F").replace(".", "%2E")
 
 
 def forget_unused(parts: list[Part], used: set[str]) -> None:
-    """Remove the stores that were made for nothing; the mounts are gone."""
+    """Remove the stores that were created but not used; nothing is mounted any more."""
     for part in parts[1:]:
         if part.is_new and part.mountpoint not in used:
             shutil.rmtree(part.store, ignore_errors=True)

@@ -28,7 +28,7 @@ Exit codes: 0 the store has that size; 1 usage error; 2 a program is missing; 32
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Describe the subcommand."""
+    """Add the subcommand's parser."""
     parser = options.add_subcommand(subparsers, NAME, "make a store smaller", _DESCRIPTION, _EPILOG)
     parser.add_argument("store", metavar="STORE", help="the store to shrink")
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""``cowfs top``: what is asked of a mount, how often, and how long the answers take."""
+"""``cowfs top``: which requests a mount gets, how often, and how long the answers take."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _SHORTEST = 0.1
 _LONGEST = 86400.0
 _BAR = 5
 _NAME = 11
-"""READDIRPLUS. A table of usual numbers fits into 80 columns."""
+"""The width of a name: READDIRPLUS. With it a table of usual numbers fits into 80 columns."""
 _HOME, _CLEAR, _TO_END_OF_LINE, _TO_END = "\x1b[H", "\x1b[2J", "\x1b[K", "\x1b[J"
 
 _EPILOG = """\
@@ -46,7 +46,7 @@ examples:
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Describe the subcommand."""
+    """Add the subcommand's parser."""
     parser = subparsers.add_parser(
         NAME,
         help="show the requests to a mount, and how long they take",
@@ -66,7 +66,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(args: argparse.Namespace) -> int:
-    """Show round after round; Ctrl-C is the usual end."""
+    """Show one table after another; Ctrl-C is the usual end."""
     rounds, delay = _rounds(args.rounds), _delay(args.delay)
     found = the_mount(args.mountpoint)
     redraws = not args.json and sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"
@@ -108,21 +108,21 @@ def _delay(given: str) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What came within some seconds."""
+    """The requests of some seconds."""
 
     facts: dict[str, Any]
-    """What the daemon told last."""
+    """What the daemon sent last."""
     seconds: float
     whole: bool
     """Since the mount."""
     requests: Requests
     caches: dict[str, tuple[int, int]]
-    """By name: how often something was there, and how often not."""
+    """By name: hits and misses."""
     rss: int
 
 
 def _looks(mountpoint: str, mount: MountInfo, rounds: int | None, delay: float) -> Iterator[Seen]:
-    """Yield what came since the mount, then what came in each *delay*."""
+    """Yield the requests since the mount, then those of each *delay*."""
     facts, now = facts_of(mount.dev), time.monotonic()
     with checked_answer(mountpoint):
         requests, caches = requests_in(facts), caches_in(facts)
@@ -149,7 +149,9 @@ def _looks(mountpoint: str, mount: MountInfo, rounds: int | None, delay: float) 
 
 
 def _again(mountpoint: str, mount: MountInfo, before: dict[str, Any]) -> dict[str, Any]:
-    """Return what the daemon tells now. MountFailure when its mount is gone, be there another one by now."""
+    """Return the daemon's present counters. MountFailure if the mount is gone, even if another took its
+    place.
+    """
     gone = MountFailure(f"{mountpoint}: no longer mounted", "mount it again, then run this again")
     try:
         facts = facts_of(mount.dev)
@@ -223,7 +225,7 @@ def _waiting(requests: Requests) -> str:
 
 
 def _hits(seen: Seen) -> list[str]:
-    """Say what had not to be fetched, or not to be handled by Python."""
+    """Return how much came from caches, or was served without Python."""
     rates = []
     reads = seen.requests.operations.get("READ")
     if reads is not None:
@@ -266,7 +268,7 @@ def _duration(ns: float | None) -> str:
 
 
 def _redraw(lines: list[str], *, first: bool) -> None:
-    """Write over what was there; nothing of the terminal's has to be restored afterwards."""
+    """Overwrite the previous table; the terminal needs no restoring afterwards."""
     size = shutil.get_terminal_size()
     room = max(size.lines - 1, 1)
     if len(lines) > room > 1:
@@ -278,7 +280,7 @@ def _redraw(lines: list[str], *, first: bool) -> None:
 
 
 def _fit(line: str, columns: int) -> str:
-    """Return as much of a line as the terminal has room for."""
+    """Cut a line to the width of the terminal."""
     encoding = sys.stdout.encoding or "ascii"
     shown = printable(line).encode(encoding, "backslashreplace").decode(encoding)
     room = columns

@@ -1,4 +1,4 @@
-"""``cowfs trim``: give the disk back what is free in a store."""
+"""``cowfs trim``: give the free space of a store back to the disk."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Exit codes: 0 done; 1 usage error; 2 a program is missing; 32 the store cannot b
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Describe the subcommand."""
+    """Add the subcommand's parser."""
     parser = options.add_subcommand(
         subparsers, NAME, "give the disk back what is free in a store", _DESCRIPTION, _EPILOG
     )

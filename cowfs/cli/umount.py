@@ -24,11 +24,11 @@ from cowfs.linux.pids import wait_pid_gone
 NAME = "umount"
 MNT_DETACH = 2
 _PATIENCE = 3.0
-"""Seconds after which the one who waits wants to know for what."""
+"""Seconds after which we say what we wait for."""
 _LONG = 60.0
-"""Seconds in which a daemon should have told of itself."""
+"""Seconds in which a daemon should have answered."""
 _NAMED = 3
-"""So many places are named."""
+"""How many places are named."""
 
 _EPILOG = """\
 umount(8) returns before the daemon has written all changes and released the store. This command waits for
@@ -41,7 +41,7 @@ example:
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Describe the subcommand."""
+    """Add the subcommand's parser."""
     parser = subparsers.add_parser(
         NAME,
         help="unmount, and wait until all changes are written",
@@ -109,8 +109,8 @@ def run(args: argparse.Namespace) -> int:
 def _wait(mountpoint: str, found: MountInfo, pid: int, timeout: float, request: UnmountRequest) -> None:
     """Return when the daemon *pid* has released the store; SystemFailure after *timeout* seconds.
 
-    Says meanwhile what it waits for, when that takes long or will not end by itself. The daemon is gone then,
-    unless the kernel keeps it, for a lower that does not answer.
+    Says what it waits for if that takes long or cannot end by itself. Afterwards the daemon is gone, unless
+    the kernel holds it because a lower does not answer.
     """
     deadline = time.monotonic() + timeout
     said = ""
@@ -120,14 +120,14 @@ def _wait(mountpoint: str, found: MountInfo, pid: int, timeout: float, request: 
         if wait_pid_gone(pid, max(min(patience, left), 0)):
             return
         if request.has_answered():
-            if wait_pid_gone(pid, _PATIENCE):  # it has only to end
+            if wait_pid_gone(pid, _PATIENCE):  # it only has to exit
                 return
             _say(f"{mountpoint}: unmounted; the daemon (pid {pid}) exits when a lower that hangs answers")
             return
         why = _where(found)
         if left <= patience:
             break
-        if why != said and (why or patience == _PATIENCE):  # else it is gone just now
+        if why != said and (why or patience == _PATIENCE):  # else it has just gone
             _say(f"{mountpoint}: unmounted, but {why or f'the daemon (pid {pid}) is still writing'}; waiting")
             said = why
     hint = "unmount it there too" if why else ""
@@ -142,7 +142,7 @@ def _say(what: str) -> None:
 
 
 def _is_same(mount: MountInfo, other: MountInfo) -> bool:
-    """Whether two mounts are of one filesystem: when one is gone the next gets its device number."""
+    """Whether two mounts show one filesystem: after an unmount the next mount gets the same device number."""
     return mount.dev == other.dev and mount.source == other.source and mount.fstype == other.fstype
 
 
@@ -151,7 +151,7 @@ def _mounts(found: MountInfo) -> list[MountInfo]:
 
 
 def _where(found: MountInfo) -> str:
-    """Say where else this filesystem is mounted, as far as we may look; nothing if nowhere."""
+    """Return where else this filesystem is mounted, as far as we may see; "" if nowhere."""
     from cowfs.changes.render import escape
 
     places = [escape(mount.mountpoint) for mount in _mounts(found)]
@@ -172,7 +172,7 @@ def _name(pid: int) -> bytes:
 
 
 def _daemon_of(dev: str, timeout: float) -> tuple[dict[str, Any] | None, Exception | None]:
-    """Return what the daemon tells of itself within so many seconds, or None and why it does not."""
+    """Return what the daemon sends within this many seconds, or None and why it sends nothing."""
     try:
         return facts_of(dev, timeout), None
     except (CowfsError, OSError) as error:
@@ -184,7 +184,7 @@ def _not_unmounted(silence: Silent) -> MountFailure:
 
 
 def _is_dead(mountpoint: str) -> bool:
-    """Whether nobody serves a mount any more; one that is merely slow to say so is alive."""
+    """Whether nobody serves a mount any more; a daemon that is merely slow is alive."""
     dead = []
 
     def look() -> None:

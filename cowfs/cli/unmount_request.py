@@ -1,4 +1,4 @@
-"""Asking the daemon of a mount to leave nothing behind, and hearing from it whether it did."""
+"""Ask the daemon of a mount to write everything back, and hear from it whether it did."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from cowfs.errors import CowfsError, MountFailure, StoreError
 
 
 class UnmountRequest:
-    """A pipe through which the daemon says how its store was released: its socket is gone by then."""
+    """A pipe through which the daemon reports how the store was released: its socket is gone by then."""
 
     def __init__(self, dev: str, mountpoint: str, timeout: float, *, force: bool, lazy: bool = False) -> None:
-        """Have everything written to disk. Blocks. *lazy*: what hangs is to be given up.
+        """Have everything written to disk.
 
-        Raises MountFailure if the disk refuses that, and not *force*; Silent if it takes more than *timeout*
-        seconds, and neither *force* nor *lazy*. A daemon that does not answer is dead,
-        or of an older cowfs: nothing is heard from it; nor from that of another user, who gets no pipe.
+        Blocks. With *lazy*, requests that hang are given up. Raises MountFailure if the disk refuses a write,
+        unless *force*; Silent if it takes more than *timeout* seconds, unless *force* or *lazy*. A daemon
+        that does not answer is dead or of an older cowfs; it reports nothing. Nor does another user's daemon,
+        which gets no pipe.
         """
         self._mountpoint = mountpoint
         self._force = force
@@ -48,15 +49,15 @@ class UnmountRequest:
             os.close(writing)
 
     def has_answered(self) -> bool:
-        """Whether the daemon has told how the store was released. Does not block."""
+        """Whether the daemon has reported how the store was released. Does not block."""
         if not self._answer and select.select([self._reading], [], [], 0)[0]:
             self._answer = os.read(self._reading, 65536)
         return bool(self._answer)
 
     def finish(self) -> None:
-        """Call it when the daemon is gone, or has said it.
+        """Call it when the daemon is gone or has reported.
 
-        Raises StoreError if something was not saved, and not by force.
+        Raises StoreError if something was not saved, unless that was forced.
         """
         if not self._answers:
             return

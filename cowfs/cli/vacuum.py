@@ -1,4 +1,4 @@
-"""``cowfs vacuum``: take out of a store what says nothing."""
+"""``cowfs vacuum``: remove from a store what makes no difference."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ examples:
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Describe the subcommand."""
+    """Add the subcommand's parser."""
     parser = options.add_subcommand(
         subparsers, NAME, "remove redundant entries from a store", _DESCRIPTION, _EPILOG
     )

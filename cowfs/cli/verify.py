@@ -1,4 +1,4 @@
-"""Looking at a store before it is said that a daemon has it there: its word is not enough."""
+"""Check that a daemon really has a store at a path before we say so: its word is not enough."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from cowfs.store.served.image import open_file
 
 
 def is_kept(directory: int, name: str, path: str, facts: dict[str, Any], size: int) -> None:
-    """Return if *name* in an open directory is the sound image of *size* bytes of the mount whose daemon told
-    *facts*, and in use by that. StoreError says what is not so; *path* is for messages. Blocks.
+    """Return if *name* in an open directory is a sound image of *size* bytes, and in use by the daemon that
+    sent *facts*. Otherwise StoreError says what is wrong; *path* is for messages. Blocks.
     """
     try:
         seen = os.stat(name, dir_fd=directory, follow_symlinks=False)
@@ -34,11 +34,11 @@ def is_kept(directory: int, name: str, path: str, facts: dict[str, Any], size: i
 
 
 def has_size(path: str, facts: dict[str, Any], size: int) -> None:
-    """Do the same for the image at *path*, which the daemon has made larger, if we can see it."""
+    """Check the same for the image at *path*, which the daemon has enlarged, if we can see it."""
     try:
         fd = open_file(path, read_only=True)
     except StoreError:
-        return  # behind the mount, on a disk that is mounted nowhere, or in a mount namespace of its own
+        return  # hidden by the mount, on a disk that is not mounted, or in another mount namespace
     try:
         if not lock.try_lock(fd, shared=True):  # else it is another file
             _check(fd, path, facts, size)

@@ -1,4 +1,4 @@
-"""``cowfs watch``: changes of a mount as they happen."""
+"""``cowfs watch``: print the changes of a mount as they happen."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ examples:
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Describe the subcommand."""
+    """Add the subcommand's parser."""
     parser = options.add_subcommand(subparsers, NAME, "tell of changes as they happen", _DESCRIPTION, _EPILOG)
     parser.add_argument("mountpoint", metavar="MOUNTPOINT")
     parser.add_argument("paths", metavar="PATH|GLOB", nargs="*", default=(), help="tell of these alone")
@@ -57,7 +57,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(args: argparse.Namespace) -> int:
-    """Tell until Ctrl-C, or until the mount has ended."""
+    """Print changes until Ctrl-C, or until the mount ends."""
     found = the_mount(args.mountpoint)
     place = os.fsdecode(found.mountpoint)
     wanted = _selection(args.paths, place)
@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 class _Ended(Exception):
-    """The daemon has said nothing more, not even that it ends."""
+    """The daemon sends nothing more, and did not say that it ends."""
 
     def __init__(self, failure: CowfsError | None) -> None:
         super().__init__(failure)
@@ -132,7 +132,7 @@ def _report_end(place: str, ended: str) -> int:
 
 
 def _selection(paths: list[str], mountpoint: str) -> Callable[[bytes], bool]:
-    """Return whether a path is one of those that were asked for."""
+    """Return a function that tells whether a path is one of those asked for."""
     from cowfs.changes.select import pattern
 
     patterns = [pattern(os.fsencode(from_root(path, mountpoint))) for path in paths]
@@ -159,7 +159,7 @@ _COLOURS = {"create": 32, "mkdir": 32, "symlink": 32, "mknod": 32, "link": 32, "
 
 
 def _lines() -> Callable[[dict[str, Any]], None]:
-    """Return what prints lines for people."""
+    """Return a function that prints lines for people."""
     from cowfs.changes.render import escape
     from cowfs.cli.blame import by, local
 

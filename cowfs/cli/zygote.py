@@ -1,9 +1,9 @@
-"""A process that has everything loaded, and of which each command is a fork: for programs that mount often.
+"""A process with all modules loaded, which forks for each command: for programs that mount often.
 
-``python -m cowfs.cli.zygote FD``. On the socket *FD* comes a message for each command: the arguments, the
-environment and the working directory in JSON, with two descriptors, of the file for its output and of a
-socket. On that it says its process ID and, at its end, its exit code, each on a line. The process ends when
-nobody has the other end of FD any more.
+``python -m cowfs.cli.zygote FD``. Each command is a message on the socket *FD*: the arguments, the
+environment and the working directory in JSON, with two descriptors, a file for the command's output and a
+socket. On this socket the command sends its process ID and, at its end, its exit code, each on a line. The
+process ends when nobody has the other end of FD any more.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from cowfs.cli.own_files import load_all
 from cowfs.command import LONGEST_REQUEST
 
 _LOADED = (mount, umount)
-"""What most commands are."""
+"""What most commands load."""
 
 
 def serve(requests: socket.socket) -> None:
     """Fork for each command, until nobody can ask for one."""
     load_all()
     gc.collect()
-    gc.freeze()  # or each fork would copy what the collector looks at
+    gc.freeze()  # else each fork would copy what the collector touches
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for who asks; it tells the command
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the caller, who tells the command
     while True:
         message, fds, _, _ = socket.recv_fds(requests, LONGEST_REQUEST, 2)
         if not message:
@@ -45,7 +45,7 @@ def serve(requests: socket.socket) -> None:
 
 
 def _be(asked: dict[str, Any], output: int, answer: int) -> NoReturn:
-    """Be the command. Never returns."""
+    """Run the command. Never returns."""
     code = 1
     try:
         for number in (signal.SIGCHLD, signal.SIGINT):
