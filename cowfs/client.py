@@ -23,14 +23,14 @@ if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
 _MOST_LINKS = 40
-"""As many symbolic links as the kernel follows (path_resolution(7))."""
+"""The most symbolic links that the kernel follows (path_resolution(7))."""
 VIEW_FSTYPE = "fuse.cowfs-store"
-"""Of a store that is shown by the daemon that has it (cowfs.fuse.view)."""
+"""The type of a store that its daemon shows (cowfs.fuse.view)."""
 
 
 def find_mount(path: str) -> MountInfo | None:
-    """Return the cowfs mount whose mountpoint is *path*; None when there is none."""
-    # The last component is not looked at: it may be the root of a mount whose daemon is dead, or hangs.
+    """Return the cowfs mount whose mountpoint is *path*; None if there is none."""
+    # Do not access the last component: it may be the root of a mount whose daemon is dead, or hangs.
     for _ in range(_MOST_LINKS):
         directory, name = os.path.split(os.path.abspath(path))
         directory = os.path.realpath(directory)
@@ -45,9 +45,10 @@ def find_mount(path: str) -> MountInfo | None:
 
 
 def mount_above(path: str) -> tuple[str, str] | None:
-    """Return the mountpoint of the cowfs mount that *path* is in, and the way from there; None if in none.
+    """Return the mountpoint of the cowfs mount that contains *path*, and the path from there; None if none
+    does.
 
-    Symbolic links on the way are followed, one at the end is not.
+    Follows symbolic links on the way, but not one at the end.
     """
     if find_mount(path) is not None:
         return path, ""
@@ -63,13 +64,13 @@ def mount_above(path: str) -> tuple[str, str] | None:
 
 
 def from_root(path: str, mountpoint: str) -> str:
-    """Return a path from the root of the tree; it may begin with the mountpoint."""
+    """Return a path relative to the root of the tree; it may begin with the mountpoint."""
     below = mountpoint.rstrip("/") + "/"
     return path[len(below) :] if f"{path}/".startswith(below) and path.startswith("/") else path
 
 
 def the_mount(path: str) -> MountInfo:
-    """Return the cowfs mount whose mountpoint is *path*; MountFailure when there is none."""
+    """Return the cowfs mount whose mountpoint is *path*; MountFailure if there is none."""
     found = find_mount(path)
     if found is None:
         raise MountFailure(f"{path}: not a cowfs mountpoint", LISTED)
@@ -77,11 +78,11 @@ def the_mount(path: str) -> MountInfo:
 
 
 class Silent(MountFailure):
-    """The daemon is there, and says nothing."""
+    """The daemon exists, but does not answer."""
 
 
 def mount_with_store(path: str) -> MountInfo | None:
-    """Return the mount at *path*, or the one whose store *path* is; None when there is none that answers."""
+    """Return the mount at *path*, or the one with the store *path*; None if no daemon answers for it."""
     found = find_mount(path)
     if found is not None or not os.path.isfile(path):
         return found
@@ -91,7 +92,7 @@ def mount_with_store(path: str) -> MountInfo | None:
             try:
                 info = os.stat(path)
                 if owner_of(mount.dev) not in {0, os.geteuid(), info.st_uid}:
-                    continue  # whose daemon may say so of any store
+                    continue  # whose daemon may claim any store
                 store = patience.facts_of(mount.dev)["store"]
                 if store["kind"] == "image" and is_same_file(store["path"], info):
                     return mount
@@ -101,10 +102,10 @@ def mount_with_store(path: str) -> MountInfo | None:
 
 
 class Patience:
-    """Asks many daemons: those of one user, who may have very many that say nothing, take so long in all."""
+    """Asks many daemons: those of one user, many of which may not answer, may take this long together."""
 
     def __init__(self, each: float, in_all: float) -> None:
-        """Both are in seconds."""
+        """Both times are in seconds."""
         self._each = each
         self._left: dict[int, float] = {}
         self._in_all = in_all
@@ -123,10 +124,10 @@ class Patience:
 
 
 def facts_of(dev: str, timeout: float | None = 60.0) -> dict[str, Any]:
-    """Return what the daemon of the mount ``major:minor`` tells of itself: its ``pid``, which is the kernel's
-    word, ``mountpoint``, ``store`` with ``kind`` and ``path``, and what else it says.
+    """Return the facts that the daemon of the mount ``major:minor`` sends: its ``pid``, which the kernel
+    vouches for, ``mountpoint``, ``store`` with ``kind`` and ``path``, and more.
 
-    Raises MountFailure when it does not answer, or what it says makes no sense.
+    Raises MountFailure if it does not answer, or its answer makes no sense.
     """
     facts = next(ask(dev, "info", timeout=timeout), {})
     store = facts.get("store")
@@ -141,11 +142,10 @@ def ask(
 ) -> Iterator[dict[str, Any]]:
     """Send a command to the daemon of the mount ``major:minor`` and yield its replies.
 
-    *timeout* is in seconds, for each reply; *fd* goes with the command. A pid in a reply is that of who
-    answers.
+    *timeout* is in seconds, for each reply; *fd* is sent along.
 
-    Raises MountFailure when no daemon answers, Silent when one takes too long or is stopped, CowfsError with
-    what it says when it fails.
+    A pid in a reply is the pid of the daemon. Raises MountFailure if no daemon answers, Silent if it takes
+    too long or is stopped, CowfsError with its message if the command fails.
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as connection:
         connection.settimeout(timeout)
@@ -156,13 +156,13 @@ def ask(
         except OSError as error:
             raise _unreachable(place, error) from None
         request = json.dumps({"command": command, **arguments}).encode() + b"\n"
-        with suppress(BrokenPipeError, ConnectionResetError):  # it has said why, and left
+        with suppress(BrokenPipeError, ConnectionResetError):  # it has said why, and is gone
             socket.send_fds(connection, [request], [fd] if fd >= 0 else [])
         yield from replies(connection, pid, place)
 
 
 def _unreachable(place: str, error: OSError) -> MountFailure:
-    """Return why nobody can be asked, and what to do."""
+    """Return why no daemon can be asked, and what to do."""
     if isinstance(error, ConnectionRefusedError):
         return MountFailure(f"{place}: the daemon is dead", f"remove the mount: cowfs umount {place}")
     if isinstance(error, FileNotFoundError):
@@ -172,7 +172,7 @@ def _unreachable(place: str, error: OSError) -> MountFailure:
 
 
 def replies(connection: socket.socket, pid: int, place: str) -> Iterator[dict[str, Any]]:
-    """Yield what the daemon *pid* (0: not known) of the mount at *place* answers. Raises as ask() does."""
+    """Yield the replies of the daemon *pid* (0: unknown) of the mount at *place*. Raises what ask() does."""
     raw = _Patient(connection, pid, place)
     with io.BufferedReader(raw) as lines, suppress(ConnectionResetError):
         while line := lines.readline(_LONGEST_REPLY):
@@ -190,28 +190,30 @@ def replies(connection: socket.socket, pid: int, place: str) -> Iterator[dict[st
 
 
 _STOPPED = 2.0
-"""So many seconds a daemon may be stopped: that is noticed before its time is over."""
+"""How many seconds a daemon may be stopped: longer is noticed before its timeout."""
 
 
 class _Patient(io.RawIOBase):
-    """What a daemon says. Silent when a reply takes the connection's timeout, or while it is stopped."""
+    """The replies of a daemon. Raises Silent if a reply takes the connection's timeout, or while it is
+    stopped.
+    """
 
     def __init__(self, connection: socket.socket, pid: int, place: str) -> None:
         self._connection = connection
         self._pid = pid
         self._place = place
         self.begun = time.monotonic()
-        """Since when the next reply is waited for."""
+        """When the wait for the next reply began."""
 
     def readable(self) -> bool:
-        """It is."""
+        """Always True."""
         return True
 
     def readinto(self, buffer: WriteableBuffer) -> int:
         """See :class:`io.RawIOBase`."""
         timeout = self._connection.gettimeout()
         runs = time.monotonic()
-        poll = select.poll()  # select(2) knows the first 1024 descriptors only
+        poll = select.poll()  # select(2) handles the first 1024 descriptors only
         poll.register(self._connection, select.POLLIN)
         while True:
             came = poll.poll(_STOPPED / 4 * 1000)
@@ -229,7 +231,7 @@ class _Patient(io.RawIOBase):
 
 
 def _is_stopped(pid: int) -> bool:
-    """Whether a process is stopped or traced, as far as we may see (proc_pid_stat(5))."""
+    """Whether a process is stopped or traced, as far as we can see (proc_pid_stat(5))."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as stat:
             return stat.read().rpartition(b") ")[2][:1] in {b"T", b"t"}
@@ -238,7 +240,7 @@ def _is_stopped(pid: int) -> bool:
 
 
 _LONGEST_REPLY = 16 << 20
-"""Bytes of a line: another user's daemon does not fill our memory."""
+"""Bytes of a line, so that another user's daemon cannot fill our memory."""
 
 
 def _parse(line: bytes, place: str) -> dict[str, Any]:
@@ -252,7 +254,7 @@ def _parse(line: bytes, place: str) -> dict[str, Any]:
 
 
 def _failure(reply: dict[str, Any]) -> CowfsError:
-    """Return what a daemon says has failed: never a success."""
+    """Return the failure that a daemon reports as an exception; its exit code is never 0."""
     failure = CowfsError(str(reply["error"]), str(reply.get("hint", "")))
     code = reply.get("exit_code")
     if type(code) is int and 0 < code < 128:
@@ -262,8 +264,9 @@ def _failure(reply: dict[str, Any]) -> CowfsError:
 
 @contextmanager
 def checked_answer(place: str) -> Iterator[None]:
-    """Raise MountFailure for an answer from the mount at *place* that is not made as it should be: another
-    user's may say anything."""
+    """Raise Raise MountFailure for a malformed answer of the mount at *place*: another user's daemon may send
+    anything.
+    """
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
@@ -271,7 +274,7 @@ def checked_answer(place: str) -> Iterator[None]:
 
 
 def record_batches(replies: Iterable[dict[str, Any]], place: str) -> Iterator[bytes]:
-    """Yield the contents of the records in the answer to ``blame``, of the mount at *place*. MountFailure."""
+    """Yield the contents of the records in the answer to ``blame`` of the mount at *place*. MountFailure."""
     for reply in replies:
         with checked_answer(place):
             content = base64.b64decode(reply["batch"], validate=True)
@@ -284,12 +287,12 @@ def _bad_answer(place: str) -> MountFailure:
 
 
 def name_of(dev: str) -> str:
-    """Return where the mount *dev* is, for messages."""
+    """Return where *dev* is mounted, for messages."""
     return next((os.fsdecode(mount.mountpoint) for mount in mountinfo() if mount.dev == dev), dev)
 
 
 def owner_of(dev: str) -> int:
-    """Return the user who mounted *dev*, as the kernel tells it (fuse_show_options in fs/fuse/inode.c)."""
+    """Return the user who mounted *dev*, according to the kernel (fuse_show_options in fs/fuse/inode.c)."""
     for mount in mountinfo():
         if mount.dev == dev:
             for option in mount.super_options.split(","):
@@ -299,7 +302,7 @@ def owner_of(dev: str) -> int:
 
 
 def _refuse_other_users(place: str, owner: int, fd: int) -> None:
-    """MountFailure unless we may talk to the daemon of *owner*, and hand it *fd* where there is one."""
+    """Raise MountFailure unless we may talk to *owner*'s daemon, and send it *fd* if there is one."""
     me = os.geteuid()
     if me not in {0, owner}:
         raise MountFailure(
@@ -313,7 +316,7 @@ def _refuse_other_users(place: str, owner: int, fd: int) -> None:
 
 
 def resident(pid: int) -> int:
-    """Return the resident memory of a process in bytes; 0 when it may not be seen."""
+    """Return the resident memory of a process in bytes; 0 if it cannot be seen."""
     try:
         with open(f"/proc/{pid}/statm", encoding="ascii") as statm:
             return int(statm.read().split()[1]) * 4096

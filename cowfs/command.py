@@ -53,16 +53,18 @@ def mount_arguments(
 
 
 def join_lowers(lowers: Sequence[str], data_only: int = 0) -> str:
-    """Write LOWER[:LOWER...][::DATA...] as ``cowfs mount`` takes it; the last *data_only* are that."""
+    """Write LOWER[:LOWER...][::DATA...] as ``cowfs mount`` takes it; the last *data_only* lowers are
+    data-only.
+    """
     names = [_of_several(lower) for lower in lowers]
     merged = len(names) - data_only
     return "::".join((":".join(names[:merged]), *names[merged:]))
 
 
 def _of_several(lower: str) -> str:
-    """Return a lower's name as it is written among others. A colon in the host of a URL ends no name."""
+    """Return a lower's name as it is written in a list. A colon in the host of a URL does not end a name."""
     start = authority(lower)
-    if start == lower:  # nothing would end it
+    if start == lower:  # nothing could end it
         start = ""
     return start + _escaped(lower[len(start) :], ":")
 
@@ -72,11 +74,11 @@ def _escaped(text: str, separator: str) -> str:
 
 
 def run_command(arguments: Sequence[str]) -> None:
-    """Run ``cowfs ARGUMENTS`` to its end. Blocks; raises what it said, as the CowfsError of its exit code.
+    """Run ``cowfs ARGUMENTS`` to its end. Blocks; raises its message as the CowfsError of its exit code.
 
-    When this is interrupted the command is asked to end, and has ended when this returns.
+    If this is interrupted, it asks the command to end, and returns when it has.
     """
-    with tempfile.TemporaryFile() as said:  # a daemon may hold it for longer than the command lasts
+    with tempfile.TemporaryFile() as said:  # a daemon may hold it for longer than the command runs
         warm = _warm[-1] if _warm else None
         code = _start(arguments, said) if warm is None else warm.run(arguments, said)
         if code == 0:
@@ -88,7 +90,7 @@ def run_command(arguments: Sequence[str]) -> None:
 
 
 def _start(arguments: Sequence[str], said: IO[bytes]) -> int:
-    """Run it by a Python of its own; return the exit code."""
+    """Run it in a new Python; return the exit code."""
     process = subprocess.Popen(
         [sys.executable, "-P", "-m", "cowfs", *arguments],
         stdin=subprocess.DEVNULL,
@@ -110,9 +112,9 @@ _warm: list[_Warm] = []
 
 @contextmanager
 def warm() -> Iterator[None]:
-    """Have a process ready, in this block, that has everything loaded: to mount takes a tenth of the time.
+    """Within this block keep a process with all modules loaded: a mount then takes a tenth of the time.
 
-    It takes some 30 MiB of memory, and is gone at the end; what is mounted stays.
+    The process takes some 30 MiB of memory and ends with the block; mounts stay.
     """
     ready = _Warm()
     _warm.append(ready)
@@ -129,7 +131,7 @@ class _Warm:
     def __init__(self) -> None:
         self._owner = _whose()
         self._socket, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        # Root's Python is isolated: it imports nothing of the caller's.
+        # Root's Python runs isolated: it imports nothing from the caller's directories.
         isolated = "-I" if os.geteuid() == 0 else "-P"
         with there:
             self._process = subprocess.Popen(
@@ -139,12 +141,12 @@ class _Warm:
             )
 
     def run(self, arguments: Sequence[str], said: IO[bytes]) -> int:
-        """Run a command; return the exit code, 1 if it has said none."""
-        if _whose() != self._owner:  # a fork has the socket, and another end; or the user is another by now
+        """Run a command; return the exit code, 1 if it has sent none."""
+        if _whose() != self._owner:  # a fork has the socket, and its own other end; or the user has changed
             return _start(arguments, said)
         try:
             directory = os.getcwd()
-        except OSError:  # it has been removed, which the command says by itself
+        except OSError:  # it was removed, and the command itself reports that
             return _start(arguments, said)
         asked = {"arguments": list(arguments), "environment": dict(os.environ), "directory": directory}
         answer, there = socket.socketpair()
@@ -153,7 +155,7 @@ class _Warm:
                 try:
                     fds = [said.fileno(), there.fileno()]
                     socket.send_fds(self._socket, [json.dumps(asked).encode()], fds)
-                except OSError:  # it is gone, or that is too long for it
+                except OSError:  # it is gone, or the message is too long
                     return _start(arguments, said)
             first = ""
             try:
@@ -167,12 +169,12 @@ class _Warm:
         return int(code) if code.strip() else 1
 
     def close(self) -> None:
-        """Let it end. Commands that run go on."""
+        """Let it end. Running commands continue."""
         self._socket.close()
         if os.getpid() == self._owner[0]:
             self._process.wait()
 
 
 def _whose() -> tuple[int, int, int, str]:
-    """Return which process this is, with whose rights, and which mounts it sees: those that commands have."""
+    """Return the process ID, its rights and its mount namespace: commands run with these."""
     return os.getpid(), os.geteuid(), os.getegid(), os.readlink("/proc/self/ns/mnt")

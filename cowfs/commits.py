@@ -22,18 +22,20 @@ Tick = Callable[[bytes, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Changed:
-    """A mount whose changes are to be carried onto its lower."""
+    """A mount whose changes go to its lower."""
 
     mountpoint: str
     root: str
     """The lower, a directory."""
     store: str = "memory"
     at: bytes = b""
-    """What its paths begin with when they are told."""
+    """What its paths begin with in messages."""
 
 
 class Commit:
-    """Changes on their way: those that are prepared can be made when nothing is mounted any more."""
+    """A commit in two steps: the changes that were prepared can be carried out when nothing is mounted any
+    more.
+    """
 
     def __init__(self) -> None:
         self.losses = Losses()
@@ -43,15 +45,15 @@ class Commit:
     def prepare(
         self, mounts: Sequence[Changed], *, since: int, force: bool, tell: Tell, tick: Tick = lambda *_: None
     ) -> bool:
-        """Write all that is needed to a directory; say whether that was done.
+        """Write everything needed to a directory; return whether that was done.
 
-        Not with conflicts, without *force*: what the lowers have was changed after *since* (ns). Blocks.
-        Raises CowfsError, and OSError with the path of what cannot be read.
+        It is not done if there are conflicts, unless *force*: the lower's version was changed after *since*
+        (ns). Blocks. Raises CowfsError, and OSError with the path of what cannot be read.
         """
         with ExitStack() as stack:
             stage = Stage(place())
             undo = stack.enter_context(ExitStack())
-            undo.callback(stage.abandon)  # also where it holds already, and is not known to be on disk
+            undo.callback(stage.abandon)  # even if it holds already, and may not be on disk
             for mount in mounts:
                 changes = stack.enter_context(open_changes(mount.mountpoint, None, tell))
                 before, after, told = changes.tree_before(), changes.tree(), list(changes.exactly())
@@ -74,7 +76,7 @@ class Commit:
         return True
 
     def _without(self, items: Plan, bad: set[bytes], at: bytes) -> Plan:
-        """Leave out what may not be changed, and all below."""
+        """Leave out what may not be changed, and everything below."""
         kept: Plan = {}
         out = b"\0"
         for path, item in items.items():
@@ -88,7 +90,7 @@ class Commit:
         return kept
 
     def make(self, tick: Tick = lambda *_: None) -> None:
-        """Make the changes that were prepared. Blocks. If it is interrupted, :func:`complete_all` goes on."""
+        """Carry out the prepared changes. Blocks. If it is interrupted, :func:`complete_all` continues."""
         assert self._stage is not None
         try:
             complete(self._stage.path, self.losses, tick)
@@ -104,13 +106,17 @@ class Commit:
 
 
 def _withheld(store: str) -> Withheld:
-    """Return what a commit leaves out: who can change the store, and not the lower, gets no rights by it."""
+    """Return what a commit leaves out: a user who can change the store, but not the lower, must gain no
+    rights.
+    """
     reason = None if store == "memory" else who_can_change(store)
     return {} if reason is None else dict.fromkeys(("nosuid", "nodev"), reason)
 
 
 def place() -> str:
-    """Return the directory in which commits are prepared: on a disk, for what is interrupted is completed."""
+    """Return the directory in which commits are prepared: on a disk, so that interrupted ones can be
+    completed.
+    """
     state = os.environ.get("XDG_STATE_HOME", "")
     if os.geteuid() == 0 and has_all("uid"):
         state = "/var/lib"

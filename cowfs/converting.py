@@ -18,10 +18,10 @@ from cowfs.store.offline.convert_in_place import Converted
 def convert(
     path: str, target: str, lowers: Lowers, *, tell: Tell, tick: Callable[[bytes], None] = lambda _: None
 ) -> Converted:
-    """Convert the store *path*, in place, or complete that. Blocks; each name that is looked at is ticked.
+    """Convert the store *path* in place, or complete a conversion.
 
-    To aufs, what the store has of the *lowers* by a redirect or as a metacopy is copied into it first. Raises
-    CowfsError.
+    Blocks; calls *tick* for each name. For aufs it first copies into the store what redirects and metacopies
+    refer to in the *lowers*. Raises CowfsError.
     """
     must_be_there(path)
     if mount_with_store(path) is not None:

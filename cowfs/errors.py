@@ -28,9 +28,9 @@ _SHORT = {"\n": "\\n", "\t": "\\t", "\r": "\\r"}
 
 
 def printable(text: str) -> str:
-    """Return *text* on one line, with nothing in it that drives a terminal.
+    """Return *text* on one line, without characters that control a terminal.
 
-    Names and headers come from images, stores and peers of others' making. What Python calls not printable
+    Names and headers come from images, stores and servers that others made. What Python calls not printable
     (control and formatting characters, bytes that are not UTF-8) becomes an escape as in a string literal.
     """
     return text if text.isprintable() else "".join(map(_shown, text))
@@ -45,7 +45,7 @@ def _shown(character: str) -> str:
 
 
 class NotYetFree(OSError):
-    """ENOSPC for who must not wait for the disk: what was freed can be used after the next commit."""
+    """ENOSPC for a caller that must not wait for the disk: freed blocks can be used after the next commit."""
 
 
 class CowfsError(Exception):

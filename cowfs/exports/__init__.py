@@ -1,1 +1,1 @@
-"""Changes, or a whole merged tree, written in formats that others read."""
+"""Write changes, or a whole merged tree, in formats that other programs read."""

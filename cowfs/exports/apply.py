@@ -1,4 +1,6 @@
-"""Carry changes onto a directory: at any moment a content is old or new, and to do it again completes it."""
+"""Carry changes onto a directory: a file's content is old or new at any moment, and a second run completes
+it.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +26,9 @@ from cowfs.linux.trust import who_can_redirect
 
 _PIECE = 1 << 20
 _PREFIX, _RANDOM = b".cowfs-apply-", 16
-"""Of what is not yet, or no more, at its place."""
+"""For names of files that are not yet, or no longer, in their place."""
 _LOCK = "applying"
-"""In the directory for our sockets."""
+"""In the directory of our sockets."""
 _REFUSED = {errno.EPERM, errno.EACCES, errno.EOPNOTSUPP, errno.EINVAL}
 _NOT_THERE = {errno.ENOENT, errno.ENOTDIR}
 _MOUNTED = {errno.EBUSY, errno.EXDEV}
@@ -34,11 +36,12 @@ _NOT_HAD = "symbolic links, FIFOs and sockets left out, which the filesystem doe
 
 
 class Root:
-    """The directory that changes are carried onto. Nothing leads out of it: no link, no mount."""
+    """The directory to which changes are applied. No link and no mount leads out of it."""
 
     def __init__(self, path: str) -> None:
-        """Raises OSError; UsageError while we use the directory in this way already, or if another user
-        leads there."""
+        """Raises OSError; UsageError if it is already in use in this way, or if another user controls the
+        path.
+        """
         self.path = path
         with ExitStack() as stack:
             self._given = beneath.open_given(path, os.O_RDONLY | os.O_DIRECTORY)
@@ -56,7 +59,7 @@ class Root:
         """The directories on the way to the last path."""
 
     def close(self) -> None:
-        """Let others use it."""
+        """Let other processes use it."""
         self._leave_to(0)
         self._release.close()
 
@@ -65,7 +68,7 @@ class Root:
         files.syncfs(self._given)
 
     def directory(self, path: bytes) -> int:
-        """Return a descriptor (O_PATH) of a directory, good until the next call. ENOENT, ENOTDIR, EXDEV."""
+        """Return a descriptor (O_PATH) of a directory, valid until the next call. ENOENT, ENOTDIR, EXDEV."""
         names = path.split(b"/") if path else []
         same = 0
         while same < min(len(names), len(self._way)) and self._way[same][0] == names[same]:
@@ -83,7 +86,7 @@ class Root:
         return self._way[-1][1] if self._way else self._root
 
     def forget(self, path: bytes) -> None:
-        """Look up anew what is below *path*, which is about to be replaced."""
+        """Look up again what is below *path*, which is about to be replaced."""
         self._leave_to(path.count(b"/"))
 
     def open(self, path: bytes) -> int | None:
@@ -98,9 +101,9 @@ class Root:
             raise OSError(error.errno, error.strerror, b"/" + path) from None
 
     def place(self, path: bytes) -> tuple[int, bytes]:
-        """Return the directory that *path* is in, good until the next call, and its name there.
+        """Return the directory that contains *path*, valid until the next call, and the name in it.
 
-        The root is in itself, as ``.``. EINVAL for a path that leads elsewhere.
+        The root contains itself, as ``.``. EINVAL for a path that leads out of the root.
         """
         if not path:
             return self._root, b"."
@@ -116,11 +119,11 @@ class Root:
             return None
 
     def enter(self, directory: int, name: bytes, flags: int) -> int:
-        """Open a name of a directory, which is not followed."""
+        """Open a name of a directory without following it."""
         return self._ways.open(directory, name, flags)
 
     def remove(self, directory: int, name: bytes) -> None:
-        """Remove a name of a directory, and all that is below."""
+        """Remove a name of a directory, and everything below it."""
         beneath.remove_tree(directory, name, self._ways)
 
     def _leave_to(self, depth: int) -> None:
@@ -130,9 +133,9 @@ class Root:
 
 @contextmanager
 def _alone(path: str, fd: int) -> Iterator[None]:
-    """Keep other processes of this user from changing the directory *fd* in this way.
+    """Keep other processes of this user from applying changes to the directory *fd*.
 
-    What is locked is no file that others can open: nobody else can keep us waiting.
+    The lock is on a file that other users cannot open, so nobody else can make us wait.
     """
     info = os.fstat(fd)
     place = locks.place_of(info.st_dev, info.st_ino)
@@ -152,7 +155,7 @@ def _alone(path: str, fd: int) -> Iterator[None]:
 
 
 def is_ours(name: bytes) -> bool:
-    """Whether a name is of what an apply that was interrupted has left."""
+    """Whether a name was left by an interrupted apply."""
     random = name.removeprefix(_PREFIX)
     return random != name and len(random) == _RANDOM and not random.strip(b"0123456789abcdef")
 
@@ -161,9 +164,9 @@ def is_ours(name: bytes) -> bool:
 
 
 def conflicts(items: Plan, root: Root, before: Tree, after: Tree) -> Iterator[tuple[bytes, str]]:
-    """Yield each path where *root* has neither what the lowers had nor what is to be, and what is wrong.
+    """Yield each path where *root* has neither what the lowers had nor the new version, and what is wrong.
 
-    Blocks; OSError. UsageError if *root* is the lower itself: what is read would change with it.
+    Blocks; OSError. UsageError if *root* is the lower itself: it would change while we read it.
     """
     for path, item in items.items():
         was = before.node(path)
@@ -200,7 +203,7 @@ def _conflict(path: bytes, root: Root, was: Node | None, to_be: Node | None) -> 
 
 
 def _in_removed(top: bytes, root: Root, before: Tree) -> Iterator[tuple[bytes, str]]:
-    """The same for all in a directory that is to go."""
+    """The same for everything in a directory that will be removed."""
     waiting = [top]
     while waiting:
         path = waiting.pop()
@@ -221,7 +224,7 @@ def _in_removed(top: bytes, root: Root, before: Tree) -> Iterator[tuple[bytes, s
 
 
 def _is_same(fd: int, info: os.stat_result, node: Node) -> bool:
-    """Whether type and content are equal: attributes are none of a conflict."""
+    """Whether type and content are equal: attributes cause no conflict."""
     mode = info.st_mode
     if stat.S_IFMT(mode) != stat.S_IFMT(node.attr.st_mode):
         return False
@@ -248,14 +251,14 @@ class Known(Protocol):
     """What is known of the changes."""
 
     def differs(self, entry: Entry) -> bool:
-        """Whether more than the time of a directory was changed."""
+        """Return whether more than the time of a directory was changed."""
 
     def keeps_owner(self, path: bytes) -> bool:
-        """Whether what is there already has the owner that is meant."""
+        """Return whether what is there already has the intended owner."""
 
 
 class Compared:
-    """What is known of changes by what was there before."""
+    """What is known of the changes, from the version before them."""
 
     def __init__(self, before: Tree) -> None:
         self._before = before
@@ -273,9 +276,9 @@ class Compared:
 
 
 class Apply:
-    """A :class:`cowfs.exports.entries.Sink` that changes a directory. Blocks; OSError with the path.
+    """A :class:`cowfs.exports.entries.Sink` that changes a directory.
 
-    What is added and changed comes first, and is on disk before anything is removed.
+    Blocks; OSError with the path. It adds and changes first, and syncs that before it removes anything.
     """
 
     def __init__(self, root: Root, known: Known, losses: Losses, tick: Tick) -> None:
@@ -290,7 +293,7 @@ class Apply:
         """Where the first name of an inode is, and which inode that is."""
 
     def run(self, items: Plan, after: Tree, withheld: Withheld) -> None:
-        """Do all of it, but for what is *withheld*."""
+        """Apply everything except what is *withheld*."""
         feed(items.items(), after, self, self._losses, self._tick, None, withheld)
         self._root.sync()
         for path in self._gone:
@@ -380,7 +383,7 @@ class Apply:
             os.close(fd)
 
     def _made(self, entry: Entry, parent: int, name: bytes, since: int) -> int:
-        """Make a file with a temporary name; return a descriptor of it."""
+        """Make a file with a temporary name; return its descriptor."""
         if stat.S_ISREG(entry.mode):
             file = KernelFile(beneath.make_file(parent, name, 0o600))
             try:
@@ -409,14 +412,15 @@ class Apply:
             copy(entry, data, data_runs(data, entry.size), file.pwrite, self._losses, self._tick)
 
     def _owner(self, entry: Entry, there: os.stat_result | None) -> tuple[int, int]:
-        """Return which owner something gets."""
+        """Return the owner that an entry gets."""
         if there is not None and self._known.keeps_owner(entry.path):
             return there.st_uid, there.st_gid
         return entry.node.attr.st_uid, entry.node.attr.st_gid
 
     def _in_place(self, entry: Entry, parent: int, name: bytes, owner: tuple[int, int]) -> bool:
-        """Set the attributes alone, if the rest is as it is to be; write to a file that cannot be made anew,
-        since its owner has no number here, or its directory may not be written to."""
+        """Set only the attributes if the rest is right already. Write into a file that cannot be made anew,
+        because its owner has no number here or its directory is not writable.
+        """
         fd = self._root.enter(parent, name, os.O_PATH)
         try:
             info = os.fstat(fd)
@@ -456,7 +460,7 @@ class Apply:
             os.close(fd)
 
     def _put(self, parent: int, temporary: bytes, name: bytes, there: os.stat_result | None) -> None:
-        """Let something have its name, and remove what had it."""
+        """Put something in its place, and remove what was there."""
         made = self._root.stat_in(parent, temporary)
         if made is None:
             raise beneath.stale(name)
@@ -467,12 +471,12 @@ class Apply:
         self._root.remove(parent, temporary)
 
     def _sweep(self, path: bytes) -> None:
-        """Remove what an interrupted apply has left in a directory."""
+        """Remove what an interrupted apply left in a directory."""
         directory = self._root.directory(path)
         try:
             here = beneath.open_directory(directory)
         except PermissionError:
-            return  # nothing can be left there, for we may not write there either
+            return  # we may not write there now, and could not before
         try:
             for name in map(os.fsencode, os.listdir(here)):
                 if is_ours(name):
@@ -495,7 +499,7 @@ class Apply:
     # --- attributes
 
     def _set_attributes(self, fd: int, entry: Entry, *, is_whole: bool, owner: tuple[int, int]) -> None:
-        """Set the attributes: the owner first, which clears others of them."""
+        """Set the attributes: the owner first, since that clears others."""
         if is_whole:
             info, mode = os.fstat(fd), entry.mode
             if (info.st_uid, info.st_gid) != owner:
@@ -503,7 +507,7 @@ class Apply:
                     beneath.chown(fd, *owner)
                 except OSError as error:
                     self._lose(error, "files whose owner only root can set", entry)
-                    mode &= ~(stat.S_ISUID | stat.S_ISGID)  # it would run as another than was meant
+                    mode &= ~(stat.S_ISUID | stat.S_ISGID)  # it would run as another user than intended
             self._set_xattrs(fd, entry)
             if not stat.S_ISLNK(entry.mode) and os.fstat(fd).st_mode != mode:
                 try:
@@ -544,10 +548,10 @@ def _inode(info: os.stat_result) -> tuple[int, int]:
 
 
 def _may_stay(info: os.stat_result, entry: Entry, owner: tuple[int, int]) -> bool:
-    """Whether a file can be the entry's by its attributes alone, if it has the content.
+    """Whether setting the attributes is enough, if the file has the right content.
 
-    Who has it open, or mapped, can change it yet: so it gets no owner, and no right to run as one, that
-    whoever put it there does not have.
+    A process that has the file open or mapped can still change it. So it must not get an owner, or a right to
+    run as one, that its creator does not have.
     """
     if (info.st_uid, info.st_gid) != owner or info.st_nlink != 1:
         return False

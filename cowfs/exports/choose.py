@@ -1,4 +1,4 @@
-"""Let somebody choose which of the changes are carried over."""
+"""Let the user choose which of the changes are carried over."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ Ask = Callable[[str, bytes, str], bool]
 
 
 def chosen(items: Plan, before: Tree, after: Tree, bad: Mapping[bytes, str], ask: Ask) -> Plan:
-    """Return those of *items* that are wanted, with the directories above them. Blocks; OSError.
+    """Return those of *items* that the user wants, with the directories above them.
 
-    Not asked of: directories that both have, which come along, and what is in a directory that is not wanted.
+    Blocks; OSError. It does not ask about directories that both have, which come along, nor about the
+    contents of an unwanted directory.
     """
     wanted: Plan = {}
     refused = b""

@@ -1,9 +1,9 @@
 /*
  * Allocation of blocks and inodes.
  *
- * On disk (and in the cached bitmaps) a freed block is free at once, but it must not be used before
- * that is durable, and not before the checkpoint if the log still knows it: img->hold has a second
- * bitmap of such blocks for each group that has any.
+ * On disk (and in the cached bitmaps) a freed block is free at once, but it must not be reused before the
+ * change is durable, nor before the checkpoint if the log still has the block. For each group with such
+ * blocks img->hold has a second bitmap.
  */
 #include <errno.h>
 #include <stdlib.h>
@@ -35,7 +35,7 @@ static uint32_t group_start(const x3_image *img, uint32_t group)
 	return img->first_block + group * img->blocks_per_group;
 }
 
-/* How many blocks it has: the last group may be shorter. */
+/* The number of blocks in a group: the last one may be shorter. */
 static uint32_t group_blocks(const x3_image *img, uint32_t group)
 {
 	return min(img->blocks_per_group, img->blocks - group_start(img, group));
@@ -46,7 +46,10 @@ static bool overlaps(uint32_t a, uint32_t a_count, uint32_t b, uint32_t b_count)
 	return a < b + b_count && b < a + a_count;
 }
 
-/* Fail if any of the blocks is outside the filesystem, or is its own: as ext4_setup_system_zone() has it. */
+/*
+ * Fail if any of the blocks is outside the filesystem, or holds its own metadata: as ext4_setup_system_zone()
+ * has it.
+ */
 void check_block(x3_image *img, uint32_t nr, uint32_t count)
 {
 	bool good = nr >= img->first_block + 1 && nr < img->blocks && count <= img->blocks - nr;
@@ -108,7 +111,10 @@ static uint32_t bit_find(const char *a, const char *b, uint32_t i, uint32_t end,
 
 /* --- blocks --- */
 
-/* Whether the bitmap says so; false if the bitmap is not in the cache (nothing was freed there lately). */
+/*
+ * Whether the bitmap marks it as freed; false if the bitmap is not in the cache (nothing was freed there
+ * lately).
+ */
 bool block_is_free(x3_image *img, uint32_t nr)
 {
 	uint32_t group = (nr - img->first_block) / img->blocks_per_group;
@@ -148,9 +154,8 @@ static uint32_t find_in_group(x3_image *img, uint32_t group, uint32_t from, uint
 }
 
 /*
- * Allocate up to *want* blocks in a row, as near behind *goal* as there are any.
- *
- * Return the first; 0 if the filesystem is full.
+ * Allocate up to *want* adjacent blocks, as close behind *goal* as possible. Return the first; 0 if the
+ * filesystem is full.
  */
 uint32_t alloc_blocks(x3_image *img, uint32_t goal, uint32_t want, uint32_t *got)
 {
@@ -163,7 +168,7 @@ uint32_t alloc_blocks(x3_image *img, uint32_t goal, uint32_t want, uint32_t *got
 		group = (first + i) % img->groups;
 		if (!group_get(img, group)->bg_free_blocks_count)
 			continue;
-		/* The first group is visited twice: behind the goal, and at last before it. */
+		/* The first group is visited twice: first behind the goal, at the end before it. */
 		at = i == 0 ? goal - group_start(img, group) : 0;
 		end = group_blocks(img, group);
 		if (i == img->groups)
@@ -192,7 +197,7 @@ uint32_t alloc_block(x3_image *img, uint32_t goal)
 
 /* --- blocks that are held back --- */
 
-/* Let *n* blocks of one group be held back, or not any more. */
+/* Hold back *n* blocks of one group, or release them. */
 static void hold(x3_image *img, struct run run, bool held)
 {
 	uint32_t group = (run.start - img->first_block) / img->blocks_per_group;
@@ -205,7 +210,7 @@ static void runs_push(x3_image *img, struct runs *runs, struct run run, size_t a
 {
 	struct run *last = runs->n > apart ? &runs->run[runs->n - 1] : NULL;
 
-	/* Runs do not cross groups: hold() relies on that. */
+	/* Runs do not cross groups: hold() relies on it. */
 	if (last && last->start + last->count == run.start && (run.start - img->first_block) % img->blocks_per_group) {
 		last->count += run.count;
 		return;
@@ -214,7 +219,7 @@ static void runs_push(x3_image *img, struct runs *runs, struct run run, size_t a
 	runs->run[runs->n++] = run;
 }
 
-/* Take back what was freed since there were *n* runs. */
+/* Undo the frees since there were *n* runs. */
 void held_undo(x3_image *img, size_t n)
 {
 	while (img->held.n > n) {
@@ -230,7 +235,7 @@ static int compare_numbers(const void *a, const void *b)
 	return (x > y) - (x < y);
 }
 
-/* The numbers of the blocks that the log knows, in order, all of them or those that *runs* have; NULL: no memory. */
+/* The numbers of the blocks in the log, in order: all of them, or those within *runs*; NULL: no memory. */
 static uint32_t *logged_numbers(x3_image *img, const struct runs *runs, size_t *n)
 {
 	uint32_t *numbers = malloc((img->nlogged + 1) * sizeof *numbers);
@@ -254,7 +259,7 @@ static uint32_t *logged_numbers(x3_image *img, const struct runs *runs, size_t *
 	return numbers;
 }
 
-/* How many of *n* numbers, which are in order, are less than *nr*. */
+/* How many of *n* sorted numbers are less than *nr*. */
 static size_t count_below(const uint32_t *numbers, size_t n, uint32_t nr)
 {
 	size_t low = 0;
@@ -269,7 +274,7 @@ static size_t count_below(const uint32_t *numbers, size_t n, uint32_t nr)
 	return low;
 }
 
-/* Let a run be used, but for the blocks of it that the log knows: those wait for the checkpoint. */
+/* Release a run, except the blocks that the log has: those wait for the checkpoint. */
 static void release_run(x3_image *img, struct run run, const uint32_t *logged, size_t n)
 {
 	struct runs *later = &img->held_logged;
@@ -290,7 +295,7 @@ static void release_run(x3_image *img, struct run run, const uint32_t *logged, s
 		hold(img, run, false);
 }
 
-/* Their time has come: they may be used, but those that are in the log unless *logged_too*. */
+/* Release blocks, except (unless *logged_too*) those that are in the log. */
 void held_release(x3_image *img, struct runs *runs, bool logged_too)
 {
 	size_t n = 0;
@@ -306,7 +311,7 @@ void held_release(x3_image *img, struct runs *runs, bool logged_too)
 	}
 }
 
-/* Free blocks: they can be used again when that is durable. */
+/* Free blocks: they can be reused when that is durable. */
 void free_blocks(x3_image *img, uint32_t nr, uint32_t count)
 {
 	check_block(img, nr, count);
@@ -329,14 +334,14 @@ void free_blocks(x3_image *img, uint32_t nr, uint32_t count)
 
 /* --- inodes --- */
 
-/* Where the blocks of an inode are looked for first: in its group. */
+/* Where to look for blocks of an inode first: in its group. */
 uint32_t inode_goal(x3_image *img, uint32_t ino)
 {
 	return group_start(img, min((ino - 1) / img->inodes_per_group, img->groups - 1));
 }
 
 /*
- * The group for a new inode: its parent's, for directories one that has room.
+ * The group for a new inode: its parent's; for directories one with free space.
  *
  * Directories in the root are spread over the groups, as the kernel does.
  */

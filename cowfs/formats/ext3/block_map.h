@@ -1,4 +1,4 @@
-/* Arrays of block pointers: what data.c, which fills them, and free_data.c, which empties them, share. */
+/* Arrays of block pointers: shared by data.c, which fills them, and free_data.c, which empties them. */
 #ifndef COWFS_EXT3_BLOCK_MAP_H
 #define COWFS_EXT3_BLOCK_MAP_H
 
@@ -6,7 +6,7 @@
 
 #define CHANGES_MAX 400u /* of metadata, after which an operation writes or frees no more */
 
-/* A row of block pointers: from one on to the end of the array it is in. */
+/* A row of block pointers: from one of them to the end of its array. */
 struct slots {
 	struct block *block; /* where they are; NULL: the array does not exist */
 	uint32_t offset;
@@ -15,7 +15,7 @@ struct slots {
 
 static inline uint32_t *slot(const struct slots *s, uint64_t i)
 {
-	/* Where there is no block nobody asks. NOLINTNEXTLINE(clang-analyzer-core.NullPointerArithm) */
+	/* Without a block nobody uses the pointer. NOLINTNEXTLINE(clang-analyzer-core.NullPointerArithm) */
 	return (uint32_t *)(s->block->data + s->offset) + i;
 }
 
@@ -25,7 +25,7 @@ static inline struct slots inode_slots(const struct inode *in, uint32_t i)
 	return (struct slots){ in->block, in->offset + offsetof(struct ext2_inode_large, i_block[0]) + 4 * i, 12 - i };
 }
 
-/* How many of the first *most* pointers name blocks in a row, or nothing. */
+/* How many of the first *most* pointers name adjacent blocks, or are all 0. */
 static inline uint32_t run_length(const struct slots *s, uint64_t most)
 {
 	const uint32_t *p = slot(s, 0);

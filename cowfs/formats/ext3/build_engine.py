@@ -1,4 +1,4 @@
-"""How ``cowfs.formats.ext3._engine`` is compiled: setup.py asks for it."""
+"""How ``cowfs.formats.ext3._engine`` is compiled: setup.py uses it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from cffi import FFI
 
-HERE = Path("cowfs/formats/ext3")  # from the root of the project: setuptools wants sources named so
+HERE = Path("cowfs/formats/ext3")  # relative to the root of the project, as setuptools wants sources
 SOURCES = [
     "cache",
     "journal",
@@ -42,7 +42,7 @@ CFLAGS = tuple(shlex.split(os.environ.get("COWFS_CFLAGS", "")))
 
 
 def builder(here: Path = HERE, flags: tuple[str, ...] = ()) -> FFI:
-    """Return what compiles the module from the sources in *here*; engine.h declares what it offers."""
+    """Return what compiles the module from the sources in *here*; engine.h declares its interface."""
     declarations = (here / "engine.h").read_text()
     ffi = FFI()
     ffi.cdef(re.sub(r"^#(?!define).*$", "", declarations, flags=re.MULTILINE))

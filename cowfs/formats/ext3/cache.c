@@ -14,7 +14,10 @@
 
 /* --- the image's file --- */
 
-/* Return the -errno that a test wants the next system call of this kind to give, or 0; blocks if the test wants that. */
+/*
+ * Return the -errno that a test injects into the next system call of this kind, or 0; block if the test wants
+ * that.
+ */
 int injected(x3_image *img, int kind)
 {
 	int error = 0;
@@ -53,7 +56,7 @@ void trace(x3_image *img, uint64_t kind, uint64_t off, const struct iovec *iov, 
 	pthread_mutex_unlock(&img->io_lock);
 }
 
-/* Read *len* bytes as they are in the file; what lies behind its end is zero. */
+/* Read *len* bytes of the file; beyond its end all bytes are zero. */
 int io_read_raw(x3_image *img, void *buf, size_t len, uint64_t off)
 {
 	int error = injected(img, X3_PREAD);
@@ -72,7 +75,7 @@ int io_read_raw(x3_image *img, void *buf, size_t len, uint64_t off)
 	return error;
 }
 
-/* The same, as the recovery has it, if one is under way or the image was opened for reading without it. */
+/* The same, as recovery sees the file if one is under way, or the image was opened read-only without it. */
 int io_read(x3_image *img, void *buf, size_t len, uint64_t off)
 {
 	int error = io_read_raw(img, buf, len, off);
@@ -110,7 +113,7 @@ static int write_pieces(x3_image *img, const struct iovec *iov, int count, uint6
 	return 0;
 }
 
-/* Write up to three pieces one behind the other; *end* is where that has stopped, be it by an error. */
+/* Write up to three adjacent pieces; *end* is where the writing stopped, be it because of an error. */
 int io_write_until(x3_image *img, const struct iovec *iov, int count, uint64_t off, uint64_t *end)
 {
 	int error = write_pieces(img, iov, count, off, end);
@@ -134,7 +137,7 @@ int io_write1(x3_image *img, const void *buf, size_t len, uint64_t off)
 	return io_write(img, &iov, 1, off);
 }
 
-/* Return when everything written before is on disk, at once if the last barrier has seen to that. */
+/* Return when everything written before is on disk; at once if the last barrier covers it. */
 int io_barrier(x3_image *img)
 {
 	uint64_t nr, writes;
@@ -160,7 +163,7 @@ int io_barrier(x3_image *img)
 	return 0;
 }
 
-/* Somebody else may have written to the file, or it is another one: the next barrier is needed. */
+/* Somebody else may have written to the file, or it is another file: the next barrier is needed. */
 void io_changed(x3_image *img)
 {
 	pthread_mutex_lock(&img->sync_lock);
@@ -180,7 +183,7 @@ void *try_grow(void *array, size_t *cap, size_t need, size_t size)
 		return array;
 	while (more < need)
 		more *= 2;
-	/* The caller still has the old one. NOLINTNEXTLINE(bugprone-suspicious-realloc-usage) */
+	/* The caller still has the old array. NOLINTNEXTLINE(bugprone-suspicious-realloc-usage) */
 	array = realloc(array, more * size);
 	if (array)
 		*cap = more;
@@ -226,7 +229,7 @@ static struct block *cache_add(x3_image *img, uint32_t nr)
 	return b;
 }
 
-/* Take the block at *index* of img->all out of the cache. */
+/* Remove the block at *index* of img->all from the cache. */
 static void cache_remove(x3_image *img, size_t index)
 {
 	struct block *b = img->all[index], **link = bucket_of(img, b->nr);
@@ -239,7 +242,7 @@ static void cache_remove(x3_image *img, size_t index)
 	free(b);
 }
 
-/* Between operations: let the clock's hand go round until the cache is within its bounds. */
+/* Between operations: move the clock's hand until the cache is within its bounds. */
 static void cache_trim(x3_image *img)
 {
 	size_t steps = 256;
@@ -257,7 +260,7 @@ static void cache_trim(x3_image *img)
 	}
 }
 
-/* Between operations: drop all that is as it is on disk. */
+/* Between operations: drop all blocks that are the same as on disk. */
 void x3_shrink(x3_image *img)
 {
 	pthread_mutex_lock(&img->lock);
@@ -312,13 +315,13 @@ static struct change *undo_push(x3_image *img, struct block *b)
 	return &img->undo.change[img->undo.n++];
 }
 
-/* Put a block into the running transaction, before its bytes are changed. */
+/* Add a block to the running transaction, before its bytes are changed. */
 static void make_dirty(x3_image *img, struct block *b)
 {
 	if (b->flags & DIRTY)
 		return;
 	room_for(img, b);
-	/* What the log has is still needed for the checkpoint. (What is being logged is in img->log.) */
+	/* The checkpoint still needs what the log has. (What is being logged is in img->log.) */
 	if ((b->flags & (LOGGED | LOGGING)) == LOGGED && !b->logged) {
 		b->logged = malloc(img->bs);
 		if (!b->logged)
@@ -345,7 +348,7 @@ struct block *block_fresh(x3_image *img, uint32_t nr)
 	return b;
 }
 
-/* Where the caller may change *length* bytes of a block: the undo knows the old ones. */
+/* Return where the caller may change *length* bytes of a block; the undo records the old ones. */
 void *block_change(x3_image *img, struct block *b, uint32_t offset, uint32_t length)
 {
 	struct change *c = undo_push(img, b);
@@ -361,7 +364,10 @@ void *block_change(x3_image *img, struct block *b, uint32_t offset, uint32_t len
 	return b->data + offset;
 }
 
-/* A block becomes file data: the log must not know it. (Held back as it was, it does not; in tests it may.) */
+/*
+ * A block becomes file data: the log must not have it. (Blocks are held back so that it does not; in tests it
+ * may.)
+ */
 void block_forget(x3_image *img, uint32_t nr)
 {
 	struct block *b = img->debug & ~(X3_OTHER_BOOT | X3_NO_MEMORY | X3_AS_NFS) ? block_find(img, nr) : NULL;
@@ -378,7 +384,7 @@ struct mark undo_mark(const x3_image *img)
 	return (struct mark){ img->undo.n, img->undo.used, img->held.n };
 }
 
-/* Take back what the operation has done since *mark*. */
+/* Undo what the operation has done since *mark*. */
 void undo_to(x3_image *img, struct mark mark)
 {
 	while (img->undo.n > mark.changes) {
@@ -453,7 +459,7 @@ bool op_again(struct op *op)
 	}
 	if (op->tries && !(op->error == ENOSPC && op->starved && op->tries <= 3))
 		return false;
-	/* Free blocks are held back, or about to be free: let them go. */
+	/* Some free blocks are held back, or about to be freed: release them. */
 	if (op->tries)
 		doomed_make_room(img);
 	if (op->tries && (op->tries == 1 ? commit_until(img, img->tid) : checkpoint_now(img))) {
@@ -510,7 +516,7 @@ int64_t op_finish(struct op *op)
 	return op->error ? -op->error : op->result;
 }
 
-/* End the operation, of which nothing remains. */
+/* End the operation; nothing of it remains. */
 void fail(x3_image *img, int error, const char *format, ...)
 {
 	va_list args;
@@ -525,7 +531,7 @@ void fail(x3_image *img, int error, const char *format, ...)
 	longjmp(img->op->escape, 1);
 }
 
-/* Nothing more will be written. Without *format* the message is there already. */
+/* Write nothing more. Without *format* the message is set already. */
 void abort_image(x3_image *img, int error, const char *format, ...)
 {
 	va_list args;

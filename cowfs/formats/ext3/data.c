@@ -1,9 +1,9 @@
 /*
  * Block pointers, and the data of regular files.
  *
- * i_block[] has 12 pointers to data and one each to an indirect, a double and a triple indirect block.
- * File data never enters the cache: it goes to the image's file at once, into blocks that no committed
- * transaction knows yet, or in place.
+ * i_block[] has 12 pointers to data and one each to an indirect, a double and a triple indirect block. File
+ * data never enters the cache: it goes to the image's file at once, in place or into blocks that no committed
+ * transaction uses yet.
  */
 
 #include <errno.h>
@@ -20,8 +20,8 @@ const char zero[BLOCK_MAX];
 #define EXTENTS_MAX (1u << 16) /* that one operation looks at: others wait */
 
 /*
- * The largest file, as fs/ext4/super.c has it (ext4_max_bitmap_size): by the pointers, and by i_blocks, which
- * counts its blocks, those of pointers too, in units of 512 bytes.
+ * The largest file, as in fs/ext4/super.c (ext4_max_bitmap_size): limited by the pointers, and by i_blocks,
+ * which counts all its blocks, those with pointers too, in units of 512 bytes.
  */
 uint64_t data_size_max(uint32_t bits)
 {
@@ -47,9 +47,8 @@ struct block *map_indirect(x3_image *img, uint32_t nr)
 }
 
 /*
- * Find the pointer to logical block *at*.
- *
- * With *goal* missing indirect blocks are made, near it; false: there is no room for one.
+ * Find the pointer to logical block *at*. With *goal* make missing indirect blocks, near it; false: there is
+ * no room for one.
  */
 static bool find_slots(x3_image *img, struct inode *in, uint64_t at, uint32_t goal, struct slots *s)
 {
@@ -91,7 +90,10 @@ static bool find_slots(x3_image *img, struct inode *in, uint64_t at, uint32_t go
 	return true;
 }
 
-/* What logical block *at* is mapped to, with as many of the *most* that follow as lie behind it (or are holes). */
+/*
+ * The mapping of logical block *at*, and of as many of the *most* blocks after it as are adjacent (or are
+ * holes too).
+ */
 struct extent data_map(x3_image *img, const struct inode *in, uint64_t at, uint64_t most)
 {
 	struct slots s;
@@ -109,7 +111,7 @@ struct extent data_map(x3_image *img, const struct inode *in, uint64_t at, uint6
 	return e;
 }
 
-/* Where the next block of a file is best: behind the one before it, or in the inode's group. */
+/* The best place for the next block of a file: behind the one before it, or in the inode's group. */
 static uint32_t find_goal(x3_image *img, struct inode *in, uint64_t at)
 {
 	uint32_t nr = at ? data_map(img, in, at - 1, 1).nr : 0;
@@ -139,7 +141,7 @@ void need_regular(x3_image *img, const struct inode *in)
 
 /* --- reading --- */
 
-/* The extents of a part of a file, mapped under the lock, read without it. */
+/* The extents of a part of a file: mapped under the lock, read without it. */
 struct plan {
 	struct extent extent[32];
 	uint32_t n;
@@ -178,7 +180,7 @@ static int carry_out(x3_image *img, const struct plan *plan, char *buf, uint64_t
 	return 0;
 }
 
-/* Without the lock: other operations go on, but freed blocks are not given to others meanwhile. */
+/* Without the lock: other operations continue, but freed blocks are not reused meanwhile. */
 static int64_t read_some(x3_image *img, uint32_t ino, char *buf, uint64_t off, uint64_t end)
 {
 	struct plan plan;
@@ -187,7 +189,8 @@ static int64_t read_some(x3_image *img, uint32_t ino, char *buf, uint64_t off, u
 
 	QUERY (img) {
 		plan_read(img, ino, off, end, &plan);
-		/* A commit waits for the readers that there are: be none. Nor let what is not home change meanwhile. */
+		/* A commit waits for existing readers: do not be one. Nor let anything change that is not
+		 * home. */
 		plan.done = img->draining || (img->patches.n && !img->read_only);
 		if (plan.done && (error = carry_out(img, &plan, buf, off)))
 			fail(img, -error, "file data cannot be read");
@@ -224,7 +227,7 @@ int64_t x3_read(x3_image *img, uint32_t ino, void *buf, uint64_t len, uint64_t o
 	}
 }
 
-/* The next run of data at or behind *from*, or as much of it as one operation should look at; ENXIO. */
+/* The next run of data at or behind *from*, or as much of it as one operation should examine; ENXIO. */
 int64_t data_segment(x3_image *img, uint32_t ino, uint64_t from, uint64_t *stop)
 {
 	struct inode in = inode_get(img, ino);
@@ -254,7 +257,7 @@ int64_t data_segment(x3_image *img, uint32_t ino, uint64_t from, uint64_t *stop)
 
 /* --- writing --- */
 
-/* Write a run of blocks that are the file's already: from byte *skip* of block *nr* on. */
+/* Write blocks that the file already has: from byte *skip* of block *nr* on. */
 static int write_old(x3_image *img, uint32_t ino, uint32_t nr, uint32_t skip, const char *buf, uint64_t len)
 {
 	struct iovec iov = { (void *)buf, len };
@@ -262,7 +265,7 @@ static int write_old(x3_image *img, uint32_t ino, uint32_t nr, uint32_t skip, co
 	return unsynced_write(img, ino, &iov, 1, ((uint64_t)nr << img->bits) + skip);
 }
 
-/* The same for new blocks: what is not written in the first and the last is zero. */
+/* The same for new blocks: zero what is not written in the first and the last. */
 static int write_new(x3_image *img, uint32_t ino, uint32_t nr, uint32_t skip, const char *buf, uint64_t len)
 {
 	struct iovec iov[3] = {
@@ -277,7 +280,7 @@ static int write_new(x3_image *img, uint32_t ino, uint32_t nr, uint32_t skip, co
 /*
  * Zero the last block of the file from *size* on, up to *end* at most.
  *
- * It was zero when the file got that size, but a write that a crash undid may have been there since.
+ * It was zero when the file got that size, but since then a write that a crash undid may have changed it.
  */
 void data_zero_tail(x3_image *img, struct inode *in, uint64_t size, uint64_t end)
 {
@@ -304,7 +307,7 @@ void data_zero(x3_image *img, struct inode *in, uint64_t off, uint64_t len)
 		fail(img, -error, "file data cannot be written: %s", strerror(-error));
 }
 
-/* Allocate up to *want* blocks for the hole at *at*, all in one array of pointers; 0: no room. */
+/* Allocate up to *want* blocks for the hole at *at*, all in one array of pointers; 0: no space. */
 static uint32_t fill_hole(x3_image *img, struct inode *in, uint64_t at, uint32_t goal, uint32_t want, uint32_t *nr)
 {
 	struct mark mark = undo_mark(img);
@@ -329,8 +332,8 @@ static uint32_t fill_hole(x3_image *img, struct inode *in, uint64_t at, uint32_t
 }
 
 /*
- * The same for the rest of a write: a part of the data is written already, in place perhaps, and stays. So
- * where the disk has no room for a metadata block that ends the write, not the operation.
+ * The same for the rest of a write: a part of the data is written already, perhaps in place, and stays. So a
+ * disk without room for a metadata block ends the write, but not the operation.
  */
 static uint32_t fill_hole_if_any(x3_image *img, struct inode *in, uint64_t at, uint32_t goal, uint32_t want,
 				 uint32_t *nr)
@@ -354,7 +357,7 @@ static uint32_t fill_hole_if_any(x3_image *img, struct inode *in, uint64_t at, u
 	return 0;
 }
 
-/* How many blocks from *at* on have their pointers in one array. */
+/* How many blocks from *at* on have their pointers in the same array. */
 static uint64_t array_left(const x3_image *img, uint64_t at)
 {
 	uint32_t per = img->bs / 4;
@@ -365,7 +368,7 @@ static uint64_t array_left(const x3_image *img, uint64_t at)
 /*
  * Write up to *len* bytes in one operation; return how many. ENOSPC if there is room for none.
  *
- * To fill *holes* is to leave alone what blocks there are, the size, and the times.
+ * With *holes* write only into holes, and leave existing blocks, the size and the times alone.
  */
 uint64_t data_write(x3_image *img, uint32_t ino, const char *buf, uint64_t len, uint64_t off, bool holes)
 {

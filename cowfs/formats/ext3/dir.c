@@ -28,7 +28,7 @@ static struct inode get_dir(x3_image *img, uint32_t ino)
 	return in;
 }
 
-/* The same, to be changed; its mtime and ctime are now. */
+/* The same, to be changed; sets its mtime and ctime to now. */
 static struct inode change_dir(x3_image *img, uint32_t ino)
 {
 	struct inode in = inode_change(img, ino, true);
@@ -55,7 +55,7 @@ struct block *dir_block(x3_image *img, const struct inode *dir, uint64_t at)
 	return block_get(img, nr);
 }
 
-/* How long an entry is on disk, where 16 bits are too few for blocks of 64 KiB (ext4_rec_len_from_disk). */
+/* The length of an entry on disk, where 16 bits are too few for blocks of 64 KiB (ext4_rec_len_from_disk). */
 uint32_t entry_length(const x3_image *img, const entry *e)
 {
 	if (img->bs < 65536)
@@ -70,7 +70,7 @@ void entry_set_length(const x3_image *img, entry *e, uint32_t length)
 	e->rec_len = length == 65536 && img->bs == 65536 ? 65535 : length;
 }
 
-/* The entry at *offset*, if it is a sound one. */
+/* The entry at *offset*, if it is valid. */
 entry *dir_entry(x3_image *img, struct block *b, uint32_t offset)
 {
 	entry *e = (entry *)(b->data + offset);
@@ -90,7 +90,7 @@ static bool is_dots(const entry *e)
 
 /* --- adding --- */
 
-/* Put a name into a block, if there is room; return its offset, or -1. */
+/* Put a name into a block that has room; return its offset, or -1. */
 int64_t dir_put(x3_image *img, struct block *b, const char *name, uint32_t len, uint32_t ino, uint8_t type)
 {
 	for (uint32_t offset = 0; offset < img->bs;) {
@@ -180,7 +180,7 @@ static bool is_it(const entry *e, const char *name, uint32_t len, uint32_t ino)
 	       memcmp(e->name, name, len) == 0;
 }
 
-/* Where a name of *ino*, which may be ANY_INO, stands in one block; false if it does not. */
+/* Where a block has a name of *ino*, which may be ANY_INO; false if it has none. */
 bool dir_find_in(x3_image *img, const struct inode *dir, uint32_t at, const char *name, uint32_t len, uint32_t ino,
 		 struct x3_place *where)
 {
@@ -198,7 +198,7 @@ bool dir_find_in(x3_image *img, const struct inode *dir, uint32_t at, const char
 }
 
 /*
- * Where a name of *ino* stands: in the block of *guess*, where the index says, or anywhere. ENOENT.
+ * Find a name of *ino*: in the block of *guess*, where the index says, or anywhere. ENOENT.
  *
  * The block is walked in any case: an old offset may point into the middle of an entry.
  */
@@ -264,7 +264,7 @@ void dir_remove(x3_image *img, uint32_t ino, struct x3_place where)
 	entry_set_length(img, e, next - previous + entry_length(img, dir_entry(img, b, where.offset)));
 }
 
-/* Let the name at *where* be that of another inode. */
+/* Make the name at *where* that of another inode. */
 void dir_replace(x3_image *img, uint32_t ino, struct x3_place where, uint32_t target, uint32_t mode)
 {
 	struct inode dir = change_dir(img, ino);
@@ -326,7 +326,7 @@ bool dir_is_above(x3_image *img, uint32_t ino, uint32_t dir)
 	return true;
 }
 
-/* Let ".." be another directory. */
+/* Make ".." lead to another directory. */
 void dir_set_parent(x3_image *img, uint32_t ino, uint32_t parent)
 {
 	struct block *b;
@@ -349,7 +349,7 @@ int64_t dir_list(x3_image *img, uint32_t ino, uint64_t *cursor, char *buf, uint6
 
 	if (cap < 4 * (uint64_t)img->bs)
 		fail(img, ERANGE, "too small a buffer");
-	/* A block's names take at most four thirds of it here. */
+	/* The names of a block take at most four thirds of it here. */
 	for (at = *cursor; at < blocks && (uint64_t)(p - buf) + 2 * img->bs <= cap; at++) {
 		struct block *b = dir_block(img, &dir, at);
 		for (uint32_t offset = 0; offset < img->bs;) {

@@ -1,4 +1,4 @@
-"""The names of directories, kept in dictionaries: a lookup reads no blocks."""
+"""The names of directories, kept in dictionaries, so that a lookup reads no blocks."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ TYPES = (
 _NUMBERS = {mode: number for number, mode in enumerate(TYPES)}
 
 MOST_NAMES = 1 << 18
-"""How many names are kept in all, about 200 bytes each; the last directory used is kept, however large."""
+"""How many names are kept in all, about 200 bytes each; the directory used last is kept, however large."""
 LARGE = 1 << 18
-"""Bytes from which on a directory is not read whole to find a name in it: others would wait."""
+"""Bytes of a directory above which it is not read whole to find a name: others would wait."""
 MOST_LISTED = 2_000_000
-"""How many names of a directory are listed: what that takes in memory has a bound."""
+"""How many names of a directory are listed: the memory for them is bounded."""
 _ITSELF = 16
-"""How many names a directory counts for before it has any."""
+"""How many names a directory without names counts for."""
 _COUNT_AFTER = 256
-"""Names are made in directories that are known already: so many loads later all are counted again."""
+"""Directories that are known already get new names: so after this many loads all are counted again."""
 
 
 def entry(ino: int, mode: int, block: int, offset: int) -> int:
@@ -44,7 +44,7 @@ def entry(ino: int, mode: int, block: int, offset: int) -> int:
 
 
 def packed(ino: int, kind: int, block: int, offset: int) -> int:
-    """The same for a type that is told as directories have it."""
+    """The same for a type in the form that directories have."""
     return ino | kind << _TYPE_AT | offset << _OFFSET_AT | block << _BLOCK_AT
 
 
@@ -54,42 +54,42 @@ def moved(value: int, block: int, offset: int) -> int:
 
 
 def type_of(value: int) -> int:
-    """Return the S_IFMT bits of an entry."""
+    """Return the S_IFMT bits of an entry's type."""
     return TYPES[value >> _TYPE_AT & 7]
 
 
 def place_of(value: int) -> tuple[int, int]:
-    """Return the block and the offset in it where an entry stands, or stood: an index may have moved it."""
+    """Return the block and the offset where an entry is, or was: an index may have moved it."""
     return value >> _BLOCK_AT, value >> _OFFSET_AT & 0xFFFF
 
 
 class Names(dict[bytes, int]):
-    """All names of one directory but ``.`` and ``..``, each with its entry."""
+    """All names of one directory except ``.`` and ``..``, each with its entry."""
 
     __slots__ = ("_twice", "hint", "more")
 
     def __init__(self) -> None:
         super().__init__()
         self.hint = 0
-        """The block from which on there may be room."""
+        """The first block that may have room."""
         self.more: object = None
-        """What the user of the image remembers about the directory."""
+        """Data of the image's user about the directory."""
         self._twice: frozenset[int] = frozenset()
 
     def find_double(self) -> None:
-        """Remember which inodes have more than one name in it, now that all names are there."""
+        """Find the inodes that have more than one name here, now that all names are known."""
         seen = {value & INO for value in self.values()}
         if len(seen) < len(self):
             counted = Counter(value & INO for value in self.values())
             self._twice = frozenset(ino for ino, names in counted.items() if names > 1)
 
     def is_twice(self, ino: int, name: bytes) -> bool:
-        """Say whether a directory has another name than this one as well, which it must not."""
+        """Return whether a directory has another name here, which is an error."""
         return ino in self._twice
 
 
 class LargeNames:
-    """The same for a directory that is too large to be held in memory: the image is asked for each name."""
+    """The same for a directory that is too large for memory: each name is read from the image."""
 
     __slots__ = ("_directories", "_find", "_list", "_names", "hint", "more")
 
@@ -99,8 +99,8 @@ class LargeNames:
         """*find* gives the entry of a name, *list_* all names with their entries."""
         self._find = find
         self._list = list_
-        self._directories: dict[int, bytes] = {}  # by which name each that was asked for is known
-        self._names: dict[bytes, int] = {}  # and the other way round
+        self._directories: dict[int, bytes] = {}  # the name by which each requested inode is known
+        self._names: dict[bytes, int] = {}  # the reverse
         self.hint = 0
         self.more: object = None
 
@@ -117,7 +117,7 @@ class LargeNames:
         return self._find(name) is not None
 
     def __setitem__(self, name: bytes, value: int) -> None:
-        """The image has it already."""
+        """Do nothing: the image has the name already."""
         ino = value & INO
         if ino in self._directories:
             self._names.pop(self._directories[ino], None)
@@ -139,7 +139,7 @@ class LargeNames:
         return self._list()
 
     def __len__(self) -> int:
-        """What it takes in memory."""
+        """Return the memory that it takes, as a number of names."""
         return 2 * len(self._directories)
 
     def is_twice(self, ino: int, name: bytes) -> bool:
@@ -162,7 +162,7 @@ def parse(data: bytes) -> Iterator[tuple[bytes, int]]:
 
 
 class Directories:
-    """The directories whose names are in memory, the longest unused one first. Not thread-safe."""
+    """The directories whose names are in memory, the least recently used first. Not thread-safe."""
 
     __slots__ = ("_by_ino", "_count", "_large", "_load", "_loads", "_most")
 
@@ -172,7 +172,9 @@ class Directories:
         large: Callable[[int], LargeNames | None] = lambda _: None,
         most: int = MOST_NAMES,
     ) -> None:
-        """*load* yields what x3_readdir says of a directory; *large* is for those that must not be loaded."""
+        """*load* yields what x3_readdir returns for a directory; *large* serves those that must not be
+        loaded.
+        """
         self._load = load
         self._large = large
         self._most = most
@@ -181,7 +183,7 @@ class Directories:
         self._loads = 0
 
     def names(self, directory: int) -> AnyNames:
-        """Return the names of a directory; they may be changed as the directory is. ENOTDIR."""
+        """Return the names of a directory; change them together with the directory. ENOTDIR."""
         names = self._by_ino.get(directory)
         if names is not None:
             self._by_ino.move_to_end(directory)
@@ -204,7 +206,7 @@ class Directories:
         return self._by_ino.get(directory)
 
     def forget(self, directory: int) -> None:
-        """Drop a directory that is no more."""
+        """Drop a directory that no longer exists."""
         self._by_ino.pop(directory, None)
 
     def clear(self) -> None:

@@ -200,7 +200,7 @@ int64_t x3_fill(x3_image *img, uint32_t ino, const void *buf, uint64_t len, uint
 	return write_all(img, ino, buf, len, off, true);
 }
 
-/* Let nobody write to a file until the end of its truncation; under the lock. */
+/* Keep everybody from writing to a file until the end of its truncation; call it under the lock. */
 static void truncation_begin(x3_image *img, struct truncation *t)
 {
 	t->next = img->truncations;

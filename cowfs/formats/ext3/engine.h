@@ -28,7 +28,7 @@ typedef struct x3_image x3_image;
 /* x3_open: flags */
 #define X3_READ_ONLY 1
 
-/* x3_open: debug. Each leaves out one rule of the journal, so that tests can see what it is good for. */
+/* x3_open: debug. Each bit leaves out one rule of the journal, so that tests can show what the rule is for. */
 #define X3_NO_HOLD 1     /* freed blocks are reusable at once */
 #define X3_NO_FORGET 2   /* blocks that are in the log still become data without a checkpoint */
 #define X3_NO_BARRIER 4  /* no barrier before the commit record */
@@ -80,7 +80,7 @@ struct x3_attr {
 	int64_t atime_ns, mtime_ns, ctime_ns;
 };
 
-/* What is known of the whole image. */
+/* What is known about the whole image. */
 struct x3_facts {
 	uint32_t block_size, inode_size;
 	uint32_t compat, incompat, ro_compat; /* the feature bits, as they were at open */

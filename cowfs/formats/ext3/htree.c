@@ -1,11 +1,11 @@
 /*
  * Indexed directories (dir_index), as fs/ext3/namei.c of Linux has them.
  *
- * Block 0 holds "." and "..", and behind them the root of the index; it and the index blocks below it
- * (at most one level of them) look like empty blocks to who reads the directory as a plain one. An
- * index is a sorted row of (hash, block); the first has no hash, but says how many there are and may
- * be. The names in a leaf have hashes from its own on; the lowest bit of a hash says that names with the
- * same one are in the leaf before, too.
+ * Block 0 holds "." and "..", and behind them the root of the index; it and the index blocks below it (at
+ * most one level of them) look like empty blocks to a reader that knows no index. An index is a sorted row of
+ * (hash, block); the first has no hash, but says how many there are and may be. The names in a leaf have
+ * hashes from its own on; the lowest bit of a hash says that names with the same one are in the leaf before,
+ * too.
  */
 #include <errno.h>
 #include <stdlib.h>
@@ -63,7 +63,7 @@ static uint32_t hash_name(x3_image *img, uint8_t version, const char *name, uint
 	return hash == HASH_END ? HASH_END - 2 : hash; /* as ext4fs_dirhash() has it */
 }
 
-/* Whether the directory has an index that we understand. */
+/* Whether the directory has an index in a form that we know. */
 bool htree_usable(x3_image *img, const struct inode *dir)
 {
 	const struct ext2_dx_root_info *info;
@@ -129,9 +129,8 @@ static void fill_node(struct level *l, const struct ext2_dx_entry *from, uint32_
 }
 
 /*
- * Make room for one more entry in the lowest index block of *path*, which has *depth* + 1 of them.
- *
- * ENOSPC: the index has two full levels.
+ * Make room for one more entry in the lowest index block of *path*, which has *depth* + 1 blocks. ENOSPC: the
+ * index has two full levels.
  */
 static void make_room(x3_image *img, struct inode *dir, struct level *path, int *depth, uint32_t hash)
 {
@@ -192,7 +191,7 @@ static void refill(x3_image *img, char *data, const char *from, const struct nam
 	entry_set_length(img, e, size + img->bs - at);
 }
 
-/* Move the upper half of a leaf's names into a new leaf, and return the one that *hash* belongs to. */
+/* Move the upper half of a leaf's names into a new leaf, and return the leaf to which *hash* belongs. */
 static struct block *split_leaf(x3_image *img, struct inode *dir, struct level *low, struct block *leaf,
 				uint8_t version, uint32_t hash, uint32_t *at)
 {
@@ -227,7 +226,7 @@ static struct block *split_leaf(x3_image *img, struct inode *dir, struct level *
 	return new_leaf;
 }
 
-/* The block that the chosen entry of an index block leads to. */
+/* The block to which the chosen entry of an index block leads. */
 static uint32_t chosen_block(x3_image *img, const struct inode *dir, const struct level *l)
 {
 	uint32_t at = l->entries[l->chosen].block & BLOCK_MASK;
@@ -261,7 +260,7 @@ uint32_t htree_find(x3_image *img, const struct inode *dir, const char *name, ui
 	return descend(img, dir, hash_name(img, version, name, len), path, &depth);
 }
 
-/* Go on to the next leaf, if it has names of the same hash. */
+/* Go to the next leaf, if it has names with the same hash. */
 static bool next_leaf(x3_image *img, const struct inode *dir, uint32_t hash, struct level *path, int depth,
 		      uint32_t *at)
 {
@@ -281,7 +280,7 @@ static bool next_leaf(x3_image *img, const struct inode *dir, uint32_t hash, str
 	return true;
 }
 
-/* Where a name stands in an indexed directory; false if it is not there. */
+/* Find a name in an indexed directory; false if it is not there. */
 bool htree_lookup(x3_image *img, const struct inode *dir, const char *name, uint32_t len, struct x3_place *where)
 {
 	uint8_t version = root_info(dir_block(img, dir, 0))->hash_version;
