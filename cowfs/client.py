@@ -111,7 +111,7 @@ class Patience:
         self._in_all = in_all
 
     def facts_of(self, dev: str) -> dict[str, Any]:
-        """Do :func:`facts_of`. Silent also when a user's have taken too long already."""
+        """Do :func:`facts_of`. Raises Silent, too, if this user's daemons have taken too long already."""
         owner = owner_of(dev)
         left = self._left.get(owner, self._in_all)
         if left <= 0:

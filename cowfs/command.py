@@ -1,4 +1,4 @@
-"""Mounting and unmounting by the command, in a process of its own: for programs that go on meanwhile."""
+"""Mount and unmount by the cowfs command, in another process: for programs that do other work meanwhile."""
 
 from __future__ import annotations
 

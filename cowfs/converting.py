@@ -1,4 +1,4 @@
-"""Turn a store of overlayfs into one of aufs, or the other way round, with what the lowers have to give."""
+"""Turn a store of overlayfs into one of aufs, or the reverse, with the data it needs of the lowers."""
 
 from __future__ import annotations
 

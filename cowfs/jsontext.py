@@ -15,7 +15,7 @@ def stamp(microseconds: int) -> str:
 
 
 def local_time(seconds: float) -> str:
-    """Return a time since the epoch as people are told of it: date and time of their zone, to the second."""
+    """Return a time since the epoch as people read it: date and time of their zone, to the second."""
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
 
 

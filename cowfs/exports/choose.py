@@ -8,7 +8,7 @@ from cowfs.changes.version import Tree
 from cowfs.exports.plan import Item, Plan
 
 Ask = Callable[[str, bytes, str], bool]
-"""Is asked of a change: its kind (A, D or M), its path, and what is in conflict with it, if anything is."""
+"""A function that is called with a change: its kind (A, D or M), its path, and any conflict there."""
 
 
 def chosen(items: Plan, before: Tree, after: Tree, bad: Mapping[bytes, str], ask: Ask) -> Plan:

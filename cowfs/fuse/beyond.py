@@ -216,7 +216,9 @@ class BeyondHandlers(FileHandlers):
         return b""
 
     async def _set_flags(self, node: Node, flags: int, asked: _Ioctl) -> None:
-        """Set them. Who may, the kernel has asked (fileattr_set_prepare() in fs/file_attr.c), but for one."""
+        """Set them. The kernel has checked the permission (fileattr_set_prepare() in fs/file_attr.c), but for
+        one flag.
+        """
         before = self._fs.getflags(node)
         if (flags ^ before) & inode_flags.JOURNAL_DATA:
             caller = look_at(asked.pid)

@@ -1,6 +1,8 @@
-/* The core lock makes "one thread at a time runs Python that touches the union" true: a ring's thread has it from
- * the arrival of a request to the wait for the next, trio's thread always but when it waits for I/O. Whoever takes
- * it does not have the GIL, and only who has it wants the GIL, so that no two threads fight for that.
+/*
+ * The core lock makes "one thread at a time runs Python that touches the union" true: a ring's thread holds
+ * it from the arrival of a request until it waits for the next; trio's thread holds it except while it waits
+ * for I/O. A thread takes it without holding the GIL, and only its holder takes the GIL, so that no two
+ * threads compete for the GIL.
  */
 #define _GNU_SOURCE
 #include "core_lock.h"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import trio
 
 _AT_ONCE = 16
-"""So many go on together: some milliseconds of work."""
+"""How many run together: some milliseconds of work."""
 _PAUSE = 0.0005
 """Seconds in which others have their turn."""
 

@@ -102,9 +102,9 @@ class Daemon:
     def mount(self) -> None:
         """Attach the filesystem to its mountpoint; requests wait until :meth:`serve`.
 
-        From here on SIGTERM, SIGINT and SIGHUP are held back for good: :meth:`serve` takes those that come,
-        and what is left to do after it is to write back and release the store. Whoever is tired of waiting
-        for that (an init, after a minute or two) must not undo it.
+        From here on SIGTERM, SIGINT and SIGHUP stay blocked: :meth:`serve` handles them, and afterwards only
+        write-back and the release of the store remain. An impatient sender (an init, after a minute or two)
+        must not interrupt these.
         """
         hold_back()
         options = set(self._request.options)
@@ -361,7 +361,7 @@ class Daemon:
 
 
 def _control_directory() -> int:
-    """Open the place for the control socket before the mount may hide it; -1 when there is none."""
+    """Open the directory of the control socket before the mount may hide it; -1 if there is none."""
     try:
         return open_control_directory()
     except PermissionError as error:

@@ -1,4 +1,4 @@
-"""What the kernel is told when a request fails."""
+"""What the kernel gets as an answer when a request fails."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """A mount whose one user is root inside, as under fakeroot(1).
 
-The kernel checks no permissions there (no ``default_permissions``), so what is left to do is to let what
-he makes belong to root, and to leave him the set-ID bits that root keeps.
+The kernel checks no permissions there (no ``default_permissions``). So we only have to give new files to
+root, and to keep the set-ID bits that root keeps.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class _Root(NamedTuple):
 
 
 def _seen(ctx: RequestContext) -> RequestContext:
-    """Return the context of a request of ours as root's, anybody else's as it is."""
+    """Return the context of a request by the mounting user as root's, of anybody else unchanged."""
     return cast(RequestContext, _Root(ctx.pid, ctx.umask)) if ctx.uid == os.geteuid() else ctx
 
 
@@ -38,7 +38,7 @@ _ACLS = b"system.posix_acl_"
 
 
 def _refuse_acl(name: bytes) -> None:
-    """Say that there are no ACLs: whoever gives a file its mode by one (cp, install) calls chmod then."""
+    """Say that there are no ACLs: programs that copy a mode as an ACL (cp, install) call chmod then."""
     if name.startswith(_ACLS):
         raise FUSEError(errno.EOPNOTSUPP)
 

@@ -1,7 +1,7 @@
-"""Changes told as they happen: for ``cowfs watch``.
+"""Report changes as they happen: for ``cowfs watch``.
 
-Nobody who reads slowly holds up the mount: what is not read yet is kept, up to a bound, and who is behind by
-more than that is told so, and left. The format is in docs/finding-changes.md.
+A slow reader does not hold up the mount: unread changes are kept up to a bound, and a reader that falls
+further behind is told so and dropped. The format is in docs/finding-changes.md.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from cowfs.linux.processes import Process, described
 
 VERSION = 1
 _MOST_BYTES = 4 << 20
-"""So far one who reads may be behind."""
+"""How many bytes a reader may be behind."""
 _MOST_WATCHERS = 32
 _AT_ONCE = 64 << 10
 _SLOW = b'{"ended": "slow"}\n{"end": true}\n'
@@ -33,15 +33,15 @@ class Feed:
     """All who watch a mount."""
 
     def __init__(self, in_trio: Callable[[Callable[[], object]], None], changed: Callable[[], None]) -> None:
-        """*changed* is called when the first has come, or the last has gone."""
+        """*changed* is called when the first watcher comes, and when the last leaves."""
         self._in_trio = in_trio
         self._changed = changed
         self.watchers: set[Watcher] = set()
         self.settle: Callable[[], None] = lambda: None
-        """Called before the last words to a watcher: what is held back is told now."""
+        """Called before the last message to a watcher: reports what is held back."""
 
     def watch(self) -> Watcher:
-        """Return what will have all that is told from now on. SystemFailure if there are too many."""
+        """Return a watcher that gets everything reported from now on. SystemFailure if there are too many."""
         if len(self.watchers) >= _MOST_WATCHERS:
             raise SystemFailure(f"{_MOST_WATCHERS} watch this mount already", "end one of them")
         watcher = Watcher(self, self._in_trio)
@@ -110,7 +110,7 @@ class Watcher:
             self._feed.leave(self)
 
     async def _next(self) -> bytes:
-        """Return what has come since the last time, some at least; b"" after the last word."""
+        """Return what has come since the last call, waiting for some; b"" after the last message."""
         while not self._lines and not self._lost:
             self._more, self._told = trio.Event(), False
             await self._more.wait()

@@ -33,7 +33,7 @@ _SYNCHRONOUS = os.O_SYNC | os.O_DSYNC
 _NO_NAME = b"/"
 """What O_TMPFILE creates (``beyond.c``)."""
 _UNKNOWN = 0
-"""The handle number of files that the kernel opens by itself, and never gives back."""
+"""The handle number of files that the kernel opens without us, and never releases."""
 
 
 def _by_uid(ctx: RequestContext) -> Writer:
@@ -41,7 +41,7 @@ def _by_uid(ctx: RequestContext) -> Writer:
 
 
 class FileHandlers(NodeHandlers):
-    """Answer what is asked of files."""
+    """Answers the requests about files."""
 
     def __init__(
         self,
@@ -76,11 +76,11 @@ class FileHandlers(NodeHandlers):
         )
 
     def may_open_nothing(self) -> bool:
-        """Whether the kernel may open files by itself: what they cost us then is counted for nobody."""
+        """Whether the kernel may open files without us: then nobody is charged for what they cost us."""
         return not any(layer.has_descriptors for layer in (self._fs.upper, *self._fs.lowers))
 
     def node_of(self, fh: int) -> Node | None:
-        """Return what is open by a number, if anything is."""
+        """Return the node that is open under a number, if there is one."""
         try:
             return self._files[fh].node
         except KeyError:
@@ -242,7 +242,7 @@ class FileHandlers(NodeHandlers):
             await self._bring_up(node, uid)
 
     async def _thaw(self, node: Node, uid: int) -> None:
-        """Copy up, once more, what is open to be written to, so that this goes on in the upper."""
+        """Copy up open, writable files again, so that writing continues in the new upper."""
         await self._begin_to_write(node, uid)
         if node.partial is None:
             self._fs.copy_up(node)  # not left to the write, which a thread may do

@@ -29,7 +29,7 @@ S = TypeVar("S", bound="Handlers")
 
 
 def failure_of(error: BaseException, name: str) -> FUSEError:
-    """Return what the kernel is told of what the handler *name* has raised."""
+    """Return what to answer the kernel when the handler *name* has raised an exception."""
     return error if isinstance(error, FUSEError) else FUSEError(errno_of(error, name))
 
 
@@ -91,12 +91,14 @@ class Said(NamedTuple):
     """What a request says and pyfuse3 does not pass on."""
 
     takes: bool | None
-    """Whether it takes set-ID bits, since who makes it has not CAP_FSETID; None: the kernel does not say."""
+    """Whether the request drops set-ID bits, since the caller has not CAP_FSETID; None: the kernel does not
+    say.
+    """
     pid: int
     uid: int
-    """Who makes it; 0xFFFFFFFF where the kernel writes what mmap(2) has changed."""
+    """The caller's user ID; 0xFFFFFFFF where the kernel writes what mmap(2) has changed."""
     flags: int
-    """Of a write: those of the open file. Of a setattr: what is to be set (FATTR_*)."""
+    """Of a write: the flags of the open file. Of a setattr: what to set (FATTR_*)."""
 
 
 _new = tuple.__new__  # quicker than to name the fields
@@ -105,9 +107,9 @@ _new = tuple.__new__  # quicker than to name the fields
 def told(
     method: Callable[Concatenate[S, Said, P], Coroutine[Any, Any, R]],
 ) -> Callable[Concatenate[S, P], Coroutine[Any, Any, R]]:
-    """The same for one that is told first what pyfuse3 does not tell of the request.
+    """The same for a handler that first gets the details of the request that pyfuse3 leaves out.
 
-    It is in its message, which is there only until something is awaited.
+    They are in the request's message, which exists only until the first await.
     """
 
     async def handler(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -130,7 +132,7 @@ def told(
 
 
 def _user_of(args: Sequence[Any]) -> int:
-    """Return who asks: the context is one of a handler's last arguments."""
+    """Return the caller: the context is one of a handler's last arguments."""
     for argument in reversed(args):
         uid = getattr(argument, "uid", None)
         if isinstance(uid, int):

@@ -1,8 +1,8 @@
 """How many inodes the kernel may know of: each costs us a node, and it forgets them for its own needs only.
 
-When there are more than fit into our part of the memory, the kernel is asked to let go of those that it has
-known longest and nobody uses. It keeps what is open, mapped, watched, somebody's directory, or mounted on,
-and the directories above that.
+When there are more than fit into our share of the memory, we ask the kernel to forget those that it has known
+longest and nobody uses. It keeps what is open, mapped, watched, somebody's directory, or mounted on, and the
+directories above that.
 
 Linux from 6.18 on takes a list of inodes (FUSE_NOTIFY_PRUNE in linux/fuse.h). Before, root can have all that
 is not used dropped, by reconfiguring the superblock with nothing changed (shrink_dcache_sb() in
@@ -34,7 +34,7 @@ _PRUNE = 9  # enum fuse_notify_code
 _NOTIFY = struct.Struct("=IiQII8x")  # struct fuse_out_header, struct fuse_notify_prune_out
 _AT_ONCE = 512
 _PAUSE = 0.1
-"""Seconds in which the kernel says some of what it has forgotten."""
+"""Seconds in which the kernel reports part of what it has forgotten."""
 _AGAIN = 0.5
 """Seconds after which the kernel is asked again when that was not enough, at first …"""
 _AGAIN_AT_LAST = 64.0
@@ -96,8 +96,9 @@ class InodeLimit:
             nodes.many = max(self._most, len(nodes) + self._most // 8)
 
     async def _prune(self, fd: int, aim: int) -> None:
-        """Go through the nodes once, by quarters from the oldest on: in each what was known last comes first,
-        since a directory cannot go before what is in it."""
+        """Walk through the nodes once, by quarters from the oldest on. In each quarter the newest come first,
+        since a directory cannot be forgotten before its contents.
+        """
         nodes = self._nodes
         quarter = len(nodes) // 4 + 1
         for _ in range(4):

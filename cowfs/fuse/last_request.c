@@ -1,4 +1,5 @@
-/* What handlers ask of the request that has just come, and pyfuse3 does not tell: who makes it, which bits it takes
+/*
+ * Details of the current request that handlers need and pyfuse3 leaves out: who makes it, which bits it drops
  * from a file, how its file was opened.
  */
 #include "last_request.h"

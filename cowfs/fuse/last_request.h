@@ -12,13 +12,13 @@
 /* In front of each request, struct fuse_in_header. */
 enum { LENGTH = 0, OPCODE = 4, NODEID = 16, UID = 24, PID = 32, BODY = 40 };
 
-/* The buffer that it came in: each of pyfuse3's tasks has its own. NULL: there is none. */
+/* The buffer that holds it: each of pyfuse3's tasks has its own. NULL: there is none. */
 extern void *last_request;
 
 extern bool last_request_extended;     /* SETXATTR has a word more */
 extern bool last_request_tells_set_id; /* the kernel says with each request what it takes from a file */
 
-/* A word of it, at so many bytes from its beginning. */
+/* A word of it, at this byte offset. */
 static inline uint32_t request_word(size_t offset)
 {
 	uint32_t found;

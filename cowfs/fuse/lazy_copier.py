@@ -1,4 +1,4 @@
-"""Bringing up what is missing of lazily copied files, behind the backs of those who use them."""
+"""Copy the missing data of lazily copied files to the store, while others use them."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from cowfs.overlay.overlay import Overlay
 log = logging.getLogger(__name__)
 
 _BEGIN = 2.0
-"""Seconds after which the copying begins: who opens a file may be done with it by then, and sync it alone."""
+"""Seconds until the copying begins: a program that opens a file may close it by then, and sync it alone."""
 _AGAIN = 30.0
-"""Seconds after which it is looked again whether there is room."""
+"""Seconds until it checks again whether there is room."""
 _SYNCED = 8 << 20
-"""So many bytes are copied before they are put on disk: who syncs a file waits for no more than that."""
+"""How many bytes are copied before a sync: a program that syncs a file waits for no more than that."""
 _REST, _MOST_REST = 0.005, 1.0
 """The copying rests as long as it has worked, within these bounds in seconds."""
 
@@ -37,7 +37,7 @@ class LazyCopier:
         self._loop = loop
         self._is_running = False
         self._failed: set[int] = set()
-        """Files that are left as they are until the next mount."""
+        """Files that stay as they are until the next mount."""
 
     def soon(self) -> None:
         """Begin some time, if there is a file that is not whole."""

@@ -1,7 +1,7 @@
 """What libfuse can do and pyfuse3 has no words for, where the small C module beside this file could be built.
 
-- A directory that was listed is kept by the kernel, names and all (FOPEN_CACHE_DIR): the next listing
-  asks nobody. Nobody but us changes the tree, so it is right for whoever begins there; one reader at a time.
+- The kernel caches the listing of a directory (FOPEN_CACHE_DIR), and the next listing sends no request. Only
+  we change the tree, so it is right for every reader from the beginning; one reader at a time.
 - Reads of a file behind which stands one of the kernel's are served without Python.
 - The umask is left to us (FUSE_CAP_DONT_MASK), because a directory's default ACL takes its place.
 - Targets of symbolic links are kept by the kernel (FUSE_CAP_CACHE_SYMLINKS).
@@ -65,16 +65,16 @@ ring: Any = _module
 """What :mod:`cowfs.fuse.rings` calls of ``ring*.c`` and ``core_lock.c``; None without the module."""
 
 KEPT: int = 1 << 62
-"""Handle numbers of directories whose listing the kernel shall keep have this bit."""
+"""This bit is set in handle numbers of directories whose listing the kernel should cache."""
 
 LISTING: int = 1 << 61
-"""Those of all directories have this one."""
+"""This bit is set in the handle numbers of all directories."""
 
 UNOPENED: int = 1 << 63
-"""With this bit an inode's number is the handle number of a file that was opened without us."""
+"""An inode's number with this bit is the handle number of a file that was opened without us."""
 
 BEYOND: int = 1 << 60
-"""The handle number of what is no read, but a request that pyfuse3 has no handler for."""
+"""The handle number of requests that are not reads, but for which pyfuse3 has no handler."""
 
 
 class Message(NamedTuple):
@@ -105,12 +105,12 @@ def prepare(
     most_held: int = 64 << 20,
     shared: bool = False,
 ) -> None:
-    """Say what the next session shall be able to do; *seek* answers lseek(2): an offset, or -errno.
+    """Set what the next session can do; *seek* answers lseek(2): an offset, or -errno.
 
-    *knows_files*: files can be read and written that were opened without us. *passthrough*: whether files
-    shall be lent to the kernel. *exports*: file handles are good as long as their inodes; else none is given
-    (Linux 6.10). *most_held*: so many bytes of data may be in memory with writes that wait, of which nobody
-    but root gets more than is left if the mount is *shared* (``held_data.c``).
+    *knows_files*: files that were opened without us can be read and written. *passthrough*: whether to lend
+    files to the kernel. *exports*: file handles are valid as long as their inodes; else none are given (Linux
+    6.10). *most_held*: so many bytes of data may be in memory with writes that wait, of which nobody but root
+    gets more than is left if the mount is *shared* (``held_data.c``).
     """
     if _module is not None:
         wanted = _DONT_MASK | _HANDLE_KILLPRIV | _CACHE_SYMLINKS
@@ -208,8 +208,7 @@ wrote: Callable[[int], None] = _module.wrote if _module is not None else lambda 
 
 
 def empty_buffer() -> None:
-    """Give back the memory that the last request came in: whoever handles it is about to wait, and has taken
-    what is in it."""
+    """Free the memory of the last request: its handler is about to wait, and has taken what it needs."""
     if _module is not None:
         _module.empty_buffer()
 

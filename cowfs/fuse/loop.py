@@ -41,25 +41,25 @@ R = TypeVar("R")
 
 _WAIT = "_wait_fuse_readable"
 _MAX_IDLE = 8
-"""So many tasks are kept that have nothing to do; what a burst needed more of goes with it."""
+"""How many idle tasks are kept; more from a burst end."""
 _POLLS = 80
 _KEEP_COMING_NS = 1_000_000
-"""A request that comes within this time of the last says that more will."""
+"""After a request, another one within this time means that more will follow."""
 _PREEMPTED_NS = 500_000
-"""Polling that takes so long was interrupted: others want the CPU, and polling takes it from them …"""
+"""Polling that takes this long was preempted: others want the CPU, and polling takes it from them …"""
 _BUSY_NS = 100_000_000
-"""… so for so long it is not tried again."""
+"""… so it is not tried again for this long."""
 _YIELD_NS = 500_000
-"""After so long in a row of requests, other tasks (signals, the control socket) have a turn."""
+"""After this long a run of requests, other tasks (signals, the control socket) have a turn."""
 _YIELD_WHEN_OTHERS_WAIT_NS = 50_000
 _MOST_TURNS = 64
-"""So often one that lets others be served first gives way."""
+"""How often a request lets others be served first."""
 _PATIENCE = 5.0
-"""Seconds that something which may never come is waited for when the filesystem is to end."""
+"""Seconds to wait, when the filesystem ends, for something that may never come."""
 _PAUSE_NS = 50_000_000
-"""Without a request for so long, the machine may have slept: to freeze and to thaw it takes longer …"""
+"""After this long without a request the machine may have slept: freezing and thawing take longer …"""
 _FORGETS = 0.02
-"""Seconds in which what the kernel forgets is left to gather, where requests come by io_uring."""
+"""Seconds in which FORGETs gather before they are handled, where requests come by io_uring."""
 _WAKING_NS = 20_000_000
 """… and for so long from then on it may still be waking: others run before the kernel counts the sleep."""
 
@@ -70,9 +70,9 @@ class RequestLoop:
     def __init__(self, rings: Rings | None = None) -> None:
         self._rings = rings
         self.after_pause: Callable[[], None] | None = None
-        """Called before requests are received that come after some time without any."""
+        """Called before requests are received after a pause."""
         self.hurry: Callable[[bool], object] = lambda on: None
-        """Told by each thread that runs handlers that these must not wait for the disk."""
+        """Each thread that runs handlers tells it that they must not wait for the disk."""
         self.waiting = 0
         self._forget_now, self._forgotten = trio.Event(), trio.Event()
         self._attached = False
@@ -158,7 +158,7 @@ class RequestLoop:
             self._patient.discard(scope)
 
     def stop_waiting_soon(self) -> None:
-        """Wait for nothing longer than some seconds from now on: nobody can come to use what comes later."""
+        """From now on wait a few seconds at most for anything: nobody can use what comes later."""
         self._patience = _PATIENCE
         self._hurry(trio.current_time() + _PATIENCE)
 
@@ -167,7 +167,7 @@ class RequestLoop:
             scope.deadline = min(scope.deadline, end)
 
     def is_quiet(self) -> bool:
-        """Whether no other request has come, and none is under way in a thread."""
+        """Whether no other request has arrived, and none is being handled in a thread."""
         if self.waiting:
             return False
         if self._rings is not None and self._rings.here():
@@ -175,11 +175,11 @@ class RequestLoop:
         return self._fd >= 0 and not self._poll.poll(0)
 
     def has_next_request(self) -> bool:
-        """Whether a request has come that is not taken yet."""
+        """Whether a request has arrived that is not received yet."""
         return self._fd >= 0 and bool(self._poll.poll(0))
 
     async def serve_others(self) -> None:
-        """Let what has come be handled first, if it is not too much."""
+        """Let requests that have arrived be handled first, if there are not too many."""
         if self.forgets_wait():
             await self.take_forgets()
             return
@@ -305,7 +305,7 @@ class RequestLoop:
             trio.lowlevel.reschedule(self._idle.pop())
 
     async def _readable(self) -> bool:
-        """Return True when the caller shall receive a request, False when it shall end."""
+        """Return True if the caller should receive a request, False if it should end."""
         if self._rings is not None:
             receives = self._rings.receives()
             if receives is not None:

@@ -1,4 +1,4 @@
-"""Files that the kernel reads and writes without having told us that it opens them (FUSE_NO_OPEN_SUPPORT).
+"""Files that the kernel reads and writes without an OPEN request (FUSE_NO_OPEN_SUPPORT).
 
 Most files are opened, read once and closed: of the requests of a compiler's run four in five are OPEN and
 RELEASE. Where a file of a layer costs us nothing to keep open, since no descriptor stands behind it, we need
@@ -20,7 +20,7 @@ from cowfs.overlay.node import Node
 from cowfs.overlay.overlay import Overlay
 
 _MOST = 1000
-"""Of so many inodes something is kept open."""
+"""How many inodes have something open."""
 
 
 class _Kept:
@@ -97,7 +97,9 @@ class Unopened:
         return True
 
     def let_go(self, node: Node) -> bool:
-        """Close what is open of an inode, which is another file from now on; False while a thread uses it."""
+        """Close what is open of an inode, since its data is now in another file; False while a thread uses
+        it.
+        """
         kept = self._kept.get(node)
         if kept is not None and kept.users:
             return False

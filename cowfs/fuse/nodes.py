@@ -1,4 +1,4 @@
-"""Nodes and what the kernel is told of them; what is awaited before one is changed."""
+"""Nodes and the answers about them; what must be awaited before a node changes."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ from cowfs.types import Attr
 log = logging.getLogger(__name__)
 
 FOREVER = 10.0**9
-"""Seconds that the kernel may keep names and attributes: nobody but us changes them."""
+"""How long the kernel may cache names and attributes: only we change them."""
 _REMEMBERED = 60.0
-"""Seconds for which the places of all inodes are remembered."""
+"""How many seconds the places of all inodes are remembered."""
 _DEEP = 16
-"""So many directories are copied up at once; if it takes more, others have a turn."""
+"""How many directories are copied up at once; if more are needed, others have a turn."""
 
 
 class NodeHandlers(Handlers):
@@ -67,11 +67,11 @@ class NodeHandlers(Handlers):
         self._finding = trio.Lock()
 
     def lend(self, *, wanted: bool) -> None:
-        """Say whether the kernel may have files that it has not yet, to read and write by itself."""
+        """Set whether the kernel may get files to read and write itself."""
         self._passthrough.pauses = not wanted
 
     def lends(self, node: Node) -> bool:
-        """Whether the kernel reads and writes a file by itself."""
+        """Whether the kernel itself reads and writes a file."""
         return node in self._passthrough
 
     def _node(self, ino: int) -> Node:
@@ -81,9 +81,9 @@ class NodeHandlers(Handlers):
         return node
 
     async def _node_of_handle(self, ino: int, uid: int) -> Node:
-        """Return the node of a number that comes from a file handle: the kernel may know it no more, nor we.
+        """Return the node of a number from a file handle: neither the kernel nor we may know it any more.
 
-        All that is in the union is seen then, and remembered for a while. ESTALE if it is not there.
+        Then the whole union is searched, and the result is kept for a while. ESTALE if it is not there.
         """
         node = self._fs.nodes.get(ino)
         if node is not None and not node.dead:
@@ -155,9 +155,10 @@ class NodeHandlers(Handlers):
         return Writer.MEMBER if is_member else Writer.STRANGER
 
     def _may_take_nothing(self, node: Node, writer: Writer, ctx: RequestContext) -> bool:
-        """Whether who may not asks for set-ID bits to be dropped: by chown(2) to nobody of another's file.
+        """Whether the caller asks to drop set-ID bits but may not: by chown(2) without a new owner, of
+        another user's file.
 
-        The same comes before a write through a descriptor, whoever does it (file_remove_privs()).
+        The kernel sends the same request before any user's write through a descriptor (file_remove_privs()).
         """
         if writer is Writer.PRIVILEGED or self._owners is not None or node.is_dir:
             return False
@@ -170,7 +171,7 @@ class NodeHandlers(Handlers):
         return not may and bool(attr.st_mode & drops)
 
     def _tell(self, node: Node, mode: int) -> None:
-        """Tell the kernel if a mode is not *mode* any more and no answer says so: it runs programs by it."""
+        """Tell the kernel if a mode is no longer *mode* and no answer says so: it runs programs by it."""
         if node.mode != mode:
             self._loop.forget_attributes(node.ino)
 
@@ -184,7 +185,7 @@ class NodeHandlers(Handlers):
             self._loop.in_trio(lambda: trio.lowlevel.spawn_system_task(self._sweep))
 
     async def _sweep(self) -> None:
-        """Remove what is left of directories; nobody waits for that."""
+        """Remove the remains of directories; nobody waits for that."""
         try:
             await self._threads.stepwise(self._fs.sweep(), 0, is_urgent=False)
         except Exception:
@@ -193,7 +194,9 @@ class NodeHandlers(Handlers):
             self._sweeping = False
 
     async def _within_reach(self, directory: Node | None) -> None:
-        """Copy up what is above in a deep tree, and the directory itself, before a change that needs it."""
+        """Copy up the directories above, in a deep tree, and the directory itself, before a change that needs
+        it.
+        """
         missing, walk = 0, directory
         while walk is not None and walk.upper is None:
             missing += 1
@@ -256,7 +259,7 @@ class NodeHandlers(Handlers):
         return node is not None and node.copying is not None
 
     async def _name_settled(self, parent: Node, name: bytes) -> None:
-        """Wait while what is under this name is being copied up, whatever it is by then."""
+        """Wait while whatever has this name is being copied up."""
         while True:
             node = self._fs.nodes.child(parent, name)
             if node is None or node.copying is None:

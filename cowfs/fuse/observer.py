@@ -1,4 +1,4 @@
-"""Who changes what, told to whoever wants to know: those who watch the mount, and the record in its store.
+"""Report who changes what: to those who watch the mount, and to the record in its store.
 
 While somebody does, the adapter has a class of its own, derived from its class, whose handlers call the
 original and tell what came of it. So nothing is tested, and nothing costs, where nobody wants to know.
@@ -31,7 +31,7 @@ from cowfs.store.format.records import OPERATIONS
 log = logging.getLogger(__name__)
 
 _BURST_NS = 1_000_000_000
-"""Of what one process writes to one file one who watches is told so often, and after the last of it."""
+"""How often one process's writes to one file are reported to a watcher, and after the last of them."""
 _LOOK = 0.25
 _SAVE = 1.0
 """Seconds."""
@@ -41,7 +41,7 @@ request but one from outside of our PID namespace."""
 _EXCHANGE = 2  # RENAME_EXCHANGE
 _BITS = {name: 1 << number for number, name in enumerate(OPERATIONS)}
 _MORE = {2: _BITS["chmod"], 4: _BITS["chown"], 8: _BITS["utimes"]}
-"""Of what :func:`cowfs.fuse.libfuse.goes_on` tells."""
+"""The bits that :func:`cowfs.fuse.libfuse.goes_on` returns."""
 
 
 class Observer:
@@ -56,13 +56,13 @@ class Observer:
         self._plain = type(adapter)
         self._processes = Processes()
         self.recorder: Recorder | None = None
-        """What records, if anything does."""
+        """The recorder, if there is one."""
         self._wanted = trio.Event()
         self.feed = Feed(in_trio, self._watched)
         self.feed.settle = self._end_bursts
         self._bursts: dict[Node, dict[int, _Burst]] = {}
         self._lent: dict[int, tuple[Process | None, int]] = {}
-        """Files that the kernel writes by itself: who opened them, and when they had been changed last."""
+        """Files that the kernel writes itself: who opened them, and when they were changed last."""
         self._last: Process | None = None
         """Who made the last change."""
 
@@ -72,7 +72,7 @@ class Observer:
         self._watched()
 
     def _watched(self) -> None:
-        """Begin or end to look at what is done, as somebody wants that or nobody does."""
+        """Start or stop observing, as somebody watches or nobody does."""
         wanted = bool(self.feed.watchers) or self.recorder is not None
         derived = type(self._adapter) is not self._plain
         if wanted and not derived:
@@ -89,7 +89,7 @@ class Observer:
             self._lent.clear()
 
     async def run(self) -> None:
-        """Write down what is recorded, and tell the end of what is written, until cancelled."""
+        """Write down what is recorded, and report the ends of writes, until cancelled."""
         saved = time.monotonic()
         while True:
             await self._wanted.wait()
@@ -103,7 +103,7 @@ class Observer:
                 log.exception("changes are not told")
 
     def close(self) -> None:
-        """Write down what is new. Comes before the store is closed."""
+        """Write down what is new. Call it before the store is closed."""
         if self.recorder is not None:
             self.recorder.close()
         self._processes.close()
@@ -111,7 +111,7 @@ class Observer:
     # --- what happens
 
     def _who(self, pid: int, uid: int, ino: int = 0) -> Process | None:
-        """Return who makes a change now; of the inode *ino*, if it may go on."""
+        """Return who makes a change now; of the inode *ino*, if the change may continue."""
         if uid == _KERNEL:
             libfuse.note(0, 0, 0)
             return None
@@ -176,7 +176,7 @@ class Observer:
             self.recorder.closes(node, moved=moved)
 
     def reverted(self, path: bytes) -> None:
-        """Something was taken back, not by a request: it is told of, and names may be others now."""
+        """Report a revert, which is not a request; names may have changed."""
         if self.recorder is not None:
             self.recorder.forget()
         if self.feed.watchers:
@@ -242,7 +242,7 @@ class _Burst:
     def __init__(self, process: Process | None, told: int) -> None:
         self.process = process
         self.told = told
-        """When that was told last (monotonic_ns)."""
+        """When that was reported last (monotonic_ns)."""
         self.goes_on = False
         """Whether it has written since."""
 
@@ -251,7 +251,7 @@ class _Burst:
 
 
 def _is_kept(node: Node | None) -> bool:
-    """Whether the store keeps what is done to it, and so may keep a record of that."""
+    """Whether the store keeps changes of it, and so may keep a record of them."""
     return node is None or not node.ino & APART
 
 
@@ -270,7 +270,7 @@ def _wrapped(name: str, method: Any, handler: Any) -> Any:
 
 
 def _guarded(call: Callable[..., None]) -> Callable[..., None]:
-    """Let what goes wrong here be no answer to who asks for something else."""
+    """Keep a failure here from becoming the answer to another request."""
 
     def guarded(*args: Any) -> None:
         try:
@@ -364,7 +364,7 @@ def _writing(kind: type[Adapter], observer: Observer) -> dict[str, Any]:
         return written(answer) if bits else answer
 
     async def written(answer: Any) -> Any:
-        """Let the last record tell of a write, too, if it succeeds."""
+        """Add a write to the last record, if the write succeeds."""
         recorder = observer.recorder
         record = None if recorder is None else recorder.last
         result = await answer

@@ -14,7 +14,7 @@ from cowfs.overlay.node import Node
 
 
 class _Users:
-    """Who has a descriptor open: all who read a file share one."""
+    """The users of an open descriptor: all readers of a file share one."""
 
     __slots__ = ("by_uid", "payer")
 
@@ -48,7 +48,7 @@ class OpenFiles:
         return self._handles[number]
 
     def nodes(self) -> list[Node]:
-        """Return what is open."""
+        """Return the nodes that are open."""
         return [handle.node for handle in self._handles.values()]
 
     def opener(self, number: int) -> int:
@@ -60,7 +60,7 @@ class OpenFiles:
         self.opened.must_have(uid)
 
     def must_be_frugal(self, uid: int) -> bool:
-        """Whether one more file of a user's shall have no descriptor: others need those that are left."""
+        """Whether the next file of a user must do without a descriptor: others need the remaining ones."""
         return not self._descriptors.may_have(uid)
 
     def enter(self, handle: Handle, uid: int) -> int:

@@ -1,4 +1,5 @@
-/* Files that the kernel reads, writes and maps by itself, without a request (FUSE passthrough, Linux 6.9:
+/*
+ * Files that the kernel itself reads, writes and maps, without a request (FUSE passthrough, Linux 6.9:
  * fs/fuse/passthrough.c, fs/fuse/iomode.c).
  *
  * A file of ours is lent to the kernel by an ioctl(2), which gives a number; the answer to an open names it. The

@@ -1,4 +1,4 @@
-/* Files that the kernel reads, writes and maps by itself: see passthrough.c. */
+/* Files that the kernel itself reads, writes and maps: see passthrough.c. */
 #ifndef COWFS_PASSTHROUGH_H
 #define COWFS_PASSTHROUGH_H
 
@@ -10,7 +10,7 @@
 /* Another session begins, on this descriptor of /dev/fuse. */
 void passthrough_reset(int fd);
 
-/* The session that comes next shall have it, if the kernel does. */
+/* The next session should use it, if the kernel supports it. */
 void passthrough_want(bool wanted);
 
 /* A message from the kernel is given to libfuse. */

@@ -1,9 +1,9 @@
-"""Which open files the kernel reads, writes and maps by itself (docs/adr/0031-passthrough.md).
+"""Which open files the kernel itself reads, writes and maps (docs/adr/0031-passthrough.md).
 
-The kernel has two ways to the data of an inode, its own pages and a file that we lend it, and takes one at
-a time: all that is open of an inode is open the same way, and lent is one file. So the first open decides. A
-file in a lower is never lent, for who reads it shall see what is written once it is copied up, which is in
-another file then.
+The kernel has two ways to the data of an inode, its own pages and a file that we lend it, and takes one at a
+time: all that is open of an inode is open the same way, and lent is one file. So the first open decides. A
+file in a lower is never lent: after copy-up its data is in another file, and readers must see what is written
+there.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _UNFIT = os.O_APPEND | os.O_DIRECT
 """fcntl(2) takes these flags from a file that is open; the kernel would go by what it was opened with."""
 _SHORT = 64 << 20
 _SHORT_PART = 8
-"""Room is short when less than so many bytes, and one part of so many, are free: then what is written comes
-here, where it waits for what has been removed to be freed."""
+"""Space is short when less than this many bytes, and this part of all, are free: then writes come here, where
+they wait until removed files are freed."""
 _MUCH = 16
-"""A file is worth waiting for when no more than so many times its size is free."""
+"""A file is worth waiting for when at most this many times its size is free."""
 _NEVER = {
     errno.ELOOP: "the store's filesystem is itself on another one",
     errno.EPERM: "the daemon lacks the privileges of the system's root",
@@ -83,7 +83,7 @@ class Passthrough:
 
     @property
     def wanted(self) -> bool:
-        """Whether the session shall be able to lend."""
+        """Return whether the session should be able to lend."""
         return not self._why
 
     def why_not(self) -> str:
@@ -99,11 +99,11 @@ class Passthrough:
         return node in self._lent
 
     def lent(self) -> list[Node]:
-        """Return what is open that way."""
+        """Return the files that are lent."""
         return list(self._lent)
 
     def written_by(self) -> list[int]:
-        """Return the inodes that the kernel may write to by itself without any file open: by a mapping."""
+        """Return the inodes that the kernel itself may write without any open file: through a mapping."""
         return [ino for ino, changes in self._known.items() if changes]
 
     def may_change(self, ino: int) -> bool:
@@ -150,8 +150,9 @@ class Passthrough:
         return free < max(min(_SHORT, room.blocks * room.frsize // _SHORT_PART), _MUCH * removed)
 
     def wants_room(self, removed: int) -> bool:
-        """Whether the kernel, which writes without asking us to make room, may soon need that of a removed
-        file of so many bytes."""
+        """Whether the kernel, which writes without asking us for space, may soon need the space of a removed
+        file of this size.
+        """
         return bool(self._lent) and self._room_is_short(removed)
 
     def _lend(self, handle: Handle) -> _Lent | None:

@@ -1,8 +1,8 @@
-"""What all users of a mount have together, and none may take all of: open files and descriptors.
+"""Resources that all users of a mount share, and that none may use up: open files and descriptors.
 
-Nobody but root gets more than is left: with half of it in one user's hands that user is refused the next,
-and whoever comes then finds as much as that. Two who take what they can have a third each, and leave a
-third. So there is no number to choose, one who is alone is hardly bounded, and something is left for all.
+Nobody but root gets more than is left: a user who has half of it gets no more, and the next user finds as
+much left. Two users who take all they can have a third each, and a third is left. So there is no number to
+choose, a single user is hardly limited, and something is left for everybody.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _A_NAME = 100
 _LEAST_DATA = 64 << 20
 """Bytes of data that writes may hold while they wait, on the smallest machine."""
 _ROOTS_PART = 8
-"""One part of so many is root's alone."""
+"""This fraction is reserved for root."""
 
 
 class Bounds(NamedTuple):
@@ -50,7 +50,7 @@ def bounds(*, shared: bool) -> Bounds:
 
 
 class Quota:
-    """So many of one thing, and who has how many of them."""
+    """An amount of one resource, and who has how much of it."""
 
     __slots__ = ("_held", "_left", "_roots", "_shared")
 

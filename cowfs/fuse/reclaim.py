@@ -23,7 +23,7 @@ from cowfs.overlay.overlay import Overlay
 log = logging.getLogger(__name__)
 
 _FEW = 4096
-"""So many nodes are not worth the work."""
+"""With this few nodes it is not worth the work."""
 _SHORT = 5.0
 """Percent of the last ten seconds in which somebody had to wait for memory (PSI): then it is short."""
 _AGAIN = 30.0

@@ -33,7 +33,7 @@ _OPERATIONS, _LAST, _BY, _INO = 0, 2, 3, 6
 class Recorder:
     """The open batch of a store's records (docs/store-format.md), which :meth:`save` writes down.
 
-    When the store does not take it, nothing is recorded any more: the log says so, once.
+    If the store refuses a write, recording stops, and the log says so once.
     """
 
     def __init__(self, records: Records, name: str) -> None:
@@ -105,7 +105,7 @@ class Recorder:
         self._changed = True
 
     def adds(self, operation: int) -> None:
-        """The last change goes on."""
+        """Add to the last record."""
         if self.last is not None:
             self.last[_OPERATIONS] |= operation
             self._changed = True
@@ -162,7 +162,7 @@ class Recorder:
         return record
 
     def _directory(self, node: Node | None) -> int:
-        """Return the place of a directory's path in the list; -1: there is none, it is that of the root."""
+        """Return the index of a directory's path in the list; -1 for the root."""
         if node is None:
             return -1
         number = self._directories.get(node)
@@ -176,12 +176,12 @@ class Recorder:
     # --- what is written
 
     def contents(self) -> Iterator[bytes]:
-        """Write down what is new, and return all that is recorded, as :class:`Records` does."""
+        """Write down what is new, and return all records, as :class:`Records` does."""
         self.save()
         return iter(()) if self._records is None else self._records.contents()
 
     def save(self) -> None:
-        """Write down what is new: that is as safe then as all that was written to the store."""
+        """Write down what is new: it is then as safe as everything written to the store."""
         if self._changed and self._records is not None:
             self._changed = False
             try:
@@ -191,7 +191,7 @@ class Recorder:
                 self._give_up(error)
 
     def close(self) -> None:
-        """Write down what is new, and let go of the file. Comes before the store is closed."""
+        """Write down what is new, and close the file. Call it before the store is closed."""
         self.save()
         if self._records is not None:
             self._records.close()

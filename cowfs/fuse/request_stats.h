@@ -5,7 +5,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-/* A request of so many bytes is given to libfuse. */
+/* A request of this many bytes is passed to libfuse. */
 void figures_begin(const void *request, size_t size);
 
 /* It is answered; error: 0, or an errno, negated or not. What is no request's number is passed over. */

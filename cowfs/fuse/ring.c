@@ -250,7 +250,7 @@ static void send_late(struct ring *ring)
 	ring_watch_event(ring);
 }
 
-/* The entry of a request that has come; NULL if none has. */
+/* The entry of a request that has arrived; NULL if none has. */
 static struct entry *completed(struct ring *ring)
 {
 	struct io_uring_cqe *cqe;

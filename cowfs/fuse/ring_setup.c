@@ -150,7 +150,7 @@ static int tell_ring(struct io_uring *uring, unsigned what, void *argument, unsi
 	return result < 0 ? -errno : 0;
 }
 
-/* Whoever gets the better of the daemon shall not go round its seccomp filter by a ring. */
+/* An attacker who takes over the daemon must not bypass its seccomp filter through a ring. */
 static int restrict_ring(struct io_uring *uring)
 {
 	struct io_uring_restriction allowed[] = {
@@ -175,7 +175,7 @@ static int open_ring(struct ring *ring, unsigned queues)
 	if (failure)
 		return failure;
 	ring->made = true;
-	/* A process that we fork shall not keep it from its end. */
+	/* A process that we fork must not keep it open. */
 	madvise(ring->uring.sq.ring_ptr, ring->uring.sq.ring_sz, MADV_DONTFORK);
 	madvise(ring->uring.cq.ring_ptr, ring->uring.cq.ring_sz, MADV_DONTFORK);
 	madvise(ring->uring.sq.sqes, p.sq_entries * 2 * sizeof(struct io_uring_sqe), MADV_DONTFORK);

@@ -1,4 +1,5 @@
-"""Requests by io_uring: a thread for each CPU serves what is asked there, and what must wait goes on in trio.
+"""Requests by io_uring: a thread for each CPU serves the requests made there; requests that must wait
+continue in trio.
 
 The caller of a request and the thread that serves it are on one CPU, so that no other one has to be woken:
 that takes longer than most requests (docs/benchmarks.md). ``ring.c`` moves the requests; here is who runs
@@ -46,9 +47,9 @@ BODY = "_session_loop"
 _SWITCH = "/sys/module/fuse/parameters/enable_uring"
 _POSSIBLE = "/sys/devices/system/cpu/possible"
 _SPARE = 4
-"""So many coroutines are ready for requests before they are needed."""
+"""How many coroutines are ready for requests before they are needed."""
 _WORKERS = 8
-"""So many requests are with workers at most; others wait in trio."""
+"""How many requests workers handle at most; others wait in trio."""
 _NEVER = 1 << 30
 _NO_MEMORY = 0.01
 """Seconds until a request is taken again for which memory was lacking."""
@@ -84,7 +85,7 @@ def _pause(why: object) -> Generator[object, Any, Any]:
 
 
 class _Job(NamedTuple):
-    """Some work, and who waits for it."""
+    """Some work, and the task that waits for it."""
 
     coroutine: Coroutine[Any, Any, None]
     context: Context
@@ -136,10 +137,10 @@ class Rings:
 
     @asynccontextmanager
     async def serving(self, nursery: trio.Nursery, ended: Callable[[], None]) -> AsyncIterator[None]:
-        """Serve requests by threads; *ended* is called in trio when no more will come.
+        """Serve requests in threads; *ended* is called in trio when no more will come.
 
-        What must wait goes on in *nursery*. At the end of the block no request is taken any more, and the
-        nursery has all that are under way.
+        Requests that must wait continue in *nursery*. At the end of the block no new request is taken, and
+        the nursery has those under way.
         """
         self._nursery = nursery
         self._told = ended
@@ -178,7 +179,7 @@ class Rings:
         libfuse.ring.ring_close()
 
     def receives(self) -> bool | Awaitable[bool] | None:
-        """Whether the caller, pyfuse3's wait for a request, shall receive one; None: not by a ring."""
+        """Whether the caller, pyfuse3's wait for a request, should receive one; None: not through a ring."""
         if _here.works:
             return self._begin() if len(self._spare) < _SPARE else False
         if _here.serves:
@@ -194,7 +195,7 @@ class Rings:
 
     @staticmethod
     def here() -> bool:
-        """Whether the caller is not in trio, and may await nothing but :meth:`leave` and :meth:`work`."""
+        """Whether the caller is outside trio, and may await nothing but :meth:`leave` and :meth:`work`."""
         return _here.serves
 
     @staticmethod
@@ -203,7 +204,7 @@ class Rings:
         return _pause(_Move)
 
     def may_work(self) -> bool:
-        """Whether a worker is free for what the caller, who is not in trio, would have done."""
+        """Whether a worker is free for the caller's work, which is outside trio."""
         if _here.works:
             return True
         if self._working >= _WORKERS:
@@ -228,7 +229,7 @@ class Rings:
         self._token.run_sync_soon(call)
 
     def _make(self) -> None:
-        """Begin one more coroutine, in trio; a thread goes on with it."""
+        """Start another coroutine, in trio; a thread continues it."""
         self._making = True
         try:
             # It would ask for others when it finds fewer than the last number, which counts down.

@@ -21,9 +21,9 @@ class OpenDirectory:
 
 
 class Snapshots:
-    """Keeps at most so many names in all, and those taken last whatever they are.
+    """Keeps a limited number of names in all, and always the last snapshot.
 
-    Who comes back to a listing that is gone goes on with a new one: a name has its place in any of them.
+    A reader whose listing was dropped continues with a new one: a name has the same place in all of them.
     """
 
     __slots__ = ("_count", "_kept", "_most")

@@ -1,4 +1,4 @@
-"""What the tasks of the daemon are doing: for whoever looks for the reason of a hang."""
+"""What the tasks of the daemon are doing: for finding the reason of a hang."""
 
 from __future__ import annotations
 

@@ -23,9 +23,9 @@ _SOON = 0.02
 """Seconds after which is done what nobody waits for."""
 
 SLICE = 0.001
-"""So many seconds long work of this thread takes before others have a turn."""
+"""How many seconds of long work this thread does before others have a turn."""
 _PAUSE = 0.002
-"""So many seconds others have in between, where nobody waits for the work."""
+"""How many seconds others have in between, where nobody waits for the work."""
 
 
 class Threads:
@@ -43,7 +43,7 @@ class Threads:
     async def turn(self, turns: UserThreads, uid: int) -> AsyncIterator[None]:
         """Wait for this user's turn of some kind of long work; others are served meanwhile.
 
-        What it needs, be it descriptors, is to be taken then: however many wait, they have nothing.
+        Take resources such as descriptors only afterwards: so those who wait hold nothing.
         """
         loop = self._loop
         begun = turns.begin(uid) if loop.may_work() else None

@@ -1,4 +1,4 @@
-"""Threads for the long work of each user: who asks for much waits for his own work alone."""
+"""Threads for the long work of each user: a user with much work waits only for his own."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cowfs.linux.limits import is_lack_of_threads
 R = TypeVar("R")
 
 _EACH = 4
-"""So many pieces of one user's work of one kind are done at a time."""
+"""How many pieces of one user's work of one kind run at a time."""
 _ANY = trio.CapacityLimiter(math.inf)
 
 
@@ -69,10 +69,10 @@ class UserThreads:
 
 
 async def in_thread(call: Callable[[], R], *, may_hang: bool = False) -> R:
-    """Return what *call* gives, which a thread runs at once: to wait for a turn is the caller's.
+    """Run *call* in a thread at once and return its result; the caller has waited for its turn.
 
-    To be cancelled meanwhile is only for one that *may_hang*: the thread goes on then. If there is no thread
-    to be had, the others wait until the caller has done it; EAGAIN for one that may hang.
+    Only a call that *may_hang* can be cancelled meanwhile: the thread continues. If no thread can be started,
+    the caller's thread runs it and others wait; EAGAIN for a call that may hang.
     """
     try:
         return await trio.to_thread.run_sync(call, limiter=_ANY, abandon_on_cancel=may_hang)

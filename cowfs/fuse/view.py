@@ -1,4 +1,4 @@
-"""A store to look at: its filesystem, raw and read-only, as a mount of its own beside the union's.
+"""Show a store: its raw filesystem, read-only, as a mount of its own beside the union's.
 
 What the kernel's mount of an image shows at ``/mnt/memory``, for a layer that is read in this process:
 ``upper/``, ``work/`` and ``cowfs/`` as they are, whiteouts as devices 0:0, the overlay's own attributes.
@@ -37,7 +37,7 @@ from cowfs.types import FileHandle
 log = logging.getLogger(__name__)
 
 FSTYPE = "fuse.cowfs-store"
-"""Not that of a union: whoever looks for one by its type must not find us."""
+"""Not the type of a union: a program that looks for unions by type must not find this."""
 _SOURCE = "cowfs-store"
 """Not the path of the image: e2fsck and resize2fs would take it for mounted, and grow would fail."""
 _MOST = 128 << 10
@@ -100,9 +100,9 @@ class View:
     # --- the connection
 
     def mount(self, place: str) -> None:
-        """Attach to a directory: read-only, and for everybody whom the modes let. OSError. Needs root.
+        """Attach to a directory: read-only, for everybody whom the modes permit.
 
-        Until :meth:`serve` runs, whoever looks there waits.
+        OSError. Needs root. Until :meth:`serve` runs, accesses wait.
         """
         mode = self._layer.stat(self._layer.root).st_mode
         options = f"fd={self._fd},rootmode={mode:o},user_id={os.geteuid()},group_id={os.getegid()}"
@@ -115,7 +115,7 @@ class View:
             self._place, self._dev = place, here.dev
 
     async def serve(self) -> None:
-        """Answer until the mount is gone, or this is cancelled; then :meth:`close`."""
+        """Answer requests until the mount is gone, or this is cancelled; then :meth:`close`."""
         try:
             while True:
                 await trio.lowlevel.wait_readable(self._fd)
@@ -134,10 +134,10 @@ class View:
             self.close()
 
     def close(self) -> None:
-        """Detach the mount, wherever it is used yet, and let go of all files. Safe to call twice.
+        """Detach the mount, even if it is in use, and close all files.
 
-        Comes before the layer is closed. Who waits for an answer gets ECONNABORTED, whoever asks from now
-        on ENOTCONN.
+        Safe to call twice. Call it before the layer is closed. Pending requests get ECONNABORTED, later ones
+        ENOTCONN.
         """
         fd, self._fd = self._fd, -1
         if fd < 0:
@@ -202,7 +202,7 @@ class View:
         return handle
 
     def _node(self, request: Request) -> _Node:
-        """Return what is meant, if it is yet what it was. ESTALE."""
+        """Return the node that is meant, if it is still the same. ESTALE."""
         node = self._nodes.get(request.nodeid)
         if node is None or self._layer.handle(node.key) != node.identity:
             raise _error(errno.ESTALE)
@@ -334,7 +334,7 @@ class View:
         return b"".join(entries)
 
     def _entry(self, node: _Node, name: bytes) -> tuple[int, int] | None:
-        """Return inode number and mode of what is in a directory under a name."""
+        """Return the inode number and mode of a name in a directory."""
         if name == b"..":
             return node.parent, stat.S_IFDIR
         if name == b".":
@@ -375,7 +375,7 @@ def _name(body: bytes) -> bytes:
 
 
 def _xattr_reply(value: bytes, size: int) -> bytes:
-    """Return what is answered to a question for an attribute of at most *size* bytes; 0: how long it is."""
+    """Return the answer to a request for an attribute of at most *size* bytes; 0: for its length."""
     if size == 0:
         return protocol.GETXATTR_OUT.pack(len(value))
     if len(value) > size:

@@ -31,8 +31,8 @@ class _Unsynced(KernelFile):
 class ApartLayer(DirectoryLayer):
     """Serve parts of the tree below *above* (which the layer owns from now on) as the directory of a store.
 
-    *parts* tells for each name at the root the way to it from *above*. Not *durable*, nothing is ever waited
-    for to be on disk, whoever asks for that.
+    *parts* gives for each name at the root the path to it from *above*. If not *durable*, nothing ever waits
+    for the disk, whatever a caller requests.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class ApartLayer(DirectoryLayer):
         return here
 
     def _really(self, place: Place) -> Place:
-        """Return where something is that is at *place*. ENOENT for what is no part."""
+        """Return where something at *place* really is. ENOENT for anything that is not a part."""
         if place[0] is not self.root:
             return place
         try:

@@ -29,7 +29,7 @@ NamesJob = Callable[[], list[bytes]]
 
 
 def at_once(call: Callable[[], None], /) -> None:
-    """Make a call that may be made later, too."""
+    """Make a call at once that may be made later, too."""
     call()
 
 
@@ -111,14 +111,14 @@ class LowerLayer(Protocol):
     """For messages: where the layer comes from."""
     root: Key
     dev: int
-    """``st_dev`` of the attributes it gives, but for subvolumes of btrfs."""
+    """``st_dev`` of the attributes it gives, except for subvolumes of btrfs."""
     generation: int | None
-    """What says, along with an inode's number, for all times which inode is meant; an upper's inodes have one
-    each (``st_gen``). None where that is not known."""
+    """Together with an inode's number this says for all times which inode is meant; an upper's inodes have
+    one each (``st_gen``). None if unknown."""
     waits: bool
-    """Whether its calls may wait for other machines or programs: the data of its files is read in threads."""
+    """Whether its calls may wait for other machines or programs: threads read the data of its files."""
     has_descriptors: bool
-    """Whether a file of it that is open costs one of the kernel's."""
+    """Whether an open file of it needs a file descriptor."""
     data_only: bool
     """Whether a union shows no name of it: it has the data of files that layers above name by a redirect."""
 
@@ -135,8 +135,8 @@ class LowerLayer(Protocol):
     def names(self, directory: Key) -> list[bytes] | NamesJob:
         """The names that readdir gives, without their types: cheaper where they are not needed.
 
-        Where there are very many, what gives them is returned: a call that may be made in any thread, once,
-        while the layer goes on being used. Names that come or go meanwhile may be among them or not.
+        For a very large directory it returns a function that gives them: it may be called once, in any
+        thread, while the layer is in use. Names added or removed meanwhile may be missing or not.
         """
         ...
 
@@ -178,12 +178,14 @@ class UpperLayer(LowerLayer, Protocol):
     """
 
     fill_unit: int
-    """Of how many bytes its files' holes are, if they can be filled while others write to them, as
+    """The unit of holes in its files, in bytes, if they can be filled while others write to them, as
     :class:`cowfs.layers.partial.Fillable` says; else 0."""
     later: Callable[[Callable[[], None]], None]
-    """Takes calls that block and for which nobody waits. Who has threads sets it; else they are made now."""
+    """Takes blocking calls for which nobody waits. A user that has threads sets it; else the calls are made
+    at once.
+    """
     pressed: Sequence[int]
-    """Its first is not 0 while something should be put on disk before more is changed: see relieve."""
+    """Its first element is not 0 while something should be put on disk before more changes: see relieve."""
 
     def create(self, directory: Key, name: bytes, mode: int, uid: int, gid: int) -> tuple[Key, File]:
         """Make an empty regular file, open for reading and writing. EEXIST when *name* is there."""
@@ -196,11 +198,11 @@ class UpperLayer(LowerLayer, Protocol):
     def mknod(self, directory: Key, name: bytes, mode: int, rdev: int, uid: int, gid: int) -> Key: ...
 
     def link(self, key: Key, directory: Key, name: bytes) -> None:
-        """Give the inode one more name. EMLINK when the filesystem allows no more."""
+        """Give the inode one more name. EMLINK if the filesystem allows no more."""
         ...
 
     def unlink(self, directory: Key, name: bytes, key: Key | None) -> None:
-        """Remove a name. *key* is the inode's, if the caller goes on using it; it stays valid."""
+        """Remove a name. *key* is the inode's, if the caller continues to use it; it stays valid."""
         ...
 
     def rmdir(self, directory: Key, name: bytes, key: Key | None) -> None: ...
@@ -232,11 +234,11 @@ class UpperLayer(LowerLayer, Protocol):
     """When reading changes it."""
 
     def note_reads(self, when: Atime) -> None:
-        """Change the atime of what is read from now on, by the files that are opened from now on."""
+        """Change the atime on later reads through files that are opened from now on."""
         ...
 
     def was_read(self, key: Key) -> None:
-        """Note that something was read, where the kernel does not. Nobody is told if it fails."""
+        """Note that something was read, where the kernel does not. A failure is not reported."""
         ...
 
     def truncate(self, key: Key, size: int) -> None: ...
@@ -285,7 +287,7 @@ class Flagged(Protocol):
     """A layer whose inodes have more than attributes. Flags are asked of files and directories alone."""
 
     def getflags(self, key: Key) -> int:
-        """The flags of chattr(1), as FS_IOC_GETFLAGS gives them; 0 where there are none."""
+        """The flags of chattr(1), as FS_IOC_GETFLAGS returns them; 0 where there are none."""
         ...
 
     def birth(self, key: Key) -> int | None:
@@ -297,7 +299,7 @@ class Flaggable(Flagged, Protocol):
     """An upper layer of that kind."""
 
     def setflags(self, key: Key, flags: int) -> None:
-        """Set all of them, as FS_IOC_SETFLAGS does. EOPNOTSUPP. Who may do so is for the caller to see to."""
+        """Set all of them, as FS_IOC_SETFLAGS does. EOPNOTSUPP. The caller checks the permission."""
         ...
 
     def version(self, key: Key) -> int:
@@ -338,10 +340,10 @@ def takes_whole(layer: UpperLayer) -> TypeGuard[TakesWhole]:
 
 
 class Transactional(Protocol):
-    """A layer that can have several changes come to disk at once."""
+    """A layer that can put several changes on disk in one step."""
 
     def together(self) -> AbstractContextManager[object]:
-        """The changes in the block come to disk together or not at all: a few quick ones."""
+        """The changes in the block reach the disk together or not at all: a few quick ones."""
         ...
 
 

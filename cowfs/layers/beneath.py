@@ -1,10 +1,11 @@
-"""What keeps a directory layer in its directory, whoever made what is in there, or changes it meanwhile.
+"""Keeps a directory layer inside its directory, whoever made its contents or changes them meanwhile.
 
 A layer is walked one name at a time, each relative to a descriptor of the directory above, and no link is
-ever followed. That leaves two ways out: a name that is none, and a mount. Where we may, the layer is in a
-mount of its own, on which nobody mounts anything (:func:`cowfs.linux.mounts.private_clone`). Else the kernel
-is told to refuse mounts, at the price of two system calls more, and what is mounted on is an empty directory:
-what is below it nobody can see. To walk on would be to wait for ourselves where the mount is our own.
+ever followed. That leaves two ways out: an invalid name, and a mount. Where permitted, the layer is in a
+mount of its own, on which nobody can mount anything (:func:`cowfs.linux.mounts.private_clone`). Else the
+kernel is told to refuse mounts, at the price of two system calls more, and what is mounted on is an empty
+directory: what is below it nobody can see. To walk on would be to wait for ourselves where the mount is our
+own.
 
 Whoever owns a directory can put something else under a name at any moment, between any two calls. So a name
 is followed once, to a descriptor (O_PATH, which opens nothing: no fifo waits, no device acts), and only if
@@ -31,14 +32,16 @@ NO_NAMES = {b"", b".", b".."}
 
 
 def check_name(name: bytes) -> None:
-    """Raise EINVAL for what is not one name in one directory: images and notes say what they like."""
+    """Raise EINVAL for anything but one name in one directory: images and overlay attributes may contain
+    anything.
+    """
     if name in NO_NAMES or b"/" in name or b"\0" in name:
         raise OSError(errno.EINVAL, "no name in a directory", name)
 
 
 @dataclass(frozen=True, slots=True)
 class Ways:
-    """How to get at what is in a directory; both raise EXDEV for what something is mounted on."""
+    """How to access the contents of a directory; both raise EXDEV for names that something is mounted on."""
 
     stat: Callable[[int, bytes], os.stat_result]
     """fstatat(2) without following."""
@@ -91,8 +94,8 @@ _GUARDED = Ways(_stat_beneath, _open_beneath)
 def enclosed(root: int) -> tuple[int, Ways]:
     """Return a descriptor (O_PATH) of the directory *root* to be used in its place, and the ways in it.
 
-    It may be *root* itself. If it is not, *root* shall stay open as long: what it is on is then in use for
-    all to see.
+    It may be *root* itself. If it is not, keep *root* open as long: then everybody can see that its
+    filesystem is in use.
     """
     with suppress(OSError):
         return mounts.private_clone(root), PLAIN
@@ -112,8 +115,8 @@ REGULAR, DIRECTORY, LINK = stat.S_IFREG >> 12, stat.S_IFDIR >> 12, stat.S_IFLNK 
 """Types, as in a mark."""
 
 _FLEETING = {filesystems.FAT, filesystems.EXFAT, filesystems.FUSE, filesystems.CIFS, filesystems.SMB2}
-"""Filesystems that give an inode another number once they have forgotten it: there the type must do. None of
-them has hard links, or whoever serves it can say anything."""
+"""Filesystems that renumber an inode once they have forgotten it: there the type must do. They have no hard
+links, or their server can claim anything."""
 
 _CLOCK_REALTIME_COARSE = 5  # linux/time.h
 _OUR_CLOCK = {
@@ -122,11 +125,11 @@ _OUR_CLOCK = {
 _WITHOUT_OWNERS = {
     *(filesystems.FAT, filesystems.EXFAT, filesystems.CIFS, filesystems.SMB2),
 }
-"""Filesystems on which all belongs to whom the mount says, and nobody makes links."""
+"""Filesystems where every file belongs to the mount's user, and nobody can make links."""
 _SQUASHED = {filesystems.NFS: (65534,)}
-"""Whom a server may make of root: exports(5)."""
+"""The user to whom a server may map root: exports(5)."""
 _WITHIN = {filesystems.BTRFS, filesystems.BCACHEFS, filesystems.NFS}
-"""Filesystems with others in them that are no mounts, so that st_dev tells, too."""
+"""Filesystems that contain others which are not mounts, so that st_dev must be checked, too."""
 
 
 def marker(magic: int, dev: int) -> Mark:
@@ -152,7 +155,7 @@ def marker(magic: int, dev: int) -> Mark:
 
 
 def stale(name: bytes) -> OSError:
-    """Return the ESTALE of a name that stands for something else by now: the kernel looks it up anew."""
+    """Return the ESTALE of a name that now belongs to something else: the kernel looks it up again."""
     return OSError(errno.ESTALE, os.strerror(errno.ESTALE), name)
 
 
@@ -165,7 +168,7 @@ def open_given(path: str, flags: int = os.O_PATH | os.O_DIRECTORY) -> int:
 
 
 def _way(fd: int) -> bytes:
-    """Return the name that leads to nothing but what the descriptor is on (proc(5))."""
+    """Return the name that leads only to what the descriptor refers to (proc(5))."""
     return b"/proc/self/fd/%d" % fd
 
 
@@ -190,7 +193,7 @@ def open_directory(fd: int, flags: int = 0) -> int:
 
 
 def entries(fd: int, flags: int = 0) -> list[DirEntry]:
-    """Return what is in a directory, with the types that the filesystem tells. *flags*: O_NOATIME."""
+    """Return the entries of a directory, with the types that the filesystem reports. *flags*: O_NOATIME."""
     here = open_directory(fd, flags)
     try:
         with os.scandir(here) as found:
@@ -200,7 +203,7 @@ def entries(fd: int, flags: int = 0) -> list[DirEntry]:
 
 
 _MANY = 8192
-"""So many names are read at once: some milliseconds."""
+"""How many names are read at once: some milliseconds."""
 
 
 def names(fd: int) -> list[bytes] | Callable[[], list[bytes]]:
@@ -363,7 +366,7 @@ def is_new(fd: int, info: os.stat_result, since: int, magic: int) -> bool:
 
 
 def _entry_type(entry: os.DirEntry[str]) -> int:
-    """The S_IFMT bits, without a system call for the types that scandir(3) has learnt by itself."""
+    """The S_IFMT bits, without a system call for the types that scandir(3) reports."""
     try:
         if entry.is_symlink():
             return stat.S_IFLNK

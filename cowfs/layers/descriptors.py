@@ -25,12 +25,12 @@ from cowfs.types import Attr
 R = TypeVar("R")
 
 _OPEN_DIRECTORIES = 512
-"""How many directory descriptors a layer keeps open at a time, at most."""
+"""How many directory descriptors a layer keeps open at most."""
 _PART = 8
-"""All layers together keep one part of so many of all descriptors."""
+"""All layers together keep this fraction of all descriptors."""
 _FEWEST = 4
 _LARGE = 16 << 20
-"""To free so many bytes is long work."""
+"""Freeing this many bytes is long work."""
 _KEPT_CHAIN = 64
 """Descriptors of all directories above are kept too when a directory is less deep than this, of some if not:
 then the way to the next one in the same place is not as long."""

@@ -42,8 +42,8 @@ _PATH_MAX = 4096
 class DirectoryLayer(Descriptors):
     """Serve the tree below *root_fd* (which the layer owns from now on) as an upper or lower layer.
 
-    What is mounted inside it does not belong to it. *alone* says that nothing can be: *root_fd* is the root
-    of a mount that is in no namespace.
+    Mounts inside it do not belong to it. *alone* says that there cannot be any: *root_fd* is the root of a
+    mount that is in no namespace.
 
     Without privilege (*privileged* false) an upper cannot give files to other users. It then notes
     the owner that was asked for and shows it: a directory of root's, copied up by somebody else, goes
@@ -243,7 +243,7 @@ class DirectoryLayer(Descriptors):
     def _made(
         self, directory: PathKey, name: bytes, kind: int, since: int, uid: int, gid: int, added: int = 0
     ) -> PathKey:
-        """Return the key of what we have just made. ESTALE if that is there no more."""
+        """Return the key of what we have just made. ESTALE if it is gone already."""
         attr = self._stat(self._dir_fd(directory), name)
         if attr.st_mode >> 12 != kind:
             raise stale(name)
@@ -353,11 +353,11 @@ class DirectoryLayer(Descriptors):
             self._notes.act_as_root(spare, anew=anew)
 
     def place(self, key: PathKey) -> tuple[PathKey, bytes] | None:
-        """Return the directory and the name that a key stands for; None when its name is gone."""
+        """Return the directory and the name of a key; None if its name is gone."""
         return None if key.parent is None else (key.parent, key.name)
 
     def plain_write(self, directory: PathKey, name: bytes, content: bytes) -> PathKey:
-        """Make a regular file of ours that holds *content*."""
+        """Make a regular file of our own with this *content*."""
         with closing(KernelFile(beneath.make_file(self._place(directory, name), name, 0o600))) as file:
             file.pwrite(content, 0)
             return PathKey(directory, name, self._mark(file.stat()))
@@ -402,7 +402,7 @@ class DirectoryLayer(Descriptors):
         return KernelFile(beneath.open_directory(self._dir_fd(key)))
 
     def hurry(self, on: bool) -> bool:
-        """Whoever waits for the disk here is told so by the kernel alone."""
+        """Here the kernel alone reports when a thread would wait for the disk."""
         del on
         return False
 

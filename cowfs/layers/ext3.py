@@ -1,7 +1,7 @@
 """An ext3 image as an upper layer, read and written in-process: no mount, no loop device, no privilege.
 
-What the kernel's VFS does for a mounted filesystem is done here: who a new inode belongs to, ACLs,
-which changes take set-ID bits and capabilities away, and that what is in use outlives its names.
+This does what the kernel's VFS does for a mounted filesystem: the owner of a new inode, ACLs, which changes
+drop set-ID bits and capabilities, and inodes in use that have lost their names.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ _HANDLE = struct.Struct("=II")
 _NAME_MAX = 255
 _devices = itertools.count(1)
 _FIRST_DEVICE = 2 << 40
-"""Device numbers of layers that the kernel knows nothing of are beyond its 32 bits; squashfs has 1 << 40."""
+"""Device numbers of layers that the kernel does not know are beyond its 32 bits; squashfs has 1 << 40."""
 
 
 class _Inherit(NamedTuple):
     """What a directory has for the inodes that are made in it."""
 
     gid: int
-    """-1 but in a set-group-ID directory."""
+    """-1, except in a set-group-ID directory."""
     acl: bytes
 
 
@@ -69,9 +69,9 @@ class Ext3Layer:
         self._capabilities = Capabilities(image)
         self.atime = Atime()
         self.spare_bytes = 0
-        """By how much the image can be made to grow when it is full: counted as free."""
+        """How much the image can be enlarged when it is full: counted as free."""
         self.is_beyond_room = False
-        """Whether the last ENOSPC was for attributes that fit into no inode, however much room there is."""
+        """Whether the last ENOSPC was for attributes that fit into no inode, whatever the free space."""
         self.later: Callable[[Callable[[], None]], None] = at_once
         self.pressed = image.pressed
         self.hurry = image.hurry
@@ -80,9 +80,10 @@ class Ext3Layer:
     # --- reading
 
     def lookup(self, directory: int, name: bytes) -> tuple[Key, Attr] | None:
-        """Find *name*; None when it is not there. ENOTDIR, ENAMETOOLONG.
+        """Find *name*; None if it is not there.
 
-        EUCLEAN for a directory that has another place as well: what is found has an end.
+        ENOTDIR, ENAMETOOLONG. EUCLEAN for a directory that has another place as well, so that the tree is
+        finite.
         """
         names = self.image.names(directory)
         value = names.get(name)
@@ -124,7 +125,7 @@ class Ext3Layer:
         return self.image.readlink(key)
 
     def listxattr(self, key: int) -> list[bytes]:
-        """All names, those of trusted.* too, whoever we are."""
+        """All names, those of trusted.* too, whatever our privileges."""
         return self.image.listxattr(key)
 
     def getxattr(self, key: int, name: bytes) -> bytes:

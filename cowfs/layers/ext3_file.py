@@ -43,7 +43,7 @@ class InUse:
         self._orphans: dict[int, Key | None] = {}  # without a name: by which key they live
 
     def has(self, ino: int, key: int | None) -> bool:
-        """Say whether an inode is used, *key* being that of somebody who goes on doing so."""
+        """Return whether an inode is in use by somebody other than the holder of *key*."""
         return key == ino or ino in self._files
 
     def lost_its_name(self, ino: int, key: int | None) -> None:
@@ -69,7 +69,7 @@ class InUse:
                 self._let_go(ino)
 
     def forgotten(self, key: int) -> None:
-        """Note that the user of this very key needs it no more."""
+        """Note that the user of this key needs it no more."""
         if self._orphans:
             with self.lock:
                 if self._orphans.get(key) is key:
@@ -113,7 +113,7 @@ class Capabilities:
     def __init__(self, image: Image) -> None:
         self._image = image
         self.count = 0
-        """How many were set so far: who has seen that a file has none must look again when it changes."""
+        """How many were set so far: a caller that found none must look again when it changes."""
 
     def has(self, ino: int) -> bool:
         """Whether an inode has one: most have not, and exceptions are slow."""

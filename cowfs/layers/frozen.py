@@ -18,7 +18,7 @@ class FrozenLayer:
         self.waits = layer.waits
         self.has_descriptors = layer.has_descriptors
         self.data_only = False
-        # Nothing stands between the caller and the layer: a call costs no more than one of the upper's.
+        # Calls go directly to the layer: they cost no more than the upper's.
         self.lookup = layer.lookup
         self.stat = layer.stat
         self.readdir = layer.readdir
@@ -38,4 +38,4 @@ class FrozenLayer:
             self.reopened = layer.reopened
 
     def close(self) -> None:
-        """Nothing: the layer is closed by whoever opened it."""
+        """Do nothing: whoever opened the layer closes it."""

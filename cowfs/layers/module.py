@@ -41,7 +41,7 @@ class ModuleLayer(SquashfsLayer):
         return attr
 
     def handle(self, key: int) -> FileHandle | None:
-        """There is none."""
+        """Return None: a module has no file handles."""
         return None
 
     def handle_ino(self, handle: FileHandle) -> int | None:

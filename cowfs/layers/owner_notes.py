@@ -49,9 +49,10 @@ _SPECIAL = {stat.S_IFLNK, stat.S_IFCHR, stat.S_IFBLK, stat.S_IFIFO, stat.S_IFSOC
 
 
 def parse(value: bytes, real: int) -> Note:
-    """Read a note on an inode of the mode *real*. ValueError for what nobody has written as one.
+    """Read a note on an inode of the mode *real*.
 
-    Whoever can write to the inode can write the note, so nothing in it is believed.
+    ValueError for an invalid note. Everybody who can write to the inode can write the note, so it is not
+    trusted.
     """
     found = _FORM.fullmatch(value)
     if found is None:
@@ -148,10 +149,10 @@ class OwnerNotes:
             self._user = parse(layer.getxattr(layer.root, USER_XATTR), stat.S_IFDIR)
 
     def act_as_root(self, spare: Key, *, anew: bool) -> None:
-        """Hold every owner and every type from now on, by stand-ins where a note cannot be.
+        """From now on keep every owner and every type, with stand-in files where a note is impossible.
 
-        These are made in the directory *spare*. Whatever was left in there may be removed. With *anew*,
-        which is for a layer that holds nothing yet, what has no note belongs to root.
+        These are made in the directory *spare*; files left there may be removed. With *anew*, for an empty
+        layer, files without a note belong to root.
         """
         self._spare = spare
         if anew and self._user is None:
@@ -231,7 +232,7 @@ class OwnerNotes:
         return self.shown(parent, above).st_gid if above.st_mode & stat.S_ISGID else gid
 
     def _try_chown(self, key: Key, real: Attr, uid: int, gid: int) -> Attr:
-        """Give the inode away really where that is possible: to another group of ours."""
+        """Really change the owner where that is possible: to another group of ours."""
         if self._user is not None or (real.st_uid, real.st_gid) == (uid, gid):
             return real
         try:

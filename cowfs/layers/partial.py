@@ -18,7 +18,7 @@ from cowfs.layers.base import Allocatable, File
 from cowfs.types import Attr
 
 _PIECE = 256 << 10
-"""Bytes that are copied at a time: whoever needs the upper at that moment waits."""
+"""Bytes that are copied at a time: a request that needs the upper at that moment waits."""
 
 
 class Fillable(File, Protocol):
@@ -41,13 +41,13 @@ class Part:
 
     def __init__(self, end: int, unit: int) -> None:
         self.end = end
-        """So many bytes of the lower show where the upper has holes; zeros do from there on."""
+        """Up to this byte the lower shows through the holes of the upper; beyond it they are zeros."""
         self.unit = unit
         """Bytes that the upper makes out of a hole at once."""
         self.is_whole = False
         """Whether nothing of the lower shows any more: a hole is a hole."""
         self.is_wrong = False
-        """Whether the store could not be told of the *end*: so the file must not become longer."""
+        """Whether the *end* could not be written to the store: then the file must not become longer."""
         self.changing = threading.Lock()
         """Held by who changes *end*, and by who fills holes below it."""
 
@@ -93,7 +93,7 @@ class PartialFile:
             yield _Below(self), end - position, position
 
     def below(self, size: int, offset: int, read: Callable[[int, int], bytes | None]) -> bytes | None:
-        """Return so many bytes of what shows in holes, read by *read*. EIO if the lower is shorter now."""
+        """Return this many bytes that the holes show, read by *read*. EIO if the lower is shorter now."""
         there = min(size, max(self._part.end - offset, 0))
         data = read(there, offset) if there else b""
         if data is not None and len(data) != there:
@@ -170,19 +170,19 @@ class PartialFile:
             self._part.end = min(self._part.end, size)
 
     def truncate(self, size: int) -> None:
-        """EIO but for a file that is whole: who sets a size copies the data that it leaves first."""
+        """EIO unless the file is complete: whoever sets a size copies the remaining data first."""
         if not self._part.is_whole:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         self._target.truncate(size)
 
     def fallocate(self, mode: int, offset: int, length: int) -> None:
-        """EIO but for a file that is whole: a hole shows the lower."""
+        """EIO unless the file is complete: a hole shows the lower."""
         if not self._part.is_whole:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         cast(Allocatable, self._target).fallocate(mode, offset, length)
 
     def fsync(self, datasync: bool) -> None:
-        """Return when what the upper has is on disk. So is the rest: in the lower."""
+        """Return when the upper's data is on disk. The rest is in the lower."""
         self._target.fsync(datasync)
 
     def stat(self) -> Attr:

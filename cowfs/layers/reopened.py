@@ -1,7 +1,7 @@
-"""A file that is open without a descriptor: each call opens it anew.
+"""A file that is open without a descriptor: each call opens it again.
 
-That is for those who open more files than there are descriptors. It costs two system calls more for each read
-and write, and there is no number of them at which the next one must be refused.
+It is for users who open more files than there are descriptors. Each read and write costs two more system
+calls, and the number of open files has no limit.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""A lower layer whose calls may wait for other machines or programs, for those who must not wait.
+"""Wraps a lower layer whose calls may wait for other machines or programs, for callers that must not wait.
 
 Until a union is served its calls are done at once. From then on (:meth:`SlowLayer.serve`) the layer gives the
-answers that the :class:`Answers` at hand hold, and raises :class:`NotYet` where they hold none. Whoever gets
-that has the question asked in a thread, and does the whole operation again, with the answer: an operation
-that a layer's call fails leaves nothing behind. So no lock is held, and no operation half done, while a
-lower is waited for (docs/adr/0025-slow-lowers.md).
+answers that the :class:`Answers` at hand hold, and raises :class:`NotYet` where they hold none. The caller
+then has the question asked in a thread, and repeats the whole operation with the answer: an operation that a
+layer's call fails leaves nothing behind. So no lock is held, and no operation half done, while a lower is
+waited for (docs/adr/0025-slow-lowers.md).
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ log = logging.getLogger(__name__)
 _CLOSING = 3.0
 """Seconds that the end of the union waits for a lower to close its files."""
 _SMALL = 64 << 10
-"""A file of no more bytes is read when it is opened …"""
+"""A file up to this size is read when it is opened …"""
 _SMALL_TOGETHER = 32 << 20
-"""… unless so many bytes of a layer's files wait to be read."""
+"""… unless this many bytes of a layer's files wait to be read."""
 _NONE = {errno.ENODATA, errno.EOPNOTSUPP}
 _MOST_VALUES = 32
-"""So many attributes are read along with their names."""
+"""How many attributes are read along with their names."""
 
 
 class NotYet(Exception):
@@ -57,9 +57,9 @@ class Question(NamedTuple):
     arguments: tuple[Any, ...]
 
     def ask(self, more: Iterable[bytes] = ()) -> Learnt:
-        """Return the answer, and those to what is likely asked next. Blocks; for any thread.
+        """Return the answer, and answers to the likely next questions.
 
-        *more* are names that are looked up too if this is a lookup.
+        Blocks; for any thread. *more* are names to look up as well if this is a lookup.
         """
         learnt: Learnt = {}
         self._learn(learnt)
@@ -137,7 +137,7 @@ class Answers:
             _at_hand.set(before)  # no reset(): a request may have moved to another thread, with its context
 
     def to(self, question: Question) -> Answer | None:
-        """Return what is known. A file is given once."""
+        """Return the answer if it is known. An open file is handed out once."""
         if question.method != "open":
             return self._known.get(question)
         answer = self._known.pop(question, None)
@@ -161,7 +161,7 @@ class SlowLayer:
     has_descriptors = True
 
     def __init__(self, inner: LowerLayer, *, knows_at_once: bool = False) -> None:
-        """*knows_at_once*: it heeds :func:`cowfs.url.waiting.at_once`: what is at hand needs no thread."""
+        """*knows_at_once*: it respects :func:`cowfs.url.waiting.at_once`: cached data needs no thread."""
         self.inner = inner
         self.knows_at_once = knows_at_once
         self.name = inner.name
@@ -170,7 +170,7 @@ class SlowLayer:
         self.has_notes = False
         """Whether the union reads the attributes of directories: layers below are to be hidden by them."""
         self.bare: dict[Key, OSError] = {}
-        """The inodes in use that have no attributes, and what is said to who asks for one."""
+        """The inodes in use without attributes, and the answer to a request for one."""
         self._files: set[SlowFile] = set()
         self._room = _SMALL_TOGETHER
         self._counting = threading.Lock()
@@ -270,7 +270,7 @@ class SlowLayer:
         self.inner.forget(key)
 
     def take_room(self, size: int) -> bool:
-        """Whether there is room for so many bytes that were read ahead; a negative *size* gives it back."""
+        """Whether there is memory for this many bytes read ahead; a negative *size* frees it."""
         with self._counting:
             if size > self._room:
                 return False
@@ -293,7 +293,9 @@ class SlowLayer:
         return True
 
     def close(self) -> None:
-        """Close all. Waits some seconds for it, then leaves it to the end of the process, and says so."""
+        """Close all files. Waits some seconds for it, then leaves them to the end of the process, and logs
+        that.
+        """
         thread = threading.Thread(target=self._close, name=f"closes {self.name}", daemon=True)
         try:
             thread.start()
@@ -315,7 +317,7 @@ _unclosed: list[SlowLayer] = []
 
 
 def must_stay_open() -> bool:
-    """Whether the process shall end without closing what is open: it could wait for ever."""
+    """Whether the process must end without closing its files: closing could block for ever."""
     return bool(_unclosed)
 
 
@@ -389,7 +391,7 @@ class SlowFile:
             yield start, end
 
     def fileno(self) -> int:
-        """-1: nobody shall read from it but by a thread."""
+        """-1: only threads may read from it."""
         return -1
 
     def descriptor(self) -> int:
@@ -425,7 +427,7 @@ class SlowFile:
 
 
 class _Target:
-    """The file that a slow one is copied to: a copy that hangs until nobody waits for it writes no more."""
+    """The target of a copy from a slow file: a hanging copy that nobody waits for any more writes nothing."""
 
     def __init__(self, source: SlowFile, target: File) -> None:
         self._source = source
@@ -443,5 +445,5 @@ class _Target:
 
 
 def unwrapped(layer: LowerLayer) -> LowerLayer:
-    """Return the layer itself, for threads and those who may wait."""
+    """Return the layer itself, for threads and callers that may wait."""
     return layer.inner if isinstance(layer, SlowLayer) else layer

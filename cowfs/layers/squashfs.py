@@ -225,7 +225,7 @@ class SquashfsLayer:
         return self._image.xattr(key, name)
 
     def open(self, key: int, flags: int) -> SquashfsFile:
-        """Open a regular file for reading. EROFS otherwise; EISDIR, EINVAL for what is no file."""
+        """Open a regular file for reading. EROFS for any other access; EISDIR, EINVAL for any other type."""
         if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
             raise _error(errno.EROFS)
         data = self._image.data(key)

@@ -138,7 +138,7 @@ class TarLayer:
             raise _error(errno.ENODATA) from None
 
     def open(self, key: Inode, flags: int) -> TarFile:
-        """Open a regular file for reading. EROFS otherwise; EISDIR, EINVAL for what is no file."""
+        """Open a regular file for reading. EROFS for any other access; EISDIR, EINVAL for any other type."""
         if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
             raise _error(errno.EROFS)
         if not stat.S_ISREG(key.mode):

@@ -20,7 +20,7 @@ from cowfs.linux import limits
 from cowfs.types import Attr, own_attr
 
 _PART = 8
-"""One part of so many of all descriptors is for them."""
+"""This fraction of all descriptors is for them."""
 
 
 class Nameless:
@@ -39,7 +39,7 @@ class Nameless:
         self._numbers = itertools.count()
 
     def are_many(self) -> bool:
-        """Whether one more shall have no descriptor if that can be."""
+        """Whether the next one should do without a descriptor if possible."""
         return len(self.pinned) >= limits.descriptors() // _PART
 
     # --- files
@@ -70,7 +70,7 @@ class Nameless:
     # --- directories
 
     def leaves(self, key: PathKey, attr: Attr) -> None:
-        """Remember the attributes that a directory had in the end."""
+        """Remember the last attributes of a directory."""
         self._left[key] = _with_nlink(attr, 0)
 
     def attributes(self, key: PathKey) -> Attr | None:
@@ -84,7 +84,7 @@ class Nameless:
         return attr if mark not in self.hidden else _with_nlink(attr, attr.st_nlink - 1)
 
     def forget(self, key: PathKey) -> None:
-        """Let go of an inode, but for its descriptor."""
+        """Forget an inode, except its descriptor."""
         self.pinned.discard(key)
         self._left.pop(key, None)
         if self.hidden.get(key.mark) is key:
@@ -92,7 +92,7 @@ class Nameless:
             self.remove(key.name)
 
     def close(self) -> None:
-        """Let go of all."""
+        """Forget all of them."""
         for key in list(self.hidden.values()):
             self.forget(key)
         for key in self.pinned:

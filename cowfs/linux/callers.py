@@ -1,7 +1,7 @@
 """Who makes a request, beyond what the kernel tells a filesystem's daemon: user, group and process.
 
-A thread that waits for our answer exists, and is what /proc says of it. If it is killed meanwhile, so that
-another has its number, nobody gets the answer.
+A thread that waits for our answer exists, and /proc describes it. If it is killed meanwhile and another gets
+its number, nobody receives the answer.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Caller(NamedTuple):
     groups: frozenset[int]
     """All that it is in."""
     capabilities: int
-    """Those that are in effect, in the first user namespace: 0 for who is in another."""
+    """The effective ones, in the initial user namespace: 0 for a process in another one."""
 
     def has(self, capability: str) -> bool:
         """Whether it has one of those that a daemon knows of."""
@@ -43,8 +43,9 @@ class Caller(NamedTuple):
 
 
 def look_at(pid: int) -> Caller | None:
-    """Return what there is to know of a caller; None if that is nothing: it is in no PID namespace of ours
-    (then *pid* is 0), or /proc hides it."""
+    """Return what can be known of a caller; None if nothing: it is outside our PID namespace (then *pid* is
+    0), or /proc hides it.
+    """
     try:
         with open(f"{_proc}/{pid}/status", encoding="ascii", errors="replace") as status:
             facts = dict(line.split(":", 1) for line in status)
@@ -64,9 +65,9 @@ def _is_everybody(pid: int, name: str) -> bool:
 
 
 def may_see_trusted(pid: int, uid: int) -> bool:
-    """Whether a caller is one to whom trusted.* attributes are shown (xattr(7)): who has CAP_SYS_ADMIN.
+    """Whether a caller may see trusted.* attributes (xattr(7)): it has CAP_SYS_ADMIN.
 
-    Of whom nothing is known it is root (*uid* 0).
+    If nothing is known of it, only root may (*uid* 0).
     """
     caller = look_at(pid)
     return caller.has("CAP_SYS_ADMIN") if caller is not None else uid == 0

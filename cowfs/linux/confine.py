@@ -1,8 +1,8 @@
-"""A mount namespace for the daemon alone, in which there is nothing but what it has descriptors of.
+"""A mount namespace for the daemon alone, with only the files that it has open.
 
-Before the layers are opened :func:`step_aside` gives the daemon a copy of the mounts that it sees. When it
-has what it needs :func:`shut_in` takes them all away. So every thread is in there, those that an engine has
-started meanwhile too: pivot_root(2) changes the root that they share.
+Before the layers are opened, :func:`step_aside` gives the daemon a copy of its mounts. When it has opened
+everything, :func:`shut_in` removes them all. This affects every thread, even those that an engine has started
+meanwhile: pivot_root(2) changes the root that they share.
 """
 
 from __future__ import annotations
@@ -40,12 +40,11 @@ def step_aside() -> None:
 
 
 def shut_in() -> None:
-    """Let this process, with all its threads, reach nothing by a path but its own ``/proc/self``, and what
-    /proc tells of who makes requests, for good.
+    """From now on let this process and all its threads reach by path only ``/proc/self`` and what /proc says
+    of callers.
 
-    Directories that it has open become mounts of their own, out of which nothing leads. Then the calls are
-    refused by which it could mount, or run, anything. Raises OSError; then nothing has changed, but for the
-    directories.
+    Its open directories become mounts of their own, with no way out. Then system calls that mount or run
+    anything are blocked. Raises OSError; then nothing has changed, but for the directories.
     """
     os.environ.setdefault("TZ", f":{_ZONE}")  # is read once, and not looked for again at each strftime(3)
     time.tzset()

@@ -124,8 +124,7 @@ def open_beneath(dir_fd: int, name: bytes, flags: int) -> int:
 
 
 def stat_beneath(dir_fd: int, name: bytes) -> os.stat_result:
-    """Return the attributes of *name* in a directory, whatever it is but for what something is mounted on:
-    EXDEV."""
+    """Return the attributes of *name* in a directory; EXDEV if something is mounted on it."""
     fd = open_beneath(dir_fd, name, os.O_PATH | os.O_NOFOLLOW)
     try:
         return os.fstat(fd)
@@ -147,10 +146,10 @@ def fallocate(fd: int, offset: int, length: int, mode: int = 0) -> None:
 
 
 def make_room(fd: int, start: int, end: int, *, alone: bool) -> None:
-    """Let a file have all blocks of a range, which may reach beyond its end; no byte of it changes. Blocks.
+    """Allocate all blocks of a range of a file, which may reach beyond its end; no byte of it changes.
 
-    By fallocate(2). Filesystems that cannot do that (ext3, exFAT, NFS 3) are given zeros to write: beyond the
-    end of the file, and, for one who is *alone* with the file, into its holes, which read as zeros before.
+    Blocks. Uses fallocate(2). On filesystems without it (ext3, exFAT, NFS 3) it writes zeros: beyond the end
+    of the file, and, if we are *alone* with the file, into its holes, which read as zeros before.
     (posix_fallocate(3) reads and writes bytes of blocks that others may be writing to.) Raises OSError; what
     was allocated by then stays.
     """

@@ -41,7 +41,7 @@ def open_connection() -> int:
 def mount_connection(fd: int, mountpoint: str, source: str, given: Collection[str]) -> None:
     """Mount *fd* at a directory, with options in the words of mount(8).
 
-    Whoever looks there waits for who serves *fd*. Raises what stat(2) and mount(2) raise.
+    Accesses wait for the process that serves *fd*. Raises what stat(2) and mount(2) raise.
     """
     options = set(given)
     flags = sum(bit for name, bit in _FLAGS.items() if name in options)
@@ -53,7 +53,7 @@ def mount_connection(fd: int, mountpoint: str, source: str, given: Collection[st
 
 
 def remount(mountpoint: str, options: Collection[str], *, read_only: bool) -> None:
-    """Let a mount be written to, or not any more. *options* are those that it has, in mountinfo's words.
+    """Make a mount writable or read-only. *options* are its present ones, as in mountinfo.
 
     Raises what mount(2) raises: EBUSY while a file in it is open to write, EPERM.
     """

@@ -98,7 +98,7 @@ def end() -> None:
 
 
 def _stay(connection: socket.socket, errands: Mapping[str, Errand], inline: Collection[str]) -> None:
-    """Do errands until the daemon is gone."""
+    """Serve requests until the daemon is gone."""
     _leave_everything(connection.fileno())
     while True:
         message, fds, _, _ = socket.recv_fds(connection, _LONGEST, 1 + _MOST_FDS, socket.MSG_CMSG_CLOEXEC)

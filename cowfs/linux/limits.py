@@ -53,7 +53,7 @@ def _of_cgroup(most: int) -> int:
 
 
 def cgroup_file(name: str) -> str:
-    """Return the path of a file of the cgroup that we are in (cgroups(7), version 2), be it there or not."""
+    """Return the path of a file of our cgroup (cgroups(7), version 2), whether it exists or not."""
     try:
         with open("/proc/self/cgroup", encoding="utf-8", errors="replace") as file:
             place = next((line[3:].strip() for line in file if line.startswith("0::")), "/")

@@ -15,11 +15,11 @@ from cowfs.linux.mount_table import mount_id, mountinfo
 
 
 def who_locks(path: str | bytes | os.PathLike[str]) -> int | None:
-    """Return the process that holds a flock(2) on *path*; None when nobody does that we can see.
+    """Return the process that holds a flock(2) on *path*; None if we can see none.
 
-    /proc/locks names the process that took the lock. When that one is gone (a daemon's parent; then a PID
-    namespace shows no line at all), the one that has it open now is looked for, which only root can do for
-    the processes of others.
+    /proc/locks names the process that took the lock. If that one is gone (a daemon's parent; then a PID
+    namespace shows no line at all), search for the process that has it open now; only root can do that for
+    other users' processes.
     """
     fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
     try:

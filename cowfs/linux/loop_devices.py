@@ -33,9 +33,9 @@ def attach_loop(
 ) -> tuple[int, str]:
     """Attach a file to a free loop device; return a descriptor of the device, and its path.
 
-    *image* is a path or an open descriptor, whose open file description (with any flock(2) on it) the
-    kernel then keeps until the device is detached. That happens by itself when the last user of the
-    device, at first the descriptor returned, is gone. *offset* is in bytes. Raises OSError.
+    *image* is a path or an open descriptor, whose open file description (with any flock(2) on it) the kernel
+    then keeps until the device is detached. The kernel detaches it when the last user of the device (at first
+    the returned descriptor) is gone. *offset* is in bytes. Raises OSError.
     """
     if not isinstance(image, int):
         flags = os.O_RDONLY if readonly else os.O_RDWR

@@ -131,8 +131,8 @@ def private_clone(directory: int) -> int:
     things by mounts.
     """
     clone = _syscall(_SYS_OPEN_TREE, directory, b"", _OPEN_TREE_CLONE | _OPEN_TREE_CLOEXEC | _AT_EMPTY_PATH)
-    # Private: since Linux 6.15 what is mounted on a shared mount comes to its clones. Before 5.12 there is no
-    # mount_setattr(2), and nothing comes.
+    # Private: since Linux 6.15 a new mount on a shared mount propagates to its clones. Before 5.12 there is
+    # no mount_setattr(2), and no such propagation.
     with suppress(OSError):
         wanted = _MOUNT_ATTR_NOATIME | _MOUNT_ATTR_NOSUID | _MOUNT_ATTR_NODEV | _MOUNT_ATTR_NOEXEC
         how = _MOUNT_ATTR.pack(wanted, _MOUNT_ATTR_ATIME, _MS_PRIVATE, 0)
@@ -187,7 +187,7 @@ def mount(source: str, path: str | bytes, fstype: str, flags: int, options: str)
 
 
 def bind(source: str | int, path: str, *, readonly: bool = False) -> None:
-    """Show at *path* what is at *source*, with all that is mounted there, as it is now. Raises OSError."""
+    """Show at *path* the directory *source* with all its present mounts. Raises OSError."""
     if isinstance(source, int):
         source = f"/proc/self/fd/{source}"
     mount(source, path, "", _MS_BIND | _MS_REC, "")
@@ -209,14 +209,14 @@ def change_root(root: str) -> None:
 
 
 def umount2(path: str | bytes, flags: int = 0) -> None:
-    """Unmount what is mounted at *path* (umount2(2)). Blocks unless MNT_DETACH; releases the GIL."""
+    """Unmount *path* (umount2(2)). Blocks unless MNT_DETACH; releases the GIL."""
     if _libc.umount2(os.fsencode(path), flags):
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code), path)
 
 
 def leave(mountpoint: str) -> None:
-    """Take a mount away for this process alone: from now on it sees what is below. Raises OSError."""
+    """Detach a mount for this process alone: from now on it sees what is below. Raises OSError."""
     if _libc.unshare(_CLONE_NEWNS) or _libc.mount(None, b"/", None, _MS_REC | _MS_PRIVATE, None):
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code), mountpoint)
@@ -260,9 +260,9 @@ def hide_table() -> None:
 
 
 def drop_unused(path: str, dev: str) -> None:
-    """Let the kernel drop the names and inodes of the filesystem mounted at *path* that nobody uses.
+    """Make the kernel drop the unused names and inodes of the filesystem mounted at *path*.
 
-    Writes back first, and blocks. ENXIO if what is mounted there is not *dev*, EPERM without CAP_SYS_ADMIN.
+    Writes back first, and blocks. ENXIO if that filesystem is not *dev*, EPERM without CAP_SYS_ADMIN.
     """
     place = os.open(path, os.O_PATH | os.O_DIRECTORY)
     try:
@@ -286,10 +286,10 @@ def unshare_slave() -> None:
 
 
 def exchange_root(root: int, bound: Iterable[tuple[int, str]]) -> None:
-    """Make a detached mount the root of this process and of all its threads, and let go of the mounts that it
-    has seen. Other detached mounts are attached to directories in it first. It cannot be written to.
+    """Make a detached mount the root of this process and all its threads, and drop its other mounts.
 
-    Raises OSError, EINVAL where the root is none that pivot_root(2) takes; then the root is the old one.
+    Other detached mounts are attached to directories in it first. It becomes read-only. Raises OSError,
+    EINVAL if pivot_root(2) does not accept the present root; then the root does not change.
     """
     os.fchdir(root)
     _attach(root, "/")
@@ -315,8 +315,9 @@ def _attach(mount: int, place: str) -> None:
 
 
 def remount(path: str | bytes, *, readonly: bool) -> None:
-    """Let the filesystem that is mounted at *path* be written to, or not any more; noatime. Raises OSError:
-    EBUSY for a file in it that is open to write, EROFS or EACCES for a disk that cannot be written to."""
+    """Make the filesystem mounted at *path* writable or read-only; noatime. Raises OSError: EBUSY for a file
+    in it that is open to write, EROFS or EACCES for a disk that cannot be written to.
+    """
     flags = MS_REMOUNT | _MS_NOATIME | (_MS_RDONLY if readonly else 0)
     if _libc.mount(None, os.fsencode(path), None, flags, None):
         code = ctypes.get_errno()

@@ -37,7 +37,7 @@ static uint32_t tags_per_block(const x3_image *img)
 	return (img->bs - sizeof(struct header) - 16) / sizeof(struct tag);
 }
 
-/* How many descriptors a transaction of *n* blocks takes. */
+/* How many descriptors a transaction of *n* blocks needs. */
 static uint32_t descriptors(const x3_image *img, uint32_t n)
 {
 	return (n + tags_per_block(img) - 1) / tags_per_block(img);
@@ -46,7 +46,7 @@ static uint32_t descriptors(const x3_image *img, uint32_t n)
 
 /* --- opening and closing --- */
 
-/* Write the journal's superblock: from *start* on, the log begins with the running transaction. */
+/* Write the journal's superblock: the log, with the running transaction first, begins at *start*. */
 static int write_super(x3_image *img, uint32_t start)
 {
 	struct journal_super *super = (struct journal_super *)img->jsb;
@@ -59,7 +59,7 @@ static int write_super(x3_image *img, uint32_t start)
 	return error ? error : io_barrier(img);
 }
 
-/* Whoever recovers it takes this for a mark of the filesystem's. */
+/* The kernel's recovery takes this for a mark of the filesystem's. */
 void journal_mark_damaged(x3_image *img)
 {
 	((struct journal_super *)img->jsb)->error = htonl(-EUCLEAN);
@@ -73,7 +73,7 @@ static int compare_numbers(const void *a, const void *b)
 	return (x > y) - (x < y);
 }
 
-/* Let journal_has() know the journal's blocks; fail if it has one twice. */
+/* Tell journal_has() the journal's blocks; fail if it has one twice. */
 static void sort_blocks(x3_image *img)
 {
 	uint32_t *sorted = img->jmap, i = 1;
@@ -94,7 +94,7 @@ static void sort_blocks(x3_image *img)
 			fail(img, EBADMSG, "the journal has block %u twice", sorted[i]);
 }
 
-/* Whether any of the blocks is the journal's. */
+/* Whether any of the blocks belongs to the journal. */
 bool journal_has(const x3_image *img, uint32_t nr, uint32_t count)
 {
 	uint32_t low = 0, high = img->jsorted ? img->jblocks : 0;
@@ -153,14 +153,14 @@ int journal_load(x3_image *img)
 	return 0;
 }
 
-/* What was in the log is home: let it begin anew, behind the last transaction that was in it. */
+/* Everything in the log is home: begin it anew, behind the last transaction in it. */
 int journal_empty(x3_image *img)
 {
 	img->tid = img->committed + 1;
 	return write_super(img, img->jfirst);
 }
 
-/* Write the filesystem's superblock home, past the journal, which is empty. */
+/* Write the filesystem's superblock home, past the empty journal. */
 static int write_fs_super(x3_image *img)
 {
 	int error = io_write1(img, img->sb, sizeof *img->sb, 1024);
@@ -169,13 +169,9 @@ static int write_fs_super(x3_image *img)
 }
 
 /*
- * From now on there may be something in the journal: say so on disk.
- *
- * One number is left out: what there is in the log of a transaction that never became whole must not be
- * taken for a part of ours.
- *
- * First that recovery is needed (an empty journal does no harm), and only then where the log begins:
- * e2fsck does not believe a log without the flag.
+ * From now on the journal may hold something: record that on disk. Skip one number: blocks in the log of a
+ * transaction that was never completed must not be taken for ours. First record that recovery is needed (an
+ * empty journal does no harm), and only then where the log begins: e2fsck ignores a log without the flag.
  */
 int journal_start(x3_image *img)
 {
@@ -190,7 +186,7 @@ int journal_start(x3_image *img)
 	return error ? error : write_super(img, img->jfirst);
 }
 
-/* All is home: the filesystem needs no recovery any more. */
+/* Everything is home: the filesystem needs no recovery any more. */
 int journal_finish(x3_image *img)
 {
 	int error = write_super(img, 0);
@@ -212,7 +208,7 @@ static int by_number(const void *a, const void *b)
 	return (x > y) - (x < y);
 }
 
-/* Write *n* blocks home, whose contents stand in *copies*. */
+/* Write *n* blocks home, whose contents are in *copies*. */
 static int write_home(x3_image *img, struct block **blocks, const char *copies, size_t n)
 {
 	for (size_t i = 0, k; i < n; i += k) {
@@ -226,7 +222,7 @@ static int write_home(x3_image *img, struct block **blocks, const char *copies, 
 	return 0;
 }
 
-/* For tests: leave out of the checkpoint what block_forget() has been told. */
+/* For tests: leave out of the checkpoint the blocks for which block_forget() was called. */
 static void drop_forgotten(x3_image *img)
 {
 	size_t n = 0;
@@ -237,7 +233,10 @@ static void drop_forgotten(x3_image *img)
 	img->nlogged = n;
 }
 
-/* Write home what is logged, and empty the log. With img->committing; gives up the lock meanwhile. */
+/*
+ * Write home what is logged, and empty the log. The caller has img->committing; the lock is dropped
+ * meanwhile.
+ */
 static int checkpoint(x3_image *img)
 {
 	uint64_t failures = io_failures(img);
@@ -317,7 +316,7 @@ static void describe(x3_image *img, size_t from, const bool *escaped)
 /*
  * End the running transaction: copy it to img->log as it will be in the journal, and begin the next.
  *
- * What was freed within it is left out: whatever it holds, nobody will read it.
+ * Blocks that were freed within it are left out: nobody will read them.
  */
 static int close_transaction(x3_image *img)
 {
@@ -379,7 +378,7 @@ static int write_journal(x3_image *img, uint32_t at, const char *data, uint32_t 
 	return 0;
 }
 
-/* Write the closed transaction to the journal; file data comes to disk by the same barrier. Without the lock. */
+/* Write the closed transaction to the journal; the same barrier puts file data on disk. Without the lock. */
 static int write_log(x3_image *img, uint32_t tid)
 {
 	uint32_t n = img->nlogging + descriptors(img, img->nlogging);
@@ -399,7 +398,7 @@ static int write_log(x3_image *img, uint32_t tid)
 	return error ? error : io_barrier(img);
 }
 
-/* The transaction is on disk: its blocks count as logged, and what it freed may be used. */
+/* The transaction is on disk: its blocks count as logged, and the blocks it freed may be reused. */
 static int finish_transaction(x3_image *img)
 {
 	/* A reader may still have the number of a block that another file may use from now on. */
@@ -434,7 +433,7 @@ static int finish_transaction(x3_image *img)
 	return 0;
 }
 
-/* Whether somebody has made the file shorter than its filesystem: what is gone cannot be had back. */
+/* Whether somebody has truncated the file below the size of its filesystem: the data is lost. */
 static bool is_cut(x3_image *img)
 {
 	struct stat st;
@@ -443,7 +442,7 @@ static bool is_cut(x3_image *img)
 }
 
 /*
- * Commit the running transaction, which is not empty; if the last one failed for lack of room, that. With
+ * Commit the running transaction, which is not empty; or the last one, if that failed for lack of space. With
  * img->committing.
  */
 static int commit(x3_image *img)
@@ -487,7 +486,7 @@ static int commit(x3_image *img)
 	return 0;
 }
 
-/* Become the one who commits or checkpoints; false if the image is aborted. */
+/* Become the one thread that commits or checkpoints; false if the image is aborted. */
 bool committing_begin(x3_image *img)
 {
 	while (img->committing && !img->aborted)
@@ -507,10 +506,11 @@ int committing_end(x3_image *img, int error)
 }
 
 /*
- * A barrier of somebody who does not commit has failed. Return what he is told. Under the lock, which is given up.
+ * A barrier of a thread that does not commit has failed.
  *
- * If whoever commits has judged it meanwhile nothing is left to do: judged again, without what it has covered, it would
- * pass for an error of the journal.
+ * Return the error for that thread. Under the lock, which is dropped meanwhile. If the committing thread has
+ * handled it already, do nothing: handled again, without the data it covered, it would pass for an error of
+ * the journal.
  */
 int barrier_failed(x3_image *img, int error)
 {
@@ -524,8 +524,8 @@ int barrier_failed(x3_image *img, int error)
 }
 
 /*
- * Return when transaction *tid* is on disk, and the image not stalled. Under the lock, which is given up
- * meanwhile; not within an operation. All who wait at the same time share one commit.
+ * Return when transaction *tid* is on disk, and the image not stalled. Under the lock, which is dropped
+ * meanwhile; not within an operation. All threads that wait at the same time share one commit.
  */
 int commit_until(x3_image *img, uint32_t tid)
 {

@@ -1,10 +1,10 @@
 /*
  * Inodes that have lost their last name, and have many blocks: they are freed bit by bit.
  *
- * They are on the orphan list, so a crash leaves them to the recovery. Here is remembered which ones those are,
- * since others on that list are still in use. Who calls x3_wait() again and again frees them, an operation at a
- * time; so does an operation that finds no room, and x3_suspend(). x3_close() frees whatever is on the list. To
- * x3_facts() their blocks are free at once.
+ * They are on the orphan list, so after a crash the recovery frees them. Here is remembered which ones those
+ * are, since others on that list are still in use. Who calls x3_wait() again and again frees them, an
+ * operation at a time; so does an operation that finds no room, and x3_suspend(). x3_close() frees whatever
+ * is on the list. To x3_facts() their blocks are free at once.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -14,13 +14,13 @@
 
 #define OPERATIONS_MAX 64 /* in a row, for somebody who needs room */
 
-/* Give those who wait for the lock a chance: a mutex is not fair. */
+/* Let other threads take the lock: a mutex is not fair. */
 void let_others(void)
 {
 	nanosleep(&(struct timespec){ .tv_nsec = 50000 }, NULL);
 }
 
-/* Let an inode without a name, which is on the orphan list, be freed soon. Under the lock. */
+/* Free an inode without a name, which is on the orphan list, soon. Under the lock. */
 void doom(x3_image *img, uint32_t ino, uint64_t blocks)
 {
 	struct doomed *more = try_grow(img->doomed, &img->doomed_cap, img->ndoomed + 1, sizeof *more);
@@ -33,7 +33,7 @@ void doom(x3_image *img, uint32_t ino, uint64_t blocks)
 	pthread_cond_broadcast(&img->wake);
 }
 
-/* So many blocks of the last one are left; *gone*: nothing of it. */
+/* The last one still has this many blocks; *gone*: it has none. */
 static void count_left(x3_image *img, uint64_t blocks, bool gone)
 {
 	struct doomed *last = &img->doomed[img->ndoomed - 1];
@@ -43,7 +43,7 @@ static void count_left(x3_image *img, uint64_t blocks, bool gone)
 	img->ndoomed -= gone;
 }
 
-/* Free a part of one. False: there is none. */
+/* Free a part of one inode. False: there is none. */
 bool doomed_free_some(x3_image *img)
 {
 	GO_ON (img) {
@@ -60,7 +60,10 @@ bool doomed_free_some(x3_image *img)
 	return op_finish(&op) > 0 || dropped;
 }
 
-/* Free enough of them for any one operation, if there are some. Under the lock, which is given up meanwhile. */
+/*
+ * Free enough blocks of them for any one operation, if there are any. Under the lock, which is dropped
+ * meanwhile.
+ */
 void doomed_make_room(x3_image *img)
 {
 	if (!img->ndoomed)

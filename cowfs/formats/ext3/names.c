@@ -36,7 +36,7 @@ int x3_is_above(x3_image *img, uint32_t ino, uint32_t dir)
 	return op_finish(&op);
 }
 
-/* Let a directory have more or fewer subdirectories. EMLINK. */
+/* Change the number of subdirectories of a directory. EMLINK. */
 static void add_links(x3_image *img, uint32_t ino, int count)
 {
 	struct inode in = inode_change(img, ino, true);
@@ -123,7 +123,7 @@ int x3_link(x3_image *img, uint32_t ino, uint32_t dir, const char *name, uint32_
 	return op_finish(&op);
 }
 
-/* Free what is left of an orphan, operation by operation; e2fsck may have done it while we were suspended. */
+/* Free the rest of an orphan, operation by operation; e2fsck may have freed it while we were suspended. */
 static int delete_rest(x3_image *img, uint32_t ino)
 {
 	int64_t result;
@@ -136,7 +136,7 @@ static int delete_rest(x3_image *img, uint32_t ino)
 	return result == -ESTALE ? 0 : result;
 }
 
-/* End an operation that may have begun to free an inode: see to the rest, or leave it to who calls x3_wait(). */
+/* End an operation that may have begun to free an inode: free the rest, or leave it to x3_wait(). */
 static int64_t finish_removal(struct op *op, uint32_t ino)
 {
 	x3_image *img = op->img;
@@ -151,7 +151,7 @@ static int64_t finish_removal(struct op *op, uint32_t ino)
 	return rest ? delete_rest(img, ino) : result;
 }
 
-/* Fail unless an inode is what the call is for. */
+/* Fail unless the inode is of the kind that the call is for. */
 static struct inode want_type(x3_image *img, uint32_t ino, bool is_dir)
 {
 	struct inode in = inode_get(img, ino);
@@ -226,7 +226,7 @@ static void exchange(x3_image *img, struct x3_rename *how, struct x3_place sourc
 	touch(img, how->replaced);
 }
 
-/* Let the target name be *ino*'s; what became of the inode that had it? */
+/* Give the target name to *ino*; return what happened to the inode that had it. */
 static enum fate take_target(x3_image *img, struct x3_rename *how, uint32_t mode)
 {
 	bool is_dir = S_ISDIR(mode);
@@ -245,7 +245,7 @@ static enum fate take_target(x3_image *img, struct x3_rename *how, uint32_t mode
 	return inode_drop_link(img, how->replaced, how->flags & X3_KEEP);
 }
 
-/* Put a character device 0:0 where the source was. */
+/* Put a character device 0:0 at the source name. */
 static void leave_whiteout(x3_image *img, struct x3_rename *how, struct x3_place source)
 {
 	struct x3_new new = { .mode = S_IFCHR, .uid = how->uid, .gid = how->gid };
@@ -268,7 +268,7 @@ int x3_rename(x3_image *img, struct x3_rename *how)
 			exchange(img, how, source, mode);
 		} else {
 			op.result = take_target(img, how, mode);
-			/* The new name may have moved the old one. */
+			/* Adding the new name may have moved the old one. */
 			source = dir_find(img, &dir, how->source_name, how->source_len, source, how->ino);
 			if (how->flags & X3_WHITEOUT)
 				leave_whiteout(img, how, source);

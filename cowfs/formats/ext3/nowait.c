@@ -28,7 +28,7 @@ int x3_hurry(int on)
 	return before;
 }
 
-/* Let whoever is in x3_wait() commit what there is now. */
+/* Let the thread in x3_wait() commit what is there now. */
 void ask_commit(x3_image *img)
 {
 	if (img->due == img->tid)
@@ -37,7 +37,7 @@ void ask_commit(x3_image *img)
 	pthread_cond_broadcast(&img->wake);
 }
 
-/* Free blocks that may be used at once. */
+/* Free blocks that may be used immediately. */
 static uint64_t usable_blocks(const x3_image *img)
 {
 	uint64_t free = img->sb->s_free_blocks_count;
@@ -45,7 +45,7 @@ static uint64_t usable_blocks(const x3_image *img)
 	return free - min(free, img->nheld);
 }
 
-/* After an operation that has changed something. */
+/* Call it after an operation that changed something. */
 void look_ahead(x3_image *img)
 {
 	if (img->ndirty > img->dirty_max / 2 || img->held_now > max(usable_blocks(img), (uint64_t)HELD_SOON))
@@ -55,8 +55,8 @@ void look_ahead(x3_image *img)
 }
 
 /*
- * Fail if a thread in a hurry would take, with a large write of *count* blocks, the last ones that can be used while
- * many are held back: small writes shall find some.
+ * Fail if a thread in a hurry would use up, with a large write of *count* blocks, the last usable ones while
+ * many are held back: some must remain for small writes.
  */
 void leave_some(x3_image *img, uint64_t count)
 {
@@ -73,7 +73,7 @@ const volatile uint32_t *x3_pressed(x3_image *img)
 	return &img->pressed;
 }
 
-/* Wait until a commit has ended that is under way. Return whether there was one. */
+/* Wait for the commit under way, if there is one. Return whether there was. */
 static bool wait_for_commit(x3_image *img)
 {
 	if (!img->committing)

@@ -1,6 +1,4 @@
-/*
- * Opening and closing an image; letting go of it for a while.
- */
+/* Opening and closing an image; leaving it to others for a while. */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
 #include <errno.h>
@@ -20,7 +18,7 @@ static __thread char message[256]; /* of an x3_open that failed, or a copy of an
 
 /* --- opening --- */
 
-/* Delete or truncate what is on the orphan list, be it from a crash, or because it was in use. */
+/* Delete or truncate what is on the orphan list, after a crash or because it was in use. */
 static int clean_orphans(x3_image *img)
 {
 	int64_t result;
@@ -45,7 +43,7 @@ static int clean_orphans(x3_image *img)
 	return result;
 }
 
-/* Make what an image needs in memory, and read what is needed of it all the time. */
+/* Make an image's structures in memory, and read what is always needed. */
 static int read_all(x3_image *img)
 {
 	uint32_t buckets = 1024;
@@ -74,7 +72,7 @@ static int read_all(x3_image *img)
 	return op_finish(&op);
 }
 
-/* Forget all that load() has made, and what came of it. */
+/* Forget all that load() has made, and everything based on it. */
 static void unload(x3_image *img)
 {
 	if (img->bucket)
@@ -256,7 +254,7 @@ const char *x3_message(x3_image *img)
 
 /* --- letting go --- */
 
-/* Whether something is under way, or not yet home. */
+/* Whether anything is under way, or not home yet. */
 static bool is_busy(const x3_image *img)
 {
 	return img->committing || img->truncations || img->atoms || img->readers;

@@ -1,7 +1,6 @@
 """An ext3 image as a whole, open in this process: opening, closing, errors, commits.
 
-What is written is on disk after ``commit``, ``fsync``, ``close`` or, at the latest, some seconds later: a
-thread sees to that.
+Changes are on disk after ``commit``, ``fsync`` or ``close``; a thread commits the others every few seconds.
 """
 
 from __future__ import annotations
@@ -27,27 +26,27 @@ log = logging.getLogger(__name__)
 CACHE_BYTES = 64 << 20
 """Of metadata; the data of files is in the page cache."""
 COMMIT_SECONDS = 5.0
-"""How often what has changed is put on disk, as the kernel does it."""
+"""How often changes are put on disk, as with the kernel."""
 
 _LISTING = 64 << 10
-"""Bytes of names that are asked for at a time; at least four blocks."""
+"""How many bytes of names are read at a time; at least four blocks."""
 _UNITS = 4096
 _MOST_TOLD = 100
-"""Damages of one image that are logged."""
+"""How many damages of one image are logged."""
 CHARS = ffi.typeof("char[]")
 unset = ffi.new_allocator(should_clear_after_alloc=False)
-"""Makes room whose content does not matter."""
+"""Allocates memory whose content does not matter."""
 
 
 def _way_out(error: int) -> str:
-    """Say when changes are taken again that were refused for this errno."""
+    """Return when changes will be accepted again that were refused with this errno."""
     if error == errno.ENOMEM:
         return "there is memory"
     return "it has space" if error in LACK_OF_ROOM else "it accepts writes"
 
 
 class _Together:
-    """A block of changes that are one to the disk."""
+    """A block whose changes reach the disk together."""
 
     __slots__ = ("_handle",)
 
@@ -85,10 +84,11 @@ class Opened:
         trace_fd: int = -1,
         debug: int = 0,
     ) -> None:
-        """Open it. EUCLEAN when its journal must be recovered first; what is no mere ext3: features.check.
+        """Open it. EUCLEAN when its journal must be recovered first; features.check() refuses anything but a
+        plain ext3.
 
-        *name* is for messages; *trace_fd* and *debug* are for tests: see x3_open. Without
-        *commit_seconds* (0) nothing is committed but on demand.
+        *name* is for messages; *trace_fd* and *debug* are for tests: see x3_open. With *commit_seconds* 0
+        commits happen only on demand.
         """
         features.check(fd, name)
         self.name = name
@@ -97,18 +97,18 @@ class Opened:
         self._damages: set[str] = set()
         self._stalled = 0
         self.is_tracked = False
-        """Whether somebody has it remembered what is written to: see track()."""
+        """Whether somebody uses track()."""
         self.resumed = 0
-        """How often others have had the image in between."""
+        """How often others have had the image meanwhile."""
         self._lost_told = False
         out = ffi.new("x3_image **")
         code = lib.x3_open(fd, lib.X3_READ_ONLY if read_only else 0, cache_bytes, trace_fd, debug, out)
         if code < 0:
             raise OSError(-code, _message(ffi.NULL) or os.strerror(-code), name)
         self.handle: Any = out[0]
-        """The engine's own, for what only tests do with it."""
+        """The engine's handle, for what only tests do with it."""
         self.pressed: Any = lib.x3_pressed(self.handle)
-        """Its first is not 0 while whoever is in a hurry should have relieve() called before a change."""
+        """Its first element is not 0 while threads in a hurry should call relieve() before a change."""
         self._listing = max(_LISTING, 4 * self.facts().block_size)
         self._seconds = 0 if read_only else commit_seconds
         self._stop = threading.Event()
@@ -116,9 +116,9 @@ class Opened:
         self._start_thread()
 
     def close(self) -> None:
-        """Write everything to its place and let go of the image. Blocks. Safe to call twice.
+        """Write everything to its place and close the image.
 
-        Raises what went wrong with that; nothing is open all the same.
+        Blocks. Safe to call twice. Raises what went wrong; the image is closed even then.
         """
         handle = self._let_go()
         if handle is not None:
@@ -127,7 +127,7 @@ class Opened:
                 raise OSError(-code, os.strerror(-code), self.name)
 
     def abandon(self) -> None:
-        """Let go of the image as a crash would: nothing more is written."""
+        """Close the image as a crash would: write nothing more."""
         handle = self._let_go()
         if handle is not None:
             lib.x3_abandon(handle)
@@ -142,7 +142,7 @@ class Opened:
             self._stop.clear()
             name = f"commit {self.name}"
             self._thread = threading.Thread(target=self._commit_now_and_then, name=name, daemon=True)
-            with held_back():  # else a signal would find this thread when the others hold it back
+            with held_back():  # else a signal could reach this thread while the others block it
                 self._thread.start()
 
     def _stop_thread(self) -> None:
@@ -158,14 +158,14 @@ class Opened:
             if lib.x3_wait(self.handle, milliseconds) and not self._stop.is_set():
                 code = lib.x3_commit(self.handle)
                 if code < 0:
-                    self._failure(code)  # which says so; the next call that changes something fails too
+                    self._failure(code)  # which reports it; the next call that changes something fails too
             self._tell_stall()
             self.tell_lost()
 
     # --- errors
 
     def _failure(self, code: int, *names: object) -> OSError:
-        """Return the exception for a result below 0; say it loudly, once, if the image is given up."""
+        """Return the exception for a result below 0; log it, once, if the image is aborted."""
         if code in {-errno.EIO, -errno.EROFS, -errno.EUCLEAN} and not self._said and not self.read_only:
             aborted = self.facts().aborted
             if aborted and not self._said:
@@ -184,14 +184,14 @@ class Opened:
         return OSError(-code, os.strerror(-code), *names)
 
     def damaged(self, what: str) -> OSError:
-        """Log a damage, each once and no more than anybody reads; return the exception for it."""
+        """Log a damage once, and only a limited number of them; return the exception for it."""
         if what not in self._damages and len(self._damages) < _MOST_TOLD:
             self._damages.add(what)
             log.error("%s: damaged: %s. Unmount it, then run: cowfs check %s", self.name, what, self.name)
         return OSError(errno.EUCLEAN, f"damaged: {what} (see `cowfs check`)", self.name)
 
     def tell_lost(self) -> None:
-        """Log, once, which files have data that the disk has refused, and nobody has any more. Blocks."""
+        """Log, once, which files have data that the disk refused and that is lost. Blocks."""
         inodes = ffi.new("uint32_t[]", _MOST_TOLD)
         count = lib.x3_lost(self.handle, inodes, _MOST_TOLD)
         if not count or self._lost_told:
@@ -233,11 +233,11 @@ class Opened:
         return Facts(**known, uuid=bytes(ffi.buffer(out.uuid)))
 
     def shrink(self) -> None:
-        """Forget what can be read again of the image."""
+        """Drop from memory what can be read from the image again."""
         lib.x3_shrink(self.handle)
 
     def commit(self) -> None:
-        """Return when everything that was done is on disk. Blocks."""
+        """Return when all changes so far are on disk. Blocks."""
         self._done(lib.x3_commit(self.handle))
 
     def checkpoint(self) -> None:
@@ -246,13 +246,14 @@ class Opened:
 
     @staticmethod
     def hurry(on: bool) -> bool:
-        """Say whether this thread must not wait for the disk where freed blocks are to be used: NotYetFree.
+        """Set whether this thread must not wait for the disk when it needs freed blocks: NotYetFree.
 
-        Returns what was said before."""
+        Returns the old setting.
+        """
         return bool(lib.x3_hurry(on))
 
     def relieve(self, for_room: bool) -> None:
-        """Commit what those in a hurry wait for; *for_room*: after a NotYetFree. Blocks."""
+        """Commit what threads in a hurry wait for; *for_room*: after a NotYetFree. Blocks."""
         self._done(lib.x3_relieve(self.handle, for_room))
 
     def fsync(self, ino: int, datasync: bool) -> None:
@@ -260,11 +261,11 @@ class Opened:
         self._done(lib.x3_fsync(self.handle, ino, datasync))
 
     def together(self) -> _Together:
-        """The changes in the block come to disk together or not at all: a few quick ones."""
+        """The changes within the block reach the disk together or not at all: a few quick ones."""
         return _Together(self.handle)
 
     def suspend(self) -> None:
-        """Leave the image to others, whole and clean, until resume. Blocks; what is called meanwhile waits.
+        """Leave the image to others, complete and clean, until resume. Blocks; calls meanwhile wait.
 
         Inodes without names are lost when others check the image.
         """
@@ -276,16 +277,16 @@ class Opened:
             raise
 
     def resume(self, fd: int = -1) -> None:
-        """Go on with the image as it is now, behind *fd* if that is given. Blocks.
+        """Continue with the image as it is now, behind *fd* if given. Blocks.
 
-        If this fails so does all that follows, with EIO.
+        If this fails, every later call fails with EIO.
         """
         self.resumed += 1
         self._done(lib.x3_resume(self.handle, fd))
         self._start_thread()
 
     def track(self, on: bool) -> None:
-        """Remember from now on, or no more, which MiB of the file are written to here."""
+        """Start, or stop, recording which MiB of the file are written here."""
         self._done(lib.x3_track(self.handle, on))
         self.is_tracked = on
 
@@ -296,12 +297,13 @@ class Opened:
         while True:
             count = self._done(lib.x3_tracked(self.handle, units, _UNITS))
             found.extend(units[0:count])
-            if count + 64 <= _UNITS:  # it has seen the whole map; who goes on writing is for the next call
+            if count + 64 <= _UNITS:  # it has seen the whole map; later writes are for the next call
                 return found
 
     def switch(self, fd: int) -> None:
-        """Go on with a descriptor of a file with the same content. EBUSY if something has changed since
-        the last checkpoint."""
+        """Continue with another descriptor, of a file with the same content. EBUSY if something changed since
+        the last checkpoint.
+        """
         self._done(lib.x3_switch(self.handle, fd))
 
     def _list(self, directory: int) -> Iterator[bytes]:

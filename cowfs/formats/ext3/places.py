@@ -1,4 +1,4 @@
-"""Where inodes have their names: for what is to be told to people."""
+"""Find the paths of inodes, for messages to people."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ _ROOT = 2
 def places(
     wanted: set[int], listing: Callable[[int], Iterable[bytes]], stopped: Callable[[], bool]
 ) -> Iterator[bytes]:
-    """Yield the paths, from the root on, of *wanted* inodes, one of each. Blocks: it may look everywhere.
+    """Yield a path from the root for each of the *wanted* inodes.
 
-    *listing* yields what x3_readdir says of a directory, OSError if it cannot be read; *stopped* ends it.
+    Blocks: it may search the whole image. *listing* yields what x3_readdir returns for a directory, OSError
+    if it cannot be read; *stopped* ends the search.
     """
     wanted = set(wanted)
     directories = deque([(_ROOT, b"")])

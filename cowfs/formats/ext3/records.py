@@ -1,4 +1,4 @@
-"""What the engine tells of inodes and of the image, as plain data."""
+"""What the engine returns about inodes and the image, as plain data."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ _LAST = ((1 << 31) + (3 << 32) - 1) * 10**9
 
 
 def time_of(number: int) -> int:
-    """Return the time that a number of struct x3_attr is."""
+    """Return the time that a number in struct x3_attr stands for."""
     return number if number >= FIRST else number + (1 << 64)
 
 
 def number_of(time: int) -> int:
-    """Return what struct x3_attr has for a time, or for the one next to it that an inode can have."""
+    """Return the number in struct x3_attr for a time, or for the nearest time that an inode can have."""
     time = min(max(time, FIRST), _LAST)
     return time if time < 1 << 63 else time - (1 << 64)
 
 
 class Inode(NamedTuple):
-    """The attributes of an inode as the engine gives them; struct x3_attr says what they are."""
+    """The attributes of an inode as the engine returns them; see struct x3_attr."""
 
     mode: int
     nlink: int
@@ -57,22 +57,22 @@ class Facts(NamedTuple):
     free_inodes: int
     uuid: bytes
     replayed: int
-    """Transactions that were left in the journal when it was opened."""
+    """Transactions that were in the journal when it was opened."""
     redone: int
-    """Records that were left in the redo log then."""
+    """Records that were in the redo log then."""
     aborted: int
-    """The errno of what made the engine give the image up; 0 while all is well."""
+    """The errno for which the engine aborted the image; 0 while all is well."""
     stalled: int
-    """The errno of what the disk lacks: changes are refused until it has it; 0 while all is well."""
+    """The errno of what the disk lacks: changes are refused until it has that; 0 while all is well."""
     unsaved: int
-    """Blocks with changes that are in memory alone."""
+    """Blocks with changes that are only in memory."""
     saved_ns: int
-    """When all was on disk last."""
+    """When everything was on disk last."""
     missing: int
-    """Bytes that the image's file lacks of its blocks: it is sparse."""
+    """Bytes of its blocks that the image's file lacks: it is sparse."""
     disk_free: int
     """Bytes that its disk has free for them."""
     cache_hits: int
-    """Metadata blocks that were in memory when they were needed …"""
+    """Since it was opened: metadata blocks that were in memory when needed …"""
     cache_misses: int
-    """… and that had to be read, since it was opened."""
+    """… and those that had to be read."""

@@ -23,9 +23,9 @@
 #define PIECE_MAX 0x7fffu
 
 /*
- * Begin a log without a record. Not while there is anything that is not committed.
+ * Begin an empty log. Call it only when everything is committed.
  *
- * A file without a name is lost with us: it needs none.
+ * A file without a name disappears with this process: it needs no log.
  */
 int redo_start(x3_image *img)
 {
@@ -58,7 +58,7 @@ int redo_start(x3_image *img)
 	return error;
 }
 
-/* What the records build upon is lost: let none of them count. */
+/* The base of the records is lost: make all of them invalid. */
 void redo_drop(x3_image *img)
 {
 	struct redo_header none = { 0 };
@@ -69,8 +69,8 @@ void redo_drop(x3_image *img)
 }
 
 /*
- * What the records build upon may be lost, if we die before it has been brought home: let none that there are count.
- * What is done from now on is acknowledged when it is in the journal, until that is with all before it.
+ * The base of the records may be lost if we die before it is home: make the existing ones invalid. From now
+ * on an operation is acknowledged when it is in the journal, until everything before it is there.
  */
 void redo_spoil(x3_image *img)
 {
@@ -114,7 +114,7 @@ static bool put_piece(x3_image *img, uint32_t nr, uint32_t offset, uint32_t leng
 	return true;
 }
 
-/* The first byte from *i* on, below *end*, that is not the same; or *end*. *old* NULL: zeros. */
+/* The first byte from *i* on, below *end*, that differs; or *end*. *old* NULL: zeros. */
 static uint32_t differs_at(const char *old, const char *new, uint32_t i, uint32_t end)
 {
 	uint64_t a = 0, b;
@@ -131,7 +131,7 @@ static uint32_t differs_at(const char *old, const char *new, uint32_t i, uint32_
 	return i;
 }
 
-/* Put down what differs of *length* bytes of a block. */
+/* Record the differences in *length* bytes of a block. */
 static bool put_difference(x3_image *img, uint32_t nr, uint32_t offset, uint32_t length, const char *old,
 			   const char *new)
 {
@@ -148,7 +148,7 @@ static bool put_difference(x3_image *img, uint32_t nr, uint32_t offset, uint32_t
 	return true;
 }
 
-/* Whether the same bytes are put down anyway: the counts of blocks, say, are changed again and again. */
+/* Whether the same bytes are recorded anyway: counters of blocks, for instance, change again and again. */
 static bool is_repeated(const struct change *c, const struct change *first)
 {
 	for (int i = 1; i <= 12 && c - i >= first; i++)
@@ -180,14 +180,14 @@ static bool put_changes(x3_image *img)
 	return good;
 }
 
-/* A transaction has its first record: let the header say where. */
+/* A transaction has its first record: write its place to the header. */
 static int write_start(x3_image *img, struct start s)
 {
 	s.crc = redo_start_crc(img, &s);
 	return redo_io(img, img->jend, sizeof(struct redo_header) + (s.tid & 1) * sizeof s, (char *)&s, sizeof s, true);
 }
 
-/* Write the record that was collected; -errno. Positive: there is no room for it. */
+/* Write the collected record; -errno. Positive: there is no room for it. */
 static int write_record(x3_image *img)
 {
 	uint64_t size = redo_ring_size(img), head = img->redo.head, at = head % size;
@@ -219,7 +219,10 @@ static int write_record(x3_image *img)
 	return error;
 }
 
-/* Before a record is written: which of those before it are needed, and whether it is a transaction's first. */
+/*
+ * Before a record is written: find which earlier ones are still needed, and whether it is a transaction's
+ * first.
+ */
 static void look_around(x3_image *img)
 {
 	if (img->redo.tid != img->tid) {
@@ -235,8 +238,8 @@ static void look_around(x3_image *img)
 }
 
 /*
- * Write down what was collected. -errno if that fails and may be told (*may_fail*): then it did not happen.
- * Otherwise it has to wait for the commit.
+ * Write the collected record. -errno if that fails and may be reported (*may_fail*): then the operation did
+ * not happen. Otherwise it waits for the commit.
  */
 static int write_down(x3_image *img, bool may_fail)
 {
@@ -259,13 +262,13 @@ static int write_down(x3_image *img, bool may_fail)
 	return error;
 }
 
-/* Whether it is nearly full of what is needed. */
+/* Whether the ring is nearly full of records that are still needed. */
 bool redo_is_much(x3_image *img)
 {
 	return img->redo.on && img->redo.head - img->redo.needed > redo_ring_size(img) / 8 * 7;
 }
 
-/* After an operation, which has changed something. -errno: it must be undone, unless that is out of the question. */
+/* After an operation that changed something. -errno: undo it, unless that is impossible. */
 int redo_note(x3_image *img, bool may_fail)
 {
 	int error = 0;
@@ -280,7 +283,7 @@ int redo_note(x3_image *img, bool may_fail)
 	return error;
 }
 
-/* What was collected belonged together, and is complete. */
+/* The collected changes belong together and are complete. */
 void redo_flush(x3_image *img)
 {
 	if (img->redo.used)

@@ -40,8 +40,8 @@ int redo_io(x3_image *img, uint32_t first, size_t at, char *buf, size_t len, boo
 }
 
 /*
- * Which start of the machine this is; false: not known. It is read when the first image is opened: a daemon that
- * serves sees no /proc any more.
+ * The ID of this boot of the machine; false: unknown. It is read when the first image is opened: a serving
+ * daemon has no /proc any more.
  */
 bool redo_boot(const x3_image *img, char boot[40])
 {

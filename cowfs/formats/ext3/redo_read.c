@@ -9,7 +9,7 @@
 
 typedef int (*piece_fn)(x3_image *img, uint32_t nr, const struct piece *piece, const char *bytes);
 
-/* Read the header, and say whether the log is of this start of the machine and this mount. */
+/* Read the header; return whether the log is of this boot of the machine and of this mount. */
 static int read_header(x3_image *img, bool *good)
 {
 	struct redo_header header;
@@ -24,7 +24,7 @@ static int read_header(x3_image *img, bool *good)
 	return error;
 }
 
-/* Add the records of *tid* that there are in the ring, one after the other, to *found*; return how many. */
+/* Add all records of *tid* in the ring, in order, to *found*; return how many. */
 static int64_t good_records(x3_image *img, const char *ring, struct start s, struct found *found)
 {
 	uint64_t size = redo_ring_size(img), at = s.at, count = 0;
@@ -127,7 +127,7 @@ static int each_piece(x3_image *img, int i, piece_fn do_it)
 	return error;
 }
 
-/* It is one, and that is all; but each block that it is in takes memory, and a transaction has so many at most. */
+/* It is one; but each block in it takes memory, and a transaction has a limited number of blocks. */
 static int check_piece(x3_image *img, uint32_t nr, const struct piece *piece, const char *bytes)
 {
 	(void)piece, (void)bytes;
@@ -136,7 +136,7 @@ static int check_piece(x3_image *img, uint32_t nr, const struct piece *piece, co
 	return img->redo.seen.n > 2 * img->dirty_max + 1024 ? -EBADMSG : 0;
 }
 
-/* Find the records that count; img->redone is how many there are. After replay_find(). */
+/* Find the valid records; img->redone is their number. Call it after replay_find(). */
 int redo_find(x3_image *img)
 {
 	bool good = false;
@@ -162,7 +162,7 @@ void redo_forget(x3_image *img)
 	}
 }
 
-/* More blocks than two transactions and what is in the journal can have: nobody has written that. */
+/* More blocks than two transactions and the journal can have: we did not write that. */
 static uint32_t blocks_max(const x3_image *img)
 {
 	return 2 * img->jlen;
@@ -182,7 +182,7 @@ static int show_piece(x3_image *img, uint32_t nr, const struct piece *piece, con
 	return 0;
 }
 
-/* Let the image look as it does with all that was found; in memory. */
+/* Apply everything that was found to the image, in memory. */
 int redo_show(x3_image *img)
 {
 	int error = each_piece(img, 0, show_piece);
@@ -216,8 +216,8 @@ static int redo_one(x3_image *img, int i)
 }
 
 /*
- * Commit what was found. However far this comes, the journal and what is left of the log are good for the
- * rest. Then write it home: the log may know blocks that are free now.
+ * Commit what was found. Wherever this is interrupted, the journal and the rest of the log suffice to
+ * complete it. Then write it home: the log may contain blocks that are free now.
  */
 int redo_commit(x3_image *img)
 {

@@ -1,9 +1,9 @@
 /*
  * What a crash has left in the journal: found, shown, and written home.
  *
- * The rules are those of fs/jbd2/recovery.c. A transaction counts when its commit block is there; the
- * log ends where the next one is not whole. A block that a transaction revokes is not taken from that
- * transaction or an older one.
+ * The rules are those of fs/jbd2/recovery.c. A transaction is valid if its commit block is there; the log
+ * ends at the first incomplete one. A block that a transaction revokes is not taken from that transaction or
+ * an older one.
  *
  * What is found is not written: img->patches says of each block where its newest content stands in the
  * journal, and io_read() gives that. So an image that was opened for reading shows what it would be after
@@ -42,7 +42,7 @@ struct patch *table_find(const struct table *table, uint32_t nr)
 	return p && p->used ? p : NULL;
 }
 
-/* The entry of a block, which is made if there is none; NULL: no memory. */
+/* The entry of a block, which is made if missing; NULL: no memory. */
 struct patch *table_put(struct table *table, uint32_t nr)
 {
 	struct patch *p;
@@ -77,7 +77,7 @@ void table_free(struct table *table)
 
 /* --- what io_read() sees --- */
 
-/* A part of a block, from *skip* on, as the recovery has it. */
+/* A part of a block, from *skip* on, as recovery sees it. */
 static int patch_read(x3_image *img, const struct patch *p, char *buf, uint32_t skip, uint32_t len)
 {
 	uint32_t magic = htonl(JBD_MAGIC);
@@ -93,7 +93,7 @@ static int patch_read(x3_image *img, const struct patch *p, char *buf, uint32_t 
 	return error;
 }
 
-/* Put into *buf*, which has been read from *off* on, what is not home yet. */
+/* Update *buf*, which was read at *off*, with what is not home yet. */
 int patches_read(x3_image *img, char *buf, size_t len, uint64_t off)
 {
 	uint64_t end = off + len;
@@ -108,7 +108,7 @@ int patches_read(x3_image *img, char *buf, size_t len, uint64_t off)
 	return error;
 }
 
-/* The content of a block in memory, where it can be changed. NULL: *error*. */
+/* The content of a block in memory, where the caller may change it. NULL: *error*. */
 char *patch_data(x3_image *img, uint32_t nr, int *error)
 {
 	struct patch *p = table_put(&img->patches, nr);
@@ -150,7 +150,7 @@ static int damaged(x3_image *img, const char *what)
 	return -EBADMSG;
 }
 
-/* Go on to the next block; false: the whole journal has been seen. */
+/* Go to the next block; false: the whole journal was read. */
 static bool step(struct walk *w)
 {
 	if (++w->at == w->img->jlen)
@@ -158,7 +158,7 @@ static bool step(struct walk *w)
 	return ++w->steps <= w->img->jlen - w->img->jfirst;
 }
 
-/* Note that a block is in the log: only of those does it matter whether they are revoked. */
+/* Note that a block is in the log: only for such blocks a revocation matters. */
 static int note_tag(struct walk *w, uint32_t nr)
 {
 	if (nr >= w->img->blocks || journal_has(w->img, nr, 1))
@@ -166,7 +166,7 @@ static int note_tag(struct walk *w, uint32_t nr)
 	return table_put(&w->logged, nr) ? 0 : -ENOMEM;
 }
 
-/* Take one block of a transaction, which stands where the walk is. */
+/* Take one block of a transaction, at the current place of the walk. */
 static int take_block(struct walk *w, uint32_t nr, bool escaped)
 {
 	struct patch *revoked = table_find(&w->logged, nr), *p;
@@ -181,7 +181,7 @@ static int take_block(struct walk *w, uint32_t nr, bool escaped)
 	return 0;
 }
 
-/* The blocks that follow a descriptor block. Positive: they are not all there. */
+/* Read the blocks that follow a descriptor block. Positive: some are missing. */
 static int walk_descriptor(struct walk *w)
 {
 	uint32_t offset = sizeof(struct header);
@@ -224,7 +224,7 @@ static int walk_revoke(struct walk *w)
 	return 0;
 }
 
-/* Go through the log once. */
+/* Walk through the log once. */
 static int walk(struct walk *w, enum pass pass)
 {
 	x3_image *img = w->img;
@@ -270,8 +270,9 @@ static int find(struct walk *w)
 	int error = walk(w, SCAN);
 
 	/*
-	 * Without the flag somebody has taken it away, or put back an old superblock. If nobody has mounted
-	 * the filesystem since, the log is still what it was; else the kernel did without it, and it is old.
+	 * If the flag is missing, somebody has cleared it, or restored an old superblock. If nobody has
+	 * mounted the filesystem since, the log is still what it was; else the kernel has ignored it, and it
+	 * is out of date.
 	 */
 	img->stale = !(img->opened.incompat & EXT3_FEATURE_INCOMPAT_RECOVER) && w->committed_at &&
 		     img->mounted_at > w->committed_at;
@@ -285,10 +286,10 @@ static int find(struct walk *w)
 }
 
 /*
- * Find what the journal has that is not home: img->patches; img->committed is its last transaction.
+ * Find what the journal has that is not home, as img->patches; img->committed is its last transaction.
  *
- * When the filesystem was mounted since by somebody who took no notice of the journal, it is img->stale,
- * and there are no patches.
+ * If the filesystem was mounted since by a driver that ignores the journal, it is img->stale, and there are
+ * no patches.
  */
 int replay_find(x3_image *img)
 {
@@ -307,7 +308,7 @@ static int by_number(const void *a, const void *b)
 	return (x > y) - (x < y);
 }
 
-/* Write some of them home, and mark them if all of that is on disk. *block*: room for one. */
+/* Write some of them home, and mark them once they are on disk. *block*: space for one. */
 static int some_home(x3_image *img, struct patch *const *some, uint32_t n, char *block)
 {
 	uint64_t patched = __atomic_load_n(&img->patched, __ATOMIC_SEQ_CST);
@@ -327,8 +328,8 @@ static int some_home(x3_image *img, struct patch *const *some, uint32_t n, char 
 }
 
 /*
- * Write home what is in img->patches, and forget it; *most* blocks, then a barrier. Whenever this is cut short, it can
- * be done again. Without the lock; nothing may be added meanwhile.
+ * Write home what is in img->patches, and forget it; *most* blocks, then a barrier. If it is interrupted, it
+ * can be repeated. Without the lock; nothing may be added meanwhile.
  */
 int patches_home(x3_image *img, uint32_t most)
 {

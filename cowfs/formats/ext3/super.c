@@ -1,6 +1,6 @@
 /*
- * The superblock and the group descriptors: whether we know this filesystem, its geometry, and the features
- * that it gets before they are used.
+ * The superblock and the group descriptors: whether we support this filesystem, its geometry, and features
+ * that must be set before their use.
  */
 #include <errno.h>
 #include <limits.h>
@@ -11,7 +11,7 @@
 
 #include "internal.h"
 
-/* The kernel's EXT3_FEATURE_*_SUPP, and sparse_super2, which it does not mind. */
+/* The kernel's EXT3_FEATURE_*_SUPP, and sparse_super2, which the kernel tolerates. */
 #define COMPAT                                                                                                    \
 	(EXT2_FEATURE_COMPAT_DIR_PREALLOC | EXT2_FEATURE_COMPAT_IMAGIC_INODES | EXT3_FEATURE_COMPAT_HAS_JOURNAL | \
 	 EXT2_FEATURE_COMPAT_EXT_ATTR | EXT2_FEATURE_COMPAT_RESIZE_INODE | EXT2_FEATURE_COMPAT_DIR_INDEX |        \
@@ -25,7 +25,7 @@
 
 /* --- reading --- */
 
-/* Whether we know all that is in this filesystem; if not, a message says what we do not. */
+/* Whether we support all features of this filesystem; if not, a message names the others. */
 static int check_features(x3_image *img, const struct ext2_super_block *sb)
 {
 	uint32_t unknown[3] = { sb->s_feature_compat & ~COMPAT, sb->s_feature_incompat & ~INCOMPAT,
@@ -109,7 +109,7 @@ int super_load(x3_image *img)
 	img->size_max = data_size_max(img->bits);
 	per_block = img->bs / sizeof(struct ext2_group_desc);
 	img->gd_blocks = (img->groups + per_block - 1) / per_block;
-	/* s_want_extra_isize says nothing without the feature extra_isize. */
+	/* s_want_extra_isize means nothing without the feature extra_isize. */
 	img->extra_isize = img->inode_size > EXT2_GOOD_OLD_INODE_SIZE ? 32 : 0;
 	return 0;
 }
@@ -133,7 +133,7 @@ static bool has_super(const struct ext2_super_block *sb, uint32_t group)
 	return false;
 }
 
-/* How many blocks of descriptors are together at the beginning, and in each copy of it; see descriptors_at(). */
+/* How many descriptor blocks are together at the beginning, and in each copy; see descriptors_at(). */
 static uint32_t descriptors_together(const x3_image *img)
 {
 	if (img->sb->s_feature_incompat & EXT2_FEATURE_INCOMPAT_META_BG)
@@ -141,7 +141,7 @@ static uint32_t descriptors_together(const x3_image *img)
 	return img->gd_blocks;
 }
 
-/* Where the block of group descriptors number *i* is: with meta_bg in the first of the groups that it describes. */
+/* Where group descriptor block number *i* is: with meta_bg in the first of the groups that it describes. */
 static uint32_t descriptors_at(const x3_image *img, uint32_t i)
 {
 	uint32_t group = i * (img->bs / sizeof(struct ext2_group_desc));
@@ -203,7 +203,7 @@ void groups_load(x3_image *img)
 		free_blocks += gd->bg_free_blocks_count;
 		free_inodes += gd->bg_free_inodes_count;
 	}
-	/* The kernel keeps no account of these while it has an image: after a crash they are wrong. */
+	/* The kernel does not update these while it uses an image: after a crash they are wrong. */
 	img->sb->s_free_blocks_count = min(free_blocks, img->blocks);
 	img->sb->s_free_inodes_count = min(free_inodes, img->inodes);
 }
@@ -218,10 +218,9 @@ static struct ext2_super_block *super_change(x3_image *img, uint32_t offset, uin
 }
 
 /*
- * At the beginning, before anything is written: no journal knows of it.
- *
- * The flag of recovery; a revision in which features are known; and how names are hashed, where nobody has
- * said so yet: as e2fsck has it, by what a char is on this machine.
+ * At the beginning, before anything else is written, without the journal: set the recovery flag; a revision
+ * that has features; and how names are hashed, if that is not set yet: as in e2fsck, by the signedness of
+ * char on this machine.
  */
 void super_begin(x3_image *img)
 {
@@ -241,8 +240,8 @@ void super_begin(x3_image *img)
 }
 
 /*
- * The filesystem is damaged, and given up: see to it that the next one who opens it checks all of it. Both
- * marks, since the log may have the superblock without its own. Nothing depends on whether they can be written.
+ * The filesystem is damaged and aborted: make the next user check all of it. Set both marks, since the log
+ * may have the superblock without its own. It does not matter if they cannot be written.
  */
 void super_mark_damaged(x3_image *img)
 {
@@ -252,7 +251,10 @@ void super_mark_damaged(x3_image *img)
 		journal_mark_damaged(img);
 }
 
-/* Features that are about to be used: EXT2_FEATURE_COMPAT_*, and EXT2_FEATURE_RO_COMPAT_*. Within a change. */
+/*
+ * Set features that are about to be used: EXT2_FEATURE_COMPAT_*, and EXT2_FEATURE_RO_COMPAT_*. Within a
+ * change.
+ */
 void super_need(x3_image *img, uint32_t compat, uint32_t ro_compat)
 {
 	struct ext2_super_block *sb = img->sb;
@@ -264,7 +266,7 @@ void super_need(x3_image *img, uint32_t compat, uint32_t ro_compat)
 	sb->s_feature_ro_compat |= ro_compat;
 }
 
-/* Count blocks and inodes that are free from now on, or not any more. */
+/* Count blocks and inodes that become free, or used. */
 void super_count(x3_image *img, int32_t blocks, int32_t inodes)
 {
 	struct ext2_super_block *sb = super_change(img, offsetof(struct ext2_super_block, s_free_blocks_count), 8);

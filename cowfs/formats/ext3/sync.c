@@ -49,7 +49,8 @@ int x3_fsync(x3_image *img, uint32_t ino, int datasync)
 		done = img->aborted || img->stalled || tid_after(tid, img->committed);
 		if (done) {
 			error = img->aborted ? -EROFS : commit_until(img, tid);
-			/* That commit may have been under way when the data was written, which it does not have then. */
+			/* That commit may have started before the data was written; then it does not include
+			 * it. */
 			done = error || !tid_after(written, img->committed);
 		}
 		if (done) {

@@ -1,9 +1,9 @@
 /*
- * Which parts of the image were written to: for who copies it while it is in use.
+ * Which parts of the image were written to: for copying it while it is in use.
  *
- * A bit for each unit, set after the write, by whatever thread. Who copies takes a bit and then reads: what is written
- * in between sets it again. The map has all units that ext3 can have, and so is as it is while the image grows; memory
- * is taken for the pages of it that are in use.
+ * There is a bit for each unit; every thread sets it after the write. The copier clears a bit and then reads
+ * the unit: a write in between sets it again. The map has all units that ext3 can have, and so is as it is
+ * while the image grows; memory is taken for the pages of it that are in use.
  */
 #define _GNU_SOURCE
 #include <errno.h>

@@ -55,8 +55,8 @@ static uint64_t mix(uint64_t h, uint64_t a, uint64_t b)
 }
 
 /*
- * A number that another content of a unit hardly has; not 0. Quick: 16 bytes for a multiplication, and four of these at
- * the same time. Who makes two contents that have the same harms his own file.
+ * A checksum of a unit, which another content hardly has; not 0. Quick: one multiplication for 16 bytes, and
+ * four of them in parallel. A user who constructs two contents with the same sum harms only his own file.
  */
 static uint32_t sum_of(const char *p, uint32_t len)
 {
@@ -77,7 +77,7 @@ static uint32_t sum_of(const char *p, uint32_t len)
 
 /* --- the sums --- */
 
-/* The leaf of a unit in a table, which is made if there is none; NULL: no memory. */
+/* The leaf of a unit in a table, which is made if missing; NULL: no memory. */
 static struct leaf *leaf_put(struct table *table, uint64_t unit)
 {
 	struct patch *p = table_put(table, unit / UNITS);
@@ -114,7 +114,7 @@ static void sums_free(struct sums *sums)
 	sums->broken = false;
 }
 
-/* Let img->syncing be all that is not known to be on disk. With sums_lock. */
+/* Set img->syncing to everything that may not be on disk. With sums_lock. */
 static void sums_join(x3_image *img)
 {
 	struct table *new = &img->sums.table, *old = &img->syncing.table;
@@ -150,7 +150,7 @@ static void lose(x3_image *img, uint32_t ino)
 		img->lost[img->nlost++] = ino;
 }
 
-/* Whether there is so much to remember that it is better to have it on disk. */
+/* Whether there is so much to remember that a sync is better. */
 bool unsynced_is_much(x3_image *img)
 {
 	uint32_t n = __atomic_load_n(&img->sums.table.n, __ATOMIC_RELAXED);
@@ -169,7 +169,7 @@ void unsynced_free(x3_image *img)
 
 /* --- writing --- */
 
-/* Copy *len* bytes from *skip* on of what the pieces have. */
+/* Copy *len* bytes of the pieces, from *skip* on. */
 static void gather(const struct iovec *iov, size_t skip, char *buf, size_t len)
 {
 	for (; len; iov++) {
@@ -183,7 +183,7 @@ static void gather(const struct iovec *iov, size_t skip, char *buf, size_t len)
 	}
 }
 
-/* Where they are in memory as they are, or NULL. */
+/* Their place in memory if they are contiguous, or NULL. */
 static const char *in_one_piece(const struct iovec *iov, size_t skip, size_t len)
 {
 	for (; skip >= iov->iov_len; iov++)
@@ -191,7 +191,7 @@ static const char *in_one_piece(const struct iovec *iov, size_t skip, size_t len
 	return skip + len <= iov->iov_len ? (char *)iov->iov_base + skip : NULL;
 }
 
-/* What is known of a unit that was written to in part. */
+/* What is known of a unit that was partly written. */
 static struct edge *edge_of(x3_image *img, uint64_t unit)
 {
 	for (int i = 0; i < 2; i++)
@@ -201,8 +201,8 @@ static struct edge *edge_of(x3_image *img, uint64_t unit)
 }
 
 /*
- * A unit is about to be written to in part: know what it has. What is not on disk yet must still be there. *other* is a
- * unit that has to stay known. Who appends little by little reads nothing.
+ * A unit is about to be written in part: find its present content. Data that is not on disk yet must still be
+ * there. *other* is a unit that must stay known. Small appends read nothing.
  */
 static int edge_need(x3_image *img, uint64_t unit, uint64_t other, uint32_t ino)
 {
@@ -230,7 +230,7 @@ static int edge_need(x3_image *img, uint64_t unit, uint64_t other, uint32_t ino)
 	return 0;
 }
 
-/* What a unit has after a write of what is in *iov*, from *off* to *end*; in *buf* if need be. NULL: not known. */
+/* The content of a unit after a write of *iov* from *off* to *end*; in *buf* if necessary. NULL: unknown. */
 static const char *unit_after(x3_image *img, uint64_t unit, const struct iovec *iov, uint64_t off, uint64_t end,
 			      char *buf)
 {
@@ -252,7 +252,7 @@ static const char *unit_after(x3_image *img, uint64_t unit, const struct iovec *
 	return buf;
 }
 
-/* Put down the sums of what has been written, from *off* to *end*. */
+/* Record the sums of what was written from *off* to *end*. */
 static void put_sums(x3_image *img, uint32_t ino, const struct iovec *iov, uint64_t off, uint64_t end)
 {
 	uint32_t bits = unit_bits(img);
@@ -269,7 +269,7 @@ static void put_sums(x3_image *img, uint32_t ino, const struct iovec *iov, uint6
 	pthread_mutex_unlock(&img->sums_lock);
 }
 
-/* What is kept in memory until it is home must be the newest. */
+/* What is kept in memory until it is home must be the newest version. */
 static void patch_over(x3_image *img, const struct iovec *iov, uint64_t off, uint64_t end)
 {
 	for (uint64_t at = off, stop; at < end; at = stop) {
@@ -282,7 +282,7 @@ static void patch_over(x3_image *img, const struct iovec *iov, uint64_t off, uin
 	}
 }
 
-/* Write data of the file *ino*, and remember it. Within an operation. */
+/* Write data of the file *ino*, and record its sums. Within an operation. */
 int unsynced_write(x3_image *img, uint32_t ino, const struct iovec *iov, int count, uint64_t off)
 {
 	uint32_t bits = unit_bits(img), mask = (1u << bits) - 1;
@@ -313,7 +313,7 @@ int unsynced_write(x3_image *img, uint32_t ino, const struct iovec *iov, int cou
 
 /* --- barriers --- */
 
-/* Number *nr* begins. Whatever is in img->syncing from here on is in the trace before. */
+/* Barrier number *nr* begins. Everything that enters img->syncing from here on is earlier in the trace. */
 void unsynced_begin(x3_image *img, uint64_t nr)
 {
 	pthread_mutex_lock(&img->sums_lock);
@@ -323,10 +323,11 @@ void unsynced_begin(x3_image *img, uint64_t nr)
 }
 
 /*
- * It has ended; what do those who wait for it have to be told?
+ * The barrier has ended: return the result for its waiters.
  *
- * The kernel tells an error once, to one thread. The others must hear of it, until it has been judged. The trace has it
- * before that, for what is written afterwards is not what the kernel has dropped. *nr* 0: it is not a barrier that tells.
+ * The kernel reports an error once, to one thread. The others must get it too, until it has been handled. It
+ * goes to the trace before that, since later writes are not what the kernel has dropped. *nr* 0: the error
+ * does not come from a barrier.
  */
 int unsynced_end(x3_image *img, int error, uint64_t nr)
 {
@@ -346,7 +347,7 @@ int unsynced_end(x3_image *img, int error, uint64_t nr)
 	return error;
 }
 
-/* Whether a barrier has failed that nobody has judged yet. */
+/* Whether a barrier has failed and nobody has handled it yet. */
 bool unsynced_is_unjudged(x3_image *img)
 {
 	bool unjudged;
@@ -357,13 +358,13 @@ bool unsynced_is_unjudged(x3_image *img)
 	return unjudged;
 }
 
-/* How many barriers have failed so far, or had to. */
+/* How many barriers have failed so far, or were made to. */
 uint64_t io_failures(x3_image *img)
 {
 	return __atomic_load_n(&img->failures, __ATOMIC_SEQ_CST);
 }
 
-/* Bytes of memory that may be taken for what a disk has refused: half of what there is. */
+/* Bytes of memory that may hold data that a disk has refused: half of the memory. */
 static uint64_t memory_to_keep_it(const x3_image *img)
 {
 	unsigned long long kilobytes = 128 << 10;
@@ -378,7 +379,7 @@ static uint64_t memory_to_keep_it(const x3_image *img)
 	return img->debug & X3_NO_MEMORY ? 0 : kilobytes * 1024 / 2;
 }
 
-/* Whether *data* of a block has the sums that are known of it; the units from *first* on of a leaf. */
+/* Whether the *data* of a block matches its known sums; *first* is its first unit in a leaf. */
 static bool is_as_it_was(const x3_image *img, const struct leaf *leaf, uint32_t first, uint32_t count, const char *data)
 {
 	uint32_t size = 1u << unit_bits(img);
@@ -390,8 +391,8 @@ static bool is_as_it_was(const x3_image *img, const struct leaf *leaf, uint32_t 
 }
 
 /*
- * Read a block back that a barrier may have lost, and keep it, or, where there is no memory for that, at least in the
- * page cache. False: it is lost.
+ * Read back a block that a barrier may have lost, and keep it, or, without memory for that, at least leave it
+ * in the page cache. False: it is lost.
  */
 static bool keep_block(x3_image *img, uint64_t nr, const struct leaf *leaf, uint32_t first, uint32_t count,
 		       uint64_t *memory)
@@ -438,9 +439,10 @@ static void keep_leaf(x3_image *img, const struct patch *p, uint64_t *memory)
 }
 
 /*
- * If a barrier has failed that nobody has judged yet: keep what it may have lost. Return whether one has.
+ * If a barrier has failed and nobody has handled it yet, keep what it may have lost.
  *
- * With the lock, and as the one who commits; gives up the lock while somebody reads without it.
+ * Return whether one has. With the lock, in the committing thread; drops the lock while others read without
+ * it.
  */
 bool unsynced_judge(x3_image *img)
 {
@@ -458,7 +460,8 @@ bool unsynced_judge(x3_image *img)
 	sums_join(img);
 	all = img->syncing;
 	img->syncing = (struct sums){ 0 };
-	/* Who waits for a barrier that is under way must not take it for one behind what is kept from now on. */
+	/* A thread that waits for a barrier under way must not believe that it covers what is kept from now
+	 * on. */
 	__atomic_fetch_add(&img->failures, 1, __ATOMIC_SEQ_CST);
 	img->unjudged = false;
 	pthread_mutex_unlock(&img->sums_lock);
@@ -473,7 +476,7 @@ bool unsynced_judge(x3_image *img)
 	return true;
 }
 
-/* Before anything else is tried again: bring home what was kept. As the one who commits; gives up the lock. */
+/* Before any new attempt: write home what was kept. In the committing thread; drops the lock. */
 int unsynced_home(x3_image *img)
 {
 	int error;

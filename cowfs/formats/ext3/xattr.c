@@ -1,9 +1,9 @@
 /*
  * Extended attributes: first behind the inode's fields, then in one block of their own (fs/ext3/xattr.c).
  *
- * Both hold entries from the front and values from the end. The block's entries are sorted and hashed,
- * and identical blocks may be shared by several inodes (h_refcount): such a one is copied before it is
- * changed. To change anything, all attributes are read, and the two places are written anew.
+ * Both hold entries from the front and values from the end. The block's entries are sorted and hashed, and
+ * identical blocks may be shared by several inodes (h_refcount): such a block is copied before it is changed.
+ * To change anything, all attributes are read, and the two places are written anew.
  */
 #include <errno.h>
 #include <stdlib.h>
@@ -76,7 +76,7 @@ static bool same_name(const struct attr *a, const struct attr *b)
 
 /* --- reading --- */
 
-/* Read the entries at *start*; their values' offsets count from *base*, and nothing lies behind *end*. */
+/* Read the entries at *start*; their values' offsets count from *base*, and nothing extends beyond *end*. */
 static void parse(x3_image *img, struct attrs *all, uint32_t ino, const char *base, const char *start, const char *end)
 {
 	const char *p = start;
@@ -121,7 +121,7 @@ static struct block *xattr_block(x3_image *img, const struct inode *in)
 	return b;
 }
 
-/* Find all attributes, in *copies*, if there are to be any. */
+/* Find all attributes; read them into *copies*, if there are any. */
 static void load(x3_image *img, const struct inode *in, struct attrs *all, struct places *copies)
 {
 	uint32_t start = inline_start(img, in), magic;
@@ -254,7 +254,7 @@ int64_t xattr_get(x3_image *img, uint32_t ino, const char *name, uint32_t len, c
 
 /* --- changing --- */
 
-/* What an attribute takes: its entry and its value. */
+/* The space that an attribute takes: its entry and its value. */
 static uint32_t space(const struct attr *a)
 {
 	return EXT2_EXT_ATTR_LEN(a->name_len) + EXT2_EXT_ATTR_SIZE(a->size);
@@ -274,7 +274,7 @@ static uint32_t hash_entry(const xentry *e, const char *value)
 	return hash;
 }
 
-/* Write attributes into a zeroed place, as parse() reads them; with hashes, return the one over all. */
+/* Write attributes into a zeroed area, as parse() reads them; with hashes, return their combined hash. */
 static uint32_t build(struct attr *const *attr, uint32_t n, char *base, char *start, char *end, bool hashed)
 {
 	uint32_t hash = 0;
@@ -311,7 +311,7 @@ static int by_name(const void *x, const void *y)
 	return memcmp(a->name, b->name, a->name_len);
 }
 
-/* The inode, which is being changed, needs its attribute block no more. */
+/* The inode, which is being changed, no longer needs its attribute block. */
 void xattr_free_block(x3_image *img, struct inode *in)
 {
 	struct block *b;
@@ -329,7 +329,7 @@ void xattr_free_block(x3_image *img, struct inode *in)
 	inode_add_blocks(img, in, -1);
 }
 
-/* Write the attribute block: in place, if it is nobody else's. */
+/* Write the attribute block: in place, unless other inodes share it. */
 static void store_block(x3_image *img, struct inode *in, struct attr **attr, uint32_t n)
 {
 	char data[BLOCK_MAX];
@@ -356,7 +356,7 @@ static void store_block(x3_image *img, struct inode *in, struct attr **attr, uin
 		memcpy(block_change(img, b, 0, img->bs), data, img->bs);
 }
 
-/* Distribute the attributes to the inode, which is being changed, and its block. ENOSPC. */
+/* Distribute the attributes between the inode, which is being changed, and its block. ENOSPC. */
 static void store(x3_image *img, struct inode *in, struct attrs *all)
 {
 	struct attr *inner[ATTRS_MAX], *outer[ATTRS_MAX];
