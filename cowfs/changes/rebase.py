@@ -199,6 +199,8 @@ class Rebase:
         path = join(here.path, name)
         if not here.shows or here.whole:
             return
+        if new is None and old is None:
+            return  # it hid what a deleted checkpoint had
         if new is None or old is None:
             if is_told:
                 why = "deleted there, too" if new is None else "the deletion is of nothing that was there"

@@ -443,3 +443,18 @@ def test_what_came_back_into_a_new_directory(tmp_path: Path) -> None:
     after = seen(store, new)
     files = {path for path in after if after[path]["type"] == "file"}
     assert files == {"usr/bin/one", "usr/bin/two", "usr/bin/three", "usr/file", "away/lib"}
+
+
+def test_a_deletion_of_what_only_a_deleted_checkpoint_had_is_not_told(tmp_path: Path) -> None:
+    old, again, store = tmp_path / "old", tmp_path / "again", tmp_path / "store"
+    tree.build(old, {"d/f": b"f"})
+    shutil.copytree(old, again)
+    with closing(Direct(str(store), [str(old)])) as fs:
+        fs.unlink("d/f")
+        keep(fs, "one")
+        fs.create("d/f", b"again")
+        keep(fs, "two")
+        fs.unlink("d/f")
+        done_at_once(checkpoint.delete(fs.union.store, fs.union.overlay, "two"))
+    assert run(store, old, again).told == []
+    assert "d/f" not in seen(store, again)
