@@ -1,4 +1,4 @@
-"""Tar archives: pax (POSIX.1-2001), with extended attributes as star and GNU tar have them, or GNU.
+"""Tar archives: pax (POSIX.1-2001), with extended attributes and ACLs as star and GNU tar have them, or GNU.
 
 Layouts: the ustar header of tar(5); pax records ``LENGTH KEY=VALUE\\n``, whose values are bytes; sparse files
 as in GNU tar's "Sparse Format 1.0" (the map before the data, in lines of decimals, padded to a block).
@@ -14,6 +14,7 @@ from collections.abc import Callable
 from cowfs.exports.entries import Entry, Tick, copy, data_runs, opened, target_of
 from cowfs.exports.losses import Losses
 from cowfs.exports.whiteouts import is_taken, place_of
+from cowfs.formats.acl_text import to_text
 
 Write = Callable[[bytes], object]
 _BLOCK = 512
@@ -23,6 +24,11 @@ _SPARSE_FROM = 64 << 10
 """Bytes of holes that make a file sparse in an archive."""
 _NAME, _SIZE, _ID, _TIME = 100, 8**11, 8**7, 8**11
 """What does not fit into the fields of a header."""
+_ACLS = {
+    b"system.posix_acl_access": b"SCHILY.acl.access",
+    b"system.posix_acl_default": b"SCHILY.acl.default",
+}
+"""What GNU tar --acls and star read; --xattrs takes the attribute itself."""
 _TYPES = {
     stat.S_IFREG: tarfile.REGTYPE,
     stat.S_IFDIR: tarfile.DIRTYPE,
@@ -130,6 +136,9 @@ class Tar:
             records[b"mtime"] = _time(entry.mtime_ns)
         for name, value in entry.xattrs.items():
             if self._accepts(name):
+                acl = to_text(value) if name in _ACLS else None
+                if acl is not None:
+                    records[_ACLS[name]] = acl
                 records[b"SCHILY.xattr." + name.replace(b"%", b"%25").replace(b"=", b"%3D")] = value
             else:
                 what = "ACLs" if name.startswith(b"system.posix_acl") else "some extended attributes"

@@ -1,7 +1,7 @@
 """An index of an uncompressed tar archive: bytes -> inodes, nothing is unpacked.
 
-The headers are read by Python's tarfile: ustar, pax and GNU's, with sparse files and extended attributes
-(SCHILY.xattr). An archive is untrusted: names, counts, sizes and places are checked here.
+The headers are read by Python's tarfile: ustar, pax and GNU's, with sparse files, extended attributes
+(SCHILY.xattr) and ACLs (SCHILY.acl). An archive is untrusted: names, counts, sizes and places are checked.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from cowfs.errors import LayerError
+from cowfs.formats.acl_text import from_text
 from cowfs.formats.squashfs.source import Bytes
 
 _MOST_MEMBERS = 4_000_000
@@ -28,6 +29,7 @@ _MOST_FOR_ALL = 1000
 _LONGEST_PATH = 64 << 10
 _NAME_MAX = 255
 _XATTR = "SCHILY.xattr."
+_ACLS = {"SCHILY.acl.access": b"system.posix_acl_access", "SCHILY.acl.default": b"system.posix_acl_default"}
 _NAMES = ("utf-8", "surrogateescape")
 """How bytes of names and values stand in strings: any bytes come back."""
 _AHEAD = 64 << 10
@@ -197,6 +199,10 @@ class Archive:
             for key, text in member.pax_headers.items()
             if key.startswith(_XATTR)
         }
+        for key, attribute in _ACLS.items():
+            value = from_text(member.pax_headers[key]) if key in member.pax_headers else None
+            if value is not None and not member.issym():
+                found.setdefault(attribute, value)
         for name, value in found.items():
             is_name = 0 < len(name) <= _LONGEST_XATTR_NAME and b"\0" not in name
             if not is_name or len(value) > _LONGEST_XATTR:

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from cowfs.errors import LayerError
-from cowfs.formats import tar
+from cowfs.formats import acl_text, tar
 from cowfs.formats.tar import Inode
+from cowfs.layers import acl
 from cowfs.layers.tar import TarLayer
 from cowfs.store.format.identity import identify_lower
 from tests.support.system import run
@@ -182,3 +183,46 @@ def test_holes_in_each_form_of_gnu_tar(tmp_path: Path, form: str) -> None:
         file_there = layer.open(inode, os.O_RDONLY)
         assert file_there.pread(41 << 20, 0) == (tmp_path / "tree/holes").read_bytes()
         assert layer.stat(inode).st_blocks * 512 < 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("user::rwx\nuser:7:rw-\ngroup::r-x\nmask::rwx\nother::r\n", "u::rwx u:7:rw- g::r-x m::rwx o::r--"),
+        ("u::rw-,u:lisa:r--:502,g::r--,g:0:-w-,m::r--,o::-", "u::rw- u:502:r-- g::r-- g:0:-w- m::r-- o::---"),
+        ("user::rwx,group::r,other:: # nothing", "u::rwx g::r-- o::---"),
+        ("user::rw-,user:no such user:rwx,group::r--,mask::rwx,other::---", "u::rw- g::r-- m::rwx o::---"),
+        ("user::rw-,group::r--", None),
+        ("user::rw-,user:7:r--,group::r--,other::---", None),
+        ("user::rw-,user::rw-,group::r--,other::---", None),
+        ("user::rw-,user:7:r--:4294967295,group::r--,mask::r--,other::---", None),
+        ("everyone@:rwx::allow", None),
+        ("", None),
+    ],
+)  # fmt: skip
+def test_acls_as_text(tmp_path: Path, text: str, shown: str | None) -> None:
+    """Those of the archives of tar --acls, star and bsdtar; what is no ACL is left out, as tar does."""
+    headers = {"SCHILY.acl.access": text}
+    with opened(made(tmp_path / "x.tar", lambda add: add("f", b"x", pax_headers=headers))) as layer:
+        xattrs = {name: layer.getxattr(find(layer, "f"), name) for name in layer.listxattr(find(layer, "f"))}
+    if shown is None:
+        assert xattrs == {}
+        return
+    value = xattrs.pop(b"system.posix_acl_access")
+    assert acl.parse(value) and not xattrs
+    lines = (acl_text.to_text(value) or b"").decode().split()
+    assert " ".join(line[0] + line[line.index(":") :] for line in lines) == shown
+
+
+def test_the_attribute_itself_counts_more_than_its_text(tmp_path: Path) -> None:
+    value = acl.build(acl.of_mode(0o751))
+    headers = {"SCHILY.acl.access": "u::r--,g::r--,o::r--"}
+    headers |= {"SCHILY.xattr.system.posix_acl_access": value.decode("utf-8", "surrogateescape")}
+    archive = made(tmp_path / "x.tar", lambda add: add("f", b"x", pax_headers=headers))
+    with opened(archive) as layer:
+        assert layer.getxattr(find(layer, "f"), acl.ACCESS) == value
+
+
+@pytest.mark.parametrize("value", [b"", b"\2\0\0\0", b"\1\0\0\0" + bytes(24), b"\2\0\0\0" + b"\x40" * 24])
+def test_a_value_that_is_no_acl_has_no_text(value: bytes) -> None:
+    assert acl_text.to_text(value) is None
