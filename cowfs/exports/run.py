@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -29,6 +31,18 @@ _STYLES = {
 """Those of each format that has a choice, the default first."""
 _CHANGES_ALONE = {"patch", "rsync", "restic"}
 _TAG, _COMPRESSION = "latest", "gzip"
+_GIT_MODES = {0o644, 0o755}
+_MODES, _XATTRS = "modes other than 644 and 755 left out", "extended attributes and ACLs left out"
+_OTHERS = "devices, FIFOs and sockets left out"
+_NOT_IN_A_PATCH = (
+    (_MODES, re.compile(rb"mode ")),
+    ("changes of owner left out", re.compile(rb"owner ")),
+    (_XATTRS, re.compile(rb"extended attributes ")),
+    ("empty directories left out", re.compile(rb"an empty directory ")),
+    ("files left out that are too large for a patch", re.compile(rb"[0-9]+ -> [0-9]+ bytes")),
+    ("files left out that replace a device, FIFO or socket", re.compile(rb"[a-z]+ became a file")),
+)
+"""What a patch cannot express, and how its remarks begin that say so (:mod:`cowfs.changes.patch`)."""
 _STANDARD_OUTPUT = "-"
 
 
@@ -248,10 +262,30 @@ def _lines(fd: int, source: Source, how: How, losses: Losses, tick: Tick) -> Non
 
 
 def _patch(source: Source, losses: Losses, tick: Tick) -> Iterator[bytes]:
-    for piece in patch.patch(_told(source, tick), source, binary=True):
-        if piece.startswith(b"# "):
-            losses.add("changes that a patch has no words for", piece[2:].partition(b": ")[0])
+    for piece in patch.patch(_noted(_told(source, tick), source.tree(), losses), source, binary=True):
+        for line in piece.splitlines():
+            if not line.startswith(b"# "):
+                break
+            path, _, said = line[2:].partition(b": ")
+            losses.add(next((what for what, words in _NOT_IN_A_PATCH if words.match(said)), _OTHERS), path)
         yield piece
+
+
+def _noted(changes: Iterable[Change], tree: Tree, losses: Losses) -> Iterator[Change]:
+    """Note what of added files and directories the patch itself does not say that it leaves out."""
+    first: dict[tuple[int, int, int], bytes] = {}
+    for change in changes:
+        node = tree.node(change.path) if change.kind == "A" or "type" in change.what else None
+        if node is not None:
+            mode = node.attr.st_mode
+            if not stat.S_ISLNK(mode) and stat.S_IMODE(mode) not in ({0o755} if node.is_dir else _GIT_MODES):
+                losses.add(_MODES, change.path)
+            if node.xattrs():
+                losses.add(_XATTRS, change.path)
+        if node is not None and node.attr.st_nlink > 1 and not node.is_dir:
+            if first.setdefault(node.identity, change.path) != change.path:
+                losses.add("hard links that become files of their own", change.path)
+        yield change
 
 
 @contextmanager
