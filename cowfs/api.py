@@ -31,7 +31,8 @@ from cowfs.changes.version import Tree, Version
 from cowfs.client import ask, checked_answer, find_mount, the_mount
 from cowfs.command import Option, mount_arguments, run_command
 from cowfs.command import warm as warm  # noqa: PLC0414 (re-exported by the package)
-from cowfs.errors import CowfsError, MountFailure, StoreError, UsageError
+from cowfs.errors import CowfsError, MountFailure, StoreError, SystemFailure, UsageError
+from cowfs.linux.files import LACK_OF_ROOM
 from cowfs.linux.fuse import LISTED
 from cowfs.mounted_changes import PATIENCE, MountedChanges
 from cowfs.offline_changes import Lowers, OfflineChanges, Tell, must_be_there, open_offline_union
@@ -284,8 +285,23 @@ def apply(
             if backup:
                 for line in keep(items, after, target, backup, tick):
                     tell(f"{backup}: {line}")
-            Apply(target, Compared(before), losses, tick).run(items, after, withheld)
+            try:
+                Apply(target, Compared(before), losses, tick).run(items, after, withheld)
+            except OSError as error:
+                raise _not_completed(error, root, backup) from None
     return bad, losses
+
+
+def _not_completed(error: OSError, root: str, backup: str) -> Exception:
+    """Return what to raise where changes could be made in part."""
+    if error.errno not in LACK_OF_ROOM:
+        return error
+    path = os.fsdecode(error.filename or b"").lstrip("/")
+    without = ", without --backup" if backup else ""
+    return SystemFailure(
+        f"{os.path.join(root, path)}: {error.strerror}; each path has its old or its new content",
+        f"free space there, and complete it with the same command{without}",
+    )
 
 
 def _withheld(changes: Changes, target: str) -> dict[str, str]:

@@ -51,6 +51,9 @@ def keep(items: Plan, after: Tree, root: Root, directory: str, tick: Tick) -> Lo
     It is whole and on disk in the end, or not there. Raises CowfsError, and OSError with the path.
     """
     losses = Losses()
+    if os.path.lexists(os.path.join(os.fsencode(directory), _ROOT)):
+        hint = "leave out --backup to complete it, bring it back with --undo, or give another name"
+        raise UsageError(f"{directory}: is the backup of an earlier apply", hint)
     with ExitStack() as stack:
         fd = root.open(b"")
         assert fd is not None

@@ -166,6 +166,38 @@ def test_what_was_replaced_comes_back(made: tuple[Path, Snapshot], tmp_path: Pat
 
 
 @needs_root
+def test_without_room_each_path_is_old_or_new(made: tuple[Path, Snapshot], tmp_path: Path) -> None:
+    top, tree = made
+    disk, kept = tmp_path / "disk", tmp_path / "kept"
+    disk.mkdir()
+    run("mount", "-t", "tmpfs", "-o", "size=2m", "cowfs-test", disk)
+    try:
+        copy = copy_of(top, disk / "copy")
+        old, new = contents(seen(copy)), contents(tree)
+        room = os.statvfs(disk)
+        (disk / "fill").write_bytes(bytes((room.f_bavail - 3) * room.f_frsize))
+        done = cowfs("apply", top / "store.bs", copy, "--backup", kept)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+        assert done.stderr.startswith(f"cowfs: {copy}/")
+        assert done.stderr.endswith(
+            "No space left on device; each path has its old or its new content"
+            " (free space there, and complete it with the same command, without --backup)\n"
+        )
+        now = contents(seen(copy))
+        assert now.keys() >= old.keys() & new.keys()
+        assert all(what in {old.get(path), new.get(path)} for path, what in now.items())
+        again = cowfs("apply", top / "store.bs", copy, "--backup", kept)
+        assert (again.returncode, "is the backup of an earlier apply" in again.stderr) == (1, True)
+        (disk / "fill").unlink()
+        assert cowfs("apply", top / "store.bs", copy).returncode == 0
+        assert differences(tree, seen(copy)) == []
+        assert cowfs("apply", "--undo", "--backup", kept, copy).returncode == 0
+        assert contents(seen(copy)) == old
+    finally:
+        run("umount", disk)
+
+
+@needs_root
 def test_asked_for_each(made: tuple[Path, Snapshot], tmp_path: Path) -> None:
     top, tree = made
     copy = copy_of(top, tmp_path / "copy")
