@@ -6,10 +6,14 @@ import argparse
 import base64
 import os
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 from cowfs.cli import options
 from cowfs.cli.output import note
 from cowfs.errors import LayerError
+
+if TYPE_CHECKING:
+    from cowfs.linux.mount_table import MountInfo
 
 NAME = "lower"
 
@@ -20,6 +24,9 @@ remove it again.
 _EPILOG = """\
 Each name shows what it would if the tree were mounted anew. So what the store has, or has deleted, is not
 changed by a module. A file that is open stays what it is until it is closed.
+
+Root's mounts that allow set-user-ID programs or devices, or that other users see, take an image that only
+root can change, or any with --trust.
 
 The store does not depend on its modules. At the next mount they may be named above the lower that the store
 belongs to, in any order, or left out: cowfs mount MODULE:LOWER MOUNTPOINT --store STORE.
@@ -40,6 +47,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("what", choices=("add", "remove"), help="what to do")
     parser.add_argument("mountpoint", metavar="MOUNTPOINT")
     parser.add_argument("image", metavar="IMAGE", help="the module: a squashfs image in a file")
+    parser.add_argument("--trust", action="store_true", help="add it, whoever can change the image")
     parser.set_defaults(run=run)
 
 
@@ -62,6 +70,8 @@ def run(args: argparse.Namespace) -> int:
                 f"{args.image}: is on a filesystem that may hang (NFS, FUSE), or in the mount itself",
                 "copy it to /run or to a disk",
             )
+        if args.what == "add" and os.geteuid() == 0 and not args.trust:
+            _must_be_roots(mount, path, fd)
         replies = ask(
             mount.dev,
             NAME,
@@ -82,6 +92,32 @@ def run(args: argparse.Namespace) -> int:
         if fd >= 0:
             os.close(fd)
     return 0
+
+
+def _must_be_roots(mount: MountInfo, path: str, fd: int) -> None:
+    """LayerError for an image that others can change, and that would give them rights by root's mount."""
+    from cowfs.client import facts_of
+    from cowfs.linux import trust
+    from cowfs.url.trust import shows_too_much
+
+    hint = "copy it to where only root can write, or use --trust if you trust it"
+    try:
+        reason = trust.who_can_change(path)
+        if not os.path.samestat(os.stat(path), os.fstat(fd)):
+            raise LayerError(f"{path}: is another file by now", "try again")
+    except OSError as error:
+        raise LayerError(f"{path}: {error.strerror}") from None
+    if reason is None:
+        return
+    options = mount.options.split(",")
+    if "nosuid" not in options or "nodev" not in options:
+        what = "set-user-ID programs" if "nosuid" not in options else "devices"
+        raise LayerError(f"{path}: {reason}, and the mount allows {what}", hint)
+    if "allow_other" in mount.super_words:
+        lowers = [str(one["path"]) for one in facts_of(mount.dev)["lowers"]]
+        reason = shows_too_much([path, *lowers], trust.who_can_change)
+        if reason is not None:
+            raise LayerError(f"{path}: {reason}", hint)
 
 
 def _mounts_in(mountpoint: bytes) -> list[bytes]:
