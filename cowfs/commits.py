@@ -68,6 +68,9 @@ class Commit:
                 if told and (force or not self.conflicts):
                     withheld = _withheld(mount.store)
                     stage.add(mount.root, items, after, told, self.losses, tick, withheld)
+                if not (force or self.conflicts):  # what was copied may have been the lower's, and another's
+                    found = conflicts(items, before, since)
+                    self.conflicts += [(join(mount.at, path), why) for path, why in found]
             if self.conflicts and not force:
                 return False
             stage.finish()

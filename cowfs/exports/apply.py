@@ -63,6 +63,14 @@ class Root:
         self._leave_to(0)
         self._release.close()
 
+    def stat(self) -> os.stat_result:
+        """Return the attributes of the directory itself."""
+        return os.fstat(self._given)
+
+    def fsid(self) -> int | None:
+        """Return what its filesystem calls itself (statfs(2)); None if it has no name."""
+        return os.fstatvfs(self._given).f_fsid or None
+
     def sync(self) -> None:
         """Return when all is on disk."""
         files.syncfs(self._given)

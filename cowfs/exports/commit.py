@@ -303,23 +303,24 @@ def complete(path: str, losses: Losses, tick: Tick) -> None:
     trees = _read(path)
     with ExitStack() as stack:
         roots = []
-        for path_of_root, _ in trees:
-            roots.append(Root(path_of_root))
+        for told, _ in trees:
+            roots.append(Root(str(told["root"])))
             stack.callback(roots[-1].close)
+            _must_be_it(roots[-1], told, path)
         for root, (_, staged) in zip(roots, trees, strict=True):
             Apply(root, staged, losses, tick).run(staged.plan(), staged, {})
     os.unlink(os.path.join(path, _MANIFEST))
     shutil.rmtree(path, ignore_errors=True)
 
 
-def _read(path: str) -> list[tuple[str, _Staged]]:
+def _read(path: str) -> list[tuple[dict[str, Any], _Staged]]:
     """Return what a manifest says: directories, and what is to be in each."""
     try:
         with open(os.path.join(path, _MANIFEST), encoding="ascii") as file:
             whole = json.loads(file.readline())
             if whole["version"] != _VERSION:
                 raise StoreError(f"{path}: was made by a newer cowfs", "complete it with that one")
-            trees = [(str(tree["root"]), _Staged(os.path.join(path, _FILES))) for tree in whole["trees"]]
+            trees = [(dict(tree), _Staged(os.path.join(path, _FILES))) for tree in whole["trees"]]
             for text in file:
                 line = json.loads(text)
                 lines = trees[line["tree"]][1].lines
@@ -333,16 +334,19 @@ def _read(path: str) -> list[tuple[str, _Staged]]:
             f"{path}: was prepared by somebody who has other users and groups",
             "start cowfs run as the same user, with the same /etc/subuid and /etc/subgid",
         )
-    for tree in whole["trees"]:
-        info = os.stat(tree["root"])
-        # The numbers of disks may change when the machine starts; what a filesystem calls itself does not.
-        known = tree.get("fsid")
-        is_on_it = info.st_dev == tree["dev"] if known is None else _fsid(tree["root"]) == known
-        if info.st_ino != tree["ino"] or not is_on_it:
-            raise StoreError(
-                f"{path}: another directory is at {tree['root']} now", "mount what was there when it began"
-            )
     return trees
+
+
+def _must_be_it(root: Root, told: dict[str, Any], path: str) -> None:
+    """Raise StoreError for another directory than the one that a commit was prepared for."""
+    info = root.stat()
+    # The numbers of disks may change when the machine starts; what a filesystem calls itself does not.
+    known = told.get("fsid")
+    is_on_it = info.st_dev == told["dev"] if known is None else root.fsid() == known
+    if info.st_ino != told["ino"] or not is_on_it:
+        raise StoreError(
+            f"{path}: another directory is at {root.path} now", "mount what was there when it began"
+        )
 
 
 def resume(place: str, losses: Losses, tick: Tick) -> Iterator[tuple[str, list[str], str]]:
