@@ -19,6 +19,13 @@ def local_time(seconds: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
 
 
+def whole(value: object, most: int, least: int = 0) -> int:
+    """Return a number of JSON that others may have written. ValueError if it is none of this range."""
+    if type(value) is not int or not least <= value <= most:
+        raise ValueError(value)
+    return value
+
+
 def text(name: bytes) -> str:
     """Return a name as a string from which :func:`raw` has it back, whatever the locale is."""
     return name.decode("utf-8", "surrogateescape")

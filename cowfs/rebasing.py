@@ -15,13 +15,14 @@ from cowfs.changes.rebase import Maker, Rebase, Told
 from cowfs.changes.upper_maker import UpperMaker
 from cowfs.changes.version import Tree
 from cowfs.client import mount_with_store
-from cowfs.errors import StoreError
+from cowfs.errors import StoreError, UsageError
 from cowfs.exports.entries import feed
 from cowfs.exports.losses import Losses
 from cowfs.exports.plan import Item, everything
 from cowfs.exports.target import new_directory
 from cowfs.exports.upper import Upper
 from cowfs.layers.base import LowerLayer
+from cowfs.layers.beneath import check_name
 from cowfs.layers.frozen import FrozenLayer
 from cowfs.linux.files import LACK_OF_ROOM
 from cowfs.offline_changes import Lowers, Tell, identities, must_be_there, recorded_lowers, styles_of
@@ -62,7 +63,16 @@ class _Sides:
     new: Stack
     after: Merged
     checkpoint: str
+    number: int
     told: list[Told] = field(default_factory=list)
+
+    @property
+    def place(self) -> str:
+        """The name of a directory for it: the store may call it anything."""
+        try:
+            return checkpoints.check_name(self.checkpoint)
+        except UsageError:
+            return "-" if self.checkpoint == "-" else f"-{self.number}"
 
 
 @dataclass(slots=True)
@@ -189,7 +199,7 @@ def _sides(work: _Work, step: Step) -> _Sides:
     if step.top is not None:
         top = FrozenLayer(store.layer, step.top.key)
         after = Merged(Stack([top, *merged, *old.layers], xattrs))
-        return _Sides(Composite([top, *merged], xattrs), old, new, after, step.top.name or "-")
+        return _Sides(Composite([top, *merged], xattrs), old, new, after, step.top.name or "-", step.number)
     index = None
     if not store.layers.is_fresh(store.upper):
         index = layout.find(store.layer, layout.WORK, layout.INDEX)
@@ -200,6 +210,7 @@ def _sides(work: _Work, step: Step) -> _Sides:
         new,
         Merged(Stack([store.layer, *merged, *old.layers], xattrs, store.upper), shown),
         "",
+        step.number,
     )
 
 
@@ -304,17 +315,17 @@ def _write_conflicts(found: Sequence[_Sides], target: str) -> None:
             conflicts = [one for one in sides.told if one.kind == "conflict"]
             if not conflicts:
                 continue
-            path = os.path.join("checkpoints", sides.checkpoint) if sides.checkpoint else ""
-            with _below(top, path) as fd:
+            with _below(top, *(("checkpoints", sides.place) if sides.checkpoint else ())) as fd:
                 _write_versions(sides, conflicts, fd)
 
 
 @contextmanager
-def _below(top: int, path: str) -> Iterator[int]:
+def _below(top: int, *path: str) -> Iterator[int]:
     """Make what is missing of a path, and open it."""
     with ExitStack() as stack:
         fd = top
-        for name in filter(None, path.split("/")):
+        for name in path:
+            check_name(os.fsencode(name))
             with suppress(FileExistsError):
                 os.mkdir(name, 0o700, dir_fd=fd)
             fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)

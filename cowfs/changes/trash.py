@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from contextlib import closing
 from typing import Any, NamedTuple
 
-from cowfs.errors import CowfsError, StoreError
+from cowfs.errors import StoreError
+from cowfs.jsontext import whole
 from cowfs.layers.base import Key, UpperLayer
 from cowfs.overlay.uncover import Attributes
 from cowfs.store.format import layout
@@ -23,6 +24,9 @@ from cowfs.types import AttrData
 
 _LOG = b"log"
 _LARGEST_LOG = 256 << 20
+_KINDS = frozenset(("moved", "whiteout", "copied", "attributes", "renamed"))
+_MOST_STEPS = 1 << 40
+_MOST_ID = (1 << 32) - 2
 
 
 class Step(NamedTuple):
@@ -91,8 +95,10 @@ class Batch:
         try:
             for line in data[: self._end].splitlines():
                 entry = json.loads(line)
+                if not isinstance(entry, dict):
+                    raise TypeError(entry)
                 if "undone" in entry:
-                    steps.pop(int(entry["undone"]), None)
+                    steps.pop(whole(entry["undone"], _MOST_STEPS), None)
                 else:
                     step = _from_json(entry)
                     steps[step.number] = step
@@ -146,11 +152,13 @@ def _to_json(step: Step) -> dict[str, Any]:
 
 
 def _from_json(entry: dict[str, Any]) -> Step:
-    attributes = entry.get("attributes")
-    if not isinstance(attributes, dict | None):
-        raise TypeError(attributes)
+    kind, attributes = entry["kind"], entry.get("attributes")
+    if kind not in _KINDS or (kind == "attributes" and attributes is None):
+        raise ValueError(kind)
+    if attributes is not None:
+        attributes_from_json(attributes)
     source = _bytes(entry["source"]) if "source" in entry else b""
-    return Step(int(entry["number"]), str(entry["kind"]), _bytes(entry["path"]), source, attributes)
+    return Step(whole(entry["number"], _MOST_STEPS), kind, _bytes(entry["path"]), source, attributes)
 
 
 def _text(value: bytes) -> str:
@@ -175,17 +183,13 @@ def attributes_to_json(attributes: Attributes) -> dict[str, Any]:
 
 
 def attributes_from_json(entry: dict[str, Any]) -> Attributes:
-    """Return attributes from the log. CowfsError if they are damaged."""
-    try:
-        attr = AttrData(
-            st_mode=int(entry["mode"]),
-            st_ino=0,
-            st_uid=int(entry["uid"]),
-            st_gid=int(entry["gid"]),
-            st_atime_ns=int(entry["atime_ns"]),
-            st_mtime_ns=int(entry["mtime_ns"]),
-        )
-        xattrs = [(base64.b64decode(name), base64.b64decode(value)) for name, value in entry["xattrs"]]
-    except (KeyError, TypeError, ValueError):
-        raise CowfsError("the log of what was reverted is damaged") from None
-    return Attributes(attr, xattrs)
+    """Return attributes from the log. KeyError, TypeError, ValueError if they are damaged."""
+    attr = AttrData(
+        st_mode=whole(entry["mode"], 0xFFFF),
+        st_ino=0,
+        st_uid=whole(entry["uid"], _MOST_ID),
+        st_gid=whole(entry["gid"], _MOST_ID),
+        st_atime_ns=whole(entry["atime_ns"], 1 << 63, -1 << 63),
+        st_mtime_ns=whole(entry["mtime_ns"], 1 << 63, -1 << 63),
+    )
+    return Attributes(attr, [(_bytes(name), _bytes(value)) for name, value in entry["xattrs"]])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import stat
 
 from cowfs.changes.revert import ASIDE, Done, Forget, Found, Progress, find, why
 from cowfs.changes.trash import Batch, Step, attributes_from_json, batches
@@ -101,8 +102,12 @@ def _undo_rename(fs: Overlay, place: Found, target: Found, stale: uncover.Stale)
 
 
 def _undo_attributes(fs: Overlay, node: Node, step: Step, stale: uncover.Stale) -> bool:
+    wanted = attributes_from_json(step.attributes or {})
+    if stat.S_IFMT(wanted.attr.st_mode) != stat.S_IFMT(node.mode):
+        raise FileExistsError(errno.EEXIST, "something else is there now", step.path)
+    wanted.xattrs = [pair for pair in wanted.xattrs if not fs.format.is_own(pair[0])]
     fs.copy_up_meta(node)
-    uncover.give_attributes(fs, node, attributes_from_json(step.attributes or {}), stale)
+    uncover.give_attributes(fs, node, wanted, stale)
     return True
 
 

@@ -17,11 +17,10 @@ from cowfs.fuse.paths import Place, path_of
 from cowfs.jsontext import text
 from cowfs.linux.processes import Process
 from cowfs.overlay.node import Node
-from cowfs.store.format.records import MAKING, OPERATIONS, Records, pack
+from cowfs.store.format.records import MAKING, MOST_RECORDS, OPERATIONS, Records, pack
 
 log = logging.getLogger(__name__)
 
-_MOST_RECORDS = 2000
 _MOST_BYTES = 32 << 10
 """Of names and command lines: then a batch is full."""
 _MAKING = (1 << len(MAKING)) - 1
@@ -94,7 +93,7 @@ class Recorder:
         """Record that a file was made: what :meth:`named` would, in less time."""
         number = self._numbers.get(id(process))
         above = None if directory is None else self._directories.get(directory)
-        if number is None or above is None or len(self._batch) >= _MOST_RECORDS or self._bytes > _MOST_BYTES:
+        if number is None or above is None or len(self._batch) >= MOST_RECORDS or self._bytes > _MOST_BYTES:
             self.named(_CREATE, process, node, (directory, name))
             return
         now = time.time_ns() // 1000 - self._base
@@ -135,7 +134,7 @@ class Recorder:
     def _add(
         self, operation: int, process: Process | None, ino: int, place: Place, to: Place | None = None
     ) -> list[Any]:
-        if len(self._batch) >= _MOST_RECORDS or self._bytes > _MOST_BYTES:
+        if len(self._batch) >= MOST_RECORDS or self._bytes > _MOST_BYTES:
             self._end_batch()
         now = max(time.time_ns() // 1000 - self._base, 0)
         number = self._numbers.get(id(process))

@@ -11,6 +11,7 @@ import pytest
 from cowfs.commits import Changed, Commit
 from cowfs.errors import CowfsError
 from cowfs.exports import commit as commits
+from cowfs.exports.apply import Root
 from cowfs.layers.beneath import now
 from tests.support.commits import one_run_at_a_time  # noqa: F401
 from tests.support.mounts import mounted
@@ -58,7 +59,7 @@ def test_another_directory_in_its_place_gets_nothing(
     other = nobody_path / "other"
     other.mkdir()
     since = now()
-    real = commits.Root
+    real = Root
 
     def swap_and_open(path: str) -> Any:
         lower.rename(nobody_path / "was")

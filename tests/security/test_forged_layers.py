@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import socket
@@ -18,6 +19,7 @@ import pytest
 from cowfs import api
 from cowfs.errors import CowfsError, StoreError
 from cowfs.linux.files import open_ordinary
+from cowfs.rebasing import rebase
 from tests.security.test_swaps import Watch
 from tests.security.test_terminal import harmless
 from tests.support.mounts import cowfs, mounted
@@ -131,6 +133,7 @@ def _header(**changed: object) -> Callable[[Path], object]:
 FORGERIES |= {
     "a NUL in a lower": _header(lower={"path": "x\0y"}),
     "an offset beyond all": _header(lower={"offset": 1 << 63}),
+    "an offset without end": _header(lower={"offset": float("inf")}),
     "a volatile directory elsewhere": _header(volatile=["/../../etc"]),
     "a volatile directory of no path": _header(volatile=["tmp\x1b[2J"]),
     "no list of lowers": _header(lowers="x"),
@@ -175,6 +178,99 @@ def test_what_is_missing_is_said(store: Path) -> None:
     opened = api.open_changes(str(store), until="b")
     with pytest.raises(StoreError, match=r"layers/[0-9]+ is missing"), opened as changes:
         list(changes)
+
+
+@pytest.mark.parametrize("name", ["../../evil", "/evil", "..", "c/../../../evil", "-"])
+def test_versions_in_conflict_stay_in_their_directory(
+    made: Path, store: Path, tmp_path: Path, name: str
+) -> None:
+    """A checkpoint may be called anything by who made the store."""
+    layers = store / "cowfs/layers"
+    name = name if name[0] != "/" else str(tmp_path / "evil")
+    _name(_lowest(layers), number=_number(layers), name=name, taken="2020")
+    (tmp_path / "new").mkdir()
+    for file in "abc":
+        (tmp_path / "new" / file).write_text("another")
+    there = set(os.listdir(tmp_path))
+    rebase(
+        str(store),
+        api.Lowers((str(made / "lower"),)),
+        api.Lowers((str(tmp_path / "new"),)),
+        conflicts=str(tmp_path / "conflicts"),
+    )
+    assert set(os.listdir(tmp_path)) - there == {"conflicts"}
+    (odd,) = set(os.listdir(tmp_path / "conflicts/checkpoints")) - {"b", "c"}
+    assert (tmp_path / "conflicts/checkpoints" / odd / "changed/a").is_file()
+
+
+def _step(**facts: object) -> str:
+    return json.dumps({"number": 0, "kind": "moved", "path": _text(b"f"), **facts})
+
+
+def _text(path: bytes) -> str:
+    return base64.b64encode(path).decode()
+
+
+_ATTRIBUTES = {"mode": 0o100644, "uid": 0, "gid": 0, "atime_ns": 0, "mtime_ns": 0, "xattrs": []}
+LOGS = {
+    "a number without end": _step(number=float("inf")),
+    "a number below zero": _step(number=-1),
+    "another kind": _step(kind="other"),
+    "no object": "[]",
+    "a text": '"undone"',
+    "nothing undone": json.dumps({"undone": {}}),
+    "something undone without end": json.dumps({"undone": float("inf")}),
+    "a path that leads out": _step(path=_text(b"../../../victim")),
+    "a rename that leads out": _step(kind="renamed", source=_text(b"../../../victim")),
+    "a rename to no name": _step(kind="renamed", source=_text(b"a\0b")),
+    "a rename of slashes": _step(kind="renamed", path=_text(b"//"), source=_text(b"/")),
+    "no attributes": _step(kind="attributes"),
+    **{
+        f"attributes with {name} {value}": _step(kind="attributes", attributes={**_ATTRIBUTES, name: value})
+        for name, value in (
+            ("mode", float("inf")), ("mode", 1 << 70), ("mode", 0o40755), ("uid", -5), ("gid", 1 << 40),
+            ("mtime_ns", 1 << 80), ("xattrs", 5), ("xattrs", [[1, 2]]),
+        )
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("log", LOGS)
+def test_a_forged_log_of_the_trash_is_refused(made: Path, store: Path, log: str) -> None:
+    (store / "cowfs/trash/1").mkdir(parents=True)
+    (store / "cowfs/trash/1/log").write_text(LOGS[log] + "\n")
+    victim = store / "victim"
+    victim.write_text("x")
+    with suppress(CowfsError):
+        done = list(api.take_back(str(store), "undo"))
+        assert all(one.why_not for one in done), done
+    assert victim.read_text() == "x"
+    with api.open_changes(str(store)) as changes:
+        assert (b"f", "M") not in {(one.path, one.kind) for one in changes}
+
+
+def test_attributes_of_the_union_come_from_no_log(made: Path, store: Path) -> None:
+    (store / "cowfs/trash/1").mkdir(parents=True)
+    own = [_text(b"trusted.overlay.redirect"), _text(b"/d")]
+    step = _step(kind="attributes", attributes={**_ATTRIBUTES, "mode": 0o100600, "xattrs": [own]})
+    (store / "cowfs/trash/1/log").write_text(step + "\n")
+    assert [one.why_not for one in api.take_back(str(store), "undo")] == [""]
+    assert stat.S_IMODE((store / "upper/f").stat().st_mode) == 0o600
+    with pytest.raises(OSError):
+        os.getxattr(store / "upper/f", "trusted.overlay.redirect")
+
+
+def test_records_that_are_nothing_but_beginnings(store: Path) -> None:
+    """Each says that it is as long as all others together, and all would be read to see that it is not."""
+    begin = 4096 + 2 * (192 << 10)
+    for size, ring in ((8 << 20, 64 << 20), (8 << 20, (8 << 20) - begin), (180 << 10, (8 << 20) - begin)):
+        head = struct.pack("<8sIIQ16s", b"cowfsblm", 1, 0, ring, bytes(16)).ljust(begin, b"\0")
+        frame = struct.pack("<4sIQI", b"blmf", size - 100, 5, 1).ljust(4096, b"\0")
+        (store / "cowfs/blame").write_bytes(head + frame * (ring // 4096))
+        start = time.monotonic()
+        with suppress(StoreError):
+            api.blame(str(store), [b"f"])
+        assert time.monotonic() - start < LONGEST
 
 
 def test_layers_that_another_may_write(store: Path) -> None:

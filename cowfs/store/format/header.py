@@ -12,6 +12,7 @@ from typing import Any
 
 import cowfs
 from cowfs.errors import StoreError, WrongLower
+from cowfs.jsontext import whole
 from cowfs.store.format import mark
 from cowfs.store.format.mark import Mark
 from cowfs.types import Identity
@@ -153,10 +154,10 @@ def from_json(data: bytes, path: str) -> Header:
 
 
 def _lower(content: dict[str, Any]) -> Identity:
-    offset = int(content.get("offset", 0))
+    offset = whole(content.get("offset", 0), (1 << 63) - 1)
     kind, fingerprint, description, path = (str(content[name]) for name in _OF_A_LOWER)
-    if not 0 <= offset < 1 << 63 or "\0" in path:
-        raise ValueError(offset)
+    if "\0" in path:
+        raise ValueError(path)
     return Identity(kind, fingerprint, description, path, offset)
 
 

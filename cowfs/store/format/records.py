@@ -48,7 +48,10 @@ _FRAME = struct.Struct(
     "<4sIQI"
 )  # magic, bytes of content, sequence number, revision; then the digest, the content
 _DIGEST = 16
-_LARGEST_CONTENT = 8 << 20
+_LARGEST_CONTENT = 1 << 20
+"""Bytes of a batch, as JSON: a recorder begins another long before that."""
+MOST_RECORDS = 2000
+"""So many are in one batch, at most."""
 HINT = "mount with -o blame to begin a new one"
 
 
@@ -83,7 +86,7 @@ class Records:
                 "use the cowfs that made it, or a newer one",
             )
         self._begin = _BLOCK + 2 * _DRAFT
-        if version < 1 or not _SMALLEST <= ring + self._begin <= min(size, 1 << 30) or ring % _BLOCK:
+        if version < 1 or not _SMALLEST <= ring + self._begin <= min(size, _LARGEST) or ring % _BLOCK:
             raise _damaged(name)
         self._end = self._begin + ring
         drafts = [self._frame_at(_BLOCK + number * _DRAFT) for number in range(2)]
@@ -122,13 +125,9 @@ class Records:
 
     def _frame_at(self, offset: int) -> _Frame | None:
         magic, size, sequence, revision = _FRAME.unpack(self._file.pread(_FRAME.size, offset))
-        if (
-            magic != _FRAME_MAGIC
-            or size > _LARGEST_CONTENT
-            or offset + _FRAME.size + size > self._file.stat().st_size
-        ):
-            return None
         frame = _Frame(sequence, revision, offset, size)
+        if magic != _FRAME_MAGIC or frame.room > _DRAFT:
+            return None
         return frame if self._content(frame) is not None else None
 
     def _content(self, frame: _Frame) -> bytes | None:
@@ -211,6 +210,9 @@ def parse(content: bytes, name: str) -> dict[str, Any]:
     except (zlib.error, ValueError, RecursionError):
         raise _damaged(name) from None
     if not unpacker.eof or not isinstance(batch, dict):
+        raise _damaged(name)
+    rows = batch.get("records", [])
+    if not isinstance(rows, list) or len(rows) > MOST_RECORDS:
         raise _damaged(name)
     return batch
 
