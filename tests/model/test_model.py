@@ -97,7 +97,7 @@ def load(model: Model, layers: list[dict[str, tree.Node]], places: list[Path]) -
             if inode is None:
                 inode = Inode("dir" if stat.S_ISDIR(st_.st_mode) else node.kind)
                 known[st_.st_dev, st_.st_ino] = inode
-            if inode.kind == "dir" and before is not None and before.kind == "dir" and not node.xattrs:
+            if inode.kind == "dir" and before is not None and before.kind == "dir" and not _is_opaque(node):
                 inode.names = before.names
             parent.names[name] = inode
             inode.mode, inode.mtime = st_.st_mode & 0o7777, st_.st_mtime_ns
@@ -107,6 +107,10 @@ def load(model: Model, layers: list[dict[str, tree.Node]], places: list[Path]) -
                 inode.data = (place / path).read_bytes()
     top = os.lstat(places[0])
     model.root.mode, model.root.mtime = top.st_mode & 0o7777, top.st_mtime_ns
+
+
+def _is_opaque(node: tree.Node) -> bool:
+    return any(name.endswith(".overlay.opaque") for name in node.xattrs)
 
 
 class UnionMachine(RuleBasedStateMachine):
