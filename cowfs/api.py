@@ -51,8 +51,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Changes", "Checkpoint", "Done", "Lowers", "MountedTree", "Tell", "apply", "blame", "checkpoint",
-    "checkpoints", "delete_checkpoint", "export", "mount", "open_changes", "report", "rollback",
-    "take_back", "undo_apply",
+    "checkpoints", "delete_checkpoint", "export", "mount", "open_changes", "reclaimable", "report",
+    "rollback", "take_back", "undo_apply",
 ]  # fmt: skip
 
 
@@ -410,6 +410,15 @@ def take_back(
                 path = base64.b64decode(reply["path"])
                 done = Done(path, str(reply["why_not"]), str(reply["kind"]), int(reply["bytes"]))
             yield done
+
+
+def reclaimable(what: str, lowers: Lowers | None = None, tell: Tell = lambda _: None) -> int:
+    """Return how many bytes of a store or a mount ``cowfs vacuum`` would set free, if it were asked now.
+
+    Compares the copies of files with what is below them: that takes as long as reading both. Raises
+    CowfsError. What the trash takes is not in it: :meth:`Changes.usage` tells that.
+    """
+    return sum(done.size for done in take_back(what, "vacuum", None, lowers, dry_run=True, tell=tell))
 
 
 class Checkpoint(NamedTuple):

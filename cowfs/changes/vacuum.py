@@ -128,9 +128,10 @@ class _Vacuum:
         stale: uncover.Stale = []
         pretended = None if self._gone is None else self._gone.pop(path, set())
         with suppress(OSError):
+            size = fs.upper.stat(node.upper).st_blocks * 512
             if uncover.drop_directory(fs, node, stale, any_times=False, dry_run=pretended):
                 self._pretend(path)
                 if stale:
                     yield lambda: self._forget(stale)
-                yield Done(path, kind="directory", size=4096)
+                yield Done(path, kind="directory", size=size)
         fs.release(node)

@@ -13,20 +13,22 @@ from typing import TYPE_CHECKING
 
 from cowfs.cli import options
 from cowfs.cli.output import progress_line, say, say_fields, warn
-from cowfs.errors import SystemFailure, UsageError
+from cowfs.errors import CowfsError, SystemFailure, UsageError
 
 if TYPE_CHECKING:
-    from cowfs.api import Changes
+    from cowfs.api import Changes, Lowers
     from cowfs.changes.du import Used
 
 NAME = "du"
 VERSION = 1
 
 _DESCRIPTION = """\
-Show what fills a store: how much of it is taken, for what reason, and below which directories.
+Show what fills a store: how much of it is taken, for what reason, and below which directories; and how much
+of that `cowfs vacuum` and `cowfs vacuum --trash` would set free.
 """
 _EPILOG = """\
-The sum is what df(1) shows as used. A file with several names counts once.
+The sum is what df(1) shows as used. A file with several names counts once. The last JSON object is
+{"version": 1, "reclaimable": {"vacuum": BYTES, "trash": BYTES}}; -z does not tell that.
 
 examples:
   cowfs du /mnt                     by reason, and the ten largest directories and files
@@ -43,7 +45,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--top", metavar="N", type=_number, default=10, help="list N paths (default: 10)")
     parser.add_argument("--treemap", metavar="FILE", help="draw a treemap: an SVG image")
     how = parser.add_mutually_exclusive_group()
-    how.add_argument("--json", action="store_true", help="one JSON object a line: version path reason size")
+    how.add_argument(
+        "--json",
+        action="store_true",
+        help="one JSON object a line: version path reason size; last, reclaimable",
+    )
     how.add_argument(
         "-z",
         "--null",
@@ -73,11 +79,14 @@ def run(args: argparse.Namespace) -> int:
     lowers = options.lowers_of(args)
     total = _Total(args.top, keeps=bool(args.treemap))
     who: dict[bytes, str] = {}
+    trash = None
     with open_changes(args.what, lowers, warn) as changes, progress_line() as progress:
         if args.programs:
             who = _programs(changes, args.what)
         for number, used in enumerate(changes.usage()):
             progress(f"{number} files")
+            if used.reason == "trash":
+                trash = 0 if trash is None else trash + used.size  # its first directory stays
             if args.json:
                 entry: dict[str, object] = {"version": VERSION}
                 put_path(entry, "path", used.path)
@@ -86,18 +95,39 @@ def run(args: argparse.Namespace) -> int:
                 say_fields(used.reason, used.size, used.path)
             else:
                 total.add(used, who)
+    free = {} if args.null else _reclaimable(args.what, lowers, trash or 0)
+    if args.json:
+        print(json.dumps({"version": VERSION, "reclaimable": free}))
     if args.json or args.null:
         sys.stdout.flush()
         return 0
     if args.treemap:
         _draw(args.treemap, total.files)
     _show_reasons(total.reasons)
+    for command, size in free.items():
+        if size:
+            options_of = "" if command == "vacuum" else f" --{command}"
+            say(f"{format_size(size):>12}  of it cowfs vacuum{options_of} would set free")
     if args.programs:
         for name, size in total.programs.most_common(args.top):
             say(f"{format_size(size):>12}  by {name}")
     for path, size in total.largest():
         say(f"{format_size(size):>12}  {escape(path)}")
     return 0
+
+
+def _reclaimable(what: str, lowers: Lowers | None, trash: int) -> dict[str, int | None]:
+    """Return how many bytes could be set free by which command; None: nobody knows, and why was said."""
+    from cowfs.api import reclaimable
+
+    free: int | None = None
+    try:
+        with progress_line() as progress:
+            progress("comparing copies with the lower")
+            free = reclaimable(what, lowers, lambda _: None)
+    except CowfsError as failure:
+        warn(f"{failure.message}: what could be set free is not known")
+    return {"vacuum": free, "trash": trash}
 
 
 class _Total:

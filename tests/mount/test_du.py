@@ -23,6 +23,7 @@ def usage(what: Path) -> list[dict[str, object]]:
     done = cowfs("du", what, "--json", check=True)
     entries = [json.loads(line) for line in done.stdout.splitlines()]
     assert all(entry.pop("version") == 1 for entry in entries)
+    assert set(entries.pop()) == {"reclaimable"}
     return entries
 
 
@@ -74,6 +75,41 @@ def test_each_thing_has_its_reason(tmp_path: Path, kind: str) -> None:
     assert {"version": 1, "path": "etc/hosts", "kind": "", "size": 0, "why_not": None} in lines
     assert back.stderr == ""
     assert {entry["reason"] for entry in usage(store)} >= {"trash"}
+
+
+@pytest.mark.parametrize("kind", ["image", "directory"])
+def test_what_could_be_reclaimed_is_what_vacuum_frees(tmp_path: Path, kind: str) -> None:
+    script(MAKE, tmp_path)
+    store = tmp_path / ("store.bs" if kind == "image" else "store")
+    if kind == "image":
+        cowfs("create", store, "16", check=True)
+    with mounted(tmp_path / "lower", tmp_path / "mnt", store) as here:
+        below = (tmp_path / "lower/etc/fstab").stat()
+        script("cp etc/fstab was; echo x >>etc/fstab; cat was >etc/fstab; rm was script", here.path)
+        os.utime(here.path / "etc/fstab", ns=(0, below.st_mtime_ns))
+        (here.path / "copy").write_bytes(b"x" * 300_000)
+        cowfs("revert", here.path, "copy", check=True)
+        told = reclaimable(here.path)
+        free = os.statvfs(here.path).f_bfree
+        lines = cowfs("vacuum", here.path, "--dry-run", "--json", check=True).stdout.splitlines()
+        assert told["vacuum"] == sum(json.loads(line)["size"] for line in lines) > 0
+        assert told["trash"] > 300_000
+        shown = cowfs("du", here.path, check=True).stdout
+        assert "of it cowfs vacuum would set free" in shown and "of it cowfs vacuum --trash would" in shown
+        if kind == "directory":
+            return
+        cowfs("vacuum", here.path, check=True)
+        freed = (os.statvfs(here.path).f_bfree - free) * os.statvfs(here.path).f_frsize
+        assert freed == told["vacuum"]
+        cowfs("vacuum", here.path, "--trash", check=True)
+    assert reclaimable(store) == {"vacuum": 0, "trash": 0}
+    assert "would set free" not in cowfs("du", store, check=True).stdout
+
+
+def reclaimable(what: Path) -> dict[str, int]:
+    last = json.loads(cowfs("du", what, "--json", check=True).stdout.splitlines()[-1])
+    found: dict[str, int] = last["reclaimable"]
+    return found
 
 
 def test_the_treemap_is_a_picture(tmp_path: Path) -> None:
