@@ -591,8 +591,9 @@ def mount(
         else:
             where = os.path.abspath(mountpoint)
         before = find_mount(where)
+        temporary = where if mountpoint is None else None
         try:
-            run_command(mount_arguments(lowers, where, store, options.items()))
+            run_command(mount_arguments(lowers, where, store, options.items()), temporary)
         except BaseException:
             now = find_mount(where)
             if now is not None and now != before:  # interrupted after it was mounted

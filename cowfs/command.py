@@ -33,6 +33,8 @@ _FAILURES: dict[int, type[CowfsError]] = {
     EXIT_INTERNAL: InternalError,
 }
 LONGEST_REQUEST = 1 << 20
+GOODBYE = b"{}"
+"""The last message to a warm process. Without it whoever has sent the others was killed."""
 
 
 def mount_arguments(
@@ -73,14 +75,15 @@ def _escaped(text: str, separator: str) -> str:
     return text.replace("\\", "\\\\").replace(separator, f"\\{separator}")
 
 
-def run_command(arguments: Sequence[str]) -> None:
+def run_command(arguments: Sequence[str], temporary: str | None = None) -> None:
     """Run ``cowfs ARGUMENTS`` to its end. Blocks; raises its message as the CowfsError of its exit code.
 
-    If this is interrupted, it asks the command to end, and returns when it has.
+    If this is interrupted, it asks the command to end, and returns when it has. A warm process removes the
+    directory *temporary* with the mount on it, if the program is killed.
     """
     with tempfile.TemporaryFile() as said:  # a daemon may hold it for longer than the command runs
         warm = _warm[-1] if _warm else None
-        code = _start(arguments, said) if warm is None else warm.run(arguments, said)
+        code = _start(arguments, said) if warm is None else warm.run(arguments, said, temporary)
         if code == 0:
             return
         said.seek(0)
@@ -114,7 +117,8 @@ _warm: list[_Warm] = []
 def warm() -> Iterator[None]:
     """Within this block keep a process with all modules loaded: a mount then takes a tenth of the time.
 
-    The process takes some 30 MiB of memory and ends with the block; mounts stay.
+    The process takes some 30 MiB of memory and ends with the block; mounts stay. If the program is killed
+    (SIGKILL), the process unmounts what it has mounted, and ends.
     """
     ready = _Warm()
     _warm.append(ready)
@@ -138,9 +142,10 @@ class _Warm:
                 [sys.executable, isolated, "-m", "cowfs.cli.zygote", str(there.fileno())],
                 stdin=subprocess.DEVNULL,
                 pass_fds=[there.fileno()],
+                start_new_session=True,  # it outlives whoever is killed with all of their process group
             )
 
-    def run(self, arguments: Sequence[str], said: IO[bytes]) -> int:
+    def run(self, arguments: Sequence[str], said: IO[bytes], temporary: str | None) -> int:
         """Run a command; return the exit code, 1 if it has sent none."""
         if _whose() != self._owner:  # a fork has the socket, and its own other end; or the user has changed
             return _start(arguments, said)
@@ -148,7 +153,12 @@ class _Warm:
             directory = os.getcwd()
         except OSError:  # it was removed, and the command itself reports that
             return _start(arguments, said)
-        asked = {"arguments": list(arguments), "environment": dict(os.environ), "directory": directory}
+        asked = {
+            "arguments": list(arguments),
+            "environment": dict(os.environ),
+            "directory": directory,
+            "temporary": temporary,
+        }
         answer, there = socket.socketpair()
         with answer, answer.makefile("r") as answers:
             with there:
@@ -170,8 +180,11 @@ class _Warm:
 
     def close(self) -> None:
         """Let it end. Running commands continue."""
-        self._socket.close()
-        if os.getpid() == self._owner[0]:
+        is_ours = os.getpid() == self._owner[0]
+        with self._socket, suppress(OSError):  # it is gone
+            if is_ours:
+                self._socket.send(GOODBYE)
+        if is_ours:
             self._process.wait()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import functools
 import importlib
 import logging
 import os
@@ -64,6 +65,7 @@ class _Version(argparse.Action):
         parser.exit()
 
 
+@functools.cache
 def _parser(wanted: str | None) -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
     """Return the main parser, and those of the subcommands."""
     parser = _Parser(
@@ -104,6 +106,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     logging.getLogger("cowfs").addHandler(logging.NullHandler())  # a log is the daemon's; errors say it all
     return guarded(lambda: _run(args))
+
+
+def prepare(arguments: Sequence[str]) -> None:
+    """Do once, for all forks of this process, what a command begins with: make its parser, and use it."""
+    _parser(arguments[0])[0].parse_known_args(arguments)
 
 
 def _run(args: list[str]) -> int:

@@ -3,7 +3,8 @@
 ``python -m cowfs.cli.zygote FD``. Each command is a message on the socket *FD*: the arguments, the
 environment and the working directory in JSON, with two descriptors, a file for the command's output and a
 socket. On this socket the command sends its process ID and, at its end, its exit code, each on a line. The
-process ends when nobody has the other end of FD any more.
+process ends after the message GOODBYE. If nobody has the other end of FD any more and GOODBYE has not come,
+the program was killed: the process first unmounts what it has mounted, because nobody else would.
 """
 
 from __future__ import annotations
@@ -17,31 +18,54 @@ import sys
 from contextlib import suppress
 from typing import Any, NoReturn
 
-from cowfs.cli import mount, umount
-from cowfs.cli.main import main
+from cowfs.cli import helper_requests, mount, umount
+from cowfs.cli.main import main, prepare
 from cowfs.cli.own_files import load_all
-from cowfs.command import LONGEST_REQUEST
+from cowfs.command import GOODBYE, LONGEST_REQUEST
+from cowfs.linux import offspring
+from cowfs.store.served.memory import keep_template
 
-_LOADED = (mount, umount)
+_LOADED = (mount, umount, helper_requests)
 """What most commands load."""
+_PATIENCE = 60.0
+"""Seconds that the daemons may take to write everything back."""
 
 
 def serve(requests: socket.socket) -> None:
     """Fork for each command, until nobody can ask for one."""
     load_all()
+    prepare(["mount", ".", ".", "--store=memory", "-o", "x"])
+    prepare(["umount", "."])
+    keep_template()
     gc.collect()
     gc.freeze()  # else each fork would copy what the collector touches
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the caller, who tells the command
+    offspring.adopt()  # the daemons, whose parents end
+    temporary: set[str] = set()
     while True:
         message, fds, _, _ = socket.recv_fds(requests, LONGEST_REQUEST, 2)
-        if not message:
+        if message == GOODBYE:
             return
+        if not message:
+            _unmount_all(temporary)
+            return
+        asked = json.loads(message)
+        if asked["temporary"]:
+            temporary.add(asked["temporary"])
         if os.fork() == 0:
             requests.close()
-            _be(json.loads(message), *fds)
+            _be(asked, *fds)
         for fd in fds:
             os.close(fd)
+
+
+def _unmount_all(temporary: set[str]) -> None:
+    """Let all daemons unmount and write back, and remove the directories that were made to be mounted on."""
+    offspring.end_all(set(), _PATIENCE)
+    for directory in temporary:
+        with suppress(OSError):  # it was removed in time
+            os.rmdir(directory)
 
 
 def _be(asked: dict[str, Any], output: int, answer: int) -> NoReturn:

@@ -364,7 +364,7 @@ class RequestLoop:
                 self._close()
             if self._closing:
                 return False
-            if libfuse.rings_serve():
+            if libfuse.rings_serve() and not _is_over(poll(0)):
                 with trio.move_on_after(_FORGETS):
                     await self._forget_now.wait()
                 if self._closing:
@@ -372,7 +372,7 @@ class RequestLoop:
             self._yielded = time.monotonic_ns()
             self._spin = self._yielded - asleep < _KEEP_COMING_NS and self._rings is None
             events = poll(0)
-        if events[0][1] & ~select.POLLIN:  # POLLERR: the filesystem is unmounted
+        if _is_over(events):
             self._close()
             return False
         if self.after_pause is not None:
@@ -387,6 +387,11 @@ class RequestLoop:
     async def _yield(self) -> None:
         await trio.lowlevel.checkpoint()
         self._yielded = time.monotonic_ns()
+
+
+def _is_over(events: list[tuple[int, int]]) -> bool:
+    """Whether the filesystem is unmounted (POLLERR)."""
+    return bool(events) and bool(events[0][1] & ~select.POLLIN)
 
 
 class _TaskWatch(trio.abc.Instrument):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+from tests.support.mounts import eventually, is_mounted
 from tests.support.system import as_nobody_prefix, run
 
 DEV_FUSE_AT_NIGHT = True
@@ -46,41 +48,48 @@ def test_bare(cowfs_tree):
 """
 
 
+KILLED = """
+import os, pytest, signal
+
+@pytest.mark.cowfs("lower", store="store")
+def test_killed(cowfs_tree):
+    (cowfs_tree.path / "new").write_text("x")
+    print(cowfs_tree.path, flush=True)
+    os.killpg(0, signal.SIGKILL)
+"""
+
+
+def run_pytest(where: Path, *options: str, own_group: bool = False) -> subprocess.CompletedProcess[str]:
+    """Run test_others.py there, as an ordinary user, with a TMPDIR of its own."""
+    if os.geteuid() == 0:
+        run("chown", "-R", "65534:65534", where)
+    own = ("env", f"TMPDIR={where}/tmp", "PYTEST_DISABLE_PLUGIN_AUTOLOAD=1", f"HOME={where}")
+    return subprocess.run(
+        [
+            *(*as_nobody_prefix(), *own, "sh", "-c", 'mkdir "$TMPDIR" && exec "$0" "$@"'),
+            *(sys.executable, "-m", "pytest", "-p", "cowfs", "-q", "-W", "error", "--strict-markers"),
+            *("-p", "no:cacheprovider", f"--basetemp={where}/base", *options, str(where / "test_others.py")),
+        ],
+        capture_output=True,
+        text=True,
+        cwd=where,
+        timeout=60,
+        start_new_session=own_group,
+    )
+
+
+def no_trees(where: Path) -> bool:
+    """Whether no directory is left in its TMPDIR that a tree was mounted on."""
+    return not any(path.name.startswith("cowfs-") for path in (where / "tmp").iterdir())
+
+
 def test_trees_for_the_tests_of_others(nobody_path: Path) -> None:
     lower = nobody_path / "lower"
     (lower / "dir").mkdir(parents=True)
     for name in ("old", "keep", "dir/in"):
         (lower / name).write_text(name)
     (nobody_path / "test_others.py").write_text(TESTS)
-    if os.geteuid() == 0:
-        run("chown", "-R", "65534:65534", nobody_path)
-    temporary = nobody_path / "tmp"
-    done = subprocess.run(
-        [
-            *as_nobody_prefix(),
-            *(
-                "env",
-                f"TMPDIR={temporary}",
-                "PYTEST_DISABLE_PLUGIN_AUTOLOAD=1",
-                "sh",
-                "-c",
-                'mkdir "$TMPDIR" && exec "$0" "$@"',
-            ),
-            *(sys.executable, "-m", "pytest", "-p", "xdist", "-p", "cowfs", "-n", "1", "-q", "-W", "error"),
-            *(
-                "--strict-markers",
-                "-p",
-                "no:cacheprovider",
-                "--basetemp",
-                nobody_path / "base",
-                nobody_path / "test_others.py",
-            ),
-        ],
-        capture_output=True,
-        text=True,
-        cwd=nobody_path,
-        timeout=60,
-    )
+    done = run_pytest(nobody_path, "-p", "xdist", "-n", "1")
     assert "2 failed, 1 passed, 1 error" in done.stdout, done.stdout + done.stderr
     assert "the marker cowfs names no lower (@pytest.mark.cowfs" in done.stdout, done.stdout
     assert "AssertionError: on purpose" in done.stdout
@@ -90,8 +99,19 @@ def test_trees_for_the_tests_of_others(nobody_path: Path) -> None:
         "E         not expected: modified keep (content, times)\n"
         "E         did not happen: deleted old\n"
     ) in done.stdout, done.stdout
-    assert [path for path in temporary.iterdir() if path.name.startswith("cowfs-")] == []
+    assert no_trees(nobody_path)
     assert sorted(path.name for path in lower.iterdir()) == ["dir", "keep", "old"]
+
+
+def test_who_is_killed_leaves_no_tree(nobody_path: Path) -> None:
+    """With all of its process group, as timeout(1) and CI do it."""
+    (nobody_path / "lower").mkdir()
+    (nobody_path / "test_others.py").write_text(KILLED)
+    done = run_pytest(nobody_path, "-s", own_group=True)
+    assert done.returncode == -signal.SIGKILL, done.stdout + done.stderr
+    where = next(line for line in done.stdout.splitlines() if "/tmp/cowfs-" in line)
+    eventually(lambda: not is_mounted(where) and no_trees(nobody_path), "the tree is gone", 30)
+    eventually((nobody_path / "store/upper/new").exists, "what was written is kept")
 
 
 def test_the_plugin_loads_nothing_before_a_test_asks() -> None:

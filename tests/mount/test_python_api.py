@@ -15,8 +15,9 @@ import cowfs
 from cowfs.client import facts_of
 from cowfs.errors import CowfsError, MountFailure, UsageError
 from cowfs.types import Change
+from tests.support.mounts import cowfs as command_of
 from tests.support.mounts import is_mounted
-from tests.support.system import needs_root
+from tests.support.system import needs_root, run
 
 DEV_FUSE_AT_NIGHT = True
 
@@ -61,9 +62,12 @@ def test_what_was_just_closed_does_not_stop_a_rollback(lower: Path) -> None:
 
 def command_line(tree: Path) -> bytes:
     """Of the daemon that serves a tree."""
+    return Path(f"/proc/{facts_of(device_of(tree))['pid']}/cmdline").read_bytes()
+
+
+def device_of(tree: Path) -> str:
     dev = tree.stat().st_dev
-    pid = facts_of(f"{os.major(dev)}:{os.minor(dev)}")["pid"]
-    return Path(f"/proc/{pid}/cmdline").read_bytes()
+    return f"{os.major(dev)}:{os.minor(dev)}"
 
 
 def test_a_process_is_kept_warm(lower: Path) -> None:
@@ -80,6 +84,19 @@ def test_a_process_is_kept_warm(lower: Path) -> None:
     assert not tree.path.exists()
     with cowfs.mount(lower) as tree:
         assert b"zygote" not in command_line(tree.path)
+
+
+def test_each_store_of_a_warm_process_is_one_of_its_own(lower: Path, tmp_path: Path) -> None:
+    """They are made of one template, and may be kept."""
+    kept = tmp_path / "kept.bs"
+    with cowfs.warm(), cowfs.mount(lower) as first, cowfs.mount(lower) as second:
+        (first.path / "new").write_text("new")
+        command_of("persist", first.path, kept, check=True)
+        stores = [facts_of(device_of(tree.path))["store"]["uuid"] for tree in (first, second)]
+        assert stores[0] != stores[1]
+        assert second.diff() == []
+    run("e2fsck", "-fn", kept)
+    assert command_of("diff", kept).stdout.startswith("A  new\n")
 
 
 def test_who_is_interrupted_leaves_no_warm_process(lower: Path) -> None:
