@@ -19,8 +19,10 @@ import stat
 import struct
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 
+from cowfs.linux.trust import who_can_redirect
 from cowfs.url.protocol import Version
 
 log = logging.getLogger(__name__)
@@ -31,6 +33,8 @@ _TABLE = 4096
 """Where the table of checksums begins."""
 _SUM = 32
 _NONE = bytes(_SUM)
+_SUMS = 1024
+"""So many of them are read at once."""
 _END = ".blocks"
 _LOOK = 16 << 20
 """After so many bytes written is looked how much there is of all."""
@@ -58,8 +62,14 @@ def default_directory() -> str | None:
 def open_directory(path: str) -> int:
     """Return a descriptor of a directory for caches, which is made if it is missing.
 
-    OSError; EPERM if others could write there: they would decide what we read.
+    OSError; EPERM if others could write there, or lead us there: they would decide what we read, and where
+    files of ours are.
     """
+    there = path
+    while not os.path.lexists(there):
+        there = os.path.dirname(there)
+    if who_can_redirect(there) is not None:
+        raise PermissionError(errno.EPERM, "others can lead elsewhere")
     if not os.path.isdir(path):
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with suppress(FileExistsError):
@@ -187,18 +197,33 @@ class DiskCache:
         return found
 
     def _make_space(self, size: int) -> None:
-        numbers = list(range(self._count))
-        random.shuffle(numbers)  # there is no order in which they were used
-        for number in numbers:
+        for number in self._kept():
             if size <= 0:
                 return
-            if os.pread(self._fd, _SUM, _TABLE + number * _SUM) in {_NONE, b""}:
-                continue
             self.forget(number)
             at = self._begin + number * self._block
             if _libc.fallocate(self._fd, _KEEP_SIZE | _PUNCH_HOLE, at, self._block):
                 return  # this filesystem has no holes
             size -= self._block
+
+    def _kept(self) -> Iterator[int]:
+        """Yield the blocks that are there, from any one on: there is no order in which they were used.
+
+        Looks at what the table has alone: a server may say that its file has any size.
+        """
+        begin = random.randrange(self._count)
+        for number, end in ((begin, self._count), (0, begin)):
+            while number < end:
+                try:
+                    there = os.lseek(self._fd, _TABLE + number * _SUM, os.SEEK_DATA)
+                except OSError:  # ENXIO: there is no more
+                    break
+                number = max(number, (there - _TABLE) // _SUM)
+                sums = os.pread(self._fd, min(_SUMS, max(end - number, 0)) * _SUM, _TABLE + number * _SUM)
+                for at in range(0, len(sums), _SUM):
+                    if sums[at : at + _SUM] != _NONE:
+                        yield number + at // _SUM
+                number += _SUMS
 
     def close(self) -> None:
         """Close it."""
