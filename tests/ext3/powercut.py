@@ -26,7 +26,7 @@ from tests.ext3 import engine, images, recovery
 from tests.ext3.engine import Engine
 from tests.ext3.images import Shape
 from tests.ext3.load import BEGIN, COMMITTED, SYNCED, Load
-from tests.ext3.model import Promises, State, Synced, judge
+from tests.ext3.model import Model, Promises, State, Synced, judge
 from tests.ext3.operations import COPYING
 from tests.ext3.reader import Image
 
@@ -35,6 +35,8 @@ _RECORD = struct.Struct("<QQQ")
 _WRITE, _BARRIER, _MARK, _BEGUN = 1, 2, 3, 4
 _PHASE = 9
 """A mark of our own: the load comes to opening (0), work (1), a checkpoint (2), closing (3)."""
+STIRRED = 3
+"""Beside threads that commit, the load waits for a commit after so many operations, however quick it is."""
 
 
 class Event(NamedTuple):
@@ -87,14 +89,16 @@ def record(
     """Run a load on a fresh image, which is closed in the end.
 
     *debug* leaves out rules of the journal, see X3_NO_HOLD and the others in engine.h. With *stir* other
-    threads commit and sync all the time.
+    threads commit and sync all the time, and the load gives them the time to: see STIRRED.
     """
     path = images.make(place / "image", shape)
     base = path.read_bytes()
     with (place / "trace").open("w+b") as trace:
         with engine.opened(path, trace_fd=trace.fileno(), debug=debug, cache_bytes=cache_bytes) as opened:
-            load = Load(opened.layer, Image(base), seed, opened.mark, kinds=COPYING)
-            with _stirring(opened, load) if stir else nullcontext():
+            turns = _Turns()
+            settled = turns.give if stir else lambda model, touched: None
+            load = Load(opened.layer, Image(base), seed, opened.mark, kinds=COPYING, settled=settled)
+            with _stirring(opened, load, turns) if stir else nullcontext():
                 work(load, opened)
             if not debug:
                 load.check()
@@ -110,16 +114,49 @@ def record(
     return Recording(base, events, load.model.states, load.syncs)
 
 
+class _Turns:
+    """The commits of another thread, for which the load waits now and then."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._over = False
+        self._changed = threading.Condition()
+
+    def taken(self) -> None:
+        """Count a commit."""
+        with self._changed:
+            self._count += 1
+            self._changed.notify_all()
+
+    def end(self) -> None:
+        """Let nobody wait: there are no more."""
+        with self._changed:
+            self._over = True
+            self._changed.notify_all()
+
+    def give(self, model: Model, touched: set[int]) -> None:
+        """After an operation: wait for a commit that has begun after it, if it is its turn."""
+        del touched
+        if model.operation % STIRRED == 0:
+            with self._changed:
+                wanted = self._count + 2  # the next may have begun before
+                self._changed.wait_for(lambda: self._over or self._count >= wanted)
+
+
 @contextmanager
-def _stirring(opened: Engine, load: Load) -> Iterator[None]:
+def _stirring(opened: Engine, load: Load, turns: _Turns) -> Iterator[None]:
     """Commit in one thread, and sync inodes in another, as often as possible."""
     over = threading.Event()
 
     def commit() -> None:
-        while not over.is_set():
-            number = load.model.operation
-            opened.image.commit()
-            opened.mark(COMMITTED, number)
+        try:
+            while not over.is_set():
+                number = load.model.operation
+                opened.image.commit()
+                opened.mark(COMMITTED, number)
+                turns.taken()
+        finally:
+            turns.end()
 
     def sync() -> None:
         chance = random.Random(1)

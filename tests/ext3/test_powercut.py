@@ -33,7 +33,7 @@ def test_power_cuts(place: Path, shape: Shape, seed: int) -> None:
 def test_power_cuts_while_others_commit(place: Path) -> None:
     """Commits go on beside the operations, and the cache has room for next to nothing."""
     recording = powercut.record(place, SMALL, 5, powercut.mixed(300), stir=True, cache_bytes=1 << 16)
-    assert recording.barriers > 30  # more on a busy machine, where others have more turns
+    assert recording.barriers > 200  # two for each commit that the load waits for: see STIRRED
     wrong = wrong_ones(recording, 25, 5, place)
     assert not wrong, "\n".join(wrong)
 
