@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import guard, system
+from tests.support import by_day, guard, system
 from tests.support import transport as transports
 from tests.support.system import run
 
@@ -39,6 +39,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         needs = any(mark is system.needs_root.mark for mark in item.iter_markers("skipif"))
         if needs or not ROOTS_FIXTURES.isdisjoint(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.root)
+    by_day.leave_to_the_night(items)
 
 
 def pytest_report_header() -> str:

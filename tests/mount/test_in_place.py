@@ -168,6 +168,7 @@ def test_it_works(base: Path, nobody: bool, what: str) -> None:
     assert (base / "d/file").read_bytes() == b"lower\n"
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("what", REFUSED)
 def test_it_is_refused(base: Path, nobody: bool, what: str) -> None:
     """At once, in one line that says why; nothing is made."""
@@ -323,6 +324,7 @@ place=$1; shift
 
 
 @needs_root
+@pytest.mark.matrix
 @pytest.mark.parametrize("place", ["/etc", "/usr/share", "/sys/power", "/dev", "/run", "/tmp", "/var"])
 @pytest.mark.parametrize("propagation", ["private", "shared"])
 def test_a_place_that_the_daemon_may_ask_later(tmp_path: Path, place: str, propagation: str) -> None:

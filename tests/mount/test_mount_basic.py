@@ -28,7 +28,7 @@ from tests.support.mounts import (
 from tests.support.system import as_nobody_prefix, needs_fuse, needs_root, run
 from tests.support.tree import Node, link, symlink
 
-pytestmark = needs_fuse
+pytestmark = [needs_fuse, pytest.mark.matrix]
 
 LOWER: tree.Tree = {
     "etc/hosts": b"127.0.0.1 localhost\n",

@@ -29,6 +29,7 @@ from tests.support.system import as_nobody_prefix, needs_root, run
 
 _VERSION = tuple(map(int, re.findall(r"\d+", platform.release())[:2]))
 pytestmark = [
+    pytest.mark.matrix,
     needs_root,
     pytest.mark.skipif(_VERSION < (6, 9), reason="this kernel has no FUSE passthrough (Linux 6.9)"),
 ]

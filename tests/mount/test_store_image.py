@@ -28,7 +28,7 @@ from tests.support.mounts import KERNEL_OPTIONS, eventually
 from tests.support.system import needs_root, run
 from tests.unit.test_store_open import LOWER, OTHER, hold, make_dir, names
 
-pytestmark = needs_root
+pytestmark = [needs_root, pytest.mark.matrix]
 
 
 @pytest.fixture
