@@ -93,6 +93,9 @@ def _copy(path: str, target: str, force: bool, tell: Tell, tick: Tick, *, is_che
         if store.kind == "directory":
             source = os.open(path, _DIRECTORY)
             stack.callback(os.close, source)
+            known, there = store.layer.stat(store.layer.root), os.fstat(source)
+            if (known.st_dev, known.st_ino) != (there.st_dev, there.st_ino):
+                raise StoreError(f"{path}: is another directory by now", "try again")
             fd = stack.enter_context(new_directory(target, force=force))
             for size in TreeCopy(source, fd).run():
                 tick(size)

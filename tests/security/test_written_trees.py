@@ -17,11 +17,13 @@ from typing import Any
 
 import pytest
 
+from cowfs import backups
 from cowfs.api import apply, export
 from cowfs.errors import CowfsError
 from cowfs.exports.apply import Root
 from cowfs.exports.run import How
 from cowfs.store.offline.copy_tree import TreeCopy
+from cowfs.store.served.open import open_store
 from tests.support.mounts import COWFS, cowfs, mounted
 from tests.support.system import NOBODY, as_nobody_prefix, needs_fuse, needs_root, run
 from tests.support.tree import differences, snapshot
@@ -298,6 +300,29 @@ def test_a_copy_of_a_store_makes_nothing_roots(
     os.chown(store, NOBODY, NOBODY)
     assert cowfs("backup", store, tmp_path / "copy.bs").returncode == 0
     assert (tmp_path / "copy.bs").stat().st_uid == NOBODY
+
+
+def test_a_backup_is_of_the_store_that_was_opened(
+    made: Path, nobody_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever owns the place of a directory store puts another directory of root's there meanwhile."""
+    store, private = nobody_path / "store", nobody_path / "private"
+    with mounted(made / "lower", made / "mnt", store):
+        pass
+    private.mkdir(mode=0o700)
+    (private / "secret").write_text("secret")
+    real = open_store
+
+    def open_and_swap(*arguments: Any, **more: Any) -> Any:
+        opened = real(*arguments, **more)
+        store.rename(nobody_path / "was")
+        private.rename(store)
+        return opened
+
+    monkeypatch.setattr(backups, "open_store", open_and_swap)
+    with pytest.raises(CowfsError, match="is another directory by now"):
+        backups.backup(str(store), str(tmp_path / "copy"))
+    assert not (tmp_path / "copy").exists()
 
 
 def test_a_deep_tree_is_copied_in_one_go(tmp_path: Path) -> None:
