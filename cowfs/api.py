@@ -386,12 +386,13 @@ def take_back(
     metadata: bool = False,
     dry_run: bool = False,
     tell: Tell = lambda _: None,
+    tick: Callable[[int], None] = lambda _: None,
 ) -> Iterator[Done]:
     """Give *paths* in a store or a mount the lower's version again, and yield each thing that is done.
 
     *asked* is ``revert`` (without *paths*: of everything), ``undo`` (of the last revert), ``vacuum`` (removes
-    what makes no difference; with *dry_run* only finds it) or ``trash`` (empties the trash). CowfsError says
-    why it cannot be done.
+    what makes no difference; with *dry_run* only finds it) or ``trash`` (empties the trash). *tick* is told
+    how many changes a revert has looked at. CowfsError says why it cannot be done.
     """
     from cowfs.take_back import offline, request
 
@@ -406,6 +407,10 @@ def take_back(
             union = open_offline_union(what, lowers or Lowers(), stack, tell, read_only=dry_run)
             replies = offline(union, message)
         for reply in replies:
+            if "seen" in reply:
+                with checked_answer(what):
+                    tick(int(reply["seen"]))
+                continue
             with checked_answer(what):
                 path = base64.b64decode(reply["path"])
                 done = Done(path, str(reply["why_not"]), str(reply["kind"]), int(reply["bytes"]))

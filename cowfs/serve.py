@@ -101,7 +101,9 @@ def _of_taking_back(
         changes = request.get("what") in {"revert", "undo"} and not request.get("dry_run")
         with closing(told(union, request, ask_again)) as steps:
             for step in steps:
-                if observer is not None and changes and isinstance(step, dict) and not step.get("why_not"):
+                if observer is None or not changes or not isinstance(step, dict):
+                    pass
+                elif "path" in step and not step["why_not"]:
                     observer.reverted(base64.b64decode(step["path"]))
                 yield step
 

@@ -22,7 +22,11 @@ def request(
 ) -> dict[str, Any]:
     """Return the request to do *what*: ``revert`` (no paths: everything), ``undo``, ``vacuum``, ``trash``."""
     given = None if paths is None else [base64.b64encode(path).decode() for path in paths]
-    return {"what": what, "paths": given, "metadata": metadata, "dry_run": dry_run}
+    return {"what": what, "paths": given, "metadata": metadata, "dry_run": dry_run, "counts": True}
+
+
+def _at_once() -> None:
+    """Before a thread does something, those who wait are told what there is to be told."""
 
 
 Told = Generator[dict[str, Any] | Callable[[], None] | None, None, None]
@@ -57,6 +61,10 @@ def told(union: Union, asked: dict[str, Any], ask_again: Callable[[Stale], None]
             if isinstance(step, revert.Done):
                 path = base64.b64encode(step.path).decode()
                 yield {"path": path, "kind": step.kind, "why_not": step.why_not, "bytes": step.size}
+            elif isinstance(step, revert.Seen):
+                if asked.get("counts"):
+                    yield {"seen": step.changes}
+                    yield _at_once
             else:
                 yield step
     except OSError as error:

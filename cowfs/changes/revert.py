@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import errno
 import itertools
+import json
 import stat
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -18,9 +19,10 @@ from typing import Any, NamedTuple
 from cowfs.changes import diff
 from cowfs.changes.lowers import must_not_wait
 from cowfs.changes.paths import is_below, join
-from cowfs.changes.render import escape
+from cowfs.changes.render import escape, from_json, json_line
 from cowfs.changes.select import Selection
-from cowfs.changes.trash import Batch, Step, attributes_to_json, new_batch
+from cowfs.changes.spool import Packed
+from cowfs.changes.trash import Batch, Step, attributes_to_json, line_of, new_batch, step_of
 from cowfs.errors import StoreError
 from cowfs.overlay import uncover
 from cowfs.overlay.lookup import number_of, shown_below
@@ -46,8 +48,17 @@ class Done(NamedTuple):
     """Bytes of the store that it has freed, if that is what it is for."""
 
 
-Progress = Iterator[Done | Callable[[], None] | None]
+class Seen(NamedTuple):
+    """So many changes were looked at, and nothing is done yet."""
+
+    changes: int
+
+
+Progress = Iterator[Done | Seen | Callable[[], None] | None]
 """None where others may have a turn, a callable where a thread is to do something before the next step."""
+
+_OFTEN = 1000
+"""After so many changes it is said how many they are by then."""
 
 
 @dataclass(slots=True)
@@ -73,30 +84,30 @@ def revert(
     Raises CowfsError if a part of it cannot be reverted alone. Then it yields nothing, and *undo* reverts the
     renames already made.
     """
-    changes: list[Change] = []
-    bare: list[bytes] = []
     must_not_wait(fs.lowers)
+    changes, renames = Packed(), []
     prefix, lowers = fs.options.xattr_prefix, fs.stack.in_order()
     found = diff.steps(fs.upper, fs.root.upper, lowers, prefix, fs.index, directory_times=True)
     for change in selection.among(found):
-        if change is not None:
-            if change.type == "directory":  # the steps inside it have changed that again
-                change = replace(change, what=tuple(what for what in change.what if what != "times"))
-            if change.kind == "M" and not change.what:
-                bare.append(change.path)
-            else:
-                changes.append(change)
         yield None
-    if not changes and not bare:
+        if change is None:
+            continue
+        if change.type == "directory":  # what was taken back in it has changed that again
+            change = replace(change, what=tuple(what for what in change.what if what != "times"))
+        if change.kind == "R" and not metadata:
+            renames.append(change)
+        changes.add(json_line(change).encode())
+        if changes.count % _OFTEN == 0:
+            yield Seen(changes.count)
+    if not changes.count:
         return
     batch = new_batch(fs.upper)
     work = _Revert(fs, selection, batch, forget)
     try:
-        if not metadata:
-            yield from work.rename_back([change for change in changes if change.kind == "R"])
-            yield from work.remove_set_aside()
-        yield from work.take_back(changes, metadata=metadata)
-        yield from work.drop_directories(bare)
+        yield from work.rename_back(renames)
+        yield from work.remove_set_aside()
+        yield from work.take_back((each for each in _kept(changes) if not _is_bare(each)), metadata=metadata)
+        yield from work.drop_directories(each.path for each in _kept(changes) if _is_bare(each))
     except StoreError:
         if work.number:
             yield from (step for step in undo(batch) if not isinstance(step, Done))
@@ -104,6 +115,15 @@ def revert(
     finally:
         if not work.number:
             batch.remove()
+
+
+def _kept(changes: Packed) -> Iterator[Change]:
+    return (from_json(json.loads(line)) for line in changes)
+
+
+def _is_bare(change: Change) -> bool:
+    """Whether a directory is told of that says nothing."""
+    return change.kind == "M" and not change.what
 
 
 class _Revert:
@@ -203,7 +223,7 @@ class _Revert:
 
     def _rename(self, here: bytes, there: bytes, stale: uncover.Stale) -> None:
         old, new = find(self._fs, here), find(self._fs, there)
-        self._batch.write([self._next("renamed", there, here)])
+        self._batch.write([line_of(self._next("renamed", there, here))])
         self._fs.rename(old.parent, old.name, new.parent, new.name)
         stale += [(old.parent.ino, old.name), (new.parent.ino, new.name)]
         self._moves.append((here, there))
@@ -225,74 +245,95 @@ class _Revert:
             self._away.add(path)
             place = find(self._fs, path)
             step = self._next("moved", path, home)
-            self._batch.write([step])
+            self._batch.write([line_of(step)])
             stale: uncover.Stale = []
             uncover.uncover(self._fs, place.parent, place.name, self._batch.place(step.number), stale)
             yield lambda stale=stale: self._forget(stale)  # type: ignore[misc]
 
     # --- everything else
 
-    def take_back(self, changes: Sequence[Change], *, metadata: bool) -> Progress:
-        """Revert everything except renames of directories."""
-        plan: list[tuple[Step, _Unit]] = []
+    def take_back(self, changes: Iterable[Change], *, metadata: bool) -> Progress:
+        """Do so with all but renames of directories."""
+        plan = yield from self._plan(changes, metadata=metadata)
+        self._batch.write(line[1:] for line in plan)
+        yield from self._renamed
+        # A lower's name of a hard link shows the lower's file again once no other name has the upper's: until
+        # all are away that go, nothing shows.
+        hides = bool(self._fs.indexed)
+        hidden: set[int] = set()
+        for line in plan:
+            step = step_of(line[1:])
+            if step.kind == "whiteout":
+                continue
+            hide = hides and step.kind == "moved" and line.startswith(_SHOWS)
+            done = yield from self._step(step, hidden=hide)
+            yield done
+            if hide and not done.why_not:
+                hidden.add(step.number)
+        for line in plan:
+            step = step_of(line[1:])
+            if step.number in hidden:
+                step = step._replace(kind="shown")
+            elif step.kind != "whiteout":
+                continue
+            done = yield from self._step(step)
+            if step.kind == "whiteout" or done.why_not:
+                yield done
+
+    def _plan(
+        self, changes: Iterable[Change], *, metadata: bool
+    ) -> Generator[Done | Seen | None, None, Packed]:
+        """Return the lines of the log, each after a byte that says whether a name of the lower shows then."""
+        plan = Packed()
         seen: set[bytes] = set()
         whole: set[bytes] = set()
-        for change in changes:
-            yield None
+        last = None
+        for number, change in enumerate(changes, 1):
+            yield Seen(number) if number % _OFTEN == 0 else None
             path = self._place(change)
             if path in self._away or is_below(path, self._away):
                 continue
             try:
-                is_wanted = not metadata or change.kind in "MR"
-                if change.path in self._homeless and change.source is not None:
-                    place = find(self._fs, path)
-                    shows = shown_below(self._fs, place.parent, place.name) is not None
-                    unit: _Unit | None = _Unit("moved", path, shows_lower=shows)
-                else:
-                    unit = self._unit(change, path, metadata=metadata) if is_wanted else None
+                unit = self._wanted(change, path, metadata=metadata)
             except OSError as error:
                 if error.errno != errno.EXDEV:
                     raise
                 yield Done(path, why(error))
                 continue
-            if unit is not None and unit.path not in seen and not is_below(unit.path, whole):
-                if unit.kind == "moved":
-                    whole.add(unit.path)
-                seen.add(unit.path)
-                plan.append((self._next(unit.kind, unit.path, attributes=unit.attributes), unit))
-        self._batch.write([step for step, _ in plan])
-        yield from self._renamed
-        # A hard link of the lower shows the lower's file again only when no name has the upper's file any
-        # more. Until all names are removed, nothing shows.
-        hides = bool(self._fs.indexed)
-        shown: list[tuple[Step, _Unit]] = []
-        for step, unit in plan:
-            if unit.kind == "whiteout":
-                shown.append((step, unit))
+            if unit is None or unit.path == last or unit.path in seen or is_below(unit.path, whole):
                 continue
-            hidden = hides and unit.kind == "moved" and unit.shows_lower
-            done = yield from self._step(step, unit, hidden=hidden)
-            yield done
-            if hidden and not done.why_not:
-                shown.append((step._replace(kind="shown"), unit))
-        for step, unit in shown:
-            done = yield from self._step(step, unit)
-            if step.kind == "whiteout" or done.why_not:
-                yield done
+            last = unit.path
+            if unit.is_dir:
+                whole.add(unit.path)
+            if unit.is_dir or unit.path != path or change.source is not None:  # may come again, and not next
+                seen.add(unit.path)
+            step = self._next(unit.kind, unit.path, attributes=unit.attributes)
+            plan.add((_SHOWS if unit.shows_lower else b" ") + line_of(step))
+        return plan
 
-    def _step(
-        self, step: Step, unit: _Unit, *, hidden: bool = False
-    ) -> Generator[Callable[[], None], None, Done]:
+    def _wanted(self, change: Change, path: bytes, *, metadata: bool) -> _Unit | None:
+        """Return by what a change is taken back, if it is to be."""
+        if change.path in self._homeless and change.source is not None:
+            place = find(self._fs, path)
+            shows = shown_below(self._fs, place.parent, place.name) is not None
+            return _Unit("moved", path, shows_lower=shows, is_dir=True)
+        if metadata and change.kind not in "MR":
+            return None
+        return self._unit(change, path, metadata=metadata)
+
+    def _step(self, step: Step, *, hidden: bool = False) -> Generator[Callable[[], None], None, Done]:
         stale: uncover.Stale = []
         why_not = ""
         try:
-            self._do(step, unit, stale, hidden=hidden)
+            self._do(step, stale, hidden=hidden)
         except OSError as error:
             why_not = why(error)
-        self._touched.add(unit.path)
+        self._touched.add(step.path.rpartition(b"/")[0])
+        if step.attributes is not None and stat.S_ISDIR(step.attributes["mode"]):
+            self._touched.add(step.path)
         if stale:
             yield lambda: self._forget(stale)
-        return Done(unit.path, why_not)
+        return Done(step.path, why_not)
 
     def _place(self, change: Change) -> bytes:
         """Return where a change is now."""
@@ -329,7 +370,7 @@ class _Revert:
             below = shown_below(fs, parent, name)
             if node.is_dir and depth < len(names) - 1:
                 if self._selection.matches(here):
-                    return _Unit("moved", here, shows_lower=below is not None)
+                    return _Unit("moved", here, shows_lower=below is not None, is_dir=True)
                 covers = covers or (here if below is not None else b"")
                 continue
             try:
@@ -339,7 +380,7 @@ class _Revert:
                     raise self._not_alone(change, covers)
                 if below is not None and self._stays(node, below):
                     return self._in_place(here, node)
-                return _Unit("moved", here, shows_lower=below is not None)
+                return _Unit("moved", here, shows_lower=below is not None, is_dir=node.is_dir)
             finally:
                 if not node.is_dir:
                     fs.release(node)  # there may be many
@@ -386,13 +427,13 @@ class _Revert:
         )  # its data, or target, is the lower's
         return _Unit("attributes", path, attributes_to_json(was))
 
-    def _do(self, step: Step, unit: _Unit, stale: uncover.Stale, *, hidden: bool) -> None:
+    def _do(self, step: Step, stale: uncover.Stale, *, hidden: bool) -> None:
         fs = self._fs
-        if not unit.path:
+        if not step.path:
             number, root = fs.root.lowers[0]
             uncover.give_attributes(fs, fs.root, uncover.attributes_of(fs, fs.lowers[number], root), stale)
             return
-        place = find(fs, unit.path)
+        place = find(fs, step.path)
         if step.kind in {"moved", "whiteout", "shown"}:
             kept = self._batch.place(step.number)
             uncover.uncover(fs, place.parent, place.name, kept, stale, hidden=hidden)
@@ -401,7 +442,7 @@ class _Revert:
         if step.kind == "copied":
             found = fs.stack.find(place.parent.lowers, place.name)
             if not found:
-                raise FileNotFoundError(errno.ENOENT, "there is nothing of that name below", unit.path)
+                raise FileNotFoundError(errno.ENOENT, "there is nothing of that name below", step.path)
             idle = uncover.must_be_idle(fs, node)
             if idle is None:
                 node = fs.resolve(place.parent, place.name)
@@ -411,10 +452,10 @@ class _Revert:
                 uncover.give_content(fs, node, layer, key, stale)
         below = shown_below(fs, place.parent, place.name)
         if below is None:
-            raise FileNotFoundError(errno.ENOENT, "there is nothing of that name below", unit.path)
+            raise FileNotFoundError(errno.ENOENT, "there is nothing of that name below", step.path)
         uncover.give_attributes(fs, node, uncover.attributes_of(fs, fs.lowers[below[0]], below[1]), stale)
 
-    def drop_directories(self, bare: Sequence[bytes]) -> Progress:
+    def drop_directories(self, bare: Iterable[bytes]) -> Progress:
         """Remove directories from the store that no longer say anything; *bare* are those that said nothing
         before.
         """
@@ -450,6 +491,11 @@ class _Unit(NamedTuple):
     attributes: dict[str, Any] | None = None
     shows_lower: bool = False
     """Whether a name of the lower shows again that was hidden or replaced."""
+    is_dir: bool = False
+    """Whether it is moved with all that is in it."""
+
+
+_SHOWS = b"+"
 
 
 def is_open(fs: Overlay, node: Node) -> bool:

@@ -1,9 +1,10 @@
-"""Changes that are kept so that they can be read again: a few in memory, many in a temporary file."""
+"""Changes that are kept so that they can be read again: a few in memory, many in a file, or compressed."""
 
 from __future__ import annotations
 
 import json
 import tempfile
+import zlib
 from collections.abc import Iterable, Iterator
 
 from cowfs.changes.render import from_json, json_line
@@ -42,3 +43,31 @@ class Spool:
     def close(self) -> None:
         """Free the space."""
         self._file.close()
+
+
+_PIECE = 64 << 10
+
+
+class Packed:
+    """Lines kept in memory, compressed: a daemon that is shut in has nowhere to put a file, and the store may
+    be full. A path takes some 10 to 30 bytes. Iterating begins with the first, and may be done by several."""
+
+    def __init__(self) -> None:
+        self._pieces: list[bytes] = []
+        self._last: list[bytes] = []
+        self._size = 0
+        self.count = 0
+
+    def add(self, line: bytes) -> None:
+        """Add a line, which ends with no newline and holds none."""
+        self._last.append(line)
+        self._size += len(line)
+        self.count += 1
+        if self._size > _PIECE:
+            self._pieces.append(zlib.compress(b"\n".join(self._last), 1))
+            self._last, self._size = [], 0
+
+    def __iter__(self) -> Iterator[bytes]:
+        for piece in self._pieces:
+            yield from zlib.decompress(piece).split(b"\n")
+        yield from self._last

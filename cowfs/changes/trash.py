@@ -11,13 +11,15 @@ import base64
 import json
 import os
 import stat
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterable, Iterator
 from contextlib import closing
+from itertools import islice
 from typing import Any, NamedTuple
 
 from cowfs.errors import StoreError
 from cowfs.jsontext import whole
-from cowfs.layers.base import Key, UpperLayer
+from cowfs.layers.base import File, Key, UpperLayer
 from cowfs.overlay.uncover import Attributes
 from cowfs.store.format import layout
 from cowfs.types import AttrData
@@ -27,6 +29,9 @@ _LARGEST_LOG = 256 << 20
 _KINDS = frozenset(("moved", "whiteout", "copied", "attributes", "renamed"))
 _MOST_STEPS = 1 << 40
 _MOST_ID = (1 << 32) - 2
+_LINES = 1000
+"""How many are written at once."""
+_READ = 1 << 20
 
 
 class Step(NamedTuple):
@@ -56,16 +61,18 @@ class Batch:
         """Return where a step puts what it removes from the tree."""
         return self.key, b"%d" % number
 
-    def write(self, steps: list[Step]) -> None:
-        """Write the log, and put it on disk. Blocks. ENOSPC."""
-        self._append([_to_json(step) for step in steps], sync=True)
+    def write(self, lines: Iterable[bytes]) -> None:
+        """Write what :func:`line_of` gives of steps into the log, and put it on disk. Blocks. ENOSPC."""
+        whole = iter(lines)
+        while piece := b"".join(line + b"\n" for line in islice(whole, _LINES)):
+            self._append(piece, sync=False)
+        self._append(b"", sync=True)
 
     def note_undone(self, step: Step) -> None:
         """Record that a step is undone. Blocks; not on disk yet."""
-        self._append([{"undone": step.number}], sync=False)
+        self._append(json.dumps({"undone": step.number}).encode() + b"\n", sync=False)
 
-    def _append(self, entries: list[dict[str, Any]], *, sync: bool) -> None:
-        lines = b"".join(json.dumps(entry).encode() + b"\n" for entry in entries)
+    def _append(self, lines: bytes, *, sync: bool) -> None:
         found = self.layer.lookup(self.key, _LOG)
         if found is None:
             _, file = self.layer.create(self.key, _LOG, 0o600, *_owner(self.layer))
@@ -79,32 +86,18 @@ class Batch:
                 file.fsync(datasync=False)
         self._end = end + len(lines)
 
-    def steps(self) -> list[Step]:
-        """Read the log: the steps that are not undone.
+    def log(self) -> Log:
+        """Read the log: the steps that are not undone. StoreError if it is damaged."""
+        return Log(self)
 
-        StoreError if it is damaged. An incomplete last line belongs to a step that did not start.
-        """
+    def open_log(self) -> File | None:
+        """Open the log to be read; None if there is none."""
         found = self.layer.lookup(self.key, _LOG)
-        if found is None:
-            return []
-        with closing(self.layer.open(found[0], os.O_RDONLY)) as file:
-            size = min(file.stat().st_size, _LARGEST_LOG)
-            data = b"".join(file.pread(1 << 20, at) for at in range(0, size, 1 << 20))
-        self._end = data.rfind(b"\n") + 1
-        steps: dict[int, Step] = {}
-        try:
-            for line in data[: self._end].splitlines():
-                entry = json.loads(line)
-                if not isinstance(entry, dict):
-                    raise TypeError(entry)
-                if "undone" in entry:
-                    steps.pop(whole(entry["undone"], _MOST_STEPS), None)
-                else:
-                    step = _from_json(entry)
-                    steps[step.number] = step
-        except (ValueError, KeyError, TypeError, RecursionError):
-            raise StoreError(f"{self.layer.name}: the log of what was reverted is damaged") from None
-        return list(steps.values())
+        return None if found is None else self.layer.open(found[0], os.O_RDONLY)
+
+    def ends_at(self, end: int) -> None:
+        """What is written comes after so many bytes of the log."""
+        self._end = end
 
     def remove(self) -> None:
         """Delete everything in it. Blocks."""
@@ -114,6 +107,93 @@ class Batch:
     def is_empty(self) -> bool:
         """Whether only the log is left, and copies that a kill left unfinished."""
         return not any(entry.name.isdigit() for entry in self.layer.readdir(self.key))
+
+
+class Log:
+    """The steps of a batch that are not undone. Holds eight bytes of each; close it in the end.
+
+    A last line that is not whole is of a step that was not begun.
+    """
+
+    def __init__(self, batch: Batch) -> None:
+        self._name = batch.layer.name
+        self._file = batch.open_log()
+        self._starts = array("Q")
+        self._undone: set[int] = set()
+        self.renamed: list[Step] = []
+        """Those of renames, and of what was moved that had been renamed."""
+        end = 0
+        try:
+            for start, line in self._lines():
+                self._look_at(start, line)
+                end = start + len(line) + 1
+        except BaseException:
+            self.close()
+            raise
+        self._starts.append(end)
+        batch.ends_at(end)
+        self.renamed = [step for step in self.renamed if step.number not in self._undone]
+
+    def _lines(self) -> Iterator[tuple[int, bytes]]:
+        if self._file is None:
+            return
+        size, rest, start = min(self._file.stat().st_size, _LARGEST_LOG), b"", 0
+        for at in range(0, size, _READ):
+            *lines, rest = (rest + self._file.pread(min(_READ, size - at), at)).split(b"\n")
+            for line in lines:
+                yield start, line
+                start += len(line) + 1
+
+    def _look_at(self, start: int, line: bytes) -> None:
+        entry = self._parsed(line)
+        if "undone" not in entry:
+            step = self._step(entry)
+            if step.source:
+                self.renamed.append(step)
+            self._starts.append(start)
+            return
+        try:
+            self._undone.add(whole(entry["undone"], _MOST_STEPS))
+        except (ValueError, TypeError):
+            raise self._damaged() from None
+        self._starts.append(start)
+
+    def _parsed(self, line: bytes) -> dict[str, Any]:
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            raise self._damaged() from None
+        if not isinstance(entry, dict):
+            raise self._damaged()
+        return entry
+
+    def _step(self, entry: dict[str, Any]) -> Step:
+        try:
+            return _from_json(entry)
+        except (ValueError, KeyError, TypeError):
+            raise self._damaged() from None
+
+    def _damaged(self) -> StoreError:
+        return StoreError(f"{self._name}: the log of what was reverted is damaged")
+
+    def __reversed__(self) -> Iterator[Step]:
+        """Yield them, the last first."""
+        assert self._file is not None or len(self._starts) == 1
+        for number in range(len(self._starts) - 2, -1, -1):
+            assert self._file is not None
+            start, end = self._starts[number], self._starts[number + 1]
+            entry = self._parsed(self._file.pread(end - start, start))
+            if "undone" in entry:
+                continue
+            step = self._step(entry)
+            if step.number not in self._undone:
+                yield step
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
 
 def new_batch(layer: UpperLayer) -> Batch:
@@ -140,6 +220,16 @@ def batches(layer: UpperLayer) -> Iterator[Batch]:
 def _owner(layer: UpperLayer) -> tuple[int, int]:
     attr = layer.stat(layer.root)
     return attr.st_uid, attr.st_gid
+
+
+def line_of(step: Step) -> bytes:
+    """Return a step as a line of the log."""
+    return json.dumps(_to_json(step)).encode()
+
+
+def step_of(line: bytes) -> Step:
+    """Return the step of a line that :func:`line_of` gave."""
+    return _from_json(json.loads(line))
 
 
 def _to_json(step: Step) -> dict[str, Any]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import errno
 import stat
+from collections.abc import Callable, Generator
 
 from cowfs.changes.revert import ASIDE, Done, Forget, Found, Progress, find, why
-from cowfs.changes.trash import Batch, Step, attributes_from_json, batches
+from cowfs.changes.trash import Batch, Log, Step, attributes_from_json, batches
 from cowfs.errors import StoreError
 from cowfs.overlay import uncover
 from cowfs.overlay.node import Node
@@ -27,10 +28,22 @@ def undo_batch(fs: Overlay, batch: Batch, forget: Forget) -> Progress:
     It may be killed anywhere and started again: the log records each step that is undone, and a step that was
     undone but not yet recorded is recognised by what is there.
     """
+    log = batch.log()
+    try:
+        again = yield from _undo_all(fs, batch, log, forget)
+    finally:
+        log.close()
+    if batch.is_empty() and not again:
+        batch.remove()
+
+
+def _undo_all(
+    fs: Overlay, batch: Batch, log: Log, forget: Forget
+) -> Generator[Done | Callable[[], None], None, bool]:
+    """Undo the steps of a log; return whether something could not be undone, and can be asked for again."""
     again = False
-    steps = batch.steps()
-    aside = {step.path: step.source for step in steps if ASIDE in step.path.rpartition(b"/")[2]}
-    for step in reversed(steps):
+    aside = {step.path: step.source for step in log.renamed if ASIDE in step.path.rpartition(b"/")[2]}
+    for step in reversed(log):
         stale: uncover.Stale = []
         why_not = ""
         undone = False
@@ -45,8 +58,7 @@ def undo_batch(fs: Overlay, batch: Batch, forget: Forget) -> Progress:
             yield lambda stale=stale: forget(stale)  # type: ignore[misc]
         if why_not or (undone and not (step.kind == "moved" and step.source)):
             yield Done(_at_home(step.source or step.path, aside), why_not)
-    if batch.is_empty() and not again:
-        batch.remove()
+    return again
 
 
 def _at_home(path: bytes, aside: dict[bytes, bytes]) -> bytes:

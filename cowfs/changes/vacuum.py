@@ -9,7 +9,7 @@ from contextlib import suppress
 from cowfs.changes.compare import Inode, compare
 from cowfs.changes.lowers import must_not_wait
 from cowfs.changes.paths import join
-from cowfs.changes.revert import Done, Forget, Progress, is_open
+from cowfs.changes.revert import Done, Forget, Progress, Seen, is_open
 from cowfs.layers.base import Key
 from cowfs.overlay import uncover
 from cowfs.overlay.lookup import number_of, shown_below
@@ -56,7 +56,7 @@ class _Vacuum:
 
     def _entry(
         self, parent: Node, name: bytes, path: bytes
-    ) -> Generator[Done | Callable[[], None] | None, None, Node | None]:
+    ) -> Generator[Done | Seen | Callable[[], None] | None, None, Node | None]:
         """Examine one name of the upper; return it if it is a directory, to go into."""
         fs = self._fs
         found = fs.upper.lookup(parent.upper, name) if parent.upper is not None else None

@@ -99,7 +99,11 @@ def run(args: argparse.Namespace) -> int:
     word = "brought back" if args.undo else "reverted"
     chosen = None if args.all else paths
     with progress_line() as progress:
-        for done in take_back(what, asked, chosen, lowers, metadata=args.metadata, tell=warn):
+        asks = take_back(
+            what, asked, chosen, lowers, metadata=args.metadata, tell=warn,
+            tick=lambda number: progress(f"{number} changes looked at"),
+        )  # fmt: skip
+        for done in asks:
             failed += bool(done.why_not)
             count += not done.why_not
             if args.json:

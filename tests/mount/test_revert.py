@@ -8,12 +8,14 @@ import random
 import signal
 import stat
 import subprocess
+import tracemalloc
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 
 import pytest
 
-from cowfs.api import take_back
+from cowfs.api import open_changes, take_back
 from tests.mount.test_diff_patch import random_work, script
 from tests.support.mounts import COWFS, cowfs, is_mounted, kernel_overlay, mounted, project_root
 from tests.support.system import needs_fuse, needs_root, run
@@ -508,3 +510,54 @@ def test_the_trash_is_emptied(tmp_path: Path) -> None:
         cowfs("vacuum", here.path, "--trash", check=True)
         assert list((store / "cowfs/trash").iterdir()) == []
         refused(here.path, "--undo", code=32, word="nothing was reverted")
+
+
+# --- many changes
+
+
+def many_changes(base: Path, count: int) -> Path:
+    """A store with so many new files."""
+    for number in range(0, count, 100):
+        (base / f"lower/d{number // 100}").mkdir(parents=True)
+    (base / "mnt").mkdir()
+    with mounted(base / "lower", base / "mnt", base / "store"):
+        pass
+    for number in range(count):
+        place = base / "store/upper" / f"d{number // 100}"
+        place.mkdir(exist_ok=True)
+        (place / f"some new file {number}").touch()
+    return base / "store"
+
+
+@pytest.mark.parametrize("is_mount", [False, True])
+def test_what_is_looked_at_is_told_meanwhile(tmp_path: Path, is_mount: bool) -> None:
+    store = many_changes(tmp_path, 1100)
+    seen: list[int] = []
+    with ExitStack() as stack:
+        what = store
+        if is_mount:
+            what = stack.enter_context(mounted(tmp_path / "lower", tmp_path / "mnt", store)).path
+        done = list(take_back(str(what), "revert", tick=seen.append))
+        assert len(done) == 1100 and not [each for each in done if each.why_not]
+        assert seen == [1000, 1000]  # found, and planned
+        with open_changes(str(what)) as changes:
+            assert list(changes) == []
+        assert {each.path for each in take_back(str(what), "undo")} == {each.path for each in done}
+        with open_changes(str(what)) as changes:
+            assert len(list(changes)) == 1100
+
+
+@pytest.mark.nightly
+def test_many_changes_take_little_memory(tmp_path: Path) -> None:
+    """Neither reverting nor bringing back holds them all: that took a KiB of each."""
+    peaks = []
+    for count in (2000, 12_000):
+        store = many_changes(tmp_path / str(count), count)
+        for asked in ("revert", "undo"):
+            tracemalloc.start()
+            for _ in take_back(str(store), asked):
+                pass
+            peaks.append(tracemalloc.get_traced_memory()[1])
+            tracemalloc.stop()
+    assert peaks[2] - peaks[0] < 200 * 10_000
+    assert peaks[3] - peaks[1] < 200 * 10_000
