@@ -67,7 +67,7 @@ class Commit:
                     self.conflicts += [(join(mount.at, path), "may not be changed by you") for path in bad]
                 if told and (force or not self.conflicts):
                     withheld = _withheld(mount.store)
-                    stage.add(mount.root, items, after, told, self.losses, tick, withheld)
+                    stage.add(mount.root, items, before, after, told, self.losses, tick, withheld)
                 if not (force or self.conflicts):  # what was copied may have been the lower's, and another's
                     found = conflicts(items, before, since)
                     self.conflicts += [(join(mount.at, path), why) for path, why in found]
@@ -128,16 +128,23 @@ def place() -> str:
     return os.path.join(state, "cowfs", "commits")
 
 
-def complete_all(lower: str, tell: Tell) -> None:
-    """Complete the commits that were interrupted. Blocks. SystemFailure if one to *lower* cannot be."""
+def complete_all(lower: str, tell: Tell, *, force: bool = False) -> None:
+    """Complete the commits that were interrupted. Blocks. SystemFailure if one to *lower* cannot be.
+
+    With *force* one to *lower* overwrites what others have changed there meanwhile.
+    """
+
+    def is_of_it(roots: list[str]) -> bool:
+        return any(os.path.join(root, "").startswith(os.path.join(lower, "")) for root in roots)
+
     losses = Losses()
-    for path, roots, why in resume(place(), losses, lambda *_: None):
+    for path, roots, why in resume(place(), losses, lambda *_: None, lambda roots: force and is_of_it(roots)):
         if not why:
             tell(f"a commit to {', '.join(roots)} that was interrupted has been completed")
             continue
         said = f"a commit to {', '.join(roots)} that was interrupted cannot be completed: {why}"
         hint = f"remove {path} to leave things as they are"
-        if any(os.path.join(root, "").startswith(os.path.join(lower, "")) for root in roots):
+        if is_of_it(roots):
             raise SystemFailure(said, hint)
         tell(f"{said} ({hint})")
     for text in losses:

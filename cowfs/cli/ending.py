@@ -25,9 +25,9 @@ _SHOWN = 20
 """How many changes are shown before the question what to do with them."""
 
 
-def complete_interrupted(lower: str) -> None:
+def complete_interrupted(lower: str, *, force: bool) -> None:
     """Complete commits that were killed. SystemFailure if one to *lower* cannot be completed."""
-    complete_all(os.path.realpath(lower), warn)
+    complete_all(os.path.realpath(lower), warn, force=force)
 
 
 class Ending:

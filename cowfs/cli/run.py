@@ -36,8 +36,8 @@ changes stay in the store, or are discarded if there is none.
 
 --commit carries the changes onto ROOT, a directory: all of them, whenever it is interrupted, for the next
 `cowfs run` completes it. Where ROOT was changed meanwhile, that is a conflict: it is named, nothing is
-changed, and the changes are kept. The changes of a filesystem mounted in ROOT at etc/x are kept in the store
-STORE.mounts/etc%2Fx.
+overwritten, and the changes are kept. The changes of a filesystem mounted in ROOT at etc/x are kept in the
+store STORE.mounts/etc%2Fx.
 
 Without --root the merged tree is at MOUNTPOINT, which only COMMAND sees. It is unmounted in the end.
 
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     """Mount, run the command, ask what to do with its changes, do that, and unmount."""
     _check(args)
     is_all_there = _enter()
-    complete_interrupted(_lower(args))
+    complete_interrupted(_lower(args), force=args.force)
     since = now()
     with _private_directory() as private:
         if not os.access(os.environ.get("XDG_RUNTIME_DIR", "/none"), os.W_OK):

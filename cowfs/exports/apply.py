@@ -31,7 +31,7 @@ _LOCK = "applying"
 """In the directory of our sockets."""
 _REFUSED = {errno.EPERM, errno.EACCES, errno.EOPNOTSUPP, errno.EINVAL}
 _NOT_THERE = {errno.ENOENT, errno.ENOTDIR}
-_MOUNTED = {errno.EBUSY, errno.EXDEV}
+MOUNTED = {errno.EBUSY, errno.EXDEV}
 _NOT_HAD = "symbolic links, FIFOs and sockets left out, which the filesystem does not have"
 
 
@@ -198,13 +198,13 @@ def _conflict(path: bytes, root: Root, was: Node | None, to_be: Node | None) -> 
                     f"{root.path}: is the lower itself, which the changes need as it is",
                     "apply them to a copy of it",
                 )
-        if to_be is not None and _is_same(fd, info, to_be):
+        if to_be is not None and is_same(fd, info, to_be):
             return
         if was is None:
             yield path, "exists, and did not in the lower"
         elif stat.S_IFMT(info.st_mode) != stat.S_IFMT(was.attr.st_mode):
             yield path, "has another type than in the lower"
-        elif not _is_same(fd, info, was):
+        elif not is_same(fd, info, was):
             yield path, "has another content than in the lower"
     finally:
         os.close(fd)
@@ -231,7 +231,7 @@ def _in_removed(top: bytes, root: Root, before: Tree) -> Iterator[tuple[bytes, s
                 waiting.append(below)
 
 
-def _is_same(fd: int, info: os.stat_result, node: Node) -> bool:
+def is_same(fd: int, info: os.stat_result, node: Node) -> bool:
     """Whether type and content are equal: attributes cause no conflict."""
     mode = info.st_mode
     if stat.S_IFMT(mode) != stat.S_IFMT(node.attr.st_mode):
@@ -434,10 +434,10 @@ class Apply:
             info = os.fstat(fd)
             if not _may_stay(info, entry, owner):
                 return False
-            if not _is_same(fd, info, entry.node):
+            if not is_same(fd, info, entry.node):
                 if not stat.S_ISREG(entry.mode) or not self._known.keeps_owner(entry.path):
                     return False
-                if beneath.may_change(parent) and not user_namespace.lacks(*owner):
+                if is_replaced(info, parent):
                     return False
                 with closing(KernelFile(beneath.reopen(fd, os.O_WRONLY | os.O_TRUNC))) as file:
                     self._fill(entry, file)
@@ -499,7 +499,7 @@ class Apply:
             self._root.forget(path)
             self._root.remove(parent, name)
         except OSError as error:
-            if error.errno in _MOUNTED:
+            if error.errno in MOUNTED:
                 self._losses.add("left there, for something is mounted on it, or in it", path)
             elif error.errno not in _NOT_THERE:
                 raise OSError(error.errno, error.strerror, b"/" + path) from None
@@ -553,6 +553,11 @@ class Apply:
 
 def _inode(info: os.stat_result) -> tuple[int, int]:
     return info.st_dev, info.st_ino
+
+
+def is_replaced(info: os.stat_result, directory: int) -> bool:
+    """Whether a file in *directory* gets its content by a new one in its place; else it is written to."""
+    return beneath.may_change(directory) and not user_namespace.lacks(info.st_uid, info.st_gid)
 
 
 def _may_stay(info: os.stat_result, entry: Entry, owner: tuple[int, int]) -> bool:

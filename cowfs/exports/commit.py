@@ -18,7 +18,7 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,6 +29,7 @@ from cowfs.errors import CowfsError, StoreError, SystemFailure
 from cowfs.exports.apply import Apply, Root
 from cowfs.exports.entries import Entry, Tick, Withheld, copy, data_runs, feed, opened, target_of
 from cowfs.exports.losses import Losses
+from cowfs.exports.meanwhile import Facts, changed, facts_of
 from cowfs.exports.plan import Item, Plan
 from cowfs.layers import beneath
 from cowfs.layers.base import File
@@ -161,6 +162,7 @@ class Stage:
         self,
         root: str,
         items: Plan,
+        before: Tree,
         after: Tree,
         changes: Iterable[Change],
         losses: Losses,
@@ -173,7 +175,7 @@ class Stage:
             {"root": os.path.abspath(root), "dev": info.st_dev, "ino": info.st_ino, "fsid": _fsid(root)}
         )
         told = {change.path: change for change in changes}
-        feed(items.items(), after, _Sink(self, told, losses, tick), losses, tick, None, withheld)
+        feed(items.items(), after, _Sink(self, before, told, losses, tick), losses, tick, None, withheld)
 
     def note(self, line: dict[str, Any]) -> None:
         self._lines.append({"tree": len(self._trees) - 1, **line})
@@ -212,14 +214,17 @@ class Stage:
 class _Sink:
     """See :class:`cowfs.exports.entries.Sink`."""
 
-    def __init__(self, stage: Stage, told: dict[bytes, Change], losses: Losses, tick: Tick) -> None:
+    def __init__(
+        self, stage: Stage, before: Tree, told: dict[bytes, Change], losses: Losses, tick: Tick
+    ) -> None:
         self._stage = stage
+        self._before = before
         self._told = told
         self._losses = losses
         self._tick = tick
 
     def whiteout(self, path: bytes) -> None:
-        self._stage.note({"path": _text(path)})
+        self._stage.note({"path": _text(path), "was": self._was(path)})
 
     def add(self, entry: Entry) -> None:
         attr, change = entry.node.attr, self._told.get(entry.path)
@@ -228,13 +233,16 @@ class _Sink:
             "rdev": attr.st_rdev, "size": attr.st_size, "mtime": entry.mtime_ns,
             "xattrs": {_text(name): _text(value) for name, value in entry.xattrs.items()},
             "same": None if entry.same_as is None else _text(entry.same_as), "nlink": attr.st_nlink,
-            "what": _what(change),
+            "what": _what(change), "was": self._was(entry.path, stays=stat.S_ISDIR(entry.mode)),
         }  # fmt: skip
         if stat.S_ISLNK(attr.st_mode):
             line["target"] = _text(target_of(entry))
         elif stat.S_ISREG(attr.st_mode) and entry.same_as is None:
             line["file"] = self._copied(entry)
         self._stage.note(line)
+
+    def _was(self, path: bytes, *, stays: bool = False) -> dict[str, Facts]:
+        return {_text(each): facts for each, facts in facts_of(self._before, path, stays=stays)}
 
     def _copied(self, entry: Entry) -> str:
         name, file = self._stage.new_file()
@@ -280,6 +288,13 @@ class _Staged:
             lambda: self._open(self.lines[first]["file"]),
         )  # fmt: skip
 
+    def changed(self, root: Root) -> Iterator[bytes]:
+        """Yield what is neither as it was, nor as it is to be."""
+        for path, line in self.lines.items():
+            if "was" in line:  # older versions did not write it
+                was = {_bytes(each): (*facts,) for each, facts in line["was"].items()}
+                yield from changed(root, path, was, self.node(path))
+
     def names(self, path: bytes) -> set[bytes]:
         return {each.rpartition(b"/")[2] for each in self.lines if each and each.rpartition(b"/")[0] == path}
 
@@ -298,8 +313,11 @@ class _Staged:
         return KernelFile(os.open(os.path.join(self.files, name), os.O_RDONLY | os.O_CLOEXEC))
 
 
-def complete(path: str, losses: Losses, tick: Tick) -> None:
-    """Make the changes of a commit that holds, and remove it. Blocks; CowfsError, OSError with the path."""
+def complete(path: str, losses: Losses, tick: Tick, *, force: bool = True) -> None:
+    """Make the changes of a commit that holds, and remove it. Blocks; CowfsError, OSError with the path.
+
+    Without *force* nothing is done if others have changed meanwhile what it would overwrite or remove.
+    """
     trees = _read(path)
     with ExitStack() as stack:
         roots = []
@@ -307,6 +325,12 @@ def complete(path: str, losses: Losses, tick: Tick) -> None:
             roots.append(Root(str(told["root"])))
             stack.callback(roots[-1].close)
             _must_be_it(roots[-1], told, path)
+        for root, (_, staged) in zip(roots, trees, strict=True):
+            for there in () if force else staged.changed(root):
+                raise SystemFailure(
+                    f"{os.path.join(root.path, os.fsdecode(there))}: was changed meanwhile",
+                    "move it elsewhere, or overwrite it with cowfs run --force",
+                )
         for root, (_, staged) in zip(roots, trees, strict=True):
             Apply(root, staged, losses, tick).run(staged.plan(), staged, {})
     os.unlink(os.path.join(path, _MANIFEST))
@@ -349,11 +373,17 @@ def _must_be_it(root: Root, told: dict[str, Any], path: str) -> None:
         )
 
 
-def resume(place: str, losses: Losses, tick: Tick) -> Iterator[tuple[str, list[str], str]]:
+def resume(
+    place: str,
+    losses: Losses,
+    tick: Tick,
+    force: Callable[[list[str]], bool] = lambda _: False,
+) -> Iterator[tuple[str, list[str], str]]:
     """Complete the commits in *place* that were interrupted; yield each, its directories, and why it cannot
     be.
 
-    Those that do not hold are removed. Blocks.
+    What others have changed meanwhile is overwritten if *force* says so of the directories. Those that do not
+    hold are removed. Blocks.
     """
     with suppress(OSError):
         for name in sorted(os.listdir(place)):
@@ -364,7 +394,8 @@ def resume(place: str, losses: Losses, tick: Tick) -> Iterator[tuple[str, list[s
                 continue  # it is being made, or completed
             try:
                 if os.path.exists(os.path.join(path, _MANIFEST)):
-                    yield path, _roots(path), _completed(path, losses, tick)
+                    roots = _roots(path)
+                    yield path, roots, _completed(path, losses, tick, force=force(roots))
                 else:
                     shutil.rmtree(path, ignore_errors=True)
             finally:
@@ -376,9 +407,9 @@ def _fsid(path: str) -> int | None:
     return os.statvfs(path).f_fsid or None
 
 
-def _completed(path: str, losses: Losses, tick: Tick) -> str:
+def _completed(path: str, losses: Losses, tick: Tick, *, force: bool) -> str:
     try:
-        complete(path, losses, tick)
+        complete(path, losses, tick, force=force)
     except CowfsError as error:
         return str(error)
     except OSError as error:

@@ -204,6 +204,83 @@ def test_a_commit_that_is_killed_is_undone_or_completed(
         assert differences(wanted, contents(snapshot(root))) == []
 
 
+def test_a_commit_that_is_completed_overwrites_nothing_newer(root: Path, tmp_path: Path) -> None:
+    """What was changed after it was interrupted is named, until it is said what is to become of it."""
+    for name in ("mnt", "other", "empty"):
+        (tmp_path / name).mkdir()
+    run("sh", "-euc", "mkdir -p old/in; echo old >old/in/a; echo 1 >aa; ln aa zz; echo 1 >zzz", cwd=root)
+    the_next = ("run", root, tmp_path / "other", "--", "true")
+    with mounted(root, tmp_path / "mnt") as here:
+        run(
+            "sh",
+            "-euc",
+            "echo 2 >zzz; rm -r old; rm aa; echo 2 >aa; echo 2 >>zz; echo new >zzzz",
+            cwd=here.path,
+        )
+        wanted = contents(snapshot(here.path))
+        command: list[str | Path] = [sys.executable, "-c", KILLED, here.path, root, "make", "zz", "1"]
+        assert subprocess.run(command, cwd=project_root(), check=False).returncode == -signal.SIGKILL
+    assert ((root / "aa").read_text(), (root / "zz").read_text()) == ("2\n", "1\n")
+    for name, mine in (("zzz", ""), ("aa", "mine"), ("zzzz", "mine"), ("old/in/more", "mine")):
+        there = root / name
+        moved = there.rename(tmp_path / "moved") if there.exists() else None
+        there.write_text(mine)
+        done = cowfs(*the_next)
+        assert done.returncode != 0
+        assert f"cannot be completed: {there}: was changed meanwhile (move it elsewhere" in done.stderr, (
+            done.stderr
+        )
+        assert (there.read_text(), (root / "zz").read_text()) == (mine, "1\n")
+        there.unlink()
+        if moved is not None and name == "aa":
+            moved.rename(there)
+    (root / "zzz").write_text("mine")
+    done = cowfs("run", "--force", *the_next[1:])
+    assert f"a commit to {root} that was interrupted has been completed" in done.stderr
+    assert differences(wanted, contents(snapshot(root))) == []
+
+
+def test_a_commit_that_finds_no_room_is_completed_when_there_is_some(nobody_path: Path) -> None:
+    """Also of a file that is written in place: what others have written to it since stays."""
+    if not makes_user_namespaces():
+        pytest.skip("needs user namespaces")
+    env = {"XDG_STATE_HOME": str(nobody_path)}
+    root, mountpoint = nobody_path / "root", nobody_path / "mnt"
+    for path in (root, mountpoint):
+        path.mkdir()
+    run("mount", "-t", "tmpfs", "-o", "size=256k,mode=755", "cowfs-test", root)
+    try:
+        (root / "log").write_text("old\n")
+        (root / "sub").mkdir()
+        for path in (root / "log", root / "sub"):
+            os.chown(path, 65534, 65534)
+        change = "yes | head -c 500000 >log; yes no | head -c 50000 >sub/new"
+        command = ("run", "--commit", root, mountpoint, "--", "sh", "-euc")
+        done = cowfs(*command, f"cd {mountpoint}; {change}", nobody=True, env=env)
+        assert done.returncode == FAILED
+        assert "/log: No space left on device\n" in done.stderr, done.stderr
+        assert "the commit is completed by the next `cowfs run`" in done.stderr
+        assert set((root / "log").read_bytes()) <= set(b"y\n\0")
+        run("mount", "-o", "remount,size=2m", root)
+        torn = (root / "log").read_bytes()
+        (root / "log").write_bytes(b"mine" + torn[4:])
+        done = cowfs(*command, "true", nobody=True, env=env)
+        assert f"cannot be completed: {root}/log: was changed meanwhile (move it elsewhere" in done.stderr
+        assert (done.returncode, (root / "sub/new").exists()) == (2, False)
+        (root / "log").write_bytes(torn)
+        done = cowfs(*command, "true", nobody=True, env=env)
+        assert f"a commit to {root} that was interrupted has been completed" in done.stderr, done.stderr
+        assert (root / "log").read_bytes() == b"y\n" * 250000
+        assert (root / "sub/new").stat().st_size == 50000
+        assert not any(is_left_behind(name) for name in (*os.listdir(root), *os.listdir(root / "sub")))
+    finally:
+        run("umount", root)
+
+
+def is_left_behind(name: str) -> bool:
+    return name.startswith(".cowfs-apply-")
+
+
 def as_on_fat(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let there be no symbolic links and no sticky bits."""
     chmod = beneath.chmod
