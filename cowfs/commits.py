@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from cowfs.api import Tell, open_changes
 from cowfs.changes.paths import join
+from cowfs.changes.render import escape
+from cowfs.client import ask, facts_of, the_mount
 from cowfs.errors import SystemFailure
 from cowfs.exports.commit import Stage, complete, conflicts, forbidden, resume
 from cowfs.exports.entries import Withheld
@@ -30,6 +32,12 @@ class Changed:
     store: str = "memory"
     at: bytes = b""
     """What its paths begin with in messages."""
+    seen: int | None = None
+    """When (ns) the lower was what the store's changes were made to, if that is longer ago."""
+
+    def since(self, begun: int) -> int:
+        """Return the moment after which no file of the lower may have been changed."""
+        return begun if self.seen is None else min(self.seen, begun)
 
 
 class Commit:
@@ -58,7 +66,7 @@ class Commit:
                 changes = stack.enter_context(open_changes(mount.mountpoint, None, tell))
                 before, after, told = changes.tree_before(), changes.tree(), list(changes.exactly())
                 items = plan(told, after, before)
-                found = conflicts(items, before, since)
+                found = conflicts(items, before, mount.since(since))
                 self.conflicts += [(join(mount.at, path), why) for path, why in found]
                 bad = set(forbidden(items, before, {change.path: change for change in told}, mount.root))
                 if force:
@@ -69,7 +77,7 @@ class Commit:
                     withheld = _withheld(mount.store)
                     stage.add(mount.root, items, before, after, told, self.losses, tick, withheld)
                 if not (force or self.conflicts):  # what was copied may have been the lower's, and another's
-                    found = conflicts(items, before, since)
+                    found = conflicts(items, before, mount.since(since))
                     self.conflicts += [(join(mount.at, path), why) for path, why in found]
             if self.conflicts and not force:
                 return False
@@ -106,6 +114,30 @@ class Commit:
         if self._stage is not None:
             self._stage.abandon()
             self._stage = None
+
+
+def look_for_stale(mount: Changed, begun: int, tell: Tell) -> int | None:
+    """Tell what the lower has changed since the store's changes were made, and return when that was.
+
+    If it is nothing, the store says from now on that its changes are to the lower of the moment *begun* (ns).
+    Blocks. Raises CowfsError, and OSError with the path of what cannot be read.
+    """
+    found = the_mount(mount.mountpoint)
+    seen = facts_of(found.dev)["store"].get("lowers_seen")
+    if isinstance(seen, int) and mount.store != "memory":
+        with open_changes(mount.mountpoint, None, lambda _: None) as changes:
+            before, told = changes.tree_before(), list(changes)
+            items = plan(told, changes.tree(), before)
+            stale = [join(mount.at, path) for path, _ in conflicts(items, before, seen)]
+        if stale:
+            others = f" and {len(stale) - 1} more" if len(stale) > 1 else ""
+            said = f"{mount.root}: {escape(stale[0])}{others}: changed there since the store had changed it"
+            hint = f"the command sees that of {mount.store}; cowfs revert takes it back"
+            tell(f"{said} ({hint})")
+            return seen
+    for _ in ask(found.dev, "saw_lowers", when=begun):
+        pass
+    return None
 
 
 def _withheld(store: str) -> Withheld:

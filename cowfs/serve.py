@@ -167,6 +167,12 @@ def _of_keeping(union: Union, stop_waiting_soon: Callable[[], None]) -> Mapping[
         yield union.overlay.upper.sync
         yield {}
 
+    def saw_lowers(request: dict[str, Any]) -> Replies:
+        when = int(request["when"])
+        if not union.store.read_only:
+            yield lambda: union.store.saw_lowers(when)
+        yield {}
+
     def leave(request: dict[str, Any]) -> Replies:
         if request.get("lazy"):
             stop_waiting_soon()
@@ -189,6 +195,7 @@ def _of_keeping(union: Union, stop_waiting_soon: Callable[[], None]) -> Mapping[
         "trim": trim,
         "hold": hold,
         "sync": sync,
+        "saw_lowers": saw_lowers,
         "leave": leave,
     }
 

@@ -43,7 +43,7 @@ from cowfs.overlay.original import copy_xattrs
 from cowfs.overlay.overlay import Overlay
 from cowfs.store.format import layout
 from cowfs.store.format.checkpoints import as_layers, listed
-from cowfs.store.format.header import modules_in
+from cowfs.store.format.header import last_seen, modules_in
 from cowfs.store.format.identity import identify_lowers
 from cowfs.store.served import disk_space, fullness, presence
 from cowfs.store.served.open import open_aside, open_store
@@ -189,6 +189,7 @@ class Union:
                 "path": self.store.path,
                 "xattr_prefix": self.store.xattr_prefix.decode(),
                 "uuid": self.store.header.uuid,
+                "lowers_seen": last_seen(self.store.header),
                 "layers": [one.number for one in self.store.frozen],
                 "checkpoints": [one["name"] for one in listed(self.store.layers, self.store.upper)],
                 "size": self.store.size,

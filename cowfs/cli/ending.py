@@ -15,7 +15,7 @@ from cowfs.changes.paths import join
 from cowfs.changes.render import Summary, escape, line
 from cowfs.cli.output import progress_line, say, warn
 from cowfs.cli.sandbox import Part, forget_unused, name_of
-from cowfs.commits import Changed, Commit, complete_all, place
+from cowfs.commits import Changed, Commit, complete_all, look_for_stale, place
 from cowfs.errors import CowfsError
 from cowfs.linux.signals import interruptible
 
@@ -42,6 +42,14 @@ class Ending:
         self._is_discarded = args.discard
         self._has_failed = False
         self._changed: list[Part] = []
+        self._seen: dict[str, int | None] = {}
+
+    def look_at_stores(self) -> None:
+        """Before the command runs, tell what the lowers have changed since the stores' changes were made."""
+        for part in self._parts:
+            if os.path.isdir(part.lower):
+                changed = Changed(part.mountpoint, part.lower, part.store, part.at)
+                self._seen[part.mountpoint] = look_for_stale(changed, self._since, warn)
 
     def decide(self) -> None:
         """Show what was changed, ask what to do with it, and do what needs the mount.
@@ -167,7 +175,10 @@ class Ending:
 
     def _prepare(self) -> bool:
         """Prepare the commit; return whether that worked, and print the conflicts."""
-        mounts = [Changed(part.mountpoint, part.lower, part.store, part.at) for part in self._changed]
+        mounts = [
+            Changed(part.mountpoint, part.lower, part.store, part.at, self._seen.get(part.mountpoint))
+            for part in self._changed
+        ]
         self._commit = Commit()
         with progress_line() as show:
             done = self._commit.prepare(

@@ -99,8 +99,9 @@ def run(args: argparse.Namespace) -> int:
                 sandbox.build()
             else:
                 parts.append(_mounted(args))
-            code = _wait(args.command, prepare, sandbox)
             ending = Ending(args, parts, since)
+            ending.look_at_stores()
+            code = _wait(args.command, prepare, sandbox)
             ending.decide()
         finally:
             if sandbox is not None:

@@ -360,6 +360,33 @@ def test_what_was_changed_meanwhile_is_a_conflict(root: Path, tmp_path: Path) ->
     assert not (root / "gone").exists()
 
 
+def test_what_was_changed_between_two_runs_is_a_conflict(root: Path, tmp_path: Path) -> None:
+    """It is told before the command is run; what the store has no changes to may be changed by all."""
+    (tmp_path / "mnt").mkdir()
+    mountpoint, store = tmp_path / "mnt", tmp_path / "store"
+    command = ("run", "--store", store, root, mountpoint, "--commit", "--", "sh", "-euc")
+    cowfs(
+        "run", "--store", store, root, mountpoint, "--", "sh", "-euc", f"cd {mountpoint}; echo s >file; rm x2"
+    )
+    (root / "x1").write_text("host")
+    done = cowfs("run", *command[1:5], "--", "sh", "-euc", f"echo s >>{mountpoint}/x1; exit 3")
+    assert (done.returncode, "changed there since" in done.stderr) == (3, False), done.stderr
+    (root / "file").write_text("host")
+    (root / "x2").write_text("host")
+    done = cowfs(*command, f"cat {mountpoint}/file")
+    assert (done.returncode, done.stdout) == (FAILED, "s\n")
+    told = f"{root}: file and 1 more: changed there since the store had changed it (the command"
+    assert done.stderr.count(told) == 1, done.stderr
+    assert "conflict: file was changed in the lower meanwhile\n" in done.stderr
+    assert [(root / name).read_text() for name in ("file", "x1", "x2")] == ["host"] * 3
+    cowfs("revert", store, "file", "x2", check=True)
+    done = cowfs(*command, "true")
+    assert (done.returncode, "changed there since" in done.stderr) == (0, False), done.stderr
+    assert [(root / name).read_text() for name in ("file", "x1", "x2")] == ["host", "hosts\n", "host"]
+    done = cowfs(*command, f"echo more >>{mountpoint}/x1")  # what a commit has changed is no conflict
+    assert (done.returncode, (root / "x1").read_text()) == (0, "hosts\nmore\n"), done.stderr
+
+
 def answering(
     root: Path,
     answers: bytes,

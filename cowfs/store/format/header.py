@@ -25,6 +25,7 @@ OVERLAYFS, AUFS = "overlayfs", "aufs"
 TRUSTED = "trusted.overlay."
 USER = "user.overlay."
 
+_SEEN = "lowers_seen"
 _DEEPEST = 16
 _OF_A_LOWER = ("kind", "fingerprint", "description", "path")
 _FIELDS = (
@@ -249,3 +250,14 @@ def bound(header: Header, lowers: Sequence[Identity], volatile: Sequence[str] | 
     return replace(
         header, lowers=tuple(lowers), volatile=header.volatile if volatile is None else tuple(volatile)
     )
+
+
+def seen(header: Header, when: int) -> Header:
+    """Return the header of a store whose changes are to what the lowers were at a moment (ns)."""
+    return replace(header, more={**header.more, _SEEN: when})
+
+
+def last_seen(header: Header) -> int | None:
+    """Return that moment; None if nobody has written it down."""
+    when = header.more.get(_SEEN)
+    return when if isinstance(when, int) else None

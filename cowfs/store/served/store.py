@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from cowfs.errors import StoreError
-from cowfs.layers import acl
+from cowfs.layers import acl, beneath
 from cowfs.layers.apart import ApartLayer
 from cowfs.layers.base import Key, UpperLayer
 from cowfs.linux.files import LACK_OF_ROOM
@@ -21,7 +21,7 @@ from cowfs.overlay.aufs import AufsStore
 from cowfs.store.e2fsprogs.tools import Progress, quiet
 from cowfs.store.format import layout, rebased
 from cowfs.store.format.checkpoints import Checkpoint, Layers
-from cowfs.store.format.header import USER, Header, bound, check_lowers
+from cowfs.store.format.header import USER, Header, bound, check_lowers, seen
 from cowfs.store.served import lock
 from cowfs.types import Identity
 
@@ -180,10 +180,21 @@ class Store:
         if self.read_only or header == self.header:
             return False
         first = not self.header.lowers and not self.header.adopted
+        if first:
+            header = seen(header, beneath.now())
         layout.save_header(self.layer, header)
         self.layer.sync()
         self.header = header
         return first
+
+    def saw_lowers(self, when: int) -> None:
+        """Write down that no change in the store is of a file that its lowers have changed since, as of
+        *when* (ns). Blocks until it is on disk.
+        """
+        header = seen(self.header, when)
+        layout.save_header(self.layer, header)
+        self.layer.sync()
+        self.header = header
 
     def know_modules(self, modules: Sequence[Identity]) -> None:
         """Write down what may be mounted above the store's lowers from now on. Blocks until it is on disk."""
