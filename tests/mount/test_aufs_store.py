@@ -195,6 +195,7 @@ def test_a_directory(lower: Path, tmp_path: Path) -> None:
     """A branch may be a directory, too, and what is taken back comes back."""
     store = branch(tmp_path / "branch")
     with mounted(lower, tmp_path / "m", store) as mount:
+        assert "MOVED" not in cowfs("info", mount.path, check=True).stdout
         before = snapshot(mount.path)
         change(mount.path)
         changed = snapshot(mount.path)

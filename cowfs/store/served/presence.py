@@ -51,7 +51,7 @@ class Whereabouts:
         self._store = store
         self._upper = store.upper
         self._names = [layer.name for layer in lowers]
-        opened = store.fd if store.kind == "image" else _root(store.layer)
+        opened = store.fd if store.kind == "image" else _root(written_through(store.layer))
         self._opened = [_inode(opened) if store.path != "memory" else None, *(None for _ in _PARTS)]
         for layer, path in zip(lowers, paths, strict=True):
             is_known = not layer.waits and os.path.isdir(path)  # of an image it may be the root in it
