@@ -10,6 +10,7 @@ from cowfs.changes.flatten import flatten
 from cowfs.client import mount_with_store
 from cowfs.errors import StoreError
 from cowfs.offline_changes import Lowers, Tell, must_be_there, open_offline_union
+from cowfs.store.format.foreign import pair_in
 from cowfs.store.format.header import AUFS
 from cowfs.store.offline import convert as offline
 from cowfs.store.offline.convert_in_place import Converted
@@ -26,6 +27,11 @@ def convert(
     must_be_there(path)
     if mount_with_store(path) is not None:
         raise StoreError(f"{path}: is mounted", "unmount it first")
+    if os.path.isdir(path) and pair_in(path) is not None:
+        raise StoreError(
+            f"{path}: another system writes to it by overlayfs, and would not find a converted one",
+            "mount it as it is, or make a store (cowfs create) and cowfs apply the changes to it",
+        )
     path = os.path.abspath(path)
     copied = 0
     if target == AUFS:

@@ -57,7 +57,11 @@ def test_a_pair_is_adopted_and_goes_back(tmp_path: Path, kind: str) -> None:
         assert cowfs("checkpoint", mnt, "one").returncode == 1
     told = cowfs("diff", place)
     assert (told.returncode, "R  d/ -> e/" in told.stdout, "A  new/" in told.stdout) == (0, True, True)
-    for refused in (cowfs("rebase", place, "--onto", lower), cowfs("backup", place, tmp_path / "copy")):
+    for refused in (
+        cowfs("rebase", place, "--onto", lower),
+        cowfs("backup", place, tmp_path / "copy"),
+        cowfs("convert", place, "--to", "aufs"),
+    ):
         assert (refused.returncode, "another" in refused.stderr) == (32, True)
     kernel_mount(lower, place / upper, place / work, mnt)
     try:

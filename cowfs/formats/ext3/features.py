@@ -111,7 +111,7 @@ def obstacle(superblock: bytes, name: str) -> tuple[str, str] | None:
     if names := foreign(found):
         return (
             f"an ext4 filesystem ({', '.join(names)}), but a store is a plain ext3 filesystem",
-            f"cowfs create creates a store; of one in it: mount -o loop {name} DIR, and give DIR",
+            f"if a store is in it: mount -o loop {name} DIR, and give DIR; cowfs create creates a new one",
         )
     (revision,) = _REVISION.unpack_from(superblock, 76)
     if revision > 1:
