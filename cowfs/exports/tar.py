@@ -132,6 +132,7 @@ class Tar:
                 self._losses.add("files without their extended attributes", entry.path)
             return {}
         records = {}
+        lost = set()
         if nanoseconds or not 0 <= entry.mtime_ns // _SECOND < _TIME:
             records[b"mtime"] = _time(entry.mtime_ns)
         for name, value in entry.xattrs.items():
@@ -142,7 +143,9 @@ class Tar:
                 records[b"SCHILY.xattr." + name.replace(b"%", b"%25").replace(b"=", b"%3D")] = value
             else:
                 what = "ACLs" if name.startswith(b"system.posix_acl") else "some extended attributes"
-                self._losses.add(f"files without their {what}", entry.path)
+                lost.add(f"files without their {what}")
+        for what in sorted(lost):  # a directory may have two ACLs
+            self._losses.add(what, entry.path)
         return records
 
     def _header(self, info: tarfile.TarInfo, records: dict[bytes, bytes], name: bytes | None = None) -> None:

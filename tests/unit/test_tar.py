@@ -9,15 +9,21 @@ import tarfile
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from cowfs.errors import LayerError
+from cowfs.exports.entries import Entry
+from cowfs.exports.losses import Losses
+from cowfs.exports.tar import Tar
 from cowfs.formats import acl_text, tar
 from cowfs.formats.tar import Inode
 from cowfs.layers import acl
 from cowfs.layers.tar import TarLayer
 from cowfs.store.format.identity import identify_lower
+from cowfs.types import AttrData
 from tests.support.system import run
 
 Add = Callable[..., None]
@@ -221,6 +227,15 @@ def test_the_attribute_itself_counts_more_than_its_text(tmp_path: Path) -> None:
     archive = made(tmp_path / "x.tar", lambda add: add("f", b"x", pax_headers=headers))
     with opened(archive) as layer:
         assert layer.getxattr(find(layer, "f"), acl.ACCESS) == value
+
+
+def test_a_directory_that_loses_two_acls_counts_once() -> None:
+    losses = Losses()
+    directory = AttrData(stat.S_IFDIR | 0o755, 2)
+    node: Any = SimpleNamespace(attr=directory)
+    entry = Entry(b"d", node, directory.st_mode, 0, {acl.ACCESS: b"a", acl.DEFAULT: b"d"}, None)
+    Tar(lambda _: None, losses, lambda *_: None, "", accepts=lambda _: False).add(entry)
+    assert list(losses) == ["files without their ACLs: 1 (d)"]
 
 
 @pytest.mark.parametrize("value", [b"", b"\2\0\0\0", b"\1\0\0\0" + bytes(24), b"\2\0\0\0" + b"\x40" * 24])
