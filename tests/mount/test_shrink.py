@@ -86,6 +86,21 @@ shrink_store(sys.argv[1], int(sys.argv[2]), partial(new_file, force=True))
 """
 
 
+def test_directories_keep_their_times(tmp_path: Path) -> None:
+    """Also those whose files are where the image ends, and get other numbers."""
+    lower, mnt, store = tmp_path / "lower", tmp_path / "mnt", tmp_path / "store.bs"
+    lower.mkdir()
+    run("mke2fs", "-q", "-t", "ext3", "-b", "1024", "-N", "256", store, "64M")
+    with mounted(lower, mnt, store):
+        script("mkdir a fill; (cd fill && touch $(seq 190)); touch a/f a/g; rm -r fill", mnt)
+        script("touch -d '2001-02-03 04:05:06.789012345' a .", mnt)
+        before = seen(mnt)
+    cowfs("shrink", store, "24", check=True)
+    assert cowfs("check", "-n", store).returncode == 0
+    with mounted(lower, mnt, store):
+        assert differences(before, seen(mnt)) == []
+
+
 @pytest.mark.nightly
 def test_killed_it_is_the_old_one_or_the_new_one(tmp_path: Path) -> None:
     lower, mnt, store = tmp_path / "lower", tmp_path / "mnt", tmp_path / "store.bs"

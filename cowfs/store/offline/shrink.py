@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Callable, Generator
-from contextlib import AbstractContextManager, ExitStack, suppress
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from typing import Any
 
 from cowfs.errors import StoreError, UsageError
+from cowfs.layers.base import Key, UpperLayer
 from cowfs.linux import fuse
 from cowfs.store.e2fsprogs import tools
 from cowfs.store.e2fsprogs.signals import cleaned_up, deferred
@@ -21,7 +22,7 @@ from cowfs.store.format.superblock import read_superblock
 from cowfs.store.offline.backup import copy_image, finish_copy, suspended
 from cowfs.store.served import lock
 from cowfs.store.served.allocate import allocate
-from cowfs.store.served.image import open_file, refuse_torn
+from cowfs.store.served.image import open_file, open_layer, refuse_torn
 from cowfs.store.served.store import Store
 
 Step = Callable[[], None]
@@ -64,7 +65,8 @@ def shrink_store(path: str, size: int | None, replacing: Replacing, *, progress:
             )
         if wanted < superblock.size:
             progress(f"making it smaller: {format_size(wanted)}")
-            tools.resize(copy, path, "-f", size=f"{wanted // 1024}K")
+            with _same_times(copy, path):
+                tools.resize(copy, path, "-f", size=f"{wanted // 1024}K")
         os.ftruncate(copy, read_superblock(copy, path, smallest=0).size)
         finish_copy(copy, path)
         if is_whole:
@@ -170,6 +172,34 @@ def _least(fd: int, path: str) -> int:
     if done.returncode or found is None:
         raise StoreError(f"{path}: resize2fs failed: {tools.last_line(done.stdout)}")
     return int(found[1])
+
+
+@contextmanager
+def _same_times(fd: int, path: str) -> Iterator[None]:
+    """Let the directories of an image have the times they had: resize2fs changes those of the directories
+    that it writes new numbers of inodes to."""
+    with ExitStack() as stack:
+        layer = open_layer(fd, path, stack, read_only=True)
+        before = {name: layer.stat(key).st_mtime_ns for name, key in _directories(layer)}
+    yield
+    with ExitStack() as stack:
+        layer = open_layer(fd, path, stack)
+        for name, key in _directories(layer):
+            attr = layer.stat(key)
+            if attr.st_mtime_ns != before.get(name, attr.st_mtime_ns):
+                layer.utimens(key, attr.st_atime_ns, before[name])
+
+
+def _directories(layer: UpperLayer) -> Iterator[tuple[bytes, Key]]:
+    """Yield the path of each directory, and its key."""
+    waiting: list[tuple[bytes, Key]] = [(b"", layer.root)]
+    while waiting:
+        path, directory = waiting.pop()
+        yield path, directory
+        for entry in layer.readdir(directory):
+            found = layer.lookup(directory, entry.name) if entry.type in {0, stat.S_IFDIR} else None
+            if found is not None and stat.S_ISDIR(found[1].st_mode):
+                waiting.append((path + b"/" + entry.name, found[0]))
 
 
 def _in_mb(size: int) -> str:
