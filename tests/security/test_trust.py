@@ -14,6 +14,7 @@ import pytest
 from cowfs.linux.trust import who_can_change, who_can_redirect
 from tests.support.mounts import cowfs, eventually, force_umount, is_mounted, mounted
 from tests.support.system import NOBODY, as_nobody_prefix, needs_fuse, needs_root, run
+from tests.support.tree import differences, snapshot
 
 pytestmark = [needs_fuse, needs_root]
 
@@ -333,3 +334,23 @@ def test_users_may_have_stores_where_they_like(nobody_path: Path) -> None:
     with mounted(nobody_path / "lower", nobody_path / "mnt", nobody_path / "link", nobody=True) as here:
         assert here.pid() > 0
     assert run(*as_nobody_prefix(), "ls", nobody_path / "real/upper").returncode == 0
+
+
+@pytest.mark.parametrize("what", ["owner", "mode", "link"])
+def test_a_store_that_others_may_write_is_not_converted(
+    lower: Path, store: Path, nobody_path: Path, what: str
+) -> None:
+    """Nor is anything else done to it by root."""
+    given = store
+    if what == "owner":
+        run("chown", "-R", f"{NOBODY}:{NOBODY}", store)
+    elif what == "mode":
+        (store / "work").chmod(0o777)
+    else:
+        given = nobody_path / "link"
+        given.symlink_to(store)
+        os.chown(given, NOBODY, NOBODY, follow_symlinks=False)
+    before = snapshot(store)
+    done = cowfs("convert", given, "--to", "aufs")
+    assert done.returncode == 32 and "other user" in done.stderr, done
+    assert differences(before, snapshot(store)) == []

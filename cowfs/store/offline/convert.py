@@ -25,7 +25,7 @@ from cowfs.store.format.sniff import split_subdir
 from cowfs.store.format.superblock import read_superblock
 from cowfs.store.offline.convert_in_place import LOST, Conversion, Converted, Tick
 from cowfs.store.served import lock
-from cowfs.store.served.directory import is_trusted, sees_all
+from cowfs.store.served.directory import is_trusted, refuse_others, refuse_unsafe_path, sees_all
 from cowfs.store.served.image import note_closed, open_file, open_layer, refuse_torn
 
 
@@ -85,7 +85,9 @@ def begin(path: str, stack: ExitStack, progress: Progress) -> UpperLayer:
 
 
 def _directory(path: str, stack: ExitStack, progress: Progress) -> UpperLayer:
+    refuse_unsafe_path(path, path)
     with closing(_open_directory(path)) as plain:
+        refuse_others(plain, path)
         header = _header_of(plain) or _new_header(plain)
     layer = _open_directory(path, privileged=header.xattrs == TRUSTED)  # else it has notes of owners
     stack.callback(layer.close)

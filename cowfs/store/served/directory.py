@@ -28,7 +28,7 @@ def open_directory(path: str, want: Wanted) -> Store:
     """Lock and open the store in the directory *path*, which is made if it is missing. Blocks."""
     made = not want.read_only and not os.path.lexists(path)
     if not want.read_only:
-        _refuse_unsafe_path(path, os.path.dirname(path) if made else path)
+        refuse_unsafe_path(path, os.path.dirname(path) if made else path)
     if made:
         try:
             os.mkdir(path, 0o700)  # whoever reaches what is in upper/ could change it behind our back
@@ -56,7 +56,7 @@ def open_apart(upper: str, work: str, want: Wanted) -> Store:
     for path in (upper, work):
         if not os.path.isdir(path):
             raise StoreError(f"{path}: not a directory", "make upperdir and workdir first")
-        _refuse_unsafe_path(path, path)
+        refuse_unsafe_path(path, path)
     upper, work = os.path.realpath(upper), os.path.realpath(work)
     above = os.path.commonpath((upper, work))
     if above in {upper, work}:
@@ -101,7 +101,7 @@ def _drop_inherited(root: int) -> None:
     os.fchmod(root, 0o700)
 
 
-def _refuse_unsafe_path(path: str, there: str) -> None:
+def refuse_unsafe_path(path: str, there: str) -> None:
     """StoreError if another user can let *path* lead to any directory: to make a store of it, or to write."""
     try:
         reason = trust.who_can_redirect(there)
@@ -113,7 +113,7 @@ def _refuse_unsafe_path(path: str, there: str) -> None:
         )
 
 
-def _refuse_others(layer: UpperLayer, path: str) -> None:
+def refuse_others(layer: UpperLayer, path: str) -> None:
     """StoreError for a directory, or a part of it that is our own, which belongs to another user, or which
     others may write to: they could change the store under the daemon, which may have more rights than they.
 
@@ -200,7 +200,7 @@ def _open(
     locked = -1
     try:
         if kind == "directory" and not want.read_only:
-            _refuse_others(first, path)
+            refuse_others(first, path)
         found = layout.recognise(first)  # before anything is written into what may not be ours
         header = _header(first, found)
         if not want.read_only or found == "store":
