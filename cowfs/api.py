@@ -51,8 +51,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Changes", "Checkpoint", "Done", "Lowers", "MountedTree", "Tell", "apply", "blame", "checkpoint",
-    "checkpoints", "delete_checkpoint", "export", "mount", "open_changes", "reclaimable", "report",
-    "rollback", "take_back", "undo_apply",
+    "checkpoints", "delete_checkpoint", "export", "histories", "mount", "open_changes", "reclaimable",
+    "report", "rollback", "take_back", "undo_apply",
 ]  # fmt: skip
 
 
@@ -216,6 +216,31 @@ def blame(
     recorded below. Without *recursive* each path that is not a glob has a history, empty if nothing is known.
     The second value is the time of the first record, in µs since the epoch. Raises CowfsError.
     """
+    found: list[History] = []
+    since = None
+    for piece, begun in histories(what, paths, recursive=recursive, engine=engine, tell=tell):
+        found += piece
+        since = begun
+    return found, since
+
+
+_AT_ONCE = 10_000
+"""So many histories are in memory: each takes some KiB."""
+
+
+def histories(
+    what: str,
+    paths: Sequence[bytes],
+    *,
+    recursive: bool = False,
+    engine: str = "auto",
+    tell: Tell = lambda _: None,
+    tick: Callable[[str], None] = lambda _: None,
+) -> Iterator[tuple[list[History], int | None]]:
+    """Yield what :func:`blame` returns in pieces, one at least: so any number of paths takes little memory.
+
+    The record is read again for each piece. *tick* is told what is done meanwhile.
+    """
     from cowfs.changes import blame as changes
     from cowfs.changes.select import pattern, plain
     from cowfs.recorded import of_mount, of_store
@@ -225,15 +250,19 @@ def blame(
     matches = [pattern(path).match if recursive else pattern(path).fullmatch for path in wide]
     found = find_mount(what)
 
-    def contents(stack: ExitStack) -> Iterator[bytes]:
-        return of_store(what, engine, stack, tell) if found is None else of_mount(what, found.dev)
+    def contents(stack: ExitStack, say: Tell) -> Iterator[bytes]:
+        return of_store(what, engine, stack, say) if found is None else of_mount(what, found.dev)
 
-    more: list[bytes] = []
     if wide:
+        tick("looking for names in the record")
         with ExitStack() as stack:
-            more = changes.names_of(contents(stack), what, lambda path: any(each(path) for each in matches))
-    with ExitStack() as stack:
-        return changes.blame(contents(stack), [*exact, *more], what)
+            records = contents(stack, tell)
+            exact += changes.names_of(records, what, lambda path: any(each(path) for each in matches))
+    for first in range(0, max(len(exact), 1), _AT_ONCE):
+        tick(f"{first} of {len(exact)} paths")
+        with ExitStack() as stack:
+            records = contents(stack, (lambda _: None) if wide or first else tell)
+            yield changes.blame(records, exact[first : first + _AT_ONCE], what)
 
 
 def apply(

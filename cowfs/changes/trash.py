@@ -32,6 +32,8 @@ _MOST_ID = (1 << 32) - 2
 _LINES = 1000
 """How many are written at once."""
 _READ = 1 << 20
+_LONGEST_LINE = 16 << 20
+"""Bytes: a file has fewer attributes, and each takes a third more."""
 
 
 class Step(NamedTuple):
@@ -143,6 +145,8 @@ class Log:
             for line in lines:
                 yield start, line
                 start += len(line) + 1
+            if len(rest) > _LONGEST_LINE:
+                raise self._damaged()
 
     def _look_at(self, start: int, line: bytes) -> None:
         entry = self._parsed(line)

@@ -12,7 +12,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from cowfs.cli import options
-from cowfs.cli.output import say, warn
+from cowfs.cli.output import progress_line, say, warn
 from cowfs.client import from_root, mount_above, the_mount
 from cowfs.errors import StoreError, UsageError, printable
 from cowfs.jsontext import raw, stamp
@@ -74,26 +74,37 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Print what is known of each path."""
-    from cowfs.api import blame
+    from cowfs.api import histories
 
     what, asked = _asked(args)
-    histories, since = blame(what, asked, recursive=args.recursive, engine=args.engine, tell=warn)
-    code = 0 if histories else EXIT_NOTHING
-    if not histories:
-        warn(f"{what}: {_nothing(since)} of such paths")
-    for number, history in enumerate(histories):
-        if not history.first:
-            warn(f"{os.fsdecode(history.path) or '/'}: {_nothing(since)}")
-            code = EXIT_NOTHING
-        elif args.json:
-            for entry in history.to_json():
-                print(json.dumps(entry))
-        elif args.null:
-            _print_with_nul(history)
-        else:
-            _print(history, after=number > 0)
+    code, number = 0, 0
+    with progress_line() as progress:
+        pieces = histories(
+            what, asked, recursive=args.recursive, engine=args.engine, tell=warn, tick=progress
+        )  # fmt: skip
+        for piece, since in pieces:
+            if not piece:
+                warn(f"{what}: {_nothing(since)} of such paths")
+                code = EXIT_NOTHING
+            for history in piece:
+                if not history.first:
+                    warn(f"{os.fsdecode(history.path) or '/'}: {_nothing(since)}")
+                    code = EXIT_NOTHING
+                else:
+                    _tell(history, args, after=number > 0)
+                number += 1
     sys.stdout.flush()
     return code
+
+
+def _tell(history: History, args: argparse.Namespace, *, after: bool) -> None:
+    if args.json:
+        for entry in history.to_json():
+            print(json.dumps(entry))
+    elif args.null:
+        _print_with_nul(history)
+    else:
+        _print(history, after=after)
 
 
 def _nothing(since: int | None) -> str:

@@ -13,10 +13,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
-from cowfs.api import blame
+from cowfs.api import blame, histories
 from tests.mount.test_watch import lay
 from tests.support.mounts import Mounted, cowfs, eventually, force_umount, is_mounted, mounted
 from tests.support.system import NOBODY, as_nobody_prefix, needs_fuse, needs_root, run
@@ -175,6 +176,12 @@ def test_directories_that_were_renamed_and_names_that_were_used_again(nobody_pat
         assert paths(mount.path, "*.conf") == ["h/a*/f.conf"]
         (conf,) = blame(str(mount.path), [b"*.conf"])[0]
         assert conf.first["made"].path == b"h/a*/new" and conf.last["renamed"].to == b"h/a*/f.conf"
+        with patch("cowfs.api._AT_ONCE", 2):
+            pieces = [piece for piece, _ in histories(str(mount.path), [b""], recursive=True)]
+        assert [len(piece) for piece in pieces] == [2, 2, 2, 2, 2]
+        assert [each for piece in pieces for each in piece] == blame(str(mount.path), [b""], recursive=True)[
+            0
+        ]
         nothing = cowfs("blame", mount.path, "*.none")
         assert (nothing.returncode, nothing.stdout) == (
             1,
