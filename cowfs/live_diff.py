@@ -17,7 +17,7 @@ from cowfs.store.format.checkpoints import Range, as_layers
 from cowfs.types import Change
 
 _SLICE = 0.02
-"""Seconds that a thread works before what it has found is told."""
+"""Seconds that a thread works before it reports what it has found."""
 
 
 def steps(
@@ -58,7 +58,7 @@ def _all(
 
 
 def _work(found: Iterator[Change | None], batch: list[Change | None]) -> None:
-    """Move some of what is *found* to *batch*: nothing when there is no more."""
+    """Move some of *found* to *batch*; nothing if there is no more."""
     end = time.monotonic() + _SLICE
     for step in found:
         batch.append(step)
@@ -71,7 +71,7 @@ def _lower(layer: LowerLayer) -> LowerLayer:
 
 
 class _InMainThread:
-    """A layer whose methods are called in the main thread, whoever wants it."""
+    """A layer whose methods are called in the main thread, whichever thread calls them."""
 
     def __init__(self, layer: LowerLayer) -> None:
         self._layer = layer

@@ -30,10 +30,10 @@ _PAUSE = 0.01
 
 
 def told(union: Union, asked: dict[str, Any], ask_again: Callable[[Stale], None]) -> Told:
-    """Do what is *asked*: ``add`` the image ``fd`` that is called ``path``, or ``remove`` the one there.
+    """Do what is *asked*: ``add`` the image ``fd`` with the name ``path``, or ``remove`` it.
 
-    *ask_again* is called, in a thread, with what the kernel has cached and is no longer true. ``mounts`` are
-    the paths of what is mounted in the tree.
+    *ask_again* is called, in a thread, with the kernel's stale cache entries. ``mounts`` are the paths of
+    mounts in the tree.
     """
     path, mounts = str(asked.get("path")), [base64.b64decode(mount) for mount in asked.get("mounts", ())]
     must_be_one(union.overlay)
@@ -113,7 +113,7 @@ def _remove(
 
 
 def _must_be_apart(fd: int, path: str) -> None:
-    """LayerError for what is no file, or may be in the mount itself: to read it would be to wait for us."""
+    """LayerError unless it is a file outside the mount itself: we would wait for ourselves to read it."""
     if fd < 0 or not stat.S_ISREG(os.fstat(fd).st_mode):
         raise LayerError(f"{path}: is not a squashfs image in a file", "mksquashfs creates one")
     if fs_magic(fd) == filesystems.FUSE:

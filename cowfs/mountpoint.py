@@ -36,10 +36,11 @@ def check_mountpoint(mountpoint: str) -> str:
 
 
 def check_places(mountpoint: str, options: UnionOptions) -> None:
-    """Refuse a store directory in a lower, or the other way round, and a mountpoint in it: MountFailure.
+    """Refuse a store directory in a lower, or the other way round, and a mountpoint in the store:
+    MountFailure.
 
-    Else a mountpoint may be a layer, in one, or above it: layers are known by descriptors, and what is
-    mounted in one does not belong to it.
+    Otherwise a mountpoint may be a layer, inside one, or above one: layers are known by descriptors, and
+    mounts in a layer do not belong to it.
     """
     if mountpoint.startswith("/dev/fd/") or options.store == "memory" or os.path.isfile(options.store):
         return
@@ -63,7 +64,7 @@ _Place = tuple[str, tuple[bytes, ...]]
 
 
 def _place(path: str) -> _Place:
-    """Return the place of what is at *path*, or will be made there."""
+    """Return the place of what is at *path*, or will be created there."""
     try:
         fd = os.open(path, os.O_PATH)
     except OSError:

@@ -45,7 +45,7 @@ class Rebased:
     kept: int = 0
     """How many names of the store stay, without directories."""
     told: list[Told] = field(default_factory=list)
-    """What does not stay, and what is in conflict, which does."""
+    """What does not stay, and the conflicts, which stay."""
     old: list[Identity] = field(default_factory=list)
     new: list[Identity] = field(default_factory=list)
 
@@ -100,11 +100,11 @@ def rebase(
     tell: Tell = lambda _: None,
     tick: Callable[[bytes], None] = lambda _: None,
 ) -> Rebased:
-    """Let the store at *path*, made for the lowers *old*, belong to *new*, with the changes it has.
+    """Change the lowers of the store at *path* from *old* to *new*, with its changes and checkpoints.
 
-    Its checkpoints come along. Whenever it is interrupted the store is the old one or the new one. What both
-    have changed stays as the store has it, and is told; with *conflicts* the versions of each are written to
-    that directory, which is made. Blocks. Raises CowfsError.
+    If it is interrupted, the store is the old one or the new one. What both sides have changed stays as in
+    the store, and is reported; with *conflicts* all versions of it are written to that directory, which is
+    created. Blocks. Raises CowfsError.
     """
     must_be_there(path)
     mount = mount_with_store(path)
@@ -288,7 +288,7 @@ def _fill(work: _Work, step: Step, new: Prepared) -> None:
 
 
 def _complete(store: Store, wanted: Header) -> None:
-    """Do what is left to do once the new upper has its place; the next opening does the same."""
+    """Complete the work after the new upper has its place; the next opening does the same."""
     layers = store.layers
     store.layer.sync()
     layers.settle(store.upper, store.index, store.links)
@@ -351,7 +351,7 @@ def _write_versions(sides: _Sides, found: Sequence[Told], place: int) -> None:
 
 
 def _chosen(tree: Tree, paths: Sequence[bytes]) -> list[tuple[bytes, Item]]:
-    """Return these paths, as far as a tree has them, with what is above and below each."""
+    """Return these paths, as far as a tree has them, with everything above and below each."""
     chosen: set[bytes] = set()
     for path in paths:
         if tree.node(path) is None:

@@ -81,7 +81,7 @@ def commands(
 
 
 def _of_faults(faults: Faults | None, request: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Answer who wants other faults, or a crash at once."""
+    """Return the commands that set faults, or crash the daemon."""
     if faults is None:
         raise UsageError("no faults can be asked for on this mount", "mount it with -o fault=none")
     if request.get("crash"):
@@ -93,7 +93,7 @@ def _of_faults(faults: Faults | None, request: dict[str, Any]) -> Iterator[dict[
 def _of_taking_back(
     union: Union, ask_again: Callable[[Stale], None], observer: Observer | None
 ) -> Mapping[str, Any]:
-    """Return the answers to who wants changes taken back, or a checkpoint."""
+    """Return the commands that revert changes and handle checkpoints."""
 
     def take_back(request: dict[str, Any]) -> Replies:
         from cowfs.take_back import told
@@ -127,7 +127,7 @@ def _of_taking_back(
 
 
 def _of_keeping(union: Union, stop_waiting_soon: Callable[[], None]) -> Mapping[str, Any]:
-    """Return the answers to who cares for the store: that it has room, and that all is kept in the end."""
+    """Return the commands that look after the store: its space, and that everything is kept at the end."""
 
     def grow(request: dict[str, Any]) -> Iterator[dict[str, Any] | Callable[[], None]]:
         from cowfs.store.offline.grow import grow_open_store
@@ -156,7 +156,7 @@ def _of_keeping(union: Union, stop_waiting_soon: Callable[[], None]) -> Mapping[
         yield {"freed": freed}
 
     def hold(request: dict[str, Any]) -> Replies:
-        """Let all wait while who asks, at the other end of a socket, reads the store."""
+        """Make everybody wait while the client, at the other end of a socket, reads the store."""
         from cowfs.changes.checkpoint import stand_still
 
         lent = yield from stand_still(union.store, union.overlay)
@@ -201,7 +201,7 @@ def _of_keeping(union: Union, stop_waiting_soon: Callable[[], None]) -> Mapping[
 
 
 def _watch(union: Union, directory: int, name: str) -> None:
-    """Tell from now on what is done to a store that was put there."""
+    """From now on watch what is done to a store that was put there."""
     with suppress(OSError):
         fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
         try:
@@ -211,7 +211,7 @@ def _watch(union: Union, directory: int, name: str) -> None:
 
 
 _LONGEST_SILENCE = 60_000
-"""Milliseconds without a word in which who has asked to be waited for may be dead, or stopped."""
+"""Milliseconds of silence after which a client for whom we wait may be dead, or stopped."""
 
 
 def _wait_for(fd: int) -> None:
@@ -225,7 +225,7 @@ def _wait_for(fd: int) -> None:
 
 
 def _of_the_store(union: Union) -> Mapping[str, Any]:
-    """Return the answers to who asks what is in the store, and why."""
+    """Return the commands that say what is in the store, and why."""
 
     def du(_: dict[str, Any]) -> Replies:
         from cowfs.changes.du import usage
@@ -287,7 +287,7 @@ def _of_the_store(union: Union) -> Mapping[str, Any]:
 
 
 def _of_changes(union: Union, observer: Observer) -> Mapping[str, Any]:
-    """Return the answers to who wants to know of changes, as they happen or who made them."""
+    """Return the commands about changes: as they happen, and who made them."""
 
     def watch(_: dict[str, Any]) -> Watcher:
         return observer.feed.watch()

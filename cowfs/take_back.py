@@ -74,7 +74,7 @@ def told(union: Union, asked: dict[str, Any], ask_again: Callable[[Stale], None]
 def checkpoints(
     union: Union, asked: dict[str, Any], ask_again: Callable[[Stale], None] = lambda _: None
 ) -> Told:
-    """Do what is *asked* with the checkpoint ``name``: ``take`` it, ``go_back`` to it, or ``delete`` it."""
+    """Do what is *asked* with the checkpoint ``name``: ``take``, ``go_back`` or ``delete``."""
     store, fs, name = union.store, union.overlay, str(asked.get("name"))
     if store.read_only:
         raise UsageError(f"{store.path}: is read-only", "mount it without ro")

@@ -15,9 +15,9 @@ from cowfs.types import Change
 
 
 class AsyncMountedTree:
-    """A union that :func:`mount_async` has mounted: what :class:`cowfs.api.MountedTree` is, without blocking.
+    """A union that :func:`mount_async` has mounted: like :class:`cowfs.api.MountedTree`, without blocking.
 
-    Nothing is cancelled halfway: who is cancelled goes on when it is done.
+    Nothing is cancelled halfway: a cancelled task continues when the call is done.
     """
 
     def __init__(self, tree: api.MountedTree) -> None:

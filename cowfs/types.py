@@ -173,6 +173,6 @@ class Change:
     source: bytes | None = None
     """For ``R``: the path that the directory had in the lower."""
     type: str = "file"
-    """``file directory symlink char block fifo socket``: what is there now (or was, for ``D``)."""
+    """``file directory symlink char block fifo socket``: the type now (or before, for ``D``)."""
     xattrs: tuple[bytes, ...] = ()
     """If these differ (``what``): the names of those that do, also of ACLs (``system.posix_acl_access``)."""

@@ -67,11 +67,11 @@ class UnionOptions:
     store: str = "memory"
     """An image, a directory, or ``memory``."""
     engine: str = "auto"
-    """Who reads and writes images: ``kernel`` (needs root), or ``process``, which ``auto`` is too."""
+    """What reads and writes images: ``kernel`` (needs root), or ``process``; ``auto`` is ``process``."""
     force_lower: bool = False
     """Use the store even if it was made for another lower."""
     size: int | None = None
-    """Of a store in memory, and of what is not kept of another, in bytes."""
+    """The size of a store in memory, and of the part of another that is not kept, in bytes."""
     offsets: tuple[int, ...] = ()
     """Where in its file each lower image begins, in bytes; those that are left out at 0."""
     verify: tuple[str, ...] = ()
@@ -89,13 +89,13 @@ class UnionOptions:
     volatile: tuple[str, ...] | None = None
     """Directories whose changes are not kept: absolute paths, none below another; None: as the store says."""
     remembers: bool = True
-    """Whether the store shall say so from now on."""
+    """Whether the store should record it from now on."""
     work: str = ""
     """The work dir, where the store is only the upper: two directories as overlayfs has them."""
     durable: bool = True
-    """Whether what is written to these two is ever waited for to be on disk."""
+    """Whether writes to these two ever wait for the disk."""
     may_crash: bool = False
-    """Whether an image is to have nothing but what was synced."""
+    """Whether an image should keep only what was synced."""
     read_only: bool = False
     """Whether nothing of the store is written to: it is on read-only media."""
     metacopy: bool = True
@@ -122,7 +122,7 @@ class Union:
     modules: dict[int, Identity] = field(default_factory=dict)
     """What is merged above the lowers, by the overlay's numbers (:mod:`cowfs.modules`)."""
     release_pipe: int = -1
-    """A descriptor of who wants to hear how the release went, if anybody does."""
+    """The descriptor on which somebody waits to hear how the release went, if there is one."""
 
     def close(self, *, heeds_signals: bool = False) -> None:
         """Write everything back and release the store and the layers. Blocks.
@@ -279,7 +279,7 @@ def _open_lower(spec: str, engine: str, offset: int) -> LowerLayer:
 
 
 def _look_at(spec: str, flags: int = 0) -> tuple[int, bool]:
-    """Return a descriptor (O_PATH) of what is there, and whether to read it may be to wait for others."""
+    """Return a descriptor (O_PATH) of the path, and whether reading it may wait for others."""
     try:
         with ExitStack() as stack:
             fd = os.open(spec, os.O_PATH | flags)
@@ -353,8 +353,8 @@ def open_lowers(
 def open_union(options: UnionOptions, progress: Progress = lambda _: None) -> Union:
     """Open the layers and the store and join them.
 
-    Blocks, for a store that needs repair as long as that takes; *progress* is told in words.
-    Raises CowfsError with the reason when something cannot be used; nothing is left open then.
+    Blocks; a store that needs repair may take long, and *progress* is called with messages. Raises CowfsError
+    with the reason if something cannot be used; nothing stays open then.
     """
     try:
         return _open_union(options, progress)
@@ -446,7 +446,7 @@ def _close_all(layers: list[LowerLayer]) -> None:
 
 
 def _as_module(spec: str, offset: int) -> LowerLayer:
-    """Open an image as a module; LayerError if it is none."""
+    """Open an image as a module; LayerError if it is not one."""
     waits = is_url(spec)
     if not waits:
         fd, waits = _look_at(spec)
@@ -508,9 +508,9 @@ def _index_of(store: Store) -> Key | None:
 def _set_aside(
     overlay: Grafted, store: Store, options: UnionOptions, volatile: Sequence[str], stack: ExitStack
 ) -> Store:
-    """Let what is changed below *volatile* go to a store in memory, which is returned.
+    """Send changes below *volatile* to a store in memory, which is returned.
 
-    UsageError for what is no directory of the union.
+    UsageError for anything but a directory of the union.
     """
     aside = open_aside(options.size)
     stack.callback(aside.close)

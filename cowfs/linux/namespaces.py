@@ -25,7 +25,7 @@ def mounted_elsewhere() -> Iterator[tuple[int, list[MountInfo]]]:
 
 
 def is_seen(pid: int) -> bool:
-    """Whether what a process has mounted can be seen by us: not what is in a user namespace beside ours."""
+    """Whether we can see what a process has mounted: not in a user namespace beside ours."""
     try:
         with open(f"/proc/{pid}/uid_map", "rb") as theirs, open("/proc/self/uid_map", "rb") as ours:
             return theirs.read() == ours.read() or bool(_namespace(str(pid)))

@@ -22,11 +22,11 @@ def adopt() -> set[int]:
 
 
 def end_all(spared: set[int], patience: float = 2.0) -> tuple[list[str], list[str]]:
-    """End all children but those *spared*, and theirs; return the names of their programs, and of those that
-    do not end: SIGKILL does not end who waits for a disk or a server. Blocks.
+    """End all descendants except those *spared*; return the names of their programs, and of those that do not
+    end: SIGKILL cannot end a process that waits for a disk or a server.
 
-    They are asked with SIGTERM first, and have *patience* seconds. Those that are found later are killed at
-    once: some fork again and again.
+    Blocks. Sends SIGTERM first and waits *patience* seconds. Processes found later are killed at once: some
+    fork again and again.
     """
     names: dict[int, str] = {}
     late_at = time.monotonic() + patience

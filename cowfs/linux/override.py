@@ -1,6 +1,6 @@
 """Read what belongs to this user, whatever its mode, as the root of a user namespace may.
 
-Whoever owns a file of mode 000 could change its mode; but a lower is never written to. A process in a user
+The owner of a file of mode 000 could change its mode; but a lower is never written to. A process in a user
 namespace of its own, in which there is nobody but this user, has CAP_DAC_OVERRIDE for what is this user's and
 their group's (capable_wrt_inode_uidgid() in kernel/capability.c). We cannot live there: all others' files
 would belong to nobody. So it is a process beside us, forked when it is first needed, which opens what we ask
@@ -97,7 +97,7 @@ def getxattr(fd: int, name: bytes) -> bytes:
 
 
 def _serve(connection: socket.socket, user: int, group: int) -> NoReturn:
-    """Make calls until whoever asks for them is gone."""
+    """Make calls until the requesting process is gone."""
     try:
         signal.set_wakeup_fd(-1)
         os.setsid()

@@ -25,15 +25,15 @@ class Places:
     """What was found by some paths."""
 
     def __init__(self, paths: Sequence[str]) -> None:
-        """Hold what is there now. An empty path stands for nothing, which is never anywhere else."""
+        """Hold what is there now. An empty path stands for nothing, which never changes its place."""
         self._held = [_hold(path) for path in paths]
 
     def changes(self, opened: Sequence[Inode | None] = (), *, mounts_move: bool = False) -> list[str]:
-        """Say of each what was done to it since; "" for nothing. Does not block.
+        """Return for each path what was done to it since; "" for nothing.
 
-        *opened* are what somebody else has opened by the paths, as far as known: who has another inode than
-        we has one that was replaced in between. *mounts_move*: that a mount above it is somewhere else does
-        not count, as when a root filesystem is prepared.
+        Does not block. *opened* are the inodes that another process has opened by these paths, as far as
+        known: a different inode was replaced meanwhile. *mounts_move*: ignore that a mount above has moved,
+        as when a root filesystem is prepared.
         """
         known = [*opened, *[None] * (len(self._held) - len(opened))]
         return [
@@ -48,7 +48,7 @@ class Places:
             os.close(before.fd)
 
     def close(self) -> None:
-        """Let go of them."""
+        """Close them."""
         for held in self._held:
             if held is not None:
                 os.close(held.fd)
@@ -93,10 +93,10 @@ class _Held:
 
 
 def _hold(path: str) -> _Held | None:
-    """Hold what is at *path*, so that it is in use for all to see; None for nothing.
+    """Hold what is at *path*, so that everybody sees it in use; None for nothing.
 
-    What is on another machine or served by a program is not watched: there the kernel takes for deleted what
-    is merely to be looked up again.
+    Files on another machine, or served by a program, are not watched: there the kernel reports files as
+    deleted that only need a new lookup.
     """
     try:
         fd = os.open(path, os.O_PATH | os.O_CLOEXEC)

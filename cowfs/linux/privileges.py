@@ -1,4 +1,5 @@
-"""What a daemon of root's gives up: what it never needs, nobody who gets the better of it has.
+"""Drop the privileges that root's daemon never needs, so that an attacker who takes it over does not have
+them.
 
 All of this is a matter of single threads, and inherited by the threads and the programs that they start: it
 must be done before there are any.
@@ -45,12 +46,10 @@ _libc.prctl.argtypes = (ctypes.c_int, *[ctypes.c_ulong] * 4)
 
 
 def give_up(*, has_rings: bool = False) -> None:
-    """Keep of root's privileges what a daemon needs, and show nobody its memory. Does nothing as a user.
-
-    *has_rings*: it goes on using the io_uring rings that it has made.
-
-    A user's daemon has none to give up, and needs fusermount3, which is set-user-ID, for its unmount. The log
-    tells what the kernel, or a container, does not let us give up.
+    """Keep only those of root's privileges that a daemon needs, and hide its memory from others. Does nothing
+    as a user. *has_rings*: it continues to use its io_uring rings. A user's daemon has nothing to drop, and
+    needs the set-user-ID program fusermount3 to unmount. The log says what the kernel, or a container, does
+    not let us drop.
     """
     if os.geteuid() != 0:
         return
@@ -75,9 +74,9 @@ def _hide_memory() -> None:
 
 
 def _drop_capabilities() -> None:
-    """Keep the capabilities that are needed, as far as we have them.
+    """Keep the needed capabilities, as far as we have them.
 
-    Programs that we start get what is in the bounding set, as root's programs do.
+    Programs that we start get those of the bounding set, as root's programs do.
     """
     kept = sum(1 << number for number in CAPABILITIES.values())
     with suppress(OSError):  # Linux before 4.3: there is no such set

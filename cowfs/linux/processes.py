@@ -1,4 +1,4 @@
-"""Which program makes a request: what /proc tells of a thread that waits for our answer.
+"""Which program makes a request: what /proc says of a thread that waits for our answer.
 
 A number may be another process's tomorrow, and a process another program's. So a descriptor of its command
 line is kept: reading it fails once that process is gone, and gives something else after execve(2). That takes
@@ -16,7 +16,7 @@ from cowfs.jsontext import raw, text
 from cowfs.linux import callers
 
 _MOST = 64
-"""So many are known at a time."""
+"""How many are remembered at a time."""
 _LONGEST = 4096
 """Bytes of a command line, of a program's name or of a cgroup's that are kept."""
 

@@ -16,10 +16,11 @@ _OURS = frozenset(
 
 
 def find(name: str) -> str | None:
-    """Return the path of a program; None where there is none.
+    """Return the path of a program; None if there is none.
 
-    Root has the system's own places alone: whoever set its PATH may not be a friend. Users have their PATH
-    too, as far as it does not depend on the current directory, and sbin, which it often lacks.
+    For root it searches only the system's directories, since another user may have set PATH. For users it
+    also searches the PATH, as far as that does not depend on the current directory, and sbin, which the PATH
+    often lacks.
     """
     if os.geteuid() == 0:
         return shutil.which(name, path=SAFE_PATH)
@@ -47,7 +48,7 @@ def given_environment() -> dict[bytes, bytes]:
 
 
 def clean_own_environment() -> None:
-    """As root, forget what the caller's environment would make us, or a library of ours, do otherwise."""
+    """As root, remove environment variables of the caller that change what we or our libraries do."""
     if os.geteuid() != 0:
         return
     _given.update(os.environb)

@@ -1,6 +1,6 @@
 """Whether a filesystem's calls wait for nothing but the disks of this machine.
 
-Others wait for another machine or for a program (NFS, FUSE): for as long as these like, or for ever.
+Others wait for another machine or for a program (NFS, FUSE), perhaps for ever.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _OWN = {
 """f_type of statfs(2). What is not here, FUSE and the network's filesystems and those unknown, may wait."""
 _FAR_DISKS = re.compile(r"(nbd|rbd|drbd|ublkb|etherd)")
 _DEEPEST = 8
-"""So many filesystems and devices one in another are looked at."""
+"""How many nested filesystems and devices are examined."""
 
 
 def may_wait(fd: int, depth: int = 0) -> bool:

@@ -60,9 +60,9 @@ def is_same_file(path: str | bytes, wanted: os.stat_result) -> bool:
 
 
 def loop_users(path: str | bytes | os.PathLike[str]) -> list[str]:
-    """Return the loop devices that stand on the file *path*, under whatever name they opened it.
+    """Return the loop devices that use the file *path*, under whatever name they opened it.
 
-    Works without privilege, but for files that were opened under a name that is gone by now.
+    Needs no privilege, except for files that were opened under a name that no longer exists.
     """
     wanted = os.stat(path)
     found = []
@@ -82,7 +82,7 @@ def loop_users(path: str | bytes | os.PathLike[str]) -> list[str]:
 
 
 def _may_wait(mount: MountInfo | None, wanted: os.stat_result) -> bool:
-    """Whether a mount may wait for others; what is not listed is taken for one that does."""
+    """Whether a mount may wait for others; an unknown type counts as one that does."""
     if mount is None:
         return True
     if mount.mountpoint == b"/" or mount.dev == f"{os.major(wanted.st_dev)}:{os.minor(wanted.st_dev)}":

@@ -1,7 +1,7 @@
 """A filter that refuses the system calls for which no filesystem daemon has a use (seccomp(2)).
 
-A list of what is refused, not of what is allowed: Python, libfuse and e2fsprogs may need another call
-tomorrow. What is refused answers EPERM, as to somebody without privilege. libseccomp knows the numbers.
+It lists the refused calls, not the allowed ones: Python, libfuse and e2fsprogs may need another call
+tomorrow. A refused call returns EPERM, as for a process without privilege. libseccomp knows the numbers.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _REFUSED = """
     vm86old
 """
 _RINGS = "io_uring_enter io_uring_register"
-"""Refused as well where no rings were made before. Those that were do no more than ``ring.c`` lets them."""
+"""Refused as well, unless rings were made before. Those do no more than ``ring.c`` lets them."""
 
 _REFUSED_AT_LAST = """
     chroot execve execveat fsconfig fsmount fsopen fspick mount mount_setattr move_mount open_by_handle_at

@@ -1,9 +1,9 @@
-"""The signals that ask a process to end, held back until it is ready for them.
+"""The signals that ask a process to end, blocked until it is ready for them.
 
-A signal that is blocked waits; it can be neither lost to a handler that is just being changed nor end the
-process, up to its last instruction. The mask belongs to a thread and is inherited by the threads and the
-programs that it starts, so it is set before there are any: a service manager that signals each process of
-a service does not stop an e2fsck of ours in the middle of a write.
+A blocked signal waits. It cannot get lost in a handler that is just being changed, and cannot end the process
+before its last instruction. The mask belongs to a thread and is inherited by the threads and the programs
+that it starts, so it is set before there are any: a service manager that signals each process of a service
+does not stop an e2fsck.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ _COUNT = "/sys/power/suspend_stats/success"
 
 
 class Disks:
-    """The disks that some files are on; after a sleep they are asked for changed media before they are read.
+    """The disks that hold some files; after a sleep of the machine they are opened before they are read.
 
     A stick that was without power says so to the first who wants something from it. If that is a read-ahead,
     which is never tried again, the kernel takes a removable disk for changed (scsi_io_completion_action() in
@@ -57,9 +57,9 @@ def disk_of(path: str) -> str:
 
 
 def _slept(count: int) -> tuple[bytes, int]:
-    """Return what is another after each sleep: the kernel's count of suspends, and the seconds slept.
+    """Return values that change with each sleep: the kernel's count of suspends, and the seconds slept.
 
-    A short sleep has no seconds, a hibernation is not counted.
+    A short sleep has 0 seconds, a hibernation is not counted.
     """
     seconds = time.clock_gettime(time.CLOCK_BOOTTIME) - time.clock_gettime(time.CLOCK_MONOTONIC)
     return os.pread(count, 32, 0) if count >= 0 else b"", round(seconds)

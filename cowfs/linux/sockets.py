@@ -24,7 +24,7 @@ _UCRED = struct.Struct("=iII")  # struct ucred: pid, uid, gid
 
 
 _CLIENTS = 128
-"""So many may wait to be heard."""
+"""How many clients may wait to be accepted."""
 _OF_THE_ROOT = "/run/initramfs/cowfs/world/run/cowfs"
 """/run/cowfs of the daemon of a root filesystem, as the system that it serves sees it."""
 
@@ -59,7 +59,7 @@ def open_control_directory() -> int:
 def remove_dead() -> None:
     """Remove our own sockets that nobody listens on: those of daemons that were killed.
 
-    Those of mounts that are there yet stay, as far as we see them: who asks is told that the daemon is dead.
+    Sockets of existing mounts stay, as far as we see these: a client learns that the daemon is dead.
     """
     with suppress(OSError):  # there is no place for them
         directory = open_control_directory()
@@ -115,10 +115,10 @@ def _open_if_private(directory: str, uid: int) -> int:
 
 @contextmanager
 def control_listener(directory: int, dev: str) -> Iterator[socket.socket]:
-    """Listen on the control socket of the mount *dev*, in the open *directory*; remove it in the end.
+    """Listen on the control socket of the mount *dev*, in the open *directory*; remove it at the end.
 
-    One that is there is replaced: two mounts never have one number, so it is that of a mount that is no
-    more, whose daemon was killed or has not ended yet. Whatever has the name listens, or its daemon is dead.
+    An existing socket is replaced: two mounts never share a number, so it belongs to a former mount, whose
+    daemon was killed or has not ended yet. So a socket of that name either listens, or its daemon is dead.
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as listener:
         new = f"new-{os.getpid()}"

@@ -12,11 +12,11 @@ from cowfs.linux.mount_table import mount_id, mountinfo
 _LINKS = 40
 """As many symbolic links as the kernel follows (MAXSYMLINKS in include/linux/namei.h)."""
 _MOST_SEEN = 20_000
-"""So many names of a directory are looked at: some 50 ms."""
+"""How many names of a directory are examined: some 50 ms."""
 
 
 def who_can_change(path: str | bytes, trusted: Collection[int] = (0,)) -> str | None:
-    """Return why others than the *trusted* users can change what *path* leads to; None when they cannot.
+    """Return why users other than the *trusted* can change what *path* leads to; None if they cannot.
 
     Looks at each directory and symbolic link on the way, and at the file itself: its owner, its permissions
     (an ACL's are within the group's, acl(5)), and who serves its filesystem. A directory with the sticky bit
@@ -34,11 +34,12 @@ def who_can_change(path: str | bytes, trusted: Collection[int] = (0,)) -> str | 
 
 
 def who_can_redirect(path: str | bytes, fd: int = -1) -> str | None:
-    """Return why another user, neither root nor ourselves, can let *path* lead to any directory at all; None
-    when nobody can: by a symbolic link of theirs, or on a filesystem that they serve. OSError as above.
+    """Return why another user, neither root nor ourselves, can make *path* lead to any directory: by a
+    symbolic link of theirs, or on a filesystem that they serve.
 
-    With *fd*, which was opened by *path*, this holds for what that is on, whatever has become of the path.
-    Who may only rename what is on the way can choose among the directories that are there.
+    None if nobody can. OSError as above. With *fd*, which was opened by *path*, the filesystem of *fd*
+    counts, whatever happens to the path later. A user who may only rename directories on the way can choose
+    only among existing ones.
     """
     mine = {0, os.geteuid()}
     served = _served_by_users(mine)
@@ -101,7 +102,7 @@ def is_public(path: str | bytes) -> bool:
 
 
 def _is_shown(info: os.stat_result) -> bool:
-    """Whether everybody may read a file, or list a directory and use what is in it."""
+    """Whether everybody may read a file, or list and enter a directory."""
     wanted = stat.S_IROTH | (stat.S_IXOTH if stat.S_ISDIR(info.st_mode) else 0)
     return stat.S_ISLNK(info.st_mode) or info.st_mode & wanted == wanted
 
@@ -133,11 +134,11 @@ def _way(path: str | bytes) -> Iterator[tuple[bytes, os.stat_result]]:
 
 
 def forbidden(paths: Iterable[str], trusted: Collection[int] = (0,)) -> dict[str, str]:
-    """Return why ``nosuid`` and ``nodev`` must hold for what is read from *paths*: others than the *trusted*
-    users made it, or can change it.
+    """Return why ``nosuid`` and ``nodev`` must hold for what is read from *paths*: users other than the
+    *trusted* made it, or can change it.
 
-    Whoever can change an image, a store or the way to it could give themselves a set-user-ID program of
-    another user's, or a device. Of what is not there the directory counts in which it will be made.
+    A user who can change an image, a store or the path to it could create a set-user-ID program of another
+    user, or a device. For a path that does not exist yet, its directory counts.
     """
     why: dict[str, str] = {}
     for path in paths:
@@ -163,8 +164,9 @@ def _why(path: bytes, info: os.stat_result, trusted: Collection[int]) -> str | N
 
 
 def _served_by_users(trusted: Collection[int]) -> dict[str, int]:
-    """Return the users who mounted each FUSE filesystem (``major:minor``), but for the *trusted*: owners and
-    modes there are what their daemons say, and another thing whenever they like."""
+    """Return the users, other than the *trusted*, who mounted each FUSE filesystem (``major:minor``): their
+    daemons can report any owner and mode there.
+    """
     served = {}
     for mount in mountinfo():
         if mount.fstype.startswith("fuse"):

@@ -1,7 +1,7 @@
-"""Be root of a user namespace, where programs find what they want of root.
+"""Become root of a user namespace, with what programs expect of root.
 
-The user who asks is root inside. With a range in /etc/subuid and /etc/subgid, and newuidmap(1) to give it
-out, there are as many others inside; else there is nobody but root.
+The calling user is root inside. With a range in /etc/subuid and /etc/subgid, and newuidmap(1), that many
+other users exist inside; else only root does.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ def uses_of(dev: str) -> Iterator[Use]:
 
 
 def mounted_within(dev: str) -> list[MountInfo]:
-    """Return what is mounted on a directory of the filesystem, in our namespace."""
+    """Return the mounts on directories of the filesystem, in our namespace."""
     with open("/proc/self/mountinfo", "rb") as table:
         mounts = parse_mountinfo(table.read())
     own = {mount.id for mount in mounts if mount.dev == dev}

@@ -17,7 +17,7 @@ from cowfs.types import Attr
 
 @dataclass(slots=True)
 class NewAttributes:
-    """What setattr shall set; None leaves an attribute as it is."""
+    """What setattr should set; None leaves an attribute unchanged."""
 
     mode: int | None = None
     uid: int | None = None

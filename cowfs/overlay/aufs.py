@@ -1,7 +1,7 @@
 """A store of aufs, shown as one of overlayfs, to be read and written.
 
-The root of an aufs branch is the upper itself; aufs keeps what is its own under names there that begin with
-``.wh..wh.``, and shows none of these. What is ours is in such a directory too::
+The root of an aufs branch is the upper itself; aufs keeps its own files under names there that begin with
+``.wh..wh.``, and hides these. Our files are in such a directory, too::
 
     .wh..wh.aufs        the file that whiteouts are links of
     .wh..wh.plnk/       links that aufs kept for hard links of lowers while it was mounted
@@ -45,7 +45,7 @@ _DEVICE = b"c0:0"
 
 
 class _Nothing:
-    """The key of the root, or of work/, of a store to which nothing of ours was added yet."""
+    """The key of the root, or of work/, of a store without any of our files yet."""
 
     __slots__ = ()
 
@@ -58,7 +58,7 @@ class AufsStore(NamedWhiteouts):
         self.upper = inner
         self.branch: Key = inner.root
         self.temporaries: Key = None
-        """The work directory, if it is known: what is in it does not count before it has left it."""
+        """The work directory, if known: its contents count only after they have left it."""
         self.fill_unit = 0  # a file that is copied up bit by bit needs notes
         self._base: Key = None
         self._hidden_directories: int | None = None
@@ -108,7 +108,7 @@ class AufsStore(NamedWhiteouts):
         self.upper.atime = value
 
     def together(self) -> AbstractContextManager[object]:
-        """The changes in the block come to disk together, where the filesystem can do that."""
+        """The changes in the block reach the disk together, where the filesystem supports that."""
         return together(self.upper)
 
     # --- reading
@@ -191,8 +191,9 @@ class AufsStore(NamedWhiteouts):
         return not isinstance(key, Whiteout) and is_whiteout_device(self.upper.stat(key))
 
     def _kept(self) -> dict[bytes, bytes]:
-        """Return by which names the branch has those of overlayfs's attributes that change nothing but the
-        numbers of inodes, their links as long as we have it mounted, and the flags i and a of chattr(1)."""
+        """Return the names under which the branch keeps those overlayfs attributes that affect only inode
+        numbers, link counts while it is mounted here, and the flags i and a of chattr(1).
+        """
         known = self.format
         if self._names_of is not known:
             notes = (known.origin, known.layer, known.place, known.links, known.nlink, known.protattr)
@@ -234,7 +235,7 @@ class AufsStore(NamedWhiteouts):
         return self.upper.mkdir(directory, name, mode, uid, gid)
 
     def _begin(self, uid: int, gid: int) -> Key:
-        """Make the directory of what is ours, if it is missing, and return it."""
+        """Create our own directory if it is missing, and return it."""
         if isinstance(self._own, _Nothing):
             with self._keeping_times():
                 self.upper.forget(self.upper.mkdir(self.branch, PRIVATE, 0o755, uid, gid))
@@ -277,7 +278,7 @@ class AufsStore(NamedWhiteouts):
         self._put(directory, PREFIX + name)
 
     def _put(self, directory: Key, name: bytes) -> None:
-        """Make one more name of the file that all whiteouts are, or of another when it can have no more."""
+        """Make another link to the file of all whiteouts, or to a new one when that has too many."""
         if self._base is None:
             found = self.upper.lookup(self.branch, BASE)
             if found is None:
@@ -298,7 +299,7 @@ class AufsStore(NamedWhiteouts):
 
     @contextmanager
     def _keeping_times(self) -> Iterator[None]:
-        """Let the branch have its times again: what is made in it in the block is not for users."""
+        """Restore the times of the branch after the block: its changes are not for users."""
         before = self.upper.stat(self.branch)
         with self.together():
             yield

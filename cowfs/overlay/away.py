@@ -1,6 +1,6 @@
 """Names of inodes outside of the merged tree: in the trash, where `cowfs revert` has put them.
 
-A file of the upper with several names keeps those that it has in the tree; users are told of these alone.
+A file of the upper with several names keeps those that it has in the tree; link counts include only these.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def names_away(fs: OverlayFs, key: Key) -> int:
 
 
 def moved(fs: OverlayFs, place: tuple[Key, bytes], by: int) -> None:
-    """Note that what is at *place* in the trash has come there (*by* 1), or is about to leave (-1)."""
+    """Note that what is at *place* in the trash has been put there (*by* 1), or is about to leave (-1)."""
     found = None if fs.away is None else fs.upper.lookup(*place)
     if fs.away is None or found is None:
         return

@@ -143,7 +143,7 @@ class DataCopyUp:
 def prepare(fs: OverlayFs, node: Node, size: int | None = None) -> CopyUp | DataCopyUp | partial.Rest | None:
     """Begin to copy up a regular file with its first *size* bytes (all by default).
 
-    Returns what is left to do: ``run``, then ``commit`` (or ``abort``); None when nothing is.
+    Returns the remaining work: ``run``, then ``commit`` (or ``abort``); None if there is none.
     """
     if node.upper is not None and not node.metacopy:
         return None

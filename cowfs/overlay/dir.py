@@ -290,7 +290,7 @@ def _keep_count(fs: OverlayFs, node: Node, parent: Node, name: bytes, attr: Attr
 
 
 def name_removed(fs: OverlayFs, node: Node, parent: Node, name: bytes, *, last: bool) -> None:
-    """Note that a name of *node* is no more; with the last the node is dead."""
+    """Note that a name of *node* is removed; with its last name the node is dead."""
     fs.nodes.detach(parent, name)
     if not last:
         if node.indexed is not None:

@@ -27,7 +27,7 @@ def open_file(
 ) -> Handle:
     """Open a regular file; for writing its data is copied up first, unless it is large (or O_TRUNC).
 
-    If *frugal* it shall keep no descriptor; EMFILE if it must.
+    If *frugal* it must keep no descriptor; EMFILE if it needs one.
     """
     if node.is_dir:
         raise error(errno.EISDIR, node.name)
@@ -51,7 +51,7 @@ def open_file(
 
 
 _CUT_FROM = 16 << 20
-"""To free so many bytes is long work."""
+"""Freeing this many bytes is long work."""
 
 
 def is_long_to_cut(fs: OverlayFs, node: Node, size: int) -> bool:
@@ -104,7 +104,7 @@ def is_long_to_write(handle: Handle, size: int, offset: int) -> bool:
 
 
 def will_be_written(fs: OverlayFs, handle: Handle, writer: Writer | None) -> None:
-    """Do what is to be done before a write by the file itself, in a thread say."""
+    """Do what must precede a write by the file itself, for example in a thread."""
     if handle.node.mode & SET_ID:
         drop_set_id(fs, handle.node, writer or handle.opener)
 

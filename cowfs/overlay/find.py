@@ -48,8 +48,11 @@ def see_all(fs: OverlayFs, places: Places) -> Steps[None]:
 
 
 def walk(fs: OverlayFs, see: Callable[[Node, bytes, Node], bool]) -> Steps[None]:
-    """Walk through the whole union. *see* is called with each name and what it is, a directory before what is
-    in it; returns whether to go into a directory."""
+    """Walk through the whole union.
+
+    *see* is called with each name and its node, a directory before its contents; it returns whether to enter
+    a directory.
+    """
     waiting = [fs.root]
     fs.root.lookups += 1
     try:

@@ -1,7 +1,7 @@
-"""Another upper: the one so far becomes the topmost lower, or is given up for what is below it.
+"""Exchange the upper: the old one becomes the topmost lower, or is dropped for what is below it.
 
 No inode changes by being frozen. A node that was in the upper is in a lower from then on, and is copied up
-again when it is changed next; its number stays, and so does what is open of it.
+again when it is changed next; its number and its open files stay.
 """
 
 from __future__ import annotations
@@ -108,9 +108,9 @@ def freeze(fs: OverlayFs, new_upper: Key, frozen: LowerLayer) -> None:
 
 
 def go_back(fs: OverlayFs, new_upper: Key, frozen: Sequence[LowerLayer]) -> Stale:
-    """Go on with the empty upper at *new_upper*, above *frozen*; return what the kernel must forget.
+    """Continue with the empty upper at *new_upper*, above *frozen*; return what the kernel must forget.
 
-    Whatever is still in use of the tree that was is gone (ESTALE).
+    Files of the old tree that are still in use are gone (ESTALE).
     """
     names = set(_names(fs))
     for node in list(fs.own_nodes()):
@@ -147,7 +147,7 @@ def _names(fs: OverlayFs) -> set[bytes]:
 
 
 def _begin_anew(fs: OverlayFs, new_upper: Key) -> None:
-    """Have the root in another upper, with nothing in it and nothing in the index."""
+    """Move the root to another upper, which is empty and has an empty index."""
     fs.root.upper = new_upper
     fs.root.mode = fs.upper.stat(new_upper).st_mode
     fs.root.added += 1

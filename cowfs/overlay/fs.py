@@ -66,15 +66,14 @@ def error(code: int, *names: object) -> OSError:
 
 R = TypeVar("R")
 Steps = Generator[Callable[[], Any] | None, Any, R]
-"""Long work that others need not wait for: between two steps they may have a turn, and may change anything.
-
-What is yielded, if it is not None, shall be called, in any thread since it blocks, and the work be sent what
-that gave. What it raises is thrown in.
+"""Long work that others need not wait for: between two steps they may have a turn, and change anything. If a
+step yields something other than None, call it, in any thread since it blocks, and send its result back; throw
+its exception in.
 """
 
 
 def done_at_once(steps: Steps[R]) -> R:
-    """Do all the steps; return what they come to."""
+    """Do all steps; return their result."""
     try:
         call = next(steps)
         while True:
@@ -136,7 +135,7 @@ class OverlayFs:
         self.covered: dict[Node, None] = {}
         """What lost its name to a module, and is in use: those above first."""
         self.left: dict[int, set[Node]] = {}
-        """What is in use of modules that are merged no more, by their numbers."""
+        """Parts of removed modules that are still in use, by their numbers."""
         self.lay(lowers, frozen, beneath)
         mode = upper.stat(upper_root).st_mode
         self._first = self.options.first_ino
@@ -152,7 +151,7 @@ class OverlayFs:
         self.fill_unit = upper.fill_unit
         """Of how many bytes are the holes of the upper's files that can be filled; 0: none can."""
         self.notebook: Key | None = None
-        """The inode of the upper that has the list of files that are not whole, if they shall be listed."""
+        """The inode of the upper that lists the incomplete files, if they must be listed."""
         self.pending: dict[int, Pending] = {}
         """These files, by the upper's inode numbers."""
         self.host = Host()
@@ -244,10 +243,10 @@ class OverlayFs:
         return self.strange_ino(layer, dev, real)
 
     def strange_ino(self, layer: int, dev: int, real: int) -> int:
-        """Return a number of the range for what has no natural one.
+        """Return a number of the range for an inode without a natural one.
 
-        Only those of live nodes are remembered. It is made from what is given, so that who comes back gets
-        the number that it had, if no other has taken that.
+        Only numbers of live nodes are remembered. The number is computed from the argument, so that the same
+        inode gets its old number again, unless another has taken it.
         """
         inode = layer, dev, real
         number = self._strange.get(inode)
@@ -321,13 +320,13 @@ class OverlayFs:
         return whole
 
     def stored(self, node: Node) -> Key | None:
-        """Return the inode that the store has of what is seen, in the upper or in one that was frozen."""
+        """Return the store's inode of a node, in the upper or in a frozen upper."""
         if node.upper is not None:
             return node.upper
         return node.lowers[0][1] if node.lowers and node.lowers[0][0] < 0 else None
 
     def in_module(self, node: Node) -> bool:
-        """Whether a module has a part in what is seen of a node."""
+        """Return whether a module has a part in a node."""
         return bool(self.modules) and any(layer >= self.stack.bound for layer, _ in node.lowers)
 
     def data_waits(self, node: Node) -> bool:
@@ -348,12 +347,12 @@ class OverlayFs:
             self.upper.setxattr(holder, name, value)
 
     def noted(self, key: Key, name: bytes) -> bytes:
-        """Return one of the union's own xattrs in the upper. ENODATA if there is none."""
+        """Return one of the union's own xattrs in the upper. ENODATA if it is missing."""
         holder = self.companions.of(key) if self.companions else None
         return self.upper.getxattr(key if holder is None else holder, name)
 
     def index_of(self, name: bytes) -> Key | None:
-        """Return the directory in which an indexed hard link is, or shall be; None if there is no index."""
+        """Return the directory of an indexed hard link; None if there is no index."""
         if self.companions is not None and name in self.companions.names:
             return self.companions.place
         return self.index
@@ -379,7 +378,7 @@ class OverlayFs:
         return found if found is not None and self.came_from(found[0], handle.place) else None
 
     def index_what_takes_no_notes(self, place: Key) -> None:
-        """Keep hard links of symlinks, fifos, sockets and devices too, by a directory of ours."""
+        """Index hard links of symlinks, fifos, sockets and devices, too, in a directory of our own."""
         self.companions = Companions(self.upper, place)
         self.indexed.update(self.companions.names)
 
@@ -415,7 +414,7 @@ class OverlayFs:
                     self.upper.unlink(self.work, self.unnamed.pop(gone), None)
 
     def _left(self, gone: Node) -> None:
-        """Close the modules that are merged no more, and of which *gone* was the last that was in use."""
+        """Close the removed modules whose last inode in use was *gone*."""
         self.covered.pop(gone, None)
         for number in [number for number, nodes in self.left.items() if gone in nodes]:
             self.left[number].discard(gone)

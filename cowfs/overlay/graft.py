@@ -1,10 +1,10 @@
-"""Directories whose changes are not kept: there another union is seen, with an upper layer in memory.
+"""Directories whose changes are not kept: they show another union, with an upper layer in memory.
 
-That one has the same layers below, and the first one's upper too, so all that was there before is seen. Its
-nodes have numbers of their own (:data:`~cowfs.overlay.node.APART`), and are in the same table. A directory of
-it that shall be seen, a *border*, is entered among the children of the first one's directory, where whatever
-looks for the name finds it; and since every call is passed on to the union that its node belongs to, neither
-union knows of the other.
+That one has the same layers below, and the first one's upper too, so it shows everything that was there
+before. Its nodes have numbers of their own (:data:`~cowfs.overlay.node.APART`), and are in the same table. A
+directory of it that shall be seen, a *border*, is entered among the children of the first one's directory,
+where whatever looks for the name finds it; and since every call is passed on to the union that its node
+belongs to, neither union knows of the other.
 
 A border is to the tree around it what a mountpoint is: it stays where it is, and so do the directories above
 it (EBUSY), and nothing is renamed or linked across it (EXDEV).
@@ -36,10 +36,10 @@ class Grafted(Overlay):
         super().__init__(*args, **more)
 
     def graft(self, apart: Overlay, path: bytes) -> None:
-        """Let what *apart* has at this path be seen, and nothing of the first union. For before the mount.
+        """Show what *apart* has at this path, and nothing of the first union. Call it before the mount.
 
-        *apart* is the same for all paths. ENOENT for what is not there, ENOTDIR for what is no directory,
-        or is below a symbolic link.
+        *apart* is the same for all paths. ENOENT if the path does not exist, ENOTDIR if it is not a
+        directory, or is below a symbolic link.
         """
         if self.apart is self:
             self.apart = apart

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Writer(Enum):
-    """Who writes to a file, as far as set-ID bits are concerned (write(2))."""
+    """A writer of a file, as far as set-ID bits are concerned (write(2))."""
 
     PRIVILEGED = 1
     """Has CAP_FSETID: the bits stay."""
@@ -58,7 +58,7 @@ class Handle:
             self.reader.users += 1
         self.writable = writable
         self.opener = opener
-        """Who is taken to write if nothing is known of that."""
+        """The writer that is assumed if the real one is unknown."""
         self.is_frozen = False
         """Whether it was opened to be written to, and its inode is in a lower now: to be copied up first."""
         self.is_synchronous = False
@@ -86,7 +86,7 @@ class Handle:
             self.on_replace(self, before)
         if before.fileno() < 0:
             self._retired.append((before, reader_before))
-        # A file of the kernel's is closed by whoever drops it last, so that none lies idle.
+        # A file of the kernel's is closed by its last user, so that none stays open unused.
 
     def close(self) -> None:
         """Close all files."""
@@ -111,4 +111,4 @@ class Handles(dict[Handle, None]):
     def __init__(self) -> None:
         super().__init__()
         self.reader: Reader | None = None
-        """What the next who reads shall share."""
+        """What the next reader will share."""

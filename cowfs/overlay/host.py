@@ -10,7 +10,7 @@ from cowfs.overlay.node import Node
 
 @dataclass(slots=True)
 class Host:
-    """Each is set by whoever can answer it; until then nobody else uses the union, and nothing can be had."""
+    """The program that serves the union sets each of these; until then nobody else uses the union."""
 
     # --- of the store
 
@@ -19,7 +19,7 @@ class Host:
     not_saved: Callable[[OSError], None] = lambda error: None
     """Called when the upper could not put on disk what was written to it."""
     wants_rest: Callable[[], bool] = lambda: True
-    """Whether files that are copied up in part shall become whole while nobody waits for that."""
+    """Whether partly copied files should be completed while nobody waits for them."""
 
     # --- of what is done later
 
@@ -32,17 +32,17 @@ class Host:
     # --- of what is in use
 
     close_idle: Callable[[Node], bool] = lambda node: True
-    """Called before an inode gets other data: closes what is open of it for nobody; False if it is in use at
-    the moment."""
+    """Called before an inode gets other data: closes its idle descriptors; False if one is in use at the
+    moment."""
     end_writes: Callable[[Node], bool] = lambda node: True
-    """Called before an inode is frozen: closes what is kept open to write to it; False if that is in use at
-    the moment."""
+    """Called before an inode is frozen: closes what is kept open for writing; False if that is in use at the
+    moment."""
     is_still: Callable[[], bool] = lambda: True
     """Whether no thread changes the data of a file."""
     opened: Callable[[], list[Node]] = list
-    """What is open of the tree, as far as we are told of it …"""
+    """The open files of the tree, as far as we know them …"""
     lent: Callable[[], list[Node]] = list
-    """… and what of it the kernel reads and writes by itself, or may."""
+    """… and those that the kernel itself reads and writes, or may."""
     prune: Callable[[], None] = lambda: None
     """Asks the kernel to forget what of that is not in use, which it tells later. Blocks."""
     rolled_back: Callable[[], None] = lambda: None

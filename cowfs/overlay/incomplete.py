@@ -16,7 +16,7 @@ from cowfs.overlay.xattr_format import names_of_redirect, parse_partial
 log = logging.getLogger(__name__)
 
 _SPARE = 64 << 20
-"""So many bytes, but at most a sixteenth, are left: what nobody waits for never takes the last."""
+"""This many bytes, but at most a sixteenth, stay free: background work never takes the last."""
 _NO_MORE = {errno.ENODATA, errno.ESTALE, errno.ENOENT, errno.EINVAL, errno.EOPNOTSUPP}
 
 

@@ -30,7 +30,9 @@ def place_of(fs: OverlayFs, node: Node) -> Place:
 def install(
     fs: OverlayFs, node: Node, place: Place | None, key: Key, temporary: bytes, original: Original
 ) -> None:
-    """Move what is ready from the work directory to the node's name; without one, it lives by its key."""
+    """Move the finished inode from the work directory to the node's name; a node without a name gets its key
+    only.
+    """
     upper = fs.upper
     if place is None:
         (upper.rmdir if node.is_dir else upper.unlink)(fs.work, temporary, key)
@@ -120,7 +122,7 @@ def set_upper(fs: OverlayFs, node: Node, key: Key) -> None:
 
 
 def show_to_handles(fs: OverlayFs, node: Node) -> None:
-    """Let the files that are open for reading see from now on what is written to the upper."""
+    """Make files that are open for reading show from now on what is written to the upper."""
     handles = node.handles
     if handles is None or (node.metacopy and node.partial is None):  # its data is where it was
         return

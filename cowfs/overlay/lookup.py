@@ -152,7 +152,7 @@ def _from_lower(fs: OverlayFs, parent: Node, name: bytes, found: list[Hit]) -> t
 
 
 def _seen_frozen(fs: OverlayFs, found: list[Hit]) -> tuple[Attr, int]:
-    """Return what is seen of an inode that was in the upper once, and the number that it had then."""
+    """Return what shows of an inode that was once in the upper, and the number that it had then."""
     layer, key, attr = found[0]
     if stat.S_ISDIR(attr.st_mode):
         return attr, _number_of_directory(fs, found)
@@ -164,7 +164,7 @@ def _seen_frozen(fs: OverlayFs, found: list[Hit]) -> tuple[Attr, int]:
 
 
 def number_of(fs: OverlayFs, hit: Hit) -> int:
-    """Return the number of what is no directory, and shown by a lower."""
+    """Return the number of a lower's inode that is not a directory."""
     layer, _, attr = hit
     return _seen_frozen(fs, [hit])[1] if layer < 0 else fs.ino_of(layer + 1, fs.lowers[layer].dev, attr)
 
@@ -312,6 +312,8 @@ def _must_not_be_above(node: Node, parent: Node, name: bytes) -> None:
 
 
 def find_below(fs: OverlayFs, path: tuple[bytes, ...]) -> Hit | None:
-    """Return the file, with its data, that the lowers have at a path from their root; None if it is none."""
+    """Return the file, with its data, that the lowers have at a path from their root; None if it is not a
+    file.
+    """
     found = fs.stack.search(fs.stack.kept, path)
     return found[-1] if found and stat.S_ISREG(found[-1][2].st_mode) else None

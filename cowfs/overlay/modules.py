@@ -24,7 +24,7 @@ from cowfs.overlay.stack import Hit, Place
 from cowfs.overlay.uncover import Stale
 
 MOST = 64
-"""So many may there be at a time, with those that are still in use."""
+"""How many there may be at a time, counting removed ones that are still in use."""
 
 
 def add(fs: OverlayFs, layer: LowerLayer) -> tuple[int, Stale]:
@@ -40,9 +40,9 @@ def add(fs: OverlayFs, layer: LowerLayer) -> tuple[int, Stale]:
 
 
 def remove(fs: OverlayFs, number: int) -> Stale:
-    """Merge a module no more; return what the kernel must ask for again.
+    """Remove a module from the union; return what the kernel must look up again.
 
-    It is closed when nothing of it is in use, which may be now.
+    It is closed when nothing of it is in use, perhaps at once.
     """
     fs.loaded = tuple(other for other in fs.loaded if other != number)
     stale = _settle(fs)
@@ -81,13 +81,13 @@ def _settle(fs: OverlayFs) -> Stale:
 
 
 def _changed(before: tuple[Place, ...], after: tuple[Place, ...]) -> list[Place]:
-    """Return the places that a directory has got, or has no more: one in a layer at most."""
+    """Return the places that a directory has gained or lost: one in a layer at most."""
     had, has = dict(before), dict(after)
     return [place for place in (*before, *after) if not (place[0] in had and place[0] in has)]
 
 
 def _below(fs: OverlayFs, root: Node, changed: list[Place], stale: Stale) -> None:
-    """Look again at what is known in all directories that are merged of others now, from *root* on."""
+    """Look again at everything known in directories whose layers have changed, from *root* on."""
     waiting = [(root, changed)]
     while waiting:
         directory, changed = waiting.pop()
@@ -114,7 +114,7 @@ def _below(fs: OverlayFs, root: Node, changed: list[Place], stale: Stale) -> Non
 
 
 def _look_again(fs: OverlayFs, directory: Node, name: bytes, child: Node, stale: Stale) -> list[Place]:
-    """Let *child* be what is shown now, or lose its name; return where it is merged of others now."""
+    """Make *child* what is shown now, or remove its name; return its layers if they have changed."""
     found = _found(fs, directory, name, child)
     if found is None:
         _lose(fs, directory, name, child)
@@ -130,7 +130,7 @@ def _look_again(fs: OverlayFs, directory: Node, name: bytes, child: Node, stale:
 
 
 def _found(fs: OverlayFs, directory: Node, name: bytes, child: Node) -> list[Hit] | None:
-    """Return what is shown below the upper under a name if *child* is what is seen; else None."""
+    """Return what is shown below the upper under a name if it is the same as *child*; else None."""
     if child.upper is not None and not _is_alias(fs, directory, name, child):
         if not child.is_dir:
             return []
@@ -204,7 +204,7 @@ def _lose(fs: OverlayFs, directory: Node, name: bytes, node: Node) -> None:
 
 
 def _bring_back(fs: OverlayFs, stale: Stale) -> None:
-    """Let what was covered, and is no more, have its name again."""
+    """Give names that were covered, and no longer are, back."""
     for node in list(fs.covered):
         parent, name = node.parent, node.name
         if fs.nodes.get(node.ino) is not node:
@@ -249,7 +249,7 @@ def would_cover(fs: OverlayFs, layer: LowerLayer, path: bytes) -> bool:
 
 
 def would_lose(fs: OverlayFs, number: int, path: bytes) -> bool:
-    """Whether without a module nothing of what is at *path* of the tree would be left."""
+    """Return whether nothing would remain of *path* without a module."""
     node = fs.root
     for name in path.split(b"/"):
         child = fs.nodes.child(node, name) if node.children is not None else None

@@ -1,7 +1,7 @@
 """Layers whose whiteouts are names, as those of aufs and of OCI images, shown as layers of overlayfs.
 
 ``.wh.NAME`` beside a name hides it in the layers below; ``.wh..wh..opq`` in a directory hides all that is
-below that. What else begins with ``.wh..wh.`` belongs to aufs, and no such name can be asked for.
+below that. Other names that begin with ``.wh..wh.`` belong to aufs, and cannot be looked up.
 
 Everybody above sees a character device 0:0 under NAME, and the attribute ``opaque`` of the directory. So
 the rules of :mod:`cowfs.overlay.stack` need not know of it, and a stack without such layers costs no more.
@@ -54,7 +54,7 @@ class Whiteout:
 
 
 class Reworded:
-    """The layer *inner*, whose words for what is below it are others than those of the union."""
+    """The layer *inner*, with its way to mark whiteouts and the like translated to the union's."""
 
     def __init__(self, inner: LowerLayer) -> None:
         self.inner = inner
@@ -249,7 +249,7 @@ def _seen(names: list[bytes]) -> list[bytes]:
 
 
 def use_format(layer: LowerLayer | None, xattrs: XattrFormat) -> None:
-    """Let a layer tell of what is below it in these words, if its own are others."""
+    """Make a layer use this way to mark what is below it, if its own differs."""
     while layer is not None and not isinstance(layer, Reworded):
         layer = getattr(layer, "inner", None)
     if layer is not None:

@@ -44,7 +44,7 @@ def nlink(fs: OverlayFs, node: Node, attr: Attr) -> int:
 
 
 def names_of(node: Node, attr: Attr) -> int:
-    """Return the number of names of what is no directory, those in the trash included."""
+    """Return the number of names of an inode that is not a directory, including those in the trash."""
     return attr.st_nlink if node.indexed is None else node.indexed
 
 

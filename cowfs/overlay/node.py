@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 ROOT_INO = 1  # FUSE_ROOT_ID
 APART = 1 << 48
-"""In all numbers of inodes of what is not kept (:mod:`cowfs.overlay.graft`), and in no others."""
+"""Set in the numbers of all inodes that are not kept (:mod:`cowfs.overlay.graft`), and in no others."""
 LAYER_BITS = 4
 LAYER = (1 << LAYER_BITS) - 1
 
@@ -148,12 +148,12 @@ class NodeTable:
         return self._by_ino.get(ino)
 
     def compact(self) -> None:
-        """Take no more memory than so many nodes need: a dictionary does not shrink by itself."""
+        """Shrink the table to the memory that its nodes need: a dictionary does not shrink by itself."""
         self._by_ino = dict(self._by_ino)
         self.most = 0
 
     def oldest(self, count: int) -> array[int]:
-        """Return the numbers of so many nodes that were added, or renewed, before all others."""
+        """Return the numbers of this many nodes that were added, or renewed, before all others."""
         return array("Q", islice(self._by_ino, count))
 
     def set_aside(self, node: Node) -> None:

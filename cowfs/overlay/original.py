@@ -20,7 +20,7 @@ Xattr = tuple[bytes, bytes]
 
 
 class Original(NamedTuple):
-    """A lower inode: what is read of it before anything is made in the upper."""
+    """A lower inode: what is read from it before anything is made in the upper."""
 
     attr: Attr
     xattrs: Sequence[Xattr]

@@ -35,7 +35,7 @@ _CAPABILITY = b"security.capability"
 _LARGEST = (1 << 32) - 1
 """The largest number of an inode in an image."""
 MOST = 64
-"""So many files may be incomplete; the next is copied up at once."""
+"""How many files may be incomplete; the next one is copied up at once."""
 
 
 # --- making one
@@ -271,7 +271,7 @@ def drop(fs: OverlayFs, key: Key, ino: int) -> None:
 
 
 def name_removed(fs: OverlayFs, node: Node) -> None:
-    """Note that a node has no name any more: nobody needs the rest, but who has it open."""
+    """Note that a node has no name any more: only users who have it open need the rest."""
     if node.partial is not None:
         _unlist(fs, fs.upper.stat(node.upper).st_ino)
 

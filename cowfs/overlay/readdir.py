@@ -110,7 +110,7 @@ def _place(name: bytes) -> int:
 
 
 _MANY = 10_000
-"""From so many names on they are put in order in a thread."""
+"""From this many names on a thread sorts them."""
 
 
 def listing(fs: OverlayFs, node: Node) -> Listing | Callable[[], Listing]:
@@ -179,7 +179,7 @@ def look_through(fs: OverlayFs, node: Node) -> Steps[Seen]:
 
 
 def see(fs: OverlayFs, node: Node, seen: Seen | None = None) -> Seen:
-    """Return what is in a directory: what was seen before, if that is of it and holds."""
+    """Return the contents of a directory: an earlier result, if that belongs to it and is valid."""
     if seen is not None and seen.node is node and seen.holds():
         return seen
     return done_at_once(look_through(fs, node))

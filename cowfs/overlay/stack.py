@@ -44,7 +44,7 @@ Hit = tuple[int, Key, Attr]
 Path = tuple[bytes, ...]
 
 _METACOPY_MIN = 4
-"""The length of the shortest value, but for none (OVL_METACOPY_MIN_SIZE)."""
+"""The length of the shortest value that is not empty (OVL_METACOPY_MIN_SIZE)."""
 _NO_XATTRS = {errno.ENODATA, errno.EOPNOTSUPP, errno.EPERM, errno.EACCES}
 
 
@@ -81,8 +81,8 @@ class Found(NamedTuple):
     """What the layers of a stack have under one name."""
 
     hits: list[Hit]
-    """For a directory all that are merged into it, topmost first; for a file the one that is seen and,
-    if that is a metacopy, the one that the search has come to for its data. Empty: nothing is seen."""
+    """For a directory all that are merged into it, topmost first; for a file the one shown and, if that is a
+    metacopy, the one that has its data. Empty: nothing is shown."""
     is_complete: bool
     """Whether a file has its data: False for a metacopy without any."""
     further: tuple[Path, bool] | None = None
@@ -171,7 +171,7 @@ class Stack:
     # --- a name
 
     def find(self, places: Sequence[Place], name: bytes) -> list[Hit]:
-        """Return what is seen under *name* in the directory that is merged from *places*, topmost first.
+        """Return what *name* shows in the directory that is merged from *places*, topmost first.
 
         See :class:`Found`. EIO for a metacopy without data.
         """

@@ -232,7 +232,7 @@ def _lose_name(fs: OverlayFs, node: Node, parent: Node, name: bytes) -> None:
         fs.nodes.detach(parent, name)
         rekey(fs, node)
         return
-    # One of the names that the inode has is where we have put it.
+    # We have put one of the inode's names there.
     name_removed(
         fs, node, parent, name, last=fs.upper.stat(node.upper).st_nlink <= 2 and fs.nodes.place(node) is None
     )
@@ -354,11 +354,11 @@ def drop_directory(
     any_times: bool = True,
     dry_run: Container[bytes] | None = None,
 ) -> bool:
-    """Take a directory out of the upper again if it says nothing there; return whether it does not.
+    """Remove a directory from the upper if it makes no difference there; return whether that is so.
 
-    It says nothing if it is empty, shows a directory of a lower under the same name, and has its attributes,
-    but for the times, where *any_times* will do. With *dry_run*, the names in it that are taken to be gone,
-    nothing is done.
+    It makes no difference if it is empty, shows a directory of a lower under the same name, and has its
+    attributes (without the times if *any_times*). With *dry_run*, the names in it to be treated as removed,
+    nothing is changed.
     """
     parent, name = node.parent, node.name
     if node.upper is None or not node.lowers or parent is None or node.redirect is not None or node.dead:

@@ -1,7 +1,7 @@
 """Whiteouts: how the upper says that a lower name is gone.
 
-A whiteout is a character device 0:0. All of them are links to one inode as far as the filesystem
-allows, so that deleting many files costs names only, not inodes.
+A whiteout is a character device 0:0. As far as the filesystem allows, all are links to one inode, so that
+deleting many files costs names, not inodes.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ def _key_of(fs: OverlayFs, directory: Key, name: bytes) -> Key:
 
 
 def replace(fs: OverlayFs, parent: Node, name: bytes, node: Node) -> None:
-    """Put a whiteout in the place of what the upper has at a name, in one step.
+    """Replace what the upper has under a name by a whiteout, in one step.
 
-    *node* is what stands there. A directory must hold nothing but whiteouts.
+    *node* is what is there. A directory must contain only whiteouts.
     """
     flags = files.RENAME_EXCHANGE if node.is_dir else 0
     with made_aside(fs) as temporary:
@@ -66,13 +66,13 @@ def replace(fs: OverlayFs, parent: Node, name: bytes, node: Node) -> None:
 
 
 _AT_ONCE = 200
-"""So many whiteouts are removed at once; with more of them others have a turn."""
+"""How many whiteouts are removed at once; with more, others have a turn."""
 
 
 def throw_away(fs: OverlayFs, name: bytes, node: Node | None) -> None:
-    """Remove a directory of the work directory that holds nothing but whiteouts, now or soon.
+    """Remove a directory of the work directory that contains only whiteouts, now or soon.
 
-    *node* is whose directory it was, if somebody goes on using that. What stays there goes at the next mount.
+    *node* is its former node, if that is still in use. The next mount removes what is left.
     """
     fs.rubbish.append(Rubbish(name, node))
     if fs.host.sweep_soon is None:
@@ -86,7 +86,7 @@ def throw_away(fs: OverlayFs, name: bytes, node: Node | None) -> None:
 
 
 def sweep(fs: OverlayFs) -> Steps[None]:
-    """Remove what was thrown away. One shall do so at a time."""
+    """Remove what was thrown away. Only one caller at a time."""
     while fs.rubbish:
         rubbish = fs.rubbish[0]
         with suppress(OSError):

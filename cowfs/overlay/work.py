@@ -1,4 +1,4 @@
-"""The work directory: what is made ready there gets its name at once, or leaves nothing behind."""
+"""The work directory: new files are prepared here, and then get their names or are removed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The extended attributes of overlayfs: every name and value of them, parsed and made here and nowhere else.
+"""The extended attributes of overlayfs: every name and value is parsed and made here and nowhere else.
 
 A layer says with them what its inodes mean to the layers below. The names begin with ``trusted.overlay.``,
 or with ``user.overlay.`` where trusted.* is not allowed (the kernel's *userxattr*). The kernel's own are
@@ -54,7 +54,7 @@ class XattrFormat:
     def __init__(self, prefix: bytes) -> None:
         self.prefix = prefix
         self.escaped = prefix + b"overlay."
-        """The prefix of a name that an overlay inside of ours uses, as a layer of ours stores it."""
+        """The prefix of a name that an overlay inside ours uses, as our layers store it."""
         self.opaque = prefix + b"opaque"
         self.redirect = prefix + b"redirect"
         self.metacopy = prefix + b"metacopy"
@@ -235,13 +235,13 @@ def make_nlink(base: bytes, difference: int) -> bytes:
 
 
 def parse_nlink(value: bytes) -> tuple[bytes, int] | None:
-    """Return the base and the difference in a note of :func:`make_nlink`, None for what is none."""
+    """Return the base and the difference in a note of :func:`make_nlink`; None for an invalid one."""
     found = _NLINK.fullmatch(value)
     return None if found is None else (found[1], int(found[2]))
 
 
 def parse_count(value: bytes) -> int | None:
-    """Return the number in a note, None for what is none, or one that nothing is so many of."""
+    """Return the number in a note; None if it is invalid or too large."""
     return int(value) if value.isdigit() and len(value) < 10 else None
 
 
@@ -257,7 +257,7 @@ class Partial(NamedTuple):
     """What the note says that makes a file partial."""
 
     end: int
-    """So many bytes of the lower show."""
+    """This many bytes of the lower show."""
     mtime_ns: int
     """When the lower was last written to."""
     path: bytes

@@ -18,7 +18,7 @@ _ACLS = b"system.posix_acl_"
 
 
 def getxattr(fs: OverlayFs, node: Node, name: bytes) -> bytes:
-    """Return an attribute's value; ENODATA when there is none."""
+    """Return an attribute's value; ENODATA if there is none."""
     layer, key = fs.topmost(node)
     try:
         return layer.getxattr(key, fs.format.stored(name))
@@ -44,7 +44,7 @@ def setxattr(fs: OverlayFs, node: Node, name: bytes, value: bytes, flags: int = 
 
 
 def removexattr(fs: OverlayFs, node: Node, name: bytes) -> None:
-    """Remove an attribute; ENODATA, and no copy-up, when there is none."""
+    """Remove an attribute; ENODATA, and no copy-up, if there is none."""
     protect.must_change(fs, node)
     getxattr(fs, node, name)
     copy_up_meta(fs, node)

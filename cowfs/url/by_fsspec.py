@@ -54,7 +54,7 @@ class FsspecFile:
     def read(self, start: int, length: int, version: Version) -> bytes:
         """Return bytes of this state of the file, as :meth:`HttpFile.read` does.
 
-        Whether it was that one is asked afterwards: what is of another one is not returned.
+        It checks the state afterwards, and returns nothing of another state.
         """
         try:
             data: bytes = self._fs.cat_file(self._path, start=start, end=start + length)

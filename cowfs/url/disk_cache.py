@@ -37,7 +37,7 @@ _SUMS = 1024
 """So many of them are read at once."""
 _END = ".blocks"
 _LOOK = 16 << 20
-"""After so many bytes written is looked how much there is of all."""
+"""After this many bytes written the total size is checked."""
 _LOWEST = 0.9
 """To this part of the limit room is made."""
 _KEEP_SIZE, _PUNCH_HOLE = 1, 2  # linux/falloc.h
@@ -162,7 +162,7 @@ class DiskCache:
                 log.debug("the cache on the disk: %s", error.strerror)
 
     def forget(self, number: int) -> None:
-        """Have a block there no more."""
+        """Remove a block from the cache."""
         with suppress(OSError):
             os.pwrite(self._fd, _NONE, _TABLE + number * _SUM)
 

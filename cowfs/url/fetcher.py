@@ -1,7 +1,7 @@
-"""The process that fetches: it asks servers, and reads what they send, in place of the daemon.
+"""The fetching process: it sends requests to servers and reads their answers for the daemon.
 
-As root's it is nobody's, and may do nothing but talk to servers; a daemon that is shut in has no network. It
-may hang, or die: then it is begun anew by the process that it was forked from, which does nothing else.
+Root's fetcher runs as nobody, and may do nothing but talk to servers; a confined daemon has no network. If it
+hangs or dies, its parent process, which does nothing else, starts it again.
 
 Run as ``python -m cowfs.url.fetcher FD``, by :mod:`cowfs.url.link`.
 """
@@ -42,15 +42,15 @@ from cowfs.url.protocol import (
 
 NOBODY = 65534
 _THREADS = 6
-"""So many requests are under way at a time."""
+"""How many requests are under way at a time."""
 _SILENCE = 15.0
-"""Seconds in which a server must say something."""
+"""Seconds in which a server must send something."""
 _WATCHED = 10.0
 """Seconds after which is looked for answers that take too long."""
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0
 """Seconds between one attempt and the next; each is about twice the one before."""
 _SAID_AFTER = 3.0
-"""Seconds without an answer after which the log is told."""
+"""Seconds without an answer after which this is logged."""
 _PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS = 1, 38
 
 
@@ -223,7 +223,7 @@ class Worker:
 
 
 def main(fd: int) -> NoReturn:
-    """Fetch, for who has the other end of the socket *fd*, until that is closed."""
+    """Fetch, for the process at the other end of the socket *fd*, until that is closed."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, signal.SIG_IGN)  # we end when the daemon does
     login = _logins()

@@ -1,6 +1,6 @@
 """A file on a web server, read by ranges (RFC 9110): over connections that stay open, one a thread.
 
-Each answer says which state of the file it is of. So what is of another state is never taken.
+Each answer says to which state of the file it belongs. So data of another state is never used.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _SLOWEST = 120.0
 _KEPT = "%/:?#[]@!$&'()*+,;=~"
 """What stays as it is in a URL; what else is no letter, digit, - . or _ is written as %XX (RFC 3986)."""
 _DRAINED = 4096
-"""An answer with no more bytes that nobody wants is read; for one with more the connection is closed."""
+"""An unwanted answer with no more bytes than this is read; for a longer one the connection is closed."""
 
 NO_RANGES = "the server only sends whole files: it does not take range requests"
 NO_RANGES_HINT = "download the image first, or serve it by nginx, Apache, lighttpd or Caddy"
@@ -64,7 +64,7 @@ class HttpFile:
     """A file on a web server. All methods from any thread; each thread has its own connection."""
 
     def __init__(self, url: str, login: Login, timeout: float) -> None:
-        """*timeout*: seconds in which the server must say something."""
+        """*timeout*: seconds in which the server must send something."""
         self._url = url
         self._login = login
         self._timeout = timeout
@@ -256,7 +256,7 @@ class HttpFile:
             connection.close()
 
     def _drop(self) -> None:
-        """Begin anew with the next request."""
+        """Start again with the next request."""
         self._mine.url = ""
         self._disconnect()
 

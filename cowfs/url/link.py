@@ -1,4 +1,6 @@
-"""The end of who reads: asks the process that fetches, waits for what it sends, and asks again if it dies."""
+"""The reader's end: sends requests to the fetching process, waits for the answers, and repeats them if it
+dies.
+"""
 
 from __future__ import annotations
 
@@ -23,17 +25,17 @@ log = logging.getLogger(__name__)
 _OPENING = 5.0
 """Seconds in which a server must be there when a file is opened."""
 _GRACE = 60.0
-"""So many seconds later than it should say so itself the fetching process is given up."""
+"""This many seconds after its own timeout should have expired, the fetching process is given up."""
 _LOOK = 0.5
 """Seconds after which is looked whether anybody still waits, and whether it was sent at all."""
 _ONLY_IF_ROOM = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 _NONSENSE = (ValueError, KeyError, TypeError, RecursionError)
-"""What a message raises that is none: who fetches is believed as little as the server."""
+"""What an invalid message raises: the fetching process is trusted as little as the server."""
 _SILENT = 60.0
 """Seconds in which the log is not told the same of one file again."""
 
 Got = Callable[[int, bytes], None]
-"""Is told of bytes that have come: the place from the beginning of what was asked for, and the data."""
+"""A function that is called with received bytes: their offset from the start of the request, and the data."""
 
 
 class Fetch:
@@ -177,8 +179,9 @@ class Link:
         self._send_fetch(fetch)
 
     def wait(self, fetch: Fetch, is_over: Callable[[], bool]) -> bytes:
-        """Return the bytes. Blocks; EIO, also once *is_over* says so; ESTALE: the file is another by now,
-        ETIMEDOUT: no answer."""
+        """Return the bytes. Blocks; EIO, also once *is_over* is true; ESTALE: the file has changed,
+        ETIMEDOUT: no answer.
+        """
         deadline = fetch.since + self._patience + _GRACE
         while not fetch.wait(0 if self._is_gone else _LOOK):
             if is_over():
@@ -253,7 +256,7 @@ class Link:
             self._finish(fetch, OSError(code, f"{self.url}: {said['why']}"))
 
     def _begin_anew(self) -> None:
-        """Ask for everything: it has just begun, and knows nothing of what it was before."""
+        """Repeat all requests: the process has just started, and knows nothing of its predecessor."""
         if self._version is not None:
             self._tell("warning", "what fetches it has died, and begins anew")
         self._send_opening()
@@ -285,7 +288,7 @@ class Link:
         log.log(logging.ERROR if level == "error" else logging.WARNING, "%s: %s", self.url, text)
 
     def close(self) -> None:
-        """Let the process end. Who waits gets EIO. Safe to call twice."""
+        """End the process. Waiting readers get EIO. Safe to call twice."""
         with suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         if self._thread is not None:

@@ -54,7 +54,7 @@ class Opened:
         return self.file.pread(size, at, lambda: self._is_over)
 
     def stop(self) -> None:
-        """Let nobody wait any more who reads by this."""
+        """Make nobody who reads through this wait any more."""
         self._is_over = True
 
     def caches(self) -> dict[str, tuple[int, int]]:
@@ -78,7 +78,7 @@ class Opened:
 def open_url(url: str) -> Opened:
     """Open a file on a server. Blocks; LayerError says why it cannot be used.
 
-    The first who opens it starts a process that fetches; UsageError for what is no URL.
+    The first open starts a fetching process; UsageError for an invalid URL.
     """
     with _lock:
         shared = _open.get(url)
@@ -90,10 +90,11 @@ def open_url(url: str) -> Opened:
 
 @contextmanager
 def held_open(lowers: Sequence[str], settings: Settings) -> Iterator[Callable[[], None]]:
-    """Start what fetches those of *lowers* that are URLs; open them when what is yielded is called.
+    """Start the fetching processes of those *lowers* that are URLs; open the files when the yielded function
+    is called.
 
-    A daemon gives up in between what it takes to start processes, while it has one thread.
-    *settings* are those of all that are opened from now on. SystemFailure; as :func:`open_url`.
+    In between a daemon, while it has one thread, drops the rights that starting processes needs. *settings*
+    apply to all files opened from now on. SystemFailure; as :func:`open_url`.
     """
     global _settings  # noqa: PLW0603 - a process has one
     _settings = settings

@@ -1,7 +1,7 @@
-"""What the process that fetches and the one that it fetches for say to each other.
+"""The protocol between the fetching process and the process that it fetches for.
 
-They share a socket that keeps messages apart (SOCK_SEQPACKET): whoever dies leaves none cut in two. A message
-is a head and what belongs to it.
+They share a socket that keeps messages apart (SOCK_SEQPACKET): a process that dies leaves no half message. A
+message is a head and its data.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ HEAD = struct.Struct("<IQQI")  # kind, number, and for bytes: place and length
 BEGINNING = "beginning"
 """The mark of a file of which the server says nothing that tells one state from another: how it begins."""
 PIECE = 64 << 10
-"""So many bytes of data are in one message."""
+"""How many bytes of data a message has."""
 LONGEST = HEAD.size + PIECE
 
 
@@ -27,7 +27,7 @@ class Kind(IntEnum):
     FETCH = 2
     """To the fetcher: which bytes; a number, by which the answer is known, and seconds in place of data."""
     READY = 3
-    """From the fetcher, when it begins, and each time that it begins anew: say again what is wanted."""
+    """From the fetcher, each time it starts: repeat all requests."""
     OPENED = 4
     """What the file is: JSON."""
     DATA = 5
@@ -35,7 +35,7 @@ class Kind(IntEnum):
     DONE = 6
     """All bytes have been sent."""
     FAILED = 7
-    """There are none: JSON."""
+    """There are no bytes: a JSON message says why."""
     SAID = 8
     """A line for the log: JSON."""
 
@@ -60,12 +60,12 @@ def pack(kind: Kind, number: int = 0, place: int = 0, length: int = 0, rest: byt
 
 
 def pack_json(kind: Kind, number: int, what: dict[str, Any]) -> bytes:
-    """Return a message that says something in JSON."""
+    """Return a message with JSON."""
     return pack(kind, number, rest=json.dumps(what).encode())
 
 
 def unpack(raw: bytes) -> Message:
-    """Take a message apart. ValueError for what is none."""
+    """Take a message apart. ValueError for an invalid one."""
     try:
         kind, number, place, length = HEAD.unpack_from(raw)
     except struct.error as error:

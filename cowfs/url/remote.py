@@ -1,4 +1,6 @@
-"""The bytes of a file on a server: blocks in memory, on the disk, or fetched, and ahead of who reads on."""
+"""The bytes of a file on a server: from memory, from the disk, or fetched, and fetched ahead of a sequential
+reader.
+"""
 
 from __future__ import annotations
 
@@ -13,17 +15,17 @@ from cowfs.url.protocol import Version
 from cowfs.url.waiting import WouldWait, must_not_wait
 
 BLOCK = 128 << 10
-"""Bytes of what is kept, and checked, as one."""
+"""The size of a block, which is kept and checked as one."""
 _MEMORY, _MEMORY_BESIDE_DISK = 32 << 20, 8 << 20
 """Bytes of one file that are kept in memory; fewer where the disk has them: the kernel keeps some of that."""
 _RUN = 8
-"""So many blocks are asked for at once, at most."""
+"""How many blocks are requested at once, at most."""
 _AHEAD = 32
-"""So many blocks ahead of who reads on are asked for, at most …"""
+"""How many blocks ahead of a sequential reader are requested, at most …"""
 _AHEAD_RUNS = 3
-"""… and so many requests of that kind are under way: others come before them."""
+"""… and how many such requests are under way: others have precedence."""
 _STREAMS = 8
-"""So many readers that read on are told from one another."""
+"""How many sequential readers are told apart."""
 
 
 class _Stream(NamedTuple):
@@ -54,15 +56,15 @@ class RemoteFile:
         self._flights: dict[int, Fetch] = {}
         self._lock = threading.Lock()
         self._streams: OrderedDict[int, _Stream] = OrderedDict()
-        """Who reads on, by the block that is expected next."""
+        """The sequential readers, by the block that each is expected to read next."""
         self._ahead = 0
         link.received = self._received
 
     def pread(self, size: int, at: int, is_over: Callable[[], bool] = lambda: False) -> bytes:
         """Return up to *size* bytes at *at*, fewer at the end of the file, as os.pread(2).
 
-        May wait for the server, for as long as that is waited for; WouldWait where this thread must not.
-        EIO, also once *is_over* says so; ETIMEDOUT; ESTALE: the server has another file by now.
+        May wait for the server until the timeout; WouldWait if this thread must not wait. EIO, also once
+        *is_over* is true; ETIMEDOUT; ESTALE: the server has another file now.
         """
         end = min(at + size, self.size)
         if at < 0 or at >= end:
@@ -156,7 +158,7 @@ class RemoteFile:
         return flight
 
     def _received(self, flight: Fetch) -> None:
-        """Keep what has come. Called by the thread that receives, before those who wait go on."""
+        """Store received data. The receiving thread calls it, before waiting readers continue."""
         first = flight.start // BLOCK
         last = (flight.start + flight.length - 1) // BLOCK
         if flight.error is None:
@@ -173,9 +175,9 @@ class RemoteFile:
                 self._flights.pop(number, None)
 
     def _read_on(self, first: int, last: int, *, is_new: bool) -> None:
-        """Ask for what comes next, if somebody reads on: half as much as was read so. Waits for nothing.
+        """Request the next blocks if somebody reads sequentially: half as much as was read that way.
 
-        So no more than a third of what is fetched is for nothing, if nobody reads on.
+        Does not wait. So at most a third of the fetched data is useless if the reader stops.
         """
         with self._lock:
             expected = next((number for number in range(first, last + 1) if number in self._streams), None)
@@ -222,7 +224,7 @@ class RemoteFile:
                 self._bytes = 0
 
     def close(self) -> None:
-        """End what fetches it. Who waits gets EIO."""
+        """End the fetching process. Waiting readers get EIO."""
         self._link.close()
         if self._disk is not None:
             self._disk.close()

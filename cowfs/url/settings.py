@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 DEFAULT_LIMIT = 2 << 30
-"""How many bytes of the disk are used, but no more than half of what is free."""
+"""How many bytes of the disk are used, but at most half of the free space."""
 
 
 @dataclass(frozen=True, slots=True)

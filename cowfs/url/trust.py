@@ -21,9 +21,10 @@ def shows_too_much(layers: Sequence[str], who: Callable[[str], str | None]) -> s
     """Return why others must not see what these *layers* (topmost first) show together: what is above decides
     who may see what is below.
 
-    A layer names files and directories of those below it (redirect, metacopy), and has modes of its own for
-    them. So whoever makes it could show to all what we alone may read. None if they could not, for there is
-    no layer that others can change, as *who* says with the reason, or everybody can read what is below it.
+    A layer can refer to files and directories of the layers below (redirect, metacopy), and give them other
+    modes. So its creator could show to everybody what only we may read. None if that is impossible, because
+    there is no layer that others can change, as *who* says with the reason, or everybody can read what is
+    below it.
     """
     for number, path in enumerate(layers[:-1], 1):
         reason = who(path)
@@ -36,7 +37,7 @@ def shows_too_much(layers: Sequence[str], who: Callable[[str], str | None]) -> s
 
 
 def who_can_change(place: str, trusted: Collection[int] = (0,)) -> str | None:
-    """Do what cowfs.linux.trust does for a file, a directory, a URL, or what is yet to be made."""
+    """Do what cowfs.linux.trust does, for a file, a directory, a URL, or a path that does not exist yet."""
     if is_url(place):
         return f"{place} is what its server sends"
     there = place if os.path.lexists(place) else os.path.dirname(place)  # a store that will be made

@@ -1,4 +1,4 @@
-"""Who must not wait for another machine, and what is raised where they would have to."""
+"""Threads that must not wait for another machine, and what is raised where they would have to."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ _OF_ANOTHER_KIND = {errno.EINVAL, errno.ENODEV}
 
 
 def _likely(what: str) -> list[_Kind]:
-    """Return all kinds, that of *what* first: drivers complain in the log of what is not theirs."""
+    """Return all types, the likely one of *what* first: drivers log complaints about foreign filesystems."""
     return sorted(_KINDS, key=lambda kind: kind.called not in what)
 
 
@@ -70,8 +70,9 @@ def _content(device: str) -> str:
 
 
 def look(device: str) -> tuple[int, str] | None:
-    """Mount what is on *device*, and change nothing on it; return its root (O_PATH) and the kernel's name
-    for the filesystem, or None where there is none that it knows."""
+    """Mount the filesystem of *device* without changing anything on it; return its root (O_PATH) and the
+    kernel's name for its type, or None if the kernel knows none there.
+    """
     try:
         kinds = _likely(_content(device))
     except OSError:  # no disc is in it
@@ -115,8 +116,9 @@ def is_raid_member(device: str) -> bool:
 
 
 def split(path: str) -> tuple[str, str]:
-    """Return the block device that the absolute *path* begins with, and the path on it; "" and *path*
-    where it begins with none. Raises StoreError for what is not on any disk, though it looks so."""
+    """Return the block device that the absolute *path* begins with, and the path on it; "" and *path* if it
+    begins with none. Raises StoreError if it names a disk that does not exist.
+    """
     parts = path.strip("/").split("/")
     prefix = "/"
     for part in parts:
@@ -140,11 +142,11 @@ def split(path: str) -> tuple[str, str]:
 
 @contextmanager
 def directory_of(path: str) -> Iterator[tuple[int, str]]:
-    """Open the directory that the file *path* shall be made in; yield a descriptor of it, and the name.
+    """Open the directory in which to create the file *path*; yield its descriptor, and the name.
 
-    *path* may begin with a block device, or be one. Its filesystem is mounted then, for root and to
-    write, where nobody sees it: it stays mounted until what was opened by the descriptor is closed.
-    The one that a boot has mounted read-only is made writable, and is read-only again when the block fails.
+    *path* may begin with a block device, or be one. Then its filesystem is mounted, writable and for root,
+    where nobody sees it; it stays mounted until everything opened through the descriptor is closed. A
+    filesystem that the boot has mounted read-only is made writable, and read-only again if the block fails.
 
     Raises StoreError, and SystemFailure for others than root.
     """
@@ -214,7 +216,7 @@ def _make_writable(device: str, mount: MountInfo, stack: ExitStack) -> None:
 
 
 def _facts(device: str) -> Path:
-    """Where the kernel tells of a block device."""
+    """Where the kernel describes a block device."""
     number = os.stat(device).st_rdev
     return Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}")
 

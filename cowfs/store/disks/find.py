@@ -122,7 +122,7 @@ def find_stores(wanted: Wanted, *, fingerprint: str = "", first: str = "") -> li
 
 
 def _look(name: str, path: str) -> Iterator[Found]:
-    """Yield what is by that name on one device: one thing, or none."""
+    """Yield the store of that name on one device, if there is one."""
     device = "/dev/" + name.replace("!", "/")
     with ExitStack() as stack:
         found = Found(device, path)

@@ -34,7 +34,7 @@ def cleaned_up() -> Iterator[None]:
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """Hold back SIGINT, SIGTERM and SIGHUP until the end: what is inside must not stop half-way.
+    """Block SIGINT, SIGTERM and SIGHUP until the end: the code inside must not stop half-way.
 
     Nor must the programs that it starts: a service manager may signal every process of a service.
     """

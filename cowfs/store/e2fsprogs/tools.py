@@ -37,8 +37,8 @@ _found: dict[str, str] = {}
 def hide(mountpoint: str) -> None:
     """Let programs see what is below the mount that this process is about to make at *mountpoint*.
 
-    They are looked for now, and never again. Where the mount cannot be taken from their sight (only root can
-    do that), those that are below the mountpoint themselves are refused.
+    They are looked up now, and never again. Where the mount cannot be hidden from them (only root can do
+    that), programs that are below the mountpoint themselves are refused.
     """
     global _hidden  # noqa: PLW0603 - a process mounts once
     for name in ("e2fsck", "resize2fs", "mke2fs", "e2image"):
@@ -159,17 +159,17 @@ def _see_no_mounts() -> None:
 
 
 def last_line(output: bytes) -> str:
-    """Return the last line of a program's output that says something."""
+    """Return the last line of a program's output that is not empty."""
     lines = [line.strip() for line in output.decode(errors="replace").splitlines() if line.strip()]
     return lines[-1] if lines else "no message"
 
 
 def fsck(fd: int, path: str, *options: str) -> tuple[int, str]:
-    """Run ``e2fsck OPTIONS`` on the image behind *fd*; return its exit code (e2fsck(8)) and all that it
-    said, in which the image is called *path*. Blocks.
+    """Run ``e2fsck OPTIONS`` on the image behind *fd*; return its exit code (e2fsck(8)) and its output, in
+    which the image is called *path*.
 
-    e2fsck begins lines with the label of the filesystem. Stores have the label *cowfs*, so that these
-    would look like complaints of ours: it is taken off.
+    Blocks. e2fsck begins lines with the label of the filesystem. The label of stores is *cowfs*, so the lines
+    would look like our messages: the label is removed.
     """
     label = _label(fd)
     if "-n" not in options and not replay(fd):
@@ -181,10 +181,11 @@ def fsck(fd: int, path: str, *options: str) -> tuple[int, str]:
 
 
 def fsck_recovered(fd: int, path: str, *, sound: bool) -> tuple[int, str]:
-    """Say what ``fsck -f -n`` would say of an image if its journal had been replayed. Blocks.
+    """Return what ``fsck -f -n`` would report for an image if its journal had been replayed.
 
-    Nothing is written to it: its metadata, with the journal, is copied to memory, and that is recovered.
-    *sound* says that its superblock tells of no errors; e2fsck then does nothing more to the copy.
+    Blocks. Nothing is written to the image: its metadata, with the journal, is copied to memory, and the copy
+    is recovered. *sound* says that its superblock records no errors; e2fsck then does nothing more to the
+    copy.
     """
     copy = os.memfd_create("metadata", os.MFD_CLOEXEC)
     try:
@@ -260,8 +261,8 @@ def replay(fd: int) -> bool:
 def recover(fd: int, path: str, progress: Progress, *options: str, sound: bool = False) -> None:
     """Recover an image, and repair it as far as that is safe without questions (``e2fsck -p``). Blocks.
 
-    *sound* says that its superblock tells of no errors: then the journal is all there is to it. Raises
-    StoreError where it is not safe; the journal may have been replayed by then, nothing more.
+    *sound* says that its superblock records no errors: then only the journal is replayed. Raises StoreError
+    if a repair is not safe; by then the journal may have been replayed, but nothing else was changed.
     """
     with deferred():
         code, said = (0, "") if sound and replay(fd) else fsck(fd, path, "-p", *options)
@@ -274,7 +275,7 @@ def recover(fd: int, path: str, progress: Progress, *options: str, sound: bool =
 
 
 def reason(said: str) -> str:
-    """Pick the line of e2fsck's that says what is wrong, not the shout below it."""
+    """Pick the line of e2fsck's output that says what is wrong, not the general warning below it."""
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     lines = [line for line in lines if not line.startswith(("(i.e.", "e2fsck ")) and "RUN fsck" not in line]
     return lines[-1] if lines else "e2fsck gave no reason"

@@ -36,9 +36,9 @@ UPPER = 0
 """What stands for the upper where layers have numbers."""
 _LONGEST = 100
 _MOST = 100
-"""So many layers may be below an upper: the kernel's overlayfs takes 500, its options a page."""
+"""How many layers may be below an upper: the kernel's overlayfs takes 500, its options a page."""
 _MOST_KEPT = 10_000
-"""So many there may be in a store."""
+"""How many a store may have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ class Prepared(NamedTuple):
     number: int
     key: Key
     directory: Key
-    """That it is in. A key follows what is renamed by the very key of its directory."""
+    """The directory that contains it. A key follows renames of exactly its own directory's key."""
 
 
 def check_name(name: str) -> str:
@@ -155,7 +155,7 @@ class Layers:
         return [known[number] for number in numbers]
 
     def named(self, name: str) -> Checkpoint:
-        """Return the checkpoint of a name. UsageError if there is none."""
+        """Return the checkpoint with this name. UsageError if there is none."""
         for checkpoint in self.all().values():
             if checkpoint.name == name and name:
                 return checkpoint
@@ -175,8 +175,8 @@ class Layers:
     def prepare(self, model: Key, below: tuple[int, ...], *, fresh: bool = True) -> Prepared:
         """Make an empty directory that can be the upper above other layers.
 
-        *model* is the root whose owner, mode, times and attributes it has. For a new checkpoint of the upper
-        its own number is to be the first of *below*: see next_number(). *fresh*: the index begins anew.
+        It gets owner, mode, times and attributes from the root *model*. For a new checkpoint of the upper,
+        the first of *below* must be its own number: see next_number(). *fresh*: start with an empty index.
         """
         layer = self._layer
         private = layout.find(layer, layout.PRIVATE)
@@ -233,7 +233,7 @@ class Layers:
         self._set(root, b"checkpoint", json.dumps({"number": number, "name": name, "taken": taken}).encode())
 
     def settle(self, upper: Key, index: Key | None, links: Key | None) -> None:
-        """Do what is left to do after an exchange: an upper that is new begins with an empty index."""
+        """Complete an exchange: a new upper begins with an empty index."""
         layer = self._layer
         if not self.is_fresh(upper):
             self._drop(upper, b"checkpoint")  # of one that was not taken
@@ -305,13 +305,13 @@ class Layers:
 
 
 def _number(text: bytes) -> int | None:
-    """Return the number of a layer; None for what is none, or another way to write one."""
+    """Return the number of a layer; None for anything else, or a number in another spelling."""
     number = int(text) if text.isdigit() and len(text) < 10 else UPPER
     return number if number != UPPER and b"%d" % number == text else None
 
 
 def _chain(number: int | None, under: Callable[[int], int | None]) -> tuple[int, ...]:
-    """Follow what each says that it stands on; a circle, or what is longer than any we make, is cut."""
+    """Follow the chain of layers below; a circle, or a chain longer than any we make, is cut."""
     chain: list[int] = []
     while number is not None and number not in chain and len(chain) <= _MOST:
         chain.append(number)
@@ -320,7 +320,7 @@ def _chain(number: int | None, under: Callable[[int], int | None]) -> tuple[int,
 
 
 def _copy_root(layer: UpperLayer, source: Key, target: Key, prefix: bytes) -> None:
-    """Give an empty directory everything of a root but what is in it, and what says where it stands."""
+    """Copy to an empty directory everything of a root except its contents and its place in the chain."""
     xattrs = XattrFormat(prefix)
     kept = {xattrs.protattr}
     for name in layer.listxattr(source):
@@ -340,7 +340,7 @@ def must_have_room(below: int, known: int) -> None:
 
 
 def must_have_room_for(more: int, known: int) -> None:
-    """StoreError when a store cannot have so many more layers for a while."""
+    """Raise StoreError if a store cannot have this many more layers for a while."""
     if known + more > _MOST_KEPT:
         raise StoreError(f"there are {known} checkpoints, too many to make them anew", "delete some first")
 
@@ -366,7 +366,7 @@ class Range(NamedTuple):
     has_upper: bool
     """Whether the later of them is what there is now."""
     newer: list[Checkpoint]
-    """The layers of the later that the earlier does not have, topmost first, but for the upper."""
+    """The layers that the later one has and the earlier one has not, topmost first, without the upper."""
     older: list[Checkpoint]
     """Those that both have."""
 
@@ -399,7 +399,7 @@ def between(layers: Layers, upper: Key, since: str | None, until: str | None) ->
 
 
 def listed(layers: Layers, upper: Key) -> list[dict[str, Any]]:
-    """Return what programs are told of the checkpoints, the oldest first. *upper* is the store's."""
+    """Return what programs get about checkpoints, the oldest first. *upper* is the store's."""
     known, below = layers.all(), layers.below(upper)
 
     def on(numbers: tuple[int, ...]) -> str | None:

@@ -34,7 +34,7 @@ def begun(layer: UpperLayer) -> tuple[str, int] | None:
 
 
 def interrupted(layer: UpperLayer) -> StoreError | None:
-    """Return what is to be said if a conversion was cut short."""
+    """Return the message for a conversion that was interrupted."""
     found = begun(layer)
     if found is None:
         return None

@@ -126,7 +126,7 @@ def was_copied_in_use(lock: int, directory: int) -> bool:
 
 
 def torn_copy(path: str) -> StoreError:
-    """Return what is to be told of an image that needs recovery and is a copy."""
+    """Return the message for an image that needs recovery and is a copy."""
     return StoreError(
         f"{path}: a copy of a store that was in use; its files may be incomplete",
         f"unmount the store and copy it again, or accept this copy: cowfs check {path}",

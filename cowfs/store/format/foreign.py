@@ -45,9 +45,9 @@ class Pair(NamedTuple):
 
 
 def pair_in(path: str) -> Pair | None:
-    """Return the pair that a directory of another system holds, and nothing else; None if it is none such.
+    """Return the pair that a directory of another system holds, and nothing else; None if it holds none.
 
-    ``upper/`` and ``work/`` alone are no news to a store, and not told here. StoreError for a persistence of
+    ``upper/`` and ``work/`` alone are also a store, and not returned here. StoreError for a persistence of
     Debian that does not hold the changes of a whole root.
     """
     try:
@@ -107,8 +107,9 @@ def _of_debian(path: str) -> str:
 
 
 def refusal(layer: UpperLayer, names: set[bytes]) -> StoreError | None:
-    """Return what is to be told of a tree that is another system's store, and cannot be used as it is given;
-    None if it is nobody's."""
+    """Return the message for a tree that is another system's store and cannot be used as given; None if it is
+    not one.
+    """
     theirs = (pair for pair in _PAIRS if pair[0] != b"upper" and set(pair[:2]) <= names)
     found = next(theirs, None)
     is_image = not hasattr(layer, "descriptor")

@@ -236,7 +236,7 @@ def volatile_above(volatile: Sequence[str], path: bytes) -> str | None:
 
 
 def said_of(volatile: Sequence[str]) -> str:
-    """Say that what is *volatile* is not in the store."""
+    """Return the words for paths that are *volatile*: not in the store."""
     return f"what is changed below {', '.join(volatile)} is in memory only, and not listed (volatile)"
 
 

@@ -143,7 +143,7 @@ def identify_lower(path: str, offset: int = 0) -> Identity:
 def identify_image(fd: int, path: str) -> Identity:
     """Return the identity of the squashfs image in the open file *fd*, which is called *path*.
 
-    LayerError if there is none in it. Reads from disk.
+    LayerError if the file has none. Reads from disk.
     """
     try:
         with closing(FileBytes(os.dup(fd))) as data:
@@ -254,7 +254,7 @@ def identify_file(fd: int) -> str:
 
 
 def _lasting(fd: int, magic: int) -> list[object]:
-    """Return what tells of the filesystem and of the inode's generation; nothing where that does not last."""
+    """Return what identifies the filesystem and the inode's generation; nothing where that does not last."""
     if magic in _WITH_FSID:
         return [f"{os.fstatvfs(fd).f_fsid:x}", files.file_handle(fd, b"")]
     if magic == filesystems.XFS:

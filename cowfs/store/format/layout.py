@@ -190,7 +190,7 @@ def renew_mark(layer: UpperLayer, header: Header) -> Header:
 
 
 def refuse_lossy_copy(layer: UpperLayer, header: Header, *, sees_all: bool = True) -> None:
-    """Raise StoreError, naming what is lost, if this is a copy that has not all of what makes a store.
+    """Raise StoreError, naming what is lost, if this is a copy without everything that makes a store.
 
     Without *sees_all* attributes that only root sees are not missed.
     """
@@ -233,9 +233,9 @@ def ensure_directory(layer: UpperLayer, parent: Key, name: bytes, mode: int) -> 
 
 
 def drop_inherited(layer: UpperLayer, directory: Key, name: bytes) -> bool:
-    """Take away an ACL that a directory of ours has from the one above, as overlayfs does; say if it had one.
+    """Remove an ACL that one of our directories has inherited, as overlayfs does; return whether it had one.
 
-    What is made in work/ and moves to upper/ would have it too.
+    Files made in work/ and moved to upper/ would inherit it, too.
     """
     try:
         layer.removexattr(directory, name)
@@ -267,7 +267,7 @@ def owner(layer: UpperLayer) -> tuple[int, int]:
 
 
 def find_header(layer: UpperLayer) -> Header | None:
-    """Read the header; None where there is none. StoreError if it is damaged or of a newer version."""
+    """Read the header; None if there is none. StoreError if it is damaged or of a newer version."""
     header = _read_header(layer, HEADER)
     upper = None if header is None else find(layer, UPPER)
     if header is None or upper is None:
@@ -314,9 +314,9 @@ def load_header(layer: UpperLayer) -> Header:
 
 
 def open_lock(layer: UpperLayer, *, make: bool = False) -> int | None:
-    """Open the file of a directory that is locked; None where it is missing, and not to be made.
+    """Open the lock file of a directory; None if it is missing and not to be made.
 
-    To read only if not to *make* it. Raises StoreError for what is no regular file.
+    Opened read-only unless *make*. Raises StoreError if it is not a regular file.
     """
     private: Any = ensure_directory(layer, layer.root, PRIVATE, 0o755) if make else find(layer, PRIVATE)
     found = None if private is None else layer.lookup(private, LOCK)

@@ -1,9 +1,9 @@
 """The mark of a store: one of each thing that a copy may lose.
 
-A store is more than names and bytes: deleted files are device nodes, and what a directory hides is said by
-an extended attribute. A copy that lost these is mounted as well as the original, and shows other files. So a
-store has a directory with a file for each of them, and its header says which the filesystem has kept when
-they were made. What a copy lacks of them it has lost everywhere.
+A store is more than names and bytes: deleted files are device nodes, and an extended attribute says that a
+directory hides what is below. A copy that has lost these can be mounted like the original, but shows other
+files. So a store has a directory with a sample of each, and its header says which ones the filesystem kept
+when they were made. What a copy lacks of them it has lost everywhere.
 
 ::
 

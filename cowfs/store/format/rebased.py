@@ -53,9 +53,9 @@ def call(layer: UpperLayer, layers: Layers, made: Key, number: int, one: Checkpo
 
 
 def exchange_names(layer: UpperLayer, layers: Layers, upper: Key, prefix: bytes) -> None:
-    """After an upper with other lowers has its place: let the checkpoints be those that came with it.
+    """After an upper with other lowers has its place: replace the checkpoints by those that came with it.
 
-    Before any layer is removed: who has no name yet would be.
+    Call it before any layer is removed: layers without a name yet would be lost.
     """
     try:
         first = int(layer.getxattr(upper, prefix + layout.IS_REBASED))
@@ -76,11 +76,10 @@ def exchange_names(layer: UpperLayer, layers: Layers, upper: Key, prefix: bytes)
 
 
 def settle(layer: UpperLayer, upper: Key, header: Header, frozen: Iterable[Key]) -> Header:
-    """Do what is left to do after an upper with other lowers has its place; return the header.
+    """Complete the work after an upper with other lowers has its place; return the header.
 
-    What inodes say of the lowers that they were copied up from is true no more, and is forgotten, also in the
-    checkpoints: *frozen* are their roots. *header* is that which was read
-    (:func:`cowfs.store.format.layout.find_header`).
+    The origins of inodes are no longer true and are removed, in the checkpoints, too: *frozen* are their
+    roots. *header* is the one that was read (:func:`cowfs.store.format.layout.find_header`).
     """
     mark = header.xattrs.encode() + layout.IS_REBASED
     try:

@@ -40,7 +40,7 @@ _DRAFT = 192 << 10
 _SMALLEST, _LARGEST = 1 << 20, 8 << 20
 """Bytes of the whole file."""
 _PART = 32
-"""It is no larger than one part of so many of its store, as long as that leaves the smallest."""
+"""At most this fraction of its store, if that leaves the smallest size."""
 _NEW = layout.NEW_BLAME
 _MAGIC, _FRAME_MAGIC = b"cowfsblm", b"blmf"
 _HEADER = struct.Struct("<8sIIQ16s")  # magic, version, 0, bytes of the ring, key
@@ -97,7 +97,7 @@ class Records:
         self._draft = max(fresh, default=None)
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         self._file.close()
 
     # --- reading
@@ -202,7 +202,7 @@ def _overlap(one: _Frame, other: _Frame) -> bool:
 
 
 def parse(content: bytes, name: str) -> dict[str, Any]:
-    """Return the batch that is the content of a frame. StoreError if it is none."""
+    """Return the batch that a frame contains. StoreError if it is invalid."""
     try:
         unpacker = zlib.decompressobj()
         text = unpacker.decompress(content, _LARGEST_CONTENT)
@@ -247,9 +247,10 @@ def no_records(name: str) -> StoreError:
 
 
 def open_or_make(layer: UpperLayer, size: int) -> tuple[Records, str]:
-    """Open the records of a store of *size* bytes to go on with them, or make them. OSError.
+    """Open the records of a store of *size* bytes to continue them, or create them.
 
-    What is damaged is made anew; the second value says so. StoreError for those of a newer cowfs.
+    OSError. Damaged records are replaced by new ones; the second value says so. StoreError for records of a
+    newer cowfs.
     """
     private = layout.find(layer, layout.PRIVATE)
     found = layer.lookup(private, layout.BLAME)

@@ -57,9 +57,9 @@ _TAKEN = {"upper", "work", "cowfs", "lost+found"}
 
 
 def subdir(store: str, name: str) -> str:
-    """Return the store that *name* is in another: STORE/NAME, also where STORE is an image.
+    """Return the store *name* inside another: STORE/NAME, also if STORE is an image.
 
-    UsageError for what is no name, or for a store in memory.
+    UsageError for an invalid name, or for a store in memory.
     """
     if not _SUBDIR.fullmatch(name) or name in _TAKEN:
         raise UsageError(

@@ -22,11 +22,11 @@ from cowfs.store.served.store import Store
 Step = Callable[[], None]
 Steps = Generator[Step | str, None, int]
 _UNIT = 1 << 20
-"""What the engine tells of what was written to (track.c)."""
+"""The unit in which the engine reports writes (track.c)."""
 _BATCH = 64
 """How many are copied in one step."""
 _FEW = 32
-"""So many units may be left to be copied while all wait."""
+"""This many units may still have to be copied while everybody waits."""
 _ROUNDS = 8
 _ATTEMPTS = 3
 _PUNCH = 3
@@ -37,9 +37,9 @@ _PIECE = 1 << 20
 def backup_image(store: Store, target: int) -> Steps:
     """Copy the image of an open store to the empty file *target*; return its size.
 
-    Yields what is to be told, and what is to be called by another thread before the next step: users of the
-    store go on meanwhile. Then *target* is a store, clean, that shows what the store did at one moment near
-    the end. Raises StoreError, and OSError if *target* cannot be written.
+    Yields messages, and calls for another thread to make before the next step; the store stays in use
+    meanwhile. Then *target* is a clean store that shows what the store showed at one moment near the end.
+    Raises StoreError, and OSError if *target* cannot be written.
     """
     layer: Any = store.layer
     if not hasattr(layer, "suspend"):
@@ -168,7 +168,7 @@ def _copy_runs(source: int, target: int, pieces: list[tuple[int, int]]) -> None:
 
 
 def _copy_units(source: int, target: int, units: list[int]) -> None:
-    """Copy these units anew; where there are holes, there are holes."""
+    """Copy these units again; holes stay holes."""
     size = os.fstat(source).st_size
     os.ftruncate(target, size)
     for unit in sorted(units):

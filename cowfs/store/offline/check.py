@@ -198,7 +198,7 @@ def _broken_layers(layer: UpperLayer, xattrs: XattrFormat, upper: Key) -> Iterat
 
 
 def _walk(layer: UpperLayer, xattrs: XattrFormat, top: Key | None) -> Iterator[Entry]:
-    """Yield everything below an upper, each directory before what is in it."""
+    """Yield everything below an upper, each directory before its contents."""
     stack: list[tuple[Key, bytes]] = [(top, b"")] if top is not None else []
     while stack:
         key, path = stack.pop()
@@ -218,9 +218,9 @@ def _walk(layer: UpperLayer, xattrs: XattrFormat, top: Key | None) -> Iterator[E
 
 
 def broken_rules(entries: Iterable[Entry], xattrs: XattrFormat) -> Iterator[str]:
-    """Yield a line for everything in an upper tree that no overlay would have written.
+    """Yield a line for everything in an upper that no overlay would have written.
 
-    Directories must come before what is in them. The rules are those of fs/overlayfs/namei.c.
+    A directory must come before its contents. The rules are those of fs/overlayfs/namei.c.
     """
     opaque: set[bytes] = set()
     for entry in entries:

@@ -66,7 +66,7 @@ class Conversion:
         self._foreign = {*self._kept, *(aside + name.rpartition(b".")[2] for name in lost)}
 
     def run(self, header: Header | None) -> Converted:
-        """Do all that is left to do. *header* is the store's, or that which it shall have."""
+        """Do all remaining steps. *header* is the store's, or the one that it will have."""
         begun = conversion.begun(self._layer)
         self.done.continued = begun is not None
         if begun is not None and begun[0] != self._target:
@@ -96,7 +96,7 @@ class Conversion:
         return self.done
 
     def _stage(self) -> Key:
-        """Return the directory of the parts; it is never seen in a store of overlayfs but with its marker."""
+        """Return the directory of the parts; a store of overlayfs has it only with its marker."""
         found = self._layer.lookup(self._layer.root, STAGE)
         if found is not None:
             return found[0]
@@ -352,8 +352,9 @@ class Conversion:
     def _walk(
         self, top: Key, see: Callable[[Key, bytes, Key, Attr], None], *, skips_own: bool = False
     ) -> None:
-        """Call *see* with each directory, name, inode and its attributes below *top*; what is in a directory
-        comes after it. The names of aufs are not followed."""
+        """Call *see* with each directory, name, inode and its attributes below *top*; a directory's contents
+        come after it. Names of aufs are skipped.
+        """
         see(top, b"", top, self._layer.stat(top))
         waiting: list[Key] = [top]
         while waiting:

@@ -20,7 +20,7 @@ _TICK_NS, _COARSE_TICK_NS = 20_000_000, 1_000_000_000
 second or more; some filesystems keep whole seconds."""
 
 _State = tuple[int, int, int, int, int]
-"""By what is known that something has changed: the kernel sets the time of the last change itself."""
+"""Shows whether something has changed: the kernel itself sets the time of the last change."""
 
 
 class TreeCopy:

@@ -61,7 +61,7 @@ def create_store(path: str, size: int, *, progress: Progress = quiet) -> None:
 
 @contextmanager
 def unfinished(path: str, directory: str, called: str = "") -> Iterator[int]:
-    """Open a file that gets its name at the end, if nothing stands there by then, and else is gone.
+    """Open a file that gets its name at the end, unless the name is taken by then; else it is removed.
 
     Messages call it *called*, if not *path*.
     """

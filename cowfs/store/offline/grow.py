@@ -31,9 +31,9 @@ _ROOM = "free space on its disk"
 def grow_store(path: str, size: int | None, *, progress: Progress = quiet) -> int:
     """Extend the image at *path* to *size* bytes and let its filesystem fill it; return the size. Blocks.
 
-    Without *size* only the filesystem grows, to the size that the file has. What is in the store stays.
-    Whatever fails, the store is as usable as before, and the same call again goes on from there: a
-    file that has the size already is no error. Raises StoreError, StoreBusy, UsageError.
+    Without *size* only the filesystem grows, to the size of the file. The contents stay. If anything fails,
+    the store is as usable as before, and the same call continues from there: a file that has the size already
+    is not an error. Raises StoreError, StoreBusy, UsageError.
     """
     if os.path.isdir(path):
         if is_plain_directory(path):
@@ -51,11 +51,11 @@ def grow_store(path: str, size: int | None, *, progress: Progress = quiet) -> in
 
 
 def grow_open_store(store: Store, size: int | None) -> Generator[Step | str, None, int]:
-    """Do the same to a store that is open, under its users; return the size.
+    """Do the same for an open store while it is in use; return the size.
 
-    For the thread that the store's layer belongs to, and images that are read in this process. Yields
-    what is to be told, and what is to be called by another thread before the next step: users go on
-    meanwhile. They wait for e2fsck and resize2fs. A store in memory may become that large from now on.
+    For the thread that owns the store's layer, and images that are read in this process. Yields messages, and
+    calls for another thread to make before the next step; users continue meanwhile. They wait for e2fsck and
+    resize2fs. A store in memory may become that large from now on.
     """
     if store.memory is not None:
         return _allow(store.memory, size)
@@ -131,7 +131,7 @@ class _Plan(NamedTuple):
     length: int
     """Of the file as it is."""
     size: int
-    """That the file and the filesystem shall have."""
+    """The size that the file and the filesystem will have."""
 
     @property
     def told(self) -> str:

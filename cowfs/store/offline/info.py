@@ -129,7 +129,7 @@ def _as_store(layer: UpperLayer) -> UpperLayer:
 
 
 def _inside(layer: UpperLayer) -> dict[str, Any]:
-    """Return what is known from the names at the root and from the header."""
+    """Return what the names at the root and the header say."""
     begun = conversion.interrupted(layer)
     if begun is not None:
         said = {"format": "converting", **_facts(None), "problem": str(begun), "partial": None}
@@ -153,7 +153,7 @@ def _inside(layer: UpperLayer) -> dict[str, Any]:
 
 
 def _layers(layer: UpperLayer | None, header: Header | None) -> dict[str, Any]:
-    """Return what is told of checkpoints."""
+    """Return what to report of checkpoints."""
     told: dict[str, Any] = {"xattr_prefix": None, "layers": [], "checkpoints": [], "fresh": False}
     upper = None if layer is None else layout.find(layer, layout.UPPER)
     if layer is None or header is None or upper is None:
@@ -192,7 +192,7 @@ def _format(layer: UpperLayer, names: set[bytes]) -> str:
 
 
 def _facts(header: Header | None) -> dict[str, Any]:
-    """Return what the header tells; all None where there is none."""
+    """Return what the header says; all None if there is none."""
     if header is None:
         return dict.fromkeys(("version", "created", "created_by", "uuid"), None) | {
             "lowers": [],

@@ -1,4 +1,4 @@
-"""Make a store smaller, and give its disk back what is free in it."""
+"""Make a store smaller, and give its free space back to the disk."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def shrink_store(path: str, size: int | None, replacing: Replacing, *, progress:
 
 
 def trim_store(path: str, *, progress: Progress = quiet) -> int:
-    """Give the disk back what is free in the image at *path*; return how many bytes. Blocks.
+    """Give the free space of the image at *path* back to the disk; return how many bytes. Blocks.
 
     Raises StoreError, StoreBusy.
     """
@@ -90,9 +90,9 @@ def trim_store(path: str, *, progress: Progress = quiet) -> int:
 
 
 def trim_open_store(store: Store) -> Generator[Step | str, None, int]:
-    """Give the disk back what is free in the image of an open store; return how many bytes.
+    """Give the free space in the image of an open store back to the disk; return how many bytes.
 
-    All users of the mount wait while e2fsck runs. To be called in the thread that serves the filesystem.
+    All users of the mount wait while e2fsck runs. Call it in the thread that serves the filesystem.
     StoreError for a directory, and for an image that the kernel has mounted.
     """
     layer: Any = store.layer

@@ -46,8 +46,9 @@ def fill_holes(fd: int, start: int, end: int, *, alone: bool = True) -> None:
 
 
 def take_room(fd: int, path: str) -> str:
-    """Allocate what a store, which nobody else uses, lacks of its file: a copy of one has holes. Return what
-    is to be told if its disk has no room for them. Blocks."""
+    """Allocate the holes in the file of a store, which nobody else uses: a copy may have some. Return a
+    warning if its disk has no room for them. Blocks.
+    """
     state = os.fstat(fd)
     missing = state.st_size - state.st_blocks * 512
     if missing <= 0:

@@ -1,7 +1,7 @@
-"""Crashes that are asked for: an image that has nothing but what was synced, whenever the daemon dies.
+"""Simulated crashes: whenever the daemon dies, the image contains only what was synced.
 
-The engine works on a copy in memory. When something is synced, the copy is made clean, and what is new in it
-is written to the image. A journal keeps no less: all that was done before an fsync(2) is on disk then.
+The engine works on a copy in memory. On each sync the copy is made clean, and its changes are written to the
+image. A journal keeps no less: everything done before an fsync(2) is then on disk.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Scratch:
         _copy(self._image, self.fd)
 
     def keep(self) -> None:
-        """Write what is in it to the image. Blocks."""
+        """Write the copy's contents to the image. Blocks."""
         _copy(self.fd, self._image)
 
     def close(self) -> None:

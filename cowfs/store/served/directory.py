@@ -139,11 +139,11 @@ def refuse_others(layer: UpperLayer, path: str) -> None:
 
 
 _PLAIN = 3
-"""Entries of an ACL that says no more than the mode."""
+"""The entries of an ACL that says no more than the mode."""
 
 
 def _own_parts(layer: UpperLayer) -> Iterator[tuple[str, Key]]:
-    """Yield what is there of a store, but for its content, by its name."""
+    """Yield the existing parts of a store by name, without their contents."""
     root: Any = layer.root
     if not isinstance(layer, ApartLayer):
         yield "", root
@@ -260,7 +260,7 @@ def _prepare(layer: UpperLayer, found: str, header: Header) -> Header:
 
 
 def _header(layer: UpperLayer, found: str) -> Header:
-    """Return the header that is there, or the one that shall be."""
+    """Return the existing header, or a new one."""
     if found == "store":
         header = layout.load_header(layer)
         if header.xattrs == TRUSTED and not is_trusted():

@@ -25,7 +25,9 @@ class Unsaved(NamedTuple):
     since: float
     """Since the epoch: what was done before is on disk. 0: nothing can be found there any more."""
     waits: bool
-    """Whether they are written as soon as the disk takes them; else there is no more than can be read now."""
+    """Whether they are written as soon as the disk accepts them; else nothing beyond what can be read now is
+    kept.
+    """
 
     def __str__(self) -> str:
         if not self.since:
@@ -46,7 +48,7 @@ class Disk(NamedTuple):
 
 
 def unsaved(store: Store) -> Unsaved | None:
-    """Tell what is not on disk of a store, as far as that is known. Does not block."""
+    """Return what a store has not on disk, as far as that is known. Does not block."""
     gone = "" if store.read_only else presence.lost(store)
     if gone:
         return Unsaved(gone, 0, False)
@@ -88,10 +90,10 @@ def disk_of(file: str | int) -> Disk | None:
 
 
 def wait_for_room(store: Store, seconds: float, *, heeds_signals: bool = False) -> None:
-    """Write everything to disk, and while that has no room try again, so many *seconds* at most. Blocks.
+    """Write everything to disk; while the disk is full try again, for at most *seconds*.
 
-    A signal that asks to end, and comes while it waits, ends the waiting if it *heeds_signals*, which are
-    held back; it never stops the writing. Raises OSError, the last failure.
+    Blocks. With *heeds_signals*, a (blocked) signal that asks us to end stops the waiting, but never the
+    writing. Raises OSError, the last failure.
     """
     deadline = time.monotonic() + seconds
     waited = False

@@ -12,7 +12,7 @@ from cowfs.store.served.store import Store
 log = logging.getLogger(__name__)
 
 NEARLY = 90
-"""Percent in use from which on it is told."""
+"""The percentage in use from which on a warning is logged."""
 _LITTLE = 256 << 20
 """Bytes: of a disk with so much room nobody needs to be warned."""
 _AGAIN = 80
@@ -51,8 +51,9 @@ def hint(store: Store) -> str:
 
 
 def watch(store: Store, whereabouts: presence.Whereabouts | None = None) -> Callable[[], None]:
-    """Return what is to be called every few seconds: it logs once that the store has become nearly full, and
-    what somebody has done to it, or to its lowers."""
+    """Return a function to be called every few seconds: it logs once that the store is nearly full, and what
+    somebody has done to it or to its lowers.
+    """
     told = told_of_disk = False
     done_to_them: set[str] = set()
 

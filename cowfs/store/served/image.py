@@ -97,9 +97,10 @@ def note_closed(fd: int, path: str) -> None:
 
 
 def open_file(path: str, *, read_only: bool = False) -> int:
-    """Open a regular file that shall be a store. Raises StoreError, saying why it cannot be one.
+    """Open a regular file as a store.
 
-    To be written to it must be the one that is meant: not reached by another user's link.
+    StoreError says why it cannot be one. For writing it must really be the named file: not reached through
+    another user's link.
     """
     try:
         fd = open_ordinary(path, os.O_RDONLY if read_only else os.O_RDWR)
@@ -178,7 +179,7 @@ def _read_ourselves(fd: int, path: str, _: Superblock, want: Wanted, stack: Exit
 
 
 def _refuse_untouched(fd: int, path: str, want: Wanted, name: str) -> None:
-    """Refuse what is no store, or another lower's, before a byte of it is changed by opening it to write."""
+    """Refuse anything but a store of these lowers before opening it for writing changes a byte of it."""
     with ExitStack() as looking:
         layer = layout.as_store(open_layer(fd, path, looking, read_only=True))
         if name and layout.find(layer, os.fsencode(name)) is None:
@@ -189,9 +190,9 @@ def _refuse_untouched(fd: int, path: str, want: Wanted, name: str) -> None:
 
 
 def within(layer: UpperLayer, name: str, path: str, stack: ExitStack, *, read_only: bool) -> UpperLayer:
-    """Return the layer whose root is the directory *name* of another's; that one, for no name.
+    """Return the layer whose root is the directory *name* of another's; without a name, that layer itself.
 
-    It is made if it is missing, unless *read_only*. The other layer shall not be used any more.
+    A missing directory is created, unless *read_only*. Do not use the other layer any more.
     """
     if not name:
         return layer
@@ -271,7 +272,7 @@ def _close(layer: UpperLayer, path: str) -> None:
 
 
 def _wait_detached(fd: int, device: str, progress: tools.Progress) -> None:
-    """Return when the kernel has written the image and let go of it."""
+    """Return when the kernel has written the image and closed it."""
     deadline = time.monotonic() + _DETACH_PATIENCE
     elsewhere = helper_process.current()
 
@@ -307,7 +308,7 @@ def _open_layer(
 
 
 def _header(path: str, layer: UpperLayer, want: Wanted, identity: str) -> Header:
-    """Return the header of the store in a layer; make the store if there is none."""
+    """Return the header of the store in a layer; create the store if there is none."""
     found = layout.recognise(layer)
     if found == "store":
         header = layout.load_header(layer)

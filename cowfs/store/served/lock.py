@@ -21,7 +21,7 @@ _PATIENCE = 2.0
 _RELEASE = 60.0
 """Seconds that a daemon may take to release a store that is not mounted any more."""
 _UNTOLD = 1.0
-"""Seconds after which the one who waits is told for what."""
+"""Seconds after which we say what we wait for."""
 _PAUSE = 0.01
 _DOUBT = 1.0
 """Seconds in which a daemon that has mounted listens."""
@@ -35,8 +35,9 @@ _DEVICES = 1 << 32
 def lock(fd: int, path: str, *, shared: bool = False, progress: Callable[[str], None] | None = None) -> None:
     """Take the lock (flock(2)) of a store, *fd* being its image or its lock file.
 
-    Raises StoreBusy, naming the holder. Waits for a holder that is dead already, at most two seconds, and
-    for a daemon whose mount is gone, which releases it, at most a minute; *progress* is told after a second.
+    Raises StoreBusy, naming the holder. Waits at most two seconds for a holder that is dead already, and at
+    most a minute for a daemon whose mount is gone, since it is about to release the store; *progress* is
+    called after a second.
     """
     begun = time.monotonic()
     while not try_lock(fd, shared=shared):
@@ -92,9 +93,9 @@ def _marked(fd: int) -> str | None:
 
 
 def _serves(fd: int, pid: int) -> bool | None:
-    """Whether the process *pid* has the lock for something else than a mount that is gone, as far as we see.
+    """Whether the process *pid* has the lock for something other than a mount that is gone, as far as we see.
 
-    None: it may be its mount, or another that has got its number, whose daemon does not yet listen.
+    None: the mount may be its own, or another with the same number whose daemon does not listen yet.
     """
     dev = _marked(fd)
     if dev is None:
@@ -116,8 +117,7 @@ def _serves(fd: int, pid: int) -> bool | None:
 
 
 def _may_be(mount: mount_table.MountInfo, dev: str, owner: int) -> bool:
-    """Whether it may be the mount *dev* of cowfs that a user has made: others get the number of one that is
-    gone, too."""
+    """Whether it may be the mount *dev* of a user's cowfs: others get the number of one that is gone."""
     users = {f"user_id={owner}", "user_id=0"}  # 0 in a user namespace of their own
     return mount.dev == dev and mount.fstype == fuse.FSTYPE and not users.isdisjoint(mount.super_words)
 

@@ -1,4 +1,4 @@
-"""Open a store that is gone when it is closed."""
+"""Open a store that is lost when it is closed."""
 
 from __future__ import annotations
 
@@ -63,9 +63,9 @@ class Memory:
         self._layer.spare_bytes = self._limit - self.size
 
     def make_room(self, place: int) -> bool:
-        """Double the image, as far as the limit allows; False when it is there. Blocks, and all users wait.
+        """Double the image, as far as the limit allows; False at the limit.
 
-        *place* is a directory for what is in use without a name.
+        Blocks, and all users wait. *place* is a directory for files in use without a name.
         """
         before = self.size
         after = min(2 * before, self._limit)
@@ -84,7 +84,7 @@ class Memory:
         return True
 
     def reserve_space(self, place: int) -> None:
-        """Take some room that :meth:`release_reserve` sets free; if there is none left, that is that."""
+        """Reserve some space, which :meth:`release_reserve` frees; does nothing if there is none left."""
         with suppress(OSError):
             _, file = self._layer.create(place, _BALLAST, 0o600, 0, 0)
             with closing(file):

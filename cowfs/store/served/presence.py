@@ -19,7 +19,7 @@ from cowfs.url.names import is_url
 
 
 def lost(store: Store) -> str:
-    """Say why nobody can find again what is written to a store; "" if that is not so. Does not block."""
+    """Return why nobody can find again what is written to a store; "" if they can. Does not block."""
     if store.kind == "image" and store.fd >= 0:
         seen = os.fstat(store.fd)
         store.most_bytes = max(store.most_bytes, seen.st_size)

@@ -42,7 +42,7 @@ class Wanted:
     durable: bool = True
     """Whether anything is ever waited for to be on disk: only of two directories it need not be."""
     may_crash: bool = False
-    """Whether an image is to have nothing but what was synced (cowfs.store.served.crash)."""
+    """Whether an image should keep only what was synced (cowfs.store.served.crash)."""
 
 
 @dataclass(slots=True)
@@ -61,7 +61,7 @@ class Store:
     index: Key
     """Where copied-up hard links are found by the handle of their lower. None if read-only."""
     links: Key = None
-    """Where those are found that take no attributes of ours; None where all do, or if read-only."""
+    """Where inodes are found that cannot have our attributes; None if all can, or if read-only."""
     frozen: list[Checkpoint] = field(default_factory=list)
     """What was frozen of it and is below the upper, topmost first."""
     read_only: bool = False
@@ -72,11 +72,11 @@ class Store:
     scratch: Any = field(default=None, repr=False)
     """What is worked on instead of the image (cowfs.store.served.crash.Scratch), or None."""
     fd: int = field(default=-1, repr=False)
-    """A descriptor of its image, which may be found no more at *path*: our own mount may hide it. Or -1."""
+    """A descriptor of its image, which may be hidden at *path* by our own mount. Or -1."""
     is_in_place: Callable[[], bool] = field(default=lambda: True, repr=False)
     """Whether what the user calls by its name is still this store."""
     locked: int = field(default=-1, repr=False)
-    """The descriptor that has the lock; -1 where there is none."""
+    """The descriptor that has the lock; -1 if there is none."""
     most_bytes: int = field(default=0, repr=False)
     """How large its image was, at most."""
     dev: str = ""
@@ -109,7 +109,7 @@ class Store:
 
     @property
     def notebook(self) -> Key:
-        """The directory that is ours: it may have attributes that are, too."""
+        """Our own directory: it may have attributes of ours, too."""
         return layout.find(self.layer, layout.PRIVATE)
 
     @property
@@ -141,10 +141,10 @@ class Store:
         return self.memory is not None and bool(self.memory.make_room(self.work))
 
     def save(self) -> None:
-        """Return when everything is on disk. Blocks; for any thread.
+        """Return when everything is on disk.
 
-        Raises OSError if it is refused. Who reads the image in this process keeps it, so that it may be tried
-        again. The kernel forgets it: then there is a *failure* for good.
+        Blocks; for any thread. Raises OSError if the disk refuses it. The engine in this process keeps the
+        data and can try again. The kernel drops it: then *failure* is set for good.
         """
         if self.read_only:
             return
@@ -170,11 +170,11 @@ class Store:
             )
 
     def bind(self, lowers: Sequence[Identity], volatile: Sequence[str] | None = None) -> bool:
-        """Write down that the store belongs to *lowers* from now on, and, if not None, does not keep what is
-        *volatile*. Blocks until it is on disk.
+        """Record that the store belongs to *lowers* from now on and, if not None, does not keep what is
+        *volatile*.
 
-        Whether it may is checked by open_store(). Returns True when the store had no lowers and no
-        history: upper/ must then be given the attributes of the topmost lower's root.
+        Blocks until that is on disk. open_store() checks whether it may. Returns True when the store had no
+        lowers and no history: upper/ must then be given the attributes of the topmost lower's root.
         """
         header = bound(self.header, lowers, volatile)
         if self.read_only or header == self.header:
@@ -204,9 +204,10 @@ class Store:
         self.header = header
 
     def close(self) -> None:
-        """Write everything to disk and let go of the store, its lock last. Blocks. Safe to call twice.
+        """Write everything to disk and close the store, its lock last.
 
-        Raises StoreError if something could not be written; the store is released all the same.
+        Blocks. Safe to call twice. Raises StoreError if something could not be written; the store is closed
+        even then.
         """
         if self._closed:
             return
@@ -276,7 +277,7 @@ def finish(
 
 
 def _settle_layers(store: Store) -> None:
-    """Find what is below the upper; complete what a crash has cut short."""
+    """Find the layers below the upper; complete what a crash has interrupted."""
     layers = store.layers
     layers.frozen(store.upper)  # is anything missing?
     if not store.read_only:
