@@ -207,7 +207,9 @@ def _held(mount: MountInfo, tell: Tell) -> Iterator[Callable[[], None]]:
     if asking.failure is not None:
         raise asking.failure
     if not is_held:
-        raise MountFailure(f"{os.fsdecode(mount.mountpoint)}: did not stand still", "try again")
+        raise MountFailure(
+            f"{os.fsdecode(mount.mountpoint)}: did not wait until the copy was complete", "try again"
+        )
     if asking.lent:
         tell(f"{asking.lent}: open, and written by the kernel itself (passthrough): may be of a later moment")
 

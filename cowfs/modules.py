@@ -168,4 +168,4 @@ def _number_of(union: Union, path: str, fd: int) -> int:
 
 
 def _is_none(path: str) -> UsageError:
-    return UsageError(f"{path}: is no module of this mount", "cowfs info MOUNTPOINT lists them")
+    return UsageError(f"{path}: is not a module of this mount", "cowfs info MOUNTPOINT lists them")

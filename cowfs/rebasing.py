@@ -321,7 +321,7 @@ def _write_conflicts(found: Sequence[_Sides], target: str) -> None:
 
 @contextmanager
 def _below(top: int, *path: str) -> Iterator[int]:
-    """Make what is missing of a path, and open it."""
+    """Make the missing directories of a path, and open it."""
     with ExitStack() as stack:
         fd = top
         for name in path:

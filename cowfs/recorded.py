@@ -19,7 +19,7 @@ def of_mount(place: str, dev: str) -> Iterator[bytes]:
     except CowfsError as failure:
         if failure.message.startswith("unknown command"):
             raise SystemFailure(
-                f"{place}: its daemon is of an older cowfs, which records nothing",
+                f"{place}: its daemon is an older cowfs, which records nothing",
                 "mount it again, with -o blame",
             ) from None
         raise

@@ -246,7 +246,7 @@ def open_lower(spec: str, engine: str = "auto", offset: int = 0, whiteouts: str 
 def _open_lower(spec: str, engine: str, offset: int) -> LowerLayer:
     if is_url(spec):
         if engine == "kernel":
-            raise LayerError(f"{spec}: the kernel reads nothing by URL", "use --engine process")
+            raise LayerError(f"{spec}: the kernel cannot read by URL", "use --engine process")
         return SlowLayer(SquashfsLayer(spec, offset=offset), knows_at_once=True)
     if os.path.isdir(spec) and not offset:
         fd, waits = _look_at(spec, os.O_DIRECTORY)

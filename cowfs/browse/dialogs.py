@@ -31,7 +31,7 @@ d               show how the selected path differs
 e               explain why it shows what it shows
 Space           mark it, and everything below it; again: unmark it
 r               revert what is marked, or else the selected path
-u               bring back what was reverted last
+u               undo the last revert
 R               read the changes again
 q               quit
 

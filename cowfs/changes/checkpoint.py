@@ -152,7 +152,7 @@ def must_not_be_in_use(fs: Overlay) -> None:
     opened = _first_of(fs.host.opened())
     if opened:
         raise MountFailure(
-            f"{opened}: open, so the tree cannot become another",
+            f"{opened}: open, so the tree cannot be rolled back",
             "close it, or unmount and name the store instead",
         )
 

@@ -18,9 +18,9 @@ REASONS = {
     "changed": "copies of files of the lower, changed or not",
     "metadata": "files of which only owner, mode, times or attributes were copied",
     "whiteouts": "marks of deleted names",
-    "directories": "directories that changes are in",
+    "directories": "directories that contain changes",
     "trash": "what cowfs revert has taken back",
-    "overhead": "the journal, and other things of the filesystem",
+    "overhead": "the journal, and other filesystem metadata",
 }
 _BLOCK = 512
 """st_blocks counts in these."""

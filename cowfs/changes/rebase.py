@@ -203,7 +203,7 @@ class Rebase:
             return  # it hid what a deleted checkpoint had
         if new is None or old is None:
             if is_told:
-                why = "deleted there, too" if new is None else "the deletion is of nothing that was there"
+                why = "deleted there, too" if new is None else "deletes a name that did not exist"
                 self._drop(path, natural, why)
             return
         if natural not in self._moved and not self._equal(old, new):

@@ -26,11 +26,11 @@ _EPILOG = """\
 Where ROOT has something other than the lower had (another content or type, or nothing), that is a conflict:
 it is named, and nothing is changed. --force replaces and removes those files, too.
 
-Each file is replaced at once: whenever it is interrupted, the content of each path is old or new; the same
+Each file is replaced at once: if it is interrupted, the content of each path is old or new, and the same
 command completes it. Nothing outside ROOT is changed, whatever links are in it. Other filesystems mounted
 in ROOT are left alone.
 
---backup DIR copies what is to be replaced to DIR first; --undo brings it back, and removes what was added.
+--backup DIR copies what is to be replaced to DIR first; --undo restores it, and removes what was added.
 
 examples:
   cowfs apply sysrcd.bs /mnt/unpacked --dry-run    list what would be done, as cowfs diff does
@@ -57,9 +57,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "-i", "--interactive", action="store_true", help="ask for each change, and each conflict"
     )
     parser.add_argument(
-        "--backup", metavar="DIR", default="", help="make DIR, of what is replaced; with --undo: read it"
+        "--backup", metavar="DIR", default="", help="copy what is replaced to DIR; with --undo: read it"
     )
-    parser.add_argument("--undo", action="store_true", help="bring back what DIR has of ROOT")
+    parser.add_argument("--undo", action="store_true", help="restore to ROOT what DIR has kept")
     options.add_trust(parser, "make")
     options.add_opening(parser)
     parser.set_defaults(run=run)
@@ -78,7 +78,9 @@ def run(args: argparse.Namespace) -> int:
     if args.root is None:
         raise UsageError("no ROOT given", "name the directory to change after the store")
     if args.dry_run and (args.interactive or args.backup):
-        raise UsageError("--dry-run: changes nothing to be asked of or kept", "leave out one of them")
+        raise UsageError(
+            "--dry-run changes nothing, so there is nothing to ask or keep", "leave out one of them"
+        )
     found, losses = apply(
         args.what,
         args.root,
@@ -143,7 +145,7 @@ def _asking() -> Callable[[str, bytes, str], bool]:
                 case "q" | "" if answer in {"", "q\n", "Q\n", "q"}:
                     raise UsageError("nothing was changed")
                 case _:
-                    warn("y: change it; n: do not; a: and all others; d: and none of the others; q: nothing")
+                    warn("y: change it; n: do not; a: change all others too; d: no others; q: change nothing")
         return rest
 
     return ask

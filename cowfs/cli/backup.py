@@ -14,12 +14,12 @@ Copy a store to FILE, as it is at one moment, though its mount is in use. FILE i
 mounted, and `cowfs restore` copies it back.
 """
 _EPILOG = """\
-Programs that use the mount wait for what was written while the store was copied; not at all for long where
-FILE can share blocks with the store (btrfs, XFS). A store that is an image, or in memory, becomes a file with
-holes where the store has nothing; one in a directory becomes a directory.
+Programs that use the mount wait while the data written during the copy is copied once more, or only for a
+moment where FILE can share blocks with the store (btrfs, XFS). A store that is an image, or in memory,
+becomes a file with holes where the store has nothing; one in a directory becomes a directory.
 
-FILE is complete in the end, or not there. What a program has not yet written is not in it: like a power
-failure at that moment, it leaves what fsync(2) had been called for.
+At the end FILE is complete, or does not exist. It is what a power failure at that moment would leave: data
+that fsync(2) was called for is in it, data that a program has not yet written is not.
 
 examples:
   cowfs backup /mnt monday.bs

@@ -58,10 +58,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "-r", "--recursive", action="store_true", help="and of all that is recorded below PATH"
     )
     parser.add_argument(
-        "--engine", choices=("auto", "process", "kernel"), default="auto", help="who reads images"
+        "--engine",
+        choices=("auto", "process", "kernel"),
+        default="auto",
+        help="what reads images, as for cowfs mount",
     )
     how = parser.add_mutually_exclusive_group()
-    how.add_argument("--json", action="store_true", help="one JSON object a line")
+    how.add_argument("--json", action="store_true", help="print one JSON object per line")
     how.add_argument(
         "-z",
         "--null",

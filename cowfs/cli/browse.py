@@ -13,7 +13,7 @@ NAME = "browse"
 
 _DESCRIPTION = """\
 Walk the changes as a tree in the terminal, look at how each path differs and why it shows what it shows,
-mark paths and take them back.
+mark paths and revert them.
 """
 _EPILOG = """\
 keys:
@@ -22,7 +22,7 @@ keys:
   Enter    scroll that; Escape: back to the tree
   Space    mark a path, and everything below it
   r        revert what is marked, or else the selected path; asks first
-  u        bring back what was reverted last
+  u        undo the last revert
   R        read the changes again
   ?, q     help; quit
 

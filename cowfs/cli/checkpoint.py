@@ -10,16 +10,16 @@ from cowfs.cli.output import warn
 NAME = "checkpoint"
 
 _DESCRIPTION = """\
-Keep the state that the tree has now under a name. `cowfs rollback` brings it back, and `cowfs diff --since`
-compares with it. It takes no room: only what is changed after it does.
+Keep the present state of the tree under a name. `cowfs rollback` restores it, and `cowfs diff --since`
+compares with it. A checkpoint takes no space: only later changes do.
 """
 _EPILOG = """\
 A mounted tree stays in use: files that are open for writing are copied once more when they are written to
 next. What fsync(2) has put on disk is in the checkpoint, and so is all that was written before it was asked
 for. A store with checkpoints cannot be used by cowfs versions that do not know them.
 
---delete removes a checkpoint, and changes neither the tree nor other checkpoints. What nobody needs any more
-is freed: at once if the store is not mounted, else when it is mounted next.
+--delete removes a checkpoint, and changes neither the tree nor other checkpoints. Its space is
+freed at once if the store is not mounted, else when it is mounted next.
 
 examples:
   cowfs checkpoint /mnt before-upgrade

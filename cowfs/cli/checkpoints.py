@@ -11,9 +11,8 @@ from cowfs.cli.output import say, say_fields
 NAME = "checkpoints"
 
 _EPILOG = """\
-Each line has the time (UTC) at which one was taken, its name, and the one that it was taken after. A star
-marks those that the tree was made from: what was changed since the last of these, `cowfs diff --since NAME`
-lists.
+Each line has the time (UTC) at which a checkpoint was taken, its name, and the checkpoint before it. A star
+marks those that the tree is based on; `cowfs diff --since NAME` lists the changes since the last of them.
 
 --json prints one object: "version" (1), and "checkpoints", an array of objects with "name", "taken", "on"
 (the one before it, or null), "current" (starred) and "last" (the last one with a star).

@@ -15,12 +15,12 @@ Turn a store of aufs, as SystemRescueCd 1 to 5 wrote them, into one of overlayfs
 place. The merged tree is the same before and after.
 """
 _EPILOG = """\
-It needs hardly any room: whiteouts are written anew, everything else is moved. Whenever it is interrupted,
-the same command completes it; until then the store cannot be mounted. The store must not be mounted, nor
-keep what `cowfs revert` has taken back.
+It needs hardly any space: whiteouts are rewritten, everything else is moved. If it is interrupted, the same
+command completes it; until then the store cannot be mounted. The store must not be mounted, and its trash
+(of `cowfs revert`) must be empty.
 
-To aufs: what the store has of its lower by a renamed directory, by a file that is copied up without its data,
-or by a hard link is copied into it first, so the lower must be there. Names that aufs cannot have (.wh.NAME,
+To aufs: renamed directories, files copied up without their data, and hard links refer to the lower, so their
+data is copied into the store first, and the lower must be there. Names that aufs cannot have (.wh.NAME,
 more than 242 bytes) and checkpoints are refused, before anything is changed.
 
 examples:
@@ -35,9 +35,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         subparsers, NAME, "turn a store of aufs into one of overlayfs, or back", _DESCRIPTION, _EPILOG
     )
     parser.add_argument("store", metavar="STORE", help="a store that is not mounted")
-    parser.add_argument(
-        "--to", choices=("overlayfs", "aufs"), required=True, help="the format that it is to have"
-    )
+    parser.add_argument("--to", choices=("overlayfs", "aufs"), required=True, help="the new format")
     options.add_opening(parser)
     parser.add_argument("--json", action="store_true", help="report as one JSON object")
     parser.set_defaults(run=run)

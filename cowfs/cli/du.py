@@ -48,7 +48,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     how.add_argument(
         "--json",
         action="store_true",
-        help="one JSON object a line: version path reason size; last, reclaimable",
+        help="print one JSON object per line: version path reason size; last, reclaimable",
     )
     how.add_argument(
         "-z",
@@ -57,7 +57,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="names as they are; reason, bytes and path, a NUL after each",
     )
     parser.add_argument(
-        "--programs", action="store_true", help="and by the program that changed it last, if that is recorded"
+        "--programs", action="store_true", help="and by the program that changed it last, if recorded"
     )
     options.add_lower(parser)
     parser.set_defaults(run=run)
@@ -173,7 +173,7 @@ def _programs(changes: Changes, what: str) -> dict[bytes, str]:
     records = changes.records()
     if records is None:
         raise UsageError(
-            f"{what}: nothing is recorded", "it is with cowfs mount -o blame; leave --programs out"
+            f"{what}: nothing is recorded", "cowfs mount -o blame records it; leave --programs out"
         )
     timeline = Timeline()
     for record in records:

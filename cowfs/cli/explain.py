@@ -25,7 +25,7 @@ examples:
   cowfs explain sysrcd.bs etc/fstab      of a store that is not mounted
   cowfs explain /mnt etc --json          the same for programs
 
-exit codes: 0 the path shows something; 1 wrong usage; 32 nothing is seen there, or it cannot be told.
+exit codes: 0 the path shows something; 1 wrong usage; 32 the path does not exist, or cannot be read.
 """
 
 
@@ -37,7 +37,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("what", metavar="STORE|MOUNTPOINT")
     parser.add_argument("paths", metavar="PATH", nargs="*", default=(), help="what to explain")
     how = parser.add_mutually_exclusive_group()
-    how.add_argument("--json", action="store_true", help="one JSON object a line")
+    how.add_argument("--json", action="store_true", help="print one JSON object per line")
     how.add_argument(
         "-z",
         "--null",

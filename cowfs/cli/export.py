@@ -20,8 +20,8 @@ NAME = "export"
 EXIT_PARTIAL = 64
 
 _DESCRIPTION = """\
-Write what was changed, or with --merged the whole tree, to FILE in a format that other programs read. FILE is
-complete in the end, or not there.
+Write what was changed, or with --merged the whole tree, to FILE in a format that other programs read.
+At the end FILE is complete, or does not exist.
 """
 _EPILOG = """\
 FORMAT is one of
@@ -35,7 +35,7 @@ FORMAT is one of
   restic     a list for restic backup --files-from-raw
 
 A file that was deleted is a whiteout: a device 0:0 (overlayfs), a file .wh.NAME (aufs, oci), or for tar
-a name in FILE.deleted (list), where each ends with a NUL. Renamed directories come with all that is in them.
+a name in FILE.deleted (list), where each ends with a NUL. A renamed directory comes with all its contents.
 FILE may be -, standard output, for all but squashfs and directories.
 
 The same store gives the same bytes. If SOURCE_DATE_EPOCH is set, no time in FILE is later than that.
@@ -51,9 +51,9 @@ examples:
   cowfs export /mnt --to rsync list
   rsync -aHAX --from0 --files-from=list --delete-missing-args --force /mnt/ COPY-OF-THE-ROOT/
 
-Exit codes: 0 FILE is complete; 64 it is there, and standard error says what of the changes it has no words
-for; 1 usage error; 2 it could not be written; 32 the store or the lower cannot be used. Times rounded to
-seconds are told, but no failure.
+Exit codes: 0 FILE is complete; 64 FILE is complete, but its format cannot hold some of the changes, which
+standard error lists; 1 usage error; 2 it could not be written; 32 the store or the lower cannot be used.
+Times rounded to seconds are reported, but are not an error.
 """
 
 

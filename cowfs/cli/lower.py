@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 NAME = "lower"
 
 _DESCRIPTION = """\
-Load a module into a mounted tree: a squashfs image, which is merged above the lowers and below the store. Or
-remove it again.
+Add a module to a mounted tree, or remove it again. A module is a squashfs image; it is merged above the
+lowers and below the store.
 """
 _EPILOG = """\
-Each name shows what it would if the tree were mounted anew. So what the store has, or has deleted, is not
-changed by a module. A file that is open stays what it is until it is closed.
+Each name then shows what it would show after a new mount. So a module changes nothing that the store has, or
+has deleted. An open file stays as it is until it is closed.
 
 Root's mounts that allow set-user-ID programs or devices, or that other users see, take an image that only
 root can change, or any with --trust.

@@ -90,7 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, optional: bool = False) ->
     parser.add_argument(
         "--verify",
         metavar="HASH|FILE",
-        help="compare the lower image with its dm-verity tree: by this root hash, or who signed it",
+        help="verify the lower image by its dm-verity tree: a root hash, or the signer's certificate",
     )
     parser.add_argument("-o", metavar="OPTS", dest="options", action="append", default=[], help="see below")
 
@@ -187,7 +187,7 @@ def _union_options(args: argparse.Namespace, given: mount_options.Options) -> Un
     _ = given.by_url  # if this option is refused, then here
     engine = args.engine or given.values.get("engine", "auto")
     if engine == "kernel" and any(map(is_url, lowers)):
-        raise UsageError("engine=kernel: the kernel reads nothing by URL", "leave it out")
+        raise UsageError("engine=kernel: the kernel cannot read by URL", "leave it out")
     if not lowers:
         raise UsageError("no lower layer given", "the first argument is LOWER[:LOWER...]")
     store = args.store or given.values.get("store", "memory")
@@ -250,7 +250,7 @@ def _verify(given: mount_options.Options, lowers: Sequence[str], engine: str) ->
             "give one for each lower",
         )
     if any(verify) and engine == "kernel":
-        raise UsageError("verify: the kernel would read what was not compared", "leave engine=kernel out")
+        raise UsageError("verify: the kernel would read unverified data", "leave engine=kernel out")
     for lower, by in zip(lowers, verify, strict=False):
         if by and not is_url(lower) and os.path.isdir(lower):
             raise UsageError(f"{lower}: a directory has no hash tree", "remove verify for it")

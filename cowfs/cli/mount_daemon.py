@@ -160,7 +160,7 @@ def _record(store: Store, observer: Observer) -> None:
     try:
         records, said = open_or_make(store.layer, store.size)
         if said:
-            warn(f"{said}; a new one is begun")
+            warn(f"{said}; a new one is started")
         observer.record(Recorder(records, store.path))
     except StoreError as error:
         why = str(error)

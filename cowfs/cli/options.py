@@ -204,7 +204,7 @@ def _image_in(path: str) -> int:
     except OSError:
         return 0
     if found is None:
-        raise LayerError(f"{path}: no squashfs image was found in it", "give its place: offset=BYTES")
+        raise LayerError(f"{path}: contains no squashfs image", "give its place: offset=BYTES")
     return found
 
 

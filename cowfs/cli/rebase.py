@@ -18,20 +18,20 @@ NAME = "rebase"
 EXIT_CONFLICT = 65
 
 _DESCRIPTION = """\
-Let a store that was made for one root belong to another version of it, with its changes. For each file the
-store, OLDROOT and NEWROOT decide. What only the store has changed stays; what only NEWROOT has changed is
-that of NEWROOT; what is equal to NEWROOT by now is dropped, and so are deletions of what is not there any
-more.
+Carry the changes of a store over to another version of its root. Afterwards the store belongs to NEWROOT.
+Each file is compared in the store, OLDROOT and NEWROOT. What only the store has changed stays; what only
+NEWROOT has changed is taken from NEWROOT. Changes that NEWROOT has, too, are dropped, and so are deletions
+of files that NEWROOT does not have.
 """
 _EPILOG = """\
 What the store and NEWROOT have both changed is a conflict: it is named, and the store's version stays.
 --conflicts DIR writes all versions of these to DIR/old, DIR/new and DIR/changed. A renamed directory that
-NEWROOT does not have any more stays whole, as OLDROOT had it.
+NEWROOT no longer has stays complete, as in OLDROOT.
 
-Whenever it is interrupted, even by a power failure, the store is the old one or the new one. The store needs
-room for new directories, and for copies of files whose data was OLDROOT's and is not NEWROOT's. Its
-checkpoints come along, each as it would be had it been made on NEWROOT. It must not be mounted, nor hold what
-`cowfs revert` has taken back.
+If it is interrupted, even by a power failure, the store is the old one or the new one. The store needs
+space for new directories, and for copies of files whose data OLDROOT had and NEWROOT has not. Its
+checkpoints are carried over in the same way. It must not be mounted, and its trash (of `cowfs revert`) must
+be empty.
 
 examples:
   cowfs rebase sysrcd.bs --from old.sfs --onto new.sfs --dry-run
@@ -56,7 +56,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         dest="old",
         help="the root that the store belongs to: images or directories, separated by colons",
     )
-    parser.add_argument("--onto", metavar="NEWROOT", required=True, help="the root that it is to belong to")
+    parser.add_argument("--onto", metavar="NEWROOT", required=True, help="the new root")
     options.add_offset(parser)
     parser.add_argument("-n", "--dry-run", action="store_true", help="only report what would be done")
     parser.add_argument("--json", action="store_true", help="report as one JSON object")

@@ -13,13 +13,13 @@ _DESCRIPTION = """\
 Check FILE, which `cowfs backup` has made, and copy it to STORE.
 """
 _EPILOG = """\
-STORE is what it was, or what FILE is, whenever this is interrupted. It must not be in use.
+If this is interrupted, STORE is unchanged or complete. It must not be in use.
 
 examples:
   cowfs restore monday.bs sysrcd.bs --force
 
-Exit codes: 0 STORE is what FILE is; 1 usage error; 2 it could not be written; 32 FILE is no sound store, or
-STORE is in use.
+Exit codes: 0 STORE is a copy of FILE; 1 usage error; 2 it could not be written; 32 FILE is not a sound store,
+or STORE is in use.
 """
 
 

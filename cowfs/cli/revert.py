@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from cowfs.api import Done
 
 NAME = "revert"
-JSON_HELP = "one JSON object a line: version path kind size why_not"
+JSON_HELP = "print one JSON object per line: version path kind size why_not"
 VERSION = 1
 
 _DESCRIPTION = """\
@@ -38,7 +38,7 @@ examples:
   cowfs revert /mnt/etc                 all that was changed below /etc
   cowfs revert sysrcd.bs --all          everything, in a store that is not mounted
   cowfs revert /mnt usr --metadata      owners, modes, times and attributes, but not the contents
-  cowfs revert /mnt --undo              bring back what was taken back last
+  cowfs revert /mnt --undo              undo the last revert
 
 exit codes: 0 done; 1 wrong usage, or nothing to take back; 32 some of it could not be taken back.
 """
@@ -53,7 +53,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("--all", action="store_true", help="take everything back")
     parser.add_argument("--metadata", action="store_true", help="only owners, modes, times and xattrs")
-    parser.add_argument("--undo", action="store_true", help="bring back what was taken back last")
+    parser.add_argument("--undo", action="store_true", help="undo the last revert")
     parser.add_argument("-n", "--dry-run", action="store_true", help="only list what would be taken back")
     options.add_lower(parser)
     how = parser.add_mutually_exclusive_group()
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
 
     what, paths = patterns_of(args)
     if args.undo and (paths or args.all or args.metadata or args.dry_run):
-        raise UsageError("--undo brings back all that was taken back last", "leave the rest out")
+        raise UsageError("--undo undoes the whole last revert", "leave the rest out")
     if not paths and not args.all and not args.undo:
         raise UsageError("nothing is named", "give paths, or --all")
     if paths and args.all:

@@ -10,11 +10,12 @@ from cowfs.cli.output import warn
 NAME = "rollback"
 
 _DESCRIPTION = """\
-Let the tree be what it was at a checkpoint. What was changed since is gone, unless another checkpoint has it.
+Make the tree what it was at a checkpoint. Later changes are lost, unless another checkpoint has them.
 """
 _EPILOG = """\
-In a mounted tree nothing may be open, mapped, run, or somebody's working directory; what is, and by whom, is
-said. Later checkpoints stay: `cowfs rollback` to one of them goes forward again.
+In a mounted tree no file may be open, mapped or running, and no directory may be a working directory;
+otherwise cowfs says what is in use, and by whom. Later checkpoints stay: `cowfs rollback` to one of them goes
+forward again.
 
 examples:
   cowfs rollback /mnt before-upgrade

@@ -30,16 +30,16 @@ _EPILOG = """\
 With --root COMMAND sees nothing but the merged tree of ROOT, as its root directory: / to try a command on
 this system, a directory, or an image. Filesystems mounted in ROOT can be changed in the same way, those that
 are read-only stay so, and /proc and /sys are the system's. /dev has the usual devices. When COMMAND exits,
-what it has left running is ended. On a terminal its changes are listed then, and cowfs asks what to do with
-them; the options --commit, --discard and --keep answer beforehand. Without a terminal and an answer the
-changes stay in the store, or are discarded if there is none.
+processes that it left running are killed. On a terminal its changes are listed then, and cowfs asks what to
+do with them; the options --commit, --discard and --keep answer beforehand. Without a terminal and an answer
+the changes stay in the store, or are discarded if there is none.
 
---commit carries the changes onto ROOT, a directory: all of them, whenever it is interrupted, for the next
-`cowfs run` completes it. Where ROOT was changed meanwhile, that is a conflict: it is named, nothing is
+--commit carries the changes onto ROOT, a directory: all of them, since the next `cowfs run` completes a
+commit that was interrupted. Where ROOT was changed meanwhile, that is a conflict: it is named, nothing is
 overwritten, and the changes are kept. The changes of a filesystem mounted in ROOT at etc/x are kept in the
 store STORE.mounts/etc%2Fx.
 
-Without --root the merged tree is at MOUNTPOINT, which only COMMAND sees. It is unmounted in the end.
+Without --root the merged tree is at MOUNTPOINT, which only COMMAND sees. It is unmounted at the end.
 
 For an ordinary user, COMMAND is root of a user namespace: it may do what root may do, to the files of the
 user and in the merged tree. Other users and groups exist there if /etc/subuid and /etc/subgid assign some
@@ -118,9 +118,7 @@ def _check(args: argparse.Namespace) -> None:
     if "fakeroot" in mount_options.parse(args.options).flags:
         raise UsageError("fakeroot: the command is root without it", "remove it")
     if args.root is not None and args.lower is not None:
-        raise UsageError(
-            f"--root and {args.lower}: one of them is too many", "cowfs run --root ROOT -- COMMAND"
-        )
+        raise UsageError(f"--root and {args.lower}exclude each other", "cowfs run --root ROOT -- COMMAND")
     if args.root is None and (args.lower is None or args.mountpoint is None):
         raise UsageError("no root given", "cowfs run --root / -- COMMAND, or LOWER MOUNTPOINT")
     has_store = args.store not in {None, "memory"}
@@ -128,14 +126,14 @@ def _check(args: argparse.Namespace) -> None:
         raise UsageError("--store and --keep: both say where the changes are kept", "leave one of them out")
     if has_store and args.discard and os.path.lexists(args.store):
         raise UsageError(
-            f"--discard: {args.store} is there already, and keeps its changes",
+            f"--discard: {args.store} already exists, and keeps its changes",
             "leave out --store, or use `cowfs revert`",
         )
     if args.keep and os.path.lexists(args.keep):
         raise UsageError(f"--keep {args.keep}: already exists", "give another name, or --store to add to it")
     lower = _lower(args)
     if args.commit and not os.path.isdir(lower):
-        raise UsageError(f"--commit: {lower} is no directory, and cannot be changed", "use --keep STORE")
+        raise UsageError(f"--commit: {lower} is not a directory, so it cannot be changed", "use --keep STORE")
     if args.commit and os.statvfs(lower).f_flag & os.ST_RDONLY:
         raise UsageError(f"--commit: {lower} is mounted read-only", "use --keep STORE")
 
@@ -186,7 +184,7 @@ def _enter() -> bool:
         user_namespace.become_root()
     except OSError as error:
         raise SystemFailure(
-            f"no user namespace can be had: {error.strerror}",
+            f"cannot create a user namespace: {error.strerror}",
             "the system forbids them: see kernel.unprivileged_userns_clone and user.max_user_namespaces",
         ) from None
     return _others_are_there()
@@ -211,9 +209,9 @@ def _wait(command: list[str], prepare: Callable[[], object], sandbox: Sandbox | 
         if sandbox is not None:
             ended, left = offspring.end_all(spared)
             if ended:
-                warn(f"ended what the command has left running: {', '.join(ended)}")
+                warn(f"ended processes that the command left running: {', '.join(ended)}")
             if left:
-                warn(f"what the command has left running cannot be ended: {', '.join(left)}")
+                warn(f"processes that the command left running cannot be ended: {', '.join(left)}")
         for number, handler in zip(_FROM_TERMINAL, before, strict=True):
             signal.signal(number, handler)
 
@@ -267,7 +265,7 @@ def _unmount(mountpoint: str) -> None:
     try:
         umount.run(arguments)
     except MountFailure as failure:
-        warn(f"{failure.message}: what the command has left running keeps it")
+        warn(f"{failure.message}: still used by processes that the command left running")
         arguments.lazy = True
         with suppress(MountFailure):
             umount.run(arguments)

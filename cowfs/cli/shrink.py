@@ -12,18 +12,18 @@ NAME = "shrink"
 
 _DESCRIPTION = """\
 Make a store smaller, and keep its contents. It must not be mounted. A copy is checked and made smaller, and
-takes its place: the store is the old one or the new one, whenever this is interrupted.
+takes its place: if this is interrupted, the store is the old one or the new one.
 """
 _EPILOG = """\
-SIZE is the new size in MiB, or with a unit (256, 256M, 1.5G); without it, as small as can be, 16 MiB at
-least. There must be room for the copy beside the store: for what the disk has of it by now. `cowfs trim`
-gives back what is free in a store without a copy.
+SIZE is the new size in MiB, or with a unit (256, 256M, 1.5G); without it, as small as possible, but at
+least 16 MiB. The copy needs space beside the store: as much as the store takes on the disk now. `cowfs trim`
+frees space on the disk without a copy.
 
 examples:
   cowfs shrink sysrcd.bs 256
   cowfs shrink sysrcd.bs           leaves no room for more changes: for keeping it
 
-Exit codes: 0 the store has that size; 1 usage error; 2 a program is missing; 32 it is as it was.
+Exit codes: 0 the store has that size; 1 usage error; 2 a program is missing; 32 it was not changed.
 """
 
 

@@ -10,15 +10,15 @@ from cowfs.cli.output import say
 NAME = "trim"
 
 _DESCRIPTION = """\
-Give the disk back what is free in a store that is an image: its file gets holes there. It keeps its size, and
-takes room again as it is filled. For a store in memory, that is memory.
+Give the free space of a store that is an image back to the disk: its file gets holes there. The file keeps
+its size, and takes space again as it is filled. For a store in memory, this frees memory.
 """
 _EPILOG = """\
 The store is checked (and what is safe is repaired). It may be mounted, unless by --engine kernel; programs
 that use the mount wait while it is checked.
 
-A store that has given back room needs some on its disk when it is written to: where the disk is full, writing
-fails. `cowfs create` and `grow` take all of it at once, so that this cannot happen.
+Afterwards the store needs free space on its disk when it is written to: if the disk is full, writes fail.
+`cowfs create` and `grow` allocate all space at once, so that this cannot happen.
 
 examples:
   cowfs trim /mnt

@@ -44,9 +44,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Add the subcommand's parser."""
     parser = options.add_subcommand(subparsers, NAME, "tell of changes as they happen", _DESCRIPTION, _EPILOG)
     parser.add_argument("mountpoint", metavar="MOUNTPOINT")
-    parser.add_argument("paths", metavar="PATH|GLOB", nargs="*", default=(), help="tell of these alone")
+    parser.add_argument("paths", metavar="PATH|GLOB", nargs="*", default=(), help="report only these")
     how = parser.add_mutually_exclusive_group()
-    how.add_argument("--json", action="store_true", help="one JSON object a line")
+    how.add_argument("--json", action="store_true", help="print one JSON object per line")
     how.add_argument(
         "-z",
         "--null",
@@ -107,7 +107,7 @@ def _replies(mountpoint: str, dev: str) -> Iterator[dict[str, Any]]:
     except CowfsError as failure:
         if failure.message.startswith("unknown command"):
             raise SystemFailure(
-                f"{mountpoint}: its daemon is of an older cowfs, which nobody can watch", "mount it again"
+                f"{mountpoint}: its daemon is an older cowfs, which cannot be watched", "mount it again"
             ) from None
         raise
 
@@ -122,9 +122,11 @@ def _report_end(place: str, ended: str) -> int:
         warn(f"{place}: was unmounted")
         return 0
     if ended == "slow":
-        warn(f"{place}: changes came faster than they were read: the last are not told (read faster)")
+        warn(
+            f"{place}: changes came faster than they were read: the last ones are not reported (read faster)"
+        )
         return EXIT_SYSTEM
-    warn(f"{place}: its daemon has died (cowfs umount {place} takes the mount away)")
+    warn(f"{place}: its daemon has died (cowfs umount {place} removes the mount)")
     return EXIT_MOUNT
 
 

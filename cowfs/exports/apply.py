@@ -32,7 +32,7 @@ _LOCK = "applying"
 _REFUSED = {errno.EPERM, errno.EACCES, errno.EOPNOTSUPP, errno.EINVAL}
 _NOT_THERE = {errno.ENOENT, errno.ENOTDIR}
 MOUNTED = {errno.EBUSY, errno.EXDEV}
-_NOT_HAD = "symbolic links, FIFOs and sockets left out, which the filesystem does not have"
+_NOT_HAD = "symbolic links, FIFOs and sockets left out, which the filesystem does not support"
 
 
 class Root:
@@ -195,13 +195,13 @@ def _conflict(path: bytes, root: Root, was: Node | None, to_be: Node | None) -> 
         if was is not None and was.is_dir and stat.S_ISDIR(info.st_mode):
             if (info.st_dev, info.st_ino) == (was.attr.st_dev, was.attr.st_ino):
                 raise UsageError(
-                    f"{root.path}: is the lower itself, which the changes need as it is",
+                    f"{root.path}: is the lower itself, on which the changes are based",
                     "apply them to a copy of it",
                 )
         if to_be is not None and is_same(fd, info, to_be):
             return
         if was is None:
-            yield path, "exists, and did not in the lower"
+            yield path, "exists, but did not in the lower"
         elif stat.S_IFMT(info.st_mode) != stat.S_IFMT(was.attr.st_mode):
             yield path, "has another type than in the lower"
         elif not is_same(fd, info, was):

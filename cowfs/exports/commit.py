@@ -355,7 +355,7 @@ def _read(path: str) -> list[tuple[dict[str, Any], _Staged]]:
         raise StoreError(f"{path}: a prepared commit is damaged", "remove it, and commit again") from None
     if whole["users"] != _users():
         raise StoreError(
-            f"{path}: was prepared by somebody who has other users and groups",
+            f"{path}: was prepared with other user and group IDs",
             "start cowfs run as the same user, with the same /etc/subuid and /etc/subgid",
         )
     return trees
@@ -369,7 +369,8 @@ def _must_be_it(root: Root, told: dict[str, Any], path: str) -> None:
     is_on_it = info.st_dev == told["dev"] if known is None else root.fsid() == known
     if info.st_ino != told["ino"] or not is_on_it:
         raise StoreError(
-            f"{path}: another directory is at {root.path} now", "mount what was there when it began"
+            f"{path}: another directory is at {root.path} now",
+            "mount the filesystem that was there when it began",
         )
 
 

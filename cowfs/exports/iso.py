@@ -127,7 +127,7 @@ def _run(command: list[str], fds: list[int], made: int = 0) -> subprocess.Comple
 def _reason(said: bytes) -> str:
     lines = said.decode(errors="replace").splitlines()
     told = [line for line in lines if "FAILURE" in line or "FATAL" in line] or lines[-1:]
-    return told[0].partition(" : ")[2].strip() or told[0] if told else "it says nothing"
+    return told[0].partition(" : ")[2].strip() or told[0] if told else "it gave no reason"
 
 
 def _digest(scratch: int, name: str) -> str:

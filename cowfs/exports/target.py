@@ -105,7 +105,7 @@ def _parent(path: str) -> Iterator[tuple[int, str]]:
         if isinstance(error, FileNotFoundError):
             hint = f"there is no directory {directory}: mkdir -p {directory}"
         elif isinstance(error, NotADirectoryError):
-            hint = f"{directory} is no directory: give another name"
+            hint = f"{directory} is not a directory: give another name"
         raise SystemFailure(f"{path}: {error.strerror}", hint) from None
     try:
         reason = who_can_redirect(directory or ".", parent)

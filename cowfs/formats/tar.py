@@ -125,7 +125,7 @@ class Archive:
                 directory.children[part] = child
                 directory.nlink += 1
             if not stat.S_ISDIR(child.mode):
-                raise LayerError(f"{self.name}: {b'/'.join(parts)!r} is no directory, but has members")
+                raise LayerError(f"{self.name}: {b'/'.join(parts)!r} is not a directory, but has members")
             directory = child
         return directory
 

@@ -129,7 +129,7 @@ def _signed(path: str, certificate: str, open_: Open) -> bytes:
         if done.returncode:
             raise LayerError(
                 f"{beside(path, '.roothash')}: its signature is not of {certificate}",
-                "do not use the image, or give the certificate of who made it",
+                "do not use the image, or give the certificate of its signer",
             )
         with open(f"{place}/said", "rb") as file:
             return file.read(_MOST)

@@ -157,7 +157,7 @@ def _superblock(tree: Readable, name: str) -> tuple[int, bytes]:
     """Return of how many blocks a tree is, and its salt."""
     raw = tree.pread(_SUPERBLOCK.size, 0)
     if len(raw) < _SUPERBLOCK.size or raw[:8] != _SIGNATURE:
-        raise LayerError(f"{name}: its hash tree is none of dm-verity's", "make one with veritysetup format")
+        raise LayerError(f"{name}: its hash tree is not dm-verity's", "make one with veritysetup format")
     _, version, kind, algorithm, data_size, hash_size, blocks, salt_size, salt = _SUPERBLOCK.unpack(raw)
     is_usual = (version, kind, data_size, hash_size) == (1, 1, BLOCK, BLOCK)
     if not is_usual or algorithm.rstrip(b"\0") != b"sha256" or salt_size > len(salt):

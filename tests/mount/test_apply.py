@@ -105,7 +105,7 @@ def test_conflicts_are_named_and_links_lead_nowhere(made: tuple[Path, Snapshot],
     done = cowfs("apply", top / "store.bs", copy)
     assert done.returncode == CONFLICTS
     for line in (
-        "old/new exists, and did not in the lower",
+        "old/new exists, but did not in the lower",
         "etc has another type than in the lower",
         "gone/sub has another type than in the lower",
         "touched has another type than in the lower",

@@ -141,7 +141,7 @@ def test_a_store_elsewhere(
         write(here.path / "new", "new")
         where = base if act is rename_above else base / "in"
         shown = cowfs("info", here.path, check=True, nobody=nobody).stdout
-        assert f"MOVED:      {said.format(where)}; the mount goes on with what it has" in shown
+        assert f"MOVED:      {said.format(where)}; the mount continues with what it has open" in shown
         done = cowfs("umount", here.path, nobody=nobody)
         assert (done.returncode, done.stderr) == (
             0,
@@ -187,7 +187,7 @@ def test_lowers_elsewhere(tmp_path: Path) -> None:
         (tmp_path / "new").rename(image)
         run("umount", "-l", tmp_path / "unmounted")
         said = [line.split(":", 1)[1].strip() for line in shown_lines(here, "LOST")]
-        goes_on = "; the mount goes on with what it has"
+        goes_on = "; the mount continues with what it has open"
         assert said == [
             f"{tmp_path}/renamed: the directory was renamed to {tmp_path}/elsewhere{goes_on}",
             f"{image}: its file was deleted or replaced{goes_on}",

@@ -80,7 +80,7 @@ def test_a_root_by_url_is_as_one_beside_it(
         told = cowfs("info", server.url(), nobody=nobody, env=home).stdout
         assert server.url() in told and "squashfs 4.0" in told
     done = cowfs("info", store, "--kernel", nobody=nobody)
-    assert done.returncode and "the kernel reads nothing by URL" in done.stderr
+    assert done.returncode and "the kernel cannot read by URL" in done.stderr
     image = nobody_path / "image"
     image.write_bytes(server.behaviour.files["/root.sqsh"])
     with mounted(image, mnt, store, nobody=nobody):  # it is the same, wherever it is
@@ -205,7 +205,7 @@ def test_what_cannot_be_mounted_is_told_of_in_one_line(server: FileServer, tmp_p
     assert "truncated squashfs image" in refusal(server.url("/short.sqsh"))
     server.behaviour.ranges = False
     assert "does not take range requests" in refusal(server.url())
-    assert "the kernel reads nothing by URL" in refusal(server.url(), "--engine=kernel")
+    assert "the kernel cannot read by URL" in refusal(server.url(), "--engine=kernel")
     assert "offset=auto would read all of it" in refusal(server.url(), "-o", "offset=auto")
     assert "a login in a URL is shown" in refusal("http://me:secret@127.0.0.1/x")
     assert "url_wait=x: not a number" in refusal(server.url(), "-o", "url_wait=x")

@@ -163,7 +163,7 @@ def test_what_is_refused(tmp_path: Path, images: tuple[Path, Path]) -> None:
         mnt = here.path
         assert "is a lower of this mount already" in refused("lower", "add", mnt, root)
         assert "is a lower that the store belongs to" in refused("lower", "remove", mnt, root)
-        assert "is no module of this mount" in refused("lower", "remove", mnt, module)
+        assert "is not a module of this mount" in refused("lower", "remove", mnt, module)
         assert "No such file" in refused("lower", "add", mnt, tmp_path / "none.sb")
         assert "not a squashfs image in a file" in refused("lower", "add", mnt, tmp_path / "module")
         (tmp_path / "text").write_text("text\n" * 100)

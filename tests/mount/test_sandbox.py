@@ -315,7 +315,7 @@ def test_a_commit_leaves_out_what_cannot_be(
     assert sorted(commit.losses) == [
         "files whose mode their filesystem does not have: 1 (new-dir)",
         "left there, for something is mounted on it, or in it: 1 (gone)",
-        "symbolic links, FIFOs and sockets left out, which the filesystem does not have: 1 (new-link)",
+        "symbolic links, FIFOs and sockets left out, which the filesystem does not support: 1 (new-link)",
     ]
     assert os.listdir("/var/lib/cowfs/commits") == []
 
@@ -352,7 +352,7 @@ def test_what_was_changed_meanwhile_is_a_conflict(root: Path, tmp_path: Path) ->
     assert process.returncode == FAILED
     for line in ("file was changed in the lower", "gone/sub/file was changed in the lower"):
         assert f"conflict: {line} meanwhile\n" in said
-    assert "ended what the command has left running: " in said
+    assert "ended processes that the command left running: " in said
     assert ((root / "file").read_text(), (root / "new").exists()) == ("host", False)
     assert cowfs("diff", store, "--name-only").stdout == "file\ngone\nnew\n"
     done = sandbox(root, "--store", store, "--commit", "--force")
@@ -569,7 +569,7 @@ def test_an_ordinary_user_installs_packages(nobody_path: Path) -> None:
 def test_what_does_not_go_together_is_said_before_anything_is_run(root: Path, tmp_path: Path) -> None:
     (tmp_path / "image").touch()
     for arguments, said in (
-        (("--root", tmp_path / "image", "--commit"), "is no directory, and cannot be changed"),
+        (("--root", tmp_path / "image", "--commit"), "is not a directory, so it cannot be changed"),
         (("--root", root, tmp_path / "image", tmp_path), "one of them is too many"),
         ((), "no root given"),
         (("--root", tmp_path / "none"), "no such file or directory"),

@@ -140,7 +140,7 @@ def test_the_offset_is_found(base: Path) -> None:
     (base / "none").write_bytes(b"hsqs" * 1000)
     mount_it: list[str | Path] = ["mount", base / "none", base / "mnt", "-o", "offset=auto"]
     for arguments in (["info", base / "none", "-o", "auto"], mount_it):
-        assert "no squashfs image was found in it" in said(*arguments, code=32)
+        assert "contains no squashfs image" in said(*arguments, code=32)
     assert "no lower is given to look in" in said(
         "diff", base / "store", "--offset", "auto", code=1, nobody=True
     )

@@ -102,7 +102,7 @@ def test_odd_archives_are_read_as_tar_unpacks_them(tmp_path: Path) -> None:
         (lambda add: add("a/../../etc/passwd", b"x"), "which no file can have here"),
         (lambda add: add("n" * 256, b"x"), "which no file can have here"),
         (lambda add: add("l", type=tarfile.LNKTYPE, linkname="nothing"), "a link to no file"),
-        (lambda add: [add("f", b"x"), add("f/g", b"y")], "is no directory, but has members"),
+        (lambda add: [add("f", b"x"), add("f/g", b"y")], "is not a directory, but has members"),
         (lambda add: add("s", type=tarfile.SYMTYPE, linkname="x" * 5000), "a symbolic link of 5000 bytes"),
         (
             lambda add: add("x", pax_headers={"GNU.sparse.realsize": f"{1 << 65}", "GNU.sparse.map": "0,1"}),

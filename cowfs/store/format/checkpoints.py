@@ -148,7 +148,7 @@ class Layers:
             if number not in known:
                 raise StoreError(
                     f"{self._layer.name}: an incomplete store: cowfs/layers/{number} is missing",
-                    "it holds changes that were made before a checkpoint; bring it back from a copy",
+                    "it holds changes that were made before a checkpoint; restore it from a copy",
                 )
         if len(numbers) > _MOST:
             raise StoreError(f"{self._layer.name}: damaged: more than {_MOST} checkpoints below each other")
@@ -336,7 +336,7 @@ def must_have_room(below: int, known: int) -> None:
     """StoreError when an upper has as many layers below it, or a store in all, as there can be."""
     for count, most, where in ((below, _MOST, " below each other"), (known, _MOST_KEPT - 2, "")):
         if count >= most:
-            raise StoreError(f"there are {count} checkpoints{where}, as many as can be", "delete some first")
+            raise StoreError(f"there are {count} checkpoints{where}, the maximum", "delete some first")
 
 
 def must_have_room_for(more: int, known: int) -> None:

@@ -32,7 +32,7 @@ def commands(
         at = str(lower["path"])
         if is_url(at):
             raise LayerError(
-                f"{at}: the kernel reads nothing by URL", "download the image, and mount that once"
+                f"{at}: the kernel cannot read by URL", "download the image, and mount that once"
             )
         if lower["kind"] == "tar":
             raise LayerError(f"{at}: the kernel mounts no tar archives", f"tar2sqfs IMAGE <{at}")

@@ -67,7 +67,7 @@ def subdir(store: str, name: str) -> str:
             "use letters, digits and _ . + -; not upper or work",
         )
     if store == "memory":
-        raise UsageError("subdir: a store in memory has no others in it", "give a store: -o store=FILE")
+        raise UsageError("subdir: a store in memory cannot contain others", "give a store: -o store=FILE")
     return os.path.join(store, name)
 
 

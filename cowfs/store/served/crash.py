@@ -43,7 +43,7 @@ def must_be_possible(store: str) -> None:
     is_new = not os.path.lexists(store) and not looks_like_image(store)  # which makes it a directory
     if store != "memory" and (os.path.isdir(store) or is_new):
         raise UsageError(
-            f"{store}: a directory keeps what was not synced: no crash can be played on it",
+            f"{store}: a directory keeps what was not synced, so it cannot simulate a crash",
             f"use a store in an image: cowfs create {store}.bs 256M",
         )
 

@@ -125,7 +125,7 @@ def watched(store: str, lowers: Sequence[str]) -> list[str]:
 
 
 def _goes_on(change: str) -> str:
-    return f"{change}; the mount goes on with what it has" if change else ""
+    return f"{change}; the mount continues with what it has open" if change else ""
 
 
 def _root(layer: LowerLayer | UpperLayer) -> int:
