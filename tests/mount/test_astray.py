@@ -164,7 +164,7 @@ def test_the_log_tells_of_a_store_elsewhere(tmp_path: Path) -> None:
     (tmp_path / "lower").mkdir()
     with mounted(tmp_path / "lower", tmp_path / "mnt", tmp_path / "store", quiet=False) as here:
         (tmp_path / "store").rename(tmp_path / "elsewhere")
-        said = f"{tmp_path}/store: the directory was renamed to {tmp_path}/elsewhere; the mount goes on"
+        said = f"{tmp_path}/store: the directory was renamed to {tmp_path}/elsewhere; the mount continues"
         eventually(lambda: said in here.log.read_text(), "the log says it", 20)
 
 

@@ -256,7 +256,7 @@ def test_a_killed_daemon_leaves_either_set(tmp_path: Path, images: tuple[Path, P
             assert (here.path / "opt/p/large").stat().st_size == 300_000
             assert (here.path / "opt/p/x").exists() == (len(lowers) == 2)
             if lowers == [root]:
-                assert "is no module" in refused("lower", "remove", here.path, module)
+                assert "is not a module" in refused("lower", "remove", here.path, module)
     other = mksquashfs(tmp_path / "other.sb", tmp_path / "module/etc")
     assert "belongs to" in refused("mount", f"{other}:{root}", tmp_path / "mnt", "--store", store)
 

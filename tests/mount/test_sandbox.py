@@ -570,7 +570,7 @@ def test_what_does_not_go_together_is_said_before_anything_is_run(root: Path, tm
     (tmp_path / "image").touch()
     for arguments, said in (
         (("--root", tmp_path / "image", "--commit"), "is not a directory, so it cannot be changed"),
-        (("--root", root, tmp_path / "image", tmp_path), "one of them is too many"),
+        (("--root", root, tmp_path / "image", tmp_path), "exclude each other"),
         ((), "no root given"),
         (("--root", tmp_path / "none"), "no such file or directory"),
         (("--root", root, "--keep", tmp_path / "image"), "already exists"),
