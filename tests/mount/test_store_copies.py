@@ -131,7 +131,6 @@ def shown(place: Path, store: str, nobody: bool) -> str:
         return user(nobody, "sh", "-c", SHOW, cwd=place)
 
 
-@pytest.mark.matrix
 @pytest.mark.parametrize("how", ROOTS_RIGHT)
 def test_a_copy_of_everything_is_the_same_store(place: tuple[Path, bool], how: str) -> None:
     path, nobody = place
@@ -151,7 +150,6 @@ _shown: dict[str, str] = {}
 """What each original shows."""
 
 
-@pytest.mark.matrix
 @pytest.mark.parametrize("how", ROOTS_WRONG)
 def test_a_copy_that_lacks_something_is_refused(place: tuple[Path, bool], how: str) -> None:
     path, nobody = place
