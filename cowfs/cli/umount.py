@@ -27,6 +27,8 @@ _PATIENCE = 3.0
 """Seconds after which we say what we wait for."""
 _LONG = 60.0
 """Seconds in which a daemon should have answered."""
+_QUIET = 10.0
+"""Seconds after which a message says where else it is mounted by then: namespaces come and go."""
 _NAMED = 3
 """How many places are named."""
 
@@ -113,7 +115,7 @@ def _wait(mountpoint: str, found: MountInfo, pid: int, timeout: float, request: 
     the kernel holds it because a lower does not answer.
     """
     deadline = time.monotonic() + timeout
-    said = ""
+    said, again = "", 0.0
     while True:
         patience = 0.1 if _mounts(found) else _PATIENCE
         left = deadline - time.monotonic()
@@ -127,9 +129,10 @@ def _wait(mountpoint: str, found: MountInfo, pid: int, timeout: float, request: 
         why = _where(found)
         if left <= patience:
             break
-        if why != said and (why or patience == _PATIENCE):  # else it has just gone
+        news = why != said and time.monotonic() >= again
+        if news and (why or patience == _PATIENCE):  # else it has just gone
             _say(f"{mountpoint}: unmounted, but {why or f'the daemon (pid {pid}) is still writing'}; waiting")
-            said = why
+            said, again = why, time.monotonic() + _QUIET
     hint = "unmount it there too" if why else ""
     why = why or f"the daemon (pid {pid}) is still writing"
     raise SystemFailure(
