@@ -16,7 +16,7 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 from cowfs.cli.log_limit import Limit
-from cowfs.errors import printable
+from cowfs.errors import SystemFailure, printable
 from cowfs.linux import helper_process
 from cowfs.linux.sockets import SYSLOG
 from cowfs.linux.trust import who_can_redirect, who_can_substitute
@@ -50,7 +50,18 @@ class _Syslog(logging.handlers.SysLogHandler):
 
 
 def open_log(path: str) -> int:
-    """Open the log file. For a fifo(7) it does not wait for a reader.
+    """Open the log file, without waiting for the reader of a fifo(7); SystemFailure if that fails."""
+    try:
+        return _opened(path)
+    except OSError as error:
+        what = f"{path}: cannot write the log: {error.strerror}"
+        if error.errno == errno.ENXIO:
+            raise SystemFailure(what, "if it is a fifo, start the program that reads it first") from None
+        raise SystemFailure(what, "give the path of a writable file") from None
+
+
+def _opened(path: str) -> int:
+    """Open the log file.
 
     PermissionError if another user redirects it, as is possible in a directory that everybody can write to:
     by a symbolic link, or by a hard link to another file (fs.protected_symlinks and fs.protected_hardlinks of

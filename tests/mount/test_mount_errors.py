@@ -85,6 +85,14 @@ def test_a_log_that_cannot_be_written(base: Path) -> None:
     )  # fmt: skip
 
 
+def test_a_log_that_nobody_reads(base: Path) -> None:
+    os.mkfifo(base / "fifo")
+    refused(
+        base, 2, "cannot write the log", "start the program that reads it",
+        arguments=[str(base / "lower"), str(base / "mnt"), "-o", f"log={base}/fifo"],
+    )  # fmt: skip
+
+
 def test_no_arguments(base: Path) -> None:
     for arguments in ([], [str(base / "lower")]):
         refused(base, 1, "required", arguments=arguments)
