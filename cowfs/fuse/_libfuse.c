@@ -32,6 +32,7 @@
 #include "messages.h"
 #include "passthrough.h"
 #include "ring.h"
+#include "root_acl.h"
 
 #if FUSE_VERSION >= FUSE_MAKE_VERSION(3, 17)
 #define HAS_WANT_EXT
@@ -108,6 +109,7 @@ static ssize_t on_writev(int fd, struct iovec *iov, int count, void *userdata)
 		memcpy(&head, iov[0].iov_base, sizeof head);
 		figures_end(head.unique, head.error);
 	}
+	root_acl_sent(iov, count);
 	return ring_writev(fd, iov, count);
 }
 
@@ -118,6 +120,7 @@ static ssize_t on_receive(int fd, void *request, size_t size, void *userdata)
 	if (n > 0) {
 		n = held_data_shorten(request, last_request_shorten(request, n));
 		figures_begin(request, (size_t)n);
+		root_acl_received(request, (size_t)n);
 		passthrough_received(request, (size_t)n);
 	}
 	return n;
@@ -129,6 +132,7 @@ static void watch_messages(struct fuse_session *session)
 	static const struct fuse_custom_io io = { .writev = on_writev, .read = on_receive };
 
 	figures_reset();
+	root_acl_reset();
 	ring_device(fuse_session_fd(session));
 	passthrough_reset(fuse_session_fd(session));
 	watched = !fuse_session_custom_io(session, &io, fuse_session_fd(session));
@@ -204,6 +208,14 @@ static void on_fsync(fuse_req_t req, fuse_ino_t ino, int datasync, struct fuse_f
 	theirs.fsync(req, ino, datasync, fi);
 }
 
+static void on_getxattr(fuse_req_t req, fuse_ino_t ino, const char *name, size_t size)
+{
+	if (root_acl_is_none(ino, name))
+		fuse_reply_err(req, ENODATA);
+	else
+		theirs.getxattr(req, ino, name, size);
+}
+
 static void on_read(fuse_req_t req, fuse_ino_t ino, size_t size, off_t offset, struct fuse_file_info *fi)
 {
 	find_file(ino, fi);
@@ -271,6 +283,8 @@ static const struct fuse_lowlevel_ops *put_between(const struct fuse_lowlevel_op
 	} else {
 		knows_files = false;
 	}
+	if (theirs.getxattr)
+		ours.getxattr = on_getxattr;
 	if (seeker)
 		ours.lseek = on_lseek;
 	between = true;

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.mounts import cowfs, force_umount, is_mounted, mount_arguments, project_root
-from tests.support.system import needs_fuse, run
+from tests.support.system import NOBODY, as_nobody_prefix, needs_fuse, needs_root, run
 
 pytestmark = needs_fuse
 
@@ -64,7 +64,7 @@ class Noted:
 
 
 @contextmanager
-def _mounted(tmp_path: Path, first: str = "") -> Iterator[Noted]:
+def _mounted(tmp_path: Path, first: str = "", options: tuple[str, ...] = ()) -> Iterator[Noted]:
     lower, store, path = tmp_path / "lower", tmp_path / "store", tmp_path / "mnt"
     lower.mkdir()
     (lower / "file").write_bytes(b"below\n" * 1000)
@@ -76,7 +76,7 @@ def _mounted(tmp_path: Path, first: str = "") -> Iterator[Noted]:
     log, notes = tmp_path / "log", tmp_path / "notes"
     run(
         sys.executable, "-c", _NOTING.format(first=first), notes,
-        *mount_arguments(lower, path, store, options=[f"log={log}", "passthrough=off"]),
+        *mount_arguments(lower, path, store, options=[f"log={log}", "passthrough=off", *options]),
         cwd=project_root(),
     )  # fmt: skip
     try:
@@ -122,6 +122,31 @@ def test_where_there_is_a_default_acl_the_umask_does_not_count(mount: Noted) -> 
     run("sh", "-c", 'umask 077; echo made >"$0"; echo made >"$1"', made, mount.path / "other")
     assert made.stat().st_mode & 0o777 == 0o664
     assert (mount.path / "other").stat().st_mode & 0o777 == 0o600
+
+
+@needs_root
+def test_the_acl_of_the_root_is_asked_for_once(nobody_path: Path) -> None:
+    """The kernel asks whenever somebody else walks a path; but a change of the ACL counts at once."""
+    with _mounted(nobody_path, options=("allow_other",)) as mount:
+        mount.path.chmod(0o755)
+
+        def reads() -> bool:
+            return run(*as_nobody_prefix(), "cat", mount.path / "file", check=False).returncode == 0
+
+        assert reads()
+        mount.forget()
+        assert all(reads() for _ in range(5))
+        assert mount.requests("getxattr", b"system.posix_acl_access") <= 1
+        for _ in range(2):
+            run("setfacl", "-m", f"u:{NOBODY}:---", mount.path)
+            assert not reads()
+            run("setfacl", "-b", mount.path)
+            assert reads()
+        cowfs("checkpoint", mount.path, "open", check=True)
+        run("setfacl", "-m", f"u:{NOBODY}:---", mount.path)
+        assert not reads()
+        cowfs("rollback", mount.path, "open", check=True)
+        assert reads()
 
 
 def test_writing_does_not_ask_for_capabilities_each_time(mount: Noted) -> None:

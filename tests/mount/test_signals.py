@@ -137,6 +137,7 @@ def test_a_daemon_that_is_killed_while_it_starts_says_so(base: Path, who: str) -
     command = [*(as_nobody_prefix() if who == "nobody" else []), *COWFS]
     command += mount_arguments(base / "lower", base / "mnt", base / "store")
     env = {**os.environ, "PYTHONPATH": project_root()}
+    said = ""
     for _ in range(20):
         with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env) as process:
             children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
