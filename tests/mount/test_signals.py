@@ -137,7 +137,7 @@ def test_a_daemon_that_is_killed_while_it_starts_says_so(base: Path, who: str) -
     command = [*(as_nobody_prefix() if who == "nobody" else []), *COWFS]
     command += mount_arguments(base / "lower", base / "mnt", base / "store")
     env = {**os.environ, "PYTHONPATH": project_root()}
-    said = ""
+    code, said = 0, ""
     for _ in range(20):
         with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env) as process:
             children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
@@ -145,8 +145,9 @@ def test_a_daemon_that_is_killed_while_it_starts_says_so(base: Path, who: str) -
                 assert process.poll() is None, process.communicate()[1]
             os.kill(int(children.read_text().split()[0]), signal.SIGTERM)
             _, said = process.communicate(timeout=60)
-        if process.returncode:
+            code = process.returncode
+        if code:
             break
         eventually(lambda: not is_mounted(base / "mnt"), "the daemon ends")  # it had started
-    assert process.returncode == 32, said
+    assert code == 32, said
     assert said.count("\n") == 1 and "SIGTERM" in said
