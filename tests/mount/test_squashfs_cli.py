@@ -371,7 +371,7 @@ BAD: dict[str, tuple[Callable[[bytes], bytes], list[str]]] = {
     "half": (lambda good: good[: len(good) // 2], ["truncated", "bytes"]),
     "superblock": (lambda good: good[:96], ["truncated"]),
     "less": (lambda good: good[:50], ["truncated"]),
-    "tables": (damaged_tables, ["damaged"]),
+    "tables": (damaged_tables, ["damaged", "(download or copy it again"]),
 }
 
 

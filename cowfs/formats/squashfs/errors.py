@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import errno
 
+AGAIN = "download or copy it again, and compare its checksum"
+"""What helps when an image is not whole."""
+
 
 class DamagedImage(OSError):
     """EIO: something in the image points outside, contradicts itself or does not decompress.

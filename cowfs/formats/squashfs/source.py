@@ -12,7 +12,7 @@ import stat
 from typing import Protocol
 
 from cowfs.errors import LayerError
-from cowfs.formats.squashfs.errors import DamagedImage
+from cowfs.formats.squashfs.errors import AGAIN, DamagedImage
 from cowfs.formats.verified import checked
 from cowfs.linux.files import open_ordinary
 from cowfs.url.names import is_url, place
@@ -159,7 +159,7 @@ class Source:
     def damaged(self, what: str) -> DamagedImage:
         """Log *what* is damaged, once, and return the exception to raise for it."""
         self._report(what)
-        return DamagedImage(f"{self.name}: damaged squashfs image: {what}")
+        return DamagedImage(f"{self.name}: damaged squashfs image: {what} ({AGAIN})")
 
     def _report(self, what: str) -> None:
         if what not in self._reported and len(self._reported) < _REPORTS:

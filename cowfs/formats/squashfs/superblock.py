@@ -9,6 +9,7 @@ import struct
 from dataclasses import dataclass
 
 from cowfs.errors import LayerError
+from cowfs.formats.squashfs.errors import AGAIN
 from cowfs.formats.squashfs.recognise import (
     MAGIC,
     MAGIC_BIG_ENDIAN,
@@ -82,9 +83,6 @@ class Superblock:
         return self.xattr_table != NONE
 
 
-_AGAIN = "download or copy it again, and compare its checksum"
-
-
 def parse(raw: bytes, name: str, file_size: int, pread: Pread | None = None) -> Superblock:
     """Read a superblock; :class:`LayerError` says why the image called *name* cannot be read.
 
@@ -94,7 +92,7 @@ def parse(raw: bytes, name: str, file_size: int, pread: Pread | None = None) -> 
     """
     _check_magic(raw, name, pread)
     if len(raw) < SIZE:
-        raise LayerError(f"{name}: truncated: a squashfs image has at least {SIZE} bytes", _AGAIN)
+        raise LayerError(f"{name}: truncated: a squashfs image has at least {SIZE} bytes", AGAIN)
     (
         _,
         inodes,
@@ -173,7 +171,7 @@ def _check(sb: Superblock, name: str, file_size: int) -> None:
     elif not 12 <= sb.block_log <= 20 or sb.block_size != 1 << sb.block_log:
         problem = f"block size {sb.block_size} with logarithm {sb.block_log}"
     elif sb.bytes_used > file_size:
-        raise LayerError(f"{name}: truncated squashfs image: {file_size} of {sb.bytes_used} bytes", _AGAIN)
+        raise LayerError(f"{name}: truncated squashfs image: {file_size} of {sb.bytes_used} bytes", AGAIN)
     elif not sb.ids:
         problem = "no owners"
     elif not SIZE <= sb.inode_table < sb.directory_table < sb.bytes_used:
@@ -189,4 +187,4 @@ def _check(sb: Superblock, name: str, file_size: int) -> None:
     elif sb.root & 0xFFFF >= 8192:
         problem = f"root inode {sb.root:#x}"
     if problem:
-        raise LayerError(f"{name}: damaged squashfs superblock: {problem}", _AGAIN)
+        raise LayerError(f"{name}: damaged squashfs superblock: {problem}", AGAIN)
