@@ -49,9 +49,9 @@ def test_what_is_in_them(packages: list[Path]) -> None:
 
 
 @pytest.mark.skipif(shutil.which("lintian") is None, reason="needs lintian")
-def test_lintian_finds_no_error(packages: list[Path]) -> None:
+def test_lintian_finds_nothing(packages: list[Path]) -> None:
     said = run("lintian", "--allow-root", *packages, check=False, timeout=300).stdout
-    assert [line for line in said.splitlines() if line.startswith("E:")] == []
+    assert [line for line in said.splitlines() if line.startswith(("E:", "W:"))] == []
 
 
 @pytest.mark.skipif(shutil.which("debootstrap") is None, reason="needs debootstrap (scripts/setup --boot)")
