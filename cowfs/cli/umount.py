@@ -208,8 +208,7 @@ def _unmount(mountpoint: str, dev: str, *, lazy: bool) -> None:
             umount2(mountpoint, MNT_DETACH if lazy else 0)
         except OSError as error:
             if error.errno == errno.EBUSY:
-                hint = f"fuser -vm {mountpoint} shows who uses it; -l detaches it now"
-                raise MountFailure(f"{mountpoint}: busy", hint) from None
+                raise _busy(mountpoint) from None
             raise MountFailure(f"{mountpoint}: {error.strerror}") from None
         return
     owner = owner_of(dev)
@@ -224,5 +223,13 @@ def _unmount(mountpoint: str, dev: str, *, lazy: bool) -> None:
     command = [program, "-u", *(["-z"] if lazy else []), "--", mountpoint]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=programs.environment())
     if done.returncode:
+        if done.stderr.rstrip().endswith(os.strerror(errno.EBUSY)):
+            raise _busy(mountpoint)
         why = done.stderr.strip().removeprefix("fusermount3: ") or f"fusermount3 failed ({done.returncode})"
         raise MountFailure(f"{mountpoint}: {why}")
+
+
+def _busy(mountpoint: str) -> MountFailure:
+    return MountFailure(
+        f"{mountpoint}: busy", f"fuser -vm {mountpoint} shows who uses it; -l detaches it now"
+    )

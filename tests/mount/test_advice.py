@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.mounts import Mounted, cowfs, is_mounted, mounted
+from tests.support.mounts import COWFS, Mounted, cowfs, is_mounted, mounted, project_root
 from tests.support.system import as_nobody_prefix, needs_fuse, run
 
 DEV_FUSE_AT_NIGHT = True
@@ -114,3 +114,20 @@ def test_a_stopped_daemon_can_be_left(base: Path) -> None:
         done = cowfs("umount", "-l", str(here.path), timeout=20)
         assert (done.returncode, done.stderr) == (0, "")
         assert not is_mounted(here.path)
+
+
+def test_a_tree_in_use_is_not_unmounted(base: Path) -> None:
+    at = base / "own"
+    with mounted(base / "lower", at, nobody=True):
+        within = (
+            *as_nobody_prefix(),
+            "env",
+            f"PYTHONPATH={project_root()}",
+            "sh",
+            "-c",
+            'cd "$0" && exec "$@"',
+        )
+        done = run(*within, at, *COWFS, "umount", at, check=False)
+        assert done.returncode == 32
+        assert advised(done.stderr, at) == f"fuser -vm {at} shows who uses it; -l detaches it now)"
+        assert is_mounted(at)
