@@ -180,7 +180,9 @@ class Ext3File:
         self._image.truncate(self._ino, size)
 
     def fallocate(self, mode: int, offset: int, length: int) -> None:
-        """Make a hole. EOPNOTSUPP for all else: ext3 has no blocks that are allocated and not written."""
+        """Make a hole. EFBIG. EOPNOTSUPP for all else: ext3 has no blocks that are not written."""
+        if offset + length > self._image.size_max():
+            raise _error(errno.EFBIG)
         if mode != files.PUNCH_HOLE:
             raise _error(errno.EOPNOTSUPP)
         self._changes()

@@ -213,6 +213,7 @@ def times_of_change(s: Script) -> None:
         ("chmod", lambda: os.chmod(s.at("f"), 0o600)),
         ("chown", lambda: os.chown(s.at("f"), 0, 0)),
         ("setxattr", lambda: os.setxattr(s.at("f"), "user.a", b"1")),
+        ("setxattr as it is", lambda: os.setxattr(s.at("f"), "user.a", b"1")),
         ("link", lambda: os.link(s.at("f"), s.at("f2"))),
         ("unlink of another name", lambda: os.unlink(s.at("f2"))),
         ("utime", lambda: os.utime(s.at("f"), (1, 2))),

@@ -141,6 +141,8 @@ def fallocate_modes(s: Script) -> Steps:
         s.fd("size", lambda: os.fstat(fd).st_size)
     s.fd("nothing", lambda: fallocate(fd, 0, 0, 0))
     s.fd("before", lambda: fallocate(fd, 0, -1, 10))
+    s.fd("too far", lambda: fallocate(fd, 0, 10, 2**45))
+    s.fd("a hole too far", lambda: fallocate(fd, KEEP | PUNCH, 10, 2**45))
     s.close(fd)
     s.open_do("d", os.O_RDONLY, lambda fd: fallocate(fd, 0, 0, 1))
     yield

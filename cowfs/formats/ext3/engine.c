@@ -259,6 +259,11 @@ int x3_punch(x3_image *img, uint32_t ino, uint64_t off, uint64_t len)
 	}
 }
 
+uint64_t x3_size_max(const x3_image *img)
+{
+	return img->size_max;
+}
+
 int64_t x3_segment(x3_image *img, uint32_t ino, uint64_t from, uint64_t *stop)
 {
 	QUERY (img)

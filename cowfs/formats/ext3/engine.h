@@ -64,7 +64,7 @@ typedef struct x3_image x3_image;
 #define X3_WHITEOUT 2 /* leave a character device 0:0 at the source */
 #define X3_KEEP 4     /* what is replaced is in use: x3_release frees it */
 
-#define X3_LINK_MAX 32000 /* names of a file, and subdirectories + 2 of a directory; then EMLINK */
+#define X3_LINK_MAX 65000 /* names of a file, and subdirectories + 2 of a directory, as in fs/ext4; then EMLINK */
 
 /*
  * The attributes of an inode. Times: nanoseconds since the epoch, from 1901 to 2446; from 2262 on less 2^64, so what
@@ -342,6 +342,9 @@ int x3_truncate(x3_image *img, uint32_t ino, uint64_t size);
  * stays. A large range in several transactions: after a crash a part of it is a hole, and the rest as it was.
  */
 int x3_punch(x3_image *img, uint32_t ino, uint64_t off, uint64_t len);
+
+/* The size that no file of this image can exceed. */
+uint64_t x3_size_max(const x3_image *img);
 
 /*
  * The next run of data at or behind *from*: return its start, and let *stop* be its end, or a place where to ask

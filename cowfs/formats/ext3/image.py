@@ -375,6 +375,10 @@ class Image(Opened):
         """Let a range be a hole. May block."""
         self._done(lib.x3_punch(self.handle, ino, offset, length))
 
+    def size_max(self) -> int:
+        """Return the size that no file can exceed."""
+        return int(lib.x3_size_max(self.handle))
+
     def segments(self, ino: int, end: int, position: int = 0) -> Iterator[tuple[int, int]]:
         """Yield ``(start, stop)`` of every run of data below *end*, from *position* on."""
         stop = ffi.new("uint64_t *")

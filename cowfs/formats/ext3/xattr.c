@@ -423,6 +423,8 @@ void xattr_set(x3_image *img, uint32_t ino, const char *name, uint32_t len, cons
 		new.value = acl;
 		new.size = length;
 	}
+	if (!remove && i >= 0 && all.attr[i].size == new.size && !memcmp(all.attr[i].value, new.value, new.size))
+		return; /* unchanged, and so is the ctime: ext4_xattr_set_handle() */
 	if (remove)
 		memmove(&all.attr[i], &all.attr[i + 1], (--all.n - i) * sizeof *all.attr);
 	else if (i >= 0)
