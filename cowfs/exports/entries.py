@@ -19,6 +19,8 @@ PIECE = 1 << 20
 Tick = Callable[[bytes, int], None]
 """Is told of each path, and of so many bytes of it."""
 CAPABILITY = b"security.capability"
+_PRIVILEGED = (b"security.", b"trusted.")
+"""How the names of attributes begin that only root may set."""
 Withheld = Mapping[str, str]
 """Why ``nosuid`` and ``nodev``, as a mount option, shall hold for what is written."""
 NOTHING: Withheld = {}
@@ -89,10 +91,11 @@ def feed(
 def _without_privilege(entry: Entry, why: str, losses: Losses) -> Entry:
     """Return an entry that gives nobody the rights of another who runs it."""
     has = not stat.S_ISDIR(entry.mode) and entry.mode & (stat.S_ISUID | stat.S_ISGID)
-    if not has and CAPABILITY not in entry.xattrs:
-        return entry
-    losses.add(f"files without their set-ID bits and capabilities, as {why}", entry.path)
-    xattrs = {name: value for name, value in entry.xattrs.items() if name != CAPABILITY}
+    if has or CAPABILITY in entry.xattrs:
+        losses.add(f"files without their set-ID bits and capabilities, as {why}", entry.path)
+    xattrs = {name: value for name, value in entry.xattrs.items() if not name.startswith(_PRIVILEGED)}
+    if len(xattrs) < len(entry.xattrs) - (CAPABILITY in entry.xattrs):
+        losses.add(f"entries without attributes of security.* and trusted.*, as {why}", entry.path)
     return replace(entry, mode=entry.mode & ~has, xattrs=xattrs)
 
 

@@ -52,6 +52,7 @@ def _make(top: Path) -> Path:
         os.chown(tree / "a-new", NOBODY, NOBODY)
         (tree / "able").write_bytes(PROGRAM)
         os.setxattr(tree / "able", "security.capability", CAPABILITY)
+        os.setxattr(tree / "able", "trusted.mark", b"root's")
         os.mknod(tree / "disk", stat.S_IFBLK | 0o666, os.makedev(7, 250))
         (tree / "shared").mkdir(0o2775)
         (tree / "shared").chmod(0o2775)
@@ -164,10 +165,11 @@ def test_a_store_of_another_user_gives_nobody_rights(made: Path, nobody_path: Pa
         ]
         for tree, what in (("applied", done[0]), ("upper", done[1])):
             assert what.returncode == (0 if trust else 64), what.stderr
-            for says in ("set-ID bits and capabilities, as", "devices left out, as"):
+            for says in ("set-ID bits and capabilities, as", "trusted.*, as", "devices left out, as"):
                 assert (f"{says} {nobody_path} belongs to uid {NOBODY}" in what.stderr) != bool(trust)
             assert (top / tree / "program").stat().st_mode & 0o7777 == (0o4755 if trust else 0o755)
-            assert ("security.capability" in os.listxattr(top / tree / "able")) == bool(trust)
+            attributes = {"security.capability", "trusted.mark"} if trust else set()
+            assert set(os.listxattr(top / tree / "able")) == attributes
             assert (top / tree / "disk").exists() == bool(trust)
             assert (top / tree / "shared").stat().st_mode & 0o7777 == 0o2775
 
