@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from cowfs.changes.blame import History, Record
     from cowfs.changes.du import Used
     from cowfs.changes.select import Selection
-    from cowfs.exports.apply import Root
+    from cowfs.exports.apply_root import Root
     from cowfs.exports.choose import Ask
     from cowfs.exports.losses import Losses
     from cowfs.exports.run import How
@@ -287,8 +287,9 @@ def apply(
     chooses what is changed, conflicts included (:func:`cowfs.exports.choose.chosen`). Blocks. Raises
     CowfsError, and OSError with the path of what cannot be read or changed.
     """
-    from cowfs.exports.apply import Apply, Compared, conflicts
+    from cowfs.exports.apply import Apply, Compared
     from cowfs.exports.choose import chosen
+    from cowfs.exports.conflicts import conflicts
     from cowfs.exports.kept import keep
     from cowfs.exports.losses import Losses
     from cowfs.exports.plan import plan
@@ -359,7 +360,7 @@ def undo_apply(
 
 
 def _root(path: str, stack: ExitStack) -> Root:
-    from cowfs.exports.apply import Root
+    from cowfs.exports.apply_root import Root
 
     try:
         root = Root(path)

@@ -6,253 +6,24 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
 import stat
-from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import closing, suppress
 from typing import Protocol
 
-from cowfs.changes.paths import join
-from cowfs.changes.version import Node, Tree
-from cowfs.errors import UsageError
+from cowfs.changes.version import Tree
+from cowfs.exports.apply_root import NOT_THERE, Root, is_ours, new_name
+from cowfs.exports.conflicts import is_same
 from cowfs.exports.entries import CAPABILITY, Entry, Tick, Withheld, copy, data_runs, feed, opened, target_of
 from cowfs.exports.losses import Losses
-from cowfs.exports.plan import Item, Plan
+from cowfs.exports.plan import Plan
 from cowfs.layers import beneath
 from cowfs.layers.kernel_file import KernelFile
-from cowfs.linux import files, locks, user_namespace
-from cowfs.linux.sockets import open_control_directory
-from cowfs.linux.trust import who_can_redirect
+from cowfs.linux import files, user_namespace
 
 _PIECE = 1 << 20
-_PREFIX, _RANDOM = b".cowfs-apply-", 16
-"""For names of files that are not yet, or no longer, in their place."""
-_LOCK = "applying"
-"""In the directory of our sockets."""
 _REFUSED = {errno.EPERM, errno.EACCES, errno.EOPNOTSUPP, errno.EINVAL}
-_NOT_THERE = {errno.ENOENT, errno.ENOTDIR}
 MOUNTED = {errno.EBUSY, errno.EXDEV}
 _NOT_HAD = "symbolic links, FIFOs and sockets left out, which the filesystem does not support"
-
-
-class Root:
-    """The directory to which changes are applied. No link and no mount leads out of it."""
-
-    def __init__(self, path: str) -> None:
-        """Raises OSError; UsageError if it is already in use in this way, or if another user controls the
-        path.
-        """
-        self.path = path
-        with ExitStack() as stack:
-            self._given = beneath.open_given(path, os.O_RDONLY | os.O_DIRECTORY)
-            stack.callback(os.close, self._given)
-            reason = who_can_redirect(path, self._given)
-            if reason is not None:
-                raise UsageError(f"{path}: {reason}", "give the directory itself")
-            stack.enter_context(_alone(path, self._given))
-            self._root, self._ways = beneath.enclosed(self._given)
-            if self._root != self._given:
-                stack.callback(os.close, self._root)
-            self._release = stack.pop_all()
-        self.magic = files.fs_magic(self._given)
-        self._way: list[tuple[bytes, int]] = []
-        """The directories on the way to the last path."""
-
-    def close(self) -> None:
-        """Let other processes use it."""
-        self._leave_to(0)
-        self._release.close()
-
-    def stat(self) -> os.stat_result:
-        """Return the attributes of the directory itself."""
-        return os.fstat(self._given)
-
-    def fsid(self) -> int | None:
-        """Return what its filesystem calls itself (statfs(2)); None if it has no name."""
-        return os.fstatvfs(self._given).f_fsid or None
-
-    def sync(self) -> None:
-        """Return when all is on disk."""
-        files.syncfs(self._given)
-
-    def directory(self, path: bytes) -> int:
-        """Return a descriptor (O_PATH) of a directory, valid until the next call. ENOENT, ENOTDIR, EXDEV."""
-        names = path.split(b"/") if path else []
-        same = 0
-        while same < min(len(names), len(self._way)) and self._way[same][0] == names[same]:
-            same += 1
-        self._leave_to(same)
-        for name in names[same:]:
-            beneath.check_name(name)
-            above = self._way[-1][1] if self._way else self._root
-            try:
-                fd = self._ways.open(above, name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW)
-            except OSError as error:
-                code = errno.ENOTDIR if error.errno == errno.ELOOP else error.errno
-                raise OSError(code, os.strerror(code or 0), b"/" + path) from None
-            self._way.append((name, fd))
-        return self._way[-1][1] if self._way else self._root
-
-    def forget(self, path: bytes) -> None:
-        """Look up again what is below *path*, which is about to be replaced."""
-        self._leave_to(path.count(b"/"))
-
-    def open(self, path: bytes) -> int | None:
-        """Return a descriptor (O_PATH) of what is at *path*, for the caller to close; None if nothing is."""
-        if not path:
-            return os.dup(self._root)
-        try:
-            return self._ways.open(*self.place(path), os.O_PATH)
-        except OSError as error:
-            if error.errno in _NOT_THERE:
-                return None
-            raise OSError(error.errno, error.strerror, b"/" + path) from None
-
-    def place(self, path: bytes) -> tuple[int, bytes]:
-        """Return the directory that contains *path*, valid until the next call, and the name in it.
-
-        The root contains itself, as ``.``. EINVAL for a path that leads out of the root.
-        """
-        if not path:
-            return self._root, b"."
-        above, _, name = path.rpartition(b"/")
-        beneath.check_name(name)
-        return self.directory(above), name
-
-    def stat_in(self, directory: int, name: bytes) -> os.stat_result | None:
-        """Return the attributes of a name; None if it is not there."""
-        try:
-            return self._ways.stat(directory, name)
-        except FileNotFoundError:
-            return None
-
-    def enter(self, directory: int, name: bytes, flags: int) -> int:
-        """Open a name of a directory without following it."""
-        return self._ways.open(directory, name, flags)
-
-    def remove(self, directory: int, name: bytes) -> None:
-        """Remove a name of a directory, and everything below it."""
-        beneath.remove_tree(directory, name, self._ways)
-
-    def _leave_to(self, depth: int) -> None:
-        while len(self._way) > depth:
-            os.close(self._way.pop()[1])
-
-
-@contextmanager
-def _alone(path: str, fd: int) -> Iterator[None]:
-    """Keep other processes of this user from applying changes to the directory *fd*.
-
-    The lock is on a file that other users cannot open, so nobody else can make us wait.
-    """
-    info = os.fstat(fd)
-    place = locks.place_of(info.st_dev, info.st_ino)
-    directory = open_control_directory()
-    try:
-        lock = os.open(_LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=directory)
-    finally:
-        os.close(directory)
-    try:
-        if not locks.take_place(lock, place):
-            who = locks.who_has_place(lock, place)
-            by = "" if who is None else f" (pid {who})"
-            raise UsageError(f"{path}: another cowfs{by} applies changes there", "wait until it ends")
-        yield
-    finally:
-        os.close(lock)
-
-
-def is_ours(name: bytes) -> bool:
-    """Whether a name was left by an interrupted apply."""
-    random = name.removeprefix(_PREFIX)
-    return random != name and len(random) == _RANDOM and not random.strip(b"0123456789abcdef")
-
-
-# --- whether the directory is what the changes were made to
-
-
-def conflicts(items: Plan, root: Root, before: Tree, after: Tree) -> Iterator[tuple[bytes, str]]:
-    """Yield each path where *root* has neither what the lowers had nor the new version, and what is wrong.
-
-    Blocks; OSError. UsageError if *root* is the lower itself: it would change while we read it.
-    """
-    for path, item in items.items():
-        was = before.node(path)
-        to_be = None if item is Item.WHITEOUT else after.node(path)
-        yield from _conflict(path, root, was, to_be)
-        if was is not None and was.is_dir and (to_be is None or not to_be.is_dir):
-            yield from _in_removed(path, root, before)
-
-
-def _conflict(path: bytes, root: Root, was: Node | None, to_be: Node | None) -> Iterator[tuple[bytes, str]]:
-    fd = root.open(path)
-    if fd is None:
-        if was is not None and to_be is not None:
-            yield path, "is missing"
-        return
-    try:
-        info = os.fstat(fd)
-        if was is not None and was.is_dir and stat.S_ISDIR(info.st_mode):
-            if (info.st_dev, info.st_ino) == (was.attr.st_dev, was.attr.st_ino):
-                raise UsageError(
-                    f"{root.path}: is the lower itself, on which the changes are based",
-                    "apply them to a copy of it",
-                )
-        if to_be is not None and is_same(fd, info, to_be):
-            return
-        if was is None:
-            yield path, "exists, but did not in the lower"
-        elif stat.S_IFMT(info.st_mode) != stat.S_IFMT(was.attr.st_mode):
-            yield path, "has another type than in the lower"
-        elif not is_same(fd, info, was):
-            yield path, "has another content than in the lower"
-    finally:
-        os.close(fd)
-
-
-def _in_removed(top: bytes, root: Root, before: Tree) -> Iterator[tuple[bytes, str]]:
-    """The same for everything in a directory that will be removed."""
-    waiting = [top]
-    while waiting:
-        path = waiting.pop()
-        try:
-            names = beneath.entries(root.directory(path))
-        except OSError as error:
-            if error.errno in _NOT_THERE:
-                continue
-            raise
-        for name in sorted(entry.name for entry in names):
-            below = join(path, name)
-            if is_ours(name):
-                continue
-            was = before.node(below)
-            yield from _conflict(below, root, was, None)
-            if was is not None and was.is_dir:
-                waiting.append(below)
-
-
-def is_same(fd: int, info: os.stat_result, node: Node) -> bool:
-    """Whether type and content are equal: attributes cause no conflict."""
-    mode = info.st_mode
-    if stat.S_IFMT(mode) != stat.S_IFMT(node.attr.st_mode):
-        return False
-    if stat.S_ISLNK(mode):
-        return beneath.readlink(fd) == node.target()
-    if stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
-        return info.st_rdev == node.attr.st_rdev
-    if not stat.S_ISREG(mode):
-        return True
-    if info.st_size != node.attr.st_size:
-        return False
-    with closing(KernelFile(beneath.reopen(fd, os.O_RDONLY))) as there, closing(node.open()) as file:
-        for position in range(0, info.st_size, _PIECE):
-            size = min(_PIECE, info.st_size - position)
-            if there.pread(size, position) != file.pread(size, position):
-                return False
-    return True
-
-
-# --- the changes themselves
 
 
 class Known(Protocol):
@@ -339,7 +110,7 @@ class Apply:
             self._directories.append((entry, self._known.differs(entry), _inode(there)))
             self._sweep(path)
             return
-        since, temporary = beneath.now(), _temporary()
+        since, temporary = beneath.now(), new_name()
         beneath.make_directory(parent, temporary, 0o700)
         fd = self._root.enter(parent, temporary, os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -366,7 +137,7 @@ class Apply:
             and self._in_place(entry, parent, name, owner)
         ):
             return
-        since, temporary = beneath.now(), _temporary()
+        since, temporary = beneath.now(), new_name()
         try:
             fd = self._made(entry, parent, temporary, since)
         except OSError as error:
@@ -461,7 +232,7 @@ class Apply:
             if _inode(info) != inode:
                 raise beneath.stale(source)
             parent, name = self._root.place(path)
-            temporary = _temporary()
+            temporary = new_name()
             beneath.link(fd, parent, temporary)
             self._put(parent, temporary, name, self._root.stat_in(parent, name))
         finally:
@@ -501,7 +272,7 @@ class Apply:
         except OSError as error:
             if error.errno in MOUNTED:
                 self._losses.add("left there, for something is mounted on it, or in it", path)
-            elif error.errno not in _NOT_THERE:
+            elif error.errno not in NOT_THERE:
                 raise OSError(error.errno, error.strerror, b"/" + path) from None
 
     # --- attributes
@@ -570,7 +341,3 @@ def _may_stay(info: os.stat_result, entry: Entry, owner: tuple[int, int]) -> boo
         return False
     gains = entry.mode & (stat.S_ISUID | stat.S_ISGID) or entry.xattrs.get(CAPABILITY) is not None
     return stat.S_ISREG(info.st_mode) and not gains
-
-
-def _temporary() -> bytes:
-    return _PREFIX + secrets.token_hex(_RANDOM // 2).encode()

@@ -26,7 +26,8 @@ from typing import Any
 from cowfs.changes.paths import join
 from cowfs.changes.version import Node, Tree
 from cowfs.errors import CowfsError, StoreError, SystemFailure
-from cowfs.exports.apply import Apply, Root
+from cowfs.exports.apply import Apply
+from cowfs.exports.apply_root import Root
 from cowfs.exports.entries import Entry, Tick, Withheld, copy, data_runs, feed, opened, target_of
 from cowfs.exports.losses import Losses
 from cowfs.exports.meanwhile import Facts, changed, facts_of

@@ -18,7 +18,8 @@ from contextlib import ExitStack, suppress
 from cowfs.changes.merged import Merged
 from cowfs.changes.version import Tree
 from cowfs.errors import UsageError
-from cowfs.exports.apply import Apply, Root
+from cowfs.exports.apply import Apply
+from cowfs.exports.apply_root import Root
 from cowfs.exports.entries import Entry, Tick, Withheld, feed
 from cowfs.exports.losses import Losses
 from cowfs.exports.plan import Item, Plan, everything

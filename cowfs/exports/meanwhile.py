@@ -13,7 +13,9 @@ from contextlib import closing
 
 from cowfs.changes.paths import join
 from cowfs.changes.version import Node, Tree
-from cowfs.exports.apply import MOUNTED, Root, is_ours, is_replaced, is_same
+from cowfs.exports.apply import MOUNTED, is_replaced
+from cowfs.exports.apply_root import Root, is_ours
+from cowfs.exports.conflicts import is_same
 from cowfs.layers import beneath
 from cowfs.layers.kernel_file import KernelFile
 

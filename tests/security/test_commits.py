@@ -11,7 +11,7 @@ import pytest
 from cowfs.commits import Changed, Commit
 from cowfs.errors import CowfsError
 from cowfs.exports import commit as commits
-from cowfs.exports.apply import Root
+from cowfs.exports.apply_root import Root
 from cowfs.layers.beneath import now
 from tests.support.commits import one_run_at_a_time  # noqa: F401
 from tests.support.mounts import mounted

@@ -20,7 +20,7 @@ import pytest
 from cowfs import backups
 from cowfs.api import apply, export
 from cowfs.errors import CowfsError
-from cowfs.exports.apply import Root
+from cowfs.exports.apply_root import Root
 from cowfs.exports.run import How
 from cowfs.store.offline.copy_tree import TreeCopy
 from cowfs.store.served.open import open_store

@@ -1,0 +1,99 @@
+"""Whether a directory is what changes were made to: where it has neither the old nor the new version."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import closing
+
+from cowfs.changes.paths import join
+from cowfs.changes.version import Node, Tree
+from cowfs.errors import UsageError
+from cowfs.exports.apply_root import NOT_THERE, Root, is_ours
+from cowfs.exports.plan import Item, Plan
+from cowfs.layers import beneath
+from cowfs.layers.kernel_file import KernelFile
+
+_PIECE = 1 << 20
+
+
+def conflicts(items: Plan, root: Root, before: Tree, after: Tree) -> Iterator[tuple[bytes, str]]:
+    """Yield each path where *root* has neither what the lowers had nor the new version, and what is wrong.
+
+    Blocks; OSError. UsageError if *root* is the lower itself: it would change while we read it.
+    """
+    for path, item in items.items():
+        was = before.node(path)
+        to_be = None if item is Item.WHITEOUT else after.node(path)
+        yield from _conflict(path, root, was, to_be)
+        if was is not None and was.is_dir and (to_be is None or not to_be.is_dir):
+            yield from _in_removed(path, root, before)
+
+
+def _conflict(path: bytes, root: Root, was: Node | None, to_be: Node | None) -> Iterator[tuple[bytes, str]]:
+    fd = root.open(path)
+    if fd is None:
+        if was is not None and to_be is not None:
+            yield path, "is missing"
+        return
+    try:
+        info = os.fstat(fd)
+        if was is not None and was.is_dir and stat.S_ISDIR(info.st_mode):
+            if (info.st_dev, info.st_ino) == (was.attr.st_dev, was.attr.st_ino):
+                raise UsageError(
+                    f"{root.path}: is the lower itself, on which the changes are based",
+                    "apply them to a copy of it",
+                )
+        if to_be is not None and is_same(fd, info, to_be):
+            return
+        if was is None:
+            yield path, "exists, but did not in the lower"
+        elif stat.S_IFMT(info.st_mode) != stat.S_IFMT(was.attr.st_mode):
+            yield path, "has another type than in the lower"
+        elif not is_same(fd, info, was):
+            yield path, "has another content than in the lower"
+    finally:
+        os.close(fd)
+
+
+def _in_removed(top: bytes, root: Root, before: Tree) -> Iterator[tuple[bytes, str]]:
+    """The same for everything in a directory that will be removed."""
+    waiting = [top]
+    while waiting:
+        path = waiting.pop()
+        try:
+            names = beneath.entries(root.directory(path))
+        except OSError as error:
+            if error.errno in NOT_THERE:
+                continue
+            raise
+        for name in sorted(entry.name for entry in names):
+            below = join(path, name)
+            if is_ours(name):
+                continue
+            was = before.node(below)
+            yield from _conflict(below, root, was, None)
+            if was is not None and was.is_dir:
+                waiting.append(below)
+
+
+def is_same(fd: int, info: os.stat_result, node: Node) -> bool:
+    """Whether type and content are equal: attributes cause no conflict."""
+    mode = info.st_mode
+    if stat.S_IFMT(mode) != stat.S_IFMT(node.attr.st_mode):
+        return False
+    if stat.S_ISLNK(mode):
+        return beneath.readlink(fd) == node.target()
+    if stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
+        return info.st_rdev == node.attr.st_rdev
+    if not stat.S_ISREG(mode):
+        return True
+    if info.st_size != node.attr.st_size:
+        return False
+    with closing(KernelFile(beneath.reopen(fd, os.O_RDONLY))) as there, closing(node.open()) as file:
+        for position in range(0, info.st_size, _PIECE):
+            size = min(_PIECE, info.st_size - position)
+            if there.pread(size, position) != file.pread(size, position):
+                return False
+    return True
