@@ -51,14 +51,34 @@ def files(changes: Iterable[Change], sides: Sides) -> Iterator[Pair | bytes]:
         if not moved:
             yield from _files(found, sides, moved)
             return
-        for pair in _files(found, sides, moved):
+        for pair in _links_apart(_files(found, sides, moved), sides):
             if not isinstance(pair, bytes) and _gives_way(pair, sides):
                 yield Pair(pair.old_path, pair.old_path, pair.old, None)
-        for pair in _files(found, sides, moved):
+        for pair in _links_apart(_files(found, sides, moved), sides):
             if isinstance(pair, bytes) or not _gives_way(pair, sides):
                 yield pair
             elif pair.new is not None:
                 yield Pair(pair.new_path, pair.new_path, None, pair.new)
+
+
+def _links_apart(pairs: Iterable[Pair | bytes], sides: Sides) -> Iterator[Pair | bytes]:
+    """Yield them, but a renamed symbolic link whose place a directory took as one deleted and one added.
+
+    git reads the type of what is gone from a deletion, not from a rename (register_symlink_changes() in its
+    apply.c): it refuses to write below a path that is a link, as far as it knows.
+    """
+    for pair in pairs:
+        if not isinstance(pair, bytes) and pair.old_path != pair.new_path and _is_link(pair.old, pair.new):
+            there = sides.after(pair.old_path)
+            if there is not None and there.is_dir:
+                yield Pair(pair.old_path, pair.old_path, pair.old, None)
+                yield Pair(pair.new_path, pair.new_path, None, pair.new)
+                continue
+        yield pair
+
+
+def _is_link(*versions: Version | None) -> bool:
+    return all(version is not None and version.is_link for version in versions)
 
 
 def _gives_way(pair: Pair, sides: Sides) -> bool:

@@ -471,6 +471,7 @@ class _Revert:
                 place = find(fs, path)
                 found = fs.lookup(place.parent, place.name)
                 if found is not None and found[0].is_dir:
+                    uncover.at_home(fs, found[0])  # it may have been renamed, and back, before
                     if not uncover.drop_directory(fs, found[0], stale) and self._selection.matches(path):
                         uncover.give_lower_times(fs, found[0], stale)
                     fs.release(found[0])

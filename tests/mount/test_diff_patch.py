@@ -116,6 +116,17 @@ def test_what_git_has_no_words_for(tmp_path: Path) -> None:
         assert "a/fifo" not in patch
 
 
+def test_a_directory_where_a_renamed_link_was(tmp_path: Path) -> None:
+    """git apply asks what the path is, and takes it from the deletion of a link, not from a rename."""
+    (tmp_path / "lower/old").mkdir(parents=True)
+    (tmp_path / "lower/old/link").symlink_to("target")
+    (tmp_path / "lower/old/other").symlink_to("target")
+    with mounted(tmp_path / "lower", tmp_path / "mnt", tmp_path / "store") as here:
+        script("mv old new; mkdir -p old/link; echo x >old/link/file", here.path)
+        patch = patch_of(here.path)
+        assert apply(patch, tmp_path / "lower", tmp_path / "patched") == tree(here.path)
+
+
 def test_a_file_too_large_to_be_read(tmp_path: Path) -> None:
     """Sparse files cost nothing to make, and are not read."""
     (tmp_path / "lower").mkdir()

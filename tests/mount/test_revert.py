@@ -137,6 +137,20 @@ def test_the_kernel_shows_the_same_afterwards(tmp_path: Path) -> None:
         assert without_directory_times(tree(kernel)) == without_directory_times(seen)
 
 
+@needs_root
+def test_a_directory_that_came_home_before(tmp_path: Path) -> None:
+    """It has a redirect that leads to where it is."""
+    script(MAKE, tmp_path)
+    with mounted(tmp_path / "lower", tmp_path / "mnt", tmp_path / "store") as here:
+        before = tree(here.path)
+        script("mv usr/lib x; mv x usr/lib; mv usr y; mv y/lib z; mv y usr; mv z usr/lib", here.path)
+        script("touch usr/lib/new; chmod 700 usr/lib", here.path)
+        reverted(here.path, "--all")
+        assert tree(here.path) == before
+        reverted(here.path, "--undo")
+        assert (here.path / "usr/lib/new").exists()
+
+
 def test_a_user_does_it(nobody_path: Path) -> None:
     script(MAKE, nobody_path, nobody=True)
     top = nobody_path
