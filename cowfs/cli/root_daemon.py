@@ -21,7 +21,7 @@ from pathlib import Path
 from cowfs.cli.background import Reporter, run_in_background
 from cowfs.cli.log import Log, set_up_log
 from cowfs.cli.options import ENGINES, parse_volatile
-from cowfs.errors import CowfsError, WrongLower, printable
+from cowfs.errors import CowfsError, StoreError, WrongLower, printable
 from cowfs.fuse.daemon import Daemon, MountRequest
 from cowfs.fuse.observer import Observer
 from cowfs.fuse.rings import rings_for
@@ -36,6 +36,7 @@ from cowfs.store.e2fsprogs import tools
 from cowfs.store.format.copy_detection import torn_copy
 from cowfs.store.format.identity import identify_lower
 from cowfs.store.format.sizes import format_size
+from cowfs.store.format.sniff import subdir
 from cowfs.store.format.superblock import read_superblock
 from cowfs.store.offline.info import store_info
 from cowfs.store.served.allocate import take_room
@@ -61,6 +62,7 @@ def main() -> int:
     )
     parser.add_argument("--image", required=True)
     parser.add_argument("--store", required=True, help="an image, or memory")
+    parser.add_argument("--subdir", help="the name of a store in the store")
     parser.add_argument("--mode", choices=("rw", "ro"), default="rw", help="whether the store can be written")
     parser.add_argument("--below", action="append", default=[], help="a store on read-only media, as a layer")
     parser.add_argument("--engine", choices=ENGINES, default="auto", help="who reads and writes images")
@@ -78,11 +80,12 @@ def main() -> int:
         store: str = args.store
         if store != "memory":
             check(store, writable=args.mode == "rw")
-            lowers = (*stores_below(args, judge(store, args.image)), args.image)
+            lowers = (*stores_below(args, judge(args)), args.image)
             if args.mode == "ro":
-                lowers, store = (show_read_only(store, args.show_store), *lowers), "memory"
+                lowers, store = (show_read_only(store, args.show_store, args.subdir), *lowers), "memory"
             else:
                 fill_holes(store)
+                store = of_several(store, args.subdir)
         volatile = None if args.volatile is None else parse_volatile(args.volatile)
         union = UnionOptions(lowers=lowers, store=store, engine=args.engine, volatile=volatile)
 
@@ -138,12 +141,23 @@ def fill_holes(store: str) -> None:
         os.close(fd)
 
 
-def judge(store: str, image: str) -> list[str]:
+def of_several(store: str, name: str | None) -> str:
+    """Return the path of the store *name* in a store; without a name, that store itself."""
+    return subdir(store, name) if name else store
+
+
+def judge(args: argparse.Namespace) -> list[str]:
     """Refuse a store of another image or of another format, before anything is written to it.
 
     Returns the fingerprints of the stores below it, the topmost first: mostly none.
     """
-    facts, lower = store_info(store), identify_lower(image)
+    store, lower = of_several(args.store, args.subdir), identify_lower(args.image)
+    try:
+        facts = store_info(store)
+    except StoreError:
+        if not args.subdir or args.mode == "ro":
+            raise
+        return []  # opening the store creates it, or says what is wrong
     if facts["format"] not in {"overlayfs", "aufs", "none yet"}:
         raise CowfsError(facts["problem"] or f"{store}: the store has the {facts['format']} format")
     made_for = facts["lowers"]
@@ -172,9 +186,12 @@ def stores_below(args: argparse.Namespace, wanted: list[str]) -> list[str]:
     return uppers
 
 
-def show_read_only(store: str, place: str) -> str:
-    """Mount a read-only store; return the directory of its changes, which becomes a lower itself."""
-    facts = store_info(store)
+def show_read_only(store: str, place: str, name: str | None = None) -> str:
+    """Mount a read-only store; return the directory of its changes, which becomes a lower itself.
+
+    With a *name*, the changes are those of the store of that name in it.
+    """
+    facts = store_info(of_several(store, name))
     is_aufs = facts["format"] == "aufs"
     if not facts["lowers"] and not is_aufs:
         raise CowfsError(f"{store}: not a store that holds changes (format: {facts['format']})")
@@ -188,7 +205,7 @@ def show_read_only(store: str, place: str) -> str:
         os.close(loop)
     attach(root, place)
     os.close(root)
-    return place if is_aufs else os.path.join(place, "upper")
+    return place if is_aufs else os.path.join(place, name or "", "upper")
 
 
 def serve(options: UnionOptions, args: argparse.Namespace, reporter: Reporter, log: Log) -> int:
@@ -210,7 +227,7 @@ def serve(options: UnionOptions, args: argparse.Namespace, reporter: Reporter, l
         daemon.mount()
         view: View | None = None
         try:
-            view = show(union, args.show_store)
+            view = show(union, args.show_store, in_another=bool(args.subdir))
             tell_room(union)
             protect_from_kill()
             Path(args.pid_file).write_text(f"{os.getpid()}\n")
@@ -240,15 +257,22 @@ def serve(options: UnionOptions, args: argparse.Namespace, reporter: Reporter, l
     return 0
 
 
-def show(union: Union, place: str) -> View | None:
-    """Make the filesystem of the store visible at *place*; return what serves it, unless the kernel does."""
+def show(union: Union, place: str, *, in_another: bool) -> View | None:
+    """Make the filesystem of the store visible at *place*; return what serves it, unless the kernel does.
+
+    Of a store that is *in_another*, only its own directory.
+    """
     layer = written_through(union.store.layer)
     try:
         if os.listdir(place):  # a store on read-only media, which is a lower
             return None
         if not isinstance(layer, DirectoryLayer):
             return open_view(layer, place)
-        attach(layer.root.fd, place)
+        if in_another:  # a part of a mount is shown by a mount of its own (before Linux 6.15: not at all)
+            attach(clone := mounts.private_clone(layer.root.fd), place)
+            os.close(clone)
+        else:
+            attach(layer.root.fd, place)
     except (CowfsError, OSError) as error:
         print(printable(f"WARNING: the store cannot be shown: {error}"), file=sys.stderr)
     return None

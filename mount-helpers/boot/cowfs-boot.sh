@@ -342,6 +342,7 @@ serve() {
     set -- --image "$image_file" --store "$1" --mode "$2" --engine "$engine" --mountpoint "$top/root" \
         --show-store "$top/store" --show-below "$top/below" --log /run/log --pid-file /run/pid
     [ -z "$volatile" ] || set -- "$@" --volatile "$volatile"
+    [ -z "$system" ] || set -- "$@" --subdir "$system"
     set -f
     IFS=$newline
     # shellcheck disable=SC2086 # a line is a word

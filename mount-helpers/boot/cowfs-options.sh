@@ -44,9 +44,11 @@ command_line() {
 
 # Sets: scope (off, removable, all), named (the path asked for, or nothing), subdir, image, skip (a list),
 # fallback (ram, fail, shell), patience (seconds), engine (auto, kernel, process), volatile (directories whose
-# changes are not kept, or nothing), panic (seconds until a failed boot starts again).
+# changes are not kept, or nothing), system (the name of a store in the store, or nothing), panic (seconds until a
+# failed boot starts again).
 read_options() {
-    scope=removable named='' subdir='' image=/sysrcd.dat skip='' fallback='' patience='' engine=auto volatile='' panic=''
+    scope=removable named='' subdir='' image=/sysrcd.dat skip='' fallback='' patience='' engine=auto volatile='' system=''
+    panic=''
     while IFS= read -r word; do
         case $word in
         backstore=*) read_backstore "${word#*=}" ;;
@@ -60,6 +62,10 @@ read_options() {
         cowfs.engine=*) warn "$word is not understood (auto, kernel or process): ignored" ;;
         cowfs.volatile=/* | cowfs.volatile=none) volatile=${word#*=} ;;
         cowfs.volatile=*) warn "$word is not understood (directories, or none): ignored" ;;
+        cowfs.subdir= | cowfs.subdir=[!A-Za-z0-9_]* | cowfs.subdir=*[!A-Za-z0-9_.+-]*)
+            warn "$word is not understood (a name of letters, digits and _ . + -): ignored"
+            ;;
+        cowfs.subdir=*) system=${word#*=} ;;
         cowfs.image=*) warn "$word does not begin with /: ignored" ;;
         panic=*) panic=${word#*=} ;;
         esac

@@ -40,7 +40,12 @@ class Root:
         return self.top / "shown"
 
     def start(
-        self, store: Path | str, mode: str = "rw", engine: str = "auto", below: Sequence[Path] = ()
+        self,
+        store: Path | str,
+        mode: str = "rw",
+        engine: str = "auto",
+        below: Sequence[Path] = (),
+        more: Sequence[str] = (),
     ) -> tuple[int, str]:
         """Start it; its exit code, and what it said."""
         # Not by the script, whose Python is isolated: coverage measures in the environment.
@@ -48,7 +53,7 @@ class Root:
             sys.executable, "-m", "cowfs.cli.root_daemon", "--image", self.image, "--store", store,
             "--mode", mode, "--engine", engine, "--mountpoint", self.root, "--show-store", self.shown,
             "--show-below", self.top / "below", "--log", self.top / "log", "--pid-file", self.top / "pid",
-            *(word for path in below for word in ("--below", path)),
+            *(word for path in below for word in ("--below", path)), *more,
             check=False, env={**os.environ, "PYTHONPATH": project_root()},
         )  # fmt: skip
         return done.returncode, done.stderr

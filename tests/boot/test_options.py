@@ -185,6 +185,23 @@ def test_where_the_image_is(system: System, line: str, expected: str) -> None:
     assert bool(system.warnings()) == (".." in line or "relative" in line)
 
 
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("", ""),
+        ("cowfs.subdir=rescue-11.0", "rescue-11.0"),
+        ("cowfs.subdir=a subdir=b cowfs.subdir=c", "c"),
+        ("cowfs.subdir=../x", ""),
+        ("cowfs.subdir=", ""),
+        ("cowfs.subdir=-x", ""),
+        ('cowfs.subdir="a b"', ""),
+    ],
+)
+def test_which_store_in_the_store(system: System, line: str, expected: str) -> None:
+    assert system.shell('echo "$system"', line) == [expected]
+    assert bool(system.warnings()) == (bool(line) and not expected)
+
+
 def test_warnings_are_on_the_console_too(system: System) -> None:
     (system.top / "dev/console").touch()
     system.shell(":", "backstore=nonsense")

@@ -123,6 +123,25 @@ def test_store_on_read_only_media_is_a_layer(root: Root, store: Path) -> None:
     assert store.read_bytes() == before
 
 
+@pytest.mark.parametrize("engine", ["auto", "kernel"])
+def test_several_systems_in_one_store(root: Root, store: Path, engine: str) -> None:
+    for number in range(2):
+        for name in ("one", "two"):
+            code, said = root.start(store, engine=engine, more=("--subdir", name))
+            assert code == 0, said
+            assert sorted(os.listdir(root.root)) == sorted(["file", "gone", *[name] * number])
+            (root.root / name).write_text("x")
+            assert (root.shown / "upper" / name).read_text() == "x"
+            root.stop()
+    code, said = root.start(store, "ro", more=("--subdir", "two"))
+    assert code == 0, said
+    assert sorted(os.listdir(root.root)) == ["file", "gone", "two"]
+    root.stop()
+    code, said = root.start(store, "ro", more=("--subdir", "three"))
+    assert (code, "no such store in the image" in said) == (32, True), said
+    assert cowfs("check", "-n", store).returncode == 0
+
+
 def test_what_was_kept_above_a_read_only_store_stands_on_it(root: Root, store: Path, tmp_path: Path) -> None:
     """Changes above those on a CD, kept on a stick: the next boot has both, if the CD is there."""
     with mounted(root.image, root.top / "first", store) as here:
