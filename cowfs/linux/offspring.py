@@ -30,7 +30,10 @@ def end_all(spared: set[int], patience: float = 2.0) -> tuple[list[str], list[st
     """
     names: dict[int, str] = {}
     late_at = time.monotonic() + patience
-    while found := _alive(spared):
+    while True:
+        found, some_ended = _alive(spared)
+        if not found and not some_ended:
+            break
         now = time.monotonic()
         late = now > late_at
         if now > late_at + _LONGEST:
@@ -47,14 +50,15 @@ def end_all(spared: set[int], patience: float = 2.0) -> tuple[list[str], list[st
     return list(names.values()), []
 
 
-def _alive(spared: set[int]) -> list[int]:
-    """Return the children that have not ended; those that have are taken note of."""
+def _alive(spared: set[int]) -> tuple[list[int], bool]:
+    """Return the children that have not ended, and whether some have: theirs are ours since then."""
+    children = _children() - spared
     alive = []
-    for pid in _children() - spared:
+    for pid in children:
         with suppress(ChildProcessError):
             if os.waitpid(pid, os.WNOHANG)[0] == 0:
                 alive.append(pid)
-    return alive
+    return alive, len(alive) < len(children)
 
 
 def _children() -> set[int]:

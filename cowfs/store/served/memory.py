@@ -183,10 +183,11 @@ def _open_image(want: Wanted, size: int | None, stack: ExitStack) -> Store:
         fd = os.memfd_create("cowfs-store", os.MFD_CLOEXEC)
         stack.callback(os.close, fd)
         os.ftruncate(fd, min(size, _FIRST))
-        if size < _FIRST or not _write_template(fd):
-            format_image(fd, _NAME, journal=_JOURNAL)
+        is_made = size >= _FIRST and _write_template(fd)
     except OSError as error:
         raise StoreError(f"memory: cannot create a {format_size(size)} file: {error.strerror}") from None
+    if not is_made:
+        format_image(fd, _NAME, journal=_JOURNAL)
     superblock = read_superblock(fd, _NAME)
     layer = image.open_layer(fd, _NAME, stack)
     header = layout.initialise(layer, new_header(identity=superblock.uuid))
