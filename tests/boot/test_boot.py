@@ -129,6 +129,7 @@ os.fsync(file); os.fsync(directory)'
     # The stick's FAT keeps the mark of the power cut, as Linux wants it, until fsck.vfat has seen it.
 
 
+@pytest.mark.nightly
 def test_named_store_on_a_hard_disk_is_repaired(
     boot: Boot, image_disk: Path, parts: Parts, tmp_path: Path
 ) -> None:

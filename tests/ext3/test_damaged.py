@@ -41,7 +41,14 @@ def batch(originals: list[Path], start: int, count: int, timeout: float, *option
     return int(found[1]), int(found[2])
 
 
-@pytest.mark.parametrize("start", range(0, 2000, 250))
+@pytest.mark.parametrize(
+    "start",
+    [
+        0,
+        1000,
+        *(pytest.param(start, marks=pytest.mark.nightly) for start in (250, 500, 750, 1250, 1500, 1750)),
+    ],
+)
 def test_damaged_images(originals: list[Path], start: int) -> None:
     done, refused = batch(originals, start, 250, timeout=110)
     assert done == 250
@@ -65,7 +72,7 @@ def left(originals: list[Path]) -> list[Path]:
     return made
 
 
-@pytest.mark.parametrize("start", [0, 400])
+@pytest.mark.parametrize("start", [0, pytest.param(400, marks=pytest.mark.nightly)])
 def test_damaged_images_that_must_be_recovered(left: list[Path], start: int) -> None:
     done, refused = batch(left, start, 400, 110, "--left")
     assert done == 400

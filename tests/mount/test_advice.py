@@ -84,7 +84,7 @@ def stopped(here: Mounted) -> Iterator[int]:
         os.kill(pid, signal.SIGCONT)
 
 
-@pytest.mark.parametrize("nobody", [False, True])
+@pytest.mark.parametrize("nobody", [pytest.param(False, marks=pytest.mark.nightly), True])
 def test_nobody_waits_for_a_stopped_daemon(base: Path, nobody: bool) -> None:
     """It is said which it is, and how it goes on; then all is as it was."""
     if nobody and os.geteuid() != 0:

@@ -99,7 +99,9 @@ def change_a_byte(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-@pytest.mark.parametrize("nobody", [False, True], ids=["root", "nobody"])
+@pytest.mark.parametrize(
+    "nobody", [False, pytest.param(True, marks=pytest.mark.nightly)], ids=["root", "nobody"]
+)
 def test_what_is_written_is_copied_and_the_rest_after_it(
     tmp_path: Path, nobody_path: Path, nobody: bool
 ) -> None:

@@ -82,7 +82,7 @@ def walk(path: Path) -> int:
 @pytest.mark.parametrize(
     ("way", "nobody"),
     [
-        pytest.param("prune", False, marks=needs_root),
+        pytest.param("prune", False, marks=[needs_root, pytest.mark.nightly]),
         ("prune", True),
         pytest.param("reconfigure", False, marks=needs_root),
     ],

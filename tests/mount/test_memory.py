@@ -29,7 +29,7 @@ ROUNDS = 5
 """Python takes memory by the mebibyte: a round may show that much for nothing. A leak shows in all."""
 
 
-@pytest.fixture(params=["image", "directory"])
+@pytest.fixture(params=["image", pytest.param("directory", marks=pytest.mark.nightly)])
 def mount(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Mounted]:
     lower_tree(tmp_path / "lower")
     if request.param == "image":

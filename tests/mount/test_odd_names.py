@@ -62,7 +62,12 @@ def test_mountinfo_is_one_line_a_mount() -> None:
 @needs_fuse
 @pytest.mark.parametrize(
     ("name", "nobody"),
-    [*((name, False) for name in NAMES), *((name, True) for name in NAMES[::4])],
+    [
+        *((name, False) for name in NAMES[::2]),
+        *((name, True) for name in NAMES[::8]),
+        *(pytest.param(name, False, marks=pytest.mark.nightly) for name in NAMES[1::2]),
+        *(pytest.param(name, True, marks=pytest.mark.nightly) for name in NAMES[4::8]),
+    ],
     ids=ascii,  # a worker could not report a byte that is no character
 )
 def test_every_part_of_a_union(nobody_path: Path, nobody: bool, name: str) -> None:

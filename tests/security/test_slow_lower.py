@@ -228,10 +228,10 @@ def test_dead_lower(place: Place) -> None:
     ("how", "what"),
     [
         ("SIGTERM", "lookup"),
-        ("SIGTERM", "close"),
-        ("SIGTERM", "copy-up of data"),
+        pytest.param("SIGTERM", "close", marks=pytest.mark.nightly),
+        pytest.param("SIGTERM", "copy-up of data", marks=pytest.mark.nightly),
         ("umount -l", "read"),
-        ("umount -l", "close"),
+        pytest.param("umount -l", "close", marks=pytest.mark.nightly),
     ],
 )
 def test_the_end_waits_for_nobody(what: str, how: str, place: Place) -> None:

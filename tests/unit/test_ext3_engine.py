@@ -662,7 +662,7 @@ def test_what_is_no_ext3_is_refused(tmp_path: Path, options: tuple[str, ...], ex
         Engine(path)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly  # by day the fuzz tests run the engine under sanitizers
 @pytest.mark.skipif(sanitized.ENGINE is not None, reason="this is the run under sanitizers")
 @pytest.mark.timeout(300)
 def test_all_of_this_under_sanitizers(tmp_path: Path) -> None:

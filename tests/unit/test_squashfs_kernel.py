@@ -177,6 +177,7 @@ def pack(image: Path, paths: list[bytes]) -> Path:
 
 @pytest.mark.skipif(not shutil.which("sqfstar"), reason="needs sqfstar (squashfs-tools 4.5)")
 @pytest.mark.timeout(240)
+@pytest.mark.nightly
 def test_a_real_tree_of_50_000_files(tmp_path: Path) -> None:
     """Much of this system, without its large files: real names, links, owners, sizes, and all contents."""
     paths, count = small_files(b"/usr", 50_000, 16 << 10)
