@@ -20,119 +20,34 @@ from __future__ import annotations
 import base64
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager, suppress
-from itertools import count
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from contextlib import ExitStack, closing
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cowfs.changes.version import Tree, Version
-from cowfs.client import ask, checked_answer, find_mount, the_mount
-from cowfs.command import Option, mount_arguments, run_command
+from cowfs.checkpoints import Checkpoint, checkpoint, checkpoints, delete_checkpoint, rollback
+from cowfs.client import ask, checked_answer, find_mount
 from cowfs.command import warm as warm  # noqa: PLC0414 (re-exported by the package)
-from cowfs.errors import CowfsError, MountFailure, StoreError, SystemFailure, UsageError
+from cowfs.errors import SystemFailure, UsageError
 from cowfs.linux.files import LACK_OF_ROOM
-from cowfs.linux.fuse import LISTED
-from cowfs.mounted_changes import PATIENCE, MountedChanges
-from cowfs.offline_changes import Lowers, OfflineChanges, Tell, must_be_there, open_offline_union
-from cowfs.store.format.sniff import is_plain_directory, may_exist
+from cowfs.mounted_changes import PATIENCE
+from cowfs.mounted_tree import MountedTree, mount
+from cowfs.offline_changes import Lowers, Tell, open_offline_union
+from cowfs.opened_changes import Changes, open_changes
 from cowfs.types import Change
 
 if TYPE_CHECKING:
-    from cowfs.changes.blame import History, Record
-    from cowfs.changes.du import Used
+    from cowfs.changes.blame import History
     from cowfs.changes.select import Selection
     from cowfs.exports.apply_root import Root
     from cowfs.exports.choose import Ask
     from cowfs.exports.losses import Losses
     from cowfs.exports.run import How
-    from cowfs.linux.mount_table import MountInfo
 
 __all__ = [
     "Changes", "Checkpoint", "Done", "Lowers", "MountedTree", "Tell", "apply", "blame", "checkpoint",
     "checkpoints", "delete_checkpoint", "export", "histories", "mount", "open_changes", "reclaimable",
     "report", "rollback", "take_back", "undo_apply",
 ]  # fmt: skip
-
-
-class Changes(Protocol):
-    """The changes of a store, or of a mounted union."""
-
-    def __iter__(self) -> Iterator[Change]:
-        """Yield the changes, sorted by name within each directory; see :mod:`cowfs.changes.diff`."""
-
-    def exactly(self) -> Iterator[Change]:
-        """Yield the changes, and also directories whose time alone differs."""
-
-    def tree(self) -> Tree:
-        """Return the merged tree."""
-
-    def tree_before(self) -> Tree:
-        """Return the tree of the lowers."""
-
-    def before(self, path: bytes) -> Version | None:
-        """Return what the lowers have at *path* (from the root, without a leading slash), or None."""
-
-    def after(self, path: bytes) -> Version | None:
-        """Return what the merged tree has at *path*, or None."""
-
-    def files_before(self, path: bytes) -> Iterator[bytes]:
-        """Yield the path of each file that the lowers have below the directory *path*."""
-
-    def explain(self, path: bytes) -> dict[str, Any]:
-        """Return why *path* shows what it shows: see :func:`cowfs.changes.explain.explain`."""
-
-    def usage(self) -> Iterator[Used]:
-        """Yield what each inode takes in the store, and why it is there; last, what the filesystem itself
-        takes.
-        """
-
-    def about(self) -> list[tuple[str, str]]:
-        """Return what this is and what it is compared with, as names and values for people."""
-
-    def withheld(self) -> dict[str, str]:
-        """Return why copies made from this must have ``nosuid`` and ``nodev``: others can change it.
-
-        ``shown`` says why others must not see such a copy at all: it could show them what only we may read.
-        """
-
-    def records(self) -> Iterator[Record] | None:
-        """Return who changed what, the newest first; None if nobody recorded it, or we may not know."""
-
-
-@contextmanager
-def open_changes(
-    what: str,
-    lowers: Lowers | None = None,
-    tell: Tell = lambda _: None,
-    *,
-    since: str | None = None,
-    until: str | None = None,
-) -> Iterator[Changes]:
-    """Open the changes of *what*, a mountpoint or a store that is not mounted; *tell* is called with
-    warnings. *since* and *until* name checkpoints: only changes after the one, and before the other.
-
-    A store is opened read-only. Raises UsageError, StoreError, MountFailure or WrongLower if it cannot be
-    opened.
-    """
-    lowers = lowers or Lowers()
-    found = find_mount(what)
-    with ExitStack() as stack:
-        if found is not None:
-            if lowers.given is not None:
-                raise UsageError(
-                    f"{what}: is mounted, so it is compared with the lower it is mounted on", "remove --lower"
-                )
-            yield MountedChanges(what, found.dev, stack, tell, (since, until))
-            return
-        if what == "memory":
-            raise UsageError("a store in memory can only be reached through its mount", "give the mountpoint")
-        if not may_exist(what):
-            raise StoreError(f"{what}: no such store or mountpoint", LISTED)
-        if is_plain_directory(what):
-            raise StoreError(f"{what}: neither a store nor a cowfs mountpoint", LISTED)
-        yield OfflineChanges(what, lowers, stack, tell, (since, until))
 
 
 def export(
@@ -454,228 +369,3 @@ def reclaimable(what: str, lowers: Lowers | None = None, tell: Tell = lambda _: 
     CowfsError. What the trash takes is not in it: :meth:`Changes.usage` tells that.
     """
     return sum(done.size for done in take_back(what, "vacuum", None, lowers, dry_run=True, tell=tell))
-
-
-class Checkpoint(NamedTuple):
-    """A state of the tree that was kept."""
-
-    name: str
-    taken: str
-    """ISO 8601, UTC."""
-    on: str | None
-    """The checkpoint that it was made after; None: the lowers."""
-    current: bool
-    """Whether the tree as it is now was made from it."""
-    last: bool
-    """Whether nothing but what was changed since is above it."""
-
-
-def checkpoints(what: str) -> list[Checkpoint]:
-    """Return the checkpoints of a store or of a mount, the oldest first. Raises CowfsError."""
-    from cowfs.store.format.checkpoints import listed
-    from cowfs.store.served.open import open_store
-
-    found = find_mount(what)
-    if found is not None:
-        told = list(ask(found.dev, "checkpoints"))
-    else:
-        must_be_there(what)
-        if is_plain_directory(what):
-            raise StoreError(f"{what}: neither a store nor a cowfs mountpoint", LISTED)
-        with closing(open_store(what, read_only=True)) as store:
-            told = listed(store.layers, store.upper)
-    with checked_answer(what):
-        return [
-            Checkpoint(
-                str(one["name"]),
-                str(one["taken"]),
-                None if one["on"] is None else str(one["on"]),
-                bool(one["current"]),
-                bool(one["last"]),
-            )
-            for one in told
-        ]
-
-
-def checkpoint(what: str, name: str, lowers: Lowers | None = None, tell: Tell = lambda _: None) -> None:
-    """Keep the present state of the tree of a store or a mount under a name. It is on disk then.
-
-    UsageError for an invalid name.
-    """
-    _ask_checkpoints(what, "take", name, lowers, tell)
-
-
-def rollback(what: str, name: str, lowers: Lowers | None = None, tell: Tell = lambda _: None) -> None:
-    """Make the tree what it was at a checkpoint; later changes that no other checkpoint keeps are lost.
-
-    MountFailure if it is mounted and a process uses a file of it.
-    """
-    found = find_mount(what)
-    if found is not None:
-        _must_not_be_used(what, found.dev)
-    _ask_checkpoints(what, "go_back", name, lowers, tell)
-
-
-def delete_checkpoint(
-    what: str, name: str, lowers: Lowers | None = None, tell: Tell = lambda _: None
-) -> None:
-    """Delete a checkpoint. The tree and the other checkpoints keep their contents."""
-    _ask_checkpoints(what, "delete", name, lowers, tell)
-    if find_mount(what) is None:
-        with ExitStack() as stack:  # which merges its remaining layer
-            open_offline_union(what, lowers or Lowers(), stack, tell)
-
-
-def _ask_checkpoints(what: str, asked: str, name: str, lowers: Lowers | None, tell: Tell) -> None:
-    from cowfs.take_back import checkpoints as steps
-    from cowfs.take_back import done
-
-    found = find_mount(what)
-    with ExitStack() as stack:
-        if found is not None:
-            replies: Iterator[dict[str, Any]] = ask(
-                found.dev, "checkpoint", timeout=PATIENCE, what=asked, name=name
-            )
-        else:
-            union = open_offline_union(what, lowers or Lowers(), stack, tell)
-            replies = done(steps(union, {"what": asked, "name": name}))
-        for _ in replies:
-            pass
-
-
-class MountedTree:
-    """A union that :func:`mount` has mounted."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        """Where it is mounted."""
-
-    def diff(self) -> list[Change]:
-        """Return what differs from the lowers, sorted by name within each directory. Raises CowfsError."""
-        with open_changes(str(self.path)) as changes:
-            return list(changes)
-
-    def checkpoints(self) -> list[Checkpoint]:
-        """Return the checkpoints, the oldest first. Raises CowfsError."""
-        return checkpoints(str(self.path))
-
-    def snapshot(self, name: str | None = None) -> str:
-        """Keep the present state of the tree as a checkpoint; return its name, which is chosen if not given.
-
-        UsageError for an invalid name.
-        """
-        if name is None:
-            taken = {one.name for one in self.checkpoints()}
-            name = next(free for number in count(1) if (free := f"snapshot-{number}") not in taken)
-        checkpoint(str(self.path), name)
-        return name
-
-    def rollback(self, name: str) -> None:
-        """Make the tree what it was at a checkpoint.
-
-        CowfsError if a process (this one, too) has a file of it open or its working directory there.
-        """
-        rollback(str(self.path), name)
-
-    def inject(self, *faults: str) -> None:
-        """From now on make requests fail as *faults* say; earlier faults end.
-
-        Without *faults* all requests succeed again. Each fault is a value of ``-o fault=``. CowfsError if the
-        tree was mounted without that option (``fault=none`` is enough).
-        """
-        self._ask_faults(faults=list(faults))
-
-    def crash(self) -> None:
-        """End the daemon as a power cut would: what was not synced is lost.
-
-        Mount the tree again after that. CowfsError where that is impossible: with a store in a directory, and
-        without ``fault=``.
-        """
-        with suppress(MountFailure):  # the daemon ends in the middle of its reply
-            self._ask_faults(crash=True)
-
-    def _ask_faults(self, **asked: Any) -> None:
-        for _ in ask(the_mount(str(self.path)).dev, "fault", timeout=PATIENCE, **asked):
-            pass
-
-
-@contextmanager
-def mount(
-    lower: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
-    store: str | os.PathLike[str] | None = None,
-    *,
-    mountpoint: str | os.PathLike[str] | None = None,
-    **options: Option,
-) -> Iterator[MountedTree]:
-    """Mount a union of *lower* (an image or a directory; several: the topmost first) and *store*; unmount it
-    at the end.
-
-    A daemon of its own serves it, as with ``cowfs mount``; any user who may mount through fusermount3 can use
-    it. Without *store* changes are kept in memory and lost at the end. Without *mountpoint* it is mounted in
-    a temporary directory, which is removed at the end. *options* are those of ``-o``: ``size="64M"``,
-    ``fakeroot=True``. Blocks until the mount answers and, at the end, until all is written and the store is
-    released. CowfsError says why it cannot be mounted, or that a process still used it at the end: then it is
-    detached, and the store is released when that process is done. If the block raised an exception, that gets
-    this as a note.
-    """
-    lowers = [lower] if isinstance(lower, str | os.PathLike) else list(lower)
-    with ExitStack() as stack:
-        if mountpoint is None:
-            where = tempfile.mkdtemp(prefix="cowfs-")
-            stack.callback(os.rmdir, where)
-        else:
-            where = os.path.abspath(mountpoint)
-        before = find_mount(where)
-        temporary = where if mountpoint is None else None
-        try:
-            run_command(mount_arguments(lowers, where, store, options.items()), temporary)
-        except BaseException:
-            now = find_mount(where)
-            if now is not None and now != before:  # interrupted after it was mounted
-                _unmount(where, now)
-            raise
-        mounted = find_mount(where)
-        try:
-            yield MountedTree(Path(where))
-        except BaseException as error:
-            try:
-                _unmount(where, mounted)
-            except CowfsError as failure:  # the other exception matters more, and may be the cause
-                error.add_note(f"cowfs: {failure}")
-            raise
-        _unmount(where, mounted)
-
-
-def _unmount(where: str, mounted: MountInfo | None) -> None:
-    """Unmount, and wait until all is written; MountFailure if it could only be detached."""
-    if find_mount(where) != mounted:  # somebody else has unmounted it
-        return
-    try:
-        run_command(["umount", where])
-    except CowfsError:
-        with suppress(CowfsError):
-            run_command(["umount", "--lazy", where])
-        raise
-
-
-_TOLD = 3
-"""So many uses are named."""
-
-
-def _must_not_be_used(what: str, dev: str) -> None:
-    """Raise MountFailure, which says what is open and by whom."""
-    from cowfs.changes.render import escape
-    from cowfs.linux.users import mounted_within, uses_of
-
-    for mount in mounted_within(dev):
-        raise MountFailure(f"{escape(mount.mountpoint)}: is mounted in the tree", "unmount that first")
-    uses = list(uses_of(dev))
-    if uses:
-        said = [
-            f"{escape(use.path)} ({use.how}, by {escape(os.fsencode(use.program))}, pid {use.pid})"
-            for use in uses[:_TOLD]
-        ]
-        more = f", and {len(uses) - _TOLD} more" if len(uses) > _TOLD else ""
-        raise MountFailure(
-            f"{what}: in use: {', '.join(said)}{more}", f"fuser -vm {what} shows all who use it"
-        )

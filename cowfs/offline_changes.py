@@ -12,7 +12,8 @@ from cowfs.changes.version import Tree, Version
 from cowfs.errors import LayerError, StoreError, UsageError
 from cowfs.layers.frozen import FrozenLayer
 from cowfs.linux.fuse import LISTED
-from cowfs.overlay.stack import Stack, open_index
+from cowfs.overlay.index import open_index
+from cowfs.overlay.stack import Stack
 from cowfs.overlay.xattr_format import XattrFormat
 from cowfs.store.format.header import said_of, volatile_above
 from cowfs.store.format.sniff import may_exist

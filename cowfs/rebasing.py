@@ -26,7 +26,8 @@ from cowfs.layers.beneath import check_name
 from cowfs.layers.frozen import FrozenLayer
 from cowfs.linux.files import LACK_OF_ROOM
 from cowfs.offline_changes import Lowers, Tell, identities, must_be_there, recorded_lowers, styles_of
-from cowfs.overlay.stack import Stack, open_index
+from cowfs.overlay.index import open_index
+from cowfs.overlay.stack import Stack
 from cowfs.overlay.xattr_format import XattrFormat
 from cowfs.store.format import checkpoints, layout, rebased
 from cowfs.store.format.checkpoints import Prepared, as_layers

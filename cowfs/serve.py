@@ -74,7 +74,8 @@ def commands(
         "diff": diff,
         **_of_the_store(union),
         **_of_taking_back(union, ask_again, observer),
-        **_of_keeping(union, stop_waiting_soon),
+        **_of_the_whole_store(union),
+        **_of_the_end(union, stop_waiting_soon),
         "fault": lambda request: _of_faults(faults, request),
     }
     return answers if observer is None else {**answers, **_of_changes(union, observer)}
@@ -126,8 +127,8 @@ def _of_taking_back(
     return {**answers, "lower": lower}
 
 
-def _of_keeping(union: Union, stop_waiting_soon: Callable[[], None]) -> Mapping[str, Any]:
-    """Return the commands that look after the store: its space, and that everything is kept at the end."""
+def _of_the_whole_store(union: Union) -> Mapping[str, Any]:
+    """Return the commands that resize, move or copy the store."""
 
     def grow(request: dict[str, Any]) -> Iterator[dict[str, Any] | Callable[[], None]]:
         from cowfs.store.offline.grow import grow_open_store
@@ -154,6 +155,12 @@ def _of_keeping(union: Union, stop_waiting_soon: Callable[[], None]) -> Mapping[
 
         freed = yield from _told(trim_open_store(union.store))
         yield {"freed": freed}
+
+    return {"grow": grow, "persist": persist, "backup": backup, "trim": trim}
+
+
+def _of_the_end(union: Union, stop_waiting_soon: Callable[[], None]) -> Mapping[str, Any]:
+    """Return the commands that have changes on disk: while others read the store, and before an unmount."""
 
     def hold(request: dict[str, Any]) -> Replies:
         """Make everybody wait while the client, at the other end of a socket, reads the store."""
@@ -188,16 +195,7 @@ def _of_keeping(union: Union, stop_waiting_soon: Callable[[], None]) -> Mapping[
         union.release_pipe = os.dup(request["fd"]) if "fd" in request else -1
         yield {}
 
-    return {
-        "grow": grow,
-        "persist": persist,
-        "backup": backup,
-        "trim": trim,
-        "hold": hold,
-        "sync": sync,
-        "saw_lowers": saw_lowers,
-        "leave": leave,
-    }
+    return {"hold": hold, "sync": sync, "saw_lowers": saw_lowers, "leave": leave}
 
 
 def _watch(union: Union, directory: int, name: str) -> None:

@@ -395,14 +395,7 @@ def _open_union(options: UnionOptions, progress: Progress) -> Union:
                 directory.act_as_root(store.work, anew=anew)
         if store.frozen and not store.header.modules:  # whiteouts that only these need would be lost
             merge_deleted(store, lowers)
-        volatile = store.header.volatile if options.volatile is None else options.volatile
-        if store.read_only:
-            volatile = ()
-        if volatile and above:
-            raise UsageError(
-                f"{options.lowers[0]}: a module cannot be used with volatile directories",
-                "leave it out, or mount with -o volatile=none",
-            )
+        volatile = _volatile(options, store, bool(above))
         overlay = _join(Grafted if volatile else Overlay, store, lowers, options)
         stack.callback(_close_all, overlay.modules)
         if anew and not store.read_only:
@@ -411,14 +404,7 @@ def _open_union(options: UnionOptions, progress: Progress) -> Union:
         if isinstance(overlay, Grafted):
             aside = _set_aside(overlay, store, options, volatile, stack)
         store.bind(identities, volatile if options.remembers else None)
-        overlay.notebook = None if store.is_aufs else store.notebook
-        if isinstance(directory, DirectoryLayer):
-            overlay.stand_in = directory.stand_in
-        if store.links is not None:
-            overlay.index_what_takes_no_notes(store.links)
-        # What is in memory alone need not be there twice.
-        overlay.host.wants_rest = lambda: store.memory is None
-        incomplete.resume(overlay)
+        _take_up_work(overlay, store)
         loaded = [
             (modules.add(overlay, layer)[0], known)
             for layer, known in zip(opened[above - 1 :: -1] if above else (), of_modules[::-1], strict=True)
@@ -438,6 +424,32 @@ def _open_union(options: UnionOptions, progress: Progress) -> Union:
             modules=dict(loaded),
         )
     raise AssertionError("not reached")
+
+
+def _volatile(options: UnionOptions, store: Store, has_modules: bool) -> Sequence[str]:
+    """Return the directories whose changes are kept in memory. UsageError if modules forbid them."""
+    if store.read_only:
+        return ()
+    volatile = store.header.volatile if options.volatile is None else options.volatile
+    if volatile and has_modules:
+        raise UsageError(
+            f"{options.lowers[0]}: a module cannot be used with volatile directories",
+            "leave it out, or mount with -o volatile=none",
+        )
+    return volatile
+
+
+def _take_up_work(overlay: Overlay, store: Store) -> None:
+    """Tell a union what its store can do, and let it go on with what the last mount left incomplete."""
+    overlay.notebook = None if store.is_aufs else store.notebook
+    directory = written_through(store.layer)
+    if isinstance(directory, DirectoryLayer):
+        overlay.stand_in = directory.stand_in
+    if store.links is not None:
+        overlay.index_what_takes_no_notes(store.links)
+    # What is in memory alone need not be there twice.
+    overlay.host.wants_rest = lambda: store.memory is None
+    incomplete.resume(overlay)
 
 
 def _close_all(layers: list[LowerLayer]) -> None:

@@ -16,7 +16,8 @@ from typing import NamedTuple, cast
 from cowfs.changes.compare import Inode
 from cowfs.changes.scan import GONE
 from cowfs.layers.base import File, Key, LowerLayer, NamesJob, UpperLayer
-from cowfs.overlay.stack import Found, Hit, Index, Place, Stack, is_whiteout, notes_of, open_index
+from cowfs.overlay.index import Index, open_index
+from cowfs.overlay.stack import Found, Hit, Place, Stack, is_whiteout, notes_of
 from cowfs.overlay.xattr_format import OPAQUE, XattrFormat, make_partial
 from cowfs.types import Attr, AttrData, DirEntry, FileHandle, FsStats
 

@@ -13,7 +13,8 @@ from cowfs.changes.paths import join, type_name
 from cowfs.changes.scan import source_of
 from cowfs.jsontext import local_time, put_path
 from cowfs.layers.base import Key, LowerLayer, UpperLayer
-from cowfs.overlay.stack import Path, Rule, Stack, Verdict, is_whiteout, notes_of, open_index
+from cowfs.overlay.index import open_index
+from cowfs.overlay.stack import Path, Rule, Stack, Verdict, is_whiteout, notes_of
 from cowfs.overlay.xattr_format import XattrFormat
 from cowfs.types import Attr
 

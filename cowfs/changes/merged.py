@@ -17,7 +17,8 @@ from cowfs.changes.scan import readdir
 from cowfs.changes.version import Node, Version
 from cowfs.layers.base import File, Key, LowerLayer, UpperLayer
 from cowfs.layers.frozen import FrozenLayer
-from cowfs.overlay.stack import Index, Stack, notes_of
+from cowfs.overlay.index import Index
+from cowfs.overlay.stack import Stack, notes_of
 from cowfs.overlay.xattr_format import is_whiteout_device
 from cowfs.types import Attr
 

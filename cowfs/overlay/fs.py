@@ -16,8 +16,9 @@ from cowfs.layers.base import Cached, Key, LowerLayer, UpperLayer
 from cowfs.layers.partial import Part
 from cowfs.overlay.companions import NOT_HERE, Companions
 from cowfs.overlay.host import Host
+from cowfs.overlay.index import came_from, open_index
 from cowfs.overlay.node import APART, LAYER, LAYER_BITS, ROOT_INO, Node, NodeTable
-from cowfs.overlay.stack import Stack, came_from, is_whiteout, notes_of, open_index
+from cowfs.overlay.stack import Stack, is_whiteout, notes_of
 from cowfs.overlay.xattr_format import XattrFormat, as_device, index_name, make_origin
 from cowfs.types import Attr, AttrData, FileHandle, FsStats, own_attr
 
@@ -166,6 +167,10 @@ class OverlayFs:
         self.below: dict[Node, int | None] = {}
         """How many directories in merged ones only lower layers have, where :mod:`~cowfs.overlay.nlink` has
         counted them."""
+        self._begin_numbers()
+
+    def _begin_numbers(self) -> None:
+        """Prepare the numbers of inodes and temporaries."""
         self._temporaries = count()
         self.exports = None not in self._generations
         """Whether an inode's number and generation say for all times which one is meant (file handles)."""

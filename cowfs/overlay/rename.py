@@ -77,18 +77,23 @@ def rename(
         _move(fs, (parent, name, node), (new_parent, new_name, target))
         fs.nodes.detach(parent, name)
         if target is not None:
-            if target.is_dir:
-                if target.upper is None:
-                    fs.covers(new_parent)
-                fs.nodes.detach(new_parent, new_name)
-                target.dead = True
-                fs.release(target)
-            else:
-                name_removed(fs, target, new_parent, new_name, last=last)
+            _replaced(fs, target, new_parent, new_name, last=last)
         fs.nodes.rename(node, new_parent, new_name)
         if left is not None:
             leave_whiteout(fs, parent, name, left)
     return target
+
+
+def _replaced(fs: OverlayFs, target: Node, parent: Node, name: bytes, *, last: bool) -> None:
+    """Take the name from a node that another has replaced; *last*: it was the last one."""
+    if not target.is_dir:
+        name_removed(fs, target, parent, name, last=last)
+        return
+    if target.upper is None:
+        fs.covers(parent)
+    fs.nodes.detach(parent, name)
+    target.dead = True
+    fs.release(target)
 
 
 def _refuse_redirects(*nodes: Node | None) -> None:

@@ -26,13 +26,11 @@ from cowfs.overlay.xattr_format import (
     Notes,
     RedirectError,
     XattrFormat,
-    index_name,
     is_whiteout_device,
-    make_origin,
     may_exist,
     names_of_redirect,
 )
-from cowfs.types import Attr, DirEntry, FileHandle
+from cowfs.types import Attr, DirEntry
 
 log = logging.getLogger(__name__)
 
@@ -554,47 +552,6 @@ def is_whiteout(layer: LowerLayer, key: Key, attr: Attr, xattrs: XattrFormat) ->
         if failure.errno in _NO_XATTRS:
             return False
         raise
-
-
-# --- the index of hard links
-
-
-class Index(NamedTuple):
-    """The directory of the upper layer with the hard links that were copied up, under their origins."""
-
-    upper: LowerLayer
-    directory: Key
-    names: set[bytes]
-    """The names in it: what is not among them is not looked for."""
-    format: XattrFormat
-
-    def find(self, handle: FileHandle | None) -> tuple[Key, Attr] | None:
-        """Return the upper inode of a hard-linked lower one that was copied up, maybe under another name.
-
-        *handle* is the lower inode's. None if it was not.
-        """
-        name = None if handle is None else index_name(make_origin(handle))
-        if name is None or name not in self.names:
-            return None
-        assert handle is not None
-        found = self.upper.lookup(self.directory, name)
-        if found is not None and came_from(self.upper, found[0], handle.place, self.format):
-            return found
-        return None
-
-
-def open_index(upper: LowerLayer, directory: Key, xattrs: XattrFormat) -> Index:
-    """Return the index that is this directory of the upper layer."""
-    return Index(upper, directory, {entry.name for entry in upper.readdir(directory)}, xattrs)
-
-
-def came_from(upper: LowerLayer, key: Key, place: bytes, xattrs: XattrFormat) -> bool:
-    """Whether an indexed hard link was copied up from the lower inode that is at this place, and not
-    from another to which a bad image gives the same number; True where that is not known."""
-    try:
-        return not place or upper.getxattr(key, xattrs.place) == place
-    except OSError:
-        return True  # the kernel, or an old cowfs, has copied it up
 
 
 # --- redirects that are not followed

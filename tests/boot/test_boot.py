@@ -55,6 +55,30 @@ def store_is_shown(machine: Machine, written: str, fstype: str = "fuse.cowfs-sto
     assert machine.said("apart") == "yes"
 
 
+def works_without_memory(machine: Machine) -> None:
+    """The root is a mount of the stick's image and store, and served all while the memory was taken."""
+    assert machine.said("root") == "fuse.cowfs"
+    assert machine.said("store") == f"{CARRIER}/sda1/sysrcd.bs"
+    assert machine.said("lower").startswith(f"{CARRIER}/sda1/sysrcd.dat (squashfs")
+    assert "usr" in machine.said("view")
+    store_is_shown(machine, "after")
+    assert machine.said("eater") == "137", "the one who took the memory was to be ended"
+    assert machine.said("ballast") == "2c7ab85a"  # 16 MiB of zeros
+    assert int(machine.said("read")) > 3_000_000
+    assert machine.said("swap file") == "swapon: /root/swap: Invalid argument"
+    assert machine.said("swapped") == "written meanwhile"
+    assert machine.said("daemon in swap") == "0 kB"
+
+
+def is_a_root(machine: Machine) -> None:
+    """Modes, devices, programs and mappings work as in a root, and nothing ends the daemon."""
+    assert machine.said("shadow") == "13"
+    assert machine.said("suid") == "101"
+    assert [machine.said(key) for key in ("device", "exec", "mmap")] == ["1", "7", "abcd"]
+    assert [machine.said(key) for key in ("name", "oom", "locked")] == ["@", "-1000", "True"]
+    assert machine.said("signals") == "still writable"
+
+
 def test_changes_survive_a_power_cut_and_the_next_boots(boot: Boot, parts: Parts, tmp_path: Path) -> None:
     """Image and store on one stick, as a user has them; a hard disk with a store is left alone."""
     store = make_store(tmp_path / "sysrcd.bs", 64)
@@ -87,17 +111,7 @@ os.fsync(file); os.fsync(directory)'
     with boot(PLAIN, test=test, devices=devices, memory=320) as machine:
         machine.wait_for("TEST ready: now")
         machine.cut_power()
-        assert machine.said("root") == "fuse.cowfs"
-        assert machine.said("store") == f"{CARRIER}/sda1/sysrcd.bs"
-        assert machine.said("lower").startswith(f"{CARRIER}/sda1/sysrcd.dat (squashfs")
-        assert "usr" in machine.said("view")
-        store_is_shown(machine, "after")
-        assert machine.said("eater") == "137", "the one who took the memory was to be ended"
-        assert machine.said("ballast") == "2c7ab85a"  # 16 MiB of zeros
-        assert int(machine.said("read")) > 3_000_000
-        assert machine.said("swap file") == "swapon: /root/swap: Invalid argument"
-        assert machine.said("swapped") == "written meanwhile"
-        assert machine.said("daemon in swap") == "0 kB"
+        works_without_memory(machine)
     assert disk.read_bytes() == untouched
 
     test = f"""{GUEST}
@@ -114,11 +128,7 @@ os.fsync(file); os.fsync(directory)'
         expected = run("sh", "-c", "for i in $(seq 10000); do printf 0123456789; done | md5sum").stdout[:8]
         assert machine.said("synced") == f"{expected} 100000"
         assert machine.said("first").strip() == "first"
-        assert machine.said("shadow") == "13"
-        assert machine.said("suid") == "101"
-        assert [machine.said(key) for key in ("device", "exec", "mmap")] == ["1", "7", "abcd"]
-        assert [machine.said(key) for key in ("name", "oom", "locked")] == ["@", "-1000", "True"]
-        assert machine.said("signals") == "still writable"
+        is_a_root(machine)
         store_is_shown(machine, "again")
         assert machine.said("read anew") == machine.said("read before")
     after = images.from_fat(mine, "/sysrcd.bs", tmp_path / "after.bs")

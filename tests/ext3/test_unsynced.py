@@ -487,6 +487,19 @@ def test_an_fsync_whose_failure_somebody_else_has_seen_to(place: Path) -> None:
     reopened(path, content)
 
 
+def patiently(opened: Engine, call: Callable[[], object]) -> None:
+    """Do it again, after a commit, until there is room."""
+    for _ in range(10_000):
+        try:
+            call()
+            return
+        except OSError as error:
+            assert error.errno == errno.ENOSPC, error
+        with suppress(OSError):
+            opened.image.commit()
+    pytest.fail("it never goes on")
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_many_write_and_sync_while_it_refuses_now_and_then(place: Path, seed: int) -> None:
     """What an fsync was told to be on disk is there, without what an fdatasync has refused."""
@@ -500,19 +513,19 @@ def test_many_write_and_sync_while_it_refuses_now_and_then(place: Path, seed: in
             chance = random.Random(seed * 10 + number)
             file = opened.layer.open(keys[number], os.O_RDWR)
             content = bytearray(100_000)
-            patiently(lambda: file.pwrite(bytes(content), 0))
+            patiently(opened, lambda: file.pwrite(bytes(content), 0))
             for turn in range(100):
                 at = chance.randrange(90_000)
                 data = chance.randbytes(chance.choice((10, 1000, 4096, 10_000)))
                 content[at : at + len(data)] = data
-                patiently(partial(file.pwrite, data, at))
+                patiently(opened, partial(file.pwrite, data, at))
                 with suppress(OSError):
                     file.fsync(True)
                     if turn % 4 == 0:
                         mark = next(numbers)
                         synced[mark] = b"%d" % number, bytes(content)
                         opened.mark(0, mark)
-            patiently(lambda: file.fsync(False))
+            patiently(opened, lambda: file.fsync(False))
             file.close()
 
         def refuse() -> None:
@@ -524,17 +537,6 @@ def test_many_write_and_sync_while_it_refuses_now_and_then(place: Path, seed: in
             while not over.wait(0.0002):
                 with suppress(OSError):
                     opened.image.commit()
-
-        def patiently(call: Callable[[], object]) -> None:
-            for _ in range(10_000):
-                try:
-                    call()
-                    return
-                except OSError as error:
-                    assert error.errno == errno.ENOSPC, error
-                with suppress(OSError):
-                    opened.image.commit()
-            pytest.fail("it never goes on")
 
         keys = [make_file(opened.layer, b"%d" % number) for number in range(4)]
         with ThreadPoolExecutor(6) as pool:

@@ -75,31 +75,7 @@ def test_a_state_is_kept_and_comes_back(tmp_path: Path, kind: str, engine: str |
     lower, mnt = tmp_path / "lower", tmp_path / "mnt"
     how = ("passthrough=off",)
     with mounted(lower, mnt, store, engine=engine, options=how) as here:
-        script(WORK, mnt)
-        with open(mnt / "etc/fstab", "a") as writing, open(mnt / "usr/y", "r+b") as other:
-            writing.write("buffered until now\n")
-            writing.flush()
-            one = seen(mnt)
-            assert cowfs("checkpoint", mnt, "one").returncode == 0
-            assert seen(mnt) == one
-            writing.write("after the checkpoint\n")
-            writing.flush()
-            os.pwrite(other.fileno(), b"Z", 0)
-            os.ftruncate(other.fileno(), 1)
-            assert (mnt / "etc/fstab").read_text().endswith("buffered until now\nafter the checkpoint\n")
-            assert (mnt / "usr/y").read_bytes() == b"Z"
-            assert os.fstat(writing.fileno()).st_ino == (mnt / "etc/fstab").stat().st_ino
-            refused = cowfs("rollback", mnt, "one")
-            assert refused.returncode == 32
-            assert f"in use: {mnt}/etc/fstab (open, by" in refused.stderr
-            assert f"pid {os.getpid()}" in refused.stderr
-        script(MORE, mnt)
-        two = seen(mnt)
-        assert cowfs("checkpoint", mnt, "two").returncode == 0
-        script("echo gone >>etc/fstab; rm -r tools; mkdir tools; echo gone >gone", mnt)
-        run(*COWFS, "rollback", mnt, "two")
-        assert seen(mnt) == two
-        assert not (mnt / "gone").exists()
+        one, two = take_two(mnt)
         run(*COWFS, "rollback", mnt, "one")
         assert seen(mnt) == one
         script("echo x >on-one", mnt)
@@ -141,6 +117,39 @@ def test_a_state_is_kept_and_comes_back(tmp_path: Path, kind: str, engine: str |
     assert (names(store), json.loads(cowfs("info", store, "--json").stdout)["layers"]) == ([], [])
     assert cowfs("check", "-n", store).returncode == 0
     assert seen_by_kernel(store, mnt) == four
+
+
+def take_two(mnt: Path) -> tuple[Seen, Seen]:
+    """Change the tree and take two checkpoints, the first while files are written; return what they show.
+
+    Afterwards the tree is as at the second, after other changes were rolled back.
+    """
+    script(WORK, mnt)
+    with open(mnt / "etc/fstab", "a") as writing, open(mnt / "usr/y", "r+b") as other:
+        writing.write("buffered until now\n")
+        writing.flush()
+        one = seen(mnt)
+        assert cowfs("checkpoint", mnt, "one").returncode == 0
+        assert seen(mnt) == one
+        writing.write("after the checkpoint\n")
+        writing.flush()
+        os.pwrite(other.fileno(), b"Z", 0)
+        os.ftruncate(other.fileno(), 1)
+        assert (mnt / "etc/fstab").read_text().endswith("buffered until now\nafter the checkpoint\n")
+        assert (mnt / "usr/y").read_bytes() == b"Z"
+        assert os.fstat(writing.fileno()).st_ino == (mnt / "etc/fstab").stat().st_ino
+        refused = cowfs("rollback", mnt, "one")
+        assert refused.returncode == 32
+        assert f"in use: {mnt}/etc/fstab (open, by" in refused.stderr
+        assert f"pid {os.getpid()}" in refused.stderr
+    script(MORE, mnt)
+    two = seen(mnt)
+    assert cowfs("checkpoint", mnt, "two").returncode == 0
+    script("echo gone >>etc/fstab; rm -r tools; mkdir tools; echo gone >gone", mnt)
+    run(*COWFS, "rollback", mnt, "two")
+    assert seen(mnt) == two
+    assert not (mnt / "gone").exists()
+    return one, two
 
 
 def seen_by_kernel(store: Path, place: Path) -> dict[str, object]:

@@ -365,6 +365,20 @@ static uint64_t array_left(const x3_image *img, uint64_t at)
 	return at < 12 ? 12 - at : per - (at - 12) % per;
 }
 
+/* How much of *len* bytes one operation writes at most; 0 if *holes* begin behind the end of the file. */
+static uint64_t write_limit(x3_image *img, const struct inode *in, uint64_t len, uint64_t off, bool holes)
+{
+	need_regular(img, in);
+	if (holes && off >= inode_size_of(in))
+		return 0;
+	if (holes && (off & (img->bs - 1)))
+		fail(img, EINVAL, "a part of a block cannot be filled");
+	if (off >= img->size_max)
+		fail(img, EFBIG, "too large a file");
+	len = min(len, (holes ? inode_size_of(in) : img->size_max) - off);
+	return min(len, WRITE_MAX - (off & (img->bs - 1)));
+}
+
 /*
  * Write up to *len* bytes in one operation; return how many. ENOSPC if there is room for none.
  *
@@ -373,19 +387,14 @@ static uint64_t array_left(const x3_image *img, uint64_t at)
 uint64_t data_write(x3_image *img, uint32_t ino, const char *buf, uint64_t len, uint64_t off, bool holes)
 {
 	struct inode in = inode_change(img, ino, false);
-	uint64_t done = 0, end;
+	uint64_t done = 0, end, limit;
 	uint32_t goal = 0, nr, skip, n;
 	bool fresh = false;
 
-	need_regular(img, &in);
-	if (holes && off >= inode_size_of(&in))
+	limit = write_limit(img, &in, len, off, holes);
+	if (holes && !limit)
 		return len;
-	if (holes && (off & (img->bs - 1)))
-		fail(img, EINVAL, "a part of a block cannot be filled");
-	if (off >= img->size_max)
-		fail(img, EFBIG, "too large a file");
-	len = min(len, (holes ? inode_size_of(&in) : img->size_max) - off);
-	len = min(len, WRITE_MAX - (off & (img->bs - 1)));
+	len = limit;
 	if (!holes)
 		leave_some(img, len >> img->bits);
 	if (off > inode_size_of(&in))

@@ -505,17 +505,12 @@ static void durability(struct world *w, const struct record *r)
 	}
 }
 
-static void do_it(struct world *w, const struct record *r)
+/* What a record does with one file: its data and its attributes. */
+static void do_with_file(struct world *w, const struct record *r)
 {
 	const char *name = xattr_name(r->c);
 
 	switch (what(r)) {
-	case LIST:
-		return list_some(w, r);
-	case CREATE:
-		return create(w, directory(w, r->b), r->c, r);
-	case CREATE_MANY:
-		return create_many(w, r);
 	case WRITE:
 		return write_one(w, r);
 	case READ:
@@ -525,14 +520,8 @@ static void do_it(struct world *w, const struct record *r)
 		return;
 	case SEGMENTS:
 		return segments(w, r);
-	case REMOVE:
-		return remove_some(w, r, 1);
-	case REMOVE_MANY:
-		return remove_some(w, r, 1 + r->d % MANY);
-	case RENAME:
-		return rename_one(w, r);
-	case LINK:
-		return link_one(w, r);
+	case SCATTER:
+		return scatter(w, r);
 	case SET_XATTR:
 		return set_xattr(w, r);
 	case REMOVE_XATTR:
@@ -542,10 +531,37 @@ static void do_it(struct world *w, const struct record *r)
 		return get_xattrs(w, r);
 	case SET_ATTR:
 		return set_attr(w, r);
+	default:
+		return;
+	}
+}
+
+static void do_it(struct world *w, const struct record *r)
+{
+	switch (what(r)) {
+	case LIST:
+		return list_some(w, r);
+	case CREATE:
+		return create(w, directory(w, r->b), r->c, r);
+	case CREATE_MANY:
+		return create_many(w, r);
+	case REMOVE:
+		return remove_some(w, r, 1);
+	case REMOVE_MANY:
+		return remove_some(w, r, 1 + r->d % MANY);
+	case RENAME:
+		return rename_one(w, r);
+	case LINK:
+		return link_one(w, r);
+	case LINK_MANY:
+		return link_many(w, r);
 	case LOOK:
 		return look(w, r);
 	case RELEASE:
 		return release(w, r);
+	case WALK:
+		walk(w, SOME);
+		return;
 	case TOGETHER:
 		x3_begin(w->img);
 		w->atoms = 1;
@@ -558,20 +574,13 @@ static void do_it(struct world *w, const struct record *r)
 		return close_image(w);
 	case SUSPEND:
 		return suspend(w, r);
-	case WALK:
-		walk(w, SOME);
-		return;
-	case LINK_MANY:
-		return link_many(w, r);
-	case SCATTER:
-		return scatter(w, r);
 	case SYNC_ONE:
 	case COMMIT_ALL:
 	case CHECKPOINT:
 	case SWITCH:
 		return durability(w, r);
 	default:
-		return;
+		return do_with_file(w, r);
 	}
 }
 

@@ -1,0 +1,125 @@
+"""The checkpoints of a store or of a mount: list, take, go back to, delete."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
+from typing import Any, NamedTuple
+
+from cowfs.client import ask, checked_answer, find_mount
+from cowfs.errors import MountFailure, StoreError
+from cowfs.linux.fuse import LISTED
+from cowfs.mounted_changes import PATIENCE
+from cowfs.offline_changes import Lowers, Tell, must_be_there, open_offline_union
+from cowfs.store.format.sniff import is_plain_directory
+
+
+class Checkpoint(NamedTuple):
+    """A state of the tree that was kept."""
+
+    name: str
+    taken: str
+    """ISO 8601, UTC."""
+    on: str | None
+    """The checkpoint that it was made after; None: the lowers."""
+    current: bool
+    """Whether the tree as it is now was made from it."""
+    last: bool
+    """Whether nothing but what was changed since is above it."""
+
+
+def checkpoints(what: str) -> list[Checkpoint]:
+    """Return the checkpoints of a store or of a mount, the oldest first. Raises CowfsError."""
+    from cowfs.store.format.checkpoints import listed
+    from cowfs.store.served.open import open_store
+
+    found = find_mount(what)
+    if found is not None:
+        told = list(ask(found.dev, "checkpoints"))
+    else:
+        must_be_there(what)
+        if is_plain_directory(what):
+            raise StoreError(f"{what}: neither a store nor a cowfs mountpoint", LISTED)
+        with closing(open_store(what, read_only=True)) as store:
+            told = listed(store.layers, store.upper)
+    with checked_answer(what):
+        return [
+            Checkpoint(
+                str(one["name"]),
+                str(one["taken"]),
+                None if one["on"] is None else str(one["on"]),
+                bool(one["current"]),
+                bool(one["last"]),
+            )
+            for one in told
+        ]
+
+
+def checkpoint(what: str, name: str, lowers: Lowers | None = None, tell: Tell = lambda _: None) -> None:
+    """Keep the present state of the tree of a store or a mount under a name. It is on disk then.
+
+    UsageError for an invalid name.
+    """
+    _ask_checkpoints(what, "take", name, lowers, tell)
+
+
+def rollback(what: str, name: str, lowers: Lowers | None = None, tell: Tell = lambda _: None) -> None:
+    """Make the tree what it was at a checkpoint; later changes that no other checkpoint keeps are lost.
+
+    MountFailure if it is mounted and a process uses a file of it.
+    """
+    found = find_mount(what)
+    if found is not None:
+        _must_not_be_used(what, found.dev)
+    _ask_checkpoints(what, "go_back", name, lowers, tell)
+
+
+def delete_checkpoint(
+    what: str, name: str, lowers: Lowers | None = None, tell: Tell = lambda _: None
+) -> None:
+    """Delete a checkpoint. The tree and the other checkpoints keep their contents."""
+    _ask_checkpoints(what, "delete", name, lowers, tell)
+    if find_mount(what) is None:
+        with ExitStack() as stack:  # which merges its remaining layer
+            open_offline_union(what, lowers or Lowers(), stack, tell)
+
+
+def _ask_checkpoints(what: str, asked: str, name: str, lowers: Lowers | None, tell: Tell) -> None:
+    from cowfs.take_back import checkpoints as steps
+    from cowfs.take_back import done
+
+    found = find_mount(what)
+    with ExitStack() as stack:
+        if found is not None:
+            replies: Iterator[dict[str, Any]] = ask(
+                found.dev, "checkpoint", timeout=PATIENCE, what=asked, name=name
+            )
+        else:
+            union = open_offline_union(what, lowers or Lowers(), stack, tell)
+            replies = done(steps(union, {"what": asked, "name": name}))
+        for _ in replies:
+            pass
+
+
+_TOLD = 3
+"""So many uses are named."""
+
+
+def _must_not_be_used(what: str, dev: str) -> None:
+    """Raise MountFailure, which says what is open and by whom."""
+    from cowfs.changes.render import escape
+    from cowfs.linux.users import mounted_within, uses_of
+
+    for mount in mounted_within(dev):
+        raise MountFailure(f"{escape(mount.mountpoint)}: is mounted in the tree", "unmount that first")
+    uses = list(uses_of(dev))
+    if uses:
+        said = [
+            f"{escape(use.path)} ({use.how}, by {escape(os.fsencode(use.program))}, pid {use.pid})"
+            for use in uses[:_TOLD]
+        ]
+        more = f", and {len(uses) - _TOLD} more" if len(uses) > _TOLD else ""
+        raise MountFailure(
+            f"{what}: in use: {', '.join(said)}{more}", f"fuser -vm {what} shows all who use it"
+        )

@@ -1,0 +1,99 @@
+"""Opens what was changed: of a store that is not mounted, or of a mounted union."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any, Protocol
+
+from cowfs.changes.version import Tree, Version
+from cowfs.client import find_mount
+from cowfs.errors import StoreError, UsageError
+from cowfs.linux.fuse import LISTED
+from cowfs.mounted_changes import MountedChanges
+from cowfs.offline_changes import Lowers, OfflineChanges, Tell
+from cowfs.store.format.sniff import is_plain_directory, may_exist
+from cowfs.types import Change
+
+if TYPE_CHECKING:
+    from cowfs.changes.blame import Record
+    from cowfs.changes.du import Used
+
+
+class Changes(Protocol):
+    """The changes of a store, or of a mounted union."""
+
+    def __iter__(self) -> Iterator[Change]:
+        """Yield the changes, sorted by name within each directory; see :mod:`cowfs.changes.diff`."""
+
+    def exactly(self) -> Iterator[Change]:
+        """Yield the changes, and also directories whose time alone differs."""
+
+    def tree(self) -> Tree:
+        """Return the merged tree."""
+
+    def tree_before(self) -> Tree:
+        """Return the tree of the lowers."""
+
+    def before(self, path: bytes) -> Version | None:
+        """Return what the lowers have at *path* (from the root, without a leading slash), or None."""
+
+    def after(self, path: bytes) -> Version | None:
+        """Return what the merged tree has at *path*, or None."""
+
+    def files_before(self, path: bytes) -> Iterator[bytes]:
+        """Yield the path of each file that the lowers have below the directory *path*."""
+
+    def explain(self, path: bytes) -> dict[str, Any]:
+        """Return why *path* shows what it shows: see :func:`cowfs.changes.explain.explain`."""
+
+    def usage(self) -> Iterator[Used]:
+        """Yield what each inode takes in the store, and why it is there; last, what the filesystem itself
+        takes.
+        """
+
+    def about(self) -> list[tuple[str, str]]:
+        """Return what this is and what it is compared with, as names and values for people."""
+
+    def withheld(self) -> dict[str, str]:
+        """Return why copies made from this must have ``nosuid`` and ``nodev``: others can change it.
+
+        ``shown`` says why others must not see such a copy at all: it could show them what only we may read.
+        """
+
+    def records(self) -> Iterator[Record] | None:
+        """Return who changed what, the newest first; None if nobody recorded it, or we may not know."""
+
+
+@contextmanager
+def open_changes(
+    what: str,
+    lowers: Lowers | None = None,
+    tell: Tell = lambda _: None,
+    *,
+    since: str | None = None,
+    until: str | None = None,
+) -> Iterator[Changes]:
+    """Open the changes of *what*, a mountpoint or a store that is not mounted; *tell* is called with
+    warnings. *since* and *until* name checkpoints: only changes after the one, and before the other.
+
+    A store is opened read-only. Raises UsageError, StoreError, MountFailure or WrongLower if it cannot be
+    opened.
+    """
+    lowers = lowers or Lowers()
+    found = find_mount(what)
+    with ExitStack() as stack:
+        if found is not None:
+            if lowers.given is not None:
+                raise UsageError(
+                    f"{what}: is mounted, so it is compared with the lower it is mounted on", "remove --lower"
+                )
+            yield MountedChanges(what, found.dev, stack, tell, (since, until))
+            return
+        if what == "memory":
+            raise UsageError("a store in memory can only be reached through its mount", "give the mountpoint")
+        if not may_exist(what):
+            raise StoreError(f"{what}: no such store or mountpoint", LISTED)
+        if is_plain_directory(what):
+            raise StoreError(f"{what}: neither a store nor a cowfs mountpoint", LISTED)
+        yield OfflineChanges(what, lowers, stack, tell, (since, until))
