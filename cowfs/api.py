@@ -18,6 +18,7 @@ Every function blocks. It raises :class:`cowfs.errors.CowfsError` with a message
 from __future__ import annotations
 
 import base64
+import functools
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -37,6 +38,7 @@ from cowfs.types import Change
 
 if TYPE_CHECKING:
     from cowfs.changes.blame import History
+    from cowfs.changes.names import Expect
     from cowfs.changes.select import Selection
     from cowfs.exports.apply_root import Root
     from cowfs.exports.choose import Ask
@@ -59,13 +61,15 @@ def export(
     trust: bool = False,
     tell: Tell = lambda _: None,
     tick: Callable[[bytes, int], None] = lambda *_: None,
+    expect: Expect | None = None,
 ) -> Losses:
     """Write the changes of a store or a mount, or its whole tree, to *target*; return what gets lost.
 
     A directory of files gets no set-ID bits, capabilities and devices if others can change the source, unless
     *trust* is set. At the end *target* is complete, or as it was before. *tick* is called with each path
-    reached, and with the number of bytes read of it. Raises CowfsError, and OSError with the path of what
-    cannot be read.
+    reached, and with the number of bytes read of it. Before a whole tree *expect* is given a function that
+    returns about how many paths there will be. Raises CowfsError, and OSError with the path of what cannot be
+    read.
     """
     from cowfs.exports.run import check, export
 
@@ -75,6 +79,8 @@ def export(
         if found is not None and _is_on(target, found.dev):
             raise UsageError(f"{target}: is inside the mount that is exported", "choose a path outside of it")
         withheld = {} if trust or how.format != "overlayfs" else _withheld(changes, target)
+        if expect is not None and (how.merged or how.format == "iso"):
+            expect(functools.partial(changes.count_names, merged=True))
         return export(changes, how, target, tick, withheld)
 
 

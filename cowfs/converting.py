@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 
 from cowfs.changes.flatten import flatten
+from cowfs.changes.names import Expect, count_names, not_asked
 from cowfs.client import mount_with_store
 from cowfs.errors import StoreError
 from cowfs.offline_changes import Lowers, Tell, must_be_there, open_offline_union
@@ -17,12 +18,18 @@ from cowfs.store.offline.convert_in_place import Converted
 
 
 def convert(
-    path: str, target: str, lowers: Lowers, *, tell: Tell, tick: Callable[[bytes], None] = lambda _: None
+    path: str,
+    target: str,
+    lowers: Lowers,
+    *,
+    tell: Tell,
+    tick: Callable[[bytes], None] = lambda _: None,
+    expect: Expect = not_asked,
 ) -> Converted:
     """Convert the store *path* in place, or complete a conversion.
 
-    Blocks; calls *tick* for each name. For aufs it first copies into the store what redirects and metacopies
-    refer to in the *lowers*. Raises CowfsError.
+    Blocks; calls *tick* for each name, and *expect* before. For aufs it first copies into the store what
+    redirects and metacopies refer to in the *lowers*. Raises CowfsError.
     """
     must_be_there(path)
     if mount_with_store(path) is not None:
@@ -39,8 +46,13 @@ def convert(
             needs_lowers = offline.needs_lowers(offline.begin(path, stack, tell))
         if needs_lowers:
             with ExitStack() as stack:
-                copied = flatten(open_offline_union(path, lowers, stack, tell).overlay, tick)
+                overlay = open_offline_union(path, lowers, stack, tell).overlay
+                roots = [(overlay.upper, overlay.root.upper), *((low, low.root) for low in overlay.base)]
+                expect(lambda: sum(count_names(layer, root) for layer, root in roots))
+                copied = flatten(overlay, tick)
     with ExitStack() as stack:
-        done = offline.convert(offline.begin(path, stack, tell), target, tick)
+        layer = offline.begin(path, stack, tell)
+        expect(lambda: count_names(layer, layer.root))
+        done = offline.convert(layer, target, tick)
     done.copied = copied
     return done

@@ -133,6 +133,18 @@ class MountedChanges:
                 *(("lower", f"{one['path']} ({one['description']})") for one in facts["lowers"]),
             ]
 
+    def count_names(self, *, merged: bool = False) -> int:
+        from cowfs.changes.names import count_names
+        from cowfs.client import facts_of
+
+        with checked_answer(self._path):
+            is_image = facts_of(self._dev)["store"]["kind"] != "directory"
+        if not is_image:
+            return 0  # the numbers are those of all that is on its filesystem
+        stats = os.statvfs(self._path)
+        lowers = self._opened().layers if merged else ()
+        return stats.f_files - stats.f_ffree + sum(count_names(layer, layer.root) for layer in lowers)
+
     def withheld(self) -> dict[str, str]:
         why = {option: f"{self._path} is mounted {option}" for option in mount_forbids(self._path)}
         words = the_mount(self._path).super_words

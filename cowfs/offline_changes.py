@@ -191,6 +191,12 @@ class OfflineChanges:
             *(("lower", f"{one.path} ({one.description})") for one in store.header.lowers),
         ]
 
+    def count_names(self, *, merged: bool = False) -> int:
+        from cowfs.changes.names import count_names
+
+        below = sum(count_names(layer, layer.root) for layer in self._lowers) if merged else 0
+        return below + count_names(self._store.layer, self._store.upper)
+
     def withheld(self) -> dict[str, str]:
         mine = 0, os.geteuid()
         why = shows_too_much(self._sources, lambda layer: who_can_change(layer, mine))

@@ -55,6 +55,12 @@ class Changes(Protocol):
     def about(self) -> list[tuple[str, str]]:
         """Return what this is and what it is compared with, as names and values for people."""
 
+    def count_names(self, *, merged: bool = False) -> int:
+        """Return about how many names were changed, or the *merged* tree has; 0 if nobody knows.
+
+        Blocks, perhaps as long as find(1) takes.
+        """
+
     def withheld(self) -> dict[str, str]:
         """Return why copies made from this must have ``nosuid`` and ``nodev``: others can change it.
 

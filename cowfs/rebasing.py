@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -11,6 +12,7 @@ from cowfs.changes.composite import Composite
 from cowfs.changes.imagined import ImaginedUpper
 from cowfs.changes.layers_rebased import Step, steps
 from cowfs.changes.merged import Merged
+from cowfs.changes.names import Expect, count_names, not_asked
 from cowfs.changes.rebase import Maker, Rebase, Told
 from cowfs.changes.upper_maker import UpperMaker
 from cowfs.changes.version import Tree
@@ -100,12 +102,13 @@ def rebase(
     conflicts: str = "",
     tell: Tell = lambda _: None,
     tick: Callable[[bytes], None] = lambda _: None,
+    expect: Expect = not_asked,
 ) -> Rebased:
     """Change the lowers of the store at *path* from *old* to *new*, with its changes and checkpoints.
 
     If it is interrupted, the store is the old one or the new one. What both sides have changed stays as in
     the store, and is reported; with *conflicts* all versions of it are written to that directory, which is
-    created. Blocks. Raises CowfsError.
+    created. *tick* is called for each path, and *expect* before. Blocks. Raises CowfsError.
     """
     must_be_there(path)
     mount = mount_with_store(path)
@@ -123,6 +126,7 @@ def rebase(
         result.new = _identities(new, store)
         _refuse(store)
         work = _open(store, (before, new), result, tick, stack)
+        expect(functools.partial(count_names, store.layer, store.upper))
         if dry_run:
             for step in steps(store.layers, store.upper):
                 root = store.upper if step.top is None else step.top.key

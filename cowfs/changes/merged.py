@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from itertools import chain
 from typing import cast
@@ -34,6 +34,11 @@ class Merged:
         self._index = index
         self._way: list[tuple[bytes, Lower]] = []
         """The directories down to the one that was last looked into: paths mostly come in order."""
+
+    @property
+    def layers(self) -> Sequence[LowerLayer]:
+        """Those that are merged, topmost first."""
+        return self._stack.layers
 
     def version(self, path: bytes) -> Version | None:
         """Return what is at *path*, or None."""

@@ -6,7 +6,7 @@ import argparse
 import json
 
 from cowfs.cli import options
-from cowfs.cli.output import progress_line, say, warn
+from cowfs.cli.output import Tally, progress_line, say, warn
 
 NAME = "convert"
 
@@ -49,15 +49,11 @@ def run(args: argparse.Namespace) -> int:
 
     lowers = options.lowers_to_open(args)
     take_all_descriptors()
-    seen = 0
     with cleaned_up(), progress_line() as progress:
-
-        def tick(_: bytes) -> None:
-            nonlocal seen
-            seen += 1
-            progress(f"{seen} names")
-
-        done = convert(args.store, args.to, lowers, tell=warn, tick=tick)
+        tally = Tally(progress, "names")
+        done = convert(
+            args.store, args.to, lowers, tell=warn, tick=lambda _: tally.add(), expect=tally.expect
+        )
     counts = {
         "whiteouts": done.whiteouts,
         "opaque directories": done.opaque,

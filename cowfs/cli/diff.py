@@ -7,11 +7,11 @@ import glob
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from cowfs.cli import options
-from cowfs.cli.output import printable_lines, progress_line, warn
+from cowfs.cli.output import Tally, printable_lines, progress_line, warn
 from cowfs.errors import EXIT_SYSTEM, CowfsError, UsageError
 from cowfs.types import Change
 
@@ -113,7 +113,9 @@ def run(args: argparse.Namespace) -> int:
             selection.must_exist(changes, what)
             wanted = selection.of(changes)
             with progress_line() as progress:
-                _show(args, changes, _watched(summary.counted(wanted), progress))
+                tally = Tally(progress, "changes")
+                tally.expect(changes.count_names)
+                _show(args, changes, _watched(summary.counted(wanted), tally))
         sys.stdout.flush()
         if not (args.json or args.name_only or args.null or args.patch or args.stat):
             print(summary, file=sys.stderr)
@@ -124,12 +126,12 @@ def run(args: argparse.Namespace) -> int:
     return EXIT_CHANGES if args.exit_code and summary.total else 0
 
 
-def _watched(changes: Iterator[Change], progress: Callable[[str], None]) -> Iterator[Change]:
+def _watched(changes: Iterator[Change], tally: Tally) -> Iterator[Change]:
     """Show progress, unless the changes themselves appear on the terminal."""
     is_seen = sys.stdout.isatty()
-    for number, change in enumerate(changes, 1):
+    for change in changes:
         if not is_seen:
-            progress(f"{number} changes")
+            tally.add()
         yield change
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cowfs.cli import options
-from cowfs.cli.output import progress_line, say, say_fields, warn
+from cowfs.cli.output import Tally, progress_line, say, say_fields, warn
 from cowfs.errors import CowfsError, SystemFailure, UsageError
 
 if TYPE_CHECKING:
@@ -83,8 +83,10 @@ def run(args: argparse.Namespace) -> int:
     with open_changes(args.what, lowers, warn) as changes, progress_line() as progress:
         if args.programs:
             who = _programs(changes, args.what)
-        for number, used in enumerate(changes.usage()):
-            progress(f"{number} files")
+        tally = Tally(progress, "files")
+        tally.expect(changes.count_names)
+        for used in changes.usage():
+            tally.add()
             if used.reason == "trash":
                 trash = 0 if trash is None else trash + used.size  # its first directory stays
             if args.json:

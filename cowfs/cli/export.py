@@ -4,17 +4,10 @@ from __future__ import annotations
 
 import argparse
 import os
-import time
-from typing import TYPE_CHECKING
 
 from cowfs.cli import options
-from cowfs.cli.output import progress_line, rate, warn
+from cowfs.cli.output import Tally, progress_line, warn
 from cowfs.errors import UsageError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from cowfs.exports.entries import Tick
 
 NAME = "export"
 EXIT_PARTIAL = 64
@@ -106,8 +99,13 @@ def run(args: argparse.Namespace) -> int:
     lowers = options.lowers_to_open(args)
     take_all_descriptors()  # each directory on the way to a path uses one
     with cleaned_up(), progress_line() as progress:
+        tally = Tally(progress, "paths")
+
+        def tick(_: bytes, length: int) -> None:
+            tally.add(not length, length)
+
         losses = export(
-            args.what, args.file, how, lowers, trust=args.trust, tell=warn, tick=_counted(progress)
+            args.what, args.file, how, lowers, trust=args.trust, tell=warn, tick=tick, expect=tally.expect
         )
     for line in losses:
         warn(f"{args.file}: {line}")
@@ -121,16 +119,3 @@ def _latest() -> int | None:
     if not (text.isascii() and text.isdigit() and len(text) < 12):
         raise UsageError(f"SOURCE_DATE_EPOCH={text}: not a number of seconds", "unset it")
     return int(text)
-
-
-def _counted(progress: Callable[[str], None]) -> Tick:
-    paths = size = 0
-    begun = time.monotonic()
-
-    def tick(_: bytes, length: int) -> None:
-        nonlocal paths, size
-        paths += not length
-        size += length
-        progress(f"{paths} paths, {rate(size, begun)}")
-
-    return tick

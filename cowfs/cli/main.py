@@ -118,6 +118,9 @@ def _run(args: list[str]) -> int:
     if first is not None and first.startswith("-") and any("lowerdir=" in word for word in args):
         args.insert(0, "overlay")  # called by the name of fuse-overlayfs
         first = "overlay"
+    elif first is not None and first.startswith("-") and len(args) > 1:
+        args = _after_subcommand(args)
+        first = args[0]
     if first is not None and not first.startswith("-") and first not in SUBCOMMANDS:
         _refuse_misspelt(first)
         args.insert(0, "mount")  # cowfs LOWER MOUNTPOINT -o ...
@@ -141,6 +144,16 @@ def _run(args: list[str]) -> int:
         parser.print_help()
         return EXIT_USAGE
     return int(parsed.run(parsed))
+
+
+def _after_subcommand(args: list[str]) -> list[str]:
+    """Put a --quiet that comes first behind the subcommand. UsageError for another option there."""
+    if args[0] in {"-q", "--quiet"}:
+        return [args[1], args[0], *args[2:]]
+    if args[0] in {"-h", "--help", "--version"}:
+        return args
+    hint = "cowfs SUBCOMMAND [OPTION]...; see `cowfs --help`"
+    raise UsageError(f"{args[0]}: no subcommand before it", hint)
 
 
 def _refuse_misspelt(word: str) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import io
+import math
 import os
+import stat
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from cowfs.errors import SystemFailure, printable
@@ -58,6 +60,12 @@ _CLEAR_LINE = "\r\x1b[K"
 _PAUSE = 0.2
 _LONG = 99
 """Seconds; longer times are shown in minutes."""
+_SOON = 1.0
+"""Seconds after which the time left can be told from the time passed."""
+
+
+def _shows_progress() -> bool:
+    return sys.stderr.isatty() and not _asked
 
 
 @contextmanager
@@ -66,7 +74,7 @@ def progress_line() -> Iterator[Callable[[str], None]]:
 
     It may be called often: it shows a text every 0.2 seconds, and none if standard error is not a terminal.
     """
-    is_seen = sys.stderr.isatty() and not _asked
+    is_seen = _shows_progress()
     last = time.monotonic()
     is_shown = False
 
@@ -97,13 +105,54 @@ def counted(progress: Callable[[str], None], whole: int = 0) -> Callable[[int], 
     def tick(size: int) -> None:
         nonlocal total
         total += size
-        left = ""
-        if 0 < total < whole:
-            seconds = (whole - total) * (time.monotonic() - begun) / total
-            left = f", {seconds / 60:.0f} min left" if seconds > _LONG else f", {seconds:.0f} s left"
-        progress(rate(total, begun) + left)
+        progress(rate(total, begun) + _time_left(total, whole, begun))
 
     return tick
+
+
+def bytes_of(path: str) -> int:
+    """Return how many bytes a file takes on its disk; 0 for what is no file, or cannot be seen."""
+    with suppress(OSError):
+        if stat.S_ISREG((about := os.stat(path)).st_mode):
+            return about.st_blocks * 512
+    return 0
+
+
+def _time_left(done: int, whole: int, since: float) -> str:
+    passed = time.monotonic() - since
+    if not 0 < done < whole or passed < _SOON:
+        return ""
+    seconds = math.ceil((whole - done) * passed / done)
+    return f", {seconds / 60:.0f} min left" if seconds > _LONG else f", {seconds} s left"
+
+
+class Tally:
+    """Counts what is done, and shows that, how fast it goes, and the time left."""
+
+    def __init__(self, progress: Callable[[str], None], what: str) -> None:
+        """*what* is counted, in the plural: ``paths``. *progress* is of :func:`progress_line`."""
+        self._progress = progress
+        self._what = what
+        self._whole = self._done = self._size = 0
+        self._begun = time.monotonic()
+
+    def expect(self, count: Callable[[], int]) -> None:
+        """Begin anew: *count* returns about how many there will be, or 0. It is called only if somebody sees
+        that.
+        """
+        self._whole = count() if _shows_progress() else 0
+        self._done = self._size = 0
+        self._begun = time.monotonic()
+
+    def add(self, count: int = 1, size: int = 0) -> None:
+        """So many more are done, and so many more bytes."""
+        self._done += count
+        self._size += size
+        passed = time.monotonic() - self._begun
+        shown = f"{self._done} {self._what}" + (f", {self._done / passed:.0f}/s" if passed > _PAUSE else "")
+        if self._size >> 20:
+            shown += f", {rate(self._size, self._begun)}"
+        self._progress(shown + _time_left(self._done, self._whole, self._begun))
 
 
 def open_streams() -> None:

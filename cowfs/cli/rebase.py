@@ -8,7 +8,7 @@ import os
 from typing import TYPE_CHECKING
 
 from cowfs.cli import options
-from cowfs.cli.output import progress_line, say, warn
+from cowfs.cli.output import Tally, progress_line, say, warn
 
 if TYPE_CHECKING:
     from cowfs.api import Lowers
@@ -82,16 +82,17 @@ def run(args: argparse.Namespace) -> int:
 
     old, new = _lowers(args, args.old, ""), _lowers(args, args.onto, args.offset)
     take_all_descriptors()
-    seen = 0
     with cleaned_up(), progress_line() as progress:
-
-        def tick(_: bytes) -> None:
-            nonlocal seen
-            seen += 1
-            progress(f"{seen} paths")
-
+        tally = Tally(progress, "paths")
         done = rebase(
-            args.store, old, new, dry_run=args.dry_run, conflicts=args.conflicts, tell=warn, tick=tick
+            args.store,
+            old,
+            new,
+            dry_run=args.dry_run,
+            conflicts=args.conflicts,
+            tell=warn,
+            tick=lambda _: tally.add(),
+            expect=tally.expect,
         )
     if args.json:
         say(json.dumps(_facts(done, args)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from cowfs.cli import options
-from cowfs.cli.output import counted, note, progress_line, warn
+from cowfs.cli.output import bytes_of, counted, note, progress_line, warn
 
 NAME = "restore"
 
@@ -42,6 +42,8 @@ def run(args: argparse.Namespace) -> int:
 
     take_all_descriptors()  # each directory on the way to a path uses some
     with cleaned_up(), progress_line() as progress:
-        restore(args.file, args.store, force=args.force, tell=warn, tick=counted(progress))
+        restore(
+            args.file, args.store, force=args.force, tell=warn, tick=counted(progress, bytes_of(args.file))
+        )
     note(f"{args.store}: restored from {args.file}")
     return 0

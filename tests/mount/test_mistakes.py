@@ -44,6 +44,8 @@ def said(*words: str | os.PathLike[str], code: int, nobody: bool = False) -> str
         (["umuont", "mnt"], "unknown subcommand 'umuont'; did you mean 'umount'?"),
         (["difff"], "unknown subcommand 'difff'; did you mean 'diff'?"),
         (["crate", "s.bs", "16"], "unknown subcommand 'crate'; did you mean 'create'?"),
+        (["-q", "difff"], "unknown subcommand 'difff'; did you mean 'diff'?"),
+        (["-z", "diff"], "-z: no subcommand before it (cowfs SUBCOMMAND [OPTION]...; see `cowfs --help`)"),
     ],
 )
 def test_a_mistyped_subcommand_is_named_with_the_nearest(words: list[str], message: str) -> None:

@@ -1,0 +1,40 @@
+"""About how many names a layer has, for those who say how long something will take."""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Callable
+
+from cowfs.changes.scan import readdir
+from cowfs.layers.base import Key, LowerLayer
+
+Expect = Callable[[Callable[[], int]], None]
+"""Is given, before the first of some names is reached, a function that returns about how many there are. The
+function may take as long as find(1)."""
+
+
+def not_asked(_: Callable[[], int]) -> None:
+    """Be an :data:`Expect` that nobody wants to know."""
+
+
+def count_names(layer: LowerLayer, root: Key) -> int:
+    """Return about how many names there are below *root*: an image says it, a directory is walked. Blocks."""
+    if not layer.has_descriptors:
+        stats = layer.statfs()
+        return stats.files - stats.ffree
+    count, waiting = 0, [root]
+    while waiting:
+        directory = waiting.pop()
+        try:
+            for entry in readdir(layer, directory):
+                count += 1
+                if entry.type in {0, stat.S_IFDIR} and (hit := layer.lookup(directory, entry.name)):
+                    if stat.S_ISDIR(hit[1].st_mode):
+                        waiting.append(hit[0])
+                    else:
+                        layer.forget(hit[0])
+        except OSError:
+            pass  # whoever needs what is in it says so
+        if directory is not root:
+            layer.forget(directory)
+    return count

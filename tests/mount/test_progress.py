@@ -1,0 +1,77 @@
+"""What takes long shows on a terminal how fast it is, and the time left."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import re
+import select
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.support.mounts import COWFS, cowfs, mounted, project_root
+from tests.support.system import needs_fuse
+
+pytestmark = needs_fuse
+
+FILES = 400
+TRANSPORT = "dev_fuse"
+
+
+@pytest.fixture(scope="module")
+def top(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two stores there have many files."""
+    top = tmp_path_factory.mktemp("progress")
+    (top / "lower").mkdir()
+    cowfs("create", top / "image", "32M", check=True)
+    with mounted(top / "lower", top / "mnt", top / "image") as here:
+        for number in range(FILES):
+            (here.path / f"{number:0200}").write_text("x" * 3000)
+    with mounted(top / "lower", top / "mnt", top / "directory"):
+        pass
+    cowfs("apply", top / "image", top / "directory", check=True)
+    return top
+
+
+def _shown(*arguments: str | Path) -> bytes:
+    """Return what is on the terminal of a command whose output nobody reads for a second."""
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(
+        [sys.executable, *COWFS[1:], *arguments],
+        stdout=subprocess.PIPE, stderr=theirs, env={**os.environ, "PYTHONPATH": project_root()},
+    ) as process:  # fmt: skip
+        os.close(theirs)
+        assert process.stdout is not None
+        fcntl.fcntl(process.stdout, fcntl.F_SETPIPE_SZ, 4096)
+        assert select.select([process.stdout], [], [], 60)[0]
+        begun, shown, from_both = time.monotonic(), b"", [ours]
+        while from_both:
+            ready, _, _ = select.select(from_both, [], [], 0.1)
+            if from_both == [ours] and not ready and time.monotonic() > begun + 1:
+                from_both = [ours, process.stdout.fileno()]
+            for fd in ready:
+                try:
+                    data = os.read(fd, 65536)
+                except OSError:  # EIO: the other side of the terminal is closed
+                    data = b""
+                shown += data if fd == ours else b""
+                if not data and fd in from_both:
+                    from_both.remove(fd)
+    os.close(ours)
+    assert process.returncode == 0, shown
+    return shown
+
+
+@pytest.mark.parametrize(("command", "store"), [("export", "image"), ("diff", "directory"), ("du", "image")])
+def test_the_time_left(top: Path, command: str, store: str) -> None:
+    options = {"export": ("-", "--merged", "--to", "tar"), "diff": (), "du": ("--json",)}[command]
+    what = {"export": rb"paths", "diff": rb"changes", "du": rb"files"}[command]
+    shown = _shown(command, top / store, *options)
+    assert re.search(rb"[0-9]+ %s, [0-9]+/s(, [0-9]+ MiB, [0-9]+ MiB/s)?, [0-9]+ s left" % what, shown), shown
+    if command == "diff":
+        assert _shown("-q", command, top / store, *options) == b"%d added\r\n" % FILES
