@@ -184,11 +184,13 @@ def reopen(fd: int, flags: int) -> int:
 
 
 def open_directory(fd: int, flags: int = 0) -> int:
-    """Open the directory that *fd* is on, to read it or to sync it."""
+    """Open the directory that *fd* is on, to read or sync it; without O_NOATIME if we may not (open(2))."""
     flags |= os.O_RDONLY | os.O_DIRECTORY
     try:
         return os.open(b".", flags, dir_fd=fd)
     except PermissionError:
+        if flags & os.O_NOATIME:
+            return open_directory(fd, flags & ~os.O_NOATIME)
         return override.reopen(fd, flags)
 
 
@@ -206,18 +208,29 @@ _MANY = 8192
 """How many names are read at once: some milliseconds."""
 
 
-def names(fd: int) -> list[bytes] | Callable[[], list[bytes]]:
-    """Return the names in a directory; where there are very many, what reads the rest and returns all."""
+def names(fd: int, flags: int = 0) -> list[bytes] | Callable[[], list[bytes]]:
+    """Return the names in a directory; where there are very many, what reads the rest and returns all.
+
+    *flags*: O_NOATIME.
+    """
+    if not flags:
+        with suppress(PermissionError):
+            plain = os.scandir(_way(fd))
+            first = [entry.name for entry in itertools.islice(plain, _MANY)]
+            return first if len(first) < _MANY else _Rest(first, plain)
+    here = open_directory(fd, flags)
     try:
-        found = os.scandir(_way(fd))
-    except PermissionError:
-        here = override.reopen(fd, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            return list(map(os.fsencode, os.listdir(here)))
-        finally:
-            os.close(here)
-    first = [entry.name for entry in itertools.islice(found, _MANY)]
+        found = os.scandir(here)
+    finally:
+        os.close(here)
+    first = [os.fsencode(entry.name) for entry in itertools.islice(found, _MANY)]
     return first if len(first) < _MANY else _Rest(first, found)
+
+
+def note_listing(fd: int) -> None:
+    """Let the kernel change the atime of a directory, if to read it now does that."""
+    with os.scandir(_way(fd)) as found:
+        next(found, None)
 
 
 class _Rest:
@@ -225,12 +238,12 @@ class _Rest:
 
     __slots__ = ("_first", "_found")
 
-    def __init__(self, first: list[bytes], found: Iterator[os.DirEntry[bytes]]) -> None:
+    def __init__(self, first: list[bytes], found: Iterator[os.DirEntry[bytes] | os.DirEntry[str]]) -> None:
         self._first = first
         self._found = found
 
     def __call__(self) -> list[bytes]:
-        self._first.extend(entry.name for entry in self._found)
+        self._first.extend(os.fsencode(entry.name) for entry in self._found)
         return self._first
 
     def __del__(self) -> None:

@@ -11,7 +11,7 @@ import errno
 import os
 import stat
 from collections.abc import Callable
-from contextlib import closing, nullcontext
+from contextlib import closing, nullcontext, suppress
 from typing import TypeVar
 
 from cowfs.layers import beneath
@@ -94,12 +94,16 @@ class DirectoryLayer(Descriptors):
     def readdir(self, directory: PathKey) -> list[DirEntry]:
         if isinstance(directory, CoveredKey):
             return []
-        return beneath.entries(self._dir_fd(directory), os.O_NOATIME if self.atime.files else 0)
+        return beneath.entries(self._dir_fd(directory), self._unnoticed())
 
     def names(self, directory: PathKey) -> list[bytes] | NamesJob:
         if isinstance(directory, CoveredKey):
             return []
-        return beneath.names(self._dir_fd(directory))
+        return beneath.names(self._dir_fd(directory), self._unnoticed())
+
+    def _unnoticed(self) -> int:
+        """Return the flags to read a directory with so that its atime stays: not only listings need that."""
+        return os.O_NOATIME if self.atime.directories or not self._has_own_mount else 0
 
     def readlink(self, key: PathKey) -> bytes:
         if key.mark & 15 == LINK:
@@ -377,7 +381,10 @@ class DirectoryLayer(Descriptors):
                 mounts.note_reads(self.root.fd, when)
 
     def was_read(self, key: PathKey) -> None:
-        """Nothing to do: it was a file of the kernel's."""
+        """Read a directory once more, as its atime may change; everything else the kernel has seen."""
+        if key.mark & 15 == DIRECTORY:
+            with suppress(OSError):
+                beneath.note_listing(self._dir_fd(key))
 
     def truncate(self, key: PathKey, size: int) -> None:
         fd = self._insist(lambda: self._open_file(key, os.O_WRONLY), key)

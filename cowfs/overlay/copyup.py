@@ -21,7 +21,7 @@ from cowfs.overlay.node import Node
 from cowfs.overlay.original import copy_attributes, read_original
 from cowfs.overlay.whole import copy_whole
 from cowfs.overlay.work import made_aside
-from cowfs.overlay.xattr_format import IMPURE, METACOPY, make_nlink, parse_count
+from cowfs.overlay.xattr_format import METACOPY, make_nlink, parse_count
 from cowfs.types import Attr
 
 
@@ -312,8 +312,6 @@ def _copy_up_directory(fs: OverlayFs, node: Node) -> None:
     with made_aside(fs, directory=True) as temporary:
         made = fs.upper.mkdir(fs.work, temporary, 0o700, attr.st_uid, attr.st_gid)
         copy_attributes(fs, made, original)
-        with suppress(OSError):  # only a hint to the kernel's readdir
-            fs.note(made, fs.format.impure, IMPURE)
         install(fs, node, None if node.dead else place_of(fs, node), made, temporary, original)
     node.upper = made
     if not node.dead:

@@ -50,6 +50,8 @@ def create_unnamed(fs: OverlayFs, parent: Node, mode: int, owner: Owner) -> tupl
 
     It is in the work directory until then, where the next mount removes it, whatever happens to this one.
     """
+    if parent.dead:  # where a name gets ENOENT (ext4_new_inode() in the kernel's fs/ext4/ialloc.c)
+        raise error(errno.EPERM, parent.name)
     _must_take(fs, parent, b"")
     copy_up_directory(fs, parent)
     above = fs.upper.stat(parent.upper)

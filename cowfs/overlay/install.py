@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from contextlib import suppress
 
 from cowfs.layers.base import Key
 from cowfs.linux import files
@@ -13,7 +14,7 @@ from cowfs.overlay.fs import OverlayFs, error
 from cowfs.overlay.handle import Reader
 from cowfs.overlay.node import Node
 from cowfs.overlay.original import Original
-from cowfs.overlay.xattr_format import make_nlink
+from cowfs.overlay.xattr_format import IMPURE, make_nlink
 
 Place = tuple[Node, bytes]
 """A directory, and a name in it."""
@@ -48,6 +49,9 @@ def install(
             raise
         if original.index_name is not None:
             original = _begin_notes(fs, node, key, original, original.index_name)
+    if node.is_dir:  # after the origin, which needs the room in the inode
+        with suppress(OSError):  # only a hint to the kernel's readdir
+            fs.note(key, fs.format.impure, IMPURE)
     before = upper.stat(parent.upper)
     if original.index_name is not None and fs.index is not None:
         _settle_indexed(fs, node, place, key, temporary, original.index_name, original)

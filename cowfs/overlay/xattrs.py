@@ -8,11 +8,13 @@ name, an overlay inside ours say, has it kept under an escaped name, as the kern
 from __future__ import annotations
 
 import errno
+from contextlib import suppress
 
 from cowfs.overlay import protect
 from cowfs.overlay.copyup import copy_up_meta
 from cowfs.overlay.fs import OverlayFs, error
 from cowfs.overlay.node import Node
+from cowfs.overlay.xattr_format import IMPURE
 
 _ACLS = b"system.posix_acl_"
 
@@ -40,7 +42,32 @@ def setxattr(fs: OverlayFs, node: Node, name: bytes, value: bytes, flags: int = 
     """Set an attribute. *flags*: XATTR_CREATE, XATTR_REPLACE."""
     protect.must_change(fs, node)
     copy_up_meta(fs, node)
-    fs.upper.setxattr(node.upper, fs.format.stored(name), value, flags)
+    stored = fs.format.stored(name)
+    try:
+        fs.upper.setxattr(node.upper, stored, value, flags)
+    except OSError as failure:
+        if failure.errno != errno.ENOSPC or not _make_room(fs, node):
+            raise
+        try:
+            fs.upper.setxattr(node.upper, stored, value, flags)
+        except OSError:
+            with suppress(OSError):
+                fs.note(node.upper, fs.format.impure, IMPURE)
+            raise
+
+
+def _make_room(fs: OverlayFs, node: Node) -> bool:
+    """Remove the note that a directory is impure, if it has that: a merged one does not need it.
+
+    The kernel makes it when something is copied up into the directory, so that there is room before.
+    """
+    if not node.is_dir or not node.is_merged:
+        return False
+    try:
+        fs.upper.removexattr(node.upper, fs.format.impure)
+    except OSError:
+        return False
+    return True
 
 
 def removexattr(fs: OverlayFs, node: Node, name: bytes) -> None:

@@ -110,6 +110,25 @@ def utime_each_kind(s: Script) -> Steps:
 
 
 @quick()
+def utime_that_a_change_leaves(s: Script) -> Steps:
+    """The atime of a directory with directories in it, which are counted."""
+
+    def atime(path: str) -> int:
+        return os.stat(s.at(path)).st_atime_ns
+
+    s.utime("d/s", OLD)
+    s.step("of d/s", lambda: atime("d/s"))
+    for name in ("d", "x"):
+        s.chmod(name, 0o711)
+        s.step(name, lambda name=name: atime(name))  # type: ignore[misc]
+    s.utime("d/a", OLD)
+    s.step("d again", lambda: atime("d"))
+    yield
+    for name in ("d", "x", "d/s"):
+        s.step(name, lambda name=name: atime(name))  # type: ignore[misc]
+
+
+@quick()
 def utime_of_one_and_not_the_other(s: Script) -> None:
     now, omit = (1 << 30) - 1, (1 << 30) - 2
 

@@ -134,6 +134,18 @@ def open_with_no_name_ever(s: Script) -> None:
 
 
 @quick()
+def open_in_a_directory_that_is_gone(s: Script) -> None:
+    s.mkdir("new")
+    fd = s.open("new", os.O_RDONLY | os.O_DIRECTORY)
+    s.rmdir("new")
+    for flags in (os.O_TMPFILE | os.O_RDWR, os.O_CREAT | os.O_RDWR, os.O_RDONLY):
+        path = "name" if flags & os.O_TMPFILE != os.O_TMPFILE else "."
+        at_fd = partial(os.open, path, flags, 0o600, dir_fd=fd)
+        s.fd(f"open {path} {flags:#o}", partial(errno_of, at_fd))
+    s.close(fd)
+
+
+@quick()
 def open_noatime_of_another(s: Script) -> None:
     s.as_user(1000, "theirs", lambda: errno_of(lambda: os.open(s.at("theirs/f"), os.O_RDONLY | os.O_NOATIME)))
     s.as_user(1000, "root's", lambda: errno_of(lambda: os.open(s.at("f"), os.O_RDONLY | os.O_NOATIME)))

@@ -68,6 +68,17 @@ def xattr_sizes(s: Script) -> Steps:
 
 
 @quick()
+def xattr_that_fills_the_block(s: Script) -> Steps:
+    for name in ("d", "x"):
+        for size in (4041, 4040, 4005, 4004):
+            s.setxattr(name, "user.a", b"v" * size)
+    s.create("d/new")
+    yield
+    for name in ("d", "x"):
+        s.step(f"size on {name}", lambda name=name: len(os.getxattr(s.at(name), "user.a")))  # type: ignore[misc]
+
+
+@quick()
 def xattr_that_are_not_there(s: Script) -> None:
     for name in ("f", "d", "l"):
         s.getxattr(name, "user.none")
