@@ -196,3 +196,17 @@ def test_a_users_own(image: Path, nobody_path: Path) -> None:
         with mounted(lower, at, nobody_path / store, options=[*options, "noallow_other"], nobody=True):
             done = run(*as_nobody_prefix(), sys.executable, "-c", _READS, at / "new")
             assert done.stdout.strip() == str(store != "dir2"), store
+
+
+def test_a_users_lower(nobody_path: Path) -> None:
+    lower = nobody_path / "lower"
+    (lower / "dir" / "below").mkdir(parents=True)
+    (lower / "dir" / "file").touch()
+    run("chown", "-R", "65534:65534", lower)
+    names = ["dir", "dir/below", "dir/file"]
+    for name in names:
+        os.utime(lower / name, ns=(LONG_AGO, LONG_AGO))
+    at = nobody_path / "mnt"
+    with mounted(lower, at, nobody_path / "store", nobody=True, options=["noallow_other"]):
+        run(*as_nobody_prefix(), "sh", "-c", f"find {at} -ls; cat {at}/dir/file; rmdir {at}/dir/below")
+    assert [os.lstat(lower / name).st_atime_ns for name in names] == [LONG_AGO] * len(names)
