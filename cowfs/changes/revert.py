@@ -18,9 +18,10 @@ from typing import Any, NamedTuple
 
 from cowfs.changes import diff
 from cowfs.changes.lowers import must_not_wait
+from cowfs.changes.moves import Moves
 from cowfs.changes.paths import is_below, join
 from cowfs.changes.render import escape, from_json, json_line
-from cowfs.changes.select import Selection
+from cowfs.changes.select import METADATA, Selection
 from cowfs.changes.spool import Packed
 from cowfs.changes.trash import Batch, Step, attributes_to_json, line_of, new_batch, step_of
 from cowfs.errors import StoreError
@@ -132,8 +133,8 @@ class _Revert:
         self._selection = selection
         self._batch = batch
         self._forget = forget
-        self._moves: list[tuple[bytes, bytes]] = []
-        """Where renamed directories were, and where they are again, in the order of that."""
+        self._moves = Moves()
+        """Where what was renamed was, and where it is again."""
         self._touched: set[bytes] = set()
         self._aside: dict[bytes, tuple[bytes, int]] = {}
         """What was in the way of a rename: where it was put, where it had been, and how many moves there had
@@ -145,15 +146,6 @@ class _Revert:
         self._renamed: list[Done] = []
         """What is to be told when the rest can be taken back, too."""
         self.number = 0
-
-    def _now(self, path: bytes, since: int = 0) -> bytes:
-        """Return where something is now that was at *path* before directories were renamed back, or after
-        only some of them were.
-        """
-        for old, new in self._moves[since:]:
-            if path == old or path.startswith(old + b"/"):
-                path = new + path[len(old) :]
-        return path
 
     def _next(
         self, kind: str, path: bytes, source: bytes = b"", attributes: dict[str, Any] | None = None
@@ -172,7 +164,7 @@ class _Revert:
     def _rename_back(self, change: Change) -> Progress:
         fs = self._fs
         assert change.source is not None
-        here, home = self._now(change.path), change.source
+        here, home = self._moves.now(change.path), change.source
         missing = self._missing(home)
         if missing:
             if self._selection.matches(missing):
@@ -192,10 +184,11 @@ class _Revert:
             aside = self._free_name(new.parent, home)
             self._rename(home, aside, stale)
             self._aside[aside] = home, len(self._moves)
-            here = self._now(change.path)  # which may be in it
-        for aside, (_, since) in list(self._aside.items()):
-            if self._now(aside, since) == here:
-                del self._aside[aside]  # as when two have each other's name
+            here = self._moves.now(change.path)  # which may be in it
+        for at, since, until in self._moves.before(here):
+            if at in self._aside and since <= self._aside[at][1] <= until:
+                del self._aside[at]  # as when two have each other's name
+                break
         self._rename(here, home, stale)
         node = fs.resolve(new.parent, new.name)
         if node.is_dir:
@@ -226,7 +219,7 @@ class _Revert:
         self._batch.write([line_of(self._next("renamed", there, here))])
         self._fs.rename(old.parent, old.name, new.parent, new.name)
         stale += [(old.parent.ino, old.name), (new.parent.ino, new.name)]
-        self._moves.append((here, there))
+        self._moves.add(here, there)
         self._touched |= {here, there}
 
     def _free_name(self, parent: Node, home: bytes) -> bytes:
@@ -241,7 +234,7 @@ class _Revert:
     def remove_set_aside(self) -> Progress:
         """Remove the directories set aside: every renamed entry in them, if selected, is back."""
         for aside, (home, since) in self._aside.items():
-            path = self._now(aside, since)
+            path = self._moves.now(aside, since)
             self._away.add(path)
             place = find(self._fs, path)
             step = self._next("moved", path, home)
@@ -290,7 +283,7 @@ class _Revert:
         last = None
         for number, change in enumerate(changes, 1):
             yield Seen(number) if number % _OFTEN == 0 else None
-            path = self._place(change)
+            path = change.path if metadata else self._place(change)
             if path in self._away or is_below(path, self._away):
                 continue
             try:
@@ -339,9 +332,9 @@ class _Revert:
         """Return where a change is now."""
         if change.kind == "D":  # under that name; what was renamed to it since is another matter
             directory, _, name = change.path.rpartition(b"/")
-            return join(self._now(directory), name)
+            return join(self._moves.now(directory), name)
         if change.source is None or change.path in self._homeless:
-            return self._now(change.path)
+            return self._moves.now(change.path)
         return change.source
 
     def _unit(self, change: Change, path: bytes, *, metadata: bool) -> _Unit | None:
@@ -402,7 +395,7 @@ class _Revert:
         )
 
     def _attributes(self, change: Change, path: bytes, node: Node) -> _Unit | None:
-        if not {"mode", "owner", "times", "xattrs"} & set(change.what) or node.upper is None:
+        if not METADATA.intersection(change.what) or node.upper is None:
             return None
         return _Unit(
             "attributes",
@@ -450,8 +443,8 @@ class _Revert:
                 uncover.keep_copy(fs, fs.upper, node.upper, self._batch.place(step.number))
                 layer, key = fs.lowers[found[-1][0]], found[-1][1]
                 uncover.give_content(fs, node, layer, key, stale)
-        below = shown_below(fs, place.parent, place.name)
-        if below is None:
+        below = node.lowers[0] if node.lowers else shown_below(fs, place.parent, place.name)
+        if below is None:  # what was renamed and is whole, or new, has none
             raise FileNotFoundError(errno.ENOENT, "there is nothing of that name below", step.path)
         uncover.give_attributes(fs, node, uncover.attributes_of(fs, fs.lowers[below[0]], below[1]), stale)
 
@@ -460,7 +453,7 @@ class _Revert:
         before.
         """
         fs = self._fs
-        above = set(map(self._now, bare))
+        above = set(map(self._moves.now, bare))
         for path in self._touched:
             while path:
                 above.add(path)

@@ -14,8 +14,11 @@ from cowfs.types import Change
 
 ASPECTS = ("type", "content", "mode", "owner", "times", "xattrs", "target", "device")
 """What may differ between two versions of a file, see :func:`cowfs.changes.compare.compare`."""
+ALL = frozenset(ASPECTS)
 CONTENT = frozenset({"type", "content", "target", "device"})
 """What a file is or holds, and not who may use it and since when."""
+METADATA = frozenset({"mode", "owner", "times", "xattrs"})
+"""What else there is."""
 _SAME = {
     "mtime": "times",
     "time": "times",
@@ -46,7 +49,7 @@ class Selection:
     def must_exist(self, sides: Sides, what: str) -> None:
         """Raise UsageError for a path, not a glob, where nothing is nor was; *what* is the tree's name."""
         for text in self.texts:
-            path = plain(text.strip(b"/"))
+            path = plain(normal(text))
             if path and sides.after(path) is None and sides.before(path) is None:
                 raise UsageError(
                     f"{what}: there is no {escape(path)} in it, and was none before",
@@ -107,7 +110,7 @@ def pattern(text: bytes) -> re.Pattern[bytes]:
     A glob also means the path that is spelled like it: ``[x]`` means the directory ``[x]`` as well as ``x``.
     The result of :func:`glob.escape` means that path alone.
     """
-    path = text.strip(b"/")
+    path = normal(text)
     if not path:
         return re.compile(b"")
     exact = plain(path)
@@ -117,6 +120,18 @@ def pattern(text: bytes) -> re.Pattern[bytes]:
         glob = fnmatch.translate(path.decode("latin-1"))
         body = b"(?:%s|%s)" % (re.sub(r"\\[Zz]\Z", "", glob).encode("latin-1"), re.escape(path))
     return re.compile(b"(?:%s)(?:/|\\Z)" % body, re.DOTALL)
+
+
+def normal(path: bytes) -> bytes:
+    """Return a path from the root of the tree without the parts that say nothing: ``./etc//apt/`` is
+    ``etc/apt``, and ``.`` and ``/`` are the root, which is empty.
+
+    UsageError for ``..``: who writes that means another place than the tree's root.
+    """
+    parts = [part for part in path.split(b"/") if part not in {b"", b"."}]
+    if b".." in parts:
+        raise UsageError(f"{escape(path)}: has .. in it", "give the path from the root of the tree")
+    return b"/".join(parts)
 
 
 def plain(text: bytes) -> bytes | None:

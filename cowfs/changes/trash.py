@@ -31,7 +31,7 @@ _MOST_STEPS = 1 << 40
 _MOST_ID = (1 << 32) - 2
 _LINES = 1000
 """How many are written at once."""
-_READ = 1 << 20
+_READ = 64 << 10
 _LONGEST_LINE = 16 << 20
 """Bytes: a file has fewer attributes, and each takes a third more."""
 

@@ -63,9 +63,11 @@ def _undo_all(
 
 def _at_home(path: bytes, aside: dict[bytes, bytes]) -> bytes:
     """Return where something is when nothing is set aside any more."""
-    for where, home in aside.items():
-        if path.startswith(where + b"/"):
-            return home + path[len(where) :]
+    above = path
+    while aside and b"/" in above:
+        above = above.rpartition(b"/")[0]
+        if above in aside:
+            return aside[above] + path[len(above) :]
     return path
 
 

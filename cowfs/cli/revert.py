@@ -14,7 +14,7 @@ from cowfs.cli.output import progress_line, say, say_fields, warn
 from cowfs.errors import CowfsError, UsageError
 
 if TYPE_CHECKING:
-    from cowfs.api import Done
+    from cowfs.api import Done, Lowers
 
 NAME = "revert"
 JSON_HELP = "print one JSON object per line: version path kind size why_not"
@@ -67,9 +67,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Revert changes, or undo a revert."""
-    from cowfs.api import open_changes, take_back
-    from cowfs.changes.render import escape, json_line, line
-    from cowfs.changes.select import selected
+    from cowfs.api import take_back
+    from cowfs.changes.render import escape
     from cowfs.cli.diff import patterns_of
 
     what, paths = patterns_of(args)
@@ -81,23 +80,13 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("--all takes everything back", "leave the paths out, or --all")
     lowers = options.lowers_of(args)
     if args.dry_run:
-        with open_changes(what, lowers, warn, since=last_checkpoint(what)) as changes:
-            selection = selected(paths)
-            selection.must_exist(changes, what)
-            for change in selection.of(changes):
-                if args.json:
-                    print(json_line(change))
-                elif args.null:
-                    source = () if change.source is None else (change.source,)
-                    say_fields(change.kind, *source, change.path)
-                else:
-                    say(line(change))
-        sys.stdout.flush()
+        _list(args, what, paths, lowers)
         return 0
     asked = "undo" if args.undo else "revert"
     count = failed = 0
     word = "brought back" if args.undo else "reverted"
     chosen = None if args.all else paths
+    is_listed = sys.stdout.isatty()
     with progress_line() as progress:
         asks = take_back(
             what, asked, chosen, lowers, metadata=args.metadata, tell=warn,
@@ -107,14 +96,14 @@ def run(args: argparse.Namespace) -> int:
             failed += bool(done.why_not)
             count += not done.why_not
             if args.json:
-                print(json_of(done))
+                say(json_of(done))
             elif args.null:
                 say_fields(done.path, done.why_not)
             elif done.why_not:
                 warn(f"{escape(done.path) or '/'}: {done.why_not}")
             elif not args.quiet:
                 say(f"{word} {escape(done.path) or '/'}")
-            else:
+            if not is_listed:
                 progress(f"{count} {word}")
     if not count and not failed:
         raise UsageError(f"{args.what}: nothing to take back there", "cowfs diff lists the changes")
@@ -122,6 +111,28 @@ def run(args: argparse.Namespace) -> int:
     if not args.undo and not args.quiet and not (args.json or args.null):
         warn(f"{count} reverted; cowfs revert {os.path.abspath(what)} --undo brings them back")
     return 32 if failed else 0
+
+
+def _list(args: argparse.Namespace, what: str, paths: list[bytes], lowers: Lowers) -> None:
+    """Print the changes that would be taken back."""
+    from cowfs.api import open_changes
+    from cowfs.changes.render import json_line, line
+    from cowfs.changes.select import ALL, METADATA, selected
+
+    with open_changes(what, lowers, warn, since=last_checkpoint(what)) as changes:
+        selection = selected(paths, METADATA if args.metadata else ALL)
+        selection.must_exist(changes, what)
+        for change in selection.of(changes):
+            if args.metadata and (change.kind not in "MR" or not change.what):
+                continue
+            if args.json:
+                say(json_line(change))
+            elif args.null:
+                source = () if change.source is None else (change.source,)
+                say_fields(change.kind, *source, change.path)
+            else:
+                say(line(change))
+    sys.stdout.flush()
 
 
 def json_of(done: Done) -> str:
