@@ -83,7 +83,12 @@ def _is_link(*versions: Version | None) -> bool:
 
 def _gives_way(pair: Pair, sides: Sides) -> bool:
     """Whether git sees one file deleted where there is another now."""
-    return in_git(pair.old) and not in_git(pair.new) and in_git(sides.after(pair.old_path))
+    if not in_git(pair.old) or not in_git(sides.after(pair.old_path)):
+        return False
+    if not in_git(pair.new):
+        return True
+    # What has another type is told as one deleted and one added.
+    return pair.old_path != pair.new_path and _is_link(pair.old) != _is_link(pair.new)
 
 
 def _files(changes: Iterable[Change], sides: Sides, moved: set[bytes]) -> Iterator[Pair | bytes]:

@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
 def _tell(history: History, args: argparse.Namespace, *, after: bool) -> None:
     if args.json:
         for entry in history.to_json():
-            print(json.dumps(entry))
+            say(json.dumps(entry))
     elif args.null:
         _print_with_nul(history)
     else:
@@ -152,7 +152,9 @@ def _below(path: str, mountpoint: str) -> bytes:
 
 
 def _plain(path: str) -> bytes:
-    return os.path.normpath(b"/" + os.fsencode(path)).lstrip(b"/")
+    from cowfs.changes.select import normal
+
+    return normal(os.fsencode(path))
 
 
 # --- how it is told

@@ -7,7 +7,7 @@ import glob
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from cowfs.cli import options
@@ -135,34 +135,39 @@ def _watched(changes: Iterator[Change], tally: Tally) -> Iterator[Change]:
         yield change
 
 
-def _what(given: str) -> tuple[str, bytes]:
-    """Return the store or mountpoint, and the path below it that *given* names, if it names one."""
-    from cowfs.client import mount_above
-    from cowfs.store.format.sniff import may_be_store
-
-    found = mount_above(given)
-    if found is None or (found[1] and may_be_store(given)):
-        return given, b""
-    return found[0], os.fsencode(found[1])
-
-
 def paths_of(args: argparse.Namespace) -> tuple[str, list[bytes]]:
     """Return the store or mountpoint that is meant, and the paths in it."""
-    what, below = _what(args.what)
-    return what, _paths(below, args.paths)
+    return _asked(args, lambda path: path)
 
 
 def patterns_of(args: argparse.Namespace) -> tuple[str, list[bytes]]:
-    """Return the store or mountpoint that is meant, and the paths and globs in it. The part of a path up to
-    the mountpoint is not a glob.
+    """Return the store or mountpoint that is meant, and the paths and globs in it. What begins with the
+    mountpoint is not a glob.
     """
-    what, below = _what(args.what)
-    return what, _paths(glob.escape(below), args.paths)
+    return _asked(args, glob.escape)
 
 
-def _paths(below: bytes, given: Sequence[str]) -> list[bytes]:
-    paths = [os.path.join(below, os.fsencode(path).lstrip(b"/")) for path in given]
-    return [below] if below and not paths else paths
+def _asked(args: argparse.Namespace, quoted: Callable[[bytes], bytes]) -> tuple[str, list[bytes]]:
+    from cowfs.changes.select import normal
+    from cowfs.client import find_mount, from_root, mount_above
+    from cowfs.store.format.sniff import may_be_store
+
+    above = mount_above(args.what)
+    what, below = args.what, ""
+    if above is not None and not (above[1] and may_be_store(args.what)):
+        what, below = above
+    mount = find_mount(what)
+    place = "" if mount is None else os.fsdecode(mount.mountpoint)
+    inside, others = [], []
+    for path in args.paths:  # a shell makes /mnt/etc/a /mnt/etc/b of /mnt/etc/*
+        rest = path if place in {"", "/"} else from_root(path, place)
+        if rest != path:
+            inside.append(quoted(normal(os.fsencode(rest))))
+        else:
+            others.append(normal(os.path.join(quoted(os.fsencode(below)), os.fsencode(path).lstrip(b"/"))))
+    if below and not others:
+        inside.insert(0, quoted(normal(os.fsencode(below))))
+    return what, inside + others
 
 
 def add_aspects(parser: argparse.ArgumentParser, leave_out: str) -> None:

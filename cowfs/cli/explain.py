@@ -63,7 +63,6 @@ def run(args: argparse.Namespace) -> int:
     code = 0
     with open_changes(what, options.lowers_of(args), warn) as changes:
         for path in paths:
-            path = path.strip(b"/")
             answer = changes.explain(path)
             with checked_answer(what):
                 code = code if answer["seen"] else EXIT_MOUNT

@@ -21,12 +21,14 @@ if TYPE_CHECKING:
 
 def say_fields(*fields: bytes | str | int) -> None:
     """Print fields unchanged, each ended by a NUL: for ``-z``."""
+    _clear_progress()
     whole = (field if isinstance(field, bytes) else str(field).encode() for field in fields)
     sys.stdout.buffer.write(b"".join(field + b"\0" for field in whole))
 
 
 def say(text: str) -> None:
     """Print one line, whatever *text* contains, at once."""
+    _clear_progress()
     print(printable(text), flush=True)
 
 
@@ -53,6 +55,7 @@ def printable_lines(data: bytes) -> bytes:
 
 def warn(text: str) -> None:
     """Print one line to standard error."""
+    _clear_progress()
     print(f"cowfs: {printable(text)}", file=sys.stderr, flush=True)
 
 
@@ -68,6 +71,16 @@ def _shows_progress() -> bool:
     return sys.stderr.isatty() and not _asked
 
 
+_shown: set[str] = set()
+"""Holds ``progress`` while there is a line of it, which nothing else may be written behind."""
+
+
+def _clear_progress() -> None:
+    if _shown:
+        _shown.clear()
+        print(_CLEAR_LINE, end="", file=sys.stderr, flush=True)
+
+
 @contextmanager
 def progress_line() -> Iterator[Callable[[str], None]]:
     """Yield a function that shows a text on one line of the terminal; the line is removed at the end.
@@ -76,20 +89,19 @@ def progress_line() -> Iterator[Callable[[str], None]]:
     """
     is_seen = _shows_progress()
     last = time.monotonic()
-    is_shown = False
 
     def show(text: str) -> None:
-        nonlocal last, is_shown
+        nonlocal last
         now = time.monotonic()
         if is_seen and now - last > _PAUSE:
-            last, is_shown = now, True
+            last = now
+            _shown.add("progress")
             print(_CLEAR_LINE + text, end="", file=sys.stderr, flush=True)
 
     try:
         yield show
     finally:
-        if is_shown:
-            print(_CLEAR_LINE, end="", file=sys.stderr, flush=True)
+        _clear_progress()
 
 
 def rate(size: int, since: float) -> str:

@@ -59,17 +59,18 @@ def run(args: argparse.Namespace) -> int:
     lowers = options.lowers_of(args)
     count = size = 0
     asked = "trash" if args.trash else "vacuum"
+    is_listed = sys.stdout.isatty()
     with progress_line() as progress:
         for done in take_back(args.what, asked, None, lowers, dry_run=args.dry_run, tell=warn):
             count += 1
             size += done.size
             if args.json:
-                print(json_of(done))
+                say(json_of(done))
             elif args.null:
                 say_fields(done.kind, done.size, done.path)
             elif not args.quiet:
                 say(f"{done.kind:<9} {escape(done.path)}")
-            else:
+            if not is_listed:
                 progress(f"{count} so far")
     sys.stdout.flush()
     if not args.trash and not (args.json or args.null):

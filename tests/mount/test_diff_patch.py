@@ -116,13 +116,17 @@ def test_what_git_has_no_words_for(tmp_path: Path) -> None:
         assert "a/fifo" not in patch
 
 
-def test_a_directory_where_a_renamed_link_was(tmp_path: Path) -> None:
-    """git apply asks what the path is, and takes it from the deletion of a link, not from a rename."""
+def test_what_is_where_a_renamed_link_was(tmp_path: Path) -> None:
+    """git apply asks what the path is, and takes it from the deletion of a link, not from a rename; and it
+    takes what it is told to delete for what it has made there before.
+    """
     (tmp_path / "lower/old").mkdir(parents=True)
     (tmp_path / "lower/old/link").symlink_to("target")
     (tmp_path / "lower/old/other").symlink_to("target")
+    (tmp_path / "lower/old/typed").symlink_to("target")
     with mounted(tmp_path / "lower", tmp_path / "mnt", tmp_path / "store") as here:
-        script("mv old new; mkdir -p old/link; echo x >old/link/file", here.path)
+        script("mv old z; mkdir -p old/link; echo x >old/link/file", here.path)
+        script("echo now >old/typed; rm z/typed; echo another >z/typed", here.path)
         patch = patch_of(here.path)
         assert apply(patch, tmp_path / "lower", tmp_path / "patched") == tree(here.path)
 
@@ -192,12 +196,19 @@ def test_paths_select(changed: Path, tmp_path: Path) -> None:
             f"cowfs: {changed}: there is no et in it, and was none before"
             " (give the path from the root of the tree)\n"
         )
+        away = cowfs(command, changed, "etc/../usr", *more)
+        assert (away.returncode, away.stdout) == (1, "") and "etc/../usr: has .. in it" in away.stderr
     assert not (tmp_path / "page.html").exists()
+    assert names(changed, ".") == names(changed, "./", "script") == names(changed)
+    assert names(changed, "./etc//d/.") == ["etc/d", "etc/d/a.conf"]
+    assert cowfs("explain", changed, ".").stdout.startswith("/\n")
     assert names(changed, "empty*") == names(changed, "etc/nonl") == []  # a glob; and what is as it was
     assert names(changed, "old") == ["new"]  # where it was counts, too
     with mounted(tmp_path / "lower", tmp_path / "mnt", changed) as here:
         assert names(here.path / "etc") == ["etc/d", "etc/d/a.conf", "etc/fstab", "etc/hosts"]
         assert names(here.path / "etc", "d") == ["etc/d", "etc/d/a.conf"]
+        assert names(here.path, here.path / "etc/d") == ["etc/d", "etc/d/a.conf"]
+        assert names(here.path / "script", here.path / "etc/d") == ["etc/d", "etc/d/a.conf", "script"]
         assert names(here.path / "usr/tool") == ["usr/tool"]  # though it is gone
         assert cowfs("diff", here.path / "usr/took").returncode == 1
         for name in ("a*", "ab", "[x]", "x"):

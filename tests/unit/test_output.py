@@ -1,0 +1,39 @@
+"""What the command line prints: progress beside results."""
+
+from __future__ import annotations
+
+import io
+import sys
+
+import pytest
+
+from cowfs.cli import output
+
+
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_no_result_stands_behind_progress(monkeypatch: pytest.MonkeyPatch, quiet: bool) -> None:
+    """Both go to one terminal; with --quiet there is no progress."""
+    screen = _Terminal()
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setattr(output, "_PAUSE", -1)
+    monkeypatch.setattr(output, "_asked", {"quiet"} if quiet else set())
+    with output.progress_line() as progress:
+        progress("1000 changes looked at")
+        output.say("reverted one")
+        output.say("reverted two")
+        progress("2 reverted")
+        output.warn("three: something else is there now")
+        progress("2 reverted")
+    cleared = "\r\x1b[K"
+    shown = [
+        *(f"{cleared}1000 changes looked at{cleared}", "reverted one\n", "reverted two\n"),
+        *(f"{cleared}2 reverted{cleared}", "cowfs: three: something else is there now\n"),
+        f"{cleared}2 reverted{cleared}",
+    ]
+    assert screen.getvalue() == "".join(part for part in shown if not quiet or cleared not in part)
