@@ -15,7 +15,7 @@ from cowfs.exports.target import new_directory, new_file
 from cowfs.linux.mount_table import MountInfo
 from cowfs.offline_changes import Tell, must_be_there
 from cowfs.store.e2fsprogs import tools
-from cowfs.store.format.sniff import is_plain_directory, split_subdir
+from cowfs.store.format.sniff import split_subdir
 from cowfs.store.format.superblock import read_superblock
 from cowfs.store.offline.backup import copy_image, finish_copy
 from cowfs.store.offline.copy_tree import TreeCopy
@@ -54,8 +54,6 @@ def backup(
             _mounted_image(what, mount, target, force, progress)
         return
     must_be_there(what)
-    if is_plain_directory(what):
-        raise StoreError(f"{what}: not a store", "give a store or a mountpoint")
     _copy(what, target, force, tell, tick)
 
 
@@ -72,8 +70,6 @@ def restore(
     At the end *target* is complete, or as it was before. Blocks. Raises what backup() raises.
     """
     must_be_there(source)
-    if is_plain_directory(source):
-        raise StoreError(f"{source}: not a store", "give what cowfs backup has made")
     with ExitStack() as stack:
         if mount_with_store(target) is not None:
             raise UsageError(f"{target}: is mounted", "unmount it first, or give another name")

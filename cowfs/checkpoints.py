@@ -8,11 +8,9 @@ from contextlib import ExitStack, closing
 from typing import Any, NamedTuple
 
 from cowfs.client import ask, checked_answer, find_mount
-from cowfs.errors import MountFailure, StoreError
-from cowfs.linux.fuse import LISTED
+from cowfs.errors import MountFailure
 from cowfs.mounted_changes import PATIENCE
 from cowfs.offline_changes import Lowers, Tell, must_be_there, open_offline_union
-from cowfs.store.format.sniff import is_plain_directory
 
 
 class Checkpoint(NamedTuple):
@@ -39,8 +37,6 @@ def checkpoints(what: str) -> list[Checkpoint]:
         told = list(ask(found.dev, "checkpoints"))
     else:
         must_be_there(what)
-        if is_plain_directory(what):
-            raise StoreError(f"{what}: neither a store nor a cowfs mountpoint", LISTED)
         with closing(open_store(what, read_only=True)) as store:
             told = listed(store.layers, store.upper)
     with checked_answer(what):

@@ -147,6 +147,22 @@ def ask(
     A pid in a reply is the pid of the daemon. Raises MountFailure if no daemon answers, Silent if it takes
     too long or is stopped, CowfsError with its message if the command fails.
     """
+    with _connected(dev, timeout, fd) as (connection, pid, place):
+        request = json.dumps({"command": command, **arguments}).encode() + b"\n"
+        with suppress(BrokenPipeError, ConnectionResetError):  # it has said why, and is gone
+            socket.send_fds(connection, [request], [fd] if fd >= 0 else [])
+        yield from replies(connection, pid, place)
+
+
+def must_take_requests(dev: str) -> None:
+    """Raise MountFailure if the mount ``major:minor`` has no daemon any more, or not one that we may ask."""
+    with _connected(dev, 60.0):
+        pass
+
+
+@contextmanager
+def _connected(dev: str, timeout: float | None, fd: int = -1) -> Iterator[tuple[socket.socket, int, str]]:
+    """Yield a connection to the daemon of a mount, the daemon's pid, and the mountpoint."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as connection:
         connection.settimeout(timeout)
         owner, place = owner_of(dev), name_of(dev)
@@ -155,10 +171,7 @@ def ask(
             pid = connect_control(connection, dev, owner)
         except OSError as error:
             raise _unreachable(place, error) from None
-        request = json.dumps({"command": command, **arguments}).encode() + b"\n"
-        with suppress(BrokenPipeError, ConnectionResetError):  # it has said why, and is gone
-            socket.send_fds(connection, [request], [fd] if fd >= 0 else [])
-        yield from replies(connection, pid, place)
+        yield connection, pid, place
 
 
 def _unreachable(place: str, error: OSError) -> MountFailure:
@@ -264,7 +277,7 @@ def _failure(reply: dict[str, Any]) -> CowfsError:
 
 @contextmanager
 def checked_answer(place: str) -> Iterator[None]:
-    """Raise Raise MountFailure for a malformed answer of the mount at *place*: another user's daemon may send
+    """Raise MountFailure for a malformed answer of the mount at *place*: another user's daemon may send
     anything.
     """
     try:

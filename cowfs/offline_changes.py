@@ -16,7 +16,7 @@ from cowfs.overlay.index import open_index
 from cowfs.overlay.stack import Stack
 from cowfs.overlay.xattr_format import XattrFormat
 from cowfs.store.format.header import said_of, volatile_above
-from cowfs.store.format.sniff import may_exist
+from cowfs.store.format.sniff import is_plain_directory, may_exist, not_a_store
 from cowfs.types import Change, Identity
 from cowfs.url.names import is_url, place
 from cowfs.url.trust import forbidden, shows_too_much, who_can_change
@@ -43,8 +43,11 @@ class Lowers(NamedTuple):
 
 
 def must_be_there(path: str) -> None:
+    """Raise StoreError unless there is something at *path* that may be a store."""
     if path == "memory" or not may_exist(path):
         raise StoreError(f"{path}: no such store or mountpoint", LISTED)
+    if is_plain_directory(path):
+        raise not_a_store(path)
 
 
 def open_offline_union(

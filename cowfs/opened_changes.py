@@ -7,12 +7,10 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 from cowfs.changes.version import Tree, Version
-from cowfs.client import find_mount
-from cowfs.errors import StoreError, UsageError
-from cowfs.linux.fuse import LISTED
+from cowfs.client import find_mount, must_take_requests
+from cowfs.errors import UsageError
 from cowfs.mounted_changes import MountedChanges
-from cowfs.offline_changes import Lowers, OfflineChanges, Tell
-from cowfs.store.format.sniff import is_plain_directory, may_exist
+from cowfs.offline_changes import Lowers, OfflineChanges, Tell, must_be_there
 from cowfs.types import Change
 
 if TYPE_CHECKING:
@@ -94,12 +92,10 @@ def open_changes(
                 raise UsageError(
                     f"{what}: is mounted, so it is compared with the lower it is mounted on", "remove --lower"
                 )
+            must_take_requests(found.dev)
             yield MountedChanges(what, found.dev, stack, tell, (since, until))
             return
         if what == "memory":
             raise UsageError("a store in memory can only be reached through its mount", "give the mountpoint")
-        if not may_exist(what):
-            raise StoreError(f"{what}: no such store or mountpoint", LISTED)
-        if is_plain_directory(what):
-            raise StoreError(f"{what}: neither a store nor a cowfs mountpoint", LISTED)
+        must_be_there(what)
         yield OfflineChanges(what, lowers, stack, tell, (since, until))

@@ -34,7 +34,6 @@ from cowfs.overlay.xattr_format import XattrFormat
 from cowfs.store.format import checkpoints, layout, rebased
 from cowfs.store.format.checkpoints import Prepared, as_layers
 from cowfs.store.format.header import Header, bound, check_lowers
-from cowfs.store.format.sniff import is_plain_directory
 from cowfs.store.served.open import open_store
 from cowfs.store.served.store import Store
 from cowfs.types import Identity
@@ -114,8 +113,6 @@ def rebase(
     mount = mount_with_store(path)
     if mount is not None:
         raise StoreError(f"{path}: is mounted", "unmount it first")
-    if is_plain_directory(path):
-        raise StoreError(f"{path}: not a store", "give the store that is to have another root")
     assert new.given is not None
     result = Rebased()
     with ExitStack() as stack:

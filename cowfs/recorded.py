@@ -7,7 +7,7 @@ from contextlib import ExitStack
 
 from cowfs.client import ask, record_batches
 from cowfs.errors import CowfsError, MountFailure, SystemFailure
-from cowfs.offline_changes import Tell
+from cowfs.offline_changes import Tell, must_be_there
 
 
 def of_mount(place: str, dev: str) -> Iterator[bytes]:
@@ -30,6 +30,7 @@ def of_store(path: str, engine: str, stack: ExitStack, tell: Tell) -> Iterator[b
     from cowfs.store.format import records
     from cowfs.store.served.open import open_store
 
+    must_be_there(path)
     store = open_store(path, engine=engine, read_only=True, progress=tell)
     stack.callback(store.close)
     found = records.read(store.layer)

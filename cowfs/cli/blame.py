@@ -126,7 +126,7 @@ def _asked(args: argparse.Namespace) -> tuple[str, list[bytes]]:
         args.paths = [""]
     if above is not None and not above[1]:
         if not args.paths:
-            raise UsageError(f"{args.where}: which path?", "cowfs blame MOUNTPOINT PATH, or MOUNTPOINT/PATH")
+            raise UsageError(f"{args.where}: no path given", "cowfs blame MOUNTPOINT/PATH")
         mountpoint = os.fsdecode(the_mount(args.where).mountpoint)
         return args.where, [_in_tree(path, mountpoint) for path in args.paths]
     if above is not None and not may_be_store(args.where):
@@ -134,7 +134,7 @@ def _asked(args: argparse.Namespace) -> tuple[str, list[bytes]]:
     if not may_exist(args.where):
         raise StoreError(f"{args.where}: no such store, and not below a mountpoint", LISTED)
     if not args.paths:
-        raise UsageError(f"{args.where}: which path?", "cowfs blame STORE PATH")
+        raise UsageError(f"{args.where}: no path given", "cowfs blame STORE PATH")
     return args.where, [_plain(path) for path in args.paths]
 
 

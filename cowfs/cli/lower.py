@@ -44,7 +44,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = options.add_subcommand(
         subparsers, NAME, "load a module into a mounted tree, or remove it", _DESCRIPTION, _EPILOG
     )
-    parser.add_argument("what", choices=("add", "remove"), help="what to do")
+    parser.add_argument("what", metavar="add|remove", choices=("add", "remove"), help="what to do")
     parser.add_argument("mountpoint", metavar="MOUNTPOINT")
     parser.add_argument("image", metavar="IMAGE", help="the module: a squashfs image in a file")
     parser.add_argument("--trust", action="store_true", help="add it, whoever can change the image")
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
             if args.what == "add":
-                raise LayerError(f"{args.image}: {error.strerror}") from None
+                raise LayerError(f"{args.image}: {error.strerror}", "give a squashfs image") from None
         if args.what == "add" and may_wait(fd):
             raise LayerError(
                 f"{args.image}: is on a filesystem that may hang (NFS, FUSE), or in the mount itself",

@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     if args.undo and (paths or args.all or args.metadata or args.dry_run):
         raise UsageError("--undo undoes the whole last revert", "leave the rest out")
     if not paths and not args.all and not args.undo:
-        raise UsageError("nothing is named", "give paths, or --all")
+        raise UsageError("no path given", "give paths, or --all")
     if paths and args.all:
         raise UsageError("--all takes everything back", "leave the paths out, or --all")
     lowers = options.lowers_of(args)

@@ -165,7 +165,7 @@ def _where(found: MountInfo) -> str:
             places += [f"{escape(mount.mountpoint)} {who}" for mount in there]
     if not places:
         return ""
-    more = f" and {len(places) - _NAMED} other places" if len(places) > _NAMED else ""
+    more = f" and {len(places) - _NAMED} more" if len(places) > _NAMED else ""
     return f"still mounted at {', '.join(places[:_NAMED])}{more}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import stat
@@ -297,7 +298,8 @@ def _standard_output() -> Iterator[None]:
     except OSError as error:
         if error.filename is not None:
             raise  # what is read
-        raise SystemFailure(f"cannot write to standard output: {error.strerror}") from None
+        why = "it is closed" if error.errno == errno.EBADF else error.strerror
+        raise SystemFailure(f"cannot write to standard output: {why}") from None
 
 
 @contextmanager

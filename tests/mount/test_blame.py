@@ -220,7 +220,9 @@ def test_records_outlive_the_daemon(nobody_path: Path) -> None:
         assert told(mount.path, "new").keys() == {"made"}
         os.kill(mount.pid(), signal.SIGKILL)
         eventually(lambda: cowfs("blame", mount.path, "new").returncode == 32, "it has died")
-        assert "daemon is dead" in cowfs("blame", mount.path, "new").stderr
+        for asked in (("blame", mount.path, "new"), ("diff", mount.path / "new")):
+            assert "daemon is dead" in cowfs(*asked).stderr
+        assert "daemon is dead" in cowfs("export", mount.path, nobody_path / "tar", "--to", "tar").stderr
         force_umount(mount.path)
     with recording("image", nobody_path) as mount:
         assert told(mount.path, "new").keys() == {"made"}
@@ -270,7 +272,7 @@ def test_stores_without_records(nobody_path: Path) -> None:
     done = cowfs("blame", nobody_path / "store", "new")
     assert done.returncode == 32 and "mount with -o blame" in done.stderr
     done = cowfs("blame", nobody_path / "store")
-    assert done.returncode == 1 and "which path?" in done.stderr
+    assert done.returncode == 1 and "no path given" in done.stderr
     done = cowfs("blame", nobody_path / "missing", "new")
     assert done.returncode == 32 and "no such store" in done.stderr
     done = cowfs("blame", lower / "large", "new")

@@ -68,12 +68,19 @@ def test_a_store_in_use_names_its_mountpoint(here: Mounted, tmp_path: Path) -> N
     assert f"mounted at {here.path}" in said("check", store, code=8)
 
 
-@pytest.mark.parametrize("subcommand", ["info", "diff", "grow"])
+@pytest.mark.parametrize("subcommand", ["info", "diff", "grow", "vacuum"])
 def test_an_ordinary_directory_is_neither_store_nor_mountpoint(tmp_path: Path, subcommand: str) -> None:
     size = ["64"] if subcommand == "grow" else []
     (tmp_path / "file").touch()
     message = said(subcommand, tmp_path, *size, code=32)
     assert message.startswith(f"{tmp_path}: neither a store nor a cowfs mountpoint (cowfs list "), message
+
+
+def test_a_directory_in_a_mount_names_the_mount(here: Mounted) -> None:
+    (here.path / "directory").mkdir()
+    for subcommand in ("info", "du"):
+        message = said(subcommand, here.path / "directory", code=32)
+        assert f"(it is inside the mount at {here.path}: give that)" in message
 
 
 def test_an_amount_to_add_says_what_is_wrong_with_the_store(tmp_path: Path) -> None:

@@ -132,7 +132,7 @@ def recognise(layer: UpperLayer) -> str:
     others = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
     raise StoreError(
         f"{layer.name}: not a store: it contains {os.fsdecode(foreign[0])}{others}",
-        "use cowfs create, or give an empty or missing directory",
+        "give a store; or, for a new one, an empty or missing directory",
     )
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import re
 
-from cowfs.errors import UsageError
+from cowfs.errors import StoreError, UsageError
 from cowfs.formats.squashfs.recognise import EXT_MAGIC, MAGIC, MAGIC_BIG_ENDIAN, recognise
 from cowfs.linux.files import open_ordinary
+from cowfs.linux.fuse import FSTYPE, LISTED
+from cowfs.linux.mount_table import mount_of
 from cowfs.overlay.named_whiteouts import BRANCH_NAMES
 from cowfs.store.format.foreign import pair_in
 
@@ -88,6 +90,20 @@ def is_plain_directory(path: str) -> bool:
     if not os.path.isdir(path) or any(os.path.lexists(os.path.join(path, name)) for name in parts):
         return False
     return pair_in(path) is None
+
+
+def not_a_store(path: str) -> StoreError:
+    """Return what to raise for a directory that is neither a store nor the mountpoint of a cowfs."""
+    hint = LISTED
+    place = os.path.realpath(path)
+    while (above := os.path.dirname(place)) != place:
+        place = above
+        mount = mount_of(place)
+        if mount is not None:
+            if mount.fstype == FSTYPE:
+                hint = f"it is inside the mount at {place}: give that"
+            break
+    return StoreError(f"{path}: neither a store nor a cowfs mountpoint", hint)
 
 
 def what_is(fd: int) -> str:

@@ -10,13 +10,12 @@ from functools import partial
 from typing import Any, NamedTuple, NoReturn
 
 from cowfs.errors import StoreError, UsageError
-from cowfs.linux import fuse
 from cowfs.store.e2fsprogs import tools
 from cowfs.store.e2fsprogs.signals import cleaned_up, deferred
 from cowfs.store.e2fsprogs.tools import Progress, quiet
 from cowfs.store.format import copy_detection
 from cowfs.store.format.sizes import LARGEST, check_room, format_size
-from cowfs.store.format.sniff import is_plain_directory
+from cowfs.store.format.sniff import is_plain_directory, not_a_store
 from cowfs.store.format.superblock import read_superblock
 from cowfs.store.served import lock
 from cowfs.store.served.allocate import allocate, fill_holes
@@ -37,7 +36,7 @@ def grow_store(path: str, size: int | None, *, progress: Progress = quiet) -> in
     """
     if os.path.isdir(path):
         if is_plain_directory(path):
-            raise StoreError(f"{path}: neither a store nor a cowfs mountpoint", fuse.LISTED)
+            raise not_a_store(path)
         raise StoreError(f"{path}: a directory store has no size of its own", _ROOM)
     path = os.path.abspath(path)
     with cleaned_up(), ExitStack() as stack:

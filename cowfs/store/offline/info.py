@@ -9,14 +9,13 @@ from typing import Any
 from cowfs.errors import StoreError, SystemFailure
 from cowfs.layers.base import UpperLayer
 from cowfs.layers.directory import DirectoryLayer
-from cowfs.linux import fuse
 from cowfs.overlay import aufs, partial
 from cowfs.overlay.xattr_format import XattrFormat, parse_partial
 from cowfs.store.e2fsprogs import tools
 from cowfs.store.format import conversion, copy_detection, layout
 from cowfs.store.format.checkpoints import Layers, listed
 from cowfs.store.format.header import WITH_LAYERS, Header
-from cowfs.store.format.sniff import split_subdir
+from cowfs.store.format.sniff import not_a_store, split_subdir
 from cowfs.store.format.superblock import read_superblock
 from cowfs.store.served import lock
 from cowfs.store.served.directory import sees_all
@@ -98,7 +97,7 @@ def _directory(path: str, stack: ExitStack) -> dict[str, Any]:
     layer = _as_store(directory)
     inside = _inside(layer)
     if inside["version"] is None and inside["format"] not in {"overlayfs", "aufs", "converting"}:
-        raise StoreError(f"{path}: neither a store nor a cowfs mountpoint", fuse.LISTED)
+        raise not_a_store(path)
     room = layer.statfs()
     user = None
     locked: Any = layout.find(layer, layout.PRIVATE, layout.LOCK)

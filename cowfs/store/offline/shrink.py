@@ -11,13 +11,12 @@ from typing import Any
 
 from cowfs.errors import StoreError, UsageError
 from cowfs.layers.base import Key, UpperLayer
-from cowfs.linux import fuse
 from cowfs.store.e2fsprogs import tools
 from cowfs.store.e2fsprogs.signals import cleaned_up, deferred
 from cowfs.store.e2fsprogs.tools import Progress, quiet
 from cowfs.store.format import copy_detection
 from cowfs.store.format.sizes import SMALLEST, format_size
-from cowfs.store.format.sniff import is_plain_directory
+from cowfs.store.format.sniff import is_plain_directory, not_a_store
 from cowfs.store.format.superblock import read_superblock
 from cowfs.store.offline.backup import copy_image, finish_copy, suspended
 from cowfs.store.served import lock
@@ -119,7 +118,7 @@ def _trim(fd: int, path: str) -> int:
 def _image(path: str) -> str:
     if os.path.isdir(path):
         if is_plain_directory(path):
-            raise StoreError(f"{path}: neither a store nor a cowfs mountpoint", fuse.LISTED)
+            raise not_a_store(path)
         raise StoreError(f"{path}: a directory store has no size of its own", "delete files in it")
     return os.path.realpath(path)
 
