@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from tests.support.mounts import eventually
+from tests.support.mounts import cowfs, eventually
 from tests.support.system import run
 
 MIB = 1 << 20
@@ -63,3 +63,13 @@ def sparse_copy(source: Path, target: Path) -> Path:
     """Copy a store so that all that is zero in it is a hole."""
     run("cp", "--sparse=always", source, target)
     return target
+
+
+def lower_and_store(place: Path) -> Path:
+    """Make a lower, and a store that is allocated as a whole; return the directory that they are in."""
+    (place / "lower/many").mkdir(parents=True)
+    (place / "lower/big").write_bytes(bytes(range(256)) * 4096 * 12)
+    for number in range(300):
+        (place / f"lower/many/{number}").write_text("lower")
+    cowfs("create", place / "whole", "96", check=True)
+    return place

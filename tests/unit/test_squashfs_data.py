@@ -15,14 +15,12 @@ from pathlib import Path
 import pytest
 
 from cowfs.formats.squashfs.blocks import Stored
-from cowfs.formats.squashfs.cache import GenerationCache, OnceCache
 from cowfs.formats.squashfs.codecs import starter
 from cowfs.formats.squashfs.errors import CodecError
 from cowfs.formats.squashfs.workers import Workers
-from cowfs.layers.base import File
 from cowfs.layers.kernel_file import KernelFile
 from cowfs.layers.squashfs import SquashfsFile, SquashfsLayer
-from cowfs.types import Attr, AttrData
+from tests.support.memory_file import MemoryFile
 from tests.support.squashforge import Entry, Forge
 from tests.support.squashfs import BLOCK, mksquashfs, needs_mksquashfs, noise, text
 
@@ -146,59 +144,6 @@ def test_holes_are_no_segments(images: dict[str, Path], opened: Open) -> None:
 
 
 # --- copying
-
-
-class MemoryFile:
-    """A target that no kernel file stands behind; counts how many writes are under way at once."""
-
-    def __init__(self) -> None:
-        self.content = bytearray()
-        self.written = 0
-        self.fails_after = 1 << 60
-        self.busy = 0
-        self.most = 0
-        self._lock = threading.Lock()
-
-    def truncate(self, size: int) -> None:
-        self.content = bytearray(size)
-
-    def pwrite(self, data: bytes, offset: int) -> int:
-        with self._lock:
-            self.busy += 1
-            self.most = max(self.most, self.busy)
-            self.written += len(data)
-            try:
-                if self.written > self.fails_after:
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                assert offset + len(data) <= len(self.content), "a write past the end"
-                self.content[offset : offset + len(data)] = data
-            finally:
-                self.busy -= 1
-        return len(data)
-
-    def fileno(self) -> int:
-        return -1
-
-    def pread(self, size: int, offset: int) -> bytes:
-        raise NotImplementedError
-
-    def try_pread(self, size: int, offset: int) -> bytes | None:
-        raise NotImplementedError
-
-    def copy_to(self, target: File, size: int | None = None) -> None:
-        raise NotImplementedError
-
-    def fsync(self, datasync: bool) -> None:
-        raise NotImplementedError
-
-    def stat(self) -> Attr:
-        return AttrData(0, 0)
-
-    def segments(self, end: int, start: int = 0) -> Iterator[tuple[int, int]]:
-        raise NotImplementedError
-
-    def close(self) -> None:
-        pass
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -597,51 +542,3 @@ def test_a_block_list_over_many_metadata_blocks(tmp_path: Path, opened: Open) ->
     assert bytes(target.content) == b"".join(expected)
     found = list(file_of(layer, "file").segments(1 << 60))
     assert sum(stop - start for start, stop in found) == 4096 * sum(1 for word in words if word)
-
-
-# --- the caches
-
-
-def test_a_cache_keeps_to_its_limit_and_what_is_used() -> None:
-    cache: GenerationCache[int, bytes] = GenerationCache(1000, len)
-    for number in range(500):
-        cache.put(number, bytes(10))
-        assert cache.get(0) is not None, "what is asked for again and again stays"
-    kept = sum(cache.get(number) is not None for number in range(500))
-    assert kept <= 100
-    cache.put(-1, bytes(5000))
-    assert cache.get(-1) is not None, "one that is larger than all is kept alone"
-    assert cache.get(499) is None
-
-
-def test_a_failure_is_not_remembered() -> None:
-    cache: OnceCache[str] = OnceCache(1000)
-
-    def fail(key: str) -> bytes:
-        raise OSError(errno.EIO, "damaged")
-
-    with pytest.raises(OSError):
-        cache.get("key", fail)
-    assert cache.get("key", str.encode) == b"key"
-
-
-def test_those_who_wait_get_the_same_failure() -> None:
-    cache: OnceCache[str] = OnceCache(1000)
-    started, go = threading.Event(), threading.Event()
-
-    def fail(key: str) -> bytes:
-        started.set()
-        assert go.wait(10)
-        raise OSError(errno.EIO, "damaged")
-
-    with ThreadPoolExecutor(2) as pool:
-        first = pool.submit(cache.get, "key", fail)
-        assert started.wait(10)
-        second = pool.submit(cache.get, "key", lambda _: b"not called")
-        while not second.running():
-            pass
-        go.set()
-        assert isinstance(first.exception(), OSError)
-        failure = second.exception()
-    # Whether it waited, or came when all was over, is up to the scheduler.
-    assert failure is None or (isinstance(failure, OSError) and failure.errno == errno.EIO)
