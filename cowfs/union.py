@@ -296,8 +296,12 @@ def _directory(fd: int, spec: str, *, waits: bool, alone: bool = False) -> Lower
     """Return a layer that shows the directory *fd*: one that can while a call waits, if any may."""
     name = os.path.abspath(spec)
     if not waits:
-        return DirectoryLayer(fd, name, alone=alone)
-    return SlowLayer(SharedDirectoryLayer(fd, name, alone=alone))
+        layer = DirectoryLayer(fd, name, alone=alone)
+        layer.separate_names()
+        return layer
+    shared = SharedDirectoryLayer(fd, name, alone=alone)
+    shared.separate_names()
+    return SlowLayer(shared)
 
 
 _SECTOR = 512

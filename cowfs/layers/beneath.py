@@ -114,7 +114,7 @@ Mark = Callable[[Attr], int]
 REGULAR, DIRECTORY, LINK = stat.S_IFREG >> 12, stat.S_IFDIR >> 12, stat.S_IFLNK >> 12
 """Types, as in a mark."""
 
-_FLEETING = {filesystems.FAT, filesystems.EXFAT, filesystems.FUSE, filesystems.CIFS, filesystems.SMB2}
+FLEETING = {filesystems.FAT, filesystems.EXFAT, filesystems.FUSE, filesystems.CIFS, filesystems.SMB2}
 """Filesystems that renumber an inode once they have forgotten it: there the type must do. They have no hard
 links, or their server can claim anything."""
 
@@ -147,7 +147,7 @@ def marker(magic: int, dev: int) -> Mark:
     def of_overlay(attr: Attr) -> int:  # its directories may have fleeting numbers: xino=off
         return of_type(attr) if attr.st_mode >> 12 == DIRECTORY else full(attr)
 
-    if magic in _FLEETING:
+    if magic in FLEETING:
         return of_type
     if magic == filesystems.OVERLAYFS:
         return of_overlay

@@ -28,7 +28,7 @@ from cowfs.layers.beneath import (
 )
 from cowfs.layers.descriptors import Descriptors, stands_at
 from cowfs.layers.kernel_file import KernelFile
-from cowfs.layers.keys import CoveredKey, PathKey
+from cowfs.layers.keys import CoveredKey, PathKey, apart
 from cowfs.layers.owner_notes import OwnerNotes, needed
 from cowfs.layers.reopened import Reopened
 from cowfs.linux import files, inode_flags, mounts
@@ -62,6 +62,7 @@ class DirectoryLayer(Descriptors):
         self._uuid: bytes | None = None
         self._noatime = os.O_NOATIME
         self._notes = None if privileged else OwnerNotes(self)
+        self._separates = False
 
     # --- reading
 
@@ -83,13 +84,24 @@ class DirectoryLayer(Descriptors):
             attr = covered(fd, name)
             return CoveredKey(directory, name, attr), attr
         key = PathKey(directory, name, self._mark(attr))
+        if self._separates and attr.st_nlink > 1:
+            return key, apart(key, attr)
         if self._nameless.hidden:
             attr = self._nameless.seen(key.mark, attr)
         return key, attr if self._notes is None else self._notes.shown(key, attr)
 
     def stat(self, key: PathKey) -> Attr:
         attr = self.plain_stat(key)
+        if self._separates and attr.st_nlink > 1:
+            return apart(key, attr)
         return attr if self._notes is None else self._notes.shown(key, attr)
+
+    def separate_names(self) -> None:
+        """Let each name of a file be a file of its own, if the filesystem has no handles that last.
+
+        Overlayfs has no index then, either. For a lower only, and before anything is looked up.
+        """
+        self._separates = self._magic in beneath.FLEETING or self.handle(self.root) is None
 
     def readdir(self, directory: PathKey) -> list[DirEntry]:
         if isinstance(directory, CoveredKey):
@@ -177,7 +189,9 @@ class DirectoryLayer(Descriptors):
         )
 
     def handle(self, key: PathKey) -> FileHandle | None:
-        found = None if isinstance(key, CoveredKey) else self._by_fd(key, beneath.handle)
+        if self._separates or isinstance(key, CoveredKey):
+            return None
+        found = self._by_fd(key, beneath.handle)
         if found is None:
             return None
         return FileHandle(found[0], found[1], self._filesystem())

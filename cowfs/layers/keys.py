@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import stat
+
 from cowfs.layers.beneath import DIRECTORY
-from cowfs.types import Attr
+from cowfs.types import Attr, own_attr
 
 
 class PathKey:
@@ -30,3 +32,19 @@ class CoveredKey(PathKey):
     def __init__(self, parent: PathKey, name: bytes, attr: Attr) -> None:
         super().__init__(parent, name, DIRECTORY)
         self.attr = attr
+
+
+def apart(key: PathKey, attr: Attr) -> Attr:
+    """Return the attributes of a file with several names as if this were its only one, with a number that no
+    other has: larger than those of filesystems."""
+    if stat.S_ISDIR(attr.st_mode):
+        return attr
+    own = own_attr(attr)
+    own.st_nlink = 1
+    names = []
+    walk: PathKey | None = key
+    while walk is not None:
+        names.append(walk.name)
+        walk = walk.parent
+    own.st_ino = int.from_bytes(b"/".join(reversed(names))) << 64
+    return own
