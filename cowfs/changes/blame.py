@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from cowfs.errors import StoreError
 from cowfs.jsontext import put_path, raw, stamp
 from cowfs.linux.processes import Process, described
-from cowfs.store.format.records import HINT, MAKING, OPERATIONS, parse
+from cowfs.store.format.records import HINT, MAKING, OPERATIONS, batches, damaged
 
 VERSION = 1
 _ROWS = 7
@@ -22,8 +22,12 @@ _MAKES = frozenset(MAKING)
 _MOST_NAMES = 64
 _ALIKE = 1_000_000
 """µs."""
-_LATEST = 253402300799 * 1_000_000
-"""The end of the year 9999, in µs."""
+_LATEST = 253370764800 * 1_000_000
+"""The end of the year 9998, in µs: it has a date in each time zone."""
+_LONGEST_PATHS = 32 << 20
+"""Bytes that the paths in one batch have together: a recorder ends it long before that."""
+_MOST_NAMES_TOLD = 256 << 20
+"""Bytes of all names that are told at once."""
 
 KINDS = {
     **dict.fromkeys(MAKING, "made"),
@@ -53,12 +57,11 @@ def records(contents: Iterable[bytes], name: str) -> Iterator[Record]:
 
     Raises StoreError for a record that makes no sense; *name* is the name of the store.
     """
-    for content in contents:
-        batch = parse(content, name)
+    for batch in batches(contents, name):
         try:
             found = list(_records(batch))
         except (KeyError, TypeError, ValueError, IndexError, AttributeError):
-            raise StoreError(f"{name}: the record of changes is damaged", HINT) from None
+            raise damaged(name) from None
         yield from reversed(found)
 
 
@@ -66,10 +69,16 @@ def _records(batch: dict[str, Any]) -> Iterator[Record]:
     begun = _number(batch["begun"])
     processes = [_process(*told) for told in batch["processes"]]
     directories = [raw(path) for path in batch["directories"]]
+    left = _LONGEST_PATHS
 
     def path(directory: int, name: str) -> bytes:
+        nonlocal left
         above = directories[_number(directory)] if directory != -1 else b""
-        return above + b"/" + raw(name) if above else raw(name)
+        found = above + b"/" + raw(name) if above else raw(name)
+        left -= len(found)
+        if left < 0:
+            raise ValueError(len(found))
+        return found
 
     for record in batch["records"]:
         if len(record) not in {_ROWS, _ROWS_WITH_TO}:
@@ -269,9 +278,13 @@ class _Names:
 
 def names_of(contents: Iterable[bytes], name: str, selects: Callable[[bytes], object]) -> list[bytes]:
     """Return all recorded paths that *selects* accepts, under their last names, sorted."""
-    names, found = _Names(), set()
+    names, found, left = _Names(), set[bytes](), _MOST_NAMES_TOLD
     for record in records(contents, name):
-        found |= {path for path in names.go_back(record) if path not in found and selects(path)}
+        new = {path for path in names.go_back(record) if path not in found and selects(path)}
+        found |= new
+        left -= sum(map(len, new)) + (0 if record.to is None else len(record.path) + len(record.to))
+        if left < 0:
+            raise StoreError(f"{name}: the names in the record of changes take too much memory", HINT)
     return sorted(found)
 
 

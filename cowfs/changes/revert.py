@@ -23,7 +23,17 @@ from cowfs.changes.paths import is_below, join
 from cowfs.changes.render import escape, from_json, json_line
 from cowfs.changes.select import METADATA, Selection
 from cowfs.changes.spool import Packed
-from cowfs.changes.trash import Batch, Step, attributes_to_json, line_of, new_batch, step_of
+from cowfs.changes.trash import (
+    ASIDE,
+    MOST_BYTES,
+    MOST_STEPS,
+    Batch,
+    Step,
+    attributes_to_json,
+    line_of,
+    new_batch,
+    step_of,
+)
 from cowfs.errors import StoreError
 from cowfs.overlay import uncover
 from cowfs.overlay.lookup import number_of, shown_below
@@ -34,9 +44,6 @@ from cowfs.types import Change
 
 Forget = Callable[[uncover.Stale], None]
 """Lets the kernel ask again. Blocks; for a thread."""
-
-ASIDE = b".cowfs-aside-"
-"""How the names begin of what was in the way of a rename."""
 
 
 class Done(NamedTuple):
@@ -146,6 +153,8 @@ class _Revert:
         self._renamed: list[Done] = []
         """What is to be told when the rest can be taken back, too."""
         self.number = 0
+        self._bytes = 0
+        """Of the log."""
 
     def _next(
         self, kind: str, path: bytes, source: bytes = b"", attributes: dict[str, Any] | None = None
@@ -153,6 +162,16 @@ class _Revert:
         step = Step(self.number, kind, path, source, attributes)
         self.number += 1
         return step
+
+    def _line(self, step: Step) -> bytes:
+        """Return a step as a line of the log. StoreError if the log would be larger than any that is read."""
+        line = line_of(step)
+        self._bytes += len(line) + 1
+        if self._bytes > MOST_BYTES or step.number >= MOST_STEPS:
+            raise StoreError(
+                "these are more changes than can be reverted at once", "revert some directories first"
+            )
+        return line
 
     # --- renames
 
@@ -216,7 +235,7 @@ class _Revert:
 
     def _rename(self, here: bytes, there: bytes, stale: uncover.Stale) -> None:
         old, new = find(self._fs, here), find(self._fs, there)
-        self._batch.write([line_of(self._next("renamed", there, here))])
+        self._batch.write([self._line(self._next("renamed", there, here))])
         self._fs.rename(old.parent, old.name, new.parent, new.name)
         stale += [(old.parent.ino, old.name), (new.parent.ino, new.name)]
         self._moves.add(here, there)
@@ -238,7 +257,7 @@ class _Revert:
             self._away.add(path)
             place = find(self._fs, path)
             step = self._next("moved", path, home)
-            self._batch.write([line_of(step)])
+            self._batch.write([self._line(step)])
             stale: uncover.Stale = []
             uncover.uncover(self._fs, place.parent, place.name, self._batch.place(step.number), stale)
             yield lambda stale=stale: self._forget(stale)  # type: ignore[misc]
@@ -301,7 +320,7 @@ class _Revert:
             if unit.is_dir or unit.path != path or change.source is not None:  # may come again, and not next
                 seen.add(unit.path)
             step = self._next(unit.kind, unit.path, attributes=unit.attributes)
-            plan.add((_SHOWS if unit.shows_lower else b" ") + line_of(step))
+            plan.add((_SHOWS if unit.shows_lower else b" ") + self._line(step))
         return plan
 
     def _wanted(self, change: Change, path: bytes, *, metadata: bool) -> _Unit | None:

@@ -8,8 +8,10 @@ took out of the merged tree is there under the step's number.
 from __future__ import annotations
 
 import base64
+import binascii
 import json
 import os
+import re
 import stat
 from array import array
 from collections.abc import Iterable, Iterator
@@ -26,12 +28,27 @@ from cowfs.types import AttrData
 
 _LOG = b"log"
 _LARGEST_LOG = 256 << 20
+MOST_STEPS = 3_000_000
+"""So many has one revert, at most: a log tells of each twice when all of it is undone."""
+MOST_BYTES = 192 << 20
+"""So many bytes may the lines of these have."""
+_MOST_ASIDE = 1 << 18
+"""So many of them may be of what was in the way of a rename."""
+ASIDE = b".cowfs-aside-"
+"""How the names begin of what was in the way of a rename."""
 _KINDS = frozenset(("moved", "whiteout", "copied", "attributes", "renamed"))
-_MOST_STEPS = 1 << 40
+_STEP = re.compile(
+    rb'\{"number": ([0-9]{1,15}), "kind": "[a-z]{1,16}", "path": "([0-9A-Za-z+/=]*)"'
+    rb'(?:, "source": "([0-9A-Za-z+/=]*)")?(, "attributes": \{.*\})?\}'
+)
+_UNDONE = re.compile(rb'\{"undone": ([0-9]{1,15})\}')
+_MOST_BRACKETS, _MOST_COMMAS = 1 << 16, 1 << 17
+"""A line has fewer, as an inode has fewer attributes: each takes much memory while it is read."""
 _MOST_ID = (1 << 32) - 2
 _LINES = 1000
 """How many are written at once."""
 _READ = 64 << 10
+_NO_UNDO = "what was reverted is in the store's cowfs/trash; cowfs vacuum --trash deletes it"
 _LONGEST_LINE = 16 << 20
 """Bytes: a file has fewer attributes, and each takes a third more."""
 
@@ -70,9 +87,11 @@ class Batch:
             self._append(piece, sync=False)
         self._append(b"", sync=True)
 
-    def note_undone(self, step: Step) -> None:
-        """Record that a step is undone. Blocks; not on disk yet."""
-        self._append(json.dumps({"undone": step.number}).encode() + b"\n", sync=False)
+    def note_undone(self, numbers: Iterable[int]) -> None:
+        """Record that these steps are undone. Blocks; not on disk yet."""
+        lines = b"".join(json.dumps({"undone": number}).encode() + b"\n" for number in numbers)
+        if lines:
+            self._append(lines, sync=False)
 
     def _append(self, lines: bytes, *, sync: bool) -> None:
         found = self.layer.lookup(self.key, _LOG)
@@ -89,7 +108,7 @@ class Batch:
         self._end = end + len(lines)
 
     def log(self) -> Log:
-        """Read the log: the steps that are not undone. StoreError if it is damaged."""
+        """Open the log."""
         return Log(self)
 
     def open_log(self) -> File | None:
@@ -112,34 +131,42 @@ class Batch:
 
 
 class Log:
-    """The steps of a batch that are not undone. Holds eight bytes of each; close it in the end.
+    """The steps of a batch that are not undone. Holds nine bytes of each; close it in the end.
 
     A last line that is not whole is of a step that was not begun.
     """
 
     def __init__(self, batch: Batch) -> None:
+        self._batch = batch
         self._name = batch.layer.name
         self._file = batch.open_log()
         self._starts = array("Q")
-        self._undone: set[int] = set()
-        self.renamed: list[Step] = []
-        """Those of renames, and of what was moved that had been renamed."""
+        self._undone = bytearray()
+        self._end = 0
+        """Where the last step ends; what comes after it tells of those that are undone."""
+        self.aside: dict[bytes, bytes] = {}
+        """Where things are that were in the way of a rename, and where they were before, in the order in
+        which they were put there."""
+
+    def look(self) -> Iterator[None]:
+        """Look at all lines, once; yields now and then. Blocks. StoreError if the log is damaged.
+
+        What it takes in time and memory has bounds, whoever wrote the log.
+        """
         end = 0
-        try:
-            for start, line in self._lines():
-                self._look_at(start, line)
-                end = start + len(line) + 1
-        except BaseException:
-            self.close()
-            raise
-        self._starts.append(end)
-        batch.ends_at(end)
-        self.renamed = [step for step in self.renamed if step.number not in self._undone]
+        for number, (start, line) in enumerate(self._lines()):
+            end = start + len(line) + 1
+            self._look_at(start, line)
+            if number % _LINES == 0:
+                yield None
+        self._batch.ends_at(end)
 
     def _lines(self) -> Iterator[tuple[int, bytes]]:
         if self._file is None:
             return
-        size, rest, start = min(self._file.stat().st_size, _LARGEST_LOG), b"", 0
+        size, rest, start = self._file.stat().st_size, b"", 0
+        if size > _LARGEST_LOG:
+            raise self._damaged()
         for at in range(0, size, _READ):
             *lines, rest = (rest + self._file.pread(min(_READ, size - at), at)).split(b"\n")
             for line in lines:
@@ -149,49 +176,55 @@ class Log:
                 raise self._damaged()
 
     def _look_at(self, start: int, line: bytes) -> None:
-        entry = self._parsed(line)
-        if "undone" not in entry:
-            step = self._step(entry)
-            if step.source:
-                self.renamed.append(step)
-            self._starts.append(start)
+        if found := _UNDONE.fullmatch(line):
+            number = int(found[1])
+            if number >= len(self._undone) or self._undone[number]:
+                raise self._damaged()
+            self._undone[number] = True
             return
-        try:
-            self._undone.add(whole(entry["undone"], _MOST_STEPS))
-        except (ValueError, TypeError):
-            raise self._damaged() from None
-        self._starts.append(start)
-
-    def _parsed(self, line: bytes) -> dict[str, Any]:
-        try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError):
-            raise self._damaged() from None
-        if not isinstance(entry, dict):
+        found = _STEP.fullmatch(line)
+        number = len(self._starts)
+        if found is None or int(found[1]) != number or number >= MOST_STEPS or start != self._end:
             raise self._damaged()
-        return entry
+        if found[4]:
+            self._step(line)
+        if found[3]:
+            self._set_aside(found[2], found[3])
+        self._starts.append(start)
+        self._undone.append(False)
+        self._end = start + len(line) + 1
 
-    def _step(self, entry: dict[str, Any]) -> Step:
+    def _set_aside(self, path: bytes, source: bytes) -> None:
         try:
-            return _from_json(entry)
-        except (ValueError, KeyError, TypeError):
+            where = binascii.a2b_base64(path)
+            if ASIDE not in where[where.rfind(b"/") + 1 :]:
+                return
+            self.aside[where] = binascii.a2b_base64(source)
+        except ValueError:
+            raise self._damaged() from None
+        if len(self.aside) > _MOST_ASIDE:
+            raise self._damaged()
+
+    def _step(self, line: bytes) -> Step:
+        try:
+            if line.count(b"[") > _MOST_BRACKETS or line.count(b"{") > 2 or line.count(b",") > _MOST_COMMAS:
+                raise ValueError(len(line))
+            return step_of(line)
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise self._damaged() from None
 
     def _damaged(self) -> StoreError:
-        return StoreError(f"{self._name}: the log of what was reverted is damaged")
+        return StoreError(f"{self._name}: the log of what was reverted is damaged", _NO_UNDO)
 
     def __reversed__(self) -> Iterator[Step]:
-        """Yield them, the last first."""
-        assert self._file is not None or len(self._starts) == 1
-        for number in range(len(self._starts) - 2, -1, -1):
+        """Yield those that :meth:`look` has found, the last first. Blocks. StoreError."""
+        end = self._end
+        for number in range(len(self._starts) - 1, -1, -1):
             assert self._file is not None
-            start, end = self._starts[number], self._starts[number + 1]
-            entry = self._parsed(self._file.pread(end - start, start))
-            if "undone" in entry:
-                continue
-            step = self._step(entry)
-            if step.number not in self._undone:
-                yield step
+            start = self._starts[number]
+            if not self._undone[number]:
+                yield self._step(self._file.pread(end - start, start).removesuffix(b"\n"))
+            end = start
 
     def close(self) -> None:
         """Close the file."""
@@ -246,13 +279,15 @@ def _to_json(step: Step) -> dict[str, Any]:
 
 
 def _from_json(entry: dict[str, Any]) -> Step:
-    kind, attributes = entry["kind"], entry.get("attributes")
-    if kind not in _KINDS or (kind == "attributes" and attributes is None):
+    kind, attributes, path = entry["kind"], entry.get("attributes"), _bytes(entry["path"])
+    if kind not in _KINDS or (kind == "attributes") != (attributes is not None):
         raise ValueError(kind)
     if attributes is not None:
         attributes_from_json(attributes)
     source = _bytes(entry["source"]) if "source" in entry else b""
-    return Step(whole(entry["number"], _MOST_STEPS), kind, _bytes(entry["path"]), source, attributes)
+    if not (path or attributes) or (kind == "renamed" and not source):
+        raise ValueError(path)
+    return Step(whole(entry["number"], MOST_STEPS), kind, path, source, attributes)
 
 
 def _text(value: bytes) -> str:

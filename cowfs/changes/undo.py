@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import errno
+import re
 import stat
 from collections.abc import Callable, Generator
+from itertools import islice
 
-from cowfs.changes.revert import ASIDE, Done, Forget, Found, Progress, find, why
-from cowfs.changes.trash import Batch, Log, Step, attributes_from_json, batches
+from cowfs.changes.revert import Done, Forget, Found, Progress, find, why
+from cowfs.changes.trash import ASIDE, Batch, Log, Step, attributes_from_json, batches
 from cowfs.errors import StoreError
 from cowfs.overlay import uncover
 from cowfs.overlay.node import Node
 from cowfs.overlay.overlay import Overlay
+
+_NOTED = 1000
+"""So many steps that needed nothing are noted at once."""
+_SET_ASIDE = re.compile(rb"(?:^|(?<=/))[^/]*" + re.escape(ASIDE) + rb"[^/]*(?=/)")
+_DEEPEST = 64
+"""So many things that were set aside are in each other, at most."""
 
 
 def undo(fs: Overlay, forget: Forget) -> Progress:
@@ -30,6 +38,7 @@ def undo_batch(fs: Overlay, batch: Batch, forget: Forget) -> Progress:
     """
     log = batch.log()
     try:
+        yield from log.look()
         again = yield from _undo_all(fs, batch, log, forget)
     finally:
         log.close()
@@ -39,10 +48,10 @@ def undo_batch(fs: Overlay, batch: Batch, forget: Forget) -> Progress:
 
 def _undo_all(
     fs: Overlay, batch: Batch, log: Log, forget: Forget
-) -> Generator[Done | Callable[[], None], None, bool]:
+) -> Generator[Done | Callable[[], None] | None, None, bool]:
     """Undo the steps of a log; return whether something could not be undone, and can be asked for again."""
     again = False
-    aside = {step.path: step.source for step in log.renamed if ASIDE in step.path.rpartition(b"/")[2]}
+    nothing_to_do: list[int] = []
     for step in reversed(log):
         stale: uncover.Stale = []
         why_not = ""
@@ -53,21 +62,25 @@ def _undo_all(
             why_not = why(error)
             again |= error.errno != errno.ENOENT
         if not why_not:
-            batch.note_undone(step)
+            nothing_to_do.append(step.number)
+        if undone or len(nothing_to_do) == _NOTED:
+            batch.note_undone(nothing_to_do)
+            nothing_to_do.clear()
+            yield None
         if stale:
             yield lambda stale=stale: forget(stale)  # type: ignore[misc]
         if why_not or (undone and not (step.kind == "moved" and step.source)):
-            yield Done(_at_home(step.source or step.path, aside), why_not)
+            yield Done(_at_home(step.source or step.path, log.aside), why_not)
+    batch.note_undone(nothing_to_do)
     return again
 
 
 def _at_home(path: bytes, aside: dict[bytes, bytes]) -> bytes:
     """Return where something is when nothing is set aside any more."""
-    above = path
-    while aside and b"/" in above:
-        above = above.rpartition(b"/")[0]
-        if above in aside:
-            return aside[above] + path[len(above) :]
+    for found in reversed([*islice(_SET_ASIDE.finditer(path) if aside else (), _DEEPEST)]):
+        where = path[: found.end()]
+        if where in aside:
+            return aside[where] + path[len(where) :]
     return path
 
 

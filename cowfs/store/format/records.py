@@ -18,7 +18,7 @@ import os
 import stat
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from cowfs.errors import StoreError
@@ -52,6 +52,9 @@ _LARGEST_CONTENT = 1 << 20
 """Bytes of a batch, as JSON: a recorder begins another long before that."""
 MOST_RECORDS = 2000
 """So many are in one batch, at most."""
+_MOST_BATCHES = _LARGEST // _BLOCK
+_MOST_TEXT = 256 << 20
+"""Bytes that all batches have as JSON: thirty times as many as the largest file has itself."""
 HINT = "mount with -o blame to begin a new one"
 
 
@@ -78,7 +81,7 @@ class Records:
         size = file.stat().st_size
         head = file.pread(_BLOCK, 0)
         if len(head) < _BLOCK or not head.startswith(_MAGIC):
-            raise _damaged(name)
+            raise damaged(name)
         _, version, _, ring, self._key = _HEADER.unpack_from(head)
         if version > VERSION:
             raise StoreError(
@@ -87,7 +90,7 @@ class Records:
             )
         self._begin = _BLOCK + 2 * _DRAFT
         if version < 1 or not _SMALLEST <= ring + self._begin <= min(size, _LARGEST) or ring % _BLOCK:
-            raise _damaged(name)
+            raise damaged(name)
         self._end = self._begin + ring
         drafts = [self._frame_at(_BLOCK + number * _DRAFT) for number in range(2)]
         self._frames = sorted(self._scan())
@@ -201,20 +204,26 @@ def _overlap(one: _Frame, other: _Frame) -> bool:
     return one.offset < other.offset + other.room and other.offset < one.offset + one.room
 
 
-def parse(content: bytes, name: str) -> dict[str, Any]:
-    """Return the batch that a frame contains. StoreError if it is invalid."""
-    try:
-        unpacker = zlib.decompressobj()
-        text = unpacker.decompress(content, _LARGEST_CONTENT)
-        batch = json.loads(text)
-    except (zlib.error, ValueError, RecursionError):
-        raise _damaged(name) from None
-    if not unpacker.eof or not isinstance(batch, dict):
-        raise _damaged(name)
-    rows = batch.get("records", [])
-    if not isinstance(rows, list) or len(rows) > MOST_RECORDS:
-        raise _damaged(name)
-    return batch
+def batches(contents: Iterable[bytes], name: str) -> Iterator[dict[str, Any]]:
+    """Yield the batches that frames contain. StoreError for one that is invalid, or for more than a file has.
+
+    What they take in memory and time has bounds, whoever made the frames.
+    """
+    size = 0
+    for number, content in enumerate(contents):
+        try:
+            unpacker = zlib.decompressobj()
+            text = unpacker.decompress(content, _LARGEST_CONTENT)
+            size += len(text)
+            if not unpacker.eof or size > _MOST_TEXT or number >= _MOST_BATCHES:
+                raise damaged(name)
+            batch = json.loads(text)
+        except (zlib.error, ValueError, RecursionError):
+            raise damaged(name) from None
+        rows = batch.get("records", []) if isinstance(batch, dict) else None
+        if not isinstance(rows, list) or len(rows) > MOST_RECORDS:
+            raise damaged(name)
+        yield batch
 
 
 def pack(batch: dict[str, Any]) -> bytes:
@@ -222,7 +231,8 @@ def pack(batch: dict[str, Any]) -> bytes:
     return zlib.compress(json.dumps(batch, separators=(",", ":")).encode(), 1)
 
 
-def _damaged(name: str) -> StoreError:
+def damaged(name: str) -> StoreError:
+    """Return the failure of a store whose records are damaged."""
     return StoreError(f"{name}: the record of changes is damaged", HINT)
 
 
@@ -232,7 +242,7 @@ def read(layer: UpperLayer) -> Records:
     if key is None:
         raise no_records(layer.name)
     if not stat.S_ISREG(layer.stat(key).st_mode):
-        raise _damaged(layer.name)
+        raise damaged(layer.name)
     try:
         return _opened(layer.open(key, os.O_RDONLY), layer.name)
     except PermissionError:
@@ -258,7 +268,7 @@ def open_or_make(layer: UpperLayer, size: int) -> tuple[Records, str]:
     if found is not None:
         try:
             if not stat.S_ISREG(found[1].st_mode):
-                raise _damaged(layer.name)
+                raise damaged(layer.name)
             opened = _opened(layer.open(found[0], os.O_RDWR), layer.name)
             opened.end_draft()  # nobody knows it well enough to go on with it
             return opened, ""
