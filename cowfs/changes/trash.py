@@ -164,15 +164,18 @@ class Log:
     def _lines(self) -> Iterator[tuple[int, bytes]]:
         if self._file is None:
             return
-        size, rest, start = self._file.stat().st_size, b"", 0
+        size, rest, start = self._file.stat().st_size, list[bytes](), 0
         if size > _LARGEST_LOG:
             raise self._damaged()
         for at in range(0, size, _READ):
-            *lines, rest = (rest + self._file.pread(min(_READ, size - at), at)).split(b"\n")
-            for line in lines:
-                yield start, line
-                start += len(line) + 1
-            if len(rest) > _LONGEST_LINE:
+            rest.append(self._file.pread(min(_READ, size - at), at))
+            if b"\n" in rest[-1]:
+                *lines, last = b"".join(rest).split(b"\n")
+                rest = [last]
+                for line in lines:
+                    yield start, line
+                    start += len(line) + 1
+            if len(rest) > _LONGEST_LINE // _READ:
                 raise self._damaged()
 
     def _look_at(self, start: int, line: bytes) -> None:

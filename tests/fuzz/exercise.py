@@ -11,7 +11,7 @@ from contextlib import closing
 from typing import ParamSpec, TypeVar
 
 from cowfs.errors import LayerError
-from cowfs.layers.base import Key
+from cowfs.layers.base import File, Key, LowerLayer
 from cowfs.layers.kernel_file import KernelFile
 from cowfs.layers.squashfs import SquashfsLayer
 
@@ -38,17 +38,19 @@ def exercise(image: bytes) -> int:
         except LayerError:
             return -1
         with closing(layer):
-            return _walk(layer)
+            return walk(layer)
     finally:
         os.close(fd)
 
 
-def _walk(layer: SquashfsLayer) -> int:
+def walk(layer: LowerLayer, top: Key = None) -> int:
+    """Do what can be done with a layer, from *top* or its root on; return how many names were seen."""
     layer.statfs()
-    _try(layer.identity)
-    _try(layer.summary)
+    for call in ("identity", "summary"):
+        if hasattr(layer, call):
+            _try(getattr(layer, call))
     count = 0
-    pending = [layer.root]
+    pending = [layer.root if top is None else top]
     while pending and count < _NAMES:
         directory = pending.pop()
         if _try(layer.lookup, directory, b"no such name") is not None:
@@ -66,7 +68,7 @@ def _walk(layer: SquashfsLayer) -> int:
     return count
 
 
-def _look(layer: SquashfsLayer, key: Key, mode: int) -> None:
+def _look(layer: LowerLayer, key: Key, mode: int) -> None:
     handle = layer.handle(key)
     if handle is not None:  # another inode has its number
         layer.handle_ino(handle)
@@ -83,10 +85,7 @@ def _look(layer: SquashfsLayer, key: Key, mode: int) -> None:
             _try(_whole, file, size)
 
 
-def _whole(file: object, size: int) -> None:
-    from cowfs.layers.squashfs import SquashfsFile
-
-    assert isinstance(file, SquashfsFile)
+def _whole(file: File, size: int) -> None:
     list(file.segments(size))
     for offset in range(0, size, 16384):
         assert len(file.pread(16384, offset)) == min(16384, size - offset)

@@ -28,7 +28,21 @@ from tests.ext3 import images
 from tests.fuzz.ext3 import build
 from tests.support.mounts import project_root
 
-TARGETS = ("ext3", "squashfs", "union", "attributes", "header", "control", "options")
+TARGETS = (
+    *(
+        "ext3",
+        "squashfs",
+        "tar",
+        "union",
+        "attributes",
+        "header",
+        "trash",
+        "records",
+        "checkpoints",
+        "convert",
+    ),
+    *("control", "options"),
+)
 CORPUS = Path(__file__).parent / "corpus"
 _TELL_EVERY = 10.0
 """Seconds."""
