@@ -124,6 +124,8 @@ def fsck(tmp_path: Path) -> Iterator[tuple[Path, list[list[str]]]]:
         "/a.sqsh  /mnt  cowfs  rw,store=/live/of\\040a.bs,nofail  0 2\n"
         "/a.sqsh  /else  squashfs  loop  0 0\n"
         "/b\\040c.sqsh  /m  fuse.cowfs  store=/live/b.bs  0 2\n"
+        "/none.sqsh  /m  cowfs  ro,nofail  0 2\n"
+        "/memory.sqsh  /m  cowfs  store=memory  0 2\n"
     )
     yield tmp_path, []
 
@@ -146,6 +148,15 @@ def test_fsck(fsck: tuple[Path, object], arguments: list[str], called: list[str]
         text=True,
     )
     assert (done.stdout.splitlines(), done.returncode) == (called, 4), done.stderr
+
+
+def test_fsck_of_what_is_in_memory(fsck: tuple[Path, object]) -> None:
+    for lower in ("/none.sqsh", "/memory.sqsh"):
+        command = [fsck[0] / "helpers/fsck.cowfs", "-a", lower]
+        done = subprocess.run(
+            command, env={"FSTAB": str(fsck[0] / "fstab")}, capture_output=True, text=True, check=True
+        )
+        assert done.stdout == f"{lower}: keeps changes in memory: there is nothing to check\n"
 
 
 def test_fsck_wrongly_called(fsck: tuple[Path, object]) -> None:
