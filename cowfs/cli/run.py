@@ -6,6 +6,7 @@ import argparse
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -85,6 +86,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     """Mount, run the command, ask what to do with its changes, do that, and unmount."""
     _check(args)
+    pipes = _pipes()
     is_all_there = _enter()
     complete_interrupted(_lower(args), force=args.force)
     since = now()
@@ -101,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
                 parts.append(_mounted(args))
             ending = Ending(args, parts, since)
             ending.look_at_stores()
-            code = _wait(args.command, prepare, sandbox)
+            code = _wait(args.command, prepare, sandbox, pipes)
             ending.decide()
         finally:
             if sandbox is not None:
@@ -109,6 +111,19 @@ def run(args: argparse.Namespace) -> int:
             elif parts:
                 _unmount(args.mountpoint)
     return ending.finish() or code
+
+
+def _pipes() -> list[int]:
+    """Return the pipes that we were given besides the standard streams: ``<(...)`` of a shell, jobs of make.
+
+    What is not a pipe is not for the command: through a directory it could leave its root.
+    """
+    found = []
+    for fd in map(int, os.listdir("/proc/self/fd")):
+        with suppress(OSError):  # the list itself
+            if fd > 2 and os.get_inheritable(fd) and stat.S_ISFIFO(os.fstat(fd).st_mode):
+                found.append(fd)
+    return found
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -194,7 +209,9 @@ def _others_are_there() -> bool:
     return sum(count for _, _, count in user_namespace.ranges("uid")) > 1
 
 
-def _wait(command: list[str], prepare: Callable[[], object], sandbox: Sandbox | None) -> int:
+def _wait(
+    command: list[str], prepare: Callable[[], object], sandbox: Sandbox | None, pipes: list[int]
+) -> int:
     """Run a command to its end; return its exit code as sh(1) does.
 
     Signals of the terminal are for the command. In a sandbox, processes that it left running are killed.
@@ -204,7 +221,7 @@ def _wait(command: list[str], prepare: Callable[[], object], sandbox: Sandbox | 
         signal.signal(number, signal.SIG_IGN)
     spared = offspring.adopt() if sandbox is not None else set()
     try:
-        return _run(command, prepare, sandbox)
+        return _run(command, prepare, sandbox, pipes)
     finally:
         if sandbox is not None:
             ended, left = offspring.end_all(spared)
@@ -216,7 +233,7 @@ def _wait(command: list[str], prepare: Callable[[], object], sandbox: Sandbox | 
             signal.signal(number, handler)
 
 
-def _run(command: list[str], prepare: Callable[[], object], sandbox: Sandbox | None) -> int:
+def _run(command: list[str], prepare: Callable[[], object], sandbox: Sandbox | None, pipes: list[int]) -> int:
 
     def become() -> None:
         for number in _FROM_TERMINAL:
@@ -232,7 +249,12 @@ def _run(command: list[str], prepare: Callable[[], object], sandbox: Sandbox | N
         environment = programs.given_environment()
         if sandbox is not None:
             environment = sandbox.environment(environment, all_there=_others_are_there())
-        process = subprocess.Popen(command, env=environment, preexec_fn=become)  # noqa: PLW1509 - one thread
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            preexec_fn=become,  # noqa: PLW1509 - one thread
+            pass_fds=pipes,
+        )
     except subprocess.SubprocessError:  # become() has failed; the exception does not say why
         warn(f"{command[0]}: cannot be run: its root directory cannot be entered")
         return _NOT_RUN

@@ -454,6 +454,17 @@ def rescued(said: str) -> str:
     return listed
 
 
+def test_pipes_are_the_commands_and_other_descriptors_are_not(root: Path) -> None:
+    script = "cat <&8; [ ! -e /dev/fd/9 ]"
+    shell = 'exec 8< <(echo given); exec "$@" sh -euc "$0" 9</'
+    with with_programs(root):
+        done = run(
+            "bash", "-c", shell, script, *COWFS, "run", "--root", root, "--discard", "--",
+            env={**os.environ, "PYTHONPATH": project_root()}, check=False,
+        )  # fmt: skip
+    assert (done.stdout, done.returncode) == ("given\n", 0), done.stderr
+
+
 def test_what_cannot_be_kept_as_asked_is_not_lost(root: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     done = sandbox(root, "--keep", tmp_path / "file/store.bs", script="echo more >>file")
