@@ -58,14 +58,21 @@ class MountedTree:
         fd = self._directory(path)
         if fd < 0 or os.fstat(fd).st_dev != self._dev:
             return set()
-        return set(map(os.fsencode, os.listdir(fd)))
+        try:
+            return set(map(os.fsencode, os.listdir(fd)))
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, b"/" + path) from None  # it names the descriptor
 
     def others(self, wanted: Iterable[tuple[int, int, int]]) -> Iterator[bytes]:
         numbers = {ino for _, _, ino in wanted}
         waiting = [b""] if numbers else []
         while waiting:
             base = waiting.pop()
-            for name in sorted(self.names(base)):
+            try:
+                names = sorted(self.names(base))
+            except PermissionError:
+                continue  # what changed something in the tree may not have done so there
+            for name in names:
                 path = join(base, name)
                 fd = self._directory(base)
                 with suppress(*GONE):

@@ -232,7 +232,7 @@ class Ending:
         if isinstance(error, CowfsError):
             warn(str(error))
         else:
-            name = os.fsdecode(error.filename) if error.filename is not None else "changes"
+            name = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else "changes"
             warn(f"{name}: {error.strerror or error}")
 
 

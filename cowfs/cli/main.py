@@ -199,7 +199,8 @@ def guarded(call: object) -> int:
         if error.filename is None and _is_astray():
             warn("the current directory has been removed (change to another one, or give absolute paths)")
             return EXIT_SYSTEM
-        where = os.fsdecode(error.filename) + ": " if error.filename is not None else ""
+        is_named = isinstance(error.filename, (str, bytes))  # it may be the number of a descriptor
+        where = os.fsdecode(error.filename) + ": " if is_named else ""
         warn(f"{where}{error.strerror or error}")
         return EXIT_SYSTEM
 

@@ -104,9 +104,31 @@ def _include_tree(top: bytes, items: Plan, after: Tree, before: Tree) -> None:
 def _join_links(items: Plan, after: Tree) -> None:
     """Have all names of an inode, if any of several: one that is the lower's would stand alone."""
     known: dict[tuple[int, int, int], int] = {}
+    beside: dict[tuple[int, int, int], set[bytes]] = {}
     for path, item in items.items():
         node = after.node(path) if item is not Item.WHITEOUT else None
         if node is not None and not node.is_dir and node.attr.st_nlink > 1:
             known[node.identity] = known.get(node.identity, node.attr.st_nlink) - 1
-    for path in list(after.others([identity for identity, missing in known.items() if missing > 0])):
+            beside.setdefault(node.identity, set()).add(path.rpartition(b"/")[0])
+    missing = {identity: count for identity, count in known.items() if count > 0}
+    for directory in set().union(*(beside[identity] for identity in missing)):
+        _find_beside(directory, missing, items, after)
+    left = sum(missing.values())
+    for path in after.others([identity for identity, count in missing.items() if count > 0]):
+        left -= path not in items
         items.setdefault(path, Item.NODE)
+        if left <= 0:
+            break  # the tree may be a whole system
+
+
+def _find_beside(
+    directory: bytes, missing: dict[tuple[int, int, int], int], items: Plan, after: Tree
+) -> None:
+    """Look for the missing names of inodes in a directory where they have another: mostly they are there."""
+    for name in after.names(directory):
+        path = join(directory, name)
+        if path in items or (node := after.node(path)) is None:
+            continue
+        if not node.is_dir and missing.get(node.identity, 0) > 0:
+            missing[node.identity] -= 1
+            items[path] = Item.NODE

@@ -517,10 +517,13 @@ def test_an_ordinary_user_commits_what_they_may_change(nobody_path: Path) -> Non
     (own / "group").write_text("1\n")
     (own / "group").chmod(0o664)
     (root / "log").write_text("1\n")
-    for path, group in ((own, -1), (own / "group", 4), (root / "log", -1)):
-        os.chown(path, 65534, group)
+    (root / "other").mkdir()
+    (root / "other/two").write_text("names\n")
+    (root / "secret").mkdir(0o700)  # who looks for names of an inode comes here before there
+    for path in (own, own / "group", root / "log", root / "other", root / "other/two"):
+        os.chown(path, 65534, 4 if path.name == "group" else -1)
     script = """
-    cd own; mkdir d; echo 2 >d/new; echo 2 >>group; chmod 600 group; echo 2 >>../log
+    cd own; mkdir d; echo 2 >d/new; ln ../other/two .; echo 2 >>group; chmod 600 group; echo 2 >>../log
     id -u; cat "$APT_CONFIG"; python3 -c 'import pty; pty.openpty()'
     """
     with with_programs(root):
@@ -540,6 +543,7 @@ def test_an_ordinary_user_commits_what_they_may_change(nobody_path: Path) -> Non
         done = cowfs(*command, script, nobody=True, env=env)
     assert (done.returncode, done.stdout) == (0, '0\nAPT::Sandbox::User "root";\n'), done.stderr
     assert (own / "d/new").stat().st_uid == 65534
+    assert (own / "two").stat().st_ino == (root / "other/two").stat().st_ino
     info = (own / "group").stat()
     assert (info.st_uid, info.st_gid, info.st_mode & 0o777) == (65534, 4, 0o600)
     assert [(own / "group").read_text(), (root / "log").read_text()] == ["1\n2\n"] * 2

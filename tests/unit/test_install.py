@@ -152,9 +152,12 @@ def test_fsck(fsck: tuple[Path, object], arguments: list[str], called: list[str]
 
 def test_fsck_of_what_is_in_memory(fsck: tuple[Path, object]) -> None:
     for lower in ("/none.sqsh", "/memory.sqsh"):
-        command = [fsck[0] / "helpers/fsck.cowfs", "-a", lower]
         done = subprocess.run(
-            command, env={"FSTAB": str(fsck[0] / "fstab")}, capture_output=True, text=True, check=True
+            [fsck[0] / "helpers/fsck.cowfs", "-a", lower],
+            env={"FSTAB": str(fsck[0] / "fstab")},
+            capture_output=True,
+            text=True,
+            check=True,
         )
         assert done.stdout == f"{lower}: keeps changes in memory: there is nothing to check\n"
 
