@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from cowfs.errors import CowfsError, MountFailure
+from cowfs.linux.files import is_image
 from cowfs.linux.fuse import FSTYPE, LISTED
 from cowfs.linux.mount_table import MountInfo, mount_of, mountinfo
 from cowfs.linux.safe_paths import is_same_file
@@ -84,7 +85,7 @@ class Silent(MountFailure):
 def mount_with_store(path: str) -> MountInfo | None:
     """Return the mount at *path*, or the one with the store *path*; None if no daemon answers for it."""
     found = find_mount(path)
-    if found is not None or not os.path.isfile(path):
+    if found is not None or not is_image(path):
         return found
     patience = Patience(each=5.0, in_all=10.0)
     for mount in mountinfo():

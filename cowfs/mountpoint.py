@@ -6,6 +6,7 @@ import errno
 import os
 
 from cowfs.errors import MountFailure
+from cowfs.linux.files import is_image
 from cowfs.linux.mount_table import mount_of, where_is
 from cowfs.union import UnionOptions
 
@@ -42,7 +43,7 @@ def check_places(mountpoint: str, options: UnionOptions) -> None:
     Otherwise a mountpoint may be a layer, inside one, or above one: layers are known by descriptors, and
     mounts in a layer do not belong to it.
     """
-    if mountpoint.startswith("/dev/fd/") or options.store == "memory" or os.path.isfile(options.store):
+    if mountpoint.startswith("/dev/fd/") or options.store == "memory" or is_image(options.store):
         return
     store = _place(options.store)
     for lower in filter(os.path.isdir, options.lowers):

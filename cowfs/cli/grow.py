@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 
 from cowfs.cli import options
 from cowfs.cli.output import note
 from cowfs.client import ask, facts_of, mount_with_store
 from cowfs.errors import UsageError
+from cowfs.linux.files import is_image, size_of
 
 NAME = "grow"
 
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
         size = grow_store(image, _wanted(args.size, image, mounted=False), progress=tell)
     else:
         size = 0
-        image = args.store if os.path.isfile(args.store) else facts_of(mount.dev)["store"]["path"]
+        image = args.store if is_image(args.store) else facts_of(mount.dev)["store"]["path"]
         wanted = _wanted(args.size, image, mounted=True)
         for reply in ask(mount.dev, NAME, timeout=None, size=wanted):
             size = reply.get("size", size)
@@ -71,10 +71,15 @@ def run(args: argparse.Namespace) -> int:
                 tell(str(reply["said"]))
         facts = facts_of(mount.dev)
         if facts["store"]["kind"] == "image":
-            named = args.store if os.path.isfile(args.store) else facts["store"]["path"]
+            named = args.store if is_image(args.store) else facts["store"]["path"]
             has_size(named, facts, size)
     note(f"{args.store}: resized to {format_size(size)}")
     return 0
+
+
+def _size(image: str) -> int:
+    with open(image, "rb", buffering=0) as file:
+        return size_of(file.fileno())
 
 
 def _wanted(text: str | None, image: str, *, mounted: bool) -> int | None:
@@ -84,8 +89,8 @@ def _wanted(text: str | None, image: str, *, mounted: bool) -> int | None:
     if not text or not text.startswith("+"):
         return parse_size(text) if text else None
     more = parse_size(text[1:])
-    if not mounted and not os.path.isfile(image):
+    if not mounted and not is_image(image):
         return more  # there is no store to grow, as opening it will say
-    if not os.path.isfile(image):
+    if not is_image(image):
         raise UsageError(f"{text}: adds to the size of an image alone", "give the new size")
-    return os.path.getsize(image) + more
+    return _size(image) + more

@@ -85,6 +85,7 @@ def _parser(wanted: str | None) -> tuple[argparse.ArgumentParser, dict[str, argp
     if wanted in SUBCOMMANDS:
         importlib.import_module(f"cowfs.cli.{wanted}").add_parser(subparsers)
         _add_quiet(subparsers.choices[wanted])
+        _add_key_file(subparsers.choices[wanted])
     return parser, dict(subparsers.choices)
 
 
@@ -92,6 +93,11 @@ def _add_quiet(parser: argparse.ArgumentParser) -> None:
     """Add --quiet to every subcommand that has no option of its own for it; the manual describes it once."""
     with suppress(argparse.ArgumentError):
         parser.add_argument("-q", "--quiet", action="store_true", help=argparse.SUPPRESS)
+
+
+def _add_key_file(parser: argparse.ArgumentParser) -> None:
+    """Add --key-file, for encrypted stores, to every subcommand; the manual describes it once."""
+    parser.add_argument("--key-file", metavar="FILE", help=argparse.SUPPRESS)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -143,7 +149,10 @@ def _run(args: list[str]) -> int:
     if parsed.subcommand is None:
         parser.print_help()
         return EXIT_USAGE
-    return int(parsed.run(parsed))
+    from cowfs.cli.encrypted import opened
+
+    with opened(parsed):
+        return int(parsed.run(parsed))
 
 
 def _after_subcommand(args: list[str]) -> list[str]:

@@ -33,6 +33,7 @@ _CHOICES = {
 
 VALUES = {
     "store": "the writable store: an image, a directory, or memory (the default)",
+    "key_file": "the key of a store that is encrypted with LUKS (default: ask for the passphrase)",
     "subdir": "one of several stores in the store, for its own system: a name",
     "engine": "what reads and writes images: cowfs (process, auto) or the kernel (root only)",
     "offset": "byte offset of the lower image in its file, or auto; colons separate several",

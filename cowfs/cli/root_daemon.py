@@ -14,8 +14,10 @@ import os
 import signal
 import subprocess
 import sys
+import termios
 import threading
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from cowfs.cli.background import Reporter, run_in_background
@@ -39,6 +41,7 @@ from cowfs.store.format.sizes import format_size
 from cowfs.store.format.sniff import subdir
 from cowfs.store.format.superblock import read_superblock
 from cowfs.store.offline.info import store_info
+from cowfs.store.served import luks
 from cowfs.store.served.allocate import take_room
 from cowfs.store.served.fullness import watch
 from cowfs.store.served.image import is_copy, open_file
@@ -76,28 +79,65 @@ def main() -> int:
     parser.add_argument("--pid-file", required=True)
     args = parser.parse_args()
     try:
-        lowers: tuple[str, ...] = (args.image,)
-        store: str = args.store
-        if store != "memory":
-            check(store, writable=args.mode == "rw")
-            lowers = (*stores_below(args, judge(args)), args.image)
-            if args.mode == "ro":
-                lowers, store = (show_read_only(store, args.show_store, args.subdir), *lowers), "memory"
-            else:
-                fill_holes(store)
-                store = of_several(store, args.subdir)
-        volatile = None if args.volatile is None else parse_volatile(args.volatile)
-        union = UnionOptions(lowers=lowers, store=store, engine=args.engine, volatile=volatile)
-
-        def daemon(reporter: Reporter) -> int:
-            log = set_up_log(args.log, foreground=False)
-            return serve(union, args, reporter, log)
-
-        return run_in_background(daemon, stays=True)
+        with at_console(args.store) as args.store:
+            return start(args)
     except CowfsError as error:
         print(f"cowfs: {error}", file=sys.stderr)
         mounts_taken_away(args)
         return error.exit_code
+
+
+@contextmanager
+def at_console(store: str) -> Iterator[str]:
+    """Open an encrypted store, with a passphrase from the console; yield what shows what is in it."""
+    if store == "memory" or not luks.is_encrypted(store):
+        yield store
+        return
+
+    def key(number: int) -> bytes | None:
+        with open("/dev/console", "r+b", buffering=0) as console:
+            again = (
+                "wrong passphrase; again: " if number else f"passphrase for {store} (none: do not use it): "
+            )
+            return ask_at(console.fileno(), printable(f"cowfs: {again}")) or None
+
+    with luks.opened(store, key) as device:
+        yield device
+
+
+def ask_at(terminal: int, prompt: str) -> bytes:
+    """Return the line that is typed at a terminal, where it is not shown."""
+    before = termios.tcgetattr(terminal)
+    hidden = [*before[:3], (before[3] | termios.ICANON) & ~termios.ECHO, *before[4:]]
+    termios.tcsetattr(terminal, termios.TCSAFLUSH, hidden)
+    try:
+        os.write(terminal, prompt.encode())
+        return os.read(terminal, 4096).rstrip(b"\r\n")
+    finally:
+        termios.tcsetattr(terminal, termios.TCSAFLUSH, before)
+        os.write(terminal, b"\r\n")
+
+
+def start(args: argparse.Namespace) -> int:
+    """Serve the store; return when the new root answers."""
+    lowers: tuple[str, ...] = (args.image,)
+    store: str = args.store
+    if store != "memory":
+        check(store, writable=args.mode == "rw")
+        lowers = (*stores_below(args, judge(args)), args.image)
+        if args.mode == "ro":
+            lowers, store = (show_read_only(store, args.show_store, args.subdir), *lowers), "memory"
+        else:
+            fill_holes(store)
+            store = of_several(store, args.subdir)
+    volatile = None if args.volatile is None else parse_volatile(args.volatile)
+    union = UnionOptions(lowers=lowers, store=store, engine=args.engine, volatile=volatile)
+
+    def daemon(reporter: Reporter) -> int:
+        log = set_up_log(args.log, foreground=False)
+        return serve(union, args, reporter, log)
+
+    return run_in_background(daemon, stays=True)
 
 
 def check(store: str, *, writable: bool) -> None:

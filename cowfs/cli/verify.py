@@ -7,6 +7,7 @@ from typing import Any
 
 from cowfs.errors import StoreError
 from cowfs.linux import locks
+from cowfs.linux.files import size_of
 from cowfs.store.format.sizes import format_size
 from cowfs.store.format.superblock import read_superblock
 from cowfs.store.served import lock
@@ -52,7 +53,7 @@ _ROUNDED = 64 << 10
 
 def _check(fd: int, path: str, facts: dict[str, Any], size: int) -> None:
     superblock = read_superblock(fd, path)
-    length = os.fstat(fd).st_size
+    length = size_of(fd)
     user = locks.who_locks(f"/proc/self/fd/{fd}")
     if superblock.has_errors:
         raise _untrue(path, "its filesystem has errors")

@@ -138,6 +138,29 @@ def syncfs(fd: int) -> None:
         _raise()
 
 
+def size_of(fd: int) -> int:
+    """Return the bytes that a file, or a block device, holds."""
+    info = os.fstat(fd)
+    return os.lseek(fd, 0, os.SEEK_END) if stat.S_ISBLK(info.st_mode) else info.st_size
+
+
+def is_image(path: str) -> bool:
+    """Whether there is what can hold an image: a regular file, or a block device."""
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):
+        return False
+    return stat.S_ISREG(mode) or stat.S_ISBLK(mode)
+
+
+def is_device(path: str) -> bool:
+    """Whether there is a block device."""
+    try:
+        return stat.S_ISBLK(os.stat(path).st_mode)
+    except (OSError, ValueError):
+        return False
+
+
 def fallocate(fd: int, offset: int, length: int, mode: int = 0) -> None:
     """Allocate a range of a file, or what *mode* says (fallocate(2)). Unlike posix_fallocate(3) it writes
     nothing where the filesystem cannot do it, but raises EOPNOTSUPP."""

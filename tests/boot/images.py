@@ -173,6 +173,17 @@ def root_tree(tree: Path) -> Path:
             tree,
             Path("/usr/sbin", program) if Path("/usr/sbin", program).exists() else Path("/sbin", program),
         )
+    if cryptsetup := shutil.which("cryptsetup", path="/usr/sbin:/sbin"):
+        copy_program(tree, Path(cryptsetup))
+        unwinder = re.search(r"libgcc_s\.so\.1 .*=> (/\S+)", run("ldconfig", "-p").stdout)
+        if unwinder:  # its threads end by it
+            copy = (
+                tree
+                / "usr"
+                / Path(unwinder[1]).relative_to("/usr" if unwinder[1].startswith("/usr/") else "/")
+            )
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(Path(unwinder[1]).resolve(), copy)
     _libraries(tree, _loaded_by_cowfs())
     (tree / "etc/passwd").write_text("root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534::/:/bin/sh\n")
     (tree / "etc/group").write_text("root:x:0:\nnogroup:x:65534:\n")

@@ -18,6 +18,7 @@ from cowfs.errors import CowfsError, UsageError
 from cowfs.linux.files import matching
 from cowfs.store.disks.block_device import DEFAULT, is_raid_member, look, mounts_of
 from cowfs.store.offline.info import store_info
+from cowfs.store.served import luks
 
 _NO_DISKS = re.compile(r"(loop|ram|zram)\d*|fd\d+")
 _READ_ONLY = {"iso9660", "udf", "squashfs"}
@@ -46,6 +47,8 @@ class Found:
     """As :func:`store_info` tells them; empty when there is a *problem*."""
     writable: bool = True
     problem: str = ""
+    encrypted: bool = False
+    """With LUKS: what is in it is not known."""
     taken: bool = False
     why: str = ""
 
@@ -156,6 +159,9 @@ def _ask(found: Found, place: str) -> None:
         kind = "a symbolic link" if stat.S_ISLNK(mode) else "a directory" if stat.S_ISDIR(mode) else "no file"
         found.problem = f"is {kind}, not a store"
         return
+    if luks.is_encrypted(place):
+        found.encrypted = True
+        return
     try:
         found.facts = store_info(place)
         found.facts["path"] = found.path
@@ -171,6 +177,11 @@ def _judge(found: list[Found], fingerprint: str) -> None:
         lowers = [lower["fingerprint"] for lower in facts.get("lowers", ())]
         if thing.problem:
             thing.why = thing.problem
+        elif thing.encrypted and taken is not None:
+            thing.why = f"{taken.device} takes precedence"
+        elif thing.encrypted:
+            thing.taken, taken = True, thing
+            thing.why = "the first one; it is encrypted, so a boot asks for the passphrase before it looks"
         elif facts["format"] not in {"overlayfs", "none yet"}:
             thing.why = f"has the format {facts['format']}, which cannot be used"
         elif fingerprint and lowers and lowers[-1] != fingerprint:

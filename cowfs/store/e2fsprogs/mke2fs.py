@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
-
 from cowfs.errors import StoreError
+from cowfs.linux.files import size_of
 from cowfs.store.e2fsprogs import tools
 
 # What ext3 was when the kernel's ext3 driver knew it, whatever /etc/mke2fs.conf says.
@@ -21,7 +20,7 @@ def format_image(fd: int, path: str, identity: str = "", *, journal: int = 0, ke
     """
     # All block groups have the number of inodes that the first one, however small, was made with. So
     # a small store gets twice as many, or it would run out of them when it is a large one.
-    per_inode = "8192" if os.fstat(fd).st_size >= _GROUP else "4096"
+    per_inode = "8192" if size_of(fd) >= _GROUP else "4096"
     # 256 bytes an inode have room for nanoseconds and the overlay's xattrs; -m 0: nobody needs blocks
     # that only root may use. nodiscard: else mke2fs gives back all the blocks that the file has.
     extended = ["lazy_itable_init=0", "root_owner=0:0", *(["nodiscard"] if keep else [])]

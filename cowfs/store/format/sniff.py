@@ -7,7 +7,7 @@ import re
 
 from cowfs.errors import StoreError, UsageError
 from cowfs.formats.squashfs.recognise import EXT_MAGIC, MAGIC, MAGIC_BIG_ENDIAN, recognise
-from cowfs.linux.files import open_ordinary
+from cowfs.linux.files import is_image, open_ordinary
 from cowfs.linux.fuse import FSTYPE, LISTED
 from cowfs.linux.mount_table import mount_of
 from cowfs.overlay.named_whiteouts import BRANCH_NAMES
@@ -76,7 +76,7 @@ def subdir(store: str, name: str) -> str:
 def split_subdir(path: str) -> tuple[str, str]:
     """Return image and name if *path* is a store in an image, IMAGE/NAME; else *path* and nothing."""
     image, name = os.path.split(path.rstrip("/"))
-    return (image, name) if name and not os.path.lexists(path) and os.path.isfile(image) else (path, "")
+    return (image, name) if name and not os.path.lexists(path) and is_image(image) else (path, "")
 
 
 def may_exist(path: str) -> bool:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from cowfs.errors import StoreError
 from cowfs.formats.ext3 import features
+from cowfs.linux.files import size_of
 from cowfs.store.format.sizes import SMALLEST, format_size
 from cowfs.store.format.sniff import LUKS, what_is
 
@@ -65,7 +66,7 @@ def read_superblock(fd: int, path: str, *, smallest: int = SMALLEST) -> Superblo
     Raises StoreError, naming what the file is, unless it is a whole ext3 filesystem of *smallest*
     bytes or more.
     """
-    length = os.fstat(fd).st_size
+    length = size_of(fd)
     data = os.pread(fd, features.SUPERBLOCK_SIZE, features.SUPERBLOCK)
     found = features.read(data)
     if found is None:
@@ -107,7 +108,7 @@ def _way_out(fd: int) -> str:
     """Say what can be done with a file that is no store."""
     if os.pread(fd, len(LUKS), 0) != LUKS:
         return "cowfs create creates a store"
-    return "cryptsetup open FILE NAME; mount /dev/mapper/NAME DIR; DIR, or a directory in it, can be a store"
+    return "cryptsetup open FILE NAME opens it, and /dev/mapper/NAME can be a store"
 
 
 def needs_recovery(fd: int) -> bool:

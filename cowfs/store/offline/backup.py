@@ -70,7 +70,7 @@ def _copied(store: Store, source: int, target: int) -> Steps:
             before = image.resumed
             image.track(True)
             os.ftruncate(target, 0)
-            size = os.fstat(source).st_size
+            size = files.size_of(source)
             os.ftruncate(target, size)
             yield "copying"
             for pieces in _batches(_data_of(source, size)):
@@ -126,7 +126,7 @@ def finish_copy(fd: int, path: str) -> None:
 
 def copy_image(source: int, target: int) -> Iterator[int]:
     """Copy an image that nobody uses to an empty file; yields the bytes of each step. Blocks; OSError."""
-    size = os.fstat(source).st_size
+    size = files.size_of(source)
     if files.reflink(source, target):
         yield size
         return
@@ -169,7 +169,7 @@ def _copy_runs(source: int, target: int, pieces: list[tuple[int, int]]) -> None:
 
 def _copy_units(source: int, target: int, units: list[int]) -> None:
     """Copy these units again; holes stay holes."""
-    size = os.fstat(source).st_size
+    size = files.size_of(source)
     os.ftruncate(target, size)
     for unit in sorted(units):
         start, stop = unit * _UNIT, min((unit + 1) * _UNIT, size)

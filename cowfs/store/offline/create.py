@@ -18,24 +18,20 @@ from cowfs.store.e2fsprogs.tools import Progress, quiet
 from cowfs.store.format import layout
 from cowfs.store.format.header import new_header
 from cowfs.store.format.sizes import LARGEST, SMALLEST, check_room, format_size
+from cowfs.store.format.sniff import what_is
+from cowfs.store.served import lock, luks
 from cowfs.store.served.allocate import allocate, fill_holes
-from cowfs.store.served.image import open_layer
+from cowfs.store.served.image import claim, open_file, open_layer
 
 
-def create_store(path: str, size: int, *, progress: Progress = quiet) -> None:
+def create_store(path: str, size: int, *, key: bytes | None = None, progress: Progress = quiet) -> None:
     """Make a store of *size* bytes at *path*, where nothing may be. All of it is allocated. Blocks.
 
-    It appears whole or not at all: a failure, SIGINT, SIGTERM or SIGHUP leave nothing behind.
-    Raises UsageError for the size, StoreError for the place, SystemFailure without e2fsprogs.
+    With a *key* it is encrypted (LUKS), and its header is a part of that size. It appears whole or not at
+    all: a failure, SIGINT, SIGTERM or SIGHUP leave nothing behind. Raises UsageError for the size, StoreError
+    for the place, SystemFailure without e2fsprogs.
     """
-    if size < SMALLEST:
-        raise UsageError(
-            f"{format_size(size)} is too small for a store", f"give at least {format_size(SMALLEST)}"
-        )
-    if size >= LARGEST:
-        raise UsageError(
-            f"{format_size(size)} is too large for ext3", f"give less than {format_size(LARGEST)}"
-        )
+    _check_size(size, key)
     if os.path.isdir(path):
         raise StoreError(
             f"{path}: already exists and is a directory",
@@ -54,9 +50,63 @@ def create_store(path: str, size: int, *, progress: Progress = quiet) -> None:
     progress(f"making {path}, {format_size(size)}")
     with cleaned_up(), unfinished(path, directory) as fd:
         allocate(fd, path, 0, size)
-        _format(fd, path)
+        _fill(fd, path, key)
         fill_holes(fd, 0, size)
         os.fsync(fd)
+
+
+def create_on_device(path: str, *, key: bytes | None = None, progress: Progress = quiet) -> int:
+    """Make a store that takes all of the block device at *path*, on which nothing may be; return its size.
+
+    With a *key* it is encrypted. Blocks. Raises UsageError, StoreError, StoreBusy, SystemFailure.
+    """
+    path = os.path.abspath(path)
+    tools.program("mke2fs")
+    with cleaned_up(), ExitStack() as stack:
+        fd = open_file(path)
+        stack.callback(os.close, fd)
+        lock.lock(fd, path)
+        lock.refuse_mounted_image(fd, path)
+        with ExitStack() as looking:
+            claim(fd, path, looking)
+        size = files.size_of(fd)
+        _check_size(size, key)
+        _refuse_content(fd, path)
+        progress(f"making {path}, {format_size(size)}")
+        _fill(fd, path, key)
+        os.fsync(fd)
+        return size
+
+
+def _check_size(size: int, key: bytes | None) -> None:
+    least = SMALLEST + (luks.HEADER if key is not None else 0)
+    if size < least:
+        raise UsageError(
+            f"{format_size(size)} is too small for a store", f"give at least {format_size(least)}"
+        )
+    if size >= LARGEST:
+        raise UsageError(
+            f"{format_size(size)} is too large for ext3", f"give less than {format_size(LARGEST)}"
+        )
+
+
+def _refuse_content(fd: int, path: str) -> None:
+    """StoreError for a disk on which there is something that is known."""
+    found = what_is(fd)
+    if found.startswith("a file"):
+        if os.pread(fd, 2, 510) != b"\x55\xaa":
+            return
+        found = "a partition table or a boot sector"
+    raise StoreError(f"{path}: holds {found}", f"if it may be erased: wipefs -a {path}")
+
+
+def _fill(fd: int, path: str, key: bytes | None) -> None:
+    """Make the store in a file or device, which is encrypted before if there is a *key*."""
+    if key is None:
+        _format(fd, path)
+        return
+    with luks.formatted(fd, path, key) as inside:
+        _format(inside, path)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import sys
 from collections.abc import Callable, Generator
 from contextlib import ExitStack
@@ -10,6 +11,7 @@ from functools import partial
 from typing import Any, NamedTuple, NoReturn
 
 from cowfs.errors import StoreError, UsageError
+from cowfs.linux.files import size_of
 from cowfs.store.e2fsprogs import tools
 from cowfs.store.e2fsprogs.signals import cleaned_up, deferred
 from cowfs.store.e2fsprogs.tools import Progress, quiet
@@ -74,6 +76,9 @@ def grow_open_store(store: Store, size: int | None) -> Generator[Step | str, Non
         if not store.is_in_place():
             raise StoreError(f"{path}: is not the file that was mounted", "unmount it first")
         plan = _plan(fd, path, size)
+        if plan.size > plan.filesystem and stat.S_ISBLK(os.fstat(fd).st_mode):
+            why = "a store on a device cannot grow while it is mounted"
+            raise StoreError(f"{path}: {why}", "unmount it first")
         if plan.size == plan.filesystem:
             yield f"{path}: already has {format_size(plan.size)}"
             return plan.size
@@ -148,18 +153,22 @@ def _plan(fd: int, path: str, size: int | None) -> _Plan:
     largest = min(LARGEST, superblock.block_size << 32)
     if size is not None and size >= largest:
         raise UsageError(f"{format_size(size)} is too large for it", f"give less than {format_size(largest)}")
-    length = os.fstat(fd).st_size
+    length = size_of(fd)
     size = (length if size is None else size) & -unit
     if size < length & -unit:
         _refuse_to_shrink(path, size, length, filesystem)
     size = max(size, filesystem)
+    if size > length and stat.S_ISBLK(os.fstat(fd).st_mode):
+        raise StoreError(f"{path}: the device has only {format_size(length)}", "make the device larger first")
     if size > length:
         check_room(path, f"/proc/self/fd/{fd}", size, length)
     return _Plan(path, filesystem, length, size)
 
 
 def _extend(fd: int, plan: _Plan) -> None:
-    """Give the file its new size, and all blocks that the filesystem will have."""
+    """Give the file its new size, and all blocks that the filesystem will have; a device has them."""
+    if stat.S_ISBLK(os.fstat(fd).st_mode):
+        return
     if plan.size > plan.length:
         allocate(fd, plan.path, plan.length, plan.size)
     else:

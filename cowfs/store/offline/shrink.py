@@ -102,6 +102,8 @@ def trim_open_store(store: Store) -> Generator[Step | str, None, int]:
             else "the kernel has it mounted"
         )
         raise StoreError(f"{store.path}: {why}", "" if store.kind == "directory" else "use fstrim(8)")
+    if store.memory is None:
+        refuse_device(store.fd, store.path)
     yield store.save
     with suspended(store):
         freed = _trim(store.fd if store.memory is None else store.memory.fd, store.path)
@@ -127,12 +129,19 @@ def _open(path: str, stack: ExitStack) -> int:
     """Open an image that nobody uses, and lock it until the end."""
     fd = open_file(path)
     stack.callback(os.close, fd)
+    refuse_device(fd, path)
     lock.lock(fd, path)
     lock.refuse_mounted_image(fd, path)
     refuse_torn(fd, path, read_superblock(fd, path, smallest=0))
     copy_detection.opened(fd)
     stack.callback(_still_closed, fd)
     return fd
+
+
+def refuse_device(fd: int, path: str) -> None:
+    """StoreError for a store on a block device."""
+    if stat.S_ISBLK(os.fstat(fd).st_mode):
+        raise StoreError(f"{path}: a device keeps its size, and its space", "use a store in a file")
 
 
 def _still_closed(fd: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from contextlib import suppress
 
 from cowfs.errors import StoreError
@@ -40,7 +41,8 @@ def fill_holes(fd: int, start: int, end: int, *, alone: bool = True) -> None:
 
     Not *alone*: others write to the file meanwhile.
     """
-    if os.fstat(fd).st_blocks * 512 < end:
+    state = os.fstat(fd)
+    if stat.S_ISREG(state.st_mode) and state.st_blocks * 512 < end:
         with suppress(OSError):
             files.make_room(fd, start, end, alone=alone)
 

@@ -62,8 +62,8 @@ def rehearse(store: Store) -> None:
 
 def _copy(source: int, target: int) -> None:
     """Let one file be as another, holes and all, and write only where it is not."""
-    size = os.fstat(source).st_size
-    if os.fstat(target).st_size != size:
+    size = files.size_of(source)
+    if files.size_of(target) != size:
         os.ftruncate(target, size)
     for start, stop in files.segments(source, size):
         for at in range(start, stop, _PIECE):

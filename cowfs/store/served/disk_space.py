@@ -85,6 +85,8 @@ def disk_of(file: str | int) -> Disk | None:
         state, room = os.stat(file), os.statvfs(file)
     except OSError:
         return None
+    if stat.S_ISBLK(state.st_mode):  # which has all of its room, and is on no other disk
+        return None
     missing = max(state.st_size - state.st_blocks * 512, 0) if stat.S_ISREG(state.st_mode) else 0
     return Disk(room.f_bavail * room.f_frsize, missing)
 

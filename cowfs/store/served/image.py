@@ -12,10 +12,10 @@ import time
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any
 
-from cowfs.errors import StoreError, SystemFailure
+from cowfs.errors import StoreBusy, StoreError, SystemFailure
 from cowfs.layers.base import UpperLayer
 from cowfs.layers.directory import DirectoryLayer
-from cowfs.linux import helper_process, loop_devices, mounts, safe_paths, trust
+from cowfs.linux import files, helper_process, loop_devices, mounts, safe_paths, trust
 from cowfs.linux.files import LACK_OF_ROOM, open_ordinary
 from cowfs.overlay.aufs import AufsStore
 from cowfs.store.e2fsprogs import tools
@@ -74,6 +74,8 @@ def open_image(path: str, want: Wanted) -> Store:
             scratch = Scratch(fd)
             stack.callback(scratch.close)  # after the layer
             kernel = False
+        if not kernel and not want.read_only:
+            claim(fd, path, stack)
         mount = _mount if kernel else _read_ourselves
         layer = mount(scratch.fd if scratch else fd, path, superblock, want, stack)
         try:
@@ -86,8 +88,24 @@ def open_image(path: str, want: Wanted) -> Store:
             ) from None
         store.fd = store.locked = fd
         store.scratch = scratch
-        store.most_bytes = os.fstat(fd).st_size
+        store.most_bytes = files.size_of(fd)
         return store
+
+
+def claim(fd: int, path: str, stack: ExitStack) -> None:
+    """Let nobody mount the block device open as *fd* until *stack* is left; nothing to do for a file.
+
+    e2fsck and its like claim it, too: they must have run before. StoreBusy where somebody else has it.
+    """
+    if not stat.S_ISBLK(os.fstat(fd).st_mode):
+        return
+    try:  # open(2): with O_EXCL, and without O_CREAT, a device is claimed
+        claimed = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno != errno.EBUSY:
+            raise
+        raise StoreBusy(f"{path}: in use by the kernel: mounted, swap, or part of another device") from None
+    stack.callback(os.close, claimed)
 
 
 def note_closed(fd: int, path: str) -> None:
@@ -97,7 +115,7 @@ def note_closed(fd: int, path: str) -> None:
 
 
 def open_file(path: str, *, read_only: bool = False) -> int:
-    """Open a regular file as a store.
+    """Open a file or a block device as a store.
 
     StoreError says why it cannot be one. For writing it must really be the named file: not reached through
     another user's link.
@@ -107,8 +125,9 @@ def open_file(path: str, *, read_only: bool = False) -> int:
     except OSError as error:
         raise StoreError(*_why_not(path, error)) from None
     try:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise StoreError(f"{path}: not a store: neither a regular file nor a directory")
+        mode = os.fstat(fd).st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
+            raise StoreError(f"{path}: not a store: neither a file, a block device nor a directory")
         if not read_only and not path.startswith(("/proc/self/fd/", "/dev/fd/")):
             _refuse_substitutes(fd, path)
     except BaseException:
@@ -149,14 +168,10 @@ def _mount(fd: int, path: str, superblock: Superblock, want: Wanted, stack: Exit
             )
     # The device shares our open file and so the lock: if we are killed, the image stays locked until
     # the kernel has unmounted it.
-    try:
-        loop, device = loop_devices.attach_loop(fd, readonly=want.read_only)
-    except OSError as error:
-        raise SystemFailure(
-            f"{path}: cannot get a loop device: {error.strerror}",
-            "modprobe loop, or use --engine process, which needs no loop device",
-        ) from None
-    stack.callback(_wait_detached, fd, device, want.progress)
+    loop, device = -1, path
+    if stat.S_ISREG(os.fstat(fd).st_mode):
+        loop, device = _attach(fd, path, want)
+        stack.callback(_wait_detached, fd, device, want.progress)
     options: dict[str, str | None] = {"errors": "remount-ro"}
     try:
         root = mounts.detached_mount("ext3", device, options, readonly=want.read_only)
@@ -168,10 +183,21 @@ def _mount(fd: int, path: str, superblock: Superblock, want: Wanted, stack: Exit
             hint = f"it may not support {superblock.block_size >> 10} KiB blocks; use --engine process"
         raise StoreError(f"{path}: the kernel cannot mount it: {error.strerror}", hint) from None
     finally:
-        os.close(loop)
+        if loop >= 0:
+            os.close(loop)
     layer = DirectoryLayer(root, path, privileged=True, alone=True)
     stack.callback(layer.close)
     return layer
+
+
+def _attach(fd: int, path: str, want: Wanted) -> tuple[int, str]:
+    try:
+        return loop_devices.attach_loop(fd, readonly=want.read_only)
+    except OSError as error:
+        raise SystemFailure(
+            f"{path}: cannot get a loop device: {error.strerror}",
+            "modprobe loop, or use --engine process, which needs no loop device",
+        ) from None
 
 
 def _read_ourselves(fd: int, path: str, _: Superblock, want: Wanted, stack: ExitStack) -> UpperLayer:

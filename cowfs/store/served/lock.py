@@ -7,6 +7,7 @@ import itertools
 import os
 import re
 import socket
+import stat
 import struct
 import time
 from collections.abc import Callable
@@ -141,8 +142,10 @@ def refuse_mounted_image(fd: int, path: str) -> None:
             hint = f"umount {where}" if where else f"losetup -d {devices[0]}"
             raise StoreBusy(f"{path}: in use by the loop device {devices[0]}{at}", hint)
         time.sleep(_PAUSE)  # a dead cowfs's: the kernel detaches it by itself
+    info = os.fstat(fd)
+    here = f"{os.major(info.st_rdev)}:{os.minor(info.st_rdev)}" if stat.S_ISBLK(info.st_mode) else ""
     for mount in mount_table.mountinfo():  # fuse2fs and its like: they give the image as the source
-        if mount.fstype.startswith("fuse") and _leads_to(fd, mount.source):
+        if mount.dev == here or (mount.fstype.startswith("fuse") and _leads_to(fd, mount.source)):
             where = os.fsdecode(mount.mountpoint)
             raise StoreBusy(f"{path}: mounted on {where} as {mount.fstype}", f"umount {where}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
@@ -22,6 +23,8 @@ def lost(store: Store) -> str:
     """Return why nobody can find again what is written to a store; "" if they can. Does not block."""
     if store.kind == "image" and store.fd >= 0:
         seen = os.fstat(store.fd)
+        if stat.S_ISBLK(seen.st_mode):
+            return ""
         store.most_bytes = max(store.most_bytes, seen.st_size)
         if not seen.st_nlink:
             return "its file was deleted"

@@ -1,0 +1,117 @@
+"""Encrypted stores, in virtual machines: this machine's kernel need not have a device mapper."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.boot import images
+from tests.boot.conftest import Parts
+from tests.boot.machine import Machine, hard_disk, stick
+from tests.boot.test_boot import CARRIER, GUEST, PLAIN
+from tests.support.system import needs_root
+
+pytestmark = [needs_root, pytest.mark.slow, pytest.mark.nightly, pytest.mark.timeout(1400)]
+
+Boot = Callable[..., Machine]
+MODULES = "dm_crypt xts aesni_intel aes_generic algif_skcipher"
+
+
+@pytest.fixture(scope="module")
+def initramfs(parts: Parts, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if shutil.which("cryptsetup", path="/usr/sbin:/sbin") is None:
+        pytest.skip("needs cryptsetup (scripts/setup --boot)")
+    return images.initramfs(tmp_path_factory.mktemp("luks") / "initramfs", MODULES)
+
+
+def test_an_encrypted_store_is_made_used_and_booted_from(
+    boot: Boot, parts: Parts, initramfs: Path, tmp_path: Path
+) -> None:
+    """In a file, and on a disk as a whole; with a key file, and with a passphrase that is typed."""
+    mine = images.fat_stick(tmp_path / "stick.img", {"/sysrcd.dat": parts.image}, 200)
+    disk = tmp_path / "disk.img"
+    with disk.open("wb") as out:
+        out.truncate(64 << 20)
+    devices = [*stick(mine, "stick"), *hard_disk(disk, "disk")]
+    test = f"""{GUEST}
+        said() {{ name=$1; shift; out "$name: $("$@" 2>&1 </dev/null | tr '\\n' ' ')"; }}
+        volumes() {{ cat /sys/block/dm-*/dm/name 2>/dev/null; ls /sys/block/loop*/loop/backing_file; }}
+        gone() {{
+            for _ in $(seq 100); do volumes | grep -q -e cowfs- -e loop1 || break; usleep 50000; done
+            volumes
+        }}
+        cd /run; mkdir low m m2; echo lower >low/file; printf secret >key; printf wrong >bad
+        disk={CARRIER}/sda1
+        mount -o remount,rw $disk
+        said created cowfs create --luks $disk/sysrcd.bs 40 --key-file key
+        said made cowfs create --luks $disk/my.bs 40 --key-file key
+        said after gone
+        said device cowfs create --luks /dev/vda --key-file key
+        said wrong cowfs mount low m --store $disk/my.bs --key-file bad
+        said unasked setsid cowfs mount low m --store $disk/my.bs
+        for place in $disk/my.bs /dev/vda; do
+            name=${{place##*/}} engine=process
+            [ $place != /dev/vda ] || engine=kernel
+            said "mount $name" cowfs mount low m -o engine=$engine,store=$place,key_file=key
+            echo the-secret >m/new; rm -f m/file
+            said "busy $name" cowfs mount low m2 --store $place --key-file key
+            said "shows $name" cowfs info m
+            said "umount $name" cowfs umount m
+            said "closed $name" gone
+        done
+        cowfs mount low m --store $disk/my.bs --key-file key
+        echo more >m/more; sync
+        kill -9 $(cowfs info m | sed -n 's/^daemon: *pid \\([0-9]*\\).*/\\1/p')
+        said "dead" cowfs umount m
+        said "closed after death" gone
+        said diff cowfs diff $disk/my.bs --lower low --key-file key
+        said grow cowfs grow $disk/my.bs 48 --key-file key
+        said check cowfs check $disk/my.bs --key-file key
+        said info cowfs info $disk/my.bs --key-file key
+        said plain grep -c the-secret $disk/my.bs /dev/vda
+        said left gone
+    """
+    with boot(
+        f"{PLAIN} backstore=off", initramfs=initramfs, test=test, devices=devices, memory=900
+    ) as machine:
+        machine.wait(1200)
+        assert machine.said("created").endswith("sysrcd.bs: created an empty encrypted store in 40 MiB ")
+        assert machine.said("device") == "/dev/vda: created an empty encrypted store in 64 MiB "
+        assert "wrong passphrase, or wrong key file" in machine.said("wrong")
+        assert "no terminal to ask for the passphrase" in machine.said("unasked")
+        for name in ("my.bs", "vda"):
+            assert "in use by process" in machine.said(f"busy {name}")
+            assert "store:      /dev/dm-0" in machine.said(f"shows {name}")
+            assert machine.said(f"umount {name}").strip() == ""
+            assert "cowfs-" not in machine.said(f"closed {name}")
+        assert "cowfs-" not in machine.said("after") + machine.said("closed after death")
+        assert "D  file A  more A  new" in machine.said("diff")
+        assert "resized to 48 MiB" in machine.said("grow")
+        assert machine.said("check").strip().endswith("clean")
+        assert "of 32 MiB" in machine.said("info")
+        assert re.findall(r":(\d+)", machine.said("plain")) == ["0", "0"]
+        machine.shows("are unmounted cleanly")
+
+    test = f"""{GUEST}
+        tell_root
+        out "volume: $(cat /sys/block/dm-0/dm/name)"
+        echo kept >/root/kept
+    """
+    for options, lines in ((PLAIN, ("wrong", "secret")), (f"{PLAIN} cowfs.engine=kernel", ("secret",))):
+        with boot(
+            options, initramfs=initramfs, test=test, devices=stick(mine, "stick"), memory=900
+        ) as machine:
+            for number, line in enumerate(lines):
+                machine.wait_for("wrong passphrase; again: " if number else "passphrase for .*sysrcd.bs")
+                machine.type(line)
+            machine.wait(600)
+            assert machine.said("store") == "/dev/dm-0"
+            assert machine.said("volume") == "cowfs-sysrcd.bs"
+            assert "secret" not in machine.text
+            machine.shows("are unmounted cleanly")
+            test = test.replace("echo kept >/root/kept", 'out "kept: $(cat /root/kept)"')
+    assert machine.said("kept") == "kept"
