@@ -29,10 +29,25 @@ def opened(args: argparse.Namespace) -> Iterator[None]:
                 value = getattr(args, name, None)
                 if isinstance(value, str):
                     value = found(value)
+                    if args.subcommand == "grow" and args.size is not None:
+                        _extend(args, value)
                     setattr(args, name, _opened(value, args.key_file, stack))
             if any(_OPTION in given for given in _options(args)):
                 _open_in_options(args, stack)
         yield
+
+
+def _extend(args: argparse.Namespace, store: str) -> None:
+    """Make the file of an encrypted store as large as is asked for: what is in it is to fill it then."""
+    from cowfs.store.format.sizes import parse_size
+    from cowfs.store.served import luks
+
+    if not _may_be(store) or not os.path.isfile(store) or not luks.is_encrypted(store):
+        return
+    more = args.size.startswith("+")
+    size = parse_size(args.size[more:]) + (os.path.getsize(store) if more else 0)
+    luks.extend(store, size)
+    args.size = None
 
 
 def _options(args: argparse.Namespace) -> list[str]:

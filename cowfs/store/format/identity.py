@@ -242,7 +242,9 @@ def _superblock(data: Bytes, path: str, start: int) -> Superblock:
 
 def identify_file(fd: int) -> str:
     """Return what a file is known by for as long as it exists, wherever its filesystem is mounted: no copy
-    of it has the same. "" where its filesystem has nothing like that (FAT, NFS, FUSE)."""
+    of it has the same. "" for a device, and where its filesystem has nothing like that (FAT, NFS, FUSE)."""
+    if stat.S_ISBLK(os.fstat(fd).st_mode):
+        return ""  # what has the number of a device tomorrow is not known
     try:
         magic = files.fs_magic(fd)
         facts = [files.file_handle(fd, b"")] if magic in _WITH_GENERATIONS else _lasting(fd, magic)

@@ -18,11 +18,13 @@ from pathlib import Path
 
 from cowfs.errors import StoreError, SystemFailure
 from cowfs.linux import loop_devices, programs, safe_paths
-from cowfs.linux.files import is_image, matching, open_ordinary
+from cowfs.linux.files import is_image, matching, open_ordinary, size_of
 from cowfs.store.e2fsprogs import tools
 from cowfs.store.e2fsprogs.signals import deferred
+from cowfs.store.format.sizes import check_room, format_size
 from cowfs.store.format.sniff import LUKS
 from cowfs.store.served import lock
+from cowfs.store.served.allocate import allocate
 from cowfs.store.served.image import open_file
 
 HEADER = 16 << 20
@@ -94,6 +96,29 @@ def formatted(fd: int, path: str, key: bytes) -> Iterator[int]:
         _let_go(device)
         yield inside
         os.fsync(inside)
+
+
+def extend(path: str, size: int) -> None:
+    """Make the file of a volume that nobody uses as large as *size*; what is in it can grow then. Blocks.
+
+    StoreError for less than it has, and where there is no room.
+    """
+    must_be_possible(path)
+    fd = open_file(path)
+    try:
+        lock.lock(fd, path)
+        lock.refuse_mounted_image(fd, path)
+        length = size_of(fd)
+        if size < length:
+            raise StoreError(
+                f"{path}: is {format_size(length)}, larger than the requested {format_size(size)}",
+                "an encrypted store can only grow",
+            )
+        if size > length:
+            check_room(path, f"/proc/self/fd/{fd}", size, length)
+            allocate(fd, path, length, size)
+    finally:
+        os.close(fd)
 
 
 def must_be_possible(path: str) -> None:
