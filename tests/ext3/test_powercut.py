@@ -23,9 +23,17 @@ def wrong_ones(recording: Recording, count: int, seed: int, place: Path) -> list
     return [f"cut at {outcome.cut}: {outcome.wrong}" for outcome in outcomes if outcome.wrong]
 
 
-@pytest.mark.parametrize(("shape", "seed"), [(MODERN, 1), (MODERN, 2), (SMALL, 3), (OLD, 4)], ids=str)
-def test_power_cuts(place: Path, shape: Shape, seed: int) -> None:
-    recording = powercut.record(place, shape, seed, powercut.mixed(OPERATIONS))
+GIVES_BACK = 128
+"""X3_GIVE_BACK of engine.h: what is freed becomes holes."""
+
+
+@pytest.mark.parametrize(
+    ("shape", "seed", "debug"),
+    [(MODERN, 1, 0), (MODERN, 2, GIVES_BACK), (SMALL, 3, 0), (OLD, 4, GIVES_BACK)],
+    ids=str,
+)
+def test_power_cuts(place: Path, shape: Shape, seed: int, debug: int) -> None:
+    recording = powercut.record(place, shape, seed, powercut.mixed(OPERATIONS), debug=debug)
     wrong = wrong_ones(recording, 25, seed, place)
     assert not wrong, "\n".join(wrong)
 
@@ -59,7 +67,7 @@ def much_to_free(load: Load, opened: Engine) -> None:
 
 
 def test_power_cuts_while_much_is_freed(place: Path) -> None:
-    recording = powercut.record(place, SMALL, 6, much_to_free)
+    recording = powercut.record(place, SMALL, 6, much_to_free, debug=GIVES_BACK)
     wrong = wrong_ones(recording, 25, 6, place)
     assert not wrong, "\n".join(wrong)
 
@@ -69,7 +77,14 @@ def test_power_cuts_while_much_is_freed(place: Path) -> None:
 @pytest.mark.parametrize("shape", [MODERN, SMALL, OLD], ids=str)
 @pytest.mark.parametrize("seed", range(10, 15))
 def test_many_power_cuts(place: Path, shape: Shape, seed: int) -> None:
-    recording = powercut.record(place, shape, seed, powercut.mixed(4 * OPERATIONS), stir=seed % 2 == 1)
+    recording = powercut.record(
+        place,
+        shape,
+        seed,
+        powercut.mixed(4 * OPERATIONS),
+        stir=seed % 2 == 1,
+        debug=GIVES_BACK * (seed % 3 == 0),
+    )
     wrong = wrong_ones(recording, 70, seed, place)
     assert not wrong, "\n".join(wrong)
 
@@ -79,6 +94,7 @@ RULES = [
     pytest.param(2, SMALL, id="logged blocks are checkpointed"),
     pytest.param(4, MODERN, id="a barrier before the commit record"),
     pytest.param(8, SMALL, id="orphans"),
+    pytest.param(GIVES_BACK | 256, MODERN, id="holes are made after the commit"),
 ]
 
 

@@ -25,6 +25,7 @@ SOURCES = [
     "dir",
     "htree",
     "xattr",
+    "give_back",
     "host_space",
     "unsynced",
     "track",

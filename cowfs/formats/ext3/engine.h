@@ -35,6 +35,8 @@ typedef struct x3_image x3_image;
 #define X3_NO_ORPHANS 8  /* no orphan list */
 #define X3_NO_MEMORY 32  /* no rule: as if there were none for data that the disk has refused */
 #define X3_AS_NFS 64     /* no rule: as if the image were on NFS */
+#define X3_GIVE_BACK 128 /* no rule: as if the image were sparse */
+#define X3_EARLY 256     /* freed blocks become holes before their transaction is on disk */
 #define X3_OTHER_BOOT 16 /* no rule: as if the machine had been started anew since the image was last open */
 
 /* x3_inject: kind */

@@ -99,6 +99,7 @@ int room_start(x3_image *img)
 		img->all[i]->flags &= ~HAS_ROOM;
 	img->in_memory = fstat(img->fd, &st) < 0 || !S_ISREG(st.st_mode) ||
 			 (fstatfs(img->fd, &disk) == 0 && disk.f_type == TMPFS && disk.f_blocks == 0);
+	give_back_start(img);
 	if (img->in_memory)
 		return 0;
 	for (uint32_t i = 0, n; i < img->jlen && !error; i += n) {

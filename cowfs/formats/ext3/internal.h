@@ -264,6 +264,7 @@ struct x3_image {
 
 	/* room on the disk */
 	bool in_memory, no_fallocate; /* in_memory: there is always room */
+	bool gives_back;              /* what is freed to its disk */
 	int stalled;                  /* errno: what is logged or dirty waits for room */
 	bool excused;                 /* that began between x3_begin and x3_end */
 	int64_t tried_ns, saved_ns;
@@ -384,6 +385,11 @@ void room_facts(const x3_image *img, struct x3_facts *out);
 bool room_is_lacking(int error);
 int room_judge(x3_image *img, int error);
 bool room_refuses(x3_image *img, enum change_kind kind);
+
+/* --- give_back.c --- */
+
+void give_back_start(x3_image *img);
+void give_back(x3_image *img, const struct runs *runs);
 
 /* --- unsynced.c --- */
 

@@ -398,15 +398,23 @@ static int write_log(x3_image *img, uint32_t tid)
 	return error ? error : io_barrier(img);
 }
 
-/* The transaction is on disk: its blocks count as logged, and the blocks it freed may be reused. */
-static int finish_transaction(x3_image *img)
+/* Wait for those who read without the lock. */
+static void drain_readers(x3_image *img)
 {
-	/* A reader may still have the number of a block that another file may use from now on. */
 	bool before = img->draining;
+
 	img->draining = true;
 	while (img->readers)
 		pthread_cond_wait(&img->wake, &img->lock);
 	img->draining = before;
+}
+
+/* The transaction is on disk: its blocks count as logged, and the blocks it freed may be reused. */
+static int finish_transaction(x3_image *img)
+{
+	/* A reader may still have the number of a block that another file may use from now on. */
+	drain_readers(img);
+	give_back(img, &img->held_logging);
 	for (size_t i = 0; i < img->nlogging; i++) {
 		struct block *b = img->logging[i];
 		if (!(b->flags & LOGGING))
@@ -472,6 +480,8 @@ static int commit(x3_image *img)
 		return error;
 	tid = img->tid - 1;
 	failures = io_failures(img);
+	if (img->debug & X3_EARLY)
+		give_back(img, &img->held_logging);
 	pthread_mutex_unlock(&img->lock);
 	error = write_log(img, tid);
 	pthread_mutex_lock(&img->lock);
