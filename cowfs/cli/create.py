@@ -39,7 +39,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "size", metavar="SIZE", nargs="?", help="its size in MiB, or with a unit: 512M, 2G; not for a device"
     )
     parser.add_argument(
-        "--luks", action="store_true", help="encrypt it with a passphrase, or --key-file FILE (root only)"
+        "--luks", action="store_true", help="encrypt it with LUKS, which asks for a passphrase (root only)"
     )
     parser.set_defaults(run=run)
 
