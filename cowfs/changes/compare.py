@@ -118,6 +118,8 @@ def _same_time(new: int, old: int) -> bool:
 def _same_content(new: Inode, old: Inode) -> Generator[None, None, bool]:
     if new.attr.st_size != old.attr.st_size:
         return False
+    if not new.attr.st_size:
+        return True
     new_layer, new_key = new.data or (new.layer, new.key)
     old_layer, old_key = old.data or (old.layer, old.key)
     is_same = False
@@ -127,21 +129,18 @@ def _same_content(new: Inode, old: Inode) -> Generator[None, None, bool]:
             if new.end is None:
                 return True
             is_same = new.end >= new.attr.st_size
-    new_file = new.open()
     try:
         old_file = old.open()
-        try:
-            size = new.attr.st_size
-            written = new.layer.open(new.key, _QUIETLY) if is_same else None
-            if written is not None:
-                with closing(written):  # the rest is the same, without reading it
-                    return (yield from _same_bytes(new_file, old_file, written.segments(size)))
-            runs = either(new_file.segments(size), old_file.segments(size))
-            return (yield from _same_bytes(new_file, old_file, runs))
-        finally:
-            old_file.close()
-    finally:
-        new_file.close()
+    except PermissionError:  # a user's, who wrote what there is now without having read that
+        return False
+    with closing(old_file), closing(new.open()) as new_file:
+        size = new.attr.st_size
+        written = new.layer.open(new.key, _QUIETLY) if is_same else None
+        if written is not None:
+            with closing(written):  # the rest is the same, without reading it
+                return (yield from _same_bytes(new_file, old_file, written.segments(size)))
+        runs = either(new_file.segments(size), old_file.segments(size))
+        return (yield from _same_bytes(new_file, old_file, runs))
 
 
 def _same_bytes(new: File, old: File, runs: Iterable[tuple[int, int]]) -> Generator[None, None, bool]:

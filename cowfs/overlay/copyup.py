@@ -42,18 +42,21 @@ class CopyUp:
         self._place = None if node.dead else place_of(fs, node)
         self._temporary = fs.temporary()
         layer, key = node.lowers[-1]
-        self._source = fs.lowers[layer].open(key, os.O_RDONLY)
+        self._source = (
+            fs.lowers[layer].open(key, os.O_RDONLY) if size else None
+        )  # who reads none need not may
         try:
             self._key, self._target = fs.upper.create(
                 fs.work, self._temporary, stat.S_IMODE(attr.st_mode), attr.st_uid, attr.st_gid
             )
         except BaseException:
-            self._source.close()
+            self._close_source()
             raise
 
     def run(self) -> None:
         """Copy the data, holes and all. Blocks; raises what reading or writing does."""
-        self._source.copy_to(self._target, self.size)
+        if self._source is not None:
+            self._source.copy_to(self._target, self.size)
         if self._fs.options.sync_copy_up:
             self._target.fsync(datasync=True)
 
@@ -72,7 +75,7 @@ class CopyUp:
 
     def abort(self) -> None:
         """Remove what was made so far."""
-        self._source.close()
+        self._close_source()
         with suppress(OSError):
             self._fs.upper.unlink(self._fs.work, self._temporary, None)
         if self._target.fileno() >= 0:  # what was copied is freed now, by the kernel
@@ -81,8 +84,12 @@ class CopyUp:
             self._target.close()
 
     def _close(self) -> None:
-        self._source.close()
+        self._close_source()
         self._target.close()
+
+    def _close_source(self) -> None:
+        if self._source is not None:
+            self._source.close()
 
 
 class DataCopyUp:

@@ -223,3 +223,18 @@ def test_help_shows_examples() -> None:
     shown = cowfs("diff", "--help")
     assert shown.returncode == 0
     assert "examples:" in shown.stdout and "--lower" in shown.stdout
+
+
+@needs_root
+def test_what_a_user_cannot_read(nobody_path: Path) -> None:
+    """Whoever wrote it anew has not read what was there."""
+    lower, at = nobody_path / "lower", nobody_path / "m"
+    lower.mkdir()
+    for name, content in (("empty", ""), ("secret", "secret\n"), ("left", "left\n")):
+        (lower / name).write_text(content)
+        (lower / name).chmod(0o600)
+    with mounted(lower, at, nobody_path / "store", options=["fakeroot"], nobody=True):
+        script("touch empty; echo public >secret", at, nobody=True)
+        lines = told(cowfs("diff", at, nobody=True))
+    assert lines == ["M  empty  (times)", "M  secret  (content, times)"]
+    assert told(cowfs("diff", nobody_path / "store", nobody=True)) == lines
