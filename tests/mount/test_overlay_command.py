@@ -102,6 +102,13 @@ def test_without_an_upper_it_is_read_only(place: Path) -> None:
         assert refused.value.errno == errno.EROFS
 
 
+def test_what_is_in_its_place_is_not_called_replaced(place: Path) -> None:
+    words = r"lowerdir=low,upperdir=UP,workdir=work/w\,k"
+    cowfs("-o", words, "mnt", cwd=str(place), check=True)
+    done = cowfs("umount", place / "mnt")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.mark.skipif(not shutil.which("strace"), reason="needs strace")
 def test_volatile_waits_for_no_disk(place: Path) -> None:
     """strace tells: fsync(2), O_SYNC and the unmount make the daemon sync nothing."""

@@ -54,8 +54,7 @@ class Whereabouts:
         self._store = store
         self._upper = store.upper
         self._names = [layer.name for layer in lowers]
-        opened = store.fd if store.kind == "image" else _root(written_through(store.layer))
-        self._opened = [_inode(opened) if store.path != "memory" else None, *(None for _ in _PARTS)]
+        self._opened = [_opened_inode(store), *(None for _ in _PARTS)]
         for layer, path in zip(lowers, paths, strict=True):
             is_known = not layer.waits and os.path.isdir(path)  # of an image it may be the root in it
             self._opened.append(_inode(_root(layer)) if is_known else None)
@@ -129,6 +128,16 @@ def watched(store: str, lowers: Sequence[str]) -> list[str]:
 
 def _goes_on(change: str) -> str:
     return f"{change}; the mount continues with what it has open" if change else ""
+
+
+def _opened_inode(store: Store) -> Inode | None:
+    """Return what should be at the path of a store."""
+    if store.path == "memory":
+        return None
+    if store.is_apart:  # the path is that of the upper; the root of the layer is nowhere
+        upper = store.layer.stat(store.upper)
+        return upper.st_dev, upper.st_ino
+    return _inode(store.fd if store.kind == "image" else _root(written_through(store.layer)))
 
 
 def _root(layer: LowerLayer | UpperLayer) -> int:
