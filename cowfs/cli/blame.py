@@ -63,14 +63,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         default="auto",
         help="what reads images, as for cowfs mount",
     )
-    how = parser.add_mutually_exclusive_group()
-    how.add_argument("--json", action="store_true", help="print one JSON object per line")
-    how.add_argument(
-        "-z",
-        "--null",
-        action="store_true",
-        help="names as they are; path, what, first or last, time, operations, path then, new path, pid, "
-        "uid, program, unit and container, a NUL after each",
+    options.add_json_or_null(
+        parser,
+        "path, what, first or last, time, operations, path at that time, new path, pid, uid, program, "
+        "unit, container",
     )
     parser.set_defaults(run=run)
 

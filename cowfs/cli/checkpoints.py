@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 
+from cowfs.cli import options
 from cowfs.cli.output import say, say_fields
 
 NAME = "checkpoints"
@@ -32,13 +33,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("what", metavar="STORE|MOUNTPOINT")
-    how = parser.add_mutually_exclusive_group()
-    how.add_argument("--json", action="store_true", help="print one JSON object")
-    how.add_argument(
-        "-z",
-        "--null",
-        action="store_true",
-        help="* or nothing, when it was taken, name, and the one before it, a NUL after each",
+    options.add_json_or_null(
+        parser, "* if the tree was made from it, time, name, the one before it", "print one JSON object"
     )
     parser.set_defaults(run=run)
 

@@ -44,17 +44,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("what", metavar="STORE|MOUNTPOINT")
     parser.add_argument("--top", metavar="N", type=_number, default=10, help="list N paths (default: 10)")
     parser.add_argument("--treemap", metavar="FILE", help="draw a treemap: an SVG image")
-    how = parser.add_mutually_exclusive_group()
-    how.add_argument(
-        "--json",
-        action="store_true",
-        help="print one JSON object per line: version path reason size; last, reclaimable",
-    )
-    how.add_argument(
-        "-z",
-        "--null",
-        action="store_true",
-        help="names as they are; reason, bytes and path, a NUL after each",
+    options.add_json_or_null(
+        parser,
+        "reason, bytes, path",
+        "print one JSON object per line: version path reason size; last, reclaimable",
     )
     parser.add_argument(
         "--programs", action="store_true", help="and by the program that changed it last, if recorded"

@@ -36,14 +36,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("what", metavar="STORE|MOUNTPOINT")
     parser.add_argument("paths", metavar="PATH", nargs="*", default=(), help="what to explain")
-    how = parser.add_mutually_exclusive_group()
-    how.add_argument("--json", action="store_true", help="print one JSON object per line")
-    how.add_argument(
-        "-z",
-        "--null",
-        action="store_true",
-        help="names as they are; for each layer path, layer, path there, type, mode, uid, gid, size, "
-        "mtime in ns, target and rules, a NUL after each",
+    options.add_json_or_null(
+        parser,
+        "for each layer path, layer, path there, type, mode, uid, gid, size, mtime in ns, target, rules",
     )
     options.add_lower(parser)
     parser.set_defaults(run=run)

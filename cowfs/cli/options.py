@@ -444,6 +444,20 @@ def add_opening(parser: argparse.ArgumentParser, verb: str = "use", *, letter: b
     )
 
 
+def add_json_or_null(
+    parser: argparse.ArgumentParser, fields: str, json_help: str = "print one JSON object per line"
+) -> None:
+    """Add ``--json`` and ``-z``, of which one may be given; *fields* are those that ``-z`` prints."""
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--json", action="store_true", help=json_help)
+    how.add_argument(
+        "-z",
+        "--null",
+        action="store_true",
+        help=f"end each field with a NUL, and do not escape names; the fields: {fields}",
+    )
+
+
 def add_trust(parser: argparse.ArgumentParser, verb: str) -> None:
     """Add ``--trust``: for subcommands that create files which somebody may run."""
     parser.add_argument(

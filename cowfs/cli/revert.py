@@ -56,11 +56,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--undo", action="store_true", help="undo the last revert")
     parser.add_argument("-n", "--dry-run", action="store_true", help="only list what would be taken back")
     options.add_lower(parser)
-    how = parser.add_mutually_exclusive_group()
-    how.add_argument("--json", action="store_true", help=JSON_HELP)
-    how.add_argument(
-        "-z", "--null", action="store_true", help="names as they are; path and why not, a NUL after each"
-    )
+    options.add_json_or_null(parser, "path, why it was not taken back", JSON_HELP)
     parser.add_argument("-q", "--quiet", action="store_true", help="do not list what is done")
     parser.set_defaults(run=run)
 

@@ -45,14 +45,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = options.add_subcommand(subparsers, NAME, "tell of changes as they happen", _DESCRIPTION, _EPILOG)
     parser.add_argument("mountpoint", metavar="MOUNTPOINT")
     parser.add_argument("paths", metavar="PATH|GLOB", nargs="*", default=(), help="report only these")
-    how = parser.add_mutually_exclusive_group()
-    how.add_argument("--json", action="store_true", help="print one JSON object per line")
-    how.add_argument(
-        "-z",
-        "--null",
-        action="store_true",
-        help="names as they are; time, operation, path, new path, pid, uid and program, a NUL after each",
-    )
+    options.add_json_or_null(parser, "time, operation, path, new path, pid, uid, program")
     parser.set_defaults(run=run)
 
 

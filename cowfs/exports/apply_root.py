@@ -64,9 +64,7 @@ class Root:
     def directory(self, path: bytes) -> int:
         """Return a descriptor (O_PATH) of a directory, valid until the next call. ENOENT, ENOTDIR, EXDEV."""
         names = path.split(b"/") if path else []
-        same = 0
-        while same < min(len(names), len(self._way)) and self._way[same][0] == names[same]:
-            same += 1
+        same = beneath.shared(self._way, names)
         self._leave_to(same)
         for name in names[same:]:
             beneath.check_name(name)

@@ -21,14 +21,23 @@ import itertools
 import os
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 from cowfs.linux import files, filesystems, mounts, override
 from cowfs.types import Attr, AttrData, DirEntry
 
 NO_NAMES = {b"", b".", b".."}
+
+
+def shared(way: Sequence[tuple[Any, ...]], names: Sequence[bytes]) -> int:
+    """Return how many directories a way, whose steps begin with their names, has in common with a path."""
+    same = 0
+    while same < min(len(names), len(way)) and way[same][0] == names[same]:
+        same += 1
+    return same
 
 
 def check_name(name: bytes) -> None:

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from cowfs.layers.base import Key
+from cowfs.layers.walk import inodes_below
 from cowfs.overlay.fs import OverlayFs
 
 
@@ -38,19 +39,6 @@ def moved(fs: OverlayFs, place: tuple[Key, bytes], by: int) -> None:
 
 def _below(fs: OverlayFs, directory: Key) -> Iterator[int]:
     """Yield the number of each file with several names below a directory of the upper, once for each name."""
-    waiting = [directory]
-    while waiting:
-        here = waiting.pop()
-        for entry in fs.upper.readdir(here):
-            found = fs.upper.lookup(here, entry.name)
-            if found is None:
-                continue
-            key, attr = found
-            if stat.S_ISDIR(attr.st_mode):
-                waiting.append(key)
-                continue
-            if attr.st_nlink > 1 and not fs.is_whiteout(key, attr):  # whiteouts may be names of one
-                yield attr.st_ino
-            fs.upper.forget(key)
-        if here is not directory:
-            fs.upper.forget(here)
+    for key, attr in inodes_below(fs.upper, directory):
+        if attr.st_nlink > 1 and not stat.S_ISDIR(attr.st_mode) and not fs.is_whiteout(key, attr):
+            yield attr.st_ino  # a whiteout may be a name of one that many share

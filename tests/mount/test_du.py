@@ -11,7 +11,7 @@ import pytest
 
 from tests.mount.test_diff_patch import script
 from tests.mount.test_revert import MAKE, WORK
-from tests.support.mounts import cowfs, mounted
+from tests.support.mounts import cowfs, make_store, mounted
 from tests.support.system import needs_fuse
 
 DEV_FUSE_AT_NIGHT = True
@@ -45,9 +45,7 @@ def total(entries: list[dict[str, object]]) -> int:
 @pytest.mark.parametrize("kind", ["image", "directory"])
 def test_each_thing_has_its_reason(tmp_path: Path, kind: str) -> None:
     script(MAKE, tmp_path)
-    store = tmp_path / ("store.bs" if kind == "image" else "store")
-    if kind == "image":
-        cowfs("create", store, "16", check=True)
+    store = make_store(tmp_path, kind)
     with mounted(tmp_path / "lower", tmp_path / "mnt", store, options=["blame"]) as here:
         script(WORK, here.path)
         (here.path / "large").chmod(0o600)
@@ -80,9 +78,7 @@ def test_each_thing_has_its_reason(tmp_path: Path, kind: str) -> None:
 @pytest.mark.parametrize("kind", ["image", "directory"])
 def test_what_could_be_reclaimed_is_what_vacuum_frees(tmp_path: Path, kind: str) -> None:
     script(MAKE, tmp_path)
-    store = tmp_path / ("store.bs" if kind == "image" else "store")
-    if kind == "image":
-        cowfs("create", store, "16", check=True)
+    store = make_store(tmp_path, kind)
     with mounted(tmp_path / "lower", tmp_path / "mnt", store) as here:
         below = (tmp_path / "lower/etc/fstab").stat()
         script("cp etc/fstab was; echo x >>etc/fstab; cat was >etc/fstab; rm was script", here.path)

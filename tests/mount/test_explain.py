@@ -10,7 +10,7 @@ import pytest
 
 from tests.mount.test_diff_patch import script
 from tests.mount.test_revert import MAKE
-from tests.support.mounts import cowfs, mounted
+from tests.support.mounts import cowfs, make_store, mounted
 from tests.support.system import needs_fuse
 
 DEV_FUSE_AT_NIGHT = True
@@ -36,9 +36,7 @@ def rules(answer: dict[str, Any]) -> list[list[str]]:
 @pytest.mark.parametrize("kind", ["image", "directory"])
 def test_the_rule_that_decides(tmp_path: Path, kind: str) -> None:
     script(MAKE, tmp_path)
-    store = tmp_path / ("store.bs" if kind == "image" else "store")
-    if kind == "image":
-        cowfs("create", store, "16", check=True)
+    store = make_store(tmp_path, kind)
     paths = [
         "etc/fstab",
         "etc/hosts",

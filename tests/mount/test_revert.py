@@ -17,7 +17,7 @@ import pytest
 
 from cowfs.api import open_changes, take_back
 from tests.mount.test_diff_patch import random_work, script
-from tests.support.mounts import COWFS, cowfs, is_mounted, kernel_overlay, mounted, project_root
+from tests.support.mounts import COWFS, cowfs, is_mounted, kernel_overlay, make_store, mounted, project_root
 from tests.support.system import needs_fuse, needs_root, run
 
 DEV_FUSE_AT_NIGHT = True
@@ -74,13 +74,6 @@ def reverted(*words: str | Path) -> list[str]:
     return done.stdout.splitlines()
 
 
-def store_of(top: Path, kind: str) -> Path:
-    store = top / ("store.bs" if kind == "image" else "store")
-    if kind == "image":
-        assert cowfs("create", store, "16").returncode == 0
-    return store
-
-
 def lower_of(top: Path, kind: str) -> Path:
     script(MAKE, top)
     if kind != "image":
@@ -94,7 +87,7 @@ KINDS = pytest.mark.parametrize("kind", ["image", "directory"])
 
 @KINDS
 def test_all_of_a_mount_and_back_again(tmp_path: Path, kind: str) -> None:
-    lower, store = lower_of(tmp_path, kind), store_of(tmp_path, kind)
+    lower, store = lower_of(tmp_path, kind), make_store(tmp_path, kind)
     with mounted(lower, tmp_path / "mnt", store) as here:
         before = tree(here.path)
         script(WORK, here.path)
@@ -112,7 +105,7 @@ def test_all_of_a_mount_and_back_again(tmp_path: Path, kind: str) -> None:
 
 @KINDS
 def test_all_of_a_store_and_back_again(tmp_path: Path, kind: str) -> None:
-    lower, store = lower_of(tmp_path, kind), store_of(tmp_path, kind)
+    lower, store = lower_of(tmp_path, kind), make_store(tmp_path, kind)
     with mounted(lower, tmp_path / "mnt", store) as here:
         before = tree(here.path)
         script(WORK, here.path)
@@ -206,7 +199,7 @@ def test_metadata_alone(tmp_path: Path) -> None:
 
 @KINDS
 def test_files_that_are_open(tmp_path: Path, kind: str) -> None:
-    lower, store = lower_of(tmp_path, kind), store_of(tmp_path, kind)
+    lower, store = lower_of(tmp_path, kind), make_store(tmp_path, kind)
     with mounted(lower, tmp_path / "mnt", store) as here:
         fstab = here.path / "etc/fstab"
         before = fstab.read_bytes()
@@ -313,7 +306,7 @@ def test_what_cannot_be(tmp_path: Path) -> None:
 def test_a_full_store(tmp_path: Path) -> None:
     """What needs room for its log is refused in a line, and changes nothing; what was deleted makes room."""
     script(MAKE.replace("mkfifo pipe", "touch pipe"), tmp_path)
-    store, full = store_of(tmp_path, "image"), "No space left on device (delete files, or make it larger"
+    store, full = make_store(tmp_path, "image"), "No space left on device (delete files, or make it larger"
     with mounted(tmp_path / "lower", tmp_path / "mnt", store) as here:
         script(WORK, here.path)
         script("dd if=/dev/zero of=fill bs=4096 2>/dev/null || rm -f none", here.path)
@@ -357,7 +350,7 @@ def test_undo_spares_what_was_made_since(tmp_path: Path) -> None:
 def test_after_many_changes(tmp_path: Path, kind: str, seed: int, count: int) -> None:
     script(MAKE.replace("mkfifo pipe", "touch pipe"), tmp_path)  # that nobody waits for its reader
     random_work(tmp_path / "lower", seed + 100, 60)
-    store = store_of(tmp_path, kind)
+    store = make_store(tmp_path, kind)
     with mounted(tmp_path / "lower", tmp_path / "mnt", store) as here:
         before = tree(here.path)
         random_work(here.path, seed, count)
@@ -410,7 +403,7 @@ def test_a_step_may_be_undone_twice(tmp_path: Path) -> None:
 def test_killed_in_the_middle_nothing_is_lost(tmp_path: Path, seed: int) -> None:
     rng = random.Random(seed)
     script(MAKE.replace("mkfifo pipe", "touch pipe"), tmp_path)
-    store = store_of(tmp_path, "image" if seed % 2 else "directory")
+    store = make_store(tmp_path, "image" if seed % 2 else "directory")
     with mounted(tmp_path / "lower", tmp_path / "mnt", store, quiet=False) as here:
         script(WORK, here.path)
         random_work(here.path, seed, 40)
@@ -440,7 +433,7 @@ def test_killed_in_the_middle_nothing_is_lost(tmp_path: Path, seed: int) -> None
 
 @KINDS
 def test_vacuum_removes_what_says_nothing(tmp_path: Path, kind: str) -> None:
-    lower, store = lower_of(tmp_path, kind), store_of(tmp_path, kind)
+    lower, store = lower_of(tmp_path, kind), make_store(tmp_path, kind)
     with mounted(lower, tmp_path / "mnt", store) as here:
         script(
             "chmod 600 etc/fstab; chmod 644 etc/fstab; cp -p usr/tool t; rm usr/tool; mv t usr/tool",
@@ -472,7 +465,7 @@ def test_vacuum_killed_in_the_middle(tmp_path: Path, seed: int) -> None:
     """Nothing that is seen changes: of a mount the daemon is killed, of a store the command."""
     rng = random.Random(seed)
     script(MAKE.replace("mkfifo pipe", "touch pipe"), tmp_path)
-    store = store_of(tmp_path, "image" if seed % 2 else "directory")
+    store = make_store(tmp_path, "image" if seed % 2 else "directory")
     lower, mnt = tmp_path / "lower", tmp_path / "mnt"
     needless = (
         'find . -type f | while read -r f; do m=$(stat -c %a "$f"); chmod 600 "$f"; chmod $m "$f"; done\n'

@@ -7,7 +7,7 @@ import shutil
 import stat
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,14 +18,6 @@ from tests.support.squashfs import mksquashfs, needs_mksquashfs
 from tests.support.system import NOBODY, as_nobody_prefix, needs_fuse, needs_root, run
 
 pytestmark = [needs_fuse, needs_root]
-
-
-@pytest.fixture
-def roots() -> Iterator[Path]:
-    """A directory that only root can change, and others can enter."""
-    run("mount", "-t", "tmpfs", "-o", "mode=755", "tmpfs", "/mnt")  # in the run's own mount namespace
-    yield Path("/mnt")
-    run("umount", "/mnt")
 
 
 @pytest.fixture

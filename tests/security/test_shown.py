@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -20,14 +19,6 @@ pytestmark = [needs_fuse, needs_root]
 SECRET = b"for root alone"
 FORGED = ["data", "directory", "mode"]
 """Each is a way in the merged tree to the secret: a metacopy, a redirect, another mode."""
-
-
-@pytest.fixture
-def roots() -> Iterator[Path]:
-    """A directory that only root can change, and others can enter."""
-    run("mount", "-t", "tmpfs", "-o", "mode=755", "tmpfs", "/mnt")  # in the run's own mount namespace
-    yield Path("/mnt")
-    run("umount", "/mnt")
 
 
 @pytest.fixture

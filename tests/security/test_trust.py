@@ -22,14 +22,6 @@ STRANGER = 65533
 
 
 @pytest.fixture
-def roots() -> Iterator[Path]:
-    """A directory that only root can change, and others can enter, with ACLs."""
-    run("mount", "-t", "tmpfs", "-o", "mode=755", "tmpfs", "/mnt")  # in the run's own mount namespace
-    yield Path("/mnt")
-    run("umount", "/mnt")
-
-
-@pytest.fixture
 def lower(roots: Path) -> Path:
     (roots / "lower").mkdir()
     (roots / "lower/file").write_text("below\n")

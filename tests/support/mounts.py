@@ -19,6 +19,14 @@ KERNEL_OPTIONS = "redirect_dir=on,metacopy=on,index=on,xino=on"
 TROUBLE = re.compile(r"Traceback|\bWARNING\b|\bERROR\b|\bCRITICAL\b|\bwarning:|\berror:")
 
 
+def make_store(place: Path, kind: str) -> Path:
+    """Return a place for a store in a directory, or make an image of 16 MiB."""
+    if kind != "image":
+        return place / "store"
+    cowfs("create", place / "store.bs", "16", check=True)
+    return place / "store.bs"
+
+
 def cowfs(
     *arguments: str | os.PathLike[str],
     nobody: bool = False,

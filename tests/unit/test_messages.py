@@ -26,6 +26,7 @@ _SAY = {
     "error",
     "exception",
     "critical",
+    "add_json_or_null",
 }
 _ENDS = (
     "Error",

@@ -38,6 +38,14 @@ static void clear_slots(x3_image *img, struct inode *in, struct slots s, uint32_
 	memset(block_change(img, block, offset, 4 * count), 0, 4 * count);
 }
 
+/* How many blocks of data one pointer in an indirect block of this depth leads to. */
+static uint64_t span_of(const x3_image *img, int depth)
+{
+	uint64_t per = img->bs / 4;
+
+	return depth == 3 ? per * per : depth == 2 ? per : 1;
+}
+
 /*
  * Free what the indirect block of a pointer maps from its *first* block on, the last first.
  *
@@ -47,7 +55,7 @@ static void clear_slots(x3_image *img, struct inode *in, struct slots s, uint32_
 static bool free_tree(x3_image *img, struct inode *in, struct slots s, int depth, uint64_t first)
 {
 	uint32_t per = img->bs / 4, nr = *slot(&s, 0);
-	uint64_t span = depth == 3 ? (uint64_t)per * per : depth == 2 ? per : 1;
+	uint64_t span = span_of(img, depth);
 	struct slots below = { .count = per };
 
 	if (!nr)
@@ -178,7 +186,7 @@ bool data_truncate_more(x3_image *img, uint32_t ino)
 static bool punch_tree(x3_image *img, struct inode *in, struct slots s, int depth, uint64_t from, uint64_t to)
 {
 	uint32_t per = img->bs / 4, nr = *slot(&s, 0);
-	uint64_t span = depth == 3 ? (uint64_t)per * per : depth == 2 ? per : 1;
+	uint64_t span = span_of(img, depth);
 	struct slots below = { .count = per };
 
 	if (!nr)

@@ -15,12 +15,12 @@ short.
 from __future__ import annotations
 
 import json
-import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import closing, suppress
 from dataclasses import replace
 
 from cowfs.layers.base import Key, UpperLayer
+from cowfs.layers.walk import inodes_below
 from cowfs.overlay.xattr_format import XattrFormat
 from cowfs.store.format import layout
 from cowfs.store.format.checkpoints import Checkpoint, Layers
@@ -87,7 +87,7 @@ def settle(layer: UpperLayer, upper: Key, header: Header, frozen: Iterable[Key])
     except OSError:
         return header
     for root in (upper, *frozen):
-        for key in _inodes(layer, root):
+        for key, _ in inodes_below(layer, root):
             _forget_origin(layer, key, XattrFormat(header.xattrs.encode()))
     pending = layout.pending_header(layer)
     if pending is not None:
@@ -105,19 +105,6 @@ def retract(layer: UpperLayer) -> None:
     private = layout.find(layer, layout.PRIVATE)
     with suppress(OSError):
         layer.unlink(private, layout.REBASED, None)
-
-
-def _inodes(layer: UpperLayer, root: Key) -> Iterator[Key]:
-    waiting = [root]
-    while waiting:
-        directory = waiting.pop()
-        for entry in layer.readdir(directory):
-            found = layer.lookup(directory, entry.name)
-            if found is None:
-                continue
-            if stat.S_ISDIR(found[1].st_mode):
-                waiting.append(found[0])
-            yield found[0]
 
 
 def _forget_origin(layer: UpperLayer, key: Key, xattrs: XattrFormat) -> None:

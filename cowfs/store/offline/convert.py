@@ -11,6 +11,7 @@ from typing import Any
 from cowfs.errors import StoreError
 from cowfs.layers.base import Key, UpperLayer
 from cowfs.layers.directory import DirectoryLayer
+from cowfs.layers.walk import inodes_below
 from cowfs.overlay.aufs import NAME_MAX
 from cowfs.overlay.named_whiteouts import PREFIX
 from cowfs.overlay.stack import notes_of
@@ -192,18 +193,9 @@ def needs_lowers(layer: UpperLayer) -> bool:
 
 def _refers(layer: UpperLayer, xattrs: XattrFormat, upper: Key, *, data_only: bool = False) -> bool:
     """Whether an upper has metacopies, or redirects, which do not count with *data_only*."""
-    waiting = [upper]
-    while waiting:
-        directory = waiting.pop()
-        for entry in layer.readdir(directory):
-            found = layer.lookup(directory, entry.name)
-            if found is None:
-                continue
-            key, attr = found
-            if stat.S_ISDIR(attr.st_mode):
-                waiting.append(key)
-            if stat.S_ISDIR(attr.st_mode) or stat.S_ISREG(attr.st_mode):
-                notes = notes_of(layer, key, xattrs) or {}
-                if xattrs.is_metacopy(notes, attr) or (xattrs.redirect in notes and not data_only):
-                    return True
+    for key, attr in inodes_below(layer, upper):
+        if stat.S_ISDIR(attr.st_mode) or stat.S_ISREG(attr.st_mode):
+            notes = notes_of(layer, key, xattrs) or {}
+            if xattrs.is_metacopy(notes, attr) or (xattrs.redirect in notes and not data_only):
+                return True
     return False

@@ -79,9 +79,7 @@ class TreeCopy:
     def _open(self, path: bytes) -> tuple[int, int]:
         """Return descriptors of a directory in both trees, good until the next call."""
         names = path.split(b"/") if path else []
-        same = 0
-        while same < min(len(names), len(self._way)) and self._way[same][0] == names[same]:
-            same += 1
+        same = beneath.shared(self._way, names)
         self._leave_to(same)
         for name in names[same:]:
             source, target = self._last()

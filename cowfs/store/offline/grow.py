@@ -15,13 +15,11 @@ from cowfs.linux.files import size_of
 from cowfs.store.e2fsprogs import tools
 from cowfs.store.e2fsprogs.signals import cleaned_up, deferred
 from cowfs.store.e2fsprogs.tools import Progress, quiet
-from cowfs.store.format import copy_detection
 from cowfs.store.format.sizes import LARGEST, check_room, format_size
-from cowfs.store.format.sniff import is_plain_directory, not_a_store
 from cowfs.store.format.superblock import read_superblock
-from cowfs.store.served import lock
+from cowfs.store.offline.unused import open_unused, refuse_directory
 from cowfs.store.served.allocate import allocate, fill_holes
-from cowfs.store.served.image import open_file, refuse_torn
+from cowfs.store.served.image import open_file
 from cowfs.store.served.memory import Memory
 from cowfs.store.served.store import Store
 
@@ -36,19 +34,10 @@ def grow_store(path: str, size: int | None, *, progress: Progress = quiet) -> in
     the store is as usable as before, and the same call continues from there: a file that has the size already
     is not an error. Raises StoreError, StoreBusy, UsageError.
     """
-    if os.path.isdir(path):
-        if is_plain_directory(path):
-            raise not_a_store(path)
-        raise StoreError(f"{path}: a directory store has no size of its own", _ROOM)
+    refuse_directory(path, _ROOM)
     path = os.path.abspath(path)
     with cleaned_up(), ExitStack() as stack:
-        fd = open_file(path)
-        stack.callback(os.close, fd)
-        lock.lock(fd, path)
-        lock.refuse_mounted_image(fd, path)
-        refuse_torn(fd, path, read_superblock(fd, path, smallest=0))
-        copy_detection.opened(fd)
-        return _grow(fd, path, size, progress)
+        return _grow(open_unused(path, stack), path, size, progress)
 
 
 def grow_open_store(store: Store, size: int | None) -> Generator[Step | str, None, int]:

@@ -16,12 +16,11 @@ from cowfs.store.e2fsprogs.signals import cleaned_up, deferred
 from cowfs.store.e2fsprogs.tools import Progress, quiet
 from cowfs.store.format import copy_detection
 from cowfs.store.format.sizes import SMALLEST, format_size
-from cowfs.store.format.sniff import is_plain_directory, not_a_store
 from cowfs.store.format.superblock import read_superblock
 from cowfs.store.offline.backup import copy_image, finish_copy, suspended
-from cowfs.store.served import lock
+from cowfs.store.offline.unused import open_unused, refuse_directory
 from cowfs.store.served.allocate import allocate
-from cowfs.store.served.image import open_file, open_layer, refuse_torn
+from cowfs.store.served.image import open_layer
 from cowfs.store.served.store import Store
 
 Step = Callable[[], None]
@@ -118,22 +117,13 @@ def _trim(fd: int, path: str) -> int:
 
 
 def _image(path: str) -> str:
-    if os.path.isdir(path):
-        if is_plain_directory(path):
-            raise not_a_store(path)
-        raise StoreError(f"{path}: a directory store has no size of its own", "delete files in it")
+    refuse_directory(path, "delete files in it")
     return os.path.realpath(path)
 
 
 def _open(path: str, stack: ExitStack) -> int:
     """Open an image that nobody uses, and lock it until the end."""
-    fd = open_file(path)
-    stack.callback(os.close, fd)
-    refuse_device(fd, path)
-    lock.lock(fd, path)
-    lock.refuse_mounted_image(fd, path)
-    refuse_torn(fd, path, read_superblock(fd, path, smallest=0))
-    copy_detection.opened(fd)
+    fd = open_unused(path, stack, refuse_device)
     stack.callback(_still_closed, fd)
     return fd
 
