@@ -489,7 +489,7 @@ def test_create_opens(upper: UpperLayer) -> None:
 def test_copy_in(upper: UpperLayer) -> None:
     """All at once, whatever the directory would have it inherit; nobody sees that a name was made."""
     if not takes_whole(upper):
-        return
+        pytest.skip("this layer makes no copies in one step")
     folder = upper.mkdir(upper.root, b"d", 0o755, 5, 6)
     upper.chmod(folder, 0o2755)
     upper.setxattr(folder, b"system.posix_acl_default", ACL)

@@ -125,14 +125,10 @@ def test_the_quickstart(tmp_path: Path) -> None:
 @needs_root
 def test_the_quickstart_as_an_ordinary_user(tmp_path: Path) -> None:
     wanted = section(
-        "docs/quickstart.md", "cowfs mount root.sqsh", "cowfs mount root.sqsh merged --store changes.bs"
+        "docs/quickstart.md", "mkdir -p root/etc", "cowfs mount root.sqsh merged --store changes.bs"
     )
-    assert len(wanted) >= 9 and not any(command.is_root for command in wanted)
-    prepare = (
-        f"mount --bind {tmp_path} /srv; cd /srv; "
-        f"mkdir root root/etc merged; echo 1 >root/etc/conf; find root {AGED}; "
-        "chown -R 65534:65534 .; mksquashfs root root.sqsh -quiet -no-progress"
-    )
+    assert len(wanted) >= 12 and not any(command.is_root for command in wanted)
+    prepare = f"mount --bind {tmp_path} /srv; cd /srv; chown 65534:65534 ."
     check(prepare, wanted)
 
 
