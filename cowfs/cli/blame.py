@@ -55,7 +55,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("where", metavar="STORE|MOUNTPOINT|PATH")
     parser.add_argument("paths", metavar="PATH", nargs="*", default=())
     parser.add_argument(
-        "-r", "--recursive", action="store_true", help="and of all that is recorded below PATH"
+        "-r", "--recursive", action="store_true", help="include all that is recorded below PATH"
     )
     parser.add_argument(
         "--engine",

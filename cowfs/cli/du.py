@@ -28,7 +28,7 @@ of that `cowfs vacuum` and `cowfs vacuum --trash` would set free.
 """
 _EPILOG = """\
 The sum is what df(1) shows as used. A file with several names counts once. The last JSON object is
-{"version": 1, "reclaimable": {"vacuum": BYTES, "trash": BYTES}}; -z does not tell that.
+{"version": 1, "reclaimable": {"vacuum": BYTES, "trash": BYTES}}; -z leaves it out.
 
 examples:
   cowfs du /mnt                     by reason, and the ten largest directories and files
@@ -50,7 +50,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "print one JSON object per line: version path reason size; last, reclaimable",
     )
     parser.add_argument(
-        "--programs", action="store_true", help="and by the program that changed it last, if recorded"
+        "--programs",
+        action="store_true",
+        help="also add up by the program that changed a file last (-o blame)",
     )
     options.add_lower(parser)
     parser.set_defaults(run=run)

@@ -47,7 +47,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("what", metavar="add|remove", choices=("add", "remove"), help="what to do")
     parser.add_argument("mountpoint", metavar="MOUNTPOINT")
     parser.add_argument("image", metavar="IMAGE", help="the module: a squashfs image in a file")
-    parser.add_argument("--trust", action="store_true", help="add it, whoever can change the image")
+    parser.add_argument("--trust", action="store_true", help="add it even if others can change the image")
     parser.set_defaults(run=run)
 
 

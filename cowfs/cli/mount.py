@@ -39,8 +39,8 @@ Changes are written to the store: an image made by `cowfs create`, a directory (
 
 options for -o:
 {options}
-  relatime, noatime, strictatime, nodiratime: when reading changes times of access (relatime)
-  suid, nosuid, dev, nodev, exec, noexec, sync … see mount(8)
+  relatime, noatime, strictatime, nodiratime: when reading a file updates its time of access (relatime)
+  suid, nosuid, dev, nodev, exec, noexec, sync …: see mount(8)
 
 topics for --debug and the environment variable COWFS_DEBUG, separated by commas:
 {topics}

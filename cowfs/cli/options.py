@@ -45,11 +45,11 @@ VALUES = {
     "whiteouts": "how deletions are written in the lowers: overlayfs, userxattr, aufs, oci, or auto",
     "volatile": "do not keep changes below these directories: /tmp:/run; the store remembers; or none",
     "url_cache": "keep what is read by URL in this directory, or none (/var/cache/cowfs, ~/.cache/cowfs)",
-    "url_cache_size": "bytes of it at most, of all images: 500M, 8G (default: 2G)",
+    "url_cache_size": "maximum size of that, for all images: 500M, 8G (default: 2G)",
     "url_wait": "seconds that a read waits for a server that does not answer (default: 600)",
     "fsname": "what mount(8) and df(1) show as the source (default: the lowers)",
     "log": "write the log to this file",
-    "fault": "let requests fail, for tests: *.conf:write:ENOSPC:AFTER=3; may be repeated; or none",
+    "fault": "make requests fail, for tests: *.conf:write:ENOSPC:AFTER=3; may be repeated; or none",
     "debug": "topics to log: requests, overlay, store, cache; separated by colons",
 }
 _SAME = {"image_offset": "offset"}
@@ -391,8 +391,8 @@ def parse_topics(text: str) -> frozenset[str]:
 
 def describe() -> str:
     """Return the help text for ``-o``."""
-    lines = [f"  {name + '=…':<16}{text}" for name, text in VALUES.items()]
-    lines += [f"  {name:<16}{text}" for name, text in _FLAGS.items()]
+    lines = [f"  {name + '=…':<17}{text}" for name, text in VALUES.items()]
+    lines += [f"  {name:<17}{text}" for name, text in _FLAGS.items()]
     return "\n".join(lines)
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 NAME = "overlay"
 
 _OURS = {
-    "lowerdir": "LOWER[:LOWER...]: the layers, the leftmost on top; \\\\: is a colon in a name",
+    "lowerdir": "LOWER[:LOWER...]: the layers, the leftmost on top; write a colon in a name as \\:",
     "upperdir": "a directory: where changes are written; without it the mount is read-only",
     "workdir": "a directory on the same mount as upperdir, needed with it",
     "uidmapping": "FILE:SHOWN:COUNT[:...]: users of files, and those that are shown",
@@ -29,13 +29,13 @@ _OURS = {
     "squash_to_root": "show all files as root's",
     "squash_to_uid": "show all files as this user's",
     "squash_to_gid": "show all files as this group's",
-    "volatile": "wait for nothing to be on disk: fsync(2) returns at once",
-    "fsync": "0 is the same",
+    "volatile": "do not wait until data is on disk: fsync(2) returns at once",
+    "fsync": "0: the same as volatile",
     "noacl": "do not support POSIX ACLs",
     "metacopy": "on: changed attributes do not copy the data of large files (off)",
     "whiteouts": "how deletions are written in the layers: oci (the default), aufs, overlayfs",
     "redirect_dir": "on: directories of layers can be renamed (off: mv(1) copies them)",
-    "xattr_permissions": "0 alone: owners and modes are those of the files",
+    "xattr_permissions": "only 0 is supported: owners and modes are those of the files",
 }
 _PASSED = {"io_uring", "passthrough", "log", "debug", "fsname"}
 _QUIET = {
@@ -45,7 +45,7 @@ _QUIET = {
 }  # fmt: skip
 """Options without an effect that a caller of fuse-overlayfs could miss."""
 _EPILOG = """\
-Options for -o; commas separate them, and \\, is a comma in a name:
+Options for -o, separated by commas (write a comma in a name as \\,):
 {options}
   those of `cowfs mount`: io_uring=, passthrough=, log=, debug=, fsname=, ro, noatime, nosuid, nodev …
   others are ignored, with a warning
@@ -76,7 +76,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("mountpoint", metavar="MOUNTPOINT", help="an existing directory")
     parser.add_argument("-o", metavar="OPTS", dest="options", action="append", default=[], help="see below")
     parser.add_argument("-f", "--foreground", action="store_true", help="stay in the foreground")
-    parser.add_argument("-d", "--debug", action="store_true", help="the same, and log each request")
+    parser.add_argument(
+        "-d", "--debug", action="store_true", help="stay in the foreground, and log each request"
+    )
     parser.add_argument("-s", action="store_true", help="ignored: requests are served in one thread")
     parser.add_argument("-V", "--version", action=_Version, nargs=0, help="print the version")
     parser.set_defaults(run=run)

@@ -28,19 +28,18 @@ _NOT_FOUND, _NOT_RUN = 127, 126
 """Exit codes of sh(1)."""
 
 _EPILOG = """\
-With --root COMMAND sees nothing but the merged tree of ROOT, as its root directory: / to try a command on
-this system, a directory, or an image. Filesystems mounted in ROOT can be changed in the same way, those that
-are read-only stay so, and /proc and /sys are the system's. /dev has the usual devices. When COMMAND exits,
-processes that it left running are killed. On a terminal its changes are listed then, and cowfs asks what to
-do with them; the options --commit, --discard and --keep answer beforehand. Without a terminal and an answer
-the changes stay in the store, or are discarded if there is none.
+With --root, COMMAND has the merged tree of ROOT as its root directory, and sees nothing else. ROOT is / (to
+try a command on this system), a directory, or an image. Filesystems mounted in ROOT can be changed in the
+same way; those that are read-only stay read-only. /proc and /sys are the system's, and /dev has the usual
+devices. When COMMAND exits, processes that it left running are killed. On a terminal, cowfs then lists the
+changes and asks what to do with them; --commit, --discard and --keep answer beforehand. Without a terminal
+and an answer, the changes stay in the store, or are discarded if there is none.
 
---commit carries the changes onto ROOT, a directory: all of them, since the next `cowfs run` completes a
-commit that was interrupted. Where ROOT was changed meanwhile, that is a conflict: it is named, nothing is
-overwritten, and the changes are kept. The changes of a filesystem mounted in ROOT at etc/x are kept in the
-store STORE.mounts/etc%2Fx.
+--commit carries all changes onto ROOT, which must be a directory; if it is interrupted, the next `cowfs run`
+completes it. What was changed in ROOT meanwhile is a conflict: cowfs names it, overwrites nothing, and keeps
+the changes. Those of a filesystem mounted in ROOT at etc/x are kept in the store STORE.mounts/etc%2Fx.
 
-Without --root the merged tree is at MOUNTPOINT, which only COMMAND sees. It is unmounted at the end.
+Without --root, the merged tree is at MOUNTPOINT, which only COMMAND sees. It is unmounted at the end.
 
 For an ordinary user, COMMAND is root of a user namespace: it may do what root may do, to the files of the
 user and in the merged tree. Other users and groups exist there if /etc/subuid and /etc/subgid assign some
@@ -78,7 +77,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     answer.add_argument("--discard", action="store_true", help="discard the changes")
     answer.add_argument("--keep", metavar="STORE", help="write the changes to a new store")
     parser.add_argument(
-        "-f", "--force", action="store_true", help="commit over what was changed meanwhile, too"
+        "-f", "--force", action="store_true", help="commit even over what was changed meanwhile"
     )
     parser.set_defaults(run=run, command=[], foreground=False, debug="")
 
