@@ -31,9 +31,9 @@ def convert(
     Blocks; calls *tick* for each name, and *expect* before. For aufs it first copies into the store what
     redirects and metacopies refer to in the *lowers*. Raises CowfsError.
     """
-    must_be_there(path)
     if mount_with_store(path) is not None:
         raise StoreError(f"{path}: is mounted", "unmount it first")
+    must_be_there(path)
     if os.path.isdir(path) and pair_in(path) is not None:
         raise StoreError(
             f"{path}: another system writes to it by overlayfs, and would not find a converted one",

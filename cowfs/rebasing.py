@@ -109,10 +109,9 @@ def rebase(
     the store, and is reported; with *conflicts* all versions of it are written to that directory, which is
     created. *tick* is called for each path, and *expect* before. Blocks. Raises CowfsError.
     """
-    must_be_there(path)
-    mount = mount_with_store(path)
-    if mount is not None:
+    if mount_with_store(path) is not None:
         raise StoreError(f"{path}: is mounted", "unmount it first")
+    must_be_there(path)
     assert new.given is not None
     result = Rebased()
     with ExitStack() as stack:

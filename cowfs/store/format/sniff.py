@@ -93,9 +93,12 @@ def is_plain_directory(path: str) -> bool:
 
 
 def not_a_store(path: str) -> StoreError:
-    """Return what to raise for a directory that is neither a store nor the mountpoint of a cowfs."""
+    """Return what to raise for a directory that is no store: it may be in a mount, or a mountpoint itself."""
     hint = LISTED
     place = os.path.realpath(path)
+    mount = mount_of(place)
+    if mount is not None and mount.fstype == FSTYPE:
+        return StoreError(f"{path}: is a mountpoint, not a store", "give its store, and unmount it first")
     while (above := os.path.dirname(place)) != place:
         place = above
         mount = mount_of(place)
