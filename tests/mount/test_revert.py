@@ -300,7 +300,7 @@ def test_what_cannot_be(tmp_path: Path) -> None:
         assert dry == cowfs("diff", here.path).stdout
         assert tree(here.path) == changed
     refused(tmp_path / "nothing", "--all", code=32, word="no such store")
-    refused(tmp_path / "lower", "--all", code=32, word="not a store")
+    refused(tmp_path / "lower", "--all", code=32, word="neither a store")
 
 
 def test_a_full_store(tmp_path: Path) -> None:
