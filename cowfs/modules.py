@@ -19,6 +19,7 @@ from cowfs.linux import filesystems
 from cowfs.linux.files import LACK_OF_ROOM, fs_magic
 from cowfs.overlay import freeze, modules
 from cowfs.overlay.uncover import Stale
+from cowfs.overlay.xattr_format import TRUSTED, USER
 from cowfs.store.format.identity import identify_image
 from cowfs.types import Identity
 from cowfs.union import Union
@@ -143,7 +144,7 @@ def _must_only_add(layer: ModuleLayer, path: str) -> None:
 
 _MARKS = frozenset(
     prefix + mark
-    for prefix in (b"trusted.overlay.", b"user.overlay.")
+    for prefix in (TRUSTED, USER)
     for mark in (b"opaque", b"redirect", b"metacopy", b"whiteout", b"whiteouts")
 )
 

@@ -27,7 +27,7 @@ from cowfs.exports.target import new_directory
 from cowfs.exports.upper import Upper
 from cowfs.layers.directory import DirectoryLayer
 from cowfs.overlay.stack import Stack
-from cowfs.overlay.xattr_format import XattrFormat
+from cowfs.overlay.xattr_format import TRUSTED, XattrFormat
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _TREE, _ABSENT, _ROOT = b"tree", b"absent", b"root"
@@ -113,7 +113,7 @@ def bring_back(directory: str, root: Root, tick: Tick, withheld: Withheld) -> tu
 def _tree_of(fd: int, name: str, stack: ExitStack) -> Tree:
     layer = DirectoryLayer(fd, name)
     stack.callback(layer.close)
-    return Merged(Stack([layer], XattrFormat(b"trusted.overlay.")))
+    return Merged(Stack([layer], XattrFormat(TRUSTED)))
 
 
 def _in_order(paths: Iterable[bytes]) -> list[bytes]:

@@ -9,7 +9,7 @@ import stat
 from cowfs.exports.entries import Entry, Tick, copy, data_runs, opened, target_of
 from cowfs.exports.losses import Losses
 from cowfs.layers.kernel_file import KernelFile
-from cowfs.overlay.xattr_format import XattrFormat
+from cowfs.overlay.xattr_format import TRUSTED, XattrFormat
 
 _REFUSED = {errno.EPERM, errno.EACCES, errno.EOPNOTSUPP, errno.EINVAL}
 _MADE = {errno.EPERM, errno.EINVAL}
@@ -24,7 +24,7 @@ class Upper:
         self._whole = whole
         self._losses = losses
         self._tick = tick
-        self._xattrs = XattrFormat(b"trusted.overlay.")
+        self._xattrs = XattrFormat(TRUSTED)
         self._way: list[tuple[bytes, int, Entry | None]] = [(b"", os.dup(root), None)]
         """The directories that are being filled: their attributes are set when they are full."""
         self._root = root

@@ -1,7 +1,7 @@
 """The two protocols a union is made of: :class:`LowerLayer`, read-only, and :class:`UpperLayer`.
 
 A layer is one tree. It knows nothing of the union: no whiteouts, no opaque directories, no
-redirects; those are conventions of :mod:`cowfs.overlay` and to a layer mere device nodes and xattrs.
+redirects; those are conventions of :mod:`cowfs.overlay` and to a layer plain device nodes and xattrs.
 
 **Keys.** A layer names its inodes by *keys*. A key is whatever the layer likes (an inode number, an
 object); to everybody else it is opaque. Every key comes from ``root``, ``lookup`` or a creating call

@@ -19,7 +19,7 @@ from cowfs.overlay.host import Host
 from cowfs.overlay.index import came_from, open_index
 from cowfs.overlay.node import APART, LAYER, LAYER_BITS, ROOT_INO, Node, NodeTable
 from cowfs.overlay.stack import Stack, is_whiteout, notes_of
-from cowfs.overlay.xattr_format import XattrFormat, as_device, index_name, make_origin
+from cowfs.overlay.xattr_format import TRUSTED, XattrFormat, as_device, index_name, make_origin
 from cowfs.types import Attr, AttrData, FileHandle, FsStats, own_attr
 
 _LAYER_SHIFT = 40
@@ -35,7 +35,7 @@ _MOST_REAL = (1 << 32) - 1
 class OverlayOptions:
     """How the union keeps its own notes in the upper."""
 
-    xattr_prefix: bytes = b"trusted.overlay."
+    xattr_prefix: bytes = TRUSTED
     """``user.overlay.`` where trusted.* is not allowed (the kernel's *userxattr*)."""
     metacopy: bool = True
     """Whether any file may be copied up without its data."""

@@ -16,7 +16,7 @@ import stat
 from collections.abc import Iterable, Iterator
 
 from cowfs.layers.base import Key, LowerLayer, NamesJob
-from cowfs.overlay.xattr_format import OPAQUE, XattrFormat
+from cowfs.overlay.xattr_format import OPAQUE, TRUSTED, USER, XattrFormat
 from cowfs.types import Attr, AttrData, DirEntry, FileHandle
 
 PREFIX = b".wh."
@@ -26,7 +26,7 @@ BRANCH_NAMES = (b".wh..wh.aufs", b".wh..wh.plnk", b".wh..wh.orph")
 """What aufs has at the root of a writable branch."""
 STYLES = ("overlayfs", "aufs", "oci")
 """How the whiteouts of a layer may be written."""
-XATTRS = {"userxattr": b"user.overlay.", "trustedxattr": b"trusted.overlay."}
+XATTRS = {"userxattr": USER, "trustedxattr": TRUSTED}
 """Or as overlayfs writes them, with these attributes whatever the union's are."""
 
 _OPTIONAL = (
@@ -58,7 +58,7 @@ class Reworded:
 
     def __init__(self, inner: LowerLayer) -> None:
         self.inner = inner
-        self.format = XattrFormat(b"trusted.overlay.")
+        self.format = XattrFormat(TRUSTED)
         """The words of the union (:func:`use_format`)."""
         self.name = inner.name
         self.root: Key = inner.root

@@ -91,7 +91,7 @@ def _has_data(fs: OverlayFs, node: Node, attr: Attr) -> bool:
 
 
 def _undo(fs: OverlayFs, node: Node) -> None:
-    """Let it be a mere metacopy again; nothing was written to it."""
+    """Let it be a plain metacopy again; nothing was written to it."""
     with suppress(OSError):
         fs.note(node.upper, fs.format.metacopy, METACOPY)
         if node.redirect is None:

@@ -19,6 +19,8 @@ from typing import NamedTuple
 from cowfs.types import Attr, FileHandle, own_attr
 
 NAME_MAX = 255
+TRUSTED, USER = b"trusted.overlay.", b"user.overlay."
+"""How the names begin: of root's stores and all images, and of a user's directories."""
 
 OPAQUE = b"y"
 IMPURE = b"y"

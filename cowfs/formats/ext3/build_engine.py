@@ -11,7 +11,9 @@ from cffi import FFI
 
 HERE = Path("cowfs/formats/ext3")  # relative to the root of the project, as setuptools wants sources
 SOURCES = [
+    "io",
     "cache",
+    "operation",
     "journal",
     "replay",
     "redo_log",

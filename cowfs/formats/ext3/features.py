@@ -133,7 +133,7 @@ def obstacle(superblock: bytes, name: str) -> tuple[str, str] | None:
 def check(fd: int, name: str) -> None:
     """Raise OSError unless the engine can read and write the image behind *fd*; *name* is for messages.
 
-    EINVAL: no ext filesystem at all; EOPNOTSUPP: not a mere ext3, with the names of what it has.
+    EINVAL: no ext filesystem at all; EOPNOTSUPP: not a plain ext3, with the names of what it has.
     """
     superblock = os.pread(fd, SUPERBLOCK_SIZE, SUPERBLOCK)
     if why := obstacle(superblock, name):

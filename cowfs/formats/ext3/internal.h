@@ -1,8 +1,9 @@
 /*
  * What the parts of the engine share.
  *
- *   cache.c      the image's file (with traces and injected faults), the cache of metadata blocks,
- *                operations and their undo
+ *   io.c         the image's file, with traces and injected faults
+ *   cache.c      the cache of metadata blocks, and their undo
+ *   operation.c  operations: the lock, another attempt, failure
  *   journal.c    opening the journal, commit, checkpoint
  *   replay.c     what a crash has left in the journal
  *   redo.c       the log of what is not committed yet, which outlives the process
@@ -311,7 +312,7 @@ struct inode {
 void track_write(x3_image *img, uint64_t off, uint64_t end);
 void track_free(x3_image *img);
 
-/* --- cache.c --- */
+/* --- io.c --- */
 
 int io_read(x3_image *img, void *buf, size_t len, uint64_t off);
 int io_read_raw(x3_image *img, void *buf, size_t len, uint64_t off);
@@ -323,7 +324,10 @@ void io_changed(x3_image *img);
 int injected(x3_image *img, int kind);
 void trace(x3_image *img, uint64_t kind, uint64_t off, const struct iovec *iov, int count);
 
+/* --- cache.c --- */
+
 void cache_free(x3_image *img);
+void cache_trim(x3_image *img);
 struct block *block_find(x3_image *img, uint32_t nr);
 struct block *block_get(x3_image *img, uint32_t nr);
 struct block *block_fresh(x3_image *img, uint32_t nr);
@@ -331,6 +335,10 @@ void *block_change(x3_image *img, struct block *b, uint32_t offset, uint32_t len
 void block_forget(x3_image *img, uint32_t nr);
 struct mark undo_mark(const x3_image *img);
 void undo_to(x3_image *img, struct mark mark);
+void *grow(x3_image *img, void *array, size_t *cap, size_t need, size_t size);
+void *try_grow(void *array, size_t *cap, size_t need, size_t size);
+
+/* --- operation.c --- */
 
 /*
  * The statement behind QUERY or CHANGE is one operation, under the lock; `return op_finish(&op)` follows.
@@ -352,8 +360,6 @@ void op_end(struct op *op);
 int64_t op_finish(struct op *op);
 void fail(x3_image *img, int error, const char *format, ...) __attribute__((noreturn, cold, format(printf, 3, 4)));
 void abort_image(x3_image *img, int error, const char *format, ...) __attribute__((cold, format(printf, 3, 4)));
-void *grow(x3_image *img, void *array, size_t *cap, size_t need, size_t size);
-void *try_grow(void *array, size_t *cap, size_t need, size_t size);
 
 /* --- lazy_free.c --- */
 

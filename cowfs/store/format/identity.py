@@ -36,7 +36,7 @@ from itertools import zip_longest
 
 from cowfs.errors import LayerError
 from cowfs.formats import erofs
-from cowfs.formats.squashfs.recognise import SAMPLE, image_behind
+from cowfs.formats.squashfs.recognise import MAGIC, SAMPLE, image_behind
 from cowfs.formats.squashfs.source import Bytes, FileBytes, open_bytes, open_unchecked
 from cowfs.formats.squashfs.superblock import Superblock, parse
 from cowfs.formats.tar import Archive, is_tar
@@ -231,7 +231,7 @@ def _superblock(data: Bytes, path: str, start: int) -> Superblock:
     except LayerError as error:
         head = pread(SAMPLE, 0)
         end = image_behind(head, pread)
-        if head.startswith(b"hsqs"):
+        if head.startswith(MAGIC):
             raise LayerError(
                 error.message, "an image begins at the start of the file: remove offset="
             ) from None
