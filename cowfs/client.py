@@ -78,6 +78,10 @@ def the_mount(path: str) -> MountInfo:
     return found
 
 
+class Dead(MountFailure):
+    """There is no daemon any more."""
+
+
 class Silent(MountFailure):
     """The daemon exists, but does not answer."""
 
@@ -178,7 +182,7 @@ def _connected(dev: str, timeout: float | None, fd: int = -1) -> Iterator[tuple[
 def _unreachable(place: str, error: OSError) -> MountFailure:
     """Return why no daemon can be asked, and what to do."""
     if isinstance(error, ConnectionRefusedError):
-        return MountFailure(f"{place}: the daemon is dead", f"remove the mount: cowfs umount {place}")
+        return Dead(f"{place}: the daemon is dead", f"remove the mount: cowfs umount {place}")
     if isinstance(error, FileNotFoundError):
         hint = f"run this where it was mounted, as the same user; or remove it: umount {place}"
         return MountFailure(f"{place}: cannot find the daemon's control socket", hint)

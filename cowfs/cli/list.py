@@ -9,7 +9,7 @@ import pwd
 from typing import Any
 
 from cowfs.cli.output import say
-from cowfs.client import Patience
+from cowfs.client import Dead, Patience
 from cowfs.errors import CowfsError
 from cowfs.linux.fuse import FSTYPE
 from cowfs.linux.mount_table import MountInfo, mountinfo
@@ -66,6 +66,7 @@ def _about(mount: MountInfo, patience: Patience) -> dict[str, Any]:
         "uid": int(user) if user.isdecimal() else None,
         "user": _name(int(user)) if user.isdecimal() else None,
         "readonly": "ro" in mount.options.split(","),
+        "state": "ro" if "ro" in mount.options.split(",") else "rw",
         "lowers": None,
         "store": None,
         "pid": None,
@@ -75,6 +76,8 @@ def _about(mount: MountInfo, patience: Patience) -> dict[str, Any]:
         facts = patience.facts_of(mount.dev)
     except CowfsError as error:
         about["error"] = str(error)
+        if os.geteuid() in {0, about["uid"]}:  # other users get no answer
+            about["state"] = "dead" if isinstance(error, Dead) else "no answer"
     else:
         lowers = facts.get("lowers")
         if isinstance(lowers, list) and all(isinstance(lower, dict) for lower in lowers):
@@ -95,7 +98,5 @@ def _row(about: dict[str, Any]) -> tuple[str, ...]:
     """The cells of a line."""
     store = about["store"]
     kept = "?" if store is None else "memory" if store["kind"] == "memory" else store["path"]
-    asked = os.geteuid() in {0, about["uid"]}  # other users get no answer
-    state = "no answer" if about["error"] and asked else "ro" if about["readonly"] else "rw"
     lowers = ":".join(about["lowers"]) if about["lowers"] else about["source"]
-    return about["mountpoint"], lowers, kept, about["user"] or "?", state
+    return about["mountpoint"], lowers, kept, about["user"] or "?", about["state"]

@@ -8,7 +8,7 @@ import signal
 import time
 from pathlib import Path
 
-from tests.support.mounts import cowfs
+from tests.support.mounts import cowfs, eventually
 from tests.support.system import needs_root, run
 
 pytestmark = needs_root
@@ -45,6 +45,9 @@ def test_what_is_mounted(nobody_path: Path) -> None:
                 assert time.monotonic() - began < 30, "it waited for ever"
             finally:
                 os.kill(mine["pid"], signal.SIGCONT)
+            os.kill(told[str(second)]["pid"], signal.SIGKILL)
+            dead = [str(second), str(lower), "?", "nobody", "dead"]
+            eventually(lambda: dead in rows(), "its daemon is dead")
         finally:
             cowfs("umount", second, nobody=True, check=True)
     finally:

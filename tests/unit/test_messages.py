@@ -36,6 +36,7 @@ _ENDS = (
     "Damaged",
     "DamagedImage",
     "Silent",
+    "Dead",
     "Refused",
     "Unreachable",
 )
