@@ -54,16 +54,6 @@ def opened(
     image.close()  # safe to call twice: a test may have abandoned it
 
 
-def find(layer: UpperLayer, *names: bytes) -> Key:
-    """The key of what stands at a path."""
-    key = layer.root
-    for name in names:
-        found = layer.lookup(key, name)
-        assert found is not None, name
-        key = found[0]
-    return key
-
-
 def make_file(layer: UpperLayer, name: bytes, directory: Key = None, mode: int = 0o600) -> Key:
     """An empty file."""
     key, file = layer.create(layer.root if directory is None else directory, name, mode, 0, 0)

@@ -16,6 +16,7 @@ from tests.ext3 import engine, images, powercut, recovery
 from tests.ext3.engine import Engine
 from tests.ext3.images import MODERN, OLD, SMALL, Shape
 from tests.ext3.load import BEGIN, SYNCED
+from tests.support.listing import find
 
 SIZE = 200_001
 
@@ -138,7 +139,7 @@ def judge(path: Path, lower: Path, states: list[bytes]) -> None:
     assert recovery.by_engine(path, recovery.OTHER_BOOT) is None
     assert images.unclean(path) is None
     with engine.opened(path) as opened:
-        file = partial(opened, engine.find(opened.layer, b"file"), lower)
+        file = partial(opened, find(opened.layer, b"file"), lower)
         found = file.pread(SIZE, 0)
         file.close()
     assert len(found) == SIZE

@@ -13,12 +13,12 @@ import pytest
 
 from cowfs.layers.base import UpperLayer
 from tests.ext3 import engine, images
-from tests.ext3.engine import FDATASYNC, PREAD, PWRITE, Engine, find
+from tests.ext3.engine import FDATASYNC, PREAD, PWRITE, Engine
 from tests.ext3.images import MODERN, OLD, SMALL, Shape
 from tests.ext3.load import BEGIN, COMMITTED, SYNCED, Load
 from tests.ext3.model import Promises, judge, perhaps_written
 from tests.ext3.reader import Image
-from tests.support.listing import names_of
+from tests.support.listing import find, names_of
 
 
 def frozen(opened: Engine, path: Path) -> Path:

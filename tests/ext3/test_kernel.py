@@ -16,12 +16,12 @@ import pytest
 from cowfs.layers.base import UpperLayer
 from cowfs.layers.directory import open_directory
 from tests.ext3 import engine, images, recovery
-from tests.ext3.engine import find, make_file
+from tests.ext3.engine import make_file
 from tests.ext3.images import MIDDLE, MODERN, OLD, SMALL, Shape
 from tests.ext3.load import Load
 from tests.ext3.model import Promises, judge
 from tests.ext3.reader import ROOT, Image
-from tests.support.listing import names_of
+from tests.support.listing import find, names_of
 from tests.support.system import needs_root
 
 pytestmark = needs_root

@@ -14,13 +14,14 @@ import pytest
 from cowfs.layers.base import UpperLayer
 from cowfs.store.e2fsprogs import tools
 from tests.ext3 import engine, images
-from tests.ext3.engine import find, make_file
+from tests.ext3.engine import make_file
 from tests.ext3.load import Load
 from tests.ext3.makes import MAKES, Make
 from tests.ext3.model import Promises, judge
 from tests.ext3.operations import ACL, DEFAULT_ACL
 from tests.ext3.reader import ROOT, Image
 from tests.ext3.test_kernel import agreed, by_engine, by_kernel
+from tests.support.listing import find
 from tests.support.system import needs_root
 
 each_make = pytest.mark.parametrize("make", MAKES.values(), ids=MAKES)

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 from tests.ext3 import engine, images, recovery
-from tests.ext3.engine import find, make_file
+from tests.ext3.engine import make_file
 from tests.ext3.images import MODERN, SMALL, Shape
 from tests.ext3.reader import Image
+from tests.support.listing import find
 from tests.support.system import run
 
 MAGIC, DESCRIPTOR, COMMIT, REVOKE = 0xC03B3998, 1, 2, 5

@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 
 from tests.ext3 import engine, images
-from tests.ext3.engine import FALLOCATE, FDATASYNC, PWRITE, Engine, find
+from tests.ext3.engine import FALLOCATE, FDATASYNC, PWRITE, Engine
 from tests.ext3.images import MODERN, OLD, SMALL, Shape
 from tests.ext3.load import Load
 from tests.ext3.model import Promises, judge
 from tests.ext3.reader import Image
 from tests.ext3.test_full import write
 from tests.support.hosts import fill, free, host, sparse_copy
-from tests.support.listing import names_of
+from tests.support.listing import find, names_of
 from tests.support.system import needs_root, run
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}

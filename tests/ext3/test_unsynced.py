@@ -23,14 +23,14 @@ import pytest
 
 from cowfs.formats.ext3._engine import ffi
 from tests.ext3 import engine, images
-from tests.ext3.engine import FDATASYNC, PWRITE, Engine, find, make_file
+from tests.ext3.engine import FDATASYNC, PWRITE, Engine, make_file
 from tests.ext3.images import MODERN, OLD, SMALL, Shape
 from tests.ext3.load import Load
 from tests.ext3.model import Promises, judge
 from tests.ext3.powercut import Event, parse
 from tests.ext3.reader import Image
 from tests.ext3.test_room import FULL, fails_with, must_refuse
-from tests.support.listing import names_of
+from tests.support.listing import find, names_of
 
 NO_MEMORY = 32
 """X3_NO_MEMORY of engine.h."""

@@ -1,4 +1,4 @@
-"""What is in a directory of a layer, however large it is."""
+"""What is in a layer: the names of a directory, and what stands at a path."""
 
 from __future__ import annotations
 
@@ -9,3 +9,13 @@ def names_of(layer: LowerLayer, directory: Key) -> list[bytes]:
     """All names."""
     found = layer.names(directory)
     return found() if callable(found) else found
+
+
+def find(layer: LowerLayer, *path: bytes) -> Key:
+    """The key of what stands at a path."""
+    key = layer.root
+    for name in path:
+        found = layer.lookup(key, name)
+        assert found is not None, name
+        key = found[0]
+    return key

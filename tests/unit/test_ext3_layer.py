@@ -20,7 +20,7 @@ from cowfs.layers.ext3 import Ext3Layer
 from cowfs.layers.squashfs import SquashfsLayer
 from tests.contract.test_upper import fails
 from tests.support import ext3
-from tests.support.listing import names_of
+from tests.support.listing import find, names_of
 from tests.support.system import run
 
 T0 = 1_400_000_000_123_456_789
@@ -69,15 +69,6 @@ def content(layer: LowerLayer, key: Key) -> bytes:
         return file.pread(16 << 20, 0)
     finally:
         file.close()
-
-
-def find(layer: LowerLayer, *path: bytes) -> Key:
-    key = layer.root
-    for name in path:
-        found = layer.lookup(key, name)
-        assert found is not None, name
-        key = found[0]
-    return key
 
 
 # --- lives

@@ -12,6 +12,7 @@ import pytest
 
 from cowfs.layers.base import UpperLayer
 from tests.support import ext3
+from tests.support.listing import find
 from tests.support.system import needs_root
 from tests.unit.test_ext3_layer import (
     ACL,
@@ -21,7 +22,6 @@ from tests.unit.test_ext3_layer import (
     SEED,
     T0,
     WHITEOUT,
-    find,
     put,
 )
 

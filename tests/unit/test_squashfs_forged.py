@@ -20,6 +20,7 @@ import zstandard
 
 from cowfs.errors import LayerError
 from cowfs.layers.squashfs import SquashfsLayer
+from tests.support.listing import find
 from tests.support.squashforge import DIRECTORY, FILE, NONE32, Entry, Forge, place
 
 Open = Callable[[bytes], SquashfsLayer]
@@ -39,15 +40,6 @@ def opened(tmp_path: Path) -> Iterator[Open]:
     yield call
     for layer in layers:
         layer.close()
-
-
-def key_of(layer: SquashfsLayer, *names: bytes) -> int:
-    key = layer.root
-    for name in names:
-        found = layer.lookup(key, name)
-        assert found is not None, name
-        key = found[0]
-    return key
 
 
 def damaged(call: Callable[[], object], *, code: int = errno.EIO) -> OSError:
@@ -70,7 +62,7 @@ def at_most(more: int) -> Iterator[None]:
 
 
 def read(layer: SquashfsLayer, *names: bytes, size: int = 1 << 20) -> bytes:
-    return layer.open(key_of(layer, *names), os.O_RDONLY).pread(size, 0)
+    return layer.open(find(layer, *names), os.O_RDONLY).pread(size, 0)
 
 
 def test_what_the_forge_makes_is_a_good_image(opened: Open) -> None:
@@ -100,7 +92,7 @@ def test_a_loop_of_directories_is_found(opened: Open, caplog: pytest.LogCaptureF
     assert forge.directory([Entry(b"one", one, DIRECTORY)], number=3) == two
     layer = opened(forge.finish(forge.directory([Entry(b"one", one, DIRECTORY)])))
     with caplog.at_level(logging.ERROR):
-        damaged(lambda: key_of(layer, b"one", b"two", b"one"))
+        damaged(lambda: find(layer, b"one", b"two", b"one"))
     assert "loop" in caplog.text
 
 
@@ -120,7 +112,7 @@ def test_a_parent_after_its_children_or_before_makes_no_difference(opened: Open)
     root = forge.directory([Entry(b"later", forge.next_ref(32), DIRECTORY)])
     forge.directory([], number=2)
     layer = opened(forge.finish(root))
-    assert layer.readdir(key_of(layer, b"later")) == []
+    assert layer.readdir(find(layer, b"later")) == []
 
 
 @pytest.mark.parametrize("name", [b"..", b".", b"a/b", b"/", b"nul\0"])
@@ -219,7 +211,7 @@ def test_a_file_of_petabytes_of_holes_costs_nothing(opened: Open) -> None:
     file = forge.large_file(1 << 50, 96, bytes(40_000))
     layer = opened(forge.finish(forge.directory([Entry(b"x", file)])))
     start = time.monotonic()
-    damaged(lambda: layer.open(key_of(layer, b"x"), os.O_RDONLY).pread(10, 1 << 49))
+    damaged(lambda: layer.open(find(layer, b"x"), os.O_RDONLY).pread(10, 1 << 49))
     assert time.monotonic() - start < 5
 
 
@@ -290,7 +282,7 @@ def test_a_symlink_ends_at_a_nul(opened: Open) -> None:
     forge = Forge()
     link = forge.inode(3, struct.pack("<II", 1, 9) + b"target\0no")
     layer = opened(forge.finish(forge.directory([Entry(b"x", link, 3)])))
-    assert layer.readlink(key_of(layer, b"x")) == b"target"
+    assert layer.readlink(find(layer, b"x")) == b"target"
 
 
 @pytest.mark.parametrize("owner", [1, 65535])
@@ -386,14 +378,14 @@ def test_attributes_outside_of_their_table(
     forge = Forge(xattr_keys=keys, xattr_sets=[sets])
     file = forge.large_file(0, 96, b"", xattr=number)
     layer = opened(forge.finish(forge.directory([Entry(b"x", file)])))
-    key = key_of(layer, b"x")
+    key = find(layer, b"x")
     damaged(lambda: [layer.getxattr(key, name) for name in layer.listxattr(key)])
 
 
 def test_attributes_of_namespaces_of_the_future_are_passed_over(opened: Open) -> None:
     forge = Forge(xattr_keys=struct.pack("<HH", 7, 1) + b"z" + bytes(4) + XATTR, xattr_sets=[(0, 2, 30)])
     layer = opened(forge.finish(forge.directory([Entry(b"x", forge.large_file(0, 96, b"", xattr=0))])))
-    key = key_of(layer, b"x")
+    key = find(layer, b"x")
     assert layer.listxattr(key) == [b"user.a"]
     assert layer.getxattr(key, b"user.a") == b"yes"
 
@@ -408,14 +400,14 @@ def test_attributes_of_namespaces_of_the_future_are_passed_over(opened: Open) ->
 def test_more_attributes_than_the_kernel_would_give(opened: Open, keys: bytes, count: int) -> None:
     forge = Forge(xattr_keys=keys, xattr_sets=[(0, count, len(keys))])
     layer = opened(forge.finish(forge.directory([Entry(b"x", forge.large_file(0, 96, b"", xattr=0))])))
-    damaged(lambda: layer.listxattr(key_of(layer, b"x")))
+    damaged(lambda: layer.listxattr(find(layer, b"x")))
 
 
 def test_a_value_longer_than_the_kernel_gives_any(opened: Open) -> None:
     keys = struct.pack("<HH", 0, 1) + b"z" + struct.pack("<I", 65537) + bytes(65537) + XATTR
     forge = Forge(xattr_keys=keys, xattr_sets=[(0, 2, len(keys))])
     layer = opened(forge.finish(forge.directory([Entry(b"x", forge.large_file(0, 96, b"", xattr=0))])))
-    key = key_of(layer, b"x")
+    key = find(layer, b"x")
     assert layer.listxattr(key) == [b"user.z", b"user.a"]
     damaged(lambda: layer.getxattr(key, b"user.z"), code=errno.E2BIG)
     assert layer.getxattr(key, b"user.a") == b"yes"

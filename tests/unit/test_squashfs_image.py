@@ -15,6 +15,7 @@ import pytest
 from cowfs.errors import LayerError
 from cowfs.layers.squashfs import SquashfsLayer
 from cowfs.types import FileHandle
+from tests.support.listing import find
 from tests.support.squashfs import (
     BLOCK,
     devices,
@@ -57,17 +58,8 @@ def opened() -> Iterator[Callable[..., SquashfsLayer]]:
 Open = Callable[..., SquashfsLayer]
 
 
-def key_of(layer: SquashfsLayer, *names: bytes) -> int:
-    key = layer.root
-    for name in names:
-        found = layer.lookup(key, name)
-        assert found is not None, name
-        key = found[0]
-    return key
-
-
 def read(layer: SquashfsLayer, *names: bytes) -> bytes:
-    key = key_of(layer, *names)
+    key = find(layer, *names)
     return layer.open(key, os.O_RDONLY).pread(layer.stat(key).st_size, 0)
 
 
@@ -126,7 +118,7 @@ def test_options_of_mksquashfs(tree: Path, tmp_path: Path, opened: Open, which: 
 def test_an_image_without_attributes(tree: Path, tmp_path: Path, opened: Open) -> None:
     layer = opened(mksquashfs(tmp_path / "image.sqfs", tree, options=("-no-xattrs",)))
     assert_same_tree(layer, tree, xattrs=False)
-    key = key_of(layer, b"small")
+    key = find(layer, b"small")
     assert layer.listxattr(key) == []
     for name, code in ((b"user.one", errno.ENODATA), (b"odd.one", errno.EOPNOTSUPP)):
         with pytest.raises(OSError) as caught:
@@ -161,7 +153,7 @@ def test_special_files(image: Path, opened: Open) -> None:
     layer = opened(image)
 
     def status(name: bytes) -> tuple[int, int, int, int]:
-        attr = layer.stat(key_of(layer, b"dev", name))
+        attr = layer.stat(find(layer, b"dev", name))
         return attr.st_mode, attr.st_uid, attr.st_gid, attr.st_rdev
 
     assert status(b"null") == (stat.S_IFCHR | 0o666, 0, 0, os.makedev(1, 3))
@@ -174,9 +166,9 @@ def test_special_files(image: Path, opened: Open) -> None:
 def test_hard_links_are_one_key(image: Path, opened: Open) -> None:
     layer = opened(image)
     keys = {
-        key_of(layer, b"tail"),
-        key_of(layer, b"dir", b"tail-again"),
-        key_of(layer, b"dir", b"tail-third"),
+        find(layer, b"tail"),
+        find(layer, b"dir", b"tail-again"),
+        find(layer, b"dir", b"tail-third"),
     }
     assert len(keys) == 1
     assert layer.stat(keys.pop()).st_nlink == 3
@@ -213,8 +205,8 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_names_in_a_large_directory(large: Path, opened: Open) -> None:
     layer = opened(large)
-    directory = key_of(layer, b"large")
-    first = key_of(layer, b"large", b"first")
+    directory = find(layer, b"large")
+    first = find(layer, b"large", b"first")
     for _ in range(2):  # first by the index, then by the listing
         for number in (0, 1, 2, COUNT // 2, COUNT - 2, COUNT - 1, *range(7, COUNT, 997)):
             found = layer.lookup(directory, b"some-name-%08d" % (number * 3))
@@ -232,7 +224,7 @@ def test_a_directory_that_is_only_ever_searched(
 ) -> None:
     monkeypatch.setattr("cowfs.formats.squashfs.image._INDEX_TO", 1000)
     layer = opened(large)
-    directory = key_of(layer, b"large")
+    directory = find(layer, b"large")
     for number in range(0, COUNT, 400):
         assert layer.lookup(directory, b"some-name-%08d" % (number * 3)) is not None
         assert layer.lookup(directory, b"some-name-%08d" % (number * 3 + 2)) is None
@@ -241,8 +233,8 @@ def test_a_directory_that_is_only_ever_searched(
 
 def test_what_is_no_directory_and_what_is_no_file(image: Path, opened: Open) -> None:
     layer = opened(image)
-    file, link, directory = (key_of(layer, name) for name in (b"small", b"link", b"dir"))
-    fifo = key_of(layer, b"dev", b"pipe")
+    file, link, directory = (find(layer, name) for name in (b"small", b"link", b"dir"))
+    fifo = find(layer, b"dev", b"pipe")
     for call, code in (
         (lambda: layer.lookup(file, b"x"), errno.ENOTDIR),
         (lambda: layer.readdir(link), errno.ENOTDIR),
@@ -273,7 +265,7 @@ def test_statfs(image: Path, opened: Open) -> None:
 
 def test_handles_lead_back_to_inode_numbers(image: Path, opened: Open) -> None:
     layer = opened(image)
-    key = key_of(layer, b"small")
+    key = find(layer, b"small")
     handle = layer.handle(key)
     assert handle is not None
     assert handle._replace(place=b"") == FileHandle(
