@@ -21,23 +21,7 @@ Boot = Callable[..., Machine]
 MODULES = "dm_crypt xts aesni_intel aes_generic algif_skcipher"
 
 
-@pytest.fixture(scope="module")
-def initramfs(parts: Parts, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if shutil.which("cryptsetup", path="/usr/sbin:/sbin") is None:
-        pytest.skip("needs cryptsetup (scripts/setup --boot)")
-    return images.initramfs(tmp_path_factory.mktemp("luks") / "initramfs", MODULES)
-
-
-def test_an_encrypted_store_is_made_used_and_booted_from(
-    boot: Boot, parts: Parts, initramfs: Path, tmp_path: Path
-) -> None:
-    """In a file, and on a disk as a whole; with a key file, and with a passphrase that is typed."""
-    mine = images.fat_stick(tmp_path / "stick.img", {"/sysrcd.dat": parts.image}, 200)
-    disk = tmp_path / "disk.img"
-    with disk.open("wb") as out:
-        out.truncate(64 << 20)
-    devices = [*stick(mine, "stick"), *hard_disk(disk, "disk")]
-    test = f"""{GUEST}
+USE = f"""{GUEST}
         said() {{ told=$1; shift; out "$told: $("$@" 2>&1 </dev/null | tr '\\n' ' ')"; }}
         volumes() {{ cat /sys/block/dm-*/dm/name 2>/dev/null; ls /sys/block/loop*/loop/backing_file; }}
         gone() {{
@@ -74,26 +58,50 @@ def test_an_encrypted_store_is_made_used_and_booted_from(
         said info cowfs info $disk/my.bs --key-file key
         said plain grep -c the-secret $disk/my.bs /dev/vda
         said left gone
-    """
+"""
+"""Makes encrypted stores, uses them in each way, and says what came of it."""
+
+
+@pytest.fixture(scope="module")
+def initramfs(parts: Parts, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if shutil.which("cryptsetup", path="/usr/sbin:/sbin") is None:
+        pytest.skip("needs cryptsetup (scripts/setup --boot)")
+    return images.initramfs(tmp_path_factory.mktemp("luks") / "initramfs", MODULES)
+
+
+def was_used(machine: Machine) -> None:
+    """What USE says is as it must be."""
+    assert machine.said("created").endswith("sysrcd.bs: created an empty encrypted store in 40 MiB ")
+    assert machine.said("device") == "/dev/vda: created an empty encrypted store in 64 MiB "
+    assert "wrong passphrase, or wrong key file" in machine.said("wrong")
+    assert "no terminal to ask for the passphrase" in machine.said("unasked")
+    for name in ("my.bs", "vda"):
+        assert "in use by process" in machine.said(f"busy {name}")
+        assert "store:      /dev/dm-0" in machine.said(f"shows {name}")
+        assert machine.said(f"umount {name}").strip() == ""
+        assert "cowfs-" not in machine.said(f"closed {name}")
+    assert "cowfs-" not in machine.said("after") + machine.said("closed after death")
+    assert "D  file A  more A  new" in machine.said("diff")
+    assert "resized to 48 MiB" in machine.said("grow")
+    assert machine.said("check").strip().endswith("clean")
+    assert "of 32 MiB (" in machine.said("info")
+    assert re.findall(r":(\d+)", machine.said("plain")) == ["0", "0"]
+
+
+def test_an_encrypted_store_is_made_used_and_booted_from(
+    boot: Boot, parts: Parts, initramfs: Path, tmp_path: Path
+) -> None:
+    """In a file, and on a disk as a whole; with a key file, and with a passphrase that is typed."""
+    mine = images.fat_stick(tmp_path / "stick.img", {"/sysrcd.dat": parts.image}, 200)
+    disk = tmp_path / "disk.img"
+    with disk.open("wb") as out:
+        out.truncate(64 << 20)
+    devices = [*stick(mine, "stick"), *hard_disk(disk, "disk")]
     with boot(
-        f"{PLAIN} backstore=off", initramfs=initramfs, test=test, devices=devices, memory=900
+        f"{PLAIN} backstore=off", initramfs=initramfs, test=USE, devices=devices, memory=900
     ) as machine:
         machine.wait(1200)
-        assert machine.said("created").endswith("sysrcd.bs: created an empty encrypted store in 40 MiB ")
-        assert machine.said("device") == "/dev/vda: created an empty encrypted store in 64 MiB "
-        assert "wrong passphrase, or wrong key file" in machine.said("wrong")
-        assert "no terminal to ask for the passphrase" in machine.said("unasked")
-        for name in ("my.bs", "vda"):
-            assert "in use by process" in machine.said(f"busy {name}")
-            assert "store:      /dev/dm-0" in machine.said(f"shows {name}")
-            assert machine.said(f"umount {name}").strip() == ""
-            assert "cowfs-" not in machine.said(f"closed {name}")
-        assert "cowfs-" not in machine.said("after") + machine.said("closed after death")
-        assert "D  file A  more A  new" in machine.said("diff")
-        assert "resized to 48 MiB" in machine.said("grow")
-        assert machine.said("check").strip().endswith("clean")
-        assert "of 32 MiB (" in machine.said("info")
-        assert re.findall(r":(\d+)", machine.said("plain")) == ["0", "0"]
+        was_used(machine)
         machine.shows("are unmounted cleanly")
 
     test = f"""{GUEST}
