@@ -68,6 +68,14 @@ def xattr_sizes(s: Script) -> Steps:
 
 
 @quick()
+def xattr_of_a_capability_that_is_none(s: Script) -> None:
+    s.setxattr("f", "security.capability", b"")
+    s.getxattr("f", "security.capability")
+    s.removexattr("f", "security.capability")
+    s.listxattr("f")
+
+
+@quick()
 def xattr_that_fills_the_block(s: Script) -> Steps:
     for name in ("d", "x"):
         for size in (4041, 4040, 4005, 4004):
