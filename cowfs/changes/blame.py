@@ -28,6 +28,8 @@ _LONGEST_PATHS = 32 << 20
 """Bytes that the paths in one batch have together: a recorder ends it long before that."""
 _MOST_NAMES_TOLD = 256 << 20
 """Bytes of all names that are told at once."""
+_MOST_LOOKED_AT = 2 << 30
+"""Bytes that are looked at to find what all directories above them were renamed to."""
 
 KINDS = {
     **dict.fromkeys(MAKING, "made"),
@@ -278,8 +280,11 @@ class _Names:
 
 def names_of(contents: Iterable[bytes], name: str, selects: Callable[[bytes], object]) -> list[bytes]:
     """Return all recorded paths that *selects* accepts, under their last names, sorted."""
-    names, found, left = _Names(), set[bytes](), _MOST_NAMES_TOLD
+    names, found, left, look = _Names(), set[bytes](), _MOST_NAMES_TOLD, _MOST_LOOKED_AT
     for record in records(contents, name):
+        look -= sum(len(path) * path.count(b"/") for path in (record.path, record.to or b""))
+        if look < 0:
+            raise StoreError(f"{name}: the names in the record of changes are too deep to be found", HINT)
         new = {path for path in names.go_back(record) if path not in found and selects(path)}
         found |= new
         left -= sum(map(len, new)) + (0 if record.to is None else len(record.path) + len(record.to))

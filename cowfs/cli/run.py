@@ -19,7 +19,7 @@ from cowfs.cli.output import warn
 from cowfs.cli.sandbox import Part, Sandbox
 from cowfs.errors import MountFailure, SystemFailure, UsageError
 from cowfs.layers.beneath import now
-from cowfs.linux import mounts, offspring, programs, seccomp, user_namespace
+from cowfs.linux import mounts, offspring, privileges, programs, seccomp, user_namespace
 from cowfs.linux.signals import ASKS_TO_END, unblock
 
 NAME = "run"
@@ -196,6 +196,7 @@ def _enter() -> bool:
         return True
     try:
         user_namespace.become_root()
+        privileges.hide()  # or the command would find the system by /proc/PID/root
     except OSError as error:
         raise SystemFailure(
             f"cannot create a user namespace: {error.strerror}",

@@ -70,6 +70,13 @@ def give_up(*, has_rings: bool = False) -> None:
 
 def _hide_memory() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    hide()
+
+
+def hide() -> None:
+    """Let no process of a user namespace below trace this one, or reach by /proc what it sees; nor any user's
+    process without privileges. What is forked is hidden, too; a program that is run is not. OSError.
+    """
     _prctl(_PR_SET_DUMPABLE, 0)
 
 

@@ -25,6 +25,7 @@ from cowfs import api, backups
 from cowfs.errors import CowfsError
 from cowfs.exports.run import How
 from tests.support.mounts import cowfs, mounted
+from tests.support.squashfs import mksquashfs
 from tests.support.system import needs_fuse, needs_root, run
 from tests.support.tree import Snapshot, snapshot
 
@@ -75,7 +76,18 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (here.path / "made/deep/link").symlink_to("../../new")
             os.mknod(here.path / "made/null", 0o020666, os.makedev(1, 3))
             os.link(here.path / "new", here.path / "made/again")
+    (top / "disc").mkdir()
+    if shutil.which("xorriso"):
+        mksquashfs(top / "disc/root.sfs", top / "lower")
+        run("xorriso", "-outdev", top / "base.iso", "-map", top / "disc", "/", "-commit")
     return top
+
+
+def programs_for(*names: str) -> None:
+    """Skip the test where one of them is not installed."""
+    for name in names:
+        if shutil.which(name) is None:
+            pytest.skip(f"needs {name}")
 
 
 @dataclass
@@ -101,6 +113,13 @@ OUTPUTS: dict[str, Output] = {
     "oci": Output(_export("oci")),
     "overlayfs": Output(_export("overlayfs")),
     "patch": Output(_export("patch", force=True), _old),
+    "squashfs": Output(_export("squashfs"), lambda made, place: programs_for("tar2sqfs")),
+    "iso": Output(
+        lambda made, place: api.export(
+            str(made / "store.bs"), str(place / "out"), How("iso", base=str(made / "base.iso"))
+        ),
+        lambda made, place: programs_for("xorriso", "tar2sqfs"),
+    ),
     "report": Output(lambda made, place: api.report(str(made / "store.bs"), str(place / "out"))),
     "backup": Output(lambda made, place: backups.backup(str(made / "store.bs"), str(place / "out"))),
     "backup of a directory": Output(

@@ -21,6 +21,7 @@ from cowfs.store.format.sizes import LARGEST, SMALLEST, check_room, format_size
 from cowfs.store.format.sniff import what_is
 from cowfs.store.served import lock, luks
 from cowfs.store.served.allocate import allocate, fill_holes
+from cowfs.store.served.directory import refuse_unsafe_path
 from cowfs.store.served.image import claim, open_file, open_layer
 
 
@@ -45,6 +46,7 @@ def create_store(path: str, size: int, *, key: bytes | None = None, progress: Pr
         raise StoreError(
             f"{path}: the directory {directory} does not exist", "create it first, or choose another path"
         )
+    refuse_unsafe_path(path, directory)
     check_room(path, directory, size)
     tools.program("mke2fs")
     progress(f"making {path}, {format_size(size)}")

@@ -35,9 +35,8 @@ def shrink_store(path: str, size: int | None, replacing: Replacing, *, progress:
     there: whenever it is interrupted, the image is the old one or the new one. Raises StoreError, StoreBusy,
     UsageError.
     """
-    path = _image(path)
     with cleaned_up(), ExitStack() as stack:
-        fd = _open(path, stack)
+        fd, path = _open(path, stack)
         superblock = read_superblock(fd, path, smallest=0)
         before, unit = os.fstat(fd).st_size, superblock.block_size
         if size is not None and size >= before:
@@ -70,6 +69,7 @@ def shrink_store(path: str, size: int | None, replacing: Replacing, *, progress:
         if is_whole:
             allocate(copy, path, 0, os.fstat(copy).st_size, os.fstat(copy).st_size)
         _set_attributes(fd, copy)
+        _must_be_there(fd, path)
         return os.fstat(copy).st_size
 
 
@@ -78,9 +78,8 @@ def trim_store(path: str, *, progress: Progress = quiet) -> int:
 
     Raises StoreError, StoreBusy.
     """
-    path = _image(path)
     with cleaned_up(), ExitStack() as stack:
-        fd = _open(path, stack)
+        fd, path = _open(path, stack)
         progress(f"checking {path}")
         freed = _trim(fd, path)
         copy_detection.closed(fd)
@@ -116,16 +115,22 @@ def _trim(fd: int, path: str) -> int:
     return max(before - os.fstat(fd).st_blocks, 0) * 512
 
 
-def _image(path: str) -> str:
+def _open(path: str, stack: ExitStack) -> tuple[int, str]:
+    """Open an image that nobody uses, and lock it until the end; return where it is, too."""
     refuse_directory(path, "delete files in it")
-    return os.path.realpath(path)
-
-
-def _open(path: str, stack: ExitStack) -> int:
-    """Open an image that nobody uses, and lock it until the end."""
     fd = open_unused(path, stack, refuse_device)
+    path = os.path.realpath(path)
+    _must_be_there(fd, path)
     stack.callback(_still_closed, fd)
-    return fd
+    return fd, path
+
+
+def _must_be_there(fd: int, path: str) -> None:
+    """StoreError if somebody has put another file in the place of the one that was opened."""
+    with suppress(OSError):
+        if os.path.samestat(os.stat(path, follow_symlinks=False), os.fstat(fd)):
+            return
+    raise StoreError(f"{path}: is another file by now", "give the file itself")
 
 
 def refuse_device(fd: int, path: str) -> None:
