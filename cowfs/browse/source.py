@@ -35,22 +35,29 @@ _LONGEST = 1000
 
 
 class Entry:
-    """A changed path, or a directory with changes in it."""
+    """A changed path, or a directory with changes in it. It holds its name, not its path: trees are deep."""
 
-    __slots__ = ("change", "children", "count", "name", "parent", "path")
+    __slots__ = ("_change", "children", "count", "name", "parent")
 
-    def __init__(self, name: bytes, path: bytes, parent: Entry | None) -> None:
+    def __init__(self, name: bytes, parent: Entry | None) -> None:
         self.name = name
-        self.path = path
         self.parent = parent
-        self.change: Change | None = None
+        self._change: Change | None = None
         self.children: dict[bytes, Entry] = {}
         self.count = 0
         """Of the changes here and below."""
 
     @property
+    def path(self) -> bytes:
+        return b"/".join(each.name for each in reversed([*self.ways()][:-1]))
+
+    @property
+    def change(self) -> Change | None:
+        return None if self._change is None else replace(self._change, path=self.path)
+
+    @property
     def is_directory(self) -> bool:
-        return bool(self.children) or self.change is None or self.change.type == "directory"
+        return bool(self.children) or self._change is None or self._change.type == "directory"
 
     def ways(self) -> Iterator[Entry]:
         """Yield this entry and those above it, the root last."""
@@ -76,19 +83,19 @@ class Entry:
         for name in filter(None, change.path.split(b"/")):
             child = entry.children.get(name)
             if child is None:
-                path = entry.path + b"/" + name if entry.path else name
-                child = entry.children[name] = Entry(name, path, entry)
+                child = entry.children[name] = Entry(name, entry)
             entry = child
             entry.count += 1
-        entry.change = change
+        entry._change = replace(change, path=b"")
 
-    def changes(self) -> Iterator[Change]:
-        """Yield the changes here and below."""
-        waiting = [self]
+    def below(self) -> Iterator[Change]:
+        """Yield the changes below."""
+        waiting = [*reversed(self.children.values())]
         while waiting:
             entry = waiting.pop()
-            if entry.change is not None:
-                yield entry.change
+            change = entry.change
+            if change is not None:
+                yield change
             waiting.extend(reversed(entry.children.values()))
 
 
@@ -122,7 +129,7 @@ class Source:
     def read(self) -> Entry:
         """Read all changes as they are now, and return the root of their tree."""
         self.close()
-        root = Entry(b"", b"", None)
+        root = Entry(b"", None)
         self.found = 0
         for change in self.open():
             root.add(change)
@@ -145,9 +152,9 @@ class Source:
         below = entry.count - (change is not None)
         if below:
             counts = Summary()
-            for _ in counts.counted(each for each in entry.changes() if each is not change):
+            for _ in counts.counted(entry.below()):
                 pass
-            kinds = Counter(each.type for each in entry.changes() if each is not change)
+            kinds = Counter(each.type for each in entry.below())
             types = ", ".join(f"{kind} {count}" for kind, count in kinds.most_common())
             head.append(f"Below {escape(entry.path) or '/'}: {counts} ({types}).")
         if change is None:

@@ -94,7 +94,7 @@ class ChangesTree(Tree[Entry | More]):
     def label(self, entry: Entry) -> Text:
         """Return what is shown of an entry: plain text, whatever its name contains."""
         text = Text(no_wrap=True)
-        marked = any(each.path in self.marked for each in entry.ways())
+        marked = bool(self.marked) and any(each.path in self.marked for each in entry.ways())
         text.append("* " if marked else "  ", "bold magenta")
         change = entry.change
         if change is not None:

@@ -12,14 +12,21 @@ top=$COWFS_RUN/initramfs/cowfs
 
 # To the console, whatever the log level; to the kernel's log, where it does not appear there twice; to a file.
 say() {
-    printf 'cowfs: %s\n' "$*" >"$COWFS_DEV/console"
-    printf '<7>cowfs: %s\n' "$*" >"$COWFS_DEV/kmsg"
-    printf '%s\n' "$*" >>"$top/log"
+    said=$(harmless "$*")
+    printf 'cowfs: %s\n' "$said" >"$COWFS_DEV/console"
+    printf '<7>cowfs: %s\n' "$said" >"$COWFS_DEV/kmsg"
+    printf '%s\n' "$said" >>"$top/log"
 } 2>/dev/null
+
+# $1 without what controls a terminal: the command line and disks have names in it.
+harmless() {
+    printf %s "$1" | tr '\001-\037\177' '?'
+}
 
 # What the user must know even if nobody looks at the console: pam_motd shows /run/motd.d at each login. Once is
 # enough there, however often a disk is looked at.
 warn() {
+    set -- "$(harmless "$*")"
     ! grep -qxF "cowfs: $*" "$COWFS_RUN/motd.d/cowfs" 2>/dev/null || return 0 # said already
     say "WARNING: $*"
     grep -sqxF -e "cowfs: $*" "$COWFS_RUN/motd.d/cowfs" && return
@@ -57,7 +64,7 @@ read_options() {
         backstore.wait=*) read_patience "$word" ;;
         subdir=*) subdir=$(clean_path "${word#*=}") || warn "$word is not a path: ignored" ;;
         skipmount=*) skip="$skip $(printf %s "${word#*=}" | sed 's|/dev/||g' | tr ,/ ' !')" ;;
-        cowfs.image=/*) image=${word#*=} ;;
+        cowfs.image=/*) image=$(image_path "${word#*=}") || warn "$word is not the path of a file: ignored" ;;
         cowfs.engine=kernel | cowfs.engine=process | cowfs.engine=auto) engine=${word#*=} ;;
         cowfs.engine=*) warn "$word is not understood (auto, kernel or process): ignored" ;;
         cowfs.volatile=/* | cowfs.volatile=none) volatile=${word#*=} ;;
@@ -120,6 +127,16 @@ clean_path() {
     */./* | */../*) return 1 ;;
     esac
     printf %s "$path"
+}
+
+# The same for the path of the image; the usual one instead of all others.
+image_path() {
+    if [ -n "${1##*/}" ] && path=$(clean_path "$1"); then
+        printf %s "$path"
+    else
+        printf /sysrcd.dat
+        return 1
+    fi
 }
 
 # --- which devices

@@ -11,12 +11,15 @@ import subprocess
 import sys
 import termios
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from cowfs.browse.source import Entry
+from cowfs.types import Change
 from tests.support.mounts import COWFS, cowfs, mounted, project_root
 from tests.support.system import needs_fuse
 
@@ -177,6 +180,21 @@ def browse_mount(mountpoint: Path) -> None:
         screen.keys(ESCAPE)
         screen.process.terminate()
         assert screen.ended() == 0
+
+
+def test_a_deep_tree_takes_little_memory() -> None:
+    root, path, name = Entry(b"", None), b"", b"n" * 255
+    tracemalloc.start()
+    try:
+        for _ in range(1000):
+            path = path + b"/" + name if path else name
+            root.add(Change("A", path, type="directory"))
+        assert tracemalloc.get_traced_memory()[0] < 8 << 20
+    finally:
+        tracemalloc.stop()
+    change = root.find(path).change
+    assert change is not None and change.path == path
+    assert [each.path for each in root.below()][-1] == path
 
 
 def test_without_a_terminal_or_textual(tmp_path: Path) -> None:
