@@ -72,6 +72,8 @@ class UnionOptions:
     """Use the store even if it was made for another lower."""
     size: int | None = None
     """The size of a store in memory, and of the part of another that is not kept, in bytes."""
+    memory_subdir: str = ""
+    """The name of a store in memory in the image that it becomes when it is persisted."""
     offsets: tuple[int, ...] = ()
     """Where in its file each lower image begins, in bytes; those that are left out at 0."""
     verify: tuple[str, ...] = ()
@@ -482,6 +484,7 @@ def _open_store(options: UnionOptions, identities: Sequence[Identity], progress:
         force_lower=options.force_lower,
         engine=options.engine,
         progress=progress,
+        memory_subdir=options.memory_subdir,
         memory_size=None if options.volatile and options.store != "memory" else options.size,
         read_only=options.read_only,
         work=options.work,

@@ -199,6 +199,7 @@ def _union_options(args: argparse.Namespace, given: mount_options.Options) -> Un
         engine=engine,
         force_lower=args.force_lower or "force_lower" in given.flags,
         size=given.size,
+        memory_subdir=given.values.get("subdir", "") if store == "memory" else "",
         offsets=mount_options.find_offsets(given.offsets, lowers),
         verify=_verify(given, lowers, engine),
         data_only=data_only,
@@ -264,7 +265,7 @@ def _of_several(store: str, name: str) -> str:
     from cowfs.store.format.sniff import looks_like_image, subdir
 
     whole = subdir(store, name)
-    if not os.path.lexists(store):
+    if store != "memory" and not os.path.lexists(store):
         if looks_like_image(store):
             raise StoreError(f"{store}: no such store", f"cowfs create {store} 256 creates one of 256 MiB")
         with suppress(OSError):  # opening the store reports it

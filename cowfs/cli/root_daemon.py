@@ -131,7 +131,14 @@ def start(args: argparse.Namespace) -> int:
             fill_holes(store)
             store = of_several(store, args.subdir)
     volatile = None if args.volatile is None else parse_volatile(args.volatile)
-    union = UnionOptions(lowers=lowers, store=store, engine=args.engine, volatile=volatile)
+    of_several("memory", args.subdir)  # which refuses a name that cannot be
+    union = UnionOptions(
+        lowers=lowers,
+        store=store,
+        memory_subdir=(args.subdir or "") if store == "memory" else "",
+        engine=args.engine,
+        volatile=volatile,
+    )
 
     def daemon(reporter: Reporter) -> int:
         log = set_up_log(args.log, foreground=False)

@@ -80,7 +80,7 @@ def test_two_systems_in_one_store(tmp_path: Path, nobody_path: Path, kind: str) 
     [
         ("s.bs", "upper", "not a name for a store"),
         ("s.bs", "../x", "not a name for a store"),
-        ("memory", "a", "a store in memory"),
+        ("memory", "../x", "not a name for a store"),
         ("s.bs", "a", "no such store"),
     ],
 )
@@ -89,6 +89,25 @@ def test_names_that_cannot_be(tmp_path: Path, store: str, name: str, what: str) 
     given = store if store == "memory" else tmp_path / store
     done = cowfs("mount", lower, tmp_path / "mnt", "--store", given, "-o", f"subdir={name}")
     assert done.returncode in {1, 32} and what in done.stderr and len(done.stderr.splitlines()) == 1, done
+
+
+def test_changes_in_memory_that_are_kept_in_one_of_several(tmp_path: Path) -> None:
+    """Persisted, they are where the next mount with the same subdir finds them."""
+    lower, at, store = made(tmp_path, "lower"), tmp_path / "mnt", tmp_path / "s.bs"
+    with mounted(lower, at, options=["subdir=a"]) as here:
+        script("echo kept >new", here.path)
+        cowfs("persist", here.path, store, "128", check=True)
+        script("echo later >later", here.path)
+        shown = json.loads(cowfs("info", here.path, "--json", check=True).stdout)
+        assert shown["store"]["path"] == str(store / "a")
+    assert names(store / "a", nobody=False) == ["later", "new"]
+    cowfs("check", "-n", store, check=True)
+    with mounted(lower, at, store, options=["subdir=a"]) as here:
+        assert (here.path / "new").read_text() == "kept\n"
+    copy = tmp_path / "copy.bs"
+    copy.write_bytes(store.read_bytes())  # of a store that is not in use: it may be anywhere
+    with mounted(lower, at, copy, options=["subdir=a"]) as here:
+        assert (here.path / "later").exists()
 
 
 def test_one_that_is_not_there(tmp_path: Path) -> None:

@@ -59,18 +59,16 @@ _TAKEN = {"upper", "work", "cowfs", "lost+found"}
 
 
 def subdir(store: str, name: str) -> str:
-    """Return the store *name* inside another: STORE/NAME, also if STORE is an image.
+    """Return the store *name* inside another: STORE/NAME, also if STORE is an image; memory stays what it is.
 
-    UsageError for an invalid name, or for a store in memory.
+    UsageError for an invalid name.
     """
     if not _SUBDIR.fullmatch(name) or name in _TAKEN:
         raise UsageError(
             f"subdir={name}: not a name for a store in a store",
             "use letters, digits and _ . + -; not upper or work",
         )
-    if store == "memory":
-        raise UsageError("subdir: a store in memory cannot contain others", "give a store: -o store=FILE")
-    return os.path.join(store, name)
+    return store if store == "memory" else os.path.join(store, name)
 
 
 def split_subdir(path: str) -> tuple[str, str]:

@@ -69,7 +69,7 @@ def persist(
         os.close(kept)
         store.fd = store.locked = memory.fd
         store.mounted_as(store.dev)
-        note(store.layer, store.fd)
+        _note(store, memory.top)
         return os.fstat(memory.fd).st_size
     finally:
         memory.leaving = ""
@@ -113,13 +113,23 @@ def _switch(
             os.close(keeping)
             raise
         kept = keeping
-        store.kind, store.path, store.memory = "image", path, None
+        store.kind, store.path, store.memory = "image", os.path.join(path, memory.subdir).rstrip("/"), None
         layer.spare_bytes = 0
     finally:
         layer.resume(store.work, kept)
         if kept < 0:
             memory.reserve_space(store.work)
     return kept
+
+
+def _note(store: Store, top: Any) -> None:
+    """Note in which file the image is: where *top*, its root, is a store."""
+    layer: Any = store.layer
+    root, layer.root = layer.root, top
+    try:
+        note(layer, store.fd)
+    finally:
+        layer.root = root
 
 
 _NOT_OURS = "memory: changes in a tmpfs (--engine kernel) cannot be kept; --engine process allows it"

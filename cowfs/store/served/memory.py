@@ -36,8 +36,12 @@ _BALLAST_BYTES = 256 << 10
 class Memory:
     """The image of a store in memory: a file without a name, which grows towards its limit."""
 
-    def __init__(self, fd: int, layer: Ext3Layer, limit: int) -> None:
+    def __init__(self, fd: int, layer: Ext3Layer, limit: int, subdir: str = "") -> None:
         self.fd = fd
+        self.subdir = subdir
+        """The directory of the image in which the store is; "": its root."""
+        self.top = layer.root
+        """The root of the image."""
         self._layer = layer
         self._limit = limit
         self.leaving = ""
@@ -97,7 +101,7 @@ class Memory:
             self._layer.sync()
 
 
-def open_memory(want: Wanted, size: int | None = None) -> Store:
+def open_memory(want: Wanted, size: int | None = None, subdir: str = "") -> Store:
     """Open an empty store of at most *size* bytes that only we see: an ext3 image that is a file without
     a name, or, for the engine *kernel*, a tmpfs. Blocks.
 
@@ -106,7 +110,7 @@ def open_memory(want: Wanted, size: int | None = None) -> Store:
     """
     with ExitStack() as stack:
         if want.engine != "kernel":
-            return _open_image(want, size, stack)
+            return _open_image(want, size, subdir, stack)
         try:
             root = mounts.tmpfs(size)
         except PermissionError:
@@ -171,7 +175,7 @@ def _write_template(fd: int) -> bool:
     return True
 
 
-def _open_image(want: Wanted, size: int | None, stack: ExitStack) -> Store:
+def _open_image(want: Wanted, size: int | None, subdir: str, stack: ExitStack) -> Store:
     if size is None:
         size = max(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2, SMALLEST)
     if size < SMALLEST:
@@ -190,8 +194,12 @@ def _open_image(want: Wanted, size: int | None, stack: ExitStack) -> Store:
         format_image(fd, _NAME, journal=_JOURNAL)
     superblock = read_superblock(fd, _NAME)
     layer = image.open_layer(fd, _NAME, stack)
+    memory = Memory(fd, layer, size, subdir)
+    if subdir:
+        layout.initialise(layer, new_header())
+        image.within(layer, subdir, _NAME, stack, read_only=False)
     header = layout.initialise(layer, new_header(identity=superblock.uuid))
     store = finish("memory", _NAME, layer, header, want, stack)
-    store.memory = Memory(fd, layer, size)
+    store.memory = memory
     store.memory.reserve_space(store.work)
     return store

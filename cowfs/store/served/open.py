@@ -33,6 +33,7 @@ def open_store(
     engine: str = "auto",
     read_only: bool = False,
     memory_size: int | None = None,
+    memory_subdir: str = "",
     work: str = "",
     durable: bool = True,
     may_crash: bool = False,
@@ -46,13 +47,14 @@ def open_store(
     for a directory), and so does an ext3 image with nothing in it;
     upper/ and work/ of the kernel's overlayfs are adopted. The store is not bound to *lowers* yet:
     that is Store.bind(). *memory_size* is in bytes; UsageError where it would not be kept.
+    *memory_subdir* names the directory of the image in memory in which the store is, for who persists it.
 
     Raises StoreBusy when somebody else has it, WrongLower when it belongs to others than *lowers*
     (without *lowers* nobody asks), StoreError for everything else that is wrong with it.
     """
     want = Wanted(lowers, force_lower, engine, read_only, progress, durable, may_crash)
     if spec == "memory":
-        return open_memory(want, memory_size)
+        return open_memory(want, memory_size, memory_subdir)
     if memory_size is not None:
         raise UsageError(
             f"{spec}: size= applies only to a store in memory",
