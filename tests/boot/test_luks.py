@@ -82,7 +82,7 @@ def was_used(machine: Machine) -> None:
         assert "cowfs-" not in machine.said(f"closed {name}")
     assert "cowfs-" not in machine.said("after") + machine.said("closed after death")
     assert "D  file A  more A  new" in machine.said("diff")
-    assert "resized to 48 MiB" in machine.said("grow")
+    assert "resized to 32 MiB" in machine.said("grow")
     assert machine.said("check").strip().endswith("clean")
     assert "of 32 MiB (" in machine.said("info")
     assert re.findall(r":(\d+)", machine.said("plain")) == ["0", "0"]
