@@ -31,10 +31,9 @@ enum { NOTIFY_RETRIEVE = 5 };
 enum {
 	RESERVE = 8,          /* entries that wait for requests when others have one that waits */
 	MOST_ENTRIES = 16384, /* of a queue: nobody shall have all by letting requests wait */
+	LATE_AT_ONCE = 16,    /* answers of other threads */
 	FILES = 8,
 	BUCKETS = 256,
-	FEW = 64,        /* entries of a queue whose memory is kept for the next request, … */
-	LARGE = 1 << 16, /* … but for that of larger data than this */
 };
 
 static const int64_t PAUSE = 50 * 1000000LL;  /* ns: without a request for so long, the machine may have slept … */
@@ -94,6 +93,9 @@ bool ring_send_entry(struct entry *e, unsigned operation)
 	}
 	command->commit_id = e->commit_id;
 	command->qid = e->queue->id;
+	if (operation == CMD_COMMIT_AND_FETCH)
+		ring_memory_used(e, e->header->entry.payload_sz);
+	e->kernels = true;
 	e->queue->idle++;
 	return true;
 }
@@ -233,29 +235,35 @@ static int64_t now(void)
 	return t.tv_sec * 1000000000LL + t.tv_nsec;
 }
 
+/* With each answer the kernel may put in the next request and its data: a few at a time, and those are served. */
 static void send_late(struct ring *ring)
 {
 	uint64_t count;
 	ssize_t ignored = read(ring->event, &count, sizeof count);
 	(void)ignored;
 	pthread_mutex_lock(&ring->late_lock);
-	struct entry *e = ring->late;
-	ring->late = NULL;
-	pthread_mutex_unlock(&ring->late_lock);
-	while (e) {
-		struct entry *next = e->next; /* e is the kernel's when it is sent */
-		ring_send_entry(e, CMD_COMMIT_AND_FETCH);
-		e = next;
+	if (!ring->answered) {
+		ring->answered = ring->late;
+		ring->late = NULL;
 	}
+	bool more = ring->late;
+	pthread_mutex_unlock(&ring->late_lock);
+	for (unsigned i = 0; ring->answered && i < LATE_AT_ONCE; i++) {
+		struct entry *e = ring->answered;
+		ring->answered = e->next; /* e is the kernel's when it is sent */
+		ring_send_entry(e, CMD_COMMIT_AND_FETCH);
+	}
+	if (more || ring->answered)
+		ring_wake(ring);
 	ring_watch_event(ring);
 }
 
-/* The entry of a request that has arrived; NULL if none has. */
+/* The entry of a request that has been received; NULL if none has. */
 static struct entry *completed(struct ring *ring)
 {
 	struct io_uring_cqe *cqe;
 
-	while (!ring->ended && io_uring_peek_cqe(&ring->uring, &cqe) == 0) {
+	while (!ring->ended && io_uring_cq_ready(&ring->uring) && io_uring_peek_cqe(&ring->uring, &cqe) == 0) {
 		struct entry *e = (struct entry *)(uintptr_t)cqe->user_data;
 		int result = cqe->res;
 		io_uring_cqe_seen(&ring->uring, cqe);
@@ -264,6 +272,7 @@ static struct entry *completed(struct ring *ring)
 			ring->ended |= atomic_load(&ring_stopping);
 			continue;
 		}
+		e->kernels = false;
 		e->queue->idle--;
 		if (result == 0)
 			return e;
@@ -276,12 +285,15 @@ static struct entry *wait_for_request(struct ring *ring)
 {
 	for (;;) {
 		/* Answers go first: their callers wait. */
-		if (io_uring_sq_ready(&ring->uring) && io_uring_cq_ready(&ring->uring))
+		if (io_uring_sq_ready(&ring->uring) && io_uring_cq_ready(&ring->uring)) {
 			io_uring_submit(&ring->uring);
+			ring_memory_trim(ring);
+		}
 		struct entry *e = completed(ring);
 		if (e || ring->ended)
 			return e;
 		int result = io_uring_submit_and_wait(&ring->uring, 1);
+		ring_memory_trim(ring);
 		if (result < 0 && result != -EINTR && result != -EAGAIN && result != -EBUSY)
 			ring->ended = true;
 	}
@@ -303,8 +315,7 @@ static ssize_t put_together(struct entry *e, char *buffer, size_t size)
 	memcpy(buffer, in, sizeof *in);
 	memcpy(buffer + sizeof *in, e->header->op_in, fixed);
 	memcpy(buffer + sizeof *in + fixed, e->payload, payload);
-	if (payload > LARGE && e->queue->entries > FEW)
-		madvise(e->payload, payload, MADV_DONTNEED); /* a burst may have left thousands of entries */
+	ring_memory_used(e, payload);
 	return in->len;
 }
 
@@ -393,7 +404,7 @@ static PyObject *py_leave(PyObject *self, PyObject *args)
 	ring_mine->serving = NULL;
 	e->next = waiting[e->unique / 2 % BUCKETS];
 	waiting[e->unique / 2 % BUCKETS] = e;
-	madvise(e->payload, ring_payload, MADV_DONTNEED); /* what was in it has been taken */
+	ring_memory_drop(e); /* what was in it has been taken */
 	if (!e->queue->idle)
 		e->queue->crowded = true;
 	while (e->queue->idle < RESERVE && e->queue->entries < MOST_ENTRIES) {
@@ -416,6 +427,31 @@ static PyObject *py_give_core(PyObject *self, PyObject *args)
 	Py_RETURN_NONE;
 }
 
+/* In the ring, not in poll(2): the kernel waits for us to take what it has for us, when it is unmounted. */
+static void send_until_quit(struct ring *ring)
+{
+	struct io_uring_cqe *cqe;
+	int result = 0;
+
+	while (!atomic_load(&ring_quitting)) {
+		if (result < 0 && result != -EINTR && result != -EAGAIN && result != -EBUSY) {
+			struct pollfd event = { ring->event, POLLIN, 0 };
+			poll(&event, 1, -1);
+			send_late(ring);
+		}
+		result = io_uring_submit_and_wait(&ring->uring, 1);
+		while (io_uring_cq_ready(&ring->uring) && io_uring_peek_cqe(&ring->uring, &cqe) == 0) {
+			bool is_event = !cqe->user_data; /* nobody answers requests any more */
+			io_uring_cqe_seen(&ring->uring, cqe);
+			if (is_event)
+				send_late(ring);
+		}
+	}
+	while (ring->late || ring->answered) /* no other thread answers any more */
+		send_late(ring);
+	io_uring_submit(&ring->uring);
+}
+
 static PyObject *py_finish(PyObject *self, PyObject *args)
 {
 	(void)self, (void)args;
@@ -425,15 +461,7 @@ static PyObject *py_finish(PyObject *self, PyObject *args)
 		refuse(ring_mine->serving, EIO);
 	give_core(ring_mine);
 	Py_BEGIN_ALLOW_THREADS
-	while (!atomic_load(&ring_quitting)) {
-		send_late(ring_mine);
-		io_uring_submit(&ring_mine->uring);
-		struct pollfd event = { ring_mine->event, POLLIN, 0 };
-		if (!atomic_load(&ring_quitting))
-			poll(&event, 1, -1);
-	}
-	send_late(ring_mine);
-	io_uring_submit(&ring_mine->uring);
+	send_until_quit(ring_mine);
 	Py_END_ALLOW_THREADS
 	ring_mine = NULL;
 	Py_RETURN_NONE;
@@ -442,6 +470,8 @@ static PyObject *py_finish(PyObject *self, PyObject *args)
 static PyObject *py_quiet(PyObject *self, PyObject *args)
 {
 	(void)self, (void)args;
+	if (ring_mine && !io_uring_cq_ready(&ring_mine->uring))
+		io_uring_get_events(&ring_mine->uring);
 	return PyBool_FromLong(ring_mine && !io_uring_cq_ready(&ring_mine->uring) && !core_lock_wanted());
 }
 

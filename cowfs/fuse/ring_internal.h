@@ -10,6 +10,7 @@
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stdint.h>
+#include <sys/queue.h>
 #include <sys/uio.h>
 
 /* include/uapi/linux/fuse.h of Linux 6.14, protocol 7.42: Debian 12 has older headers. */
@@ -47,6 +48,9 @@ struct entry { /* room for one request and its answer */
 	struct queue *queue;
 	struct ring *ring;
 	struct entry *next; /* among those that wait, or those that are answered elsewhere */
+	bool kernels;       /* it waits for a request */
+	bool large;         /* its memory is in use, or was and is kept */
+	TAILQ_ENTRY(entry) among_large;
 };
 
 struct ring { /* one for each of our threads */
@@ -60,8 +64,11 @@ struct ring { /* one for each of our threads */
 	bool locked;           /* the thread has the core lock */
 	bool ended;
 	uint64_t requests;
+	TAILQ_HEAD(, entry) large; /* the last one used is the last */
+	unsigned large_count;
 	pthread_mutex_t late_lock;
-	struct entry *late; /* answered by another thread */
+	struct entry *late;     /* answered by another thread */
+	struct entry *answered; /* they were late, and are being sent */
 };
 
 extern struct ring *rings;
@@ -77,6 +84,15 @@ void ring_wake(const struct ring *ring);
 struct entry *ring_new_entry(struct ring *ring, struct queue *queue);
 bool ring_send_entry(struct entry *e, unsigned operation);
 void ring_watch_event(struct ring *ring);
+
+/* An entry has, or had, so many bytes of data. For the ring's thread, as those that follow. */
+void ring_memory_used(struct entry *e, size_t size);
+
+/* Give back the memory of an entry that is not the kernel's. */
+void ring_memory_drop(struct entry *e);
+
+/* Give back the memory of those that the kernel has, but for a few; right after the kernel was entered. */
+void ring_memory_trim(struct ring *ring);
 
 /* Look whether a message of the kernel is FUSE_INIT, and whether it offers io_uring. */
 void ring_note_init(const void *message, size_t size);

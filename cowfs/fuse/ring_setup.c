@@ -164,8 +164,11 @@ static int restrict_ring(struct io_uring *uring)
 static int open_ring(struct ring *ring, unsigned queues)
 {
 	struct io_uring_params p = {
-		.flags = IORING_SETUP_SQE128 | IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_COOP_TASKRUN |
-			 IORING_SETUP_TASKRUN_FLAG | IORING_SETUP_R_DISABLED,
+		/* The last: requests are put into entries while we wait for them, at most 20 at a time
+		 * (IO_LOCAL_TW_DEFAULT_MAX in io_uring/io_uring.c). Otherwise the data of a burst would take its whole
+		 * memory at once. No IORING_SETUP_TASKRUN_FLAG: with it liburing does that with each answer, too. */
+		.flags = IORING_SETUP_SQE128 | IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_R_DISABLED |
+			 IORING_SETUP_DEFER_TASKRUN,
 	};
 	ring->queues = calloc(queues, sizeof *ring->queues);
 	ring->event = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
@@ -195,6 +198,7 @@ static PyObject *py_open(PyObject *self, PyObject *args)
 	rings = calloc(count, sizeof *rings);
 	for (; rings && ring_count < count && !failure; ring_count++) {
 		rings[ring_count].cpu = (int)PyLong_AsLong(PyTuple_GET_ITEM(cpus, ring_count));
+		TAILQ_INIT(&rings[ring_count].large);
 		failure = open_ring(&rings[ring_count], (unsigned)possible);
 	}
 	if (failure || !ring_count || PyErr_Occurred()) {
