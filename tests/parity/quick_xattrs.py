@@ -69,8 +69,11 @@ def xattr_sizes(s: Script) -> Steps:
 
 @quick()
 def xattr_of_a_capability_that_is_none(s: Script) -> None:
+    s.setxattr("f", "security.capability", b"", os.XATTR_REPLACE)
     s.setxattr("f", "security.capability", b"")
     s.getxattr("f", "security.capability")
+    s.setxattr("f", "security.capability", b"", os.XATTR_CREATE)
+    s.setxattr("f", "security.capability", b"", os.XATTR_REPLACE)
     s.removexattr("f", "security.capability")
     s.listxattr("f")
 
