@@ -210,18 +210,19 @@ bool inode_birth(x3_image *img, const struct inode *in, int64_t *ns)
 
 /* --- flags, as chattr(1) has them: ext4_fileattr_set() in fs/ext4/ioctl.c --- */
 
-/* FS_DAX_FL and FS_PROJINHERIT_FL, of linux/fs.h, are not in the oldest <ext2fs/ext2_fs.h> there is. */
-enum { DAX = 0x02000000, PROJINHERIT = 0x20000000 };
+/* FS_DAX_FL and FS_PROJINHERIT_FL, of linux/fs.h, are not in the oldest <ext2fs/ext2_fs.h> there is. EOFBLOCKS means
+ * nothing any more, but is kept (EXT4_FL_USER_MODIFIABLE). */
+enum { EOFBLOCKS = 0x00400000, DAX = 0x02000000, PROJINHERIT = 0x20000000 };
 
 /* What anybody may ask for: these are kept … */
 #define FLAGS_KEPT                                                                                          \
 	(EXT2_SECRM_FL | EXT2_UNRM_FL | EXT2_COMPR_FL | EXT2_SYNC_FL | EXT2_IMMUTABLE_FL | EXT2_APPEND_FL | \
-	 EXT2_NODUMP_FL | EXT2_NOATIME_FL | EXT3_JOURNAL_DATA_FL | EXT2_NOTAIL_FL | DAX)
+	 EXT2_NODUMP_FL | EXT2_NOATIME_FL | EXT3_JOURNAL_DATA_FL | EXT2_NOTAIL_FL | EOFBLOCKS | DAX)
 #define FLAGS_OF_DIRECTORIES (EXT2_DIRSYNC_FL | EXT2_TOPDIR_FL | PROJINHERIT)
 /* … and these stay what they are. */
 #define FLAGS_SHOWN                                                                                           \
 	(EXT2_DIRTY_FL | EXT2_COMPRBLK_FL | EXT2_NOCOMPR_FL | EXT4_ENCRYPT_FL | EXT2_INDEX_FL | 0x00100000u | \
-	 0x00400000u | 0x10000000u)
+	 0x10000000u)
 /* What a new inode has from its directory. */
 #define FLAGS_INHERITED                                                                                   \
 	(EXT2_SECRM_FL | EXT2_UNRM_FL | EXT2_COMPR_FL | EXT2_SYNC_FL | EXT2_NODUMP_FL | EXT2_NOATIME_FL | \
