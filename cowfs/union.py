@@ -20,6 +20,7 @@ from cowfs.formats import erofs
 from cowfs.formats.squashfs.image import open_image
 from cowfs.formats.squashfs.source import open_bytes
 from cowfs.formats.tar import is_tar
+from cowfs.formats.zip import is_zip
 from cowfs.layers.base import Cached, Key, LowerLayer
 from cowfs.layers.directory import DirectoryLayer
 from cowfs.layers.module import ModuleLayer
@@ -27,6 +28,7 @@ from cowfs.layers.shared_directory import SharedDirectoryLayer
 from cowfs.layers.slow import SlowLayer, unwrapped
 from cowfs.layers.squashfs import SquashfsLayer
 from cowfs.layers.tar import TarLayer
+from cowfs.layers.zip import ZipLayer
 from cowfs.linux import filesystems
 from cowfs.linux.files import LACK_OF_ROOM, fs_magic
 from cowfs.linux.loop_devices import attach_loop
@@ -257,8 +259,8 @@ def _open_lower(spec: str, engine: str, offset: int) -> LowerLayer:
     os.close(fd)
     with closing(open_bytes(spec)) as data:
         head = data.pread(erofs.OFFSET + erofs.SIZE, offset)
-    if is_tar(head) and not offset:
-        archive = TarLayer(os.path.abspath(spec))
+    if (is_tar(head) or is_zip(head)) and not offset:
+        archive = (TarLayer if is_tar(head) else ZipLayer)(os.path.abspath(spec))
         return SlowLayer(archive) if waits else archive
     if engine != "kernel":
         image = SquashfsLayer(os.path.abspath(spec), offset=offset)

@@ -13,48 +13,23 @@ import re
 import stat
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any, cast
 
 from cowfs.errors import LayerError
 from cowfs.formats.acl_text import from_text
+from cowfs.formats.archive import MOST_MEMBERS, NAMES, Inode, Tree
 from cowfs.formats.squashfs.source import Bytes
 
-_MOST_MEMBERS = 4_000_000
-"""So many members, and so many inodes: directories that are only named on the way to others are some, too."""
 _LONGEST_HEADER = 16 << 20
 """No header, with all that belongs to it, has more bytes: attributes of one file, a name, a sparse map."""
 _MOST_FOR_ALL = 1000
 """So many attributes may stand for all members that follow (pax's global headers): each gets them anew."""
-_LONGEST_PATH = 64 << 10
-_NAME_MAX = 255
 _XATTR = "SCHILY.xattr."
 _ACLS = {"SCHILY.acl.access": b"system.posix_acl_access", "SCHILY.acl.default": b"system.posix_acl_default"}
-_NAMES = ("utf-8", "surrogateescape")
-"""How bytes of names and values stand in strings: any bytes come back."""
 _AHEAD = 64 << 10
 _TIME = re.compile(r"(-?)([0-9]{1,10})(?:\.([0-9]+))?")
 _MOST_SECONDS = 9_000_000_000
 _LONGEST_XATTR_NAME, _LONGEST_XATTR = 255, 64 << 10  # linux/limits.h: XATTR_NAME_MAX, XATTR_SIZE_MAX
-
-
-@dataclass(slots=True)
-class Inode:
-    """A file, a directory or whatever else an archive has."""
-
-    number: int
-    mode: int
-    uid: int = 0
-    gid: int = 0
-    mtime_ns: int = 0
-    size: int = 0
-    rdev: int = 0
-    nlink: int = 1
-    target: bytes = b""
-    segments: list[tuple[int, int, int]] = field(default_factory=list)
-    """What is stored of a file: where it is in the file, how many bytes, and where in the archive."""
-    xattrs: dict[bytes, bytes] = field(default_factory=dict)
-    children: dict[bytes, Inode] = field(default_factory=dict)
 
 
 def is_tar(start: bytes) -> bool:
@@ -62,28 +37,24 @@ def is_tar(start: bytes) -> bool:
     return start[257:262] == b"ustar"
 
 
-class Archive:
-    """The index of an archive, and its bytes. Any thread may read from it."""
+class Archive(Tree):
+    """The index of a tar archive, and its bytes. Any thread may read from it."""
 
     def __init__(self, data: Bytes, name: str) -> None:
         """Read all headers. *data* belongs to the archive then. Blocks; LayerError, OSError."""
-        self.data = data
-        self.name = name
-        self.root = Inode(1, stat.S_IFDIR | 0o755, nlink=2)
-        self.inodes = 1
+        super().__init__(data, name)
         self._size = data.size
         self._xattr_bytes = 0
         digest = hashlib.sha256()
         try:
             for count, member in enumerate(_members(data)):
-                if count >= _MOST_MEMBERS:
-                    raise LayerError(f"{name}: has more than {_MOST_MEMBERS} members")
+                if count >= MOST_MEMBERS:
+                    raise LayerError(f"{name}: has more than {MOST_MEMBERS} members")
                 inode = self._add(member)
-                digest.update(repr((member.name, *_facts(inode))).encode(*_NAMES))
+                digest.update(repr((member.name, *_facts(inode))).encode(*NAMES))
         except (tarfile.TarError, ValueError, EOFError, OverflowError, RecursionError) as error:
             raise LayerError(f"{name}: damaged tar archive: {error}") from None
         self.fingerprint = digest.hexdigest()
-        """SHA-256 of all headers: of what they say."""
 
     def _add(self, member: tarfile.TarInfo) -> Inode:
         parts = self._parts(member.name)
@@ -97,43 +68,9 @@ class Archive:
             self._set_attributes(known, member)
             return known
         inode = self._linked(member) if member.islnk() else self._made(member)
-        if known is inode:
-            return inode
-        if known is not None:
-            self._gone(directory, known)
-        directory.children[parts[-1]] = inode
-        if stat.S_ISDIR(inode.mode):
-            directory.nlink += 1
+        if known is not inode:
+            self._put(directory, parts[-1], inode)
         return inode
-
-    def _parts(self, name: str) -> list[bytes]:
-        if len(name) > _LONGEST_PATH:
-            raise LayerError(f"{self.name}: has a path of {len(name)} characters")
-        parts = [part for part in name.encode(*_NAMES).split(b"/") if part not in {b"", b"."}]
-        if any(part == b".." or len(part) > _NAME_MAX or b"\0" in part for part in parts):
-            raise LayerError(f"{self.name}: has a member of the name {name!r}, which no file can have here")
-        return parts
-
-    def _directory(self, parts: list[bytes]) -> Inode:
-        """Return the directory at a path; what the archive does not have itself is root's, mode 0755."""
-        directory = self.root
-        for part in parts:
-            child = directory.children.get(part)
-            if child is None:
-                child = self._new(stat.S_IFDIR | 0o755)
-                child.nlink = 2
-                directory.children[part] = child
-                directory.nlink += 1
-            if not stat.S_ISDIR(child.mode):
-                raise LayerError(f"{self.name}: {b'/'.join(parts)!r} is not a directory, but has members")
-            directory = child
-        return directory
-
-    def _new(self, mode: int) -> Inode:
-        if self.inodes >= _MOST_MEMBERS:
-            raise LayerError(f"{self.name}: has more than {_MOST_MEMBERS} files and directories")
-        self.inodes += 1
-        return Inode(self.inodes, mode)
 
     def _linked(self, member: tarfile.TarInfo) -> Inode:
         *way, last = self._parts(member.linkname) or [b""]
@@ -143,19 +80,13 @@ class Archive:
         found.nlink += 1
         return found
 
-    def _gone(self, directory: Inode, inode: Inode) -> None:
-        """Count what a later member of the same name replaces."""
-        inode.nlink -= 1
-        if stat.S_ISDIR(inode.mode):
-            directory.nlink -= 1
-
     def _made(self, member: tarfile.TarInfo) -> Inode:
         inode = self._new(0)
         if member.isdir():
             inode.mode, inode.nlink = stat.S_IFDIR, 2
         elif member.issym():
             inode.mode = stat.S_IFLNK
-            inode.target = member.linkname.encode(*_NAMES)
+            inode.target = member.linkname.encode(*NAMES)
             inode.size = len(inode.target)
             if not 0 < inode.size < 4096:
                 raise LayerError(f"{self.name}: {member.name!r} is a symbolic link of {inode.size} bytes")
@@ -195,7 +126,7 @@ class Archive:
     def _xattrs(self, member: tarfile.TarInfo) -> dict[bytes, bytes]:
         """Return the extended attributes of a member. LayerError for those that no file can have."""
         found = {
-            key.removeprefix(_XATTR).encode(*_NAMES): text.encode(*_NAMES)
+            key.removeprefix(_XATTR).encode(*NAMES): text.encode(*NAMES)
             for key, text in member.pax_headers.items()
             if key.startswith(_XATTR)
         }
@@ -249,7 +180,7 @@ def _nanoseconds(member: tarfile.TarInfo) -> int:
 
 def _members(data: Bytes) -> Iterator[tarfile.TarInfo]:
     stream = _Stream(data)
-    with tarfile.open(fileobj=stream, mode="r:", encoding=_NAMES[0], errors=_NAMES[1]) as archive:  # type: ignore[call-overload]
+    with tarfile.open(fileobj=stream, mode="r:", encoding=NAMES[0], errors=NAMES[1]) as archive:  # type: ignore[call-overload]
         while (member := archive.next()) is not None:
             if len(archive.pax_headers) > _MOST_FOR_ALL:
                 raise tarfile.ReadError(f"a header of {len(archive.pax_headers)} attributes for all members")

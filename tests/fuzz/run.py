@@ -33,6 +33,7 @@ TARGETS = (
         "ext3",
         "squashfs",
         "tar",
+        "zip",
         "union",
         "attributes",
         "header",

@@ -365,7 +365,7 @@ BAD: dict[str, tuple[Callable[[bytes], bytes], list[str]]] = {
     "version 3 big-endian": (lambda good: with_version(3, 0, b"sqsh"), ["squashfs version 3.0"]),
     "version 5": (lambda good: with_version(5, 0), ["squashfs version 5.0", "newer"]),
     "gzip": (lambda good: b"\x1f\x8b\x08" + good, ["gzip-compressed data"]),
-    "zip": (lambda good: b"PK\x03\x04" + good, ["a zip archive"]),
+    "zip": (lambda good: b"PK\x03\x04" + good, ["damaged zip archive", "truncated"]),
     "a disk": (lambda good: bytes(510) + b"\x55\xaa" + good, ["a disk image", "offset=auto"]),
     "zeros": (lambda good: bytes(9000), ["begins with zeros"]),
     "half": (lambda good: good[: len(good) // 2], ["truncated", "bytes"]),

@@ -146,8 +146,11 @@ def test_a_foreign_file_is_named(tmp_path: Path, name: str, make: Callable[[Path
         assert what_is(file.fileno()) == name
         with pytest.raises(StoreError, match=f"not a store but {name}"):
             read_superblock(file.fileno(), str(path))
+    if name == "a zip archive":
+        assert identify_lower(str(path)).kind == "zip"
+        return
     said = "squashfs version" if "big-endian" in name else "not a squashfs image"
-    if name in {"a text file", "a script", "an empty file", "a zip archive"}:
+    if name in {"a text file", "a script", "an empty file"}:
         said = f"not a squashfs image but {name}"
     with pytest.raises(LayerError, match=said):
         identify_lower(str(path))

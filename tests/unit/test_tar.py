@@ -18,8 +18,8 @@ from cowfs.errors import LayerError
 from cowfs.exports.entries import Entry
 from cowfs.exports.losses import Losses
 from cowfs.exports.tar import Tar
-from cowfs.formats import acl_text, tar
-from cowfs.formats.tar import Inode
+from cowfs.formats import acl_text, archive, tar
+from cowfs.formats.archive import Inode
 from cowfs.layers import acl
 from cowfs.layers.tar import TarLayer
 from cowfs.store.format.identity import identify_lower
@@ -141,7 +141,7 @@ def test_what_stands_for_all_members_is_bounded(tmp_path: Path) -> None:
 def test_files_directories_and_maps_of_holes_are_bounded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tar, "_MOST_MEMBERS", 100)
+    monkeypatch.setattr(archive, "MOST_MEMBERS", 100)
     with pytest.raises(LayerError, match="more than 100 files and directories"):
         TarLayer(str(made(tmp_path / "x.tar", lambda add: add("a/" * 200 + "x"))))
     monkeypatch.setattr(tar, "_LONGEST_HEADER", 8192)

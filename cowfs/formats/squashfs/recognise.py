@@ -26,6 +26,7 @@ EXT_MAGIC = (1080, b"\x53\xef")
 
 _DECOMPRESS = "decompress it first: {} FILE"
 _UNPACK = "unpack it, and mount the directory, or make an image of that with mksquashfs: {}"
+_ARCHIVE = "it can be a lower if it is a file, from its start"
 _LOOP = "mount it, and mount the directory as the lower: mount -o loop,ro FILE DIR"
 _VENDOR = "unpack it with sasquatch, then make an image of that with mksquashfs"
 
@@ -35,7 +36,7 @@ _MAGICS = (
     _Magic(0, b"\x28\xb5\x2f\xfd", "zstd-compressed data", _DECOMPRESS.format("unzstd")),
     _Magic(0, b"\x04\x22\x4d\x18", "lz4-compressed data", _DECOMPRESS.format("unlz4")),
     _Magic(0, b"BZh", "bzip2-compressed data", _DECOMPRESS.format("bunzip2")),
-    _Magic(0, b"PK\x03\x04", "a zip archive", _UNPACK.format("unzip FILE -d DIR")),
+    _Magic(0, b"PK\x03\x04", "a zip archive", _ARCHIVE),
     _Magic(0, b"7z\xbc\xaf\x27\x1c", "a 7-zip archive", _UNPACK.format("7z x FILE -oDIR")),
     _Magic(0, b"Rar!\x1a\x07", "a RAR archive", _UNPACK.format("unrar x FILE DIR/")),
     _Magic(0, b"QFI\xfb", "a qcow2 disk image", "make it a raw one first: qemu-img convert FILE RAW"),
@@ -55,7 +56,7 @@ _MAGICS = (
     _Magic(0, b"!<arch>\n", "an ar archive or a Debian package", _UNPACK.format("dpkg-deb -x FILE DIR")),
     _Magic(0, b"\xed\xab\xee\xdb", "an RPM package", _UNPACK.format("rpm2cpio FILE | cpio -id -D DIR")),
     _Magic(0, b"#!", "a script"),
-    _Magic(257, b"ustar", "a tar archive", "it can be a lower if it is a file, from its start"),
+    _Magic(257, b"ustar", "a tar archive", _ARCHIVE),
     _Magic(1024, b"\xe2\xe1\xf5\xe0", "an EROFS image", "root can mount it, from a file: --engine kernel"),
     _Magic(*EXT_MAGIC, "an ext2, ext3 or ext4 filesystem", _LOOP),
     _Magic(0x8001, b"CD001", "an ISO 9660 image", f"if it holds a squashfs: -o offset=auto; else {_LOOP}"),

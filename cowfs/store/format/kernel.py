@@ -36,6 +36,10 @@ def commands(
             )
         if lower["kind"] == "tar":
             raise LayerError(f"{at}: the kernel mounts no tar archives", f"tar2sqfs IMAGE <{at}")
+        if lower["kind"] == "zip":
+            raise LayerError(
+                f"{at}: the kernel mounts no zip archives", f"unzip {at} -d DIR, mksquashfs DIR IMAGE"
+            )
         if lower["kind"] != "directory":
             source, at = at, f"{place}/lower{number}"
             offset = f",offset={lower['offset']}" if lower.get("offset") else ""

@@ -125,4 +125,14 @@ def _summed(blocks: bytearray) -> bytes:
     return bytes(blocks)
 
 
-TARGET = Target(_run, _seeds, ("cowfs.formats.tar", "cowfs.layers.tar", "cowfs.formats.acl_text"), _mutate)
+TARGET = Target(
+    _run,
+    _seeds,
+    (
+        "cowfs.formats.tar",
+        "cowfs.formats.archive",
+        "cowfs.layers.archive",
+        "cowfs.formats.acl_text",
+    ),
+    _mutate,
+)

@@ -1,0 +1,101 @@
+"""The tree of an archive: inodes by their names. An archive is untrusted: names and counts are checked."""
+
+from __future__ import annotations
+
+import stat
+from dataclasses import dataclass, field
+
+from cowfs.errors import LayerError
+from cowfs.formats.squashfs.source import Bytes
+
+MOST_MEMBERS = 4_000_000
+"""So many members, and so many inodes: directories that are only named on the way to others are some, too."""
+NAMES = ("utf-8", "surrogateescape")
+"""How bytes of names and values stand in strings: any bytes come back."""
+_LONGEST_PATH = 64 << 10
+_NAME_MAX = 255
+
+
+@dataclass(slots=True)
+class Inode:
+    """A file, a directory or whatever else an archive has."""
+
+    number: int
+    mode: int
+    uid: int = 0
+    gid: int = 0
+    mtime_ns: int = 0
+    size: int = 0
+    rdev: int = 0
+    nlink: int = 1
+    target: bytes = b""
+    segments: list[tuple[int, int, int]] = field(default_factory=list)
+    """What is stored of a file: where it is in the file, how many bytes, and where in the archive."""
+    xattrs: dict[bytes, bytes] = field(default_factory=dict)
+    children: dict[bytes, Inode] = field(default_factory=dict)
+
+
+class Tree:
+    """What an archive holds, and its bytes. Any thread may read from it."""
+
+    fingerprint: str
+    """SHA-256 of all headers: of what they say."""
+
+    def __init__(self, data: Bytes, name: str) -> None:
+        """*data* belongs to the tree then; *name* is for messages."""
+        self.data = data
+        self.name = name
+        self.root = Inode(1, stat.S_IFDIR | 0o755, nlink=2)
+        self.inodes = 1
+
+    def pread(self, inode: Inode, size: int, offset: int) -> bytes:
+        """Return up to *size* bytes of a file. May block. EIO where the archive is damaged or has changed."""
+        raise NotImplementedError
+
+    def try_pread(self, inode: Inode, size: int, offset: int) -> bytes | None:
+        """Return what pread does, or None if that is long work."""
+        return self.pread(inode, size, offset)
+
+    def target(self, inode: Inode) -> bytes:
+        """Return what a symbolic link leads to. EIO."""
+        return inode.target
+
+    def _parts(self, name: str) -> list[bytes]:
+        if len(name) > _LONGEST_PATH:
+            raise LayerError(f"{self.name}: has a path of {len(name)} characters")
+        parts = [part for part in name.encode(*NAMES).split(b"/") if part not in {b"", b"."}]
+        if any(part == b".." or len(part) > _NAME_MAX or b"\0" in part for part in parts):
+            raise LayerError(f"{self.name}: has a member of the name {name!r}, which no file can have here")
+        return parts
+
+    def _directory(self, parts: list[bytes]) -> Inode:
+        """Return the directory at a path; what the archive does not have itself is root's, mode 0755."""
+        directory = self.root
+        for part in parts:
+            child = directory.children.get(part)
+            if child is None:
+                child = self._new(stat.S_IFDIR | 0o755)
+                child.nlink = 2
+                directory.children[part] = child
+                directory.nlink += 1
+            if not stat.S_ISDIR(child.mode):
+                raise LayerError(f"{self.name}: {b'/'.join(parts)!r} is not a directory, but has members")
+            directory = child
+        return directory
+
+    def _new(self, mode: int) -> Inode:
+        if self.inodes >= MOST_MEMBERS:
+            raise LayerError(f"{self.name}: has more than {MOST_MEMBERS} files and directories")
+        self.inodes += 1
+        return Inode(self.inodes, mode)
+
+    def _put(self, directory: Inode, name: bytes, inode: Inode) -> None:
+        """Give an inode a name, in place of the earlier member of that name, if there is one."""
+        known = directory.children.get(name)
+        if known is not None:
+            known.nlink -= 1
+            if stat.S_ISDIR(known.mode):
+                directory.nlink -= 1
+        directory.children[name] = inode
+        if stat.S_ISDIR(inode.mode):
+            directory.nlink += 1

@@ -1,0 +1,179 @@
+"""An archive as a lower layer: an index in memory, and the data where it is."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import struct
+from collections.abc import Callable, Iterator
+
+from cowfs.formats.archive import Inode, Tree
+from cowfs.formats.squashfs.source import Bytes, open_bytes
+from cowfs.layers.base import File
+from cowfs.layers.squashfs import new_device
+from cowfs.types import Attr, AttrData, DirEntry, FileHandle, FsStats
+
+_PIECE = 1 << 20
+_FILEID_INO32_GEN = 1
+"""The kernel's type of a handle that is an inode number and a generation (linux/exportfs.h)."""
+_HANDLE = struct.Struct("<II")
+
+
+class ArchiveFile:
+    """An open file of an archive: a :class:`cowfs.layers.base.File`. All methods from any thread."""
+
+    __slots__ = ("_archive", "_attr", "_inode")
+
+    def __init__(self, archive: Tree, inode: Inode, attr: Attr) -> None:
+        self._archive = archive
+        self._inode = inode
+        self._attr = attr
+
+    def pread(self, size: int, offset: int) -> bytes:
+        """Up to *size* bytes at *offset*. EIO where the archive is not what it was."""
+        return self._archive.pread(self._inode, size, offset)
+
+    def try_pread(self, size: int, offset: int) -> bytes | None:
+        """What pread gives, or None if that is long work. EIO."""
+        return self._archive.try_pread(self._inode, size, offset)
+
+    def pwrite(self, data: bytes, offset: int) -> int:
+        raise _error(errno.EBADF)
+
+    def truncate(self, size: int) -> None:
+        raise _error(errno.EBADF)
+
+    def fsync(self, datasync: bool) -> None:
+        """Nothing is ever dirty."""
+
+    def stat(self) -> Attr:
+        return self._attr
+
+    def segments(self, end: int, start: int = 0) -> Iterator[tuple[int, int]]:
+        """What is stored; the rest are holes."""
+        for begin, length, _ in self._inode.segments:
+            if begin < end and begin + length > start:
+                yield begin, min(begin + length, end)
+
+    def fileno(self) -> int:
+        return -1
+
+    def copy_to(self, target: File, size: int | None = None) -> None:
+        """Copy the first *size* bytes, or all, to the new *target*; holes stay holes. Blocks. EIO."""
+        size = self._inode.size if size is None else min(size, self._inode.size)
+        target.truncate(size)
+        for start, stop in self.segments(size):
+            for at in range(start, stop, _PIECE):
+                target.pwrite(self.pread(min(_PIECE, stop - at), at), at)
+
+    def close(self) -> None:
+        """Nothing to release: the archive stays open."""
+
+
+class ArchiveLayer:
+    """Serve the archive at *path* as a :class:`cowfs.layers.base.LowerLayer`. Any thread may read from it."""
+
+    waits = False
+    has_descriptors = False
+    data_only = False
+    generation: int | None = None
+
+    def __init__(self, path: str, index: Callable[[Bytes, str], Tree]) -> None:
+        """Open the archive and read all its headers by *index*. Blocks; LayerError, OSError."""
+        data = open_bytes(path)
+        try:
+            self._archive = index(data, path)
+        except BaseException:
+            data.close()
+            raise
+        self.name = path
+        self.root = self._archive.root
+        self.dev = new_device()
+
+    def lookup(self, directory: Inode, name: bytes) -> tuple[Inode, Attr] | None:
+        """Find *name*; None when it is not there. ENOTDIR, ENAMETOOLONG."""
+        if len(name) > 255:
+            raise _error(errno.ENAMETOOLONG)
+        found = _entries(directory).get(name)
+        return None if found is None else (found, self.stat(found))
+
+    def stat(self, key: Inode) -> AttrData:
+        stored = sum(length for _, length, _ in key.segments)
+        return AttrData(
+            key.mode,
+            key.number,
+            self.dev,
+            key.nlink,
+            key.uid,
+            key.gid,
+            key.rdev,
+            key.size,
+            -(-stored // 512),
+            4096,
+            key.mtime_ns,
+            key.mtime_ns,
+            key.mtime_ns,
+        )
+
+    def readdir(self, directory: Inode) -> list[DirEntry]:
+        """All entries. ENOTDIR."""
+        return [DirEntry(name, stat.S_IFMT(one.mode)) for name, one in _entries(directory).items()]
+
+    def names(self, directory: Inode) -> list[bytes]:
+        """The names alone. ENOTDIR."""
+        return list(_entries(directory))
+
+    def readlink(self, key: Inode) -> bytes:
+        if not stat.S_ISLNK(key.mode):
+            raise _error(errno.EINVAL)
+        return self._archive.target(key)
+
+    def listxattr(self, key: Inode) -> list[bytes]:
+        return list(key.xattrs)
+
+    def getxattr(self, key: Inode, name: bytes) -> bytes:
+        """The value of an extended attribute. ENODATA."""
+        try:
+            return key.xattrs[name]
+        except KeyError:
+            raise _error(errno.ENODATA) from None
+
+    def open(self, key: Inode, flags: int) -> ArchiveFile:
+        """Open a regular file for reading. EROFS for any other access; EISDIR, EINVAL for any other type."""
+        if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
+            raise _error(errno.EROFS)
+        if not stat.S_ISREG(key.mode):
+            raise _error(errno.EISDIR if stat.S_ISDIR(key.mode) else errno.EINVAL)
+        return ArchiveFile(self._archive, key, self.stat(key))
+
+    def statfs(self) -> FsStats:
+        """Everything used, nothing free."""
+        blocks = -(-self._archive.data.size // 4096)
+        return FsStats(4096, 4096, blocks, 0, 0, self._archive.inodes, 0, 0, 255)
+
+    def handle(self, key: Inode) -> FileHandle | None:
+        """The number that the inode has in this archive, in the form of the kernel's squashfs."""
+        return FileHandle(_FILEID_INO32_GEN, _HANDLE.pack(key.number, 0))
+
+    def handle_ino(self, handle: FileHandle) -> int | None:
+        if handle.type != _FILEID_INO32_GEN or len(handle.data) != _HANDLE.size or any(handle.uuid):
+            return None
+        number, generation = _HANDLE.unpack(handle.data)
+        return number if not generation and 0 < number <= self._archive.inodes else None
+
+    def forget(self, key: Inode) -> None:
+        """All are kept."""
+
+    def close(self) -> None:
+        self._archive.data.close()
+
+
+def _entries(directory: Inode) -> dict[bytes, Inode]:
+    if not stat.S_ISDIR(directory.mode):
+        raise _error(errno.ENOTDIR)
+    return directory.children
+
+
+def _error(code: int) -> OSError:
+    return OSError(code, os.strerror(code))

@@ -1,0 +1,230 @@
+"""Zip archives as lowers: what others wrote into them is shown, or refused by name."""
+
+from __future__ import annotations
+
+import os
+import random
+import stat
+import struct
+import zipfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from cowfs.errors import LayerError
+from cowfs.formats import zip_data
+from cowfs.formats.archive import Inode
+from cowfs.layers.zip import ZipLayer
+from cowfs.store.format.identity import identify_lower
+from tests.support.system import run
+
+Members = Callable[[zipfile.ZipFile], object]
+
+
+def made(path: Path, members: Members) -> Path:
+    """An archive of what *members* adds."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        members(archive)
+    return path
+
+
+def info(name: str, mode: int = 0o100644, host: int = 3, extra: bytes = b"") -> zipfile.ZipInfo:
+    member = zipfile.ZipInfo(name, (2024, 2, 29, 12, 30, 58))
+    member.external_attr, member.create_system, member.extra = mode << 16 or 0x20, host, extra
+    member.compress_type = zipfile.ZIP_DEFLATED
+    return member
+
+
+def find(layer: ZipLayer, path: str | bytes) -> Inode:
+    key = layer.root
+    for name in os.fsencode(path).split(b"/"):
+        found = layer.lookup(key, name)
+        assert found is not None, path
+        key = found[0]
+    return key
+
+
+def read(layer: ZipLayer, path: str) -> bytes:
+    return layer.open(find(layer, path), os.O_RDONLY).pread(1 << 30, 0)
+
+
+def test_a_tree_that_zip_packed_is_shown_as_it_was(tmp_path: Path) -> None:
+    top = tmp_path / "tree"
+    (top / "dir/empty").mkdir(parents=True)
+    (top / "dir/file").write_bytes(b"deflated " * 100_000)
+    (top / "stored").write_bytes(random.Random(1).randbytes(100_000))
+    (top / "nothing").touch(mode=0o4711)
+    (top / os.fsdecode("ü €".encode())).write_text("x")
+    (top / "link").symlink_to("dir/file")
+    os.chmod(top / "dir", 0o2750)
+    os.utime(top / "stored", ns=(1, 1_700_000_001_000_000_000))
+    run("zip", "-qry", tmp_path / "x.zip", ".", cwd=top)
+    with closing(ZipLayer(str(tmp_path / "x.zip"))) as layer:
+        seen = 0
+        for path in sorted(top.rglob("*")):
+            inode, there = find(layer, os.fsencode(path.relative_to(top))), path.lstat()
+            attr = layer.stat(inode)
+            assert (attr.st_mode, attr.st_uid, attr.st_gid) == (there.st_mode, there.st_uid, there.st_gid)
+            assert attr.st_mtime_ns // 1_000_000_000 == int(there.st_mtime)
+            if path.is_symlink():
+                assert layer.readlink(inode) == b"dir/file"
+            elif path.is_file():
+                assert attr.st_size == there.st_size
+                assert read(layer, os.fspath(path.relative_to(top))) == path.read_bytes()
+            seen += 1
+        assert seen == 7
+        assert layer.stat(layer.root).st_nlink == 3
+
+
+def test_odd_archives_are_read_as_unzip_unpacks_them(tmp_path: Path) -> None:
+    def members(archive: zipfile.ZipFile) -> None:
+        archive.writestr(info("./a/b/c", 0o100640), b"deep")  # without its directories
+        archive.writestr(info("/abs"), b"absolute")
+        archive.writestr(info("twice"), b"first")
+        archive.writestr(info("dos\\path", 0, host=0), b"dos")
+        archive.writestr(info("a/", 0o40700), b"")  # after what is in it
+        with pytest.warns(UserWarning):
+            archive.writestr(info("twice"), b"second")
+        unix = struct.pack("<HHBBHBH", 0x7875, 7, 1, 2, 1000, 2, 100)
+        archive.writestr(info("owned", extra=unix), b"x")
+        ntfs = struct.pack("<HHIHHQQQ", 10, 32, 0, 1, 24, 133_500_000_012_345_678, 0, 0)
+        archive.writestr(info("windows", 0, host=0, extra=ntfs), b"x")
+        archive.writestr(info("pipe", 0o10600), b"")
+        archive.writestr(info("cp437-\x01", 0, host=0), b"x")
+
+    data = made(tmp_path / "x.zip", members).read_bytes()
+    (tmp_path / "x.zip").write_bytes(data.replace(b"cp437-\x01", b"cp437-\x81"))
+    with closing(ZipLayer(str(tmp_path / "x.zip"))) as layer:
+        assert read(layer, "a/b/c") == b"deep" and stat.S_IMODE(find(layer, "a/b/c").mode) == 0o640
+        assert stat.S_IMODE(find(layer, "a").mode) == 0o700 and stat.S_IMODE(find(layer, "a/b").mode) == 0o755
+        assert read(layer, "abs") == b"absolute" and read(layer, "twice") == b"second"
+        assert read(layer, "dos/path") == b"dos" and find(layer, "dos/path").mode == stat.S_IFREG | 0o644
+        assert (find(layer, "owned").uid, find(layer, "owned").gid) == (1000, 100)
+        assert find(layer, "abs").mtime_ns == 1_709_209_858_000_000_000
+        assert find(layer, "windows").mtime_ns == (133_500_000_012_345_678 - 116_444_736_000_000_000) * 100
+        assert stat.S_ISFIFO(find(layer, "pipe").mode) and read(layer, "cp437-ü") == b"x"
+
+
+def encrypted(data: bytes) -> bytes:
+    at = data.index(b"PK\1\2") + 8
+    return data[:at] + b"\1" + data[at + 1 :]
+
+
+def numbered(field: int, value: int) -> Callable[[bytes], bytes]:
+    """The same with a number of four bytes in the first entry of the central directory."""
+
+    def changed(data: bytes) -> bytes:
+        at = data.index(b"PK\1\2") + field
+        return data[:at] + value.to_bytes(4, "little") + data[at + 4 :]
+
+    return changed
+
+
+def same(data: bytes) -> bytes:
+    return data
+
+
+@pytest.mark.parametrize(
+    ("members", "change", "why"),
+    [
+        (lambda add: add.writestr("a/../../etc/passwd", "x"), same, "which no file can have here"),
+        (lambda add: add.writestr("n" * 256, "x"), same, "which no file can have here"),
+        (lambda add: [add.writestr("f", "x"), add.writestr("f/g", "y")], same, "is not a directory, but"),
+        (lambda add: add.writestr(info("s", 0o120777), "x" * 5000), same, "a symbolic link of 5000 bytes"),
+        (lambda add: add.writestr(info("null", 0o20666), ""), same, "'null' is a device"),
+        (lambda add: add.writestr("x", "x", zipfile.ZIP_BZIP2), same, "'x' is compressed with bzip2, only"),
+        (lambda add: add.writestr("x", "x"), encrypted, r"'x' is encrypted \(unpack it with its password"),
+        (lambda add: add.writestr("x", "x"), numbered(24, 1 << 30), "'x' has 1073741824 bytes in 3"),
+        (lambda add: add.writestr("x", "x"), numbered(42, 1 << 30), "'x' is not inside of it"),
+        (lambda add: add.writestr("x", "x"), numbered(0, 0), "0 members where 1 should be"),
+        (lambda add: add.writestr("x", "x"), lambda data: data[:-9], "no central directory: truncated"),
+        (lambda add: add.writestr("x", "x"), lambda data: data[:4] + data[60:], "directory is not inside"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_refused(
+    tmp_path: Path, members: Members, change: Callable[[bytes], bytes], why: str
+) -> None:
+    archive = made(tmp_path / "x.zip", members)
+    archive.write_bytes(change(archive.read_bytes()))
+    for opened in (identify_lower, ZipLayer):
+        with pytest.raises(LayerError, match=why):
+            opened(str(archive))
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_a_wrong_crc_is_an_error(tmp_path: Path, method: int) -> None:
+    def members(archive: zipfile.ZipFile) -> None:
+        archive.writestr("good", b"good", method)
+        archive.writestr("bad", b"bad" * 200_000, method)
+
+    archive = made(tmp_path / "x.zip", members)
+    data = archive.read_bytes()
+    entry = data.rindex(b"PK\1\2")
+    archive.write_bytes(data[: entry + 16] + b"\0\0\0\0" + data[entry + 20 :])
+    with closing(ZipLayer(str(archive))) as layer:
+        assert read(layer, "good") == b"good"
+        for _ in range(2):
+            with pytest.raises(OSError, match="Input/output error"):
+                read(layer, "bad")
+        os.truncate(archive, 40)
+        with pytest.raises(OSError, match="Input/output error"):
+            read(layer, "bad")
+
+
+def test_a_large_member_is_decompressed_once_and_read_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In pieces, from its start, none of it twice. Then anywhere: from a place near it."""
+    blocks = 0
+
+    class Counted(zip_data.Unpacker):
+        def _next(self, member: zip_data.Member, state: zip_data._State) -> bytes:
+            nonlocal blocks
+            blocks += 1
+            return super()._next(member, state)
+
+    choose = random.Random(2)
+    content = b"".join(choose.randbytes(1000) * 40 for _ in range(600))
+    archive = made(tmp_path / "x.zip", lambda add: add.writestr("large", content))
+    monkeypatch.setattr("cowfs.formats.zip.Unpacker", Counted)
+    monkeypatch.setattr(zip_data, "_KEPT", 4 << 20)
+    with closing(ZipLayer(str(archive))) as layer, ThreadPoolExecutor(4) as threads:
+        file = layer.open(find(layer, "large"), os.O_RDONLY)
+        assert file.try_pread(4096, 20 << 20) is None
+        places = range(0, len(content), 100_000)
+        assert b"".join(file.pread(100_000, at) for at in places) == content
+        assert blocks == -(-len(content) // zip_data._BLOCK)
+        assert b"".join(threads.map(lambda at: file.pread(100_000, at), places)) == content
+        for _ in range(20):
+            at, before = choose.randrange(len(content)), blocks
+            assert file.pread(5000, at) == content[at : at + 5000]
+            assert blocks - before <= zip_data._LEAST_APART + 1
+        file.pread(10, 0)
+        assert file.try_pread(10, 100) == content[100:110]
+
+
+def test_places_beyond_4_gib_are_read(tmp_path: Path) -> None:
+    """Zip64: the numbers are in extra fields, and the end of the directory is another."""
+
+    def members(archive: zipfile.ZipFile) -> None:
+        with archive.open(info("x"), "w", force_zip64=True) as file:
+            file.write(b"content")
+
+    archive = made(tmp_path / "x.zip", members)
+    data = archive.read_bytes()
+    entry, end = data.index(b"PK\1\2"), data.index(b"PK\5\6")
+    wide = struct.pack("<HHQQQ", 1, 24, 7, struct.unpack_from("<I", data, entry + 20)[0], 0)
+    record = bytearray(data[entry:end])
+    record[20:28], record[42:46] = b"\xff" * 8, b"\xff" * 4
+    record[30:32] = struct.pack("<H", len(wide))
+    directory = bytes(record[:47]) + wide
+    end64 = struct.pack("<4sQHHIIQQQQ", b"PK\6\6", 44, 45, 45, 0, 0, 1, 1, len(directory), entry)
+    locator = struct.pack("<4sIQI", b"PK\6\7", 0, entry + len(directory), 1)
+    old = b"PK\5\6" + bytes(4) + b"\xff" * 12 + bytes(2)
+    archive.write_bytes(data[:entry] + directory + end64 + locator + old)
+    assert zipfile.ZipFile(archive).read("x") == b"content"
+    with closing(ZipLayer(str(archive))) as layer:
+        assert read(layer, "x") == b"content"
