@@ -16,13 +16,12 @@ from typing import Any, TypeVar
 import cowfs
 from cowfs.changes.merge import merge_deleted
 from cowfs.errors import CowfsError, LayerError, StoreError, SystemFailure, UsageError
-from cowfs.formats import erofs
+from cowfs.formats import archives, erofs
 from cowfs.formats.squashfs.image import open_image
 from cowfs.formats.squashfs.source import open_bytes
-from cowfs.formats.tar import is_tar
-from cowfs.formats.zip import is_zip
 from cowfs.layers.base import Cached, Key, LowerLayer
 from cowfs.layers.directory import DirectoryLayer
+from cowfs.layers.iso9660 import Iso9660Layer
 from cowfs.layers.module import ModuleLayer
 from cowfs.layers.shared_directory import SharedDirectoryLayer
 from cowfs.layers.slow import SlowLayer, unwrapped
@@ -55,6 +54,7 @@ from cowfs.url.names import is_url, place
 
 Progress = Callable[[str], None]
 R = TypeVar("R")
+_ARCHIVES = {"tar": TarLayer, "zip": ZipLayer, "iso9660": Iso9660Layer}
 _PATIENCE = 60.0
 """Seconds."""
 log = logging.getLogger(__name__)
@@ -258,9 +258,9 @@ def _open_lower(spec: str, engine: str, offset: int) -> LowerLayer:
     fd, waits = _look_at(spec)
     os.close(fd)
     with closing(open_bytes(spec)) as data:
-        head = data.pread(erofs.OFFSET + erofs.SIZE, offset)
-    if (is_tar(head) or is_zip(head)) and not offset:
-        archive = (TarLayer if is_tar(head) else ZipLayer)(os.path.abspath(spec))
+        head = data.pread(archives.SAMPLE, offset)
+    if not offset and (kind := archives.kind_of(head)):
+        archive = _ARCHIVES[kind](os.path.abspath(spec))
         return SlowLayer(archive) if waits else archive
     if engine != "kernel":
         image = SquashfsLayer(os.path.abspath(spec), offset=offset)

@@ -31,8 +31,8 @@ _log = logging.getLogger(__name__)
 NAME = "mount"
 
 _EPILOG = """\
-LOWER is a squashfs image, in a file, on a block device or at a URL, a tar or zip archive, or a directory.
-Several are stacked, the leftmost on top. Write a colon in a name as \\: .
+LOWER is a squashfs image, in a file, on a block device or at a URL, a tar or zip archive, an ISO 9660
+image, or a directory. Several are stacked, the leftmost on top. Write a colon in a name as \\: .
 
 Changes are written to the store: an image made by `cowfs create`, a directory (created if missing), or
 `memory`, the default. Changes in memory are lost at unmount, unless `cowfs persist` saves them first.

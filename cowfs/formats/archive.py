@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import stat
 from dataclasses import dataclass, field
 
@@ -49,8 +50,20 @@ class Tree:
         self.inodes = 1
 
     def pread(self, inode: Inode, size: int, offset: int) -> bytes:
-        """Return up to *size* bytes of a file. May block. EIO where the archive is damaged or has changed."""
-        raise NotImplementedError
+        """Return up to *size* bytes of a file. EIO where the archive is damaged or has become shorter."""
+        end = min(offset + size, inode.size)
+        if offset < 0 or offset >= end:
+            return b""
+        found = bytearray(end - offset)
+        for start, length, place in inode.segments:
+            first, last = max(start, offset), min(start + length, end)
+            while first < last:
+                piece = self.data.pread(last - first, place + first - start)
+                if not piece:
+                    raise OSError(errno.EIO, f"{self.name}: the archive has become shorter")
+                found[first - offset : first - offset + len(piece)] = piece
+                first += len(piece)
+        return bytes(found)
 
     def try_pread(self, inode: Inode, size: int, offset: int) -> bytes | None:
         """Return what pread does, or None if that is long work."""

@@ -6,7 +6,6 @@ The headers are read by Python's tarfile: ustar, pax and GNU's, with sparse file
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import re
@@ -144,22 +143,6 @@ class Archive(Tree):
         if self._xattr_bytes > self._size:  # one that stands for all members would be kept for each
             raise LayerError(f"{self.name}: has more bytes of extended attributes than it has itself")
         return found
-
-    def pread(self, inode: Inode, size: int, offset: int) -> bytes:
-        """Return up to *size* bytes of a file. EIO where the archive has become shorter."""
-        end = min(offset + size, inode.size)
-        if offset < 0 or offset >= end:
-            return b""
-        found = bytearray(end - offset)
-        for start, length, place in inode.segments:
-            first, last = max(start, offset), min(start + length, end)
-            while first < last:
-                piece = self.data.pread(last - first, place + first - start)
-                if not piece:
-                    raise OSError(errno.EIO, f"{self.name}: the archive has become shorter")
-                found[first - offset : first - offset + len(piece)] = piece
-                first += len(piece)
-        return bytes(found)
 
 
 def _facts(inode: Inode) -> tuple[object, ...]:

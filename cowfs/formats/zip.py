@@ -40,6 +40,8 @@ _1601 = 11_644_473_600
 """Seconds from NTFS's epoch to Unix's."""
 _LARGEST_RATIO = 1032
 """No deflated byte gives more (zlib's Technical Details: 258 bytes of two bits)."""
+_OVERHEAD = 64 << 10
+"""Bytes; no deflated member has more than these and twice what it holds: it would be work for nothing."""
 _METHODS = {9: "Deflate64", 12: "bzip2", 14: "LZMA", 20: "zstd", 93: "zstd", 95: "xz", 98: "PPMd", 99: "AES"}
 
 
@@ -194,7 +196,8 @@ class Archive(Tree):
                 "unpack it, and mount the directory",
             )
         most = entry.packed * _LARGEST_RATIO if entry.method == DEFLATED else entry.packed
-        if entry.size > most or (entry.method == STORED and entry.size != entry.packed):
+        least = entry.packed if entry.method == STORED else (entry.packed - _OVERHEAD) // 2
+        if not least <= entry.size <= most:
             raise self._damaged(f"{name!r} has {entry.size} bytes in {entry.packed}")
         if entry.place + entry.packed > self._start:
             raise self._damaged(f"{name!r} is not inside of it")

@@ -41,7 +41,6 @@ MOUNT = "mount -o loop,ro FILE DIR"
         (old(">", b"qshs", 3, 0), "a squashfs 3 image with LZMA compression", "sasquatch"),
         (old("<", b"hsqt", 3, 0), "a squashfs image of DD-WRT", "sasquatch"),
         (old(">", b"sqlz", 2, 0), "a vendor's squashfs image", "sasquatch"),
-        (at(0x8001, b"CD001"), "an ISO 9660 image", "-o offset=auto"),
         (at(0, b"QFI\xfb"), "a qcow2 disk image", "qemu-img convert"),
         (at(0, b"070701"), "a cpio archive", "cpio -id -D DIR <FILE"),
         (at(0, b"\xfd7zXZ\0"), "xz-compressed data", "unxz FILE"),

@@ -138,6 +138,7 @@ def same(data: bytes) -> bytes:
         (lambda add: add.writestr("x", "x", zipfile.ZIP_BZIP2), same, "'x' is compressed with bzip2, only"),
         (lambda add: add.writestr("x", "x"), encrypted, r"'x' is encrypted \(unpack it with its password"),
         (lambda add: add.writestr("x", "x"), numbered(24, 1 << 30), "'x' has 1073741824 bytes in 3"),
+        (lambda add: add.writestr("x", "x"), numbered(20, 1 << 30), "'x' has 1 bytes in 1073741824"),
         (lambda add: add.writestr("x", "x"), numbered(42, 1 << 30), "'x' is not inside of it"),
         (lambda add: add.writestr("x", "x"), numbered(0, 0), "0 members where 1 should be"),
         (lambda add: add.writestr("x", "x"), lambda data: data[:-9], "no central directory: truncated"),

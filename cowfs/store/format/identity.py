@@ -9,7 +9,8 @@ is no identity (reproducible builds share one), and neither is its path.
 and the counts, and its first MiB.
 
 *A tar archive* is known by what its headers say, and where the data is; *a zip archive* by its central
-directory, which has a CRC of each member as well.
+directory, which has a CRC of each member as well; *an ISO 9660 image* by its descriptor and all its
+directories.
 
 *A directory* may change at any time, so its identity is that of the place: the kind of filesystem, the
 identity of the filesystem where one survives a reboot, and the directory's inode number.
@@ -36,16 +37,11 @@ from dataclasses import replace
 from itertools import zip_longest
 
 from cowfs.errors import LayerError
-from cowfs.formats import erofs
-from cowfs.formats.archive import Tree
+from cowfs.formats import archives, erofs
 from cowfs.formats.squashfs.recognise import MAGIC, SAMPLE, image_behind
 from cowfs.formats.squashfs.source import Bytes, FileBytes, open_bytes, open_unchecked
 from cowfs.formats.squashfs.superblock import Superblock, parse
-from cowfs.formats.tar import Archive as TarArchive
-from cowfs.formats.tar import is_tar
 from cowfs.formats.verified import checked
-from cowfs.formats.zip import Archive as ZipArchive
-from cowfs.formats.zip import is_zip
 from cowfs.linux import files, filesystems
 from cowfs.overlay.named_whiteouts import BRANCH_NAMES
 from cowfs.store.format.sizes import format_size
@@ -171,23 +167,23 @@ def _why(path: str, error: OSError) -> tuple[str, str]:
 
 
 def _image(data: Bytes, path: str, start: int) -> Identity:
-    head = data.pread(erofs.OFFSET + erofs.SIZE, start)
+    head = data.pread(archives.SAMPLE, start)
     if erofs.is_erofs(head):
         return _erofs(data, path, start)
-    if is_tar(head) and not start and not is_url(path):
-        return _archive(TarArchive(data, path), "tar")
-    if is_zip(head) and not start and not is_url(path):
-        return _archive(ZipArchive(data, path), "zip")
+    kind = archives.kind_of(head)
+    if kind and not start and not is_url(path):
+        return _archive(data, path, kind)
     return _squashfs(data, path, start)
 
 
-def _archive(archive: Tree, kind: str) -> Identity:
-    size, fingerprint = format_size(archive.data.size), archive.fingerprint
+def _archive(data: Bytes, path: str, kind: str) -> Identity:
+    archive = archives.INDEXES[kind](data, path)
+    what, size, fingerprint = archives.NAMES[kind], format_size(data.size), archive.fingerprint
     return Identity(
         kind=kind,
         fingerprint=fingerprint,
-        description=f"{kind} archive, {size}, {archive.inodes} inodes, fingerprint {fingerprint[:8]}",
-        path=place(archive.name),
+        description=f"{what}, {size}, {archive.inodes} inodes, fingerprint {fingerprint[:8]}",
+        path=place(path),
     )
 
 

@@ -36,9 +36,10 @@ def commands(
             )
         if lower["kind"] == "tar":
             raise LayerError(f"{at}: the kernel mounts no tar archives", f"tar2sqfs IMAGE <{at}")
-        if lower["kind"] == "zip":
+        if lower["kind"] in {"zip", "iso9660"}:
+            what = "zip archives" if lower["kind"] == "zip" else "ISO 9660 images with a store"
             raise LayerError(
-                f"{at}: the kernel mounts no zip archives", f"unzip {at} -d DIR, mksquashfs DIR IMAGE"
+                f"{at}: the kernel mounts no {what}", "unpack it, and make an image of that with mksquashfs"
             )
         if lower["kind"] != "directory":
             source, at = at, f"{place}/lower{number}"
