@@ -14,7 +14,7 @@ from typing import Any
 from cowfs.cli.output import warn
 from cowfs.cli.unmount_request import UnmountRequest
 from cowfs.client import Silent, facts_of, owner_of, the_mount
-from cowfs.errors import CowfsError, MountFailure, SystemFailure
+from cowfs.errors import CowfsError, MountFailure, SystemFailure, UsageError
 from cowfs.linux import programs
 from cowfs.linux.mount_table import MountInfo, mountinfo
 from cowfs.linux.mounts import umount2
@@ -69,10 +69,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def _seconds(given: str) -> float:
-    seconds = float(given)
-    if not 0 <= seconds <= threading.TIMEOUT_MAX:
-        raise ValueError(given)
-    return seconds
+    with suppress(ValueError):
+        if 0 <= (seconds := float(given)) <= threading.TIMEOUT_MAX:
+            return seconds
+    raise UsageError(f"--timeout: {given!r} is not a number of seconds", "give 0 or more")
 
 
 def run(args: argparse.Namespace) -> int:

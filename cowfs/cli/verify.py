@@ -26,7 +26,7 @@ def is_kept(directory: int, name: str, path: str, facts: dict[str, Any], size: i
     try:
         if not os.path.samestat(seen, os.fstat(fd)):
             raise _untrue(path, "a symbolic link is there")
-        _check(fd, path, facts, size)
+        _check(fd, path, facts, size, unused=_SMALL_GROUP)
         identity = read_superblock(fd, path).uuid
         if identity != facts["store"].get("uuid"):  # what stood in memory had that of its store
             raise _untrue(path, f"it is another store ({identity})")
@@ -42,16 +42,16 @@ def has_size(path: str, facts: dict[str, Any], size: int) -> None:
         return  # hidden by the mount, on a disk that is not mounted, or in another mount namespace
     try:
         if not lock.try_lock(fd, shared=True):  # else it is another file
-            _check(fd, path, facts, size)
+            _check(fd, path, facts, size, unused=0)
     finally:
         os.close(fd)
 
 
-_ROUNDED = 64 << 10
-"""Bytes: a filesystem has whole blocks, and resize2fs whole pages, of its file."""
+_SMALL_GROUP = 16 << 20
+"""Bytes at the end of a file that mke2fs and resize2fs leave unused: too few for a block group, with its tables."""
 
 
-def _check(fd: int, path: str, facts: dict[str, Any], size: int) -> None:
+def _check(fd: int, path: str, facts: dict[str, Any], size: int, *, unused: int) -> None:
     superblock = read_superblock(fd, path)
     length = size_of(fd)
     user = locks.who_locks(f"/proc/self/fd/{fd}")
@@ -59,7 +59,7 @@ def _check(fd: int, path: str, facts: dict[str, Any], size: int) -> None:
         raise _untrue(path, "its filesystem has errors")
     if (
         size < superblock.size
-        or superblock.size + superblock.block_size <= min(size, length)
+        or superblock.size + superblock.block_size + unused <= min(size, length)
         or length < size
     ):
         told = f"{format_size(superblock.size)} in a {format_size(length)} file"

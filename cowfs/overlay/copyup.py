@@ -42,9 +42,8 @@ class CopyUp:
         self._place = None if node.dead else place_of(fs, node)
         self._temporary = fs.temporary()
         layer, key = node.lowers[-1]
-        self._source = (
-            fs.lowers[layer].open(key, os.O_RDONLY) if size else None
-        )  # who reads none need not may
+        # An empty file is copied without reading it: its owner may not be allowed to.
+        self._source = fs.lowers[layer].open(key, os.O_RDONLY) if size else None
         try:
             self._key, self._target = fs.upper.create(
                 fs.work, self._temporary, stat.S_IMODE(attr.st_mode), attr.st_uid, attr.st_gid

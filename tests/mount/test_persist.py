@@ -153,11 +153,12 @@ def the_kernel_shows(before: tree.Snapshot, base: Path, store: Path) -> None:
 
 
 @both
-def test_what_is_kept_has_the_size_of_the_memory_and_survives_a_kill(base: Path, nobody: bool) -> None:
+def test_what_is_kept_has_the_size_asked_for_and_survives_a_kill(base: Path, nobody: bool) -> None:
     store = base / "kept/s"
     with in_memory(base, nobody=nobody, quiet=False) as here:
-        cowfs("persist", here.path, store, nobody=nobody, check=True)
-        assert store.stat().st_size == 128 * MIB
+        # mke2fs leaves the last 2 MiB unused: they are too few for a block group.
+        cowfs("persist", here.path, store, "130", nobody=nobody, check=True)
+        assert store.stat().st_size == 130 * MIB
         refused(cowfs("persist", here.path, base / "kept/t", nobody=nobody), "changes are already kept")
         script("echo kept > kept && sync kept", here)
         refused(cowfs("check", store, nobody=nobody), "in use by process", 8)
