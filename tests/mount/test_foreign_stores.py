@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -91,6 +92,12 @@ def test_what_cannot_be_adopted_is_named(tmp_path: Path) -> None:
     assert "not of the whole root" in refused(home)
     (home / "persistence.conf").write_text("/ union,source=../elsewhere\n")
     assert "leads out of it" in refused(home)
+    new = tmp_path / "new"
+    new.mkdir()
+    (new / "persistence.conf").write_text("/ union,source=live\n")
+    assert f"{new}/live: No such file or directory" in refused(new)
+    (new / "persistence.conf").write_text("/ union\n")
+    assert f"without changes yet (to use it as a store: mkdir {new}/rw {new}/work)" in refused(new)
     image = tmp_path / "persistence"
     (home / "persistence.conf").write_text("/ union\n")
     with open(image, "wb") as file:
@@ -100,5 +107,10 @@ def test_what_cannot_be_adopted_is_named(tmp_path: Path) -> None:
     run("mke2fs", "-q", "-F", "-t", "ext4", image)
     assert "an ext4 filesystem" in refused(image)
     image.write_bytes(b"LUKS\xba\xbe\0\2" + bytes(1 << 20))
-    assert "a LUKS encrypted volume (cryptsetup open" in refused(image)
+    key = tmp_path / "key"
+    key.write_text("key")
+    damaged = cowfs("mount", tmp_path / "lower", tmp_path / "mnt", "--store", image, "--key-file", key)
+    # Without a device mapper, or cryptsetup, it does not come to looking at it.
+    assert (damaged.returncode in {2, 32}, damaged.stderr.count("\n")) == (True, 1)
+    assert re.search("encrypted|LUKS|cryptsetup", damaged.stderr)
     shutil.rmtree(tmp_path / "cow")

@@ -58,7 +58,13 @@ def pair_in(path: str) -> Pair | None:
         return None
     if os.fsencode(_CONFIGURATION) in names:
         path = _of_debian(path)
-        names = {os.fsencode(name) for name in os.listdir(path)}
+        try:
+            names = {os.fsencode(name) for name in os.listdir(path)}
+        except OSError as error:
+            raise StoreError(f"{path}: {error.strerror}", f"{_CONFIGURATION} names it") from None
+        if names <= _BESIDE:
+            hint = f"to use it as a store: mkdir {path}/rw {path}/work"
+            raise StoreError(f"{path}: a persistence of Debian live without changes yet", hint)
     for upper, work, _ in _PAIRS:
         if {upper, work} <= names <= {upper, work} | _BESIDE:
             pair = Pair(os.path.join(path, os.fsdecode(upper)), os.path.join(path, os.fsdecode(work)))
