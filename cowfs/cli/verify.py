@@ -48,7 +48,7 @@ def has_size(path: str, facts: dict[str, Any], size: int) -> None:
 
 
 _SMALL_GROUP = 16 << 20
-"""Bytes at the end of a file that mke2fs and resize2fs leave unused: too few for a block group, with its tables."""
+"""Bytes at the end of a file that mke2fs and resize2fs leave unused: no block group fits in them."""
 
 
 def _check(fd: int, path: str, facts: dict[str, Any], size: int, *, unused: int) -> None:
