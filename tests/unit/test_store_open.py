@@ -272,7 +272,7 @@ def test_a_name_with_an_extension_is_not_taken_for_a_directory(tmp_path: Path) -
 
 def test_a_fifo_is_no_store(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
-    with pytest.raises(StoreError, match="neither a regular file nor a directory"):
+    with pytest.raises(StoreError, match="neither a file, a block device nor a directory"):
         open_store(str(tmp_path / "fifo"))
 
 
