@@ -16,6 +16,8 @@ from tests.mount.test_memory import memory_of
 from tests.support.mounts import Mounted, cowfs, eventually, is_mounted, mount_arguments, project_root
 from tests.support.system import as_nobody_prefix, needs_fuse, needs_root, run
 
+DEV_FUSE_AT_NIGHT = True
+
 pytestmark = needs_fuse
 
 MOST = 1 << 13
