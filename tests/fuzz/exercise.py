@@ -30,11 +30,16 @@ def exercise(image: bytes) -> int:
     Raises whatever an image must not lead to: any exception but LayerError and the expected OSErrors.
     """
     logging.disable(logging.CRITICAL)
+    return exercise_as(SquashfsLayer, image)
+
+
+def exercise_as(kind: Callable[[str], LowerLayer], data: bytes) -> int:
+    """Do the same with *data* as a layer of this kind."""
     fd = os.memfd_create("image")
     try:
-        os.write(fd, image)
+        os.write(fd, data)
         try:
-            layer = SquashfsLayer(f"/proc/self/fd/{fd}")
+            layer = kind(f"/proc/self/fd/{fd}")
         except LayerError:
             return -1
         with closing(layer):
