@@ -55,8 +55,8 @@ def mount_arguments(
 
 
 def join_lowers(lowers: Sequence[str], data_only: int = 0) -> str:
-    """Write LOWER[:LOWER...][::DATA...] as ``cowfs mount`` takes it; the last *data_only* lowers are
-    data-only.
+    """Write LOWER[:LOWER...][::DATA...] as ``cowfs mount`` takes it, of absolute paths and URLs (another path
+    and one that begins with // could read as a URL); the last *data_only* lowers are data-only.
     """
     names = [_of_several(lower) for lower in lowers]
     merged = len(names) - data_only

@@ -319,7 +319,7 @@ def own_spelling(args: argparse.Namespace) -> Iterator[None]:
 
 
 def join_lowers(lowers: Sequence[str], data_only: int = 0) -> str:
-    """Write LOWER[:LOWER...][::DATA...] so that :func:`split_layers` gives the same back."""
+    """Write LOWER[:LOWER...][::DATA...], of absolute paths and URLs: :func:`split_layers` gives them back."""
     return command.join_lowers(lowers, data_only)
 
 

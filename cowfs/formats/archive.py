@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import stat
+from bisect import bisect_left
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from cowfs.errors import LayerError
@@ -31,9 +33,25 @@ class Inode:
     nlink: int = 1
     target: bytes = b""
     segments: list[tuple[int, int, int]] = field(default_factory=list)
-    """What is stored of a file: where it is in the file, how many bytes, and where in the archive."""
+    """What is stored of a file, in order: where it is in the file, how many bytes, where in the archive."""
     xattrs: dict[bytes, bytes] = field(default_factory=dict)
     children: dict[bytes, Inode] = field(default_factory=dict)
+    _bytes: int = -1
+
+    def bytes_stored(self) -> int:
+        """How many bytes of the archive belong to it. The segments do not change after the first call."""
+        if self._bytes < 0:
+            self._bytes = sum(length for _, length, _ in self.segments)
+        return self._bytes
+
+    def stored(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:
+        """Those of its segments that lie between two offsets, at least in part. There may be millions."""
+        at = max(bisect_left(self.segments, (start,)) - 1, 0)
+        while at < len(self.segments) and self.segments[at][0] < end:
+            begin, length, _ = self.segments[at]
+            if begin + length > start:
+                yield self.segments[at]
+            at += 1
 
 
 class Tree:
@@ -55,7 +73,7 @@ class Tree:
         if offset < 0 or offset >= end:
             return b""
         found = bytearray(end - offset)
-        for start, length, place in inode.segments:
+        for start, length, place in inode.stored(offset, end):
             first, last = max(start, offset), min(start + length, end)
             while first < last:
                 piece = self.data.pread(last - first, place + first - start)

@@ -29,6 +29,7 @@ _RECORD = struct.Struct("<BBI4xI4x7sBBB4xB")
 """length, sectors of attributes, block, bytes, date, flags, unit, gap, bytes of the name."""
 _DIRECTORY, _ASSOCIATED, _GOES_ON = 0x02, 0x04, 0x80
 _LONGEST_LISTING = 64 << 20
+_LONGEST_NAME = 1024
 _MOST_CONTINUED = 64
 """So many continuation areas may one record have."""
 _LONG_TIME = re.compile(rb"([0-9]{4})([0-9]{2})([0-9]{2})([0-9]{2})([0-9]{2})([0-9]{2})[0-9]{2}")
@@ -248,7 +249,8 @@ class Image(Tree):
                 if sign == b"CE" and len(data) >= 24:
                     areas += 1
                     block, offset, length = struct.unpack_from("<I4xI4xI", data)
-                    if areas > _MOST_CONTINUED or length > 1 << 16:
+                    self._left -= length
+                    if areas > _MOST_CONTINUED or length > 1 << 16 or self._left < 0:
                         raise self._damaged("too much belongs to one record")
                     following = self._read(length, block * self._block_size + offset)
                     self._digest.update(following)
@@ -259,6 +261,8 @@ class Image(Tree):
                     raise LayerError(f"{self.name}: {record.name!r} is {what}: not read", "mount -o loop,ro")
                 else:
                     _apply_field(record, sign, data)
+                if len(record.longer) > _LONGEST_NAME:
+                    raise self._damaged("a name is too long")
             use = following
 
 

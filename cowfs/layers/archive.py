@@ -52,9 +52,8 @@ class ArchiveFile:
 
     def segments(self, end: int, start: int = 0) -> Iterator[tuple[int, int]]:
         """What is stored; the rest are holes."""
-        for begin, length, _ in self._inode.segments:
-            if begin < end and begin + length > start:
-                yield begin, min(begin + length, end)
+        for begin, length, _ in self._inode.stored(start, end):
+            yield begin, min(begin + length, end)
 
     def fileno(self) -> int:
         return -1
@@ -99,7 +98,6 @@ class ArchiveLayer:
         return None if found is None else (found, self.stat(found))
 
     def stat(self, key: Inode) -> AttrData:
-        stored = sum(length for _, length, _ in key.segments)
         return AttrData(
             key.mode,
             key.number,
@@ -109,7 +107,7 @@ class ArchiveLayer:
             key.gid,
             key.rdev,
             key.size,
-            -(-stored // 512),
+            -(-key.bytes_stored() // 512),
             4096,
             key.mtime_ns,
             key.mtime_ns,

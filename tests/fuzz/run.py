@@ -34,6 +34,7 @@ TARGETS = (
         "squashfs",
         "tar",
         "zip",
+        "iso9660",
         "union",
         "attributes",
         "header",

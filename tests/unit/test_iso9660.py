@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import stat
+import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -15,6 +16,7 @@ from cowfs.errors import LayerError
 from cowfs.formats.archive import Inode
 from cowfs.layers.iso9660 import Iso9660Layer
 from cowfs.store.format.identity import identify_lower
+from tests.fuzz.targets import iso9660 as by_hand
 from tests.support.system import run
 
 pytestmark = pytest.mark.skipif(shutil.which("xorriso") is None, reason="needs xorriso")
@@ -143,3 +145,28 @@ def test_what_cannot_be_is_refused(
     for opened in (identify_lower, Iso9660Layer):
         with pytest.raises(LayerError, match=why):
             opened(str(image))
+
+
+def test_a_part_that_every_record_has_is_read_no_oftener_than_there_are_bytes(tmp_path: Path) -> None:
+    """An image of some megabytes took hours: each of its records went on in the same four megabytes."""
+    goes_on = by_hand.field(b"CE", by_hand.both(20) + by_hand.both(0) + by_hand.both(10_000))
+    records = [by_hand.record(b"%d" % number, 0, 0, 0, goes_on) for number in range(20)]
+    top = by_hand.directory(19, 19, *records, use=by_hand.field(b"SP", b"\xbe\xef\0"))
+    volumes = by_hand.volume(1, 19) + by_hand.volume(255, 0) + bytes(by_hand.SECTOR)
+    image = tmp_path / "x.iso"
+    image.write_bytes(by_hand.BEFORE + volumes + top + bytes(10_000))
+    with pytest.raises(LayerError, match="too much belongs to one record"):
+        Iso9660Layer(str(image))
+
+
+def test_a_file_of_very_many_pieces() -> None:
+    """What is read of it, and its size, cost nothing of what is elsewhere in it."""
+    inode = Inode(2, stat.S_IFREG, segments=[(at, 1, at) for at in range(0, 2_000_000, 2)])
+    assert list(inode.stored(1_000_001, 1_000_005)) == [(1_000_002, 1, 1_000_002), (1_000_004, 1, 1_000_004)]
+    assert list(inode.stored(1_999_998, 1 << 40)) == [(1_999_998, 1, 1_999_998)]
+    assert list(inode.stored(0, 1)) == [(0, 1, 0)] and not list(inode.stored(1_999_999, 1 << 40))
+    begun = time.process_time()
+    for _ in range(1000):
+        assert inode.bytes_stored() == 1_000_000
+        assert len(list(inode.stored(1_000_000, 1_000_100))) == 50
+    assert time.process_time() - begun < 10, "it goes through all of them"

@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from cowfs.cli import options
 from cowfs.errors import UsageError
 from cowfs.store.format.sizes import format_size, parse_size
+from cowfs.url.names import place
 from tests.fuzz.driver import Run, Target
 
 
@@ -22,7 +23,7 @@ def _one(data: bytes) -> None:
     with suppress(UsageError):
         options.parse_offsets(text)
     with suppress(UsageError):
-        lowers = options.split_lowers(text)
+        lowers = tuple(map(place, options.split_lowers(text)))
         assert options.split_lowers(options.join_lowers(lowers)) == lowers
 
 
