@@ -18,9 +18,32 @@ say() {
     printf '%s\n' "$said" >>"$top/log"
 } 2>/dev/null
 
-# $1 without what controls a terminal: the command line and disks have names in it.
+# $1 without what controls a terminal: the command line and disks have names in it. Beyond ASCII, whole characters of
+# UTF-8 stay, but for those that are controls, are not seen, or turn the direction of the text.
 harmless() {
-    printf %s "$1" | tr '\001-\037\177' '?'
+    printf %s "$1" | tr '\001-\037\177' '?' | LC_ALL=C awk '
+        BEGIN { for (byte = 128; byte < 256; byte++) code[sprintf("%c", byte)] = byte }
+        function bad(c) {
+            return c < 160 || c == 173 || (c >= 8203 && c <= 8207) || (c >= 8232 && c <= 8238) ||
+                (c >= 8288 && c <= 8303) || (c >= 55296 && c <= 57343) || c == 65279 ||
+                (c >= 65529 && c <= 65531) || (c >= 917504 && c <= 921599) || c > 1114111
+        }
+        {
+            said = ""
+            for (at = 1; at <= length($0); at += size) {
+                first = code[substr($0, at, 1)] + 0
+                size = first < 194 ? 1 : first < 224 ? 2 : first < 240 ? 3 : first < 245 ? 4 : 1
+                c = size == 1 ? first : first - (size == 2 ? 192 : size == 3 ? 224 : 240)
+                for (next_one = 1; next_one < size; next_one++) {
+                    byte = code[substr($0, at + next_one, 1)] + 0
+                    c = byte >= 128 && byte < 192 ? c * 64 + byte - 128 : -1000000
+                }
+                least = size == 2 ? 128 : size == 3 ? 2048 : 65536
+                if (first && (size == 1 || c < least || bad(c))) { said = said "?"; size = 1 }
+                else said = said substr($0, at, size)
+            }
+            print said
+        }'
 }
 
 # What the user must know even if nobody looks at the console: pam_motd shows /run/motd.d at each login. Once is

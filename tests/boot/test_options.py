@@ -77,7 +77,7 @@ class System:
 
     def shell(self, command: str, line: str = "", library: str = "cowfs-options.sh") -> list[str]:
         """Run a command after the library, on this command line of the kernel; the lines that it prints."""
-        (self.top / "proc/cmdline").write_text(line + "\n")
+        (self.top / "proc/cmdline").write_bytes(os.fsencode(line + "\n"))
         script = f". {LIBRARY}/cowfs-options.sh\nread_options\n{command}"
         environment = {
             f"COWFS_{name.upper()}": str(self.top / name) for name in ("sys", "dev", "proc", "run")
@@ -156,6 +156,9 @@ GARBAGE = {
     "backstore.wait=99999": ("removable||ram|3", "is not a number"),
     "backstore=\x01\x7f%s%n": ("removable||ram|3", "is not understood"),
     "backstore=\x1b]0;owned\x07": ("removable||ram|3", "?]0;owned? is not understood"),
+    "backstore=a\udc9b2Jb\x9b31m": ("removable||ram|3", "a?2Jb??31m is not understood"),
+    "backstore=ü\u202eÛ中\U0001f600\udcc3\udcf0": ("removable||ram|3", "ü???Û中😀?? is not understood"),
+    "backstore=\udcc0\udc9b\udce0\udc82\udc9bx": ("removable||ram|3", "?????x is not understood"),
     'backstore="/never closed': ("removable|/never closed|shell|20", ""),
 }
 
