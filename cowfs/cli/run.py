@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import shutil
 import signal
@@ -259,11 +260,21 @@ def _run(command: list[str], prepare: Callable[[], object], sandbox: Sandbox | N
         warn(f"{command[0]}: cannot be run: its root directory cannot be entered")
         return _NOT_RUN
     except OSError as error:
-        warn(f"{command[0]}: {error.strerror}")
-        return _NOT_FOUND if isinstance(error, FileNotFoundError) else _NOT_RUN
+        missing = isinstance(error, FileNotFoundError) or _is_nowhere(command[0], environment, sandbox)
+        warn(f"{command[0]}: {os.strerror(errno.ENOENT) if missing else error.strerror}")
+        return _NOT_FOUND if missing else _NOT_RUN
     with _passed_on(process):
         code = process.wait()
     return code if code >= 0 else 128 - code
+
+
+def _is_nowhere(name: str, environment: dict[bytes, bytes], sandbox: Sandbox | None) -> bool:
+    """Whether no directory of PATH shows a command: exec says EACCES for any that may not be searched."""
+    if "/" in name:
+        return False
+    root = sandbox.path if sandbox is not None else ""
+    searched = os.fsdecode(environment.get(b"PATH", os.fsencode(os.defpath))).split(os.pathsep)
+    return not any(os.path.lexists(f"{root}{place}/{name}" if place else name) for place in searched)
 
 
 @contextmanager

@@ -99,6 +99,14 @@ def test_the_exit_code_is_the_commands(base: Path) -> None:
     missing = running(base, "/no/such/program")
     assert missing.returncode == 127
     assert "No such file or directory" in missing.stderr
+    (base / "closed").mkdir(mode=0o700)
+    words = ("run", base / "image", base / "mnt", "--", "no-such-program")
+    missing = cowfs(*words, nobody=True, env={"PATH": f"{base / 'closed'}:/usr/bin:/bin"})
+    assert (missing.returncode, "No such file" in missing.stderr) == (127, True), missing.stderr
+    (base / "closed" / "no-such-program").touch()
+    (base / "closed").chmod(0o755)
+    cannot = cowfs(*words, nobody=True, env={"PATH": f"{base / 'closed'}:/usr/bin:/bin"})
+    assert (cannot.returncode, "Permission denied" in cannot.stderr) == (126, True), cannot.stderr
     assert "no command" in cowfs("run", base / "image", base / "mnt", nobody=True).stderr
 
 
