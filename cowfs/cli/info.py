@@ -5,15 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
-from contextlib import closing
 from typing import Any
 
-from cowfs.cli import options
+from cowfs.cli import image_info, options
 from cowfs.cli.output import say, warn
 from cowfs.cli.requests import Requests, requests_in
 from cowfs.client import checked_answer, facts_of, find_mount, resident
-from cowfs.errors import LayerError, MountFailure, UsageError
+from cowfs.errors import MountFailure, UsageError
 from cowfs.jsontext import local_time
 from cowfs.url.names import is_url
 
@@ -24,6 +22,7 @@ examples:
   cowfs info sysrcd.bs        its size, usage, lower, and who uses it
   cowfs info /mnt             what is mounted there, and how full its store is
   cowfs info sysrcd.dat       the superblock of a squashfs image, and its fingerprint
+  cowfs info a.zip            the size of an archive, and its fingerprint
   cowfs info -o 188392 a.AppImage   the same for an image inside a file
   cowfs info /mnt --json      the same for programs
   cowfs info sysrcd.bs --kernel | MOUNTPOINT=/mnt sh   mount it without cowfs
@@ -39,7 +38,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser(
         NAME,
         help="describe a store, an image or a mount, and how full it is",
-        description="Describe a store, a squashfs image, or a mount and its layers.",
+        description="Describe a store, an image or archive that can be a lower, or a mount and its layers.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -75,15 +74,15 @@ def run(args: argparse.Namespace) -> int:
             lines = _mount_lines(facts, requests)
             if requests is not None:
                 facts["requests"] = requests.to_json()
-    elif offsets or is_url(args.what) or _is_image(args.what):
-        facts, lines = _image(args.what, *options.find_offsets(offsets, [args.what]))
+    elif offsets or is_url(args.what) or image_info.is_image(args.what):
+        facts, lines = image_info.describe(args.what, *options.find_offsets(offsets, [args.what]))
     else:
         from cowfs.store.format.sniff import may_exist, split_subdir
         from cowfs.store.offline.info import store_info
         from cowfs.store.served.disk_space import disk_of
 
         if not may_exist(args.what):
-            hint = "give a store, a squashfs image or a mountpoint; cowfs create creates a store"
+            hint = "give a store, an image or a mountpoint; cowfs create creates a store"
             raise MountFailure(f"{args.what}: No such file or directory", hint)
         facts = store_info(args.what)
         on_disk = disk_of(split_subdir(facts["path"])[0])
@@ -123,63 +122,6 @@ def _kernel(what: str, facts: dict[str, Any]) -> int:
     if files:
         warn(f"{files} files are partly copied up: the kernel refuses them")
     return 0
-
-
-def _is_image(path: str) -> bool:
-    """Whether a file is a squashfs image of any version, or a program with an image appended."""
-    from cowfs.formats.squashfs.recognise import MAGIC, MAGIC_BIG_ENDIAN, SAMPLE, appended_at
-
-    try:
-        with open(path, "rb", buffering=0, opener=_without_waiting) as file:
-            head = file.read(SAMPLE)
-    except PermissionError as error:
-        raise LayerError(
-            f"{path}: cannot be read: {error.strerror}", "run this as its owner, or as root"
-        ) from None
-    except OSError:
-        return False  # a directory, or a store
-    end = appended_at(head)
-    return head[:4] in {MAGIC, MAGIC_BIG_ENDIAN} or (end is not None and end < os.path.getsize(path))
-
-
-def _without_waiting(path: str, flags: int) -> int:
-    from cowfs.linux.files import open_ordinary
-
-    return open_ordinary(path, flags)
-
-
-def _image(path: str, offset: int = 0) -> tuple[dict[str, Any], list[tuple[str, str]]]:
-    """Return what a squashfs image says about itself: for programs, and for people."""
-    from cowfs.layers.squashfs import SquashfsLayer
-    from cowfs.store.format.identity import identify_lower
-    from cowfs.store.format.sizes import format_size
-
-    identity = identify_lower(path, offset)
-    with closing(SquashfsLayer(identity.path, offset=offset)) as layer:
-        summary = layer.summary()
-    facts: dict[str, Any] = {"path": identity.path, "kind": identity.kind, "offset": offset}
-    facts |= {what.replace(" ", "_"): _value(what, said) for what, said in summary}
-    facts["fingerprint"] = identity.fingerprint
-    lines = [("path", identity.path), *([("offset", f"{offset} bytes")] if offset else [])]
-    for what, said in summary:
-        lines.append((what, f"{format_size(facts['size'])} ({said})" if what == "size" else said))
-    return facts, [*lines, ("fingerprint", identity.fingerprint)]
-
-
-_LISTS = {"uncompressed", "strategies", "filters"}
-_NUMBER = re.compile(r"(\d+)(?: bytes)?")
-
-
-def _value(what: str, said: str) -> int | bool | str | list[str]:
-    """Return the value of a summary line in the type that a program expects."""
-    if what in _LISTS:
-        return [] if said == "nothing" else said.split(", ")
-    if said in {"yes", "no"}:
-        return said == "yes"
-    if what == "attribute sets" and said == "none":
-        return 0
-    number = _NUMBER.fullmatch(said)
-    return int(number[1]) if number else said
 
 
 def _mount_lines(facts: dict[str, Any], requests: Requests | None) -> list[tuple[str, str]]:

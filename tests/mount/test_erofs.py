@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -26,6 +27,7 @@ def test_an_erofs_image_is_a_lower(tmp_path: Path) -> None:
     (lower / "link").symlink_to("dir/file")
     os.setxattr(lower / "dir/file", "user.x", b"y")
     run("mkfs.erofs", "-zlz4hc", image, lower)
+    assert re.search(r"^inodes: +5$", cowfs("info", image, check=True).stdout, re.MULTILINE)
     with mounted(image, mnt, store, engine="kernel"):
         assert (mnt / "link").read_text() == "first\n" * 10_000
         assert os.getxattr(mnt / "dir/file", "user.x") == b"y"

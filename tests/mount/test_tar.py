@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -34,6 +35,9 @@ def test_an_archive_is_a_lower(tmp_path: Path, kind: str) -> None:
     (lower / "alias").hardlink_to(lower / "dir/file")
     (lower / "link").symlink_to("dir/file")
     PACK[kind](lower, archive)
+    about = json.loads(cowfs("info", archive, "--json", check=True).stdout)
+    assert (about["kind"], about["format"], about["size"]) == (kind, NAMES[kind], archive.stat().st_size)
+    assert about["inodes"] == (5 if kind == "tar" else 6)
     content = (lower / "dir/file").read_bytes()
     with mounted(archive, mnt, store):
         assert (mnt / "link").read_bytes() == content
@@ -55,4 +59,5 @@ def test_an_archive_is_a_lower(tmp_path: Path, kind: str) -> None:
     (lower / "more").touch()
     PACK[kind](lower, archive)
     refused = cowfs("mount", archive, mnt, "--store", store)
+    assert about["fingerprint"] not in cowfs("info", archive, check=True).stdout
     assert refused.returncode and f"belongs to {archive} ({NAMES[kind]}, " in refused.stderr
