@@ -246,10 +246,10 @@ def _run(command: list[str], prepare: Callable[[], object], sandbox: Sandbox | N
             sandbox.enter()
         prepare()
 
+    environment = programs.given_environment()
+    if sandbox is not None:
+        environment = sandbox.environment(environment, all_there=_others_are_there())
     try:
-        environment = programs.given_environment()
-        if sandbox is not None:
-            environment = sandbox.environment(environment, all_there=_others_are_there())
         process = subprocess.Popen(
             command,
             env=environment,
