@@ -67,11 +67,11 @@ def export(
 
     A directory of files gets no set-ID bits, capabilities and devices if others can change the source, unless
     *trust* is set. At the end *target* is complete, or as it was before. *tick* is called with each path
-    reached, and with the number of bytes read of it. Before a whole tree *expect* is given a function that
+    reached, and with the number of bytes read of it. Before each pass *expect* is given a function that
     returns about how many paths there will be. Raises CowfsError, and OSError with the path of what cannot be
     read.
     """
-    from cowfs.exports.run import check, export
+    from cowfs.exports.run import Watch, check, export
 
     check(how)
     found = find_mount(what)
@@ -79,9 +79,9 @@ def export(
         if found is not None and _is_on(target, found.dev):
             raise UsageError(f"{target}: is inside the mount that is exported", "choose a path outside of it")
         withheld = {} if trust or how.format != "overlayfs" else _withheld(changes, target)
-        if expect is not None and (how.merged or how.format == "iso"):
-            expect(functools.partial(changes.count_names, merged=True))
-        return export(changes, how, target, tick, withheld)
+        if expect is not None:
+            expect(functools.partial(changes.count_names, merged=how.merged or how.format == "iso"))
+        return export(changes, how, target, Watch(tick, expect), withheld)
 
 
 def report(
@@ -92,14 +92,14 @@ def report(
     *,
     force: bool = False,
     tell: Tell = lambda _: None,
-    tick: Callable[[str, int], None] = lambda *_: None,
+    tick: Callable[[str, int, int], None] = lambda *_: None,
 ) -> None:
     """Write the changes of a store or a mount as an HTML page to the file *target*.
 
     At the end the file is complete, or as it was before; an existing one is replaced only with *force*. ``-``
     is standard output. *selection* limits the page to these changes. *tick* is called with what is being
-    read, and how many of it were. Blocks; raises CowfsError, and OSError with the path of what cannot be
-    read.
+    read, how many of it were, and how many there are, or 0. Blocks; raises CowfsError, and OSError with the
+    path of what cannot be read.
     """
     from cowfs.changes.select import Selection
     from cowfs.exports.report import Facts, write_report
@@ -337,13 +337,14 @@ def take_back(
     metadata: bool = False,
     dry_run: bool = False,
     tell: Tell = lambda _: None,
-    tick: Callable[[int], None] = lambda _: None,
+    tick: Callable[[int, int], None] = lambda *_: None,
 ) -> Iterator[Done]:
     """Give *paths* in a store or a mount the lower's version again, and yield each thing that is done.
 
     *asked* is ``revert`` (without *paths*: of everything), ``undo`` (of the last revert), ``vacuum`` (removes
     what makes no difference; with *dry_run* only finds it) or ``trash`` (empties the trash). *tick* is told
-    how many changes a revert has looked at. CowfsError says why it cannot be done.
+    how many changes or names were looked at, and about how many there are, or 0. CowfsError says why it
+    cannot be done.
     """
     from cowfs.take_back import offline, request
 
@@ -360,7 +361,7 @@ def take_back(
         for reply in replies:
             if "seen" in reply:
                 with checked_answer(what):
-                    tick(int(reply["seen"]))
+                    tick(int(reply["seen"]), int(reply.get("whole", 0)))
                 continue
             with checked_answer(what):
                 path = base64.b64decode(reply["path"])

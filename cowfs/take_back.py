@@ -63,7 +63,7 @@ def told(union: Union, asked: dict[str, Any], ask_again: Callable[[Stale], None]
                 yield {"path": path, "kind": step.kind, "why_not": step.why_not, "bytes": step.size}
             elif isinstance(step, revert.Seen):
                 if asked.get("counts"):
-                    yield {"seen": step.changes}
+                    yield {"seen": step.changes, "whole": step.whole}
                     yield _at_once
             else:
                 yield step

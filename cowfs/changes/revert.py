@@ -57,15 +57,17 @@ class Done(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """So many changes were looked at, and nothing is done yet."""
+    """So many changes were looked at."""
 
     changes: int
+    whole: int = 0
+    """About how many there are; 0 if that is not known."""
 
 
 Progress = Iterator[Done | Seen | Callable[[], None] | None]
 """None where others may have a turn, a callable where a thread is to do something before the next step."""
 
-_OFTEN = 1000
+OFTEN = 1000
 """After so many changes it is said how many they are by then."""
 
 
@@ -105,10 +107,11 @@ def revert(
         if change.kind == "R" and not metadata:
             renames.append(change)
         changes.add(json_line(change).encode())
-        if changes.count % _OFTEN == 0:
+        if changes.count % OFTEN == 0:
             yield Seen(changes.count)
     if not changes.count:
         return
+    yield Seen(changes.count, changes.count)
     batch = new_batch(fs.upper)
     work = _Revert(fs, selection, batch, forget)
     try:
@@ -301,7 +304,7 @@ class _Revert:
         whole: set[bytes] = set()
         last = None
         for number, change in enumerate(changes, 1):
-            yield Seen(number) if number % _OFTEN == 0 else None
+            yield Seen(number) if number % OFTEN == 0 else None
             path = change.path if metadata else self._place(change)
             if path in self._away or is_below(path, self._away):
                 continue

@@ -9,7 +9,7 @@ from contextlib import suppress
 from cowfs.changes.compare import Inode, compare
 from cowfs.changes.lowers import must_not_wait
 from cowfs.changes.paths import join
-from cowfs.changes.revert import Done, Forget, Progress, Seen, is_open
+from cowfs.changes.revert import OFTEN, Done, Forget, Progress, Seen, is_open
 from cowfs.layers.base import Key
 from cowfs.overlay import uncover
 from cowfs.overlay.lookup import number_of, shown_below
@@ -36,10 +36,13 @@ class _Vacuum:
 
     def run(self) -> Progress:
         levels: list[tuple[bytes, Node, Iterator[bytes]]] = [self._level(b"", self._fs.root)]
+        stats = None if self._fs.upper.has_descriptors else self._fs.upper.statfs()  # of an image alone
+        whole, looked_at = 0 if stats is None else stats.files - stats.ffree, 0
         while levels:
             path, directory, names = levels[-1]
             name = next(names, None)
-            yield None
+            yield Seen(looked_at, whole) if looked_at % OFTEN == 0 else None
+            looked_at += name is not None
             if name is None:
                 levels.pop()
                 if path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from cowfs.cli import options
-from cowfs.cli.output import counted, note, progress_line, warn
+from cowfs.cli.output import bytes_of, counted, note, progress_line, warn
 
 NAME = "backup"
 
@@ -48,7 +48,15 @@ def run(args: argparse.Namespace) -> int:
     from cowfs.store.e2fsprogs.signals import cleaned_up
 
     take_all_descriptors()  # each directory on the way to a path uses some
+    whole = bytes_of(args.what)
     with cleaned_up(), progress_line() as progress:
-        backup(args.what, args.file, force=args.force, tell=warn, progress=progress, tick=counted(progress))
+        backup(
+            args.what,
+            args.file,
+            force=args.force,
+            tell=warn,
+            progress=progress,
+            tick=counted(progress, whole),
+        )
     note(f"{args.what}: copied to {args.file}")
     return 0

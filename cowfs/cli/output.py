@@ -156,6 +156,11 @@ class Tally:
         self._done = self._size = 0
         self._begun = time.monotonic()
 
+    def begin(self, what: str, whole: int = 0) -> None:
+        """Begin anew, with something else: *whole* is how many there will be, or 0."""
+        self._what = what
+        self.expect(lambda: whole)
+
     def add(self, count: int = 1, size: int = 0) -> None:
         """So many more are done, and so many more bytes."""
         self._done += count

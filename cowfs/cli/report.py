@@ -7,7 +7,7 @@ import re
 
 from cowfs.cli import options
 from cowfs.cli.diff import add_aspects, patterns_of, selection_of
-from cowfs.cli.output import progress_line, warn
+from cowfs.cli.output import Tally, progress_line, warn
 
 NAME = "report"
 _OFFSET = re.compile(r"(?:offset=)?(?:auto|\d+[kmg]?)(?::(?:auto|\d+[kmg]?))*", re.I)
@@ -63,6 +63,13 @@ def run(args: argparse.Namespace) -> int:
     lowers = options.lowers_to_open(args)
     what, paths = patterns_of(args)
     with progress_line() as progress:
+        tally = Tally(progress, "inodes")
+
+        def tick(what: str, count: int, whole: int) -> None:
+            if not count:
+                tally.begin(what, whole)
+            tally.add()
+
         report(
             what,
             args.output,
@@ -70,6 +77,6 @@ def run(args: argparse.Namespace) -> int:
             lowers,
             force=args.force,
             tell=warn,
-            tick=lambda what, count: progress(f"{count} {what}"),
+            tick=tick,
         )
     return 0

@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from cowfs.cli import options
-from cowfs.cli.output import progress_line, say, say_fields, warn
+from cowfs.cli.output import Tally, progress_line, say, say_fields, warn
 from cowfs.errors import CowfsError, UsageError
 
 if TYPE_CHECKING:
@@ -84,11 +84,17 @@ def run(args: argparse.Namespace) -> int:
     chosen = None if args.all else paths
     is_listed = sys.stdout.isatty()
     with progress_line() as progress:
-        asks = take_back(
-            what, asked, chosen, lowers, metadata=args.metadata, tell=warn,
-            tick=lambda number: progress(f"{number} changes looked at"),
-        )  # fmt: skip
+        tally, expected = Tally(progress, word), 0
+
+        def tick(number: int, whole: int) -> None:
+            nonlocal expected
+            expected = whole or expected
+            progress(f"{number} changes looked at")
+
+        asks = take_back(what, asked, chosen, lowers, metadata=args.metadata, tell=warn, tick=tick)
         for done in asks:
+            if not count + failed:
+                tally.begin(word, expected)
             failed += bool(done.why_not)
             count += not done.why_not
             if args.json:
@@ -100,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
             elif not args.quiet:
                 say(f"{word} {escape(done.path) or '/'}")
             if not is_listed:
-                progress(f"{count} {word}")
+                tally.add()
     if not count and not failed:
         raise UsageError(f"{args.what}: nothing to take back there", "cowfs diff lists the changes")
     sys.stdout.flush()

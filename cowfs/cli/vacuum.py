@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from cowfs.cli import options
-from cowfs.cli.output import progress_line, say, say_fields, warn
+from cowfs.cli.output import Tally, progress_line, say, say_fields, warn
 from cowfs.cli.revert import JSON_HELP, json_of
 
 NAME = "vacuum"
@@ -47,6 +47,7 @@ def run(args: argparse.Namespace) -> int:
     """Remove it, or list it."""
     from cowfs.api import take_back
     from cowfs.changes.render import escape
+    from cowfs.changes.revert import OFTEN
     from cowfs.errors import UsageError
     from cowfs.store.format.sizes import format_size
 
@@ -57,7 +58,16 @@ def run(args: argparse.Namespace) -> int:
     asked = "trash" if args.trash else "vacuum"
     is_listed = sys.stdout.isatty()
     with progress_line() as progress:
-        for done in take_back(args.what, asked, None, lowers, dry_run=args.dry_run, tell=warn):
+        tally = Tally(progress, "names looked at")
+
+        def tick(number: int, whole: int) -> None:
+            if not number:
+                tally.begin("names looked at", whole)
+            elif not is_listed:
+                tally.add(OFTEN)
+
+        asks = take_back(args.what, asked, None, lowers, dry_run=args.dry_run, tell=warn, tick=tick)
+        for done in asks:
             count += 1
             size += done.size
             if args.json:
@@ -66,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
                 say_fields(done.kind, done.size, done.path)
             elif not args.quiet:
                 say(f"{done.kind:<9} {escape(done.path)}")
-            if not is_listed:
+            if args.trash and not is_listed:
                 progress(f"{count} so far")
     sys.stdout.flush()
     if not args.trash and not (args.json or args.null):

@@ -61,8 +61,8 @@ class Facts:
     """Who changed what, the newest first; None: nobody has recorded that."""
 
 
-Tick = Callable[[str, int], None]
-"""Is told what is being done, and how many of it were."""
+Tick = Callable[[str, int, int], None]
+"""Is told what is being done, how many of it were, and how many there are, or 0."""
 
 
 @dataclass(slots=True)
@@ -122,7 +122,7 @@ def write_report(
     timeline = Timeline()
     if facts.records is not None:
         for number, record in enumerate(facts.records):
-            tick("records", number)
+            tick("records", number, 0)
             if wanted.matches(record.path) or (record.to is not None and wanted.matches(record.to)):
                 timeline.add(record)
         for (path, _), at in table.places.items():
@@ -144,7 +144,7 @@ def write_report(
 def _listed(table: _Table, changes: Iterable[Change], tick: Tick) -> Iterator[Change]:
     """Put the changes into the table, and yield those that are in it and may be compared."""
     for number, change in enumerate(changes):
-        tick("changes", number)
+        tick("changes", number, 0)
         if len(table.rows) >= _MOST_ROWS:
             table.left.rows += 1
             continue
@@ -180,7 +180,7 @@ def _fill(table: _Table, listed: Iterable[Change], changes: Changes, tick: Tick)
     """Put sizes, attributes and differences into the rows."""
     reached = _Reached()
     for number, pair in enumerate(files(listed, changes)):
-        tick("files", number)
+        tick("files", number, len(table.rows))
         if isinstance(pair, bytes):
             continue
         at = table.places.get((pair.new_path, pair.new is None))
@@ -264,7 +264,7 @@ def _used(
     reasons: dict[str, int] = {}
     areas = []
     for number, used in enumerate(changes.usage()):
-        tick("inodes", number)
+        tick("inodes", number, 0)
         is_file = used.reason not in {"trash", "overhead"}
         if is_file and not wanted.matches(used.path):
             continue

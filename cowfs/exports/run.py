@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from cowfs.changes import pairs, patch
+from cowfs.changes.names import Expect
 from cowfs.changes.version import Tree
 from cowfs.errors import SystemFailure, UsageError
 from cowfs.exports import iso, lists, oci, squashfs
@@ -90,6 +91,22 @@ class How:
         )
 
 
+class Watch:
+    """Is told each path that is reached, the bytes that are read of it, and how many paths follow."""
+
+    def __init__(self, tick: Tick = lambda *_: None, expect: Expect | None = None) -> None:
+        self._tick = tick
+        self._expect = expect
+
+    def __call__(self, path: bytes, length: int) -> None:
+        self._tick(path, length)
+
+    def expect(self, count: Callable[[], int]) -> None:
+        """Begin anew: *count* returns how many paths there will be."""
+        if self._expect is not None:
+            self._expect(count)
+
+
 def check(how: How) -> None:
     """Raise UsageError for what does not go together."""
     if how.format not in FORMATS:
@@ -122,7 +139,7 @@ def check(how: How) -> None:
 
 
 def export(
-    source: Source, how: How, target: str, tick: Tick = lambda *_: None, withheld: Withheld = NOTHING
+    source: Source, how: How, target: str, tick: Watch | None = None, withheld: Withheld = NOTHING
 ) -> Losses:
     """Write *target*, and return what the format cannot express. Blocks.
 
@@ -131,7 +148,7 @@ def export(
     OSError with the path of what cannot be read.
     """
     check(how)
-    losses = Losses()
+    losses, tick = Losses(), tick or Watch()
     if how.format in {"oci", "overlayfs"}:
         if target == _STANDARD_OUTPUT:
             raise UsageError(f"-: {how.format} is a directory, not standard output", "give its name")
@@ -168,12 +185,14 @@ def export(
     return losses
 
 
-def _items(source: Source, how: How, tick: Tick) -> Iterable[tuple[bytes, Item]]:
+def _items(source: Source, how: How, tick: Watch) -> Iterable[tuple[bytes, Item]]:
     return everything(source.tree()) if how.merged else _plan(source, tick).items()
 
 
-def _plan(source: Source, tick: Tick) -> Plan:
-    return plan(_told(source.exactly(), tick), source.tree(), source.tree_before())
+def _plan(source: Source, tick: Watch) -> Plan:
+    items = plan(_told(source.exactly(), tick), source.tree(), source.tree_before())
+    tick.expect(lambda: len(items))
+    return items
 
 
 def _told(changes: Iterable[Change], tick: Tick) -> Iterator[Change]:
@@ -182,7 +201,7 @@ def _told(changes: Iterable[Change], tick: Tick) -> Iterator[Change]:
         yield change
 
 
-def _squashfs(fd: int, source: Source, how: How, losses: Losses, tick: Tick) -> None:
+def _squashfs(fd: int, source: Source, how: How, losses: Losses, tick: Watch) -> None:
     items, tree = _items(source, how, tick), source.tree()
     style = "" if how.merged else how.style
     made = how.latest or 0
@@ -190,7 +209,7 @@ def _squashfs(fd: int, source: Source, how: How, losses: Losses, tick: Tick) -> 
         feed(items, tree, sink, losses, tick, how.latest)
 
 
-def _iso(fd: int, source: Source, how: How, target: str, losses: Losses, tick: Tick) -> None:
+def _iso(fd: int, source: Source, how: How, target: str, losses: Losses, tick: Watch) -> None:
     with ExitStack() as stack:
         base = iso.open_base(how.base, stack)
         scratch = stack.enter_context(scratch_directory(target))
@@ -202,7 +221,7 @@ def _iso(fd: int, source: Source, how: How, target: str, losses: Losses, tick: T
         iso.write(fd, base, scratch, how.latest or 0)
 
 
-def _tar(fd: int, beside: int, source: Source, how: How, losses: Losses, tick: Tick) -> None:
+def _tar(fd: int, beside: int, source: Source, how: How, losses: Losses, tick: Watch) -> None:
     items, tree = _items(source, how, tick), source.tree()
     with _buffered(fd) as write:
         tar = Tar(write, losses, tick, "" if how.merged else how.style, gnu=how.format == "gnutar")
@@ -225,7 +244,7 @@ def _note_kept_xattrs(items: Iterable[tuple[bytes, Item]], after: Tree, before: 
                 losses.add("directories that keep extended attributes that were removed", path)
 
 
-def _overlayfs(fd: int, source: Source, how: How, losses: Losses, tick: Tick, withheld: Withheld) -> None:
+def _overlayfs(fd: int, source: Source, how: How, losses: Losses, tick: Watch, withheld: Withheld) -> None:
     upper = Upper(fd, losses, tick, whole=how.merged)
     try:
         feed(_items(source, how, tick), source.tree(), upper, losses, tick, how.latest, withheld)
@@ -233,7 +252,7 @@ def _overlayfs(fd: int, source: Source, how: How, losses: Losses, tick: Tick, wi
         upper.close()
 
 
-def _oci(fd: int, source: Source, how: How, losses: Losses, tick: Tick) -> None:
+def _oci(fd: int, source: Source, how: How, losses: Losses, tick: Watch) -> None:
     with ExitStack() as stack:
         base = oci.Base(how.base, stack) if how.base else None
         items = _items(source, how, tick)
@@ -250,7 +269,7 @@ def _oci(fd: int, source: Source, how: How, losses: Losses, tick: Tick) -> None:
         layout.finish(layer, base, how.latest or 0, how.tag)
 
 
-def _lines(fd: int, source: Source, how: How, losses: Losses, tick: Tick) -> None:
+def _lines(fd: int, source: Source, how: How, losses: Losses, tick: Watch) -> None:
     if how.format == "patch":
         lines = _patch(source, losses, tick)
     elif how.format == "rsync":
@@ -262,7 +281,7 @@ def _lines(fd: int, source: Source, how: How, losses: Losses, tick: Tick) -> Non
             write(line)
 
 
-def _patch(source: Source, losses: Losses, tick: Tick) -> Iterator[bytes]:
+def _patch(source: Source, losses: Losses, tick: Watch) -> Iterator[bytes]:
     for piece in patch.patch(_noted(_told(source, tick), source.tree(), losses), source, binary=True):
         for line in piece.splitlines():
             if not line.startswith(b"# "):

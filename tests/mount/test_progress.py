@@ -35,6 +35,7 @@ def top(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with mounted(top / "lower", top / "mnt", top / "directory"):
         pass
     cowfs("apply", top / "image", top / "directory", check=True)
+    cowfs("backup", top / "directory", top / "other", check=True)
     return top
 
 
@@ -67,10 +68,22 @@ def _shown(*arguments: str | Path) -> bytes:
     return shown
 
 
-@pytest.mark.parametrize(("command", "store"), [("export", "image"), ("diff", "directory"), ("du", "image")])
+@pytest.mark.parametrize(
+    ("command", "store"),
+    (
+        *(("export", "image"), ("changes", "image")),
+        *(("diff", "directory"), ("du", "image"), ("revert", "other")),
+    ),
+)
 def test_the_time_left(top: Path, command: str, store: str) -> None:
-    options = {"export": ("-", "--merged", "--to", "tar"), "diff": (), "du": ("--json",)}[command]
-    what = {"export": rb"paths", "diff": rb"changes", "du": rb"files"}[command]
+    options, what = {
+        "export": (("-", "--merged", "--to", "tar"), rb"paths"),
+        "changes": (("-", "--to", "tar"), rb"paths"),
+        "diff": ((), rb"changes"),
+        "du": (("--json",), rb"files"),
+        "revert": (("--all", "--json"), rb"reverted"),
+    }[command]
+    command = command.replace("changes", "export")
     shown = _shown(command, top / store, *options)
     assert re.search(rb"[0-9]+ %s, [0-9]+/s(, [0-9]+ MiB, [0-9]+ MiB/s)?, [0-9]+ s left" % what, shown), shown
     if command == "diff":

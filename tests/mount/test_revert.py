@@ -544,14 +544,14 @@ def many_changes(base: Path, count: int) -> Path:
 @pytest.mark.parametrize("is_mount", [False, True])
 def test_what_is_looked_at_is_told_meanwhile(tmp_path: Path, is_mount: bool) -> None:
     store = many_changes(tmp_path, 1100)
-    seen: list[int] = []
+    seen: list[tuple[int, int]] = []
     with ExitStack() as stack:
         what = store
         if is_mount:
             what = stack.enter_context(mounted(tmp_path / "lower", tmp_path / "mnt", store)).path
-        done = list(take_back(str(what), "revert", tick=seen.append))
+        done = list(take_back(str(what), "revert", tick=lambda *counts: seen.append(counts)))
         assert len(done) == 1100 and not [each for each in done if each.why_not]
-        assert seen == [1000, 1000]  # found, and planned
+        assert seen == [(1000, 0), (1112, 1112), (1000, 0)]  # found, all with the directories, planned
         with open_changes(str(what)) as changes:
             assert list(changes) == []
         assert {each.path for each in take_back(str(what), "undo")} == {each.path for each in done}
