@@ -8,6 +8,7 @@ import functools
 import importlib
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -111,12 +112,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         clean_own_environment()
     args = list(sys.argv[1:] if argv is None else argv)
     logging.getLogger("cowfs").addHandler(logging.NullHandler())  # a log is the daemon's; errors say it all
-    return guarded(lambda: _run(args))
+    if argv is not None:
+        return guarded(lambda: _run(args))
+    try:
+        return guarded(lambda: _run_interruptibly(args))
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is done, and the exit code is known
 
 
 def prepare(arguments: Sequence[str]) -> None:
     """Do once, for all forks of this process, what a command begins with: make its parser, and use it."""
     _parser(arguments[0])[0].parse_known_args(arguments)
+
+
+def _run_interruptibly(args: list[str]) -> int:
+    """Run the command line; from here on Ctrl-C raises KeyboardInterrupt. Until now it ended the process."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    return _run(args)
 
 
 def _run(args: list[str]) -> int:

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import io
+import random
+import signal
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -37,3 +42,20 @@ def test_no_result_stands_behind_progress(monkeypatch: pytest.MonkeyPatch, quiet
         f"{cleared}2 reverted{cleared}",
     ]
     assert screen.getvalue() == "".join(part for part in shown if not quiet or cleared not in part)
+
+
+def test_ctrl_c_while_the_command_starts_is_no_traceback() -> None:
+    """It ends the process as it ends any other, or is answered in one line."""
+    if subprocess.run(["env", "--block-signal=INT", "true"], capture_output=True, check=False).returncode:
+        pytest.skip("env cannot hold back a signal")
+    rng = random.Random(1)
+    codes = set()
+    for _ in range(20):
+        command = [Path(sys.executable).parent / "cowfs", "check", "/proc/none"]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+            time.sleep(rng.random() * 0.15)
+            process.send_signal(signal.SIGINT)
+            _, said = process.communicate(timeout=60)
+        codes.add(process.returncode)
+        assert said.count("\n") <= 1 and process.returncode in {-signal.SIGINT, 130, 8}, said
+    assert codes != {8}
