@@ -51,7 +51,7 @@ def test_ctrl_c_while_the_command_starts_is_no_traceback() -> None:
     rng = random.Random(1)
     codes = set()
     for _ in range(20):
-        command = [Path(sys.executable).parent / "cowfs", "check", "/proc/none"]
+        command = [str(Path(sys.executable).parent / "cowfs"), "check", "/proc/none"]
         with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
             time.sleep(rng.random() * 0.15)
             process.send_signal(signal.SIGINT)
