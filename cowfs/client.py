@@ -173,10 +173,26 @@ def _connected(dev: str, timeout: float | None, fd: int = -1) -> Iterator[tuple[
         owner, place = owner_of(dev), name_of(dev)
         _refuse_other_users(place, owner, fd)
         try:
-            pid = connect_control(connection, dev, owner)
+            pid = _connect_soon(connection, dev, owner)
         except OSError as error:
             raise _unreachable(place, error) from None
         yield connection, pid, place
+
+
+_NEW = 0.5
+"""How many seconds a daemon may take from the mount to its control socket."""
+
+
+def _connect_soon(connection: socket.socket, dev: str, owner: int) -> int:
+    """Connect to a daemon that may just have mounted; return its pid. Raises what connect_control() does."""
+    deadline = time.monotonic() + _NEW
+    while True:
+        try:
+            return connect_control(connection, dev, owner)
+        except FileNotFoundError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.02)
 
 
 def _unreachable(place: str, error: OSError) -> MountFailure:
