@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import by_day, guard, system
+from tests.support import by_day, guard, mounts, system, warm
 from tests.support import transport as transports
 from tests.support.system import run
 
@@ -54,7 +54,8 @@ def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[guard.Gua
     base = tmp_path_factory.getbasetemp()
     system.isolate(base)
     watch = guard.Guard(mark, base)
-    yield watch
+    with warm.forkers(mounts.project_root()):
+        yield watch
     left = watch.left_behind()
     assert not left, "left behind by the tests: " + "; ".join(left)
 

@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.support.system import as_nobody_prefix, run
+from tests.support import warm
+from tests.support.system import as_nobody_prefix, require_success, run
 
 COWFS = [sys.executable, "-m", "cowfs.cli.main"]
 KERNEL_OPTIONS = "redirect_dir=on,metacopy=on,index=on,xino=on"
@@ -34,18 +35,17 @@ def cowfs(
     check: bool = False,
     env: dict[str, str] | None = None,
     cwd: str | None = None,
+    cold: bool = False,
 ) -> subprocess.CompletedProcess[str]:
-    """Run one command of cowfs to its end."""
-    prefix = as_nobody_prefix() if nobody else []
-    return run(
-        *prefix,
-        *COWFS,
-        *arguments,
-        timeout=timeout,
-        check=check,
-        env={**os.environ, "PYTHONPATH": project_root(), **(env or {})},
-        cwd=cwd,
-    )
+    """Run one command of cowfs to its end; *cold*: in a Python of its own, as users do."""
+    environment = {**os.environ, "PYTHONPATH": project_root(), **(env or {})}
+    done = None if cold else warm.run(arguments, nobody, environment, cwd, timeout)
+    if done is None:
+        prefix = as_nobody_prefix() if nobody else []
+        return run(*prefix, *COWFS, *arguments, timeout=timeout, check=check, env=environment, cwd=cwd)
+    if check:
+        require_success(done)
+    return done
 
 
 def project_root() -> str:

@@ -75,7 +75,13 @@ def run(
         timeout=timeout,
         **more,
     )
-    if check and done.returncode != 0:
-        shown = " ".join(os.fsdecode(part) for part in command)
-        raise AssertionError(f"{shown}: exit {done.returncode}\n{done.stdout}{done.stderr}")
+    if check:
+        require_success(done)
     return done  # type: ignore[no-any-return]
+
+
+def require_success(done: subprocess.CompletedProcess[str]) -> None:
+    """Raise an assertion error that shows the output, unless the command's exit code is 0."""
+    if done.returncode != 0:
+        shown = " ".join(os.fsdecode(part) for part in done.args)
+        raise AssertionError(f"{shown}: exit {done.returncode}\n{done.stdout}{done.stderr}")
