@@ -231,8 +231,7 @@ class Adapter(BeyondHandlers):
 
     @sync
     def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
-        node = self._node(inode)
-        return self._entry(node, self._fs.stat(node))
+        return self._shown(self._node(inode))
 
     @told
     async def setattr(

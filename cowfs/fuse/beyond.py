@@ -167,7 +167,7 @@ class BeyondHandlers(FileHandlers):
 
     def _statx(self, asked: Message) -> bytes:
         node = self._node(asked.ino)
-        entry = self._entry(node, self._fs.stat(node))
+        entry = self._shown(node)
         birth = None
         with suppress(OSError):
             birth = self._fs.birth(node)

@@ -58,10 +58,14 @@ static PyObject *takes_set_id(PyObject *self, PyObject *args)
 /* Of the open file, in a read or write. */
 static uint32_t flags_of_file(void)
 {
-	enum { SETATTR = 4, READ = 15, WRITE = 16, FLAGS = BODY + 32 };
+	enum { GETATTR = 3, SETATTR = 4, READ = 15, WRITE = 16, GETXATTR = 22, FLAGS = BODY + 32 };
 
-	if (request_word(OPCODE) == SETATTR) /* what is to be set */
+	switch (request_word(OPCODE)) {
+	case GETATTR:  /* FUSE_GETATTR_FH */
+	case SETATTR:  /* what is to be set */
+	case GETXATTR: /* how long the value may be */
 		return request_word(BODY);
+	}
 	return request_word(OPCODE) == READ || request_word(OPCODE) == WRITE ? request_word(FLAGS) : 0;
 }
 

@@ -215,6 +215,14 @@ class RequestLoop:
                 if error.errno not in {errno.ENOENT, errno.ENOTEMPTY, errno.EBUSY}:
                     log.warning("the kernel may go by what inode %d was before: %s", ino, error.strerror)
 
+    def ask_again_soon(self, ino: int, name: bytes) -> None:
+        """Do the same in a thread. Does not block."""
+
+        async def ask() -> None:
+            await trio.to_thread.run_sync(self.ask_again, ino, name)
+
+        self.in_trio(lambda: trio.lowlevel.spawn_system_task(ask))
+
     async def step_aside(self) -> None:
         """Let others be served: the caller is about to await something."""
         if self._rings is not None and self._rings.here():

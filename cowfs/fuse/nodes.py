@@ -48,7 +48,7 @@ class NodeHandlers(Handlers):
         self, fs: Overlay, loop: RequestLoop, *, acl: bool, passthrough: str, owner_map: OwnerMap | None
     ) -> None:
         super().__init__(fs, loop)
-        self.enable_acl = acl
+        self.enable_acl = self._inherits_acls = acl
         slow = [layer for layer in fs.lowers if isinstance(layer, SlowLayer)]
         for layer in slow:
             layer.serve(self._threads.later)
@@ -125,6 +125,10 @@ class NodeHandlers(Handlers):
         entry.st_mtime_ns = attr.st_mtime_ns
         entry.st_ctime_ns = attr.st_ctime_ns
         return entry
+
+    def _shown(self, node: Node) -> EntryAttributes:
+        """Return the entry for what stat(2) shows."""
+        return self._entry(node, self._fs.stat(node))
 
     def _given(self, found: tuple[Node, Attr]) -> EntryAttributes:
         """Return the entry for a node that the kernel refers to once more from now on."""
@@ -246,7 +250,7 @@ class NodeHandlers(Handlers):
         umask = ctx.umask
         if not umask or not libfuse.leaves_umask():
             return mode
-        if self.enable_acl and parent.ino not in self._no_default_acl:
+        if self._inherits_acls and parent.ino not in self._no_default_acl:
             try:
                 self._fs.getxattr(parent, DEFAULT_ACL)
                 return mode

@@ -310,6 +310,34 @@ def test_dpkg_installs_a_package(base: Path, tmp_path: Path) -> None:
         assert not shell(mount, "ls usr/bin 2>/dev/null || true")
 
 
+@pytest.mark.skipif(not shutil.which("setfacl"), reason="needs setfacl")
+def test_programs_set_acls_on_what_they_make(base: Path) -> None:
+    """The kernel leaves that to the owner, root. cp, install and sed do so, and setfacl with any file."""
+    with fakeroot(base) as mount:
+        said = shell(
+            mount,
+            "cp -a home/user a; cp -p root/notes p; install -m 750 etc/shadow run; echo 'echo ran' >run;"
+            "./run; sed -i s/notes/more/ root/notes; setfacl -m u:7:r etc/shadow; setfacl -d -m u:8:rwx root;"
+            "setfacl -m u:9:rwx p; echo 'echo ran' >p; ./p; chmod a-x p; ./p || true; mkdir root/d; wc -l p",
+        )
+        assert said == "ran\nran\nsh: 1: ./p: Permission denied\n1 p\n"
+        wanted = [
+            "directory 700 1000:1000 0:0",
+            "regular file 600 1000:8 0:0",
+            "regular file 600 0:0 0:0",
+            "regular file 750 0:0 0:0",
+            "regular file 640 0:42 0:0",
+            "directory 770 0:0 0:0",
+        ]
+        paths = "a", "a/mail", "root/notes", "run", "etc/shadow", "root/d"
+        assert shown(mount, *paths) == wanted
+        acls = shell(mount, "getfacl -n etc/shadow root/d p")
+        assert "user:7:r--" in acls and acls.count("user:8:rwx") == 2 and "user:9:rwx" in acls
+    with fakeroot(base) as mount:
+        assert shown(mount, *paths) == wanted
+        assert shell(mount, "getfacl -n etc/shadow root/d p") == acls
+
+
 def test_what_the_kernel_refuses_before_it_asks(base: Path) -> None:
     """Devices, trusted.* and security.*, links to set-ID programs: checked before FUSE is reached."""
     with fakeroot(base) as mount:
