@@ -291,7 +291,7 @@ def unprivileged_users(s: Script) -> None:
 
 
 @case(BASE)
-def sticky_directories(s: Script) -> None:
+def sticky_for_two_users(s: Script) -> None:
     s.as_user(1000, "unlink another's", lambda: os.unlink(s.at("sticky/theirs")))
     s.as_user(1000, "rename another's", lambda: os.rename(s.at("sticky/theirs"), s.at("sticky/mine")))
     s.as_user(1000, "create", lambda: os.close(os.open(s.at("sticky/mine"), os.O_CREAT | os.O_WRONLY)))

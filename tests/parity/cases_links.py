@@ -90,7 +90,7 @@ def link_over_whiteouts(s: Script) -> None:
 
 
 @case(BASE)
-def link_special_files(s: Script) -> None:
+def special_files_linked(s: Script) -> None:
     for name in ("sym", "dangling", "fifo", "socket", "null", "disk"):
         s.link(name, f"dir/{name}")
     s.unlink("sym")

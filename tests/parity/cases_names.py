@@ -130,7 +130,7 @@ def wrong_paths(s: Script) -> None:
 
 
 @case({"loop": symlink("loop"), "a": symlink("b"), "b": symlink("a"), "dir/x": b"x"})
-def symlink_loops(s: Script) -> None:
+def loops_of_symlinks(s: Script) -> None:
     s.read("loop")
     s.read("a/x")
     s.write("loop", b"")
@@ -141,14 +141,14 @@ def symlink_loops(s: Script) -> None:
     s.read("b")
 
 
-@case(BASE)
+@case(BASE, alone=True)
 def across_filesystems(s: Script) -> None:
     s.step("rename out", lambda: os.rename(s.at("file"), f"{os.path.dirname(s.root)}/out"))
     s.step("link out", lambda: os.link(s.at("file"), f"{os.path.dirname(s.root)}/out"))
     s.step("link in", lambda: os.link("/proc/self/status", s.at("in")))
 
 
-@case(BASE)
+@case(BASE, alone=True)
 def the_root_itself(s: Script) -> None:
     s.rename("dir", ".")
     s.rename(".", "dir/x")
@@ -209,7 +209,7 @@ def directories_stay_open(s: Script) -> None:
     s.rename("moved", "gone", RENAME_NOREPLACE)
 
 
-@case({"x": Node(data=b"x")})
+@case({"x": Node(data=b"x")}, alone=True)
 def an_almost_empty_lower(s: Script) -> None:
     s.unlink("x")
     s.listdir(".")
@@ -221,7 +221,7 @@ def an_almost_empty_lower(s: Script) -> None:
     s.listdir(".")
 
 
-@case({})
+@case({}, alone=True)
 def an_empty_lower(s: Script) -> None:
     s.create("x", b"y")
     s.mkdir("d")
@@ -231,7 +231,7 @@ def an_empty_lower(s: Script) -> None:
     s.rmdir("d")
 
 
-@case(BASE)
+@case(BASE, alone=True)
 def statfs(s: Script) -> None:
     """The numbers of the upper; the type is FUSE's."""
 

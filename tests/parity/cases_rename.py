@@ -334,7 +334,7 @@ def rename_hard_links(s: Script) -> None:
 
 
 @case(BASE)
-def rename_special_files(s: Script) -> None:
+def special_files_renamed(s: Script) -> None:
     for name in ("sym", "dangling", "fifo", "socket", "null", "disk", "symdir"):
         s.rename(name, f"dir/{name}")
     s.read("dir/sym")

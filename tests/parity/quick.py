@@ -1,4 +1,4 @@
-"""Small cases, all on one mount: each acts in a directory of its own, which is looked at in the end.
+"""Cases that share one mount: each acts in a directory of its own, which is looked at in the end.
 
 A case is a function, or a generator: where it yields, all is unmounted and mounted again, once for all cases.
 Standard library only: the child that runs them imports it too.
@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any
 
-from tests.parity.script import Script, attempt
+from tests.parity.script import Case, Script, attempt, load_cases
 from tests.parity.trees import directory, link, symlink
 from tests.support import tree
 from tests.support.tree import Node
@@ -57,6 +57,8 @@ class Quick:
     """Why the uppers are not equal after this case."""
     merged_differs: str
     """Why the kernel shows another tree."""
+    long: Case | None = None
+    """The case that this stands for: it does not act by itself."""
 
 
 CASES: dict[str, Quick] = {}
@@ -74,14 +76,22 @@ def quick(*lowers: tree.Tree, upper_differs: str = "", merged_differs: str = "")
 
 
 def load() -> dict[str, Quick]:
-    """Import every module of small cases."""
+    """Import every module of cases; those that need a mount for themselves are left out."""
     import importlib
     from pathlib import Path
 
     for path in sorted(Path(__file__).parent.glob("quick_*.py")):
         if path.stem != "quick_child":
             importlib.import_module(f"tests.parity.{path.stem}")
+    for name, case in load_cases().items():
+        if not case.alone and (name not in CASES or CASES[name].long is None):
+            assert name not in CASES, f"two cases are called {name}"
+            CASES[name] = Quick(name, _stands_in, case.lowers, case.upper_differs, "", case)
     return CASES
+
+
+def _stands_in(s: Script) -> None:
+    raise NotImplementedError("a long case has a process of its own")
 
 
 class Brief(Script):

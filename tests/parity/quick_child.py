@@ -1,8 +1,9 @@
-"""Runs all small cases on one mounted system.
+"""Runs all cases on one mounted system.
 
-``python -m tests.parity.quick_child ROOT SYSTEM RESULT PATTERN`` starts when its parent has mounted and says
-so on stdin; it asks for a remount with a line on stdout and waits. The steps of each case, and what it failed
-with, go into the file RESULT, pickled.
+``python -m tests.parity.quick_child ROOT SYSTEM RESULT PATTERN LOOKS`` starts when its parent has mounted and
+says so on stdin; it asks for a remount with a line on stdout and waits. The steps of each case, and what it
+failed with, go into the file RESULT, pickled. The long ones look at their trees after each step if LOOKS has
+"again".
 """
 
 from __future__ import annotations
@@ -15,13 +16,15 @@ import traceback
 from collections.abc import Generator
 from contextlib import suppress
 from functools import partial
+from typing import Any
 
 from tests.parity.quick import Brief, load
-from tests.parity.script import Step
+from tests.parity.script import Script, Step
+from tests.parity.together import run
 
 
 def main() -> None:
-    root, system, result, pattern = sys.argv[1:]
+    root, system, result, pattern, looks = sys.argv[1:]
 
     def wait() -> None:
         answer = sys.stdin.readline()
@@ -33,22 +36,27 @@ def main() -> None:
         for name, case in load().items()
         if any(map(partial(fnmatch.fnmatch, name), pattern.split(",")))
     }
-    scripts = {name: Brief(f"{root}/{name}", system, lambda: None) for name in cases}
+    scripts = {
+        name: (Script if case.long and "again" in looks else Brief)(f"{root}/{name}", system, lambda: None)
+        for name, case in cases.items()
+    }
     crashed: dict[str, str] = {}
-    running: dict[str, Generator[None, None, None]] = {}
+    running: dict[str, Generator[None, None, Any]] = {}
     wait()
 
     def act(name: str) -> None:
         os.umask(0o022)
         try:
             if name not in running:
-                started = cases[name].act(scripts[name])
+                long = cases[name].long
+                started = run(long, scripts[name]) if long else cases[name].act(scripts[name])
                 if started is None:
                     return
                 running[name] = started
             next(running[name])
             scripts[name].steps.append(Step("remount"))
-        except StopIteration:
+        except StopIteration as end:
+            scripts[name].steps = end.value or scripts[name].steps
             del running[name]
         except Exception:
             crashed[name] = traceback.format_exc()
@@ -57,7 +65,7 @@ def main() -> None:
             os.chdir("/")
             for fd in map(int, os.listdir("/proc/self/fd")):  # they would keep the mount busy
                 with suppress(OSError):
-                    if fd > 2:
+                    if fd > 2 and not os.readlink(f"/proc/self/fd/{fd}").startswith("pipe:"):
                         os.close(fd)
 
     for name in cases:

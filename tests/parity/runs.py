@@ -1,4 +1,4 @@
-"""All small cases on one system, and what two systems showed compared."""
+"""All cases on one system, and what two systems showed compared."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ def run_all(
     cases: dict[str, Quick], system: str, other: str, place: Place, *, looks: str, pattern: str = "*"
 ) -> Seen:
     """Run the cases and look; *looks*: ``again`` after a mount, and at what the ``other`` shows."""
-    seen = run_steps(cases, system, place, pattern)
+    fill(cases, place)
+    seen = run_steps(cases, system, place, pattern, looks)
     if "again" in looks:
         seen.again = look(cases, system, place)
     with place.seen() as store:
@@ -46,13 +47,13 @@ def run_all(
     return seen
 
 
-def run_steps(cases: dict[str, Quick], system: str, place: Place, pattern: str) -> Seen:
+def run_steps(cases: dict[str, Quick], system: str, place: Place, pattern: str, looks: str = "again") -> Seen:
     """Run the cases on one system, mounted again where they ask for it."""
     seen = Seen()
     result = place.at.with_name(f"{place.at.name}.steps")
     command = [sys.executable, "-S", "-m", "tests.parity.quick_child"]
     child = subprocess.Popen(
-        [*command, str(place.at), system, str(result), pattern],
+        [*command, str(place.at), system, str(result), pattern, looks],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd="/",
         env={**os.environ, "PYTHONPATH": project_root(), "PYTHONDONTWRITEBYTECODE": "1"},
     )  # fmt: skip
@@ -74,6 +75,21 @@ def run_steps(cases: dict[str, Quick], system: str, place: Place, pattern: str) 
         child.stdout.close()
     seen.steps, seen.crashed = pickle.loads(result.read_bytes())
     return seen
+
+
+def fill(cases: dict[str, Quick], place: Place) -> None:
+    """Make what some cases want to find in the upper."""
+    wanted = {
+        case.name: case.long.upper for case in cases.values() if case.long and case.long.upper is not None
+    }
+    if not wanted:
+        return
+    with place.seen() as store:
+        (store / "work").mkdir(parents=True, exist_ok=True)
+        (store / "upper").mkdir(exist_ok=True)
+        for name, upper_tree in wanted.items():
+            tree.build(store / "upper" / name, upper_tree)
+        os.utime(store / "upper", ns=(tree.EPOCH_NS, tree.EPOCH_NS))
 
 
 def look(cases: dict[str, Quick], system: str, place: Place) -> dict[str, tree.Snapshot]:
@@ -98,7 +114,8 @@ def compare(case: Quick, kernel: Seen, subject: Seen, names: tuple[str, str]) ->
         if name in seen.crashed:
             yield f"{name}: on {system}: {seen.crashed[name]}"
             return
-    for number, (one, two) in enumerate(zip(kernel.steps[name], subject.steps[name], strict=False), 1):
+    both = list(zip(kernel.steps[name], subject.steps[name], strict=False))
+    for number, (one, two) in enumerate(both, 1):
         if one.expected is not None:
             for system, step in zip(names, (one, two), strict=True):
                 if step.result != one.expected[system]:
@@ -106,6 +123,7 @@ def compare(case: Quick, kernel: Seen, subject: Seen, names: tuple[str, str]) ->
                     yield f"{name}: step {number}, {one.said}: {system} gave {step.result!r}, not {wanted}"
         elif one.result != two.result:
             yield f"{name}: step {number}, {one.said}: kernel {one.result!r}, {names[1]} {two.result!r}"
+    yield from _compare_looks(name, both, names)
     for system, seen in zip(names, (kernel, subject), strict=True):
         if seen.again:
             moved = tree.moved_inodes(seen.final[name], seen.again[name])
@@ -121,6 +139,23 @@ def compare(case: Quick, kernel: Seen, subject: Seen, names: tuple[str, str]) ->
     if not case.upper_differs:
         one_upper, other_upper = (seen.upper.get(name, {}) for seen in (kernel, subject))
         yield from (f"{name}: upper: {line}" for line in tree.differences(one_upper, other_upper, names))
+
+
+def _compare_looks(name: str, both: Sequence[tuple[Step, Step]], names: tuple[str, str]) -> Iterator[str]:
+    """Yield what differs at the first step after which the trees did."""
+    before: tuple[tree.Snapshot, tree.Snapshot] | None = None
+    for number, (one, two) in enumerate(both, 1):
+        if one.snapshot is None or two.snapshot is None:
+            continue
+        now = one.snapshot, two.snapshot
+        wrong = tree.differences(tree.stable(now[0]), tree.stable(now[1]), names)
+        moved = [tree.moved_inodes(*pair) for pair in zip(before or now, now, strict=True)]
+        if moved[0] != moved[1]:
+            wrong.append(f"inode numbers changed: {names[0]} {moved[0]}, {names[1]} {moved[1]}")
+        if wrong:
+            yield from (f"{name}: after step {number}, {one.said}: {line}" for line in wrong)
+            return
+        before = now
 
 
 def _unlike(

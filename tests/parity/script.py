@@ -44,6 +44,8 @@ class Case:
     upper: tree.Tree | None = None
     upper_differs: str = ""
     """Why the uppers of the two systems are not equal after this case; the merged trees still are."""
+    alone: bool = False
+    """It is about the root of a mount, or about the whole filesystem."""
     doc: str = ""
 
 
@@ -51,14 +53,14 @@ CASES: dict[str, Case] = {}
 
 
 def case(
-    *lowers: tree.Tree, upper: tree.Tree | None = None, upper_differs: str = ""
+    *lowers: tree.Tree, upper: tree.Tree | None = None, upper_differs: str = "", alone: bool = False
 ) -> Callable[[Callable[[Script], None]], Callable[[Script], None]]:
     """Register a case over *lowers*, topmost first, by the name of its function."""
 
     def register(act: Callable[[Script], None]) -> Callable[[Script], None]:
         assert act.__name__ not in CASES, f"two cases are called {act.__name__}"
         CASES[act.__name__] = Case(
-            act.__name__, act, lowers, upper, upper_differs, (act.__doc__ or "").strip()
+            act.__name__, act, lowers, upper, upper_differs, alone, (act.__doc__ or "").strip()
         )
         return act
 

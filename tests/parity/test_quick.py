@@ -1,4 +1,4 @@
-"""All small cases on the kernel's overlayfs and on cowfs, and each system on what the other has written.
+"""All cases on the kernel's overlayfs and on cowfs, and each system on what the other has written.
 
 COWFS_PARITY_CASES limits them to the names that match; with COWFS_PARITY_SUBJECT=kernel the kernel is held
 against itself: a case that fails then is wrong.
@@ -17,12 +17,13 @@ from tests.parity.places import Place
 from tests.parity.quick import load
 from tests.parity.runs import compare, run_all
 from tests.support import tree
+from tests.support.squashfs import mksquashfs
 from tests.support.system import needs_fuse, needs_root
 
 DEV_FUSE_AT_NIGHT = True
 SUBJECT = os.environ.get("COWFS_PARITY_SUBJECT", "cowfs")
 PATTERN = os.environ.get("COWFS_PARITY_CASES", "*")
-pytestmark = [needs_root, needs_fuse, pytest.mark.timeout(120)]
+pytestmark = [needs_root, needs_fuse, pytest.mark.timeout(600)]
 NAMES = ("kernel", SUBJECT)
 LAYERS = 3
 
@@ -34,6 +35,9 @@ LAYERS = 3
         pytest.param("image", "again other", id="image, in full", marks=pytest.mark.nightly),
         pytest.param("directory", "again other", id="directory", marks=pytest.mark.nightly),
         pytest.param("kernel", "again other", id="kernel", marks=pytest.mark.nightly),
+        pytest.param("image", "images again other", id="union of images", marks=pytest.mark.nightly),
+        pytest.param("directory", "images again other", id="directory, images", marks=pytest.mark.nightly),
+        pytest.param("kernel", "images again other", id="kernel, images", marks=pytest.mark.nightly),
     ],
 )
 def test_quick(kind: str, looks: str, tmp_path: Path, ext3: Path) -> None:
@@ -47,14 +51,15 @@ def test_quick(kind: str, looks: str, tmp_path: Path, ext3: Path) -> None:
                 tree.build(lower / name, case.lowers[number])
         os.utime(lower, ns=(tree.EPOCH_NS, tree.EPOCH_NS))
     untouched = [tree.snapshot(lower, private=True) for lower in lowers]
+    images = [mksquashfs(Path(f"{lower}.squashfs"), lower) for lower in lowers] if "images" in looks else []
     scratch = ext3 / tmp_path.name
     scratch.mkdir()
     try:
-        place = Place(tmp_path / "one", lowers, scratch / "one", "directory")
+        place = Place(tmp_path / "one", lowers, scratch / "one", "directory", images=images)
         once = looks if "again" in looks else ""
         kernel = run_all(cases, "kernel", SUBJECT, place, looks=once, pattern=PATTERN)
         store = scratch / "two" if kind == "directory" else tmp_path / "two.store"
-        place = Place(tmp_path / "two", lowers, store, kind)
+        place = Place(tmp_path / "two", lowers, store, kind, images=images)
         subject = run_all(cases, SUBJECT, "kernel", place, looks=looks, pattern=PATTERN)
     finally:
         shutil.rmtree(scratch)
