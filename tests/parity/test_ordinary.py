@@ -22,6 +22,8 @@ DEV_FUSE_AT_NIGHT = True
 PATTERN = os.environ.get("COWFS_PARITY_CASES", "*")
 LAYERS = 3
 NAMES = ("kernel", "cowfs")
+AS_EXT3 = {"posix_acls: step 10, removexattr 'acl' system.posix_acl_access"}
+"""Where cowfs does as ext3, and neither kernel does: to remove an ACL that is not there is no error."""
 pytestmark = [needs_root, needs_fuse, pytest.mark.timeout(600)]
 
 
@@ -79,10 +81,15 @@ def test_ordinary(kind: str, part: int, here: Path) -> None:
     for case in cases.values():
         unlike = list(compare(case, by_root, subject, NAMES))
         if unlike:
-            other = list(compare(case, kernel, subject, NAMES))
-            wrong += unlike if other else []
+            also = {_place(line) for line in compare(case, kernel, subject, NAMES)}
+            wrong += [line for line in unlike if _place(line) in also - AS_EXT3]
     if wrong:
         pytest.fail("\n".join(wrong), pytrace=False)
+
+
+def _place(line: str) -> str:
+    """Return where it is that something differs."""
+    return line.partition(": kernel ")[0].partition(": only in ")[0]
 
 
 def _cases() -> dict[str, Quick]:
