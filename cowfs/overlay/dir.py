@@ -120,7 +120,8 @@ def _stand_in(fs: OverlayFs, directory: Key, name: bytes, mode: int, owner: Owne
 
 def _device_at(fs: OverlayFs, parent: Node, name: bytes, key: Key) -> tuple[Node, Attr]:
     attr = as_device(fs.upper.stat(key))
-    node = Node(fs.ino_of(0, fs.upper.dev, attr), attr.st_mode, parent, name, key, ())
+    ino = fs.ino_of(0, fs.upper.dev, attr)
+    node = Node(ino, attr.st_mode, parent, name, key, (), fs.generation_of(ino, attr))
     fs.nodes.add(node)
     return node, attr
 

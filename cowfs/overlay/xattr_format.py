@@ -142,6 +142,7 @@ def as_device(attr: Attr) -> Attr:
     device = own_attr(attr)
     device.st_mode = stat.S_IFCHR | stat.S_IMODE(attr.st_mode)
     device.st_rdev = device.st_size = 0
+    device.st_gen = getattr(attr, "st_gen", 0)
     return device
 
 

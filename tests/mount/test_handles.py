@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -135,21 +136,27 @@ def test_at_the_next_mount(lower: Path, tmp_path: Path) -> None:
         assert content(at, before) == "changed 5"
 
 
+def make(path: Path, content: str) -> None:
+    """Make a file, or a device 0:0, for which the store has a file."""
+    if path.name.startswith("device"):
+        os.mknod(path, stat.S_IFCHR | 0o600, 0)
+    else:
+        path.write_text(content)
+
+
 def test_never_to_another_file(mount: Mounted) -> None:
     """Numbers of inodes of the store are used again."""
     lower = mount.path / "dir" / "sub" / "7"
     handles = [handle_of(lower)]
     lower.unlink()
     for number in range(10):
-        path = mount.path / f"new{number}"
-        path.write_text("first")
-        handles.append(handle_of(path))
-        path.unlink()
-    numbers = set()
+        for path in (mount.path / f"new{number}", mount.path / f"device{number}"):
+            make(path, "first")
+            handles.append(handle_of(path))
+            path.unlink()
     for number in range(20):
-        path = mount.path / f"again{number}"
-        path.write_text("second")
-        numbers.add(path.stat().st_ino)
+        make(mount.path / f"again{number}", "second")
+        make(mount.path / f"device{number}", "second")
     lower.write_text("second")
     for forget in (False, True):
         if forget:
