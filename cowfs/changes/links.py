@@ -7,14 +7,18 @@ upper directory has no entry for it.
 
 from __future__ import annotations
 
+import errno
 import stat
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from cowfs.changes.lowers import Lower, LowerView
 from cowfs.changes.paths import join
 from cowfs.layers.base import Key, UpperLayer
 from cowfs.overlay.xattr_format import index_name, is_whiteout_device, make_origin
+
+_LEFT_OUT = {errno.EACCES, errno.ENOENT, errno.ENOTDIR, errno.ESTALE}
+"""What an ordinary user may not read of a tree of others, and what others remove from it meanwhile."""
 
 
 @dataclass(slots=True)
@@ -40,7 +44,7 @@ def find_aliases(upper: UpperLayer, index: Key, view: LowerView) -> Generator[No
     Blocks, but yields before each inode.
 
     Reads nothing of the lowers if the index is empty, as it is unless a file with several names was changed.
-    Else lists them until all names are found.
+    Else lists them until all names are found; what may not be read is left out.
     """
     aliases = Aliases()
     wanted = {entry.name for entry in upper.readdir(index) if not entry.name.startswith(b"#")}
@@ -73,6 +77,15 @@ def find_aliases(upper: UpperLayer, index: Key, view: LowerView) -> Generator[No
     return aliases
 
 
+def _names(view: LowerView, directory: Lower) -> Iterable[bytes]:
+    try:
+        return view.names(directory)
+    except OSError as error:
+        if error.errno not in _LEFT_OUT:
+            raise
+        return ()
+
+
 def _linked_files(view: LowerView) -> Iterator[tuple[bytes, Lower] | None]:
     """Yield every name in the merged lowers of an inode that has several; the caller must forget it.
 
@@ -83,9 +96,14 @@ def _linked_files(view: LowerView) -> Iterator[tuple[bytes, Lower] | None]:
     try:
         while waiting:
             base, directory = waiting.pop()
-            for name in view.names(directory):
+            for name in _names(view, directory):
                 yield None
-                lower = view.lookup(directory, name)
+                try:
+                    lower = view.lookup(directory, name)
+                except OSError as error:
+                    if error.errno not in _LEFT_OUT:
+                        raise
+                    continue
                 if lower is None:
                     continue
                 if lower.is_dir:

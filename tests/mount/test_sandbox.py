@@ -520,11 +520,14 @@ def test_an_ordinary_user_commits_what_they_may_change(nobody_path: Path) -> Non
     (root / "other").mkdir()
     (root / "other/two").write_text("names\n")
     (root / "secret").mkdir(0o700)  # who looks for names of an inode comes here before there
-    for path in (own, own / "group", root / "log", root / "other", root / "other/two"):
-        os.chown(path, 65534, 4 if path.name == "group" else -1)
+    (own / "first").write_text("1\n")
+    (own / "second").hardlink_to(own / "first")
+    (root / "secret/third").hardlink_to(own / "first")  # so it is looked for everywhere
+    for path in (own, own / "first", own / "group", root / "log", root / "other", root / "other/two"):
+        os.chown(path, 65534, {"group": 4, "first": 65534}.get(path.name, -1))
     script = """
     cd own; mkdir d; echo 2 >d/new; ln ../other/two .; echo 2 >>group; chmod 600 group; echo 2 >>../log
-    id -u; cat "$APT_CONFIG"; python3 -c 'import pty; pty.openpty()'
+    echo 2 >>first; id -u; cat "$APT_CONFIG"; python3 -c 'import pty; pty.openpty()'
     """
     with with_programs(root):
         command = ("run", "--root", root, "--commit", "--", "sh", "-euc")
@@ -544,6 +547,8 @@ def test_an_ordinary_user_commits_what_they_may_change(nobody_path: Path) -> Non
     assert (done.returncode, done.stdout) == (0, '0\nAPT::Sandbox::User "root";\n'), done.stderr
     assert (own / "d/new").stat().st_uid == 65534
     assert (own / "two").stat().st_ino == (root / "other/two").stat().st_ino
+    assert [(own / name).read_text() for name in ("first", "second")] == ["1\n2\n"] * 2
+    assert (own / "first").samefile(own / "second") and (root / "secret/third").read_text() == "1\n"
     info = (own / "group").stat()
     assert (info.st_uid, info.st_gid, info.st_mode & 0o777) == (65534, 4, 0o600)
     assert [(own / "group").read_text(), (root / "log").read_text()] == ["1\n2\n"] * 2
