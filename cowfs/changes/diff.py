@@ -112,7 +112,7 @@ class _Diff:
     def run(self) -> Iterator[Change | None]:
         self._moved = yield from renamed(self._upper, self._root, self._xattrs)
         if self._index is not None:
-            self._aliases = yield from find_aliases(self._upper, self._index, self._view)
+            self._aliases = yield from find_aliases(self._upper, self._root, self._index, self._view)
         base = self._view.root()
         if base is not None:
             new = Inode(self._upper, self._root, self._upper.stat(self._root))

@@ -38,20 +38,21 @@ class Aliases:
             path = directory
 
 
-def find_aliases(upper: UpperLayer, index: Key, view: LowerView) -> Generator[None, None, Aliases]:
+def find_aliases(upper: UpperLayer, root: Key, index: Key, view: LowerView) -> Generator[None, None, Aliases]:
     """Return the names of all indexed inodes in the lowers.
 
     Blocks, but yields before each inode.
 
     Reads nothing of the lowers if the index is empty, as it is unless a file with several names was changed.
-    Else lists them until all names are found; what may not be read is left out.
+    Else lists them until all names are found, first directories that are in the upper below its *root*: most
+    names of an inode are near each other. What may not be read is left out.
     """
     aliases = Aliases()
     wanted = {entry.name for entry in upper.readdir(index) if not entry.name.startswith(b"#")}
     missing: dict[bytes, int] = dict.fromkeys(wanted, -1)  # names still to be found; -1: unknown
     if not missing:
         return aliases
-    for found in _linked_files(view):
+    for found in _linked_files(view, upper, root):
         if found is None:
             yield
             continue
@@ -86,16 +87,19 @@ def _names(view: LowerView, directory: Lower) -> Iterable[bytes]:
         return ()
 
 
-def _linked_files(view: LowerView) -> Iterator[tuple[bytes, Lower] | None]:
+def _linked_files(
+    view: LowerView, upper: UpperLayer, upper_root: Key
+) -> Iterator[tuple[bytes, Lower] | None]:
     """Yield every name in the merged lowers of an inode that has several; the caller must forget it.
 
     None comes before each inode.
     """
     root = view.root()
-    waiting = [] if root is None else [(b"", root)]
+    near: list[tuple[bytes, Lower, Key]] = [] if root is None else [(b"", root, upper_root)]
+    far: list[tuple[bytes, Lower]] = []
     try:
-        while waiting:
-            base, directory = waiting.pop()
+        while near or far:
+            base, directory, beside = near.pop() if near else (*far.pop(), None)
             for name in _names(view, directory):
                 yield None
                 try:
@@ -107,12 +111,24 @@ def _linked_files(view: LowerView) -> Iterator[tuple[bytes, Lower] | None]:
                 if lower is None:
                     continue
                 if lower.is_dir:
-                    waiting.append((join(base, name), lower))
+                    hit = None if beside is None else upper.lookup(beside, name)
+                    if hit is not None and stat.S_ISDIR(hit[1].st_mode):
+                        near.append((join(base, name), lower, hit[0]))
+                        continue
+                    far.append((join(base, name), lower))
+                    if hit is not None:
+                        upper.forget(hit[0])
                 elif lower.attr.st_nlink > 1:
                     yield join(base, name), lower
                 else:
                     view.forget(lower)
             view.forget(directory)
+            if beside is not None and beside is not upper_root:
+                upper.forget(beside)
     finally:
-        for _, directory in waiting:
+        for _, directory, beside in near:
+            view.forget(directory)
+            if beside is not upper_root:
+                upper.forget(beside)
+        for _, directory in far:
             view.forget(directory)

@@ -96,7 +96,8 @@ class Merged:
         if self._index is None:
             return
         lowers = LowerView(Stack(self._view.layers[1:], self._stack.format))
-        search = find_aliases(cast(UpperLayer, self._index.upper), self._index.directory, lowers)
+        upper, root = cast(UpperLayer, self._index.upper), self._stack.root_of[0]
+        search = find_aliases(upper, root, self._index.directory, lowers)
         try:
             while True:
                 next(search)

@@ -114,7 +114,9 @@ class Rebase:
         """Make everything."""
         self._moved = _done(renamed(self._changes, self._changes.root, self._xattrs))
         if self._changes.index is not None:
-            self._aliases = _done(find_aliases(self._changes, self._changes.index, self._old))
+            self._aliases = _done(
+                find_aliases(self._changes, self._changes.root, self._changes.index, self._old)
+            )
         old, new = self._old.root(), self._new.root()
         here = Inode(self._changes, self._changes.root, self._changes.root.attr)
         like, dated = self._choose(here, old, new, b"", b"")
