@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 
 from tests.release.test_bare_debian import CACHE, Bare
-from tests.support import debian
 from tests.support.mounts import project_root
 from tests.support.system import needs_fuse, needs_root, run
 
-pytestmark = [needs_root, needs_fuse, pytest.mark.nightly, pytest.mark.timeout(1800)]
+pytestmark = [needs_root, needs_fuse, pytest.mark.nightly, pytest.mark.timeout(2 * 3600)]
 
 PROJECT = Path(project_root())
 _USED = """
@@ -52,23 +51,6 @@ def test_what_is_in_them(packages: list[Path]) -> None:
 def test_lintian_finds_nothing(packages: list[Path]) -> None:
     said = run("lintian", "--allow-root", *packages, check=False, timeout=300).stdout
     assert [line for line in said.splitlines() if line.startswith(("E:", "W:"))] == []
-
-
-@pytest.mark.skipif(shutil.which("debootstrap") is None, reason="needs debootstrap (scripts/setup --boot)")
-def test_installed_used_and_purged_on_a_bare_system(packages: list[Path], tmp_path: Path) -> None:
-    root = tmp_path / "root"
-    debian.bootstrap(debian.release(), root, ["ca-certificates"])
-    debian.surroundings(root)
-    for package in packages:
-        shutil.copy(package, root / "tmp")
-    (root / "tmp/used.sh").write_text(_USED)
-    done = run(
-        "unshare", "--mount", "--pid", "--fork", "--kill-child", "sh", "-c",
-        'mount -t proc proc "$0/proc" && mount --rbind /dev "$0/dev" && mount --rbind /sys "$0/sys" && '
-        'exec chroot "$0" sh /tmp/used.sh', root,
-        timeout=600, env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", **debian.environment()},
-    )  # fmt: skip
-    assert "A  b\n" in done.stdout and "A  of-nobody\n" in done.stdout
 
 
 @pytest.mark.skipif(shutil.which("debootstrap") is None, reason="needs debootstrap (scripts/setup --boot)")
