@@ -263,6 +263,8 @@ class _Revert:
             self._batch.write([self._line(step)])
             stale: uncover.Stale = []
             uncover.uncover(self._fs, place.parent, place.name, self._batch.place(step.number), stale)
+            *_, (first, _, _) = self._moves.before(path)
+            self._renamed.append(Done(first))
             yield lambda stale=stale: self._forget(stale)  # type: ignore[misc]
 
     # --- everything else

@@ -38,7 +38,7 @@ ASIDE = b".cowfs-aside-"
 """How the names begin of what was in the way of a rename."""
 _KINDS = frozenset(("moved", "whiteout", "copied", "attributes", "renamed"))
 _STEP = re.compile(
-    rb'\{"number": ([0-9]{1,15}), "kind": "[a-z]{1,16}", "path": "([0-9A-Za-z+/=]*)"'
+    rb'\{"number": ([0-9]{1,15}), "kind": "([a-z]{1,16})", "path": "([0-9A-Za-z+/=]*)"'
     rb'(?:, "source": "([0-9A-Za-z+/=]*)")?(, "attributes": \{.*\})?\}'
 )
 _UNDONE = re.compile(rb'\{"undone": ([0-9]{1,15})\}')
@@ -142,6 +142,8 @@ class Log:
         self._file = batch.open_log()
         self._starts = array("Q")
         self._undone = bytearray()
+        self._renames = 0
+        """After so many steps none renames any more."""
         self._end = 0
         """Where the last step ends; what comes after it tells of those that are undone."""
         self.aside: dict[bytes, bytes] = {}
@@ -189,10 +191,12 @@ class Log:
         number = len(self._starts)
         if found is None or int(found[1]) != number or number >= MOST_STEPS or start != self._end:
             raise self._damaged()
-        if found[4]:
+        if found[5]:
             self._step(line)
-        if found[3]:
-            self._set_aside(found[2], found[3])
+        if found[4]:
+            self._set_aside(found[3], found[4])
+        if found[2] == b"renamed":
+            self._renames = number + 1
         self._starts.append(start)
         self._undone.append(False)
         self._end = start + len(line) + 1
@@ -221,8 +225,16 @@ class Log:
 
     def __reversed__(self) -> Iterator[Step]:
         """Yield those that :meth:`look` has found, the last first. Blocks. StoreError."""
-        end = self._end
-        for number in range(len(self._starts) - 1, -1, -1):
+        return self._before(len(self._starts))
+
+    def renames(self) -> Iterator[Step]:
+        """Yield those of them that rename, the last first; not more than that is in memory. Blocks."""
+        steps = (step for step in self._before(self._renames) if step.kind == "renamed")
+        return islice(steps, _MOST_ASIDE)
+
+    def _before(self, count: int) -> Iterator[Step]:
+        end = self._starts[count] if count < len(self._starts) else self._end
+        for number in range(count - 1, -1, -1):
             assert self._file is not None
             start = self._starts[number]
             if not self._undone[number]:

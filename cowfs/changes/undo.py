@@ -8,6 +8,7 @@ import stat
 from collections.abc import Callable, Generator
 from itertools import islice
 
+from cowfs.changes.moves import Moves
 from cowfs.changes.revert import Done, Forget, Found, Progress, find, why
 from cowfs.changes.trash import ASIDE, Batch, Log, Step, attributes_from_json, batches
 from cowfs.errors import StoreError
@@ -52,6 +53,12 @@ def _undo_all(
     """Undo the steps of a log; return whether something could not be undone, and can be asked for again."""
     again = False
     nothing_to_do: list[int] = []
+    removed: set[bytes] = set()
+    """Where that was which was set aside, and then removed."""
+    moves, count = Moves(), 0
+    """Where all will be that is renamed again, and how much of it is."""
+    for step in log.renames():
+        moves.add(step.path, step.source)
     for step in reversed(log):
         stale: uncover.Stale = []
         why_not = ""
@@ -69,10 +76,30 @@ def _undo_all(
             yield None
         if stale:
             yield lambda stale=stale: forget(stale)  # type: ignore[misc]
-        if why_not or (undone and not (step.kind == "moved" and step.source)):
+        count += step.kind == "renamed"
+        if why_not:
             yield Done(_at_home(step.source or step.path, log.aside), why_not)
+        elif step.kind == "renamed":
+            if undone and _is_told(fs, step, log.aside, removed):
+                yield Done(moves.now(step.source, count))
+        elif step.kind == "moved" and step.source:
+            removed.add(step.source)
+        elif undone:
+            yield Done(step.path)
     batch.note_undone(nothing_to_do)
     return again
+
+
+def _is_told(fs: Overlay, step: Step, aside: dict[bytes, bytes], removed: set[bytes]) -> bool:
+    """Whether a rename that is undone is told: what was in the way is told when it has its name again, and
+    other files are told with their content."""
+    if step.source in aside:
+        return False
+    if step.path in aside and step.source in removed:
+        return True
+    place = find(fs, step.source)
+    found = fs.lookup(place.parent, place.name)
+    return found is not None and found[0].is_dir
 
 
 def _at_home(path: bytes, aside: dict[bytes, bytes]) -> bytes:
