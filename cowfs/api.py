@@ -217,11 +217,13 @@ def apply(
 
     found = find_mount(what)
     losses = Losses()
+    if found is None and _is_same(what, root):
+        raise UsageError(f"{root}: is the store whose changes are meant", "give another directory or store")
     with ExitStack() as stack:
         changes = stack.enter_context(open_changes(what, lowers, tell))
         root = _tree_of(root, stack)
-        if found is not None and _is_on(os.path.join(root, "."), found.dev):
-            raise UsageError(f"{root}: is inside the mount whose changes are meant", "choose another one")
+        if found is not None and _is_on(os.path.join(root, "new"), found.dev):
+            raise UsageError(f"{root}: is in the mount whose changes are meant", "give another directory")
         withheld = {} if trust else _withheld(changes, root)
         target = _root(root, stack)
         before, after = changes.tree_before(), changes.tree()
@@ -311,11 +313,19 @@ def _tree_of(path: str, stack: ExitStack) -> str:
 
 
 def _is_on(path: str, dev: str) -> bool:
+    """Whether the directory in which *path* is to be is on this filesystem."""
     try:
         here = os.stat(os.path.dirname(os.path.abspath(path))).st_dev
     except OSError:
         return False
     return f"{os.major(here)}:{os.minor(here)}" == dev
+
+
+def _is_same(one: str, other: str) -> bool:
+    try:
+        return os.path.samefile(one, other)
+    except OSError:
+        return False
 
 
 class Done(NamedTuple):

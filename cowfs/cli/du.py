@@ -5,15 +5,13 @@ from __future__ import annotations
 import argparse
 import heapq
 import json
-import os
 import sys
 from collections import Counter, defaultdict
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from cowfs.cli import options
 from cowfs.cli.output import Tally, progress_line, say, say_fields, warn
-from cowfs.errors import CowfsError, SystemFailure, UsageError
+from cowfs.errors import CowfsError, UsageError
 
 if TYPE_CHECKING:
     from cowfs.api import Changes, Lowers
@@ -44,6 +42,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("what", metavar="STORE|MOUNTPOINT")
     parser.add_argument("--top", metavar="N", type=_number, default=10, help="list N paths (default: 10)")
     parser.add_argument("--treemap", metavar="FILE", help="draw a treemap: an SVG image")
+    parser.add_argument("-f", "--force", action="store_true", help="replace FILE if it exists")
     options.add_json_or_null(
         parser,
         "reason, bytes, path",
@@ -66,13 +65,22 @@ def _number(text: str) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Show what fills the store."""
+    from cowfs.exports.target import new_file
+
+    if args.force and not args.treemap:
+        raise UsageError("--force replaces the file of --treemap", "add --treemap FILE")
+    if not args.treemap:
+        return _show(args, None)
+    with new_file(args.treemap, force=args.force) as fd, open(fd, "wb", closefd=False) as picture:
+        return _show(args, picture)
+
+
+def _show(args: argparse.Namespace, picture: IO[bytes] | None) -> int:
     from cowfs.api import open_changes
-    from cowfs.changes.render import escape
-    from cowfs.jsontext import put_path
-    from cowfs.store.format.sizes import format_size
+    from cowfs.changes.treemap import treemap
 
     lowers = options.lowers_of(args)
-    total = _Total(args.top, keeps=bool(args.treemap))
+    total = _Total(args.top, keeps=picture is not None)
     who: dict[bytes, str] = {}
     trash = None
     with open_changes(args.what, lowers, warn) as changes, progress_line() as progress:
@@ -84,22 +92,36 @@ def run(args: argparse.Namespace) -> int:
             tally.add()
             if used.reason == "trash":
                 trash = 0 if trash is None else trash + used.size  # its first directory stays
-            if args.json:
-                entry: dict[str, object] = {"version": VERSION}
-                put_path(entry, "path", used.path)
-                print(json.dumps(entry | {"reason": used.reason, "size": used.size}))
-            elif args.null:
-                say_fields(used.reason, used.size, used.path)
-            else:
+            if args.json or args.null:
+                _show_file(used, as_json=args.json)
+            if picture is not None or not (args.json or args.null):
                 total.add(used, who)
+    if picture is not None:
+        picture.write(treemap(total.files).encode())
     free = {} if args.null else _reclaimable(args.what, lowers, trash or 0)
     if args.json:
         print(json.dumps({"version": VERSION, "reclaimable": free}))
-    if args.json or args.null:
-        sys.stdout.flush()
-        return 0
-    if args.treemap:
-        _draw(args.treemap, total.files)
+    elif not args.null:
+        _show_sums(args, total, free)
+    sys.stdout.flush()
+    return 0
+
+
+def _show_file(used: Used, *, as_json: bool) -> None:
+    from cowfs.jsontext import put_path
+
+    if not as_json:
+        say_fields(used.reason, used.size, used.path)
+        return
+    entry: dict[str, object] = {"version": VERSION}
+    put_path(entry, "path", used.path)
+    print(json.dumps(entry | {"reason": used.reason, "size": used.size}))
+
+
+def _show_sums(args: argparse.Namespace, total: _Total, free: dict[str, int | None]) -> None:
+    from cowfs.changes.render import escape
+    from cowfs.store.format.sizes import format_size
+
     _show_reasons(total.reasons)
     for command, size in free.items():
         if size:
@@ -110,7 +132,6 @@ def run(args: argparse.Namespace) -> int:
             say(f"{format_size(size):>12}  by {name}")
     for path, size in total.largest():
         say(f"{format_size(size):>12}  {escape(path)}")
-    return 0
 
 
 def _reclaimable(what: str, lowers: Lowers | None, trash: int) -> dict[str, int | None]:
@@ -186,12 +207,3 @@ def _show_reasons(reasons: dict[str, int]) -> None:
         if reasons.get(reason):
             say(f"{format_size(reasons[reason]):>12}  {reason:<12} {meaning}")
     say(f"{format_size(sum(reasons.values())):>12}  in all")
-
-
-def _draw(file: str, files: list[tuple[bytes, str, int]]) -> None:
-    from cowfs.changes.treemap import treemap
-
-    try:
-        Path(os.path.abspath(file)).write_text(treemap(files), encoding="utf-8")
-    except OSError as error:
-        raise SystemFailure(f"{file}: cannot be written: {error.strerror}") from None

@@ -236,6 +236,12 @@ def test_into_another_store(made: tuple[Path, Snapshot], tmp_path: Path) -> None
         (tmp_path / "mnt/own").write_text("mine")
         refused = cowfs("apply", top / "store.bs", other)
         assert (refused.returncode, "is mounted (give its mountpoint)" in refused.stderr) == (1, True)
+        (tmp_path / "link").symlink_to("mnt")
+        for root in (tmp_path / "mnt", tmp_path / "link"):
+            refused = cowfs("apply", tmp_path / "mnt", root)
+            assert refused.returncode == 1 and "is in the mount whose changes are meant" in refused.stderr
+    refused = cowfs("apply", other, other)
+    assert refused.returncode == 1 and "is the store whose changes are meant" in refused.stderr
     done = cowfs("apply", top / "store.bs", other)
     assert (done.returncode, done.stderr) == (0, "")
     with mounted(top / "lower", tmp_path / "mnt", other):

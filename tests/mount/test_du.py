@@ -112,7 +112,11 @@ def test_the_treemap_is_a_picture(tmp_path: Path) -> None:
     script(MAKE, tmp_path)
     with mounted(tmp_path / "lower", tmp_path / "mnt", tmp_path / "store") as here:
         script("head -c 100000 /dev/zero | tr '\\0' x >'<big>&'; mkdir d; cp etc/fstab d/small", here.path)
-        cowfs("du", here.path, "--treemap", tmp_path / "map.svg", check=True)
+        (tmp_path / "map.svg").write_text("mine")
+        refused = cowfs("du", here.path, "--treemap", tmp_path / "map.svg")
+        assert (refused.returncode, refused.stdout) == (1, "") and "--force" in refused.stderr
+        assert (tmp_path / "map.svg").read_text() == "mine"
+        cowfs("du", here.path, "--json", "--treemap", tmp_path / "map.svg", "--force", check=True)
     root = ElementTree.parse(tmp_path / "map.svg").getroot()
     space = "{http://www.w3.org/2000/svg}"
     areas = {}
@@ -129,6 +133,7 @@ def test_what_cannot_be(tmp_path: Path) -> None:
         (["nothing"], 32, "no such store"),
         (["lower"], 32, "neither a store"),
         (["lower", "--top", "x"], 1, "--top"),
+        (["lower", "--force"], 1, "--treemap"),
     ):
         done = cowfs("du", tmp_path / words[0], *words[1:])
         assert (done.returncode, done.stdout) == (code, "") and word in done.stderr, done
