@@ -21,7 +21,7 @@ import base64
 import functools
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -35,10 +35,12 @@ from cowfs.mounted_tree import MountedTree, mount
 from cowfs.offline_changes import Lowers, Tell, open_offline_union
 from cowfs.opened_changes import Changes, open_changes
 from cowfs.types import Change
+from cowfs.watched import Event, Events, watch
 
 if TYPE_CHECKING:
     from cowfs.changes.blame import History
     from cowfs.changes.names import Expect
+    from cowfs.changes.patch import Counts
     from cowfs.changes.select import Selection
     from cowfs.exports.apply_root import Root
     from cowfs.exports.choose import Ask
@@ -46,9 +48,9 @@ if TYPE_CHECKING:
     from cowfs.exports.run import How
 
 __all__ = [
-    "Changes", "Checkpoint", "Done", "Lowers", "MountedTree", "Tell", "apply", "blame", "checkpoint",
-    "checkpoints", "delete_checkpoint", "export", "histories", "mount", "open_changes", "reclaimable",
-    "report", "rollback", "take_back", "undo_apply",
+    "Changes", "Checkpoint", "Done", "Event", "Events", "Lowers", "MountedTree", "Tell", "apply", "blame",
+    "checkpoint", "checkpoints", "delete_checkpoint", "export", "histories", "line_counts", "mount",
+    "open_changes", "patch", "reclaimable", "report", "rollback", "take_back", "undo_apply", "watch",
 ]  # fmt: skip
 
 
@@ -82,6 +84,28 @@ def export(
         if expect is not None:
             expect(functools.partial(changes.count_names, merged=how.merged or how.format == "iso"))
         return export(changes, how, target, Watch(tick, expect), withheld)
+
+
+def patch(
+    changes: Changes, wanted: Iterable[Change] | None = None, *, binary: bool = False
+) -> Iterator[bytes]:
+    """Yield changes as a patch that ``git apply`` takes, a file at a time: all of them, or only the *wanted*.
+
+    With *binary* it has the content of binary files. Blocks. Raises SystemFailure without diff(1).
+    """
+    from cowfs.changes.patch import patch
+
+    return patch(changes if wanted is None else wanted, changes, binary=binary)
+
+
+def line_counts(changes: Changes, wanted: Iterable[Change] | None = None) -> Iterator[Counts]:
+    """Yield how many lines each changed file has gained and lost, as ``cowfs diff --stat`` prints it.
+
+    Blocks. Raises SystemFailure without diff(1).
+    """
+    from cowfs.changes.patch import stat_of
+
+    return stat_of(changes if wanted is None else wanted, changes)
 
 
 def report(

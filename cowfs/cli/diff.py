@@ -199,16 +199,16 @@ def selection_of(args: argparse.Namespace, paths: list[bytes]) -> Selection:
 
 
 def _show(args: argparse.Namespace, changes: Changes, wanted: Iterator[Change]) -> None:
-    from cowfs.changes import patch
+    from cowfs.api import line_counts, patch
     from cowfs.changes.render import escape, json_line, line
 
     out = sys.stdout.buffer
     if args.patch:
         is_seen = out.isatty()  # file contents must not control a terminal; a program gets them unchanged
-        for piece in patch.patch(wanted, changes, binary=args.binary):
+        for piece in patch(changes, wanted, binary=args.binary):
             out.write(printable_lines(piece) if is_seen else piece)
     elif args.stat:
-        _show_stat(patch.stat_of(wanted, changes))
+        _show_stat(line_counts(changes, wanted))
     elif args.null:
         for change in wanted:
             fields = [] if args.name_only else [change.kind.encode()]

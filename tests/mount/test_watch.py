@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from cowfs.api import watch
 from tests.support.mounts import COWFS, Mounted, cowfs, eventually, force_umount, mounted, project_root
 from tests.support.system import NOBODY, as_nobody_prefix, needs_fuse
 from tests.support.watching import watching
@@ -220,13 +221,17 @@ def test_names_as_text_and_with_nul(in_memory: Mounted, tmp_path: Path) -> None:
         watching(in_memory.path, tmp_path, json_lines=False) as text,
         watching(in_memory.path, tmp_path, "-z", json_lines=False) as null,
         watching(in_memory.path, tmp_path) as lines,
+        watch(str(in_memory.path), ["b"]) as events,
     ):
         os.mkdir(os.fsencode(in_memory.path) + b"/" + name)
         os.rename(os.fsencode(in_memory.path) + b"/" + name, in_memory.path / "b")
+        event = next(iter(events))
+        assert event[1:4] == ("rename", name, b"b")
         lines.wait_for("rename", name.decode(errors="replace"), "b")
         eventually(lambda: text.out.read_bytes().count(b"\n") == 2, "two lines")
         eventually(lambda: null.out.read_bytes().count(b"\0") == 14, "two times seven fields")
         assert "path_b64" in lines.lines()[0]
+        assert lines.lines()[1] == {"version": 1, **event.to_json()}
     assert rb"a\n\033[31m \377" in text.out.read_bytes() and b"\x1b" not in text.out.read_bytes()
     assert f"(pid {os.getpid()}, uid {os.geteuid()}" in text.out.read_text()
     fields = null.out.read_bytes().split(b"\0")
