@@ -199,12 +199,15 @@ def _result(comparing: Any) -> tuple[str, ...]:
 def render(answer: dict[str, Any], name: str, date: Callable[[float], str]) -> Iterator[str]:
     """Yield the lines of an explanation, for people."""
     yield name
+    wide = max((len(layer["layer"]) for layer in answer["layers"]), default=0)
+    wide = max(min(wide, _WIDEST), _NARROWEST)
+    owners = max((len(_owner(layer)) for layer in answer["layers"]), default=0)
     for layer in answer["layers"]:
-        yield f"  {layer['layer']:<9} {_listed(layer, answer['path'], date)}"
+        yield f"  {layer['layer']:<{wide}} {_listed(layer, answer['path'], owners, date)}"
         for rule in layer["rules"]:
             of = f"{rule['of']}: " if "of" in rule else ""
             to = f" ({rule['to']})" if "to" in rule else ""
-            yield f"  {'':<9}   {of}{rule['meaning']}{to}"
+            yield f"  {'':<{wide}}   {of}{rule['meaning']}{to}"
     if answer.get("source") is not None:
         yield f"  in the lower it is {answer['source']}"
     if answer.get("volatile"):
@@ -212,7 +215,15 @@ def render(answer: dict[str, Any], name: str, date: Callable[[float], str]) -> I
     yield f"  {_verdict(answer)}"
 
 
-def _listed(layer: dict[str, Any], path: str, date: Callable[[float], str]) -> str:
+_NARROWEST, _WIDEST = 9, 40
+"""Columns for the names of layers, so that what they have is side by side."""
+
+
+def _owner(layer: dict[str, Any]) -> str:
+    return f"{layer['uid']}:{layer['gid']}" if "uid" in layer else ""
+
+
+def _listed(layer: dict[str, Any], path: str, owners: int, date: Callable[[float], str]) -> str:
     if layer["type"] is None:
         return "nothing"
     if layer["type"] == "whiteout":
@@ -220,7 +231,8 @@ def _listed(layer: dict[str, Any], path: str, date: Callable[[float], str]) -> s
     elsewhere = f"  at {layer['path']}" if layer["path"] != path else ""
     target = f" -> {layer['target']}" if "target" in layer else ""
     when = date(layer["mtime_ns"] / 1e9)
-    return f"{layer['mode']} {layer['uid']}:{layer['gid']} {layer['size']:>8} {when}{target}{elsewhere}"
+    owner = f"{_owner(layer):<{owners}}"
+    return f"{layer['mode']} {owner} {layer['size']:>8} {when}{target}{elsewhere}"
 
 
 def _verdict(answer: dict[str, Any]) -> str:

@@ -79,6 +79,11 @@ def test_for_people(tmp_path: Path) -> None:
         lines = shown.stdout.splitlines()
         assert lines[0] == "etc/hosts" and lines[1].split() == ["store", "whiteout"]
         assert lines[-1].startswith("  deleted")
+        cowfs("checkpoint", here.path, "before the upgrade", check=True)
+        (here.path / "etc/fstab").chmod(0o600)
+        lines = cowfs("explain", here.path / "etc/fstab", check=True).stdout.splitlines()
+        columns = [line.index(" -rw") for line in lines if " -rw" in line]
+        assert len(columns) == 3 and len(set(columns)) == 1, lines
 
 
 def test_what_cannot_be(tmp_path: Path) -> None:
