@@ -85,6 +85,7 @@ def open_changes(
     opened.
     """
     lowers = lowers or Lowers()
+    tell = _once(tell)
     found = find_mount(what)
     with ExitStack() as stack:
         if found is not None:
@@ -99,3 +100,15 @@ def open_changes(
             raise UsageError("a store in memory can only be reached through its mount", "give the mountpoint")
         must_be_there(what)
         yield OfflineChanges(what, lowers, stack, tell, (since, until))
+
+
+def _once(tell: Tell) -> Tell:
+    """Return what tells each text once, however often it is met."""
+    said = set[str]()
+
+    def once(text: str) -> None:
+        if text not in said:
+            said.add(text)
+            tell(text)
+
+    return once

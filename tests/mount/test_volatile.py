@@ -94,9 +94,9 @@ def test_what_is_below_goes_with_the_mount(tmp_path: Path, nobody_path: Path, ki
         assert script(at, SHOW, nobody=nobody).split() == SHOWN.split()
         said(at, sys.executable, "-c", AROUND, nobody=nobody)
 
-        for command in ("diff", "du"):
-            done = cowfs(command, at, nobody=nobody, check=True)
-            assert "/tmp, /var/cache" in done.stderr and "volatile" in done.stderr, done
+        for command, *words in (["diff"], ["du"], ["report", "-O", "-"]):
+            done = cowfs(command, at, *words, nobody=nobody, check=True)
+            assert done.stderr.count("/tmp, /var/cache") == 1 and "volatile" in done.stderr, done
         listed = cowfs("diff", at, "--name-only", nobody=nobody, check=True).stdout.split()
         assert listed == ["home/kept", "var/lib/lib"]
         explained = json.loads(cowfs("explain", at, "tmp/f", "--json", nobody=nobody, check=True).stdout)
