@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple, cast
 
 from cowfs.client import ask, checked_answer, find_mount, from_root, the_mount
@@ -89,7 +89,8 @@ def watch(mountpoint: str, paths: Sequence[str] = ()) -> Iterator[Events]:
     Raises MountFailure if there is no mount or its daemon cannot be asked, SystemFailure if it is too old.
     """
     found = the_mount(mountpoint)
-    with closing(cast(Replies, ask(found.dev, "watch", timeout=None))) as replies:
+    replies = cast(Replies, ask(found.dev, "watch", timeout=None))
+    try:
         try:
             begun = next(replies, {})
         except CowfsError as failure:
@@ -101,6 +102,9 @@ def watch(mountpoint: str, paths: Sequence[str] = ()) -> Iterator[Events]:
         if "watching" not in begun:
             raise MountFailure(f"{mountpoint}: the daemon sent an invalid reply", "mount it again")
         yield Events(os.fsdecode(found.mountpoint), found.dev, replies, paths)
+    finally:
+        with suppress(ValueError):  # another thread waits for the next one, until the mount ends
+            replies.close()
 
 
 def _event(reply: dict[str, Any]) -> Event:
