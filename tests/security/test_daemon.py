@@ -99,7 +99,11 @@ def test_nothing_is_imported_from_the_current_directory(trap: Path, lower: Path)
     assert not (trap / "sprung").exists()
 
 
-HOSTILE = [f"PYTHON{name}" for name in ("PATH", "STARTUP", "HOME", "USERBASE", "PLATLIBDIR", "BREAKPOINT")]
+LOADED = ("GCONV_PATH", "LOCPATH", "OPENSSL_CONF", "OPENSSL_ENGINES", "OPENSSL_MODULES")
+"""From where libraries load code before the first line of Python."""
+HOSTILE = [*LOADED] + [
+    f"PYTHON{name}" for name in ("PATH", "STARTUP", "HOME", "USERBASE", "PLATLIBDIR", "BREAKPOINT")
+]
 
 
 @pytest.mark.parametrize("linked", [False, True], ids=["the script", "a link to it"])
@@ -120,6 +124,9 @@ def test_the_installed_command_imports_nothing_of_the_callers(
     assert run(command, "--version", cwd=trap, env=hostile).stdout.startswith("cowfs ")
     run(command, "create", tmp_path / "s.bs", "16", cwd=trap, env=hostile)
     run(command, "mount", lower, mountpoint, "--store", tmp_path / "s.bs", cwd=trap, env=hostile)
+    (pid,) = re.findall(r'"pid": (\d+)', run(command, "info", "--json", mountpoint, env=hostile).stdout)
+    begun_with = Path(f"/proc/{pid}/environ").read_bytes()
+    assert not any(b"%s=" % name.encode() in begun_with for name in LOADED)
     run(command, "umount", mountpoint, cwd=trap, env=hostile)
     assert not (trap / "sprung").exists()
 
