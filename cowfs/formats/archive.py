@@ -16,6 +16,8 @@ MOST_MEMBERS = 4_000_000
 NAMES = ("utf-8", "surrogateescape")
 """How bytes of names and values stand in strings: any bytes come back."""
 _LONGEST_PATH = 64 << 10
+_UNNAMED, _BYTES_EACH = 1000, 32
+"""So many directories may have no member of their own, and one more for so many bytes of the archive."""
 _NAME_MAX = 255
 
 
@@ -66,6 +68,7 @@ class Tree:
         self.name = name
         self.root = Inode(1, stat.S_IFDIR | 0o755, nlink=2)
         self.inodes = 1
+        self._unnamed = _UNNAMED + data.size // _BYTES_EACH
 
     def pread(self, inode: Inode, size: int, offset: int) -> bytes:
         """Return up to *size* bytes of a file. EIO where the archive is damaged or has become shorter."""
@@ -105,6 +108,9 @@ class Tree:
         for part in parts:
             child = directory.children.get(part)
             if child is None:
+                self._unnamed -= 1
+                if self._unnamed < 0:
+                    raise LayerError(f"{self.name}: the paths in it lead through too many directories")
                 child = self._new(stat.S_IFDIR | 0o755)
                 child.nlink = 2
                 directory.children[part] = child

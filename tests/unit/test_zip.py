@@ -132,6 +132,7 @@ def same(data: bytes) -> bytes:
     [
         (lambda add: add.writestr("a/../../etc/passwd", "x"), same, "which no file can have here"),
         (lambda add: add.writestr("n" * 256, "x"), same, "which no file can have here"),
+        (lambda add: add.writestr("d/" * 32000, ""), same, "lead through too many directories"),
         (lambda add: [add.writestr("f", "x"), add.writestr("f/g", "y")], same, "is not a directory, but"),
         (lambda add: add.writestr(info("s", 0o120777), "x" * 5000), same, "a symbolic link of 5000 bytes"),
         (lambda add: add.writestr(info("null", 0o20666), ""), same, "'null' is a device"),
