@@ -162,7 +162,8 @@ async def _answer(stream: trio.SocketStream, replies: Replies, patiently: Patien
     except _Left:
         raise
     except Exception as error:
-        failure: dict[str, Any] = {"error": str(error)}
+        plain = isinstance(error, OSError) and error.filename is None and error.strerror
+        failure: dict[str, Any] = {"error": plain or str(error)}
         refused = isinstance(error, CowfsError)
         log.log(logging.INFO if refused else logging.WARNING, "a request was not done: %s", error)
         if isinstance(error, CowfsError):

@@ -118,6 +118,7 @@ def _way(path: str | bytes) -> Iterator[tuple[bytes, os.stat_result]]:
             continue
         if name == b"..":
             at = os.path.dirname(at)
+            yield at, os.stat(at)  # it may be what the path leads to
             continue
         here = os.path.join(at, name)
         info = os.lstat(here)

@@ -139,3 +139,6 @@ def test_what_is_public(roots: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (way / "deep").chmod(0o755)
     way.chmod(0o700)
     assert public() == [False, False, False]
+    way.chmod(0o755)
+    (way / "secret").touch(0o600)
+    assert [is_public(f"{way}/{path}") for path in ("deep", "deep/..")] == [True, False]

@@ -223,6 +223,11 @@ def test_the_way_is_the_kernels(roots: Path, nobody_path: Path) -> None:
     assert os.path.samefile(roots / "link/../../image", nobody_path / "image")
     assert who_can_change(str(f"{roots}/link/../../image")) is not None
     assert who_can_change(str(f"{roots}/link/../../../../../../..{roots}/image")) is not None
+    (roots / "own").mkdir()
+    fd = os.open(roots, os.O_PATH)
+    assert who_can_redirect(f"{roots}/own/..", fd) is None
+    assert who_can_redirect(f"{roots}/own", fd) == f"{roots}/own is another file by now"
+    os.close(fd)
 
 
 def test_a_bind_mount_is_what_is_mounted(roots: Path, nobody_path: Path) -> None:
