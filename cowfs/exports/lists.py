@@ -10,9 +10,14 @@ from cowfs.exports.plan import Item, Plan
 
 
 def for_rsync(items: Plan) -> Iterator[bytes]:
-    """Yield what ``rsync --from0 --files-from`` reads: all paths, and last those that are gone."""
-    yield from ((path or b".") + b"\0" for path, item in items.items() if item is not Item.WHITEOUT)
-    yield from (path + b"\0" for path, item in items.items() if item is Item.WHITEOUT)
+    """Yield what ``rsync --from0 --files-from`` reads: all paths, and last those that are gone.
+
+    What begins with # or ; is a comment for it.
+    """
+    for are_gone in (False, True):
+        for path, item in items.items():
+            if (item is Item.WHITEOUT) == are_gone:
+                yield (b"./" + path if path.startswith((b"#", b";")) else path or b".") + b"\0"
 
 
 def for_restic(items: Plan, tree: Tree, losses: Losses) -> Iterator[bytes]:

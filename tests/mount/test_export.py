@@ -45,7 +45,7 @@ rm -r old gone opq; echo now >old; mkdir opq; echo 3 >opq/3; echo two >>second; 
 mv z1 z3; mv z2 z1; mv z3 z2; rm z2/d/x
 rm filetodir; mkdir filetodir; echo in >filetodir/in; rm -r dirtofile; echo f >dirtofile
 chmod 600 big; mv renamed named; touch -d '2001-01-01 00:00:00.123456789' touched
-touch "$(printf 'new\nline')" "$(printf 'bad\377name')"; ln -s nowhere dangling
+touch "$(printf 'new\nline')" "$(printf 'bad\377name')" '#new' ';new'; ln -s nowhere dangling
 mkfifo fifo; chmod 640 pipe; ln sl sl3; ln pipe2 etc/pipe
 truncate -s 1M sparse; printf x | dd of=sparse bs=1 seek=700000 conv=notrunc status=none
 setfattr -n user.x -v 0x00ff0a3d etc/fstab
