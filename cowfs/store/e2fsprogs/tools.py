@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from cowfs.errors import StoreError, SystemFailure
@@ -79,9 +81,10 @@ def run(
     pass_fds: Sequence[int] = (),
     merge: bool = False,
     show: Callable[[bytes], object] | None = None,
+    work: int = 0,
 ) -> subprocess.CompletedProcess[bytes]:
     """Run a program to its end on *data* and return its output; *merge* adds its errors to it, and
-    *show* gets it piece by piece as it comes. Blocks.
+    *show* gets it piece by piece as it comes. After *work* seconds of processor time it is killed. Blocks.
 
     It gets a session of its own, so that a ^C on the terminal does not stop it in the middle of a write:
     whether it is to be stopped is for the caller to say (see cowfs.store.e2fsprogs.signals).
@@ -101,7 +104,7 @@ def run(
                 env=programs.environment(),
                 pass_fds=pass_fds,
                 start_new_session=True,
-                preexec_fn=_see_no_mounts,  # noqa: PLW1509 - it takes no lock
+                preexec_fn=partial(_begin, work),  # noqa: PLW1509 - it takes no lock
             )
         while show and process.stdout and (piece := os.read(process.stdout.fileno(), 1 << 16)):
             show(piece)
@@ -144,13 +147,15 @@ def run_errand(request: dict[str, Any], fds: Sequence[int]) -> dict[str, Any]:
     return {"code": done.returncode, "output": output.decode("latin-1")}
 
 
-def _see_no_mounts() -> None:
+def _begin(work: int) -> None:
     """In the process that is to be a program: leave our mount behind, and hide what others have mounted.
 
     libext2fs looks at the source of each mount, to see whether it is the image, and waits for ever for that
     of one that hangs. Whether the image is mounted is known from elsewhere (the store's lock).
     Where it may not be hidden it is there.
     """
+    if work:
+        resource.setrlimit(resource.RLIMIT_CPU, (work, work))
     if _hidden:
         with suppress(OSError):
             mounts.leave(_hidden)
