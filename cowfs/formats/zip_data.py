@@ -42,14 +42,24 @@ _SHORT = 64 << 10
 """So much is decompressed in less time than it takes to hand the work over."""
 _READ_FOR_CRC = 64 << 20
 """If the end of a stored member is read, at most so much before it is read as well, to compare the CRC."""
-_LOCKS = 64
 _REPORTS = 200
 
 
 class Member:
     """The data of a member, and how far it was compared with its CRC."""
 
-    __slots__ = ("compared", "crc", "data_at", "header", "is_wrong", "method", "packed", "size", "sum")
+    __slots__ = (
+        "compared",
+        "crc",
+        "data_at",
+        "header",
+        "is_wrong",
+        "lock",
+        "method",
+        "packed",
+        "size",
+        "sum",
+    )
 
     def __init__(self, header: int, method: int, packed: int, size: int, crc: int) -> None:
         """*header* is where its local header is; *packed* and *size* are bytes."""
@@ -59,6 +69,7 @@ class Member:
         self.size = size
         self.crc = crc
         self.data_at = -1
+        self.lock: threading.Lock | None = None
         self.compared = self.sum = 0
         self.is_wrong = False
 
@@ -88,8 +99,7 @@ class Unpacker:
         self._blocks: GenerationCache[tuple[int, int], bytes] = GenerationCache(_KEPT, len)
         self._places: GenerationCache[tuple[int, int], _State] = GenerationCache(_PLACES, lambda _: 1)
         self._last: OrderedDict[tuple[int, int], _State] = OrderedDict()
-        self._lock = threading.Lock()  # of _last
-        self._locks = [threading.Lock() for _ in range(_LOCKS)]  # each of some members
+        self._lock = threading.Lock()  # of _last, and of the members' locks
         self._reported: set[int] = set()
 
     @staticmethod
@@ -113,6 +123,9 @@ class Unpacker:
         """Return *size* bytes at *offset*, which the member has. May block. EIO."""
         if member.data_at < 0:
             member.data_at = self._find(member)
+        if member.lock is None:
+            with self._lock:
+                member.lock = member.lock or threading.Lock()
         if member.method == STORED:
             return self._stored(member, size, offset)
         first, last = offset // _BLOCK, (offset + size - 1) // _BLOCK
@@ -147,9 +160,13 @@ class Unpacker:
 
     def _stored(self, member: Member, size: int, offset: int) -> bytes:
         data = self._read(member, size, offset)
-        if member.compared < member.size:
-            with self._locks[member.header % _LOCKS]:
-                self._compare(member, data, offset)
+        # Who is not at the end does not wait for one who compares: what is left out now is read again then.
+        if member.compared < member.size and member.lock is not None:
+            if member.lock.acquire(blocking=offset + size == member.size):
+                try:
+                    self._compare(member, data, offset)
+                finally:
+                    member.lock.release()
         if member.is_wrong:
             raise self._damaged(member, "wrong CRC")
         return data
@@ -173,7 +190,8 @@ class Unpacker:
         key = (member.header, block)
         found = self._blocks.get(key)
         if found is None:
-            with self._locks[member.header % _LOCKS]:
+            assert member.lock is not None
+            with member.lock:
                 found = self._blocks.get(key)
                 if found is None:
                     found = self._decompress(member, block)
@@ -202,13 +220,15 @@ class Unpacker:
 
     def _nearest(self, member: Member, wanted: int, apart: int) -> _State:
         with self._lock:
-            for block in range(wanted, 0, -1):
-                last = self._last.pop((member.header, block), None)
-                if last is not None:
-                    return last
-                kept = self._places.get((member.header, block)) if block % apart == 0 else None
+            last = max(
+                (at for header, at in self._last if header == member.header and at <= wanted), default=0
+            )
+            for block in range(wanted - wanted % apart, last, -apart):
+                kept = self._places.get((member.header, block))
                 if kept is not None:
                     return kept.copy()
+            if last:
+                return self._last.pop((member.header, last))
         return _State(zlib.decompressobj(-zlib.MAX_WBITS))
 
     def _next(self, member: Member, state: _State) -> bytes:

@@ -6,7 +6,9 @@ import os
 import random
 import stat
 import struct
+import threading
 import zipfile
+import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -230,3 +232,45 @@ def test_places_beyond_4_gib_are_read(tmp_path: Path) -> None:
     assert zipfile.ZipFile(archive).read("x") == b"content"
     with closing(ZipLayer(str(archive))) as layer:
         assert read(layer, "x") == b"content"
+
+
+class _Held:
+    """The bytes of an archive, of which some are only given when they may be."""
+
+    def __init__(self, data: bytes, held: range) -> None:
+        self.size, self._data, self._held = len(data), data, held
+        self.asked, self.given = threading.Event(), threading.Event()
+
+    def pread(self, size: int, offset: int) -> bytes:
+        if offset in self._held and size > 30:
+            self.asked.set()
+            assert self.given.wait(60)
+        return self._data[offset : offset + size]
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_nobody_waits_for_those_who_read_other_members(method: int) -> None:
+    """Whose headers are a multiple of 64 bytes apart, say: one user could stop all others."""
+    member = bytes([*b"PK\3\4", *bytes(26)])
+    big = random.Random(1).randbytes(400_000)
+    packed = big if method == zipfile.ZIP_STORED else raw_deflated(big)
+    small = b"small" if method == zipfile.ZIP_STORED else raw_deflated(b"small")
+    start = -(-(30 + len(packed)) // 64) * 64
+    data = _Held((member + packed).ljust(start, b"\0") + member + small, range(30, len(packed) - 200))
+    unpacker = zip_data.Unpacker(data, "x.zip")
+    members = [
+        zip_data.Member(at, method, len(stored), len(plain), zlib.crc32(plain))
+        for at, stored, plain in ((0, packed, big), (start, small, b"small"))
+    ]
+    with ThreadPoolExecutor(2) as threads:
+        slow = threads.submit(unpacker.pread, members[0], 100, 399_900)
+        assert data.asked.wait(60)
+        try:
+            assert threads.submit(unpacker.pread, members[1], 5, 0).result(timeout=30) == b"small"
+        finally:
+            data.given.set()
+        assert slow.result(timeout=60) == big[-100:]
+
+
+def raw_deflated(data: bytes) -> bytes:
+    return zlib.compress(data, 6, wbits=-15)
