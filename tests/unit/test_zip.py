@@ -13,12 +13,14 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 from cowfs.errors import LayerError
 from cowfs.formats import zip_data
 from cowfs.formats.archive import Inode
+from cowfs.formats.squashfs.source import Bytes
 from cowfs.layers.zip import ZipLayer
 from cowfs.store.format.identity import identify_lower
 from tests.support.system import run
@@ -238,14 +240,14 @@ class _Held:
     """The bytes of an archive, of which some are only given when they may be."""
 
     def __init__(self, data: bytes, held: range) -> None:
-        self.size, self._data, self._held = len(data), data, held
+        self._data, self._held = data, held
         self.asked, self.given = threading.Event(), threading.Event()
 
-    def pread(self, size: int, offset: int) -> bytes:
-        if offset in self._held and size > 30:
+    def pread(self, size: int, at: int) -> bytes:
+        if at in self._held and size > 30:
             self.asked.set()
             assert self.given.wait(60)
-        return self._data[offset : offset + size]
+        return self._data[at : at + size]
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
@@ -257,7 +259,7 @@ def test_nobody_waits_for_those_who_read_other_members(method: int) -> None:
     small = b"small" if method == zipfile.ZIP_STORED else raw_deflated(b"small")
     start = -(-(30 + len(packed)) // 64) * 64
     data = _Held((member + packed).ljust(start, b"\0") + member + small, range(30, len(packed) - 200))
-    unpacker = zip_data.Unpacker(data, "x.zip")
+    unpacker = zip_data.Unpacker(cast(Bytes, data), "x.zip")
     members = [
         zip_data.Member(at, method, len(stored), len(plain), zlib.crc32(plain))
         for at, stored, plain in ((0, packed, big), (start, small, b"small"))
