@@ -21,6 +21,7 @@ from cowfs.fuse.quotas import Bounds
 from cowfs.layers.base import File
 from cowfs.layers.reopened import at_hand
 from cowfs.layers.slow import SlowFile
+from cowfs.layers.squashfs import SquashfsFile
 from cowfs.overlay import protect
 from cowfs.overlay.attr import NewAttributes
 from cowfs.overlay.file import SET_ID
@@ -189,7 +190,8 @@ class FileHandlers(NodeHandlers):
                         functools.partial(at_once, pread), threads.reads, self._files.opener(fh)
                     )
             return await threads.run_patiently(pread, threads.slow_reads, self._files.opener(fh))
-        if self._loop.is_quiet():  # the way to a thread and back would help nobody
+        if isinstance(file, SquashfsFile) and self._loop.is_quiet():
+            # The way to a thread and back would help nobody, for a block. Of an archive it may be gigabytes.
             return file.pread(size, off)
         uid = self._user(fh)
         with self._unopened.in_use(handle.node):
