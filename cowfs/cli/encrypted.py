@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 from cowfs.cli.output import warn
-from cowfs.errors import StoreError, SystemFailure, UsageError
+from cowfs.errors import StoreError, SystemFailure, UsageError, printable
 from cowfs.linux import programs
 
 _NAMES = ("store", "what")
@@ -138,7 +138,7 @@ def ask(prompt: str, path: str) -> bytes:
             "give a key file: --key-file FILE (- is standard input), or -o key_file=FILE",
         ) from None
     try:
-        return os.fsencode(getpass.getpass(prompt))
+        return os.fsencode(getpass.getpass(printable(prompt)))
     except EOFError:
         raise UsageError(
             f"{path}: no passphrase was given", "give it, or a key file: --key-file FILE"

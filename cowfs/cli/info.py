@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from typing import Any
 
 from cowfs.cli import image_info, options
 from cowfs.cli.output import say, warn
 from cowfs.cli.requests import Requests, requests_in
 from cowfs.client import checked_answer, facts_of, find_mount, resident
-from cowfs.errors import MountFailure, UsageError
+from cowfs.errors import MountFailure, UsageError, printable
 from cowfs.jsontext import local_time
 from cowfs.url.names import is_url
 
@@ -117,7 +118,7 @@ def _kernel(what: str, facts: dict[str, Any]) -> int:
     for line in commands(
         store["path"], store["kind"], prefix, store["uuid"], facts["lowers"], store["layers"]
     ):
-        print(line)
+        print(printable(line) if sys.stdout.isatty() else line)
     files = (facts.get("partial") or {"files": 0})["files"]
     if files:
         warn(f"{files} files are partly copied up: the kernel refuses them")

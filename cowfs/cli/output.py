@@ -96,7 +96,7 @@ def progress_line() -> Iterator[Callable[[str], None]]:
         if is_seen and now - last > _PAUSE:
             last = now
             _shown.add("progress")
-            print(_CLEAR_LINE + text, end="", file=sys.stderr, flush=True)
+            print(_CLEAR_LINE + printable(text), end="", file=sys.stderr, flush=True)
 
     try:
         yield show

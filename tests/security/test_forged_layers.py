@@ -6,6 +6,7 @@ import base64
 import itertools
 import json
 import os
+import shlex
 import socket
 import stat
 import struct
@@ -20,9 +21,10 @@ import pytest
 
 from cowfs import api
 from cowfs.changes.blame import names_of
-from cowfs.errors import CowfsError, StoreError
+from cowfs.errors import CowfsError, LayerError, StoreError
 from cowfs.linux.files import open_ordinary
 from cowfs.rebasing import rebase
+from cowfs.store.format.kernel import commands
 from cowfs.store.format.records import batches, pack
 from tests.security.test_swaps import Watch
 from tests.security.test_terminal import harmless
@@ -389,3 +391,28 @@ def test_no_server_is_called_for_another_user(made: Path, nobody_path: Path) -> 
         assert done.returncode == 1 and "give the lower with --lower" in done.stderr, done.stderr
         with pytest.raises(TimeoutError):
             server.accept()
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [
+        {"kind": "squashfs; id #"},
+        {"kind": "fuse"},
+        {"path": "--bind"},
+        {"uuid": ";id #"},
+        {"uuid": "../../x"},
+    ],
+)
+def test_commands_for_the_kernel_are_what_they_seem(forged: dict[str, str]) -> None:
+    """Root runs them, of any store: `cowfs info --kernel STORE | sh`."""
+    facts: dict[str, Any] = {"kind": "squashfs", "path": "/a;b", "fingerprint": "f", "uuid": "f00", **forged}
+    try:
+        lines = commands("/store;x", "directory", "trusted.overlay.", facts["uuid"], [facts], [])
+    except LayerError as error:
+        assert ("uuid" in forged, str(error).isprintable()) == (False, True)
+        return
+    assert shlex.split(lines[1])[:6] == ["mount", "-t", "squashfs", "-o", "ro,loop", "/a;b"]
+    for line in lines[:2]:
+        place = shlex.split(line)[-1]
+        assert ".." not in place and place == line.split()[-1] and not set(place) & set(";#")
+    assert shlex.split(lines[2])[:2] == ["cd", "/store;x"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +15,8 @@ from cowfs.types import DATA_ONLY
 from cowfs.url.names import is_url
 
 _PLACE = "/run/cowfs-kernel"
+_MOUNTED = {"directory", "squashfs", "erofs"}
+"""The kinds of lowers that it mounts. For others mount(8) would start programs."""
 _LONGEST = 255
 """Bytes of an option that mount(8) hands over by fsconfig(2)."""
 
@@ -24,9 +27,10 @@ def commands(
     """Return lines for a shell, to be run by root while nobody uses the store at *path*.
 
     *lowers* are those of the header, *below* the layers of checkpoints, each topmost first. The tree is
-    mounted at ``$MOUNTPOINT``, or /mnt; images in directories of their own below /run.
+    mounted at ``$MOUNTPOINT``, or /mnt; images in directories of their own below /run. All of it is data:
+    a word of the header stays one word.
     """
-    lines, place = [], f"{_PLACE}/{uuid[:8]}"
+    lines, place = [], f"{_PLACE}/{re.sub('[^0-9A-Za-z-]', '_', uuid[:8])}"
     joined = ":".join(f"cowfs/layers/{number}" for number in below)
     for number, lower in enumerate(lowers):
         at = str(lower["path"])
@@ -41,19 +45,22 @@ def commands(
             raise LayerError(
                 f"{at}: the kernel mounts no {what}", "unpack it, and make an image of that with mksquashfs"
             )
+        if lower["kind"] not in _MOUNTED or not at.startswith("/"):
+            raise LayerError(f"{at}: the kernel mounts no {lower['kind']} of this name")
         if lower["kind"] != "directory":
             source, at = at, f"{place}/lower{number}"
             offset = f",offset={lower['offset']}" if lower.get("offset") else ""
-            lines.append(f"mkdir -p {at}")
-            lines.append(f"mount -t {lower['kind']} -o ro,loop{offset} {shlex.quote(source)} {at}")
+            lines.append(shlex.join(["mkdir", "-p", at]))
+            mount = ["mount", "-t", str(lower["kind"]), "-o", f"ro,loop{offset}", source, at]
+            lines.append(shlex.join(mount))
         between = "::" if str(lower["fingerprint"]).startswith(DATA_ONLY) else ":" if joined else ""
         joined += between + _escaped(at)
     store = path
     if kind == "image":
         image, subdir = split_subdir(path)
         at = f"{place}/store"
-        lines.append(f"mkdir -p {at}")
-        lines.append(f"mount -t ext3 -o loop {shlex.quote(image)} {at}")
+        lines.append(shlex.join(["mkdir", "-p", at]))
+        lines.append(shlex.join(["mount", "-t", "ext3", "-o", "loop", image, at]))
         store = os.path.join(at, subdir) if subdir else at
     features = "userxattr,index=on" if prefix == USER else "redirect_dir=on,metacopy=on,index=on,xino=on"
     options = f"lowerdir={joined},upperdir=upper,workdir=work,{features}"
