@@ -51,7 +51,7 @@ def do(work: Work) -> Any:
     prefix = [] if work.system == ROOTS else as_nobody_prefix()
     done = subprocess.run(
         [*prefix, sys.executable, "-m", "tests.parity.ordinary"],
-        input=pickle.dumps(work), capture_output=True, cwd="/", timeout=600,
+        input=pickle.dumps(work), capture_output=True, cwd="/", timeout=1800,
         env={**os.environ, "PYTHONPATH": project_root(), "PYTHONDONTWRITEBYTECODE": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr.decode(errors="replace")

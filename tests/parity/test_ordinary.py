@@ -24,7 +24,7 @@ LAYERS = 3
 NAMES = ("kernel", "cowfs")
 AS_EXT3 = {"posix_acls: step 10, removexattr 'acl' system.posix_acl_access"}
 """Where cowfs does as ext3, and neither kernel does: to remove an ACL that is not there is no error."""
-pytestmark = [needs_root, needs_fuse, pytest.mark.timeout(600)]
+pytestmark = [needs_root, needs_fuse, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from tests.support.system import needs_fuse, needs_root
 DEV_FUSE_AT_NIGHT = True
 SUBJECT = os.environ.get("COWFS_PARITY_SUBJECT", "cowfs")
 PATTERN = os.environ.get("COWFS_PARITY_CASES", "*")
-pytestmark = [needs_root, needs_fuse, pytest.mark.timeout(600)]
+pytestmark = [needs_root, needs_fuse, pytest.mark.timeout(1800)]
 NAMES = ("kernel", SUBJECT)
 LAYERS = 3
 
