@@ -17,7 +17,6 @@ from tests.parity.places import Place
 from tests.parity.quick import load
 from tests.parity.runs import compare, run_all
 from tests.support import tree
-from tests.support.squashfs import mksquashfs
 from tests.support.system import needs_fuse, needs_root
 
 DEV_FUSE_AT_NIGHT = True
@@ -35,9 +34,6 @@ LAYERS = 3
         pytest.param("image", "again other", id="image, in full", marks=pytest.mark.nightly),
         pytest.param("directory", "again other", id="directory", marks=pytest.mark.nightly),
         pytest.param("kernel", "again other", id="kernel", marks=pytest.mark.nightly),
-        pytest.param("image", "images again other", id="union of images", marks=pytest.mark.nightly),
-        pytest.param("directory", "images again other", id="directory, images", marks=pytest.mark.nightly),
-        pytest.param("kernel", "images again other", id="kernel, images", marks=pytest.mark.nightly),
     ],
 )
 def test_quick(kind: str, looks: str, tmp_path: Path, ext3: Path) -> None:
@@ -51,15 +47,14 @@ def test_quick(kind: str, looks: str, tmp_path: Path, ext3: Path) -> None:
                 tree.build(lower / name, case.lowers[number])
         os.utime(lower, ns=(tree.EPOCH_NS, tree.EPOCH_NS))
     untouched = [tree.snapshot(lower, private=True) for lower in lowers]
-    images = [mksquashfs(Path(f"{lower}.squashfs"), lower) for lower in lowers] if "images" in looks else []
     scratch = ext3 / tmp_path.name
     scratch.mkdir()
     try:
-        place = Place(tmp_path / "one", lowers, scratch / "one", "directory", images=images)
+        place = Place(tmp_path / "one", lowers, scratch / "one", "directory")
         once = looks if "again" in looks else ""
         kernel = run_all(cases, "kernel", SUBJECT, place, looks=once, pattern=PATTERN)
         store = scratch / "two" if kind == "directory" else tmp_path / "two.store"
-        place = Place(tmp_path / "two", lowers, store, kind, images=images)
+        place = Place(tmp_path / "two", lowers, store, kind)
         subject = run_all(cases, SUBJECT, "kernel", place, looks=looks, pattern=PATTERN)
     finally:
         shutil.rmtree(scratch)
