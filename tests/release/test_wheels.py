@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.release.test_bare_debian import CACHE, Bare
 from tests.support.mounts import project_root
 from tests.support.system import needs_fuse, needs_root, run
 
@@ -37,3 +38,29 @@ def test_a_wheel_mounts(version: str, tmp_path: Path) -> None:
     assert run(cowfs, "diff", tmp_path / "mnt").stdout == "A  new\n"
     run(cowfs, "umount", tmp_path / "mnt")
     assert run(tmp_path / "venv/bin/cowfs-overlay", "--version").stdout.startswith("cowfs-overlay: version ")
+
+
+_MADE_AND_USED = """\
+scripts/setup --packages
+PYTHONS=/usr/bin/python3 scripts/wheels /tmp/made
+python3 -m venv /tmp/venv
+/tmp/venv/bin/pip install -q /tmp/made/*.whl
+cd /tmp
+mkdir lower mnt
+cowfs=/tmp/venv/bin/cowfs
+$cowfs create store.bs 32M
+$cowfs mount lower mnt --store store.bs
+touch mnt/new
+test "$($cowfs diff mnt)" = 'A  new'
+$cowfs umount mnt
+"""
+
+
+@pytest.mark.timeout(3600)
+@pytest.mark.skipif(shutil.which("debootstrap") is None, reason="needs debootstrap (scripts/setup --boot)")
+def test_a_wheel_of_the_python_to_come() -> None:
+    """Debian unstable's, which has the newest."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    bare = Bare("sid")
+    bare.run(f"set -e; {_MADE_AND_USED}")
+    bare.remove()
