@@ -179,11 +179,13 @@ def _step_aside(union: UnionOptions, mountpoint: str) -> Callable[[], None]:
     """
     from cowfs.cli.helper_requests import HelperRequests
     from cowfs.linux import confine
+    from cowfs.store.format.foreign import upper_of
     from cowfs.store.served.presence import watched
 
     if os.geteuid() != 0 or mountpoint.startswith("/dev/fd/") or not confine.is_possible():
         return lambda: None
-    HelperRequests(mountpoint, watched(union.store, union.lowers)).start()
+    store = union.store if union.work else upper_of(union.store)
+    HelperRequests(mountpoint, watched(store, union.lowers)).start()
     try:
         confine.step_aside()
     except OSError as error:

@@ -20,7 +20,8 @@ pytestmark = [needs_fuse, needs_root]
 PAIRS = {
     "archiso": ("upperdir", "workdir", ""),
     "debian": ("rw", "work", "# all of it\n/ union\n"),
-    "debian-source": ("all/rw", "all/work", "/home bind\n/ union,source=all\n"),
+    "debian-more": ("rw", "work", "/home bind\n/ union\n/etc link,source=config/etc\n"),
+    "debian-source": ("all/rw", "all/work", "/home bind\n/ union,source=all\n/srv union,source=all/srv\n"),
     "minios": ("changes", "workdir", ""),
 }
 
@@ -32,7 +33,10 @@ def kernel_mount(lower: Path, upper: Path, work: Path, mnt: Path) -> None:
 
 @pytest.mark.parametrize(
     "kind",
-    ["archiso", "debian-source", *(pytest.param(k, marks=pytest.mark.nightly) for k in ("debian", "minios"))],
+    [
+        *("archiso", "debian-more"),
+        *(pytest.param(k, marks=pytest.mark.nightly) for k in ("debian", "debian-source", "minios")),
+    ],
 )
 def test_a_pair_is_adopted_and_goes_back(tmp_path: Path, kind: str) -> None:
     upper, work, configuration = PAIRS[kind]
@@ -41,7 +45,8 @@ def test_a_pair_is_adopted_and_goes_back(tmp_path: Path, kind: str) -> None:
         "mkdir -p lower/d mnt; echo a >lower/a; echo b >lower/b; echo x >lower/d/x; ln lower/b lower/c",
         tmp_path,
     )
-    for name in (upper, work):
+    beside = {"debian-more": ("home", "config/etc"), "debian-source": ("home", "all/srv/rw")}
+    for name in (upper, work, *beside.get(kind, ())):
         (place / name).mkdir(parents=True)
     if configuration:
         (place / "persistence.conf").write_text(configuration)
@@ -56,6 +61,7 @@ def test_a_pair_is_adopted_and_goes_back(tmp_path: Path, kind: str) -> None:
         assert (mnt / "e/x").stat().st_mode & 0o777 == 0o700
         script("echo y >e/y; rm c; mkdir new", mnt)
         assert cowfs("checkpoint", mnt, "one").returncode == 1
+        assert "MOVED" not in cowfs("info", mnt).stdout
     told = cowfs("diff", place)
     assert (told.returncode, "R  d/ -> e/" in told.stdout, "A  new/" in told.stdout) == (0, True, True)
     for refused in (
@@ -85,6 +91,8 @@ def test_what_cannot_be_adopted_is_named(tmp_path: Path) -> None:
     for name in ("upperdir", "workdir"):
         (cow / name).mkdir(parents=True)
     assert f"holds archiso's cowspace (give {cow} as the store)" in refused(tmp_path / "cow")
+    (tmp_path / "slax/changes/.wh..wh.plnk").mkdir(parents=True)
+    assert f"(give {tmp_path}/slax/changes as the store)" in refused(tmp_path / "slax")
     home = tmp_path / "home"
     (home / "rw").mkdir(parents=True)
     (home / "work").mkdir()

@@ -16,11 +16,13 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import NamedTuple
 
 from cowfs.errors import StoreError
 from cowfs.layers.base import Key, UpperLayer
 from cowfs.linux.files import open_ordinary
+from cowfs.overlay.named_whiteouts import BRANCH_NAMES
 
 _PAIRS = (
     (b"upperdir", b"workdir", "archiso's cowspace"),
@@ -56,17 +58,19 @@ def pair_in(path: str) -> Pair | None:
         return None
     if names & {b"upper"}:
         return None
+    beside = _BESIDE
     if os.fsencode(_CONFIGURATION) in names:
-        path = _of_debian(path)
+        path, kept = _of_debian(path)
+        beside = beside | kept
         try:
             names = {os.fsencode(name) for name in os.listdir(path)}
         except OSError as error:
             raise StoreError(f"{path}: {error.strerror}", f"{_CONFIGURATION} names it") from None
-        if names <= _BESIDE:
+        if names <= beside:
             hint = f"to use it as a store: mkdir {path}/rw {path}/work"
             raise StoreError(f"{path}: a persistence of Debian live without changes yet", hint)
     for upper, work, _ in _PAIRS:
-        if {upper, work} <= names <= {upper, work} | _BESIDE:
+        if {upper, work} <= names <= {upper, work} | beside:
             pair = Pair(os.path.join(path, os.fsdecode(upper)), os.path.join(path, os.fsdecode(work)))
             return pair if all(map(_is_directory, pair)) and _is_work_dir(pair.work) else None
     return None
@@ -83,30 +87,51 @@ def _is_work_dir(path: str) -> bool:
         return False
 
 
-def _of_debian(path: str) -> str:
-    """Return where a persistence has the changes of the root (persistence.conf(5))."""
+def upper_of(path: str) -> str:
+    """Return where the changes of a store are: in the upper of a pair at *path*, or at *path* itself."""
+    with suppress(StoreError):
+        pair = pair_in(path)
+        return pair.upper if pair is not None else path
+    return path
+
+
+def _of_debian(path: str) -> tuple[str, set[bytes]]:
+    """Return where a persistence has the changes of the root, and what else it keeps there
+    (persistence.conf(5)).
+    """
+    sources: dict[str, str] = {}
+    lines = list(_lines(path))
+    for directory, options in lines:
+        source = next((one[len("source=") :] for one in options if one.startswith("source=")), "")
+        if directory == "/" and "union" in options and "/" not in sources:
+            if source.startswith("/") or ".." in source.split("/"):
+                raise StoreError(f"{path}/{_CONFIGURATION}: source={source} leads out of it")
+            sources["/"] = source or "."
+        elif directory != "/":
+            sources[directory] = source or directory
+    if "/" not in sources:
+        kept = ", ".join([directory for directory, _ in lines[:3]])
+        raise StoreError(
+            f"{path}: a persistence of Debian live, but not of the whole root: "
+            f"{_CONFIGURATION} has no line '/ union'",
+            f"it keeps {kept or 'nothing'}; give an empty directory in it as a store",
+        )
+    root = os.path.normpath(os.path.join(path, sources.pop("/")))
+    others = (os.path.relpath(os.path.join(path, source.strip("/")), root) for source in sources.values())
+    return root, {os.fsencode(other.partition("/")[0]) for other in others}
+
+
+def _lines(path: str) -> Iterator[tuple[str, list[str]]]:
+    """Yield the directories that a persistence keeps, each with its options."""
     try:
         with open(open_ordinary(os.path.join(path, _CONFIGURATION), os.O_RDONLY), "rb") as file:
             lines = file.read(_LARGEST).decode(errors="replace").splitlines()
     except OSError as error:
         raise StoreError(f"{path}/{_CONFIGURATION}: {error.strerror}") from None
-    others = []
     for line in lines:
         words = line.partition("#")[0].split()
-        if not words:
-            continue
-        options = words[1].split(",") if len(words) > 1 else []
-        source = next((one[len("source=") :] for one in options if one.startswith("source=")), ".")
-        if words[0] == "/" and "union" in options:
-            if source.startswith("/") or ".." in source.split("/"):
-                raise StoreError(f"{path}/{_CONFIGURATION}: source={source} leads out of it")
-            return os.path.normpath(os.path.join(path, source))
-        others.append(words[0])
-    raise StoreError(
-        f"{path}: a persistence of Debian live, but not of the whole root: "
-        f"{_CONFIGURATION} has no line '/ union'",
-        f"it keeps {', '.join(others[:3]) or 'nothing'}; give an empty directory in it as a store",
-    )
+        if words:
+            yield words[0], words[1].split(",") if len(words) > 1 else []
 
 
 # --- what is no store
@@ -154,6 +179,8 @@ def _pairs_below(layer: UpperLayer) -> Iterator[tuple[bytes, str]]:
         for upper, work, whose in _PAIRS:
             if path and {upper, work} <= entries.keys():
                 yield path, whose
+        if path and not entries.keys().isdisjoint(BRANCH_NAMES):
+            yield path, "the changes of Slax, Porteus or Puppy, which aufs has written"
         if depth == _DEEPEST:
             continue
         for name, kind in sorted(entries.items()):
