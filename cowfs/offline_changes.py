@@ -240,7 +240,7 @@ def identities(
 
 
 def recorded_lowers(
-    path: str, lowers: Sequence[Identity], given: Sequence[int]
+    path: str, lowers: Sequence[Identity], given: Sequence[int], option: str = "--lower"
 ) -> tuple[list[str], list[int], int]:
     """Return where the lowers of a store are, and where they begin there, which *given* may correct; and how
     many of them are data-only.
@@ -252,14 +252,17 @@ def recorded_lowers(
     if url is not None:
         why = who_can_change(os.path.abspath(path), (0, os.geteuid()))
         if why is not None:
-            raise UsageError(f"{path}: belongs to {url}; {why}", "give the lower with --lower")
+            raise UsageError(f"{path}: belongs to {url}; {why}", f"give the lower with {option}")
     if not lowers:
-        raise UsageError(f"{path}: does not record which lower it belongs to", "give it with --lower")
+        raise UsageError(f"{path}: does not record which lower it belongs to", f"give it with {option}")
     offsets = [*given, *(lower.offset for lower in lowers[len(given) :])]
     if len(given) > len(lowers):
         identities([lower.path for lower in lowers], given)
     for lower, offset in zip(lowers, offsets, strict=True):
-        belongs, hint = f"{path}: belongs to {lower.description}", "give its path with --lower, and --offset"
+        belongs, hint = (
+            f"{path}: belongs to {lower.description}",
+            f"give its path with {option}, and --offset",
+        )
         try:
             (now,) = identities([lower.path], [offset], int(lower.data_only), [lower.whiteouts])
         except LayerError as error:

@@ -143,7 +143,7 @@ def rebase(
 def _before(path: str, store: Store, old: Lowers) -> Lowers:
     """Return the lowers that the store belongs to, which may be given."""
     if old.given is None:
-        given, offsets, data_only = recorded_lowers(path, store.header.lowers, old.offsets)
+        given, offsets, data_only = recorded_lowers(path, store.header.lowers, old.offsets, "--from")
         return Lowers(given, offsets, old.engine, old.force, data_only)
     if not old.force:
         check_lowers(store.header, _identities(old, store), path)

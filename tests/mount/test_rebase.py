@@ -97,6 +97,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
     script(OLD, tmp_path)
     old, new, store = tmp_path / "old", tmp_path / "new", tmp_path / "store.bs"
     cowfs("create", store, "16", check=True)
+    assert "give it with --from" in cowfs("rebase", store, "--onto", new).stderr
     with mounted(old, tmp_path / "mnt", store):
         script("echo 1 >etc/a", tmp_path / "mnt")
         for what in (store, tmp_path / "mnt"):
