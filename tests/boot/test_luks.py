@@ -34,7 +34,7 @@ USE = f"""{GUEST}
         {{
             echo '#!/bin/sh'
             echo '[ $1 != luksFormat ] || {{ shift; set -- luksFormat {QUICKLY} "$@"; }}'
-            echo "exec $real.real \"\\$@\""
+            echo "exec $real.real \\"\\$@\\""
         }} >$real
         chmod 755 $real
         cd /run; mkdir low m m2; echo lower >low/file; printf secret >key; printf wrong >bad
