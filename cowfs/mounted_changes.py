@@ -171,7 +171,7 @@ class MountedChanges:
 
     def _open(self) -> Merged:
         from cowfs.client import facts_of
-        from cowfs.union import open_lowers
+        from cowfs.lowers import open_lowers
 
         facts = facts_of(self._dev)
         with checked_answer(self._path):

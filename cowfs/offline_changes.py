@@ -89,11 +89,11 @@ class OfflineChanges:
     def __init__(
         self, path: str, lowers: Lowers, stack: ExitStack, tell: Tell, when: tuple[str | None, str | None]
     ) -> None:
+        from cowfs.lowers import open_lowers
         from cowfs.store.format import layout
         from cowfs.store.format.checkpoints import as_layers, between
         from cowfs.store.format.header import check_lowers
         from cowfs.store.served.open import open_store
-        from cowfs.union import open_lowers
 
         self._tell = tell
         self._stack = stack

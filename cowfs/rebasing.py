@@ -27,6 +27,7 @@ from cowfs.layers.base import LowerLayer
 from cowfs.layers.beneath import check_name
 from cowfs.layers.frozen import FrozenLayer
 from cowfs.linux.files import LACK_OF_ROOM
+from cowfs.lowers import open_lowers
 from cowfs.offline_changes import Lowers, Tell, identities, must_be_there, recorded_lowers, styles_of
 from cowfs.overlay.index import open_index
 from cowfs.overlay.stack import Stack
@@ -37,7 +38,6 @@ from cowfs.store.format.header import Header, bound, check_lowers
 from cowfs.store.served.open import open_store
 from cowfs.store.served.store import Store
 from cowfs.types import Identity
-from cowfs.union import open_lowers
 
 
 @dataclass(slots=True)

@@ -20,7 +20,7 @@ def serve(layer: SlowLayer) -> None:
 
 def all_wait() -> Any:
     """Whatever lower is opened inside counts as one that may wait for others."""
-    return mock.patch("cowfs.union.may_wait", lambda fd: True)
+    return mock.patch("cowfs.lowers.may_wait", lambda fd: True)
 
 
 def answered(call: Callable[[], R]) -> R:

@@ -15,6 +15,7 @@ SOURCES = [
     "cache",
     "operation",
     "journal",
+    "commit",
     "replay",
     "redo_log",
     "redo",

@@ -4,7 +4,8 @@
  *   io.c         the image's file, with traces and injected faults
  *   cache.c      the cache of metadata blocks, and their undo
  *   operation.c  operations: the lock, another attempt, failure
- *   journal.c    opening the journal, commit, checkpoint
+ *   journal.c    the journal's place, superblock, begin and end
+ *   commit.c     commit and checkpoint
  *   replay.c     what a crash has left in the journal
  *   redo.c       the log of what is not committed yet, which outlives the process
  *   alloc.c      blocks and inodes: bitmaps, counts, blocks held back after they were freed
@@ -375,7 +376,11 @@ bool journal_has(const x3_image *img, uint32_t nr, uint32_t count);
 int journal_start(x3_image *img);
 int journal_empty(x3_image *img);
 int journal_finish(x3_image *img);
+int journal_write_super(x3_image *img, uint32_t start);
 void journal_mark_damaged(x3_image *img);
+
+/* --- commit.c --- */
+
 bool committing_begin(x3_image *img);
 int committing_end(x3_image *img, int error);
 int barrier_failed(x3_image *img, int error);
