@@ -404,7 +404,7 @@ def take_back(
 
 
 def reclaimable(what: str, lowers: Lowers | None = None, tell: Tell = lambda _: None) -> int:
-    """Return how many bytes of a store or a mount ``cowfs vacuum`` would set free, if it were asked now.
+    """Return how many bytes of a store or a mount ``cowfs vacuum`` would free, if it were asked now.
 
     Compares the copies of files with what is below them: that takes as long as reading both. Raises
     CowfsError. What the trash takes is not in it: :meth:`Changes.usage` tells that.

@@ -91,7 +91,7 @@ def _copy(path: str, target: str, force: bool, tell: Tell, tick: Tick, *, is_che
             stack.callback(os.close, source)
             known, there = store.layer.stat(store.layer.root), os.fstat(source)
             if (known.st_dev, known.st_ino) != (there.st_dev, there.st_ino):
-                raise StoreError(f"{path}: is another directory by now", "try again")
+                raise StoreError(f"{path}: was replaced by another directory", "try again")
             fd = stack.enter_context(new_directory(target, force=force))
             for size in TreeCopy(source, fd).run():
                 tick(size)

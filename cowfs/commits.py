@@ -131,8 +131,8 @@ def look_for_stale(mount: Changed, begun: int, tell: Tell) -> int | None:
             stale = [join(mount.at, path) for path, _ in conflicts(items, before, seen)]
         if stale:
             others = f" and {len(stale) - 1} more" if len(stale) > 1 else ""
-            said = f"{mount.root}: {escape(stale[0])}{others}: changed there since the store had changed it"
-            hint = f"the command sees that of {mount.store}; cowfs revert takes it back"
+            said = f"{mount.root}: {escape(stale[0])}{others}: was changed there after the store changed it"
+            hint = f"the command sees the version of {mount.store}; cowfs revert takes it back"
             tell(f"{said} ({hint})")
             return seen
     for _ in ask(found.dev, "saw_lowers", when=begun):

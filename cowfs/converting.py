@@ -36,7 +36,7 @@ def convert(
     must_be_there(path)
     if os.path.isdir(path) and pair_in(path) is not None:
         raise StoreError(
-            f"{path}: another system writes to it by overlayfs, and would not find a converted one",
+            f"{path}: another system uses it with overlayfs, and could not use a converted one",
             "mount it as it is, or make a store (cowfs create) and cowfs apply the changes to it",
         )
     path = os.path.abspath(path)

@@ -72,7 +72,7 @@ def _add(union: Union, path: str, fd: int, mounts: list[bytes], ask_again: Calla
         for mount in mounts:
             if modules.would_cover(fs, layer, mount):
                 raise MountFailure(
-                    f"{path}: hides /{escape(mount)}, where something is mounted", "unmount that first"
+                    f"{path}: hides /{escape(mount)}, which is a mountpoint", "unmount that first"
                 )
         try:
             number, stale = modules.add(fs, layer)
@@ -99,9 +99,7 @@ def _remove(
         raise _is_none(path)
     for mount in mounts:
         if modules.would_lose(fs, number, mount):
-            raise MountFailure(
-                f"{path}: has /{escape(mount)}, where something is mounted", "unmount that first"
-            )
+            raise MountFailure(f"{path}: has /{escape(mount)}, which is a mountpoint", "unmount that first")
     stale = modules.remove(fs, number)
     gone = union.modules.pop(number)
     yield lambda: ask_again(stale)
@@ -135,7 +133,7 @@ def _must_only_add(layer: ModuleLayer, path: str) -> None:
             is_device = stat.S_ISCHR(attr.st_mode) and not attr.st_rdev
             if is_device or entry.name.startswith(b".wh.") or not _MARKS.isdisjoint(layer.listxattr(key)):
                 raise LayerError(
-                    f"{path}: {escape(place)} changes what is below it, and a module can only add",
+                    f"{path}: {escape(place)} changes what is below it, but a module can only add files",
                     "name it above the lower at the mount of a new store",
                 )
             if stat.S_ISDIR(attr.st_mode):

@@ -164,14 +164,14 @@ def _refuse(store: Store) -> None:
         )
     if store.is_apart:
         raise StoreError(
-            f"{store.path}: is the upperdir of another program, which would not find another again",
+            f"{store.path}: is the upperdir of another program, which would not find the new one",
             "make a new store on the new root, and cowfs apply",
         )
     trash = layout.find(store.layer, layout.PRIVATE, b"trash")
     if trash is not None and store.layer.readdir(trash):
         raise StoreError(
-            f"{store.path}: keeps what `cowfs revert` has taken back, which is of the old root",
-            f"cowfs vacuum {store.path} --trash throws it away",
+            f"{store.path}: its trash holds files that `cowfs revert` removed, of the old root",
+            f"cowfs vacuum {store.path} --trash empties it",
         )
 
 

@@ -39,7 +39,7 @@ def told(union: Union, asked: dict[str, Any], ask_again: Callable[[Stale], None]
         raise UsageError(f"{union.store.path}: is read-only", "mount it without ro")
     if fs.loaded and what != "trash" and not asked.get("dry_run"):
         raise UsageError(
-            f"{union.modules[fs.loaded[0]].path}: is a module of this mount, on which nothing may depend",
+            f"{union.modules[fs.loaded[0]].path}: is a module of this mount; a store cannot depend on it",
             "remove all modules first, with cowfs lower remove",
         )
     steps: revert.Progress

@@ -19,18 +19,18 @@ EXIT_PARTIAL = 64
 EXIT_CONFLICT = 65
 
 _DESCRIPTION = """\
-Change the directory ROOT as the lower was changed: afterwards it holds the merged tree. ROOT is a copy of the
-lower, or was one; what else is in it stays. ROOT may be another store, which is not mounted, or a mountpoint.
+Make the changes of the store in the directory ROOT, a copy of the lower: afterwards it holds the merged tree.
+Other files in ROOT stay. ROOT can also be another store that is not mounted, or a mountpoint.
 """
 _EPILOG = """\
-Where ROOT has something other than the lower had (another content or type, or nothing), that is a conflict:
-it is named, and nothing is changed. --force replaces and removes those files, too.
+If a path in ROOT differs from the lower (in content or type, or because one of them does not have it), this
+is a conflict: conflicts are listed, and nothing is changed. --force also replaces and removes these files.
 
-Each file is replaced at once: if it is interrupted, the content of each path is old or new, and the same
-command completes it. Nothing outside ROOT is changed, whatever links are in it. Other filesystems mounted
-in ROOT are left alone.
+Each file is replaced in one step: after an interruption, the content of each path is old or new, and the same
+command completes the rest. Nothing outside ROOT is changed, whatever links are in it. Other filesystems
+mounted in ROOT are not touched.
 
---backup DIR copies what is to be replaced to DIR first; --undo restores it, and removes what was added.
+--backup DIR first copies files that will be replaced to DIR; --undo restores them, and removes added files.
 
 examples:
   cowfs apply sysrcd.bs /mnt/unpacked --dry-run    list what would be done, as cowfs diff does
@@ -38,7 +38,7 @@ examples:
   cowfs apply /mnt /srv/root-copy                  the changes of a mount
   cowfs apply sysrcd.bs /mnt/unpacked --backup old && cowfs apply --undo --backup old /mnt/unpacked
 
-Exit codes: 0 done; 64 done, but some owners, attributes or devices could not be made, which are named;
+Exit codes: 0 done; 64 done, but some owners, attributes or devices could not be created, which are listed;
 65 there are conflicts, and nothing was changed; 1 usage error; 2 ROOT could not be read or changed; 32 the
 store or the lower cannot be used.
 """
@@ -52,14 +52,14 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("what", metavar="STORE|MOUNTPOINT", help="the changes; with --undo left out")
     parser.add_argument("root", metavar="ROOT", nargs="?", help="the directory, or the store, to change")
     parser.add_argument("-n", "--dry-run", action="store_true", help="only list what would be done")
-    parser.add_argument("-f", "--force", action="store_true", help="change what is in conflict, too")
+    parser.add_argument("-f", "--force", action="store_true", help="also change what is in conflict")
     parser.add_argument(
         "-i", "--interactive", action="store_true", help="ask for each change, and each conflict"
     )
     parser.add_argument(
-        "--backup", metavar="DIR", default="", help="copy what is replaced to DIR; with --undo: read it"
+        "--backup", metavar="DIR", default="", help="copy replaced files to DIR; with --undo: read them"
     )
-    parser.add_argument("--undo", action="store_true", help="restore to ROOT what DIR has kept")
+    parser.add_argument("--undo", action="store_true", help="restore ROOT from DIR")
     options.add_trust(parser, "make")
     options.add_opening(parser)
     parser.set_defaults(run=run)
@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
             warn(f"conflict: {escape(path) or '/'} {why}")
     if found and not args.force and not args.interactive:
         if not args.dry_run:
-            warn("nothing was changed (give --force to change what is in conflict, too)")
+            warn("nothing was changed (give --force to also change what is in conflict)")
         return EXIT_CONFLICT
     return _told(args.root, losses)
 

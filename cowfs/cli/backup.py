@@ -10,16 +10,16 @@ from cowfs.cli.output import bytes_of, counted, note, progress_line, warn
 NAME = "backup"
 
 _DESCRIPTION = """\
-Copy a store to FILE, as it is at one moment, though its mount is in use. FILE is a store itself: it can be
-mounted, and `cowfs restore` copies it back.
+Copy a store to FILE, as it is at one moment, even while its mount is in use. FILE is a store itself: you can
+mount it, and `cowfs restore` copies it back.
 """
 _EPILOG = """\
-Programs that use the mount wait while the data written during the copy is copied once more, or only for a
-moment where FILE can share blocks with the store (btrfs, XFS). A store that is an image, or in memory,
+At the end, programs that use the mount wait while the changes made during the copy are copied. They wait only
+for a moment if FILE can share blocks with the store (btrfs, XFS). A store that is an image, or in memory,
 becomes a file with holes where the store has nothing; one in a directory becomes a directory.
 
-At the end FILE is complete, or does not exist. It is what a power failure at that moment would leave: data
-that fsync(2) was called for is in it, data that a program has not yet written is not.
+At the end FILE is complete, or does not exist. It has the state that a power failure at that moment would
+leave: it contains all data synced by fsync(2), and no data that a program has not written yet.
 
 examples:
   cowfs backup /mnt monday.bs
@@ -36,7 +36,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         subparsers, NAME, "copy a store, which may be in use", _DESCRIPTION, _EPILOG
     )
     parser.add_argument("what", metavar="STORE|MOUNTPOINT")
-    parser.add_argument("file", metavar="FILE", help="what to make: a file, or a directory")
+    parser.add_argument("file", metavar="FILE", help="the file or directory to create")
     parser.add_argument("-f", "--force", action="store_true", help="replace FILE if it exists")
     parser.set_defaults(run=run)
 

@@ -25,14 +25,13 @@ NAME = "blame"
 EXIT_NOTHING = 1
 
 _DESCRIPTION = """\
-Show which process created a file, wrote to it, changed its attributes, renamed or removed it: the first and
+Show which processes created a file, wrote to it, changed its attributes, renamed or removed it: the first and
 the last of each. This is recorded only while the store is mounted with -o blame.
 """
 _EPILOG = """\
 PATH is below a mountpoint (/mnt/etc/hosts); or it is a path in the merged tree (etc/hosts), after the
-mountpoint or the store. For a file that was removed, give the path that it had. If a file was renamed, what
-was done under its earlier names is shown, too. PATH may be a glob such as '*.conf', which matches in all
-directories.
+mountpoint or the store. For a removed file, give its last path. If a file was renamed, changes under its
+earlier names are shown too. PATH can be a glob such as '*.conf', which matches in all directories.
 
 A process can set its own command line and name. Its pid, user and cgroup come from the kernel.
 
@@ -41,7 +40,7 @@ exit codes: 0 done; 1 wrong usage, or nothing is recorded for some PATH.
 examples:
   cowfs blame /mnt/etc/hosts
   cowfs blame sysrcd.bs etc/hosts usr/share/doc
-  cowfs blame /mnt/etc -r                       all that is recorded below /etc
+  cowfs blame /mnt/etc -r                       everything recorded below /etc
   cowfs blame /mnt '*.conf'
   cowfs blame /mnt/etc/hosts --json | jq -r 'select(.what == "written") | .last.process.command | join(" ")'
 """
@@ -55,13 +54,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("where", metavar="STORE|MOUNTPOINT|PATH")
     parser.add_argument("paths", metavar="PATH", nargs="*", default=())
     parser.add_argument(
-        "-r", "--recursive", action="store_true", help="include all that is recorded below PATH"
+        "-r", "--recursive", action="store_true", help="include everything recorded below PATH"
     )
     parser.add_argument(
         "--engine",
         choices=("auto", "process", "kernel"),
         default="auto",
-        help="what reads images, as for cowfs mount",
+        help="the engine that reads images, as for cowfs mount",
     )
     options.add_json_or_null(
         parser,

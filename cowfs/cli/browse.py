@@ -12,7 +12,7 @@ from cowfs.errors import SystemFailure, UsageError
 NAME = "browse"
 
 _DESCRIPTION = """\
-Walk the changes as a tree in the terminal, look at how each path differs and why it shows what it shows,
+Show the changes as a tree in the terminal: see how each path differs and which rule decides what it shows,
 mark paths and revert them.
 """
 _EPILOG = """\
@@ -26,7 +26,7 @@ keys:
   R        read the changes again
   ?, q     help; quit
 
-In a store with checkpoints it shows what was changed since the last one: that is what can be reverted.
+In a store with checkpoints it shows the changes since the last one, because only these can be reverted.
 It needs the Python package textual: pip install 'cowfs[browse]'.
 
 examples:

@@ -14,12 +14,12 @@ Keep the present state of the tree under a name. `cowfs rollback` restores it, a
 compares with it. A checkpoint takes no space: only later changes do.
 """
 _EPILOG = """\
-A mounted tree stays in use: files that are open for writing are copied once more when they are written to
-next. What fsync(2) has put on disk is in the checkpoint, and so is all that was written before it was asked
-for. A store with checkpoints cannot be used by cowfs versions that do not know them.
+Programs can use a mounted tree meanwhile: files that are open for writing are copied once more at the next
+write. The checkpoint contains all data that programs wrote before the command, synced by fsync(2) or not.
+Versions of cowfs that do not know checkpoints cannot use a store that has some.
 
 --delete removes a checkpoint, and changes neither the tree nor other checkpoints. Its space is
-freed at once if the store is not mounted, else when it is mounted next.
+freed at once if the store is not mounted, otherwise at the next mount.
 
 examples:
   cowfs checkpoint /mnt before-upgrade
@@ -36,7 +36,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         subparsers, NAME, "keep the state of a tree under a name", _DESCRIPTION, _EPILOG
     )
     parser.add_argument("what", metavar="STORE|MOUNTPOINT")
-    parser.add_argument("name", metavar="NAME", help="what to call it")
+    parser.add_argument("name", metavar="NAME", help="the name of the checkpoint")
     parser.add_argument("--delete", action="store_true", help="delete the checkpoint of that name")
     options.add_lower(parser)
     parser.set_defaults(run=run)

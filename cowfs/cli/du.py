@@ -21,17 +21,17 @@ NAME = "du"
 VERSION = 1
 
 _DESCRIPTION = """\
-Show what fills a store: how much of it is taken, for what reason, and below which directories; and how much
-of that `cowfs vacuum` and `cowfs vacuum --trash` would set free.
+Show what fills a store: how much space is taken, for what reason, and below which directories; and how much
+of it `cowfs vacuum` and `cowfs vacuum --trash` would free.
 """
 _EPILOG = """\
-The sum is what df(1) shows as used. A file with several names counts once. The last JSON object is
+The sum is the used space that df(1) shows. A file with several names counts once. The last JSON object is
 {"version": 1, "reclaimable": {"vacuum": BYTES, "trash": BYTES}}; -z leaves it out.
 
 examples:
   cowfs du /mnt                     by reason, and the ten largest directories and files
   cowfs du sysrcd.bs --top 30       the thirty largest
-  cowfs du /mnt --treemap map.svg   a picture: the larger an area, the more is there
+  cowfs du /mnt --treemap map.svg   a picture: the larger an area, the more it takes
   cowfs du sysrcd.bs --json | jq -r 'select(.reason == "new") | .path'
 """
 
@@ -126,7 +126,7 @@ def _show_sums(args: argparse.Namespace, total: _Total, free: dict[str, int | No
     for command, size in free.items():
         if size:
             options_of = "" if command == "vacuum" else f" --{command}"
-            say(f"{format_size(size):>12}  of it cowfs vacuum{options_of} would set free")
+            say(f"{format_size(size):>12}  of it cowfs vacuum{options_of} would free")
     if args.programs:
         for name, size in total.programs.most_common(args.top):
             say(f"{format_size(size):>12}  by {name}")
@@ -144,7 +144,7 @@ def _reclaimable(what: str, lowers: Lowers | None, trash: int) -> dict[str, int 
             progress("comparing copies with the lower")
             free = reclaimable(what, lowers, lambda _: None)
     except CowfsError as failure:
-        warn(f"{failure.message}: what could be set free is not known")
+        warn(f"{failure.message}: the space that could be freed is unknown")
     return {"vacuum": free, "trash": trash}
 
 

@@ -16,8 +16,8 @@ from cowfs.jsontext import get_path
 NAME = "explain"
 
 _DESCRIPTION = """\
-Explain why a path in the merged tree shows what it shows: what each layer has there, which rule decides, why
-the path counts as changed, and how much of the store it takes.
+Explain why the merged tree shows a path as it does: what each layer has there, which rule decides, why the
+path counts as changed, and how much space it takes in the store.
 """
 _EPILOG = """\
 examples:

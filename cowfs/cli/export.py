@@ -13,7 +13,7 @@ NAME = "export"
 EXIT_PARTIAL = 64
 
 _DESCRIPTION = """\
-Write what was changed, or with --merged the whole tree, to FILE in a format that other programs read.
+Write the changes, or with --merged the whole tree, to FILE in a format that other programs read.
 At the end FILE is complete, or does not exist.
 """
 _EPILOG = """\
@@ -27,11 +27,11 @@ FORMAT is one of
   rsync      a list for rsync --from0 --files-from
   restic     a list for restic backup --files-from-raw
 
-A file that was deleted is a whiteout: a device 0:0 (overlayfs), a file .wh.NAME (aufs, oci), or for tar
+A deleted file is written as a whiteout: a device 0:0 (overlayfs), a file .wh.NAME (aufs, oci), or for tar
 a name in FILE.deleted (list), where each ends with a NUL. A renamed directory comes with all its contents.
-FILE may be -, standard output, for all but squashfs and directories.
+FILE can be - (standard output), except for squashfs and directories.
 
-The same store gives the same bytes. If SOURCE_DATE_EPOCH is set, no time in FILE is later than that.
+Two exports of the same store are identical. If SOURCE_DATE_EPOCH is set, no time in FILE is later than that.
 
 examples:
   cowfs export sysrcd.bs --to squashfs changes.srm
@@ -60,14 +60,14 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         _EPILOG,
     )
     parser.add_argument("what", metavar="STORE|MOUNTPOINT")
-    parser.add_argument("file", metavar="FILE", help="what to make: a file, or a directory (oci, overlayfs)")
+    parser.add_argument("file", metavar="FILE", help="the file to create; a directory for oci, overlayfs")
     parser.add_argument("--to", metavar="FORMAT", required=True, help="the format, see below")
     parser.add_argument("--merged", action="store_true", help="write the whole tree, not only the changes")
     parser.add_argument(
         "--whiteouts",
         metavar="STYLE",
         default="",
-        help="how deletions are written: overlayfs, aufs, oci, list",
+        help="format of whiteouts: overlayfs, aufs, oci, list",
     )
     parser.add_argument(
         "--base",

@@ -16,7 +16,7 @@ NAME = "grow"
 _DESCRIPTION = """\
 Make a store larger, and keep its contents. cowfs checks the filesystem (and repairs what is safe), extends
 the file, and resizes the filesystem to fill it. If a step fails, the store is still usable: fix the cause
-and run the same command again. A store may be mounted (unless by --engine kernel); programs that use the
+and run the same command again. The store can be mounted (unless by --engine kernel); programs that use the
 mount wait while its filesystem is checked and resized. For a store in memory, SIZE is its new size limit.
 """
 _EPILOG = """\

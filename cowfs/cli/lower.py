@@ -22,14 +22,14 @@ Add a module to a mounted tree, or remove it again. A module is a squashfs image
 lowers and below the store.
 """
 _EPILOG = """\
-Each name then shows what it would show after a new mount. So a module changes nothing that the store has, or
-has deleted. An open file stays as it is until it is closed.
+Afterwards the tree shows the same as after a new mount, so changes and deletions in the store stay in effect.
+An open file does not change until it is closed.
 
-Root's mounts that allow set-user-ID programs or devices, or that other users see, take an image that only
-root can change, or any with --trust.
+If root's mount allows set-user-ID programs or devices, or other users can see it, the image must be one that
+only root can change; --trust accepts any image.
 
-The store does not depend on its modules. At the next mount they may be named above the lower that the store
-belongs to, in any order, or left out: cowfs mount MODULE:LOWER MOUNTPOINT --store STORE.
+The store does not depend on its modules. At the next mount you can name them above the lower that the store
+belongs to, in any order, or leave them out: cowfs mount MODULE:LOWER MOUNTPOINT --store STORE.
 
 examples:
   cowfs lower add /mnt firefox.sb
@@ -47,7 +47,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("what", metavar="add|remove", choices=("add", "remove"), help="what to do")
     parser.add_argument("mountpoint", metavar="MOUNTPOINT")
     parser.add_argument("image", metavar="IMAGE", help="the module: a squashfs image in a file")
-    parser.add_argument("--trust", action="store_true", help="add it even if others can change the image")
+    parser.add_argument(
+        "--trust", action="store_true", help="add the image even if other users can change it"
+    )
     parser.set_defaults(run=run)
 
 
@@ -104,7 +106,7 @@ def _must_be_roots(mount: MountInfo, path: str, fd: int) -> None:
     try:
         reason = trust.who_can_change(path)
         if not os.path.samestat(os.stat(path), os.fstat(fd)):
-            raise LayerError(f"{path}: is another file by now", "try again")
+            raise LayerError(f"{path}: was replaced by another file", "try again")
     except OSError as error:
         raise LayerError(f"{path}: {error.strerror}") from None
     if reason is None:

@@ -32,7 +32,7 @@ NAME = "mount"
 
 _EPILOG = """\
 LOWER is a squashfs image, in a file, on a block device or at a URL, a tar or zip archive, an ISO 9660
-image, or a directory. Several are stacked, the leftmost on top. Write a colon in a name as \\: .
+image, or a directory. If there are several, the leftmost is on top. Write a colon in a name as \\: .
 
 Changes are written to the store: an image made by `cowfs create`, a directory (created if missing), or
 `memory`, the default. Changes in memory are lost at unmount, unless `cowfs persist` saves them first.
@@ -82,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, optional: bool = False) ->
     parser.add_argument(
         "--engine",
         choices=mount_options.ENGINES,
-        help="what reads and writes images: cowfs itself (auto, process) or the kernel (root only)",
+        help="engine for images: cowfs itself (auto, process) or the kernel (root only)",
     )
     parser.add_argument(
         "--force-lower", action="store_true", help="use the store even if it belongs to another lower"

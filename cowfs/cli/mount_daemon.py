@@ -167,8 +167,8 @@ def _record(store: Store, observer: Observer) -> None:
     except OSError as error:
         why = f"{store.path}: {error.strerror}"
     if why:
-        warn(f"who changes what is not recorded: {why}")
-        _log.warning("who changes what is not recorded: %s", why)
+        warn(f"changes are not recorded: {why}")
+        _log.warning("changes are not recorded: %s", why)
 
 
 def _step_aside(union: UnionOptions, mountpoint: str) -> Callable[[], None]:

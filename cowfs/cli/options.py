@@ -35,14 +35,14 @@ VALUES = {
     "store": "the writable store: an image, a directory, or memory (the default)",
     "key_file": "the key of a store that is encrypted with LUKS (default: ask for the passphrase)",
     "subdir": "one of several stores in the store, for its own system: a name",
-    "engine": "what reads and writes images: cowfs (process, auto) or the kernel (root only)",
+    "engine": "engine for images: cowfs (process, auto) or the kernel (root only)",
     "offset": "byte offset of the lower image in its file, or auto; colons separate several",
     "image_offset": "the same, for mount(8) and fstab: mount(8) takes offset= for itself",
     "verify": "root hash of the lower image's dm-verity tree, or a file with it; colons separate several",
     "size": "maximum size of a store in memory: 256M, 2G (default: half of the RAM)",
     "io_uring": "receive requests through io_uring: auto, on or off (Linux 6.14)",
     "passthrough": "let the kernel read and write the store's files: auto or off (Linux 6.9)",
-    "whiteouts": "how deletions are written in the lowers: overlayfs, userxattr, aufs, oci, or auto",
+    "whiteouts": "format of whiteouts in the lowers: overlayfs, userxattr, aufs, oci, or auto",
     "volatile": "do not keep changes below these directories: /tmp:/run; the store remembers; or none",
     "url_cache": "keep what is read by URL in this directory, or none (/var/cache/cowfs, ~/.cache/cowfs)",
     "url_cache_size": "maximum size of that, for all images: 500M, 8G (default: 2G)",
@@ -271,9 +271,7 @@ def lowers_of(args: argparse.Namespace, engine: str = "auto", *, force: bool = F
     given, data_only = (None, 0) if args.lower is None else split_layers(args.lower)
     offsets = parse_offsets(args.offset)
     if AUTO in offsets and given is None:
-        raise UsageError(
-            "--offset auto: no lower is given to look in", "give it by --lower, or leave --offset out"
-        )
+        raise UsageError("--offset auto: no lower given", "give it with --lower, or leave out --offset")
     return Lowers(given, find_offsets(offsets, given or ()), engine, force, data_only)
 
 
@@ -440,7 +438,7 @@ def add_opening(parser: argparse.ArgumentParser, verb: str = "use", *, letter: b
         "--engine",
         choices=ENGINES,
         default="auto",
-        help="what reads images: cowfs (auto, process) or the kernel",
+        help="engine for images: cowfs (auto, process) or the kernel",
     )
 
 

@@ -33,7 +33,7 @@ _OURS = {
     "fsync": "0: the same as volatile",
     "noacl": "do not support POSIX ACLs",
     "metacopy": "on: changed attributes do not copy the data of large files (off)",
-    "whiteouts": "how deletions are written in the layers: oci (the default), aufs, overlayfs",
+    "whiteouts": "format of whiteouts in the layers: oci (the default), aufs, overlayfs",
     "redirect_dir": "on: directories of layers can be renamed (off: mv(1) copies them)",
     "xattr_permissions": "only 0 is supported: owners and modes are those of the files",
 }

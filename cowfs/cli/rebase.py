@@ -19,12 +19,12 @@ EXIT_CONFLICT = 65
 
 _DESCRIPTION = """\
 Carry the changes of a store over to another version of its root. Afterwards the store belongs to NEWROOT.
-Each file is compared in the store, OLDROOT and NEWROOT. What only the store has changed stays; what only
-NEWROOT has changed is taken from NEWROOT. Changes that NEWROOT has, too, are dropped, and so are deletions
-of files that NEWROOT does not have.
+Each file is compared in the store, OLDROOT and NEWROOT. Changes that only the store has stay; changes that
+only NEWROOT has are taken from NEWROOT. Changes that both have are dropped, and so are deletions of files
+that NEWROOT does not have.
 """
 _EPILOG = """\
-What the store and NEWROOT have both changed is a conflict: it is named, and the store's version stays.
+If both have changed a file in different ways, this is a conflict: it is listed; the store's version stays.
 --conflicts DIR writes all versions of these to DIR/old, DIR/new and DIR/changed. A renamed directory that
 NEWROOT no longer has stays complete, as in OLDROOT.
 
@@ -68,7 +68,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--engine",
         choices=options.ENGINES,
         default="auto",
-        help="what reads images: cowfs (auto, process) or the kernel",
+        help="engine for images: cowfs (auto, process) or the kernel",
     )
     parser.set_defaults(run=run)
 

@@ -14,12 +14,12 @@ _OFFSET = re.compile(r"(?:offset=)?(?:auto|\d+[kmg]?)(?::(?:auto|\d+[kmg]?))*", 
 """What ``-o`` means elsewhere; a file was meant by it here alone."""
 
 _DESCRIPTION = """\
-Write what was changed as one HTML file to look at in a browser: a summary, what fills the store, when and by
+Write the changes as one HTML file for a browser: a summary, what fills the store, when and by
 which programs (if recorded with -o blame), a table that sorts and filters, and differences of texts.
 """
 _EPILOG = """\
-The file loads nothing from the network. It has parts of the files that were changed, so only you may read it.
-The same store gives the same bytes.
+The file loads nothing from the network. It contains parts of the changed files, so only you can read it.
+Two reports of the same store are identical.
 
 A PATH is relative to the root of the tree, and includes everything below it. A glob such as '*.conf'
 matches in all directories.

@@ -10,7 +10,7 @@ from cowfs.cli.output import bytes_of, counted, note, progress_line, warn
 NAME = "restore"
 
 _DESCRIPTION = """\
-Check FILE, which `cowfs backup` has made, and copy it to STORE.
+Check FILE, a backup made by `cowfs backup`, and copy it to STORE.
 """
 _EPILOG = """\
 If this is interrupted, STORE is unchanged or complete. It must not be in use.
@@ -18,16 +18,16 @@ If this is interrupted, STORE is unchanged or complete. It must not be in use.
 examples:
   cowfs restore monday.bs sysrcd.bs --force
 
-Exit codes: 0 STORE is a copy of FILE; 1 usage error; 2 it could not be written; 32 FILE is not a sound store,
-or STORE is in use.
+Exit codes: 0 STORE is a copy of FILE; 1 usage error; 2 it could not be written; 32 FILE is damaged or not a
+store, or STORE is in use.
 """
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the subcommand's parser."""
     parser = options.add_subcommand(subparsers, NAME, "copy a backup of a store back", _DESCRIPTION, _EPILOG)
-    parser.add_argument("file", metavar="FILE", help="what cowfs backup has made")
-    parser.add_argument("store", metavar="STORE", help="the store to make")
+    parser.add_argument("file", metavar="FILE", help="the backup to restore")
+    parser.add_argument("store", metavar="STORE", help="the store to create")
     parser.add_argument(
         "-f", "--force", action="store_true", help="replace STORE if it is a file, or an empty directory"
     )

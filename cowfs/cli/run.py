@@ -77,9 +77,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     answer.add_argument("--commit", action="store_true", help="carry the changes onto the lower")
     answer.add_argument("--discard", action="store_true", help="discard the changes")
     answer.add_argument("--keep", metavar="STORE", help="write the changes to a new store")
-    parser.add_argument(
-        "-f", "--force", action="store_true", help="commit even over what was changed meanwhile"
-    )
+    parser.add_argument("-f", "--force", action="store_true", help="overwrite what was changed meanwhile")
     parser.set_defaults(run=run, command=[], foreground=False, debug="")
 
 

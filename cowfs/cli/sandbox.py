@@ -173,7 +173,7 @@ class Sandbox:
             mounts.bind(source, os.path.join(self.path, at), readonly=readonly)
             self._mounted.append(os.path.join(self.path, at))
         except OSError as error:
-            warn(f"{source} is missing for the command: {error.strerror}")
+            warn(f"{source} is not available to the command: {error.strerror}")
 
     def _mount(self, at: str, fstype: str, options: str, *, readonly: bool = False) -> None:
         flags = _TMPFS | (mounts.MS_RDONLY if readonly else 0)

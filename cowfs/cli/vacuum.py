@@ -35,7 +35,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         subparsers, NAME, "remove redundant entries from a store", _DESCRIPTION, _EPILOG
     )
     parser.add_argument("what", metavar="STORE|MOUNTPOINT")
-    parser.add_argument("--trash", action="store_true", help="delete what cowfs revert has taken back")
+    parser.add_argument("--trash", action="store_true", help="empty the trash of cowfs revert")
     parser.add_argument("-n", "--dry-run", action="store_true", help="only list what could be removed")
     options.add_lower(parser)
     options.add_json_or_null(parser, "kind, bytes, path", JSON_HELP)

@@ -52,7 +52,7 @@ def _conflict(path: bytes, root: Root, was: Node | None, to_be: Node | None) -> 
         elif stat.S_IFMT(info.st_mode) != stat.S_IFMT(was.attr.st_mode):
             yield path, "has another type than in the lower"
         elif not is_same(fd, info, was):
-            yield path, "has another content than in the lower"
+            yield path, "has other content than in the lower"
     finally:
         os.close(fd)
 

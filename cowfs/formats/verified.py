@@ -128,7 +128,7 @@ def _signed(path: str, certificate: str, open_: Open) -> bytes:
         )
         if done.returncode:
             raise LayerError(
-                f"{beside(path, '.roothash')}: its signature is not of {certificate}",
+                f"{beside(path, '.roothash')}: it is not signed by {certificate}",
                 "do not use the image, or give the certificate of its signer",
             )
         with open(f"{place}/said", "rb") as file:

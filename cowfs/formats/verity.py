@@ -162,7 +162,7 @@ def _superblock(tree: Readable, name: str) -> tuple[int, bytes]:
     is_usual = (version, kind, data_size, hash_size) == (1, 1, BLOCK, BLOCK)
     if not is_usual or algorithm.rstrip(b"\0") != b"sha256" or salt_size > len(salt):
         raise LayerError(
-            f"{name}: its hash tree is of another kind than cowfs reads: version 1, sha256, blocks of 4096",
+            f"{name}: its hash tree is not of the kind that cowfs reads: version 1, sha256, blocks of 4096",
             "make it with the defaults of veritysetup format",
         )
     return blocks, salt[:salt_size]

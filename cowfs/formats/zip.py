@@ -181,7 +181,9 @@ class Archive(Tree):
         elif stat.S_ISREG(mode) or stat.S_ISLNK(mode):
             self._set_data(inode, entry, name)
         elif not stat.S_ISFIFO(mode) and not stat.S_ISSOCK(mode):
-            raise LayerError(f"{self.name}: {name!r} is a device, of which zip archives do not say which")
+            raise LayerError(
+                f"{self.name}: {name!r} is a device, but zip archives do not record device numbers"
+            )
         self._put(directory, parts[-1], inode)
 
     def _set_data(self, inode: Inode, entry: _Entry, name: str) -> None:
@@ -192,7 +194,7 @@ class Archive(Tree):
         if entry.method not in {STORED, DEFLATED}:
             method = _METHODS.get(entry.method, f"method {entry.method}")
             raise LayerError(
-                f"{self.name}: {name!r} is compressed with {method}, only deflate is read in zip archives",
+                f"{self.name}: {name!r} is compressed with {method}; only deflate is supported",
                 "unpack it, and mount the directory",
             )
         most = entry.packed * _LARGEST_RATIO if entry.method == DEFLATED else entry.packed

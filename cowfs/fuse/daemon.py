@@ -387,7 +387,7 @@ async def _now_and_then(look: Callable[[], None]) -> None:
         try:
             look()
         except OSError as error:  # of the store: whoever uses it is told
-            log.debug("the store cannot be looked at: %s", error)
+            log.debug("the store cannot be checked: %s", error)
 
 
 def _escape(text: str) -> str:

@@ -196,7 +196,7 @@ class RequestLoop:
             pyfuse3.invalidate_inode(ino, attr_only=True)
         except OSError as error:
             if error.errno != errno.ENOENT:  # the kernel does not know the inode
-                log.warning("the kernel may go by old attributes of inode %d: %s", ino, error.strerror)
+                log.warning("the kernel may still use old attributes of inode %d: %s", ino, error.strerror)
 
     def ask_again(self, ino: int, name: bytes | None) -> None:
         """Let the kernel ask again for all that it knows of an inode or, of a directory, of a *name* in it.
@@ -213,7 +213,9 @@ class RequestLoop:
                 call()
             except OSError as error:
                 if error.errno not in {errno.ENOENT, errno.ENOTEMPTY, errno.EBUSY}:
-                    log.warning("the kernel may go by what inode %d was before: %s", ino, error.strerror)
+                    log.warning(
+                        "the kernel may still use the former state of inode %d: %s", ino, error.strerror
+                    )
 
     def ask_again_soon(self, ino: int, name: bytes) -> None:
         """Do the same in a thread. Does not block."""

@@ -100,7 +100,7 @@ class Observer:
                     saved = time.monotonic()
                     self.recorder.save()
             except Exception:
-                log.exception("changes are not told")
+                log.exception("changes are not reported")
 
     def close(self) -> None:
         """Write down what is new. Call it before the store is closed."""
@@ -146,7 +146,7 @@ class Observer:
                 self._look(ctx.pid, ctx.uid)
             self.recorder.created(self._last, directory, name, node)
         except Exception:
-            log.exception("a change is not told")
+            log.exception("a change is not reported")
 
     def changed(self, operation: str, pid: int, uid: int, node: Node | None) -> None:
         """A file was changed."""
@@ -276,7 +276,7 @@ def _guarded(call: Callable[..., None]) -> Callable[..., None]:
         try:
             call(*args)
         except Exception:
-            log.exception("a change is not told")
+            log.exception("a change is not reported")
 
     return guarded
 

@@ -206,7 +206,7 @@ class Recorder:
         self._begin()
 
     def _give_up(self, error: OSError) -> None:
-        log.warning("%s: who changes what is recorded no more: %s", self._name, error.strerror)
+        log.warning("%s: changes are no longer recorded: %s", self._name, error.strerror)
         if self._records is not None:
             self._records.close()
             self._records = None

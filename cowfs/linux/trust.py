@@ -51,7 +51,7 @@ def who_can_redirect(path: str | bytes, fd: int = -1) -> str | None:
         if reason is not None:
             return reason
     if fd >= 0 and not os.path.samestat(info, os.fstat(fd)):
-        return f"{os.fsdecode(here)} is another file by now"
+        return f"{os.fsdecode(here)} was replaced by another file"
     return None
 
 
@@ -68,7 +68,7 @@ def who_can_substitute(path: str | bytes, fd: int) -> str | None:
         if stat.S_ISLNK(info.st_mode) and info.st_uid not in mine:
             return f"{os.fsdecode(here)} is a symbolic link of another user's (uid {info.st_uid})"
     if not os.path.samestat(info, seen):
-        return f"{os.fsdecode(here)} is another file by now"
+        return f"{os.fsdecode(here)} was replaced by another file"
     above = os.stat(os.path.dirname(here))
     if stat.S_ISREG(seen.st_mode) and seen.st_nlink > 1:
         if above.st_uid not in mine or above.st_mode & stat.S_IWOTH:

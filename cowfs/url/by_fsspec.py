@@ -72,7 +72,7 @@ def _explained(error: Exception) -> Exception:
     if isinstance(error, FileNotFoundError):
         return Refused("there is no such file", "check the URL")
     if isinstance(error, PermissionError):
-        return Refused("its reading is not allowed", "give a login, as the package for the URL wants it")
+        return Refused("reading it is not allowed", "give a login, as the package for the URL wants it")
     if type(error).__name__ in {"NoCredentialsError", "HttpError", "ClientError"}:
         return Refused(f"is refused: {_line(error)}", "give a login, as the package for the URL wants it")
     return Unreachable(_line(error))

@@ -193,7 +193,7 @@ class Worker:
             tell = not self._told and now - self._away_since >= _SAID_AFTER
             self._told |= tell
         if tell:
-            self._say("warning", f"{self._url}: cannot be read for now: {why}; goes on trying")
+            self._say("warning", f"{self._url}: cannot be read for now: {why}; trying again")
 
     def _pause(self, seconds: float, at_least: float) -> None:
         """Wait for some seconds, or only until another request has worked."""

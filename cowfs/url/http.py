@@ -128,7 +128,7 @@ class HttpFile:
         url = urljoin(from_, to)
         scheme = urlsplit(url).scheme
         if scheme not in {"http", "https"} or (scheme == "http" and from_.startswith("https:")):
-            raise Refused(f"leads to {url}, which is less safe", "give the URL that is meant")
+            raise Refused(f"leads to {url}, which is less secure", "give the final URL")
         return url
 
     def _once(self, url: str, start: int, length: int, version: Version | None) -> tuple[Version, bytes]:
@@ -299,7 +299,7 @@ def _said(error: Exception) -> str:
         return f"its host is not known: {error.strerror}"
     if isinstance(error, OSError):
         return error.strerror or str(error) or type(error).__name__
-    return f"the server speaks no HTTP: {str(error) or type(error).__name__}"
+    return f"the server's answer is not HTTP: {str(error) or type(error).__name__}"
 
 
 def _proxy(scheme: str, netloc: str) -> SplitResult | None:

@@ -131,7 +131,9 @@ class Link:
                 self._process = start(theirs.fileno())
         except OSError as error:
             ours.close()
-            raise SystemFailure(f"{url}: cannot start what fetches it: {error.strerror}") from None
+            raise SystemFailure(
+                f"{url}: cannot start the process that fetches it: {error.strerror}"
+            ) from None
         self._thread: threading.Thread | None = None
 
     def open(self) -> Version:
@@ -145,7 +147,7 @@ class Link:
         self._thread.start()
         self._send_opening()
         if not fetch.wait(_OPENING + _GRACE):
-            raise LayerError(f"{self.url}: what fetches it does not answer")
+            raise LayerError(f"{self.url}: the process that fetches it does not answer")
         answer = self._opened
         if answer is None:
             raise LayerError(f"{self.url}: {fetch.error.strerror if fetch.error else 'cannot be read'}")
@@ -155,7 +157,7 @@ class Link:
                 raise LayerError(f"{self.url}: {said['why']}", said["hint"])
             self._version = Version.of_json(said)
         except _NONSENSE:
-            raise LayerError(f"{self.url}: what fetches it sent nonsense") from None
+            raise LayerError(f"{self.url}: the process that fetches it sent an invalid reply") from None
         return self._version
 
     def _send_opening(self) -> None:
@@ -191,7 +193,7 @@ class Link:
             elif not fetch.sent:
                 self._send_fetch(fetch)
             if time.monotonic() > deadline:
-                self._tell("error", "what fetches it does not answer")
+                self._tell("error", "the process that fetches it does not answer")
                 self._finish(fetch, OSError(errno.ETIMEDOUT, f"{self.url}: no answer"))
         return fetch.data()
 
@@ -218,7 +220,7 @@ class Link:
             try:
                 self._take(unpack(raw))
             except _NONSENSE as error:
-                self._tell("error", f"what fetches it sent nonsense: {error!r}")
+                self._tell("error", f"the process that fetches it sent an invalid reply: {error!r}")
         with self._lock:
             self._is_gone = True
             waiting, opening = list(self._waiting.values()), self._opening

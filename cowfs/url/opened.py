@@ -129,10 +129,10 @@ def _disk_cache(url: str, version: Version, settings: Settings) -> DiskCache | N
     if not path:
         return None
     if not any(name != BEGINNING for name, _ in version.marks):
-        log.warning("%s: nothing of it is kept on disk: its server sends neither ETag nor Last-Modified", url)
+        log.warning("%s: it is not cached on disk: its server sends neither ETag nor Last-Modified", url)
         return None
     try:
         return DiskCache(open_directory(os.path.abspath(path)), url, version, BLOCK, settings.cache_size)
     except OSError as error:
-        log.warning("%s: nothing of it is kept on disk: %s: %s", url, path, error.strerror)
+        log.warning("%s: it is not cached on disk: %s: %s", url, path, error.strerror)
         return None

@@ -109,7 +109,7 @@ def test_conflicts_are_named_and_links_lead_nowhere(made: tuple[Path, Snapshot],
         "etc has another type than in the lower",
         "gone/sub has another type than in the lower",
         "touched has another type than in the lower",
-        "z1/one has another content than in the lower",
+        "z1/one has other content than in the lower",
         "big is missing",
     ):
         assert f"conflict: {line}\n" in done.stderr
@@ -212,7 +212,7 @@ def test_asked_for_each(made: tuple[Path, Snapshot], tmp_path: Path) -> None:
     for answers in ("q\n", "y\n", "y\nx\nq\n"):  # whoever answers no more has not agreed
         assert answered(answers).returncode == 1
         assert contents(seen(copy)) == before
-    assert "etc/fstab  conflict: has another content than in the lower" in answered("n\n" * 300).stderr
+    assert "etc/fstab  conflict: has other content than in the lower" in answered("n\n" * 300).stderr
     assert answered("d\n").returncode == 0
     assert contents(seen(copy)) == before
     done = answered("n\n" * 3 + "a\n")

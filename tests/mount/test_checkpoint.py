@@ -83,7 +83,7 @@ def test_a_state_is_kept_and_comes_back(tmp_path: Path, kind: str, engine: str |
         assert cowfs("revert", mnt, "--all", "--dry-run").stdout == "A  on-one\n"
         refused = cowfs("diff", mnt, "--since", "two")
         assert refused.returncode == 1
-        assert "the tree was not made from this checkpoint" in refused.stderr
+        assert "the tree is not based on this checkpoint" in refused.stderr
         run(*COWFS, "rollback", mnt, "two")
         assert seen(mnt) == two
         here.umount()
@@ -218,7 +218,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
             assert (refused.returncode, refused.stderr.count("\n")) == (1, 1)
             assert why in refused.stderr
         assert cowfs("checkpoint", mnt, "one").returncode == 0
-        assert "there is a checkpoint of this name" in cowfs("checkpoint", mnt, "one").stderr
+        assert "a checkpoint of this name already exists" in cowfs("checkpoint", mnt, "one").stderr
         assert "no such checkpoint" in cowfs("rollback", mnt, "two").stderr
         assert "no such checkpoint" in cowfs("checkpoint", mnt, "--delete", "two").stderr
         for kept in ("file", "directory"):

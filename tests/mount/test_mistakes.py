@@ -90,7 +90,7 @@ def test_an_amount_to_add_says_what_is_wrong_with_the_store(tmp_path: Path) -> N
 
 def test_what_cannot_be_made_names_what_to_do(here: Mounted, tmp_path: Path) -> None:
     lower, missing = here.path.parent / "lower", tmp_path / "no/store"
-    hint = "No such file or directory (give a place where one can be made)"
+    hint = "No such file or directory (choose a directory in which you can create it)"
     assert said("mount", lower, tmp_path, "--store", missing, code=32).endswith(f"created: {hint}")
 
 

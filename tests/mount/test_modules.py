@@ -190,13 +190,13 @@ def test_nothing_is_taken_from_below_a_mount(tmp_path: Path, images: tuple[Path,
         for place in places:
             subprocess.run(["mount", "-t", "tmpfs", "tmpfs", place], check=True)
         try:
-            assert "hides /covered/in, where something is mounted" in refused("lower", "add", mnt, module)
+            assert "hides /covered/in, which is a mountpoint" in refused("lower", "add", mnt, module)
             subprocess.run(["umount", mnt / "covered/in"], check=True)
             lower("add", mnt, module)
             assert os.path.ismount(mnt / "srv")
             subprocess.run(["mount", "-t", "tmpfs", "tmpfs", mnt / "opt/p"], check=True)
             places.append(mnt / "opt/p")
-            assert "has /opt/p, where something is mounted" in refused("lower", "remove", mnt, module)
+            assert "has /opt/p, which is a mountpoint" in refused("lower", "remove", mnt, module)
             subprocess.run(["umount", mnt / "opt/p"], check=True)
             lower("remove", mnt, module)
             assert os.path.ismount(mnt / "srv")

@@ -261,5 +261,5 @@ def test_a_disk_that_others_stand_on(disks: Disks, tmp_path: Path, monkeypatch: 
     for part in ("sdb1", "sdb2"):
         (tmp_path / part).mkdir()
         (tmp_path / part / "partition").touch()
-    with pytest.raises(StoreError, match="is divided into sdb1, sdb2"), block_device.directory_of(device):
+    with pytest.raises(StoreError, match="has the partitions sdb1, sdb2"), block_device.directory_of(device):
         pass

@@ -38,7 +38,7 @@ def test_a_tree_is_changed_kept_taken_back_and_gone(lower: Path) -> None:
         first, second = tree.snapshot(), tree.snapshot()
         (tree.path / "old").unlink()
         assert [(change.kind, change.path) for change in tree.diff()] == [("A", b"new"), ("D", b"old")]
-        with pytest.raises(CowfsError, match="there is a checkpoint of this name"):
+        with pytest.raises(CowfsError, match="a checkpoint of this name already exists"):
             tree.snapshot(first)
         with (tree.path / "new").open(), pytest.raises(CowfsError, match="new: open"):
             tree.rollback(first)

@@ -375,7 +375,7 @@ def test_what_was_changed_between_two_runs_is_a_conflict(root: Path, tmp_path: P
     (root / "x2").write_text("host")
     done = cowfs(*command, f"cat {mountpoint}/file")
     assert (done.returncode, done.stdout) == (FAILED, "s\n")
-    told = f"{root}: file and 1 more: changed there since the store had changed it (the command"
+    told = f"{root}: file and 1 more: was changed there after the store changed it (the command"
     assert done.stderr.count(told) == 1, done.stderr
     assert "conflict: file was changed in the lower meanwhile\n" in done.stderr
     assert [(root / name).read_text() for name in ("file", "x1", "x2")] == ["host"] * 3

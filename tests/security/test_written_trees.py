@@ -334,7 +334,7 @@ def test_a_backup_is_of_the_store_that_was_opened(
         return opened
 
     monkeypatch.setattr(backups, "open_store", open_and_swap)
-    with pytest.raises(CowfsError, match="is another directory by now"):
+    with pytest.raises(CowfsError, match="was replaced by another directory"):
         backups.backup(str(store), str(tmp_path / "copy"))
     assert not (tmp_path / "copy").exists()
 

@@ -236,7 +236,7 @@ def test_a_server_that_will_not_is_told_of_in_one_line(server: FileServer, tmp_p
     does.redirects["/round"] = "/round"
     assert "leads on more than 10 times" in refusal(server.url("/round"))
     does.redirects["/away"] = "file:///etc/passwd"
-    assert "leads to file:///etc/passwd, which is less safe" in refusal(server.url("/away"))
+    assert "leads to file:///etc/passwd, which is less secure" in refusal(server.url("/away"))
     does.redirects["/here"] = "/root.sqsh"
     with closing(open_url(server.url("/here"))) as file:
         assert file.pread(10, 0) == DATA[:10]

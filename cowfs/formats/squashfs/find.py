@@ -32,7 +32,7 @@ def find_image(fd: int) -> int | None:
         while found >= 0:
             tried += 1
             if tried > _TRIED:
-                raise LayerError("too much in it looks like the beginning of an image", "give offset=BYTES")
+                raise LayerError("too many places look like the beginning of an image", "give offset=BYTES")
             if _is_image(fd, at + found, size):
                 return at + found
             found = piece.find(MAGIC, found + 1)

@@ -235,7 +235,7 @@ def _mount(device: str) -> int:
             raise StoreError(f"{device}: {_why_not(kind.fstype, error)}") from None
     if parts := sorted(place.parent.name for place in matching(_facts(device), "*/partition")):
         raise StoreError(
-            f"{device}: is divided into {', '.join(parts)}", f"give one of them: /dev/{parts[0]}"
+            f"{device}: has the partitions {', '.join(parts)}", f"give one of them: /dev/{parts[0]}"
         )
     if what.startswith("a file"):
         raise StoreError(f"{device}: contains no filesystem", "make one first, such as by mkfs.ext4")

@@ -85,7 +85,7 @@ def check_name(name: str) -> str:
 def is_taken(name: str) -> UsageError:
     """Return the error for a name that another checkpoint has."""
     return UsageError(
-        f"{name!r}: there is a checkpoint of this name", "delete it first, or choose another name"
+        f"{name!r}: a checkpoint of this name already exists", "delete it first, or choose another name"
     )
 
 
@@ -342,7 +342,7 @@ def must_have_room(below: int, known: int) -> None:
 def must_have_room_for(more: int, known: int) -> None:
     """Raise StoreError if a store cannot have this many more layers for a while."""
     if known + more > _MOST_KEPT:
-        raise StoreError(f"there are {known} checkpoints, too many to make them anew", "delete some first")
+        raise StoreError(f"there are {known} checkpoints, too many to rebuild them", "delete some first")
 
 
 def with_layers(layer: UpperLayer, header: Header) -> Header:
@@ -391,8 +391,8 @@ def between(layers: Layers, upper: Key, since: str | None, until: str | None) ->
         if earlier.number not in numbers:
             what = "the tree" if until is None else f"checkpoint {until!r}"
             raise UsageError(
-                f"{since!r}: {what} was not made from this checkpoint",
-                "`cowfs checkpoints` shows which was made from which",
+                f"{since!r}: {what} is not based on this checkpoint",
+                "`cowfs checkpoints` shows which is based on which",
             )
         at = numbers.index(earlier.number)
     return Range(until is None, chain[:at], chain[at:])

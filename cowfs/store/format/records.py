@@ -247,13 +247,14 @@ def read(layer: UpperLayer) -> Records:
         return _opened(layer.open(key, os.O_RDONLY), layer.name)
     except PermissionError:
         raise StoreError(
-            f"{layer.name}: only the store's owner may read who changed what", "ask as that user, or as root"
+            f"{layer.name}: only the store's owner can read the record of changes",
+            "ask as that user, or as root",
         ) from None
 
 
 def no_records(name: str) -> StoreError:
     """Return the failure of a store without records."""
-    return StoreError(f"{name}: nobody has recorded who changed what", "mount with -o blame to record it")
+    return StoreError(f"{name}: there is no record of who changed what", "mount with -o blame to record it")
 
 
 def open_or_make(layer: UpperLayer, size: int) -> tuple[Records, str]:

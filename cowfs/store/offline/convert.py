@@ -38,11 +38,11 @@ def unfit_for_aufs(layer: UpperLayer, xattrs: XattrFormat, upper: Key) -> Iterat
         for entry in layer.readdir(directory):
             child = path + b"/" + entry.name if path else entry.name
             if entry.name.startswith(PREFIX):
-                yield f"{os.fsdecode(child)}: to aufs a name with .wh. in front is a whiteout"
+                yield f"{os.fsdecode(child)}: aufs reads a name that begins with .wh. as a whiteout"
             elif len(entry.name) > NAME_MAX:
                 yield f"{os.fsdecode(child)}: the name has more than {NAME_MAX} bytes"
             elif child == LOST:
-                yield "lost+found: e2fsck's directory is in its place"
+                yield "lost+found: e2fsck's directory has this name"
             found = layer.lookup(directory, entry.name)
             if found is not None and stat.S_ISDIR(found[1].st_mode):
                 waiting.append((found[0], child))
@@ -53,7 +53,7 @@ def must_fit(layer: UpperLayer, header: Header, xattrs: XattrFormat, upper: Key)
     layers = Layers(layer, xattrs.prefix)
     if header.version >= WITH_LAYERS and (layers.all() or layers.below(upper)):
         raise StoreError(
-            f"{layer.name}: the store has checkpoints, or layers of some, which aufs has none of",
+            f"{layer.name}: the store has checkpoints, or layers of deleted ones, and aufs has none",
             f"cowfs export {layer.name} --to overlayfs DIR has its changes without them",
         )
     unfit = list(unfit_for_aufs(layer, xattrs, upper))
@@ -141,7 +141,7 @@ def convert(layer: UpperLayer, target: str, tick: Tick) -> Converted:
 _EMPTY = {
     (layout.PRIVATE, b"trash"): (
         "keeps what `cowfs revert` has taken back, in the format that it has now",
-        "cowfs vacuum {path} --trash throws it away",
+        "cowfs vacuum {path} --trash empties it",
     ),
     (layout.WORK, layout.INDEX): (
         "hard links of the lower are not under all their names yet",

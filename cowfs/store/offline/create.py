@@ -141,7 +141,7 @@ def unfinished(path: str, directory: str, called: str = "") -> Iterator[int]:
     except FileExistsError:
         raise StoreError(f"{path}: already exists", "another process has just created it") from None
     except OSError as error:
-        hint = "give a place where one can be made"
+        hint = "choose a directory in which you can create it"
         raise StoreError(f"{path}: cannot be created: {error.strerror}", hint) from None
     finally:
         if temporary:

@@ -95,7 +95,7 @@ def trim_open_store(store: Store) -> Generator[Step | str, None, int]:
     layer: Any = store.layer
     if not hasattr(layer, "suspend"):
         why = (
-            "a directory has nothing to give back"
+            "a directory store has no free space to return"
             if store.kind == "directory"
             else "the kernel has it mounted"
         )
@@ -130,13 +130,15 @@ def _must_be_there(fd: int, path: str) -> None:
     with suppress(OSError):
         if os.path.samestat(os.stat(path, follow_symlinks=False), os.fstat(fd)):
             return
-    raise StoreError(f"{path}: is another file by now", "give the file itself")
+    raise StoreError(f"{path}: was replaced by another file", "give the file itself")
 
 
 def refuse_device(fd: int, path: str) -> None:
     """StoreError for a store on a block device."""
     if stat.S_ISBLK(os.fstat(fd).st_mode):
-        raise StoreError(f"{path}: a device keeps its size, and its space", "use a store in a file")
+        raise StoreError(
+            f"{path}: a store on a device keeps its size, and its space", "use a store in a file"
+        )
 
 
 def _still_closed(fd: int) -> None:
@@ -153,7 +155,7 @@ def _must_have_room(fd: int, path: str, directory: str) -> None:
     if needed > free:
         raise StoreError(
             f"{path}: a copy needs {format_size(needed)} beside it, and {format_size(free)} are free",
-            f"cowfs trim {path} gives back what is free in it; or free space there",
+            f"cowfs trim {path} returns its free space to the disk; or free space there",
         )
 
 

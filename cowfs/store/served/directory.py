@@ -33,7 +33,7 @@ def open_directory(path: str, want: Wanted) -> Store:
         try:
             os.mkdir(path, 0o700)  # whoever reaches what is in upper/ could change it behind our back
         except OSError as error:
-            hint = "give a place where one can be made"
+            hint = "choose a directory in which you can create it"
             raise StoreError(f"{path}: cannot be created: {error.strerror}", hint) from None
     with ExitStack() as stack:
         try:

@@ -31,7 +31,7 @@ class Unsaved(NamedTuple):
 
     def __str__(self) -> str:
         if not self.since:
-            return f"{self.why}: what it holds is lost when it is unmounted"
+            return f"{self.why}: its contents are lost when it is unmounted"
         since = local_time(self.since)
         if self.waits:
             until = "accepts them" if self.why == os.strerror(errno.EIO) else "has space"

@@ -140,7 +140,7 @@ def _refuse_substitutes(fd: int, path: str) -> None:
     try:
         reason = trust.who_can_substitute(path, fd)
     except OSError as failure:
-        reason = f"it is not there any more: {failure.strerror}"
+        reason = f"it no longer exists: {failure.strerror}"
     if reason is not None:
         raise StoreError(f"{path}: {reason}", "give the file itself")
 
@@ -224,7 +224,7 @@ def within(layer: UpperLayer, name: str, path: str, stack: ExitStack, *, read_on
         return layer
     if isinstance(layer, AufsStore):
         raise StoreError(
-            f"{path}: the store has the aufs format, so there are no others in it", "leave out subdir"
+            f"{path}: the store has the aufs format, so it cannot contain other stores", "leave out subdir"
         )
     key: Any = layout.find(layer, os.fsencode(name))
     if key is None and read_only:
