@@ -370,7 +370,7 @@ def test_what_was_changed_between_two_runs_is_a_conflict(root: Path, tmp_path: P
     )
     (root / "x1").write_text("host")
     done = cowfs("run", *command[1:5], "--", "sh", "-euc", f"echo s >>{mountpoint}/x1; exit 3")
-    assert (done.returncode, "changed there since" in done.stderr) == (3, False), done.stderr
+    assert (done.returncode, "changed there after" in done.stderr) == (3, False), done.stderr
     (root / "file").write_text("host")
     (root / "x2").write_text("host")
     done = cowfs(*command, f"cat {mountpoint}/file")
@@ -381,7 +381,7 @@ def test_what_was_changed_between_two_runs_is_a_conflict(root: Path, tmp_path: P
     assert [(root / name).read_text() for name in ("file", "x1", "x2")] == ["host"] * 3
     cowfs("revert", store, "file", "x2", check=True)
     done = cowfs(*command, "true")
-    assert (done.returncode, "changed there since" in done.stderr) == (0, False), done.stderr
+    assert (done.returncode, "changed there after" in done.stderr) == (0, False), done.stderr
     assert [(root / name).read_text() for name in ("file", "x1", "x2")] == ["host", "hosts\n", "host"]
     done = cowfs(*command, f"echo more >>{mountpoint}/x1")  # what a commit has changed is no conflict
     assert (done.returncode, (root / "x1").read_text()) == (0, "hosts\nmore\n"), done.stderr
