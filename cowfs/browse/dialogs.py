@@ -23,9 +23,9 @@ _STYLE = """
 _HELP = """\
 Up, Down        go to the path above, below
 Right, Left     open a directory; close it, or go to the one above
-Enter           open a directory, or scroll what is said of a file
+Enter           open a directory, or scroll the text about a file
 Escape          back to the tree
-Tab             from the tree to what is said of the path, and back
+Tab             from the tree to the text about the path, and back
 
 d               show how the selected path differs
 e               explain why it shows what it shows

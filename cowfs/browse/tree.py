@@ -49,7 +49,7 @@ class ChangesTree(Tree[Entry | More]):
         return data if isinstance(data, Entry) else None
 
     def fill(self, root: Entry, at: bytes) -> Node:
-        """Show the changes anew, with the same directories open; return the node of a path, or one near."""
+        """Show the changes again, with the same directories open; return the node of a path or near it."""
         opened = [node.data.path for node in self._open_nodes(self.root) if isinstance(node.data, Entry)]
         marked = [root.find(path) for path in self.marked]
         self.marked = {each.path: each for each in marked if each.path in self.marked}

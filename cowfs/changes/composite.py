@@ -194,7 +194,7 @@ class Composite:
                 continue
 
     def close(self) -> None:
-        """Do nothing: whoever opened the layers closes them."""
+        """Do nothing: the caller that opened the layers closes them."""
 
     def _top(self, key: _Composed) -> tuple[LowerLayer, Key]:
         number, below = key.places[0]

@@ -4,7 +4,7 @@ Every path has at most one line, with one exception: if something was deleted an
 to its place, the path has a ``D`` and then an ``R``. The rules:
 
 - ``D``: what the lowers show is gone. A directory is one line, without its contents. If a directory was
-  deleted and made anew (it is opaque), each of its old entries that is gone has a line.
+  deleted and created again (it is opaque), each of its old entries that no longer exists has a line.
 - ``R``: a directory, or a file whose data was not touched, was renamed. Changes below a directory, and of its
   own attributes, are listed under its new name. The old place has no ``D``, and what was put there later is
   ``A``.

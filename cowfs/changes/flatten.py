@@ -78,7 +78,7 @@ def _enter(fs: OverlayFs, node: Node, *, is_whole: bool) -> _Level:
 
 
 def _settle(fs: OverlayFs, node: Node) -> int:
-    """Cut a renamed directory off from the lowers: the upper has all of it by now."""
+    """Separate a renamed directory from the lowers, after the upper has got its whole content."""
     if node.redirect is None or node.upper is None:
         return 0
     fs.note(node.upper, fs.format.opaque, OPAQUE)

@@ -143,7 +143,7 @@ class ImaginedUpper:
         """Do nothing: all that it has are references."""
 
     def close(self) -> None:
-        """Do nothing: whoever opened the layer closes it."""
+        """Do nothing: the caller that opened the layer closes it."""
 
     @staticmethod
     def _place(key: Key) -> tuple[LowerLayer, Key]:

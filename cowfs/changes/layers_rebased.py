@@ -1,4 +1,4 @@
-"""Which layers of a store a rebase makes anew: each on top of the new version of the one below."""
+"""The layers of a store that a rebase rebuilds, each on top of the new version of the layer below it."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ def _gives_way(pair: Pair, sides: Sides) -> bool:
         return False
     if not in_git(pair.new):
         return True
-    # What has another type is told as one deleted and one added.
+    # A file with another type is reported as one deleted and one added.
     return pair.old_path != pair.new_path and _is_link(pair.old) != _is_link(pair.new)
 
 

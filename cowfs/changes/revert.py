@@ -414,7 +414,7 @@ class _Revert:
     def _not_alone(self, change: Change, directory: bytes) -> StoreError:
         where = escape(directory)
         return StoreError(
-            f"{escape(change.path)}: cannot be taken back alone: {where} was deleted and made anew",
+            f"{escape(change.path)}: cannot be taken back alone: {where} was deleted and created again",
             f"revert {where}",
         )
 

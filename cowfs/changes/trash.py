@@ -153,7 +153,7 @@ class Log:
     def look(self) -> Iterator[None]:
         """Look at all lines, once; yields now and then. Blocks. StoreError if the log is damaged.
 
-        What it takes in time and memory has bounds, whoever wrote the log.
+        Its time and memory are bounded, whatever the log contains.
         """
         end = 0
         for number, (start, line) in enumerate(self._lines()):

@@ -149,7 +149,7 @@ class Tally:
         self._begun = time.monotonic()
 
     def expect(self, count: Callable[[], int]) -> None:
-        """Begin anew: *count* returns about how many there will be, or 0. It is called only if somebody sees
+        """Begin again: *count* returns about how many there will be, or 0. It is called only if somebody sees
         that.
         """
         self._whole = count() if _shows_progress() else 0
@@ -157,7 +157,7 @@ class Tally:
         self._begun = time.monotonic()
 
     def begin(self, what: str, whole: int = 0) -> None:
-        """Begin anew, with something else: *whole* is how many there will be, or 0."""
+        """Begin again, with something else: *whole* is how many there will be, or 0."""
         self._what = what
         self.expect(lambda: whole)
 

@@ -74,7 +74,7 @@ def open_base(where: str, stack: ExitStack) -> Base:
 def write(fd: int, base: Base, scratch: int, made: int) -> None:
     """Write to *fd* what *base* has, with another root image: the file IMAGE in *scratch*. Blocks.
 
-    Checksums of it beside it are made anew. *made* is in seconds. SystemFailure when xorriso fails.
+    Its checksum files beside it are updated. *made* is in seconds. SystemFailure when xorriso fails.
     """
     changed = {base.image: IMAGE}
     for name in _CHECKSUMS:

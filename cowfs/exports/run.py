@@ -102,7 +102,7 @@ class Watch:
         self._tick(path, length)
 
     def expect(self, count: Callable[[], int]) -> None:
-        """Begin anew: *count* returns how many paths there will be."""
+        """Begin again: *count* returns how many paths there will be."""
         if self._expect is not None:
             self._expect(count)
 

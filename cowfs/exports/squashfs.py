@@ -90,7 +90,7 @@ def _keeps(name: bytes) -> bool:
 
 
 def _failure(process: subprocess.Popen[bytes], said: int, fd: int) -> Exception:
-    """Return what went wrong; of a full disk tar2sqfs says no more than that of any error."""
+    """Return the error; tar2sqfs does not distinguish a full disk from other errors."""
     process.wait()
     room = os.fstatvfs(fd)
     if room.f_bavail * room.f_frsize < _FULL:

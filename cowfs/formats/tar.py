@@ -22,7 +22,7 @@ from cowfs.formats.squashfs.source import Bytes
 _LONGEST_HEADER = 16 << 20
 """No header, with all that belongs to it, has more bytes: attributes of one file, a name, a sparse map."""
 _MOST_FOR_ALL = 1000
-"""So many attributes may stand for all members that follow (pax's global headers): each gets them anew."""
+"""The most attributes in pax's global headers, which each later member gets."""
 _XATTR = "SCHILY.xattr."
 _ACLS = {"SCHILY.acl.access": b"system.posix_acl_access", "SCHILY.acl.default": b"system.posix_acl_default"}
 _AHEAD = 64 << 10

@@ -81,7 +81,7 @@ class VerifiedBytes:
         return data[at - first * BLOCK : end - first * BLOCK]
 
     def _once_more(self, number: int) -> bytes:
-        """Return a block that was wrong, if it is right when it is read anew: a cache may have been."""
+        """Return a block that was wrong if it is right when read again: a cache may have been wrong."""
         self._data.forget(BLOCK, number * BLOCK)
         block = self._read(self._data, number * BLOCK, BLOCK)
         if self._hash(block) != self._wanted(0, number):

@@ -39,7 +39,7 @@ class _Root(NamedTuple):
 
 
 def _seen(ctx: RequestContext) -> RequestContext:
-    """Return the context of a request by the mounting user as root's, of anybody else unchanged."""
+    """Return root's context for a request of the user who mounts, and any other context unchanged."""
     return cast(RequestContext, _Root(ctx.pid, ctx.umask)) if ctx.uid == os.geteuid() else ctx
 
 

@@ -164,7 +164,7 @@ class Handlers(pyfuse3.Operations):
         except OSError as failure:
             if for_room:
                 raise
-            log.debug("the store cannot be written to disk: %s", failure)  # whoever changes it is told
+            log.debug("the store cannot be written to disk: %s", failure)  # the next change reports it
 
     def _may_get_room(self, error: Exception) -> bool:
         """Whether there may be room for what failed once the requests that have come are handled.

@@ -29,7 +29,7 @@ _SHORT_PART = 8
 """Space is short when less than this many bytes, and this part of all, are free: then writes come here, where
 they wait until removed files are freed."""
 _MUCH = 16
-"""A file is worth waiting for when at most this many times its size is free."""
+"""cowfs waits for a file if at most this many times its size is free."""
 _NEVER = {
     errno.ELOOP: "the store's filesystem is itself on another one",
     errno.EPERM: "the daemon lacks the privileges of the system's root",

@@ -198,7 +198,7 @@ class UpperLayer(LowerLayer, Protocol):
     def mknod(self, directory: Key, name: bytes, mode: int, rdev: int, uid: int, gid: int) -> Key: ...
 
     def link(self, key: Key, directory: Key, name: bytes) -> None:
-        """Give the inode one more name. EMLINK if the filesystem allows no more."""
+        """Give the inode one more name. EMLINK if the filesystem does not allow more."""
         ...
 
     def unlink(self, directory: Key, name: bytes, key: Key | None) -> None:

@@ -69,7 +69,7 @@ class InUse:
                 self._let_go(ino)
 
     def forgotten(self, key: int) -> None:
-        """Note that the user of this key needs it no more."""
+        """Record that the user of this key no longer needs it."""
         if self._orphans:
             with self.lock:
                 if self._orphans.get(key) is key:

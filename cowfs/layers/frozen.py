@@ -38,4 +38,4 @@ class FrozenLayer:
             self.reopened = layer.reopened
 
     def close(self) -> None:
-        """Do nothing: whoever opened the layer closes it."""
+        """Do nothing: the caller that opened the layer closes it."""

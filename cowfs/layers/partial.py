@@ -170,7 +170,7 @@ class PartialFile:
             self._part.end = min(self._part.end, size)
 
     def truncate(self, size: int) -> None:
-        """EIO unless the file is complete: whoever sets a size copies the remaining data first."""
+        """EIO unless the file is complete: the caller copies the remaining data before it sets a size."""
         if not self._part.is_whole:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         self._target.truncate(size)

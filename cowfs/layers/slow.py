@@ -339,7 +339,7 @@ class SlowFile:
         """All of a small file, until it has been read to its end."""
         size = self._attr.st_size
         if 0 < size <= _SMALL and not layer.knows_at_once and layer.take_room(size):
-            with suppress(OSError):  # whoever reads is told
+            with suppress(OSError):  # the read reports it
                 self._content = inner.pread(size + 1, 0)
             if self._content is None or len(self._content) != size:
                 self._content = None

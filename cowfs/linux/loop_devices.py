@@ -39,7 +39,7 @@ def attach_loop(
     """
     if not isinstance(image, int):
         flags = os.O_RDONLY if readonly else os.O_RDWR
-        fd = open_ordinary(image, flags)  # it may be a fifo by now
+        fd = open_ordinary(image, flags)  # it may have become a fifo
         try:
             return attach_loop(fd, readonly=readonly, offset=offset)
         finally:

@@ -42,7 +42,7 @@ class Places:
         ]
 
     def put(self, number: int, fd: int) -> None:
-        """Hold instead of one of them what this descriptor is of (O_PATH), as it is found by now."""
+        """Hold the file of this descriptor (O_PATH), which is there now, instead of one of them."""
         before, self._held[number] = self._held[number], _held(os.dup(fd))
         if before is not None:
             os.close(before.fd)

@@ -60,7 +60,7 @@ def who_can_substitute(path: str | bytes, fd: int) -> str | None:
     if it is: nobody but root and ourselves has led there by a symbolic link, or by a second name.
 
     The kernel forbids such links in directories for all where fs.protected_symlinks and
-    fs.protected_hardlinks of sysctl(8) are on. OSError if it leads nowhere by now.
+    fs.protected_hardlinks of sysctl(8) are on. OSError if it no longer leads anywhere.
     """
     mine, seen = {0, os.geteuid()}, os.fstat(fd)
     here, info = b"/", seen

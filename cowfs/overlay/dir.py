@@ -326,7 +326,7 @@ def rekey(fs: OverlayFs, node: Node) -> None:
 
 
 def _leave_index(fs: OverlayFs, node: Node) -> None:
-    """Remove the inode from the index. Its lower names are whited out by now, so nobody asks there."""
+    """Remove the inode from the index. Its lower names already have whiteouts, so nobody looks there."""
     note = b""
     with suppress(OSError):
         note = fs.noted(node.upper, fs.format.origin)

@@ -77,6 +77,6 @@ def open_rest(fs: OverlayFs, pending: Pending) -> PartialFile:
 
 
 def complete(fs: OverlayFs, pending: Pending) -> None:
-    """Let a file, all of whose data is in the upper by now, be an ordinary one."""
+    """Make a partial file, whose data is now completely in the upper, an ordinary file."""
     partial.finish(fs, pending.key, pending.part, pending.node)
     log.info("%r is now fully copied up", pending.path)

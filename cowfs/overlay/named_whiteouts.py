@@ -4,7 +4,7 @@
 below that. Other names that begin with ``.wh..wh.`` belong to aufs, and cannot be looked up.
 
 Everybody above sees a character device 0:0 under NAME, and the attribute ``opaque`` of the directory. So
-the rules of :mod:`cowfs.overlay.stack` need not know of it, and a stack without such layers costs no more.
+the rules of :mod:`cowfs.overlay.stack` do not know of it, and other stacks have no extra cost.
 The sources are whout.c and opts.c of aufs, and layer.md of the OCI image specification.
 """
 

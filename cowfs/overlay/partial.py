@@ -280,7 +280,7 @@ def name_removed(fs: OverlayFs, node: Node) -> None:
 
 
 def listed(upper: LowerLayer, notebook: Key, name: bytes) -> list[int]:
-    """Return the inode numbers of the partial files of a store; some may be whole, or others, by now."""
+    """Return the inode numbers of the partial files of a store; some may be complete or reused by now."""
     try:
         value = upper.getxattr(notebook, name)
     except OSError:

@@ -47,7 +47,7 @@ _NO_XATTRS = {errno.ENODATA, errno.EOPNOTSUPP, errno.EPERM, errno.EACCES}
 
 
 class Rule(Enum):
-    """Why a search went as it did; said of the inode that a layer has."""
+    """The rule that a search applied to the inode of a layer."""
 
     SHOWN = "its attributes are seen, and its data or its entries"
     MERGED = "its entries are seen with those of the directory above it"

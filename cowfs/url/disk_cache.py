@@ -216,7 +216,7 @@ class DiskCache:
             while number < end:
                 try:
                     there = os.lseek(self._fd, _TABLE + number * _SUM, os.SEEK_DATA)
-                except OSError:  # ENXIO: there is no more
+                except OSError:  # ENXIO: there is no more data
                     break
                 number = max(number, (there - _TABLE) // _SUM)
                 sums = os.pread(self._fd, min(_SUMS, max(end - number, 0)) * _SUM, _TABLE + number * _SUM)

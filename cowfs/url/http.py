@@ -38,7 +38,7 @@ _SLOWEST = 120.0
 _KEPT = "%/:?#[]@!$&'()*+,;=~"
 """What stays as it is in a URL; what else is no letter, digit, - . or _ is written as %XX (RFC 3986)."""
 _DRAINED = 4096
-"""An unwanted answer with no more bytes than this is read; for a longer one the connection is closed."""
+"""An unwanted answer is read if it has at most this many bytes; otherwise the connection is closed."""
 
 NO_RANGES = "the server only sends whole files: it does not take range requests"
 NO_RANGES_HINT = "download the image first, or serve it by nginx, Apache, lighttpd or Caddy"
@@ -83,7 +83,7 @@ class HttpFile:
         return version if version.marks else Version(version.size, ((BEGINNING, sha256(start).hexdigest()),))
 
     def read(self, start: int, length: int, version: Version) -> bytes:
-        """Return bytes of this state of the file. Blocks; Refused, if it is another by now; Unreachable."""
+        """Return bytes of this state of the file. Blocks. Refused if the file has changed; Unreachable."""
         if version.marks[0][0] != BEGINNING:
             return self._ask(start, length, version)[1]
         data = self._ask(start, length, Version(version.size, ()))[1]

@@ -260,7 +260,7 @@ class Link:
     def _begin_anew(self) -> None:
         """Repeat all requests: the process has just started, and knows nothing of its predecessor."""
         if self._version is not None:
-            self._tell("warning", "what fetches it has died, and begins anew")
+            self._tell("warning", "the process that fetches it has died, and is started again")
         self._send_opening()
         with self._lock:
             waiting = list(self._waiting.values())

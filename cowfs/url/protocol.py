@@ -101,7 +101,7 @@ class Refused(Exception):
         self.why = why
         self.hint = hint
         self.changed = changed
-        """Whether it has another file by now."""
+        """Return whether it now has another file."""
 
 
 class Unreachable(Exception):

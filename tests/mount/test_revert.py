@@ -297,7 +297,7 @@ def test_what_cannot_be(tmp_path: Path) -> None:
         refused(here.path, "--all", code=1, word="nothing to take back")
         script(WORK, here.path)
         changed = tree(here.path)
-        refused(here.path, "old/g", code=32, word="old was deleted and made anew")
+        refused(here.path, "old/g", code=32, word="old was deleted and created again")
         refused(here.path, "bin", code=32, word="there is another usr now")
         refused(here.path, code=1, word="--all")
         refused(here.path, "etc", "--all", code=1, word="--all")

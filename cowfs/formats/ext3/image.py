@@ -113,7 +113,7 @@ class Image(Opened):
         self._done(lib.x3_setattr(self.handle, ino, what, attr))
 
     def was_read(self, ino: int, *, always: bool) -> None:
-        """Set its atime if reading it does that with relatime, or *always*. Nobody is told if it fails."""
+        """Set its atime if relatime says so, or *always*. Errors are ignored."""
         lib.x3_was_read(self.handle, ino, always)
 
     def setflags(self, ino: int, flags: int) -> None:
@@ -163,7 +163,7 @@ class Image(Opened):
         return packed(found.ino, found.type, place.block, place.offset)
 
     def list_large(self, directory: int) -> dict[bytes, int]:
-        """Return all names with their entries, read anew: for any thread. Blocks. EFBIG over two millions.
+        """Return all names with their entries, from the image; for any thread. Blocks. EFBIG over 2,000,000.
 
         Names that come or go meanwhile may be there; what was there all the time is.
         """

@@ -104,7 +104,7 @@ class _ZstdContexts(threading.local):
 
     def __init__(self, library: Any, window: int) -> None:
         self.sized = library.ZstdDecompressor()
-        """For frames that say how much they hold: no more than that is allocated, whatever the window."""
+        """For frames that state their size: only that much is allocated, whatever the window."""
         self.unsized = library.ZstdDecompressor(max_window_size=window)
         """For the others, of which a forged one may ask for a window of 2 GiB."""
 

@@ -130,7 +130,7 @@ class Image:
         return value
 
     def _search(self, directory: Inode, name: bytes) -> Found | None:
-        """Look for *name* by the index, if that is worth it; None: the whole listing has to tell."""
+        """Look for *name* by the index, if that is faster; None: search the whole listing."""
         if not directory.index_count or directory.size <= _INDEX_FROM:
             return None
         if len(self._probes) >= 1000:

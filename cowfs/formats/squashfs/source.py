@@ -36,7 +36,7 @@ class Bytes(Protocol):
         ...
 
     def forget(self, size: int, at: int) -> None:
-        """Have these bytes read anew when they are wanted again: they were wrong."""
+        """Have these bytes read again the next time they are needed: they were wrong."""
 
     def caches(self) -> dict[str, tuple[int, int]]:
         """How often what was needed was at hand, and how often not, by its kind."""
