@@ -17,7 +17,6 @@ _NAMES = ("store", "what")
 _MAKE_STORES = {"create", "persist", "restore"}
 _TAGS = ("LABEL=", "UUID=", "PARTLABEL=", "PARTUUID=")
 _OPTION = "store="
-_KEY_OPTION = "key_file="
 
 
 @contextmanager

@@ -51,7 +51,6 @@ _IOCTL_IN = struct.Struct("=QIIQII")  # fh, flags, cmd, arg, in_size, out_size
 _IOCTL_OUT = struct.Struct("=iIII")  # result, flags, in_iovs, out_iovs
 _WORD = struct.Struct("=I")
 _FSXATTR = struct.Struct("=IIIII8x")  # xflags, extsize, nextents, projid, cowextsize
-_STATX_IN = struct.Struct("=IIQII")  # getattr_flags, reserved, fh, sx_flags, sx_mask
 _STATX_OUT = struct.Struct("=QII16x")  # attr_valid, attr_valid_nsec, flags
 _STATX_BODY = struct.Struct("=IIQIIIHxxQQQQ")  # mask … mode, ino, size, blocks, attributes_mask
 _STATX_TIME = struct.Struct("=qI4x")

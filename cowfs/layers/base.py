@@ -335,7 +335,7 @@ class TakesWhole(UpperLayer, Protocol):
 
 
 def takes_whole(layer: UpperLayer) -> TypeGuard[TakesWhole]:
-    """Whether a layer is one."""
+    """Return whether a layer has :meth:`TakesWhole.copy_in`."""
     return hasattr(layer, "copy_in")
 
 
@@ -348,6 +348,6 @@ class Transactional(Protocol):
 
 
 def together(layer: UpperLayer) -> AbstractContextManager[object]:
-    """The same, for any layer: one after the other where it cannot do better."""
+    """Return :meth:`Transactional.together` of a layer that has it; others make the changes one by one."""
     begin: Callable[[], AbstractContextManager[object]] | None = getattr(layer, "together", None)
     return nullcontext() if begin is None else begin()
