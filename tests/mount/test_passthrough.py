@@ -434,6 +434,7 @@ def test_a_killed_daemon(tmp_path: Path) -> None:
     with mounted_on("directory", tmp_path, quiet=False) as mount:
         with opened(mount.path / "file", os.O_RDWR | os.O_CREAT) as fd:
             os.write(fd, b"before")
+            os.close(os.dup(fd))  # has the kernel learn that no FLUSH is wanted
             os.kill(facts(mount)["pid"], signal.SIGKILL)
             eventually(lambda: _answers(mount) == errno.ENOTCONN, "it is dead")
             os.pwrite(fd, b"after!", 0)

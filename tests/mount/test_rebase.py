@@ -106,7 +106,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
             assert "is mounted" in refused.stderr
     run(*COWFS, "revert", store, "etc/a")
     refused = cowfs("rebase", store, "--onto", new)
-    assert (refused.returncode, "has taken back" in refused.stderr) == (32, True)
+    assert (refused.returncode, "files that `cowfs revert` removed" in refused.stderr) == (32, True)
     run(*COWFS, "vacuum", store, "--trash")
     for wrong in (tmp_path / "none", store):
         assert cowfs("rebase", store, "--onto", wrong).returncode == 32
