@@ -1,7 +1,7 @@
-"""POSIX ACLs that a new inode inherits, for one that is not made in its directory.
+"""The POSIX ACLs that a new inode inherits if it is not created in its final directory.
 
-Filesystems do this by themselves where an inode is made under its name. What takes the place of a
-whiteout is made in the work directory, so the union does it (posix_acl_create of fs/posix_acl.c).
+A filesystem does this itself for an inode that is created under its final name. An inode that replaces a
+whiteout is created in the work directory, so the union does it (posix_acl_create() in fs/posix_acl.c).
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from cowfs.layers.base import Key, UpperLayer
 
 
 def inherit(layer: UpperLayer, directory: Key, key: Key, mode: int) -> None:
-    """Give a new inode of *mode* the ACLs that *directory* has for new inodes, if it has any."""
+    """Give a new inode of *mode* the default ACLs of *directory*, if it has any."""
     if stat.S_ISLNK(mode):
         return
     default = b""
     entries: list[acl.Entry] = []
-    with suppress(OSError):  # no ACLs, or a filesystem without
+    with suppress(OSError):  # no ACLs, or none on this filesystem
         default = layer.getxattr(directory, acl.DEFAULT)
         entries = acl.parse(default)
     if not entries:

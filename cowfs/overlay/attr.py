@@ -31,7 +31,7 @@ class NewAttributes:
 
     @property
     def is_nothing(self) -> bool:
-        """Whether nothing is to be set: what comes before a write, for what this takes from a file."""
+        """Whether there is nothing to set. Such a call precedes a write, and clears set-ID bits."""
         return (
             self.mode is None
             and self.uid is None
@@ -43,9 +43,9 @@ class NewAttributes:
 
 
 def setattr_(fs: OverlayFs, node: Node, new: NewAttributes) -> Attr:
-    """Change attributes and return those that the node has then.
+    """Change attributes and return the node's new attributes.
 
-    A new size needs the data that it leaves in the upper; everything else only the inode there.
+    A new size copies up the data that remains; any other change copies up only the inode.
     """
     must_be_allowed(fs, node, new)
     if new.size is not None:
@@ -55,7 +55,7 @@ def setattr_(fs: OverlayFs, node: Node, new: NewAttributes) -> Attr:
     else:
         copy_up_meta(fs, node)
     if node.metacopy:
-        fs.stat(node)  # needs the lower, which may fail: before anything is changed
+        fs.stat(node)  # reads the lower, which may fail: so do it before any change
     key = node.upper
     if new.size is not None:
         drop_set_id(fs, node, new.writer)
@@ -68,7 +68,7 @@ def setattr_(fs: OverlayFs, node: Node, new: NewAttributes) -> Attr:
         if stat.S_ISLNK(node.mode):
             raise error(errno.EOPNOTSUPP, node.name)
         fs.upper.chmod(key, stat.S_IMODE(new.mode))
-    elif new.uid is not None or new.gid is not None:  # chown(2) does so, whoever calls it
+    elif new.uid is not None or new.gid is not None:  # chown(2) clears them for every caller
         drop_set_id(fs, node, Writer.STRANGER if new.writer is Writer.STRANGER else Writer.MEMBER)
     if new.atime_ns is not None or new.mtime_ns is not None:
         atime_ns, mtime_ns = new.atime_ns, new.mtime_ns
@@ -83,7 +83,7 @@ def setattr_(fs: OverlayFs, node: Node, new: NewAttributes) -> Attr:
 
 
 def must_be_allowed(fs: OverlayFs, node: Node, new: NewAttributes) -> None:
-    """EPERM for what the flags of chattr(1) forbid (may_setattr() of the kernel, and ext4_setattr())."""
+    """EPERM if the flags of chattr(1) forbid the change (may_setattr() and ext4_setattr() in the kernel)."""
     if node.protection == 0:
         return
     if new.mode is not None or new.uid is not None or new.gid is not None:
@@ -97,8 +97,7 @@ def must_be_allowed(fs: OverlayFs, node: Node, new: NewAttributes) -> None:
 
 
 def was_read(fs: OverlayFs, node: Node) -> None:
-    """Note that somebody has read something, if it is in the upper: nothing is copied up for that (as in
-    ovl_update_time() of the kernel)."""
+    """Update the access time of a node in the upper. Never copies up (ovl_update_time() in the kernel)."""
     when = fs.upper.atime
     if node.upper is not None and (when.directories if node.is_dir else when.files):
         fs.upper.was_read(node.upper)

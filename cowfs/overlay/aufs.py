@@ -1,22 +1,22 @@
-"""A store of aufs, shown as one of overlayfs, to be read and written.
+"""Read and write the store of an aufs as if it were one of overlayfs.
 
 The root of an aufs branch is the upper itself; aufs keeps its own files under names there that begin with
-``.wh..wh.``, and hides these. Our files are in such a directory, too::
+``.wh..wh.``, and hides them. The files of cowfs are in such a directory, too::
 
-    .wh..wh.aufs        the file that whiteouts are links of
+    .wh..wh.aufs        the file that all whiteouts are links to
     .wh..wh.plnk/       links that aufs kept for hard links of lowers while it was mounted
     .wh..wh.orph/       what was deleted while it was open
     .wh..wh.cowfs/      work/ and cowfs/, as in any store
     everything else     the changes
 
-To who opens the store its root is that directory, with the branch as ``upper`` in it.
+Code that opens the store sees that directory as its root, with the branch in it as ``upper``.
 
-A whiteout beats the name beside it, and that makes what is done atomic: who deletes makes the whiteout first,
-and who makes a name over a whiteout takes that away last. A rename is two steps, or more; a layer that can do
-several at once (an image that we write ourselves) does them so. Elsewhere a rename that is cut short may
-leave a deleted lower name shown again, and never takes a file away.
+If a name exists beside its whiteout, the whiteout wins. That makes operations atomic: a deletion creates the
+whiteout first, and a creation over a whiteout removes the whiteout last. A rename takes two steps or more. A
+layer that can combine several steps (an image that cowfs writes itself) does them at once. Elsewhere, an
+interrupted rename may make a deleted lower name visible again, but never removes a file.
 
-A name beneath a whiteout is what a deletion left that was cut short. It goes before the whiteout does.
+A name beneath a whiteout is left over from an interrupted deletion. It is removed before the whiteout is.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _DEVICE = b"c0:0"
 
 
 class _Nothing:
-    """The key of the root, or of work/, of a store without any of our files yet."""
+    """The key of the root, or of work/, of a store that has no files of cowfs yet."""
 
     __slots__ = ()
 
@@ -59,7 +59,7 @@ class AufsStore(NamedWhiteouts):
         self.branch: Key = inner.root
         self.temporaries: Key = None
         """The work directory, if known: its contents count only after they have left it."""
-        self.fill_unit = 0  # a file that is copied up bit by bit needs notes
+        self.fill_unit = 0  # a lazy copy-up needs notes
         self._base: Key = None
         self._hidden_directories: int | None = None
         self._stored: dict[bytes, bytes] = {}
@@ -108,7 +108,7 @@ class AufsStore(NamedWhiteouts):
         self.upper.atime = value
 
     def together(self) -> AbstractContextManager[object]:
-        """The changes in the block reach the disk together, where the filesystem supports that."""
+        """Write the changes in the block to disk together, if the filesystem supports that."""
         return together(self.upper)
 
     # --- reading
@@ -150,14 +150,14 @@ class AufsStore(NamedWhiteouts):
         return _as_file(attr) if is_whiteout_device(attr) and not isinstance(key, Whiteout) else attr
 
     def _stat_branch(self) -> Attr:
-        """Return the attributes of the branch without the directories in it that do not show."""
+        """Return the attributes of the branch, not counting the directories in it that are hidden."""
         attr = self.upper.stat(self.branch)
         if self._hidden_directories is None:
             entries = self.upper.readdir(self.branch)
             names = [one.name for one in entries if one.name.startswith(META) or one.name == _LOST]
             found = [self.upper.lookup(self.branch, name) for name in names]
             self._hidden_directories = sum(one is not None and stat.S_ISDIR(one[1].st_mode) for one in found)
-        if attr.st_nlink <= 2:  # nobody counts them
+        if attr.st_nlink <= 2:  # this filesystem does not count them
             return attr
         if isinstance(attr, AttrData):
             return replace(attr, st_nlink=attr.st_nlink - self._hidden_directories)
@@ -187,12 +187,14 @@ class AufsStore(NamedWhiteouts):
         return super().getxattr(key, name)
 
     def _is_device(self, key: Key) -> bool:
-        """Whether an inode is a device 0:0, which hides nothing here: the union has a file in its place."""
+        """Whether an inode is a device 0:0. It hides nothing here: the union shows a file in its place."""
         return not isinstance(key, Whiteout) and is_whiteout_device(self.upper.stat(key))
 
     def _kept(self) -> dict[bytes, bytes]:
-        """Return the names under which the branch keeps those overlayfs attributes that affect only inode
-        numbers, link counts while it is mounted here, and the flags i and a of chattr(1).
+        """Return the names under which the branch stores some of overlayfs's attributes.
+
+        They affect only inode numbers, link counts while cowfs has it mounted, and the flags i and a of
+        chattr(1).
         """
         known = self.format
         if self._names_of is not known:
@@ -212,7 +214,7 @@ class AufsStore(NamedWhiteouts):
     # --- names
 
     def _must_be_free(self, directory: Key, name: bytes) -> None:
-        """EPERM for a name that is not for users, EEXIST where a whiteout is: that stands there."""
+        """EPERM for a name that users may not create, EEXIST if there is a whiteout."""
         self._must_be_allowed(directory, name)
         if len(name) > NAME_MAX:
             raise _error(errno.ENAMETOOLONG)
@@ -220,7 +222,7 @@ class AufsStore(NamedWhiteouts):
             raise _error(errno.EEXIST)
 
     def _must_be_allowed(self, directory: Key, name: bytes) -> None:
-        """EPERM for a name that is not for users: what stands there would not show, nor hide anything."""
+        """EPERM for a name that users may not create: it would be hidden, and would hide nothing."""
         if name.startswith(PREFIX) or (name == _LOST and directory == self.branch):
             raise _error(errno.EPERM)
 
@@ -235,7 +237,7 @@ class AufsStore(NamedWhiteouts):
         return self.upper.mkdir(directory, name, mode, uid, gid)
 
     def _begin(self, uid: int, gid: int) -> Key:
-        """Create our own directory if it is missing, and return it."""
+        """Create the directory of cowfs if it is missing, and return it."""
         if isinstance(self._own, _Nothing):
             with self._keeping_times():
                 self.upper.forget(self.upper.mkdir(self.branch, PRIVATE, 0o755, uid, gid))
@@ -269,7 +271,7 @@ class AufsStore(NamedWhiteouts):
         self.upper.link(key, directory, name)
 
     def _hide_free(self, directory: Key, name: bytes) -> None:
-        """Make a whiteout. EPERM for a name that is not for users, EEXIST if the name is there."""
+        """Create a whiteout. EPERM for a name that users may not create, EEXIST if the name exists."""
         self._must_be_allowed(directory, name)
         found = self.upper.lookup(directory, name)
         if found is not None:
@@ -278,7 +280,7 @@ class AufsStore(NamedWhiteouts):
         self._put(directory, PREFIX + name)
 
     def _put(self, directory: Key, name: bytes) -> None:
-        """Make another link to the file of all whiteouts, or to a new one when that has too many."""
+        """Link *name* to the file of all whiteouts, or to a new file if that one has too many links."""
         if self._base is None:
             found = self.upper.lookup(self.branch, BASE)
             if found is None:
@@ -295,11 +297,11 @@ class AufsStore(NamedWhiteouts):
                 raise
             if self._base is not None:
                 self.upper.forget(self._base)
-            self._base = self._make(directory, name)  # the next are names of this one
+            self._base = self._make(directory, name)  # the next whiteouts link to this one
 
     @contextmanager
     def _keeping_times(self) -> Iterator[None]:
-        """Restore the times of the branch after the block: its changes are not for users."""
+        """Restore the times of the branch after the block: users do not see its changes."""
         before = self.upper.stat(self.branch)
         with self.together():
             yield
@@ -311,7 +313,7 @@ class AufsStore(NamedWhiteouts):
         return key
 
     def _remove_covered(self, directory: Key, name: bytes) -> None:
-        """Remove what a whiteout covers in its own layer, however deep: a deletion that was cut short."""
+        """Remove the tree that a whiteout covers in its own layer: the rest of an interrupted deletion."""
         waiting: list[tuple[Key, bytes, Key | None]] = [(directory, name, None)]
         while waiting:
             parent, name, emptied = waiting.pop()
@@ -343,8 +345,10 @@ class AufsStore(NamedWhiteouts):
             self.upper.rmdir(directory, name, key)
 
     def _make_bare(self, directory: Key, name: bytes) -> None:
-        """Let nothing be in a directory in which users see nothing, and that is about to go: that it is
-        opaque is said by a name, and aufs leaves names in it when it crashes."""
+        """Remove the hidden names from a directory that is to be removed and that users see as empty.
+
+        The mark that it is opaque is a name, and aufs leaves names in it when it crashes.
+        """
         found = self.upper.lookup(directory, name)
         if found is None:
             return
@@ -383,7 +387,7 @@ class AufsStore(NamedWhiteouts):
     def _move_whiteout(
         self, source: tuple[Key, bytes], target: tuple[Key, bytes], flags: int, replaced: Key | None
     ) -> None:
-        """Let a name be deleted: what stands there is hidden first, then removed, or exchanged."""
+        """Delete a name: first hide what is there, then remove or exchange it."""
         hidden = self.upper.lookup(*target)
         self.upper.rename(_covering(source), _covering(target))
         if hidden is None:
@@ -401,7 +405,7 @@ class AufsStore(NamedWhiteouts):
             raise _error(errno.EEXIST)
         self._remove_covered(*target)
         is_new = self.temporaries is not None and source[0] == self.temporaries
-        if is_new:  # the name is there when the whiteout goes, and not before
+        if is_new:  # the name appears when the whiteout is removed, not before
             self.upper.rename(source, target, moved=moved)
         self.upper.unlink(target[0], PREFIX + target[1], None)
         if not is_new:
@@ -412,7 +416,7 @@ class AufsStore(NamedWhiteouts):
     # --- attributes
 
     def setxattr(self, key: Key, name: bytes, value: bytes, flags: int = 0) -> None:
-        """EOPNOTSUPP for what only overlayfs knows: redirects, metacopies."""
+        """Set an xattr. EOPNOTSUPP for those that only overlayfs has: redirects, metacopies."""
         name = self._kept().get(name, name)
         if name not in self.format.notes:
             self.upper.setxattr(key, name, value, flags)
@@ -434,10 +438,10 @@ class AufsStore(NamedWhiteouts):
         else:
             raise _error(errno.ENODATA)
 
-    # --- what aufs has left
+    # --- leftovers of aufs
 
     def clear_leftovers(self) -> None:
-        """Remove what aufs keeps while it is mounted, and leaves if the machine stops meanwhile."""
+        """Remove the files that aufs keeps while it is mounted, and leaves behind after a crash."""
         for name in LEFT:
             found = self.upper.lookup(self.branch, name)
             if found is not None and stat.S_ISDIR(found[1].st_mode):
@@ -450,12 +454,12 @@ _NO_LINK = {errno.EMLINK, errno.EPERM, errno.ENOENT, errno.ESTALE, errno.EOPNOTS
 
 
 def _covering(place: tuple[Key, bytes]) -> tuple[Key, bytes]:
-    """Return where the whiteout of a name is."""
+    """Return the directory and name of a name's whiteout."""
     return place[0], PREFIX + place[1]
 
 
 def _as_file(attr: Attr) -> Attr:
-    """Return the attributes of the file that the union has for a device 0:0."""
+    """Return the attributes of the file that the union shows for a device 0:0."""
     file = replace(attr) if isinstance(attr, AttrData) else own_attr(attr)
     file.st_mode = stat.S_IFREG | stat.S_IMODE(attr.st_mode)
     return file
@@ -466,7 +470,8 @@ def _error(code: int) -> OSError:
 
 
 def sign_of(names: Iterable[bytes]) -> bytes | None:
-    """Return which of the names at the root of a filesystem says that aufs has written there, if one does."""
+    """Return the name, of those at the root of a filesystem, that shows that aufs wrote there; None if
+    none."""
     return min((name for name in names if name.startswith(PREFIX)), key=_rank, default=None)
 
 
@@ -475,5 +480,5 @@ def _rank(name: bytes) -> tuple[bool, bytes]:
 
 
 def written_through(layer: UpperLayer) -> UpperLayer:
-    """Return what an aufs store is written to through; another layer itself."""
+    """Return the layer through which an aufs store is written; for any other layer, return it as it is."""
     return layer.upper if isinstance(layer, AufsStore) else layer

@@ -1,6 +1,6 @@
-"""Names of inodes outside of the merged tree: in the trash, where `cowfs revert` has put them.
+"""Names of inodes in the trash, outside of the merged tree, where `cowfs revert` puts them.
 
-A file of the upper with several names keeps those that it has in the tree; link counts include only these.
+An upper file with several names may have some in the trash. Link counts include only those in the tree.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from cowfs.overlay.fs import OverlayFs
 
 
 def names_away(fs: OverlayFs, key: Key) -> int:
-    """Return how many names of a file of the upper are away. Looks through the trash when first asked."""
+    """Return how many names of an upper file are in the trash. The first call searches the trash."""
     if fs.away is None:
         trash = fs.trash()
         fs.away = Counter() if trash is None else Counter(_below(fs, trash))
@@ -23,7 +23,7 @@ def names_away(fs: OverlayFs, key: Key) -> int:
 
 
 def moved(fs: OverlayFs, place: tuple[Key, bytes], by: int) -> None:
-    """Note that what is at *place* in the trash has been put there (*by* 1), or is about to leave (-1)."""
+    """Note that the entry at *place* was moved into the trash (*by* 1), or is about to leave it (-1)."""
     found = None if fs.away is None else fs.upper.lookup(*place)
     if fs.away is None or found is None:
         return
@@ -38,7 +38,7 @@ def moved(fs: OverlayFs, place: tuple[Key, bytes], by: int) -> None:
 
 
 def _below(fs: OverlayFs, directory: Key) -> Iterator[int]:
-    """Yield the number of each file with several names below a directory of the upper, once for each name."""
+    """Yield the number of each hard-linked file below a directory of the upper, once for each name."""
     for key, attr in inodes_below(fs.upper, directory):
         if attr.st_nlink > 1 and not stat.S_ISDIR(attr.st_mode) and not fs.is_whiteout(key, attr):
-            yield attr.st_ino  # a whiteout may be a name of one that many share
+            yield attr.st_ino  # includes whiteouts: many may share one inode

@@ -1,8 +1,8 @@
-"""Hard links of the lower that hold no notes: symlinks, fifos, sockets and devices take no user.* xattrs.
+"""Notes about hard links that cannot hold them: symlinks, fifos, sockets and devices take no user.* xattrs.
 
-So in a user's directory store they have an index of their own, a directory that the kernel's overlayfs does
-not look into. As in the other one, each is there under the name of its origin; beside it, with ``.notes``
-behind that name, is an empty file which has the xattrs in its place.
+In a user's directory store, these have an index of their own, in a directory that the kernel's overlayfs
+ignores. As in the main index, an entry's name is its origin. Beside the entry, an empty file with the same
+name and the suffix ``.notes`` holds the xattrs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _NOTES = b".notes"
 
 
 class Companions:
-    """Those of one store, in the directory *place* of its upper layer."""
+    """The companions of one store, in the directory *place* of its upper layer."""
 
     def __init__(self, upper: UpperLayer, place: Key) -> None:
         self._upper = upper
@@ -29,7 +29,7 @@ class Companions:
         entries = {entry.name for entry in upper.readdir(place)}
         for name in entries:
             if name.endswith(_NOTES):
-                if name.removesuffix(_NOTES) not in entries:  # the daemon was killed right there
+                if name.removesuffix(_NOTES) not in entries:  # the daemon was killed between the two steps
                     with suppress(OSError):
                         upper.unlink(place, name, None)
             elif name + _NOTES in entries:
@@ -42,7 +42,7 @@ class Companions:
         self._by_ino[ino] = name
 
     def begin(self, key: Key, name: bytes) -> None:
-        """Let an inode of the upper, which is about to be put into the index, have notes."""
+        """Make a place for the notes of an upper inode that is about to be put into the index."""
         upper = self._upper
         with suppress(FileNotFoundError):
             upper.unlink(self.place, name + _NOTES, None)
@@ -52,7 +52,7 @@ class Companions:
         self._enter(name, upper.stat(key).st_ino)
 
     def of(self, key: Key) -> Key | None:
-        """Return what has the notes of an inode; None if nothing has."""
+        """Return the file that holds the notes of an inode; None if there is none."""
         if not self.names:
             return None
         attr = self._upper.stat(key)
@@ -63,13 +63,13 @@ class Companions:
         return found[0] if found is not None else None
 
     def leave(self, name: bytes) -> None:
-        """Remove the notes of an inode that is not in the index any more."""
+        """Remove the notes of an inode that is no longer in the index."""
         self._by_ino.pop(self.names.pop(name), None)
         with suppress(OSError):
             self._upper.unlink(self.place, name + _NOTES, None)
 
     def clear(self) -> None:
-        """Forget all of them: the directory has been emptied."""
+        """Forget all notes: the directory was emptied."""
         self.names.clear()
         self._by_ino.clear()
 

@@ -1,9 +1,9 @@
 """Copy-up: how a lower inode becomes an upper one, whole or not at all (the kernel's copy_up.c).
 
-Where the upper takes a small file in one step, it gets that (:mod:`cowfs.overlay.whole`). Everything else is
-made ready under a temporary name in the work directory and then renamed into place. The data goes in before
-the xattrs, since writing drops ``security.capability``; the owner before the mode, since chown(2) drops
-set-ID bits; the times last.
+An upper that supports it creates a small file in one step (:mod:`cowfs.overlay.whole`). Everything else is
+prepared under a temporary name in the work directory and then renamed into place. The data is written before
+the xattrs, because a write removes ``security.capability``; the owner is set before the mode, because
+chown(2) clears set-ID bits; the times are set last.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from cowfs.types import Attr
 class CopyUp:
     """One regular file on its way up.
 
-    :meth:`run` may be called in any thread and blocks; everything else belongs to the thread of the
-    union. Meanwhile the node is as it was, and must be neither changed nor removed by anybody else.
+    Any thread may call :meth:`run`, which blocks; only the thread of the union may call the rest. Until
+    :meth:`commit`, the node is unchanged, and nobody else may change or remove it.
     """
 
     def __init__(self, fs: OverlayFs, node: Node, attr: Attr, size: int) -> None:
@@ -38,11 +38,11 @@ class CopyUp:
         self._original = read_original(fs, node, attr)
         self.size = size
         """How many bytes of the data are wanted."""
-        # A lookup of another name may change the node's meanwhile.
+        # Meanwhile, a lookup of another name may change the node's.
         self._place = None if node.dead else place_of(fs, node)
         self._temporary = fs.temporary()
         layer, key = node.lowers[-1]
-        # An empty file is copied without reading it: its owner may not be allowed to.
+        # Do not read an empty file: its owner may not have permission to.
         self._source = fs.lowers[layer].open(key, os.O_RDONLY) if size else None
         try:
             self._key, self._target = fs.upper.create(
@@ -53,14 +53,14 @@ class CopyUp:
             raise
 
     def run(self) -> None:
-        """Copy the data, holes and all. Blocks; raises what reading or writing does."""
+        """Copy the data, and keep its holes. Blocks; raises what reading or writing raises."""
         if self._source is not None:
             self._source.copy_to(self._target, self.size)
         if self._fs.options.sync_copy_up:
             self._target.fsync(datasync=True)
 
     def commit(self) -> None:
-        """Give the node its upper. After an exception the node is as it was."""
+        """Install the copy as the node's upper inode. After an exception, the node is unchanged."""
         fs, node = self._fs, self._node
         try:
             self._close()
@@ -77,7 +77,7 @@ class CopyUp:
         self._close_source()
         with suppress(OSError):
             self._fs.upper.unlink(self._fs.work, self._temporary, None)
-        if self._target.fileno() >= 0:  # what was copied is freed now, by the kernel
+        if self._target.fileno() >= 0:  # the kernel frees the copied data now
             self._fs.upper.later(self._target.close)
         else:
             self._target.close()
@@ -92,9 +92,9 @@ class CopyUp:
 
 
 class DataCopyUp:
-    """The data of a metacopy on its way up: into the inode that is there already.
+    """Copies the data of a metacopy into its upper inode.
 
-    The note that makes it a metacopy is taken away last, so a crash before leaves the metacopy.
+    The note that makes it a metacopy is removed last, so a crash before that leaves the metacopy.
     """
 
     def __init__(self, fs: OverlayFs, node: Node, size: int) -> None:
@@ -111,10 +111,10 @@ class DataCopyUp:
             raise
 
     def run(self) -> None:
-        """Copy the data; if that fails, give back the room that it took. Blocks."""
+        """Copy the data; if that fails, free the space that it took. Blocks."""
         try:
             self._source.copy_to(self._target, self.size)
-            if self.size < self._before.attr.st_size:  # or what is behind would be zeros until it is cut
+            if self.size < self._before.attr.st_size:  # else the end would be zeros until the size is set
                 self._target.truncate(self.size)
             if self._fs.options.sync_copy_up:
                 self._target.fsync(datasync=True)
@@ -134,7 +134,7 @@ class DataCopyUp:
         node.metacopy = False
         if node.redirect is not None:
             node.redirect = None
-            with suppress(OSError):  # on a file that is no metacopy it means nothing
+            with suppress(OSError):  # it means nothing on a file that is not a metacopy
                 fs.upper.removexattr(node.upper, fs.format.redirect)
         show_to_handles(fs, node)
 
@@ -149,7 +149,8 @@ class DataCopyUp:
 def prepare(fs: OverlayFs, node: Node, size: int | None = None) -> CopyUp | DataCopyUp | partial.Rest | None:
     """Begin to copy up a regular file with its first *size* bytes (all by default).
 
-    Returns the remaining work: ``run``, then ``commit`` (or ``abort``); None if there is none.
+    Return the remaining work, whose ``run`` and then ``commit`` (or ``abort``) the caller calls; None if
+    none.
     """
     if node.upper is not None and not node.metacopy:
         return None
@@ -165,7 +166,7 @@ def prepare(fs: OverlayFs, node: Node, size: int | None = None) -> CopyUp | Data
 
 
 def copy_up(fs: OverlayFs, node: Node, size: int | None = None) -> None:
-    """Copy up whatever *node* is, with its data, at once. Blocks for the time that it takes."""
+    """Copy up *node* of any type, with its data. Blocks until it is done."""
     if stat.S_ISREG(node.mode):
         job = prepare(fs, node, size)
         if job is not None:
@@ -184,7 +185,7 @@ def _do(job: CopyUp | DataCopyUp | partial.Rest) -> None:
 
 
 def begin_lazily(fs: OverlayFs, node: Node) -> bool:
-    """Let a large file be written to, with its data to come up later; False if that cannot be."""
+    """Prepare a large file for writing, and copy its data up later; False if that is not possible."""
     if not fs.fill_unit or not stat.S_ISREG(node.mode) or (node.dead and node.partial is None):
         return False
     if node.upper is None:
@@ -202,9 +203,9 @@ def begin_lazily(fs: OverlayFs, node: Node) -> bool:
 
 
 def copy_up_meta(fs: OverlayFs, node: Node) -> None:
-    """Make sure that *node* has an upper inode to change attributes and names of.
+    """Make sure that *node* has an upper inode, whose attributes and names can be changed.
 
-    A large file's data stays where it is: a metacopy. A small one is copied whole.
+    A large file becomes a metacopy: its data stays in the lower. A small file is copied whole.
     """
     if node.upper is not None:
         return
@@ -228,16 +229,16 @@ def copy_up_meta(fs: OverlayFs, node: Node) -> None:
 
 
 def link_alias(fs: OverlayFs, node: Node, parent: Node, name: bytes) -> None:
-    """Give an indexed inode a name of its in the upper, where it shows only through the index so far.
+    """Create a name of an indexed inode in the upper that so far shows only through the index.
 
-    Whatever removes or moves that name needs it there.
+    Removing or moving that name requires that it exists in the upper.
     """
     if node.indexed is None:
         return
     copy_up_directory(fs, parent)
     if fs.upper.lookup(parent.upper, name) is not None:
         return
-    # One more name in the upper, none in the union, whose directory has not changed.
+    # The upper gets one more name, the union does not: its directory is unchanged.
     before = fs.upper.stat(parent.upper)
     note_nlink(fs, node, alone=True)
     fs.upper.link(node.upper, parent.upper, name)
@@ -245,10 +246,10 @@ def link_alias(fs: OverlayFs, node: Node, parent: Node, name: bytes) -> None:
 
 
 def note_nlink(fs: OverlayFs, node: Node, *, alone: bool = False) -> None:
-    """Write down how many names an indexed inode has in the union, before some operation changes them.
+    """Record how many names an indexed inode has in the union, before an operation changes that.
 
-    For one that adds to the upper's nlink *alone*, relative to the lower's; for one that changes both
-    alike, relative to the upper's: right before and after it either way.
+    If the operation changes the upper's nlink *alone*, record it relative to the lower's nlink; if it changes
+    both alike, relative to the upper's. Either way, the record is right before and after the operation.
     """
     if node.indexed is None:
         return
@@ -262,12 +263,12 @@ def note_nlink(fs: OverlayFs, node: Node, *, alone: bool = False) -> None:
 
 
 def write_nlink(fs: OverlayFs, node: Node) -> None:
-    """Write down how many names an indexed inode has in the union, after something has changed that."""
+    """Record how many names an indexed inode has in the union, after an operation changed that."""
     note_nlink(fs, node, alone=_links_of_lower(fs, node) is not None)
 
 
 def _links_of_lower(fs: OverlayFs, node: Node) -> int | None:
-    """Return the nlink of the lower inode, which we noted; None if the kernel copied it up."""
+    """Return the recorded nlink of the lower inode; None if the kernel copied it up."""
     try:
         return parse_count(fs.noted(node.upper, fs.format.links))
     except OSError as failure:
@@ -284,7 +285,7 @@ def copy_up_directory(fs: OverlayFs, node: Node) -> None:
 
 
 def copy_up_chain(fs: OverlayFs, node: Node | None) -> Steps[None]:
-    """Copy up a directory and all above it, one in each step, the topmost first."""
+    """Copy up a directory and all directories above it, one per step, the topmost first."""
     missing = []
     while node is not None and node.upper is None:
         missing.append(node)
@@ -292,7 +293,7 @@ def copy_up_chain(fs: OverlayFs, node: Node | None) -> Steps[None]:
     for directory in reversed(missing):
         above = directory.parent
         if above is None or above.upper is None or directory.dead:
-            return  # it was moved or removed meanwhile: whoever needs it, sees to it
+            return  # moved or removed meanwhile: the caller that needs it handles that
         if directory.upper is None:
             _copy_up_directory(fs, directory)
         yield None
@@ -340,12 +341,12 @@ def _copy_up_inode(fs: OverlayFs, node: Node, attr: Attr) -> None:
 
 
 def _make(fs: OverlayFs, node: Node, temporary: bytes, attr: Attr) -> Key:
-    """Make an inode of the type and the owner that *node* has in the work directory."""
+    """Create an inode in the work directory, with the type and owner of *node*."""
     upper, work, owner = fs.upper, fs.work, (attr.st_uid, attr.st_gid)
     if stat.S_ISLNK(attr.st_mode):
         layer, key = node.lowers[0]
         return upper.symlink(work, temporary, fs.lowers[layer].readlink(key), *owner)
-    stand_in = stat.S_ISCHR(attr.st_mode) and not attr.st_rdev  # frozen: the device hides what is below
+    stand_in = stat.S_ISCHR(attr.st_mode) and not attr.st_rdev  # frozen: the device would hide what is below
     if not stand_in and not stat.S_ISREG(attr.st_mode):
         return upper.mknod(work, temporary, attr.st_mode, attr.st_rdev, *owner)
     made, file = upper.create(work, temporary, stat.S_IMODE(attr.st_mode), *owner)

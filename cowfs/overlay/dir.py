@@ -23,7 +23,7 @@ from cowfs.types import Attr
 
 
 class Owner(NamedTuple):
-    """Whom a new inode belongs to."""
+    """The owner of a new inode."""
 
     uid: int
     gid: int
@@ -33,7 +33,7 @@ ROOT = Owner(0, 0)
 
 
 def create(fs: OverlayFs, parent: Node, name: bytes, mode: int, owner: Owner) -> tuple[Node, Attr, File]:
-    """Make an empty regular file and open it. *mode* is taken as it is: the caller applies the umask."""
+    """Create an empty regular file and open it. The caller has applied the umask to *mode*."""
     files_: list[File] = []
 
     def make(directory: Key, name: bytes, owner: Owner) -> Key:
@@ -46,11 +46,11 @@ def create(fs: OverlayFs, parent: Node, name: bytes, mode: int, owner: Owner) ->
 
 
 def create_unnamed(fs: OverlayFs, parent: Node, mode: int, owner: Owner) -> tuple[Node, Attr, File]:
-    """Make an empty regular file that has no name, and open it (O_TMPFILE); :func:`link` may give it one.
+    """Create an empty regular file without a name, and open it (O_TMPFILE). :func:`link` can name it later.
 
-    It is in the work directory until then, where the next mount removes it, whatever happens to this one.
+    Until then it is in the work directory. If this mount ends uncleanly, the next mount removes it.
     """
-    if parent.dead:  # where a name gets ENOENT (ext4_new_inode() in the kernel's fs/ext4/ialloc.c)
+    if parent.dead:  # creating a name gives ENOENT here (ext4_new_inode() in fs/ext4/ialloc.c)
         raise error(errno.EPERM, parent.name)
     _must_take(fs, parent, b"")
     copy_up_directory(fs, parent)
@@ -74,17 +74,17 @@ def create_unnamed(fs: OverlayFs, parent: Node, mode: int, owner: Owner) -> tupl
 
 
 def mkdir(fs: OverlayFs, parent: Node, name: bytes, mode: int, owner: Owner) -> tuple[Node, Attr]:
-    """Make a directory, empty whatever the lowers hold under its name."""
+    """Create a directory. It is empty, whatever the lowers have under its name."""
     return _make(fs, parent, name, lambda d, n, o: fs.upper.mkdir(d, n, mode, *o), owner, directory=True)
 
 
 def symlink(fs: OverlayFs, parent: Node, name: bytes, target: bytes, owner: Owner) -> tuple[Node, Attr]:
-    """Make a symbolic link."""
+    """Create a symbolic link."""
     return _make(fs, parent, name, lambda d, n, o: fs.upper.symlink(d, n, target, *o), owner)
 
 
 def mknod(fs: OverlayFs, parent: Node, name: bytes, mode: int, rdev: int, owner: Owner) -> tuple[Node, Attr]:
-    """Make a device, fifo, socket or regular file."""
+    """Create a device, fifo, socket or regular file."""
     if stat.S_ISREG(mode) or not stat.S_IFMT(mode):
         node, attr, file = create(fs, parent, name, mode, owner)
         file.close()
@@ -95,7 +95,8 @@ def mknod(fs: OverlayFs, parent: Node, name: bytes, mode: int, rdev: int, owner:
 
 
 def _mknod_whiteout(fs: OverlayFs, parent: Node, name: bytes, mode: int, owner: Owner) -> tuple[Node, Attr]:
-    """Make a device that hides nothing here: it is a whiteout to an overlayfs whose upper is in the union."""
+    """Create a device 0:0 that hides nothing here: a whiteout of an overlayfs whose upper is in this
+    union."""
     _must_take(fs, parent, name)
     parent.added += 1
     found = fs.upper.lookup(parent.upper, name) if parent.upper is not None else None
@@ -104,14 +105,14 @@ def _mknod_whiteout(fs: OverlayFs, parent: Node, name: bytes, mode: int, owner: 
     copy_up_directory(fs, parent)
 
     def make(directory: Key, temporary: bytes, owner: Owner) -> Key:
-        return _stand_in(fs, directory, temporary, mode, owner)
+        return _make_stand_in(fs, directory, temporary, mode, owner)
 
     key = _make_over_whiteout(fs, parent, name, make, owner, directory=False)
     return _device_at(fs, parent, name, key)
 
 
-def _stand_in(fs: OverlayFs, directory: Key, name: bytes, mode: int, owner: Owner) -> Key:
-    """Make what the store has for a device that it cannot have."""
+def _make_stand_in(fs: OverlayFs, directory: Key, name: bytes, mode: int, owner: Owner) -> Key:
+    """Create the file that represents a device which the store cannot hold."""
     key, file = fs.upper.create(directory, name, stat.S_IMODE(mode), *owner)
     file.close()
     fs.note(key, fs.format.device, b"c0:0")
@@ -127,13 +128,13 @@ def _device_at(fs: OverlayFs, parent: Node, name: bytes, key: Key) -> tuple[Node
 
 
 def prepare_whiteout(fs: OverlayFs, owner: Owner) -> tuple[bytes, Key]:
-    """Make what :func:`leave_whiteout` puts in its place; return its name meanwhile, and its key."""
+    """Create the whiteout for :func:`leave_whiteout`; return its temporary name and its key."""
     temporary = fs.temporary()
-    return temporary, _stand_in(fs, fs.work, temporary, 0, owner)
+    return temporary, _make_stand_in(fs, fs.work, temporary, 0, owner)
 
 
 def leave_whiteout(fs: OverlayFs, parent: Node, name: bytes, prepared: tuple[bytes, Key]) -> None:
-    """Put it where a name was that has gone elsewhere."""
+    """Put a prepared whiteout at a name that was renamed."""
     temporary, key = prepared
     fs.upper.rename((fs.work, temporary), (parent.upper, name), moved=key)
     _device_at(fs, parent, name, key)
@@ -178,7 +179,7 @@ def _must_take(fs: OverlayFs, parent: Node, name: bytes) -> None:
 
 
 def _only_whiteout(fs: OverlayFs, parent: Node, name: bytes) -> None:
-    """EEXIST unless a whiteout is what the upper has under the name."""
+    """EEXIST unless the upper has a whiteout under the name."""
     found = fs.upper.lookup(parent.upper, name) if parent.upper is not None else None
     if found is None or not fs.is_whiteout(*found):
         raise error(errno.EEXIST, name)
@@ -187,7 +188,7 @@ def _only_whiteout(fs: OverlayFs, parent: Node, name: bytes) -> None:
 def _make_over_whiteout(
     fs: OverlayFs, parent: Node, name: bytes, maker: _Maker, owner: Owner, *, directory: bool
 ) -> Key:
-    """Make the new inode in the work directory, then let it take the whiteout's place."""
+    """Create the new inode in the work directory, then replace the whiteout with it."""
     above = fs.upper.stat(parent.upper)
     inherit = bool(above.st_mode & stat.S_ISGID)
     place = (parent.upper, name)
@@ -201,7 +202,7 @@ def _make_over_whiteout(
                 fs.upper.chmod(key, fs.upper.stat(key).st_mode | stat.S_ISGID)
             fs.note(key, fs.format.opaque, OPAQUE)
             fs.upper.rename((fs.work, temporary), place, files.RENAME_EXCHANGE, moved=key)
-            with suppress(OSError):  # the whiteout, in the work directory now, hides nothing
+            with suppress(OSError):  # the whiteout is now in the work directory, and hides nothing
                 fs.upper.unlink(fs.work, temporary, None)
         else:
             fs.upper.rename((fs.work, temporary), place, moved=key)
@@ -209,7 +210,7 @@ def _make_over_whiteout(
 
 
 def link(fs: OverlayFs, node: Node, parent: Node, name: bytes) -> Attr:
-    """Give a file one more name."""
+    """Give a file another name."""
     _must_take(fs, parent, name)
     if node.is_dir:
         raise error(errno.EPERM, name)
@@ -218,7 +219,7 @@ def link(fs: OverlayFs, node: Node, parent: Node, name: bytes) -> Attr:
     covered = parent.is_merged and lower_has(fs, parent, name)
     if covered:
         _only_whiteout(fs, parent, name)
-    copy_up(fs, node)  # with its data: a metacopy finds it by one name only
+    copy_up(fs, node)  # with its data: a metacopy finds its data by one name only
     copy_up_directory(fs, parent)
     note_nlink(fs, node)
     temporary = fs.unnamed.get(node)
@@ -243,7 +244,8 @@ def link(fs: OverlayFs, node: Node, parent: Node, name: bytes) -> Attr:
 
 
 def _name(fs: OverlayFs, node: Node, temporary: bytes, place: tuple[Key, bytes], *, covered: bool) -> None:
-    """Give a file its first name. EEXIST, unless it is *covered* by a whiteout, which goes."""
+    """Give a file its first name. With *covered*, replace the whiteout there; else EEXIST if the name
+    exists."""
     flags = 0 if covered else files.RENAME_NOREPLACE
     fs.upper.rename((fs.work, temporary), place, flags, moved=node.upper)
     del fs.unnamed[node]
@@ -256,7 +258,7 @@ def _link_over_whiteout(fs: OverlayFs, node: Node, parent: Node, name: bytes) ->
 
 
 def unlink(fs: OverlayFs, parent: Node, name: bytes) -> Node:
-    """Remove a name that is not a directory's; return the node that it had."""
+    """Remove a name that is not a directory's; return its node."""
     node = resolve(fs, parent, name)
     if node.is_dir:
         raise error(errno.EISDIR, name)
@@ -277,7 +279,7 @@ def unlink(fs: OverlayFs, parent: Node, name: bytes) -> Node:
 
 
 def _keep_count(fs: OverlayFs, node: Node, parent: Node, name: bytes, attr: Attr) -> None:
-    """See to it that removing a name of an indexed hard link takes one from its count.
+    """Make sure that removing a name of an indexed hard link lowers its link count by one.
 
     The count is kept relative to the names in the upper, so the name must be one of those.
     """
@@ -304,7 +306,7 @@ def name_removed(fs: OverlayFs, node: Node, parent: Node, name: bytes, *, last: 
 
 
 def last_removed(fs: OverlayFs, node: Node) -> None:
-    """Note that *node* has no name any more: it is dead, and leaves the index."""
+    """Note that *node* has no name any more: mark it dead, and remove it from the index."""
     node.dead = True
     partial.name_removed(fs, node)
     if node.indexed is not None:
@@ -313,7 +315,7 @@ def last_removed(fs: OverlayFs, node: Node) -> None:
 
 
 def rekey(fs: OverlayFs, node: Node) -> None:
-    """Let the node's key be that of a name it still has, which costs no descriptor, if one is known."""
+    """Use the key of a name that the node still has, if one is known: such a key costs no descriptor."""
     place = fs.nodes.place(node)
     if node.upper is None or place is None or place[0].upper is None:
         return
@@ -326,7 +328,8 @@ def rekey(fs: OverlayFs, node: Node) -> None:
 
 
 def _leave_index(fs: OverlayFs, node: Node) -> None:
-    """Remove the inode from the index. Its lower names already have whiteouts, so nobody looks there."""
+    """Remove the inode from the index. Its lower names have whiteouts already, so no lookup needs the
+    entry."""
     note = b""
     with suppress(OSError):
         note = fs.noted(node.upper, fs.format.origin)
@@ -340,9 +343,9 @@ def _leave_index(fs: OverlayFs, node: Node) -> None:
 
 
 def rmdir(fs: OverlayFs, parent: Node, name: bytes, seen: Seen | None = None) -> Node:
-    """Remove a directory that shows no names; return the node that it had.
+    """Remove a directory that shows no names; return its node.
 
-    *seen* is what was seen in it; else it is looked through here.
+    *seen* is an earlier result of :func:`look_through`; without it, the directory is read here.
     """
     node = resolve(fs, parent, name)
     if not node.is_dir:
@@ -371,7 +374,7 @@ def _remove_directory(fs: OverlayFs, parent: Node, name: bytes, node: Node) -> N
     except OSError as failure:
         if failure.errno not in {errno.ENOTEMPTY, errno.EEXIST}:
             raise
-        # It still holds whiteouts: take it out of sight before they go.
+        # It still contains whiteouts: move it out of the tree before removing them.
         temporary = fs.temporary()
         fs.upper.rename((parent.upper, name), (fs.work, temporary), moved=node.upper)
         whiteout.throw_away(fs, temporary, node)

@@ -1,4 +1,4 @@
-"""Open files."""
+"""Open files: open, read position, write and release."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ SET_ID = stat.S_ISUID | stat.S_ISGID
 def open_file(
     fs: OverlayFs, node: Node, flags: int, *, opener: Writer = Writer.PRIVILEGED, frugal: bool = False
 ) -> Handle:
-    """Open a regular file; for writing its data is copied up first, unless it is large (or O_TRUNC).
+    """Open a regular file. To write, first copy up its data, unless the file is large or *flags* have
+    O_TRUNC.
 
-    If *frugal* it must keep no descriptor; EMFILE if it needs one.
+    With *frugal*, the file must not keep a descriptor: EMFILE if it needs one.
     """
     if node.is_dir:
         raise error(errno.EISDIR, node.name)
@@ -55,9 +56,9 @@ _CUT_FROM = 16 << 20
 
 
 def is_long_to_cut(fs: OverlayFs, node: Node, size: int) -> bool:
-    """Say whether setting the size of a file of the upper frees so much that others should not wait for it.
+    """Whether setting the size of an upper file frees so much that other requests should not wait for it.
 
-    ``File.truncate`` can be called in a thread then; after that setattr_ or open_file sets the size.
+    If so, call ``File.truncate`` in a thread first, then setattr_ or open_file, which set the size.
     """
     if node.upper is None or node.metacopy or not stat.S_ISREG(node.mode):
         return False
@@ -76,7 +77,7 @@ def _reader(fs: OverlayFs, node: Node, *, frugal: bool) -> Reader:
 
 
 def attach(fs: OverlayFs, node: Node, file: File, *, opener: Writer = Writer.PRIVILEGED) -> Handle:
-    """Return the handle of a file that its creation has opened."""
+    """Return a handle for *file*, which the creation of *node* opened."""
     return _enter(Handle(node, file, writable=True, opener=opener))
 
 
@@ -99,12 +100,12 @@ def write(fs: OverlayFs, handle: Handle, data: bytes, offset: int, *, writer: Wr
 
 
 def is_long_to_write(handle: Handle, size: int, offset: int) -> bool:
-    """Say whether a write has to read from a lower first: others need not wait for that."""
+    """Whether a write must first read from a lower. Other requests need not wait for that."""
     return isinstance(handle.file, PartialFile) and handle.file.needs_the_lower(size, offset)
 
 
 def will_be_written(fs: OverlayFs, handle: Handle, writer: Writer | None) -> None:
-    """Do what must precede a write by the file itself, for example in a thread."""
+    """Do what must be done before the file itself is written, for example by a thread."""
     if handle.node.mode & SET_ID:
         drop_set_id(fs, handle.node, writer or handle.opener)
 
@@ -129,7 +130,7 @@ def seek(fs: OverlayFs, handle: Handle, offset: int, whence: int) -> int:
             if start > hole:
                 return hole
             hole = stop
-        if time.monotonic() > deadline:  # in millions of pieces: all of it may be called data (lseek(2))
+        if time.monotonic() > deadline:  # too many pieces: lseek(2) may call all of it data
             return offset if whence == os.SEEK_DATA else size
     if whence == os.SEEK_DATA:
         raise error(errno.ENXIO, handle.node.name)
@@ -137,7 +138,7 @@ def seek(fs: OverlayFs, handle: Handle, offset: int, whence: int) -> int:
 
 
 def drop_set_id(fs: OverlayFs, node: Node, writer: Writer) -> None:
-    """Take the set-ID bits that a write or truncate by *writer* takes (setattr_should_drop_suidgid)."""
+    """Clear the set-ID bits that a write or truncate by *writer* clears (setattr_should_drop_suidgid)."""
     if writer is Writer.PRIVILEGED or node.is_dir or not node.mode & SET_ID:
         return
     mode = fs.upper.stat(node.upper).st_mode
@@ -150,7 +151,7 @@ def drop_set_id(fs: OverlayFs, node: Node, writer: Writer) -> None:
 
 
 def release(fs: OverlayFs, handle: Handle) -> None:
-    """Close an open file; the last handle of an unlinked file lets its data go."""
+    """Close an open file. Closing the last handle of an unlinked file frees its data."""
     node = handle.node
     if node.dead and handle.file.fileno() >= 0 and handle.file.stat().st_blocks * 512 > _CUT_FROM:
         fs.upper.later(handle.close)

@@ -1,4 +1,4 @@
-"""Find a node by its number, for file handles (the kernel's export.c, which has an index for it)."""
+"""Find a node by its number, for file handles. The kernel's export.c has an index for that."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Places = dict[int, tuple[int, bytes]]
 
 
 def at_place(fs: OverlayFs, ino: int, places: Places) -> Node | None:
-    """Return the node of this number if it is known, or still where it was seen."""
+    """Return the node with this number if it is known, or is still at the place where it was seen."""
     names: list[tuple[int, bytes]] = []
     walk = ino
     while (node := fs.nodes.get(walk)) is None:
@@ -36,7 +36,7 @@ def at_place(fs: OverlayFs, ino: int, places: Places) -> Node | None:
 
 
 def see_all(fs: OverlayFs, places: Places) -> Steps[None]:
-    """Walk through the whole union, and write down where everything is."""
+    """Walk through the whole union, and record the place of every inode."""
     places.clear()
 
     def note(directory: Node, name: bytes, node: Node) -> bool:
@@ -50,8 +50,8 @@ def see_all(fs: OverlayFs, places: Places) -> Steps[None]:
 def walk(fs: OverlayFs, see: Callable[[Node, bytes, Node], bool]) -> Steps[None]:
     """Walk through the whole union.
 
-    *see* is called with each name and its node, a directory before its contents; it returns whether to enter
-    a directory.
+    Call *see* with each directory, name and node, a directory before its contents. *see* returns whether to
+    enter a directory.
     """
     waiting = [fs.root]
     fs.root.lookups += 1
@@ -71,7 +71,7 @@ def walk(fs: OverlayFs, see: Callable[[Node, bytes, Node], bool]) -> Steps[None]
                     else:
                         fs.release(node)
             except OSError:
-                continue  # what cannot be listed is not found
+                continue  # skip what cannot be listed
             finally:
                 fs.forget(directory, 1)
     finally:

@@ -1,4 +1,4 @@
-"""The flags of chattr(1), and when an inode was made (the kernel's ovl_fileattr_get, ovl_getattr)."""
+"""The flags of chattr(1), and the birth time (the kernel's ovl_fileattr_get(), ovl_getattr())."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _must_have_flags(node: Node) -> None:
 
 
 def getflags(fs: OverlayFs, node: Node) -> int:
-    """Return the flags as the topmost layer has them; 0 where it has none. ENOTTY for what can have none."""
+    """Return the flags in the topmost layer, 0 if it has none. ENOTTY for an inode that cannot have flags."""
     _must_have_flags(node)
     layer, key = fs.topmost(node)
     found = layer.getflags(key) if is_flagged(layer) else 0
@@ -34,7 +34,7 @@ def getflags(fs: OverlayFs, node: Node) -> int:
 
 
 def setflags(fs: OverlayFs, node: Node, flags: int) -> None:
-    """Set all flags, in the upper. EOPNOTSUPP for those that it has not."""
+    """Set all flags, in the upper. EOPNOTSUPP for flags that the upper does not support."""
     _must_have_flags(node)
     if not is_flaggable(fs.upper):
         raise error(errno.EOPNOTSUPP, node.name)
@@ -48,9 +48,9 @@ def setflags(fs: OverlayFs, node: Node, flags: int) -> None:
 
 
 def inherit(fs: OverlayFs, directory: Key, key: Key, mode: int) -> None:
-    """Give a new inode of *mode*, made in the work directory, the flags that it would have from a directory.
+    """Give a new inode of *mode* in the work directory the flags that it inherits from *directory*.
 
-    Where the upper is the kernel's that is left out: it would cost two opens for each.
+    Does nothing if the upper is on a kernel filesystem: it would cost two opens for each inode.
     """
     if fs.upper.has_descriptors or not is_flaggable(fs.upper):
         return
@@ -70,6 +70,6 @@ def version(fs: OverlayFs, node: Node) -> int:
 
 
 def birth(fs: OverlayFs, node: Node) -> int | None:
-    """Return when the inode was made that the topmost layer has, in ns; None where that is not kept."""
+    """Return the birth time, in ns, of the inode in the topmost layer; None if the layer does not keep it."""
     layer, key = fs.topmost(node)
     return layer.birth(key) if is_flagged(layer) else None

@@ -1,7 +1,7 @@
-"""Exchange the upper: the old one becomes the topmost lower, or is dropped for what is below it.
+"""Exchange the upper: the old one becomes the topmost lower, or is dropped to show what is below it.
 
-No inode changes by being frozen. A node that was in the upper is in a lower from then on, and is copied up
-again when it is changed next; its number and its open files stay.
+Freezing changes no inode. A node that was in the upper is then in a lower, and the next change copies it up
+again. It keeps its number and its open files.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from cowfs.overlay.uncover import Stale
 
 
 def link_all(fs: OverlayFs) -> Steps[None]:
-    """Let the hard links in the index have all their names in the upper: as a lower it has no index."""
+    """Give the hard links in the index all their names in the upper, because a lower has no index."""
     if are_hidden(fs):
         yield from walk(fs, lambda directory, name, node: _link(fs, directory, name, node))
 
 
 def give_up_index(fs: OverlayFs) -> None:
-    """Let the hard links have all their names in the upper, and none in the index. Blocks."""
+    """Give the hard links all their names in the upper, and remove them from the index. Blocks."""
     done_at_once(link_all(fs))
     for name in list(fs.indexed):
         place = fs.index_of(name)
@@ -59,7 +59,7 @@ def _link(fs: OverlayFs, directory: Node, name: bytes, node: Node) -> bool:
 
 
 def unindex(fs: OverlayFs) -> None:
-    """Let no node be known by its name in the index."""
+    """Give each node whose key is its name in the index another key."""
     for node in fs.own_nodes():
         if node.indexed is not None:
             rekey(fs, node)
@@ -76,9 +76,9 @@ def path_of(node: Node) -> bytes:
 
 
 def must_be_still(fs: OverlayFs, *, with_pending: bool) -> None:
-    """EBUSY while the data of a file is being copied up, or changed by a thread; ask again soon then.
+    """EBUSY while a file's data is being copied up, or a thread changes it; the caller retries soon.
 
-    Also while a file is not whole, unless *with_pending*.
+    Also EBUSY while a file is partial, unless *with_pending*.
     """
     for node in fs.own_nodes():
         if node.copying is not None or (node.handles is not None and not fs.host.end_writes(node)):
@@ -88,9 +88,9 @@ def must_be_still(fs: OverlayFs, *, with_pending: bool) -> None:
 
 
 def freeze(fs: OverlayFs, new_upper: Key, frozen: LowerLayer) -> None:
-    """Go on with the upper at *new_upper*, which is empty, above what was the upper, which is *frozen*.
+    """Continue with the empty upper at *new_upper*, above *frozen*, which was the upper until now.
 
-    The layers have been changed already, the index is empty, and :func:`must_be_still` has said nothing.
+    Before the call, change the layers, empty the index, and let :func:`must_be_still` succeed.
     """
     fs.lay(fs.base, (frozen, *fs.frozen))
     number = -len(fs.frozen)

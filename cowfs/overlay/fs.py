@@ -1,4 +1,4 @@
-"""What all operations of the union share: its layers, its nodes, its numbering of inodes."""
+"""What all operations of the union share: its layers, its nodes and its inode numbers."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _MOST_REAL = (1 << 32) - 1
 
 @dataclass(frozen=True, slots=True)
 class OverlayOptions:
-    """How the union keeps its own notes in the upper."""
+    """How the union stores its notes in the upper."""
 
     xattr_prefix: bytes = TRUSTED
     """``user.overlay.`` where trusted.* is not allowed (the kernel's *userxattr*)."""
@@ -61,7 +61,7 @@ class OverlayOptions:
 
 
 def error(code: int, *names: object) -> OSError:
-    """Return the OSError of an errno."""
+    """Return an OSError with this errno."""
     return OSError(code, os.strerror(code), *names)
 
 
@@ -74,7 +74,7 @@ its exception in.
 
 
 def done_at_once(steps: Steps[R]) -> R:
-    """Do all steps; return their result."""
+    """Do all steps now; return their result."""
     try:
         call = next(steps)
         while True:
@@ -86,7 +86,7 @@ def done_at_once(steps: Steps[R]) -> R:
 
 @dataclass(slots=True)
 class Pending:
-    """A file that is copied up lazily, and not whole yet."""
+    """A file that is being copied up lazily, and is still partial."""
 
     key: Key
     part: Part
@@ -97,7 +97,7 @@ class Pending:
 
 
 class Rubbish(NamedTuple):
-    """A directory in the work directory that holds nothing but whiteouts."""
+    """A directory in the work directory that contains only whiteouts."""
 
     name: bytes
     node: Node | None
@@ -108,7 +108,7 @@ class OverlayFs:
     """The union's layers and nodes. Not thread-safe: all calls come from one thread.
 
     *upper_root*, *work* and *index* are directories of the upper layer: the changed tree, the place
-    for temporaries, which must be empty, and the index of hard links, if there is to be one.
+    for temporaries, which must be empty, and the index of hard links, if wanted.
     """
 
     def __init__(
@@ -122,8 +122,10 @@ class OverlayFs:
         frozen: Sequence[LowerLayer] = (),
         beneath: Key | None = None,
     ) -> None:
-        """*frozen* are earlier uppers, above all *lowers*, the newest first; in the upper's filesystem.
-        *beneath*: the first of the *lowers* is another union's upper layer, whose tree begins there."""
+        """*frozen* are earlier uppers in the upper's filesystem, above all *lowers*, the newest first.
+
+        *beneath*: the first of the *lowers* is another union's upper layer, whose tree begins there.
+        """
         self.options = options or OverlayOptions()
         self.upper = upper
         self.work = work
@@ -181,7 +183,7 @@ class OverlayFs:
     def lay(
         self, lowers: Sequence[LowerLayer], frozen: Sequence[LowerLayer], beneath: Key | None = None
     ) -> None:
-        """Let the union be of these layers below the upper, and of the modules that are loaded."""
+        """Set the layers below the upper. Loaded modules stay."""
         all_lowers = (*lowers, *self.modules)
         self.stack = Stack(
             all_lowers, self.format, beneath, frozen=frozen, bound=len(lowers), modules=self.loaded
@@ -194,18 +196,18 @@ class OverlayFs:
 
     @property
     def base(self) -> Sequence[LowerLayer]:
-        """The lowers that the union was made of, topmost first; no modules."""
+        """The lowers that the union was made from, topmost first, without modules."""
         return self.lowers[: self.stack.bound]
 
     @property
     def frozen(self) -> Sequence[LowerLayer]:
-        """The uppers from before, the newest first."""
+        """The frozen uppers, the newest first."""
         return self.lowers[len(self.lowers) - self.stack.frozen :]
 
-    # --- where something belongs, if this is more than one union (:mod:`cowfs.overlay.graft`)
+    # --- which union a node belongs to, if there are several (:mod:`cowfs.overlay.graft`)
 
     def unions(self) -> tuple[OverlayFs, ...]:
-        """Return all unions that this is made of."""
+        """Return all unions that this one consists of."""
         return (self,)
 
     def union_of(self, node: Node) -> OverlayFs:
@@ -217,22 +219,23 @@ class OverlayFs:
         return (node for node in self.nodes.all() if node.ino & APART == self._first)
 
     def above(self, node: Node) -> Node:
-        """Return the directory that ``..`` means in a directory."""
+        """Return the parent directory (``..``) of a directory."""
         return node.parent or node
 
     def room_of(self, ino: int) -> FsStats:
-        """Return the figures of what fills up when an inode does: of the store."""
+        """Return the statfs figures of the store that holds the data of this inode."""
         return self.upper.statfs()
 
     # --- numbers
 
     def ino_of(self, layer: int, dev: int, attr: Attr) -> int:
-        """Return the union's number of a layer's inode: its filesystem's above, its own below.
+        """Return the union's number for a layer's inode: the filesystem in the high bits, the inode in the
+        low.
 
-        *layer* is 0 for the upper, i + 1 for lower i; *dev* the layer's. Layers on one filesystem
-        share its numbers, and so do the upper and what was frozen of it. Numbers of more than 40 bits, of
-        subvolumes inside a layer, and the two that FUSE keeps, get one of a range of their own: unique, but
-        maybe another at the next mount.
+        *layer* is 0 for the upper, i + 1 for lower i; *dev* is the layer's. Layers on one filesystem share
+        its numbers, and so do the upper and the frozen uppers. Numbers of more than 40 bits, those of
+        subvolumes in a layer, and the two that FUSE reserves are replaced by numbers from a separate range.
+        These are unique, but may differ at the next mount.
         """
         real = attr.st_ino
         number = self._filesystems[layer] if layer > 0 else 0
@@ -241,16 +244,16 @@ class OverlayFs:
         return self.strange_ino(layer, attr.st_dev, real)
 
     def ino_of_real(self, layer: int, dev: int, real: int) -> int:
-        """Like :meth:`ino_of`, for an inode of which only the number is known."""
+        """Like :meth:`ino_of`, if only the number of the inode is known."""
         number = self._filesystems[layer] if layer > 0 else 0
         if real <= _REAL_MASK and (number or real > ROOT_INO):
             return (real | number << _LAYER_SHIFT) + self._first
         return self.strange_ino(layer, dev, real)
 
     def strange_ino(self, layer: int, dev: int, real: int) -> int:
-        """Return a number of the range for an inode without a natural one.
+        """Return a number from the separate range, for an inode whose own number cannot be used.
 
-        Only numbers of live nodes are remembered. The number is computed from the argument, so that the same
+        Only numbers of live nodes are remembered. The number is computed from the arguments, so the same
         inode gets its old number again, unless another has taken it.
         """
         inode = layer, dev, real
@@ -265,7 +268,7 @@ class OverlayFs:
         return number
 
     def generation_of(self, ino: int, attr: Attr) -> int:
-        """Return what tells a new node, besides its number in the union, from others that had this."""
+        """Return the generation, which tells a new node from earlier ones with the same number."""
         number = ino - self._first >> _LAYER_SHIFT
         if not self.exports or number >= len(self._generations) or ino & _REAL_MASK > _MOST_REAL:
             return next(self._incarnations) & 0x7FFFFFFF
@@ -274,7 +277,7 @@ class OverlayFs:
         return self._generations[number] or 0
 
     def temporary(self) -> bytes:
-        """Return a name that is free in the work directory."""
+        """Return an unused name in the work directory."""
         return b"#%x" % next(self._temporaries)
 
     # --- attributes
@@ -291,8 +294,8 @@ class OverlayFs:
     def stat(self, node: Node) -> Attr:
         """Return the attributes of a node as its topmost layer has them.
 
-        ``st_ino`` and ``st_nlink`` in it are the layer's: the union's are ``node.ino`` and
-        what :mod:`~cowfs.overlay.nlink` says.
+        Their ``st_ino`` and ``st_nlink`` are the layer's. The union's are ``node.ino`` and the result of
+        :mod:`~cowfs.overlay.nlink`.
         """
         if node.upper is not None:
             attr = self.upper.stat(node.upper)
@@ -313,7 +316,7 @@ class OverlayFs:
         return attr if node.mode ^ attr.st_mode < _TYPE else as_device(attr)
 
     def covers(self, directory: Node | None) -> None:
-        """Note that the upper has a name now under which a lower directory was seen in this directory."""
+        """Note that the upper now has a name in *directory* that a lower directory may have."""
         below = self.below.get(directory) if self.below and directory is not None else None
         if below and directory is not None:
             self.below[directory] = below - 1
@@ -331,18 +334,18 @@ class OverlayFs:
         return node.lowers[0][1] if node.lowers and node.lowers[0][0] < 0 else None
 
     def in_module(self, node: Node) -> bool:
-        """Return whether a module has a part in a node."""
+        """Whether a part of a node is in a module."""
         return bool(self.modules) and any(layer >= self.stack.bound for layer, _ in node.lowers)
 
     def data_waits(self, node: Node) -> bool:
-        """Whether the data of a file that is not in the upper is in a lower that may wait for others."""
+        """Whether a file's data is in a lower that may have to wait for something, for example a server."""
         lowers = node.lowers
         return bool(lowers) and self.lowers[lowers[-1][0]].waits
 
     # --- the union's own xattrs in the upper
 
     def note(self, key: Key, name: bytes, value: bytes) -> None:
-        """Set one of the union's own xattrs."""
+        """Set one of the union's own xattrs in the upper."""
         try:
             self.upper.setxattr(key, name, value)
         except OSError as failure:
@@ -357,24 +360,25 @@ class OverlayFs:
         return self.upper.getxattr(key if holder is None else holder, name)
 
     def index_of(self, name: bytes) -> Key | None:
-        """Return the directory of an indexed hard link; None if there is no index."""
+        """Return the index directory that has an indexed hard link of this name; None if there is no
+        index."""
         if self.companions is not None and name in self.companions.names:
             return self.companions.place
         return self.index
 
     def notes(self, layer: LowerLayer, key: Key) -> dict[bytes, bytes] | None:
-        """Return the union's own xattrs of a layer's inode by full name, None when it has none."""
+        """Return the union's own xattrs of a layer's inode by full name; None if it has none."""
         if layer is self.upper and self.companions and (holder := self.companions.of(key)) is not None:
             key = holder
         return notes_of(layer, key, self.format)
 
     def came_from(self, key: Key, place: bytes) -> bool:
-        """Whether an indexed hard link was copied up from the lower inode that is at this place."""
+        """Whether an indexed hard link was copied up from the lower inode at this place."""
         holder = self.companions.of(key) if self.companions and place else None
         return came_from(self.upper, key if holder is None else holder, place, self.format)
 
     def find_in_index(self, handle: FileHandle | None) -> tuple[Key, Attr] | None:
-        """Return the upper inode of a hard-linked lower one that was copied up under another name."""
+        """Return the upper inode of a hard-linked lower inode that was copied up under another name."""
         name = None if handle is None else index_name(make_origin(handle))
         if self.companions is None or name not in self.companions.names:
             return self.hard_links.find(handle) if self.hard_links is not None else None
@@ -383,7 +387,7 @@ class OverlayFs:
         return found if found is not None and self.came_from(found[0], handle.place) else None
 
     def index_what_takes_no_notes(self, place: Key) -> None:
-        """Index hard links of symlinks, fifos, sockets and devices, too, in a directory of our own."""
+        """Also index hard links of symlinks, fifos, sockets and devices, in a directory of cowfs's own."""
         self.companions = Companions(self.upper, place)
         self.indexed.update(self.companions.names)
 
@@ -394,13 +398,13 @@ class OverlayFs:
     # --- life and death of nodes
 
     def forget(self, node: Node, lookups: int) -> None:
-        """Take back references that the kernel had; the last one lets the node go."""
+        """Subtract references that the kernel dropped; without any left, release the node."""
         node.lookups -= lookups
         if node.lookups <= 0:
             self.release(node)
 
     def release(self, node: Node) -> None:
-        """Let a node go that nobody refers to any more; a no-op for others."""
+        """Free a node that nothing refers to any more; does nothing for others."""
         if node.lookups > 0 or node.children or node.handles:
             return
         for gone in self.nodes.unused(node):
@@ -411,15 +415,15 @@ class OverlayFs:
             for layer, key in gone.lowers:
                 self.lowers[layer].forget(key)
             if self.modules:
-                self._left(gone)
+                self._close_unused_modules(gone)
             if self.below:
                 self.below.pop(gone, None)
             if self.unnamed and gone in self.unnamed:
-                with suppress(OSError):  # what stays goes at the next mount
+                with suppress(OSError):  # the next mount removes what stays
                     self.upper.unlink(self.work, self.unnamed.pop(gone), None)
 
-    def _left(self, gone: Node) -> None:
-        """Close the removed modules whose last inode in use was *gone*."""
+    def _close_unused_modules(self, gone: Node) -> None:
+        """Close the removed modules of which *gone* was the last inode in use."""
         self.covered.pop(gone, None)
         for number in [number for number, nodes in self.left.items() if gone in nodes]:
             self.left[number].discard(gone)
@@ -428,7 +432,7 @@ class OverlayFs:
                 self.close_module(number)
 
     def close_module(self, number: int) -> None:
-        """Close a module of which nothing is in use; its number is free."""
+        """Close a module that is no longer in use, and free its number."""
         layer = self.lowers[number]
         layer.close()
         if isinstance(layer, Cached):

@@ -1,13 +1,14 @@
-"""Directories whose changes are not kept: they show another union, with an upper layer in memory.
+"""Directories whose changes are not kept: they show another union, whose upper layer is in memory.
 
-That one has the same layers below, and the first one's upper too, so it shows everything that was there
-before. Its nodes have numbers of their own (:data:`~cowfs.overlay.node.APART`), and are in the same table. A
-directory of it that shall be seen, a *border*, is entered among the children of the first one's directory,
-where whatever looks for the name finds it; and since every call is passed on to the union that its node
-belongs to, neither union knows of the other.
+That union has the layers of the first one, and below its own upper also the first one's upper, so it shows
+everything that was there before. Its nodes have numbers of their own
+(:data:`~cowfs.overlay.node.APART`) in the same table. Each directory of it that users shall see is a
+*border*. A border is entered among the children of the first union's directory, where every search for the
+name finds it. Each call is passed on to the union that its node belongs to, so neither union needs to know
+the other.
 
-A border is to the tree around it what a mountpoint is: it stays where it is, and so do the directories above
-it (EBUSY), and nothing is renamed or linked across it (EXDEV).
+A border behaves like a mountpoint: it and the directories above it cannot be moved or removed (EBUSY), and
+nothing can be renamed or linked across it (EXDEV).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from cowfs.types import Attr, FsStats
 
 
 class Grafted(Overlay):
-    """A union in which the changes below some directories are not kept. See the module."""
+    """A union that does not keep the changes below some directories. See the module."""
 
     def __init__(self, *args: Any, **more: Any) -> None:
         self.apart: Overlay = self  # until there is another
@@ -36,10 +37,10 @@ class Grafted(Overlay):
         super().__init__(*args, **more)
 
     def graft(self, apart: Overlay, path: bytes) -> None:
-        """Show what *apart* has at this path, and nothing of the first union. Call it before the mount.
+        """Show *apart* at this path, instead of the first union. Call it before the mount.
 
-        *apart* is the same for all paths. ENOENT if the path does not exist, ENOTDIR if it is not a
-        directory, or is below a symbolic link.
+        Pass the same *apart* for all paths. ENOENT if the path does not exist, ENOTDIR if it is not a
+        directory or is below a symbolic link.
         """
         if self.apart is self:
             self.apart = apart
@@ -50,7 +51,7 @@ class Grafted(Overlay):
         parent, inner = self.root, apart.root
         for part in above:
             parent, inner = _directory(self, parent, part), _directory(apart, inner, part)
-        _directory(self, parent, name)  # it is there; nobody looks it up there any more
+        _directory(self, parent, name)  # it exists; from now on, nobody looks it up there
         border = _directory(apart, inner, name)
         border.lookups += 1
         apart.copy_up_meta(border)
@@ -126,7 +127,7 @@ def _directory(fs: OverlayFs, parent: Node, name: bytes) -> Node:
 
 
 def _passed_on(method: Callable[..., Any], *, by_handle: bool) -> Callable[..., Any]:
-    """Return a method that does what *method* does in the union of its first argument."""
+    """Return a method that calls *method* of the union that its first argument belongs to."""
 
     def by_node(self: Grafted, node: Node, *args: Any, **more: Any) -> Any:
         return method(self.apart if node.ino & APART else self, node, *args, **more)

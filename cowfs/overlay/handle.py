@@ -1,4 +1,4 @@
-"""What is open of an inode."""
+"""The open files of an inode."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Writer(Enum):
 
 
 class Reader:
-    """A file that all share who only read an inode: none of them has a place in it (pread(2))."""
+    """A file that all readers of an inode share: they use pread(2), so it needs no position."""
 
     __slots__ = ("file", "users")
 
@@ -70,12 +70,12 @@ class Handle:
         self._retired: list[tuple[File, Reader | None]] = []
 
     def replace(self, reader: Reader) -> None:
-        """Go on with another file. A read of the one before may be under way in a thread."""
+        """Continue with another file. A thread may still be reading the old one."""
         self._replace(reader.file, reader)
         reader.users += 1
 
     def thaw(self, file: File) -> None:
-        """Go on with what the inode was copied up to."""
+        """Continue with the upper file that the inode was copied up to."""
         self._replace(file, None)
         self.is_frozen = False
 
@@ -86,7 +86,7 @@ class Handle:
             self.on_replace(self, before)
         if before.fileno() < 0:
             self._retired.append((before, reader_before))
-        # A file of the kernel's is closed by its last user, so that none stays open unused.
+        # The last user closes a file that has a descriptor, so that none stays open unused.
 
     def close(self) -> None:
         """Close all files."""
@@ -104,7 +104,7 @@ def _close(file: File, reader: Reader | None) -> None:
 
 
 class Handles(dict[Handle, None]):
-    """All that are open of one inode, in their order."""
+    """All open handles of one inode, in the order of their opening."""
 
     __slots__ = ("reader",)
 

@@ -1,4 +1,4 @@
-"""What the union asks of those who serve it and keep its store, and what it tells them."""
+"""The callbacks of the union to the program that serves it and keeps its store."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from cowfs.overlay.node import Node
 
 @dataclass(slots=True)
 class Host:
-    """The program that serves the union sets each of these; until then nobody else uses the union."""
+    """The callbacks. The program that serves the union sets them all before others use the union."""
 
-    # --- of the store
+    # --- the store
 
     make_room: Callable[[], bool] = lambda: False
     """Called when the upper is full; True: there is more room now, try again."""
@@ -21,7 +21,7 @@ class Host:
     wants_rest: Callable[[], bool] = lambda: True
     """Whether partly copied files should be completed while nobody waits for them."""
 
-    # --- of what is done later
+    # --- deferred work
 
     rest_soon: Callable[[], None] = lambda: None
     """Called when there is one more of these files."""
@@ -29,7 +29,7 @@ class Host:
     """Called when there is much rubbish, to let somebody call :func:`~cowfs.overlay.whiteout.sweep`; without
     it that is done at once."""
 
-    # --- of what is in use
+    # --- what is in use
 
     close_idle: Callable[[Node], bool] = lambda node: True
     """Called before an inode gets other data: closes its idle descriptors; False if one is in use at the

@@ -1,4 +1,4 @@
-"""What is missing of partial files: found again at the next mount, brought up while nobody waits for it."""
+"""Partial files: find them at the next mount, and copy up their missing data in the background."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _NO_MORE = {errno.ENODATA, errno.ESTALE, errno.ENOENT, errno.EINVAL, errno.EOPNO
 
 
 def resume(fs: OverlayFs) -> None:
-    """Find the partial files that an earlier mount has left."""
+    """Find the partial files that an earlier mount left."""
     if fs.notebook is None or not fs.fill_unit:
         return
     for ino in partial.listed(fs.upper, fs.notebook, fs.format.partial):
@@ -41,7 +41,7 @@ def resume(fs: OverlayFs) -> None:
 
 
 def missing(fs: OverlayFs) -> tuple[int, int]:
-    """Return how many files are partial, and about how many bytes of them are in the lower alone."""
+    """Return how many files are partial, and about how many of their bytes are only in the lower."""
     size = 0
     for pending in fs.pending.values():
         with suppress(OSError):
@@ -50,7 +50,7 @@ def missing(fs: OverlayFs) -> tuple[int, int]:
 
 
 def has_room(fs: OverlayFs, file: PartialFile) -> bool:
-    """Whether the rest of a file can be brought up so that some is left for others."""
+    """Whether the rest of a file can be copied up and leave some space for others."""
     room = fs.upper.statfs()
     need = file.missing()
     spare = min(_SPARE, room.blocks * room.frsize // 16)
@@ -58,7 +58,7 @@ def has_room(fs: OverlayFs, file: PartialFile) -> bool:
 
 
 def open_rest(fs: OverlayFs, pending: Pending) -> PartialFile:
-    """Open a partial file to copy the rest. EIO if its lower is not what it was; EAGAIN if that may wait."""
+    """Open a partial file to copy the rest. EIO if its lower has changed; EAGAIN to try again later."""
     found = lookup.find_below(fs, names_of_redirect(pending.path))
     if found is None:
         raise error(errno.EIO, pending.path)
@@ -77,6 +77,6 @@ def open_rest(fs: OverlayFs, pending: Pending) -> PartialFile:
 
 
 def complete(fs: OverlayFs, pending: Pending) -> None:
-    """Make a partial file, whose data is now completely in the upper, an ordinary file."""
+    """Make a partial file an ordinary file, now that all its data is in the upper."""
     partial.finish(fs, pending.key, pending.part, pending.node)
     log.info("%r is now fully copied up", pending.path)

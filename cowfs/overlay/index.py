@@ -1,6 +1,6 @@
-"""The index of hard links: finds the upper inode that was made from a lower one, under any of its names.
+"""The index of hard links: finds the upper inode of a lower inode, by any of its names.
 
-The kernel's overlayfs keeps it the same way (ovl_lookup_index() in fs/overlayfs/namei.c).
+The kernel's overlayfs stores it the same way (ovl_lookup_index() in fs/overlayfs/namei.c).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from cowfs.types import Attr, FileHandle
 
 
 class Index(NamedTuple):
-    """The directory of the upper layer with the hard links that were copied up, under their origins."""
+    """The directory of the upper layer that has the copied-up hard links, named by their origins."""
 
     upper: LowerLayer
     directory: Key
@@ -22,9 +22,9 @@ class Index(NamedTuple):
     format: XattrFormat
 
     def find(self, handle: FileHandle | None) -> tuple[Key, Attr] | None:
-        """Return the upper inode of a hard-linked lower one that was copied up, maybe under another name.
+        """Return the upper inode of a hard-linked lower inode, copied up perhaps under another name.
 
-        *handle* is the lower inode's. None if it was not.
+        *handle* is that of the lower inode. None if it was not copied up.
         """
         name = None if handle is None else index_name(make_origin(handle))
         if name is None or name not in self.names:
@@ -37,14 +37,16 @@ class Index(NamedTuple):
 
 
 def open_index(upper: LowerLayer, directory: Key, xattrs: XattrFormat) -> Index:
-    """Return the index that is this directory of the upper layer."""
+    """Return the index in this directory of the upper layer."""
     return Index(upper, directory, {entry.name for entry in upper.readdir(directory)}, xattrs)
 
 
 def came_from(upper: LowerLayer, key: Key, place: bytes, xattrs: XattrFormat) -> bool:
-    """Whether an indexed hard link was copied up from the lower inode that is at this place, and not
-    from another to which a bad image gives the same number; True where that is not known."""
+    """Whether an indexed hard link was copied up from the lower inode at this place; True if unknown.
+
+    A bad image may give two inodes the same number.
+    """
     try:
         return not place or upper.getxattr(key, xattrs.place) == place
     except OSError:
-        return True  # the kernel, or an old cowfs, has copied it up
+        return True  # the kernel, or an old cowfs, copied it up

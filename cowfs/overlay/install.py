@@ -1,4 +1,4 @@
-"""How a copy that is ready gets its name, its place in the index, and its readers."""
+"""Install a finished copy: give it its name, its place in the index, and its readers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Place = tuple[Node, bytes]
 
 
 def place_of(fs: OverlayFs, node: Node) -> Place:
-    """Return a name that the node has, for a hard link whichever is known. ENOENT."""
+    """Return a place where the node has a name; for a hard link, any known one. ENOENT if it has none."""
     found = fs.nodes.place(node)
     if found is None:
         raise error(errno.ENOENT, node.name)
@@ -31,8 +31,9 @@ def place_of(fs: OverlayFs, node: Node) -> Place:
 def install(
     fs: OverlayFs, node: Node, place: Place | None, key: Key, temporary: bytes, original: Original
 ) -> None:
-    """Move the finished inode from the work directory to the node's name; a node without a name gets its key
-    only.
+    """Move the finished inode from the work directory to the node's name.
+
+    A node without a name only gets the key.
     """
     upper = fs.upper
     if place is None:
@@ -49,20 +50,20 @@ def install(
             raise
         if original.index_name is not None:
             original = _begin_notes(fs, node, key, original, original.index_name)
-    if node.is_dir:  # after the origin, which needs the room in the inode
+    if node.is_dir:  # after the origin, which should fit in the inode
         with suppress(OSError):  # only a hint to the kernel's readdir
             fs.note(key, fs.format.impure, IMPURE)
     before = upper.stat(parent.upper)
     if original.index_name is not None and fs.index is not None:
-        _settle_indexed(fs, node, place, key, temporary, original.index_name, original)
+        _install_indexed(fs, node, place, key, temporary, original.index_name, original)
     else:
         upper.rename((fs.work, temporary), (parent.upper, name), files.RENAME_NOREPLACE, moved=key)
-    # The directory has not changed as far as the merged tree is concerned.
+    # In the merged tree, the directory has not changed.
     upper.utimens(parent.upper, before.st_atime_ns, before.st_mtime_ns)
 
 
 def _begin_notes(fs: OverlayFs, node: Node, key: Key, original: Original, name: bytes) -> Original:
-    """Let a hard link have notes that takes none itself; without them it is not in the index."""
+    """Make a place for the notes of a hard link that cannot hold them; without notes, do not index it."""
     if fs.companions is None:
         return original._replace(index_name=None)
     fs.stand_in(key)
@@ -91,14 +92,14 @@ def _note_origin(fs: OverlayFs, node: Node, key: Key, original: Original) -> Non
 
 
 def _is_taken(fs: OverlayFs, original: Original) -> bool:
-    """Whether the index has another lower inode, of the same number, in the place of this one."""
+    """Whether the index already has another lower inode with the same number under this name."""
     if not original.place or original.index_name not in fs.indexed or fs.index is None:
         return False
     found = fs.upper.lookup(fs.index_of(original.index_name), original.index_name)
     return found is not None and not fs.came_from(found[0], original.place)
 
 
-def _settle_indexed(
+def _install_indexed(
     fs: OverlayFs,
     node: Node,
     place: Place,
@@ -107,7 +108,7 @@ def _settle_indexed(
     index_name: bytes,
     original: Original,
 ) -> None:
-    """Put a hard link into the index, and from there under its name."""
+    """Install a hard link in the index, and link it from there to its name."""
     parent, name = place
     fs.note(key, fs.format.nlink, make_nlink(b"L", 0))
     fs.note(key, fs.format.links, b"%d" % original.attr.st_nlink)
@@ -120,13 +121,13 @@ def _settle_indexed(
 
 
 def set_upper(fs: OverlayFs, node: Node, key: Key) -> None:
-    """Let the node have its inode in the upper from now on."""
+    """Set the inode in the upper that the node has from now on."""
     node.upper = key
     show_to_handles(fs, node)
 
 
 def show_to_handles(fs: OverlayFs, node: Node) -> None:
-    """Make files that are open for reading show from now on what is written to the upper."""
+    """Switch files that are open for reading to the upper, so that they see what is written there."""
     handles = node.handles
     if handles is None or (node.metacopy and node.partial is None):  # its data is where it was
         return

@@ -32,7 +32,7 @@ def lookup(fs: OverlayFs, parent: Node, name: bytes) -> tuple[Node, Attr] | None
         except OSError as failure:
             if failure.errno != errno.ESTALE or node.upper is not None:
                 raise
-            fs.nodes.detach(parent, name)  # somebody has replaced it in its lower
+            fs.nodes.detach(parent, name)  # somebody replaced it in its lower
     if parent.dead:
         return None
     above = None
@@ -68,7 +68,7 @@ def lower_has(fs: OverlayFs, parent: Node, name: bytes) -> bool:
 
 
 def shown_below(fs: OverlayFs, parent: Node, name: bytes) -> Hit | None:
-    """Return what the lowers alone show under a name: the topmost layer that has it, key and attributes."""
+    """Return what the lowers alone show under a name: its topmost layer, key and attributes."""
     found = fs.stack.find(parent.lowers, name)
     return found[0] if found else None
 
@@ -89,7 +89,7 @@ def _from_upper(
     if metacopy:
         found = fs.stack.below(parent.lowers, name, redirect)
         if not found or not stat.S_ISREG(found[-1][2].st_mode):
-            raise error(errno.EIO, name)  # its data is nowhere: not the lower it was made for
+            raise error(errno.EIO, name)  # no layer has its data: another lower than at copy-up
         if note is not None:
             partial.must_be_the_same(note, found[-1][2])
         lowers = tuple((layer, low) for layer, low, _ in found)
@@ -103,7 +103,7 @@ def _from_upper(
         node.redirect = redirect
         if note is not None:
             partial.enter(fs, node, note, attr)
-        attr = fs.stat(node)  # last, for the lower may fail: the node is known from now on
+        attr = fs.stat(node)  # last, because the lower may fail: the node is known from now on
     return node, attr
 
 
@@ -147,12 +147,12 @@ def _from_lower(fs: OverlayFs, parent: Node, name: bytes, found: list[Hit]) -> t
             return node, attr
     node, attr = _enter(fs, parent, name, None, tuple((i, low) for i, low, _ in found), ino, attr)
     if layer < 0 and len(found) > 1 and not node.is_dir:
-        attr = fs.stat(node)  # how much there is of its data, the layer below says
+        attr = fs.stat(node)  # the layer below says how much data there is
     return node, attr
 
 
 def _seen_frozen(fs: OverlayFs, found: list[Hit]) -> tuple[Attr, int]:
-    """Return what shows of an inode that was once in the upper, and the number that it had then."""
+    """Return the attributes and the number of an inode in a frozen upper: the number is what it was there."""
     layer, key, attr = found[0]
     if stat.S_ISDIR(attr.st_mode):
         return attr, _number_of_directory(fs, found)
@@ -164,14 +164,16 @@ def _seen_frozen(fs: OverlayFs, found: list[Hit]) -> tuple[Attr, int]:
 
 
 def number_of(fs: OverlayFs, hit: Hit) -> int:
-    """Return the number of a lower's inode that is not a directory."""
+    """Return the union's number for an inode of a lower that is not a directory."""
     layer, _, attr = hit
     return _seen_frozen(fs, [hit])[1] if layer < 0 else fs.ino_of(layer + 1, fs.lowers[layer].dev, attr)
 
 
 def _number_of_directory(fs: OverlayFs, found: list[Hit]) -> int:
-    """Return the number of a directory that the lowers have: it stays when one more upper is frozen, and when
-    modules come and go."""
+    """Return the number of a directory in the lowers.
+
+    It does not change when another upper is frozen, or when modules are added or removed.
+    """
     kept = [hit for hit in found if hit[0] < fs.stack.bound] or found[:1]
     layer, _, attr = next((hit for hit in kept if hit[0] >= 0), kept[-1])
     return fs.ino_of(layer + 1, fs.lowers[layer].dev, attr)
@@ -180,9 +182,9 @@ def _number_of_directory(fs: OverlayFs, found: list[Hit]) -> int:
 def union_nlink(fs: OverlayFs, notes: dict[bytes, bytes], upper_nlink: int, lower_nlink: int | None) -> int:
     """Return how many names an indexed hard link has in the union.
 
-    The note says it relative to the upper's nlink (``U+n``) or to the lower's (``L+n``), whichever
-    does not change with the operation that it was written for (ovl_get_nlink). Without one, only the
-    index itself is a name too many.
+    The note is relative to the upper's nlink (``U+n``) or to the lower's (``L+n``), whichever the operation
+    that wrote it did not change (ovl_get_nlink()). Without a note, the count is the upper's less the name in
+    the index.
     """
     kept = parse_count(notes.get(fs.format.links, b""))
     lower = lower_nlink if kept is None else kept
@@ -193,10 +195,10 @@ def union_nlink(fs: OverlayFs, notes: dict[bytes, bytes], upper_nlink: int, lowe
 
 
 def _ino_of_origin(fs: OverlayFs, notes: Notes) -> int | None:
-    """Return the union's number for the lower inode that an origin names, if a layer knows it.
+    """Return the union's number for the lower inode that an origin names, if a layer has it.
 
-    Images have no UUID to tell them apart, so a note says which of several was meant. Who was copied up more
-    than once, from an upper that was frozen meanwhile, has the number that it had at first.
+    Images have no UUID to tell them apart, so a note says which of several it is. An inode that was copied up
+    more than once, because its upper was frozen meanwhile, keeps its first number.
     """
     value = notes.get(fs.format.first) or notes.get(fs.format.origin, b"")
     handle = parse_origin(value) if value else None
@@ -223,15 +225,15 @@ def _enter(
     ino: int,
     attr: Attr,
 ) -> tuple[Node, Attr]:
-    """Return the node for what was found: a known one for another name of the same inode."""
+    """Return the node for the inode that was found: a known one if it is another name of that inode."""
     known = fs.nodes.get(ino)
-    if known is not None and known in fs.covered:  # and has its number for as long as it is in use
+    if known is not None and known in fs.covered:  # it keeps its number as long as it is in use
         ino = fs.strange_ino(-3, attr.st_dev, attr.st_ino)
         known = fs.nodes.get(ino)
     if known is not None and not known.dead:
         if _same(fs, known, upper, lowers, attr):
             return _another_name(fs, known, parent, name, upper, lowers, attr)
-        # Two uppers of one origin: hard links that somebody without an index broke.
+        # Two uppers of one origin: hard links that an overlay without an index broke.
         ino = (
             fs.ino_of(0, fs.upper.dev, attr)
             if upper is not None
@@ -241,7 +243,7 @@ def _enter(
         if known is not None and not known.dead:
             if _is_itself(fs, known, attr):
                 return _another_name(fs, known, parent, name, upper, lowers, attr)
-            # The other has the number of an inode that went with a layer since, and has another successor.
+            # The other has the number of an inode whose layer was removed since, and another successor.
             ino = fs.strange_ino(-2, attr.st_dev, attr.st_ino)
             known = fs.nodes.get(ino)
             if known is not None and not known.dead:
@@ -287,7 +289,7 @@ def _another_name(
     if node.is_dir:
         _must_not_be_above(node, parent, name)
     if upper is not None and node.upper is not None:
-        # The new key stands for a name that is there; the old one's may be gone.
+        # The new key's name exists; the old key's may be removed.
         fs.upper.forget(node.upper)
         node.upper = upper
     if node.upper is None and lowers and not node.is_dir and node.copying is None:
@@ -300,9 +302,9 @@ def _another_name(
 
 
 def _must_not_be_above(node: Node, parent: Node, name: bytes) -> None:
-    """EUCLEAN if a known directory is found below itself: a damaged layer, or one that somebody changes.
+    """EUCLEAN if a known directory is found below itself, so every path upward ends at the root.
 
-    So every way up ends at the root.
+    The cause is a damaged layer, or one that somebody changes.
     """
     walk: Node | None = parent
     while walk is not None:
@@ -312,8 +314,9 @@ def _must_not_be_above(node: Node, parent: Node, name: bytes) -> None:
 
 
 def find_below(fs: OverlayFs, path: tuple[bytes, ...]) -> Hit | None:
-    """Return the file, with its data, that the lowers have at a path from their root; None if it is not a
-    file.
+    """Return the file with the data that the lowers have at a path from their root.
+
+    None if it is not a file.
     """
     found = fs.stack.search(fs.stack.kept, path)
     return found[-1] if found and stat.S_ISREG(found[-1][2].st_mode) else None

@@ -1,12 +1,13 @@
-"""Modules: lowers that come and go while the union is in use, above all that it was made of (ADR 0061).
+"""Modules: lowers that are added and removed while the union is in use, above its other lowers (ADR 0061).
 
-Nothing in the upper depends on one: what is changed of a module is copied up whole, without an origin, its
-directories are not renamed (EXDEV), and no redirect or metacopy of the upper leads into one
-(:class:`~cowfs.overlay.stack.Stack`). So the upper is right with any modules, and with none.
+Nothing in the upper depends on a module. A changed file of a module is copied up whole, without an origin;
+its directories cannot be renamed (EXDEV); and no redirect or metacopy of the upper leads into a module
+(:class:`~cowfs.overlay.stack.Stack`). So the upper is valid with any modules, and with none.
 
-After either, each name shows what it would if the union were made anew of these layers. What is shown as
-before stays the node that it is. What is covered, or was the module's, loses its name as if it were removed,
-and goes on being what it is for those who have it open. What was covered comes back with its name.
+After adding or removing one, each name shows what it would show if the union were made anew from the layers
+that there are now. A node that still shows the same inode stays. A node that is covered, or was in the
+removed module, loses its name as if it were removed, and those who have it open can still use it. A covered
+node gets its name back when the cover is removed.
 """
 
 from __future__ import annotations
@@ -28,24 +29,24 @@ MOST = 64
 
 
 def add(fs: OverlayFs, layer: LowerLayer) -> tuple[int, Stale]:
-    """Merge a module, on top of the others; return its number, and what the kernel must ask for again.
+    """Add a module on top of the others; return its number, and what the kernel must look up again.
 
-    No file is being copied up. EMFILE if there are too many.
+    Call it while no file is being copied up. EMFILE if there are too many modules.
     """
     number = _free_number(fs)
     place = number - fs.stack.bound
     fs.modules[place : place + 1] = [layer]
     fs.loaded = (number, *fs.loaded)
-    return number, _settle(fs)
+    return number, _apply_layers(fs)
 
 
 def remove(fs: OverlayFs, number: int) -> Stale:
     """Remove a module from the union; return what the kernel must look up again.
 
-    It is closed when nothing of it is in use, perhaps at once.
+    The module is closed when nothing of it is in use, perhaps at once.
     """
     fs.loaded = tuple(other for other in fs.loaded if other != number)
-    stale = _settle(fs)
+    stale = _apply_layers(fs)
     used: set[Node] = set()
     for node in fs.nodes.all():
         if any(layer == number for layer, _ in node.lowers):
@@ -61,7 +62,7 @@ def remove(fs: OverlayFs, number: int) -> Stale:
 
 
 def _free_number(fs: OverlayFs) -> int:
-    """Return a number that no module has of which anything is known."""
+    """Return a number that no module uses, counting removed modules whose inodes are still in use."""
     first = fs.stack.bound
     for number in range(first, first + MOST):
         if number not in fs.loaded and number not in fs.left:
@@ -69,8 +70,8 @@ def _free_number(fs: OverlayFs) -> int:
     raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
 
-def _settle(fs: OverlayFs) -> Stale:
-    """Let the union be of the layers that there are now; return what the kernel must ask for again."""
+def _apply_layers(fs: OverlayFs) -> Stale:
+    """Apply the current list of layers to all nodes; return what the kernel must look up again."""
     stale: Stale = []
     fs.lay(fs.base, fs.frozen)
     fs.below.clear()
@@ -81,13 +82,13 @@ def _settle(fs: OverlayFs) -> Stale:
 
 
 def _changed(before: tuple[Place, ...], after: tuple[Place, ...]) -> list[Place]:
-    """Return the places that a directory has gained or lost: one in a layer at most."""
+    """Return the places that a directory gained or lost: at most one in each layer."""
     had, has = dict(before), dict(after)
     return [place for place in (*before, *after) if not (place[0] in had and place[0] in has)]
 
 
 def _below(fs: OverlayFs, root: Node, changed: list[Place], stale: Stale) -> None:
-    """Look again at everything known in directories whose layers have changed, from *root* on."""
+    """Look up again everything known below *root*, in directories whose layers have changed."""
     waiting = [(root, changed)]
     while waiting:
         directory, changed = waiting.pop()
@@ -114,10 +115,10 @@ def _below(fs: OverlayFs, root: Node, changed: list[Place], stale: Stale) -> Non
 
 
 def _look_again(fs: OverlayFs, directory: Node, name: bytes, child: Node, stale: Stale) -> list[Place]:
-    """Make *child* what is shown now, or remove its name; return its layers if they have changed."""
+    """Update *child* to what its name shows now, or remove its name; return its changed places."""
     found = _found(fs, directory, name, child)
     if found is None:
-        _lose(fs, directory, name, child)
+        _remove_known(fs, directory, name, child)
         stale.append((directory.ino, name))
         return []
     if not child.is_dir:
@@ -130,7 +131,7 @@ def _look_again(fs: OverlayFs, directory: Node, name: bytes, child: Node, stale:
 
 
 def _found(fs: OverlayFs, directory: Node, name: bytes, child: Node) -> list[Hit] | None:
-    """Return what is shown below the upper under a name if it is the same as *child*; else None."""
+    """Return what the lowers show under a name, if that is the same inode as *child*; else None."""
     if child.upper is not None and not _is_alias(fs, directory, name, child):
         if not child.is_dir:
             return []
@@ -148,7 +149,7 @@ def _found(fs: OverlayFs, directory: Node, name: bytes, child: Node) -> list[Hit
 
 
 def _is_alias(fs: OverlayFs, directory: Node, name: bytes, child: Node) -> bool:
-    """Whether a hard link of the index shows under a name that the upper does not have."""
+    """Whether this name of an indexed hard link is missing in the upper."""
     if child.indexed is None:
         return False
     found = fs.upper.lookup(directory.upper, name) if directory.upper is not None else None
@@ -158,7 +159,7 @@ def _is_alias(fs: OverlayFs, directory: Node, name: bytes, child: Node) -> bool:
 
 
 def _is_shown(fs: OverlayFs, found: list[Hit], child: Node) -> bool:
-    """Whether what was found is what a node is of: one inode of one layer, of a directory any."""
+    """Whether *found* is what a node shows: for a directory any of its inodes, else the same inode."""
     if stat.S_IFMT(found[0][2].st_mode) != stat.S_IFMT(child.mode):
         return False
     if child.indexed is not None:
@@ -171,7 +172,7 @@ def _is_shown(fs: OverlayFs, found: list[Hit], child: Node) -> bool:
 
 
 def _merged(fs: OverlayFs, before: tuple[Place, ...], found: list[Hit]) -> tuple[Place, ...]:
-    """Return the places that were found, by the keys that are known where there are such."""
+    """Return the places that were found, with the known keys where there are any."""
     known = dict(before)
     places = []
     for layer, key, _ in found:
@@ -181,8 +182,8 @@ def _merged(fs: OverlayFs, before: tuple[Place, ...], found: list[Hit]) -> tuple
     return tuple(places)
 
 
-def _lose(fs: OverlayFs, directory: Node, name: bytes, node: Node) -> None:
-    """Let a node lose a name, and all that is known below it as well."""
+def _remove_known(fs: OverlayFs, directory: Node, name: bytes, node: Node) -> None:
+    """Remove a node's name, and everything known below it."""
     waiting = [(directory, name, node)]
     lost: list[Node] = []
     while waiting:
@@ -191,7 +192,7 @@ def _lose(fs: OverlayFs, directory: Node, name: bytes, node: Node) -> None:
         lost.append(node)
         if node.children is not None:
             waiting += [(node, name, child) for name, child in node.children.items()]
-        elif node.upper is not None:  # a hard link, which has others
+        elif node.upper is not None:  # a hard link, which has other names
             rekey(fs, node)
     for node in lost:
         if node.upper is None and fs.nodes.place(node) is None:
@@ -204,7 +205,7 @@ def _lose(fs: OverlayFs, directory: Node, name: bytes, node: Node) -> None:
 
 
 def _bring_back(fs: OverlayFs, stale: Stale) -> None:
-    """Give names that were covered, and no longer are, back."""
+    """Give nodes their names back that are no longer covered."""
     for node in list(fs.covered):
         parent, name = node.parent, node.name
         if fs.nodes.get(node.ino) is not node:
@@ -229,11 +230,11 @@ def _bring_back(fs: OverlayFs, stale: Stale) -> None:
                 fs.stack.forget(found)
 
 
-# --- what has a mount on it
+# --- places that have a mount on them
 
 
 def would_cover(fs: OverlayFs, layer: LowerLayer, path: bytes) -> bool:
-    """Whether a module, merged on top, would hide the directory or file that is at *path* of the tree."""
+    """Whether adding a module on top would hide the directory or file at *path*."""
     key, node = layer.root, fs.root
     for name in path.split(b"/"):
         child = fs.nodes.child(node, name) if node.children is not None else None
@@ -249,7 +250,7 @@ def would_cover(fs: OverlayFs, layer: LowerLayer, path: bytes) -> bool:
 
 
 def would_lose(fs: OverlayFs, number: int, path: bytes) -> bool:
-    """Return whether nothing would remain of *path* without a module."""
+    """Whether *path* would not exist without the module."""
     node = fs.root
     for name in path.split(b"/"):
         child = fs.nodes.child(node, name) if node.children is not None else None

@@ -1,10 +1,10 @@
-"""Layers whose whiteouts are names, as those of aufs and of OCI images, shown as layers of overlayfs.
+"""Show layers whose whiteouts are names (aufs, OCI images) as layers of overlayfs.
 
-``.wh.NAME`` beside a name hides it in the layers below; ``.wh..wh..opq`` in a directory hides all that is
-below that. Other names that begin with ``.wh..wh.`` belong to aufs, and cannot be looked up.
+``.wh.NAME`` beside a name hides it in the layers below; ``.wh..wh..opq`` in a directory hides everything
+below that directory. Other names that begin with ``.wh..wh.`` belong to aufs, and cannot be looked up.
 
-Everybody above sees a character device 0:0 under NAME, and the attribute ``opaque`` of the directory. So
-the rules of :mod:`cowfs.overlay.stack` do not know of it, and other stacks have no extra cost.
+The union sees a character device 0:0 under NAME, and the attribute ``opaque`` on the directory. So
+:mod:`cowfs.overlay.stack` needs no rule for named whiteouts, and other stacks have no extra cost.
 The sources are whout.c and opts.c of aufs, and layer.md of the OCI image specification.
 """
 
@@ -36,7 +36,7 @@ _OPTIONAL = (
 
 
 class Whiteout:
-    """The key of a whiteout: no inode, so nothing needs to be given back."""
+    """The key of a whiteout. It is not an inode, so nothing has to be released."""
 
     __slots__ = ("attr",)
 
@@ -54,7 +54,7 @@ class Whiteout:
 
 
 class Reworded:
-    """The layer *inner*, with its way to mark whiteouts and the like translated to the union's."""
+    """The layer *inner*, with its marks for whiteouts and the like translated to the union's."""
 
     def __init__(self, inner: LowerLayer) -> None:
         self.inner = inner
@@ -80,11 +80,12 @@ class Reworded:
 
 
 class NamedWhiteouts(Reworded):
-    """The layer *inner* as one with the whiteouts of overlayfs. Its keys are those of *inner*, and
-    :class:`Whiteout`.
+    """The layer *inner* as one with the whiteouts of overlayfs.
 
-    *style* is ``aufs`` or ``oci``. They differ where a layer has both NAME and ``.wh.NAME``: to aufs that is
-    a deleted name, and to OCI images the whiteout means the layers below alone.
+    Its keys are those of *inner*, and :class:`Whiteout`.
+
+    *style* is ``aufs`` or ``oci``. They differ if a layer has both NAME and ``.wh.NAME``: for aufs, the name
+    is deleted; for OCI images, the whiteout hides the name only in the layers below.
     """
 
     def __init__(self, inner: LowerLayer, style: str) -> None:
@@ -161,7 +162,7 @@ class NamedWhiteouts(Reworded):
         raise OSError(errno.ENODATA, os.strerror(errno.ENODATA))
 
     def is_opaque(self, key: Key) -> bool:
-        """Whether an inode is a directory that hides all that is below it."""
+        """Whether an inode is a directory that hides everything below it."""
         if not stat.S_ISDIR(self.inner.stat(key).st_mode):
             return False
         if key in self._alone:
@@ -184,8 +185,10 @@ class NamedWhiteouts(Reworded):
 
 
 class OtherXattrs(Reworded):
-    """The layer *inner*, whose attributes of overlayfs begin with the *prefix*, as one whose begin with the
-    union's: ``user.overlay.`` in what a user's overlayfs has written (its option *userxattr*)."""
+    """The layer *inner*, with the *prefix* of its overlayfs attributes translated to the union's.
+
+    The prefix is ``user.overlay.`` if a user's overlayfs wrote the layer (its option *userxattr*).
+    """
 
     def __init__(self, inner: LowerLayer, prefix: bytes) -> None:
         super().__init__(inner)
@@ -198,33 +201,33 @@ class OtherXattrs(Reworded):
         self._own = XattrFormat(prefix)
 
     def listxattr(self, key: Key) -> list[bytes]:
-        return [self._told(name) for name in self.inner.listxattr(key)]
+        return [self._to_union(name) for name in self.inner.listxattr(key)]
 
     def getxattr(self, key: Key, name: bytes) -> bytes:
-        return self.inner.getxattr(key, self._asked(name))
+        return self.inner.getxattr(key, self._to_inner(name))
 
-    def _told(self, name: bytes) -> bytes:
-        """Return what one of our attributes is called in the union's words."""
+    def _to_union(self, name: bytes) -> bytes:
+        """Return the union's name for an attribute of *inner*."""
         if self._own.is_own(name):
             return self.format.prefix + name[len(self._own.prefix) :]
         return self.format.stored(self._own.shown(name) or name)
 
-    def _asked(self, name: bytes) -> bytes:
-        """Return the name here of what the union's words are for."""
+    def _to_inner(self, name: bytes) -> bytes:
+        """Return the name in *inner* for an attribute of the union."""
         if self.format.is_own(name):
             return self._own.prefix + name[len(self.format.prefix) :]
         return self._own.stored(self.format.shown(name) or name)
 
 
 def reworded(layer: LowerLayer, style: str) -> LowerLayer:
-    """Return a layer with whiteouts of this style as one that the union understands."""
+    """Return *layer*, whose whiteouts are of this style, as one that the union understands."""
     if style == "overlayfs":
         return layer
     return OtherXattrs(layer, XATTRS[style]) if style in XATTRS else NamedWhiteouts(layer, style)
 
 
 def hidden_by(name: bytes) -> bytes | None:
-    """Return the name that is hidden where this one is; None if this is no whiteout."""
+    """Return the name that the whiteout *name* hides; None if it is not a whiteout."""
     if not name.startswith(PREFIX) or name.startswith(META):
         return None
     hidden = name[len(PREFIX) :]
@@ -232,7 +235,7 @@ def hidden_by(name: bytes) -> bytes | None:
 
 
 def _hidden(names: Iterable[bytes]) -> Iterator[bytes]:
-    """Yield the names that these ones hide."""
+    """Yield the names that the whiteouts among these names hide."""
     for name in names:
         hidden = hidden_by(name)
         if hidden is not None:
@@ -240,7 +243,7 @@ def _hidden(names: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def _seen(names: list[bytes]) -> list[bytes]:
-    """Return the names that a directory with these has, and those that it hides."""
+    """Return the visible names of a directory that lists *names*, and the names that it hides."""
     shown = [name for name in names if not name.startswith(PREFIX)]
     if len(shown) == len(names):
         return names
@@ -249,7 +252,7 @@ def _seen(names: list[bytes]) -> list[bytes]:
 
 
 def use_format(layer: LowerLayer | None, xattrs: XattrFormat) -> None:
-    """Make a layer use this way to mark what is below it, if its own differs."""
+    """Make a layer use these attributes, if its own differ."""
     while layer is not None and not isinstance(layer, Reworded):
         layer = getattr(layer, "inner", None)
     if layer is not None:

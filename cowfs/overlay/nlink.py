@@ -1,4 +1,4 @@
-"""How many names an inode has; a directory as on ext3: 2, and one for each directory in it."""
+"""Link counts. A directory's is as on ext3: 2, plus one for each directory in it."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _MOST = 64 << 10
 
 
 def nlink(fs: OverlayFs, node: Node, attr: Attr) -> int:
-    """Return the number of names, given what :meth:`OverlayFs.stat` said.
+    """Return the link count of a node; *attr* is the result of :meth:`OverlayFs.stat`.
 
-    A directory merged of several has 1, which means that nobody has counted, where that would take long.
+    For a merged directory, return 1 (not counted) if counting would take long.
     """
     if node.dead:
         return 0
@@ -44,14 +44,14 @@ def nlink(fs: OverlayFs, node: Node, attr: Attr) -> int:
 
 
 def names_of(node: Node, attr: Attr) -> int:
-    """Return the number of names of an inode that is not a directory, including those in the trash."""
+    """Return the link count of an inode that is not a directory, including its names in the trash."""
     return attr.st_nlink if node.indexed is None else node.indexed
 
 
 def _count_below(fs: OverlayFs, node: Node) -> int | None:
-    """Return how many directories in a merged one are in lower layers alone; None where that is not known.
+    """Return how many directories in a merged directory only the lowers have; None if unknown.
 
-    Those that the upper has too, it has counted. From then on :meth:`OverlayFs.covers` keeps the number.
+    The upper's own link count includes the others. :meth:`OverlayFs.covers` later updates the number.
     """
     lowers = [(fs.lowers[layer], key) for layer, key in node.lowers]
     if any(layer.waits for layer, _ in lowers):

@@ -1,4 +1,4 @@
-"""Nodes: the inodes of the merged tree that the kernel knows of, and the table that finds them."""
+"""Nodes: the inodes of the merged tree that the kernel knows, and the table of them."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ LAYER = (1 << LAYER_BITS) - 1
 
 
 def in_number(layer: int, key: Key) -> int | None:
-    """Return a place in an image as one number; None if it does not fit in.
+    """Return a place in an image as one number; None if it does not fit.
 
-    Most inodes that are known are files with a single place, and tuples would be a fifth of a node.
+    Most known inodes are files with a single place, and a tuple would be a fifth of a node's memory.
     """
     return key << LAYER_BITS | layer if type(key) is int and 0 <= layer <= LAYER else None
 
@@ -34,9 +34,9 @@ def in_number(layer: int, key: Key) -> int | None:
 class Node:
     """One inode of the merged tree; hard links share one Node.
 
-    ``upper`` is None until it is copied up. ``lowers`` are, for a directory, all the directories
-    merged into it, topmost first; for a file the one that it shows, and last the one with its data
-    (they differ for a metacopy). ``parent`` and ``name`` are where it was last seen.
+    ``upper`` is None until it is copied up. For a directory, ``lowers`` are all directories merged into it,
+    topmost first. For a file, they are the inode that it shows, and last the one with its data; these differ
+    for a metacopy. ``parent`` and ``name`` are where the node was last seen.
     """
 
     __slots__ = (
@@ -84,19 +84,19 @@ class Node:
         """The names of a hard link that are known besides this one."""
         self.lookups = 0
         self.handles: Handles | None = None
-        self.copying: Any = None  # whatever the adapter lets others wait on
+        self.copying: Any = None  # the object on which the adapter makes others wait
         self.metacopy = False
         self.partial: Part | None = None
         """How much of its data a metacopy has, if it is to have all of it; None for others."""
         self.protection: int | None = None  # see cowfs.overlay.protect; None: not looked for yet
         self.redirect: bytes | None = None
         self.added = 0  # how often a name was put into it, or is about to be
-        self.indexed: int | None = None  # for a hard link in the index: how many names the union shows
+        self.indexed: int | None = None  # link count of an indexed hard link
         self.dead = False
 
     @property
     def lowers(self) -> tuple[Place, ...]:
-        """Where it is in the lower layers."""
+        """The node's places in the lower layers."""
         below = self.below
         return ((below & LAYER, below >> LAYER_BITS),) if isinstance(below, int) else below
 
@@ -141,7 +141,7 @@ class NodeTable:
         return self._by_ino[ino]
 
     def all(self) -> list[Node]:
-        """Return all nodes that there are now."""
+        """Return all nodes."""
         return list(self._by_ino.values())
 
     def get(self, ino: int) -> Node | None:
@@ -153,19 +153,19 @@ class NodeTable:
         self.most = 0
 
     def oldest(self, count: int) -> array[int]:
-        """Return the numbers of this many nodes that were added, or renewed, before all others."""
+        """Return the numbers of the *count* nodes that were added or renewed longest ago."""
         return array("Q", islice(self._by_ino, count))
 
     def set_aside(self, node: Node) -> None:
-        """Let the number of a node be free for another, until :meth:`put_back`."""
+        """Free the number of a node for another node, until :meth:`put_back`."""
         del self._by_ino[node.ino]
 
     def put_back(self, node: Node) -> None:
-        """Enter a node again that was set aside, in the place of another that has its number now."""
+        """Enter a node that was set aside again, replacing the node that has its number now."""
         self._by_ino[node.ino] = node
 
     def renew(self, ino: int) -> Node | None:
-        """Let a node be the last that was added, and return it; None when there is no such node."""
+        """Make a node the most recently added, and return it; None if there is no such node."""
         node = self._by_ino.pop(ino, None)
         if node is not None:
             self._by_ino[ino] = node
@@ -177,20 +177,23 @@ class NodeTable:
         node = parent.children.get(name)
         if node is None:
             return None
-        if self._by_ino.get(node.ino) is not node:  # dead, and its number another's by now
+        if self._by_ino.get(node.ino) is not node:  # dead, and another node has its number now
             del parent.children[name]
             return None
         return node
 
     def add(self, node: Node) -> None:
-        """Enter a new node, also under its name. A dead node of the same number makes way:
-        its successor has another generation and takes over what the kernel will forget."""
+        """Enter a new node, also under its name.
+
+        It replaces a dead node of the same number: it has another generation, and takes over the lookups that
+        the kernel will forget.
+        """
         before = self._by_ino.get(node.ino)
         if before is not None:
             if node.generation == before.generation:
                 node.generation += 1
             node.lookups += before.lookups
-        node.mode = self._modes.setdefault(node.mode, node.mode)  # few different ones: share the ints
+        node.mode = self._modes.setdefault(node.mode, node.mode)  # few differ: share the ints
         self._by_ino[node.ino] = node
         parent, name = node.parent, node.name
         if parent is not None and parent.children is not None:
@@ -202,7 +205,7 @@ class NodeTable:
             self.too_many()
 
     def rename(self, node: Node, parent: Node, name: bytes) -> None:
-        """Let *node* be known under this name from now on (as well)."""
+        """Add a name under which *node* is known."""
         assert parent.children is not None
         if node.parent is not parent or node.name != name:
             before = node.parent, node.name
@@ -218,14 +221,14 @@ class NodeTable:
         parent.children[name] = node
 
     def detach(self, parent: Node, name: bytes) -> None:
-        """Forget a name, not the node."""
+        """Forget a name, but not its node."""
         if parent.children is not None:
             node = parent.children.pop(name, None)
             if node is not None:
                 _drop_other(node, parent, name)
 
     def place(self, node: Node) -> tuple[Node, bytes] | None:
-        """Return a name that the node has: the one it was last seen under, or another known one."""
+        """Return a name of the node: the one under which it was last seen, or another known one."""
         if node.parent is not None and _stands_at(node, node.parent, node.name):
             return node.parent, node.name
         for parent, name in node.others or ():
@@ -236,7 +239,7 @@ class NodeTable:
         return None
 
     def unused(self, node: Node) -> list[Node]:
-        """Remove *node* if nobody refers to it, then its parents likewise; return what was removed."""
+        """Remove *node* if nothing refers to it, then its parents likewise; return the removed nodes."""
         removed: list[Node] = []
         self.most = max(self.most, len(self._by_ino))
         others, node.others = node.others, None
@@ -274,7 +277,7 @@ def _stands_at(node: Node, parent: Node | None, name: bytes) -> bool:
 
 
 def _leave(node: Node, parent: Node, name: bytes) -> None:
-    """Let a directory forget a node, if it knows it under this name."""
+    """Remove a name from a directory's known names, if it is that of *node*."""
     if parent.children is not None and parent.children.get(name) is node:
         del parent.children[name]
 

@@ -1,4 +1,4 @@
-"""What a copy takes over from its original: all but its data and its name."""
+"""The attributes that a copy takes over from its original: everything except data and name."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Xattr = tuple[bytes, bytes]
 
 
 class Original(NamedTuple):
-    """A lower inode: what is read from it before anything is made in the upper."""
+    """What is read from a lower inode before anything is created in the upper."""
 
     attr: Attr
     xattrs: Sequence[Xattr]
@@ -33,7 +33,7 @@ class Original(NamedTuple):
 
 
 def read_original(fs: OverlayFs, node: Node, attr: Attr) -> Original:
-    """Return all that *node*, with the attributes *attr*, gives to its copy but data, or target, and name."""
+    """Return what the copy of *node* takes over, except data or target, and name. *attr* is the node's."""
     layer, key = node.lowers[0]
     xattrs = user_xattrs(fs, fs.lowers[layer], key)
     handle = fs.lowers[layer].handle(key)
@@ -48,24 +48,24 @@ def read_original(fs: OverlayFs, node: Node, attr: Attr) -> Original:
 
 
 def copy_attributes(fs: OverlayFs, key: Key, original: Original) -> None:
-    """Give the new inode everything of the old one but data and name."""
+    """Give the new inode everything of the old one except data and name."""
     upper, attr = fs.upper, original.attr
     _give_xattrs(fs, key, original.xattrs)
     if original.protection:
         protect.note(fs, key, original.protection)
     acls = bool(original.xattrs)
     if not stat.S_ISLNK(attr.st_mode) and (acls or attr.st_mode & 0o7000 or not stat.S_ISREG(attr.st_mode)):
-        upper.chmod(key, attr.st_mode)  # an ACL changes the mode, and chown(2) takes set-ID bits
+        upper.chmod(key, attr.st_mode)  # an ACL changes the mode, and chown(2) clears set-ID bits
     upper.utimens(key, attr.st_atime_ns, attr.st_mtime_ns)
 
 
 def copy_xattrs(fs: OverlayFs, layer: LowerLayer, source: Key, key: Key) -> None:
-    """Copy all xattrs but the union's own; one that the upper cannot hold is left behind."""
+    """Copy all xattrs except the union's own. Skip those that the upper cannot hold."""
     _give_xattrs(fs, key, user_xattrs(fs, layer, source))
 
 
 def user_xattrs(fs: OverlayFs, layer: LowerLayer, key: Key) -> list[Xattr]:
-    """Return the xattrs of an inode but the union's own, and those that cannot be read."""
+    """Return the xattrs of an inode, except the union's own and those that cannot be read."""
     try:
         names = layer.listxattr(key)
     except OSError as failure:

@@ -1,6 +1,6 @@
 """The union of an upper layer and any number of lower ones, with the operations of a filesystem.
 
-Each operation lives in the module of its concern, as a function of the shared :class:`OverlayFs`.
+Each operation is a function in a module of its own, which takes the shared :class:`OverlayFs`.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from cowfs.overlay.fs import OverlayFs
 class Overlay(OverlayFs):
     """The merged tree. See :class:`OverlayFs` for how it is made and which thread may call it.
 
-    Nodes come from ``lookup`` and the calls that make them. The caller counts what it gives away
-    in ``node.lookups`` and takes it back with ``forget``.
+    ``lookup`` and the calls that create inodes return nodes. The caller counts the references that it gives
+    to the kernel in ``node.lookups``, and drops them with ``forget``.
     """
 
     lookup = _lookup.lookup

@@ -1,8 +1,8 @@
-"""Files that are copied up lazily: a metacopy that has some of its data already (cowfs.layers.partial).
+"""Files that are copied up lazily: metacopies that already have some of their data (cowfs.layers.partial).
 
-What a metacopy has is right for everybody until data is written to it. So before that it gets notes which
-are right for us, and which every overlayfs of a kernel refuses: to open such a file without knowing how would
-be to show old data in the place of new. Whatever is cut short on the way leaves a metacopy.
+Until data is written to it, every overlayfs reads a metacopy correctly. Before the first write, the file
+gets notes that cowfs understands, and that make the kernel's overlayfs refuse the file: otherwise, it would
+show old data in place of new. An interruption at any point leaves a valid metacopy.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ MOST = 64
 
 
 def begin(fs: OverlayFs, node: Node) -> bool:
-    """Let a metacopy be a partial file, if it is large and its lower is local; say if it is one now."""
+    """Make a metacopy a partial file if it is large and its lower is local; return whether it is one now."""
     if node.partial is not None:
         return bool(fs.fill_unit)
     if not node.metacopy or fs.notebook is None or len(fs.pending) >= MOST:
@@ -69,7 +69,7 @@ def begin(fs: OverlayFs, node: Node) -> bool:
 
 
 def may_be(fs: OverlayFs, node: Node, attr: Attr) -> bool:
-    """Whether a file that is not in the upper, or without its data, may be copied up lazily."""
+    """Whether a file may be copied up lazily. It is not in the upper, or there without its data."""
     return (
         bool(fs.fill_unit)
         and stat.S_ISREG(attr.st_mode)
@@ -82,7 +82,7 @@ def may_be(fs: OverlayFs, node: Node, attr: Attr) -> bool:
 
 
 def _has_data(fs: OverlayFs, node: Node, attr: Attr) -> bool:
-    """Whether somebody was copying up the data of a metacopy, and died: then not all in it need be right."""
+    """Whether a metacopy contains data: a copy-up was killed, and the data may be incomplete."""
     file = fs.upper.open(node.upper, os.O_RDONLY)
     try:
         return next(file.segments(attr.st_size), None) is not None
@@ -91,7 +91,7 @@ def _has_data(fs: OverlayFs, node: Node, attr: Attr) -> bool:
 
 
 def _undo(fs: OverlayFs, node: Node) -> None:
-    """Let it be a plain metacopy again; nothing was written to it."""
+    """Make it a plain metacopy again; nothing was written to it."""
     with suppress(OSError):
         fs.note(node.upper, fs.format.metacopy, METACOPY)
         if node.redirect is None:
@@ -113,7 +113,8 @@ def _remove(fs: OverlayFs, key: Key, name: bytes) -> None:
 
 
 def note_in(fs: OverlayFs, notes: dict[bytes, bytes]) -> Partial | None:
-    """Return what the notes of a metacopy say if it is partial. EIO where holes may be anything."""
+    """Return the partial note of a metacopy, None if it is not partial. EIO if the store's holes are not
+    exact."""
     value = notes.get(fs.format.partial)
     if value is None:
         return None
@@ -124,7 +125,7 @@ def note_in(fs: OverlayFs, notes: dict[bytes, bytes]) -> Partial | None:
 
 
 def must_be_the_same(note: Partial, attr: Attr) -> None:
-    """EIO if the lower is not what it was when the copying began: data of two files would be mixed."""
+    """EIO if the lower file changed since the copy-up began: the data of two files would be mixed."""
     if not note.is_of(attr):
         if note.path not in _told:
             _told.add(note.path)
@@ -136,7 +137,7 @@ _told: set[bytes] = set()
 
 
 def enter(fs: OverlayFs, node: Node, note: Partial, attr: Attr) -> None:
-    """Let a node that was found be the partial file that its notes say it is; *attr* is that of the upper."""
+    """Make a node that was found the partial file that *note* describes. *attr* is that of the upper."""
     pending = fs.pending.get(attr.st_ino)
     if pending is None:
         pending = fs.pending[attr.st_ino] = Pending(
@@ -147,7 +148,7 @@ def enter(fs: OverlayFs, node: Node, note: Partial, attr: Attr) -> None:
 
 
 def part_of(fs: OverlayFs, key: Key, note: Partial, attr: Attr) -> Part:
-    """Return how much of it shows. A truncation that a crash cut short is completed."""
+    """Return which part of the file comes from where. Completes a truncation that a crash interrupted."""
     end = min(note.end, attr.st_size)
     if end < note.end and fs.fill_unit:
         fs.note(key, fs.format.partial, make_partial(note._replace(end=end)))
@@ -155,7 +156,7 @@ def part_of(fs: OverlayFs, key: Key, note: Partial, attr: Attr) -> Part:
 
 
 def open_partial(fs: OverlayFs, node: Node, flags: int) -> PartialFile:
-    """Open it. *flags* as :meth:`UpperLayer.open`."""
+    """Open a partial file. *flags* are those of :meth:`UpperLayer.open`."""
     assert node.partial is not None
     layer, key = node.lowers[-1]
     source = fs.lowers[layer].open(key, os.O_RDONLY)
@@ -176,7 +177,7 @@ def open_data(fs: OverlayFs, node: Node, flags: int, *, frugal: bool = False) ->
 
 
 def open_in(layer: LowerLayer, key: Key, flags: int, *, frugal: bool) -> File:
-    """Open a file of a layer; if *frugal* without a descriptor, or EMFILE is raised if it must have one."""
+    """Open a file of a layer. With *frugal*, EMFILE if the open file needs a descriptor."""
     if not frugal or not layer.has_descriptors:
         return layer.open(key, flags)
     if not isinstance(layer, Reopens):
@@ -188,7 +189,7 @@ def open_in(layer: LowerLayer, key: Key, flags: int, *, frugal: bool) -> File:
 
 
 class Before:
-    """What a file in the upper has that writing takes from it, or changes."""
+    """Attributes of an upper file that writing removes or changes."""
 
     def __init__(self, fs: OverlayFs, key: Key) -> None:
         self._upper = fs.upper
@@ -199,7 +200,7 @@ class Before:
             self._capability = fs.upper.getxattr(key, _CAPABILITY)
 
     def restore(self) -> None:
-        """Give it back."""
+        """Restore them."""
         upper, key, before = self._upper, self._key, self.attr
         if self._capability is not None:
             upper.setxattr(key, _CAPABILITY, self._capability)
@@ -209,13 +210,13 @@ class Before:
 
 
 class Rest:
-    """What is missing of a partial file on its way up: see :class:`cowfs.overlay.copyup.CopyUp`.
+    """Copies up the missing data of a partial file: see :class:`cowfs.overlay.copyup.CopyUp`.
 
-    Others may read and write the file meanwhile, but not change its size.
+    Meanwhile, others may read and write the file, but not change its size.
     """
 
     def __init__(self, fs: OverlayFs, node: Node, size: int | None) -> None:
-        """*size*: what the file will have next, if that is to be less."""
+        """*size* is the size that the file gets next, if it is smaller."""
         self._fs = fs
         self._node = node
         self._part = node.partial
@@ -226,7 +227,7 @@ class Rest:
         self._file = open_partial(fs, node, os.O_RDWR)
 
     def run(self) -> None:
-        """Copy the data. Blocks; for any thread."""
+        """Copy the data. Blocks; any thread may call it."""
         for _ in self._file.copy_steps(self.size):
             pass
         if self._is_cut:
@@ -241,14 +242,14 @@ class Rest:
             finish(self._fs, self._node.upper, self._part, self._node)
 
     def abort(self) -> None:
-        """Leave what was copied."""
+        """Keep the data that was copied."""
         self._file.close()
 
 
 def finish(fs: OverlayFs, key: Key, part: Part, node: Node | None) -> None:
-    """Let a file be an ordinary one, all of whose data has been copied up."""
+    """Make a file whose data is all copied up an ordinary file."""
     try:
-        fs.upper.removexattr(key, fs.format.metacopy)  # from here on the other notes mean nothing
+        fs.upper.removexattr(key, fs.format.metacopy)  # without it, the other notes mean nothing
     except OSError:
         part.is_wrong = True
         raise
@@ -259,24 +260,24 @@ def finish(fs: OverlayFs, key: Key, part: Part, node: Node | None) -> None:
 
 
 def drop(fs: OverlayFs, key: Key, ino: int) -> None:
-    """Forget an inode that is no partial file any more; take away the notes that it was."""
+    """Forget an inode that is no longer partial, and remove its notes."""
     with suppress(OSError):
         if fs.notes(fs.upper, key) and fs.upper.getxattr(key, fs.format.partial):
             for name in (
                 fs.format.redirect,
                 fs.format.partial,
-            ):  # in this order: the one says what the other is
+            ):  # in this order: the first gives the second its meaning
                 _remove(fs, key, name)
     _unlist(fs, ino)
 
 
 def name_removed(fs: OverlayFs, node: Node) -> None:
-    """Note that a node has no name any more: only users who have it open need the rest."""
+    """Note that a node has lost its last name: only those who have it open still need its data."""
     if node.partial is not None:
         _unlist(fs, fs.upper.stat(node.upper).st_ino)
 
 
-# --- the list of them: what the next mount goes on with
+# --- the list of partial files, with which the next mount continues
 
 
 def listed(upper: LowerLayer, notebook: Key, name: bytes) -> list[int]:
@@ -298,7 +299,7 @@ def _list(fs: OverlayFs, ino: int) -> None:
 
 
 def _unlist(fs: OverlayFs, ino: int) -> None:
-    """Forget a file. What stays on the list does no harm."""
+    """Remove a file from the list. An entry that stays does no harm."""
     fs.pending.pop(ino, None)
     if fs.notebook is None or not fs.fill_unit:
         return

@@ -1,6 +1,6 @@
-"""What must not change, or may only grow: the flags i and a of chattr(1) (the kernel's ovl_check_protattr).
+"""The flags i (immutable) and a (append only) of chattr(1) (the kernel's ovl_check_protattr()).
 
-In the upper they are a note, and not flags of the upper's own inode, which would keep us from it as well.
+The upper stores them as a note, not as flags of the upper's own inode, which would stop cowfs as well.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _LETTERS = {ord("a"): APPEND, ord("i"): IMMUTABLE}
 
 
 def protection(fs: OverlayFs, node: Node) -> int:
-    """Return which of the two flags an inode has. Looks once."""
+    """Return which of the two flags an inode has. Remembers the result."""
     found = node.protection
     if found is None:
         found = node.protection = _seen(fs, node)
@@ -30,22 +30,22 @@ def _seen(fs: OverlayFs, node: Node) -> int:
     if not node.is_dir and not stat.S_ISREG(node.mode):
         return 0
     flags = 0
-    with suppress(OSError):  # there is no note, or there are no flags
+    with suppress(OSError):  # no note, or no flags on this filesystem
         number, key = (-1, node.upper) if node.upper is not None else node.lowers[0]
         if number >= 0:
             lower = fs.lowers[number]
             return lower.getflags(key) & EITHER if is_flagged(lower) else 0
-        # In the upper, or one that was frozen.
-        if not fs.upper.has_descriptors and is_flaggable(fs.upper):  # else that sees to it
+        # In the upper, or in a frozen upper.
+        if not fs.upper.has_descriptors and is_flaggable(fs.upper):  # else the kernel checks the flags
             flags = fs.upper.getflags(key) & EITHER
-        if fs.format.protattr in fs.upper.listxattr(key):  # to be told of its lack takes longer
+        if fs.format.protattr in fs.upper.listxattr(key):  # quicker than a failing getxattr
             for letter in fs.upper.getxattr(key, fs.format.protattr):
                 flags |= _LETTERS.get(letter, 0)
     return flags
 
 
 def note(fs: OverlayFs, key: Key, flags: int) -> None:
-    """Write down in the upper which of the two flags an inode has."""
+    """Record in the upper which of the two flags an inode has."""
     letters = bytes(letter for letter, flag in _LETTERS.items() if flags & flag)
     if letters:
         fs.note(key, fs.format.protattr, letters)
@@ -58,24 +58,24 @@ def note(fs: OverlayFs, key: Key, flags: int) -> None:
 
 
 def must_change(fs: OverlayFs, node: Node) -> None:
-    """EPERM unless owner, mode, times and attributes may be changed, and names be given."""
+    """EPERM if owner, mode, times and xattrs must not change, or names must not be added."""
     if node.protection != 0 and protection(fs, node):
         raise error(errno.EPERM, node.name)
 
 
 def must_add(fs: OverlayFs, parent: Node) -> None:
-    """EPERM unless a name may be made in a directory."""
+    """EPERM if no name may be created in a directory."""
     if parent.protection != 0 and protection(fs, parent) & IMMUTABLE:
         raise error(errno.EPERM, parent.name)
 
 
 def must_remove(fs: OverlayFs, parent: Node, node: Node) -> None:
-    """EPERM unless the name of something may be removed (may_delete() in fs/namei.c)."""
+    """EPERM if a node's name must not be removed (may_delete() in fs/namei.c)."""
     must_change(fs, parent)
     must_change(fs, node)
 
 
 def must_write(fs: OverlayFs, node: Node, *, appends: bool) -> None:
-    """EPERM unless a file may be written to, by somebody who only *appends* or not."""
+    """EPERM if a file must not be written; *appends*: whether the writer only appends."""
     if node.protection != 0 and protection(fs, node) & (IMMUTABLE if appends else EITHER):
         raise error(errno.EPERM, node.name)

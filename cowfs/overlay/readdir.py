@@ -16,7 +16,7 @@ from cowfs.types import DirEntry
 
 
 def readdir(fs: OverlayFs, node: Node) -> list[DirEntry]:
-    """List a directory without ``.`` and ``..``: the upper's names first, then the unseen lower ones."""
+    """List a directory without ``.`` and ``..``: the upper's names first, then the lowers' other names."""
     if node.dead:
         return []
     if node.children is None:
@@ -45,18 +45,18 @@ _TIES = 4
 
 
 class Listing:
-    """The names that a directory may show, each at a place that is its own while the directory lives.
+    """The names that a directory may show, each at a fixed place as long as the directory exists.
 
-    Nothing that happens to other names changes a place, and a name that is made again comes back to its
-    own. So a listing may be taken up after any change, by another reader, and from any place that anybody
-    was told: what was there all the time comes once. Names of lower layers come first, in the order that
-    these have them in, which does not change; those of the upper alone follow, by a hash of the name.
+    A change of other names never changes a place, and a name that is created again gets its old place. So a
+    listing can continue after any change, for any reader, from any place that a reader was given, and shows a
+    name exactly once if it existed all the time. Names of lower layers come first, in the layers' own order,
+    which does not change. Names that only the upper has follow, ordered by a hash of the name.
     """
 
     __slots__ = ("_below", "_own")
 
     def __init__(self, below: list[bytes], upper: list[bytes]) -> None:
-        """*below* are the names of the lower layers, each once; *upper* all of the upper's."""
+        """*below* are the names of the lower layers, each once; *upper* are all names of the upper."""
         self._below = below
         if below and upper:
             known = _set_of(below)
@@ -67,13 +67,13 @@ class Listing:
         return len(self._below) + len(self._own)
 
     def after(self, place: int) -> Iterator[tuple[int, bytes]]:
-        """Yield place and name of those that come after a place; all are after 0. Less than 2 ** 63 - 2."""
+        """Yield the places and names after *place*. All places are above 0 and below 2 ** 63 - 2."""
         if place < _OWN:
             for number in range(place, len(self._below)):
                 yield number + 1, self._below[number]
         if not self._own:
             return
-        # Of names with one hash, which are rare, each has the place after the one before.
+        # Names with the same hash, which are rare, get consecutive places.
         first = place >> _TIES << _TIES
         before = first - 1
         for number in range(bisect_left(self._own, first, key=_place), len(self._own)):
@@ -84,7 +84,7 @@ class Listing:
 
 
 def _set_of(names: list[bytes]) -> set[bytes]:
-    """Return set(names), which lets no other thread run before it is complete."""
+    """Return set(names), built in parts, since set() lets no other thread run until it is complete."""
     known: set[bytes] = set()
     for name in names:
         known.add(name)
@@ -92,7 +92,7 @@ def _set_of(names: list[bytes]) -> set[bytes]:
 
 
 def _in_order(names: list[bytes]) -> list[bytes]:
-    """Sort names by their places; some hundreds at a time, for sort() lets no other thread run."""
+    """Sort names by their places, some hundreds at a time, because sort() lets no other thread run."""
     count = len(names) // 500 + 1
     parts: list[list[tuple[int, bytes]]] = [[] for _ in range(count)]
     for name in names:
@@ -101,7 +101,7 @@ def _in_order(names: list[bytes]) -> list[bytes]:
     for part in parts:
         part.sort()
         ordered += [name for _, name in part]
-        part.clear()  # nor does letting go of all of them at once
+        part.clear()  # nor does freeing all of them at once
     return ordered
 
 
@@ -114,9 +114,9 @@ _MANY = 10_000
 
 
 def listing(fs: OverlayFs, node: Node) -> Listing | Callable[[], Listing]:
-    """Return the names that a directory may show: a lookup of each tells which ones are whiteouts.
+    """Return the names that a directory may show. A lookup of each name tells whether it is a whiteout.
 
-    Of a large directory, what gives them is returned: a call that blocks, for any thread.
+    For a large directory, return a function that returns them. It blocks; any thread may call it.
     """
     if node.children is None:
         raise error(errno.ENOTDIR, node.name)
@@ -143,7 +143,7 @@ def _listing(lowers: Sequence[list[bytes] | NamesJob], upper: list[bytes] | Name
 
 
 class Seen(NamedTuple):
-    """What was found by looking through a directory."""
+    """The result of looking through a directory."""
 
     node: Node
     added: int
@@ -153,12 +153,12 @@ class Seen(NamedTuple):
     """Whether the upper has no whiteouts in it either."""
 
     def holds(self) -> bool:
-        """Say whether it is still so; that it is not empty need not be so any more."""
+        """Whether the result is still valid. A directory that was not empty may have become empty."""
         return self.added == self.node.added or not self.empty
 
 
 def look_through(fs: OverlayFs, node: Node) -> Steps[Seen]:
-    """See whether a directory is empty."""
+    """Find out whether a directory is empty."""
     if node.children is None:
         raise error(errno.ENOTDIR, node.name)
     added, bare = node.added, True
@@ -179,7 +179,7 @@ def look_through(fs: OverlayFs, node: Node) -> Steps[Seen]:
 
 
 def see(fs: OverlayFs, node: Node, seen: Seen | None = None) -> Seen:
-    """Return the contents of a directory: an earlier result, if that belongs to it and is valid."""
+    """Look through a directory. Return *seen* instead if it is of this directory and still valid."""
     if seen is not None and seen.node is node and seen.holds():
         return seen
     return done_at_once(look_through(fs, node))

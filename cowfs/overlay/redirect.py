@@ -1,4 +1,4 @@
-"""The redirects that a rename makes: where the layers below have what was renamed."""
+"""The redirects that a rename writes: where the layers below have the renamed directory or file."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Rename (the kernel's ovl_rename): one renameat2 of the upper does it, whatever is below.
+"""Rename (the kernel's ovl_rename()): one renameat2(2) in the upper, whatever is below.
 
-What is left to do before it never shows: an inode is copied up, a directory is marked with where its
-lower part is (a redirect) or that it has none (opaque). The whiteout at the old place comes with the
-rename itself (RENAME_WHITEOUT), or is the one that stood at the new place (RENAME_EXCHANGE).
+Users do not see the preparation: an inode is copied up, and a directory is marked with where its lower part
+is (a redirect), or that it has none (opaque). The whiteout at the old place comes with the rename itself
+(RENAME_WHITEOUT), or was at the new place before (RENAME_EXCHANGE).
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ def rename(
 ) -> Node | None:
     """Rename as renameat2(2) does, with RENAME_NOREPLACE, RENAME_EXCHANGE and RENAME_WHITEOUT.
 
-    The last one leaves a character device 0:0 of *owner*'s under the old name. *seen* is what was seen in a
-    directory that is to be replaced; else it is looked through here. Returns the node that was replaced, if
-    one was.
+    RENAME_WHITEOUT leaves a character device 0:0 that belongs to *owner* under the old name. *seen* is an
+    earlier result of :func:`look_through` for a directory that is replaced; without it, the directory is read
+    here. Return the replaced node, if any.
     """
     if flags & ~_FLAGS or (flags & RENAME_EXCHANGE and flags != RENAME_EXCHANGE):
         raise error(errno.EINVAL, name)
@@ -51,7 +51,7 @@ def rename(
     target = found[0] if found else None
     _check(node, new_parent, new_name, target, flags)
     if target is node:
-        return None  # two names of one inode: POSIX has nothing done
+        return None  # two names of one inode: POSIX says to do nothing
     _must_be_allowed(fs, (parent, node), (new_parent, target))
     if not fs.options.redirect_dir:
         _refuse_redirects(node, target if flags & RENAME_EXCHANGE else None)
@@ -77,15 +77,15 @@ def rename(
         _move(fs, (parent, name, node), (new_parent, new_name, target))
         fs.nodes.detach(parent, name)
         if target is not None:
-            _replaced(fs, target, new_parent, new_name, last=last)
+            _drop_replaced(fs, target, new_parent, new_name, last=last)
         fs.nodes.rename(node, new_parent, new_name)
         if left is not None:
             leave_whiteout(fs, parent, name, left)
     return target
 
 
-def _replaced(fs: OverlayFs, target: Node, parent: Node, name: bytes, *, last: bool) -> None:
-    """Take the name from a node that another has replaced; *last*: it was the last one."""
+def _drop_replaced(fs: OverlayFs, target: Node, parent: Node, name: bytes, *, last: bool) -> None:
+    """Remove the name of a node that another one replaced; *last*: it was its last name."""
     if not target.is_dir:
         name_removed(fs, target, parent, name, last=last)
         return
@@ -97,21 +97,21 @@ def _replaced(fs: OverlayFs, target: Node, parent: Node, name: bytes, *, last: b
 
 
 def _refuse_redirects(*nodes: Node | None) -> None:
-    """EXDEV for what would need a redirect: a directory that is, or has been, in a lower."""
+    """EXDEV for a node that would need a redirect: a directory that is, or was, in a lower."""
     for node in nodes:
         if node is not None and node.lowers and (node.is_dir or node.metacopy):
             raise error(errno.EXDEV, node.name)
 
 
 def _refuse_modules(fs: OverlayFs, *nodes: Node | None) -> None:
-    """EXDEV for a directory that a module has: a redirect into it would lead nowhere without it."""
+    """EXDEV for a directory in a module: without the module, a redirect would lead nowhere."""
     for node in nodes:
         if node is not None and node.is_dir and fs.in_module(node):
             raise error(errno.EXDEV, node.name)
 
 
 def _must_be_allowed(fs: OverlayFs, source: tuple[Node, Node], target: tuple[Node, Node | None]) -> None:
-    """EPERM for what the flags of chattr(1) forbid (may_delete() and may_create() of the kernel)."""
+    """EPERM if the flags of chattr(1) forbid it (may_delete() and may_create() in the kernel)."""
     protect.must_remove(fs, *source)
     protect.must_add(fs, target[0])
     if target[1] is not None:
@@ -145,14 +145,14 @@ def _check(node: Node, new_parent: Node, new_name: bytes, target: Node | None, f
 
 
 def _bring_up(fs: OverlayFs, node: Node, parent: Node, name: bytes) -> None:
-    """Let the inode be in the upper under this very name."""
+    """Make sure that the inode is in the upper under exactly this name."""
     fs.nodes.rename(node, parent, name)
     copy_up_meta(fs, node)
     link_alias(fs, node, parent, name)
 
 
 def _make_replaceable(fs: OverlayFs, target: Node, parent: Node, name: bytes, seen: Seen | None) -> bool:
-    """Prepare what will be replaced; return whether its last name goes with it."""
+    """Prepare a target to be replaced; return whether it loses its last name."""
     if target.is_dir:
         assert seen is not None
         if not seen.bare:
@@ -167,7 +167,7 @@ def _make_replaceable(fs: OverlayFs, target: Node, parent: Node, name: bytes, se
 
 
 def _empty(fs: OverlayFs, target: Node, parent: Node, name: bytes) -> None:
-    """Put an empty opaque directory in the place of one that holds only whiteouts (ovl_clear_empty)."""
+    """Replace a directory that contains only whiteouts by an empty opaque one (ovl_clear_empty())."""
     attr = fs.upper.stat(target.upper)
     with made_aside(fs, directory=True) as temporary:
         made = fs.upper.mkdir(fs.work, temporary, stat.S_IMODE(attr.st_mode), attr.st_uid, attr.st_gid)
@@ -199,13 +199,13 @@ def _exchange(fs: OverlayFs, one: _Place, other: _Place) -> None:
 
 
 def _mark(fs: OverlayFs, node: Node, parent: Node, new_parent: Node, new_name: bytes) -> None:
-    """Note on what will be moved where its lower part is found from its new place."""
+    """Mark a node that will be moved with where its lower part is, as seen from its new place."""
     if node.is_dir and not node.lowers:
         if new_parent.is_merged and lower_has(fs, new_parent, new_name):
             fs.note(node.upper, fs.format.opaque, OPAQUE)
         return
     if node.is_dir or node.metacopy:
-        # A relative one would be wrong for the other names of a hard link.
+        # A relative redirect would be wrong for the other names of a hard link.
         relative = parent is new_parent and node.indexed is None
         redirect = redirects.of(node, same_directory=relative)
         if redirect != node.redirect:
@@ -217,7 +217,7 @@ def _mark(fs: OverlayFs, node: Node, parent: Node, new_parent: Node, new_name: b
 
 
 def _move(fs: OverlayFs, source: _Place, target: _Target) -> None:
-    """Do the rename itself, so that the old place hides what a lower has there."""
+    """Do the rename itself, and hide what a lower has at the old place."""
     parent, name, node = source
     new_parent, new_name, replaced = target
     old, new = (parent.upper, name), (new_parent.upper, new_name)

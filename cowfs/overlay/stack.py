@@ -1,12 +1,12 @@
-"""Where a name is found in a stack of layers, by which rule, and what a merged directory lists.
+"""Where a stack of layers has a name, by which rule, and what a merged directory lists.
 
 The rules are those of the kernel's overlayfs (ovl_lookup() and its helpers in fs/overlayfs/namei.c). In each
 layer, topmost first, a whiteout or anything but a directory ends the search, an opaque directory ends it
 below itself, and a redirect renames what is searched in the layers below. A metacopy has only the attributes
 of a file: the search goes on for its data.
 
-All of it is plain data: no nodes, no FUSE. The mounted union (:mod:`cowfs.overlay.lookup`) uses it, and so
-does whatever reads layers that are not mounted. Blocks as the layers do; raises their :class:`OSError`.
+Everything here is plain data: no nodes, no FUSE. The mounted union (:mod:`cowfs.overlay.lookup`) uses it,
+and so do the tools that read layers without a mount. Blocks if the layers do; raises their :class:`OSError`.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _NO_XATTRS = {errno.ENODATA, errno.EOPNOTSUPP, errno.EPERM, errno.EACCES}
 
 
 class Rule(Enum):
-    """The rule that a search applied to the inode of a layer."""
+    """A rule that decides what an inode of a layer means in a search."""
 
     SHOWN = "its attributes are seen, and its data or its entries"
     MERGED = "its entries are seen with those of the directory above it"
@@ -63,7 +63,7 @@ class Rule(Enum):
 
 
 class Verdict(NamedTuple):
-    """A rule that applied in a search."""
+    """One decision in a search: the layer, and the rule that applied."""
 
     rule: Rule
     layer: int
@@ -76,7 +76,7 @@ class Verdict(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What the layers of a stack have under one name."""
+    """The result of a search: what the layers have under one name."""
 
     hits: list[Hit]
     """For a directory all that are merged into it, topmost first; for a file the one shown and, if that is a
@@ -88,7 +88,7 @@ class Found(NamedTuple):
 
 
 class Stack:
-    """Layers, topmost first, that are merged."""
+    """Layers that are merged, topmost first."""
 
     __slots__ = (
         "bottom",
@@ -115,14 +115,14 @@ class Stack:
         bound: int | None = None,
         modules: Sequence[int] = (),
     ) -> None:
-        """*upper*: if the topmost is the upper layer of a union, where in it the union's tree begins.
+        """*upper*: where the union's tree begins in the topmost layer, if that is a union's upper layer.
 
-        *frozen* are above all *layers*: uppers of the same union from before, the newest first. *is_part*:
-        other layers are below these.
+        *frozen* are earlier uppers of the same union, above all *layers*, the newest first. *is_part*: there
+        are other layers below these.
 
-        Of *layers* only the first *bound* (all, if None) are what they are by themselves. Those behind have
-        numbers that nothing changes, and *modules* says which of them are merged, above the first ones, in
-        which order. No metacopy above has its data in one, and no redirect above leads into one
+        The first *bound* of the *layers* (all, if None) are always merged. The others are modules, whose
+        numbers never change: *modules* says which of them are merged, above the first ones, and in which
+        order. No metacopy above has its data in a module, and no redirect above leads into one
         (:mod:`cowfs.overlay.modules`).
         """
         self.layers = (*layers, *frozen)
@@ -154,7 +154,7 @@ class Stack:
         """The number of the layer below which there is nothing to be merged."""
 
     def without_modules(self, places: Sequence[Place]) -> tuple[Place, ...]:
-        """Return the places that are in no module."""
+        """Return the places that are not in a module."""
         return tuple(place for place in places if place[0] < self.bound)
 
     def in_order(self) -> list[LowerLayer]:
@@ -162,14 +162,14 @@ class Stack:
         return [self.layers[number] for number, _ in (*self.roots, *self.data)]
 
     def below_layer(self, layer: int) -> tuple[Place, ...]:
-        """Return the roots of the layers below one."""
+        """Return the roots of the layers below *layer*."""
         numbers = [number for number, _ in self.roots]
         return self.roots[numbers.index(layer) + 1 :]
 
     # --- a name
 
     def find(self, places: Sequence[Place], name: bytes) -> list[Hit]:
-        """Return what *name* shows in the directory that is merged from *places*, topmost first.
+        """Search for *name* in the directory that is merged from *places*; return its hits, topmost first.
 
         See :class:`Found`. EIO for a metacopy without data.
         """
@@ -181,7 +181,7 @@ class Stack:
                 self.layers[layer].forget(hit[0])
                 return []
             if layer == self.bottom and not self._lacks_data(layer, *hit):
-                return [(layer, *hit)]  # nothing is below, and most names of most unions are here
+                return [(layer, *hit)]  # nothing is below: the case of most names
             return self._whole(self._look(places[position:], (name,), _Search(self, False, None), hit), name)
         return []
 
@@ -195,8 +195,8 @@ class Stack:
     ) -> list[Hit]:
         """Like :meth:`find`, for a path below *places*.
 
-        With *directories* files are not wanted: a directory is above. What is appended to *verdicts*,
-        if given, tells what each layer had and which rule decided.
+        With *directories*, find only directories, because a layer above has a directory. If *verdicts* is
+        given, append what each layer had and which rule decided.
         """
         return self._whole(self.look(places, path, directories=directories, verdicts=verdicts), path[-1])
 
@@ -209,9 +209,9 @@ class Stack:
         directories: bool = False,
         verdicts: list[Verdict] | None = None,
     ) -> list[Hit]:
-        """Return what is below an inode that an upper layer has under *name*, and with this redirect.
+        """Return what is below an inode that an upper layer has under *name*, with this redirect.
 
-        *places* are those of the upper's directory in this stack.
+        *places* are those of the parent directory in this stack.
         """
         path: Path = (name,)
         if self.modules and (redirect is not None or not directories):
@@ -230,7 +230,7 @@ class Stack:
         directories: bool = False,
         verdicts: list[Verdict] | None = None,
     ) -> Found:
-        """Like :meth:`search`, but no error for a metacopy without data."""
+        """Like :meth:`search`, but without an error for a metacopy without data."""
         return self._look(places, path, _Search(self, directories, verdicts))
 
     def _look(
@@ -251,7 +251,7 @@ class Stack:
 
     @staticmethod
     def _whole(found: Found, name: bytes) -> list[Hit]:
-        """Return what was found. EIO for a metacopy without data."""
+        """Return the hits. EIO for a metacopy without data."""
         if not found.is_complete:
             raise OSError(errno.EIO, os.strerror(errno.EIO), name)
         return found.hits
@@ -269,7 +269,7 @@ class Stack:
             raise
 
     def shows(self, places: Sequence[Place], name: bytes) -> bool:
-        """Whether anything is seen under a name (ovl_lower_positive())."""
+        """Whether the layers show anything under a name (ovl_lower_positive())."""
         for layer, key in places:
             found = self.layers[layer].lookup(key, name)
             if found is not None:
@@ -278,13 +278,13 @@ class Stack:
         return False
 
     def forget(self, hits: Iterable[Hit]) -> None:
-        """The caller will not use these again."""
+        """Release the keys of these hits: the caller does not use them again."""
         for layer, key, _ in hits:
             self.layers[layer].forget(key)
 
 
 class _Search:
-    """One search on its way down the layers (struct ovl_lookup_data)."""
+    """The state of one search down the layers (struct ovl_lookup_data)."""
 
     __slots__ = ("_directories", "_format", "_layers", "_stack", "_verdicts", "hits", "incomplete")
 
@@ -327,7 +327,7 @@ class _Search:
     def _find_data(self, path: Path) -> None:
         """Look for the data of a metacopy in the data-only layers, where an absolute redirect leads.
 
-        Of them only regular files count; their attributes mean nothing (ovl_lookup_data_layers()).
+        Only regular files count there; their xattrs are ignored (ovl_lookup_data_layers()).
         """
         for number, root in self._stack.data:
             hit = self._reach(number, root, path)
@@ -340,7 +340,7 @@ class _Search:
                 return
 
     def _reach(self, number: int, root: Key, path: Path) -> tuple[Key, Attr] | None:
-        """Return the regular file that one layer alone has at a path, if it has one there."""
+        """Return the regular file that a single layer has at a path; None if it has none."""
         layer, directory = self._layers[number], root
         hit: tuple[Key, Attr] | None = None
         for depth, name in enumerate(path, 1):
@@ -356,7 +356,7 @@ class _Search:
         return hit
 
     def _take(self, layer: int, step: _Step, path: Path, from_root: bool) -> bool:
-        """Add what a layer has at the end of the path, if it is wanted; return whether that ends it."""
+        """Add what a layer has at the end of the path, if it is wanted; return whether the search ends."""
         assert step.hit is not None
         key, attr = step.hit
         above = self.hits[-1][2] if self.hits else None
@@ -364,7 +364,7 @@ class _Search:
             if self._directories or (above is not None and stat.S_ISDIR(above.st_mode)):
                 self._refuse(Rule.NO_DIRECTORY, layer, key, path, from_root)
                 is_module = bool(self._stack.modules) and layer >= self._stack.bound
-                return not is_module  # what is below was merged with the directory above before that came
+                return not is_module  # before it was added, the layers below merged with the directory above
             if self.incomplete and not stat.S_ISREG(attr.st_mode):
                 return self._refuse(Rule.NO_FILE, layer, key, path, from_root)
             if len(self.hits) == 2:  # a chain of metacopies: the first has the attributes, the last the data
@@ -391,7 +391,7 @@ class _Search:
     def _walk(
         self, number: int, base: Key, path: Path, from_root: bool, hit: tuple[Key, Attr] | None
     ) -> _Step:
-        """Follow *path* in one layer, noting what opaque directories and redirects on it mean below."""
+        """Follow *path* in one layer; note the opaque directories and redirects on it."""
         step = _Step()
         layer = self._layers[number]
         directory = base
@@ -414,7 +414,7 @@ class _Search:
                 if not at_end:
                     step.stop = self._refuse(Rule.NO_DIRECTORY, number, key, path[: depth + 1], from_root)
                     return step
-                # Of the lowest, too: a metacopy there has no data, and its zeros are none.
+                # Also in the lowest layer: a metacopy there has no data, and its zeros must not be shown.
                 notes = self._stack.notes(number, key) if stat.S_ISREG(attr.st_mode) else None
                 if notes is not None and self._format.is_metacopy(notes, attr):
                     step.metacopy = True
@@ -455,13 +455,13 @@ class _Search:
         if redirect.startswith(b"/"):
             step.path = (*names_of_redirect(redirect), *rest)
             step.absolute = True
-            step.stop = False  # an opaque directory above says nothing of where this leads
+            step.stop = False  # an opaque directory above does not affect the target of the redirect
         else:
             step.path = (*(step.path or path)[: -len(rest) - 1], redirect, *rest)
 
 
 class _Step:
-    """What one layer says to a path."""
+    """The result of following a path in one layer."""
 
     __slots__ = ("absolute", "hit", "metacopy", "path", "stop")
 
@@ -481,11 +481,11 @@ def _rule_of(step: _Step, attr: Attr, *, is_first: bool) -> Rule:
     return Rule.SHOWN if is_first else Rule.DATA
 
 
-# --- what is read of one layer
+# --- reading one layer
 
 
 def notes_of(layer: LowerLayer, key: Key, xattrs: XattrFormat) -> dict[bytes, bytes] | None:
-    """Return the overlay's own attributes of an inode by full name; None when it has none."""
+    """Return the overlay's own attributes of an inode by full name; None if it has none."""
     prefix, escaped = xattrs.prefix, xattrs.escaped
     try:
         names = [name for name in layer.listxattr(key) if name.startswith(prefix)]
@@ -501,14 +501,15 @@ def notes_of(layer: LowerLayer, key: Key, xattrs: XattrFormat) -> dict[bytes, by
             continue
         try:
             notes[name] = layer.getxattr(key, name)
-        except OSError as failure:  # it went meanwhile; or user.* of a file that we may not read
+        except OSError as failure:  # removed meanwhile, or user.* of a file that we may not read
             if failure.errno not in _NO_XATTRS:
                 raise
     return notes
 
 
 class Merging:
-    """Tells which names of its layers a merged directory shows: each once, as the topmost has it."""
+    """Decides which entries of its layers a merged directory shows: each name once, from the topmost
+    layer."""
 
     __slots__ = ("_format", "_seen")
 
@@ -517,9 +518,9 @@ class Merging:
         self._seen: set[bytes] = set()
 
     def shows(self, layer: LowerLayer, directory: Key, entry: DirEntry) -> bool:
-        """Whether an entry of a layer is seen: no layer above has the name, and it is no whiteout.
+        """Whether an entry of a layer is shown: no layer above has the name, and it is not a whiteout.
 
-        Call it with all entries of each layer of the directory, topmost first.
+        Call it with all entries of all layers of the directory, topmost layer first.
         """
         name = entry.name
         if name in self._seen:
@@ -531,7 +532,7 @@ class Merging:
 
 
 def hides(layer: LowerLayer, directory: Key, name: bytes, xattrs: XattrFormat) -> bool:
-    """Whether a layer has a whiteout under a name that it lists, or nothing any more."""
+    """Whether a name that a layer lists is a whiteout, or does not exist any more."""
     found = layer.lookup(directory, name)
     if found is None:
         return True
@@ -540,8 +541,11 @@ def hides(layer: LowerLayer, directory: Key, name: bytes, xattrs: XattrFormat) -
 
 
 def is_whiteout(layer: LowerLayer, key: Key, attr: Attr, xattrs: XattrFormat) -> bool:
-    """Whether an inode of a layer is a whiteout, in any form: a character device 0:0, or an empty file with
-    the attribute ``whiteout`` (ovl_path_is_whiteout(), since Linux 6.7)."""
+    """Whether an inode of a layer is a whiteout, in any form.
+
+    The forms are a character device 0:0, and an empty file with the attribute ``whiteout``
+    (ovl_path_is_whiteout(), since Linux 6.7).
+    """
     if not stat.S_ISREG(attr.st_mode):
         return is_whiteout_device(attr)
     if attr.st_size:

@@ -1,7 +1,7 @@
-"""Uncover: let the lowers show again where the upper has something; the reverse of copy-up.
+"""Uncover: remove an entry of the upper so that the lowers show again; the reverse of copy-up.
 
-What is taken away is not destroyed: it is renamed in one step to a place that the caller chooses, outside of
-the merged tree. :func:`cover` brings it back.
+The entry is not destroyed. It is renamed, in one step, to a place outside of the merged tree that the caller
+chooses. :func:`cover` moves it back.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ Stale = list[tuple[int, bytes | None]]
 def uncover(
     fs: OverlayFs, parent: Node, name: bytes, place: Place | None, stale: Stale, *, hidden: bool = False
 ) -> bool:
-    """Move what the upper has at *name* to *place*; remove it if it is a whiteout, and return False then.
+    """Move the upper's entry *name* to *place*. If it is a whiteout, remove it and return False.
 
-    Without a *place* a file is removed, whatever it is. With *hidden* a whiteout comes to where it was.
+    Without a *place*, remove a file of any type. With *hidden*, leave a whiteout where it was.
 
-    ENOENT if it has nothing there; EBUSY while its data is still being copied up.
+    ENOENT if the upper has no such name; EBUSY while its data is being copied up.
     """
     with _names_counted(fs, parent, name, stale, moved=place is not None):
         return _uncover(fs, parent, name, place, stale, hidden=hidden)
@@ -83,15 +83,15 @@ def _uncover(
 def _names_counted(
     fs: OverlayFs, parent: Node, name: bytes, stale: Stale, *, moved: bool = False
 ) -> Iterator[None]:
-    """Count the names that hard links of the index get or lose meanwhile, at *name* and below it.
+    """Update the counts of indexed hard links that gain or lose names in the block, at *name* and below.
 
-    With *moved* they have all these names in the upper first, and not by the index alone.
+    With *moved*, first create those of the names in the upper that show only through the index.
     """
-    before = _hold(fs, parent, name, link=moved)
+    before = _pin(fs, parent, name, link=moved)
     after: list[Node] = []
     try:
         yield
-        after = _hold(fs, parent, name)
+        after = _pin(fs, parent, name)
         difference = Counter(node for node in after if node.indexed is not None)
         difference.subtract(node for node in before if node.indexed is not None)
         for node, count in difference.items():
@@ -107,17 +107,17 @@ def _names_counted(
             fs.release(node)
 
 
-def _hold(fs: OverlayFs, parent: Node, name: bytes, *, link: bool = False) -> list[Node]:
-    """Return the directories and the hard links of the index at a name and below it, once for each name.
+def _pin(fs: OverlayFs, parent: Node, name: bytes, *, link: bool = False) -> list[Node]:
+    """Return the directories and the indexed hard links at a name and below it, once for each name.
 
-    Each stays known until the caller takes one from its *lookups*, and releases it.
+    Each stays known until the caller subtracts one from its *lookups*, and releases it.
     """
     held: list[Node] = []
     waiting = [(parent, name)] if fs.indexed else []
     while waiting:
         directory, name = waiting.pop()
         found = None
-        with suppress(OSError):  # what cannot be read has no count either
+        with suppress(OSError):  # skip what cannot be read
             found = lookup(fs, directory, name)
         if found is None:
             continue
@@ -136,7 +136,7 @@ def _hold(fs: OverlayFs, parent: Node, name: bytes, *, link: bool = False) -> li
 
 
 def _key_in_index(fs: OverlayFs, node: Node) -> None:
-    """Let a hard link's key be that of its name in the index, which stays where it is."""
+    """Use the key of a hard link's name in the index, which does not move."""
     with suppress(OSError):
         name = index_name(fs.noted(node.upper, fs.format.origin))
         place = fs.index_of(name) if name in fs.indexed else None
@@ -147,7 +147,7 @@ def _key_in_index(fs: OverlayFs, node: Node) -> None:
 
 
 def _add_to_count(fs: OverlayFs, node: Node, count: int) -> None:
-    """Let a hard link of the index have more names, or fewer; without any it leaves the index."""
+    """Change the name count of an indexed hard link by *count*; at 0, remove it from the index."""
     assert node.indexed is not None
     node.indexed += count
     if node.indexed > 0:
@@ -157,9 +157,9 @@ def _add_to_count(fs: OverlayFs, node: Node, count: int) -> None:
 
 
 def must_be_idle(fs: OverlayFs, node: Node) -> Node | None:
-    """Return *node*, or None if it was in use by nobody and is forgotten now.
+    """Return *node*, or None if nobody used it, and it is forgotten now.
 
-    EBUSY while a file's data is being copied up, read by a thread, or has yet to come from a lower.
+    EBUSY while a file's data is being copied up, a thread reads it, or the file is partial.
     """
     if node.partial is not None or node.copying is not None or not fs.host.close_idle(node):
         raise error(errno.EBUSY, node.name)
@@ -167,7 +167,7 @@ def must_be_idle(fs: OverlayFs, node: Node) -> Node | None:
 
 
 def cover(fs: OverlayFs, parent: Node, name: bytes, place: Place, stale: Stale) -> None:
-    """Bring back to *name* what uncover() has moved to *place*. EEXIST if the upper has something there."""
+    """Move what uncover() moved to *place* back to *name*. EEXIST if the upper has that name."""
     copy_up_directory(fs, parent)
     with _names_counted(fs, parent, name, stale):
         _cover(fs, parent, name, place, stale)
@@ -197,10 +197,10 @@ def _cover(fs: OverlayFs, parent: Node, name: bytes, place: Place, stale: Stale)
 
 
 def _follow(fs: OverlayFs, node: Node, parent: Node, name: bytes, stale: Stale) -> None:
-    """Let a node be what its name shows now, if that has its number; else it has lost the name."""
+    """Update a node to what its name shows now if the number is the same; else remove its name."""
     fs.nodes.detach(parent, name)
     if node.is_dir:
-        _lose(fs, node)
+        _mark_removed(fs, node)
         return
     fs.nodes.set_aside(node)
     try:
@@ -228,18 +228,18 @@ def _lose_name(fs: OverlayFs, node: Node, parent: Node, name: bytes) -> None:
         node.dead = True
         fs.release(node)
         return
-    if node.indexed is not None:  # who counts its names says when it has none
+    if node.indexed is not None:  # its count tells when it has no name
         fs.nodes.detach(parent, name)
         rekey(fs, node)
         return
-    # We have put one of the inode's names there.
+    # uncover() moved one of the inode's names there.
     name_removed(
         fs, node, parent, name, last=fs.upper.stat(node.upper).st_nlink <= 2 and fs.nodes.place(node) is None
     )
 
 
-def _lose(fs: OverlayFs, directory: Node) -> None:
-    """Note that a directory and all that is known below it have no name any more."""
+def _mark_removed(fs: OverlayFs, directory: Node) -> None:
+    """Note that a directory and everything known below it have lost their names."""
     waiting = [directory]
     order = []
     while waiting:
@@ -257,9 +257,9 @@ def _lose(fs: OverlayFs, directory: Node) -> None:
 
 
 def count_by_lower(fs: OverlayFs) -> None:
-    """Let no count of the index depend on names outside of the merged tree, which are about to go.
+    """Make the counts of the index independent of names outside the merged tree, which will be removed.
 
-    Those of inodes that the kernel copied up stay: no note says how many names their lower has.
+    Counts of inodes that the kernel copied up stay: no note records the link count of their lower.
     """
     for name in fs.indexed:
         place = fs.index_of(name)
@@ -278,7 +278,7 @@ def count_by_lower(fs: OverlayFs) -> None:
 
 
 class Attributes:
-    """Everything that stat and xattrs tell of an inode, to be given to another."""
+    """Attributes and xattrs of an inode, to be given to another."""
 
     __slots__ = ("attr", "xattrs")
 
@@ -288,12 +288,12 @@ class Attributes:
 
 
 def attributes_of(fs: OverlayFs, layer: LowerLayer, key: Key) -> Attributes:
-    """Return what an inode of a layer has."""
+    """Return the attributes and xattrs of an inode of a layer."""
     return Attributes(layer.stat(key), user_xattrs(fs, layer, key))
 
 
 def give_attributes(fs: OverlayFs, node: Node, wanted: Attributes, stale: Stale) -> None:
-    """Let an inode of the upper have these attributes: owner, mode, times, and no other xattrs."""
+    """Give an upper inode these attributes: owner, mode, times and xattrs. Remove its other xattrs."""
     upper, key, attr = fs.upper, node.upper, wanted.attr
     kept = {name for name, _ in wanted.xattrs}
     for name, value in user_xattrs(fs, upper, key):
@@ -316,7 +316,7 @@ def give_attributes(fs: OverlayFs, node: Node, wanted: Attributes, stale: Stale)
 
 
 def give_content(fs: OverlayFs, node: Node, layer: LowerLayer, key: Key, stale: Stale) -> None:
-    """Let a regular file of the upper hold what the one of *layer* holds. Blocks as long as that takes."""
+    """Replace the content of a regular upper file by that of a file in *layer*. Blocks until it is done."""
     with (
         closing(layer.open(key, os.O_RDONLY)) as source,
         closing(fs.upper.open(node.upper, os.O_RDWR)) as file,
@@ -327,9 +327,9 @@ def give_content(fs: OverlayFs, node: Node, layer: LowerLayer, key: Key, stale: 
 
 
 def keep_copy(fs: OverlayFs, layer: LowerLayer, key: Key, place: Place) -> None:
-    """Make a copy of a regular file of a layer at *place*, with its attributes. Blocks; ENOSPC.
+    """Copy a regular file of a layer, with its attributes, to *place*. Blocks; ENOSPC.
 
-    It has its name there when it is whole, and on disk.
+    The name appears when the copy is complete and on disk.
     """
     attributes = attributes_of(fs, layer, key)
     attr = attributes.attr
@@ -354,11 +354,11 @@ def drop_directory(
     any_times: bool = True,
     dry_run: Container[bytes] | None = None,
 ) -> bool:
-    """Remove a directory from the upper if it makes no difference there; return whether that is so.
+    """Remove a directory from the upper if it makes no difference there; return whether it makes none.
 
     It makes no difference if it is empty, shows a directory of a lower under the same name, and has its
-    attributes (without the times if *any_times*). With *dry_run*, the names in it to be treated as removed,
-    nothing is changed.
+    attributes (apart from the times if *any_times*). With *dry_run*, the names in it to treat as removed,
+    change nothing.
     """
     parent, name = node.parent, node.name
     if node.upper is None or not node.lowers or parent is None or node.redirect is not None or node.dead:
@@ -384,26 +384,26 @@ def drop_directory(
 
 
 def _is_same(fs: OverlayFs, found: Hit, lower: Lower) -> bool:
-    """Whether two keys of lowers are those of one inode."""
+    """Whether two places in lowers are of the same inode."""
     attr = fs.lowers[lower[0]].stat(lower[1])
     return found[0] == lower[0] and (found[2].st_dev, found[2].st_ino) == (attr.st_dev, attr.st_ino)
 
 
 def at_home(fs: OverlayFs, node: Node) -> None:
-    """Remove the redirect of a directory that is where its lower is, by its name."""
+    """Remove the redirect of a directory whose lower has the same place and name."""
     if node.redirect is not None and is_at_home(fs, node):
         fs.upper.removexattr(node.upper, fs.format.redirect)
         node.redirect = None
 
 
 def is_at_home(fs: OverlayFs, node: Node) -> bool:
-    """Whether a directory is where its lower is, by its name and that of the directory it is in."""
+    """Whether a directory has the same parent and name as its lower."""
     below = shown_below(fs, node.parent, node.name) if node.parent is not None else None
     return below is not None and bool(node.lowers) and _is_same(fs, below, node.lowers[0])
 
 
 def give_lower_times(fs: OverlayFs, node: Node, stale: Stale) -> None:
-    """Let a merged directory have the times of the lower's."""
+    """Give a merged directory the times of its lower."""
     if node.upper is not None and node.lowers and node.redirect is None:
         layer, key = node.lowers[0]
         attr = fs.lowers[layer].stat(key)
@@ -412,7 +412,7 @@ def give_lower_times(fs: OverlayFs, node: Node, stale: Stale) -> None:
 
 
 def hide(fs: OverlayFs, parent: Node, name: bytes, stale: Stale) -> None:
-    """Put a whiteout back that uncover() has removed. EEXIST if the upper has something there now."""
+    """Restore a whiteout that uncover() removed. EEXIST if the upper has the name now."""
     copy_up_directory(fs, parent)
     if fs.upper.lookup(parent.upper, name) is not None:
         raise error(errno.EEXIST, name)
@@ -422,7 +422,7 @@ def hide(fs: OverlayFs, parent: Node, name: bytes, stale: Stale) -> None:
         if node is not None:
             fs.nodes.detach(parent, name)
             if node.is_dir:
-                _lose(fs, node)
+                _mark_removed(fs, node)
             else:
                 _lose_name(fs, node, parent, name)
     stale.append((parent.ino, name))

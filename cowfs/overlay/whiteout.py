@@ -1,7 +1,7 @@
-"""Whiteouts: how the upper says that a lower name is gone.
+"""Whiteouts: marks in the upper that a lower name is deleted.
 
-A whiteout is a character device 0:0. As far as the filesystem allows, all are links to one inode, so that
-deleting many files costs names, not inodes.
+A whiteout is a character device 0:0. If the filesystem allows, all whiteouts are links to one inode, so that
+deleting many files uses names, not inodes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _NO_LINK = {errno.EMLINK, errno.EPERM, errno.ENOENT, errno.EOPNOTSUPP}
 
 
 def make(fs: OverlayFs, directory: Key, name: bytes) -> None:
-    """Put a whiteout at a name that the upper does not have."""
+    """Create a whiteout at a name that the upper does not have."""
     shared = fs.shared_whiteout
     if shared is not None:
         try:
@@ -53,9 +53,9 @@ def _key_of(fs: OverlayFs, directory: Key, name: bytes) -> Key:
 
 
 def replace(fs: OverlayFs, parent: Node, name: bytes, node: Node) -> None:
-    """Replace what the upper has under a name by a whiteout, in one step.
+    """Replace the upper's entry under a name by a whiteout, in one step.
 
-    *node* is what is there. A directory must contain only whiteouts.
+    *node* is the entry's node. A directory must contain only whiteouts.
     """
     flags = files.RENAME_EXCHANGE if node.is_dir else 0
     with made_aside(fs) as temporary:
@@ -70,9 +70,9 @@ _AT_ONCE = 200
 
 
 def throw_away(fs: OverlayFs, name: bytes, node: Node | None) -> None:
-    """Remove a directory of the work directory that contains only whiteouts, now or soon.
+    """Remove, now or soon, a directory in the work directory that contains only whiteouts.
 
-    *node* is its former node, if that is still in use. The next mount removes what is left.
+    *node* is its former node, if still in use. The next mount removes what is left.
     """
     fs.rubbish.append(Rubbish(name, node))
     if fs.host.sweep_soon is None:
@@ -86,7 +86,7 @@ def throw_away(fs: OverlayFs, name: bytes, node: Node | None) -> None:
 
 
 def sweep(fs: OverlayFs) -> Steps[None]:
-    """Remove what was thrown away. Only one caller at a time."""
+    """Remove the directories that were thrown away. Only one caller at a time."""
     while fs.rubbish:
         rubbish = fs.rubbish[0]
         with suppress(OSError):

@@ -1,6 +1,6 @@
-"""Copy-up of small files in one step, where the upper layer can do that: most files that change.
+"""Copy-up of small files in one step, if the upper layer supports it. Most changed files are small.
 
-Nothing is made in the work directory then, nor renamed: to the disk the copy is one change.
+It creates nothing in the work directory and renames nothing: on disk, the copy is one change.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ _ATTRIBUTES = 512
 
 
 def copy_whole(fs: OverlayFs, node: Node, attr: Attr, size: int) -> bool:
-    """Copy up a regular file, with the attributes *attr* and its first *size* bytes; False if not so.
+    """Copy up a regular file with the attributes *attr* and its first *size* bytes.
 
-    Then nothing has changed. All directories above are in the upper.
+    Return False, with nothing changed, if that is not possible. All directories above must be in the upper.
     """
     upper = fs.upper
     if node.dead or size > fs.options.inline_up_to or not takes_whole(upper) or fs.data_waits(node):
@@ -40,7 +40,7 @@ def copy_whole(fs: OverlayFs, node: Node, attr: Attr, size: int) -> bool:
 
 
 def _xattrs_of(fs: OverlayFs, node: Node, original: Original) -> list[Xattr] | None:
-    """Return all that the copy is to have, notes and all; None if that takes more than to set it."""
+    """Return all xattrs of the copy, with the notes; None if some need more than setting an xattr."""
     number = node.lowers[0][0]
     if original.index_name is not None or original.protection or number < 0 or fs.options.sync_copy_up:
         return None
@@ -55,7 +55,7 @@ def _xattrs_of(fs: OverlayFs, node: Node, original: Original) -> list[Xattr] | N
 
 
 def _data_of(fs: OverlayFs, node: Node, size: int) -> bytes | None:
-    """Return the first bytes of a lower file; None if it has holes there."""
+    """Return the first *size* bytes of a lower file; None if they contain holes."""
     if not size:
         return b""
     layer, key = node.lowers[-1]

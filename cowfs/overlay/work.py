@@ -1,4 +1,4 @@
-"""The work directory: new files are prepared here, and then get their names or are removed."""
+"""The work directory: new files are prepared here, then renamed into place, or removed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from cowfs.overlay.fs import OverlayFs
 
 @contextmanager
 def made_aside(fs: OverlayFs, *, directory: bool = False) -> Iterator[bytes]:
-    """Give a name in the work directory; after an exception remove what has it, a directory or not."""
+    """Give a free name in the work directory; after an exception, remove the file or directory of that
+    name."""
     temporary = fs.temporary()
     try:
         yield temporary

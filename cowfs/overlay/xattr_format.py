@@ -1,9 +1,9 @@
-"""The extended attributes of overlayfs: every name and value is parsed and made here and nowhere else.
+"""The extended attributes of overlayfs: the one place that parses and makes their names and values.
 
-A layer says with them what its inodes mean to the layers below. The names begin with ``trusted.overlay.``,
+They tell what an inode of a layer means for the layers below. The names begin with ``trusted.overlay.``,
 or with ``user.overlay.`` where trusted.* is not allowed (the kernel's *userxattr*). The kernel's own are
-those of ``enum ovl_xattr`` in fs/overlayfs/overlayfs.h; cowfs adds some that begin with ``cowfs.``. Only
-pure functions: who reads and writes layers is elsewhere.
+those of ``enum ovl_xattr`` in fs/overlayfs/overlayfs.h; cowfs adds some that begin with ``cowfs.``. All
+functions here are pure; other modules read and write layers.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Notes = Mapping[bytes, bytes]
 
 
 class XattrFormat:
-    """The attributes that begin with one prefix: their full names, and what they say."""
+    """The attributes with one prefix: their full names, and what they mean."""
 
     __slots__ = (
         "device",
@@ -67,7 +67,7 @@ class XattrFormat:
         """On an empty file: it is a whiteout, as in a layer of an overlay that is in a layer of another."""
         self.protattr = prefix + b"protattr"
         """Which of the flags i and a of chattr(1) the inode has."""
-        # From here on they are cowfs's own.
+        # The following are cowfs's own.
         self.links = prefix + b"cowfs.links"
         """The nlink of the lower inode that a hard link was."""
         self.place = prefix + b"cowfs.place"
@@ -88,23 +88,24 @@ class XattrFormat:
     # --- names
 
     def is_own(self, name: bytes) -> bool:
-        """Say whether an attribute of a layer means something to the overlay, and is hidden from users."""
+        """Whether an attribute of a layer belongs to the overlay, and is hidden from users."""
         return name.startswith(self.prefix) and not name.startswith(self.escaped)
 
     def shown(self, name: bytes) -> bytes | None:
-        """Return the name by which users see an attribute of a layer; None if it is hidden from them."""
+        """Return the name under which users see an attribute of a layer; None if it is hidden from them."""
         if name.startswith(self.escaped):
             return self.prefix + name[len(self.escaped) :]
         return None if name.startswith(self.prefix) else name
 
     def stored(self, name: bytes) -> bytes:
-        """Return the name by which a layer has what users call *name* (ovl_xattr_escape_name())."""
+        """Return the name under which a layer stores the attribute *name* of users
+        (ovl_xattr_escape_name())."""
         return self.escaped + name[len(self.prefix) :] if name.startswith(self.prefix) else name
 
-    # --- what the attributes of an inode say
+    # --- what the attributes of an inode mean
 
     def seen(self, notes: Notes, attr: Attr) -> Attr:
-        """Return what users see of an inode of the upper with these attributes."""
+        """Return the attributes that users see of an upper inode with these notes."""
         return as_device(attr) if self.device in notes and stat.S_ISREG(attr.st_mode) else attr
 
     def is_opaque(self, notes: Notes) -> bool:
@@ -116,9 +117,9 @@ class XattrFormat:
         return self.metacopy in notes and stat.S_ISREG(attr.st_mode)
 
     def redirect_of(self, notes: Notes, *, is_upper: bool = False) -> bytes | None:
-        """Return where the layers below have an inode (:func:`parse_redirect`). None: under its own name.
+        """Return where the layers below have an inode (:func:`parse_redirect`); None: under its own name.
 
-        A partial file is an error but in an upper layer: elsewhere nobody puts its data together.
+        A partial file is an error except in an upper layer: nothing else can combine its data.
         """
         if is_upper and self.partial in notes and self.metacopy in notes:
             return parse_partial(notes[self.partial]).path
@@ -126,19 +127,21 @@ class XattrFormat:
         return None if value is None else parse_redirect(value)
 
     def partial_of(self, notes: Notes) -> Partial | None:
-        """Return which of its data a metacopy has itself; None if it has none."""
+        """Return which of its data a metacopy contains; None if it contains none."""
         value = notes.get(self.partial)
         return None if value is None else parse_partial(value)
 
 
 def is_whiteout_device(attr: Attr) -> bool:
-    """Whether an entry of a layer hides the name below as a character device 0:0; see also
-    :func:`cowfs.overlay.stack.is_whiteout`."""
+    """Whether an entry is a character device 0:0, which hides its name in the layers below.
+
+    See also :func:`cowfs.overlay.stack.is_whiteout`.
+    """
     return attr.st_rdev == 0 and stat.S_ISCHR(attr.st_mode)
 
 
 def as_device(attr: Attr) -> Attr:
-    """Return the attributes of the character device 0:0 that an empty file of the upper stands for."""
+    """Return the attributes of the character device 0:0 that an empty file of the upper represents."""
     device = own_attr(attr)
     device.st_mode = stat.S_IFCHR | stat.S_IMODE(attr.st_mode)
     device.st_rdev = device.st_size = 0
@@ -150,7 +153,7 @@ def as_device(attr: Attr) -> Attr:
 
 
 class RedirectError(OSError):
-    """A redirect that leads nowhere."""
+    """A redirect that cannot be followed."""
 
     def __init__(self, code: int, value: bytes) -> None:
         super().__init__(code, f"invalid redirect: {value[:NAME_MAX]!r}")
@@ -160,8 +163,8 @@ class RedirectError(OSError):
 def parse_redirect(value: bytes) -> bytes:
     """Return a redirect: a name in the same directory, or a path from the root, with a leading slash.
 
-    EINVAL (:class:`RedirectError`) for one that is empty, has empty parts, or a slash in a name. As to the
-    kernel, it ends before the first NUL (ovl_get_redirect_xattr() in fs/overlayfs/namei.c).
+    EINVAL (:class:`RedirectError`) if it is empty, has empty parts, or a slash in a name. As in the kernel,
+    it ends before the first NUL (ovl_get_redirect_xattr() in fs/overlayfs/namei.c).
     """
     redirect = value.partition(b"\0")[0]
     parts = redirect[1:].split(b"/") if redirect.startswith(b"/") else [redirect]
@@ -171,19 +174,19 @@ def parse_redirect(value: bytes) -> bytes:
 
 
 def names_of_redirect(redirect: bytes) -> tuple[bytes, ...]:
-    """Return the names that a redirect consists of; it begins at the root if it begins with a slash."""
+    """Return the names in a redirect. A leading slash means that it starts at the root."""
     return tuple(redirect[1:].split(b"/")) if redirect.startswith(b"/") else (redirect,)
 
 
 def may_exist(name: bytes) -> bool:
-    """Say whether a name can be looked up. EACCES for one that leads out (lookup_one() in fs/namei.c)."""
+    """Whether a name can be looked up. EACCES for "", ``.`` and ``..`` (lookup_one() in fs/namei.c)."""
     if name in _NO_NAMES:
         raise RedirectError(errno.EACCES, name)
     return len(name) <= NAME_MAX
 
 
 def leads_somewhere(value: bytes) -> bool:
-    """Say whether a redirect can be followed."""
+    """Whether a redirect can be followed."""
     try:
         parts = names_of_redirect(parse_redirect(value))
     except RedirectError:
@@ -196,7 +199,7 @@ _NO_NAMES = frozenset({b"", b".", b".."})
 
 # --- origins
 #
-# The format is struct ovl_fh / ovl_fb of fs/overlayfs/overlayfs.h: version 0, magic 0xfb, the length of all,
+# The format is struct ovl_fh / ovl_fb of fs/overlayfs/overlayfs.h: version 0, magic 0xfb, the total length,
 # flags, the type of the file handle, the filesystem's UUID, and the handle itself.
 
 _HEAD = struct.Struct("<BBBBB16s")  # version, magic, len, flags, type, uuid
@@ -206,14 +209,16 @@ _CPU = _BIG_ENDIAN if sys.byteorder == "big" else 0
 
 
 def make_origin(handle: FileHandle) -> bytes:
-    """Return the value that says that an inode was copied up from the one with this handle."""
+    """Return the value that records that an inode was copied up from the one with this handle."""
     size = _HEAD.size + len(handle.data)
     return _HEAD.pack(_VERSION, _MAGIC, size, _CPU, handle.type, handle.uuid) + handle.data
 
 
 def parse_origin(value: bytes) -> FileHandle | None:
-    """Return the handle in an origin; None for one of unknown form, or the empty one, which says
-    that the inode was copied up from a filesystem without handles."""
+    """Return the handle in an origin; None if its form is unknown, or if it is empty.
+
+    An empty origin means that the inode was copied up from a filesystem without handles.
+    """
     if len(value) < _HEAD.size:
         return None
     version, magic, size, flags, kind, uuid = _HEAD.unpack_from(value)
@@ -233,7 +238,7 @@ _NLINK = re.compile(rb"([LU])([+-]\d{1,9})")
 
 
 def make_nlink(base: bytes, difference: int) -> bytes:
-    """Return the note that the link count is that of *base*, ``U``pper or ``L``ower, and so much more."""
+    """Return the note for a link count of *difference* more than that of *base*, ``U``pper or ``L``ower."""
     return b"%c%+d" % (base, difference)
 
 
@@ -248,7 +253,7 @@ def parse_count(value: bytes) -> int | None:
     return int(value) if value.isdigit() and len(value) < 10 else None
 
 
-# --- files that are copied up in part (cowfs.overlay.partial)
+# --- partial files (cowfs.overlay.partial)
 
 PARTIAL_METACOPY = b"\x01"
 """Too short to be one: EIO (ovl_check_metacopy_xattr() in fs/overlayfs/util.c, since Linux 6.6)."""
@@ -257,7 +262,7 @@ PARTIAL_REDIRECT = b"not whole yet/mount it with cowfs"
 
 
 class Partial(NamedTuple):
-    """What the note says that makes a file partial."""
+    """The contents of the note that makes a file partial."""
 
     end: int
     """This many bytes of the lower show."""
@@ -267,7 +272,7 @@ class Partial(NamedTuple):
     """Where it is in the lowers, from their root, with a leading slash."""
 
     def is_of(self, attr: Attr) -> bool:
-        """Whether a lower file is what it was when the copying began."""
+        """Whether a lower file is unchanged since the copy-up began."""
         return attr.st_size >= self.end and attr.st_mtime_ns == self.mtime_ns
 
 
@@ -277,7 +282,7 @@ def make_partial(partial: Partial) -> bytes:
 
 
 def parse_partial(value: bytes) -> Partial:
-    """Return what the attribute says. EINVAL for what nobody has written so."""
+    """Return the contents of the attribute. EINVAL if it is invalid."""
     end, _, rest = value.partition(b":")
     mtime, colon, path = rest.partition(b":")
     if not (end.isdigit() and mtime.removeprefix(b"-").isdigit() and colon and len(end) < 20 > len(mtime)):

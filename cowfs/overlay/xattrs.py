@@ -1,7 +1,7 @@
 """Extended attributes (the kernel's xattrs.c).
 
-The union's own (``trusted.overlay.*`` or ``user.overlay.*``) are hidden. Somebody who sets one of that
-name, an overlay inside ours say, has it kept under an escaped name, as the kernel does since 6.7:
+The union's own (``trusted.overlay.*`` or ``user.overlay.*``) are hidden. If a user sets one of these, for
+example another overlay inside this one, it is stored under an escaped name, as in the kernel since 6.7:
 ``trusted.overlay.x`` is stored as ``trusted.overlay.overlay.x``.
 """
 
@@ -25,14 +25,14 @@ def getxattr(fs: OverlayFs, node: Node, name: bytes) -> bytes:
     try:
         return layer.getxattr(key, fs.format.stored(name))
     except OSError as failure:
-        # The kernel reads the ACL to check permissions, and takes any errno but ENODATA for the result.
+        # The kernel reads the ACL to check permissions; any errno but ENODATA would become the result.
         if failure.errno == errno.EOPNOTSUPP and name.startswith(_ACLS):
             raise error(errno.ENODATA, node.name) from None
         raise
 
 
 def listxattr(fs: OverlayFs, node: Node) -> list[bytes]:
-    """Return the names of all attributes but the union's own."""
+    """Return the names of all attributes except the union's own."""
     layer, key = fs.topmost(node)
     names = map(fs.format.shown, layer.listxattr(key))
     return [name for name in names if name is not None]
@@ -57,9 +57,9 @@ def setxattr(fs: OverlayFs, node: Node, name: bytes, value: bytes, flags: int = 
 
 
 def _make_room(fs: OverlayFs, node: Node) -> bool:
-    """Remove the note that a directory is impure, if it has that: a merged one does not need it.
+    """Remove the note that a directory is impure, if it has one: a merged directory does not need it.
 
-    The kernel makes it when something is copied up into the directory, so that there is room before.
+    The kernel writes that note when it copies something up into the directory. Removing it makes room.
     """
     if not node.is_dir or not node.is_merged:
         return False
@@ -76,7 +76,7 @@ def removexattr(fs: OverlayFs, node: Node, name: bytes) -> None:
     try:
         getxattr(fs, node, name)
     except OSError as failure:
-        if failure.errno != errno.EINVAL:  # so the kernel answers for a security.capability that says nothing
+        if failure.errno != errno.EINVAL:  # the kernel's answer to an invalid security.capability
             raise
     copy_up_meta(fs, node)
     fs.upper.removexattr(node.upper, fs.format.stored(name))
