@@ -3,7 +3,7 @@
 ``python -m tests.support.forker FD``. Each command is a message on the socket *FD*: arguments, environment,
 working directory and umask in JSON, with three descriptors: for the command's output, for its errors, and a
 socket that its process ID and its exit code (negative: the signal that ended it) are sent to, each on a line.
-The process ends when nobody has the other end of FD any more. See :mod:`tests.support.warm`.
+The process first sends a word. It ends when nobody has the other end of FD. See :mod:`tests.support.warm`.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ _SELDOM_USED = ("cowfs.cli.browse", "cowfs.cli.zygote")
 
 def serve(requests: socket.socket) -> None:
     """Fork for each command, until nobody can ask for one."""
+    requests.send(b"here")
     load_all()
     for module in pkgutil.iter_modules(cowfs.cli.__path__, "cowfs.cli."):
         if module.name not in _SELDOM_USED:

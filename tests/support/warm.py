@@ -37,6 +37,8 @@ def forkers(root: str) -> Iterator[None]:
         return
     for nobody in {False, os.geteuid() == 0}:
         _forkers[nobody] = _Forker(as_nobody_prefix() if nobody else [], root)
+    for one in _forkers.values():
+        one.wait()
     try:
         yield
     finally:
@@ -86,6 +88,10 @@ class _Forker:
                 cwd="/",
                 env={**os.environ, "PYTHONPATH": root},
             )
+
+    def wait(self) -> None:
+        """Wait until the process is what it will be: before, the watch over processes would not know it."""
+        assert self._socket.recv(16), "the process that forks has not started"
 
     def run(
         self, arguments: list[str], environment: Mapping[str, str], directory: str, timeout: float
