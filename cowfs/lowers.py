@@ -114,6 +114,11 @@ def _kernel_reaches(spec: str, offset: int) -> bool:
     The *offset* itself needs no alignment (loop_set_status_from_info in drivers/block/loop.c).
     """
     with closing(open_image(os.path.abspath(spec), offset)) as image:
+        if image.superblock.is_old:
+            major, minor = image.superblock.version
+            raise LayerError(
+                f"{spec}: the kernel does not mount squashfs version {major}.{minor}", "use --engine process"
+            )
         used = image.superblock.bytes_used
         size = image.source.file_size()
     available = (size - offset) // _SECTOR * _SECTOR

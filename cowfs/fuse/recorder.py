@@ -1,7 +1,8 @@
-"""Record in the store which processes make changes, for ``-o blame``.
+"""Writes down in the store which processes make changes: for ``-o blame``.
 
-All that one process does to one file becomes one record, as long as the batch is open and the file keeps its
-name. So unpacking a thousand files makes a thousand records, and a log that grows all day makes one.
+What one process does to one file becomes one record as long as the batch is open and nothing happens to the
+file's name, so that an archive of a thousand files is a thousand records, and a log that grows all day is
+one.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _OPERATIONS, _LAST, _BY, _INO = 0, 2, 3, 6
 
 
 class Recorder:
-    """The open batch of a store's records (docs/store-format.md), which :meth:`save` writes to the store.
+    """The open batch of a store's records (docs/store-format.md), which :meth:`save` writes down.
 
     If the store refuses a write, recording stops, and the log says so once.
     """
@@ -54,15 +55,15 @@ class Recorder:
         self._ends()
 
     def _ends(self) -> None:
-        """End the last record: the next change does not belong to it."""
+        """What comes next does not belong to the record of the last change."""
         libfuse.note(0, 0, 0)
         self.last: list[Any] | None = None
         """The record of the last change, if it may get more."""
 
-    # --- the changes
+    # --- what happens
 
     def changed(self, operation: int, process: Process | None, node: Node, place: Place) -> None:
-        """Record a change to the file at *place*."""
+        """Record what was done to a file that is at *place*."""
         now = time.time_ns() // 1000 - self._base
         record = self._open.get(node)
         if record is not None and record[_BY] == self._numbers.get(id(process)):
@@ -81,7 +82,7 @@ class Recorder:
         place: Place,
         to: Place | None = None,
     ) -> None:
-        """Record that *node* got or lost a name, or that its name was changed to *to*."""
+        """Record that a name was given to *node* or taken from it, or became another one, *to*."""
         record = self._add(operation, process, node.ino if node is not None else 0, place, to)
         if to is None and node is not None and operation & _MAKING:
             self.last = self._open[node] = record
@@ -89,7 +90,7 @@ class Recorder:
             self.last = None
 
     def created(self, process: Process | None, directory: Node | None, name: bytes, node: Node) -> None:
-        """Record that a file was created: like :meth:`named`, but faster."""
+        """Record that a file was made: what :meth:`named` would, in less time."""
         number = self._numbers.get(id(process))
         above = None if directory is None else self._directories.get(directory)
         if number is None or above is None or len(self._batch) >= MOST_RECORDS or self._bytes > _MOST_BYTES:
@@ -103,21 +104,21 @@ class Recorder:
         self._changed = True
 
     def adds(self, operation: int) -> None:
-        """Add an operation to the last record."""
+        """Add to the last record."""
         if self.last is not None:
             self.last[_OPERATIONS] |= operation
             self._changed = True
 
     def wrote(self, record: list[Any]) -> None:
-        """Note in *record* that its file was also written."""
+        """What was made or changed has been written to by the way."""
         record[_OPERATIONS] |= _WRITE
         libfuse.wrote(record[_INO])
         self._changed = True
 
     def closes(self, node: Node, *, moved: bool) -> None:
-        """End the record of a file, which has *moved* or lost a name."""
+        """What is done to a file from now on is in another record: it has *moved*, or has lost a name."""
         self._ends()
-        if moved and node.is_dir:  # with everything below it
+        if moved and node.is_dir:  # with all that is below
             self._open.clear()
             self._directories.clear()
         else:
@@ -125,7 +126,7 @@ class Recorder:
             self._directories.pop(node, None)
 
     def forget(self) -> None:
-        """End all records: names may have changed in an unknown way."""
+        """Names may have changed, and nobody has told how: what comes next is in records of its own."""
         self._open.clear()
         self._directories.clear()
         self._ends()
@@ -171,15 +172,15 @@ class Recorder:
             self._bytes += len(path)
         return number
 
-    # --- writing the records
+    # --- what is written
 
     def contents(self) -> Iterator[bytes]:
-        """Save new records, and return all, as :class:`Records` does."""
+        """Write down what is new, and return all records, as :class:`Records` does."""
         self.save()
         return iter(()) if self._records is None else self._records.contents()
 
     def save(self) -> None:
-        """Write new records to the store: they are then as safe as any data written to it."""
+        """Write down what is new: it is then as safe as everything written to the store."""
         if self._changed and self._records is not None:
             self._changed = False
             try:
@@ -189,7 +190,7 @@ class Recorder:
                 self._give_up(error)
 
     def close(self) -> None:
-        """Save new records, and close the file. Call it before the store is closed."""
+        """Write down what is new, and close the file. Call it before the store is closed."""
         self.save()
         if self._records is not None:
             self._records.close()

@@ -251,8 +251,8 @@ class SquashfsLayer:
         if handle.type != _FILEID_INO32_GEN or len(handle.data) != _HANDLE.size or any(handle.uuid):
             return None
         number, generation = _HANDLE.unpack(handle.data)
-        inodes = self._image.superblock.inodes
-        return number if not generation and 0 < number <= inodes else None
+        last = self._image.superblock.last_number
+        return number if not generation and 0 < number <= last else None
 
     def identity(self) -> Identity:
         """What the image is recognised by at the next mount. Reads all its tables once."""

@@ -369,8 +369,8 @@ def test_a_squashfs_image_that_is_not_whole_is_refused(tree: Path, tmp_path: Pat
         image.write_bytes(whole[:end])
         with pytest.raises(LayerError, match=said):
             identify_lower(str(image))
-    image.write_bytes(whole[:28] + struct.pack("<HH", 3, 1) + whole[32:])
-    with pytest.raises(LayerError, match=r"squashfs version 3.1 is not supported"):
+    image.write_bytes(whole[:28] + struct.pack("<HH", 3, 2) + whole[32:])
+    with pytest.raises(LayerError, match=r"squashfs version 3.2 is not supported"):
         identify_lower(str(image))
     image.write_bytes(whole[:64] + struct.pack("<Q", 1 << 40) + whole[72:])
     with pytest.raises(LayerError, match="damaged squashfs superblock"):

@@ -1,4 +1,4 @@
-"""Reading squashfs 4.0 images in-process: bytes -> objects, nothing is ever written.
+"""Reading squashfs images, versions 2.0 to 4.0, in-process: bytes -> objects, nothing is ever written.
 
 The modules, each importing only from those above it::
 
@@ -7,11 +7,12 @@ The modules, each importing only from those above it::
     workers      threads that decompress
     source       bounded reads (pread) of the image file
     recognise    what a file that is no squashfs is instead
-    superblock   the first 96 bytes
+    superblock   the first bytes
     codecs       gzip xz zstd lz4 lzma lzo: bytes -> bytes, capped
     metadata     metadata blocks, and the tables made of them
     inodes       a reference -> an Inode
     directory    a listing -> {name: reference}; the directory index
+    old          inodes and listings of versions 2 and 3
     xattrs       extended attributes
     blocks       where the data of a file is: block list, fragments
     data         reading a file: block cache, readahead, runs for copying

@@ -24,7 +24,8 @@ LENGTH = UNCOMPRESSED - 1
 """The bits of a stored length that are the length; bit 24 says that the block is not compressed."""
 
 _PER_CHUNK = BLOCK // 4
-_FRAGMENT = struct.Struct("<QII")  # position, stored length, unused
+_FRAGMENT = "QII"  # position, stored length, unused
+_FRAGMENT_2 = "II"  # the same in version 2, without what is unused
 
 BLOCKS_MAX = 1 << 26
 """The most blocks of a file: 8 TiB at the usual block size of 128 KiB."""
@@ -55,10 +56,13 @@ class BlockMap:
     passed one remembers where it begins, and of the last ones everything.
     """
 
-    __slots__ = ("_chunks", "_inode", "_lock", "_starts", "_table", "count")
+    __slots__ = ("_chunks", "_inode", "_lock", "_order", "_starts", "_table", "count")
 
-    def __init__(self, table: Table, inode: Inode, count: int) -> None:
-        """*table* is the inode table. EFBIG over :data:`BLOCKS_MAX`, EIO if the list cannot be there."""
+    def __init__(self, table: Table, inode: Inode, count: int, order: str) -> None:
+        """*table* is the inode table, *order* the image's byte order as of struct.
+
+        EFBIG over :data:`BLOCKS_MAX`, EIO if the list cannot be there.
+        """
         body = inode.body(table)
         if count * 4 > table.bound(body):
             raise table.damaged(body, f"lists {count} blocks, more than there can be")
@@ -66,6 +70,7 @@ class BlockMap:
             raise OSError(errno.EFBIG, f"file {inode.number} of {inode.size} bytes: too large to be read")
         self.count = count
         self._table = table
+        self._order = order
         self._inode = inode
         # Where each chunk begins: in the table, and in the image.
         self._starts = [(body, inode.start)]
@@ -111,7 +116,7 @@ class BlockMap:
         place, position = self._starts[number]
         size = min(_PER_CHUNK, self.count - number * _PER_CHUNK)
         data, _ = self._table.upto(place, 4 * size)
-        words = struct.unpack_from(f"<{len(data) // 4}I", data)
+        words = struct.unpack_from(f"{self._order}{len(data) // 4}I", data)
         if words and max(words) > (UNCOMPRESSED | LENGTH):  # what is before it can be read
             words = words[: next(at for at, word in enumerate(words) if word > (UNCOMPRESSED | LENGTH))]
         positions = list(accumulate([word & LENGTH for word in words], initial=position))
@@ -134,16 +139,19 @@ def count_blocks(inode: Inode, superblock: Superblock) -> int:
 class FragmentTable:
     """The fragments of an image."""
 
-    __slots__ = ("_table",)
+    __slots__ = ("_entry", "_table")
 
     def __init__(self, metadata: Metadata, superblock: Superblock) -> None:
+        sb = superblock
+        layout, pointer = (_FRAGMENT, 8) if sb.version >= (3, 0) else (_FRAGMENT_2, 4)
+        self._entry = struct.Struct(sb.order + layout)
         self._table = IndexedTable(
-            metadata, superblock.fragment_table, superblock.fragments, _FRAGMENT.size, "fragment"
+            metadata, sb.fragment_table, sb.fragments, self._entry.size, "fragment", pointer
         )
 
     def __getitem__(self, number: int) -> Stored:
         """Where fragment *number* is. May block. EIO."""
-        position, word, _ = _FRAGMENT.unpack(self._table.entry(number))
+        position, word, *_ = self._entry.unpack(self._table.entry(number))
         return Stored(position, word)
 
     def first_block(self) -> int:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import struct
 from collections import Counter
+from collections.abc import Callable
 from typing import NamedTuple
 
 from cowfs.formats.squashfs.inodes import FORMATS, Inode
@@ -58,7 +59,7 @@ class Damage(Exception):
     """A listing contradicts itself; the message says how. Never leaves the package."""
 
 
-class _Short(Exception):
+class Short(Exception):
     """There should be one more header behind the data."""
 
 
@@ -76,8 +77,12 @@ class Found(NamedTuple):
     """As the values of a :data:`Listing`."""
 
 
-def parse(data: bytes, size: int, *, ended: bool) -> Listing | None:
-    """All entries of a listing that is stated to be *size* bytes long.
+Fill = Callable[[Listing, bytes, int], None]
+"""Adds to a listing what data has in its first so many bytes. Damage, Short, struct.error."""
+
+
+def parse(data: bytes, size: int, *, ended: bool, fill: Fill | None = None) -> Listing | None:
+    """All entries of a listing that is stated to be *size* bytes long. *fill*: for another layout than 4.0's.
 
     *data* is of that length, or longer; None: more of it is needed. *ended*: there is no more.
 
@@ -87,12 +92,12 @@ def parse(data: bytes, size: int, *, ended: bool) -> Listing | None:
     """
     entries = Listing()
     try:
-        _fill(entries, data, size)
+        (fill or _fill)(entries, data, size)
     except struct.error:
         if not ended:
             return None
         entries.problem = "an entry is truncated"
-    except _Short:
+    except Short:
         # A size that is too large is not damage: the kernel takes the end of the table for the end too.
         if not ended:
             return None
@@ -107,7 +112,7 @@ def _fill(entries: Listing, data: bytes, size: int) -> None:
     position, end = 0, len(data)
     while position < size:
         if position + _HEADER.size > end:
-            raise _Short
+            raise Short
         count, start, _ = header(data, position)
         position += _HEADER.size
         if count >= _MOST_ENTRIES:
@@ -183,9 +188,11 @@ def search(data: bytes, name: bytes, first: bytes = b"") -> Found | None:
 class DirectoryTable:
     """The directory table of an image, and the indexes, which are in the inode table."""
 
-    __slots__ = ("_inodes", "_table")
+    __slots__ = ("_fill", "_inodes", "_table")
 
-    def __init__(self, table: Table, inodes: Table) -> None:
+    def __init__(self, table: Table, inodes: Table, fill: Fill | None = None) -> None:
+        """*fill*: see :func:`parse`."""
+        self._fill = fill
         self._table = table
         self._inodes = inodes
 
@@ -198,10 +205,11 @@ class DirectoryTable:
             raise OSError(errno.EFBIG, f"directory {inode.number}: too many entries to list")
         place = Place(inode.start, inode.offset)
         data, error = self._table.upto(place, size)
-        listing, more = parse(data, size, ended=len(data) < size), _MORE
+        listing, more = parse(data, size, ended=len(data) < size, fill=self._fill), _MORE
         while listing is None:
             data, error = self._table.upto(place, size + more)
-            listing, more = parse(data, size, ended=len(data) < size + more), 2 * more
+            ended = len(data) < size + more
+            listing, more = parse(data, size, ended=ended, fill=self._fill), 2 * more
         if error is not None and len(data) + _SMALLEST <= size:
             listing.problem = listing.problem or str(error.strerror)
         return listing

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 
 from cowfs.errors import LayerError
-from cowfs.formats.squashfs.recognise import MAGIC, SAMPLE, appended_at
-from cowfs.formats.squashfs.superblock import SIZE, parse
+from cowfs.formats.squashfs.recognise import MAGIC, MAGIC_BIG_ENDIAN, SAMPLE, appended_at
+from cowfs.formats.squashfs.superblock import LONGEST, parse
+
+_MAGICS = re.compile(re.escape(MAGIC) + b"|" + re.escape(MAGIC_BIG_ENDIAN))
 
 _PIECE = 1 << 20
 _SEARCHED = 16 << 30
@@ -28,21 +31,19 @@ def find_image(fd: int) -> int | None:
     at = appended_at(os.pread(fd, SAMPLE, 0)) or 0
     end = min(size, at + _SEARCHED)
     while at < end and (piece := os.pread(fd, _PIECE, at)):
-        found = piece.find(MAGIC)
-        while found >= 0:
+        for found in _MAGICS.finditer(piece):
             tried += 1
             if tried > _TRIED:
                 raise LayerError("too many places look like the beginning of an image", "give offset=BYTES")
-            if _is_image(fd, at + found, size):
-                return at + found
-            found = piece.find(MAGIC, found + 1)
+            if _is_image(fd, at + found.start(), size):
+                return at + found.start()
         at += max(len(piece) - len(MAGIC) + 1, 1)
     return None
 
 
 def _is_image(fd: int, at: int, size: int) -> bool:
     try:
-        parse(os.pread(fd, SIZE, at), "", size - at)
+        parse(os.pread(fd, LONGEST, at), "", size - at)
     except LayerError:
         return False
     return True

@@ -20,6 +20,7 @@ from cowfs.formats.squashfs.data import Blocks, FileData
 from cowfs.formats.squashfs.directory import DirectoryTable, Found, Listing
 from cowfs.formats.squashfs.inodes import NONE, Inode, InodeTable
 from cowfs.formats.squashfs.metadata import IndexedTable, Metadata, Table
+from cowfs.formats.squashfs.old import OldInodeTable, old_listing
 from cowfs.formats.squashfs.recognise import SAMPLE
 from cowfs.formats.squashfs.source import Bytes, Source, open_bytes
 from cowfs.formats.squashfs.superblock import Superblock
@@ -40,7 +41,7 @@ _PROBES = 16
 
 
 class Image:
-    """A squashfs 4.0 image, open for reading.
+    """A squashfs image, open for reading.
 
     All methods, and those of what :meth:`data` returns, may be used from any thread. All of them may
     block, and raise :class:`OSError`: EIO where the image is damaged (the log says where), what the
@@ -53,15 +54,18 @@ class Image:
         self.superblock = superblock
         self.root = superblock.root
         decompress = decompressor(superblock.compression, superblock.block_size, source.name)
-        metadata = self._metadata = Metadata(source, decompress)
         sb = superblock
-        owners = IndexedTable(metadata, sb.id_table, sb.ids, 4, "owner")
-        ids: tuple[int, ...] = struct.unpack(f"<{sb.ids}I", owners.all())
-        ids = tuple(NOBODY if owner == NONE else owner for owner in ids)
+        header = 3 if sb.is_old and sb.flags & sblk.CHECKED else 2
+        metadata = self._metadata = Metadata(source, decompress, sb.byteorder, header)
+        if sb.is_old:
+            ids, ends = self._old_owners()
+        else:
+            owners = IndexedTable(metadata, sb.id_table, sb.ids, 4, "owner")
+            ids, ends = _owners(owners.all(), "<"), [owners.first_block()]
         self.xattrs = XattrTable(metadata, sb.xattr_table) if sb.has_xattrs else None
         fragments = FragmentTable(metadata, sb)
         # The directory table ends where the first of the tables after it begins.
-        ends = [sb.bytes_used, owners.first_block()]
+        ends.append(sb.bytes_used)
         if sb.fragments:
             ends.append(fragments.first_block())
         if sb.exportable:
@@ -70,9 +74,13 @@ class Image:
             ends.append(self.xattrs.first_block)
         directories_end = min(end for end in ends if end > sb.directory_table)
         self._inode_bytes = Table(metadata, sb.inode_table, sb.directory_table, "inode table")
-        self._inodes = InodeTable(self._inode_bytes, ids)
         listings = Table(metadata, sb.directory_table, directories_end, "directory table")
-        self._directories = DirectoryTable(listings, self._inode_bytes)
+        if sb.is_old:
+            self._inodes: InodeTable = OldInodeTable(self._inode_bytes, ids, sb)
+            self._directories = DirectoryTable(listings, self._inode_bytes, old_listing(sb))
+        else:
+            self._inodes = InodeTable(self._inode_bytes, ids)
+            self._directories = DirectoryTable(listings, self._inode_bytes)
         self._blocks = Blocks(source, sb, decompress, fragments, cache_bytes)
         self._listings: GenerationCache[int, Listing] = GenerationCache(LISTED_ENTRIES, _entries)
         self._probes: dict[int, int] = {}
@@ -81,6 +89,15 @@ class Image:
         self._parents: dict[int, int | tuple[int, bytes]] = {self.root: -1}
         if not stat.S_ISDIR(self.inode(self.root).mode):
             raise source.damaged("the root is not a directory")
+
+    def _old_owners(self) -> tuple[tuple[int, ...], list[int]]:
+        """Owners and behind them groups, which are in no metadata block; and where the tables begin."""
+        sb, source = self.superblock, self.source
+        ids = _owners(source.pread(4 * sb.ids, sb.id_table, "owner table"), sb.order)
+        if not sb.groups:
+            return ids, [sb.id_table]
+        groups = _owners(source.pread(4 * sb.groups, sb.group_table, "group table"), sb.order)
+        return ids + groups, [sb.id_table, sb.group_table]
 
     def inode(self, ref: int) -> Inode:
         """The inode at *ref*. EIO."""
@@ -225,6 +242,11 @@ class Image:
         self._blocks.close()
         self._listings.clear()
         self.source.close()
+
+
+def _owners(raw: bytes, order: str) -> tuple[int, ...]:
+    ids = struct.unpack(f"{order}{len(raw) // 4}I", raw)
+    return tuple(NOBODY if owner == NONE else owner for owner in ids)
 
 
 def _entries(listing: Listing) -> int:

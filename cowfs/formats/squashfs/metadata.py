@@ -3,12 +3,13 @@
 A metadata block is up to 8192 bytes, stored as a 16-bit header (bit 15: not compressed; the rest:
 bytes stored) and the data. What does not fit goes on at the start of the following block. mksquashfs
 fills all blocks but the last; others do not, and the kernel's reader does not mind. Source:
-squashfs.rst section 3, the kernel's block.c and cache.c.
+squashfs.rst section 3, the kernel's block.c and cache.c. Before version 4 the header is in the image's
+byte order, and one byte more may follow it (squashfs-tools, unsquashfs.c).
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from cowfs.formats.squashfs.cache import GenerationCache
 from cowfs.formats.squashfs.codecs import Decompress
@@ -32,10 +33,20 @@ class Place(NamedTuple):
 class Metadata:
     """The metadata blocks of an image, by their position in it."""
 
-    __slots__ = ("_cache", "_decompress", "hits", "misses", "source")
+    __slots__ = ("_cache", "_decompress", "_header", "byteorder", "hits", "misses", "source")
 
-    def __init__(self, source: Source, decompress: Decompress) -> None:
+    def __init__(
+        self,
+        source: Source,
+        decompress: Decompress,
+        byteorder: Literal["little", "big"] = "little",
+        header: int = 2,
+    ) -> None:
+        """*header*: bytes before the data of each block."""
         self.source = source
+        self.byteorder = byteorder
+        """Of all numbers of the image."""
+        self._header = header
         self._decompress = decompress
         self.hits = self.misses = 0
         self._cache: GenerationCache[int, tuple[bytes, int]] = GenerationCache(
@@ -60,12 +71,15 @@ class Metadata:
     def _load(self, position: int) -> tuple[bytes, int]:
         source = self.source
         # Header and data in one read: the longest that the block may be, or what there is.
-        raw = source.pread(min(BLOCK + 2, max(source.size - position, 2)), position, "metadata block")
-        header = raw[0] | raw[1] << 8
+        before = self._header
+        raw = source.pread(
+            min(BLOCK + before, max(source.size - position, before)), position, "metadata block"
+        )
+        header = int.from_bytes(raw[:2], self.byteorder)
         length = header & ~_UNCOMPRESSED
-        if not 0 < length <= BLOCK or length + 2 > len(raw):
+        if not 0 < length <= BLOCK or length + before > len(raw):
             raise source.damaged(f"metadata block at {position:#x}: {length} bytes long")
-        data = raw[2 : 2 + length]
+        data = raw[before : before + length]
         if not header & _UNCOMPRESSED:
             try:
                 data = self._decompress(data, BLOCK)
@@ -73,7 +87,7 @@ class Metadata:
                 raise source.damaged(f"metadata block at {position:#x}: {error}") from error
             if not data:
                 raise source.damaged(f"metadata block at {position:#x}: empty")
-        return data, position + 2 + length
+        return data, position + before + length
 
 
 class Table:
@@ -159,10 +173,13 @@ class IndexedTable:
     So are the owners, the fragments, the attribute identifiers. Nothing is read before it is asked for.
     """
 
-    __slots__ = ("_count", "_metadata", "_pointers", "_position", "_size", "_table", "_what")
+    __slots__ = ("_count", "_metadata", "_pointer_size", "_pointers", "_position", "_size", "_table", "_what")
 
-    def __init__(self, metadata: Metadata, position: int, count: int, size: int, what: str) -> None:
-        """The list of block positions is at *position* of the image."""
+    def __init__(
+        self, metadata: Metadata, position: int, count: int, size: int, what: str, pointer: int = 8
+    ) -> None:
+        """The list of block positions, of *pointer* bytes each, is at *position* of the image."""
+        self._pointer_size = pointer
         self._metadata = metadata
         self._position = position
         self._count = count
@@ -195,8 +212,9 @@ class IndexedTable:
         position = self._pointers.get(number)
         if position is None:
             source = self._metadata.source
-            raw = source.pread(8, self._position + number * 8, f"{self._what} table")
-            position = int.from_bytes(raw, "little")
+            size = self._pointer_size
+            raw = source.pread(size, self._position + number * size, f"{self._what} table")
+            position = int.from_bytes(raw, self._metadata.byteorder)
             if position >= self._position:
                 raise source.damaged(f"{self._what} table: block {number} at {position:#x} is outside")
             self._pointers.put(number, position)

@@ -19,7 +19,7 @@ def summary(image: Image) -> list[tuple[str, str]]:
     sb = image.superblock
     made = datetime.fromtimestamp(sb.mkfs_time, UTC)
     facts = [
-        ("format", "squashfs 4.0"),
+        ("format", "squashfs {}.{}".format(*sb.version) + _byte_order(sb)),
         ("made", f"{made:%Y-%m-%d %H:%M:%S} UTC"),
         ("size", f"{sb.bytes_used} bytes"),
         ("compression", sb.compression),
@@ -27,6 +27,7 @@ def summary(image: Image) -> list[tuple[str, str]]:
         ("block size", f"{sb.block_size} bytes"),
         ("inodes", str(sb.inodes)),
         ("owners", str(sb.ids)),
+        *([("groups", str(sb.groups))] if sb.is_old else []),
         ("fragments", str(sb.fragments)),
         ("attribute sets", "none" if image.xattrs is None else str(image.xattrs.count)),
         ("export table", "yes" if sb.exportable else "no"),
@@ -38,6 +39,11 @@ def summary(image: Image) -> list[tuple[str, str]]:
     elif sb.flags & sblk.ALWAYS_FRAGMENTS:
         facts.append(("small files", "fragments, and the tails of all others"))
     return facts
+
+
+def _byte_order(sb: Superblock) -> str:
+    """Return what to say of it where there are two."""
+    return f", {sb.byteorder}-endian" if sb.is_old else ""
 
 
 def _uncompressed(sb: Superblock) -> list[str]:

@@ -1,12 +1,14 @@
-"""The superblock: the first 96 bytes of an image.
+"""The superblock: the first 96 bytes of an image, 119 of version 3, 63 of version 2.
 
-Layout: squashfs_fs.h, struct squashfs_super_block; the checks are those of the kernel's super.c.
+Layout: squashfs_fs.h, struct squashfs_super_block; the checks are those of the kernel's super.c. The older
+ones: squashfs-tools, squashfs_compat.h.
 """
 
 from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
+from typing import Literal
 
 from cowfs.errors import LayerError
 from cowfs.formats.squashfs.errors import AGAIN
@@ -28,6 +30,19 @@ NONE = 0xFFFF_FFFF_FFFF_FFFF
 # minor (u16); root, bytes_used, and the tables: id, xattr, inode, directory, fragment, export (u64)
 _LAYOUT = struct.Struct("<5I6H8Q")
 
+# Versions 2 and 3: magic, inodes, size, positions of the tables of version 2: owners, groups, inodes,
+# directories (u32); major, minor, block size of version 1, block_log (u16); flags, owners, groups (u8);
+# mkfs_time (u32), root (u64), block_size, fragments, fragment table of version 2 (u32)
+_OLD = "7I4H3BIQ3I"
+# What version 3 has behind it: size and, of the same tables, fragments and export, the positions (u64)
+_OLD_3 = "7Q"
+SIZES = {2: struct.calcsize("<" + _OLD), 3: struct.calcsize("<" + _OLD + _OLD_3), 4: SIZE}
+"""How many bytes the superblock of each version has."""
+LONGEST = max(SIZES.values())
+"""So many bytes are enough for the superblock of any version."""
+READ = {(2, 0), (2, 1), (3, 0), (3, 1), (4, 0)}
+"""The versions that are read."""
+
 COMPRESSORS = {1: "gzip", 2: "lzma", 3: "lzo", 4: "xz", 5: "lz4", 6: "zstd"}
 
 NO_INODE_COMPRESSION = 0x001
@@ -35,6 +50,8 @@ NO_DATA_COMPRESSION = 0x002
 NO_FRAGMENT_COMPRESSION = 0x008
 NO_FRAGMENTS = 0x010
 ALWAYS_FRAGMENTS = 0x020
+CHECKED = 0x004
+"""Before version 4: behind the header of each metadata block is one byte more."""
 DUPLICATES_REMOVED = 0x040
 EXPORTABLE = 0x080
 NO_XATTR_COMPRESSION = 0x100
@@ -66,6 +83,27 @@ class Superblock:
     directory_table: int
     fragment_table: int
     export_table: int
+    version: tuple[int, int] = (4, 0)
+    order: str = "<"
+    """The byte order as struct has it: "<" or, before version 4 only, ">"."""
+    groups: int = 0
+    """Before version 4: how many groups there are, in a table of their own."""
+    group_table: int = NONE
+
+    @property
+    def is_old(self) -> bool:
+        """Whether the version is before 4."""
+        return self.version < (4, 0)
+
+    @property
+    def byteorder(self) -> Literal["little", "big"]:
+        """The byte order as int.from_bytes has it."""
+        return "big" if self.order == ">" else "little"
+
+    @property
+    def last_number(self) -> int:
+        """The greatest number that an inode can have. In version 2 the number is its place."""
+        return self.inodes if self.version >= (3, 0) else 0xFFFF_FFFF
 
     @property
     def compression(self) -> str:
@@ -90,9 +128,19 @@ def parse(raw: bytes, name: str, file_size: int, pread: Pread | None = None) -> 
     *file_size* is the number of bytes there are from the start of the image on, *pread* reads from there: to
     say where an image begins behind a program.
     """
-    _check_magic(raw, name, pread)
-    if len(raw) < SIZE:
-        raise LayerError(f"{name}: truncated: a squashfs image has at least {SIZE} bytes", AGAIN)
+    order = _check_magic(raw, name, pread)
+    major, minor = struct.unpack_from(order + "28xHH", raw) if len(raw) >= 32 else (4, 0)
+    if (major, minor) not in READ or (order == ">" and major == 4):
+        _refuse_version(name, major, minor, "big-endian " if order == ">" else "")
+    size = SIZES[major]
+    if len(raw) < size:
+        raise LayerError(f"{name}: truncated: a squashfs image has at least {size} bytes", AGAIN)
+    superblock = _parse(raw) if major == 4 else _parse_old(raw, order)
+    _check(superblock, name, file_size)
+    return superblock
+
+
+def _parse(raw: bytes) -> Superblock:
     (
         _,
         inodes,
@@ -103,8 +151,8 @@ def parse(raw: bytes, name: str, file_size: int, pread: Pread | None = None) -> 
         block_log,
         flags,
         ids,
-        major,
-        minor,
+        _,
+        _,
         root,
         bytes_used,
         id_table,
@@ -114,9 +162,7 @@ def parse(raw: bytes, name: str, file_size: int, pread: Pread | None = None) -> 
         fragment_table,
         export_table,
     ) = _LAYOUT.unpack_from(raw)
-    if (major, minor) != (4, 0):
-        _refuse_version(name, major, minor)
-    superblock = Superblock(
+    return Superblock(
         raw=bytes(raw[:SIZE]),
         inodes=inodes,
         mkfs_time=mkfs_time,
@@ -135,17 +181,49 @@ def parse(raw: bytes, name: str, file_size: int, pread: Pread | None = None) -> 
         fragment_table=fragment_table,
         export_table=export_table,
     )
-    _check(superblock, name, file_size)
-    return superblock
 
 
-def _check_magic(raw: bytes, name: str, pread: Pread | None) -> None:
+def _parse_old(raw: bytes, order: str) -> Superblock:
+    fields = struct.unpack_from(order + _OLD, raw)
+    _, inodes, used, owners_at, groups_at, inode_table, directory_table, major, minor, _, log = fields[:11]
+    flags, owners, groups, made, root, block_size, fragments, fragment_table = fields[11:]
+    export_table = NONE
+    if major == 3:
+        new = struct.unpack_from(order + _OLD_3, raw, SIZES[2])
+        used, owners_at, groups_at, inode_table, directory_table, fragment_table, export_table = new
+    return Superblock(
+        raw=bytes(raw[: SIZES[major]]),
+        inodes=inodes,
+        mkfs_time=made,
+        block_size=block_size,
+        block_log=log,
+        fragments=fragments,
+        compressor=1,
+        flags=flags,
+        ids=owners,
+        root=root,
+        bytes_used=used,
+        id_table=owners_at,
+        xattr_table=NONE,
+        inode_table=inode_table,
+        directory_table=directory_table,
+        fragment_table=fragment_table,
+        # In 3.0 there is something else.
+        export_table=export_table if (major, minor) >= (3, 1) else NONE,
+        version=(major, minor),
+        order=order,
+        groups=groups,
+        group_table=groups_at if groups else NONE,
+    )
+
+
+def _check_magic(raw: bytes, name: str, pread: Pread | None) -> str:
+    """Return the byte order, as of struct."""
     magic = raw[:4]
     if magic == MAGIC:
-        return
+        return "<"
     if magic == MAGIC_BIG_ENDIAN:  # versions before 4
-        major, minor = struct.unpack_from(">28xHH", raw) if len(raw) >= 32 else (3, 0)
-        _refuse_version(name, major, minor, "big-endian ")
+        return ">"
     what = recognise(raw)
     hint = advice(raw) or "if one begins later in the file, use -o offset=auto"
     end = appended_at(raw) if pread is None else image_behind(raw, pread)
@@ -155,13 +233,8 @@ def _check_magic(raw: bytes, name: str, pread: Pread | None) -> None:
 
 
 def _refuse_version(name: str, major: int, minor: int, order: str = "") -> None:
-    if order and major >= 4:
-        raise LayerError(
-            f"{name}: says that it is a {order}squashfs version {major}.{minor}, but none is big-endian",
-            "the image is damaged: copy it again",
-        )
     raise LayerError(
-        f"{name}: {order}squashfs version {major}.{minor} is not supported, only 4.0",
+        f"{name}: {order}squashfs version {major}.{minor} is not supported, only 2.0 to 4.0",
         "unpack it and make a new one: unsquashfs -d DIR FILE, mksquashfs DIR NEW"
         if major < 4
         else "the image is newer than this reader, or damaged",
@@ -179,10 +252,14 @@ def _check(sb: Superblock, name: str, file_size: int) -> None:
         raise LayerError(f"{name}: truncated squashfs image: {file_size} of {sb.bytes_used} bytes", AGAIN)
     elif not sb.ids:
         problem = "no owners"
-    elif not SIZE <= sb.inode_table < sb.directory_table < sb.bytes_used:
+    elif not SIZES[sb.version[0]] <= sb.inode_table < sb.directory_table < sb.bytes_used:
         problem = f"inode table at {sb.inode_table:#x}, directory table at {sb.directory_table:#x}"
     elif not sb.directory_table < sb.id_table < sb.bytes_used:
         problem = f"owner table at {sb.id_table:#x}"
+    elif sb.is_old and sb.id_table + 4 * sb.ids > sb.bytes_used:
+        problem = f"{sb.ids} owners at {sb.id_table:#x}"
+    elif sb.groups and not sb.directory_table < sb.group_table <= sb.bytes_used - 4 * sb.groups:
+        problem = f"group table at {sb.group_table:#x}"
     elif sb.fragments and not sb.directory_table < sb.fragment_table < sb.bytes_used:
         problem = f"fragment table at {sb.fragment_table:#x}"
     elif sb.has_xattrs and not sb.directory_table < sb.xattr_table < sb.bytes_used:

@@ -58,17 +58,12 @@ _SUBDIR = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}")
 _TAKEN = {"upper", "work", "cowfs", "lost+found"}
 
 
-def is_subdir_name(name: str) -> bool:
-    """Whether a store in a store may have that name."""
-    return _SUBDIR.fullmatch(name) is not None and name not in _TAKEN
-
-
 def subdir(store: str, name: str) -> str:
     """Return the store *name* inside another: STORE/NAME, also if STORE is an image; memory stays what it is.
 
     UsageError for an invalid name.
     """
-    if not is_subdir_name(name):
+    if not _SUBDIR.fullmatch(name) or name in _TAKEN:
         raise UsageError(
             f"subdir={name}: not a name for a store in a store",
             "use letters, digits and _ . + -; not upper or work",
@@ -109,10 +104,6 @@ def not_a_store(path: str) -> StoreError:
             if mount.fstype == FSTYPE:
                 hint = f"it is inside the mount at {place}: give that"
             break
-    stores = sorted(filter(is_subdir_name, os.listdir(path) if os.access(path, os.R_OK) else ()))
-    stores = [name for name in stores if os.path.isdir(os.path.join(path, name, "cowfs"))]
-    if stores:
-        hint = f"name a store in it: {', '.join(os.path.join(path, name) for name in stores[:5])}"
     return StoreError(f"{path}: neither a store nor a cowfs mountpoint", hint)
 
 

@@ -12,17 +12,19 @@ from tests.fuzz import bytes as plain
 from tests.fuzz import mutate as structure
 from tests.fuzz.driver import Run, Target
 from tests.fuzz.exercise import exercise
+from tests.support.old_squashfs import KINDS, old_image
 from tests.support.squashfs import small_images
 
 
 @contextmanager
 def _run() -> Iterator[Run]:
-    yield lambda data: exercise(b"hsqs" + data[4:])
+    yield lambda data: exercise((b"sqsh" if data[:4] == b"sqsh" else b"hsqs") + data[4:])
 
 
 def _seeds() -> list[bytes]:
     with tempfile.TemporaryDirectory() as place:
-        return [path.read_bytes() for path in small_images(Path(place))]
+        seeds = [path.read_bytes() for path in small_images(Path(place))]
+    return seeds + [old_image(kind) for kind in KINDS]
 
 
 def _mutate(data: bytes, choose: random.Random) -> bytes:
