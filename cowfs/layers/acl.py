@@ -1,4 +1,4 @@
-"""POSIX ACLs, for layers that no kernel does it for: what they mean to a mode, and a mode to them.
+"""POSIX ACLs, for layers without a kernel filesystem: how an ACL affects a mode, and a mode an ACL.
 
 The rules are those of fs/posix_acl.c, the layout of an xattr's value that of linux/posix_acl_xattr.h.
 """
@@ -35,7 +35,7 @@ _FOLLOWS = {
 
 
 def parse(value: bytes) -> list[Entry]:
-    """Return the entries; none for a value that means *no ACL*. EINVAL, EOPNOTSUPP as setxattr(2)."""
+    """Return the entries; none if the value means *no ACL*. EINVAL, EOPNOTSUPP as for setxattr(2)."""
     if not value:
         return []
     if len(value) < _VERSION.size or (len(value) - _VERSION.size) % _ENTRY.size:
@@ -55,7 +55,7 @@ def parse(value: bytes) -> list[Entry]:
 
 
 def of_mode(mode: int) -> list[Entry]:
-    """Return the ACL that says what the nine bits of a mode say."""
+    """Return the ACL that is equivalent to the nine bits of a mode."""
     tags = ((_USER_OBJ, 6), (_GROUP_OBJ, 3), (_OTHER, 0))
     return [(tag, mode >> shift & 7, _NOBODY) for tag, shift in tags]
 
@@ -66,7 +66,7 @@ def build(entries: list[Entry]) -> bytes:
 
 
 def mode_of(entries: list[Entry]) -> tuple[int, bool]:
-    """Return the nine bits of the mode that an ACL stands for, and whether they say all that it says."""
+    """Return the nine mode bits of an ACL, and whether they are equivalent to it."""
     perms = {tag: perm for tag, perm, _ in entries}
     group = perms.get(_MASK, perms.get(_GROUP_OBJ, 0))
     mode = perms.get(_USER_OBJ, 0) << 6 | group << 3 | perms.get(_OTHER, 0)
@@ -74,8 +74,10 @@ def mode_of(entries: list[Entry]) -> tuple[int, bool]:
 
 
 def writers(entries: list[Entry]) -> Iterator[tuple[str, int]]:
-    """Yield whom else than the owner an ACL lets write: ``user`` or ``group`` with a number, which is -1 for
-    the file's own group, or ``others`` with -1."""
+    """Yield who may write besides the owner: ``user`` or ``group`` with a number, or ``others`` with -1.
+
+    The file's own group has the number -1.
+    """
     mask = next((perm for tag, perm, _ in entries if tag == _MASK), 7)
     for tag, perm, who in entries:
         if tag in {_USER, _GROUP, _GROUP_OBJ} and perm & mask & _WRITE:
@@ -91,7 +93,7 @@ def with_mode(entries: list[Entry], mode: int) -> list[Entry]:
 
 
 def masked(entries: list[Entry], mode: int) -> list[Entry]:
-    """Return the ACL of an inode that is made with *mode* where *entries* are the default."""
+    """Return the ACL of an inode that is created with *mode* under the default ACL *entries*."""
     allowed = _allowed(entries, mode)
     return [(tag, perm & allowed.get(tag, 7), who) for tag, perm, who in entries]
 
@@ -105,7 +107,7 @@ def renamed(value: bytes, user: Callable[[int], int], group: Callable[[int], int
 
 
 def _allowed(entries: list[Entry], mode: int) -> dict[int, int]:
-    """Return what a mode says to each of the tags that it is about."""
+    """Return the permissions that a mode gives to each tag that it concerns."""
     group = _MASK if any(tag == _MASK for tag, _, _ in entries) else _GROUP_OBJ
     return {_USER_OBJ: mode >> 6 & 7, group: mode >> 3 & 7, _OTHER: mode & 7}
 

@@ -1,7 +1,7 @@
-"""A store whose parts are anywhere on one filesystem, as upperdir and workdir of overlayfs are.
+"""A store whose parts are anywhere on one filesystem, like upperdir and workdir of overlayfs.
 
-The layer is of the directory that all of them are in. Its root shows the parts under the names that they have
-in a store, and nothing else.
+The layer serves a directory that contains all parts. Its root only shows the parts, under their names in a
+store.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _SYNCHRONOUS = os.O_SYNC | os.O_DSYNC
 
 
 class _Unsynced(KernelFile):
-    """A file that nobody waits for to be on disk."""
+    """A file that is never synced."""
 
     __slots__ = ()
 
@@ -31,8 +31,8 @@ class _Unsynced(KernelFile):
 class ApartLayer(DirectoryLayer):
     """Serve parts of the tree below *above* (which the layer owns from now on) as the directory of a store.
 
-    *parts* gives for each name at the root the path to it from *above*. If not *durable*, nothing ever waits
-    for the disk, whatever a caller requests.
+    *parts* has, for each name at the root, its path relative to *above*. If not *durable*, nothing waits for
+    the disk, even if a caller requests it.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class ApartLayer(DirectoryLayer):
         return here
 
     def _really(self, place: Place) -> Place:
-        """Return where something at *place* really is. ENOENT for anything that is not a part."""
+        """Return the real location of *place*. ENOENT if it is not in a part."""
         if place[0] is not self.root:
             return place
         try:
@@ -93,7 +93,7 @@ class ApartLayer(DirectoryLayer):
     ) -> None:
         super().rename(self._really(source), self._really(target), flags, moved, replaced)
 
-    # --- what is not to be waited for
+    # --- syncs, which are skipped if not durable
 
     def open(self, key: PathKey, flags: int) -> KernelFile:
         if self._durable:
@@ -116,6 +116,6 @@ class ApartLayer(DirectoryLayer):
 
 
 def _unsynced(file: KernelFile) -> KernelFile:
-    """Return another of the same descriptor, which *file* gives away."""
+    """Return an unsynced file that takes over the descriptor of *file*."""
     fd, file._fd = file._fd, -1
     return _Unsynced(fd)

@@ -1,4 +1,4 @@
-"""An archive as a lower layer: an index in memory, and the data where it is."""
+"""An archive as a lower layer: the index is in memory, the data stays in the archive."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class ArchiveFile:
         self._attr = attr
 
     def pread(self, size: int, offset: int) -> bytes:
-        """Up to *size* bytes at *offset*. EIO where the archive is not what it was."""
+        """Read up to *size* bytes at *offset*. EIO if the archive has changed."""
         return self._archive.pread(self._inode, size, offset)
 
     def try_pread(self, size: int, offset: int) -> bytes | None:
-        """What pread gives, or None if that is long work. EIO."""
+        """Return what :meth:`pread` returns, or None if that takes long. EIO."""
         return self._archive.try_pread(self._inode, size, offset)
 
     def pwrite(self, data: bytes, offset: int) -> int:
@@ -45,13 +45,13 @@ class ArchiveFile:
         raise _error(errno.EBADF)
 
     def fsync(self, datasync: bool) -> None:
-        """Nothing is ever dirty."""
+        """Do nothing: the archive is read-only."""
 
     def stat(self) -> Attr:
         return self._attr
 
     def segments(self, end: int, start: int = 0) -> Iterator[tuple[int, int]]:
-        """What is stored; the rest are holes."""
+        """Yield the runs of stored data; the rest are holes."""
         for begin, length, _ in self._inode.stored(start, end):
             yield begin, min(begin + length, end)
 
@@ -67,7 +67,7 @@ class ArchiveFile:
                 target.pwrite(self.pread(min(_PIECE, stop - at), at), at)
 
     def close(self) -> None:
-        """Nothing to release: the archive stays open."""
+        """Do nothing: the archive stays open."""
 
 
 class ArchiveLayer:
@@ -79,7 +79,7 @@ class ArchiveLayer:
     generation: int | None = None
 
     def __init__(self, path: str, index: Callable[[Bytes, str], Tree]) -> None:
-        """Open the archive and read all its headers by *index*. Blocks; LayerError, OSError."""
+        """Open the archive and read all its headers with *index*. Blocks; LayerError, OSError."""
         data = open_bytes(path)
         try:
             self._archive = index(data, path)
@@ -91,7 +91,7 @@ class ArchiveLayer:
         self.dev = new_device()
 
     def lookup(self, directory: Inode, name: bytes) -> tuple[Inode, Attr] | None:
-        """Find *name*; None when it is not there. ENOTDIR, ENAMETOOLONG."""
+        """Find *name*; None if it does not exist. ENOTDIR, ENAMETOOLONG."""
         if len(name) > 255:
             raise _error(errno.ENAMETOOLONG)
         found = _entries(directory).get(name)
@@ -115,11 +115,11 @@ class ArchiveLayer:
         )
 
     def readdir(self, directory: Inode) -> list[DirEntry]:
-        """All entries. ENOTDIR."""
+        """Return all entries. ENOTDIR."""
         return [DirEntry(name, stat.S_IFMT(one.mode)) for name, one in _entries(directory).items()]
 
     def names(self, directory: Inode) -> list[bytes]:
-        """The names alone. ENOTDIR."""
+        """Return the names only. ENOTDIR."""
         return list(_entries(directory))
 
     def readlink(self, key: Inode) -> bytes:
@@ -131,7 +131,7 @@ class ArchiveLayer:
         return list(key.xattrs)
 
     def getxattr(self, key: Inode, name: bytes) -> bytes:
-        """The value of an extended attribute. ENODATA."""
+        """Return the value of an xattr. ENODATA."""
         try:
             return key.xattrs[name]
         except KeyError:
@@ -146,12 +146,12 @@ class ArchiveLayer:
         return ArchiveFile(self._archive, key, self.stat(key))
 
     def statfs(self) -> FsStats:
-        """Everything used, nothing free."""
+        """Return the figures: everything used, nothing free."""
         blocks = -(-self._archive.data.size // 4096)
         return FsStats(4096, 4096, blocks, 0, 0, self._archive.inodes, 0, 0, 255)
 
     def handle(self, key: Inode) -> FileHandle | None:
-        """The number that the inode has in this archive, in the form of the kernel's squashfs."""
+        """Return the inode number in this archive, in the form of a handle of the kernel's squashfs."""
         return FileHandle(_FILEID_INO32_GEN, _HANDLE.pack(key.number, 0))
 
     def handle_ino(self, handle: FileHandle) -> int | None:
@@ -161,7 +161,7 @@ class ArchiveLayer:
         return number if not generation and 0 < number <= self._archive.inodes else None
 
     def forget(self, key: Inode) -> None:
-        """All are kept."""
+        """Do nothing: all inodes stay in memory."""
 
     def close(self) -> None:
         self._archive.data.close()

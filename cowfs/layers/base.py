@@ -1,18 +1,18 @@
 """The two protocols a union is made of: :class:`LowerLayer`, read-only, and :class:`UpperLayer`.
 
-A layer is one tree. It knows nothing of the union: no whiteouts, no opaque directories, no
-redirects; those are conventions of :mod:`cowfs.overlay` and to a layer plain device nodes and xattrs.
+A layer is one tree. It knows nothing about the union: whiteouts, opaque directories and redirects are
+conventions of :mod:`cowfs.overlay`, and a layer sees them as plain device nodes and xattrs.
 
-**Keys.** A layer names its inodes by *keys*. A key is whatever the layer likes (an inode number, an
-object); to everybody else it is opaque. Every key comes from ``root``, ``lookup`` or a creating call
-and stays valid, through renames and after the last name is gone, until ``forget``.
+**Keys.** A layer names its inodes by *keys*. A layer can use anything as a key (an inode number, an object);
+to its users, a key is opaque. Every key comes from ``root``, ``lookup`` or a call that creates an inode. It
+stays valid until ``forget``, through renames and after the last name is removed.
 
-**Errors.** Every method raises only :class:`OSError` with the errno that the matching system call
-would give. ``lookup`` of a name that is not there returns None: misses are frequent, not errors.
+**Errors.** Every method raises only :class:`OSError`, with the errno of the matching system call. ``lookup``
+returns None if the name does not exist, because misses are frequent and not errors.
 
-**Threads.** All methods are called from one thread, but for those of :class:`File`, which may be
-called from any, though never two at once for one File with the same offset range. Layers that are put
-behind a :class:`cowfs.layers.slow.SlowLayer` are called from many at once.
+**Threads.** All methods are called from one thread, except those of :class:`File`. Any thread may call these,
+but never two at once for the same range of one File. Layers behind a
+:class:`cowfs.layers.slow.SlowLayer` are called from many threads at once.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ NamesJob = Callable[[], list[bytes]]
 
 
 def at_once(call: Callable[[], None], /) -> None:
-    """Make a call at once that may be made later, too."""
+    """Make a call now that could also be made later."""
     call()
 
 
 @contextmanager
 def may_wait_for_disk(layer: UpperLayer) -> Iterator[None]:
-    """Let this thread wait for the disk in the block, whatever it has said."""
+    """Let this thread wait for the disk in the block, whatever it told :meth:`UpperLayer.hurry`."""
     before = layer.hurry(False)
     try:
         yield
@@ -51,7 +51,7 @@ class File(Protocol):
         ...
 
     def try_pread(self, size: int, offset: int) -> bytes | None:
-        """What pread gives, or None if that is long work, which is better done by pread in a thread."""
+        """Return what pread returns, or None if that takes long, and a thread should call pread instead."""
         ...
 
     def pwrite(self, data: bytes, offset: int) -> int:
@@ -63,31 +63,29 @@ class File(Protocol):
         ...
 
     def fsync(self, datasync: bool) -> None:
-        """Return when the file is on disk. Blocks."""
+        """Write the file to disk. Blocks until it is there."""
         ...
 
     def stat(self) -> Attr:
-        """The attributes of the open inode (fstat)."""
+        """Return the attributes of the open inode (fstat(2))."""
         ...
 
     def segments(self, end: int, start: int = 0) -> Iterator[tuple[int, int]]:
         """Yield ``(start, stop)`` of every run of data below *end*, in order; the rest are holes.
 
-        What ends before *start* may be left out.
-
-        A run may be given in parts, one behind the other.
+        Runs that end before *start* may be left out. A run may be given in consecutive parts.
         """
         ...
 
     def fileno(self) -> int:
-        """The kernel's descriptor, or -1 where no kernel file stands behind this one."""
+        """Return the kernel's descriptor of the file, or -1 if it has none."""
         ...
 
     def copy_to(self, target: File, size: int | None = None) -> None:
         """Copy the first *size* bytes, or all, to the new, empty file *target*; holes stay holes.
 
-        The fastest way that both files allow: shared blocks, a copy inside the kernel, several
-        threads. Blocks. EIO when the file is shorter than its attributes say.
+        Uses the fastest way that both files allow: shared blocks, a copy in the kernel, several threads.
+        Blocks. EIO if the file is shorter than its attributes say.
         """
         ...
 
@@ -100,7 +98,7 @@ class Allocatable(File, Protocol):
     """A file that can be written to."""
 
     def fallocate(self, mode: int, offset: int, length: int) -> None:
-        """fallocate(2). May block. EOPNOTSUPP for a *mode* that the layer cannot do."""
+        """Allocate space, as fallocate(2) does. May block. EOPNOTSUPP for an unsupported *mode*."""
         ...
 
 
@@ -123,58 +121,59 @@ class LowerLayer(Protocol):
     """Whether a union shows no name of it: it has the data of files that layers above name by a redirect."""
 
     def lookup(self, directory: Key, name: bytes) -> tuple[Key, Attr] | None:
-        """Find *name*; None when it is not there. A fresh key may be given for a known inode."""
+        """Find *name*; None if it does not exist. A known inode may get a new key."""
         ...
 
     def stat(self, key: Key) -> Attr: ...
 
     def readdir(self, directory: Key) -> list[DirEntry]:
-        """All entries but ``.`` and ``..``, each once, in any order."""
+        """Return all entries except ``.`` and ``..``, each once, in any order."""
         ...
 
     def names(self, directory: Key) -> list[bytes] | NamesJob:
-        """The names that readdir gives, without their types: cheaper where they are not needed.
+        """Return the names of :meth:`readdir` without types, which is cheaper.
 
-        For a very large directory it returns a function that gives them: it may be called once, in any
-        thread, while the layer is in use. Names added or removed meanwhile may be missing or not.
+        For a very large directory, return a function that returns them. It may be called once, in any thread,
+        while the layer is in use. It may or may not return names that are added or removed meanwhile.
         """
         ...
 
     def readlink(self, key: Key) -> bytes: ...
 
     def listxattr(self, key: Key) -> list[bytes]:
-        """All attribute names, of every namespace that we are allowed to see."""
+        """Return the names of all xattrs in the namespaces that this process may see."""
         ...
 
     def getxattr(self, key: Key, name: bytes) -> bytes:
-        """ENODATA when the inode has no such attribute, EOPNOTSUPP when the layer has none at all."""
+        """Return an xattr's value. ENODATA if the inode has no such xattr, EOPNOTSUPP if the layer has
+        none."""
         ...
 
     def open(self, key: Key, flags: int) -> File:
-        """Open a regular file. *flags* are those of open(2); a lower knows O_RDONLY only."""
+        """Open a regular file. *flags* are those of open(2); a lower only accepts O_RDONLY."""
         ...
 
     def statfs(self) -> FsStats: ...
 
     def handle(self, key: Key) -> FileHandle | None:
-        """What the kernel would find this inode by (its origin), None if the layer has no handles."""
+        """Return the kernel's file handle of the inode (its origin); None if the layer has no handles."""
         ...
 
     def handle_ino(self, handle: FileHandle) -> int | None:
-        """The inode number that a handle of this layer means; None for a foreign handle."""
+        """Return the inode number in a handle of this layer; None for a handle of another layer."""
         ...
 
     def forget(self, key: Key) -> None:
-        """The caller will not use *key* again."""
+        """Release *key*: the caller does not use it again."""
         ...
 
     def close(self) -> None: ...
 
 
 class UpperLayer(LowerLayer, Protocol):
-    """A tree that can be changed. Every call is atomic: after a crash it happened or it did not.
+    """A tree that can be changed. Every call is atomic: a crash leaves it done completely or not at all.
 
-    New inodes belong to the caller's *uid* and *gid*; *mode* is taken as it is (no umask).
+    New inodes belong to *uid* and *gid*. No umask is applied to *mode*.
     """
 
     fill_unit: int
@@ -188,7 +187,7 @@ class UpperLayer(LowerLayer, Protocol):
     """Its first element is not 0 while something should be put on disk before more changes: see relieve."""
 
     def create(self, directory: Key, name: bytes, mode: int, uid: int, gid: int) -> tuple[Key, File]:
-        """Make an empty regular file, open for reading and writing. EEXIST when *name* is there."""
+        """Create an empty regular file, and open it for reading and writing. EEXIST if *name* exists."""
         ...
 
     def mkdir(self, directory: Key, name: bytes, mode: int, uid: int, gid: int) -> Key: ...
@@ -198,7 +197,7 @@ class UpperLayer(LowerLayer, Protocol):
     def mknod(self, directory: Key, name: bytes, mode: int, rdev: int, uid: int, gid: int) -> Key: ...
 
     def link(self, key: Key, directory: Key, name: bytes) -> None:
-        """Give the inode one more name. EMLINK if the filesystem does not allow more."""
+        """Give the inode another name. EMLINK if the filesystem does not allow more."""
         ...
 
     def unlink(self, directory: Key, name: bytes, key: Key | None) -> None:
@@ -217,15 +216,15 @@ class UpperLayer(LowerLayer, Protocol):
     ) -> None:
         """renameat2(2), with RENAME_NOREPLACE, RENAME_EXCHANGE and RENAME_WHITEOUT.
 
-        *moved* and *replaced* are the keys, if in use, of what stands at *source* and at *target*;
-        both stay valid (and follow their inodes to the new places).
+        *moved* and *replaced* are the keys of the inodes at *source* and *target*, if these are in use. Both
+        stay valid, and follow their inodes to the new places.
         """
         ...
 
     def chmod(self, key: Key, mode: int) -> None: ...
 
     def chown(self, key: Key, uid: int, gid: int) -> None:
-        """-1 leaves one as it is."""
+        """Change the owner; -1 leaves the user or group unchanged."""
         ...
 
     def utimens(self, key: Key, atime_ns: int, mtime_ns: int) -> None: ...
@@ -234,80 +233,83 @@ class UpperLayer(LowerLayer, Protocol):
     """When reading changes it."""
 
     def note_reads(self, when: Atime) -> None:
-        """Change the atime on later reads through files that are opened from now on."""
+        """Set when reads change the atime, for files that are opened from now on."""
         ...
 
     def was_read(self, key: Key) -> None:
-        """Note that something was read, where the kernel does not. A failure is not reported."""
+        """Update the atime after a read, if the kernel does not. Failures are not reported."""
         ...
 
     def truncate(self, key: Key, size: int) -> None: ...
 
     def setxattr(self, key: Key, name: bytes, value: bytes, flags: int = 0) -> None:
-        """*flags*: XATTR_CREATE, XATTR_REPLACE."""
+        """Set an xattr. *flags*: XATTR_CREATE, XATTR_REPLACE."""
         ...
 
     def removexattr(self, key: Key, name: bytes) -> None: ...
 
     def numbered(self, ino: int) -> Key | None:
-        """The key of an inode by its number, which it may not have any more; None where it takes a name."""
+        """Return a key for an inode number, which may be unused by now; None if the layer finds inodes by
+        name."""
         ...
 
     def open_directory(self, key: Key) -> File:
-        """Open a directory, of which only ``fsync`` and ``close`` are good: its names are on disk then."""
+        """Open a directory to ``fsync`` its names to disk, and ``close`` it; nothing else works."""
         ...
 
     def sync(self) -> None:
-        """Return when everything written so far is on disk. Blocks; may be called from any thread."""
+        """Write all pending changes to disk. Blocks until they are there; any thread may call it."""
         ...
 
     def hurry(self, on: bool) -> bool:
-        """Say whether what this thread changes must not wait for the disk; return what was said before.
+        """Set whether changes by this thread must not wait for the disk; return the previous setting.
 
-        It gets NotYetFree then where it would have to."""
+        With *on*, a change that would have to wait raises NotYetFree.
+        """
         ...
 
     def relieve(self, for_room: bool) -> None:
-        """Put on disk what has gathered; *for_room*: after a NotYetFree. Blocks; for another thread."""
+        """Write pending changes to disk; *for_room*: after a NotYetFree. Blocks: call it in another
+        thread."""
         ...
 
 
 @runtime_checkable
 class Cached(Protocol):
-    """A layer that keeps in memory what it reads of an image."""
+    """A layer with memory caches of an image."""
 
     def caches(self) -> dict[str, tuple[int, int]]:
-        """How often what was needed was there, and how often not, by its kind. Does not block."""
+        """Return the cache hits and misses by kind. Does not block."""
 
     def shrink(self) -> None:
-        """Forget all that can be read again."""
+        """Drop all cached data that can be read again."""
 
 
 class Flagged(Protocol):
-    """A layer whose inodes have more than attributes. Flags are asked of files and directories alone."""
+    """A layer whose inodes have flags and birth times. Only files and directories are asked for flags."""
 
     def getflags(self, key: Key) -> int:
-        """The flags of chattr(1), as FS_IOC_GETFLAGS returns them; 0 where there are none."""
+        """Return the flags of chattr(1) like FS_IOC_GETFLAGS; 0 if there are none."""
         ...
 
     def birth(self, key: Key) -> int | None:
-        """When the inode was made, in ns since the epoch; None where that is not kept."""
+        """Return the birth time, in ns since the epoch; None if the layer does not keep it."""
         ...
 
 
 class Flaggable(Flagged, Protocol):
-    """An upper layer of that kind."""
+    """An upper layer whose flags can be set."""
 
     def setflags(self, key: Key, flags: int) -> None:
-        """Set all of them, as FS_IOC_SETFLAGS does. EOPNOTSUPP. The caller checks the permission."""
+        """Set all flags like FS_IOC_SETFLAGS. EOPNOTSUPP. The caller checks the permission."""
         ...
 
     def version(self, key: Key) -> int:
-        """The generation of the inode's number, as FS_IOC_GETVERSION gives it."""
+        """Return the generation of the inode number, like FS_IOC_GETVERSION."""
         ...
 
 
-# isinstance() of a protocol takes longer than most requests: 8 us. So these ask for one method.
+# isinstance() of a protocol takes 8 us, longer than most requests. So these check for one method.
 
 
 def is_flagged(layer: LowerLayer) -> TypeGuard[Flagged]:
@@ -316,38 +318,38 @@ def is_flagged(layer: LowerLayer) -> TypeGuard[Flagged]:
 
 
 def is_flaggable(layer: UpperLayer) -> TypeGuard[Flaggable]:
-    """Whether they can be set as well."""
+    """Whether a layer's flags can be set."""
     return hasattr(layer, "setflags")
 
 
 class TakesWhole(UpperLayer, Protocol):
-    """An upper layer in which a file can appear with all that it has, in one step."""
+    """An upper layer that can create a complete file in one step."""
 
     def copy_in(
         self, directory: Key, name: bytes, attr: Attr, data: bytes, xattrs: Sequence[tuple[bytes, bytes]]
     ) -> Key:
-        """Make a regular file with these *data*, mode, owner, times and *xattrs*, which are no ACLs.
+        """Create a regular file with these *data*, mode, owner, times and *xattrs* (no ACLs).
 
-        After a crash it is complete or not there. It inherits nothing of the directory, whose mtime stays as
-        it is. EEXIST. A few hundred KiB at most.
+        After a crash, it is complete or does not exist. It inherits nothing from the directory, whose mtime
+        does not change. EEXIST. *data* are at most a few hundred KiB.
         """
         ...
 
 
 def takes_whole(layer: UpperLayer) -> TypeGuard[TakesWhole]:
-    """Return whether a layer has :meth:`TakesWhole.copy_in`."""
+    """Whether a layer has :meth:`TakesWhole.copy_in`."""
     return hasattr(layer, "copy_in")
 
 
 class Transactional(Protocol):
-    """A layer that can put several changes on disk in one step."""
+    """A layer that can write several changes to disk in one step."""
 
     def together(self) -> AbstractContextManager[object]:
-        """The changes in the block reach the disk together or not at all: a few quick ones."""
+        """Write the changes in the block to disk together or not at all. Only for a few quick changes."""
         ...
 
 
 def together(layer: UpperLayer) -> AbstractContextManager[object]:
-    """Return :meth:`Transactional.together` of a layer that has it; others make the changes one by one."""
+    """Return the layer's :meth:`Transactional.together`, or a block that does nothing if it has none."""
     begin: Callable[[], AbstractContextManager[object]] | None = getattr(layer, "together", None)
     return nullcontext() if begin is None else begin()

@@ -1,17 +1,16 @@
-"""Keeps a directory layer inside its directory, whoever made its contents or changes them meanwhile.
+"""Keep a directory layer inside its directory, whoever made its contents or changes them.
 
-A layer is walked one name at a time, each relative to a descriptor of the directory above, and no link is
-ever followed. That leaves two ways out: an invalid name, and a mount. Where permitted, the layer is in a
-mount of its own, on which nobody can mount anything (:func:`cowfs.linux.mounts.private_clone`). Else the
-kernel is told to refuse mounts, at the price of two system calls more, and what is mounted on is an empty
-directory: what is below it nobody can see. To walk on would be to wait for ourselves where the mount is our
-own.
+A layer is walked one name at a time, relative to a descriptor of the directory above, and no link is ever
+followed. That leaves two ways out: an invalid name, and a mount. If permitted, the layer is in a mount of
+its own, on which nobody can mount anything (:func:`cowfs.linux.mounts.private_clone`). Otherwise the kernel
+is told to refuse mounts, which costs two more system calls. A directory with a mount on it then appears
+empty, because nobody can see its contents. Entering the mount could deadlock if it is cowfs's own.
 
-Whoever owns a directory can put something else under a name at any moment, between any two calls. So a name
-is followed once, to a descriptor (O_PATH, which opens nothing: no fifo waits, no device acts), and only if
-what that is on has the type and the number that was looked up (:func:`marker`) anything is done, by the
-descriptor. Calls that must have a name (mkdir, rename, unlink) act on the entry itself and follow nothing.
-All calls with names that layers make are in this file; a test sees to it (tests/security/test_swaps.py).
+The owner of a directory can replace the inode of a name at any moment, between any two calls. So a name is
+resolved once, to a descriptor (O_PATH, which opens nothing: no fifo waits, no device acts). If the inode has
+the type and number that were looked up (:func:`marker`), all operations use this descriptor. Calls that need
+a name (mkdir, rename, unlink) act on the entry itself and follow nothing. All calls of layers that take
+names are in this file; tests/security/test_swaps.py checks that.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ NO_NAMES = {b"", b".", b".."}
 
 
 def shared(way: Sequence[tuple[Any, ...]], names: Sequence[bytes]) -> int:
-    """Return how many directories a way, whose steps begin with their names, has in common with a path."""
+    """Return how many directories the steps of a way, each of which begins with a name, share with a path."""
     same = 0
     while same < min(len(names), len(way)) and way[same][0] == names[same]:
         same += 1
@@ -41,16 +40,14 @@ def shared(way: Sequence[tuple[Any, ...]], names: Sequence[bytes]) -> int:
 
 
 def check_name(name: bytes) -> None:
-    """Raise EINVAL for anything but one name in one directory: images and overlay attributes may contain
-    anything.
-    """
+    """EINVAL for anything but a single name, because images and overlay attributes may contain anything."""
     if name in NO_NAMES or b"/" in name or b"\0" in name:
         raise OSError(errno.EINVAL, "no name in a directory", name)
 
 
 @dataclass(frozen=True, slots=True)
 class Ways:
-    """How to access the contents of a directory; both raise EXDEV for names that something is mounted on."""
+    """The calls that access the entries of a directory. EXDEV for a name that something is mounted on."""
 
     stat: Callable[[int, bytes], os.stat_result]
     """fstatat(2) without following."""
@@ -101,21 +98,21 @@ _GUARDED = Ways(_stat_beneath, _open_beneath)
 
 
 def enclosed(root: int) -> tuple[int, Ways]:
-    """Return a descriptor (O_PATH) of the directory *root* to be used in its place, and the ways in it.
+    """Return a descriptor (O_PATH) to use instead of the directory *root*, and the calls to use with it.
 
-    It may be *root* itself. If it is not, keep *root* open as long: then everybody can see that its
-    filesystem is in use.
+    It may be *root* itself. If not, keep *root* open as long, so that others can see that its filesystem is
+    in use.
     """
     with suppress(OSError):
         return mounts.private_clone(root), PLAIN
     try:
         os.close(files.open_beneath(root, b".", os.O_PATH))
-    except OSError:  # a sandbox does not know openat2(2)
+    except OSError:  # a sandbox without openat2(2)
         return root, PLAIN
     return root, _GUARDED
 
 
-# --- whether it is what was looked up
+# --- whether an inode is the one that was looked up
 
 Mark = Callable[[Attr], int]
 """From attributes to what an inode is known by; the four lowest bits are its type."""
@@ -142,7 +139,7 @@ _WITHIN = {filesystems.BTRFS, filesystems.BCACHEFS, filesystems.NFS}
 
 
 def marker(magic: int, dev: int) -> Mark:
-    """Return what tells inodes apart on a filesystem: *magic* is statfs(2)'s f_type, *dev* the layer's."""
+    """Return the function that tells inodes of a filesystem apart. *magic* is statfs(2)'s f_type."""
 
     def plain(attr: Attr) -> int:
         return attr.st_ino << 4 | attr.st_mode >> 12
@@ -153,7 +150,7 @@ def marker(magic: int, dev: int) -> Mark:
     def of_type(attr: Attr) -> int:
         return attr.st_mode >> 12
 
-    def of_overlay(attr: Attr) -> int:  # its directories may have fleeting numbers: xino=off
+    def of_overlay(attr: Attr) -> int:  # its directories' numbers may change: xino=off
         return of_type(attr) if attr.st_mode >> 12 == DIRECTORY else full(attr)
 
     if magic in FLEETING:
@@ -164,25 +161,26 @@ def marker(magic: int, dev: int) -> Mark:
 
 
 def stale(name: bytes) -> OSError:
-    """Return the ESTALE of a name that now belongs to something else: the kernel looks it up again."""
+    """Return ESTALE for a name that now has another inode, so that the kernel looks it up again."""
     return OSError(errno.ESTALE, os.strerror(errno.ESTALE), name)
 
 
 def open_given(path: str, flags: int = os.O_PATH | os.O_DIRECTORY) -> int:
-    """Open what a user names: links on the way there are theirs to follow."""
+    """Open a path that a user gave, and follow links in it."""
     return os.open(path, flags | os.O_NONBLOCK)
 
 
-# --- by a descriptor, which may be O_PATH, also of a link
+# --- operations on a descriptor, which may be O_PATH, even of a link
 
 
 def _way(fd: int) -> bytes:
-    """Return the name that leads only to what the descriptor refers to (proc(5))."""
+    """Return the path in /proc of the file that a descriptor refers to (proc(5))."""
     return b"/proc/self/fd/%d" % fd
 
 
 def reopen(fd: int, flags: int) -> int:
-    """Open the regular file that *fd* is on. EAGAIN at once while another has a lease on it: fcntl(2)."""
+    """Open the regular file of *fd*. EAGAIN, without waiting, if another process has a lease on it
+    (fcntl(2))."""
     flags |= os.O_NONBLOCK
     try:
         return os.open(_way(fd), flags)
@@ -193,7 +191,7 @@ def reopen(fd: int, flags: int) -> int:
 
 
 def open_directory(fd: int, flags: int = 0) -> int:
-    """Open the directory that *fd* is on, to read or sync it; without O_NOATIME if we may not (open(2))."""
+    """Open the directory of *fd* to read or sync it; without O_NOATIME if that is not permitted (open(2))."""
     flags |= os.O_RDONLY | os.O_DIRECTORY
     try:
         return os.open(b".", flags, dir_fd=fd)
@@ -218,7 +216,8 @@ _MANY = 8192
 
 
 def names(fd: int, flags: int = 0) -> list[bytes] | Callable[[], list[bytes]]:
-    """Return the names in a directory; where there are very many, what reads the rest and returns all.
+    """Return the names in a directory; if there are very many, a function that reads the rest and returns
+    all.
 
     *flags*: O_NOATIME.
     """
@@ -237,7 +236,7 @@ def names(fd: int, flags: int = 0) -> list[bytes] | Callable[[], list[bytes]]:
 
 
 def note_listing(fd: int) -> None:
-    """Let the kernel change the atime of a directory, if to read it now does that."""
+    """Make the kernel update the atime of a directory, if a read does so now."""
     with os.scandir(_way(fd)) as found:
         next(found, None)
 
@@ -276,7 +275,7 @@ def utimens(fd: int, atime_ns: int, mtime_ns: int) -> None:
 
 
 def may_change(fd: int) -> bool:
-    """Whether we may make and remove names in the directory that *fd* is on, or write to the file."""
+    """Whether this process may change names in the directory of *fd*, or write to the file."""
     how = os.W_OK | (os.X_OK if stat.S_ISDIR(os.fstat(fd).st_mode) else 0)
     return os.access(_way(fd), how, effective_ids=True)
 
@@ -304,15 +303,15 @@ def removexattr(fd: int, name: bytes) -> None:
 
 
 def handle(fd: int) -> tuple[int, bytes] | None:
-    """Return the kernel's handle; None where the filesystem has none (name_to_handle_at(2))."""
+    """Return the kernel's file handle; None if the filesystem has none (name_to_handle_at(2))."""
     return files.file_handle(fd, b"")
 
 
-# --- on an entry of a directory, which is not followed
+# --- operations on a directory entry, which is not followed
 
 
 def make_file(dir_fd: int, name: bytes, mode: int) -> int:
-    """Make a regular file; return it open for reading and writing."""
+    """Create a regular file; return a descriptor for reading and writing."""
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_NOATIME
     return os.open(name, flags, mode, dir_fd=dir_fd)
 
@@ -330,7 +329,7 @@ def make_node(dir_fd: int, name: bytes, mode: int, rdev: int) -> None:
 
 
 def link(fd: int, dir_fd: int, name: bytes) -> None:
-    """Give what *fd* is on one more name."""
+    """Give the file of *fd* another name."""
     os.link(_way(fd), name, dst_dir_fd=dir_fd, follow_symlinks=True)
 
 
@@ -343,9 +342,9 @@ def rmdir(dir_fd: int, name: bytes) -> None:
 
 
 def remove_tree(parent: int, name: bytes, ways: Ways = PLAIN) -> None:
-    """Remove a name of a directory, and all that is below; no link is followed. Blocks; OSError.
+    """Remove a name and everything below it; follow no links. Blocks; OSError.
 
-    Each directory on the way down takes a descriptor.
+    Uses one descriptor for each level of directories.
     """
     levels = [(os.dup(parent), [name])]
     names = [name]
@@ -370,16 +369,19 @@ def remove_tree(parent: int, name: bytes, ways: Ways = PLAIN) -> None:
 
 
 def now() -> int:
-    """Return the time, in ns, that a file would get which is made now."""
+    """Return the time, in ns, that a file created now would get."""
     return time.clock_gettime_ns(_CLOCK_REALTIME_COARSE)
 
 
 def is_new(fd: int, info: os.stat_result, since: int, magic: int) -> bool:
-    """Say whether what was found under a name can be what we have made there since: nobody else's, with no
-    other name, nothing in it, and not older. Times count where our clock makes them.
+    """Whether the inode found under a name can be the one that this process created there after *since*.
+
+    It must have this process's owner and not be older. A file must have no other name, a directory must be
+    empty.
+    Times only count if this machine's clock sets them.
     """
     if magic in _OUR_CLOCK:
-        whole = info.st_mtime_ns % 10**9 == 0  # some inodes have whole seconds only
+        whole = info.st_mtime_ns % 10**9 == 0  # some inodes have only whole seconds
         if info.st_mtime_ns < since - (since % 10**9 if whole else 0):
             return False
     if magic not in _WITHOUT_OWNERS and info.st_uid not in {os.geteuid(), *_SQUASHED.get(magic, ())}:
@@ -388,7 +390,7 @@ def is_new(fd: int, info: os.stat_result, since: int, magic: int) -> bool:
 
 
 def _entry_type(entry: os.DirEntry[str]) -> int:
-    """The S_IFMT bits, without a system call for the types that scandir(3) reports."""
+    """Return the S_IFMT bits, without a system call for the types that scandir(3) reports."""
     try:
         if entry.is_symlink():
             return stat.S_IFLNK
@@ -401,13 +403,13 @@ def _entry_type(entry: os.DirEntry[str]) -> int:
     return 0
 
 
-# --- where something is mounted
+# --- directories with a mount on them
 
 
 def covered(directory: int, name: bytes) -> Attr:
-    """Return the attributes to show of a directory that something is mounted on.
+    """Return the attributes to show for a directory with a mount on it.
 
-    EXDEV when it is no directory: nothing true can be shown then.
+    EXDEV if it is not a directory: then there are no true attributes to show.
     """
     above = os.fstat(directory)
     here = open_directory(directory)

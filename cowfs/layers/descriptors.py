@@ -1,8 +1,8 @@
-"""From the keys of a directory layer to descriptors of its inodes.
+"""Turn the keys of a directory layer into descriptors of its inodes.
 
-No path is ever longer than one name: trees deeper than PATH_MAX work. What leads out of the directory is not
-followed, and what has taken the place of what was looked up is not touched (:mod:`cowfs.layers.beneath`):
-ESTALE.
+Every path is a single name, so trees deeper than PATH_MAX work. Nothing that leads out of the directory is
+followed. If another inode has replaced the one that was looked up, it is not touched: ESTALE
+(:mod:`cowfs.layers.beneath`).
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ then the way to the next one in the same place is not as long."""
 
 
 class Descriptors:
-    """The tree below *root_fd*, which it owns from now on, and the descriptors of it that are open.
+    """The tree below *root_fd*, which it owns from now on, and its open descriptors.
 
-    *alone*: nothing can be mounted in it, since *root_fd* is the root of a mount that is in no namespace.
+    *alone*: nothing can be mounted in it, because *root_fd* is the root of a mount that is in no namespace.
     """
 
     _alive = 0
@@ -98,13 +98,15 @@ class Descriptors:
         return fd
 
     def _place(self, directory: PathKey, name: bytes) -> int:
-        """Return a descriptor of a directory in which a name is to be made, moved or removed."""
+        """Return a descriptor of a directory in which to create, move or remove a name."""
         check_name(name)
         return self._dir_fd(directory)
 
     def _above(self, key: PathKey) -> int:
-        """Return a descriptor of the directory that *key* has its name in. ESTALE when it has none, EXDEV for
-        what something is mounted on."""
+        """Return a descriptor of the directory in which *key* has its name.
+
+        ESTALE if it has no name, EXDEV if something is mounted on it.
+        """
         if key.parent is None or isinstance(key, CoveredKey):
             code = errno.ESTALE if key.parent is None else errno.EXDEV
             raise OSError(code, os.strerror(code), key.name)
@@ -114,7 +116,7 @@ class Descriptors:
         count = len(self._open) // 2
         old, self._open = self._open[:count], self._open[count:]
         for key in old:
-            # A directory that lost its name is pinned by this descriptor and no longer ours to close.
+            # This descriptor pins a directory that lost its name: do not close it.
             if key.fd >= 0 and key.parent is not None:
                 os.close(key.fd)
                 key.fd = -1
@@ -122,11 +124,11 @@ class Descriptors:
     def _two_dir_fds(self, first: PathKey, second: PathKey) -> tuple[int, int]:
         self._dir_fd(first)
         fd = self._dir_fd(second)
-        return self._dir_fd(first), fd  # the second may have pushed the first out of the cache
+        return self._dir_fd(first), fd  # opening the second may have evicted the first from the cache
 
     def _enter(self, above: int, key: PathKey) -> int:
-        """Return a descriptor of what *key* stands for in the directory *above*. ESTALE if that is not what
-        was looked up."""
+        """Return a descriptor of the inode of *key* in the directory *above*. ESTALE if another is there
+        now."""
         fd = self._ways.open(above, key.name, os.O_PATH)
         if self._mark(os.fstat(fd)) != key.mark:
             os.close(fd)
@@ -134,7 +136,7 @@ class Descriptors:
         return fd
 
     def _reach(self, key: PathKey) -> int:
-        """Return a descriptor (O_PATH) of an inode, which is to be given to :meth:`_leave`."""
+        """Return a descriptor (O_PATH) of an inode; pass it to :meth:`_leave` afterwards."""
         if key.fd >= 0:
             return key.fd
         above = self._above(key)
@@ -145,7 +147,7 @@ class Descriptors:
             os.close(fd)
 
     def _by_fd(self, key: PathKey, call: Callable[..., R], *arguments: object) -> R:
-        """Do what a function of :mod:`~cowfs.layers.beneath` does to a descriptor, to an inode."""
+        """Apply a function of :mod:`~cowfs.layers.beneath` that takes a descriptor to an inode."""
         fd = self._reach(key)
         try:
             return call(fd, *arguments)
@@ -153,8 +155,8 @@ class Descriptors:
             self._leave(key, fd)
 
     @contextmanager
-    def _losing(self, key: PathKey) -> Iterator[None]:
-        """Hold on to an inode whose name is about to go; if it does not go after all, all is as it was."""
+    def _pinned(self, key: PathKey) -> Iterator[None]:
+        """Pin an inode whose name is removed in the block; undo that if the removal fails."""
         many = self._nameless.are_many()
         name = self._nameless.hide(key) if many else None
         attr = self.plain_stat(key) if many and key.mark & 15 == DIRECTORY else None
@@ -201,8 +203,10 @@ class Descriptors:
             key.fd = -1
 
     def hide_in(self, place: PathKey) -> None:
-        """Let the inodes that have lost their names have others in a directory, where nobody sees them, when
-        they are too many to have a descriptor each."""
+        """Set the directory in which inodes without a name get hidden names.
+
+        They get one if they are too many to keep a descriptor for each.
+        """
         self._nameless.place = place
 
     def descriptor(self, key: PathKey) -> int:
@@ -210,7 +214,7 @@ class Descriptors:
         return self._by_fd(key, os.dup)
 
     def plain_stat(self, key: PathKey) -> Attr:
-        """Return the attributes as the filesystem has them, whatever was noted."""
+        """Return the real attributes, without notes."""
         if key.fd >= 0:
             return os.fstat(key.fd)
         if isinstance(key, CoveredKey):
@@ -234,7 +238,7 @@ class Descriptors:
                 self._open.remove(key)
             fd, key.fd = key.fd, -1
             if key.mark & 15 == REGULAR and os.fstat(fd).st_blocks > _LARGE // 512:
-                self.later(lambda: os.close(fd))  # with the last descriptor its blocks are freed
+                self.later(lambda: os.close(fd))  # closing the last descriptor frees its blocks
             else:
                 os.close(fd)
 

@@ -1,8 +1,8 @@
-"""A directory as a layer: of the host's tree, or of an image that the kernel has mounted.
+"""A directory as a layer: one of the host's tree, or of an image that the kernel mounted.
 
-Everything happens by file descriptors (:mod:`cowfs.layers.descriptors`), so it makes no difference whether
-the tree is mounted anywhere. What leads out of the directory is not followed, and what has taken the place of
-what was looked up is not touched: ESTALE.
+It only uses file descriptors (:mod:`cowfs.layers.descriptors`), so the tree need not be mounted anywhere.
+Nothing that leads out of the directory is followed. If another inode has replaced the one that was looked
+up, it is not touched: ESTALE.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ _PATH_MAX = 4096
 class DirectoryLayer(Descriptors):
     """Serve the tree below *root_fd* (which the layer owns from now on) as an upper or lower layer.
 
-    Mounts inside it do not belong to it. *alone* says that there cannot be any: *root_fd* is the root of a
+    Mounts inside it do not belong to it. *alone*: there cannot be any, because *root_fd* is the root of a
     mount that is in no namespace.
 
-    Without privilege (*privileged* false) an upper cannot give files to other users. It then notes
-    the owner that was asked for and shows it: a directory of root's, copied up by somebody else, goes
-    on belonging to root as far as the union is concerned (:mod:`cowfs.layers.owner_notes`).
+    Without privilege (*privileged* false), an upper cannot give files to other users. It then notes the
+    requested owner and shows it: in the union, a directory of root's that another user copies up still
+    belongs to root (:mod:`cowfs.layers.owner_notes`).
     """
 
     generation: int | None = None
@@ -97,9 +97,9 @@ class DirectoryLayer(Descriptors):
         return attr if self._notes is None else self._notes.shown(key, attr)
 
     def separate_names(self) -> None:
-        """Let each name of a file be a file of its own, if the filesystem has no handles that last.
+        """Treat each name of a hard link as a separate file, if the filesystem has no persistent handles.
 
-        Overlayfs has no index then, either. For a lower only, and before anything is looked up.
+        In that case, overlayfs has no index either. Only for a lower, before the first lookup.
         """
         self._separates = self._magic in beneath.FLEETING or self.handle(self.root) is None
 
@@ -114,7 +114,7 @@ class DirectoryLayer(Descriptors):
         return beneath.names(self._dir_fd(directory), self._unnoticed())
 
     def _unnoticed(self) -> int:
-        """Return the flags to read a directory with so that its atime stays: not only listings need that."""
+        """Return the open flags that keep a directory's atime: not every read is a listing by a user."""
         return os.O_NOATIME if self.atime.directories or not self._has_own_mount else 0
 
     def readlink(self, key: PathKey) -> bytes:
@@ -138,7 +138,7 @@ class DirectoryLayer(Descriptors):
         try:
             return KernelFile(self._open_file(key, flags))
         except PermissionError:
-            # O_NOATIME is for the owner and root alone (open(2)); another may still read.
+            # Only the owner and root may use O_NOATIME (open(2)); others may still read.
             return KernelFile(self._insist(lambda: self._open_file(key, flags & ~os.O_NOATIME), key))
 
     def reopened(self, key: PathKey, flags: int) -> Reopened:
@@ -146,7 +146,7 @@ class DirectoryLayer(Descriptors):
         return Reopened(lambda: self.open(key, flags))
 
     def _open_file(self, key: PathKey, flags: int) -> int:
-        """Open a regular file: a fifo or a device is not touched."""
+        """Open a regular file, and never a fifo or a device."""
         if key.mark & 15 == DIRECTORY:
             self.stat(key)  # or ESTALE
             raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), key.name)
@@ -155,7 +155,7 @@ class DirectoryLayer(Descriptors):
         return self._by_fd(key, beneath.reopen, flags)
 
     def _with_open(self, key: PathKey, call: Callable[..., R], *arguments: object) -> R:
-        """Do something to a descriptor of a file or directory that is open."""
+        """Make a call with a descriptor of an opened file or directory."""
         if key.mark & 15 == DIRECTORY:
             with closing(self.open_directory(key)) as directory:
                 return call(directory.fileno(), *arguments)
@@ -200,7 +200,7 @@ class DirectoryLayer(Descriptors):
         return files.inode_of_handle(self._magic, handle) if handle.uuid == self._filesystem() else None
 
     def _filesystem(self) -> bytes:
-        """Return the filesystem's UUID, which file handles are good for."""
+        """Return the UUID of the filesystem, for which file handles are valid."""
         if self._uuid is None:
             fd = beneath.open_directory(self.root.fd)
             self._uuid = files.filesystem_uuid(fd)
@@ -208,7 +208,7 @@ class DirectoryLayer(Descriptors):
         return self._uuid
 
     def numbered(self, ino: int) -> None:
-        """None: the kernel finds inodes by names."""
+        """Return None: the kernel finds inodes by name."""
 
     # --- changing
 
@@ -225,7 +225,7 @@ class DirectoryLayer(Descriptors):
         info = os.fstat(fd)
         key = PathKey(directory, name, self._mark(info), fd)
         try:
-            self._give(key, info, uid, gid, added)  # by that descriptor, whatever has the name now
+            self._give(key, info, uid, gid, added)  # through that descriptor, whatever has the name now
         finally:
             key.fd = -1
         return key, file
@@ -240,7 +240,7 @@ class DirectoryLayer(Descriptors):
         return self._made(directory, name, DIRECTORY, since, uid, gid, added)
 
     def _added(self, mode: int) -> int:
-        """Return the permissions that we need and a new inode is not to have."""
+        """Return the permissions that this layer needs but a new inode shall not show."""
         return 0 if self._notes is None else needed(mode) & ~mode
 
     def symlink(self, directory: PathKey, name: bytes, target: bytes, uid: int, gid: int) -> PathKey:
@@ -261,7 +261,7 @@ class DirectoryLayer(Descriptors):
     def _made(
         self, directory: PathKey, name: bytes, kind: int, since: int, uid: int, gid: int, added: int = 0
     ) -> PathKey:
-        """Return the key of what we have just made. ESTALE if it is gone already."""
+        """Return the key of an inode that was just created. ESTALE if it was removed already."""
         attr = self._stat(self._dir_fd(directory), name)
         if attr.st_mode >> 12 != kind:
             raise stale(name)
@@ -272,7 +272,7 @@ class DirectoryLayer(Descriptors):
     def _give(
         self, key: PathKey, attr: os.stat_result, uid: int, gid: int, added: int, since: int = 0
     ) -> None:
-        """Let a new inode belong to *uid* and *gid*, or to its set-group-ID directory's group."""
+        """Give a new inode to *uid* and *gid*, or to the group of its set-group-ID directory."""
         assert key.parent is not None
         if self._notes is not None:
             self._notes.give(key, key.parent, attr, uid, gid, added)
@@ -288,7 +288,7 @@ class DirectoryLayer(Descriptors):
             raise stale(key.name)
         self.chown(key, uid, gid)
         if attr.st_mode & (stat.S_ISUID | stat.S_ISGID) and not stat.S_ISLNK(attr.st_mode):
-            self.chmod(key, attr.st_mode)  # chown(2) has taken these bits away
+            self.chmod(key, attr.st_mode)  # chown(2) cleared these bits
 
     def link(self, key: PathKey, directory: PathKey, name: bytes) -> None:
         check_name(name)
@@ -318,7 +318,7 @@ class DirectoryLayer(Descriptors):
         self, directory: PathKey, name: bytes, key: PathKey | None, call: Callable[[int, bytes], None]
     ) -> None:
         named = key is not None and stands_at(key, (directory, name))
-        with self._losing(key) if named and key is not None else nullcontext():
+        with self._pinned(key) if named and key is not None else nullcontext():
             self._insist(lambda: call(self._place(directory, name), name), directory)
 
     def rename(
@@ -333,7 +333,7 @@ class DirectoryLayer(Descriptors):
         check_name(target[1])
         exchange = flags & files.RENAME_EXCHANGE
         pin = replaced if not exchange and replaced is not None and stands_at(replaced, target) else None
-        with self._losing(pin) if pin is not None else nullcontext():
+        with self._pinned(pin) if pin is not None else nullcontext():
             source_fd, target_fd = self._two_dir_fds(source[0], target[0])
             self._insist(
                 lambda: files.rename(source_fd, source[1], target_fd, target[1], flags),
@@ -352,7 +352,7 @@ class DirectoryLayer(Descriptors):
             self._notes.chmod(key, mode)
 
     def plain_chmod(self, key: PathKey, mode: int) -> None:
-        """Change the mode that the filesystem has."""
+        """Change the real mode."""
         self._by_fd(key, beneath.chmod, mode)
 
     def chown(self, key: PathKey, uid: int, gid: int) -> None:
@@ -362,26 +362,26 @@ class DirectoryLayer(Descriptors):
             self._notes.chown(key, uid, gid)
 
     def plain_chown(self, key: PathKey, uid: int, gid: int) -> None:
-        """Change the owner that the filesystem has."""
+        """Change the real owner."""
         self._by_fd(key, beneath.chown, uid, gid)
 
     def act_as_root(self, spare: PathKey, *, anew: bool) -> None:
-        """Without privilege: hold every owner, mode and device (:meth:`OwnerNotes.act_as_root`)."""
+        """Keep every owner, mode and device without privilege (:meth:`OwnerNotes.act_as_root`)."""
         if self._notes is not None:
             self._notes.act_as_root(spare, anew=anew)
 
     def place(self, key: PathKey) -> tuple[PathKey, bytes] | None:
-        """Return the directory and the name of a key; None if its name is gone."""
+        """Return the directory and the name of a key; None if it has lost its name."""
         return None if key.parent is None else (key.parent, key.name)
 
     def plain_write(self, directory: PathKey, name: bytes, content: bytes) -> PathKey:
-        """Make a regular file of our own with this *content*."""
+        """Create a regular file with this *content*, owned by this process's user."""
         with closing(KernelFile(beneath.make_file(self._place(directory, name), name, 0o600))) as file:
             file.pwrite(content, 0)
             return PathKey(directory, name, self._mark(file.stat()))
 
     def become(self, key: PathKey, other: PathKey) -> None:
-        """Let *key* stand for the inode that *other* stood for, which has taken its place."""
+        """Make *key* refer to the inode of *other*, which has replaced its own."""
         key.mark = other.mark
 
     def utimens(self, key: PathKey, atime_ns: int, mtime_ns: int) -> None:
@@ -395,7 +395,7 @@ class DirectoryLayer(Descriptors):
                 mounts.note_reads(self.root.fd, when)
 
     def was_read(self, key: PathKey) -> None:
-        """Read a directory once more, as its atime may change; everything else the kernel has seen."""
+        """Read a directory again so that its atime can change; the kernel noted all other reads itself."""
         if key.mark & 15 == DIRECTORY:
             with suppress(OSError):
                 beneath.note_listing(self._dir_fd(key))
@@ -423,12 +423,12 @@ class DirectoryLayer(Descriptors):
         return KernelFile(beneath.open_directory(self._dir_fd(key)))
 
     def hurry(self, on: bool) -> bool:
-        """Here the kernel alone reports when a thread would wait for the disk."""
+        """Do nothing: only the kernel knows when a thread would wait for the disk."""
         del on
         return False
 
     def relieve(self, for_room: bool) -> None:
-        """There is nothing that the kernel does not do."""
+        """Do nothing: the kernel writes changes to disk."""
 
     def sync(self) -> None:
         fd = beneath.open_directory(self.root.fd)
@@ -437,12 +437,13 @@ class DirectoryLayer(Descriptors):
         finally:
             os.close(fd)
 
-    # --- what only root may do
+    # --- operations that only root may do
 
     def _insist(self, call: Callable[[], R], *keys: PathKey) -> R:
-        """Do what the owner of *keys* may not by their modes, but by changing these, for as long as it takes.
+        """Make a call that the modes of *keys* forbid to their owner, by changing the modes for its duration.
 
-        The kernel checked the caller against the modes; the layer must be able to obey, as root is.
+        The kernel has checked the caller against the modes; the layer must be able to do everything, like
+        root.
         """
         try:
             return call()
@@ -463,5 +464,5 @@ class DirectoryLayer(Descriptors):
 
 
 def open_directory(path: str, *, privileged: bool = True) -> DirectoryLayer:
-    """Open a directory of the host as a layer. Raises what open(2) does."""
+    """Open a directory of the host as a layer. Raises the errors of open(2)."""
     return DirectoryLayer(beneath.open_given(path), name=os.path.abspath(path), privileged=privileged)

@@ -1,7 +1,7 @@
 """An ext3 image as an upper layer, read and written in-process: no mount, no loop device, no privilege.
 
-This does what the kernel's VFS does for a mounted filesystem: the owner of a new inode, ACLs, which changes
-drop set-ID bits and capabilities, and inodes in use that have lost their names.
+It does what the kernel's VFS does for a mounted filesystem: it sets the owners of new inodes, applies ACLs,
+clears set-ID bits and capabilities on changes, and keeps inodes in use that have lost their names.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _FIRST_DEVICE = 2 << 40
 
 
 class _Inherit(NamedTuple):
-    """What a directory has for the inodes that are made in it."""
+    """What new inodes inherit from a directory."""
 
     gid: int
     """-1, except in a set-group-ID directory."""
@@ -80,9 +80,9 @@ class Ext3Layer:
     # --- reading
 
     def lookup(self, directory: int, name: bytes) -> tuple[Key, Attr] | None:
-        """Find *name*; None if it is not there.
+        """Find *name*; None if it does not exist.
 
-        ENOTDIR, ENAMETOOLONG. EUCLEAN for a directory that has another place as well, so that the tree is
+        ENOTDIR, ENAMETOOLONG. EUCLEAN for a directory that is also at another place, so that the tree is
         finite.
         """
         names = self.image.names(directory)
@@ -101,7 +101,7 @@ class Ext3Layer:
         return self._attributes(key, self.image.raw(key))
 
     def _attributes(self, ino: int, fields: tuple[int, ...]) -> AttrData:
-        """Return what the engine says of an inode as a layer says it."""
+        """Convert an inode's attributes from the engine's form to a layer's."""
         mode, nlink, uid, gid, major, minor, gen, _, size, blocks, atime, mtime, ctime = fields
         rdev = os.makedev(major, minor) if major or minor else 0
         if atime < FIRST or mtime < FIRST or ctime < FIRST:  # one is beyond 2262
@@ -112,7 +112,7 @@ class Ext3Layer:
         )  # fmt: skip
 
     def readdir(self, directory: int) -> list[DirEntry]:
-        """All entries, in the order of the directory. ENOTDIR."""
+        """Return all entries, in the order of the directory. ENOTDIR."""
         return [DirEntry(name, type_of(value)) for name, value in self.image.names(directory).items()]
 
     def names(self, directory: int) -> list[bytes] | NamesJob:
@@ -125,7 +125,7 @@ class Ext3Layer:
         return self.image.readlink(key)
 
     def listxattr(self, key: int) -> list[bytes]:
-        """All names, those of trusted.* too, whatever our privileges."""
+        """Return all names, including trusted.*, whatever the privileges of this process."""
         return self.image.listxattr(key)
 
     def getxattr(self, key: int, name: bytes) -> bytes:
@@ -150,9 +150,10 @@ class Ext3Layer:
             raise _error({stat.S_IFDIR: errno.EISDIR, stat.S_IFLNK: errno.ELOOP}.get(kind, errno.ENXIO))
 
     def statfs(self) -> FsStats:
-        """As the kernel's ext3 says it, but that blocks are free as soon as what was in them is removed.
+        """Return the figures like the kernel's ext3, but count the blocks of removed files as free at once.
 
-        Nor is there what a sparse image lacks and its disk has not: neither as a whole nor free.
+        Do not count, as total or free, blocks that a sparse image does not have and that its disk cannot
+        hold.
         """
         facts = self.image.facts()
         spare = self.spare_bytes // facts.block_size
@@ -176,12 +177,12 @@ class Ext3Layer:
         self.image.shrink()
 
     def caches(self) -> dict[str, tuple[int, int]]:
-        """How often a block was in memory when it was needed, and how often not, by its kind."""
+        """Return cache hits and misses of blocks, by kind."""
         facts = self.image.facts()
         return {"ext3 metadata": (facts.cache_hits, facts.cache_misses)}
 
     def handle(self, key: int) -> FileHandle:
-        """What name_to_handle_at(2) gives for the same inode of the mounted image."""
+        """Return what name_to_handle_at(2) returns for the same inode of the mounted image."""
         return FileHandle(
             _FILEID_INO32_GEN, _HANDLE.pack(key, self.image.getattr(key).generation), self._uuid
         )
@@ -200,14 +201,15 @@ class Ext3Layer:
         return Key(ino)
 
     def forget(self, key: int) -> None:
-        """An inode without a name that lived by this very key goes, once no file of it is open."""
+        """Release a key. If it kept an inode without a name, free that inode once none of its files is
+        open."""
         self._in_use.forgotten(key)
 
     def close(self) -> None:
-        """Write everything to its place and close the image. Raises what goes wrong with that."""
+        """Write everything to its final place and close the image. Raises any error of that."""
         self.image.close()
 
-    # --- making
+    # --- creating inodes
 
     def create(self, directory: int, name: bytes, mode: int, uid: int, gid: int) -> tuple[Key, Ext3File]:
         key = self._make(directory, name, stat.S_IFREG | mode & 0o7777, uid, gid)
@@ -259,7 +261,7 @@ class Ext3Layer:
         if stat.S_ISDIR(mode):
             acls[acl.DEFAULT] = inherit.acl
         mode = mode & ~0o777 | bits
-        try:  # in one step: it must not be seen without them, on disk either
+        try:  # in one step: nobody must see it without them, not even on disk
             return Key(self.image.create(directory, name, mode, uid, gid, rdev, attrs=list(acls.items())))
         except OSError as failure:
             if failure.errno == errno.ENOSPC and not isinstance(failure, NotYetFree):
@@ -268,7 +270,7 @@ class Ext3Layer:
             raise
 
     def _names_for(self, directory: int, name: bytes) -> AnyNames:
-        """Return the names of a directory that *name* may be added to."""
+        """Return the names of a directory to which *name* may be added."""
         names = self.image.names(directory)
         if name in names:
             raise _error(errno.EEXIST)
@@ -324,7 +326,7 @@ class Ext3Layer:
                 self._in_use.lost_its_name(ino, key)
 
     def _find(self, directory: int, name: bytes) -> tuple[int, int]:
-        """Return number and type of what stands under a name. ENOENT."""
+        """Return the inode number and type of a name. ENOENT."""
         value = self.image.names(directory).get(name)
         if value is None:
             raise _error(errno.ENOENT if len(name) <= _NAME_MAX else errno.ENAMETOOLONG)
@@ -354,7 +356,7 @@ class Ext3Layer:
         self._must_take(*target)
         there, there_kind = (0, 0) if value is None else self._ino_and_type(value)
         if there == ino:
-            return  # two names of one inode: POSIX has nothing done
+            return  # two names of one inode: POSIX says to do nothing
         if kind == stat.S_IFDIR:
             self._must_not_be_above(ino, source[0], target[0])
         if exchange and there_kind == stat.S_IFDIR:
@@ -392,7 +394,7 @@ class Ext3Layer:
         return acl.parse(self.image.getxattr(key, name)) if name in self.image.listxattr(key) else []
 
     def chown(self, key: int, uid: int, gid: int) -> None:
-        """Take set-ID bits and capabilities from all but directories too, as chown(2) does."""
+        """Change the owner. Like chown(2), clear set-ID bits and capabilities, except on directories."""
         before = self.image.raw(key)[0]
         what = (ext3.UID if uid >= 0 else 0) | (ext3.GID if gid >= 0 else 0)
         mode = before
@@ -413,7 +415,7 @@ class Ext3Layer:
                 self.image.setattr(key, what, mode=mode & 0o7777, uid=max(uid, 0), gid=max(gid, 0))
 
     def utimens(self, key: int, atime_ns: int, mtime_ns: int) -> None:
-        """With inodes of 128 bytes times are whole seconds, from 1901 to 2038."""
+        """Set the times. In inodes of 128 bytes, they are whole seconds from 1901 to 2038."""
         self.image.setattr(key, ext3.ATIME | ext3.MTIME, atime=atime_ns, mtime=mtime_ns)
 
     def note_reads(self, when: Atime) -> None:
@@ -458,7 +460,7 @@ class Ext3Layer:
             raise _error(errno.EPERM)
 
     def _set_acl(self, key: int, name: bytes, entries: list[acl.Entry]) -> None:
-        """Set or, without entries, remove an ACL, and the mode with that for access."""
+        """Set an ACL, or remove it if there are no entries. The access ACL also sets the mode."""
         mode = self.image.getattr(key).mode
         if stat.S_ISLNK(mode):
             raise _error(errno.EOPNOTSUPP)
@@ -506,13 +508,15 @@ class Ext3Layer:
         return self._open(key, os.O_RDONLY)
 
     def sync(self) -> None:
-        """Return when everything written so far is on disk. Blocks; for any thread."""
+        """Write all pending changes to disk. Blocks until they are there; any thread may call it."""
         self.image.commit()
 
     def suspend(self, place: int) -> None:
-        """Leave the image to others, clean, until resume: to be grown, say. Blocks. Other threads wait.
+        """Leave the image clean until :meth:`resume`, so that another program can change it, for example
+        grow it.
 
-        What is in use without a name has one in the directory *place* meanwhile.
+        Blocks; other threads wait. Meanwhile, inodes in use that have no name get one in the directory
+        *place*.
         """
         with may_wait_for_disk(self):
             self._in_use.hide(place)
@@ -523,13 +527,13 @@ class Ext3Layer:
             raise
 
     def resume(self, place: int, fd: int = -1) -> None:
-        """Go on with the image as it is now, behind *fd* if that is given; all keys are what they were."""
+        """Continue with the image as it is now, through *fd* if given. All keys stay valid."""
         self.image.resume(fd)
         self._in_use.unhide(place)
 
 
 def open_ext3(path: str, **how: Any) -> Ext3Layer:
-    """Open an image as a layer; *how* is for Image. Raises what open(2) does and what it does."""
+    """Open an image as a layer; *how* are arguments of Image. Raises the errors of open(2) and Image."""
     fd = open_given(path, os.O_RDONLY if how.get("read_only") else os.O_RDWR)
     try:
         return Ext3Layer(Image(fd, os.path.abspath(path), **how))

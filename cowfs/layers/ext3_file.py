@@ -1,4 +1,4 @@
-"""An open file of an ext3 image, and which inodes of it are in use."""
+"""An open file of an ext3 image, and the inodes in use of an image."""
 
 from __future__ import annotations
 
@@ -20,18 +20,19 @@ _CAPABILITY = b"security.capability"
 
 
 class Key(int):
-    """An inode number. Which *object* it is matters once the inode has no name: it belongs to the key
-    that was given to ``unlink`` then, and goes with that one; other keys of the same inode may have been
-    handed out by ``lookup`` before, and are forgotten whenever their users like.
+    """An inode number. The *object* matters once the inode has no name.
+
+    The inode then lives as long as the key that was passed to ``unlink``. Users may forget other keys of the
+    same inode, from earlier calls of ``lookup``, at any time.
     """
 
     __slots__ = ()
 
 
 class InUse:
-    """The inodes that somebody uses, so that they outlive their names. For any thread.
+    """The inodes in use, which outlive their names. Any thread may use it.
 
-    Who removes a name holds *lock* from asking whether the inode is used until that is noted.
+    To remove a name, hold *lock* from the check whether the inode is in use until the result is noted.
     """
 
     __slots__ = ("_files", "_image", "_orphans", "lock")
@@ -39,28 +40,28 @@ class InUse:
     def __init__(self, image: Image) -> None:
         self._image = image
         self.lock = threading.Lock()
-        self._files: dict[int, int] = {}  # how many are open of an inode
-        self._orphans: dict[int, Key | None] = {}  # without a name: by which key they live
+        self._files: dict[int, int] = {}  # the number of open files of an inode
+        self._orphans: dict[int, Key | None] = {}  # without a name: the key that keeps them
 
     def has(self, ino: int, key: int | None) -> bool:
-        """Return whether an inode is in use by somebody other than the holder of *key*."""
+        """Whether anyone other than the holder of *key* uses an inode."""
         return key == ino or ino in self._files
 
     def lost_its_name(self, ino: int, key: int | None) -> None:
-        """Note by what an inode lives that has lost its last name while it was used."""
+        """Note that an inode in use lost its last name, and that *key* keeps it."""
         self._orphans[ino] = key if isinstance(key, Key) and key == ino else None
 
     def is_nameless(self, ino: int) -> bool:
-        """Say whether an inode has lost its last name."""
+        """Whether an inode has lost its last name."""
         return ino in self._orphans
 
     def opened(self, ino: int) -> None:
-        """Note that a file has been opened."""
+        """Note that a file was opened."""
         with self.lock:
             self._files[ino] = self._files.get(ino, 0) + 1
 
     def closed(self, ino: int) -> None:
-        """Note that a file has been closed."""
+        """Note that a file was closed."""
         with self.lock:
             left = self._files.pop(ino) - 1
             if left:
@@ -69,7 +70,7 @@ class InUse:
                 self._let_go(ino)
 
     def forgotten(self, key: int) -> None:
-        """Record that the user of this key no longer needs it."""
+        """Note that the user of this key no longer needs it."""
         if self._orphans:
             with self.lock:
                 if self._orphans.get(key) is key:
@@ -77,7 +78,7 @@ class InUse:
                     self._let_go(key)
 
     def hide(self, place: int) -> None:
-        """Give those without a name one in the directory *place*, so that nobody takes them for unused."""
+        """Give inodes without a name one in the directory *place*, so that e2fsck does not free them."""
         with self.lock:
             try:
                 for ino in self._orphans:
@@ -87,7 +88,7 @@ class InUse:
                 raise
 
     def unhide(self, place: int) -> None:
-        """Take the names away again."""
+        """Remove these names."""
         with self.lock:
             self._unhide(place)
 
@@ -101,12 +102,12 @@ class InUse:
     def _let_go(self, ino: int) -> None:
         if ino not in self._files and self._orphans.get(ino, ...) is None:
             del self._orphans[ino]
-            with suppress(OSError):  # the image has been given up: e2fsck frees it
+            with suppress(OSError):  # the image was given up: e2fsck frees it
                 self._image.release(ino)
 
 
 class Capabilities:
-    """What setcap(8) gives to files, and every change of their data or owner takes away."""
+    """File capabilities (setcap(8)), which every change of a file's data or owner removes."""
 
     __slots__ = ("_image", "count")
 
@@ -116,25 +117,25 @@ class Capabilities:
         """How many were set so far: a caller that found none must look again when it changes."""
 
     def has(self, ino: int) -> bool:
-        """Whether an inode has one: most have not, and exceptions are slow."""
+        """Whether an inode has a capability. Most have none, and exceptions are slow."""
         return _CAPABILITY in self._image.listxattr(ino)
 
     def drop(self, ino: int) -> None:
-        """Take it away from an inode if it has one."""
+        """Remove an inode's capability if it has one."""
         if self.has(ino):
             try:
                 self._image.removexattr(ino, _CAPABILITY)
             except OSError as failure:
-                if failure.errno != errno.ENODATA:  # another thread was faster
+                if failure.errno != errno.ENODATA:  # ENODATA: another thread was faster
                     raise
 
     def noted(self, name: bytes) -> None:
-        """Note that an xattr has been set."""
+        """Note that an xattr was set."""
         self.count += name == _CAPABILITY
 
 
 class Ext3File:
-    """A :class:`cowfs.layers.base.File`, counted as a use of its inode. All methods from any thread."""
+    """A :class:`cowfs.layers.base.File` that counts as a use of its inode. For any thread."""
 
     __slots__ = ("_capabilities", "_flags", "_image", "_in_use", "_ino", "_seen", "_show")
 
@@ -149,7 +150,7 @@ class Ext3File:
         *,
         is_new: bool = False,
     ) -> None:
-        """*is_new*: it was made for this, and has no attributes."""
+        """*is_new*: the file was just created, and has no xattrs."""
         self._image = image
         self._ino = ino
         self._flags = flags
@@ -180,7 +181,7 @@ class Ext3File:
         self._image.truncate(self._ino, size)
 
     def fallocate(self, mode: int, offset: int, length: int) -> None:
-        """Make a hole. EFBIG. EOPNOTSUPP for all else: ext3 has no blocks that are not written."""
+        """Punch a hole. EFBIG. EOPNOTSUPP for other modes: ext3 has no unwritten blocks."""
         if offset + length > self._image.size_max():
             raise _error(errno.EFBIG)
         if mode != files.PUNCH_HOLE:

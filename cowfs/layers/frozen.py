@@ -1,4 +1,4 @@
-"""A directory of an upper layer, as a lower layer: an upper that nobody writes to any more."""
+"""A directory of an upper layer as a lower layer: an upper that is no longer written."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from cowfs.layers.reopened import Reopens
 
 
 class FrozenLayer:
-    """What *layer* has below the directory *root*. The keys are the layer's own: an inode of the upper
-    that is frozen has the key that it had."""
+    """The tree of *layer* below the directory *root*.
+
+    The keys are those of the layer, so an inode keeps its key when its upper is frozen.
+    """
 
     def __init__(self, layer: UpperLayer, root: Key) -> None:
         self.name = layer.name
@@ -18,7 +20,7 @@ class FrozenLayer:
         self.waits = layer.waits
         self.has_descriptors = layer.has_descriptors
         self.data_only = False
-        # Calls go directly to the layer: they cost no more than the upper's.
+        # Call the layer directly, so that calls cost no more than the upper's.
         self.lookup = layer.lookup
         self.stat = layer.stat
         self.readdir = layer.readdir

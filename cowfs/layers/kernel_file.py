@@ -1,4 +1,4 @@
-"""An open file of the kernel's, as a layer gives it."""
+"""An open file with a descriptor, as a layer returns it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _CHUNK = 1 << 20
 
 
 class KernelFile:
-    """A :class:`cowfs.layers.base.File` on a descriptor of the kernel's."""
+    """A :class:`cowfs.layers.base.File` on a descriptor."""
 
     __slots__ = ("_fd",)
 
@@ -28,7 +28,7 @@ class KernelFile:
 
     def pwrite(self, data: bytes, offset: int) -> int:
         written = os.pwrite(self._fd, data, offset)
-        while written < len(data):  # a signal or a full disk: the rest says which
+        while written < len(data):  # a signal or a full disk: the next write tells which
             written += os.pwrite(self._fd, memoryview(data)[written:], offset + written)
         return written
 
@@ -67,7 +67,7 @@ class KernelFile:
         target_fd = target.fileno()
         if target_fd >= 0 and size == whole > _CHUNK and files.reflink(self._fd, target_fd):
             return
-        if info.st_blocks * 512 >= whole:  # no holes: nothing to ask for
+        if info.st_blocks * 512 >= whole:  # no holes to look for
             runs: Iterable[tuple[int, int]] = [(0, size)] if size else []
         else:
             target.truncate(size)

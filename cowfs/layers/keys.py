@@ -11,8 +11,9 @@ from cowfs.types import Attr, own_attr
 class PathKey:
     """An inode of a directory layer: a name in a directory, or a descriptor that pins it.
 
-    *fd* is -1, or an O_PATH descriptor: for a directory a cache, for an inode whose name is gone
-    (then *parent* is None) the way to it. *mark* is what was looked up (:func:`beneath.marker`).
+    *fd* is -1 or an O_PATH descriptor. A directory's is a cache. An inode that has lost its name (then
+    *parent* is None) is only accessible through it. *mark* identifies the inode that was looked up
+    (:func:`beneath.marker`).
     """
 
     __slots__ = ("fd", "mark", "name", "parent")
@@ -25,7 +26,7 @@ class PathKey:
 
 
 class CoveredKey(PathKey):
-    """A directory that something is mounted on: to the layer it is empty, with attributes made up."""
+    """A directory with a mount on it: the layer shows it as empty, with invented attributes."""
 
     __slots__ = ("attr",)
 
@@ -35,8 +36,10 @@ class CoveredKey(PathKey):
 
 
 def apart(key: PathKey, attr: Attr) -> Attr:
-    """Return the attributes of a file with several names as if this were its only one, with a number that no
-    other has: larger than those of filesystems."""
+    """Return the attributes of one name of a hard link, as those of a separate file.
+
+    Its number is unique: it is larger than those of filesystems.
+    """
     if stat.S_ISDIR(attr.st_mode):
         return attr
     own = own_attr(attr)

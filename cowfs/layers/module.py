@@ -1,4 +1,4 @@
-"""A squashfs image as a module: a lower that comes and goes, and on which nothing may depend (ADR 0061)."""
+"""A squashfs image as a module: a lower that can be removed, so that nothing may depend on it (ADR 0061)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _OF_NAMES = 1 << 33
 class ModuleLayer(SquashfsLayer):
     """Shows each name of a hard link as a file of its own, and gives no handles.
 
-    So no copy is known by where it came from: another image may be there later, or none.
+    So no copy records its origin: later, another image may be there, or none.
     """
 
     def __init__(self, path: str, *, offset: int = 0, data: Bytes | None = None) -> None:
@@ -45,5 +45,5 @@ class ModuleLayer(SquashfsLayer):
         return None
 
     def handle_ino(self, handle: FileHandle) -> int | None:
-        """None of them is of this layer."""
+        """Return None: no handle belongs to this layer."""
         return None

@@ -1,13 +1,13 @@
-"""What a directory layer without privilege notes of an inode: the attributes that it cannot give it.
+"""Notes of an unprivileged directory layer about the attributes that it cannot give to an inode.
 
 The xattr ``user.overlay.cowfs.owner`` of a file or directory is ``UID:GID``, ``UID:GID:MODE`` or
-``UID:GID:MODE:MAJOR:MINOR``; MODE is all of st_mode in octal. A mode is noted where the real one has
-more bits, so that we can go on reading what nobody may, and where the inode is of another type: what
-can have no xattr, or needs a privilege to be made, is kept as a regular file (a symlink with its target
+``UID:GID:MODE:MAJOR:MINOR``; MODE is all of st_mode in octal. The mode is noted if the real one has more
+bits, which lets the layer read a file that nobody may read, and if the inode has another type: an inode that
+can have no xattr, or that only root can create, is stored as a regular file (for a symlink, with its target
 in it).
 
-The xattr ``user.overlay.cowfs.user`` of the layer's root is ``UID:GID``: whom everything without a note
-belongs to that really belongs to the user who keeps the layer.
+The xattr ``user.overlay.cowfs.user`` of the layer's root is ``UID:GID``, the owner to show for inodes
+without a note that really belong to the user of the layer.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ USER_XATTR = b"user.overlay.cowfs.user"
 
 
 class Note(NamedTuple):
-    """The attributes that an inode is to show in the place of its real ones."""
+    """The attributes to show for an inode instead of its real ones."""
 
     uid: int
     gid: int
@@ -51,8 +51,7 @@ _SPECIAL = {stat.S_IFLNK, stat.S_IFCHR, stat.S_IFBLK, stat.S_IFIFO, stat.S_IFSOC
 def parse(value: bytes, real: int) -> Note:
     """Read a note on an inode of the mode *real*.
 
-    ValueError for an invalid note. Everybody who can write to the inode can write the note, so it is not
-    trusted.
+    ValueError for an invalid note. Anyone who can write to the inode can write the note, so do not trust it.
     """
     found = _FORM.fullmatch(value)
     if found is None:
@@ -79,7 +78,7 @@ def parse(value: bytes, real: int) -> Note:
 
 
 def to_bytes(note: Note) -> bytes:
-    """Write a note."""
+    """Return the xattr value of a note."""
     text = f"{note.uid}:{note.gid}"
     if note.mode is not None:
         text += f":{note.mode:o}"
@@ -94,14 +93,14 @@ def can_be_noted(mode: int) -> bool:
 
 
 def needed(mode: int) -> int:
-    """Return the permissions that the layer itself cannot do without."""
+    """Return the permissions that the layer itself needs."""
     if stat.S_ISDIR(mode):
         return stat.S_IRWXU
     return stat.S_IRUSR if stat.S_ISREG(mode) else 0
 
 
 def shown(attr: Attr, note: Note) -> Attr:
-    """Return *attr* as the note says."""
+    """Return *attr*, changed as the note says."""
     seen = own_attr(attr)
     seen.st_uid, seen.st_gid = note.uid, note.gid
     if note.mode is not None:
@@ -112,7 +111,7 @@ def shown(attr: Attr, note: Note) -> Attr:
 
 
 class Plain(Protocol):
-    """The layer that the notes are of: what it really has, and what it lets us change."""
+    """The layer that has the notes: access to its real attributes."""
 
     root: Key
 
@@ -137,7 +136,7 @@ _UNKNOWN = {errno.ENODATA, errno.EOPNOTSUPP, errno.EPERM, errno.EACCES, errno.EN
 
 
 class OwnerNotes:
-    """Reads and keeps the notes of a layer. All methods raise OSError as the layer does."""
+    """Reads and writes the notes of a layer. All methods raise OSError as the layer does."""
 
     def __init__(self, layer: Plain) -> None:
         self._layer = layer
@@ -149,9 +148,9 @@ class OwnerNotes:
             self._user = parse(layer.getxattr(layer.root, USER_XATTR), stat.S_IFDIR)
 
     def act_as_root(self, spare: Key, *, anew: bool) -> None:
-        """From now on keep every owner and every type, with stand-in files where a note is impossible.
+        """From now on, keep every owner and every type, with stand-in files where a note is impossible.
 
-        These are made in the directory *spare*; files left there may be removed. With *anew*, for an empty
+        Create these in the directory *spare*; files left there may be removed. With *anew*, for an empty
         layer, files without a note belong to root.
         """
         self._spare = spare
@@ -160,7 +159,7 @@ class OwnerNotes:
             self._layer.setxattr(self._layer.root, USER_XATTR, to_bytes(self._user))
 
     def shown(self, key: Key, attr: Attr) -> Attr:
-        """Return what an inode with the real attributes *attr* is to show."""
+        """Return the attributes to show for an inode with the real attributes *attr*."""
         note = self._read(key, attr) or self._unnoted(attr)
         return attr if note is None else shown(attr, note)
 
@@ -180,18 +179,18 @@ class OwnerNotes:
         return self._user if attr.st_uid == self._me else None
 
     def chmod(self, key: Key, mode: int) -> None:
-        """Give an inode another mode, and keep for ourselves what we need."""
+        """Change the mode of an inode, but keep the real permissions that the layer needs."""
         real = self._layer.plain_stat(key)
         note = self._read(key, real)
         now = shown(real, note or self._unnoted(real) or Note(real.st_uid, real.st_gid))
         mode = stat.S_IFMT(now.st_mode) | stat.S_IMODE(mode)
-        if stat.S_IFMT(mode) == stat.S_IFMT(real.st_mode):  # no stand-in, whose own mode is nobody's business
+        if stat.S_IFMT(mode) == stat.S_IFMT(real.st_mode):  # not a stand-in, whose real mode does not matter
             self._layer.plain_chmod(key, mode | needed(mode))
             real = self._layer.plain_stat(key)
         self._write(key, real, note is not None, Note(now.st_uid, now.st_gid, mode, now.st_rdev))
 
     def chown(self, key: Key, uid: int, gid: int) -> None:
-        """Let an inode belong to others; -1 leaves one as it is."""
+        """Change the owner of an inode; -1 leaves the user or group unchanged."""
         real = self._layer.plain_stat(key)
         note = self._read(key, real)
         now = shown(real, note or self._unnoted(real) or Note(real.st_uid, real.st_gid))
@@ -201,7 +200,7 @@ class OwnerNotes:
         self._write(key, real, note is not None, Note(uid, gid, now.st_mode, now.st_rdev))
 
     def set_acl(self, key: Key, call: Callable[[], None]) -> None:
-        """Let *call* give an inode an access ACL, which sets the real mode, and show that mode."""
+        """Set an access ACL with *call*, which changes the real mode, and show that mode."""
         real = self._layer.plain_stat(key)
         note = self._read(key, real)
         now = shown(real, note or self._unnoted(real) or Note(real.st_uid, real.st_gid))
@@ -216,9 +215,9 @@ class OwnerNotes:
         self._write(key, real, note is not None, Note(now.st_uid, now.st_gid, mode, now.st_rdev))
 
     def give(self, key: Key, parent: Key, real: Attr, uid: int, gid: int, added: int) -> None:
-        """Let a new inode belong to *uid* and *gid*, or to its set-group-ID directory's group.
+        """Give a new inode to *uid* and *gid*, or to the group of its set-group-ID directory.
 
-        *real* are its attributes, *added* the permissions among them that it should not have.
+        *real* are its attributes; *added* are permissions among them that it should not show.
         """
         if self._user is None and not added and (real.st_uid, real.st_gid) == (uid, gid):
             return
@@ -232,7 +231,7 @@ class OwnerNotes:
         return self.shown(parent, above).st_gid if above.st_mode & stat.S_ISGID else gid
 
     def _try_chown(self, key: Key, real: Attr, uid: int, gid: int) -> Attr:
-        """Really change the owner where that is possible: to another group of ours."""
+        """Change the real owner if possible, that is, to another group of this process."""
         if self._user is not None or (real.st_uid, real.st_gid) == (uid, gid):
             return real
         try:
@@ -242,11 +241,11 @@ class OwnerNotes:
                 raise
             return real
         if real.st_mode & (stat.S_ISUID | stat.S_ISGID) and not stat.S_ISLNK(real.st_mode):
-            self._layer.plain_chmod(key, real.st_mode)  # chown(2) has taken these bits away
+            self._layer.plain_chmod(key, real.st_mode)  # chown(2) cleared these bits
         return self._layer.plain_stat(key)
 
     def _write(self, key: Key, real: Attr, noted: bool, wanted: Note) -> None:
-        """Note what the real inode does not say of itself; forget the note when it says all."""
+        """Note what differs from the real attributes; remove the note if nothing does."""
         natural = self._unnoted(real) or Note(real.st_uid, real.st_gid)
         if wanted.mode == real.st_mode:
             wanted = wanted._replace(mode=None)
@@ -257,12 +256,12 @@ class OwnerNotes:
             self._layer.setxattr(key, OWNER_XATTR, to_bytes(wanted))
         elif self._spare is not None and not (stat.S_ISCHR(real.st_mode) and real.st_rdev == 0):
             self._replace(key, real, wanted._replace(mode=real.st_mode, rdev=real.st_rdev))
-        # Else it shows the user's own: a whiteout, or nobody asked for more (docs/semantics.md).
+        # Else it shows the real owner: it is a whiteout, or other owners are not kept (docs/semantics.md).
 
     # --- stand-ins
 
     def stand_in(self, key: Key) -> None:
-        """Let what can have no note be a stand-in while it has one name; with more it cannot become one."""
+        """Replace an inode that can have no note by a stand-in. Call it while the inode has only one name."""
         real = self._layer.plain_stat(key)
         is_whiteout = stat.S_ISCHR(real.st_mode) and real.st_rdev == 0
         if self._spare is None or can_be_noted(real.st_mode) or is_whiteout or real.st_nlink != 1:
@@ -271,24 +270,25 @@ class OwnerNotes:
         self._replace(key, real, Note(now.st_uid, now.st_gid, real.st_mode, real.st_rdev))
 
     def special(self, directory: Key, name: bytes, mode: int, rdev: int, uid: int, gid: int) -> Key | None:
-        """Make a stand-in for a device, which only root may make; None if it is to be tried really."""
+        """Create a stand-in for a device, which only root may create; None if the caller shall try it for
+        real."""
         device = stat.S_ISBLK(mode) or (stat.S_ISCHR(mode) and rdev != 0)
         if self._spare is None or not device:
             return None
         note = Note(uid, self._inherited(directory, gid), mode, rdev)
-        return self._settle(note, (directory, name), files.RENAME_NOREPLACE)
+        return self._install_stand_in(note, (directory, name), files.RENAME_NOREPLACE)
 
     def _replace(self, key: Key, real: Attr, note: Note) -> None:
-        """Put a stand-in in the place of an inode that can have no note."""
+        """Replace an inode that can have no note by a stand-in."""
         place = self._layer.place(key)
         if place is None:
-            return  # its last name is gone: nobody will see
+            return  # its last name is removed, so nobody sees it
         if real.st_nlink > 1:
             raise OSError(errno.EPERM, os.strerror(errno.EPERM), place[1])
         content = self._layer.readlink(key) if stat.S_ISLNK(real.st_mode) else b""
-        self._layer.become(key, self._settle(note, place, 0, content, real))
+        self._layer.become(key, self._install_stand_in(note, place, 0, content, real))
 
-    def _settle(
+    def _install_stand_in(
         self,
         note: Note,
         place: tuple[Key, bytes],
@@ -296,7 +296,7 @@ class OwnerNotes:
         content: bytes = b"",
         times: Attr | None = None,
     ) -> Key:
-        """Make a stand-in and put it there; return its key."""
+        """Create a stand-in and put it into place; return its key."""
         name = b"#special%x" % next(self._numbers)
         layer, spare = self._layer, self._spare
         made = layer.plain_write(spare, name, content)

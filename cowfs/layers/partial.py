@@ -1,8 +1,8 @@
-"""A file of the upper that has some of its data, and a lower the rest: a hole is what was not copied yet.
+"""A file with some of its data in the upper and the rest in a lower: a hole is data not copied yet.
 
-The block pointers of the upper file are the map, and there is no other: a block of it is the file's from the
-moment when it is there, whole, and until then what the lower has in its place is. So an upper whose files
-have holes only where nothing was ever written can do this, and only that.
+The block pointers of the upper file are the only map. From the moment when a block exists, it is complete
+and belongs to the upper file; until then, the lower's data shows. So this only works for an upper whose
+files have holes only where nothing was ever written.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ class Fillable(File, Protocol):
     def fill(self, data: bytes, offset: int) -> None:
         """Write *data* where there are holes, and change nothing else: neither blocks, nor size, nor times.
 
-        *offset* is a multiple of the layer's ``fill_unit`` (without one nobody may write meanwhile). What is
-        missing of the last block is zero. Each block is a hole or has all of its data, after a crash too.
+        *offset* is a multiple of the layer's ``fill_unit`` (if it has none, nobody may write meanwhile). The
+        missing rest of the last block becomes zeros. Each block is a hole or complete, even after a crash.
         ENOSPC. May block.
         """
         ...
 
 
 class Part:
-    """How much of a lower file shows through an upper one: what all who have it open share."""
+    """How much of a lower file shows through an upper one. All its open files share this."""
 
     __slots__ = ("changing", "end", "is_whole", "is_wrong", "unit")
 
@@ -53,7 +53,7 @@ class Part:
 
 
 class PartialFile:
-    """An open file of this kind: a :class:`File`. Who makes it opens *target* and *source* for it."""
+    """An open partial file: a :class:`File`. Its creator opens *target* and *source* for it."""
 
     __slots__ = ("_part", "_source", "_target")
 
@@ -76,7 +76,7 @@ class PartialFile:
         return b"".join(pieces)
 
     def _pieces(self, size: int, offset: int) -> Iterator[tuple[File | _Below, int, int]]:
-        """Yield which file has what of a range: ``(file, length, offset)``."""
+        """Yield which file has which part of a range: ``(file, length, offset)``."""
         if self._part.is_whole:
             yield self._target, size, offset
             return
@@ -93,7 +93,7 @@ class PartialFile:
             yield _Below(self), end - position, position
 
     def below(self, size: int, offset: int, read: Callable[[int, int], bytes | None]) -> bytes | None:
-        """Return this many bytes that the holes show, read by *read*. EIO if the lower is shorter now."""
+        """Return *size* bytes that show through holes, using *read*. EIO if the lower is shorter now."""
         there = min(size, max(self._part.end - offset, 0))
         data = read(there, offset) if there else b""
         if data is not None and len(data) != there:
@@ -101,11 +101,11 @@ class PartialFile:
         return data if data is None or there == size else data + bytes(size - there)
 
     def needs_the_lower(self, size: int, offset: int) -> bool:
-        """Whether a write has to read from the lower first, which may take a while."""
+        """Whether a write must first read from the lower, which may take long."""
         return any(map(self._is_missing, self._edges(size, offset)))
 
     def _edges(self, size: int, offset: int) -> list[int]:
-        """Return where the blocks begin that a write changes in part."""
+        """Return the offsets of the blocks that a write changes only in part."""
         unit = self._part.unit
         return sorted({edge - edge % unit for edge in (offset, offset + size) if edge % unit})
 
@@ -118,7 +118,8 @@ class PartialFile:
         return next((run for run in self._target.segments(end, position) if run[1] > position), None)
 
     def pwrite(self, data: bytes, offset: int) -> int:
-        """Write. Blocks that it changes in part come up first: as they were, so a crash is no matter."""
+        """Write. First copy up, unchanged, the blocks that it changes in part, so that a crash does no
+        harm."""
         if self._part.is_wrong and offset + len(data) > self._part.end:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         for block in self._edges(len(data), offset):
@@ -127,7 +128,7 @@ class PartialFile:
         return self._target.pwrite(data, offset)
 
     def _copy(self, start: int, stop: int) -> int:
-        """Fill the holes of a range of whole blocks; return where that has ended."""
+        """Fill the holes in a range of whole blocks; return where it ended."""
         stop = min(stop, self._part.end)
         if start >= stop:
             return stop
@@ -138,9 +139,9 @@ class PartialFile:
         return stop
 
     def copy_steps(self, size: int | None = None) -> Iterator[int]:
-        """Copy what shows of the lower in the first *size* bytes, or in all.
+        """Copy the lower's data that shows in the first *size* bytes, or in the whole file.
 
-        Blocks, and yields after each piece how much it was. After the end nothing of it is missing.
+        Blocks. Yields the size of each piece after copying it. When it ends, nothing is missing.
         """
         part, unit, done = self._part, self._part.unit, 0
         end = part.end if size is None else min(size, part.end)
@@ -159,24 +160,24 @@ class PartialFile:
             done = max(done, position)
 
     def missing(self) -> int:
-        """About how many bytes of the lower's data are not here yet."""
+        """Return about how many bytes are still only in the lower."""
         whole = min(self._part.end, self._source.stat().st_blocks * 512)
         return 0 if self._part.is_whole else max(whole - self.stat().st_blocks * 512, 0)
 
     def cut(self, size: int) -> None:
-        """Set a size that is less than it was, after the data up to there was copied. Blocks."""
+        """Reduce the size, after copying the data up to it. Blocks."""
         with self._part.changing:
             self._target.truncate(size)
             self._part.end = min(self._part.end, size)
 
     def truncate(self, size: int) -> None:
-        """EIO unless the file is complete: the caller copies the remaining data before it sets a size."""
+        """Set the size. EIO unless the file is complete: the caller copies the remaining data first."""
         if not self._part.is_whole:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         self._target.truncate(size)
 
     def fallocate(self, mode: int, offset: int, length: int) -> None:
-        """EIO unless the file is complete: a hole shows the lower."""
+        """Allocate space. EIO unless the file is complete: a hole would show the lower."""
         if not self._part.is_whole:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         cast(Allocatable, self._target).fallocate(mode, offset, length)
@@ -189,7 +190,7 @@ class PartialFile:
         return self._target.stat()
 
     def segments(self, end: int, start: int = 0) -> Iterator[tuple[int, int]]:
-        """The runs where the upper has data, or the lower shows."""
+        """Yield the runs of data in the upper, or in the lower where it shows."""
         if self._part.is_whole:
             return self._target.segments(end, start)
         return either(
@@ -197,11 +198,11 @@ class PartialFile:
         )
 
     def fileno(self) -> int:
-        """-1: nobody may go past this file."""
+        """Return -1: all access must go through this object."""
         return -1
 
     def descriptor(self) -> int:
-        """The descriptor that the lower's file has, to be counted; -1 if it has none."""
+        """Return the descriptor of the lower's file, for counting; -1 if it has none."""
         return self._source.fileno()
 
     def copy_to(self, target: File, size: int | None = None) -> None:
@@ -219,7 +220,7 @@ class PartialFile:
 
 
 class _Below:
-    """What shows in the holes of a partial file: as much of a :class:`File` as reading needs."""
+    """The lower data that shows in a partial file's holes: the part of :class:`File` that reading needs."""
 
     __slots__ = ("_file",)
 
@@ -234,7 +235,7 @@ class _Below:
 
 
 def either(one: Iterator[tuple[int, int]], other: Iterator[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Yield the runs, in order and each byte once, that at least one of two has."""
+    """Yield the union of two sequences of runs, in order, each byte once."""
     runs = [one, other]
     nexts = [next(run, None) for run in runs]
     position = 0

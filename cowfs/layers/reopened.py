@@ -1,7 +1,7 @@
 """A file that is open without a descriptor: each call opens it again.
 
 It is for users who open more files than there are descriptors. Each read and write costs two more system
-calls, and the number of open files has no limit.
+calls, but the number of open files is unlimited.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from cowfs.types import Attr
 
 @runtime_checkable
 class Reopens(Protocol):
-    """A layer whose files can be open so."""
+    """A layer that can open files without a descriptor."""
 
     def reopened(self, key: Key, flags: int) -> File:
         """Open a regular file as :meth:`LowerLayer.open` does, and keep no descriptor."""
@@ -24,18 +24,18 @@ class Reopens(Protocol):
 
 
 class Reopened:
-    """A :class:`cowfs.layers.base.File`. As the layer's own methods, for the thread that uses the layer."""
+    """A :class:`cowfs.layers.base.File`. Only for the thread that uses the layer."""
 
     __slots__ = ("_open",)
 
     def __init__(self, open_: Callable[[], File]) -> None:
-        """*open_* opens the file. What it raises is raised here too."""
+        """*open_* opens the file. Raises what it raises."""
         self._open = open_
         open_().close()
 
     @contextmanager
     def opened(self) -> Iterator[File]:
-        """Open it for as long as this takes."""
+        """Open the file for the block."""
         file = self._open()
         try:
             yield file
@@ -81,7 +81,7 @@ class Reopened:
 
 @contextmanager
 def at_hand(file: File) -> Iterator[File]:
-    """Yield what any thread may use: the file itself, or the same with a descriptor meanwhile."""
+    """Yield a file that any thread may use: *file* itself, or it reopened with a descriptor for the block."""
     if isinstance(file, Reopened):
         with file.opened() as opened:
             yield opened

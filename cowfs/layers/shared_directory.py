@@ -1,7 +1,7 @@
 """A directory as a lower layer that any number of threads may use at once, without locks.
 
-The descriptors of directories that it keeps belong to objects, which close them when nobody has them any
-more: a call that hangs keeps what it uses, and holds up no other call.
+It keeps descriptors of directories in objects, which close them when nothing refers to them any more. So a
+call that hangs keeps its descriptors, and delays no other call.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _IN_USE = 4
 
 
 class _Descriptor:
-    """A descriptor that is closed when nobody refers to it any more."""
+    """A descriptor that is closed when nothing refers to it any more."""
 
     __slots__ = ("fd",)
 
@@ -32,17 +32,17 @@ class _Descriptor:
 
 
 class _InUse(threading.local):
-    """What one thread's calls use: the last few, for a call opens its directories one after the other."""
+    """The last few descriptors that a thread used: a call opens its directories one after the other."""
 
     def __init__(self) -> None:
         self.last: deque[_Descriptor] = deque(maxlen=_IN_USE)
 
 
 class SharedDirectoryLayer(DirectoryLayer):
-    """A :class:`DirectoryLayer` to read from, by any thread. Of its keys only the root's has a descriptor."""
+    """A read-only :class:`DirectoryLayer` for any thread. Of its keys, only the root's has a descriptor."""
 
     def __init__(self, root_fd: int, name: str, *, alone: bool = False) -> None:
-        """Asks the filesystem for its UUID, so that :meth:`handle_ino` need not: may wait."""
+        """May block: it reads the filesystem's UUID, so that :meth:`handle_ino` need not."""
         super().__init__(root_fd, name, alone=alone)
         self._kept: dict[PathKey, _Descriptor] = {}
         self._in_use = _InUse()

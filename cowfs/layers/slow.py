@@ -1,10 +1,10 @@
-"""Wraps a lower layer whose calls may wait for other machines or programs, for callers that must not wait.
+"""Wrap a lower layer whose calls may wait for other machines or programs, for callers that must not wait.
 
-Until a union is served its calls are done at once. From then on (:meth:`SlowLayer.serve`) the layer gives the
-answers that the :class:`Answers` at hand hold, and raises :class:`NotYet` where they hold none. The caller
-then has the question asked in a thread, and repeats the whole operation with the answer: an operation that a
-layer's call fails leaves nothing behind. So no lock is held, and no operation half done, while a lower is
-waited for (docs/adr/0025-slow-lowers.md).
+Until a union is served, calls are made directly. From then on (:meth:`SlowLayer.serve`), the layer returns
+the answers in the current :class:`Answers`, and raises :class:`NotYet` for a question without an answer. The
+caller then asks the question in a thread, and repeats the whole operation with the answer. This works
+because a failed operation leaves nothing behind. So while cowfs waits for a lower, it holds no lock, and no
+operation is half done (docs/adr/0025-slow-lowers.md).
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ _MOST_VALUES = 32
 
 
 class NotYet(Exception):
-    """No answer, and no error either: the question must be asked in a thread first.
+    """There is no answer yet: ask the question in a thread first.
 
-    No OSError, so that nobody takes it for what the layer says.
+    It is no OSError, so that nothing takes it for an error of the layer.
     """
 
     def __init__(self, question: Question) -> None:
@@ -59,7 +59,7 @@ class Question(NamedTuple):
     def ask(self, more: Iterable[bytes] = ()) -> Learnt:
         """Return the answer, and answers to the likely next questions.
 
-        Blocks; for any thread. *more* are names to look up as well if this is a lookup.
+        Blocks; any thread may call it. If this is a lookup, also look up the names *more*.
         """
         learnt: Learnt = {}
         self._learn(learnt)
@@ -83,12 +83,12 @@ class Question(NamedTuple):
             Question(self.layer, "handle", (key,))._learn(learnt)  # for a copy-up
         elif self.method == "lookup" and answer.value is not None:
             key, attr = answer.value
-            is_directory = stat.S_ISDIR(attr.st_mode)  # which may be opaque; a file, a whiteout or a metacopy
+            is_directory = stat.S_ISDIR(attr.st_mode)  # may be opaque; a file may be a whiteout or a metacopy
             if stat.S_ISREG(attr.st_mode) or (is_directory and self.layer.has_notes):
                 Question(self.layer, "listxattr", (key,))._learn(learnt)
 
     def _learn_of_others(self, failure: OSError) -> None:
-        """If the inode has not this attribute, see if it has any: programs ask for several (ls -l)."""
+        """If the inode lacks this xattr, find out whether it has any: programs ask for several (ls -l)."""
         if failure.errno in _NONE:
             key = self.arguments[0]
             names = Question(self.layer, "listxattr", (key,))._answer()
@@ -103,7 +103,7 @@ class Question(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What a layer said, or raised."""
+    """What a layer returned or raised."""
 
     value: Any
     error: Exception | None
@@ -114,7 +114,7 @@ _at_hand: ContextVar[Answers | None] = ContextVar("answers", default=None)
 
 
 class Answers:
-    """What was learnt from slow layers for one request of the user *uid*. Be sure to :meth:`close`."""
+    """The answers of slow layers for one request of the user *uid*. Always :meth:`close` it."""
 
     __slots__ = ("_known", "uid")
 
@@ -123,12 +123,12 @@ class Answers:
         self._known: Learnt = {}
 
     def add(self, learnt: Learnt) -> None:
-        """Know more."""
+        """Add answers."""
         self._known.update(learnt)
 
     @contextmanager
     def at_hand(self) -> Iterator[None]:
-        """Let the layers give these answers to this task, for the time being."""
+        """Make the layers use these answers in this task, during the block."""
         before = _at_hand.get()
         _at_hand.set(self)
         try:
@@ -137,7 +137,7 @@ class Answers:
             _at_hand.set(before)  # no reset(): a request may have moved to another thread, with its context
 
     def to(self, question: Question) -> Answer | None:
-        """Return the answer if it is known. An open file is handed out once."""
+        """Return the answer if it is known. An open file is returned only once."""
         if question.method != "open":
             return self._known.get(question)
         answer = self._known.pop(question, None)
@@ -146,7 +146,7 @@ class Answers:
         return answer
 
     def close(self) -> None:
-        """Close the files that nobody has asked for."""
+        """Close the open files that were not used."""
         for question in [question for question in self._known if question.method == "open"]:
             answer = self.to(question)
             if answer is not None and answer.error is None:
@@ -154,14 +154,14 @@ class Answers:
 
 
 class SlowLayer:
-    """A :class:`LowerLayer` before *inner*, the methods of which any thread may call at any time."""
+    """A :class:`LowerLayer` in front of *inner*, whose methods any thread may call at any time."""
 
     generation: int | None = None
     waits = True
     has_descriptors = True
 
     def __init__(self, inner: LowerLayer, *, knows_at_once: bool = False) -> None:
-        """*knows_at_once*: it respects :func:`cowfs.url.waiting.at_once`: cached data needs no thread."""
+        """*knows_at_once*: it respects :func:`cowfs.url.waiting.at_once`, so cached data needs no thread."""
         self.inner = inner
         self.knows_at_once = knows_at_once
         self.name = inner.name
@@ -185,7 +185,7 @@ class SlowLayer:
         self.inner.data_only = value
 
     def serve(self, in_background: InBackground) -> None:
-        """Wait for nothing from now on. *in_background* lets a thread of a user's do a call some time."""
+        """From now on, never wait. *in_background* makes a call later, in a thread of a user."""
         self._in_background = in_background
 
     def _ask(self, method: str, *arguments: Any) -> Any:
@@ -206,7 +206,7 @@ class SlowLayer:
         return answer.value
 
     def do(self, method: str, arguments: tuple[Any, ...]) -> Any:
-        """Call a method of the layer. Blocks; for any thread."""
+        """Call a method of the layer. Blocks; any thread may call it."""
         result = getattr(self.inner, method)(*arguments)
         if method == "names" and callable(result):
             return result()
@@ -262,7 +262,7 @@ class SlowLayer:
         return cast("FileHandle | None", self._ask("handle", key))
 
     def handle_ino(self, handle: FileHandle) -> int | None:
-        """As the layer says, which knows without asking."""
+        """Return the layer's answer, which does not block."""
         return self.inner.handle_ino(handle)
 
     def forget(self, key: Key) -> None:
@@ -270,7 +270,8 @@ class SlowLayer:
         self.inner.forget(key)
 
     def take_room(self, size: int) -> bool:
-        """Whether there is memory for this many bytes read ahead; a negative *size* frees it."""
+        """Reserve memory for bytes read ahead, and return whether there is enough. A negative *size* frees
+        it."""
         with self._counting:
             if size > self._room:
                 return False
@@ -278,14 +279,14 @@ class SlowLayer:
             return True
 
     def dismiss(self, file: SlowFile) -> None:
-        """Let a thread close a file that nobody uses any more."""
+        """Close an unused file in a thread."""
         if self._in_background is None:
             file.close_now()
         else:
             self._in_background(file.owner, file.close_now)
 
     def let_go(self, file: SlowFile) -> bool:
-        """Whether the caller is the one who closes a file."""
+        """Whether the caller is the one that must close a file."""
         try:
             self._files.remove(file)
         except KeyError:
@@ -293,8 +294,8 @@ class SlowLayer:
         return True
 
     def close(self) -> None:
-        """Close all files. Waits some seconds for it, then leaves them to the end of the process, and logs
-        that.
+        """Close all files. After some seconds, give up, log that, and leave them open until the process
+        exits.
         """
         thread = threading.Thread(target=self._close, name=f"closes {self.name}", daemon=True)
         try:
@@ -317,12 +318,12 @@ _unclosed: list[SlowLayer] = []
 
 
 def must_stay_open() -> bool:
-    """Whether the process must end without closing its files: closing could block for ever."""
+    """Whether the process must exit without closing its files, because that could block for ever."""
     return bool(_unclosed)
 
 
 class SlowFile:
-    """An open file of a slow layer. Its data is read in threads alone; ``close`` waits for nothing."""
+    """An open file of a slow layer. Only threads read its data; ``close`` does not wait."""
 
     __slots__ = ("_attr", "_closed", "_content", "_inner", "_layer", "_writing", "owner")
 
@@ -349,7 +350,7 @@ class SlowFile:
         return self._inner.pread(size, offset)
 
     def try_pread(self, size: int, offset: int) -> bytes | None:
-        """What was read already, or is at hand. For the main thread."""
+        """Return data that was already read, or is cached; else None. For the main thread."""
         content = self._content
         if content is None and self._layer.knows_at_once:
             try:
@@ -364,7 +365,7 @@ class SlowFile:
 
     @property
     def knows_at_once(self) -> bool:
-        """Whether :meth:`pread` heeds :func:`cowfs.url.waiting.at_once`."""
+        """Whether :meth:`pread` respects :func:`cowfs.url.waiting.at_once`."""
         return self._layer.knows_at_once
 
     def _drop_content(self) -> None:
@@ -379,39 +380,39 @@ class SlowFile:
         raise OSError(errno.EBADF, os.strerror(errno.EBADF))
 
     def fsync(self, datasync: bool) -> None:
-        """Nothing is ever dirty."""
+        """Do nothing: the file is read-only."""
 
     def stat(self) -> Attr:
-        """The attributes that it had when it was opened."""
+        """Return the attributes at the time of opening."""
         return self._attr
 
     def segments(self, end: int, start: int = 0) -> Iterator[tuple[int, int]]:
-        """All of it: to ask for holes is to wait. :meth:`copy_to` does."""
+        """Yield the whole file as one run, because finding holes may wait. :meth:`copy_to` finds them."""
         if end > start:
             yield start, end
 
     def fileno(self) -> int:
-        """-1: only threads may read from it."""
+        """Return -1: only threads may read from it."""
         return -1
 
     def descriptor(self) -> int:
-        """The descriptor that it has open all the same, to be counted; -1 if it has none."""
+        """Return the descriptor of the inner file, for counting; -1 if it has none."""
         return self._inner.fileno()
 
     def copy_to(self, target: File, size: int | None = None) -> None:
-        """Copy as the layer's file does. Ends with EBADF, and writes nothing more, once this is closed."""
+        """Copy like the layer's file. Once this file is closed, stop writing and raise EBADF."""
         if size != 0:
             self._inner.copy_to(cast(File, _Target(self, target)), size)
 
     def write_to(self, call: Callable[..., R], *arguments: object) -> R:
-        """Do *call*, unless this file is closed, or is being closed, which waits for it then."""
+        """Make *call*, unless this file is closed or closing. A close during the call waits for it."""
         with self._writing:
             if self._closed:
                 raise OSError(errno.EBADF, os.strerror(errno.EBADF))
             return call(*arguments)
 
     def close(self) -> None:
-        """Nothing is read from it any more, and nothing written of what was."""
+        """Stop reading from the file, and stop writing what was read."""
         with self._writing:
             done, self._closed = self._closed, True
         self._drop_content()
@@ -419,7 +420,7 @@ class SlowFile:
             self._layer.dismiss(self)
 
     def close_now(self) -> None:
-        """Close it. May block."""
+        """Close the inner file. May block."""
         self._closed = True
         if self._layer.let_go(self):
             with suppress(OSError):  # the lower is dead
@@ -427,7 +428,7 @@ class SlowFile:
 
 
 class _Target:
-    """The target of a copy from a slow file: a hanging copy that nobody waits for any more writes nothing."""
+    """The target of a copy from a slow file. It stops a hanging copy from writing once it was given up."""
 
     def __init__(self, source: SlowFile, target: File) -> None:
         self._source = source
@@ -440,10 +441,10 @@ class _Target:
         self._source.write_to(self._target.truncate, size)
 
     def fileno(self) -> int:
-        """-1: all goes through :meth:`pwrite`."""
+        """Return -1: all writes go through :meth:`pwrite`."""
         return -1
 
 
 def unwrapped(layer: LowerLayer) -> LowerLayer:
-    """Return the layer itself, for threads and callers that may wait."""
+    """Return the inner layer of a slow one, else *layer*; for threads and callers that may wait."""
     return layer.inner if isinstance(layer, SlowLayer) else layer

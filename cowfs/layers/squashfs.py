@@ -1,6 +1,6 @@
 """A squashfs image as a lower layer, read in-process: no privilege, no mount, no loop device.
 
-Keys are references of inodes: integers, of which nothing needs to be remembered.
+Keys are inode references: integers, which need no state.
 """
 
 from __future__ import annotations
@@ -51,11 +51,12 @@ class SquashfsFile:
         self._attr = attr
 
     def pread(self, size: int, offset: int) -> bytes:
-        """Up to *size* bytes at *offset*. May block; EIO where the image is damaged."""
+        """Read up to *size* bytes at *offset*. May block; EIO if the image is damaged."""
         return self._data.pread(size, offset)
 
     def try_pread(self, size: int, offset: int) -> bytes | None:
-        """The same, but None where it takes longer than half a millisecond: for a thread to do."""
+        """Like :meth:`pread`, but None if it takes more than half a millisecond, and a thread should do
+        it."""
         return self._data.try_pread(size, offset)
 
     def pwrite(self, data: bytes, offset: int) -> int:
@@ -65,13 +66,14 @@ class SquashfsFile:
         raise _error(errno.EBADF)
 
     def fsync(self, datasync: bool) -> None:
-        """Nothing is ever dirty."""
+        """Do nothing: the image is read-only."""
 
     def stat(self) -> Attr:
         return self._attr
 
     def segments(self, end: int, start: int = 0) -> Iterator[tuple[int, int]]:
-        """What is stored; holes are the blocks that mksquashfs found to be zeros. May block; EIO."""
+        """Yield the runs of stored data. Holes are the blocks that mksquashfs found to be zeros. May block;
+        EIO."""
         return self._data.segments(end, start)
 
     def fileno(self) -> int:
@@ -80,9 +82,9 @@ class SquashfsFile:
     def copy_to(self, target: File, size: int | None = None) -> None:
         """Copy the first *size* bytes, or all, to the new empty file *target*; holes stay holes.
 
-        Blocks. *target* is given its size first. Large files are decompressed and written by several
-        threads, in pieces of about 1 MiB of which a few are under way at a time. Raises EIO where the
-        image is damaged and whatever writing raises; the caller then throws *target* away.
+        Blocks. Sets the size of *target* first. Several threads decompress and write large files, in pieces
+        of about 1 MiB, a few at a time. EIO if the image is damaged, and any error of writing; the caller
+        then discards *target*.
         """
         size = self._data.size if size is None else min(size, self._data.size)
         target.truncate(size)
@@ -97,27 +99,27 @@ class SquashfsFile:
         copy(self._data, size, write)
 
     def close(self) -> None:
-        """Nothing to release: the image stays open."""
+        """Do nothing: the image stays open."""
 
 
 class _Numbers:
-    """Inode numbers that are each of one inode, whatever the maker of the image did.
+    """Unique inode numbers, even if an image uses a number twice.
 
-    To the union one number is one inode. A second inode with a number that is taken gets one above the
-    32 bits that the format has: another one at the next mount, if it is then met first.
+    For the union, a number identifies an inode. If two inodes have the same number, the second one that is
+    found gets a number above the 32 bits of the format. At the next mount, it may be the other inode.
     """
 
     __slots__ = ("_lock", "_more", "_others", "_owners")
 
     def __init__(self) -> None:
-        # Reference + 1 of the inode that has the number, 64 numbers at a time: 11 bytes for each.
+        # Reference + 1 of the inode with the number, in chunks of 64 numbers: 11 bytes for each number.
         self._owners: dict[int, array[int]] = {}
         self._others: dict[int, int] = {}
         self._more: dict[int, int] = {}
         self._lock = threading.Lock()
 
     def of(self, inode: Inode) -> int:
-        """The number of *inode*: its own if it was the first to have it."""
+        """Return the number of *inode*: its own if it was the first inode with that number."""
         number, owner = inode.number, inode.ref + 1
         owners = self._owners.get(number >> 6)
         if owners is not None and owners[number & 63] == owner:
@@ -154,8 +156,8 @@ class SquashfsLayer:
     ) -> None:
         """Open the image that begins *offset* bytes into the file, or into *data* of it; reads little.
 
-        :class:`cowfs.errors.LayerError` says why an image cannot be used. *cache_bytes* bounds the
-        decompressed data that is kept.
+        :class:`cowfs.errors.LayerError` says why an image cannot be used. *cache_bytes* limits the cache of
+        decompressed data.
         """
         if data is None:
             self._image = open_image(path, offset, cache_bytes)
@@ -168,12 +170,12 @@ class SquashfsLayer:
         self.dev = new_device()
         self._block_size = self._image.superblock.block_size
         self._numbers = _Numbers()
-        # What was asked for last, key and answer: a copy-up, or a removal, asks several times.
+        # The last key and its answer: a copy-up or a removal asks several times.
         self._last = -1, AttrData(0, 0)
         self.generation: int | None = zlib.crc32(self._image.superblock.raw)
 
     def lookup(self, directory: int, name: bytes) -> tuple[int, Attr] | None:
-        """Find *name*; None when it is not there. ENOTDIR, ENAMETOOLONG; EIO where damaged or not a tree."""
+        """Find *name*; None if it does not exist. ENOTDIR, ENAMETOOLONG; EIO if damaged or not a tree."""
         if len(name) >= _NAME_MAX:
             raise _error(errno.ENAMETOOLONG)
         inode = self._image.lookup(directory, name)
@@ -205,12 +207,12 @@ class SquashfsLayer:
         )
 
     def readdir(self, directory: int) -> list[DirEntry]:
-        """All entries, in the order of their names. ENOTDIR, EIO."""
+        """Return all entries, ordered by name. ENOTDIR, EIO."""
         listing = self._image.listing(directory)
         return [DirEntry(name, type_of(value)) for name, value in listing.items()]
 
     def names(self, directory: int) -> list[bytes] | NamesJob:
-        """The names alone. ENOTDIR, EIO."""
+        """Return the names only. ENOTDIR, EIO."""
         if self._image.is_long(directory):
             return lambda: list(self._image.listing(directory))
         return list(self._image.listing(directory))
@@ -232,15 +234,15 @@ class SquashfsLayer:
         return SquashfsFile(data, self._attr(data.inode))
 
     def statfs(self) -> FsStats:
-        """As the kernel's squashfs: everything used, nothing free."""
+        """Return the figures as the kernel's squashfs does: everything used, nothing free."""
         sb = self._image.superblock
         blocks = ((sb.bytes_used - 1) >> sb.block_log) + 1
         return FsStats(sb.block_size, sb.block_size, blocks, 0, 0, sb.inodes, 0, 0, 256)
 
     def handle(self, key: int) -> FileHandle | None:
-        """What the kernel's squashfs gives: the inode number. It does so if the image is exportable.
+        """Return the handle of the kernel's squashfs, which has the inode number, if the image is exportable.
 
-        None where another inode has the number.
+        None if another inode has the number.
         """
         inode = self._image.inode(key)
         if self._numbers.of(inode) != inode.number:
@@ -255,33 +257,33 @@ class SquashfsLayer:
         return number if not generation and 0 < number <= last else None
 
     def identity(self) -> Identity:
-        """What the image is recognised by at the next mount. Reads all its tables once."""
+        """Return what identifies the image at the next mount. The first call reads all its tables."""
         sb = self._image.superblock
         made = datetime.fromtimestamp(sb.mkfs_time, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
         description = f"{sb.compression} squashfs of {made}, {sb.inodes} inodes, {sb.bytes_used} bytes"
         return Identity("squashfs", self._image.fingerprint(), description, self._path)
 
     def summary(self) -> list[tuple[str, str]]:
-        """(what, value) of what the image says of itself, as ``unsquashfs -s`` shows it. EIO."""
+        """Return pairs of a name and a value that describe the image, like ``unsquashfs -s``. EIO."""
         return summary(self._image)
 
     def shrink(self) -> None:
-        """Forget what can be read again."""
+        """Drop cached data that can be read again."""
         self._image.shrink()
 
     def caches(self) -> dict[str, tuple[int, int]]:
-        """How often a block was there decompressed when it was needed, and how often not, by its kind."""
+        """Return cache hits and misses of decompressed blocks, by kind."""
         return self._image.caches()
 
     def forget(self, key: int) -> None:
-        """Nothing is remembered of a key."""
+        """Do nothing: keys need no state."""
 
     def close(self) -> None:
         self._image.close()
 
 
 def _write(fd: int, parts: list[bytes], offset: int) -> None:
-    """Write all of *parts* one after the other, from *offset* on."""
+    """Write all *parts*, one after the other, from *offset* on."""
     left = [memoryview(part) for part in parts]
     while left:
         written = os.pwritev(fd, left[:_VECTORS], offset)

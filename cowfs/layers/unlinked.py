@@ -1,8 +1,8 @@
-"""By what the inodes of a directory layer live on that have lost their names while somebody uses them.
+"""Keep inodes of a directory layer that lost their names while they are in use.
 
-A descriptor each. Who holds on to many of them (open(2) with O_PATH tells us nothing) must not take all that
-there are: beyond some number they cost none. A file is given a name where nobody sees it, with which it goes
-at last; a directory, in which there will never be anything again, leaves its attributes.
+Each is kept by a descriptor. A user who holds many of them (cowfs is not told of open(2) with O_PATH) must
+not use up all descriptors, so beyond some number they use none. A file then gets a hidden name until it is
+released. For a directory, which stays empty for ever, only its attributes are kept.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ _PART = 8
 
 
 class Nameless:
-    """Those of one layer; *descriptor_of* gives one of a directory, *by_fd* calls with one of any inode."""
+    """The nameless inodes of a layer.
+
+    *descriptor_of* returns a descriptor of a directory; *by_fd* makes a call with a descriptor of any inode.
+    """
 
     def __init__(self, descriptor_of: Callable[[PathKey], int], by_fd: Callable[..., Any]) -> None:
         self._descriptor_of = descriptor_of
@@ -39,13 +42,13 @@ class Nameless:
         self._numbers = itertools.count()
 
     def are_many(self) -> bool:
-        """Whether the next one should do without a descriptor if possible."""
+        """Whether the next inode should be kept without a descriptor, if possible."""
         return len(self.pinned) >= limits.descriptors() // _PART
 
     # --- files
 
     def hide(self, key: PathKey) -> bytes | None:
-        """Give a file a hidden name besides the one that it has; None if it can have none."""
+        """Give a file an additional, hidden name and return it; None if that is not possible."""
         place = self.place
         if place is None or key.mark & 15 == DIRECTORY or key.mark in self.hidden:
             return None
@@ -57,30 +60,30 @@ class Nameless:
         return name
 
     def has_only(self, key: PathKey, name: bytes) -> None:
-        """Let a key be that of the hidden name from now on."""
+        """Use the hidden name for a key from now on."""
         key.parent, key.name = self.place, name
         self.hidden[key.mark] = key
 
     def remove(self, name: bytes) -> None:
         """Remove a hidden name."""
         assert self.place is not None
-        with suppress(OSError):  # what stays goes at the next mount
+        with suppress(OSError):  # the next mount removes what stays
             beneath.unlink(self._descriptor_of(self.place), name)
 
     # --- directories
 
     def leaves(self, key: PathKey, attr: Attr) -> None:
-        """Remember the last attributes of a directory."""
+        """Remember the last attributes of a directory that lost its name."""
         self._left[key] = _with_nlink(attr, 0)
 
     def attributes(self, key: PathKey) -> Attr | None:
-        """Return what is known of a directory."""
+        """Return the remembered attributes of a directory; None if there are none."""
         return self._left.get(key)
 
     # --- all
 
     def seen(self, mark: int, attr: Attr) -> Attr:
-        """Return attributes without the name that nobody sees."""
+        """Return attributes whose link count does not include the hidden name."""
         return attr if mark not in self.hidden else _with_nlink(attr, attr.st_nlink - 1)
 
     def forget(self, key: PathKey) -> None:
@@ -92,7 +95,7 @@ class Nameless:
             self.remove(key.name)
 
     def close(self) -> None:
-        """Forget all of them."""
+        """Forget all nameless inodes."""
         for key in list(self.hidden.values()):
             self.forget(key)
         for key in self.pinned:

@@ -1,4 +1,4 @@
-"""Goes through all inodes below a directory of a layer."""
+"""Walk through all inodes below a directory of a layer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from cowfs.types import Attr
 def inodes_below(layer: LowerLayer, top: Key) -> Iterator[tuple[Key, Attr]]:
     """Yield each inode below a directory once for each of its names, a directory before its contents.
 
-    Its key is valid until the next is asked for. What goes meanwhile is left out. Holds the keys of the
+    Each key is valid until the next one is yielded. Inodes that are removed meanwhile are skipped. Holds
+    the keys of the
     directories that are still to be read. Blocks as the layer does; raises its :class:`OSError`.
     """
     waiting = [top]
