@@ -108,7 +108,11 @@ def run(args: argparse.Namespace) -> int:
             if not is_listed:
                 tally.add()
     if not count and not failed:
-        raise UsageError(f"{args.what}: nothing to take back there", "cowfs diff lists the changes")
+        since = None if args.undo else last_checkpoint(what)
+        raise UsageError(
+            f"{args.what}: nothing to take back there" + (f" since the checkpoint {since}" if since else ""),
+            f"cowfs diff{f' --since {since}' if since else ''} lists the changes",
+        )
     sys.stdout.flush()
     if not args.undo and not args.quiet and not (args.json or args.null):
         warn(f"{count} reverted; cowfs revert {os.path.abspath(what)} --undo brings them back")

@@ -81,6 +81,7 @@ def test_a_state_is_kept_and_comes_back(tmp_path: Path, kind: str, engine: str |
         script("echo x >on-one", mnt)
         assert cowfs("diff", mnt, "--since", "one").stdout == "A  on-one\n"
         assert cowfs("revert", mnt, "--all", "--dry-run").stdout == "A  on-one\n"
+        assert "since the checkpoint one (cowfs diff --since one " in cowfs("revert", mnt, "a").stderr
         refused = cowfs("diff", mnt, "--since", "two")
         assert refused.returncode == 1
         assert "the tree is not based on this checkpoint" in refused.stderr
