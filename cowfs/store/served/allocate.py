@@ -1,4 +1,4 @@
-"""Give the file of a store its blocks."""
+"""Allocate the blocks of a store's file."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from cowfs.store.format.sizes import format_size
 
 
 def allocate(fd: int, path: str, start: int, end: int, length: int | None = None) -> None:
-    """Give a file all of its blocks from *start* to *end*, which may be beyond its end. Blocks until they
-    are on disk.
+    """Allocate all blocks of a file from *start* to *end*, which may be beyond its end.
 
-    When there is no room after all the file is cut to the *length* that it had (by default *start*),
-    and StoreError raised.
+    Blocks until they are on disk. If there is not enough space, cut the file to its former *length* (by
+    default *start*), and raise StoreError.
     """
     length = start if length is None else length
     try:
@@ -37,7 +36,7 @@ def allocate(fd: int, path: str, start: int, end: int, length: int | None = None
 
 
 def fill_holes(fd: int, start: int, end: int, *, alone: bool = True) -> None:
-    """Allocate what e2fsprogs has given back: where a filesystem zeroes no ranges it punches holes.
+    """Allocate the blocks that e2fsprogs freed: it punches holes if a filesystem cannot zero ranges.
 
     Not *alone*: others write to the file meanwhile.
     """
@@ -48,8 +47,9 @@ def fill_holes(fd: int, start: int, end: int, *, alone: bool = True) -> None:
 
 
 def take_room(fd: int, path: str) -> str:
-    """Allocate the holes in the file of a store, which nobody else uses: a copy may have some. Return a
-    warning if its disk has no room for them. Blocks.
+    """Allocate the holes in an unused store's file: a copy may have some.
+
+    Return a warning if the disk has no space for them. Blocks.
     """
     state = os.fstat(fd)
     missing = state.st_size - state.st_blocks * 512

@@ -1,7 +1,7 @@
-"""Simulated crashes: whenever the daemon dies, the image contains only what was synced.
+"""Simulate crashes: whenever the daemon dies, the image contains only what was synced.
 
-The engine works on a copy in memory. On each sync the copy is made clean, and its changes are written to the
-image. A journal keeps no less: everything done before an fsync(2) is then on disk.
+The engine works on a copy in memory. Each sync makes the copy clean and writes its changes to the image.
+Like a journal, an fsync(2) also writes everything that was done before it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Scratch:
         _copy(self.fd, self._image)
 
     def close(self) -> None:
-        """Write it back, and let it go."""
+        """Write the copy to the image, and free it."""
         try:
             self.keep()
         finally:
@@ -39,8 +39,8 @@ class Scratch:
 
 
 def must_be_possible(store: str) -> None:
-    """UsageError for a store of which what was not synced cannot be taken away again."""
-    is_new = not os.path.lexists(store) and not looks_like_image(store)  # which makes it a directory
+    """UsageError for a store that cannot discard unsynced changes."""
+    is_new = not os.path.lexists(store) and not looks_like_image(store)  # it will be a directory
     if store != "memory" and (os.path.isdir(store) or is_new):
         raise UsageError(
             f"{store}: a directory keeps what was not synced, so it cannot simulate a crash",
@@ -49,7 +49,7 @@ def must_be_possible(store: str) -> None:
 
 
 def rehearse(store: Store) -> None:
-    """Let the image be what the store is now. Blocks; for the thread that the store's layer belongs to."""
+    """Write the current store to the image. Blocks; only for the thread of the store's layer."""
     if store.scratch is None:
         return
     layer: Any = store.layer
@@ -61,7 +61,7 @@ def rehearse(store: Store) -> None:
 
 
 def _copy(source: int, target: int) -> None:
-    """Let one file be as another, holes and all, and write only where it is not."""
+    """Make one file equal to another, with its holes; write only where they differ."""
     size = files.size_of(source)
     if files.size_of(target) != size:
         os.ftruncate(target, size)

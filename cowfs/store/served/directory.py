@@ -25,13 +25,13 @@ from cowfs.types import Attr
 
 
 def open_directory(path: str, want: Wanted) -> Store:
-    """Lock and open the store in the directory *path*, which is made if it is missing. Blocks."""
+    """Lock and open the store in the directory *path*; create a missing directory. Blocks."""
     made = not want.read_only and not os.path.lexists(path)
     if not want.read_only:
         refuse_unsafe_path(path, os.path.dirname(path) if made else path)
     if made:
         try:
-            os.mkdir(path, 0o700)  # whoever reaches what is in upper/ could change it behind our back
+            os.mkdir(path, 0o700)  # users who can reach upper/ could change it unnoticed
         except OSError as error:
             hint = "choose a directory in which you can create it"
             raise StoreError(f"{path}: cannot be created: {error.strerror}", hint) from None
@@ -50,8 +50,8 @@ def open_directory(path: str, want: Wanted) -> Store:
 def open_apart(upper: str, work: str, want: Wanted) -> Store:
     """Lock and open the store whose upper and work dir are these two directories. Blocks.
 
-    Both must be there, on one mount, and neither in the other. What is ours is kept in the work dir. As with
-    the kernel's overlayfs a new upper is taken as it is: it does not get the attributes of the lower's root.
+    Both must exist on one mount, and neither may be inside the other. cowfs keeps its own files in the work
+    dir. As in the kernel's overlayfs, a new upper does not get the attributes of the lower's root.
     """
     for path in (upper, work):
         if not os.path.isdir(path):
@@ -94,7 +94,7 @@ _TWO = "give two directories of one filesystem, next to each other"
 
 
 def _drop_inherited(root: int) -> None:
-    """Take the ACLs away that a new directory has from the one above: what we make in it would have them."""
+    """Remove the ACLs that a new directory inherited, because everything created in it would inherit them."""
     for name in (acl.DEFAULT, acl.ACCESS):
         with suppress(OSError):
             os.removexattr(root, name)
@@ -102,10 +102,10 @@ def _drop_inherited(root: int) -> None:
 
 
 def refuse_unsafe_path(path: str, there: str) -> None:
-    """StoreError if another user can let *path* lead to any directory: to make a store of it, or to write."""
+    """StoreError if another user can make *path* lead to any directory, to create or write a store there."""
     try:
         reason = trust.who_can_redirect(there)
-    except OSError:  # it leads nowhere, which who opens it says
+    except OSError:  # it leads nowhere: opening it reports that
         reason = None
     if reason is not None:
         raise StoreError(
@@ -114,21 +114,21 @@ def refuse_unsafe_path(path: str, there: str) -> None:
 
 
 def refuse_others(layer: UpperLayer, path: str) -> None:
-    """StoreError for a directory, or a part of it that is our own, which belongs to another user, or which
-    others may write to: they could change the store under the daemon, which may have more rights than they.
+    """StoreError if the store's directory, or a part of it, belongs to another user or is writable by others.
 
-    What is in upper/ belongs to whom it belongs to in the union, and is reached as any layer is.
+    They could change the store under the daemon, which may have more rights than they have. Files in upper/
+    have the owners that they have in the union, and are accessed like those of any layer.
     """
     for part, key in _own_parts(layer):
         attr = layer.stat(key)
         whose = f"{part} belongs" if part else "the store belongs"
         if attr.st_uid not in {0, os.geteuid()}:
             raise StoreError(f"{path}: {whose} to another user (uid {attr.st_uid})", "mount as that user")
-        if stat.S_ISLNK(attr.st_mode):  # what reads it says so
+        if stat.S_ISLNK(attr.st_mode):  # reading it reports that
             continue
         try:
             rights = acl.parse(layer.getxattr(key, acl.ACCESS))
-        except OSError:  # none, or a filesystem without
+        except OSError:  # no ACL, or none on this filesystem
             rights = acl.of_mode(attr.st_mode)
         if any(_is_strange(attr, kind, who) for kind, who in acl.writers(rights)):
             where = os.path.join(path, part)
@@ -163,15 +163,15 @@ def _own_parts(layer: UpperLayer) -> Iterator[tuple[str, Key]]:
 
 
 def _is_strange(attr: Attr, kind: str, who: int) -> bool:
-    """Whether it is somebody else whom an ACL allows something."""
+    """Whether an ACL entry gives permissions to another user."""
     if kind == "user":
         return who not in {0, os.geteuid()}
     return kind == "others" or (attr.st_gid if who < 0 else who) != os.getegid()
 
 
 def open_root(root: int, path: str, want: Wanted, stack: ExitStack, *, kind: Kind) -> Store:
-    """Open the store in the directory that *root* is a descriptor of; *stack* is what close() does."""
-    alone = kind == "memory"  # a mount that only its descriptor leads to
+    """Open the store in the directory with the descriptor *root*; close() closes *stack*."""
+    alone = kind == "memory"  # a mount that only its descriptor reaches
 
     def layer(*, privileged: bool = True) -> UpperLayer:
         return layout.as_store(DirectoryLayer(os.dup(root), path, privileged=privileged, alone=alone))
@@ -189,9 +189,9 @@ def _open(
     kind: Kind,
     privileged: bool = False,
 ) -> Store:
-    """Open the store that *make_layer* makes a layer of. *root* is what stands for it: the same in each use.
+    """Open the store for which *make_layer* makes a layer. *root* identifies it: the same at each use.
 
-    *privileged*: give files away really, even where only user.* attributes can be had.
+    *privileged*: change real owners, even if only user.* attributes are available.
     """
     try:
         first = make_layer()
@@ -201,12 +201,12 @@ def _open(
     try:
         if kind == "directory" and not want.read_only:
             refuse_others(first, path)
-        found = layout.recognise(first)  # before anything is written into what may not be ours
+        found = layout.recognise(first)  # before writing into what may not be a store
         header = _header(first, found)
         if not want.read_only or found == "store":
             locked = _lock(first, root, path, want, stack)
         if not want.read_only:
-            now = layout.recognise(first)  # somebody may have been faster to make it
+            now = layout.recognise(first)  # somebody may have created it meanwhile
             if found != "overlayfs" or now == "store":
                 found = now
         header = _header(first, found)
@@ -215,7 +215,7 @@ def _open(
         if not want.force_lower:
             check_lowers(
                 header, want.lowers, path, with_modules=True
-            )  # before anything is tried out in what is for another
+            )  # before trying out anything in another's store
         if not want.read_only:
             header = _prepare(first, found, header)
     except OSError as error:
@@ -235,9 +235,9 @@ def _open(
 
 
 def _lock(layer: UpperLayer, root: int, path: str, want: Wanted, stack: ExitStack) -> int:
-    """Lock the store, and refuse a copy of one that was in use; return what has the lock, or -1."""
+    """Lock the store, and refuse a copy of one that was in use; return the locked descriptor, or -1."""
     fd = layout.open_lock(layer, make=not want.read_only)
-    if fd is None:  # somebody has copied the content of an image
+    if fd is None:  # the content of an image was copied
         return -1
     stack.callback(os.close, fd)
     lock.lock(fd, path, shared=want.read_only, progress=want.progress)
@@ -252,7 +252,7 @@ def _lock(layer: UpperLayer, root: int, path: str, want: Wanted, stack: ExitStac
 
 
 def _prepare(layer: UpperLayer, found: str, header: Header) -> Header:
-    """Make a store of the directory, or have one ready to be written to; return its header."""
+    """Make the directory a store, or prepare an existing one for writing; return its header."""
     if found != "store":
         return layout.initialise(layer, header)
     layout.ensure_directory(layer, layer.root, layout.WORK, 0o755)
@@ -276,13 +276,14 @@ def _header(layer: UpperLayer, found: str) -> Header:
 
 
 def sees_all(layer: UpperLayer, header: Header) -> bool:
-    """Say whether we may see the attributes that the overlay has in a store."""
+    """Whether this process may see the overlay's attributes in a store."""
     return header.xattrs != TRUSTED or not isinstance(written_through(layer), DirectoryLayer) or is_trusted()
 
 
 def is_trusted() -> bool:
-    """Say whether trusted.* attributes are ours to use: whether we have CAP_SYS_ADMIN, and not in a
-    user namespace only.
+    """Whether this process may use trusted.* attributes.
+
+    That requires CAP_SYS_ADMIN outside of a user namespace.
     """
     if os.geteuid() != 0:
         return False
@@ -293,7 +294,7 @@ def is_trusted() -> bool:
 
 
 def _has_user_xattrs(layer: UpperLayer) -> bool:
-    """Say whether the kernel has written this tree with the mount option userxattr."""
+    """Whether the kernel wrote this tree with the mount option userxattr."""
     for path in ((layout.UPPER,), (layout.WORK, b"index")):
         key = layout.find(layer, *path)
         if key is not None and any(name.startswith(USER.encode()) for name in layer.listxattr(key)):

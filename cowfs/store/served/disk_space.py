@@ -1,4 +1,4 @@
-"""What of a store is not on its disk, how much room that has, and how to wait for more."""
+"""Unsaved changes of a store, free space on its disk, and waiting for more space."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Unsaved(NamedTuple):
-    """Changes that were acknowledged and are not on disk, because it refused them."""
+    """Changes that were acknowledged but could not be written to disk."""
 
     why: str
     since: float
@@ -40,7 +40,7 @@ class Unsaved(NamedTuple):
 
 
 class Disk(NamedTuple):
-    """Room on the disk that a store is on, in bytes."""
+    """Space on the disk of a store, in bytes."""
 
     free: int
     missing: int
@@ -48,7 +48,7 @@ class Disk(NamedTuple):
 
 
 def unsaved(store: Store) -> Unsaved | None:
-    """Return what a store has not on disk, as far as that is known. Does not block."""
+    """Return a store's unsaved changes, as far as they are known. Does not block."""
     gone = "" if store.read_only else presence.lost(store)
     if gone:
         return Unsaved(gone, 0, False)
@@ -65,7 +65,7 @@ def unsaved(store: Store) -> Unsaved | None:
 
 
 def disk(store: Store) -> Disk | None:
-    """Return the room on the disk of a store; None for one that is in memory. Does not block."""
+    """Return the space on the disk of a store; None for one in memory. Does not block."""
     if store.kind == "memory":
         return None
     image: Any = getattr(store.layer, "image", None)
@@ -79,23 +79,25 @@ def disk(store: Store) -> Disk | None:
 
 
 def disk_of(file: str | int) -> Disk | None:
-    """Return the room on the disk that a file or directory is on; None if it cannot be told. A path must not
-    lead into our own mount."""
+    """Return the space on the disk of a file or directory; None if unknown.
+
+    A path must not lead into the caller's own mount.
+    """
     try:
         state, room = os.stat(file), os.statvfs(file)
     except OSError:
         return None
-    if stat.S_ISBLK(state.st_mode):  # which has all of its room, and is on no other disk
+    if stat.S_ISBLK(state.st_mode):  # it has all its space, and is on no other disk
         return None
     missing = max(state.st_size - state.st_blocks * 512, 0) if stat.S_ISREG(state.st_mode) else 0
     return Disk(room.f_bavail * room.f_frsize, missing)
 
 
 def wait_for_room(store: Store, seconds: float, *, heeds_signals: bool = False) -> None:
-    """Write everything to disk; while the disk is full try again, for at most *seconds*.
+    """Write everything to disk; while the disk is full, retry for at most *seconds*.
 
-    Blocks. With *heeds_signals*, a (blocked) signal that asks us to end stops the waiting, but never the
-    writing. Raises OSError, the last failure.
+    Blocks. With *heeds_signals*, a (blocked) signal to terminate stops the waiting, but never the writing.
+    Raises the last OSError.
     """
     deadline = time.monotonic() + seconds
     waited = False
@@ -112,14 +114,14 @@ def wait_for_room(store: Store, seconds: float, *, heeds_signals: bool = False) 
             time.sleep(1.0)
             continue
         if not waited:
-            forget_held_back()  # those that came while it wrote
+            forget_held_back()  # signals that arrived while it wrote
             waited = True
         if wait_asked(1.0):
             raise failure
 
 
 def lacks_room(what: Disk | None) -> str:
-    """Say so, if a sparse file cannot have its blocks; "" else."""
+    """Return a warning if the disk has no space for a sparse file's missing blocks; else ""."""
     if what is None or what.missing <= what.free:
         return ""
     return (

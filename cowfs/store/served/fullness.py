@@ -1,4 +1,4 @@
-"""Say in time that a store is nearly full, and how it gets more room."""
+"""Warn in time that a store is nearly full, and tell how to give it more space."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ _AGAIN = 80
 
 
 def nearly_full(path: str, used: int, of: int, used_inodes: int, of_inodes: int) -> str:
-    """Say so, and what to do, if that is so of the store at *path*; "" else. *path* may be ``memory``."""
+    """Return a warning with advice if the store at *path* (or ``memory``) is nearly full; else ""."""
     blocks, inodes = _percent(used, of), _percent(used_inodes, of_inodes)
     if max(blocks, inodes) < NEARLY:
         return ""
     full = f"{blocks} % full" if blocks >= inodes else f"{inodes} % of its inodes are in use"
     if path == "memory":
         return f"{full}; cowfs grow MOUNTPOINT SIZE raises its limit, cowfs persist moves it to a disk"
-    name = "MOUNTPOINT" if path.startswith("/dev/") else path  # on a disk that only its daemon has mounted
+    name = "MOUNTPOINT" if path.startswith("/dev/") else path  # on a disk that only the daemon has mounted
     return f"{full}; cowfs grow {name} SIZE makes it larger"
 
 
 def disk_nearly_full(disk: disk_space.Disk | None, size: int) -> str:
-    """Say so of the disk, of *size* bytes, that a directory store is on; "" else."""
+    """Return a warning if the disk, of *size* bytes, of a directory store is nearly full; else ""."""
     if disk is None or disk.free >= min(size * (100 - NEARLY) // 100, _LITTLE):
         return ""
     return f"its disk has only {format_size(disk.free)} free: free space there"
 
 
 def hint(store: Store) -> str:
-    """Return the same of an open store, or of its disk, if that is what it will lack."""
+    """Return a warning about an open store, or about its disk if that will be full first; else ""."""
     on_disk = disk_space.disk(store)
     room = store.layer.statfs()
     if not _can_grow(store):
@@ -51,8 +51,9 @@ def hint(store: Store) -> str:
 
 
 def watch(store: Store, whereabouts: presence.Whereabouts | None = None) -> Callable[[], None]:
-    """Return a function to be called every few seconds: it logs once that the store is nearly full, and what
-    somebody has done to it or to its lowers.
+    """Return a function to call every few seconds.
+
+    It logs once that the store is nearly full, and what happened to its file or its lowers.
     """
     told = told_of_disk = False
     done_to_them: set[str] = set()

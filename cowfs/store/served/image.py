@@ -1,5 +1,6 @@
-"""Open a store that is an ext3 image: mounted by the kernel where nobody else sees it, or read and
-written in this process, which needs no privilege.
+"""Open a store that is an ext3 image.
+
+The kernel mounts it where nobody else sees it, or this process reads and writes it, which needs no privilege.
 """
 
 from __future__ import annotations
@@ -37,9 +38,9 @@ _DETACH_PATIENCE = 30.0
 
 
 def open_image(path: str, want: Wanted) -> Store:
-    """Lock and recover the image at *path*, and open the store in it, or one of several: IMAGE/NAME. Blocks.
+    """Lock and recover the image at *path*, and open its store, or one of several: IMAGE/NAME. Blocks.
 
-    Raises SystemFailure for an engine that cannot be had.
+    SystemFailure if the engine is not available.
     """
     whole, (path, name) = path, split_subdir(path)
     kernel = want.engine == "kernel"
@@ -66,7 +67,7 @@ def open_image(path: str, want: Wanted) -> Store:
             superblock = read_superblock(fd, path)
         elif superblock.needs_recovery:
             want.progress(f"{path}: was not cleanly unmounted; showing it as it will be after recovery")
-            kernel = False  # which would have to write to it
+            kernel = False  # it would have to write to it
         if not kernel and not want.read_only:
             _refuse_untouched(fd, whole, want, name)
         scratch = None
@@ -93,13 +94,13 @@ def open_image(path: str, want: Wanted) -> Store:
 
 
 def claim(fd: int, path: str, stack: ExitStack) -> None:
-    """Let nobody mount the block device open as *fd* until *stack* is left; nothing to do for a file.
+    """Prevent others from mounting the block device open as *fd* until *stack* closes; ignore a file.
 
-    e2fsck and its like claim it, too: they must have run before. StoreBusy where somebody else has it.
+    e2fsck and the like also claim the device, so run them before. StoreBusy if another process has it.
     """
     if not stat.S_ISBLK(os.fstat(fd).st_mode):
         return
-    try:  # open(2): with O_EXCL, and without O_CREAT, a device is claimed
+    try:  # open(2): O_EXCL without O_CREAT claims a device
         claimed = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC)
     except OSError as error:
         if error.errno != errno.EBUSY:
@@ -117,8 +118,7 @@ def note_closed(fd: int, path: str) -> None:
 def open_file(path: str, *, read_only: bool = False) -> int:
     """Open a file or a block device as a store.
 
-    StoreError says why it cannot be one. For writing it must really be the named file: not reached through
-    another user's link.
+    StoreError says why it cannot be one. To write, *path* must not lead through another user's link.
     """
     try:
         fd = open_ordinary(path, os.O_RDONLY if read_only else os.O_RDWR)
@@ -166,8 +166,8 @@ def _mount(fd: int, path: str, superblock: Superblock, want: Wanted, stack: Exit
                 f"{refused}; the kernel would lose data that it cannot write",
                 "--engine process can use it until the disk is full",
             )
-    # The device shares our open file and so the lock: if we are killed, the image stays locked until
-    # the kernel has unmounted it.
+    # The device shares this open file, and so the lock: if this process is killed, the image stays locked
+    # until the kernel has unmounted it.
     loop, device = -1, path
     if stat.S_ISREG(os.fstat(fd).st_mode):
         loop, device = _attach(fd, path, want)
@@ -205,7 +205,7 @@ def _read_ourselves(fd: int, path: str, _: Superblock, want: Wanted, stack: Exit
 
 
 def _refuse_untouched(fd: int, path: str, want: Wanted, name: str) -> None:
-    """Refuse anything but a store of these lowers before opening it for writing changes a byte of it."""
+    """Refuse anything that is not a store of these lowers, before opening it for writing changes a byte."""
     with ExitStack() as looking:
         layer = layout.as_store(open_layer(fd, path, looking, read_only=True))
         if name and layout.find(layer, os.fsencode(name)) is None:
@@ -216,7 +216,7 @@ def _refuse_untouched(fd: int, path: str, want: Wanted, name: str) -> None:
 
 
 def within(layer: UpperLayer, name: str, path: str, stack: ExitStack, *, read_only: bool) -> UpperLayer:
-    """Return the layer whose root is the directory *name* of another's; without a name, that layer itself.
+    """Return a layer whose root is the directory *name* of *layer*; without a name, *layer* itself.
 
     A missing directory is created, unless *read_only*. Do not use the other layer any more.
     """
@@ -242,10 +242,10 @@ def within(layer: UpperLayer, name: str, path: str, stack: ExitStack, *, read_on
 
 
 def refuse_torn(fd: int, path: str, superblock: Superblock) -> bool | None:
-    """Raise StoreError for a copy of an image that was in use. Return what is_copy says of the others.
+    """Raise StoreError for a copy of an image that was in use; else return the result of :func:`is_copy`.
 
-    A copy of one that was in use for a while only, in the middle of the copying, says that it is clean: so
-    a copy is checked, once, in whole.
+    If the image was in use only for a while during the copying, the copy claims to be clean. So a copy is
+    checked completely, once.
     """
     copy = is_copy(fd, path)
     if copy and superblock.needs_recovery:
@@ -259,7 +259,7 @@ def refuse_torn(fd: int, path: str, superblock: Superblock) -> bool | None:
 
 
 def is_copy(fd: int, path: str) -> bool | None:
-    """Say whether an image was in another file when it was last written to; None: not known."""
+    """Whether an image was in another file when it was last written; None if unknown."""
     try:
         with ExitStack() as looking:
             layer = layout.as_store(open_layer(fd, path, looking, read_only=True))

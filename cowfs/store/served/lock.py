@@ -1,4 +1,4 @@
-"""One user at a time: lock a store, or say who has it."""
+"""Lock a store for one user at a time, or tell who has it."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ _DEVICES = 1 << 32
 def lock(fd: int, path: str, *, shared: bool = False, progress: Callable[[str], None] | None = None) -> None:
     """Take the lock (flock(2)) of a store, *fd* being its image or its lock file.
 
-    Raises StoreBusy, naming the holder. Waits at most two seconds for a holder that is dead already, and at
-    most a minute for a daemon whose mount is gone, since it is about to release the store; *progress* is
-    called after a second.
+    StoreBusy names the holder. Waits at most two seconds for a holder that is already dead, and at most a
+    minute for a daemon whose mount has ended, because it is about to release the store. Calls *progress*
+    after a second.
     """
     begun = time.monotonic()
     while not try_lock(fd, shared=shared):
@@ -72,8 +72,11 @@ def _busy(path: str, fd: int, pid: int) -> StoreBusy:
 
 
 def mark_mounted(fd: int, dev: str) -> None:
-    """Let others who want the lock see that its holder serves the mount *dev* (``major:minor``), until *fd*
-    is closed for good: by a lock on a byte that stands for that. Not where locks are kept by a server."""
+    """Show others who want the lock that its holder serves the mount *dev* (``major:minor``).
+
+    A lock on a byte whose offset is that number shows it, until *fd* is closed for good. Does nothing on a
+    filesystem whose locks are on a server.
+    """
     major, minor = map(int, dev.split(":"))
     request = _FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, _MARK + (major << 20 | minor), 1, 0)
     with suppress(OSError):
@@ -81,7 +84,7 @@ def mark_mounted(fd: int, dev: str) -> None:
 
 
 def _marked(fd: int) -> str | None:
-    """Return the mount, ``major:minor``, that the holder of the lock has marked that it serves; or None."""
+    """Return the mount (``major:minor``) that the holder of the lock marked as served; None if none."""
     asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, _MARK, _DEVICES, 0)
     try:
         kind, _, start, _, _ = _FLOCK.unpack(fcntl.fcntl(fd, fcntl.F_OFD_GETLK, asked))
@@ -94,9 +97,10 @@ def _marked(fd: int) -> str | None:
 
 
 def _serves(fd: int, pid: int) -> bool | None:
-    """Whether the process *pid* has the lock for something other than a mount that is gone, as far as we see.
+    """Whether the process *pid* holds the lock for something other than a mount that has ended.
 
-    None: the mount may be its own, or another with the same number whose daemon does not listen yet.
+    None if unknown: the mount may be its own, or another with the same number whose daemon does not listen
+    yet.
     """
     dev = _marked(fd)
     if dev is None:
@@ -111,20 +115,20 @@ def _serves(fd: int, pid: int) -> bool | None:
     with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         connection.settimeout(_DOUBT / 2)
         if sockets.connect_control(connection, dev, owner) not in {0, pid}:
-            return False  # the next mount has got that number
+            return False  # a later mount has that number
         connection.sendall(b'{"command":"info"}\n')
         return bool(connection.recv(1)) or None
     return None
 
 
 def _may_be(mount: mount_table.MountInfo, dev: str, owner: int) -> bool:
-    """Whether it may be the mount *dev* of a user's cowfs: others get the number of one that is gone."""
+    """Whether *mount* may be the mount *dev* of a user's cowfs: numbers of ended mounts are reused."""
     users = {f"user_id={owner}", "user_id=0"}  # 0 in a user namespace of their own
     return mount.dev == dev and mount.fstype == fuse.FSTYPE and not users.isdisjoint(mount.super_words)
 
 
 def try_lock(fd: int, *, shared: bool = False) -> bool:
-    """Take the lock if nobody has it; say whether."""
+    """Take the lock if nobody has it; return whether it was taken."""
     try:
         fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -141,10 +145,10 @@ def refuse_mounted_image(fd: int, path: str) -> None:
             at = f", mounted on {where}" if where else ""
             hint = f"umount {where}" if where else f"losetup -d {devices[0]}"
             raise StoreBusy(f"{path}: in use by the loop device {devices[0]}{at}", hint)
-        time.sleep(_PAUSE)  # a dead cowfs's: the kernel detaches it by itself
+        time.sleep(_PAUSE)  # of a dead cowfs: the kernel detaches it itself
     info = os.fstat(fd)
     here = f"{os.major(info.st_rdev)}:{os.minor(info.st_rdev)}" if stat.S_ISBLK(info.st_mode) else ""
-    for mount in mount_table.mountinfo():  # fuse2fs and its like: they give the image as the source
+    for mount in mount_table.mountinfo():  # fuse2fs and the like give the image as the source
         if mount.dev == here or (mount.fstype.startswith("fuse") and _leads_to(fd, mount.source)):
             where = os.fsdecode(mount.mountpoint)
             raise StoreBusy(f"{path}: mounted on {where} as {mount.fstype}", f"umount {where}")
@@ -163,13 +167,13 @@ def refuse_mounted_directory(fd: int, path: str) -> None:
 
 
 def refuse_mounted_upper(upper: int, path: str) -> None:
-    """The same for the directory *upper* itself."""
+    """Raise StoreBusy, naming the mountpoint, if the kernel's overlayfs uses the directory *upper*."""
     for mount in mount_table.mountinfo():
         if mount.fstype != "overlay":
             continue
         for option in mount.super_words:
             key, _, value = option.partition("=")
-            # As it was written for mount(2), where overlayfs knows the backslash.
+            # As passed to mount(2), where overlayfs understands the backslash.
             names = {os.fsencode(value), os.fsencode(_plain(value))}
             if key == "upperdir" and any(_leads_to(upper, name) for name in names):
                 where = os.fsdecode(mount.mountpoint)
@@ -197,7 +201,7 @@ def _leads_to(fd: int, path: bytes) -> bool:
 
 
 def holder(path: str) -> str | None:
-    """Say, for people, who uses the store whose image or lock file is *path*; None if nobody does."""
+    """Return a text that names the user of the store with the image or lock file *path*; None if unused."""
     pid = locks.who_locks(path)
     if pid is not None:
         return _process(pid)
@@ -210,7 +214,7 @@ def _is_alive(pid: int) -> bool:
         stat_line = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return False
-    return stat_line.rpartition(") ")[2][:1] not in {"Z", "X"}  # the name in brackets may hold anything
+    return stat_line.rpartition(") ")[2][:1] not in {"Z", "X"}  # the name in brackets may contain anything
 
 
 def _process(pid: int) -> str:

@@ -1,7 +1,7 @@
 """Encrypted stores: a LUKS volume, in a file or on a block device, with the image of the store in it.
 
-cryptsetup(8) opens it as a device of the kernel's device mapper. That device is removed when nobody has it
-open any more, however its users end, and with it the loop device that holds the lock on the file.
+cryptsetup(8) opens it as a device of the kernel's device mapper. When its last user closes it or dies, the
+kernel removes that device, and with it the loop device that holds the lock on the file.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ Key = Callable[[int], bytes | None]
 
 
 def is_encrypted(path: str) -> bool:
-    """Whether there is a LUKS volume at *path*, a file or a block device that we may read."""
+    """Whether *path* is a LUKS volume, in a file or block device that this process may read."""
     if not is_image(path):
         return False
     with suppress(OSError), open(open_ordinary(path, os.O_RDONLY), "rb", buffering=0) as file:
@@ -58,11 +58,11 @@ def is_encrypted(path: str) -> bool:
 
 @contextmanager
 def opened(path: str, key: Key) -> Iterator[str]:
-    """Open the volume at *path*, and yield the path of the device with what is in it. Blocks.
+    """Open the volume at *path*, and yield the path of the device with its contents. Blocks.
 
-    The device lives until the block ends, and until all have closed it who opened it inside. One that is open
-    already is taken as it is. SystemFailure for others than root, without cryptsetup and without device
-    mapper; StoreError for a wrong passphrase.
+    The device exists until the block ends and everyone who opened it in the block has closed it. An open
+    volume is used as it is. SystemFailure if not root, without cryptsetup, or without the device mapper;
+    StoreError for a wrong passphrase.
     """
     with ExitStack() as stack:
         device = _mapped(path)
@@ -71,15 +71,15 @@ def opened(path: str, key: Key) -> Iterator[str]:
             device = _open(path, key, stack)
         else:
             stack.callback(os.close, _held(path, device))
-        _let_go(device)
+        _remove_when_unused(device)
         yield device
 
 
 @contextmanager
 def formatted(fd: int, path: str, key: bytes) -> Iterator[int]:
-    """Make a volume in the file or block device *fd*; yield a descriptor of what is in it. Blocks.
+    """Make a volume in the file or block device *fd*; yield a descriptor of its contents. Blocks.
 
-    At the end it is on disk, and closed again. *path* is for messages.
+    After the block, it is on disk and closed. *path* is for messages.
     """
     with ExitStack() as stack:
         below = _below(fd, path, stack, read_only=False)
@@ -95,15 +95,15 @@ def formatted(fd: int, path: str, key: bytes) -> Iterator[int]:
         stack.callback(_wait_removed, device)
         inside = _held(path, device, os.O_RDWR)
         stack.callback(os.close, inside)
-        _let_go(device)
+        _remove_when_unused(device)
         yield inside
         os.fsync(inside)
 
 
 def extend(path: str, size: int) -> None:
-    """Make the file of a volume that nobody uses as large as *size*; what is in it can grow then. Blocks.
+    """Grow the file of an unused volume to *size*, so that its contents can grow. Blocks.
 
-    StoreError for less than it has, and where there is no room.
+    StoreError if *size* is smaller than the file, or if there is not enough space.
     """
     must_be_possible(path)
     fd = open_file(path)
@@ -124,7 +124,7 @@ def extend(path: str, size: int) -> None:
 
 
 def must_be_possible(path: str) -> None:
-    """SystemFailure where no volume can be opened, before anybody is asked for a passphrase."""
+    """SystemFailure if no volume can be opened. Call it before asking for a passphrase."""
     if os.geteuid() != 0:
         raise SystemFailure(f"{path}: only root can open an encrypted store", "run this as root")
     if programs.find("cryptsetup") is None:
@@ -193,7 +193,7 @@ def _below(fd: int, path: str, stack: ExitStack, *, read_only: bool) -> str:
 
 
 def _run(words: list[str], key: bytes) -> tuple[int, str]:
-    """What the header says is anybody's word: it names no plugins to load, and sets no endless work."""
+    """Run cryptsetup. The header is not trusted: it may not name plugins to load or demand endless work."""
     done = tools.run(
         ["cryptsetup", "--disable-external-tokens", *words], data=key, merge=True, work=_MOST_WORK
     )
@@ -202,15 +202,15 @@ def _run(words: list[str], key: bytes) -> tuple[int, str]:
     return done.returncode, tools.last_line(done.stdout)
 
 
-def _let_go(device: str) -> None:
-    """Have the kernel remove a device of ours when nobody has it open any more."""
+def _remove_when_unused(device: str) -> None:
+    """Make the kernel remove a device once nobody has it open any more."""
     name = Path(f"/sys/class/block/{os.path.basename(device)}/dm/name").read_text().strip()
     if name.startswith(_OURS):
         _run(["close", "--deferred", name], b"")
 
 
 def _device(name: str) -> str:
-    """Return the kernel's name of a device: the other one is gone as soon as its removal is asked for."""
+    """Return the kernel's name of a device: the other name vanishes when removal is requested."""
     return f"/dev/dm-{os.minor(os.stat(f'/dev/mapper/{name}').st_rdev)}"
 
 
@@ -222,14 +222,14 @@ def _held(path: str, device: str, flags: int = os.O_RDONLY) -> int:
 
 
 def _name(path: str) -> str:
-    """Return a name for the device that no other has."""
+    """Return a unique name for the device."""
     name = _OURS + re.sub(r"[^A-Za-z0-9._-]", "_", os.path.basename(path))[:64]
     taken = {place.read_text().strip() for place in matching("/sys/block", "dm-*/dm/name")}
     return f"{name}-{secrets.token_hex(4)}" if name in taken else name
 
 
 def _mapped(path: str) -> str | None:
-    """Return the device that shows what is in the volume, if it is open already."""
+    """Return the device with the volume's contents if it is already open; else None."""
     info = os.stat(path)
     if stat.S_ISBLK(info.st_mode):
         number = f"{os.major(info.st_rdev)}:{os.minor(info.st_rdev)}"

@@ -1,4 +1,4 @@
-"""Open a store that is lost when it is closed."""
+"""Open a store in memory, which is lost when it is closed."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _BALLAST_BYTES = 256 << 10
 
 
 class Memory:
-    """The image of a store in memory: a file without a name, which grows towards its limit."""
+    """The image of a store in memory: a file without a name, which grows up to a limit."""
 
     def __init__(self, fd: int, layer: Ext3Layer, limit: int, subdir: str = "") -> None:
         self.fd = fd
@@ -50,7 +50,7 @@ class Memory:
 
     @property
     def limit(self) -> int:
-        """Bytes that the image may have."""
+        """The size limit of the image in bytes."""
         return self._limit
 
     @limit.setter
@@ -60,14 +60,14 @@ class Memory:
 
     @property
     def size(self) -> int:
-        """Bytes that the image has now, used or not."""
+        """The current size of the image in bytes, used or not."""
         return os.fstat(self.fd).st_size
 
     def _tell_spare(self) -> None:
         self._layer.spare_bytes = self._limit - self.size
 
     def make_room(self, place: int) -> bool:
-        """Double the image, as far as the limit allows; False at the limit.
+        """Double the image, up to the limit; False at the limit.
 
         Blocks, and all users wait. *place* is a directory for files in use without a name.
         """
@@ -80,7 +80,7 @@ class Memory:
         self._layer.suspend(place)
         try:
             os.ftruncate(self.fd, after)
-            tools.resize(self.fd, _NAME, "-f")  # not to be checked first: nobody but us has ever seen it
+            tools.resize(self.fd, _NAME, "-f")  # no check needed: only this process has used it
         finally:
             self._layer.resume(place)
             self._tell_spare()
@@ -95,18 +95,17 @@ class Memory:
                 file.pwrite(bytes(_BALLAST_BYTES), 0)
 
     def release_reserve(self, place: int) -> None:
-        """Let it go: the image is about to be left to others."""
+        """Free the reserved space: other programs are about to use the image."""
         with suppress(OSError):
             self._layer.unlink(place, _BALLAST, None)
             self._layer.sync()
 
 
 def open_memory(want: Wanted, size: int | None = None, subdir: str = "") -> Store:
-    """Open an empty store of at most *size* bytes that only we see: an ext3 image that is a file without
-    a name, or, for the engine *kernel*, a tmpfs. Blocks.
+    """Open an empty store of at most *size* bytes that only this process sees. Blocks.
 
-    Memory is taken as it is filled. By default there is room for half of the machine's memory. Raises
-    UsageError for a *size* that is too small.
+    It is an ext3 image in a file without a name, or a tmpfs for the engine *kernel*. It uses memory only for
+    its contents. The default size is half of the machine's memory. UsageError if *size* is too small.
     """
     with ExitStack() as stack:
         if want.engine != "kernel":
@@ -130,8 +129,10 @@ _IDENTITIES = (0x468, 0x4EC)
 
 
 def keep_template() -> None:
-    """Make an empty image once, for all of the first size that this process and its forks open: mke2fs took
-    a quarter of the time of a mount. Without one, each is made by itself."""
+    """Make an empty image of the first size once, as a template for this process and its forks.
+
+    mke2fs took a quarter of the time of a mount. Without a template, each image is made separately.
+    """
     try:
         fd = os.memfd_create("cowfs-template", os.MFD_CLOEXEC)
     except OSError:
@@ -140,19 +141,19 @@ def keep_template() -> None:
         os.ftruncate(fd, _FIRST)
         format_image(fd, _NAME, journal=_JOURNAL)
         _template[:] = _contents(fd)
-    except (CowfsError, OSError):  # told of at the first mount
+    except (CowfsError, OSError):  # the first mount reports it
         pass
     finally:
         os.close(fd)
 
 
 def _contents(fd: int) -> Iterator[tuple[int, bytes]]:
-    """Yield the blocks of a file that are not all zeros, with their places."""
+    """Yield the blocks of a file that are not all zeros, with their offsets."""
     end, at = os.fstat(fd).st_size, 0
     while at < end:
         try:
             at = os.lseek(fd, at, os.SEEK_DATA)
-        except OSError:  # nothing but a hole
+        except OSError:  # only a hole is left
             return
         hole = os.lseek(fd, at, os.SEEK_HOLE)
         for place in range(at, hole, _BLOCK):
@@ -163,7 +164,7 @@ def _contents(fd: int) -> Iterator[tuple[int, bytes]]:
 
 
 def _write_template(fd: int) -> bool:
-    """Make an empty image of the template, with an identity of its own; False without one."""
+    """Make an empty image from the template, with its own identity; False if there is no template."""
     if not _template:
         return False
     first = _template[0][1]

@@ -1,4 +1,4 @@
-"""Open a store, whatever it is."""
+"""Open a store of any kind."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ _OF_THE_SYSTEM = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN}
 
 
 def open_aside(size: int | None, progress: Progress = quiet) -> Store:
-    """Open a store in memory of at most *size* bytes, for what another store does not keep. Blocks."""
+    """Open a store in memory of at most *size* bytes, for changes that another store does not keep.
+    Blocks."""
     return open_memory(Wanted(engine="process", progress=progress), size)
 
 
@@ -41,16 +42,16 @@ def open_store(
 ) -> Store:
     """Open and lock the store *spec*: an ext3 image, a directory, or the word ``memory``. Blocks.
 
-    With *work* it is the upper and that the work dir, two directories; those need not be *durable*.
+    With *work*, *spec* is the upper and *work* the work dir, two directories; these need not be *durable*.
 
-    A directory that is missing or empty becomes a store (a missing name with an extension is not taken
-    for a directory), and so does an ext3 image with nothing in it;
-    upper/ and work/ of the kernel's overlayfs are adopted. The store is not bound to *lowers* yet:
-    that is Store.bind(). *memory_size* is in bytes; UsageError where it would not be kept.
-    *memory_subdir* names the directory of the image in memory in which the store is, for who persists it.
+    A missing or empty directory becomes a store (but a missing name with an extension is not taken for a
+    directory), and so does an empty ext3 image; upper/ and work/ of the kernel's overlayfs are adopted.
+    Store.bind() then binds the store to *lowers*. *memory_size* is in bytes; UsageError if it would have no
+    effect. *memory_subdir* names the directory of the image in memory that holds the store, for a later
+    persist.
 
-    Raises StoreBusy when somebody else has it, WrongLower when it belongs to others than *lowers*
-    (without *lowers* nobody asks), StoreError for everything else that is wrong with it.
+    StoreBusy if another process has it; WrongLower if it belongs to other lowers than *lowers* (not checked
+    without *lowers*); StoreError for anything else that is wrong with it.
     """
     want = Wanted(lowers, force_lower, engine, read_only, progress, durable, may_crash)
     if spec == "memory":

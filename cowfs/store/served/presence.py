@@ -1,4 +1,4 @@
-"""Whether what a mount uses is still there, and where it was: somebody may delete, rename or replace it."""
+"""Notice when somebody deletes, renames or replaces the store or the lowers of a mount."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from cowfs.url.names import is_url
 
 
 def lost(store: Store) -> str:
-    """Return why nobody can find again what is written to a store; "" if they can. Does not block."""
+    """Return why data written to a store cannot be found again later; "" if it can. Does not block."""
     if store.kind == "image" and store.fd >= 0:
         seen = os.fstat(store.fd)
         if stat.S_ISBLK(seen.st_mode):
@@ -50,37 +50,37 @@ class Whereabouts:
     """Whether it is no news that what they are on is mounted somewhere else."""
 
     def __init__(self, store: Store, lowers: Sequence[LowerLayer], paths: Sequence[str]) -> None:
-        """*paths* are those of the lowers. To be made before anything is mounted."""
+        """*paths* are those of the lowers. Make it before the mount."""
         self._store = store
         self._upper = store.upper
         self._names = [layer.name for layer in lowers]
         self._opened = [_opened_inode(store), *(None for _ in _PARTS)]
         for layer, path in zip(lowers, paths, strict=True):
-            is_known = not layer.waits and os.path.isdir(path)  # of an image it may be the root in it
+            is_known = not layer.waits and os.path.isdir(path)  # an image's may be the root in it
             self._opened.append(_inode(_root(layer)) if is_known else None)
-        elsewhere = helper_process.current()  # it opens them for itself, in the mounts that others see
+        elsewhere = helper_process.current()  # it opens them itself, in the mounts that others see
         self._places = None if elsewhere is not None else Places(watched(store.path, paths))
 
     def of_store(self) -> str:
-        """Say what was done to the store that does no harm to it as yet; "" for nothing."""
+        """Return what happened to the store, without damage so far; "" for nothing."""
         return "" if lost(self._store) else _goes_on(self._change_of_store())
 
     def of_lowers(self) -> list[str]:
-        """Say what was done to lowers."""
+        """Return what happened to the lowers."""
         said = zip(self._names, self._changes()[1 + len(_PARTS) :], strict=False)
         return [f"{name}: {_goes_on(what)}" for name, what in said if what]
 
     def told(self) -> list[str]:
-        """Return both, each with its name."""
+        """Return what happened to the store and the lowers, each with its name."""
         store = self.of_store()
         return [*([f"{self._store.path}: {store}"] if store else []), *self.of_lowers()]
 
     def is_in_place(self) -> bool:
-        """Whether what the user calls by the store's name is still that store."""
+        """Whether the store's path still leads to that store."""
         return not self._change_of_store()
 
     def store_is_at(self, fd: int) -> None:
-        """Watch from now on where this is (O_PATH): the store was in memory before. May wait for a disk."""
+        """Watch the store at *fd* (O_PATH) from now on: it was in memory before. May wait for a disk."""
         if may_wait(fd):
             return
         self._opened[0] = _inode(self._store.fd)
@@ -95,7 +95,7 @@ class Whereabouts:
 
     def _change_of_store(self) -> str:
         whole, *parts = self._changes()[: 1 + len(_PARTS)]
-        if self._store.upper is not self._upper:  # a checkpoint of ours was made, or gone back to
+        if self._store.upper is not self._upper:  # a checkpoint was made or restored
             parts[0] = ""
         found = (
             what.replace("the", f"its {part}", 1) for part, what in zip(_PARTS, parts, strict=True) if what
@@ -108,7 +108,7 @@ class Whereabouts:
         elsewhere = helper_process.current()
         try:
             asked = None if elsewhere is None else elsewhere.ask("places", opened=self._opened)
-        except OSError:  # somebody has killed it
+        except OSError:  # the helper was killed
             asked = None
         return [""] * (1 + len(_PARTS)) if asked is None else list(asked["changes"])
 
@@ -117,9 +117,9 @@ _PARTS = ("upper", "work")
 
 
 def watched(store: str, lowers: Sequence[str]) -> list[str]:
-    """Return the paths by which a store is found, and its parts if it is a directory, then those of lowers.
+    """Return the paths of a store, and of its parts if it is a directory, then those of the lowers.
 
-    It is that of the whole image for one of several in it. Empty for what has none: memory, and URLs.
+    For one of several stores in an image, it is the image's path. For memory and URLs, it is empty.
     """
     path = "" if store == "memory" else split_subdir(store)[0]
     parts = [path and os.path.join(path, part) for part in _PARTS]
@@ -131,10 +131,10 @@ def _goes_on(change: str) -> str:
 
 
 def _opened_inode(store: Store) -> Inode | None:
-    """Return what should be at the path of a store."""
+    """Return the inode that should be at the path of a store."""
     if store.path == "memory":
         return None
-    if store.is_apart:  # the path is that of the upper; the root of the layer is nowhere
+    if store.is_apart:  # the path is the upper's; the layer's root has none
         upper = store.layer.stat(store.upper)
         return upper.st_dev, upper.st_ino
     return _inode(store.fd if store.kind == "image" else _root(written_through(store.layer)))

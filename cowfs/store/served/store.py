@@ -32,7 +32,7 @@ Kind = Literal["image", "directory", "memory"]
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """How a store is asked for: the arguments of open_store()."""
+    """A request to open a store: the arguments of open_store()."""
 
     lowers: Sequence[Identity] = ()
     force_lower: bool = False
@@ -89,12 +89,12 @@ class Store:
 
     @property
     def xattr_prefix(self) -> bytes:
-        """``trusted.overlay.`` or ``user.overlay.``: how the overlay's own attributes begin."""
+        """The prefix of the overlay's own attributes: ``trusted.overlay.`` or ``user.overlay.``."""
         return self.header.xattrs.encode()
 
     @property
     def is_apart(self) -> bool:
-        """Whether upper and work dir are another program's, which would not find another upper again."""
+        """Whether upper and work dir belong to another program, which would not find a new upper."""
         return isinstance(self.layer, ApartLayer)
 
     @property
@@ -109,41 +109,42 @@ class Store:
 
     @property
     def notebook(self) -> Key:
-        """Our own directory: it may have attributes of ours, too."""
+        """The directory of cowfs in the store; its inode can hold cowfs's xattrs, too."""
         return layout.find(self.layer, layout.PRIVATE)
 
     @property
     def size(self) -> int:
-        """Bytes that the store's filesystem holds, free or not."""
+        """The size of the store's filesystem in bytes, free or not."""
         room = self.layer.statfs()
         return room.blocks * room.frsize
 
     @property
     def taken(self) -> int:
-        """Bytes of the store's filesystem that are in use."""
+        """The bytes in use in the store's filesystem."""
         room = self.layer.statfs()
         return (room.blocks - room.bfree) * room.frsize
 
     @property
     def free(self) -> int:
-        """Bytes that can still be written."""
+        """The bytes that can still be written."""
         room = self.layer.statfs()
         return (room.bfree if os.geteuid() == 0 else room.bavail) * room.frsize
 
     def mounted_as(self, dev: str) -> None:
-        """Let others who want the store see which mount it is in use by."""
+        """Show others who want the store which mount uses it."""
         self.dev = dev
         if self.locked >= 0 and dev:
             lock.mark_mounted(self.locked, dev)
 
     def make_room(self) -> bool:
-        """Let a full store in memory grow; False for any other, and for one at its limit. Blocks."""
+        """Grow a full store in memory; False for any other store, and at the limit. Blocks."""
         return self.memory is not None and bool(self.memory.make_room(self.work))
 
     def save(self) -> None:
-        """Return when everything is on disk.
+        """Write everything to disk.
 
-        Blocks; for any thread. Raises OSError if the disk refuses it. The engine in this process keeps the
+        Blocks until it is there; any thread may call it. OSError if writing fails. The engine in this
+        process keeps the
         data and can try again. The kernel drops it: then *failure* is set for good.
         """
         if self.read_only:
@@ -159,7 +160,7 @@ class Store:
         self.saved = now
 
     def not_saved(self, error: OSError) -> None:
-        """Note that something could not be put on disk. For any thread."""
+        """Note that something could not be written to disk. Any thread may call it."""
         told = error.errno in LACK_OF_ROOM | {errno.EIO, errno.EROFS}
         if told and not hasattr(self.layer, "image") and self.failure is None:
             self.failure = error
@@ -170,11 +171,10 @@ class Store:
             )
 
     def bind(self, lowers: Sequence[Identity], volatile: Sequence[str] | None = None) -> bool:
-        """Record that the store belongs to *lowers* from now on and, if not None, does not keep what is
-        *volatile*.
+        """Record that the store belongs to *lowers*, and, if not None, which paths are *volatile* (not kept).
 
-        Blocks until that is on disk. open_store() checks whether it may. Returns True when the store had no
-        lowers and no history: upper/ must then be given the attributes of the topmost lower's root.
+        Blocks until that is on disk. open_store() checks whether it is allowed. Return True if the store had
+        no lowers and no history: then give upper/ the attributes of the topmost lower's root.
         """
         header = bound(self.header, lowers, volatile)
         if self.read_only or header == self.header:
@@ -188,8 +188,9 @@ class Store:
         return first
 
     def saw_lowers(self, when: int) -> None:
-        """Write down that no change in the store is of a file that its lowers have changed since, as of
-        *when* (ns). Blocks until it is on disk.
+        """Record that, as of *when* (ns), the lowers have not changed any file that the store changes.
+
+        Blocks until it is on disk.
         """
         header = seen(self.header, when)
         layout.save_header(self.layer, header)
@@ -197,17 +198,16 @@ class Store:
         self.header = header
 
     def know_modules(self, modules: Sequence[Identity]) -> None:
-        """Write down what may be mounted above the store's lowers from now on. Blocks until it is on disk."""
+        """Record which modules may be mounted above the store's lowers. Blocks until it is on disk."""
         header = replace(self.header, modules=tuple(modules))
         layout.save_header(self.layer, header)
         self.layer.sync()
         self.header = header
 
     def close(self) -> None:
-        """Write everything to disk and close the store, its lock last.
+        """Write everything to disk and close the store; release its lock last.
 
-        Blocks. Safe to call twice. Raises StoreError if something could not be written; the store is closed
-        even then.
+        Blocks. Safe to call twice. StoreError if something could not be written; the store is closed anyway.
         """
         if self._closed:
             return
@@ -231,9 +231,9 @@ def finish(
     want: Wanted,
     release: ExitStack,
 ) -> Store:
-    """Return the open store of a layer that holds one already; *release* is what close() does.
+    """Return the open store of a layer that contains one; close() calls *release*.
 
-    Raises WrongLower, and StoreError for what mounts of the kernel's have left behind.
+    WrongLower; StoreError for leftovers of kernel mounts.
     """
     if not want.force_lower:
         check_lowers(header, want.lowers, path, with_modules=True)
@@ -277,9 +277,9 @@ def finish(
 
 
 def _settle_layers(store: Store) -> None:
-    """Find the layers below the upper; complete what a crash has interrupted."""
+    """Find the layers below the upper, and complete an operation that a crash interrupted."""
     layers = store.layers
-    layers.frozen(store.upper)  # is anything missing?
+    layers.frozen(store.upper)  # raises if one is missing
     if not store.read_only:
         layers.settle(store.upper, store.index, store.links)
         rebased.exchange_names(store.layer, layers, store.upper, store.xattr_prefix)
