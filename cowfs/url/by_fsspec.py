@@ -1,4 +1,4 @@
-"""A file that the Python package fsspec knows how to read: s3://, gs://, and what else there is."""
+"""A file that the Python package fsspec can read: s3://, gs:// and others."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _MARKS = (
 
 
 class FsspecFile:
-    """A file of fsspec's. All methods from any thread."""
+    """A file that fsspec reads. Any thread may call the methods."""
 
     def __init__(self, url: str) -> None:
-        """Refused where fsspec, or what it needs for the URL, is not installed."""
+        """Refused if fsspec, or a package that it needs for the URL, is not installed."""
         scheme = url.partition("://")[0]
         try:
             from fsspec.core import url_to_fs
@@ -37,7 +37,7 @@ class FsspecFile:
             raise Refused(f"fsspec cannot read it: {_line(error)}", "check the URL, and the login") from None
 
     def version(self) -> Version:
-        """Return which state of the file there is. Blocks; Refused, Unreachable."""
+        """Return the version of the file. Blocks; Refused, Unreachable."""
         try:
             self._fs.invalidate_cache(self._path)
             info: dict[str, Any] = self._fs.info(self._path)
@@ -52,9 +52,9 @@ class FsspecFile:
         """The limits are those of fsspec."""
 
     def read(self, start: int, length: int, version: Version) -> bytes:
-        """Return bytes of this state of the file, as :meth:`HttpFile.read` does.
+        """Return bytes of this version of the file, like :meth:`HttpFile.read`.
 
-        It checks the state afterwards, and returns nothing of another state.
+        Checks the version afterwards, and returns nothing of another version.
         """
         try:
             data: bytes = self._fs.cat_file(self._path, start=start, end=start + length)

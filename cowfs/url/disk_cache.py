@@ -1,9 +1,9 @@
-"""Blocks of files on servers, kept on the disk for all mounts of a user's: bounded, each with its checksum.
+"""A disk cache of blocks of files on servers, shared by all mounts of a user: limited, and with checksums.
 
-A file here is one state of one file on a server. Its blocks are at their places, between holes; before them
-stands a table with the SHA-256 of each that is there. A block is written first and its checksum afterwards,
-and one whose checksum is another is not there: so several may write at the same time, be killed, or lose
-power, and a disk may lose bits.
+A file in the cache is one version of one file on a server. Its blocks are at their offsets, between holes,
+behind a table with the SHA-256 of each cached block. A block is written first and its checksum afterwards,
+and a block whose checksum does not match counts as missing. So several processes may write at the same time,
+be killed, or lose power, and the disk may lose bits.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c
 
 
 def default_directory() -> str | None:
-    """Return where a user's cache is: root's in /var/cache; None for a user without a home."""
+    """Return the directory of the user's cache, /var/cache for root; None for a user without a home."""
     if os.geteuid() == 0:
         return "/var/cache/cowfs"
     base = os.environ.get("XDG_CACHE_HOME", "")
@@ -60,10 +60,10 @@ def default_directory() -> str | None:
 
 
 def open_directory(path: str) -> int:
-    """Return a descriptor of a directory for caches, which is made if it is missing.
+    """Return a descriptor of a directory for caches; create it if it is missing.
 
-    OSError; EPERM if others could write there, or lead us there: they would decide what we read, and where
-    files of ours are.
+    OSError. EPERM if others can write there or control the path: they could decide what cowfs reads, and
+    where its files are.
     """
     there = path
     while not os.path.lexists(there):
@@ -83,10 +83,10 @@ def open_directory(path: str) -> int:
 
 
 class DiskCache:
-    """The blocks of one state of one file. All methods from any thread; none raises OSError."""
+    """The blocks of one version of one file. Any thread may call the methods; none raises OSError."""
 
     def __init__(self, directory: int, url: str, version: Version, block: int, limit: int) -> None:
-        """*directory* belongs to the cache from now on; *limit*: bytes, of all files there. OSError."""
+        """Takes over *directory*; *limit* is in bytes, for all files there. OSError."""
         self._directory = directory
         self._version = version
         self._block = block
@@ -116,7 +116,7 @@ class DiskCache:
                 if there in {head, b""}:
                     if not there:
                         os.pwrite(fd, head, 0)
-                    os.utime(fd)  # it is the youngest now
+                    os.utime(fd)  # make it the most recently opened
                     return fd
             except BaseException:
                 os.close(fd)
@@ -126,7 +126,7 @@ class DiskCache:
         raise OSError(errno.EIO, "somebody else writes there")
 
     def get(self, number: int) -> bytes | None:
-        """Return a block, if it is there and whole. Reads from the disk."""
+        """Return a block if it is cached and intact. Reads from the disk."""
         try:
             known = os.pread(self._fd, _SUM, _TABLE + number * _SUM)
             if len(known) != _SUM or known == _NONE:
@@ -138,14 +138,14 @@ class DiskCache:
         return data if len(data) == size and hashlib.sha256(data).digest() == known else None
 
     def has(self, number: int) -> bool:
-        """Whether a block is likely there. Does not read it."""
+        """Whether a block is probably cached. Does not read it."""
         try:
             return os.pread(self._fd, _SUM, _TABLE + number * _SUM) not in {_NONE, b""}
         except OSError:
             return False
 
     def put(self, number: int, data: bytes) -> None:
-        """Keep a block, as far as there is room."""
+        """Cache a block if there is space."""
         self._written += len(data)
         if self._written >= _LOOK and self._making_room.acquire(blocking=False):
             try:
@@ -167,7 +167,7 @@ class DiskCache:
             os.pwrite(self._fd, _NONE, _TABLE + number * _SUM)
 
     def _make_room(self) -> None:
-        """Remove what was opened the longest ago, and then blocks of our own, as they come."""
+        """Remove the files opened longest ago, and then blocks of this file in any order."""
         try:
             files = sorted(self._files())
             free = os.fstatvfs(self._directory)
@@ -179,14 +179,14 @@ class DiskCache:
                 if used <= limit * _LOWEST:
                     return
                 if name != self._name:
-                    os.unlink(name, dir_fd=self._directory)  # who has it open goes on with it
+                    os.unlink(name, dir_fd=self._directory)  # a process that has it open can still use it
                     used -= size
             self._make_space(used - int(limit * _LOWEST))
         except OSError as error:
             log.debug("the cache on the disk: %s", error.strerror)
 
     def _files(self) -> list[tuple[float, int, str]]:
-        """Return of each file when it was opened last, the bytes that it takes, and its name."""
+        """Return for each file when it was last opened, how many bytes it uses, and its name."""
         found = []
         with os.scandir(self._directory) as entries:
             for entry in entries:
@@ -207,9 +207,9 @@ class DiskCache:
             size -= self._block
 
     def _kept(self) -> Iterator[int]:
-        """Yield the blocks that are there, from any one on: there is no order in which they were used.
+        """Yield the cached blocks, starting anywhere: their order of use is not recorded.
 
-        Looks at what the table has alone: a server may say that its file has any size.
+        Only reads the used part of the table, because a server may claim any file size.
         """
         begin = random.randrange(self._count)
         for number, end in ((begin, self._count), (0, begin)):

@@ -72,7 +72,7 @@ class _Work(NamedTuple):
 
 
 class Worker:
-    """Answers what comes by a socket."""
+    """Answers the requests that arrive on a socket."""
 
     def __init__(self, connection: socket.socket, login: Login) -> None:
         self._connection = connection
@@ -89,7 +89,7 @@ class Worker:
         self._state = threading.Condition()
 
     def run(self) -> None:
-        """Answer until nobody asks any more."""
+        """Answer until the socket is closed."""
         self._send(pack(Kind.READY))
         while raw := self._connection.recv(LONGEST):
             message = unpack(raw)
@@ -169,7 +169,7 @@ class Worker:
         return None
 
     def _with_patience(self, call: Any, since: float, patience: float) -> Any:
-        """Return what *call* gives, which is tried until it works or *patience* seconds are over."""
+        """Return the result of *call*, retried until it succeeds or *patience* seconds have passed."""
         pause = _FIRST_PAUSE
         while True:
             try:
@@ -196,7 +196,7 @@ class Worker:
             self._say("warning", f"{self._url}: cannot be read for now: {why}; trying again")
 
     def _pause(self, seconds: float, at_least: float) -> None:
-        """Wait for some seconds, or only until another request has worked."""
+        """Wait for some seconds, or until another request succeeds."""
         time.sleep(at_least)
         with self._state:
             if self._away_since:
@@ -218,14 +218,14 @@ class Worker:
         self._send(pack_json(Kind.FAILED, number, {"why": why[:1000], "hint": hint, **more}))
 
     def _send(self, raw: bytes) -> None:
-        with suppress(OSError):  # nobody wants to know any more
+        with suppress(OSError):  # the parent is gone
             self._connection.sendall(raw)
 
 
 def main(fd: int) -> NoReturn:
     """Fetch, for the process at the other end of the socket *fd*, until that is closed."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
-        signal.signal(number, signal.SIG_IGN)  # we end when the daemon does
+        signal.signal(number, signal.SIG_IGN)  # this process ends with the daemon
     login = _logins()
     _give_up()
     connection = socket.socket(fileno=fd)
@@ -246,7 +246,7 @@ def main(fd: int) -> NoReturn:
 
 
 def _outlives(connection: socket.socket, pid: int) -> bool:
-    """Wait until the worker has died, or nobody wants it any more; return whether that is so."""
+    """Wait until the worker dies, or the connection closes: then kill the worker, and return True."""
     worker = os.pidfd_open(pid)
     poll = select.poll()
     poll.register(worker, select.POLLIN)
@@ -261,7 +261,7 @@ def _outlives(connection: socket.socket, pid: int) -> bool:
 
 
 def _logins() -> Login:
-    """Return who knows the logins of the user's netrc(5), which nobody could read later."""
+    """Return a lookup of the logins in the user's netrc(5), read now because it cannot be read later."""
     own = os.environ.get("NETRC")
     with suppress(KeyError):
         own = own or os.path.join(pwd.getpwuid(os.geteuid()).pw_dir, ".netrc")
@@ -275,7 +275,7 @@ def _logins() -> Login:
 
 
 def _give_up() -> None:
-    """Keep nothing of root's; of a user's what programs can do without privileges, but run others."""
+    """Drop the privileges of root, forbid new ones, and forbid all system calls but those for the network."""
     if os.geteuid() == 0:
         with suppress(OSError):  # a user namespace without that user
             os.setgroups([])

@@ -1,6 +1,6 @@
-"""A file on a web server, read by ranges (RFC 9110): over connections that stay open, one a thread.
+"""A file on a web server, read by ranges (RFC 9110), over one persistent connection per thread.
 
-Each answer says to which state of the file it belongs. So data of another state is never used.
+Each answer tells its version of the file, so data of another version is never used.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ NO_RANGES_HINT = "download the image first, or serve it by nginx, Apache, lightt
 
 
 class _Moved(Exception):
-    """The answer is elsewhere."""
+    """The server redirects to another URL."""
 
     def __init__(self, url: str) -> None:
         super().__init__(url)
@@ -53,7 +53,7 @@ class _Moved(Exception):
 
 
 class _Thread(threading.local):
-    """The connection of a thread, and where the file was found by it."""
+    """The connection of a thread, and the URL at which it found the file."""
 
     connection: http.client.HTTPConnection | None = None
     place: tuple[str, str] = ("", "")
@@ -61,10 +61,10 @@ class _Thread(threading.local):
 
 
 class HttpFile:
-    """A file on a web server. All methods from any thread; each thread has its own connection."""
+    """A file on a web server. For any thread; each has its own connection."""
 
     def __init__(self, url: str, login: Login, timeout: float) -> None:
-        """*timeout*: seconds in which the server must send something."""
+        """*timeout*: the seconds within which the server must send something."""
         self._url = url
         self._login = login
         self._timeout = timeout
@@ -75,15 +75,15 @@ class HttpFile:
         self._tls: ssl.SSLContext | None = None
 
     def version(self) -> Version:
-        """Return which state of the file the server has. Blocks; Refused, Unreachable.
+        """Return the version of the file on the server. Blocks; Refused, Unreachable.
 
-        Where the server says nothing that tells one from another it is known by how it begins.
+        If the server sends nothing that identifies a version, the beginning of the file identifies it.
         """
         version, start = self._ask(0, _START, None)
         return version if version.marks else Version(version.size, ((BEGINNING, sha256(start).hexdigest()),))
 
     def read(self, start: int, length: int, version: Version) -> bytes:
-        """Return bytes of this state of the file. Blocks. Refused if the file has changed; Unreachable."""
+        """Return bytes of this version of the file. Blocks. Refused if the file has changed; Unreachable."""
         if version.marks[0][0] != BEGINNING:
             return self._ask(start, length, version)[1]
         data = self._ask(start, length, Version(version.size, ()))[1]
@@ -103,7 +103,7 @@ class HttpFile:
             self._drop()
             if not known:
                 raise
-        # What we were led to may be gone, or an old connection closed: once more from the beginning.
+        # A redirect's target may be gone, or an old connection closed: start again once.
         self._drop()
         try:
             return self._follow(start, length, version)
@@ -142,7 +142,7 @@ class HttpFile:
             self._under_way[me] = deadline, connection, connection.sock
             with closing(connection.getresponse()) as answer:
                 found = self._judge(url, answer, start, length, version)
-                data = answer.read(length + 1)  # no more, whatever the server sends
+                data = answer.read(length + 1)  # read no more, even if the server sends more
         except ssl.SSLCertVerificationError as error:
             raise Refused(
                 f"its certificate cannot be verified: {error.verify_message}",
@@ -159,7 +159,7 @@ class HttpFile:
         return found, data
 
     def end_overdue(self) -> None:
-        """Break off answers that have taken too long. For a thread that does so now and then."""
+        """Abort answers that take too long. A thread calls it from time to time."""
         now = time.monotonic()
         for deadline, connection, known in list(self._under_way.values()):
             if now > deadline and (sock := known or connection.sock) is not None:
@@ -174,7 +174,7 @@ class HttpFile:
         length: int,
         version: Version | None,
     ) -> Version:
-        """Return what state of the file an answer is of, if it is what was asked for."""
+        """Return the version of the file in an answer, after checking that it is what was requested."""
         try:
             found = self._found(answer, start, length, version)
         except BaseException:
@@ -222,7 +222,7 @@ class HttpFile:
         raise _refusal(answer)
 
     def _connected(self, url: SplitResult) -> tuple[http.client.HTTPConnection, str, dict[str, str]]:
-        """Return a connection to the server of a URL, what to ask it for, and the headers for that."""
+        """Return a connection to the server of a URL, the request target, and its headers."""
         mine = self._mine
         host = url.hostname or ""
         target = quote(urlunsplit(("", "", url.path or "/", url.query, "")), safe=_KEPT)
@@ -256,13 +256,13 @@ class HttpFile:
             connection.close()
 
     def _drop(self) -> None:
-        """Start again with the next request."""
+        """Drop the connection; the next request opens a new one."""
         self._mine.url = ""
         self._disconnect()
 
 
 def changed(version: Version, found: Version) -> Refused:
-    """Return what to raise where a file is not what it was."""
+    """Return the exception for a file that has changed."""
     return Refused(
         f"is another file than the one that was opened: {found}, not {version}",
         "put the old one back, or unmount, and mount the new one",

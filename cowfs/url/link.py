@@ -1,6 +1,4 @@
-"""The reader's end: sends requests to the fetching process, waits for the answers, and repeats them if it
-dies.
-"""
+"""The reader's end: send requests to the fetching process, await its answers, and repeat them if it dies."""
 
 from __future__ import annotations
 
@@ -39,7 +37,7 @@ Got = Callable[[int, bytes], None]
 
 
 class Fetch:
-    """Bytes that were asked for."""
+    """Bytes that were requested."""
 
     __slots__ = (
         "_done",
@@ -67,23 +65,23 @@ class Fetch:
         self._done = threading.Event()
 
     def finish(self, error: OSError | None = None) -> None:
-        """Let those who wait go on."""
+        """Let the waiting readers continue."""
         self.error = error
         self._done.set()
 
     def wait(self, seconds: float) -> bool:
-        """Whether it is done within some seconds."""
+        """Wait at most *seconds*; return whether the bytes have arrived, or failed."""
         return self._done.wait(seconds)
 
     def data(self) -> bytes:
-        """Return all of it. OSError."""
+        """Return all bytes. OSError."""
         if self.error is not None:
             raise OSError(self.error.errno, self.error.strerror)
         return b"".join(self.parts[at] for at in sorted(self.parts))
 
 
 class Process(Protocol):
-    """What fetches, and ends when the socket is closed."""
+    """The fetching process, which ends when the socket is closed."""
 
     pid: int
 
@@ -95,7 +93,7 @@ Start = Callable[[int], Process]
 
 
 def start_process(fd: int) -> subprocess.Popen[bytes]:
-    """Start the process that fetches. OSError."""
+    """Start the fetching process. OSError."""
     return subprocess.Popen(
         [sys.executable, "-I" if sys.flags.isolated else "-P", "-m", "cowfs.url.fetcher", str(fd)],
         stdin=subprocess.DEVNULL,
@@ -108,10 +106,10 @@ def start_process(fd: int) -> subprocess.Popen[bytes]:
 
 
 class Link:
-    """The connection to the process that fetches one file. All methods from any thread."""
+    """The connection to the process that fetches one file. Any thread may call the methods."""
 
     def __init__(self, url: str, patience: float, start: Start = start_process) -> None:
-        """Start the process. *patience*: seconds that a server is waited for. SystemFailure."""
+        """Start the process. *patience* is how many seconds to wait for a server. SystemFailure."""
         self.url = url
         self._patience = patience
         self._lock = threading.Lock()
@@ -137,9 +135,10 @@ class Link:
         self._thread: threading.Thread | None = None
 
     def open(self) -> Version:
-        """Return which state of the file the server has. Once, before all else. Blocks; LayerError.
+        """Return the version of the file on the server. Call it once, before anything else. Blocks;
+        LayerError.
 
-        Starts the thread that receives.
+        Starts the receiving thread.
         """
         fetch = Fetch(next(self._numbers), 0, 0, urgent=True)
         self._opening = (fetch.number, fetch)
@@ -170,11 +169,11 @@ class Link:
         self._send(pack_json(Kind.OPEN, opening[0], asked))
 
     def prepare(self, start: int, length: int, *, urgent: bool) -> Fetch:
-        """Return what stands for bytes that :meth:`send` asks for."""
+        """Return a request for bytes, to pass to :meth:`send`."""
         return Fetch(next(self._numbers), start, length, urgent=urgent)
 
     def send(self, fetch: Fetch) -> None:
-        """Ask for bytes, and wait for nothing."""
+        """Send a request for bytes. Does not block."""
         with self._lock:
             if not self._is_gone:
                 self._waiting[fetch.number] = fetch
@@ -205,7 +204,7 @@ class Link:
     def _send(self, raw: bytes) -> bool:
         try:
             self._socket.send(raw, _ONLY_IF_ROOM)
-        except OSError:  # no room: it does not read; or it is gone
+        except OSError:  # the socket is full, or the process is dead
             return False
         return True
 
@@ -258,7 +257,7 @@ class Link:
             self._finish(fetch, OSError(code, f"{self.url}: {said['why']}"))
 
     def _begin_anew(self) -> None:
-        """Repeat all requests: the process has just started, and knows nothing of its predecessor."""
+        """Repeat all requests: the process was restarted, and does not know them."""
         if self._version is not None:
             self._tell("warning", "the process that fetches it has died, and is started again")
         self._send_opening()
@@ -281,7 +280,7 @@ class Link:
             fetch.finish(error)
 
     def _tell(self, level: str, text: str) -> None:
-        """Tell the log, unless it has just been told the same."""
+        """Log a message, unless it was logged just before."""
         now = time.monotonic()
         if now - self._told.get(text, -_SILENT) < _SILENT:
             return

@@ -1,4 +1,4 @@
-"""What is a URL, and how it is written among other lowers."""
+"""What is a URL, and how to write it among other lowers."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ _AUTHORITY = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://[^/?#\\]*")
 
 
 def is_url(text: str) -> bool:
-    """Whether a lower is named by a URL: by a scheme and ``://``. A path is one with ./ before it."""
+    """Whether the name of a lower is a URL, with a scheme and ``://``. ./ before it makes it a path."""
     return _START.match(text) is not None
 
 
 def authority(text: str) -> str:
-    """Return the part of a text that begins with a URL in which no colon ends a name; "" for others."""
+    """Return the leading part of a URL in which a colon does not separate lowers; "" if *text* is no URL."""
     match = _AUTHORITY.match(text)
     return match[0] if match else ""
 
 
 def place(text: str) -> str:
-    """Return where a lower is, from anywhere: its absolute path, or its URL."""
+    """Return the absolute path or the URL of a lower."""
     return text if is_url(text) else os.path.abspath(text)
 
 
 def check(url: str) -> None:
-    """UsageError for a URL that cannot be used, or would show a password to everybody."""
+    """UsageError for a URL that cannot be used, or that would expose a password to everybody."""
     try:
         parts = urlsplit(url)
         port = parts.port

@@ -1,4 +1,4 @@
-"""The files on servers that are open, each once, however many use it."""
+"""The open files on servers. All users share one open file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 class _Shared:
-    """An open file, and by how many it is used."""
+    """An open file, and the number of its users."""
 
     def __init__(self, file: RemoteFile) -> None:
         self.file = file
@@ -35,7 +35,7 @@ _settings = Settings()
 
 
 class Opened:
-    """A file on a server, open for one user of it: bytes, by :meth:`pread`."""
+    """A file on a server, open for one user, who reads it with :meth:`pread`."""
 
     def __init__(self, shared: _Shared) -> None:
         self._shared = shared
@@ -46,7 +46,7 @@ class Opened:
 
     @property
     def size(self) -> int:
-        """Bytes of the whole file."""
+        """The size of the file in bytes."""
         return self.file.size
 
     def pread(self, size: int, at: int) -> bytes:
@@ -54,15 +54,15 @@ class Opened:
         return self.file.pread(size, at, lambda: self._is_over)
 
     def stop(self) -> None:
-        """Make nobody who reads through this wait any more."""
+        """End the waits of all reads through this object."""
         self._is_over = True
 
     def caches(self) -> dict[str, tuple[int, int]]:
-        """How often a block was at hand, and how often it had to be fetched."""
+        """Return how many blocks were cached, and how many had to be fetched."""
         return self.file.caches()
 
     def close(self) -> None:
-        """Close it, if nobody else uses it. Safe to call twice."""
+        """Close the file if nobody else uses it. Safe to call twice."""
         with _lock:
             if not self._is_open:
                 return
@@ -93,7 +93,8 @@ def held_open(lowers: Sequence[str], settings: Settings) -> Iterator[Callable[[]
     """Start the fetching processes of those *lowers* that are URLs; open the files when the yielded function
     is called.
 
-    In between a daemon, while it has one thread, drops the rights that starting processes needs. *settings*
+    In between, a daemon that still has only one thread drops the rights that starting processes needs.
+    *settings*
     apply to all files opened from now on. SystemFailure; as :func:`open_url`.
     """
     global _settings  # noqa: PLW0603 - a process has one

@@ -1,7 +1,7 @@
 """The protocol between the fetching process and the process that it fetches for.
 
-They share a socket that keeps messages apart (SOCK_SEQPACKET): a process that dies leaves no half message. A
-message is a head and its data.
+They share a socket that keeps messages separate (SOCK_SEQPACKET), so a process that dies leaves no partial
+message. A message is a head and its data.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import struct
 from enum import IntEnum
 from typing import Any, NamedTuple
 
-HEAD = struct.Struct("<IQQI")  # kind, number, and for bytes: place and length
+HEAD = struct.Struct("<IQQI")  # kind, number, and for data its offset and length
 BEGINNING = "beginning"
 """The mark of a file of which the server says nothing that tells one state from another: how it begins."""
 PIECE = 64 << 10
@@ -20,7 +20,7 @@ LONGEST = HEAD.size + PIECE
 
 
 class Kind(IntEnum):
-    """What a message is."""
+    """The kind of a message."""
 
     OPEN = 1
     """To the fetcher: the file, and what it is known to be; JSON."""
@@ -41,7 +41,7 @@ class Kind(IntEnum):
 
 
 class Message(NamedTuple):
-    """A message, taken apart."""
+    """An unpacked message."""
 
     kind: Kind
     number: int
@@ -50,7 +50,7 @@ class Message(NamedTuple):
     rest: bytes
 
     def json(self) -> dict[str, Any]:
-        """Return what a message says that has JSON in it."""
+        """Return the JSON in a message."""
         return dict(json.loads(self.rest))
 
 
@@ -65,7 +65,7 @@ def pack_json(kind: Kind, number: int, what: dict[str, Any]) -> bytes:
 
 
 def unpack(raw: bytes) -> Message:
-    """Take a message apart. ValueError for an invalid one."""
+    """Unpack a message. ValueError if it is invalid."""
     try:
         kind, number, place, length = HEAD.unpack_from(raw)
     except struct.error as error:
@@ -74,19 +74,19 @@ def unpack(raw: bytes) -> Message:
 
 
 class Version(NamedTuple):
-    """What tells one state of a file on a server from another."""
+    """What distinguishes a state of a file on a server from other states."""
 
     size: int
     marks: tuple[tuple[str, str], ...]
     """What the server says of it besides: (name, value), as ETag and Last-Modified. None: only its size."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as JSON can hold it."""
+        """Return the version as an object for JSON."""
         return {"size": self.size, "marks": [list(mark) for mark in self.marks]}
 
     @classmethod
     def of_json(cls, said: dict[str, Any]) -> Version:
-        """Return what :meth:`to_json` was made of."""
+        """Return the version from which :meth:`to_json` made *said*."""
         return cls(int(said["size"]), tuple((str(name), str(value)) for name, value in said["marks"]))
 
     def __str__(self) -> str:
@@ -94,7 +94,7 @@ class Version(NamedTuple):
 
 
 class Refused(Exception):
-    """The server will not give it, however often it is asked; the texts are for people."""
+    """The server refuses a request for good; the texts are for people."""
 
     def __init__(self, why: str, hint: str = "", *, changed: bool = False) -> None:
         super().__init__(why)
@@ -105,7 +105,7 @@ class Refused(Exception):
 
 
 class Unreachable(Exception):
-    """It did not work this time; the text says why, for people."""
+    """A request failed this time; the text says why, for people."""
 
     def __init__(self, why: str, wait: float = 0.0) -> None:
         super().__init__(why)

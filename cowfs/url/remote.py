@@ -29,7 +29,7 @@ _STREAMS = 8
 
 
 class _Stream(NamedTuple):
-    """One that reads on."""
+    """A sequential reader."""
 
     read: int
     """How many blocks it has read one after the other."""
@@ -38,10 +38,10 @@ class _Stream(NamedTuple):
 
 
 class RemoteFile:
-    """A file on a server: bytes that do not change. All methods from any thread."""
+    """A file on a server: bytes that do not change. Any thread may call the methods."""
 
     def __init__(self, link: Link, version: Version, disk: DiskCache | None) -> None:
-        """*link* and *disk* belong to it from now on."""
+        """Takes over *link* and *disk*."""
         self.url = link.url
         self.version = version
         self.size = version.size
@@ -64,7 +64,7 @@ class RemoteFile:
         """Return up to *size* bytes at *at*, fewer at the end of the file, as os.pread(2).
 
         May wait for the server until the timeout; WouldWait if this thread must not wait. EIO, also once
-        *is_over* is true; ETIMEDOUT; ESTALE: the server has another file now.
+        *is_over* is true; ETIMEDOUT; ESTALE if the file on the server has changed.
         """
         end = min(at + size, self.size)
         if at < 0 or at >= end:
@@ -125,7 +125,7 @@ class RemoteFile:
                 self._bytes -= len(self._blocks.popitem(last=False)[1])
 
     def _ask(self, numbers: list[int], *, urgent: bool) -> list[Fetch]:
-        """Return by which request each block comes; those that no request has are asked for, some at once."""
+        """Return the request of each block. Request blocks that have none, several in one request."""
         flights = []
         at = 0
         while at < len(numbers):
@@ -188,7 +188,7 @@ class RemoteFile:
             begin = max(stream.until if stream else 0, last + 1)
             window = min(read // 2, _AHEAD)
             end = min(last + 1 + window, self._count, begin + (_AHEAD_RUNS - self._ahead) * _RUN)
-            if begin - last > window // 2:  # there is enough, or too much
+            if begin - last > window // 2:  # enough is requested, or too much
                 end = begin
             self._streams[last + 1] = _Stream(read, max(begin, end))
             if len(self._streams) > _STREAMS:
@@ -202,7 +202,7 @@ class RemoteFile:
         return self._disk is not None and self._disk.has(number)
 
     def forget(self, size: int, at: int) -> None:
-        """Have these bytes fetched once more when they are wanted again: they were wrong."""
+        """Drop wrong bytes from the caches, so that the next read fetches them again."""
         for number in range(at // BLOCK, (at + max(size, 1) - 1) // BLOCK + 1):
             with self._lock:
                 self._bytes -= len(self._blocks.pop(number, b""))
@@ -210,14 +210,14 @@ class RemoteFile:
                 self._disk.forget(number)
 
     def caches(self) -> dict[str, tuple[int, int]]:
-        """How often a block was at hand, and how often it had to be fetched."""
+        """Return how many blocks were cached, and how many had to be fetched."""
         return {"blocks by URL": (self.hits, self.misses)}
 
     def stop(self) -> None:
         """Those who share it have ways of their own (:class:`cowfs.url.opened.Opened`)."""
 
     def shrink(self) -> None:
-        """Forget what can be had again without the server."""
+        """Drop cached data that can be read again without the server."""
         if self._disk is not None:
             with self._lock:
                 self._blocks.clear()

@@ -1,4 +1,4 @@
-"""Who else than we can change what layers hold, some of which may be read from a server."""
+"""Which other users can change the contents of layers, some of which may be on a server."""
 
 from __future__ import annotations
 
@@ -18,12 +18,11 @@ def forbidden(places: Sequence[str], trusted: Collection[int] = (0,)) -> dict[st
 
 
 def shows_too_much(layers: Sequence[str], who: Callable[[str], str | None]) -> str | None:
-    """Return why others must not see what these *layers* (topmost first) show together: what is above decides
-    who may see what is below.
+    """Return why others must not see the merged *layers* (topmost first); None if they may.
 
     A layer can refer to files and directories of the layers below (redirect, metacopy), and give them other
-    modes. So its creator could show to everybody what only we may read. None if that is impossible, because
-    there is no layer that others can change, as *who* says with the reason, or everybody can read what is
+    modes. So its creator could show everybody what only this user may read. That is impossible if nobody
+    else can change a layer (*who* returns the reason if somebody can), or if everybody can read what is
     below it.
     """
     for number, path in enumerate(layers[:-1], 1):

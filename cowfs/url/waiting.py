@@ -1,4 +1,4 @@
-"""Threads that must not wait for another machine, and what is raised where they would have to."""
+"""Threads that must not wait for another machine, and the exception if they would have to."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ R = TypeVar("R")
 
 
 class WouldWait(Exception):
-    """The answer is not at hand: ask in a thread that may wait.
+    """The data is not cached: ask again in a thread that may wait.
 
-    No OSError, so that nobody takes it for what a layer says.
+    It is no OSError, so that nothing takes it for an error of a layer.
     """
 
 
@@ -24,12 +24,12 @@ _here = _Here()
 
 
 def must_not_wait() -> bool:
-    """Whether this thread serves others right now."""
+    """Whether this thread must not wait, because it serves others."""
     return _here.must_not_wait
 
 
 def at_once(call: Callable[..., R], *arguments: object) -> R:
-    """Return what *call* gives; WouldWait if it would have to wait for another machine for that."""
+    """Return the result of *call*; WouldWait if it would have to wait for another machine."""
     before, _here.must_not_wait = _here.must_not_wait, True
     try:
         return call(*arguments)
