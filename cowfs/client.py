@@ -107,7 +107,7 @@ def mount_with_store(path: str) -> MountInfo | None:
 
 
 class Patience:
-    """Asks many daemons: those of one user, many of which may not answer, may take this long together."""
+    """Asks many daemons, and limits the total time for those of one user, of which many may not answer."""
 
     def __init__(self, each: float, in_all: float) -> None:
         """Both times are in seconds."""
@@ -154,13 +154,13 @@ def ask(
     """
     with _connected(dev, timeout, fd) as (connection, pid, place):
         request = json.dumps({"command": command, **arguments}).encode() + b"\n"
-        with suppress(BrokenPipeError, ConnectionResetError):  # it has said why, and is gone
+        with suppress(BrokenPipeError, ConnectionResetError):  # it has sent the reason, and has exited
             socket.send_fds(connection, [request], [fd] if fd >= 0 else [])
         yield from replies(connection, pid, place)
 
 
 def must_take_requests(dev: str) -> None:
-    """Raise MountFailure if the mount ``major:minor`` has no daemon any more, or not one that we may ask."""
+    """MountFailure if the mount ``major:minor`` has no daemon any more, or one that this user may not ask."""
     with _connected(dev, 60.0):
         pass
 
@@ -265,7 +265,7 @@ class _Patient(io.RawIOBase):
 
 
 def _is_stopped(pid: int) -> bool:
-    """Whether a process is stopped or traced, as far as we can see (proc_pid_stat(5))."""
+    """Whether a process is stopped or traced, as far as /proc shows it (proc_pid_stat(5))."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as stat:
             return stat.read().rpartition(b") ")[2][:1] in {b"T", b"t"}
@@ -336,7 +336,7 @@ def owner_of(dev: str) -> int:
 
 
 def _refuse_other_users(place: str, owner: int, fd: int) -> None:
-    """Raise MountFailure unless we may talk to *owner*'s daemon, and send it *fd* if there is one."""
+    """MountFailure unless this user may talk to *owner*'s daemon, and send it *fd* if there is one."""
     me = os.geteuid()
     if me not in {0, owner}:
         raise MountFailure(

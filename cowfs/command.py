@@ -93,7 +93,7 @@ def run_command(arguments: Sequence[str], temporary: str | None = None) -> None:
 
 
 def _start(arguments: Sequence[str], said: IO[bytes]) -> int:
-    """Run it in a new Python; return the exit code."""
+    """Run the command in a new Python; return the exit code."""
     process = subprocess.Popen(
         [sys.executable, "-P", "-m", "cowfs", *arguments],
         stdin=subprocess.DEVNULL,
@@ -142,12 +142,12 @@ class _Warm:
                 [sys.executable, isolated, "-m", "cowfs.cli.zygote", str(there.fileno())],
                 stdin=subprocess.DEVNULL,
                 pass_fds=[there.fileno()],
-                start_new_session=True,  # it outlives whoever is killed with all of their process group
+                start_new_session=True,  # it survives the kill of the caller's process group
             )
 
     def run(self, arguments: Sequence[str], said: IO[bytes], temporary: str | None) -> int:
         """Run a command; return the exit code, 1 if it has sent none."""
-        if _whose() != self._owner:  # a fork has the socket, and its own other end; or the user has changed
+        if _whose() != self._owner:  # this is a fork, or the user has changed
             return _start(arguments, said)
         try:
             directory = os.getcwd()
@@ -165,7 +165,7 @@ class _Warm:
                 try:
                     fds = [said.fileno(), there.fileno()]
                     socket.send_fds(self._socket, [json.dumps(asked).encode()], fds)
-                except OSError:  # it is gone, or the message is too long
+                except OSError:  # the process has ended, or the message is too long
                     return _start(arguments, said)
             first = ""
             try:
@@ -179,7 +179,7 @@ class _Warm:
         return int(code) if code.strip() else 1
 
     def close(self) -> None:
-        """Let it end. Running commands continue."""
+        """End the process. Running commands continue."""
         is_ours = os.getpid() == self._owner[0]
         with self._socket, suppress(OSError):  # it is gone
             if is_ours:

@@ -85,7 +85,7 @@ class MountFailure(CowfsError):
 
 
 class LayerError(MountFailure):
-    """A lower layer is missing, damaged, foreign or not readable."""
+    """A lower layer is missing, damaged, foreign or unreadable."""
 
 
 class StoreError(MountFailure):

@@ -1,4 +1,4 @@
-"""Faults that are asked for: by ``-o fault=``, and by programs while it is mounted."""
+"""Injected faults, requested with ``-o fault=``, or by programs while it is mounted."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _HINT = "PATTERN:OPERATION:EFFECT[:AFTER=N][:TIMES=N], as in *.conf:write:ENOSPC
 
 @dataclass(slots=True)
 class Fault:
-    """One that is asked for."""
+    """A requested fault."""
 
     path: re.Pattern[bytes]
     operation: str
@@ -77,12 +77,12 @@ def parse_all(texts: Sequence[str]) -> list[Fault]:
 
 
 def may_crash(texts: Sequence[str]) -> bool:
-    """Whether a crash is asked for, or may be while it is mounted."""
+    """Whether a crash is requested, or may be requested while it is mounted."""
     return NONE in texts or any(fault.crashes for fault in parse_all(texts))
 
 
 class Faults:
-    """Those of a mount."""
+    """The faults of a mount."""
 
     def __init__(self, texts: Sequence[str], store: Store) -> None:
         self._store = store
@@ -90,7 +90,7 @@ class Faults:
         self._faults = parse_all(texts)
 
     def replace(self, texts: Sequence[str]) -> None:
-        """Have these from now on, and no others. UsageError."""
+        """Replace all faults by these. UsageError."""
         faults = parse_all(texts)
         if any(fault.crashes for fault in faults):
             self._must_know_crashes()
@@ -115,12 +115,12 @@ class Faults:
         return 0, delay
 
     def synced(self) -> None:
-        """Let a crash from now on leave what there is now."""
+        """Keep the current state of the store in a later crash."""
         if self._may_crash:
             rehearse(self._store)
 
     def crash(self) -> None:
-        """End as at a power cut: what was not synced is lost. Does not return. UsageError if it cannot be."""
+        """Exit as in a power cut: unsynced changes are lost. Does not return. UsageError if not possible."""
         self._must_know_crashes()
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -132,7 +132,7 @@ class Faults:
 
 
 def install(texts: Sequence[str], store: Store, adapter: Adapter) -> Faults | None:
-    """Let requests fail as is asked for; None if nothing is."""
+    """Inject the requested faults into requests; None if none are requested."""
     if not texts:
         return None
     faults = Faults(texts, store)

@@ -1,4 +1,4 @@
-"""The changes of a union that is mounted, told step by step while its requests are served."""
+"""List the changes of a mounted union step by step, while its requests are served."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _SLICE = 0.02
 def steps(
     overlay: Overlay, between: Range, *, directory_times: bool = False
 ) -> Iterator[Change | MayHang | None]:
-    """Yield every change that lies *between*, and what :data:`cowfs.fuse.control.Replies` may hold besides.
+    """Yield every change *between* two trees, and other items of :data:`cowfs.fuse.control.Replies`.
 
-    Where a lower may wait for others a thread does the work, and has the other layers asked in the main
-    thread, to which they belong.
+    If a lower may wait for other machines or programs, a thread does the work. It calls the other layers in
+    the main thread, to which they belong.
     """
     if between.is_empty:
         return

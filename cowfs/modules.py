@@ -112,7 +112,8 @@ def _remove(
 
 
 def _must_be_apart(fd: int, path: str) -> None:
-    """LayerError unless it is a file outside the mount itself: we would wait for ourselves to read it."""
+    """LayerError unless it is a file outside FUSE: a read from this mount would wait for the daemon
+    itself."""
     if fd < 0 or not stat.S_ISREG(os.fstat(fd).st_mode):
         raise LayerError(f"{path}: is not a squashfs image in a file", "mksquashfs creates one")
     if fs_magic(fd) == filesystems.FUSE:
@@ -120,7 +121,7 @@ def _must_be_apart(fd: int, path: str) -> None:
 
 
 def _must_only_add(layer: ModuleLayer, path: str) -> None:
-    """LayerError if an image says that something below it is hidden, or elsewhere. Blocks; for a thread."""
+    """LayerError if an image hides or redirects something below it. Blocks: call it in a thread."""
     waiting = [(layer.root, b"")]
     while waiting:
         directory, above = waiting.pop()

@@ -12,11 +12,11 @@ from cowfs.union import UnionOptions
 
 
 def check_mountpoint(mountpoint: str) -> str:
-    """Return the mountpoint's real path; MountFailure when it cannot be one."""
+    """Return the mountpoint's real path; MountFailure if it cannot be a mountpoint."""
     if mountpoint.startswith("/dev/fd/"):
-        return mountpoint  # mounted by somebody else, who hands us the connection
+        return mountpoint  # another program mounts, and passes the connection
     try:
-        os.statvfs(mountpoint)  # asks its daemon, which stat(2) need not
+        os.statvfs(mountpoint)  # asks its daemon; stat(2) may not
     except OSError as error:
         if error.errno == errno.ENOTCONN:
             raise MountFailure(

@@ -1,4 +1,4 @@
-"""What the control socket of a mounted union answers."""
+"""The commands that the control socket of a mounted union answers."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ def commands(
 ) -> Mapping[str, Any]:
     """Return what the control socket of this union answers.
 
-    *more* adds to ``info``; *stop_waiting_soon* is called when the mount is about to be detached, and
-    *ask_again*, in a thread, with what the kernel has cached and is no longer true.
-    *observer* knows who changes what, *faults* which requests are to fail.
+    *more* adds to ``info``. *stop_waiting_soon* is called when the mount is about to be detached, and
+    *ask_again*, in a thread, with the kernel's outdated cache entries. *observer* knows which process
+    changes what; *faults* are the injected faults.
     """
 
     def info(_: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -160,10 +160,10 @@ def _of_the_whole_store(union: Union) -> Mapping[str, Any]:
 
 
 def _of_the_end(union: Union, stop_waiting_soon: Callable[[], None]) -> Mapping[str, Any]:
-    """Return the commands that have changes on disk: while others read the store, and before an unmount."""
+    """Return the commands that write changes to disk: before others read the store, and before an unmount."""
 
     def hold(request: dict[str, Any]) -> Replies:
-        """Make everybody wait while the client, at the other end of a socket, reads the store."""
+        """Make all requests wait while the client, at the other end of a socket, reads the store."""
         from cowfs.changes.checkpoint import stand_still
 
         lent = yield from stand_still(union.store, union.overlay)
@@ -199,7 +199,7 @@ def _of_the_end(union: Union, stop_waiting_soon: Callable[[], None]) -> Mapping[
 
 
 def _watch(union: Union, directory: int, name: str) -> None:
-    """From now on watch what is done to a store that was put there."""
+    """From now on, watch the file of a store that was moved to *name* in *directory*."""
     with suppress(OSError):
         fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
         try:
@@ -213,7 +213,7 @@ _LONGEST_SILENCE = 60_000
 
 
 def _wait_for(fd: int) -> None:
-    """Say that all wait, and return when the other end of a socket is closed, or silent for long."""
+    """Report that all requests wait; return when the client closes the socket, or is silent for long."""
     with suppress(OSError):
         os.write(fd, b"h")
         poll = select.poll()
@@ -223,7 +223,7 @@ def _wait_for(fd: int) -> None:
 
 
 def _of_the_store(union: Union) -> Mapping[str, Any]:
-    """Return the commands that say what is in the store, and why."""
+    """Return the commands that tell what is in the store, and why."""
 
     def du(_: dict[str, Any]) -> Replies:
         from cowfs.changes.du import usage
@@ -256,7 +256,7 @@ def _of_the_store(union: Union) -> Mapping[str, Any]:
         yield {**answer, "volatile": volatile_above(union.options.volatile or (), path)}
 
     def version(request: dict[str, Any]) -> Replies:
-        """What a checkpoint has at a path: its attributes, then its content in pieces."""
+        """Yield a checkpoint's attributes at a path, then its content in pieces."""
         must_not_wait(union.overlay.base)
         found = at(request).version(base64.b64decode(request["path"]))
         if found is None:
@@ -285,7 +285,7 @@ def _of_the_store(union: Union) -> Mapping[str, Any]:
 
 
 def _of_changes(union: Union, observer: Observer) -> Mapping[str, Any]:
-    """Return the commands about changes: as they happen, and who made them."""
+    """Return the commands that report changes as they happen, and who made them."""
 
     def watch(_: dict[str, Any]) -> Watcher:
         return observer.feed.watch()
@@ -313,7 +313,7 @@ def _try_to_save(store: Store) -> None:
 
 
 def _told(steps: Generator[Callable[[], None] | str, None, R]) -> Generator[Any, None, R]:
-    """Make replies of what the steps of a long command say."""
+    """Turn the progress of a long command's steps into replies."""
     try:
         while True:
             step = next(steps)

@@ -1,5 +1,7 @@
-"""Take changes back, and make checkpoints to come back to: for the control socket of a mounted union, and for
-a store that is not mounted."""
+"""Revert changes, and make and restore checkpoints.
+
+The control socket of a mounted union uses it, and so do commands on a store that is not mounted.
+"""
 
 from __future__ import annotations
 
@@ -26,14 +28,14 @@ def request(
 
 
 def _at_once() -> None:
-    """Before a thread does something, those who wait are told what there is to be told."""
+    """Do nothing: a step that makes the caller send pending replies before a thread works."""
 
 
 Told = Generator[dict[str, Any] | Callable[[], None] | None, None, None]
 
 
 def told(union: Union, asked: dict[str, Any], ask_again: Callable[[Stale], None]) -> Told:
-    """Do it, and tell what was done: as :data:`cowfs.fuse.control.Replies`, without waiting for lowers."""
+    """Do what is *asked*; yield :data:`cowfs.fuse.control.Replies`. Does not wait for lowers."""
     fs, what = union.overlay, asked.get("what")
     if union.store.read_only and not (what == "vacuum" and asked.get("dry_run")):
         raise UsageError(f"{union.store.path}: is read-only", "mount it without ro")
@@ -105,12 +107,12 @@ def _failed(union: Union, error: OSError) -> StoreError:
 
 
 def offline(union: Union, asked: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Do it with a union that is not mounted. Blocks."""
+    """Do what is *asked* with a union that is not mounted. Blocks."""
     yield from done(told(union, asked, lambda _: None))
 
 
 def done(steps: Told) -> Iterator[dict[str, Any]]:
-    """Do all steps; yield what they say. Blocks."""
+    """Do all steps; yield their replies. Blocks."""
     for step in steps:
         if isinstance(step, dict):
             yield step

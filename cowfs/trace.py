@@ -1,7 +1,7 @@
 """Log what a mounted union does: for ``--debug``.
 
-What is to be traced gets a class of its own, derived from its class, whose methods log and call the original.
-So nothing is tested, and nothing costs, where tracing is off.
+A traced object gets a class derived from its own, whose methods log and call the original. If tracing is off,
+there is no check and no cost.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _CHANGES = (
 
 
 def trace(topics: Iterable[str], union: Union, daemon: Daemon) -> None:
-    """Begin to log what *topics* name, of a union that *daemon* is about to serve."""
+    """Start to log *topics* of a union that *daemon* is about to serve."""
     for topic in topics:
         logging.getLogger(f"{_LOGGER}.{topic}").setLevel(logging.DEBUG)
     if "requests" in topics:
@@ -51,7 +51,7 @@ def trace(topics: Iterable[str], union: Union, daemon: Daemon) -> None:
 
 
 def _derive(thing: Any, names: Iterable[str], wrap: Callable[[str, Any], Any]) -> None:
-    """Let the methods *names* of *thing*, and of nothing else of its class, be what *wrap* makes of them."""
+    """Wrap the methods *names* of *thing* with *wrap*. Other objects of its class stay as they are."""
     kind = type(thing)
     methods = {name: wrap(name, getattr(kind, name)) for name in names if hasattr(kind, name)}
     thing.__class__ = type(kind.__name__, (kind,), {"__slots__": (), **methods})

@@ -43,7 +43,7 @@ class Attr(Protocol):
 
 @dataclass(slots=True)
 class AttrData:
-    """An :class:`Attr` of our own making."""
+    """An :class:`Attr` that cowfs makes itself."""
 
     st_mode: int
     st_ino: int
@@ -82,7 +82,7 @@ def own_attr(attr: Attr) -> AttrData:
 
 
 class DirEntry(NamedTuple):
-    """One name in a directory of one layer, as readdir(3) tells it."""
+    """A name in a directory of a layer, as readdir(3) returns it."""
 
     name: bytes
     type: int
@@ -90,7 +90,7 @@ class DirEntry(NamedTuple):
 
 
 class FileHandle(NamedTuple):
-    """A file handle as name_to_handle_at(2) gives it: what the kernel can find an inode by."""
+    """A file handle as name_to_handle_at(2) returns it: the kernel can find an inode by it."""
 
     type: int
     data: bytes
@@ -116,7 +116,7 @@ class FsStats:
 
 
 class Atime(NamedTuple):
-    """When reading something of the store changes its atime, as mount(8) has it; by default never."""
+    """When reads of the store change the atime, as in mount(8); by default never."""
 
     files: bool = False
     """Where that is older than the last change, or a day old (relatime)."""
@@ -134,7 +134,7 @@ WHITEOUTS = "whiteouts-"
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What a lower layer is recognised by at the next mount."""
+    """What identifies a lower layer at the next mount."""
 
     kind: str
     """``squashfs`` or ``directory``."""
@@ -149,12 +149,12 @@ class Identity:
 
     @property
     def data_only(self) -> bool:
-        """Whether it gives files their data, and shows nothing of its own. That is part of the identity."""
+        """Whether the layer only provides data of files, and shows no names. It is part of the identity."""
         return self.fingerprint.startswith(DATA_ONLY)
 
     @property
     def whiteouts(self) -> str:
-        """How its whiteouts are written (cowfs.overlay.named_whiteouts): part of the identity."""
+        """The format of its whiteouts (cowfs.overlay.named_whiteouts). It is part of the identity."""
         if not self.fingerprint.startswith(WHITEOUTS):
             return "overlayfs"
         return self.fingerprint[len(WHITEOUTS) :].partition(":")[0]

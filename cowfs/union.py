@@ -116,8 +116,8 @@ class Union:
     def close(self, *, heeds_signals: bool = False) -> None:
         """Write everything back and release the store and the layers. Blocks.
 
-        If the disk has no room, wait a minute for it, unless the user has said that the changes may be lost.
-        If it *heeds_signals* (which are blocked), another signal ends the wait.
+        If the disk is full, wait a minute for space, unless the user has said that the changes may be lost.
+        With *heeds_signals* (they are blocked), another signal ends the wait.
         """
         try:
             if self.store.is_aufs and not self.store.read_only:
@@ -316,7 +316,7 @@ def _take_up_work(overlay: Overlay, store: Store) -> None:
         overlay.stand_in = directory.stand_in
     if store.links is not None:
         overlay.index_what_takes_no_notes(store.links)
-    # What is in memory alone need not be there twice.
+    # Copying the rest of partial files to a store in memory would only use memory.
     overlay.host.wants_rest = lambda: store.memory is None
     incomplete.resume(overlay)
 
