@@ -50,6 +50,13 @@ if missing:
     packages = " ".join(package for _, package in missing)
     sys.exit(f"cowfs cannot be compiled without {names} (Debian: apt-get install {packages})")
 
+# An interpreter that was linked with an rpath hands it on to what it links: a directory of the machine
+# that built it, where libraries would be looked for first wherever ours is installed.
+settings = sysconfig.get_config_vars()
+for name in ("LDSHARED", "LDCXXSHARED"):
+    words = shlex.split(str(settings.get(name) or ""))
+    settings[name] = shlex.join(word for word in words if not word.startswith("-Wl,-rpath"))
+
 setup(
     ext_modules=[
         Extension(

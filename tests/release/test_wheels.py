@@ -29,6 +29,8 @@ def test_a_wheel_mounts(version: str, tmp_path: Path) -> None:
     assert f"-cp{version.replace('.', '')}-" in wheel
     run(python, "-m", "venv", tmp_path / "venv", timeout=100)
     run(tmp_path / "venv/bin/python", "-m", "pip", "install", "--quiet", wheel, timeout=400)
+    for library in (tmp_path / "venv").rglob("cowfs/**/*.so"):
+        assert "PATH" not in run("readelf", "-d", library).stdout, f"{library} looks for libraries elsewhere"
     for name in ("lower", "mnt"):
         (tmp_path / name).mkdir()
     cowfs = tmp_path / "venv/bin/cowfs"
