@@ -1,11 +1,11 @@
-"""``cowfs/blame`` in a store: which processes made changes. docs/store-format.md has the bytes.
+"""``cowfs/blame`` in a store: which processes made changes. docs/store-format.md describes the bytes.
 
-Batches of records are in frames, and the frames in a ring: a new one takes the place of the oldest. The batch
-that is not full yet is a *draft*, which is written anew whenever it has grown, to two places in turn, so that
-a crash in the middle of that loses no more than what was new.
+Batches of records are in frames, and the frames are in a ring: a new one replaces the oldest. The batch that
+is not full yet is a *draft*. It is rewritten whenever it has grown, to two places in turn, so that a crash
+during the write only loses new records.
 
-Whoever makes a change decides what is in a record. So that nothing in there can be taken for a frame when a
-part of it is left, frames have a digest with a key that is in the file, which only the store's owner can
+The process that makes a change decides what is in a record. So that remains of a record can never be taken
+for a frame, each frame has a digest with a key. The key is in the file, which only the store's owner can
 read.
 """
 
@@ -67,7 +67,7 @@ class _Frame(NamedTuple):
 
     @property
     def room(self) -> int:
-        """Bytes that it takes: whole blocks."""
+        """The bytes that the frame takes: whole blocks."""
         return -(-(_FRAME.size + _DIGEST + self.size) // _BLOCK) * _BLOCK
 
 
@@ -106,7 +106,7 @@ class Records:
     # --- reading
 
     def contents(self) -> Iterator[bytes]:
-        """Yield the content of all frames, the newest first. What is replaced meanwhile is left out."""
+        """Yield the content of all frames, the newest first. Skip frames that are replaced meanwhile."""
         for frame in [*([self._draft] if self._draft else []), *reversed(self._frames)]:
             content = self._content(frame)
             if content is not None:
@@ -114,7 +114,7 @@ class Records:
 
     @property
     def gaps(self) -> int:
-        """How many frames are damaged: those that are missing between the oldest and the newest."""
+        """Return how many frames are damaged: those missing between the oldest and the newest."""
         known = self._frames
         return known[-1].sequence - known[0].sequence + 1 - len(known) if known else 0
 
@@ -134,7 +134,7 @@ class Records:
         return frame if self._content(frame) is not None else None
 
     def _content(self, frame: _Frame) -> bytes | None:
-        """Return the content of a frame if it is there, whole."""
+        """Return the content of a frame; None if it is missing or incomplete."""
         data = self._file.pread(_FRAME.size + _DIGEST + frame.size, frame.offset)
         head, digest, content = (
             data[: _FRAME.size],
@@ -152,9 +152,9 @@ class Records:
     # --- writing
 
     def keep_draft(self, content: bytes) -> bool:
-        """Write down a batch that is not full yet, in the place of what was written of it before. OSError.
+        """Write a batch that is not full yet, replacing its former draft. OSError.
 
-        False if it is too large.
+        Return False if it is too large.
         """
         before = self._draft
         sequence, revision = self._next(), before.revision + 1 if before else 0
@@ -166,7 +166,7 @@ class Records:
         return True
 
     def end_draft(self, content: bytes | None = None) -> None:
-        """Put a batch into the ring; that which was written last without *content*. OSError."""
+        """Put a batch into the ring; without *content*, the last draft. OSError."""
         draft = self._draft
         if content is None:
             content = self._content(draft) if draft is not None else None
@@ -205,9 +205,9 @@ def _overlap(one: _Frame, other: _Frame) -> bool:
 
 
 def batches(contents: Iterable[bytes], name: str) -> Iterator[dict[str, Any]]:
-    """Yield the batches that frames contain. StoreError for one that is invalid, or for more than a file has.
+    """Yield the batches in frames. StoreError if one is invalid, or if there are more than a file can have.
 
-    What they take in memory and time has bounds, whoever made the frames.
+    Memory and time are limited, whoever made the frames.
     """
     size = 0
     for number, content in enumerate(contents):
@@ -227,17 +227,17 @@ def batches(contents: Iterable[bytes], name: str) -> Iterator[dict[str, Any]]:
 
 
 def pack(batch: dict[str, Any]) -> bytes:
-    """Return the content of a frame. Names that are not UTF-8 are strings as os.fsdecode() makes them."""
+    """Return the frame content for a batch. Names that are not UTF-8 are strings from os.fsdecode()."""
     return zlib.compress(json.dumps(batch, separators=(",", ":")).encode(), 1)
 
 
 def damaged(name: str) -> StoreError:
-    """Return the failure of a store whose records are damaged."""
+    """Return the error for a store whose records are damaged."""
     return StoreError(f"{name}: the record of changes is damaged", HINT)
 
 
 def read(layer: UpperLayer) -> Records:
-    """Open the records of a store to read them. StoreError: there are none, or they are damaged."""
+    """Open the records of a store for reading. StoreError if there are none, or they are damaged."""
     key = layout.find(layer, layout.PRIVATE, layout.BLAME)
     if key is None:
         raise no_records(layer.name)
@@ -253,7 +253,7 @@ def read(layer: UpperLayer) -> Records:
 
 
 def no_records(name: str) -> StoreError:
-    """Return the failure of a store without records."""
+    """Return the error for a store without records."""
     return StoreError(f"{name}: there is no record of who changed what", "mount with -o blame to record it")
 
 
@@ -271,7 +271,7 @@ def open_or_make(layer: UpperLayer, size: int) -> tuple[Records, str]:
             if not stat.S_ISREG(found[1].st_mode):
                 raise damaged(layer.name)
             opened = _opened(layer.open(found[0], os.O_RDWR), layer.name)
-            opened.end_draft()  # nobody knows it well enough to go on with it
+            opened.end_draft()  # the state of an old draft is not known
             return opened, ""
         except StoreError as error:
             if "version" in error.message:
@@ -296,7 +296,7 @@ def _make(layer: UpperLayer, private: Key, size: int) -> Records:
     key, file = layer.create(private, _NEW, 0o600, *layout.owner(layer))
     try:
         ring = whole - _BLOCK - 2 * _DRAFT
-        for offset in range(_BLOCK, whole, _DRAFT):  # all of the room is taken now: later there may be none
+        for offset in range(_BLOCK, whole, _DRAFT):  # allocate all space now: later there may be none
             file.pwrite(bytes(min(_DRAFT, whole - offset)), offset)
         head = _HEADER.pack(_MAGIC, VERSION, 0, ring, os.urandom(16))
         file.pwrite(head + bytes(_BLOCK - len(head)), 0)

@@ -1,4 +1,4 @@
-"""Say what a file is that was to be a store, so that an error message can name it."""
+"""Find out what a file is that cannot be used as a store, so that an error message can name it."""
 
 from __future__ import annotations
 
@@ -34,8 +34,10 @@ _MAGICS: tuple[tuple[int, bytes, str], ...] = (
 
 
 def may_be_store(path: str) -> bool:
-    """Whether something looks like a store at first sight: an ext filesystem, or a directory with upper/ and
-    work/, or that aufs has written to."""
+    """Whether something looks like a store at first sight.
+
+    It is an ext filesystem, a directory with upper/ and work/, or one that aufs wrote to.
+    """
     if os.path.isdir(path):
         if any(os.path.lexists(os.path.join(path, os.fsdecode(name))) for name in BRANCH_NAMES):
             return True
@@ -59,7 +61,7 @@ _TAKEN = {"upper", "work", "cowfs", "lost+found"}
 
 
 def subdir(store: str, name: str) -> str:
-    """Return the store *name* inside another: STORE/NAME, also if STORE is an image; memory stays what it is.
+    """Return the path of the store *name* in another: STORE/NAME, even if STORE is an image; or ``memory``.
 
     UsageError for an invalid name.
     """
@@ -72,18 +74,18 @@ def subdir(store: str, name: str) -> str:
 
 
 def split_subdir(path: str) -> tuple[str, str]:
-    """Return image and name if *path* is a store in an image, IMAGE/NAME; else *path* and nothing."""
+    """Return image and name if *path* is a store in an image, IMAGE/NAME; else *path* and ""."""
     image, name = os.path.split(path.rstrip("/"))
     return (image, name) if name and not os.path.lexists(path) and is_image(image) else (path, "")
 
 
 def may_exist(path: str) -> bool:
-    """Whether there is something at *path*, or in the image that it leads into."""
+    """Whether *path* exists, or leads into an image that exists."""
     return os.path.lexists(path) or bool(split_subdir(path)[1])
 
 
 def is_plain_directory(path: str) -> bool:
-    """Whether *path* is a directory with nothing of a store in it: not even of a damaged one."""
+    """Whether *path* is a directory that contains no part of a store, not even of a damaged one."""
     parts = ("upper", "work", "cowfs", *map(os.fsdecode, BRANCH_NAMES))
     if not os.path.isdir(path) or any(os.path.lexists(os.path.join(path, name)) for name in parts):
         return False
@@ -91,7 +93,7 @@ def is_plain_directory(path: str) -> bool:
 
 
 def not_a_store(path: str) -> StoreError:
-    """Return what to raise for a directory that is no store: it may be in a mount, or a mountpoint itself."""
+    """Return the error for a directory that is not a store; it may be in a mount, or a mountpoint."""
     hint = LISTED
     place = os.path.realpath(path)
     mount = mount_of(place)
@@ -108,7 +110,7 @@ def not_a_store(path: str) -> StoreError:
 
 
 def what_is(fd: int) -> str:
-    """Name the content of an open file with its article: ``a text file``. Reads its head only."""
+    """Return the kind of an open file with its article: ``a text file``. Only reads its head."""
     head = os.pread(fd, _HEAD, 0)
     for offset, magic, name in _MAGICS:
         if head.startswith(magic, offset):
@@ -117,5 +119,5 @@ def what_is(fd: int) -> str:
 
 
 def looks_like_image(spec: str) -> bool:
-    """Say whether somebody who wrote this name of nothing meant a file: ``sysrcd.bs``, ``store.img``."""
+    """Whether the name of a missing store looks like a file: ``sysrcd.bs``, ``store.img``."""
     return bool(os.path.splitext(os.path.basename(spec))[1])

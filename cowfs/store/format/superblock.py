@@ -33,7 +33,7 @@ _VALID, _ERRORS = 1, 2
 
 @dataclass(frozen=True, slots=True)
 class Superblock:
-    """What of an ext3 superblock a store is judged by. Sizes are bytes."""
+    """The fields of an ext3 superblock that matter for a store. Sizes are in bytes."""
 
     block_size: int
     blocks: int
@@ -61,7 +61,7 @@ class Superblock:
 
 
 def read_superblock(fd: int, path: str, *, smallest: int = SMALLEST) -> Superblock:
-    """Read and judge the superblock of the image open as *fd*.
+    """Read and check the superblock of the image open as *fd*.
 
     Raises StoreError, naming what the file is, unless it is a whole ext3 filesystem of *smallest*
     bytes or more.
@@ -105,14 +105,14 @@ def read_superblock(fd: int, path: str, *, smallest: int = SMALLEST) -> Superblo
 
 
 def _way_out(fd: int) -> str:
-    """Say what can be done with a file that is no store."""
+    """Return a hint about a file that is not a store."""
     if os.pread(fd, len(LUKS), 0) != LUKS:
         return "cowfs create creates a store"
     return "cryptsetup open FILE NAME opens it, and /dev/mapper/NAME can be a store"
 
 
 def needs_recovery(fd: int) -> bool:
-    """Whether the journal holds what is not yet in place, or the superblock says so."""
+    """Whether the journal has unreplayed transactions, or the superblock says so."""
     data = os.pread(fd, features.SUPERBLOCK_SIZE, features.SUPERBLOCK)
     found = features.read(data)
     return bool((found and found.incompatible & features.NEEDS_RECOVERY) or _journal(fd, data)[0])
