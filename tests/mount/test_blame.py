@@ -302,7 +302,7 @@ def test_a_full_store_is_mounted_and_says_that_nothing_is_recorded(nobody_path: 
         while True:
             file.write(bytes(1 << 16))
     with recording("image", nobody_path, quiet=False) as mount:
-        assert "is not recorded" in mount.said and "No space left" in mount.said
+        assert "changes are not recorded" in mount.said and "No space left" in mount.said
         (mount.path / "huge").unlink()
         done = cowfs("blame", mount.path, "huge")
         assert done.returncode == 32 and "mount with -o blame" in done.stderr
