@@ -1,9 +1,10 @@
 """A process with all of cowfs loaded that forks for each command: a test need not wait for Python to start.
 
 ``python -m tests.support.forker FD``. Each command is a message on the socket *FD*: arguments, environment,
-working directory and umask in JSON, with three descriptors: for the command's output, for its errors, and a
-socket that its process ID and its exit code (negative: the signal that ended it) are sent to, each on a line.
-The process first sends a word. It ends when nobody has the other end of FD. See :mod:`tests.support.warm`.
+working directory, umask and limits in JSON, with three descriptors: for the command's output, for its errors,
+and a socket that its process ID and its exit code (negative: the signal that ended it) are sent to, each on a
+line. The process first sends a word. It ends when nobody has the other end of FD.
+See :mod:`tests.support.warm`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import importlib
 import json
 import os
 import pkgutil
+import resource
 import signal
 import socket
 import sys
@@ -74,6 +76,8 @@ def _be(asked: dict[str, Any], output: int, errors: int) -> NoReturn:
         os.environ.clear()
         os.environ.update(asked["environment"])
         os.umask(asked["umask"])
+        for number, (soft, hard) in asked["limits"].items():
+            resource.setrlimit(int(number), (soft, hard))
         os.chdir(asked["directory"])
         os.dup2(output, 1)
         os.dup2(errors, 2)

@@ -1,8 +1,8 @@
 """Run commands of cowfs without waiting for Python to start, which would be most of a short test's time.
 
 A process for root and one for nobody have all modules loaded and fork for each command. A command starts by
-itself if COWFS_TESTS_COLD is in the environment, or if its caller has other mounts, limits or processors than
-these processes.
+itself if COWFS_TESTS_COLD is in the environment, or if its caller has other mounts or processors than these
+processes.
 """
 
 from __future__ import annotations
@@ -70,9 +70,8 @@ def run(
 
 def _surroundings() -> tuple[object, ...]:
     """What a command inherits that is not told to the process that forks."""
-    limits = [resource.getrlimit(number) for number in _LIMITS]
     spaces = [os.readlink(f"/proc/self/ns/{kind}") for kind in ("mnt", "user", "pid", "net")]
-    return os.getpid(), os.geteuid(), os.getegid(), os.sched_getaffinity(0), limits, spaces
+    return os.getpid(), os.geteuid(), os.getegid(), os.sched_getaffinity(0), spaces
 
 
 class _Forker:
@@ -103,6 +102,7 @@ class _Forker:
             "environment": dict(environment),
             "directory": directory,
             "umask": mask,
+            "limits": {number: resource.getrlimit(number) for number in _LIMITS},
         }
         answer, answers = socket.socketpair()
         output, its_output = os.pipe()
