@@ -1,4 +1,4 @@
-"""Why a path shows what it shows: what each layer has, which rules decide, what the store holds of it."""
+"""Explain what a path shows: what each layer has, which rules decide, and what the store has of it."""
 
 from __future__ import annotations
 

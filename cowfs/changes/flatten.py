@@ -43,7 +43,7 @@ def flatten(fs: OverlayFs, tick: Callable[[bytes], None]) -> int:
         name = next(level.names, None)
         if name is None:
             levels.pop()
-            done += _settle(fs, level.node)
+            done += _separate(fs, level.node)
             fs.forget(level.node, 1)
             continue
         found = lookup(fs, level.node, name)
@@ -77,7 +77,7 @@ def _enter(fs: OverlayFs, node: Node, *, is_whole: bool) -> _Level:
     return _Level(node, is_whole, iter(shown))
 
 
-def _settle(fs: OverlayFs, node: Node) -> int:
+def _separate(fs: OverlayFs, node: Node) -> int:
     """Separate a renamed directory from the lowers, after the upper has got its whole content."""
     if node.redirect is None or node.upper is None:
         return 0

@@ -26,7 +26,7 @@ _PIECE = 1 << 20
 
 
 class Merged:
-    """Looks at paths (from the root, without a leading slash) in merged layers. Blocks as the layers do."""
+    """Looks up paths (from the root, without a leading slash) in merged layers. Blocks as the layers do."""
 
     def __init__(self, stack: Stack, index: Index | None = None) -> None:
         self._view = LowerView(stack)
@@ -37,7 +37,7 @@ class Merged:
 
     @property
     def layers(self) -> Sequence[LowerLayer]:
-        """Those that are merged, topmost first."""
+        """The merged layers, topmost first."""
         return self._stack.layers
 
     def version(self, path: bytes) -> Version | None:
@@ -46,7 +46,7 @@ class Merged:
         return None if inode is None else Version(inode.attr, functools.partial(_read, inode))
 
     def node(self, path: bytes) -> Node | None:
-        """Return what is at *path*, with all that is known of it; None if nothing is."""
+        """Return the node at *path*, with everything known about it; None if there is none."""
         inode = self._inode(path)
         if inode is None:
             return None
@@ -80,7 +80,7 @@ class Merged:
             self._view.forget(found)
 
     def others(self, wanted: Iterable[tuple[int, int, int]]) -> Iterator[bytes]:
-        """Return all paths of these inodes (:attr:`Node.identity`), as far as they are in the store."""
+        """Yield all paths of those of these inodes (:attr:`Node.identity`) that are in the store."""
         layers: dict[int, set[tuple[int, int]]] = {}
         for number, dev, ino in wanted:
             if self._is_of_store(number):
@@ -130,9 +130,7 @@ class Merged:
     # --- looking up
 
     def _directory(self, path: bytes) -> Lower | None:
-        """Return the directory at *path*, which stays known until others are asked for; None if it is not
-        one.
-        """
+        """Return the directory at *path*; None if it is not one. Its key stays valid until later calls."""
         while self._way and self._way[-1][0] and not _is_above(self._way[-1][0], path):
             self._view.forget(self._way.pop()[1])
         if not self._way:
@@ -179,16 +177,17 @@ class Merged:
         return inode
 
     def _indexed(self, number: int, inode: Inode) -> tuple[Key, Attr] | None:
-        """Return what a lower inode was copied up to under another name; None if it was not."""
+        """Return the upper inode of a lower inode that was copied up under another name; None if it was
+        not."""
         if self._index is None or not number or inode.attr.st_nlink < 2:
             return None
         hit = self._index.find(inode.layer.handle(inode.key))
         if hit is None or stat.S_IFMT(hit[1].st_mode) != stat.S_IFMT(inode.attr.st_mode):
-            return None  # a whiteout: of all of its names none is left in the upper
+            return None  # a whiteout: none of its names is left in the upper
         return None if is_whiteout_device(hit[1]) else hit
 
     def _give_data(self, inode: Inode, data: tuple[LowerLayer, Key]) -> None:
-        """Give a metacopy its data from below: all of it, or what it does not have itself."""
+        """Give a metacopy its data from below: all of it, or the part that it lacks."""
         xattrs = self._stack.format
         notes = notes_of(inode.layer, inode.key, xattrs) or {}
         if xattrs.is_metacopy(notes, inode.attr):

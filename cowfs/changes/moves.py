@@ -1,4 +1,4 @@
-"""Where what was at a path is now, after thousands of renames."""
+"""Find where a file is now, and where it was, after thousands of renames."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 
 class Moves:
-    """Renames in the order in which they were made; each moves also what is below it.
+    """Renames in the order in which they were made. Each also moves everything below it.
 
-    To follow a path takes as long as it is deep and was moved often, however many renames there are.
+    Following a path takes time in proportion to its depth and to how often it was moved, not to all renames.
     """
 
     def __init__(self) -> None:
@@ -28,7 +28,7 @@ class Moves:
         self._all.append((here, there))
 
     def now(self, path: bytes, since: int = 0) -> bytes:
-        """Return where something is that was at *path* when so many moves had been made."""
+        """Return the current path of what was at *path* after the first *since* moves."""
         while True:
             numbers = (
                 known[at]
@@ -42,8 +42,10 @@ class Moves:
             path, since = there + path[len(here) :], number + 1
 
     def before(self, path: bytes) -> Iterator[tuple[bytes, int, int]]:
-        """Yield where that was which is at *path* now: a path, and from after how many moves until after how
-        many; the last first."""
+        """Yield the former paths of what is at *path* now, the last one first.
+
+        Each comes with the numbers of moves after which it began and ended.
+        """
         until = len(self._all)
         while True:
             numbers = (

@@ -1,4 +1,4 @@
-"""About how many names a layer has, for those who say how long something will take."""
+"""Estimate how many names a layer has, to predict how long something will take."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def not_asked(_: Callable[[], int]) -> None:
 
 
 def count_names(layer: LowerLayer, root: Key) -> int:
-    """Return about how many names there are below *root*: an image says it, a directory is walked. Blocks."""
+    """Return about how many names are below *root*. An image tells it; a directory is walked. Blocks."""
     if not layer.has_descriptors:
         stats = layer.statfs()
         return stats.files - stats.ffree
@@ -34,7 +34,7 @@ def count_names(layer: LowerLayer, root: Key) -> int:
                     else:
                         layer.forget(hit[0])
         except OSError:
-            pass  # whoever needs what is in it says so
+            pass  # a caller that needs its contents reports the error
         if directory is not root:
             layer.forget(directory)
     return count

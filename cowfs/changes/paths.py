@@ -1,4 +1,4 @@
-"""Paths in a tree, and the words for what stands at them."""
+"""Paths in a tree, and the words for file types."""
 
 from __future__ import annotations
 
