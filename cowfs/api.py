@@ -245,7 +245,7 @@ def apply(
         raise UsageError(f"{root}: is the store whose changes are meant", "give another directory or store")
     with ExitStack() as stack:
         changes = stack.enter_context(open_changes(what, lowers, tell))
-        root = _tree_of(root, stack)
+        named, root = root, _tree_of(root, stack)
         if found is not None and _is_on(os.path.join(root, "new"), found.dev):
             raise UsageError(f"{root}: is in the mount whose changes are meant", "give another directory")
         withheld = {} if trust else _withheld(changes, root)
@@ -265,19 +265,22 @@ def apply(
             try:
                 Apply(target, Compared(before), losses, tick).run(items, after, withheld)
             except OSError as error:
-                raise _not_completed(error, root, backup) from None
+                raise _not_completed(error, named, root, backup) from None
     return bad, losses
 
 
-def _not_completed(error: OSError, root: str, backup: str) -> Exception:
-    """Return what to raise where changes could be made in part."""
+def _not_completed(error: OSError, named: str, root: str, backup: str) -> Exception:
+    """Return what to raise where changes could be made in part; *named* is what *root* is the tree of."""
     if error.errno not in LACK_OF_ROOM:
         return error
     path = os.fsdecode(error.filename or b"").lstrip("/")
     without = ", without --backup" if backup else ""
+    where, room = os.path.join(root, path), "free space there"
+    if named != root:  # a store, which was mounted for this alone
+        where, room = f"{named}: /{path}", f"make it larger with cowfs grow {named} SIZE"
     return SystemFailure(
-        f"{os.path.join(root, path)}: {error.strerror}; each path has its old or its new content",
-        f"free space there, and complete it with the same command{without}",
+        f"{where}: {error.strerror}; each path has its old or its new content",
+        f"{room}, and complete it with the same command{without}",
     )
 
 

@@ -50,7 +50,7 @@ def told(union: Union, asked: dict[str, Any], ask_again: Callable[[Stale], None]
             case what:
                 raise UsageError(f"{what!r}: cannot be done")
     except OSError as error:
-        hint = "delete files, or make it larger (cowfs grow)" if error.errno in LACK_OF_ROOM else ""
+        hint = "delete files, or make it larger with cowfs grow" if error.errno in LACK_OF_ROOM else ""
         raise StoreError(f"{union.store.path}: {error.strerror}", hint) from None
 
 

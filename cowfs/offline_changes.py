@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from cowfs.union import Union
 
 Tell = Callable[[str], None]
+_NAMED = 5
+"""So many stores in a store are named at most."""
 
 
 class Lowers(NamedTuple):
@@ -239,6 +241,15 @@ def identities(
     return identify_lowers(lowers, offsets, data_only, whiteouts)
 
 
+def no_lower(path: str, stores: Sequence[str], hint: str) -> UsageError:
+    """Return what to raise for a store without lowers, which may contain *stores* that have some."""
+    if not stores:
+        return UsageError(f"{path}: does not record which lower it belongs to", hint)
+    named = ", ".join(os.path.join(path, name) for name in stores[:_NAMED])
+    more = f", or one of {len(stores) - _NAMED} more" if len(stores) > _NAMED else ""
+    return UsageError(f"{path}: has no changes of its own, only stores in it", f"name one: {named}{more}")
+
+
 def recorded_lowers(
     path: str, lowers: Sequence[Identity], given: Sequence[int], option: str = "--lower"
 ) -> tuple[list[str], list[int], int]:
@@ -248,13 +259,15 @@ def recorded_lowers(
     UsageError if they are not there any more, or are at a URL that another user may have written there:
     nobody has us call servers of their choice.
     """
+    from cowfs.store.offline.info import store_info
+
     url = next((lower.path for lower in lowers if is_url(lower.path)), None)
     if url is not None:
         why = who_can_change(os.path.abspath(path), (0, os.geteuid()))
         if why is not None:
             raise UsageError(f"{path}: belongs to {url}; {why}", f"give the lower with {option}")
     if not lowers:
-        raise UsageError(f"{path}: does not record which lower it belongs to", f"give it with {option}")
+        raise no_lower(path, store_info(path)["stores"], f"give it with {option}")
     offsets = [*given, *(lower.offset for lower in lowers[len(given) :])]
     if len(given) > len(lowers):
         identities([lower.path for lower in lowers], given)

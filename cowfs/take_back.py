@@ -102,7 +102,7 @@ def checkpoints(
 
 
 def _failed(union: Union, error: OSError) -> StoreError:
-    hint = "delete files, or make it larger (cowfs grow)" if error.errno in LACK_OF_ROOM else ""
+    hint = "delete files, or make it larger with cowfs grow" if error.errno in LACK_OF_ROOM else ""
     return StoreError(f"{union.store.path}: {error.strerror}", hint)
 
 

@@ -155,6 +155,8 @@ class _Revert:
         """What was renamed out of a directory that is gone, by its path when it was found."""
         self._renamed: list[Done] = []
         """What is to be told when the rest can be taken back, too."""
+        self._homes: set[bytes] = set()
+        """Where directories are again that were renamed: each is told once, whatever else of it changes."""
         self.number = 0
         self._bytes = 0
         """Of the log."""
@@ -218,6 +220,7 @@ class _Revert:
         yield lambda: self._forget(stale)
         if change.type == "directory":  # else it is told with what else of it was changed
             self._renamed.append(Done(change.path))
+            self._homes.add(home)
 
     def _missing(self, home: bytes) -> bytes:
         """Return the first directory above *home* that is gone, or is the lower's again; b"" if none is.
@@ -284,7 +287,8 @@ class _Revert:
                 continue
             hide = hides and step.kind == "moved" and line.startswith(_SHOWS)
             done = yield from self._step(step, hidden=hide)
-            yield done
+            if done.why_not or step.kind != "attributes" or step.path not in self._homes:
+                yield done
             if hide and not done.why_not:
                 hidden.add(step.number)
         for line in plan:

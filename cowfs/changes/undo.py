@@ -57,8 +57,11 @@ def _undo_all(
     """Where that was which was set aside, and then removed."""
     moves, count = Moves(), 0
     """Where all will be that is renamed again, and how much of it is."""
+    homes: set[bytes] = set()
+    """Where directories are that will be renamed again: they are told by that."""
     for step in log.renames():
         moves.add(step.path, step.source)
+        homes.add(step.path)
     for step in reversed(log):
         stale: uncover.Stale = []
         why_not = ""
@@ -84,7 +87,7 @@ def _undo_all(
                 yield Done(moves.now(step.source, count))
         elif step.kind == "moved" and step.source:
             removed.add(step.source)
-        elif undone:
+        elif undone and not (step.path in homes and _is_of_a_directory(step)):
             yield Done(step.path)
     batch.note_undone(nothing_to_do)
     return again
@@ -100,6 +103,10 @@ def _is_told(fs: Overlay, step: Step, aside: dict[bytes, bytes], removed: set[by
     place = find(fs, step.source)
     found = fs.lookup(place.parent, place.name)
     return found is not None and found[0].is_dir
+
+
+def _is_of_a_directory(step: Step) -> bool:
+    return step.attributes is not None and stat.S_ISDIR(step.attributes["mode"])
 
 
 def _at_home(path: bytes, aside: dict[bytes, bytes]) -> bytes:

@@ -102,6 +102,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _kernel(what: str, facts: dict[str, Any]) -> int:
     """Print the commands with which the kernel mounts a store; none if it is in use."""
+    from cowfs.offline_changes import no_lower
     from cowfs.store.format.kernel import commands
 
     store = facts.get("store", facts)
@@ -109,7 +110,7 @@ def _kernel(what: str, facts: dict[str, Any]) -> int:
     if store["kind"] == "memory" or prefix is None:
         raise UsageError(f"{what}: {problem or 'not a store that the kernel could mount'}", "name a store")
     if not facts["lowers"]:
-        raise UsageError(f"{what}: does not record which lower it belongs to", "mount it once with cowfs")
+        raise no_lower(what, facts.get("stores", ()), "mount it once with cowfs")
     if store.get("fresh"):
         raise UsageError(f"{what}: a checkpoint was cut short by a crash", "mount it once with cowfs")
     if store is not facts or facts.get("in_use_by"):
@@ -220,6 +221,8 @@ def _store_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
     if facts["volatile"]:
         lines.append(("volatile", f"{', '.join(facts['volatile'])}: what is changed there is not kept"))
     lines += _lower_lines(facts)
+    if facts["stores"]:
+        lines.append(("stores", f"{', '.join(facts['stores'])} (cowfs info {facts['path']}/NAME)"))
     if facts["in_use_by"]:
         lines.append(("in use by", facts["in_use_by"]))
     return lines

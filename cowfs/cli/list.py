@@ -10,7 +10,7 @@ from typing import Any
 
 from cowfs.cli.output import say
 from cowfs.client import Dead, Patience
-from cowfs.errors import CowfsError
+from cowfs.errors import CowfsError, printable
 from cowfs.linux.fuse import FSTYPE
 from cowfs.linux.mount_table import MountInfo, mountinfo
 
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if not found:
         return 0
-    rows = [_HEADINGS, *map(_row, found)]
+    rows = [_HEADINGS, *(tuple(map(printable, _row(each))) for each in found)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADINGS) - 1)]
     for row in rows:
         cells = (f"{cell:<{width}}" for cell, width in zip(row, [*widths, 0], strict=True))

@@ -116,11 +116,21 @@ def _parent(path: str) -> Iterator[tuple[int, str]]:
     except FileExistsError:
         raise UsageError(f"{path}: already exists", _FORCE) from None
     except OSError as error:
-        if error.filename is not None and os.fsencode(error.filename).startswith(b"/"):
-            raise  # what is read, and not what is written
-        raise SystemFailure(f"{path}: cannot be written: {error.strerror or error}") from None
+        if _is_read(error.filename):
+            raise
+        hint = ""
+        if os.fstat(parent).st_nlink == 0:
+            hint = f"its directory was removed meanwhile: mkdir -p {directory or os.getcwd()}, and try again"
+        raise SystemFailure(f"{path}: cannot be written: {error.strerror or error}", hint) from None
     finally:
         os.close(parent)
+
+
+def _is_read(name: str | bytes | int | None) -> bool:
+    """Whether an error with that name is about what is read, not about the new file."""
+    if not isinstance(name, str | bytes):
+        return False
+    return os.fsencode(name).startswith(b"/") and not os.fsencode(name).startswith(b"/proc/self/fd/")
 
 
 def _refuse(path: str, parent: int, name: str, wanted: int, *, force: bool) -> None:

@@ -242,6 +242,18 @@ def test_into_another_store(made: tuple[Path, Snapshot], tmp_path: Path) -> None
             assert refused.returncode == 1 and "is in the mount whose changes are meant" in refused.stderr
     refused = cowfs("apply", other, other)
     assert refused.returncode == 1 and "is the store whose changes are meant" in refused.stderr
+    with (
+        mounted(top / "lower", tmp_path / "mnt", other),
+        pytest.raises(OSError, match="No space left"),
+        (tmp_path / "mnt/fill").open("wb", 0) as file,
+    ):
+        while True:
+            file.write(bytes(4096))
+    refused = cowfs("apply", top / "store.bs", other)
+    assert refused.returncode == 2 and refused.stderr.startswith(f"cowfs: {other}: /"), refused
+    assert f"cowfs grow {other} SIZE, and complete it" in refused.stderr
+    with mounted(top / "lower", tmp_path / "mnt", other):
+        (tmp_path / "mnt/fill").unlink()
     done = cowfs("apply", top / "store.bs", other)
     assert (done.returncode, done.stderr) == (0, "")
     with mounted(top / "lower", tmp_path / "mnt", other):

@@ -55,7 +55,9 @@ def test_check_of_what_cannot_be_repaired(store: Path) -> None:
     done = cowfs("check", store)
     assert done.returncode & 4
     assert "cowfs: " not in done.stdout
-    assert "damaged, so its contents were not checked" in done.stdout
+    assert "not checked (copy the file, then run on the copy: e2fsck -f FILE)\n" in done.stdout
+    assert "fsck MANUALLY" not in done.stdout and "\\t" not in done.stdout
+    assert "(cowfs check without -n repairs what is safe" in cowfs("check", "-n", store).stdout
     assert "ERRORS REMAIN" in done.stdout
 
 

@@ -369,7 +369,7 @@ def test_a_full_store(tmp_path: Path) -> None:
         before = seen(mnt)
         refused = cowfs("checkpoint", mnt, "one")
         assert (refused.returncode, refused.stderr.count("\n")) == (32, 1)
-        assert "No space left on device (delete files, or make it larger" in refused.stderr
+        assert "No space left on device (delete files, or make it larger with cowfs grow)\n" in refused.stderr
         assert (seen(mnt), names(mnt)) == (before, [])
         (mnt / "fill").unlink()
         run(*COWFS, "checkpoint", mnt, "one")

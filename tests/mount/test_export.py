@@ -19,6 +19,8 @@ from shutil import which
 
 import pytest
 
+from cowfs.errors import SystemFailure
+from cowfs.exports.target import new_file
 from tests.support.mounts import COWFS, cowfs, eventually, mounted, project_root
 from tests.support.system import as_nobody_prefix, needs_fuse, needs_root, run
 from tests.support.tree import Snapshot, differences, snapshot
@@ -506,3 +508,14 @@ def _is_writing(pid: int, target: Path) -> bool:
         except FileNotFoundError:
             continue
     return False
+
+
+def test_a_directory_that_is_removed_meanwhile_is_named(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    file = tmp_path / "out/file"
+    with pytest.raises(SystemFailure) as caught, new_file(str(file), force=False):
+        (tmp_path / "out").rmdir()
+    assert str(caught.value) == (
+        f"{file}: cannot be written: No such file or directory"
+        f" (its directory was removed meanwhile: mkdir -p {tmp_path}/out, and try again)"
+    )

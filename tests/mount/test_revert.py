@@ -202,6 +202,9 @@ def test_metadata_alone(tmp_path: Path) -> None:
         assert stat.S_IMODE((here.path / "etc").stat().st_mode) == 0o711
         assert os.getxattr(here.path / "script", "user.x") == b"y"
         assert stat.S_IMODE((here.path / "large").stat().st_mode) == 0o600
+        taken = reverted(here.path, "bin", "usr", "large")
+        assert sorted(taken) == ["reverted big", "reverted bin", "reverted usr/lib"]  # each of them once
+        same_is_told(taken, reverted(here.path, "--undo"))
 
 
 @KINDS

@@ -57,6 +57,12 @@ def test_two_systems_in_one_store(tmp_path: Path, nobody_path: Path, kind: str) 
     cowfs("checkpoint", store / "a", "now", nobody=nobody, check=True)
     cowfs("vacuum", store / "a", nobody=nobody, check=True)
     cowfs("revert", store / "b", "--all", nobody=nobody, check=True)
+    for command in (["diff"], ["vacuum"], ["info", "--kernel"]):
+        done = cowfs(*command, store, nobody=nobody)
+        assert done.returncode and f"{store}/a, {store}/b" in done.stderr, done
+    if kind != "directory":
+        shown = json.loads(cowfs("info", store, "--json", nobody=nobody, check=True).stdout)
+        assert shown["stores"] == ["a", "b"]
     assert names(store / "b", nobody=nobody) == [] and names(store / "a", nobody=nobody)
     if kind != "directory":
         assert cowfs("check", store / "a", nobody=nobody).returncode == 0

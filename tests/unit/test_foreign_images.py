@@ -36,6 +36,7 @@ MOUNT = "mount -o loop,ro FILE DIR"
         (old("<", b"hsqs", 3, 2), "squashfs version 3.2", REPACK),
         (old("<", b"hsqs", 1, 0), "squashfs version 1.0", REPACK),
         (old(">", b"sqsh", 3, 0), "damaged squashfs superblock", "copy it again"),
+        (old(">", b"sqsh", 4, 0), "big-endian squashfs version 4.0, but none is", "copy it again"),
         (old(">", b"sqsh", 1, 0), "big-endian squashfs version 1.0", REPACK),
         (old("<", b"shsq", 3, 0), "a squashfs 3 image with LZMA compression", "sasquatch"),
         (old(">", b"qshs", 3, 0), "a squashfs 3 image with LZMA compression", "sasquatch"),

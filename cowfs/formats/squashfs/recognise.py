@@ -58,7 +58,9 @@ _MAGICS = (
     _Magic(0, b"#!", "a script"),
     _Magic(257, b"ustar", "a tar archive", _ARCHIVE),
     _Magic(1024, b"\xe2\xe1\xf5\xe0", "an EROFS image", "root can mount it, from a file: --engine kernel"),
-    _Magic(*EXT_MAGIC, "an ext2, ext3 or ext4 filesystem", _LOOP),
+    _Magic(
+        *EXT_MAGIC, "an ext2, ext3 or ext4 filesystem", f"give a store with --store; if it is none: {_LOOP}"
+    ),
     _Magic(0x8001, b"CD001", "an ISO 9660 image", f"{_ARCHIVE}; if it holds a squashfs: -o offset=auto"),
 )
 

@@ -233,6 +233,11 @@ def _check_magic(raw: bytes, name: str, pread: Pread | None) -> str:
 
 
 def _refuse_version(name: str, major: int, minor: int, order: str = "") -> None:
+    if order and major >= 4:
+        raise LayerError(
+            f"{name}: says that it is a {order}squashfs version {major}.{minor}, but none is big-endian",
+            "the image is damaged: copy it again",
+        )
     raise LayerError(
         f"{name}: {order}squashfs version {major}.{minor} is not supported, only 2.0 to 4.0",
         "unpack it and make a new one: unsquashfs -d DIR FILE, mksquashfs DIR NEW"

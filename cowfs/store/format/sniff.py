@@ -60,12 +60,17 @@ _SUBDIR = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}")
 _TAKEN = {"upper", "work", "cowfs", "lost+found"}
 
 
+def is_subdir_name(name: str) -> bool:
+    """Whether a store in a store may have that name."""
+    return _SUBDIR.fullmatch(name) is not None and name not in _TAKEN
+
+
 def subdir(store: str, name: str) -> str:
     """Return the path of the store *name* in another: STORE/NAME, even if STORE is an image; or ``memory``.
 
     UsageError for an invalid name.
     """
-    if not _SUBDIR.fullmatch(name) or name in _TAKEN:
+    if not is_subdir_name(name):
         raise UsageError(
             f"subdir={name}: not a name for a store in a store",
             "use letters, digits and _ . + -; not upper or work",
@@ -106,6 +111,10 @@ def not_a_store(path: str) -> StoreError:
             if mount.fstype == FSTYPE:
                 hint = f"it is inside the mount at {place}: give that"
             break
+    stores = sorted(filter(is_subdir_name, os.listdir(path) if os.access(path, os.R_OK) else ()))
+    stores = [name for name in stores if os.path.isdir(os.path.join(path, name, "cowfs"))]
+    if stores:
+        hint = f"name a store in it: {', '.join(os.path.join(path, name) for name in stores[:5])}"
     return StoreError(f"{path}: neither a store nor a cowfs mountpoint", hint)
 
 

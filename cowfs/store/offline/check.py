@@ -28,6 +28,8 @@ from cowfs.store.served.directory import sees_all
 from cowfs.store.served.image import is_copy, open_file, open_layer
 from cowfs.types import Attr
 
+_ABOUT_E2FSCK = ("e2fsck ", "UNEXPECTED INCONSISTENCY", "\t(i.e., without -a or -p")
+"""How lines begin that tell nothing of the store: its version, and its own options."""
 _SUMMARY = re.compile(r"^(\d+)/(\d+) files \(.*\), (\d+)/(\d+) blocks$")
 """How e2fsck ends when all is well (ext2fs's *files* are inodes)."""
 
@@ -91,10 +93,14 @@ def _check_image(path: str, read_only: bool, progress: Progress, report: Report,
         else:
             report.code, said = tools.fsck(fd, path, "-f", "-n" if read_only else "-p")
     for line in said.splitlines():
-        if line.strip() and not line.startswith("e2fsck "):
+        if line.strip() and not line.startswith(_ABOUT_E2FSCK):
             progress(_SUMMARY.sub(r"\1 of \2 inodes, \3 of \4 blocks in use", line.rstrip()))
     if report.code & ~(tools.FSCK_CORRECTED | 2):
-        report.problems.append(f"{path}: the filesystem is damaged, so its contents were not checked")
+        way_out = "cowfs check without -n repairs what is safe to repair"
+        if not read_only:
+            way_out = "copy the file, then run on the copy: e2fsck -f FILE"
+        damaged = f"{path}: the filesystem is damaged, so its contents were not checked"
+        report.problems.append(f"{damaged} ({way_out})")
         report.checked = False
         return
     if copy:

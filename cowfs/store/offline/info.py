@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from contextlib import ExitStack, suppress
 from typing import Any
 
@@ -15,7 +16,7 @@ from cowfs.store.e2fsprogs import tools
 from cowfs.store.format import conversion, copy_detection, layout
 from cowfs.store.format.checkpoints import Layers, listed
 from cowfs.store.format.header import WITH_LAYERS, Header
-from cowfs.store.format.sniff import not_a_store, split_subdir
+from cowfs.store.format.sniff import is_subdir_name, not_a_store, split_subdir
 from cowfs.store.format.superblock import read_superblock
 from cowfs.store.served import lock
 from cowfs.store.served.directory import sees_all
@@ -26,15 +27,16 @@ def store_info(spec: str) -> dict[str, Any]:
     """Return what a store tells about itself: a dictionary that JSON can hold. Blocks for reading.
 
     Keys: ``path kind size used free inodes free_inodes state format version created created_by uuid
-    lowers in_use_by problem partial xattr_prefix layers checkpoints fresh``. Sizes are bytes; what is not
-    known is None. A directory's *size*, *free* and inodes are those of the filesystem that it is on, so its
-    *used* is not known. *format* is ``overlayfs``, ``aufs``, ``mixed`` (both, which nobody can use),
+    lowers in_use_by problem partial xattr_prefix layers checkpoints fresh stores``. Sizes are bytes; what is
+    not known is None. A directory's *size*, *free* and inodes are those of the filesystem that it is on, so
+    its *used* is not known. *format* is ``overlayfs``, ``aufs``, ``mixed`` (both, which nobody can use),
     ``converting`` (cowfs.store.format.conversion), ``none yet`` (an empty filesystem) or ``foreign``; *state*
     that of the filesystem, which is ``in use`` while it is mounted. What the journal of an image holds counts
     as if it had been replayed. *problem* says why what is in it cannot be told. *partial* has how many
     ``files`` are copied up in part, and how many ``bytes`` of them are missing. *layers* are the numbers of
     those of checkpoints below the upper, *checkpoints* the names, and *fresh* is whether a crash has cut
-    short the making of one. Raises StoreError if *spec* cannot be read or is no store at all.
+    short the making of one. *stores* are the names of the stores in it (``-o subdir=``). Raises StoreError if
+    *spec* cannot be read or is no store at all.
     """
     path = os.path.abspath(spec)
     with ExitStack() as stack:
@@ -154,6 +156,7 @@ def _inside(layer: UpperLayer) -> dict[str, Any]:
 def _layers(layer: UpperLayer | None, header: Header | None) -> dict[str, Any]:
     """Return what to report of checkpoints."""
     told: dict[str, Any] = {"xattr_prefix": None, "layers": [], "checkpoints": [], "fresh": False}
+    told["stores"] = [] if layer is None or isinstance(layer, aufs.AufsStore) else _stores(layer)
     upper = None if layer is None else layout.find(layer, layout.UPPER)
     if layer is None or header is None or upper is None:
         return told
@@ -164,6 +167,20 @@ def _layers(layer: UpperLayer | None, header: Header | None) -> dict[str, Any]:
         told["checkpoints"] = [one["name"] for one in listed(layers, upper)]
         told["fresh"] = layers.is_fresh(upper)
     return told
+
+
+def _stores(layer: UpperLayer) -> list[str]:
+    """Return the names of the stores in a store."""
+    names = []
+    for entry in layer.readdir(layer.root):
+        name = os.fsdecode(entry.name)
+        found = layer.lookup(layer.root, entry.name) if is_subdir_name(name) else None
+        if found is None or not stat.S_ISDIR(found[1].st_mode):
+            continue
+        private = layer.lookup(found[0], layout.PRIVATE)
+        if private is not None and stat.S_ISDIR(private[1].st_mode):
+            names += [name] if layer.lookup(private[0], layout.HEADER) is not None else []
+    return sorted(names)
 
 
 def _missing(layer: UpperLayer, header: Header) -> dict[str, int]:

@@ -123,7 +123,7 @@ def open_file(path: str, *, read_only: bool = False) -> int:
     try:
         fd = open_ordinary(path, os.O_RDONLY if read_only else os.O_RDWR)
     except OSError as error:
-        raise StoreError(*_why_not(path, error)) from None
+        raise StoreError(*_why_not(path, error, read_only=read_only)) from None
     try:
         mode = os.fstat(fd).st_mode
         if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
@@ -145,12 +145,14 @@ def _refuse_substitutes(fd: int, path: str) -> None:
         raise StoreError(f"{path}: {reason}", "give the file itself")
 
 
-def _why_not(path: str, error: OSError) -> tuple[str, str]:
+def _why_not(path: str, error: OSError, *, read_only: bool) -> tuple[str, str]:
     if error.errno == errno.ENOENT:
         return f"{path}: no such store", f"cowfs create {path} 256 creates one of 256 MiB"
     if error.errno == errno.EROFS:
         return f"{path}: is on read-only media", "copy it to a writable disk"
     if error.errno in {errno.EACCES, errno.EPERM}:
+        if read_only:
+            return f"{path}: no permission to read it", "run this as the user to whom the store belongs"
         return (
             f"{path}: no permission to write to it",
             "the user who mounts must be able to write to the store",
@@ -283,9 +285,9 @@ def open_layer(fd: int, path: str, stack: ExitStack, *, read_only: bool = False)
     except OSError as error:
         if error.errno in LACK_OF_ROOM:
             raise StoreError(f"{path}: cannot be written to: {error.strerror}", "free space there") from None
-        raise StoreError(
-            f"{path}: cannot be read: {error.strerror}", f"for details see cowfs check -n {path}"
-        ) from None
+        damaged = error.errno in {errno.EBADMSG, errno.EUCLEAN}
+        why = "the filesystem in it is damaged" if damaged else f"cannot be read: {error.strerror}"
+        raise StoreError(f"{path}: {why}", f"for details see cowfs check -n {path}") from None
     stack.callback(_close, layer, path)
     return layer
 
