@@ -1,8 +1,8 @@
-"""The FUSE protocol on one side, the union on the other; no semantics here but when to await.
+"""Translate the FUSE protocol to calls of the union. The only semantics here is when to await.
 
-The union is synchronous and used from this thread alone, so code between two awaits needs no lock.
-Awaited are: the data of large copy-ups, fsync, syncs, what slow lowers are asked, and a copy-up of the same
-file by another request, which whoever wants to change or remove the file waits for.
+The union is synchronous and used only from this thread, so code between two awaits needs no lock. Handlers
+await the data of large copy-ups, fsync, syncs, and the answers of slow lowers. A handler that changes or
+removes a file also awaits another request's copy-up of that file.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ _AHEAD = 24
 
 
 def _dot(node: Node) -> EntryAttributes:
-    """Return the entry for . or .., of which the kernel takes no more than this (fuse_direntplus_link())."""
+    """Return the entry for . or .., with only what the kernel uses of it (fuse_direntplus_link())."""
     entry = EntryAttributes()
     entry.st_ino = node.ino
     entry.st_mode = node.mode
@@ -65,7 +65,7 @@ def _dot(node: Node) -> EntryAttributes:
 
 
 class Adapter(BeyondHandlers):
-    """Answer the kernel's requests from an :class:`Overlay`."""
+    """Answers the kernel's requests from an :class:`Overlay`."""
 
     def __init__(
         self,
@@ -97,7 +97,7 @@ class Adapter(BeyondHandlers):
         self._listed = 0
         self._kept: set[Node] = set()
         self._capability_taken: set[int] = set()
-        self._missing = EntryAttributes()  # st_ino 0: the kernel remembers that there is no such name
+        self._missing = EntryAttributes()  # st_ino 0: the kernel caches that the name does not exist
         self._missing.entry_timeout = FOREVER
 
     # --- names
@@ -214,16 +214,16 @@ class Adapter(BeyondHandlers):
         self._removed(size)
 
     def _size_of(self, parent: Node, name: bytes) -> int:
-        """Return how many bytes of the store may be freed with a name, if that matters to the kernel."""
+        """Return how many bytes of the store removing a name may free, if the kernel needs them."""
         node = self._fs.nodes.child(parent, name) if len(self._passthrough) else None
         if node is None or node.upper is None or node.is_dir:
             return 0
-        with suppress(OSError):  # who removes it is told
+        with suppress(OSError):  # the removal reports it
             return self._fs.stat(node).st_blocks * 512
         return 0
 
     def _removed(self, size: int) -> None:
-        """Free what was removed soon, if somebody may need the room who does not ask us for it."""
+        """Free the data of a removed file soon, if the kernel may need the space without asking."""
         if size and self._passthrough.wants_room(size):
             self._loop.take_forgets_soon()
 
@@ -244,7 +244,7 @@ class Adapter(BeyondHandlers):
         ctx: RequestContext,
     ) -> EntryAttributes:
         node = self._node(inode)
-        takes = said.takes if fields.update_size else None  # a chown always does
+        takes = said.takes if fields.update_size else None  # a chown always clears them
         uid, gid = attr.st_uid, attr.st_gid
         if self._owners is not None:
             uid, gid = self._owners.stored_user(uid), self._owners.stored_group(gid)
@@ -259,14 +259,14 @@ class Adapter(BeyondHandlers):
             is_touch=said.flags & _BOTH_NOW == _BOTH_NOW,
         )
         if not node.mode & SET_ID:
-            pass  # as most have none
+            pass  # most files have none
         elif new.is_nothing and new.writer is Writer.PRIVILEGED and not self._was_taken(inode):
-            new.writer = Writer.MEMBER  # chown(2) to nobody, which takes the bits from whoever's file
+            new.writer = Writer.MEMBER  # chown(2) without an owner clears the bits of anyone's file
         elif new.is_nothing and self._may_take_nothing(node, new.writer, ctx):
             if not libfuse.opens_nothing():
                 raise FUSEError(errno.EPERM)
-            return self._entry(node, self._fs.stat(node))  # if it is before a write, that takes the bits
-        self._fs.must_be_allowed(node, new)  # before a file is copied up without what is cut off
+            return self._entry(node, self._fs.stat(node))  # before a write, which itself clears the bits
+        self._fs.must_be_allowed(node, new)  # before a copy-up drops the end of the file
         if node.upper is None:
             await self._within_reach(node.parent)
         if new.size is not None:
@@ -301,7 +301,7 @@ class Adapter(BeyondHandlers):
 
     @sync
     def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
-        # The kernel asks for this one before every write.
+        # The kernel asks for this xattr before every write.
         if name == _CAPABILITY:
             if self._capability_taken:
                 self._capability_taken.discard(inode)
@@ -313,7 +313,7 @@ class Adapter(BeyondHandlers):
                 if failure.errno == errno.ENODATA:
                     self._no_capability.add(inode)
                 if failure.errno == errno.EINVAL and libfuse.takes_set_id() is not None:
-                    return b""  # pyfuse3 asks for XATTR_CREATE or XATTR_REPLACE: it is there, and invalid
+                    return b""  # pyfuse3 wants CREATE or REPLACE: it exists, and is invalid
                 raise
         value = self._fs.getxattr(self._node(inode), name)
         return self._owners.shown_acl(value) if self._owners is not None and name in _ACLS else value
@@ -323,7 +323,7 @@ class Adapter(BeyondHandlers):
         names = self._fs.listxattr(self._node(inode))
         if not any(name.startswith(_TRUSTED) for name in names) or may_see_trusted(ctx.pid, ctx.uid):
             return names
-        # As xattr(7) says; the kernel leaves it to us.
+        # As xattr(7) says; the kernel does not check it.
         return [name for name in names if not name.startswith(_TRUSTED)]
 
     @told
@@ -343,7 +343,7 @@ class Adapter(BeyondHandlers):
                 self._drop_set_group_id(node)
 
     def _drop_set_group_id(self, node: Node) -> None:
-        """Take the bit after a change of the ACL by who is not in the group (posix_acl_update_mode)."""
+        """Clear set-group-ID after a non-member of the group changed the ACL (posix_acl_update_mode())."""
         mode = self._fs.stat(node).st_mode
         self._fs.setattr(node, NewAttributes(mode=stat.S_IMODE(mode) & ~stat.S_ISGID))
         self._tell(node, mode)
@@ -357,16 +357,17 @@ class Adapter(BeyondHandlers):
         try:
             self._fs.removexattr(node, name)
         except OSError as failure:
-            if failure.errno != errno.ENODATA or name not in _ACLS:  # to remove none is no error on ext3
+            if failure.errno != errno.ENODATA or name not in _ACLS:  # no error on ext3
                 raise
         if name == _CAPABILITY:
             self._capability_taken.add(inode)
 
     def _was_taken(self, inode: int) -> bool:
-        """Whether the last that was asked for of ``security.capability`` was to remove it.
+        """Whether the last request about ``security.capability`` was to remove it.
 
-        Before who has CAP_FSETID writes, or changes an owner, the kernel does so, and then has nothing set:
-        for the write if there was one, for the owner in any case (__remove_privs() in its fs/inode.c).
+        The kernel removes it before a writer with CAP_FSETID writes or changes an owner. Then it sends a
+        SETATTR that sets nothing: for a write only if there was a capability, for an owner always
+        (__remove_privs() in fs/inode.c).
         """
         if inode not in self._capability_taken:
             return False
@@ -381,9 +382,9 @@ class Adapter(BeyondHandlers):
         self._files.opened.claim(ctx.uid)
         self._listed += 1
         number = self._listed | libfuse.LISTING
-        # What the kernel keeps is for one at a time: it would give a second reader, once past the beginning,
-        # what the first was told before the second came.
-        if node not in self._kept and not self._fs.upper.atime.always:  # strictatime wants to hear of each
+        # The kernel's cache is for one reader at a time: it would give a second reader, past the beginning,
+        # what the first one got before the second one came.
+        if node not in self._kept and not self._fs.upper.atime.always:  # strictatime needs each read
             self._kept.add(node)
             number |= libfuse.KEPT
         self._listings[number] = OpenDirectory(node, ctx.uid)
@@ -396,7 +397,7 @@ class Adapter(BeyondHandlers):
             await self._list(listing, start_id, token, None)
             return
         answers = Answers(listing.opener)
-        with answers.at_hand():  # this handler cannot be begun again: it awaits what it needs where it does
+        with answers.at_hand():  # this handler cannot restart: it awaits in place
             await self._list(listing, start_id, token, answers)
 
     async def _list(
@@ -435,7 +436,7 @@ class Adapter(BeyondHandlers):
                 code = errno_of(failure, "readdir")
                 log.warning("%r is missing from a listing: %s", name, os.strerror(code))
             if found is None or entry is None:  # removed since the listing began, a whiteout, or damage
-                if time.monotonic() > end:  # a reply bounds what is shown, nothing bounds this
+                if time.monotonic() > end:  # the reply limits what is shown; nothing limits this
                     await self._loop.yield_turn()
                     end = time.monotonic() + SLICE
                 continue
@@ -463,7 +464,7 @@ class Adapter(BeyondHandlers):
                     await self._synced(directory, datasync)
 
     def changed_within(self, ino: int) -> None:
-        """Note that an inode was changed by nobody's request."""
+        """Note that an inode changed without a request."""
         self._no_capability.discard(ino)
         self._no_default_acl.discard(ino)
 
@@ -473,7 +474,7 @@ class Adapter(BeyondHandlers):
 
     def _prune_lent(self) -> None:
         inodes = array("Q", self._passthrough.written_by())
-        with suppress(OSError):  # an older kernel keeps them for as long as it likes
+        with suppress(OSError):  # an older kernel keeps them as long as it likes
             if inodes:
                 prune(self._loop.connection(), inodes)
 
@@ -481,7 +482,7 @@ class Adapter(BeyondHandlers):
         return [*self._files.nodes(), *(listing.node for listing in self._listings.values())]
 
     def rolled_back(self) -> None:
-        """Note that the whole tree is another."""
+        """Note that the whole tree was replaced."""
         self._no_capability.clear()
         self._no_default_acl.clear()
         self._capability_taken.clear()
@@ -490,7 +491,7 @@ class Adapter(BeyondHandlers):
     # --- for info
 
     def figures(self) -> dict[str, Any]:
-        """Return what the daemon knows of itself, for ``cowfs info``."""
+        """Return the daemon's figures about itself, for ``cowfs info``."""
         return {
             "inodes_known": len(self._fs.nodes),
             "open_files": None if libfuse.opens_nothing() else len(self._files),

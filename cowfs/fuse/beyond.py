@@ -1,7 +1,7 @@
 """Requests that pyfuse3 has no handlers for: fallocate, copy_file_range, ioctl, statx.
 
-``beyond.c`` has them come as reads by a handle number that no file has. What is returned here is what the
-kernel wants behind the header of the answer; linux/fuse.h describes it, and what is asked.
+``beyond.c`` turns them into reads with a handle number that no file has. The handlers here return the bytes
+that follow the header of the answer. linux/fuse.h describes them and the requests.
 """
 
 from __future__ import annotations
@@ -84,10 +84,10 @@ class _Ioctl(NamedTuple):
 
 
 class BeyondHandlers(FileHandlers):
-    """Answer what pyfuse3 does not pass on."""
+    """Answers the requests that pyfuse3 does not pass on."""
 
     def read(self, fh: int, off: int, size: int) -> Coroutine[Any, Any, bytes]:
-        """Answer a read, or what comes as one."""
+        """Answer a read, or a request that arrives as one."""
         if fh == libfuse.BEYOND:
             return self._beyond(libfuse.message())
         return super().read(fh, off, size)
@@ -111,10 +111,10 @@ class BeyondHandlers(FileHandlers):
                 raise FUSEError(errno.ENOSYS)
         return b""
 
-    # --- the data of files
+    # --- file data
 
     async def _writing(self, fh: int, node: Node, asked: Message, *, whole: bool) -> Handle:
-        """Return what a file is written by; it is copied up for that. *whole*: with all its data."""
+        """Return the handle by which to write a file, after its copy-up. *whole*: with all its data."""
         protect.must_write(self._fs.union_of(node), node, appends=False)
         if whole and (node.upper is None or node.metacopy):
             if not node.dead:
@@ -190,11 +190,11 @@ class BeyondHandlers(FileHandlers):
         data = asked.body[_IOCTL_IN.size : _IOCTL_IN.size + in_size]
         node = self._node(asked.ino)
         answer = await self._flags(node, _Ioctl(command, data, room, asked.pid, asked.uid))
-        # No more than that: programs have room for an int where the command's number says long.
+        # Not more: programs pass an int although the command's number says long.
         return _IOCTL_OUT.pack(0, 0, 0, 0) + answer[:room]
 
     async def _flags(self, node: Node, asked: _Ioctl) -> bytes:
-        """Answer what lsattr(1), chattr(1) and xfs_io(8) ask. ENOTTY for anything else."""
+        """Answer the ioctls of lsattr(1), chattr(1) and xfs_io(8). ENOTTY for any other."""
         match asked.command:
             case inode_flags.FS_IOC_GETFLAGS:
                 return _WORD.pack(self._fs.getflags(node))
@@ -215,8 +215,9 @@ class BeyondHandlers(FileHandlers):
         return b""
 
     async def _set_flags(self, node: Node, flags: int, asked: _Ioctl) -> None:
-        """Set them. The kernel has checked the permission (fileattr_set_prepare() in fs/file_attr.c), but for
-        one flag.
+        """Set the flags. The kernel has checked the permission for all but one flag.
+
+        See fileattr_set_prepare() in fs/file_attr.c.
         """
         before = self._fs.getflags(node)
         if (flags ^ before) & inode_flags.JOURNAL_DATA:
@@ -234,7 +235,7 @@ def _xflags(flags: int) -> int:
 
 
 def _copy_range(source: File, target: File, source_at: int, at: int, length: int) -> int:
-    """Copy bytes; return how many, less only at the end of the source, or of the room. Blocks."""
+    """Copy bytes; return how many. Less than *length* only at the source's end or on a full store. Blocks."""
     if source.fileno() >= 0 and target.fileno() >= 0:
         try:
             return os.copy_file_range(source.fileno(), target.fileno(), length, source_at, at)

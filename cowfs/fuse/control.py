@@ -1,9 +1,9 @@
 """The control socket: how ``cowfs info``, ``umount`` and ``diff`` talk to the daemon of a mount.
 
-One JSON object a line. A request names its ``command``; the answer is any number of lines, the last of
-them ``{"end": true}`` or ``{"error": "…"}``. Only root and the owner of the daemon are answered; the socket
-is where only the owner can put it (:mod:`cowfs.linux.sockets`). A descriptor that comes with the request
-(SCM_RIGHTS) is ``request["fd"]``: the daemon may see other paths than its client, or must not walk
+Each line is a JSON object. A request names its ``command``; the answer is any number of lines, the last of
+which is ``{"end": true}`` or ``{"error": "…"}``. The daemon only answers root and its owner; the socket is
+in a directory where only the owner can create it (:mod:`cowfs.linux.sockets`). A descriptor passed with the
+request (SCM_RIGHTS) is ``request["fd"]``: the daemon may see other paths than its client, or must not walk
 through its own mount.
 """
 
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 class MayHang(NamedTuple):
-    """Work for a thread that may never end; nothing is left undone if it does not."""
+    """Work for a thread that may never end. It can be abandoned without harm."""
 
     call: Callable[[], None]
 
@@ -44,13 +44,13 @@ _SLICE = 64
 
 
 class _Left(Exception):
-    """The client waits for no answer any more."""
+    """The client no longer waits for an answer."""
 
 
 async def serve(directory: int, dev: str, commands: Mapping[str, Command]) -> None:
     """Answer requests for the mount with this ``major:minor`` until cancelled.
 
-    *directory* is open_control_directory()'s. Raises OSError when there can be no socket.
+    *directory* comes from open_control_directory(). Raises OSError if the socket cannot be created.
     """
     turns = UserThreads()
     with control_listener(directory, dev) as socket:
@@ -75,7 +75,7 @@ async def _talk(stream: trio.SocketStream, commands: Mapping[str, Command], turn
                 return
             line, fds = await _line(stream.socket)
             try:
-                if _is_closed(stream):  # it has lost patience, and was told that nothing is done
+                if _is_closed(stream):  # it gave up, and was told that nothing was done
                     raise _Left
                 await _execute(
                     stream, _request(line), fds, commands, functools.partial(_with_patience, turns, uid)
@@ -101,7 +101,7 @@ Patiently = Callable[[MayHang], Awaitable[None]]
 
 
 async def _with_patience(turns: UserThreads, uid: int, work: MayHang) -> None:
-    """Have it done; a user's that hangs holds up nobody else, nor the end of the mount."""
+    """Do *work* in a thread. If it hangs, it delays only this user's work, and not the unmount."""
     async with turns.turn(uid):
         await in_thread(work.call, may_hang=True)
 
@@ -179,12 +179,12 @@ R = TypeVar("R")
 
 
 def in_main_thread(call: Callable[[], R]) -> R:
-    """Do *call* where the filesystem is served from; for the thread that does some long work."""
+    """Run *call* in the thread that serves the filesystem. Call it from a thread that does long work."""
     return trio.from_thread.run_sync(call)
 
 
 def _has_left(stream: trio.SocketStream) -> bool:
-    """Whether nobody waits for the end of the long work any more: it may be given up then."""
+    """Whether the client has disconnected, so that long work can be given up."""
     try:
         return not stream.socket._sock.recv(1, MSG_PEEK | MSG_DONTWAIT)  # type: ignore[attr-defined]
     except BlockingIOError:
@@ -194,14 +194,14 @@ def _has_left(stream: trio.SocketStream) -> bool:
 
 
 def _is_closed(stream: trio.SocketStream) -> bool:
-    """Whether the client has closed its end, not only for writing."""
+    """Whether the client has closed its end completely, not only for writing."""
     poll = select.poll()
     poll.register(stream.socket.fileno(), 0)
     return bool(poll.poll(0))
 
 
 async def _send(stream: trio.SocketStream, replies: list[dict[str, Any]]) -> None:
-    # Not send_all(): when that fails, error and traceback hold each other, with all that we had to say.
+    # Not send_all(): if it fails, error and traceback reference each other, and keep the whole answer.
     rest = memoryview(b"".join(json.dumps(reply).encode() + b"\n" for reply in replies))
     try:
         while rest:
@@ -211,7 +211,7 @@ async def _send(stream: trio.SocketStream, replies: list[dict[str, Any]]) -> Non
 
 
 async def _line(connection: trio.socket.SocketType) -> tuple[bytes, list[int]]:
-    """Return the first line that comes, and the descriptors that come with it."""
+    """Return the first line, and the descriptors passed with it."""
     data = b""
     fds = array("i")
     while not data.endswith(b"\n") and len(data) < _REQUEST_MAX:

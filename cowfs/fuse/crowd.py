@@ -1,4 +1,4 @@
-"""Many who wait for one thing, and do not all go on at once: others are served in between."""
+"""An event for many waiters, which do not all continue at once, so that others are served in between."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _PAUSE = 0.0005
 
 
 class Crowd:
-    """As a trio.Event is, for a crowd: those that wait go on a few at a time. For trio's thread."""
+    """Like trio.Event, but the waiters continue a few at a time. Only for trio's thread."""
 
     def __init__(self) -> None:
         self._waiters = trio.lowlevel.ParkingLot()
@@ -24,12 +24,12 @@ class Crowd:
         return bool(self._waiters)
 
     def set(self) -> None:
-        """Let those that wait go on."""
+        """Let the waiters continue."""
         self._is_set = True
         self._waiters.unpark(count=_AT_ONCE)
 
     async def wait(self) -> None:
-        """Return when it is set, and it is the caller's turn."""
+        """Wait until it is set, and it is the caller's turn."""
         if self._is_set:
             return
         await self._waiters.park()
@@ -37,5 +37,5 @@ class Crowd:
         if self._woken % _AT_ONCE == 0:  # the last of a group wakes the next
             try:
                 await trio.sleep(_PAUSE)
-            finally:  # also of one that is cancelled: others wait for it
+            finally:  # also if this waiter is cancelled: others wait for it
                 self._waiters.unpark(count=_AT_ONCE)

@@ -1,4 +1,4 @@
-"""Mount, serve until unmounted or told to stop, and leave everything in order."""
+"""Mount, serve until unmounted or told to stop, and clean up."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ _TURN = 0.0005
 
 @dataclass(frozen=True, slots=True)
 class MountRequest:
-    """Where and how to mount."""
+    """The mountpoint and the options of a mount."""
 
     mountpoint: str
     fsname: str
@@ -102,9 +102,9 @@ class Daemon:
     def mount(self) -> None:
         """Attach the filesystem to its mountpoint; requests wait until :meth:`serve`.
 
-        From here on SIGTERM, SIGINT and SIGHUP stay blocked: :meth:`serve` handles them, and afterwards only
-        write-back and the release of the store remain. An impatient sender (an init, after a minute or two)
-        must not interrupt these.
+        From here on, SIGTERM, SIGINT and SIGHUP stay blocked. :meth:`serve` handles them; afterwards only
+        write-back and the release of the store remain, which another signal (from an impatient init, say)
+        must not interrupt.
         """
         hold_back()
         options = set(self._request.options)
@@ -136,9 +136,9 @@ class Daemon:
             )
 
     def _mount_connection(self, options: set[str]) -> bool:
-        """Mount by mount(2), or have it done by the process that does our errands; False if we may not.
+        """Mount with mount(2), directly or through the helper process; False if that is not permitted.
 
-        The session comes first: what libfuse and the beginning of a session look for may be hidden then.
+        Open the session first: the mount may hide files that libfuse and a new session need.
         """
         place = self._request.mountpoint
         source = os.fsdecode(_short(os.fsencode(self._request.fsname)))
@@ -173,34 +173,35 @@ class Daemon:
         also: Sequence[Task] = (),
         after_pause: Callable[[], None] | None = None,
     ) -> None:
-        """Answer requests until the filesystem is unmounted, or SIGTERM or SIGINT ask for that.
+        """Answer requests until the filesystem is unmounted, or SIGTERM or SIGINT ends it.
 
-        *ready* is called once the mount has answered a first request, *look* every few seconds, and
-        *after_pause* before a request that comes after a pause in which the machine may have slept. What
-        is in *also* runs beside it, from before *ready*, and is cancelled when the filesystem is unmounted;
-        its end, or its failure, ends nothing else.
+        Call *ready* once the mount has answered a first request, *look* every few seconds, and *after_pause*
+        before a request that follows a pause in which the machine may have slept. The tasks in *also* start
+        before *ready*, and are cancelled when the filesystem is unmounted. If one ends or fails, the others
+        and the mount continue.
         """
         self.loop.after_pause = after_pause
         gc.collect()
         gc.freeze()
-        gc.set_threshold(50_000, 5, 1000)  # what a user makes us know of is gone through in small parts
+        gc.set_threshold(50_000, 5, 1000)  # collect the many nodes in small parts
         sys.setswitchinterval(_TURN)
         trio.run(self._main, commands, ready, look, also)
         if self._failure is not None:
             raise self._failure
 
     def stop_waiting_soon(self) -> None:
-        """Give up requests that seem to hang, in some seconds and from then on: the mount is being left."""
+        """In a few seconds and from then on, give up requests that seem to hang: the mount is ending."""
         self.loop.stop_waiting_soon()
 
     def ask_again(self, stale: Iterable[tuple[int, bytes | None]]) -> None:
-        """Let the kernel ask again for names in directories, and (None) for inodes. Blocks; for a thread."""
+        """Make the kernel look up names in directories again, and (None) inodes. Blocks: call it in a
+        thread."""
         for ino, name in stale:
             self.adapter.changed_within(ino)
             self.loop.ask_again(ino, name)
 
     def transport(self) -> str:
-        """Say how requests come, for ``cowfs info``."""
+        """Describe how requests arrive, for ``cowfs info``."""
         if self._rings is None:
             return f"/dev/fuse; io_uring: {self._without}" if self._without else "/dev/fuse"
         refused = libfuse.rings_refused()
@@ -223,14 +224,14 @@ class Daemon:
         place = self._request.mountpoint
         try:
             was_there = elsewhere.ask("unmount")["was"]
-        except OSError as error:  # somebody has killed it: cowfs umount takes the mount away
+        except OSError as error:  # the helper was killed: cowfs umount detaches the mount
             log.warning("%s: cannot be detached, if it is still mounted: %s", place, error.strerror)
             return
         if was_there and not self._asked:
             log.warning("the connection to the kernel was aborted: %s is detached", place)
 
     def _detach_dead(self) -> None:
-        """Take the mount away that is left: nobody serves it any more."""
+        """Detach a mount that nobody serves any more."""
         found = mount_of(self._request.mountpoint)
         if found is None or found.dev != self.dev:
             return
@@ -269,7 +270,7 @@ class Daemon:
             nursery.cancel_scope.cancel()
 
     async def _announce(self, ready: Callable[[], None]) -> None:
-        """Say that the mount answers, once it does."""
+        """Call *ready* once the mount answers."""
         if self.dev:
             try:
                 await trio.to_thread.run_sync(self._answers, abandon_on_cancel=True)
@@ -281,7 +282,7 @@ class Daemon:
                         "`cowfs check` tells whether the store is damaged",
                     )
                     self.loop.stop()
-                return  # a mount that is being ended refuses what comes late
+                return  # a mount that is ending refuses late requests
         sd_notify(f"READY=1\nMAINPID={os.getpid()}")
         ready()
 
@@ -324,14 +325,14 @@ class Daemon:
                     await self._write_back()
                     nursery.cancel_scope.cancel()
                 if not self._request.stay_on_sigterm:
-                    break  # whatever else comes waits until the process is gone
+                    break  # other signals wait until the process ends
         finally:
             os.close(fd)
         self._asked = True
         self.loop.stop()
 
     async def _watch_impatience(self, fd: int, waiting: trio.CancelScope) -> None:
-        """End the waiting for the kernel when one more signal asks to end."""
+        """Stop waiting for the kernel when another signal arrives."""
         while True:
             await trio.lowlevel.wait_readable(fd)
             number = take(fd)
@@ -341,7 +342,7 @@ class Daemon:
                 return
 
     async def _write_back(self) -> None:
-        """Let the kernel hand us what it still holds: pages written through mmap."""
+        """Make the kernel write back the pages that it still holds, written through mmap."""
 
         def sync() -> None:
             if self._outside is not None:
@@ -386,14 +387,14 @@ async def _now_and_then(look: Callable[[], None]) -> None:
         await trio.sleep(_NOW_AND_THEN)
         try:
             look()
-        except OSError as error:  # of the store: whoever uses it is told
+        except OSError as error:  # of the store: its users get the error
             log.debug("the store cannot be checked: %s", error)
 
 
 def _escape(text: str) -> str:
-    """Make a value fit for libfuse's comma-separated options, for which pyfuse3 wants ASCII.
+    """Escape a value for libfuse's comma-separated options, for which pyfuse3 wants ASCII.
 
-    fuse_opt.c knows a backslash before three octal digits. mount(2) takes a source of less than a page.
+    fuse_opt.c reads a backslash and three octal digits. mount(2) takes a source of less than a page.
     """
     return "".join(chr(byte) if byte in _PLAIN else f"\\{byte:03o}" for byte in _short(os.fsencode(text)))
 
@@ -415,7 +416,7 @@ def _explain(said: str, mountpoint: str) -> MountFailure:
 
 @contextmanager
 def _stderr() -> Iterator[Callable[[], str]]:
-    """Collect what libfuse and fusermount3 print, for a message of our own."""
+    """Collect what libfuse and fusermount3 print, to put it into a message."""
     with tempfile.TemporaryFile() as sink:
         saved = os.dup(2)
         os.dup2(sink.fileno(), 2)

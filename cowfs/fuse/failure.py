@@ -1,4 +1,4 @@
-"""What the kernel gets as an answer when a request fails."""
+"""The errno with which a failed request is answered."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ log = logging.getLogger(__name__)
 
 
 def errno_of(error: BaseException, name: str) -> int:
-    """Return the errno for what the handler *name* raised; what it should not have raised is logged."""
+    """Return the errno for an exception of the handler *name*. Log exceptions that it should not raise."""
     if isinstance(error, OSError) and error.errno:
         return error.errno
     if isinstance(error, MemoryError):

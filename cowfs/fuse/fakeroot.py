@@ -1,13 +1,14 @@
-"""A mount whose one user is root inside, as under fakeroot(1).
+"""A mount whose only user is root inside, as under fakeroot(1).
 
-The kernel checks no permissions there (no ``default_permissions``). So we give new files to root, and keep
+The kernel checks no permissions there (no ``default_permissions``). So cowfs gives new files to root, and
+keeps
 the set-ID bits that root keeps.
 
-Some things the kernel leaves to a file's owner before it asks us: to set an ACL (set_posix_acl()), which cp,
-install and sed do with what they have made, O_NOATIME, chattr. So what was made or changed last is *lent*: it
-is the mounting user's to the kernel, and only what stat(2) shows of it is true. For fuse_do_getattr() shows
-what is answered to GETATTR, but keeps nothing of it if the inode was invalidated after it asked
-(fi->attr_version in fuse_change_attributes_i()).
+The kernel lets only a file's owner do some things, before it asks cowfs: set an ACL (set_posix_acl()), which
+cp, install and sed do with files that they create; O_NOATIME; chattr. So the file that was created or
+changed last is *lent*: the kernel is told that it belongs to the mounting user, and only stat(2) shows the
+true owner. That works because fuse_do_getattr() shows the answer to GETATTR, but caches nothing if the inode
+was invalidated after the request (fi->attr_version in fuse_change_attributes_i()).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from cowfs.types import Attr
 
 
 class _Root(NamedTuple):
-    """A request as if root had made it."""
+    """The context of a request as if root had made it."""
 
     pid: int
     umask: int
@@ -50,10 +51,11 @@ _MOST_LENT = 4096
 
 
 class FakerootAdapter(Adapter):
-    """Take the requests of the user who mounts for root's.
+    """Treats the requests of the mounting user as root's.
 
-    The kernel is not told that there are ACLs: that would bring its permission checks back (FUSE_POSIX_ACL in
-    fs/fuse/inode.c). They are attributes like others to it, which we keep and hand on to new files.
+    The kernel is not told that there are ACLs, because then it would check permissions again (FUSE_POSIX_ACL
+    in fs/fuse/inode.c). It treats them as ordinary xattrs; cowfs stores them, and new files inherit them
+    from cowfs.
     """
 
     def __init__(self, *args: Any, acl: bool = True, **more: Any) -> None:
@@ -67,16 +69,16 @@ class FakerootAdapter(Adapter):
         """Files of which the kernel does not know yet that somebody may run them, or that nobody may."""
 
     def _lend(self, ino: int) -> None:
-        """Have an inode be the user's to the kernel from its next answer on."""
+        """From its next answer on, tell the kernel that an inode belongs to the user."""
         if libfuse.lacks() is not None:
-            return  # what the kernel asks for itself cannot be told from stat(2)
+            return  # the kernel's own requests cannot be told from stat(2)
         self._lent.pop(ino, None)
         self._lent[ino] = None
         if len(self._lent) > _MOST_LENT:
             del self._lent[next(iter(self._lent))]
 
     def _entry(self, node: Node, attr: Attr) -> EntryAttributes:
-        """Return the entry that the kernel is to keep."""
+        """Return the entry that the kernel shall cache."""
         entry = super()._entry(node, attr)
         self._misjudged.discard(node.ino)
         return self._lent_entry(entry) if node.ino in self._lent else entry
@@ -87,15 +89,16 @@ class FakerootAdapter(Adapter):
         return entry
 
     def _made(self, entry: EntryAttributes) -> EntryAttributes:
-        """Return the entry of what was just made."""
+        """Return the entry of an inode that was just created."""
         self._lend(entry.st_ino)
         return self._lent_entry(entry) if entry.st_ino in self._lent else entry
 
     def _shown(self, node: Node) -> EntryAttributes:
-        """Return the entry that stat(2) is to show. If the inode is lent, the kernel keeps nothing of it.
+        """Return the entry that stat(2) shall show. If the inode is lent, the kernel does not cache it.
 
-        But it asks in the same way whether a file may be run, and then goes by what it has kept. So it keeps
-        this one time what it does not know. The file is then root's to it, until it looks the name up.
+        But before it executes a file, the kernel makes the same request, and then uses what it has cached.
+        So it may cache an entry that it does not have this one time. It then takes the file for root's until
+        it looks the name up again.
         """
         entry = super()._entry(node, self._fs.stat(node))
         if node.ino in self._lent:
@@ -121,24 +124,24 @@ class FakerootAdapter(Adapter):
                 self._misjudged.discard(ino)
 
     def may_open_nothing(self) -> bool:
-        """The kernel checks nothing at open(2) here."""
+        """Return whether files may be opened without a request: the kernel does not check open(2) here."""
         return False
 
     def _said(self) -> Iterable[Any]:
-        return (None, *libfuse.request())  # the kernel does not know that he is root here
+        return (None, *libfuse.request())  # the kernel does not know that this user is root
 
     def _writer(self, node: Node, ctx: RequestContext, takes: bool | None) -> Writer:
         return Writer.PRIVILEGED if ctx.uid == 0 else super()._writer(node, ctx, takes)
 
     async def access(self, inode: int, mode: int, ctx: RequestContext) -> bool:
-        """Allow what root may: all but executing a file that nobody may execute."""
+        """Allow what root may do: everything except executing a file that nobody may execute."""
         if not mode & os.X_OK:
             return True
         shown = self._fs.stat(self._node(inode)).st_mode
         return not stat.S_ISREG(shown) or bool(shown & _MAY_RUN)
 
     async def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
-        # Who asks for the value, and not only whether there is one (ls), may be about to set it (setfacl).
+        # A caller that reads the value, not only its size (as ls does), may be about to set it (setfacl).
         size = libfuse.request()[2]
         if name in _ACLS and size and inode not in self._lent:
             await self._lend_now(inode)
@@ -158,7 +161,8 @@ class FakerootAdapter(Adapter):
             self._judge_again(self._node(inode), mode)
 
     def _judge_again(self, node: Node, mode: int) -> None:
-        """Have the kernel look up a file that had this mode, if whether it may be run has changed."""
+        """Make the kernel look up a file again that had this mode, if the file became executable or ceased
+        to."""
         if not stat.S_ISREG(mode) or bool(mode & _MAY_RUN) == bool(self._fs.stat(node).st_mode & _MAY_RUN):
             return
         self._misjudged.add(node.ino)

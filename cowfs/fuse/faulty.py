@@ -1,6 +1,6 @@
-"""Requests that fail because somebody wants them to: handlers that look at each before they answer it.
+"""Fault injection: handlers that check each request before they answer it.
 
-They are there only if faults were asked for when it was mounted.
+They are installed only if the mount was made with faults.
 """
 
 from __future__ import annotations
@@ -39,22 +39,22 @@ _SYNCHRONOUS = os.O_SYNC | os.O_DSYNC
 
 
 class Faults(Protocol):
-    """What is to fail."""
+    """The faults to inject."""
 
     def meet(self, operation: str, paths: Collection[bytes]) -> tuple[int, float]:
-        """Return the errno that a request fails with, or 0, and the seconds that its answer waits for.
+        """Return the errno with which a request fails, or 0, and by how many seconds to delay its answer.
 
-        Does not return if the machine is to crash.
+        Does not return if the fault is a crash of the machine.
         """
         ...
 
     def synced(self) -> None:
-        """Note that all is on disk."""
+        """Note that everything is on disk."""
         ...
 
 
 def install(adapter: Adapter, faults: Faults) -> None:
-    """Let the requests to *adapter* meet *faults* from now on."""
+    """Apply *faults* to the requests to *adapter* from now on."""
     kind = type(adapter)
     handlers = {
         name: _handler(name, getattr(kind, name), faults) for name in (*OPERATIONS, "setattr", "_beyond")
@@ -85,7 +85,7 @@ def _handler(name: str, method: Any, faults: Faults) -> Any:
                 faults.synced()
             except OSError as failure:
                 raise FUSEError(failure.errno or errno.EIO) from None
-        if pause:  # afterwards: what is known of a request is known until something is awaited
+        if pause:  # last: details of a request are known only until an await
             await self._loop.step_aside()
             await trio.sleep(pause)
         return answer
@@ -95,7 +95,7 @@ def _handler(name: str, method: Any, faults: Faults) -> Any:
 
 
 def _seen(adapter: Any, name: str, args: dict[str, Any]) -> Iterator[Seen]:
-    """Yield what a request is, which may be two things at once."""
+    """Yield the operations of a request, of which there may be two."""
     if name == "_beyond":
         yield from _beyond(adapter, args["asked"])
         return

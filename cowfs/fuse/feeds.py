@@ -1,7 +1,7 @@
 """Report changes as they happen: for ``cowfs watch``.
 
-A slow reader does not hold up the mount: unread changes are kept up to a bound, and a reader that falls
-further behind is told so and dropped. The format is in docs/finding-changes.md.
+A slow reader does not delay the mount: unread changes are kept up to a limit, and a reader that falls further
+behind gets a message and is dropped. The format is in docs/finding-changes.md.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _UNMOUNTED = b'{"ended": "unmounted"}\n{"end": true}\n'
 
 
 class Feed:
-    """All who watch a mount."""
+    """The watchers of a mount."""
 
     def __init__(self, in_trio: Callable[[Callable[[], object]], None], changed: Callable[[], None]) -> None:
         """*changed* is called when the first watcher comes, and when the last leaves."""
@@ -41,7 +41,8 @@ class Feed:
         """Called before the last message to a watcher: reports what is held back."""
 
     def watch(self) -> Watcher:
-        """Return a watcher that gets everything reported from now on. SystemFailure if there are too many."""
+        """Return a watcher that gets all reports from now on. SystemFailure if there are too many
+        watchers."""
         if len(self.watchers) >= _MOST_WATCHERS:
             raise SystemFailure(f"{_MOST_WATCHERS} watch this mount already", "end one of them")
         watcher = Watcher(self, self._in_trio)
@@ -51,21 +52,21 @@ class Feed:
         return watcher
 
     def leave(self, watcher: Watcher) -> None:
-        """Tell one nothing more."""
+        """Remove a watcher."""
         if watcher in self.watchers:
             self.watchers.remove(watcher)
             if not self.watchers:
                 self._changed()
 
     def tell(self, operation: str, process: Process | None, path: bytes, to: bytes | None = None) -> None:
-        """Tell all of a change that has just happened."""
+        """Report a change that has just happened to all watchers."""
         line = json.dumps(_event(operation, process, path, to)).encode() + b"\n"
         for watcher in list(self.watchers):
             watcher.take(line)
 
 
 class Watcher:
-    """One who watches: a connection of the control socket."""
+    """A watcher: a connection to the control socket."""
 
     def __init__(self, feed: Feed, in_trio: Callable[[Callable[[], object]], None]) -> None:
         self._feed = feed
@@ -77,7 +78,7 @@ class Watcher:
         self._told = False
 
     def take(self, line: bytes) -> None:
-        """Keep a line until it is read."""
+        """Queue a line until it is read."""
         if self._bytes > _MOST_BYTES:
             self._lost = True
             self._feed.leave(self)
@@ -89,7 +90,7 @@ class Watcher:
             self._in_trio(self._more.set)
 
     async def pour(self, stream: trio.SocketStream) -> None:
-        """Send all that comes until the other side leaves, has been left, or the mount ends."""
+        """Send all lines until the client leaves, was dropped, or the mount ends."""
         rest = memoryview(b'{"watching": true}\n')
         try:
             async with trio.open_nursery() as nursery:
@@ -99,7 +100,7 @@ class Watcher:
                         rest = rest[await stream.socket.send(rest) :]
                     rest = memoryview(await self._next())
                 nursery.cancel_scope.cancel()
-        except* OSError:  # it has left
+        except* OSError:  # the client has left
             pass
         finally:
             self._feed.settle()
@@ -110,7 +111,7 @@ class Watcher:
             self._feed.leave(self)
 
     async def _next(self) -> bytes:
-        """Return what has come since the last call, waiting for some; b"" after the last message."""
+        """Wait for lines, and return those queued since the last call; b"" after the last message."""
         while not self._lines and not self._lost:
             self._more, self._told = trio.Event(), False
             await self._more.wait()
@@ -137,7 +138,7 @@ class Watcher:
 
 
 async def _until_left(stream: trio.SocketStream, scope: trio.CancelScope) -> None:
-    """Cancel when the other side has closed the connection."""
+    """Cancel *scope* when the client has closed the connection."""
     while True:
         await trio.lowlevel.wait_readable(stream.socket)
         with suppress(BlockingIOError):

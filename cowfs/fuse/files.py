@@ -1,4 +1,4 @@
-"""Open files, and those that the kernel opens without us: reading, writing, fsync(2)."""
+"""Reading, writing and fsync(2) of open files, and of files that the kernel opens without a request."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class FileHandlers(NodeHandlers):
         owner_map: OwnerMap | None = None,
         sees_all: bool = False,
     ) -> None:
-        """*sees_all*: no file is opened, or read, without asking us."""
+        """*sees_all*: the kernel sends a request for every open and every read."""
         super().__init__(fs, loop, acl=acl, passthrough=passthrough, owner_map=owner_map)
         self._files = OpenFiles(bounds, reads_itself=not sees_all)
         self._unopened = Unopened(fs)
@@ -77,11 +77,11 @@ class FileHandlers(NodeHandlers):
         )
 
     def may_open_nothing(self) -> bool:
-        """Whether the kernel may open files without us: then nobody is charged for what they cost us."""
+        """Whether the kernel may open files without a request: then they count for no user."""
         return not any(layer.has_descriptors for layer in (self._fs.upper, *self._fs.lowers))
 
     def node_of(self, fh: int) -> Node | None:
-        """Return the node that is open under a number, if there is one."""
+        """Return the node that is open under a number; None if there is none."""
         try:
             return self._files[fh].node
         except KeyError:
@@ -110,10 +110,10 @@ class FileHandlers(NodeHandlers):
         return self._opened(node, flags, ctx, opener)
 
     def _takes_set_id_bits(self, node: Node, opener: Writer) -> bool:
-        """Take the set-ID bits that an open with O_TRUNC takes; say whether it has taken any.
+        """Clear the set-ID bits that an open with O_TRUNC clears; return whether it cleared any.
 
-        The answer to the open would not tell the kernel that the mode is another. After ESTALE it looks the
-        file up, whose answer does, and opens it once more (do_filp_open() in its fs/namei.c).
+        The answer to an open cannot tell the kernel the new mode. After ESTALE, the kernel looks the file
+        up, and learns the mode, then opens it again (do_filp_open() in fs/namei.c).
         """
         mode = node.mode
         if not mode & SET_ID or opener is Writer.PRIVILEGED:
@@ -163,13 +163,13 @@ class FileHandlers(NodeHandlers):
         return FileInfo(fh=number)
 
     def _reading(self, fh: int) -> Handle:
-        """Return what the file of a number is read by."""
+        """Return the handle by which to read the file of a number."""
         if fh & libfuse.UNOPENED:
             return self._unopened.to_read(self._node(fh ^ libfuse.UNOPENED))
         return self._files[fh]
 
     def _user(self, fh: int) -> int:
-        """Return whose work it is to read or write a file. To be asked before anything is awaited."""
+        """Return the user for whom a file is read or written. Call it before awaiting anything."""
         return libfuse.request()[1] if fh & libfuse.UNOPENED else self._files.opener(fh)
 
     @async_
@@ -184,14 +184,14 @@ class FileHandlers(NodeHandlers):
         threads = self._threads
         if isinstance(file, SlowFile):
             pread = functools.partial(file.pread, size, off)
-            if file.knows_at_once:  # so that who waits for a server does not keep others from what is at hand
+            if file.knows_at_once:  # so that a wait for a server does not delay reads of cached data
                 with suppress(WouldWait):
                     return await threads.run(
                         functools.partial(at_once, pread), threads.reads, self._files.opener(fh)
                     )
             return await threads.run_patiently(pread, threads.slow_reads, self._files.opener(fh))
         if isinstance(file, SquashfsFile) and self._loop.is_quiet():
-            # The way to a thread and back would help nobody, for a block. Of an archive it may be gigabytes.
+            # A thread is not worth it for a block. For an archive, it may be gigabytes.
             return file.pread(size, off)
         uid = self._user(fh)
         with self._unopened.in_use(handle.node):
@@ -230,7 +230,7 @@ class FileHandlers(NodeHandlers):
             self._tell(node, mode)
 
     async def _to_write(self, node: Node, uid: int) -> Handle:
-        """Return what a file is written by that was opened without us; it is copied up now."""
+        """Copy up a file that the kernel opened without a request; return the handle by which to write it."""
         protect.must_write(self._fs.union_of(node), node, appends=True)
         if node.upper is None or node.metacopy or node.copying is not None:
             await self._begin_to_write(node, uid)
@@ -247,11 +247,11 @@ class FileHandlers(NodeHandlers):
         """Copy up open, writable files again, so that writing continues in the new upper."""
         await self._begin_to_write(node, uid)
         if node.partial is None:
-            self._fs.copy_up(node)  # not left to the write, which a thread may do
+            self._fs.copy_up(node)  # now, because a thread may do the write
 
     @contextmanager
     def _changes(self) -> Iterator[None]:
-        """A thread changes the data of a file meanwhile."""
+        """Note that a thread changes the data of a file during the block."""
         self._changing += 1
         try:
             yield
@@ -259,19 +259,19 @@ class FileHandlers(NodeHandlers):
             self._changing -= 1
 
     async def flush(self, fh: int) -> None:
-        # Nothing is held back, so close(2) has nothing to say; the kernel does not ask again.
+        # Nothing is buffered, so close(2) has no error to report; the kernel does not ask again.
         raise FUSEError(errno.ENOSYS)
 
     @sync
     def release(self, fh: int) -> None:
-        if fh == _UNKNOWN:  # made before the kernel opened files by itself
+        if fh == _UNKNOWN:  # created before the kernel opened files itself
             return
         handle = self._files.leave(fh)
         self._passthrough.closed(handle)
         self._fs.release_handle(handle)
 
     def _seek(self, fh: int, offset: int, whence: int) -> int:
-        """Answer lseek(2) with SEEK_DATA or SEEK_HOLE: the place, or an errno negated."""
+        """Answer lseek(2) with SEEK_DATA or SEEK_HOLE: return the offset, or a negated errno."""
         try:
             return self._fs.seek(self._reading(fh), offset, whence)
         except Exception as error:

@@ -1,4 +1,4 @@
-"""How requests are answered: what a handler raises becomes an errno; what may succeed yet is tried again."""
+"""Answer requests: turn a handler's exceptions into errnos, and retry what may still succeed."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ S = TypeVar("S", bound="Handlers")
 
 
 def failure_of(error: BaseException, name: str) -> FUSEError:
-    """Return what to answer the kernel when the handler *name* has raised an exception."""
+    """Return the answer to the kernel for an exception of the handler *name*."""
     return error if isinstance(error, FUSEError) else FUSEError(errno_of(error, name))
 
 
 def sync(
     method: Callable[Concatenate[S, P], R],
 ) -> Callable[Concatenate[S, P], Coroutine[Any, Any, R]]:
-    """Make a request handler of a plain method: whatever it raises becomes an errno."""
+    """Make a plain method a request handler: its exceptions become errnos."""
 
     async def handler(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
         try:
@@ -60,7 +60,7 @@ def sync(
 def async_(
     method: Callable[Concatenate[S, P], Coroutine[Any, Any, R]], *, changes: bool = False
 ) -> Callable[Concatenate[S, P], Coroutine[Any, Any, R]]:
-    """The same for a method that may have to await."""
+    """Make a method that may await a request handler."""
 
     async def handler(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
         if changes and self._pressed[0]:
@@ -83,12 +83,13 @@ def async_(
 def changing(
     method: Callable[Concatenate[S, P], Coroutine[Any, Any, R]],
 ) -> Callable[Concatenate[S, P], Coroutine[Any, Any, R]]:
-    """The same for one that changes something: if much has changed already, that is put on disk first."""
+    """Make a method that changes something a request handler. First writes pending changes, if there are
+    many."""
     return async_(method, changes=True)
 
 
 class Said(NamedTuple):
-    """What a request says and pyfuse3 does not pass on."""
+    """Details of a request that pyfuse3 does not pass on."""
 
     takes: bool | None
     """Whether the request drops set-ID bits, since the caller has not CAP_FSETID; None: the kernel does not
@@ -101,13 +102,13 @@ class Said(NamedTuple):
     """Of a write: the flags of the open file. Of a setattr: what to set (FATTR_*)."""
 
 
-_new = tuple.__new__  # quicker than to name the fields
+_new = tuple.__new__  # faster than with field names
 
 
 def told(
     method: Callable[Concatenate[S, Said, P], Coroutine[Any, Any, R]],
 ) -> Callable[Concatenate[S, P], Coroutine[Any, Any, R]]:
-    """The same for a handler that first gets the details of the request that pyfuse3 leaves out.
+    """Make a method a request handler that gets the details which pyfuse3 does not pass on.
 
     They are in the request's message, which exists only until the first await.
     """
@@ -132,7 +133,7 @@ def told(
 
 
 def _user_of(args: Sequence[Any]) -> int:
-    """Return the caller: the context is one of a handler's last arguments."""
+    """Return the calling user, from the context among a handler's last arguments."""
     for argument in reversed(args):
         uid = getattr(argument, "uid", None)
         if isinstance(uid, int):
@@ -141,7 +142,7 @@ def _user_of(args: Sequence[Any]) -> int:
 
 
 class Handlers(pyfuse3.Operations):
-    """What all handlers stand on; the functions above make those of :class:`cowfs.fuse.adapter.Adapter`."""
+    """The base of all handlers. The functions above make those of :class:`cowfs.fuse.adapter.Adapter`."""
 
     def __init__(self, fs: Overlay, loop: RequestLoop) -> None:
         super().__init__()
@@ -152,13 +153,13 @@ class Handlers(pyfuse3.Operations):
         loop.hurry = fs.upper.hurry
 
     def _may_succeed(self, error: Exception, *, gave_way: bool = False, reliefs: int = 0) -> bool:
-        """Whether what has failed with *error*, and left nothing behind, is to be tried again."""
+        """Whether to retry a call that failed with *error* and left nothing behind."""
         if isinstance(error, NotYet) or (not gave_way and self._may_get_room(error)):
             return True
         return (isinstance(error, NotYetFree) and reliefs < _MOST_RELIEFS) or self._made_room(error)
 
     async def _relieve(self, uid: int, *, for_room: bool = False) -> None:
-        """Have the store put on disk what has gathered; others are served meanwhile."""
+        """Write the store's pending changes to disk; others are served meanwhile."""
         try:
             await self._threads.run(lambda: self._fs.upper.relieve(for_room), self._threads.syncs, uid)
         except OSError as failure:
@@ -167,21 +168,21 @@ class Handlers(pyfuse3.Operations):
             log.debug("the store cannot be written to disk: %s", failure)  # the next change reports it
 
     def _may_get_room(self, error: Exception) -> bool:
-        """Whether there may be room for what failed once the requests that have come are handled.
+        """Whether there may be space for a failed call once the requests that have arrived are handled.
 
-        The kernel may tell that it has forgotten a removed file after it has passed on what came later
-        (fuse_dev_do_read() in fs/fuse/dev.c).
+        The kernel may send a FORGET of a removed file after requests that came later (fuse_dev_do_read() in
+        fs/fuse/dev.c).
         """
         return isinstance(error, OSError) and error.errno == errno.ENOSPC and self._loop.has_next_request()
 
     async def _again(
         self, call: Callable[[], Coroutine[Any, Any, R]], error: Exception, name: str, uid: int
     ) -> R:
-        """Do *call* again, which failed with *error*, until it succeeds or nothing is left to try."""
+        """Retry *call*, which failed with *error*, until it succeeds or nothing is left to try."""
         answers = Answers(uid)
         gave_way = False
         reliefs = 0
-        await self._loop.step_aside()  # what is at hand is a task's
+        await self._loop.step_aside()  # the answers at hand belong to a task
         try:
             while True:
                 try:
@@ -203,8 +204,8 @@ class Handlers(pyfuse3.Operations):
             answers.close()
 
     def _made_room(self, error: Exception) -> bool:
-        """Whether there is room now for what failed for lack of it; it left nothing behind, so it may be
-        tried again."""
+        """Make space for a call that failed for lack of it; return whether to retry. It left nothing
+        behind."""
         if not isinstance(error, OSError) or error.errno != errno.ENOSPC:
             return False
         try:

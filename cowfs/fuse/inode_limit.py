@@ -1,13 +1,13 @@
-"""How many inodes the kernel may know of: each costs us a node, and it forgets them for its own needs only.
+"""Limit how many inodes the kernel knows: each costs a node, and the kernel only forgets for its own needs.
 
-When there are more than fit into our share of the memory, we ask the kernel to forget those that it has known
-longest and nobody uses. It keeps what is open, mapped, watched, somebody's directory, or mounted on, and the
-directories above that.
+If the nodes exceed the daemon's share of the memory, it asks the kernel to forget the oldest unused inodes.
+The kernel keeps those that are open, mapped, watched, mounted on, or a process's working directory, and the
+directories above them.
 
-Linux from 6.18 on takes a list of inodes (FUSE_NOTIFY_PRUNE in linux/fuse.h). Before, root can have all that
-is not used dropped, by reconfiguring the superblock with nothing changed (shrink_dcache_sb() in
-reconfigure_super(), fs/super.c). Without either there is no bound but the kernel's own need for memory. An
-invalidation of entries is no way: it takes mounts away, and the names from what is in use (d_invalidate()).
+Linux from 6.18 on takes a list of inodes (FUSE_NOTIFY_PRUNE in linux/fuse.h). Before, root can drop all
+unused inodes by reconfiguring the superblock without changes (shrink_dcache_sb() in reconfigure_super(),
+fs/super.c). Without either, only the kernel's own need for memory limits them. Invalidating entries is not
+an option: it detaches mounts, and unhashes names in use (d_invalidate()).
 """
 
 from __future__ import annotations
@@ -47,21 +47,21 @@ def most_inodes() -> int:
 
 
 def prune(fd: int, inodes: array[int]) -> None:
-    """Ask the kernel, by the connection *fd*, to forget inodes that are not in use. May block.
+    """Ask the kernel, over the connection *fd*, to forget unused inodes. May block.
 
-    EINVAL: it knows no such request.
+    EINVAL if the kernel does not know the request.
     """
     size = _NOTIFY.size + len(inodes) * inodes.itemsize
     os.write(fd, _NOTIFY.pack(size, _PRUNE, 0, len(inodes), 0) + inodes.tobytes())
 
 
 class InodeLimit:
-    """Keeps the number of nodes at *most*, and below for some time after it was reached."""
+    """Keeps the number of nodes at *most*, and below it for some time after reaching it."""
 
     def __init__(
         self, nodes: NodeTable, most: int, in_trio: Callable[[Callable[[], object]], object] | None = None
     ) -> None:
-        """*in_trio* has a call done by trio's thread: nodes are made by others too."""
+        """*in_trio* runs a call in trio's thread: other threads also make nodes."""
         self._nodes = nodes
         self._most = nodes.many = most
         self._in_trio = in_trio or (lambda call: call())
@@ -76,28 +76,31 @@ class InodeLimit:
         self._nodes.too_many = tell
 
     async def keep_few(self, fd: int, drop_all: Callable[[], None]) -> None:
-        """Do so until cancelled. *fd* is the connection; *drop_all* lets the kernel drop all that is not
-        used, and raises OSError where it cannot."""
+        """Enforce the limit until cancelled.
+
+        *fd* is the connection. *drop_all* makes the kernel drop all unused inodes; OSError if it cannot.
+        """
         nodes, aim, pause = self._nodes, self._most - self._most // 4, _AGAIN
         while True:
             with trio.move_on_after(pause if len(nodes) > self._most else math.inf):
                 await self._many.wait()
-            nodes.many = sys.maxsize  # no need to be told
+            nodes.many = sys.maxsize  # no notice needed
             try:
                 await self._prune(fd, aim)
             except OSError as failure:
                 if failure.errno != errno.EINVAL:
                     raise
                 await in_thread(drop_all)
-            await self._settle(aim)
-            # What is left is in use, or somebody is as fast as we are: that is seen later.
+            await self._await_forgets(aim)
+            # The rest is in use, or users add inodes as fast: the next round will tell.
             pause = min(2 * pause, _AGAIN_AT_LAST) if len(nodes) > self._most else _AGAIN
             self._expect()
             nodes.many = max(self._most, len(nodes) + self._most // 8)
 
     async def _prune(self, fd: int, aim: int) -> None:
-        """Walk through the nodes once, by quarters from the oldest on. In each quarter the newest come first,
-        since a directory cannot be forgotten before its contents.
+        """Prune the nodes once, by quarters from the oldest on.
+
+        In each quarter, the newest come first: a directory cannot be forgotten before its contents.
         """
         nodes = self._nodes
         quarter = len(nodes) // 4 + 1
@@ -112,8 +115,8 @@ class InodeLimit:
                 if len(nodes) <= aim:
                     return
 
-    async def _settle(self, aim: int) -> None:
-        """Wait for what the kernel says that it has forgotten, which comes as requests do."""
+    async def _await_forgets(self, aim: int) -> None:
+        """Wait for the kernel's FORGET requests."""
         before = len(self._nodes) + 1
         while aim < len(self._nodes) < before:
             before = len(self._nodes)

@@ -30,7 +30,7 @@ _REST, _MOST_REST = 0.005, 1.0
 
 
 class LazyCopier:
-    """One task, while there is something to do."""
+    """Runs one task while there is something to copy."""
 
     def __init__(self, fs: Overlay, loop: RequestLoop) -> None:
         self._fs = fs
@@ -40,7 +40,7 @@ class LazyCopier:
         """Files that stay as they are until the next mount."""
 
     def soon(self) -> None:
-        """Begin some time, if there is a file that is not whole."""
+        """Start the task soon, if there is a partial file."""
         if not self._is_running and self._waiting():
             self._is_running = True
             self._loop.in_trio(lambda: trio.lowlevel.spawn_system_task(self._run))
@@ -61,7 +61,7 @@ class LazyCopier:
             self._is_running = False
 
     async def _try(self, ino: int) -> bool:
-        """Go on with one file; False if it has to wait for room."""
+        """Continue with one file; False if it must wait for space."""
         pending = self._fs.pending.get(ino)
         if pending is None:
             return True
@@ -73,7 +73,7 @@ class LazyCopier:
             return True
 
     async def _bring_up(self, ino: int, pending: Pending) -> bool:
-        """Bring up the rest of one file; False for want of room."""
+        """Copy up the rest of one file; False if there is not enough space."""
         fs = self._fs
         file = incomplete.open_rest(fs, pending)
         try:
@@ -89,7 +89,7 @@ class LazyCopier:
                         raise
                     return fs.host.make_room()
                 if fs.pending.get(ino) is not pending:
-                    return True  # it is whole, or removed
+                    return True  # it is complete, or removed
                 if not there_is_more:
                     with may_wait_for_disk(fs.upper):
                         incomplete.complete(fs, pending)
@@ -100,7 +100,7 @@ class LazyCopier:
 
 
 def _copy_some(file: PartialFile, steps: Iterator[int]) -> bool:
-    """Copy a few MiB; say whether there may be more."""
+    """Copy a few MiB; return whether there may be more."""
     copied = 0
     for size in steps:
         copied += size

@@ -1,25 +1,24 @@
-"""What libfuse can do and pyfuse3 has no words for, where the small C module beside this file could be built.
+"""Features of libfuse that pyfuse3 does not offer. They need the small C module beside this file.
 
-- The kernel caches the listing of a directory (FOPEN_CACHE_DIR), and the next listing sends no request. Only
-  we change the tree, so it is right for every reader from the beginning; one reader at a time.
-- Reads of a file behind which stands one of the kernel's are served without Python.
-- The umask is left to us (FUSE_CAP_DONT_MASK), because a directory's default ACL takes its place.
-- Targets of symbolic links are kept by the kernel (FUSE_CAP_CACHE_SYMLINKS).
-- Before it writes or changes an owner, the kernel does not ask what that takes from a file (set-ID bits,
-  capabilities; FUSE_HANDLE_KILLPRIV and its V2): the union and the layers take it.
-- lseek(2) knows holes.
-- Any number of reads ahead may be under way (max_background): the kernel has 12 of a filesystem at a time,
-  and those of one user that hang would be all of them.
-- Requests are counted, and timed.
+- The kernel caches the listing of a directory (FOPEN_CACHE_DIR), and the next listing sends no request.
+Only cowfs changes the tree, so the cache is always right; it serves one reader at a time.
+- Reads of a file that has a descriptor are served without Python.
+- cowfs applies the umask (FUSE_CAP_DONT_MASK), because a directory's default ACL replaces it.
+- The kernel caches the targets of symbolic links (FUSE_CAP_CACHE_SYMLINKS).
+- Before a write or a change of owner, the kernel does not clear set-ID bits and capabilities itself
+  (FUSE_HANDLE_KILLPRIV and its V2): the union and the layers clear them.
+- lseek(2) finds holes.
+- Any number of reads ahead may be pending (max_background): by default, the kernel allows 12 for each
+  filesystem, and reads of one user that hang could use them all.
+- Requests are counted and timed.
 - Requests that pyfuse3 has no handlers for are answered (``beyond.py``).
-- Files may be lent to the kernel, which then reads and writes them without us (passthrough).
-- Whether a write, or an ACL, leaves set-ID bits (CAP_FSETID), which the kernel alone knows, is read from its
-  request.
-- What the kernel has read of a file it keeps when the file's times change (not FUSE_CAP_AUTO_INVAL_DATA).
-- Which files are opened, and closed, we need not be told (FUSE_NO_OPEN_SUPPORT): the kernel then reads and
-  writes by the inode. ``unopened.py`` says where.
+- Files can be lent to the kernel, which then reads and writes them without cowfs (passthrough).
+- The request tells whether a write or an ACL keeps set-ID bits (CAP_FSETID), which only the kernel knows.
+- The kernel keeps its cached data of a file when the file's times change (no FUSE_CAP_AUTO_INVAL_DATA).
+- The kernel need not tell which files are opened and closed (FUSE_NO_OPEN_SUPPORT): it then reads and writes
+  by the inode. ``no_open.py`` says when.
 
-Without the module everything else works, slower; :func:`lacks` says why it takes no part.
+Without the module, everything else works, but slower; :func:`lacks` says why it is not used.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ _LAST = "identify"
 
 
 def _load() -> tuple[Any, str]:
-    # Global symbols, and before pyfuse3 is loaded: that is how its calls come through the module.
+    # With global symbols and before pyfuse3, so that pyfuse3's calls go through the module.
     flags = sys.getdlopenflags()
     sys.setdlopenflags(flags | os.RTLD_GLOBAL)
     try:
@@ -89,9 +88,9 @@ class Message(NamedTuple):
 
 
 def message() -> Message:
-    """Return the request that has just come as a read by the handle number :data:`BEYOND`.
+    """Return the request that has just arrived as a read with the handle number :data:`BEYOND`.
 
-    For handlers, before they await anything.
+    Call it from a handler, before it awaits anything.
     """
     return Message(*_module.message())
 
@@ -105,12 +104,13 @@ def prepare(
     most_held: int = 64 << 20,
     shared: bool = False,
 ) -> None:
-    """Set what the next session can do; *seek* answers lseek(2): an offset, or -errno.
+    """Set the features of the next session; *seek* answers lseek(2) with an offset, or -errno.
 
-    *knows_files*: files that were opened without us can be read and written. *passthrough*: whether to lend
-    files to the kernel. *exports*: file handles are valid as long as their inodes; else none are given (Linux
-    6.10). *most_held*: so many bytes of data may be in memory with writes that wait, of which nobody but root
-    gets more than is left if the mount is *shared* (``held_data.c``).
+    *knows_files*: cowfs can read and write files that the kernel opened without asking. *passthrough*:
+    whether to lend files to the kernel. *exports*: file handles are valid as long as their inodes; otherwise
+    there are no file handles (Linux 6.10). *most_held*: how many bytes of data waiting writes may hold in
+    memory. If the mount is *shared*, a user other than root gets no more of them than are left
+    (``held_data.c``).
     """
     if _module is not None:
         wanted = _DONT_MASK | _HANDLE_KILLPRIV | _CACHE_SYMLINKS
@@ -118,14 +118,15 @@ def prepare(
 
 
 def opens_nothing() -> bool:
-    """Whether the kernel opens all files without us once open(2) was answered by ENOSYS."""
+    """Whether the kernel opens all files without a request once OPEN was answered with ENOSYS."""
     return _module is not None and bool(_module.opens_nothing())
 
 
 def request() -> tuple[int, int, int]:
-    """Return process and user of the request that has just come, and the flags of the file read or written.
+    """Return the process and user of the request that has just arrived, and the flags of its file.
 
-    For handlers, before they await anything. A user of 0xFFFFFFFF: the kernel writes what mmap(2) changed.
+    Call it from a handler, before it awaits anything. A user of 0xFFFFFFFF means that the kernel writes data
+    changed through mmap(2).
     """
     if _module is None:
         return 0, 0, 0
@@ -134,7 +135,7 @@ def request() -> tuple[int, int, int]:
 
 
 def inode() -> int:
-    """Return the number of the inode that the request that has just come is about; 0: not known."""
+    """Return the inode number in the request that has just arrived; 0 if not known."""
     if _module is None:
         return 0
     found: int = _module.inode()
@@ -142,7 +143,7 @@ def inode() -> int:
 
 
 def lacks() -> str | None:
-    """Return why the session that pyfuse3 has made has nothing of this; None when it has all of it."""
+    """Return why pyfuse3's session does not use this module; None if it does."""
     if _module is None:
         return _why
     if not _module.takes_part():
@@ -151,18 +152,18 @@ def lacks() -> str | None:
 
 
 def leaves_umask() -> bool:
-    """Whether the kernel leaves it to us to apply the umask."""
+    """Whether cowfs must apply the umask."""
     return _module is not None and bool(_module.capabilities() & _DONT_MASK)
 
 
 def read_from(handle: int, descriptor: int) -> None:
-    """Serve reads of a handle from *descriptor* from now on; -1: by pyfuse3's handler."""
+    """Serve reads of a handle from *descriptor* from now on; -1: with pyfuse3's handler."""
     if _module is not None:
         _module.read_from(handle, descriptor)
 
 
 def why_no_passthrough() -> str:
-    """Return why the session that pyfuse3 has made cannot lend files to the kernel; "" if it can."""
+    """Return why pyfuse3's session cannot lend files to the kernel; "" if it can."""
     if _module is None or not _module.takes_part():
         return lacks() or ""
     if not _module.watches():
@@ -171,20 +172,22 @@ def why_no_passthrough() -> str:
 
 
 def lend(descriptor: int) -> int:
-    """Let the kernel have a file; return its number there. OSError: ELOOP on a filesystem that is on another,
-    EPERM, EINVAL, ENOMEM."""
+    """Lend a file to the kernel; return the kernel's number for it.
+
+    OSError: ELOOP if its filesystem is stacked on another, EPERM, EINVAL, ENOMEM.
+    """
     return int(_module.lend(descriptor))
 
 
 def take_back(number: int) -> None:
-    """Name a file that was lent in no answer any more."""
+    """Take a lent file back from the kernel: no later answer names it."""
     _module.take_back(number)
 
 
 def pass_through(handle: int, number: int, *, direct: bool = False) -> None:
-    """Name a file that was lent in the answer to the open of a handle; 0: none.
+    """Name a lent file in the answer to the open of a handle; 0: none.
 
-    *direct*: only its mappings are the kernel's, reads and writes come here.
+    *direct*: the kernel only maps it; reads and writes come here.
     """
     _module.pass_through(handle, number, direct)
 
@@ -208,27 +211,30 @@ wrote: Callable[[int], None] = _module.wrote if _module is not None else lambda 
 
 
 def empty_buffer() -> None:
-    """Free the memory of the last request: its handler is about to wait, and has taken what it needs."""
+    """Free the memory of the last request. Its handler has copied what it needs, and is about to wait."""
     if _module is not None:
         _module.empty_buffer()
 
 
 def takes_set_id() -> bool | None:
-    """Whether the request that has just come takes set-ID bits from a file; None where that is not told.
+    """Whether the request that has just arrived clears set-ID bits of a file; None if not known.
 
-    For handlers of open, create, write, setattr and setxattr (set-group-ID then), before they await anything.
+    Call it from the handlers of open, create, write, setattr and setxattr (there for set-group-ID), before
+    they await anything.
     """
     return None if _module is None else _module.takes_set_id()
 
 
 def requester() -> tuple[int, int]:
-    """Return the process and the user who make the request that has just come, as :func:`takes_set_id` does;
-    process 0 is not known."""
+    """Return the process and the user of the request that has just arrived; process 0: not known.
+
+    Call it when :func:`takes_set_id` may be called.
+    """
     return (0, 0) if _module is None else _module.requester()
 
 
 class Counted(NamedTuple):
-    """What was counted since the mount."""
+    """The counts since the mount."""
 
     operations: list[tuple[int, int, int, int, list[tuple[int, int, int]]]]
     """Opcode, answers, errors among them, ns, and how many took from so many ns to so many."""
@@ -239,7 +245,7 @@ class Counted(NamedTuple):
 
 
 def counted() -> Counted | str:
-    """Return what requests there were; or why that is not known."""
+    """Return the counts of requests, or why there are none."""
     lacking = lacks()
     if lacking is not None:
         return lacking
@@ -249,10 +255,10 @@ def counted() -> Counted | str:
 
 
 def rings_serve() -> bool:
-    """Whether requests come by io_uring."""
+    """Whether requests come through io_uring."""
     return _module is not None and not _module.ring_refused()
 
 
 def rings_refused() -> str:
-    """Return why requests do not come by io_uring, though that was asked for; "" when they do."""
+    """Return why requests do not come through io_uring although it was requested; "" if they do."""
     return str(_module.ring_refused())

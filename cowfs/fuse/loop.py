@@ -1,19 +1,19 @@
 """The request loop: which task waits for the next request, and how.
 
-A request costs a FUSE daemon more in wake-ups across CPUs than in work (docs/benchmarks.md). So while
-requests keep coming, the loop polls for the next one for some microseconds before it sleeps; when they
-do not, it sleeps at once and burns nothing.
+Waking up on another CPU costs a FUSE daemon more than the work of a request (docs/benchmarks.md). So while
+requests keep coming, the loop polls for the next one for some microseconds before it sleeps; otherwise it
+sleeps at once and uses no CPU time.
 
-pyfuse3 runs several tasks, each of which waits, receives, handles and replies. Here one of them
-*leads*: it alone waits, and it goes on leading through any number of requests that it can answer
-without awaiting. A handler that must await (a thread, another request) first *hands over*, and an idle
-task leads. So the common request costs no task switch at all, and a slow one holds up nobody.
+pyfuse3 runs several tasks, each of which waits, receives, handles and replies. Here one of them *leads*:
+only it waits, and it keeps leading through any number of requests that it can answer without awaiting. A
+handler that must await (a thread, another request) first *hands over* to an idle task. So the common request
+needs no task switch, and a slow one delays nobody.
 
-The waiting function is a private name of pyfuse3's, which this module replaces; with a pyfuse3 that
-has no such name, the stock loop serves, only slower.
+This module replaces the waiting function, a private name of pyfuse3. If a pyfuse3 does not have that name,
+its own loop serves, only slower.
 
-Where the kernel gives requests by io_uring (``rings.py``), threads serve them, and what comes here is little:
-the first request, inodes that the kernel forgets, and what must wait.
+With io_uring (``rings.py``), threads serve most requests. This loop then serves only the first request, the
+inodes that the kernel forgets, and requests that must wait.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ _WAKING_NS = 20_000_000
 
 
 class RequestLoop:
-    """Serve the session that :func:`pyfuse3.init` has opened; :meth:`attach` comes first."""
+    """Serves the session that :func:`pyfuse3.init` opened; call :meth:`attach` first."""
 
     def __init__(self, rings: Rings | None = None) -> None:
         self._rings = rings
@@ -92,13 +92,13 @@ class RequestLoop:
         self._poll = select.poll()
 
     def attach(self) -> None:
-        """Remember the session that has just been opened, before anybody else opens ``/dev/fuse``."""
+        """Remember the session that was just opened. Call it before anything else opens ``/dev/fuse``."""
         self._attached = True
         if hasattr(pyfuse3, _WAIT):
             self._fd = _fuse_fd()
 
     def connection(self) -> int:
-        """Return the descriptor that leads to the kernel, -1 if it is not known."""
+        """Return the descriptor of the connection to the kernel, -1 if not known."""
         return self._fd
 
     async def run(self) -> None:
@@ -115,7 +115,7 @@ class RequestLoop:
         try:
             if self._rings is None:
                 async with trio.open_nursery() as self._nursery:
-                    await pyfuse3.main(1, 0)  # one task, which makes no others: that is done here
+                    await pyfuse3.main(1, 0)  # one task, which makes no others: this class makes them
             else:
                 await self._run_rings(self._rings)
         finally:
@@ -139,15 +139,15 @@ class RequestLoop:
             libfuse.ring.core_unlock()
 
     def stop(self) -> None:
-        """Let :meth:`run` return after the requests that are being handled; those that hang are given up."""
+        """Make :meth:`run` return after the requests that are being handled; give up those that hang."""
         self._close()
         pyfuse3.terminate()
 
     @contextmanager
     def patience(self) -> Iterator[trio.CancelScope]:
-        """What is awaited here may never come; it is waited for until the filesystem is to end.
+        """Wait in the block for something that may never come, until the filesystem is to end.
 
-        When it is given up the body ends at its await, and ``cancelled_caught`` is true of the scope.
+        Then the block is cancelled at its await, and the scope's ``cancelled_caught`` is true.
         """
         scope = trio.CancelScope(deadline=min(self._end, trio.current_time() + self._patience))
         self._patient.add(scope)
@@ -158,7 +158,7 @@ class RequestLoop:
             self._patient.discard(scope)
 
     def stop_waiting_soon(self) -> None:
-        """From now on wait a few seconds at most for anything: nobody can use what comes later."""
+        """From now on, wait at most a few seconds for anything: a later result is of no use."""
         self._patience = _PATIENCE
         self._hurry(trio.current_time() + _PATIENCE)
 
@@ -167,7 +167,7 @@ class RequestLoop:
             scope.deadline = min(scope.deadline, end)
 
     def is_quiet(self) -> bool:
-        """Whether no other request has arrived, and none is being handled in a thread."""
+        """Whether no other request has arrived, and no thread handles one."""
         if self.waiting:
             return False
         if self._rings is not None and self._rings.here():
@@ -179,7 +179,7 @@ class RequestLoop:
         return self._fd >= 0 and bool(self._poll.poll(0))
 
     async def serve_others(self) -> None:
-        """Let requests that have arrived be handled first, if there are not too many."""
+        """First serve requests that have arrived, if there are not too many."""
         if self.forgets_wait():
             await self.take_forgets()
             return
@@ -189,7 +189,7 @@ class RequestLoop:
             await self.yield_turn()
 
     def forget_attributes(self, ino: int) -> None:
-        """Let the kernel ask for an inode's attributes before it goes by them again. Does not block."""
+        """Make the kernel ask again for an inode's attributes before it uses them. Does not block."""
         if not self._attached:
             return
         try:
@@ -199,9 +199,9 @@ class RequestLoop:
                 log.warning("the kernel may still use old attributes of inode %d: %s", ino, error.strerror)
 
     def ask_again(self, ino: int, name: bytes | None) -> None:
-        """Let the kernel ask again for all that it knows of an inode or, of a directory, of a *name* in it.
+        """Make the kernel forget all that it knows about an inode, or about a *name* in a directory.
 
-        Blocks, for requests that are under way: not for the thread that answers them.
+        Blocks until pending requests are answered, so the thread that answers them must not call it.
         """
         if not self._attached:
             return
@@ -218,7 +218,7 @@ class RequestLoop:
                     )
 
     def ask_again_soon(self, ino: int, name: bytes) -> None:
-        """Do the same in a thread. Does not block."""
+        """Call :meth:`ask_again` in a thread. Does not block."""
 
         async def ask() -> None:
             await trio.to_thread.run_sync(self.ask_again, ino, name)
@@ -226,7 +226,7 @@ class RequestLoop:
         self.in_trio(lambda: trio.lowlevel.spawn_system_task(ask))
 
     async def step_aside(self) -> None:
-        """Let others be served: the caller is about to await something."""
+        """Let other requests be served: the caller is about to await something."""
         if self._rings is not None and self._rings.here():
             libfuse.empty_buffer()
             await self._rings.leave()
@@ -234,23 +234,24 @@ class RequestLoop:
             self._hand_over()
 
     def may_work(self) -> bool:
-        """Whether :meth:`work` is a short way for the caller, before it steps aside."""
+        """Whether the caller can use :meth:`work`, which is shorter than stepping aside."""
         return self._rings is not None and self._rings.here() and self._rings.may_work()
 
     def work(self, call: Callable[[], R]) -> Awaitable[R]:
-        """Have a worker do what blocks, and go on there; others are served. As :meth:`may_work` has it."""
+        """Run a blocking call in a worker, and continue there, while others are served. Ask
+        :meth:`may_work`."""
         assert self._rings is not None
         return self._rings.work(call)
 
     def tell(self, crowd: Crowd) -> None:
-        """Let those that wait go on, wherever the caller is."""
+        """Let the waiters continue; any thread may call it."""
         if crowd.is_waited_for:
             self.in_trio(crowd.set)
         else:
             crowd.set()
 
     def in_trio(self, call: Callable[[], object]) -> None:
-        """Have something done by trio's thread: at once if it is the caller."""
+        """Run *call* in trio's thread: at once if that is the caller."""
         if self._rings is not None and self._rings.here():
             self._rings.in_trio(call)
         else:
@@ -263,11 +264,11 @@ class RequestLoop:
             self._appoint()
 
     def forgets_wait(self) -> bool:
-        """Whether the kernel has forgotten inodes, and that has not been taken yet. It may free room."""
+        """Whether FORGET requests are waiting. Taking them may free space."""
         return self._rings is not None and libfuse.rings_serve() and bool(self._poll.poll(0))
 
     async def take_forgets(self) -> None:
-        """Wait until it has been taken."""
+        """Wait until they are taken."""
         if not self.forgets_wait():
             return
         await self.step_aside()
@@ -277,12 +278,12 @@ class RequestLoop:
         await self._forgotten.wait()
 
     def take_forgets_soon(self) -> None:
-        """Let what the kernel forgets next not gather."""
+        """Take the next FORGET requests soon, so that they do not accumulate."""
         if self._rings is not None:
             self.in_trio(self._forget_now.set)
 
     async def yield_turn(self) -> None:
-        """Let others have a turn: the caller has much to do."""
+        """Let others run: the caller has much to do."""
         await self.step_aside()
         self.waiting += 1
         try:
@@ -291,7 +292,7 @@ class RequestLoop:
             self.waiting -= 1
 
     def _task_ended(self, task: trio.lowlevel.Task) -> None:
-        # A leader ends when receiving tells it, between two waits, that the filesystem is unmounted.
+        # A leader ends when it receives, between two waits, the news that the filesystem is unmounted.
         if task is self._leader:
             self._leader = None
             self._close()
@@ -322,7 +323,7 @@ class RequestLoop:
                 return receives if isinstance(receives, bool) else await receives
         task = trio.lowlevel.current_task()
         if self._first is None:
-            self._first = task  # pyfuse3.main ends with it
+            self._first = task  # pyfuse3.main ends with this task
         if self._leader is not task:
             if self._leader is not None and not self._closing:
                 if len(self._idle) >= _MAX_IDLE and task is not self._first:
@@ -405,7 +406,7 @@ def _is_over(events: list[tuple[int, int]]) -> bool:
 
 
 class _TaskWatch(trio.abc.Instrument):
-    """Tell when a task ends."""
+    """Notices when a task ends."""
 
     def __init__(self, told: Callable[[trio.lowlevel.Task], None]) -> None:
         self._told = told
@@ -415,7 +416,7 @@ class _TaskWatch(trio.abc.Instrument):
 
 
 def _fuse_fd() -> int:
-    """Return the session's descriptor, which pyfuse3 keeps to itself."""
+    """Return the session's descriptor, which pyfuse3 does not expose."""
     for name in os.listdir("/proc/self/fd"):
         try:
             if os.readlink(f"/proc/self/fd/{name}") == "/dev/fuse":

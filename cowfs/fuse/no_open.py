@@ -1,9 +1,9 @@
 """Files that the kernel reads and writes without an OPEN request (FUSE_NO_OPEN_SUPPORT).
 
-Most files are opened, read once and closed: of the requests of a compiler's run four in five are OPEN and
-RELEASE. Where a file of a layer costs us nothing to keep open, since no descriptor stands behind it, we need
-neither. So what is used of an inode is opened here when it is first read or written, and closed when the
-kernel forgets the inode, or others were used since.
+Most files are opened, read once and closed: four in five requests of a compiler are OPEN and RELEASE. If a
+layer's open files need no descriptor, keeping them open costs nothing, and cowfs needs neither request. So
+this module opens an inode when it is first read or written. It closes the inode when the kernel forgets it,
+or after others were used since.
 
 A file of a lower is copied up when it is first written to, not when it is opened.
 """
@@ -34,7 +34,7 @@ class _Kept:
 
 
 class Unopened:
-    """What is open of the inodes that were used last."""
+    """The open files of the most recently used inodes."""
 
     def __init__(self, fs: Overlay) -> None:
         self._fs = fs
@@ -44,31 +44,31 @@ class Unopened:
         return len(self._kept)
 
     def to_read(self, node: Node) -> Handle:
-        """Return what an inode is read by."""
+        """Return the handle by which to read an inode."""
         kept = self._of(node)
         if kept.reads is None:
             kept.reads = self._fs.open(node, os.O_RDONLY)
         return kept.reads
 
     def writes(self, node: Node) -> Handle | None:
-        """Return what an inode is written by if it is open, and nobody changes it in a thread."""
+        """Return the handle by which to write an inode if it is open, and no thread changes it."""
         kept = self._kept.get(node)
         return None if kept is None or node.copying is not None else kept.writes
 
     def to_write(self, node: Node) -> Handle:
-        """Return what an inode of the upper is written by."""
+        """Return the handle by which to write an upper inode."""
         kept = self._of(node)
         if kept.writes is None:
             kept.writes = self._fs.open(node, os.O_RDWR)
         return kept.writes
 
     def created(self, handle: Handle) -> None:
-        """Keep open what was made."""
+        """Keep a newly created file open."""
         self._of(handle.node).writes = handle
 
     @contextmanager
     def in_use(self, node: Node) -> Iterator[None]:
-        """Keep it open meanwhile."""
+        """Keep an inode open during the block."""
         kept = self._kept.get(node)
         if kept is None:
             yield
@@ -80,13 +80,13 @@ class Unopened:
             kept.users -= 1
 
     def forget(self, node: Node) -> None:
-        """Close what is open of an inode that nobody uses any more."""
+        """Close an inode that is no longer used."""
         kept = self._kept.pop(node, None)
         if kept is not None:
             self._close(kept)
 
     def end_writes(self, node: Node) -> bool:
-        """Close what an inode is written by; False while a thread uses it."""
+        """Close the handle that writes an inode; False while a thread uses it."""
         kept = self._kept.get(node)
         if kept is None or kept.writes is None:
             return True
@@ -97,9 +97,7 @@ class Unopened:
         return True
 
     def let_go(self, node: Node) -> bool:
-        """Close what is open of an inode, since its data is now in another file; False while a thread uses
-        it.
-        """
+        """Close an inode whose data is now in another file; False while a thread uses it."""
         kept = self._kept.get(node)
         if kept is not None and kept.users:
             return False

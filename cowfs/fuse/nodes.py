@@ -1,4 +1,4 @@
-"""Nodes and the answers about them; what must be awaited before a node changes."""
+"""Nodes and the answers about them, and what to await before a node changes."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _DEEP = 16
 
 
 class NodeHandlers(Handlers):
-    """What handlers of names, attributes, files and directories have in common."""
+    """The base of the handlers of names, attributes, files and directories."""
 
     def __init__(
         self, fs: Overlay, loop: RequestLoop, *, acl: bool, passthrough: str, owner_map: OwnerMap | None
@@ -67,7 +67,7 @@ class NodeHandlers(Handlers):
         self._finding = trio.Lock()
 
     def lend(self, *, wanted: bool) -> None:
-        """Set whether the kernel may get files to read and write itself."""
+        """Set whether files may be lent to the kernel, which then reads and writes them itself."""
         self._passthrough.pauses = not wanted
 
     def lends(self, node: Node) -> bool:
@@ -81,9 +81,10 @@ class NodeHandlers(Handlers):
         return node
 
     async def _node_of_handle(self, ino: int, uid: int) -> Node:
-        """Return the node of a number from a file handle: neither the kernel nor we may know it any more.
+        """Return the node of a number from a file handle, which perhaps neither the kernel nor cowfs knows.
 
-        Then the whole union is searched, and the result is kept for a while. ESTALE if it is not there.
+        If it is not known, search the whole union, and keep the result for a while. ESTALE if it does not
+        exist.
         """
         node = self._fs.nodes.get(ino)
         if node is not None and not node.dead:
@@ -127,23 +128,24 @@ class NodeHandlers(Handlers):
         return entry
 
     def _shown(self, node: Node) -> EntryAttributes:
-        """Return the entry for what stat(2) shows."""
+        """Return the entry with the attributes that stat(2) shows."""
         return self._entry(node, self._fs.stat(node))
 
     def _given(self, found: tuple[Node, Attr]) -> EntryAttributes:
-        """Return the entry for a node that the kernel refers to once more from now on."""
+        """Return the entry for a node, and count the kernel's reference to it."""
         node, attr = found
         node.lookups += 1
         return self._entry(node, attr)
 
     def _owner(self, ctx: RequestContext) -> Owner:
-        """Return whom what a request makes belongs to in the store."""
+        """Return the owner, in the store, of an inode that a request creates."""
         if self._owners is None:
             return Owner(ctx.uid, ctx.gid)
         return Owner(self._owners.stored_user(ctx.uid), self._owners.stored_group(ctx.gid))
 
     def _writer(self, node: Node, ctx: RequestContext, takes: bool | None) -> Writer:
-        """Return who changes a file, or its owner or ACL. What *takes* does not say is in /proc."""
+        """Return the kind of writer that changes a file, its owner or its ACL. If *takes* is None, ask
+        /proc."""
         return self._writer_by(node, ctx.pid, ctx.uid, takes)
 
     def _writer_by(self, node: Node, pid: int, uid: int, takes: bool | None) -> Writer:
@@ -159,8 +161,9 @@ class NodeHandlers(Handlers):
         return Writer.MEMBER if is_member else Writer.STRANGER
 
     def _may_take_nothing(self, node: Node, writer: Writer, ctx: RequestContext) -> bool:
-        """Whether the caller asks to drop set-ID bits but may not: by chown(2) without a new owner, of
-        another user's file.
+        """Whether the caller asks to clear set-ID bits, but may not.
+
+        The caller uses chown(2), without a new owner, on another user's file.
 
         The kernel sends the same request before any user's write through a descriptor (file_remove_privs()).
         """
@@ -175,12 +178,13 @@ class NodeHandlers(Handlers):
         return not may and bool(attr.st_mode & drops)
 
     def _tell(self, node: Node, mode: int) -> None:
-        """Tell the kernel if a mode is no longer *mode* and no answer says so: it runs programs by it."""
+        """Tell the kernel if a mode is no longer *mode* and no answer says so: it decides about exec by
+        it."""
         if node.mode != mode:
             self._loop.forget_attributes(node.ino)
 
     def go_on(self) -> None:
-        """Go on with what an earlier mount has begun."""
+        """Continue the work that an earlier mount began."""
         self._lazy_copier.soon()
 
     def _sweep_soon(self) -> None:
@@ -189,7 +193,7 @@ class NodeHandlers(Handlers):
             self._loop.in_trio(lambda: trio.lowlevel.spawn_system_task(self._sweep))
 
     async def _sweep(self) -> None:
-        """Remove the remains of directories; nobody waits for that."""
+        """Remove the remains of directories in the background."""
         try:
             await self._threads.stepwise(self._fs.sweep(), 0, is_urgent=False)
         except Exception:
@@ -198,9 +202,7 @@ class NodeHandlers(Handlers):
             self._sweeping = False
 
     async def _within_reach(self, directory: Node | None) -> None:
-        """Copy up the directories above, in a deep tree, and the directory itself, before a change that needs
-        it.
-        """
+        """In a deep tree, copy up a directory and those above it, before a change that needs it."""
         missing, walk = 0, directory
         while walk is not None and walk.upper is None:
             missing += 1
@@ -209,7 +211,7 @@ class NodeHandlers(Handlers):
             await self._threads.stepwise(self._fs.copy_up_chain(directory), 0)
 
     async def _look_through(self, parent: Node, name: bytes, uid: int) -> Seen | None:
-        """Return what is in a directory that is to go; None for what is no directory, or not known."""
+        """Return what is in a directory that is to be removed; None if it is no directory, or not known."""
         while True:
             node = self._fs.nodes.child(parent, name) if parent.is_dir else None
             if node is None or not node.is_dir:
@@ -219,12 +221,14 @@ class NodeHandlers(Handlers):
                 return seen
 
     async def _cut(self, node: Node, size: int, uid: int) -> None:
-        """Free what a large file has behind its new end, in a thread. A small one's is left to the call that
-        sets the size."""
+        """Free the data of a large file beyond its new end, in a thread.
+
+        For a small file, the call that sets the size does it.
+        """
         await self._settled(node)
         if not self._fs.is_long_to_cut(node, size):
             return
-        node.copying = done = Crowd()  # who would change it waits, as for a copy-up
+        node.copying = done = Crowd()  # other changes of it wait, as for a copy-up
         try:
             async with self._threads.turn(self._threads.copies, uid):
                 with closing(self._fs.union_of(node).upper.open(node.upper, os.O_WRONLY)) as file:
@@ -263,7 +267,7 @@ class NodeHandlers(Handlers):
         return node is not None and node.copying is not None
 
     async def _name_settled(self, parent: Node, name: bytes) -> None:
-        """Wait while whatever has this name is being copied up."""
+        """Wait while the node of this name is being copied up."""
         while True:
             node = self._fs.nodes.child(parent, name)
             if node is None or node.copying is None:
@@ -271,12 +275,12 @@ class NodeHandlers(Handlers):
             await self._settled(node)
 
     async def _with_data(self, node: Node, uid: int) -> None:
-        """Copy up a large file, of which something else than its data will change, where that must be."""
+        """Copy up a large file before a change of something other than its data, if that requires it."""
         if not self._fs.options.metacopy and not node.dead:
             await self._bring_up(node, uid)
 
     async def _bring_up(self, node: Node, uid: int, size: int | None = None) -> None:
-        """Copy up a large file's data in a thread. A small one's is left to the call that needs it."""
+        """Copy up a large file's data in a thread. For a small file, the call that needs the data does it."""
         if node.copying is not None:
             await self._settled(node)
         if not stat.S_ISREG(node.mode) or (node.upper is not None and not node.metacopy):
@@ -298,7 +302,7 @@ class NodeHandlers(Handlers):
             self._loop.tell(done)
 
     async def _copy_up(self, node: Node, size: int | None, uid: int) -> None:
-        """Do it, at the user's turn."""
+        """Copy up a large file's data, at the user's turn."""
         with closing(Answers(uid)) as answers, answers.at_hand():
             job = await self._threads.answered(lambda: self._fs.prepare_copy_up(node, size), answers)
         if job is None:

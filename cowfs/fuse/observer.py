@@ -1,10 +1,10 @@
-"""Report who changes what: to those who watch the mount, and to the record in its store.
+"""Report which process changes what, to the watchers of the mount and to the record in its store.
 
-While somebody does, the adapter has a class of its own, derived from its class, whose handlers call the
-original and tell what came of it. So nothing is tested, and nothing costs, where nobody wants to know.
+While somebody watches or records, the adapter gets a class derived from its own, whose handlers call the
+original and report the result. Otherwise there is no check and no cost.
 
-The process that makes a change is looked at when it has been made and is not answered yet: until then it
-waits, whatever signal it gets, and its number is its own.
+The process that makes a change is examined after the change and before the answer. Until then it waits,
+whatever signal it gets, so its number cannot be reused.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _MORE = {2: _BITS["chmod"], 4: _BITS["chown"], 8: _BITS["utimes"]}
 
 
 class Observer:
-    """Tells those who watch a mount, and records for ``cowfs blame``."""
+    """Reports to the watchers of a mount, and records for ``cowfs blame``."""
 
     def __init__(
         self, adapter: Adapter, fs: Overlay, in_trio: Callable[[Callable[[], object]], None]
@@ -72,7 +72,7 @@ class Observer:
         self._watched()
 
     def _watched(self) -> None:
-        """Start or stop observing, as somebody watches or nobody does."""
+        """Start observing when somebody watches, and stop when nobody does."""
         wanted = bool(self.feed.watchers) or self.recorder is not None
         derived = type(self._adapter) is not self._plain
         if wanted and not derived:
@@ -89,7 +89,7 @@ class Observer:
             self._lent.clear()
 
     async def run(self) -> None:
-        """Write down what is recorded, and report the ends of writes, until cancelled."""
+        """Save the record regularly, and report the ends of writes, until cancelled."""
         saved = time.monotonic()
         while True:
             await self._wanted.wait()
@@ -103,15 +103,15 @@ class Observer:
                 log.exception("changes are not reported")
 
     def close(self) -> None:
-        """Write down what is new. Call it before the store is closed."""
+        """Save new records. Call it before the store is closed."""
         if self.recorder is not None:
             self.recorder.close()
         self._processes.close()
 
-    # --- what happens
+    # --- the changes
 
     def _who(self, pid: int, uid: int, ino: int = 0) -> Process | None:
-        """Return who makes a change now; of the inode *ino*, if the change may continue."""
+        """Return the process that makes a change now; *ino* is the inode of a change that may continue."""
         if uid == _KERNEL:
             libfuse.note(0, 0, 0)
             return None
@@ -126,7 +126,7 @@ class Observer:
     def named(
         self, operation: str, ctx: Any, place: Place, node: Node | None, to: Place | None = None
     ) -> None:
-        """A name was made or taken away, or became another."""
+        """Report that a name was created, removed or renamed."""
         is_kept = _is_kept(place[0])
         goes_on = operation == "create" and node is not None and is_kept
         process = self._who(ctx.pid, ctx.uid, node.ino if goes_on and node is not None else 0)
@@ -136,7 +136,7 @@ class Observer:
             self.feed.tell(operation, process, join(place), None if to is None else join(to))
 
     def created(self, ctx: Any, parent: int, name: bytes, ino: int) -> None:
-        """A file was made. Raises nothing."""
+        """Report that a file was created. Raises nothing."""
         try:
             directory, node = self._nodes.get(parent), self._nodes.get(ino)
             if self.feed.watchers or self.recorder is None or node is None or not _is_kept(node):
@@ -149,9 +149,9 @@ class Observer:
             log.exception("a change is not reported")
 
     def changed(self, operation: str, pid: int, uid: int, node: Node | None) -> None:
-        """A file was changed."""
+        """Report that a file was changed."""
         place = None if node is None else self._place(node)
-        if node is None or place is None:  # it has no name any more: nobody can ask for it
+        if node is None or place is None:  # it has no name any more, so nobody can ask about it
             return
         is_kept = _is_kept(node)
         process = self._who(pid, uid, node.ino if is_kept else 0)
@@ -167,7 +167,7 @@ class Observer:
         return self._nodes.place(node) if node is not self._nodes.root else (None, b"")
 
     def leaves(self, node: Node | None, moved: bool = False) -> None:
-        """A file is about to lose the name that it has, or has lost it."""
+        """Note that a file is about to lose its name, or has lost it."""
         if node is None:
             return
         if node in self._bursts:
@@ -182,10 +182,10 @@ class Observer:
         if self.feed.watchers:
             self.feed.tell("revert", None, path)
 
-    # --- writing, as those who watch are told of it
+    # --- writes, as reported to watchers
 
     def _written(self, node: Node, process: Process | None, place: Place) -> None:
-        """Tell of the first write, then once a second, and after the last."""
+        """Report the first write, then once a second, and after the last write."""
         bursts = self._bursts.setdefault(node, {})
         burst = bursts.get(id(process))
         if burst is not None:
@@ -213,15 +213,15 @@ class Observer:
         if not bursts:
             del self._bursts[node]
 
-    # --- what the kernel writes by itself
+    # --- files that the kernel itself writes
 
     def opened(self, fh: int, flags: int, ctx: Any, node: Node | None) -> None:
-        """A file was opened: the kernel may write it without a word."""
+        """Note that a file was opened that the kernel may write without a request."""
         if node is not None and flags & os.O_ACCMODE != os.O_RDONLY and self._adapter.lends(node):
             self._lent[fh] = self._who(ctx.pid, ctx.uid), self._fs.stat(node).st_ctime_ns
 
     def closing(self, fh: int) -> None:
-        """A file is about to be closed."""
+        """Note that a file is about to be closed."""
         process, changed = self._lent.pop(fh)
         node = self._adapter.node_of(fh)
         place = None if node is None else self._place(node)
@@ -230,12 +230,12 @@ class Observer:
 
     @property
     def lent(self) -> dict[int, Any]:
-        """Those files, by their numbers."""
+        """The files that the kernel itself may write, by their numbers."""
         return self._lent
 
 
 class _Burst:
-    """What a process writes to a file."""
+    """A series of writes of one process to one file."""
 
     __slots__ = ("goes_on", "process", "told")
 
@@ -251,12 +251,12 @@ class _Burst:
 
 
 def _is_kept(node: Node | None) -> bool:
-    """Whether the store keeps changes of it, and so may keep a record of them."""
+    """Whether the store keeps changes to *node*, and so may keep a record of them."""
     return node is None or not node.ino & APART
 
 
 def _derived(kind: type[Adapter], observer: Observer) -> type[Adapter]:
-    """Return a class like *kind* whose handlers tell the observer what they have done."""
+    """Return a class like *kind* whose handlers report to the observer what they did."""
     families = _making, _taking, _writing, _changing
     handlers = {name: it for family in families for name, it in family(kind, observer).items()}
     told = {name: _wrapped(name, getattr(kind, name), handler) for name, handler in handlers.items()}
@@ -270,7 +270,7 @@ def _wrapped(name: str, method: Any, handler: Any) -> Any:
 
 
 def _guarded(call: Callable[..., None]) -> Callable[..., None]:
-    """Keep a failure here from becoming the answer to another request."""
+    """Log a failure of *call*, so that it does not become the answer to a request."""
 
     def guarded(*args: Any) -> None:
         try:
@@ -353,7 +353,7 @@ def _taking(kind: type[Adapter], observer: Observer) -> dict[str, Any]:
 
 
 def _writing(kind: type[Adapter], observer: Observer) -> dict[str, Any]:
-    """Return write and setattr: a call that continues an earlier one takes a shorter way."""
+    """Return the handlers write and setattr, which have a short path for a call that continues another."""
     nodes, changed, goes_on = observer._nodes, _guarded(observer.changed), libfuse.goes_on
 
     def write(self: Adapter, fh: int, off: int, buf: bytes) -> Any:
@@ -377,7 +377,7 @@ def _writing(kind: type[Adapter], observer: Observer) -> dict[str, Any]:
         if bits < 0:
             return first_setattr(self, inode, attr, fields, fh, ctx)
         if bits and observer.recorder is not None:
-            observer.recorder.adds(_MORE[bits])  # not after it has succeeded: that takes longer, and it will
+            observer.recorder.adds(_MORE[bits])  # before the write: afterwards takes longer
         return kind.setattr(self, inode, attr, fields, fh, ctx)
 
     async def first_write(self: Adapter, fh: int, off: int, buf: bytes) -> int:
@@ -433,7 +433,7 @@ def _changing(kind: type[Adapter], observer: Observer) -> dict[str, Any]:
 
 
 def _of(fields: Any) -> str:
-    """Return what a SETATTR changes, in one word."""
+    """Return in one word what a SETATTR changes."""
     if fields.update_size:
         return "truncate"
     if fields.update_uid or fields.update_gid:

@@ -1,4 +1,4 @@
-"""The open files of a mount by their numbers, and whom they are counted for."""
+"""The open files of a mount by number, and the users that they are counted for."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def _descriptor_of(file: File) -> int:
 
 
 class OpenFiles:
-    """Handles by number, from 1 on. A descriptor counts for one of those who have it open."""
+    """Handles by number, from 1 on. A descriptor counts for one of the users who have it open."""
 
     def __init__(self, bounds: Bounds, *, reads_itself: bool = True) -> None:
-        """*reads_itself*: whether what has a descriptor is read without asking us."""
+        """*reads_itself*: whether files with a descriptor are read without a request."""
         self._reads_itself = reads_itself
         self.opened = Quota(bounds.opened, shared=bounds.shared)
         self._descriptors = Quota(bounds.descriptors, shared=bounds.shared)
@@ -52,7 +52,7 @@ class OpenFiles:
         return [handle.node for handle in self._handles.values()]
 
     def opener(self, number: int) -> int:
-        """Return which user opened a file."""
+        """Return the user who opened a file."""
         return self._openers[number]
 
     def must_have(self, uid: int) -> None:
@@ -64,7 +64,7 @@ class OpenFiles:
         return not self._descriptors.may_have(uid)
 
     def enter(self, handle: Handle, uid: int) -> int:
-        """Return the number of a file that a user has opened."""
+        """Add a file that a user has opened; return its number."""
         number = self._free.pop() if self._free else len(self._handles) + 1
         self._handles[number] = handle
         self._openers[number] = uid
@@ -82,7 +82,7 @@ class OpenFiles:
         self._stop_using(before, uid)
 
     def leave(self, number: int) -> Handle:
-        """Take a number back; the handle is still open."""
+        """Free a number and return its handle, which is still open."""
         handle = self._handles.pop(number)
         uid = self._openers.pop(number)
         if handle.file.fileno() >= 0 and self._reads_itself:

@@ -1,12 +1,12 @@
-"""Owners as a mount shows them, and as its store has them.
+"""Translate between the owners that a mount shows and those in its store.
 
-A map (``uidmapping=``, ``squash_to_root`` …) is fuse-overlayfs's: the files of layers have the numbers that
-they have inside a container, and are shown with those that the container's users have outside. What has no
-number there is the overflow user's or group's.
+The options for a map (``uidmapping=``, ``squash_to_root`` …) are those of fuse-overlayfs: files in the layers
+have the numbers that users have inside a container, and the mount shows the numbers that these users have
+outside. A number that is not in the map is shown as the overflow user or group.
 
-The kernel knows only those of the user namespace that the mount is made in. A file of who has no number in
-there would be nobody's to it: it could be neither changed nor removed (HAS_UNMAPPED_ID() in
-include/linux/fs.h). It is shown as root's, and stays in the store what it is.
+The kernel only accepts numbers of the user namespace in which the mount is made. If the owner has no number
+there, nobody could change or remove the file (HAS_UNMAPPED_ID() in include/linux/fs.h). So the mount shows
+the file as root's; in the store, the owner stays the same.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _OVERFLOW = 65534
 
 @dataclass(frozen=True, slots=True)
 class OwnerMap:
-    """Which owners a mount is to show in the place of those that its files have."""
+    """The owners that a mount shows instead of those that its files have."""
 
     users: tuple[Range, ...] = ()
     """The first number of the files, the first that is shown for it, and how many; none: all as they are."""
@@ -37,7 +37,7 @@ class OwnerMap:
 
 
 class Owners:
-    """Those of one namespace, by a map if there is one."""
+    """The owners in one namespace, translated by a map if there is one."""
 
     def __init__(
         self, mapped: OwnerMap, users: Sequence[Range] | None, groups: Sequence[Range] | None
@@ -47,7 +47,7 @@ class Owners:
         self._groups = groups
 
     def user(self, number: int) -> int:
-        """Return the user that a user of a file is shown as."""
+        """Return the user that the mount shows for a file's user in the store."""
         given = self._map
         if given.user is not None:
             number = given.user
@@ -56,7 +56,7 @@ class Owners:
         return number if self._users is None else _known(number, self._users)
 
     def group(self, number: int) -> int:
-        """The same for a group."""
+        """Return the group that the mount shows for a file's group in the store."""
         given = self._map
         if given.group is not None:
             number = given.group
@@ -65,23 +65,23 @@ class Owners:
         return number if self._groups is None else _known(number, self._groups)
 
     def shown(self, attr: Attr) -> tuple[int, int]:
-        """Return the user and the group that a file is to be shown with."""
+        """Return the user and the group that the mount shows for a file."""
         return self.user(attr.st_uid), self.group(attr.st_gid)
 
     def stored_user(self, number: int) -> int:
-        """Return the user that a file of this one, as the mount shows it, has in the store."""
+        """Return the user in the store for a user that the mount shows."""
         return _mapped(number, self._map.users, 1, "uid") if self._map.users else number
 
     def stored_group(self, number: int) -> int:
-        """The same for a group."""
+        """Return the group in the store for a group that the mount shows."""
         return _mapped(number, self._map.groups, 1, "gid") if self._map.groups else number
 
     def shown_acl(self, value: bytes) -> bytes:
-        """Return an ACL as it is to be shown."""
+        """Return an ACL as the mount shows it."""
         return acl.renamed(value, self.user, self.group)
 
     def stored_acl(self, value: bytes) -> bytes:
-        """Return an ACL as it is to be stored. EINVAL, EOPNOTSUPP as setxattr(2)."""
+        """Return an ACL as the store has it. EINVAL, EOPNOTSUPP as for setxattr(2)."""
         return acl.renamed(value, self.stored_user, self.stored_group)
 
 
@@ -90,7 +90,7 @@ def _known(number: int, ranges: Sequence[Range]) -> int:
 
 
 def _mapped(number: int, ranges: Sequence[Range], side: int, kind: str) -> int:
-    """Return what a number on the one *side* of the ranges is on the other."""
+    """Translate a number from one *side* of the ranges to the other."""
     for both in ranges:
         if 0 <= number - both[side] < both[2]:
             return number - both[side] + both[1 - side]
@@ -99,7 +99,7 @@ def _mapped(number: int, ranges: Sequence[Range], side: int, kind: str) -> int:
 
 @cache
 def _overflow(kind: str) -> int:
-    """Return who stands for those without a number (proc_sys_kernel(5))."""
+    """Return the overflow user or group, for those without a number (proc_sys_kernel(5))."""
     try:
         return int(Path(f"/proc/sys/kernel/overflow{kind}").read_text(encoding="ascii"))
     except (OSError, ValueError):
@@ -107,9 +107,9 @@ def _overflow(kind: str) -> int:
 
 
 def owners(given: OwnerMap | None = None) -> Owners | None:
-    """Return the owners of our namespace, by a map; None where all are shown as they are."""
+    """Return the owners of this process's namespace, with a map; None if nothing is translated."""
     for kind in ("uid", "gid"):
-        _overflow(kind)  # while we have a way there
+        _overflow(kind)  # read it now, while /proc is accessible
     if user_namespace.has_all("uid") and user_namespace.has_all("gid"):
         return None if given is None else Owners(given, None, None)
     users, groups = user_namespace.ranges("uid"), user_namespace.ranges("gid")

@@ -1,8 +1,8 @@
 """Which open files the kernel itself reads, writes and maps (docs/adr/0031-passthrough.md).
 
-The kernel has two ways to the data of an inode, its own pages and a file that we lend it, and takes one at a
-time: all that is open of an inode is open the same way, and lent is one file. So the first open decides. A
-file in a lower is never lent: after copy-up its data is in another file, and readers must see what is written
+The kernel reads the data of an inode either from its own page cache or from a file that cowfs lends to it. At
+any time, all open handles of an inode use the same way, and the same lent file. So the first open decides. A
+file in a lower is never lent: copy-up moves its data to another file, and readers must see what is written
 there.
 """
 
@@ -40,7 +40,7 @@ _NEVER = {
 
 
 def why_not(upper: UpperLayer, wanted: str) -> str:
-    """Return why no file of a store can be lent to the kernel; "" if that is to be tried. May block."""
+    """Return why no file of a store can be lent to the kernel; "" if it is worth trying. May block."""
     if wanted == "off":
         return "turned off"
     if os.geteuid() != 0:
@@ -59,7 +59,7 @@ def why_not(upper: UpperLayer, wanted: str) -> str:
 
 
 class _Lent:
-    """The file of an inode that the kernel has."""
+    """A file of an inode that is lent to the kernel."""
 
     __slots__ = ("number", "users")
 
@@ -69,7 +69,7 @@ class _Lent:
 
 
 class Passthrough:
-    """What is lent to the kernel."""
+    """The files that are lent to the kernel."""
 
     def __init__(self, upper: UpperLayer, wanted: str) -> None:
         self._why = why_not(upper, wanted)
@@ -83,7 +83,7 @@ class Passthrough:
 
     @property
     def wanted(self) -> bool:
-        """Return whether the session should be able to lend."""
+        """Whether the session should be able to lend files."""
         return not self._why
 
     def why_not(self) -> str:
@@ -91,11 +91,11 @@ class Passthrough:
         return self._why or libfuse.why_no_passthrough()
 
     def __len__(self) -> int:
-        """How many inodes are open that way."""
+        """Return how many inodes have a lent file."""
         return len(self._lent)
 
     def __contains__(self, node: Node) -> bool:
-        """Whether an inode is open that way."""
+        """Whether an inode has a lent file."""
         return node in self._lent
 
     def lent(self) -> list[Node]:
@@ -103,21 +103,21 @@ class Passthrough:
         return list(self._lent)
 
     def written_by(self) -> list[int]:
-        """Return the inodes that the kernel itself may write without any open file: through a mapping."""
+        """Return the inodes that the kernel may write through a mapping, without an open file."""
         return [ino for ino, changes in self._known.items() if changes]
 
     def may_change(self, ino: int) -> bool:
-        """Whether an inode's times may change without a word to the kernel: by a mapping."""
+        """Whether a mapping may change an inode's times without the kernel noticing."""
         return self._known.get(ino, False)
 
     def forget(self, ino: int) -> None:
-        """The kernel does not know an inode any more, so there is no mapping."""
+        """Note that the kernel has forgotten an inode, so that it has no mapping."""
         self._known.pop(ino, None)
 
     def opened(self, handle: Handle, flags: int) -> bool:
-        """Let the kernel have a file that has just been opened, if it may.
+        """Lend a file that was just opened to the kernel, if possible.
 
-        Returns whether what it knows of the inode's times is not to be believed from now on.
+        Return whether the times that the kernel has cached for the inode can be wrong from now on.
         """
         node = handle.node
         if self._why or node.upper is None or node.metacopy:
@@ -167,7 +167,7 @@ class Passthrough:
             return None
 
     def closed(self, handle: Handle) -> None:
-        """Take note that a file is not open any more, for the kernel too."""
+        """Note that a file was closed, and take it back from the kernel."""
         lent = self._lent.get(handle.node)
         if lent is None:
             return
@@ -175,5 +175,5 @@ class Passthrough:
         lent.users -= 1
         if not lent.users:
             del self._lent[handle.node]
-            with suppress(OSError):  # the filesystem is gone, and with it all that was lent
+            with suppress(OSError):  # the filesystem is unmounted, and nothing is lent any more
                 libfuse.take_back(lent.number)

@@ -1,4 +1,4 @@
-"""Where a node is in the merged tree, in bytes."""
+"""The path of a node in the merged tree, as bytes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ Place = tuple[Node | None, bytes]
 
 
 def path_of(node: Node) -> bytes:
-    """Return the path of a directory from the root, without a slash at its beginning: b"" is the root."""
+    """Return the path of a directory from the root, without a leading slash: b"" is the root."""
     names = []
     walk: Node | None = node
     while walk is not None and walk.parent is not None:

@@ -1,4 +1,4 @@
-"""What the kernel and a FUSE daemon say to each other, as bytes, as far as the view of a store needs it.
+"""The messages between the kernel and a FUSE daemon, as far as the view of a store needs them.
 
 Numbers and layouts are those of include/uapi/linux/fuse.h, in the machine's byte order. Fields at the end
 of a request that do not matter here are left out.
@@ -29,8 +29,8 @@ INIT_OUT = struct.Struct("=4I2H2I2HI28x")
 # fuse_attr: ino, size, blocks; atime, mtime, ctime; the three's nanoseconds, mode, nlink, uid, gid, rdev,
 # blksize, flags
 ATTR = struct.Struct("=3Q3q10I")
-ENTRY_OUT = struct.Struct("=4Q2I")  # fuse_entry_out: nodeid, generation, and four of how long it is valid
-ATTR_OUT = struct.Struct("=Q2I")  # fuse_attr_out: two of how long it is valid, dummy; attr
+ENTRY_OUT = struct.Struct("=4Q2I")  # fuse_entry_out: nodeid, generation, four validity times
+ATTR_OUT = struct.Struct("=Q2I")  # fuse_attr_out: two validity times, dummy; attr
 FORGET_IN = struct.Struct("=Q")  # fuse_forget_in: nlookup
 BATCH_FORGET_IN = struct.Struct("=I4x")  # fuse_batch_forget_in: count; then as many of:
 FORGET_ONE = struct.Struct("=QQ")  # fuse_forget_one: nodeid, nlookup
@@ -40,7 +40,7 @@ READ_IN = struct.Struct("=QQI")  # fuse_read_in: fh, offset, size; more that doe
 RELEASE_IN = struct.Struct("=Q")  # fuse_release_in: fh; more
 DIRENT = struct.Struct("=QQII")  # fuse_dirent: ino, off (of the next), namelen, type; name, padded to 8
 GETXATTR_IN = struct.Struct("=I4x")  # fuse_getxattr_in: size; for GETXATTR the name
-GETXATTR_OUT = struct.Struct("=I4x")  # fuse_getxattr_out: size, when that is what was asked for
+GETXATTR_OUT = struct.Struct("=I4x")  # fuse_getxattr_out: size, if the request was for the size
 # fuse_kstatfs: blocks, bfree, bavail, files, ffree; bsize, namelen, frsize, padding, spare[6]
 STATFS_OUT = struct.Struct("=5Q3I28x")
 
@@ -54,7 +54,7 @@ NOT_ANSWERED = frozenset((FORGET, BATCH_FORGET, INTERRUPT, NOTIFY_REPLY))
 
 
 class Request(NamedTuple):
-    """What the kernel asks."""
+    """A request from the kernel."""
 
     opcode: int
     unique: int

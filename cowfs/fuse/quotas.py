@@ -1,8 +1,8 @@
-"""Resources that all users of a mount share, and that none may use up: open files and descriptors.
+"""Resources that all users of a mount share, and that no user may exhaust: open files and descriptors.
 
-Nobody but root gets more than is left: a user who has half of it gets no more, and the next user finds as
-much left. Two users who take all they can have a third each, and a third is left. So there is no number to
-choose, a single user is hardly limited, and something is left for everybody.
+A user other than root may not have more of a resource than is left. So a single user gets at most half, and
+the other half is left. Two users who take all that they can get a third each, and a third is left. There is
+no number to configure, a single user is hardly limited, and something is left for everybody.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _ROOTS_PART = 8
 
 
 class Bounds(NamedTuple):
-    """How much there is for the users of a mount."""
+    """How much of each resource the users of a mount have."""
 
     opened: int
     """Files and directories that are open at a time: they take memory."""
@@ -41,7 +41,8 @@ class Bounds(NamedTuple):
 def bounds(*, shared: bool) -> Bounds:
     """Return what this process can give: parts of its memory, and five eighths of its descriptors.
 
-    The others are for directories that layers keep open, inodes without a name, copy-ups, and ourselves.
+    The other descriptors are for directories that layers keep open, inodes without a name, copy-ups, and the
+    daemon itself.
     """
     memory = limits.memory()
     descriptors = limits.descriptors() * 5 // 8 - limits.open_now()
@@ -50,7 +51,7 @@ def bounds(*, shared: bool) -> Bounds:
 
 
 class Quota:
-    """An amount of one resource, and who has how much of it."""
+    """An amount of one resource, and how much of it each user has."""
 
     __slots__ = ("_held", "_left", "_roots", "_shared")
 
@@ -78,7 +79,7 @@ class Quota:
         self.take(uid)
 
     def take(self, uid: int) -> None:
-        """Count one as a user's, whether or not he may have it."""
+        """Count one more as a user's, even if that exceeds the limit."""
         self._left -= 1
         self._held[uid] = self._held.get(uid, 0) + 1
 

@@ -1,8 +1,8 @@
-"""Give memory back: when the kernel has forgotten most of what it knew, and when memory is short.
+"""Return memory when the kernel has forgotten most inodes, and when memory is short.
 
-The kernel drops inodes when *it* needs memory, and tells us; the nodes are freed then, but not the pages that
-they were on, and not what was read of images meanwhile. Both are done here: caches forget what they can read
-again, and the allocator gives back what nobody uses (malloc_trim(3)).
+When the kernel needs memory, it drops inodes and sends FORGET requests. That frees their nodes, but neither
+the pages that the nodes were on nor the cached contents of images. This module frees both: caches drop what
+they can read again, and the allocator returns unused pages (malloc_trim(3)).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _SOME = re.compile(rb"some avg10=(\d+\.\d+)")
 
 
 class MemoryReclaimer:
-    """Looks after the memory of a union's daemon; made while the system's files are in reach."""
+    """Watches the memory of a union's daemon. Make it while the system's files are accessible."""
 
     def __init__(self, fs: Overlay) -> None:
         self._fs = fs
@@ -40,7 +40,7 @@ class MemoryReclaimer:
         self._pressure = _open_pressure()
 
     def look(self) -> None:
-        """Give back what can be given back, if it is time for that. To be called every few seconds."""
+        """Return memory if it is time to. Call it every few seconds."""
         nodes = self._fs.nodes
         if nodes.most - len(nodes) > max(_FEW, nodes.most // 2):
             self._give_back()
@@ -58,7 +58,7 @@ class MemoryReclaimer:
                 inner.shrink()
         fs.nodes.compact()
         gc.collect()
-        with suppress(AttributeError):  # another C library than glibc
+        with suppress(AttributeError):  # a C library other than glibc
             ctypes.CDLL(None).malloc_trim(0)
 
     def _is_short(self) -> bool:
@@ -66,13 +66,13 @@ class MemoryReclaimer:
             return False
         try:
             found = _SOME.match(os.pread(self._pressure, 100, 0))
-        except OSError:  # the cgroup is gone
+        except OSError:  # the cgroup was removed
             return False
         return found is not None and float(found[1]) > _SHORT
 
 
 def _open_pressure() -> int:
-    """Return a descriptor of what tells the pressure on our memory, for good; -1 where nothing does."""
+    """Return a descriptor of the file with this process's memory pressure; -1 if there is none."""
     for path in (limits.cgroup_file("memory.pressure"), "/proc/pressure/memory"):
         with suppress(OSError):
             return os.open(path, os.O_RDONLY | os.O_CLOEXEC)

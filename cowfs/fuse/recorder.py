@@ -1,8 +1,7 @@
-"""Writes down in the store which processes make changes: for ``-o blame``.
+"""Record in the store which processes make changes, for ``-o blame``.
 
-What one process does to one file becomes one record as long as the batch is open and nothing happens to the
-file's name, so that an archive of a thousand files is a thousand records, and a log that grows all day is
-one.
+All that one process does to one file becomes one record, as long as the batch is open and the file keeps its
+name. So unpacking a thousand files makes a thousand records, and a log that grows all day makes one.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ _OPERATIONS, _LAST, _BY, _INO = 0, 2, 3, 6
 
 
 class Recorder:
-    """The open batch of a store's records (docs/store-format.md), which :meth:`save` writes down.
+    """The open batch of a store's records (docs/store-format.md), which :meth:`save` writes to the store.
 
     If the store refuses a write, recording stops, and the log says so once.
     """
@@ -55,15 +54,15 @@ class Recorder:
         self._ends()
 
     def _ends(self) -> None:
-        """What comes next does not belong to the record of the last change."""
+        """End the last record: the next change does not belong to it."""
         libfuse.note(0, 0, 0)
         self.last: list[Any] | None = None
         """The record of the last change, if it may get more."""
 
-    # --- what happens
+    # --- the changes
 
     def changed(self, operation: int, process: Process | None, node: Node, place: Place) -> None:
-        """Record what was done to a file that is at *place*."""
+        """Record a change to the file at *place*."""
         now = time.time_ns() // 1000 - self._base
         record = self._open.get(node)
         if record is not None and record[_BY] == self._numbers.get(id(process)):
@@ -82,7 +81,7 @@ class Recorder:
         place: Place,
         to: Place | None = None,
     ) -> None:
-        """Record that a name was given to *node* or taken from it, or became another one, *to*."""
+        """Record that *node* got or lost a name, or that its name was changed to *to*."""
         record = self._add(operation, process, node.ino if node is not None else 0, place, to)
         if to is None and node is not None and operation & _MAKING:
             self.last = self._open[node] = record
@@ -90,7 +89,7 @@ class Recorder:
             self.last = None
 
     def created(self, process: Process | None, directory: Node | None, name: bytes, node: Node) -> None:
-        """Record that a file was made: what :meth:`named` would, in less time."""
+        """Record that a file was created: like :meth:`named`, but faster."""
         number = self._numbers.get(id(process))
         above = None if directory is None else self._directories.get(directory)
         if number is None or above is None or len(self._batch) >= MOST_RECORDS or self._bytes > _MOST_BYTES:
@@ -104,21 +103,21 @@ class Recorder:
         self._changed = True
 
     def adds(self, operation: int) -> None:
-        """Add to the last record."""
+        """Add an operation to the last record."""
         if self.last is not None:
             self.last[_OPERATIONS] |= operation
             self._changed = True
 
     def wrote(self, record: list[Any]) -> None:
-        """What was made or changed has been written to by the way."""
+        """Note in *record* that its file was also written."""
         record[_OPERATIONS] |= _WRITE
         libfuse.wrote(record[_INO])
         self._changed = True
 
     def closes(self, node: Node, *, moved: bool) -> None:
-        """What is done to a file from now on is in another record: it has *moved*, or has lost a name."""
+        """End the record of a file, which has *moved* or lost a name."""
         self._ends()
-        if moved and node.is_dir:  # with all that is below
+        if moved and node.is_dir:  # with everything below it
             self._open.clear()
             self._directories.clear()
         else:
@@ -126,7 +125,7 @@ class Recorder:
             self._directories.pop(node, None)
 
     def forget(self) -> None:
-        """Names may have changed, and nobody has told how: what comes next is in records of its own."""
+        """End all records: names may have changed in an unknown way."""
         self._open.clear()
         self._directories.clear()
         self._ends()
@@ -172,15 +171,15 @@ class Recorder:
             self._bytes += len(path)
         return number
 
-    # --- what is written
+    # --- writing the records
 
     def contents(self) -> Iterator[bytes]:
-        """Write down what is new, and return all records, as :class:`Records` does."""
+        """Save new records, and return all, as :class:`Records` does."""
         self.save()
         return iter(()) if self._records is None else self._records.contents()
 
     def save(self) -> None:
-        """Write down what is new: it is then as safe as everything written to the store."""
+        """Write new records to the store: they are then as safe as any data written to it."""
         if self._changed and self._records is not None:
             self._changed = False
             try:
@@ -190,7 +189,7 @@ class Recorder:
                 self._give_up(error)
 
     def close(self) -> None:
-        """Write down what is new, and close the file. Call it before the store is closed."""
+        """Save new records, and close the file. Call it before the store is closed."""
         self.save()
         if self._records is not None:
             self._records.close()

@@ -1,4 +1,4 @@
-"""What requests there were, by the names that the kernel has for them; counted in ``request_stats.c``."""
+"""Count requests by the kernel's names for them. The counters are in ``request_stats.c``."""
 
 from __future__ import annotations
 
@@ -65,8 +65,10 @@ def _name(opcode: int) -> str:
 
 
 def counted() -> dict[str, Any]:
-    """Return for ``cowfs info`` what was counted since the mount; ``requests`` is None where that cannot be,
-    and ``no_requests`` says why."""
+    """Return the counts since the mount, for ``cowfs info``.
+
+    If they are not available, ``requests`` is None, and ``no_requests`` says why.
+    """
     found = libfuse.counted()
     if isinstance(found, str):
         return {"requests": None, "no_requests": found}

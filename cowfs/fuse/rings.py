@@ -1,21 +1,21 @@
 """Requests by io_uring: a thread for each CPU serves the requests made there; requests that must wait
 continue in trio.
 
-The caller of a request and the thread that serves it are on one CPU, so that no other one has to be woken:
-that takes longer than most requests (docs/benchmarks.md). ``ring.c`` moves the requests; here is who runs
+The caller of a request and the thread that serves it are on one CPU, so that no other CPU has to wake up,
+which takes longer than most requests (docs/benchmarks.md). ``ring.c`` moves the requests; this module runs
 the handlers.
 
-pyfuse3 serves requests in coroutines, each a loop of receiving, handling and answering. Such a coroutine is
-begun in trio, up to where it waits for a request, and then driven by a ring's thread. A handler that does not
-wait never meets trio. One that must wait calls :meth:`Rings.leave` first: its coroutine goes on as a
-task of trio's, which ends once it has answered, and the thread drives a fresh one.
+pyfuse3 serves requests in coroutines, each a loop of receiving, handling and answering. Such a coroutine
+starts in trio, up to where it waits for a request; then a ring's thread drives it. A handler that does not
+wait never uses trio. One that must wait calls :meth:`Rings.leave` first: its coroutine continues as a trio
+task, which ends after the answer, and the thread drives a new coroutine.
 
 Most handlers that wait do so for one piece of work: an fsync, the data of a copy-up, a read that
-decompresses. They call :meth:`Rings.work`: a worker does it, drives the coroutine to its end, answer and all,
-and gives it back. That spares two ways from one thread to another, which take longer than most such work.
+decompresses. They call :meth:`Rings.work`: a worker does the work, drives the coroutine until it has
+answered, and gives it back. That saves two switches between threads, which take longer than most such work.
 
-The core lock (``core_lock.c``) lets one thread at a time run all this: trio's thread has it except while it
-waits for I/O, a worker when it drives a coroutine.
+The core lock (``core_lock.c``) lets one thread at a time run this code: trio's thread holds it except while
+it waits for I/O, and a worker holds it while it drives a coroutine.
 """
 
 from __future__ import annotations
@@ -66,15 +66,15 @@ _here = _Here()
 
 
 class _Move:
-    """What a coroutine yields that must go on in trio."""
+    """Yielded by a coroutine that must continue in trio."""
 
 
 class _Ready:
-    """What a coroutine yields that waits for a request."""
+    """Yielded by a coroutine that waits for a request."""
 
 
 class _Work(NamedTuple):
-    """What a coroutine yields that waits for some work."""
+    """Yielded by a coroutine that waits for some work."""
 
     call: Callable[[], Any]
 
@@ -85,14 +85,14 @@ def _pause(why: object) -> Generator[object, Any, Any]:
 
 
 class _Job(NamedTuple):
-    """Some work, and the task that waits for it."""
+    """Some work, and the coroutine that waits for it."""
 
     coroutine: Coroutine[Any, Any, None]
     context: Context
     call: Callable[[], Any]
 
     def go_on(self, value: Any, failure: BaseException | None) -> object:
-        """Tell the coroutine how the work has ended; return what it waits for next, None if it has ended."""
+        """Give the coroutine the result of the work; return what it waits for next, None if it has ended."""
         try:
             if failure is not None:
                 return self.context.run(self.coroutine.throw, failure)
@@ -105,7 +105,7 @@ class _Job(NamedTuple):
 
 
 def _outcome(call: Callable[[], Any]) -> tuple[Any, BaseException | None]:
-    """Return what *call* gives, or raises."""
+    """Return the result of *call*, or its exception."""
     try:
         return call(), None
     except BaseException as failure:
@@ -137,10 +137,10 @@ class Rings:
 
     @asynccontextmanager
     async def serving(self, nursery: trio.Nursery, ended: Callable[[], None]) -> AsyncIterator[None]:
-        """Serve requests in threads; *ended* is called in trio when no more will come.
+        """Serve requests in threads; call *ended* in trio when no more will arrive.
 
-        Requests that must wait continue in *nursery*. At the end of the block no new request is taken, and
-        the nursery has those under way.
+        Requests that must wait continue in *nursery*. After the block, no new request is received, and the
+        nursery has the unfinished ones.
         """
         self._nursery = nursery
         self._told = ended
@@ -164,7 +164,7 @@ class Rings:
                     await self._all_done.wait()
 
     def describe(self) -> str:
-        """Say how many threads serve."""
+        """Describe how many threads serve."""
         count = len(self._cpus)
         return f"{count} {'thread' if count == 1 else 'threads'}"
 
@@ -179,7 +179,7 @@ class Rings:
         libfuse.ring.ring_close()
 
     def receives(self) -> bool | Awaitable[bool] | None:
-        """Whether the caller, pyfuse3's wait for a request, should receive one; None: not through a ring."""
+        """Whether the caller, pyfuse3's wait for a request, should receive one; None: it is not a ring's."""
         if _here.works:
             return self._begin() if len(self._spare) < _SPARE else False
         if _here.serves:
@@ -195,16 +195,16 @@ class Rings:
 
     @staticmethod
     def here() -> bool:
-        """Whether the caller is outside trio, and may await nothing but :meth:`leave` and :meth:`work`."""
+        """Whether the caller runs outside trio, and may await only :meth:`leave` and :meth:`work`."""
         return _here.serves
 
     @staticmethod
     def leave() -> Awaitable[None]:
-        """Go on in trio: the thread serves others."""
+        """Continue in trio, so that the thread can serve others."""
         return _pause(_Move)
 
     def may_work(self) -> bool:
-        """Whether a worker is free for the caller's work, which is outside trio."""
+        """Whether the caller runs outside trio, and a worker is free for it."""
         if _here.works:
             return True
         if self._working >= _WORKERS:
@@ -221,18 +221,18 @@ class Rings:
 
     @staticmethod
     async def work(call: Callable[[], R]) -> R:
-        """Return what *call* gives, which a worker runs; the caller has asked :meth:`may_work`."""
+        """Run *call* in a worker and return its result; :meth:`may_work` was true."""
         return cast("R", await _pause(_Work(call)))
 
     def in_trio(self, call: Callable[[], object]) -> None:
-        """Have something done by trio's thread, soon."""
+        """Run *call* in trio's thread, soon."""
         self._token.run_sync_soon(call)
 
     def _make(self) -> None:
-        """Start another coroutine, in trio; a thread continues it."""
+        """Start another coroutine in trio, which a thread then continues."""
         self._making = True
         try:
-            # It would ask for others when it finds fewer than the last number, which counts down.
+            # It would start others if it found fewer than this number, which it counts down.
             coroutine = getattr(pyfuse3, BODY)(self._nursery, _NEVER, -_NEVER)
             coroutine.send(None)
         finally:
@@ -257,7 +257,7 @@ class Rings:
                 except StopIteration:
                     break  # the session has ended
                 except Exception as failure:
-                    ring.core_give()  # or trio could not make another, which is waited for
+                    ring.core_give()  # or trio could not make the coroutine that this thread waits for
                     _tell(failure)
                     self._token.run_sync_soon(self._make)
                     continue
@@ -279,7 +279,7 @@ class Rings:
             ring.ring_finish()
 
     def _work(self) -> None:
-        """Be a worker."""
+        """Run a worker."""
         ring = libfuse.ring
         _here.works = True
         while (job := self._jobs.get()) is not None:
@@ -315,7 +315,7 @@ class Rings:
 
     def _adopt(self, coroutine: Coroutine[Any, Any, None], context: Context) -> None:
         self._make()
-        context.run(self._nursery.start_soon, self._go_on, coroutine)  # what was set there counts here
+        context.run(self._nursery.start_soon, self._go_on, coroutine)  # with the variables set there
 
     async def _go_on(self, coroutine: Coroutine[Any, Any, None]) -> None:
         task = trio.lowlevel.current_task()
@@ -330,7 +330,7 @@ class Rings:
 
 @types.coroutine
 def _resume(coroutine: Coroutine[Any, Any, None]) -> Generator[Any, Any, None]:
-    """Go on with a suspended coroutine in the task of the caller."""
+    """Continue a suspended coroutine in the caller's task."""
     value: Any = None
     failure: BaseException | None = None
     while True:
@@ -345,7 +345,7 @@ def _resume(coroutine: Coroutine[Any, Any, None]) -> Generator[Any, Any, None]:
 
 
 def _tell(failure: Exception) -> None:
-    """Log what no request should come to; lack of memory passes, and to tell of it takes some."""
+    """Log an unexpected failure; not lack of memory, which passes, and logging needs memory."""
     if isinstance(failure, MemoryError) or getattr(failure, "errno", 0) == errno.ENOMEM:
         time.sleep(_NO_MEMORY)
     else:
@@ -353,7 +353,7 @@ def _tell(failure: Exception) -> None:
 
 
 class CoreLock(trio.abc.Instrument):
-    """Let the rings' threads run while trio's waits for I/O."""
+    """Releases the core lock to the rings' threads while trio's thread waits for I/O."""
 
     def before_io_wait(self, timeout: float) -> None:
         del timeout
@@ -365,7 +365,7 @@ class CoreLock(trio.abc.Instrument):
 
 
 def why_not() -> str:
-    """Return why this kernel does not give requests by io_uring; "" when it does."""
+    """Return why this kernel does not deliver requests through io_uring; "" if it does."""
     if libfuse.ring is None:
         return "cowfs was built without it"
     if not hasattr(pyfuse3, BODY):
@@ -381,9 +381,9 @@ def why_not() -> str:
 
 
 def rings_for(wanted: str, tell: Callable[[str], None]) -> Rings | None:
-    """Make the rings of a mount, if they are *wanted* (auto, on or off) and to be had; None if not.
+    """Make the rings of a mount, if *wanted* (auto, on or off) and available; else return None.
 
-    SystemFailure says why they are not, if they must be; *tell* takes what a user should know.
+    SystemFailure if they are required and not available; *tell* is called with messages for the user.
     """
     if wanted == "off":
         return None
@@ -410,6 +410,6 @@ def open_rings() -> Rings:
 
 
 def _possible() -> int:
-    """How many CPUs there could be, of which the last has the highest number."""
+    """Return the number of possible CPUs, counted up to the highest number."""
     with open(_POSSIBLE, encoding="ascii") as numbers:
         return int(numbers.read().strip().replace(",", "-").rsplit("-", 1)[-1]) + 1

@@ -1,4 +1,4 @@
-"""What was in a directory when somebody began to list it, for all who are at it."""
+"""The names of directories at the time when a reader began to list them, for all their readers."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class OpenDirectory:
 
 
 class Snapshots:
-    """Keeps a limited number of names in all, and always the last snapshot.
+    """Keeps a limited total number of names, and always the last snapshot.
 
-    A reader whose listing was dropped continues with a new one: a name has the same place in all of them.
+    A reader whose snapshot was dropped continues with a new one: a name has the same place in each.
     """
 
     __slots__ = ("_count", "_kept", "_most")
@@ -37,7 +37,7 @@ class Snapshots:
         return self._count
 
     def keep(self, directory: OpenDirectory, names: Listing) -> None:
-        """Let a reader go on with these names."""
+        """Keep the names with which a reader continues."""
         if directory.names is not None:
             self.drop(directory)
         directory.names = names

@@ -1,4 +1,4 @@
-"""What the tasks of the daemon are doing: for finding the reason of a hang."""
+"""What the tasks of the daemon are doing, to find the cause of a hang."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import trio
 def describe_tasks() -> Iterator[str]:
     """Yield lines: the name of each task, then where it waits, innermost call last.
 
-    From trio's thread; nothing where trio does not run.
+    Call it from trio's thread. Yields nothing if trio does not run.
     """
     try:
         root = trio.lowlevel.current_root_task()

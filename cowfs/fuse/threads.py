@@ -1,4 +1,4 @@
-"""Where requests wait for threads, and what slow lowers are asked in them."""
+"""The threads that do long work for requests, and that wait for slow lowers."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ class Threads:
     def __init__(self, loop: RequestLoop) -> None:
         self._loop = loop
         self.copies, self.reads, self.syncs = UserThreads(), UserThreads(), UserThreads()
-        # What may hang takes no threads from what does not.
+        # Work that may hang has threads of its own.
         self.slow_copies, self.slow_reads = UserThreads(), UserThreads()
         self._questions = UserThreads()
         self._later: dict[int, list[Callable[[], None]]] = {}
 
     @asynccontextmanager
     async def turn(self, turns: UserThreads, uid: int) -> AsyncIterator[None]:
-        """Wait for this user's turn of some kind of long work; others are served meanwhile.
+        """Wait for this user's turn for a kind of long work; others are served meanwhile.
 
-        Take resources such as descriptors only afterwards: so those who wait hold nothing.
+        Take resources such as descriptors only afterwards, so that waiting requests hold none.
         """
         loop = self._loop
         begun = turns.begin(uid) if loop.may_work() else None
@@ -65,19 +65,19 @@ class Threads:
             loop.waiting -= 1
 
     async def run(self, call: Callable[[], R], turns: UserThreads, uid: int) -> R:
-        """Return what *call* gives, which a thread runs at the user's turn."""
+        """Run *call* in a thread, at the user's turn, and return its result."""
         async with self.turn(turns, uid):
             return await self.do(call)
 
     async def do(self, call: Callable[[], R]) -> R:
-        """The same at once: it is the user's turn."""
+        """Run *call* in a thread now and return its result: it is already the user's turn."""
         if self._loop.may_work():
             return await self._loop.work(call)
         await self._loop.step_aside()
         return await in_thread(call)
 
     async def run_patiently(self, call: Callable[[], R], turns: UserThreads, uid: int) -> R:
-        """The same for what may never end: EIO if it has not when the filesystem is to end."""
+        """Like :meth:`run`, for a call that may never return: EIO if it has not when the mount ends."""
         await self._loop.step_aside()
         with self._loop.patience():
             async with self.turn(turns, uid):
@@ -85,14 +85,14 @@ class Threads:
         raise _given_up()
 
     async def patiently(self, call: Callable[[], R]) -> R:
-        """The same at once: it is the user's turn."""
+        """Like :meth:`run_patiently`, but now: it is already the user's turn."""
         await self._loop.step_aside()
         with self._loop.patience():
             return await in_thread(call, may_hang=True)
         raise _given_up()
 
     async def stepwise(self, steps: Steps[R], uid: int, *, is_urgent: bool = True) -> R:
-        """Do long work for a user; return what it comes to. Anything may have changed meanwhile."""
+        """Do long work for a user in steps; return its result. Meanwhile, anything may have changed."""
         end = time.monotonic() + SLICE
         try:
             call = next(steps)
@@ -116,15 +116,15 @@ class Threads:
             steps.close()
 
     async def ask(self, question: Question, answers: Answers, names: Sequence[bytes] = ()) -> None:
-        """Learn the answer to a question, and what likely is asked next.
+        """Get the answer to a question from a slow lower, and the answers to likely next questions.
 
-        *names* are those that are looked up too if this is a lookup.
+        If the question is a lookup, *names* are also looked up.
         """
         ask = functools.partial(question.ask, names)
         answers.add(await self.run_patiently(ask, self._questions, answers.uid))
 
     async def answered(self, call: Callable[[], R], answers: Answers, names: Sequence[bytes] = ()) -> R:
-        """Return what *call* gives as soon as the *answers*, which are at hand, are all that it needs."""
+        """Return the result of *call*, as soon as the *answers* contain everything that it needs."""
         while True:
             try:
                 return call()
@@ -132,7 +132,7 @@ class Threads:
                 await self.ask(need.question, answers, names)
 
     def later(self, uid: int, call: Callable[[], None]) -> None:
-        """Let a thread of the user's do *call* soon. The user's questions wait if it hangs."""
+        """Run *call* soon, in a thread of this user. If it hangs, only this user's questions wait."""
         calls = self._later.setdefault(uid, [])
         calls.append(call)
         if len(calls) > 1:
@@ -141,7 +141,7 @@ class Threads:
         def begin() -> None:
             try:
                 trio.lowlevel.spawn_system_task(self._do_later, uid)
-            except RuntimeError:  # nothing is served any more: the layers close all that is open
+            except RuntimeError:  # the mount has ended: the layers close all open files
                 del self._later[uid]
 
         self._loop.in_trio(begin)

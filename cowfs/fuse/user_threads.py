@@ -1,4 +1,4 @@
-"""Threads for the long work of each user: a user with much work waits only for his own."""
+"""Threads for the long work of each user. A user with much work delays only that user."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _ANY = trio.CapacityLimiter(math.inf)
 
 
 class UserThreads:
-    """One kind of work. The oldest that waits is next, among those of one user."""
+    """The threads for one kind of work. Each user's work is done in the order of arrival."""
 
     def __init__(self) -> None:
         self._limiters: dict[int, trio.CapacityLimiter] = {}
 
     @asynccontextmanager
     async def turn(self, uid: int) -> AsyncIterator[None]:
-        """Wait for the turn of a piece of this user's work, and let the next one begin after it."""
+        """Wait for the turn of this user's work; after the block, the next one starts."""
         limiter = self._limiters.setdefault(uid, trio.CapacityLimiter(_EACH))
         me = object()
         try:
@@ -41,9 +41,9 @@ class UserThreads:
             self.end(uid, me)
 
     def begin(self, uid: int) -> object | None:
-        """Begin a piece of this user's work, and return what to give to :meth:`end`; None: it has to wait.
+        """Start a piece of this user's work; return the value to pass to :meth:`end`; None if it must wait.
 
-        For any thread that has the core lock, as the two below.
+        Any thread that holds the core lock may call this and the two methods below.
         """
         limiter = self._limiters.setdefault(uid, trio.CapacityLimiter(_EACH))
         me = object()
@@ -54,11 +54,11 @@ class UserThreads:
         return me
 
     def has_more_work(self, uid: int) -> bool:
-        """Whether more of this user's work waits: then :meth:`end` is for trio's thread alone."""
+        """Whether more of this user's work waits: then only trio's thread may call :meth:`end`."""
         return bool(self._limiters[uid].statistics().tasks_waiting)
 
     def end(self, uid: int, me: object) -> None:
-        """Let the next piece of work begin."""
+        """End a piece of work, and let the next one start."""
         limiter = self._limiters[uid]
         limiter.release_on_behalf_of(me)
         self._tidy(uid, limiter)
@@ -71,8 +71,8 @@ class UserThreads:
 async def in_thread(call: Callable[[], R], *, may_hang: bool = False) -> R:
     """Run *call* in a thread at once and return its result; the caller has waited for its turn.
 
-    Only a call that *may_hang* can be cancelled meanwhile: the thread continues. If no thread can be started,
-    the caller's thread runs it and others wait; EAGAIN for a call that may hang.
+    Only a call that *may_hang* can be cancelled; its thread then continues. If no thread can be started, run
+    the call in the caller's thread, while others wait; EAGAIN for a call that may hang.
     """
     try:
         return await trio.to_thread.run_sync(call, limiter=_ANY, abandon_on_cancel=may_hang)

@@ -1,16 +1,17 @@
 """Show a store: its raw filesystem, read-only, as a mount of its own beside the union's.
 
-What the kernel's mount of an image shows at ``/mnt/memory``, for a layer that is read in this process:
-``upper/``, ``work/`` and ``cowfs/`` as they are, whiteouts as devices 0:0, the overlay's own attributes.
+For a layer that is read in this process, it shows what the kernel's mount of the image would show at
+``/mnt/memory``: ``upper/``, ``work/`` and ``cowfs/`` as they are, whiteouts as devices 0:0, and the overlay's
+own attributes.
 
-pyfuse3 has one session a process, so this one speaks the kernel's protocol itself (linux/fuse.h). The
-kernel keeps nothing of what it is told here, neither names nor attributes nor data, since the union
-changes the layer and does not know of us: who looks twice asks us twice.
+pyfuse3 has one session per process, so this module implements the kernel's protocol itself (linux/fuse.h).
+The kernel caches no names, attributes or data of the view, because the union changes the layer without
+telling the view: every access sends a request.
 
-**What is gone stays gone.** An inode that the union removes goes although we know it, and its number is
-given to another. So we number what the kernel knows ourselves, never the same way twice, and before each
-use compare the handle of the layer's inode, which has its generation, with the one we have seen. ESTALE
-is the answer when it differs. Open files are safe: the layer keeps their inodes.
+**A removed inode is never confused with a new one.** When the union removes an inode that the view knows, the
+layer may reuse its number. So the view gives each inode that the kernel knows a number that is never reused.
+Before each use, it compares the handle of the layer's inode, which contains the generation, with the one that
+it saw first. It answers ESTALE if they differ. Open files are safe: the layer keeps their inodes.
 """
 
 from __future__ import annotations
@@ -63,10 +64,10 @@ class _Node:
 
 
 class View:
-    """Answers what comes from a connection to the kernel, from the root of a layer, until :meth:`close`."""
+    """Answers the requests of a connection to the kernel from a layer, until :meth:`close`."""
 
     def __init__(self, layer: LowerLayer, fd: int) -> None:
-        """*fd* is a ``/dev/fuse``, which :meth:`close` closes. OSError if the layer is not fit for it."""
+        """*fd* is a ``/dev/fuse``, which :meth:`close` closes. OSError if the layer does not support it."""
         self._layer = layer
         self._fd = fd
         self._place = self._dev = ""
@@ -92,7 +93,7 @@ class View:
             protocol.STATFS: self._statfs,
             protocol.GETXATTR: self._getxattr,
             protocol.LISTXATTR: self._listxattr,
-            protocol.INTERRUPT: lambda request: b"",  # nothing takes so long
+            protocol.INTERRUPT: lambda request: b"",  # no request takes long
             protocol.NOTIFY_REPLY: lambda request: b"",
             protocol.DESTROY: lambda request: b"",
         }
@@ -100,9 +101,9 @@ class View:
     # --- the connection
 
     def mount(self, place: str) -> None:
-        """Attach to a directory: read-only, for everybody whom the modes permit.
+        """Mount on a directory: read-only, for everybody whom the file modes permit.
 
-        OSError. Needs root. Until :meth:`serve` runs, accesses wait.
+        Raises OSError. Needs root. Until :meth:`serve` runs, accesses wait.
         """
         mode = self._layer.stat(self._layer.root).st_mode
         options = f"fd={self._fd},rootmode={mode:o},user_id={os.geteuid()},group_id={os.getegid()}"
@@ -115,14 +116,14 @@ class View:
             self._place, self._dev = place, here.dev
 
     async def serve(self) -> None:
-        """Answer requests until the mount is gone, or this is cancelled; then :meth:`close`."""
+        """Answer requests until unmounted or cancelled; then :meth:`close`."""
         try:
             while True:
                 await trio.lowlevel.wait_readable(self._fd)
                 try:
                     size = os.readv(self._fd, [self._buffer])
                 except OSError as error:
-                    if error.errno in {errno.EAGAIN, errno.ENOENT}:  # who asked has been killed
+                    if error.errno in {errno.EAGAIN, errno.ENOENT}:  # the caller was killed
                         continue
                     if error.errno != errno.ENODEV:  # unmounted
                         log.warning("the view of the store has failed: %s", error)
@@ -179,17 +180,17 @@ class View:
         try:
             os.writev(self._fd, [protocol.OUT.pack(protocol.OUT.size + len(data), -code, unique), data])
         except OSError as error:
-            if error.errno not in {errno.ENOENT, errno.ENODEV}:  # nobody waits any more
+            if error.errno not in {errno.ENOENT, errno.ENODEV}:  # no one waits any more
                 log.warning("the kernel did not accept an answer: %s", error)
 
     def _init(self, request: Request) -> bytes:
         major, minor, readahead, flags = protocol.INIT_IN.unpack_from(request.body)
         if major < protocol.MAJOR:
             raise OSError(errno.EPROTO, os.strerror(errno.EPROTO))
-        # Of a later major version only ours is said; the kernel then asks again.
+        # To a later major version, answer only with this one; the kernel then asks again.
         minor = min(minor, protocol.MINOR) if major == protocol.MAJOR else protocol.MINOR
         readahead = min(readahead, _MOST)
-        # With ACLs: else the mode alone would decide, where an ACL makes its mask the rights of the group.
+        # With ACLs: else the mode alone would decide, whose group bits are the mask of an ACL.
         flags &= protocol.POSIX_ACL
         return protocol.INIT_OUT.pack(protocol.MAJOR, minor, readahead, flags, 0, 0, 4096, 1, 0, 0, 0)
 
@@ -202,7 +203,7 @@ class View:
         return handle
 
     def _node(self, request: Request) -> _Node:
-        """Return the node that is meant, if it is still the same. ESTALE."""
+        """Return the node of a request. ESTALE if it is another inode now."""
         node = self._nodes.get(request.nodeid)
         if node is None or self._layer.handle(node.key) != node.identity:
             raise _error(errno.ESTALE)
@@ -265,7 +266,7 @@ class View:
     def _listxattr(self, request: Request) -> bytes:
         (size,) = protocol.GETXATTR_IN.unpack_from(request.body)
         names = self._layer.listxattr(self._node(request).key)
-        if not may_see_trusted(request.pid, request.uid):  # as ext3 has it; nor may he read their values
+        if not may_see_trusted(request.pid, request.uid):  # as on ext3
             names = [name for name in names if not name.startswith(b"trusted.")]
         return _xattr_reply(b"".join(name + b"\0" for name in names), size)
 
@@ -277,7 +278,7 @@ class View:
             raise _error(errno.EROFS)
         number = next(self._fresh)
         self._files[number] = self._layer.open(self._node(request).key, os.O_RDONLY)
-        # The page cache would be right only if the union told us of each change.
+        # The page cache would be right only if the union reported each change.
         return protocol.OPEN_OUT.pack(number, protocol.DIRECT_IO)
 
     async def _read(self, request: Request) -> bytes:
@@ -290,7 +291,7 @@ class View:
         size = min(size, _MOST)
         data = file.try_pread(size, offset)
         if data is None:
-            # Waited for even when cancelled: the layer must not be closed under the thread.
+            # Wait even if cancelled: the layer must not be closed while the thread uses it.
             data = await trio.to_thread.run_sync(file.pread, size, offset)
         return data
 
@@ -317,7 +318,7 @@ class View:
         node = self._node(request)
         if offset == 0:
             listed = self._layer.names(node.key)
-            # Waited for even when cancelled, as in _read.
+            # Wait even if cancelled, as in _read.
             names[:] = b".", b"..", *(await trio.to_thread.run_sync(listed) if callable(listed) else listed)
         entries, room = [], min(size, _LISTED)
         for at in range(offset, len(names)):
@@ -342,7 +343,7 @@ class View:
         else:
             try:
                 found = self._layer.lookup(node.key, name)
-            except OSError:  # who asks for it is told
+            except OSError:  # a lookup will report it
                 return protocol.UNKNOWN_INO, 0
             if found is None:
                 return None
@@ -356,7 +357,7 @@ class View:
 
 
 def open_view(layer: LowerLayer, place: str) -> View:
-    """Mount a layer at *place*; see :meth:`View.mount`. Raises OSError; nothing is left then."""
+    """Mount a layer at *place*; see :meth:`View.mount`. Raises OSError, and then leaves nothing behind."""
     fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
         view = View(layer, fd)
@@ -375,7 +376,7 @@ def _name(body: bytes) -> bytes:
 
 
 def _xattr_reply(value: bytes, size: int) -> bytes:
-    """Return the answer to a request for an attribute of at most *size* bytes; 0: for its length."""
+    """Return the answer to a request for an xattr of at most *size* bytes; 0 asks for its length."""
     if size == 0:
         return protocol.GETXATTR_OUT.pack(len(value))
     if len(value) > size:
