@@ -18,6 +18,7 @@ Every function blocks. It raises :class:`cowfs.errors.CowfsError` with a message
 from __future__ import annotations
 
 import base64
+import errno
 import functools
 import os
 import sys
@@ -271,9 +272,14 @@ def apply(
 
 def _not_completed(error: OSError, named: str, root: str, backup: str) -> Exception:
     """Return what to raise where changes could be made in part; *named* is what *root* is the tree of."""
+    path = os.fsdecode(error.filename or b"").lstrip("/")
+    if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS}:
+        return SystemFailure(
+            f"{named}: not all changes were made: /{path}: {error.strerror}",
+            "each path has its old or its new content; the same command completes it",
+        )
     if error.errno not in LACK_OF_ROOM:
         return error
-    path = os.fsdecode(error.filename or b"").lstrip("/")
     without = ", without --backup" if backup else ""
     where, room = os.path.join(root, path), "free space there"
     if named != root:  # a store, which was mounted for this alone

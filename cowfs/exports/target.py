@@ -121,6 +121,8 @@ def _parent(path: str) -> Iterator[tuple[int, str]]:
         hint = ""
         if os.fstat(parent).st_nlink == 0:
             hint = f"its directory was removed meanwhile: mkdir -p {directory or os.getcwd()}, and try again"
+        elif error.errno == errno.EACCES:
+            hint = f"it needs a new file in {directory or '.'}"
         raise SystemFailure(f"{path}: cannot be written: {error.strerror or error}", hint) from None
     finally:
         os.close(parent)

@@ -128,7 +128,13 @@ def test_an_ordinary_user_has_the_files_then(nobody_path: Path) -> None:
     top, tree = make(nobody_path, "\necho of root > setid; chmod 6755 setid\n")
     run("cp", "-r", "--preserve=links,xattr", top / "lower", top / "copy")
     if os.geteuid() == 0:
-        run("chown", "-R", "65534:65534", top / "copy", top / "store.bs")
+        run("chown", "65534:65534", top / "store.bs")
+        done = cowfs("apply", top / "store.bs", top / "copy", nobody=True)
+        told = done.stderr
+        assert done.returncode == 2, told
+        assert told.startswith(f"cowfs: {top}/copy: not all changes were made: /"), told
+        assert "the same command completes it" in told and told.count("\n") == 1
+        run("chown", "-R", "65534:65534", top / "copy")
     done = cowfs("apply", top / "store.bs", top / "copy", nobody=True)
     if os.geteuid() == 0:
         assert (top / "copy/setid").stat().st_mode & 0o7777 == 0o755, "it would run as somebody else now"

@@ -425,6 +425,11 @@ def test_what_we_may_not_read_is_named(store: Path, nobody_path: Path) -> None:
     copy.chmod(0o644)
     assert cowfs("check", "-n", copy, nobody=True).returncode == 0
     assert as_nobody_prefix()
+    os.chown(copy, 65534, 65534)
+    nobody_path.chmod(0o755)
+    os.chown(nobody_path, 0, 0)
+    done = cowfs("shrink", copy, nobody=True)
+    refused(done, f"cannot be written: Permission denied (it needs a new file in {nobody_path})", 2)
 
 
 @pytest.mark.parametrize("command", ["create", "grow", "check"])
