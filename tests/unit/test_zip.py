@@ -140,7 +140,7 @@ def same(data: bytes) -> bytes:
         (lambda add: [add.writestr("f", "x"), add.writestr("f/g", "y")], same, "is not a directory, but"),
         (lambda add: add.writestr(info("s", 0o120777), "x" * 5000), same, "a symbolic link of 5000 bytes"),
         (lambda add: add.writestr(info("null", 0o20666), ""), same, "'null' is a device"),
-        (lambda add: add.writestr("x", "x", zipfile.ZIP_BZIP2), same, "'x' is compressed with bzip2, only"),
+        (lambda add: add.writestr("x", "x", zipfile.ZIP_BZIP2), same, "'x' is compressed with bzip2; only"),
         (lambda add: add.writestr("x", "x"), encrypted, r"'x' is encrypted \(unpack it with its password"),
         (lambda add: add.writestr("x", "x"), numbered(24, 1 << 30), "'x' has 1073741824 bytes in 3"),
         (lambda add: add.writestr("x", "x"), numbered(20, 1 << 30), "'x' has 1 bytes in 1073741824"),
