@@ -12,6 +12,7 @@ import ctypes
 import os
 import signal
 import struct
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -40,6 +41,22 @@ def held_back() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def ctrl_c_postponed() -> Iterator[None]:
+    """Let a SIGINT that comes inside take effect at the end, whatever thread of this process gets it."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread handles signals
+        yield
+        return
+    came: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if came:
+            signal.raise_signal(signal.SIGINT)
 
 
 @contextmanager

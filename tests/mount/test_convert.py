@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +42,14 @@ def store(tmp_path: Path) -> Path:
 def seen(lower: Path, store: Path, at: Path, *options: str) -> Snapshot:
     with mounted(lower, at, store, options=options) as mount:
         return comparable(snapshot(mount.path))
+
+
+def modified(lower: Path, store: Path, at: Path) -> dict[str, int]:
+    """When the directories of a merged tree were modified last."""
+    with mounted(lower, at, store) as mount:
+        return {
+            os.path.relpath(path, mount.path): os.stat(path).st_mtime_ns for path, *_ in os.walk(mount.path)
+        }
 
 
 def comparable(tree: Snapshot) -> Snapshot:
@@ -141,14 +150,15 @@ def test_what_only_the_lower_has_comes_along(lower: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.nightly
+@pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGINT])
 @pytest.mark.parametrize(("to", "kills"), [("overlayfs", 2), ("aufs", 2), ("overlayfs", 30), ("aufs", 30)])
-def test_killed_anywhere(store: Path, lower: Path, tmp_path: Path, to: str, kills: int) -> None:
+def test_killed_anywhere(store: Path, lower: Path, tmp_path: Path, to: str, kills: int, by: int) -> None:
     """At each of its changes: until it is completed nobody mounts the store, and then nothing is missing."""
     with mounted(lower, tmp_path / "m", store) as mount:
         change(mount.path)
     if to == "aufs":
         converted(store, "overlayfs")
-    first = seen(lower, store, tmp_path / "m")
+    first, times = seen(lower, store, tmp_path / "m"), modified(lower, store, tmp_path / "m")
     before = tmp_path / "before"
     run("cp", "--sparse=always", store, before)
     whole = calls(store, to, -1)
@@ -156,7 +166,7 @@ def test_killed_anywhere(store: Path, lower: Path, tmp_path: Path, to: str, kill
     ended = set()
     for number in range(whole // (kills + 1), whole, max(whole // (kills + 1), 1)):
         run("cp", "--sparse=always", before, store)
-        calls(store, to, number)
+        calls(store, to, number, by)
         now = json.loads(cowfs("info", store, "--json", check=True).stdout)["format"]
         ended.add(now)
         if now == "converting":
@@ -170,6 +180,7 @@ def test_killed_anywhere(store: Path, lower: Path, tmp_path: Path, to: str, kill
             assert converted(store, to)["continued"] is (now == "converting")
         assert cowfs("check", "-n", store, check=True).stdout.endswith(": clean\n")
         if kills < 3 or number % 3 == 1:
+            assert modified(lower, store, tmp_path / "m") == times
             assert seen(lower, store, tmp_path / "m") == first
     assert "converting" in ended
 
@@ -185,7 +196,7 @@ def counted(method):
         global seen
         seen += 1
         if seen == left:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), int(os.environ["BY"]))
         return method(*arguments, **more)
     return call
 names = "create mkdir mknod link unlink rmdir rename setxattr removexattr utimens"
@@ -197,7 +208,7 @@ sys.exit(code)
 """
 
 
-def calls(store: Path, to: str, number: int) -> int:
+def calls(store: Path, to: str, number: int, by: int = signal.SIGKILL) -> int:
     """Convert, killed at a change of this number; return how many there were, if it was not."""
     words = ["convert", str(store), "--to", to]
     done = subprocess.run(
@@ -206,9 +217,10 @@ def calls(store: Path, to: str, number: int) -> int:
         text=True,
         check=False,
         timeout=60,
+        env={**os.environ, "BY": str(int(by))},
     )
     if number > 0:
-        assert done.returncode == -9, done.stderr
+        assert done.returncode == (-by if by == signal.SIGKILL else 130), done.stderr
         return number
     assert done.returncode == 0, done.stderr
     return int(done.stdout.split()[-1])

@@ -9,13 +9,14 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 
 from cowfs.errors import StoreError
 from cowfs.layers.base import Key, UpperLayer, together
 from cowfs.layers.owner_notes import OWNER_XATTR, USER_XATTR
+from cowfs.linux.signals import ctrl_c_postponed
 from cowfs.overlay.aufs import BASE, LEFT
 from cowfs.overlay.named_whiteouts import META, OPAQUE_NAME, PREFIX, hidden_by
 from cowfs.overlay.stack import is_whiteout
@@ -205,14 +206,12 @@ class Conversion:
 
     def _replace(self, directory: Key, name: bytes, attr: Attr, make: Callable[[bytes], Key]) -> None:
         """Put what *make* makes under the name it is given in the place of a device, or of its stand-in."""
-        before = self._layer.stat(directory)
         temporary = META + b"cowfs.new"
-        with together(self._layer):
+        with self._at_once(directory, self._layer.stat(directory)):
             self._remove(directory, temporary)
             key = make(temporary)
             self._layer.utimens(key, attr.st_atime_ns, attr.st_mtime_ns)
             self._layer.rename((directory, temporary), (directory, name))
-            self._layer.utimens(directory, before.st_atime_ns, before.st_mtime_ns)
         self._count("devices", name)
 
     def _names_to_whiteouts(self, directory: Key, name: bytes, key: Key, attr: Attr) -> None:
@@ -235,27 +234,26 @@ class Conversion:
             elif each != OPAQUE_NAME and (name or each not in {STAGE, BASE, *LEFT}):
                 self._drop(key, each, hidden, before)
         if is_opaque:
-            with together(self._layer):
+            with self._at_once(key, before):
                 self._layer.setxattr(key, self._format.opaque, OPAQUE)
                 self._layer.unlink(key, OPAQUE_NAME, None)
-                self._layer.utimens(key, before.st_atime_ns, before.st_mtime_ns)
             self._count("opaque", name)
 
     def _drop(self, directory: Key, name: bytes, covered: bytes | None, before: Attr) -> None:
         """Remove what nobody sees: a whiteout that hides nothing below, or what a crash of aufs has left."""
-        if covered is not None:
-            self._remove(directory, covered)
-        self._remove(directory, name)
-        self._layer.utimens(directory, before.st_atime_ns, before.st_mtime_ns)
+        for each in [name] if covered is None else [covered, name]:
+            self._empty(directory, each)
+            with self._at_once(directory, before):
+                self._remove(directory, each)
 
     def _hide(self, directory: Key, name: bytes, before: Attr) -> None:
         """Put a device in the place of a whiteout's name. What stands there is what the whiteout covers."""
-        self._remove(directory, name)
-        with together(self._layer):
+        self._empty(directory, name)
+        with self._at_once(directory, before):
+            self._remove(directory, name)
             if not self._link(self._whiteout, directory, name):
                 self._whiteout = self._layer.mknod(directory, name, stat.S_IFCHR, 0, *self._owner)
             self._layer.unlink(directory, PREFIX + name, None)
-            self._layer.utimens(directory, before.st_atime_ns, before.st_mtime_ns)
 
     # --- to aufs
 
@@ -309,17 +307,15 @@ class Conversion:
             found = self._layer.lookup(key, entry.name)
             if found is None or not is_whiteout(self._layer, *found, self._format):
                 continue
-            with together(self._layer):
+            with self._at_once(key, before):
                 if not is_opaque:  # else it hides nothing
                     self._make_whiteout_name(key, PREFIX + entry.name)
                 self._layer.unlink(key, entry.name, None)
-                self._layer.utimens(key, before.st_atime_ns, before.st_mtime_ns)
             self._count("whiteouts", entry.name)
         if is_opaque:
-            with together(self._layer):
+            with self._at_once(key, before):
                 self._make_whiteout_name(key, OPAQUE_NAME)
                 self._layer.removexattr(key, self._format.opaque)
-                self._layer.utimens(key, before.st_atime_ns, before.st_mtime_ns)
             self._count("opaque", name)
 
     def _make_whiteout_name(self, directory: Key, name: bytes) -> None:
@@ -393,6 +389,22 @@ class Conversion:
                 raise
             return False
         return True
+
+    @contextmanager
+    def _at_once(self, directory: Key, before: Attr) -> Iterator[None]:
+        """Put a few changes in a directory, whose times stay, on disk together or not at all.
+
+        Ctrl-C waits: it would leave what was changed until then.
+        """
+        with ctrl_c_postponed(), together(self._layer):
+            yield
+            self._layer.utimens(directory, before.st_atime_ns, before.st_mtime_ns)
+
+    def _empty(self, directory: Key, name: bytes) -> None:
+        """Remove what is below a name, which may be much; the times of *directory* stay."""
+        found = self._layer.lookup(directory, name)
+        if found is not None and stat.S_ISDIR(found[1].st_mode):
+            layout.empty(self._layer, found[0])
 
     def _remove(self, directory: Key, name: bytes) -> None:
         found = self._layer.lookup(directory, name)
