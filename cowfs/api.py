@@ -341,6 +341,7 @@ def _tree_of(path: str, stack: ExitStack) -> str:
         given, offsets, data_only = recorded_lowers(path, store.header.lowers, ())
     if data_only:
         raise UsageError(f"{path}: has data-only lowers", "mount it, and give the mountpoint")
+    stack.enter_context(warm())  # which unmounts it, if we are killed
     tree = stack.enter_context(mount(given, path, offset=":".join(map(str, offsets))))
     return str(tree.path)
 

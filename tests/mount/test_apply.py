@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.mount.test_export import CHANGE, MAKE, script, seen
-from tests.support.mounts import COWFS, cowfs, mounted, project_root
+from tests.support.mounts import COWFS, cowfs, eventually, mounted, project_root
 from tests.support.system import needs_fuse, needs_root, run
 from tests.support.tree import Snapshot, differences, snapshot
 
@@ -231,6 +231,37 @@ def test_asked_for_each(made: tuple[Path, Snapshot], tmp_path: Path) -> None:
             assert now.get(path) == before.get(path), path
         elif path in tree and path.isprintable() and not any(one.startswith(f"{path}/") for one in refused):
             assert now[path] == contents(tree)[path], path
+
+
+@needs_root
+
+
+@pytest.mark.parametrize("by", [signal.SIGTERM, signal.SIGKILL])
+def test_killed_it_leaves_no_store_mounted(made: tuple[Path, Snapshot], tmp_path: Path, by: int) -> None:
+    top, _ = made
+    other = tmp_path / "other.bs"
+    cowfs("create", other, "16", check=True)
+    with mounted(top / "lower", tmp_path / "mnt", other):
+        pass
+    before = mountpoints()
+    with subprocess.Popen(
+        [*COWFS, "apply", str(top / "store.bs"), str(other), "--interactive"],
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": project_root()},
+    ) as applying:
+        assert applying.stderr is not None
+        while (said := applying.stderr.read(1)) != b"[":  # it asks
+            assert said, "it has ended"
+        (place,) = mountpoints() - before
+        applying.send_signal(by)
+    eventually(lambda: not os.path.lexists(place), "the store is unmounted, and the directory is gone")
+    with mounted(top / "lower", tmp_path / "mnt", other):
+        pass
+
+
+def mountpoints() -> set[str]:
+    return {line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()}
 
 
 @needs_root
