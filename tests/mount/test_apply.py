@@ -234,8 +234,6 @@ def test_asked_for_each(made: tuple[Path, Snapshot], tmp_path: Path) -> None:
 
 
 @needs_root
-
-
 @pytest.mark.parametrize("by", [signal.SIGTERM, signal.SIGKILL])
 def test_killed_it_leaves_no_store_mounted(made: tuple[Path, Snapshot], tmp_path: Path, by: int) -> None:
     top, _ = made

@@ -51,13 +51,16 @@ def _shape(line: str) -> str:
 
 
 def commands(text: str) -> list[Command]:
-    """All commands in the indented blocks of Markdown: a line after a prompt; below it its answer."""
+    """All commands in the indented blocks of Markdown: a line after a prompt, with those after ``>`` that
+    continue it, and below them the answer."""
     found: list[Command] = []
     is_open = False
     for line in text.splitlines():
         if match := re.match(r"    ([#$]) (.*)", line):
             found.append(Command(match[2], match[1] == "#"))
             is_open = True
+        elif is_open and found[-1].line.endswith("\\") and line.startswith("    > "):
+            found[-1].line = found[-1].line[:-1] + line[6:]
         elif is_open and line.startswith("    "):
             found[-1].answer.append(line[4:])
         elif line:

@@ -1,0 +1,97 @@
+"""`cowfs run --root` by an ordinary user: what they may change, and installing packages."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from perf import debian
+from tests.mount.test_sandbox import FAILED, made, with_programs
+from tests.support.commits import one_run_at_a_time  # noqa: F401 - a fixture for all
+from tests.support.mounts import cowfs, project_root
+from tests.support.system import makes_user_namespaces, needs_fuse, needs_root
+
+DEV_FUSE_AT_NIGHT = True
+pytestmark = [needs_fuse, needs_root]
+
+
+def test_an_ordinary_user_commits_what_they_may_change(nobody_path: Path) -> None:
+    if not makes_user_namespaces():
+        pytest.skip("needs user namespaces")
+    env = {"XDG_STATE_HOME": str(nobody_path)}
+    root = made(nobody_path / "root")
+    own = root / "own"
+    own.mkdir()
+    (own / "group").write_text("1\n")
+    (own / "group").chmod(0o664)
+    (root / "log").write_text("1\n")
+    (root / "other").mkdir()
+    (root / "other/two").write_text("names\n")
+    (root / "secret").mkdir(0o700)  # who looks for names of an inode comes here before there
+    (own / "first").write_text("1\n")
+    (own / "second").hardlink_to(own / "first")
+    (root / "secret/third").hardlink_to(own / "first")  # so it is looked for everywhere
+    for path in (own, own / "first", own / "group", root / "log", root / "other", root / "other/two"):
+        os.chown(path, 65534, {"group": 4, "first": 65534}.get(path.name, -1))
+    script = """
+    cd own; mkdir d; echo 2 >d/new; ln ../other/two .; echo 2 >>group; chmod 600 group; echo 2 >>../log
+    echo 2 >>first; id -u; cat "$APT_CONFIG"; python3 -c 'import pty; pty.openpty()'
+    """
+    with with_programs(root):
+        command = ("run", "--root", root, "--commit", "--", "sh", "-euc")
+        (own / "theirs/sub").mkdir(parents=True)
+        (own / "theirs/sub/file").write_text("root's")
+        change = f"{script}rm ../file; echo >../new; rm -r theirs"
+        refused = cowfs(*command, change, nobody=True, env=env)
+        assert refused.returncode == FAILED
+        assert (own / "theirs/sub/file").exists()
+        assert not (own / "d").exists()
+        for name in ("file", "new", "own/theirs"):
+            assert f"conflict: {name} may not be changed by you\n" in refused.stderr
+        kept = next((nobody_path / "cowfs/kept").iterdir())
+        listed = cowfs("diff", kept, "--name-only", nobody=True).stdout.split()
+        assert {"file", "log", "new", "own/d", "own/d/new", "own/group"} <= set(listed)
+        done = cowfs(*command, script, nobody=True, env=env)
+    assert (done.returncode, done.stdout) == (0, '0\nAPT::Sandbox::User "root";\n'), done.stderr
+    assert (own / "d/new").stat().st_uid == 65534
+    assert (own / "two").stat().st_ino == (root / "other/two").stat().st_ino
+    assert [(own / name).read_text() for name in ("first", "second")] == ["1\n2\n"] * 2
+    assert (own / "first").samefile(own / "second") and (root / "secret/third").read_text() == "1\n"
+    info = (own / "group").stat()
+    assert (info.st_uid, info.st_gid, info.st_mode & 0o777) == (65534, 4, 0o600)
+    assert [(own / "group").read_text(), (root / "log").read_text()] == ["1\n2\n"] * 2
+
+
+INSTALL = r"""
+export DEBIAN_FRONTEND=noninteractive
+apt-get -qq install -y /srv/packages/bash-completion*.deb /srv/packages/publicsuffix*.deb >/dev/null
+dpkg -s bash-completion | grep ^Status
+dpkg -i /srv/packages/wamerican*.deb >/dev/null && look zymurg || wc -l </usr/share/dict/words
+pip install -q --no-index --break-system-packages --root-user-action ignore /srv/sample-1.0-py3-none-any.whl
+python3 -c 'import sample.m7; print(sample.m7.number)'
+cd /srv/c && make -s && install -D -o root -g 42 -m 2755 program /usr/local/bin/sum && sum
+stat -c %a /usr/local/bin/sum
+"""
+
+
+@pytest.mark.nightly
+def test_an_ordinary_user_installs_packages(nobody_path: Path) -> None:
+    """apt-get, dpkg, pip and install(1) in a Debian, with nobody there but root."""
+    if not makes_user_namespaces():
+        pytest.skip("needs user namespaces")
+    if debian.missing():
+        pytest.skip(debian.missing())
+    cache = Path(project_root(), ".cache/perf")
+    cache.mkdir(parents=True, exist_ok=True)
+    image = Path(shutil.copy(debian.make(cache), nobody_path))
+    image.chmod(0o644)
+    command = ("run", "--root", image, "--store", nobody_path / "store", "--", "sh", "-euc")
+    done = cowfs(*command, INSTALL, nobody=True, timeout=110)
+    assert done.returncode == 0, done.stderr
+    shown = done.stdout.splitlines()
+    assert (shown[0], shown[2:]) == ("Status: install ok installed", ["7", "780", "2755"])
+    listed = cowfs("diff", nobody_path / "store", "--name-only", nobody=True).stdout.splitlines()
+    assert {"usr/local/bin/sum", "usr/share/dict/american-english"} <= set(listed)
