@@ -106,6 +106,8 @@ def _copy(path: str, target: str, force: bool, tell: Tell, tick: Tick, *, is_che
             tick(size)
         if not is_clean:
             tools.recover(fd, target, tell, "-f", sound=False)
+        elif not is_checked and tools.fsck(fd, target, "-f", "-n")[0]:
+            tell(f"{path}: is damaged, and so is the copy (cowfs check repairs either)")
         finish_copy(fd, target)
         _give_owner(fd, os.fstat(store.fd))
 

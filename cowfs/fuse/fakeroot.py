@@ -1,12 +1,11 @@
 """A mount whose only user is root inside, as under fakeroot(1).
 
 The kernel checks no permissions there (no ``default_permissions``). So cowfs gives new files to root, and
-keeps
-the set-ID bits that root keeps.
+keeps the set-ID bits that root keeps.
 
 The kernel lets only a file's owner do some things, before it asks cowfs: set an ACL (set_posix_acl()), which
-cp, install and sed do with files that they create; O_NOATIME; chattr. So the file that was created or
-changed last is *lent*: the kernel is told that it belongs to the mounting user, and only stat(2) shows the
+cp, install and sed do with files that they create; O_NOATIME; chattr. So the files that were created or
+changed last are *lent*: the kernel is told that they belong to the mounting user, and only stat(2) shows the
 true owner. That works because fuse_do_getattr() shows the answer to GETATTR, but caches nothing if the inode
 was invalidated after the request (fi->attr_version in fuse_change_attributes_i()).
 """

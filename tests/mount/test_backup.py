@@ -121,6 +121,10 @@ def test_a_store_that_is_not_in_use(tmp_path: Path, kind: str) -> None:
         damaged.write_bytes(data[: 1 << 20] + bytes(2 << 20) + data[3 << 20 :])
         refused = cowfs("restore", damaged, store, "--force")
         assert (refused.returncode, "damaged" in refused.stderr) == (32, True)
+        run("cp", copy, damaged)
+        run("debugfs", "-w", "-R", "set_inode_field /upper/b links_count 9", damaged)
+        told = cowfs("backup", damaged, tmp_path / "too.bs", check=True).stderr
+        assert f"{damaged}: is damaged, and so is the copy" in told
         assert cowfs("restore", copy, store).returncode == 1
         assert cowfs("restore", copy, store, "--force").returncode == 0
     else:
