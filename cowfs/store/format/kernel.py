@@ -1,4 +1,4 @@
-"""The commands with which the kernel's overlayfs shows what a store and its lowers hold."""
+"""The commands that mount a store and its lowers with the kernel's overlayfs."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from cowfs.url.names import is_url
 
 _PLACE = "/run/cowfs-kernel"
 _MOUNTED = {"directory", "squashfs", "erofs"}
-"""The kinds of lowers that it mounts. For others mount(8) would start programs."""
+"""The kinds of lowers that the kernel mounts. For others, mount(8) would start programs."""
 _LONGEST = 255
-"""Bytes of an option that mount(8) hands over by fsconfig(2)."""
+"""Bytes of the longest option that mount(8) can pass with fsconfig(2)."""
 
 
 def commands(
@@ -26,9 +26,8 @@ def commands(
 ) -> list[str]:
     """Return lines for a shell, to be run by root while nobody uses the store at *path*.
 
-    *lowers* are those of the header, *below* the layers of checkpoints, each topmost first. The tree is
-    mounted at ``$MOUNTPOINT``, or /mnt; images in directories of their own below /run. All of it is data:
-    a word of the header stays one word.
+    *lowers* are those of the header, *below* the layers of checkpoints, each topmost first. The lines mount
+    the tree at ``$MOUNTPOINT``, or /mnt, and images below /run. All values of the header are quoted.
     """
     lines, place = [], f"{_PLACE}/{re.sub('[^0-9A-Za-z-]', '_', uuid[:8])}"
     joined = ":".join(f"cowfs/layers/{number}" for number in below)
@@ -73,5 +72,5 @@ def commands(
 
 
 def _escaped(path: str) -> str:
-    """Return a path for the list of lowers: what would end it there has a backslash before it."""
+    """Return a path for the list of lowers, with a backslash before each separator in it."""
     return path.replace("\\", "\\\\").replace(":", "\\:").replace(",", "\\,")
