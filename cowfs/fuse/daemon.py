@@ -10,7 +10,6 @@ import signal
 import string
 import subprocess
 import sys
-import tempfile
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -417,7 +416,7 @@ def _explain(said: str, mountpoint: str) -> MountFailure:
 @contextmanager
 def _stderr() -> Iterator[Callable[[], str]]:
     """Collect what libfuse and fusermount3 print, to put it into a message."""
-    with tempfile.TemporaryFile() as sink:
+    with os.fdopen(os.memfd_create("cowfs-said", os.MFD_CLOEXEC), "rb") as sink:
         saved = os.dup(2)
         os.dup2(sink.fileno(), 2)
 

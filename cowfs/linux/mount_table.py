@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 
@@ -36,26 +37,28 @@ def _unescape(text: bytes) -> bytes:
 
 def parse_mountinfo(text: bytes) -> list[MountInfo]:
     """Return the mounts that a mountinfo file lists, in its order."""
-    mounts = []
-    for line in filter(None, text.split(b"\n")):  # not splitlines(): a mountpoint may contain \r, \f or \v
-        fields = line.split(b" ")
-        dash = fields.index(b"-", 6)  # after a number of optional fields
-        fstype, source, super_options = fields[dash + 1 : dash + 4]
-        mounts.append(
-            MountInfo(
-                id=int(fields[0]),
-                parent=int(fields[1]),
-                dev=fields[2].decode(),
-                root=_unescape(fields[3]),
-                mountpoint=_unescape(fields[4]),
-                options=fields[5].decode(),
-                fstype=_unescape(fstype).decode(errors="replace"),
-                source=_unescape(source),
-                super_options=os.fsdecode(_unescape(super_options)),
-                super_words=tuple(os.fsdecode(_unescape(word)) for word in super_options.split(b",")),
-            )
-        )
-    return mounts
+    # Not splitlines(): a mountpoint may contain \r, \f or \v.
+    return [_parse_line(line) for line in text.split(b"\n") if line]
+
+
+@lru_cache(maxsize=1024)
+def _parse_line(line: bytes) -> MountInfo:
+    """Return the mount of one line. Most lines stay the same from one reading of the table to the next."""
+    fields = line.split(b" ")
+    dash = fields.index(b"-", 6)  # after a number of optional fields
+    fstype, source, super_options = fields[dash + 1 : dash + 4]
+    return MountInfo(
+        id=int(fields[0]),
+        parent=int(fields[1]),
+        dev=fields[2].decode(),
+        root=_unescape(fields[3]),
+        mountpoint=_unescape(fields[4]),
+        options=fields[5].decode(),
+        fstype=_unescape(fstype).decode(errors="replace"),
+        source=_unescape(source),
+        super_options=os.fsdecode(_unescape(super_options)),
+        super_words=tuple(os.fsdecode(_unescape(word)) for word in super_options.split(b",")),
+    )
 
 
 def mountinfo() -> list[MountInfo]:

@@ -7,7 +7,6 @@ write to. So no other user can take the name, or answer in place of the daemon.
 from __future__ import annotations
 
 import errno
-import itertools
 import os
 import re
 import socket
@@ -70,31 +69,41 @@ def remove_dead() -> None:
 
 
 def _sweep(directory: int) -> None:
-    left = set(filter(_NAME.fullmatch, os.listdir(directory)))
-    everywhere = itertools.chain([(0, mountinfo())], mounted_elsewhere())
-    for _, mounts in everywhere if left else ():
-        left.difference_update(mount.dev for mount in mounts if mount.fstype == FSTYPE)
-    for name in left:
+    here = {mount.dev for mount in mountinfo() if mount.fstype == FSTYPE}
+    left = {}
+    for name in filter(_NAME.fullmatch, os.listdir(directory)):
         with suppress(OSError):
-            _remove_dead(directory, name)
+            seen = os.stat(name, dir_fd=directory, follow_symlinks=False)
+            if name not in here and _is_ours_and_dead(directory, name, seen):
+                left[name] = seen
+    if not left:  # what follows reads a file of each process
+        return
+    for _, mounts in mounted_elsewhere():
+        for mount in mounts:
+            if mount.fstype == FSTYPE:
+                left.pop(mount.dev, None)
+    for name, seen in left.items():
+        with suppress(OSError):
+            _remove(directory, name, seen)
 
 
 _NAME = re.compile(r"[0-9]+:[0-9]+")
 
 
-def _remove_dead(directory: int, name: str) -> None:
-    seen = os.stat(name, dir_fd=directory, follow_symlinks=False)
+def _is_ours_and_dead(directory: int, name: str, seen: os.stat_result) -> bool:
     if not stat.S_ISSOCK(seen.st_mode) or seen.st_uid != os.geteuid():
-        return
+        return False
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as connection:
         connection.setblocking(False)
         try:
             connection.connect(_beneath(directory, name))
         except ConnectionRefusedError:
-            pass
-        else:
-            return
-    # A new mount may have received that number meanwhile: then give its socket the name back.
+            return True
+    return False
+
+
+def _remove(directory: int, name: str, seen: os.stat_result) -> None:
+    """Remove a socket, unless another has the name by now: a new mount may have received that number."""
     aside = f"dead-{os.getpid()}"
     os.rename(name, aside, src_dir_fd=directory, dst_dir_fd=directory)
     if os.path.samestat(seen, os.stat(aside, dir_fd=directory, follow_symlinks=False)):
