@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from cowfs.errors import LayerError
+from cowfs.formats.squashfs.by_kernel import refused
 from cowfs.store.format.header import USER
 from cowfs.store.format.sniff import split_subdir
 from cowfs.types import DATA_ONLY
@@ -46,6 +47,8 @@ def commands(
             )
         if lower["kind"] not in _MOUNTED or not at.startswith("/"):
             raise LayerError(f"{at}: the kernel mounts no {lower['kind']} of this name")
+        if lower["kind"] == "squashfs":
+            _check(at, lower.get("offset"))
         if lower["kind"] != "directory":
             source, at = at, f"{place}/lower{number}"
             offset = f",offset={lower['offset']}" if lower.get("offset") else ""
@@ -69,6 +72,16 @@ def commands(
         f' {how}mount -t overlay overlay "${{MOUNTPOINT:-/mnt}}" -o {shlex.quote(options)}'
     )
     return lines
+
+
+def _check(path: str, offset: Any) -> None:
+    """LayerError if this kernel cannot mount the image at *path*; what is not there is not asked."""
+    try:
+        why, _ = refused(path, offset if isinstance(offset, int) else 0)
+    except (LayerError, OSError, ValueError):
+        return
+    if why:
+        raise LayerError(f"{path}: {why}", "make a new image of its files with mksquashfs, or use cowfs")
 
 
 def _escaped(path: str) -> str:
