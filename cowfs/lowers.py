@@ -48,7 +48,7 @@ def _open_lower(spec: str, engine: str, offset: int) -> LowerLayer:
     if is_url(spec):
         if engine == "kernel":
             raise LayerError(f"{spec}: the kernel cannot read by URL", "use --engine process")
-        return SlowLayer(SquashfsLayer(spec, offset=offset), knows_at_once=True)
+        return SlowLayer(_by_url(spec, offset), knows_at_once=True)
     if os.path.isdir(spec) and not offset:
         fd, waits = _look_at(spec, os.O_DIRECTORY)
         return _directory(fd, spec, waits=waits)
@@ -75,6 +75,17 @@ def _open_lower(spec: str, engine: str, offset: int) -> LowerLayer:
     except OSError as error:
         missing = "this kernel has no EROFS: modprobe erofs" if error.errno == errno.ENODEV else ""
         raise LayerError(f"{spec}: cannot be mounted: {error.strerror or error}", missing) from None
+
+
+def _by_url(spec: str, offset: int) -> LowerLayer:
+    """Open the image or the archive that a URL names. LayerError."""
+    try:
+        # Held open until the layer has opened it too: one process fetches for both.
+        with closing(open_bytes(spec)) as data:
+            kind = "" if offset else archives.kind_of(data.pread(archives.SAMPLE, 0))
+            return _ARCHIVES[kind](spec) if kind else SquashfsLayer(spec, offset=offset)
+    except OSError as error:
+        raise LayerError(error.strerror or str(error)) from None
 
 
 def _look_at(spec: str, flags: int = 0) -> tuple[int, bool]:

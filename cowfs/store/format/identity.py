@@ -167,7 +167,7 @@ def _image(data: Bytes, path: str, start: int) -> Identity:
     if erofs.is_erofs(head):
         return _erofs(data, path, start)
     kind = archives.kind_of(head)
-    if kind and not start and not is_url(path):
+    if kind and not start:
         return _archive(data, path, kind)
     return _squashfs(data, path, start)
 
