@@ -96,7 +96,7 @@ def _mount_and_serve(
         forbid_lookups(request.mountpoint)
         trace(given.debug, union, daemon)
         faults = install(given.faults, union.store, daemon.adapter)
-        observer = Observer(daemon.adapter, union.overlay, daemon.loop.in_trio)
+        observer = Observer(daemon.handlers, daemon.adapter, union.overlay, daemon.loop.in_trio)
         if "blame" in given.flags:
             _record(union.store, observer)
         daemon_log.explain_when_asked(describe_tasks)
