@@ -1,4 +1,4 @@
-"""Keep changes so that they can be read several times: in memory, in a temporary file, or compressed."""
+"""Changes that are kept so that they can be read again: a few in memory, many in a file, or compressed."""
 
 from __future__ import annotations
 
@@ -14,49 +14,65 @@ _IN_MEMORY = 4 << 20
 """Bytes."""
 
 
-class Spool:
-    """Changes in memory; if they take over 4 MiB, in an unnamed temporary file.
+class Lines:
+    """Lines that are kept. Each iteration starts with the first. Close it at the end."""
 
-    Each iteration starts with the first change; several can run at the same time. Blocks; OSError.
-    """
-
-    def __init__(self, changes: Iterable[Change]) -> None:
-        """Read all *changes*. Blocks; OSError of *changes* or of the temporary file."""
+    def __init__(self) -> None:
         self._file = tempfile.SpooledTemporaryFile(_IN_MEMORY)  # noqa: SIM115 - close() closes it
         self.count = 0
-        try:
-            for change in changes:
-                self._file.write(json_line(change).encode() + b"\n")
-                self.count += 1
-        except BaseException:
-            self._file.close()
-            raise
 
-    def __iter__(self) -> Iterator[Change]:
+    def add(self, line: bytes) -> None:
+        """Add a line, which holds no newline. OSError of the temporary file, which has no name."""
+        self._file.write(line + b"\n")
+        self.count += 1
+
+    def __iter__(self) -> Iterator[bytes]:
         at = 0
         while True:
-            self._file.seek(at)  # another iteration may have moved the position
+            self._file.seek(at)  # another iteration may run at the same time
             lines = self._file.readlines(1 << 16)
             if not lines:
                 return
             at = self._file.tell()
-            for line in lines:
-                yield from_json(json.loads(line))
+            yield from lines
 
     def close(self) -> None:
         """Free the space."""
         self._file.close()
 
 
+class Spool:
+    """The changes that were found. Each iteration starts with the first. Close it at the end."""
+
+    def __init__(self, changes: Iterable[Change]) -> None:
+        """Find them all. Blocks; OSError of the temporary file, which has no name."""
+        self._lines = Lines()
+        try:
+            for change in changes:
+                self._lines.add(json_line(change).encode())
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def count(self) -> int:
+        """How many they are."""
+        return self._lines.count
+
+    def __iter__(self) -> Iterator[Change]:
+        return (from_json(json.loads(line)) for line in self._lines)
+
+    def close(self) -> None:
+        """Free the space."""
+        self._lines.close()
+
+
 _PIECE = 64 << 10
 
 
 class Packed:
-    """Lines in memory, compressed. A path takes about 10 to 30 bytes.
-
-    For a confined daemon, which has no place for a temporary file; the store may be full. Each iteration
-    starts with the first line; several can run at the same time.
-    """
+    """Lines kept in memory, compressed: a daemon that is shut in has nowhere to put a file, and the store may
+    be full. A path takes some 10 to 30 bytes. Iterating begins with the first, and may be done by several."""
 
     def __init__(self) -> None:
         self._pieces: list[bytes] = []
@@ -65,7 +81,7 @@ class Packed:
         self.count = 0
 
     def add(self, line: bytes) -> None:
-        """Add a line, which must not contain a newline."""
+        """Add a line, which ends with no newline and holds none."""
         self._last.append(line)
         self._size += len(line)
         self.count += 1

@@ -77,10 +77,10 @@ def run(args: argparse.Namespace) -> int:
 
 def _show(args: argparse.Namespace, picture: IO[bytes] | None) -> int:
     from cowfs.api import open_changes
-    from cowfs.changes.treemap import treemap
+    from cowfs.changes.treemap import Areas
 
     lowers = options.lowers_of(args)
-    total = _Total(args.top, keeps=picture is not None)
+    total, areas = _Total(args.top), Areas()
     who: dict[bytes, str] = {}
     trash = None
     with open_changes(args.what, lowers, warn) as changes, progress_line() as progress:
@@ -94,10 +94,12 @@ def _show(args: argparse.Namespace, picture: IO[bytes] | None) -> int:
                 trash = 0 if trash is None else trash + used.size  # its first directory stays
             if args.json or args.null:
                 _show_file(used, as_json=args.json)
-            if picture is not None or not (args.json or args.null):
+            if picture is not None and used.size and used.reason not in {"trash", "overhead"}:
+                areas.add(used.path, used.reason, used.size)
+            if not (args.json or args.null):
                 total.add(used, who)
     if picture is not None:
-        picture.write(treemap(total.files).encode())
+        picture.write(areas.picture().encode())
     free = {} if args.null else _reclaimable(args.what, lowers, trash or 0)
     if args.json:
         print(json.dumps({"version": VERSION, "reclaimable": free}))
@@ -149,13 +151,12 @@ def _reclaimable(what: str, lowers: Lowers | None, trash: int) -> dict[str, int 
 
 
 class _Total:
-    """Adds up sizes. Holds all directories in memory, and only the largest files unless it *keeps* all."""
+    """Adds up sizes. Holds all directories in memory, but only the largest files."""
 
-    def __init__(self, top: int, *, keeps: bool) -> None:
+    def __init__(self, top: int) -> None:
         self.reasons: dict[str, int] = defaultdict(int)
         self.programs: Counter[str] = Counter()
-        self.files: list[tuple[bytes, str, int]] = []
-        self._top, self._keeps = top, keeps
+        self._top = top
         self._directories: dict[bytes, int] = defaultdict(int)
         self._largest: list[tuple[int, bytes]] = []
 
@@ -165,8 +166,6 @@ class _Total:
             return
         self.programs[who.get(used.path, "what is not recorded")] += used.size
         path = used.path
-        if self._keeps:
-            self.files.append((path, used.reason, used.size))
         if not used.is_dir:
             heapq.heappush(self._largest, (used.size, path))
             if len(self._largest) > 4 * self._top:

@@ -12,9 +12,12 @@ import base64
 import hashlib
 import json
 import stat
+from array import array
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 from xml.sax.saxutils import escape as xml
@@ -23,8 +26,8 @@ from cowfs.changes.pairs import Pair, Sides, files
 from cowfs.changes.patch import patch_of
 from cowfs.changes.render import Summary, escape
 from cowfs.changes.select import Selection
-from cowfs.changes.spool import Spool
-from cowfs.changes.treemap import treemap
+from cowfs.changes.spool import Lines, Spool
+from cowfs.changes.treemap import Areas
 from cowfs.changes.version import Version
 from cowfs.errors import printable
 from cowfs.exports.timeline import Timeline
@@ -45,7 +48,7 @@ _DIFFS = 6 << 20
 _MOST_DIFFS = 2000
 _LEAST_AREA = 8.0
 """Pixels: a treemap of any number of files has so many areas at most, and the page has a bounded size."""
-_AT_A_TIME = 1000
+_AT_A_TIME = 200
 _HERE = Path(__file__).parent
 
 
@@ -65,29 +68,70 @@ Tick = Callable[[str, int, int], None]
 """Is told what is being done, how many of it were, and how many there are, or 0."""
 
 
-@dataclass(slots=True)
-class _Left:
-    """What a report leaves out."""
-
-    rows: int = 0
-    diffs: int = 0
-
-
-@dataclass(slots=True)
 class _Table:
-    """The changes, and where each is in the table."""
+    """The changes, a row for each. Their paths are in a file that has no name, and the rest takes some 50
+    bytes of memory for each. Close it at the end."""
 
-    rows: list[list[Any]] = field(default_factory=list)
-    diffs: list[str] = field(default_factory=list)
-    left: _Left = field(default_factory=_Left)
-    places: dict[tuple[bytes, bool], int] = field(default_factory=dict)
-    """By path, and whether it is gone."""
-    compared: bytearray = field(default_factory=bytearray)
-    """Of each row whether it shows differences: 1."""
-    words: dict[str, str] = field(default_factory=dict)
-    """Texts that many rows have, once."""
-    latest: int = 0
-    """Seconds since the epoch."""
+    def __init__(self) -> None:
+        self.rows = Lines()
+        self.diffs: list[str] = []
+        self.left_out = 0
+        """Changes that have no row."""
+        self.latest = 0
+        """Seconds since the epoch."""
+        self.sizes = array("q"), array("q")
+        """Before and after, of each row; -1: none."""
+        self.diff_of = array("i")
+        self.who, self.details = array("I"), array("I")
+        """Of each row: numbers of words."""
+        self.compared = bytearray()
+        """Of each row whether it shows differences: 1."""
+        self._words = {"": 0}
+        self._keys = array("q")
+        self._order = array("I")
+        """The rows in the order of their keys."""
+
+    def add(self, change: Change, row: list[str]) -> None:
+        """Add a row, with what is told of it first."""
+        self.rows.add(json.dumps(row).encode())
+        self._keys.append(hash((change.path, change.kind == "D")))
+        for numbers, value in zip(
+            (*self.sizes, self.diff_of, self.who, self.details), (-1, -1, -1, 0, 0), strict=True
+        ):
+            numbers.append(value)
+        self.compared.append(change.kind in "AD" or bool({"content", "target", "type"} & set(change.what)))
+
+    def is_complete(self) -> None:
+        """From now on, rows can be found."""
+        self._order = array("I", sorted(range(len(self._keys)), key=self._keys.__getitem__))
+
+    def find(self, path: bytes, *, gone: bool) -> int | None:
+        """Return the row of a path, or of what was deleted there."""
+        key = hash((path, gone))
+        at = bisect_left(self._order, key, key=self._keys.__getitem__)
+        found = self._order[at] if at < len(self._order) else None
+        return found if found is not None and self._keys[found] == key else None
+
+    def word(self, text: str) -> int:
+        """Return the number of a text that many rows have."""
+        return self._words.setdefault(text, len(self._words))
+
+    def done_by(self, path: bytes, program: str) -> None:
+        """Note which program was the last to do something to a path; ignore those before."""
+        for gone in (False, True):
+            at = self.find(path, gone=gone)
+            if at is not None and not self.who[at]:
+                self.who[at] = self.word(program)
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        """Yield kind, path, what, size before and after, source, number of the differences, program, type,
+        details."""
+        words = [*self._words]
+        before, after = self.sizes
+        for at, line in enumerate(self.rows):
+            kind, path, what, source, type_ = json.loads(line)
+            who, details = words[self.who[at]], words[self.details[at]]
+            yield [kind, path, what, before[at], after[at], source, self.diff_of[at], who, type_, details]
 
 
 class Changes(Sides, Protocol):
@@ -110,43 +154,38 @@ class Out(Protocol):
 def write_report(
     changes: Changes, facts: Facts, wanted: Selection, out: Out, tick: Tick = lambda *_: None
 ) -> None:
-    """Write the page. Blocks. Holds the names of all changes in memory; raises what *changes* does."""
+    """Write the page. Blocks. Takes some 50 bytes of memory for each change; raises what *changes* does."""
     reasons, areas = _used(changes, wanted, tick)
-    picture = treemap(areas, _LEAST_AREA) if areas else ""
-    del areas
-    summary = Summary()
-    table = _Table()
-    with closing(Spool(_listed(table, summary.counted(wanted.of(changes)), tick))) as listed:
-        reached = _fill(table, listed, changes, tick)
-    table.left.diffs = len(reached.skipped)
-    timeline = Timeline()
-    if facts.records is not None:
-        for number, record in enumerate(facts.records):
-            tick("records", number, 0)
-            if wanted.matches(record.path) or (record.to is not None and wanted.matches(record.to)):
-                timeline.add(record)
-        for (path, _), at in table.places.items():
-            table.rows[at][7] = timeline.who.get(path, "")
-    data = {
-        "rows": table.rows,
-        "diffs": table.diffs,
-        "left": {"rows": table.left.rows, "diffs": table.left.diffs},
-        "counts": [summary.added, summary.modified, summary.deleted, summary.renamed],
-        "latest": table.latest,
-        "reasons": reasons,
-        "recorded": facts.records is not None,
-        "programs": timeline.programs(),
-    }
-    for piece in _page(facts.what, facts.about, data, picture, timeline.picture()):
-        out(piece)
+    summary, table = Summary(), _Table()
+    with closing(table.rows):
+        with closing(Spool(_listed(table, summary.counted(wanted.of(changes)), tick))) as listed:
+            table.is_complete()
+            reached = _fill(table, listed, changes, tick)
+        timeline = Timeline(table.done_by)
+        if facts.records is not None:
+            for number, record in enumerate(facts.records):
+                tick("records", number, 0)
+                if wanted.matches(record.path) or (record.to is not None and wanted.matches(record.to)):
+                    timeline.add(record)
+        data = {
+            "left": {"rows": table.left_out, "diffs": reached.skipped},
+            "counts": [summary.added, summary.modified, summary.deleted, summary.renamed],
+            "latest": table.latest,
+            "reasons": reasons,
+            "recorded": facts.records is not None,
+            "programs": timeline.programs(),
+        }
+        picture = "" if areas.is_empty else areas.picture(_LEAST_AREA)
+        for piece in _page(facts.what, facts.about, table, data, picture, timeline.picture()):
+            out(piece)
 
 
 def _listed(table: _Table, changes: Iterable[Change], tick: Tick) -> Iterator[Change]:
     """Put the changes into the table, and yield those that are in it and may be compared."""
     for number, change in enumerate(changes):
         tick("changes", number, 0)
-        if len(table.rows) >= _MOST_ROWS:
-            table.left.rows += 1
+        if table.rows.count >= _MOST_ROWS:
+            table.left_out += 1
             continue
         _list(table, change)
         if not (change.kind == "D" and change.type == "directory"):
@@ -161,35 +200,29 @@ def _list(table: _Table, change: Change) -> None:
     elif "xattrs" in change.what:
         what.append("xattrs")
     source = "" if change.source is None else escape(change.source) + slash
-    # kind, path, what, size before and after, source, number of the differences, program, type, details
-    told = table.words.setdefault(", ".join(what), ", ".join(what))
-    kind, type_ = (table.words.setdefault(word, word) for word in (change.kind, change.type))
-    table.places[change.path, change.kind == "D"] = len(table.rows)
-    table.compared.append(change.kind in "AD" or bool({"content", "target", "type"} & set(change.what)))
-    table.rows.append([kind, escape(change.path) + slash, told, -1, -1, source, -1, "", type_, ""])
+    table.add(change, [change.kind, escape(change.path) + slash, ", ".join(what), source, change.type])
 
 
 @dataclass(slots=True)
 class _Reached:
     characters: int = 0
-    skipped: list[int] = field(default_factory=list)
-    """Rows of texts whose differences were left out."""
+    skipped: int = 0
+    """Texts whose differences were left out."""
 
 
 def _fill(table: _Table, listed: Iterable[Change], changes: Changes, tick: Tick) -> _Reached:
     """Put sizes, attributes and differences into the rows."""
     reached = _Reached()
     for number, pair in enumerate(files(listed, changes)):
-        tick("files", number, len(table.rows))
+        tick("files", number, table.rows.count)
         if isinstance(pair, bytes):
             continue
-        at = table.places.get((pair.new_path, pair.new is None))
+        at = table.find(pair.new_path, gone=pair.new is None)
         if at is None:
             continue
-        row = table.rows[at]
-        row[3], row[4] = _size(pair.old), _size(pair.new)
-        details = _details(pair.old, pair.new)
-        row[9] = table.words.setdefault(details, details)
+        for sizes, version in zip(table.sizes, (pair.old, pair.new), strict=True):
+            sizes[at] = _size(version)
+        table.details[at] = table.word(_details(pair.old, pair.new))
         if pair.new is not None:
             table.latest = max(table.latest, pair.new.attr.st_mtime_ns // 10**9)
         if table.compared[at]:
@@ -203,18 +236,18 @@ def _add_diff(table: _Table, at: int, pair: Pair, reached: _Reached) -> None:
     if not sizes or not max(sizes):
         return
     if max(sizes) > _LARGEST_TEXT or len(table.diffs) >= _MOST_DIFFS or reached.characters >= _DIFFS:
-        reached.skipped.append(at)
+        reached.skipped += 1
         return
     try:
         told = patch_of(pair, binary=False)
     except OSError:  # it is in use, and gone by now
-        reached.skipped.append(at)
+        reached.skipped += 1
         return
     text = _shown(told)
     if not text:
         return
     reached.characters += len(text)
-    table.rows[at][6] = len(table.diffs)
+    table.diff_of[at] = len(table.diffs)
     table.diffs.append(text)
 
 
@@ -257,12 +290,10 @@ def _owner(version: Version) -> str:
     return f"{version.attr.st_uid}:{version.attr.st_gid}"
 
 
-def _used(
-    changes: Changes, wanted: Selection, tick: Tick
-) -> tuple[list[tuple[str, int]], list[tuple[bytes, str, int]]]:
-    """Return how much of the store is taken for each reason, and path, reason and size of what is."""
+def _used(changes: Changes, wanted: Selection, tick: Tick) -> tuple[list[tuple[str, int]], Areas]:
+    """Return how much of the store is taken for each reason, and where."""
     reasons: dict[str, int] = {}
-    areas = []
+    areas = Areas()
     for number, used in enumerate(changes.usage()):
         tick("inodes", number, 0)
         is_file = used.reason not in {"trash", "overhead"}
@@ -270,7 +301,7 @@ def _used(
             continue
         reasons[used.reason] = reasons.get(used.reason, 0) + used.size
         if is_file and used.size:
-            areas.append((used.path, used.reason, used.size))
+            areas.add(used.path, used.reason, used.size)
     return sorted(reasons.items(), key=lambda item: (-item[1], item[0])), areas
 
 
@@ -278,7 +309,7 @@ def _used(
 
 
 def _page(
-    what: str, about: list[tuple[str, str]], data: dict[str, Any], picture: str, timeline: str
+    what: str, about: list[tuple[str, str]], table: _Table, data: dict[str, Any], picture: str, timeline: str
 ) -> Iterable[bytes]:
     script, style = ((_HERE / f"report.{kind}").read_text(encoding="ascii") for kind in ("js", "css"))
     policy = (
@@ -327,17 +358,18 @@ def _page(
         b'<section aria-labelledby="changes"><h2 id="changes" tabindex="-1">What was changed</h2>'
         b'<div id="table"></div></section>\n</main>\n<script id="data" type="application/json">'
     )
-    yield from _data(data)
+    yield from _data(table, data)
     yield f"</script>\n<script>{script}</script>\n</body>\n</html>\n".encode()
 
 
-def _data(data: dict[str, Any]) -> Iterator[bytes]:
-    """Yield in_script() of the data, some rows at a time."""
-    rows = data.pop("rows")
-    yield b'{"rows":['
-    for start in range(0, len(rows), _AT_A_TIME):
-        piece = in_script(rows[start : start + _AT_A_TIME])
-        yield (("," if start else "") + piece[1:-1]).encode()
+def _data(table: _Table, data: dict[str, Any]) -> Iterator[bytes]:
+    """Yield in_script() of the data, a part at a time."""
+    for name, values in (("rows", iter(table)), ("diffs", iter(table.diffs))):
+        yield b'%b"%b":[' % (b"{" if name == "rows" else b"],", name.encode())
+        comma = ""
+        while piece := [*islice(values, _AT_A_TIME)]:
+            yield (comma + in_script(piece)[1:-1]).encode()
+            comma = ","
     yield b"]," + in_script(data)[1:].encode()
 
 

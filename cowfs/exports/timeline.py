@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 from xml.sax.saxutils import escape as xml
@@ -23,13 +24,16 @@ _WIDTH, _HEIGHT, _FOOT = 1200, 160, 22
 class Timeline:
     """Counts records: by time, in so many bins at most, and by program."""
 
-    def __init__(self) -> None:
+    def __init__(self, note: Callable[[bytes, str], object] | None = None) -> None:
+        """*note* is told of each path, and of the program that did something to it, the last first; without
+        it, *who* has the last of each."""
         self._width = 1
         """Milliseconds of a bin."""
         self._bins: dict[int, Counter[str]] = {}
         self._programs: Counter[str] = Counter()
         self.who: dict[bytes, str] = {}
         """The program that was the last to do something to a path."""
+        self._note = note or self.who.setdefault
 
     def add(self, record: Record) -> None:
         """Take note of a record, which is older than those before."""
@@ -39,7 +43,7 @@ class Timeline:
         self._programs[program] += 1
         for path in (record.path, record.to):
             if path is not None:
-                self.who.setdefault(path, program)
+                self._note(path, program)
         self._count(record.last // 1000 // self._width, program, 1)
         while max(self._bins) - min(self._bins) >= _MOST_BINS:
             self._width *= 2
