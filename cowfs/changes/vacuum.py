@@ -1,4 +1,4 @@
-"""Remove from a store what makes no difference: unchanged copies, useless whiteouts and directories."""
+"""Remove from a store what says nothing: unchanged copies, whiteouts of nothing, bare directories."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from cowfs.overlay import uncover
 from cowfs.overlay.lookup import number_of, shown_below
 from cowfs.overlay.node import Node
 from cowfs.overlay.overlay import Overlay
+from cowfs.overlay.stack import Hit
 from cowfs.types import Attr
 
 
 def vacuum(fs: Overlay, forget: Forget, *, dry_run: bool = False) -> Progress:
-    """Remove from the store everything that makes no visible difference; with *dry_run*, only list it.
+    """Remove from the store everything that makes no visible difference; with *dry_run* only list it.
 
-    Inodes in use keep their numbers, and open files stay open. Calls of the layers block, and so do the
-    callables that it yields. MountFailure if a lower may wait for other processes.
+    No inode in use changes its number. Open files stay open.
     """
     must_not_wait(fs.lowers)
     return _Vacuum(fs, forget, dry_run).run()
@@ -33,7 +33,7 @@ class _Vacuum:
         self._fs = fs
         self._forget = forget
         self._gone: dict[bytes, set[bytes]] | None = {} if dry_run else None
-        """With *dry_run*, the names that would have been removed, by directory; else None."""
+        """What would have been removed, by directory; None if it is."""
 
     def run(self) -> Progress:
         levels: list[tuple[bytes, Node, Iterator[bytes]]] = [self._level(b"", self._fs.root)]
@@ -49,7 +49,7 @@ class _Vacuum:
                 if path:
                     yield from self._directory(path, directory)
                 continue
-            with suppress(OSError):  # removed meanwhile
+            with suppress(OSError):  # it went meanwhile
                 child = yield from self._entry(directory, name, join(path, name))
                 if child is not None:
                     levels.append(self._level(join(path, name), child))
@@ -61,7 +61,7 @@ class _Vacuum:
     def _entry(
         self, parent: Node, name: bytes, path: bytes
     ) -> Generator[Done | Seen | Callable[[], None] | None, None, Node | None]:
-        """Examine one name of the upper; return its node if it is a directory to descend into."""
+        """Examine one name of the upper; return it if it is a directory, to go into."""
         fs = self._fs
         found = fs.upper.lookup(parent.upper, name) if parent.upper is not None else None
         if found is None:
@@ -70,7 +70,7 @@ class _Vacuum:
         below = shown_below(fs, parent, name)
         if fs.is_whiteout(key, attr):
             if below is None:
-                yield from self._remove(parent, name, path, "whiteout", 0)
+                yield from self._away(parent, name, path, "whiteout", 0)
             return None
         looked = fs.lookup(parent, name)
         if looked is None:
@@ -80,21 +80,25 @@ class _Vacuum:
             return None
         if node.is_dir:
             return node
-        if below is None or node.indexed is not None or node.partial is not None or node.copying is not None:
-            return None
-        same_number = node.ino == number_of(fs, below)
-        in_use = bool(node.lookups)
-        if (in_use and not same_number) or is_open(fs, node):
-            return None
-        if (yield from self._is_same(node, key, attr, parent, name)):
-            yield from self._remove(parent, name, path, "copy", attr.st_blocks * 512)
-        fs.release(node)
+        if below is not None and self._may_go(node, below):
+            if (yield from self._is_same(node, key, attr, parent, name)):
+                yield from self._away(parent, name, path, "copy", attr.st_blocks * 512)
+        if node.copying is None:
+            fs.release(node)  # there may be many
         return None
+
+    def _may_go(self, node: Node, below: Hit) -> bool:
+        """Whether a copy can be removed if it is as what is below it: no inode in use changes its number."""
+        if node.indexed is not None or node.partial is not None or node.copying is not None:
+            return False
+        if node.lookups and node.ino != number_of(self._fs, below):
+            return False
+        return not is_open(self._fs, node)
 
     def _is_same(
         self, node: Node, key: Key, attr: Attr, parent: Node, name: bytes
     ) -> Generator[None, None, bool]:
-        """Compare a file with the lower's in everything that users can see, including the exact mtime."""
+        """Compare a file with what is below it in everything a user can see, exact times too."""
         fs = self._fs
         found = fs.stack.find(parent.lowers, name)
         below = found[0]
@@ -109,7 +113,7 @@ class _Vacuum:
             return False
         return not (yield from compare(new, old, self._fs.format))
 
-    def _remove(self, parent: Node, name: bytes, path: bytes, kind: str, size: int) -> Progress:
+    def _away(self, parent: Node, name: bytes, path: bytes, kind: str, size: int) -> Progress:
         if self._gone is not None:
             self._pretend(path)
         else:
