@@ -1,5 +1,4 @@
-"""Find, show, revert and move changes: the differences between a merged tree and its lowers.
+"""What has changed between a merged tree and its lower, read from the layers and never from FUSE.
 
-Most of it reads the layers, not the mounted tree. :func:`cowfs.changes.diff.diff` finds the changes,
-:mod:`cowfs.changes.render` shows them.
+:func:`cowfs.changes.diff.diff` finds the changes, :mod:`cowfs.changes.render` shows them.
 """

@@ -19,7 +19,7 @@ from cowfs.overlay.xattr_format import XattrFormat
 from cowfs.types import Attr
 
 VERSION = 1
-"""The version of an explanation's JSON."""
+"""Of the form of an explanation."""
 
 
 def explain(
@@ -31,14 +31,14 @@ def explain(
     path: bytes,
     frozen: Sequence[tuple[str, LowerLayer]] = (),
 ) -> dict[str, Any]:
-    """Return an explanation of *path*, for JSON.
+    """Return an explanation of *path*, for JSON. *frozen* are the checkpoints below the upper, and their
+    layers.
 
-    *frozen* are the names and layers of the checkpoints below the upper. In the result, ``layers`` are the
-    layers, the store first, each with its inode at the path: ``path`` (a redirect may lead elsewhere),
-    ``type``, ``mode``, ``uid``, ``gid``, ``size``, ``mtime_ns``, and the ``rules`` that were applied there.
-    ``seen`` says whether the path exists in the merged tree. ``change`` is the letter of ``cowfs diff``, or
-    None, with ``what`` (what differs) and ``source`` (the path in the lowers). ``bytes`` is the space that
-    the path takes in the store. Blocks as the layers do; OSError.
+    ``layers`` are the layers, the store first, each with what it has of the path: ``path`` (a redirect may
+    lead elsewhere), ``type``, ``mode``, ``uid``, ``gid``, ``size``, ``mtime_ns``, and the ``rules`` that were
+    applied there. ``seen`` says whether the path exists in the merged tree. ``change`` is the letter of
+    ``cowfs diff``, or None, with ``what`` (what differs) and ``source`` (the path in the lowers). ``bytes``
+    is what the path takes in the store. Blocks as the layers do; OSError.
     """
     xattrs = XattrFormat(prefix)
     below = [layer for _, layer in frozen]
@@ -123,7 +123,7 @@ def _facts(layer: LowerLayer, key: Key, attr: Attr) -> dict[str, Any]:
 
 
 class _Found:
-    """The upper's inode at a path, and the path of the same file in the lowers."""
+    """What the upper has of a path, and where the lowers have it."""
 
     def __init__(self) -> None:
         self.inode: Inode | None = None
@@ -216,7 +216,7 @@ def render(answer: dict[str, Any], name: str, date: Callable[[float], str]) -> I
 
 
 _NARROWEST, _WIDEST = 9, 40
-"""Width in columns of the layers' names, so that the details line up."""
+"""Columns for the names of layers, so that what they have is side by side."""
 
 
 def _owner(layer: dict[str, Any]) -> str:
@@ -254,5 +254,5 @@ def _verdict(answer: dict[str, Any]) -> str:
 
 
 def date_of(seconds: float) -> str:
-    """Return a local time (seconds since the epoch) as other commands show it."""
+    """Return a time as other commands show it."""
     return local_time(seconds)

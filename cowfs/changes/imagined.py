@@ -1,4 +1,4 @@
-"""Show what a rebase would make, as a layer, without writing anything."""
+"""An upper that is never written: what a rebase would make, as a layer to read."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from cowfs.types import Attr, AttrData, DirEntry, FileHandle, FsStats, own_attr
 
 @dataclass(slots=True, eq=False)
 class _Imagined:
-    """An inode of the layer, or one that only exists in memory."""
+    """An inode: one of a layer, or one described here."""
 
     attr: Attr
     xattrs: dict[bytes, bytes] | None = None
-    """None: the xattrs of *real*."""
+    """None: those that *real* has."""
     names: dict[bytes, _Imagined] | None = None
-    """The entries, if it is a directory."""
+    """Of a directory."""
     real: tuple[LowerLayer, Key] | None = None
     inode: Inode | None = None
-    """The inode that it would be a copy of."""
+    """Whose data it would be a copy of."""
 
 
 class ImaginedUpper:
-    """A :class:`cowfs.changes.rebase.Maker` that writes nothing, and a layer that shows its result.
+    """A :class:`cowfs.changes.rebase.Maker` that writes nothing, and the layer that it would have made.
 
-    Blocks as the layer of the linked files does; OSError.
+    Blocks as the layer does whose files it would link; OSError.
     """
 
     generation: int | None = None
@@ -40,7 +40,7 @@ class ImaginedUpper:
     dev = 0
 
     def __init__(self, layer: LowerLayer, root: Key, xattrs: XattrFormat) -> None:
-        """The new root starts with the attributes of *root*, a directory of the layer."""
+        """*root* is the directory of the layer whose attributes the new root starts with."""
         self.name = layer.name
         self._layer = layer
         self._format = xattrs
@@ -140,7 +140,7 @@ class ImaginedUpper:
         return None
 
     def forget(self, key: Key) -> None:
-        """Do nothing: the garbage collector frees keys."""
+        """Do nothing: all that it has are references."""
 
     def close(self) -> None:
         """Do nothing: the caller that opened the layer closes it."""

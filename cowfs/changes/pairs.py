@@ -1,4 +1,4 @@
-"""Turn changes into pairs of files, as git sees them: a renamed or deleted directory becomes its files."""
+"""The files that differ, as git sees them: for a renamed or deleted directory, its files."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from cowfs.types import Change
 
 
 class Sides(Protocol):
-    """Gives the two versions of a path. Blocks; OSError."""
+    """Where the two versions of a path are read from."""
 
     def before(self, path: bytes) -> Version | None:
-        """Return the file at *path* in the lowers; None if there is none."""
+        """Return what the lowers have at *path*."""
 
     def after(self, path: bytes) -> Version | None:
-        """Return the file at *path* in the merged tree; None if there is none."""
+        """Return what the merged tree has at *path*."""
 
     def files_before(self, path: bytes) -> Iterator[bytes]:
-        """Yield the paths of everything below the directory *path* in the lowers, except directories."""
+        """Yield the paths of everything the lowers have below the directory *path*, except directories."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +40,11 @@ class Pair:
 
 
 def files(changes: Iterable[Change], sides: Sides) -> Iterator[Pair | bytes]:
-    """Yield each file that differs, as git sees it, and comments on changes that git does not record.
+    """Yield each file that differs, as git sees it, and comments on what git does not see.
 
-    A renamed or deleted directory is yielded as its files. If a file was deleted and another one took its
-    name, the deletion comes first: otherwise git would delete the new file. All changes are collected first,
-    because a deleted directory may have contained a renamed file. Blocks as *sides* do; OSError.
+    A renamed or deleted directory comes as its files. If something was deleted and something else took its
+    place, the deletion comes first: git would take a later one for a deletion of the new file. Blocks as
+    *sides* do. Finds all changes first, since a deleted directory may have held what was renamed.
     """
     with closing(Spool(changes)) as found:
         moved = {change.source for change in found if change.source is not None}
@@ -62,10 +62,10 @@ def files(changes: Iterable[Change], sides: Sides) -> Iterator[Pair | bytes]:
 
 
 def _links_apart(pairs: Iterable[Pair | bytes], sides: Sides) -> Iterator[Pair | bytes]:
-    """Yield the pairs, with each rename of a symlink whose old name is now a directory split in two.
+    """Yield them, but a renamed symbolic link whose place a directory took as one deleted and one added.
 
-    git refuses to write below a path that it believes to be a symlink. It learns that the symlink is gone
-    from a deletion, not from a rename (register_symlink_changes() in git's apply.c).
+    git reads the type of what is gone from a deletion, not from a rename (register_symlink_changes() in its
+    apply.c): it refuses to write below a path that is a link, as far as it knows.
     """
     for pair in pairs:
         if not isinstance(pair, bytes) and pair.old_path != pair.new_path and _is_link(pair.old, pair.new):
@@ -82,7 +82,7 @@ def _is_link(*versions: Version | None) -> bool:
 
 
 def _gives_way(pair: Pair, sides: Sides) -> bool:
-    """Whether git sees a deleted file at a path that has another file now."""
+    """Whether git sees one file deleted where there is another now."""
     if not in_git(pair.old) or not in_git(sides.after(pair.old_path)):
         return False
     if not in_git(pair.new):
@@ -92,9 +92,9 @@ def _gives_way(pair: Pair, sides: Sides) -> bool:
 
 
 def _files(changes: Iterable[Change], sides: Sides, moved: set[bytes]) -> Iterator[Pair | bytes]:
-    """Yield pairs and comments. *moved* are the old paths of everything renamed."""
+    """Yield them, given where everything that was renamed came from."""
     renames: list[_Rename] = []
-    pending: bytes | None = None  # an added directory in which nothing has been found yet
+    pending: bytes | None = None  # an added directory, empty as far as is known
     for change in changes:
         if pending is not None and not change.path.startswith(pending + b"/"):
             yield b"# " + text(pending) + b"/: an empty directory was added"
@@ -105,7 +105,7 @@ def _files(changes: Iterable[Change], sides: Sides, moved: set[bytes]) -> Iterat
             if change.kind == "A":
                 pending = change.path
             elif change.kind == "D":
-                yield from _deleted(_old_path(renames, change.path), sides, moved)
+                yield from _gone(_old_path(renames, change.path), sides, moved)
             elif change.kind == "R":
                 assert change.source is not None
                 if renames:
@@ -115,11 +115,11 @@ def _files(changes: Iterable[Change], sides: Sides, moved: set[bytes]) -> Iterat
                 yield _of(change, renames, sides)
             yield from _remarks(change, renames, sides)
             continue
-        if "type" in change.what:  # diff() reports a directory that became a file in one line
+        if "type" in change.what:  # a directory that became something else is one line
             old = _old_path(renames, change.path)
             before = sides.before(old)
             if before is not None and before.is_dir:
-                yield from _deleted(old, sides, moved)
+                yield from _gone(old, sides, moved)
         yield from _remarks(change, renames, sides)
         yield _of(change, renames, sides)
     if pending is not None:
@@ -128,7 +128,7 @@ def _files(changes: Iterable[Change], sides: Sides, moved: set[bytes]) -> Iterat
         yield from renames.pop().untouched(sides, moved)
 
 
-def _deleted(directory: bytes, sides: Sides, moved: set[bytes]) -> Iterator[Pair]:
+def _gone(directory: bytes, sides: Sides, moved: set[bytes]) -> Iterator[Pair]:
     """Yield the files of a deleted directory, except those that were renamed."""
     for path in sides.files_before(directory):
         if path not in moved and not is_below(path, moved, directory):
@@ -141,16 +141,15 @@ class _Rename:
     def __init__(self, path: bytes, source: bytes) -> None:
         self.path = path
         self.source = source
-        self.listed: set[bytes] = set()
-        """Old paths of entries that have a change of their own."""
+        self.told: set[bytes] = set()
         self.replaced: set[bytes] = set()
-        """Old paths at which other directories, renamed to there, are now."""
+        """Where other directories have come to, as they would have been called."""
 
     def untouched(self, sides: Sides, moved: set[bytes]) -> Iterator[Pair]:
-        """Yield the files that moved with the directory and have no change of their own."""
+        """Yield what moved along with the directory and was not listed by itself."""
         for old in sides.files_before(self.source):
             new = self.path + old[len(self.source) :]
-            if old in self.listed or old in moved or is_below(old, self.replaced):
+            if old in self.told or old in moved or is_below(old, self.replaced):
                 continue
             if is_below(old, moved, self.source):
                 continue
@@ -160,12 +159,12 @@ class _Rename:
 
 
 def _old_path(renames: list[_Rename], path: bytes) -> bytes:
-    """Return *path* as it was before the directories above it were renamed, and note that it has a change."""
+    """Return what *path* was before the directories above it were renamed, and note that it is listed."""
     if not renames:
         return path
     rename = renames[-1]
     old = rename.source + path[len(rename.path) :]
-    rename.listed.add(old)
+    rename.told.add(old)
     return old
 
 
@@ -180,7 +179,7 @@ def _of(change: Change, renames: list[_Rename], sides: Sides) -> Pair:
 
 
 def _remarks(change: Change, renames: list[_Rename], sides: Sides) -> Iterator[bytes]:
-    """Yield comments on the parts of a change that git does not record."""
+    """Yield what git has no words for in a change."""
     if change.kind not in "MR" or not {"mode", "owner", "xattrs", "device"} & set(change.what):
         return
     old = change.source if change.source is not None else _old_path(renames, change.path)
@@ -208,12 +207,12 @@ def _device(number: int) -> bytes:
 
 
 def in_git(version: Version | None) -> bool:
-    """Whether git stores files of this type."""
+    """Whether git stores files of its type."""
     return version is not None and (version.is_file or version.is_link)
 
 
 def git_mode(version: Version | None) -> int:
-    """Return the mode that git records for a file."""
+    """Return the mode that git gives it."""
     assert version is not None
     mode = version.attr.st_mode
     if stat.S_ISLNK(mode):
@@ -222,5 +221,5 @@ def git_mode(version: Version | None) -> int:
 
 
 def text(path: bytes) -> bytes:
-    """Return a path as it is written in a comment of a patch."""
+    """Return a path as it is written in a comment."""
     return escape(path).encode()

@@ -1,8 +1,8 @@
-"""The trash of a store. It keeps reverted changes until the revert is undone or the trash is emptied.
+"""The trash of a store: what was reverted, until that is undone or the trash is emptied.
 
-Each ``cowfs revert`` makes a directory ``cowfs/trash/NUMBER`` in the store. The file ``log`` in it has a line
-of JSON for each step, written before the step is done, and a line for each step that is undone. A file that a
-step removed from the merged tree is in the directory, with the step's number as its name.
+Each use of ``cowfs revert`` makes a directory ``cowfs/trash/NUMBER`` in the store. In it, ``log`` has a line
+of JSON for each step, written before the step is done, and one for each step that is undone; what a step
+took out of the merged tree is there under the step's number.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import os
 import re
 import stat
 from array import array
-from collections.abc import Iterable, Iterator
-from contextlib import closing
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, suppress
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -29,13 +29,15 @@ from cowfs.types import AttrData
 _LOG = b"log"
 _LARGEST_LOG = 256 << 20
 MOST_STEPS = 3_000_000
-"""The most steps of one revert. The log has two lines for each when all of it is undone."""
+"""So many has one revert, at most: a log tells of each twice when all of it is undone."""
 MOST_BYTES = 192 << 20
-"""The most bytes of the steps' lines."""
+"""So many bytes may the lines of these have."""
 _MOST_ASIDE = 1 << 18
-"""The most files in one revert that were in the way of a rename."""
+"""So many of them may be of what was in the way of a rename."""
 ASIDE = b".cowfs-aside-"
-"""The start of the temporary name of a file that was in the way of a rename."""
+"""How the names begin of what was in the way of a rename."""
+_GIVEN_UP = b".gone"
+"""How the name of a batch ends that is being deleted."""
 _KINDS = frozenset(("moved", "whiteout", "copied", "attributes", "renamed"))
 _STEP = re.compile(
     rb'\{"number": ([0-9]{1,15}), "kind": "([a-z]{1,16})", "path": "([0-9A-Za-z+/=]*)"'
@@ -43,32 +45,31 @@ _STEP = re.compile(
 )
 _UNDONE = re.compile(rb'\{"undone": ([0-9]{1,15})\}')
 _MOST_BRACKETS, _MOST_COMMAS = 1 << 16, 1 << 17
-"""Upper limits for one line. A valid line has fewer, and each takes much memory when the line is parsed."""
+"""A line has fewer, as an inode has fewer attributes: each takes much memory while it is read."""
 _MOST_ID = (1 << 32) - 2
 _LINES = 1000
-"""How many lines are written at once."""
+"""How many are written at once."""
 _READ = 64 << 10
 _NO_UNDO = "what was reverted is in the store's cowfs/trash; cowfs vacuum --trash deletes it"
 _LONGEST_LINE = 16 << 20
-"""Bytes. The extended attributes of a file are shorter, even in base64."""
+"""Bytes: a file has fewer attributes, and each takes a third more."""
 
 
 class Step(NamedTuple):
-    """One step of a revert, as written in the log."""
+    """One step of a revert, as it stands in the log."""
 
     number: int
     kind: str
-    """``moved``: moved out of the tree into the trash. ``whiteout``: a whiteout was removed. ``copied``:
-    copied to the trash, then overwritten in place. ``attributes``: the attributes were overwritten.
-    ``renamed``: renamed back, from *source* to *path*. A ``moved`` step has a *source* if the file was in the
-    way of a rename and had been renamed: its former path."""
+    """``moved`` out of the tree; a ``whiteout`` removed; ``copied`` to the trash and written over in place;
+    ``attributes`` written over; ``renamed`` back, to *path* from *source*. A step ``moved`` has a *source*
+    if what it moved was renamed before, as it was in the way: where it was."""
     path: bytes
     source: bytes = b""
     attributes: dict[str, Any] | None = None
 
 
 class Batch:
-    """The directory in the trash of one ``cowfs revert``. Its methods block; OSError."""
+    """What one use of ``revert`` has reverted."""
 
     def __init__(self, layer: UpperLayer, parent: Key, name: bytes, key: Key) -> None:
         self.layer = layer
@@ -77,19 +78,24 @@ class Batch:
         self._parent = parent
         self._end: int | None = None
 
+    @property
+    def is_written(self) -> bool:
+        """Whether the log has been begun."""
+        return self._end is not None
+
     def place(self, number: int) -> tuple[Key, bytes]:
-        """Return the directory and the name to which a step moves what it removes from the tree."""
+        """Return where a step puts what it removes from the tree."""
         return self.key, b"%d" % number
 
     def write(self, lines: Iterable[bytes]) -> None:
-        """Append lines from :func:`line_of` to the log. Blocks until they are on disk. ENOSPC, EIO."""
+        """Write what :func:`line_of` gives of steps into the log, and put it on disk. Blocks. ENOSPC."""
         whole = iter(lines)
         while piece := b"".join(line + b"\n" for line in islice(whole, _LINES)):
             self._append(piece, sync=False)
         self._append(b"", sync=True)
 
     def note_undone(self, numbers: Iterable[int]) -> None:
-        """Record that these steps are undone. Blocks, but does not wait for the disk."""
+        """Record that these steps are undone. Blocks; not on disk yet."""
         lines = b"".join(json.dumps({"undone": number}).encode() + b"\n" for number in numbers)
         if lines:
             self._append(lines, sync=False)
@@ -109,32 +115,58 @@ class Batch:
         self._end = end + len(lines)
 
     def log(self) -> Log:
-        """Open the log for :class:`Log`'s methods. Close it."""
+        """Open the log."""
         return Log(self)
 
     def open_log(self) -> File | None:
-        """Open the file of the log for reading; None if there is none."""
+        """Open the log to be read; None if there is none."""
         found = self.layer.lookup(self.key, _LOG)
         return None if found is None else self.layer.open(found[0], os.O_RDONLY)
 
     def ends_at(self, end: int) -> None:
-        """Set where the next lines are written: after the first *end* bytes of the log."""
+        """What is written comes after so many bytes of the log."""
         self._end = end
 
     def remove(self) -> None:
-        """Delete the directory with everything in it."""
+        """Delete everything in it. Blocks."""
         layout.empty(self.layer, self.key)
         self.layer.rmdir(self._parent, self.name, self.key)
 
+    def give_up(self) -> None:
+        """Let nobody undo it any more, in one step."""
+        name = self.name + _GIVEN_UP
+        self.layer.rename((self._parent, self.name), (self._parent, name), 0, moved=self.key)
+        self.name = name
+
+    def counted(self) -> Iterator[int]:
+        """Count what is in it, now and then: yields how many more. Blocks."""
+        waiting = [self.key]
+        while waiting:
+            directory, entries = waiting.pop(), []
+            with suppress(OSError):  # its mode may forbid that
+                entries = self.layer.readdir(directory)
+            yield len(entries)
+            for entry in entries:
+                below = layout.directory_of(self.layer, directory, entry)
+                if below is not None:
+                    waiting.append(below)
+            if directory is not self.key:
+                self.layer.forget(directory)
+
+    def removing(self, leaves: Callable[[tuple[Key, bytes]], object]) -> Iterator[None]:
+        """Delete everything in it, step by step; *leaves* as for :func:`layout.emptying`. Blocks."""
+        yield from layout.emptying(self.layer, self.key, leaves)
+        self.layer.rmdir(self._parent, self.name, self.key)
+
     def is_empty(self) -> bool:
-        """Whether only the log is left, or copies that a killed process did not finish."""
+        """Whether only the log is left, and copies that a kill left unfinished."""
         return not any(entry.name.isdigit() for entry in self.layer.readdir(self.key))
 
 
 class Log:
-    """The steps of a batch that are not undone. Takes nine bytes of memory for each. Close it.
+    """The steps of a batch that are not undone. Holds nine bytes of each; close it in the end.
 
-    An incomplete last line is ignored: its step was not begun.
+    A last line that is not whole is of a step that was not begun.
     """
 
     def __init__(self, batch: Batch) -> None:
@@ -144,21 +176,22 @@ class Log:
         self._starts = array("Q")
         self._undone = bytearray()
         self._renames = 0
-        """The number of the last rename, plus one."""
+        """After so many steps none renames any more."""
         self._end = 0
-        """The offset of the end of the last step. The lines after it say which steps are undone."""
+        """Where the last step ends; what comes after it tells of those that are undone."""
         self.aside: dict[bytes, bytes] = {}
-        """Files that were in the way of a rename: present path to former path, in the order of the steps."""
+        """Where things are that were in the way of a rename, and where they were before, in the order in
+        which they were put there."""
 
-    def scan(self) -> Iterator[None]:
-        """Read all lines; yield now and then. Call it once, first. Blocks. StoreError if the log is damaged.
+    def look(self) -> Iterator[None]:
+        """Look at all lines, once; yields now and then. Blocks. StoreError if the log is damaged.
 
-        Time and memory are limited, whatever the log contains.
+        Its time and memory are bounded, whatever the log contains.
         """
         end = 0
         for number, (start, line) in enumerate(self._lines()):
             end = start + len(line) + 1
-            self._scan_line(start, line)
+            self._look_at(start, line)
             if number % _LINES == 0:
                 yield None
         self._batch.ends_at(end)
@@ -180,7 +213,7 @@ class Log:
             if len(rest) > _LONGEST_LINE // _READ:
                 raise self._damaged()
 
-    def _scan_line(self, start: int, line: bytes) -> None:
+    def _look_at(self, start: int, line: bytes) -> None:
         if found := _UNDONE.fullmatch(line):
             number = int(found[1])
             if number >= len(self._undone) or self._undone[number]:
@@ -194,14 +227,14 @@ class Log:
         if found[5]:
             self._step(line)
         if found[4]:
-            self._note_aside(found[3], found[4])
+            self._set_aside(found[3], found[4])
         if found[2] == b"renamed":
             self._renames = number + 1
         self._starts.append(start)
         self._undone.append(False)
         self._end = start + len(line) + 1
 
-    def _note_aside(self, path: bytes, source: bytes) -> None:
+    def _set_aside(self, path: bytes, source: bytes) -> None:
         try:
             where = binascii.a2b_base64(path)
             if ASIDE not in where[where.rfind(b"/") + 1 :]:
@@ -224,11 +257,11 @@ class Log:
         return StoreError(f"{self._name}: the log of what was reverted is damaged", _NO_UNDO)
 
     def __reversed__(self) -> Iterator[Step]:
-        """Yield the steps that :meth:`scan` found, the last first. Blocks. StoreError; OSError."""
+        """Yield those that :meth:`look` has found, the last first. Blocks. StoreError."""
         return self._before(len(self._starts))
 
     def renames(self) -> Iterator[Step]:
-        """Yield the renames among them, the last first, at most 2^18. Blocks. StoreError; OSError."""
+        """Yield those of them that rename, the last first; not more than that is in memory. Blocks."""
         steps = (step for step in self._before(self._renames) if step.kind == "renamed")
         return islice(steps, _MOST_ASIDE)
 
@@ -249,16 +282,17 @@ class Log:
 
 
 def new_batch(layer: UpperLayer) -> Batch:
-    """Make an empty batch. Blocks; OSError."""
+    """Make an empty batch."""
     private = layout.find(layer, layout.PRIVATE)
     trash = layout.ensure_directory(layer, private, layout.TRASH, 0o700)
-    last = max((int(entry.name) for entry in layer.readdir(trash) if entry.name.isdigit()), default=0)
+    names = [entry.name.removesuffix(_GIVEN_UP) for entry in layer.readdir(trash)]
+    last = max((int(name) for name in names if name.isdigit()), default=0)
     name = b"%d" % (last + 1)
     return Batch(layer, trash, name, layout.ensure_directory(layer, trash, name, 0o700))
 
 
 def batches(layer: UpperLayer) -> Iterator[Batch]:
-    """Yield the batches, the newest first. Blocks; OSError."""
+    """Yield the batches, the newest first."""
     trash = layout.find(layer, layout.PRIVATE, layout.TRASH)
     if trash is None:
         return
@@ -267,6 +301,20 @@ def batches(layer: UpperLayer) -> Iterator[Batch]:
         found = layer.lookup(trash, name)
         if found is not None and stat.S_ISDIR(found[1].st_mode):
             yield Batch(layer, trash, name, found[0])
+
+
+def given_up(layer: UpperLayer) -> Iterator[Batch]:
+    """Yield the batches that nobody can undo any more: ``vacuum --trash`` did not end."""
+    trash = layout.find(layer, layout.PRIVATE, layout.TRASH)
+    names = [] if trash is None else [entry.name for entry in layer.readdir(trash)]
+    for name in names:
+        found = layer.lookup(trash, name) if _is_given_up(name) else None
+        if found is not None and stat.S_ISDIR(found[1].st_mode):
+            yield Batch(layer, trash, name, found[0])
+
+
+def _is_given_up(name: bytes) -> bool:
+    return name.endswith(_GIVEN_UP) and name.removesuffix(_GIVEN_UP).isdigit()
 
 
 def _owner(layer: UpperLayer) -> tuple[int, int]:
@@ -280,7 +328,7 @@ def line_of(step: Step) -> bytes:
 
 
 def step_of(line: bytes) -> Step:
-    """Return the step of a line from :func:`line_of`. ValueError, KeyError, TypeError if it is invalid."""
+    """Return the step of a line that :func:`line_of` gave."""
     return _from_json(json.loads(line))
 
 
@@ -314,7 +362,7 @@ def _bytes(text: str) -> bytes:
 
 
 def attributes_to_json(attributes: Attributes) -> dict[str, Any]:
-    """Return attributes as an object for the log."""
+    """Return attributes as they are written in the log."""
     attr = attributes.attr
     return {
         "mode": attr.st_mode,

@@ -18,7 +18,7 @@ def is_image(path: str) -> bool:
     LayerError if it cannot be read.
     """
     from cowfs.formats import archives, erofs
-    from cowfs.formats.squashfs.recognise import MAGICS, appended_at
+    from cowfs.formats.squashfs.recognise import MAGIC, MAGIC_BIG_ENDIAN, appended_at
 
     try:
         with open(path, "rb", buffering=0, opener=_without_waiting) as file:
@@ -30,7 +30,7 @@ def is_image(path: str) -> bool:
     except OSError:
         return False  # a directory, or a store
     end = appended_at(head)
-    if head[:4] in MAGICS or (end is not None and end < os.path.getsize(path)):
+    if head[:4] in {MAGIC, MAGIC_BIG_ENDIAN} or (end is not None and end < os.path.getsize(path)):
         return True
     return erofs.is_erofs(head) or bool(archives.kind_of(head))
 

@@ -33,8 +33,6 @@ _OTHERS = (
     "unicodedata",
 )
 """Modules that the standard library and trio import on first use."""
-_LIBRARIES = ("libgcc_s.so.1", "libseccomp.so.2")
-"""The first is needed by a thread that ends with the process (pthread_exit(3))."""
 
 
 def forbid_lookups(mountpoint: str) -> None:
@@ -54,9 +52,8 @@ def load_all() -> None:
     for name in _OTHERS:
         with suppress(ImportError):
             importlib.import_module(name)
-    for library in _LIBRARIES:
-        with suppress(OSError):
-            ctypes.CDLL(library)
+    with suppress(OSError):
+        ctypes.CDLL("libgcc_s.so.1")  # needed by a thread that ends with the process (pthread_exit(3))
     time.localtime()  # reads the time zone
     assert cowfs.__version__, "looks among the packages that are installed"
 

@@ -58,12 +58,13 @@ def run(args: argparse.Namespace) -> int:
     asked = "trash" if args.trash else "vacuum"
     is_listed = sys.stdout.isatty()
     with progress_line() as progress:
-        tally = Tally(progress, "names looked at")
+        counted = "removed" if args.trash else "names looked at"
+        tally = Tally(progress, counted)
 
         def tick(number: int, whole: int) -> None:
             if not number:
-                tally.begin("names looked at", whole)
-            elif not is_listed:
+                tally.begin(counted, whole)
+            elif args.trash or not is_listed:
                 tally.add(OFTEN)
 
         asks = take_back(args.what, asked, None, lowers, dry_run=args.dry_run, tell=warn, tick=tick)
@@ -76,8 +77,6 @@ def run(args: argparse.Namespace) -> int:
                 say_fields(done.kind, done.size, done.path)
             elif not args.quiet:
                 say(f"{done.kind:<9} {escape(done.path)}")
-            if args.trash and not is_listed:
-                progress(f"{count} so far")
     sys.stdout.flush()
     if not args.trash and not (args.json or args.null):
         verb = "could be removed" if args.dry_run else "removed"

@@ -1,9 +1,10 @@
-"""Read this user's files whatever their mode, as root of a user namespace.
+"""Read what belongs to this user, whatever its mode, as the root of a user namespace may.
 
-The owner of a file of mode 000 could change its mode, but cowfs never writes to a lower. A process in a user
-namespace that contains only this user has CAP_DAC_OVERRIDE for the files of this user and group
-(capable_wrt_inode_uidgid() in kernel/capability.c). The daemon itself cannot run there, because all other
-users' files would belong to nobody. So it forks a helper when it first needs one, which opens files for it.
+The owner of a file of mode 000 could change its mode; but a lower is never written to. A process in a user
+namespace of its own, in which there is nobody but this user, has CAP_DAC_OVERRIDE for what is this user's and
+their group's (capable_wrt_inode_uidgid() in kernel/capability.c). We cannot live there: all others' files
+would belong to nobody. So it is a process beside us, forked when it is first needed, which opens what we ask
+for.
 """
 
 from __future__ import annotations
@@ -23,17 +24,17 @@ from cowfs.linux import files, mounts
 
 _LONGEST = 1 << 17
 _MAY = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOATIME | os.O_CLOEXEC
-"""The flags that the helper accepts: it opens nothing for writing."""
+"""No other flags: nothing is opened to be written to."""
 
 
-class _Helper:
-    """The daemon's end of the helper process."""
+class _Beside:
+    """The process, seen from here."""
 
     def __init__(self) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         user, group = os.geteuid(), os.getegid()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the child only makes system calls, and takes no lock
+            warnings.simplefilter("ignore")  # it does system calls alone, and takes no lock of other threads
             self._pid = os.fork()
         if self._pid == 0:
             _serve(theirs, user, group)
@@ -53,56 +54,56 @@ class _Helper:
         return reply, fds[0] if fds else -1
 
 
-_helper: _Helper | None = None
+_beside: _Beside | None = None
 _cannot = False
 
 
 def _ask(fd: int, **request: Any) -> tuple[Any, int]:
-    """Let the helper make a call; EACCES if there can be no helper."""
-    global _helper, _cannot  # noqa: PLW0603 - a process has one
+    """Have a call made; EACCES where that cannot be."""
+    global _beside, _cannot  # noqa: PLW0603 - a process has one
     try:
         if _cannot or os.geteuid() == 0:
             raise OSError(errno.EACCES, os.strerror(errno.EACCES))
-        if _helper is None:
-            _helper = _Helper()
-        return _helper.ask(fd, **request)
+        if _beside is None:
+            _beside = _Beside()
+        return _beside.ask(fd, **request)
     except (BrokenPipeError, ConnectionError):  # no user namespaces here
         _cannot = True
         raise OSError(errno.EACCES, os.strerror(errno.EACCES)) from None
 
 
 def open_at(directory: int, name: bytes, flags: int, *, beneath: bool) -> int:
-    """Do openat(2), or :func:`cowfs.linux.files.open_beneath` if *beneath*, read-only or O_PATH. OSError."""
+    """Do openat(2), or :func:`cowfs.linux.files.open_beneath`, to read or for O_PATH."""
     return _ask(directory, call="at", name=name.decode("latin-1"), flags=flags, beneath=beneath)[1]
 
 
 def reopen(fd: int, flags: int) -> int:
-    """Open the file of a descriptor again, for reading. OSError."""
+    """Open what a descriptor is on, to read it."""
     return _ask(fd, call="reopen", flags=flags)[1]
 
 
 def listxattr(fd: int) -> list[bytes]:
-    """Return the names of the xattrs of a descriptor's file. OSError."""
+    """Return the names of the attributes of what a descriptor is on."""
     return [name.encode("latin-1") for name in _ask(fd, call="list")[0]]
 
 
 def getxattr(fd: int, name: bytes) -> bytes:
-    """Return an xattr of a descriptor's file. OSError."""
+    """Return an attribute of what a descriptor is on."""
     value: str = _ask(fd, call="get", name=name.decode("latin-1"))[0]
     return value.encode("latin-1")
 
 
-# --- in the helper process
+# --- in the process beside
 
 
 def _serve(connection: socket.socket, user: int, group: int) -> NoReturn:
-    """Make calls until the daemon has ended."""
+    """Make calls until the requesting process is gone."""
     try:
         signal.set_wakeup_fd(-1)
         os.setsid()
         for fd in map(int, os.listdir("/proc/self/fd")):
             if fd != connection.fileno():
-                with suppress(OSError):  # the descriptor of this listing, closed by now
+                with suppress(OSError):  # the listing's own
                     os.close(fd)
         mounts.enter_user_namespace(user, group)
         while True:

@@ -1,6 +1,6 @@
-"""Find out whether a filesystem may wait for another machine or a program (NFS, FUSE), perhaps for ever.
+"""Whether a filesystem's calls wait for nothing but the disks of this machine.
 
-Other filesystems wait only for the disks of this machine.
+Others wait for another machine or for a program (NFS, FUSE), perhaps for ever.
 """
 
 from __future__ import annotations
@@ -21,17 +21,16 @@ _OWN = {
     *(filesystems.NILFS, filesystems.UFS, filesystems.HFS, filesystems.HFSPLUS, *filesystems.MINIX),
     *(filesystems.ZONEFS, filesystems.UBIFS, filesystems.JFFS2),
 }
-"""The f_type of filesystems that do not wait. All others may: FUSE, network filesystems, unknown ones."""
+"""f_type of statfs(2). What is not here, FUSE and the network's filesystems and those unknown, may wait."""
 _FAR_DISKS = re.compile(r"(nbd|rbd|drbd|ublkb|etherd)")
 _DEEPEST = 8
 """How many nested filesystems and devices are examined."""
 
 
 def may_wait(fd: int, depth: int = 0) -> bool:
-    """Whether the filesystem of *fd*, or the device or file that holds it, may wait for others.
+    """Whether what *fd* is on may wait for others: its filesystem, or the device, or the file, that holds it.
 
-    The kernel's overlayfs counts as one that does not. The call asks the filesystem, so it may block.
-    OSError.
+    An overlay of the kernel's counts as our own. Asks the filesystem, so it may wait itself. Raises OSError.
     """
     if fs_magic(fd) not in _OWN:
         return True
@@ -41,7 +40,7 @@ def may_wait(fd: int, depth: int = 0) -> bool:
 
 
 def _device_waits(number: str, depth: int) -> bool:
-    """Whether a block device may wait for others; False if sysfs does not have it."""
+    """Whether a block device may wait; nothing is known of one that sysfs does not have."""
     place = os.path.realpath(f"/sys/dev/block/{number}")
     if not os.path.isdir(place) or depth >= _DEEPEST:
         return False

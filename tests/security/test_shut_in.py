@@ -171,11 +171,11 @@ import ctypes, encodings.ascii, errno, os, sys, threading
 from cowfs.linux import confine, privileges
 other = threading.Event()
 result = []
-privileges.drop()
-confine.unshare()
+privileges.give_up()
+confine.step_aside()
 thread = threading.Thread(target=lambda: (other.wait(), result.append(os.listdir("/"))))
 thread.start()
-confine.confine()
+confine.shut_in()
 other.set()
 thread.join()
 assert sorted(result[0]) == ["callers", "proc"], result
