@@ -25,10 +25,18 @@ static int commanding = -1;
 static char command[LONGEST_COMMAND];
 static ssize_t command_size;
 
-/* Whether the process is yet what it was when it was noted. In so little time it cannot have become another one. */
+/* In so little time a process cannot become another one (ns). */
+enum { SOON = 100 * 1000, A_WHILE = 10 * 1000 * 1000 };
+
+void last_change_request(uint32_t pid, uint64_t now)
+{
+	if (pid && pid == noted.pid && now - noted.last < SOON)
+		noted.last = now;
+}
+
+/* Whether the process is yet what it was when it was noted. */
 static bool is_same(void)
 {
-	enum { SOON = 100 * 1000, A_WHILE = 10 * 1000 * 1000 };
 	char now_is[LONGEST_COMMAND];
 	struct timespec time;
 

@@ -5,6 +5,11 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include <stdint.h>
+
+/* A process makes a request, whatever it is, at this time (CLOCK_MONOTONIC, ns). */
+void last_change_request(uint32_t pid, uint64_t now);
+
 /* What Python calls. */
 extern PyMethodDef last_change_methods[];
 

@@ -22,6 +22,7 @@
 #include "request_stats.h"
 
 #include "held_data.h"
+#include "last_change.h"
 #include "messages.h"
 
 enum { FORGET = 2, INTERRUPT = 36, BATCH_FORGET = 42 }; /* linux/fuse.h: nobody waits for an answer to these */
@@ -105,6 +106,7 @@ void figures_begin(const void *request, size_t size)
 	r->next = *bucket;
 	*bucket = r;
 	r->begun = now();
+	last_change_request(head.pid, (uint64_t)r->begun);
 }
 
 void figures_end(uint64_t unique, int32_t error)
