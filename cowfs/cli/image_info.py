@@ -29,8 +29,9 @@ def is_image(path: str) -> bool:
         ) from None
     except OSError:
         return False  # a directory, or a store
-    end = appended_at(head)
-    if head[:4] in {MAGIC, MAGIC_BIG_ENDIAN} or (end is not None and end < os.path.getsize(path)):
+    size = os.path.getsize(path)
+    end = appended_at(head, size)
+    if head[:4] in {MAGIC, MAGIC_BIG_ENDIAN} or (end is not None and end < size):
         return True
     return erofs.is_erofs(head) or bool(archives.kind_of(head))
 

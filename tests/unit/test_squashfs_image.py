@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from cowfs.errors import LayerError
+from cowfs.formats.squashfs.find import find_image
 from cowfs.layers.squashfs import SquashfsLayer
 from cowfs.types import FileHandle
 from tests.support.listing import find
@@ -407,23 +408,28 @@ def test_a_program_with_an_image_behind_it_tells_the_offset(
 
 
 @pytest.mark.parametrize("bits", [64, 32])
-@pytest.mark.parametrize("gap", [0, 1, 5000])
+@pytest.mark.parametrize(("gap", "sections"), [(0, 0), (1, 0), (5000, 0), (1, 1 << 30)])
 def test_a_program_without_section_headers(
-    image: Path, tmp_path: Path, opened: Open, bits: int, gap: int
+    image: Path, tmp_path: Path, opened: Open, bits: int, gap: int, sections: int
 ) -> None:
-    """What is loaded of it tells where it ends; what follows may be padded, and talk of images."""
+    """What is loaded of it tells where it ends; what follows may be padded, and talk of images.
+
+    As if it had none where they are said to be beyond the end of the file.
+    """
     end, large = 70_001, 1 << 20
     if bits == 64:
-        header = b"\x7fELF\x02\x01" + struct.pack("<26xQQ6xHHHH2x", 64, 0, 56, 2, 64, 0)
+        header = b"\x7fELF\x02\x01" + struct.pack("<26xQQ6xHHHH2x", 64, sections, 56, 2, 64, 1)
         header += struct.pack("<I4xQ16xQ16x", 1, 1, end - 1) + struct.pack("<I4xQ16xQ16x", 4, large, large)
     else:
-        header = b"\x7fELF\x01\x01" + struct.pack("<22xII6xHHHH2x", 52, 0, 32, 2, 40, 0)
+        header = b"\x7fELF\x01\x01" + struct.pack("<22xII6xHHHH2x", 52, sections, 32, 2, 40, 1)
         header += struct.pack("<II8xI12x", 1, 1, end - 1) + struct.pack("<II8xI12x", 4, large, large)
     program = header.ljust(60_000, b"\0") + b"hsqs is the magic"
     path = tmp_path / "some.AppImage"
     path.write_bytes(program.ljust(end, b"\0") + b"hsqs, "[:gap].ljust(gap, b"x") + image.read_bytes())
     with pytest.raises(LayerError, match=rf"-o offset={end + gap}\)"):
         opened(path)
+    with path.open("rb") as file:
+        assert find_image(file.fileno()) == end + gap
     assert read(opened(path, offset=end + gap), b"one") == text(1, 1)
 
 

@@ -28,7 +28,9 @@ def find_image(fd: int) -> int | None:
     """
     tried = 0
     size = os.fstat(fd).st_size or os.lseek(fd, 0, os.SEEK_END)
-    at = appended_at(os.pread(fd, SAMPLE, 0)) or 0
+    at = appended_at(os.pread(fd, SAMPLE, 0), size) or 0
+    if at >= size:
+        at = 0  # what it says of itself is wrong
     end = min(size, at + _SEARCHED)
     while at < end and (piece := os.pread(fd, _PIECE, at)):
         for found in _MAGICS.finditer(piece):

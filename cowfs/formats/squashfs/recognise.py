@@ -110,23 +110,22 @@ _NO_FILE = 1 << 62
 """No file is as long, and a place some way behind it can still be asked for (off_t)."""
 
 
-def appended_at(start: bytes) -> int | None:
+def appended_at(start: bytes, size: int = _NO_FILE) -> int | None:
     """Where an ELF program ends and what is appended to it begins (as in an AppImage), or None (elf(5)).
 
-    The section headers are the last thing in it: e_shoff + e_shentsize * e_shnum. Without any, what is loaded
-    from it is.
+    The section headers are the last thing in it: e_shoff + e_shentsize * e_shnum. Without any, or if they
+    end beyond the *size* of the file, what is loaded from it is.
     """
     if start[:6] == b"\x7fELF\x02\x01" and len(start) >= 64:
-        programs, table, program, count, size, sections = struct.unpack_from("<32xQQ6xHHHH", start)
+        programs, table, program, count, each, sections = struct.unpack_from("<32xQQ6xHHHH", start)
         load = struct.Struct("<I4xQ16xQ")  # p_type, p_offset, p_filesz
     elif start[:6] == b"\x7fELF\x01\x01" and len(start) >= 52:
-        programs, table, program, count, size, sections = struct.unpack_from("<28xII6xHHHH", start)
+        programs, table, program, count, each, sections = struct.unpack_from("<28xII6xHHHH", start)
         load = struct.Struct("<II8xI")
     else:
         return None
-    if table and size * sections:
-        end = int(table + size * sections)
-        return end if end < _NO_FILE else None
+    if table and each * sections and table + each * sections <= size:
+        return int(table + each * sections)
     ends = [0]
     for number in range(count):
         at = programs + number * program
@@ -142,6 +141,8 @@ def image_behind(start: bytes, pread: Pread) -> int | None:
     """Where a squashfs image begins behind an ELF program, or the program ends if none is seen; None for
     what is no such program. *start* is its beginning. Reads some MiB at most. OSError."""
     end = appended_at(start)
+    if end and not pread(1, end - 1):  # the section headers lie
+        end = appended_at(start, 0)
     if end is None:
         return None
     at = end
