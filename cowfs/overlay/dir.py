@@ -127,9 +127,12 @@ def _device_at(fs: OverlayFs, parent: Node, name: bytes, key: Key) -> tuple[Node
     return node, attr
 
 
-def prepare_whiteout(fs: OverlayFs, owner: Owner) -> tuple[bytes, Key]:
+def prepare_whiteout(fs: OverlayFs, parent: Node, owner: Owner) -> tuple[bytes, Key]:
     """Create the whiteout for :func:`leave_whiteout`; return its temporary name and its key."""
     temporary = fs.temporary()
+    above = fs.upper.stat(parent.upper)
+    if above.st_mode & stat.S_ISGID:
+        owner = Owner(owner.uid, above.st_gid)
     return temporary, _make_stand_in(fs, fs.work, temporary, 0, owner)
 
 

@@ -72,7 +72,7 @@ def rename(
     if target is not None:
         last = _make_replaceable(fs, target, new_parent, new_name, seen)
     _mark(fs, node, parent, new_parent, new_name)
-    left = prepare_whiteout(fs, owner) if flags & RENAME_WHITEOUT else None
+    left = prepare_whiteout(fs, parent, owner) if flags & RENAME_WHITEOUT else None
     with nullcontext() if left is None else together(fs.upper):
         _move(fs, (parent, name, node), (new_parent, new_name, target))
         fs.nodes.detach(parent, name)

@@ -82,7 +82,9 @@ def test_an_overlay_has_its_upper_here(mount: Mounted, kind: str) -> None:
 
 
 def test_a_whiteout_is_left(mount: Mounted) -> None:
-    """renameat2(2): where there is something below, and where not."""
+    """renameat2(2): where there is something below, and where not; of the directory's group if it says so."""
+    os.chown(mount.path, 0, 2000)
+    mount.path.chmod(0o2755)
     for name in ("file", "new"):
         path = mount.path / name
         path.write_text(f"{name}\n")
@@ -92,7 +94,7 @@ def test_a_whiteout_is_left(mount: Mounted) -> None:
         assert (mount.path / f"{name}2").read_text() == f"{name}\n"
         left = path.lstat()
         assert stat.S_ISCHR(left.st_mode)
-        assert (left.st_rdev, left.st_nlink, left.st_uid) == (0, 1, 0)
+        assert (left.st_rdev, left.st_nlink, left.st_uid, left.st_gid) == (0, 1, 0, mount.path.stat().st_gid)
     os.mknod(mount.path / "made", 0o640 | stat.S_IFCHR, 0)
     with pytest.raises(FileExistsError):
         os.mknod(mount.path / "file", stat.S_IFCHR, 0)
