@@ -58,6 +58,9 @@ def test_holes_are_the_kernels(place: Path, shape: Shape) -> None:
             if step % 3 == 0:
                 data = rng.randbytes(min(length, 200_000))
                 assert os.pwrite(fd, data, start) == file.pwrite(data, start)
+            elif step % 5 == 4:
+                os.ftruncate(fd, start)
+                file.truncate(start)
             else:
                 files.fallocate(fd, start, length, files.PUNCH_HOLE)
                 file.fallocate(files.PUNCH_HOLE, start, length)

@@ -49,8 +49,8 @@ static uint64_t span_of(const x3_image *img, int depth)
 /*
  * Free what the indirect block of a pointer maps from its *first* block on, the last first.
  *
- * The indirect block goes too when nothing of it is left. False: the operation has done enough, and
- * something remains.
+ * The indirect block goes too when nothing of it is left, as in ext4_find_shared(). False: the operation has done
+ * enough, and something remains.
  */
 static bool free_tree(x3_image *img, struct inode *in, struct slots s, int depth, uint64_t first)
 {
@@ -68,16 +68,18 @@ static bool free_tree(x3_image *img, struct inode *in, struct slots s, int depth
 		below.count = per - first;
 		if (first) { /* free_slots() alone would do for a block that is freed itself */
 			clear_slots(img, in, below, per - first);
-			return true;
+			if (memcmp(below.block->data, zero, img->bs))
+				return true;
+		} else {
+			free_slots(img, in, &below, per);
 		}
-		free_slots(img, in, &below, per);
 	} else {
 		for (uint32_t i = per; i-- > first / span;) {
 			struct slots child = { below.block, 4 * i, 1 };
 			if (!free_tree(img, in, child, depth - 1, i == first / span ? first % span : 0))
 				return false;
 		}
-		if (first)
+		if (first && memcmp(below.block->data, zero, img->bs))
 			return true;
 	}
 	s.count = 1;
