@@ -46,7 +46,9 @@ def _seen(ctx: RequestContext) -> RequestContext:
 _BY_FILE = 1  # FUSE_GETATTR_FH (linux/fuse.h): the kernel asks for itself; stat(2) never names a file
 _MAY_RUN = 0o111
 _ACLS = {ACCESS, DEFAULT}
-_MOST_LENT = 4096
+_MOST_LENT = 128
+"""Programs set the ACL of a file right after they created or changed it. Each stat(2) of a lent inode costs a
+request and a notice, because the kernel caches no attributes of it."""
 
 
 class FakerootAdapter(Adapter):
