@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 from tests.support.mounts import cowfs, kernel_overlay, mounted
@@ -17,9 +17,18 @@ class Place:
     """For cowfs."""
 
     def __init__(
-        self, at: Path, lowers: Sequence[Path], store: Path, kind: str, *, made: bool = False
+        self,
+        at: Path,
+        lowers: Sequence[Path],
+        store: Path,
+        kind: str,
+        *,
+        made: bool = False,
+        images: Sequence[Path] = (),
     ) -> None:
+        """*images*: of the lowers, squashfs; they are mounted instead of the directories."""
         self.at, self.lowers, self.store, self.kind = at, lowers, store, kind
+        self.images = images
         self.opened = store if kind == "directory" else at.with_name(f"{at.name}.opened")
         at.mkdir()
         if kind != "directory":
@@ -41,16 +50,33 @@ class Place:
 
     @contextmanager
     def kernel(self) -> Iterator[None]:
-        with self.seen() as store:
+        with self.seen() as store, ExitStack() as stack:
             store.mkdir(exist_ok=True)
-            with kernel_overlay(self.lowers, store, self.at):
+            lowers = [stack.enter_context(self._of_image(image)) for image in self.images] or self.lowers
+            with kernel_overlay(lowers, store, self.at):
                 yield
+
+    @contextmanager
+    def _of_image(self, image: Path) -> Iterator[Path]:
+        """What is in an image, by the kernel."""
+        at = self.at.with_name(f"{self.at.name}.{image.name}")
+        at.mkdir(exist_ok=True)
+        run("mount", "-t", "squashfs", "-o", "loop,ro", image, at)
+        try:
+            yield at
+        finally:
+            run("umount", at)
 
     @contextmanager
     def cowfs(self) -> Iterator[None]:
         engine = "kernel" if self.kind == "kernel" else None
         with mounted(
-            list(self.lowers), self.at, self.store, engine=engine, options=self.options, quiet=False
+            list(self.images or self.lowers),
+            self.at,
+            self.store,
+            engine=engine,
+            options=self.options,
+            quiet=False,
         ) as here:
             yield
         trouble = [line for line in here.trouble() if " is missing from a listing: " not in line]

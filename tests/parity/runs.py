@@ -30,6 +30,10 @@ class Seen:
     upper: dict[str, tree.Snapshot] = field(default_factory=dict)
     leftovers: list[str] = field(default_factory=list)
 
+    def count(self) -> int:
+        """Return how many steps were done."""
+        return sum(map(len, self.steps.values()))
+
 
 def run_all(
     cases: dict[str, Quick], system: str, other: str, place: Place, *, looks: str, pattern: str = "*"

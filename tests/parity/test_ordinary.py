@@ -77,6 +77,7 @@ def test_ordinary(kind: str, part: int, here: Path) -> None:
         subject.upper = _readable(in_upper(store, lowers, P))
         subject.leftovers = upper.leftovers(str(store), P)
         kernel.by_other = do(Work("cowfs", here / "m5", lowers, here / "one", "directory", names, runs=False))
+    print(f"{len(cases)} cases, {subject.count()} steps")
     wrong = [f"left in the store: {what}" for what in subject.leftovers]
     for case in cases.values():
         unlike = list(compare(case, by_root, subject, NAMES))

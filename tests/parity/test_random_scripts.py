@@ -33,7 +33,7 @@ _KERNELS_NUMBERS = ("ino", "d_ino")
         pytest.param("kernel", 20, 5000, id="kernel, long", marks=at_night),
     ],
 )
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_random_scripts(kind: str, rounds: int, steps: int, tmp_path: Path, ext3: Path) -> None:
     """Each round on the tree that the one before has left."""
     lowers = [tmp_path / "top", tmp_path / "bottom"]
@@ -54,6 +54,7 @@ def test_random_scripts(kind: str, rounds: int, steps: int, tmp_path: Path, ext3
                 pytest.fail("\n".join(wrong), pytrace=False)
     finally:
         shutil.rmtree(scratch)
+    print(f"{rounds} rounds, {rounds * steps} steps")
     assert [tree.snapshot(lower, private=True) for lower in lowers] == untouched, "a lower was changed"
     if kind != "directory":
         run("e2fsck", "-fn", stores[1])
