@@ -160,6 +160,8 @@ class _Upper:
             found.source = source if source is not None else found.source
             if depth == len(names) - 1:
                 found.inode = Inode(self._upper, key, attr)
+            elif not stat.S_ISDIR(attr.st_mode):
+                key = None
         return found
 
 

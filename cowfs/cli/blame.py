@@ -116,6 +116,8 @@ def _asked(args: argparse.Namespace) -> tuple[str, list[bytes]]:
     """Return the store or mountpoint, and the paths and globs in the merged tree."""
     from cowfs.store.format.sniff import may_be_store, may_exist
 
+    if "" in args.paths:
+        raise UsageError("'': an empty path", "give / for the whole tree")
     above = mount_above(args.where)
     if args.recursive and not args.paths and (above is None or not above[1]):
         args.paths = [""]

@@ -152,6 +152,8 @@ def _asked(args: argparse.Namespace, quoted: Callable[[bytes], bytes]) -> tuple[
     from cowfs.client import find_mount, from_root, mount_above
     from cowfs.store.format.sniff import may_be_store
 
+    if "" in args.paths:  # of a variable that is not set, as in: cowfs revert /mnt "$file"
+        raise UsageError("'': an empty path", "give / for the whole tree")
     above = mount_above(args.what)
     what, below = args.what, ""
     if above is not None and not (above[1] and may_be_store(args.what)):

@@ -48,6 +48,7 @@ def test_the_rule_that_decides(tmp_path: Path, kind: str) -> None:
         "etc",
         "nothing",
         "script",
+        "etc/fstab/below a file",
     ]
     with mounted(tmp_path / "lower", tmp_path / "mnt", store) as here:
         script(WORK, here.path)
@@ -58,6 +59,7 @@ def test_the_rule_that_decides(tmp_path: Path, kind: str) -> None:
     assert {path: answer["change"] for path, answer in answers.items()} == {
         "etc/fstab": "M", "etc/hosts": "D", "bin/tool": None, "old/f": None, "big": "M", "first": "M",
         "added": "A", "etc": None, "nothing": None, "script": None,
+        "etc/fstab/below a file": None,
     }  # fmt: skip
     assert rules(answers["etc/fstab"]) == [["shown"], []]
     assert rules(answers["etc/hosts"]) == [["whiteout"], []]

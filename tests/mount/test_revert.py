@@ -307,6 +307,7 @@ def test_what_cannot_be(tmp_path: Path) -> None:
         refused(here.path, "bin", code=32, word="there is another usr now")
         refused(here.path, code=1, word="--all")
         refused(here.path, "etc", "--all", code=1, word="--all")
+        refused(here.path, "", code=1, word="empty path")
         refused(here.path, "etc", "--undo", code=1, word="--undo")
         assert tree(here.path) == changed
         dry = cowfs("revert", here.path, "--dry-run", "--all").stdout
