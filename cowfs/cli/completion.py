@@ -10,6 +10,7 @@ import argcomplete
 
 from cowfs.cli import options as mount_options
 from cowfs.linux.mount_table import mountinfo
+from cowfs.store.format.sniff import may_be_store
 
 _files = argcomplete.completers.FilesCompleter()
 
@@ -55,8 +56,23 @@ def _explain_usage(action: argparse.Action) -> None:
     metavar = action.metavar if isinstance(action.metavar, str) else ""
     if metavar == "OPTS":
         action.completer = _mount_options  # type: ignore[attr-defined]
+    elif metavar == "MOUNTPOINT":
+        action.completer = lambda prefix, **_: [*_mountpoints(), *_directories(prefix)]  # type: ignore[attr-defined]
     elif "MOUNTPOINT" in metavar:
-        action.completer = lambda prefix, **_: [*_mountpoints(), *_files(prefix)]  # type: ignore[attr-defined]
+        action.completer = lambda prefix, **_: [*_mountpoints(), *_stores(prefix)]  # type: ignore[attr-defined]
+    elif metavar in {"STORE", "FILE|DIR|memory"}:
+        action.completer = lambda prefix, **_: _stores(prefix)  # type: ignore[attr-defined]
+
+
+def _stores(prefix: str) -> list[str]:
+    """Complete the files that may be stores, and directories; any file if none of them may be one."""
+    names = list(_files(prefix))
+    stores = [name for name in names if name.endswith("/") or may_be_store(name)]
+    return stores if any(not name.endswith("/") for name in stores) else names
+
+
+def _directories(prefix: str) -> list[str]:
+    return [name for name in _files(prefix) if name.endswith("/")]
 
 
 def _mountpoints() -> list[str]:

@@ -18,6 +18,7 @@ from cowfs.cli.log import open_log, set_up_log
 from cowfs.cli.mount_daemon import serve
 from cowfs.cli.output import warn
 from cowfs.errors import MountFailure, StoreError, SystemFailure, UsageError
+from cowfs.linux.files import is_read_only_device
 from cowfs.linux.limits import take_all_descriptors
 from cowfs.linux.programs import find
 from cowfs.url.names import check, is_url, place
@@ -132,6 +133,10 @@ def _is_read_only(args: argparse.Namespace) -> bool:
     return "ro" in mount_options.parse(args.options).flags
 
 
+def _is_writable(store: str) -> bool:
+    return os.access(store, os.W_OK) and not is_read_only_device(os.stat(store))
+
+
 def start(
     union: UnionOptions,
     where: str,
@@ -208,7 +213,7 @@ def _union_options(args: argparse.Namespace, given: mount_options.Options) -> Un
         whiteouts=(given.values.get("whiteouts", "auto"),) * (len(lowers) - data_only),
         volatile=given.volatile,
         may_crash=_may_crash(given.faults, store),
-        read_only="ro" in given.flags and os.path.lexists(store) and not os.access(store, os.W_OK),
+        read_only="ro" in given.flags and os.path.lexists(store) and not _is_writable(store),
     )
     if len(union.offsets) > len(lowers):
         raise UsageError(

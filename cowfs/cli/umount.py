@@ -79,12 +79,16 @@ def run(args: argparse.Namespace) -> int:
     """Unmount and wait."""
     found = the_mount(args.mountpoint)
     mountpoint = os.fsdecode(found.mountpoint)
+    owner = owner_of(found.dev)
+    if os.geteuid() not in {0, owner}:
+        _unmount_of_another(mountpoint, owner, lazy=args.lazy)
+        return 0
     daemon, silence = _daemon_of(found.dev, min(args.timeout, _LONG))
     if isinstance(silence, Silent) and not (args.lazy or args.force):
         raise _not_unmounted(silence)
     own = os.fsencode(daemon["mountpoint"]) if daemon else b""
     if own != found.mountpoint and any(own == mount.mountpoint for mount in _mounts(found)):
-        _unmount(mountpoint, found.dev, lazy=args.lazy)
+        _unmount(mountpoint, lazy=args.lazy)
         _say(f"{mountpoint}: unmounted; the store is still in use by the mount at {os.fsdecode(own)}")
         return 0
     dead = daemon is None and not args.lazy and _is_dead(mountpoint)
@@ -92,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
         request = UnmountRequest(found.dev, mountpoint, args.timeout, force=args.force, lazy=args.lazy)
     except Silent as error:
         raise _not_unmounted(error) from None
-    _unmount(mountpoint, found.dev, lazy=args.lazy)
+    _unmount(mountpoint, lazy=args.lazy)
     if args.lazy or dead:
         return 0
     if daemon is None:
@@ -202,7 +206,7 @@ def _is_dead(mountpoint: str) -> bool:
     return dead == [True]
 
 
-def _unmount(mountpoint: str, dev: str, *, lazy: bool) -> None:
+def _unmount(mountpoint: str, *, lazy: bool) -> None:
     if os.geteuid() == 0:
         try:
             umount2(mountpoint, MNT_DETACH if lazy else 0)
@@ -211,12 +215,6 @@ def _unmount(mountpoint: str, dev: str, *, lazy: bool) -> None:
                 raise _busy(mountpoint) from None
             raise MountFailure(f"{mountpoint}: {error.strerror}") from None
         return
-    owner = owner_of(dev)
-    if owner != os.geteuid():
-        raise MountFailure(
-            f"{mountpoint}: this mount belongs to another user (uid {owner})",
-            "run this as that user, or as root",
-        )
     program = programs.find("fusermount3")
     if program is None:
         raise SystemFailure("fusermount3: not found", "apt install fuse3")
@@ -227,6 +225,23 @@ def _unmount(mountpoint: str, dev: str, *, lazy: bool) -> None:
             raise _busy(mountpoint)
         why = done.stderr.strip().removeprefix("fusermount3: ") or f"fusermount3 failed ({done.returncode})"
         raise MountFailure(f"{mountpoint}: {why}")
+
+
+def _unmount_of_another(mountpoint: str, owner: int, *, lazy: bool) -> None:
+    """Unmount what /etc/fstab lets every user unmount (``users``), by umount(8), which asks no helper then.
+
+    Only the owner and root learn when the store is released. MountFailure if it is not allowed.
+    """
+    program = programs.find("umount")
+    command = [program or "", "-i", *(["-l"] if lazy else []), "--", mountpoint]
+    done = None
+    if program is not None:
+        done = subprocess.run(command, capture_output=True, check=False, env=programs.environment())
+    if done is None or done.returncode:
+        raise MountFailure(
+            f"{mountpoint}: this mount belongs to another user (uid {owner})",
+            "run this as that user, or as root",
+        )
 
 
 def _busy(mountpoint: str) -> MountFailure:

@@ -144,6 +144,17 @@ def size_of(fd: int) -> int:
     return os.lseek(fd, 0, os.SEEK_END) if stat.S_ISBLK(info.st_mode) else info.st_size
 
 
+def is_read_only_device(info: os.stat_result) -> bool:
+    """Whether an inode is a block device that the kernel lets nobody write to, though it may be opened."""
+    if not stat.S_ISBLK(info.st_mode):
+        return False
+    number = f"{os.major(info.st_rdev)}:{os.minor(info.st_rdev)}"
+    try:
+        return Path(f"/sys/dev/block/{number}/ro").read_text().strip() == "1"
+    except OSError:
+        return False
+
+
 def is_image(path: str) -> bool:
     """Whether there is what can hold an image: a regular file, or a block device."""
     try:

@@ -199,7 +199,8 @@ def test_a_store_on_read_only_media(base: Path, kind: str) -> None:
 
 
 def test_a_user_mounts_and_unmounts_by_fstab(nobody_path: Path, base: Path) -> None:
-    """``users``: mount(8) and umount(8) run the helpers as the user; findmnt and df show what is there."""
+    """``users``: mount(8) and umount(8) run the helpers as the user, who may unmount what root has mounted;
+    findmnt and df show what is there."""
     for name in ("lower", "mnt"):
         (nobody_path / name).mkdir()
         os.chown(nobody_path / name, 65534, 65534)
@@ -216,13 +217,16 @@ def test_a_user_mounts_and_unmounts_by_fstab(nobody_path: Path, base: Path) -> N
         {user} df --output=fstype,target mnt | tail -n 1
         {user} umount mnt
         mountpoint -q mnt || cat store/upper/new
+        mount -o store={nobody_path}/other mnt
+        {user} umount mnt
+        mountpoint -q mnt || ls -d other
         """,
         fstab=f"{nobody_path}/lower {nobody_path}/mnt cowfs store={nobody_path}/store,users,noauto 0 0\n",
     )
     here = str(nobody_path)
     shown = [f"{here}/mnt", f"{here}/lower", "fuse.cowfs"]
     assert [line.split() for line in said.splitlines()] == [
-        *(["file"], shown, ["fuse.cowfs", f"{here}/mnt"], ["new"])
+        *(["file"], shown, ["fuse.cowfs", f"{here}/mnt"], ["new"], ["other"])
     ]
 
 

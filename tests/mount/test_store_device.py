@@ -23,6 +23,7 @@ def device(tmp_path: Path) -> Iterator[Path]:
         out.truncate(32 << 20)
     path = Path(run("losetup", "-f", "--show", backing).stdout.strip())
     yield path
+    run("blockdev", "--setrw", path)  # it stays as it is for the next disk
     run("losetup", "-d", path)
 
 
@@ -62,6 +63,10 @@ def test_a_store_takes_a_device(device: Path, tmp_path: Path, engine: str) -> No
         assert os.listdir(here.path) == ["new"]
         assert (at / "new").stat().st_size == 5 << 20
     assert "clean" in cowfs("check", "-n", device, check=True).stdout
+    run("blockdev", "--setro", device)
+    assert_refused(("mount", lower, at, "--store", device), f"{device}: is on read-only media")
+    with mounted(lower, at, device, engine=engine, options=["ro"]) as here:
+        assert os.listdir(here.path) == ["new"]
 
 
 def assert_refused(command: Sequence[str | Path], why: str) -> None:

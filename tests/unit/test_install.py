@@ -191,7 +191,15 @@ def test_completion(tmp_path: Path) -> None:
     assert {"diff", "revert", "umount"} <= set(offered("cowfs ", tmp_path))
     assert "--stat" in offered("cowfs diff --", tmp_path)
     assert "--store" not in offered("cowfs diff --", tmp_path)
-    assert offered("cowfs diff sys", tmp_path) == ["sysrcd.bs"]
+    assert offered("cowfs diff sys", tmp_path) == ["sysrcd.bs"]  # no store, but the only file there is
+    (tmp_path / "a.bs").write_bytes(bytes(1080) + b"\x53\xef")
+    (tmp_path / "directory/upper").mkdir(parents=True)
+    for typed in ("check ", "mount a b --store "):
+        assert [name for name in offered(f"cowfs {typed}", tmp_path) if name[0] != "-"] == [
+            "a.bs",
+            "directory/",
+        ]
+    assert [name for name in offered("cowfs top ", tmp_path) if name[0] != "-" and "/" not in name] == []
     assert offered("cowfs mount -o ro,sto", tmp_path) == ["ro,store="]
     assert "ro,ro" not in offered("cowfs mount -o ro,r", tmp_path)
 

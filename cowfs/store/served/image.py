@@ -128,6 +128,8 @@ def open_file(path: str, *, read_only: bool = False) -> int:
         mode = os.fstat(fd).st_mode
         if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
             raise StoreError(f"{path}: not a store: neither a file, a block device nor a directory")
+        if not read_only and files.is_read_only_device(os.fstat(fd)):
+            raise StoreError(*_why_not(path, OSError(errno.EROFS, ""), read_only=False))
         if not read_only and not path.startswith(("/proc/self/fd/", "/dev/fd/")):
             _refuse_substitutes(fd, path)
     except BaseException:
