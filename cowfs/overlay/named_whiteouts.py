@@ -26,6 +26,8 @@ BRANCH_NAMES = (b".wh..wh.aufs", b".wh..wh.plnk", b".wh..wh.orph")
 """What aufs has at the root of a writable branch."""
 STYLES = ("overlayfs", "aufs", "oci")
 """How the whiteouts of a layer may be written."""
+_OPAQUE_MARKS = frozenset({TRUSTED + b"opaque", USER + b"opaque", b"user.fuseoverlayfs.opaque"})
+"""What opaque directories of a container's layers may have, which overlayfs and fuse-overlayfs write."""
 XATTRS = {"userxattr": USER, "trustedxattr": TRUSTED}
 """Or as overlayfs writes them, with these attributes whatever the union's are."""
 
@@ -149,13 +151,13 @@ class NamedWhiteouts(Reworded):
     def listxattr(self, key: Key) -> list[bytes]:
         if isinstance(key, Whiteout):
             return []
-        names = [name for name in self.inner.listxattr(key) if name not in self.format.notes]
+        names = [name for name in self.inner.listxattr(key) if not self._is_mark(name)]
         if self.is_opaque(key):
             names.append(self.format.opaque)
         return names
 
     def getxattr(self, key: Key, name: bytes) -> bytes:
-        if name not in self.format.notes:
+        if not self._is_mark(name):
             return self.inner.getxattr(key, name)
         if name == self.format.opaque and not isinstance(key, Whiteout) and self.is_opaque(key):
             return OPAQUE
@@ -165,12 +167,20 @@ class NamedWhiteouts(Reworded):
         """Whether an inode is a directory that hides everything below it."""
         if not stat.S_ISDIR(self.inner.stat(key).st_mode):
             return False
-        if key in self._alone:
+        if key in self._alone or (self.style == "oci" and self._has_opaque_mark(key)):
             return True
         found = self._lookup(key, OPAQUE_NAME)
         if found is not None:
             self.inner.forget(found[0])
         return found is not None
+
+    def _is_mark(self, name: bytes) -> bool:
+        """Whether an attribute is none of the inode's own, but says something of the layers below."""
+        return name in self.format.notes or (self.style == "oci" and name in _OPAQUE_MARKS)
+
+    def _has_opaque_mark(self, key: Key) -> bool:
+        marks = _OPAQUE_MARKS.intersection(self.inner.listxattr(key))
+        return any(self.inner.getxattr(key, mark) == OPAQUE for mark in marks)
 
     def handle(self, key: Key) -> FileHandle | None:
         if isinstance(key, Whiteout):

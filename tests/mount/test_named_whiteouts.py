@@ -72,6 +72,23 @@ def layers(tmp_path: Path) -> list[Path]:
     return [top, bottom]
 
 
+def test_layers_in_the_storage_of_containers(tmp_path: Path) -> None:
+    """podman and buildah have them in overlay/ID/diff: nobody has to say how their whiteouts are written."""
+    storage = tmp_path / "storage/overlay"
+    top, bottom = (storage / (digit * 64) / "diff" for digit in "ab")
+    for layer, name in ((top, ".wh.gone"), (bottom, "gone"), (bottom, "kept")):
+        layer.mkdir(parents=True, exist_ok=True)
+        (layer / name).touch()
+        (layer.parent / "link").write_text("SHORT")
+    (storage / "l").mkdir()
+    (storage / "l/SHORT").symlink_to(f"../{'a' * 64}/diff")
+    for above in top, storage / "l/SHORT":
+        with mounted([above, bottom], tmp_path / "m") as mount:
+            assert os.listdir(mount.path) == ["kept"]
+    with mounted([top, bottom], tmp_path / "m", options=["whiteouts=overlayfs"]) as mount:
+        assert set(os.listdir(mount.path)) == {".wh.gone", "gone", "kept"}
+
+
 @pytest.mark.parametrize("style", ["auto", pytest.param("aufs", marks=pytest.mark.nightly), "oci"])
 def test_merged_and_changed(layers: list[Path], tmp_path: Path, style: str) -> None:
     expected = dict(MERGED)

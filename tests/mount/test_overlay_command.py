@@ -102,6 +102,31 @@ def test_without_an_upper_it_is_read_only(place: Path) -> None:
         assert refused.value.errno == errno.EROFS
 
 
+def test_opaque_directories_of_lowers_hide_what_is_below(place: Path) -> None:
+    """Those that it has written itself, and those of overlayfs and of fuse-overlayfs."""
+    marks = ("trusted.overlay.opaque", "user.overlay.opaque", "user.fuseoverlayfs.opaque")
+    for mark in marks:
+        for lower, name in (("low", "new"), ("l:2,", "old")):
+            (place / lower / mark).mkdir()
+            (place / lower / mark / name).touch()
+        os.setxattr(place / "low" / mark, mark, b"y")
+    with overlay(place) as top:
+        for mark in marks:
+            assert os.listdir(top / mark) == ["new"]
+            (top / mark / "more").touch()
+            assert os.listxattr(top / mark) == []
+        (top / "d/x").unlink()
+        (top / "d").rmdir()
+        (top / "d").mkdir()
+    (place / "next").mkdir()
+    cowfs("-o", r"lowerdir=UP:low:l\:2\,,upperdir=next,workdir=work", "mnt", cwd=str(place), check=True)
+    try:
+        assert os.listdir(place / "mnt/d") == []
+        assert {frozenset(os.listdir(place / "mnt" / mark)) for mark in marks} == {frozenset({"new", "more"})}
+    finally:
+        cowfs("umount", place / "mnt", check=True)
+
+
 def test_what_is_in_its_place_is_not_called_replaced(place: Path) -> None:
     words = r"lowerdir=low,upperdir=UP,workdir=work/w\,k"
     cowfs("-o", words, "mnt", cwd=str(place), check=True)

@@ -30,6 +30,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import re
 import stat
 from collections.abc import Sequence
 from contextlib import closing
@@ -96,11 +97,26 @@ def identify_lowers(
 def _with_whiteouts(low: Identity, style: str) -> Identity:
     """Return the identity of a lower whose whiteouts are written so."""
     if style == "auto":
-        style = "aufs" if low.kind == "directory" and _is_branch(low.path) else "overlayfs"
+        style = _found_style(low.path) if low.kind == "directory" else "overlayfs"
     if style == "overlayfs":
         return low
     described = f"{low.description}, whiteouts of {style}"
     return replace(low, fingerprint=f"{WHITEOUTS}{style}:{low.fingerprint}", description=described)
+
+
+def _found_style(path: str) -> str:
+    if _is_branch(path):
+        return "aufs"
+    return "oci" if _is_container_layer(path) else "overlayfs"
+
+
+def _is_container_layer(path: str) -> bool:
+    """Whether a directory is a layer in the storage of podman and buildah: overlay/ID/diff."""
+    layer, name = os.path.split(os.path.realpath(path))
+    overlay, identifier = os.path.split(layer)
+    if name != "diff" or not re.fullmatch("[0-9a-f]{64}", identifier):
+        return False
+    return os.path.isfile(os.path.join(layer, "link")) and os.path.isdir(os.path.join(overlay, "l"))
 
 
 def _is_branch(path: str) -> bool:
