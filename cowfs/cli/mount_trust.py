@@ -28,7 +28,8 @@ def fuse_options(given: mount_options.Options, union: UnionOptions) -> set[str]:
         reason = shows_too_much(layers, lambda layer: _who_can_change(layer, union))
         if reason is not None:
             options.discard("allow_other")
-            warn(f"mounted for root alone: {reason} (-o allow_other if you trust it)")
+            if not user_namespace.has_one_user():  # else there is nobody else to let in
+                warn(f"mounted for root alone: {reason} (-o allow_other if you trust it)")
     if "fakeroot" in given.flags:
         options -= {"suid", "dev"}
         options |= {"nosuid", "nodev"}

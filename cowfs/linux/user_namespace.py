@@ -30,6 +30,11 @@ def has_all(kind: str) -> bool:
     return ranges(kind) == [_WHOLE]
 
 
+def has_one_user() -> bool:
+    """Whether one user alone has a number here, as after ``unshare --map-root-user``."""
+    return sum(count for _, _, count in ranges("uid")) == 1
+
+
 def lacks(user: int, group: int) -> bool:
     """Whether something's owner, as stat(2) tells it, has no number in this user namespace."""
     return any(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 from pathlib import Path
@@ -112,6 +113,9 @@ def test_the_exit_code_is_the_commands(base: Path) -> None:
 
 def test_it_says_nothing_of_its_own(base: Path) -> None:
     """Of root in its namespace the mount need not warn: there it is the user."""
+    assert running(base, "true").stderr == ""
+    os.chown(base / "image", 65534, 65534)
+    (base / "image").chmod(0o600)  # and there is nobody from whom to keep it
     assert running(base, "true").stderr == ""
 
 
