@@ -10,7 +10,7 @@ from itertools import zip_longest
 
 from cowfs.errors import LayerError, SystemFailure
 from cowfs.formats import archives, erofs
-from cowfs.formats.squashfs.image import open_image
+from cowfs.formats.squashfs.by_kernel import refused
 from cowfs.formats.squashfs.source import open_bytes
 from cowfs.layers.base import LowerLayer
 from cowfs.layers.directory import DirectoryLayer
@@ -28,9 +28,6 @@ from cowfs.overlay.named_whiteouts import reworded
 from cowfs.url.names import is_url, place
 
 _ARCHIVES = {"tar": TarLayer, "zip": ZipLayer, "iso9660": Iso9660Layer}
-_SECTOR = 512
-_SQUASHFS_DEVBLK_SIZE = 1024
-"""The kernel's squashfs reads its device in blocks of this many bytes (fs/squashfs/squashfs_fs.h)."""
 
 
 def open_lower(spec: str, engine: str = "auto", offset: int = 0, whiteouts: str = "overlayfs") -> LowerLayer:
@@ -51,7 +48,7 @@ def _open_lower(spec: str, engine: str, offset: int) -> LowerLayer:
     if is_url(spec):
         if engine == "kernel":
             raise LayerError(f"{spec}: the kernel cannot read by URL", "use --engine process")
-        return SlowLayer(SquashfsLayer(spec, offset=offset), knows_at_once=True)
+        return SlowLayer(_by_url(spec, offset), knows_at_once=True)
     if os.path.isdir(spec) and not offset:
         fd, waits = _look_at(spec, os.O_DIRECTORY)
         return _directory(fd, spec, waits=waits)
@@ -70,16 +67,25 @@ def _open_lower(spec: str, engine: str, offset: int) -> LowerLayer:
             f"{spec}: only root can use the kernel engine", "--engine process works without root"
         )
     is_erofs = erofs.is_erofs(head)
-    if not is_erofs and not _kernel_reaches(spec, offset):
-        raise LayerError(
-            f"{spec}: the kernel cannot read the end of the image: the file is not padded to a whole block",
-            "use --engine process, or pack the image without -nopad",
-        )
+    why, hint = ("", "") if is_erofs else refused(spec, offset)
+    if why:
+        raise LayerError(f"{spec}: {why}", hint)
     try:
         return _kernel_mounted(spec, "erofs" if is_erofs else "squashfs", offset, waits=waits)
     except OSError as error:
         missing = "this kernel has no EROFS: modprobe erofs" if error.errno == errno.ENODEV else ""
         raise LayerError(f"{spec}: cannot be mounted: {error.strerror or error}", missing) from None
+
+
+def _by_url(spec: str, offset: int) -> LowerLayer:
+    """Open the image or the archive that a URL names. LayerError."""
+    try:
+        # Held open until the layer has opened it too: one process fetches for both.
+        with closing(open_bytes(spec)) as data:
+            kind = "" if offset else archives.kind_of(data.pread(archives.SAMPLE, 0))
+            return _ARCHIVES[kind](spec) if kind else SquashfsLayer(spec, offset=offset)
+    except OSError as error:
+        raise LayerError(error.strerror or str(error)) from None
 
 
 def _look_at(spec: str, flags: int = 0) -> tuple[int, bool]:
@@ -106,23 +112,6 @@ def _directory(fd: int, spec: str, *, waits: bool, alone: bool = False) -> Lower
     shared = SharedDirectoryLayer(fd, name, alone=alone)
     shared.separate_names()
     return SlowLayer(shared)
-
-
-def _kernel_reaches(spec: str, offset: int) -> bool:
-    """Return whether a loop device has all blocks of the image; it only shows whole sectors of its file.
-
-    The *offset* itself needs no alignment (loop_set_status_from_info in drivers/block/loop.c).
-    """
-    with closing(open_image(os.path.abspath(spec), offset)) as image:
-        if image.superblock.is_old:
-            major, minor = image.superblock.version
-            raise LayerError(
-                f"{spec}: the kernel does not mount squashfs version {major}.{minor}", "use --engine process"
-            )
-        used = image.superblock.bytes_used
-        size = image.source.file_size()
-    available = (size - offset) // _SECTOR * _SECTOR
-    return -(-used // _SQUASHFS_DEVBLK_SIZE) * _SQUASHFS_DEVBLK_SIZE <= available
 
 
 def _kernel_mounted(spec: str, kind: str, offset: int, *, waits: bool) -> LowerLayer:

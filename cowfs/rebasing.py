@@ -13,7 +13,7 @@ from cowfs.changes.imagined import ImaginedUpper
 from cowfs.changes.layers_rebased import Step, steps
 from cowfs.changes.merged import Merged
 from cowfs.changes.names import Expect, count_names, not_asked
-from cowfs.changes.rebase import Maker, Rebase, Told
+from cowfs.changes.rebase import Maker, Outcome, Rebase
 from cowfs.changes.upper_maker import UpperMaker
 from cowfs.changes.version import Tree
 from cowfs.client import mount_with_store
@@ -46,13 +46,13 @@ class Rebased:
 
     kept: int = 0
     """How many names of the store stay, without directories."""
-    told: list[Told] = field(default_factory=list)
+    told: list[Outcome] = field(default_factory=list)
     """What does not stay, and the conflicts, which stay."""
     old: list[Identity] = field(default_factory=list)
     new: list[Identity] = field(default_factory=list)
 
     @property
-    def conflicts(self) -> list[Told]:
+    def conflicts(self) -> list[Outcome]:
         return [one for one in self.told if one.kind == "conflict"]
 
 
@@ -66,7 +66,7 @@ class _Sides:
     after: Merged
     checkpoint: str
     number: int
-    told: list[Told] = field(default_factory=list)
+    told: list[Outcome] = field(default_factory=list)
 
     @property
     def place(self) -> str:
@@ -219,7 +219,7 @@ def _walk(work: _Work, step: Step, maker: Maker, made: LowerLayer) -> None:
     """Let *maker* make one upper, which *made* shows then."""
     sides = _sides(work, step)
 
-    def tell(told: Told) -> None:
+    def tell(told: Outcome) -> None:
         sides.told.append(told._replace(checkpoint=sides.checkpoint))
 
     walk = Rebase(sides.changes, sides.old, sides.new, maker, tell, work.tick)
@@ -334,7 +334,7 @@ def _below(top: int, *path: str) -> Iterator[int]:
         yield fd
 
 
-def _write_versions(sides: _Sides, found: Sequence[Told], place: int) -> None:
+def _write_versions(sides: _Sides, found: Sequence[Outcome], place: int) -> None:
     trees: list[tuple[str, Tree, bool]] = [
         ("old", Merged(sides.old), True),
         ("new", Merged(sides.new), True),

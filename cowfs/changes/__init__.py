@@ -1,4 +1,5 @@
-"""What has changed between a merged tree and its lower, read from the layers and never from FUSE.
+"""Find, show, revert and move changes: the differences between a merged tree and its lowers.
 
-:func:`cowfs.changes.diff.diff` finds the changes, :mod:`cowfs.changes.render` shows them.
+Most of it reads the layers, not the mounted tree. :func:`cowfs.changes.diff.diff` finds the changes,
+:mod:`cowfs.changes.render` shows them.
 """

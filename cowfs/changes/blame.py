@@ -1,4 +1,4 @@
-"""Who made, wrote, renamed and removed a file, from what ``mount -o blame`` has recorded.
+"""Find who made, wrote, renamed and removed a file, from the records of ``mount -o blame``.
 
 The records are read from the newest to the oldest, and a file is followed to its earlier names. So an editor
 or a package manager, which writes a new file and renames it, is named as the writer.
@@ -23,13 +23,13 @@ _MOST_NAMES = 64
 _ALIKE = 1_000_000
 """µs."""
 _LATEST = 253370764800 * 1_000_000
-"""The end of the year 9998, in µs: it has a date in each time zone."""
+"""The end of the year 9998, in µs. Python can show it in every time zone."""
 _LONGEST_PATHS = 32 << 20
-"""Bytes that the paths in one batch have together: a recorder ends it long before that."""
-_MOST_NAMES_TOLD = 256 << 20
-"""Bytes of all names that are told at once."""
-_MOST_LOOKED_AT = 2 << 30
-"""Bytes that are looked at to find what all directories above them were renamed to."""
+"""Bytes of all paths in one batch, at most. A recorder ends a batch long before that."""
+_LONGEST_RESULT = 256 << 20
+"""Bytes of all names in one result, at most."""
+_MOST_EXAMINED = 2 << 30
+"""Bytes of paths examined to find the new names of the directories above them, at most."""
 
 KINDS = {
     **dict.fromkeys(MAKING, "made"),
@@ -38,7 +38,7 @@ KINDS = {
     **dict.fromkeys(("rename", "exchange"), "renamed"),
     **dict.fromkeys(("remove", "rmdir"), "removed"),
 }
-"""What people call the operations."""
+"""Operation to the kind of event that is shown to users."""
 
 
 class Record(NamedTuple):
@@ -55,9 +55,9 @@ class Record(NamedTuple):
 
 
 def records(contents: Iterable[bytes], name: str) -> Iterator[Record]:
-    """Yield the records in what :meth:`cowfs.store.format.records.Records.contents` gives, the newest first.
+    """Yield the records in :meth:`cowfs.store.format.records.Records.contents`, the newest first.
 
-    Raises StoreError for a record that makes no sense; *name* is the name of the store.
+    Blocks as *contents* does. StoreError for an invalid record; *name* is the store's name, for the message.
     """
     for batch in batches(contents, name):
         try:
@@ -69,7 +69,7 @@ def records(contents: Iterable[bytes], name: str) -> Iterator[Record]:
 
 def _records(batch: dict[str, Any]) -> Iterator[Record]:
     begun = _number(batch["begun"])
-    processes = [_process(*told) for told in batch["processes"]]
+    processes = [_process(*each) for each in batch["processes"]]
     directories = [raw(path) for path in batch["directories"]]
     left = _LONGEST_PATHS
 
@@ -97,19 +97,19 @@ def _records(batch: dict[str, Any]) -> Iterator[Record]:
         )
 
 
-def _number(told: object) -> int:
-    if type(told) is not int or not 0 <= told <= _LATEST:
-        raise ValueError(told)
-    return told
+def _number(value: object) -> int:
+    if type(value) is not int or not 0 <= value <= _LATEST:
+        raise ValueError(value)
+    return value
 
 
 def _process(pid: int, uid: int, program: str, command: list[str], cgroup: str) -> Process:
     for word in (program, *command, cgroup):
-        raw(word)  # ValueError: half a character, which no name has
+        raw(word)  # ValueError for half a surrogate pair, which no name contains
     return Process(_number(pid), _number(uid), program, tuple(command), cgroup)
 
 
-class Deed(NamedTuple):
+class Event(NamedTuple):
     """Something that one process did to a file."""
 
     operations: tuple[str, ...]
@@ -117,7 +117,7 @@ class Deed(NamedTuple):
     """µs since the epoch."""
     process: Process | None
     path: bytes
-    """What it was called then."""
+    """The path at that time."""
     to: bytes | None
 
 
@@ -126,11 +126,11 @@ class History:
     """What is known of one path: the first and the last event of each kind."""
 
     path: bytes
-    first: dict[str, Deed] = field(default_factory=dict)
-    last: dict[str, Deed] = field(default_factory=dict)
+    first: dict[str, Event] = field(default_factory=dict)
+    last: dict[str, Event] = field(default_factory=dict)
     names: dict[bytes, None] = field(default_factory=dict)
-    """What the file was called at the time that has been reached, going back; and the path itself: what was
-    there before the file was renamed to it counts, too."""
+    """The names of the file at the time reached while going back, and the path itself: files that had the
+    path before this one count too."""
 
     def __post_init__(self) -> None:
         self.names[self.path] = None
@@ -143,17 +143,17 @@ class History:
             if before:
                 self.names.update(dict.fromkeys(before[: _MOST_NAMES - len(self.names)]))
             elif "link" in operations:
-                return  # it has one more name, and existed already
+                return  # a new name of a file that existed already
             is_ours = is_ours or bool(before)
         if not is_ours:
             return
         for kind in dict.fromkeys(map(KINDS.__getitem__, operations)):
             self._note(kind, tuple(word for word in operations if KINDS[word] == kind), record)
         if record.to is None and record.path != self.path and _MAKES.intersection(operations):
-            del self.names[record.path]  # what was there before is another file
+            del self.names[record.path]  # before that, the path was another file's
 
     def _note(self, kind: str, operations: tuple[str, ...], record: Record) -> None:
-        begin = Deed(operations, record.first, record.process, record.path, record.to)
+        begin = Event(operations, record.first, record.process, record.path, record.to)
         if kind not in self.last:
             self.last[kind] = begin if kind == "made" else begin._replace(time=record.last)
         self.first[kind] = begin
@@ -164,10 +164,10 @@ class History:
             entry: dict[str, Any] = {"version": VERSION}
             put_path(entry, "path", self.path)
             entry["what"] = kind
-            entry["first"], entry["last"] = (_json(deeds[kind]) for deeds in (self.first, self.last))
+            entry["first"], entry["last"] = (_json(events[kind]) for events in (self.first, self.last))
             yield entry
 
-    def deeds(self) -> Iterator[tuple[str, list[tuple[str, Deed]]]]:
+    def events(self) -> Iterator[tuple[str, list[tuple[str, Event]]]]:
         """Yield each kind with its first and last event, or with one where they are nearly the same."""
         for kind in _in_order(self.first):
             first, last = self.first[kind], self.last[kind]
@@ -175,12 +175,12 @@ class History:
             yield kind, [("", last)] if alike else [("first", first), ("last", last)]
 
 
-def _in_order(found: dict[str, Deed]) -> list[str]:
+def _in_order(found: dict[str, Event]) -> list[str]:
     return [kind for kind in dict.fromkeys(KINDS.values()) if kind in found]
 
 
 def _before(record: Record, name: bytes) -> bytes | None:
-    """Return the earlier name of what *name* names, if the record says that it got the name then."""
+    """Return the former name of the file at *name* if the record gave it that name; else None."""
     assert record.to is not None
     before = _moved(name, record.to, record.path)
     return (
@@ -189,9 +189,8 @@ def _before(record: Record, name: bytes) -> bytes | None:
 
 
 def _moved(name: bytes, there: bytes, before: bytes) -> bytes | None:
-    """Return what *name* was called before *before* became *there*; None if it is neither *there* nor below
-    it.
-    """
+    """Return the name that *name* had before *before* became *there*; None if *name* is not at or below
+    it."""
     if name == there:
         return before
     if there and name.startswith(there + b"/"):
@@ -199,12 +198,12 @@ def _moved(name: bytes, there: bytes, before: bytes) -> bytes | None:
     return None
 
 
-def _json(deed: Deed) -> dict[str, Any]:
-    entry: dict[str, Any] = {"time": stamp(deed.time), "operations": list(deed.operations)}
-    put_path(entry, "path", deed.path)
-    if deed.to is not None:
-        put_path(entry, "to", deed.to)
-    entry["process"] = None if deed.process is None else described(deed.process)
+def _json(event: Event) -> dict[str, Any]:
+    entry: dict[str, Any] = {"time": stamp(event.time), "operations": list(event.operations)}
+    put_path(entry, "path", event.path)
+    if event.to is not None:
+        put_path(entry, "to", event.to)
+    entry["process"] = None if event.process is None else described(event.process)
     return entry
 
 
@@ -214,7 +213,7 @@ class _Histories:
     def __init__(self) -> None:
         self._by_name: dict[bytes, list[History]] = {}
         self._above: set[bytes] = set()
-        """The directories that these names are in."""
+        """All directories above these names."""
 
     def add(self, history: History, names: Iterable[bytes]) -> None:
         for name in names:
@@ -226,7 +225,7 @@ class _Histories:
                 self._above.add(name)
 
     def go_back(self, record: Record) -> None:
-        """Add a record to the histories that it may concern."""
+        """Add a record, older than all before it, to the histories that it may concern."""
         found = {id(each): each for each in self._by_name.get(record.path, ())}
         if record.to is not None:
             found |= {id(each): each for each in self._by_name.get(record.to, ())}
@@ -246,7 +245,7 @@ class _Names:
 
     def __init__(self) -> None:
         self._later: dict[bytes, bytes] = {}
-        """Of files and directories that were renamed since."""
+        """Earlier name to last name, of files and directories that were renamed."""
 
     def of(self, path: bytes) -> bytes:
         """Return the last name of the file that was at *path*."""
@@ -265,7 +264,7 @@ class _Names:
         if to is None:
             yield self.of(path)
             if _MAKES.intersection(record.operations):
-                self._later.pop(path, None)  # what was there before is another file
+                self._later.pop(path, None)  # before that, the path was another file's
             return
         last = self.of(to)
         yield last
@@ -275,12 +274,16 @@ class _Names:
             self._later[path], self._later[to] = last, self.of(path)
         elif "rename" in record.operations:
             self._later[path] = last
-            self._later[to] = to  # what was there before disappeared
+            self._later[to] = to  # the rename replaced the former file
 
 
 def names_of(contents: Iterable[bytes], name: str, selects: Callable[[bytes], object]) -> list[bytes]:
-    """Return all recorded paths that *selects* accepts, under their last names, sorted."""
-    names, found, left, look = _Names(), set[bytes](), _MOST_NAMES_TOLD, _MOST_LOOKED_AT
+    """Return the last names of all recorded files that *selects* accepts, sorted.
+
+    Blocks as *contents* does. StoreError if the records are damaged, or take too much memory or time; *name*
+    is for messages.
+    """
+    names, found, left, look = _Names(), set[bytes](), _LONGEST_RESULT, _MOST_EXAMINED
     for record in records(contents, name):
         look -= sum(len(path) * path.count(b"/") for path in (record.path, record.to or b""))
         if look < 0:
@@ -294,10 +297,11 @@ def names_of(contents: Iterable[bytes], name: str, selects: Callable[[bytes], ob
 
 
 def blame(contents: Iterable[bytes], paths: Iterable[bytes], name: str) -> tuple[list[History], int | None]:
-    """Return what is recorded of each path, and the time of the first record (µs since the epoch).
+    """Return the history of each path, and the time of the first record (µs since the epoch; None: no
+    record).
 
-    *contents* is what a store's records contain; *name* is for messages. Raises StoreError if they are
-    damaged. The whole result is held in memory.
+    *contents* are the contents of a store's records, the newest first; *name* is for messages. Blocks as
+    *contents* does. StoreError if they are damaged. The whole result is held in memory.
     """
     histories = [History(path) for path in paths]
     known = _Histories()

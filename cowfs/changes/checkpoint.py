@@ -1,8 +1,8 @@
-"""Checkpoints: the tree as it was at some moment, kept as layers below later changes (ADR 0045).
+"""Take, restore and delete checkpoints of a tree in use. They are layers below later changes (ADR 0045).
 
-All functions are generators, and the mount serves requests between two steps. A step yields None, or a call
-that blocks, to be run in a thread. The decisive step is atomic: nothing runs in between, and on the disk it
-is one rename.
+The functions that return :data:`Steps` are generators; the mount serves requests between two steps. A step
+yields None, or a call that blocks, for a thread. The step that makes a change take effect is atomic: nothing
+else runs meanwhile, and on disk it is one rename.
 """
 
 from __future__ import annotations
@@ -31,14 +31,19 @@ log = logging.getLogger(__name__)
 
 Steps = Generator[Callable[[], None] | None, None, None]
 _PATIENCE = 20.0
-"""Seconds in which there should be a moment at which no file is being copied up."""
+"""How many seconds to wait for a moment at which no file is being copied up."""
 _PAUSE = 0.002
+"""Seconds."""
 _SOON = 0.5
-"""Seconds in which the kernel has said what it has forgotten."""
+"""How many seconds to wait until the kernel has sent all requests that release files."""
 
 
 def take(store: Store, fs: Overlay, name: str) -> Steps:
-    """Make a checkpoint of the tree as it is. UsageError if the name is invalid or taken; StoreError."""
+    """Make a checkpoint of the tree as it is now.
+
+    UsageError if the name is invalid or taken. StoreError if the store cannot have another one. MountFailure
+    if the kernel writes to a file itself (passthrough), or if copying up does not pause.
+    """
     check_name(name)
     if store.is_aufs:
         raise StoreError(
@@ -56,10 +61,10 @@ def take(store: Store, fs: Overlay, name: str) -> Steps:
         must_not_wait(fs.base)
     yield from _complete(fs)
     yield from freeze.link_all(fs)
-    yield store.save  # what is frozen is on disk, except what changes meanwhile
+    yield store.save  # everything to be frozen is now on disk, except what changes meanwhile
     yield from stillness(fs)
     _must_not_be_lent(fs)
-    done_at_once(freeze.link_all(fs))  # those that changed meanwhile
+    done_at_once(freeze.link_all(fs))  # files that changed meanwhile
     store.header = checkpoints.with_layers(store.layer, store.header)
     number = layers.next_number()
     below = layers.below(store.upper)
@@ -68,14 +73,14 @@ def take(store: Store, fs: Overlay, name: str) -> Steps:
     upper = store.upper
     layers.exchange(upper, new, name)
     freeze.freeze(fs, new.key, FrozenLayer(store.layer, upper))
-    _now(store, new.key, [layers.all()[number], *store.frozen])
+    _use_upper(store, new.key, [layers.all()[number], *store.frozen])
     yield store.save
 
 
 def go_back(store: Store, fs: Overlay, name: str, forget: Callable[[Stale], None]) -> Steps:
-    """Make the tree what it was at a checkpoint; later changes are lost.
+    """Restore the tree of a checkpoint. Later changes are lost.
 
-    *forget* is called, in a thread, with what the kernel has cached. UsageError if there is no such
+    *forget* is called, in a thread, with the kernel's stale cache entries. UsageError if there is no such
     checkpoint, MountFailure if a file of the tree is open.
     """
     layers = store.layers
@@ -89,7 +94,7 @@ def go_back(store: Store, fs: Overlay, name: str, forget: Callable[[Stale], None
     new = layers.prepare(target.key, (target.number, *target.below))
     layers.exchange(store.upper, new)
     stale = freeze.go_back(fs, new.key, checkpoints.as_layers(store.layer, frozen))
-    _now(store, new.key, frozen)
+    _use_upper(store, new.key, frozen)
     yield store.save
     yield lambda: forget(stale)
     yield from tidy(store)
@@ -98,7 +103,8 @@ def go_back(store: Store, fs: Overlay, name: str, forget: Callable[[Stale], None
 def delete(store: Store, fs: Overlay, name: str) -> Steps:
     """Delete a checkpoint. The tree and the other checkpoints keep their contents.
 
-    A layer that others need stays until the store is opened next (:mod:`cowfs.changes.merge`).
+    A layer that others need stays until the store is opened next (:mod:`cowfs.changes.merge`). UsageError if
+    there is no such checkpoint.
     """
     layers = store.layers
     target = layers.named(name)
@@ -108,11 +114,10 @@ def delete(store: Store, fs: Overlay, name: str) -> Steps:
 
 
 def stand_still(store: Store, fs: Overlay) -> Generator[Callable[[], None] | None, None, str]:
-    """Return at a moment when everything the tree shows is in the store; this holds until the next step or
-    request.
+    """Wait for a moment when the store contains everything that the tree shows.
 
-    Returns the files that the kernel itself writes to (passthrough); "" if none. MountFailure if files are
-    copied up without a pause.
+    This holds until the next step or request. Return the first file that the kernel writes to itself
+    (passthrough), for a message; "" if there is none. MountFailure if copying up does not pause.
     """
     if fs.host.lent():
         yield fs.host.prune
@@ -121,8 +126,8 @@ def stand_still(store: Store, fs: Overlay) -> Generator[Callable[[], None] | Non
     return _first_of(fs.host.lent())
 
 
-def _now(store: Store, upper: object, frozen: list[Checkpoint]) -> None:
-    """Continue with another upper: the exchange is made, and nothing can undo it."""
+def _use_upper(store: Store, upper: object, frozen: list[Checkpoint]) -> None:
+    """Use the new upper after the exchange on disk, which is final."""
     store.upper, store.frozen = upper, frozen
     try:
         store.layers.settle(store.upper, store.index, store.links)
@@ -134,12 +139,12 @@ def tidy(store: Store) -> Iterator[None]:
     """Remove the layers that nobody can go back to."""
     layers = store.layers
     for number in layers.rubbish(store.upper):
-        with suppress(OSError):  # if this fails, the next mount continues
+        with suppress(OSError):  # the next mount continues
             yield from layers.remove(number)
 
 
 def must_be_one(fs: Overlay) -> None:
-    """MountFailure if some directories have another upper, in memory, based on this one."""
+    """MountFailure if the mount has volatile directories."""
     if len(fs.unions()) > 1:
         raise MountFailure(
             "the mount has volatile directories, so its layers must stay as they are",
@@ -158,16 +163,15 @@ def must_not_be_in_use(fs: Overlay) -> None:
 
 
 def _released(fs: Overlay) -> Steps:
-    """Wait until files that were closed are released: close(2) returns before the kernel tells us
-    (FUSE_RELEASE).
-    """
+    """Wait until closed files are released: close(2) returns before the kernel sends FUSE_RELEASE."""
     end = time.monotonic() + _SOON
     while _first_of(fs.host.opened()) and time.monotonic() < end:
         yield lambda: time.sleep(_PAUSE)
 
 
 def _unlent(fs: Overlay) -> Steps:
-    """MountFailure if the kernel itself writes to a file of the upper: it would continue to."""
+    """Wait until the kernel writes to no file of the upper itself (passthrough). MountFailure if it still
+    does."""
     if fs.host.lent():
         yield fs.host.prune
     end = time.monotonic() + _SOON
@@ -186,7 +190,7 @@ def _must_not_be_lent(fs: Overlay) -> None:
 
 
 def _first_of(nodes: Iterable[Node]) -> str:
-    """Return the path of one of them, and how many more there are; "" if there are none."""
+    """Return the first path and how many more there are, for a message; "" if there are none."""
     paths = sorted({b"/" + freeze.path_of(node) for node in nodes})
     if not paths:
         return ""
@@ -194,7 +198,7 @@ def _first_of(nodes: Iterable[Node]) -> str:
 
 
 def _complete(fs: Overlay) -> Steps:
-    """Copy up the missing data of partial files: in a lower layer nobody would."""
+    """Copy up the missing data of partial files: once they are in a lower layer, nobody does."""
     for pending in list(fs.pending.values()):
         file = incomplete.open_rest(fs, pending)
         try:
@@ -206,7 +210,7 @@ def _complete(fs: Overlay) -> Steps:
 
 
 def stillness(fs: Overlay, *, with_pending: bool = False) -> Steps:
-    """Return at a moment when no thread changes a file. MountFailure if none comes for a long time."""
+    """Wait for a moment when no thread changes a file. MountFailure if there is none within 20 seconds."""
     deadline = time.monotonic() + _PATIENCE
     while True:
         try:

@@ -1,4 +1,4 @@
-"""What differs between two inodes, as far as a user would call it a difference."""
+"""Compare two inodes in what users can see."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from cowfs.layers.base import File, Key, LowerLayer
 from cowfs.layers.partial import Part, PartialFile, either
-from cowfs.overlay.xattr_format import XattrFormat
+from cowfs.overlay.xattr_format import Notes, XattrFormat
 from cowfs.types import Attr
 
 _QUIETLY = os.O_RDONLY | os.O_NOATIME
@@ -22,7 +22,7 @@ _NO_XATTRS = {errno.ENODATA, errno.EOPNOTSUPP, errno.EPERM, errno.EACCES}
 
 @dataclass(slots=True)
 class Inode:
-    """An inode of one layer, and where its data is if not there."""
+    """An inode of one layer, and where its data is if the layer does not have it."""
 
     layer: LowerLayer
     key: Key
@@ -30,10 +30,10 @@ class Inode:
     data: tuple[LowerLayer, Key] | None = None
     """For a metacopy: the layer and the inode with its data."""
     end: int | None = None
-    """Where it has some of its data itself: of how many bytes the rest is in *data*."""
+    """For a partial file: how many bytes come from *data* where the file itself has holes. None: all."""
 
     def open(self) -> File:
-        """Open its data."""
+        """Open the data for reading. Blocks as the layers do; OSError."""
         layer, key = self.data or (self.layer, self.key)
         if self.end is None:
             return layer.open(key, _QUIETLY)
@@ -45,16 +45,25 @@ class Inode:
             raise
 
 
+def set_data(inode: Inode, notes: Notes, data: tuple[LowerLayer, Key], xattrs: XattrFormat) -> None:
+    """Let a metacopy take its data, or the part that it lacks, from *data*. Blocks; OSError.
+
+    Do nothing if *data* is no longer what a partial file was copied from: nobody can read that file.
+    """
+    note = xattrs.partial_of(notes)
+    if note is None or note.is_of(data[0].stat(data[1])):
+        inode.data = data
+        inode.end = None if note is None else min(note.end, inode.attr.st_size)
+
+
 def compare(
     new: Inode, old: Inode, xattrs: XattrFormat, *, directory_times: bool = False
 ) -> Generator[None, None, tuple[str, ...]]:
     """Return which of ``type content mode owner times xattrs target device`` differ.
 
-    Blocks, but yields before each MiB of content that it reads.
-
-    If the types differ, the result is ``type`` alone. The only time that counts is that of the last write to
-    the data. A directory's does not count unless *directory_times*, since it changes with every entry made in
-    it. Inode numbers and link counts do not count.
+    If the types differ, the result is only ``type``. Of the times, only the mtime is compared, and a
+    directory's only with *directory_times*, because every new entry changes it. Inode numbers and link counts
+    are not compared. Blocks, but yields before each MiB of content that it reads; OSError.
     """
     if stat.S_IFMT(new.attr.st_mode) != stat.S_IFMT(old.attr.st_mode):
         return ("type",)
@@ -80,13 +89,13 @@ def compare(
 
 
 def differing(new: Inode, old: Inode, xattrs: XattrFormat) -> tuple[bytes, ...]:
-    """Return the names, as users know them, of the xattrs that differ or that only one inode has."""
+    """Return the names, as users see them, of the xattrs that differ or that only one inode has."""
     one, other = shown_xattrs(new, xattrs), shown_xattrs(old, xattrs)
     return tuple(sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name)))
 
 
 def shown_xattrs(inode: Inode, xattrs: XattrFormat) -> dict[bytes, bytes]:
-    """Return the xattrs that users see, under the names they know; empty if the layer has none."""
+    """Return the xattrs under the names that users see; empty if the filesystem has none. Blocks; OSError."""
     values = {}
     for name in _names(inode):
         shown = xattrs.shown(name)
@@ -109,7 +118,7 @@ def _names(inode: Inode) -> list[bytes]:
 
 
 def _same_time(new: int, old: int) -> bool:
-    """Compare as exactly as both can record: an ext3 with small inodes stores whole seconds only."""
+    """Compare two times. If one has whole seconds, ignore fractions: ext3 with small inodes stores none."""
     if new % _SECOND == 0 or old % _SECOND == 0:
         return new // _SECOND == old // _SECOND
     return new == old
@@ -123,7 +132,7 @@ def _same_content(new: Inode, old: Inode) -> Generator[None, None, bool]:
     new_layer, new_key = new.data or (new.layer, new.key)
     old_layer, old_key = old.data or (old.layer, old.key)
     is_same = False
-    if new_layer.stat == old_layer.stat:  # also where both are directories of one layer (FrozenLayer)
+    if new_layer.stat == old_layer.stat:  # the same layer, or two roots in one (FrozenLayer)
         one, two = new_layer.stat(new_key), old_layer.stat(old_key)
         if (one.st_dev, one.st_ino) == (two.st_dev, two.st_ino):
             if new.end is None:
@@ -131,20 +140,20 @@ def _same_content(new: Inode, old: Inode) -> Generator[None, None, bool]:
             is_same = new.end >= new.attr.st_size
     try:
         old_file = old.open()
-    except PermissionError:  # a user's, who wrote what there is now without having read that
+    except PermissionError:  # the user could write to the file, but cannot read the old one
         return False
     with closing(old_file), closing(new.open()) as new_file:
         size = new.attr.st_size
         written = new.layer.open(new.key, _QUIETLY) if is_same else None
         if written is not None:
-            with closing(written):  # the rest is the same, without reading it
+            with closing(written):  # the rest is shared, so it need not be read
                 return (yield from _same_bytes(new_file, old_file, written.segments(size)))
         runs = either(new_file.segments(size), old_file.segments(size))
         return (yield from _same_bytes(new_file, old_file, runs))
 
 
 def _same_bytes(new: File, old: File, runs: Iterable[tuple[int, int]]) -> Generator[None, None, bool]:
-    """Compare two runs of data. Nothing to compare where both have holes: they are equal."""
+    """Compare two files in the given runs of data. Outside them, both have holes."""
     for start, stop in runs:
         for position in range(start, stop, _CHUNK):
             yield

@@ -1,7 +1,7 @@
-"""Several stacked uppers as one layer: what was changed since a checkpoint that is not the last.
+"""Show several stacked uppers as one layer: the changes since a checkpoint that is not the last.
 
-A reader sees it as an ordinary upper, with whiteouts, opaque directories, redirects and metacopies. They say
-what all the layers together mean for the layers below.
+The result looks like an ordinary upper, with whiteouts, opaque directories, redirects and metacopies. These
+describe how all the layers together change the layers below.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from cowfs.types import Attr, AttrData, DirEntry, FileHandle, FsStats
 
 @dataclass(slots=True, eq=False)
 class _Composed:
-    """An inode: where the layers have it, and which overlay attributes do not hold for all of them."""
+    """An inode: where the layers have it, and its overlay attributes for all of them together."""
 
     places: tuple[Place, ...]
     attr: Attr
@@ -124,9 +124,7 @@ class Composite:
 
     @staticmethod
     def _redirect(found: Found, name: bytes, is_root: bool) -> bytes | None:
-        """Return where the layers below have what *name* is, in the root or elsewhere; None: under its own
-        name.
-        """
+        """Return the redirect to where the layers below have *name*; None if it is under its own name."""
         assert found.further is not None
         path, from_root = found.further
         if path == (name,) and (is_root or not from_root):
@@ -202,7 +200,7 @@ class Composite:
 
 
 class Above(NamedTuple):
-    """What is above some layer of a store: what can be compared with it."""
+    """The layers above some layer of a store, as one, to be compared with it."""
 
     layer: UpperLayer
     root: Key
@@ -216,7 +214,7 @@ def above(
     xattrs: XattrFormat,
     index: Key | None,
 ) -> Above:
-    """Return the upper, if there is one, and the *frozen* layers right below it, as one layer."""
+    """Combine the upper, if there is one, and the *frozen* layers directly below it into one layer."""
     if upper is None:
         composite = Composite(frozen, xattrs)
     elif not frozen:

@@ -1,19 +1,19 @@
-"""The changes between the lowers and the merged tree, found by reading the upper.
+"""Find the changes between the lowers and the merged tree by reading the upper.
 
-Every path has at most one line, with one exception: if something was deleted and something else was renamed
-to its place, the path has a ``D`` and then an ``R``. The rules:
+Every path has at most one line, with one exception: if a file was deleted and another was renamed to its
+path, the path has a ``D`` and then an ``R``. The rules:
 
-- ``D``: what the lowers show is gone. A directory is one line, without its contents. If a directory was
-  deleted and created again (it is opaque), each of its old entries that no longer exists has a line.
-- ``R``: a directory, or a file whose data was not touched, was renamed. Changes below a directory, and of its
-  own attributes, are listed under its new name. The old place has no ``D``, and what was put there later is
-  ``A``.
-- ``A``: the merged tree has a name that the lowers do not have; each file of a new directory is listed.
-- ``M``: both have it, and they differ. If one of them is a directory and the other is not, that is ``M`` with
+- ``D``: the lowers have the name, the merged tree does not. A directory is one line, without its contents. If
+  a directory was deleted and created again (it is opaque), each of its old entries that no longer exists has
+  a line.
+- ``R``: a directory, or a file whose data did not change, was renamed. Changes below a directory, and of its
+  own attributes, are listed under its new name. The old path has no ``D``; a new file there is ``A``.
+- ``A``: the merged tree has a name that the lowers do not have. Each file of a new directory is listed.
+- ``M``: both have the name, and the files differ. If only one of them is a directory, that is ``M`` with
   ``type``; the contents of a deleted directory are not listed.
 
 A file that was copied up but is equal, and a directory that was copied up only because of its contents, are
-not changes. :func:`cowfs.changes.compare.compare` says what counts as equal.
+not changes. :func:`cowfs.changes.compare.compare` defines what is equal.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import stat
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 
-from cowfs.changes.compare import Inode, compare, differing
+from cowfs.changes.compare import Inode, compare, differing, set_data
 from cowfs.changes.links import Aliases, find_aliases
 from cowfs.changes.lowers import Lower, LowerView
 from cowfs.changes.paths import join, type_name
@@ -44,12 +44,11 @@ def diff(
 ) -> Iterator[Change]:
     """Yield every change, sorted by name within each directory, a directory before its contents.
 
-    *lowers* are topmost first; *prefix* is that of the overlay's xattrs (``trusted.overlay.``); *index* is
-    the directory of hard links in the upper layer, if there is one. With *directory_times* a directory whose
-    time alone differs is listed, too. Blocks as the layers do: it may compare whole files between two
-    changes. Holds the names of one directory per level, and the renamed paths, in memory. The tree may be in
-    use: then each line was true at some moment, and files deleted meanwhile are left out. Raises the layers'
-    :class:`OSError`.
+    *lowers* are topmost first. *prefix* is that of the overlay's xattrs (``trusted.overlay.``). *index* is
+    the directory of hard links in the upper layer, if there is one. With *directory_times*, a directory is
+    listed even if only its mtime differs. The names of one directory per level, and the renamed paths, are
+    held in memory. The tree may be in use: then each line was true at some moment, and files deleted
+    meanwhile are left out. Blocks as the layers do, and may compare whole files between two changes; OSError.
     """
     told = steps(upper, upper_root, lowers, prefix, index, directory_times=directory_times)
     return (step for step in told if step is not None)
@@ -66,28 +65,28 @@ def steps(
 ) -> Iterator[Change | None]:
     """Like :func:`diff`, but also yield None, at least after each inode and each MiB of content.
 
-    For a caller that has other work to do meanwhile.
+    A caller can do other work at these points.
     """
     return _Diff(upper, upper_root, lowers, prefix, index, directory_times).run()
 
 
 @dataclass(slots=True)
 class _Directory:
-    """A directory of the merged tree whose contents still have to be compared."""
+    """A directory of the merged tree whose contents are still to be compared."""
 
     path: bytes
     upper: Key | None
-    """None where nothing was changed, and only hard links below it bring us here."""
+    """None if the upper has no such directory, and it only contains changed hard links."""
     base: Lower | None
     """What to compare with; None: everything in it is new."""
     base_path: bytes
     """The path of *base* in the lowers."""
     merged: bool
-    """Whether the names of *base* show through; if not, those that are not in the upper are gone."""
+    """Whether the names of *base* are visible. If not, those that the upper does not have are deleted."""
 
 
 _Step = Change | _Directory | None
-"""A change, a directory to go into, or nothing but a moment for the caller."""
+"""A change, a directory to descend into, or None: the caller may do other work."""
 
 
 class _Diff:
@@ -119,7 +118,7 @@ class _Diff:
             what, names = yield from self._compare(new, base)
             if what:
                 yield Change("M", b"", what, type="directory", xattrs=names)
-        # A stack of our own: trees may be deeper than the interpreter's.
+        # No recursion: trees may be deeper than the interpreter's stack.
         levels = [self._contents(_Directory(b"", self._root, base, b"", merged=True))]
         while levels:
             for step in levels[-1]:
@@ -187,9 +186,7 @@ class _Diff:
         return None if here.base is None else self._view.lookup(here.base, name)
 
     def _untouched(self, path: bytes, natural: bytes, base: Lower) -> Iterator[_Step]:
-        """Find changes that the upper has no entry for: a hard link in the index, or a directory on the way
-        to one.
-        """
+        """Find changes without an entry in the upper: hard links in the index, and directories above them."""
         if base.is_dir:
             yield _Directory(path, None, base, natural, merged=True)
             return
@@ -198,7 +195,7 @@ class _Diff:
             new = Inode(self._upper, key, self._upper.stat(key))
             notes = self._notes(key, new.attr)
             if self._xattrs.is_metacopy(notes, new.attr):
-                self._give_data(new, notes, base)
+                set_data(new, notes, self._data(base), self._xattrs)
             yield from self._modified(path, new, base)
         self._view.forget(base)
 
@@ -213,7 +210,7 @@ class _Diff:
     ) -> Iterator[_Step]:
         new = Inode(self._upper, key, attr)
         if not origin.is_dir:
-            self._give_data(new, notes, origin)
+            set_data(new, notes, self._data(origin), self._xattrs)
         what, names = yield from self._compare(new, origin)
         yield Change("R", path, what, source, type_name(attr.st_mode), names)
         if origin.is_dir:
@@ -245,7 +242,7 @@ class _Diff:
                 elsewhere = source_of(notes, attr, here.base_path, self._xattrs)
                 origin = base if elsewhere is None else self._view.resolve(elsewhere)
                 if origin is not None:
-                    self._give_data(new, notes, origin)
+                    set_data(new, notes, self._data(origin), self._xattrs)
             yield from self._modified(path, new, base)
             self._view.forget(base)
         self._upper.forget(key)
@@ -258,21 +255,13 @@ class _Diff:
     def _compare(
         self, new: Inode, base: Lower
     ) -> Generator[None, None, tuple[tuple[str, ...], tuple[bytes, ...]]]:
-        """Return what differs, and the names of the xattrs that do."""
+        """Return what differs, and the names of the xattrs that differ."""
         number, key = base.places[0]
         old = Inode(self._view.layers[number], key, base.attr)
         if not base.is_dir:
             old.data = self._data(base)
         what = yield from compare(new, old, self._xattrs, directory_times=self._directory_times)
         return what, differing(new, old, self._xattrs) if "xattrs" in what else ()
-
-    def _give_data(self, new: Inode, notes: Notes, origin: Lower) -> None:
-        """Give a metacopy its data from below: all of it, or what it does not have itself."""
-        note = self._xattrs.partial_of(notes)
-        layer, key = self._data(origin)
-        if note is None or note.is_of(layer.stat(key)):  # else nobody can read it
-            new.data = layer, key
-            new.end = None if note is None else min(note.end, new.attr.st_size)
 
     def _data(self, base: Lower) -> tuple[LowerLayer, Key]:
         number, key = base.places[-1]

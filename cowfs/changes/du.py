@@ -1,4 +1,4 @@
-"""What fills a store: the blocks of each inode, and why it is there."""
+"""List what fills a store: the blocks of each inode, and why the store has it."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ REASONS = {
     "overhead": "the journal, and other filesystem metadata",
 }
 _BLOCK = 512
-"""st_blocks counts in these."""
+"""The unit of st_blocks, in bytes."""
 
 
 class Used(NamedTuple):
-    """What an inode of the store takes."""
+    """The space that an inode of the store takes."""
 
     path: bytes
     reason: str
     """One of :data:`REASONS`."""
     size: int
-    """Bytes of its blocks, or 0 for a further name of one that was told already."""
+    """Bytes of its blocks; 0 for another name of an inode that was listed before."""
     is_dir: bool = False
 
 
@@ -45,10 +45,10 @@ def usage(
     prefix: bytes,
     frozen: Sequence[LowerLayer] = (),
 ) -> Iterator[Used | None]:
-    """Yield what each inode of a store takes, and None before each. Blocks as the layers do.
+    """Yield the space of each inode of a store, and None before each. Blocks as the layers do; OSError.
 
-    *root* is the directory of the changes, *private* the one of the store's own files, if there is one.
-    *frozen* are the layers of checkpoints below *root*; their contents are listed under the paths they had.
+    *root* is the directory of the changes, *private* that of the store's own files, if it has one. *frozen*
+    are the layers of checkpoints below *root*; their contents are listed under the paths that they had then.
     """
     seen: set[int] = set()
     yield from _Usage(upper, [*frozen, *lowers], prefix, seen).run(root)

@@ -19,7 +19,7 @@ from cowfs.overlay.xattr_format import XattrFormat
 from cowfs.types import Attr
 
 VERSION = 1
-"""Of the form of an explanation."""
+"""The version of an explanation's JSON."""
 
 
 def explain(
@@ -31,14 +31,14 @@ def explain(
     path: bytes,
     frozen: Sequence[tuple[str, LowerLayer]] = (),
 ) -> dict[str, Any]:
-    """Return an explanation of *path*, for JSON. *frozen* are the checkpoints below the upper, and their
-    layers.
+    """Return an explanation of *path*, for JSON.
 
-    ``layers`` are the layers, the store first, each with what it has of the path: ``path`` (a redirect may
-    lead elsewhere), ``type``, ``mode``, ``uid``, ``gid``, ``size``, ``mtime_ns``, and the ``rules`` that were
-    applied there. ``seen`` says whether the path exists in the merged tree. ``change`` is the letter of
-    ``cowfs diff``, or None, with ``what`` (what differs) and ``source`` (the path in the lowers). ``bytes``
-    is what the path takes in the store. Blocks as the layers do; OSError.
+    *frozen* are the names and layers of the checkpoints below the upper. In the result, ``layers`` are the
+    layers, the store first, each with its inode at the path: ``path`` (a redirect may lead elsewhere),
+    ``type``, ``mode``, ``uid``, ``gid``, ``size``, ``mtime_ns``, and the ``rules`` that were applied there.
+    ``seen`` says whether the path exists in the merged tree. ``change`` is the letter of ``cowfs diff``, or
+    None, with ``what`` (what differs) and ``source`` (the path in the lowers). ``bytes`` is the space that
+    the path takes in the store. Blocks as the layers do; OSError.
     """
     xattrs = XattrFormat(prefix)
     below = [layer for _, layer in frozen]
@@ -123,7 +123,7 @@ def _facts(layer: LowerLayer, key: Key, attr: Attr) -> dict[str, Any]:
 
 
 class _Found:
-    """What the upper has of a path, and where the lowers have it."""
+    """The upper's inode at a path, and the path of the same file in the lowers."""
 
     def __init__(self) -> None:
         self.inode: Inode | None = None
@@ -218,7 +218,7 @@ def render(answer: dict[str, Any], name: str, date: Callable[[float], str]) -> I
 
 
 _NARROWEST, _WIDEST = 9, 40
-"""Columns for the names of layers, so that what they have is side by side."""
+"""Width in columns of the layers' names, so that the details line up."""
 
 
 def _owner(layer: dict[str, Any]) -> str:
@@ -256,5 +256,5 @@ def _verdict(answer: dict[str, Any]) -> str:
 
 
 def date_of(seconds: float) -> str:
-    """Return a time as other commands show it."""
+    """Return a local time (seconds since the epoch) as other commands show it."""
     return local_time(seconds)

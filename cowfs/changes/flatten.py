@@ -1,8 +1,7 @@
-"""Make an upper work without overlayfs's attributes: without redirects, metacopies, and the index of hard
-links.
+"""Flatten an upper: remove its redirects and metacopies, and the index of hard links.
 
-What they refer to in the lowers is copied into the upper. If this is interrupted, the store still shows the
-same tree.
+Everything that they refer to in the lowers is copied into the upper. If this is interrupted, the store still
+shows the same tree.
 """
 
 from __future__ import annotations
@@ -27,14 +26,14 @@ class _Level(NamedTuple):
 
     node: Node
     is_whole: bool
-    """Whether all of it must come up: it is not where the lowers have it."""
+    """Whether to copy everything in it: the lowers have it at another path."""
     names: Iterator[bytes]
 
 
 def flatten(fs: OverlayFs, tick: Callable[[bytes], None]) -> int:
-    """Flatten; return how many directories were renamed, and how many files had no data. Blocks.
+    """Flatten an upper. Return the number of redirects and metacopies that were removed. Blocks; OSError.
 
-    Nobody else may use the union meanwhile.
+    Nobody else may use the union meanwhile. *tick* gets each name.
     """
     done = 0
     levels = [_enter(fs, fs.root, is_whole=False)]
@@ -78,7 +77,7 @@ def _enter(fs: OverlayFs, node: Node, *, is_whole: bool) -> _Level:
 
 
 def _separate(fs: OverlayFs, node: Node) -> int:
-    """Separate a renamed directory from the lowers, after the upper has got its whole content."""
+    """Separate a renamed directory from the lowers, after everything in it was copied to the upper."""
     if node.redirect is None or node.upper is None:
         return 0
     fs.note(node.upper, fs.format.opaque, OPAQUE)
@@ -90,7 +89,7 @@ def _separate(fs: OverlayFs, node: Node) -> int:
 
 
 def _drop_whiteouts(fs: OverlayFs, top: Key) -> None:
-    """Remove the whiteouts below an opaque directory: they hide nothing any more."""
+    """Remove the whiteouts below an opaque directory, where they hide nothing."""
     waiting = [top]
     while waiting:
         directory = waiting.pop()

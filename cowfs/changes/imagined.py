@@ -1,4 +1,4 @@
-"""An upper that is never written: what a rebase would make, as a layer to read."""
+"""Show what a rebase would make, as a layer, without writing anything."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from cowfs.types import Attr, AttrData, DirEntry, FileHandle, FsStats, own_attr
 
 @dataclass(slots=True, eq=False)
 class _Imagined:
-    """An inode: one of a layer, or one described here."""
+    """An inode of the layer, or one that only exists in memory."""
 
     attr: Attr
     xattrs: dict[bytes, bytes] | None = None
-    """None: those that *real* has."""
+    """None: the xattrs of *real*."""
     names: dict[bytes, _Imagined] | None = None
-    """Of a directory."""
+    """The entries, if it is a directory."""
     real: tuple[LowerLayer, Key] | None = None
     inode: Inode | None = None
-    """Whose data it would be a copy of."""
+    """The inode that it would be a copy of."""
 
 
 class ImaginedUpper:
-    """A :class:`cowfs.changes.rebase.Maker` that writes nothing, and the layer that it would have made.
+    """A :class:`cowfs.changes.rebase.Maker` that writes nothing, and a layer that shows its result.
 
-    Blocks as the layer does whose files it would link; OSError.
+    Blocks as the layer of the linked files does; OSError.
     """
 
     generation: int | None = None
@@ -40,7 +40,7 @@ class ImaginedUpper:
     dev = 0
 
     def __init__(self, layer: LowerLayer, root: Key, xattrs: XattrFormat) -> None:
-        """*root* is the directory of the layer whose attributes the new root starts with."""
+        """The new root starts with the attributes of *root*, a directory of the layer."""
         self.name = layer.name
         self._layer = layer
         self._format = xattrs
@@ -140,7 +140,7 @@ class ImaginedUpper:
         return None
 
     def forget(self, key: Key) -> None:
-        """Do nothing: all that it has are references."""
+        """Do nothing: the garbage collector frees keys."""
 
     def close(self) -> None:
         """Do nothing: the caller that opened the layer closes it."""

@@ -1,4 +1,4 @@
-"""The layers of a store that a rebase rebuilds, each on top of the new version of the layer below it."""
+"""List the layers of a store that a rebase builds again, each on the new version of the layer below it."""
 
 from __future__ import annotations
 
@@ -11,24 +11,26 @@ from cowfs.store.format.checkpoints import UPPER, Checkpoint, Layers
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One upper to be made from one that exists."""
+    """One layer to be built from an existing one."""
 
     top: Checkpoint | None
-    """None: the upper of the store."""
+    """The existing layer; None: the upper of the store."""
     merged: tuple[Checkpoint, ...]
-    """Layers right below it that nobody can come back to: they become one with it. Topmost first."""
+    """Layers of deleted checkpoints directly below *top*, to be merged with it. Topmost first."""
     below: tuple[Checkpoint, ...]
-    """All that is below these, topmost first."""
+    """All layers below *merged*, topmost first."""
     base: int | None
-    """The number of the step's layer that it stands on; None: the lowers."""
+    """The number of the layer directly below *merged*; None: the lowers."""
 
     @property
     def number(self) -> int:
+        """The number of *top*."""
         return UPPER if self.top is None else self.top.number
 
 
 def steps(layers: Layers, upper: Key) -> list[Step]:
-    """Return what is to be made, each after the one below it; the upper last."""
+    """Return the layers to build, each after the one below it, the upper last. Blocks; OSError,
+    StoreError."""
     known = layers.all()
     wanted: dict[int, tuple[int, ...]] = {UPPER: layers.below(upper)}
     for one in known.values():

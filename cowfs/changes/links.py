@@ -1,8 +1,7 @@
-"""Hard links of the lower that changed without an entry in the upper, since another name was copied up.
+"""Find names in the lowers that changed because another hard link of the same inode was copied up.
 
-The kernel's overlayfs, with *index*, keeps the inode of a copied-up hard link in an index as well,
-under its origin. A name of the same inode that was never touched shows that inode, although the
-upper directory has no entry for it.
+The kernel's overlayfs, with ``index=on``, also puts the inode of a copied-up hard link into an index, under
+its origin. The other names of the inode then show it too, although the upper has no entries for them.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from cowfs.layers.base import Key, UpperLayer
 from cowfs.overlay.xattr_format import index_name, is_whiteout_device, make_origin
 
 _LEFT_OUT = {errno.EACCES, errno.ENOENT, errno.ENOTDIR, errno.ESTALE}
-"""What an ordinary user may not read of a tree of others, and what others remove from it meanwhile."""
+"""Errors of directories that the user may not read, or that somebody removes meanwhile: they are left out."""
 
 
 @dataclass(slots=True)
@@ -26,11 +25,12 @@ class Aliases:
     """The names in the lowers of the inodes in the index."""
 
     keys: dict[bytes, Key] = field(default_factory=dict)
-    """By path in the lowers: the inode in the index."""
+    """Path in the lowers to inode in the index."""
     inside: dict[bytes, set[bytes]] = field(default_factory=dict)
-    """By directory in the lowers: the names to look at to come to all of ``keys``."""
+    """Directory in the lowers to the names in it that lead to a path in ``keys``."""
 
     def add(self, path: bytes, key: Key) -> None:
+        """Add a path and its inode in the index."""
         self.keys[path] = key
         while path:
             directory, _, name = path.rpartition(b"/")
@@ -41,11 +41,10 @@ class Aliases:
 def find_aliases(upper: UpperLayer, root: Key, index: Key, view: LowerView) -> Generator[None, None, Aliases]:
     """Return the names of all indexed inodes in the lowers.
 
-    Blocks, but yields before each inode.
-
-    Reads nothing of the lowers if the index is empty, as it is unless a file with several names was changed.
-    Else lists them until all names are found, first directories that are in the upper below its *root*: most
-    names of an inode are near each other. What may not be read is left out.
+    If the index is empty, because no file with several names has changed, the lowers are not read. Otherwise
+    they are listed until all names are found. Directories that the upper has below *root* come first, because
+    the names of an inode are mostly near each other. Unreadable directories are left out. Blocks, but yields
+    before each inode; OSError.
     """
     aliases = Aliases()
     wanted = {entry.name for entry in upper.readdir(index) if not entry.name.startswith(b"#")}
@@ -90,9 +89,9 @@ def _names(view: LowerView, directory: Lower) -> Iterable[bytes]:
 def _linked_files(
     view: LowerView, upper: UpperLayer, upper_root: Key
 ) -> Iterator[tuple[bytes, Lower] | None]:
-    """Yield every name in the merged lowers of an inode that has several; the caller must forget it.
+    """Yield each name of an inode with several names in the merged lowers; the caller must forget the inode.
 
-    None comes before each inode.
+    Also yield None before each inode.
     """
     root = view.root()
     near: list[tuple[bytes, Lower, Key]] = [] if root is None else [(b"", root, upper_root)]

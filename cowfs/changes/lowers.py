@@ -1,4 +1,4 @@
-"""The lower layers merged among themselves: the tree before anything was changed."""
+"""Read the merged lowers: the tree before any change."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cowfs.types import Attr
 
 
 def must_not_wait(lowers: Iterable[LowerLayer]) -> None:
-    """MountFailure if a lower of a mount may wait for others: the whole mount would have to wait."""
+    """MountFailure if a lower may wait for other processes: the whole mount would wait."""
     if any(layer.waits for layer in lowers):
         raise MountFailure(
             "a lower is on a filesystem that may hang (NFS, FUSE)", "unmount, and name the store instead"
@@ -26,16 +26,17 @@ class Lower:
 
     attr: Attr
     places: list[Place]
-    """For a directory all that are merged into it, topmost first; for a file the one with its
-    attributes and, if that is a metacopy, the one with its data."""
+    """For a directory: all that are merged, topmost first. For a file: the inode with its attributes and, if
+    that is a metacopy, the inode with its data."""
 
     @property
     def is_dir(self) -> bool:
+        """Whether it is a directory."""
         return stat.S_ISDIR(self.attr.st_mode)
 
 
 class LowerView:
-    """Looks things up in the merged lowers. Blocks as the layers do.
+    """Looks up names in the merged lowers. Blocks as the layers do; OSError.
 
     A :class:`Lower` holds keys of the layers: give it back with :meth:`forget`.
     """
@@ -45,18 +46,18 @@ class LowerView:
         self._stack = stack
 
     def root(self) -> Lower | None:
-        """Return the root directory; None if there is no lower at all."""
+        """Return the root directory; None if there is no lower."""
         if not self.layers:
             return None
         top = self.layers[0]
         return Lower(top.stat(self._stack.roots[0][1]), list(self._stack.roots))
 
     def lookup(self, directory: Lower, name: bytes) -> Lower | None:
-        """Return what *name* in a directory shows; None if nothing."""
+        """Return the inode of *name* in a directory; None if there is none."""
         return self._find(directory.places, (name,))
 
     def resolve(self, path: bytes) -> Lower | None:
-        """Return what a path from the root (without a leading slash) shows; None if nothing."""
+        """Return the inode at a path from the root (without a leading slash); None if there is none."""
         return self._find(self._stack.roots, tuple(path.split(b"/"))) if path else self.root()
 
     def names(self, directory: Lower) -> set[bytes]:
@@ -69,12 +70,12 @@ class LowerView:
         return names
 
     def forget(self, node: Lower) -> None:
-        """The caller will not use *node* again."""
+        """Free the keys of *node*, which the caller no longer uses."""
         for number, key in node.places:
             layer = self.layers[number]
             if key is not self._stack.root_of[number]:
                 layer.forget(key)
 
     def _find(self, places: Sequence[Place], path: Path) -> Lower | None:
-        hits = self._stack.look(places, path).hits  # a file without data: show what there is
+        hits = self._stack.look(places, path).hits  # also of a metacopy without data
         return Lower(hits[0][2], [(number, key) for number, key, _ in hits]) if hits else None

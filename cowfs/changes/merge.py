@@ -1,8 +1,8 @@
 """Merge a layer whose checkpoint was deleted with the layer above it.
 
-A new layer beside them gets what both show together: links to their files, and new directories. One rename
-puts it in the place of the upper one. Before the rename nothing has changed; after it both old layers are
-rubbish.
+A new layer is made with the merged contents of both: links to their files, and new directories. One rename
+then replaces the upper one of the two. Before the rename nothing has changed; after it, both old layers can
+be removed.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from cowfs.store.served.store import Store
 log = logging.getLogger(__name__)
 
 _Directory = tuple[Key, Key, Lower | None]
-"""In both layers, in what is made, and what the layers below show in it."""
+"""A directory: in both layers, in the new layer, and in the layers below."""
 _CAPABILITY = b"security.capability"
 _AT_A_TIME = 20
-"""So many layers are merged when a store is opened; others when it is opened next."""
+"""At most this many layers are merged when a store is opened. The others follow at the next opening."""
 
 
 class NotMerged(Exception):
-    """Two layers stay as they are: they cannot be merged into one."""
+    """Two layers cannot be merged, and stay as they are."""
 
 
 def merge_deleted(store: Store, lowers: Sequence[LowerLayer]) -> None:
     """Merge or remove each layer whose checkpoint was deleted and that no other layer needs. Blocks.
 
-    Call it only while nothing uses the store's keys. A failure leaves the layers as they are. *lowers* are
+    Call it only while nothing uses the store's keys. If it fails, the layers stay as they are. *lowers* are
     the store's lowers.
     """
     if store.read_only or any(layer.waits for layer in lowers):
@@ -63,7 +63,7 @@ def merge_deleted(store: Store, lowers: Sequence[LowerLayer]) -> None:
 
 
 def _next(store: Store, kept: set[int]) -> tuple[Checkpoint, int] | None:
-    """Return a layer without a name that exactly one other is based on, and that other."""
+    """Return a layer of a deleted checkpoint with exactly one layer directly above it, and that layer."""
     layers = store.layers
     for one in layers.all().values():
         if not one.name and one.number not in kept:
@@ -93,7 +93,7 @@ def _merge(store: Store, one: Checkpoint, child: int, lowers: Sequence[LowerLaye
     if child == UPPER:
         layers.exchange(store.upper, new)
         store.upper = new.key
-        with suppress(OSError):  # by which the kernel knew whose the index was
+        with suppress(OSError):  # the kernel's mark of which upper the index belongs to
             layer.removexattr(store.index, xattrs.prefix + b"upper")
     else:
         layers.replace(child, new)
@@ -108,7 +108,7 @@ class _Merge:
         self._below = LowerView(below)
 
     def fill(self, made: Key) -> None:
-        """Fill the empty directory *made* with what both layers show."""
+        """Fill the empty directory *made* with the merged contents of both layers."""
         waiting: list[_Directory] = [(self._both.root, made, self._below.root())]
         dated: list[tuple[Key, Key]] = []
         while waiting:
@@ -131,7 +131,7 @@ class _Merge:
         key, attr = hit
         top = key.places[0][1]
         if is_whiteout(both, key, attr, self._xattrs):
-            # Where it hides nothing, the kernel may show it or call the directory corrupt.
+            # If it hid nothing, the kernel might show it, or report the directory as corrupt.
             if base is not None and self._below.lookup(base, name) is not None:
                 self._whiteout(top, target, name)
             return None
@@ -156,7 +156,7 @@ class _Merge:
             self._layer.mknod(directory, name, stat.S_IFCHR, 0, 0, 0)
 
     def _base(self, key: Key, base: Lower | None, name: bytes) -> Lower | None:
-        """Return what the layers below show in a directory that both layers have; None: nothing."""
+        """Return the directory that the layers below have for a directory of both layers; None: none."""
         if self._xattrs.opaque in key.notes:
             return None
         redirect = key.notes.get(self._xattrs.redirect)
@@ -169,7 +169,7 @@ class _Merge:
         return found if found is not None and found.is_dir else None
 
     def _has_other_notes(self, key: Key) -> bool:
-        """Whether a file without its data would need other overlay attributes in the merged layer."""
+        """Whether a metacopy needs other overlay attributes in the merged layer."""
         for name in (self._xattrs.redirect, self._xattrs.partial):
             with suppress(OSError):
                 if name in key.notes and self._layer.getxattr(key.places[0][1], name) != key.notes[name]:
@@ -183,7 +183,7 @@ class _Merge:
         return False
 
     def _metacopy(self, key: Key, parent: Key, name: bytes) -> None:
-        """Make a metacopy that says where its data is once the lower layer is gone."""
+        """Make a metacopy that finds its data without the lower of the two layers."""
         both, layer = self._both, self._layer
         attr = both.stat(key)
         made, file = layer.create(parent, name, 0o600, attr.st_uid, attr.st_gid)
@@ -209,7 +209,7 @@ class _Merge:
         return made
 
     def _complete(self, key: Key) -> None:
-        """Copy to a file of the upper layer its data, which the lower one has."""
+        """Copy the data of a metacopy in the upper of the two layers from the lower one."""
         layer, xattrs, top = self._layer, self._xattrs, key.places[0][1]
         with suppress(OSError):
             layer.getxattr(top, xattrs.partial)

@@ -1,4 +1,4 @@
-"""What some layers show under each path when they are merged."""
+"""Read the merged tree of some layers by path."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Merged:
         self._stack = stack
         self._index = index
         self._way: list[tuple[bytes, Lower]] = []
-        """The directories down to the one that was last looked into: paths mostly come in order."""
+        """The directories down to the last one looked up. Callers mostly ask for paths in order."""
 
     @property
     def layers(self) -> Sequence[LowerLayer]:
@@ -41,7 +41,7 @@ class Merged:
         return self._stack.layers
 
     def version(self, path: bytes) -> Version | None:
-        """Return what is at *path*, or None."""
+        """Return the version of the file at *path*; None if there is none."""
         inode = self._inode(path)
         return None if inode is None else Version(inode.attr, functools.partial(_read, inode))
 
@@ -65,7 +65,7 @@ class Merged:
         return set() if found is None else self._view.names(found)
 
     def files(self, path: bytes) -> Iterator[bytes]:
-        """Yield the path of each file below the directory at *path*."""
+        """Yield the paths of everything below the directory at *path*, except directories."""
         waiting = [path]
         while waiting:
             path = waiting.pop()
@@ -92,7 +92,7 @@ class Merged:
                     yield path
 
     def _untouched(self) -> Iterator[bytes]:
-        """Yield the paths in the lowers of the inodes in the index: another name of each was copied up."""
+        """Yield the names, in the lowers, of the indexed inodes: names without an entry in the upper."""
         if self._index is None:
             return
         lowers = LowerView(Stack(self._view.layers[1:], self._stack.format))
@@ -124,7 +124,7 @@ class Merged:
                 layer.forget(directory)
 
     def _is_of_store(self, number: int) -> bool:
-        """Whether a layer is the upper, or was one once."""
+        """Whether a layer is the upper, or a checkpoint, which was the upper once."""
         return (self._stack.has_upper and not number) or isinstance(self._view.layers[number], FrozenLayer)
 
     # --- looking up
@@ -177,8 +177,7 @@ class Merged:
         return inode
 
     def _indexed(self, number: int, inode: Inode) -> tuple[Key, Attr] | None:
-        """Return the upper inode of a lower inode that was copied up under another name; None if it was
-        not."""
+        """Return the upper inode if another name of the lower inode was copied up; else None."""
         if self._index is None or not number or inode.attr.st_nlink < 2:
             return None
         hit = self._index.find(inode.layer.handle(inode.key))

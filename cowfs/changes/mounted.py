@@ -1,4 +1,4 @@
-"""The merged tree of a mounted union, read as any program reads it."""
+"""Read the merged tree of a mounted union through system calls, as any program does."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _NO_XATTRS = {errno.ENODATA, errno.EOPNOTSUPP}
 
 
 class MountedTree:
-    """A tree below a directory (:class:`cowfs.changes.version.Tree`). It follows no link out of the tree.
+    """The tree below a directory (:class:`cowfs.changes.version.Tree`). It follows no symbolic links.
 
-    Mounts in the tree are not seen: a directory with another filesystem on it is empty.
+    A directory on which something else is mounted looks empty. Blocks; OSError.
     """
 
     def __init__(self, path: str) -> None:
@@ -61,7 +61,7 @@ class MountedTree:
         try:
             return set(map(os.fsencode, os.listdir(fd)))
         except OSError as error:
-            raise OSError(error.errno, error.strerror, b"/" + path) from None  # it names the descriptor
+            raise OSError(error.errno, error.strerror, b"/" + path) from None  # *error* names the descriptor
 
     def others(self, wanted: Iterable[tuple[int, int, int]]) -> Iterator[bytes]:
         numbers = {ino for _, _, ino in wanted}
@@ -71,7 +71,7 @@ class MountedTree:
             try:
                 names = sorted(self.names(base))
             except PermissionError:
-                continue  # what changed something in the tree may not have done so there
+                continue  # the change may have been elsewhere in the tree
             for name in names:
                 path = join(base, name)
                 fd = self._directory(base)
@@ -83,7 +83,7 @@ class MountedTree:
                         yield path
 
     def _directory(self, path: bytes) -> int:
-        """Return a descriptor of the directory at *path*; -1 if it is not one."""
+        """Return a descriptor of the directory at *path*, valid until the next call; -1 if it is not one."""
         while self._way[-1][0] and not (path + b"/").startswith(self._way[-1][0] + b"/"):
             os.close(self._way.pop()[1])
         here, fd = self._way[-1]

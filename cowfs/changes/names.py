@@ -9,12 +9,12 @@ from cowfs.changes.scan import readdir
 from cowfs.layers.base import Key, LowerLayer
 
 Expect = Callable[[Callable[[], int]], None]
-"""Is given, before the first of some names is reached, a function that returns about how many there are. The
-function may take as long as find(1)."""
+"""Called before a walk, with a function that returns about how many names there are. That function may take
+as long as find(1)."""
 
 
 def not_asked(_: Callable[[], int]) -> None:
-    """Be an :data:`Expect` that nobody wants to know."""
+    """Ignore the number: the default :data:`Expect`."""
 
 
 def count_names(layer: LowerLayer, root: Key) -> int:

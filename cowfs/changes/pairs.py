@@ -1,4 +1,4 @@
-"""The files that differ, as git sees them: for a renamed or deleted directory, its files."""
+"""Turn changes into pairs of files, as git sees them: a renamed or deleted directory becomes its files."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from cowfs.types import Change
 
 
 class Sides(Protocol):
-    """Where the two versions of a path are read from."""
+    """Gives the two versions of a path. Blocks; OSError."""
 
     def before(self, path: bytes) -> Version | None:
-        """Return what the lowers have at *path*."""
+        """Return the file at *path* in the lowers; None if there is none."""
 
     def after(self, path: bytes) -> Version | None:
-        """Return what the merged tree has at *path*."""
+        """Return the file at *path* in the merged tree; None if there is none."""
 
     def files_before(self, path: bytes) -> Iterator[bytes]:
-        """Yield the paths of everything the lowers have below the directory *path*, except directories."""
+        """Yield the paths of everything below the directory *path* in the lowers, except directories."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +40,11 @@ class Pair:
 
 
 def files(changes: Iterable[Change], sides: Sides) -> Iterator[Pair | bytes]:
-    """Yield each file that differs, as git sees it, and comments on what git does not see.
+    """Yield each file that differs, as git sees it, and comments on changes that git does not record.
 
-    A renamed or deleted directory comes as its files. If something was deleted and something else took its
-    place, the deletion comes first: git would take a later one for a deletion of the new file. Blocks as
-    *sides* do. Finds all changes first, since a deleted directory may have held what was renamed.
+    A renamed or deleted directory is yielded as its files. If a file was deleted and another one took its
+    name, the deletion comes first: otherwise git would delete the new file. All changes are collected first,
+    because a deleted directory may have contained a renamed file. Blocks as *sides* do; OSError.
     """
     with closing(Spool(changes)) as found:
         moved = {change.source for change in found if change.source is not None}
@@ -62,10 +62,10 @@ def files(changes: Iterable[Change], sides: Sides) -> Iterator[Pair | bytes]:
 
 
 def _links_apart(pairs: Iterable[Pair | bytes], sides: Sides) -> Iterator[Pair | bytes]:
-    """Yield them, but a renamed symbolic link whose place a directory took as one deleted and one added.
+    """Yield the pairs, with each rename of a symlink whose old name is now a directory split in two.
 
-    git reads the type of what is gone from a deletion, not from a rename (register_symlink_changes() in its
-    apply.c): it refuses to write below a path that is a link, as far as it knows.
+    git refuses to write below a path that it believes to be a symlink. It learns that the symlink is gone
+    from a deletion, not from a rename (register_symlink_changes() in git's apply.c).
     """
     for pair in pairs:
         if not isinstance(pair, bytes) and pair.old_path != pair.new_path and _is_link(pair.old, pair.new):
@@ -82,7 +82,7 @@ def _is_link(*versions: Version | None) -> bool:
 
 
 def _gives_way(pair: Pair, sides: Sides) -> bool:
-    """Whether git sees one file deleted where there is another now."""
+    """Whether git sees a deleted file at a path that has another file now."""
     if not in_git(pair.old) or not in_git(sides.after(pair.old_path)):
         return False
     if not in_git(pair.new):
@@ -92,9 +92,9 @@ def _gives_way(pair: Pair, sides: Sides) -> bool:
 
 
 def _files(changes: Iterable[Change], sides: Sides, moved: set[bytes]) -> Iterator[Pair | bytes]:
-    """Yield them, given where everything that was renamed came from."""
+    """Yield pairs and comments. *moved* are the old paths of everything renamed."""
     renames: list[_Rename] = []
-    pending: bytes | None = None  # an added directory, empty as far as is known
+    pending: bytes | None = None  # an added directory in which nothing has been found yet
     for change in changes:
         if pending is not None and not change.path.startswith(pending + b"/"):
             yield b"# " + text(pending) + b"/: an empty directory was added"
@@ -105,7 +105,7 @@ def _files(changes: Iterable[Change], sides: Sides, moved: set[bytes]) -> Iterat
             if change.kind == "A":
                 pending = change.path
             elif change.kind == "D":
-                yield from _gone(_old_path(renames, change.path), sides, moved)
+                yield from _deleted(_old_path(renames, change.path), sides, moved)
             elif change.kind == "R":
                 assert change.source is not None
                 if renames:
@@ -115,11 +115,11 @@ def _files(changes: Iterable[Change], sides: Sides, moved: set[bytes]) -> Iterat
                 yield _of(change, renames, sides)
             yield from _remarks(change, renames, sides)
             continue
-        if "type" in change.what:  # a directory that became something else is one line
+        if "type" in change.what:  # diff() reports a directory that became a file in one line
             old = _old_path(renames, change.path)
             before = sides.before(old)
             if before is not None and before.is_dir:
-                yield from _gone(old, sides, moved)
+                yield from _deleted(old, sides, moved)
         yield from _remarks(change, renames, sides)
         yield _of(change, renames, sides)
     if pending is not None:
@@ -128,7 +128,7 @@ def _files(changes: Iterable[Change], sides: Sides, moved: set[bytes]) -> Iterat
         yield from renames.pop().untouched(sides, moved)
 
 
-def _gone(directory: bytes, sides: Sides, moved: set[bytes]) -> Iterator[Pair]:
+def _deleted(directory: bytes, sides: Sides, moved: set[bytes]) -> Iterator[Pair]:
     """Yield the files of a deleted directory, except those that were renamed."""
     for path in sides.files_before(directory):
         if path not in moved and not is_below(path, moved, directory):
@@ -141,15 +141,16 @@ class _Rename:
     def __init__(self, path: bytes, source: bytes) -> None:
         self.path = path
         self.source = source
-        self.told: set[bytes] = set()
+        self.listed: set[bytes] = set()
+        """Old paths of entries that have a change of their own."""
         self.replaced: set[bytes] = set()
-        """Where other directories have come to, as they would have been called."""
+        """Old paths at which other directories, renamed to there, are now."""
 
     def untouched(self, sides: Sides, moved: set[bytes]) -> Iterator[Pair]:
-        """Yield what moved along with the directory and was not listed by itself."""
+        """Yield the files that moved with the directory and have no change of their own."""
         for old in sides.files_before(self.source):
             new = self.path + old[len(self.source) :]
-            if old in self.told or old in moved or is_below(old, self.replaced):
+            if old in self.listed or old in moved or is_below(old, self.replaced):
                 continue
             if is_below(old, moved, self.source):
                 continue
@@ -159,12 +160,12 @@ class _Rename:
 
 
 def _old_path(renames: list[_Rename], path: bytes) -> bytes:
-    """Return what *path* was before the directories above it were renamed, and note that it is listed."""
+    """Return *path* as it was before the directories above it were renamed, and note that it has a change."""
     if not renames:
         return path
     rename = renames[-1]
     old = rename.source + path[len(rename.path) :]
-    rename.told.add(old)
+    rename.listed.add(old)
     return old
 
 
@@ -179,7 +180,7 @@ def _of(change: Change, renames: list[_Rename], sides: Sides) -> Pair:
 
 
 def _remarks(change: Change, renames: list[_Rename], sides: Sides) -> Iterator[bytes]:
-    """Yield what git has no words for in a change."""
+    """Yield comments on the parts of a change that git does not record."""
     if change.kind not in "MR" or not {"mode", "owner", "xattrs", "device"} & set(change.what):
         return
     old = change.source if change.source is not None else _old_path(renames, change.path)
@@ -207,12 +208,12 @@ def _device(number: int) -> bytes:
 
 
 def in_git(version: Version | None) -> bool:
-    """Whether git stores files of its type."""
+    """Whether git stores files of this type."""
     return version is not None and (version.is_file or version.is_link)
 
 
 def git_mode(version: Version | None) -> int:
-    """Return the mode that git gives it."""
+    """Return the mode that git records for a file."""
     assert version is not None
     mode = version.attr.st_mode
     if stat.S_ISLNK(mode):
@@ -221,5 +222,5 @@ def git_mode(version: Version | None) -> int:
 
 
 def text(path: bytes) -> bytes:
-    """Return a path as it is written in a comment."""
+    """Return a path as it is written in a comment of a patch."""
     return escape(path).encode()

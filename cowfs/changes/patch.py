@@ -1,8 +1,8 @@
-r"""Changes as a patch that ``git apply`` takes.
+r"""Write changes as a patch for ``git apply``.
 
-What git's format cannot express stands in lines that begin with ``#``, which ``git apply`` and patch(1) skip:
+Lines that begin with ``#``, which ``git apply`` and patch(1) skip, describe what git's format cannot express:
 owners, modes other than 644 and 755, extended attributes, devices, fifos, sockets, empty directories. The
-format is that of git-diff(1), "Generating patch text with -p", and for binary files that of git's
+format is that of git-diff(1), "Generating patch text with -p"; binary files have the format of git's
 ``--binary`` (``GIT binary patch``: pieces of zlib data in base 85, each with its length as a letter).
 """
 
@@ -28,13 +28,14 @@ from cowfs.types import Change
 _NULL = b"/dev/null"
 _NO_BLOB = b"0" * 40
 _LOOKED_AT = 8000
-"""A NUL in so many first bytes makes a file binary, as for git (buffer_is_binary() in xdiff-interface.c)."""
+"""A file with a NUL in its first 8000 bytes is binary, as in git (buffer_is_binary() in
+xdiff-interface.c)."""
 _LARGEST_TEXT = 64 << 20
-"""Bytes of a text that lines are compared of."""
+"""Bytes of the largest file that is compared by lines."""
 _LARGEST = 256 << 20
-"""Bytes of a file that is read for a patch: both versions are in memory, and sparse ones have any size."""
+"""Bytes of the largest file in a patch: both versions are read into memory, and sparse files can be huge."""
 _COMPARED_HERE = 400
-"""Lines before, times lines after, up to which a process would take longer."""
+"""Old lines times new lines up to which difflib is faster than starting diff(1)."""
 _PIECE = 52
 """Bytes in a line of a binary patch."""
 
@@ -48,21 +49,21 @@ class Counts:
     added: int = 0
     removed: int = 0
     sizes: tuple[int, int] | None = None
-    """Bytes before and after, of what is not compared by lines."""
+    """Bytes before and after, if the file is not compared by lines."""
 
 
 def patch(changes: Iterable[Change], sides: Sides, *, binary: bool = False) -> Iterator[bytes]:
-    """Yield the lines of a patch, with their line ends; all lines of one file together.
+    """Yield a patch in pieces, one for each file, with line ends.
 
-    diff(1) compares texts. A binary file is one line with its sizes; with *binary* the patch has its whole
-    content. Blocks. SystemFailure without diff(1).
+    diff(1) compares texts. A binary file is one line with its sizes; with *binary*, the patch has its whole
+    content. Blocks. OSError; SystemFailure if diff(1) is missing.
     """
     for file in files(changes, sides):
         yield file + b"\n" if isinstance(file, bytes) else patch_of(file, binary=binary)
 
 
 def stat_of(changes: Iterable[Change], sides: Sides) -> Iterator[Counts]:
-    """Yield how many lines each file has gained and lost. Blocks as :func:`patch`."""
+    """Yield the numbers of lines added to and removed from each file. Blocks and raises as :func:`patch`."""
     for file in files(changes, sides):
         if isinstance(file, bytes) or not (in_git(file.old) or in_git(file.new)):
             continue
@@ -83,7 +84,7 @@ def stat_of(changes: Iterable[Change], sides: Sides) -> Iterator[Counts]:
 
 
 def patch_of(file: Pair, *, binary: bool) -> bytes:
-    """Return the patch of one file; empty if nothing differs that git knows of. Blocks."""
+    """Return the patch of one file; empty if git sees no difference. Blocks and raises as :func:`patch`."""
     remarks = _special(file)
     if _is_too_large(file):
         lengths = _size(file.old), _size(file.new)
@@ -92,10 +93,10 @@ def patch_of(file: Pair, *, binary: bool) -> bytes:
     new = file.new if in_git(file.new) else None
     if old is None and new is None:
         return remarks
-    if old is None or new is None:  # as git sees it, nothing was renamed
+    if old is None or new is None:  # git sees no rename
         at = file.new_path if old is None else file.old_path
         if binary and old is None and file.old is not None and not file.old.is_dir and file.old_path == at:
-            # git apply refuses to create a file that exists, and then applies nothing at all.
+            # git apply refuses to create a file that exists, and then applies nothing.
             return b"# %s: %s became a file, which a patch cannot tell\n" % (
                 text(at),
                 _kind(file.old.attr.st_mode),
@@ -105,23 +106,23 @@ def patch_of(file: Pair, *, binary: bool) -> bytes:
 
 
 def _special(file: Pair) -> bytes:
-    """Return a line for each version of a file whose type git does not know."""
+    """Return a comment for each version of a file whose type git does not store."""
     if file.old is not None and file.new is not None and not (in_git(file.old) or in_git(file.new)):
         if stat.S_IFMT(file.old.attr.st_mode) == stat.S_IFMT(file.new.attr.st_mode):
             if file.old_path == file.new_path or file.new.is_dir:
                 return b""
             names = text(file.new_path), _kind(file.new.attr.st_mode), text(file.old_path)
             return b"# %s: %s renamed from %s, which a patch cannot tell\n" % names
-    told = b""
+    comments = b""
     for version, path, word in ((file.old, file.old_path, b"deleted"), (file.new, file.new_path, b"added")):
         if version is not None and not in_git(version) and not version.is_dir:
             kind = _kind(version.attr.st_mode)
-            told += b"# %s: %s %s, which a patch cannot tell\n" % (text(path), kind, word)
-    return told
+            comments += b"# %s: %s %s, which a patch cannot tell\n" % (text(path), kind, word)
+    return comments
 
 
 def _patch_of(file: Pair, *, binary: bool) -> bytes:
-    """The same, for a file whose type git knows on each side that has it."""
+    """Return the patch of a file; git stores the type of each version that exists."""
     old, new = file.old, file.new
     if old is not None and new is not None and stat.S_IFMT(git_mode(old)) != stat.S_IFMT(git_mode(new)):
         gone, come = (
@@ -179,7 +180,7 @@ def _is_binary(data: bytes) -> bool:
 
 
 def _blob(version: Version | None, data: bytes) -> bytes:
-    """Return git's object ID of a content: a blob in gitformat-pack(5)."""
+    """Return git's object ID of a file's content: that of a blob, gitformat-pack(5)."""
     if version is None:
         return _NO_BLOB
     return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest().encode()
@@ -227,13 +228,13 @@ def _hunks(before: bytes, after: bytes) -> list[bytes]:
 
 
 def _compared(before: list[bytes], after: list[bytes]) -> list[bytes]:
-    """The same for a few lines: without starting a process for each of many small files."""
+    """Return the hunks of a few lines, without starting a process."""
     found = list(difflib.diff_bytes(difflib.unified_diff, before, after, lineterm=b"\n"))[2:]
     return [line if line.endswith(b"\n") else line + b"\n\\ No newline at end of file\n" for line in found]
 
 
 def _whole(data: bytes, sign: bytes) -> list[bytes]:
-    """Return the one hunk of a text that was added, or removed."""
+    """Return the one hunk of a text that was added or removed as a whole."""
     lines = _lines(data)
     if not lines:
         return []
@@ -246,7 +247,7 @@ def _whole(data: bytes, sign: bytes) -> list[bytes]:
 
 
 def _lines(data: bytes) -> list[bytes]:
-    """Split at newlines alone, and keep them."""
+    """Split at newlines only, and keep them."""
     lines = data.split(b"\n")
     last = lines.pop()
     return [line + b"\n" for line in lines] + ([last] if last else [])
@@ -254,7 +255,7 @@ def _lines(data: bytes) -> list[bytes]:
 
 @contextmanager
 def _in_memory(data: bytes) -> Iterator[int]:
-    """Put *data* in a file in memory, which a program can read through the descriptor."""
+    """Put *data* into a file in memory; yield its descriptor, from which a program can read it."""
     with open(os.memfd_create("cowfs-diff", os.MFD_CLOEXEC), "r+b") as file:
         file.write(data)
         file.flush()
@@ -262,7 +263,7 @@ def _in_memory(data: bytes) -> Iterator[int]:
 
 
 def _quoted(path: bytes) -> bytes:
-    """Quote a path as git does where it must: core.quotePath in git-config(1)."""
+    """Quote a path if git would: core.quotePath in git-config(1)."""
     if all(0x20 <= byte < 0x7F and byte not in b'"\\' for byte in path):
         return path
     shown = b"".join(
@@ -277,6 +278,6 @@ _ESCAPES = {
 
 
 def _named(path: bytes) -> bytes:
-    """Return a path for a ``---`` line, where a tab ends a name that contains spaces."""
+    """Return a path for a ``---`` line. A tab ends a name that contains spaces."""
     quoted = _quoted(path)
     return quoted + b"\t" if b" " in path and quoted == path else quoted

@@ -1,15 +1,14 @@
-"""Carry the changes of a store to another version of its lowers: three ways, inode by inode.
+"""Apply the changes of a store to another version of its lowers: a three-way merge, inode by inode.
 
-Three versions decide: what the store shows (*changed*), what its lowers have (*old*), and what the other
-lowers have (*new*):
+Three versions are compared: that of the store (*changed*), of its lowers (*old*), and of the other lowers
+(*new*):
 
-- old and new are equal: the change stays as it is in the store.
-- The store has what old had: new shows.
-- The store has what new has: new shows.
-- Else both have changed it. That is a conflict: it is reported, and the store's version stays.
+- If old and new are equal, the store's version is kept.
+- If the store's version equals old or new, it is dropped, and new is visible.
+- Otherwise there is a conflict: it is reported, and the store's version is kept.
 
-No time counts in this comparison, but what stays keeps its times. The decisions go to a :class:`Maker`, which
-makes another upper, from links to the files of this one.
+Times are not compared, but kept files keep their times. A :class:`Maker` makes the new upper as decided, with
+links to the files of the present one.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
-from cowfs.changes.compare import Inode, compare
+from cowfs.changes.compare import Inode, compare, set_data
 from cowfs.changes.composite import Composite
 from cowfs.changes.links import Aliases, find_aliases
 from cowfs.changes.lowers import Lower, LowerView
@@ -32,21 +31,26 @@ from cowfs.overlay.xattr_format import Notes, XattrFormat
 from cowfs.types import Attr
 
 
-class Told(NamedTuple):
-    """What happens to a change that does not simply stay."""
+class Outcome(NamedTuple):
+    """A change that is in conflict, or dropped."""
 
     kind: str
     """``conflict``, or ``dropped``."""
     path: bytes
     why: str
     base: bytes
-    """The path in the lowers: another one below a renamed directory."""
+    """The path in the lowers. It differs from *path* below a renamed directory."""
     checkpoint: str = ""
-    """The checkpoint whose change it is, ``-`` for one that was deleted; "": it was changed since."""
+    """The checkpoint that contains the change, ``-`` for a deleted one; "": the upper contains it."""
 
 
 class Maker(Protocol):
-    """Makes the new upper. A directory gets its times when all its contents are made."""
+    """Makes the new upper. Blocks; OSError.
+
+    *parent* and *target* are directories that it made. :meth:`date` sets a directory's times after all its
+    entries are made. :meth:`link` takes the key of an inode of the changes, :meth:`copy` an inode of any
+    layer.
+    """
 
     root: Key
 
@@ -68,27 +72,28 @@ class _Directory:
 
     path: bytes
     source: Key | None
-    """In the store; None where nothing but hard links below it was changed."""
+    """The directory in the store; None if the store only has changed hard links below it."""
     target: Key
     place: tuple[_Directory, bytes] | None
     old: Lower | None
     new: Lower | None
     old_path: bytes
-    """Where both lowers have it."""
+    """The path in both lowers."""
     dated: Attr
+    """The attributes with the times to set at the end."""
     replaces: bool = False
-    """Whether the names that old has, and the store has not, are gone."""
+    """Whether the names that old has and the store does not are deleted."""
     shows: bool = True
-    """Whether the names of new show through."""
+    """Whether the names of new are visible."""
     whole: bool = False
-    """Whether the names of old are to be copied, as no lower has them any more."""
+    """Whether the names of old are to be copied, because no lower has them any more."""
     droppable: bool = False
-    """Whether it goes if nothing is in it."""
+    """Whether to remove the directory if it stays empty."""
     made: int = 0
 
 
 class Rebase:
-    """One walk through the changes. Blocks; OSError."""
+    """One walk through the changes. *tell* gets each :class:`Outcome`, *tick* each path. Blocks; OSError."""
 
     def __init__(
         self,
@@ -96,22 +101,22 @@ class Rebase:
         old: Stack,
         new: Stack,
         maker: Maker,
-        tell: Callable[[Told], None],
+        tell: Callable[[Outcome], None],
         tick: Callable[[bytes], None],
     ) -> None:
         self._changes: Any = changes
         self._xattrs: XattrFormat = old.format
         self._old, self._new = LowerView(old), LowerView(new)
         self._maker = maker
-        self._say = tell
+        self._tell = tell
         self._tick = tick
         self._moved: frozenset[bytes] = frozenset()
         self._aliases = Aliases()
         self.kept = 0
-        """How many names of the store stay, without directories."""
+        """How many names of the store are kept, not counting directories."""
 
     def run(self) -> None:
-        """Make everything."""
+        """Make the new upper."""
         self._moved = _done(renamed(self._changes, self._changes.root, self._xattrs))
         if self._changes.index is not None:
             self._aliases = _done(
@@ -174,7 +179,7 @@ class Rebase:
                 return self._directory(here, name, key, Inode(self._changes, key, attr), old, new)
             self._file(here, name, key, attr, old, new)
         elif hit is not None or here.replaces:
-            self._gone(here, name, natural, old, new, is_told=hit is not None)
+            self._deleted(here, name, natural, old, new, is_reported=hit is not None)
         elif old is not None:
             return self._untouched(here, name, natural, old, new)
         return None
@@ -182,7 +187,8 @@ class Rebase:
     def _untouched(
         self, here: _Directory, name: bytes, natural: bytes, old: Lower, new: Lower | None
     ) -> _Directory | None:
-        """Handle a name that is not in the store, while another name of it, or something below it, may be."""
+        """Handle a name without an entry in the store. The store may have its inode, or something below
+        it."""
         alias = self._aliases.keys.get(natural)
         if alias is not None:
             self._file(here, name, alias, self._changes.stat(alias), old, new)
@@ -192,19 +198,19 @@ class Rebase:
             self._copied(here, name, self._inode(self._old, old))
         return None
 
-    # --- what is gone
+    # --- deleted names
 
-    def _gone(
+    def _deleted(
         self, here: _Directory, name: bytes, natural: bytes, old: Lower | None, new: Lower | None, *,
-        is_told: bool,
+        is_reported: bool,
     ) -> None:  # fmt: skip
         path = join(here.path, name)
         if not here.shows or here.whole:
             return
         if new is None and old is None:
-            return  # it hid what a deleted checkpoint had
+            return  # it hid a name of a deleted checkpoint
         if new is None or old is None:
-            if is_told:
+            if is_reported:
                 why = "deleted there, too" if new is None else "deletes a name that did not exist"
                 self._drop(path, natural, why)
             return
@@ -230,7 +236,8 @@ class Rebase:
             elsewhere = source_of(notes, attr, here.old_path, self._xattrs)
             origin = old if elsewhere is None else self._old.resolve(elsewhere)
             if origin is not None and not origin.is_dir:
-                self._give_data(changed, notes, origin)
+                number, data = origin.places[-1]
+                set_data(changed, notes, (self._old.layers[number], data), self._xattrs)
             source = rename_source(notes, attr, here.old_path, self._xattrs)
             holds = self._holds(here, changed, elsewhere, new)
             is_elsewhere = source is not None and (here.old is None or source != natural)
@@ -251,7 +258,7 @@ class Rebase:
     def _stays(
         self, here: _Directory, path: bytes, base: bytes, changed: Inode, old: Lower | None, new: Lower | None
     ) -> bool:
-        """Whether a file of the store is in the new upper."""
+        """Whether the new upper keeps a file of the store. Report it if not, or if there is a conflict."""
         was = None if old is None else self._inode(self._old, old)
         if new is None:
             if was is None or (not here.shows and here.new is not None):
@@ -284,7 +291,7 @@ class Rebase:
         self, here: _Directory, name: bytes, changed: Inode, origin: tuple[bytes, Lower], holds: bool,
         place: tuple[Lower | None, Lower | None],
     ) -> None:  # fmt: skip
-        """Handle a file that was renamed while its data was a lower's."""
+        """Handle a renamed file whose data is still in a lower."""
         source, was = origin
         path = join(here.path, name)
         self._covers(path, join(here.old_path, name), *place)
@@ -314,18 +321,10 @@ class Rebase:
         self._maker.copy(inode, here.target, name)
         here.made += 1
 
-    def _give_data(self, changed: Inode, notes: Notes, origin: Lower) -> None:
-        note = self._xattrs.partial_of(notes)
-        number, key = origin.places[-1]
-        layer = self._old.layers[number]
-        if note is None or note.is_of(layer.stat(key)):
-            changed.data = layer, key
-            changed.end = None if note is None else min(note.end, changed.attr.st_size)
-
     def _holds(self, here: _Directory, changed: Inode, elsewhere: bytes | None, new: Lower | None) -> bool:
-        """Whether what a metacopy says of its data holds for the new lowers as well."""
+        """Whether a metacopy finds the same data in the new lowers."""
         if changed.data is None:
-            return True  # it was broken before
+            return True  # its data was missing before
         if here.whole or changed.end is not None or len(changed.key.places) > 1:
             return False
         there = self._new.resolve(elsewhere) if elsewhere is not None else new if here.shows else None
@@ -390,9 +389,7 @@ class Rebase:
         self, here: _Directory, name: bytes, key: Key | None, changed: Inode, origin: tuple[bytes, Lower],
         place: tuple[Lower | None, Lower | None],
     ) -> _Directory:  # fmt: skip
-        """Handle a directory that was renamed: it is renamed in the new root too, if that has it at the old
-        place.
-        """
+        """Handle a renamed directory. It stays renamed if the new root has it at the old path."""
         source, was = origin
         path, natural = join(here.path, name), join(here.old_path, name)
         old, new = self._seen_here(natural, *place)
@@ -413,18 +410,18 @@ class Rebase:
     def _seen_here(
         self, natural: bytes, old: Lower | None, new: Lower | None
     ) -> tuple[Lower | None, Lower | None]:
-        """Return what both lowers have under a name, unless it was moved elsewhere."""
+        """Return the inodes that both lowers have under a name, unless the store renamed it."""
         return (None, None) if natural in self._moved else (old, new)
 
     def _covers(self, path: bytes, base: bytes, old: Lower | None, new: Lower | None) -> None:
-        """Report a conflict if something was renamed to a name whose contents differ in the new root."""
+        """Report a conflict if a file was renamed to a name whose old and new versions differ."""
         if new is not None and (old is None or not self._equal(old, new)):
             self._conflict(path, base, "renamed to this name in the store, changed in the new root")
 
     def _choose(
         self, changed: Inode, old: Lower | None, new: Lower | None, path: bytes, base: bytes
     ) -> tuple[Inode, Attr]:
-        """Return whose attributes a directory gets, and whose times."""
+        """Return the inode whose attributes a directory gets, and the attributes with its times."""
         if new is None:
             return changed, changed.attr
         to_be = self._inode(self._new, new)
@@ -453,7 +450,7 @@ class Rebase:
         return not {*_done(compare(one, other, self._xattrs))} - {"times"}
 
     def _equal(self, old: Lower, new: Lower) -> bool:
-        """Whether both lowers have the same here, including everything below."""
+        """Whether both lowers have equal files, or equal directories including everything below."""
         waiting = [(old, new)]
         while waiting:
             old, new = waiting.pop()
@@ -472,10 +469,10 @@ class Rebase:
         return True
 
     def _conflict(self, path: bytes, base: bytes, why: str) -> None:
-        self._say(Told("conflict", path, why, base))
+        self._tell(Outcome("conflict", path, why, base))
 
     def _drop(self, path: bytes, base: bytes, why: str) -> None:
-        self._say(Told("dropped", path, why, base))
+        self._tell(Outcome("dropped", path, why, base))
 
 
 def _done(steps: Any) -> Any:

@@ -1,16 +1,16 @@
-r"""Changes as text for people, and as JSON for programs (and for the daemon's control socket).
+r"""Write changes as text for people, and as JSON for programs and the daemon's control socket.
 
-A line of text is a letter, the path, and what differs::
+A line of text has a letter, the path, and what differs::
 
     A  etc/new.conf
     M  etc/fstab  (content, times)
     D  usr/share/doc/
     R  old/ -> new/  (mode)
 
-A directory ends in a slash; the root of the tree is ``/``. Characters that do not print, bytes that are not
-UTF-8 and the backslash are escaped as in C: ``\n``, ``\t``, ``\r``, ``\\``, and ``\ooo`` with three octal
-digits a byte. A space becomes ``\040`` where it could be mistaken for a separator: at either end of the name,
-before another space, and before ``->``. No two paths look the same.
+A directory ends with a slash; the root of the tree is ``/``. Unprintable characters, bytes that are not
+UTF-8, and the backslash are escaped as in C: ``\n``, ``\t``, ``\r``, ``\\``, and ``\ooo`` with three octal
+digits per byte. A space is written as ``\040`` where it could look like a separator: at either end of the
+name, before another space, and before ``->``. No two paths look the same.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ _DOUBTFUL_SPACE = re.compile(r"^ | \Z| (?= |->)")
 _COLOURS = {"A": "\033[32m", "M": "\033[33m", "D": "\033[31m", "R": "\033[36m"}
 _PLAIN = "\033[0m"
 VERSION = 1
-"""Of the JSON for programs. A member that is added does not change it."""
+"""The version of the JSON. New members do not change it."""
 _WORDS = {"A": "added", "M": "modified", "D": "deleted", "R": "renamed"}
 
 
 def escape(path: bytes) -> str:
-    """Return a path as printable text; :func:`unescape` gives the bytes back."""
+    """Return a path as printable text. :func:`unescape` is the inverse."""
     shown = []
     for character in path.decode("utf-8", "surrogateescape"):
         if character in _ESCAPES:
@@ -74,14 +74,14 @@ def _with_names(change: Change) -> str:
 
 
 def render(changes: Iterable[Change], *, colour: bool = False) -> Iterator[str]:
-    """Yield each change as a line of text, without its end, as soon as it comes."""
+    """Yield each change as a line of text, without its end."""
     for change in changes:
         yield line(change, colour=colour)
 
 
 @dataclass(slots=True)
 class Summary:
-    """Counts the changes that pass through :meth:`counted`."""
+    """The numbers of changes that :meth:`counted` has yielded."""
 
     added: int = 0
     modified: int = 0
@@ -89,7 +89,7 @@ class Summary:
     renamed: int = 0
 
     def counted(self, changes: Iterable[Change]) -> Iterator[Change]:
-        """Yield the same changes, each counted."""
+        """Yield the same changes, and count each."""
         for change in changes:
             word = _WORDS[change.kind]
             setattr(self, word, getattr(self, word) + 1)
@@ -107,8 +107,8 @@ class Summary:
 def to_json(change: Change) -> dict[str, Any]:
     """Return a change as an object for JSON: ``kind path type what source``, and ``xattrs`` if any differ.
 
-    For a path that is not UTF-8, ``path`` has U+FFFD for each wrong byte, and ``path_b64`` has the exact
-    bytes in base64; other paths have no ``path_b64``. The same holds for ``source`` and ``source_b64``.
+    If a path is not UTF-8, ``path`` has U+FFFD for each invalid byte, and ``path_b64`` has the exact bytes in
+    base64. Other paths have no ``path_b64``. ``source`` and ``source_b64`` are the same.
     """
     entry: dict[str, Any] = {"kind": change.kind}
     put_path(entry, "path", change.path)

@@ -1,8 +1,7 @@
-"""Revert changes: show the lower's version again of what is selected.
+"""Revert changes: make the lower's version of the selected paths visible again.
 
-This works on a union, mounted or not, one step at a time, and each step is one change of the store. A mount
-keeps working meanwhile; the kernel is told which of its caches are stale. :mod:`cowfs.changes.undo` undoes
-it.
+This works on a union, mounted or not, in steps. Each step is one change of the store. A mount keeps working
+meanwhile; the kernel is told which of its cache entries are stale. :mod:`cowfs.changes.undo` undoes a revert.
 """
 
 from __future__ import annotations
@@ -43,32 +42,32 @@ from cowfs.overlay.stack import Hit
 from cowfs.types import Change
 
 Forget = Callable[[uncover.Stale], None]
-"""Lets the kernel ask again. Blocks; for a thread."""
+"""Tells the kernel to drop stale cache entries. Blocks: call it in a thread."""
 
 
 class Done(NamedTuple):
-    """A step that was done, or that could not be done."""
+    """A step that was done, or could not be done."""
 
     path: bytes
     why_not: str = ""
     kind: str = ""
     size: int = 0
-    """Bytes of the store that it has freed, if that is what it is for."""
+    """Bytes of the store that the step freed; 0 for steps whose purpose is another."""
 
 
 class Seen(NamedTuple):
-    """So many changes were looked at."""
+    """The number of changes examined so far."""
 
     changes: int
     whole: int = 0
-    """About how many there are; 0 if that is not known."""
+    """About how many there are in all; 0 if not known."""
 
 
 Progress = Iterator[Done | Seen | Callable[[], None] | None]
-"""None where others may have a turn, a callable where a thread is to do something before the next step."""
+"""None when others may do something; a callable for a thread to call before the next step."""
 
 OFTEN = 1000
-"""After so many changes it is said how many they are by then."""
+"""Changes between two reports of progress."""
 
 
 @dataclass(slots=True)
@@ -78,7 +77,7 @@ class Found:
     parent: Node
     name: bytes
     nodes: list[Node] = field(default_factory=list)
-    """Those on the way, the root first."""
+    """The directories on the way, the root first."""
 
 
 def revert(
@@ -91,8 +90,8 @@ def revert(
 ) -> Progress:
     """Revert what *selection* selects; with *metadata* only owners, modes, times and xattrs.
 
-    Raises CowfsError if a part of it cannot be reverted alone. Then it yields nothing, and *undo* reverts the
-    renames already made.
+    Calls of the layers block; the callables that it yields block too. Raises CowfsError if a change cannot be
+    reverted without others. Then no step is reported as done, and *undo* undoes the renames already made.
     """
     must_not_wait(fs.lowers)
     changes, renames = Packed(), []
@@ -102,7 +101,7 @@ def revert(
         yield None
         if change is None:
             continue
-        if change.type == "directory":  # what was taken back in it has changed that again
+        if change.type == "directory":  # reverting an entry in it changes its mtime again
             change = replace(change, what=tuple(what for what in change.what if what != "times"))
         if change.kind == "R" and not metadata:
             renames.append(change)
@@ -117,7 +116,7 @@ def revert(
     try:
         yield from work.rename_back(renames)
         yield from work.remove_set_aside()
-        yield from work.take_back(_kept(changes), metadata=metadata)
+        yield from work.revert_others(_kept(changes), metadata=metadata)
         yield from work.drop_directories(each.path for each in _kept(changes) if _is_bare(each))
     except StoreError:
         if work.number:
@@ -133,7 +132,7 @@ def _kept(changes: Packed) -> Iterator[Change]:
 
 
 def _is_bare(change: Change) -> bool:
-    """Whether a directory is told of that says nothing."""
+    """Whether a directory is in the store without differing from the lower's."""
     return change.kind == "M" and not change.what
 
 
@@ -144,22 +143,23 @@ class _Revert:
         self._batch = batch
         self._forget = forget
         self._moves = Moves()
-        """Where what was renamed was, and where it is again."""
+        """The renames made by this revert."""
         self._touched: set[bytes] = set()
         self._aside: dict[bytes, tuple[bytes, int]] = {}
-        """What was in the way of a rename: where it was put, where it had been, and how many moves there had
-        been by then."""
-        self._away: set[bytes] = set()
-        """Where of that was what was taken away."""
+        """Files that were in the way of a rename: their temporary path, to their former path and the number
+        of moves made before."""
+        self._removed_aside: set[bytes] = set()
+        """The paths of those of them that were then removed."""
         self._homeless: set[bytes] = set()
-        """What was renamed out of a directory that is gone, by its path when it was found."""
+        """Paths of files that were renamed out of a directory that no longer exists."""
         self._renamed: list[Done] = []
-        """What is to be told when the rest can be taken back, too."""
+        """Renames to report once it is known that everything else can be reverted too."""
         self._homes: set[bytes] = set()
-        """Where directories are again that were renamed: each is told once, whatever else of it changes."""
+        """Paths of directories that were renamed back. Each is reported once, whatever else of it changes."""
         self.number = 0
+        """The number of the next step."""
         self._bytes = 0
-        """Of the log."""
+        """The size of the log."""
 
     def _next(
         self, kind: str, path: bytes, source: bytes = b"", attributes: dict[str, Any] | None = None
@@ -169,7 +169,7 @@ class _Revert:
         return step
 
     def _line(self, step: Step) -> bytes:
-        """Return a step as a line of the log. StoreError if the log would be larger than any that is read."""
+        """Return a step as a line of the log. StoreError if the log would be larger than undo can read."""
         line = line_of(step)
         self._bytes += len(line) + 1
         if self._bytes > MOST_BYTES or step.number >= MOST_STEPS:
@@ -181,7 +181,7 @@ class _Revert:
     # --- renames
 
     def rename_back(self, renames: list[Change]) -> Progress:
-        """Rename directories and files back; first those that held others then."""
+        """Rename directories and files back, those with the shortest old paths first."""
         for change in sorted(renames, key=lambda change: change.source or b""):
             yield from self._rename_back(change)
 
@@ -208,24 +208,25 @@ class _Revert:
             aside = self._free_name(new.parent, home)
             self._rename(home, aside, stale)
             self._aside[aside] = home, len(self._moves)
-            here = self._moves.now(change.path)  # which may be in it
+            here = self._moves.now(change.path)  # it may be in the directory set aside
         for at, since, until in self._moves.before(here):
             if at in self._aside and since <= self._aside[at][1] <= until:
-                del self._aside[at]  # as when two have each other's name
+                del self._aside[at]  # it is renamed back itself: two files had exchanged names
                 break
         self._rename(here, home, stale)
         node = fs.resolve(new.parent, new.name)
         if node.is_dir:
             uncover.at_home(fs, node)
         yield lambda: self._forget(stale)
-        if change.type == "directory":  # else it is told with what else of it was changed
+        if change.type == "directory":  # a file is reported with its other changes
             self._renamed.append(Done(change.path))
             self._homes.add(home)
 
     def _missing(self, home: bytes) -> bytes:
-        """Return the first directory above *home* that is gone, or is the lower's again; b"" if none is.
+        """Return the first directory above *home* that does not exist, or that has another old path; b"" if
+        none.
 
-        New directories will do there.
+        A new directory that the lower does not have is not missing.
         """
         fs = self._fs
         node, at = fs.root, b""
@@ -248,7 +249,7 @@ class _Revert:
         self._touched |= {here, there}
 
     def _free_name(self, parent: Node, home: bytes) -> bytes:
-        """Return a path beside *home* where nothing is."""
+        """Return an unused path in the directory of *home*."""
         numbers = itertools.count(self.number)
         name = next(
             name for name in (b"%b%d" % (ASIDE, number) for number in numbers)
@@ -257,10 +258,10 @@ class _Revert:
         return join(home.rpartition(b"/")[0], name)
 
     def remove_set_aside(self) -> Progress:
-        """Remove the directories set aside: every renamed entry in them, if selected, is back."""
+        """Remove the files set aside, after the selected renames out of them were reverted."""
         for aside, (home, since) in self._aside.items():
             path = self._moves.now(aside, since)
-            self._away.add(path)
+            self._removed_aside.add(path)
             place = find(self._fs, path)
             step = self._next("moved", path, home)
             self._batch.write([self._line(step)])
@@ -272,13 +273,13 @@ class _Revert:
 
     # --- everything else
 
-    def take_back(self, changes: Iterable[Change], *, metadata: bool) -> Progress:
-        """Do so with all but renames of directories."""
+    def revert_others(self, changes: Iterable[Change], *, metadata: bool) -> Progress:
+        """Revert all changes except renames of directories."""
         plan = yield from self._plan(changes, metadata=metadata)
         self._batch.write(line[1:] for line in plan)
         yield from self._renamed
-        # A lower's name of a hard link shows the lower's file again once no other name has the upper's: until
-        # all are away that go, nothing shows.
+        # A hard link's name in the lower shows the upper's inode while any other name does. So the reverted
+        # names stay hidden until all of them are reverted.
         hides = bool(self._fs.indexed)
         hidden: set[int] = set()
         for line in plan:
@@ -304,7 +305,8 @@ class _Revert:
     def _plan(
         self, changes: Iterable[Change], *, metadata: bool
     ) -> Generator[Done | Seen | None, None, Packed]:
-        """Return the lines of the log, each after a byte that says whether a name of the lower shows then."""
+        """Return the lines of the log. A byte before each says whether the step makes a lower's name
+        visible."""
         plan = Packed()
         seen: set[bytes] = set()
         whole: set[bytes] = set()
@@ -312,7 +314,7 @@ class _Revert:
         for number, change in enumerate(changes, 1):
             yield Seen(number) if number % OFTEN == 0 else None
             path = change.path if metadata else self._place(change)
-            if path in self._away or is_below(path, self._away):
+            if path in self._removed_aside or is_below(path, self._removed_aside):
                 continue
             try:
                 unit = self._wanted(change, path, metadata=metadata)
@@ -326,14 +328,14 @@ class _Revert:
             last = unit.path
             if unit.is_dir:
                 whole.add(unit.path)
-            if unit.is_dir or unit.path != path or change.source is not None:  # may come again, and not next
+            if unit.is_dir or unit.path != path or change.source is not None:  # it may come again, later
                 seen.add(unit.path)
             step = self._next(unit.kind, unit.path, attributes=unit.attributes)
             plan.add((_SHOWS if unit.shows_lower else b" ") + self._line(step))
         return plan
 
     def _wanted(self, change: Change, path: bytes, *, metadata: bool) -> _Unit | None:
-        """Return by what a change is taken back, if it is to be."""
+        """Return the unit whose revert includes a change; None if the change is not to be reverted."""
         if change.path in self._homeless and change.source is not None:
             place = find(self._fs, path)
             shows = shown_below(self._fs, place.parent, place.name) is not None
@@ -359,8 +361,8 @@ class _Revert:
         return Done(step.path, why_not)
 
     def _place(self, change: Change) -> bytes:
-        """Return where a change is now."""
-        if change.kind == "D":  # under that name; what was renamed to it since is another matter
+        """Return the path of a change after the renames made by this revert."""
+        if change.kind == "D":  # a file that was renamed to this name since is not the deleted one
             directory, _, name = change.path.rpartition(b"/")
             return join(self._moves.now(directory), name)
         if change.source is None or change.path in self._homeless:
@@ -368,7 +370,10 @@ class _Revert:
         return change.source
 
     def _unit(self, change: Change, path: bytes, *, metadata: bool) -> _Unit | None:
-        """Return the smallest thing that includes a change and can be reverted as one."""
+        """Return the smallest unit that includes a change and can be reverted without others.
+
+        StoreError if there is none, EXDEV below a volatile directory.
+        """
         fs = self._fs
         node, parent = fs.root, None
         names = path.split(b"/") if path else []
@@ -423,7 +428,7 @@ class _Revert:
         return _Unit("moved", path, shows_lower=True, is_dir=True)
 
     def _stays(self, node: Node, below: Hit) -> bool:
-        """Whether an inode keeps its identity: it has several names in the lower, or is open."""
+        """Whether an inode must keep its number: it has several names in the lower, or is open."""
         if stat.S_IFMT(node.mode) != stat.S_IFMT(below[2].st_mode) or node.is_dir:
             return False
         if node.indexed is not None:
@@ -447,7 +452,7 @@ class _Revert:
         )
 
     def _of_a_link(self, change: Change, path: bytes) -> _Unit | None:
-        """Handle a name that the upper has no entry for: another name of the file was changed."""
+        """Handle a hard link that the upper has no entry for: the file was changed under another name."""
         place = find(self._fs, path)
         found = self._fs.lookup(place.parent, place.name)
         if found is None or found[0].indexed is None or change.kind == "D":
@@ -455,12 +460,11 @@ class _Revert:
         return self._in_place(path, found[0])
 
     def _in_place(self, path: bytes, node: Node) -> _Unit:
-        """Return how to revert an inode that must keep its identity."""
+        """Return how to revert an inode that must keep its number."""
         if stat.S_ISREG(node.mode) and not node.metacopy:
             return _Unit("copied", path)
-        was = uncover.attributes_of(
-            self._fs, self._fs.upper, node.upper
-        )  # its data, or target, is the lower's
+        # The data of a metacopy, and the target of a symlink, are the lower's.
+        was = uncover.attributes_of(self._fs, self._fs.upper, node.upper)
         return _Unit("attributes", path, attributes_to_json(was))
 
     def _do(self, step: Step, stale: uncover.Stale, *, hidden: bool) -> None:
@@ -487,14 +491,12 @@ class _Revert:
                 layer, key = fs.lowers[found[-1][0]], found[-1][1]
                 uncover.give_content(fs, node, layer, key, stale)
         below = node.lowers[0] if node.lowers else shown_below(fs, place.parent, place.name)
-        if below is None:  # what was renamed and is whole, or new, has none
+        if below is None:  # a renamed file that is completely in the upper, or a new one
             raise FileNotFoundError(errno.ENOENT, "there is nothing of that name below", step.path)
         uncover.give_attributes(fs, node, uncover.attributes_of(fs, fs.lowers[below[0]], below[1]), stale)
 
     def drop_directories(self, bare: Iterable[bytes]) -> Progress:
-        """Remove directories from the store that no longer say anything; *bare* are those that said nothing
-        before.
-        """
+        """Remove directories from the store that no longer differ from the lower's; *bare* never did."""
         fs = self._fs
         above = set(map(self._moves.now, bare))
         for path in self._touched:
@@ -507,7 +509,7 @@ class _Revert:
                 place = find(fs, path)
                 found = fs.lookup(place.parent, place.name)
                 if found is not None and found[0].is_dir:
-                    uncover.at_home(fs, found[0])  # it may have been renamed, and back, before
+                    uncover.at_home(fs, found[0])  # it may have been renamed and renamed back
                     if not uncover.drop_directory(fs, found[0], stale) and self._selection.matches(path):
                         uncover.give_lower_times(fs, found[0], stale)
                     fs.release(found[0])
@@ -521,27 +523,30 @@ class _Revert:
 
 
 class _Unit(NamedTuple):
-    """What is reverted in one step."""
+    """A path that is reverted in one step, with everything below it if *is_dir*."""
 
     kind: str
     path: bytes
     attributes: dict[str, Any] | None = None
     shows_lower: bool = False
-    """Whether a name of the lower shows again that was hidden or replaced."""
+    """Whether a name of the lower that was hidden or replaced becomes visible."""
     is_dir: bool = False
-    """Whether it is moved with all that is in it."""
+    """Whether a directory is moved with its contents."""
 
 
 _SHOWS = b"+"
 
 
 def is_open(fs: Overlay, node: Node) -> bool:
-    """Whether anybody has a file open, as far as we know (with images alone we are not told)."""
+    """Whether a file is open, as far as cowfs knows: with images only, the kernel does not report opens."""
     return not fs.host.close_idle(node) or node.handles is not None
 
 
 def find(fs: Overlay, path: bytes) -> Found:
-    """Return the directory of a path, and the name in it. FileNotFoundError without that directory."""
+    """Return the directory of a path, and the name in it. Blocks.
+
+    ENOENT if the directory does not exist, EXDEV below a volatile directory.
+    """
     node = fs.root
     nodes = [node]
     *directories, name = path.split(b"/")
@@ -557,13 +562,14 @@ def find(fs: Overlay, path: bytes) -> Found:
 
 
 def _must_be_kept(fs: Overlay, node: Node) -> None:
-    """Raise EXDEV for what is shown in place of what the store has there (:mod:`cowfs.overlay.graft`)."""
+    """Raise EXDEV for a node below a volatile directory: it is not in the store
+    (:mod:`cowfs.overlay.graft`)."""
     if fs.union_of(node) is not fs:
         raise OSError(errno.EXDEV, "is below a volatile directory of this mount", node.name)
 
 
 def why(error: OSError) -> str:
-    """Say why a step could not be done."""
+    """Return why a step could not be done, for users."""
     if error.errno == errno.EBUSY:
         return "its data is still being copied to the store; try again later"
     if error.errno == errno.EEXIST:

@@ -1,4 +1,4 @@
-"""A first look through the upper: which directories and files were renamed, and from where."""
+"""Scan the upper for renamed directories and files, and find their old paths."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from cowfs.overlay.xattr_format import Notes, RedirectError, XattrFormat, leads_
 from cowfs.types import Attr, DirEntry
 
 GONE = (FileNotFoundError, NotADirectoryError)
-"""What a layer raises for an inode that was removed or replaced while we looked: the tree may be in use."""
+"""Errors of a layer for an inode that was removed or replaced meanwhile: the tree may be in use."""
 
 
 def readdir(layer: LowerLayer, directory: Key) -> list[DirEntry]:
-    """Return the entries of a directory; none if it was removed meanwhile."""
+    """Return the entries of a directory; none if it was removed meanwhile. Blocks; other OSErrors."""
     try:
         return layer.readdir(directory)
     except GONE:
@@ -25,9 +25,10 @@ def readdir(layer: LowerLayer, directory: Key) -> list[DirEntry]:
 
 
 def source_of(notes: Notes, attr: Attr, base: bytes, xattrs: XattrFormat) -> bytes | None:
-    """Return the path in the lowers where the directory, or the data, of an upper inode is; None: at its own.
+    """Return the path in the lowers to which an upper inode's redirect leads; None if it has no redirect.
 
-    *base* is the path in the lowers of the directory that contains it. Raises EINVAL for an invalid redirect.
+    For a directory, that is where its lower contents are; for a metacopy, its data. *base* is the path in the
+    lowers of the directory that contains the inode. EINVAL for an invalid redirect.
     """
     if stat.S_ISDIR(attr.st_mode):
         redirect = None if xattrs.is_opaque(notes) else xattrs.redirect_of(notes)
@@ -43,10 +44,11 @@ def source_of(notes: Notes, attr: Attr, base: bytes, xattrs: XattrFormat) -> byt
 
 
 def rename_source(notes: Notes, attr: Attr, base: bytes, xattrs: XattrFormat) -> bytes | None:
-    """Return the path in the lowers that an upper inode says it comes from; None if it says nothing.
+    """Return the path in the lowers from which an upper inode was renamed; None if that is not recorded.
 
-    A renamed directory says so. A file says so if it was renamed while its data was still below. If a file
-    has several names, the attribute says where its data is, but not which of the names is new: then None.
+    It is recorded for directories, and for files that were renamed while their data was in a lower. The
+    redirect of a file with several names does not tell which of them is new: for such a file, return None.
+    EINVAL for an invalid redirect.
     """
     if not stat.S_ISDIR(attr.st_mode) and attr.st_nlink > 1:
         return None
@@ -54,13 +56,12 @@ def rename_source(notes: Notes, attr: Attr, base: bytes, xattrs: XattrFormat) ->
 
 
 def renamed(layer: LowerLayer, root: Key, xattrs: XattrFormat) -> Generator[None, None, frozenset[bytes]]:
-    """Return the paths in the lowers of everything that was renamed.
+    """Return the paths in the lowers of all renamed directories and files.
 
-    Reads the whole upper once. Blocks, but yields before each inode.
-
-    What was renamed leaves a whiteout, or something new, at its old place. Only the new place shows that this
-    is not a deletion, and it may come sooner or later: hence this pass. It needs one lookup and the xattrs of
-    each inode, and memory only for the renamed ones.
+    A rename leaves a whiteout, or a new file, at the old path. Only the new path, which a walk may reach
+    earlier or later, shows that the old one was not deleted. So this pass reads the whole upper first: for
+    each inode one lookup and the xattrs. Only renamed inodes take memory. Blocks, but yields before each
+    inode; OSError.
     """
     sources = set()
     waiting: list[tuple[Key, bytes]] = [(root, b"")]

@@ -1,4 +1,4 @@
-"""Choose which changes are listed: by path, and by what differs."""
+"""Select changes by path, and by what differs."""
 
 from __future__ import annotations
 
@@ -13,12 +13,10 @@ from cowfs.errors import UsageError
 from cowfs.types import Change
 
 ASPECTS = ("type", "content", "mode", "owner", "times", "xattrs", "target", "device")
-"""What may differ between two versions of a file, see :func:`cowfs.changes.compare.compare`."""
+"""What can differ between two versions of a file, see :func:`cowfs.changes.compare.compare`."""
 ALL = frozenset(ASPECTS)
 CONTENT = frozenset({"type", "content", "target", "device"})
-"""What a file is or holds, and not who may use it and since when."""
 METADATA = frozenset({"mode", "owner", "times", "xattrs"})
-"""What else there is."""
 _SAME = {
     "mtime": "times",
     "time": "times",
@@ -30,24 +28,27 @@ _SAME = {
 
 
 def aspect(name: str) -> str | None:
-    """Return the aspect that a user means by *name* (``mtime`` is ``times``); None if there is none."""
+    """Return the aspect with the name or synonym *name* (``mtime`` is ``times``); None if there is none."""
     name = _SAME.get(name, name)
     return name if name in ASPECTS else None
 
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Which changes are wanted."""
+    """Paths and aspects that select changes."""
 
     patterns: tuple[re.Pattern[bytes], ...] = ()
-    """One of them must match the path, or a directory above it; no pattern: all paths."""
+    """One of them must match the path, or a directory above it. Without patterns, all paths match."""
     aspects: frozenset[str] = frozenset(ASPECTS)
-    """A modification in nothing else is none."""
+    """A modification of other aspects only is not selected."""
     texts: tuple[bytes, ...] = ()
-    """What the patterns were made of."""
+    """The paths and globs that the patterns were made from."""
 
     def must_exist(self, sides: Sides, what: str) -> None:
-        """Raise UsageError for a path, not a glob, where nothing is nor was; *what* is the tree's name."""
+        """UsageError if a path, not a glob, exists neither in the lowers nor in the tree. Blocks; OSError.
+
+        *what* is the tree's name, for the message.
+        """
         for text in self.texts:
             path = plain(normal(text))
             if path and sides.after(path) is None and sides.before(path) is None:
@@ -57,14 +58,13 @@ class Selection:
                 )
 
     def of(self, changes: Iterable[Change]) -> Iterator[Change]:
-        """Yield those of *changes* that are wanted, each with only the wanted aspects."""
+        """Yield the selected *changes*, each with only the selected aspects."""
         return (change for change in self.among(changes) if change is not None)
 
     def among(self, changes: Iterable[Change | None]) -> Iterator[Change | None]:
-        """The same for what :func:`cowfs.changes.diff.steps` yields: with None for each change that is not
-        wanted.
+        """Yield the selected changes, and None for each other one and for each None in *changes*.
 
-        With a renamed directory all changes below it are wanted, whichever of its names was meant.
+        If the old or new path of a renamed directory is selected, all changes below it are selected.
         """
         renamed = b""
         for change in changes:
@@ -92,7 +92,7 @@ class Selection:
         return replace(change, what=what, xattrs=change.xattrs if "xattrs" in what else ())
 
     def matches(self, path: bytes) -> bool:
-        """Whether a path is among the wanted ones."""
+        """Whether a path is selected."""
         return not self.patterns or any(pattern.match(path) for pattern in self.patterns)
 
 
@@ -105,10 +105,9 @@ def selected(texts: Iterable[bytes], aspects: frozenset[str] = frozenset(ASPECTS
 def pattern(text: bytes) -> re.Pattern[bytes]:
     """Return a pattern that matches a path or glob, from the root of the tree, and everything below it.
 
-    In a glob ``*`` and ``?`` match slashes too, as in git's: ``*.conf`` means those in all directories.
-
-    A glob also means the path that is spelled like it: ``[x]`` means the directory ``[x]`` as well as ``x``.
-    The result of :func:`glob.escape` means that path alone.
+    In a glob, ``*`` and ``?`` also match slashes, as in git: ``*.conf`` matches in all directories. A glob
+    also matches the path that is spelled like it: ``[x]`` matches the directory ``[x]`` as well as ``x``. The
+    result of :func:`glob.escape` matches only that path. UsageError for ``..``.
     """
     path = normal(text)
     if not path:
@@ -123,10 +122,10 @@ def pattern(text: bytes) -> re.Pattern[bytes]:
 
 
 def normal(path: bytes) -> bytes:
-    """Return a path from the root of the tree without the parts that say nothing: ``./etc//apt/`` is
-    ``etc/apt``, and ``.`` and ``/`` are the root, which is empty.
+    """Return a path from the root of the tree without redundant parts: ``./etc//apt/`` becomes ``etc/apt``.
 
-    UsageError for ``..``: who writes that means another place than the tree's root.
+    ``.`` and ``/`` are the root, whose path is empty. UsageError for ``..``: such a path is not relative to
+    the tree's root.
     """
     parts = [part for part in path.split(b"/") if part not in {b"", b"."}]
     if b".." in parts:
@@ -135,7 +134,7 @@ def normal(path: bytes) -> bytes:
 
 
 def plain(text: bytes) -> bytes | None:
-    """Return the one path that a pattern means; None if it is a glob."""
+    """Return the path that a pattern matches, without escapes; None if the pattern is a glob."""
     rest = re.sub(rb"\[[*?[]\]", b"", text)
     if any(character in rest for character in b"*?["):
         return None

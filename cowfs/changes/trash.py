@@ -1,8 +1,8 @@
-"""The trash of a store: what was reverted, until that is undone or the trash is emptied.
+"""The trash of a store. It keeps reverted changes until the revert is undone or the trash is emptied.
 
-Each use of ``cowfs revert`` makes a directory ``cowfs/trash/NUMBER`` in the store. In it, ``log`` has a line
-of JSON for each step, written before the step is done, and one for each step that is undone; what a step
-took out of the merged tree is there under the step's number.
+Each ``cowfs revert`` makes a directory ``cowfs/trash/NUMBER`` in the store. The file ``log`` in it has a line
+of JSON for each step, written before the step is done, and a line for each step that is undone. A file that a
+step removed from the merged tree is in the directory, with the step's number as its name.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from cowfs.types import AttrData
 _LOG = b"log"
 _LARGEST_LOG = 256 << 20
 MOST_STEPS = 3_000_000
-"""So many has one revert, at most: a log tells of each twice when all of it is undone."""
+"""The most steps of one revert. The log has two lines for each when all of it is undone."""
 MOST_BYTES = 192 << 20
-"""So many bytes may the lines of these have."""
+"""The most bytes of the steps' lines."""
 _MOST_ASIDE = 1 << 18
-"""So many of them may be of what was in the way of a rename."""
+"""The most files in one revert that were in the way of a rename."""
 ASIDE = b".cowfs-aside-"
-"""How the names begin of what was in the way of a rename."""
+"""The start of the temporary name of a file that was in the way of a rename."""
 _GIVEN_UP = b".gone"
-"""How the name of a batch ends that is being deleted."""
+"""The end of the name of a batch that is being deleted."""
 _KINDS = frozenset(("moved", "whiteout", "copied", "attributes", "renamed"))
 _STEP = re.compile(
     rb'\{"number": ([0-9]{1,15}), "kind": "([a-z]{1,16})", "path": "([0-9A-Za-z+/=]*)"'
@@ -45,31 +45,32 @@ _STEP = re.compile(
 )
 _UNDONE = re.compile(rb'\{"undone": ([0-9]{1,15})\}')
 _MOST_BRACKETS, _MOST_COMMAS = 1 << 16, 1 << 17
-"""A line has fewer, as an inode has fewer attributes: each takes much memory while it is read."""
+"""Upper limits for one line. A valid line has fewer, and each takes much memory when the line is parsed."""
 _MOST_ID = (1 << 32) - 2
 _LINES = 1000
-"""How many are written at once."""
+"""How many lines are written at once."""
 _READ = 64 << 10
 _NO_UNDO = "what was reverted is in the store's cowfs/trash; cowfs vacuum --trash deletes it"
 _LONGEST_LINE = 16 << 20
-"""Bytes: a file has fewer attributes, and each takes a third more."""
+"""Bytes. The extended attributes of a file are shorter, even in base64."""
 
 
 class Step(NamedTuple):
-    """One step of a revert, as it stands in the log."""
+    """One step of a revert, as written in the log."""
 
     number: int
     kind: str
-    """``moved`` out of the tree; a ``whiteout`` removed; ``copied`` to the trash and written over in place;
-    ``attributes`` written over; ``renamed`` back, to *path* from *source*. A step ``moved`` has a *source*
-    if what it moved was renamed before, as it was in the way: where it was."""
+    """``moved``: moved out of the tree into the trash. ``whiteout``: a whiteout was removed. ``copied``:
+    copied to the trash, then overwritten in place. ``attributes``: the attributes were overwritten.
+    ``renamed``: renamed back, from *source* to *path*. A ``moved`` step has a *source* if the file was in the
+    way of a rename and had been renamed: its former path."""
     path: bytes
     source: bytes = b""
     attributes: dict[str, Any] | None = None
 
 
 class Batch:
-    """What one use of ``revert`` has reverted."""
+    """The directory in the trash of one ``cowfs revert``. Its methods block; OSError."""
 
     def __init__(self, layer: UpperLayer, parent: Key, name: bytes, key: Key) -> None:
         self.layer = layer
@@ -84,18 +85,18 @@ class Batch:
         return self._end is not None
 
     def place(self, number: int) -> tuple[Key, bytes]:
-        """Return where a step puts what it removes from the tree."""
+        """Return the directory and the name to which a step moves what it removes from the tree."""
         return self.key, b"%d" % number
 
     def write(self, lines: Iterable[bytes]) -> None:
-        """Write what :func:`line_of` gives of steps into the log, and put it on disk. Blocks. ENOSPC."""
+        """Append lines from :func:`line_of` to the log. Blocks until they are on disk. ENOSPC, EIO."""
         whole = iter(lines)
         while piece := b"".join(line + b"\n" for line in islice(whole, _LINES)):
             self._append(piece, sync=False)
         self._append(b"", sync=True)
 
     def note_undone(self, numbers: Iterable[int]) -> None:
-        """Record that these steps are undone. Blocks; not on disk yet."""
+        """Record that these steps are undone. Blocks, but does not wait for the disk."""
         lines = b"".join(json.dumps({"undone": number}).encode() + b"\n" for number in numbers)
         if lines:
             self._append(lines, sync=False)
@@ -115,20 +116,20 @@ class Batch:
         self._end = end + len(lines)
 
     def log(self) -> Log:
-        """Open the log."""
+        """Open the log for :class:`Log`'s methods. Close it."""
         return Log(self)
 
     def open_log(self) -> File | None:
-        """Open the log to be read; None if there is none."""
+        """Open the file of the log for reading; None if there is none."""
         found = self.layer.lookup(self.key, _LOG)
         return None if found is None else self.layer.open(found[0], os.O_RDONLY)
 
     def ends_at(self, end: int) -> None:
-        """What is written comes after so many bytes of the log."""
+        """Set where the next lines are written: after the first *end* bytes of the log."""
         self._end = end
 
     def remove(self) -> None:
-        """Delete everything in it. Blocks."""
+        """Delete the directory with everything in it."""
         layout.empty(self.layer, self.key)
         self.layer.rmdir(self._parent, self.name, self.key)
 
@@ -159,14 +160,14 @@ class Batch:
         self.layer.rmdir(self._parent, self.name, self.key)
 
     def is_empty(self) -> bool:
-        """Whether only the log is left, and copies that a kill left unfinished."""
+        """Whether only the log is left, or copies that a killed process did not finish."""
         return not any(entry.name.isdigit() for entry in self.layer.readdir(self.key))
 
 
 class Log:
-    """The steps of a batch that are not undone. Holds nine bytes of each; close it in the end.
+    """The steps of a batch that are not undone. Takes nine bytes of memory for each. Close it.
 
-    A last line that is not whole is of a step that was not begun.
+    An incomplete last line is ignored: its step was not begun.
     """
 
     def __init__(self, batch: Batch) -> None:
@@ -176,22 +177,21 @@ class Log:
         self._starts = array("Q")
         self._undone = bytearray()
         self._renames = 0
-        """After so many steps none renames any more."""
+        """The number of the last rename, plus one."""
         self._end = 0
-        """Where the last step ends; what comes after it tells of those that are undone."""
+        """The offset of the end of the last step. The lines after it say which steps are undone."""
         self.aside: dict[bytes, bytes] = {}
-        """Where things are that were in the way of a rename, and where they were before, in the order in
-        which they were put there."""
+        """Files that were in the way of a rename: present path to former path, in the order of the steps."""
 
-    def look(self) -> Iterator[None]:
-        """Look at all lines, once; yields now and then. Blocks. StoreError if the log is damaged.
+    def scan(self) -> Iterator[None]:
+        """Read all lines; yield now and then. Call it once, first. Blocks. StoreError if the log is damaged.
 
-        Its time and memory are bounded, whatever the log contains.
+        Time and memory are limited, whatever the log contains.
         """
         end = 0
         for number, (start, line) in enumerate(self._lines()):
             end = start + len(line) + 1
-            self._look_at(start, line)
+            self._scan_line(start, line)
             if number % _LINES == 0:
                 yield None
         self._batch.ends_at(end)
@@ -213,7 +213,7 @@ class Log:
             if len(rest) > _LONGEST_LINE // _READ:
                 raise self._damaged()
 
-    def _look_at(self, start: int, line: bytes) -> None:
+    def _scan_line(self, start: int, line: bytes) -> None:
         if found := _UNDONE.fullmatch(line):
             number = int(found[1])
             if number >= len(self._undone) or self._undone[number]:
@@ -227,14 +227,14 @@ class Log:
         if found[5]:
             self._step(line)
         if found[4]:
-            self._set_aside(found[3], found[4])
+            self._note_aside(found[3], found[4])
         if found[2] == b"renamed":
             self._renames = number + 1
         self._starts.append(start)
         self._undone.append(False)
         self._end = start + len(line) + 1
 
-    def _set_aside(self, path: bytes, source: bytes) -> None:
+    def _note_aside(self, path: bytes, source: bytes) -> None:
         try:
             where = binascii.a2b_base64(path)
             if ASIDE not in where[where.rfind(b"/") + 1 :]:
@@ -257,11 +257,11 @@ class Log:
         return StoreError(f"{self._name}: the log of what was reverted is damaged", _NO_UNDO)
 
     def __reversed__(self) -> Iterator[Step]:
-        """Yield those that :meth:`look` has found, the last first. Blocks. StoreError."""
+        """Yield the steps that :meth:`scan` found, the last first. Blocks. StoreError; OSError."""
         return self._before(len(self._starts))
 
     def renames(self) -> Iterator[Step]:
-        """Yield those of them that rename, the last first; not more than that is in memory. Blocks."""
+        """Yield the renames among them, the last first, at most 2^18. Blocks. StoreError; OSError."""
         steps = (step for step in self._before(self._renames) if step.kind == "renamed")
         return islice(steps, _MOST_ASIDE)
 
@@ -282,7 +282,7 @@ class Log:
 
 
 def new_batch(layer: UpperLayer) -> Batch:
-    """Make an empty batch."""
+    """Make an empty batch. Blocks; OSError."""
     private = layout.find(layer, layout.PRIVATE)
     trash = layout.ensure_directory(layer, private, layout.TRASH, 0o700)
     names = [entry.name.removesuffix(_GIVEN_UP) for entry in layer.readdir(trash)]
@@ -292,7 +292,7 @@ def new_batch(layer: UpperLayer) -> Batch:
 
 
 def batches(layer: UpperLayer) -> Iterator[Batch]:
-    """Yield the batches, the newest first."""
+    """Yield the batches, the newest first. Blocks; OSError."""
     trash = layout.find(layer, layout.PRIVATE, layout.TRASH)
     if trash is None:
         return
@@ -328,7 +328,7 @@ def line_of(step: Step) -> bytes:
 
 
 def step_of(line: bytes) -> Step:
-    """Return the step of a line that :func:`line_of` gave."""
+    """Return the step of a line from :func:`line_of`. ValueError, KeyError, TypeError if it is invalid."""
     return _from_json(json.loads(line))
 
 
@@ -362,7 +362,7 @@ def _bytes(text: str) -> bytes:
 
 
 def attributes_to_json(attributes: Attributes) -> dict[str, Any]:
-    """Return attributes as they are written in the log."""
+    """Return attributes as an object for the log."""
     attr = attributes.attr
     return {
         "mode": attr.st_mode,

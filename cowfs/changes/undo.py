@@ -17,14 +17,14 @@ from cowfs.overlay.node import Node
 from cowfs.overlay.overlay import Overlay
 
 _NOTED = 1000
-"""So many steps that needed nothing are noted at once."""
+"""How many steps that needed no undoing are recorded at once."""
 _SET_ASIDE = re.compile(rb"(?:^|(?<=/))[^/]*" + re.escape(ASIDE) + rb"[^/]*(?=/)")
 _DEEPEST = 64
-"""So many things that were set aside are in each other, at most."""
+"""How deep files that were set aside can be nested in each other."""
 
 
 def undo(fs: Overlay, forget: Forget) -> Progress:
-    """Undo the last revert. StoreError if there is none."""
+    """Undo the last revert. StoreError if there is none, or its log is damaged."""
     batch = next(batches(fs.upper), None)
     if batch is None:
         raise StoreError("nothing was reverted, or the trash was emptied")
@@ -32,14 +32,14 @@ def undo(fs: Overlay, forget: Forget) -> Progress:
 
 
 def undo_batch(fs: Overlay, batch: Batch, forget: Forget) -> Progress:
-    """Undo one batch.
+    """Undo one batch. StoreError if its log is damaged.
 
-    It may be killed anywhere and started again: the log records each step that is undone, and a step that was
-    undone but not yet recorded is recognised by what is there.
+    It can be killed at any point and started again. The log records each undone step; a step that was undone
+    but not yet recorded is recognised by the state of the tree.
     """
     log = batch.log()
     try:
-        yield from log.look()
+        yield from log.scan()
         again = yield from _undo_all(fs, batch, log, forget)
     finally:
         log.close()
@@ -50,15 +50,15 @@ def undo_batch(fs: Overlay, batch: Batch, forget: Forget) -> Progress:
 def _undo_all(
     fs: Overlay, batch: Batch, log: Log, forget: Forget
 ) -> Generator[Done | Callable[[], None] | None, None, bool]:
-    """Undo the steps of a log; return whether something could not be undone, and can be asked for again."""
+    """Undo the steps of a log. Return whether some could not be undone, but may be at the next attempt."""
     again = False
     nothing_to_do: list[int] = []
     removed: set[bytes] = set()
-    """Where that was which was set aside, and then removed."""
+    """Former paths of files that were set aside and then removed."""
     moves, count = Moves(), 0
-    """Where all will be that is renamed again, and how much of it is."""
+    """All renames to undo, and how many of them are undone."""
     homes: set[bytes] = set()
-    """Where directories are that will be renamed again: they are told by that."""
+    """Present paths of directories that will be renamed: that rename is what is reported of them."""
     for step in log.renames():
         moves.add(step.path, step.source)
         homes.add(step.path)
@@ -81,9 +81,9 @@ def _undo_all(
             yield lambda stale=stale: forget(stale)  # type: ignore[misc]
         count += step.kind == "renamed"
         if why_not:
-            yield Done(_at_home(step.source or step.path, log.aside), why_not)
+            yield Done(_final_path(step.source or step.path, log.aside), why_not)
         elif step.kind == "renamed":
-            if undone and _is_told(fs, step, log.aside, removed):
+            if undone and _is_reported(fs, step, log.aside, removed):
                 yield Done(moves.now(step.source, count))
         elif step.kind == "moved" and step.source:
             removed.add(step.source)
@@ -93,9 +93,11 @@ def _undo_all(
     return again
 
 
-def _is_told(fs: Overlay, step: Step, aside: dict[bytes, bytes], removed: set[bytes]) -> bool:
-    """Whether a rename that is undone is told: what was in the way is told when it has its name again, and
-    other files are told with their content."""
+def _is_reported(fs: Overlay, step: Step, aside: dict[bytes, bytes], removed: set[bytes]) -> bool:
+    """Whether to report an undone rename: of a directory, or of a file that was in the way and is back.
+
+    Other files are reported with their content.
+    """
     if step.source in aside:
         return False
     if step.path in aside and step.source in removed:
@@ -109,8 +111,8 @@ def _is_of_a_directory(step: Step) -> bool:
     return step.attributes is not None and stat.S_ISDIR(step.attributes["mode"])
 
 
-def _at_home(path: bytes, aside: dict[bytes, bytes]) -> bytes:
-    """Return where something is when nothing is set aside any more."""
+def _final_path(path: bytes, aside: dict[bytes, bytes]) -> bytes:
+    """Return the path that *path* becomes when nothing is set aside any more."""
     for found in reversed([*islice(_SET_ASIDE.finditer(path) if aside else (), _DEEPEST)]):
         where = path[: found.end()]
         if where in aside:
@@ -119,7 +121,7 @@ def _at_home(path: bytes, aside: dict[bytes, bytes]) -> bytes:
 
 
 def _undo(fs: Overlay, batch: Batch, step: Step, stale: uncover.Stale) -> bool:
-    """Undo one step; return False if it was never done, or is undone already."""
+    """Undo one step; return False if it was never done, or is already undone. OSError."""
     if not step.path:
         return _undo_attributes(fs, fs.root, step, stale)
     kept = batch.place(step.number)
@@ -127,7 +129,7 @@ def _undo(fs: Overlay, batch: Batch, step: Step, stale: uncover.Stale) -> bool:
     if step.kind in {"moved", "copied"} and found is None:
         return False
     if step.kind == "moved" and found is not None and fs.is_whiteout(*found):
-        fs.upper.unlink(*kept, None)  # it was exchanged with what is restored
+        fs.upper.unlink(*kept, None)  # the restored file was exchanged with this whiteout
         return False
     place = find(fs, step.path)
     if step.kind == "moved":
@@ -173,10 +175,10 @@ def _undo_attributes(fs: Overlay, node: Node, step: Step, stale: uncover.Stale) 
 
 
 def empty_trash(fs: Overlay) -> Progress:
-    """Delete everything that was reverted. It cannot be restored then.
+    """Delete all reverted changes. After this, they cannot be restored.
 
-    No batch can be undone in part: each is given up as a whole first, and then deleted step by step. If it is
-    cut short, the next call deletes the rest.
+    No batch can be undone in part: each is renamed first, which gives it up as a whole, and then deleted in
+    steps. If this is interrupted, the next call deletes the rest.
     """
     for batch in batches(fs.upper):
         batch.give_up()

@@ -1,4 +1,4 @@
-"""Make an upper beside the one of a store: from links to its files, or copies where links do not work."""
+"""Make a second upper in a store: with links to the files of the first, or copies if linking fails."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class UpperMaker:
         self._xattrs = xattrs
         self._whiteout: Key = None
         self._copies: dict[tuple[int, int, int], Key] = {}
-        """What was made of inodes with several names."""
+        """Copies of inodes with several names."""
 
     def directory(
         self, parent: Key, name: bytes, like: Inode, *, opaque: bool = False, redirect: bytes | None = None
@@ -40,7 +40,7 @@ class UpperMaker:
         return made
 
     def set_root_attributes(self, like: Inode) -> None:
-        """Give the root the attributes of another directory, and nothing else."""
+        """Replace the attributes of the root by those of another directory."""
         for name in self._layer.listxattr(self.root):
             if not self._xattrs.is_own(name):
                 with suppress(OSError):
@@ -54,7 +54,7 @@ class UpperMaker:
         self._layer.link(key.places[0][1], parent, name)
 
     def copy(self, inode: Inode, parent: Key, name: bytes) -> None:
-        """Make the same inode, with its data; or a link to the copy made before."""
+        """Copy an inode with its data. If it has several names and was copied before, make a link."""
         attr = inode.attr
         identity = (id(inode.layer), attr.st_dev, attr.st_ino)
         known = self._copies.get(identity)
@@ -68,7 +68,7 @@ class UpperMaker:
             self._copies[identity] = made
 
     def metacopy(self, like: Inode, redirect: bytes, parent: Key, name: bytes) -> None:
-        """Make a file whose data is where *redirect* leads to."""
+        """Make a metacopy whose data is at *redirect*."""
         made, file = self._layer.create(parent, name, 0o600, *layout.owner(self._layer))
         file.close()
         self._layer.truncate(made, like.attr.st_size)
@@ -102,7 +102,7 @@ class UpperMaker:
         return made
 
     def _set_attributes(self, made: Key, like: Inode) -> None:
-        """Set owner, attributes and mode: the owner first, since that clears some of the others."""
+        """Set owner, xattrs and mode; the owner first, because setting it clears some of the others."""
         layer, attr = self._layer, like.attr
         mode = stat.S_IMODE(attr.st_mode)
         if not stat.S_ISLNK(attr.st_mode):

@@ -1,4 +1,4 @@
-"""One version of a file: before or after the change."""
+"""Versions of a file, before and after a change, and trees to read them from."""
 
 from __future__ import annotations
 
@@ -14,53 +14,57 @@ from cowfs.types import Attr
 
 @dataclass(frozen=True, slots=True)
 class Version:
-    """What one side of a change is."""
+    """A file before or after a change."""
 
     attr: Attr
     read: Callable[[], bytes]
-    """Reads the whole content of a regular file, or the target of a symlink; b"" for what has none. Blocks;
+    """Reads the whole content of a regular file, or the target of a symlink; b"" for other types. Blocks;
     OSError."""
 
     @property
     def is_dir(self) -> bool:
+        """Whether it is a directory."""
         return stat.S_ISDIR(self.attr.st_mode)
 
     @property
     def is_file(self) -> bool:
+        """Whether it is a regular file."""
         return stat.S_ISREG(self.attr.st_mode)
 
     @property
     def is_link(self) -> bool:
+        """Whether it is a symbolic link."""
         return stat.S_ISLNK(self.attr.st_mode)
 
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """An inode of a tree, and the functions that read the rest of it. These block, and raise OSError."""
+    """An inode of a tree, and functions that read the rest of it. They block; OSError."""
 
     attr: Attr
     identity: tuple[int, int, int]
-    """Equal for the names of one inode alone."""
+    """A number of the layer or mount, the device and the inode number. Names of one inode have the same."""
     xattrs: Callable[[], dict[bytes, bytes]]
-    """Those that users of the tree see."""
+    """Reads the xattrs that users of the tree see."""
     target: Callable[[], bytes]
-    """Of a symbolic link."""
+    """Reads the target of a symbolic link."""
     open: Callable[[], File]
-    """For reading, of a regular file."""
+    """Opens a regular file for reading."""
 
     @property
     def is_dir(self) -> bool:
+        """Whether it is a directory."""
         return stat.S_ISDIR(self.attr.st_mode)
 
 
 class Tree(Protocol):
-    """A tree that is read, by paths from its root, without a leading slash. Blocks; OSError.
+    """A tree to read, by paths from its root, without a leading slash. Blocks; OSError.
 
-    Ask for paths in order if possible: what was looked up for one path is used for the next.
+    Reading paths in order is fastest: directories looked up for one path are used for the next.
     """
 
     def node(self, path: bytes) -> Node | None:
-        """Return what is at *path*; None if nothing is."""
+        """Return the inode at *path*; None if there is none."""
 
     def names(self, path: bytes) -> set[bytes]:
         """Return the names in the directory at *path*; none if it is not a directory."""
@@ -70,9 +74,9 @@ class Tree(Protocol):
 
 
 def version_of(path: bytes, root: int) -> Version | None:
-    """Return what is at *path* beneath the directory *root*, a descriptor; None if nothing is.
+    """Return the version of the file at *path* below the directory descriptor *root*; None if there is none.
 
-    Follows no symbolic link. Raises OSError for any other failure.
+    Does not follow a symbolic link in the last place. Blocks; other OSErrors.
     """
     try:
         attr = os.stat(path or b".", dir_fd=root, follow_symlinks=False)

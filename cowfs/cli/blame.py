@@ -19,7 +19,7 @@ from cowfs.jsontext import raw, stamp
 from cowfs.linux.fuse import LISTED
 
 if TYPE_CHECKING:
-    from cowfs.changes.blame import Deed, History
+    from cowfs.changes.blame import Event, History
 
 NAME = "blame"
 EXIT_NOTHING = 1
@@ -164,22 +164,22 @@ def _print(history: History, *, after: bool) -> None:
     if after:
         print()
     print(escape(history.path) or "/")
-    for kind, deeds in history.deeds():
-        for which, deed in deeds:
-            who = None if deed.process is None else described(deed.process)
+    for kind, events in history.events():
+        for which, event in events:
+            who = None if event.process is None else described(event.process)
             label = f"{kind} {which}".strip()
-            say(f"  {label:<17} {_local(deed.time)}  {_what(deed, history.path)}{by(who)}")
+            say(f"  {label:<17} {_local(event.time)}  {_what(event, history.path)}{by(who)}")
             if who is not None and who["command"]:
                 say(f"  {'':<17} {_command(who['command'])}")
 
 
-def _what(deed: Deed, path: bytes) -> str:
+def _what(event: Event, path: bytes) -> str:
     from cowfs.changes.render import escape
 
-    done = " ".join(deed.operations)
-    if deed.to is not None:
-        return f"{done} {escape(deed.path)} -> {escape(deed.to)}, "
-    return f"{done} {escape(deed.path)}, " if deed.path != path else f"{done}, "
+    done = " ".join(event.operations)
+    if event.to is not None:
+        return f"{done} {escape(event.path)} -> {escape(event.to)}, "
+    return f"{done} {escape(event.path)}, " if event.path != path else f"{done}, "
 
 
 def by(process: dict[str, Any] | None) -> str:
@@ -218,16 +218,16 @@ def _print_with_nul(history: History) -> None:
     from cowfs.linux.processes import container, unit
 
     for kind in history.first:
-        for which, deed in (("first", history.first[kind]), ("last", history.last[kind])):
-            process = deed.process
+        for which, event in (("first", history.first[kind]), ("last", history.last[kind])):
+            process = event.process
             fields: list[bytes | str] = [
                 history.path,
                 kind,
                 which,
-                stamp(deed.time),
-                ",".join(deed.operations),
+                stamp(event.time),
+                ",".join(event.operations),
             ]
-            fields += [deed.path, deed.to or b""]
+            fields += [event.path, event.to or b""]
             if process is None:
                 fields += [""] * 5
             else:

@@ -18,7 +18,7 @@ def is_image(path: str) -> bool:
     LayerError if it cannot be read.
     """
     from cowfs.formats import archives, erofs
-    from cowfs.formats.squashfs.recognise import MAGIC, MAGIC_BIG_ENDIAN, appended_at
+    from cowfs.formats.squashfs.recognise import MAGICS, appended_at
 
     try:
         with open(path, "rb", buffering=0, opener=_without_waiting) as file:
@@ -31,7 +31,7 @@ def is_image(path: str) -> bool:
         return False  # a directory, or a store
     size = os.path.getsize(path)
     end = appended_at(head, size)
-    if head[:4] in {MAGIC, MAGIC_BIG_ENDIAN} or (end is not None and end < size):
+    if head[:4] in MAGICS or (end is not None and end < size):
         return True
     return erofs.is_erofs(head) or bool(archives.kind_of(head))
 

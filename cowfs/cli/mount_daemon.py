@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _STACK = 1 << 20
-"""Bytes of a thread's stack, which count where address space is limited."""
+"""The stack of a thread in bytes; small, because the address space may be limited."""
 
 
 def serve(
@@ -44,25 +44,25 @@ def serve(
     from cowfs.formats.squashfs.source import open_unchecked
     from cowfs.formats.verified import belonging, require, root_hash_of
     from cowfs.fuse.rings import rings_for
-    from cowfs.linux.privileges import give_up
+    from cowfs.linux.privileges import drop
     from cowfs.url.opened import held_open
 
     os.umask(0)
     threading.stack_size(_STACK)
-    remove_dead()  # while we may see who uses what
+    remove_dead()  # before the daemon is confined
     rings = rings_for(given.values.get("io_uring", "auto"), warn)
     compared = verified_lowers(union_options)
     needed = [file for low, by in compared.items() for file in belonging(low, by)]
     with held_open(
         [*union_options.lowers, *needed], given.by_url
-    ) as begin_to_fetch:  # they run programs, which is impossible later
-        give_up(has_rings=rings is not None)  # before there are threads: opening the store starts some
+    ) as begin_to_fetch:  # they start programs, which a confined daemon cannot
+        drop(has_rings=rings is not None)  # before there are threads: opening the store starts some
         try:
-            shut_in = _step_aside(union_options, mountpoint)
+            confine = _unshare(union_options, mountpoint)
             begin_to_fetch()
             require({low: root_hash_of(low, by, open_unchecked) for low, by in compared.items()})
             request = partial(_request, union_options, mountpoint, given, owner_map)
-            _mount_and_serve(union_options, request, given, reporter, daemon_log, shut_in, rings)
+            _mount_and_serve(union_options, request, given, reporter, daemon_log, confine, rings)
         finally:
             helper_process.end()
     return 0
@@ -74,7 +74,7 @@ def _mount_and_serve(
     given: mount_options.Options,
     reporter: Reporter,
     daemon_log: Log,
-    shut_in: Callable[[], None],
+    confine: Callable[[], None],
     rings: Rings | None,
 ) -> None:
     from cowfs.cli.own_files import forbid_lookups
@@ -96,14 +96,14 @@ def _mount_and_serve(
         forbid_lookups(request.mountpoint)
         trace(given.debug, union, daemon)
         faults = install(given.faults, union.store, daemon.adapter)
-        observer = Observer(daemon.adapter, union.overlay, daemon.loop.in_trio)
+        observer = Observer(daemon.handlers, daemon.adapter, union.overlay, daemon.loop.in_trio)
         if "blame" in given.flags:
             _record(union.store, observer)
         daemon_log.explain_when_asked(describe_tasks)
         daemon.mount()  # from here on no path may be followed that could lead into the mount
         try:
             union.store.mounted_as(daemon.dev)
-            shut_in()  # and none leads anywhere
+            confine()  # and now none leads there
             facts = _facts(daemon, request, daemon_log)
             daemon.serve(
                 commands(union, facts, daemon.stop_waiting_soon, daemon.ask_again, observer, faults),
@@ -134,7 +134,7 @@ def _facts(daemon: Daemon, request: MountRequest, daemon_log: Log) -> Callable[[
 def _request(
     union: UnionOptions, mountpoint: str, given: mount_options.Options, owner_map: OwnerMap | None
 ) -> MountRequest:
-    """Return what to ask of FUSE."""
+    """Return how to mount."""
     from cowfs.fuse.daemon import MountRequest
 
     return MountRequest(
@@ -152,7 +152,7 @@ def _request(
 
 
 def _record(store: Store, observer: Observer) -> None:
-    """Start to record who makes changes, or warn why not: the mount goes on without it."""
+    """Start to record which programs make changes. If that fails, warn, and mount without it."""
     from cowfs.fuse.recorder import Recorder
     from cowfs.store.format.records import open_or_make
 
@@ -160,7 +160,7 @@ def _record(store: Store, observer: Observer) -> None:
     try:
         records, said = open_or_make(store.layer, store.size)
         if said:
-            warn(f"{said}; a new one is started")
+            warn(f"{said}; started a new one")
         observer.record(Recorder(records, store.path))
     except StoreError as error:
         why = str(error)
@@ -171,11 +171,11 @@ def _record(store: Store, observer: Observer) -> None:
         _log.warning("changes are not recorded: %s", why)
 
 
-def _step_aside(union: UnionOptions, mountpoint: str) -> Callable[[], None]:
-    """Move to a mount namespace of our own, and leave a helper process here; return what confines us there.
+def _unshare(union: UnionOptions, mountpoint: str) -> Callable[[], None]:
+    """Enter a mount namespace, leaving a helper outside; return a function that confines the daemon.
 
-    Only for root, who may mount anywhere. A daemon that was handed a mount has no helper to unmount it and
-    keeps access to all files; so does one whose root cannot be exchanged.
+    Does nothing for users, who cannot confine a daemon. A daemon that was handed a mount has no helper that
+    could unmount it, so it keeps access to all files; so does one whose root cannot be exchanged.
     """
     from cowfs.cli.helper_requests import HelperRequests
     from cowfs.linux import confine
@@ -187,19 +187,19 @@ def _step_aside(union: UnionOptions, mountpoint: str) -> Callable[[], None]:
     store = union.store if union.work else upper_of(union.store)
     HelperRequests(mountpoint, watched(store, union.lowers)).start()
     try:
-        confine.step_aside()
+        confine.unshare()
     except OSError as error:
         _log.info("the daemon is not confined: it cannot have its own mount namespace: %s", error.strerror)
         helper_process.end()
         return lambda: None
 
-    def shut_in() -> None:
+    def confine_daemon() -> None:
         try:
-            confine.shut_in()
+            confine.confine()
         except OSError as error:
             _log.info("the daemon is not confined: %s", error.strerror)
 
-    return shut_in
+    return confine_daemon
 
 
 def _paths(lowers: Iterable[str]) -> list[str]:
@@ -210,7 +210,7 @@ def _paths(lowers: Iterable[str]) -> list[str]:
 def _source(union: UnionOptions, mountpoint: str) -> str:
     """Return what mount(8) shows as the source: the lowers, as on the command line.
 
-    Programs look up sources that are paths; so does e2fsck, which we run. They must not lead into the mount.
+    Programs look up sources that are paths, and e2fsck does too. So none may lead into the mount.
     """
     if any(
         f"{os.path.realpath(low)}/".startswith(f"{mountpoint.rstrip('/')}/") for low in _paths(union.lowers)

@@ -33,6 +33,8 @@ _OTHERS = (
     "unicodedata",
 )
 """Modules that the standard library and trio import on first use."""
+_LIBRARIES = ("libgcc_s.so.1", "libseccomp.so.2")
+"""The first is needed by a thread that ends with the process (pthread_exit(3))."""
 
 
 def forbid_lookups(mountpoint: str) -> None:
@@ -52,8 +54,9 @@ def load_all() -> None:
     for name in _OTHERS:
         with suppress(ImportError):
             importlib.import_module(name)
-    with suppress(OSError):
-        ctypes.CDLL("libgcc_s.so.1")  # needed by a thread that ends with the process (pthread_exit(3))
+    for library in _LIBRARIES:
+        with suppress(OSError):
+            ctypes.CDLL(library)
     time.localtime()  # reads the time zone
     assert cowfs.__version__, "looks among the packages that are installed"
 

@@ -278,7 +278,7 @@ def serve(options: UnionOptions, args: argparse.Namespace, reporter: Reporter, l
             tell_room(union)
             protect_from_kill()
             Path(args.pid_file).write_text(f"{os.getpid()}\n")
-            observer = Observer(daemon.adapter, union.overlay, daemon.loop.in_trio)
+            observer = Observer(daemon.handlers, daemon.adapter, union.overlay, daemon.loop.in_trio)
             answers = commands(
                 union,
                 lambda: {

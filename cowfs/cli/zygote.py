@@ -18,14 +18,15 @@ import sys
 from contextlib import suppress
 from typing import Any, NoReturn
 
-from cowfs.cli import helper_requests, mount, umount
+from cowfs.cli import encrypted, helper_requests, mount, umount
 from cowfs.cli.main import main, prepare
 from cowfs.cli.own_files import load_all
 from cowfs.command import GOODBYE, LONGEST_REQUEST
 from cowfs.linux import offspring
+from cowfs.linux.mount_table import mountinfo
 from cowfs.store.served.memory import keep_template
 
-_LOADED = (mount, umount, helper_requests)
+_LOADED = (encrypted, helper_requests, mount, umount)
 """What most commands load."""
 _PATIENCE = 60.0
 """Seconds that the daemons may take to write everything back."""
@@ -37,6 +38,7 @@ def serve(requests: socket.socket) -> None:
     prepare(["mount", ".", ".", "--store=memory", "-o", "x"])
     prepare(["umount", "."])
     keep_template()
+    mountinfo()  # its lines need not be parsed again
     gc.collect()
     gc.freeze()  # else each fork would copy what the collector touches
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
@@ -75,8 +77,9 @@ def _be(asked: dict[str, Any], output: int, answer: int) -> NoReturn:
         for number in (signal.SIGCHLD, signal.SIGINT):
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
         os.write(answer, b"%d\n" % os.getpid())
-        os.environ.clear()
-        os.environ.update(asked["environment"])
+        if os.environ != asked["environment"]:
+            os.environ.clear()
+            os.environ.update(asked["environment"])
         os.chdir(asked["directory"])
         for fd in (1, 2):
             os.dup2(output, fd)

@@ -21,9 +21,9 @@ _UNNAMED, _BYTES_EACH = 1000, 32
 _NAME_MAX = 255
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Inode:
-    """A file, a directory or whatever else an archive has."""
+    """A file, a directory or whatever else an archive has. It is equal to itself alone, and can be a key."""
 
     number: int
     mode: int
@@ -89,6 +89,9 @@ class Tree:
     def try_pread(self, inode: Inode, size: int, offset: int) -> bytes | None:
         """Return what pread does, or None if that is long work."""
         return self.pread(inode, size, offset)
+
+    def shrink(self) -> None:
+        """Drop all cached data that can be read again."""
 
     def target(self, inode: Inode) -> bytes:
         """Return what a symbolic link leads to. EIO."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from cowfs.formats import erofs, iso9660, tar
 from cowfs.formats import zip as zipped
 from cowfs.formats.archive import Tree
-from cowfs.formats.squashfs.recognise import MAGIC, MAGIC_BIG_ENDIAN
+from cowfs.formats.squashfs.recognise import MAGICS
 from cowfs.formats.squashfs.source import Bytes
 
 SAMPLE = iso9660.MAGIC_AT + len(iso9660.MAGIC)
@@ -23,7 +23,7 @@ NAMES = {"tar": "tar archive", "zip": "zip archive", "iso9660": "ISO 9660 image"
 
 def kind_of(start: bytes) -> str:
     """Return of which kind an archive is that begins so; "" for what is none."""
-    if start[:4] in {MAGIC, MAGIC_BIG_ENDIAN} or erofs.is_erofs(start):
+    if start[:4] in MAGICS or erofs.is_erofs(start):
         return ""
     if tar.is_tar(start):
         return "tar"

@@ -231,6 +231,10 @@ class Archive(Tree):
             return None
         return self.pread(inode, size, offset)
 
+    def shrink(self) -> None:
+        """Drop all decompressed data."""
+        self._unpacker.shrink()
+
     def target(self, inode: Inode) -> bytes:
         """Return what a symbolic link leads to. EIO."""
         target = self.pread(inode, inode.size, 0)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from cowfs.formats.squashfs.cache import GenerationCache
 from cowfs.formats.squashfs.source import Bytes
+from cowfs.url.waiting import WouldWait, must_not_wait
 
 if TYPE_CHECKING:
     from zlib import _Decompress
@@ -102,6 +103,13 @@ class Unpacker:
         self._lock = threading.Lock()  # of _last, and of the members' locks
         self._reported: set[int] = set()
 
+    def shrink(self) -> None:
+        """Drop decompressed data and kept states."""
+        self._blocks.clear()
+        self._places.clear()
+        with self._lock:
+            self._last.clear()
+
     @staticmethod
     def crc(data: bytes) -> bytes:
         """Return the CRC of bytes, as it stands in archives."""
@@ -120,7 +128,7 @@ class Unpacker:
         )
 
     def pread(self, member: Member, size: int, offset: int) -> bytes:
-        """Return *size* bytes at *offset*, which the member has. May block. EIO."""
+        """Return *size* bytes at *offset*, which the member has. May block. EIO, WouldWait."""
         if member.data_at < 0:
             member.data_at = self._find(member)
         if member.lock is None:
@@ -162,11 +170,14 @@ class Unpacker:
         data = self._read(member, size, offset)
         # Who is not at the end does not wait for one who compares: what is left out now is read again then.
         if member.compared < member.size and member.lock is not None:
-            if member.lock.acquire(blocking=offset + size == member.size):
+            is_end = offset + size == member.size
+            if member.lock.acquire(blocking=is_end and not must_not_wait()):
                 try:
                     self._compare(member, data, offset)
                 finally:
                     member.lock.release()
+            elif is_end:  # another compares, and may wait for another machine
+                raise WouldWait
         if member.is_wrong:
             raise self._damaged(member, "wrong CRC")
         return data
@@ -191,10 +202,14 @@ class Unpacker:
         found = self._blocks.get(key)
         if found is None:
             assert member.lock is not None
-            with member.lock:
+            if not member.lock.acquire(blocking=not must_not_wait()):
+                raise WouldWait
+            try:
                 found = self._blocks.get(key)
                 if found is None:
                     found = self._decompress(member, block)
+            finally:
+                member.lock.release()
         return found
 
     def _decompress(self, member: Member, wanted: int) -> bytes:

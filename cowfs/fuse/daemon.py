@@ -10,10 +10,10 @@ import signal
 import string
 import subprocess
 import sys
-import tempfile
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 
 import pyfuse3
 import trio
@@ -22,6 +22,7 @@ from cowfs.errors import MountFailure, SystemFailure
 from cowfs.fuse import control, libfuse
 from cowfs.fuse.adapter import Adapter
 from cowfs.fuse.fakeroot import FakerootAdapter
+from cowfs.fuse.handlers import HandlerTable
 from cowfs.fuse.inode_limit import InodeLimit, most_inodes
 from cowfs.fuse.loop import RequestLoop
 from cowfs.fuse.owners import OwnerMap
@@ -157,10 +158,15 @@ class Daemon:
             raise MountFailure(f"{place}: cannot be mounted: {error.strerror}") from None
         return True
 
+    @cached_property
+    def handlers(self) -> HandlerTable:
+        """The handlers that pyfuse3 calls: the adapter's, with what traces or fails them."""
+        return HandlerTable(self.adapter)
+
     def _begin_session(self, place: str, options: set[str]) -> None:
         with _stderr() as said:
             try:
-                pyfuse3.init(self.adapter, place, options)
+                pyfuse3.init(self.handlers, place, options)
             except RuntimeError:
                 raise _explain(said(), self._request.mountpoint) from None
         self.loop.attach()
@@ -417,7 +423,7 @@ def _explain(said: str, mountpoint: str) -> MountFailure:
 @contextmanager
 def _stderr() -> Iterator[Callable[[], str]]:
     """Collect what libfuse and fusermount3 print, to put it into a message."""
-    with tempfile.TemporaryFile() as sink:
+    with os.fdopen(os.memfd_create("cowfs-said", os.MFD_CLOEXEC), "rb") as sink:
         saved = os.dup(2)
         os.dup2(sink.fileno(), 2)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import logging
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import pyfuse3
@@ -216,3 +216,23 @@ class Handlers(pyfuse3.Operations):
 
     _said: Callable[[], Iterable[Any]] = staticmethod(libfuse.said)
     """Return what the request that has just come says: the fields of :class:`Said`."""
+
+
+class HandlerTable(pyfuse3.Operations):
+    """The handlers that pyfuse3 calls, by name: those of an adapter, until :meth:`replace` puts others there.
+
+    The class of the adapter stays as it is: once ``__class__`` of an object has been assigned, Python takes
+    longer for each of its attributes.
+    """
+
+    def __init__(self, adapter: Handlers) -> None:
+        super().__init__()
+        for name in dir(pyfuse3.Operations):
+            if not name.startswith("_"):
+                setattr(self, name, getattr(adapter, name))
+
+    def replace(self, handlers: Mapping[str, Any]) -> dict[str, Any]:
+        """Put *handlers* in the place of those with the same names; return those."""
+        replaced = {name: getattr(self, name) for name in handlers}
+        vars(self).update(handlers)
+        return replaced

@@ -1,7 +1,7 @@
 """Report which process changes what, to the watchers of the mount and to the record in its store.
 
-While somebody watches or records, the adapter gets a class derived from its own, whose handlers call the
-original and report the result. Otherwise there is no check and no cost.
+While somebody watches or records, some of the handlers that pyfuse3 calls are replaced by others, which call
+the original and report the result. Otherwise there is no check and no cost.
 
 The process that makes a change is examined after the change and before the answer. Until then it waits,
 whatever signal it gets, so its number cannot be reused.
@@ -9,6 +9,7 @@ whatever signal it gets, so its number cannot be reused.
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 import os
@@ -21,6 +22,7 @@ import trio
 from cowfs.fuse import libfuse
 from cowfs.fuse.adapter import Adapter
 from cowfs.fuse.feeds import Feed
+from cowfs.fuse.handlers import HandlerTable
 from cowfs.fuse.paths import Place, join
 from cowfs.fuse.recorder import Recorder
 from cowfs.linux.processes import Process, Processes
@@ -48,12 +50,18 @@ class Observer:
     """Reports to the watchers of a mount, and records for ``cowfs blame``."""
 
     def __init__(
-        self, adapter: Adapter, fs: Overlay, in_trio: Callable[[Callable[[], object]], None]
+        self,
+        handlers: HandlerTable,
+        adapter: Adapter,
+        fs: Overlay,
+        in_trio: Callable[[Callable[[], object]], None],
     ) -> None:
-        self._adapter = adapter
+        self._handlers = handlers
+        self._replaced: dict[str, Any] = {}
+        """The handlers that are replaced by those of an observer, by name."""
+        self.adapter = adapter
         self._nodes = fs.nodes
         self._fs = fs
-        self._plain = type(adapter)
         self._processes = Processes()
         self.recorder: Recorder | None = None
         """The recorder, if there is one."""
@@ -74,16 +82,16 @@ class Observer:
     def _watched(self) -> None:
         """Start observing when somebody watches, and stop when nobody does."""
         wanted = bool(self.feed.watchers) or self.recorder is not None
-        derived = type(self._adapter) is not self._plain
-        if wanted and not derived:
-            self._adapter.__class__ = _derived(self._plain, self)
+        if wanted and not self._replaced:
+            self._replaced = self._handlers.replace(_observing(copy.copy(self._handlers), self))
             self._wanted.set()
-        elif derived and not wanted:
-            self._adapter.__class__ = self._plain
+        elif self._replaced and not wanted:
+            self._handlers.replace(self._replaced)
+            self._replaced = {}
             self._wanted = trio.Event()
             self._processes.close()
         libfuse.note(0, 0, 0)
-        self._adapter.lend(wanted=not wanted)
+        self.adapter.lend(wanted=not wanted)
         if not self.feed.watchers:
             self._bursts.clear()
             self._lent.clear()
@@ -217,13 +225,13 @@ class Observer:
 
     def opened(self, fh: int, flags: int, ctx: Any, node: Node | None) -> None:
         """Note that a file was opened that the kernel may write without a request."""
-        if node is not None and flags & os.O_ACCMODE != os.O_RDONLY and self._adapter.lends(node):
+        if node is not None and flags & os.O_ACCMODE != os.O_RDONLY and self.adapter.lends(node):
             self._lent[fh] = self._who(ctx.pid, ctx.uid), self._fs.stat(node).st_ctime_ns
 
     def closing(self, fh: int) -> None:
         """Note that a file is about to be closed."""
         process, changed = self._lent.pop(fh)
-        node = self._adapter.node_of(fh)
+        node = self.adapter.node_of(fh)
         place = None if node is None else self._place(node)
         if node is not None and place is not None and self._fs.stat(node).st_ctime_ns != changed:
             self.feed.tell("write", process, join(place))
@@ -255,16 +263,15 @@ def _is_kept(node: Node | None) -> bool:
     return node is None or not node.ino & APART
 
 
-def _derived(kind: type[Adapter], observer: Observer) -> type[Adapter]:
-    """Return a class like *kind* whose handlers report to the observer what they did."""
+def _observing(plain: HandlerTable, observer: Observer) -> dict[str, Any]:
+    """Return handlers that call those in *plain* and report to the observer what they did."""
     families = _making, _taking, _writing, _changing
-    handlers = {name: it for family in families for name, it in family(kind, observer).items()}
-    told = {name: _wrapped(name, getattr(kind, name), handler) for name, handler in handlers.items()}
-    return type(kind.__name__, (kind,), {"__slots__": (), **told})
+    handlers = {name: it for family in families for name, it in family(plain, observer).items()}
+    return {name: _named(name, getattr(plain, name), handler) for name, handler in handlers.items()}
 
 
-def _wrapped(name: str, method: Any, handler: Any) -> Any:
-    handler = functools.wraps(method)(handler)
+def _named(name: str, plain: Any, handler: Any) -> Any:
+    handler = functools.wraps(plain)(handler)
     handler.__name__ = name
     return handler
 
@@ -281,33 +288,33 @@ def _guarded(call: Callable[..., None]) -> Callable[..., None]:
     return guarded
 
 
-def _making(kind: type[Adapter], observer: Observer) -> dict[str, Any]:
+def _making(plain: HandlerTable, observer: Observer) -> dict[str, Any]:
     nodes = observer._nodes
     named = _guarded(observer.named)
     opened, watchers = _guarded(observer.opened), observer.feed.watchers
-    created, plain_create = observer.created, kind.create
+    created, plain_create = observer.created, plain.create
 
     def maker(operation: str) -> Any:
-        make = getattr(kind, operation)
+        make = getattr(plain, operation)
 
-        async def handler(self: Adapter, parent: int, name: bytes, *args: Any) -> Any:
-            entry = await make(self, parent, name, *args)
+        async def handler(parent: int, name: bytes, *args: Any) -> Any:
+            entry = await make(parent, name, *args)
             named(operation, args[-1], (nodes.get(parent), name), nodes.get(entry.st_ino))
             return entry
 
         return handler
 
-    async def create(self: Adapter, parent: int, name: bytes, mode: int, flags: int, ctx: Any) -> Any:
-        info, entry = await plain_create(self, parent, name, mode, flags, ctx)
+    async def create(parent: int, name: bytes, mode: int, flags: int, ctx: Any) -> Any:
+        info, entry = await plain_create(parent, name, mode, flags, ctx)
         created(ctx, parent, name, entry.st_ino)
         if watchers:
             opened(info.fh, flags, ctx, nodes.get(entry.st_ino))
         return info, entry
 
-    async def link(self: Adapter, inode: int, parent: int, name: bytes, ctx: Any) -> Any:
+    async def link(inode: int, parent: int, name: bytes, ctx: Any) -> Any:
         node = nodes.get(inode)
         before = None if node is None else nodes.place(node)
-        entry = await kind.link(self, inode, parent, name, ctx)
+        entry = await plain.link(inode, parent, name, ctx)
         place = (nodes.get(parent), name)
         if before is None:
             named("link", ctx, place, node)
@@ -319,7 +326,7 @@ def _making(kind: type[Adapter], observer: Observer) -> dict[str, Any]:
     return {**makers, "create": create, "link": link}
 
 
-def _taking(kind: type[Adapter], observer: Observer) -> dict[str, Any]:
+def _taking(plain: HandlerTable, observer: Observer) -> dict[str, Any]:
     nodes = observer._nodes
     named, leaves = _guarded(observer.named), _guarded(observer.leaves)
 
@@ -328,22 +335,22 @@ def _taking(kind: type[Adapter], observer: Observer) -> dict[str, Any]:
         return nodes.child(directory, name) if directory is not None and directory.is_dir else None
 
     def taker(method: str, operation: str) -> Any:
-        take = getattr(kind, method)
+        take = getattr(plain, method)
 
-        async def handler(self: Adapter, parent: int, name: bytes, ctx: Any) -> None:
+        async def handler(parent: int, name: bytes, ctx: Any) -> None:
             node = child(parent, name)
             leaves(node)
-            await take(self, parent, name, ctx)
+            await take(parent, name, ctx)
             leaves(node)  # it may have been written to meanwhile
             named(operation, ctx, (nodes.get(parent), name), node)
 
         return handler
 
-    async def rename(self: Adapter, old: int, name: bytes, new: int, to: bytes, flags: int, ctx: Any) -> None:
+    async def rename(old: int, name: bytes, new: int, to: bytes, flags: int, ctx: Any) -> None:
         concerned = child(old, name), child(new, to)
         for node in concerned:
             leaves(node, True)
-        await kind.rename(self, old, name, new, to, flags, ctx)
+        await plain.rename(old, name, new, to, flags, ctx)
         for node in concerned:
             leaves(node, True)
         operation = "exchange" if flags & _EXCHANGE else "rename"
@@ -352,15 +359,15 @@ def _taking(kind: type[Adapter], observer: Observer) -> dict[str, Any]:
     return {"unlink": taker("unlink", "remove"), "rmdir": taker("rmdir", "rmdir"), "rename": rename}
 
 
-def _writing(kind: type[Adapter], observer: Observer) -> dict[str, Any]:
+def _writing(plain: HandlerTable, observer: Observer) -> dict[str, Any]:
     """Return the handlers write and setattr, which have a short path for a call that continues another."""
     nodes, changed, goes_on = observer._nodes, _guarded(observer.changed), libfuse.goes_on
 
-    def write(self: Adapter, fh: int, off: int, buf: bytes) -> Any:
+    def write(fh: int, off: int, buf: bytes) -> Any:
         bits = goes_on()
         if bits < 0:
-            return first_write(self, fh, off, buf)
-        answer = kind.write(self, fh, off, buf)
+            return first_write(fh, off, buf)
+        answer = plain.write(fh, off, buf)
         return written(answer) if bits else answer
 
     async def written(answer: Any) -> Any:
@@ -372,28 +379,26 @@ def _writing(kind: type[Adapter], observer: Observer) -> dict[str, Any]:
             recorder.wrote(record)
         return result
 
-    def setattr_(self: Adapter, inode: int, attr: Any, fields: Any, fh: int | None, ctx: Any) -> Any:
+    def setattr_(inode: int, attr: Any, fields: Any, fh: int | None, ctx: Any) -> Any:
         bits = goes_on()
         if bits < 0:
-            return first_setattr(self, inode, attr, fields, fh, ctx)
+            return first_setattr(inode, attr, fields, fh, ctx)
         if bits and observer.recorder is not None:
             observer.recorder.adds(_MORE[bits])  # before the write: afterwards takes longer
-        return kind.setattr(self, inode, attr, fields, fh, ctx)
+        return plain.setattr(inode, attr, fields, fh, ctx)
 
-    async def first_write(self: Adapter, fh: int, off: int, buf: bytes) -> int:
+    async def first_write(fh: int, off: int, buf: bytes) -> int:
         pid, uid, _ = libfuse.request()
         if fh & libfuse.UNOPENED:
             node = nodes.get(fh ^ libfuse.UNOPENED)
         else:
-            node = self.node_of(fh)
-        written = await kind.write(self, fh, off, buf)
+            node = observer.adapter.node_of(fh)
+        written = await plain.write(fh, off, buf)
         changed("write", pid, uid if pid else _KERNEL, node)
         return written
 
-    async def first_setattr(
-        self: Adapter, inode: int, attr: Any, fields: Any, fh: int | None, ctx: Any
-    ) -> Any:
-        entry = await kind.setattr(self, inode, attr, fields, fh, ctx)
+    async def first_setattr(inode: int, attr: Any, fields: Any, fh: int | None, ctx: Any) -> Any:
+        entry = await plain.setattr(inode, attr, fields, fh, ctx)
         operation = _of(fields)
         if operation:
             changed(operation, ctx.pid, ctx.uid, nodes.get(inode))
@@ -402,21 +407,21 @@ def _writing(kind: type[Adapter], observer: Observer) -> dict[str, Any]:
     return {"write": write, "setattr": setattr_}
 
 
-def _changing(kind: type[Adapter], observer: Observer) -> dict[str, Any]:
+def _changing(plain: HandlerTable, observer: Observer) -> dict[str, Any]:
     nodes, lent, watchers = observer._nodes, observer.lent, observer.feed.watchers
     changed, opened = _guarded(observer.changed), _guarded(observer.opened)
     closing = _guarded(observer.closing)
 
-    async def setxattr(self: Adapter, inode: int, name: bytes, value: bytes, ctx: Any) -> None:
-        await kind.setxattr(self, inode, name, value, ctx)
+    async def setxattr(inode: int, name: bytes, value: bytes, ctx: Any) -> None:
+        await plain.setxattr(inode, name, value, ctx)
         changed("setxattr", ctx.pid, ctx.uid, nodes.get(inode))
 
-    async def removexattr(self: Adapter, inode: int, name: bytes, ctx: Any) -> None:
-        await kind.removexattr(self, inode, name, ctx)
+    async def removexattr(inode: int, name: bytes, ctx: Any) -> None:
+        await plain.removexattr(inode, name, ctx)
         changed("removexattr", ctx.pid, ctx.uid, nodes.get(inode))
 
-    async def open_(self: Adapter, inode: int, flags: int, ctx: Any) -> Any:
-        info = await kind.open(self, inode, flags, ctx)
+    async def open_(inode: int, flags: int, ctx: Any) -> Any:
+        info = await plain.open(inode, flags, ctx)
         node = nodes.get(inode)
         if flags & os.O_TRUNC:
             changed("truncate", ctx.pid, ctx.uid, node)
@@ -424,10 +429,10 @@ def _changing(kind: type[Adapter], observer: Observer) -> dict[str, Any]:
             opened(info.fh, flags, ctx, node)
         return info
 
-    def release(self: Adapter, fh: int) -> Any:
+    def release(fh: int) -> Any:
         if fh in lent:
             closing(fh)
-        return kind.release(self, fh)
+        return plain.release(fh)
 
     return {"setxattr": setxattr, "removexattr": removexattr, "open": open_, "release": release}
 

@@ -8,11 +8,13 @@ import stat
 import struct
 from collections.abc import Callable, Iterator
 
+from cowfs.errors import LayerError
 from cowfs.formats.archive import Inode, Tree
 from cowfs.formats.squashfs.source import Bytes, open_bytes
 from cowfs.layers.base import File
 from cowfs.layers.squashfs import new_device
 from cowfs.types import Attr, AttrData, DirEntry, FileHandle, FsStats
+from cowfs.url.names import is_url
 
 _PIECE = 1 << 20
 _FILEID_INO32_GEN = 1
@@ -83,6 +85,11 @@ class ArchiveLayer:
         data = open_bytes(path)
         try:
             self._archive = index(data, path)
+        except OSError as error:
+            data.close()
+            if is_url(path):
+                raise LayerError(error.strerror or str(error)) from None
+            raise
         except BaseException:
             data.close()
             raise
@@ -163,7 +170,17 @@ class ArchiveLayer:
     def forget(self, key: Inode) -> None:
         """Do nothing: all inodes stay in memory."""
 
+    def caches(self) -> dict[str, tuple[int, int]]:
+        """Return how often what was needed of a file on a server was at hand, and how often not."""
+        return self._archive.data.caches()
+
+    def shrink(self) -> None:
+        """Drop all cached data that can be read again."""
+        self._archive.shrink()
+
     def close(self) -> None:
+        """Close the archive. Reads that wait for another machine end with EIO."""
+        self._archive.data.stop()
         self._archive.data.close()
 
 

@@ -1,7 +1,7 @@
-"""Who makes a request, beyond what the kernel tells a filesystem's daemon: user, group and process.
+"""The groups and capabilities of a caller. A FUSE request carries only its user, group and thread.
 
-A thread that waits for our answer exists, and /proc describes it. If it is killed meanwhile and another gets
-its number, nobody receives the answer.
+A thread that waits for the daemon's answer exists, and /proc describes it. If it is killed meanwhile and
+another thread gets its number, nobody receives the answer.
 """
 
 from __future__ import annotations
@@ -13,38 +13,38 @@ from cowfs.linux.privileges import CAPABILITIES
 _proc = "/proc"
 
 
-def found_at(proc: str) -> None:
-    """Look for callers in the proc filesystem at this place from now on."""
+def set_proc(proc: str) -> None:
+    """From now on, read about callers in the proc filesystem at *proc*."""
     global _proc  # noqa: PLW0603 - a process has one
     _proc = proc
 
 
-def place() -> str:
-    """Return where that is."""
+def proc() -> str:
+    """Return where the proc filesystem is."""
     return _proc
 
 
 _EVERYBODY = "0 0 4294967295"
-"""The users of the first user namespace, in user_namespaces(7)'s words."""
+"""The ``uid_map`` of the initial user namespace (user_namespaces(7))."""
 _MAPS = ("uid_map", "gid_map", "projid_map")
 
 
 class Caller(NamedTuple):
-    """A thread that waits for an answer."""
+    """What /proc shows of a thread that waits for an answer."""
 
     groups: frozenset[int]
-    """All that it is in."""
+    """Its group (fsgid) and supplementary groups."""
     capabilities: int
-    """The effective ones, in the initial user namespace: 0 for a process in another one."""
+    """Its effective capabilities in the initial user namespace, as bits; 0 in any other namespace."""
 
     def has(self, capability: str) -> bool:
-        """Whether it has one of those that a daemon knows of."""
+        """Whether it has *capability*, a name in :data:`cowfs.linux.privileges.CAPABILITIES`."""
         return bool(self.capabilities >> CAPABILITIES[capability] & 1)
 
 
 def look_at(pid: int) -> Caller | None:
-    """Return what can be known of a caller; None if nothing: it is outside our PID namespace (then *pid* is
-    0), or /proc hides it.
+    """Return what /proc shows of a caller. None if it is outside this PID namespace (then *pid* is 0), or
+    hidden.
     """
     try:
         with open(f"{_proc}/{pid}/status", encoding="ascii", errors="replace") as status:
@@ -59,7 +59,7 @@ def look_at(pid: int) -> Caller | None:
 
 
 def _is_everybody(pid: int, name: str) -> bool:
-    """Whether a process has all users or groups, as in the first user namespace; another one seldom has."""
+    """Whether a map of a process is that of the initial user namespace. Others seldom have the same."""
     with open(f"{_proc}/{pid}/{name}", encoding="ascii", errors="replace") as text:
         return " ".join(text.read().split()) == _EVERYBODY
 
@@ -67,7 +67,7 @@ def _is_everybody(pid: int, name: str) -> bool:
 def may_see_trusted(pid: int, uid: int) -> bool:
     """Whether a caller may see trusted.* attributes (xattr(7)): it has CAP_SYS_ADMIN.
 
-    If nothing is known of it, only root may (*uid* 0).
+    If /proc shows nothing of it, only root may (*uid* 0).
     """
     caller = look_at(pid)
     return caller.has("CAP_SYS_ADMIN") if caller is not None else uid == 0

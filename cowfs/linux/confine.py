@@ -1,8 +1,8 @@
-"""A mount namespace for the daemon alone, with only the files that it has open.
+"""Confine the daemon to a mount namespace of its own, with only the files that it has open.
 
-Before the layers are opened, :func:`step_aside` gives the daemon a copy of its mounts. When it has opened
-everything, :func:`shut_in` removes them all. This affects every thread, even those that an engine has started
-meanwhile: pivot_root(2) changes the root that they share.
+Before the daemon opens the layers, :func:`unshare` gives it a copy of its mounts. After it has opened
+everything, :func:`confine` removes them all. This affects every thread, including those that an engine has
+started meanwhile, because pivot_root(2) changes the root that they share.
 """
 
 from __future__ import annotations
@@ -22,31 +22,30 @@ from cowfs.linux.seccomp import refuse_for_good
 _libc = ctypes.CDLL(None, use_errno=True)
 _ZONE = "/etc/localtime"
 _CALLERS = "/callers"
-"""Where the state of processes can be read, and their files cannot be reached."""
+"""Mountpoint of a proc filesystem that shows processes, but gives no access to their files."""
 
 
 def is_possible() -> bool:
-    """Say whether there is a root to be exchanged: not in an initramfs, nor in a chroot that is no mount."""
+    """Whether the root can be exchanged. It cannot in an initramfs, or in a chroot that is not a mount."""
     return any(mount.mountpoint == b"/" and mount.fstype != "rootfs" for mount in mount_table.mountinfo())
 
 
-def step_aside() -> None:
-    """Give this process mounts of its own: from now on it mounts nothing that anybody else sees.
+def unshare() -> None:
+    """Give this process its own mount namespace. From now on, no other process sees what it mounts.
 
-    What others unmount goes here too, where mounts are shared. To be called while there is one thread.
-    Raises OSError.
+    If another process unmounts a shared mount, it disappears here too. Call it while the process has one
+    thread. OSError.
     """
     mounts.unshare_slave()
 
 
-def shut_in() -> None:
-    """From now on let this process and all its threads reach by path only ``/proc/self`` and what /proc says
-    of callers.
+def confine() -> None:
+    """Leave this process and all its threads only two paths: ``/proc/self``, and callers in /proc.
 
-    Its open directories become mounts of their own, with no way out. Then system calls that mount or run
-    anything are blocked. Raises OSError; then nothing has changed, but for the directories.
+    Each open directory becomes a mount of its own, so that ``..`` does not lead out of it. Then a filter
+    refuses system calls that mount or run anything. OSError; then only the directories have changed.
     """
-    os.environ.setdefault("TZ", f":{_ZONE}")  # is read once, and not looked for again at each strftime(3)
+    os.environ.setdefault("TZ", f":{_ZONE}")  # reads the file now, and not again at each strftime(3)
     time.tzset()
     root = mounts.detached_mount("tmpfs", "cowfs", {"mode": "555", "size": "16k"})
     try:
@@ -65,24 +64,24 @@ def shut_in() -> None:
             os.dup2(enclosed, fd, inheritable=False)
             os.close(enclosed)
         mounts.exchange_root(root, bound)
-        callers.found_at(_CALLERS)
+        callers.set_proc(_CALLERS)
     finally:
         os.close(root)
-    with suppress(OSError):  # without libseccomp the log has said so
+    with suppress(OSError):  # without libseccomp, a warning is in the log already
         refuse_for_good()
 
 
 def _open_directories() -> Iterator[int]:
-    """Yield the descriptors of directories in mounts that are attached: ``..`` leads out of those."""
+    """Yield the descriptors of directories in attached mounts: ``..`` leads out of those."""
     attached = {mount.id for mount in mount_table.mountinfo()}
     for fd in map(int, os.listdir("/proc/self/fd")):
-        with suppress(OSError):  # the listing's own
+        with suppress(OSError):  # the descriptor of this listing, closed by now
             if stat.S_ISDIR(os.fstat(fd).st_mode) and mount_table.mount_id(fd) in attached:
                 yield fd
 
 
 def _enclosed(fd: int) -> int:
-    """Return a descriptor of the same directory, for the same use, in a mount of its own."""
+    """Return a descriptor of the same directory in a mount of its own, O_PATH if *fd* is."""
     clone = mounts.private_clone(fd)
     if _is_o_path(fd):
         return clone
@@ -101,7 +100,7 @@ def _is_o_path(fd: int) -> bool:
 
 
 def _measured() -> list[str]:
-    """Return the directory in which a coverage tool, which tests measure us with, keeps its data."""
+    """Return the directory to which the tests' coverage tool writes; an empty list if none measures."""
     tool = sys.modules.get("coverage") if "COVERAGE_PROCESS_CONFIG" in os.environ else None
     running = tool.Coverage.current() if tool is not None else None
     return [os.path.dirname(os.path.abspath(running.config.data_file))] if running is not None else []

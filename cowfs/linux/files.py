@@ -20,10 +20,10 @@ RENAME_NOREPLACE = 1
 RENAME_EXCHANGE = 2
 RENAME_WHITEOUT = 4
 PUNCH_HOLE = 3
-"""FALLOC_FL_PUNCH_HOLE, which goes with FALLOC_FL_KEEP_SIZE alone."""
+"""FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE: the kernel accepts the first only with the second."""
 
 LACK_OF_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-"""What a filesystem answers that has no room, or none for us."""
+"""The errnos of a filesystem that has no space left, or none for this user or file."""
 
 _AT_EMPTY_PATH = 0x1000
 _MAX_HANDLE_SZ = 128
@@ -34,7 +34,7 @@ _RESOLVE = _RESOLVE_NO_XDEV | _RESOLVE_NO_MAGICLINKS | _RESOLVE_NO_SYMLINKS | _R
 _FICLONE = 0x40049409  # linux/fs.h: _IOW(0x94, 9, int)
 _FS_IOC_GETFSUUID = 0x80111500  # linux/fs.h: _IOR(0x15, 0, struct fsuuid2), 17 bytes; Linux 6.9
 _ZEROS = 1 << 20
-"""Bytes that are written at a time where there is no fallocate(2)."""
+"""How many bytes one write(2) zeroes on a filesystem without fallocate(2)."""
 _HANDLE_HEAD = struct.Struct("=Ii")  # struct file_handle: handle_bytes, handle_type
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -74,9 +74,9 @@ def rename(source_fd: int, source: bytes, target_fd: int, target: bytes, flags: 
 
 
 def rename_new(directory: int, temporary: str, name: str) -> None:
-    """Give a finished file or directory its name beside it. FileExistsError rather than to replace anything.
+    """Rename a finished file or directory within *directory*. FileExistsError if *name* exists.
 
-    Where the filesystem has no RENAME_NOREPLACE, what another makes at the same moment may be replaced.
+    On a filesystem without RENAME_NOREPLACE it may replace a file that appears at the same moment.
     """
     try:
         renameat2(directory, os.fsencode(temporary), directory, os.fsencode(name), RENAME_NOREPLACE)
@@ -93,10 +93,10 @@ _ORDINARY = {stat.S_IFREG, stat.S_IFDIR, stat.S_IFBLK}
 
 
 def open_ordinary(path: str | bytes | os.PathLike[str], flags: int) -> int:
-    """Open what a path that others have named leads to, if it is a file, a directory or a block device.
+    """Open a file, directory or block device at a path that another user may have chosen.
 
-    To open other things is to act already: a fifo waits, a watchdog begins to count, a tape is wound. Of
-    these the descriptor is one that only tells what it is (O_PATH). Waits for nobody's lease: EAGAIN.
+    Opening anything else can have effects: a fifo blocks, a watchdog starts, a tape rewinds. For those the
+    descriptor is O_PATH, good only for fstat(2). Does not wait for a lease to be released: EAGAIN.
     """
     found = os.open(path, os.O_PATH | os.O_CLOEXEC)
     if stat.S_IFMT(os.fstat(found).st_mode) not in _ORDINARY:
@@ -110,10 +110,10 @@ def open_ordinary(path: str | bytes | os.PathLike[str], flags: int) -> int:
 
 
 def open_beneath(dir_fd: int, name: bytes, flags: int) -> int:
-    """Open *name* in a directory, which leads nowhere else: by no link, no ``..``, no mount (openat2(2)).
+    """Open *name* beneath a directory, through no symbolic link, ``..`` or mountpoint (openat2(2)).
 
-    With O_PATH | O_NOFOLLOW a link itself is opened. Raises EXDEV for what something is mounted on, which
-    is not looked at: it may be a filesystem that waits for us.
+    O_PATH | O_NOFOLLOW opens a symbolic link itself. EXDEV for a mountpoint; the filesystem mounted there,
+    which may be waiting for this process, is not asked.
     """
     how = _OPEN_HOW.pack(flags | os.O_CLOEXEC, 0, _RESOLVE)
     fd = _libc.syscall(_SYS_OPENAT2, dir_fd, name, how, _OPEN_HOW.size)
@@ -139,7 +139,7 @@ def syncfs(fd: int) -> None:
 
 
 def size_of(fd: int) -> int:
-    """Return the bytes that a file, or a block device, holds."""
+    """Return the size of a file or block device in bytes."""
     info = os.fstat(fd)
     return os.lseek(fd, 0, os.SEEK_END) if stat.S_ISBLK(info.st_mode) else info.st_size
 
@@ -156,7 +156,7 @@ def is_read_only_device(info: os.stat_result) -> bool:
 
 
 def is_image(path: str) -> bool:
-    """Whether there is what can hold an image: a regular file, or a block device."""
+    """Whether *path* is a regular file or a block device, which can hold an image."""
     try:
         mode = os.stat(path).st_mode
     except (OSError, ValueError):
@@ -165,7 +165,7 @@ def is_image(path: str) -> bool:
 
 
 def is_device(path: str) -> bool:
-    """Whether there is a block device."""
+    """Whether *path* is a block device."""
     try:
         return stat.S_ISBLK(os.stat(path).st_mode)
     except (OSError, ValueError):
@@ -173,19 +173,20 @@ def is_device(path: str) -> bool:
 
 
 def fallocate(fd: int, offset: int, length: int, mode: int = 0) -> None:
-    """Allocate a range of a file, or what *mode* says (fallocate(2)). Unlike posix_fallocate(3) it writes
-    nothing where the filesystem cannot do it, but raises EOPNOTSUPP."""
+    """Allocate a range of bytes of a file, or do what *mode* says (fallocate(2)).
+
+    On a filesystem that cannot, it raises EOPNOTSUPP; posix_fallocate(3) would write to the file instead.
+    """
     if _libc.fallocate(fd, mode, offset, length):
         _raise()
 
 
 def make_room(fd: int, start: int, end: int, *, alone: bool) -> None:
-    """Allocate all blocks of a range of a file, which may reach beyond its end; no byte of it changes.
+    """Allocate all blocks of a range of a file, which may reach beyond its end. Its content stays the same.
 
     Blocks. Uses fallocate(2). On filesystems without it (ext3, exFAT, NFS 3) it writes zeros: beyond the end
-    of the file, and, if we are *alone* with the file, into its holes, which read as zeros before.
-    (posix_fallocate(3) reads and writes bytes of blocks that others may be writing to.) Raises OSError; what
-    was allocated by then stays.
+    of the file and, if *alone*, into its holes. *alone* means that no other process writes to the file.
+    (posix_fallocate(3) rewrites bytes that others may be changing.) OSError; blocks allocated before it stay.
     """
     try:
         fallocate(fd, start, end - start)
@@ -205,9 +206,9 @@ def _write_zeros(fd: int, start: int, end: int) -> None:
 
 
 def file_handle(dir_fd: int, name: bytes) -> tuple[int, bytes] | None:
-    """Return the type and the bytes of the kernel's handle of a file (name_to_handle_at(2)).
+    """Return the type and the bytes of a file's handle (name_to_handle_at(2)).
 
-    An empty *name* means *dir_fd* itself. None where the filesystem has no handles.
+    An empty *name* means *dir_fd* itself. None if the filesystem has no handles.
     """
     buffer = ctypes.create_string_buffer(_HANDLE_HEAD.size + _MAX_HANDLE_SZ)
     _HANDLE_HEAD.pack_into(buffer, 0, _MAX_HANDLE_SZ, 0)
@@ -223,7 +224,7 @@ def file_handle(dir_fd: int, name: bytes) -> tuple[int, bytes] | None:
 
 
 def filesystem_uuid(fd: int) -> bytes:
-    """Return the 16 bytes of the filesystem's UUID; zeros where it has none or cannot tell."""
+    """Return the 16 bytes of the filesystem's UUID; zeros if it has none or does not report it."""
     reply = bytearray(17)  # struct fsuuid2 { __u8 len; __u8 uuid[16]; }
     try:
         fcntl.ioctl(fd, _FS_IOC_GETFSUUID, reply, True)
@@ -236,7 +237,7 @@ def inode_of_handle(magic: int, handle: FileHandle) -> int | None:
     """Return the inode number in a handle of a filesystem with statfs(2)'s f_type *magic*.
 
     The layouts are those of each filesystem's encode_fh: fs/libfs.c (generic, 32 bit inode and
-    generation), mm/shmem.c, fs/btrfs/export.c, fs/xfs/xfs_export.c. None for one that is unknown.
+    generation), mm/shmem.c, fs/btrfs/export.c, fs/xfs/xfs_export.c. None for an unknown layout.
     """
     kind, data = handle.type, handle.data
     if magic == filesystems.TMPFS and kind == 1 and len(data) >= 12:
@@ -255,10 +256,10 @@ _INO32 = {filesystems.XFS, filesystems.EXT, filesystems.SQUASHFS, filesystems.F2
 
 
 def matching(directory: str | os.PathLike[str], pattern: str) -> list[Path]:
-    """Return what matches a pattern below a directory of /proc or /sys, sorted.
+    """Return the paths below a directory of /proc or /sys that match a pattern, sorted.
 
-    What vanishes meanwhile, as processes and devices do, is left out: pathlib's glob raises for it up to
-    Python 3.12.
+    Ignores entries that vanish meanwhile, as processes and devices do. (pathlib's glob raises for them up
+    to Python 3.12.)
     """
     return [
         Path(name) for name in sorted(glob.iglob(os.path.join(glob.escape(os.fspath(directory)), pattern)))
@@ -274,7 +275,7 @@ def fs_magic(fd: int) -> int:
 
 
 def reflink(source_fd: int, target_fd: int) -> bool:
-    """Share all of the source's blocks with the target (FICLONE); False where that is not possible."""
+    """Share all of the source's blocks with the target (FICLONE); False if that is not possible."""
     try:
         fcntl.ioctl(target_fd, _FICLONE, source_fd)
     except OSError:
@@ -283,8 +284,10 @@ def reflink(source_fd: int, target_fd: int) -> bool:
 
 
 def segments(fd: int, end: int, position: int = 0) -> Iterator[tuple[int, int]]:
-    """Yield ``(start, stop)`` of every run of data from *position* to *end*; all of it where holes are
-    unknown."""
+    """Yield ``(start, stop)`` of every run of data from *position* to *end*, in bytes.
+
+    A filesystem that does not report holes yields one run.
+    """
     while position < end:
         try:
             start = os.lseek(fd, position, os.SEEK_DATA)
@@ -302,7 +305,7 @@ def segments(fd: int, end: int, position: int = 0) -> Iterator[tuple[int, int]]:
 
 
 def holes(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
-    """Yield ``(start, stop)`` of every hole in a range; none where holes are unknown."""
+    """Yield ``(start, stop)`` of every hole in a range; none if the filesystem does not report holes."""
     for data, stop in segments(fd, end, start):
         if start < data:
             yield start, data
@@ -312,10 +315,9 @@ def holes(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
 
 
 def copy_range(source_fd: int, target_fd: int, start: int, stop: int) -> None:
-    """Copy bytes ``start..stop`` to the same place, inside the kernel (sendfile(2)). Blocks.
+    """Copy bytes ``start..stop`` to the same offset, inside the kernel (sendfile(2)). Blocks.
 
-    The target's offset must be 0 for the first run, and is moved. EIO for a source that ends early: a
-    copy must be whole.
+    If *start* is 0, the target's file offset must be 0; the call moves it. EIO if the source ends early.
     """
     if start:
         os.lseek(target_fd, start, os.SEEK_SET)
@@ -327,15 +329,15 @@ def copy_range(source_fd: int, target_fd: int, start: int, stop: int) -> None:
 
 
 def fgetxattr(fd: int, name: str) -> bytes:
-    """Return an attribute of an open file. ENODATA."""
+    """Return an xattr of an open file. ENODATA."""
     return os.getxattr(fd, name)
 
 
 def fsetxattr(fd: int, name: str, value: bytes) -> None:
-    """Give an open file an attribute. ENOSPC, ENOTSUP."""
+    """Set an xattr of an open file. ENOSPC, ENOTSUP."""
     os.setxattr(fd, name, value)
 
 
 def fremovexattr(fd: int, name: str) -> None:
-    """Take an attribute from an open file. ENODATA."""
+    """Remove an xattr of an open file. ENODATA."""
     os.removexattr(fd, name)

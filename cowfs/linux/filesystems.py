@@ -1,4 +1,4 @@
-"""Kinds of filesystems, f_type of statfs(2): include/uapi/linux/magic.h, or their own sources."""
+"""The f_type of each filesystem (statfs(2)), from include/uapi/linux/magic.h or its own source."""
 
 from __future__ import annotations
 

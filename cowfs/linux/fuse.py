@@ -1,7 +1,7 @@
-"""A connection to FUSE and its mount, by mount(2) and nothing else.
+"""Open a FUSE connection and mount it, with mount(2) alone.
 
-libfuse mounts too, but afterwards it starts ``mount`` for the sake of ``/etc/mtab`` and waits for it, before
-anybody serves: where the mount hides that program, or a library of its, both wait for ever.
+libfuse also runs mount(8), to update ``/etc/mtab``, and waits for it before it serves any request. If the
+new mount hides that program or one of its libraries, both wait for ever.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from collections.abc import Collection
 from cowfs.linux import mounts
 
 FSTYPE = "fuse.cowfs"
-"""Of our mounts."""
+"""The type of a cowfs mount in the mount table."""
 LISTED = "cowfs list lists the mounts"
-"""What to do about a mount that is not there."""
+"""The hint of an error about a mount that does not exist."""
 
 _FLAGS = {
     "ro": mounts.MS_RDONLY,
@@ -29,19 +29,19 @@ _FLAGS = {
 UNKNOWN_TO_LIBFUSE = frozenset({"nodiratime", "strictatime"})
 """Options that only :func:`mount_connection` knows."""
 _NEGATED = {"suid": mounts.MS_NOSUID, "dev": mounts.MS_NODEV}
-"""What is set unless the option is there, as libfuse has it (lib/mount.c)."""
+"""Flags that are set unless the option is given, as in libfuse (lib/mount.c)."""
 _FOR_FUSE = frozenset({"default_permissions", "allow_other"})
 
 
 def open_connection() -> int:
-    """Return a connection to FUSE that is not mounted yet. Raises OSError."""
+    """Return a FUSE connection that is not mounted yet. OSError."""
     return os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
 
 
 def mount_connection(fd: int, mountpoint: str, source: str, given: Collection[str]) -> None:
-    """Mount *fd* at a directory, with options in the words of mount(8).
+    """Mount *fd* at a directory, with options as mount(8) spells them.
 
-    Accesses wait for the process that serves *fd*. Raises what stat(2) and mount(2) raise.
+    Accesses to it wait until a process serves *fd*. Raises what stat(2) and mount(2) raise.
     """
     options = set(given)
     flags = sum(bit for name, bit in _FLAGS.items() if name in options)
@@ -53,9 +53,9 @@ def mount_connection(fd: int, mountpoint: str, source: str, given: Collection[st
 
 
 def remount(mountpoint: str, options: Collection[str], *, read_only: bool) -> None:
-    """Make a mount writable or read-only. *options* are its present ones, as in mountinfo.
+    """Make a mount writable or read-only. *options* are its current ones, as in mountinfo.
 
-    Raises what mount(2) raises: EBUSY while a file in it is open to write, EPERM.
+    Raises what mount(2) raises: EBUSY while a file in it is open for writing, EPERM.
     """
     words = set(options) - {"ro"} | ({"ro"} if read_only else set())
     if not words & {"noatime", "relatime"}:

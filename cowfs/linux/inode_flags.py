@@ -1,4 +1,4 @@
-"""What an inode has besides its attributes: the flags of chattr(1) (ioctl_iflags(2)), and its birth."""
+"""The flags of an inode (chattr(1), ioctl_iflags(2)), its generation and its time of birth."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _libc.statx.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_ui
 
 
 def get(fd: int) -> int:
-    """Return the flags of an open file or directory; 0 where its filesystem has none."""
+    """Return the flags of an open file or directory; 0 if its filesystem has none."""
     reply = bytearray(_WORD.size)
     try:
         fcntl.ioctl(fd, FS_IOC_GETFLAGS, reply, True)
@@ -43,7 +43,7 @@ def get(fd: int) -> int:
 
 
 def put(fd: int, flags: int) -> None:
-    """Set all flags of an open file or directory. EOPNOTSUPP, also where its filesystem has none; EPERM."""
+    """Set all flags of an open file or directory. EOPNOTSUPP if its filesystem lacks one, or all; EPERM."""
     try:
         fcntl.ioctl(fd, FS_IOC_SETFLAGS, _WORD.pack(flags))
     except OSError as failure:
@@ -60,7 +60,7 @@ def version(fd: int) -> int:
 
 
 def birth(fd: int) -> int | None:
-    """Return when an inode was made, in ns since the epoch; None where the filesystem does not keep it."""
+    """Return an inode's time of birth in ns since the epoch; None if the filesystem does not record it."""
     buffer = ctypes.create_string_buffer(_STATX_SIZE)
     if _libc.statx(fd, b"", _AT_EMPTY_PATH, _STATX_BTIME, buffer):
         code = ctypes.get_errno()

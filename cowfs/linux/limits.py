@@ -1,4 +1,4 @@
-"""How much of the machine this process may take."""
+"""The resource limits of this process: open files, memory, threads."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ _CGROUP = "/sys/fs/cgroup"
 def descriptors() -> int:
     """Return how many files this process may have open (RLIMIT_NOFILE)."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return soft if soft != resource.RLIM_INFINITY else 1 << 20  # fs.nr_open's default: it has no end
+    return soft if soft != resource.RLIM_INFINITY else 1 << 20  # unlimited: the default of fs.nr_open
 
 
 def take_all_descriptors() -> None:
-    """Let this process have as many files open as it may at all."""
+    """Raise the limit of open files to the hard limit."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def is_lack_of_threads(error: BaseException) -> bool:
-    """Whether a thread could not be started, for want of memory or by RLIMIT_NPROC (``_thread`` says so)."""
+    """Whether *error* means that a thread could not be started, for lack of memory or by RLIMIT_NPROC."""
     return isinstance(error, RuntimeError) and "start new thread" in str(error)
 
 
@@ -31,13 +31,13 @@ def open_now() -> int:
 
 
 def memory() -> int:
-    """Return the bytes of memory that there are for this process: the machine's, or its cgroup's if less."""
+    """Return the memory available to this process in bytes: the machine's, or its cgroup's limit if less."""
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return min(pages, _of_cgroup(pages))
 
 
 def _of_cgroup(most: int) -> int:
-    """Return the smallest ``memory.max`` of the cgroups that we are in (cgroups(7), version 2)."""
+    """Return the smallest ``memory.max`` of this process's cgroups (cgroups(7), version 2), or *most*."""
     try:
         with open("/proc/self/cgroup", encoding="utf-8", errors="replace") as file:
             place = next((line[3:].strip() for line in file if line.startswith("0::")), "/")
@@ -47,13 +47,13 @@ def _of_cgroup(most: int) -> int:
             if said.isdigit():
                 most = min(most, int(said))
             place = os.path.dirname(place)
-    except (OSError, ValueError):  # no such controller, or not to be seen from here
+    except (OSError, ValueError):  # no such controller, or not visible from here
         pass
     return most
 
 
 def cgroup_file(name: str) -> str:
-    """Return the path of a file of our cgroup (cgroups(7), version 2), whether it exists or not."""
+    """Return the path of a file of this process's cgroup (cgroups(7), version 2). It may not exist."""
     try:
         with open("/proc/self/cgroup", encoding="utf-8", errors="replace") as file:
             place = next((line[3:].strip() for line in file if line.startswith("0::")), "/")

@@ -1,4 +1,4 @@
-"""Who holds a lock on a file."""
+"""Find the process that holds a lock on a file, and lock single bytes."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from cowfs.linux.mount_table import mount_id, mountinfo
 
 
 def who_locks(path: str | bytes | os.PathLike[str]) -> int | None:
-    """Return the process that holds a flock(2) on *path*; None if we can see none.
+    """Return the pid of the process that holds a flock(2) on *path*; None if none is visible.
 
-    /proc/locks names the process that took the lock. If that one is gone (a daemon's parent; then a PID
-    namespace shows no line at all), search for the process that has it open now; only root can do that for
-    other users' processes.
+    /proc/locks names the process that took the lock. If it has ended (it was a daemon's parent; a PID
+    namespace then shows no line at all), search for the process that has the file open. For other users'
+    processes only root can do that.
     """
     fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
     try:
@@ -47,12 +47,12 @@ _FLOCK = struct.Struct("hhqqi4x")
 
 
 def place_of(dev: int, ino: int) -> int:
-    """Return the byte of a file of locks that stands for an inode."""
+    """Return the offset of the byte that represents an inode in a lock file."""
     return int.from_bytes(hashlib.blake2b(b"%d:%d" % (dev, ino), digest_size=7).digest())
 
 
 def take_place(fd: int, place: int) -> bool:
-    """Lock one byte of a file (F_OFD_SETLK), until *fd* is closed; return whether nobody else has it."""
+    """Lock one byte of a file (F_OFD_SETLK) until *fd* is closed; False if another process holds it."""
     try:
         fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, place, 1, 0))
     except OSError as error:
@@ -63,12 +63,12 @@ def take_place(fd: int, place: int) -> bool:
 
 
 def who_has_place(fd: int, place: int) -> int | None:
-    """Return the process that has that byte locked; None if we see none."""
+    """Return the pid of the process that has locked this byte; None if none is visible."""
     return _who_has_locked(os.fstat(fd).st_ino, _device_of(fd), f"{place} ")
 
 
 def _device_of(fd: int) -> tuple[int, int]:
-    """Return the device of the filesystem of *fd*: not st_dev, which btrfs makes up per subvolume."""
+    """Return the device of the filesystem of *fd*. It is not st_dev, which on btrfs differs by subvolume."""
     at = mount_id(fd)
     for mount in mountinfo():
         if mount.id == at:

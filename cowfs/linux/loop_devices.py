@@ -1,6 +1,6 @@
-"""Loop devices. One detaches itself with its last user: however that process dies, the kernel takes it away.
+"""Loop devices that the kernel detaches after their last user, however that process ends.
 
-Needs Linux 5.8 (LOOP_CONFIGURE) and the right to open the devices.
+Needs Linux 5.8 (LOOP_CONFIGURE) and permission to open the devices.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ def attach_loop(
 ) -> tuple[int, str]:
     """Attach a file to a free loop device; return a descriptor of the device, and its path.
 
-    *image* is a path or an open descriptor, whose open file description (with any flock(2) on it) the kernel
-    then keeps until the device is detached. The kernel detaches it when the last user of the device (at first
-    the returned descriptor) is gone. *offset* is in bytes. Raises OSError.
+    *image* is a path or an open descriptor. The kernel keeps its open file description, and any flock(2) on
+    it, until the device is detached: when its last user, at first the returned descriptor, closes it.
+    *offset* is in bytes. OSError.
     """
     if not isinstance(image, int):
         flags = os.O_RDONLY if readonly else os.O_RDWR
@@ -51,7 +51,7 @@ def attach_loop(
             fcntl.ioctl(fd, _LOOP_CONFIGURE, _loop_config(image, readonly, offset))
         except OSError as error:
             os.close(fd)
-            if error.errno != errno.EBUSY:  # somebody else was faster: take the next one
+            if error.errno != errno.EBUSY:  # another process took it first: try the next one
                 raise
         else:
             return fd, device
@@ -59,10 +59,10 @@ def attach_loop(
 
 
 def _free_loop() -> str:
-    """Return the path of a loop device that nobody uses at the moment."""
+    """Return the path of a loop device that is free at the moment."""
     control = os.open("/dev/loop-control", os.O_RDWR | os.O_CLOEXEC)
     try:
-        # ioctl(2) answers with the number itself, so it must not be taken for an error.
+        # ioctl(2) returns the number, which is not an error.
         number = int(fcntl.ioctl(control, _LOOP_CTL_GET_FREE))
     finally:
         os.close(control)
@@ -82,7 +82,7 @@ def _loop_config(image_fd: int, readonly: bool, offset: int) -> bytes:
 
 
 def loop_backing(device: str) -> bytes | None:
-    """Return the name of the file behind a loop device as the kernel tells it; None when detached."""
+    """Return the name of the file behind a loop device, as the kernel reports it; None if detached."""
     try:
         name = Path(f"/sys/block/{os.path.basename(device)}/loop/backing_file").read_bytes()
     except OSError:
@@ -91,7 +91,7 @@ def loop_backing(device: str) -> bytes | None:
 
 
 def loop_inode(device: str) -> tuple[int, int] | None:
-    """Return device and inode number of the file behind a loop device as the kernel tells it, to root."""
+    """Return device and inode number of the file behind a loop device; None if detached or not root."""
     buffer = bytearray(_LOOP_INFO64.size)
     try:
         with closing(open(device, "rb", buffering=0)) as file:

@@ -1,10 +1,11 @@
-"""What is mounted: the kernel's table of this mount namespace, and which mount a path or descriptor is on."""
+"""The kernel's table of mounts, and the mount that a path or descriptor is on."""
 
 from __future__ import annotations
 
 import os
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 
@@ -24,7 +25,7 @@ class MountInfo:
     source: bytes
     super_options: str
     super_words: tuple[str, ...]
-    """The same, split at the commas that no name brought in."""
+    """The same, split at the commas between options, not at those within a name."""
 
 
 _ESCAPE = re.compile(rb"\\([0-7]{3})")
@@ -36,37 +37,39 @@ def _unescape(text: bytes) -> bytes:
 
 def parse_mountinfo(text: bytes) -> list[MountInfo]:
     """Return the mounts that a mountinfo file lists, in its order."""
-    mounts = []
-    for line in filter(None, text.split(b"\n")):  # a mountpoint may have any other kind of line end in it
-        fields = line.split(b" ")
-        dash = fields.index(b"-", 6)  # after a number of optional fields
-        fstype, source, super_options = fields[dash + 1 : dash + 4]
-        mounts.append(
-            MountInfo(
-                id=int(fields[0]),
-                parent=int(fields[1]),
-                dev=fields[2].decode(),
-                root=_unescape(fields[3]),
-                mountpoint=_unescape(fields[4]),
-                options=fields[5].decode(),
-                fstype=_unescape(fstype).decode(errors="replace"),
-                source=_unescape(source),
-                super_options=os.fsdecode(_unescape(super_options)),
-                super_words=tuple(os.fsdecode(_unescape(word)) for word in super_options.split(b",")),
-            )
-        )
-    return mounts
+    # Not splitlines(): a mountpoint may contain \r, \f or \v.
+    return [_parse_line(line) for line in text.split(b"\n") if line]
+
+
+@lru_cache(maxsize=1024)
+def _parse_line(line: bytes) -> MountInfo:
+    """Return the mount of one line. Most lines stay the same from one reading of the table to the next."""
+    fields = line.split(b" ")
+    dash = fields.index(b"-", 6)  # after a number of optional fields
+    fstype, source, super_options = fields[dash + 1 : dash + 4]
+    return MountInfo(
+        id=int(fields[0]),
+        parent=int(fields[1]),
+        dev=fields[2].decode(),
+        root=_unescape(fields[3]),
+        mountpoint=_unescape(fields[4]),
+        options=fields[5].decode(),
+        fstype=_unescape(fstype).decode(errors="replace"),
+        source=_unescape(source),
+        super_options=os.fsdecode(_unescape(super_options)),
+        super_words=tuple(os.fsdecode(_unescape(word)) for word in super_options.split(b",")),
+    )
 
 
 def mountinfo() -> list[MountInfo]:
-    """Return the mounts of our namespace, oldest first. Needs no privilege."""
+    """Return the mounts of this mount namespace, oldest first. Needs no privilege."""
     return parse_mountinfo(Path("/proc/self/mountinfo").read_bytes())
 
 
 def visible(table: list[MountInfo]) -> list[MountInfo]:
-    """Return those mounts of *table* that their paths lead to: not hidden by a later one, on them or above.
+    """Return the mounts of *table* that their paths lead to, which no later mount hides.
 
-    Asks the table alone: a filesystem may never answer.
+    Asks only the table, because a filesystem may never answer.
     """
     by_id = {mount.id: mount for mount in table}
     places: dict[int, set[bytes]] = {}
@@ -79,7 +82,7 @@ def visible(table: list[MountInfo]) -> list[MountInfo]:
             if parent is None or parent is mount:
                 return True
             path = mount.mountpoint
-            if path == b"/" or path.endswith(b"//deleted"):  # a path starts beneath what is mounted on /
+            if path == b"/" or path.endswith(b"//deleted"):  # path lookup starts in the mount on /
                 return False
             above = (path[:at] for at in range(1, len(path)) if path[at : at + 1] == b"/")
             if not places[mount.parent].isdisjoint(above):
@@ -93,7 +96,7 @@ def visible(table: list[MountInfo]) -> list[MountInfo]:
 
 
 def mount_of(path: str | bytes | os.PathLike[str]) -> MountInfo | None:
-    """Return the topmost mount whose mountpoint is just *path* (made absolute, not resolved)."""
+    """Return the topmost mount whose mountpoint is *path* itself (made absolute, not resolved)."""
     wanted = os.fsencode(os.path.abspath(path))
     found = [mount for mount in mountinfo() if mount.mountpoint == wanted]
     return found[-1] if found else None
@@ -106,8 +109,10 @@ def mount_id(fd: int) -> int:
 
 
 def where_is(fd: int) -> tuple[str, bytes]:
-    """Return the filesystem (``major:minor``) that *fd* is on, and its path there: that from the root of the
-    filesystem, whatever mount it was opened by."""
+    """Return the filesystem (``major:minor``) that *fd* is on, and its path from the root of that filesystem.
+
+    The path does not depend on the mount through which *fd* was opened.
+    """
     path, at = os.readlink(b"/proc/self/fd/%d" % fd), mount_id(fd)
     for mount in mountinfo():
         if mount.id == at:

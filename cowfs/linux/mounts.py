@@ -1,7 +1,7 @@
-"""Mounting: what the kernel is asked for.
+"""System calls that mount and unmount.
 
-Little here touches a mount namespace: :func:`detached_mount` yields a mount that only its descriptor leads
-to, and the kernel takes it away when the process dies. Needs CAP_SYS_ADMIN, where not said otherwise.
+Most functions do not touch the mount namespace: :func:`detached_mount` returns a mount that only its
+descriptor leads to, and that ends with the process. They need CAP_SYS_ADMIN unless stated otherwise.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _AT_EMPTY_PATH, _AT_RECURSIVE = 0x1000, 0x8000
 _MS_REC, _MS_PRIVATE, _MS_SLAVE = 1 << 14, 1 << 18, 1 << 19
 _CLONE_NEWNS, _CLONE_NEWUSER = 0x20000, 0x10000000  # include/uapi/linux/sched.h
 _MS_BIND = 1 << 12
-_MOUNT_ATTR_ATIME = 0x70  # MOUNT_ATTR__ATIME: all that says when times of access are kept
+_MOUNT_ATTR_ATIME = 0x70  # MOUNT_ATTR__ATIME: the bits that choose when atime is updated
 _MOUNT_ATTR = struct.Struct("=QQQQ")  # struct mount_attr: attr_set, attr_clr, propagation, userns_fd
 _MOUNT_ATTR_RDONLY, _MOUNT_ATTR_NOSUID, _MOUNT_ATTR_NODEV, _MOUNT_ATTR_NOATIME = 1, 2, 4, 0x10
 _MOUNT_ATTR_NOEXEC, _MOUNT_ATTR_NOSYMFOLLOW = 8, 0x200000
@@ -50,19 +50,13 @@ _MOUNT_ATTR_STRICTATIME, _MOUNT_ATTR_NODIRATIME = 0x20, 0x80
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
-_libc.mount.argtypes = (
-    ctypes.c_char_p,
-    ctypes.c_char_p,
-    ctypes.c_char_p,
-    ctypes.c_ulong,
-    ctypes.c_char_p,
-)
+
 _libc.umount2.argtypes = (ctypes.c_char_p, ctypes.c_int)
 _libc.mount.argtypes = (ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p)
 
 
 def _syscall(number: int, *arguments: int | bytes | None) -> int:
-    """Call the kernel by number. Raises OSError; releases the GIL."""
+    """Make a system call by number. OSError. Releases the GIL."""
     words = [ctypes.c_long(word) if isinstance(word, int) else ctypes.c_char_p(word) for word in arguments]
     result = int(_libc.syscall(ctypes.c_long(number), *words))
     if result < 0:
@@ -79,12 +73,12 @@ def detached_mount(
     readonly: bool = False,
     noatime: bool = True,
 ) -> int:
-    """Mount a filesystem that is in no namespace and return an O_PATH descriptor of its root.
+    """Mount a filesystem outside all namespaces; return an O_PATH descriptor of its root.
 
-    *options* are the filesystem's own; None as value makes a flag of one. The mount is nosuid and
-    nodev, and ends when the descriptor and everything opened through it are closed (the kernel may
-    need a moment more; loop_backing() tells). Blocks as mount(2) does. Raises OSError with the kernel's
-    own words, where it has some (fsopen(2), fsconfig(2)).
+    *options* are the filesystem's own; the value None makes an option a flag. The mount is nosuid and nodev,
+    and ends when the descriptor and everything opened through it are closed (the kernel may need a moment
+    more; see loop_backing()). Blocks as mount(2) does. OSError, with the kernel's own message if it has one
+    (fsopen(2), fsconfig(2)).
     """
     context = _syscall(_SYS_FSOPEN, fstype.encode(), _FSOPEN_CLOEXEC)
     try:
@@ -113,7 +107,7 @@ def _set(context: int, key: str, value: bytes | None) -> None:
 
 
 def _messages(context: int) -> str:
-    """Return what the kernel has logged in a filesystem context, errors and warnings, in one line."""
+    """Return the errors and warnings that the kernel has logged in a filesystem context, in one line."""
     lines = []
     with suppress(OSError):  # ENODATA after the last one
         while line := os.read(context, 4096):
@@ -123,12 +117,11 @@ def _messages(context: int) -> str:
 
 
 def private_clone(directory: int) -> int:
-    """Return the same directory in a mount of its own that is in no namespace (open_tree(2)).
+    """Clone the mount of a directory outside all namespaces (open_tree(2)). Both descriptors may be O_PATH.
 
-    What is mounted inside the directory, now or later, is not in there: neither can it be waited for. That is
-    how the kernel's overlayfs has its layers (clone_private_mount()). *directory* is an open descriptor; the
-    new one is O_PATH. Raises OSError: EPERM without CAP_SYS_ADMIN, EINVAL where a user namespace hides
-    things by mounts.
+    The clone does not contain what is mounted inside the directory, now or later, so nothing waits for those
+    filesystems. The kernel's overlayfs clones its layers in the same way (clone_private_mount()). OSError:
+    EPERM without CAP_SYS_ADMIN, EINVAL if mounts in a user namespace hide part of the directory.
     """
     clone = _syscall(_SYS_OPEN_TREE, directory, b"", _OPEN_TREE_CLONE | _OPEN_TREE_CLOEXEC | _AT_EMPTY_PATH)
     # Private: since Linux 6.15 a new mount on a shared mount propagates to its clones. Before 5.12 there is
@@ -141,7 +134,7 @@ def private_clone(directory: int) -> int:
 
 
 def note_reads(fd: int, when: Atime) -> None:
-    """Have the mount of root's that *fd* (O_PATH) is on change times of access (Linux 5.12)."""
+    """Set when the mount that *fd* (O_PATH) is on updates atime. Needs Linux 5.12; ignores errors."""
     attributes = 0 if when.files else _MOUNT_ATTR_NOATIME  # 0: relatime
     if when.files and when.always:
         attributes = _MOUNT_ATTR_STRICTATIME
@@ -152,7 +145,7 @@ def note_reads(fd: int, when: Atime) -> None:
 
 
 def private_clone_of(path: str) -> int:
-    """Return the same of the directory at *path*."""
+    """Return a :func:`private_clone` of the directory at *path*."""
     fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         return private_clone(fd)
@@ -161,17 +154,19 @@ def private_clone_of(path: str) -> int:
 
 
 def processes() -> int:
-    """Mount a proc filesystem that shows processes alone, read-only, and by which nobody reaches what they
-    have open or where they are: no link in it is followed (Linux 5.14). See detached_mount."""
+    """Mount a read-only proc filesystem that shows only processes; see detached_mount.
+
+    Its symbolic links are not followed (Linux 5.14), so it gives no access to what processes have open.
+    """
     fd = detached_mount("proc", "proc", {"subset": "pid"}, readonly=True)
-    with suppress(OSError):  # then the kernel asks for more capabilities than a daemon has: ptrace(2)
+    with suppress(OSError):  # on older kernels ptrace(2)'s check keeps the daemon from following them
         wanted = _MOUNT_ATTR.pack(_MOUNT_ATTR_NOSYMFOLLOW | _MOUNT_ATTR_NOEXEC, 0, 0, 0)
         _syscall(_SYS_MOUNT_SETATTR, fd, b"", _AT_EMPTY_PATH, wanted, _MOUNT_ATTR.size)
     return fd
 
 
 def tmpfs(size: int | None = None, mode: int = 0o755) -> int:
-    """Mount a fresh tmpfs of at most *size* bytes (half of the memory if None); see detached_mount."""
+    """Mount a new tmpfs of at most *size* bytes (half of the memory if None); see detached_mount."""
     options: dict[str, str | None] = {"mode": f"{mode:o}"}
     if size is not None:
         options["size"] = str(size)
@@ -187,7 +182,7 @@ def mount(source: str, path: str | bytes, fstype: str, flags: int, options: str)
 
 
 def bind(source: str | int, path: str, *, readonly: bool = False) -> None:
-    """Show at *path* the directory *source* with all its present mounts. Raises OSError."""
+    """Bind *source*, a path or descriptor, with all its current mounts to *path*. OSError."""
     if isinstance(source, int):
         source = f"/proc/self/fd/{source}"
     mount(source, path, "", _MS_BIND | _MS_REC, "")
@@ -198,8 +193,10 @@ def bind(source: str | int, path: str, *, readonly: bool = False) -> None:
 
 
 def change_root(root: str) -> None:
-    """Let *root*, where something is mounted, be the root of this process, in mounts of its own, and all
-    that it sees. For a process of one thread. Raises OSError."""
+    """Make the mountpoint *root* the root of this process in a new mount namespace, without the old root.
+
+    For a process with one thread. OSError.
+    """
     unshare_slave()
     os.chdir(root)
     number = _SYS_PIVOT_ROOT.get(os.uname().machine, _SYS_PIVOT_ROOT_ELSEWHERE)
@@ -216,7 +213,7 @@ def umount2(path: str | bytes, flags: int = 0) -> None:
 
 
 def leave(mountpoint: str) -> None:
-    """Detach a mount for this process alone: from now on it sees what is below. Raises OSError."""
+    """Detach a mount for this process alone, which from now on sees the directory below it. OSError."""
     if _libc.unshare(_CLONE_NEWNS) or _libc.mount(None, b"/", None, _MS_REC | _MS_PRIVATE, None):
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code), mountpoint)
@@ -224,31 +221,33 @@ def leave(mountpoint: str) -> None:
 
 
 def enter_user_namespace(user: int, group: int) -> None:
-    """Be in a user namespace that has this user and group alone, with all capabilities there. Raises OSError.
+    """Enter a user namespace that has only this user and group, with all capabilities in it. OSError.
 
-    For a process of one thread, whose user and group these are.
+    For a process with one thread. *user* and *group* are its own.
     """
     unshare_users()
     map_user(user, group)
 
 
 def unshare_users() -> None:
-    """Enter a user namespace that has nobody yet, with all capabilities. For a process of one thread."""
+    """Enter a user namespace without users, with all capabilities in it. For a process with one thread."""
     if _libc.unshare(_CLONE_NEWUSER):
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
 
 
 def map_user(user: int, group: int, inside: int | None = None) -> None:
-    """Let nobody but this user and group be in our user namespace, both by the number *inside* if given."""
+    """Map only this user and group into this process's user namespace, as the number *inside* if given."""
     Path("/proc/self/setgroups").write_text("deny")
     Path("/proc/self/uid_map").write_text(f"{user if inside is None else inside} {user} 1")
     Path("/proc/self/gid_map").write_text(f"{group if inside is None else inside} {group} 1")
 
 
 def hide_table() -> None:
-    """Let this process, and the programs that it becomes, see no mounts in /proc/mounts. Raises OSError where
-    it may not have mounts of its own: a user needs a user namespace for that."""
+    """Hide all mounts in /proc/mounts from this process and the program that it executes.
+
+    OSError if it may not have a mount namespace of its own; a user needs a user namespace for that.
+    """
     namespaces = _CLONE_NEWNS | (0 if os.geteuid() == 0 else _CLONE_NEWUSER)
     if (
         _libc.unshare(namespaces)
@@ -262,7 +261,7 @@ def hide_table() -> None:
 def drop_unused(path: str, dev: str) -> None:
     """Make the kernel drop the unused names and inodes of the filesystem mounted at *path*.
 
-    Writes back first, and blocks. ENXIO if that filesystem is not *dev*, EPERM without CAP_SYS_ADMIN.
+    Writes back first. Blocks. ENXIO if that filesystem is not *dev*, EPERM without CAP_SYS_ADMIN.
     """
     place = os.open(path, os.O_PATH | os.O_DIRECTORY)
     try:
@@ -279,17 +278,17 @@ def drop_unused(path: str, dev: str) -> None:
 
 
 def unshare_slave() -> None:
-    """Give this process mounts of its own, to which the others' changes come, and back nothing. OSError."""
+    """Enter a new mount namespace, whose mounts receive the changes of others and send none. OSError."""
     if _libc.unshare(_CLONE_NEWNS) or _libc.mount(None, b"/", None, _MS_REC | _MS_SLAVE, None):
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
 
 
 def exchange_root(root: int, bound: Iterable[tuple[int, str]]) -> None:
-    """Make a detached mount the root of this process and all its threads, and drop its other mounts.
+    """Make a detached mount the read-only root of this process and all its threads; unmount all others.
 
-    Other detached mounts are attached to directories in it first. It becomes read-only. Raises OSError,
-    EINVAL if pivot_root(2) does not accept the present root; then the root does not change.
+    The detached mounts of *bound* are first attached to directories in it. OSError: EINVAL if pivot_root(2)
+    does not accept the current root. If it fails, the root does not change.
     """
     os.fchdir(root)
     _attach(root, "/")
@@ -315,8 +314,9 @@ def _attach(mount: int, place: str) -> None:
 
 
 def remount(path: str | bytes, *, readonly: bool) -> None:
-    """Make the filesystem mounted at *path* writable or read-only; noatime. Raises OSError: EBUSY for a file
-    in it that is open to write, EROFS or EACCES for a disk that cannot be written to.
+    """Remount the filesystem at *path* writable or read-only, with noatime.
+
+    OSError: EBUSY if a file in it is open for writing, EROFS or EACCES if the disk is not writable.
     """
     flags = MS_REMOUNT | _MS_NOATIME | (_MS_RDONLY if readonly else 0)
     if _libc.mount(None, os.fsencode(path), None, flags, None):

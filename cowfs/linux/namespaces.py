@@ -1,4 +1,4 @@
-"""What is mounted in the mount namespaces of other processes, as far as we may look."""
+"""The mounts in the namespaces of other processes, as far as they are visible."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from cowfs.linux.mount_table import MountInfo, parse_mountinfo
 
 
 def mounted_elsewhere() -> Iterator[tuple[int, list[MountInfo]]]:
-    """Yield, for each mount namespace but ours, a process in it and what is mounted there."""
+    """Yield, for each other mount namespace, the pid of a process in it, and its mounts."""
     seen = {_namespace("self")}
     for pid in filter(str.isdigit, os.listdir("/proc")):
         try:
@@ -20,12 +20,12 @@ def mounted_elsewhere() -> Iterator[tuple[int, list[MountInfo]]]:
             with open(f"/proc/{pid}/mountinfo", "rb") as table:
                 mounts = parse_mountinfo(table.read())
         except OSError:
-            continue  # it ended, or is somebody else's
+            continue  # it has ended, or is another user's
         yield int(pid), mounts
 
 
 def is_seen(pid: int) -> bool:
-    """Whether we can see what a process has mounted: not in a user namespace beside ours."""
+    """Whether the mounts of a process are visible. They are not in a sibling user namespace."""
     try:
         with open(f"/proc/{pid}/uid_map", "rb") as theirs, open("/proc/self/uid_map", "rb") as ours:
             return theirs.read() == ours.read() or bool(_namespace(str(pid)))

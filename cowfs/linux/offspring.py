@@ -1,4 +1,4 @@
-"""The processes that a command has started, and left running."""
+"""The processes that a command has started and left running."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from pathlib import Path
 
 _PR_SET_CHILD_SUBREAPER = 36  # include/uapi/linux/prctl.h
 _LONGEST = 10.0
-"""Seconds after which those that were killed are given up."""
+"""Seconds to wait for killed processes to end."""
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def adopt() -> set[int]:
-    """Become the parent of processes whose own has ended (prctl(2)); return the children there are now."""
+    """Become a subreaper (prctl(2)): orphaned descendants become children. Return the current children."""
     _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     return _children()
 
 
 def end_all(spared: set[int], patience: float = 2.0) -> tuple[list[str], list[str]]:
-    """End all descendants except those *spared*; return the names of their programs, and of those that do not
-    end: SIGKILL cannot end a process that waits for a disk or a server.
+    """End all descendants except those *spared*; return the programs that ended, and those that did not.
 
-    Blocks. Sends SIGTERM first and waits *patience* seconds. Processes found later are killed at once: some
-    fork again and again.
+    Even SIGKILL does not end a process that waits for a disk or a server. Blocks: sends SIGTERM, waits
+    *patience* seconds, then sends SIGKILL. It kills processes that it finds later at once, since some fork
+    again and again.
     """
     names: dict[int, str] = {}
     late_at = time.monotonic() + patience
@@ -51,7 +51,7 @@ def end_all(spared: set[int], patience: float = 2.0) -> tuple[list[str], list[st
 
 
 def _alive(spared: set[int]) -> tuple[list[int], bool]:
-    """Return the children that have not ended, and whether some have: theirs are ours since then."""
+    """Return the children that have not ended, and whether others have: this process has adopted theirs."""
     children = _children() - spared
     alive = []
     for pid in children:
@@ -62,7 +62,7 @@ def _alive(spared: set[int]) -> tuple[list[int], bool]:
 
 
 def _children() -> set[int]:
-    with suppress(OSError):  # CONFIG_PROC_CHILDREN
+    with suppress(OSError):  # kernels without CONFIG_PROC_CHILDREN
         return set(map(int, Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()))
     found = set()
     for pid in filter(str.isdigit, os.listdir("/proc")):

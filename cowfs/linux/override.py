@@ -1,10 +1,9 @@
-"""Read what belongs to this user, whatever its mode, as the root of a user namespace may.
+"""Read this user's files whatever their mode, as root of a user namespace.
 
-The owner of a file of mode 000 could change its mode; but a lower is never written to. A process in a user
-namespace of its own, in which there is nobody but this user, has CAP_DAC_OVERRIDE for what is this user's and
-their group's (capable_wrt_inode_uidgid() in kernel/capability.c). We cannot live there: all others' files
-would belong to nobody. So it is a process beside us, forked when it is first needed, which opens what we ask
-for.
+The owner of a file of mode 000 could change its mode, but cowfs never writes to a lower. A process in a user
+namespace that contains only this user has CAP_DAC_OVERRIDE for the files of this user and group
+(capable_wrt_inode_uidgid() in kernel/capability.c). The daemon itself cannot run there, because all other
+users' files would belong to nobody. So it forks a helper when it first needs one, which opens files for it.
 """
 
 from __future__ import annotations
@@ -24,17 +23,17 @@ from cowfs.linux import files, mounts
 
 _LONGEST = 1 << 17
 _MAY = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOATIME | os.O_CLOEXEC
-"""No other flags: nothing is opened to be written to."""
+"""The flags that the helper accepts: it opens nothing for writing."""
 
 
-class _Beside:
-    """The process, seen from here."""
+class _Helper:
+    """The daemon's end of the helper process."""
 
     def __init__(self) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         user, group = os.geteuid(), os.getegid()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it does system calls alone, and takes no lock of other threads
+            warnings.simplefilter("ignore")  # the child only makes system calls, and takes no lock
             self._pid = os.fork()
         if self._pid == 0:
             _serve(theirs, user, group)
@@ -54,56 +53,56 @@ class _Beside:
         return reply, fds[0] if fds else -1
 
 
-_beside: _Beside | None = None
+_helper: _Helper | None = None
 _cannot = False
 
 
 def _ask(fd: int, **request: Any) -> tuple[Any, int]:
-    """Have a call made; EACCES where that cannot be."""
-    global _beside, _cannot  # noqa: PLW0603 - a process has one
+    """Let the helper make a call; EACCES if there can be no helper."""
+    global _helper, _cannot  # noqa: PLW0603 - a process has one
     try:
         if _cannot or os.geteuid() == 0:
             raise OSError(errno.EACCES, os.strerror(errno.EACCES))
-        if _beside is None:
-            _beside = _Beside()
-        return _beside.ask(fd, **request)
+        if _helper is None:
+            _helper = _Helper()
+        return _helper.ask(fd, **request)
     except (BrokenPipeError, ConnectionError):  # no user namespaces here
         _cannot = True
         raise OSError(errno.EACCES, os.strerror(errno.EACCES)) from None
 
 
 def open_at(directory: int, name: bytes, flags: int, *, beneath: bool) -> int:
-    """Do openat(2), or :func:`cowfs.linux.files.open_beneath`, to read or for O_PATH."""
+    """Do openat(2), or :func:`cowfs.linux.files.open_beneath` if *beneath*, read-only or O_PATH. OSError."""
     return _ask(directory, call="at", name=name.decode("latin-1"), flags=flags, beneath=beneath)[1]
 
 
 def reopen(fd: int, flags: int) -> int:
-    """Open what a descriptor is on, to read it."""
+    """Open the file of a descriptor again, for reading. OSError."""
     return _ask(fd, call="reopen", flags=flags)[1]
 
 
 def listxattr(fd: int) -> list[bytes]:
-    """Return the names of the attributes of what a descriptor is on."""
+    """Return the names of the xattrs of a descriptor's file. OSError."""
     return [name.encode("latin-1") for name in _ask(fd, call="list")[0]]
 
 
 def getxattr(fd: int, name: bytes) -> bytes:
-    """Return an attribute of what a descriptor is on."""
+    """Return an xattr of a descriptor's file. OSError."""
     value: str = _ask(fd, call="get", name=name.decode("latin-1"))[0]
     return value.encode("latin-1")
 
 
-# --- in the process beside
+# --- in the helper process
 
 
 def _serve(connection: socket.socket, user: int, group: int) -> NoReturn:
-    """Make calls until the requesting process is gone."""
+    """Make calls until the daemon has ended."""
     try:
         signal.set_wakeup_fd(-1)
         os.setsid()
         for fd in map(int, os.listdir("/proc/self/fd")):
             if fd != connection.fileno():
-                with suppress(OSError):  # the listing's own
+                with suppress(OSError):  # the descriptor of this listing, closed by now
                     os.close(fd)
         mounts.enter_user_namespace(user, group)
         while True:

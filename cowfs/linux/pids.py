@@ -1,4 +1,4 @@
-"""Waiting for processes that are not ours."""
+"""Wait for processes that are not children of this one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import select
 
 
 def wait_pid_gone(pid: int, timeout: float) -> bool:
-    """Wait until process *pid* has ended, at most *timeout* seconds; say whether it has. Blocks."""
+    """Wait at most *timeout* seconds until process *pid* has ended; return whether it has. Blocks."""
     try:
         fd = os.pidfd_open(pid)
     except ProcessLookupError:

@@ -1,9 +1,8 @@
-"""Whether files and directories are still where they were found: what has become of their paths.
+"""Notice when files and directories are renamed, deleted, replaced or unmounted.
 
-Each is held by a descriptor (O_PATH), whose path the kernel tells at any time (proc(5)). It follows renames,
-of the directories above as well, and takes note of deletions and unmounts. Asking looks nothing up: so
-nothing that is mounted on the way is entered, our own mount neither, and no other machine or program is
-waited for.
+Each is held by a descriptor (O_PATH), whose current path the kernel shows (proc(5)). That path follows
+renames, also of the directories above, and shows deletions and unmounts. Reading it looks up no name. So it
+enters no mount on the way, not even the daemon's own, and waits for no other machine or program.
 """
 
 from __future__ import annotations
@@ -22,18 +21,18 @@ _DELETED = " (deleted)"
 
 
 class Places:
-    """What was found by some paths."""
+    """The files and directories that were found at some paths."""
 
     def __init__(self, paths: Sequence[str]) -> None:
-        """Hold what is there now. An empty path stands for nothing, which never changes its place."""
+        """Hold what is at *paths* now. An empty path means nothing, for which no change is reported."""
         self._held = [_hold(path) for path in paths]
 
     def changes(self, opened: Sequence[Inode | None] = (), *, mounts_move: bool = False) -> list[str]:
-        """Return for each path what was done to it since; "" for nothing.
+        """Return for each path what has happened to it since; "" if nothing.
 
         Does not block. *opened* are the inodes that another process has opened by these paths, as far as
-        known: a different inode was replaced meanwhile. *mounts_move*: ignore that a mount above has moved,
-        as when a root filesystem is prepared.
+        known; if one differs from the held inode, the file was replaced meanwhile. *mounts_move*: ignore that
+        a mount above has moved, as when a root filesystem is prepared.
         """
         known = [*opened, *[None] * (len(self._held) - len(opened))]
         return [
@@ -42,13 +41,13 @@ class Places:
         ]
 
     def put(self, number: int, fd: int) -> None:
-        """Hold the file of this descriptor (O_PATH), which is there now, instead of one of them."""
+        """Hold the file of *fd* (O_PATH) instead of the one at the index *number*."""
         before, self._held[number] = self._held[number], _held(os.dup(fd))
         if before is not None:
             os.close(before.fd)
 
     def close(self) -> None:
-        """Close them."""
+        """Close the descriptors."""
         for held in self._held:
             if held is not None:
                 os.close(held.fd)
@@ -93,9 +92,9 @@ class _Held:
 
 
 def _hold(path: str) -> _Held | None:
-    """Hold what is at *path*, so that everybody sees it in use; None for nothing.
+    """Hold the file at *path*, so that it is seen to be in use; None if there is none.
 
-    Files on another machine, or served by a program, are not watched: there the kernel reports files as
+    Files on another machine, or served by a program, are not watched: the kernel reports some of those as
     deleted that only need a new lookup.
     """
     try:

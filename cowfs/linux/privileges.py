@@ -1,8 +1,7 @@
-"""Drop the privileges that root's daemon never needs, so that an attacker who takes it over does not have
-them.
+"""Drop the privileges that root's daemon does not need, so that an attacker who takes it over lacks them.
 
-All of this is a matter of single threads, and inherited by the threads and the programs that they start: it
-must be done before there are any.
+Privileges belong to single threads, and the threads and programs that they start inherit them. So drop them
+before starting any.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ CAPABILITIES = {
     "CAP_MKNOD": 27,
     "CAP_SETFCAP": 31,
 }
-"""What a daemon keeps, by its number: docs/adr/0024-root-with-little.md says what for."""
+"""The capabilities that a daemon keeps, with their numbers; docs/adr/0024-root-with-little.md says why."""
 _VERSION_3 = 0x20080522
 _HEADER = struct.Struct("=Ii")  # struct __user_cap_header_struct: version, pid
 _DATA = struct.Struct("=6I")  # 2 of struct __user_cap_data_struct: effective, permitted, inheritable
@@ -45,11 +44,12 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.prctl.argtypes = (ctypes.c_int, *[ctypes.c_ulong] * 4)
 
 
-def give_up(*, has_rings: bool = False) -> None:
-    """Keep only those of root's privileges that a daemon needs, and hide its memory from others. Does nothing
-    as a user. *has_rings*: it continues to use its io_uring rings. A user's daemon has nothing to drop, and
-    needs the set-user-ID program fusermount3 to unmount. The log says what the kernel, or a container, does
-    not let us drop.
+def drop(*, has_rings: bool = False) -> None:
+    """Keep only the privileges of root that a daemon needs, and hide its memory from other processes.
+
+    Does nothing in a user's daemon: it has none to drop, and needs the set-user-ID program fusermount3 to
+    unmount. *has_rings*: the daemon continues to use its io_uring rings. What the kernel or a container does
+    not allow is logged, and not raised.
     """
     if os.geteuid() != 0:
         return
@@ -64,7 +64,7 @@ def give_up(*, has_rings: bool = False) -> None:
         except OSError as error:
             level = logging.INFO if error.errno == errno.ENOENT else logging.WARNING
             log.log(
-                level, "goes on with more than it needs: %s: %s", step.__name__.strip("_"), error.strerror
+                level, "keeps more privileges than needed: %s: %s", step.__name__.strip("_"), error.strerror
             )
 
 
@@ -74,19 +74,21 @@ def _hide_memory() -> None:
 
 
 def hide() -> None:
-    """Let no process of a user namespace below trace this one, or reach by /proc what it sees; nor any user's
-    process without privileges. What is forked is hidden, too; a program that is run is not. OSError.
+    """Protect this process from ptrace(2) and from access to its files through /proc (PR_SET_DUMPABLE).
+
+    This keeps out processes without privileges, and all of a child user namespace. Forked processes are
+    protected too; executed programs are not. OSError.
     """
     _prctl(_PR_SET_DUMPABLE, 0)
 
 
 def _drop_capabilities() -> None:
-    """Keep the needed capabilities, as far as we have them.
+    """Keep the needed capabilities that the process has.
 
-    Programs that we start get those of the bounding set, as root's programs do.
+    Programs that it starts get those of the bounding set, as root's programs do.
     """
     kept = sum(1 << number for number in CAPABILITIES.values())
-    with suppress(OSError):  # Linux before 4.3: there is no such set
+    with suppress(OSError):  # Linux before 4.3 has no ambient set
         _prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL)
     header = _HEADER.pack(_VERSION_3, 0)
     raw = ctypes.create_string_buffer(_DATA.size)
@@ -98,9 +100,9 @@ def _drop_capabilities() -> None:
             try:
                 _prctl(_PR_CAPBSET_DROP, number)
             except OSError as error:
-                if error.errno == errno.EINVAL:  # beyond the last that this kernel knows
+                if error.errno == errno.EINVAL:  # this kernel has no more capabilities
                     break
-                log.debug("the bounding set cannot be made smaller: %s", error.strerror)
+                log.debug("cannot reduce the bounding set: %s", error.strerror)
                 break
     low, high = kept & 0xFFFFFFFF, kept >> 32
     data = _DATA.pack(effective & low, permitted & low, 0, effective_high & high, permitted_high & high, 0)

@@ -1,8 +1,8 @@
-"""Which program makes a request: what /proc says of a thread that waits for our answer.
+"""Find the program that makes a request, from what /proc shows of the waiting thread.
 
-A number may be another process's tomorrow, and a process another program's. So a descriptor of its command
-line is kept: reading it fails once that process is gone, and gives something else after execve(2). That takes
-half a microsecond.
+The kernel reuses the numbers of processes, and a process may execute another program. So this module keeps a
+descriptor of each command line: reading it fails once the process has ended, and gives something else after
+execve(2). A read takes half a microsecond.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from cowfs.jsontext import raw, text
 from cowfs.linux import callers
 
 _MOST = 64
-"""How many are remembered at a time."""
+"""How many processes are remembered at a time."""
 _LONGEST = 4096
-"""Bytes of a command line, of a program's name or of a cgroup's that are kept."""
+"""How many bytes of a command line, program name or cgroup name are kept."""
 
 
 class Process(NamedTuple):
-    """Who made a request."""
+    """A process that made a request."""
 
     pid: int
-    """Of the process, not of the thread."""
+    """The process, not the thread."""
     uid: int
-    """As whom it made the request (fsuid)."""
+    """The user of the request (fsuid)."""
     program: str
-    """The path of what it runs. Where the kernel does not let us see that, its name (proc_pid_comm(5)), which
-    it may have given to itself; "" if nothing is known."""
+    """The path of its program. If the kernel does not show that, its name (proc_pid_comm(5)), which the
+    process can change; "" if unknown."""
     command: tuple[str, ...]
-    """Its arguments, the first 4096 bytes of them. It may have changed them."""
+    """The first 4096 bytes of its arguments. It may have changed them."""
     cgroup: str
-    """Of cgroup v2, or else that which systemd has it in; "" where there is none."""
+    """Its cgroup in version 2, or else in systemd's hierarchy; "" if it has none."""
 
 
 class _Known(NamedTuple):
@@ -44,37 +44,40 @@ class _Known(NamedTuple):
 
 
 class Processes:
-    """Those that have made requests of late."""
+    """The processes that made the latest requests."""
 
     def __init__(self) -> None:
         self._known: OrderedDict[tuple[int, int], _Known] = OrderedDict()
 
     def look_at(self, tid: int, uid: int) -> Process | None:
-        """Return whose thread *tid* waits for an answer now, as the user *uid*. None if nobody can know.
+        """Return the process whose thread *tid* waits for an answer as the user *uid*; None if unknown.
 
-        The same object as long as it is the same process with the same command line.
+        Returns the same object while it is the same process with the same command line.
         """
         known = self._known.get((tid, uid))
         if known is not None:
             try:
                 if os.pread(known.fd, _LONGEST, 0) == known.command:
                     return known.process
-            except OSError:  # it is gone, and another has its number
+            except OSError:  # it has ended, and another process has its number
                 pass
             del self._known[tid, uid]
             os.close(known.fd)
         return self._look(tid, uid) if tid > 0 else None
 
     def known_by(self, tid: int, uid: int) -> tuple[int, bytes]:
-        """Return by what one is known to be yet what :meth:`look_at` has found: a descriptor of its command
-        line, and that; -1 if by nothing."""
+        """Return how to check that :meth:`look_at` still holds for a process.
+
+        The result is a descriptor of its command line, and the bytes that it must give; -1 if the process is
+        not remembered.
+        """
         known = self._known.get((tid, uid))
         return (-1, b"") if known is None else (known.fd, known.command)
 
     def _look(self, tid: int, uid: int) -> Process:
         try:
-            fd = os.open(f"{callers.place()}/{tid}/cmdline", os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:  # hidden from us (hidepid), or a lack of descriptors
+            fd = os.open(f"{callers.proc()}/{tid}/cmdline", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:  # hidden (hidepid), or no descriptor left
             return Process(tid, uid, "", (), "")
         try:
             command = os.pread(fd, _LONGEST, 0)
@@ -88,18 +91,18 @@ class Processes:
         return found
 
     def close(self) -> None:
-        """Forget them all."""
+        """Forget all processes."""
         while self._known:
             os.close(self._known.popitem()[1].fd)
 
 
 def _read(tid: int, uid: int, command: bytes) -> Process:
-    """Return what is known of a thread. OSError, ValueError."""
+    """Return what /proc shows of a thread. OSError, ValueError."""
     status = _content(f"{tid}/status")
     pid = next(int(line[5:]) for line in status.splitlines() if line.startswith(b"Tgid:"))
     try:
-        program = os.readlink(os.fsencode(f"{callers.place()}/{tid}/exe"))
-    except OSError:  # it has more capabilities than we, or is another user's
+        program = os.readlink(os.fsencode(f"{callers.proc()}/{tid}/exe"))
+    except OSError:  # it has more capabilities than this process, or is another user's
         program = _content(f"{pid}/comm").removesuffix(b"\n")
     arguments = command.removesuffix(b"\0").split(b"\0") if command else []
     return Process(
@@ -112,12 +115,12 @@ def _read(tid: int, uid: int, command: bytes) -> Process:
 
 
 def _content(path: str) -> bytes:
-    with open(f"{callers.place()}/{path}", "rb", buffering=0) as file:
+    with open(f"{callers.proc()}/{path}", "rb", buffering=0) as file:
         return file.read(1 << 16) or b""
 
 
 def _cgroup(content: bytes) -> str:
-    """Return the cgroup that cgroups(7) describes: ``hierarchy:controllers:path``."""
+    """Return the cgroup from lines ``hierarchy:controllers:path`` (cgroups(7))."""
     found = {}
     for line in content.splitlines():
         _, _, rest = line.partition(b":")
@@ -130,17 +133,17 @@ def _cgroup(content: bytes) -> str:
 _CONTAINER = re.compile(
     r"(?:^|[-/:])([0-9a-f]{64})(?:\.scope)?$|^(?:lxc\.payload\.|machine-)([^/]+?)(?:\.scope)?$"
 )
-"""What Docker, Podman, CRI-O and containerd name a cgroup by, and LXC and systemd-nspawn."""
+"""How Docker, Podman, CRI-O and containerd name the cgroup of a container, and LXC and systemd-nspawn."""
 
 
 def unit(cgroup: str) -> str:
-    """Return the systemd unit that a cgroup is in, as far as its path tells: the innermost; "" if none."""
+    """Return the innermost systemd unit in the path of a cgroup; "" if none."""
     parts = [part for part in cgroup.split("/") if part.endswith((".service", ".scope"))]
     return parts[-1] if parts else ""
 
 
 def container(cgroup: str) -> str:
-    """Return the container that a cgroup is in, as its path tells; "" if none."""
+    """Return the container that the path of a cgroup names; "" if none."""
     for part in cgroup.split("/"):
         match = _CONTAINER.search(part)
         if match:
@@ -149,7 +152,7 @@ def container(cgroup: str) -> str:
 
 
 def described(process: Process) -> dict[str, Any]:
-    """Return a process as an object for JSON. What is not UTF-8 is U+FFFD."""
+    """Return a process as an object for JSON. Bytes that are not UTF-8 become U+FFFD."""
     return {
         "pid": process.pid,
         "uid": process.uid,

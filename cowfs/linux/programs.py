@@ -1,4 +1,4 @@
-"""The programs that we start: where they are found, and the environment that they get."""
+"""Find the programs that cowfs starts, and make their environment."""
 
 from __future__ import annotations
 
@@ -7,20 +7,19 @@ import shutil
 
 SAFE_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 _E2FSPROGS = ("E2FSCK_", "E2FSPROGS_", "E2IMAGE_", "EXT2FS_", "MKE2FS_", "RESIZE2FS_", "TEST_IO_", "BLKID_")
-"""What variables begin with that change what e2fsprogs does: its configuration, its clock, its checks."""
+"""Prefixes of variables that change what e2fsprogs does: its configuration, its clock, its checks."""
 _OURS = frozenset(
     {"LANG", "LC_ALL", "LC_CTYPE", "TERM", "COLUMNS", "NO_COLOR", "COWFS_DEBUG"}
     | {"NOTIFY_SOCKET", "XDG_RUNTIME_DIR", "COVERAGE_PROCESS_CONFIG", "SOURCE_DATE_EPOCH"}
 )
-"""What means something to us, or to what measures the tests of us in the processes that we fork."""
+"""Variables that cowfs reads, and those that measure the coverage of the tests in forked processes."""
 
 
 def find(name: str) -> str | None:
-    """Return the path of a program; None if there is none.
+    """Return the path of a program; None if it is not installed.
 
-    For root it searches only the system's directories, since another user may have set PATH. For users it
-    also searches the PATH, as far as that does not depend on the current directory, and sbin, which the PATH
-    often lacks.
+    For root this searches only the system's directories, since another user may have set PATH. For users it
+    searches the absolute directories of PATH, and then the system's, because PATH often lacks sbin.
     """
     if os.geteuid() == 0:
         return shutil.which(name, path=SAFE_PATH)
@@ -29,9 +28,9 @@ def find(name: str) -> str | None:
 
 
 def environment() -> dict[str, str]:
-    """Return the environment for a program: for root nothing of the caller's, for others theirs.
+    """Return the environment for a program: for users their own, for root none of the caller's variables.
 
-    What would change what e2fsprogs does is left out, and messages are in English: we read them.
+    It lacks variables that change what e2fsprogs does. Messages are in English, because cowfs reads them.
     """
     if os.geteuid() == 0:
         return {"PATH": SAFE_PATH, "LC_ALL": "C"}
@@ -43,12 +42,12 @@ _given: dict[bytes, bytes] = {}
 
 
 def given_environment() -> dict[bytes, bytes]:
-    """Return the environment that our caller gave us: for the programs that are not ours."""
+    """Return the environment of the caller, for programs that run on behalf of the user."""
     return _given or dict(os.environb)
 
 
 def clean_own_environment() -> None:
-    """As root, remove environment variables of the caller that change what we or our libraries do."""
+    """As root, remove the caller's environment variables that change what cowfs or its libraries do."""
     if os.geteuid() != 0:
         return
     _given.update(os.environb)

@@ -1,6 +1,6 @@
-"""Whether a filesystem's calls wait for nothing but the disks of this machine.
+"""Find out whether a filesystem may wait for another machine or a program (NFS, FUSE), perhaps for ever.
 
-Others wait for another machine or for a program (NFS, FUSE), perhaps for ever.
+Other filesystems wait only for the disks of this machine.
 """
 
 from __future__ import annotations
@@ -21,16 +21,17 @@ _OWN = {
     *(filesystems.NILFS, filesystems.UFS, filesystems.HFS, filesystems.HFSPLUS, *filesystems.MINIX),
     *(filesystems.ZONEFS, filesystems.UBIFS, filesystems.JFFS2),
 }
-"""f_type of statfs(2). What is not here, FUSE and the network's filesystems and those unknown, may wait."""
+"""The f_type of filesystems that do not wait. All others may: FUSE, network filesystems, unknown ones."""
 _FAR_DISKS = re.compile(r"(nbd|rbd|drbd|ublkb|etherd)")
 _DEEPEST = 8
 """How many nested filesystems and devices are examined."""
 
 
 def may_wait(fd: int, depth: int = 0) -> bool:
-    """Whether what *fd* is on may wait for others: its filesystem, or the device, or the file, that holds it.
+    """Whether the filesystem of *fd*, or the device or file that holds it, may wait for others.
 
-    An overlay of the kernel's counts as our own. Asks the filesystem, so it may wait itself. Raises OSError.
+    The kernel's overlayfs counts as one that does not. The call asks the filesystem, so it may block.
+    OSError.
     """
     if fs_magic(fd) not in _OWN:
         return True
@@ -40,7 +41,7 @@ def may_wait(fd: int, depth: int = 0) -> bool:
 
 
 def _device_waits(number: str, depth: int) -> bool:
-    """Whether a block device may wait; nothing is known of one that sysfs does not have."""
+    """Whether a block device may wait for others; False if sysfs does not have it."""
     place = os.path.realpath(f"/sys/dev/block/{number}")
     if not os.path.isdir(place) or depth >= _DEEPEST:
         return False

@@ -1,8 +1,8 @@
-"""Look at what others have named, and wait for nobody's filesystem.
+"""Resolve paths that other users chose without waiting for their filesystems.
 
-The source of a mount may be any path: one that leads into a mount whose daemon is stopped, say, and to look
-at that is to wait for it, for ever. So each step of the way is opened without a question to its filesystem
-(O_PATH, no link followed), and the way ends where a mount begins that waits for others.
+The source of a mount may be any path, for example one into a mount whose daemon is stopped: stat(2) on it
+would wait for ever. So this module opens each component without asking its filesystem (O_PATH, following no
+link), and stops at a mount that may wait for others.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from cowfs.linux.loop_devices import loop_backing, loop_inode
 from cowfs.linux.mount_table import MountInfo, mount_id, mountinfo
 
 _MOST_LINKS = 40
-"""As many symbolic links as the kernel follows (path_resolution(7))."""
+"""How many symbolic links the kernel follows (path_resolution(7))."""
 _WAIT = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "afs", "ceph", "coda", "autofs"}
 
 
 def is_same_file(path: str | bytes, wanted: os.stat_result) -> bool:
     """Whether the absolute *path* leads to the file *wanted*.
 
-    False where the way leads into a filesystem of a program or of another machine, unless the file itself is
-    on that: then its owner waits for it anyway. Raises OSError when nothing is there.
+    False if the path enters a filesystem that may wait for a program or another machine, unless the file is
+    on it too: then the caller waits for it anyway. OSError if nothing is there.
     """
     mounts = {mount.id: mount for mount in mountinfo()}
     names = os.fsencode(path).split(b"/")[::-1]
@@ -60,9 +60,9 @@ def is_same_file(path: str | bytes, wanted: os.stat_result) -> bool:
 
 
 def loop_users(path: str | bytes | os.PathLike[str]) -> list[str]:
-    """Return the loop devices that use the file *path*, under whatever name they opened it.
+    """Return the loop devices that use the file *path*, whatever name it had when they opened it.
 
-    Needs no privilege, except for files that were opened under a name that no longer exists.
+    Needs no privilege, except for files whose name at that time no longer exists.
     """
     wanted = os.stat(path)
     found = []
@@ -74,7 +74,7 @@ def loop_users(path: str | bytes | os.PathLike[str]) -> list[str]:
         try:
             same = is_same_file(backing, wanted)
         except OSError:
-            # "NAME (deleted)", or a name of another mount namespace: only the device itself can tell.
+            # "NAME (deleted)", or a name in another mount namespace: ask the device for the inode.
             same = loop_inode(device) == (wanted.st_dev, wanted.st_ino)
         if same:
             found.append(device)
@@ -82,7 +82,7 @@ def loop_users(path: str | bytes | os.PathLike[str]) -> list[str]:
 
 
 def _may_wait(mount: MountInfo | None, wanted: os.stat_result) -> bool:
-    """Whether a mount may wait for others; an unknown type counts as one that does."""
+    """Whether a mount may wait for others; True if the mount is unknown."""
     if mount is None:
         return True
     if mount.mountpoint == b"/" or mount.dev == f"{os.major(wanted.st_dev)}:{os.minor(wanted.st_dev)}":

@@ -1,7 +1,8 @@
-"""A filter that refuses the system calls for which no filesystem daemon has a use (seccomp(2)).
+"""A filter that refuses system calls that a filesystem daemon does not use (seccomp(2)).
 
-It lists the refused calls, not the allowed ones: Python, libfuse and e2fsprogs may need another call
-tomorrow. A refused call returns EPERM, as for a process without privilege. libseccomp knows the numbers.
+It lists the refused calls rather than the allowed ones, because later versions of Python, libfuse and
+e2fsprogs may need other calls. A refused call returns EPERM, as for a process without privilege. libseccomp
+supplies the numbers.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ _REFUSED = """
     vm86old
 """
 _RINGS = "io_uring_enter io_uring_register"
-"""Refused as well, unless rings were made before. Those do no more than ``ring.c`` lets them."""
+"""Also refused, unless the daemon has made rings before. ``ring.c`` restricts what those can do."""
 
 _REFUSED_AT_LAST = """
     chroot execve execveat fsconfig fsmount fsopen fspick mount mount_setattr move_mount open_by_handle_at
     open_tree pivot_root setns swapoff swapon umount umount2 unshare
 """
-"""Of one that has shut itself in: what could lead out, or bring another program in."""
+"""Refused to a confined daemon: calls that could lead out of its root, or execute another program."""
 
 # include/seccomp.h of libseccomp 2
 _TSYNC = 4  # SCMP_FLTATR_CTL_TSYNC
@@ -48,29 +49,32 @@ class _Comparison(ctypes.Structure):
 
 
 def refuse_needless_calls(*, has_rings: bool = False) -> None:
-    """Refuse them to this thread and to all that it starts, for good, and sockets but for local ones.
+    """Refuse needless calls, and sockets other than AF_UNIX, to this thread and those it starts, for good.
 
-    Raises OSError: ENOENT without libseccomp, EACCES without no_new_privs or CAP_SYS_ADMIN.
+    OSError: ENOENT without libseccomp, EACCES without no_new_privs or CAP_SYS_ADMIN.
     """
     _load(_REFUSED if has_rings else f"{_REFUSED} {_RINGS}", sockets=True)
 
 
 def refuse_for_good() -> None:
-    """Refuse to all threads what could lead out of a root of one's own. Raises OSError as above."""
+    """Refuse to all threads, for good, the calls that could lead out of a confined daemon's root.
+
+    OSError, as for :func:`refuse_needless_calls`.
+    """
     _load(_REFUSED_AT_LAST, sockets=False)
 
 
 def refuse_all_but_network() -> None:
-    """Refuse to all threads, for good, what has no use for one that asks servers for bytes. OSError."""
+    """Refuse to all threads, for good, the calls that a process for the network does not use. OSError."""
     _load(f"{_REFUSED} {_RINGS} {_REFUSED_AT_LAST}", sockets=False)
 
 
 _OWNERS = {"chown": 1, "lchown": 1, "fchown": 1, "fchownat": 2, "chown32": 1, "lchown32": 1, "fchown32": 1}
-"""The calls that change an owner; which argument is the user, and the next one the group."""
+"""The calls that change an owner, and the index of the argument for the user; the group's is the next."""
 
 
 def ignore_chown() -> None:
-    """Let a change of owner to any other user or group than 0 do nothing, and succeed; for good. OSError."""
+    """For good, let chown(2) to a user or group other than 0 succeed without any effect. OSError."""
     library = _library()
     context = _context(library)
     try:
@@ -115,7 +119,7 @@ def _load(refused: str, *, sockets: bool) -> None:
         if sockets:
             _refuse(library, context, "socket", _Comparison(0, _NOT_EQUAL, socket.AF_UNIX, 0))
         else:
-            _check(library.seccomp_attr_set(context, _TSYNC, 1))  # of all threads
+            _check(library.seccomp_attr_set(context, _TSYNC, 1))  # for all threads
         for name in refused.split():
             _refuse(library, context, name)
         _check(library.seccomp_load(context))
@@ -129,7 +133,7 @@ def _refuse(library: ctypes.CDLL, context: int, name: str, *only: _Comparison) -
 
 def _rule(library: ctypes.CDLL, context: int, action: int, name: str, *only: _Comparison) -> None:
     number = library.seccomp_syscall_resolve_name(name.encode())
-    if number == _UNKNOWN:  # newer than the library
+    if number == _UNKNOWN:  # a call newer than the library
         return
     _check(
         library.seccomp_rule_add_array(context, action, number, len(only), (_Comparison * len(only))(*only))

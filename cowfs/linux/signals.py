@@ -1,9 +1,8 @@
-"""The signals that ask a process to end, blocked until it is ready for them.
+"""Block the signals that ask a process to end, until it is ready for them.
 
-A blocked signal waits. It cannot get lost in a handler that is just being changed, and cannot end the process
-before its last instruction. The mask belongs to a thread and is inherited by the threads and the programs
-that it starts, so it is set before there are any: a service manager that signals each process of a service
-does not stop an e2fsck.
+A blocked signal stays pending. It is not lost while a handler changes, and does not end the process early.
+Each thread has a mask, which the threads and programs that it starts inherit. So block the signals before
+starting any: then a service manager that signals each process of a service does not stop an e2fsck.
 """
 
 from __future__ import annotations
@@ -24,18 +23,18 @@ _MASK = struct.Struct("=Q120x")  # glibc's sigset_t: bit n - 1 is signal n
 
 
 def hold_back() -> None:
-    """Block the signals that ask to end, in this thread and those that it starts, until :func:`unblock`."""
+    """Block the signals that ask to end, in this thread and those it starts, until :func:`unblock`."""
     signal.pthread_sigmask(signal.SIG_BLOCK, ASKS_TO_END)
 
 
 def unblock() -> None:
-    """Let them have their usual effect again, also those that came meanwhile."""
+    """Unblock the signals that ask to end. Pending ones take effect now."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKS_TO_END)
 
 
 @contextmanager
 def held_back() -> Iterator[None]:
-    """Block the signals that ask to end inside; what came meanwhile takes effect at the end."""
+    """Block the signals that ask to end during the block. Pending ones take effect at its end."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ASKS_TO_END)
     try:
         yield
@@ -45,7 +44,7 @@ def held_back() -> Iterator[None]:
 
 @contextmanager
 def ctrl_c_postponed() -> Iterator[None]:
-    """Let a SIGINT that comes inside take effect at the end, whatever thread of this process gets it."""
+    """Delay a SIGINT during the block until its end, whichever thread of this process receives it."""
     if threading.current_thread() is not threading.main_thread():  # only the main thread handles signals
         yield
         return
@@ -61,7 +60,7 @@ def ctrl_c_postponed() -> Iterator[None]:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Let Ctrl-C (SIGINT) raise KeyboardInterrupt inside, though it is held back around."""
+    """Let Ctrl-C (SIGINT) raise KeyboardInterrupt during the block, even if it is blocked outside."""
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     before = signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     try:
@@ -72,18 +71,21 @@ def interruptible() -> Iterator[None]:
 
 
 def forget_held_back() -> None:
-    """Let the signals that wait, being held back, have come in vain. Does not block."""
+    """Discard the pending signals that ask to end. Does not block."""
     while signal.sigtimedwait(ASKS_TO_END, 0) is not None:
         pass
 
 
 def wait_asked(seconds: float) -> bool:
-    """Wait so long for a SIGTERM or SIGINT, which must be held back; say whether one came. Blocks."""
+    """Wait *seconds* for a SIGTERM or SIGINT, which must be blocked; return whether one came. Blocks."""
     return signal.sigtimedwait(ASKS_TO_END - {signal.SIGHUP}, seconds) is not None
 
 
 def open_signals() -> int:
-    """Return a descriptor that is readable while one of them waits (signalfd(2)); they must be held back."""
+    """Return a descriptor that is readable while a signal that asks to end is pending (signalfd(2)).
+
+    The signals must be blocked. OSError.
+    """
     mask = _MASK.pack(sum(1 << (number - 1) for number in ASKS_TO_END))
     fd = int(_libc.signalfd(-1, mask, os.O_NONBLOCK | os.O_CLOEXEC))
     if fd < 0:
@@ -93,7 +95,7 @@ def open_signals() -> int:
 
 
 def take(fd: int) -> signal.Signals | None:
-    """Take one signal from such a descriptor; None when none waits. Does not block."""
+    """Read one signal from a descriptor of :func:`open_signals`; None if none is pending. Does not block."""
     try:
         (number,) = _SIGINFO.unpack(os.read(fd, _SIGINFO.size))
     except BlockingIOError:

@@ -1,4 +1,4 @@
-"""The sleep of the machine (suspend, hibernation), and what disks must be asked after it."""
+"""Notice that the machine has slept (suspend, hibernation), and reopen disks afterwards."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _COUNT = "/sys/power/suspend_stats/success"
 
 
 class Disks:
-    """The disks that hold some files; after a sleep of the machine they are opened before they are read.
+    """The disks that hold some files. After the machine has slept, they are opened before they are read.
 
-    A stick that was without power says so to the first who wants something from it. If that is a read-ahead,
-    which is never tried again, the kernel takes a removable disk for changed (scsi_io_completion_action() in
-    drivers/scsi/scsi_lib.c), and fails all that is read and written until somebody opens it. So we do.
+    A USB stick that lost its power reports so to the first request. If that is a read-ahead, which the kernel
+    does not retry, the kernel considers the removable disk changed (scsi_io_completion_action() in
+    drivers/scsi/scsi_lib.c). All reads and writes then fail until some process opens the disk.
     """
 
     def __init__(self, paths: Iterable[str]) -> None:
@@ -29,7 +29,7 @@ class Disks:
         self._slept = _slept(self._count)
 
     def reopen_after_sleep(self) -> None:
-        """Open the disks if the machine has slept since the last call. Costs some us when it has not."""
+        """Open the disks if the machine has slept since the last call. Takes a few us if it has not."""
         slept = _slept(self._count)
         if slept == self._slept:
             return
@@ -40,12 +40,12 @@ class Disks:
                 elsewhere.ask("wake")
             return
         for device in self.devices:
-            with suppress(OSError):  # users may not; and it may be gone
+            with suppress(OSError):  # users have no permission; and the disk may be unplugged
                 os.close(os.open(device, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
 
 
 def disk_of(path: str) -> str:
-    """Return the device of the disk that a file is on; nothing where it is on none, or on several."""
+    """Return the device of the disk that a file is on; "" if it is on none, or on several."""
     try:
         number = os.stat(path).st_dev
         place = os.path.realpath(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}", strict=True)
@@ -59,7 +59,7 @@ def disk_of(path: str) -> str:
 def _slept(count: int) -> tuple[bytes, int]:
     """Return values that change with each sleep: the kernel's count of suspends, and the seconds slept.
 
-    A short sleep has 0 seconds, a hibernation is not counted.
+    A short sleep may add 0 seconds, and the kernel does not count a hibernation.
     """
     seconds = time.clock_gettime(time.CLOCK_BOOTTIME) - time.clock_gettime(time.CLOCK_MONOTONIC)
     return os.pread(count, 32, 0) if count >= 0 else b"", round(seconds)

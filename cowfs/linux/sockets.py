@@ -1,13 +1,12 @@
 """The daemon's control socket, the identity of a socket's peer, and systemd's readiness protocol.
 
-The socket of the mount ``major:minor`` is the file of that name in a directory that only the owner of the
-mount can write to, so that nobody else can take the name or answer in the daemon's place.
+The socket of the mount ``major:minor`` has that name, in a directory that only the owner of the mount can
+write to. So no other user can take the name, or answer in place of the daemon.
 """
 
 from __future__ import annotations
 
 import errno
-import itertools
 import os
 import re
 import socket
@@ -26,23 +25,23 @@ _UCRED = struct.Struct("=iII")  # struct ucred: pid, uid, gid
 _CLIENTS = 128
 """How many clients may wait to be accepted."""
 _OF_THE_ROOT = "/run/initramfs/cowfs/world/run/cowfs"
-"""/run/cowfs of the daemon of a root filesystem, as the system that it serves sees it."""
+"""Where the booted system sees /run/cowfs of the daemon that serves its root filesystem."""
 
 
 def control_directories(uid: int) -> list[str]:
-    """Return the directories in which daemons of the user *uid* may have their sockets, the best first."""
+    """Return the directories that daemons of the user *uid* use for their sockets, the preferred first."""
     own = os.environ.get("XDG_RUNTIME_DIR") if uid == os.geteuid() else None
     parents = dict.fromkeys(["/run"] * (uid == 0) + [own] * bool(own) + [f"/run/user/{uid}"])
     return [*(f"{parent}/cowfs" for parent in parents), f"/tmp/cowfs-{uid}"]
 
 
 def open_control_directory() -> int:
-    """Return a descriptor of the directory for the sockets of our own daemons; make it if need be.
+    """Return a descriptor of the directory for this user's sockets; create it if necessary.
 
-    Raises what mkdir(2) and open(2) raise where there is no place for one; PermissionError, with the
-    directory's name, when somebody else has made the last of them, or may write to it.
+    Raises what mkdir(2) and open(2) raise if none can be used. PermissionError, with the directory's name, if
+    another user owns the last candidate, or may write to it.
     """
-    failure = OSError(errno.ENOENT, "no place for it")
+    failure = OSError(errno.ENOENT, "no directory for sockets")
     for directory in control_directories(os.geteuid()):
         try:
             with suppress(FileExistsError):
@@ -57,11 +56,11 @@ def open_control_directory() -> int:
 
 
 def remove_dead() -> None:
-    """Remove our own sockets that nobody listens on: those of daemons that were killed.
+    """Remove this user's sockets that no daemon listens on, as after daemons were killed.
 
-    Sockets of existing mounts stay, as far as we see these: a client learns that the daemon is dead.
+    Sockets of visible mounts stay, so that a client learns that the daemon is dead.
     """
-    with suppress(OSError):  # there is no place for them
+    with suppress(OSError):  # there is no directory for them
         directory = open_control_directory()
         try:
             _sweep(directory)
@@ -70,31 +69,41 @@ def remove_dead() -> None:
 
 
 def _sweep(directory: int) -> None:
-    left = set(filter(_NAME.fullmatch, os.listdir(directory)))
-    everywhere = itertools.chain([(0, mountinfo())], mounted_elsewhere())
-    for _, mounts in everywhere if left else ():
-        left.difference_update(mount.dev for mount in mounts if mount.fstype == FSTYPE)
-    for name in left:
+    here = {mount.dev for mount in mountinfo() if mount.fstype == FSTYPE}
+    left = {}
+    for name in filter(_NAME.fullmatch, os.listdir(directory)):
         with suppress(OSError):
-            _remove_dead(directory, name)
+            seen = os.stat(name, dir_fd=directory, follow_symlinks=False)
+            if name not in here and _is_ours_and_dead(directory, name, seen):
+                left[name] = seen
+    if not left:  # what follows reads a file of each process
+        return
+    for _, mounts in mounted_elsewhere():
+        for mount in mounts:
+            if mount.fstype == FSTYPE:
+                left.pop(mount.dev, None)
+    for name, seen in left.items():
+        with suppress(OSError):
+            _remove(directory, name, seen)
 
 
 _NAME = re.compile(r"[0-9]+:[0-9]+")
 
 
-def _remove_dead(directory: int, name: str) -> None:
-    seen = os.stat(name, dir_fd=directory, follow_symlinks=False)
+def _is_ours_and_dead(directory: int, name: str, seen: os.stat_result) -> bool:
     if not stat.S_ISSOCK(seen.st_mode) or seen.st_uid != os.geteuid():
-        return
+        return False
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as connection:
         connection.setblocking(False)
         try:
             connection.connect(_beneath(directory, name))
         except ConnectionRefusedError:
-            pass
-        else:
-            return
-    # A new mount may have that number since: its socket gets its name back.
+            return True
+    return False
+
+
+def _remove(directory: int, name: str, seen: os.stat_result) -> None:
+    """Remove a socket, unless another has the name by now: a new mount may have received that number."""
     aside = f"dead-{os.getpid()}"
     os.rename(name, aside, src_dir_fd=directory, dst_dir_fd=directory)
     if os.path.samestat(seen, os.stat(aside, dir_fd=directory, follow_symlinks=False)):
@@ -104,7 +113,7 @@ def _remove_dead(directory: int, name: str) -> None:
 
 
 def _open_if_private(directory: str, uid: int) -> int:
-    """Open a directory that only *uid* (or root) can write to. Raises PermissionError for any other."""
+    """Open a directory that only *uid* (or root) can write to. PermissionError for any other."""
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     info = os.fstat(fd)
     if info.st_uid not in {0, uid} or info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
@@ -117,8 +126,8 @@ def _open_if_private(directory: str, uid: int) -> int:
 def control_listener(directory: int, dev: str) -> Iterator[socket.socket]:
     """Listen on the control socket of the mount *dev*, in the open *directory*; remove it at the end.
 
-    An existing socket is replaced: two mounts never share a number, so it belongs to a former mount, whose
-    daemon was killed or has not ended yet. So a socket of that name either listens, or its daemon is dead.
+    It replaces an existing socket: two mounts never share a number, so that one belongs to an earlier mount,
+    whose daemon was killed or is about to end. So a daemon listens on a socket of this name, or is dead.
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as listener:
         new = f"new-{os.getpid()}"
@@ -138,18 +147,17 @@ def control_listener(directory: int, dev: str) -> Iterator[socket.socket]:
 
 
 def _beneath(directory: int, name: str) -> str:
-    return f"/proc/self/fd/{directory}/{name}"  # a socket's path has 107 bytes at most (unix(7))
+    return f"/proc/self/fd/{directory}/{name}"  # the path of a socket has at most 107 bytes (unix(7))
 
 
 def connect_control(connection: socket.socket, dev: str, uid: int) -> int:
-    """Connect to the daemon of the mount *dev*, which belongs to the user *uid*; return its pid.
+    """Connect to the daemon of the mount *dev* of the user *uid*; return its pid.
 
-    That is 0 if it is in a pid namespace that we do not see.
-
-    Raises OSError; PermissionError when who answers is somebody else, or the place is not *uid*'s alone.
+    The pid is 0 if the daemon is in a PID namespace that this process does not see. OSError; PermissionError
+    if another user answers, or can write to the directory.
     """
     failure: OSError = FileNotFoundError(errno.ENOENT, "no daemon listens")
-    refused = False  # where its socket is says more than where there is none
+    refused = False  # a socket that refuses explains more than a directory without one
     for directory in [*control_directories(uid), *([_OF_THE_ROOT] if uid == 0 else [])]:
         try:
             fd = _open_if_private(directory, uid)
@@ -174,7 +182,7 @@ def connect_control(connection: socket.socket, dev: str, uid: int) -> int:
 
 
 def peer_of(connection: socket.socket) -> tuple[int, int]:
-    """Return pid and uid of the process at the other end of a unix socket (SO_PEERCRED)."""
+    """Return the pid and uid of the process at the other end of a Unix socket (SO_PEERCRED)."""
     raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
     pid, uid, _ = _UCRED.unpack(raw)
     return pid, uid
@@ -186,7 +194,7 @@ _manager: socket.socket | None = None
 
 
 def connect_manager() -> bool:
-    """Connect to the service manager for :func:`sd_notify`, while its name leads there; False if none is."""
+    """Connect to the service manager for :func:`sd_notify`, while its path is reachable; False if none is."""
     global _manager  # noqa: PLW0603 - a process has one
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:
@@ -204,7 +212,7 @@ def connect_manager() -> bool:
 
 
 def sd_notify(message: str) -> bool:
-    """Tell the service manager a state such as ``READY=1`` (sd_notify(3)); False when none listens."""
+    """Tell the service manager a state such as ``READY=1`` (sd_notify(3)); False if none listens."""
     if _manager is None and not connect_manager():
         return False
     try:

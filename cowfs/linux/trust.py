@@ -1,4 +1,4 @@
-"""Who else than root can change what a path leads to."""
+"""Find out which users other than root can change what a path leads to."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from collections.abc import Collection, Iterable, Iterator
 from cowfs.linux.mount_table import mount_id, mountinfo
 
 _LINKS = 40
-"""As many symbolic links as the kernel follows (MAXSYMLINKS in include/linux/namei.h)."""
+"""How many symbolic links the kernel follows (MAXSYMLINKS in include/linux/namei.h)."""
 _MOST_SEEN = 20_000
-"""How many names of a directory are examined: some 50 ms."""
+"""How many names of a directory are examined, in about 50 ms."""
 
 
 def who_can_change(path: str | bytes, trusted: Collection[int] = (0,)) -> str | None:
     """Return why users other than the *trusted* can change what *path* leads to; None if they cannot.
 
-    Looks at each directory and symbolic link on the way, and at the file itself: its owner, its permissions
-    (an ACL's are within the group's, acl(5)), and who serves its filesystem. A directory with the sticky bit
-    keeps what is in it from those it does not belong to. OSError if it leads nowhere.
+    Examines each directory and symbolic link on the way, and the file itself: its owner, its permissions
+    (the group's include an ACL's, acl(5)), and which user serves its filesystem. In a directory with the
+    sticky bit, users cannot replace files of others. OSError if the path leads nowhere.
 
-    Of a directory's content nothing is looked at: there the kernel sees to it that nobody makes set-user-ID
-    files and devices of root's.
+    It does not examine the content of a directory: there the kernel prevents users from making set-user-ID
+    files of root's, and devices.
     """
     served = _served_by_users(trusted)
     for here, info in _way(path):
@@ -34,12 +34,11 @@ def who_can_change(path: str | bytes, trusted: Collection[int] = (0,)) -> str | 
 
 
 def who_can_redirect(path: str | bytes, fd: int = -1) -> str | None:
-    """Return why another user, neither root nor ourselves, can make *path* lead to any directory: by a
-    symbolic link of theirs, or on a filesystem that they serve.
+    """Return why a user, neither root nor this one, can make *path* lead to any directory; None if none can.
 
-    None if nobody can. OSError as above. With *fd*, which was opened by *path*, the filesystem of *fd*
-    counts, whatever happens to the path later. A user who may only rename directories on the way can choose
-    only among existing ones.
+    Such a user owns a symbolic link on the way, or serves a filesystem there. A user who may only rename
+    directories on the way cannot, being limited to existing ones. *fd*, if given, was opened by *path*, and
+    must still be what it leads to. OSError if the path leads nowhere.
     """
     mine = {0, os.geteuid()}
     served = _served_by_users(mine)
@@ -56,17 +55,17 @@ def who_can_redirect(path: str | bytes, fd: int = -1) -> str | None:
 
 
 def who_can_substitute(path: str | bytes, fd: int) -> str | None:
-    """Return why the file that was opened by *path*, to be written to, may not be the one that is meant; None
-    if it is: nobody but root and ourselves has led there by a symbolic link, or by a second name.
+    """Return why *fd*, opened for writing by *path*, may be another file than the user meant; None if not.
 
-    The kernel forbids such links in directories for all where fs.protected_symlinks and
-    fs.protected_hardlinks of sysctl(8) are on. OSError if it no longer leads anywhere.
+    Another user may have made a symbolic link on the way, or the name as a hard link. (In directories
+    writable by all, the kernel forbids such links if fs.protected_symlinks and fs.protected_hardlinks of
+    sysctl(8) are on.) OSError if the path no longer leads anywhere.
     """
     mine, seen = {0, os.geteuid()}, os.fstat(fd)
     here, info = b"/", seen
     for here, info in _way(path):
         if stat.S_ISLNK(info.st_mode) and info.st_uid not in mine:
-            return f"{os.fsdecode(here)} is a symbolic link of another user's (uid {info.st_uid})"
+            return f"{os.fsdecode(here)} is a symbolic link owned by another user (uid {info.st_uid})"
     if not os.path.samestat(info, seen):
         return f"{os.fsdecode(here)} was replaced by another file"
     above = os.stat(os.path.dirname(here))
@@ -77,9 +76,9 @@ def who_can_substitute(path: str | bytes, fd: int) -> str | None:
 
 
 def is_public(path: str | bytes) -> bool:
-    """Whether everybody may read all that *path* leads to: a file, or a directory with all that is in it.
+    """Whether all users may read what *path* leads to: a file, or a directory with everything in it.
 
-    False for a directory with so much in it that it would take long to know. OSError if it leads nowhere.
+    False for a directory with too many names to examine. OSError if the path leads nowhere.
     """
     *way, (there, info) = _way(path)
     if not all(stat.S_ISLNK(here.st_mode) or here.st_mode & stat.S_IXOTH for _, here in way):
@@ -102,13 +101,13 @@ def is_public(path: str | bytes) -> bool:
 
 
 def _is_shown(info: os.stat_result) -> bool:
-    """Whether everybody may read a file, or list and enter a directory."""
+    """Whether all users may read a file, or list and enter a directory."""
     wanted = stat.S_IROTH | (stat.S_IXOTH if stat.S_ISDIR(info.st_mode) else 0)
     return stat.S_ISLNK(info.st_mode) or info.st_mode & wanted == wanted
 
 
 def _way(path: str | bytes) -> Iterator[tuple[bytes, os.stat_result]]:
-    """Yield each directory and symbolic link on the way that the kernel takes, and the file itself."""
+    """Yield each directory and symbolic link that the kernel visits when it looks up *path*, and the file."""
     rest = os.path.join(os.getcwdb(), os.fsencode(path)).split(b"/")[::-1]
     at, links = b"/", 0
     yield at, os.stat(at)
@@ -118,7 +117,7 @@ def _way(path: str | bytes) -> Iterator[tuple[bytes, os.stat_result]]:
             continue
         if name == b"..":
             at = os.path.dirname(at)
-            yield at, os.stat(at)  # it may be what the path leads to
+            yield at, os.stat(at)  # the path may end here
             continue
         here = os.path.join(at, name)
         info = os.lstat(here)
@@ -135,11 +134,10 @@ def _way(path: str | bytes) -> Iterator[tuple[bytes, os.stat_result]]:
 
 
 def forbidden(paths: Iterable[str], trusted: Collection[int] = (0,)) -> dict[str, str]:
-    """Return why ``nosuid`` and ``nodev`` must hold for what is read from *paths*: users other than the
-    *trusted* made it, or can change it.
+    """Return, for each of ``nosuid`` and ``nodev`` that a mount of *paths* must have, the reason.
 
-    A user who can change an image, a store or the path to it could create a set-user-ID program of another
-    user, or a device. For a path that does not exist yet, its directory counts.
+    Users other than the *trusted* who can change an image, a store, or the path to it could create a
+    set-user-ID program of another user, or a device. If a path does not exist yet, its directory counts.
     """
     why: dict[str, str] = {}
     for path in paths:
@@ -165,8 +163,9 @@ def _why(path: bytes, info: os.stat_result, trusted: Collection[int]) -> str | N
 
 
 def _served_by_users(trusted: Collection[int]) -> dict[str, int]:
-    """Return the users, other than the *trusted*, who mounted each FUSE filesystem (``major:minor``): their
-    daemons can report any owner and mode there.
+    """Return the uids of users other than the *trusted* who serve FUSE filesystems, by ``major:minor``.
+
+    Their daemons can report any owner and mode.
     """
     served = {}
     for mount in mountinfo():
@@ -184,7 +183,7 @@ def _why_served(path: bytes, info: os.stat_result, served: dict[str, int]) -> st
 
 
 def mount_forbids(path: str | bytes) -> set[str]:
-    """Return which of ``nosuid`` and ``nodev`` the filesystem that *path* is on is mounted with."""
+    """Return which of ``nosuid`` and ``nodev`` the mount of *path* has."""
     fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
     try:
         at = mount_id(fd)

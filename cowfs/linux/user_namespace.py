@@ -1,7 +1,7 @@
-"""Become root of a user namespace, with what programs expect of root.
+"""Become root of a user namespace, with the users that programs expect.
 
-The calling user is root inside. With a range in /etc/subuid and /etc/subgid, and newuidmap(1), that many
-other users exist inside; else only root does.
+The calling user is root inside. If /etc/subuid and /etc/subgid give it a range, and newuidmap(1) is
+installed, that many other users exist inside; otherwise only root does.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from cowfs.linux import mounts, programs
 
 _WHOLE = (0, 0, 4294967295)
 Range = tuple[int, int, int]
-"""The first number inside, what it is outside, and how many there are (user_namespaces(7))."""
+"""The first number inside, its number outside, and the count (user_namespaces(7))."""
 
 
 def ranges(kind: str) -> list[Range]:
-    """Return the users, or groups, that this process has names for; *kind* is ``uid`` or ``gid``."""
+    """Return the users, or groups, that this process's user namespace maps; *kind* is ``uid`` or ``gid``."""
     lines = Path(f"/proc/self/{kind}_map").read_text(encoding="ascii").splitlines()
     return [tuple(map(int, line.split())) for line in lines]  # type: ignore[misc]
 
 
 def has_all(kind: str) -> bool:
-    """Whether these are all that there are."""
+    """Whether the user namespace maps all users, or groups."""
     return ranges(kind) == [_WHOLE]
 
 
@@ -36,7 +36,7 @@ def has_one_user() -> bool:
 
 
 def lacks(user: int, group: int) -> bool:
-    """Whether something's owner, as stat(2) tells it, has no number in this user namespace."""
+    """Whether an owner that stat(2) returned is not mapped in this user namespace."""
     return any(
         number == int(Path(f"/proc/sys/kernel/overflow{kind}").read_text(encoding="ascii"))
         and not any(first <= number < first + count for first, _, count in ranges(kind))
@@ -45,9 +45,9 @@ def lacks(user: int, group: int) -> bool:
 
 
 def become_root() -> None:
-    """Enter a user namespace, and a mount namespace in it, as root. For a process of one thread.
+    """Enter a user namespace, and a mount namespace in it, as root. For a process with one thread.
 
-    Raises OSError where users may not have any.
+    OSError if users may not create user namespaces.
     """
     user, group = os.geteuid(), os.getegid()
     name = ""
@@ -56,9 +56,9 @@ def become_root() -> None:
     wanted = {kind: _subordinate(kind, name, user) for kind in ("uid", "gid")}
     ready, go = os.pipe()
     helper = os.fork()
-    if helper == 0:  # it stays outside: maps are given out from there
+    if helper == 0:  # it stays outside, because newuidmap(1) must run there
         os.close(go)
-        done = bool(os.read(ready, 1)) and _give_out(os.getppid(), user, group, wanted)
+        done = bool(os.read(ready, 1)) and _map_range(os.getppid(), user, group, wanted)
         os._exit(0 if done else 1)
     os.close(ready)
     try:
@@ -76,7 +76,7 @@ def become_root() -> None:
 
 
 def _subordinate(kind: str, name: str, user: int) -> tuple[int, int] | None:
-    """Return the first of the users, or groups, that somebody may give out, and how many (subuid(5))."""
+    """Return the first subordinate uid or gid of a user, and their count (subuid(5)); None if none."""
     with suppress(OSError, ValueError):
         for line in Path(f"/etc/sub{kind}").read_text(errors="replace").splitlines():
             who, _, rest = line.partition(":")
@@ -86,8 +86,8 @@ def _subordinate(kind: str, name: str, user: int) -> tuple[int, int] | None:
     return None
 
 
-def _give_out(pid: int, user: int, group: int, wanted: dict[str, tuple[int, int] | None]) -> bool:
-    """Let a process that has just entered a user namespace have its users and groups; say whether it has."""
+def _map_range(pid: int, user: int, group: int, wanted: dict[str, tuple[int, int] | None]) -> bool:
+    """Map the subordinate users and groups into the user namespace of *pid*; return whether that worked."""
     for kind, own in (("gid", group), ("uid", user)):
         program, others = programs.find(f"new{kind}map"), wanted[kind]
         if program is None or others is None:

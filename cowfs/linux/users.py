@@ -1,4 +1,4 @@
-"""Which processes use a filesystem, as far as we may look: what fuser(1) tells."""
+"""Find the processes that use a filesystem, as fuser(1) does, as far as they are visible."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ _LINKS = {"cwd": "its directory", "root": "its root", "exe": "running"}
 
 
 class Use(NamedTuple):
-    """What a process uses."""
+    """A file that a process uses."""
 
     pid: int
     program: str
-    """Its name (proc_pid_comm(5)), as it is."""
+    """The name of the process (proc_pid_comm(5)), not escaped."""
     path: bytes
-    """What the process knows the file by."""
+    """The path of the file as the process sees it."""
     how: str
 
 
 def uses_of(dev: str) -> Iterator[Use]:
-    """Yield what processes but ours have open, mapped, or run of the filesystem ``major:minor``.
+    """Yield the files of the filesystem ``major:minor`` that other processes use: open, mapped or executed.
 
-    Asks no filesystem anything. Other users' processes only root sees.
+    Does not ask any filesystem. Only root sees other users' processes.
     """
     namespaces: dict[str, set[int]] = {}
     for pid in filter(str.isdigit, os.listdir("/proc")):
         if int(pid) == os.getpid():
             continue
-        with suppress(OSError):  # it ended, or is somebody else's
+        with suppress(OSError):  # it has ended, or is another user's
             with open(f"/proc/{pid}/comm", encoding="utf-8", errors="surrogateescape") as comm:
                 program = comm.read().rstrip("\n")
             for path, how in _used(pid, dev, _mounts_of(pid, dev, namespaces)):
@@ -40,7 +40,7 @@ def uses_of(dev: str) -> Iterator[Use]:
 
 
 def mounted_within(dev: str) -> list[MountInfo]:
-    """Return the mounts on directories of the filesystem, in our namespace."""
+    """Return the mounts, in this namespace, on directories of the filesystem ``major:minor``."""
     with open("/proc/self/mountinfo", "rb") as table:
         mounts = parse_mountinfo(table.read())
     own = {mount.id for mount in mounts if mount.dev == dev}
@@ -62,7 +62,7 @@ def _used(pid: str, dev: str, mounts: set[int]) -> Iterator[tuple[bytes, str]]:
             with suppress(OSError):
                 path = os.readlink(os.fsencode(f"/proc/{pid}/{link}"))
                 fd = os.open(f"/proc/{pid}/{link}", os.O_PATH | os.O_CLOEXEC)
-                try:  # no stat: the filesystem that it leads to may hang
+                try:  # no stat(2): the filesystem may hang
                     place = mount_id(fd)
                 finally:
                     os.close(fd)

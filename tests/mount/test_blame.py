@@ -286,7 +286,7 @@ def test_damaged_records_are_begun_anew(nobody_path: Path) -> None:
     done = cowfs("blame", nobody_path / "store", "new")
     assert done.returncode == 32 and "damaged" in done.stderr and done.stderr.count("\n") == 1
     with recording("directory", nobody_path) as mount:
-        assert "damaged; a new one is started" in mount.said
+        assert "damaged; started a new one" in mount.said
         (mount.path / "newer").mkdir()
         assert told(mount.path, "newer").keys() == {"made"}
         assert "since" in cowfs("blame", mount.path, "new").stderr

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import shutil
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -186,6 +187,37 @@ def test_a_mount_whose_server_hangs_can_be_unmounted(server: FileServer, tmp_pat
         assert cowfs("umount", "-l", mnt, timeout=30).returncode == 0
         assert hanging.wait(30) != 0
         server.behaviour.stalls.clear()
+
+
+@pytest.mark.parametrize(
+    "kind", ["zip", *(pytest.param(kind, marks=pytest.mark.nightly) for kind in ("tar", "iso"))]
+)
+def test_an_archive_by_url_is_as_one_beside_it(server: FileServer, tmp_path: Path, kind: str) -> None:
+    tree, archive = tmp_path / "tree", tmp_path / f"a.{kind}"
+    (tree / "etc").mkdir(parents=True)
+    (tree / "etc/hostname").write_text("first\n")
+    for number in range(2):
+        (tree / f"data-{number}").write_bytes(os.urandom(1_500_000) + bytes(100_000))
+    if kind == "iso":
+        run("xorriso", "-as", "mkisofs", "-quiet", "-R", "-o", archive, tree)
+    else:
+        shutil.make_archive(str(tmp_path / "a"), kind, tree)
+    server.behaviour.files["/archive"] = archive.read_bytes()
+    mnt, store, log = tmp_path / "mnt", tmp_path / "store", tmp_path / "log"
+    with mounted(archive, mnt, store):
+        (mnt / "etc/hostname").write_text("second\n")
+    with mounted(server.url("/archive"), mnt, store, options=["url_cache=none"], log=log, quiet=False):
+        assert (mnt / "etc/hostname").read_text() == "second\n"  # it is the same, wherever it is
+        assert (mnt / "data-0").read_bytes() == (tree / "data-0").read_bytes()
+        server.behaviour.away.set()
+        reading = subprocess.Popen(["cat", mnt / "data-1"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        seen = server.served.requests
+        eventually(lambda: server.served.requests > seen + 3, "more attempts")
+        assert sorted(os.listdir(mnt)) == ["data-0", "data-1", "etc"] and reading.poll() is None
+        assert "by URL: " in cowfs("info", mnt).stdout
+        server.behaviour.etag = '"another"'
+        server.behaviour.away.clear()
+        assert "Stale file handle" in os.fsdecode(reading.communicate(timeout=60)[1])
 
 
 def test_what_cannot_be_mounted_is_told_of_in_one_line(server: FileServer, tmp_path: Path) -> None:

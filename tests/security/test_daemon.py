@@ -194,8 +194,8 @@ def test_no_thread_has_more_than_it_needs(tmp_path: Path, lower: Path, store: Pa
 
 REFUSED = """
 import ctypes, errno, os, socket
-from cowfs.linux.privileges import give_up
-give_up()
+from cowfs.linux.privileges import drop
+drop()
 libc = ctypes.CDLL(None, use_errno=True)
 def refused(number, *arguments):
     result = libc.syscall(ctypes.c_long(number), *map(ctypes.c_long, arguments))

@@ -171,11 +171,11 @@ import ctypes, encodings.ascii, errno, os, sys, threading
 from cowfs.linux import confine, privileges
 other = threading.Event()
 result = []
-privileges.give_up()
-confine.step_aside()
+privileges.drop()
+confine.unshare()
 thread = threading.Thread(target=lambda: (other.wait(), result.append(os.listdir("/"))))
 thread.start()
-confine.shut_in()
+confine.confine()
 other.set()
 thread.join()
 assert sorted(result[0]) == ["callers", "proc"], result

@@ -1,11 +1,14 @@
-"""Squashfs images of versions 2 and 3, which no tool of today writes, in either byte order."""
+"""Squashfs images of versions 1 to 3, which no tool of today writes, in either byte order."""
 
 from __future__ import annotations
 
+import lzma
 import stat
 import struct
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from tests.support.squashfs import noise, text
 
@@ -22,6 +25,40 @@ _TYPES = {
     stat.S_IFIFO: 6,
     stat.S_IFSOCK: 7,
 }
+
+
+Pack = Callable[[bytes], bytes]
+
+
+def _lzma(data: bytes) -> bytes:
+    options = {"id": lzma.FILTER_LZMA1, "dict_size": 1 << 16, "lc": 3, "lp": 0, "pb": 2}
+    # Up to the mark of the end, which these did not write; the range coder may need what is before it.
+    return lzma.compress(data, lzma.FORMAT_RAW, filters=[options])
+
+
+_PROPERTIES = b"\x5d" + struct.pack("<I", 1 << 16)
+
+
+def sqlzma(data: bytes) -> bytes:
+    """As sqlzma stores a block: what is small as zlib does."""
+    if len(data) < 100:
+        return gzip(data)
+    return _PROPERTIES + struct.pack("<Q", len(data)) + _lzma(data)
+
+
+def broadcom(data: bytes) -> bytes:
+    """As Broadcom's firmware has it."""
+    return _PROPERTIES + _lzma(data)
+
+
+def sized(data: bytes) -> bytes:
+    """As the patch for uClinux has it."""
+    return struct.pack("<I", len(data)) + _PROPERTIES + _lzma(data)
+
+
+def gzip(data: bytes) -> bytes:
+    """As squashfs itself has it before version 4."""
+    return zlib.compress(data, 9)
 
 
 @dataclass(eq=False)
@@ -45,7 +82,7 @@ class Node:
 class Table:
     """Metadata blocks, written one after the other."""
 
-    def __init__(self, order: str, pack: bool, check: bool) -> None:
+    def __init__(self, order: str, pack: Pack | None, check: bool) -> None:
         self.order, self.pack, self.check = order, pack, check
         self.stored, self.pending = b"", b""
 
@@ -60,8 +97,8 @@ class Table:
 
     def _flush(self) -> None:
         data, self.pending = self.pending[:METADATA], self.pending[METADATA:]
-        packed = zlib.compress(data, 9)
-        raw = not self.pack or len(packed) >= len(data)
+        packed = self.pack(data) if self.pack else data
+        raw = len(packed) >= len(data)
         word = len(data) | RAW_METADATA if raw else len(packed)
         self.stored += struct.pack(self.order + "H", word) + b"\xff" * self.check + (data if raw else packed)
 
@@ -89,12 +126,14 @@ class Writer:
         version: tuple[int, int],
         order: str,
         *,
-        pack: bool = True,
+        pack: Pack | None = gzip,
         check: bool = False,
+        magic: int = 0x73717368,
     ) -> None:
         self.version, self.order, self.pack, self.check = version, order, pack, check
+        self.magic = magic
         self.block_size = 4096
-        self.data = bytearray(119 if version[0] == 3 else 63)
+        self.data = bytearray({1: 51, 2: 63, 3: 119}[version[0]])
         self.tail = b""
         self.fragments: list[tuple[int, int]] = []
         self.inodes = Table(order, pack, check)
@@ -105,8 +144,8 @@ class Writer:
         self.numbers: dict[Node, int] = {}
 
     def _block(self, data: bytes) -> int:
-        packed = zlib.compress(data, 9)
-        raw = not self.pack or len(packed) >= len(data)
+        packed = self.pack(data) if self.pack else data
+        raw = len(packed) >= len(data)
         self.data += data if raw else packed
         return len(data) | RAW_BLOCK if raw else len(packed)
 
@@ -119,12 +158,13 @@ class Writer:
     def _content(self, node: Node) -> tuple[int, int, int, list[int]]:
         """Write the data of a file; start, fragment, offset in it, block list."""
         size, content = self.block_size, node.content
-        whole = len(content) // size * size if node.fragment else len(content)
+        to_fragment = node.fragment and self.version[0] > 1
+        whole = len(content) // size * size if to_fragment else len(content)
         start = len(self.data)
         words = []
         for at in range(0, whole, size):
             block = content[at : at + size]
-            words.append(self._block(block) if block.strip(b"\0") else 0)
+            words.append(self._block(block) if self.version[0] == 1 or block.strip(b"\0") else 0)
         tail = content[whole:]
         if not tail:
             return start, NONE, 0, words
@@ -137,7 +177,7 @@ class Writer:
         if node.uid not in self.uids:
             self.uids.append(node.uid)
         if node.gid == node.uid:
-            return self.uids.index(node.uid), 255
+            return self.uids.index(node.uid), 15 if self.version[0] == 1 else 255
         if node.gid not in self.gids:
             self.gids.append(node.gid)
         return self.uids.index(node.uid), self.gids.index(node.gid)
@@ -180,16 +220,17 @@ class Writer:
         rest: list[tuple[int, int]] = [(node.nlink, 32)] if three else []
         time = [] if three else [(node.mtime, 32)]
         more = b""
+        extended = node.extended and self.version[0] > 1
         if kind == 1:
             block, offset, size = self._listing(node)
-            rest += [(size + 3 * three, 27 if node.extended else 19), (offset, 13), *time]
+            rest += [(size + 3 * three, 27 if extended else 19), (offset, 13), *time]
             rest += [(block, 32 if three else 24)]
-            rest += [(0, 16)] if node.extended else []
+            rest += [(0, 16)] if extended else []
             rest += [(parent, 32)] if three else []
-            kind = 8 if node.extended else 1
+            kind = 8 if extended else 1
         elif kind == 2:
             start, fragment, offset, words = self._content(node)
-            large = three and (node.extended or node.nlink > 1)
+            large = three and (extended or node.nlink > 1)
             rest = rest if large else []
             rest += [*time, (start, 64 if three else 32), (fragment, 32), (offset, 32)]
             rest += [(len(node.content), 64 if large else 32)]
@@ -200,12 +241,30 @@ class Writer:
             more = node.content
         elif kind in (4, 5):
             rest += [(node.rdev, 16)]
-        base = [(kind, 4), (node.mode & 0o7777, 12), (owner, 8), (group, 8)]
+        if self.version[0] == 1:
+            kind, owner, rest, more = self._of_1(kind, owner, rest, more)
+        width = 4 if self.version[0] == 1 else 8
+        base = [(kind, 4), (node.mode & 0o7777, 12), (owner, width), (group, width)]
         if three:
             base += [(node.mtime, 32), (self.numbers[node], 32)]
         block, offset = self.inodes.place()
         self.refs[node] = block << 16 | offset
         self.inodes.add(bits(self.order, *base, *rest) + more)
+
+    def _of_1(
+        self, kind: int, owner: int, rest: list[tuple[int, int]], more: bytes
+    ) -> tuple[int, int, list[tuple[int, int]], bytes]:
+        """What version 1 has for a type, an owner, the fields of version 2 and a block list."""
+        bank, owner = divmod(owner, 16)
+        if kind in (6, 7):
+            return 0, owner, [(kind, 4), (bank, 4)], more
+        if kind == 2:
+            rest = [rest[0], rest[1], rest[4]]
+            words = struct.unpack(f"{self.order}{len(more) // 4}I", more)
+            more = struct.pack(
+                f"{self.order}{len(words)}H", *(w & 0x7FFF | (0x8000 if w & RAW_BLOCK else 0) for w in words)
+            )
+        return kind + 5 * bank, owner, rest, more
 
     def _indexed(self, image: bytearray, entries: bytes, pointer: str) -> int:
         starts = []
@@ -232,7 +291,7 @@ class Writer:
         entry, pointer = ("QII", "Q") if three else ("II", "I")
         unused = (0,) if three else ()
         table = b"".join(struct.pack(order + entry, *one, *unused) for one in self.fragments)
-        fragment_table = self._indexed(image, table, pointer)
+        fragment_table = self._indexed(image, table, pointer) if self.version[0] > 1 else 0
         lookup = (1 << 64) - 1
         if self.version >= (3, 1):
             refs = [self.refs[node] for node, _ in sorted(self.numbers.items(), key=lambda pair: pair[1])]
@@ -244,9 +303,9 @@ class Writer:
         tables = (len(image), uid_table, gid_table, inode_table, directory_table)
         flags = 0x40 | 0x4 * self.check | (0 if self.pack else 0xB) | 0x80 * (self.version >= (3, 1))
         log = self.block_size.bit_length() - 1
-        image[:63] = struct.pack(
+        head = struct.pack(
             order + "7I4H3BIQ3I",
-            0x73717368,
+            self.magic,
             len(self.numbers),
             *((0,) * 5 if three else tables),
             *self.version,
@@ -261,9 +320,14 @@ class Writer:
             len(self.fragments),
             0 if three else fragment_table,
         )
+        size = 51 if self.version[0] == 1 else 63
+        image[:size] = head[:size]
         if three:
             image[63:119] = struct.pack(order + "7Q", *tables, fragment_table, lookup)
         return bytes(image)
+
+
+_MODES = (0o100600, 0o40700, 0o60600, 0o10600, 0o140700)
 
 
 def sample() -> Node:
@@ -287,20 +351,34 @@ def sample() -> Node:
         b"sock": Node(0o140755),
         b"\xff\xfe name": Node(0o40700, names={b"deep": Node(0o100640, b"deep")}, nlink=2),
     }
-    return Node(0o40755, names=names, nlink=5, uid=0, gid=100)
+    # More owners than an inode of version 1 has bits for.
+    names |= {b"o%d" % uid: Node(mode, uid=uid) for uid, mode in zip(range(50, 80), 6 * _MODES, strict=True)}
+    return Node(0o40755, names=names, nlink=5 + 6, uid=0, gid=100)
 
 
-KINDS: dict[str, tuple[tuple[int, int], str, dict[str, bool]]] = {
+KINDS: dict[str, tuple[tuple[int, int], str, dict[str, Any]]] = {
     "3.1 little": ((3, 1), "<", {}),
     "3.1 big checked": ((3, 1), ">", {"check": True}),
-    "3.0 big uncompressed": ((3, 0), ">", {"pack": False}),
+    "3.0 big uncompressed": ((3, 0), ">", {"pack": None}),
     "2.1 little": ((2, 1), "<", {}),
     "2.0 big checked": ((2, 0), ">", {"check": True}),
+    "1.0 little": ((1, 0), "<", {}),
+    "1.0 big checked": ((1, 0), ">", {"check": True}),
 }
 """The images that are worth being read."""
 
+SHSQ, SQLZ = 0x71736873, 0x73716C7A
+VENDORS: dict[str, tuple[tuple[int, int], str, dict[str, Any]]] = {
+    "3.0 little shsq": ((3, 0), "<", {"pack": sqlzma, "magic": SHSQ}),
+    "3.1 big qshs": ((3, 1), ">", {"pack": sqlzma, "magic": SHSQ}),
+    "3.0 big sqlz": ((3, 0), ">", {"pack": sqlzma, "magic": SQLZ}),
+    "3.0 little Broadcom": ((3, 0), "<", {"pack": broadcom}),
+    "2.1 big sized": ((2, 1), ">", {"pack": sized}),
+}
+"""The same with LZMA, as vendors had it."""
+
 
 def old_image(kind: str) -> bytes:
-    """One of :data:`KINDS`, of :func:`sample`."""
-    version, order, how = KINDS[kind]
+    """One of :data:`KINDS` or :data:`VENDORS`, of :func:`sample`."""
+    version, order, how = (KINDS | VENDORS)[kind]
     return Writer(version, order, **how).finish(sample())

@@ -1,4 +1,4 @@
-"""Images of versions 2 and 3, in both byte orders, against the tree that they were made of and unsquashfs."""
+"""Images of versions 1 to 3, in both byte orders, against the tree that they were made of and unsquashfs."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ import pytest
 from cowfs.errors import LayerError
 from cowfs.formats.squashfs.find import find_image
 from cowfs.layers.squashfs import SquashfsLayer
+from cowfs.lowers import open_lower
 from cowfs.store.format.identity import identify_lower
-from tests.support.old_squashfs import KINDS, MADE, Node, Writer, old_image, sample
+from cowfs.store.format.kernel import commands
+from tests.support.old_squashfs import KINDS, MADE, VENDORS, Node, Writer, old_image, sample, sqlzma
 from tests.support.system import run
 
 pytestmark = pytest.mark.skipif(not shutil.which("unsquashfs"), reason="needs unsquashfs")
@@ -89,7 +91,34 @@ def test_old_images_are_read_as_unsquashfs_reads_them(tmp_path: Path, kind: str)
         assert layer.identity().fingerprint == identify_lower(str(image)).fingerprint
     order = "big" if "big" in kind else "little"
     assert facts["format"] == f"squashfs {kind[:3]}, {order}-endian"
-    assert (facts["inodes"], facts["compression"]) == ("156", "gzip")
+    assert (facts["inodes"], facts["compression"]) == ("186", "gzip")
+
+
+@pytest.mark.parametrize("kind", VENDORS)
+def test_lzma_of_vendors_is_read(tmp_path: Path, kind: str) -> None:
+    """No program here reads it: the writer follows the vendors' sources, and gzip shows the same tree."""
+    firmware = tmp_path / "firmware"
+    firmware.write_bytes(b"loader" * 100 + old_image(kind))
+    with firmware.open("rb") as file:
+        assert find_image(file.fileno()) == 600
+    with closing(SquashfsLayer(str(firmware), offset=600)) as layer:
+        _compare(layer, layer.root, sample(), int(kind[0]), {})
+        assert dict(layer.summary())["compression"] == "lzma"
+    lower = {"kind": "squashfs", "path": str(firmware), "offset": 600, "fingerprint": "f"}
+    with pytest.raises(LayerError, match="the kernel does not mount squashfs"):
+        commands("/store", "directory", "trusted.overlay.", "f00", [lower], [])
+    if os.geteuid() == 0:
+        with pytest.raises(LayerError, match="the kernel does not mount squashfs"):
+            open_lower(str(firmware), engine="kernel", offset=600)
+
+
+def test_what_no_description_is_known_of_is_refused(tmp_path: Path) -> None:
+    image = tmp_path / "image"
+    image.write_bytes(Writer((3, 0), "<", pack=lambda data: b"\0" + sqlzma(data)[14:]).finish(sample()))
+    with pytest.raises(
+        LayerError, match=r"squashfs version 3\.0, compressed in a way of its vendor.*sasquatch"
+    ):
+        SquashfsLayer(str(image))
 
 
 def test_old_images_are_found_in_firmware(tmp_path: Path) -> None:

@@ -56,21 +56,22 @@ class BlockMap:
     passed one remembers where it begins, and of the last ones everything.
     """
 
-    __slots__ = ("_chunks", "_inode", "_lock", "_order", "_starts", "_table", "count")
+    __slots__ = ("_chunks", "_inode", "_lock", "_starts", "_superblock", "_table", "_width", "count")
 
-    def __init__(self, table: Table, inode: Inode, count: int, order: str) -> None:
-        """*table* is the inode table, *order* the image's byte order as of struct.
+    def __init__(self, table: Table, inode: Inode, count: int, superblock: Superblock) -> None:
+        """*table* is the inode table.
 
         EFBIG over :data:`BLOCKS_MAX`, EIO if the list cannot be there.
         """
         body = inode.body(table)
-        if count * 4 > table.bound(body):
+        self._width = 4 if superblock.version >= (2, 0) else 2
+        if count * self._width > table.bound(body):
             raise table.damaged(body, f"lists {count} blocks, more than there can be")
         if count > BLOCKS_MAX:
             raise OSError(errno.EFBIG, f"file {inode.number} of {inode.size} bytes: too large to be read")
         self.count = count
         self._table = table
-        self._order = order
+        self._superblock = superblock
         self._inode = inode
         # Where each chunk begins: in the table, and in the image.
         self._starts = [(body, inode.start)]
@@ -115,17 +116,26 @@ class BlockMap:
     def _load(self, number: int) -> _Chunk:
         place, position = self._starts[number]
         size = min(_PER_CHUNK, self.count - number * _PER_CHUNK)
-        data, _ = self._table.upto(place, 4 * size)
-        words = struct.unpack_from(f"{self._order}{len(data) // 4}I", data)
+        width = self._width
+        data, _ = self._table.upto(place, width * size)
+        letter = "I" if width == 4 else "H"
+        words = struct.unpack_from(f"{self._superblock.order}{len(data) // width}{letter}", data)
+        if width == 2:
+            words = tuple(_word_of_1(word) for word in words)
         if words and max(words) > (UNCOMPRESSED | LENGTH):  # what is before it can be read
             words = words[: next(at for at, word in enumerate(words) if word > (UNCOMPRESSED | LENGTH))]
         positions = list(accumulate([word & LENGTH for word in words], initial=position))
         if number + 1 == len(self._starts) and len(words) == _PER_CHUNK:
-            self._starts.append((self._table.after(place, 4 * size), positions[-1]))
+            self._starts.append((self._table.after(place, width * size), positions[-1]))
         if len(self._chunks) >= 4:
             self._chunks.clear()
         chunk = self._chunks[number] = words, positions
         return chunk
+
+
+def _word_of_1(word: int) -> int:
+    """What version 2 has for a block's length in version 1: bit 15 is what bit 24 is, and 0 is 32 KiB."""
+    return (word & 0x7FFF or 0x8000) | (UNCOMPRESSED if word & 0x8000 else 0)
 
 
 def count_blocks(inode: Inode, superblock: Superblock) -> int:

@@ -4,9 +4,10 @@ Every function here may be called from several threads at once and releases the 
 It allocates no more than *limit* and a small constant, whatever the block says, and raises only
 :class:`CodecError`. The libraries are imported when an image needs them.
 
-What the blocks are: gzip: a zlib stream. lzma: the old ``.lzma`` format. xz: a whole ``.xz`` stream,
-whose header names the BCJ filters; the compressor's options in the superblock say it once more and
-are not needed. lz4: a bare block, no frame. zstd: a frame. lzo: a bare lzo1x block.
+What the blocks are: gzip: a zlib stream. lzma: the old ``.lzma`` format (before version 4 see
+:mod:`cowfs.formats.squashfs.old_lzma`). xz: a whole ``.xz`` stream, whose header names the BCJ
+filters; the compressor's options in the superblock say it once more and are not needed. lz4: a bare
+block, no frame. zstd: a frame. lzo: a bare lzo1x block.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from collections.abc import Callable
 from typing import Any
 
 from cowfs.errors import LayerError
+from cowfs.formats.squashfs import old_lzma
 from cowfs.formats.squashfs.errors import CodecError
 
 Block = bytes | memoryview
@@ -97,6 +99,26 @@ def _lzma_stream(name: str, container: int) -> Callable[[int], Decompress]:
         return decompress
 
     return make
+
+
+def _any(block_size: int) -> Decompress:
+    gzip = _gzip(block_size)
+    lzma_alone = _lzma_stream("lzma", lzma.FORMAT_ALONE)(block_size)
+
+    def decompress(block: Block, limit: int) -> bytes:
+        kind = old_lzma.layout(block, limit)
+        if kind == old_lzma.ALONE:
+            return lzma_alone(block, limit)
+        if kind == old_lzma.PROPERTIES:
+            return old_lzma.with_properties(block, limit)
+        try:
+            return gzip(block, limit)
+        except CodecError:
+            if kind != old_lzma.SIZE:
+                raise
+        return old_lzma.with_size(block, limit)
+
+    return decompress
 
 
 class _ZstdContexts(threading.local):
@@ -202,6 +224,7 @@ _MAKERS: dict[str, Callable[[int], Decompress]] = {
     "xz": _lzma_stream("xz", lzma.FORMAT_XZ),
     "lz4": _lz4,
     "zstd": _zstd,
+    "gzip or lzma": _any,
 }
 
 _LIBRARIES = {

@@ -201,7 +201,7 @@ class FileData:
         self.inode = inode
         self._count = count_blocks(inode, blocks.superblock)
         # Most files are small: nothing but a tail.
-        self._map = BlockMap(inodes, inode, self._count, blocks.superblock.order) if self._count else None
+        self._map = BlockMap(inodes, inode, self._count, blocks.superblock) if self._count else None
         self._range = (-1, -1)
         """The blocks of the last read: who reads them again, after try_pread or bit by bit, says no more."""
         self._ahead = 0

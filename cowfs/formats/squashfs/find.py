@@ -6,10 +6,12 @@ import os
 import re
 
 from cowfs.errors import LayerError
-from cowfs.formats.squashfs.recognise import MAGIC, MAGIC_BIG_ENDIAN, SAMPLE, appended_at
+from cowfs.formats.squashfs.recognise import MAGICS, SAMPLE, appended_at
 from cowfs.formats.squashfs.superblock import LONGEST, parse
 
-_MAGICS = re.compile(re.escape(MAGIC) + b"|" + re.escape(MAGIC_BIG_ENDIAN))
+_MAGICS = re.compile(b"|".join(re.escape(magic) for magic in MAGICS))
+_LENGTH = 4
+"""Bytes of each."""
 
 _PIECE = 1 << 20
 _SEARCHED = 16 << 30
@@ -39,7 +41,7 @@ def find_image(fd: int) -> int | None:
                 raise LayerError("too many places look like the beginning of an image", "give offset=BYTES")
             if _is_image(fd, at + found.start(), size):
                 return at + found.start()
-        at += max(len(piece) - len(MAGIC) + 1, 1)
+        at += max(len(piece) - _LENGTH + 1, 1)
     return None
 
 

@@ -10,18 +10,21 @@ import hashlib
 import os
 import stat
 import struct
+from dataclasses import replace
 
 from cowfs.errors import LayerError
+from cowfs.formats.squashfs import old_lzma
 from cowfs.formats.squashfs import superblock as sblk
 from cowfs.formats.squashfs.blocks import FragmentTable
 from cowfs.formats.squashfs.cache import GenerationCache
 from cowfs.formats.squashfs.codecs import decompressor
 from cowfs.formats.squashfs.data import Blocks, FileData
 from cowfs.formats.squashfs.directory import DirectoryTable, Found, Listing
+from cowfs.formats.squashfs.errors import CodecError
 from cowfs.formats.squashfs.inodes import NONE, Inode, InodeTable
-from cowfs.formats.squashfs.metadata import IndexedTable, Metadata, Table
+from cowfs.formats.squashfs.metadata import BLOCK, IndexedTable, Metadata, Table
 from cowfs.formats.squashfs.old import OldInodeTable, old_listing
-from cowfs.formats.squashfs.recognise import SAMPLE
+from cowfs.formats.squashfs.recognise import SAMPLE, VENDOR
 from cowfs.formats.squashfs.source import Bytes, Source, open_bytes
 from cowfs.formats.squashfs.superblock import Superblock
 from cowfs.formats.squashfs.xattrs import KINDS, XattrTable
@@ -36,6 +39,10 @@ _INDEX_FROM = 256 << 10
 """Directories with a listing longer than this are at first searched by their index."""
 _INDEX_TO = 1 << 19
 """Directories with a listing longer than this are only ever searched by their index: others would wait."""
+_GZIP, _LZMA = 1, 2
+"""Compressors by their numbers in the superblock."""
+_UNCOMPRESSED = 0x8000
+"""The bit in the length of a metadata block."""
 _PROBES = 16
 """After how many searches by index a directory is read whole."""
 
@@ -56,6 +63,8 @@ class Image:
         decompress = decompressor(superblock.compression, superblock.block_size, source.name)
         sb = superblock
         header = 3 if sb.is_old and sb.flags & sblk.CHECKED else 2
+        if sb.compressor == sblk.ANY:
+            sb = superblock = self.superblock = replace(sb, compressor=_compressor(source, sb, header))
         metadata = self._metadata = Metadata(source, decompress, sb.byteorder, header)
         if sb.is_old:
             ids, ends = self._old_owners()
@@ -242,6 +251,23 @@ class Image:
         self._blocks.close()
         self._listings.clear()
         self.source.close()
+
+
+def _compressor(source: Source, sb: Superblock, header: int) -> int:
+    """The compressor of an image that does not say it, by its first block of inodes. LayerError; OSError."""
+    word = int.from_bytes(source.pread(2, sb.inode_table, "metadata block"), sb.byteorder)
+    if word & _UNCOMPRESSED:
+        return _GZIP
+    size = min(word, source.size - sb.inode_table - header)
+    block = source.pread(size, sb.inode_table + header, "metadata block")
+    try:
+        decompressor(sb.compression, sb.block_size, source.name)(block, BLOCK)
+    except CodecError as error:
+        version = "squashfs version {}.{}".format(*sb.version)
+        raise LayerError(
+            f"{source.name}: {version}, compressed in a way of its vendor, or damaged", VENDOR
+        ) from error
+    return _GZIP if old_lzma.layout(block, BLOCK) == old_lzma.NONE else _LZMA
 
 
 def _owners(raw: bytes, order: str) -> tuple[int, ...]:

@@ -1,8 +1,8 @@
-"""Inodes and listings of versions 2 and 3, in either byte order.
+"""Inodes and listings of versions 1 to 3, in either byte order.
 
 Their fields are runs of bits, one after the other. An image of a little-endian machine has the first field
 in the lowest bits of the number that the bytes are, one of a big-endian machine in the highest: so one list
-of widths does for both. Layouts: squashfs-tools, squashfs_compat.h; use: its unsquash-2.c and unsquash-3.c.
+of widths does for both. Layouts: squashfs-tools, squashfs_compat.h; use: its unsquash-1.c to -3.c.
 
 All that follows from an inode is as in version 4: block lists, fragments, targets. The index of a directory
 is not used: a listing is short enough to be read whole (128 MiB can be stated, but see LISTING_MAX).
@@ -19,9 +19,7 @@ from cowfs.formats.squashfs.inodes import FORMATS, MAX_TARGET, NONE, Inode, Inod
 from cowfs.formats.squashfs.metadata import Place, Table
 from cowfs.formats.squashfs.superblock import Superblock
 
-_OWN_GROUP = 255
-"""In place of a group: its number is the owner's."""
-_DIRECTORY, _FILE, _SYMLINK, _BLOCK, _CHAR, _FIFO, _SOCKET, _LARGE_DIRECTORY, _LARGE_FILE = range(1, 10)
+_IPC, _DIRECTORY, _FILE, _SYMLINK, _BLOCK, _CHAR, _FIFO, _SOCKET, _LARGE_DIRECTORY, _LARGE_FILE = range(10)
 
 
 class _Layout:
@@ -47,6 +45,7 @@ class _Layout:
 
 _BASE_3 = {"type": 4, "mode": 12, "uid": 8, "gid": 8, "mtime": 32, "number": 32}
 _BASE_2 = {"type": 4, "mode": 12, "uid": 8, "gid": 8}
+_BASE_1 = {"type": 4, "mode": 12, "uid": 4, "gid": 4}
 _LAYOUTS_3 = {
     _DIRECTORY: {"nlink": 32, "size": 19, "offset": 13, "start": 32, "parent": 32},
     _FILE: {"start": 64, "fragment": 32, "offset": 32, "size": 32},
@@ -68,21 +67,38 @@ _LAYOUTS_2: dict[int, dict[str, int]] = {
     _SOCKET: {},
     _LARGE_DIRECTORY: {"size": 27, "offset": 13, "mtime": 32, "start": 24, "indexes": 16},
 }
+_LAYOUTS_1: dict[int, dict[str, int]] = {
+    _IPC: {"kind": 4, "bank": 4},
+    _DIRECTORY: _LAYOUTS_2[_DIRECTORY],
+    _FILE: {"mtime": 32, "start": 32, "size": 32},
+    _SYMLINK: {"size": 16},
+    _BLOCK: {"rdev": 16},
+    _CHAR: {"rdev": 16},
+}
+_TYPES_1 = 5
+"""So many types version 1 has, but for _IPC. The first again, and again, are those with further owners."""
+_BANK = 16
+"""So many owners each of these has."""
 _TYPES = (*FORMATS, stat.S_IFDIR, stat.S_IFREG)
 """The S_IFMT bits of each type."""
 
 
 class OldInodeTable(InodeTable):
-    """The inode table of an image of version 2 or 3."""
+    """The inode table of an image of version 1, 2 or 3."""
 
-    __slots__ = ("_base", "_layouts", "_made", "_numbered", "_owners")
+    __slots__ = ("_base", "_first", "_layouts", "_made", "_numbered", "_own_group", "_owners")
 
     def __init__(self, table: Table, ids: tuple[int, ...], superblock: Superblock) -> None:
         """*ids*: the owners, and behind them the groups."""
         super().__init__(table, ids)
         order = superblock.byteorder
         self._numbered = superblock.version >= (3, 0)
+        self._first = superblock.version < (2, 0)
+        # In place of a group: its number is the owner's.
+        self._own_group = 15 if self._first else 255
         base, layouts = (_BASE_3, _LAYOUTS_3) if self._numbered else (_BASE_2, _LAYOUTS_2)
+        if self._first:
+            base, layouts = _BASE_1, _LAYOUTS_1
         self._base = _Layout(base, order)
         self._layouts = {kind: _Layout(base | fields, order) for kind, fields in layouts.items()}
         self._owners = superblock.ids
@@ -94,12 +110,15 @@ class OldInodeTable(InodeTable):
         if inode.ref == ref:
             return inode
         begin = Place(ref >> 16, ref & 0xFFFF)
-        kind = self._base.unpack(self._table.read(begin, self._base.size))["type"]
+        stored = self._base.unpack(self._table.read(begin, self._base.size))["type"]
+        kind, bank = self._kind_of_1(stored) if self._first else (stored, 0)
         layout = self._layouts.get(kind)
         if layout is None:
-            raise self._no_inode(ref, kind)
+            raise self._no_inode(ref, stored)
         fields = layout.unpack(self._table.read(begin, layout.size))
-        # As the kernel numbered those of version 2, which have no number: by their places.
+        if kind == _IPC:
+            kind, bank = _SOCKET if fields["kind"] == _SOCKET else _FIFO, fields["bank"]
+        # As the kernel numbered those before version 3, which have no number: by their places.
         number = fields["number"] if self._numbered else ((begin.block << 8) + (begin.offset >> 2) + 1) & NONE
         if not number:
             raise self._no_inode(ref, kind)
@@ -110,7 +129,7 @@ class OldInodeTable(InodeTable):
             raise self._table.damaged(begin, f"is a symlink with a target of {size} bytes")
         if kind in (_DIRECTORY, _LARGE_DIRECTORY) and not self._numbered:
             size += NOT_STORED
-        uid, gid = self._owner(begin, fields)
+        uid, gid = self._owner(begin, fields["uid"] + _BANK * bank, fields["gid"])
         inode = Inode(
             ref=ref,
             number=number,
@@ -124,7 +143,7 @@ class OldInodeTable(InodeTable):
             blocks=(size + 511) >> 9 if is_file else 0,
             xattr=NONE,
             start=fields.get("start", 0),
-            fragment=fields["fragment"] if is_file else NONE,
+            fragment=fields.get("fragment", NONE) if is_file else NONE,
             offset=fields.get("offset", 0),
             end=begin.offset + layout.size,
             index_count=0,
@@ -132,19 +151,25 @@ class OldInodeTable(InodeTable):
         self._inode = inode
         return inode
 
-    def _owner(self, begin: Place, fields: dict[str, int]) -> tuple[int, int]:
-        owner, group = fields["uid"], fields["gid"]
-        place = owner if group == _OWN_GROUP else self._owners + group
+    @staticmethod
+    def _kind_of_1(stored: int) -> tuple[int, int]:
+        """The type of an inode of version 1, and in which bank its owner is."""
+        if stored == _IPC:
+            return _IPC, 0
+        return (stored - 1) % _TYPES_1 + 1, (stored - 1) // _TYPES_1
+
+    def _owner(self, begin: Place, owner: int, group: int) -> tuple[int, int]:
+        place = owner if group == self._own_group else self._owners + group
         if owner >= self._owners or place >= len(self._ids):
             raise self._table.damaged(begin, "has an unknown owner")
         return self._ids[owner], self._ids[place]
 
 
 def old_listing(superblock: Superblock) -> Fill:
-    """Return what reads the listings of an image of version 2 or 3."""
+    """Return what reads the listings of an image of version 1, 2 or 3."""
     order, big = superblock.order, superblock.order == ">"
     numbered = superblock.version >= (3, 0)
-    # Entries - 1, block of their inodes and, in version 3, an inode number; version 2 has two in one.
+    # Entries - 1, block of their inodes and, in version 3, an inode number; before it, two in one.
     header = struct.Struct(order + ("BII" if numbered else "I"))
     # Offset of the inode and type, name length - 1 and, in version 3, a number relative to the header's.
     entry = struct.Struct(order + ("HBh" if numbered else "HB"))

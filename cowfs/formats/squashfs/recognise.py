@@ -17,6 +17,10 @@ class _Magic(NamedTuple):
 
 MAGIC, MAGIC_BIG_ENDIAN = b"hsqs", b"sqsh"
 """How a squashfs image begins; the other one before version 4."""
+LZMA_MAGICS = {b"shsq": "<", b"qshs": ">", b"sqlz": ">"}
+"""How images begin whose blocks may be LZMA (sqlzma), with their byte order as struct has it."""
+MAGICS = {MAGIC: "<", MAGIC_BIG_ENDIAN: ">"} | LZMA_MAGICS
+"""All that an image may begin with."""
 
 SAMPLE = 0x9008
 """How many bytes from the start :func:`recognise` wants to see."""
@@ -26,9 +30,9 @@ EXT_MAGIC = (1080, b"\x53\xef")
 
 _DECOMPRESS = "decompress it first: {} FILE"
 _UNPACK = "unpack it, and mount the directory, or make an image of that with mksquashfs: {}"
-_ARCHIVE = "it can be a lower if it is a file, from its start"
+_ARCHIVE = "it can be a lower, but only from the start of its file"
 _LOOP = "mount it, and mount the directory as the lower: mount -o loop,ro FILE DIR"
-_VENDOR = "unpack it with sasquatch, then make an image of that with mksquashfs"
+VENDOR = "unpack it with sasquatch, then make an image of that with mksquashfs"
 
 _MAGICS = (
     _Magic(0, b"\x1f\x8b", "gzip-compressed data", _DECOMPRESS.format("gunzip")),
@@ -42,11 +46,8 @@ _MAGICS = (
     _Magic(0, b"QFI\xfb", "a qcow2 disk image", "make it a raw one first: qemu-img convert FILE RAW"),
     _Magic(0, b"KDMV", "a VMDK disk image", "make it a raw one first: qemu-img convert FILE RAW"),
     _Magic(0, b"vhdxfile", "a VHDX disk image", "make it a raw one first: qemu-img convert FILE RAW"),
-    _Magic(0, b"shsq", "a squashfs 3 image with LZMA compression", _VENDOR),
-    _Magic(0, b"qshs", "a squashfs 3 image with LZMA compression", _VENDOR),
-    _Magic(0, b"sqlz", "a vendor's squashfs image with LZMA compression", _VENDOR),
-    _Magic(0, b"tqsh", "a squashfs image of DD-WRT", _VENDOR),
-    _Magic(0, b"hsqt", "a squashfs image of DD-WRT", _VENDOR),
+    _Magic(0, b"tqsh", "a squashfs image of DD-WRT", VENDOR),
+    _Magic(0, b"hsqt", "a squashfs image of DD-WRT", VENDOR),
     _Magic(0, b"\x45\x3d\xcd\x28", "a cramfs image", _LOOP),
     _Magic(0, b"\x28\xcd\x3d\x45", "a big-endian cramfs image", _UNPACK.format("cramfsck -x DIR FILE")),
     _Magic(0, b"-rom1fs-", "a romfs image", _LOOP),

@@ -1,4 +1,4 @@
-"""The superblock: the first 96 bytes of an image, 119 of version 3, 63 of version 2.
+"""The superblock: the first 96 bytes of an image, 119 of version 3, 63 of version 2, 51 of version 1.
 
 Layout: squashfs_fs.h, struct squashfs_super_block; the checks are those of the kernel's super.c. The older
 ones: squashfs-tools, squashfs_compat.h.
@@ -7,14 +7,14 @@ ones: squashfs-tools, squashfs_compat.h.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from cowfs.errors import LayerError
 from cowfs.formats.squashfs.errors import AGAIN
 from cowfs.formats.squashfs.recognise import (
-    MAGIC,
-    MAGIC_BIG_ENDIAN,
+    LZMA_MAGICS,
+    MAGICS,
     Pread,
     advice,
     appended_at,
@@ -32,18 +32,26 @@ _LAYOUT = struct.Struct("<5I6H8Q")
 
 # Versions 2 and 3: magic, inodes, size, positions of the tables of version 2: owners, groups, inodes,
 # directories (u32); major, minor, block size of version 1, block_log (u16); flags, owners, groups (u8);
-# mkfs_time (u32), root (u64), block_size, fragments, fragment table of version 2 (u32)
-_OLD = "7I4H3BIQ3I"
+# mkfs_time (u32), root (u64); from version 2 on: block_size, fragments, fragment table of version 2 (u32)
+_OLDEST = "7I4H3BIQ"
+_OLD = _OLDEST + "3I"
 # What version 3 has behind it: size and, of the same tables, fragments and export, the positions (u64)
 _OLD_3 = "7Q"
-SIZES = {2: struct.calcsize("<" + _OLD), 3: struct.calcsize("<" + _OLD + _OLD_3), 4: SIZE}
+SIZES = {
+    1: struct.calcsize("<" + _OLDEST),
+    2: struct.calcsize("<" + _OLD),
+    3: struct.calcsize("<" + _OLD + _OLD_3),
+    4: SIZE,
+}
 """How many bytes the superblock of each version has."""
 LONGEST = max(SIZES.values())
 """So many bytes are enough for the superblock of any version."""
-READ = {(2, 0), (2, 1), (3, 0), (3, 1), (4, 0)}
+READ = {(1, 0), (2, 0), (2, 1), (3, 0), (3, 1), (4, 0)}
 """The versions that are read."""
 
-COMPRESSORS = {1: "gzip", 2: "lzma", 3: "lzo", 4: "xz", 5: "lz4", 6: "zstd"}
+ANY = -1
+"""In place of a compressor: the superblock does not say which."""
+COMPRESSORS = {ANY: "gzip or lzma", 1: "gzip", 2: "lzma", 3: "lzo", 4: "xz", 5: "lz4", 6: "zstd"}
 
 NO_INODE_COMPRESSION = 0x001
 NO_DATA_COMPRESSION = 0x002
@@ -96,6 +104,15 @@ class Superblock:
         return self.version < (4, 0)
 
     @property
+    def unlike_the_kernel(self) -> str:
+        """What kind of image it is that no kernel mounts, whatever it was built with; "" if one may."""
+        if self.is_old:
+            return "squashfs version {}.{}".format(*self.version)
+        if self.raw[:4] in LZMA_MAGICS or self.compression == "lzma":
+            return "squashfs with LZMA"
+        return ""
+
+    @property
     def byteorder(self) -> Literal["little", "big"]:
         """The byte order as int.from_bytes has it."""
         return "big" if self.order == ">" else "little"
@@ -136,6 +153,8 @@ def parse(raw: bytes, name: str, file_size: int, pread: Pread | None = None) -> 
     if len(raw) < size:
         raise LayerError(f"{name}: truncated: a squashfs image has at least {size} bytes", AGAIN)
     superblock = _parse(raw) if major == 4 else _parse_old(raw, order)
+    if raw[:4] in LZMA_MAGICS:
+        superblock = replace(superblock, compressor=ANY)
     _check(superblock, name, file_size)
     return superblock
 
@@ -184,10 +203,12 @@ def _parse(raw: bytes) -> Superblock:
 
 
 def _parse_old(raw: bytes, order: str) -> Superblock:
-    fields = struct.unpack_from(order + _OLD, raw)
-    _, inodes, used, owners_at, groups_at, inode_table, directory_table, major, minor, _, log = fields[:11]
-    flags, owners, groups, made, root, block_size, fragments, fragment_table = fields[11:]
-    export_table = NONE
+    fields = struct.unpack_from(order + _OLDEST, raw)
+    _, inodes, used, owners_at, groups_at, inode_table, directory_table, major, minor, size, log = fields[:11]
+    flags, owners, groups, made, root = fields[11:]
+    block_size, fragments, fragment_table, export_table = size, 0, NONE, NONE
+    if major >= 2:
+        block_size, fragments, fragment_table = struct.unpack_from(order + "3I", raw, SIZES[1])
     if major == 3:
         new = struct.unpack_from(order + _OLD_3, raw, SIZES[2])
         used, owners_at, groups_at, inode_table, directory_table, fragment_table, export_table = new
@@ -198,7 +219,7 @@ def _parse_old(raw: bytes, order: str) -> Superblock:
         block_size=block_size,
         block_log=log,
         fragments=fragments,
-        compressor=1,
+        compressor=ANY,
         flags=flags,
         ids=owners,
         root=root,
@@ -220,10 +241,9 @@ def _parse_old(raw: bytes, order: str) -> Superblock:
 def _check_magic(raw: bytes, name: str, pread: Pread | None) -> str:
     """Return the byte order, as of struct."""
     magic = raw[:4]
-    if magic == MAGIC:
-        return "<"
-    if magic == MAGIC_BIG_ENDIAN:  # versions before 4
-        return ">"
+    order = MAGICS.get(magic)
+    if order:
+        return order
     what = recognise(raw)
     hint = advice(raw) or "if one begins later in the file, use -o offset=auto"
     end = appended_at(raw) if pread is None else image_behind(raw, pread)
@@ -239,7 +259,7 @@ def _refuse_version(name: str, major: int, minor: int, order: str = "") -> None:
             "the image is damaged: copy it again",
         )
     raise LayerError(
-        f"{name}: {order}squashfs version {major}.{minor} is not supported, only 2.0 to 4.0",
+        f"{name}: {order}squashfs version {major}.{minor} is not supported, only 1.0 to 4.0",
         "unpack it and make a new one: unsquashfs -d DIR FILE, mksquashfs DIR NEW"
         if major < 4
         else "the image is newer than this reader, or damaged",
@@ -251,7 +271,7 @@ def _check(sb: Superblock, name: str, file_size: int) -> None:
     problem = ""
     if sb.compressor not in COMPRESSORS:
         problem = f"unknown compressor {sb.compressor}"
-    elif not 12 <= sb.block_log <= 20 or sb.block_size != 1 << sb.block_log:
+    elif not (12 if sb.version >= (2, 0) else 9) <= sb.block_log <= 20 or sb.block_size != 1 << sb.block_log:
         problem = f"block size {sb.block_size} with logarithm {sb.block_log}"
     elif sb.bytes_used > file_size:
         raise LayerError(f"{name}: truncated squashfs image: {file_size} of {sb.bytes_used} bytes", AGAIN)

@@ -1,7 +1,7 @@
-"""Carriers: the filesystems of disks, which hold stores and root images.
+"""Open files on block devices whose filesystems contain stores and root images.
 
-Which kinds there are, and how each is mounted, is also in mount-helpers/boot/cowfs-boot.sh. Here nothing
-is mounted where anybody sees it.
+The types of filesystems and their mount options are also in mount-helpers/boot/cowfs-boot.sh. The mounts made
+here are not visible to other processes.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from cowfs.linux.mount_table import MountInfo
 from cowfs.store.format.sniff import what_is
 
 DEFAULT = "/sysrcd.bs"
-"""The store on a carrier, if no name was given."""
+"""The path of the store on a block device, if none was given."""
 
 _BOOT_DISKS = b"/run/initramfs/cowfs/disk/"
-"""Where a boot has mounted the carrier of the root image: read-only, if the store is not there too."""
+"""The directory in which a boot mounts the device of the root image: read-only unless it has the store
+too."""
 
 _DAEMONS_OWN = b"/run/initramfs/cowfs/world/"
-"""Where its daemon sees the same once more."""
+"""The directory in which the root daemon sees the same mounts again."""
 
 _JOURNAL_IS_LEFT = {"noload", "norecovery", "rescue=nologreplay"}
 
@@ -39,15 +40,15 @@ _Options = dict[str, str | None]
 class _Kind(NamedTuple):
     fstype: str
     called: str
-    """A part of what :func:`what_is` says of it."""
+    """A part of the text that :func:`what_is` returns for it."""
     naming: _Options
-    """How names are written, whatever the mount is for."""
+    """Mount options for the encoding of names."""
     look: _Options
-    """What a mount needs besides ``ro`` to change nothing: no journal is replayed."""
+    """Mount options that, with ``ro``, prevent every write: no journal is replayed."""
 
 
 _KINDS = (
-    _Kind("ext4", "ext4", {}, {"noload": None}),  # and ext2, and ext3
+    _Kind("ext4", "ext4", {}, {"noload": None}),  # also mounts ext2 and ext3
     _Kind("vfat", " FAT", {"utf8": None}, {}),
     _Kind("exfat", "exFAT", {"iocharset": "utf8"}, {}),
     _Kind("ntfs3", "NTFS", {"iocharset": "utf8"}, {}),
@@ -60,7 +61,7 @@ _OF_ANOTHER_KIND = {errno.EINVAL, errno.ENODEV}
 
 
 def _likely(what: str) -> list[_Kind]:
-    """Return all types, the likely one of *what* first: drivers log complaints about foreign filesystems."""
+    """Return all types, those that *what* names first: drivers log errors about foreign filesystems."""
     return sorted(_KINDS, key=lambda kind: kind.called not in what)
 
 
@@ -70,12 +71,13 @@ def _content(device: str) -> str:
 
 
 def look(device: str) -> tuple[int, str] | None:
-    """Mount the filesystem of *device* without changing anything on it; return its root (O_PATH) and the
-    kernel's name for its type, or None if the kernel knows none there.
+    """Mount the filesystem of *device* without changing it; return its root (O_PATH) and its type.
+
+    The type is the kernel's name for it. None if the kernel recognises no filesystem. Blocks; OSError.
     """
     try:
         kinds = _likely(_content(device))
-    except OSError:  # no disc is in it
+    except OSError:  # no disc in the drive
         return None
     for kind in kinds:
         with suppress(OSError):
@@ -85,7 +87,7 @@ def look(device: str) -> tuple[int, str] | None:
 
 
 def mounts_of(device: str) -> list[MountInfo]:
-    """Return where the whole filesystem of a block device is mounted, the last mounted last."""
+    """Return the mounts of the whole filesystem of a block device, the newest last."""
     number = os.stat(device).st_rdev
     at = f"{os.major(number)}:{os.minor(number)}"
     return [
@@ -98,7 +100,7 @@ def mounts_of(device: str) -> list[MountInfo]:
 
 
 def _is(source: bytes, number: int) -> bool:
-    """Whether this is the node of that device: the files of btrfs are on a device of their own."""
+    """Whether *source* is the node of the device *number*: files on btrfs have another device number."""
     try:
         return os.stat(source).st_rdev == number
     except OSError:
@@ -106,8 +108,10 @@ def _is(source: bytes, number: int) -> bool:
 
 
 def is_raid_member(device: str) -> bool:
-    """Whether a disk belongs to a RAID whose mark is at the end (versions 0.90 and 1.0 of md(4)): its
-    filesystem could be mounted as if there were no other disks. For root; False for others."""
+    """Whether a disk belongs to a RAID whose superblock is at the end (versions 0.90 and 1.0 of md(4)).
+
+    The filesystem on such a disk could be mounted as if there were no other disks. Needs root, else False.
+    """
     with suppress(OSError), open(device, "rb", buffering=0) as disk:
         sectors = disk.seek(0, os.SEEK_END) // 512
         places = ((sectors & ~127) - 128, (sectors - 16) & ~7)
@@ -116,8 +120,9 @@ def is_raid_member(device: str) -> bool:
 
 
 def split(path: str) -> tuple[str, str]:
-    """Return the block device that the absolute *path* begins with, and the path on it; "" and *path* if it
-    begins with none. Raises StoreError if it names a disk that does not exist.
+    """Return the block device at the start of the absolute *path*, and the path on it; "" and *path* if none.
+
+    StoreError if *path* names a disk that does not exist.
     """
     parts = path.strip("/").split("/")
     prefix = "/"
@@ -136,7 +141,7 @@ def split(path: str) -> tuple[str, str]:
     else:
         return "", path
     if prefix.startswith("/dev/") and os.stat(above).st_dev == os.stat("/dev").st_dev:
-        raise StoreError(f"{prefix}: {why}")  # what is made there is in memory
+        raise StoreError(f"{prefix}: {why}")  # a file created in /dev would be in memory
     return "", path
 
 
@@ -144,11 +149,11 @@ def split(path: str) -> tuple[str, str]:
 def directory_of(path: str) -> Iterator[tuple[int, str]]:
     """Open the directory in which to create the file *path*; yield its descriptor, and the name.
 
-    *path* may begin with a block device, or be one. Then its filesystem is mounted, writable and for root,
-    where nobody sees it; it stays mounted until everything opened through the descriptor is closed. A
-    filesystem that the boot has mounted read-only is made writable, and read-only again if the block fails.
+    *path* may begin with a block device, or be one. Then its filesystem is mounted writable, invisible to
+    other processes, until everything opened through the descriptor is closed. A filesystem that the boot
+    mounted read-only is made writable, and read-only again if the block fails.
 
-    Raises StoreError, and SystemFailure for others than root.
+    Blocks. StoreError; SystemFailure if not root.
     """
     device, below = split(os.path.abspath(path))
     directory, name = os.path.split(below)
@@ -171,7 +176,8 @@ def directory_of(path: str) -> Iterator[tuple[int, str]]:
 
 
 def _open(device: str, stack: ExitStack) -> int:
-    """Return the root (O_PATH) of the filesystem on *device*, writable. *stack* undoes it, if that fails."""
+    """Return the root (O_PATH) of the filesystem on *device*, made writable. *stack* undoes this on
+    failure."""
     if os.geteuid() != 0:
         raise SystemFailure(f"{device}: only root can mount a disk", "give a path on a mounted filesystem")
     if is_raid_member(device):
@@ -182,7 +188,7 @@ def _open(device: str, stack: ExitStack) -> int:
         elif "ro" in mount.options.split(","):
             continue
         fd = os.open(mount.mountpoint, os.O_PATH | os.O_CLOEXEC)
-        if mount_table.mount_id(fd) == mount.id:  # and nothing is mounted over it
+        if mount_table.mount_id(fd) == mount.id:  # nothing is mounted over it
             return fd
         os.close(fd)
     facts = _facts(device)
@@ -209,14 +215,14 @@ def _make_writable(device: str, mount: MountInfo, stack: ExitStack) -> None:
 
     def undo(kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:
-            with suppress(OSError):  # the kernel refuses it when a file there is in use
+            with suppress(OSError):  # fails with EBUSY while a file there is open for writing
                 mounts.remount(mount.mountpoint, readonly=True)
 
     stack.push(undo)
 
 
 def _facts(device: str) -> Path:
-    """Where the kernel describes a block device."""
+    """Return the directory in /sys that describes a block device."""
     number = os.stat(device).st_rdev
     return Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}")
 

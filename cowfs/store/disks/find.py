@@ -1,6 +1,7 @@
-"""Find the stores that a boot would consider: the same devices, in the same order, by the same name.
+"""Find the stores that a boot would find: on the same devices, in the same order, with the same name.
 
-The rules are those of mount-helpers/boot (cowfs-boot(7)); here nothing is mounted where anybody sees it.
+The rules are those of mount-helpers/boot, see cowfs-boot(7). The mounts made here are not visible to other
+processes.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _READ_ONLY = {"iso9660", "udf", "squashfs"}
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What ``backstore=`` asks for."""
+    """The value of ``backstore=``."""
 
     path: str = DEFAULT
     scope: str = "removable"
@@ -35,20 +36,20 @@ class Wanted:
 
 @dataclass(slots=True)
 class Found:
-    """Something with the right name on a device that a boot looks at, or why the device is not looked at."""
+    """A file with the right name on a device that a boot examines, or why the device cannot be examined."""
 
     device: str
     """``/dev/NAME``."""
     path: str
-    """On the filesystem of the device."""
+    """The path on the filesystem of the device."""
     where: str = ""
-    """Where that is mounted now; empty if nowhere."""
+    """Where the filesystem is mounted now; "" if it is not."""
     facts: dict[str, Any] = field(default_factory=dict)
-    """As :func:`store_info` tells them; empty when there is a *problem*."""
+    """The result of :func:`store_info`; empty if there is a *problem*."""
     writable: bool = True
     problem: str = ""
     encrypted: bool = False
-    """With LUKS: what is in it is not known."""
+    """Whether the store is a LUKS volume, whose contents are not known."""
     taken: bool = False
     why: str = ""
 
@@ -57,7 +58,7 @@ _WAYS = "write off, alldev, /PATH, or alldev,/PATH"
 
 
 def parse_wanted(text: str) -> Wanted:
-    """Read the value of ``backstore=``. UsageError for what a boot would warn of."""
+    """Parse the value of ``backstore=``. UsageError if a boot would warn about it."""
     path, scope = "", "removable"
     for item in filter(None, text.removeprefix("backstore=").split(",")):
         if item in {"off", "alldev"}:
@@ -74,12 +75,12 @@ def parse_wanted(text: str) -> Wanted:
 
 
 def devices(scope: str, sys: Path = Path("/sys")) -> Iterator[str]:
-    """Yield the names of the block devices that a boot looks at, in its order."""
+    """Yield the names of the block devices that a boot examines, in its order."""
     for disk in sorted((sys / "block").iterdir()):
         if _NO_DISKS.fullmatch(disk.name) or _fact(disk / "size") == "0":
             continue
         if _fact(disk / "dm/suspended") == "1":
-            continue  # who reads it would wait
+            continue  # reading it would block
         if scope != "all" and not is_removable(disk):
             continue
         parts = [part for part in matching(disk, f"{disk.name}*") if (part / "partition").exists()]
@@ -89,7 +90,7 @@ def devices(scope: str, sys: Path = Path("/sys")) -> Iterator[str]:
 
 
 def is_removable(disk: Path) -> bool:
-    """Say whether a disk, a directory below /sys/block, can be taken away: stick, card, disc, USB disk."""
+    """Whether a disk, a directory below /sys/block, is removable: a stick, card, disc or USB disk."""
     real = disk.resolve()
     if _fact(disk / "removable") == "1" or _fact(disk / "device/type") == "SD":
         return True
@@ -109,10 +110,10 @@ def _fact(path: Path) -> str:
 
 
 def find_stores(wanted: Wanted, *, fingerprint: str = "", first: str = "") -> list[Found]:
-    """Return what a boot that was asked for *wanted* would consider, in its order, and what it would take.
+    """Return the stores that a boot with the parameter *wanted* would find, in its order.
 
-    *fingerprint* is that of the root image, if it is known; *first* the device that the image is on.
-    Devices that are not mounted are looked at as well, by root. Blocks.
+    *fingerprint* is that of the root image, if known; *first* is the device that the image is on. Each result
+    says whether the boot would use it. Root also examines devices that are not mounted. Blocks.
     """
     if wanted.scope == "off":
         return []
@@ -125,7 +126,7 @@ def find_stores(wanted: Wanted, *, fingerprint: str = "", first: str = "") -> li
 
 
 def _look(name: str, path: str) -> Iterator[Found]:
-    """Yield the store of that name on one device, if there is one."""
+    """Yield the store at *path* on one device, if there is one."""
     device = "/dev/" + name.replace("!", "/")
     with ExitStack() as stack:
         found = Found(device, path)
@@ -134,7 +135,7 @@ def _look(name: str, path: str) -> Iterator[Found]:
         except OSError:
             return
         if here:
-            shown = min(here, key=lambda mount: len(mount.mountpoint))  # not one in the daemon's own world
+            shown = min(here, key=lambda mount: len(mount.mountpoint))  # the one that users know
             found.where = os.fsdecode(shown.mountpoint)
             root, fstype = found.where, shown.fstype
         elif os.geteuid() != 0:
@@ -145,7 +146,7 @@ def _look(name: str, path: str) -> Iterator[Found]:
                 return
             fd, fstype = mounted
             stack.callback(os.close, fd)
-            root = f"/proc/{os.getpid()}/fd/{fd}"  # also for the programs that we ask
+            root = f"/proc/{os.getpid()}/fd/{fd}"  # a path that also works in child processes
         found.writable = fstype not in _READ_ONLY and _fact(Path("/sys/class/block", name, "ro")) != "1"
         found.writable = found.writable and not is_raid_member(device)
         if os.path.lexists(root + path):
@@ -170,7 +171,7 @@ def _ask(found: Found, place: str) -> None:
 
 
 def _judge(found: list[Found], fingerprint: str) -> None:
-    """Say of each whether a boot would take it, and why."""
+    """Set whether a boot would use each store, and why."""
     taken = None
     for thing in found:
         facts = thing.facts

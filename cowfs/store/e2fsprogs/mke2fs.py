@@ -6,23 +6,24 @@ from cowfs.errors import StoreError
 from cowfs.linux.files import size_of
 from cowfs.store.e2fsprogs import tools
 
-# What ext3 was when the kernel's ext3 driver knew it, whatever /etc/mke2fs.conf says.
+# The features of the kernel's former ext3 driver, independent of /etc/mke2fs.conf.
 _FEATURES = "none,has_journal,ext_attr,resize_inode,dir_index,filetype,sparse_super,large_file"
 
 _GROUP = 128 << 20
-"""Bytes that one block group covers, with blocks of 4 KiB."""
+"""Bytes of one block group, with blocks of 4 KiB."""
 
 
 def format_image(fd: int, path: str, identity: str = "", *, journal: int = 0, keep: bool = False) -> None:
-    """Make an empty ext3 filesystem, all of it root's, in the file behind *fd*. Blocks.
+    """Make an empty ext3 filesystem that root owns, in the file behind *fd*. Blocks.
 
-    With *keep* the blocks that the file has stay allocated; *journal* is in bytes (0: mke2fs's choice).
+    With *keep*, the blocks of the file stay allocated. *journal* is in bytes (0: mke2fs's choice). *path* is
+    for messages. SystemFailure without mke2fs, StoreError if it fails.
     """
-    # All block groups have the number of inodes that the first one, however small, was made with. So
-    # a small store gets twice as many, or it would run out of them when it is a large one.
+    # All block groups have as many inodes as the first one, however small that was made. So a small store
+    # gets twice as many inodes per byte, or it would run out of them after it has grown.
     per_inode = "8192" if size_of(fd) >= _GROUP else "4096"
-    # 256 bytes an inode have room for nanoseconds and the overlay's xattrs; -m 0: nobody needs blocks
-    # that only root may use. nodiscard: else mke2fs gives back all the blocks that the file has.
+    # Inodes of 256 bytes have space for nanoseconds and the overlay's xattrs. -m 0: no blocks are reserved
+    # for root. nodiscard: otherwise mke2fs frees all blocks of the file.
     extended = ["lazy_itable_init=0", "root_owner=0:0", *(["nodiscard"] if keep else [])]
     done = tools.run(
         [

@@ -1,4 +1,4 @@
-"""Signals at the wrong moment: clean up first, or finish first."""
+"""Handle signals to terminate: clean up first, or finish first."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from cowfs.linux.signals import held_back
 
 @contextmanager
 def cleaned_up() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP raise SystemExit inside, as SIGINT raises KeyboardInterrupt.
+    """Let SIGTERM and SIGHUP raise SystemExit in the block, so that ``finally`` and ``with`` clean up.
 
-    So ``finally`` and ``with`` get their turn. Does nothing outside of the main thread.
+    SIGINT raises KeyboardInterrupt already. Does nothing outside of the main thread.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -34,9 +34,9 @@ def cleaned_up() -> Iterator[None]:
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """Block SIGINT, SIGTERM and SIGHUP until the end: the code inside must not stop half-way.
+    """Block SIGINT, SIGTERM and SIGHUP until the end of the block, so that it is not interrupted half-way.
 
-    Nor must the programs that it starts: a service manager may signal every process of a service.
+    Programs started in the block inherit this: a service manager may signal every process of a service.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -19,7 +19,7 @@ from cowfs.store.e2fsprogs.signals import deferred
 from cowfs.store.format.superblock import flag_recovery, needs_recovery
 
 Progress = Callable[[str], None]
-"""Is told, in one line, of what takes a while or is worth knowing."""
+"""Called with a line of text about something that takes a while or is worth knowing."""
 
 FSCK_CORRECTED = 1
 FSCK_UNCORRECTED = 4
@@ -27,20 +27,20 @@ FSCK_OPERATIONAL = 8
 
 
 def quiet(message: str) -> None:
-    """Be a Progress that tells nobody."""
+    """Ignore the message: a Progress for callers that report nothing."""
 
 
 _hidden = ""
-"""The mountpoint of a mount that programs must not see: it is ours, and we wait for them."""
+"""This process's own mountpoint. Programs must not access the mount, because this process waits for them."""
 _found: dict[str, str] = {}
-"""The programs by their paths, once they cannot be looked for any more."""
+"""Program name to path, looked up before the mount could hide them."""
 
 
 def hide(mountpoint: str) -> None:
-    """Let programs see what is below the mount that this process is about to make at *mountpoint*.
+    """Hide the mount that this process is about to make at *mountpoint* from the programs that it runs.
 
-    They are looked up now, and never again. Where the mount cannot be hidden from them (only root can do
-    that), programs that are below the mountpoint themselves are refused.
+    The programs are looked up now, and never again. Only root can hide the mount; for other users, programs
+    below the mountpoint are refused.
     """
     global _hidden  # noqa: PLW0603 - a process mounts once
     for name in ("e2fsck", "resize2fs", "mke2fs", "e2image"):
@@ -53,7 +53,7 @@ def hide(mountpoint: str) -> None:
 
 
 def program(name: str) -> str:
-    """Return the path of a program of e2fsprogs. Raises SystemFailure, saying what installs it."""
+    """Return the path of a program of e2fsprogs. SystemFailure, with the package, if it is missing."""
     if _hidden:
         if name in _found:
             return _found[name]
@@ -67,9 +67,9 @@ def program(name: str) -> str:
 
 
 def place(fd: int) -> str:
-    """Return the name under which a program that gets *fd* (*pass_fds* of run) finds the file behind it.
+    """Return a path at which a program that inherits *fd* (*pass_fds* of run) finds the file behind it.
 
-    A path may be taken for something else: for an option, for ``LABEL=``, and libext2fs ends it at a ``?``.
+    The real path could be mistaken for an option or for ``LABEL=``, and libext2fs cuts it at a ``?``.
     """
     return f"/proc/self/fd/{fd}"
 
@@ -83,19 +83,19 @@ def run(
     show: Callable[[bytes], object] | None = None,
     work: int = 0,
 ) -> subprocess.CompletedProcess[bytes]:
-    """Run a program to its end on *data* and return its output; *merge* adds its errors to it, and
-    *show* gets it piece by piece as it comes. After *work* seconds of processor time it is killed. Blocks.
+    """Run a program with *data* as its input and return its output. Blocks until it ends.
 
-    It gets a session of its own, so that a ^C on the terminal does not stop it in the middle of a write:
-    whether it is to be stopped is for the caller to say (see cowfs.store.e2fsprogs.signals).
-    When an exception comes, it does not outlive this call.
+    *merge* adds its errors to the output; *show* gets the output in pieces as it comes. After *work* seconds
+    of processor time the program is killed. It gets its own session, so that ^C on the terminal does not
+    interrupt a write; the caller decides about signals (cowfs.store.e2fsprogs.signals). If an exception is
+    raised, the program is killed first.
     """
     elsewhere = helper_process.current() if _hidden else None
     if elsewhere is not None:
         return _run_elsewhere(elsewhere, command, pass_fds)
     process = None
     try:
-        with deferred():  # or it might be running already, and we not know yet
+        with deferred():  # a signal must not arrive between the start and the assignment
             process = subprocess.Popen(
                 [program(command[0]), *command[1:]],
                 stdin=subprocess.PIPE,
@@ -118,14 +118,14 @@ def run(
 
 
 _WORDS = {"e2fsck": {"-f", "-p", "-n", "-E", "discard"}, "resize2fs": {"-f", "-p"}}
-"""What a daemon that is shut in may have run on an image, and how."""
+"""The programs, and their options, that a confined daemon may have run on an image."""
 _IMAGE = "image"
 
 
 def _run_elsewhere(
     elsewhere: helper_process.Outside, command: Sequence[str], fds: Sequence[int]
 ) -> subprocess.CompletedProcess[bytes]:
-    """Have a program run, on one image, by the process that does our errands; errors are in its output."""
+    """Let the helper process run a program on one image. Errors are merged into its output."""
     (fd,) = fds
     words = [_IMAGE if word == place(fd) else word for word in command]
     done = elsewhere.ask("run", [fd], command=words)
@@ -137,7 +137,10 @@ _IN_PLACE_OF_IT = b"\0image\0"
 
 
 def run_errand(request: dict[str, Any], fds: Sequence[int]) -> dict[str, Any]:
-    """Run what :func:`run` is asked for in a daemon that is shut in. PermissionError for anything else."""
+    """Run a program for a confined daemon, in the helper process. Blocks.
+
+    PermissionError for any program or option that is not allowed.
+    """
     (fd,) = fds
     name, *words = request["command"]
     if words.pop() != _IMAGE or not set(words) <= _WORDS.get(name, set()) or name not in _WORDS:
@@ -148,11 +151,10 @@ def run_errand(request: dict[str, Any], fds: Sequence[int]) -> dict[str, Any]:
 
 
 def _begin(work: int) -> None:
-    """In the process that is to be a program: leave our mount behind, and hide what others have mounted.
+    """Detach this process's own mount and hide all others, in the child before it runs a program.
 
-    libext2fs looks at the source of each mount, to see whether it is the image, and waits for ever for that
-    of one that hangs. Whether the image is mounted is known from elsewhere (the store's lock).
-    Where it may not be hidden it is there.
+    libext2fs examines the source of each mount, to see whether it is the image, and hangs if one of them
+    hangs. The store's lock already shows whether the image is mounted. Without permission, nothing is hidden.
     """
     if work:
         resource.setrlimit(resource.RLIMIT_CPU, (work, work))
@@ -164,7 +166,7 @@ def _begin(work: int) -> None:
 
 
 def last_line(output: bytes) -> str:
-    """Return the last line of a program's output that is not empty."""
+    """Return the last nonempty line of a program's output."""
     lines = [line.strip() for line in output.decode(errors="replace").splitlines() if line.strip()]
     return lines[-1] if lines else "no message"
 
@@ -186,9 +188,9 @@ def fsck(fd: int, path: str, *options: str) -> tuple[int, str]:
 
 
 def fsck_recovered(fd: int, path: str, *, sound: bool) -> tuple[int, str]:
-    """Return what ``fsck -f -n`` would report for an image if its journal had been replayed.
+    """Return the result of ``e2fsck -f -n`` for an image as it would be after a replay of its journal.
 
-    Blocks. Nothing is written to the image: its metadata, with the journal, is copied to memory, and the copy
+    Blocks. Nothing is written to the image: its metadata and the journal are copied to memory, and the copy
     is recovered. *sound* says that its superblock records no errors; e2fsck then does nothing more to the
     copy.
     """
@@ -201,7 +203,7 @@ def fsck_recovered(fd: int, path: str, *, sound: bool) -> tuple[int, str]:
         if recovery[0] & ~FSCK_CORRECTED:
             return recovery
         if sound:
-            fsck(copy, path, "-p")  # lets go of what had no name any more, and looks at nothing
+            fsck(copy, path, "-p")  # frees the inodes without names, and checks nothing
         return fsck(copy, path, "-f", "-n")
     finally:
         os.close(copy)
@@ -214,7 +216,7 @@ def _label(fd: int) -> str:
 
 
 def _is_left_wrong(fd: int) -> bool:
-    """Whether resize2fs (of 1.47) may leave blocks marked as free that are not: copies of the descriptors."""
+    """Whether resize2fs 1.47 may leave used blocks marked as free: the copies of the group descriptors."""
     found = features.read(os.pread(fd, features.SUPERBLOCK_SIZE, features.SUPERBLOCK))
     return found is not None and bool(found.compatible & features.SPARSE_SUPER2)
 
@@ -223,13 +225,14 @@ _DRIVES_A_TERMINAL = bytes({*range(32), 127} - {*b"\b\t\n\r"})
 
 
 def _harmless(output: bytes) -> bytes:
-    """Leave out what would drive a terminal; progress bars go back with backspaces."""
+    """Remove terminal control characters. Progress bars contain backspaces."""
     return output.translate(None, _DRIVES_A_TERMINAL)
 
 
 def resize(fd: int, path: str, *options: str, size: str = "", show: bool = False, hint: str = "") -> None:
-    """Run ``resize2fs OPTIONS`` on the image behind *fd*, which is to fill its file, or have *size*;
-    *show* lets the user see what it says. Blocks. Raises StoreError with that *hint*; *path* is for messages.
+    """Run ``resize2fs OPTIONS`` on the image behind *fd*, so that it fills its file, or has *size*. Blocks.
+
+    *show* shows its output to the user. StoreError with *hint* if it fails; *path* is for messages.
     """
 
     def write(piece: bytes) -> None:
@@ -247,10 +250,9 @@ def resize(fd: int, path: str, *options: str, size: str = "", show: bool = False
 
 
 def replay(fd: int) -> bool:
-    """Write home what a crash left in the journal of an image and in the redo log behind it; return whether
-    that is done. Blocks.
+    """Replay the journal of an image, and the redo log behind it, after a crash; return whether that worked.
 
-    It is for the engine, which e2fsck's own recovery would take the redo log from.
+    Blocks. The engine does it, because e2fsck's own recovery would lose the redo log.
     """
     if not needs_recovery(fd):
         return True
@@ -264,10 +266,10 @@ def replay(fd: int) -> bool:
 
 
 def recover(fd: int, path: str, progress: Progress, *options: str, sound: bool = False) -> None:
-    """Recover an image, and repair it as far as that is safe without questions (``e2fsck -p``). Blocks.
+    """Recover an image, and make the repairs that are safe without questions (``e2fsck -p``). Blocks.
 
-    *sound* says that its superblock records no errors: then only the journal is replayed. Raises StoreError
-    if a repair is not safe; by then the journal may have been replayed, but nothing else was changed.
+    If *sound*, the superblock records no errors, and only the journal is replayed. StoreError if a repair is
+    not safe; by then the journal may have been replayed, but nothing else has changed.
     """
     with deferred():
         code, said = (0, "") if sound and replay(fd) else fsck(fd, path, "-p", *options)
@@ -280,7 +282,7 @@ def recover(fd: int, path: str, progress: Progress, *options: str, sound: bool =
 
 
 def reason(said: str) -> str:
-    """Pick the line of e2fsck's output that says what is wrong, not the general warning below it."""
+    """Return the line of e2fsck's output that says what is wrong, not the general warning below it."""
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     lines = [line for line in lines if not line.startswith(("(i.e.", "e2fsck ")) and "RUN fsck" not in line]
     return lines[-1] if lines else "e2fsck gave no reason"

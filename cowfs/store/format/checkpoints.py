@@ -1,15 +1,15 @@
-"""Checkpoints of a store: uppers from before, each a directory below ``cowfs/layers/``.
+"""Checkpoints of a store: former uppers, each in a directory below ``cowfs/layers/``.
 
 ::
 
-    upper/              P cowfs.below = the number of the layer right below it
-                        P cowfs.fresh = y: what work/index has is of another upper, and to be removed
-    cowfs/layers/N/     one that was upper/ once, with the attributes that it had then; and
-                        P cowfs.checkpoint = JSON: N, name ("" if only others stand on it) and time
+    upper/              P cowfs.below = the number of the layer directly below it
+                        P cowfs.fresh = y: work/index belongs to another upper, and is to be emptied
+    cowfs/layers/N/     a former upper/, with the attributes that it had; and
+                        P cowfs.checkpoint = JSON: N, name ("" for a deleted checkpoint) and time
 
-``upper/`` changes places with a new directory (RENAME_EXCHANGE): that is the step that makes the new state.
-A directory without ``checkpoint``, or with another number in it, is what a step before it, or after it, has
-left: it goes when the store is opened next.
+P is the prefix of the overlay's attributes. One step changes the state: RENAME_EXCHANGE of ``upper/`` and a
+new directory. A directory without ``checkpoint``, or with another number in it, is left from an operation
+that was interrupted before or after this step. It is removed when the store is opened next.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ from cowfs.store.format.header import WITH_LAYERS, Header
 
 LAYERS = b"layers"
 UPPER = 0
-"""What stands for the upper where layers have numbers."""
+"""The number of the upper, where layers have numbers."""
 _LONGEST = 100
 _MOST = 100
-"""How many layers may be below an upper: the kernel's overlayfs takes 500, its options a page."""
+"""The most layers below an upper. The kernel's overlayfs accepts 500, but mount options end at one page."""
 _MOST_KEPT = 10_000
-"""How many a store may have."""
+"""The most layers in a store."""
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A layer that was the upper once."""
+    """A layer that is a former upper."""
 
     number: int
     name: str
-    """"" if it was deleted, and others stand on it."""
+    """"" if the checkpoint was deleted, but other layers are above it."""
     taken: str
     """ISO 8601, UTC."""
     below: tuple[int, ...]
@@ -65,7 +65,7 @@ class Prepared(NamedTuple):
 
 
 def check_name(name: str) -> str:
-    """Return a name; UsageError if a checkpoint cannot have it."""
+    """Return *name*; UsageError if it is not a valid name of a checkpoint."""
     why = ""
     if not name:
         why = "is empty"
@@ -90,7 +90,7 @@ def is_taken(name: str) -> UsageError:
 
 
 class Layers:
-    """The layers of an open store."""
+    """The layers of an open store. Its methods block; OSError."""
 
     def __init__(self, layer: UpperLayer, prefix: bytes) -> None:
         self._layer = layer
@@ -99,7 +99,7 @@ class Layers:
     # --- what is there
 
     def all(self) -> dict[int, Checkpoint]:
-        """Return those that are complete, by number: named or not."""
+        """Return all complete layers by number, also those of deleted checkpoints."""
         found = {}
         keys = dict(self._entries())
         under = {number: self._under(key) for number, key in keys.items()}
@@ -110,7 +110,7 @@ class Layers:
         return found
 
     def below(self, root: Key) -> tuple[int, ...]:
-        """Return what stands below an upper, or what was one: numbers, topmost first."""
+        """Return the numbers of the layers below a present or former upper, topmost first."""
         directory = layout.find(self._layer, layout.PRIVATE, LAYERS)
 
         def under(number: int) -> int | None:
@@ -120,11 +120,11 @@ class Layers:
         return _chain(self._under(root), under)
 
     def _under(self, root: Key) -> int | None:
-        """Return the number of the layer right below another, or an upper."""
+        """Return the number of the layer directly below a present or former upper; None if it has none."""
         return _number(self._get(root, b"below") or b"")
 
     def _facts(self, number: int, key: Key) -> tuple[str, str] | None:
-        """Return the name of a layer and its time; None if it is not complete."""
+        """Return the name and the time of a layer; None if it is not complete."""
         try:
             content: Any = json.loads(self._get(key, b"checkpoint") or b"")
             return (str(content["name"]), str(content["taken"])) if content["number"] == number else None
@@ -132,14 +132,11 @@ class Layers:
             return None
 
     def frozen(self, upper: Key) -> list[Checkpoint]:
-        """Return what the union of an upper has below it and above the lowers, topmost first.
-
-        StoreError if some of it is missing.
-        """
+        """Return the layers between an upper and the lowers, topmost first. StoreError if one is missing."""
         return self._found(self.below(upper))
 
     def under(self, checkpoint: Checkpoint) -> list[Checkpoint]:
-        """Return a checkpoint and what it has below it, topmost first. StoreError if some is missing."""
+        """Return a checkpoint and the layers below it, topmost first. StoreError if one is missing."""
         return [checkpoint, *self._found(checkpoint.below)]
 
     def _found(self, numbers: tuple[int, ...]) -> list[Checkpoint]:
@@ -162,21 +159,22 @@ class Layers:
         raise UsageError(f"{name!r}: no such checkpoint", "cowfs checkpoints lists them")
 
     def standing_on(self, number: int, upper: Key) -> list[int]:
-        """Return the layers that have this one right below them; 0 is the upper."""
+        """Return the numbers of the layers directly above this one; 0 is the upper."""
         found = [one.number for one in self.all().values() if one.below[:1] == (number,)]
         return [*found, *([UPPER] if self.below(upper)[:1] == (number,) else [])]
 
     def is_fresh(self, upper: Key) -> bool:
-        """Whether an upper is a new one, and the index is not emptied yet."""
+        """Whether an upper is new and the index has not been emptied yet."""
         return self._get(upper, b"fresh") is not None
 
     # --- another upper
 
     def prepare(self, model: Key, below: tuple[int, ...], *, fresh: bool = True) -> Prepared:
-        """Make an empty directory that can be the upper above other layers.
+        """Make an empty directory that can become the upper above the layers *below*.
 
-        It gets owner, mode, times and attributes from the root *model*. For a new checkpoint of the upper,
-        the first of *below* must be its own number: see next_number(). *fresh*: start with an empty index.
+        It gets owner, mode, times and attributes of the root *model*. To make a checkpoint of the upper, the
+        first of *below* must be the checkpoint's number, from next_number(). *fresh*: start with an empty
+        index.
         """
         layer = self._layer
         private = layout.find(layer, layout.PRIVATE)
@@ -195,10 +193,10 @@ class Layers:
         return max((number for number, _ in self._entries()), default=0) + 1
 
     def exchange(self, upper: Key, new: Prepared, name: str | None = None) -> None:
-        """Let a prepared directory be the upper, and what was the upper the layer of this number.
+        """Make a prepared directory the upper, and the former upper the layer of its number, in one step.
 
-        With a *name* that is a checkpoint from then on; else it goes. This is the step: before it nothing has
-        changed, after it everything. *upper* is that of the store; both keys follow.
+        With a *name*, the former upper becomes a checkpoint; otherwise it is removed later. *upper* is the
+        store's; both keys follow the rename.
         """
         layer = self._layer
         with together(layer):
@@ -213,9 +211,9 @@ class Layers:
             )
 
     def replace(self, child: int, new: Prepared) -> None:
-        """Let a prepared directory be another layer, with its name: it shows what that does with one below.
+        """Replace a layer by a prepared directory with the merged contents of it and the layer below.
 
-        That one becomes rubbish, as does what has the number of the other now.
+        The directory gets the layer's name. Both replaced layers become rubbish.
         """
         one = self.all()[child]
         self.name(new.key, child, one.name, one.taken)
@@ -228,29 +226,29 @@ class Layers:
         )
 
     def name(self, root: Key, number: int, name: str, taken: str = "") -> None:
-        """Write down the name of a layer."""
+        """Record the name of a layer."""
         taken = taken or datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
         self._set(root, b"checkpoint", json.dumps({"number": number, "name": name, "taken": taken}).encode())
 
     def settle(self, upper: Key, index: Key | None, links: Key | None) -> None:
-        """Complete an exchange: a new upper begins with an empty index."""
+        """Complete an exchange: empty the index for the new upper."""
         layer = self._layer
         if not self.is_fresh(upper):
-            self._drop(upper, b"checkpoint")  # of one that was not taken
+            self._drop(upper, b"checkpoint")  # left from a checkpoint that was interrupted
             return
         for directory in (index, links):
             if directory is not None:
                 layout.empty(layer, directory)
-        if index is not None:  # by which the kernel knows whose it is
+        if index is not None:  # the kernel's mark of which upper the index belongs to
             for own in (b"upper", b"origin"):
                 with suppress(OSError):
                     layer.removexattr(index, self._prefix + own)
         self._drop(upper, b"fresh")
 
     def rubbish(self, upper: Key) -> list[int]:
-        """Return the layers that nobody can come back to: without a name, and with nothing above them.
+        """Return the layers that nobody can restore: without a name, and with no layer above them.
 
-        Only for an upper that is settled.
+        Call settle() before.
         """
         known = self.all()
         needed = set(self.below(upper))
@@ -260,7 +258,7 @@ class Layers:
         return [number for number, _ in self._entries() if number not in needed]
 
     def remove(self, number: int) -> Iterator[None]:
-        """Remove a layer and all that is in it; yields now and then. Cut short, it can be begun again."""
+        """Remove a layer with all its contents; yield now and then. It can be interrupted and repeated."""
         layer = self._layer
         directory = layout.find(layer, layout.PRIVATE, LAYERS)
         found = None if directory is None else layer.lookup(directory, b"%d" % number)
@@ -275,7 +273,7 @@ class Layers:
     # --- attributes
 
     def _entries(self) -> Iterator[tuple[int, Key]]:
-        """Yield what may be a layer, complete or not. StoreError if there is more than we would make."""
+        """Yield the directories that may be layers, complete or not. StoreError if there are too many."""
         directory = layout.find(self._layer, layout.PRIVATE, LAYERS)
         if directory is None or not stat.S_ISDIR(self._layer.stat(directory).st_mode):
             return
@@ -305,13 +303,13 @@ class Layers:
 
 
 def _number(text: bytes) -> int | None:
-    """Return the number of a layer; None for anything else, or a number in another spelling."""
+    """Return the number of a layer; None if *text* is not a number in its usual spelling."""
     number = int(text) if text.isdigit() and len(text) < 10 else UPPER
     return number if number != UPPER and b"%d" % number == text else None
 
 
 def _chain(number: int | None, under: Callable[[int], int | None]) -> tuple[int, ...]:
-    """Follow the chain of layers below; a circle, or a chain longer than any we make, is cut."""
+    """Return the chain of layers below. A cycle, or a chain longer than any valid one, is cut."""
     chain: list[int] = []
     while number is not None and number not in chain and len(chain) <= _MOST:
         chain.append(number)
@@ -320,7 +318,7 @@ def _chain(number: int | None, under: Callable[[int], int | None]) -> tuple[int,
 
 
 def _copy_root(layer: UpperLayer, source: Key, target: Key, prefix: bytes) -> None:
-    """Copy to an empty directory everything of a root except its contents and its place in the chain."""
+    """Copy all attributes of a root to an empty directory, except its place in the chain of layers."""
     xattrs = XattrFormat(prefix)
     kept = {xattrs.protattr}
     for name in layer.listxattr(source):
@@ -333,20 +331,20 @@ def _copy_root(layer: UpperLayer, source: Key, target: Key, prefix: bytes) -> No
 
 
 def must_have_room(below: int, known: int) -> None:
-    """StoreError when an upper has as many layers below it, or a store in all, as there can be."""
+    """StoreError if an upper with *below* layers, or a store with *known* layers, cannot have another."""
     for count, most, where in ((below, _MOST, " below each other"), (known, _MOST_KEPT - 2, "")):
         if count >= most:
             raise StoreError(f"there are {count} checkpoints{where}, the maximum", "delete some first")
 
 
 def must_have_room_for(more: int, known: int) -> None:
-    """Raise StoreError if a store cannot have this many more layers for a while."""
+    """StoreError if a store with *known* layers cannot have *more* layers for a while."""
     if known + more > _MOST_KEPT:
         raise StoreError(f"there are {known} checkpoints, too many to rebuild them", "delete some first")
 
 
 def with_layers(layer: UpperLayer, header: Header) -> Header:
-    """Let the header say that there are layers, which an older cowfs does not know; return it."""
+    """Write a header that says that there are layers, so that older versions refuse it; return it. Blocks."""
     if header.version >= WITH_LAYERS:
         return header
     header = replace(header, version=WITH_LAYERS)
@@ -356,19 +354,19 @@ def with_layers(layer: UpperLayer, header: Header) -> Header:
 
 
 def as_layers(layer: UpperLayer, frozen: list[Checkpoint]) -> list[FrozenLayer]:
-    """Return these as layers of a union."""
+    """Return checkpoints as layers of a union."""
     return [FrozenLayer(layer, one.key) for one in frozen]
 
 
 class Range(NamedTuple):
-    """What lies between two states of the tree."""
+    """The layers that make the difference between two states of the tree."""
 
     has_upper: bool
-    """Whether the later of them is what there is now."""
+    """Whether the later state is the present one."""
     newer: list[Checkpoint]
-    """The layers that the later one has and the earlier one has not, topmost first, without the upper."""
+    """The layers that only the later state has, topmost first, without the upper."""
     older: list[Checkpoint]
-    """Those that both have."""
+    """The layers that both states have, topmost first."""
 
     @property
     def is_empty(self) -> bool:
@@ -376,9 +374,10 @@ class Range(NamedTuple):
 
 
 def between(layers: Layers, upper: Key, since: str | None, until: str | None) -> Range:
-    """Return what lies between two checkpoints; None are the lowers, and now. *upper* is the store's.
+    """Return the layers between the checkpoints *since* (None: the lowers) and *until* (None: now).
 
-    UsageError if one is not there, or the later was not made from the earlier.
+    *upper* is the store's. Blocks. UsageError if a checkpoint does not exist, or if the later one is not
+    based on the earlier one.
     """
     if until is None:
         chain = layers.frozen(upper)
@@ -399,7 +398,7 @@ def between(layers: Layers, upper: Key, since: str | None, until: str | None) ->
 
 
 def listed(layers: Layers, upper: Key) -> list[dict[str, Any]]:
-    """Return what programs get about checkpoints, the oldest first. *upper* is the store's."""
+    """Return the checkpoints as objects for JSON, the oldest first. *upper* is the store's. Blocks."""
     known, below = layers.all(), layers.below(upper)
 
     def on(numbers: tuple[int, ...]) -> str | None:

@@ -1,12 +1,12 @@
-"""A store on its way from one format to the other, in place.
+"""Record how far the conversion of a store from one format to another, in place, has come.
 
-A conversion can be cut short anywhere and continued. Each step may be done again, but for those of an earlier
-phase; so the phase is written down, in the name of a file that is there until all is done::
+A conversion can be interrupted anywhere and continued. Each step can be repeated, except those of an earlier
+phase. So the phase is recorded, in the name of a file that exists until the end::
 
     .wh..wh.cowfs/converting-FORMAT-PHASE
-    .wh..wh.cowfs/upper/ work/ cowfs/       the store's parts, as they come from or go to the root
+    .wh..wh.cowfs/upper/ work/ cowfs/       the store's parts, on their way from or to the root
 
-While it is there nobody else takes the filesystem for a store: neither cowfs nor an older version of it.
+While this file exists, no version of cowfs recognises the filesystem as a store.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _SIGN = b"converting-"
 
 
 def begun(layer: UpperLayer) -> tuple[str, int] | None:
-    """Return the format and the phase of the conversion that a filesystem is in, if it is in one."""
+    """Return the target format and the phase of an unfinished conversion; None if there is none. Blocks."""
     found = layer.lookup(layer.root, STAGE)
     if found is None or not stat.S_ISDIR(found[1].st_mode):
         return None
@@ -34,7 +34,7 @@ def begun(layer: UpperLayer) -> tuple[str, int] | None:
 
 
 def interrupted(layer: UpperLayer) -> StoreError | None:
-    """Return the message for a conversion that was interrupted."""
+    """Return the error for an interrupted conversion; None if there is none. Blocks."""
     found = begun(layer)
     if found is None:
         return None
@@ -45,14 +45,14 @@ def interrupted(layer: UpperLayer) -> StoreError | None:
 
 
 def refuse_begun(layer: UpperLayer) -> None:
-    """Raise StoreError if a conversion was cut short."""
+    """StoreError if a conversion was interrupted. Blocks."""
     error = interrupted(layer)
     if error is not None:
         raise error
 
 
 def note(layer: UpperLayer, stage: Key, target: str, phase: int, before: int | None) -> None:
-    """Write down that a phase begins; it is on disk at return, and all that was done before."""
+    """Record that a phase begins. Blocks until that, and everything done before, is on disk; OSError."""
     layer.sync()
     name = _name(target, phase)
     if before is None:
@@ -65,7 +65,7 @@ def note(layer: UpperLayer, stage: Key, target: str, phase: int, before: int | N
 
 
 def end(layer: UpperLayer, stage: Key, target: str, phase: int) -> None:
-    """Write down that all is done."""
+    """Record that the conversion is complete. Blocks; OSError."""
     layer.sync()
     layer.unlink(stage, _name(target, phase), None)
 

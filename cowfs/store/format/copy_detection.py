@@ -1,16 +1,15 @@
-"""Which file an image was last written in: how a copy is known that was made while it was in use.
+"""Detect a copy that was made while the store was in use, by the file that the image was last written in.
 
-An image that is open says so in its superblock. A copy of it says the same, and its parts are of different
-moments: it was read from a file that was written to meanwhile. So does an image whose user was killed, and
-that is sound. They differ in where they are: the directory ``cowfs/`` of an image has an attribute that tells
-which file (:func:`~cowfs.store.format.identity.identify_file`) it was in when it was last opened for writing.
+The superblock of an open image says that it is in use. A copy of that image says so too, and is torn: it was
+read while the original was written to. An image whose user was killed also says that it is in use, but is
+sound. To tell them apart, the directory ``cowfs/`` of an image has an attribute that identifies the file
+(:func:`~cowfs.store.format.identity.identify_file`) in which the image was last opened for writing.
 
-A copy may be put back into that very file (``cp COPY STORE``, ``dd``, ``rsync --inplace``), which leaves the
-file's own attributes as they are. So it has one while the image in it is not in use, which tells what the
-superblock was when that was closed.
+A copy may be written back into that same file (``cp COPY STORE``, ``dd``, ``rsync --inplace``), which keeps
+the file's own attributes. So a file whose image is not in use has an attribute that records the superblock at
+the time it was closed.
 
-A directory store that is in use has in its lock file which directory it is: a copy has the same there, and
-is another one.
+The lock file of a directory store in use identifies the directory. In a copy, it identifies another one.
 """
 
 from __future__ import annotations
@@ -27,10 +26,10 @@ from cowfs.store.format import layout
 from cowfs.store.format.identity import identify_file
 
 ATTRIBUTE = b"trusted.overlay.cowfs.file"
-"""Of ``cowfs/``. In an image everybody may have it."""
+"""An attribute of ``cowfs/``. cowfs can set it in an image without privilege."""
 
 _CLOSED = "user.cowfs.closed"
-"""Of the file that holds the image: what its superblock was when it was closed."""
+"""An attribute of the file with the image: the superblock at the time it was closed."""
 
 
 def _superblock(fd: int) -> bytes:
@@ -39,35 +38,36 @@ def _superblock(fd: int) -> bytes:
 
 
 def closed(fd: int) -> None:
-    """Note that the image in the file *fd* is not in use, and clean; where a file may have attributes."""
+    """Record that the image in the file *fd* is clean and not in use, if the file can have attributes.
+    Blocks."""
     with suppress(OSError):
         files.fsetxattr(fd, _CLOSED, _superblock(fd))
 
 
 def opened(fd: int) -> None:
-    """Forget what :func:`closed` has noted, before anything else is written; on disk at return. Blocks."""
+    """Remove the record of :func:`closed`, before anything else is written. Blocks until that is on disk."""
     with suppress(OSError):
         files.fremovexattr(fd, _CLOSED)
         os.fsync(fd)
 
 
 def _is_another(fd: int) -> bool:
-    """Say whether somebody has written to the file since we have closed the image in it."""
+    """Whether another program has written to the file since cowfs closed the image in it."""
     with suppress(OSError):
         return files.fgetxattr(fd, _CLOSED) != _superblock(fd)
     return False
 
 
 def _private(layer: UpperLayer) -> Key | None:
-    """Return the directory that is ours of the store in an image, if it has one."""
+    """Return the directory ``cowfs/`` of the store in an image; None if there is none."""
     try:
         return layout.find(layout.as_store(layer), layout.PRIVATE)
-    except StoreError:  # which who opens it says
+    except StoreError:  # opening the store reports it
         return None
 
 
 def noted(layer: UpperLayer) -> str:
-    """Return the file that the image was in; "" if that is not known."""
+    """Return the identity of the file that the image was in; "" if unknown. Blocks."""
     with suppress(OSError):
         private = _private(layer)
         if private is not None and ATTRIBUTE in layer.listxattr(private):
@@ -76,9 +76,9 @@ def noted(layer: UpperLayer) -> str:
 
 
 def note(layer: UpperLayer, fd: int) -> None:
-    """Write down that the image is in the file *fd* now; it is on disk when this returns. Blocks.
+    """Record that the image is in the file *fd* now. Blocks until that is on disk.
 
-    Without room for it nothing is written, and nothing known at the next time.
+    If the image has no space for it, nothing is recorded.
     """
     here = identify_file(fd)
     if noted(layer) == here:
@@ -94,9 +94,10 @@ def note(layer: UpperLayer, fd: int) -> None:
 
 
 def is_copy(layer: UpperLayer, fd: int) -> bool | None:
-    """Say whether the image in the file *fd* was in another one when it was written to; None: not known.
+    """Whether the image in the file *fd* was in another file when it was last written; None if unknown.
+    Blocks.
 
-    True too for one that has taken the place of another in the same file.
+    Also True for an image that was copied into the file over another one.
     """
     if _is_another(fd):
         return True
@@ -105,28 +106,30 @@ def is_copy(layer: UpperLayer, fd: int) -> bool | None:
 
 
 def enter(lock: int, directory: int) -> None:
-    """Note in the lock file of a directory store that it is in use, and which directory it is. Not in one
-    that has other names: what they stand for is not ours to write to."""
+    """Record in the lock file of a directory store that it is in use, and which directory it is. Blocks.
+
+    Nothing is written to a lock file with several names: the other name may be a file of another program.
+    """
     if os.fstat(lock).st_nlink == 1:
         os.ftruncate(lock, 0)
         os.pwrite(lock, identify_file(directory).encode(), 0)
 
 
 def leave(lock: int) -> None:
-    """Note that it is not in use any more."""
+    """Remove the record of :func:`enter`. Blocks."""
     with suppress(OSError):
         if os.fstat(lock).st_nlink == 1:
             os.ftruncate(lock, 0)
 
 
 def was_copied_in_use(lock: int, directory: int) -> bool:
-    """Say whether a directory store is a copy that was made while the original was in use."""
+    """Whether a directory store is a copy that was made while the original was in use. Blocks."""
     said, here = os.pread(lock, 100, 0), identify_file(directory).encode()
     return bool(said and here) and said != here
 
 
 def torn_copy(path: str) -> StoreError:
-    """Return the message for an image that needs recovery and is a copy."""
+    """Return the error for a copy of an image that was in use."""
     return StoreError(
         f"{path}: a copy of a store that was in use; its files may be incomplete",
         f"unmount the store and copy it again, or accept this copy: cowfs check {path}",

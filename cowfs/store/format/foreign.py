@@ -1,4 +1,4 @@
-"""Stores of other live systems: where the overlayfs pair of each is, or what it is and what can be done.
+"""Recognise stores of other live systems: find their overlayfs pair, or say what they are and what to do.
 
 ==================  ==========================================================================
 archiso             ``persistent_LABEL/ARCH/upperdir`` and ``workdir`` in its cowspace
@@ -7,8 +7,8 @@ Slax, MiniOS        ``changes`` and ``workdir`` or ``work``
 casper (Ubuntu)     ``upper`` and ``work``
 ==================  ==========================================================================
 
-All of these are the kernel's overlayfs: a pair of directories, which is adopted as it is. What aufs has
-written (Puppy's save files, Porteus) is recognised elsewhere (:mod:`cowfs.overlay.aufs`).
+All of these use the kernel's overlayfs, and cowfs uses their pair of directories as it is.
+:mod:`cowfs.overlay.aufs` recognises stores of aufs (Puppy's save files, Porteus).
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ _OF_A_WORK_DIR = {b"work", b"index", b"cowfs"}
 _BESIDE = {b"lost+found", b"persistence.conf", b"cowfs"}
 _CONFIGURATION = "persistence.conf"
 _DEEPEST, _MOST = 3, 200
-"""How deep, and in how many directories, a pair is looked for."""
+"""How deep, and in how many directories, pairs are searched."""
 _LARGEST = 64 << 10
 
 
 class Pair(NamedTuple):
-    """The directories that an overlayfs of another system has written to."""
+    """The upper and work dir of another system's overlayfs."""
 
     upper: str
     work: str
 
 
 def pair_in(path: str) -> Pair | None:
-    """Return the pair that a directory of another system holds, and nothing else; None if it holds none.
+    """Return the one pair in another system's directory; None if there is none. Blocks.
 
-    ``upper/`` and ``work/`` alone are also a store, and not returned here. StoreError for a persistence of
-    Debian that does not hold the changes of a whole root.
+    ``upper/`` and ``work/`` alone are a store of cowfs and are not returned. StoreError for a persistence of
+    Debian that does not contain the changes of the whole root.
     """
     try:
         names = {os.fsencode(name) for name in os.listdir(path)}
@@ -88,7 +88,7 @@ def _is_work_dir(path: str) -> bool:
 
 
 def upper_of(path: str) -> str:
-    """Return where the changes of a store are: in the upper of a pair at *path*, or at *path* itself."""
+    """Return the directory of a store's changes: the upper of a pair at *path*, or *path* itself. Blocks."""
     with suppress(StoreError):
         pair = pair_in(path)
         return pair.upper if pair is not None else path
@@ -96,8 +96,9 @@ def upper_of(path: str) -> str:
 
 
 def _of_debian(path: str) -> tuple[str, set[bytes]]:
-    """Return where a persistence has the changes of the root, and what else it keeps there
-    (persistence.conf(5)).
+    """Return the directory with the changes of the root in a persistence, and its other directories.
+
+    Source: persistence.conf(5).
     """
     sources: dict[str, str] = {}
     lines = list(_lines(path))
@@ -122,7 +123,7 @@ def _of_debian(path: str) -> tuple[str, set[bytes]]:
 
 
 def _lines(path: str) -> Iterator[tuple[str, list[str]]]:
-    """Yield the directories that a persistence keeps, each with its options."""
+    """Yield the directories in persistence.conf, each with its options."""
     try:
         with open(open_ordinary(os.path.join(path, _CONFIGURATION), os.O_RDONLY), "rb") as file:
             lines = file.read(_LARGEST).decode(errors="replace").splitlines()
@@ -138,8 +139,8 @@ def _lines(path: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def refusal(layer: UpperLayer, names: set[bytes]) -> StoreError | None:
-    """Return the message for a tree that is another system's store and cannot be used as given; None if it is
-    not one.
+    """Return the error for a tree with another system's store that cannot be used; None if it has none.
+    Blocks.
     """
     theirs = (pair for pair in _PAIRS if pair[0] != b"upper" and set(pair[:2]) <= names)
     found = next(theirs, None)
@@ -166,7 +167,7 @@ def refusal(layer: UpperLayer, names: set[bytes]) -> StoreError | None:
 
 
 def _pairs_below(layer: UpperLayer) -> Iterator[tuple[bytes, str]]:
-    """Yield where pairs are in a tree, and whose; not far down."""
+    """Yield the paths of pairs near the root of a tree, and the systems that they belong to."""
     waiting: list[tuple[bytes, Key, int]] = [(b"", layer.root, 0)]
     looked = 0
     while waiting and looked < _MOST:

@@ -1,4 +1,4 @@
-"""The header of a store, ``cowfs/header.json``: what it is, and which lowers it belongs to."""
+"""The header of a store, ``cowfs/header.json``: its format, and the lowers that it belongs to."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from cowfs.store.format.mark import Mark
 from cowfs.types import Identity
 
 VERSION = 2
-"""The highest that is known."""
+"""The highest known version."""
 WITH_LAYERS = 2
-"""That of stores with checkpoints. All others have 1: older versions of cowfs can use them."""
+"""The version of stores with checkpoints. All others have 1, so that older versions of cowfs can use them."""
 OVERLAYFS, AUFS = "overlayfs", "aufs"
 TRUSTED = "trusted.overlay."
 USER = "user.overlay."
@@ -45,35 +45,35 @@ _FIELDS = (
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """The facts that a store tells about itself."""
+    """The contents of a header."""
 
     uuid: str
     created: str
     """ISO 8601, UTC."""
     created_by: str
     whiteouts: str = OVERLAYFS
-    """Whose format it has, ``aufs`` or …"""
+    """The format: ``aufs`` or ``overlayfs``."""
     xattrs: str = TRUSTED
-    """How the names of the overlay's own extended attributes begin."""
+    """The prefix of the overlay's extended attributes."""
     adopted: bool = False
-    """It was a store of the kernel's overlayfs before."""
+    """Whether it was a store of the kernel's overlayfs before."""
     lowers: tuple[Identity, ...] = ()
-    """The lowers it belongs to, leftmost on top; none before the first mount."""
+    """The lowers that the store belongs to, topmost first; empty before the first mount."""
     version: int = 1
     mark: Mark | None = field(default=None, compare=False)
-    """By what a copy is known that has lost something; stores of old versions of cowfs have none."""
+    """The mark, which detects incomplete copies; None in stores of old versions of cowfs."""
     volatile: tuple[str, ...] = ()
-    """Directories of the union whose changes are not kept, as its users name them: ``/tmp``."""
+    """Directories of the union whose changes are not kept, as paths from its root: ``/tmp``."""
     modules: tuple[Identity, ...] = ()
-    """What may be mounted above the lowers, in any order, or not: what `cowfs lower add` added."""
+    """Modules, which may be mounted above the lowers, in any order: those that `cowfs lower add` added."""
     more: dict[str, Any] = field(default_factory=dict)
-    """Fields of the same version that we do not know: kept as they are."""
+    """Unknown fields, kept as they are."""
 
 
 def new_header(
     *, xattrs: str = TRUSTED, adopted: bool = False, identity: str = "", whiteouts: str = OVERLAYFS
 ) -> Header:
-    """Return the header of a store made now, by us, for no lower yet."""
+    """Return the header of a new store without lowers."""
     now = datetime.datetime.now(datetime.UTC).replace(microsecond=0)
     return Header(
         uuid=identity or str(uuid.uuid4()),
@@ -86,7 +86,7 @@ def new_header(
 
 
 def to_json(header: Header) -> bytes:
-    """Write a header as it stands in the store."""
+    """Return a header as the contents of its file."""
     content = {
         "version": header.version,
         "whiteouts": header.whiteouts,
@@ -115,7 +115,7 @@ def _of_lower(low: Identity) -> dict[str, Any]:
 
 
 def from_json(data: bytes, path: str) -> Header:
-    """Read a header. Raises StoreError when it is damaged, or of a version that we do not know."""
+    """Parse a header. StoreError if it is damaged or has an unknown version; *path* is for the message."""
     try:
         content = json.loads(data)
         version = content["version"]
@@ -163,7 +163,7 @@ def _lower(content: dict[str, Any]) -> Identity:
 
 
 def _is_deep(content: Any) -> bool:
-    """Whether it is nested deeper than any of ours: some depths can be read, but not written."""
+    """Whether *content* is nested deeper than a valid header: some depths can be parsed, but not written."""
     level = [content]
     for _ in range(_DEEPEST):
         level = [
@@ -202,9 +202,9 @@ def _damaged(path: str) -> StoreError:
 def check_lowers(
     header: Header, lowers: Sequence[Identity], path: str, *, with_modules: bool = False
 ) -> None:
-    """Raise WrongLower, naming both, if the store belongs to other lowers than those given.
+    """WrongLower, with both, if the store belongs to other lowers than those given.
 
-    Above them there may be modules of the store, where *with_modules* are understood.
+    If *with_modules*, modules of the store may be above them.
     """
     if not header.lowers or not lowers:
         return
@@ -219,7 +219,7 @@ def check_lowers(
 
 
 def modules_in(header: Header, lowers: Sequence[Identity]) -> int:
-    """Return how many of *lowers*, the topmost, are modules of the store above its own lowers."""
+    """Return how many of the topmost *lowers* are modules above the store's own lowers."""
     above = len(lowers) - len(header.lowers)
     known = {low.fingerprint for low in header.modules}
     given = [low.fingerprint for low in lowers[: max(above, 0)]]
@@ -230,13 +230,14 @@ def modules_in(header: Header, lowers: Sequence[Identity]) -> int:
 
 
 def volatile_above(volatile: Sequence[str], path: bytes) -> str | None:
-    """Return which of the *volatile* directories a path of the union is, or is below, if any."""
+    """Return the one of the *volatile* directories that is, or contains, a path of the union; None if
+    none."""
     whole = b"/" + path.strip(b"/") + b"/"
     return next((name for name in volatile if whole.startswith(os.fsencode(name) + b"/")), None)
 
 
 def said_of(volatile: Sequence[str]) -> str:
-    """Return the words for paths that are *volatile*: not in the store."""
+    """Return a text that lists *volatile* paths, which are not in the store."""
     return f"what is changed below {', '.join(volatile)} is in memory only, and not listed (volatile)"
 
 
@@ -245,19 +246,19 @@ def _names(lowers: Sequence[Identity]) -> str:
 
 
 def bound(header: Header, lowers: Sequence[Identity], volatile: Sequence[str] | None = None) -> Header:
-    """Return the header of the same store, bound to *lowers*, which, if not None, does not keep what is
-    *volatile*."""
+    """Return the header bound to *lowers*, and, if not None, with the directories *volatile*."""
     return replace(
         header, lowers=tuple(lowers), volatile=header.volatile if volatile is None else tuple(volatile)
     )
 
 
 def seen(header: Header, when: int) -> Header:
-    """Return the header of a store whose changes are to what the lowers were at a moment (ns)."""
+    """Return the header with the time (ns) at which the lowers were last seen without changes of their
+    own."""
     return replace(header, more={**header.more, _SEEN: when})
 
 
 def last_seen(header: Header) -> int | None:
-    """Return that moment; None if nobody has written it down."""
+    """Return the time (ns) from :func:`seen`; None if none is recorded."""
     when = header.more.get(_SEEN)
     return when if isinstance(when, int) else None

@@ -1,26 +1,24 @@
-"""What a lower layer is recognised by when its store is mounted on it again.
+"""Identify a lower, so that it is recognised when its store is mounted on it again.
 
-*A squashfs image* is read-only, so its identity is its content: the SHA-256 of the superblock and of
-everything from the inode table to the end, that is all names, attributes, sizes and the places of the
-data. Only the data blocks themselves are left out, to stay in milliseconds. The date it was made on
-is no identity (reproducible builds share one), and neither is its path.
+*A squashfs image* is read-only, so its content identifies it: the SHA-256 of the superblock and of everything
+from the inode table to the end, which covers all names, attributes, sizes and positions of the data. The data
+blocks are left out, so that this takes only milliseconds. The creation date is not used, because reproducible
+builds share one, nor is the path.
 
-*An EROFS image* has its data between its tables; its identity is the superblock, which has a UUID, the time
-and the counts, and its first MiB.
+*An EROFS image* has its data between its tables. It is identified by the superblock, which has a UUID, the
+time and the counts, and by its first MiB.
 
-*A tar archive* is known by what its headers say, and where the data is; *a zip archive* by its central
-directory, which has a CRC of each member as well; *an ISO 9660 image* by its descriptor and all its
-directories.
+*A tar archive* is identified by its headers and the positions of the data; *a zip archive* by its central
+directory, which includes a CRC of each member; *an ISO 9660 image* by its descriptor and all its directories.
 
-*A directory* may change at any time, so its identity is that of the place: the kind of filesystem, the
-identity of the filesystem where one survives a reboot, and the directory's inode number.
+*A directory* can change at any time, so its place identifies it: the type of filesystem, the identity of the
+filesystem if it has one that survives a reboot, and the directory's inode number.
 
-- ext2/3/4, btrfs, bcachefs, zfs: statfs(2)'s f_fsid, which these derive from their UUID; and the file
-  handle, which has the inode's generation besides its number: a removed directory's number is given
-  to the next one that is made.
-- xfs: the UUID itself, its f_fsid is a device number; and the file handle.
-- squashfs, erofs, iso9660 (mounted images, which have no UUID that can be asked for): f_blocks and f_files.
-- all others: f_blocks and the block size. Their f_fsid is a device number or nothing at all.
+- ext2/3/4, btrfs, bcachefs, zfs: f_fsid of statfs(2), which they derive from their UUID; and the file handle,
+  which includes the inode's generation: the number of a removed directory is used again for a new one.
+- xfs: the UUID, because its f_fsid is a device number; and the file handle.
+- squashfs, erofs, iso9660 (mounted images, whose UUID no system call returns): f_blocks and f_files.
+- all others: f_blocks and the block size. Their f_fsid is a device number or 0.
 """
 
 from __future__ import annotations
@@ -76,11 +74,10 @@ _XFS_UUID = slice(64, 80)
 def identify_lowers(
     lowers: Sequence[str], offsets: Sequence[int], data_only: int = 0, whiteouts: Sequence[str] = ()
 ) -> list[Identity]:
-    """Return the identities of lowers, of which the last *data_only* are that; *offsets*: of the first.
+    """Return the identities of lowers, topmost first. Blocks. LayerError, as :func:`identify_lower`.
 
-    *whiteouts* says how those of each are written; ``auto``, and where it says nothing: as it looks.
-
-    Raises LayerError, as :func:`identify_lower` does.
+    The last *data_only* lowers are data-only. *offsets* are those of the images in their files, for the first
+    lowers. *whiteouts* are the formats of their whiteouts; ``auto`` and missing ones are detected.
     """
     found = [identify_lower(path, at) for path, at in zip_longest(lowers, offsets, fillvalue=0)]  # type: ignore[arg-type]
     merged = len(found) - data_only
@@ -95,7 +92,7 @@ def identify_lowers(
 
 
 def _with_whiteouts(low: Identity, style: str) -> Identity:
-    """Return the identity of a lower whose whiteouts are written so."""
+    """Return the identity with the format of its whiteouts."""
     if style == "auto":
         style = _found_style(low.path) if low.kind == "directory" else "overlayfs"
     if style == "overlayfs":
@@ -120,17 +117,16 @@ def _is_container_layer(path: str) -> bool:
 
 
 def _is_branch(path: str) -> bool:
-    """Say whether aufs has written to a directory: it leaves entries of its own there."""
+    """Whether aufs has written to a directory: it leaves entries of its own there."""
     return any(os.path.lexists(os.path.join(path, os.fsdecode(name))) for name in BRANCH_NAMES)
 
 
 def identify_lower(path: str, offset: int = 0) -> Identity:
-    """Return the identity of the lower at *path*: a squashfs image, in a file or on a block device, or a
-    directory. Reads from disk.
+    """Return the identity of the lower at *path*: an image or archive in a file, device or URL, or a
+    directory.
 
-    What a URL names is an image. It begins *offset* bytes into the file; its fingerprint is that of the same
-    image in a file of its own. Raises LayerError when it is missing, unreadable, damaged, or nothing that can
-    be a lower.
+    An image begins *offset* bytes into the file; the fingerprint does not depend on that. Blocks. LayerError
+    if it is missing, unreadable, damaged, or cannot be a lower.
     """
     if is_url(path):
         with closing(open_bytes(path)) as data:
@@ -158,9 +154,9 @@ def identify_lower(path: str, offset: int = 0) -> Identity:
 
 
 def identify_image(fd: int, path: str) -> Identity:
-    """Return the identity of the squashfs image in the open file *fd*, which is called *path*.
+    """Return the identity of the squashfs image in the open file *fd*; *path* is for messages. Blocks.
 
-    LayerError if the file has none. Reads from disk.
+    LayerError if the file has none.
     """
     try:
         with closing(FileBytes(os.dup(fd))) as data:
@@ -187,7 +183,7 @@ def _image(data: Bytes, path: str, start: int) -> Identity:
     if erofs.is_erofs(head):
         return _erofs(data, path, start)
     kind = archives.kind_of(head)
-    if kind and not start and not is_url(path):
+    if kind and not start:
         return _archive(data, path, kind)
     return _squashfs(data, path, start)
 
@@ -204,7 +200,7 @@ def _archive(data: Bytes, path: str, kind: str) -> Identity:
 
 
 def _erofs(data: Bytes, path: str, start: int) -> Identity:
-    """Return what the superblock says, with UUID and time, and the tables that stand at the beginning."""
+    """Identify an EROFS image by its superblock and the tables at its start."""
     head = data.pread(min(_CHUNK, data.size - start), start)
     superblock = erofs.parse(head, path, data.size - start)
     date = datetime.datetime.fromtimestamp(superblock.made, datetime.UTC)
@@ -238,7 +234,7 @@ def _squashfs(data: Bytes, path: str, start: int) -> Identity:
 
 
 def _superblock(data: Bytes, path: str, start: int) -> Superblock:
-    """Read the superblock at an offset; LayerError says what is there instead, and where to look."""
+    """Read the superblock at an offset. LayerError, with what is there instead, if there is none."""
     size, pread = data.size, data.pread
     if not start:
         return parse(pread(SAMPLE, 0), path, size, pread)
@@ -259,10 +255,12 @@ def _superblock(data: Bytes, path: str, start: int) -> Superblock:
 
 
 def identify_file(fd: int) -> str:
-    """Return what a file is known by for as long as it exists, wherever its filesystem is mounted: no copy
-    of it has the same. "" for a device, and where its filesystem has nothing like that (FAT, NFS, FUSE)."""
+    """Return an identity of a file that no copy has, and that does not depend on where it is mounted. Blocks.
+
+    "" for a device, and if the filesystem has no such identity (FAT, NFS, FUSE).
+    """
     if stat.S_ISBLK(os.fstat(fd).st_mode):
-        return ""  # what has the number of a device tomorrow is not known
+        return ""  # another device may have the number tomorrow
     try:
         magic = files.fs_magic(fd)
         facts = [files.file_handle(fd, b"")] if magic in _WITH_GENERATIONS else _lasting(fd, magic)
@@ -274,7 +272,7 @@ def identify_file(fd: int) -> str:
 
 
 def _lasting(fd: int, magic: int) -> list[object]:
-    """Return what identifies the filesystem and the inode's generation; nothing where that does not last."""
+    """Return the identity of the filesystem and the inode's generation; nothing if these do not last."""
     if magic in _WITH_FSID:
         return [f"{os.fstatvfs(fd).f_fsid:x}", files.file_handle(fd, b"")]
     if magic == filesystems.XFS:

@@ -1,4 +1,4 @@
-"""The commands with which the kernel's overlayfs shows what a store and its lowers hold."""
+"""The commands that mount a store and its lowers with the kernel's overlayfs."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from cowfs.errors import LayerError
+from cowfs.formats.squashfs.by_kernel import refused
 from cowfs.store.format.header import USER
 from cowfs.store.format.sniff import split_subdir
 from cowfs.types import DATA_ONLY
@@ -16,9 +17,9 @@ from cowfs.url.names import is_url
 
 _PLACE = "/run/cowfs-kernel"
 _MOUNTED = {"directory", "squashfs", "erofs"}
-"""The kinds of lowers that it mounts. For others mount(8) would start programs."""
+"""The kinds of lowers that the kernel mounts. For others, mount(8) would start programs."""
 _LONGEST = 255
-"""Bytes of an option that mount(8) hands over by fsconfig(2)."""
+"""Bytes of the longest option that mount(8) can pass with fsconfig(2)."""
 
 
 def commands(
@@ -26,9 +27,8 @@ def commands(
 ) -> list[str]:
     """Return lines for a shell, to be run by root while nobody uses the store at *path*.
 
-    *lowers* are those of the header, *below* the layers of checkpoints, each topmost first. The tree is
-    mounted at ``$MOUNTPOINT``, or /mnt; images in directories of their own below /run. All of it is data:
-    a word of the header stays one word.
+    *lowers* are those of the header, *below* the layers of checkpoints, each topmost first. The lines mount
+    the tree at ``$MOUNTPOINT``, or /mnt, and images below /run. All values of the header are quoted.
     """
     lines, place = [], f"{_PLACE}/{re.sub('[^0-9A-Za-z-]', '_', uuid[:8])}"
     joined = ":".join(f"cowfs/layers/{number}" for number in below)
@@ -47,6 +47,8 @@ def commands(
             )
         if lower["kind"] not in _MOUNTED or not at.startswith("/"):
             raise LayerError(f"{at}: the kernel mounts no {lower['kind']} of this name")
+        if lower["kind"] == "squashfs":
+            _check(at, lower.get("offset"))
         if lower["kind"] != "directory":
             source, at = at, f"{place}/lower{number}"
             offset = f",offset={lower['offset']}" if lower.get("offset") else ""
@@ -72,6 +74,16 @@ def commands(
     return lines
 
 
+def _check(path: str, offset: Any) -> None:
+    """LayerError if this kernel cannot mount the image at *path*; what is not there is not asked."""
+    try:
+        why, _ = refused(path, offset if isinstance(offset, int) else 0)
+    except (LayerError, OSError, ValueError):
+        return
+    if why:
+        raise LayerError(f"{path}: {why}", "make a new image of its files with mksquashfs, or use cowfs")
+
+
 def _escaped(path: str) -> str:
-    """Return a path for the list of lowers: what would end it there has a backslash before it."""
+    """Return a path for the list of lowers, with a backslash before each separator in it."""
     return path.replace("\\", "\\\\").replace(":", "\\:").replace(",", "\\,")

@@ -1,16 +1,16 @@
-"""What stands at the root of a store, read and written through its layer.
+"""The layout of a store's root, read and written through a layer.
 
 ::
 
     upper/              the changes; the kernel's overlayfs takes it as upperdir
     work/               its workdir:
-        work/           temporaries; empty while nobody has the store open
-        index/          copied-up hard links, by the handle of their lower
+        work/           temporaries; empty while the store is not open
+        index/          copied-up hard links, named by the file handle of their lower
     cowfs/header.json   see cowfs.store.format.header
     cowfs/layers/       see cowfs.store.format.checkpoints
     cowfs/header.rebased   see cowfs.store.format.rebased
     cowfs/blame         see cowfs.store.format.records
-    cowfs/lock          directory stores only: what is locked
+    cowfs/lock          directory stores only: the lock file
     cowfs/mark.*/       see cowfs.store.format.mark
     lost+found/         images only: e2fsck's
 """
@@ -48,9 +48,9 @@ from cowfs.types import Attr, DirEntry
 
 UPPER, WORK, PRIVATE, INDEX = b"upper", b"work", b"cowfs", b"index"
 TRASH = b"trash"
-"""In PRIVATE: what was taken back."""
+"""In PRIVATE: reverted changes."""
 LINKS = b"links"
-"""In PRIVATE: the index of what takes no user.* attributes."""
+"""In PRIVATE: the index of inodes that cannot have user.* attributes."""
 HEADER, LOCK = b"header.json", b"lock"
 _NEW_HEADER = b"header.json.new"
 REBASED, IS_REBASED = b"header.rebased", b"cowfs.rebased"
@@ -62,7 +62,7 @@ _LARGEST_HEADER = 1 << 20
 
 
 def find(layer: UpperLayer, *path: bytes) -> Key | None:
-    """Return the key that a path leads to; None if it is not there."""
+    """Return the key at a path from the root; None if there is none. Blocks."""
     key = layer.root
     for name in path:
         found = layer.lookup(key, name)
@@ -73,7 +73,8 @@ def find(layer: UpperLayer, *path: bytes) -> Key | None:
 
 
 def as_store(layer: UpperLayer) -> UpperLayer:
-    """Return the layer by which what stands in a filesystem is a store: another, if that is one of aufs."""
+    """Return a layer that shows a filesystem as a store: a translating one if the format is that of aufs.
+    Blocks."""
     names = {entry.name for entry in layer.readdir(layer.root)}
     if aufs.sign_of(names) is None:
         return layer
@@ -84,7 +85,7 @@ def as_store(layer: UpperLayer) -> UpperLayer:
 
 
 def refuse_mixed(layer: UpperLayer) -> None:
-    """Raise StoreError if aufs has written to the root of a store of overlayfs."""
+    """StoreError if aufs has written to the root of a store with the format of overlayfs. Blocks."""
     sign = None
     if not isinstance(layer, AufsStore):
         sign = aufs.sign_of(entry.name for entry in layer.readdir(layer.root))
@@ -96,21 +97,20 @@ def refuse_mixed(layer: UpperLayer) -> None:
 
 
 def whiteouts_of(layer: UpperLayer) -> str:
-    """Return whose format a store has."""
+    """Return the format of a store: ``aufs`` or ``overlayfs``."""
     return AUFS if isinstance(layer, AufsStore) else OVERLAYFS
 
 
 def recognise(layer: UpperLayer) -> str:
-    """Say what stands here: ``store``, ``overlayfs`` (upper/ and work/ alone, or what aufs has written) or
-    ``nothing``.
+    """Return what the root contains: ``store``, ``overlayfs`` or ``nothing``. Blocks.
 
-    Raises StoreError for everything else.
+    ``overlayfs`` means upper/ and work/ alone, or files of aufs. StoreError for everything else.
     """
     names = {entry.name for entry in layer.readdir(layer.root)} - {_LOST}
     refuse_mixed(layer)
     if find(layer, PRIVATE, HEADER) is not None and {UPPER, WORK} <= names:
         return "store"
-    # Without a header: not ours yet, or the making of it was cut short before the header was written.
+    # Without a header, it is not cowfs's yet, or its creation was interrupted before the header was written.
     if isinstance(layer, AufsStore):
         return "overlayfs"
     private = find(layer, PRIVATE)
@@ -137,7 +137,7 @@ def recognise(layer: UpperLayer) -> str:
 
 
 def _is_of_ours(name: bytes) -> bool:
-    """Whether it may be in cowfs/ without the header: put there before it, or left when it was removed."""
+    """Whether a name may be in cowfs/ without the header: it is created before it, or removed after it."""
     return name in {LOCK, _NEW_HEADER, BLAME, NEW_BLAME} or name.startswith(mark.PREFIX)
 
 
@@ -147,9 +147,9 @@ def _is_empty(layer: UpperLayer, name: bytes) -> bool:
 
 
 def initialise(layer: UpperLayer, header: Header) -> Header:
-    """Make upper/, work/ and the header, the header last: only then it is a store. Return that header.
+    """Make upper/, work/ and then the header, which makes it a store. Return the header. Blocks.
 
-    cowfs/ comes first: empty directories beside it are known to be ours if we are cut short.
+    cowfs/ is made first: if this is interrupted, it shows that the empty directories beside it are cowfs's.
     """
     ensure_directory(layer, layer.root, PRIVATE, 0o755)
     ensure_directory(layer, layer.root, UPPER, 0o755)
@@ -161,15 +161,15 @@ def initialise(layer: UpperLayer, header: Header) -> Header:
 
 
 def make_mark(layer: UpperLayer, header: Header) -> Header:
-    """Make a new mark; return the header that goes with it."""
+    """Make a new mark; return the header with it. Blocks."""
     private = ensure_directory(layer, layer.root, PRIVATE, 0o755)
     return replace(header, mark=mark.make(layer, private, header.xattrs, owner(layer)))
 
 
 def renew_mark(layer: UpperLayer, header: Header) -> Header:
-    """Let a store have a new mark in the place of that which it has, if there is room for one.
+    """Replace the mark of a store, if there is space for one; return the header. Blocks.
 
-    Whenever this is cut short header and mark belong to each other. The store of another user is left alone.
+    If this is interrupted, header and mark still belong together. The store of another user is left alone.
     """
     with suppress(OSError):
         found = layer.lookup(layer.root, PRIVATE)
@@ -190,9 +190,9 @@ def renew_mark(layer: UpperLayer, header: Header) -> Header:
 
 
 def refuse_lossy_copy(layer: UpperLayer, header: Header, *, sees_all: bool = True) -> None:
-    """Raise StoreError, naming what is lost, if this is a copy without everything that makes a store.
+    """StoreError, with what is lost, if the store is an incomplete copy. Blocks.
 
-    Without *sees_all* attributes that only root sees are not missed.
+    Without *sees_all*, attributes that only root sees are not checked.
     """
     if header.mark is None:
         return
@@ -218,7 +218,7 @@ def _listed(words: list[str]) -> str:
 
 
 def ensure_directory(layer: UpperLayer, parent: Key, name: bytes, mode: int) -> Key:
-    """Return the directory *name*, which is made when it is missing."""
+    """Return the directory *name*; create it if it is missing. Blocks."""
     found = layer.lookup(parent, name)
     if found is None:
         made = layer.mkdir(parent, name, mode, *owner(layer))
@@ -233,19 +233,19 @@ def ensure_directory(layer: UpperLayer, parent: Key, name: bytes, mode: int) -> 
 
 
 def drop_inherited(layer: UpperLayer, directory: Key, name: bytes) -> bool:
-    """Remove an ACL that one of our directories has inherited, as overlayfs does; return whether it had one.
+    """Remove an inherited ACL from one of cowfs's directories; return whether it had one. Blocks.
 
-    Files made in work/ and moved to upper/ would inherit it, too.
+    The kernel's overlayfs does the same: files made in work/ and moved to upper/ would inherit it too.
     """
     try:
         layer.removexattr(directory, name)
-    except OSError:  # none, or a filesystem without
+    except OSError:  # no ACL, or a filesystem without ACLs
         return False
     return True
 
 
 def unshut_work(layer: UpperLayer, work: Key) -> None:
-    """Let ourselves into work/work and work/index, which the kernel's overlayfs makes with mode 0."""
+    """Make work/work and work/index accessible: the kernel's overlayfs creates them with mode 0. Blocks."""
     for name in (WORK, INDEX):
         found = layer.lookup(work, name)
         if found is not None and stat.S_ISDIR(found[1].st_mode):
@@ -262,12 +262,12 @@ def _unshut(layer: UpperLayer, directory: Key, attr: Attr) -> None:
 
 
 def owner(layer: UpperLayer) -> tuple[int, int]:
-    """Return whom our own part of a store belongs to: in an image that we write ourselves, root."""
+    """Return the owner of cowfs's part of a store; in an image that cowfs reads itself, root."""
     return (os.geteuid(), os.getegid()) if isinstance(written_through(layer), DirectoryLayer) else (0, 0)
 
 
 def find_header(layer: UpperLayer) -> Header | None:
-    """Read the header; None if there is none. StoreError if it is damaged or of a newer version."""
+    """Read the header; None if there is none. Blocks. StoreError if it is damaged or of a newer version."""
     header = _read_header(layer, HEADER)
     upper = None if header is None else find(layer, UPPER)
     if header is None or upper is None:
@@ -283,7 +283,8 @@ def find_header(layer: UpperLayer) -> Header | None:
 
 
 def pending_header(layer: UpperLayer) -> Header | None:
-    """Read the header that an upper with other lowers has brought, or is to bring."""
+    """Read the header of an upper with other lowers (cowfs.store.format.rebased); None if there is none.
+    Blocks."""
     return _read_header(layer, REBASED)
 
 
@@ -293,7 +294,7 @@ def _read_header(layer: UpperLayer, name: bytes) -> Header | None:
     if found is None:
         return None
     key, attr = found
-    if not stat.S_ISREG(attr.st_mode):  # a fifo would wait for somebody to write into it
+    if not stat.S_ISREG(attr.st_mode):  # opening a fifo would block
         raise StoreError(
             f"{layer.name}: cowfs/{os.fsdecode(name)} is not a regular file", "the store is damaged"
         )
@@ -309,14 +310,14 @@ def _read_header(layer: UpperLayer, name: bytes) -> Header | None:
 
 
 def load_header(layer: UpperLayer) -> Header:
-    """Read the header; a new one where there is none. Raises StoreError as find_header does."""
+    """Read the header; return a new one if there is none. Blocks. StoreError as find_header()."""
     return find_header(layer) or new_header()
 
 
 def open_lock(layer: UpperLayer, *, make: bool = False) -> int | None:
-    """Open the lock file of a directory; None if it is missing and not to be made.
+    """Open the lock file of a directory store, read-only unless *make*. Blocks.
 
-    Opened read-only unless *make*. Raises StoreError if it is not a regular file.
+    With *make*, create a missing one; otherwise return None. StoreError if it is not a regular file.
     """
     private: Any = ensure_directory(layer, layer.root, PRIVATE, 0o755) if make else find(layer, PRIVATE)
     found = None if private is None else layer.lookup(private, LOCK)
@@ -327,7 +328,7 @@ def open_lock(layer: UpperLayer, *, make: bool = False) -> int | None:
     if found is None:
         try:
             _, file = layer.create(private, LOCK, 0o600, os.geteuid(), os.getegid())
-        except FileExistsError:  # somebody else opens it for the first time just now
+        except FileExistsError:  # another process has just created it
             return open_lock(layer, make=True)
     else:
         file = layer.open(found[0], os.O_RDWR if make else os.O_RDONLY)
@@ -336,8 +337,9 @@ def open_lock(layer: UpperLayer, *, make: bool = False) -> int | None:
 
 
 def save_header(layer: UpperLayer, header: Header, root: Key | None = None) -> None:
-    """Replace the header atomically, in the store at the root or at *root*; after layer.sync() that is on
-    disk. Blocks."""
+    """Replace the header atomically, in the store at the root or at *root*. Blocks. layer.sync() puts it on
+    disk.
+    """
     uid, gid = owner(layer)
     private = ensure_directory(layer, layer.root if root is None else root, PRIVATE, 0o755)
     if layer.lookup(private, _NEW_HEADER) is not None:
@@ -352,7 +354,7 @@ def save_header(layer: UpperLayer, header: Header, root: Key | None = None) -> N
 
 
 def empty(layer: UpperLayer, directory: Key) -> None:
-    """Remove everything below a directory, however deep it is and whatever modes it has."""
+    """Remove everything below a directory, of any depth and with any modes. Blocks."""
     for _ in emptying(layer, directory):
         pass
 
@@ -360,7 +362,10 @@ def empty(layer: UpperLayer, directory: Key) -> None:
 def emptying(
     layer: UpperLayer, directory: Key, leaves: Callable[[tuple[Key, bytes]], object] = lambda _: None
 ) -> Iterator[None]:
-    """The same, step by step. *leaves* is told of each entry but directories before it is removed."""
+    """Remove everything below a directory in steps; yield after each.
+
+    *leaves* is called with each entry that is not a directory before it is removed.
+    """
     stack: list[tuple[Key, Key, bytes, list[DirEntry]]] = [(directory, None, b"", layer.readdir(directory))]
     while stack:
         yield
@@ -382,7 +387,7 @@ def emptying(
 
 
 def directory_of(layer: LowerLayer, parent: Key, entry: DirEntry) -> Key | None:
-    """Return the key of an entry if it is a directory."""
+    """Return the key of an entry if it is a directory, else None. Blocks."""
     if entry.type not in {0, stat.S_IFDIR}:
         return None
     found = layer.lookup(parent, entry.name)
@@ -390,7 +395,7 @@ def directory_of(layer: LowerLayer, parent: Key, entry: DirEntry) -> Key | None:
 
 
 def probe(layer: UpperLayer, work: Key, prefix: bytes) -> None:
-    """Raise StoreError unless the filesystem can hold what an overlay needs: xattrs and whiteouts."""
+    """StoreError unless the filesystem supports what an overlay needs: xattrs and whiteouts. Blocks."""
     name = b"#cowfs-probe"
     uid, gid = owner(layer)
     what = f"extended attributes ({prefix.decode()}*)"
@@ -399,7 +404,7 @@ def probe(layer: UpperLayer, work: Key, prefix: bytes) -> None:
         layer.removexattr(work, prefix + b"cowfs.probe")
         what = "whiteouts (character devices 0:0)"
         with suppress(FileNotFoundError):
-            layer.unlink(work, name, None)  # of a mount that was killed right here
+            layer.unlink(work, name, None)  # left by a process that was killed here
         layer.mknod(work, name, stat.S_IFCHR | 0o600, 0, uid, gid)
         layer.unlink(work, name, None)
     except OSError as error:

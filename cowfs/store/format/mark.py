@@ -1,9 +1,9 @@
-"""The mark of a store: one of each thing that a copy may lose.
+"""The mark of a store: a sample of everything that an incomplete copy may lose.
 
-A store is more than names and bytes: deleted files are device nodes, and an extended attribute says that a
-directory hides what is below. A copy that has lost these can be mounted like the original, but shows other
-files. So a store has a directory with a sample of each, and its header says which ones the filesystem kept
-when they were made. What a copy lacks of them it has lost everywhere.
+A store contains more than names and data: deleted files are device nodes, and an extended attribute makes a
+directory hide the lowers. A copy without them can be mounted, but shows other files. So a store has a
+directory with a sample of each, and its header records which samples the filesystem kept when they were made.
+If a copy lacks one of these, it lacks the same kind of thing everywhere.
 
 ::
 
@@ -14,8 +14,8 @@ when they were made. What a copy lacks of them it has lost everywhere.
         whiteout    character device 0:0
         symlink     leads to file
 
-The directory's name is made anew whenever a directory store is opened to be written to: a copy that is
-brought up to date in another way than it was made lacks what belongs to the new name.
+Whenever a directory store is opened for writing, the directory gets a new name. So if a copy is updated with
+another program than the one that made it, the samples under the new name show what that program loses.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ _ATTRIBUTE = b"cowfs.mark"
 _OWNER = (1, 2)
 _MODE = 0o1640
 _TIME = 981_173_106
-"""Of the last write: 2001-02-03 04:05:06 UTC."""
+"""The mtime: 2001-02-03 04:05:06 UTC."""
 _ENTRIES = [(1, 6, 0xFFFFFFFF), (2, 4, 1), (4, 4, 0xFFFFFFFF), (16, 4, 0xFFFFFFFF), (32, 0, 0xFFFFFFFF)]
-"""An ACL: u::rw,u:1:r,g::r,m::r,o::- in the numbers of linux/posix_acl.h."""
+"""The ACL u::rw,u:1:r,g::r,m::r,o::- in the numbers of linux/posix_acl.h."""
 
 CALLED = {
     "xattrs": "extended attributes",
@@ -53,22 +53,22 @@ CALLED = {
     "times": "times",
     "acls": "ACLs",
 }
-"""What can be lost, by the words of the header, and what messages call it."""
+"""The header's word for each sample, to the word for it in messages."""
 
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """What the header says of the mark: the name of its directory, and what the original has kept there."""
+    """The header's record of the mark: the name of its directory, and the samples that the original kept."""
 
     name: str
     keeps: tuple[str, ...]
 
 
 def make(layer: UpperLayer, private: Key, xattrs: str, owner: tuple[int, int]) -> Mark:
-    """Make a mark in the directory *private*; return what the filesystem has kept of it.
+    """Make a mark in the directory *private*; return which samples the filesystem has kept. Blocks.
 
-    *xattrs* is the prefix of the overlay's attributes. Where they are ``trusted.`` files can be given to
-    others. Never fails: what cannot be made is not in the mark.
+    *xattrs* is the prefix of the overlay's attributes. With ``trusted.``, files can be given to other users.
+    Never fails: a sample that cannot be made is not in the mark.
     """
     name = PREFIX + secrets.token_hex(8).encode()
     with suppress(OSError):
@@ -78,7 +78,7 @@ def make(layer: UpperLayer, private: Key, xattrs: str, owner: tuple[int, int]) -
                 step()
     kept = held(layer, private, name.decode(), xattrs)
     if not xattrs.startswith("trusted."):
-        kept.discard("owners")  # inside of a user namespace they are others
+        kept.discard("owners")  # a user namespace shows other owners
     return Mark(name.decode(), tuple(what for what in CALLED if what in kept))
 
 
@@ -102,7 +102,7 @@ def _steps(
 
 
 def held(layer: UpperLayer, private: Key, name: str, xattrs: str) -> set[str]:
-    """Return what is there of a mark, in the words of the header."""
+    """Return the samples of a mark that exist, in the words of the header. Blocks."""
     try:
         there = layer.lookup(private, name.encode())
         directory = there[0] if there is not None else None
@@ -110,7 +110,7 @@ def held(layer: UpperLayer, private: Key, name: str, xattrs: str) -> set[str]:
             return set()
         entries = {entry: layer.lookup(directory, entry) for entry in _NAMES}
     except PermissionError:
-        return set(CALLED)  # we cannot tell
+        return set(CALLED)  # unknown
     except OSError:
         return set()
     keys = {entry: found[0] for entry, found in entries.items() if found is not None}

@@ -1,15 +1,14 @@
-"""A store that changes its lowers along with its upper, by one rename (ADR 0058).
+"""Exchange the lowers of a store together with its upper, by one rename (ADR 0058).
 
 ::
 
-    cowfs/header.rebased   the header that comes with the new upper: its lowers count, and its version
-    upper/                 P cowfs.rebased = N: they are those of this upper, and not what header.json says
-    cowfs/layers/M         P cowfs.becomes = JSON: name and time of a checkpoint, where M is N or more
+    cowfs/header.rebased   the header for the new upper; only its lowers and its version are used
+    upper/                 P cowfs.rebased = N: header.rebased has this upper's lowers, not header.json
+    cowfs/layers/M         P cowfs.becomes = JSON: future name and time of a checkpoint; M is N or more
 
-The attribute is on the new upper before that takes its place. So the rename that exchanges the uppers
-exchanges the lowers, too, and the checkpoints: those of a number below N have no name any more, the others
-are what they are to become. What is left to do after it is begun again at the next opening if it was cut
-short.
+P is the prefix of the overlay's attributes. The new upper has its attribute before the rename. So the rename
+of the uppers also exchanges the lowers and the checkpoints: layers below N lose their names, and the others
+get theirs. The rest of the work follows. If it is interrupted, the next opening of the store does it.
 """
 
 from __future__ import annotations
@@ -30,9 +29,9 @@ _BECOMES = b"cowfs.becomes"
 
 
 def announce(layer: UpperLayer, upper: Key, header: Header, first: int) -> None:
-    """Write down that an upper which is not in its place yet belongs to the lowers of this header.
+    """Record that a new upper, and the layers from number *first* on, belong to this header's lowers. Blocks.
 
-    So do the layers whose number is *first* or more.
+    Call it before the exchange.
     """
     uid, gid = layout.owner(layer)
     private = layout.find(layer, layout.PRIVATE)
@@ -46,16 +45,16 @@ def announce(layer: UpperLayer, upper: Key, header: Header, first: int) -> None:
 
 
 def call(layer: UpperLayer, layers: Layers, made: Key, number: int, one: Checkpoint, prefix: bytes) -> None:
-    """Let a layer be complete; it gets the name of another with the upper that is announced."""
+    """Complete a layer. With the exchange, it gets the name of the checkpoint *one*. Blocks."""
     layers.name(made, number, "", one.taken)
     content = json.dumps({"name": one.name, "taken": one.taken})
     layer.setxattr(made, prefix + _BECOMES, content.encode())
 
 
 def exchange_names(layer: UpperLayer, layers: Layers, upper: Key, prefix: bytes) -> None:
-    """After an upper with other lowers has its place: replace the checkpoints by those that came with it.
+    """After the exchange, replace the checkpoints by those of the new upper. Blocks.
 
-    Call it before any layer is removed: layers without a name yet would be lost.
+    Call it before any layer is removed: layers without a name would be lost.
     """
     try:
         first = int(layer.getxattr(upper, prefix + layout.IS_REBASED))
@@ -70,16 +69,16 @@ def exchange_names(layer: UpperLayer, layers: Layers, upper: Key, prefix: bytes)
             facts = json.loads(layer.getxattr(one.key, prefix + _BECOMES))
             name, taken = str(facts["name"]), str(facts["taken"])
         except (OSError, ValueError, TypeError, KeyError, RecursionError):
-            continue  # it has its name
+            continue  # it has its name already
         layers.name(one.key, one.number, name, taken)
         layer.removexattr(one.key, prefix + _BECOMES)
 
 
 def settle(layer: UpperLayer, upper: Key, header: Header, frozen: Iterable[Key]) -> Header:
-    """Complete the work after an upper with other lowers has its place; return the header.
+    """Complete the work after the exchange; return the header. Blocks.
 
-    The origins of inodes are no longer true and are removed, in the checkpoints, too: *frozen* are their
-    roots. *header* is the one that was read (:func:`cowfs.store.format.layout.find_header`).
+    The origins of inodes are no longer valid and are removed, also in the checkpoints, whose roots are
+    *frozen*. *header* is that of :func:`cowfs.store.format.layout.find_header`.
     """
     mark = header.xattrs.encode() + layout.IS_REBASED
     try:
@@ -101,7 +100,7 @@ def settle(layer: UpperLayer, upper: Key, header: Header, frozen: Iterable[Key])
 
 
 def retract(layer: UpperLayer) -> None:
-    """Remove what :func:`announce` wrote, of an upper that is not in its place."""
+    """Undo :func:`announce` for an upper that was not exchanged. Blocks."""
     private = layout.find(layer, layout.PRIVATE)
     with suppress(OSError):
         layer.unlink(private, layout.REBASED, None)

@@ -1,4 +1,4 @@
-"""Sizes: read them, write them, and ask whether a place has room for one."""
+"""Parse and format sizes, and check whether a filesystem has space."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from cowfs.linux import files, filesystems
 
 MIB = 1 << 20
 SMALLEST = 16 * MIB
-"""The smallest store: below that an ext3 journal leaves next to no room."""
+"""The smallest store: in a smaller one, the ext3 journal would take most of the space."""
 LARGEST = 16 << 40
-"""ext3 with blocks of 4 KiB and 32 bit block numbers ends here."""
+"""The largest ext3 filesystem, with blocks of 4 KiB and 32-bit block numbers."""
 FAT_LARGEST = (1 << 32) - 1
-"""No file on FAT is longer (its length is kept in 32 bits)."""
+"""The largest file on FAT, whose sizes have 32 bits."""
 
 _UNITS = {"": MIB, "k": 1 << 10, "m": MIB, "g": 1 << 30, "t": 1 << 40}
 _SIZE = re.compile(r"([0-9]{1,18}(?:\.[0-9]{1,6})?)([kmgt]?)(?:i?b)?", re.IGNORECASE)
 
 
 def parse_size(text: str) -> int:
-    """Return the bytes that *text* means: ``256``, ``256M``, ``256MiB`` are MiB, ``64K``, ``1.5G``, ``1T``.
+    """Return a size in bytes: ``256``, ``256M`` and ``256MiB`` are MiB; also ``64K``, ``1.5G``, ``1T``.
 
-    Rounded down to whole blocks of 4 KiB. Raises UsageError.
+    It is rounded down to whole blocks of 4 KiB. UsageError if *text* is not a size.
     """
     match = _SIZE.fullmatch(text.strip())
     if not match:
@@ -34,7 +34,7 @@ def parse_size(text: str) -> int:
 
 
 def format_size(size: int) -> str:
-    """Write a number of bytes for people: ``64 MiB``, ``2 GiB``, ``1.5 GiB``, ``512 KiB``, ``12 bytes``."""
+    """Return a size for people: ``64 MiB``, ``2 GiB``, ``1.5 GiB``, ``512 KiB``, ``12 bytes``."""
     for unit, name in ((1 << 40, "TiB"), (1 << 30, "GiB"), (MIB, "MiB"), (1 << 10, "KiB")):
         if size >= unit:
             return f"{size / unit:.0f} {name}" if size % unit == 0 else f"{size / unit:.1f} {name}"
@@ -42,9 +42,9 @@ def format_size(size: int) -> str:
 
 
 def check_room(path: str, place: str, size: int, allocated: int = 0) -> None:
-    """Raise StoreError unless a file of *size* bytes at *path* fits into the filesystem that *place* is on.
+    """StoreError unless a file of *size* bytes at *path* fits on the filesystem of *place*. Blocks.
 
-    *allocated* bytes of it are on disk already. Two limits are looked at: free space, and that of FAT.
+    *allocated* bytes of it are on disk already. Checks the free space and FAT's limit.
     """
     fd = os.open(place, os.O_PATH | os.O_CLOEXEC)
     try:

@@ -6,7 +6,7 @@ import os
 import re
 
 from cowfs.errors import StoreError, UsageError
-from cowfs.formats.squashfs.recognise import EXT_MAGIC, MAGIC, MAGIC_BIG_ENDIAN, recognise
+from cowfs.formats.squashfs.recognise import EXT_MAGIC, LZMA_MAGICS, MAGIC, MAGIC_BIG_ENDIAN, recognise
 from cowfs.linux.files import is_image, open_ordinary
 from cowfs.linux.fuse import FSTYPE, LISTED
 from cowfs.linux.mount_table import mount_of
@@ -20,6 +20,7 @@ LUKS = b"LUKS\xba\xbe"
 _MAGICS: tuple[tuple[int, bytes, str], ...] = (
     (0, MAGIC, "a squashfs image"),
     (0, MAGIC_BIG_ENDIAN, "a big-endian squashfs image"),
+    *((0, magic, "a squashfs image") for magic in LZMA_MAGICS),
     (0, LUKS, "a LUKS encrypted volume"),
     (3, b"NTFS    ", "an NTFS filesystem"),
     (3, b"EXFAT   ", "an exFAT filesystem"),

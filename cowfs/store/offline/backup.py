@@ -1,8 +1,8 @@
-"""Copy a store that is open, as it is at one moment: users of an image wait for what was written meanwhile.
+"""Copy an open store as it is at one moment.
 
-An image is copied while it is written to, and what was written to again, until little is left. For that the
-users wait: the image is suspended, which leaves it clean, and the rest is copied. Where the copy can share
-its blocks with the image, that is all there is to do.
+An image is copied while it is in use. Parts that were written meanwhile are copied again, until few are left.
+Then the image is suspended, which makes it clean, and the rest is copied while its users wait. If the copy
+can share its blocks with the image, only this last step is needed.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from cowfs.store.served.store import Store
 Step = Callable[[], None]
 Steps = Generator[Step | str, None, int]
 _UNIT = 1 << 20
-"""The unit in which the engine reports writes (track.c)."""
+"""The unit, in bytes, in which the engine reports writes (track.c)."""
 _BATCH = 64
-"""How many are copied in one step."""
+"""How many units are copied in one step."""
 _FEW = 32
-"""This many units may still have to be copied while everybody waits."""
+"""How many units at most are copied while everybody waits."""
 _ROUNDS = 8
 _ATTEMPTS = 3
 _PUNCH = 3
@@ -35,11 +35,11 @@ _PIECE = 1 << 20
 
 
 def backup_image(store: Store, target: int) -> Steps:
-    """Copy the image of an open store to the empty file *target*; return its size.
+    """Copy the image of an open store to the empty file *target*; return its size in bytes.
 
-    Yields messages, and calls for another thread to make before the next step; the store stays in use
-    meanwhile. Then *target* is a clean store that shows what the store showed at one moment near the end.
-    Raises StoreError, and OSError if *target* cannot be written.
+    Yields messages, and calls for another thread to make before the next step. The store stays in use
+    meanwhile. The result is a clean store with the contents of the original at one moment near the end.
+    StoreError; OSError if *target* cannot be written.
     """
     layer: Any = store.layer
     if not hasattr(layer, "suspend"):
@@ -63,7 +63,7 @@ def _share(source: int, target: int) -> None:
 def _copied(store: Store, source: int, target: int) -> Steps:
     layer: Any = store.layer
     image = layer.image
-    if image.is_tracked:  # it can say to one alone what was written to
+    if image.is_tracked:  # only one caller at a time can track writes
         raise StoreError(f"{store.path}: another backup is being made", "try again when that is complete")
     try:
         for _ in range(_ATTEMPTS):
@@ -93,9 +93,9 @@ def _copied(store: Store, source: int, target: int) -> Steps:
 
 @contextmanager
 def suspended(store: Store) -> Iterator[None]:
-    """Let all users of an open store wait; meanwhile its image is clean, and others may have it.
+    """Suspend an open store for the block: all its users wait, and its image is clean. Blocks.
 
-    Blocks. StoreError if it cannot be paused.
+    StoreError if it cannot be suspended.
     """
     layer: Any = store.layer
     memory = store.memory
@@ -116,7 +116,7 @@ def suspended(store: Store) -> Iterator[None]:
 
 
 def finish_copy(fd: int, path: str) -> None:
-    """Let a copy of an image, which is clean, be a store of its own: it is on disk at return. Blocks."""
+    """Complete a clean copy of an image, so that it is a store of its own. Blocks until it is on disk."""
     with ExitStack() as stack:
         layer = open_layer(fd, path, stack)
         copy_detection.note(layer, fd)
@@ -125,7 +125,7 @@ def finish_copy(fd: int, path: str) -> None:
 
 
 def copy_image(source: int, target: int) -> Iterator[int]:
-    """Copy an image that nobody uses to an empty file; yields the bytes of each step. Blocks; OSError."""
+    """Copy an unused image to an empty file; yield the number of bytes of each step. Blocks; OSError."""
     size = files.size_of(source)
     if files.reflink(source, target):
         yield size
@@ -137,7 +137,7 @@ def copy_image(source: int, target: int) -> Iterator[int]:
 
 
 def _data_of(fd: int, size: int) -> Iterator[tuple[int, int]]:
-    """Yield where there is data, in pieces of a MiB at most."""
+    """Yield the runs of data (start, end) of a file, in pieces of at most 1 MiB."""
     for start, stop in files.segments(fd, size):
         for at in range(start, stop, _PIECE):
             yield at, min(stop, at + _PIECE)
@@ -159,7 +159,7 @@ def _copy_runs(source: int, target: int, pieces: list[tuple[int, int]]) -> None:
         at = start
         while at < stop:
             data = os.pread(source, stop - at, at)
-            if not data:  # it has become shorter
+            if not data:  # the file has become shorter
                 break
             done = 0
             while done < len(data):
@@ -168,7 +168,7 @@ def _copy_runs(source: int, target: int, pieces: list[tuple[int, int]]) -> None:
 
 
 def _copy_units(source: int, target: int, units: list[int]) -> None:
-    """Copy these units again; holes stay holes."""
+    """Copy units again; holes stay holes."""
     size = files.size_of(source)
     os.ftruncate(target, size)
     for unit in sorted(units):

@@ -1,4 +1,4 @@
-"""Check a store: the filesystem with e2fsck, then the rules of the overlay that stands in it."""
+"""Check a store: its filesystem with e2fsck, then the rules of the overlay in it."""
 
 from __future__ import annotations
 
@@ -29,25 +29,25 @@ from cowfs.store.served.image import is_copy, open_file, open_layer
 from cowfs.types import Attr
 
 _ABOUT_E2FSCK = ("e2fsck ", "UNEXPECTED INCONSISTENCY", "\t(i.e., without -a or -p")
-"""How lines begin that tell nothing of the store: its version, and its own options."""
+"""Starts of e2fsck's lines that say nothing about the store: its version, and advice about its options."""
 _SUMMARY = re.compile(r"^(\d+)/(\d+) files \(.*\), (\d+)/(\d+) blocks$")
-"""How e2fsck ends when all is well (ext2fs's *files* are inodes)."""
+"""The last line of e2fsck if all is well. Its *files* are inodes."""
 
 
 @dataclass(slots=True)
 class Report:
-    """What a check has found. *code* is that of fsck(8): bits 1 corrected, 4 uncorrected, 8 failed."""
+    """The result of a check. *code* is as in fsck(8): 1 corrected, 4 uncorrected, 8 failed, added up."""
 
     code: int = 0
     problems: list[str] = field(default_factory=list)
-    """What breaks the overlay's rules, a line each."""
+    """Violations of the overlay's rules, one line each."""
     checked: bool = True
-    """Whether the rules were looked at; not, when the filesystem is damaged or of another format."""
+    """Whether the rules were checked. They are not if the filesystem is damaged or has another format."""
 
 
 @dataclass(slots=True)
 class Entry:
-    """A name in a tree: what the overlay's rules are checked on."""
+    """A name in an upper, with its inode."""
 
     path: bytes
     attr: Attr
@@ -55,10 +55,10 @@ class Entry:
 
 
 def check_store(path: str, *, read_only: bool = False, progress: Progress = quiet) -> Report:
-    """Check the store at *path*, an image or a directory; repair its filesystem unless *read_only*.
+    """Check the store at *path*, an image or a directory; repair its filesystem unless *read_only*. Blocks.
 
-    What breaks the overlay's rules is reported, never changed. *progress* gets what e2fsck says.
-    Blocks. Raises StoreError for what cannot be checked at all, StoreBusy while it is in use.
+    Violations of the overlay's rules are reported, never repaired. *progress* gets e2fsck's output.
+    StoreError if *path* cannot be checked at all, StoreBusy while it is in use.
     """
     path = os.path.abspath(path)
     if is_plain_directory(path):
@@ -108,7 +108,7 @@ def _check_image(path: str, read_only: bool, progress: Progress, report: Report,
         report.code |= tools.FSCK_UNCORRECTED if read_only else tools.FSCK_CORRECTED
     try:
         layer = open_layer(fd, path, stack, read_only=True)
-    except (StoreError, SystemFailure) as error:  # e2fsck knows more filesystems than the engine
+    except (StoreError, SystemFailure) as error:  # e2fsck supports more filesystems than the engine
         report.problems.append(error.message)
         report.code |= tools.FSCK_OPERATIONAL
         report.checked = False
@@ -117,7 +117,7 @@ def _check_image(path: str, read_only: bool, progress: Progress, report: Report,
 
 
 def _directory(path: str, read_only: bool, report: Report, stack: ExitStack) -> DirectoryLayer:
-    """Open a store that is a directory, locked against writers; take a copy of one in use as it is."""
+    """Open a directory store, and lock it against writers. Accept a copy of a store that was in use."""
     layer = DirectoryLayer(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC), path)
     stack.callback(layer.close)
     lock.refuse_mounted_directory(layer.root.fd, path)
@@ -135,7 +135,7 @@ def _directory(path: str, read_only: bool, report: Report, stack: ExitStack) -> 
 
 
 def _check_inside(layer: UpperLayer, report: Report) -> None:
-    """Look whether what stands in the filesystem is a store, and follows the rules."""
+    """Check that the filesystem contains a store that follows the rules."""
     header = None
     try:
         layer = layout.as_store(layer)
@@ -181,7 +181,7 @@ def _broken_layout(layer: UpperLayer, names: set[bytes], header: Header | None) 
 
 
 def _broken_names(entries: Iterator[Entry]) -> Iterator[str]:
-    """Yield a line for every name that aufs does not show."""
+    """Yield a line for each name that aufs would not show."""
     for entry in entries:
         name = entry.path.rpartition(b"/")[2]
         if len(name) > NAME_MAX:
@@ -190,7 +190,7 @@ def _broken_names(entries: Iterator[Entry]) -> Iterator[str]:
 
 
 def _broken_layers(layer: UpperLayer, xattrs: XattrFormat, upper: Key) -> Iterator[str]:
-    """Yield a line for everything that is wrong with the layers of checkpoints."""
+    """Yield a line for each problem with the layers of checkpoints."""
     layers = Layers(layer, xattrs.prefix)
     known = layers.all()
     needed = set(layers.below(upper))
@@ -204,7 +204,7 @@ def _broken_layers(layer: UpperLayer, xattrs: XattrFormat, upper: Key) -> Iterat
 
 
 def _walk(layer: UpperLayer, xattrs: XattrFormat, top: Key | None) -> Iterator[Entry]:
-    """Yield everything below an upper, each directory before its contents."""
+    """Yield all names below an upper, each directory before its contents."""
     stack: list[tuple[Key, bytes]] = [(top, b"")] if top is not None else []
     while stack:
         key, path = stack.pop()
@@ -224,9 +224,9 @@ def _walk(layer: UpperLayer, xattrs: XattrFormat, top: Key | None) -> Iterator[E
 
 
 def broken_rules(entries: Iterable[Entry], xattrs: XattrFormat) -> Iterator[str]:
-    """Yield a line for everything in an upper that no overlay would have written.
+    """Yield a line for each entry of an upper that an overlay cannot have written.
 
-    A directory must come before its contents. The rules are those of fs/overlayfs/namei.c.
+    In *entries*, a directory must come before its contents. The rules are those of fs/overlayfs/namei.c.
     """
     opaque: set[bytes] = set()
     for entry in entries:
@@ -239,7 +239,7 @@ def broken_rules(entries: Iterable[Entry], xattrs: XattrFormat) -> Iterator[str]
         redirect = entry.notes.get(xattrs.redirect)
         if note := entry.notes.get(xattrs.partial):
             try:
-                redirect = parse_partial(note).path  # of a file that is not wholly copied up yet
+                redirect = parse_partial(note).path  # a partial file has its own redirect
             except OSError:
                 yield f"{name}: the record of which of its data is in a lower (cowfs.partial) is invalid"
                 continue

@@ -1,4 +1,6 @@
-"""Turn a store of aufs into one of overlayfs, or the other way round: open it, judge it, have it done."""
+"""Convert a store between the formats of aufs and overlayfs: open it, check that it can be converted,
+convert.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,7 @@ from cowfs.store.served.image import note_closed, open_file, open_layer, refuse_
 
 
 def unfit_for_aufs(layer: UpperLayer, xattrs: XattrFormat, upper: Key) -> Iterator[str]:
-    """Yield each path of an upper that aufs would not show, and why."""
+    """Yield a line for each path of an upper that aufs would not show, with the reason. Blocks."""
     waiting: list[tuple[Key, bytes]] = [(upper, b"")]
     while waiting:
         directory, path = waiting.pop()
@@ -49,7 +51,8 @@ def unfit_for_aufs(layer: UpperLayer, xattrs: XattrFormat, upper: Key) -> Iterat
 
 
 def must_fit(layer: UpperLayer, header: Header, xattrs: XattrFormat, upper: Key) -> None:
-    """Raise StoreError, naming the first, for what a store has that one of aufs cannot hold."""
+    """StoreError, with the first problem, if a store contains something that the format of aufs cannot.
+    Blocks."""
     layers = Layers(layer, xattrs.prefix)
     if header.version >= WITH_LAYERS and (layers.all() or layers.below(upper)):
         raise StoreError(
@@ -63,9 +66,9 @@ def must_fit(layer: UpperLayer, header: Header, xattrs: XattrFormat, upper: Key)
 
 
 def begin(path: str, stack: ExitStack, progress: Progress) -> UpperLayer:
-    """Lock the store at *path*, an image or a directory, recover it, and return its filesystem as a layer.
+    """Lock and recover the store at *path*, an image or a directory; return its filesystem as a layer.
 
-    Blocks. Raises StoreError, StoreBusy.
+    *stack* closes it. Blocks. StoreError, StoreBusy.
     """
     if split_subdir(path)[1]:
         raise StoreError(f"{path}: only a whole image can be converted", "give the image")
@@ -90,7 +93,7 @@ def _directory(path: str, stack: ExitStack, progress: Progress) -> UpperLayer:
     with closing(_open_directory(path)) as plain:
         refuse_others(plain, path)
         header = _header_of(plain) or _new_header(plain)
-    layer = _open_directory(path, privileged=header.xattrs == TRUSTED)  # else it has notes of owners
+    layer = _open_directory(path, privileged=header.xattrs == TRUSTED)  # else xattrs record the owners
     stack.callback(layer.close)
     lock.refuse_mounted_directory(layer.root.fd, path)
     for place in ((layout.PRIVATE, layout.LOCK), (STAGE, layout.PRIVATE, layout.LOCK)):
@@ -109,9 +112,9 @@ def _open_directory(path: str, *, privileged: bool = True) -> DirectoryLayer:
 
 
 def convert(layer: UpperLayer, target: str, tick: Tick) -> Converted:
-    """Turn a store into one of the format *target*, or complete that. Blocks.
+    """Convert a store to the format *target*, or complete an interrupted conversion. Blocks.
 
-    Raises StoreError for what has that format already, is no store, or holds what cannot be converted.
+    StoreError if it has that format already, is not a store, or contains something that cannot be converted.
     """
     begun = conversion.begun(layer)
     if begun is not None:
@@ -152,17 +155,17 @@ _EMPTY = {
         "mount and unmount it once",
     ),
 }
-"""What must not be there, and what to do if it is."""
+"""Parts that must not exist or must be empty, and what to do otherwise."""
 
 
 def _new_header(layer: UpperLayer) -> Header:
-    """Return the header of a store that has none: another program's."""
+    """Return a header for another program's store, which has none."""
     of_user = isinstance(layer, DirectoryLayer) and not is_trusted()
     return new_header(xattrs=USER if of_user else TRUSTED)
 
 
 def _header_of(layer: UpperLayer) -> Header | None:
-    """Return the header of a store that is being converted, wherever it is now."""
+    """Return the header of a store, also if a conversion has moved it."""
     for place in ((layout.PRIVATE, layout.HEADER), (STAGE, layout.PRIVATE, layout.HEADER)):
         key = layout.find(layer, *place)
         if key is not None:
@@ -172,9 +175,10 @@ def _header_of(layer: UpperLayer) -> Header | None:
 
 
 def needs_lowers(layer: UpperLayer) -> bool:
-    """Whether a store that is to be one of aufs refers to its lowers as aufs cannot.
+    """Whether a store refers to its lowers in ways that aufs does not support: see cowfs.changes.flatten.
+    Blocks.
 
-    Raises StoreError for what it cannot become for other reasons.
+    StoreError if it cannot be converted to the format of aufs for other reasons.
     """
     if conversion.begun(layer) is not None:
         return False
@@ -192,7 +196,7 @@ def needs_lowers(layer: UpperLayer) -> bool:
 
 
 def _refers(layer: UpperLayer, xattrs: XattrFormat, upper: Key, *, data_only: bool = False) -> bool:
-    """Whether an upper has metacopies, or redirects, which do not count with *data_only*."""
+    """Whether an upper has metacopies or redirects; with *data_only*, only metacopies."""
     for key, attr in inodes_below(layer, upper):
         if stat.S_ISDIR(attr.st_mode) or stat.S_ISREG(attr.st_mode):
             notes = notes_of(layer, key, xattrs) or {}

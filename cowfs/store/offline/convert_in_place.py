@@ -1,7 +1,8 @@
-"""Turn a store of aufs into one of overlayfs, or the other way round, in place.
+"""Convert a store between the formats of aufs and overlayfs, in place.
 
-See :mod:`cowfs.store.format.conversion` for how it is continued. What aufs cannot say must have been put
-into the store before (:mod:`cowfs.changes.flatten`): all that only the lowers have, and the upper refers to.
+:mod:`cowfs.store.format.conversion` describes how an interrupted conversion is continued. Before a conversion
+to aufs, :mod:`cowfs.changes.flatten` must copy into the store everything in the lowers that the upper refers
+to.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ LOST = b"lost+found"
 _TIMES = b"times"
 _DEVICE = b"c0:0"
 _OWNERS = {OWNER_XATTR, USER_XATTR}
-"""What a layer without privilege notes: it means the same in both formats."""
+"""Attributes in which an unprivileged layer records owners. They mean the same in both formats."""
 _NO_LINK = {errno.EMLINK, errno.EPERM, errno.EOPNOTSUPP}
 _NO_XATTRS = {errno.ENODATA, errno.EOPNOTSUPP, errno.EPERM, errno.EACCES}
 Tick = Callable[[bytes], None]
@@ -38,7 +39,7 @@ Tick = Callable[[bytes], None]
 
 @dataclass(slots=True)
 class Converted:
-    """What was done; if it was continued, what was left to do."""
+    """The numbers of things converted; if the conversion was continued, without those before."""
 
     whiteouts: int = 0
     opaque: int = 0
@@ -49,7 +50,8 @@ class Converted:
 
 
 class Conversion:
-    """The conversion of one store. Its layer shows the filesystem as it is, whiteouts and all."""
+    """The conversion of one store. *layer* shows the filesystem as it is, including whiteouts. Blocks;
+    OSError."""
 
     def __init__(self, layer: UpperLayer, target: str, xattrs: XattrFormat, tick: Tick) -> None:
         self._layer = layer
@@ -62,12 +64,12 @@ class Conversion:
         aside = xattrs.prefix.removesuffix(b"overlay.") + b"cowfs."
         kept = (xattrs.origin, xattrs.layer, xattrs.protattr)
         self._kept = {aside + name.rpartition(b".")[2]: name for name in kept}
-        """By which names a store of aufs has those of overlayfs's attributes that both know."""
+        """Attributes that both formats can have: the name in the format of aufs to overlayfs's name."""
         lost = (xattrs.place, xattrs.links, xattrs.nlink)
         self._foreign = {*self._kept, *(aside + name.rpartition(b".")[2] for name in lost)}
 
     def run(self, header: Header | None) -> Converted:
-        """Do all remaining steps. *header* is the store's, or the one that it will have."""
+        """Do all remaining steps. *header* is the store's, or the one that it will get."""
         begun = conversion.begun(self._layer)
         self.done.continued = begun is not None
         if begun is not None and begun[0] != self._target:
@@ -87,7 +89,7 @@ class Conversion:
             step()
         assert phase is not None
         if self._target == OVERLAYFS:
-            self._layer.sync()  # the directory of the marker goes where the next mount removes it, at once
+            self._layer.sync()  # the next step moves the marker's directory to where a mount removes it
             inner = self._temporaries()
             self._layer.rename((self._layer.root, STAGE), (inner, b"#converted"))
             layout.empty(self._layer, inner)
@@ -97,7 +99,8 @@ class Conversion:
         return self.done
 
     def _stage(self) -> Key:
-        """Return the directory of the parts; a store of overlayfs has it only with its marker."""
+        """Return the directory of the store's parts. In the format of overlayfs, it exists only with its
+        marker."""
         found = self._layer.lookup(self._layer.root, STAGE)
         if found is not None:
             return found[0]
@@ -114,14 +117,14 @@ class Conversion:
         return self._must_find(STAGE)
 
     def _temporaries(self) -> Key:
-        """Return the directory, now empty, that the next mount empties."""
+        """Return the directory that the next mount empties, after emptying it now."""
         work = self._must_find(layout.WORK)
         inner = layout.ensure_directory(self._layer, work, layout.WORK, 0o700)
         layout.empty(self._layer, inner)
         return inner
 
     def _keep_times(self, stage: Key) -> None:
-        """Keep the times of the upper's root, which change when names are moved, as those of a file."""
+        """Save the times of the upper's root, which moving names changes, as the times of a file."""
         place = (STAGE, layout.UPPER) if self._target == AUFS else ()
         source = layout.find(self._layer, *place)
         if source is None or self._layer.lookup(stage, _TIMES) is not None:
@@ -182,7 +185,7 @@ class Conversion:
         return [escape, set_apart, translate, gather, spread]
 
     def _escape(self, directory: Key, name: bytes, key: Key, attr: Attr) -> None:
-        """Let nothing mean more to overlayfs than it did to aufs."""
+        """Escape an entry of aufs that overlayfs would interpret."""
         known = self._format
         for own in self._xattrs_of(key):
             if known.is_own(own) and own not in _OWNERS:
@@ -190,7 +193,7 @@ class Conversion:
                 self._layer.removexattr(key, own)
 
     def _keep_device(self, directory: Key, name: bytes, _: Key, attr: Attr) -> None:
-        """Put a file in the place of a device that would be a whiteout."""
+        """Replace a device that would become a whiteout by a file."""
         if not is_whiteout_device(attr):
             return
 
@@ -205,7 +208,8 @@ class Conversion:
         self._replace(directory, name, attr, make)
 
     def _replace(self, directory: Key, name: bytes, attr: Attr, make: Callable[[bytes], Key]) -> None:
-        """Put what *make* makes under the name it is given in the place of a device, or of its stand-in."""
+        """Replace a device, or the file that stands for it, by the inode that *make* creates under a given
+        name."""
         temporary = META + b"cowfs.new"
         with self._at_once(directory, self._layer.stat(directory)):
             self._remove(directory, temporary)
@@ -240,14 +244,14 @@ class Conversion:
             self._count("opaque", name)
 
     def _drop(self, directory: Key, name: bytes, covered: bytes | None, before: Attr) -> None:
-        """Remove what nobody sees: a whiteout that hides nothing below, or what a crash of aufs has left."""
+        """Remove an invisible entry: a whiteout that hides nothing, or a leftover of a crash of aufs."""
         for each in [name] if covered is None else [covered, name]:
             self._empty(directory, each)
             with self._at_once(directory, before):
                 self._remove(directory, each)
 
     def _hide(self, directory: Key, name: bytes, before: Attr) -> None:
-        """Put a device in the place of a whiteout's name. What stands there is what the whiteout covers."""
+        """Replace a whiteout's name by a device. An entry with the hidden name is removed."""
         self._empty(directory, name)
         with self._at_once(directory, before):
             self._remove(directory, name)
@@ -296,7 +300,7 @@ class Conversion:
         return [gather, translate, restore, spread]
 
     def _whiteouts_to_names(self, directory: Key, name: bytes, key: Key, attr: Attr) -> None:
-        """Put names in the place of whiteouts, and of an opaque directory's attribute."""
+        """Replace whiteouts, and the attribute of an opaque directory, by names."""
         if not stat.S_ISDIR(attr.st_mode):
             return
         before = self._layer.stat(key)
@@ -308,7 +312,7 @@ class Conversion:
             if found is None or not is_whiteout(self._layer, *found, self._format):
                 continue
             with self._at_once(key, before):
-                if not is_opaque:  # else it hides nothing
+                if not is_opaque:  # otherwise it hides nothing
                     self._make_whiteout_name(key, PREFIX + entry.name)
                 self._layer.unlink(key, entry.name, None)
             self._count("whiteouts", entry.name)
@@ -325,7 +329,7 @@ class Conversion:
             self._whiteout = key
 
     def _drop_overlay_attributes(self, directory: Key, name: bytes, key: Key, attr: Attr) -> None:
-        """Take away what means something to overlayfs alone."""
+        """Remove the attributes that only overlayfs uses."""
         known = self._format
         stand_in = known.device in self._xattrs_of(key)
         for stored, note in self._kept.items():
@@ -348,8 +352,9 @@ class Conversion:
     def _walk(
         self, top: Key, see: Callable[[Key, bytes, Key, Attr], None], *, skips_own: bool = False
     ) -> None:
-        """Call *see* with each directory, name, inode and its attributes below *top*; a directory's contents
-        come after it. Names of aufs are skipped.
+        """Call *see* with each directory, name, inode and its attributes below *top*, skipping names of aufs.
+
+        A directory comes before its contents.
         """
         see(top, b"", top, self._layer.stat(top))
         waiting: list[Key] = [top]
@@ -375,7 +380,7 @@ class Conversion:
         self._tick(name)
 
     def _names_of_users(self) -> list[bytes]:
-        """Return the names at the root that users have."""
+        """Return the names in the root that belong to the tree."""
         names = (entry.name for entry in self._layer.readdir(self._layer.root))
         return [name for name in names if not name.startswith(PREFIX) and name != LOST]
 
@@ -392,16 +397,16 @@ class Conversion:
 
     @contextmanager
     def _at_once(self, directory: Key, before: Attr) -> Iterator[None]:
-        """Put a few changes in a directory, whose times stay, on disk together or not at all.
+        """Put a few changes in a directory on disk together or not at all, and keep the directory's times.
 
-        Ctrl-C waits: it would leave what was changed until then.
+        Signals to terminate are blocked meanwhile.
         """
         with ctrl_c_postponed(), together(self._layer):
             yield
             self._layer.utimens(directory, before.st_atime_ns, before.st_mtime_ns)
 
     def _empty(self, directory: Key, name: bytes) -> None:
-        """Remove what is below a name, which may be much; the times of *directory* stay."""
+        """Remove everything below a name; keep the times of *directory*."""
         found = self._layer.lookup(directory, name)
         if found is not None and stat.S_ISDIR(found[1].st_mode):
             layout.empty(self._layer, found[0])
@@ -437,12 +442,12 @@ class Conversion:
         self._layer.utimens(target, attr.st_atime_ns, attr.st_mtime_ns)
 
     def _plain_root(self) -> None:
-        """Let the root of a store be as mke2fs makes it: what the branch had is on upper/ now."""
+        """Give the root the attributes that mke2fs gives it. Those of the branch's root are now on upper/."""
         for name in {*self._xattrs_of(self._layer.root)} - {USER_XATTR}:
             with suppress(OSError):
                 self._layer.removexattr(self._layer.root, name)
 
     def _save(self, stage: Key, header: Header | None, whiteouts: str) -> None:
-        """Write the header that the store will have, into the directory that will be its own."""
+        """Write the header that the store will have into its future directory."""
         made = replace(header or new_header(), version=1, whiteouts=whiteouts, adopted=True, mark=None)
         layout.save_header(self._layer, made, stage)

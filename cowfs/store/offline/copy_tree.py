@@ -1,4 +1,4 @@
-"""Copy a directory store with all that makes it one: in passes, each of what has changed since the last."""
+"""Copy a directory store with all its attributes, in passes: each copies what has changed since the last."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from cowfs.linux import files
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _EMPTY = {b"work/work", b"cowfs/lock"}
-"""What is of the mount that uses the store, and is not copied."""
+"""Parts that belong to the mount that uses the store. They are not copied."""
 
 _TICK_NS, _COARSE_TICK_NS = 20_000_000, 1_000_000_000
-"""Two changes that are closer to each other may leave the same time: the kernel's clock ticks 100 times a
-second or more; some filesystems keep whole seconds."""
+"""Two changes that are closer together, in ns, may get the same ctime: the kernel's clock ticks at least 100
+times a second, and some filesystems store whole seconds."""
 
 _State = tuple[int, int, int, int, int]
-"""Shows whether something has changed: the kernel itself sets the time of the last change."""
+"""A state of an inode, including its ctime, which only the kernel sets. It differs after any change."""
 
 
 class TreeCopy:
-    """Makes the directory *target* what *source* is; both are descriptors of the caller's.
+    """Makes the directory *target* a copy of *source*. Both are descriptors, which the caller closes.
 
-    Owners, modes, times, extended attributes, devices, hard links and holes are kept. OSError with the path
-    of what cannot be read or made: nothing is left out.
+    Owners, modes, times, extended attributes, devices, hard links and holes are kept. Nothing is left out:
+    OSError with the path if something cannot be read or made.
     """
 
     def __init__(self, source: int, target: int) -> None:
@@ -35,14 +35,15 @@ class TreeCopy:
         self._target = target
         self._states: dict[bytes, _State] = {}
         self._links: dict[tuple[int, int], tuple[bytes, _State | None]] = {}
-        """Where in the target an inode with several names was made in this pass, and what it was then."""
+        """Inodes with several names that this pass has copied: the path in the target, and the state
+        copied."""
         self._way: list[tuple[bytes, int, int]] = []
-        """The directories on the way to the last one, each in both trees: a tree may be very deep."""
+        """The directories down to the last one, each with its descriptors in both trees."""
 
     def run(self) -> Iterator[int]:
-        """Do one pass; yields for each inode how many bytes of it were copied. Blocks.
+        """Do one pass; yield the number of bytes copied for each inode. Blocks; OSError.
 
-        Each directory on the way down takes two descriptors.
+        Takes two descriptors for each directory on the way down.
         """
         try:
             yield from self._pass()
@@ -57,7 +58,7 @@ class TreeCopy:
             path, is_full = waiting.pop()
             try:
                 source, target = self._open(path)
-            except (FileNotFoundError, NotADirectoryError):  # it went meanwhile: the next pass sees that
+            except (FileNotFoundError, NotADirectoryError):  # removed meanwhile: the next pass handles it
                 continue
             if is_full:
                 _set_attributes(os.fstat(source), source, _place(target, b"."))
@@ -77,7 +78,7 @@ class TreeCopy:
             del self._states[gone]
 
     def _open(self, path: bytes) -> tuple[int, int]:
-        """Return descriptors of a directory in both trees, good until the next call."""
+        """Return descriptors of a directory in both trees, valid until the next call."""
         names = path.split(b"/") if path else []
         same = beneath.shared(self._way, names)
         self._leave_to(same)
@@ -101,11 +102,11 @@ class TreeCopy:
             os.close(target)
 
     def _entry(self, source: int, target: int, name: bytes, path: bytes) -> int | None:
-        """Copy what has a name, if it has changed; return its bytes, or None for a directory."""
+        """Copy the inode of a name if it has changed; return the bytes copied, or None for a directory."""
         try:
             now = beneath.now()
             info = os.stat(name, dir_fd=source, follow_symlinks=False)
-        except FileNotFoundError:  # it went meanwhile: the next pass sees that
+        except FileNotFoundError:  # removed meanwhile: the next pass handles it
             self._states.pop(path, None)
             with suppress(FileNotFoundError):
                 _remove(target, name)
@@ -141,7 +142,7 @@ class TreeCopy:
         return size
 
     def _stays(self, target: int, name: bytes, path: bytes, info: os.stat_result, state: _State) -> bool:
-        """Whether the copy is good yet, and one inode with the copies of its other names."""
+        """Whether the copy is still up to date, and the same inode as the copies of its other names."""
         if self._states.get(path) != state:
             return False
         if info.st_nlink < 2:
@@ -161,7 +162,7 @@ class TreeCopy:
         info: os.stat_result,
         state: _State | None,
     ) -> tuple[int, _State | None]:
-        """Make a name in the target; return how many bytes were copied, and the state that the copy is of."""
+        """Make a name in the target; return the number of bytes copied, and the state that was copied."""
         inode = info.st_dev, info.st_ino
         first = self._links.get(inode)
         if first is not None:
@@ -170,7 +171,7 @@ class TreeCopy:
         size = 0
         fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=source)
         try:
-            if not _is_still(info, os.fstat(fd)):  # the next pass sees what that is
+            if not _is_same(info, os.fstat(fd)):  # the next pass handles it
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
             if stat.S_ISREG(info.st_mode):
                 size = _copy_file(fd, target, name, 0 if path in _EMPTY else info.st_size)
@@ -187,12 +188,12 @@ class TreeCopy:
 
 
 def _is_settled(info: os.stat_result, now: int) -> bool:
-    """Whether what changes from *now* on gets another time of its last change."""
+    """Whether a change from *now* on gets another ctime."""
     return info.st_ctime_ns + (_TICK_NS if info.st_ctime_ns % 10**9 else _COARSE_TICK_NS) < now
 
 
-def _is_still(info: os.stat_result, now: os.stat_result) -> bool:
-    """Whether what a name leads to is what was there: its owner may be anybody by now, and it a fifo."""
+def _is_same(info: os.stat_result, now: os.stat_result) -> bool:
+    """Whether a name still has the same inode. Otherwise it may be another user's, or a fifo."""
     return os.path.samestat(info, now) and (info.st_mode, info.st_uid) == (now.st_mode, now.st_uid)
 
 
@@ -208,7 +209,7 @@ def _copy_file(source: int, target: int, name: bytes, size: int) -> int:
                 while at < stop:
                     data = os.pread(reading.fileno(), min(1 << 20, stop - at), at)
                     if not data:
-                        break  # it has become shorter: the next pass sees that
+                        break  # the file has become shorter: the next pass handles it
                     done = 0
                     while done < len(data):
                         done += os.pwrite(writing.fileno(), memoryview(data)[done:], at + done)
@@ -217,7 +218,7 @@ def _copy_file(source: int, target: int, name: bytes, size: int) -> int:
 
 
 def _set_attributes(info: os.stat_result, source: int, target: bytes) -> None:
-    """Give the copy all attributes: the owner first, which takes others away."""
+    """Set all attributes of a copy; the owner first, because setting it clears others."""
     os.chown(target, info.st_uid, info.st_gid, follow_symlinks=False)
     wanted = set(map(os.fsdecode, beneath.listxattr(source)))
     for extra in set(os.listxattr(target, follow_symlinks=False)) - wanted - {"security.selinux"}:

@@ -1,4 +1,4 @@
-"""Make a store: an ext3 image with upper/, work/ and the header in it. Needs no privilege."""
+"""Create a store: an ext3 image with upper/, work/ and the header. Needs no privilege."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from cowfs.store.served.image import claim, open_file, open_layer
 
 
 def create_store(path: str, size: int, *, key: bytes | None = None, progress: Progress = quiet) -> None:
-    """Make a store of *size* bytes at *path*, where nothing may be. All of it is allocated. Blocks.
+    """Create a store of *size* bytes at *path*, which must not exist, and allocate all its blocks. Blocks.
 
-    With a *key* it is encrypted (LUKS), and its header is a part of that size. It appears whole or not at
-    all: a failure, SIGINT, SIGTERM or SIGHUP leave nothing behind. Raises UsageError for the size, StoreError
-    for the place, SystemFailure without e2fsprogs.
+    With a *key* it is encrypted; *size* includes the header of LUKS. The store appears completely or not at
+    all: after a failure, SIGINT, SIGTERM or SIGHUP nothing is left. UsageError for an invalid size,
+    StoreError for an unsuitable place, SystemFailure without e2fsprogs.
     """
     _check_size(size, key)
     if os.path.isdir(path):
@@ -58,9 +58,9 @@ def create_store(path: str, size: int, *, key: bytes | None = None, progress: Pr
 
 
 def create_on_device(path: str, *, key: bytes | None = None, progress: Progress = quiet) -> int:
-    """Make a store that takes all of the block device at *path*, on which nothing may be; return its size.
+    """Create a store on the whole block device at *path*, which must be empty; return its size in bytes.
 
-    With a *key* it is encrypted. Blocks. Raises UsageError, StoreError, StoreBusy, SystemFailure.
+    With a *key* it is encrypted. Blocks. UsageError, StoreError, StoreBusy, SystemFailure.
     """
     path = os.path.abspath(path)
     tools.program("mke2fs")
@@ -93,7 +93,7 @@ def _check_size(size: int, key: bytes | None) -> None:
 
 
 def _refuse_content(fd: int, path: str) -> None:
-    """StoreError for a disk on which there is something that is known."""
+    """StoreError if a disk contains something that cowfs recognises."""
     found = what_is(fd)
     if found.startswith("a file"):
         if os.pread(fd, 2, 510) != b"\x55\xaa":
@@ -103,7 +103,7 @@ def _refuse_content(fd: int, path: str) -> None:
 
 
 def _fill(fd: int, path: str, key: bytes | None) -> None:
-    """Make the store in a file or device, which is encrypted before if there is a *key*."""
+    """Make the store in a file or device; with a *key*, in a new LUKS volume there."""
     if key is None:
         _format(fd, path)
         return
@@ -113,9 +113,9 @@ def _fill(fd: int, path: str, key: bytes | None) -> None:
 
 @contextmanager
 def unfinished(path: str, directory: str, called: str = "") -> Iterator[int]:
-    """Open a file that gets its name at the end, unless the name is taken by then; else it is removed.
+    """Open a new file that gets the name *path* after the block. If the block fails, the file is removed.
 
-    Messages call it *called*, if not *path*.
+    Blocks. StoreError if the name is taken by then; messages call the file *called*, or *path*.
     """
     name = os.path.basename(path)
     path = called or path
@@ -131,7 +131,7 @@ def unfinished(path: str, directory: str, called: str = "") -> Iterator[int]:
         except OSError as error:
             if error.errno not in {errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT}:
                 raise
-            temporary = f".cowfs-{secrets.token_hex(8)}"  # FAT: a file has a name, or is none
+            temporary = f".cowfs-{secrets.token_hex(8)}"  # FAT has no files without names
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
             fd = os.open(temporary, flags, 0o600, dir_fd=parent)
         yield fd
@@ -153,7 +153,7 @@ def unfinished(path: str, directory: str, called: str = "") -> Iterator[int]:
 
 
 def _publish(fd: int, parent: int, temporary: str, name: str) -> None:
-    """Give the finished file its name. Raises FileExistsError rather than to replace anything."""
+    """Give the finished file its name. EEXIST if the name is taken."""
     if not temporary:
         os.link(f"/proc/self/fd/{fd}", name, dst_dir_fd=parent, follow_symlinks=True)
         return
@@ -161,10 +161,10 @@ def _publish(fd: int, parent: int, temporary: str, name: str) -> None:
 
 
 def _format(fd: int, path: str) -> None:
-    """Make the filesystem, and in it the directories and the header, all of them root's."""
+    """Make the filesystem, and in it the directories and the header. Root owns them."""
     identity = str(uuid.uuid4())
     format_image(fd, path, identity, keep=True)
     with ExitStack() as stack:
         layer = open_layer(fd, path, stack)
-        layout.ensure_directory(layer, layer.root, layout.UPPER, 0o755)  # the first inode, as ever
+        layout.ensure_directory(layer, layer.root, layout.UPPER, 0o755)  # the first inode, as before
         layout.initialise(layer, new_header(identity=identity))

@@ -1,4 +1,4 @@
-"""Make a store larger. Needs no privilege but that to write to the image."""
+"""Grow a store. Needs no privilege except permission to write to the image."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ _ROOM = "free space on its disk"
 
 
 def grow_store(path: str, size: int | None, *, progress: Progress = quiet) -> int:
-    """Extend the image at *path* to *size* bytes and let its filesystem fill it; return the size. Blocks.
+    """Grow the image at *path*, with its filesystem, to *size* bytes; return the size. Blocks.
 
-    Without *size* only the filesystem grows, to the size of the file. The contents stay. If anything fails,
-    the store is as usable as before, and the same call continues from there: a file that has the size already
-    is not an error. Raises StoreError, StoreBusy, UsageError.
+    Without *size*, the filesystem grows to the size of the file. If it fails, the store can still be used,
+    and the same call can be repeated: a file that already has the size is not an error. StoreError,
+    StoreBusy, UsageError.
     """
     refuse_directory(path, _ROOM)
     path = os.path.abspath(path)
@@ -41,11 +41,11 @@ def grow_store(path: str, size: int | None, *, progress: Progress = quiet) -> in
 
 
 def grow_open_store(store: Store, size: int | None) -> Generator[Step | str, None, int]:
-    """Do the same for an open store while it is in use; return the size.
+    """Grow an open store while it is in use, as :func:`grow_store` does; return the size in bytes.
 
-    For the thread that owns the store's layer, and images that are read in this process. Yields messages, and
-    calls for another thread to make before the next step; users continue meanwhile. They wait for e2fsck and
-    resize2fs. A store in memory may become that large from now on.
+    Call it in the thread that owns the store's layer, for an image that this process reads. It yields
+    messages, and calls for another thread to make before the next step. Users continue meanwhile, except
+    while e2fsck and resize2fs run. For a store in memory, it only sets the size limit.
     """
     if store.memory is not None:
         return _allow(store.memory, size)
@@ -59,7 +59,7 @@ def grow_open_store(store: Store, size: int | None) -> Generator[Step | str, Non
     with ExitStack() as stack:
         _growing.add(path)
         stack.callback(_growing.remove, path)
-        # By its descriptor: our own mount may hide it, or it is on a disk that nobody sees.
+        # Open it by its descriptor: cowfs's own mount may hide its path, or it is on an invisible mount.
         fd = open_file(tools.place(store.fd))
         stack.callback(os.close, fd)
         if not store.is_in_place():
@@ -71,7 +71,7 @@ def grow_open_store(store: Store, size: int | None) -> Generator[Step | str, Non
         if plan.size == plan.filesystem:
             yield f"{path}: already has {format_size(plan.size)}"
             return plan.size
-        yield plan.told
+        yield plan.message
         with ExitStack() as undo:
             undo.callback(_cut_back, fd, plan)
             yield partial(_extend, fd, plan)
@@ -81,7 +81,7 @@ def grow_open_store(store: Store, size: int | None) -> Generator[Step | str, Non
 
 
 def _resize_open(store: Store, fd: int, undo: ExitStack) -> None:
-    """Check and resize while all wait. *undo* is forgotten once resize2fs may have written."""
+    """Check and resize while all users wait. *undo* is cleared before resize2fs writes."""
     layer: Any = store.layer
     try:
         layer.suspend(store.work)
@@ -96,7 +96,7 @@ def _resize_open(store: Store, fd: int, undo: ExitStack) -> None:
 
 
 _growing: set[str] = set()
-"""Stores, by their paths, that are open in this process and are being grown."""
+"""Paths of stores that are open in this process and being grown."""
 
 
 def _allow(memory: Memory, size: int | None) -> int:
@@ -117,17 +117,17 @@ def _allow(memory: Memory, size: int | None) -> int:
 
 
 class _Plan(NamedTuple):
-    """What is to be done to an image: all in bytes."""
+    """The present and new sizes of an image, in bytes."""
 
     path: str
     filesystem: int
     length: int
-    """Of the file as it is."""
+    """The present size of the file."""
     size: int
-    """The size that the file and the filesystem will have."""
+    """The new size of the file and the filesystem."""
 
     @property
-    def told(self) -> str:
+    def message(self) -> str:
         if self.size > self.length:
             return f"extending {self.path} from {format_size(self.length)} to {format_size(self.size)}"
         return (
@@ -136,9 +136,9 @@ class _Plan(NamedTuple):
 
 
 def _plan(fd: int, path: str, size: int | None) -> _Plan:
-    """Return what there is to do. Raises UsageError and StoreError for what cannot be."""
+    """Plan how to grow an image. UsageError, StoreError if that is not possible."""
     superblock = read_superblock(fd, path, smallest=0)
-    filesystem, unit = superblock.size, max(superblock.block_size, 4096)  # resize2fs counts in pages too
+    filesystem, unit = superblock.size, max(superblock.block_size, 4096)  # resize2fs rounds to pages
     largest = min(LARGEST, superblock.block_size << 32)
     if size is not None and size >= largest:
         raise UsageError(f"{format_size(size)} is too large for it", f"give less than {format_size(largest)}")
@@ -155,13 +155,13 @@ def _plan(fd: int, path: str, size: int | None) -> _Plan:
 
 
 def _extend(fd: int, plan: _Plan) -> None:
-    """Give the file its new size, and all blocks that the filesystem will have; a device has them."""
+    """Give a file its new size, and allocate all blocks of the filesystem. A device has them."""
     if stat.S_ISBLK(os.fstat(fd).st_mode):
         return
     if plan.size > plan.length:
         allocate(fd, plan.path, plan.length, plan.size)
     else:
-        allocate(fd, plan.path, plan.filesystem, plan.size, plan.length)  # holes, if truncate(1) made it long
+        allocate(fd, plan.path, plan.filesystem, plan.size, plan.length)  # truncate(1) may have left holes
 
 
 def _cut_back(fd: int, plan: _Plan) -> None:
@@ -180,7 +180,7 @@ def _grow(fd: int, path: str, size: int | None, progress: Progress) -> int:
         progress(f"{path}: already has {format_size(plan.size)}")
         return plan.size
     _check_filesystem(fd, path)
-    progress(plan.told)
+    progress(plan.message)
     _extend(fd, plan)
     _resize(fd, path)
     _filled(fd, plan, alone=True)
@@ -200,7 +200,7 @@ def _refuse_to_shrink(path: str, size: int, length: int, filesystem: int) -> NoR
 
 
 def _check_filesystem(fd: int, path: str) -> None:
-    """Check, and where that is safe repair, the filesystem: resize2fs demands it. *path* is for messages."""
+    """Check the filesystem, and make the safe repairs: resize2fs requires it. *path* is for messages."""
     with deferred():
         code, said = tools.fsck(fd, path, "-f", "-p")
     if code & ~(tools.FSCK_CORRECTED | 2):
@@ -211,10 +211,10 @@ def _check_filesystem(fd: int, path: str) -> None:
 
 
 def _resize(fd: int, path: str) -> None:
-    """Let the filesystem fill its file, after _check_filesystem().
+    """Grow the filesystem to the size of its file, after _check_filesystem().
 
-    resize2fs wants to see that by the times in the superblock, and those are wrong where the clock is: so it
-    is not asked.
+    resize2fs would look for that check in the superblock's times, which are wrong if the clock is. So -f
+    skips this test.
     """
     on_terminal = sys.stdout.isatty()
     options = ["-f", "-p"] if on_terminal else ["-f"]

@@ -1,4 +1,4 @@
-"""Tell about a store without opening it. Needs the permission to read it, nothing more."""
+"""Describe a store without opening it for use. Needs only permission to read it."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from cowfs.store.served.image import open_file, open_layer, within
 
 
 def store_info(spec: str) -> dict[str, Any]:
-    """Return what a store tells about itself: a dictionary that JSON can hold. Blocks for reading.
+    """Return the facts about a store as an object for JSON. Blocks.
 
-    Keys: ``path kind size used free inodes free_inodes state format version created created_by uuid
-    lowers in_use_by problem partial xattr_prefix layers checkpoints fresh stores``. Sizes are bytes; what is
-    not known is None. A directory's *size*, *free* and inodes are those of the filesystem that it is on, so
-    its *used* is not known. *format* is ``overlayfs``, ``aufs``, ``mixed`` (both, which nobody can use),
-    ``converting`` (cowfs.store.format.conversion), ``none yet`` (an empty filesystem) or ``foreign``; *state*
-    that of the filesystem, which is ``in use`` while it is mounted. What the journal of an image holds counts
-    as if it had been replayed. *problem* says why what is in it cannot be told. *partial* has how many
-    ``files`` are copied up in part, and how many ``bytes`` of them are missing. *layers* are the numbers of
-    those of checkpoints below the upper, *checkpoints* the names, and *fresh* is whether a crash has cut
-    short the making of one. *stores* are the names of the stores in it (``-o subdir=``). Raises StoreError if
-    *spec* cannot be read or is no store at all.
+    Keys: ``path kind size used free inodes free_inodes state format version created created_by uuid lowers
+    in_use_by problem partial xattr_prefix layers checkpoints fresh stores``. Sizes are in bytes; unknown
+    values are None. A directory's *size*, *free* and inodes are those of its filesystem, so its *used* is
+    unknown. *format* is ``overlayfs``, ``aufs``, ``mixed`` (both, which cannot be used), ``converting``
+    (cowfs.store.format.conversion), ``none yet`` (an empty filesystem) or ``foreign``. *state* is that of the
+    filesystem; it is ``in use`` while mounted. An image is described as if its journal had been replayed.
+    *problem* says why the contents are unknown. *partial* has the number of partial ``files``, and the number
+    of ``bytes`` missing in them. *layers* are the numbers of the checkpoints' layers below the upper,
+    *checkpoints* their names, and *fresh* says whether a crash interrupted the making of one. *stores* are
+    the names of the stores in the image (``-o subdir=``). StoreError if *spec* cannot be read or is not a
+    store.
     """
     path = os.path.abspath(spec)
     with ExitStack() as stack:
@@ -83,7 +83,7 @@ def _image(path: str, stack: ExitStack) -> dict[str, Any]:
 
 
 def _was_copied_in_use(layer: UpperLayer, directory: int) -> bool:
-    with suppress(OSError):  # only its owner may read the lock file
+    with suppress(OSError):  # only the owner can read the lock file
         fd = layout.open_lock(layer)
         if fd is not None:
             try:
@@ -108,7 +108,7 @@ def _directory(path: str, stack: ExitStack) -> dict[str, Any]:
         stack.callback(os.close, fd)
         user = lock.holder(tools.place(fd))
         if user:
-            inside["problem"] = None  # its mark is being made anew
+            inside["problem"] = None  # its mark is being renewed
         elif _was_copied_in_use(layer, directory.root.fd):
             inside["problem"] = str(copy_detection.torn_copy(path))
     return {
@@ -116,7 +116,7 @@ def _directory(path: str, stack: ExitStack) -> dict[str, Any]:
         "kind": "directory",
         "size": room.blocks * room.frsize,
         "used": None,
-        "free": (room.bfree if os.geteuid() == 0 else room.bavail) * room.frsize,  # as Store.free
+        "free": (room.bfree if os.geteuid() == 0 else room.bavail) * room.frsize,  # as in Store.free
         "inodes": room.files,
         "free_inodes": room.ffree,
         "state": "in use" if user else "clean",
@@ -130,7 +130,7 @@ def _as_store(layer: UpperLayer) -> UpperLayer:
 
 
 def _inside(layer: UpperLayer) -> dict[str, Any]:
-    """Return what the names at the root and the header say."""
+    """Return the facts shown by the names in the root and by the header."""
     begun = conversion.interrupted(layer)
     if begun is not None:
         said = {"format": "converting", **_facts(None), "problem": str(begun), "partial": None}
@@ -154,7 +154,7 @@ def _inside(layer: UpperLayer) -> dict[str, Any]:
 
 
 def _layers(layer: UpperLayer | None, header: Header | None) -> dict[str, Any]:
-    """Return what to report of checkpoints."""
+    """Return the facts about checkpoints."""
     told: dict[str, Any] = {"xattr_prefix": None, "layers": [], "checkpoints": [], "fresh": False}
     told["stores"] = [] if layer is None or isinstance(layer, aufs.AufsStore) else _stores(layer)
     upper = None if layer is None else layout.find(layer, layout.UPPER)
@@ -170,7 +170,7 @@ def _layers(layer: UpperLayer | None, header: Header | None) -> dict[str, Any]:
 
 
 def _stores(layer: UpperLayer) -> list[str]:
-    """Return the names of the stores in a store."""
+    """Return the names of the stores in an image."""
     names = []
     for entry in layer.readdir(layer.root):
         name = os.fsdecode(entry.name)
@@ -184,11 +184,11 @@ def _stores(layer: UpperLayer) -> list[str]:
 
 
 def _missing(layer: UpperLayer, header: Header) -> dict[str, int]:
-    """Return how many files are copied up in part, and about how much of them is in the lower alone."""
+    """Return the number of partial files, and about how many bytes of them are only in the lower."""
     files = size = 0
     xattrs = XattrFormat(header.xattrs.encode())
     for ino in partial.listed(layer, layout.find(layer, layout.PRIVATE), xattrs.partial):
-        with suppress(OSError):  # it is whole by now, or another
+        with suppress(OSError):  # completed or replaced meanwhile
             key = layer.numbered(ino)
             layer.getxattr(key, xattrs.metacopy)
             end = parse_partial(layer.getxattr(key, xattrs.partial)).end
@@ -208,7 +208,7 @@ def _format(layer: UpperLayer, names: set[bytes]) -> str:
 
 
 def _facts(header: Header | None) -> dict[str, Any]:
-    """Return what the header says; all None if there is none."""
+    """Return the facts in the header; all None if there is none."""
     if header is None:
         return dict.fromkeys(("version", "created", "created_by", "uuid"), None) | {
             "lowers": [],

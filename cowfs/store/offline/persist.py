@@ -1,4 +1,4 @@
-"""Keep a store that is in memory: write it out as an image, and go on with that."""
+"""Persist a store in memory: write it to an image, and use the image from then on."""
 
 from __future__ import annotations
 
@@ -21,21 +21,20 @@ from cowfs.store.served.store import Store
 Step = Callable[[], None]
 _CHUNK = 1 << 20
 _CHUNKS = 64
-"""How many are copied in one step: after each it is seen whether the caller still wants it."""
+"""How many chunks are copied in one step. The caller can stop after each step."""
 
 
 def persist(
     store: Store, directory: int, name: str, path: str, size: int | None
 ) -> Generator[Step | str, None, int]:
-    """Write the store in memory out as *name* in the open *directory*, and go on with it there.
+    """Write the store in memory to the image *name* in the open *directory*, and use the image from then on.
 
-    The image gets *size* bytes, or as many as it has in memory; that is returned. Yields what is to be
-    told, and what is to be called by another thread before the next step: users of the store go on
-    meanwhile. Only what they change meanwhile is copied while they wait. *path* is for messages, and
-    where the store says it is from then on.
+    The image gets *size* bytes, or its size in memory; that is returned. Yields messages, and calls for
+    another thread to make before the next step. Users of the store continue meanwhile; they only wait while
+    their last changes are copied. *path* is the store's new path, also for messages.
 
-    Raises StoreError and UsageError. Until the file is whole and has its name the store is in memory:
-    who closes this generator, or whatever fails, leaves it there, and no file.
+    StoreError, UsageError. Until the image is complete and has its name, the store stays in memory: after a
+    failure, or if the generator is closed, there is no file.
     """
     memory = store.memory
     if memory is None:
@@ -65,7 +64,7 @@ def persist(
                 yield partial(_copy, memory.fd, fd, chunks[first : first + _CHUNKS], copied)
             yield partial(os.fsync, fd)
             kept = _switch(store, fd, path, wanted, size is None, copied, unnamed.close)
-        os.dup2(kept, memory.fd, inheritable=False)  # the memory is free; close() closes the image
+        os.dup2(kept, memory.fd, inheritable=False)  # frees the memory; close() closes the image
         os.close(kept)
         store.fd = store.locked = memory.fd
         store.mounted_as(store.dev)
@@ -84,7 +83,8 @@ def _switch(
     copied: dict[int, bytes],
     publish: Callable[[], None],
 ) -> int:
-    """Copy what has changed since *copied*, give the file its name and the store the file, while all wait."""
+    """Copy what has changed since *copied*, name the file, and switch the store to it, while all users
+    wait."""
     memory = store.memory
     layer: Any = store.layer
     memory.release_reserve(store.work)
@@ -106,7 +106,7 @@ def _switch(
         allocate.fill_holes(fd, 0, wanted)
         os.fsync(fd)
         lock.lock(fd, path)
-        keeping = os.dup(fd)  # the lock is that of both
+        keeping = os.dup(fd)  # both descriptors hold the lock
         try:
             publish()
         except BaseException:
@@ -123,7 +123,7 @@ def _switch(
 
 
 def _note(store: Store, top: Any) -> None:
-    """Note in which file the image is: where *top*, its root, is a store."""
+    """Record in which file the image is, if its root *top* is a store."""
     layer: Any = store.layer
     root, layer.root = layer.root, top
     try:
@@ -151,7 +151,7 @@ def _wanted(present: int, size: int | None) -> int:
 
 
 def _present(source: int) -> list[int]:
-    """Return the numbers of the chunks in which there is data."""
+    """Return the numbers of the chunks that contain data."""
     return sorted(
         {
             chunk
@@ -162,7 +162,7 @@ def _present(source: int) -> list[int]:
 
 
 def _copy(source: int, target: int, chunks: Sequence[int], copied: dict[int, bytes]) -> None:
-    """Copy those of *chunks* that are not what they were when they were *copied*, which has the digests."""
+    """Copy the *chunks* that have changed since they were copied. *copied* has their digests then."""
     for chunk in chunks:
         data = os.pread(source, _CHUNK, chunk * _CHUNK)
         digest = hashlib.blake2b(data, digest_size=16).digest()
@@ -172,7 +172,7 @@ def _copy(source: int, target: int, chunks: Sequence[int], copied: dict[int, byt
 
 
 def _clear(target: int, chunks: Iterable[int]) -> None:
-    """Write zeros: there is a hole by now."""
+    """Write zeros over chunks that have become holes."""
     length = os.fstat(target).st_size
     for chunk in chunks:
         _write(target, bytes(min(_CHUNK, length - chunk * _CHUNK)), chunk * _CHUNK)
@@ -185,5 +185,5 @@ def _write(fd: int, data: bytes, offset: int) -> None:
 
 
 def _fill(fd: int, path: str) -> None:
-    """Let the filesystem fill its file."""
+    """Grow the filesystem to the size of its file."""
     tools.resize(fd, path, "-f")

@@ -1,4 +1,4 @@
-"""Make a store smaller, and give its free space back to the disk."""
+"""Shrink a store, and return its free space to the disk."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ _MINIMUM = re.compile(r"minimum size of the filesystem: (\d+)")
 
 
 def shrink_store(path: str, size: int | None, replacing: Replacing, *, progress: Progress = quiet) -> int:
-    """Make the image at *path* as large as *size*, or as small as can be; return its size. Blocks.
+    """Shrink the image at *path* to *size* bytes, or as far as possible; return its size. Blocks.
 
-    *replacing* gives a file that takes the place of *path* at its end. A copy of the image is made smaller
-    there: whenever it is interrupted, the image is the old one or the new one. Raises StoreError, StoreBusy,
+    *replacing* provides a file that replaces *path* at the end. The image is copied to it, and the copy is
+    shrunk. So after an interruption, the image is either the old or the new one. StoreError, StoreBusy,
     UsageError.
     """
     with cleaned_up(), ExitStack() as stack:
@@ -74,9 +74,9 @@ def shrink_store(path: str, size: int | None, replacing: Replacing, *, progress:
 
 
 def trim_store(path: str, *, progress: Progress = quiet) -> int:
-    """Give the free space of the image at *path* back to the disk; return how many bytes. Blocks.
+    """Return the free space of the image at *path* to the disk; return the number of bytes. Blocks.
 
-    Raises StoreError, StoreBusy.
+    StoreError, StoreBusy.
     """
     with cleaned_up(), ExitStack() as stack:
         fd, path = _open(path, stack)
@@ -87,7 +87,7 @@ def trim_store(path: str, *, progress: Progress = quiet) -> int:
 
 
 def trim_open_store(store: Store) -> Generator[Step | str, None, int]:
-    """Give the free space in the image of an open store back to the disk; return how many bytes.
+    """Return the free space in the image of an open store to the disk; return the number of bytes.
 
     All users of the mount wait while e2fsck runs. Call it in the thread that serves the filesystem.
     StoreError for a directory, and for an image that the kernel has mounted.
@@ -116,7 +116,7 @@ def _trim(fd: int, path: str) -> int:
 
 
 def _open(path: str, stack: ExitStack) -> tuple[int, str]:
-    """Open an image that nobody uses, and lock it until the end; return where it is, too."""
+    """Open an unused image, and lock it until *stack* ends; return its descriptor and its real path."""
     refuse_directory(path, "delete files in it")
     fd = open_unused(path, stack, refuse_device)
     path = os.path.realpath(path)
@@ -126,7 +126,7 @@ def _open(path: str, stack: ExitStack) -> tuple[int, str]:
 
 
 def _must_be_there(fd: int, path: str) -> None:
-    """StoreError if somebody has put another file in the place of the one that was opened."""
+    """StoreError if another file has replaced the one that was opened."""
     with suppress(OSError):
         if os.path.samestat(os.stat(path, follow_symlinks=False), os.fstat(fd)):
             return
@@ -148,7 +148,7 @@ def _still_closed(fd: int) -> None:
 
 
 def _must_have_room(fd: int, path: str, directory: str) -> None:
-    """StoreError where a copy of an image has no room beside it."""
+    """StoreError if the directory has no space for a copy of the image."""
     needed = os.fstat(fd).st_blocks * 512
     room = os.statvfs(directory)
     free = room.f_bavail * room.f_frsize
@@ -171,7 +171,7 @@ def _check(fd: int, path: str, *options: str, is_copy: bool = False) -> None:
 
 
 def _least(fd: int, path: str) -> int:
-    """Return as how many blocks resize2fs can make it, at least."""
+    """Return the smallest size, in blocks, to which resize2fs can shrink the image."""
     done = tools.run(["resize2fs", "-P", tools.place(fd)], pass_fds=[fd], merge=True)
     found = _MINIMUM.search(done.stdout.decode(errors="replace"))
     if done.returncode or found is None:
@@ -181,8 +181,7 @@ def _least(fd: int, path: str) -> int:
 
 @contextmanager
 def _same_times(fd: int, path: str) -> Iterator[None]:
-    """Let the directories of an image have the times they had: resize2fs changes those of the directories
-    that it writes new numbers of inodes to."""
+    """Keep the times of an image's directories: resize2fs changes them when it renumbers inodes."""
     with ExitStack() as stack:
         layer = open_layer(fd, path, stack, read_only=True)
         before = {name: layer.stat(key).st_mtime_ns for name, key in _directories(layer)}
@@ -212,7 +211,7 @@ def _in_mb(size: int) -> str:
 
 
 def _set_attributes(source: int, target: int) -> None:
-    """Give the new file owner and mode of the old one."""
+    """Give the new file the owner and mode of the old one."""
     info = os.fstat(source)
     with suppress(PermissionError):
         os.fchown(target, info.st_uid, info.st_gid)

@@ -1,4 +1,4 @@
-"""Open an image that nobody uses, to work on it."""
+"""Open an unused image to work on it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cowfs.store.served.image import open_file, refuse_torn
 
 
 def refuse_directory(path: str, hint: str) -> None:
-    """Raise StoreError, with *hint*, for a directory: it has no size that could be changed."""
+    """StoreError, with *hint*, for a directory: it has no size that can be changed."""
     if os.path.isdir(path):
         if is_plain_directory(path):
             raise not_a_store(path)
@@ -25,9 +25,9 @@ def refuse_directory(path: str, hint: str) -> None:
 def open_unused(
     path: str, stack: ExitStack, check: Callable[[int, str], None] = lambda _fd, _path: None
 ) -> int:
-    """Open an image and lock it until *stack* ends. StoreBusy, or StoreError for a torn copy.
+    """Open an image and lock it until *stack* ends. Blocks. StoreBusy; StoreError for a torn copy.
 
-    *check* is called with the open file and *path*, before anything is done to the file.
+    *check* is called with the open file and *path* first.
     """
     fd = open_file(path)
     stack.callback(os.close, fd)

@@ -23,11 +23,9 @@ class Unsaved(NamedTuple):
 
     why: str
     since: float
-    """Since the epoch: what was done before is on disk. 0: nothing can be found there any more."""
+    """Changes before this time (seconds since the epoch) are on disk. 0: nothing on disk can be used."""
     waits: bool
-    """Whether they are written as soon as the disk accepts them; else nothing beyond what can be read now is
-    kept.
-    """
+    """Whether they are written as soon as the disk accepts them; otherwise they are lost at the end."""
 
     def __str__(self) -> str:
         if not self.since:
@@ -44,7 +42,7 @@ class Disk(NamedTuple):
 
     free: int
     missing: int
-    """That the store's file, which is sparse, may still take of it."""
+    """What the store's sparse file may still allocate."""
 
 
 def unsaved(store: Store) -> Unsaved | None:
@@ -87,7 +85,7 @@ def disk_of(file: str | int) -> Disk | None:
         state, room = os.stat(file), os.statvfs(file)
     except OSError:
         return None
-    if stat.S_ISBLK(state.st_mode):  # it has all its space, and is on no other disk
+    if stat.S_ISBLK(state.st_mode):  # a block device has all its space
         return None
     missing = max(state.st_size - state.st_blocks * 512, 0) if stat.S_ISREG(state.st_mode) else 0
     return Disk(room.f_bavail * room.f_frsize, missing)

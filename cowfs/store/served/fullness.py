@@ -14,9 +14,9 @@ log = logging.getLogger(__name__)
 NEARLY = 90
 """The percentage in use from which on a warning is logged."""
 _LITTLE = 256 << 20
-"""Bytes: of a disk with so much room nobody needs to be warned."""
+"""Bytes. With more free space on the disk there is no warning."""
 _AGAIN = 80
-"""Percent below which it must have been to be told again in the log."""
+"""The percentage in use below which another warning can be logged later."""
 
 
 def nearly_full(path: str, used: int, of: int, used_inodes: int, of_inodes: int) -> str:
@@ -62,7 +62,7 @@ def watch(store: Store, whereabouts: presence.Whereabouts | None = None) -> Call
         nonlocal told, told_of_disk
         lost = disk_space.unsaved(store)
         done = [f"{store.path}: {lost}"] if lost is not None and not lost.since else []
-        for said in (*done, *(whereabouts.told() if whereabouts else ())):
+        for said in (*done, *(whereabouts.described() if whereabouts else ())):
             if said not in done_to_them:
                 done_to_them.add(said)
                 log.error("%s", said)

@@ -67,7 +67,7 @@ def open_image(path: str, want: Wanted) -> Store:
             superblock = read_superblock(fd, path)
         elif superblock.needs_recovery:
             want.progress(f"{path}: was not cleanly unmounted; showing it as it will be after recovery")
-            kernel = False  # it would have to write to it
+            kernel = False  # mounting would write to the image
         if not kernel and not want.read_only:
             _refuse_untouched(fd, whole, want, name)
         scratch = None

@@ -18,23 +18,23 @@ from cowfs.errors import StoreBusy
 from cowfs.linux import fuse, locks, mount_table, namespaces, safe_paths, sockets
 
 _PATIENCE = 2.0
-"""Seconds that a lock may stay behind its dead holder: the kernel is still unmounting for it."""
+"""Seconds that the lock of a dead process may remain, while the kernel still unmounts for it."""
 _RELEASE = 60.0
 """Seconds that a daemon may take to release a store that is not mounted any more."""
 _UNTOLD = 1.0
-"""Seconds after which we say what we wait for."""
+"""Seconds of waiting after which a message says what for."""
 _PAUSE = 0.01
 _DOUBT = 1.0
-"""Seconds in which a daemon that has mounted listens."""
+"""Seconds after mounting within which a daemon answers on its socket."""
 
 _FLOCK = struct.Struct("@hhqqi4x")  # struct flock: l_type, l_whence, l_start, l_len, l_pid
 _MARK = 1 << 62
-"""The byte of a file from which on locks tell where it is mounted: one for each number of a device."""
+"""The offset in a file from which on locked bytes show the mount: one byte for each device number."""
 _DEVICES = 1 << 32
 
 
 def lock(fd: int, path: str, *, shared: bool = False, progress: Callable[[str], None] | None = None) -> None:
-    """Take the lock (flock(2)) of a store, *fd* being its image or its lock file.
+    """Take the lock (flock(2)) of a store. *fd* is its image or its lock file.
 
     StoreBusy names the holder. Waits at most two seconds for a holder that is already dead, and at most a
     minute for a daemon whose mount has ended, because it is about to release the store. Calls *progress*

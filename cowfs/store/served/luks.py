@@ -34,17 +34,17 @@ MOST_KEY = 8 << 20
 
 _OURS = "cowfs-"
 _MEMORY = "262144"
-"""KiB that trying a passphrase takes: what a small machine has, which is to open the store as well."""
+"""KiB of memory for testing a passphrase. Small machines, which are to open the store too, have that much."""
 _NO_KEY = 2
 """The exit code of cryptsetup(8) for a wrong passphrase."""
 _TRIES = 3
 _MOST_WORK = 600
-"""Seconds of processor time that a passphrase may take; all key slots are tried."""
+"""Seconds of processor time for testing a passphrase against all key slots."""
 _PATIENCE = 10.0
 """Seconds that the kernel may take to remove a device that nobody uses."""
 
 Key = Callable[[int], bytes | None]
-"""Returns the passphrase at each try, from 0 on; None if there is no other one."""
+"""Called with the number of the attempt, from 0. Returns the passphrase; None to give up."""
 
 
 def is_encrypted(path: str) -> bool:

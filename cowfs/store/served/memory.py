@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
 _NAME = "memory"
 _JOURNAL = 4 << 20
-"""Nothing of it survives us; the journal is there because the engine has no other way to write."""
+"""Bytes. The image does not survive this process, but the engine requires a journal."""
 _BLOCK = 4096
 _FIRST = 128 << 20
-"""How large the image is at first: what one block group holds."""
+"""The first size of the image, in bytes: one block group."""
 _BALLAST = b"#ballast"
 _BALLAST_BYTES = 256 << 10
-"""Set free when the image is full, so that thousands of inodes without names can have one while it grows."""
+"""Bytes that are freed when the image is full, so that unnamed inodes can get names while it grows."""
 
 
 class Memory:
@@ -39,13 +39,13 @@ class Memory:
     def __init__(self, fd: int, layer: Ext3Layer, limit: int, subdir: str = "") -> None:
         self.fd = fd
         self.subdir = subdir
-        """The directory of the image in which the store is; "": its root."""
+        """The directory of the store in the image; "": the root."""
         self.top = layer.root
         """The root of the image."""
         self._layer = layer
         self._limit = limit
         self.leaving = ""
-        """Where it is being written to, if it is."""
+        """The path to which persist() is writing the image; "" otherwise."""
         self._tell_spare()
 
     @property
@@ -123,15 +123,15 @@ def open_memory(want: Wanted, size: int | None = None, subdir: str = "") -> Stor
 
 
 _template: list[tuple[int, bytes]] = []
-"""What an empty image of the first size holds, and where; the rest of it is zeros."""
+"""The nonzero blocks of an empty image of the first size, with their offsets."""
 _IDENTITIES = (0x468, 0x4EC)
-"""Where, from the start of the file, the superblock has the filesystem's UUID, and the seed of its hashes."""
+"""The offsets in the file of the filesystem's UUID and of its hash seed."""
 
 
 def keep_template() -> None:
     """Make an empty image of the first size once, as a template for this process and its forks.
 
-    mke2fs took a quarter of the time of a mount. Without a template, each image is made separately.
+    mke2fs would take a quarter of the time of a mount. Without a template, mke2fs makes each image.
     """
     try:
         fd = os.memfd_create("cowfs-template", os.MFD_CLOEXEC)

@@ -17,12 +17,13 @@ from cowfs.store.served.store import Store, Wanted
 from cowfs.types import Identity
 
 _OF_THE_SYSTEM = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN}
-"""Nothing is wrong with the store then."""
+"""Errors that say nothing about the store."""
 
 
 def open_aside(size: int | None, progress: Progress = quiet) -> Store:
-    """Open a store in memory of at most *size* bytes, for changes that another store does not keep.
-    Blocks."""
+    """Open a store in memory of at most *size* bytes, for changes that are not kept in the mount's store.
+    Blocks.
+    """
     return open_memory(Wanted(engine="process", progress=progress), size)
 
 
@@ -42,7 +43,8 @@ def open_store(
 ) -> Store:
     """Open and lock the store *spec*: an ext3 image, a directory, or the word ``memory``. Blocks.
 
-    With *work*, *spec* is the upper and *work* the work dir, two directories; these need not be *durable*.
+    With *work*, *spec* is the upper and *work* the work dir, two directories. Only these can be not
+    *durable*.
 
     A missing or empty directory becomes a store (but a missing name with an extension is not taken for a
     directory), and so does an empty ext3 image; upper/ and work/ of the kernel's overlayfs are adopted.

@@ -47,10 +47,10 @@ class Whereabouts:
     """Whether a store and its lowers are still where they were when they were opened."""
 
     mounts_move = False
-    """Whether it is no news that what they are on is mounted somewhere else."""
+    """Whether moved mounts are ignored."""
 
     def __init__(self, store: Store, lowers: Sequence[LowerLayer], paths: Sequence[str]) -> None:
-        """*paths* are those of the lowers. Make it before the mount."""
+        """*paths* are those of the lowers. Create the object before the mount."""
         self._store = store
         self._upper = store.upper
         self._names = [layer.name for layer in lowers]
@@ -58,7 +58,7 @@ class Whereabouts:
         for layer, path in zip(lowers, paths, strict=True):
             is_known = not layer.waits and os.path.isdir(path)  # an image's may be the root in it
             self._opened.append(_inode(_root(layer)) if is_known else None)
-        elsewhere = helper_process.current()  # it opens them itself, in the mounts that others see
+        elsewhere = helper_process.current()  # it opens them in the mounts that other processes see
         self._places = None if elsewhere is not None else Places(watched(store.path, paths))
 
     def of_store(self) -> str:
@@ -70,7 +70,7 @@ class Whereabouts:
         said = zip(self._names, self._changes()[1 + len(_PARTS) :], strict=False)
         return [f"{name}: {_goes_on(what)}" for name, what in said if what]
 
-    def told(self) -> list[str]:
+    def described(self) -> list[str]:
         """Return what happened to the store and the lowers, each with its name."""
         store = self.of_store()
         return [*([f"{self._store.path}: {store}"] if store else []), *self.of_lowers()]

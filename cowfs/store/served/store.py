@@ -40,51 +40,51 @@ class Wanted:
     read_only: bool = False
     progress: Progress = quiet
     durable: bool = True
-    """Whether anything is ever waited for to be on disk: only of two directories it need not be."""
+    """Whether to wait for data to be on disk. False is only possible for two directories."""
     may_crash: bool = False
-    """Whether an image should keep only what was synced (cowfs.store.served.crash)."""
+    """Whether an image keeps only synced changes if the daemon dies (cowfs.store.served.crash)."""
 
 
 @dataclass(slots=True)
 class Store:
-    """A store that is open and locked, until :meth:`close`."""
+    """A store that is open and locked until :meth:`close`."""
 
     kind: Kind
     path: str
-    """Where it is; ``memory`` for one that is nowhere."""
+    """The path of the store, or ``memory``."""
     layer: UpperLayer
     header: Header
     upper: Key
-    """The directory of the changes: what the kernel's overlayfs calls upperdir."""
+    """The directory of the changes, the upperdir of the kernel's overlayfs."""
     work: Key
-    """Where temporaries are made, on the same filesystem; empty at open. None if read-only."""
+    """The directory for temporaries, on the same filesystem; empty at open. None if read-only."""
     index: Key
-    """Where copied-up hard links are found by the handle of their lower. None if read-only."""
+    """The directory of copied-up hard links, named by the file handle of their lower. None if read-only."""
     links: Key = None
-    """Where inodes are found that cannot have our attributes; None if all can, or if read-only."""
+    """The index of inodes that cannot have cowfs's attributes; None if all can, or if read-only."""
     frozen: list[Checkpoint] = field(default_factory=list)
-    """What was frozen of it and is below the upper, topmost first."""
+    """The layers of checkpoints below the upper, topmost first."""
     read_only: bool = False
     release: ExitStack = field(default_factory=ExitStack, repr=False)
-    """What close() does after the last sync, backwards."""
+    """The callbacks of close(), called after the last sync, the last one first."""
     memory: Any = field(default=None, repr=False)
     """The growing image of a store in memory (cowfs.store.served.memory.Memory), or None."""
     scratch: Any = field(default=None, repr=False)
-    """What is worked on instead of the image (cowfs.store.served.crash.Scratch), or None."""
+    """The copy of the image that is used instead of it (cowfs.store.served.crash.Scratch), or None."""
     fd: int = field(default=-1, repr=False)
-    """A descriptor of its image, which may be hidden at *path* by our own mount. Or -1."""
+    """A descriptor of the image, which cowfs's own mount may hide at *path*; -1 if there is none."""
     is_in_place: Callable[[], bool] = field(default=lambda: True, repr=False)
-    """Whether what the user calls by its name is still this store."""
+    """Returns whether *path* still leads to this store."""
     locked: int = field(default=-1, repr=False)
     """The descriptor that has the lock; -1 if there is none."""
     most_bytes: int = field(default=0, repr=False)
-    """How large its image was, at most."""
+    """The largest size in bytes that the image has had."""
     dev: str = ""
-    """``major:minor`` of the mount that it is the store of, if it is mounted."""
+    """``major:minor`` of the mount that uses the store; "" if it is not mounted."""
     saved: float = field(default_factory=time.time, repr=False)
-    """When all was on disk last."""
+    """When everything was last on disk (seconds since the epoch)."""
     failure: OSError | None = field(default=None, repr=False)
-    """Why some of it could not be put there, if what was refused is lost."""
+    """The error of a failed write whose data is lost; None if there was none."""
     _closed: bool = field(default=False, repr=False)
 
     @property
@@ -143,9 +143,8 @@ class Store:
     def save(self) -> None:
         """Write everything to disk.
 
-        Blocks until it is there; any thread may call it. OSError if writing fails. The engine in this
-        process keeps the
-        data and can try again. The kernel drops it: then *failure* is set for good.
+        Blocks until it is there; any thread may call it. OSError if writing fails. The engine in this process
+        keeps the data and can try again. The kernel discards it: then *failure* is set for good.
         """
         if self.read_only:
             return

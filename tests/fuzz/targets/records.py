@@ -50,7 +50,7 @@ def _tells(contents: list[bytes]) -> None:
     with suppress(StoreError):
         histories, _ = blame(contents, [b"f", b"d/g", b"i", b"\xff"], "store")
         for history in histories:
-            json.dumps([*history.to_json(), len([*history.deeds()])])
+            json.dumps([*history.to_json(), len([*history.events()])])
 
 
 def _file(changes: bytes, signed: bool) -> None:
