@@ -49,8 +49,8 @@ if TYPE_CHECKING:
     from cowfs.exports.run import How
 
 __all__ = [
-    "Changes", "Checkpoint", "Done", "Event", "Events", "Lowers", "MountedTree", "Tell", "apply", "blame",
-    "checkpoint", "checkpoints", "delete_checkpoint", "export", "histories", "line_counts", "mount",
+    "Change", "Changes", "Checkpoint", "Done", "Event", "Events", "Lowers", "MountedTree", "Tell", "apply",
+    "blame", "checkpoint", "checkpoints", "delete_checkpoint", "export", "histories", "line_counts", "mount",
     "open_changes", "patch", "reclaimable", "report", "rollback", "take_back", "undo_apply", "watch",
 ]  # fmt: skip
 

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -192,3 +193,7 @@ def test_importing_the_package_imports_nothing_else() -> None:
     """Root's Python is not isolated before that, and would run a module of the current directory."""
     program = "import sys; before = {*sys.modules}; import cowfs; print({*sys.modules} - before)"
     assert subprocess.check_output([sys.executable, "-c", program], text=True).strip() == "{'cowfs'}"
+
+
+def test_type_checkers_read_the_types_of_the_package() -> None:
+    assert (resources.files("cowfs") / "py.typed").is_file()
