@@ -279,11 +279,15 @@ PLACES = {
     "the standard library": os.path.dirname(os.__file__),
     "programs": "/usr/sbin",
 }
+PARTS = {"/lib", "the standard library", "programs"}  # of others
 
 
 @needs_root
 @pytest.mark.slow
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(
+    "place",
+    [pytest.param(place, marks=[pytest.mark.nightly] * (place in PARTS)) for place in PLACES],
+)
 def test_a_place_that_the_daemon_itself_comes_from(tmp_path: Path, place: str) -> None:
     """/usr, with e2fsprogs, libraries and Python, and the directory of cowfs's own modules: nothing is looked
     for there while the daemon serves. The store in memory grows there, is kept, and grows again."""

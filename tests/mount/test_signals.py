@@ -20,7 +20,7 @@ DEV_FUSE_AT_NIGHT = True
 
 pytestmark = [needs_fuse, pytest.mark.slow]
 
-ROUNDS = [8, pytest.param(100, marks=pytest.mark.nightly)]
+ROUNDS = [5, pytest.param(100, marks=pytest.mark.nightly)]
 STARTING = 0.7
 """Seconds that a mount takes, about: the signals begin within these."""
 ENDED_EARLY = {
