@@ -60,6 +60,13 @@ def check_places(mountpoint: str, options: UnionOptions) -> None:
         raise MountFailure(f"{mountpoint}: is inside the store {options.store}", "choose another mountpoint")
 
 
+def hides_its_store(mountpoint: str, options: UnionOptions) -> bool:
+    """Whether the mount is on the store's directory itself."""
+    if mountpoint.startswith("/dev/fd/") or options.store == "memory" or is_image(options.store):
+        return False
+    return _place(mountpoint) == _place(options.store)
+
+
 _Place = tuple[str, tuple[bytes, ...]]
 """A filesystem, and the names on the way from its root: the same by whatever mount it is reached."""
 

@@ -152,7 +152,7 @@ def start(
     The daemon runs in the context *around* from its first access to a lower on.
     """
     from cowfs.layers.slow import must_stay_open
-    from cowfs.mountpoint import check_mountpoint, check_places
+    from cowfs.mountpoint import check_mountpoint, check_places, hides_its_store
 
     _check_system()
     _raise_file_limit()
@@ -170,6 +170,8 @@ def start(
         with around():
             if not hides_store:
                 check_places(mountpoint, union)
+                if hides_its_store(mountpoint, union):
+                    warn(f"{mountpoint} is the store, too: the mount hides the files in it")
             return serve(union, mountpoint, given, reporter, daemon_log, owner_map)
 
     if foreground:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import fcntl
 import os
 import shutil
 import signal
@@ -25,6 +26,9 @@ from cowfs.linux.signals import ASKS_TO_END, unblock
 
 NAME = "run"
 _FROM_TERMINAL = (signal.SIGINT, signal.SIGQUIT)
+_PRIVATE = "cowfs-run-"
+"""How the names of our directories begin."""
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NOT_FOUND, _NOT_RUN = 127, 126
 """Exit codes of sh(1)."""
 
@@ -47,7 +51,7 @@ user and in the merged tree. Other users and groups exist there if /etc/subuid a
 to the user and newuidmap(1) is installed (apt install uidmap). Otherwise all files are shown as owned by
 root, and changing an owner has no effect.
 
-options for -o: those of `cowfs mount` except fakeroot, which is not needed
+options for -o: those of `cowfs mount`; COMMAND is root even without fakeroot
 
 examples:
   cowfs run --root / -- make install                look, then commit or discard
@@ -91,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
     with _private_directory() as private:
         if not os.access(os.environ.get("XDG_RUNTIME_DIR", "/none"), os.W_OK):
             os.environ["XDG_RUNTIME_DIR"] = private  # for the daemon's socket
-        prepare = (lambda: None) if is_all_there else seccomp.ignore_chown
+        prepare = (lambda: None) if is_all_there else _chown_ignorer()
         sandbox = Sandbox(args, private) if args.root else None
         parts = sandbox.parts if sandbox is not None else []
         try:
@@ -128,8 +132,7 @@ def _check(args: argparse.Namespace) -> None:
     """Raise UsageError for options that exclude each other."""
     if not args.command:
         raise UsageError("no command given: cowfs run --root / -- COMMAND", "see `cowfs run --help`")
-    if "fakeroot" in mount_options.parse(args.options).flags:
-        raise UsageError("fakeroot: the command is root without it", "remove it")
+    args.options = _without_fakeroot(args.options)
     if args.root is not None and args.lower is not None:
         raise UsageError(f"--root and {args.lower}exclude each other", "cowfs run --root ROOT -- COMMAND")
     if args.root is None and (args.lower is None or args.mountpoint is None):
@@ -149,6 +152,25 @@ def _check(args: argparse.Namespace) -> None:
         raise UsageError(f"--commit: {lower} is not a directory, so it cannot be changed", "use --keep STORE")
     if args.commit and os.statvfs(lower).f_flag & os.ST_RDONLY:
         raise UsageError(f"--commit: {lower} is mounted read-only", "use --keep STORE")
+
+
+def _without_fakeroot(given: list[str]) -> list[str]:
+    """Return the options of all ``-o`` without fakeroot: the command is root anyway. UsageError."""
+    mount_options.parse(given)
+    kept = ([word for word in mount_options.split(text) if word != "fakeroot"] for text in given)
+    return [",".join(map(_escaped, words)) for words in kept if words]
+
+
+def _escaped(word: str) -> str:
+    """Return a word as :func:`cowfs.cli.options.split` reads it."""
+    return word.replace("\\", "\\\\").replace(",", "\\,")
+
+
+def _chown_ignorer() -> Callable[[], None]:
+    try:
+        return seccomp.chown_ignorer()
+    except OSError as error:
+        raise SystemFailure(f"{error.strerror}", "as root: apt install libseccomp2") from None
 
 
 def _lower(args: argparse.Namespace) -> str:
@@ -173,19 +195,49 @@ def _mounted(args: argparse.Namespace) -> Part:
 
 @contextmanager
 def _private_directory() -> Iterator[str]:
-    """Yield an empty directory for the mounts, and remove it when nothing is mounted any more.
+    """Yield an empty directory for the mounts, and remove it when nothing is mounted any more. First remove
+    those of runs that were killed.
 
     Not a tempfile.TemporaryDirectory: daemons are forked from this process, and each would remove it at exit,
     with everything mounted in it.
     """
-    private = tempfile.mkdtemp(prefix="cowfs-run-")
+    _remove_abandoned()
+    private, lock = _locked_directory()
     try:
         yield private
     finally:
+        os.close(lock)
         with suppress(OSError):
             mounts.umount2(private, mounts.MNT_DETACH)
         if not os.path.ismount(private):
             shutil.rmtree(private, ignore_errors=True)
+
+
+def _locked_directory() -> tuple[str, int]:
+    """Create a directory; return it with a descriptor whose lock says that somebody uses it."""
+    while True:
+        private = tempfile.mkdtemp(prefix=_PRIVATE)
+        lock = os.open(private, _DIRECTORY)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if os.path.exists(private):
+            return private, lock
+        os.close(lock)  # taken for an abandoned one before it was locked
+
+
+def _remove_abandoned() -> None:
+    """Remove the directories that nobody uses of our runs that were killed."""
+    for name in os.listdir(tempfile.gettempdir()):
+        if not name.startswith(_PRIVATE):
+            continue
+        path = os.path.join(tempfile.gettempdir(), name)
+        with suppress(OSError):
+            fd = os.open(path, _DIRECTORY)
+            try:
+                if os.fstat(fd).st_uid == os.geteuid() and not os.path.ismount(path):
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(path, ignore_errors=True)
+            finally:
+                os.close(fd)
 
 
 def _enter() -> bool:

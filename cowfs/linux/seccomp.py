@@ -11,6 +11,7 @@ import ctypes
 import errno
 import os
 import socket
+from collections.abc import Callable
 
 _REFUSED = """
     acct add_key adjtimex bpf chroot clock_adjtime clock_settime create_module delete_module
@@ -73,17 +74,24 @@ _OWNERS = {"chown": 1, "lchown": 1, "fchown": 1, "fchownat": 2, "chown32": 1, "l
 """The calls that change an owner, and the index of the argument for the user; the group's is the next."""
 
 
-def ignore_chown() -> None:
-    """For good, let chown(2) to a user or group other than 0 succeed without any effect. OSError."""
+def chown_ignorer() -> Callable[[], None]:
+    """Return what, for good, lets chown(2) to a user or group other than 0 succeed without any effect.
+
+    It may be called in another root, which need not have libseccomp. OSError here and there.
+    """
     library = _library()
-    context = _context(library)
-    try:
-        for name, user in _OWNERS.items():
-            for argument in (user, user + 1):
-                _rule(library, context, _NOTHING, name, _Comparison(argument, _GREATER, 0, 0))
-        _check(library.seccomp_load(context))
-    finally:
-        library.seccomp_release(context)
+
+    def ignore() -> None:
+        context = _context(library)
+        try:
+            for name, user in _OWNERS.items():
+                for argument in (user, user + 1):
+                    _rule(library, context, _NOTHING, name, _Comparison(argument, _GREATER, 0, 0))
+            _check(library.seccomp_load(context))
+        finally:
+            library.seccomp_release(context)
+
+    return ignore
 
 
 def _library() -> ctypes.CDLL:

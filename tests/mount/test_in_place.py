@@ -153,7 +153,8 @@ def test_it_works(base: Path, nobody: bool, what: str) -> None:
     prefix, log = as_nobody_prefix() if nobody else [], base.parent / "log"
     before = sorted(os.listdir(at))
     for script in (CHANGES, LOOK) if store else (CHANGES,):
-        with mounted(lowers, at, store, nobody=nobody, log=log):
+        with mounted(lowers, at, store, nobody=nobody, log=log, quiet=at != store) as here:
+            assert (at == store) == ("is the store, too" in here.said)
             inside(at, script, prefix)
             done = cowfs("diff", at, nobody=nobody, timeout=20, check=True)
             assert "D  gone\n" in done.stdout and "renamed" in done.stdout and "A  new/dir/\n" in done.stdout

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from perf import debian
+from tests.boot.images import BUSYBOX
 from tests.mount.test_sandbox import FAILED, made, with_programs
 from tests.support.commits import one_run_at_a_time  # noqa: F401 - a fixture for all
 from tests.support.mounts import cowfs, project_root
@@ -63,6 +64,31 @@ def test_an_ordinary_user_commits_what_they_may_change(nobody_path: Path) -> Non
     info = (own / "group").stat()
     assert (info.st_uid, info.st_gid, info.st_mode & 0o777) == (65534, 4, 0o600)
     assert [(own / "group").read_text(), (root / "log").read_text()] == ["1\n2\n"] * 2
+
+
+@pytest.mark.skipif(not BUSYBOX.exists(), reason="needs busybox-static")
+def test_a_root_needs_nothing_of_ours(nobody_path: Path) -> None:
+    """Not even libseccomp, which makes chown(2) succeed for who has no subordinate users."""
+    if not makes_user_namespaces():
+        pytest.skip("needs user namespaces")
+    root = nobody_path / "root"
+    (root / "etc").mkdir(parents=True)
+    shutil.copy(BUSYBOX, root / "busybox")
+    script = "/busybox touch /etc/new; /busybox chown 5:5 /etc/new; /busybox id -u"
+    command = (
+        "run",
+        "--root",
+        root,
+        "-o",
+        "fakeroot",
+        "--keep",
+        nobody_path / "kept",
+        "--",
+        "/busybox",
+        "sh",
+    )
+    done = cowfs(*command, "-c", script, nobody=True)
+    assert (done.returncode, done.stdout) == (0, "0\n"), done.stderr
 
 
 INSTALL = r"""
