@@ -29,6 +29,7 @@ _MOST_REDIRECTS = 10
 _LATER = {408, 425, 429, 500, 502, 503, 504}
 """Who answers so may answer otherwise soon."""
 _RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
+_LENGTH = re.compile(r"\d{1,18}")
 _WHOLE = re.compile(r"bytes \*/(\d{1,18})")
 _MARKS = ("ETag", "Last-Modified")
 _START = 4096
@@ -125,8 +126,12 @@ class HttpFile:
         raise Refused(f"leads on more than {_MOST_REDIRECTS} times", "give the URL of the file itself")
 
     def _allowed(self, from_: str, to: str) -> str:
-        url = urljoin(from_, to)
-        scheme = urlsplit(url).scheme
+        try:
+            url = urljoin(from_, to)
+            parts = urlsplit(url)
+            scheme, _ = parts.scheme, parts.port  # ValueError for a port beyond 65535, too
+        except ValueError:
+            raise Refused("leads to something that is no URL", "give the final URL") from None
         if scheme not in {"http", "https"} or (scheme == "http" and from_.startswith("https:")):
             raise Refused(f"leads to {url}, which is less secure", "give the final URL")
         return url
@@ -200,7 +205,9 @@ class HttpFile:
         marks = tuple((name, value) for name in _MARKS if (value := answer.getheader(name)))
         if status == HTTPStatus.PARTIAL_CONTENT:
             match = _RANGE.fullmatch(answer.getheader("Content-Range", "").strip())
-            if match is None or answer.getheader("Content-Encoding", "identity") != "identity":
+            if answer.getheader("Content-Encoding", "identity") != "identity":
+                raise Refused("the server compresses what it sends", "switch that off there for this file")
+            if match is None:
                 raise Refused(NO_RANGES, NO_RANGES_HINT)
             first, last, size = map(int, match.groups())
             if first != start or last != min(start + length, size) - 1:
@@ -215,7 +222,8 @@ class HttpFile:
                 return Version(size, marks)
             raise Refused("is empty" if not size else NO_RANGES, "" if not size else NO_RANGES_HINT)
         if status == HTTPStatus.OK:
-            size = int(answer.getheader("Content-Length") or -1)
+            length_said = _LENGTH.fullmatch(answer.getheader("Content-Length", "").strip())
+            size = int(length_said[0]) if length_said else -1
             if version is not None and size >= 0 and Version(size, marks) != version:
                 return Version(size, marks)
             raise Refused("is empty" if size == 0 else NO_RANGES, "" if size == 0 else NO_RANGES_HINT)

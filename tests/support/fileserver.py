@@ -45,6 +45,8 @@ class Behaviour:
     """While it is set no answer comes, until it is not any more."""
     endless: bool = False
     """Whether answers do not end."""
+    encoding: str = ""
+    """What is said to be the encoding of what is sent."""
     bandwidth: float = 0.0
     """Bytes a second, of all clients together; 0: no limit."""
 
@@ -116,6 +118,8 @@ class _Handler(BaseHTTPRequestHandler):
             headers["ETag"] = wanted.etag
         if wanted.modified:
             headers["Last-Modified"] = wanted.modified
+        if wanted.encoding:
+            headers["Content-Encoding"] = wanted.encoding
         start, end, status = 0, len(data), 200
         if match and wanted.ranges:
             start, end = int(match[1]), min(int(match[2]) + 1, len(data))

@@ -237,6 +237,12 @@ def test_a_server_that_will_not_is_told_of_in_one_line(server: FileServer, tmp_p
     assert "leads on more than 10 times" in refusal(server.url("/round"))
     does.redirects["/away"] = "file:///etc/passwd"
     assert "leads to file:///etc/passwd, which is less secure" in refusal(server.url("/away"))
+    for target in ("http://[::bad/", "http://localhost:99999/x"):
+        does.redirects["/bad"] = target
+        assert "leads to something that is no URL (give the final URL)" in refusal(server.url("/bad"))
+    does.encoding = "gzip"
+    assert "the server compresses what it sends" in refusal(url)
+    does.encoding = ""
     does.redirects["/here"] = "/root.sqsh"
     with closing(open_url(server.url("/here"))) as file:
         assert file.pread(10, 0) == DATA[:10]
