@@ -30,7 +30,7 @@ EXT_MAGIC = (1080, b"\x53\xef")
 
 _DECOMPRESS = "decompress it first: {} FILE"
 _UNPACK = "unpack it, and mount the directory, or make an image of that with mksquashfs: {}"
-_ARCHIVE = "it can be a lower, but only from the start of its file"
+_ARCHIVE = "it can be a lower, from the start of its file, but no module: those are squashfs images"
 _LOOP = "mount it, and mount the directory as the lower: mount -o loop,ro FILE DIR"
 VENDOR = "unpack it with sasquatch, then make an image of that with mksquashfs"
 
