@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import trio
@@ -142,7 +143,8 @@ class FakerootAdapter(Adapter):
         return not stat.S_ISREG(shown) or bool(shown & _MAY_RUN)
 
     async def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
-        # A caller that reads the value, not only its size (as ls does), may be about to set it (setfacl).
+        # A caller that reads the value may be about to set it (setfacl). Since Linux 6.2 the kernel reads the
+        # value even for a caller that only asks for its size, as ls does (__fuse_get_acl()).
         size = libfuse.request()[2]
         if name in _ACLS and size and inode not in self._lent:
             await self._lend_now(inode)
@@ -152,8 +154,12 @@ class FakerootAdapter(Adapter):
         node = self._node(inode)
         self._lend(inode)
         if node.parent is not None and not node.dead:
-            await self._loop.step_aside()
-            await trio.to_thread.run_sync(self._loop.ask_again, node.parent.ino, node.name)
+            look_up = partial(self._loop.look_up_again, node.parent.ino, node.name)
+            if self._loop.may_work():
+                await self._loop.work(look_up)
+            else:
+                await self._loop.step_aside()
+                await trio.to_thread.run_sync(look_up)
 
     async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: RequestContext) -> None:
         mode = self._fs.stat(self._node(inode)).st_mode

@@ -203,19 +203,22 @@ class RequestLoop:
 
         Blocks until pending requests are answered, so the thread that answers them must not call it.
         """
+        self._notify(ino, functools.partial(pyfuse3.invalidate_inode, ino))
+        if name is not None:
+            self.look_up_again(ino, name)
+
+    def look_up_again(self, ino: int, name: bytes) -> None:
+        """Make the kernel look a *name* in a directory up again. Blocks as :meth:`ask_again` does."""
+        self._notify(ino, functools.partial(pyfuse3.invalidate_entry, ino, name))
+
+    def _notify(self, ino: int, call: Callable[[], None]) -> None:
         if not self._attached:
             return
-        calls = [functools.partial(pyfuse3.invalidate_inode, ino)]
-        if name is not None:
-            calls.append(functools.partial(pyfuse3.invalidate_entry, ino, name))
-        for call in calls:
-            try:
-                call()
-            except OSError as error:
-                if error.errno not in {errno.ENOENT, errno.ENOTEMPTY, errno.EBUSY}:
-                    log.warning(
-                        "the kernel may still use the former state of inode %d: %s", ino, error.strerror
-                    )
+        try:
+            call()
+        except OSError as error:
+            if error.errno not in {errno.ENOENT, errno.ENOTEMPTY, errno.EBUSY}:
+                log.warning("the kernel may still use the former state of inode %d: %s", ino, error.strerror)
 
     def ask_again_soon(self, ino: int, name: bytes) -> None:
         """Call :meth:`ask_again` in a thread. Does not block."""
