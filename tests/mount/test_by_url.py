@@ -166,7 +166,9 @@ def test_a_server_is_not_trusted_beyond_the_root_hash(
         assert "what its server sends" not in here.said
 
     def refusal(by: str) -> str:
-        return cowfs("mount", server.url(), mnt, "-o", "url_cache=none", f"--verify={by}").stderr
+        said = cowfs("mount", server.url(), mnt, "-o", "url_cache=none", f"--verify={by}").stderr
+        assert said.count("\n") == 1 and "the daemon failed" not in said
+        return said
 
     assert "it is not signed by" in refusal(str(tmp_path / "other.crt"))
     assert "does not match the root hash" in refusal("0" * 64)

@@ -129,8 +129,11 @@ def identify_lower(path: str, offset: int = 0) -> Identity:
     if it is missing, unreadable, damaged, or cannot be a lower.
     """
     if is_url(path):
-        with closing(open_bytes(path)) as data:
-            return _of_url(data, path, offset)
+        try:
+            with closing(open_bytes(path)) as data:
+                return _image(data, path, offset)
+        except OSError as error:
+            raise LayerError(error.strerror or str(error)) from None
     try:
         fd = files.open_ordinary(path, os.O_RDONLY)
     except OSError as error:
@@ -163,13 +166,6 @@ def identify_image(fd: int, path: str) -> Identity:
             return _squashfs(data, path, 0)
     except OSError as error:
         raise LayerError(f"{path}: cannot be read: {error.strerror}") from None
-
-
-def _of_url(data: Bytes, path: str, offset: int) -> Identity:
-    try:
-        return _image(data, path, offset)
-    except OSError as error:
-        raise LayerError(error.strerror or str(error)) from None
 
 
 def _why(path: str, error: OSError) -> tuple[str, str]:
