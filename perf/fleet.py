@@ -253,6 +253,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="perf.fleet", description=__doc__)
     parser.add_argument("-o", "--output", type=Path, default=Path("perf/results"), help="where both go")
     options = parser.parse_args(argv)
+    options.output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="cowfs-fleet-") as place:
         results = run(Path(place))
     stem = time.strftime("%Y-%m-%d-fleet")
