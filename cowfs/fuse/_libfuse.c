@@ -1,13 +1,12 @@
-/* What libfuse can do and pyfuse3 has no words for.
+/* Gives access to features of libfuse that pyfuse3 does not expose.
  *
- * pyfuse3 hands its handlers to libfuse through fuse_session_new(), which is a macro from libfuse 3.17 on
- * and calls fuse_session_new_versioned(). This module has functions of both names. When it is loaded before
- * pyfuse3, and its symbols globally (RTLD_GLOBAL), the dynamic linker binds pyfuse3's call to ours
- * (ld.so(8): the global scope is searched first). Ours puts a few handlers around pyfuse3's and calls the
- * next function of the same name, which is libfuse's (dlsym(3), RTLD_NEXT), whatever that library is
- * called. Where that does not come about, nothing is changed, and libfuse.py says so.
+ * pyfuse3 passes its handlers to libfuse through fuse_session_new(). From libfuse 3.17 on, that is a macro which calls
+ * fuse_session_new_versioned(). This module has functions of both names. If it is loaded before pyfuse3 with global
+ * symbols (RTLD_GLOBAL), the dynamic linker binds pyfuse3's call to them (ld.so(8): the global scope is searched
+ * first). They wrap some of pyfuse3's handlers, and call the next function of the same name, which is libfuse's
+ * (dlsym(3), RTLD_NEXT). If the linker binds the call elsewhere, nothing is changed, and libfuse.py reports it.
  *
- * All is called by the thread that serves requests; the GIL is held.
+ * The thread that serves requests calls everything here; it holds the GIL.
  */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -38,19 +37,19 @@
 #define HAS_WANT_EXT
 #endif
 
-/* Handle numbers of directories whose listing the kernel shall keep have this bit: libfuse.py knows it too. */
+/* The bit in a directory's handle number that lets the kernel cache the listing: libfuse.py has it too. */
 #define KEPT (UINT64_C(1) << 62)
 
-/* … and those of all directories this one. */
+/* The bit in the handle numbers of all directories. */
 #define LISTING (UINT64_C(1) << 61)
 
-/* A file that the kernel has not told us that it opens has its inode number with this bit for a handle number. */
+/* The handle number of a file that the kernel opened without a request is its inode number with this bit. */
 #define UNOPENED (UINT64_C(1) << 63)
 
 static struct fuse_lowlevel_ops theirs;
 static unsigned wanted, granted;
-static bool between;     /* pyfuse3 has come through here */
-static bool watched;     /* and so do the messages between libfuse and the kernel */
+static bool wrapped;     /* pyfuse3 has called a function of this module */
+static bool watched;     /* messages between libfuse and the kernel pass through this module */
 static PyObject *seeker; /* called as seeker(fh, offset, whence) */
 
 /* By handle number: the descriptor that reads are served from, or -1. */
@@ -59,23 +58,23 @@ static size_t handles;
 static char *buffer;
 static size_t buffer_size;
 
-static bool knows_files; /* by their inodes: it shall not be told which ones are opened */
-static bool unopened;    /* and it knows how */
+static bool knows_files; /* the daemon finds files by inode, and wants no open requests */
+static bool unopened;    /* and the kernel supports that */
 
-/* The kernel need not ask for security.capability before it writes, since whoever writes below us removes it
- * (FUSE_HANDLE_KILLPRIV_V2 in linux/fuse.h). Until libfuse 3.16 libfuse does not know it: we put the flag into the
- * answer to FUSE_INIT. */
+/* The kernel need not ask for security.capability before a write, because the layers remove it
+ * (FUSE_HANDLE_KILLPRIV_V2 in linux/fuse.h). libfuse before 3.16 does not know this flag, so it is added to the reply
+ * to FUSE_INIT. */
 #ifdef FUSE_CAP_HANDLE_KILLPRIV_V2
 #define KILLPRIV_V2 FUSE_CAP_HANDLE_KILLPRIV_V2
 #else
 #define KILLPRIV_V2 0
 #endif
 
-/* With SETXATTR it shall say whether an ACL takes set-group-ID (FUSE_SETXATTR_EXT): last_request.c. */
+/* FUSE_SETXATTR_EXT: the kernel says with SETXATTR whether an ACL clears set-group-ID, see last_request.c. */
 enum { HANDLE_KILLPRIV_V2 = 1 << 28, SETXATTR_EXT = 1 << 29, INIT_EXT = 1 << 30 };
 
-static uint32_t in_answer;   /* flags of ours for the answer to FUSE_INIT, if that is what is written next */
-static bool refuses_handles; /* name_to_handle_at(2) shall give none that open_by_handle_at(2) takes */
+static uint32_t in_answer;   /* flags to add to the reply to FUSE_INIT, if that is written next */
+static bool refuses_handles; /* name_to_handle_at(2) must not return handles that open_by_handle_at(2) accepts */
 
 static bool begin_reply(const struct fuse_conn_info *conn)
 {
@@ -103,7 +102,7 @@ static ssize_t on_writev(int fd, struct iovec *iov, int count, void *userdata)
 	}
 	in_answer = 0;
 	passthrough_complete(iov, count);
-	/* Before it is on its way: who gets the answer finds it counted. */
+	/* Count it before it is sent, so that the receiver already finds it counted. */
 	struct out_header head;
 	if (iov[0].iov_len >= sizeof head) {
 		memcpy(&head, iov[0].iov_base, sizeof head);
@@ -126,7 +125,7 @@ static ssize_t on_receive(int fd, void *request, size_t size, void *userdata)
 	return n;
 }
 
-/* A libfuse that was built without custom I/O refuses: then there are no rings and no figures, and all else goes on. */
+/* A libfuse built without custom I/O refuses: then there are no rings and no statistics, and all else works. */
 static void watch_messages(struct fuse_session *session)
 {
 	static const struct fuse_custom_io io = { .writev = on_writev, .read = on_receive };
@@ -138,7 +137,7 @@ static void watch_messages(struct fuse_session *session)
 	watched = !fuse_session_custom_io(session, &io, fuse_session_fd(session));
 }
 
-/* Whether FUSE_INIT, which is being handled, knows a flag. */
+/* Whether the kernel offers a flag in the FUSE_INIT that is being handled. */
 static bool kernel_has(uint32_t flag)
 {
 	enum { INIT = 26, FLAGS = BODY + 12 };
@@ -146,12 +145,12 @@ static bool kernel_has(uint32_t flag)
 	return last_request && request_word(OPCODE) == INIT && request_word(FLAGS) & flag;
 }
 
-/* pyfuse3 has all of a request in memory before it looks at it: a way through a pipe is only longer. Nobody but us
- * changes a file, so what the kernel has read of it holds whatever its times are. Who is not told of opened files
- * is not told by O_TRUNC either. */
-static uint32_t better(uint32_t want, const struct fuse_conn_info *conn)
+/* Choose capabilities. pyfuse3 reads a whole request into memory, so splicing through a pipe is only slower. Only
+ * this daemon changes files, so the kernel need not drop cached data when a file's times change. Without open requests,
+ * there is no O_TRUNC in them either. */
+static uint32_t choose_capabilities(uint32_t want, const struct fuse_conn_info *conn)
 {
-	/* After an asynchronous direct write the kernel would not drop what was read meanwhile from its page cache. */
+	/* After an asynchronous direct write, the kernel would not drop pages that were read meanwhile. */
 	uint32_t without = FUSE_CAP_SPLICE_READ | FUSE_CAP_AUTO_INVAL_DATA | FUSE_CAP_ASYNC_DIO;
 
 	if (unopened)
@@ -174,21 +173,21 @@ static void on_init(void *userdata, struct fuse_conn_info *conn)
 	last_request_tells_set_id = kernel_has(HANDLE_KILLPRIV_V2) && begin_reply(conn);
 	unopened = knows_files && kernel_has(1u << 17); /* FUSE_NO_OPEN_SUPPORT */
 #ifdef HAS_WANT_EXT
-	/* There are two words for it, and libfuse refuses a session that set them to different things: we set
-	 * what pyfuse3 sets. */
+	/* There are two fields for it, and libfuse refuses a session in which they differ: set the one that pyfuse3
+	 * sets. */
 	if (conn->want_ext != before) {
 		bool both = conn->want == (uint32_t)conn->want_ext;
-		granted = better((uint32_t)conn->want_ext, conn);
+		granted = choose_capabilities((uint32_t)conn->want_ext, conn);
 		conn->want_ext = (conn->want_ext & ~(uint64_t)UINT32_MAX) | granted;
 		if (both)
 			conn->want = granted;
 		return;
 	}
 #endif
-	granted = conn->want = better(conn->want, conn);
+	granted = conn->want = choose_capabilities(conn->want, conn);
 }
 
-/* Our handle numbers begin with 1. */
+/* The daemon's handle numbers begin with 1. */
 static void find_file(fuse_ino_t ino, struct fuse_file_info *fi)
 {
 	if (unopened && !fi->fh)
@@ -263,12 +262,12 @@ static void on_lseek(fuse_req_t req, fuse_ino_t ino, off_t offset, int whence, s
 		fuse_reply_lseek(req, place);
 }
 
-/* The handlers to give to libfuse instead of pyfuse3's, and their size. */
-static const struct fuse_lowlevel_ops *put_between(const struct fuse_lowlevel_ops *op, size_t *size)
+/* Return the handlers to pass to libfuse instead of pyfuse3's, and their size. */
+static const struct fuse_lowlevel_ops *wrap_handlers(const struct fuse_lowlevel_ops *op, size_t *size)
 {
 	static struct fuse_lowlevel_ops ours;
 
-	if (op->init == on_init) /* libfuse's own fuse_session_new() calls the other one */
+	if (op->init == on_init) /* already wrapped: libfuse's fuse_session_new() calls the other function */
 		return op;
 	memset(&theirs, 0, sizeof theirs);
 	memcpy(&theirs, op, *size < sizeof theirs ? *size : sizeof theirs);
@@ -287,13 +286,13 @@ static const struct fuse_lowlevel_ops *put_between(const struct fuse_lowlevel_op
 		ours.getxattr = on_getxattr;
 	if (seeker)
 		ours.lseek = on_lseek;
-	between = true;
+	wrapped = true;
 	*size = sizeof ours;
 	return &ours;
 }
 
-/* By names of our own: fuse_lowlevel.h declares one as a macro and the other, depending on its version, in
- * another way or not at all. */
+/* These have other C names: fuse_lowlevel.h declares one as a macro and the other, depending on its version,
+ * differently or not at all. */
 struct fuse_session *session_new(struct fuse_args *args, const struct fuse_lowlevel_ops *op, size_t size,
 				 void *userdata) __asm__("fuse_session_new");
 struct fuse_session *session_new_versioned(struct fuse_args *args, const struct fuse_lowlevel_ops *op, size_t size,
@@ -304,17 +303,17 @@ struct fuse_session *session_new(struct fuse_args *args, const struct fuse_lowle
 {
 	__typeof__(&session_new) real = (__typeof__(real))dlsym(RTLD_NEXT, "fuse_session_new");
 
-	op = put_between(op, &size);
+	op = wrap_handlers(op, &size);
 	return real ? real(args, op, size, userdata) : NULL;
 }
 
-/* version is what pyfuse3 was compiled with: libfuse needs it to read what pyfuse3 wrote. */
+/* version is that of the libfuse that pyfuse3 was compiled with: libfuse needs it to read pyfuse3's structures. */
 struct fuse_session *session_new_versioned(struct fuse_args *args, const struct fuse_lowlevel_ops *op, size_t size,
 					   const void *version, void *userdata)
 {
 	__typeof__(&session_new_versioned) real = (__typeof__(real))dlsym(RTLD_NEXT, "fuse_session_new_versioned");
 
-	op = put_between(op, &size);
+	op = wrap_handlers(op, &size);
 	return real ? real(args, op, size, version, userdata) : NULL;
 }
 
@@ -323,7 +322,7 @@ int fuse_session_mount(struct fuse_session *session, const char *mountpoint)
 	__typeof__(&fuse_session_mount) real = (__typeof__(real))dlsym(RTLD_NEXT, "fuse_session_mount");
 	int failure = real ? real(session, mountpoint) : -1;
 
-	if (!failure && between)
+	if (!failure && wrapped)
 		watch_messages(session);
 	return failure;
 }
@@ -337,7 +336,7 @@ int fuse_session_receive_buf(struct fuse_session *session, struct fuse_buf *buf)
 	last_request = buf->mem;
 	if (got > 0)
 		buf->size = got = (int)beyond_received(last_request, (size_t)got);
-	/* There is no memory for the buffer: pyfuse3 would end the mount, and after EINTR it tries again. */
+	/* There is no memory for the buffer: pyfuse3 would end the mount, but tries again after EINTR. */
 	return got == -ENOMEM && !buf->mem && !ring_serves() ? -EINTR : got;
 }
 
@@ -350,7 +349,7 @@ int fuse_reply_open(fuse_req_t req, const struct fuse_file_info *fi)
 	if (!(fi->fh & LISTING)) {
 		passthrough_begin_reply(&changed);
 	} else if (fi->fh & KEPT) {
-		/* Nobody but us changes a directory, so the kernel may keep what it was told of it. */
+		/* Only this daemon changes directories, so the kernel may cache listings. */
 		changed.cache_readdir = 1;
 		changed.keep_cache = 1;
 	}
@@ -388,7 +387,7 @@ static PyObject *prepare(PyObject *self, PyObject *args)
 	passthrough_want(passthrough);
 	Py_INCREF(callable);
 	Py_XSETREF(seeker, callable);
-	between = watched = unopened = last_request_extended = last_request_tells_set_id = false;
+	wrapped = watched = unopened = last_request_extended = last_request_tells_set_id = false;
 	granted = 0;
 	Py_RETURN_NONE;
 }
@@ -402,7 +401,7 @@ static PyObject *capabilities(PyObject *self, PyObject *args)
 static PyObject *takes_part(PyObject *self, PyObject *args)
 {
 	(void)self, (void)args;
-	return PyBool_FromLong(between);
+	return PyBool_FromLong(wrapped);
 }
 
 static PyObject *watches(PyObject *self, PyObject *args)
@@ -444,16 +443,16 @@ static PyMethodDef methods[] = {
 	{ "prepare", prepare, METH_VARARGS,
 	  "prepare(want, seek, files, passthrough, exports, most_held, shared): ask for these FUSE_CAP_* in the sessions\n"
 	  "that follow; seek(fh, offset, whence) answers lseek(2) with SEEK_DATA and SEEK_HOLE: an offset, or an errno\n"
-	  "negated; files: which ones are opened need not be known; passthrough: whether files shall be lent to the\n"
+	  "negated; files: open requests are not needed; passthrough: lend files to the\n"
 	  "kernel; most_held: bytes of data that writes may hold while they wait; shared: they are of several users." },
 	{ "opens_nothing", opens_nothing, METH_NOARGS,
-	  "opens_nothing(): whether the kernel opens files by itself if open(2) is answered by ENOSYS." },
+	  "opens_nothing(): whether the kernel opens files without requests after the reply ENOSYS to an open." },
 	{ "capabilities", capabilities, METH_NOARGS,
-	  "capabilities(): the FUSE_CAP_* that the session has; 0 before the kernel has said hello." },
-	{ "takes_part", takes_part, METH_NOARGS, "takes_part(): whether pyfuse3's session was made here." },
-	{ "watches", watches, METH_NOARGS, "watches(): whether libfuse lets its messages go through here." },
+	  "capabilities(): the FUSE_CAP_* of the session; 0 before FUSE_INIT." },
+	{ "takes_part", takes_part, METH_NOARGS, "takes_part(): whether pyfuse3's session was made by this module." },
+	{ "watches", watches, METH_NOARGS, "watches(): whether libfuse's messages pass through this module." },
 	{ "read_from", read_from, METH_VARARGS,
-	  "read_from(fh, fd): serve reads of handle number fh from descriptor fd; -1: let pyfuse3 have them." },
+	  "read_from(fh, fd): serve reads of handle number fh from descriptor fd; -1: pass them to pyfuse3." },
 	{ NULL, NULL, 0, NULL },
 };
 

@@ -1,8 +1,8 @@
-/* Requests that pyfuse3 has no handlers for, and some that libfuse does not know either.
+/* Handles requests for which pyfuse3 has no handlers. libfuse does not know some of them either.
  *
- * An answer to a READ is bytes and nothing else. So each of these requests goes on as a READ by a handle number that
- * no file has, and its message is kept here: the handler asks for it, and answers the bytes that the kernel wants.
- * An O_TMPFILE looks like a CREATE to the last byte, and is one from here on: of the name "/", which no file has.
+ * The reply to a READ is only bytes. So each of these requests is turned into a READ with a handle number that no file
+ * has, and its message is kept here. The handler gets the message, and replies with the bytes that the kernel expects.
+ * A TMPFILE has the same format as a CREATE, and is turned into one with the name "/", which no file has.
  */
 #include "beyond.h"
 
@@ -33,13 +33,13 @@ struct read_in { /* struct fuse_read_in */
 	uint32_t flags, padding;
 };
 
-#define KEPT 512u /* of a message: what follows is data of an ioctl that nobody knows */
+#define KEPT 512u /* bytes of a message; what follows is data of an unknown ioctl */
 
-static struct in_header last; /* of the last one, as it came */
+static struct in_header last; /* the header of the last request, as received */
 static char body[KEPT];
 static size_t body_size;
 
-/* Whether an ioctl is one that the handler knows. Others are many: each program that asks for a terminal sends one. */
+/* Whether the handler knows an ioctl. Others are frequent: every program that tests for a terminal sends one. */
 static bool is_known(const struct in_header *head, size_t size)
 {
 	uint32_t command;
@@ -81,7 +81,7 @@ size_t beyond_received(void *request, size_t size)
 	head->opcode = READ;
 	head->len = sizeof *head + sizeof as_read;
 	head->extlen = 0;
-	memcpy(head + 1, &as_read, sizeof as_read); /* the buffer has room for the longest write */
+	memcpy(head + 1, &as_read, sizeof as_read); /* the buffer has space for the longest write */
 	return head->len;
 }
 
@@ -94,7 +94,7 @@ static PyObject *message(PyObject *self, PyObject *args)
 
 PyMethodDef beyond_methods[] = {
 	{ "message", message, METH_NOARGS,
-	  "message(): what the last request was that came as a read by the handle number BEYOND: opcode, inode, user,\n"
-	  "process, and what follows the header." },
+	  "message(): the last request that came as a read with the handle number BEYOND: opcode, inode, user,\n"
+	  "process, and the bytes after the header." },
 	{ NULL, NULL, 0, NULL },
 };

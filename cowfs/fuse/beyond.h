@@ -5,10 +5,10 @@
 
 #include <stddef.h>
 
-/* The handle number that they come by. */
+/* The handle number of these requests. */
 #define BEYOND (UINT64_C(1) << 60)
 
-/* Look at a request that has come, of so many bytes; return how many it has now. */
+/* Examine a received request of *size* bytes, and change it if necessary; return its new size. */
 size_t beyond_received(void *request, size_t size);
 
 extern PyMethodDef beyond_methods[];

@@ -1,8 +1,8 @@
 /*
- * The core lock makes "one thread at a time runs Python that touches the union" true: a ring's thread holds
- * it from the arrival of a request until it waits for the next; trio's thread holds it except while it waits
- * for I/O. A thread takes it without holding the GIL, and only its holder takes the GIL, so that no two
- * threads compete for the GIL.
+ * The core lock ensures that one thread at a time runs Python code that uses the union. A ring's thread holds it from
+ * the arrival of a request until it waits for the next. trio's thread holds it except while it waits for I/O. A thread
+ * takes the lock without holding the GIL, and only the holder takes the GIL, so that threads do not compete for the
+ * GIL.
  */
 #define _GNU_SOURCE
 #include "core_lock.h"
@@ -13,7 +13,7 @@
 static pthread_mutex_t core;
 static atomic_uint waiters;
 static pthread_mutex_t turnstile =
-	PTHREAD_MUTEX_INITIALIZER; /* trio's thread has it while it waits for the core lock */
+	PTHREAD_MUTEX_INITIALIZER; /* trio's thread holds it while it waits for the core lock */
 static atomic_bool trio_waits;
 
 void core_lock_init(void)
@@ -37,7 +37,7 @@ void core_lock_take(void)
 	atomic_fetch_sub(&waiters, 1);
 }
 
-/* For trio's thread, which would never have its turn while all others are busy: it is the next. */
+/* Take the lock next. For trio's thread, which would otherwise starve while all other threads are busy. */
 static void take_next(void)
 {
 	pthread_mutex_lock(&turnstile);
@@ -87,8 +87,8 @@ static PyObject *py_take(PyObject *self, PyObject *args)
 }
 
 PyMethodDef core_lock_methods[] = {
-	{ "core_lock", py_lock, METH_NOARGS, "core_lock(): let no other thread touch the union." },
-	{ "core_take", py_take, METH_NOARGS, "core_take(): the same, for one of many threads." },
-	{ "core_unlock", py_unlock, METH_NOARGS, "core_unlock(): let others." },
+	{ "core_lock", py_lock, METH_NOARGS, "core_lock(): take the core lock, for trio's thread. Blocks." },
+	{ "core_take", py_take, METH_NOARGS, "core_take(): take the core lock, for any other thread. Blocks." },
+	{ "core_unlock", py_unlock, METH_NOARGS, "core_unlock(): release the core lock." },
 	{ NULL, NULL, 0, NULL },
 };

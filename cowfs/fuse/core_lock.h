@@ -7,17 +7,17 @@
 
 #include <stdbool.h>
 
-/* Before anything else here is called. */
+/* Call it before all other functions here. */
 void core_lock_init(void);
 
-/* Wait for it without the GIL. */
+/* Take the core lock. Blocks, without the GIL. */
 void core_lock_take(void);
 void core_lock_give(void);
 
-/* Whether somebody waits for it. */
+/* Whether a thread waits for the core lock. */
 bool core_lock_wanted(void);
 
-/* What Python calls. */
+/* Functions for Python. */
 extern PyMethodDef core_lock_methods[];
 
 #endif

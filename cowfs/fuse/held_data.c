@@ -1,8 +1,10 @@
-/* A write that must wait, for a copy-up or for the disk, is held in memory with its data: up to 1 MiB, of as many
- * threads as a user may have. So there is a bound for all users together. None but root gets more than what is left
- * (quotas.py has the same rule for open files). What is written beyond that is cut to a page: write(2) says that it
- * has written less, and whoever called it writes the rest later. What the kernel writes after mmap(2) is left alone:
- * it takes a short write for an error, and bounds by itself how much is under way.
+/* Limits the data of waiting writes.
+ *
+ * A write that must wait for a copy-up or for the disk is held in memory with its data, up to 1 MiB, for each of a
+ * user's threads. So there is a limit for all users together. Except for root, no user gets more than what is left of
+ * it (quotas.py has the same rule for open files). A write beyond the limit is shortened to one page: write(2) then
+ * returns a smaller count, and the program writes the rest later. Writes of pages mapped with mmap(2) are not
+ * shortened: the kernel treats a short write as an error there, and limits the number of such writes itself.
  */
 #include "held_data.h"
 
@@ -39,7 +41,7 @@ static bool may_hold_more(uint32_t uid)
 	return uid && by_user ? left - roots - held[uid % USERS] > 0 : left > 0;
 }
 
-/* Whether a request is a write of more than a page that somebody has called. */
+/* Whether a request is a write of more than a page by a system call. */
 static bool is_long(const char *request, size_t size, struct in_header *head, struct write_in *body)
 {
 	if (size <= BEFORE_DATA + PAGE)

@@ -1,5 +1,5 @@
-/* What was changed last, for observer.py: most changes are more of the same, by the same process to the same file, and
- * so need not be told again.
+/* Remembers the last change, for observer.py. Most changes are by the same process to the same file as the one before,
+ * and need not be reported again.
  */
 #define _GNU_SOURCE
 #include "last_change.h"
@@ -16,16 +16,16 @@
 static struct {
 	uint64_t ino, begun, last; /* ns */
 	uint32_t pid, uid;
-	long known; /* what goes_on() has told of already */
+	long known; /* what goes_on() has reported already */
 } noted;
 
-/* Its command line, which it loses when it ends or becomes another program. */
+/* The command line of the process, which it loses when it ends or executes another program. */
 enum { LONGEST_COMMAND = 4096 };
 static int commanding = -1;
 static char command[LONGEST_COMMAND];
 static ssize_t command_size;
 
-/* In so little time a process cannot become another one (ns). */
+/* Within this time, in ns, the process is assumed to be the same. */
 enum { SOON = 100 * 1000, A_WHILE = 10 * 1000 * 1000 };
 
 void last_change_request(uint32_t pid, uint64_t now)
@@ -34,7 +34,7 @@ void last_change_request(uint32_t pid, uint64_t now)
 		noted.last = now;
 }
 
-/* Whether the process is yet what it was when it was noted. */
+/* Whether the process is still the one that was noted. */
 static bool is_same(void)
 {
 	char now_is[LONGEST_COMMAND];
@@ -50,7 +50,7 @@ static bool is_same(void)
 	if (command_size > 0 && pread(commanding, now_is, sizeof now_is, 0) == command_size &&
 	    !memcmp(now_is, command, (size_t)command_size))
 		return true;
-	noted.pid = 0; /* nor is it when asked again at once */
+	noted.pid = 0; /* so that the next call also says no */
 	return false;
 }
 
@@ -126,13 +126,13 @@ static PyObject *goes_on(PyObject *self, PyObject *args)
 
 PyMethodDef last_change_methods[] = {
 	{ "note", note, METH_VARARGS,
-	  "note(inode, pid, uid): a process has changed an inode; 0: other than by what goes_on() knows. Returns whether the\n"
-	  "last change was the same process's." },
+	  "note(inode, pid, uid): record that a process has changed an inode; inode 0: by a change that goes_on() does\n"
+	  "not know. Returns whether the same process made the last change." },
 	{ "identify", identify, METH_VARARGS,
-	  "identify(fd, command): the process that was noted last has this command line, which is read from fd; -1: none." },
+	  "identify(fd, command): set the command line of the last noted process, and the file it is read from; -1: none." },
 	{ "goes_on", goes_on, METH_NOARGS,
-	  "goes_on(): whether the request that has just come changes what note() was told of last, by the same\n"
-	  "process: 1 for a write, 2 for a mode, 4 for an owner, 8 for times; 0 if that was told before; else -1." },
-	{ "wrote", wrote, METH_VARARGS, "wrote(inode): the write that goes_on() has told of has succeeded." },
+	  "goes_on(): whether the last request is a change of the inode last passed to note(), by the same process:\n"
+	  "1 for a write, 2 for a mode, 4 for an owner, 8 for times; 0 if that was returned before; else -1." },
+	{ "wrote", wrote, METH_VARARGS, "wrote(inode): record that the write reported by goes_on() has succeeded." },
 	{ NULL, NULL, 0, NULL },
 };

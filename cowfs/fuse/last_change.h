@@ -1,4 +1,4 @@
-/* What was changed last, and by whom. See last_change.c. */
+/* The last change and its process: see last_change.c. */
 #ifndef COWFS_LAST_CHANGE_H
 #define COWFS_LAST_CHANGE_H
 
@@ -7,10 +7,10 @@
 
 #include <stdint.h>
 
-/* A process makes a request, whatever it is, at this time (CLOCK_MONOTONIC, ns). */
+/* Record that a process makes any request at this time (CLOCK_MONOTONIC, ns). */
 void last_change_request(uint32_t pid, uint64_t now);
 
-/* What Python calls. */
+/* Functions for Python. */
 extern PyMethodDef last_change_methods[];
 
 #endif

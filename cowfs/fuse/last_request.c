@@ -1,6 +1,6 @@
 /*
- * Details of the current request that handlers need and pyfuse3 leaves out: who makes it, which bits it drops
- * from a file, how its file was opened.
+ * Details of the present request that handlers need and pyfuse3 omits: the caller, the bits that it clears on a file,
+ * and the flags with which its file was opened.
  */
 #include "last_request.h"
 
@@ -12,11 +12,11 @@ void *last_request;
 bool last_request_extended;
 bool last_request_tells_set_id;
 
-static bool takes_by_acl; /* what the word more of SETXATTR says */
+static bool takes_by_acl; /* the additional field of SETXATTR: the ACL clears set-group-ID */
 
-/* FUSE_SETXATTR_EXT (Linux 5.13): with SETXATTR the kernel says whether an ACL takes set-group-ID. libfuse learned of
- * that in 3.15, and passes it on to nobody: it is taken out of the request before libfuse sees it. What is left is
- * struct fuse_setxattr_in as it was, which the name follows. */
+/* With FUSE_SETXATTR_EXT (Linux 5.13), the kernel says in SETXATTR whether an ACL clears set-group-ID. libfuse supports
+ * it since 3.15, but does not pass it on. So the additional field is removed from the request before libfuse sees it.
+ * The old struct fuse_setxattr_in is left, followed by the name. */
 ssize_t last_request_shorten(char *request, ssize_t size)
 {
 	enum { SETXATTR = 21, SHORT = 8, LONG = 16, ACL_KILL_SGID = 1 };
@@ -55,15 +55,15 @@ static PyObject *takes_set_id(PyObject *self, PyObject *args)
 	Py_RETURN_NONE;
 }
 
-/* Of the open file, in a read or write. */
+/* The flags of the open file, in a read or write. */
 static uint32_t flags_of_file(void)
 {
 	enum { GETATTR = 3, SETATTR = 4, READ = 15, WRITE = 16, GETXATTR = 22, FLAGS = BODY + 32 };
 
 	switch (request_word(OPCODE)) {
 	case GETATTR:  /* FUSE_GETATTR_FH */
-	case SETATTR:  /* what is to be set */
-	case GETXATTR: /* how long the value may be */
+	case SETATTR:  /* the fields to set */
+	case GETXATTR: /* the size of the buffer for the value */
 		return request_word(BODY);
 	}
 	return request_word(OPCODE) == READ || request_word(OPCODE) == WRITE ? request_word(FLAGS) : 0;
@@ -99,7 +99,7 @@ static PyObject *empty_buffer(PyObject *self, PyObject *args)
 	uintptr_t start = ((uintptr_t)last_request + page - 1) & ~(page - 1);
 	uintptr_t end = ((uintptr_t)last_request + malloc_usable_size(last_request)) & ~(page - 1);
 
-	/* It has room for the longest write, and tasks that wait may be many. */
+	/* The buffer has space for the longest write, and many tasks may wait. */
 	if (last_request && end > start)
 		madvise((void *)start, end - start, MADV_DONTNEED);
 	last_request = NULL;
@@ -108,15 +108,14 @@ static PyObject *empty_buffer(PyObject *self, PyObject *args)
 
 PyMethodDef last_request_methods[] = {
 	{ "request", request, METH_NOARGS,
-	  "request(): process and user who make the request that has just come, and of a read or write the flags of\n"
-	  "the open file; 0 where that is not known." },
-	{ "inode", inode, METH_NOARGS,
-	  "inode(): the number of the inode that the request that has just come is about; 0: not known." },
-	{ "said", said, METH_NOARGS, "said(): what takes_set_id() and request() give, in one." },
+	  "request(): process and user of the last request and, for a read or write, the flags of the open file;\n"
+	  "0 if unknown." },
+	{ "inode", inode, METH_NOARGS, "inode(): the inode number in the last request; 0: unknown." },
+	{ "said", said, METH_NOARGS, "said(): the results of takes_set_id() and request() together." },
 	{ "takes_set_id", takes_set_id, METH_NOARGS,
-	  "takes_set_id(): whether the request that has just come takes set-ID bits from a file, since who makes\n"
-	  "it has not CAP_FSETID; None where the kernel does not say it." },
+	  "takes_set_id(): whether the last request clears set-ID bits, because the caller lacks CAP_FSETID; None if\n"
+	  "the kernel does not say." },
 	{ "empty_buffer", empty_buffer, METH_NOARGS,
-	  "empty_buffer(): give back the memory of the last request, which is being handled and was read." },
+	  "empty_buffer(): free the memory of the last request, after it was read." },
 	{ NULL, NULL, 0, NULL },
 };

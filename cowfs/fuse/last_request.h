@@ -1,4 +1,4 @@
-/* The request that has just come, as the kernel sent it (linux/fuse.h). See last_request.c. */
+/* The last received request, as the kernel sent it (linux/fuse.h). See last_request.c. */
 #ifndef COWFS_LAST_REQUEST_H
 #define COWFS_LAST_REQUEST_H
 
@@ -9,16 +9,16 @@
 #include <stdint.h>
 #include <string.h>
 
-/* In front of each request, struct fuse_in_header. */
+/* Offsets in struct fuse_in_header, with which each request begins. */
 enum { LENGTH = 0, OPCODE = 4, NODEID = 16, UID = 24, PID = 32, BODY = 40 };
 
-/* The buffer that holds it: each of pyfuse3's tasks has its own. NULL: there is none. */
+/* The buffer of the request; each of pyfuse3's tasks has its own. NULL: none. */
 extern void *last_request;
 
-extern bool last_request_extended;     /* SETXATTR has a word more */
-extern bool last_request_tells_set_id; /* the kernel says with each request what it takes from a file */
+extern bool last_request_extended;     /* SETXATTR has an additional field */
+extern bool last_request_tells_set_id; /* requests say which set-ID bits the kernel wants cleared */
 
-/* A word of it, at this byte offset. */
+/* The word at this byte offset of the request. */
 static inline uint32_t request_word(size_t offset)
 {
 	uint32_t found;
@@ -27,7 +27,7 @@ static inline uint32_t request_word(size_t offset)
 	return found;
 }
 
-/* Its inode. */
+/* The inode of the request. */
 static inline uint64_t request_inode(void)
 {
 	uint64_t found;
@@ -36,10 +36,10 @@ static inline uint64_t request_inode(void)
 	return found;
 }
 
-/* Take out of a SETXATTR what libfuse does not know; return how long the request is then. */
+/* Remove the field that libfuse does not know from a SETXATTR; return the new size of the request. */
 ssize_t last_request_shorten(char *request, ssize_t size);
 
-/* What Python calls. */
+/* Functions for Python. */
 extern PyMethodDef last_request_methods[];
 
 #endif

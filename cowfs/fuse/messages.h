@@ -1,4 +1,4 @@
-/* What is in front of each message between the kernel and us: see linux/fuse.h. */
+/* The headers of the messages between the kernel and the daemon: see linux/fuse.h. */
 #ifndef COWFS_MESSAGES_H
 #define COWFS_MESSAGES_H
 
@@ -11,7 +11,7 @@ struct in_header { /* struct fuse_in_header: of a request */
 	uint16_t extlen, padding;
 };
 
-struct out_header { /* struct fuse_out_header: of an answer */
+struct out_header { /* struct fuse_out_header: of a reply */
 	uint32_t len;
 	int32_t error;
 	uint64_t unique;

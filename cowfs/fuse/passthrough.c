@@ -1,12 +1,12 @@
 /*
- * Files that the kernel itself reads, writes and maps, without a request (FUSE passthrough, Linux 6.9:
- * fs/fuse/passthrough.c, fs/fuse/iomode.c).
+ * FUSE passthrough: the kernel itself reads, writes and maps files, without requests (Linux 6.9: fs/fuse/passthrough.c,
+ * fs/fuse/iomode.c).
  *
- * A file of ours is lent to the kernel by an ioctl(2), which gives a number; the answer to an open names it. The
- * kernel wants the same number in the answers to all opens of an inode as long as one of them is open, and takes it
- * for no inode that is open through its own pages: passthrough.py keeps to that.
+ * An ioctl(2) lends a file to the kernel and returns a number, which the reply to an open contains. The kernel requires
+ * the same number in the replies to all opens of an inode while it is open, and refuses it for an inode that is open
+ * through the page cache. passthrough.py ensures both.
  *
- * libfuse learned of it in 3.17. What it does not know is put into its answers on their way to the kernel.
+ * libfuse supports it since 3.17. For older versions, the fields are added to the replies on their way to the kernel.
  */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -94,7 +94,7 @@ static void complete_init(const struct out_header *out, uint32_t *init, size_t s
 	} else {
 		init[OUT_FLAGS] |= INIT_EXT;
 		init[OUT_FLAGS2] |= PASSTHROUGH;
-		init[OUT_STACK_DEPTH] = 1; /* files of filesystems that are on no other */
+		init[OUT_STACK_DEPTH] = 1; /* files of filesystems that are not stacked on others */
 		lacking = "";
 	}
 }
@@ -185,11 +185,11 @@ static PyObject *py_pass_through(PyObject *self, PyObject *args)
 PyMethodDef passthrough_methods[] = {
 	{ "passthrough_lacking", py_lacking, METH_NOARGS,
 	  "passthrough_lacking(): why the session cannot lend files to the kernel; '' if it can." },
-	{ "lend", py_lend, METH_VARARGS, "lend(fd): let the kernel have this file; return its number there." },
+	{ "lend", py_lend, METH_VARARGS, "lend(fd): lend a file to the kernel; return its number." },
 	{ "take_back", py_take_back, METH_VARARGS,
-	  "take_back(id): no open names it any more. Files that are open go on with it." },
+	  "take_back(id): end a loan. Further opens cannot use the number; files that are open keep it." },
 	{ "pass_through", py_pass_through, METH_VARARGS,
-	  "pass_through(fh, id, direct): the answer to the open of handle number fh names a file that was lent; 0: none.\n"
-	  "direct: only its mappings are the kernel's, reads and writes come here." },
+	  "pass_through(fh, id, direct): put a lent file into the reply to the open of handle number fh; 0: none.\n"
+	  "direct: the kernel only maps it; reads and writes are sent to the daemon." },
 	{ NULL, NULL, 0, NULL },
 };

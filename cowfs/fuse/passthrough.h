@@ -1,4 +1,4 @@
-/* Files that the kernel itself reads, writes and maps: see passthrough.c. */
+/* FUSE passthrough: the kernel itself reads, writes and maps files. See passthrough.c. */
 #ifndef COWFS_PASSTHROUGH_H
 #define COWFS_PASSTHROUGH_H
 
@@ -7,20 +7,20 @@
 #include <stddef.h>
 #include <sys/uio.h>
 
-/* Another session begins, on this descriptor of /dev/fuse. */
+/* Reset for a new session on this descriptor of /dev/fuse. */
 void passthrough_reset(int fd);
 
-/* The next session should use it, if the kernel supports it. */
+/* Set whether the next session uses passthrough, if the kernel supports it. */
 void passthrough_want(bool wanted);
 
-/* A message from the kernel is given to libfuse. */
+/* Examine a message from the kernel before libfuse gets it. */
 void passthrough_received(const void *request, size_t size);
 
-/* Around libfuse's fuse_reply_open() and fuse_reply_create(): how the file is open. */
+/* Call it before libfuse's fuse_reply_open() and fuse_reply_create(), with the data of the open file. */
 void passthrough_begin_reply(struct fuse_file_info *fi);
 void passthrough_end_reply(void);
 
-/* An answer is on its way to the kernel: what libfuse has no words for is put into it. */
+/* Add the fields that libfuse does not know to a reply before it is sent. */
 void passthrough_complete(struct iovec *iov, int count);
 
 extern PyMethodDef passthrough_methods[];

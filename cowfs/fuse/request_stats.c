@@ -1,14 +1,13 @@
-/* How many requests there were of each kind, and how long they took.
+/* Counts the requests of each kind, and measures how long they take.
  *
- * A request is timed from when libfuse is given it to when libfuse gives its answer. Not in it is the way between
- * the kernel and us, nor the wait for another request that is being handled. It costs two looks at the clock and
- * some ten memory accesses.
+ * A request is timed from when libfuse gets it until libfuse sends the reply. This excludes the transfer between kernel
+ * and daemon, and the wait while another request is handled. It costs two readings of the clock and about ten memory
+ * accesses.
  *
- * Requests that wait for something are answered late, and by another thread than the one that took them: so all
- * that are under way are in a table by their number. Where there are threads all of this is done under the core
- * lock (core_lock.c); else one thread does it.
+ * Requests that wait may be answered by another thread, so all requests in progress are in a table by their number.
+ * With several threads, everything here runs under the core lock (core_lock.c).
  *
- * The durations are counted in ranges, four to each power of two: what is told of them is right to an eighth.
+ * Durations are counted in ranges, four for each power of two, so they are exact to one eighth.
  */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -27,23 +26,23 @@
 
 enum { FORGET = 2, INTERRUPT = 36, BATCH_FORGET = 42 }; /* linux/fuse.h: nobody waits for an answer to these */
 enum {
-	OPERATIONS = 64, /* opcodes; what the kernel has beyond them is counted as 0 */
+	OPERATIONS = 64, /* opcodes; higher ones are counted as 0 */
 	RANGES = 4 * 42, /* of durations: up to an hour */
 	BUCKETS = 256,
-	AT_HAND = 64, /* so many requests under way need no memory of their own */
+	AT_HAND = 64, /* requests in progress for which no memory is allocated */
 };
 
-struct record { /* what is known of an operation */
+struct record { /* the figures of an operation */
 	uint64_t count, errors, ns;
 	uint64_t ranges[RANGES];
 };
 
-struct request { /* one under way */
+struct request { /* a request in progress */
 	uint64_t unique;
 	int64_t begun;
 	uint32_t operation;
-	uint32_t uid, held; /* so many bytes of a user's data */
-	bool own;           /* has memory of its own */
+	uint32_t uid, held; /* held: bytes of the user's data in memory */
+	bool own;           /* was allocated */
 	struct request *next;
 };
 
@@ -97,7 +96,7 @@ void figures_begin(const void *request, size_t size)
 	else if ((r = malloc(sizeof *r)))
 		r->own = true;
 	else
-		return; /* one less is counted */
+		return; /* no memory: it is not counted */
 	struct request **bucket = bucket_of(head.unique);
 	r->unique = head.unique;
 	r->operation = operation;
@@ -113,7 +112,7 @@ void figures_end(uint64_t unique, int32_t error)
 {
 	struct request **place = bucket_of(unique), *r;
 
-	if (!unique) /* a notice to the kernel, from whatever thread */
+	if (!unique) /* a notice to the kernel, from any thread */
 		return;
 	while ((r = *place) && r->unique != unique)
 		place = &r->next;
@@ -122,7 +121,7 @@ void figures_end(uint64_t unique, int32_t error)
 	int64_t took = now() - r->begun;
 	struct record *record = &records[r->operation];
 	record->count++;
-	record->errors += error != 0 && error != -ENOSYS; /* which says: never ask for this again */
+	record->errors += error != 0 && error != -ENOSYS; /* ENOSYS only means: do not send this again */
 	record->ns += (uint64_t)took;
 	record->ranges[range_of((uint64_t)took)]++;
 	held_data_give_back(r->uid, r->held);
@@ -160,7 +159,7 @@ void figures_reset(void)
 
 /* --- for Python --- */
 
-/* Append and let go; -1 if something has failed. */
+/* Append *item* and drop the reference to it; -1 if this fails. */
 static int add(PyObject *list, PyObject *item)
 {
 	int failure = item ? PyList_Append(list, item) : -1;
@@ -208,7 +207,7 @@ static PyObject *py_figures(PyObject *self, PyObject *args)
 
 PyMethodDef figures_methods[] = {
 	{ "figures", py_figures, METH_NOARGS,
-	  "figures(): (opcode, count, errors, ns, ranges) of each operation, and a range is (from, to, count) of\n"
-	  "durations; (opcode, ns) of each request under way; how many reads were served without Python." },
+	  "figures(): (opcode, count, errors, ns, ranges) of each operation, where a range is (from, to, count) of\n"
+	  "durations in ns; (opcode, ns) of each request in progress; the number of reads served without Python." },
 	{ NULL, NULL, 0, NULL },
 };

@@ -1,11 +1,11 @@
-/* FUSE over io_uring (Linux 6.14; Documentation/filesystems/fuse/fuse-io-uring.rst), beneath libfuse.
+/* FUSE over io_uring (Linux 6.14; Documentation/filesystems/fuse/fuse-io-uring.rst), below libfuse.
  *
- * The kernel has a queue of requests for each CPU, and gives a request to that of the CPU where it is made. A
- * thread of ours for each CPU waits in its ring for the queue's requests, serves them there, and sends the answer
- * with the same system call that waits for the next one. libfuse knows nothing of it: to it, on such a thread, a
- * read(2) gives what /dev/fuse would have given, and a writev(2) takes the answer.
+ * The kernel has a queue of requests for each CPU, and puts a request into the queue of the CPU where it is made. For
+ * each CPU, a thread of the daemon waits in a ring for requests, serves them, and sends each reply with the system call
+ * that waits for the next request. libfuse does not notice: on such a thread, its read(2) gets the message that
+ * /dev/fuse would give, and its writev(2) passes the reply.
  *
- * FORGET and INTERRUPT still come through /dev/fuse, and so does FUSE_INIT, with which it begins: ring_setup.c.
+ * FORGET and INTERRUPT still come through /dev/fuse, and so does FUSE_INIT, the first request: see ring_setup.c.
  */
 #define _GNU_SOURCE
 #include "ring_internal.h"
@@ -26,22 +26,22 @@
 #include "ring.h"
 
 enum { NOTIFY_RETRIEVE = 5 };
-#define OURS (UINT64_C(1) << 63) /* in the number of a request that we have had made */
+#define OURS (UINT64_C(1) << 63) /* in the number of a request that the daemon caused itself */
 
 enum {
-	RESERVE = 8,          /* entries that wait for requests when others have one that waits */
-	MOST_ENTRIES = 16384, /* of a queue: nobody shall have all by letting requests wait */
-	LATE_AT_ONCE = 16,    /* answers of other threads */
+	RESERVE = 8,          /* entries that wait for requests while others are in use */
+	MOST_ENTRIES = 16384, /* of a queue: waiting requests must not take all memory */
+	LATE_AT_ONCE = 16,    /* replies of other threads that are sent at once */
 	FILES = 8,
 	BUCKETS = 256,
 };
 
-static const int64_t PAUSE = 50 * 1000000LL;  /* ns: without a request for so long, the machine may have slept … */
-static const int64_t WAKING = 20 * 1000000LL; /* … and for so long it may still be waking */
+static const int64_t PAUSE = 50 * 1000000LL;  /* ns without a request after which the machine may have slept */
+static const int64_t WAKING = 20 * 1000000LL; /* ns during which the machine may still be waking up */
 
 static struct entry *waiting[BUCKETS]; /* by unique; core lock */
 
-static uint64_t files[FILES]; /* the last that were opened, read or written; core lock */
+static uint64_t files[FILES]; /* the files opened, read or written last; core lock */
 static unsigned last_file;
 
 static PyObject *after_pause;
@@ -62,7 +62,7 @@ void ring_wake(const struct ring *ring)
 	(void)ignored;
 }
 
-/* --- what is sent to the kernel --- */
+/* --- sending to the kernel --- */
 
 static struct io_uring_sqe *next_sqe(struct ring *ring)
 {
@@ -112,7 +112,7 @@ void ring_watch_event(struct ring *ring)
 struct entry *ring_new_entry(struct ring *ring, struct queue *queue)
 {
 	struct entry *e = calloc(1, sizeof *e);
-	/* Pages that no request has used are not there. */
+	/* Pages that no request has used take no memory. */
 	char *memory = mmap(NULL, PAGE + ring_payload, PROT_READ | PROT_WRITE,
 			    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 	if (!e || memory == MAP_FAILED) {
@@ -139,7 +139,7 @@ static void answer(struct entry *e, const struct out_header *out, size_t size)
 	e->unique = 0;
 	if (e->ring == ring_mine) {
 		ring_mine->serving = NULL;
-		ring_send_entry(e, CMD_COMMIT_AND_FETCH); /* goes with the wait for the next request */
+		ring_send_entry(e, CMD_COMMIT_AND_FETCH); /* sent with the wait for the next request */
 		return;
 	}
 	pthread_mutex_lock(&e->ring->late_lock);
@@ -149,12 +149,12 @@ static void answer(struct entry *e, const struct out_header *out, size_t size)
 	ring_wake(e->ring);
 }
 
-/* Have the kernel look at who waits in a queue that had no entry left. It gives a new one to nobody who waits
- * already, only to the next who comes, and one that has answered to the next who waits (fuse_uring_do_register()
- * and fuse_uring_commit_fetch() in fs/fuse/dev_uring.c). So we have somebody come: to a FUSE_NOTIFY_RETRIEVE, here
- * of nothing, the kernel says that nothing by a request, in the queue of the CPU where we are. It has to know the
- * inode, which must be a file. Should it know none of these, the next who comes by himself does it. */
-static void have_one_come(struct ring *ring, const struct queue *queue)
+/* Make the kernel serve the requests that wait in a queue without free entries. The kernel gives a new entry only to the
+ * next new request, not to a waiting one; it gives an entry that has been answered to the next waiting request
+ * (fuse_uring_do_register() and fuse_uring_commit_fetch() in fs/fuse/dev_uring.c). So cause a new request: the kernel
+ * answers FUSE_NOTIFY_RETRIEVE, here for 0 bytes, with a request in the queue of the present CPU. It must know the
+ * inode, which must be a file. If it knows none of these files, the next new request has the same effect. */
+static void cause_request(struct ring *ring, const struct queue *queue)
 {
 	static uint64_t number;
 	struct {
@@ -164,12 +164,12 @@ static void have_one_come(struct ring *ring, const struct queue *queue)
 	} retrieve = { { sizeof retrieve, NOTIFY_RETRIEVE, 0 }, OURS | ++number << 1, 0, 0, 0, 0 };
 	cpu_set_t here, there;
 
-	io_uring_submit(&ring->uring); /* the new entry, first */
+	io_uring_submit(&ring->uring); /* submits the new entry first */
 	CPU_ZERO(&there);
 	CPU_SET(queue->id, &there);
 	bool elsewhere = queue->id != ring->cpu && !sched_getaffinity(0, sizeof here, &here);
 	if (elsewhere && sched_setaffinity(0, sizeof there, &there))
-		return; /* we may not go there */
+		return; /* this CPU is not allowed */
 	for (unsigned i = 1; i <= FILES; i++) {
 		retrieve.nodeid = files[(last_file + FILES + 1 - i) % FILES];
 		if (retrieve.nodeid && write(ring_fd, &retrieve, sizeof retrieve) > 0)
@@ -179,7 +179,7 @@ static void have_one_come(struct ring *ring, const struct queue *queue)
 		sched_setaffinity(0, sizeof here, &here);
 }
 
-/* Keep the numbers of some files that the kernel knows. */
+/* Remember the numbers of some files that the kernel knows. */
 static void note_file(const struct in_header *in)
 {
 	enum { OPEN = 14, WRITE = 16 };
@@ -188,7 +188,7 @@ static void note_file(const struct in_header *in)
 		files[last_file = (last_file + 1) % FILES] = in->nodeid;
 }
 
-/* The entry of a request that is being handled: here, or somewhere since it waits. */
+/* The entry of a request that is being handled: by this thread, or in the table of waiting requests. */
 static struct entry *take_entry(uint64_t unique)
 {
 	if (ring_mine && ring_mine->serving && ring_mine->serving->unique == unique)
@@ -235,7 +235,7 @@ static int64_t now(void)
 	return t.tv_sec * 1000000000LL + t.tv_nsec;
 }
 
-/* With each answer the kernel may put in the next request and its data: a few at a time, and those are served. */
+/* Send a few late replies. With each, the kernel may store the next request and its data, which is then served. */
 static void send_late(struct ring *ring)
 {
 	uint64_t count;
@@ -250,7 +250,7 @@ static void send_late(struct ring *ring)
 	pthread_mutex_unlock(&ring->late_lock);
 	for (unsigned i = 0; ring->answered && i < LATE_AT_ONCE; i++) {
 		struct entry *e = ring->answered;
-		ring->answered = e->next; /* e is the kernel's when it is sent */
+		ring->answered = e->next; /* after sending, e belongs to the kernel */
 		ring_send_entry(e, CMD_COMMIT_AND_FETCH);
 	}
 	if (more || ring->answered)
@@ -276,7 +276,7 @@ static struct entry *completed(struct ring *ring)
 		e->queue->idle--;
 		if (result == 0)
 			return e;
-		ring->ended = true; /* ENOTCONN: unmounted; with anything else no request would come any more */
+		ring->ended = true; /* ENOTCONN: unmounted; after other errors no request would come either */
 	}
 	return NULL;
 }
@@ -284,7 +284,7 @@ static struct entry *completed(struct ring *ring)
 static struct entry *wait_for_request(struct ring *ring)
 {
 	for (;;) {
-		/* Answers go first: their callers wait. */
+		/* Send replies first: their callers wait. */
 		if (io_uring_sq_ready(&ring->uring) && io_uring_cq_ready(&ring->uring)) {
 			io_uring_submit(&ring->uring);
 			ring_memory_trim(ring);
@@ -346,7 +346,7 @@ static void refuse(struct entry *e, int error)
 static ssize_t next_request(struct ring *ring, char *buffer, size_t size)
 {
 	for (;;) {
-		if (ring->serving) /* nobody has answered */
+		if (ring->serving) /* the request was not answered */
 			refuse(ring->serving, EIO);
 		give_core(ring);
 		PyThreadState *state = PyEval_SaveThread();
@@ -365,7 +365,7 @@ static ssize_t next_request(struct ring *ring, char *buffer, size_t size)
 		if (length > 0 && e->unique & OURS) {
 			struct out_header done = { sizeof done, 0, e->unique };
 			answer(e, &done, 0);
-			/* Whoever waits is given the entry at once. */
+			/* A waiting request gets the entry at once. */
 			io_uring_submit(&ring->uring);
 			if (!io_uring_cq_ready(&ring->uring))
 				e->queue->crowded = false;
@@ -404,18 +404,18 @@ static PyObject *py_leave(PyObject *self, PyObject *args)
 	ring_mine->serving = NULL;
 	e->next = waiting[e->unique / 2 % BUCKETS];
 	waiting[e->unique / 2 % BUCKETS] = e;
-	ring_memory_drop(e); /* what was in it has been taken */
+	ring_memory_drop(e); /* its content has been read */
 	if (!e->queue->idle)
 		e->queue->crowded = true;
 	while (e->queue->idle < RESERVE && e->queue->entries < MOST_ENTRIES) {
 		struct entry *more = ring_new_entry(ring_mine, e->queue);
 		if (!more || !ring_send_entry(more, CMD_REGISTER))
 			break;
-		e->queue->crowded = true; /* until it is registered the others may all be taken */
+		e->queue->crowded = true; /* before it is registered, all others may be in use */
 	}
-	/* One that cannot be sent is kept: MOST_ENTRIES bounds them. NOLINTNEXTLINE(clang-analyzer-unix.Malloc) */
+	/* An entry that cannot be sent is kept; MOST_ENTRIES limits them. NOLINTNEXTLINE(clang-analyzer-unix.Malloc) */
 	if (e->queue->crowded)
-		have_one_come(ring_mine, e->queue);
+		cause_request(ring_mine, e->queue);
 	Py_RETURN_NONE;
 }
 
@@ -427,7 +427,7 @@ static PyObject *py_give_core(PyObject *self, PyObject *args)
 	Py_RETURN_NONE;
 }
 
-/* In the ring, not in poll(2): the kernel waits for us to take what it has for us, when it is unmounted. */
+/* Wait in the ring, not in poll(2): at unmount, the kernel waits until the completions are taken. */
 static void send_until_quit(struct ring *ring)
 {
 	struct io_uring_cqe *cqe;
@@ -441,13 +441,13 @@ static void send_until_quit(struct ring *ring)
 		}
 		result = io_uring_submit_and_wait(&ring->uring, 1);
 		while (io_uring_cq_ready(&ring->uring) && io_uring_peek_cqe(&ring->uring, &cqe) == 0) {
-			bool is_event = !cqe->user_data; /* nobody answers requests any more */
+			bool is_event = !cqe->user_data; /* requests are not answered any more */
 			io_uring_cqe_seen(&ring->uring, cqe);
 			if (is_event)
 				send_late(ring);
 		}
 	}
-	while (ring->late || ring->answered) /* no other thread answers any more */
+	while (ring->late || ring->answered) /* other threads do not answer any more */
 		send_late(ring);
 	io_uring_submit(&ring->uring);
 }
@@ -487,12 +487,13 @@ static PyObject *py_watch_pauses(PyObject *self, PyObject *callable)
 }
 
 PyMethodDef ring_methods[] = {
-	{ "ring_leave", py_leave, METH_NOARGS, "ring_leave(): another thread goes on with the request of this one." },
-	{ "ring_finish", py_finish, METH_NOARGS, "ring_finish(): send what others answer, until ring_quit()." },
-	{ "ring_quiet", py_quiet, METH_NOARGS, "ring_quiet(): whether nobody else waits to be served." },
+	{ "ring_leave", py_leave, METH_NOARGS, "ring_leave(): another thread continues with the request of this one." },
+	{ "ring_finish", py_finish, METH_NOARGS,
+	  "ring_finish(): send the replies of other threads, until ring_quit()." },
+	{ "ring_quiet", py_quiet, METH_NOARGS, "ring_quiet(): whether no other request waits." },
 	{ "watch_pauses", py_watch_pauses, METH_O,
-	  "watch_pauses(call): call it before requests that come after a pause." },
+	  "watch_pauses(call): set a function to call before a request that comes after a pause." },
 	{ "core_give", py_give_core, METH_NOARGS,
-	  "core_give(): let others touch the union, if a ring's thread has the core lock." },
+	  "core_give(): release the core lock if this thread serves a ring and holds it." },
 	{ NULL, NULL, 0, NULL },
 };

@@ -1,4 +1,4 @@
-/* FUSE over io_uring, beneath libfuse: see ring.c. */
+/* FUSE over io_uring, below libfuse: see ring.c. */
 #ifndef COWFS_RING_H
 #define COWFS_RING_H
 
@@ -6,17 +6,17 @@
 #include <sys/types.h>
 #include <sys/uio.h>
 
-/* The session's descriptor of /dev/fuse: what ring_read() and ring_writev() are given. */
+/* Set the session's descriptor of /dev/fuse, which ring_read() and ring_writev() get. */
 void ring_device(int fd);
 
-/* What libfuse calls instead of read(2) and writev(2). The GIL is held. */
+/* Called by libfuse instead of read(2) and writev(2), with the GIL. */
 ssize_t ring_read(int fd, void *buffer, size_t size);
 ssize_t ring_writev(int fd, struct iovec *iov, int count);
 
 /* Whether the caller is a thread that serves a ring. */
 bool ring_serves(void);
 
-/* What Python calls; rings.py says what for. */
+/* Functions for Python; rings.py describes them. */
 extern PyMethodDef ring_methods[], ring_setup_methods[];
 
 #endif

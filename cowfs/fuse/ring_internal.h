@@ -1,4 +1,4 @@
-/* What ring.c and ring_setup.c share: the rings, their queues and entries. */
+/* Shared by ring.c, ring_memory.c and ring_setup.c: the rings, their queues and entries. */
 #ifndef COWFS_RING_INTERNAL_H
 #define COWFS_RING_INTERNAL_H
 
@@ -33,13 +33,13 @@ struct command {
 	uint8_t padding[6];
 };
 
-struct queue { /* of the kernel's: one for each CPU that there could be */
+struct queue { /* a queue of the kernel: one for each possible CPU */
 	uint16_t id;
 	unsigned entries, idle;
-	bool crowded; /* requests may wait in it that got no entry */
+	bool crowded; /* requests that got no entry may wait in it */
 };
 
-struct entry { /* room for one request and its answer */
+struct entry { /* memory for one request and its reply */
 	struct ring_header *header;
 	char *payload;
 	struct iovec iov[2];
@@ -47,57 +47,57 @@ struct entry { /* room for one request and its answer */
 	uint64_t commit_id;
 	struct queue *queue;
 	struct ring *ring;
-	struct entry *next; /* among those that wait, or those that are answered elsewhere */
-	bool kernels;       /* it waits for a request */
-	bool large;         /* its memory is in use, or was and is kept */
+	struct entry *next; /* in the list of waiting entries, or of those answered by other threads */
+	bool kernels;       /* the kernel has it: it waits for a request */
+	bool large;         /* its memory is in use, or is kept after use */
 	TAILQ_ENTRY(entry) among_large;
 };
 
-struct ring { /* one for each of our threads */
+struct ring { /* one for each serving thread */
 	int cpu;
 	int event;
 	struct io_uring uring;
-	bool made; /* that was */
+	bool made; /* the ring exists */
 	struct queue *queues;
 	unsigned queue_count;
-	struct entry *serving; /* what the thread handles now */
-	bool locked;           /* the thread has the core lock */
+	struct entry *serving; /* the request that the thread handles */
+	bool locked;           /* the thread holds the core lock */
 	bool ended;
 	uint64_t requests;
-	TAILQ_HEAD(, entry) large; /* the last one used is the last */
+	TAILQ_HEAD(, entry) large; /* in order of use, the latest last */
 	unsigned large_count;
 	pthread_mutex_t late_lock;
-	struct entry *late;     /* answered by another thread */
-	struct entry *answered; /* they were late, and are being sent */
+	struct entry *late;     /* answered by other threads */
+	struct entry *answered; /* late entries that are being sent */
 };
 
 extern struct ring *rings;
 extern unsigned ring_count;
-extern size_t ring_payload; /* bytes: the longest answer, and the longest data of a request */
+extern size_t ring_payload; /* bytes: the longest reply, and the longest data of a request */
 extern int ring_fd;         /* /dev/fuse */
 extern __thread struct ring *ring_mine;
 extern atomic_bool ring_stopping, ring_quitting;
 
-/* Have a ring's thread look at what others have answered, and whether it is to stop. */
+/* Wake a ring's thread, so that it sends the replies of other threads, or stops. */
 void ring_wake(const struct ring *ring);
 
 struct entry *ring_new_entry(struct ring *ring, struct queue *queue);
 bool ring_send_entry(struct entry *e, unsigned operation);
 void ring_watch_event(struct ring *ring);
 
-/* An entry has, or had, so many bytes of data. For the ring's thread, as those that follow. */
+/* Record that an entry uses *size* bytes of data. Only for the ring's thread, as the next functions. */
 void ring_memory_used(struct entry *e, size_t size);
 
-/* Give back the memory of an entry that is not the kernel's. */
+/* Free the memory of an entry that the kernel does not have. */
 void ring_memory_drop(struct entry *e);
 
-/* Give back the memory of those that the kernel has, but for a few; right after the kernel was entered. */
+/* Free the memory of entries that the kernel has, except a few. Call it directly after io_uring_enter(2). */
 void ring_memory_trim(struct ring *ring);
 
-/* Look whether a message of the kernel is FUSE_INIT, and whether it offers io_uring. */
+/* Examine a message of the kernel: whether it is FUSE_INIT and offers io_uring. */
 void ring_note_init(const void *message, size_t size);
 
-/* Whether a request was that FUSE_INIT; its answer goes by ring_answer_init(). */
+/* Whether a request was that FUSE_INIT, whose reply ring_answer_init() completes. */
 bool ring_asked_by(uint64_t unique);
 ssize_t ring_answer_init(int fd, struct iovec *iov, int count);
 

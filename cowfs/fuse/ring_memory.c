@@ -1,18 +1,18 @@
-/* The memory of a ring's entries. An entry has room for 1 MiB of data, and a burst of requests that wait leaves
- * thousands of entries. Only the few that had large data last keep the memory of it, since new pages cost time.
+/* Frees the memory of a ring's entries. An entry has space for 1 MiB of data, and a burst of waiting requests leaves
+ * thousands of entries. Only the few entries that had large data last keep their memory, because new pages cost time.
  *
- * The kernel gets at the memory of an entry that it has only while the ring's thread is in io_uring_enter(2)
- * (IORING_SETUP_DEFER_TASKRUN): it reads the answer there, and puts the next request in. Afterwards that request is
- * seen in the completion queue.
+ * The kernel accesses the memory of an entry that it has only while the ring's thread is in io_uring_enter(2)
+ * (IORING_SETUP_DEFER_TASKRUN): it reads the reply there, and writes the next request, which then appears in the
+ * completion queue.
  */
 #include "ring_internal.h"
 
 #include <sys/mman.h>
 
 enum {
-	LARGE = 1 << 16,   /* bytes; less is not worth a system call */
-	KEPT = 32,         /* entries whose memory is kept, of all rings together, … */
-	MOST_OF_RING = 16, /* … of one, and one at least */
+	LARGE = 1 << 16,   /* bytes; freeing less is not worth a system call */
+	KEPT = 32,         /* entries whose memory is kept, of all rings together */
+	MOST_OF_RING = 16, /* the same for one ring; at least one */
 };
 
 static unsigned kept_by_ring(void)
@@ -52,7 +52,7 @@ void ring_memory_trim(struct ring *ring)
 	struct io_uring_cqe *cqe;
 	struct entry *e, *next;
 
-	/* An answer that is not sent yet is needed; a request that is not seen yet, too. */
+	/* Replies that are not sent yet, and requests that are not seen yet, are still needed. */
 	if (ring->large_count <= most || io_uring_sq_ready(&ring->uring) ||
 	    IO_URING_READ_ONCE(*ring->uring.sq.kflags) & IORING_SQ_CQ_OVERFLOW)
 		return;

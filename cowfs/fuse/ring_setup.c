@@ -1,7 +1,7 @@
-/* How FUSE over io_uring begins and ends: the rings are made, offered in the answer to FUSE_INIT, and closed.
+/* Begins and ends FUSE over io_uring: makes the rings, accepts io_uring in the reply to FUSE_INIT, closes the rings.
  *
- * From that answer on the kernel holds back every request until each queue has an entry. So whatever could fail is
- * done before it is given, and the answer says no if something did.
+ * After that reply, the kernel holds back all requests until each queue has an entry. So everything that can fail is
+ * done before, and the reply accepts io_uring only if all of it succeeded.
  */
 #define _GNU_SOURCE
 #include "ring_internal.h"
@@ -20,15 +20,15 @@
 #include "ring.h"
 
 enum { FUSE_INIT = 26 };
-enum { INIT_FLAGS = 3, INIT_MAX_WRITE = 5, INIT_MAX_PAGES = 7, INIT_FLAGS2 = 8 }; /* 32-bit words of the answer */
+enum { INIT_FLAGS = 3, INIT_MAX_WRITE = 5, INIT_MAX_PAGES = 7, INIT_FLAGS2 = 8 }; /* 32-bit words of the reply */
 #define INIT_EXT (1u << 30)
 #define OVER_IO_URING (1u << (41 - 32))
 #define MIN_PAYLOAD 8192
 
 enum {
 	FEW_RINGS = 8,
-	ENTRIES = 4,         /* of a queue at first … */
-	ENTRIES_OF_MANY = 2, /* … and where there are more than FEW_RINGS */
+	ENTRIES = 4,         /* of a queue at first */
+	ENTRIES_OF_MANY = 2, /* the same with more than FEW_RINGS */
 };
 
 struct ring *rings;
@@ -137,13 +137,13 @@ static void close_rings(void)
 			close(rings[r].event);
 		free(rings[r].queues);
 	}
-	/* What the entries have is left to the end of the process: the kernel may still know them. */
+	/* The memory of the entries is not freed: the kernel may still use it. */
 	free(rings);
 	rings = NULL;
 	ring_count = 0;
 }
 
-/* io_uring_register(2): Debian 12's liburing 2.3 declares functions for it that it does not have. */
+/* io_uring_register(2): liburing 2.3 of Debian 12 declares functions for it but does not contain them. */
 static int tell_ring(struct io_uring *uring, unsigned what, void *argument, unsigned count)
 {
 	long result = syscall(__NR_io_uring_register, uring->ring_fd, what, argument, count);
@@ -164,9 +164,9 @@ static int restrict_ring(struct io_uring *uring)
 static int open_ring(struct ring *ring, unsigned queues)
 {
 	struct io_uring_params p = {
-		/* The last: requests are put into entries while we wait for them, at most 20 at a time
-		 * (IO_LOCAL_TW_DEFAULT_MAX in io_uring/io_uring.c). Otherwise the data of a burst would take its whole
-		 * memory at once. No IORING_SETUP_TASKRUN_FLAG: with it liburing does that with each answer, too. */
+		/* With the last flag, the kernel stores requests only while this thread waits for them, at most 20 at a time
+		 * (IO_LOCAL_TW_DEFAULT_MAX in io_uring/io_uring.c). Otherwise a burst would take memory for all its
+		 * data at once. IORING_SETUP_TASKRUN_FLAG would make liburing do that with each reply, too. */
 		.flags = IORING_SETUP_SQE128 | IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_R_DISABLED |
 			 IORING_SETUP_DEFER_TASKRUN,
 	};
@@ -178,7 +178,7 @@ static int open_ring(struct ring *ring, unsigned queues)
 	if (failure)
 		return failure;
 	ring->made = true;
-	/* A process that we fork must not keep it open. */
+	/* A forked process must not keep the ring open. */
 	madvise(ring->uring.sq.ring_ptr, ring->uring.sq.ring_sz, MADV_DONTFORK);
 	madvise(ring->uring.cq.ring_ptr, ring->uring.cq.ring_sz, MADV_DONTFORK);
 	madvise(ring->uring.sq.sqes, p.sq_entries * 2 * sizeof(struct io_uring_sqe), MADV_DONTFORK);
@@ -215,13 +215,13 @@ static PyObject *py_open(PyObject *self, PyObject *args)
 		for (unsigned r = 0; r < ring_count; r++)
 			if (rings[r].cpu == id)
 				ring = &rings[r];
-		if (ring && ring->queue_count) { /* its own was to be the first */
+		if (ring && ring->queue_count) { /* the thread's own queue must be its first */
 			ring->queues[ring->queue_count++].id = ring->queues[0].id;
 			ring->queues[0].id = (uint16_t)id;
 			continue;
 		}
 		if (!ring)
-			/* There is one, or we are not here. NOLINTNEXTLINE(clang-analyzer-core.DivideZero) */
+			/* There is at least one ring. NOLINTNEXTLINE(clang-analyzer-core.DivideZero) */
 			ring = &rings[turn++ % ring_count];
 		ring->queues[ring->queue_count++].id = (uint16_t)id;
 	}
@@ -247,8 +247,8 @@ static PyObject *py_join(PyObject *self, PyObject *args)
 		cpu_set_t set;
 		CPU_ZERO(&set);
 		CPU_SET((size_t)ring->cpu, &set);
-		sched_setaffinity(0, sizeof set, &set);                                   /* without, it is slower */
-		failure = tell_ring(&ring->uring, IORING_REGISTER_ENABLE_RINGS, NULL, 0); /* it is this thread's */
+		sched_setaffinity(0, sizeof set, &set); /* if it fails, it is only slower */
+		failure = tell_ring(&ring->uring, IORING_REGISTER_ENABLE_RINGS, NULL, 0); /* binds it to this thread */
 		if (!failure) {
 			ring_mine = ring;
 			struct entry *e = ring->late;
@@ -323,14 +323,14 @@ static PyObject *py_figures(PyObject *self, PyObject *args)
 
 PyMethodDef ring_setup_methods[] = {
 	{ "ring_open", py_open, METH_VARARGS,
-	  "ring_open(possible, cpus): make a ring for each of these CPUs, and queues for all that there could be." },
+	  "ring_open(possible, cpus): make a ring for each of these CPUs, and queues for all possible CPUs." },
 	{ "ring_join", py_join, METH_VARARGS,
-	  "ring_join(number): be the thread of this ring, once the kernel has taken the offer; False: it has not." },
-	{ "ring_stop", py_stop, METH_NOARGS, "ring_stop(): take no more requests." },
-	{ "ring_quit", py_quit, METH_NOARGS, "ring_quit(): everything is answered, the threads may end." },
-	{ "ring_close", py_close, METH_NOARGS, "ring_close(): after the threads have ended." },
+	  "ring_join(number): let this thread serve a ring; False if the kernel has not accepted the offer. Blocks." },
+	{ "ring_stop", py_stop, METH_NOARGS, "ring_stop(): accept no more requests." },
+	{ "ring_quit", py_quit, METH_NOARGS, "ring_quit(): let the threads end; everything is answered." },
+	{ "ring_close", py_close, METH_NOARGS, "ring_close(): free the rings, after the threads have ended." },
 	{ "ring_refused", py_refused, METH_NOARGS,
-	  "ring_refused(): why requests do not come by rings; '' if they do." },
+	  "ring_refused(): why requests do not come through rings; '' if they do." },
 	{ "ring_figures", py_figures, METH_NOARGS, "ring_figures(): CPU, requests and entries of each ring." },
 	{ NULL, NULL, 0, NULL },
 };

@@ -1,8 +1,10 @@
-/* The kernel asks for the ACL of the root directory with each path that somebody else than its owner walks, and
- * never keeps the answer: it makes the inode before FUSE_INIT tells it that there are ACLs, and marks it with
- * ACL_DONT_CACHE (fuse_init_inode() in fs/fuse/inode.c), which stays since Linux 6.18.42, 6.12.101 and 6.6.148
- * (forget_cached_acl() in fs/posix_acl.c). So what it does for all other inodes is done here: that there is no ACL
- * is kept until a request changes attributes of the root, or a notice has the kernel forget them.
+/* Caches whether the root directory has no ACL.
+ *
+ * For every path that a user other than the root directory's owner walks, the kernel asks for the ACL of the root
+ * directory, and never caches the reply. The reason is that it makes this inode before FUSE_INIT announces ACLs, and
+ * marks it with ACL_DONT_CACHE (fuse_init_inode() in fs/fuse/inode.c). Since Linux 6.18.42, 6.12.101 and 6.6.148, this
+ * mark stays (forget_cached_acl() in fs/posix_acl.c). So the daemon caches that there is no ACL, until a request
+ * changes attributes of the root, or a notice makes the kernel forget them.
  *
  * Requests come under the core lock, notices from any thread.
  */
@@ -20,7 +22,7 @@ enum { ROOT = 1, GETXATTR_IN = 8 };
 
 static const char access_acl[] = "system.posix_acl_access";
 static atomic_bool is_none;
-static _Atomic uint64_t asked; /* the number of the request that asks; 0: none does, or the answer is old */
+static _Atomic uint64_t asked; /* the number of the request that asks; 0: none, or its reply is out of date */
 
 void root_acl_reset(void)
 {

@@ -7,16 +7,16 @@
 #include <stdint.h>
 #include <sys/uio.h>
 
-/* Another session begins: nothing is known. */
+/* Reset for a new session: nothing is known. */
 void root_acl_reset(void);
 
-/* Look at a request: it may change the ACL, or ask for it. */
+/* Examine a request, which may change the ACL or ask for it. */
 void root_acl_received(const void *request, size_t size);
 
-/* Look at what is sent to the kernel: the answer to who asked, or a notice that it may have changed. */
+/* Examine a message to the kernel: the reply with the ACL, or a notice that it may have changed. */
 void root_acl_sent(const struct iovec *iov, int count);
 
-/* Whether a GETXATTR asks for the ACL, and there is none. */
+/* Whether a GETXATTR asks for the ACL and there is none. */
 bool root_acl_is_none(uint64_t inode, const char *name);
 
 #endif

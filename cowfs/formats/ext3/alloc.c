@@ -47,8 +47,8 @@ static bool overlaps(uint32_t a, uint32_t a_count, uint32_t b, uint32_t b_count)
 }
 
 /*
- * Fail if any of the blocks is outside the filesystem, or holds its own metadata: as ext4_setup_system_zone()
- * has it.
+ * Fail if any of the blocks is outside the filesystem, or contains metadata of the filesystem, as in
+ * ext4_setup_system_zone().
  */
 void check_block(x3_image *img, uint32_t nr, uint32_t count)
 {
@@ -282,7 +282,7 @@ static void release_run(x3_image *img, struct run run, const uint32_t *logged, s
 	for (size_t i = count_below(logged, n, run.start); i < n && logged[i] - run.start < run.count; i++) {
 		uint32_t k = logged[i] - run.start;
 		struct run *more = try_grow(later->run, &later->cap, later->n + 1, sizeof *more);
-		if (!more) /* no memory to remember it: let the rest wait for ever */
+		if (!more) /* no memory to record it: the rest waits for ever */
 			return;
 		later->run = more;
 		later->run[later->n++] = (struct run){ logged[i], 1 };
@@ -301,7 +301,7 @@ void held_release(x3_image *img, struct runs *runs, bool logged_too)
 	size_t n = 0;
 	uint32_t *logged = runs->n && !logged_too ? logged_numbers(img, runs, &n) : NULL;
 
-	for (size_t i = 0; i < runs->n && (logged || logged_too); i++) /* no memory: let them wait for ever */
+	for (size_t i = 0; i < runs->n && (logged || logged_too); i++) /* no memory: they wait for ever */
 		release_run(img, runs->run[i], logged, n);
 	free(logged);
 	runs->n = 0;

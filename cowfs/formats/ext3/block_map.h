@@ -4,18 +4,18 @@
 
 #include "internal.h"
 
-#define CHANGES_MAX 400u /* of metadata, after which an operation writes or frees no more */
+#define CHANGES_MAX 400u /* changes of metadata after which an operation writes or frees no more */
 
 /* A row of block pointers: from one of them to the end of its array. */
 struct slots {
-	struct block *block; /* where they are; NULL: the array does not exist */
+	struct block *block; /* the block that contains them; NULL: the array does not exist */
 	uint32_t offset;
-	uint64_t count; /* of pointers; without a block: how many logical blocks there are none of */
+	uint64_t count; /* number of pointers; without a block: number of logical blocks that are holes */
 };
 
 static inline uint32_t *slot(const struct slots *s, uint64_t i)
 {
-	/* Without a block nobody uses the pointer. NOLINTNEXTLINE(clang-analyzer-core.NullPointerArithm) */
+	/* Without a block, the pointer is not used. NOLINTNEXTLINE(clang-analyzer-core.NullPointerArithm) */
 	return (uint32_t *)(s->block->data + s->offset) + i;
 }
 

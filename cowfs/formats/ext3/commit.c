@@ -182,7 +182,7 @@ static int close_transaction(x3_image *img)
 		b->flags &= ~(DIRTY | LISTED);
 	}
 	img->ndirty = 0;
-	if (!img->nlogging) /* all was taken back: there is no transaction, and no gap in the numbers */
+	if (!img->nlogging) /* all changes were undone: there is no transaction, and its number is used again */
 		return 0;
 	qsort(img->logging, img->nlogging, sizeof *img->logging, by_number);
 	for (size_t i = 0; i < img->nlogging; i++) {
@@ -329,7 +329,7 @@ static int commit(x3_image *img)
 	error = write_log(img, tid);
 	pthread_mutex_lock(&img->lock);
 	if (!error && failures != io_failures(img))
-		error = img->failure; /* an fsync of a file was told what was meant for us */
+		error = img->failure; /* an fsync of a file got the error of this barrier */
 	error = error ? error : finish_transaction(img);
 	if (error)
 		return error;

@@ -17,7 +17,7 @@
 const char zero[BLOCK_MAX];
 
 #define WRITE_MAX (4u << 20)   /* bytes that one operation writes at most */
-#define EXTENTS_MAX (1u << 16) /* that one operation looks at: others wait */
+#define EXTENTS_MAX (1u << 16) /* extents that one operation examines: others wait */
 
 /*
  * The largest file, as in fs/ext4/super.c (ext4_max_bitmap_size): limited by the pointers, and by i_blocks,
@@ -237,7 +237,7 @@ int64_t data_segment(x3_image *img, uint32_t ino, uint64_t from, uint64_t *stop)
 
 	need_regular(img, &in);
 	for (; at < end && steps < EXTENTS_MAX;
-	     at += e.count, steps++) { /* if there are more holes, so many are data */
+	     at += e.count, steps++) { /* at most this many holes; after more, report data */
 		e = data_map(img, &in, at, end - at);
 		if (e.nr)
 			break;

@@ -218,7 +218,7 @@ struct x3_place dir_find(x3_image *img, const struct inode *dir, const char *nam
 	fail(img, ENOENT, "no such name");
 }
 
-#define SCAN_MAX (64u << 20) /* bytes of a directory without an index that are looked through: others wait */
+#define SCAN_MAX (64u << 20) /* bytes of a directory without an index that are searched: others wait */
 
 /* See x3_lookup. */
 bool dir_lookup(x3_image *img, uint32_t ino, const char *name, uint32_t len, struct x3_found *out)
@@ -315,7 +315,7 @@ bool dir_is_above(x3_image *img, uint32_t ino, uint32_t dir)
 	for (uint64_t steps = 1, limit = 2; at != ino; steps++) {
 		if (at == EXT2_ROOT_INO)
 			return false;
-		if (steps == limit) { /* Brent: a circle comes back to what was seen, however long it is */
+		if (steps == limit) { /* Brent's algorithm: a cycle of any length returns to a saved value */
 			seen = at;
 			limit *= 2;
 		}
@@ -349,7 +349,7 @@ int64_t dir_list(x3_image *img, uint32_t ino, uint64_t *cursor, char *buf, uint6
 
 	if (cap < 4 * (uint64_t)img->bs)
 		fail(img, ERANGE, "too small a buffer");
-	/* The names of a block take at most four thirds of it here. */
+	/* In this format, the names of a block take at most four thirds of the block's size. */
 	for (at = *cursor; at < blocks && (uint64_t)(p - buf) + 2 * img->bs <= cap; at++) {
 		struct block *b = dir_block(img, &dir, at);
 		for (uint32_t offset = 0; offset < img->bs;) {

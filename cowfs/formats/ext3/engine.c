@@ -1,6 +1,6 @@
 /*
- * The entry points that engine.h promises for an inode and what is in it; those for names are in names.c, for
- * durability in sync.c, for opening and closing in open.c.
+ * The entry points of engine.h for inodes and their data. Those for names are in names.c, for durability in sync.c, for
+ * opening and closing in open.c.
  */
 #include <errno.h>
 #include <limits.h>
@@ -160,7 +160,7 @@ int64_t x3_readlink(x3_image *img, uint32_t ino, void *buf, uint64_t cap)
 			fail(img, ERANGE, "too small a buffer");
 		if (inode_is_mapped(img, &in))
 			target = dir_block(img, &in, 0)->data;
-		size = strnlen(target, size); /* as the kernel has it */
+		size = strnlen(target, size); /* as in the kernel */
 		memcpy(buf, target, size);
 		op.result = size;
 	}
@@ -200,7 +200,7 @@ int64_t x3_fill(x3_image *img, uint32_t ino, const void *buf, uint64_t len, uint
 	return write_all(img, ino, buf, len, off, true);
 }
 
-/* Keep everybody from writing to a file until the end of its truncation; call it under the lock. */
+/* Make other threads wait before they write to a file, until the end of its truncation. Under the lock. */
 static void truncation_begin(x3_image *img, struct truncation *t)
 {
 	t->next = img->truncations;

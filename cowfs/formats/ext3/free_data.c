@@ -1,7 +1,7 @@
 /*
  * Freeing the blocks of files: truncating, and punching holes.
  *
- * Both go from the pointers in the inode down the indirect blocks, and may need several operations.
+ * Both walk from the pointers in the inode down the indirect blocks, and may need several operations.
  */
 
 #include <errno.h>
@@ -14,7 +14,7 @@
 
 /* --- truncating --- */
 
-/* Free what the first *count* pointers name, in runs; the pointers stay. */
+/* Free the blocks of the first *count* pointers, in runs. The pointers do not change. */
 static void free_slots(x3_image *img, struct inode *in, struct slots *s, uint32_t count)
 {
 	for (uint32_t n; count; count -= n, s->offset += 4 * n) {
@@ -28,7 +28,7 @@ static void free_slots(x3_image *img, struct inode *in, struct slots *s, uint32_
 	}
 }
 
-/* The same, and the pointers are gone. */
+/* Free the blocks of the first *count* pointers, and clear the pointers. */
 static void clear_slots(x3_image *img, struct inode *in, struct slots s, uint32_t count)
 {
 	uint32_t offset = s.offset;
@@ -38,7 +38,7 @@ static void clear_slots(x3_image *img, struct inode *in, struct slots s, uint32_
 	memset(block_change(img, block, offset, 4 * count), 0, 4 * count);
 }
 
-/* How many blocks of data one pointer in an indirect block of this depth leads to. */
+/* The number of data blocks below one pointer in an indirect block of this depth. */
 static uint64_t span_of(const x3_image *img, int depth)
 {
 	uint64_t per = img->bs / 4;
@@ -47,10 +47,10 @@ static uint64_t span_of(const x3_image *img, int depth)
 }
 
 /*
- * Free what the indirect block of a pointer maps from its *first* block on, the last first.
+ * Free the data blocks below a pointer to an indirect block, from number *first* on, the last ones first.
  *
- * The indirect block goes too when nothing of it is left, as in ext4_find_shared(). False: the operation has done
- * enough, and something remains.
+ * An indirect block that maps nothing any more is freed too, as in ext4_find_shared(). False: some remain for another
+ * operation.
  */
 static bool free_tree(x3_image *img, struct inode *in, struct slots s, int depth, uint64_t first)
 {
@@ -66,7 +66,7 @@ static bool free_tree(x3_image *img, struct inode *in, struct slots s, int depth
 	if (depth == 1) {
 		below.offset = 4 * first;
 		below.count = per - first;
-		if (first) { /* free_slots() alone would do for a block that is freed itself */
+		if (first) { /* the indirect block stays, so its pointers must be cleared */
 			clear_slots(img, in, below, per - first);
 			if (memcmp(below.block->data, zero, img->bs))
 				return true;
@@ -87,7 +87,7 @@ static bool free_tree(x3_image *img, struct inode *in, struct slots s, int depth
 	return true;
 }
 
-/* Free all blocks of the inode, which is being changed, from logical block *first* on. False: more is to be done. */
+/* Free all blocks of the inode, which is being changed, from logical block *first* on. False: some remain. */
 bool data_free_from(x3_image *img, struct inode *in, uint64_t first)
 {
 	uint64_t per = img->bs / 4, start[4] = { 0, 12, 12 + per, 12 + per + per * per };
@@ -104,9 +104,9 @@ bool data_free_from(x3_image *img, struct inode *in, uint64_t first)
 }
 
 /*
- * Let the last block of a file that becomes shorter be zero from *size* on, when that is sure.
+ * Zero the last block of a file that becomes shorter, from *size* on, after the operation has its redo record.
  *
- * If the operation's record is refused, the file keeps its size, and must keep what it has there.
+ * If the record cannot be written, the file keeps its size and its data.
  */
 static void clear_tail_late(x3_image *img, struct inode *in, uint64_t size)
 {
@@ -123,9 +123,9 @@ static void clear_tail_late(x3_image *img, struct inode *in, uint64_t size)
 }
 
 /*
- * The operation has its record: zero what it wanted to be zero. -EIO.
+ * Zero the bytes recorded by clear_tail_late(), after the operation has its redo record. -EIO.
  *
- * Where the disk has no room for that it is done when the file grows: see data_zero_tail().
+ * If the disk has no space, it is done when the file grows: see data_zero_tail().
  */
 int data_clear_late(x3_image *img)
 {
@@ -140,8 +140,8 @@ int data_clear_late(x3_image *img)
 }
 
 /*
- * Set the size. False: the file is on the orphan list, and has blocks behind its end: call
- * data_truncate_more() until it says true, and let nobody write to the file before.
+ * Set the size. False: the file is on the orphan list, and has blocks behind its end. Then call data_truncate_more()
+ * until it returns true; nobody may write to the file before.
  */
 bool data_truncate(x3_image *img, uint32_t ino, uint64_t size)
 {
@@ -161,7 +161,7 @@ bool data_truncate(x3_image *img, uint32_t ino, uint64_t size)
 		return true;
 	if (data_free_from(img, &in, (size + img->bs - 1) >> img->bits))
 		return true;
-	if (in.raw->i_links_count) /* else it is there already */
+	if (in.raw->i_links_count) /* otherwise it is already on the list */
 		orphan_add(img, &in);
 	return false;
 }
@@ -181,9 +181,9 @@ bool data_truncate_more(x3_image *img, uint32_t ino)
 /* --- punching holes --- */
 
 /*
- * Free those of the blocks that a pointer leads to by indirect ones which are number *from* and more, less than *to*.
+ * Free the data blocks below a pointer to an indirect block, from number *from* up to, but not including, *to*.
  *
- * An indirect block that maps nothing any more goes too. False: the operation has done enough, and something remains.
+ * An indirect block that maps nothing any more is freed too. False: some remain for another operation.
  */
 static bool punch_tree(x3_image *img, struct inode *in, struct slots s, int depth, uint64_t from, uint64_t to)
 {
@@ -215,7 +215,7 @@ static bool punch_tree(x3_image *img, struct inode *in, struct slots s, int dept
 	return true;
 }
 
-/* Let blocks number *first* and more, less than *last*, be holes. False: more is to be done. */
+/* Free the blocks from number *first* up to, but not including, *last*. False: some remain. */
 static bool punch_blocks(x3_image *img, struct inode *in, uint64_t first, uint64_t last)
 {
 	uint64_t per = img->bs / 4, span = per, start = 12;
@@ -230,7 +230,7 @@ static bool punch_blocks(x3_image *img, struct inode *in, uint64_t first, uint64
 	return true;
 }
 
-/* Let a range be a hole: its blocks are freed, and what of others is in it is zero. False: more is to be done. */
+/* Make a range a hole: free its blocks, and zero its part of other blocks. False: some blocks remain. */
 bool data_punch(x3_image *img, uint32_t ino, uint64_t off, uint64_t len)
 {
 	struct inode in = inode_change(img, ino, true);
@@ -241,9 +241,9 @@ bool data_punch(x3_image *img, uint32_t ino, uint64_t off, uint64_t len)
 	inode_times(img, &in, X3_MTIME | CTIME, now_ns());
 	if (off >= size)
 		return true;
-	if (end == size) /* what the last block has behind the end is nobody's */
+	if (end == size) /* nobody sees the part of the last block behind the end */
 		last = (size + mask) >> img->bits;
-	if (first > last) { /* all in one block */
+	if (first > last) { /* the range is in one block */
 		data_zero(img, &in, off, end - off);
 		return true;
 	}

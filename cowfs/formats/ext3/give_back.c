@@ -1,10 +1,10 @@
 /*
- * Giving the blocks of deleted files back to the disk that a sparse image is on.
+ * Returning the blocks of deleted files to the disk that contains a sparse image.
  *
- * An image whose file has holes when it is opened takes its blocks as it needs them. A transaction that is on disk
- * has freed some: before they may be used again, those in long runs become holes of the file. Before the transaction
- * is on disk they are still part of a file, after a crash. Short runs stay: a call for each would cost more than
- * they are worth, and divide the file into many pieces; cowfs trim gives them back.
+ * An image counts as sparse if its file has holes when it is opened. After a transaction is on disk, long runs of the
+ * blocks that it freed become holes of the file, before they can be used again. Earlier this is not possible: after a
+ * crash the blocks would still belong to a file. Short runs stay allocated, because a system call for each would cost
+ * too much and would fragment the file. cowfs trim returns them.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -15,11 +15,11 @@
 
 #include "internal.h"
 
-#define HOLES_MIN (1u << 20)  /* bytes that a file must lack to count as sparse */
-#define RUN_MIN (64u << 10)   /* bytes of a run that is worth a call */
+#define HOLES_MIN (1u << 20)  /* bytes of holes that make a file sparse */
+#define RUN_MIN (64u << 10)   /* bytes of the shortest run that is returned */
 #define TRACED_MAX (1u << 16) /* bytes in one record of a trace */
 
-/* When the image is opened, or resumed: whether it is one that gives back. */
+/* When the image is opened or resumed: find out whether it is sparse. */
 void give_back_start(x3_image *img)
 {
 	struct stat st;
@@ -36,7 +36,7 @@ static int by_start(const void *a, const void *b)
 	return (x > y) - (x < y);
 }
 
-/* The runs that are long enough, in order, neighbours joined; their number in *n*. NULL: no memory. */
+/* Return the runs that are long enough, sorted, adjacent ones joined; their number in *n*. NULL: no memory. */
 static struct run *long_runs(const x3_image *img, const struct runs *runs, size_t *n)
 {
 	struct run *found = malloc((runs->n + 1) * sizeof *found);
@@ -73,7 +73,7 @@ static bool has_block(const struct run *runs, size_t n, uint32_t nr)
 	return low < n && runs[low].start <= nr;
 }
 
-/* What a punched range reads as, for a trace. */
+/* Trace zeros for a punched range. */
 static void trace_zeros(x3_image *img, uint64_t off, uint64_t len)
 {
 	for (uint64_t end = off + len, n; img->trace_fd >= 0 && off < end; off += n) {
@@ -83,9 +83,9 @@ static void trace_zeros(x3_image *img, uint64_t off, uint64_t len)
 }
 
 /*
- * The transaction that has freed these blocks is on disk, and they are still held back: let the disk have them.
+ * Return blocks to the disk. The transaction that freed them is on disk, and they are still held back.
  *
- * Under the lock, which is dropped meanwhile, with img->committing, when no reader has the number of one any more.
+ * Under the lock, which is dropped meanwhile, with img->committing. No reader may still have one of their numbers.
  */
 void give_back(x3_image *img, const struct runs *runs)
 {
@@ -108,6 +108,6 @@ void give_back(x3_image *img, const struct runs *runs)
 	}
 	pthread_mutex_lock(&img->lock);
 	free(run);
-	if (error) /* it cannot be done there, or the disk has other worries: it is not tried again */
+	if (error) /* not supported, or a failing disk: do not try again */
 		img->gives_back = false;
 }

@@ -1,22 +1,21 @@
 /*
- * Room on the disk that the image is on: the image may be sparse, and the disk fill up.
+ * Space on the disk that contains the image: the image may be sparse, and the disk may become full.
  *
- * File data is written at once, so x3_write meets a full disk itself. Metadata comes to the journal and
- * then to its place later, when it is too late to refuse anything. So the journal gets its blocks when
- * the image is opened, and a metadata block when it is first changed; an operation that cannot have
- * that fails with ENOSPC. Blocks that are there already cost a system call of a microsecond.
+ * File data is written at once, so x3_write itself fails on a full disk. Metadata is written later, to the journal and
+ * then home, when it is too late to refuse the change. So the journal's blocks are allocated when the image is opened,
+ * and a metadata block when it is first changed; the operation fails with ENOSPC if that is not possible. For blocks
+ * that are already allocated, this costs a system call of one microsecond.
  *
- * Some disks refuse a write all the same (a thin volume, copy-on-write, a quota that shrinks). If
- * nothing is lost by that the image is stalled: all is kept in memory, changes are refused, and the
- * same commit or checkpoint is done again, until it succeeds. After fdatasync has failed the kernel
- * forgets which pages of the file were not written. What the journal takes is still in memory then;
- * file data is read back (unsynced.c). If some is not there any more, the image is aborted, and what is
- * on disk is the last commit.
+ * Some disks can still refuse a write (a thin volume, copy-on-write, a shrinking quota). If no data is lost, the image
+ * is stalled: everything stays in memory, changes are refused, and the same commit or checkpoint is repeated until it
+ * succeeds. After a failed fdatasync, the kernel no longer knows which pages of the file were not written. The
+ * journal's blocks are still in the engine's memory; file data is read back (unsynced.c). If some of it is lost, the
+ * image is aborted, and the disk has the state of the last commit.
  *
- * ENOSPC, EDQUOT and EFBIG are a lack of room. EIO from fdatasync may be one (so says ext4 on a thin pool of
- * device-mapper, in Linux 6.1) or a disk that fails: as long as nothing is lost it costs nothing to try again. EIO from
- * anything else, and all other errors, are a disk that fails. Memory that is lacking (ENOMEM) is waited for as room is:
- * what a commit or checkpoint needs is asked for before anything is changed that could not be done again.
+ * ENOSPC, EDQUOT and EFBIG mean a lack of space. EIO from fdatasync may mean that too (ext4 on a thin pool of
+ * device-mapper, in Linux 6.1), or a failing disk. While no data is lost, trying again does no harm. EIO from other
+ * calls, and all other errors, mean a failing disk. Lack of memory (ENOMEM) is handled like lack of space: a commit or
+ * checkpoint allocates its memory before it changes anything that could not be repeated.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -43,7 +42,7 @@ static int64_t monotonic_ns(void)
 	return now.tv_sec * NS + now.tv_nsec;
 }
 
-/* Where there is no fallocate: write zeros into the holes of a range, which may be smaller than our blocks. */
+/* Without fallocate: write zeros into the holes of a range. The holes may be smaller than the image's blocks. */
 static int fill_holes(x3_image *img, uint64_t off, uint64_t end)
 {
 	static const char zero[4096];
@@ -58,13 +57,13 @@ static int fill_holes(x3_image *img, uint64_t off, uint64_t end)
 		}
 		hole = off < end ? lseek(img->fd, off, SEEK_HOLE) : -1;
 		if (hole < 0)
-			break; /* done, or nobody knows of holes here */
+			break; /* done, or the filesystem does not report holes */
 		off = hole;
 	}
 	return error;
 }
 
-/* See to it that blocks have their room on the disk; what they hold stays. */
+/* Allocate blocks on the disk; their content stays. */
 static int take_room(x3_image *img, uint32_t nr, uint32_t count)
 {
 	uint64_t off = (uint64_t)nr << img->bits, len = (uint64_t)count << img->bits;
@@ -82,7 +81,7 @@ static int take_room(x3_image *img, uint32_t nr, uint32_t count)
 	return fill_holes(img, off, off + len);
 }
 
-/* At the beginning: take the journal's room, unless there is room for everything by itself. */
+/* At open: allocate the journal's blocks, unless the file is in memory. */
 int room_start(x3_image *img)
 {
 	struct statfs disk;
@@ -113,7 +112,7 @@ int room_start(x3_image *img)
 	return error;
 }
 
-/* Within an operation: a metadata block is about to be changed. */
+/* Within an operation: allocate a metadata block that is about to be changed. */
 void room_for(x3_image *img, struct block *b)
 {
 	int error;
@@ -122,13 +121,13 @@ void room_for(x3_image *img, struct block *b)
 		return;
 	error = take_room(img, b->nr, 1);
 	if (room_is_lacking(error) && img->op->changing == GOES_ON)
-		return; /* it must be completed; if the room is missed later the image is stalled */
+		return; /* the change must be completed; if space is missing later, the image is stalled */
 	if (error)
 		fail(img, -error, "no space on the disk for block %u: %s", b->nr, strerror(-error));
 	b->flags |= HAS_ROOM;
 }
 
-/* What the file lacks of its blocks, and what its disk has free: bytes. Without the lock. */
+/* The bytes of the file's holes, and the free bytes of its disk. Without the lock. */
 void room_facts(const x3_image *img, struct x3_facts *out)
 {
 	struct statvfs disk;
@@ -143,7 +142,7 @@ void room_facts(const x3_image *img, struct x3_facts *out)
 }
 
 
-/* --- when it was refused all the same --- */
+/* --- after a refused write --- */
 
 bool room_is_lacking(int error)
 {
@@ -151,8 +150,8 @@ bool room_is_lacking(int error)
 }
 
 /*
- * After a commit or checkpoint, as the one who does it: stall the image, abort it, or let it go on. Return what
- * the waiters are told.
+ * After a commit or checkpoint, in the thread that did it: stall the image, abort it, or let it continue. Return the
+ * result for the waiting threads.
  */
 int room_judge(x3_image *img, int error)
 {
@@ -181,7 +180,7 @@ int room_judge(x3_image *img, int error)
 	return -EIO;
 }
 
-/* Whether a change must be refused; tries what failed last time again, now and then. May give up the lock. */
+/* Whether a change must be refused. Now and then, repeats the commit that failed. May drop the lock. */
 bool room_refuses(x3_image *img, enum change_kind kind)
 {
 	if (!img->stalled || kind == GOES_ON || (img->excused && img->atoms))

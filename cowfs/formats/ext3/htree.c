@@ -1,11 +1,10 @@
 /*
- * Indexed directories (dir_index), as fs/ext3/namei.c of Linux has them.
+ * Indexed directories (dir_index), as in fs/ext3/namei.c of Linux.
  *
- * Block 0 holds "." and "..", and behind them the root of the index; it and the index blocks below it (at
- * most one level of them) look like empty blocks to a reader that knows no index. An index is a sorted row of
- * (hash, block); the first has no hash, but says how many there are and may be. The names in a leaf have
- * hashes from its own on; the lowest bit of a hash says that names with the same one are in the leaf before,
- * too.
+ * Block 0 contains "." and "..", and behind them the root of the index. The root, and the index blocks below it (at
+ * most one level), look like empty blocks to a reader that does not know indexes. An index is a sorted array of (hash,
+ * block); the first entry has the count and the limit instead of a hash. The names in a leaf have hashes from that of
+ * the leaf on. If the lowest bit of that hash is set, the leaf before also has names with the same hash.
  */
 #include <errno.h>
 #include <stdlib.h>
@@ -60,10 +59,10 @@ static uint32_t hash_name(x3_image *img, uint8_t version, const char *name, uint
 	if (ext2fs_dirhash(version, name, len, img->sb->s_hash_seed, &hash, &minor))
 		fail(img, EUCLEAN, "an unknown hash");
 	hash &= ~1u;
-	return hash == HASH_END ? HASH_END - 2 : hash; /* as ext4fs_dirhash() has it */
+	return hash == HASH_END ? HASH_END - 2 : hash; /* as in ext4fs_dirhash() */
 }
 
-/* Whether the directory has an index in a form that we know. */
+/* Whether the directory has an index in a supported format. */
 bool htree_usable(x3_image *img, const struct inode *dir)
 {
 	const struct ext2_dx_root_info *info;
@@ -98,7 +97,7 @@ static struct level choose(x3_image *img, struct block *b, uint32_t offset, uint
 	return l;
 }
 
-/* Put a new entry behind the chosen one, where there is room for it. */
+/* Insert a new entry after the chosen one. There must be space for it. */
 static void insert_entry(x3_image *img, struct level *l, uint32_t hash, uint32_t block)
 {
 	uint32_t at = l->chosen + 1;
@@ -120,7 +119,7 @@ static struct level new_node(x3_image *img, struct inode *dir, uint32_t *at)
 	return l;
 }
 
-/* Fill an index block with entries; the first one's hash gives way to the counts. */
+/* Fill an index block with entries. The counts replace the hash of the first one. */
 static void fill_node(struct level *l, const struct ext2_dx_entry *from, uint32_t count)
 {
 	memcpy(l->entries, from, 8 * count);
@@ -139,7 +138,7 @@ static void make_room(x3_image *img, struct inode *dir, struct level *path, int 
 
 	if (low->count < low->limit)
 		return;
-	if (*depth == 0) { /* the root's entries go down one level */
+	if (*depth == 0) { /* move the root's entries down one level */
 		node = new_node(img, dir, &at);
 		fill_node(&node, low->entries, low->count);
 		block_change(img, low->block, 0, img->bs);
@@ -250,7 +249,7 @@ static uint32_t descend(x3_image *img, const struct inode *dir, uint32_t hash, s
 	return chosen_block(img, dir, &path[*depth]);
 }
 
-/* The block of an indexed directory where a name is, but for collisions, if it is there. */
+/* The block of an indexed directory that contains a name if the name exists, except for hash collisions. */
 uint32_t htree_find(x3_image *img, const struct inode *dir, const char *name, uint32_t len)
 {
 	uint8_t version = root_info(dir_block(img, dir, 0))->hash_version;

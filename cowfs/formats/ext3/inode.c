@@ -20,7 +20,7 @@ int64_t now_ns(void)
 
 /* --- finding --- */
 
-/* Inode *ino* as it is on disk, whatever it holds. */
+/* Inode *ino* without any checks. */
 struct inode inode_at(x3_image *img, uint32_t ino)
 {
 	struct inode in = { .ino = ino };
@@ -36,7 +36,7 @@ struct inode inode_at(x3_image *img, uint32_t ino)
 	return in;
 }
 
-/* Inode *ino*, which must be in use and one that we know how to handle. */
+/* Inode *ino*, which must be in use and of a supported kind. */
 struct inode inode_get(x3_image *img, uint32_t ino)
 {
 	struct inode in = inode_at(img, ino);
@@ -44,7 +44,7 @@ struct inode inode_get(x3_image *img, uint32_t ino)
 
 	if (ino != EXT2_ROOT_INO && ino < img->first_ino)
 		fail(img, EUCLEAN, "inode %u is reserved", ino);
-	if (in.raw->i_links_count == 0) { /* an orphan in use, or a free inode */
+	if (in.raw->i_links_count == 0) { /* a kept orphan, or a free inode */
 		const struct block *bitmap = block_get(
 			img, group_get(img, (ino - 1) / img->inodes_per_group)->bg_inode_bitmap);
 		uint32_t bit = (ino - 1) % img->inodes_per_group;
@@ -62,7 +62,7 @@ struct inode inode_get(x3_image *img, uint32_t ino)
 	return in;
 }
 
-/* The same, to be changed; *lasting*: not only its times, which fdatasync(2) may leave. */
+/* The same, to be changed. *lasting*: also fields other than its times, which fdatasync(2) must write. */
 struct inode inode_change(x3_image *img, uint32_t ino, bool lasting)
 {
 	struct inode in = inode_get(img, ino);
@@ -92,14 +92,14 @@ void inode_set_size(x3_image *img, struct inode *in, uint64_t size)
 	img->lasting[in->ino % 4096] = img->tid;
 }
 
-/* Let it own *count* filesystem blocks more. */
+/* Add *count* filesystem blocks to i_blocks. */
 void inode_add_blocks(x3_image *img, struct inode *in, int64_t count)
 {
 	in->raw->i_blocks += count * (img->bs / 512);
 	img->lasting[in->ino % 4096] = img->tid;
 }
 
-/* Whether i_block[] holds block numbers: not for devices, and not for short symlinks. */
+/* Whether i_block[] contains block numbers: not for devices and short symlinks. */
 bool inode_is_mapped(x3_image *img, const struct inode *in)
 {
 	uint32_t type = in->raw->i_mode & S_IFMT;
@@ -109,7 +109,7 @@ bool inode_is_mapped(x3_image *img, const struct inode *in)
 	return type == S_IFREG || type == S_IFDIR;
 }
 
-/* Whether the inode has room for the field that ends at *end*. */
+/* Whether the inode has space for the field that ends at *end*. */
 static bool has_extra(x3_image *img, const struct inode *in, size_t end)
 {
 	return img->inode_size > EXT2_GOOD_OLD_INODE_SIZE &&
@@ -117,8 +117,8 @@ static bool has_extra(x3_image *img, const struct inode *in, size_t end)
 }
 
 /*
- * A time: 32 bits of seconds, and where there is room, two bits more and the nanoseconds. From 2262 on they are more
- * than 63 bits, and so what would be before 1901, which no inode holds.
+ * Read a time: 32 bits of seconds and, if there is space, two more bits and the nanoseconds. From 2262 on, the result
+ * wraps around to values before 1901, which no inode has.
  */
 static int64_t time_get(x3_image *img, const struct inode *in, const uint32_t *base, const uint32_t *extra)
 {
@@ -134,7 +134,7 @@ static void time_set(x3_image *img, struct inode *in, uint32_t *base, uint32_t *
 {
 	bool wide = has_extra(img, in, (const char *)(extra + 1) - (const char *)in->raw);
 	int64_t most = wide ? INT32_MAX + (3LL << 32) : INT32_MAX;
-	uint64_t since = (uint64_t)ns - (uint64_t)INT32_MIN * NS; /* the first there is */
+	uint64_t since = (uint64_t)ns - (uint64_t)INT32_MIN * NS; /* since the earliest time */
 	int64_t sec = INT32_MIN + (int64_t)(since / NS), nsec = since % NS;
 
 	if (sec == INT32_MIN || sec >= most) { /* as timestamp_truncate() in the kernel's fs/inode.c */
@@ -146,7 +146,7 @@ static void time_set(x3_image *img, struct inode *in, uint32_t *base, uint32_t *
 		*extra = nsec << 2 | ((sec - (int32_t)sec) >> 32 & 3);
 }
 
-/* Set those of its times that *what* names. */
+/* Set the times that *what* selects. */
 void inode_times(x3_image *img, struct inode *in, uint32_t what, int64_t ns)
 {
 	if (what & X3_ATIME)
@@ -198,7 +198,7 @@ void inode_attr(x3_image *img, const struct inode *in, struct x3_attr *out)
 	}
 }
 
-/* When it was made; false: it has no room for that. */
+/* Read the birth time; false: the inode has no space for it. */
 bool inode_birth(x3_image *img, const struct inode *in, int64_t *ns)
 {
 	if (!has_extra(img, in, offsetof(struct ext2_inode_large, i_crtime_extra) + sizeof in->raw->i_crtime_extra))
@@ -208,22 +208,22 @@ bool inode_birth(x3_image *img, const struct inode *in, int64_t *ns)
 }
 
 
-/* --- flags, as chattr(1) has them: ext4_fileattr_set() in fs/ext4/ioctl.c --- */
+/* --- flags of chattr(1): ext4_fileattr_set() in fs/ext4/ioctl.c --- */
 
-/* FS_DAX_FL and FS_PROJINHERIT_FL, of linux/fs.h, are not in the oldest <ext2fs/ext2_fs.h> there is. EOFBLOCKS means
- * nothing any more, but is kept (EXT4_FL_USER_MODIFIABLE). */
+/* FS_DAX_FL and FS_PROJINHERIT_FL, of linux/fs.h, are not in all versions of <ext2fs/ext2_fs.h>. EOFBLOCKS has no
+ * meaning any more, but is kept (EXT4_FL_USER_MODIFIABLE). */
 enum { EOFBLOCKS = 0x00400000, DAX = 0x02000000, PROJINHERIT = 0x20000000 };
 
-/* What anybody may ask for: these are kept … */
+/* Flags that callers may pass: these are set … */
 #define FLAGS_KEPT                                                                                          \
 	(EXT2_SECRM_FL | EXT2_UNRM_FL | EXT2_COMPR_FL | EXT2_SYNC_FL | EXT2_IMMUTABLE_FL | EXT2_APPEND_FL | \
 	 EXT2_NODUMP_FL | EXT2_NOATIME_FL | EXT3_JOURNAL_DATA_FL | EXT2_NOTAIL_FL | EOFBLOCKS | DAX)
 #define FLAGS_OF_DIRECTORIES (EXT2_DIRSYNC_FL | EXT2_TOPDIR_FL | PROJINHERIT)
-/* … and these stay what they are. */
+/* … and these are ignored and stay as they are. */
 #define FLAGS_SHOWN                                                                                           \
 	(EXT2_DIRTY_FL | EXT2_COMPRBLK_FL | EXT2_NOCOMPR_FL | EXT4_ENCRYPT_FL | EXT2_INDEX_FL | 0x00100000u | \
 	 0x10000000u)
-/* What a new inode has from its directory. */
+/* Flags that a new inode inherits from its directory. */
 #define FLAGS_INHERITED                                                                                   \
 	(EXT2_SECRM_FL | EXT2_UNRM_FL | EXT2_COMPR_FL | EXT2_SYNC_FL | EXT2_NODUMP_FL | EXT2_NOATIME_FL | \
 	 EXT3_JOURNAL_DATA_FL | EXT2_NOTAIL_FL | EXT2_DIRSYNC_FL | PROJINHERIT | DAX)
@@ -233,7 +233,7 @@ static uint32_t flags_kept(uint32_t mode)
 	return FLAGS_KEPT | (S_ISDIR(mode) ? FLAGS_OF_DIRECTORIES : 0);
 }
 
-/* Set those that can be set. EOPNOTSUPP for what ext3 does not have; EINVAL for extents. */
+/* Set the flags that can be set. EOPNOTSUPP for flags that ext3 does not have; EINVAL for extents. */
 void inode_set_flags(x3_image *img, struct inode *in, uint32_t flags)
 {
 	uint32_t kept = flags_kept(in->raw->i_mode);
@@ -339,7 +339,7 @@ static void remember_previous(x3_image *img, uint32_t ino, uint32_t previous)
 	img->orphan_hint[ino % 4096].previous = previous;
 }
 
-/* After a crash it is deleted, or, if it has a name, truncated to its size. */
+/* Add an inode to the orphan list. After a crash it is deleted or, if it has a name, truncated to its size. */
 void orphan_add(x3_image *img, struct inode *in)
 {
 	uint32_t next = img->sb->s_last_orphan;
@@ -352,7 +352,7 @@ void orphan_add(x3_image *img, struct inode *in)
 	set_last_orphan(img, in->ino);
 }
 
-/* Take it, which is being changed, off the list. */
+/* Remove an inode, which is being changed, from the orphan list. */
 void orphan_remove(x3_image *img, struct inode *in)
 {
 	uint32_t next = in->raw->i_dtime, at = img->sb->s_last_orphan, previous;
@@ -378,7 +378,7 @@ void orphan_remove(x3_image *img, struct inode *in)
 		remember_previous(img, next, previous);
 }
 
-/* Fail if anything on the list cannot be an orphan, or the list has no end. Before it is believed. */
+/* Fail if the orphan list contains an inode that cannot be an orphan, or has no end. Call it before using the list. */
 void orphan_check(x3_image *img)
 {
 	uint32_t ino = img->sb->s_last_orphan, seen = 0;
@@ -387,7 +387,7 @@ void orphan_check(x3_image *img)
 		struct inode in = inode_get(img, ino);
 		if (ino == seen || (in.raw->i_links_count && !S_ISREG(in.raw->i_mode)))
 			fail(img, EUCLEAN, "the orphan list is damaged at inode %u", ino);
-		if (steps == limit) { /* Brent: a circle comes back to what was seen, however long it is */
+		if (steps == limit) { /* Brent's algorithm: a cycle of any length returns to a saved value */
 			seen = ino;
 			limit *= 2;
 		}
@@ -399,8 +399,8 @@ void orphan_check(x3_image *img)
 /* --- deleting --- */
 
 /*
- * Free an inode without names, or as many of its blocks as one operation should; whether that was all. If not,
- * the operation knows how many are left.
+ * Free an inode without names, or as many of its blocks as one operation should free. Return whether it is freed; if
+ * not, op->rest is the number of blocks left.
  *
  * *listed*: it is on the orphan list.
  */
@@ -423,7 +423,8 @@ bool inode_delete_some(x3_image *img, uint32_t ino, bool listed)
 }
 
 /*
- * Take a name's link away; with the last (a directory has but one) the inode goes, unless *keep*.
+ * Decrease the link count for a removed name. After the last name (a directory has only one), free the inode unless
+ * *keep*.
  */
 enum fate inode_drop_link(x3_image *img, uint32_t ino, bool keep)
 {

@@ -1,32 +1,35 @@
 /*
- * What the parts of the engine share.
+ * Declarations shared by the parts of the engine.
  *
  *   io.c         the image's file, with traces and injected faults
  *   cache.c      the cache of metadata blocks, and their undo
- *   operation.c  operations: the lock, another attempt, failure
- *   journal.c    the journal's place, superblock, begin and end
+ *   operation.c  operations: lock, retry, failure
+ *   nowait.c     threads that must not wait for the disk
+ *   journal.c    the journal's blocks, superblock, begin and end
  *   commit.c     commit and checkpoint
- *   replay.c     what a crash has left in the journal
- *   redo.c       the log of what is not committed yet, which outlives the process
- *   alloc.c      blocks and inodes: bitmaps, counts, blocks held back after they were freed
+ *   replay.c     recovery of the journal after a crash
+ *   redo.c       the log of uncommitted changes, which survives the process; redo_read.c: its recovery
+ *   alloc.c      blocks and inodes: bitmaps, counts, freed blocks that are held back
  *   inode.c      inodes, their attributes, the orphan list, deletion
- *   lazy_free.c  freeing what has lost its name, bit by bit
- *   data.c       block pointers; reading, writing, truncating
- *   dir.c        names in directories; htree.c: indexed ones
+ *   lazy_free.c  freeing inodes without names in steps
+ *   data.c       block pointers; reading and writing
+ *   free_data.c  truncating, and punching holes
+ *   dir.c        names in directories; htree.c: indexed directories
  *   xattr.c      extended attributes
- *   host_space.c room on the disk that the image is on
+ *   host_space.c space on the disk that contains the image
+ *   give_back.c  returning freed blocks of a sparse image to that disk
  *   unsynced.c   file data that is not on disk yet, and may be refused there
+ *   track.c      which parts of the image were written
  *   super.c      the superblock: features and geometry
- *   open.c       opening, closing, letting go for a while
- *   engine.c     the other entry points
+ *   open.c       opening, closing, suspending
+ *   engine.c, names.c, sync.c  the other entry points
  *
- * All metadata is changed in the cache, through block_change() alone: it keeps the old bytes for the
- * undo and puts the block into the running transaction. A cached block never moves while an operation
- * runs, so pointers into it stay good until the operation's end.
+ * All metadata is changed in the cache, only through block_change(). It saves the old bytes for an undo, and adds the
+ * block to the running transaction. A cached block never moves while an operation runs, so pointers into it stay
+ * valid until the end of the operation.
  *
- * Errors do not return: fail() jumps to the end of the operation, which is undone there. So whatever
- * returns has succeeded. Only what runs outside of operations (the I/O at the bottom, commit,
- * checkpoint) returns -errno.
+ * Errors are not returned: fail() jumps to the end of the operation, which is undone there. So if a function returns,
+ * it has succeeded. Only code that runs outside of operations (I/O, commit, checkpoint) returns -errno.
  */
 #pragma once
 #include <pthread.h>
@@ -41,7 +44,7 @@
 #include "engine.h"
 
 #if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
-#error "ext3 is little-endian, and this engine reads it as it is"
+#error "ext3 is little-endian, and the engine does not convert it"
 #endif
 
 #define NS 1000000000LL
@@ -54,16 +57,16 @@ struct block {
 	uint32_t nr;
 	uint32_t flags;
 	struct block *next; /* with the same hash */
-	char *logged;       /* LOGGED: what the log holds, if *data* is newer by now */
+	char *logged;       /* LOGGED: the content in the log, if *data* is newer */
 	char data[];
 };
 #define DIRTY 1        /* belongs to the running transaction */
-#define LISTED 2       /* stands in img->dirty (maybe no longer DIRTY) */
+#define LISTED 2       /* is in img->dirty (perhaps no longer DIRTY) */
 #define LOGGING 4      /* belongs to the transaction that is being committed */
 #define LOGGED 8       /* committed, but not home yet */
 #define PINNED 16      /* never evicted */
-#define USED 32        /* since the clock's hand came by */
-#define HAS_ROOM 128   /* on the disk */
+#define USED 32        /* since the clock's hand passed */
+#define HAS_ROOM 128   /* is allocated on the disk */
 #define WAS_ESCAPED 64 /* LOGGING: it begins with the journal's magic number */
 
 /* Runs of blocks. */
@@ -75,28 +78,28 @@ struct runs {
 	size_t n, cap;
 };
 
-/* What an operation has changed so far; see block_change(). */
+/* A change made by the running operation; see block_change(). */
 struct change {
 	struct block *block;
-	uint32_t offset, length; /* length 0: the block was fresh, and is not needed any more */
-	size_t old;              /* where its old bytes are in undo.bytes */
+	uint32_t offset, length; /* length 0: the block was fresh: undo makes it free */
+	size_t old;              /* the position of its old bytes in undo.bytes */
 };
 struct mark {
 	size_t changes, bytes, held;
 };
 
-/* GOES_ON: the rest of a change that has begun. */
+/* GOES_ON: continues a change that has begun. */
 enum change_kind { CHANGES_NOTHING, CHANGES, GOES_ON };
 
-/* What is to be known of a block: in img->patches, where its content is while that is not home. */
+/* An entry for a block. In img->patches: the newest content of a block that is not home. */
 struct patch {
 	uint32_t nr;
-	uint32_t source; /* the block of the image that has it; 0: only *data* */
+	uint32_t source; /* the block of the image with the content; 0: only *data* has it */
 	bool used, escaped;
-	bool home; /* and waits for others to be */
+	bool home; /* already written home, while others are not */
 	char *data;
 };
-struct table { /* open addressing; of a power of two */
+struct table { /* open addressing; the size is a power of two */
 	struct patch *slot;
 	uint32_t mask, n;
 };
@@ -104,26 +107,26 @@ struct table { /* open addressing; of a power of two */
 /* Checksums of file data: see unsynced.c. */
 struct sums {
 	struct table table;
-	bool broken; /* there was no memory for all of them */
+	bool broken; /* some are missing, for lack of memory */
 };
 #define LOST_MAX 64
-struct edge { /* a unit that was written to in part, and what it has since */
+struct edge { /* a unit that was written in part, and its content since */
 	uint64_t unit;
 	bool known;
 	char data[4096];
 };
 
-/* One operation: lives on the stack of the entry point. */
+/* One operation, on the stack of the entry point. */
 struct op {
 	x3_image *img;
 	enum change_kind changing;
-	bool starved; /* of blocks, while there are some held back */
-	uint32_t ino; /* not while this one is being truncated */
+	bool starved; /* found no free block, while some are held back */
+	uint32_t ino; /* the operation must wait while this inode is being truncated */
 	int tries, error;
-	size_t held_before; /* img->held.n at its beginning */
-	uint64_t rest;      /* blocks that an inode still has of which a part was freed */
+	size_t held_before; /* img->held.n at the start */
+	uint64_t rest;      /* blocks left in an inode that was freed in part */
 	struct {
-		/* Bytes of file data to be zeroed once the operation has its record: data_clear_late() */
+		/* Bytes of file data to zero after the redo record is written: data_clear_late() */
 		uint64_t off;
 		uint32_t len, ino;
 	} late;
@@ -131,49 +134,49 @@ struct op {
 	jmp_buf escape;
 };
 
-/* A file that is being truncated in several steps: by who called x3_truncate(), on whose stack this is. */
+/* A file that is being truncated in several steps. On the stack of x3_truncate(). */
 struct truncation {
 	uint32_t ino;
 	struct truncation *next;
 };
 
-/* An inode without a name that is freed bit by bit. */
+/* An inode without a name that is freed in steps. */
 struct doomed {
 	uint32_t ino;
-	uint64_t blocks; /* that it still has */
+	uint64_t blocks; /* left */
 };
 
 struct x3_image {
 	/* the file */
 	int fd, trace_fd;
-	int meminfo; /* /proc/meminfo: a daemon that serves sees no /proc any more; -1: not known */
+	int meminfo; /* /proc/meminfo, which a confined daemon cannot open; -1: unknown */
 	uint32_t debug;
 	bool read_only;
-	pthread_mutex_t io_lock; /* of what is below, up to the blank line */
+	pthread_mutex_t io_lock; /* protects the fields below, up to the blank line */
 	uint64_t barriers, bytes_written;
-	pthread_mutex_t sync_lock; /* of barriers, one at a time, and of their numbers */
+	pthread_mutex_t sync_lock; /* held during a barrier; protects the barriers' numbers */
 	uint64_t barrier_nr;
-	uint64_t writes; /* so far; atomic */
-	uint64_t synced; /* as many as the last barrier covers, if it has succeeded; UINT64_MAX: not known */
+	uint64_t writes; /* number of writes; atomic */
+	uint64_t synced; /* number of writes that the last successful barrier covers; UINT64_MAX: unknown */
 	int inject_kind, inject_error, inject_sticky;
 	int64_t inject_nth;
 	bool inject_holds;
 	pthread_cond_t inject_wake;
 
-	pthread_mutex_t sums_lock; /* of what is below, up to the blank line */
-	struct sums sums, syncing; /* syncing: those that the running barrier covers, or the last, which has failed */
-	uint64_t failures;         /* of barriers; atomic */
+	pthread_mutex_t sums_lock; /* protects the fields below, up to the blank line */
+	struct sums sums, syncing; /* syncing: covered by the running barrier, or by the last one, which failed */
+	uint64_t failures;         /* number of failed barriers; atomic */
 	int failure;               /* -errno of the last one */
-	bool unjudged;             /* that was told, and nothing done about it yet */
+	bool unjudged;             /* it has not been handled yet */
 
-	pthread_mutex_t lock; /* of everything below */
+	pthread_mutex_t lock; /* protects everything below */
 	pthread_cond_t wake;  /* a commit has ended, a reader has left, a truncation is complete */
-	struct op *op;        /* the running one */
+	struct op *op;        /* the running operation */
 	int aborted;
 	char message[256];
 
 	/* geometry */
-	uint32_t bs, bits; /* block size, its logarithm */
+	uint32_t bs, bits; /* block size, and its binary logarithm */
 	uint32_t inode_size, extra_isize, inodes_per_group, blocks_per_group, first_block;
 	uint32_t groups, gd_blocks, blocks, inodes, first_ino;
 	uint64_t size_max, overhead;
@@ -182,10 +185,10 @@ struct x3_image {
 	struct block *sb_block, **gd_block;
 	struct ext2_super_block *sb;
 	uint64_t random;        /* for i_generation */
-	struct x3_facts opened; /* as it was when opened */
+	struct x3_facts opened; /* the facts at open */
 
 	/* cache */
-	struct block **bucket, **all; /* all: for the clock */
+	struct block **bucket, **all; /* all: for eviction */
 	uint32_t bucket_mask;
 	size_t cached, cached_cap, cached_max, hand;
 	uint64_t hits, misses; /* of block_get() */
@@ -200,29 +203,29 @@ struct x3_image {
 	uint32_t tid;
 	struct block **dirty;
 	size_t ndirty, dirty_cap, dirty_max;
-	struct runs held;          /* freed in it */
-	uint64_t held_now;         /* how many blocks these are */
-	volatile uint32_t pressed; /* whoever is in a hurry shall not change anything before a commit */
-	uint32_t changed[4096];    /* by a hash of the inode: tid of the last change of anything */
-	uint32_t lasting[4096];    /* and of anything but its times */
+	struct runs held;          /* blocks freed in it */
+	uint64_t held_now;         /* their number */
+	volatile uint32_t pressed; /* threads in a hurry must not make changes before a commit */
+	uint32_t changed[4096];    /* by a hash of the inode: tid of its last change */
+	uint32_t lasting[4096];    /* the same for changes except of its times */
 
 	/* the journal */
 	uint32_t *jmap, jlen, jfirst, jhead;
-	uint32_t *jsorted, jblocks; /* the blocks of its inode: jmap itself, if that is in order */
-	uint32_t jend;              /* where our log ends, before the end of the journal */
+	uint32_t *jsorted, jblocks; /* the blocks of its inode, sorted: jmap itself, if that is sorted */
+	uint32_t jend;              /* the end of the log, before the end of the journal */
 	char jsb[1024];
-	bool committing;     /* or checkpointing: by one thread at a time */
-	uint32_t atoms;      /* x3_begin without x3_end: no transaction ends */
-	bool suspended;      /* everybody waits, but who resumes it */
-	bool resuming, dead; /* dead: that failed */
+	bool committing;     /* one thread commits or checkpoints */
+	uint32_t atoms;      /* calls of x3_begin without x3_end: no transaction ends */
+	bool suspended;      /* all threads wait, except the one that resumes it */
+	bool resuming, dead; /* dead: resuming failed */
 	pthread_t resumer;
 	uint32_t committed;
 	struct block **logging; /* the transaction being committed */
 	size_t nlogging, logging_cap;
-	char *log; /* and its image as it goes to the journal */
+	char *log; /* its image as it is written to the journal */
 	size_t log_size;
 	struct runs held_logging;
-	struct block **logged; /* everything that is not home yet */
+	struct block **logged; /* all blocks that are not home yet */
 	size_t nlogged, logged_cap;
 	struct runs held_logged; /* freed and committed, but still in the log */
 	uint64_t commits, checkpoints;
@@ -230,57 +233,57 @@ struct x3_image {
 	/* recovery: see replay.c */
 	struct table patches;
 	uint32_t mounted_at; /* s_mtime */
-	bool has_errors;     /* s_state tells of some */
-	uint32_t replayed;   /* transactions that the journal had */
-	bool stale;          /* whatever it has, somebody did without it */
-	uint64_t redone;     /* records that the redo log had */
+	bool has_errors;     /* s_state records errors */
+	uint32_t replayed;   /* transactions found in the journal */
+	bool stale;          /* another driver has ignored the journal: it is out of date */
+	uint64_t redone;     /* records found in the redo log */
 
 	/* the redo log */
 	struct {
 		bool on;
 		uint64_t session;
 		uint32_t blocks;          /* in the ring */
-		uint32_t tid;             /* whose records are written */
-		uint32_t count, previous; /* how many there are, and of the transaction before */
-		/* In the ring, counted on and on: where the next record goes, the first one of *tid* is, and the first
+		uint32_t tid;             /* the transaction whose records are written */
+		uint32_t count, previous; /* numbers of its records, and of those of the transaction before */
+		/* Positions in the ring, never wrapped: of the next record, of the first one of *tid*, and of the first
 		   one that is needed. */
 		uint64_t head, first, needed;
 		char *buf; /* the next record */
 		size_t used, cap;
 		uint32_t nr; /* the block of its last piece */
-		bool broken; /* there was no memory for all of it */
+		bool broken; /* it is incomplete, for lack of memory */
 		bool lost;   /* see redo.c */
 		uint32_t lost_tid;
-		struct found { /* by the recovery: the records of one transaction */
+		struct found { /* the records of one transaction that recovery has found */
 			char *data;
 			size_t length, cap;
 		} found[2];
-		struct table seen; /* the blocks that one of them has, while it is checked */
+		struct table seen; /* the blocks in one of them, while it is checked */
 	} redo;
 	uint32_t due; /* the transaction that should be committed soon */
-	bool woken;   /* nobody shall wait for that any more */
+	bool woken;   /* x3_wait() must return */
 
 	/* allocation */
-	char **hold; /* per group: a bitmap of its free blocks that may not be used yet, or NULL */
+	char **hold; /* per group: a bitmap of its free blocks that must not be used yet, or NULL */
 	uint64_t nheld;
 
-	/* room on the disk */
-	bool in_memory, no_fallocate; /* in_memory: there is always room */
-	bool gives_back;              /* what is freed to its disk */
-	int stalled;                  /* errno: what is logged or dirty waits for room */
-	bool excused;                 /* that began between x3_begin and x3_end */
+	/* space on the disk */
+	bool in_memory, no_fallocate; /* in_memory: there is always space */
+	bool gives_back;              /* returns freed blocks to its disk */
+	int stalled;                  /* errno; logged or dirty blocks wait for space */
+	bool excused;                 /* the stall began between x3_begin and x3_end */
 	int64_t tried_ns, saved_ns;
-	bool unsure;                    /* whether the disk takes what it has let us write */
-	bool tells_early;               /* an error of fdatasync may be told by write, and then not again */
-	bool data_lost;                 /* it has not, and nobody has it any more */
-	uint32_t lost[LOST_MAX], nlost; /* of which inodes */
+	bool unsure;                    /* it is unknown whether the disk accepts the data in the page cache */
+	bool tells_early;               /* write may report an error that fdatasync then does not */
+	bool data_lost;                 /* the disk refused data, and it is no longer in memory */
+	uint32_t lost[LOST_MAX], nlost; /* the inodes that lost it */
 	struct edge edge[2];
-	int edge_turn;    /* which has been read last */
-	uint64_t patched; /* writes to what is kept in img->patches */
+	int edge_turn;    /* the edge that was used last */
+	uint64_t patched; /* number of writes to blocks in img->patches */
 
 	/* see track.c */
 	struct {
-		bool on, beyond; /* beyond: something was written that has no bit */
+		bool on, beyond; /* beyond: a part without a bit was written */
 		uint64_t *map;
 	} track;
 
@@ -289,15 +292,15 @@ struct x3_image {
 	bool draining;    /* wait for them */
 	struct truncation *truncations;
 
-	/* Inodes on the orphan list that are freed bit by bit: see doom() */
+	/* Inodes on the orphan list that are freed in steps: see doom() */
 	struct doomed *doomed;
 	size_t ndoomed, doomed_cap;
-	uint64_t doomed_blocks; /* that all of them still have */
-	bool attended;          /* somebody comes to x3_wait() again and again */
+	uint64_t doomed_blocks; /* left in all of them */
+	bool attended;          /* a thread calls x3_wait() again and again */
 
 	struct {
 		uint32_t ino, previous;
-	} orphan_hint[4096]; /* who stands before it in the orphan list, probably */
+	} orphan_hint[4096]; /* previous: probably the inode before *ino* in the orphan list */
 };
 
 /* An inode, in its block. */
@@ -342,8 +345,8 @@ void *try_grow(void *array, size_t *cap, size_t need, size_t size);
 /* --- operation.c --- */
 
 /*
- * The statement behind QUERY or CHANGE is one operation, under the lock; `return op_finish(&op)` follows.
- * It puts its result into op.result, and is done again after an ENOSPC that a commit can help.
+ * The statement after QUERY or CHANGE is one operation, under the lock. It stores its result in op.result, and is
+ * repeated after an ENOSPC that a commit can cure. `return op_finish(&op)` must follow.
  */
 #define OPERATION(image, ino, changing)                                       \
 	struct op op;                                                         \
@@ -352,7 +355,7 @@ void *try_grow(void *array, size_t *cap, size_t need, size_t size);
 #define QUERY(image) OPERATION(image, 0, CHANGES_NOTHING)
 #define CHANGE(image) OPERATION(image, 0, CHANGES)
 #define GO_ON(image) OPERATION(image, 0, GOES_ON)
-#define CHANGE_DATA(image, ino) OPERATION(image, ino, CHANGES) /* not while it is being truncated */
+#define CHANGE_DATA(image, ino) OPERATION(image, ino, CHANGES) /* waits while *ino* is being truncated */
 void image_lock(x3_image *img);
 bool is_suspended(const x3_image *img);
 void op_begin(struct op *op, x3_image *img, uint32_t ino, enum change_kind changing);
@@ -503,7 +506,7 @@ bool inode_delete_some(x3_image *img, uint32_t ino, bool listed);
 extern const char zero[BLOCK_MAX];
 
 struct extent {
-	uint64_t at; /* in the file, in blocks */
+	uint64_t at; /* position in the file, in blocks */
 	uint32_t nr; /* 0: a hole */
 	uint32_t count;
 };

@@ -70,7 +70,7 @@ int io_read_raw(x3_image *img, void *buf, size_t len, uint64_t off)
 	return error;
 }
 
-/* The same, as recovery sees the file if one is under way, or the image was opened read-only without it. */
+/* The same, with the contents of img->patches, which are not home yet. */
 int io_read(x3_image *img, void *buf, size_t len, uint64_t off)
 {
 	int error = io_read_raw(img, buf, len, off);
@@ -93,7 +93,8 @@ static int write_pieces(x3_image *img, const struct iovec *iov, int count, uint6
 			return -errno;
 		if (done > 0) {
 			track_write(img, at, at + done);
-			__atomic_fetch_add(&img->writes, 1, __ATOMIC_SEQ_CST); /* now: no barrier before covers it */
+			__atomic_fetch_add(&img->writes, 1,
+					   __ATOMIC_SEQ_CST); /* no earlier barrier covers this write */
 		}
 		*end = at += max(done, 0);
 		for (; n && done >= (ssize_t)next->iov_len; next++, n--)
@@ -108,7 +109,7 @@ static int write_pieces(x3_image *img, const struct iovec *iov, int count, uint6
 	return 0;
 }
 
-/* Write up to three adjacent pieces; *end* is where the writing stopped, be it because of an error. */
+/* Write up to three adjacent pieces. *end* is set to the offset where writing stopped, also after an error. */
 int io_write_until(x3_image *img, const struct iovec *iov, int count, uint64_t off, uint64_t *end)
 {
 	int error = write_pieces(img, iov, count, off, end);
@@ -132,7 +133,7 @@ int io_write1(x3_image *img, const void *buf, size_t len, uint64_t off)
 	return io_write(img, &iov, 1, off);
 }
 
-/* Return when everything written before is on disk; at once if the last barrier covers it. */
+/* Block until everything written before is on disk. Return at once if the last barrier covers it. */
 int io_barrier(x3_image *img)
 {
 	uint64_t nr, writes;
@@ -158,7 +159,7 @@ int io_barrier(x3_image *img)
 	return 0;
 }
 
-/* Somebody else may have written to the file, or it is another file: the next barrier is needed. */
+/* Another program may have written to the file, or it is another file: do not skip the next barrier. */
 void io_changed(x3_image *img)
 {
 	pthread_mutex_lock(&img->sync_lock);

@@ -1,5 +1,5 @@
 /*
- * What stands in a journal, in the format of Linux (include/linux/jbd2.h); all of it is big-endian.
+ * The format of a journal in Linux (include/linux/jbd2.h). All numbers are big-endian.
  */
 #pragma once
 #include <stdint.h>
@@ -12,7 +12,7 @@ enum { ESCAPED = 1, SAME_UUID = 2, LAST_TAG = 8 };
 struct header {
 	uint32_t magic, type, sequence;
 };
-struct tag { /* without 64bit and checksums; but for SAME_UUID it is followed by the UUID */
+struct tag { /* without 64bit and checksums; the UUID follows unless SAME_UUID */
 	uint32_t nr;
 	uint16_t checksum, flags;
 };
@@ -22,9 +22,9 @@ struct commit_block {
 	uint64_t sec;
 	uint32_t nsec;
 } __attribute__((packed));
-struct revoke_block { /* the numbers of blocks follow */
+struct revoke_block { /* the block numbers follow */
 	struct header header;
-	uint32_t used; /* bytes, with what stands here */
+	uint32_t used; /* bytes, including this header */
 };
 struct journal_super {
 	struct header header;

@@ -1,6 +1,6 @@
 /*
- * The journal: where it is, its superblock, its begin and end, in the format of Linux (fs/jbd2,
- * include/linux/jbd2.h), big-endian. commit.c writes transactions into it.
+ * The journal: its blocks, its superblock, its begin and end, in the format of Linux (fs/jbd2, include/linux/jbd2.h),
+ * big-endian. commit.c writes transactions to it.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -13,8 +13,8 @@
 #include "internal.h"
 #include "jbd.h"
 
-#define JOURNAL_MAX (1u << 20) /* blocks: four times as many as mke2fs gives to the largest filesystem */
-#define TRANSACTION_MAX min(4096u, (64u << 20) >> img->bits) /* blocks, however large the journal is */
+#define JOURNAL_MAX (1u << 20) /* blocks: four times the largest journal that mke2fs makes */
+#define TRANSACTION_MAX min(4096u, (64u << 20) >> img->bits) /* blocks, for a journal of any size */
 
 /* Write the journal's superblock: the log, with the running transaction first, begins at *start*. */
 int journal_write_super(x3_image *img, uint32_t start)
@@ -29,7 +29,7 @@ int journal_write_super(x3_image *img, uint32_t start)
 	return error ? error : io_barrier(img);
 }
 
-/* The kernel's recovery takes this for a mark of the filesystem's. */
+/* Mark the journal as damaged: the kernel's recovery copies this mark to the filesystem. */
 void journal_mark_damaged(x3_image *img)
 {
 	((struct journal_super *)img->jsb)->error = htonl(-EUCLEAN);
@@ -104,7 +104,7 @@ int journal_load(x3_image *img)
 	error = io_read(img, img->jsb, sizeof img->jsb, (uint64_t)img->jmap[0] << img->bits);
 	if (error)
 		fail(img, -error, "the journal cannot be read");
-	if (ntohl(super->header.type) == SUPERBLOCK_V1) /* which ends before the features */
+	if (ntohl(super->header.type) == SUPERBLOCK_V1) /* it has no fields for features */
 		memset(&super->compat, 0, sizeof img->jsb - offsetof(struct journal_super, compat));
 	else if (ntohl(super->header.type) != SUPERBLOCK_V2)
 		fail(img, EBADMSG, "the journal's superblock is invalid");
@@ -123,14 +123,14 @@ int journal_load(x3_image *img)
 	return 0;
 }
 
-/* Everything in the log is home: begin it anew, behind the last transaction in it. */
+/* Everything in the log is home: begin a new log, with the next transaction number. */
 int journal_empty(x3_image *img)
 {
 	img->tid = img->committed + 1;
 	return journal_write_super(img, img->jfirst);
 }
 
-/* Write the filesystem's superblock home, past the empty journal. */
+/* Write the filesystem's superblock home directly. The journal is empty. */
 static int write_fs_super(x3_image *img)
 {
 	int error = io_write1(img, img->sb, sizeof *img->sb, 1024);
@@ -139,9 +139,9 @@ static int write_fs_super(x3_image *img)
 }
 
 /*
- * From now on the journal may hold something: record that on disk. Skip one number: blocks in the log of a
- * transaction that was never completed must not be taken for ours. First record that recovery is needed (an
- * empty journal does no harm), and only then where the log begins: e2fsck ignores a log without the flag.
+ * Record on disk that the journal may contain transactions. Skip one transaction number, so that blocks of an old,
+ * incomplete transaction in the log are not mistaken for new ones. First set the flag that recovery is needed (with an
+ * empty journal, it does no harm), then write where the log begins: e2fsck ignores a log without the flag.
  */
 int journal_start(x3_image *img)
 {
@@ -152,11 +152,11 @@ int journal_start(x3_image *img)
 	img->committed = img->tid - 1;
 	super_begin(img);
 	error = write_fs_super(img);
-	((struct journal_super *)img->jsb)->error = 0; /* it stands in the filesystem's */
+	((struct journal_super *)img->jsb)->error = 0; /* the filesystem's superblock has it */
 	return error ? error : journal_write_super(img, img->jfirst);
 }
 
-/* Everything is home: the filesystem needs no recovery any more. */
+/* Everything is home: clear the flag that recovery is needed. */
 int journal_finish(x3_image *img)
 {
 	int error = journal_write_super(img, 0);

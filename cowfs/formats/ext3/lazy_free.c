@@ -1,10 +1,10 @@
 /*
- * Inodes that have lost their last name, and have many blocks: they are freed bit by bit.
+ * Freeing inodes with many blocks in steps, after they have lost their last name.
  *
- * They are on the orphan list, so after a crash the recovery frees them. Here is remembered which ones those
- * are, since others on that list are still in use. Who calls x3_wait() again and again frees them, an
- * operation at a time; so does an operation that finds no room, and x3_suspend(). x3_close() frees whatever
- * is on the list. To x3_facts() their blocks are free at once.
+ * They are on the orphan list, so recovery frees them after a crash. Other inodes on that list are still in use, so
+ * img->doomed records which ones are to be freed. The thread that calls x3_wait() again and again frees them, one
+ * operation at a time; so do an operation that finds no space, and x3_suspend(). x3_close() frees everything on the
+ * list. x3_facts() counts their blocks as free at once.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -12,7 +12,7 @@
 
 #include "internal.h"
 
-#define OPERATIONS_MAX 64 /* in a row, for somebody who needs room */
+#define OPERATIONS_MAX 64 /* in a row, for an operation that needs space */
 
 /* Let other threads take the lock: a mutex is not fair. */
 void let_others(void)
@@ -20,20 +20,20 @@ void let_others(void)
 	nanosleep(&(struct timespec){ .tv_nsec = 50000 }, NULL);
 }
 
-/* Free an inode without a name, which is on the orphan list, soon. Under the lock. */
+/* Record that an inode on the orphan list is to be freed. Under the lock. */
 void doom(x3_image *img, uint32_t ino, uint64_t blocks)
 {
 	struct doomed *more = try_grow(img->doomed, &img->doomed_cap, img->ndoomed + 1, sizeof *more);
 
 	if (!more)
-		return; /* x3_close() will do */
+		return; /* x3_close() frees it */
 	img->doomed = more;
 	img->doomed[img->ndoomed++] = (struct doomed){ ino, blocks };
 	img->doomed_blocks += blocks;
 	pthread_cond_broadcast(&img->wake);
 }
 
-/* The last one still has this many blocks; *gone*: it has none. */
+/* Set how many blocks the last recorded inode still has; *gone*: it is freed. */
 static void count_left(x3_image *img, uint64_t blocks, bool gone)
 {
 	struct doomed *last = &img->doomed[img->ndoomed - 1];
@@ -43,7 +43,7 @@ static void count_left(x3_image *img, uint64_t blocks, bool gone)
 	img->ndoomed -= gone;
 }
 
-/* Free a part of one inode. False: there is none. */
+/* Free a part of one recorded inode. False: there is none. */
 bool doomed_free_some(x3_image *img)
 {
 	GO_ON (img) {
@@ -53,16 +53,14 @@ bool doomed_free_some(x3_image *img)
 			count_left(img, gone ? 0 : op.rest, gone);
 		}
 	}
-	bool dropped = op.error &&
-		       img->ndoomed; /* nothing was: x3_close(), or whoever looks after the damage, will do */
+	bool dropped = op.error && img->ndoomed; /* nothing was freed: x3_close() or e2fsck does it */
 	if (dropped)
 		count_left(img, 0, true);
 	return op_finish(&op) > 0 || dropped;
 }
 
 /*
- * Free enough blocks of them for any one operation, if there are any. Under the lock, which is dropped
- * meanwhile.
+ * Free enough blocks of the recorded inodes for any single operation. Under the lock, which is dropped meanwhile.
  */
 void doomed_make_room(x3_image *img)
 {

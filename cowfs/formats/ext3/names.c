@@ -123,7 +123,7 @@ int x3_link(x3_image *img, uint32_t ino, uint32_t dir, const char *name, uint32_
 	return op_finish(&op);
 }
 
-/* Free the rest of an orphan, operation by operation; e2fsck may have freed it while we were suspended. */
+/* Free the rest of an orphan in several operations. e2fsck may have freed it while the image was suspended. */
 static int delete_rest(x3_image *img, uint32_t ino)
 {
 	int64_t result;
@@ -136,7 +136,7 @@ static int delete_rest(x3_image *img, uint32_t ino)
 	return result == -ESTALE ? 0 : result;
 }
 
-/* End an operation that may have begun to free an inode: free the rest, or leave it to x3_wait(). */
+/* End an operation that may have begun to free an inode; free the rest now or leave it to x3_wait(). */
 static int64_t finish_removal(struct op *op, uint32_t ino)
 {
 	x3_image *img = op->img;
@@ -151,7 +151,7 @@ static int64_t finish_removal(struct op *op, uint32_t ino)
 	return rest ? delete_rest(img, ino) : result;
 }
 
-/* Fail unless the inode is of the kind that the call is for. */
+/* Fail unless the inode has the type that the call expects. */
 static struct inode want_type(x3_image *img, uint32_t ino, bool is_dir)
 {
 	struct inode in = inode_get(img, ino);

@@ -1,17 +1,17 @@
 /*
- * Who must not wait for the disk, and what is done so that nobody has to.
+ * Threads that must not wait for the disk.
  *
- * An operation may need a commit: freed blocks can be used only then, and a transaction, the journal, the redo log
- * have their bounds. To wait for one is to wait for the disk. A thread that serves many, and is all that they wait
- * for, says that it is in a hurry (x3_hurry). It never waits for blocks: the operation fails with EAGAIN, and others
- * see to it (x3_relieve). For the bounds it waits only at the last: x3_pressed() tells before. And commits are asked
- * for (img->due) long before anything of this comes.
+ * An operation may need a commit: freed blocks become usable only after one, and the sizes of a transaction, the
+ * journal and the redo log are limited. Waiting for a commit means waiting for the disk. A thread that serves many
+ * users declares that it is in a hurry (x3_hurry). It never waits for blocks: its operation fails with EAGAIN, and
+ * another thread makes blocks usable (x3_relieve). It waits for the other limits only in the last resort; x3_pressed()
+ * warns before. Commits are requested (img->due) long before a limit is reached.
  */
 #include <errno.h>
 
 #include "internal.h"
 
-#define HELD_SOON 1024u /* freed blocks that are worth a commit */
+#define HELD_SOON 1024u /* freed blocks from which on a commit is requested */
 
 static __thread bool hurried;
 
@@ -45,7 +45,7 @@ static uint64_t usable_blocks(const x3_image *img)
 	return free - min(free, img->nheld);
 }
 
-/* Call it after an operation that changed something. */
+/* Request a commit if a limit comes near. Call it after an operation that made a change. */
 void look_ahead(x3_image *img)
 {
 	if (img->ndirty > img->dirty_max / 2 || img->held_now > max(usable_blocks(img), (uint64_t)HELD_SOON))
@@ -92,7 +92,7 @@ static int let_blocks_go(x3_image *img)
 	doomed_make_room(img);
 	error = commit_until(img, img->tid);
 	if (!error && img->nheld && usable_blocks(img) < HELD_SOON)
-		error = checkpoint_now(img); /* the log knows what is still held */
+		error = checkpoint_now(img); /* it also releases the blocks in the log */
 	return error;
 }
 
@@ -109,7 +109,7 @@ int x3_relieve(x3_image *img, int for_blocks)
 		error = checkpoint_now(img);
 	else
 		error = commit_until(img, img->tid);
-	img->pressed = 0; /* the next operation looks again */
+	img->pressed = 0; /* the next operation sets it again if necessary */
 	if (img->aborted)
 		error = -EROFS;
 	pthread_mutex_unlock(&img->lock);

@@ -1,4 +1,4 @@
-/* Opening and closing an image; leaving it to others for a while. */
+/* Opening, closing and suspending an image. */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
 #include <errno.h>
@@ -13,17 +13,17 @@
 #include "internal.h"
 #include "jbd.h"
 
-static __thread char message[256]; /* of an x3_open that failed, or a copy of an image's */
+static __thread char message[256]; /* of an x3_open that failed, or a copy of an image's message */
 
 
 /* --- opening --- */
 
-/* Delete or truncate what is on the orphan list, after a crash or because it was in use. */
+/* Delete or truncate the inodes on the orphan list: left by a crash, or kept until now. */
 static int clean_orphans(x3_image *img)
 {
 	int64_t result;
 
-	if (img->has_errors) /* e2fsck shall look first */
+	if (img->has_errors) /* e2fsck must check the image first */
 		return 0;
 	do {
 		CHANGE (img) {
@@ -36,14 +36,14 @@ static int clean_orphans(x3_image *img)
 		}
 		result = op_finish(&op);
 	} while (result > 0);
-	if (result == -ESTALE) { /* by the redo log, or a log that is not what was written, since orphan_check() */
+	if (result == -ESTALE) { /* freed after orphan_check(), by the redo log or a forged log */
 		snprintf(img->message, sizeof img->message, "the orphan list is damaged");
 		return -EBADMSG;
 	}
 	return result;
 }
 
-/* Make an image's structures in memory, and read what is always needed. */
+/* Make an image's structures in memory, and read the blocks that are always needed. */
 static int read_all(x3_image *img)
 {
 	uint32_t buckets = 1024;
@@ -72,7 +72,7 @@ static int read_all(x3_image *img)
 	return op_finish(&op);
 }
 
-/* Forget all that load() has made, and everything based on it. */
+/* Free everything that read_all() made, and everything based on it. */
 static void unload(x3_image *img)
 {
 	if (img->bucket)
@@ -90,7 +90,7 @@ static void unload(x3_image *img)
 	img->sb = NULL;
 }
 
-/* Find what the journal has, and read everything again as it will be when that is home. */
+/* Find the transactions in the journal, and read the image again as it is with them. */
 static int recover_in_memory(x3_image *img)
 {
 	int error = replay_find(img);
@@ -106,7 +106,7 @@ static int recover_in_memory(x3_image *img)
 	return read_all(img);
 }
 
-/* Write it home. */
+/* Write the recovered transactions home. */
 static int recover(x3_image *img)
 {
 	int error = patches_home(img, UINT32_MAX);
@@ -127,7 +127,7 @@ static int load(x3_image *img)
 	if (in_use)
 		error = recover_in_memory(img);
 	if (!error) {
-		QUERY (img) /* nothing is written before all of this is known to be sound */
+		QUERY (img) /* check everything before writing anything */
 			orphan_check(img);
 		error = op_finish(&op);
 	}
@@ -190,7 +190,7 @@ int x3_open(int fd, uint32_t flags, uint64_t cache_bytes, int trace_fd, uint32_t
 	img->read_only = flags & X3_READ_ONLY;
 	img->debug = debug;
 	img->cache_bytes = cache_bytes;
-	img->synced = UINT64_MAX; /* what a daemon wrote that was killed may not be on disk yet */
+	img->synced = UINT64_MAX; /* data written by a killed daemon may not be on disk yet */
 	img->fd = fcntl(fd, F_DUPFD_CLOEXEC, 3);
 	img->meminfo = img->read_only ? -1 : open("/proc/meminfo", O_RDONLY | O_CLOEXEC);
 	img->trace_fd = trace_fd < 0 ? -1 : fcntl(trace_fd, F_DUPFD_CLOEXEC, 3);
@@ -252,9 +252,9 @@ const char *x3_message(x3_image *img)
 }
 
 
-/* --- letting go --- */
+/* --- suspending --- */
 
-/* Whether anything is under way, or not home yet. */
+/* Whether an operation is under way, or some blocks are not home yet. */
 static bool is_busy(const x3_image *img)
 {
 	return img->committing || img->truncations || img->atoms || img->readers;
@@ -264,14 +264,14 @@ int x3_suspend(x3_image *img)
 {
 	int error = img->read_only ? -EROFS : 0;
 
-	while (!error && doomed_free_some(img)) /* others would take them for what a crash has left */
+	while (!error && doomed_free_some(img)) /* other programs would take them for leftovers of a crash */
 		;
 	image_lock(img);
-	img->draining = true; /* who reads from now on, does it under the lock */
+	img->draining = true; /* from now on, readers hold the lock */
 	for (int pass = 0; pass < 2 && !error; pass++) {
 		while (is_busy(img))
 			pthread_cond_wait(&img->wake, &img->lock);
-		if (pass == 1) { /* little is left to write: now the others wait */
+		if (pass == 1) { /* little is left to write: now all others wait */
 			img->suspended = img->resuming = true;
 			img->resumer = pthread_self();
 		}
@@ -301,7 +301,7 @@ int x3_resume(x3_image *img, int fd)
 	pthread_mutex_unlock(&img->lock);
 	io_changed(img);
 	unload(img);                           /* all others wait */
-	img->ndoomed = img->doomed_blocks = 0; /* whoever had the image has dealt with them, or x3_close() will */
+	img->ndoomed = img->doomed_blocks = 0; /* the other program has freed them, or x3_close() does */
 	error = error ? error : load(img);
 	pthread_mutex_lock(&img->lock);
 	if (error) {
@@ -323,13 +323,13 @@ int x3_switch(x3_image *img, int fd)
 		error = -EIO;
 	else if (img->ndirty || img->committing || img->nlogged || img->jhead != img->jfirst)
 		error = -EBUSY;
-	else if (dup3(fd, img->fd, O_CLOEXEC) < 0) /* at once, whoever may be reading */
+	else if (dup3(fd, img->fd, O_CLOEXEC) < 0) /* atomic for threads that read */
 		error = -errno;
 	else
 		error = room_start(img);
 	io_changed(img);
 	if (!error)
-		error = redo_start(img); /* it may have a name, and the one before had none */
+		error = redo_start(img); /* the new file may have a name, unlike the old one */
 	pthread_mutex_unlock(&img->lock);
 	return error;
 }

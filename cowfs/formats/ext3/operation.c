@@ -1,5 +1,5 @@
 /*
- * Operations: each holds the lock, and is undone and maybe tried again when it fails.
+ * Operations. Each holds the lock. If it fails, it is undone, and perhaps tried again.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -65,11 +65,11 @@ bool op_again(struct op *op)
 			checkpoint_now(img);
 		if (img->aborted)
 			op->error = EIO;
-		return false; /* if it is stalled: this was done, the next will be refused */
+		return false; /* if the image is stalled, this operation is done, and the next is refused */
 	}
 	if (op->tries && !(op->error == ENOSPC && op->starved && op->tries <= 3))
 		return false;
-	/* Some free blocks are held back, or about to be freed: release them. */
+	/* Some blocks are held back or about to be freed: make them usable. */
 	if (op->tries)
 		doomed_make_room(img);
 	if (op->tries && (op->tries == 1 ? commit_until(img, img->tid) : checkpoint_now(img))) {
@@ -126,7 +126,7 @@ int64_t op_finish(struct op *op)
 	return op->error ? -op->error : op->result;
 }
 
-/* End the operation; nothing of it remains. */
+/* End the operation and undo its changes. */
 void fail(x3_image *img, int error, const char *format, ...)
 {
 	va_list args;
@@ -141,7 +141,7 @@ void fail(x3_image *img, int error, const char *format, ...)
 	longjmp(img->op->escape, 1);
 }
 
-/* Write nothing more. Without *format* the message is set already. */
+/* Abort the image: write nothing more. Without *format*, the message is already set. */
 void abort_image(x3_image *img, int error, const char *format, ...)
 {
 	va_list args;

@@ -19,7 +19,7 @@
 #include "internal.h"
 #include "redo_log.h"
 
-#define APART 4 /* bytes that are the same and yet part of a piece: its head costs as much */
+#define APART 4 /* equal bytes between two differences that still belong to one piece: a new header takes as much */
 #define PIECE_MAX 0x7fffu
 
 /*
@@ -256,7 +256,7 @@ static int write_down(x3_image *img, bool may_fail)
 	}
 	img->redo.used = 0;
 	img->redo.broken = false;
-	img->redo.count += !error; /* be it a gap, which ends the transaction */
+	img->redo.count += !error; /* also for a gap, which ends the valid records of the transaction */
 	if (img->redo.head - img->redo.needed > redo_ring_size(img) / 4 * 3)
 		ask_commit(img);
 	return error;

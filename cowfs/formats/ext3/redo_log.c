@@ -9,11 +9,11 @@
 #include "internal.h"
 #include "redo_log.h"
 
-#define REDO_MAX (8u << 20) /* bytes, however large the journal is */
+#define REDO_MAX (8u << 20) /* bytes, for a journal of any size */
 
 const char redo_magic[8] = "cowfsRDO";
 
-/* Which of the journal's blocks are ours. */
+/* Choose the journal's blocks for the redo log. */
 void redo_layout(x3_image *img)
 {
 	uint32_t blocks = min(img->jlen / 4, max(REDO_MAX >> img->bits, 64u));

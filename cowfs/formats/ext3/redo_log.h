@@ -1,22 +1,21 @@
 /*
- * The redo log on disk: what operations have changed since the last commit, where the death of this process
- * leaves it.
+ * The redo log on disk: the changes since the last commit. They survive the death of this process.
  *
- * The log is the last quarter of the journal's blocks, which our jbd2 log never reaches, because it never wraps
- * around: one block with a header, then a ring of records. The records of a transaction are needed until it is
- * committed. The header says where those of the last two begin: one runs, and one may be being committed.
+ * The log takes the last quarter of the journal's blocks, which the engine's jbd2 log never reaches, because it never
+ * wraps around. It is one block with a header, then a ring of records. The records of a transaction are needed until it
+ * is committed. The header says where those of the last two transactions begin: the running one, and the one that may
+ * be being committed.
  *
- * A record survives our death, but not that of the machine: what it builds upon (file data above all) may not
- * have reached the disk when the power failed. So a record counts only if
- * - the header was written since this start of the machine, and since this filesystem was last mounted;
- * - its checksum is right, and all earlier records of its transaction are there;
- * - its transaction is the first that the journal does not have, or the second, and then only after all of the
- *   first.
- * Whoever else recovers the journal skips transaction numbers, and whoever else mounts sets the time of the
- * mount: then no record counts any more.
+ * A record does not survive a crash of the machine: the data that it depends on (mostly file data) may not have reached
+ * the disk. So a record is valid only if
+ * - the header was written since this boot of the machine, and since this filesystem was last mounted;
+ * - its checksum is right, and all earlier records of its transaction exist;
+ * - its transaction is the first that the journal does not have, or the second, after all records of the first.
+ * Another program that recovers the journal skips transaction numbers, and one that mounts the filesystem sets the time
+ * of the mount. Either makes all records invalid.
  *
- * Other programs find the end of the journal's log where our blocks begin: none of them begins with the
- * journal's magic number.
+ * To other programs, the journal's log ends where the redo log begins: none of its blocks begins with the journal's
+ * magic number.
  */
 #ifndef COWFS_EXT3_REDO_LOG_H
 #define COWFS_EXT3_REDO_LOG_H
@@ -29,23 +28,23 @@ struct redo_header {
 	char magic[8];
 	uint32_t crc; /* of the rest */
 	uint32_t mounted_at;
-	char boot[40]; /* which start of the machine */
+	char boot[40]; /* the ID of this boot of the machine */
 	uint8_t uuid[16];
-	uint64_t session;          /* of all records that count */
+	uint64_t session;          /* of all valid records */
 	uint32_t blocks, reserved; /* blocks: in the ring */
 };
 struct start {        /* two of them follow the header: of a transaction with an even number, and an odd one */
 	uint32_t crc; /* of the session, and of the rest */
 	uint32_t tid;
-	uint32_t at;       /* where in the ring its first record is */
-	uint32_t previous; /* how many records the transaction before had */
+	uint32_t at;       /* the position of its first record in the ring */
+	uint32_t previous; /* the number of records of the transaction before */
 };
-struct record {          /* is followed by pieces; never goes round the end of the ring */
-	uint32_t crc;    /* of its place in the order of all, and of what follows */
-	uint32_t length; /* bytes, with this */
+struct record {          /* pieces follow; a record never wraps around the end of the ring */
+	uint32_t crc;    /* of its number among all records, and of the rest */
+	uint32_t length; /* bytes, including this header */
 };
-struct piece {                   /* is followed by the number of the block, with OTHER_BLOCK, and by *length* bytes */
-	uint16_t offset, length; /* length 0: all of the block is zero */
+struct piece {                   /* the number of the block follows, with OTHER_BLOCK, and *length* bytes */
+	uint16_t offset, length; /* length 0: the whole block is zero */
 };
 
 extern const char redo_magic[8];

@@ -28,7 +28,7 @@ static int read_header(x3_image *img, bool *good)
 static int64_t good_records(x3_image *img, const char *ring, struct start s, struct found *found)
 {
 	uint64_t size = redo_ring_size(img), at = s.at, count = 0;
-	bool again = false; /* it has gone round */
+	bool again = false; /* the position has wrapped around */
 
 	while (at <= size) {
 		const struct record *r = (const struct record *)(ring + at);
@@ -67,7 +67,7 @@ static int read_ring(x3_image *img, const char *ring)
 		if (s.tid != tid || s.crc != redo_start_crc(img, &s) || s.at % 4 || s.at >= redo_ring_size(img))
 			break;
 		if (i == 1 && (!before || s.previous != before))
-			break; /* something before it is missing */
+			break; /* an earlier record is missing */
 		count = good_records(img, ring, s, &img->redo.found[i]);
 		if (count < 0)
 			return count;
@@ -89,7 +89,7 @@ static int read_records(x3_image *img)
 	return error;
 }
 
-/* Do something with each piece of a record, which ends at *end*; -EBADMSG if one is invalid. */
+/* Call *do_it* for each piece of a record, which ends at *end*; -EBADMSG if one is invalid. */
 static int pieces_of(x3_image *img, const char *p, const char *end, piece_fn do_it)
 {
 	uint32_t nr = UINT32_MAX;
@@ -127,7 +127,7 @@ static int each_piece(x3_image *img, int i, piece_fn do_it)
 	return error;
 }
 
-/* It is one; but each block in it takes memory, and a transaction has a limited number of blocks. */
+/* Count the blocks of a transaction: each takes memory, and a valid one has a limited number. */
 static int check_piece(x3_image *img, uint32_t nr, const struct piece *piece, const char *bytes)
 {
 	(void)piece, (void)bytes;
@@ -162,7 +162,7 @@ void redo_forget(x3_image *img)
 	}
 }
 
-/* More blocks than two transactions and the journal can have: we did not write that. */
+/* The most blocks that two transactions and the journal can have. A log with more is not valid. */
 static uint32_t blocks_max(const x3_image *img)
 {
 	return 2 * img->jlen;

@@ -1,15 +1,14 @@
 /*
- * What a crash has left in the journal: found, shown, and written home.
+ * Recovery after a crash: find the transactions in the journal, show the image with them, and write them home.
  *
- * The rules are those of fs/jbd2/recovery.c. A transaction is valid if its commit block is there; the log
- * ends at the first incomplete one. A block that a transaction revokes is not taken from that transaction or
- * an older one.
+ * The rules are those of fs/jbd2/recovery.c. A transaction is valid if it has its commit block; the log ends at the
+ * first incomplete transaction. If a transaction revokes a block, the block is not recovered from it or an older one.
  *
- * What is found is not written: img->patches says of each block where its newest content stands in the
- * journal, and io_read() gives that. So an image that was opened for reading shows what it would be after
- * the recovery. Opened for writing, it is looked at in the same way before the first byte is written.
+ * Finding does not write: img->patches records for each block where the journal has its newest content, and io_read()
+ * returns that. So an image that is opened read-only looks as it would after the recovery. An image that is opened for
+ * writing is checked in the same way before anything is written.
  *
- * Nothing in a journal is believed: a walk takes as many steps as the journal has blocks at most.
+ * The contents of the journal are not trusted: a walk takes at most as many steps as the journal has blocks.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -136,12 +135,13 @@ enum pass { SCAN, TAGS, REVOKES, BLOCKS };
 struct walk {
 	x3_image *img;
 	enum pass pass;
-	char *block;           /* the one that is looked at */
-	uint32_t at, sequence; /* where it stands, and which transaction it must belong to */
+	char *block;           /* the present block */
+	uint32_t at, sequence; /* its position, and the transaction that it must belong to */
 	uint32_t steps;
-	uint32_t end;          /* the first transaction that is not whole; from SCAN */
-	uint64_t committed_at; /* when the last one was committed, in seconds; 0: not known */
-	struct table logged;   /* what is in the log: *source* is the last transaction that revokes it, if *escaped* */
+	uint32_t end;          /* the first incomplete transaction; set by SCAN */
+	uint64_t committed_at; /* when the last one was committed, in seconds; 0: unknown */
+	struct table
+		logged; /* blocks in the log; if *escaped*, *source* is the last transaction that revokes the block */
 };
 
 static int damaged(x3_image *img, const char *what)
@@ -158,7 +158,7 @@ static bool step(struct walk *w)
 	return ++w->steps <= w->img->jlen - w->img->jfirst;
 }
 
-/* Note that a block is in the log: only for such blocks a revocation matters. */
+/* Record that a block is in the log: only for such blocks, a revocation matters. */
 static int note_tag(struct walk *w, uint32_t nr)
 {
 	if (nr >= w->img->blocks || journal_has(w->img, nr, 1))
@@ -166,7 +166,7 @@ static int note_tag(struct walk *w, uint32_t nr)
 	return table_put(&w->logged, nr) ? 0 : -ENOMEM;
 }
 
-/* Take one block of a transaction, at the current place of the walk. */
+/* Recover one block of a transaction, at the present position of the walk. */
 static int take_block(struct walk *w, uint32_t nr, bool escaped)
 {
 	struct patch *revoked = table_find(&w->logged, nr), *p;
@@ -217,7 +217,7 @@ static int walk_revoke(struct walk *w)
 			return damaged(w->img, "it revokes a block that does not exist");
 		struct patch *p = table_find(&w->logged, nr);
 		if (p) {
-			p->source = w->sequence; /* they come in order */
+			p->source = w->sequence; /* the walk goes through the transactions in order */
 			p->escaped = true;
 		}
 	}
@@ -270,9 +270,8 @@ static int find(struct walk *w)
 	int error = walk(w, SCAN);
 
 	/*
-	 * If the flag is missing, somebody has cleared it, or restored an old superblock. If nobody has
-	 * mounted the filesystem since, the log is still what it was; else the kernel has ignored it, and it
-	 * is out of date.
+	 * If the flag is missing, another program has cleared it or restored an old superblock. If nobody has mounted
+	 * the filesystem since, the log is still valid. Otherwise the kernel has ignored it, and it is out of date.
 	 */
 	img->stale = !(img->opened.incompat & EXT3_FEATURE_INCOMPAT_RECOVER) && w->committed_at &&
 		     img->mounted_at > w->committed_at;
@@ -286,10 +285,9 @@ static int find(struct walk *w)
 }
 
 /*
- * Find what the journal has that is not home, as img->patches; img->committed is its last transaction.
+ * Find the blocks in the journal that are not home, as img->patches; img->committed is its last transaction.
  *
- * If the filesystem was mounted since by a driver that ignores the journal, it is img->stale, and there are
- * no patches.
+ * If a driver that ignores the journal has mounted the filesystem since, set img->stale, and make no patches.
  */
 int replay_find(x3_image *img)
 {
@@ -348,9 +346,9 @@ int patches_home(x3_image *img, uint32_t most)
 	if (!error) {
 		pthread_mutex_lock(&img->lock);
 		for (uint32_t i = 0; i < n; i++)
-			error = all[i]->home ? error : -EAGAIN; /* somebody wrote to it meanwhile */
+			error = all[i]->home ? error : -EAGAIN; /* it was written to meanwhile */
 		if (!error)
-			table_free(&img->patches); /* what is in the cache has come from there */
+			table_free(&img->patches); /* the cache has been read from them */
 		pthread_mutex_unlock(&img->lock);
 	}
 	free(all);

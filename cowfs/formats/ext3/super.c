@@ -17,10 +17,10 @@
 	 EXT2_FEATURE_COMPAT_EXT_ATTR | EXT2_FEATURE_COMPAT_RESIZE_INODE | EXT2_FEATURE_COMPAT_DIR_INDEX |        \
 	 EXT4_FEATURE_COMPAT_SPARSE_SUPER2)
 #define INCOMPAT (EXT2_FEATURE_INCOMPAT_FILETYPE | EXT3_FEATURE_INCOMPAT_RECOVER | EXT2_FEATURE_INCOMPAT_META_BG)
-#define BTREE_DIR 4 /* never came to mean anything */
+#define BTREE_DIR 4 /* reserved, never used */
 #define RO_COMPAT (EXT2_FEATURE_RO_COMPAT_SPARSE_SUPER | EXT2_FEATURE_RO_COMPAT_LARGE_FILE | BTREE_DIR)
 #define GROUP_MAX 65528       /* the counts of a group have 16 bits */
-#define GROUPS_MAX (1u << 19) /* as many as 2^32 blocks of 1 KiB make, in groups as large as they can be */
+#define GROUPS_MAX (1u << 19) /* 2^32 blocks of 1 KiB, in groups of the largest size */
 
 
 /* --- reading --- */
@@ -75,7 +75,7 @@ int super_load(x3_image *img)
 					 .ro_compat = sb.s_feature_ro_compat,
 					 .state = sb.s_state };
 	memcpy(img->opened.uuid, sb.s_uuid, 16);
-	if (!img->patches.n) { /* what the journal has is older */
+	if (!img->patches.n) { /* the copy in the journal is older */
 		img->mounted_at = sb.s_mtime;
 		img->has_errors = sb.s_state & EXT2_ERROR_FS;
 	}
@@ -86,7 +86,7 @@ int super_load(x3_image *img)
 	snprintf(img->message, sizeof img->message, "the superblock is invalid");
 	if (sb.s_log_block_size > 6 || !sb.s_blocks_per_group)
 		return -EINVAL;
-	old = sb.s_rev_level == EXT2_GOOD_OLD_REV; /* where these two were no fields yet */
+	old = sb.s_rev_level == EXT2_GOOD_OLD_REV; /* that revision does not have these two fields */
 	img->bits = 10 + sb.s_log_block_size;
 	img->bs = 1u << img->bits;
 	img->blocks = sb.s_blocks_count;

@@ -45,7 +45,7 @@ int x3_fsync(x3_image *img, uint32_t ino, int datasync)
 	do {
 		image_lock(img);
 		tid = (datasync ? img->lasting : img->changed)[ino % 4096];
-		written = img->changed[ino % 4096]; /* or later than the data was */
+		written = img->changed[ino % 4096]; /* the transaction of the write, or a later one */
 		done = img->aborted || img->stalled || tid_after(tid, img->committed);
 		if (done) {
 			error = img->aborted ? -EROFS : commit_until(img, tid);
@@ -60,7 +60,7 @@ int x3_fsync(x3_image *img, uint32_t ino, int datasync)
 		failures = io_failures(img);
 		pthread_mutex_unlock(&img->lock);
 		error = io_barrier(img);
-	} while (!error && failures != io_failures(img)); /* another barrier was told what was meant for us */
+	} while (!error && failures != io_failures(img)); /* another barrier got the error of this one */
 	if (!error)
 		return 0;
 	pthread_mutex_lock(&img->lock);

@@ -1,9 +1,9 @@
 /*
- * Which parts of the image were written to: for copying it while it is in use.
+ * Recording which parts of the image were written, so that it can be copied while it is in use.
  *
- * There is a bit for each unit; every thread sets it after the write. The copier clears a bit and then reads
- * the unit: a write in between sets it again. The map has all units that ext3 can have, and so is as it is
- * while the image grows; memory is taken for the pages of it that are in use.
+ * Each unit has a bit, which every thread sets after a write. The copier clears a bit and then reads the unit; a write
+ * in between sets it again. The map has bits for all units of the largest ext3, so it need not change when the image
+ * grows. Only the pages of it that are in use take memory.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -23,7 +23,7 @@ int x3_track(x3_image *img, int on)
 		map = calloc(WORDS, sizeof *map);
 		if (!map)
 			return -ENOMEM;
-		__atomic_store_n(&img->track.map, map, __ATOMIC_RELEASE); /* until x3_close: writers look at it */
+		__atomic_store_n(&img->track.map, map, __ATOMIC_RELEASE); /* stays until x3_close: writers use it */
 	}
 	__atomic_store_n(&img->track.on, on, __ATOMIC_RELEASE);
 	for (uint32_t i = 0; map && i < WORDS; i++)

@@ -1,19 +1,19 @@
 /*
- * File data that is not known to be on disk, and what becomes of it when the disk refuses it late.
+ * File data that may not be on disk yet, and that the disk may still refuse.
  *
- * A thin volume, a network filesystem, a quota may take a write into the page cache, and refuse it when it is to
- * get to the disk. fdatasync tells that, once, and from then on the kernel takes the pages for clean: it may drop
- * them, and another fdatasync succeeds. The journal and metadata are still in our memory. File data is not; but as a
- * rule the pages are still there. So a checksum is remembered of everything that was written since the last barrier
- * that succeeded. When one fails all of it is read back at once, and what has its checksum is kept in memory
- * (img->patches, which io_read() prefers to the file) until a later barrier has succeeded behind it. What has
- * another was dropped: then it is lost, and the image is given up.
+ * With a thin volume, a network filesystem or a quota, a write may succeed in the page cache and fail on its way to the
+ * disk. fdatasync reports that once. After that, the kernel treats the pages as clean: it may drop them, and another
+ * fdatasync succeeds. The journal and metadata are still in the engine's memory. File data is not, but mostly the pages
+ * are still in the page cache. So the engine keeps a checksum of all data written since the last successful barrier.
+ * When a barrier fails, that data is read back at once. Data with the right checksum is kept in memory (img->patches,
+ * which io_read() prefers to the file) until a later barrier succeeds. Data with another checksum is lost, and the
+ * image is aborted.
  *
- * Sums are of units of 4096 bytes, or of a block if that is smaller, whole ones: a part of one is read before it is
- * written to. They are put down after the write and under the lock, and whoever judges a failed barrier has the lock
- * too: so it knows all that the barrier may have lost.
+ * A sum covers a whole unit of 4096 bytes, or of a block if that is smaller. A unit is read before a part of it is
+ * written. Sums are recorded after the write and under the lock. The thread that handles a failed barrier also holds
+ * the lock, so it knows all data that may be lost.
  *
- * A barrier under way covers img->syncing; what is written meanwhile goes to img->sums, which the next one covers.
+ * A running barrier covers img->syncing. Data written meanwhile is in img->sums, which the next barrier covers.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -26,12 +26,12 @@
 
 #define UNITS 64u /* in a leaf */
 #define UNIT_MAX sizeof((struct edge *)0)->data
-#define LEAVES_SOON 32768u /* from so many on, of 512 bytes, a commit is asked for */
-#define LEAVES_MAX 65536u  /* and waited for */
-#define AT_A_TIME 1024u    /* blocks that go home before a barrier, lest a disk that is still full gets much to do */
+#define LEAVES_SOON 32768u /* number of leaves, of 512 bytes, from which on a commit is requested */
+#define LEAVES_MAX 65536u  /* and from which on operations wait for it */
+#define AT_A_TIME 1024u    /* blocks written home before a barrier, so that a full disk is noticed early */
 
-struct leaf { /* what a patch of a table of sums has for data; its number is that of the units divided by UNITS */
-	uint32_t sum[UNITS]; /* 0: nothing is known, and nothing to be known */
+struct leaf { /* the data of a patch in a table of sums; its number is that of its units divided by UNITS */
+	uint32_t sum[UNITS]; /* 0: no sum */
 	uint32_t ino[UNITS];
 };
 
@@ -55,8 +55,8 @@ static uint64_t mix(uint64_t h, uint64_t a, uint64_t b)
 }
 
 /*
- * A checksum of a unit, which another content hardly has; not 0. Quick: one multiplication for 16 bytes, and
- * four of them in parallel. A user who constructs two contents with the same sum harms only his own file.
+ * A fast checksum of a unit, never 0: one multiplication for 16 bytes, and four of them in parallel. Users who
+ * construct two contents with the same sum only harm their own files.
  */
 static uint32_t sum_of(const char *p, uint32_t len)
 {
@@ -139,7 +139,7 @@ static void sums_join(x3_image *img)
 	sums_free(&img->sums);
 }
 
-/* The data of a file is lost, and the image with it. */
+/* Record that data of a file is lost, and abort the image. */
 static void lose(x3_image *img, uint32_t ino)
 {
 	img->data_lost = true;
@@ -150,7 +150,7 @@ static void lose(x3_image *img, uint32_t ino)
 		img->lost[img->nlost++] = ino;
 }
 
-/* Whether there is so much to remember that a sync is better. */
+/* Whether there are so many sums that a sync is better. */
 bool unsynced_is_much(x3_image *img)
 {
 	uint32_t n = __atomic_load_n(&img->sums.table.n, __ATOMIC_RELAXED);
@@ -183,7 +183,7 @@ static void gather(const struct iovec *iov, size_t skip, char *buf, size_t len)
 	}
 }
 
-/* Their place in memory if they are contiguous, or NULL. */
+/* The address of *len* bytes of the pieces if they are contiguous, or NULL. */
 static const char *in_one_piece(const struct iovec *iov, size_t skip, size_t len)
 {
 	for (; skip >= iov->iov_len; iov++)
@@ -191,7 +191,7 @@ static const char *in_one_piece(const struct iovec *iov, size_t skip, size_t len
 	return skip + len <= iov->iov_len ? (char *)iov->iov_base + skip : NULL;
 }
 
-/* What is known of a unit that was partly written. */
+/* The known content of a unit that was written in part. */
 static struct edge *edge_of(x3_image *img, uint64_t unit)
 {
 	for (int i = 0; i < 2; i++)
@@ -201,8 +201,8 @@ static struct edge *edge_of(x3_image *img, uint64_t unit)
 }
 
 /*
- * A unit is about to be written in part: find its present content. Data that is not on disk yet must still be
- * there. *other* is a unit that must stay known. Small appends read nothing.
+ * Find the present content of a unit that is about to be written in part. Fail if it is not on disk yet and no longer
+ * in the page cache. *other* is a unit whose content must stay known. Small appends read nothing.
  */
 static int edge_need(x3_image *img, uint64_t unit, uint64_t other, uint32_t ino)
 {
@@ -246,7 +246,7 @@ static const char *unit_after(x3_image *img, uint64_t unit, const struct iovec *
 	}
 	if (e)
 		buf = e->data;
-	else if (to - from < size && io_read_raw(img, buf, size, at)) /* where a write has stopped halfway */
+	else if (to - from < size && io_read_raw(img, buf, size, at)) /* a write stopped in the unit */
 		return NULL;
 	gather(iov, from - off, buf + (from - at), to - from);
 	return buf;
@@ -269,7 +269,7 @@ static void put_sums(x3_image *img, uint32_t ino, const struct iovec *iov, uint6
 	pthread_mutex_unlock(&img->sums_lock);
 }
 
-/* What is kept in memory until it is home must be the newest version. */
+/* Copy written data to the blocks in img->patches, so that they stay up to date. */
 static void patch_over(x3_image *img, const struct iovec *iov, uint64_t off, uint64_t end)
 {
 	for (uint64_t at = off, stop; at < end; at = stop) {
@@ -358,17 +358,17 @@ bool unsynced_is_unjudged(x3_image *img)
 	return unjudged;
 }
 
-/* How many barriers have failed so far, or were made to. */
+/* The number of failed barriers so far, including injected failures. */
 uint64_t io_failures(x3_image *img)
 {
 	return __atomic_load_n(&img->failures, __ATOMIC_SEQ_CST);
 }
 
-/* Bytes of memory that may hold data that a disk has refused: half of the memory. */
+/* The most bytes of memory for data that a disk has refused: half of the available memory. */
 static uint64_t memory_to_keep_it(const x3_image *img)
 {
 	unsigned long long kilobytes = 128 << 10;
-	char text[512]; /* it is the third line */
+	char text[512]; /* MemAvailable is on the third line */
 	ssize_t n = pread(img->meminfo, text, sizeof text - 1, 0);
 	const char *line;
 
@@ -403,10 +403,10 @@ static bool keep_block(x3_image *img, uint64_t nr, const struct leaf *leaf, uint
 	int error;
 
 	if (table_find(&img->patches, nr))
-		return true; /* it has been read back before, and what was written to it since is in there */
+		return true; /* it was read back before, and includes later writes */
 	error = io_read_raw(img, copy, img->bs, nr << img->bits);
 	if (error || !is_as_it_was(img, leaf, first, count, copy))
-		return block_is_free(img, nr) || block_find(img, nr); /* it was a file's, and is not any more */
+		return block_is_free(img, nr) || block_find(img, nr); /* it no longer belongs to a file */
 	data = *memory >= img->bs ? malloc(img->bs) : NULL;
 	p = data ? table_put(&img->patches, nr) : NULL;
 	if (p) {
@@ -460,8 +460,7 @@ bool unsynced_judge(x3_image *img)
 	sums_join(img);
 	all = img->syncing;
 	img->syncing = (struct sums){ 0 };
-	/* A thread that waits for a barrier under way must not believe that it covers what is kept from now
-	 * on. */
+	/* A barrier that is under way does not cover the data kept from now on. */
 	__atomic_fetch_add(&img->failures, 1, __ATOMIC_SEQ_CST);
 	img->unjudged = false;
 	pthread_mutex_unlock(&img->sums_lock);

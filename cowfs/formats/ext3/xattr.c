@@ -1,9 +1,9 @@
 /*
  * Extended attributes: first behind the inode's fields, then in one block of their own (fs/ext3/xattr.c).
  *
- * Both hold entries from the front and values from the end. The block's entries are sorted and hashed, and
- * identical blocks may be shared by several inodes (h_refcount): such a block is copied before it is changed.
- * To change anything, all attributes are read, and the two places are written anew.
+ * Both have entries from the front and values from the end. The block's entries are sorted and hashed. Several inodes
+ * may share identical blocks (h_refcount): such a block is copied before it is changed. To make a change, all
+ * attributes are read, and both places are written again.
  */
 #include <errno.h>
 #include <stdlib.h>
@@ -22,7 +22,7 @@ struct attr {
 
 #define ATTRS_MAX 512
 
-/* All attributes of an inode: first those in the inode itself. Their bytes are where they are kept. */
+/* All attributes of an inode, those in the inode itself first. They point to the bytes in their places. */
 struct attrs {
 	struct attr attr[ATTRS_MAX];
 	uint32_t n;
@@ -97,7 +97,7 @@ static void parse(x3_image *img, struct attrs *all, uint32_t ino, const char *ba
 	}
 }
 
-/* Where the attributes begin in the inode, behind their magic number; 0: there is no room for any. */
+/* The offset of the attributes in the inode, behind their magic number; 0: no space for any. */
 static uint32_t inline_start(x3_image *img, const struct inode *in)
 {
 	uint32_t start = EXT2_GOOD_OLD_INODE_SIZE + sizeof(uint32_t);
@@ -155,7 +155,7 @@ static int64_t find(const struct attrs *all, const struct attr *wanted)
 
 /* --- access control lists: shorter on disk than in system calls (linux/posix_acl_xattr.h) --- */
 
-struct acl_long { /* on disk the id is left out where it means nothing */
+struct acl_long { /* on disk, entries that need no id have none */
 	uint16_t tag, perm;
 	uint32_t id;
 };
@@ -208,7 +208,7 @@ int64_t xattr_list(x3_image *img, uint32_t ino, char *buf, uint64_t cap)
 		for (size_t s = 0; s < SPACES; s++) {
 			uint32_t n = strlen(spaces[s].prefix), len = n + (spaces[s].whole ? 0 : a->name_len) + 1;
 			if (spaces[s].index != a->index || memchr(a->name, 0, a->name_len) ||
-			    (!spaces[s].whole && !a->name_len)) /* a name that nobody can ask for */
+			    (!spaces[s].whole && !a->name_len)) /* not a valid name */
 				continue;
 			if (cap && used + len > cap)
 				fail(img, ERANGE, "too small a buffer");
@@ -402,7 +402,7 @@ void xattr_set(x3_image *img, uint32_t ino, const char *name, uint32_t len, cons
 	char acl[2 * BLOCK_MAX];
 	int64_t i, length;
 
-	if (img->extra_isize && !in.raw->i_extra_isize) { /* made by an older system: the room is unused */
+	if (img->extra_isize && !in.raw->i_extra_isize) { /* made by an older system: the space is unused */
 		memset((char *)in.raw + EXT2_GOOD_OLD_INODE_SIZE, 0, img->inode_size - EXT2_GOOD_OLD_INODE_SIZE);
 		in.raw->i_extra_isize = img->extra_isize;
 	}

@@ -1,6 +1,6 @@
 /*
- * The images that everything begins with. The environment's COWFS_FUZZ_IMAGES is the directory with them, which
- * is also where the image of a run is: on a tmpfs.
+ * The images that runs begin with. The environment variable COWFS_FUZZ_IMAGES names their directory, on a tmpfs. The
+ * image of a run is there too.
  */
 #include <err.h>
 #include <fcntl.h>
@@ -79,7 +79,7 @@ void bases_load(void)
 	}
 	if (!nbases)
 		errx(1, "%s: has no images", directory);
-	/* It has a name: a file without one gets no redo log. */
+	/* The image needs a name: a file without one gets no redo log. */
 	snprintf(image_path, sizeof image_path, "%s/run.%d", directory, getpid());
 	image_fd = open(image_path, O_RDWR | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
 	if (image_fd < 0)
@@ -102,11 +102,11 @@ void world_resize(struct world *w, uint64_t size)
 	w->size = size;
 }
 
-/* Let the file be the base again; most of it is. */
+/* Restore the base image in the file; most of it has not changed. */
 void world_begin(struct world *w, const struct base *base)
 {
 	*w = (struct world){ .base = base, .fd = image_fd, .image = image, .known = { 2 }, .nknown = 1 };
-	world_resize(w, base->size); /* whatever has become of it */
+	world_resize(w, base->size); /* a run may have resized it */
 	for (uint32_t at = 0; at < base->size; at += PAGE) {
 		uint32_t length = base->size - at < PAGE ? base->size - at : PAGE;
 		if (memcmp(image + at, base->data + at, length))

@@ -1,6 +1,6 @@
 /*
- * Changes of an image that no filesystem makes. They are made in the file, whether the image is open or not: who
- * owns it can write to it at any time.
+ * Damage: changes of an image that no filesystem makes. They are made in the file, whether the image is open or not,
+ * because its owner can write to it at any time.
  */
 #include <arpa/inet.h>
 #include <fcntl.h>
@@ -20,7 +20,7 @@ bool is_damage(const struct record *r)
 	return what(r) >= PATCH;
 }
 
-/* A piece of the image that is within the file; NULL: there is none. */
+/* A piece of the image inside of the file; NULL: none. */
 static const struct piece *piece_of(const struct world *w, uint32_t region, uint32_t index)
 {
 	const struct piece *p;
@@ -96,7 +96,7 @@ static void fill(struct world *w, const struct record *r)
 
 /* --- a forged journal --- */
 
-/* Where block number *i* of the log is; NULL: beyond what we know of it. */
+/* Block number *i* of the log; NULL: its place is unknown. */
 static unsigned char *log_block(const struct world *w, uint32_t i)
 {
 	const struct piece *p = i < w->base->region[JOURNAL_LOG].n ? piece_of(w, JOURNAL_LOG, i) : NULL;
@@ -121,7 +121,7 @@ static struct header *log_header(struct world *w, uint32_t type)
 	return header;
 }
 
-/* One block of a transaction: what stands at home, with one number changed. */
+/* Add a block to the transaction: a copy of the block at its place, with one number changed. */
 static void log_data(struct world *w, const struct record *r)
 {
 	const struct piece *p = piece_of(w, r->a >> 2, r->b);
@@ -136,7 +136,7 @@ static void log_data(struct world *w, const struct record *r)
 	memcpy(block + at, &r->d, 4);
 }
 
-/* Write the descriptor of the tags that were collected, and their blocks. */
+/* Write the descriptor with the collected tags, and their blocks. */
 static void log_flush(struct world *w, struct descriptor *d)
 {
 	struct header *header = d->n ? log_header(w, DESCRIPTOR) : NULL;
@@ -178,7 +178,7 @@ static void log_commit(struct world *w, const struct record *r)
 	w->next_tid += r->e & 2 ? r->c : 1;
 }
 
-/* A log of the LOG records that follow; their a & 3: 0 and 1 a block, 2 a revoke block, 3 a commit block. */
+/* Forge a log from the LOG records that follow. Their a & 3: 0 and 1 a block, 2 a revoke block, 3 a commit block. */
 static const struct record *forge_log(struct world *w, const struct record *r, const struct record *end)
 {
 	const struct piece *journal = piece_of(w, JOURNAL, 0);
@@ -308,7 +308,7 @@ static void redo_piece(struct redo *redo, const struct record *r)
 	redo->used += 8 + length;
 }
 
-/* A redo log of the REDO records that follow; see redo_piece(). */
+/* Forge a redo log from the REDO records that follow; see redo_piece(). */
 static const struct record *forge_redo(struct world *w, const struct record *r, const struct record *end)
 {
 	static struct redo redo;
@@ -347,7 +347,7 @@ static const struct record *forge_redo(struct world *w, const struct record *r, 
 	return r - 1;
 }
 
-/* Do the damage of a record, and those that belong to it; return the last of them. */
+/* Do the damage of a record and of those that belong to it; return the last one. */
 const struct record *damage(struct world *w, const struct record *r, const struct record *end)
 {
 	w->damaged = true;

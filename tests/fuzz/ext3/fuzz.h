@@ -1,16 +1,16 @@
 /*
- * A fuzzer of the ext3 engine: an input is a load of operations on an image, and damage to it in between.
+ * A fuzzer of the ext3 engine. An input is a series of operations on an image, mixed with damage to it.
  *
- *   bases.c      the sound images that everything begins with, and where what is in them
+ *   bases.c      the sound images that runs begin with, and the places of their structures
  *   damage.c     changes of an image that no filesystem makes; forged journals and redo logs
- *   walk.c       looks at all that is in an image
+ *   walk.c       reads everything in an image
  *   operations.c what programs do with an image
- *   run.c        goes through an input
- *   mutate.c     what libFuzzer calls to make an input from others
- *   standalone.c instead of libFuzzer: runs the inputs that it is given
+ *   run.c        runs an input
+ *   mutate.c     makes an input from others, for libFuzzer
+ *   standalone.c runs given inputs without libFuzzer
  *
- * An input is an array of records, whatever their bytes: each does something, or is left out. The first says
- * which image it is for. So nothing has to be parsed, and every change of an input is an input.
+ * An input is an array of records of any content. Each does something or is skipped. The first selects the image. So
+ * there is nothing to parse, and every change of an input gives a valid input.
  */
 #pragma once
 #include <stdbool.h>
@@ -58,7 +58,7 @@ enum op {
 	LINK_MANY,
 	SCATTER,
 	OPERATIONS,
-	/* what only an attacker or a failing disk does: PATCH and what follows */
+	/* what only an attacker or a failing disk does: from PATCH on */
 	PATCH = 32,
 	COPY,
 	FILL,
@@ -68,7 +68,7 @@ enum op {
 	FORGE_REDO,
 	REDO,
 	DAMAGES,
-	CODES = 64 /* the rest does nothing; so inputs that are kept go on meaning the same */
+	CODES = 64 /* unused codes do nothing, so that saved inputs keep their meaning */
 };
 
 static inline enum op what(const struct record *r)
@@ -76,7 +76,7 @@ static inline enum op what(const struct record *r)
 	return r->op % CODES;
 }
 
-/* What there is in an image, for the damage to be where it may do harm. images.py writes them in this order. */
+/* The structures of an image that damage aims at. images.py writes them in this order. */
 enum region {
 	SUPERBLOCK,
 	GROUPS,
@@ -119,13 +119,13 @@ struct world {
 	x3_image *img;        /* NULL: not open */
 	struct record first;
 	bool read_only;
-	bool damaged;  /* anything may be wrong from now on */
+	bool damaged;  /* the image may be damaged */
 	bool injected; /* a system call may have failed since the image was opened */
-	bool in_doubt; /* the same, since it was made */
+	bool in_doubt; /* a system call may have failed since the image was made */
 	int atoms;
-	uint32_t boot;                     /* which start of the machine this is: 0 or X3_OTHER_BOOT */
-	uint32_t known[KNOWN_MAX], nknown; /* inodes that were seen; the first is the root */
-	uint32_t kept[KEPT_MAX], nkept;    /* without a name */
+	uint32_t boot;                     /* the boot of the machine: 0 or X3_OTHER_BOOT */
+	uint32_t known[KNOWN_MAX], nknown; /* inodes seen so far; the first is the root */
+	uint32_t kept[KEPT_MAX], nkept;    /* kept inodes without a name */
 	uint32_t log_at, next_tid;         /* of the forged log */
 };
 

@@ -1,5 +1,5 @@
 /*
- * Makes an input from others, for libFuzzer: whole records, whose fields are such as do something.
+ * Makes an input from others, for libFuzzer: whole records with meaningful fields.
  */
 #include <string.h>
 
@@ -78,7 +78,7 @@ static const struct {
 	[REDO_HEAD] = FIELDS(redo_head),
 };
 
-/* A region, and rather not file contents. */
+/* A region, mostly not file contents. */
 static uint8_t some_region(void)
 {
 	return any(12) ? any(CONTENTS) : any(REGIONS);
@@ -166,7 +166,7 @@ static void make_record(struct record *r)
 	}
 }
 
-/* Put *n* new records at a place. Some come in company: a forged log, or a crash and what it is followed by. */
+/* Insert *n* new records at a place. Some come together: a forged log, or a crash and the records after it. */
 static size_t insert(struct record *records, size_t n, size_t max)
 {
 	size_t at = n ? 1 + any(n) : 0, count = any(4) ? 1 : 1 + any(12);
@@ -221,12 +221,12 @@ static size_t mutate_once(struct record *records, size_t n, size_t max)
 	case 2:
 	case 3:
 		return n < max ? insert(records, n, max) : n;
-	case 4: /* leave some out */
+	case 4: /* remove some */
 		count = 1 + any(any(3) ? 2 : n - i);
 		count = i + count > n ? n - i : count;
 		memmove(records + i, records + i + count, (n - i - count) * sizeof *records);
 		return n - count;
-	case 5: /* again, later */
+	case 5: /* repeat some later */
 		if (n < max && i) {
 			struct record again = records[i];
 			memmove(records + k + 1, records + k, (n - k) * sizeof *records);
@@ -261,7 +261,7 @@ size_t LLVMFuzzerCustomMutator(uint8_t *data, size_t size, size_t max, unsigned 
 	return n * sizeof *records;
 }
 
-/* The beginning of one, and the end of the other. */
+/* Combine the beginning of one input and the end of another. */
 size_t LLVMFuzzerCustomCrossOver(const uint8_t *a, size_t a_size, const uint8_t *b, size_t b_size, uint8_t *out,
 				 size_t max, unsigned seed)
 {

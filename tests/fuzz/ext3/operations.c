@@ -1,5 +1,5 @@
 /*
- * What programs do with an image, within what engine.h asks of who calls it.
+ * What programs do with an image, according to the rules for callers in engine.h.
  */
 #include <errno.h>
 #include <stdio.h>
@@ -12,9 +12,9 @@
 
 #include "fuzz.h"
 
-#define MOST 100000u /* names of a sound image: all of them */
-#define SOME 250u    /* of one that is damaged */
-#define MANY 150u    /* names that are made or removed at a time */
+#define MOST 100000u /* names read in a sound image: all */
+#define SOME 250u    /* names read in a damaged image */
+#define MANY 150u    /* names made or removed at a time */
 #define TOGETHER_MAX 4
 
 static bool is_sound(const struct world *w)
@@ -27,7 +27,7 @@ static uint32_t pick(const struct world *w, uint32_t index)
 	return w->known[index % w->nknown];
 }
 
-/* A name by its number: few enough that they meet again, some of them long. */
+/* The name with a number. There are few names, so that they are used again; some are long. */
 static uint32_t name_of(char name[300], uint32_t number)
 {
 	static const uint16_t lengths[] = { 0, 0, 0, 0, 12, 40, 120, 250, 255, 256 };
@@ -41,7 +41,7 @@ static uint32_t name_of(char name[300], uint32_t number)
 
 static void fill_value(unsigned char *p, uint32_t length, uint32_t seed)
 {
-	if (seed % 5 == 0) { /* a block that looks like one of the journal's, or like nothing */
+	if (seed % 5 == 0) { /* a block that looks like one of the journal */
 		memset(p, 0, length);
 		if (length >= 8)
 			memcpy(p, "\xc0\x3b\x39\x98\0\0\0\1", 8);
@@ -73,7 +73,7 @@ static bool open_image(struct world *w, uint32_t flags)
 	return !error;
 }
 
-/* Now and then, if the environment's COWFS_FUZZ_FSCK says so: each so manieth sound image that was closed. */
+/* Run e2fsck on every Nth sound image that was closed, if the environment variable COWFS_FUZZ_FSCK is N. */
 static void ask_e2fsck(const struct world *w)
 {
 	static unsigned every, count;
@@ -118,7 +118,7 @@ static void compare(const char *when, uint64_t before, uint64_t after)
 		finding("the tree is another one %s", when);
 }
 
-/* The death of the process: what was done is there all the same, and first for who only reads. Or of the machine. */
+/* Kill the process: all changes survive, and a read-only open shows them. Or crash the machine. */
 static void crash(struct world *w, const struct record *r)
 {
 	bool sound, machine = r->a & 2;
@@ -132,7 +132,7 @@ static void crash(struct world *w, const struct record *r)
 	w->img = NULL;
 	w->boot ^= machine ? X3_OTHER_BOOT : 0;
 	if (r->a & 4)
-		return; /* there may be damage before it is opened again */
+		return; /* the next records may damage it before it is opened again */
 	if (r->a & 1 && open_image(w, X3_READ_ONLY)) {
 		uint64_t after = walk(w, sound ? MOST : SOME);
 		if (sound)
@@ -143,7 +143,7 @@ static void crash(struct world *w, const struct record *r)
 		compare("after a crash", before, walk(w, MOST));
 }
 
-/* As resize2fs does it, as far as the last group goes. */
+/* Grow the last group, as resize2fs does. */
 static void enlarge(struct world *w, uint32_t count)
 {
 	struct ext2_super_block *sb = (struct ext2_super_block *)(w->image + 1024);
@@ -352,7 +352,7 @@ static void release(struct world *w, const struct record *r)
 
 /* --- the rest --- */
 
-/* Where in a file: near its beginning, where the next kind of indirect blocks begins, or far behind. */
+/* An offset in a file: near its beginning, where the next level of indirect blocks begins, or far away. */
 static uint64_t offset_of(const struct world *w, uint32_t number)
 {
 	uint64_t bs = w->base->block_size, per = bs / 4, near = number >> 3;
@@ -383,7 +383,7 @@ static void write_one(struct world *w, const struct record *r)
 	check(w, x3_write(w->img, pick(w, r->b), data, length, offset_of(w, r->d)));
 }
 
-/* A byte here and there, so that each has indirect blocks of its own. */
+/* Write single bytes far apart, so that each has its own indirect blocks. */
 static void scatter(struct world *w, const struct record *r)
 {
 	uint64_t step = w->base->block_size / 4 * (uint64_t)w->base->block_size;
@@ -481,7 +481,7 @@ static void inject(struct world *w, const struct record *r)
 	x3_inject(w->img, 1 + r->a % 4, r->b % 30, errors[r->c % 4], r->d & 1);
 }
 
-/* What waits for a commit, so that nothing may be kept together meanwhile. */
+/* Calls that wait for a commit: not between x3_begin() and x3_end(). */
 static void durability(struct world *w, const struct record *r)
 {
 	end_atom(w);
@@ -505,7 +505,7 @@ static void durability(struct world *w, const struct record *r)
 	}
 }
 
-/* What a record does with one file: its data and its attributes. */
+/* Do what a record says with the data or attributes of one file. */
 static void do_with_file(struct world *w, const struct record *r)
 {
 	const char *name = xattr_name(r->c);
@@ -584,7 +584,7 @@ static void do_it(struct world *w, const struct record *r)
 	}
 }
 
-/* Do what a record says, with the image open; if it cannot be opened nothing happens. */
+/* Do what a record says with the open image. If it cannot be opened, do nothing. */
 void operation(struct world *w, const struct record *r)
 {
 	if (w->atoms && (w->atoms++ > TOGETHER_MAX || what(r) == TOGETHER))

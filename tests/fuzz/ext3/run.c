@@ -1,5 +1,5 @@
 /*
- * Goes through an input: record by record.
+ * Runs an input, record by record.
  */
 #include <stdlib.h>
 #include <string.h>
@@ -7,7 +7,7 @@
 
 #include "fuzz.h"
 
-#define OPENED_MAX 12 /* so often an image is opened in one run */
+#define OPENED_MAX 12 /* how often an image is opened in one run, at most */
 
 int LLVMFuzzerInitialize(int *argc, char ***argv);
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);

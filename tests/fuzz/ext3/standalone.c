@@ -1,5 +1,5 @@
 /*
- * Instead of libFuzzer, with any compiler: runs the inputs that it is given, once each.
+ * Runs each given input once, without libFuzzer. Works with any compiler.
  */
 #include <dirent.h>
 #include <err.h>

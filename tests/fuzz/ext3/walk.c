@@ -1,5 +1,5 @@
 /*
- * Looks at all that is in an image, and says of each result whether the engine may give it.
+ * Reads everything in an image, and checks each result of the engine.
  */
 #include <errno.h>
 #include <stdarg.h>
@@ -12,9 +12,9 @@
 
 #define LISTING (256u << 10) /* four blocks of 64 KiB */
 #define DIRECTORIES_MAX 128
-#define NAMES_MAX 400u /* of one directory, that are looked at */
+#define NAMES_MAX 400u /* names read in one directory */
 
-/* What programs may be told whatever the image is. */
+/* Whether a call may return this error, given the state of the image. */
 static bool may_be(const struct world *w, int error)
 {
 	switch (error) {
@@ -47,7 +47,7 @@ static bool may_be(const struct world *w, int error)
 	return false;
 }
 
-/* Say what is wrong, and let libFuzzer know. */
+/* Report a bug and abort, which libFuzzer notices. */
 void finding(const char *format, ...)
 {
 	va_list args;
@@ -59,7 +59,7 @@ void finding(const char *format, ...)
 	abort();
 }
 
-/* Return the result of a call, if it is one that the engine may give; else this is the end. */
+/* Return the result of a call if it is valid; otherwise report a bug. */
 int64_t check(struct world *w, int64_t result)
 {
 	if (result < 0) {
@@ -93,7 +93,7 @@ void know(struct world *w, uint32_t ino)
 
 /* --- directories --- */
 
-/* The next name in what x3_readdir has given. */
+/* The next name in the result of x3_readdir. */
 static const unsigned char *next_name(const unsigned char *p, struct name *name)
 {
 	uint16_t offset;
@@ -108,7 +108,7 @@ static const unsigned char *next_name(const unsigned char *p, struct name *name)
 	return p + 12 + name->length;
 }
 
-/* A name that no program could have given must not come out of an image. */
+/* Check that a name is one that a program could have created. */
 static void check_name(const struct name *name)
 {
 	bool dots = name->name[0] == '.' && (name->length == 1 || (name->length == 2 && name->name[1] == '.'));
@@ -117,7 +117,7 @@ static void check_name(const struct name *name)
 		finding("the engine gives a name that is none: %.*s", name->length, name->name);
 }
 
-/* The first names of a directory; how many there are. */
+/* Read the first names of a directory; return how many. */
 uint32_t list(struct world *w, uint32_t dir, struct name *names, uint32_t most)
 {
 	static unsigned char buffer[LISTING];
@@ -133,7 +133,7 @@ uint32_t list(struct world *w, uint32_t dir, struct name *names, uint32_t most)
 	return n;
 }
 
-/* By reading all of a directory. */
+/* Find a name by reading the whole directory. */
 static bool search(struct world *w, uint32_t dir, const char *name, uint32_t length, struct name *found)
 {
 	static unsigned char buffer[LISTING];
@@ -197,7 +197,7 @@ static void add_xattrs(struct world *w, uint32_t ino, struct digest *d)
 	}
 }
 
-/* What is in a file, up to a bound. */
+/* Add the data of a file to the digest, up to a limit. */
 static void add_data(struct world *w, uint32_t ino, struct digest *d)
 {
 	static char buffer[128 << 10];
@@ -244,7 +244,7 @@ static bool was_seen(const uint32_t *seen, uint32_t n, uint32_t ino)
 	return false;
 }
 
-/* Go through up to *most* names of the tree; what is returned is the same for the same tree. */
+/* Read up to *most* names of the tree; return a digest, which is equal for equal trees. */
 uint64_t walk(struct world *w, uint32_t most)
 {
 	static struct name names[NAMES_MAX];
