@@ -149,8 +149,8 @@ static void answer(struct entry *e, const struct out_header *out, size_t size)
 	ring_wake(e->ring);
 }
 
-/* Make the kernel serve the requests that wait in a queue without free entries. The kernel gives a new entry only to the
- * next new request, not to a waiting one; it gives an entry that has been answered to the next waiting request
+/* Make the kernel serve the requests that wait in a queue without free entries. The kernel gives a new entry only to
+ * the next new request, not to a waiting one; it gives an entry that has been answered to the next waiting request
  * (fuse_uring_do_register() and fuse_uring_commit_fetch() in fs/fuse/dev_uring.c). So cause a new request: the kernel
  * answers FUSE_NOTIFY_RETRIEVE, here for 0 bytes, with a request in the queue of the present CPU. It must know the
  * inode, which must be a file. If it knows none of these files, the next new request has the same effect. */

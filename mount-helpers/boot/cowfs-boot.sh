@@ -1,38 +1,38 @@
 # shellcheck shell=dash
-# shellcheck disable=SC2154 # scope and the others are set by read_options
-# The boot library of cowfs: find the root image and its store, and have cowfs serve both as one root.
+# shellcheck disable=SC2154 # read_options sets scope and the others
+# The second half of the boot library: find the root image and its store, and mount both with cowfs as the root.
 #
-# For busybox's ash. mount-root uses it, after cowfs-options.sh; nothing happens when it is read.
-# On the way, and for as long as the system runs, everything is below $top:
+# For busybox's ash. It only defines functions. mount-root reads it after cowfs-options.sh. During the boot, and as long
+# as the system runs, everything is below $top:
 #
-#   disk/NAME/    the carriers: filesystems that hold the image or the store
-#   view/         the root image, mounted by the kernel: the lower, as it is
+#   disk/NAME/    the disks: filesystems that contain the image or the store
+#   view/         the root image, mounted by the kernel: the lower
 #   store/        the filesystem of the store, if it has one
-#   below/        in world/: those of stores on read-only media that the store stands on
-#   world/        the daemon's root: the image again, with /dev, /proc, /sys and the places above in it
-#   log           what was said
-#   daemon.pid    the daemon's process
+#   below/        in world/: the filesystems of stores on read-only media that are layers below the store
+#   world/        the daemon's root: the image again, with /dev, /proc, /sys and the directories above in it
+#   log           all messages
+#   daemon.pid    the PID of the daemon
 
 : "${top:?cowfs-options.sh comes first}"
 disks=$top/disk
 newline='
 '
-below='' # what root-daemon gets for the stores on read-only media, a word a line: blanks may be in them
+below='' # arguments of root-daemon for the stores on read-only media, one per line: they may contain spaces
 
-# --- carriers
+# --- disks
 
-# Mount a carrier at $disks/$1. As $2: look (read-only, and not even a journal is replayed: it may be the
-# disk of a system that sleeps), ro, or rw. Sets mounted_as: look as well where ro is too much, for a journal
-# that cannot be replayed on a disk with its lock set, or for one disk of a RAID, which all must be written to.
-mount_carrier() {
+# Mount the device $1 at $disks/$1. $2: look (read-only, without replaying a journal: the disk may belong to a
+# hibernated system), ro, or rw. Sets mounted_as. This is look instead of ro for a write-protected disk whose journal
+# cannot be replayed, and for one disk of a RAID, because a replay must write to all of its disks.
+mount_disk() {
     mkdir -p "$disks/$1"
     mounted_as=$2
     [ "$2" = look ] || ! is_raid_member "$1" || mounted_as=look
-    # What a filesystem is no good as, its driver would complain of on the console.
+    # Keep errors off the console: drivers report filesystems of other types.
     printk=$COWFS_PROC/sys/kernel/printk
     level=$(fact "$printk" | cut -f 1)
     echo 1 >"$printk"
-    # What has a journal to replay, and cannot be written to, can be looked at all the same.
+    # A write-protected disk whose journal needs a replay can still be mounted with look.
     mount_as_any "$1" "$mounted_as" || { [ "$mounted_as" = ro ] && mounted_as=look && mount_as_any "$1" look; }
     result=$?
     echo "${level:-7}" >"$printk"
@@ -45,7 +45,7 @@ mount_as_any() {
         btrfs:rescue=nologreplay xfs:norecovery; do
         type=${try%%:*} options=${try#*:}
         case $type:$2 in
-        vfat:* | exfat:* | ntfs3:* | iso9660:* | udf:*) options=,$options ;; # how names are written
+        vfat:* | exfat:* | ntfs3:* | iso9660:* | udf:*) options=,$options ;; # the encoding of names
         *:look) options=,$options ;;
         *) options='' ;;
         esac
@@ -58,14 +58,14 @@ mount_as_any() {
     return 1
 }
 
-unmount_carrier() { umount "$disks/$1" && rmdir "$disks/$1"; }
+unmount_disk() { umount "$disks/$1" && rmdir "$disks/$1"; }
 
-# Say what is on the disks that could not be mounted, with $1: say or warn. Not of those that are not meant
-# to be: swap, parts of something else, and disks that are empty or only divided.
-tell_unreadable() {
+# Report the contents of disks that could not be mounted, with $1: say or warn. Leave out swap, members of RAIDs and
+# volume groups, and disks that are empty or only have partitions.
+report_unreadable() {
     for device in $unreadable; do
         place=$(facts_of "$device")
-        [ -e "$place" ] || continue # it is gone
+        [ -e "$place" ] || continue # removed meanwhile
         divided=''
         for part in "$place/$device"*; do [ ! -e "$part/partition" ] || divided=yes; done
         [ -z "$divided" ] || continue
@@ -88,19 +88,19 @@ tell_unreadable() {
     done
 }
 
-# Whether something is mounted at $1; with $2: rw or ro, as the kernel has it, whatever was asked for.
+# Whether a filesystem is mounted at $1; with $2 (rw or ro): whether the kernel mounted it so.
 is_mounted() { grep -q "^[^ ]* $1 [^ ]* ${2-}" "$COWFS_PROC/mounts"; }
 
 # --- the root image
 
-# Sets image_device, image_file, and image_mode: ro, or look if it must not become writable. The removable
-# ones come first: who plugs in a stick means it. Those that cannot be mounted are in unreadable.
+# Set image_device, image_file, and image_mode: ro, or look if the disk must not become writable. Removable disks come
+# first, because a stick is plugged in on purpose. Add devices that cannot be mounted to unreadable.
 find_image() {
     waited=0 seen='' unreadable=''
     while :; do
         look_into_drives
         now=$(disks_now)
-        # Nothing new, so nothing to look at again; but now and then, as a disk may take its time.
+        # Examine the disks again when they have changed, and every ten seconds, because a disk may be slow.
         if [ "$now" != "$seen" ] || [ $((waited % 10)) = 9 ]; then
             seen=$now unreadable='' looked_at=' '
             for device in $(devices removable) $(devices all); do
@@ -119,35 +119,35 @@ find_image() {
 }
 
 has_image() {
-    mount_carrier "$1" look || {
+    mount_disk "$1" look || {
         unreadable="$unreadable $1"
         return 1
     }
     place=$disks/$1$subdir$image
     [ -f "$place" ] && found=yes || found=''
-    unmount_carrier "$1"
-    # Now it may replay its journal: it may have to become writable, for the store.
-    [ -n "$found" ] && mount_carrier "$1" ro && [ -f "$place" ] || return
+    unmount_disk "$1"
+    # Now the journal may be replayed: the disk may have to become writable, for the store.
+    [ -n "$found" ] && mount_disk "$1" ro && [ -f "$place" ] || return
     image_device=$1 image_file=$place image_mode=$mounted_as
     say "root image: $subdir$image on $1"
 }
 
 # --- the store
 
-# Try what has the right name, $path, disk by disk, as they come; the first that cowfs accepts becomes the root.
+# Try the files $path, disk by disk as they appear. The first store that cowfs accepts is used.
 use_store() {
     begin_search
     while wait_for_candidates; do
         try_candidates && return
     done
-    [ "$tried" != ' ' ] || tell_missing
+    [ "$tried" != ' ' ] || report_missing
     return 1
 }
 
 begin_search() { waited=0 seen=none tried=' '; }
 
-# Look until there is a candidate that can be written to, or the patience is over. A disk that is on its way may
-# have one that comes first: for some seconds it is waited for in any case.
+# Search until there is a writable candidate, or $patience has passed. If a disk has not appeared yet, always wait some
+# seconds for it, because it may have a candidate that comes first.
 wait_for_candidates() {
     candidates='' on_read_only_media=''
     while :; do
@@ -164,8 +164,8 @@ wait_for_candidates() {
     done
 }
 
-# Sets the devices with a file of the right name that were not tried yet, in the order of devices(), but the one
-# of the root image first: candidates, and on_read_only_media.
+# Set candidates and on_read_only_media to the devices with the file $path that were not tried yet, in the order of
+# devices(), but that of the root image first.
 find_candidates() {
     look_into_drives
     now=$(disks_now)
@@ -179,9 +179,9 @@ find_candidates() {
             note_candidate "$device"
         elif has_part_in "$device" "$image_device $candidates $on_read_only_media $tried"; then
             continue
-        elif mount_carrier "$device" look; then
+        elif mount_disk "$device" look; then
             note_candidate "$device"
-            unmount_carrier "$device"
+            unmount_disk "$device"
         else
             unreadable="$unreadable $device"
         fi
@@ -194,7 +194,7 @@ image_device_first() {
     for device in $found; do [ "$device" = "$image_device" ] || echo "$device"; done
 }
 
-# Whether one of the devices $2 is a part of the disk $1.
+# Whether one of the devices $2 is a partition of the disk $1.
 has_part_in() {
     for part in $2; do
         [ ! -e "$COWFS_SYS/block/$1/$part" ] || return 0
@@ -202,7 +202,7 @@ has_part_in() {
     return 1
 }
 
-# Note what is on the carrier $1, which is mounted, under the right name; one that is no use is told of.
+# Add the mounted device $1 to the candidates if it has the file $path; warn if this cannot be a store.
 note_candidate() {
     place=$disks/$1$path
     if [ -L "$place" ]; then
@@ -218,19 +218,19 @@ note_candidate() {
     fi
 }
 
-# Whether the carrier $1, which is mounted, is one that is never written to.
+# Whether the mounted device $1 is never written to.
 cannot_be_written() {
     [ "$(fact "$(facts_of "$1")/ro")" = 1 ] || is_raid_member "$1" ||
         grep -qE "^[^ ]* $disks/$1 (iso9660|udf|squashfs) " "$COWFS_PROC/mounts"
 }
 
-# Make the carrier $1 writable if it can be; sets store_mode, rw or ro, and for ro why.
-open_carrier() {
+# Make the device $1 writable if possible. Set store_mode to rw or ro, and for ro, why to the reason.
+open_disk() {
     store_mode=rw why='read-only media'
     if is_mounted "$disks/$1"; then
         [ "$1" != "$image_device" ] || [ "$image_mode" = look ] ||
             { mount -o remount,rw,noatime "$disks/$1" && mount -o remount,bind,rw "$world$disks/$1"; } 2>/dev/null
-    elif ! mount_carrier "$1" rw && ! mount_carrier "$1" ro; then
+    elif ! mount_disk "$1" rw && ! mount_disk "$1" ro; then
         warn "$1 cannot be mounted any more: the store on it is not used"
         return 1
     fi
@@ -240,19 +240,19 @@ open_carrier() {
     ! is_raid_member "$1" || why='one disk of a RAID'
 }
 
-close_carrier() {
+close_disk() {
     if [ "$1" = "$image_device" ]; then
         mount -o remount,ro "$disks/$1" 2>/dev/null
     else
-        umount "$world$disks/$1" && unmount_carrier "$1"
+        umount "$world$disks/$1" && unmount_disk "$1"
     fi 2>/dev/null
 }
 
-# What can be written to comes first, and may stand on what cannot.
+# Try the writable stores first. They may be based on stores on read-only media.
 try_candidates() {
     below=''
     for device in $on_read_only_media; do
-        open_carrier "$device" && below="$below--below$newline$disks/$device$path$newline"
+        open_disk "$device" && below="$below--below$newline$disks/$device$path$newline"
     done
     # shellcheck disable=SC2086 # one word each
     set -- $candidates $on_read_only_media
@@ -260,47 +260,46 @@ try_candidates() {
     for device; do
         shift
         tried="$tried$device "
-        open_carrier "$device" || continue
+        open_disk "$device" || continue
         [ $store_mode = rw ] || warn "$path on $device cannot be written to ($why): changes are kept in memory"
         if serve "$disks/$device$path" $store_mode; then
             say "store: $path on $device"
-            [ $# = 0 ] || tell_unused "$device" "$@"
+            [ $# = 0 ] || report_unused "$device" "$@"
             return 0
         fi
         warn "the store $path on $device is not used: $(tail -n 1 "$top/refused" 2>/dev/null)"
-        close_carrier "$device"
+        close_disk "$device"
     done
     return 1
 }
 
-# The store on $1 is used; those on the others are not, but as a layer below it.
-tell_unused() {
+# The store on $1 is used. Close the disks of the others, except those that are layers below it, and report them.
+report_unused() {
     used=$1 unused=''
     shift
     for other; do
         grep -qF "is based on $disks/$other$path" "$top/refused" && continue
-        close_carrier "$other"
+        close_disk "$other"
         unused="$unused $other"
     done
     [ -z "$unused" ] || warn "several stores: $path on $used is used, those on$unused are not"
 }
 
-tell_missing() {
+report_missing() {
     hint=''
     [ "$scope" = all ] || hint=' (backstore=alldev looks at all of them)'
     if [ -n "$named" ]; then
         warn "no disk that was looked at has the store $path$hint"
-        tell_unreadable warn
+        report_unreadable warn
     else
         say "no store ($path) was found on a disk"
-        tell_unreadable say
+        report_unreadable say
     fi
 }
 
 # --- the daemon
 
-# Mount the root image, and make of it the place where the daemon lives: nothing in there is ever looked for
-# below the mount that it serves.
+# Mount the root image, and make the daemon's root from it. So the daemon never looks up a file below its own mount.
 make_world() {
     world=$top/world
     mkdir -p "$top/view" "$top/store" "$top/root" "$world"
@@ -311,7 +310,7 @@ make_world() {
     mount -o bind "$top/view" "$world"
     for needed in dev proc sys run tmp usr/lib/cowfs; do
         [ -d "$world/$needed" ] && continue
-        say "the root image has no /$needed (mkrescue puts into it what it takes to boot from it)"
+        say "the root image has no /$needed (mkrescue installs everything needed for booting)"
         return 1
     done
     mount -o bind "$COWFS_DEV" "$world/dev"
@@ -323,19 +322,20 @@ make_world() {
     bind_into_world "$disks/$image_device"
 }
 
-bind_into_world() { # under the same name, so that what cowfs tells is true in the whole system
+bind_into_world() { # at the same path, so that paths in cowfs's messages are valid in the whole system
     mkdir -p "$world$1"
     mount -o bind "$1" "$world$1"
 }
 
-# Let the kernel (Linux 6.14) give requests by io_uring, unless its command line says whether it shall.
+# Allow FUSE over io_uring (Linux 6.14), unless the kernel command line has a setting for it.
 offer_io_uring() {
     case " $(tr '\n' ' ' <"$COWFS_PROC/cmdline") " in *" fuse.enable_uring="*) return ;; esac
     switch=$COWFS_SYS/module/fuse/parameters/enable_uring
     [ ! -e "$switch" ] || echo Y >"$switch"
 }
 
-# Start cowfs on the store $1 (or: memory), $2 rw or ro; returns when the root answers, or why not.
+# Start cowfs on the store $1 (or: memory), $2: rw or ro. Returns when the root answers, or fails, with the reason in
+# $top/refused.
 serve() {
     rm -f "$top/refused"
     offer_io_uring
@@ -363,15 +363,15 @@ serve() {
     return 1
 }
 
-# --- all of it
+# --- the whole boot
 
-# Make the root filesystem, at $1. Fails if the boot must not go on; why has been said.
+# Mount the root filesystem at $1. Fails, with a message, if the boot must not continue.
 make_root() {
     mkdir -p "$disks"
     read_options
     find_image
     if [ -z "${image_file-}" ]; then
-        tell_unreadable say
+        report_unreadable say
         say "FAILED: no disk has the root image $subdir$image"
         return 1
     fi
@@ -385,7 +385,7 @@ make_root() {
         shell)
             say 'A shell, to see to it. exit: look for the store again; exit 1: go on, with changes in memory'
             if sh </dev/console >/dev/console 2>&1; then
-                rm -f "$COWFS_RUN/motd.d/cowfs" # whatever it was, it is tried anew
+                rm -f "$COWFS_RUN/motd.d/cowfs" # everything is tried again
             else
                 fallback=ram
             fi
@@ -412,15 +412,15 @@ with_store() {
     [ "$scope" = off ] || use_store
 }
 
-# The root and the store appear where the system expects them; and what takes it all away at the end.
+# Mount the root and the store where the system expects them, and prepare the shutdown.
 hand_over() {
     mount -o bind "$world$top/root" "$1" || return
     if [ -n "$(ls "$world$top/store")" ]; then
         mount -o bind "$world$top/store" "$top/store"
-        if [ -d "$1/mnt/memory" ]; then # to look at; what cowfs has open must not change behind its back
+        if [ -d "$1/mnt/memory" ]; then # read-only: nobody may change the store while cowfs uses it
             mount -o bind "$top/store" "$1/mnt/memory" && mount -o remount,bind,ro "$1/mnt/memory"
         fi
     fi
-    # sysvinit must not kill the daemon (systemd knows it by its name, which begins with @).
+    # sysvinit must not kill the daemon. (systemd recognises it by its name, which begins with @.)
     mkdir -p "$COWFS_RUN/sendsigs.omit.d" && cp "$top/daemon.pid" "$COWFS_RUN/sendsigs.omit.d/cowfs"
 }

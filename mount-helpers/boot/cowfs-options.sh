@@ -1,16 +1,17 @@
 # shellcheck shell=dash
-# shellcheck disable=SC2034 # what read_options sets is for cowfs-boot.sh
-# What was asked for, which devices that means, and what is on them: the first half of the boot library (see cowfs-boot.sh).
+# shellcheck disable=SC2034 # cowfs-boot.sh uses the variables that read_options sets
+# The first half of the boot library (see cowfs-boot.sh): read the options, find the devices and recognise their
+# contents.
 #
-# For busybox's ash; nothing happens when it is read. Where it looks can be changed, for its tests: COWFS_SYS,
-# COWFS_DEV, COWFS_PROC, COWFS_RUN.
+# For busybox's ash. It only defines functions. Tests set COWFS_SYS, COWFS_DEV, COWFS_PROC and COWFS_RUN to other
+# directories.
 
 : "${COWFS_SYS:=/sys}" "${COWFS_DEV:=/dev}" "${COWFS_PROC:=/proc}" "${COWFS_RUN:=/run}"
 top=$COWFS_RUN/initramfs/cowfs
 
-# --- telling
+# --- messages
 
-# To the console, whatever the log level; to the kernel's log, where it does not appear there twice; to a file.
+# Write a message to the console, at any log level; to the kernel's log, at a level that is not shown again; to a file.
 say() {
     said=$(harmless "$*")
     printf 'cowfs: %s\n' "$said" >"$COWFS_DEV/console"
@@ -18,8 +19,8 @@ say() {
     printf '%s\n' "$said" >>"$top/log"
 } 2>/dev/null
 
-# $1 without what controls a terminal: the command line and disks have names in it. Beyond ASCII, whole characters of
-# UTF-8 stay, but for those that are controls, are not seen, or turn the direction of the text.
+# Print $1 without control characters: it may contain names from the command line and from disks. Of UTF-8, valid
+# characters stay, except those that are controls, invisible, or change the direction of the text.
 harmless() {
     printf %s "$1" | tr '\001-\037\177' '?' | LC_ALL=C awk '
         BEGIN { for (byte = 128; byte < 256; byte++) code[sprintf("%c", byte)] = byte }
@@ -46,11 +47,11 @@ harmless() {
         }'
 }
 
-# What the user must know even if nobody looks at the console: pam_motd shows /run/motd.d at each login. Once is
-# enough there, however often a disk is looked at.
+# Print a warning, and add it to /run/motd.d, which pam_motd shows at each login. Each text is reported only once, even
+# if a disk is examined several times.
 warn() {
     set -- "$(harmless "$*")"
-    ! grep -qxF "cowfs: $*" "$COWFS_RUN/motd.d/cowfs" 2>/dev/null || return 0 # said already
+    ! grep -qxF "cowfs: $*" "$COWFS_RUN/motd.d/cowfs" 2>/dev/null || return 0 # already reported
     say "WARNING: $*"
     grep -sqxF -e "cowfs: $*" "$COWFS_RUN/motd.d/cowfs" && return
     mkdir -p "$COWFS_RUN/motd.d" && printf 'cowfs: %s\n' "$*" >>"$COWFS_RUN/motd.d/cowfs"
@@ -58,7 +59,7 @@ warn() {
 
 # --- the kernel's command line
 
-# One option a line; a space between double quotes belongs to the option, as for the kernel itself.
+# Print one option per line. As for the kernel, a space in double quotes belongs to the option.
 command_line() {
     awk '{
         quoted = 0; word = ""
@@ -72,10 +73,9 @@ command_line() {
     }' "$COWFS_PROC/cmdline"
 }
 
-# Sets: scope (off, removable, all), named (the path asked for, or nothing), subdir, image, skip (a list),
-# fallback (ram, fail, shell), patience (seconds), engine (auto, kernel, process), volatile (directories whose
-# changes are not kept, or nothing), system (the name of a store in the store, or nothing), panic (seconds until a
-# failed boot starts again).
+# Set: scope (off, removable, all), named (the given path, or empty), subdir, image, skip (a list), fallback (ram, fail,
+# shell), patience (seconds), engine (auto, kernel, process), volatile (directories whose changes are not kept, or
+# empty), system (the name of a store in the store, or empty), panic (seconds until a reboot after a failed boot).
 read_options() {
     scope=removable named='' subdir='' image=/sysrcd.dat skip='' fallback='' patience='' engine=auto volatile='' system=''
     panic=''
@@ -102,12 +102,12 @@ read_options() {
     done <<END
 $(command_line)
 END
-    # A store that was named was wanted: without it somebody must decide. One that was only looked for was not.
+    # If a named store is missing, the user must decide. If no store was named, none is required.
     [ -n "$fallback" ] || if [ -n "$named" ]; then fallback=shell; else fallback=ram; fi
     [ -n "$patience" ] || if [ -n "$named" ]; then patience=20; else patience=3; fi
 }
 
-read_backstore() { # the last backstore= on the line counts, as of all kernel options
+read_backstore() { # the last backstore= on the line is used, as for all kernel options
     scope=removable named=''
     rest=$1,
     while [ -n "$rest" ]; do
@@ -142,17 +142,17 @@ read_patience() {
     esac
 }
 
-# A path from / with no . or .. in it, without the slashes that mean nothing; fails for all others.
+# Print a path from / without redundant slashes; fail for other paths, and for . or .. in it.
 clean_path() {
     path=/$(printf %s "$1" | sed 's|//*|/|g; s|^/||; s|/$||')
     case $path/ in
-    //) return 0 ;; # the root itself: an empty subdir
+    //) return 0 ;; # the root: an empty subdir
     */./* | */../*) return 1 ;;
     esac
     printf %s "$path"
 }
 
-# The same for the path of the image; the usual one instead of all others.
+# The same for the path of the image; print the default path if it fails.
 image_path() {
     if [ -n "${1##*/}" ] && path=$(clean_path "$1"); then
         printf %s "$path"
@@ -164,21 +164,21 @@ image_path() {
 
 # --- which devices
 
-# The first line of an attribute in sysfs; nothing where there is none.
+# Print the first line of an attribute in sysfs, an empty line if it does not exist.
 fact() {
     value=''
     [ ! -r "$1" ] || read -r value 2>/dev/null <"$1"
     printf '%s\n' "$value"
 }
 
-# Sticks, cards and discs; and disks behind USB, which do not call themselves removable. $1: below /sys/block.
+# Whether $1, a directory in /sys/block, is a stick, a card, a disc, or a USB disk, which sysfs does not call removable.
 is_removable() {
     [ "$(fact "$1/removable")" = 1 ] && return
     case $(readlink -f "$1") in
     */usb[0-9]*) return 0 ;;
     esac
     [ "$(fact "$1/device/type")" = SD ] && return
-    for slave in "$1"/slaves/*; do # of device-mapper: what its first part stands on
+    for slave in "$1"/slaves/*; do # device-mapper: the device of its first part
         [ -e "$slave" ] || return 1
         slave=$(readlink -f "$slave")
         [ ! -e "$slave/partition" ] || slave=${slave%/*}
@@ -187,7 +187,7 @@ is_removable() {
     done
 }
 
-# Whether skipmount= names the device $1, or the disk $2 that it is on; a mapping has a name of its own.
+# Whether skipmount= names the device $1, its disk $2, or the name of its mapping.
 is_skipped() {
     for unwanted in $skip; do
         case $unwanted in
@@ -197,8 +197,8 @@ is_skipped() {
     return 1
 }
 
-# The devices of $1, all or removable, in the order in which they are looked at: disks by their names; of each
-# the partitions by their numbers, then the whole of it, for sticks without a partition table.
+# Print the devices of $1, all or removable, in the order in which they are examined: disks by name; of each disk the
+# partitions by number, then the whole disk, for sticks without a partition table.
 devices() {
     for disk in "$COWFS_SYS"/block/*; do
         name=${disk##*/}
@@ -206,7 +206,7 @@ devices() {
         loop* | ram* | zram* | fd[0-9]*) continue ;;
         esac
         [ "$(fact "$disk/size")" != 0 ] && [ -e "$disk" ] || continue
-        [ "$(fact "$disk/dm/suspended")" != 1 ] || continue # who reads it would wait
+        [ "$(fact "$disk/dm/suspended")" != 1 ] || continue # reading it would block
         [ "$1" = all ] || is_removable "$disk" || continue
         {
             for part in "$disk/$name"*; do
@@ -214,25 +214,25 @@ devices() {
             done | sort -n
             echo "0 $name $disk"
         } | while read -r _ device place; do
-            # What others stand on (device-mapper, RAID) is theirs.
+            # Skip devices that others (device-mapper, RAID) use.
             [ -z "$(ls "$place/holders" 2>/dev/null)" ] || continue
             is_skipped "$device" "$name" || echo "$device"
         done
     done
 }
 
-# What changes when a disk comes or goes, or a medium is changed in its drive.
+# Print a text that changes when a disk is added or removed, or a medium is changed in its drive.
 disks_now() {
     for disk in "$COWFS_SYS"/block/*; do
         case ${disk##*/} in
-        loop* | ram* | zram*) ;; # we use some of them ourselves
+        loop* | ram* | zram*) ;; # the boot itself uses some of them
         *) echo "${disk##*/} $(fact "$disk/diskseq") $(fact "$disk/size")" ;;
         esac
     done
 }
 
-# Where there is no udev nobody notices a disc or a card that is put in, but who opens the drive does. Not
-# that a drive which is open for a disc should close for it.
+# Open all drives: without udev, the kernel notices a new disc or card only then. Turn autoclose off meanwhile, so that
+# an open tray stays open.
 look_into_drives() {
     autoclose=$COWFS_PROC/sys/dev/cdrom/autoclose
     closes=$(fact "$autoclose")
@@ -246,7 +246,7 @@ look_into_drives() {
     [ "$closes" != 1 ] || echo 1 >"$autoclose"
 }
 
-# A USB disk is known some time before it can be read: whether one is on its way.
+# Whether a USB disk was found that cannot be read yet.
 disk_is_coming() {
     for interface in "$COWFS_SYS"/bus/usb/devices/*:*; do
         [ "$(fact "$interface/bInterfaceClass")" = 08 ] || continue
@@ -259,9 +259,9 @@ disk_is_coming() {
 
 node() { printf '%s/%s' "$COWFS_DEV" "$(printf %s "$1" | tr '!' /)"; } # cciss!c0d0 is /dev/cciss/c0d0
 
-# --- what is on them
+# --- their contents
 
-# Where the kernel tells of the device $1, a disk or a partition.
+# Print the directory in sysfs of the device $1, a disk or a partition.
 facts_of() {
     for place in "$COWFS_SYS/block/$1" "$COWFS_SYS"/block/*/"$1"; do
         [ ! -e "$place" ] || break
@@ -269,8 +269,8 @@ facts_of() {
     printf '%s\n' "$place"
 }
 
-# Whether the device $1 is a disk of a RAID whose mark is at the end (versions 0.90 and 1.0): its filesystem
-# could be mounted as if there were no other disks.
+# Whether the device $1 is a disk of a RAID whose superblock is at the end (versions 0.90 and 1.0). The filesystem on
+# such a disk could be mounted as if there were no other disks.
 is_raid_member() {
     size=$(fact "$(facts_of "$1")/size")
     [ "${size:-0}" -gt 128 ] || return
@@ -281,7 +281,7 @@ is_raid_member() {
     return 1
 }
 
-# What is on the device $1, in the words of blkid(8), or: nothing, unknown, or error, if it cannot be read.
+# Print the type of the device's $1 contents as blkid(8) does, or: nothing, unknown, or error, if it cannot be read.
 type_of() {
     head=$top/head
     dd if="$(node "$1")" of="$head" bs=1k count=68 2>/dev/null || {
@@ -291,7 +291,7 @@ type_of() {
     while read -r type offset mark; do
         length=${#mark}
         case $mark in
-        0x*) # bytes that are no letters
+        0x*) # bytes in hexadecimal
             length=$(((length - 2) / 2))
             found=0x$(dd if="$head" bs=1 skip="$offset" count=$length 2>/dev/null | od -A n -t x1 | tr -d ' \n')
             ;;

@@ -20,12 +20,12 @@ def system(tmp_path: Path) -> System:
     return System(tmp_path / "system")
 
 
-# --- candidates: what is by that name on the carriers
+# --- candidates: the files of that name on the disks
 
 
 @pytest.fixture
-def carriers(system: System) -> System:
-    """A system whose carriers are directories: mounting shows them, and notes how it was asked for."""
+def disks(system: System) -> System:
+    """A system whose disks are directories. Mounting shows them and records the arguments."""
     (system.top / "proc/mounts").touch()
     for name in ("sdb", "sdc", "sr0", "vda"):
         system.add(Disk(name, removable=int(name != "vda")))
@@ -35,21 +35,21 @@ def carriers(system: System) -> System:
 
 LOOK = """
 . {library}/cowfs-boot.sh
-mount_carrier() {{
+mount_disk() {{
     mkdir -p "$disks" && [ -e {top}/disks/"$1" ] && ln -s {top}/disks/"$1" "$disks/$1" || return
     case $1 in sr*) type=iso9660 ;; *) type=vfat ;; esac
     echo "/dev/$1 $disks/$1 $type ro 0 0" >>"$COWFS_PROC/mounts"
 }}
-unmount_carrier() {{ rm "$disks/$1" && sed -i "\\|$disks/$1 |d" "$COWFS_PROC/mounts"; }}
+unmount_disk() {{ rm "$disks/$1" && sed -i "\\|$disks/$1 |d" "$COWFS_PROC/mounts"; }}
 image_device={image}
-[ $image_device = none ] || mount_carrier $image_device
+[ $image_device = none ] || mount_disk $image_device
 patience=0
 path=$subdir${{named:-/sysrcd.bs}}
 begin_search
 if wait_for_candidates; then
     echo "$(echo $candidates) |" $on_read_only_media | sed 's/ |$//'
 else
-    tell_missing
+    report_missing
     echo none
 fi
 """
@@ -93,24 +93,24 @@ def put(system: System, *names: str) -> None:
         ("", [], "", "none"),
     ],
 )
-def test_candidates(carriers: System, line: str, files: list[str], image: str, expected: str) -> None:
-    put(carriers, *files)
-    assert look(carriers, line, image) == expected
+def test_candidates(disks: System, line: str, files: list[str], image: str, expected: str) -> None:
+    put(disks, *files)
+    assert look(disks, line, image) == expected
 
 
-def test_what_is_no_file_is_told_of(carriers: System) -> None:
-    (carriers.top / "disks/sdb/sysrcd.bs").mkdir()
-    (carriers.top / "disks/sdc/sysrcd.bs").symlink_to("elsewhere")
-    assert look(carriers) == "none"
-    assert "/sysrcd.bs on sdb is a directory" in carriers.warnings()
-    assert "/sysrcd.bs on sdc is a symbolic link" in carriers.warnings()
+def test_a_name_that_is_no_file_is_reported(disks: System) -> None:
+    (disks.top / "disks/sdb/sysrcd.bs").mkdir()
+    (disks.top / "disks/sdc/sysrcd.bs").symlink_to("elsewhere")
+    assert look(disks) == "none"
+    assert "/sysrcd.bs on sdb is a directory" in disks.warnings()
+    assert "/sysrcd.bs on sdc is a symbolic link" in disks.warnings()
 
 
-def test_a_disk_and_its_partition_are_one_store(carriers: System) -> None:
+def test_a_disk_and_its_partition_are_one_store(disks: System) -> None:
     """Where a partition begins at the start of its disk, both have the same filesystem."""
-    carriers.add(Disk("sdd", removable=1, parts=(1,)))
-    put(carriers, "sdd/sysrcd.bs", "sdd1/sysrcd.bs")
-    assert look(carriers) == "sdd1"
+    disks.add(Disk("sdd", removable=1, parts=(1,)))
+    put(disks, "sdd/sysrcd.bs", "sdd1/sysrcd.bs")
+    assert look(disks) == "sdd1"
 
 
 # --- what cannot be read
@@ -220,13 +220,13 @@ def test_a_medium_that_is_changed_is_looked_at(system: System) -> None:
 
 GOING = """
 . {library}/cowfs-boot.sh
-mount_carrier() {{
+mount_disk() {{
     case $1:$2 in
     {gone}) return 1 ;;
     esac
     mkdir -p "$disks" && [ -e {top}/disks/"$1" ] && ln -s {top}/disks/"$1" "$disks/$1" && mounted_as=$2
 }}
-unmount_carrier() {{ rm "$disks/$1"; }}
+unmount_disk() {{ rm "$disks/$1"; }}
 serve() {{ echo "$1"; }}
 bind_into_world() {{ :; }}
 world=/nowhere patience=0
@@ -234,48 +234,46 @@ world=/nowhere patience=0
 """
 
 
-def test_an_image_on_a_disk_that_vanishes_is_looked_for_on_others(carriers: System) -> None:
-    put(carriers, "sdb/sysrcd.dat", "sdc/sysrcd.dat")
+def test_an_image_on_a_disk_that_vanishes_is_looked_for_on_others(disks: System) -> None:
+    put(disks, "sdb/sysrcd.dat", "sdc/sysrcd.dat")
     command = 'find_image; echo "$image_device $image_mode $(ls "$disks")"'
-    script = GOING.format(library=LIBRARY, top=carriers.top, gone="sdb:ro", command=command)
-    assert carriers.shell(script) == ["sdc ro sdc"]
+    script = GOING.format(library=LIBRARY, top=disks.top, gone="sdb:ro", command=command)
+    assert disks.shell(script) == ["sdc ro sdc"]
 
 
-def test_a_store_on_a_disk_that_vanishes_is_told_of(carriers: System) -> None:
-    put(carriers, "sdb/sysrcd.bs", "sdc/sysrcd.bs")
-    (carriers.top / "proc/mounts").write_text(
-        f"/dev/sdc {carriers.top}/run/initramfs/cowfs/disk/sdc vfat rw 0 0\n"
-    )
+def test_a_store_on_a_disk_that_vanishes_is_told_of(disks: System) -> None:
+    put(disks, "sdb/sysrcd.bs", "sdc/sysrcd.bs")
+    (disks.top / "proc/mounts").write_text(f"/dev/sdc {disks.top}/run/initramfs/cowfs/disk/sdc vfat rw 0 0\n")
     command = "image_device=none image_mode=look path=/sysrcd.bs; use_store"
-    script = GOING.format(library=LIBRARY, top=carriers.top, gone="sdb:rw | sdb:ro", command=command)
-    assert carriers.shell(script) == [f"{carriers.top}/run/initramfs/cowfs/disk/sdc/sysrcd.bs"]
-    assert "sdb cannot be mounted any more: the store on it is not used" in carriers.warnings()
+    script = GOING.format(library=LIBRARY, top=disks.top, gone="sdb:rw | sdb:ro", command=command)
+    assert disks.shell(script) == [f"{disks.top}/run/initramfs/cowfs/disk/sdc/sysrcd.bs"]
+    assert "sdb cannot be mounted any more: the store on it is not used" in disks.warnings()
 
 
-def test_a_stick_that_comes_after_one_was_refused_is_tried_as_well(carriers: System) -> None:
-    put(carriers, "sdb/sysrcd.bs", "sdc/sysrcd.bs")
-    block = carriers.top / "sys/block"
-    (block / "sdc").rename(carriers.top / "sdc")
+def test_a_stick_that_comes_after_one_was_refused_is_tried_as_well(disks: System) -> None:
+    put(disks, "sdb/sysrcd.bs", "sdc/sysrcd.bs")
+    block = disks.top / "sys/block"
+    (block / "sdc").rename(disks.top / "sdc")
     command = f"""
         serve() {{
             echo "$1"
-            case $1 in */sdb/*) mv {carriers.top}/sdc {block}; return 1 ;; esac
+            case $1 in */sdb/*) mv {disks.top}/sdc {block}; return 1 ;; esac
         }}
         sleep() {{ :; }}
         image_device=none image_mode=look path=/sysrcd.bs patience=3; use_store"""
-    script = GOING.format(library=LIBRARY, top=carriers.top, gone="-", command=command)
-    served = [Path(line).parent.name for line in carriers.shell(script)]
+    script = GOING.format(library=LIBRARY, top=disks.top, gone="-", command=command)
+    served = [Path(line).parent.name for line in disks.shell(script)]
     assert served == ["sdb", "sdc"]
-    assert "the store /sysrcd.bs on sdb is not used" in carriers.warnings()
+    assert "the store /sysrcd.bs on sdb is not used" in disks.warnings()
 
 
 # --- disks that come while others are looked at
 
 COMING = """
 . {library}/cowfs-boot.sh
-mount_carrier() {{ mkdir -p "$disks" && [ -e {top}/disks/"$1" ] && ln -s {top}/disks/"$1" "$disks/$1"; }}
-unmount_carrier() {{ rm "$disks/$1"; }}
-open_carrier() {{ mount_carrier "$1" && store_mode=rw; }}
+mount_disk() {{ mkdir -p "$disks" && [ -e {top}/disks/"$1" ] && ln -s {top}/disks/"$1" "$disks/$1"; }}
+unmount_disk() {{ rm "$disks/$1"; }}
+open_carrier() {{ mount_disk "$1" && store_mode=rw; }}
 close_carrier() {{ rm -f "$disks/$1"; }}
 bind_into_world() {{ :; }}
 serve() {{ : >"$top/refused"; grep -q good "$1" || {{ echo bad >"$top/refused"; return 1; }}; }}
@@ -296,20 +294,20 @@ use_store && echo "$device $waited" || echo "none $waited"
         ("good", "true", "sda 3"),  # no longer than it is waited for at all
     ],
 )
-def test_a_disk_that_comes_later(carriers: System, early: str, coming: str, expected: str) -> None:
-    carriers.add(Disk("sda", removable=1))
-    (carriers.top / "sys/block/sda").rename(carriers.top / "sda")
-    put(carriers, "sda/sysrcd.bs", "sdb/sysrcd.bs")
-    (carriers.top / "disks/sda/sysrcd.bs").write_text("good")
-    (carriers.top / "disks/sdb/sysrcd.bs").write_text(early)
-    script = COMING.format(library=LIBRARY, top=carriers.top, coming=coming)
-    assert carriers.shell(script) == [expected]
-    assert ("the store /sysrcd.bs on sdb is not used: bad" in carriers.warnings()) == (early == "bad")
+def test_a_disk_that_comes_later(disks: System, early: str, coming: str, expected: str) -> None:
+    disks.add(Disk("sda", removable=1))
+    (disks.top / "sys/block/sda").rename(disks.top / "sda")
+    put(disks, "sda/sysrcd.bs", "sdb/sysrcd.bs")
+    (disks.top / "disks/sda/sysrcd.bs").write_text("good")
+    (disks.top / "disks/sdb/sysrcd.bs").write_text(early)
+    script = COMING.format(library=LIBRARY, top=disks.top, coming=coming)
+    assert disks.shell(script) == [expected]
+    assert ("the store /sysrcd.bs on sdb is not used: bad" in disks.warnings()) == (early == "bad")
 
 
-def test_a_store_that_is_refused_is_not_waited_for_for_ever(carriers: System) -> None:
-    put(carriers, "sdb/sysrcd.bs")
-    (carriers.top / "sda").mkdir()
-    script = COMING.format(library=LIBRARY, top=carriers.top, coming="false").replace("sda", "sdq")
-    assert carriers.shell(script.replace("mv ", "true ")) == ["none 3"]
-    assert "no store" not in (carriers.top / "run/initramfs/cowfs/log").read_text()
+def test_a_store_that_is_refused_is_not_waited_for_for_ever(disks: System) -> None:
+    put(disks, "sdb/sysrcd.bs")
+    (disks.top / "sda").mkdir()
+    script = COMING.format(library=LIBRARY, top=disks.top, coming="false").replace("sda", "sdq")
+    assert disks.shell(script.replace("mv ", "true ")) == ["none 3"]
+    assert "no store" not in (disks.top / "run/initramfs/cowfs/log").read_text()

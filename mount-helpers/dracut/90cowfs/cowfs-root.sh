@@ -1,9 +1,9 @@
 #!/bin/sh
-# dracut, cmdline: boot=cowfs is for us, and there is no device to wait for.
+# dracut, cmdline: with boot=cowfs, there is no device to wait for.
 #
-# Not root=cowfs, where systemd is in the initramfs: it would try to mount that itself.
+# root=cowfs does not work if systemd is in the initramfs, which would try to mount that.
 
-# shellcheck disable=SC2154,SC2034 # root and rootok are dracut's
+# shellcheck disable=SC2154,SC2034 # dracut uses root and rootok
 if [ "$(getarg boot=)" = cowfs ] || [ "$root" = cowfs ]; then
     root=cowfs
     rootok=1

@@ -1,5 +1,5 @@
 #!/bin/bash
-# dracut: the boot library of cowfs, for boot=cowfs. Not in by default: dracut --add cowfs.
+# dracut: add the boot library of cowfs, for boot=cowfs. It is not included by default: dracut --add cowfs.
 
 check() { return 255; }
 
@@ -11,7 +11,7 @@ installkernel() {
     hostonly='' instmods "${modules[@]}"
 }
 
-# shellcheck disable=SC2154 # moddir, initdir, systemdsystemunitdir are dracut's
+# shellcheck disable=SC2154 # dracut sets moddir, initdir, systemdsystemunitdir
 install() {
     local file
     for file in busybox mount-root shutdown cowfs-options.sh cowfs-boot.sh modules; do
