@@ -273,8 +273,8 @@ COMING = """
 . {library}/cowfs-boot.sh
 mount_disk() {{ mkdir -p "$disks" && [ -e {top}/disks/"$1" ] && ln -s {top}/disks/"$1" "$disks/$1"; }}
 unmount_disk() {{ rm "$disks/$1"; }}
-open_carrier() {{ mount_disk "$1" && store_mode=rw; }}
-close_carrier() {{ rm -f "$disks/$1"; }}
+open_disk() {{ mount_disk "$1" && store_mode=rw; }}
+close_disk() {{ rm -f "$disks/$1"; }}
 bind_into_world() {{ :; }}
 serve() {{ : >"$top/refused"; grep -q good "$1" || {{ echo bad >"$top/refused"; return 1; }}; }}
 disk_is_coming() {{ {coming}; }}
