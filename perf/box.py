@@ -1,4 +1,4 @@
-"""Where one sample happens: its directories, mounts, daemon, client processes and time limit."""
+"""The surroundings of one sample: its directories, mounts, daemon, client processes and time limit."""
 
 from __future__ import annotations
 
@@ -52,11 +52,11 @@ def start_session(
 
 
 class SampleFailed(Exception):
-    """This sample has no figure, and why."""
+    """A sample failed, so it has no figure. The message says why."""
 
 
 class WrongResult(SampleFailed):
-    """The workload ended, but what it left behind is not what it should be."""
+    """The workload ended with a wrong result."""
 
 
 @dataclass(slots=True)
@@ -74,14 +74,14 @@ class Box:
     limit: float
     """Seconds that everything together may take."""
     prefix: list[str] = field(default_factory=list)
-    """Put before the command that starts a daemon: a profiler."""
+    """Words before the command that starts a daemon, for example a profiler."""
     user: list[str] = field(default_factory=list)
     """Put before the commands of a system of another user, and of its clients: what makes one that user."""
     daemons: dict[Path, subprocess.Popen[bytes]] = field(default_factory=dict)
     """The running ones, by what they serve."""
     mount_seconds: float | None = None
     state: dict[str, Any] = field(default_factory=dict)
-    """What a workload keeps from set-up to verification."""
+    """Data that a workload passes from set-up to verification."""
     _deadline: float = 0.0
     _watchdog: threading.Timer | None = None
     _mounts: list[Path] = field(default_factory=list)
@@ -124,7 +124,7 @@ class Box:
         self._watchdog.start()
 
     def close(self) -> None:
-        """Unmount what is still mounted and end the daemon, whatever state they are in."""
+        """Unmount everything that is still mounted and end the daemon, in any state."""
         if self._watchdog:
             self._watchdog.cancel()
         self.kill_daemons()
@@ -287,7 +287,7 @@ class Box:
         return float(seconds), found.strip()
 
     def check(self, argv: list[str]) -> None:
-        """Run a command of the set-up; SampleFailed with what it said when it fails."""
+        """Run a command of the set-up. SampleFailed, with its output, if it fails."""
         try:
             done = subprocess.run(
                 argv, stdin=subprocess.DEVNULL, capture_output=True, cwd=PROJECT, env=ENVIRONMENT,
@@ -321,5 +321,5 @@ class Box:
 
 
 def quiet(argv: list[str]) -> None:
-    """Run *argv*, whatever comes of it."""
+    """Run *argv*, and ignore its result."""
     subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, check=False)

@@ -1,4 +1,4 @@
-"""Clients that no standard program does: small system calls on many files, timed from within.
+"""Clients for which there is no standard program: small system calls on many files, timed in the process.
 
 ``client.py JOB NAMES [...]`` works on the paths in the file NAMES (NUL between them), relative to the
 working directory, and prints the seconds it took and what it found. Imports nothing but the standard
@@ -35,7 +35,7 @@ def read(paths: list[bytes]) -> str:
 
 
 def skim(paths: list[bytes]) -> str:
-    """Read each file whole, and look at nothing."""
+    """Read each file whole, and ignore the data."""
     total = 0
     buffer = bytearray(1 << 20)
     for path in paths:
@@ -176,7 +176,7 @@ JOBS = {
     "chroot": chroot,
 }
 BEFORE = {"chroot": enter}
-"""What is not timed."""
+"""Functions to call before the time starts."""
 
 
 def main(job: str, names: str) -> None:

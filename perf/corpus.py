@@ -1,4 +1,4 @@
-"""What the samples are made of: the lower image, the archive to unpack, and lists of files.
+"""The data of the samples: the lower image, the archive to unpack, and lists of files.
 
 Everything is made from a real tree (``/usr``) and cached, so that runs on one machine can be compared.
 The image is mounted once more as the *reference*, by the kernel: what the systems under test must show.
@@ -48,7 +48,7 @@ class Large:
 
 @dataclass(slots=True)
 class Corpus:
-    """The lower image and what was made from it."""
+    """The lower image and the data made from it."""
 
     image: Path
     archive: Path

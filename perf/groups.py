@@ -1,4 +1,4 @@
-"""What is compared with what: each group has workloads, the systems that can do them, and their lower."""
+"""The groups of a run: each has workloads, the systems that can run them, and their lower."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the figures depend on: processor, memory, kernel, versions, load. Only reads."""
+"""Read the facts that the figures depend on: processor, memory, kernel, versions, load."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def load() -> float:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What the processes of one session use together."""
+    """The resources that the processes of one session use together."""
 
     rss: int
     """Resident bytes."""

@@ -1,4 +1,4 @@
-"""Operations whose requests are counted, each small enough to be told by what the kernel asks for it.
+"""Operations whose requests are counted, each small enough to be recognised by its requests.
 
 Those of one system call or a few are done on several files in turn, those of a program once, on a small tree.
 """

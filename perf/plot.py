@@ -179,7 +179,7 @@ def main(argv: list[str] | None = None) -> int:
         pictures["ratios"] = draw_ratios
     if targets.ratio_rows(results):
         pictures["targets"] = draw_targets
-    # What is drawn from one file is the same each time.
+    # The same file gives the same picture each time.
     matplotlib.rcParams["svg.hashsalt"] = path.stem
     for name, draw in pictures.items():
         if options.only not in (None, name):

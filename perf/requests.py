@@ -1,4 +1,4 @@
-"""What the kernel asks FUSE daemons: every request counted and timed, with the kernel's tracepoints.
+"""Count and time every request to a FUSE daemon, with the kernel's tracepoints.
 
 ``fuse:fuse_request_send`` and ``fuse:fuse_request_end`` (fs/fuse/fuse_trace.h, Linux 6.11 or newer) are
 recorded in a trace instance of their own. The time of a request is what the kernel waited for it: the

@@ -1,4 +1,4 @@
-"""What all boots share: the kernel, the initramfs and the root image, made once a run."""
+"""The kernel, the initramfs and the root image of all boots, made once per run."""
 
 from __future__ import annotations
 

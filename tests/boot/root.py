@@ -1,4 +1,4 @@
-"""A root daemon and its places, without a machine around it."""
+"""A root daemon and its directories, without a virtual machine."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What every layer promises (cowfs/layers/base.py), held against every kind of layer there is."""
+"""Test every kind of layer against the protocols in cowfs/layers/base.py."""

@@ -1,1 +1,2 @@
-"""The daemon is killed in the midst of work: what is there afterwards is old or new, the store is sound."""
+"""The daemon is killed during an operation: afterwards the tree is the old or the new one, and the store is
+sound."""

@@ -1,4 +1,4 @@
-"""The means of these tests are held against the kernel first: the load, the model and the reader."""
+"""Test the tools of these tests against the kernel first: the load, the model and the reader."""
 
 from __future__ import annotations
 

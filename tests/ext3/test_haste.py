@@ -1,4 +1,4 @@
-"""Who serves others does not wait for the disk: what needs a commit is told so, and others see to that."""
+"""A thread in a hurry does not wait for the disk: operations that need a commit fail with EAGAIN."""
 
 from __future__ import annotations
 

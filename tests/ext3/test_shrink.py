@@ -1,4 +1,4 @@
-"""The engine's cache gives back what it can read again, and nothing else."""
+"""The engine's cache frees only blocks that it can read again."""
 
 from __future__ import annotations
 

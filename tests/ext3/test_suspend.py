@@ -1,4 +1,4 @@
-"""Let go of for a while, changed by others, and gone on with: keys and orphans are what they were."""
+"""An image is suspended, changed by another program, and resumed: keys and orphans are as before."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""FIFOs and other things that are no files, where a file is expected: nobody waits for them."""
+"""FIFOs and other special files where a regular file is expected: cowfs does not wait for them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Users who are no friends, on one mount: what one of them does stops none of the others."""
+"""Hostile users on one mount: nothing that one of them does stops the others."""
 
 from __future__ import annotations
 

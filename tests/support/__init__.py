@@ -1,1 +1,1 @@
-"""What several test suites share: trees, mounts, and a watch over what is left behind."""
+"""Code that several test suites share: trees, mounts, and a check for things left behind."""

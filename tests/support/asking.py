@@ -1,4 +1,4 @@
-"""What the adapter does for a union with slow lowers, but without a loop."""
+"""Do what the adapter does for a union with slow lowers, without an event loop."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _threads = ThreadPoolExecutor(4)
 
 
 def serve(layer: SlowLayer) -> None:
-    """Let the layer wait for nothing from now on."""
+    """Let the layer answer at once from now on."""
     layer.serve(lambda _, call: _in_thread(call))
 
 
@@ -24,7 +24,7 @@ def all_wait() -> Any:
 
 
 def answered(call: Callable[[], R]) -> R:
-    """Do *call* again and again until it has all answers that it needs."""
+    """Repeat *call* until it has all answers that it needs."""
     answers = Answers(0)
     try:
         with answers.at_hand():

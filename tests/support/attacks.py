@@ -1,4 +1,4 @@
-"""What a user may try against all others on a mount: ``python attacks.py NAME MOUNT NUMBER SECONDS``.
+"""Attacks of one user on all others on a mount: ``python attacks.py NAME MOUNT NUMBER SECONDS``.
 
 Each attack is a function of the mountpoint and the number of this attacker; it is called again and again
 until its time is over. What is refused (EMFILE, ENOSPC, …) is refused.

@@ -1,4 +1,4 @@
-"""What is left to the night of tests with several parameters, those marked ``matrix``."""
+"""Choose which combinations of parameters of tests marked ``matrix`` run only at night."""
 
 from __future__ import annotations
 

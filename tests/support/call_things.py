@@ -1,4 +1,5 @@
-"""What the table of calls acts on: things of each kind, and directories of others. Standard library only."""
+"""The files that the table of calls acts on: one of each type, and directories of others. Standard library
+only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each system call on names and files answers, in a table: on any filesystem, as root and as others.
+"""A table of system calls on names and files, with their results: on any filesystem, as root and as others.
 
 ``python -m tests.support.calls DIRECTORY`` runs as root in an empty directory, which others may enter, and
 prints JSON: the result of each line of the table by what it does. Our own table, in the manner of the known

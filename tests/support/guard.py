@@ -1,4 +1,4 @@
-"""A watch over what tests leave behind: mounts, loop devices, processes."""
+"""Find mounts, loop devices and processes that tests leave behind."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def loops(below: Path) -> dict[str, str]:
 
 
 class Guard:
-    """Compares what is there with what was there before, and puts it right."""
+    """Compares the present state with the state before, and cleans up."""
 
     def __init__(self, mark: str, below: Path) -> None:
         self.mark = mark

@@ -1,4 +1,4 @@
-"""FUSE mounts of which nobody ever answers anything."""
+"""FUSE mounts that never answer a request."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is in a layer: the names of a directory, and what stands at a path."""
+"""Read a layer: the names of a directory, and the key at a path."""
 
 from __future__ import annotations
 

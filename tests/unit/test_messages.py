@@ -1,4 +1,4 @@
-"""Every message that a user can meet stands in messages.txt: a new wording is seen when a change is reviewed.
+"""messages.txt lists every message that a user can meet, so that reviewers see new wordings.
 
 ``python tests/unit/test_messages.py`` writes the list anew.
 """

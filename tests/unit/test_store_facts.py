@@ -1,4 +1,4 @@
-"""What a store is judged by, without opening one: sizes, foreign files, superblocks, headers, identities."""
+"""Facts about stores, without opening one: sizes, foreign files, superblocks, headers, identities."""
 
 from __future__ import annotations
 
