@@ -29,6 +29,7 @@
 #include "last_request.h"
 #include "request_stats.h"
 #include "messages.h"
+#include "no_capability.h"
 #include "passthrough.h"
 #include "ring.h"
 #include "root_acl.h"
@@ -209,7 +210,7 @@ static void on_fsync(fuse_req_t req, fuse_ino_t ino, int datasync, struct fuse_f
 
 static void on_getxattr(fuse_req_t req, fuse_ino_t ino, const char *name, size_t size)
 {
-	if (root_acl_is_none(ino, name))
+	if (root_acl_is_none(ino, name) || no_capability_has(ino, name))
 		fuse_reply_err(req, ENODATA);
 	else
 		theirs.getxattr(req, ino, name, size);
@@ -385,6 +386,7 @@ static PyObject *prepare(PyObject *self, PyObject *args)
 	refuses_handles = !exports;
 	knows_files = files;
 	passthrough_want(passthrough);
+	no_capability_reset();
 	Py_INCREF(callable);
 	Py_XSETREF(seeker, callable);
 	wrapped = watched = unopened = last_request_extended = last_request_tells_set_id = false;
@@ -465,8 +467,9 @@ PyMODINIT_FUNC PyInit__libfuse(void)
 {
 	PyObject *module = PyModule_Create(&definition);
 
-	PyMethodDef *parts[] = { ring_methods,    ring_setup_methods,  core_lock_methods,    beyond_methods,
-				 figures_methods, passthrough_methods, last_request_methods, last_change_methods };
+	PyMethodDef *parts[] = { ring_methods,         ring_setup_methods,  core_lock_methods,
+				 beyond_methods,       figures_methods,     passthrough_methods,
+				 last_request_methods, last_change_methods, no_capability_methods };
 	for (size_t i = 0; module && i < sizeof parts / sizeof *parts; i++)
 		if (PyModule_AddFunctions(module, parts[i]))
 			Py_CLEAR(module);

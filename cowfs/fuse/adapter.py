@@ -301,7 +301,7 @@ class Adapter(BeyondHandlers):
 
     @sync
     def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
-        # The kernel asks for this xattr before every write.
+        # The kernel asks for this xattr before it writes. no_capability.c answers most of the time.
         if name == _CAPABILITY:
             if self._capability_taken:
                 self._capability_taken.discard(inode)
@@ -360,6 +360,7 @@ class Adapter(BeyondHandlers):
             if failure.errno != errno.ENODATA or name not in _ACLS:  # no error on ext3
                 raise
         if name == _CAPABILITY:
+            self._no_capability.discard(inode)  # the next request for it comes here
             self._capability_taken.add(inode)
 
     def _was_taken(self, inode: int) -> bool:

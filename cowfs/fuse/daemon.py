@@ -161,6 +161,8 @@ class Daemon:
     @cached_property
     def handlers(self) -> HandlerTable:
         """The handlers that pyfuse3 calls: the adapter's, with what traces or fails them."""
+        if type(self.adapter) in {Adapter, FakerootAdapter}:  # what traces or fails requests must see all
+            libfuse.answer_no_capability()
         return HandlerTable(self.adapter)
 
     def _begin_session(self, place: str, options: set[str]) -> None:

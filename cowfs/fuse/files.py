@@ -66,7 +66,6 @@ class FileHandlers(NodeHandlers):
         self._changing = 0
         """How many threads change the data of files."""
         self._notes_reads = fs.upper.atime.files and not fs.upper.has_descriptors  # else the kernel does
-        self._no_capability: set[int] = set()
         libfuse.prepare(
             self._seek,
             knows_files=self.may_open_nothing() and not sees_all,
@@ -75,6 +74,7 @@ class FileHandlers(NodeHandlers):
             most_held=bounds.data,
             shared=bounds.shared,
         )
+        self._no_capability = libfuse.no_capability()
 
     def may_open_nothing(self) -> bool:
         """Whether the kernel may open files without a request: then they count for no user."""

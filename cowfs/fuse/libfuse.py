@@ -27,7 +27,7 @@ import os
 import sys
 from collections.abc import Callable
 from importlib import import_module
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 _DONT_MASK = 1 << 6  # fuse_common.h
 _HANDLE_KILLPRIV = 1 << 20
@@ -208,6 +208,44 @@ makes it: 1: it writes, 2: the mode, 4: the owner, 8: times; 0: as it has told b
 
 wrote: Callable[[int], None] = _module.wrote if _module is not None else lambda _: None
 """Takes note that a write to an inode has succeeded: :data:`goes_on` tells of a write until then."""
+
+
+class InodeSet(Protocol):
+    """A set of inode numbers."""
+
+    @property
+    def add(self) -> Callable[[int], None]: ...
+    @property
+    def discard(self) -> Callable[[int], None]: ...
+    @property
+    def clear(self) -> Callable[[], None]: ...
+    def __contains__(self, inode: object, /) -> bool: ...
+
+
+class _InodeSet:
+    """One that C keeps."""
+
+    __slots__ = ("_has", "add", "clear", "discard")
+
+    def __init__(self, module: Any) -> None:
+        self.add: Callable[[int], None] = module.no_capability_add
+        self.discard: Callable[[int], None] = module.no_capability_discard
+        self.clear: Callable[[], None] = module.no_capability_clear
+        self._has: Callable[[object], bool] = module.no_capability_has
+
+    def __contains__(self, inode: object) -> bool:
+        return self._has(inode)
+
+
+def no_capability() -> InodeSet:
+    """Return the set of the inodes that have no ``security.capability``. The process has one such set."""
+    return set() if _module is None else _InodeSet(_module)
+
+
+def answer_no_capability() -> None:
+    """Answer GETXATTR for the inodes in that set in C from now on, in this session."""
+    if _module is not None:
+        _module.no_capability_answer()
 
 
 def empty_buffer() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import random
 import stat
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -13,7 +14,7 @@ import pyfuse3
 import pytest
 from pyfuse3 import FUSEError
 
-from cowfs.fuse import loop
+from cowfs.fuse import libfuse, loop
 from cowfs.fuse.adapter import Adapter
 from cowfs.fuse.quotas import Bounds
 from tests.fuse.kernel import CTX, ROOT, Kernel, Page, changes
@@ -288,3 +289,26 @@ async def test_who_finds_no_room_lets_others_be_served_first(
     assert await errno_of(adapter.mkdir(ROOT, b"new", 0o755, CTX)) == errno.ENOSPC
     assert await errno_of(adapter.mkdir(ROOT, b"new", 0o755, CTX)) == 0
     assert served == ["others"] * 2
+
+
+@pytest.mark.skipif(libfuse.ring is None, reason="cowfs was built without it")
+def test_the_inodes_without_capability_are_a_set() -> None:
+    """C keeps them: it grows, shrinks and is emptied like a set."""
+    rng = random.Random(1)
+    ours, model = libfuse.no_capability(), set[int]()
+    ours.clear()
+    for number in range(30_000):
+        inode = rng.choice([rng.randrange(1, 50), rng.randrange(1, 3000), rng.randrange(1, 1 << 63)])
+        if number % 1000 < 700:
+            ours.add(inode)
+            model.add(inode)
+        else:
+            ours.discard(inode)
+            model.discard(inode)
+        assert (inode in ours) == (inode in model)
+    assert all(inode in ours for inode in model) and 0 not in ours
+    for inode in sorted(model)[10:]:
+        ours.discard(inode)
+    assert [inode in ours for inode in sorted(model)] == [number < 10 for number in range(len(model))]
+    ours.clear()
+    assert not any(inode in ours for inode in model)
