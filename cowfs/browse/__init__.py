@@ -1,5 +1,5 @@
-"""``cowfs browse``: walk the changes in a terminal, look at them, revert them.
+"""``cowfs browse``: browse and revert changes in a terminal.
 
-:mod:`cowfs.browse.source` reads the changes and reverts them, in a thread of its own; the rest draws, with
-textual, which nothing else in cowfs imports. Everything goes through :mod:`cowfs.api`.
+:mod:`cowfs.browse.source` reads and reverts the changes, in its own thread. The other modules draw with
+textual, which no other part of cowfs imports. Everything goes through :mod:`cowfs.api`.
 """

@@ -1,4 +1,4 @@
-"""The application: the tree above, details of the selected path below it."""
+"""The application: the tree, and below it the details of the selected path."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ from cowfs.errors import CowfsError, printable
 
 _T = TypeVar("_T")
 _NAMED = 5
-"""So many paths are named in a question or an answer."""
+"""How many paths a question or an answer names."""
 _DIFF_STYLES = {"+": "green", "-": "red", "@": "cyan", "#": "dim"}
 
 
 def browse(what: str, lowers: Lowers, since: str | None, at: bytes = b"") -> None:
-    """Browse the changes of a store or a mount, from the directory *at* on, until the user quits.
+    """Browse the changes of a store or a mount, starting at the directory *at*, until the user quits.
 
-    With *since*, those after that checkpoint. Uses the whole terminal. Raises CowfsError if the changes
-    cannot be read.
+    With *since*, only those after that checkpoint. Uses the whole terminal. CowfsError if the changes cannot
+    be read.
     """
     said: list[str] = []
     source = Source(what, lowers, since, said.append)
     thread = ThreadPoolExecutor(1, "source")
     try:
-        thread.submit(source.open).result()  # a refusal prints one line and leaves the terminal as it is
+        thread.submit(source.open).result()  # before the screen changes, so that an error is one plain line
         app = Browser(source, thread, said, at)
         app.run()
         if app.failure is not None:
@@ -75,7 +75,7 @@ class Browser(App[None]):
     def __init__(self, source: Source, thread: ThreadPoolExecutor, said: list[str], at: bytes) -> None:
         super().__init__()
         self.failure: BaseException | None = None
-        """What has ended it."""
+        """The exception that has ended it, if any."""
         self._source = source
         self._thread = thread
         self._said = said
@@ -113,7 +113,7 @@ class Browser(App[None]):
             self._title(f"reading: {self._source.found} changes so far")
 
     def _title(self, state: str) -> None:
-        # The state first: a long path may be cut off.
+        # The state comes first, because a long path may be cut off.
         since = "" if self._source.since is None else f" since {printable(self._source.since)}"
         self.screen_stack[0].query_one("#title", Static).update(
             Text(f"{state}: {printable(self._source.what)}{since}", no_wrap=True, overflow="ellipsis")
@@ -137,7 +137,7 @@ class Browser(App[None]):
             self._is_read = True
         changes = "1 change" if root.count == 1 else f"{root.count or 'no'} changes"
 
-        def go() -> None:  # a node has no line before it is drawn
+        def go() -> None:  # later, because a node has no line before it is drawn
             tree.move_cursor(target)
             self._title(changes)
             self._describe(root.find(at))
@@ -154,7 +154,7 @@ class Browser(App[None]):
 
     @work(exclusive=True, group="describe")
     async def _describe(self, entry: Entry) -> None:
-        await asyncio.sleep(0.05)  # someone who moves quickly does not wait for the paths in between
+        await asyncio.sleep(0.05)  # skips the paths between when the user moves quickly
         ask = self._source.explain if self._shown == "explain" else self._source.diff
         try:
             said = await self._asked(lambda: ask(entry))
@@ -174,7 +174,7 @@ class Browser(App[None]):
             self._describe(self._tree.selected)
 
     def action_mark(self) -> None:
-        """Mark the selected path, and all below it."""
+        """Mark the selected path and everything below it."""
         self._tree.toggle_mark()
 
     def action_to_tree(self) -> None:
@@ -195,7 +195,7 @@ class Browser(App[None]):
 
     @work(group="revert")
     async def action_revert(self) -> None:
-        """Revert what is marked, or else what is selected, if the user agrees."""
+        """Revert the marked paths, or else the selected one, if the user agrees."""
         tree, selected = self._tree, self._tree.selected
         wanted = topmost(tree.marked.values()) or ([] if selected is None else [selected])
         count = sum(entry.count for entry in wanted)
@@ -208,7 +208,7 @@ class Browser(App[None]):
         if await self.push_screen_wait(Question(question)):
             tree.unmark()
             paths = [entry.path for entry in wanted]
-            await self._take_back(lambda: self._source.revert(paths), "reverted", "u brings back")
+            await self._take_back(lambda: self._source.revert(paths), "reverted", "u undoes it")
 
     @work(group="revert")
     async def action_undo(self) -> None:

@@ -1,4 +1,4 @@
-"""The screens above the tree: a question, and the help."""
+"""The dialogs over the tree: a question, and the help."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ _STYLE = """
 """
 
 _HELP = """\
-Up, Down        go to the path above, below
-Right, Left     open a directory; close it, or go to the one above
+Up, Down        go to the previous, next path
+Right, Left     open a directory; close it, or go to its parent
 Enter           open a directory, or scroll the text about a file
 Escape          back to the tree
-Tab             from the tree to the text about the path, and back
+Tab             switch between the tree and the text about the path
 
-d               show how the selected path differs
-e               explain why it shows what it shows
-Space           mark it, and everything below it; again: unmark it
-r               revert what is marked, or else the selected path
+d               show the differences of the selected path
+e               explain which layer the path comes from, and why
+Space           mark the path and everything below it, or unmark it
+r               revert the marked paths, or else the selected one
 u               undo the last revert
 R               read the changes again
 q               quit
@@ -57,7 +57,7 @@ class Question(ModalScreen[bool]):
 
 
 class Help(ModalScreen[None]):
-    """Lists the keys; any of the usual ones closes it."""
+    """Lists the keys."""
 
     DEFAULT_CSS = _STYLE.format("Help")
     BINDINGS: ClassVar[list[BindingType]] = [

@@ -1,7 +1,7 @@
-"""The data that is browsed: the tree of changes, how each differs, and how to revert them. Draws nothing.
+"""The data to browse: read the tree of changes and their differences, and revert them. Draws nothing.
 
-Everything blocks and belongs to one thread. A store that is not mounted is open for reading while the user
-looks at it, and closed while changes are reverted.
+All functions block and belong to one thread. A store that is not mounted is open for reading while the user
+browses, and closed while changes are reverted.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from cowfs.errors import printable
 from cowfs.types import Change
 
 _LARGEST = 4 << 20
-"""Bytes of a file that is compared."""
+"""The size in bytes of the largest file that is compared."""
 _MOST = 64 << 10
-"""Bytes of a diff that are shown."""
+"""How many bytes of a diff are shown."""
 _MOST_FILES = 200
-"""Files of a deleted or renamed directory that are shown."""
+"""How many files of a deleted or renamed directory are shown."""
 _FOR_GIT = ("index ", "similarity ")
-"""Lines of a patch that only git reads."""
+"""How lines of a patch begin that only git needs."""
 _LONGEST = 1000
-"""Characters of a line that are shown."""
+"""How many characters of a line are shown."""
 
 
 class Entry:
-    """A changed path, or a directory with changes in it. It holds its name, not its path: trees are deep."""
+    """A changed path, or a directory with changes in it. It stores its name, not its path, to save memory."""
 
     __slots__ = ("_change", "children", "count", "name", "parent")
 
@@ -45,7 +45,7 @@ class Entry:
         self._change: Change | None = None
         self.children: dict[bytes, Entry] = {}
         self.count = 0
-        """Of the changes here and below."""
+        """The number of changes here and below."""
 
     @property
     def path(self) -> bytes:
@@ -106,28 +106,28 @@ class Source:
         self.what = what
         self.since = since
         self.found = 0
-        """How many changes :meth:`read` has found so far; any thread may look."""
+        """How many changes :meth:`read` has found so far. Any thread may read it."""
         self.stopped = False
-        """Any thread may set it: :meth:`read` then ends early."""
+        """Any thread may set it to make :meth:`read` end early."""
         self._lowers = lowers
         self._tell = tell
         self._stack = ExitStack()
         self._changes: Changes | None = None
 
     def open(self) -> Changes:
-        """Open it, unless it is open. Raises CowfsError if that fails."""
+        """Return the open changes; open them if necessary. CowfsError."""
         if self._changes is None:
             opening = open_changes(self.what, self._lowers, self._tell, since=self.since)
             self._changes = self._stack.enter_context(opening)
         return self._changes
 
     def close(self) -> None:
-        """Close it; the next question opens it again."""
+        """Close the changes. The next call of another method opens them again."""
         self._changes = None
         self._stack.close()
 
     def read(self) -> Entry:
-        """Read all changes as they are now, and return the root of their tree."""
+        """Read all changes; return the root of their tree."""
         self.close()
         root = Entry(b"", None)
         self.found = 0
@@ -139,14 +139,14 @@ class Source:
         return root
 
     def explain(self, entry: Entry) -> str:
-        """Return why the path shows what it shows, for people."""
+        """Return the explanation of a path, as ``cowfs explain`` prints it."""
         answer = self.open().explain(entry.path)
         with checked_answer(self.what):
             lines = list(explain.render(answer, escape(entry.path) or "/", explain.date_of))
         return "\n".join(map(printable, lines))
 
     def diff(self, entry: Entry) -> str:
-        """Return how the path differs: a patch, or for a directory the changes below it."""
+        """Return the differences of a path: a patch, or for a directory a summary of the changes below it."""
         change = entry.change
         head = [line(change)] if change is not None else []
         below = entry.count - (change is not None)
@@ -163,7 +163,7 @@ class Source:
 
     def _patch(self, entry: Entry, change: Change) -> Iterator[str]:
         sides = _Sides(self.open(), whole=change.kind in "DR" or "type" in change.what)
-        # Below a renamed directory the old version has another path, which patch() finds by the rename.
+        # Below a renamed directory the old version has another path, which patch() finds from the rename.
         above = [each.change for each in entry.ways() if each is not entry and each.change is not None]
         renames = [replace(each, what=()) for each in reversed(above) if each.kind == "R"]
         if renames:
@@ -187,7 +187,7 @@ class Source:
                 return
 
     def revert(self, paths: Sequence[bytes]) -> list[Done]:
-        """Revert everything at and below *paths* (an empty path is the root: everything)."""
+        """Revert *paths* and everything below them. An empty path is the root."""
         everything = b"" in paths
         return self._take_back("revert", None if everything else [glob.escape(path) for path in paths])
 
@@ -196,17 +196,17 @@ class Source:
         return self._take_back("undo", None)
 
     def _take_back(self, asked: str, paths: Sequence[bytes] | None) -> list[Done]:
-        self.close()  # or the store is in use
+        self.close()  # a revert needs the store for itself
         return list(take_back(self.what, asked, paths, self._lowers, tell=self._tell))
 
 
 class _Sides:
-    """The two versions of a path, cut to a size that one can look at."""
+    """The two versions of each path, without large files and long lists."""
 
     def __init__(self, changes: Changes, *, whole: bool) -> None:
         self._changes = changes
         self.whole = whole
-        """Whether to show what is in a directory that was deleted or renamed."""
+        """Whether to show the content of a deleted or renamed directory."""
 
     def before(self, path: bytes) -> Version | None:
         return self._changes.before(path)
@@ -224,7 +224,7 @@ class _Sides:
 
 
 def _shown(text: bytes) -> Iterator[str]:
-    """Yield lines that others wrote, without anything in them that controls a terminal."""
+    """Yield the lines of a text, without control characters."""
     lines = text.decode(errors="surrogateescape").split("\n")
     for each in lines[:-1] if not lines[-1] else lines:
         cut = each[:_LONGEST].expandtabs(8)

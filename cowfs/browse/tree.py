@@ -1,4 +1,4 @@
-"""The tree of changes as a widget; a directory is filled when it is opened."""
+"""The tree of changes as a widget. A directory is filled when it is first opened."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cowfs.browse.source import Entry
 from cowfs.changes.render import escape
 
 _PAGE = 500
-"""So many names of a directory are shown at once; the next come when they are asked for."""
+"""How many names of a directory are shown at first, and more at each request."""
 _STYLES = {"A": "green", "M": "yellow", "D": "red", "R": "cyan"}
 
 
@@ -29,7 +29,7 @@ Node = TreeNode[Entry | More]
 
 
 class ChangesTree(Tree[Entry | More]):
-    """The changed paths. What is marked and what is open stays so when the changes are read again."""
+    """The changed paths. A reload keeps which of them are marked, and which directories are open."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("space", "app.mark", "Mark", key_display="Space"),
@@ -49,7 +49,7 @@ class ChangesTree(Tree[Entry | More]):
         return data if isinstance(data, Entry) else None
 
     def fill(self, root: Entry, at: bytes) -> Node:
-        """Show the changes again, with the same directories open; return the node of a path or near it."""
+        """Show new changes, with the same directories open; return the node of *at*, or the nearest above."""
         opened = [node.data.path for node in self._open_nodes(self.root) if isinstance(node.data, Entry)]
         marked = [root.find(path) for path in self.marked]
         self.marked = {each.path: each for each in marked if each.path in self.marked}
@@ -69,7 +69,7 @@ class ChangesTree(Tree[Entry | More]):
         return found
 
     def _reach(self, entry: Entry) -> Node:
-        """Return the node of *entry*, after opening all above it; the nearest, if no page shows it yet."""
+        """Open all directories above *entry*; return its node, or the nearest if no page shows it yet."""
         node = self.root
         for step in [each for each in entry.ways()][-2::-1]:
             self._grow(node)
@@ -92,7 +92,7 @@ class ChangesTree(Tree[Entry | More]):
             node.add_leaf(Text(f"... {left} more (Enter)"), data=More(entry, start + _PAGE))
 
     def label(self, entry: Entry) -> Text:
-        """Return what is shown of an entry: plain text, whatever its name contains."""
+        """Return the label of an entry: plain text, whatever its name contains."""
         text = Text(no_wrap=True)
         marked = bool(self.marked) and any(each.path in self.marked for each in entry.ways())
         text.append("* " if marked else "  ", "bold magenta")
@@ -109,7 +109,7 @@ class ChangesTree(Tree[Entry | More]):
         return text
 
     def toggle_mark(self) -> None:
-        """Mark the entry under the cursor, or unmark it; then go on to the next."""
+        """Mark the entry under the cursor, or unmark it; then move to the next."""
         entry = self.selected
         if entry is None or self.cursor_node is None:
             return
@@ -149,11 +149,11 @@ class ChangesTree(Tree[Entry | More]):
         if node.is_expanded:
             self.action_cursor_down()
         else:
-            self._grow(node)  # at once: the next key may go down into it
+            self._grow(node)  # now, because the next key may move into it
             node.expand()
 
     def action_close(self) -> None:
-        """Close the directory, or go to the one above."""
+        """Close the directory, or go to its parent."""
         node = self.cursor_node
         if node is None:
             return

@@ -1,5 +1,6 @@
-"""Carry changes onto a directory: a file's content is old or new at any moment, and a second run completes
-it.
+"""Apply changes to a directory.
+
+At any moment each file has its old content or its new one, and a second run completes an interrupted one.
 """
 
 from __future__ import annotations
@@ -27,17 +28,17 @@ _NOT_HAD = "symbolic links, FIFOs and sockets left out, which the filesystem doe
 
 
 class Known(Protocol):
-    """What is known of the changes."""
+    """Facts about the changes that the new version alone does not show."""
 
     def differs(self, entry: Entry) -> bool:
-        """Return whether more than the time of a directory was changed."""
+        """Return whether more of a directory has changed than its time."""
 
     def keeps_owner(self, path: bytes) -> bool:
-        """Return whether what is there already has the intended owner."""
+        """Return whether the change leaves the owner at *path* as it is."""
 
 
 class Compared:
-    """What is known of the changes, from the version before them."""
+    """The facts that follow from the version before the changes."""
 
     def __init__(self, before: Tree) -> None:
         self._before = before
@@ -57,7 +58,7 @@ class Compared:
 class Apply:
     """A :class:`cowfs.exports.entries.Sink` that changes a directory.
 
-    Blocks; OSError with the path. It adds and changes first, and syncs that before it removes anything.
+    Blocks; OSError with the path. It adds and changes first, and syncs that before it removes files.
     """
 
     def __init__(self, root: Root, known: Known, losses: Losses, tick: Tick) -> None:
@@ -67,9 +68,9 @@ class Apply:
         self._tick = tick
         self._gone: list[bytes] = []
         self._directories: list[tuple[Entry, bool, tuple[int, int]]] = []
-        """Their attributes are set in the end; whether all of them are to be set; and which inode that is."""
+        """Directories whose attributes are set at the end; whether to set all of these; and their inodes."""
         self._first: dict[bytes, tuple[int, int]] = {}
-        """Where the first name of an inode is, and which inode that is."""
+        """The path of the first name of a file with hard links, and its inode."""
 
     def run(self, items: Plan, after: Tree, withheld: Withheld) -> None:
         """Apply everything except what is *withheld*."""
@@ -145,7 +146,7 @@ class Apply:
                 raise
             is_device = stat.S_ISCHR(entry.mode) or stat.S_ISBLK(entry.mode)
             # FAT has no links, FIFOs and sockets
-            what = "devices left out, which only root can make" if is_device else _NOT_HAD
+            what = "devices left out, which only root can create" if is_device else _NOT_HAD
             self._losses.add(what, entry.path)
             return
         try:
@@ -162,7 +163,7 @@ class Apply:
             os.close(fd)
 
     def _made(self, entry: Entry, parent: int, name: bytes, since: int) -> int:
-        """Make a file with a temporary name; return its descriptor."""
+        """Create a file with a temporary name; return its descriptor."""
         if stat.S_ISREG(entry.mode):
             file = KernelFile(beneath.make_file(parent, name, 0o600))
             try:
@@ -191,14 +192,16 @@ class Apply:
             copy(entry, data, data_runs(data, entry.size), file.pwrite, self._losses, self._tick)
 
     def _owner(self, entry: Entry, there: os.stat_result | None) -> tuple[int, int]:
-        """Return the owner that an entry gets."""
+        """Return the user and group that an entry gets."""
         if there is not None and self._known.keeps_owner(entry.path):
             return there.st_uid, there.st_gid
         return entry.node.attr.st_uid, entry.node.attr.st_gid
 
     def _in_place(self, entry: Entry, parent: int, name: bytes, owner: tuple[int, int]) -> bool:
-        """Set only the attributes if the rest is right already. Write into a file that cannot be made anew,
-        because its owner has no number here or its directory is not writable.
+        """Update the existing file; False if it must be replaced.
+
+        Sets only the attributes if the content is already right. Otherwise it writes to the file, if this
+        cannot be replaced because its owner is not mapped here or its directory is not writable.
         """
         fd = self._root.enter(parent, name, os.O_PATH)
         try:
@@ -239,7 +242,7 @@ class Apply:
             os.close(fd)
 
     def _put(self, parent: int, temporary: bytes, name: bytes, there: os.stat_result | None) -> None:
-        """Put something in its place, and remove what was there."""
+        """Rename a new file to *name*, and remove the one that it replaces."""
         made = self._root.stat_in(parent, temporary)
         if made is None:
             raise beneath.stale(name)
@@ -250,12 +253,12 @@ class Apply:
         self._root.remove(parent, temporary)
 
     def _sweep(self, path: bytes) -> None:
-        """Remove what an interrupted apply left in a directory."""
+        """Remove the files that an interrupted apply left in a directory."""
         directory = self._root.directory(path)
         try:
             here = beneath.open_directory(directory)
         except PermissionError:
-            return  # we may not write there now, and could not before
+            return  # not writable, so an earlier apply has left nothing there
         try:
             for name in map(os.fsencode, os.listdir(here)):
                 if is_ours(name):
@@ -271,14 +274,14 @@ class Apply:
             self._root.remove(parent, name)
         except OSError as error:
             if error.errno in MOUNTED:
-                self._losses.add("left there, for something is mounted on it, or in it", path)
+                self._losses.add("not removed, because something is mounted on it, or in it", path)
             elif error.errno not in NOT_THERE:
                 raise OSError(error.errno, error.strerror, b"/" + path) from None
 
     # --- attributes
 
     def _set_attributes(self, fd: int, entry: Entry, *, is_whole: bool, owner: tuple[int, int]) -> None:
-        """Set the attributes: the owner first, since that clears others."""
+        """Set the attributes, the owner first, because chown(2) clears set-ID bits and capabilities."""
         if is_whole:
             info, mode = os.fstat(fd), entry.mode
             if (info.st_uid, info.st_gid) != owner:
@@ -286,13 +289,13 @@ class Apply:
                     beneath.chown(fd, *owner)
                 except OSError as error:
                     self._lose(error, "files whose owner only root can set", entry)
-                    mode &= ~(stat.S_ISUID | stat.S_ISGID)  # it would run as another user than intended
+                    mode &= ~(stat.S_ISUID | stat.S_ISGID)  # it would run as the wrong user
             self._set_xattrs(fd, entry)
             if not stat.S_ISLNK(entry.mode) and os.fstat(fd).st_mode != mode:
                 try:
                     beneath.chmod(fd, mode)
                 except OSError as error:  # FAT has no set-ID bits
-                    self._lose(error, "files whose mode their filesystem does not have", entry)
+                    self._lose(error, "files whose mode the filesystem does not support", entry)
         if os.fstat(fd).st_mtime_ns != entry.mtime_ns:
             try:
                 beneath.utimens(fd, entry.mtime_ns, entry.mtime_ns)
@@ -327,15 +330,15 @@ def _inode(info: os.stat_result) -> tuple[int, int]:
 
 
 def is_replaced(info: os.stat_result, directory: int) -> bool:
-    """Whether a file in *directory* gets its content by a new one in its place; else it is written to."""
+    """Whether a new file can replace one in *directory*; otherwise cowfs writes to the existing file."""
     return beneath.may_change(directory) and not user_namespace.lacks(info.st_uid, info.st_gid)
 
 
 def _may_stay(info: os.stat_result, entry: Entry, owner: tuple[int, int]) -> bool:
-    """Whether setting the attributes is enough, if the file has the right content.
+    """Whether the existing file may stay if its content is right.
 
-    A process that has the file open or mapped can still change it. So it must not get an owner, or a right to
-    run as one, that its creator does not have.
+    A process that has it open or mapped can still change it. So the file must not get another owner, set-ID
+    bits or capabilities.
     """
     if (info.st_uid, info.st_gid) != owner or info.st_nlink != 1:
         return False

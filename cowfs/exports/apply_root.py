@@ -1,4 +1,4 @@
-"""The directory that changes are applied to, and the names in it that are only for a moment."""
+"""The directory that changes are applied to, and the temporary names in it."""
 
 from __future__ import annotations
 
@@ -16,25 +16,23 @@ from cowfs.linux.trust import who_can_redirect
 
 NOT_THERE = {errno.ENOENT, errno.ENOTDIR}
 _PREFIX, _RANDOM = b".cowfs-apply-", 16
-"""For names of files that are not yet, or no longer, in their place."""
+"""Temporary names: a prefix, and a number of random bytes."""
 _LOCK = "applying"
-"""In the directory of our sockets."""
+"""The lock file, in the directory of the control sockets."""
 
 
 class Root:
-    """The directory to which changes are applied. No link and no mount leads out of it."""
+    """The directory to which changes are applied. No symbolic link and no mount leads out of it."""
 
     def __init__(self, path: str) -> None:
-        """Raises OSError; UsageError if it is already in use in this way, or if another user controls the
-        path.
-        """
+        """OSError. UsageError if another cowfs applies changes there, or another user controls the path."""
         self.path = path
         with ExitStack() as stack:
             self._given = beneath.open_given(path, os.O_RDONLY | os.O_DIRECTORY)
             stack.callback(os.close, self._given)
             reason = who_can_redirect(path, self._given)
             if reason is not None:
-                raise UsageError(f"{path}: {reason}", "give the directory itself")
+                raise UsageError(f"{path}: {reason}", "give the path of the directory itself")
             stack.enter_context(_alone(path, self._given))
             self._root, self._ways = beneath.enclosed(self._given)
             if self._root != self._given:
@@ -42,10 +40,10 @@ class Root:
             self._release = stack.pop_all()
         self.magic = files.fs_magic(self._given)
         self._way: list[tuple[bytes, int]] = []
-        """The directories on the way to the last path."""
+        """The directories on the way to the last path, each open."""
 
     def close(self) -> None:
-        """Let other processes use it."""
+        """Close it, so that other processes can apply changes there."""
         self._leave_to(0)
         self._release.close()
 
@@ -54,11 +52,11 @@ class Root:
         return os.fstat(self._given)
 
     def fsid(self) -> int | None:
-        """Return what its filesystem calls itself (statfs(2)); None if it has no name."""
+        """Return the filesystem ID (f_fsid of statvfs(3)); None if it has none."""
         return os.fstatvfs(self._given).f_fsid or None
 
     def sync(self) -> None:
-        """Return when all is on disk."""
+        """Write everything to disk. Blocks. OSError."""
         files.syncfs(self._given)
 
     def directory(self, path: bytes) -> int:
@@ -78,11 +76,11 @@ class Root:
         return self._way[-1][1] if self._way else self._root
 
     def forget(self, path: bytes) -> None:
-        """Look up again what is below *path*, which is about to be replaced."""
+        """Forget the open directories below *path*, which is about to be replaced."""
         self._leave_to(path.count(b"/"))
 
     def open(self, path: bytes) -> int | None:
-        """Return a descriptor (O_PATH) of what is at *path*, for the caller to close; None if nothing is."""
+        """Open *path* with O_PATH; None if it does not exist. The caller closes the descriptor."""
         if not path:
             return os.dup(self._root)
         try:
@@ -104,18 +102,18 @@ class Root:
         return self.directory(above), name
 
     def stat_in(self, directory: int, name: bytes) -> os.stat_result | None:
-        """Return the attributes of a name; None if it is not there."""
+        """Return the attributes of a name; None if it does not exist."""
         try:
             return self._ways.stat(directory, name)
         except FileNotFoundError:
             return None
 
     def enter(self, directory: int, name: bytes, flags: int) -> int:
-        """Open a name of a directory without following it."""
+        """Open a name in a directory, without following a symbolic link."""
         return self._ways.open(directory, name, flags)
 
     def remove(self, directory: int, name: bytes) -> None:
-        """Remove a name of a directory, and everything below it."""
+        """Remove a name in a directory, and everything below it."""
         beneath.remove_tree(directory, name, self._ways)
 
     def _leave_to(self, depth: int) -> None:
@@ -127,7 +125,7 @@ class Root:
 def _alone(path: str, fd: int) -> Iterator[None]:
     """Keep other processes of this user from applying changes to the directory *fd*.
 
-    The lock is on a file that other users cannot open, so nobody else can make us wait.
+    The lock is on a file that other users cannot open, so that they cannot hold it.
     """
     info = os.fstat(fd)
     place = locks.place_of(info.st_dev, info.st_ino)
@@ -147,11 +145,11 @@ def _alone(path: str, fd: int) -> Iterator[None]:
 
 
 def is_ours(name: bytes) -> bool:
-    """Whether a name was left by an interrupted apply."""
+    """Whether a name is a temporary one, as an interrupted apply leaves it."""
     random = name.removeprefix(_PREFIX)
     return random != name and len(random) == _RANDOM and not random.strip(b"0123456789abcdef")
 
 
 def new_name() -> bytes:
-    """Return a name for a file that is not in its place yet."""
+    """Return a new temporary name."""
     return _PREFIX + secrets.token_hex(_RANDOM // 2).encode()

@@ -1,4 +1,4 @@
-"""Let the user choose which of the changes are carried over."""
+"""Let the user choose which changes to apply."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from cowfs.changes.version import Tree
 from cowfs.exports.plan import Item, Plan
 
 Ask = Callable[[str, bytes, str], bool]
-"""A function that is called with a change: its kind (A, D or M), its path, and any conflict there."""
+"""Asks whether to apply a change: its kind (A, D or M), its path, and the conflict there, or ""."""
 
 
 def chosen(items: Plan, before: Tree, after: Tree, bad: Mapping[bytes, str], ask: Ask) -> Plan:
     """Return those of *items* that the user wants, with the directories above them.
 
-    Blocks; OSError. It does not ask about directories that both have, which come along, nor about the
-    contents of an unwanted directory.
+    Blocks; OSError. It does not ask about directories that exist before and after, or about the content of
+    an unwanted directory.
     """
     wanted: Plan = {}
     refused = b""

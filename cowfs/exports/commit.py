@@ -1,12 +1,12 @@
-"""Carry changes onto the directories that they were made to: all of them, whenever it is interrupted.
+"""Commit changes to the lowers that they were made to: all of them, or none, even if it is interrupted.
 
-A directory cannot be changed while the contents are read that it is to have: a renamed file is read from its
-old name. So everything is *staged* first, in a directory of its own: ``files/N`` are the contents, and
-``manifest`` says the rest. The manifest gets its name when all is on disk. From then on the commit holds:
-what is interrupted is done again by the next, as often as needed. Until then nothing has been changed, and
-the next removes it.
+The lower cannot change while cowfs still reads the new content from it: it reads a renamed file by its old
+name. So a commit is first *staged* in a directory of its own, with the contents in ``files/N`` and everything
+else in ``manifest``. The manifest gets its name when all of it is on disk. From then on the commit is
+*final*: if it is interrupted, the next run completes it. Before that nothing has changed, and the next run
+removes it.
 
-The manifest has lines of JSON: one for the whole, then one for each path. Paths and attributes are base64.
+The manifest has lines of JSON, one for the whole, then one for each path. Paths and attributes are base64.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ from cowfs.types import AttrData, Change
 _VERSION = 1
 _MANIFEST, _FILES = "manifest", "files"
 _TIMES = {"content", "times"}
-"""What a change of a directory may be without its other attributes."""
+"""The kinds of changes that leave the other attributes of a directory as they are."""
 
 
 def conflicts(items: Plan, before: Tree, since: int) -> Iterator[tuple[bytes, str]]:
-    """Yield each path of the lower that is to be replaced or removed and was changed after *since* (ns).
+    """Yield each path that would be replaced or removed, but has changed in the lower after *since* (ns).
 
-    *before* is the lower as it is now. Blocks; OSError.
+    With it comes what has happened. *before* is the lower as it is now. Blocks; OSError.
     """
     for path, item in items.items():
         was = before.node(path)
@@ -64,9 +64,9 @@ def conflicts(items: Plan, before: Tree, since: int) -> Iterator[tuple[bytes, st
 
 
 def forbidden(items: Plan, before: Tree, told: dict[bytes, Change], root: str) -> Iterator[bytes]:
-    """Yield each path of *root*, the lower, that we may not change so. Blocks; OSError.
+    """Yield each path of *root*, the lower, that this user may not change as planned. Blocks; OSError.
 
-    Root of a user namespace may do everything in the merged tree, and not so here.
+    Root of a user namespace may do everything in the merged tree, but not in the lower.
     """
     if os.geteuid() == 0 and user_namespace.has_all("uid"):
         return
@@ -91,7 +91,7 @@ def _may(here: Root, path: bytes, fd: int | None, change: Change | None, *, stay
     is_ours = info is None or (info.st_uid == os.geteuid() and not user_namespace.lacks(info.st_uid, 0))
     if stays:
         return is_ours
-    if not is_ours and change is not None and _what(change) is not None:  # its owner could not be kept
+    if not is_ours and change is not None and _what(change) is not None:  # a new file would change the owner
         return _is_content(change) and fd is not None and beneath.may_change(fd)
     above = path.rpartition(b"/")[0]
     while (there := here.open(above)) is None:
@@ -109,13 +109,13 @@ def _is_content(change: Change | None) -> bool:
 
 
 def _is_sticky(directory: int) -> bool:
-    """Whether we may remove only what is ours from a directory."""
+    """Whether this user may remove only its own files from a directory (the sticky bit)."""
     info = os.fstat(directory)
     return bool(info.st_mode & stat.S_ISVTX) and info.st_uid != os.geteuid()
 
 
 def _may_empty(here: Root, top: bytes) -> bool:
-    """Whether we may remove all that is below a directory."""
+    """Whether this user may remove everything below a directory."""
     waiting = [top]
     while waiting:
         path = waiting.pop()
@@ -141,10 +141,10 @@ def _may_empty(here: Root, top: bytes) -> bool:
 
 
 class Stage:
-    """A commit that is being made. Nobody else's hands are in it: it is locked."""
+    """A commit that is being staged. A lock keeps other processes from completing or removing it."""
 
     def __init__(self, place: str) -> None:
-        """Make it in the directory *place*, which is made if missing. SystemFailure."""
+        """Create it in the directory *place*, which is created if missing. SystemFailure."""
         try:
             os.makedirs(place, mode=0o700, exist_ok=True)
             self.path = tempfile.mkdtemp(prefix="commit-", dir=place)
@@ -152,7 +152,7 @@ class Stage:
             os.mkdir(os.path.join(self.path, _FILES))
         except OSError as error:
             raise SystemFailure(
-                f"{place}: the changes cannot be prepared there: {error.strerror}",
+                f"{place}: cannot prepare the changes there: {error.strerror}",
                 "set XDG_STATE_HOME to a directory on a disk that you can write to",
             ) from None
         self._trees: list[dict[str, Any]] = []
@@ -170,7 +170,7 @@ class Stage:
         tick: Tick,
         withheld: Withheld,
     ) -> None:
-        """Have the changes of one more directory, *root*, but for what is *withheld*. Blocks; OSError."""
+        """Stage the changes of one more directory, *root*, without what is *withheld*. Blocks; OSError."""
         info = os.stat(root)
         self._trees.append(
             {"root": os.path.abspath(root), "dev": info.st_dev, "ino": info.st_ino, "fsid": _fsid(root)}
@@ -182,14 +182,14 @@ class Stage:
         self._lines.append({"tree": len(self._trees) - 1, **line})
 
     def new_file(self) -> tuple[str, KernelFile]:
-        """Return the name of a new file for a content, and the file."""
+        """Create a file for a content; return its name and the file."""
         self._count += 1
         name = str(self._count)
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         return name, KernelFile(os.open(os.path.join(self.path, _FILES, name), flags, 0o600))
 
     def finish(self) -> None:
-        """Let the commit hold from now on. Blocks; OSError."""
+        """Make the commit final. Blocks; OSError."""
         temporary = os.path.join(self.path, f"{_MANIFEST}.new")
         whole = {"version": _VERSION, "trees": self._trees, "users": _users(), "lines": len(self._lines)}
         with open(temporary, "x", encoding="ascii") as file:
@@ -200,20 +200,20 @@ class Stage:
         os.fsync(self._lock)
 
     def abandon(self) -> None:
-        """Remove it, though it may hold."""
+        """Remove the commit, even if it is final."""
         with suppress(FileNotFoundError):
             os.unlink(os.path.join(self.path, _MANIFEST))
         self.close()
 
     def close(self) -> None:
-        """Let others complete it, if it holds; else nothing stays of it."""
+        """Release the lock. Removes the commit if it is not final."""
         if not os.path.exists(os.path.join(self.path, _MANIFEST)):
             shutil.rmtree(self.path, ignore_errors=True)
         os.close(self._lock)
 
 
 class _Sink:
-    """See :class:`cowfs.exports.entries.Sink`."""
+    """A :class:`cowfs.exports.entries.Sink` that stages the changes of a directory."""
 
     def __init__(
         self, stage: Stage, before: Tree, told: dict[bytes, Change], losses: Losses, tick: Tick
@@ -255,7 +255,7 @@ class _Sink:
 
 
 def _what(change: Change | None) -> list[str] | None:
-    """Return which attributes were changed; None: all."""
+    """Return which attributes have changed; None if all have."""
     if change is None:
         return []
     return sorted(change.what) if change.kind == "M" and "type" not in change.what else None
@@ -266,7 +266,7 @@ def _what(change: Change | None) -> list[str] | None:
 
 @dataclass(slots=True)
 class _Staged:
-    """What is staged for one directory: a Tree of what it is to hold, and what is known of it."""
+    """The staged changes of one directory: its new content as a Tree, and :class:`Known` facts."""
 
     files: str
     lines: dict[bytes, dict[str, Any]] = field(default_factory=dict)
@@ -290,9 +290,9 @@ class _Staged:
         )  # fmt: skip
 
     def changed(self, root: Root) -> Iterator[bytes]:
-        """Yield what is neither as it was, nor as it is to be."""
+        """Yield each path whose state is neither the old nor the new one."""
         for path, line in self.lines.items():
-            if "was" in line:  # older versions did not write it
+            if "was" in line:  # older versions of cowfs did not write it
                 was = {_bytes(each): (*facts,) for each, facts in line["was"].items()}
                 yield from changed(root, path, was, self.node(path))
 
@@ -315,9 +315,10 @@ class _Staged:
 
 
 def complete(path: str, losses: Losses, tick: Tick, *, force: bool = True) -> None:
-    """Make the changes of a commit that holds, and remove it. Blocks; CowfsError, OSError with the path.
+    """Make the changes of a final commit, and remove it. Blocks; CowfsError, OSError with the path.
 
-    Without *force* nothing is done if others have changed meanwhile what it would overwrite or remove.
+    Without *force*, it changes nothing if another program has changed a file that it would overwrite or
+    remove.
     """
     trees = _read(path)
     with ExitStack() as stack:
@@ -329,7 +330,7 @@ def complete(path: str, losses: Losses, tick: Tick, *, force: bool = True) -> No
         for root, (_, staged) in zip(roots, trees, strict=True):
             for there in () if force else staged.changed(root):
                 raise SystemFailure(
-                    f"{os.path.join(root.path, os.fsdecode(there))}: was changed meanwhile",
+                    f"{os.path.join(root.path, os.fsdecode(there))}: has changed meanwhile",
                     "move it elsewhere, or overwrite it with cowfs run --force",
                 )
         for root, (_, staged) in zip(roots, trees, strict=True):
@@ -339,12 +340,12 @@ def complete(path: str, losses: Losses, tick: Tick, *, force: bool = True) -> No
 
 
 def _read(path: str) -> list[tuple[dict[str, Any], _Staged]]:
-    """Return what a manifest says: directories, and what is to be in each."""
+    """Return what a manifest contains: directories, and the staged changes of each. StoreError."""
     try:
         with open(os.path.join(path, _MANIFEST), encoding="ascii") as file:
             whole = json.loads(file.readline())
             if whole["version"] != _VERSION:
-                raise StoreError(f"{path}: was made by a newer cowfs", "complete it with that one")
+                raise StoreError(f"{path}: was prepared by a newer cowfs", "complete it with that version")
             trees = [(dict(tree), _Staged(os.path.join(path, _FILES))) for tree in whole["trees"]]
             for text in file:
                 line = json.loads(text)
@@ -363,9 +364,9 @@ def _read(path: str) -> list[tuple[dict[str, Any], _Staged]]:
 
 
 def _must_be_it(root: Root, told: dict[str, Any], path: str) -> None:
-    """Raise StoreError for another directory than the one that a commit was prepared for."""
+    """StoreError unless *root* is the directory that a commit was prepared for."""
     info = root.stat()
-    # The numbers of disks may change when the machine starts; what a filesystem calls itself does not.
+    # The device number of a disk may change at boot; the ID of its filesystem does not.
     known = told.get("fsid")
     is_on_it = info.st_dev == told["dev"] if known is None else root.fsid() == known
     if info.st_ino != told["ino"] or not is_on_it:
@@ -381,11 +382,10 @@ def resume(
     tick: Tick,
     force: Callable[[list[str]], bool] = lambda _: False,
 ) -> Iterator[tuple[str, list[str], str]]:
-    """Complete the commits in *place* that were interrupted; yield each, its directories, and why it cannot
-    be.
+    """Complete the interrupted commits in *place*; yield the path of each, its directories, and any error.
 
-    What others have changed meanwhile is overwritten if *force* says so of the directories. Those that do not
-    hold are removed. Blocks.
+    The error is "" for a completed one. If *force* returns true for the directories, it overwrites what other
+    programs have changed meanwhile. Commits that are not final are removed. Blocks.
     """
     with suppress(OSError):
         for name in sorted(os.listdir(place)):
@@ -393,7 +393,7 @@ def resume(
             try:
                 lock = _locked(path)
             except OSError:
-                continue  # it is being made, or completed
+                continue  # another process stages or completes it
             try:
                 if os.path.exists(os.path.join(path, _MANIFEST)):
                     roots = _roots(path)
@@ -405,7 +405,7 @@ def resume(
 
 
 def _fsid(path: str) -> int | None:
-    """Return what the filesystem that *path* is on calls itself (statfs(2)); None if it has no name."""
+    """Return the ID of the filesystem of *path* (f_fsid of statvfs(3)); None if it has none."""
     return os.statvfs(path).f_fsid or None
 
 
@@ -420,7 +420,7 @@ def _completed(path: str, losses: Losses, tick: Tick, *, force: bool) -> str:
 
 
 def _roots(path: str) -> list[str]:
-    """Return the directories that a commit is for; none if it does not say so."""
+    """Return the directories that a commit is for; none if the manifest cannot be read."""
     try:
         with open(os.path.join(path, _MANIFEST), encoding="ascii") as file:
             return [str(tree["root"]) for tree in json.loads(file.readline())["trees"]]
@@ -439,7 +439,7 @@ def _locked(path: str) -> int:
 
 
 def _users() -> list[list[list[int]]]:
-    """Return whom our numbers of users and groups stand for."""
+    """Return how this user namespace maps users and groups."""
     return [[list(each) for each in user_namespace.ranges(kind)] for kind in ("uid", "gid")]
 
 

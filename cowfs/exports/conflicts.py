@@ -1,4 +1,4 @@
-"""Whether a directory is what changes were made to: where it has neither the old nor the new version."""
+"""Find conflicts: paths where a directory has neither the old nor the new version of a change."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _PIECE = 1 << 20
 
 
 def conflicts(items: Plan, root: Root, before: Tree, after: Tree) -> Iterator[tuple[bytes, str]]:
-    """Yield each path where *root* has neither what the lowers had nor the new version, and what is wrong.
+    """Yield each path where *root* has neither the lowers' version nor the new one, and what is wrong there.
 
-    Blocks; OSError. UsageError if *root* is the lower itself: it would change while we read it.
+    Blocks; OSError. UsageError if *root* is the lower itself, which would change while it is read.
     """
     for path, item in items.items():
         was = before.node(path)
@@ -58,7 +58,7 @@ def _conflict(path: bytes, root: Root, was: Node | None, to_be: Node | None) -> 
 
 
 def _in_removed(top: bytes, root: Root, before: Tree) -> Iterator[tuple[bytes, str]]:
-    """The same for everything in a directory that will be removed."""
+    """Yield the conflicts below a directory that will be removed."""
     waiting = [top]
     while waiting:
         path = waiting.pop()
@@ -79,7 +79,7 @@ def _in_removed(top: bytes, root: Root, before: Tree) -> Iterator[tuple[bytes, s
 
 
 def is_same(fd: int, info: os.stat_result, node: Node) -> bool:
-    """Whether type and content are equal: attributes cause no conflict."""
+    """Whether type and content are equal. Other attributes cause no conflict."""
     mode = info.st_mode
     if stat.S_IFMT(mode) != stat.S_IFMT(node.attr.st_mode):
         return False

@@ -1,4 +1,4 @@
-"""What is written to an export, one inode after the other."""
+"""Feed the paths of an export, one after the other, to what writes it."""
 
 from __future__ import annotations
 
@@ -17,42 +17,42 @@ from cowfs.layers.base import File
 
 PIECE = 1 << 20
 Tick = Callable[[bytes, int], None]
-"""Is told of each path, and of so many bytes of it."""
+"""Reports progress: called with a path, and the number of bytes read of it."""
 CAPABILITY = b"security.capability"
 _PRIVILEGED = (b"security.", b"trusted.")
-"""How the names of attributes begin that only root may set."""
+"""The prefixes of xattrs that only root may set."""
 Withheld = Mapping[str, str]
-"""Why ``nosuid`` and ``nodev``, as a mount option, shall hold for what is written."""
+"""The reason, for each of ``nosuid`` and ``nodev``, that no set-ID bits, or no devices, are written."""
 NOTHING: Withheld = {}
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One name of a layer."""
+    """One path of an export."""
 
     path: bytes
     node: Node
     mode: int
-    """That of the node, but for bits that are withheld."""
+    """The mode of the node, without withheld bits."""
     mtime_ns: int
     xattrs: dict[bytes, bytes]
     same_as: bytes | None
-    """The path that came before and is of the same inode."""
+    """An earlier path of the same inode, if any."""
 
     @property
     def size(self) -> int:
-        """Bytes of data to come with it."""
+        """The number of bytes of data that follow."""
         return self.node.attr.st_size if stat.S_ISREG(self.mode) and self.same_as is None else 0
 
 
 class Sink(Protocol):
-    """Where a layer is written to."""
+    """Writes an export."""
 
     def add(self, entry: Entry) -> None:
-        """Write what is at a path."""
+        """Write the inode of a path."""
 
     def whiteout(self, path: bytes) -> None:
-        """Say that the lowers' *path* is gone."""
+        """Write that *path* of the lowers is deleted."""
 
 
 def feed(
@@ -64,9 +64,10 @@ def feed(
     latest: int | None,
     withheld: Withheld = NOTHING,
 ) -> None:
-    """Write all of *items*; times later than *latest* (seconds) become that. Blocks; OSError with path.
+    """Pass all of *items* to *sink*. Blocks; OSError with the path.
 
-    What is *withheld* is left out, and noted as lost.
+    Times later than *latest*, in seconds since the epoch, become *latest*. Leaves out what is *withheld*, and
+    notes it in *losses*.
     """
     first: dict[tuple[int, int, int], bytes] = {}
     for path, item in items:
@@ -81,21 +82,21 @@ def feed(
         except OSError as error:
             raise _named(error, path) from None
         if entry is None:
-            losses.add("went away while this was read, left out", path)
+            losses.add("left out, because they were deleted during the export", path)
         elif "nodev" in withheld and (stat.S_ISCHR(entry.mode) or stat.S_ISBLK(entry.mode)):
-            losses.add(f"devices left out, as {withheld['nodev']}", path)
+            losses.add(f"devices left out, because {withheld['nodev']}", path)
         else:
             sink.add(_without_privilege(entry, withheld["nosuid"], losses) if "nosuid" in withheld else entry)
 
 
 def _without_privilege(entry: Entry, why: str, losses: Losses) -> Entry:
-    """Return an entry that gives nobody the rights of another who runs it."""
+    """Return the entry without set-ID bits, capabilities, and xattrs that only root may set."""
     has = not stat.S_ISDIR(entry.mode) and entry.mode & (stat.S_ISUID | stat.S_ISGID)
     if has or CAPABILITY in entry.xattrs:
-        losses.add(f"files without their set-ID bits and capabilities, as {why}", entry.path)
+        losses.add(f"files without their set-ID bits and capabilities, because {why}", entry.path)
     xattrs = {name: value for name, value in entry.xattrs.items() if not name.startswith(_PRIVILEGED)}
     if len(xattrs) < len(entry.xattrs) - (CAPABILITY in entry.xattrs):
-        losses.add(f"entries without attributes of security.* and trusted.*, as {why}", entry.path)
+        losses.add(f"files without xattrs of security.* and trusted.*, because {why}", entry.path)
     return replace(entry, mode=entry.mode & ~has, xattrs=xattrs)
 
 
@@ -111,14 +112,14 @@ def _entry(
     mtime = node.attr.st_mtime_ns
     if latest is not None and mtime > latest * 1_000_000_000:
         mtime = latest * 1_000_000_000
-        losses.add("later than SOURCE_DATE_EPOCH, got that time", path, exact=False)
+        losses.add("times later than SOURCE_DATE_EPOCH, changed to that", path, exact=False)
     xattrs = node.xattrs() if same_as in {None, path} else {}
     same_as = None if same_as == path else same_as
     return Entry(path, node, node.attr.st_mode, mtime, dict(sorted(xattrs.items())), same_as)
 
 
 def data_runs(file: File, size: int) -> list[tuple[int, int]]:
-    """Return where a file has data: ``(start, stop)``, in order, those that touch as one."""
+    """Return the runs of data of a file as ``(start, stop)`` in bytes, in order, adjacent ones joined."""
     runs: list[tuple[int, int]] = []
     for start, stop in file.segments(size):
         if runs and runs[-1][1] >= start:
@@ -132,7 +133,7 @@ def copy(
     entry: Entry, file: File, runs: Iterable[tuple[int, int]], write: Callable[[bytes, int], object],
     losses: Losses, tick: Tick,
 ) -> None:  # fmt: skip
-    """Pass the data of these runs on, as many bytes as the attributes say. Blocks; OSError with the path."""
+    """Write the data of these runs, as many bytes as the attributes say. Blocks; OSError with the path."""
     is_short = False
     for start, stop in runs:
         for position in range(start, stop, PIECE):
@@ -149,7 +150,7 @@ def copy(
         or now.st_mtime_ns != entry.node.attr.st_mtime_ns
     ):
         if file.fileno() >= 0 or is_short:
-            losses.add("changed while this was read, may be inconsistent", entry.path)
+            losses.add("changed during the export, may be inconsistent", entry.path)
 
 
 def _read(path: bytes, file: File, length: int, position: int) -> Iterator[bytes]:
@@ -174,7 +175,7 @@ def opened(entry: Entry) -> closing[File]:
 
 
 def target_of(entry: Entry) -> bytes:
-    """Return what a symbolic link leads to. OSError with the path."""
+    """Return the target of a symbolic link. OSError with the path."""
     try:
         return entry.node.target()
     except OSError as error:

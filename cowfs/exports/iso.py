@@ -1,7 +1,7 @@
-"""A bootable ISO: another one, in which the root image is replaced. xorriso makes it.
+"""Write a bootable ISO: a copy of another one with a new root image, made by xorriso.
 
-The volume descriptor is that of ECMA-119, 8.4: at sector 16, its modification date at byte 830. Boot loaders
-look for a disc by that date (GRUB calls it the UUID), so it stays.
+The volume descriptor (ECMA-119, 8.4) is at sector 16, with the modification date at byte 830. Boot loaders
+search for a disc by that date (GRUB calls it the UUID), so the copy keeps it.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ IMAGE = "image"
 
 
 class Base(NamedTuple):
-    """An ISO, and the root image in it."""
+    """An ISO, and the path of the root image in it."""
 
     fd: int
     image: str
-    """The path in the ISO."""
+    """The path of the root image in the ISO."""
     files: frozenset[str]
     date: str
-    """Of the volume, as xorriso takes it; empty if it has none."""
+    """The modification date of the volume, in xorriso's format; empty if it has none."""
 
 
 def open_base(where: str, stack: ExitStack) -> Base:
-    """Open an ISO, ``FILE[:PATH]``, until *stack* is closed; PATH may be left out if it has one squashfs.
+    """Open an ISO, ``FILE[:PATH]``, until *stack* is closed. PATH is optional if the ISO has one squashfs.
 
-    UsageError for what is none; SystemFailure without xorriso.
+    UsageError if it is not such an ISO; SystemFailure without xorriso.
     """
     path, _, image = where.rpartition(":") if not os.path.exists(where) else (where, "", "")
     try:
@@ -72,9 +72,10 @@ def open_base(where: str, stack: ExitStack) -> Base:
 
 
 def write(fd: int, base: Base, scratch: int, made: int) -> None:
-    """Write to *fd* what *base* has, with another root image: the file IMAGE in *scratch*. Blocks.
+    """Write a copy of *base* to *fd*, with the file IMAGE in *scratch* as its root image. Blocks.
 
-    Its checksum files beside it are updated. *made* is in seconds. SystemFailure when xorriso fails.
+    Updates the checksum files beside the root image. *made*, the time of creation, is in seconds since the
+    epoch. SystemFailure if xorriso fails.
     """
     changed = {base.image: IMAGE}
     for name in _CHECKSUMS:
@@ -101,7 +102,7 @@ def write(fd: int, base: Base, scratch: int, made: int) -> None:
 
 
 def new_image(scratch: int) -> int:
-    """Return a descriptor of the image that :func:`write` takes, to be filled."""
+    """Create the image that :func:`write` reads; return its descriptor, for writing."""
     return _new(IMAGE, scratch)
 
 

@@ -1,10 +1,10 @@
-"""What an apply is about to replace: kept in a directory, and brought back from it.
+"""Back up what an apply replaces, and restore it.
 
 ::
 
-    DIR/tree/    what the root had at each path that was to change, with the directories above it
-    DIR/absent   the paths that it had nothing at, each with a NUL at its end
-    DIR/root     which directory that was
+    DIR/tree/    the root's version of each path that was to change, with the directories above it
+    DIR/absent   the paths that did not exist in the root, each followed by a NUL
+    DIR/root     the path of the root
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from cowfs.overlay.xattr_format import TRUSTED, XattrFormat
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _TREE, _ABSENT, _ROOT = b"tree", b"absent", b"root"
 _LARGEST = 256 << 20
-"""Bytes of names."""
+"""The limit of the names in ``absent``, in bytes."""
 _NOT_THERE = {errno.ENOENT, errno.ENOTDIR}
 
 
 class _All:
-    """What is known of what is brought back: all of its attributes are meant."""
+    """:class:`cowfs.exports.apply.Known` for a restore: all attributes are set."""
 
     def differs(self, _: Entry) -> bool:
         return True
@@ -47,13 +47,13 @@ class _All:
 
 
 def keep(items: Plan, after: Tree, root: Root, directory: str, tick: Tick) -> Losses:
-    """Make *directory*, with all that these changes replace in *root*; return what it cannot hold. Blocks.
+    """Back up to the new *directory* all that the changes replace in *root*; return what it cannot store.
 
-    It is whole and on disk in the end, or not there. Raises CowfsError, and OSError with the path.
+    Blocks. It is complete and on disk at the end, or does not exist. CowfsError, and OSError with the path.
     """
     losses = Losses()
     if os.path.lexists(os.path.join(os.fsencode(directory), _ROOT)):
-        hint = "leave out --backup to complete it, bring it back with --undo, or give another name"
+        hint = "leave out --backup to complete that apply, undo it with --undo, or give another name"
         raise UsageError(f"{directory}: is the backup of an earlier apply", hint)
     with ExitStack() as stack:
         fd = root.open(b"")
@@ -85,10 +85,10 @@ def keep(items: Plan, after: Tree, root: Root, directory: str, tick: Tick) -> Lo
 
 
 def bring_back(directory: str, root: Root, tick: Tick, withheld: Withheld) -> tuple[list[bytes], Losses]:
-    """Let *root* have again what :func:`keep` has kept; return the directories that stay, as something new
-    is in them, and what could not be made. Blocks; to do it again completes it.
+    """Restore in *root* what :func:`keep` has backed up. Blocks; a second call completes an interrupted one.
 
-    UsageError if *directory* was not kept of this root.
+    Returns the directories that could not be removed because they contain something new, and the losses.
+    UsageError if *directory* is not a backup of this root.
     """
     losses = Losses()
     with ExitStack() as stack:
@@ -99,14 +99,14 @@ def bring_back(directory: str, root: Root, tick: Tick, withheld: Withheld) -> tu
             of = os.fsdecode(_read(top, _ROOT))
             fd = os.open(_TREE, _DIRECTORY, dir_fd=top)
         except OSError as error:
-            hint = "give what cowfs apply --backup has made"
+            hint = "give a directory that cowfs apply --backup created"
             raise UsageError(f"{directory}: cannot be read: {error.strerror}", hint) from None
         if of != os.path.realpath(root.path):
-            raise UsageError(f"{directory}: is of {of}, not of {root.path}", f"give {of}")
+            raise UsageError(f"{directory}: is a backup of {of}, not of {root.path}", f"give {of}")
         tree = _tree_of(fd, directory, stack)
         stay = [path for path in reversed(_in_order(absent)) if not _removed(root, path, tick)]
         items = dict(sorted(everything(tree), key=_key))
-        Apply(root, _All(), losses, tick).run(items, tree, withheld)  # last: directories get their times
+        Apply(root, _All(), losses, tick).run(items, tree, withheld)  # last: it sets the times of directories
     return stay, losses
 
 
@@ -125,7 +125,7 @@ def _key(item: tuple[bytes, Item]) -> bytes:
 
 
 def _removed(root: Root, path: bytes, tick: Tick) -> bool:
-    """Remove what is at a path; False for a directory that is not empty."""
+    """Remove a path; return False if it is a directory that is not empty."""
     tick(path, 0)
     try:
         parent, name = root.place(path)

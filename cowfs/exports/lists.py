@@ -1,4 +1,4 @@
-"""Lists of what was changed, for programs that copy or back up the files themselves."""
+"""Write lists of changed paths, for programs that copy or back up the files themselves."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from cowfs.exports.plan import Item, Plan
 
 
 def for_rsync(items: Plan) -> Iterator[bytes]:
-    """Yield what ``rsync --from0 --files-from`` reads: all paths, and last those that are gone.
+    """Yield the input of ``rsync --from0 --files-from``: all paths, the deleted ones last.
 
-    What begins with # or ; is a comment for it.
+    rsync takes lines that begin with # or ; for comments, so such paths begin with ./ here.
     """
     for are_gone in (False, True):
         for path, item in items.items():
@@ -21,7 +21,7 @@ def for_rsync(items: Plan) -> Iterator[bytes]:
 
 
 def for_restic(items: Plan, tree: Tree, losses: Losses) -> Iterator[bytes]:
-    """Yield what ``restic backup --files-from-raw`` reads: of a directory it would take all that is in it."""
+    """Yield the input of ``restic backup --files-from-raw``, which would back up the whole of a directory."""
     parents = {path.rpartition(b"/")[0] for path, item in items.items() if item is not Item.WHITEOUT}
     for path, item in items.items():
         if item is Item.WHITEOUT:
@@ -31,7 +31,7 @@ def for_restic(items: Plan, tree: Tree, losses: Losses) -> Iterator[bytes]:
             continue
         node = tree.node(path)
         if node is None:
-            losses.add("went away while this was read, left out", path)
+            losses.add("left out, because they were deleted during the export", path)
         elif node.is_dir and tree.names(path):
             losses.add("directories left out: only their attributes or deletions in them are changes", path)
         else:

@@ -1,4 +1,4 @@
-"""What a format cannot express, counted while something is written in it."""
+"""Count what an export cannot express in its format."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ _NAMED = 3
 
 
 class Losses:
-    """What gets lost, by kind."""
+    """The paths that lose something, by kind of loss."""
 
     def __init__(self) -> None:
         self._found: dict[str, tuple[int, list[bytes]]] = {}
         self.is_partial = False
-        """Whether anything is missing, and not merely less exact."""
+        """Whether anything is missing, rather than only less exact."""
 
     def add(self, what: str, path: bytes, *, exact: bool = True) -> None:
-        """Note that *path* loses something; without *exact* it is there, and nearly the same."""
+        """Note that *path* loses something. If not *exact*, it is exported, and only less exact."""
         count, named = self._found.get(what, (0, []))
         if len(named) < _NAMED:
             named.append(path)

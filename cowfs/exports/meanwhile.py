@@ -1,7 +1,7 @@
-"""What others have changed in a directory since a commit to it was prepared, and then interrupted.
+"""Find what other programs have changed in a directory since a commit to it was staged and interrupted.
 
-Each path has its old state or the new one, unless somebody has changed it. The old one is known by its
-attributes, for its content is known to nobody any more; the new one by its content.
+If no program has changed a path, it has its old or its new state. The old one is recognised by its
+attributes, because its content is not recorded; the new one by its content.
 """
 
 from __future__ import annotations
@@ -22,11 +22,14 @@ from cowfs.layers.kernel_file import KernelFile
 _PIECE = 1 << 16
 
 Facts = tuple[int, int, int, int, int]
-"""Mode, size, mtime, ctime (ns), and how many names."""
+"""Mode, size, mtime and ctime in ns, and number of links."""
 
 
 def facts_of(before: Tree, top: bytes, *, stays: bool) -> Iterator[tuple[bytes, Facts]]:
-    """Yield what is at *top*, if anything, and all below a directory unless it *stays*. Blocks; OSError."""
+    """Yield the facts of *top*, if it exists, and of all below a directory unless it *stays*.
+
+    Blocks; OSError.
+    """
     waiting = [top]
     while waiting:
         path = waiting.pop()
@@ -40,7 +43,7 @@ def facts_of(before: Tree, top: bytes, *, stays: bool) -> Iterator[tuple[bytes, 
 
 
 def changed(root: Root, top: bytes, was: dict[bytes, Facts], to_be: Node | None) -> Iterator[bytes]:
-    """Yield *top*, or what is below a directory that is to go, if it is neither old nor new.
+    """Yield *top*, and each path below a directory to be removed, whose state is neither old nor new.
 
     Blocks; OSError.
     """
@@ -51,7 +54,7 @@ def changed(root: Root, top: bytes, was: dict[bytes, Facts], to_be: Node | None)
             fd = root.open(path)
         except OSError as error:
             if error.errno in MOUNTED:
-                continue  # it is left there
+                continue  # the commit does not remove it
             raise
         if fd is None:
             continue
@@ -76,12 +79,12 @@ def _is_old(info: os.stat_result, was: Facts | None) -> bool:
         return False
     if stat.S_ISDIR(info.st_mode) or info.st_ctime_ns == was[3]:
         return True
-    # The commit may have replaced another name of it, which changes its ctime.
+    # The commit may have replaced another of its names, which changes its ctime.
     return info.st_nlink < was[4] and (info.st_mode, info.st_size, info.st_mtime_ns) == was[:3]
 
 
 def _is_torn(fd: int, info: os.stat_result, node: Node) -> bool:
-    """Whether it was being written in place: emptied first, it has zeros where the new content is missing."""
+    """Whether a write in place was interrupted: then zeros replace the missing part of the new content."""
     if not (stat.S_ISREG(info.st_mode) and stat.S_ISREG(node.attr.st_mode)):
         return False
     if info.st_size not in {0, node.attr.st_size}:

@@ -1,6 +1,6 @@
-"""An image layout of the Open Container Initiative: a layer alone, or on a base image.
+"""Write an OCI image layout: a single layer, or one on a base image.
 
-The formats are those of the OCI image specification: image-layout.md, manifest.md, config.md, layer.md.
+The formats are in the OCI image specification: image-layout.md, manifest.md, config.md, layer.md.
 """
 
 from __future__ import annotations
@@ -19,25 +19,28 @@ from typing import Any
 from cowfs.errors import UsageError
 
 NAME = re.compile(r"[A-Za-z0-9]+(?:(?:[-._:@+/]|--)[A-Za-z0-9]+)*")
-"""What a reference may be (annotations.md of the image specification)."""
+"""The syntax of an image's name (annotations.md of the image specification)."""
 _ANNOTATION = "org.opencontainers.image.ref.name"
 _TYPE = "application/vnd.oci.image."
 _MANIFEST, _CONFIG = _TYPE + "manifest.v1+json", _TYPE + "config.v1+json"
 _LAYER = _TYPE + "layer.v1.tar+gzip"
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _LARGEST = 4 << 20
-"""Bytes of a manifest or a configuration."""
+"""The limit of a manifest or a configuration in bytes."""
 _PIECE = 1 << 20
 _MACHINES = {"x86_64": "amd64", "aarch64": "arm64", "i686": "386", "i386": "386", "armv7l": "arm"}
-"""What Go, in whose words an image says it, calls them otherwise."""
+"""The machines for which Go, whose names an image uses, has another name than uname(2)."""
 Json = dict[str, Any]
 
 
 class Base:
-    """An image in a layout, on which the layer is put."""
+    """The image of a layout to which the new layer is added."""
 
     def __init__(self, where: str, stack: ExitStack) -> None:
-        """*where* is ``DIRECTORY[:TAG]``, with the name of the image if there are several. UsageError."""
+        """*where* is ``DIRECTORY[:TAG]``. TAG, the name of an image, is needed if there are several.
+
+        UsageError.
+        """
         self._where = where
         path, _, tag = where.rpartition(":") if not os.path.isdir(where) else (where, "", "")
         try:
@@ -60,9 +63,9 @@ class Base:
         ]
         where = f"--base {self._where}"
         if len(found) != 1:
-            raise UsageError(f"{where}: {len(found)} images of that name", "give DIRECTORY:TAG of one")
+            raise UsageError(f"{where}: found {len(found)} images of that name", "give DIRECTORY:TAG of one")
         if found[0].get("mediaType") != _MANIFEST:
-            raise UsageError(f"{where}: not one OCI image", "skopeo copy makes an OCI layout of one image")
+            raise UsageError(f"{where}: not one OCI image", "skopeo copy creates an OCI layout of one image")
         manifest = self._blob(found[0])
         self.annotations = dict(manifest.get("annotations") or {})
         self.config = self._blob(manifest["config"])
@@ -125,15 +128,15 @@ class Layout:
         self._blobs = os.open("blobs/sha256", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=root)
 
     def close(self) -> None:
-        """Let go of it."""
+        """Close the directory."""
         os.close(self._blobs)
 
     def blob(self) -> _Blob:
-        """Return a blob to be written."""
+        """Return a new blob, for writing."""
         return _Blob(self._blobs)
 
     def finish(self, layer: tuple[str, int, str], base: Base | None, created: int, tag: str) -> None:
-        """Write what says that the *layer* (digest, bytes, digest of the archive) is an image."""
+        """Write the manifest and configuration of an image with *layer*: digest, bytes, archive's digest."""
         when = datetime.datetime.fromtimestamp(created, datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         machine = _MACHINES.get(platform.machine(), platform.machine())
         config: Json = {"architecture": machine, "os": "linux", "config": {}}
@@ -174,7 +177,7 @@ class Layout:
 
 
 class _Blob:
-    """A blob, which gets its digest as its name when it is finished."""
+    """A blob that is being written. When finished, it gets its digest as its name."""
 
     def __init__(self, directory: int) -> None:
         self._directory = directory
@@ -195,7 +198,7 @@ class _Blob:
         self.size += len(data)
 
     def finish(self) -> str:
-        """Give it its name, and return that."""
+        """Name the blob by its digest; return that."""
         self._file.close()
         digest = self._digest.hexdigest()
         os.rename("new", digest, src_dir_fd=self._directory, dst_dir_fd=self._directory)
@@ -203,7 +206,7 @@ class _Blob:
 
 
 class Gzip:
-    """Compresses an archive on its way into a blob: always the same bytes for the same."""
+    """Compresses an archive into a blob. The same archive always gives the same bytes."""
 
     def __init__(self, blob: _Blob) -> None:
         self._blob = blob
@@ -211,12 +214,12 @@ class Gzip:
         self._deflate = zlib.compressobj(6, zlib.DEFLATED, 16 + zlib.MAX_WBITS)
 
     def write(self, data: bytes) -> None:
-        """Compress some."""
+        """Compress *data*."""
         self._digest.update(data)
         self._blob.write(self._deflate.compress(data))
 
     def finish(self) -> tuple[str, int, str]:
-        """Return the digest and the size of the blob, and the digest of the archive."""
+        """Finish the blob; return its digest, its size in bytes, and the digest of the archive."""
         self._blob.write(self._deflate.flush())
         size = self._blob.size
         return self._blob.finish(), size, self._digest.hexdigest()

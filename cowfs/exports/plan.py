@@ -1,8 +1,8 @@
-"""What a layer must hold so that it and the lowers, merged, show the tree: by path alone.
+"""Compute the content of a layer that, merged with the lowers, shows a tree.
 
-It has no redirects, metacopies or opaque directories, which only some systems know: a renamed directory
-comes with all that is in it, and each name that must not show through has a whiteout of its own. So every
-system that stacks layers can express it.
+The layer has no redirects, metacopies or opaque directories, which not all systems support. It contains a
+renamed directory with everything in it, and a whiteout for each name to hide. So every system that stacks
+layers can express it.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from cowfs.types import Change
 class Item(Enum):
     """What a layer has at a path."""
 
-    NODE = "what the merged tree has"
-    REPLACED = "the same, where the lowers have something of another type"
-    WHITEOUT = "a whiteout: the lowers have something, and the merged tree nothing"
+    NODE = "the inode of the merged tree"
+    REPLACED = "the inode of the merged tree, where the lowers have one of another type"
+    WHITEOUT = "a whiteout, because only the lowers have the path"
 
 
 Plan = dict[bytes, Item]
 
 
 def plan(changes: Iterable[Change], after: Tree, before: Tree) -> Plan:
-    """Return what is needed, by path: in order, a directory before its contents. Blocks; OSError."""
+    """Return what the layer must have, by path, each directory before its content. Blocks; OSError."""
     items: Plan = {}
     sources: list[bytes] = []
     region = b""
@@ -80,12 +80,12 @@ def _is_dir(tree: Tree, path: bytes) -> bool:
 def _node(change: Change, before: Tree) -> Item:
     if change.kind == "M":
         return Item.REPLACED if "type" in change.what else Item.NODE
-    was = before.node(change.path)  # where that was renamed to another place
+    was = before.node(change.path)  # a change may also replace a path that was renamed
     return Item.REPLACED if was is not None and was.is_dir != (change.type == "directory") else Item.NODE
 
 
 def _include_tree(top: bytes, items: Plan, after: Tree, before: Tree) -> None:
-    """Have all of the tree at *top*, and hide what the lowers have there."""
+    """Add everything in the tree at *top*, and hide what the lowers have there."""
     waiting = [top]
     while waiting:
         path = waiting.pop()
@@ -102,7 +102,7 @@ def _include_tree(top: bytes, items: Plan, after: Tree, before: Tree) -> None:
 
 
 def _join_links(items: Plan, after: Tree) -> None:
-    """Have all names of an inode, if any of several: one that is the lower's would stand alone."""
+    """If one name of an inode is in the layer, add its other names, which would show the lower's inode."""
     known: dict[tuple[int, int, int], int] = {}
     beside: dict[tuple[int, int, int], set[bytes]] = {}
     for path, item in items.items():
@@ -124,7 +124,7 @@ def _join_links(items: Plan, after: Tree) -> None:
 def _find_beside(
     directory: bytes, missing: dict[tuple[int, int, int], int], items: Plan, after: Tree
 ) -> None:
-    """Look for the missing names of inodes in a directory where they have another: mostly they are there."""
+    """Search for the missing names of inodes in a directory with another of their names, where most are."""
     for name in after.names(directory):
         path = join(directory, name)
         if path in items or (node := after.node(path)) is None:

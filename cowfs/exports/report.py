@@ -1,9 +1,9 @@
-"""What was changed as one HTML page, which loads nothing from anywhere.
+"""Write a report of the changes as one HTML page, which loads nothing else.
 
-The page has its facts as JSON, and a script of ours (``report.js``) that shows a part of them at a time, so
-that a browser opens 50,000 changes at once. Its content-security-policy allows that script and its style by
-their hashes, and nothing else: no other script, no image, no request. Paths are escaped as for a terminal
-(:func:`cowfs.changes.render.escape`); the script makes text of what it shows, and never markup.
+The page contains the facts as JSON, and a script (``report.js``) that shows part of them at a time, so that a
+browser opens a page of 50,000 changes quickly. Its Content-Security-Policy allows that script and style by
+their hashes, and no other script, image or request. Paths are escaped as for a terminal
+(:func:`cowfs.changes.render.escape`), and the script inserts them as text, never as markup.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ if TYPE_CHECKING:
     from cowfs.changes.du import Used
 
 _MOST_ROWS = 200_000
-"""So many changes are listed; the rest is counted."""
+"""How many changes are listed. The others are only counted."""
 _LARGEST_TEXT = 256 << 10
-"""Bytes of a file of which differences are shown."""
+"""The size in bytes of the largest file whose differences are shown."""
 _LONGEST_DIFF = 32 << 10
-"""Characters of one file's differences that are shown."""
+"""How many characters of one file's differences are shown."""
 _DIFFS = 6 << 20
-"""Characters of all differences together."""
+"""How many characters of differences the page has in all."""
 _MOST_DIFFS = 2000
 _LEAST_AREA = 8.0
 """Pixels: a treemap of any number of files has so many areas at most, and the page has a bounded size."""
@@ -54,18 +54,18 @@ _HERE = Path(__file__).parent
 
 @dataclass(slots=True)
 class Facts:
-    """What a report tells besides the changes."""
+    """The facts of a report besides the changes."""
 
     what: str
-    """The store or the mountpoint, as its user names it."""
+    """The store or the mountpoint, as the user gave it."""
     about: list[tuple[str, str]]
-    """Names and values, for the summary."""
+    """Names and values for the summary."""
     records: Iterable[Record] | None = None
-    """Who changed what, the newest first; None: nobody has recorded that."""
+    """The records of ``-o blame``, the newest first; None if there are none."""
 
 
 Tick = Callable[[str, int, int], None]
-"""Is told what is being done, how many of it were, and how many there are, or 0."""
+"""Reports progress: called with the activity, how many are done, and how many there are (0: unknown)."""
 
 
 class _Table:
@@ -135,20 +135,20 @@ class _Table:
 
 
 class Changes(Sides, Protocol):
-    """What is reported, see :class:`cowfs.api.Changes`."""
+    """The changes to report; see :class:`cowfs.api.Changes`."""
 
     def __iter__(self) -> Iterator[Change]:
         """Find the changes."""
 
     def usage(self) -> Iterator[Used]:
-        """Yield what each inode takes in the store."""
+        """Yield how much space each inode uses in the store."""
 
 
 class Out(Protocol):
-    """Where the page goes."""
+    """Writes the page."""
 
     def __call__(self, data: bytes, /) -> object:
-        """Write."""
+        """Write *data*, all of it."""
 
 
 def write_report(
@@ -181,7 +181,7 @@ def write_report(
 
 
 def _listed(table: _Table, changes: Iterable[Change], tick: Tick) -> Iterator[Change]:
-    """Put the changes into the table, and yield those that are in it and may be compared."""
+    """Add the changes to the table; yield those that fit into it, and may be compared."""
     for number, change in enumerate(changes):
         tick("changes", number, 0)
         if table.rows.count >= _MOST_ROWS:
@@ -211,7 +211,7 @@ class _Reached:
 
 
 def _fill(table: _Table, listed: Iterable[Change], changes: Changes, tick: Tick) -> _Reached:
-    """Put sizes, attributes and differences into the rows."""
+    """Add sizes, attributes and differences to the rows."""
     reached = _Reached()
     for number, pair in enumerate(files(listed, changes)):
         tick("files", number, table.rows.count)
@@ -252,7 +252,7 @@ def _add_diff(table: _Table, at: int, pair: Pair, reached: _Reached) -> None:
 
 
 def _shown(patch: bytes) -> str:
-    """Return the differences of a patch of one file for people, or nothing if it is of a binary file."""
+    """Return the differences in a patch of one file, without git's lines; "" for a binary file."""
     lines = patch.decode("utf-8", "surrogateescape").split("\n")
     begin = next((number for number, line in enumerate(lines) if line.startswith("@@ ")), None)
     if begin is None:
@@ -274,7 +274,7 @@ def _size(version: Version | None) -> int:
 
 
 def _details(old: Version | None, new: Version | None) -> str:
-    """Return mode and owner, before and after where they differ."""
+    """Return mode and owner; both versions of those that differ."""
     shown = []
     for name, of in (("mode", _mode), ("owner", _owner)):
         values = [of(version) for version in (old, new) if version is not None]
@@ -378,7 +378,7 @@ def _ascii(markup: str) -> bytes:
 
 
 def in_script(data: object) -> str:
-    """Return JSON that can stand in a script element: ASCII, and nothing that ends it or begins a comment."""
+    """Return JSON for a script element: ASCII, without anything that ends the element or begins a comment."""
     text = json.dumps(data, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 

@@ -1,4 +1,4 @@
-"""Write what was changed, or a whole merged tree, in the format of another program."""
+"""Write the changes, or a whole merged tree, in the format of another program."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _STYLES = {
     "tar": ("oci", "aufs", "overlayfs", "list"),
     "gnutar": ("oci", "aufs", "overlayfs", "list"),
 }
-"""Those of each format that has a choice, the default first."""
+"""The styles of whiteouts of each format that has several, the default first."""
 _CHANGES_ALONE = {"patch", "rsync", "restic"}
 _TAG, _COMPRESSION = "latest", "gzip"
 _GIT_MODES = {0o644, 0o755}
@@ -44,15 +44,15 @@ _NOT_IN_A_PATCH = (
     ("files left out that are too large for a patch", re.compile(rb"[0-9]+ -> [0-9]+ bytes")),
     ("files left out that replace a device, FIFO or socket", re.compile(rb"[a-z]+ became a file")),
 )
-"""What a patch cannot express, and how its remarks begin that say so (:mod:`cowfs.changes.patch`)."""
+"""What a patch cannot express, and how the remarks about it begin (:mod:`cowfs.changes.patch`)."""
 _STANDARD_OUTPUT = "-"
 
 
 class Source(pairs.Sides, Protocol):
-    """What is exported: :class:`cowfs.api.Changes` is one."""
+    """The changes to export, such as :class:`cowfs.api.Changes`."""
 
     def exactly(self) -> Iterator[Change]:
-        """Find the changes, and directories whose time alone differs."""
+        """Find the changes, and the directories of which only the time differs."""
 
     def tree(self) -> Tree:
         """Return the merged tree."""
@@ -65,24 +65,24 @@ class Source(pairs.Sides, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class How:
-    """How something is exported."""
+    """The options of an export."""
 
     format: str
     merged: bool = False
-    """The whole tree, and not what was changed alone."""
+    """Export the whole tree rather than only the changes."""
     whiteouts: str = ""
-    """One of :data:`cowfs.exports.whiteouts.STYLES`; empty: the first that the format has."""
+    """One of :data:`cowfs.exports.whiteouts.STYLES`; empty: the default of the format."""
     base: str = ""
-    """For ``oci``: the layout of the image to put the layer on, ``DIRECTORY[:TAG]``. For ``iso``: the ISO
-    that is to have another root image, ``FILE[:PATH]``."""
+    """For ``oci``: the layout of the base image, ``DIRECTORY[:TAG]``. For ``iso``: the ISO whose root image
+    to replace, ``FILE[:PATH]``."""
     tag: str = _TAG
     """For ``oci``: the name of the image."""
     compression: str = _COMPRESSION
-    """For ``squashfs``."""
+    """For ``squashfs`` and ``iso``."""
     force: bool = False
-    """Replace the target, if it is a file or an empty directory."""
+    """Replace the target if it is a file or an empty directory."""
     latest: int | None = None
-    """SOURCE_DATE_EPOCH: when it is made, and how late times may be, in seconds since the epoch."""
+    """SOURCE_DATE_EPOCH, in seconds since the epoch: the time of creation, and the latest time of a file."""
 
     @property
     def style(self) -> str:
@@ -92,7 +92,7 @@ class How:
 
 
 class Watch:
-    """Is told each path that is reached, the bytes that are read of it, and how many paths follow."""
+    """Receives the progress: each path, the number of bytes read of it, and how many paths to expect."""
 
     def __init__(self, tick: Tick = lambda *_: None, expect: Expect | None = None) -> None:
         self._tick = tick
@@ -102,13 +102,13 @@ class Watch:
         self._tick(path, length)
 
     def expect(self, count: Callable[[], int]) -> None:
-        """Begin again: *count* returns how many paths there will be."""
+        """Start again; *count* returns the number of paths to expect."""
         if self._expect is not None:
             self._expect(count)
 
 
 def check(how: How) -> None:
-    """Raise UsageError for what does not go together."""
+    """UsageError for options that do not go together."""
     if how.format not in FORMATS:
         raise UsageError(f"--to {how.format}: no such format", "known: " + ", ".join(FORMATS))
     styles = _STYLES.get(how.format, ())
@@ -116,7 +116,7 @@ def check(how: How) -> None:
         hint = "known: " + ", ".join(styles) if styles else "leave it out"
         raise UsageError(f"--whiteouts {how.whiteouts}: not with --to {how.format}", hint)
     if how.merged and how.format in _CHANGES_ALONE:
-        raise UsageError(f"--merged: not with --to {how.format}, which is about changes", "leave it out")
+        raise UsageError(f"--merged: not with --to {how.format}, which exports changes", "leave it out")
     if how.tag != _TAG and how.format != "oci":
         raise UsageError("--tag: only with --to oci", "leave it out")
     if not oci.NAME.fullmatch(how.tag):
@@ -126,7 +126,7 @@ def check(how: How) -> None:
         )
     if how.format == "iso":
         if not how.base:
-            raise UsageError("--to iso: needs the ISO that is to be changed", "give it with --base")
+            raise UsageError("--to iso: needs an ISO to copy", "give it with --base")
         return
     if how.merged and (how.base or how.whiteouts):
         raise UsageError(
@@ -141,11 +141,11 @@ def check(how: How) -> None:
 def export(
     source: Source, how: How, target: str, tick: Watch | None = None, withheld: Withheld = NOTHING
 ) -> Losses:
-    """Write *target*, and return what the format cannot express. Blocks.
+    """Write *target*; return what the format cannot express. Blocks.
 
-    What is *withheld* counts for a directory of files, which are there then; an archive has all.
-    *target* is made whole or not at all, and is never replaced but with *how.force*. Raises CowfsError, and
-    OSError with the path of what cannot be read.
+    *target* is complete at the end, or does not exist; an existing one is replaced only with *how.force*.
+    *withheld* applies to formats that are a directory of files; archives contain everything. CowfsError, and
+    OSError with the path of a file that cannot be read.
     """
     check(how)
     losses, tick = Losses(), tick or Watch()
@@ -162,7 +162,7 @@ def export(
         if target == _STANDARD_OUTPUT:
             if how.format in {"squashfs", "iso"} or how.style == "list":
                 raise UsageError(f"-: {how.format} cannot go to standard output", "give the name of a file")
-            if os.isatty(1):  # names and contents are others', and drive it
+            if os.isatty(1):  # names and contents may contain escape sequences
                 raise UsageError(
                     "-: standard output is a terminal", "redirect it, or give the name of a file"
                 )
@@ -236,7 +236,7 @@ def _tar(fd: int, beside: int, source: Source, how: How, losses: Losses, tick: W
 
 
 def _note_kept_xattrs(items: Iterable[tuple[bytes, Item]], after: Tree, before: Tree, losses: Losses) -> None:
-    """Note directories that have fewer attributes than before: unpacking takes none from what is there."""
+    """Note directories that have lost xattrs: unpacking an archive does not remove any."""
     for path, item in items:
         was, node = (before.node(path), after.node(path)) if item is Item.NODE else (None, None)
         if was is not None and node is not None and was.is_dir and node.is_dir:
@@ -292,7 +292,7 @@ def _patch(source: Source, losses: Losses, tick: Watch) -> Iterator[bytes]:
 
 
 def _noted(changes: Iterable[Change], tree: Tree, losses: Losses) -> Iterator[Change]:
-    """Note what of added files and directories the patch itself does not say that it leaves out."""
+    """Note what is lost of added files and directories, which the patch does not mention."""
     first: dict[tuple[int, int, int], bytes] = {}
     for change in changes:
         node = tree.node(change.path) if change.kind == "A" or "type" in change.what else None
@@ -316,7 +316,7 @@ def _standard_output() -> Iterator[None]:
         raise
     except OSError as error:
         if error.filename is not None:
-            raise  # what is read
+            raise  # an error of a file that is read
         why = "it is closed" if error.errno == errno.EBADF else error.strerror
         raise SystemFailure(f"cannot write to standard output: {why}") from None
 

@@ -1,6 +1,6 @@
-"""A squashfs, made by tar2sqfs (squashfs-tools-ng) out of an archive that it is fed with.
+"""Write a squashfs image, by piping a tar archive to tar2sqfs (squashfs-tools-ng).
 
-mksquashfs reads archives too, but gives the root directory no other time than that of its run.
+mksquashfs also reads archives, but always gives the root directory the current time.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ COMPRESSIONS = ("gzip", "xz", "zstd", "lz4", "lzo")
 _KEPT = (b"user.", b"trusted.", b"security.")
 _SECOND = 1_000_000_000
 _FULL = 1 << 20
-"""Bytes: a disk with fewer is full."""
+"""A disk with fewer free bytes counts as full."""
 _LATEST = (1 << 32) - 1
-"""Seconds: times are 32 bits, unsigned."""
+"""The latest time in a squashfs, in seconds since the epoch: 32 bits, unsigned."""
 
 
 class Squashfs:
-    """A :class:`cowfs.exports.entries.Sink`: what it is given goes to tar2sqfs."""
+    """A :class:`cowfs.exports.entries.Sink` that writes to tar2sqfs."""
 
     def __init__(self, tar: Tar, losses: Losses) -> None:
         self._tar = tar
@@ -52,9 +52,9 @@ class Squashfs:
 def making(
     fd: int, losses: Losses, tick: Tick, style: str, compression: str, made: int
 ) -> Iterator[Squashfs]:
-    """Let tar2sqfs write a squashfs to *fd*, of what is added inside.
+    """Let tar2sqfs write a squashfs to *fd*, with what the block adds; wait for it at the end.
 
-    *made* is when it was made, in seconds. SystemFailure when it cannot. It does not outlive this.
+    *made*, the time of creation, is in seconds since the epoch. SystemFailure if tar2sqfs fails.
     """
     program = programs.find("tar2sqfs")
     if program is None:
@@ -90,7 +90,7 @@ def _keeps(name: bytes) -> bool:
 
 
 def _failure(process: subprocess.Popen[bytes], said: int, fd: int) -> Exception:
-    """Return the error; tar2sqfs does not distinguish a full disk from other errors."""
+    """Return the error: ENOSPC if the disk is full, which tar2sqfs does not report, or SystemFailure."""
     process.wait()
     room = os.fstatvfs(fd)
     if room.f_bavail * room.f_frsize < _FULL:

@@ -1,7 +1,7 @@
-"""Tar archives: pax (POSIX.1-2001), with extended attributes and ACLs as star and GNU tar have them, or GNU.
+"""Write tar archives: in pax format (POSIX.1-2001) with xattrs and ACLs like star and GNU tar, or in GNU's.
 
 Layouts: the ustar header of tar(5); pax records ``LENGTH KEY=VALUE\\n``, whose values are bytes; sparse files
-as in GNU tar's "Sparse Format 1.0" (the map before the data, in lines of decimals, padded to a block).
+in GNU tar's "Sparse Format 1.0" (the map before the data, in lines of decimals, padded to a block).
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ _BLOCK = 512
 _RECORD = 10240
 _SECOND = 1_000_000_000
 _SPARSE_FROM = 64 << 10
-"""Bytes of holes that make a file sparse in an archive."""
+"""A file with at least so many bytes of holes becomes sparse in the archive."""
 _NAME, _SIZE, _ID, _TIME = 100, 8**11, 8**7, 8**11
-"""What does not fit into the fields of a header."""
+"""The limits of the fields of a header: bytes of a name, and the first number that does not fit."""
 _ACLS = {
     b"system.posix_acl_access": b"SCHILY.acl.access",
     b"system.posix_acl_default": b"SCHILY.acl.default",
 }
-"""What GNU tar --acls and star read; --xattrs takes the attribute itself."""
+"""The ACL records that GNU tar --acls and star read; GNU tar --xattrs reads the xattr itself."""
 _TYPES = {
     stat.S_IFREG: tarfile.REGTYPE,
     stat.S_IFDIR: tarfile.DIRTYPE,
@@ -47,7 +47,7 @@ class Tar:
         *, gnu: bool = False, sparse: bool = True,
         accepts: Callable[[bytes], bool] = lambda _: True,
     ) -> None:  # fmt: skip
-        """*accepts* says which extended attributes, by name, the reader can keep."""
+        """*accepts* returns whether the reader can store an xattr, by its name."""
         self._write = write
         self._losses = losses
         self._tick = tick
@@ -57,16 +57,16 @@ class Tar:
         self._accepts = accepts
         self._written = 0
         self.deleted: list[bytes] = []
-        """For the style ``list``: what must be removed before this is unpacked."""
+        """For the style ``list``: the paths to remove before the archive is unpacked."""
 
     def add(self, entry: Entry) -> None:
         kind = _TYPES.get(stat.S_IFMT(entry.mode))
         if kind is None:
             self._losses.add("sockets left out", entry.path)
         elif is_taken(entry.path, self._style):
-            self._losses.add("names left out that would be taken for whiteouts", entry.path)
+            self._losses.add("left out, because the name would be taken for a whiteout", entry.path)
         elif self._style == "overlayfs" and kind == tarfile.CHRTYPE and not entry.node.attr.st_rdev:
-            self._losses.add("devices 0:0 left out that would be taken for whiteouts", entry.path)
+            self._losses.add("devices 0:0 left out, which would be taken for whiteouts", entry.path)
         elif entry.same_as is not None and (is_taken(entry.same_as, self._style)):
             self._losses.add("hard links left out whose first name was", entry.path)
         else:
@@ -123,7 +123,7 @@ class Tar:
         self._put(bytes(-info.size % _BLOCK))
 
     def _records(self, entry: Entry) -> dict[bytes, bytes]:
-        """Return what a pax header says of an entry that the ustar header has no place for."""
+        """Return the pax records of an entry: what its ustar header cannot store."""
         nanoseconds = entry.mtime_ns % _SECOND
         if self._gnu:
             if nanoseconds:
@@ -199,7 +199,7 @@ def _time(ns: int) -> bytes:
 
 
 def _record(key: bytes, value: bytes) -> bytes:
-    """Return a pax record, whose length counts its own digits."""
+    """Return a pax record. Its length includes the digits of the length."""
     rest = len(key) + len(value) + 3
     length = rest + len(str(rest))
     length = rest + len(str(length))

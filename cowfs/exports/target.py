@@ -1,4 +1,4 @@
-"""The place of an export: whole, or as it was before."""
+"""Create the target of an export: complete, or not at all."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ _FORCE = "give another name, or --force to replace it"
 
 @contextmanager
 def new_file(path: str, *, force: bool) -> Iterator[int]:
-    """Open a file that gets its name at the end, when all of it is on disk; else nothing of it stays.
+    """Open a file that gets its name at the end of the block, when all of it is on disk.
 
-    Until then it has no name, where the filesystem can do that. UsageError if something is at *path* and not
-    to be replaced, or cannot be; SystemFailure with *path* for what the system refuses.
+    After an error nothing is left of it. Until the end it has no name, if the filesystem supports that
+    (O_TMPFILE). UsageError if *path* exists and must not, or cannot, be replaced; SystemFailure with *path*
+    if a system call fails.
     """
     with _parent(path) as (parent, name):
         _refuse(path, parent, name, stat.S_IFREG, force=force)
@@ -55,10 +56,10 @@ def new_file(path: str, *, force: bool) -> Iterator[int]:
 
 @contextmanager
 def new_directory(path: str, *, force: bool) -> Iterator[int]:
-    """The same for a directory, whose temporary name is beside it.
+    """Like :func:`new_file`, for a directory, which has a temporary name beside *path* until the end.
 
-    What an export that was killed has left of one is removed by the next to the same place. With *force* an
-    empty directory is replaced, never one that holds something.
+    If an export is killed, the next one to the same path removes that directory. *force* replaces an empty
+    directory, never one with something in it.
     """
     with _parent(path) as (parent, name):
         _refuse(path, parent, name, stat.S_IFDIR, force=force)
@@ -71,14 +72,14 @@ def new_directory(path: str, *, force: bool) -> Iterator[int]:
 
 @contextmanager
 def scratch_directory(path: str) -> Iterator[int]:
-    """Open a directory beside *path* for files that are needed until this ends; then it is removed."""
+    """Open a temporary directory beside *path*. It is removed at the end of the block."""
     with _parent(path) as (parent, name), _made(parent, name) as (fd, _):
         yield fd
 
 
 @contextmanager
 def _made(parent: int, name: str) -> Iterator[tuple[int, str]]:
-    """Make a directory with a temporary name, which is removed in the end if it has that name yet."""
+    """Create a directory with a temporary name. It is removed at the end, unless it has been renamed."""
     temporary = _temporary(name)
     with ExitStack() as stack:
         stack.callback(_remove, parent, temporary)
@@ -94,10 +95,10 @@ def _made(parent: int, name: str) -> Iterator[tuple[int, str]]:
 
 @contextmanager
 def _parent(path: str) -> Iterator[tuple[int, str]]:
-    """Open the directory that *path* is to be in; say what fails meanwhile of *path*, in one line."""
+    """Open the directory of *path*; turn an OSError in the block into an error that names *path*."""
     directory, name = os.path.split(path.rstrip("/") if path.strip("/") else path)
     if name in {"", ".", ".."}:
-        raise UsageError(f"{path}: not a name for a file", "give the name of a file to be made")
+        raise UsageError(f"{path}: not a name for a file", "give the name of a file to create")
     try:
         parent = os.open(directory or ".", _DIRECTORY)
     except OSError as error:
@@ -129,14 +130,14 @@ def _parent(path: str) -> Iterator[tuple[int, str]]:
 
 
 def _is_read(name: str | bytes | int | None) -> bool:
-    """Whether an error with that name is about what is read, not about the new file."""
+    """Whether an error with that name is about a file that is read, not about the new one."""
     if not isinstance(name, str | bytes):
         return False
     return os.fsencode(name).startswith(b"/") and not os.fsencode(name).startswith(b"/proc/self/fd/")
 
 
 def _refuse(path: str, parent: int, name: str, wanted: int, *, force: bool) -> None:
-    """Raise UsageError for what is there already."""
+    """UsageError if *name* exists and must not, or cannot, be replaced."""
     try:
         there = os.stat(name, dir_fd=parent, follow_symlinks=False)
     except FileNotFoundError:
@@ -145,7 +146,7 @@ def _refuse(path: str, parent: int, name: str, wanted: int, *, force: bool) -> N
         raise UsageError(f"{path}: already exists", _FORCE)
     if stat.S_IFMT(there.st_mode) != wanted:
         kind = "regular file" if wanted == stat.S_IFREG else "directory"
-        raise UsageError(f"{path}: is there, and no {kind}", "give another name")
+        raise UsageError(f"{path}: exists, but is not a {kind}", "give another name")
     if wanted == stat.S_IFDIR:
         fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
         try:
@@ -171,7 +172,7 @@ def _temporary(name: str) -> str:
 
 
 def _sweep(parent: int, name: str) -> None:
-    """Remove what exports to this place have left that were killed: nobody has it locked any more."""
+    """Remove what killed exports to this path have left, which no process has locked any more."""
     for each in os.listdir(parent):
         rest = each.removeprefix(_prefix(name))
         if rest == each or len(rest) != 16:

@@ -1,4 +1,4 @@
-"""When something was changed, and by which programs, as a picture."""
+"""Draw when files were changed, and by which programs."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _WIDTH, _HEIGHT, _FOOT = 1200, 160, 22
 
 
 class Timeline:
-    """Counts records: by time, in so many bins at most, and by program."""
+    """Counts records by time, in a limited number of bins, and by program."""
 
     def __init__(self, note: Callable[[bytes, str], object] | None = None) -> None:
         """*note* is told of each path, and of the program that did something to it, the last first; without
         it, *who* has the last of each."""
         self._width = 1
-        """Milliseconds of a bin."""
+        """The width of a bin in milliseconds."""
         self._bins: dict[int, Counter[str]] = {}
         self._programs: Counter[str] = Counter()
         self.who: dict[bytes, str] = {}
@@ -36,7 +36,7 @@ class Timeline:
         self._note = note or self.who.setdefault
 
     def add(self, record: Record) -> None:
-        """Take note of a record, which is older than those before."""
+        """Count a record. Records come in order, the newest first."""
         process = record.process
         program = printable(process.program)[:_LONGEST] if process is not None else "the kernel"
         program = program or "a hidden process"
@@ -56,11 +56,11 @@ class Timeline:
         self._bins.setdefault(number, Counter())[program] += count
 
     def programs(self) -> list[tuple[str, int]]:
-        """Return the programs that did most, with how many records are theirs."""
+        """Return the programs with the most records, and the number of these."""
         return sorted(self._programs.items(), key=lambda item: (-item[1], item[0]))[:_MOST_TOLD]
 
     def picture(self) -> str:
-        """Return an SVG element; empty without records."""
+        """Return an SVG element; "" if there are no records."""
         if not self._bins:
             return ""
         first, last = min(self._bins), max(self._bins)

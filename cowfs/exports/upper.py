@@ -1,4 +1,4 @@
-"""A plain upper directory, for the kernel's overlayfs or a store of cowfs's."""
+"""Write an upper directory, for the kernel's overlayfs or a store of cowfs."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ class Upper:
     """A :class:`cowfs.exports.entries.Sink` that fills an empty directory; :meth:`close` ends it."""
 
     def __init__(self, root: int, losses: Losses, tick: Tick, *, whole: bool) -> None:
-        """*root* is a descriptor of the directory, which stays the caller's; *whole*: a tree, no layer."""
+        """*root* is a descriptor of the directory, which the caller closes; *whole*: a tree, not a layer."""
         self._whole = whole
         self._losses = losses
         self._tick = tick
         self._xattrs = XattrFormat(TRUSTED)
         self._way: list[tuple[bytes, int, Entry | None]] = [(b"", os.dup(root), None)]
-        """The directories that are being filled: their attributes are set when they are full."""
+        """The directories that are being filled. Their attributes are set after that."""
         self._root = root
         self._names: dict[bytes, bytes] = {}
 
@@ -46,14 +46,14 @@ class Upper:
             os.symlink(target_of(entry), name, dir_fd=parent)
             self._finish(entry, parent, name)
         elif stat.S_ISCHR(entry.mode) and not entry.node.attr.st_rdev and not self._whole:
-            self._losses.add("devices 0:0 left out that would be taken for whiteouts", entry.path)
+            self._losses.add("devices 0:0 left out, which would be taken for whiteouts", entry.path)
         else:
             try:
                 os.mknod(name, stat.S_IFMT(entry.mode) | 0o600, entry.node.attr.st_rdev, dir_fd=parent)
             except OSError as error:
                 if error.errno not in _MADE:
                     raise
-                self._losses.add("devices left out, which only root can make", entry.path)
+                self._losses.add("devices left out, which only root can create", entry.path)
                 return
             self._finish(entry, parent, name)
 
@@ -100,15 +100,15 @@ class Upper:
         self._finish(entry, parent, name)
 
     def _finish(self, entry: Entry, parent: int, name: bytes) -> None:
-        """Set the attributes: the owner first, which clears others of them."""
+        """Set the attributes, the owner first, because chown(2) clears set-ID bits and capabilities."""
         attr, mode = entry.node.attr, stat.S_IMODE(entry.mode)
         try:
             os.chown(name, attr.st_uid, attr.st_gid, dir_fd=parent, follow_symlinks=False)
         except OSError as error:
             if error.errno not in _REFUSED:
                 raise
-            self._losses.add("files that belong to you now, for only root can give them away", entry.path)
-            mode &= ~(stat.S_ISUID | stat.S_ISGID)  # it would run as another than was meant
+            self._losses.add("files that now belong to you, as only root can change the owner", entry.path)
+            mode &= ~(stat.S_ISUID | stat.S_ISGID)  # it would run as the wrong user
         place = b"/proc/self/fd/%d/%s" % (parent, name)
         for shown, value in entry.xattrs.items():
             stored = shown if self._whole else self._xattrs.stored(shown)

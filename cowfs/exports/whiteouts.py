@@ -1,4 +1,4 @@
-"""How a layer says that a name of the layers below is gone, in the words of each system."""
+"""How each system marks a name of the layers below as deleted."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from cowfs.changes.paths import join
 from cowfs.overlay.xattr_format import NAME_MAX
 
 PREFIX = b".wh."
-"""Of an empty file with the rest of the name, for aufs and OCI images; overlayfs has a device 0:0, and a list
-stands beside the layer."""
+"""The prefix of an empty file that is a whiteout in aufs and OCI images. In overlayfs a whiteout is a device
+0:0, and the style ``list`` writes a list beside the layer."""
 
 
 def place_of(path: bytes, style: str) -> bytes | None:
-    """Return the path of what says that *path* is gone; None where the name would be too long."""
+    """Return the path of the whiteout of *path*; None if its name would be too long."""
     if style in {"overlayfs", "list"}:
         return path
     directory, _, name = path.rpartition(b"/")
@@ -19,5 +19,5 @@ def place_of(path: bytes, style: str) -> bytes | None:
 
 
 def is_taken(path: bytes, style: str) -> bool:
-    """Whether something at *path* would itself be taken for a whiteout, by its name."""
+    """Whether *path* itself would be taken for a whiteout, because of its name."""
     return style in {"aufs", "oci"} and any(name.startswith(PREFIX) for name in path.split(b"/"))

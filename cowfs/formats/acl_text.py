@@ -1,6 +1,7 @@
-"""POSIX ACLs as text, as archives have them (SCHILY.acl): acl(5), "ACL TEXT FORMS", and star's fourth field.
+"""Convert POSIX ACLs between xattrs and the text in archives (SCHILY.acl).
 
-The value of an extended attribute is that of linux/posix_acl_xattr.h.
+The text is that of acl(5), "ACL TEXT FORMS", with star's fourth field for the number of a user or group. The
+value of the xattr is that of linux/posix_acl_xattr.h.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _NUMBER = re.compile(r"[0-9]{1,10}")
 
 
 def to_text(value: bytes) -> bytes | None:
-    """Return the text of an attribute's value, with numbers for names; None if the value is no ACL."""
+    """Return the text of an xattr's value, with numbers in place of names; None if it is not an ACL."""
     count, rest = divmod(len(value) - _VERSION.size, _ENTRY.size)
     if count < len(_BASE) or rest or _VERSION.unpack_from(value)[0] != _VERSION_2:
         return None
@@ -39,9 +40,9 @@ def to_text(value: bytes) -> bytes | None:
 
 
 def from_text(text: str) -> bytes | None:
-    """Return an attribute's value; None if the text is no ACL.
+    """Return an xattr's value; None if the text is not an ACL.
 
-    A user or group without a number is looked up by name, which may block, and is left out if it is unknown.
+    Looks up users and groups without a number by name, which may block. Leaves out unknown ones.
     """
     entries: dict[tuple[int, int], int] = {}
     for line in re.split(r"[,\n]", text):

@@ -1,4 +1,4 @@
-"""The tree of an archive: inodes by their names. An archive is untrusted: names and counts are checked."""
+"""The tree of an archive. Archives are untrusted, so names and counts are checked."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from cowfs.errors import LayerError
 from cowfs.formats.squashfs.source import Bytes
 
 MOST_MEMBERS = 4_000_000
-"""So many members, and so many inodes: directories that are only named on the way to others are some, too."""
+"""The limit of members, and of inodes, which include directories that are only part of other paths."""
 NAMES = ("utf-8", "surrogateescape")
-"""How bytes of names and values stand in strings: any bytes come back."""
+"""How strings encode the bytes of names and values, without loss."""
 _LONGEST_PATH = 64 << 10
 _UNNAMED, _BYTES_EACH = 1000, 32
-"""So many directories may have no member of their own, and one more for so many bytes of the archive."""
+"""How many directories may have no member of their own: so many, and one for so many bytes of the archive."""
 _NAME_MAX = 255
 
 
@@ -35,19 +35,19 @@ class Inode:
     nlink: int = 1
     target: bytes = b""
     segments: list[tuple[int, int, int]] = field(default_factory=list)
-    """What is stored of a file, in order: where it is in the file, how many bytes, where in the archive."""
+    """The stored parts of a file, in order: offset in the file, number of bytes, offset in the archive."""
     xattrs: dict[bytes, bytes] = field(default_factory=dict)
     children: dict[bytes, Inode] = field(default_factory=dict)
     _bytes: int = -1
 
     def bytes_stored(self) -> int:
-        """How many bytes of the archive belong to it. The segments do not change after the first call."""
+        """The number of bytes stored in the archive. The segments must not change after the first call."""
         if self._bytes < 0:
             self._bytes = sum(length for _, length, _ in self.segments)
         return self._bytes
 
     def stored(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:
-        """Those of its segments that lie between two offsets, at least in part. There may be millions."""
+        """Yield the segments that overlap a range of the file. A file may have millions of segments."""
         at = max(bisect_left(self.segments, (start,)) - 1, 0)
         while at < len(self.segments) and self.segments[at][0] < end:
             begin, length, _ = self.segments[at]
@@ -57,13 +57,13 @@ class Inode:
 
 
 class Tree:
-    """What an archive holds, and its bytes. Any thread may read from it."""
+    """The inodes of an archive, and their data. Any thread may read from it."""
 
     fingerprint: str
-    """SHA-256 of all headers: of what they say."""
+    """SHA-256 of the content of all headers."""
 
     def __init__(self, data: Bytes, name: str) -> None:
-        """*data* belongs to the tree then; *name* is for messages."""
+        """The tree closes *data*. *name* is for messages."""
         self.data = data
         self.name = name
         self.root = Inode(1, stat.S_IFDIR | 0o755, nlink=2)
@@ -71,7 +71,7 @@ class Tree:
         self._unnamed = _UNNAMED + data.size // _BYTES_EACH
 
     def pread(self, inode: Inode, size: int, offset: int) -> bytes:
-        """Return up to *size* bytes of a file. EIO where the archive is damaged or has become shorter."""
+        """Return up to *size* bytes of a file. May block. EIO if the archive is damaged or was truncated."""
         end = min(offset + size, inode.size)
         if offset < 0 or offset >= end:
             return b""
@@ -87,14 +87,14 @@ class Tree:
         return bytes(found)
 
     def try_pread(self, inode: Inode, size: int, offset: int) -> bytes | None:
-        """Return what pread does, or None if that is long work."""
+        """Return what :meth:`pread` returns, or None if that would take long."""
         return self.pread(inode, size, offset)
 
     def shrink(self) -> None:
         """Drop all cached data that can be read again."""
 
     def target(self, inode: Inode) -> bytes:
-        """Return what a symbolic link leads to. EIO."""
+        """Return the target of a symbolic link. EIO."""
         return inode.target
 
     def _parts(self, name: str) -> list[bytes]:
@@ -106,7 +106,7 @@ class Tree:
         return parts
 
     def _directory(self, parts: list[bytes]) -> Inode:
-        """Return the directory at a path; what the archive does not have itself is root's, mode 0755."""
+        """Return the directory at a path. One without a member belongs to root, with mode 0755."""
         directory = self.root
         for part in parts:
             child = directory.children.get(part)
@@ -130,7 +130,7 @@ class Tree:
         return Inode(self.inodes, mode)
 
     def _put(self, directory: Inode, name: bytes, inode: Inode) -> None:
-        """Give an inode a name, in place of the earlier member of that name, if there is one."""
+        """Give an inode a name. It replaces an earlier member of that name."""
         known = directory.children.get(name)
         if known is not None:
             known.nlink -= 1

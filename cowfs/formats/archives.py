@@ -11,14 +11,14 @@ from cowfs.formats.squashfs.recognise import MAGICS
 from cowfs.formats.squashfs.source import Bytes
 
 SAMPLE = iso9660.MAGIC_AT + len(iso9660.MAGIC)
-"""How many bytes from the start :func:`kind_of` wants to see."""
+"""How many bytes from the start :func:`kind_of` needs."""
 INDEXES: dict[str, Callable[[Bytes, str], Tree]] = {
     "tar": tar.Archive,
     "zip": zipped.Archive,
     "iso9660": iso9660.Image,
 }
 NAMES = {"tar": "tar archive", "zip": "zip archive", "iso9660": "ISO 9660 image"}
-"""Of the kinds, for people."""
+"""The name of each kind, for messages."""
 
 
 def kind_of(start: bytes) -> str:

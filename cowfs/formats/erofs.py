@@ -1,4 +1,4 @@
-"""The superblock of an EROFS image: what it is recognised by. The kernel reads the rest.
+"""Recognise an EROFS image by its superblock. The kernel reads the rest.
 
 Layout: the kernel's fs/erofs/erofs_fs.h, struct erofs_super_block.
 """
@@ -20,23 +20,23 @@ _LAYOUT = struct.Struct("<4sIIBBHQQII")
 
 @dataclass(frozen=True, slots=True)
 class Superblock:
-    """What an image says of itself."""
+    """The facts in a superblock."""
 
     raw: bytes
     inodes: int
     made: int
-    """Seconds since the epoch."""
+    """The time of creation, in seconds since the epoch."""
     size: int
-    """Bytes of the whole image."""
+    """The size of the image in bytes."""
 
 
 def is_erofs(start: bytes) -> bool:
-    """Whether an image that begins so is one."""
+    """Whether an image that begins with *start* is an EROFS image."""
     return start[OFFSET : OFFSET + len(MAGIC)] == MAGIC
 
 
 def parse(start: bytes, name: str, file_size: int) -> Superblock:
-    """Read the superblock of an image that begins with *start*; LayerError says what is wrong with it."""
+    """Read the superblock of an image that begins with *start*. LayerError if it is damaged."""
     raw = start[OFFSET : OFFSET + SIZE]
     if len(raw) < SIZE:
         raise LayerError(f"{name}: truncated EROFS image: {file_size} bytes")

@@ -1,7 +1,7 @@
-"""An index of an ISO 9660 image: bytes -> inodes, by Rock Ridge, else by Joliet, else by the plain names.
+"""An index of an ISO 9660 image, from Rock Ridge, else from Joliet, else from the plain names.
 
-Layout: ECMA-119; SUSP 1.12 and RRIP 1.12 (IEEE P1281, P1282). An image is untrusted: names, counts, sizes and
-places are checked, and no directory is read twice.
+Layout: ECMA-119; SUSP 1.12 and RRIP 1.12 (IEEE P1281, P1282). Images are untrusted, so names, counts, sizes
+and positions are checked, and no directory is read twice.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ _DIRECTORY, _ASSOCIATED, _GOES_ON = 0x02, 0x04, 0x80
 _LONGEST_LISTING = 64 << 20
 _LONGEST_NAME = 1024
 _MOST_CONTINUED = 64
-"""So many continuation areas may one record have."""
+"""The limit of continuation areas of one record."""
 _LONG_TIME = re.compile(rb"([0-9]{4})([0-9]{2})([0-9]{2})([0-9]{2})([0-9]{2})([0-9]{2})[0-9]{2}")
 
 
 @dataclass(slots=True)
 class _Record:
-    """What a directory says of a file."""
+    """A directory record: what a directory contains about a file."""
 
     name: bytes
     block: int
@@ -50,20 +50,20 @@ class _Record:
     uid: int = 0
     gid: int = 0
     serial: int = 0
-    """Of the inode; 0: it does not say."""
+    """The serial number of the inode; 0 if there is none."""
     device: int = 0
     longer: bytes = b""
-    """The name, by Rock Ridge."""
+    """The name from Rock Ridge."""
     target: list[bytes] = field(default_factory=list)
     mtime_ns: int | None = None
     child: int = 0
-    """The block of a directory that was moved elsewhere."""
+    """The block of the directory, if that was relocated."""
     is_moved: bool = False
     is_interleaved: bool = False
 
 
 def is_iso9660(start: bytes) -> bool:
-    """Whether a file that begins so is an image."""
+    """Whether a file that begins with *start* is an ISO 9660 image."""
     return start[MAGIC_AT : MAGIC_AT + len(MAGIC)] == MAGIC
 
 
@@ -71,7 +71,7 @@ class Image(Tree):
     """The index of an ISO 9660 image, and its bytes. Any thread may read from it."""
 
     def __init__(self, data: Bytes, name: str) -> None:
-        """Read all directories. *data* belongs to the image then. Blocks; LayerError, OSError."""
+        """Read all directories. The image closes *data*. Blocks; LayerError, OSError."""
         super().__init__(data, name)
         self._digest = hashlib.sha256()
         self._left = self._size = data.size
@@ -102,7 +102,7 @@ class Image(Tree):
         return found
 
     def _find_volume(self) -> tuple[bytes, bool]:
-        """Return the descriptor to go by, and whether it is Joliet's."""
+        """Return the volume descriptor to use, and whether it is Joliet's."""
         primary, joliet = b"", b""
         for number in range(_MOST_DESCRIPTORS):
             sector = self._read(_SECTOR, (_FIRST_DESCRIPTOR + number) * _SECTOR)
@@ -125,17 +125,17 @@ class Image(Tree):
         return (joliet, True) if joliet else (primary, False)
 
     def _fill(self, directory: Inode, of_directory: _Record) -> Iterator[tuple[Inode, _Record]]:
-        """Add what is in a directory; return the directories in it."""
+        """Add the content of a directory; yield the directories in it."""
         self._left -= of_directory.size
         if of_directory.size > _LONGEST_LISTING:
             raise LayerError(f"{self.name}: has a directory of {of_directory.size} bytes")
         if self._left < 0:
-            raise self._damaged("its directories are larger than it is")
+            raise self._damaged("its directories are larger than the image")
         listing = self._read(of_directory.size, of_directory.block * self._block_size)
         self._digest.update(listing)
         segments: list[tuple[int, int, int]] = []
         for number, record in enumerate(self._records(listing)):
-            if number < 2:  # the directory itself, and the one above it
+            if number < 2:  # the directory itself, and its parent
                 if number == 0 and directory is self.root:
                     self._apply(record)
                     self._set_attributes(directory, record, is_directory=True)
@@ -153,12 +153,12 @@ class Image(Tree):
             if is_directory:
                 inner = self._inner(record)
                 if inner.block in self._seen:
-                    raise self._damaged(f"the directory {record.name!r} is there twice")
+                    raise self._damaged(f"the directory {record.name!r} is in it twice")
                 self._seen.add(inner.block)
                 yield inode, inner
 
     def _inner(self, record: _Record) -> _Record:
-        """Return where a directory is: its own first record says how long it is, if it was moved."""
+        """Return the record of a directory. If that was relocated, its size is in its own first record."""
         if not record.child:
             return record
         start = self._read(_RECORD.size + 1, record.child * self._block_size)
@@ -168,7 +168,7 @@ class Image(Tree):
         at = 0
         while at < len(listing):
             length = listing[at]
-            if not length:  # no record goes beyond its sector
+            if not length:  # no record crosses a sector
                 at = (at // _SECTOR + 1) * _SECTOR
                 continue
             if length < _RECORD.size or at + length > len(listing):
@@ -180,7 +180,7 @@ class Image(Tree):
         start = segments[-1][0] + segments[-1][1] if segments else 0
         place = record.block * self._block_size
         if record.is_interleaved:
-            raise LayerError(f"{self.name}: {record.name!r} is interleaved with others: not read")
+            raise LayerError(f"{self.name}: {record.name!r} is interleaved, which cowfs does not support")
         if record.size:
             if place + record.size > self._size:
                 raise self._damaged(f"truncated: it ends before {record.name!r} does")
@@ -238,7 +238,7 @@ class Image(Tree):
     # --- Rock Ridge
 
     def _apply(self, record: _Record) -> None:
-        """Take what the system use field says of a record, with what continues it."""
+        """Apply the system use field of a record, and its continuation areas."""
         if self._skip < 0:
             return
         use, areas = record.use[self._skip if record.name != b"\0" else 0 :], 0
@@ -251,14 +251,17 @@ class Image(Tree):
                     block, offset, length = struct.unpack_from("<I4xI4xI", data)
                     self._left -= length
                     if areas > _MOST_CONTINUED or length > 1 << 16 or self._left < 0:
-                        raise self._damaged("too much belongs to one record")
+                        raise self._damaged("one record has too many continuation areas")
                     following = self._read(length, block * self._block_size + offset)
                     self._digest.update(following)
                 elif sign == b"SL":
                     target_goes_on = _add_target(record.target, data, goes_on=target_goes_on)
                 elif sign in {b"ZF", b"SF"}:
                     what = "compressed (zisofs)" if sign == b"ZF" else "a sparse file of Rock Ridge"
-                    raise LayerError(f"{self.name}: {record.name!r} is {what}: not read", "mount -o loop,ro")
+                    raise LayerError(
+                        f"{self.name}: {record.name!r} is {what}, which cowfs does not support",
+                        "mount it: mount -o loop,ro FILE DIR",
+                    )
                 else:
                     _apply_field(record, sign, data)
                 if len(record.longer) > _LONGEST_NAME:
@@ -291,7 +294,7 @@ def _apply_field(record: _Record, sign: bytes, data: bytes) -> None:
         record.serial = struct.unpack_from("<I", data, 32)[0] if len(data) >= 40 else 0
     elif sign == b"PN" and len(data) >= 16:
         high, low = struct.unpack_from("<I4xI", data)
-        if not high and low > 0xFF:  # as the kernel takes it
+        if not high and low > 0xFF:  # as the kernel decodes it
             high, low = low >> 8, low & 0xFF
         record.device = os.makedev(high & 0xFFF, low & 0xFFFFF)
     elif sign == b"NM" and data and not data[0] & 6:
@@ -305,7 +308,7 @@ def _apply_field(record: _Record, sign: bytes, data: bytes) -> None:
 
 
 def _add_target(target: list[bytes], data: bytes, *, goes_on: bool) -> bool:
-    """Add the components of a field to a target; say whether the last one goes on in the next field."""
+    """Add the components of a field to a target; return whether the last one continues in the next field."""
     at = 1
     while at + 2 <= len(data):
         flags, length = data[at], data[at + 1]
@@ -319,7 +322,7 @@ def _add_target(target: list[bytes], data: bytes, *, goes_on: bool) -> bool:
 
 
 def _modified(data: bytes) -> int | None:
-    """Return the time of the last change of a field TF, in nanoseconds."""
+    """Return the mtime in a TF field, in ns since the epoch; None if it has none."""
     flags = data[0]
     if not flags & 2:
         return None
@@ -340,7 +343,7 @@ def _short_time(stamp: bytes) -> int:
 
 
 def _nanoseconds(parts: list[int], zone: int) -> int:
-    """Return a time; *zone* is a signed byte, in quarters of an hour from UTC. 0 for none."""
+    """Return a time in ns since the epoch; 0 if invalid. *zone* is a signed byte: quarter hours from UTC."""
     if not 1 <= parts[1] <= 12 or not 1 <= parts[2] <= 31 or parts[0] < 1:
         return 0
     quarters = zone - 256 if zone > 127 else zone

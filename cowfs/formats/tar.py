@@ -1,7 +1,7 @@
-"""An index of an uncompressed tar archive: bytes -> inodes, nothing is unpacked.
+"""An index of an uncompressed tar archive. Nothing is unpacked.
 
-The headers are read by Python's tarfile: ustar, pax and GNU's, with sparse files, extended attributes
-(SCHILY.xattr) and ACLs (SCHILY.acl). An archive is untrusted: names, counts, sizes and places are checked.
+Python's tarfile reads the headers: ustar, pax and GNU's, with sparse files, xattrs (SCHILY.xattr) and ACLs
+(SCHILY.acl). Archives are untrusted, so names, counts, sizes and positions are checked.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from cowfs.formats.archive import MOST_MEMBERS, NAMES, Inode, Tree
 from cowfs.formats.squashfs.source import Bytes
 
 _LONGEST_HEADER = 16 << 20
-"""No header, with all that belongs to it, has more bytes: attributes of one file, a name, a sparse map."""
+"""The limit of the headers of one member in bytes, with its xattrs, name and sparse map."""
 _MOST_FOR_ALL = 1000
-"""The most attributes in pax's global headers, which each later member gets."""
+"""The limit of records in pax's global headers, which apply to each later member."""
 _XATTR = "SCHILY.xattr."
 _ACLS = {"SCHILY.acl.access": b"system.posix_acl_access", "SCHILY.acl.default": b"system.posix_acl_default"}
 _AHEAD = 64 << 10
@@ -32,15 +32,15 @@ _LONGEST_XATTR_NAME, _LONGEST_XATTR = 255, 64 << 10  # linux/limits.h: XATTR_NAM
 
 
 def is_tar(start: bytes) -> bool:
-    """Whether a file that begins so is an archive: ustar's, pax's or GNU's."""
+    """Whether a file that begins with *start* is a tar archive: ustar, pax or GNU."""
     return start[257:262] == b"ustar"
 
 
 class Archive(Tree):
-    """The index of a tar archive, and its bytes. Any thread may read from it."""
+    """The index of a tar archive, and its data. Any thread may read from it."""
 
     def __init__(self, data: Bytes, name: str) -> None:
-        """Read all headers. *data* belongs to the archive then. Blocks; LayerError, OSError."""
+        """Read all headers. The archive closes *data*. Blocks; LayerError, OSError."""
         super().__init__(data, name)
         self._size = data.size
         self._xattr_bytes = 0
@@ -75,7 +75,7 @@ class Archive(Tree):
         *way, last = self._parts(member.linkname) or [b""]
         found = self._directory(way).children.get(last)
         if found is None or stat.S_ISDIR(found.mode):
-            raise LayerError(f"{self.name}: {member.name!r} is a link to no file: {member.linkname!r}")
+            raise LayerError(f"{self.name}: {member.name!r} links to a missing file: {member.linkname!r}")
         found.nlink += 1
         return found
 
@@ -108,7 +108,7 @@ class Archive(Tree):
             raise LayerError(f"{self.name}: {member.name!r} has {member.size} bytes")
         for start, length in pieces:
             if start < end or length < 0 or start + length > member.size:
-                raise LayerError(f"{self.name}: {member.name!r} has a damaged map of its holes")
+                raise LayerError(f"{self.name}: {member.name!r} has a damaged sparse map")
             if length:
                 segments.append((start, length, place))
             place, end = place + length, start + length
@@ -123,7 +123,7 @@ class Archive(Tree):
         inode.xattrs = self._xattrs(member)
 
     def _xattrs(self, member: tarfile.TarInfo) -> dict[bytes, bytes]:
-        """Return the extended attributes of a member. LayerError for those that no file can have."""
+        """Return the xattrs of a member. LayerError for those that no file can have."""
         found = {
             key.removeprefix(_XATTR).encode(*NAMES): text.encode(*NAMES)
             for key, text in member.pax_headers.items()
@@ -140,8 +140,8 @@ class Archive(Tree):
                     f"{self.name}: {member.name!r} has an extended attribute that no file can have"
                 )
             self._xattr_bytes += len(name) + len(value)
-        if self._xattr_bytes > self._size:  # one that stands for all members would be kept for each
-            raise LayerError(f"{self.name}: has more bytes of extended attributes than it has itself")
+        if self._xattr_bytes > self._size:  # a global one would be stored for each member
+            raise LayerError(f"{self.name}: has more bytes of extended attributes than the archive itself")
         return found
 
 
@@ -151,7 +151,7 @@ def _facts(inode: Inode) -> tuple[object, ...]:
 
 
 def _nanoseconds(member: tarfile.TarInfo) -> int:
-    """Return the time of the last change; 0 for one that is none, or is beyond what 64 bits hold."""
+    """Return the mtime in ns since the epoch; 0 if it is invalid or does not fit in 64 bits."""
     exact = _TIME.fullmatch(member.pax_headers.get("mtime", ""))
     if exact:
         time = int(exact[2]) * 1_000_000_000 + int((exact[3] or "").ljust(9, "0")[:9])
@@ -166,29 +166,29 @@ def _members(data: Bytes) -> Iterator[tarfile.TarInfo]:
     with tarfile.open(fileobj=stream, mode="r:", encoding=NAMES[0], errors=NAMES[1]) as archive:  # type: ignore[call-overload]
         while (member := archive.next()) is not None:
             if len(archive.pax_headers) > _MOST_FOR_ALL:
-                raise tarfile.ReadError(f"a header of {len(archive.pax_headers)} attributes for all members")
+                raise tarfile.ReadError(f"{len(archive.pax_headers)} records in global headers")
             yield member
-            archive.members.clear()  # it would keep them all
+            archive.members.clear()  # tarfile would keep them all
             stream.left = _LONGEST_HEADER
         end = data.pread(tarfile.BLOCKSIZE, archive.offset)
-        if end.strip(b"\0"):  # to tarfile a header that is none is an end
+        if end.strip(b"\0"):  # tarfile takes an invalid header for the end
             raise tarfile.ReadError(f"no header at {archive.offset:#x}")
 
 
 class _Stream:
-    """The bytes as tarfile reads them: a header at a time."""
+    """The archive as a file for tarfile, with a limit for each header."""
 
     def __init__(self, data: Bytes) -> None:
         self._data = data
         self._at = 0
         self._begin, self._piece = 0, b""
         self.left = _LONGEST_HEADER
-        """So many bytes may the headers of the next member have."""
+        """The limit of the headers of the next member in bytes."""
 
     def read(self, size: int) -> bytes:
         """Return *size* bytes, fewer at the end."""
         if not 0 <= self._at <= self._data.size:
-            raise tarfile.ReadError(f"a header at {self._at}")
+            raise tarfile.ReadError(f"a header at byte {self._at}")
         if not 0 <= size <= self.left:
             raise tarfile.ReadError(f"a header of more than {_LONGEST_HEADER} bytes")
         self.left -= size
@@ -201,9 +201,9 @@ class _Stream:
         return found
 
     def seek(self, place: int) -> None:
-        """Go to a place."""
+        """Set the position in bytes."""
         self._at = place
 
     def tell(self) -> int:
-        """Return the place."""
+        """Return the position in bytes."""
         return self._at

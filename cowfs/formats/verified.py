@@ -1,4 +1,4 @@
-"""Which images are compared with hash trees when they are read, and by which root hash each."""
+"""Verify images against hash trees as they are read, each by its root hash."""
 
 from __future__ import annotations
 
@@ -20,18 +20,21 @@ Open = Callable[[str], Readable]
 _HASH = re.compile(rb"([0-9a-fA-F]{64})\s*")
 _CERTIFICATE = b"-----BEGIN CERTIFICATE-----"
 _MOST = 64 << 10
-"""A root hash or its signature is no larger."""
+"""The limit of a root hash file or a signature in bytes."""
 
 _required: dict[str, bytes] = {}
 
 
 def require(hashes: Mapping[str, bytes]) -> None:
-    """Have nothing read from now on of these images (paths or URLs) but what their root hashes are of."""
+    """From now on, verify these images (paths or URLs) by their root hashes when they are opened."""
     _required.update(hashes)
 
 
 def checked(data: Readable, path: str, open_: Open) -> Readable:
-    """Return *data* of an image as it may be read: compared, if required. As :class:`VerifiedBytes`."""
+    """Return *data* of an image, as :class:`VerifiedBytes` if it must be verified.
+
+    Blocks. LayerError, OSError; *data* is closed then.
+    """
     root_hash = _required.get(path)
     if root_hash is None:
         return data
@@ -40,7 +43,7 @@ def checked(data: Readable, path: str, open_: Open) -> Readable:
     except OSError as error:
         data.close()
         raise LayerError(
-            f"{beside(path, '.verity')}: {error.strerror}", "veritysetup format makes it"
+            f"{beside(path, '.verity')}: {error.strerror}", "veritysetup format creates it"
         ) from None
     except BaseException:
         data.close()
@@ -54,7 +57,7 @@ def checked(data: Readable, path: str, open_: Open) -> Readable:
 
 
 def beside(path: str, end: str) -> str:
-    """Return the name of a file that belongs to an image: that with another ending."""
+    """Return the path or URL of an image with another file name extension, *end*."""
     if is_url(path):
         parts = urlsplit(path)
         return urlunsplit(parts._replace(path=os.path.splitext(parts.path)[0] + end))
@@ -62,16 +65,16 @@ def beside(path: str, end: str) -> str:
 
 
 def belonging(path: str, given: str) -> list[str]:
-    """Return the files that are needed to compare an image with what *given* says."""
+    """Return the files that are needed to verify an image by *given* (see :func:`root_hash_of`)."""
     ends = [".verity", *((".roothash", ".roothash.p7s") if _is_certificate(given) else ())]
     return [beside(path, end) for end in ends]
 
 
 def root_hash_of(path: str, given: str, open_: Open) -> bytes:
-    """Return the root hash that is meant: *given* itself, that in a file, or the one beside the image, signed
-    by who has the certificate in a file.
+    """Return the root hash of an image: *given* itself, or that in the file *given*.
 
-    Blocks; UsageError, LayerError.
+    If the file contains a certificate, it is the hash in the ``.roothash`` file beside the image, whose
+    signature is checked. Blocks; UsageError, LayerError.
     """
     if is_root_hash(given):
         return bytes.fromhex(given)
@@ -85,7 +88,7 @@ def root_hash_of(path: str, given: str, open_: Open) -> bytes:
 
 
 def is_root_hash(given: str) -> bool:
-    """Whether something is a root hash, not the name of a file with one."""
+    """Whether *given* is a root hash rather than the name of a file."""
     return _HASH.fullmatch(given.encode(errors="surrogateescape")) is not None
 
 
@@ -105,7 +108,7 @@ def _file(path: str) -> bytes:
 
 
 def _signed(path: str, certificate: str, open_: Open) -> bytes:
-    """Return what a root hash file says that has been signed. LayerError if it has not."""
+    """Return the content of the root hash file. LayerError unless it is signed with the certificate."""
     openssl = find("openssl")
     if openssl is None:
         raise SystemFailure("openssl: not found; it checks the signature", "apt install openssl")
@@ -128,7 +131,7 @@ def _signed(path: str, certificate: str, open_: Open) -> bytes:
         )
         if done.returncode:
             raise LayerError(
-                f"{beside(path, '.roothash')}: it is not signed by {certificate}",
+                f"{beside(path, '.roothash')}: is not signed with {certificate}",
                 "do not use the image, or give the certificate of its signer",
             )
         with open(f"{place}/said", "rb") as file:

@@ -1,8 +1,8 @@
-"""Bytes that are compared with a hash tree when they are read, in the format of dm-verity.
+"""Verify data against a hash tree as it is read, in the format of dm-verity.
 
-The format: the kernel's drivers/md/dm-verity-target.c, and cryptsetup's lib/verity/verity.c, by whose
-veritysetup(8) a tree is made: a superblock, then the levels of hashes from the top, each of whole blocks. The
-hash of the topmost block is the root hash. Whoever has that from a source he trusts need trust nothing else.
+The format is that of the kernel's drivers/md/dm-verity-target.c, and of cryptsetup's lib/verity/verity.c.
+veritysetup(8) creates a tree: a superblock, then the levels of hashes from the top, each in whole blocks. The
+hash of the topmost block is the root hash. A user who trusts the root hash need not trust the image.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ _DIGEST = 32
 _EACH = BLOCK // _DIGEST
 _MOST_LEVELS = 63
 _KEPT = 2048
-"""So many blocks of hashes are kept, which were compared: 8 MiB, for 1 GiB of data."""
+"""How many verified blocks of hashes are cached: 8 MiB, which cover 1 GiB of data."""
 _REPORTS = 200
 
 
 class Readable(Protocol):
-    """What is compared, and the tree: a file, or something that is read like one."""
+    """The data or the tree: a file, or something that is read like one."""
 
     @property
     def size(self) -> int: ...
@@ -49,10 +49,10 @@ class Readable(Protocol):
 
 
 class VerifiedBytes:
-    """The bytes of *data*, as far as *tree* has hashes of them. All methods from any thread."""
+    """The part of *data* that *tree* covers, verified when read. Any thread may call any method."""
 
     def __init__(self, data: Readable, tree: Readable, root_hash: bytes, name: str) -> None:
-        """*data* and *tree* belong to this from now on. Reads a little. LayerError, OSError, WouldWait."""
+        """This object closes *data* and *tree*. Reads a little. LayerError, OSError, WouldWait."""
         self._data = data
         self._tree = tree
         self._name = name
@@ -61,14 +61,14 @@ class VerifiedBytes:
         self._reported: set[int] = set()
         blocks, self._salt = _superblock(tree, name)
         if blocks * BLOCK > data.size or not blocks:
-            raise LayerError(f"{name}: its hash tree is of {blocks * BLOCK} bytes, but it has {data.size}")
+            raise LayerError(f"{name}: its hash tree covers {blocks * BLOCK} bytes, but it has {data.size}")
         self.size = blocks * BLOCK
         self._levels = _levels(blocks)
         self._root = root_hash
         self.pread(1, 0)
 
     def pread(self, size: int, at: int) -> bytes:
-        """Return bytes as os.pread(2) does. EIO where they, or their hashes, are others than they were."""
+        """Return bytes as os.pread() does. EIO if they, or their hashes, do not match the root hash."""
         end = min(at + size, self.size)
         if at < 0 or at >= end:
             return b""
@@ -81,7 +81,7 @@ class VerifiedBytes:
         return data[at - first * BLOCK : end - first * BLOCK]
 
     def _once_more(self, number: int) -> bytes:
-        """Return a block that was wrong if it is right when read again: a cache may have been wrong."""
+        """Read a block that did not match again, because a cache may have been wrong. EIO."""
         self._data.forget(BLOCK, number * BLOCK)
         block = self._read(self._data, number * BLOCK, BLOCK)
         if self._hash(block) != self._wanted(0, number):
@@ -89,7 +89,7 @@ class VerifiedBytes:
         return block
 
     def _wanted(self, level: int, number: int) -> bytes:
-        """Return the hash that block *number* of a level has: of the data, those of the data, and so on."""
+        """Return the expected hash of a block. Level 0 is the data, level 1 its hashes, and so on."""
         if level == len(self._levels):
             return self._root
         index, place = divmod(number, _EACH)
@@ -136,14 +136,14 @@ class VerifiedBytes:
         return OSError(errno.EIO, f"{self._name}: {text}")
 
     def forget(self, size: int, at: int) -> None:
-        """Nothing is kept here."""
+        """Do nothing: this caches no data."""
 
     def caches(self) -> dict[str, tuple[int, int]]:
-        """Those of the data."""
+        """Return the caches of the data."""
         return self._data.caches()
 
     def stop(self) -> None:
-        """Let nobody wait any more for other machines."""
+        """Make reads that wait for other machines fail."""
         self._data.stop()
         self._tree.stop()
 
@@ -154,22 +154,22 @@ class VerifiedBytes:
 
 
 def _superblock(tree: Readable, name: str) -> tuple[int, bytes]:
-    """Return of how many blocks a tree is, and its salt."""
+    """Return the number of blocks that a tree covers, and its salt. LayerError."""
     raw = tree.pread(_SUPERBLOCK.size, 0)
     if len(raw) < _SUPERBLOCK.size or raw[:8] != _SIGNATURE:
-        raise LayerError(f"{name}: its hash tree is not dm-verity's", "make one with veritysetup format")
+        raise LayerError(f"{name}: not a dm-verity hash tree", "create one with veritysetup format")
     _, version, kind, algorithm, data_size, hash_size, blocks, salt_size, salt = _SUPERBLOCK.unpack(raw)
     is_usual = (version, kind, data_size, hash_size) == (1, 1, BLOCK, BLOCK)
     if not is_usual or algorithm.rstrip(b"\0") != b"sha256" or salt_size > len(salt):
         raise LayerError(
-            f"{name}: its hash tree is not of the kind that cowfs reads: version 1, sha256, blocks of 4096",
-            "make it with the defaults of veritysetup format",
+            f"{name}: unsupported hash tree: cowfs reads version 1 with sha256 and blocks of 4096 bytes",
+            "create it with the defaults of veritysetup format",
         )
     return blocks, salt[:salt_size]
 
 
 def _levels(blocks: int) -> list[int]:
-    """Return where each level begins in the tree, that of the data's hashes first."""
+    """Return the first block of each level in the tree, beginning with the hashes of the data."""
     counts: list[int] = []
     while blocks > 1 and len(counts) < _MOST_LEVELS:
         blocks = -(-blocks // _EACH)

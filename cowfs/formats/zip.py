@@ -1,7 +1,7 @@
-"""An index of a zip archive: bytes -> inodes, nothing is unpacked until it is read.
+"""An index of a zip archive. Data is decompressed when it is read.
 
-Layout: PKWARE's APPNOTE.TXT, and extrafld.txt of Info-ZIP's zip. An archive is untrusted: names, counts,
-sizes and places are checked.
+Layout: PKWARE's APPNOTE.TXT, and extrafld.txt of Info-ZIP's zip. Archives are untrusted, so names, counts,
+sizes and positions are checked.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ _ENCRYPTED = 0x0001 | 0x0040 | 0x2000
 _UTF8 = 0x0800
 _FAT, _UNIX, _NTFS, _VFAT, _OS_X = 0, 3, 10, 14, 19  # hosts: who made it
 _LACKS = 0xFFFFFFFF
-"""What stands in place of a number that does not fit: the extra field has it."""
+"""In place of a number that does not fit and is in the extra field."""
 _ZIP64, _TIMES, _NTFS_TIMES, _OWNER, _UNICODE_PATH = 0x0001, 0x5455, 0x000A, 0x7875, 0x7075
 _1601 = 11_644_473_600
 """Seconds from NTFS's epoch to Unix's."""
 _LARGEST_RATIO = 1032
-"""No deflated byte gives more (zlib's Technical Details: 258 bytes of two bits)."""
+"""How many bytes one deflated byte can give at most (zlib's Technical Details: 258 bytes from two bits)."""
 _OVERHEAD = 64 << 10
-"""Bytes; no deflated member has more than these and twice what it holds: it would be work for nothing."""
+"""A deflated member may have so many bytes and twice its content. More would waste time."""
 _METHODS = {9: "Deflate64", 12: "bzip2", 14: "LZMA", 20: "zstd", 93: "zstd", 95: "xz", 98: "PPMd", 99: "AES"}
 
 
 class _Entry(NamedTuple):
-    """What the central directory says of a member."""
+    """A member as the central directory describes it."""
 
     host: int
     flags: int
@@ -58,21 +58,21 @@ class _Entry(NamedTuple):
     size: int
     external: int
     place: int
-    """Of its local header."""
+    """The position of its local header."""
     raw_name: bytes
     extra: dict[int, bytes]
 
 
 def is_zip(start: bytes) -> bool:
-    """Whether a file that begins so is a zip archive. One behind a program is not seen."""
+    """Whether a file that begins with *start* is a zip archive. One behind a program is not found."""
     return start[:4] in {_FIRST_MEMBER, _NO_MEMBER}
 
 
 class Archive(Tree):
-    """The index of a zip archive, and its bytes. Any thread may read from it."""
+    """The index of a zip archive, and its data. Any thread may read from it."""
 
     def __init__(self, data: Bytes, name: str) -> None:
-        """Read the central directory. *data* belongs to the archive then. Blocks; LayerError, OSError."""
+        """Read the central directory. The archive closes *data*. Blocks; LayerError, OSError."""
         super().__init__(data, name)
         self._members: dict[int, Member] = {}
         self._unpacker = Unpacker(data, name)
@@ -84,15 +84,15 @@ class Archive(Tree):
             if found > MOST_MEMBERS:
                 raise LayerError(f"{name}: has more than {MOST_MEMBERS} members")
             self._add(entry)
-        if found & 0xFFFF != self._count & 0xFFFF:  # some writers count no further than 16 bits
-            raise self._damaged(f"{found} members where {self._count} should be")
+        if found & 0xFFFF != self._count & 0xFFFF:  # some writers store only 16 bits of the count
+            raise self._damaged(f"has {found} members, but should have {self._count}")
         self.fingerprint = self._digest.hexdigest()
 
     def _damaged(self, what: str) -> LayerError:
         return LayerError(f"{self.name}: damaged zip archive: {what}", "download or copy it again")
 
     def _find_directory(self) -> tuple[int, int, int, int]:
-        """Return where the central directory begins and ends, by how much places are wrong, and the count."""
+        """Return the start and end of the central directory, the error of all positions, and the count."""
         size = self.data.size
         tail_at = max(0, size - _LONGEST_END)
         tail = self._read(size - tail_at, tail_at)
@@ -116,7 +116,7 @@ class Archive(Tree):
         if (disk, of_directory, here) != (0, 0, count):
             raise LayerError(f"{self.name}: is one of several parts of a zip archive", "join them: zip -s 0")
         if length > end or offset > end - length:
-            raise self._damaged("its central directory is not inside of it")
+            raise self._damaged("its central directory is outside the archive")
         return end - length, end, end - length - offset, count
 
     def _read(self, size: int, at: int) -> bytes:
@@ -202,7 +202,7 @@ class Archive(Tree):
         if not least <= entry.size <= most:
             raise self._damaged(f"{name!r} has {entry.size} bytes in {entry.packed}")
         if entry.place + entry.packed > self._start:
-            raise self._damaged(f"{name!r} is not inside of it")
+            raise self._damaged(f"{name!r} is outside the archive")
         inode.size = entry.size
         if stat.S_ISLNK(inode.mode) and not 0 < inode.size < 4096:
             raise LayerError(f"{self.name}: {name!r} is a symbolic link of {inode.size} bytes")
@@ -218,14 +218,14 @@ class Archive(Tree):
         inode.mtime_ns = _nanoseconds(entry)
 
     def pread(self, inode: Inode, size: int, offset: int) -> bytes:
-        """Return up to *size* bytes of a file. May block. EIO where the archive is damaged or has changed."""
+        """Return up to *size* bytes of a file. May block. EIO if the archive is damaged or has changed."""
         end = min(offset + size, inode.size)
         if offset < 0 or offset >= end:
             return b""
         return self._unpacker.pread(self._members[inode.number], end - offset, offset)
 
     def try_pread(self, inode: Inode, size: int, offset: int) -> bytes | None:
-        """Return what pread does, or None if much had to be decompressed, or read for its CRC. EIO."""
+        """Return what :meth:`pread` returns, or None if it must decompress, or read for a CRC, much. EIO."""
         end = min(offset + size, inode.size)
         if 0 <= offset < end and self._unpacker.is_long(self._members[inode.number], end - offset, offset):
             return None
@@ -236,7 +236,7 @@ class Archive(Tree):
         self._unpacker.shrink()
 
     def target(self, inode: Inode) -> bytes:
-        """Return what a symbolic link leads to. EIO."""
+        """Return the target of a symbolic link. EIO."""
         target = self.pread(inode, inode.size, 0)
         if b"\0" in target:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
@@ -244,7 +244,7 @@ class Archive(Tree):
 
 
 def _fields(extra: bytes) -> dict[int, bytes]:
-    """Return the extra fields of a member by their kinds; what is no field ends them."""
+    """Return the extra fields of a member by their kinds, up to the first invalid one."""
     found, at = {}, 0
     while at + 4 <= len(extra):
         kind, length = struct.unpack_from("<HH", extra, at)
@@ -256,7 +256,7 @@ def _fields(extra: bytes) -> dict[int, bytes]:
 
 
 def _name(entry: _Entry) -> str:
-    """Return a path as Info-ZIP's unzip does: that of DOS has its characters, and may have backslashes."""
+    """Decode a path as Info-ZIP's unzip does. One from DOS has its charset, and may have backslashes."""
     raw = entry.raw_name
     unicode = entry.extra.get(_UNICODE_PATH, b"")
     if unicode[:1] == b"\1" and unicode[1:5] == Unpacker.crc(raw):
@@ -280,7 +280,7 @@ def _mode(entry: _Entry, *, is_directory: bool) -> int:
 
 
 def _owner(field: bytes) -> tuple[int, int]:
-    """Return user and group: root's where the archive does not say."""
+    """Return user and group; those of root if the archive has none."""
     if len(field) < 3 or field[0] != 1 or len(field) < 3 + field[1]:
         return 0, 0
     uid = int.from_bytes(field[2 : 2 + field[1]], "little")
@@ -290,7 +290,7 @@ def _owner(field: bytes) -> tuple[int, int]:
 
 
 def _nanoseconds(entry: _Entry) -> int:
-    """Return the time of the last change; that of DOS, which is of no time zone, is taken for UTC."""
+    """Return the mtime in ns since the epoch. One from DOS, which has no time zone, is taken for UTC."""
     times = entry.extra.get(_TIMES, b"")
     if len(times) >= 5 and times[0] & 1:
         return int.from_bytes(times[1:5], "little", signed=True) * 1_000_000_000

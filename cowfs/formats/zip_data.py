@@ -1,7 +1,7 @@
-"""The data of members of zip archives: any part of them, decompressed when it is read.
+"""Read any part of a member of a zip archive, decompressing it as needed.
 
-A stream can only be decompressed from its start. So the state of the decompressor is kept where readers
-stopped, for those who read on, and at some places on the way there, for those who read elsewhere.
+A stream can only be decompressed from its start. So this module keeps the state of the decompressor where
+readers stopped, for those who continue, and at some points before that, for those who read elsewhere.
 """
 
 from __future__ import annotations
@@ -27,27 +27,27 @@ log = logging.getLogger(__name__)
 STORED, DEFLATED = 0, 8
 _LOCAL = struct.Struct("<4s22xHH")  # magic, bytes of the name and of the extra fields
 _BLOCK = 256 << 10
-"""So much is decompressed and kept at once."""
+"""How many bytes are decompressed and cached as one block."""
 _KEPT = 32 << 20
-"""Bytes of decompressed data."""
+"""How many bytes of decompressed data are cached."""
 _PLACES, _PLACES_OF_ONE = 256, 128
-"""How many states of decompressors are kept of all members, and of one: some 70 KiB each."""
+"""How many states of decompressors are kept for all members, and for one: about 70 KiB each."""
 _LEAST_APART = 16
-"""Blocks between two of them."""
+"""The least distance of two kept states, in blocks."""
 _NEAR = 8
-"""So many blocks before the one that is wanted are kept, too: their readers are under way."""
+"""How many blocks before the requested one are cached too, for readers that are on their way there."""
 _READERS = 32
-"""Of so many readers the state where they stopped is kept."""
+"""For how many readers the state where they stopped is kept."""
 _INPUT = 32 << 10
 _SHORT = 64 << 10
-"""So much is decompressed in less time than it takes to hand the work over."""
+"""How many bytes take less time to decompress than handing the work to a thread."""
 _READ_FOR_CRC = 64 << 20
-"""If the end of a stored member is read, at most so much before it is read as well, to compare the CRC."""
+"""How many bytes before the end of a stored member are read with the end, to check the CRC."""
 _REPORTS = 200
 
 
 class Member:
-    """The data of a member, and how far it was compared with its CRC."""
+    """The data of a member, and how much of it the CRC has covered."""
 
     __slots__ = (
         "compared",
@@ -63,7 +63,7 @@ class Member:
     )
 
     def __init__(self, header: int, method: int, packed: int, size: int, crc: int) -> None:
-        """*header* is where its local header is; *packed* and *size* are bytes."""
+        """*header* is the position of its local header; *packed* and *size* are in bytes."""
         self.header = header
         self.method = method
         self.packed = packed
@@ -76,7 +76,7 @@ class Member:
 
 
 class _State:
-    """A decompressor before a block."""
+    """The state of a decompressor at the start of a block."""
 
     __slots__ = ("at", "block", "crc", "stream")
 
@@ -91,7 +91,7 @@ class _State:
 
 
 class Unpacker:
-    """Reads the members of one archive. All methods from any thread."""
+    """Reads the members of one archive. Any thread may call any method."""
 
     def __init__(self, data: Bytes, name: str) -> None:
         """*name* is for messages."""
@@ -100,7 +100,7 @@ class Unpacker:
         self._blocks: GenerationCache[tuple[int, int], bytes] = GenerationCache(_KEPT, len)
         self._places: GenerationCache[tuple[int, int], _State] = GenerationCache(_PLACES, lambda _: 1)
         self._last: OrderedDict[tuple[int, int], _State] = OrderedDict()
-        self._lock = threading.Lock()  # of _last, and of the members' locks
+        self._lock = threading.Lock()  # for _last, and for the members' locks
         self._reported: set[int] = set()
 
     def shrink(self) -> None:
@@ -112,11 +112,11 @@ class Unpacker:
 
     @staticmethod
     def crc(data: bytes) -> bytes:
-        """Return the CRC of bytes, as it stands in archives."""
+        """Return the CRC of *data*, as archives store it."""
         return zlib.crc32(data).to_bytes(4, "little")
 
     def is_long(self, member: Member, size: int, offset: int) -> bool:
-        """Say whether reading these bytes means to decompress much, or to read much for the CRC."""
+        """Whether reading these bytes must decompress much, or read much for the CRC."""
         if member.size <= _SHORT:
             return False
         if member.method == STORED:
@@ -142,7 +142,7 @@ class Unpacker:
         return data[start : start + size]
 
     def _find(self, member: Member) -> int:
-        """Return where the data of a member begins: behind its local header."""
+        """Return the position of a member's data, after its local header."""
         header = self._data.pread(_LOCAL.size, member.header)
         if len(header) < _LOCAL.size or header[:4] != b"PK\3\4":
             raise self._damaged(member, "no member")
@@ -168,7 +168,8 @@ class Unpacker:
 
     def _stored(self, member: Member, size: int, offset: int) -> bytes:
         data = self._read(member, size, offset)
-        # Who is not at the end does not wait for one who compares: what is left out now is read again then.
+        # A reader before the end does not wait for one that computes the CRC. Who reads the end, later reads
+        # again what the CRC does not cover yet.
         if member.compared < member.size and member.lock is not None:
             is_end = offset + size == member.size
             if member.lock.acquire(blocking=is_end and not must_not_wait()):
@@ -183,7 +184,7 @@ class Unpacker:
         return data
 
     def _compare(self, member: Member, data: bytes, offset: int) -> None:
-        """Take what was read into the sum if it follows what was; at the end of the member, the rest too."""
+        """Add *data* to the CRC if it continues the covered part; at the end of the member, read the rest."""
         end = offset + len(data)
         if offset <= member.compared < end:
             member.sum = zlib.crc32(memoryview(data)[member.compared - offset :], member.sum)
@@ -213,7 +214,7 @@ class Unpacker:
         return found
 
     def _decompress(self, member: Member, wanted: int) -> bytes:
-        """Return a block, by way of those before it from the nearest state that is kept."""
+        """Return a block, after decompressing those before it from the nearest kept state."""
         apart = max(_LEAST_APART, -(-member.size // _BLOCK) // _PLACES_OF_ONE + 1)
         state = self._nearest(member, wanted, apart)
         while True:
@@ -247,7 +248,7 @@ class Unpacker:
         return _State(zlib.decompressobj(-zlib.MAX_WBITS))
 
     def _next(self, member: Member, state: _State) -> bytes:
-        """Return the block that follows."""
+        """Decompress and return the next block."""
         stream, found = state.stream, bytearray()
         end = min(_BLOCK, member.size - state.block * _BLOCK)
         while len(found) < end:

@@ -144,7 +144,7 @@ def test_an_ordinary_user_has_the_files_then(nobody_path: Path) -> None:
     differ = {path for path in new.keys() | now.keys() if new.get(path) != now.get(path)}
     if os.geteuid() == 0:  # who made the store
         assert done.returncode == 64, done.stderr
-        assert "devices left out, which only root can make: 1 (null)" in done.stderr
+        assert "devices left out, which only root can create: 1 (null)" in done.stderr
         assert "files whose owner only root can set" in done.stderr
         assert differ == {"null"}
     else:

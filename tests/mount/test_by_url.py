@@ -170,7 +170,7 @@ def test_a_server_is_not_trusted_beyond_the_root_hash(
         assert said.count("\n") == 1 and "the daemon failed" not in said
         return said
 
-    assert "it is not signed by" in refusal(str(tmp_path / "other.crt"))
+    assert "is not signed with" in refusal(str(tmp_path / "other.crt"))
     assert "does not match the root hash" in refusal("0" * 64)
     assert "neither a root hash nor a file" in refusal(str(tmp_path / "nothing"))
     del files["/root.verity"]

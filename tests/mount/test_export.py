@@ -442,7 +442,7 @@ def test_what_a_format_has_no_words_for_is_told(tmp_path: Path) -> None:
     assert done.returncode == 64
     lines = [line.partition(f"{tmp_path / 'image'}: ")[2] for line in done.stderr.splitlines()]
     assert lines == [
-        "names left out that would be taken for whiteouts: 5 (.wh.0, .wh.1, .wh.2, …)",
+        "left out, because the name would be taken for a whiteout: 5 (.wh.0, .wh.1, .wh.2, …)",
         "sockets left out: 1 (socket)",
         f"deletions left out: the name of the whiteout would be too long: 1 (sub/{'n' * 254})",
     ]
@@ -456,7 +456,7 @@ def test_what_a_format_has_no_words_for_is_told(tmp_path: Path) -> None:
         (["--to", "tar", "--whiteouts", "foo", "x"], "--whiteouts foo: not with --to tar (known: oci, aufs"),
         (["--to", "patch", "--merged", "x"], "--merged: not with --to patch"),
         (["--to", "tar", "there"], "there: already exists (give another name, or --force to replace it)"),
-        (["--to", "tar", "directory", "-f"], "directory: is there, and no regular file"),
+        (["--to", "tar", "directory", "-f"], "directory: exists, but is not a regular file"),
         (["--to", "oci", "directory", "-f"], "directory: is not empty"),
         (["--to", "tar", "no/where"], "no/where: No such file or directory"),
         (["--to", "oci", "-"], "-: oci is a directory"),

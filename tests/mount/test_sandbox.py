@@ -225,7 +225,7 @@ def test_a_commit_that_is_completed_overwrites_nothing_newer(root: Path, tmp_pat
         there.write_text(mine)
         done = cowfs(*the_next)
         assert done.returncode != 0
-        assert f"cannot be completed: {there}: was changed meanwhile (move it elsewhere" in done.stderr, (
+        assert f"cannot be completed: {there}: has changed meanwhile (move it elsewhere" in done.stderr, (
             done.stderr
         )
         assert (there.read_text(), (root / "zz").read_text()) == (mine, "1\n")
@@ -263,7 +263,7 @@ def test_a_commit_that_finds_no_room_is_completed_when_there_is_some(nobody_path
         torn = (root / "log").read_bytes()
         (root / "log").write_bytes(b"mine" + torn[4:])
         done = cowfs(*command, "true", nobody=True, env=env)
-        assert f"cannot be completed: {root}/log: was changed meanwhile (move it elsewhere" in done.stderr
+        assert f"cannot be completed: {root}/log: has changed meanwhile (move it elsewhere" in done.stderr
         assert (done.returncode, (root / "sub/new").exists()) == (2, False)
         (root / "log").write_bytes(torn)
         done = cowfs(*command, "true", nobody=True, env=env)
@@ -311,8 +311,8 @@ def test_a_commit_leaves_out_what_cannot_be(
             run("umount", root / "gone/sub")
     assert [(root / name).exists() for name in ("new", "new-dir", "new-link")] == [True, True, False]
     assert sorted(commit.losses) == [
-        "files whose mode their filesystem does not have: 1 (new-dir)",
-        "left there, for something is mounted on it, or in it: 1 (gone)",
+        "files whose mode the filesystem does not support: 1 (new-dir)",
+        "not removed, because something is mounted on it, or in it: 1 (gone)",
         "symbolic links, FIFOs and sockets left out, which the filesystem does not support: 1 (new-link)",
     ]
     assert os.listdir("/var/lib/cowfs/commits") == []

@@ -177,7 +177,11 @@ def test_a_store_of_another_user_gives_nobody_rights(made: Path, nobody_path: Pa
         ]
         for tree, what in (("applied", done[0]), ("upper", done[1])):
             assert what.returncode == (0 if trust else 64), what.stderr
-            for says in ("set-ID bits and capabilities, as", "trusted.*, as", "devices left out, as"):
+            for says in (
+                "set-ID bits and capabilities, because",
+                "trusted.*, because",
+                "devices left out, because",
+            ):
                 assert (f"{says} {nobody_path} belongs to uid {NOBODY}" in what.stderr) != bool(trust)
             assert (top / tree / "program").stat().st_mode & 0o7777 == (0o4755 if trust else 0o755)
             attributes = {"security.capability", "trusted.mark"} if trust else set()

@@ -132,7 +132,7 @@ def looped(data: bytes) -> bytes:
         (lambda data: data[: data.index(b"data of the file")], "truncated: it "),
         (replaced(b"NM\x0e\1\0directory", b"NM\x0e\1\0dire/tory"), "which no file can have here"),
         (replaced(b"NM\x0e\1\0directory", b"NM\x0e\1\0" + bytes(9)), "which no file can have here"),
-        (looped, "is there twice"),
+        (looped, "is in it twice"),
         (replaced(b"NM\x0e\1\0directory", b"ZF\x0e\1pz\4\x0f\0\0\0\0\0\0"), r"compressed \(zisofs\)"),
         (lambda data: data[:0x8080] + b"\0\7" + data[0x8082:], "blocks of 1792 bytes"),
     ],
@@ -155,7 +155,7 @@ def test_a_part_that_every_record_has_is_read_no_oftener_than_there_are_bytes(tm
     volumes = by_hand.volume(1, 19) + by_hand.volume(255, 0) + bytes(by_hand.SECTOR)
     image = tmp_path / "x.iso"
     image.write_bytes(by_hand.BEFORE + volumes + top + bytes(10_000))
-    with pytest.raises(LayerError, match="too much belongs to one record"):
+    with pytest.raises(LayerError, match="too many continuation areas"):
         Iso9660Layer(str(image))
 
 

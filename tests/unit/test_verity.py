@@ -78,8 +78,8 @@ def test_trees_that_are_not_read_are_named() -> None:
     data = bytes(3 * BLOCK)
     for tree, why in [
         (make_tree(data, b"sha512")[0], "not of the kind"),
-        (make_tree(data, blocks=4)[0], "its hash tree is of 16384 bytes, but it has 12288"),
-        (make_tree(data, blocks=(1 << 64) - 1)[0], "its hash tree is of"),
+        (make_tree(data, blocks=4)[0], "its hash tree covers 16384 bytes, but it has 12288"),
+        (make_tree(data, blocks=(1 << 64) - 1)[0], "its hash tree covers"),
         (b"", "not dm-verity's"),
         (bytes(BLOCK), "not dm-verity's"),
     ]:

@@ -1,1 +1,1 @@
-"""Ext3 images, read and written in this process: no mount, no loop device, no privilege."""
+"""Read and write ext3 images in this process, without a mount, a loop device or privileges."""

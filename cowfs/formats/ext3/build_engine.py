@@ -1,4 +1,4 @@
-"""How ``cowfs.formats.ext3._engine`` is compiled: setup.py uses it."""
+"""Compile ``cowfs.formats.ext3._engine``, for setup.py."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ SOURCES = [
 
 
 CFLAGS = tuple(shlex.split(os.environ.get("COWFS_CFLAGS", "")))
-"""For those who work on cowfs: scripts/setup has -Werror in it."""
+"""More flags for the compiler: scripts/setup --test sets -Werror."""
 
 
 def builder(here: Path = HERE, flags: tuple[str, ...] = ()) -> FFI:
-    """Return what compiles the module from the sources in *here*; engine.h declares its interface."""
+    """Return the builder of the module from the sources in *here*. engine.h declares its interface."""
     declarations = (here / "engine.h").read_text()
     ffi = FFI()
     ffi.cdef(re.sub(r"^#(?!define).*$", "", declarations, flags=re.MULTILINE))

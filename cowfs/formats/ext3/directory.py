@@ -1,4 +1,4 @@
-"""The names of directories, kept in dictionaries, so that a lookup reads no blocks."""
+"""The names of directories, cached in dictionaries so that a lookup reads no blocks."""
 
 from __future__ import annotations
 
@@ -23,33 +23,33 @@ TYPES = (
     stat.S_IFSOCK,
     stat.S_IFLNK,
 )
-"""The S_IFMT bits for each EXT2_FT_* of a directory entry; 0 where the filesystem does not say."""
+"""The S_IFMT bits for each EXT2_FT_* of a directory entry; 0 if the filesystem does not record the type."""
 _NUMBERS = {mode: number for number, mode in enumerate(TYPES)}
 
 MOST_NAMES = 1 << 18
-"""How many names are kept in all, about 200 bytes each; the directory used last is kept, however large."""
+"""How many names are cached in all, about 200 bytes each. The directory used last stays, however large."""
 LARGE = 1 << 18
-"""Bytes of a directory above which it is not read whole to find a name: others would wait."""
+"""A directory of more bytes is not read as a whole to find a name, because other requests would wait."""
 MOST_LISTED = 2_000_000
-"""How many names of a directory are listed: the memory for them is bounded."""
+"""How many names of a directory can be listed. It bounds the memory for them."""
 _ITSELF = 16
-"""How many names a directory without names counts for."""
+"""The weight of a directory without names, as a number of names."""
 _COUNT_AFTER = 256
-"""Directories that are known already get new names: so after this many loads all are counted again."""
+"""Recount all names after so many loads, because cached directories get new names too."""
 
 
 def entry(ino: int, mode: int, block: int, offset: int) -> int:
-    """Pack what is known of a name into one integer, which is small and quick to make."""
+    """Pack the entry of a name into one integer, which is small and quick to make."""
     return packed(ino, _NUMBERS[stat.S_IFMT(mode)], block, offset)
 
 
 def packed(ino: int, kind: int, block: int, offset: int) -> int:
-    """The same for a type in the form that directories have."""
+    """Pack an entry whose type is an EXT2_FT_*."""
     return ino | kind << _TYPE_AT | offset << _OFFSET_AT | block << _BLOCK_AT
 
 
 def moved(value: int, block: int, offset: int) -> int:
-    """Return the entry of the same inode in another place."""
+    """Return the same entry at another block and offset."""
     return value & _WHAT | offset << _OFFSET_AT | block << _BLOCK_AT
 
 
@@ -59,7 +59,7 @@ def type_of(value: int) -> int:
 
 
 def place_of(value: int) -> tuple[int, int]:
-    """Return the block and the offset where an entry is, or was: an index may have moved it."""
+    """Return the block and offset of an entry. An index may have moved it since."""
     return value >> _BLOCK_AT, value >> _OFFSET_AT & 0xFFFF
 
 
@@ -71,32 +71,32 @@ class Names(dict[bytes, int]):
     def __init__(self) -> None:
         super().__init__()
         self.hint = 0
-        """The first block that may have room."""
+        """The first block that may have free space."""
         self.more: object = None
-        """Data of the image's user about the directory."""
+        """What the user of the image records about the directory."""
         self._twice: frozenset[int] = frozenset()
 
     def find_double(self) -> None:
-        """Find the inodes that have more than one name here, now that all names are known."""
+        """Find the inodes that have more than one name here. Call it when all names are added."""
         seen = {value & INO for value in self.values()}
         if len(seen) < len(self):
             counted = Counter(value & INO for value in self.values())
             self._twice = frozenset(ino for ino, names in counted.items() if names > 1)
 
     def is_twice(self, ino: int, name: bytes) -> bool:
-        """Return whether a directory has another name here, which is an error."""
+        """Whether a directory has another name here, which is an error."""
         return ino in self._twice
 
 
 class LargeNames:
-    """The same for a directory that is too large for memory: each name is read from the image."""
+    """The names of a directory that is too large for memory. Each name is read from the image."""
 
     __slots__ = ("_directories", "_find", "_list", "_names", "hint", "more")
 
     def __init__(
         self, find: Callable[[bytes], int | None], list_: Callable[[], Iterator[tuple[bytes, int]]]
     ) -> None:
-        """*find* gives the entry of a name, *list_* all names with their entries."""
+        """*find* returns the entry of a name, *list_* all names with their entries."""
         self._find = find
         self._list = list_
         self._directories: dict[int, bytes] = {}  # the name by which each requested inode is known
@@ -117,7 +117,7 @@ class LargeNames:
         return self._find(name) is not None
 
     def __setitem__(self, name: bytes, value: int) -> None:
-        """Do nothing: the image has the name already."""
+        """Do nothing: the name is already in the image."""
         ino = value & INO
         if ino in self._directories:
             self._names.pop(self._directories[ino], None)
@@ -139,7 +139,7 @@ class LargeNames:
         return self._list()
 
     def __len__(self) -> int:
-        """Return the memory that it takes, as a number of names."""
+        """Return the memory that this object takes, as a number of names."""
         return 2 * len(self._directories)
 
     def is_twice(self, ino: int, name: bytes) -> bool:
@@ -172,9 +172,7 @@ class Directories:
         large: Callable[[int], LargeNames | None] = lambda _: None,
         most: int = MOST_NAMES,
     ) -> None:
-        """*load* yields what x3_readdir returns for a directory; *large* serves those that must not be
-        loaded.
-        """
+        """*load* yields what x3_readdir returns for a directory; *large* returns the names of a large one."""
         self._load = load
         self._large = large
         self._most = most
@@ -183,7 +181,7 @@ class Directories:
         self._loads = 0
 
     def names(self, directory: int) -> AnyNames:
-        """Return the names of a directory; change them together with the directory. ENOTDIR."""
+        """Return the names of a directory. The caller updates them when it changes the directory. ENOTDIR."""
         names = self._by_ino.get(directory)
         if names is not None:
             self._by_ino.move_to_end(directory)
@@ -202,7 +200,7 @@ class Directories:
         return names
 
     def known(self, directory: int) -> AnyNames | None:
-        """Return the names if they are in memory."""
+        """Return the names of a directory if they are cached, else None."""
         return self._by_ino.get(directory)
 
     def forget(self, directory: int) -> None:

@@ -1,6 +1,6 @@
-"""The features of an ext2/3/4 filesystem: which it has, and what they are called.
+"""Read the features of an ext2/3/4 filesystem, and name them.
 
-Layout: fs/ext4/ext4.h of Linux (struct ext4_super_block), little-endian; the names are mke2fs(8)'s.
+Layout: fs/ext4/ext4.h of Linux (struct ext4_super_block), little-endian. The names are those of mke2fs(8).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import struct
 from typing import NamedTuple
 
 SUPERBLOCK, SUPERBLOCK_SIZE = 1024, 1024
-"""Where the superblock is, and how large."""
+"""Offset and size of the superblock in bytes."""
 MAGIC = 0xEF53
 _MAGIC = struct.Struct("<H")  # at 56
 _FEATURES = struct.Struct("<III")  # at 92
@@ -19,25 +19,25 @@ _REVISION = struct.Struct("<I")  # at 76
 _JOURNAL_INODE = struct.Struct("<I")  # at 224
 
 HAS_JOURNAL, SPARSE_SUPER2 = 0x4, 0x200
-"""Of the compatible ones."""
+"""Compatible features."""
 NEEDS_RECOVERY, JOURNAL_DEVICE = 0x4, 0x8
-"""Of the incompatible ones."""
+"""Incompatible features."""
 
 
 class Features(NamedTuple):
-    """The three words of a superblock."""
+    """The three words of features in a superblock."""
 
     compatible: int
-    """What others need not know of."""
+    """Features that a driver need not support."""
     incompatible: int
-    """What one must know to read."""
+    """Features that a driver must support to read."""
     read_only: int
-    """What one must know to write."""
+    """Features that a driver must support to write."""
 
 
 EXT3 = Features(0x23F, 0x2 | 0x4 | 0x10, 0x1 | 0x2 | 0x4)
-"""What we know: all that the kernel's fs/ext4 accepts under the name ext3 (EXT3_FEATURE_*_SUPP), and
-sparse_super2, which it does not mind."""
+"""The supported features: those that the kernel's fs/ext4 accepts as ext3 (EXT3_FEATURE_*_SUPP), and
+sparse_super2, which it ignores."""
 
 _COMPATIBLE = {
     0x40: "lazy_bg",
@@ -80,7 +80,7 @@ _READ_ONLY = {
 
 
 def read(superblock: bytes) -> Features | None:
-    """Return the features in a superblock; None if it is none of ext2, ext3 or ext4."""
+    """Return the features in a superblock; None if it is not one of ext2, ext3 or ext4."""
     if len(superblock) < SUPERBLOCK_SIZE or _MAGIC.unpack_from(superblock, 56)[0] != MAGIC:
         return None
     return Features(*_FEATURES.unpack_from(superblock, 92))
@@ -99,9 +99,9 @@ def foreign(found: Features) -> list[str]:
 
 
 def obstacle(superblock: bytes, name: str) -> tuple[str, str] | None:
-    """Return why we do not serve the filesystem with this superblock, and what to do; None if we do.
+    """Return why the engine does not support the filesystem of a superblock, and a hint; None if it does.
 
-    *name* is what its image is called in what to do.
+    The hint calls the image *name*.
     """
     found = read(superblock)
     if found is None:
@@ -131,9 +131,9 @@ def obstacle(superblock: bytes, name: str) -> tuple[str, str] | None:
 
 
 def check(fd: int, name: str) -> None:
-    """Raise OSError unless the engine can read and write the image behind *fd*; *name* is for messages.
+    """OSError unless the engine can read and write the image *fd*; *name* is for messages.
 
-    EINVAL: no ext filesystem at all; EOPNOTSUPP: not a plain ext3, with the names of what it has.
+    EINVAL if it is not an ext filesystem; EOPNOTSUPP, with the names of the features, if not a plain ext3.
     """
     superblock = os.pread(fd, SUPERBLOCK_SIZE, SUPERBLOCK)
     if why := obstacle(superblock, name):

@@ -1,6 +1,6 @@
-"""The inodes of an ext3 image that is open in this process: the engine's operations in Python's terms.
+"""The operations on the inodes of an ext3 image, which call the engine.
 
-Inodes are named by their numbers. Everything raises OSError and nothing else.
+An inode is given by its number. All functions raise only OSError.
 """
 
 from __future__ import annotations
@@ -31,30 +31,31 @@ from cowfs.formats.ext3.records import FIRST, INODE, Inode, number_of, time_of
 
 ROOT = 2
 MODE, UID, GID, ATIME, MTIME = 1, 2, 4, 8, 16
-"""What setattr sets."""
+"""The attributes that setattr sets, as bits."""
 
 _NOTHING_NEW = 1000
-"""How often in a row a part of a directory may have no name that is new."""
+"""How many parts of a directory in a row may have no new name."""
 _XATTR = 1024
-"""Bytes that most attributes fit in."""
+"""The size of a buffer that most xattrs fit in, in bytes."""
 _LENGTHS = struct.Struct("=II")
 Xattrs = Sequence[tuple[bytes, bytes]]
 
 
-def _in_a_row(attrs: Xattrs) -> Any:
-    """Return attributes as x3_new has them; who gives them to the engine keeps this meanwhile."""
+def _pack_xattrs(attrs: Xattrs) -> Any:
+    """Return xattrs in the form of x3_new. The caller keeps a reference during the call of the engine."""
     parts = [part for name, value in attrs for part in (_LENGTHS.pack(len(name), len(value)), name, value)]
     return ffi.from_buffer(CHARS, b"".join(parts))
 
 
 class Image(Opened):
-    """The image behind a descriptor, which is duplicated: the caller's stays the caller's.
+    """An open image. It duplicates the descriptor, and the caller closes its own.
 
-    The methods about names are for one thread; those about one inode, and ``commit``, for any.
+    Only one thread may call the methods about names. Any thread may call those about one inode, and
+    ``commit``.
     """
 
     def __init__(self, fd: int, name: str, **how: Unpack[How]) -> None:
-        """Open it, as :class:`~cowfs.formats.ext3.opened.Opened`."""
+        """Open the image; see :class:`~cowfs.formats.ext3.opened.Opened`."""
         super().__init__(fd, name, **how)
         self._attr = ffi.new("struct x3_attr *")
         self._new = ffi.new("struct x3_new *")
@@ -68,15 +69,17 @@ class Image(Opened):
     # --- inodes
 
     def raw(self, ino: int) -> tuple[int, ...]:
-        """Return the fields of an Inode, bare and quick: times as numbers. ESTALE for what is not in use. For
-        one thread."""
+        """Return the fields of an Inode quickly, with the times as numbers. For one thread.
+
+        ESTALE if the inode is not in use.
+        """
         code = lib.x3_getattr(self.handle, ino, self._attr)
         if code < 0:
             raise self._failure(code)
         return INODE.unpack(self._attr_bytes)
 
     def child(self, directory: int, ino: int) -> tuple[int, ...]:
-        """The same for what a name in a directory leads to. EUCLEAN for a directory that is in two places."""
+        """Return the same for the inode of a name in a directory. EUCLEAN if a directory has two parents."""
         code = lib.x3_child(self.handle, directory, ino, self._attr)
         if code < 0:
             raise self._failure(code)
@@ -104,7 +107,7 @@ class Image(Opened):
         atime: int = 0,
         mtime: int = 0,
     ) -> None:
-        """Set those of the attributes that *what* names, in one step. For one thread."""
+        """Set the attributes in *what* in one step. Times are in ns since the epoch. For one thread."""
         attr = self._attr
         if what & (MODE | UID | GID):
             attr.mode, attr.uid, attr.gid = mode, uid, gid
@@ -113,7 +116,7 @@ class Image(Opened):
         self._done(lib.x3_setattr(self.handle, ino, what, attr))
 
     def was_read(self, ino: int, *, always: bool) -> None:
-        """Set its atime if relatime says so, or *always*. Errors are ignored."""
+        """Update its atime by the rule of relatime, or *always*. Ignores errors."""
         lib.x3_was_read(self.handle, ino, always)
 
     def setflags(self, ino: int, flags: int) -> None:
@@ -121,19 +124,19 @@ class Image(Opened):
         self._done(lib.x3_setflags(self.handle, ino, flags))
 
     def birth(self, ino: int) -> int | None:
-        """Return when an inode was made, None where that is not kept."""
+        """Return an inode's time of birth in ns since the epoch; None if it is not recorded."""
         out = ffi.new("int64_t *")
         return int(out[0]) if self._done(lib.x3_birth(self.handle, ino, out)) else None
 
     def readlink(self, ino: int) -> bytes:
-        """Return the target. EINVAL for what is no symlink."""
+        """Return the target of a symbolic link. EINVAL for any other inode."""
         buffer = unset(CHARS, 4096)
         return bytes(ffi.buffer(buffer, self._done(lib.x3_readlink(self.handle, ino, buffer, 4096))))
 
     # --- names
 
     def is_above(self, ino: int, directory: int) -> bool:
-        """Say whether an inode is that directory, or above it. EUCLEAN if it is not below the root."""
+        """Whether an inode is *directory*, or above it. EUCLEAN if the directory is not below the root."""
         return bool(self._done(lib.x3_is_above(self.handle, ino, directory)))
 
     def names(self, directory: int) -> AnyNames:
@@ -141,11 +144,11 @@ class Image(Opened):
         return self._directories.names(directory)
 
     def known(self, directory: int) -> AnyNames | None:
-        """Return its names if they are in memory."""
+        """Return the names of a directory if they are cached, else None."""
         return self._directories.known(directory)
 
     def _large(self, directory: int) -> LargeNames | None:
-        """Return the names of a large directory, None for any other. ENOTDIR."""
+        """Return the names of a large directory; None for any other. ENOTDIR."""
         mode, *_, size, _, _, _, _ = self.raw(directory)
         if not stat.S_ISDIR(mode):
             raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
@@ -163,21 +166,21 @@ class Image(Opened):
         return packed(found.ino, found.type, place.block, place.offset)
 
     def list_large(self, directory: int) -> dict[bytes, int]:
-        """Return all names with their entries, from the image; for any thread. Blocks. EFBIG over 2,000,000.
+        """Read all names with their entries from the image. For any thread. Blocks. EFBIG over 2,000,000.
 
-        Names that come or go meanwhile may be there; what was there all the time is.
+        It may or may not contain names that are added or removed meanwhile. It contains all others.
         """
         names: dict[bytes, int] = {}
         count = 0
         for data in self._list(directory):
             before = len(names)
             names.update(parse(data))
-            # An index may move names to the end while we read: some come twice. But all cannot.
+            # An index may move names to the end meanwhile, so that some are read twice, but not all of them.
             count = 0 if len(names) > before else count + 1
             if len(names) > MOST_LISTED:
                 raise OSError(errno.EFBIG, "the directory is too large to be listed", self.name)
             if count > _NOTHING_NEW:
-                raise self.damaged(f"directory {directory} has the same names again and again")
+                raise self.damaged(f"directory {directory} repeats its names without end")
         return names
 
     def create(
@@ -191,7 +194,7 @@ class Image(Opened):
         target: bytes = b"",
         attrs: Xattrs = (),
     ) -> int:
-        """Make an inode of any type under a name that is free, with *attrs*; return its number."""
+        """Create an inode of any type under a new name, with the xattrs *attrs*; return its number."""
         names = self.names(directory)
         new = self._new
         new.mode, new.uid, new.gid = mode, uid, gid
@@ -202,14 +205,14 @@ class Image(Opened):
         new.target_len = len(target)
         new.attrs_size = 0
         if attrs:
-            kept_attrs = _in_a_row(attrs)
+            kept_attrs = _pack_xattrs(attrs)
             new.attrs, new.attrs_size = kept_attrs, len(kept_attrs)
         code = lib.x3_create(self.handle, directory, name, len(name), names.hint, new)
         if code < 0:
             raise self._failure(code, name)
         ino: int = new.ino
         place = new.place
-        self._directories.forget(ino)  # which had the number before
+        self._directories.forget(ino)  # a removed directory may have had this number
         names[name] = entry(ino, mode, place.block, place.offset)
         names.hint = place.block
         return ino
@@ -223,15 +226,15 @@ class Image(Opened):
         data: bytes,
         attrs: Xattrs,
     ) -> int:
-        """Make a regular file, complete from the beginning, under a name that is free; return its number.
+        """Create a complete regular file under a new name, in one step; return its number.
 
-        *fields*: mode, owner and group; *times*: atime and mtime. The directory's mtime stays as it is.
+        *fields*: mode, owner and group; *times*: atime and mtime in ns. Keeps the mtime of the directory.
         """
         names = self.names(directory)
         new = ffi.new("struct x3_copy *")
         new.mode, new.uid, new.gid = fields
         new.atime_ns, new.mtime_ns = number_of(times[0]), number_of(times[1])
-        kept, kept_attrs = ffi.from_buffer(CHARS, data), _in_a_row(attrs)
+        kept, kept_attrs = ffi.from_buffer(CHARS, data), _pack_xattrs(attrs)
         new.data, new.size = kept, len(data)
         new.attrs, new.attrs_size = kept_attrs, len(kept_attrs)
         code = lib.x3_copy(self.handle, directory, name, len(name), names.hint, new)
@@ -245,7 +248,7 @@ class Image(Opened):
         return ino
 
     def link(self, ino: int, mode: int, directory: int, name: bytes) -> None:
-        """Give an inode, whose type is in *mode*, one more name, which must be free."""
+        """Give an inode, whose type is in *mode*, another name, which must not exist."""
         names = self.names(directory)
         place = ffi.new("struct x3_place *")
         code = lib.x3_link(self.handle, ino, directory, name, len(name), names.hint, place)
@@ -254,14 +257,14 @@ class Image(Opened):
         names.hint = place.block
 
     def unlink(self, directory: int, name: bytes, *, keep: bool) -> bool:
-        """Remove the name of a file. With the last one the inode goes, but, to *keep* it, not before release.
+        """Remove a name of a file. Without any other name, the inode is removed, or at release if *keep*.
 
-        Returns whether that is so: whether it lives on without a name.
+        Returns whether the inode still exists without a name.
         """
         return self._remove(lib.x3_unlink, directory, name, keep=keep)
 
     def rmdir(self, directory: int, name: bytes, *, keep: bool) -> bool:
-        """Remove an empty directory, likewise. ENOTEMPTY."""
+        """Remove an empty directory; see :meth:`unlink`. ENOTEMPTY."""
         ino = self.names(directory)[name] & INO
         kept = self._remove(lib.x3_rmdir, directory, name, keep=keep)
         self._directories.forget(ino)
@@ -285,10 +288,10 @@ class Image(Opened):
         whiteout: tuple[int, int] | None = None,
         keep: bool = False,
     ) -> bool:
-        """Move a name; *whiteout* is the owner of the one that is left, *keep* is for what is replaced.
+        """Move a name, or exchange two. Returns whether a replaced inode still exists without a name.
 
-        The two must be names of different inodes, and a directory must not end up below itself. Returns
-        whether what was replaced lives on without a name.
+        With *whiteout*, its owner and group, a whiteout takes the place of *source*. *keep* keeps a replaced
+        inode until release. The names must be of different inodes, and no directory may end up below itself.
         """
         (source_dir, source_name), (target_dir, target_name) = source, target
         names = self.names(source_dir)
@@ -331,7 +334,7 @@ class Image(Opened):
         return kept_on
 
     def release(self, ino: int) -> None:
-        """Let an inode go that has no name any more."""
+        """Free an inode that has no name any more."""
         self._done(lib.x3_release(self.handle, ino))
 
     # --- data
@@ -345,22 +348,22 @@ class Image(Opened):
         return bytes(ffi.buffer(buffer, got))
 
     def pwrite(self, ino: int, data: bytes, offset: int) -> int:
-        """Write all of *data*; return its length. May block. After ENOSPC a part may be there."""
+        """Write all of *data*; return its length. May block. After ENOSPC a part may have been written."""
         size = len(data)
         given = data if type(data) is bytes else ffi.from_buffer(data)
         done: int = lib.x3_write(self.handle, ino, given, size, offset)
         return done if done == size else self._write_on(lib.x3_write, ino, data, offset, done)
 
     def fill(self, ino: int, data: bytes, offset: int) -> int:
-        """Write *data* where there are holes, and change nothing else: neither blocks, nor size, nor times.
+        """Write *data* only into holes. Existing blocks, size and times stay as they are.
 
-        *offset* is a multiple of the block size; what is missing of the last block is zero. Each block is a
-        hole or has all of its data, after a crash too. ENOSPC. May block.
+        *offset* is a multiple of the block size; zeros fill the last block. Even after a crash, each block is
+        a hole or has all of its data. ENOSPC. May block.
         """
         return self._write_on(lib.x3_fill, ino, data, offset, 0)
 
     def _write_on(self, call: Any, ino: int, data: bytes, offset: int, done: int) -> int:
-        """Write the rest; *done* is what the first call has said."""
+        """Write the rest of *data*; *done* is the result of the first call."""
         size = len(data)
         while 0 <= done < size:  # full: the rest says so
             rest = memoryview(data)[done:]
@@ -372,11 +375,11 @@ class Image(Opened):
         self._done(lib.x3_truncate(self.handle, ino, size))
 
     def punch(self, ino: int, offset: int, length: int) -> None:
-        """Let a range be a hole. May block."""
+        """Make a range of bytes a hole. May block."""
         self._done(lib.x3_punch(self.handle, ino, offset, length))
 
     def size_max(self) -> int:
-        """Return the size that no file can exceed."""
+        """Return the largest possible size of a file in bytes."""
         return int(lib.x3_size_max(self.handle))
 
     def segments(self, ino: int, end: int, position: int = 0) -> Iterator[tuple[int, int]]:
@@ -392,14 +395,14 @@ class Image(Opened):
     # --- extended attributes
 
     def listxattr(self, ino: int) -> list[bytes]:
-        """Return the names of all attributes."""
+        """Return the names of all xattrs."""
         if not self._done(lib.x3_listxattr(self.handle, ino, ffi.NULL, 0)):
-            return []  # as most have
+            return []  # the most frequent case
         buffer, size = self._answer(lambda buffer, room: lib.x3_listxattr(self.handle, ino, buffer, room))
         return bytes(ffi.buffer(buffer, size)).split(b"\0")[:-1]
 
     def getxattr(self, ino: int, name: bytes) -> bytes:
-        """Return a value. ENODATA, EOPNOTSUPP."""
+        """Return the value of an xattr. ENODATA, EOPNOTSUPP."""
         length = len(name)
         buffer, size = self._answer(
             lambda buffer, room: lib.x3_getxattr(self.handle, ino, name, length, buffer, room)
@@ -416,11 +419,11 @@ class Image(Opened):
             room = max(self._done(ask(ffi.NULL, 0)), room + 1)
 
     def setxattr(self, ino: int, name: bytes, value: bytes, flags: int = 0) -> None:
-        """Set an attribute; flags as setxattr(2)."""
+        """Set an xattr; *flags* are those of setxattr(2)."""
         self._done(lib.x3_setxattr(self.handle, ino, name, len(name), value, len(value), flags))
 
     def removexattr(self, ino: int, name: bytes) -> None:
-        """Remove an attribute. ENODATA."""
+        """Remove an xattr. ENODATA."""
         self._done(lib.x3_removexattr(self.handle, ino, name, len(name)))
 
 

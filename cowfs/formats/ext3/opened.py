@@ -1,6 +1,6 @@
-"""An ext3 image as a whole, open in this process: opening, closing, errors, commits.
+"""An open ext3 image as a whole: opening, closing, errors, commits.
 
-Changes are on disk after ``commit``, ``fsync`` or ``close``; a thread commits the others every few seconds.
+Changes are on disk after ``commit``, ``fsync`` or ``close``. A thread also commits every few seconds.
 """
 
 from __future__ import annotations
@@ -24,29 +24,29 @@ from cowfs.linux.signals import held_back
 log = logging.getLogger(__name__)
 
 CACHE_BYTES = 64 << 20
-"""Of metadata; the data of files is in the page cache."""
+"""The cache of metadata in bytes. The data of files is in the page cache."""
 COMMIT_SECONDS = 5.0
-"""How often changes are put on disk, as with the kernel."""
+"""The interval of commits in seconds, as in the kernel."""
 
 _LISTING = 64 << 10
-"""How many bytes of names are read at a time; at least four blocks."""
+"""How many bytes of names are read at a time: at least four blocks."""
 _UNITS = 4096
 _MOST_TOLD = 100
-"""How many damages of one image are logged."""
+"""How many different damages of one image are logged."""
 CHARS = ffi.typeof("char[]")
 unset = ffi.new_allocator(should_clear_after_alloc=False)
-"""Allocates memory whose content does not matter."""
+"""Allocates memory without clearing it."""
 
 
 def _way_out(error: int) -> str:
-    """Return when changes will be accepted again that were refused with this errno."""
+    """Return the condition on which refused changes will be accepted again, for a message."""
     if error == errno.ENOMEM:
         return "there is memory"
     return "it has space" if error in LACK_OF_ROOM else "it accepts writes"
 
 
 class _Together:
-    """A block whose changes reach the disk together."""
+    """A context in which all changes reach the disk together."""
 
     __slots__ = ("_handle",)
 
@@ -61,7 +61,7 @@ class _Together:
 
 
 class How(TypedDict, total=False):
-    """How an image is opened: see :class:`Opened`."""
+    """The options of opening an image; see :class:`Opened`."""
 
     read_only: bool
     cache_bytes: int
@@ -71,7 +71,7 @@ class How(TypedDict, total=False):
 
 
 class Opened:
-    """The image behind a descriptor, which is duplicated: the caller's stays the caller's."""
+    """An open image. It duplicates the descriptor, and the caller closes its own."""
 
     def __init__(
         self,
@@ -84,11 +84,10 @@ class Opened:
         trace_fd: int = -1,
         debug: int = 0,
     ) -> None:
-        """Open it. EUCLEAN when its journal must be recovered first; features.check() refuses anything but a
-        plain ext3.
+        """Open the image. OSError: EUCLEAN if its journal must be recovered first; see also features.check().
 
-        *name* is for messages; *trace_fd* and *debug* are for tests: see x3_open. With *commit_seconds* 0
-        commits happen only on demand.
+        *name* is for messages. With *commit_seconds* 0, commits happen only on demand. *trace_fd* and *debug*
+        are for tests; see x3_open.
         """
         features.check(fd, name)
         self.name = name
@@ -97,18 +96,18 @@ class Opened:
         self._damages: set[str] = set()
         self._stalled = 0
         self.is_tracked = False
-        """Whether somebody uses track()."""
+        """Whether track() is on."""
         self.resumed = 0
-        """How often others have had the image meanwhile."""
+        """How often the image was suspended and resumed."""
         self._lost_told = False
         out = ffi.new("x3_image **")
         code = lib.x3_open(fd, lib.X3_READ_ONLY if read_only else 0, cache_bytes, trace_fd, debug, out)
         if code < 0:
             raise OSError(-code, _message(ffi.NULL) or os.strerror(-code), name)
         self.handle: Any = out[0]
-        """The engine's handle, for what only tests do with it."""
+        """The engine's handle, public only for tests."""
         self.pressed: Any = lib.x3_pressed(self.handle)
-        """Its first element is not 0 while threads in a hurry should call relieve() before a change."""
+        """While its first element is not 0, threads in a hurry should call relieve() before a change."""
         self._listing = max(_LISTING, 4 * self.facts().block_size)
         self._seconds = 0 if read_only else commit_seconds
         self._stop = threading.Event()
@@ -116,9 +115,9 @@ class Opened:
         self._start_thread()
 
     def close(self) -> None:
-        """Write everything to its place and close the image.
+        """Write everything to its place, and close the image.
 
-        Blocks. Safe to call twice. Raises what went wrong; the image is closed even then.
+        Blocks. Safe to call twice. After an OSError, the image is closed too.
         """
         handle = self._let_go()
         if handle is not None:
@@ -127,7 +126,7 @@ class Opened:
                 raise OSError(-code, os.strerror(-code), self.name)
 
     def abandon(self) -> None:
-        """Close the image as a crash would: write nothing more."""
+        """Close the image as in a crash, without writing anything."""
         handle = self._let_go()
         if handle is not None:
             lib.x3_abandon(handle)
@@ -142,7 +141,7 @@ class Opened:
             self._stop.clear()
             name = f"commit {self.name}"
             self._thread = threading.Thread(target=self._commit_now_and_then, name=name, daemon=True)
-            with held_back():  # else a signal could reach this thread while the others block it
+            with held_back():  # otherwise a signal could reach this thread while the others block it
                 self._thread.start()
 
     def _stop_thread(self) -> None:
@@ -158,14 +157,14 @@ class Opened:
             if lib.x3_wait(self.handle, milliseconds) and not self._stop.is_set():
                 code = lib.x3_commit(self.handle)
                 if code < 0:
-                    self._failure(code)  # which reports it; the next call that changes something fails too
+                    self._failure(code)  # logs it; the next change fails too
             self._tell_stall()
             self.tell_lost()
 
     # --- errors
 
     def _failure(self, code: int, *names: object) -> OSError:
-        """Return the exception for a result below 0; log it, once, if the image is aborted."""
+        """Return the exception for a negative result. Logs it, once, if the image is aborted."""
         if code in {-errno.EIO, -errno.EROFS, -errno.EUCLEAN} and not self._said and not self.read_only:
             aborted = self.facts().aborted
             if aborted and not self._said:
@@ -184,14 +183,14 @@ class Opened:
         return OSError(-code, os.strerror(-code), *names)
 
     def damaged(self, what: str) -> OSError:
-        """Log a damage once, and only a limited number of them; return the exception for it."""
+        """Log a damage, once, up to a limit; return the exception for it."""
         if what not in self._damages and len(self._damages) < _MOST_TOLD:
             self._damages.add(what)
             log.error("%s: damaged: %s. Unmount it, then run: cowfs check %s", self.name, what, self.name)
         return OSError(errno.EUCLEAN, f"damaged: {what} (see `cowfs check`)", self.name)
 
     def tell_lost(self) -> None:
-        """Log, once, which files have data that the disk refused and that is lost. Blocks."""
+        """Log, once, the files that have lost data because the disk refused it. Blocks."""
         inodes = ffi.new("uint32_t[]", _MOST_TOLD)
         count = lib.x3_lost(self.handle, inodes, _MOST_TOLD)
         if not count or self._lost_told:
@@ -199,13 +198,13 @@ class Opened:
         self._lost_told = True
         found = sorted(places(set(inodes[0:count]), self._list, self._stop.is_set))
         log.error(
-            "%s: what was written to these files in the last seconds is lost: %s",
+            "%s: data written to these files in the last seconds is lost: %s",
             self.name,
             ", ".join(os.fsdecode(path) for path in found) or "files without names",
         )
 
     def _tell_stall(self) -> None:
-        """Log that changes are refused from now on because the disk is full, or not any more."""
+        """Log that changes are now refused because the disk is full, or that they are accepted again."""
         facts = self.facts()
         if facts.stalled and not self._stalled:
             since = local_time(facts.saved_ns / 1e9)
@@ -226,48 +225,48 @@ class Opened:
     # --- the whole
 
     def facts(self) -> Facts:
-        """Return what is known of the whole image now."""
+        """Return the current state of the image."""
         out = ffi.new("struct x3_facts *")
         lib.x3_facts(self.handle, out)
         known = {name: getattr(out, name) for name in Facts._fields if name != "uuid"}
         return Facts(**known, uuid=bytes(ffi.buffer(out.uuid)))
 
     def shrink(self) -> None:
-        """Drop from memory what can be read from the image again."""
+        """Free the caches."""
         lib.x3_shrink(self.handle)
 
     def commit(self) -> None:
-        """Return when all changes so far are on disk. Blocks."""
+        """Write all changes so far to disk. Blocks."""
         self._done(lib.x3_commit(self.handle))
 
     def checkpoint(self) -> None:
-        """Commit, and leave nothing in the journal. Blocks."""
+        """Commit, and empty the journal. Blocks."""
         self._done(lib.x3_checkpoint(self.handle))
 
     @staticmethod
     def hurry(on: bool) -> bool:
-        """Set whether this thread must not wait for the disk when it needs freed blocks: NotYetFree.
+        """Set whether this thread is in a hurry; return the old setting.
 
-        Returns the old setting.
+        Such a thread does not wait for the disk when it needs freed blocks: NotYetFree.
         """
         return bool(lib.x3_hurry(on))
 
     def relieve(self, for_room: bool) -> None:
-        """Commit what threads in a hurry wait for; *for_room*: after a NotYetFree. Blocks."""
+        """Commit what threads in a hurry need; *for_room*: after a NotYetFree. Blocks."""
         self._done(lib.x3_relieve(self.handle, for_room))
 
     def fsync(self, ino: int, datasync: bool) -> None:
-        """Return when an inode and its data are on disk. Blocks."""
+        """Write an inode and its data to disk. Blocks."""
         self._done(lib.x3_fsync(self.handle, ino, datasync))
 
     def together(self) -> _Together:
-        """The changes within the block reach the disk together or not at all: a few quick ones."""
+        """Return a context whose changes, a few quick ones, reach the disk together or not at all."""
         return _Together(self.handle)
 
     def suspend(self) -> None:
-        """Leave the image to others, complete and clean, until resume. Blocks; calls meanwhile wait.
+        """Leave the image complete and clean for other programs until resume. Blocks. Calls meanwhile wait.
 
-        Inodes without names are lost when others check the image.
+        If another program checks the image, inodes without names are lost.
         """
         self._stop_thread()
         try:
@@ -277,7 +276,7 @@ class Opened:
             raise
 
     def resume(self, fd: int = -1) -> None:
-        """Continue with the image as it is now, behind *fd* if given. Blocks.
+        """Continue with the image as it is now, through *fd* if given. Blocks.
 
         If this fails, every later call fails with EIO.
         """
@@ -286,23 +285,24 @@ class Opened:
         self._start_thread()
 
     def track(self, on: bool) -> None:
-        """Start, or stop, recording which MiB of the file are written here."""
+        """Start or stop to record which MiB of the image are written."""
         self._done(lib.x3_track(self.handle, on))
         self.is_tracked = on
 
     def tracked(self) -> list[int]:
-        """Return the numbers of the MiB that were written to since the last call: read them after it."""
+        """Return the indices of the MiB that were written since the last call. Read them after the call."""
         units = ffi.new("uint32_t[]", _UNITS)
         found: list[int] = []
         while True:
             count = self._done(lib.x3_tracked(self.handle, units, _UNITS))
             found.extend(units[0:count])
-            if count + 64 <= _UNITS:  # it has seen the whole map; later writes are for the next call
+            if count + 64 <= _UNITS:  # the map has been read; later writes are for the next call
                 return found
 
     def switch(self, fd: int) -> None:
-        """Continue with another descriptor, of a file with the same content. EBUSY if something changed since
-        the last checkpoint.
+        """Continue with another descriptor, of a file with the same content.
+
+        EBUSY if something has changed since the last checkpoint.
         """
         self._done(lib.x3_switch(self.handle, fd))
 

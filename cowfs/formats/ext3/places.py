@@ -1,4 +1,4 @@
-"""Find the paths of inodes, for messages to people."""
+"""Find the paths of inodes, for messages."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def places(
 ) -> Iterator[bytes]:
     """Yield a path from the root for each of the *wanted* inodes.
 
-    Blocks: it may search the whole image. *listing* yields what x3_readdir returns for a directory, OSError
-    if it cannot be read; *stopped* ends the search.
+    Blocks; it may search the whole image. *listing* yields what x3_readdir returns for a directory, and
+    raises OSError if it cannot be read. The search ends when *stopped* returns true.
     """
     wanted = set(wanted)
     directories = deque([(_ROOT, b"")])

@@ -1,4 +1,4 @@
-"""What the engine returns about inodes and the image, as plain data."""
+"""The engine's records of inodes and of the image, as plain data."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ INODE = struct.Struct("=8I2Q3q")
 
 
 FIRST = -(1 << 31) * 10**9
-"""The earliest time that an inode can have, in ns …"""
+"""The earliest time of an inode in ns since the epoch."""
 _LAST = ((1 << 31) + (3 << 32) - 1) * 10**9
-"""… and the latest, which the year 2446 has."""
+"""The latest time of an inode in ns, in the year 2446."""
 
 
 def time_of(number: int) -> int:
-    """Return the time that a number in struct x3_attr stands for."""
+    """Return the time in ns since the epoch for a number in struct x3_attr."""
     return number if number >= FIRST else number + (1 << 64)
 
 
 def number_of(time: int) -> int:
-    """Return the number in struct x3_attr for a time, or for the nearest time that an inode can have."""
+    """Return the number in struct x3_attr for a time in ns, or for the nearest possible time."""
     time = min(max(time, FIRST), _LAST)
     return time if time < 1 << 63 else time - (1 << 64)
 
@@ -45,7 +45,7 @@ class Inode(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """What is known of the whole image. Sizes are counted in blocks."""
+    """The state of the image. Sizes are in blocks unless stated otherwise."""
 
     block_size: int
     inode_size: int
@@ -57,22 +57,22 @@ class Facts(NamedTuple):
     free_inodes: int
     uuid: bytes
     replayed: int
-    """Transactions that were in the journal when it was opened."""
+    """Transactions that were replayed from the journal when the image was opened."""
     redone: int
-    """Records that were in the redo log then."""
+    """Records that were replayed from the redo log then."""
     aborted: int
-    """The errno for which the engine aborted the image; 0 while all is well."""
+    """The errno for which the engine aborted the image; 0 if it did not."""
     stalled: int
-    """The errno of what the disk lacks: changes are refused until it has that; 0 while all is well."""
+    """The errno for which changes are refused for now, for example because the disk is full; 0 if none."""
     unsaved: int
     """Blocks with changes that are only in memory."""
     saved_ns: int
-    """When everything was on disk last."""
+    """The last time when everything was on disk, in ns."""
     missing: int
-    """Bytes of its blocks that the image's file lacks: it is sparse."""
+    """Bytes of the image that its file, being sparse, has not allocated."""
     disk_free: int
-    """Bytes that its disk has free for them."""
+    """Free bytes of its disk."""
     cache_hits: int
-    """Since it was opened: metadata blocks that were in memory when needed …"""
+    """Metadata blocks, since the image was opened, that were in memory when needed."""
     cache_misses: int
-    """… and those that had to be read."""
+    """Metadata blocks that had to be read."""
