@@ -1,8 +1,8 @@
-"""Where the data of a file is: its block list, and the fragments.
+"""Find the data of a file: its block list, and the fragments.
 
-A file is cut into blocks of the image's block size. They follow each other in the image, and the
-inode lists the stored length of each; a length of 0 is a block of zeros that is not stored at all.
-What remains at the end may be a part of a fragment: a block shared by the tails of several files.
+A file is divided into blocks of the image's block size. They follow each other in the image, and the
+inode lists the stored length of each. A length of 0 is a block of zeros, which is not stored.
+The rest at the end may be part of a fragment, a block that contains the tails of several files.
 Layouts: squashfs_fs.h; use: the kernel's file.c and fragment.c.
 """
 
@@ -21,22 +21,22 @@ from cowfs.formats.squashfs.superblock import Superblock
 
 UNCOMPRESSED = 1 << 24
 LENGTH = UNCOMPRESSED - 1
-"""The bits of a stored length that are the length; bit 24 says that the block is not compressed."""
+"""The bits of a stored length that are the length. Bit 24 is set if the block is not compressed."""
 
 _PER_CHUNK = BLOCK // 4
 _FRAGMENT = "QII"  # position, stored length, unused
-_FRAGMENT_2 = "II"  # the same in version 2, without what is unused
+_FRAGMENT_2 = "II"  # in version 2: position, stored length
 
 BLOCKS_MAX = 1 << 26
-"""The most blocks of a file: 8 TiB at the usual block size of 128 KiB."""
+"""The limit of the blocks of a file: 8 TiB with the usual block size of 128 KiB."""
 
 
 class Stored(NamedTuple):
-    """Where a block is stored."""
+    """The position and stored length of a block."""
 
     position: int
     word: int
-    """Its length as the format has it: 0 for a hole, with bit 24 where it is not compressed."""
+    """Its length as stored: 0 for a hole, with bit 24 set if it is not compressed."""
 
     @property
     def length(self) -> int:
@@ -49,11 +49,11 @@ _Chunk = tuple[tuple[int, ...], list[int]]
 
 
 class BlockMap:
-    """The block list of one file, read as far as it is asked for.
+    """The block list of one file, read as far as needed.
 
-    The list of a large file is itself large (4 bytes per block), and where a block is follows from
-    the lengths of all before it. So it is taken in chunks of 2048 blocks; of each chunk that was
-    passed one remembers where it begins, and of the last ones everything.
+    The list of a large file is itself large (4 bytes per block), and the position of a block follows from
+    the lengths of all blocks before it. So the list is read in chunks of 2048 blocks. The start of each chunk
+    is kept, and the content of the latest chunks.
     """
 
     __slots__ = ("_chunks", "_inode", "_lock", "_starts", "_superblock", "_table", "_width", "count")
@@ -68,18 +68,18 @@ class BlockMap:
         if count * self._width > table.bound(body):
             raise table.damaged(body, f"lists {count} blocks, more than there can be")
         if count > BLOCKS_MAX:
-            raise OSError(errno.EFBIG, f"file {inode.number} of {inode.size} bytes: too large to be read")
+            raise OSError(errno.EFBIG, f"file {inode.number} of {inode.size} bytes: too large to read")
         self.count = count
         self._table = table
         self._superblock = superblock
         self._inode = inode
-        # Where each chunk begins: in the table, and in the image.
+        # The start of each chunk: in the table, and in the image.
         self._starts = [(body, inode.start)]
         self._chunks: dict[int, _Chunk] = {}
         self._lock = threading.Lock()
 
     def __getitem__(self, number: int) -> Stored:
-        """Where block *number* is. May block. EIO."""
+        """Return the position and length of block *number*. May block. EIO."""
         words, positions = self._chunk(number // _PER_CHUNK)
         place = number % _PER_CHUNK
         if place >= len(words):
@@ -87,7 +87,7 @@ class BlockMap:
         return Stored(positions[place], words[place])
 
     def since(self, number: int) -> Iterator[tuple[int, Stored]]:
-        """(number, place) of every block from *number* on that is no hole. May block. EIO."""
+        """Yield (number, block) for every block from *number* on that is not a hole. May block. EIO."""
         while number < self.count:
             chunk, first = divmod(number, _PER_CHUNK)
             words, positions = self._chunk(chunk)
@@ -139,7 +139,7 @@ def _word_of_1(word: int) -> int:
 
 
 def count_blocks(inode: Inode, superblock: Superblock) -> int:
-    """How many blocks a file has, not counting a tail in a fragment."""
+    """Return how many blocks a file has, without a tail in a fragment."""
     count = inode.size >> superblock.block_log
     if inode.fragment == NONE and inode.size & (superblock.block_size - 1):
         count += 1
@@ -160,10 +160,10 @@ class FragmentTable:
         )
 
     def __getitem__(self, number: int) -> Stored:
-        """Where fragment *number* is. May block. EIO."""
+        """Return the position and length of fragment *number*. May block. EIO."""
         position, word, *_ = self._entry.unpack(self._table.entry(number))
         return Stored(position, word)
 
     def first_block(self) -> int:
-        """Where the table begins: the end of the one before it."""
+        """The start of the table, which is the end of the table before it."""
         return self._table.first_block()

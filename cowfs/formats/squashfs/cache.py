@@ -13,17 +13,17 @@ V = TypeVar("V")
 
 
 class GenerationCache(Generic[K, V]):
-    """A cache that holds at most *limit* in weight, or one single heavier entry.
+    """A cache that holds at most *limit* in weight, or one heavier entry.
 
-    Two dictionaries: entries are added to the young one; when that has half the limit it becomes
-    the old one, whose entries are dropped but for those that were asked for meanwhile. So a hit
-    costs one dictionary lookup and needs no lock, at the price of an approximate order of eviction.
+    It has two dictionaries, and adds entries to the young one. When that reaches half the limit, it becomes
+    the old one, and the entries of the former old one that were not used meanwhile are dropped. So a hit
+    takes one dictionary lookup and no lock, and the order of eviction is approximate.
     """
 
     __slots__ = ("_half", "_lock", "_old", "_weigh", "_weight", "_young")
 
     def __init__(self, limit: int, weigh: Callable[[V], int]) -> None:
-        """*limit* is in whatever unit *weigh* counts: bytes, or entries."""
+        """*limit* is in the unit that *weigh* returns: bytes, or entries."""
         self._half = limit // 2
         self._weigh = weigh
         self._weight = 0
@@ -32,7 +32,7 @@ class GenerationCache(Generic[K, V]):
         self._lock = threading.Lock()
 
     def get(self, key: K) -> V | None:
-        """The value, or None."""
+        """Return the value, or None."""
         value = self._young.get(key)
         if value is None:
             value = self._old.get(key)
@@ -41,11 +41,11 @@ class GenerationCache(Generic[K, V]):
         return value
 
     def put(self, key: K, value: V) -> None:
-        """Remember *value*, and forget others for it."""
+        """Add *value*, and drop others if necessary."""
         weight = self._weigh(value)
         with self._lock:
             if self._weight + weight > self._half:
-                # A value heavier than the whole cache is kept alone, so that working with it is possible.
+                # A value heavier than the whole cache is kept alone, or it would be made again at each use.
                 self._old = {} if weight > self._half else self._young
                 self._young = {}
                 self._weight = 0
@@ -53,13 +53,13 @@ class GenerationCache(Generic[K, V]):
             self._weight += weight
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Drop all values."""
         with self._lock:
             self._young, self._old, self._weight = {}, {}, 0
 
 
 class _Making:
-    """A value that a thread is making, for those who want it too."""
+    """A value that one thread is making, and for which others wait."""
 
     __slots__ = ("_done", "_error", "_value")
 
@@ -70,12 +70,12 @@ class _Making:
         self._error: BaseException | None = None
 
     def finish(self, value: bytes, error: BaseException | None = None) -> None:
-        """Let those who wait go on. Once."""
+        """Set the result, and wake the waiting threads. Call it once."""
         self._value, self._error = value, error
         self._done.release()
 
     def wait(self) -> bytes:
-        """The value, once it is made; an error is copied, for tracebacks are not shared."""
+        """Wait for the value. Raises a copy of an error, because threads must not share a traceback."""
         with self._done:
             error = self._error
         if error is None:
@@ -86,19 +86,19 @@ class _Making:
 
 
 class OnceCache(Generic[K]):
-    """A cache of bytes in which a missing value is made once, however many threads ask for it."""
+    """A cache of bytes. A missing value is made once, however many threads request it."""
 
     def __init__(self, limit: int) -> None:
         """*limit* is in bytes."""
         self._cache: GenerationCache[K, bytes] = GenerationCache(limit, len)
         self._making: dict[K, _Making] = {}
         self.hits = self.misses = 0
-        """How often a value was there, and how often it was made. Threads may lose a few of these."""
+        """How often a value was cached, and how often it was made. Approximate with several threads."""
 
     def get(self, key: K, make: Callable[[K], bytes]) -> bytes:
-        """The value of *key*; the first who misses it calls *make*, the others wait for the result.
+        """Return the value of *key*. If it is missing, one thread calls *make*, and the others wait for it.
 
-        Blocks. What *make* raises is raised to all that waited, and not remembered.
+        Blocks. An exception of *make* is raised in all these threads, and not cached.
         """
         value = self._cache.get(key)
         if value is not None:
@@ -107,12 +107,12 @@ class OnceCache(Generic[K]):
         if must_not_wait():
             return self._make_at_once(key, make)
         mine = _Making()
-        other = self._making.setdefault(key, mine)  # one step: of several threads one gets its own
+        other = self._making.setdefault(key, mine)  # atomic: only one thread gets its own object
         if other is not mine:
             self.hits += 1
             return other.wait()
         try:
-            value = self._cache.get(key)  # made by another between the two lines above
+            value = self._cache.get(key)  # another thread may have made it just before setdefault()
             if value is None:
                 self.misses += 1
                 value = make(key)
@@ -126,7 +126,7 @@ class OnceCache(Generic[K]):
         return value
 
     def _make_at_once(self, key: K, make: Callable[[K], bytes]) -> bytes:
-        """Make a value without waiting for another who does, and without letting others wait for it."""
+        """Make a value without waiting for another thread, and without other threads waiting for it."""
         if key in self._making:
             raise WouldWait
         value = make(key)
@@ -135,9 +135,9 @@ class OnceCache(Generic[K]):
         return value
 
     def peek(self, key: K) -> bytes | None:
-        """The value of *key* if it is there; never waits."""
+        """Return the value of *key* if it is cached, else None. Does not block."""
         return self._cache.get(key)
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Drop all values."""
         self._cache.clear()

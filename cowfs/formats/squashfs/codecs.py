@@ -1,8 +1,8 @@
-"""The compressors of squashfs: ``decompress(block, limit) -> bytes``, at most *limit* of them.
+"""The compressors of squashfs: ``decompress(block, limit)`` returns at most *limit* bytes.
 
-Every function here may be called from several threads at once and releases the GIL while it works.
-It allocates no more than *limit* and a small constant, whatever the block says, and raises only
-:class:`CodecError`. The libraries are imported when an image needs them.
+Several threads may call a function at once; each releases the GIL while it works. Whatever the block
+contains, it allocates no more than *limit* and a small constant, and raises only :class:`CodecError`. The
+libraries are imported when an image needs them.
 
 What the blocks are: gzip: a zlib stream. lzma: the old ``.lzma`` format (before version 4 see
 :mod:`cowfs.formats.squashfs.old_lzma`). xz: a whole ``.xz`` stream, whose header names the BCJ
@@ -28,13 +28,16 @@ Block = bytes | memoryview
 Decompress = Callable[[Block, int], bytes]
 
 _XZ_MEMORY = 16 << 20
-"""What liblzma may allocate. A dictionary is at most a block (1 MiB); a forged one may ask for 4 GiB."""
+"""How many bytes liblzma may allocate.
+
+A dictionary is at most a block (1 MiB); a forged one may need 4 GiB.
+"""
 
 
 def decompressor(name: str, block_size: int, image: str) -> Decompress:
-    """The function for the compressor *name*; :class:`LayerError` when its library is missing.
+    """Return the function for the compressor *name*; :class:`LayerError` if its library is not installed.
 
-    *block_size* is the image's, the largest that anything decompresses to; *image* is for messages.
+    *block_size* is that of the image, the largest size of decompressed data; *image* is for messages.
     """
     try:
         return _MAKERS[name](block_size)
@@ -47,9 +50,10 @@ def decompressor(name: str, block_size: int, image: str) -> Decompress:
 
 
 def starter(name: str, block_size: int) -> Decompress | None:
-    """A function for the first *limit* bytes of a block alone, where that is quicker and as safe; or None.
+    """Return a function for only the first *limit* bytes of a block, if that is quicker and as safe; else
+    None.
 
-    As safe is what has no checksum of the whole: gzip and xz have one, which would not be looked at.
+    It is not as safe for gzip and xz, which have a checksum of the whole block.
     """
     return _zstd_start(block_size) if name == "zstd" else None
 
@@ -66,7 +70,7 @@ def _gzip(block_size: int) -> Decompress:
     def decompress(block: Block, limit: int) -> bytes:
         stream = make(flag)
         try:
-            # One byte more than allowed: a stream that is too long then shows, and one that fits ends.
+            # One byte more than allowed, to notice a stream that is too long.
             data: bytes = stream.decompress(block, limit + 1)
         except (failure, EOFError, ValueError) as error:
             raise CodecError(f"gzip: {error}") from error
@@ -126,9 +130,9 @@ class _ZstdContexts(threading.local):
 
     def __init__(self, library: Any, window: int) -> None:
         self.sized = library.ZstdDecompressor()
-        """For frames that state their size: only that much is allocated, whatever the window."""
+        """For frames that state their size. Only that much is allocated, whatever the window."""
         self.unsized = library.ZstdDecompressor(max_window_size=window)
-        """For the others, of which a forged one may ask for a window of 2 GiB."""
+        """For other frames. A forged one may need a window of 2 GiB."""
 
 
 def _zstd(block_size: int) -> Decompress:
@@ -139,7 +143,7 @@ def _zstd(block_size: int) -> Decompress:
 
     def decompress(block: Block, limit: int) -> bytes:
         try:
-            # The library allocates what the frame's header says, so that is looked at first.
+            # The library allocates the size in the frame's header, so check that first.
             size = content_size(block)
             if size > limit:
                 raise CodecError("zstd: the data is larger than its block")
@@ -160,7 +164,7 @@ def _zstd_start(block_size: int) -> Decompress:
     def decompress(block: Block, limit: int) -> bytes:
         try:
             frame = library.get_frame_parameters(block)
-            # A size that is not known is larger than any.
+            # An unknown size is larger than any other.
             if frame.has_checksum or frame.content_size > block_size:
                 return whole(block, block_size)[:limit]
             data: bytes = contexts.sized.stream_reader(block).read(limit)

@@ -1,4 +1,4 @@
-"""Copying a whole file out of an image: decompressed in worker threads, holes left out."""
+"""Copy a whole file out of an image, without its holes, decompressing it in worker threads."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from itertools import takewhile
 from cowfs.formats.squashfs.data import FileData, Run
 
 Write = Callable[[list[bytes], int], None]
-"""Write the pieces one after the other, from the offset on. Called from several threads."""
+"""Writes the pieces one after the other, from the offset on. Several threads call it."""
 
 
 def copy(data: FileData, size: int, write: Write) -> None:
     """Call *write* for all data in the first *size* bytes of the file; the rest of them are holes.
 
-    Blocks until everything is written. A file of one run is copied in the calling thread; of a larger
-    one each run (about 1 MiB) is decompressed and written by a worker, with at most two runs per worker
-    under way, so memory is bounded. The first error ends the copy and is raised: EIO for a damaged
-    block, or whatever *write* raises.
+    Blocks until everything is written. The calling thread copies a file of one run. For a larger file,
+    workers decompress and write a run of about 1 MiB each, at most two runs per worker at a time, which
+    bounds the memory. The first error ends the copy and is raised: EIO for a damaged block, or an error of
+    *write*.
     """
     runs = takewhile(lambda run: run.offset < size, data.runs())
     first = next(runs, None)
@@ -45,7 +45,7 @@ def copy(data: FileData, size: int, write: Write) -> None:
         while pending:
             pending.popleft().result()
     finally:
-        # After an error: nobody may write any more when the caller learns of it.
+        # After an error, no thread may write any more when this returns.
         for future in pending:
             future.cancel()
         for future in pending:

@@ -1,6 +1,6 @@
-"""Reading the data of files: blocks once and for all who want them, and ahead of those who read on.
+"""Read the data of files: decompress each block once for all readers, and ahead of sequential readers.
 
-Everything here may be used from several threads at once.
+Several threads may use everything here at once.
 """
 
 from __future__ import annotations
@@ -22,34 +22,37 @@ from cowfs.formats.squashfs.workers import Workers
 RUN = 1 << 20
 """How many bytes are decompressed and written at once when a file is copied."""
 _AHEAD = 2 << 20
-"""How many bytes, but at least two blocks, are decompressed ahead of a sequential reader at most."""
+"""How far ahead of a sequential reader data is decompressed, in bytes; at least two blocks."""
 _NEAR = 2
-"""By how many blocks a read may be off and still counts as sequential."""
+"""How many blocks a read may skip or repeat, and still count as sequential."""
 _TASK = 256 << 10
-"""How many bytes, but at least one block, one task of the readahead decompresses."""
+"""How many bytes one task of the readahead decompresses; at least one block."""
 
 
 _SHORT = {"gzip": 256 << 10, "lzo": 256 << 10, "zstd": 256 << 10, "lz4": 4 << 20}
-"""How many bytes each compressor makes in half a millisecond; xz and lzma take that for a few KiB."""
+"""How many bytes each compressor decompresses in half a millisecond; xz and lzma only a few KiB."""
 _PAGE_MASK = 4095
-"""A page is what the kernel reads, or does not, as one."""
+"""The offset bits within a page, the smallest unit that the kernel's squashfs reads."""
 _STARTED = 4096
-"""How many of the blocks that were made in part are known: the next time they are made whole."""
+"""How many partly decompressed blocks are remembered.
+
+The next request decompresses such a block completely.
+"""
 
 
 class Run(NamedTuple):
-    """A part of a file that is stored in one piece: consecutive blocks, or the tail in a fragment."""
+    """A part of a file that is stored contiguously: consecutive blocks, or the tail in a fragment."""
 
     offset: int
-    """In the file."""
+    """The offset in the file."""
     blocks: tuple[Stored, ...]
-    """Empty for the tail."""
+    """The blocks; empty for the tail."""
     size: int
-    """Bytes of the file."""
+    """The number of bytes of the file."""
 
 
 class Blocks:
-    """The data blocks of an image: from where they are stored to what they hold."""
+    """Reads the data blocks of an image."""
 
     def __init__(
         self,
@@ -59,29 +62,29 @@ class Blocks:
         fragments: FragmentTable,
         cache_bytes: int,
     ) -> None:
-        """*cache_bytes* bounds what is kept decompressed; at least four blocks are."""
+        """*cache_bytes* is the size of the cache of decompressed blocks; at least four blocks."""
         self._source = source
         self._decompress = decompress
         self._starter = starter(superblock.compression, superblock.block_size)
         self._started: GenerationCache[Stored, bool] = GenerationCache(_STARTED, int)
         self._fragments = fragments
-        # The one that was needed last: it has the ends of files that stand side by side.
+        # The fragment used last. Files in one directory often have their tails in the same one.
         self._last_fragment: tuple[int, Stored] = -1, Stored(0, 0)
         self._cache: OnceCache[Stored] = OnceCache(max(cache_bytes, 4 * superblock.block_size))
         self.superblock = superblock
         self.size = superblock.block_size
         self.workers = Workers()
         self.lock = threading.Lock()
-        """For what the files note of their readers."""
+        """Protects what each file records about its readers."""
         self.slow = superblock.compression != "lz4" and not superblock.flags & NO_DATA_COMPRESSION
-        """Whether decompressing takes longer than handing the work to another thread."""
+        """Whether decompressing a block takes longer than handing the work to a thread."""
         self.short = _SHORT.get(superblock.compression, 0)
-        """How many bytes may be decompressed while others wait."""
+        """How many bytes may be decompressed while other requests wait."""
 
     def get(self, stored: Stored, size: int) -> bytes:
-        """The first *size* bytes of the block at *stored*, from the cache or into it. May block. EIO.
+        """Return the first *size* bytes of a block, through the cache. May block. EIO.
 
-        Where the block holds less, what it holds of whole pages can be had, as from the kernel.
+        If the block contains less, its whole pages can be read, as in the kernel.
         """
         data = self._cache.get(stored, self._read)
         if len(data) < size and size > len(data) & ~_PAGE_MASK:
@@ -89,10 +92,10 @@ class Blocks:
         return data if len(data) == size else data[:size]
 
     def start(self, stored: Stored, size: int) -> bytes | None:
-        """The first *size* bytes of a block that is asked for once; None where it is better made whole.
+        """Return the first *size* bytes of a block at its first request, or None for any later request.
 
-        Who asks for 4 KiB somewhere seldom wants more of it. The second time it is made whole, and kept.
-        May block. EIO.
+        A program that reads 4 KiB somewhere seldom reads more of that block. At the second request, it is
+        decompressed completely, and cached. Also None if that is not quicker. May block. EIO.
         """
         if not self._starter or stored.word & UNCOMPRESSED or 4 * size > 3 * self.size:
             return None
@@ -108,17 +111,17 @@ class Blocks:
         return data if len(data) == size else None
 
     def found(self) -> tuple[int, int]:
-        """How often a block was there decompressed when it was needed, and how often it was not."""
+        """Return the hits and misses of the cache."""
         return self._cache.hits, self._cache.misses
 
     def work(self, stored: Stored) -> int:
-        """How many bytes there are to decompress for :meth:`get`, by whichever thread."""
+        """Return how many bytes :meth:`get` must decompress, or wait for."""
         if not stored.word or stored.word & UNCOMPRESSED or self._cache.peek(stored) is not None:
             return 0
         return self.size
 
     def fragment(self, inode: Inode) -> Stored:
-        """Where the end of a file is. May block. EIO."""
+        """Return the fragment with the tail of a file. May block. EIO."""
         number, stored = self._last_fragment
         if number != inode.fragment:
             stored = self._fragments[inode.fragment]
@@ -126,7 +129,7 @@ class Blocks:
         return stored
 
     def tail(self, inode: Inode, size: int) -> bytes:
-        """The first *size* bytes of the end of a file that is in a fragment. May block. EIO."""
+        """Return the first *size* bytes of a file's tail in a fragment. May block. EIO."""
         stored = self.fragment(inode)
         data = self._cache.get(stored, self._read)
         there = len(data) - inode.offset
@@ -137,7 +140,7 @@ class Blocks:
         return data[inode.offset : inode.offset + size]
 
     def run(self, run: Run) -> list[bytes]:
-        """The data of *run*, decompressed past the cache, block by block. May block. EIO."""
+        """Return the data of *run* by blocks, decompressed without the cache. May block. EIO."""
         left = run.size
         for stored in run.blocks:
             self._check_stored(stored)
@@ -181,11 +184,11 @@ class Blocks:
         return self._source.damaged(f"data block at {stored.position:#x}: {what}")
 
     def shrink(self) -> None:
-        """Forget the cache."""
+        """Free the cache."""
         self._cache.clear()
 
     def close(self) -> None:
-        """Stop the workers and forget the cache."""
+        """Stop the workers, and free the cache."""
         self.workers.close()
         self._cache.clear()
 
@@ -203,17 +206,20 @@ class FileData:
         # Most files are small: nothing but a tail.
         self._map = BlockMap(inodes, inode, self._count, blocks.superblock) if self._count else None
         self._range = (-1, -1)
-        """The blocks of the last read: who reads them again, after try_pread or bit by bit, says no more."""
+        """The blocks of the last read.
+
+        Reading them again, as after try_pread, tells nothing about the pattern.
+        """
         self._ahead = 0
-        """The first block for which no readahead was asked."""
+        """The first block for which no readahead was started."""
         self._window = 2
-        """How many blocks to be ahead of the reader."""
+        """How many blocks to read ahead."""
         self.size = inode.size
 
     def try_pread(self, size: int, offset: int) -> bytes | None:
-        """What :meth:`pread` gives, or None where decompressing takes more than half a millisecond. EIO.
+        """Return what :meth:`pread` returns, or None if it must decompress for over half a ms. EIO.
 
-        For less than that it waits, even if another thread has begun it: to hand it over costs as much.
+        It waits for less than that, even for another thread, because handing the work over takes as long.
         """
         end = min(offset + size, self.size)
         if 0 <= offset < end:
@@ -225,7 +231,7 @@ class FileData:
         return self.pread(size, offset)
 
     def pread(self, size: int, offset: int) -> bytes:
-        """Up to *size* bytes at *offset*, fewer only at the end of the file. May block. EIO."""
+        """Return up to *size* bytes at *offset*, fewer only at the end of the file. May block. EIO."""
         end = min(offset + size, self.size)
         if offset < 0 or offset >= end:
             return b""
@@ -244,7 +250,7 @@ class FileData:
         return b"".join(parts)
 
     def _block(self, number: int, size: int) -> bytes:
-        """The first *size* bytes of block *number*. May block. EIO."""
+        """Return the first *size* bytes of block *number*. May block. EIO."""
         if self._map is None or number == self._count:
             return self._blocks.tail(self.inode, size)
         stored = self._map[number]
@@ -256,18 +262,18 @@ class FileData:
         return self._blocks.start(stored, size)
 
     def _is_long(self, first: int, last: int) -> bool:
-        """Whether blocks from *first* to *last* are more to decompress than may be while others wait."""
+        """Whether decompressing the blocks from *first* to *last* takes too long for waiting requests."""
         work = sum(self._blocks.work(self._place(number)) for number in range(first, last + 1))
         return work > self._blocks.short
 
     def _place(self, number: int) -> Stored:
-        """Where block *number* is, or the fragment with the tail."""
+        """Return where block *number* is, or the fragment with the tail."""
         if self._map is None or number == self._count:
             return self._blocks.fragment(self.inode)
         return self._map[number]
 
     def _read_ahead(self, first: int, last: int) -> None:
-        """Start decompressing what follows, if this read continues the one before it."""
+        """Start to decompress what follows, if this read continues the last one."""
         if self._count <= 2 or not self._blocks.slow or (first, last) == self._range:
             return
         size = self._blocks.size
@@ -284,7 +290,7 @@ class FileData:
             if begin >= end or (end - begin < step and end < self._count):
                 return
             self._ahead = end
-            # As long as it goes on, further ahead each time.
+            # Read further ahead each time, as long as the reader continues.
             self._window = min(2 * self._window + step, max(2, _AHEAD // size))
         for number in range(begin, end, step):
             self._blocks.workers.submit(self._load, number, min(number + step, end))
@@ -294,15 +300,15 @@ class FileData:
             for number in range(begin, end):
                 self._block(number, min(self._blocks.size, self.size - number * self._blocks.size))
         except OSError:
-            return  # whoever reads the block will find the same, and say so
+            return  # a read of the block will fail too, and report it
 
     def _blocks_stored(self, number: int = 0) -> Iterator[tuple[int, Stored]]:
         return iter(()) if self._map is None else self._map.since(number)
 
     def segments(self, end: int, after: int = 0) -> Iterator[tuple[int, int]]:
-        """``(start, stop)`` of every run of data below *end*; the rest are holes. May block. EIO.
+        """Yield ``(start, stop)`` of every run of data below *end*, in bytes. May block. EIO.
 
-        What ends before *after* is left out.
+        Runs that end before *after* are left out.
         """
         size = self._blocks.size
         end = min(end, self.size)
@@ -327,7 +333,7 @@ class FileData:
             yield start, min(stop, end)
 
     def runs(self) -> Iterator[Run]:
-        """All data of the file in pieces of about :data:`RUN` bytes; what is between them is a hole."""
+        """Yield the data of the file in pieces of about :data:`RUN` bytes, without the holes between them."""
         size = self._blocks.size
         most = max(1, RUN // size)
         first = 0
@@ -350,7 +356,7 @@ class FileData:
         return Run(offset, tuple(blocks), min(len(blocks) * self._blocks.size, self.size - offset))
 
     def run(self, run: Run) -> list[bytes]:
-        """The data of *run*. May block. EIO."""
+        """Return the data of *run*. May block. EIO."""
         return self._blocks.run(run) if run.blocks else [self._blocks.tail(self.inode, run.size)]
 
     def _has_tail(self) -> bool:

@@ -1,12 +1,12 @@
-"""Directories: a listing -> {name: where its inode is}; the directory index.
+"""Directories: their listings, which map names to inodes, and their indexes.
 
-A listing is a run of headers, each followed by up to 256 entries whose inodes are in one metadata
-block. It should be sorted by name. The index of a large directory says at which name each metadata
-block of the listing begins. Layouts: squashfs_fs.h; use: the kernel's namei.c and dir.c.
+A listing is a sequence of headers, each followed by up to 256 entries whose inodes are in one metadata
+block. It should be sorted by name. The index of a large directory has the first name of each metadata
+block of the listing. Layouts: squashfs_fs.h; use: the kernel's namei.c and dir.c.
 
-The kernel reads a header as long as the size that the inode states is not used up, and then all of its
-entries, even past that size. So does this: there are makers that state the size of the listing without
-the 3 that belong to it, or a size that is too large.
+The kernel reads another header while the size in the inode is not used up, and then all of its entries, even
+past that size. This module does the same, because some tools store the size of the listing without the
+additional 3, or too large a size.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ _INDEX = struct.Struct("<III")  # offset in the listing, metadata block, name le
 _MOST_ENTRIES = 256
 _LONGEST_NAME = 256
 _SMALLEST = _HEADER.size + _ENTRY.size + 1
-"""The least bytes that a header and its entries take: what is less cannot be missing."""
+"""The smallest size of a header with its entries."""
 
 LISTING_MAX = 64 << 20
-"""The longest listing, in bytes, that is taken into memory: some two million names."""
+"""The longest listing that is read into memory, in bytes: about two million names."""
 
 NOT_STORED = 3
-"""How much larger the size of a directory is than its listing: for . and .., which are not stored."""
+"""How much larger the size of a directory is than its listing, for . and .., which are not stored."""
 
 _MORE = 512
-"""By how many bytes more than stated a listing is read at first, if it goes on there."""
+"""How many more bytes than stated are read first, if the listing continues after its stated end."""
 _TYPE = 7
 """The bits of a value that are the type."""
 _EXTENDED = 7
-"""What a maker adds to the type of an entry whose inode is an extended one, and should not."""
+"""The number that some tools wrongly add to the type of an entry whose inode is an extended one."""
 _EMPTY = 0xFFFF_FFFF
-"""What a header of no entries counts: one less than it has."""
+"""The count in a header without entries. It is one less than the number of entries."""
 
 
 class Listing(dict[bytes, int]):
@@ -52,43 +52,47 @@ class Listing(dict[bytes, int]):
     def __init__(self) -> None:
         super().__init__()
         self.problem = ""
-        """What is wrong with the listing: it has more names than these, or others."""
+        """What is wrong with the listing; then it may lack names. "" if nothing is."""
 
 
 class Damage(Exception):
-    """A listing contradicts itself; the message says how. Never leaves the package."""
+    """A listing contradicts itself; the message says how. Not raised outside the package."""
 
 
 class Short(Exception):
-    """There should be one more header behind the data."""
+    """The data ends before a header that should follow."""
 
 
 class _Unsorted(OSError):
-    """The index, or the order of the names, is not what makes a search find a name."""
+    """The names or the index are not sorted, so that a search may miss a name."""
 
     def __init__(self) -> None:
-        super().__init__(errno.EFBIG, "a directory too large to be read whole, and not sorted")
+        super().__init__(errno.EFBIG, "a directory that is too large to read completely, and not sorted")
 
 
 class Found(NamedTuple):
-    """What a search for one name in a part of a listing came to."""
+    """The result of a search for one name in a part of a listing."""
 
     value: int | None
-    """As the values of a :data:`Listing`."""
+    """A value of a :class:`Listing`; None if the name does not exist."""
 
 
 Fill = Callable[[Listing, bytes, int], None]
-"""Adds to a listing what data has in its first so many bytes. Damage, Short, struct.error."""
+"""Adds the entries in the first bytes, as many as given, of data to a listing.
+
+Damage, Short, struct.error.
+"""
 
 
 def parse(data: bytes, size: int, *, ended: bool, fill: Fill | None = None) -> Listing | None:
-    """All entries of a listing that is stated to be *size* bytes long. *fill*: for another layout than 4.0's.
+    """Return all entries of a listing with a stated size of *size* bytes; None if it needs more data.
 
-    *data* is of that length, or longer; None: more of it is needed. *ended*: there is no more.
+    *data* is at least that long; *ended*: there is no more. *fill* reads another layout than that of 4.0. Of
+    two entries with the same name, the first counts.
 
-    Of two entries with one name the first counts. What is damaged is left out, and told in ``problem``:
-    names that no file can have ("..", "a/b"), names of the same directory (a tree of which would have
-    no end), and everything from an entry on that cannot be.
+    Damaged entries are left out, and described in ``problem``: names that no file can have ("..", "a/b"),
+    several names of the same directory (which would make a tree without end), and everything after an invalid
+    entry.
     """
     entries = Listing()
     try:
@@ -98,7 +102,7 @@ def parse(data: bytes, size: int, *, ended: bool, fill: Fill | None = None) -> L
             return None
         entries.problem = "an entry is truncated"
     except Short:
-        # A size that is too large is not damage: the kernel takes the end of the table for the end too.
+        # Too large a size is not damage: the kernel also stops at the end of the table.
         if not ended:
             return None
     except Damage as damage:
@@ -128,14 +132,14 @@ def _fill(entries: Listing, data: bytes, size: int) -> None:
             position = begin + length + 1
             if position > end:
                 raise struct.error
-            if kind > _TYPE:  # a lookup finds it, in the kernel too; a listing of the kernel's ends here
+            if kind > _TYPE:  # in the kernel, a lookup finds it too, but a listing ends here
                 entries.problem = entries.problem or f"an entry is of type {kind}"
                 kind = kind - _EXTENDED if kind <= _TYPE + _EXTENDED else 0
             add(data[begin:position], (block | offset) << 3 | kind)
 
 
 def _check(entries: Listing) -> None:
-    """Leave out what leads out of the directory, or to the same directory twice."""
+    """Remove names that lead out of the directory, and all names of a directory that has several."""
     names = b"/".join(entries)
     if names.count(b"/") >= max(len(entries), 1) or b"\0" in names or b"." in entries or b".." in entries:
         entries.problem = "a name contains a slash or a NUL, or is '.' or '..'"
@@ -150,10 +154,10 @@ def _check(entries: Listing) -> None:
 
 
 def search(data: bytes, name: bytes, first: bytes = b"") -> Found | None:
-    """Look for *name* in the start of a listing; None: *data* ends before that is known.
+    """Search for *name* in the start of a listing; None if *data* ends too early to know.
 
-    *first*: what the first name should be, if that is known. Raises :class:`Damage`; :class:`_Unsorted`
-    where the names are not in order, so that *name* may be elsewhere.
+    *first* is the expected first name, if known. :class:`Damage`; :class:`_Unsorted` if the names are not in
+    order, so that *name* may be elsewhere.
     """
     position, end = 0, len(data)
     before = first
@@ -186,7 +190,7 @@ def search(data: bytes, name: bytes, first: bytes = b"") -> Found | None:
 
 
 class DirectoryTable:
-    """The directory table of an image, and the indexes, which are in the inode table."""
+    """The directory table of an image, and the indexes in its inode table."""
 
     __slots__ = ("_fill", "_inodes", "_table")
 
@@ -197,7 +201,7 @@ class DirectoryTable:
         self._inodes = inodes
 
     def read(self, inode: Inode) -> Listing:
-        """All entries of the directory *inode*. May block. EIO; EFBIG over :data:`LISTING_MAX`."""
+        """Return all entries of the directory *inode*. May block. EIO; EFBIG over :data:`LISTING_MAX`."""
         size = inode.size - NOT_STORED
         if size <= 0:
             return Listing()
@@ -215,15 +219,15 @@ class DirectoryTable:
         return listing
 
     def damaged(self, inode: Inode, problem: str) -> OSError:
-        """The error to raise for a listing with *problem*."""
+        """Return the error to raise for a listing with *problem*, and log it."""
         return self._table.damaged(
             Place(inode.start, inode.offset), f"(listing of inode {inode.number}): {problem}"
         )
 
     def find(self, inode: Inode, name: bytes) -> Found | None:
-        """What *name* is, by way of the index; None where only the whole listing can tell.
+        """Search for *name* by the index; None if only the complete listing can tell.
 
-        For directories that are not worth being read whole. May block. EIO.
+        For large directories. May block. EIO.
         """
         left = inode.size - NOT_STORED
         window = 2 * BLOCK
@@ -233,7 +237,7 @@ class DirectoryTable:
             if begin:
                 place = Place(block, (place.offset + begin) % BLOCK)
                 left -= begin
-            # An index entry leads into the right metadata block, so the first window nearly always does.
+            # An index entry leads to the right metadata block, so the first window is nearly always enough.
             while left > 0 and window <= LISTING_MAX:
                 data = self._table.read(place, min(window, left))
                 found = search(data, name, first)
@@ -251,7 +255,7 @@ class DirectoryTable:
         return None
 
     def _indexed(self, inode: Inode, name: bytes) -> tuple[int, int, bytes]:
-        """The last index entry that is not after *name*: offset in the listing, metadata block, name."""
+        """Return the last index entry not after *name*: offset in the listing, metadata block, name."""
         best = (0, inode.start, b"")
         at = inode.body(self._inodes)
         for _ in range(inode.index_count):
@@ -267,5 +271,5 @@ class DirectoryTable:
 
 
 def type_of(value: int) -> int:
-    """The S_IFMT bits of a value of a :data:`Listing`."""
+    """Return the S_IFMT bits of a value of a :class:`Listing`."""
     return FORMATS[value & _TYPE]

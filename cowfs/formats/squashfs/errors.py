@@ -1,17 +1,17 @@
-"""What a damaged image answers with."""
+"""The exceptions for a damaged image."""
 
 from __future__ import annotations
 
 import errno
 
 AGAIN = "download or copy it again, and compare its checksum"
-"""What helps when an image is not whole."""
+"""The hint for a truncated or damaged image."""
 
 
 class DamagedImage(OSError):
     """EIO: something in the image points outside, contradicts itself or does not decompress.
 
-    The message names the place. It is logged where it is found (:meth:`Source.damaged`).
+    The message names the position. :meth:`Source.damaged` logs it and returns this exception.
     """
 
     def __init__(self, message: str) -> None:
@@ -19,4 +19,4 @@ class DamagedImage(OSError):
 
 
 class CodecError(Exception):
-    """A compressed block is damaged, or larger than its place allows. Never leaves this package."""
+    """A compressed block is damaged, or larger than allowed. Not raised outside this package."""

@@ -1,4 +1,4 @@
-"""Where in a file a squashfs image begins: in an AppImage, an ISO, a disk image or firmware."""
+"""Find a squashfs image in another file: an AppImage, an ISO, a disk image or firmware."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ _LENGTH = 4
 
 _PIECE = 1 << 20
 _SEARCHED = 16 << 30
-"""So many bytes are looked at: some seconds, where the disk is quick."""
+"""How many bytes are searched: a few seconds on a fast disk."""
 
 _TRIED = 100_000
-"""So much is looked at more closely: about a second."""
+"""How many positions that look like an image are examined, in about a second."""
 
 
 def find_image(fd: int) -> int | None:
-    """Return the byte at which the first whole squashfs image in a file begins; None if there is none.
+    """Return the offset of the first complete squashfs image in a file; None if there is none.
 
-    What looks like one and is longer than the rest of the file, or of another version, is none. Behind an ELF
-    program the search begins where that ends. Blocks: it may read all of the file. Raises OSError; LayerError
-    for a file that is full of what only looks like an image.
+    An image that is longer than the rest of the file, or of an unknown version, does not count. If the file
+    begins with an ELF program, the search begins at its end. Blocks; it may read the whole file. OSError;
+    LayerError if too many positions only look like an image.
     """
     tried = 0
     size = os.fstat(fd).st_size or os.lseek(fd, 0, os.SEEK_END)

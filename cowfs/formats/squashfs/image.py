@@ -1,6 +1,6 @@
-"""An image: everything the package can read, behind one face.
+"""An open image: the interface of the package.
 
-Inodes are known by their references (integers). What is returned is plain data.
+An inode is given by its reference, an integer. Results are plain data.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from cowfs.formats.squashfs.superblock import Superblock
 from cowfs.formats.squashfs.xattrs import KINDS, XattrTable
 
 NOBODY = 65534
-"""Whose the kernel says that something is whose owner is 0xffffffff, which is none (overflowuid)."""
+"""The owner that the kernel shows for 0xffffffff, which means none (overflowuid)."""
 CACHE_BYTES = 32 << 20
-"""How much decompressed data of one image is kept."""
+"""How many bytes of decompressed data of one image are cached."""
 LISTED_ENTRIES = 200_000
-"""How many directory entries are kept as dictionaries, for quick lookups (about 150 bytes each)."""
+"""How many directory entries are cached in dictionaries, for quick lookups (about 150 bytes each)."""
 _INDEX_FROM = 256 << 10
-"""Directories with a listing longer than this are at first searched by their index."""
+"""A directory with a longer listing is at first searched by its index."""
 _INDEX_TO = 1 << 19
 """Directories with a listing longer than this are only ever searched by their index: others would wait."""
 _GZIP, _LZMA = 1, 2
@@ -44,15 +44,14 @@ _GZIP, _LZMA = 1, 2
 _UNCOMPRESSED = 0x8000
 """The bit in the length of a metadata block."""
 _PROBES = 16
-"""After how many searches by index a directory is read whole."""
+"""After how many searches by its index a directory is read completely."""
 
 
 class Image:
     """A squashfs image, open for reading.
 
-    All methods, and those of what :meth:`data` returns, may be used from any thread. All of them may
-    block, and raise :class:`OSError`: EIO where the image is damaged (the log says where), what the
-    kernel says where it cannot be read.
+    Any thread may call its methods, and those of what :meth:`data` returns. All of them may block, and raise
+    OSError: EIO if the image is damaged (the log says where), or the kernel's error if it cannot be read.
     """
 
     def __init__(self, source: Source, superblock: Superblock, cache_bytes: int) -> None:
@@ -73,7 +72,7 @@ class Image:
             ids, ends = _owners(owners.all(), "<"), [owners.first_block()]
         self.xattrs = XattrTable(metadata, sb.xattr_table) if sb.has_xattrs else None
         fragments = FragmentTable(metadata, sb)
-        # The directory table ends where the first of the tables after it begins.
+        # The directory table ends where the next table begins.
         ends.append(sb.bytes_used)
         if sb.fragments:
             ends.append(fragments.first_block())
@@ -93,14 +92,14 @@ class Image:
         self._blocks = Blocks(source, sb, decompress, fragments, cache_bytes)
         self._listings: GenerationCache[int, Listing] = GenerationCache(LISTED_ENTRIES, _entries)
         self._probes: dict[int, int] = {}
-        # By which directory each directory was reached. In a tree there is one such; a second one means
-        # that the image has a loop, or the same directory twice, and a walk would never end.
+        # The parent through which each directory was reached. A second parent means that the image has a
+        # loop, or a directory twice, so that a walk might never end.
         self._parents: dict[int, int | tuple[int, bytes]] = {self.root: -1}
         if not stat.S_ISDIR(self.inode(self.root).mode):
             raise source.damaged("the root is not a directory")
 
     def _old_owners(self) -> tuple[tuple[int, ...], list[int]]:
-        """Owners and behind them groups, which are in no metadata block; and where the tables begin."""
+        """Return owners and then groups, which are not in metadata blocks; and the starts of the tables."""
         sb, source = self.superblock, self.source
         ids = _owners(source.pread(4 * sb.ids, sb.id_table, "owner table"), sb.order)
         if not sb.groups:
@@ -109,13 +108,13 @@ class Image:
         return ids + groups, [sb.id_table, sb.group_table]
 
     def inode(self, ref: int) -> Inode:
-        """The inode at *ref*. EIO."""
+        """Return the inode at *ref*. EIO."""
         return self._inodes.read(ref)
 
     def listing(self, ref: int) -> Listing:
-        """The entries of the directory at *ref*. ENOTDIR; EIO; EFBIG (two million names).
+        """Return the entries of the directory at *ref*. ENOTDIR; EIO; EFBIG (two million names).
 
-        Do not change what is returned.
+        The caller must not change the result.
         """
         entries = self._listings.get(ref)
         if entries is None:
@@ -124,21 +123,21 @@ class Image:
         return entries
 
     def is_long(self, ref: int) -> bool:
-        """Say whether the listing of a directory is not in memory, and long work. ENOTDIR, EIO."""
+        """Whether the listing of a directory is not cached, and takes long to read. ENOTDIR, EIO."""
         return self._listings.get(ref) is None and self._directory(ref).size > _INDEX_FROM
 
     def lookup(self, ref: int, name: bytes) -> Inode | None:
-        """The inode called *name* in the directory at *ref*; None when there is none. ENOTDIR, EIO."""
+        """Return the inode *name* in the directory at *ref*; None if it does not exist. ENOTDIR, EIO."""
         value = self._value(ref, name)
         if value is None:
             return None
         inode = self._inodes.read(value >> 3)
         if stat.S_ISDIR(inode.mode):
-            # Of the directories that a listing calls so, parse() has seen to it that each is there once.
+            # parse() has made sure that a listing has each directory only once.
             parent = ref if value & 7 == 1 else (ref, name)
             if self._parents.setdefault(inode.ref, parent) != parent:
                 raise self.source.damaged(
-                    f"directory {inode.ref:#x}, {name!r} in {ref:#x}, is in two places: the tree has a loop"
+                    f"directory {inode.ref:#x}, {name!r} in {ref:#x}, has two parents: the tree has a loop"
                 )
         return inode
 
@@ -156,7 +155,7 @@ class Image:
         return value
 
     def _search(self, directory: Inode, name: bytes) -> Found | None:
-        """Look for *name* by the index, if that is faster; None: search the whole listing."""
+        """Search for *name* by the index, if that is faster; None if the whole listing must be searched."""
         if not directory.index_count or directory.size <= _INDEX_FROM:
             return None
         if len(self._probes) >= 1000:
@@ -182,21 +181,24 @@ class Image:
         return inode
 
     def target(self, ref: int) -> bytes:
-        """What the symlink at *ref* points to. EINVAL when it is none."""
+        """Return the target of the symbolic link at *ref*. EINVAL if it is not one."""
         inode = self._inodes.read(ref)
         if not stat.S_ISLNK(inode.mode):
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         return self._inodes.target(inode)
 
     def xattr_names(self, ref: int) -> list[bytes]:
-        """The names of the extended attributes of the inode at *ref*."""
+        """Return the names of the xattrs of the inode at *ref*."""
         if self.xattrs is None:
             return []
         number = self._inodes.read(ref).xattr
         return [] if number == NONE else self.xattrs.names(number)
 
     def xattr(self, ref: int, name: bytes) -> bytes:
-        """The value of an extended attribute. ENODATA; EOPNOTSUPP for one that no squashfs has."""
+        """Return the value of an xattr.
+
+        ENODATA; EOPNOTSUPP for a namespace that squashfs does not support.
+        """
         if not name.startswith(KINDS):
             raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
         number = self._inodes.read(ref).xattr
@@ -206,7 +208,7 @@ class Image:
         return value
 
     def data(self, ref: int) -> FileData:
-        """The data of the regular file at *ref*. EISDIR, EINVAL (a special file); EIO, EFBIG."""
+        """Return the data of the regular file at *ref*. EISDIR, EINVAL (a special file); EIO, EFBIG."""
         inode = self._inodes.read(ref)
         if not stat.S_ISREG(inode.mode):
             code = errno.EISDIR if stat.S_ISDIR(inode.mode) else errno.EINVAL
@@ -214,20 +216,21 @@ class Image:
         return FileData(self._blocks, self._inode_bytes, inode)
 
     def compressor_options(self) -> bytes:
-        """The options of the compressor as they are stored, or nothing. May block. EIO."""
+        """Return the stored options of the compressor, or b"". May block. EIO."""
         has_some = self.superblock.flags & sblk.COMPRESSOR_OPTIONS
         return self._metadata.block(sblk.SIZE)[0] if has_some else b""
 
     def caches(self) -> dict[str, tuple[int, int]]:
-        """How often a block was there decompressed when it was needed, and how often not, by its kind."""
+        """Return the hits and misses of each cache, by its name."""
         metadata = self._metadata
         own = {"squashfs metadata": (metadata.hits, metadata.misses), "squashfs data": self._blocks.found()}
         return own | self.source.caches()
 
     def fingerprint(self) -> str:
-        """What the image is recognised by: SHA-256 of the superblock and all tables, in hexadecimal.
+        """Return the fingerprint: SHA-256 of the superblock and all tables, in hexadecimal.
 
-        Two images with equal fingerprints hold the same tree, but for data of equal stored length.
+        Two images with the same fingerprint have the same tree. Only file data of equal stored length may
+        differ.
         """
         digest = hashlib.sha256(self.superblock.raw)
         position, end = self.superblock.inode_table, self.superblock.bytes_used
@@ -238,7 +241,7 @@ class Image:
         return digest.hexdigest()
 
     def shrink(self) -> None:
-        """Forget what can be read and decompressed again."""
+        """Free the caches."""
         self._metadata.shrink()
         self._blocks.shrink()
         self._listings.clear()
@@ -246,7 +249,7 @@ class Image:
             self.xattrs.shrink()
 
     def close(self) -> None:
-        """Wait for reads under way, release threads, memory and the file. Safe to call twice."""
+        """Wait for running reads, and release threads, memory and the file. Safe to call twice."""
         self.source.stop()
         self._blocks.close()
         self._listings.clear()
@@ -280,11 +283,11 @@ def _entries(listing: Listing) -> int:
 
 
 def open_image(path: str, offset: int = 0, cache_bytes: int = CACHE_BYTES) -> Image:
-    """Open the image that begins *offset* bytes into the file, block device or URL at *path*.
+    """Open the image that begins *offset* bytes into the file, block device or URL *path*.
 
-    Reads little: an image of any size opens in milliseconds. :class:`LayerError` says why an image
-    cannot be used: not there, not readable, not a squashfs (and what it is instead), of another
-    version, truncated, damaged, or compressed with something there is no library for.
+    Reads little, so that an image of any size opens in milliseconds. :class:`LayerError` says why an image
+    cannot be used: missing, unreadable, not a squashfs image (and what it is), of an unsupported version,
+    truncated, damaged, or compressed with a method whose library is not installed.
     """
     try:
         data = open_bytes(path)
@@ -294,7 +297,7 @@ def open_image(path: str, offset: int = 0, cache_bytes: int = CACHE_BYTES) -> Im
 
 
 def image_in(data: Bytes, path: str, offset: int = 0, cache_bytes: int = CACHE_BYTES) -> Image:
-    """Open the image in *data*, which belongs to it then. As :func:`open_image`."""
+    """Open the image in *data*, which it closes. See :func:`open_image`."""
     name = path if not offset else f"{path} at offset {offset}"
     source = Source(data, name, offset, 0)
     try:

@@ -1,8 +1,8 @@
-"""Inodes: a reference -> an :class:`Inode`.
+"""Read the inode of a reference.
 
-A reference is 48 bits: the position of the metadata block in the inode table, shifted left by 16,
-and the offset in the decompressed block. Layouts: squashfs_fs.h; the meaning of the fields: the
-kernel's inode.c.
+A reference has 48 bits: the position of the metadata block in the inode table, shifted left by 16, and the
+offset in the decompressed block. The layouts are those of squashfs_fs.h, with the meaning of the fields in
+the kernel's inode.c.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from cowfs.formats.squashfs.metadata import Place, Table
 
 NONE = 0xFFFF_FFFF
-"""In place of a fragment, or of extended attributes: there are none."""
+"""In place of the number of a fragment, or of a set of xattrs, if there is none."""
 
 _DIRECTORY, _FILE, _SYMLINK, _BLOCK, _CHAR, _FIFO, _SOCKET = range(1, 8)
 EXTENDED = 7
-"""What is added to a type where the inode is an extended one."""
+"""The difference of the type of an extended inode and the basic type."""
 
 FORMATS = (
     0,
@@ -63,15 +63,15 @@ _LONGEST = max(layout.size for layout in _LAYOUTS.values())
 _unpack_file = _LAYOUTS[_FILE].unpack_from
 _unpack_directory = _LAYOUTS[_DIRECTORY].unpack_from
 _MODES = FORMATS + FORMATS[1:]
-"""The S_IFMT bits of each type, the extended ones too."""
+"""The S_IFMT bits of each type, also of extended ones."""
 
 MAX_TARGET = 4096
-"""The longest that a symlink may say that it is; the kernel's reader refuses longer ones too."""
+"""The limit of a symbolic link's target in bytes, as in the kernel."""
 
 
 @dataclass(slots=True)
 class Inode:
-    """An inode, without what is of variable length."""
+    """An inode, without the part of variable length."""
 
     ref: int
     number: int
@@ -80,28 +80,28 @@ class Inode:
     uid: int
     gid: int
     mtime: int
-    """Seconds since the epoch; the format has no other times."""
+    """Seconds since the epoch. The format has no other times."""
     nlink: int
     size: int
-    """As st_size: of a directory, the length of its listing plus 3."""
+    """The st_size. That of a directory is the length of its listing plus 3."""
     rdev: int
     blocks: int
-    """As st_blocks, in units of 512 bytes, but for the blocks of extended attributes."""
+    """The st_blocks, in units of 512 bytes, without the blocks of xattrs."""
     xattr: int
-    """Which set of extended attributes, or NONE."""
+    """The number of its set of xattrs, or NONE."""
     start: int
-    """File: where its data begins in the image. Directory: the block of its listing."""
+    """File: the position of its data in the image. Directory: the block of its listing."""
     fragment: int
-    """File: which fragment has its tail, or NONE."""
+    """File: the number of the fragment with its tail, or NONE."""
     offset: int
-    """File: where in the fragment the tail is. Directory: where in its block the listing begins."""
+    """File: the offset of the tail in the fragment. Directory: the offset of the listing in its block."""
     end: int
-    """Where the fixed part ends, in bytes from the start of the metadata block that it begins in."""
+    """The end of the fixed part, in bytes from the start of the metadata block where it begins."""
     index_count: int
-    """Directory: how many entries its index has."""
+    """Directory: the number of entries of its index."""
 
     def body(self, table: Table) -> Place:
-        """Where in the inode table is what follows: a block list, the target of a symlink, an index.
+        """Return the place of the variable part: a block list, the target of a symbolic link, or an index.
 
         May block. EIO.
         """
@@ -121,13 +121,13 @@ class InodeTable:
         """*ids*: the owner table."""
         self._table = table
         self._ids = ids
-        # The block that was used last: the inodes of a directory are mostly in one.
+        # The block used last, because the inodes of a directory are mostly in one.
         self._last = (-1, b"")
-        # The inode that was read last: a copy-up, or a removal, does so several times.
+        # The inode read last, because a copy-up or a removal reads it several times.
         self._inode = _NONE_YET
 
     def read(self, ref: int) -> Inode:
-        """The inode at *ref*. May block. EIO when there can be none."""
+        """Return the inode at *ref*. May block. EIO if there is none."""
         inode = self._inode
         if inode.ref == ref:
             return inode
@@ -137,7 +137,7 @@ class InodeTable:
         if block != last:
             data = self._table.block(block)
             self._last = block, data
-        if offset + _LONGEST > len(data):  # it may go on in the next block, or be the last of all
+        if offset + _LONGEST > len(data):  # it may continue in the next block, or be the last inode
             data, at = self._read_fixed_part(Place(block, offset)), 0
         kind = data[at]
         fields: tuple[int, ...]
@@ -170,7 +170,7 @@ class InodeTable:
         return inode
 
     def _others(self, kind: int, begin: Place, rest: list[int]) -> tuple[int, ...]:
-        """The fields from nlink on, for the types that are not frequent; *rest* is as in the layout."""
+        """Return the fields from nlink on for the rarer types. *rest* has the fields of the layout."""
         length = _LAYOUTS[kind].size
         start, fragment, offset, index_count = 0, NONE, 0, 0
         size, rdev, blocks, xattr = 0, 0, 0, NONE
@@ -192,13 +192,13 @@ class InodeTable:
         else:
             nlink = rest[0]
             if basic in (_BLOCK, _CHAR):
-                rdev = rest[1]  # the kernel's new_encode_dev(), which is what makedev(3) gives
+                rdev = rest[1]  # the kernel's new_encode_dev(), the same as makedev(3)
             if kind > EXTENDED:
                 xattr = rest[-1]
         return nlink, size, rdev, blocks, xattr, start, fragment, offset, begin.offset + length, index_count
 
     def _read_fixed_part(self, place: Place) -> bytes:
-        """The fixed part of an inode and not a byte more: it may be the last that there is."""
+        """Return the fixed part of an inode, and read no more, because the table may end there."""
         kind = int.from_bytes(self._table.read(place, 2), "little")
         return self._table.read(place, _LAYOUTS[kind].size if kind in _LAYOUTS else 2)
 
@@ -206,5 +206,5 @@ class InodeTable:
         return self._table.damaged(Place(ref >> 16, ref & 0xFFFF), f"is not an inode (type {kind})")
 
     def target(self, inode: Inode) -> bytes:
-        """The target of a symlink, up to its first NUL as the kernel sees it. EIO."""
+        """Return the target of a symbolic link, up to its first NUL, as the kernel does. EIO."""
         return self._table.read(inode.body(self._table), inode.size).partition(b"\0")[0][: MAX_TARGET - 1]

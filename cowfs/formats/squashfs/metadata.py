@@ -1,10 +1,10 @@
-"""Metadata blocks, and the tables made of them.
+"""Metadata blocks, and the tables that consist of them.
 
-A metadata block is up to 8192 bytes, stored as a 16-bit header (bit 15: not compressed; the rest:
-bytes stored) and the data. What does not fit goes on at the start of the following block. mksquashfs
-fills all blocks but the last; others do not, and the kernel's reader does not mind. Source:
-squashfs.rst section 3, the kernel's block.c and cache.c. Before version 4 the header is in the image's
-byte order, and one byte more may follow it (squashfs-tools, unsquashfs.c).
+A metadata block has up to 8192 bytes, stored as a 16-bit header (bit 15: not compressed; the rest: bytes
+stored) and the data. An entry may continue in the next block. mksquashfs fills all blocks but the last; other
+tools do not, and the kernel accepts that. Source: squashfs.rst section 3, the kernel's block.c and cache.c.
+Before version 4 the header is in the image's byte order, and another byte may follow it (squashfs-tools,
+unsquashfs.c).
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ BLOCK = 8192
 _UNCOMPRESSED = 0x8000
 
 CACHE_BYTES = 16 << 20
-"""How much decompressed metadata of one image is kept."""
+"""How many bytes of decompressed metadata of one image are cached."""
 
 
 class Place(NamedTuple):
-    """Where something is in a table: a block's position from the table's start, an offset into it."""
+    """A place in a table: a block's position from the start of the table, and an offset in the block."""
 
     block: int
     offset: int
@@ -42,10 +42,10 @@ class Metadata:
         byteorder: Literal["little", "big"] = "little",
         header: int = 2,
     ) -> None:
-        """*header*: bytes before the data of each block."""
+        """*header* is the number of bytes before the data of each block."""
         self.source = source
         self.byteorder = byteorder
-        """Of all numbers of the image."""
+        """The byte order of all numbers in the image."""
         self._header = header
         self._decompress = decompress
         self.hits = self.misses = 0
@@ -54,11 +54,11 @@ class Metadata:
         )
 
     def shrink(self) -> None:
-        """Forget the blocks that were read."""
+        """Free the cache."""
         self._cache.clear()
 
     def block(self, position: int) -> tuple[bytes, int]:
-        """The decompressed block at *position*, and the position of the next; may block, EIO."""
+        """Return the decompressed block at *position*, and the position of the next. May block. EIO."""
         found = self._cache.get(position)
         if found is None:
             self.misses += 1
@@ -70,7 +70,7 @@ class Metadata:
 
     def _load(self, position: int) -> tuple[bytes, int]:
         source = self.source
-        # Header and data in one read: the longest that the block may be, or what there is.
+        # Read header and data at once: the longest possible block, or up to the end of the image.
         before = self._header
         raw = source.pread(
             min(BLOCK + before, max(source.size - position, before)), position, "metadata block"
@@ -103,15 +103,15 @@ class Table:
         self._what = what
 
     def block(self, block: int) -> bytes:
-        """The data of the block that begins *block* bytes after the table's start."""
+        """Return the data of the block that begins *block* bytes after the start of the table."""
         return self._next(self._start + block)[0]
 
     def read(self, place: Place, size: int) -> bytes:
-        """Exactly *size* bytes at *place*, going on into the following blocks. EIO past the end."""
+        """Return exactly *size* bytes at *place*, which may continue in the next blocks. EIO past the end."""
         return self.advance(place, size)[0]
 
     def advance(self, place: Place, size: int) -> tuple[bytes, Place]:
-        """Like :meth:`read`, and also the place after what was read."""
+        """Return what :meth:`read` returns, and the place after it."""
         if not size:
             return b"", place
         parts: list[bytes] = []
@@ -122,11 +122,11 @@ class Table:
         return data, after
 
     def after(self, place: Place, size: int) -> Place:
-        """The place *size* bytes after *place*. EIO past the end."""
+        """Return the place *size* bytes after *place*. EIO past the end."""
         return self.advance(place, size)[1]
 
     def upto(self, place: Place, size: int) -> tuple[bytes, DamagedImage | None]:
-        """*size* bytes at *place*, or fewer where the table ends or is damaged, and that error."""
+        """Return *size* bytes at *place*; or fewer, and an error, if the table ends or is damaged."""
         parts: list[bytes] = []
         try:
             self._collect(place, size, parts)
@@ -135,7 +135,7 @@ class Table:
         return b"".join(parts), None
 
     def _collect(self, place: Place, size: int, parts: list[bytes]) -> Place:
-        """Add up to *size* bytes at *place* to *parts*; returns the place after them."""
+        """Add up to *size* bytes at *place* to *parts*; return the place after them."""
         position, offset = self._start + place.block, place.offset
         data, following = self._next(position)
         if offset >= len(data):
@@ -157,20 +157,20 @@ class Table:
         return self._metadata.block(position)
 
     def bound(self, place: Place) -> int:
-        """An upper bound of the number of bytes from *place* to the end of the table."""
-        # A stored block is at least three bytes, a header and one more.
+        """Return an upper bound of the number of bytes from *place* to the end of the table."""
+        # A stored block has at least three bytes: a header and one more.
         return ((self._end - self._start - place.block) // 3 + 1) * BLOCK
 
     def damaged(self, place: Place, problem: str) -> OSError:
-        """Log that what is at *place* has *problem*; return the exception to raise."""
+        """Log that the entry at *place* has *problem*; return the exception to raise."""
         where = f"{self._start + place.block:#x}+{place.offset}"
         return self._metadata.source.damaged(f"{self._what}: entry at {where} {problem}")
 
 
 class IndexedTable:
-    """A table of *count* entries of *size* bytes each, reached through a list of block positions.
+    """A table of *count* entries of *size* bytes each, with a list of the positions of its blocks.
 
-    So are the owners, the fragments, the attribute identifiers. Nothing is read before it is asked for.
+    The tables of owners, of fragments and of xattr sets are such tables. Nothing is read before it is needed.
     """
 
     __slots__ = ("_count", "_metadata", "_pointer_size", "_pointers", "_position", "_size", "_table", "_what")
@@ -178,7 +178,7 @@ class IndexedTable:
     def __init__(
         self, metadata: Metadata, position: int, count: int, size: int, what: str, pointer: int = 8
     ) -> None:
-        """The list of block positions, of *pointer* bytes each, is at *position* of the image."""
+        """The list of block positions, of *pointer* bytes each, is at *position* in the image."""
         self._pointer_size = pointer
         self._metadata = metadata
         self._position = position
@@ -189,11 +189,11 @@ class IndexedTable:
         self._pointers: GenerationCache[int, int] = GenerationCache(4096, lambda _: 1)
 
     def first_block(self) -> int:
-        """Where the first block of entries begins: the end of the table before it."""
+        """Return the position of the first block, which is the end of the table before it."""
         return self._pointer(0)
 
     def entry(self, number: int) -> bytes:
-        """The bytes of entry *number*. EIO when there is no such entry."""
+        """Return the bytes of entry *number*. EIO if it does not exist."""
         source = self._metadata.source
         if not 0 <= number < self._count:
             raise source.damaged(f"{self._what} {number} of {self._count}")
@@ -201,7 +201,7 @@ class IndexedTable:
         return self._table.read(Place(self._pointer(block), offset), self._size)
 
     def all(self) -> bytes:
-        """All entries, one after the other. For tables that cannot be large."""
+        """Return all entries, one after the other. For tables that cannot be large."""
         total = self._count * self._size
         return b"".join(
             self._table.read(Place(self._pointer(start // BLOCK), 0), min(BLOCK, total - start))

@@ -4,8 +4,8 @@ Their fields are runs of bits, one after the other. An image of a little-endian 
 in the lowest bits of the number that the bytes are, one of a big-endian machine in the highest: so one list
 of widths does for both. Layouts: squashfs-tools, squashfs_compat.h; use: its unsquash-1.c to -3.c.
 
-All that follows from an inode is as in version 4: block lists, fragments, targets. The index of a directory
-is not used: a listing is short enough to be read whole (128 MiB can be stated, but see LISTING_MAX).
+The data that an inode refers to is as in version 4: block lists, fragments, targets. The index of a directory
+is not used, because listings are short enough to read completely (see LISTING_MAX).
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ _IPC, _DIRECTORY, _FILE, _SYMLINK, _BLOCK, _CHAR, _FIFO, _SOCKET, _LARGE_DIRECTO
 
 
 class _Layout:
-    """Fields by their names and widths in bits, in the order in which they are stored."""
+    """A record's fields: their names and widths in bits, in stored order."""
 
     def __init__(self, widths: dict[str, int], byteorder: Literal["little", "big"]) -> None:
         total = sum(widths.values())
         self.size = total // 8
-        """Bytes."""
+        """The size of the record in bytes."""
         self._byteorder = byteorder
         self._fields: list[tuple[str, int, int]] = []
         begin = 0
@@ -38,7 +38,7 @@ class _Layout:
             begin += width
 
     def unpack(self, data: bytes) -> dict[str, int]:
-        """The fields in *data*, which has just their size."""
+        """Return the fields in *data*, which has exactly :attr:`size` bytes."""
         number = int.from_bytes(data, self._byteorder)
         return {name: number >> shift & mask for name, shift, mask in self._fields}
 
@@ -89,7 +89,7 @@ class OldInodeTable(InodeTable):
     __slots__ = ("_base", "_first", "_layouts", "_made", "_numbered", "_own_group", "_owners")
 
     def __init__(self, table: Table, ids: tuple[int, ...], superblock: Superblock) -> None:
-        """*ids*: the owners, and behind them the groups."""
+        """*ids* are the owners, followed by the groups."""
         super().__init__(table, ids)
         order = superblock.byteorder
         self._numbered = superblock.version >= (3, 0)
@@ -105,7 +105,7 @@ class OldInodeTable(InodeTable):
         self._made = superblock.mkfs_time
 
     def read(self, ref: int) -> Inode:
-        """The inode at *ref*. May block. EIO when there can be none."""
+        """Return the inode at *ref*. May block. EIO if there is none."""
         inode = self._inode
         if inode.ref == ref:
             return inode

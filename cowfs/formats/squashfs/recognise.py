@@ -1,4 +1,4 @@
-"""What a file that is no squashfs is instead: for messages."""
+"""Recognise what a file is that is not a squashfs image, for messages."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class _Magic(NamedTuple):
     magic: bytes
     what: str
     advice: str = ""
-    """What to do to have its content as a lower."""
+    """How to use its content as a lower."""
 
 
 MAGIC, MAGIC_BIG_ENDIAN = b"hsqs", b"sqsh"
@@ -23,10 +23,10 @@ MAGICS = {MAGIC: "<", MAGIC_BIG_ENDIAN: ">"} | LZMA_MAGICS
 """All that an image may begin with."""
 
 SAMPLE = 0x9008
-"""How many bytes from the start :func:`recognise` wants to see."""
+"""How many bytes from the start :func:`recognise` needs."""
 
 EXT_MAGIC = (1080, b"\x53\xef")
-"""Where an ext2, ext3 or ext4 filesystem has its magic, and which."""
+"""Offset and value of the magic of an ext2, ext3 or ext4 filesystem."""
 
 _DECOMPRESS = "decompress it first: {} FILE"
 _UNPACK = "unpack it, and mount the directory, or make an image of that with mksquashfs: {}"
@@ -67,7 +67,7 @@ _MAGICS = (
 
 
 def advice(start: bytes) -> str:
-    """Say what to do to have the content of a file that begins with *start* as a lower, if that is known."""
+    """Return how to use the content of a file that begins with *start* as a lower; "" if unknown."""
     for offset, magic, _, what_to_do in _MAGICS:
         if start[offset : offset + len(magic)] == magic:
             return what_to_do
@@ -75,7 +75,7 @@ def advice(start: bytes) -> str:
 
 
 def recognise(start: bytes) -> str:
-    """Say what a file is that begins with *start*, in a few words; "" when nothing is known of it."""
+    """Return what a file is that begins with *start*, in a few words; "" if unknown."""
     for offset, magic, what, _ in _MAGICS:
         if start[offset : offset + len(magic)] == magic:
             return what
@@ -96,19 +96,19 @@ def _is_text(start: bytes) -> bool:
     try:
         start.decode()
     except UnicodeDecodeError as error:
-        # The end of what was read may cut a character in two.
+        # The sample may end within a character.
         return error.start >= len(start) - 3 and len(start) >= SAMPLE
     return True
 
 
 Pread = Callable[[int, int], bytes]
-"""As of os.pread, of one file: size, and where."""
+"""Like os.pread() for one file: takes size and offset."""
 _SEARCHED = 16 << 20
-"""So far behind a program an image is looked for."""
+"""How many bytes after a program are searched for an image."""
 _SQUASHFS = struct.Struct("<4s8xI6xH4xHH")  # magic, block_size, block_log, major, minor
 _LOAD = 1  # PT_LOAD
 _NO_FILE = 1 << 62
-"""No file is as long, and a place some way behind it can still be asked for (off_t)."""
+"""Longer than any file, but some MiB more still fit into off_t."""
 
 
 def appended_at(start: bytes, size: int = _NO_FILE) -> int | None:
@@ -139,8 +139,10 @@ def appended_at(start: bytes, size: int = _NO_FILE) -> int | None:
 
 
 def image_behind(start: bytes, pread: Pread) -> int | None:
-    """Where a squashfs image begins behind an ELF program, or the program ends if none is seen; None for
-    what is no such program. *start* is its beginning. Reads some MiB at most. OSError."""
+    """Return where a squashfs image begins after an ELF program, or where the program ends if none is found.
+
+    None if it is not such a program. *start* is its beginning. Reads at most a few MiB. OSError.
+    """
     end = appended_at(start)
     if end and not pread(1, end - 1):  # the section headers lie
         end = appended_at(start, 0)

@@ -1,7 +1,7 @@
 """Bounded reads of the image file.
 
-pread and never mmap: an image that is cut short while it is mounted is then a short read (EIO),
-and not a SIGBUS that kills the daemon.
+They use pread(2) and not mmap(2): if a mounted image is truncated, a read is short (EIO), whereas a mapping
+would cause a SIGBUS that kills the daemon.
 """
 
 from __future__ import annotations
@@ -20,23 +20,26 @@ from cowfs.url.names import is_url, place
 log = logging.getLogger(__name__)
 
 _REPORTS = 200
-"""How many different damages of one image are logged; after that the log has said enough."""
+"""How many different damages of one image are logged."""
 
 
 class Bytes(Protocol):
-    """What an image is in: a file, or something that is read like one."""
+    """The bytes that contain an image: a file, or something that is read like one."""
 
     @property
     def size(self) -> int:
-        """Bytes of all of it. OSError."""
+        """The size in bytes. OSError."""
         ...
 
     def pread(self, size: int, at: int) -> bytes:
-        """Return bytes as os.pread(2) does. OSError; WouldWait, of what may wait for other machines."""
+        """Return bytes as os.pread() does.
+
+        OSError; WouldWait if it would have to wait for another machine.
+        """
         ...
 
     def forget(self, size: int, at: int) -> None:
-        """Have these bytes read again the next time they are needed: they were wrong."""
+        """Drop these bytes from caches, because they were wrong."""
 
     def caches(self) -> dict[str, tuple[int, int]]:
         """How often what was needed was at hand, and how often not, by its kind."""
@@ -50,12 +53,12 @@ class Bytes(Protocol):
 
 
 class FileBytes:
-    """The bytes of a file, or of a device."""
+    """The bytes of a file or block device."""
 
     __slots__ = ("_fd",)
 
     def __init__(self, fd: int) -> None:
-        """*fd* now belongs to this, which closes it."""
+        """This object closes *fd*."""
         self._fd = fd
 
     @property
@@ -68,14 +71,14 @@ class FileBytes:
         return os.pread(self._fd, size, at)
 
     def forget(self, size: int, at: int) -> None:
-        """Nothing is kept here."""
+        """Do nothing: this has no cache."""
 
     def caches(self) -> dict[str, tuple[int, int]]:
-        """The kernel's are not ours."""
+        """Return nothing: only the kernel caches a file."""
         return {}
 
     def stop(self) -> None:
-        """Nobody waits."""
+        """Do nothing: no read waits for another machine."""
 
     def close(self) -> None:
         """Close the file. Safe to call twice."""
@@ -85,15 +88,16 @@ class FileBytes:
 
 
 def open_bytes(path: str) -> Bytes:
-    """Open a file, a block device, or what a URL names; compared with a hash tree, if required. Blocks.
+    """Open a file, block device or URL, verified by a hash tree if required. Blocks.
 
-    LayerError for a URL that cannot be used; OSError for a file, and LayerError for what is none.
+    OSError if a file cannot be opened; LayerError for a URL that cannot be used, and for other types of
+    files.
     """
     return checked(open_unchecked(path), place(path), open_unchecked)
 
 
 def open_unchecked(path: str) -> Bytes:
-    """Open the same as it is. As :func:`open_bytes`."""
+    """Open a file, block device or URL without verifying it. See :func:`open_bytes`."""
     if is_url(path):
         from cowfs.url.opened import open_url
 
@@ -109,12 +113,12 @@ def open_unchecked(path: str) -> Bytes:
 
 
 class Source:
-    """The bytes of one image: those from *offset* on in *data*, *size* of them."""
+    """The bytes of one image: *size* bytes of *data* from *offset* on."""
 
     __slots__ = ("_data", "_reported", "name", "offset", "size")
 
     def __init__(self, data: Bytes, name: str, offset: int, size: int) -> None:
-        """*data* now belongs to the source, which closes it; *name* is for messages."""
+        """The source closes *data*. *name* is for messages."""
         self._data = data
         self.name = name
         self.offset = offset
@@ -122,10 +126,10 @@ class Source:
         self._reported: set[str] = set()
 
     def pread(self, size: int, position: int, what: str) -> bytes:
-        """Read exactly *size* bytes at *position* of the image; may block.
+        """Return exactly *size* bytes at *position* of the image. May block.
 
-        EIO, naming *what* was to be read, when that is not inside the image or the file has become
-        shorter. What the kernel says (EIO of a dying disk, ESTALE) is passed on.
+        EIO, which names *what* was read, if they are outside the image or the file was truncated. Other
+        errors of the kernel (EIO of a failing disk, ESTALE) are passed on.
         """
         if position < 0 or size < 0 or position + size > self.size:
             raise self.damaged(f"{what} at {position:#x} (+{size}) is outside of the image")
@@ -139,7 +143,7 @@ class Source:
         except DamagedImage:
             raise
         except OSError as error:
-            if not is_url(self.name):  # of which the log has heard
+            if not is_url(self.name):  # errors of URLs are logged already
                 self._report(f"{what} at {position:#x}: {error.strerror}")
             raise
         return data
@@ -149,15 +153,15 @@ class Source:
         return self._data.caches()
 
     def stop(self) -> None:
-        """Let nobody wait any more for other machines: EIO."""
+        """Make reads that wait for other machines fail with EIO."""
         self._data.stop()
 
     def file_size(self) -> int:
-        """Return how large the whole file, or device, is. OSError."""
+        """Return the size of the whole file or device in bytes. OSError."""
         return self._data.size
 
     def damaged(self, what: str) -> DamagedImage:
-        """Log *what* is damaged, once, and return the exception to raise for it."""
+        """Log, once, that *what* is damaged; return the exception to raise."""
         self._report(what)
         return DamagedImage(f"{self.name}: damaged squashfs image: {what} ({AGAIN})")
 

@@ -1,4 +1,4 @@
-"""What an image says of itself, for people: what ``unsquashfs -s`` shows."""
+"""Describe an image as ``unsquashfs -s`` does."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _LZO = ("lzo1x_1", "lzo1x_1_11", "lzo1x_1_12", "lzo1x_1_15", "lzo1x_999")
 
 
 def summary(image: Image) -> list[tuple[str, str]]:
-    """(what, value) of everything the superblock says, in an order to be shown in. May block; EIO."""
+    """Return the facts in the superblock as (name, value), in the order to print. May block. EIO."""
     sb = image.superblock
     made = datetime.fromtimestamp(sb.mkfs_time, UTC)
     facts = [
@@ -42,7 +42,7 @@ def summary(image: Image) -> list[tuple[str, str]]:
 
 
 def _byte_order(sb: Superblock) -> str:
-    """Return what to say of it where there are two."""
+    """Return a suffix with the byte order, for versions that have two; else ""."""
     return f", {sb.byteorder}-endian" if sb.is_old else ""
 
 
@@ -52,14 +52,14 @@ def _uncompressed(sb: Superblock) -> list[str]:
         (sblk.NO_DATA_COMPRESSION, "data"),
         (sblk.NO_FRAGMENT_COMPRESSION, "fragments"),
         (sblk.NO_XATTR_COMPRESSION, "attributes"),
-        # mksquashfs stores owners as it stores inodes, and says so only when they alone are meant.
+        # If inodes are uncompressed, owners are too. Their own flag is set only for owners alone.
         (sblk.NO_ID_COMPRESSION | sblk.NO_INODE_COMPRESSION, "owners"),
     )
     return [name for flag, name in flags if sb.flags & flag]
 
 
 def _options(image: Image) -> list[tuple[str, str]]:
-    """What the compressor was told: a metadata block after the superblock, different for each."""
+    """Return the options of the compressor: a metadata block after the superblock, different for each."""
     sb = image.superblock
     if not sb.flags & sblk.COMPRESSOR_OPTIONS:
         return []

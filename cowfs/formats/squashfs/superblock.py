@@ -24,7 +24,7 @@ from cowfs.formats.squashfs.recognise import (
 
 SIZE = 96
 NONE = 0xFFFF_FFFF_FFFF_FFFF
-"""In place of a table's position: the image has no such table."""
+"""In place of the position of a table that the image does not have."""
 
 # magic, inodes, mkfs_time, block_size, fragments (u32); compressor, block_log, flags, ids, major,
 # minor (u16); root, bytes_used, and the tables: id, xattr, inode, directory, fragment, export (u64)
@@ -59,7 +59,7 @@ NO_FRAGMENT_COMPRESSION = 0x008
 NO_FRAGMENTS = 0x010
 ALWAYS_FRAGMENTS = 0x020
 CHECKED = 0x004
-"""Before version 4: behind the header of each metadata block is one byte more."""
+"""Flag before version 4: another byte follows the header of each metadata block."""
 DUPLICATES_REMOVED = 0x040
 EXPORTABLE = 0x080
 NO_XATTR_COMPRESSION = 0x100
@@ -70,7 +70,7 @@ NO_ID_COMPRESSION = 0x800
 
 @dataclass(frozen=True, slots=True)
 class Superblock:
-    """What an image says of itself. Positions are bytes from the start of the image."""
+    """The superblock of an image. Positions are in bytes from the start of the image."""
 
     raw: bytes
     inodes: int
@@ -93,9 +93,9 @@ class Superblock:
     export_table: int
     version: tuple[int, int] = (4, 0)
     order: str = "<"
-    """The byte order as struct has it: "<" or, before version 4 only, ">"."""
+    """The byte order as in :mod:`struct`: "<" or, only before version 4, ">"."""
     groups: int = 0
-    """Before version 4: how many groups there are, in a table of their own."""
+    """Before version 4: the number of groups, which are in a table of their own."""
     group_table: int = NONE
 
     @property
@@ -114,36 +114,36 @@ class Superblock:
 
     @property
     def byteorder(self) -> Literal["little", "big"]:
-        """The byte order as int.from_bytes has it."""
+        """The byte order as in int.from_bytes()."""
         return "big" if self.order == ">" else "little"
 
     @property
     def last_number(self) -> int:
-        """The greatest number that an inode can have. In version 2 the number is its place."""
+        """The greatest possible number of an inode. In version 2 that is its position."""
         return self.inodes if self.version >= (3, 0) else 0xFFFF_FFFF
 
     @property
     def compression(self) -> str:
-        """The name of the compressor, as mksquashfs -comp knows it."""
+        """The name of the compressor, as in mksquashfs -comp."""
         return COMPRESSORS[self.compressor]
 
     @property
     def exportable(self) -> bool:
-        """Whether there is a table from inode numbers to inodes (the kernel then gives file handles)."""
+        """Whether there is a table of inodes by their numbers, which the kernel uses for file handles."""
         return self.export_table != NONE
 
     @property
     def has_xattrs(self) -> bool:
-        """Whether there is a table of extended attributes, be it empty."""
+        """Whether there is a table of xattrs, even if it is empty."""
         return self.xattr_table != NONE
 
 
 def parse(raw: bytes, name: str, file_size: int, pread: Pread | None = None) -> Superblock:
-    """Read a superblock; :class:`LayerError` says why the image called *name* cannot be read.
+    """Read a superblock; :class:`LayerError` says why the image *name* cannot be read.
 
-    *raw* is the start of the image: 96 bytes, or more for saying what a foreign file is.
-    *file_size* is the number of bytes there are from the start of the image on, *pread* reads from there: to
-    say where an image begins behind a program.
+    *raw* is the start of the image: 96 bytes, or more, to recognise another kind of file. *file_size* is the
+    number of bytes from the start of the image on. *pread* reads from there, to find an image after a
+    program.
     """
     order = _check_magic(raw, name, pread)
     major, minor = struct.unpack_from(order + "28xHH", raw) if len(raw) >= 32 else (4, 0)
@@ -229,7 +229,7 @@ def _parse_old(raw: bytes, order: str) -> Superblock:
         inode_table=inode_table,
         directory_table=directory_table,
         fragment_table=fragment_table,
-        # In 3.0 there is something else.
+        # 3.0 has another field in its place.
         export_table=export_table if (major, minor) >= (3, 1) else NONE,
         version=(major, minor),
         order=order,
@@ -239,7 +239,7 @@ def _parse_old(raw: bytes, order: str) -> Superblock:
 
 
 def _check_magic(raw: bytes, name: str, pread: Pread | None) -> str:
-    """Return the byte order, as of struct."""
+    """Return the byte order, as in :mod:`struct`."""
     magic = raw[:4]
     order = MAGICS.get(magic)
     if order:
@@ -255,7 +255,7 @@ def _check_magic(raw: bytes, name: str, pread: Pread | None) -> str:
 def _refuse_version(name: str, major: int, minor: int, order: str = "") -> None:
     if order and major >= 4:
         raise LayerError(
-            f"{name}: says that it is a {order}squashfs version {major}.{minor}, but none is big-endian",
+            f"{name}: claims to be a {order}squashfs version {major}.{minor}, but that is never big-endian",
             "the image is damaged: copy it again",
         )
     raise LayerError(
@@ -267,7 +267,7 @@ def _refuse_version(name: str, major: int, minor: int, order: str = "") -> None:
 
 
 def _check(sb: Superblock, name: str, file_size: int) -> None:
-    """Refuse what no reader could make sense of; :class:`LayerError` says what."""
+    """:class:`LayerError` for a superblock that contradicts itself or the size of the file."""
     problem = ""
     if sb.compressor not in COMPRESSORS:
         problem = f"unknown compressor {sb.compressor}"

@@ -1,4 +1,4 @@
-"""The threads that decompress: as many as there are processors, at most four, started when needed."""
+"""The threads that decompress: one per processor, at most four, started when needed."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _Task = tuple["Future[Any]", Callable[..., Any], tuple[object, ...]]
 
 
 class Workers:
-    """A pool that works without threads too, where none can be started.
+    """A pool of threads that also works if no thread can be started.
 
-    :class:`concurrent.futures.ThreadPoolExecutor` keeps a task in its queue even when ``submit`` has
-    raised for lack of a thread; ours may be writing to a file that is closed by then.
+    :class:`concurrent.futures.ThreadPoolExecutor` keeps a task in its queue even if ``submit`` has raised for
+    lack of a thread. The task could then write to a file that is closed already.
     """
 
     def __init__(self) -> None:
@@ -32,9 +32,9 @@ class Workers:
         self._lock = threading.Lock()
 
     def submit(self, function: Callable[..., T], *args: object) -> Future[T]:
-        """Have ``function(*args)`` called in one of the threads. EBADF after close.
+        """Call ``function(*args)`` in one of the threads, or in this one if none can be started.
 
-        Calls it here and now if there are no threads to be had.
+        EBADF after close.
         """
         future: Future[T] = Future()
         with self._lock:
@@ -63,7 +63,7 @@ class Workers:
             _do(task)
 
     def close(self) -> None:
-        """Wait for what is being done, drop what is waiting to be. Safe to call twice."""
+        """Wait for running tasks, and drop waiting ones. Safe to call twice."""
         with self._lock:
             self._closed = True
             threads, self._threads = self._threads, []

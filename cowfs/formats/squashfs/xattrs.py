@@ -1,8 +1,8 @@
 """Extended attributes.
 
-An inode names a set of them by number. The set's entry says where in the table of keys and values it
-begins and how many attributes it has. A value may be somewhere else in that table (out of line),
-where several inodes have the same. Layouts: squashfs_fs.h; use: the kernel's xattr.c, xattr_id.c.
+An inode has the number of a set. The entry of the set has the position of its first xattr in the table of
+keys and values, and their number. A value may be elsewhere in that table (out of line), if several inodes
+share it. Layouts: squashfs_fs.h; use: the kernel's xattr.c, xattr_id.c.
 """
 
 from __future__ import annotations
@@ -23,29 +23,29 @@ _REFERENCE = struct.Struct("<Q")
 
 _PREFIXES = {0: b"user.", 1: b"trusted.", 2: b"security."}
 KINDS = tuple(_PREFIXES.values())
-"""How the names of all attributes begin that there can be."""
+"""The prefixes of all possible xattrs."""
 
 _OUT_OF_LINE = 0x100
 _KNOWN = 0x1FF
 
 VALUE_MAX = 65536
-"""The longest value in bytes (XATTR_SIZE_MAX of the kernel, which gives no longer ones)."""
+"""The limit of a value in bytes (the kernel's XATTR_SIZE_MAX)."""
 COUNT_MAX = (64 << 10) // len(b"user.x\0") + 1
-"""The most attributes of one inode: more than there are names in XATTR_LIST_MAX (64 KiB)."""
+"""The limit of the xattrs of one inode: more names than fit in XATTR_LIST_MAX (64 KiB)."""
 SET_MAX = 1 << 20
-"""The most bytes that the keys and values of one inode may take, but for values out of line."""
+"""The limit of the keys and values of one inode in bytes, without values out of line."""
 
 
 @dataclass(slots=True, frozen=True)
 class OutOfLine:
-    """A value that is not read yet, but the place where it says where it is."""
+    """A value that is not read yet: the place of the reference to it."""
 
     place: Place
 
 
 @dataclass(slots=True, frozen=True)
 class TooLong:
-    """A value that is longer than the kernel gives any."""
+    """A value that is longer than the kernel allows."""
 
 
 Attributes = dict[bytes, bytes | OutOfLine | TooLong]
@@ -57,30 +57,30 @@ class XattrTable:
     __slots__ = ("_cache", "_keys", "_sets", "count", "first_block")
 
     def __init__(self, metadata: Metadata, position: int) -> None:
-        """*position*: where the superblock says that the table is. May block; EIO."""
+        """*position* is that of the table in the superblock. May block. EIO."""
         raw = metadata.source.pread(_TABLE.size, position, "attribute table")
         start, count, _ = _TABLE.unpack(raw)
         self.count: int = count
-        """How many sets there are."""
+        """The number of sets."""
         self._sets = IndexedTable(metadata, position + _TABLE.size, count, _SET.size, "attribute set")
         end = self._sets.first_block() if count else position
         if start > end:
             raise metadata.source.damaged(f"attribute table: keys at {start:#x}, sets at {end:#x}")
         self._keys = Table(metadata, start, end, "attributes")
         self.first_block: int = start
-        """Where the keys and values begin: the end of the table before them."""
+        """The position of the keys and values, which is the end of the table before them."""
         self._cache: GenerationCache[int, Attributes] = GenerationCache(4 << 20, _weight)
 
     def shrink(self) -> None:
-        """Forget what was read."""
+        """Free the cache."""
         self._cache.clear()
 
     def names(self, number: int) -> list[bytes]:
-        """The names of set *number*, with their prefixes. May block. EIO."""
+        """Return the names of set *number*, with their prefixes. May block. EIO."""
         return list(self._attributes(number))
 
     def value(self, number: int, name: bytes) -> bytes | None:
-        """The value of *name* in set *number*, or None. May block. EIO, E2BIG."""
+        """Return the value of *name* in set *number*, or None. May block. EIO, E2BIG."""
         value = self._attributes(number).get(name)
         if isinstance(value, OutOfLine):
             (reference,) = _REFERENCE.unpack(self._keys.read(value.place, _REFERENCE.size))
@@ -116,8 +116,8 @@ class XattrTable:
             value, at = self._value(place, size)
             prefix = _PREFIXES.get(kind & 0xFF)
             if prefix is None or kind & ~_KNOWN or not name or b"\0" in name:
-                continue  # a namespace of a later version; the kernel passes over it too
-            # Of two with one name the first counts, as in the kernel.
+                continue  # a namespace of a later version, which the kernel ignores too
+            # Of two with the same name the first counts, as in the kernel.
             attributes.setdefault(prefix + name, OutOfLine(place) if kind & _OUT_OF_LINE else value)
         return attributes
 
@@ -134,7 +134,7 @@ class XattrTable:
 
 
 def _weight(attributes: Attributes) -> int:
-    """About how many bytes of memory a set takes."""
+    """Return the approximate memory of a set in bytes."""
     return 300 + sum(
         200 + len(name) + (len(value) if isinstance(value, bytes) else 0)
         for name, value in attributes.items()
