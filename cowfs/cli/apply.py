@@ -1,4 +1,4 @@
-"""``cowfs apply``: carry the changes onto a directory."""
+"""``cowfs apply``: apply the changes to a directory."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ store or the lower cannot be used.
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the subcommand's parser."""
     parser = options.add_subcommand(
-        subparsers, NAME, "carry the changes onto a directory", _DESCRIPTION, _EPILOG
+        subparsers, NAME, "apply the changes to a directory", _DESCRIPTION, _EPILOG
     )
     parser.add_argument("what", metavar="STORE|MOUNTPOINT", help="the changes; with --undo left out")
     parser.add_argument("root", metavar="ROOT", nargs="?", help="the directory, or the store, to change")
@@ -66,7 +66,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(args: argparse.Namespace) -> int:
-    """Look for conflicts, and change the directory."""
+    """Find conflicts, and change the directory."""
     from cowfs.api import apply
     from cowfs.changes.render import escape, line
     from cowfs.linux.limits import take_all_descriptors
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("no ROOT given", "name the directory to change after the store")
     if args.dry_run and (args.interactive or args.backup):
         raise UsageError(
-            "--dry-run changes nothing, so there is nothing to ask or keep", "leave out one of them"
+            "--dry-run excludes --interactive and --backup: it changes nothing", "leave one of them out"
         )
     found, losses = apply(
         args.what,

@@ -17,7 +17,7 @@ from cowfs.errors import CowfsError, InternalError, MountFailure
 from cowfs.linux.signals import hold_back, open_signals, take, unblock
 
 _PATIENCE_MS = 5_000
-"""So long a daemon is waited for that has been asked to end."""
+"""How long to wait, in milliseconds, for a daemon that was asked to end."""
 
 
 class Reporter:
@@ -50,17 +50,16 @@ class Reporter:
 def run_in_background(
     daemon: Callable[[Reporter], int], keep: Collection[int] = (), *, stays: bool = False
 ) -> int:
-    """Run *daemon* in a process of its own session; return once it has reported.
+    """Run *daemon* in a process with its own session; return when it has reported.
 
-    Of the open descriptors only *keep* and the terminal's stay open. Raises the CowfsError that the daemon
-    reported. A signal that asks us to end is passed on to the daemon, and SystemExit is raised when the
-    daemon has ended. A signal after the report, or at any time if *stays*, has no effect: it stays blocked
-    for good.
+    Only the descriptors of *keep* and of the terminal stay open. Raises the CowfsError that the daemon
+    reported. A signal that asks this process to end is passed on to the daemon; when that has ended,
+    SystemExit is raised. After the report, or always if *stays*, such a signal stays blocked for good.
     """
     reading, writing = os.pipe()
     sys.stdout.flush()
     sys.stderr.flush()
-    hold_back()  # or one process might be gone and the other not know
+    hold_back()  # otherwise a signal could end one of the two processes unnoticed
     pid = os.fork()
     if pid == 0:
         _be_daemon(daemon, writing, keep)
@@ -89,12 +88,11 @@ def run_in_background(
 
 
 def _wait_for_report(pipe: int, pid: int, *, heeds_signals: bool) -> tuple[bytes, int, bool]:
-    """Return the daemon's report, the signal that asked us to end before that (or 0), and whether the daemon
-    has ended or the report is complete.
+    """Return the daemon's report, the signal that came before it (or 0), and whether the daemon has ended or
+    the report is complete.
 
-    The signal is passed on. The report is complete when the pipe is closed, *pipe* included. A daemon that
-    does not end for some time after the signal is left alone: the kernel holds it, because a lower does not
-    answer.
+    A signal is passed on. The report is complete when all ends of the pipe, *pipe* included, are closed. If a
+    daemon does not end some time after the signal, this stops waiting: a lower does not answer the daemon.
     """
     signals = open_signals()
     poll = select.poll()
@@ -115,7 +113,7 @@ def _wait_for_report(pipe: int, pid: int, *, heeds_signals: bool) -> tuple[bytes
 
 
 def _be_daemon(daemon: Callable[[Reporter], int], pipe: int, keep: Collection[int]) -> NoReturn:
-    """Run *daemon* in the process that was forked for it, and end the process. Never returns."""
+    """Run *daemon* in the forked process, and end the process. Never returns."""
     code = 1
     try:
         _detach(pipe, keep)
@@ -139,7 +137,7 @@ def _be_daemon(daemon: Callable[[Reporter], int], pipe: int, keep: Collection[in
 
 
 def _interruptible(daemon: Callable[[Reporter], int], reporter: Reporter) -> int:
-    """Give signals their usual effect until *daemon* blocks them, or is done."""
+    """Run *daemon*, with signals unblocked until it blocks them."""
     try:
         unblock()
         return daemon(reporter)
@@ -150,7 +148,7 @@ def _interruptible(daemon: Callable[[Reporter], int], reporter: Reporter) -> int
 def _detach(pipe: int, keep: Collection[int]) -> None:
     for fd in map(int, os.listdir("/proc/self/fd")):
         if fd > 2 and fd != pipe and fd not in keep:
-            with suppress(OSError):  # the listing's own
+            with suppress(OSError):  # the descriptor of this listing, closed by now
                 os.close(fd)
     os.setsid()
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -158,7 +156,7 @@ def _detach(pipe: int, keep: Collection[int]) -> None:
 
 
 def leave(code: int) -> NoReturn:
-    """End the process, but run the exit handlers, which a coverage tool needs."""
+    """Run the exit handlers, which a coverage tool needs, and end the process."""
     import atexit
 
     with suppress(Exception):

@@ -1,4 +1,4 @@
-"""``cowfs backup``: copy a store, which may be in use."""
+"""``cowfs backup``: copy a store, even while it is in use."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(args: argparse.Namespace) -> int:
-    """Copy it."""
+    """Copy the store."""
     from cowfs.backups import backup
     from cowfs.linux.limits import take_all_descriptors
     from cowfs.store.e2fsprogs.signals import cleaned_up
 
-    take_all_descriptors()  # each directory on the way to a path uses some
+    take_all_descriptors()  # each directory on the way to a path needs several
     whole = bytes_of(args.what)
     with cleaned_up(), progress_line() as progress:
         backup(

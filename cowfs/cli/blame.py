@@ -71,7 +71,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print what is known of each path."""
+    """Print what is recorded about each path."""
     from cowfs.api import histories
 
     what, asked = _asked(args)
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
         )  # fmt: skip
         for piece, since in pieces:
             if not piece:
-                warn(f"{what}: {_nothing(since)} of such paths")
+                warn(f"{what}: {_nothing(since)} about such paths")
                 code = EXIT_NOTHING
             for history in piece:
                 if not history.first:
@@ -109,7 +109,7 @@ def _nothing(since: int | None) -> str:
     return "nothing is recorded" if since is None else f"nothing is recorded since {_local(since)}"
 
 
-# --- whom to ask
+# --- the store or mount, and the paths
 
 
 def _asked(args: argparse.Namespace) -> tuple[str, list[bytes]]:
@@ -141,10 +141,10 @@ def _in_tree(path: str, mountpoint: str) -> bytes:
 
 
 def _below(path: str, mountpoint: str) -> bytes:
-    """Return the path in the merged tree of something below a mountpoint. UsageError for anything else."""
+    """Return the path in the merged tree of a path below a mountpoint. UsageError for any other."""
     found = mount_above(path)
     if found is None or found[0] != mountpoint:
-        raise UsageError(f"{path}: is not below {mountpoint}", "ask for one mount at a time")
+        raise UsageError(f"{path}: is not below {mountpoint}", "give the paths of one mount")
     return glob.escape(_plain(found[1]))
 
 
@@ -154,7 +154,7 @@ def _plain(path: str) -> bytes:
     return normal(os.fsencode(path))
 
 
-# --- how it is told
+# --- output
 
 
 def _print(history: History, *, after: bool) -> None:
@@ -186,7 +186,7 @@ def by(process: dict[str, Any] | None) -> str:
     """Name the process, as its JSON describes it."""
     if process is None:
         return "by the kernel, for a mapping"
-    program = printable(str(process["program"])) or "a process that is hidden"
+    program = printable(str(process["program"])) or "a hidden process"
     where = process.get("container") or process.get("unit")
     inside = f", in {printable(str(where))[:_LONGEST_UNIT]}" if where else ""
     return f"by {program} (pid {process['pid']}, uid {process['uid']}{inside})"
@@ -202,7 +202,7 @@ def _command(words: list[str]) -> str:
 
 
 def local(time: str) -> str:
-    """Return the local time for a time of a JSON line. ValueError."""
+    """Return the local time for a time in a JSON line. ValueError."""
     return _shown(datetime.fromisoformat(time))
 
 

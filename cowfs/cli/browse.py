@@ -1,4 +1,4 @@
-"""``cowfs browse``: walk the changes in a terminal."""
+"""``cowfs browse``: browse the changes in a terminal."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from cowfs.errors import SystemFailure, UsageError
 NAME = "browse"
 
 _DESCRIPTION = """\
-Show the changes as a tree in the terminal: see how each path differs and which rule decides what it shows,
-mark paths and revert them.
+Show the changes as a tree in the terminal. You can see the differences of each path and the rule that decides
+what it shows, mark paths, and revert them.
 """
 _EPILOG = """\
 keys:
-  arrows   walk the tree, open and close directories
-  d, e     show how the selected path differs; explain it
-  Enter    scroll that; Escape: back to the tree
-  Space    mark a path, and everything below it
-  r        revert what is marked, or else the selected path; asks first
+  arrows   move in the tree, open and close directories
+  d, e     show the differences of the selected path; explain it
+  Enter    scroll that text; Escape: back to the tree
+  Space    mark a path and everything below it
+  r        revert the marked paths, or else the selected one, after a question
   u        undo the last revert
   R        read the changes again
   ?, q     help; quit
@@ -31,14 +31,15 @@ It needs the Python package textual: pip install 'cowfs[browse]'.
 
 examples:
   cowfs browse /mnt             of a mount, even while it is in use
-  cowfs browse /mnt/etc         begin at this directory
+  cowfs browse /mnt/etc         start at this directory
   cowfs browse sysrcd.bs        of a store that is not mounted
 """
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the subcommand's parser."""
-    parser = options.add_subcommand(subparsers, NAME, "walk the changes in a terminal", _DESCRIPTION, _EPILOG)
+    summary = "browse the changes in a terminal"
+    parser = options.add_subcommand(subparsers, NAME, summary, _DESCRIPTION, _EPILOG)
     parser.add_argument("what", metavar="STORE|MOUNTPOINT")
     options.add_lower(parser)
     parser.set_defaults(run=run)

@@ -71,7 +71,7 @@ def _ignored(_: str) -> None:
 
 
 def _state(code: int) -> str:
-    """Return in a word what an exit code of fsck(8) means."""
+    """Return the meaning of an exit code of fsck(8) in one word."""
     from cowfs.store.e2fsprogs.tools import FSCK_CORRECTED, FSCK_UNCORRECTED
 
     if code & FSCK_UNCORRECTED:

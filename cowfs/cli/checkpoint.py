@@ -1,4 +1,4 @@
-"""``cowfs checkpoint``: keep the present state of a tree."""
+"""``cowfs checkpoint``: keep the current state of a tree."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from cowfs.cli.output import warn
 NAME = "checkpoint"
 
 _DESCRIPTION = """\
-Keep the present state of the tree under a name. `cowfs rollback` restores it, and `cowfs diff --since`
+Keep the current state of the tree under a name. `cowfs rollback` restores it, and `cowfs diff --since`
 compares with it. A checkpoint takes no space: only later changes do.
 """
 _EPILOG = """\
@@ -43,7 +43,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(args: argparse.Namespace) -> int:
-    """Make one, or delete one."""
+    """Create or delete a checkpoint."""
     from cowfs import api
 
     lowers = options.lowers_of(args)

@@ -1,4 +1,4 @@
-"""``cowfs checkpoints``: list them."""
+"""``cowfs checkpoints``: list the checkpoints of a store or mount."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from cowfs.cli.output import say, say_fields
 NAME = "checkpoints"
 
 _EPILOG = """\
-Each line has the time (UTC) at which a checkpoint was taken, its name, and the checkpoint before it. A star
-marks those that the tree is based on; `cowfs diff --since NAME` lists the changes since the last of them.
+Each line has the time (UTC) of a checkpoint, its name, and the checkpoint before it. A star marks those that
+the tree is based on. `cowfs diff --since NAME` lists the changes since the last of them.
 
 --json prints one object: "version" (1), and "checkpoints", an array of objects with "name", "taken", "on"
 (the one before it, or null), "current" (starred) and "last" (the last one with a star).
@@ -34,13 +34,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("what", metavar="STORE|MOUNTPOINT")
     options.add_json_or_null(
-        parser, "* if the tree was made from it, time, name, the one before it", "print one JSON object"
+        parser, "* if the tree is based on it, time, name, the one before it", "print one JSON object"
     )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """List them."""
+    """List the checkpoints."""
     from cowfs.api import checkpoints
 
     found = checkpoints(args.what)

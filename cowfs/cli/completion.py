@@ -1,4 +1,4 @@
-"""What a shell offers as the next word of a ``cowfs`` command, with argcomplete."""
+"""Complete ``cowfs`` commands in a shell, with argcomplete."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _files = argcomplete.completers.FilesCompleter()
 
 
 def complete(parser_of: Callable[[str | None], argparse.ArgumentParser], subcommands: Iterable[str]) -> None:
-    """Print what may come next in the command line that the shell passed, and end the process.
+    """Print the possible next words of the command line that the shell passed, and end the process.
 
-    *parser_of* returns the parser of the subcommand of that name. Nothing here raises or prints elsewhere: a
-    shell would show it in the middle of the command line.
+    *parser_of* returns the parser of a subcommand. This neither raises nor prints anything else, which the
+    shell would show in the middle of the command line.
     """
     line = os.environ.get("COMP_LINE", "")
     point = os.environ.get("COMP_POINT", "")
@@ -33,14 +33,14 @@ def complete(parser_of: Callable[[str | None], argparse.ArgumentParser], subcomm
     else:
         parser = argparse.ArgumentParser("cowfs")
         parser.add_argument("--version", action="store_true")
-        # `cowfs LOWER MOUNTPOINT` is a command, too.
+        # `cowfs LOWER MOUNTPOINT` is also a command.
         first = parser.add_argument("subcommand", nargs="*")
         first.completer = lambda prefix, **_: [*known, *_files(prefix)]  # type: ignore[attr-defined]
     argcomplete.autocomplete(parser, always_complete_options="long")
 
 
 def _all_of(parser: argparse.ArgumentParser) -> list[argparse.Action]:
-    """The arguments of a parser and of the parsers below it."""
+    """Return the arguments of a parser and of its subparsers."""
     found = []
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
@@ -76,9 +76,9 @@ def _directories(prefix: str) -> list[str]:
 
 
 def _mountpoints() -> list[str]:
-    """Complete the mountpoints of cowfs that we can see."""
+    """Complete the visible mountpoints of cowfs."""
     names = [os.fsdecode(mount.mountpoint) for mount in mountinfo() if mount.fstype == "fuse.cowfs"]
-    return [name for name in names if name.isprintable()]  # other users choose names, too
+    return [name for name in names if name.isprintable()]  # other users may have chosen the names
 
 
 def _mount_options(prefix: str, **_: object) -> list[str]:

@@ -1,4 +1,4 @@
-"""``cowfs convert``: turn a store of one format into one of another."""
+"""``cowfs convert``: convert a store between the formats of aufs and overlayfs."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from cowfs.cli.output import Tally, progress_line, say, warn
 NAME = "convert"
 
 _DESCRIPTION = """\
-Turn a store of aufs, as SystemRescueCd 1 to 5 wrote them, into one of overlayfs, or the other way round, in
-place. The merged tree is the same before and after.
+Convert a store in place from the aufs format, as SystemRescueCd 1 to 5 wrote it, to the overlayfs format, or
+back. The merged tree stays the same.
 """
 _EPILOG = """\
-It needs hardly any space: whiteouts are rewritten, everything else is moved. If it is interrupted, the same
-command completes it; until then the store cannot be mounted. The store must not be mounted, and its trash
-(of `cowfs revert`) must be empty.
+It needs hardly any space: whiteouts are rewritten, everything else is moved. If it is interrupted, run the
+same command to complete it; until then the store cannot be mounted. The store must not be mounted, and its
+trash (of `cowfs revert`) must be empty.
 
 To aufs: renamed directories, files copied up without their data, and hard links refer to the lower, so their
-data is copied into the store first, and the lower must be there. Names that aufs cannot have (.wh.NAME,
-more than 242 bytes) and checkpoints are refused, before anything is changed.
+data is copied into the store first, and the lower must be available. Names that aufs cannot have (.wh.NAME,
+more than 242 bytes) and checkpoints are refused before anything is changed.
 
 examples:
   cowfs convert old.bs --to overlayfs
@@ -32,7 +32,7 @@ examples:
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the subcommand's parser."""
     parser = options.add_subcommand(
-        subparsers, NAME, "turn a store of aufs into one of overlayfs, or back", _DESCRIPTION, _EPILOG
+        subparsers, NAME, "convert a store from aufs to overlayfs, or back", _DESCRIPTION, _EPILOG
     )
     parser.add_argument("store", metavar="STORE", help="a store that is not mounted")
     parser.add_argument("--to", choices=("overlayfs", "aufs"), required=True, help="the new format")
@@ -67,5 +67,5 @@ def run(args: argparse.Namespace) -> int:
         return 0
     said = ", ".join(f"{name}: {count}" for name, count in counts.items() if count) or "nothing was in it"
     done_now = "completed: " if done.continued else ""
-    warn(f"{args.store}: has the {args.to} format now; {done_now}{said}")
+    warn(f"{args.store}: converted to the {args.to} format; {done_now}{said}")
     return 0

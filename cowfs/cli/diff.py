@@ -1,4 +1,4 @@
-"""``cowfs diff``: what has changed in a store or a mount."""
+"""``cowfs diff``: list the changes of a store or a mount."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ NAME = "diff"
 EXIT_CHANGES = 1
 
 _DESCRIPTION = """\
-List what was changed: the differences between the merged tree and its lower. A file that was written to but
-is the same as before is not listed.
+List the changes: the differences between the merged tree and its lower. A file that was written to but is the
+same as before is not listed.
 """
 _EPILOG = """\
 Each line has a letter and a path:
@@ -55,7 +55,7 @@ examples:
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the subcommand's parser."""
-    parser = options.add_subcommand(subparsers, NAME, "list what was changed", _DESCRIPTION, _EPILOG)
+    parser = options.add_subcommand(subparsers, NAME, "list the changes", _DESCRIPTION, _EPILOG)
     parser.add_argument("what", metavar="STORE|MOUNTPOINT")
     parser.add_argument(
         "paths",
@@ -80,8 +80,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "-z", "--null", action="store_true", help="end each field with a NUL, and do not escape names"
     )
     add_aspects(parser, "do not list")
-    parser.add_argument("--since", metavar="NAME", help="list what was changed after this checkpoint")
-    parser.add_argument("--until", metavar="NAME", help="list what was changed before this checkpoint")
+    parser.add_argument("--since", metavar="NAME", help="list the changes made after this checkpoint")
+    parser.add_argument("--until", metavar="NAME", help="list the changes made before this checkpoint")
     options.add_opening(parser, "compare with")
     parser.add_argument(
         "--exit-code",
@@ -127,7 +127,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _watched(changes: Iterator[Change], tally: Tally) -> Iterator[Change]:
-    """Show progress, unless the changes themselves appear on the terminal."""
+    """Count the changes and show the progress, unless the changes themselves appear on the terminal."""
     is_seen = sys.stdout.isatty()
     for change in changes:
         if not is_seen:
@@ -136,13 +136,14 @@ def _watched(changes: Iterator[Change], tally: Tally) -> Iterator[Change]:
 
 
 def paths_of(args: argparse.Namespace) -> tuple[str, list[bytes]]:
-    """Return the store or mountpoint that is meant, and the paths in it."""
+    """Return the given store or mountpoint, and the paths in it."""
     return _asked(args, lambda path: path)
 
 
 def patterns_of(args: argparse.Namespace) -> tuple[str, list[bytes]]:
-    """Return the store or mountpoint that is meant, and the paths and globs in it. What begins with the
-    mountpoint is not a glob.
+    """Return the given store or mountpoint, and the paths and globs in it.
+
+    A path that begins with the mountpoint is not a glob.
     """
     return _asked(args, glob.escape)
 
@@ -161,7 +162,7 @@ def _asked(args: argparse.Namespace, quoted: Callable[[bytes], bytes]) -> tuple[
     mount = find_mount(what)
     place = "" if mount is None else os.fsdecode(mount.mountpoint)
     inside, others = [], []
-    for path in args.paths:  # a shell makes /mnt/etc/a /mnt/etc/b of /mnt/etc/*
+    for path in args.paths:  # a shell expands /mnt/etc/* to /mnt/etc/a /mnt/etc/b
         rest = path if place in {"", "/"} else from_root(path, place)
         if rest != path:
             inside.append(quoted(normal(os.fsencode(rest))))
@@ -188,7 +189,7 @@ def add_aspects(parser: argparse.ArgumentParser, leave_out: str) -> None:
 
 
 def selection_of(args: argparse.Namespace, paths: list[bytes]) -> Selection:
-    """Return which changes are asked for. UsageError for an aspect that does not exist."""
+    """Return which changes to list. UsageError for an unknown aspect."""
     from cowfs.changes.select import ASPECTS, CONTENT, aspect, selected
 
     aspects = CONTENT if args.content else frozenset(ASPECTS)

@@ -1,4 +1,4 @@
-"""``cowfs du``: what fills a store."""
+"""``cowfs du``: show what fills a store."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def _show_sums(args: argparse.Namespace, total: _Total, free: dict[str, int | No
     for command, size in free.items():
         if size:
             options_of = "" if command == "vacuum" else f" --{command}"
-            say(f"{format_size(size):>12}  of it cowfs vacuum{options_of} would free")
+            say(f"{format_size(size):>12}  of this cowfs vacuum{options_of} would free")
     if args.programs:
         for name, size in total.programs.most_common(args.top):
             say(f"{format_size(size):>12}  by {name}")
@@ -137,7 +137,7 @@ def _show_sums(args: argparse.Namespace, total: _Total, free: dict[str, int | No
 
 
 def _reclaimable(what: str, lowers: Lowers | None, trash: int) -> dict[str, int | None]:
-    """Return how many bytes could be set free by which command; None: nobody knows, and why was said."""
+    """Return how many bytes each command would free; None if unknown, which is reported."""
     from cowfs.api import reclaimable
 
     free: int | None = None
@@ -164,7 +164,7 @@ class _Total:
         self.reasons[used.reason] += used.size
         if used.reason in {"trash", "overhead"} or not used.size:
             return
-        self.programs[who.get(used.path, "what is not recorded")] += used.size
+        self.programs[who.get(used.path, "unrecorded programs")] += used.size
         path = used.path
         if not used.is_dir:
             heapq.heappush(self._largest, (used.size, path))
@@ -179,7 +179,7 @@ class _Total:
         """Return the largest directories, with the size of their contents, and the largest files."""
         sizes = Counter(self._directories)
         for size, path in self._largest:
-            sizes[path] += size  # a file may be in the layer of a checkpoint, too
+            sizes[path] += size  # a file may also be in the layer of a checkpoint
         return sorted(sizes.items(), key=lambda item: (-item[1], item[0]))[: self._top]
 
 

@@ -1,4 +1,4 @@
-"""Encrypted stores on the command line: open what is named, with a passphrase that somebody is asked for."""
+"""Open the encrypted stores on a command line, and ask for their passphrases."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cowfs.errors import StoreError, SystemFailure, UsageError, printable
 from cowfs.linux import programs
 
 _NAMES = ("store", "what")
-"""What a subcommand calls a store that it is given."""
+"""The arguments of subcommands that may be a store."""
 _MAKE_STORES = {"create", "persist", "restore"}
 _TAGS = ("LABEL=", "UUID=", "PARTLABEL=", "PARTUUID=")
 _OPTION = "store="
@@ -21,7 +21,7 @@ _OPTION = "store="
 
 @contextmanager
 def opened(args: argparse.Namespace) -> Iterator[None]:
-    """Let the encrypted stores among the arguments be the devices that show what is in them. Blocks."""
+    """Open the encrypted stores among the arguments, and replace each by its decrypted device. Blocks."""
     with ExitStack() as stack:
         if args.subcommand not in _MAKE_STORES:
             for name in _NAMES:
@@ -37,7 +37,7 @@ def opened(args: argparse.Namespace) -> Iterator[None]:
 
 
 def _extend(args: argparse.Namespace, store: str) -> None:
-    """Make the file of an encrypted store as large as is asked for: what is in it is to fill it then."""
+    """Extend the file of an encrypted store to the requested size, which the filesystem in it will fill."""
     from cowfs.store.format.sizes import parse_size
     from cowfs.store.served import luks
 
@@ -86,7 +86,7 @@ def _opened(store: str, key_file: str | None, stack: ExitStack) -> str:
 
 
 def found(store: str) -> str:
-    """Return the device that LABEL=NAME or UUID=NAME stand for, as in fstab(5); any other name as it is."""
+    """Return the device for LABEL=NAME or UUID=NAME, as in fstab(5), and any other name unchanged."""
     if not store.startswith(_TAGS) or os.path.lexists(store):
         return store
     import subprocess
@@ -107,26 +107,26 @@ def found(store: str) -> str:
 
 
 def _may_be(store: str) -> bool:
-    """Whether to look at it: not at a mount, whose daemon may not answer."""
+    """Whether *store* may be examined. A mount may not, because its daemon may not answer."""
     from cowfs.client import find_mount
 
     return find_mount(store) is None
 
 
 def new_key(path: str, key_file: str | None) -> bytes:
-    """Return the passphrase for a new volume: from the file, or asked for twice."""
+    """Return the passphrase for a new volume: from the file, or else typed twice."""
     if key_file is not None:
         return read_key(key_file)
     first = ask(f"New passphrase for {path}: ", path)
     if not first:
         raise UsageError("the passphrase is empty", "give one, or a key file: --key-file FILE")
-    if ask("The same again: ", path) != first:
+    if ask("Repeat it: ", path) != first:
         raise UsageError("the passphrases differ", "try again")
     return first
 
 
 def ask(prompt: str, path: str) -> bytes:
-    """Ask for a passphrase on the terminal. UsageError without one."""
+    """Ask for a passphrase on the terminal. UsageError if there is none. Blocks."""
     import getpass
 
     try:
@@ -145,7 +145,7 @@ def ask(prompt: str, path: str) -> bytes:
 
 
 def read_key(path: str) -> bytes:
-    """Return all of a key file; - is standard input."""
+    """Return the content of a key file; - is standard input. StoreError, UsageError."""
     from cowfs.linux.files import open_ordinary
     from cowfs.store.served.luks import MOST_KEY
 

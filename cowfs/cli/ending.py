@@ -1,4 +1,4 @@
-"""What happens to the changes that a command made in a private mount."""
+"""Commit, keep or discard the changes that ``cowfs run``'s command made."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from cowfs.linux.signals import interruptible
 FAILED = 125
 """Exit code if the command ran, but its changes could not be committed or kept."""
 _SHOWN = 20
-"""How many changes are shown before the question what to do with them."""
+"""How many changes are shown before cowfs asks what to do with them."""
 
 
 def complete_interrupted(lower: str, *, force: bool) -> None:
-    """Complete commits that were killed. SystemFailure if one to *lower* cannot be completed."""
+    """Complete interrupted commits. SystemFailure if one to *lower* cannot be completed."""
     complete_all(os.path.realpath(lower), warn, force=force)
 
 
 class Ending:
-    """Call :meth:`decide` while everything is mounted, then :meth:`finish` when nothing is mounted."""
+    """Decides about the changes while everything is mounted, then finishes when nothing is mounted."""
 
     def __init__(self, args: argparse.Namespace, parts: Sequence[Part], since: int) -> None:
         self._args = args
@@ -45,16 +45,16 @@ class Ending:
         self._seen: dict[str, int | None] = {}
 
     def look_at_stores(self) -> None:
-        """Before the command runs, tell what the lowers have changed since the stores' changes were made."""
+        """Before the command runs, report what has changed in the lowers since the stores changed."""
         for part in self._parts:
             if os.path.isdir(part.lower):
                 changed = Changed(part.mountpoint, part.lower, part.store, part.at)
                 self._seen[part.mountpoint] = look_for_stale(changed, self._since, warn)
 
     def decide(self) -> None:
-        """Show what was changed, ask what to do with it, and do what needs the mount.
+        """Show the changes, ask what to do with them, and do the part that needs the mount.
 
-        Prints failures instead of raising: :meth:`finish` returns the exit code.
+        Prints failures instead of raising them. :meth:`finish` returns the exit code.
         """
         args = self._args
         asks = _is_seen() and not (args.commit or args.discard or args.keep)
@@ -62,7 +62,7 @@ class Ending:
             return
         try:
             total = self._look(shows=asks)
-        except (CowfsError, OSError) as error:  # what was changed is unknown, and must not be lost for that
+        except (CowfsError, OSError) as error:  # the changes are unknown, and must not be lost
             self._fail(error)
             if not args.discard:
                 self._changed = list(self._parts)
@@ -74,21 +74,21 @@ class Ending:
         try:
             while asks and not self._do(_ask(self._choices(), at_end="keep" if self._is_kept else "discard")):
                 pass
-        except KeyboardInterrupt:  # that is not an answer
+        except KeyboardInterrupt:  # Ctrl-C is not an answer
             self._leave()
             return
         if not asks and not self._do(answer) and answer in {"commit", "keep"}:
             self._do("rescue")
 
     def _leave(self) -> None:
-        """Keep the changes, and say where."""
+        """Keep the changes, and print where."""
         print(file=sys.stderr)
         if self._is_kept:
             warn(f"nothing was committed or discarded: the changes are in {self._args.store}")
         self._do("rescue")
 
     def finish(self) -> int:
-        """Commit what was prepared; return 125 if anything failed, else 0. Nothing is mounted."""
+        """Make the prepared commit; return 125 if anything failed, else 0. Nothing may be mounted."""
         used = set() if self._is_discarded else {part.mountpoint for part in self._changed}
         if self._is_prepared:
             self._make()
@@ -98,13 +98,13 @@ class Ending:
         return FAILED if self._has_failed else 0
 
     def _make(self) -> None:
-        """Carry out the prepared commit, and remove its changes from the stores."""
+        """Make the prepared commit, and remove its changes from the stores."""
         try:
             with progress_line() as show:
                 self._commit.make(lambda path, _: show(f"committing {escape(path)}"))
         except (CowfsError, OSError) as error:
             self._fail(error)
-            warn("the commit is completed by the next `cowfs run`")
+            warn("the next `cowfs run` completes the commit")
             return
         for text in self._commit.losses:
             warn(f"commit: {text}")
@@ -113,12 +113,12 @@ class Ending:
             self._clear_stores()
         except (CowfsError, OSError) as error:
             self._fail(error)
-            warn("the changes were committed, and are still in the store, too")
+            warn("the changes were committed, but are also still in the store")
 
-    # --- what was changed
+    # --- the changes
 
     def _look(self, *, shows: bool) -> int:
-        """Find the changes, and show some of them if asked; return how many there are."""
+        """Find the changes, and show the first ones if *shows*; return how many there are."""
         from cowfs.api import open_changes
 
         summary = Summary()
@@ -138,7 +138,7 @@ class Ending:
             warn(str(summary))
         return summary.total
 
-    # --- what is done with it
+    # --- the answer
 
     @property
     def _is_kept(self) -> bool:
@@ -154,7 +154,7 @@ class Ending:
         return choices
 
     def _do(self, answer: str) -> bool:
-        """Do what the user chose; return whether that is all."""
+        """Do what the user chose; return whether that worked, so that no other answer is needed."""
         try:
             match answer:
                 case "commit":
@@ -163,7 +163,7 @@ class Ending:
                     return self._keep(self._args.keep or _ask_name())
                 case "rescue" if not self._is_kept:
                     self._keep(os.path.join(os.path.dirname(place()), "kept", f"{time.time_ns():x}.bs"))
-                    self._has_failed = True  # the user did not ask for that
+                    self._has_failed = True  # the user did not choose this
                 case "discard":
                     self._is_discarded = True
                 case "" if not self._is_kept:
@@ -191,13 +191,13 @@ class Ending:
         for path, why in self._commit.conflicts:
             warn(f"conflict: {escape(path) or '/'} {why}")
         if not done:
-            warn("nothing was committed (--force commits over what is in conflict, too)")
+            warn("nothing was committed (--force also overwrites what is in conflict)")
         self._has_failed = not done
         self._is_prepared = done
         return done
 
     def _keep(self, store: str) -> bool:
-        """Write the changes to new stores, those of the root to *store*."""
+        """Write the changes to new stores, those of the root to *store*; return whether that worked."""
         from cowfs.cli.persist import persist
 
         if not store:
@@ -219,7 +219,7 @@ class Ending:
         return True
 
     def _clear_stores(self) -> None:
-        """Remove from the stores what the lowers have now."""
+        """Remove from the stores what the lowers now contain."""
         from cowfs.api import Lowers, take_back
 
         for part in self._changed:

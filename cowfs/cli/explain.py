@@ -1,4 +1,4 @@
-"""``cowfs explain``: why a path shows what it shows."""
+"""``cowfs explain``: explain why a path shows what it shows."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _fields(layer: dict[str, Any]) -> Iterator[bytes | str]:
-    """Yield what a layer has of a path; empty fields if it has nothing."""
+    """Yield the fields of a layer's version of a path; they are empty if it has none."""
     yield layer["layer"]
     yield get_path(layer, "path")
     for fact in ("type", "mode", "uid", "gid", "size", "mtime_ns"):

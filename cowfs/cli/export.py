@@ -84,7 +84,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the export, and say what the format cannot hold."""
+    """Write the export, and report what the format cannot hold."""
     from cowfs.api import export
     from cowfs.exports.run import How
     from cowfs.exports.squashfs import COMPRESSIONS

@@ -1,4 +1,4 @@
-"""``cowfs find``: which stores a boot would consider, which one it would use, and why."""
+"""``cowfs find``: list the stores that a boot would consider, which one it would use, and why."""
 
 from __future__ import annotations
 

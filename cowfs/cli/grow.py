@@ -83,14 +83,14 @@ def _size(image: str) -> int:
 
 
 def _wanted(text: str | None, image: str, *, mounted: bool) -> int | None:
-    """Return the size in bytes that the command line asks for; UsageError for an invalid one."""
+    """Return the requested size in bytes, None for the size of the file. UsageError if it is invalid."""
     from cowfs.store.format.sizes import parse_size
 
     if not text or not text.startswith("+"):
         return parse_size(text) if text else None
     more = parse_size(text[1:])
     if not mounted and not is_image(image):
-        return more  # there is no store to grow, as opening it will say
+        return more  # there is no store to grow, which opening it reports
     if not is_image(image):
-        raise UsageError(f"{text}: adds to the size of an image alone", "give the new size")
+        raise UsageError(f"{text}: only the size of an image can be added to", "give the new size")
     return _size(image) + more

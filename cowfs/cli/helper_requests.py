@@ -1,9 +1,8 @@
-"""Requests that the daemon of root's mount sends to a process that is not confined: mount, unmount, run
-e2fsck.
+"""The requests of the daemon of root's mount to its helper process: mount, unmount, run e2fsck.
 
-The helper learns the mountpoint and the layers before the daemon has read any data. Later requests contain no
-path. So an attacker who takes over the daemon gains nothing from the helper beyond what the daemon does
-anyway.
+The helper is not confined. It learns the mountpoint and the layers before the daemon reads any data, and
+later requests contain no path. So an attacker who takes over the daemon can use the helper only for what the
+daemon does anyway.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ class HelperRequests:
     """The requests of one mount, by name."""
 
     def __init__(self, mountpoint: str, paths: Sequence[str]) -> None:
-        """*paths* are the paths of the store and the lowers: watched()."""
+        """*paths* are the paths of the store and the lowers, as watched() returns them."""
         self._mountpoint = mountpoint
         self._paths = paths
         self._dev = ""
@@ -44,12 +43,12 @@ class HelperRequests:
         helper_process.start({**inline, **waiting, **asking, "run": self.run}, inline=inline)
 
     def mount(self, request: Request, fds: list[int]) -> Reply:
-        """Mount the FUSE device *fds*, once, and return which filesystem that is.
+        """Mount the FUSE device *fds*, once; return its device number.
 
-        From now on everybody can see that the layers and the store are in use, whatever is unmounted in here.
+        The helper holds the layers and the store open, so that they are seen to be in use.
         """
         if self._dev:
-            raise PermissionError(1, "it is mounted")
+            raise PermissionError(1, "it is already mounted")
         self._places = Places(self._paths)
         self._devices = Disks(self._paths).devices
         tools.hide(self._mountpoint)
@@ -72,7 +71,7 @@ class HelperRequests:
         return {}
 
     def sync(self, request: Request, fds: list[int]) -> Reply:
-        """Make the kernel write back what it holds of the mount."""
+        """Make the kernel write back the cached changes of the mount."""
         fd = os.open(self._mountpoint, os.O_RDONLY | os.O_DIRECTORY)
         try:
             here = os.fstat(fd).st_dev
@@ -83,7 +82,7 @@ class HelperRequests:
         return {}
 
     def drop(self, request: Request, fds: list[int]) -> Reply:
-        """Make the kernel drop what it caches of the mount and nobody uses."""
+        """Make the kernel drop the unused names and inodes of the mount."""
         mounts.drop_unused(self._mountpoint, self._dev)
         return {}
 
@@ -92,7 +91,7 @@ class HelperRequests:
         return tools.run_errand(request, fds)
 
     def places(self, request: Request, fds: list[int]) -> Reply:
-        """Return what was done to the store and the lowers, whose inodes *opened* the daemon has."""
+        """Return what has happened to the files of the store and the lowers; see :class:`Places`."""
         opened = [None if inode is None else (inode[0], inode[1]) for inode in request["opened"]]
         return {"changes": self._places.changes(opened) if self._places else [""] * len(self._paths)}
 

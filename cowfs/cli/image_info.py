@@ -1,4 +1,4 @@
-"""What an image or an archive is that can be a lower, for ``cowfs info``."""
+"""Describe an image or archive that can be a lower, for ``cowfs info``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cowfs.types import Identity
 
 
 def is_image(path: str) -> bool:
-    """Whether a file is a squashfs image of any version, a program with one appended, EROFS, or an archive.
+    """Whether a file is a squashfs image of any version, a program with one appended, EROFS or an archive.
 
     LayerError if it cannot be read.
     """
@@ -43,7 +43,7 @@ def _without_waiting(path: str, flags: int) -> int:
 
 
 def describe(path: str, offset: int = 0) -> tuple[dict[str, Any], list[tuple[str, str]]]:
-    """Return what an image or archive says about itself: for programs, and for people. Blocks; LayerError."""
+    """Return the facts about an image or archive: for JSON, and as lines to print. Blocks; LayerError."""
     from cowfs.store.format.identity import identify_lower
     from cowfs.store.format.sizes import format_size
 
@@ -66,7 +66,7 @@ def _squashfs(identity: Identity) -> list[tuple[str, str]]:
 
 
 def _other(identity: Identity) -> list[tuple[str, str]]:
-    """Return what is known of what is no squashfs: what its identity was made from."""
+    """Return the facts about an EROFS image or an archive, from its identity."""
     from cowfs.formats import archives, erofs
     from cowfs.formats.squashfs.source import open_bytes
 

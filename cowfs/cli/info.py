@@ -1,4 +1,4 @@
-"""``cowfs info``: what a store, an image or a mount is, how full, and who uses it."""
+"""``cowfs info``: describe a store, an image or a mount, how full it is, and who uses it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ examples:
 
 
 _NAMED = 3
-"""So many checkpoints are named."""
+"""How many checkpoints are named."""
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -56,7 +56,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print what is known."""
+    """Print the description."""
     found = find_mount(args.what)
     offsets = options.parse_offsets(args.offset)
     if len(offsets) > 1 or (offsets and found is not None):
@@ -65,11 +65,11 @@ def run(args: argparse.Namespace) -> int:
             if found is None
             else f"{args.what}: is a mount, not an image"
         )
-        raise UsageError(why, "give the image, and the one offset at which it begins")
+        raise UsageError(why, "give an image, and the offset at which it begins")
     if found is not None:
         facts = facts_of(found.dev)
         facts["rss"] = resident(facts["pid"])
-        facts["mountpoint"] = os.fsdecode(found.mountpoint)  # where it is now: mount(8) --move, --bind
+        facts["mountpoint"] = os.fsdecode(found.mountpoint)  # the current one, after mount --move or --bind
         with checked_answer(args.what):
             requests = requests_in(facts)
             lines = _mount_lines(facts, requests)
@@ -114,7 +114,7 @@ def _kernel(what: str, facts: dict[str, Any]) -> int:
     if store.get("fresh"):
         raise UsageError(f"{what}: a checkpoint was cut short by a crash", "mount it once with cowfs")
     if store is not facts or facts.get("in_use_by"):
-        why = "is in use: mounted twice it would be damaged"
+        why = "is in use; a second mount would damage it"
         raise MountFailure(f"{store['path']}: {why}", "unmount it first, and name the store")
     for line in commands(
         store["path"], store["kind"], prefix, store["uuid"], facts["lowers"], store["layers"]
@@ -122,7 +122,7 @@ def _kernel(what: str, facts: dict[str, Any]) -> int:
         print(printable(line) if sys.stdout.isatty() else line)
     files = (facts.get("partial") or {"files": 0})["files"]
     if files:
-        warn(f"{files} files are partly copied up: the kernel refuses them")
+        warn(f"{files} files are partly copied up; the kernel refuses to open them")
     return 0
 
 
@@ -165,11 +165,11 @@ def _fetched_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         return []
     asked = blocks["hits"] + blocks["misses"]
     rate = 100 * blocks["hits"] // max(asked, 1)
-    return [("by URL", f"{rate} % of {asked:,} reads of blocks were at hand, {blocks['misses']:,} fetched")]
+    return [("by URL", f"{rate} % of {asked:,} reads of blocks were cached, {blocks['misses']:,} fetched")]
 
 
 def _log_lines(log: dict[str, Any] | None) -> list[tuple[str, str]]:
-    """Return where the log is, and whether unexpected errors happened. An older daemon says nothing."""
+    """Return where the log is, and whether unexpected errors happened. Empty for an older daemon."""
     if log is None:
         return []
     lines = [("log", log["place"])]
@@ -181,7 +181,7 @@ def _log_lines(log: dict[str, Any] | None) -> list[tuple[str, str]]:
 
 
 def _passed_by(passthrough: dict[str, Any] | None) -> str:
-    """Return who reads and writes the files of the store: an older daemon does not say."""
+    """Return whether the kernel or the daemon reads and writes the store's files."""
     why = "the daemon is an older cowfs" if passthrough is None else passthrough["why_not"]
     if passthrough is None or why:
         return f"through the daemon ({why})"
@@ -191,7 +191,7 @@ def _passed_by(passthrough: dict[str, Any] | None) -> str:
 
 
 def _open(files: int | None) -> str:
-    """Return how many files are open; nothing where the kernel opens them itself."""
+    """Return how many files are open; "" if the kernel opens them itself."""
     return "" if files is None else f", {files} open files"
 
 
@@ -229,7 +229,7 @@ def _store_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _partial_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return what the store does not have yet of large files."""
+    """Return how much of large files is not copied up yet."""
     from cowfs.store.format.sizes import format_size
 
     missing = facts.get("partial") or {"files": 0}
@@ -240,7 +240,7 @@ def _partial_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _checkpoint_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return which checkpoints there are, the last ones by name. An older daemon says nothing."""
+    """Return the number of checkpoints, and the names of the last ones. Empty for an older daemon."""
     names = facts.get("checkpoints") or []
     if not names:
         return []
@@ -249,7 +249,7 @@ def _checkpoint_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _volatile_lines(volatile: dict[str, Any] | None) -> list[tuple[str, str]]:
-    """Return what the store does not keep. An older daemon says nothing."""
+    """Return the volatile directories. Empty for an older daemon."""
     from cowfs.store.format.sizes import format_size
 
     if not volatile:
@@ -266,7 +266,7 @@ def _lower_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _room(size: int, free: int, *, own: bool) -> tuple[str, str]:
-    """Return how full a store is, or, if it has no filesystem of its *own*, how much still fits into it."""
+    """Return how full a store is; or its free space, if it has no filesystem of its *own*."""
     from cowfs.store.format.sizes import format_size
 
     if not own:
@@ -276,7 +276,7 @@ def _room(size: int, free: int, *, own: bool) -> tuple[str, str]:
 
 
 def _disk_lines(disk: dict[str, int] | None) -> list[tuple[str, str]]:
-    """Return how much space is left on the disk that holds an image."""
+    """Return the free space of the disk that holds an image."""
     from cowfs.store.format.sizes import format_size
 
     if disk is None:

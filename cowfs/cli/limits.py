@@ -1,4 +1,4 @@
-"""Which limit of the system is too low: files, threads, memory. The message says so, and what to do."""
+"""Report limits of the system that are too low: files, threads, memory."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from cowfs.errors import SystemFailure
 from cowfs.linux.limits import is_lack_of_threads
 
 LEAST_FILES = 64
-"""How many files a mount has open at once, with some to spare for its users."""
+"""How many open files a mount needs, with a few for its users."""
 
 LEAST_ADDRESS_SPACE = 72 << 20
-"""Bytes: with less, libfuse cannot allocate a buffer for the first request, and retries for ever."""
+"""In bytes. With less, libfuse cannot allocate a buffer for the first request, and retries for ever."""
 
 LEAST_DATA = 64 << 20
-"""Bytes of memory that a process may write to: as above."""
+"""The least limit of writable memory in bytes, for the same reason."""
 
 
 def explain_shortage(error: BaseException) -> SystemFailure | None:
@@ -46,7 +46,7 @@ def explain_shortage(error: BaseException) -> SystemFailure | None:
 
 
 def must_have_address_space() -> None:
-    """Raise SystemFailure where RLIMIT_AS or RLIMIT_DATA leaves too little to serve a mount."""
+    """SystemFailure if RLIMIT_AS or RLIMIT_DATA is too low to serve a mount."""
     data, _ = resource.getrlimit(resource.RLIMIT_DATA)
     if 0 <= data < LEAST_DATA:
         raise SystemFailure(

@@ -1,4 +1,4 @@
-"""``cowfs list``: what is mounted where, with which store, and by whom."""
+"""``cowfs list``: list the mounts of cowfs, with their stores and users."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cowfs.linux.mount_table import MountInfo, mountinfo
 NAME = "list"
 
 _PATIENCE, _IN_ALL = 2.0, 6.0
-"""How many seconds a daemon has for its answer, and all of them together."""
+"""The time limits in seconds: for the answer of one daemon, and for all together."""
 _HEADINGS = ("MOUNTPOINT", "LOWER", "STORE", "USER", "STATE")
 _EPILOG = """\
 A store whose daemon does not answer within 2 seconds, or that belongs to another user, is shown as `?'.
@@ -41,7 +41,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print a line for each mount that we can see, in the order of mounting."""
+    """Print a line for each visible mount, in the order of mounting."""
     patience = Patience(_PATIENCE, _IN_ALL)
     found = [_about(mount, patience) for mount in mountinfo() if mount.fstype == FSTYPE]
     if args.json:
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _about(mount: MountInfo, patience: Patience) -> dict[str, Any]:
-    """What the kernel says of a mount, and what its daemon says if it answers."""
+    """Return the facts about a mount, from the kernel, and from its daemon if that answers."""
     user = next((word[8:] for word in mount.super_words if word.startswith("user_id=")), "")
     about: dict[str, Any] = {
         "mountpoint": os.fsdecode(mount.mountpoint),
@@ -95,7 +95,7 @@ def _name(uid: int) -> str:
 
 
 def _row(about: dict[str, Any]) -> tuple[str, ...]:
-    """The cells of a line."""
+    """Return the cells of a line."""
     store = about["store"]
     kept = "?" if store is None else "memory" if store["kind"] == "memory" else store["path"]
     lowers = ":".join(about["lowers"]) if about["lowers"] else about["source"]

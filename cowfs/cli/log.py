@@ -1,4 +1,4 @@
-"""The daemon's log: where it goes, how errors in it are counted, and what SIGUSR1 writes to it."""
+"""The daemon's log: its destination, its count of errors, and the report on SIGUSR1."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _DEEPEST = 50
 
 
 class _Formatter(logging.Formatter):
-    """Formats each message as one line, and makes tracebacks printable: names come from other users."""
+    """Formats each message as one line. Removes control characters, because other users choose names."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         """Return the line; see printable()."""
@@ -39,7 +39,7 @@ class _Formatter(logging.Formatter):
 
 
 class _Syslog(logging.handlers.SysLogHandler):
-    """Reconnects through the helper process when the system's log was restarted."""
+    """Reconnects through the helper process after the system's log has restarted."""
 
     def _connect_unixsocket(self, address: str) -> None:
         elsewhere = helper_process.current()
@@ -50,7 +50,7 @@ class _Syslog(logging.handlers.SysLogHandler):
 
 
 def open_log(path: str) -> int:
-    """Open the log file, without waiting for the reader of a fifo(7); SystemFailure if that fails."""
+    """Open the log file, without waiting for the reader of a fifo(7). SystemFailure."""
     try:
         return _opened(path)
     except OSError as error:
@@ -63,9 +63,9 @@ def open_log(path: str) -> int:
 def _opened(path: str) -> int:
     """Open the log file.
 
-    PermissionError if another user redirects it, as is possible in a directory that everybody can write to:
-    by a symbolic link, or by a hard link to another file (fs.protected_symlinks and fs.protected_hardlinks of
-    sysctl(8) may forbid these).
+    PermissionError if another user has redirected it with a symbolic or hard link, as is possible in a
+    directory that all users can write to (unless fs.protected_symlinks and fs.protected_hardlinks of
+    sysctl(8) forbid it).
     """
     reason = None
     with suppress(FileNotFoundError):  # it will be created; the directories on the way have been checked
@@ -82,7 +82,7 @@ def _opened(path: str) -> int:
 
 
 class Failures(logging.Handler):
-    """Counts unexpected exceptions for ``cowfs info``, which reports them."""
+    """Counts unexpected exceptions, for ``cowfs info``."""
 
     def __init__(self) -> None:
         super().__init__(logging.ERROR)
@@ -98,15 +98,15 @@ class Failures(logging.Handler):
 
 
 class Log(NamedTuple):
-    """Where a daemon's log goes, and what went wrong in it."""
+    """The destination of a daemon's log, and the failures in it."""
 
     place: str
     failures: Failures
     fd: int
-    """The file behind it, -1 if there is none."""
+    """The descriptor of its file; -1 if it has none."""
 
     def facts(self) -> dict[str, Any]:
-        """Return what ``cowfs info`` shows of it."""
+        """Return what ``cowfs info`` shows about the log."""
         failures = self.failures
         return {
             "place": self.place,
@@ -118,7 +118,7 @@ class Log(NamedTuple):
     def explain_when_asked(self, tasks: Callable[[], Iterable[str]]) -> None:
         """On SIGUSR1 or a fatal signal, log what each thread and each of *tasks* is doing.
 
-        The main thread writes this. If it hangs, a log in a file still gets the threads (faulthandler).
+        The main thread writes this. Even if it hangs, a log file gets the threads (faulthandler).
         """
         asked = logging.getLogger("cowfs.debug.signal")
         asked.setLevel(logging.DEBUG)

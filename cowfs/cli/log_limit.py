@@ -6,19 +6,19 @@ import logging
 import time
 
 _BURST = 200
-"""How many lines may come in a row, of warnings and below, and of errors …"""
+"""How many lines may be written at once: of warnings and below, and of errors."""
 _PER_SECOND = 0.1
-"""… and how many more with each second."""
+"""How many more lines may be written each second."""
 _ALIKE = 3
-"""How often the same line may come …"""
+"""How often the same line may be written in a row."""
 _ALIKE_SECONDS = 60.0
-"""… before it is held back for this many seconds."""
+"""For how many seconds such a line is suppressed then."""
 _REMEMBERED = 500
 """How many different lines are remembered."""
 
 
 class Limit(logging.Filter):
-    """Lets a limited number of lines through; the next line says how many were left out."""
+    """Passes a limited number of lines. The next line says how many were left out."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class Limit(logging.Filter):
         self._left_out = 0
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Return whether to write a line. Lines that --debug asked for are always written."""
+        """Return whether to write a line. Lines of --debug are always written."""
         if record.levelno <= logging.DEBUG:
             return True
         now = time.monotonic()

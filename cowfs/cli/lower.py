@@ -1,4 +1,4 @@
-"""``cowfs lower``: add an image to the lowers of a mounted tree, or remove it."""
+"""``cowfs lower``: add a module to a mounted tree, or remove it."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ exit codes: 0 done; 1 no such module, or added already; others as those of `cowf
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the subcommand's parser."""
     parser = options.add_subcommand(
-        subparsers, NAME, "load a module into a mounted tree, or remove it", _DESCRIPTION, _EPILOG
+        subparsers, NAME, "add a module to a mounted tree, or remove it", _DESCRIPTION, _EPILOG
     )
     parser.add_argument("what", metavar="add|remove", choices=("add", "remove"), help="what to do")
     parser.add_argument("mountpoint", metavar="MOUNTPOINT")
@@ -54,7 +54,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(args: argparse.Namespace) -> int:
-    """Ask the daemon to do it."""
+    """Ask the daemon to add or remove the module."""
     from cowfs.client import ask, the_mount
     from cowfs.linux.remote import may_wait
 
@@ -87,9 +87,7 @@ def run(args: argparse.Namespace) -> int:
             used = int(reply.get("in_use", 0))
             if used:
                 what, verb = ("file or directory", "is") if used == 1 else ("files or directories", "are")
-                note(
-                    f"{args.image}: removed; it is closed when {used} {what} of it {verb} not in use any more"
-                )
+                note(f"{args.image}: removed; it is closed when {used} {what} in it {verb} no longer in use")
     finally:
         if fd >= 0:
             os.close(fd)
@@ -97,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _must_be_roots(mount: MountInfo, path: str, fd: int) -> None:
-    """LayerError for an image that others can change, and that would give them rights by root's mount."""
+    """LayerError if other users can change the image, and root's mount would give them rights."""
     from cowfs.client import facts_of
     from cowfs.linux import trust
     from cowfs.url.trust import shows_too_much

@@ -25,20 +25,20 @@ _SUMMARY = (
     ("mount, umount", "mount a lower merged with a store; unmount it"),
     ("run, overlay", "try a command, then commit or discard; mount for Podman"),
     ("create, grow, shrink", "create a store; make it larger; make it smaller"),
-    ("check, trim, convert", "check a store; give back free room; turn one of aufs"),
+    ("check, trim, convert", "check a store; free its unused space; convert it"),
     ("backup, restore", "copy a store, in use or not; copy it back"),
     ("persist, rebase", "save a store that is in memory; move one to a new root"),
     ("list, info", "list the mounts; describe a store, an image or a mount"),
     ("find", "list the stores that a boot would consider"),
     ("top", "show the requests to a mount, and how long they take"),
-    ("diff, du", "show what was changed; show what fills a store"),
+    ("diff, du", "list the changes; show what fills a store"),
     ("explain, report", "explain what a path shows; write the changes as HTML"),
-    ("browse", "walk the changes in the terminal, and take them back"),
-    ("export, apply", "write the changes to a file; carry them to a directory"),
+    ("browse", "browse the changes in the terminal, and revert them"),
+    ("export, apply", "write the changes to a file; apply them to a directory"),
     ("blame, watch", "tell which process changed a file; show changes live"),
-    ("revert, vacuum", "take changes back; remove redundant entries from a store"),
+    ("revert, vacuum", "revert changes; remove redundant entries from a store"),
     ("checkpoint, rollback", "keep the state of a tree; go back to it"),
-    ("checkpoints, lower", "list the states that were kept; load and remove modules"),
+    ("checkpoints, lower", "list the checkpoints; add and remove modules"),
 )
 SUBCOMMANDS = tuple(name for names, _ in _SUMMARY for name in names.split(", "))
 
@@ -51,7 +51,7 @@ subcommands:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Reports a wrong command line in one line, too, with mount(8)'s exit code for it."""
+    """Reports a wrong command line in one line, with the exit code of mount(8)."""
 
     def error(self, message: str) -> None:  # type: ignore[override]
         warn(f"{message} (see `{self.prog} --help`)")
@@ -59,7 +59,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _Version(argparse.Action):
-    """Reads the version only if it is asked for: that takes longer than a short command."""
+    """Reads the version only when it is requested, because that takes longer than a short command."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
         print(f"cowfs {cowfs.__version__}")
@@ -76,7 +76,7 @@ def _parser(wanted: str | None) -> tuple[argparse.ArgumentParser, dict[str, argp
         formatter_class=argparse.RawDescriptionHelpFormatter,
         add_help=False,
     )
-    # Not described: the usage line names them, and the help must fit on a screen.
+    # Without a description: the usage line names them, and the help must fit on a screen.
     parser.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
     parser.add_argument("--version", action=_Version, nargs=0, help=argparse.SUPPRESS)
     subparsers = parser.add_subparsers(
@@ -102,31 +102,31 @@ def _add_key_file(parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return the exit code. Raises nothing but SystemExit of argparse."""
-    if argv is None:  # we are the program, not called by another
-        if "_ARGCOMPLETE" in os.environ:  # a shell asks for completions
+    """Run the command line; return the exit code. Raises only argparse's SystemExit."""
+    if argv is None:  # this is the program, not a call from another one
+        if "_ARGCOMPLETE" in os.environ:  # a shell requests completions
             from cowfs.cli.completion import complete
 
             complete(lambda name: _parser(name)[0], SUBCOMMANDS)
         open_streams()
         clean_own_environment()
     args = list(sys.argv[1:] if argv is None else argv)
-    logging.getLogger("cowfs").addHandler(logging.NullHandler())  # a log is the daemon's; errors say it all
+    logging.getLogger("cowfs").addHandler(logging.NullHandler())  # only the daemon has a log
     if argv is not None:
         return guarded(lambda: _run(args))
     try:
         return guarded(lambda: _run_interruptibly(args))
     finally:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is done, and the exit code is known
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the work is done, and the exit code is known
 
 
 def prepare(arguments: Sequence[str]) -> None:
-    """Do once, for all forks of this process, what a command begins with: make its parser, and use it."""
+    """Make and use the parser of a command, so that forks of this process start faster."""
     _parser(arguments[0])[0].parse_known_args(arguments)
 
 
 def _run_interruptibly(args: list[str]) -> int:
-    """Run the command line; from here on Ctrl-C raises KeyboardInterrupt. Until now it ended the process."""
+    """Run the command line. From here on Ctrl-C raises KeyboardInterrupt; before, it ended the process."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     return _run(args)
@@ -169,7 +169,7 @@ def _run(args: list[str]) -> int:
 
 
 def _after_subcommand(args: list[str]) -> list[str]:
-    """Put a --quiet that comes first behind the subcommand. UsageError for another option there."""
+    """Move a leading --quiet behind the subcommand. UsageError for any other leading option."""
     if args[0] in {"-q", "--quiet"}:
         return [args[1], args[0], *args[2:]]
     if args[0] in {"-h", "--help", "--version"}:
@@ -179,17 +179,17 @@ def _after_subcommand(args: list[str]) -> list[str]:
 
 
 def _refuse_misspelt(word: str) -> None:
-    """Raise UsageError for a word that resembles a subcommand and is not the name of a file or directory."""
+    """UsageError for a word that resembles a subcommand and is not the name of a file or directory."""
     if os.path.lexists(word) or not word.replace("-", "").isalpha():
         return
     near = difflib.get_close_matches(word, SUBCOMMANDS, n=1)
     if near:
         raise UsageError(f"unknown subcommand {word!r}; did you mean {near[0]!r}?")
-    raise UsageError(f"unknown subcommand {word!r}, and there is no lower of that name", "see `cowfs --help`")
+    raise UsageError(f"{word!r} is neither a subcommand nor an existing lower", "see `cowfs --help`")
 
 
 def _are_paths(words: Sequence[str]) -> bool:
-    """Whether the words that argparse rejected are paths: it accepts none after an option."""
+    """Whether the words that argparse rejected are paths, which it rejects after an option."""
     return words[:1] == ["--"] or not any(word.startswith("-") for word in words)
 
 
@@ -201,7 +201,7 @@ def guarded(call: object) -> int:
             return int(call())
         finally:
             if sys.stdout is not None:
-                sys.stdout.flush()  # else Python reports what it cannot write only at exit, with a traceback
+                sys.stdout.flush()  # otherwise Python reports a failed write only at exit, with a traceback
     except CowfsError as error:
         warn(str(error))
         return error.exit_code

@@ -1,4 +1,4 @@
-"""``cowfs mount``: merge and mount."""
+"""``cowfs mount``: merge layers, and mount the result."""
 
 from __future__ import annotations
 
@@ -107,8 +107,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def mounted(args: argparse.Namespace, *, hides_store: bool = False) -> tuple[int, UnionOptions | None]:
-    """The same; also return the new mount, unless this was a remount. A caller that *hides_store* makes sure
-    that nobody reaches the store through the mount, so the store may be inside the lower.
+    """Mount; return the exit code, and the options of the new union, None for a remount.
+
+    A caller that *hides_store* makes sure that no process reaches the store through the mount, so the store
+    may be inside the lower.
     """
     if remount.is_asked_for(args.options):
         return remount.remount(args.mountpoint, args.options), None
@@ -147,9 +149,9 @@ def start(
     owner_map: OwnerMap | None = None,
     hides_store: bool = False,
 ) -> int:
-    """Mount a union at *where*; return when the mount answers, or in the *foreground* when it was unmounted.
+    """Mount a union at *where*; return when the mount answers, or in the *foreground* when it is unmounted.
 
-    The daemon runs in the context *around* from its first access to a lower on.
+    The daemon enters the context *around* before it first accesses a lower.
     """
     from cowfs.layers.slow import must_stay_open
     from cowfs.mountpoint import check_mountpoint, check_places, hides_its_store
@@ -162,11 +164,11 @@ def start(
     log = given.values.get("log")
     if log:
         log = os.path.abspath(log)
-        os.close(open_log(log))  # the daemon opens it again; but here somebody reads the message
+        os.close(open_log(log))  # the daemon opens it again, but here the user sees an error
 
     def daemon(reporter: Reporter) -> int:
         daemon_log = set_up_log(log, foreground=foreground)
-        # Not before the fork: access to a lower may block, and the waiting parent must be able to leave.
+        # After the fork, because access to a lower may block, and the waiting parent must be interruptible.
         with around():
             if not hides_store:
                 check_places(mountpoint, union)
@@ -191,7 +193,7 @@ def _union_options(args: argparse.Namespace, given: mount_options.Options) -> Un
         given.values["verify"] = args.verify
     for url in filter(is_url, lowers):
         check(url)
-    _ = given.by_url  # if this option is refused, then here
+    _ = given.by_url  # raises UsageError now if it is invalid
     engine = args.engine or given.values.get("engine", "auto")
     if engine == "kernel" and any(map(is_url, lowers)):
         raise UsageError("engine=kernel: the kernel cannot read by URL", "leave it out")
@@ -236,9 +238,7 @@ def _union_options(args: argparse.Namespace, given: mount_options.Options) -> Un
 
 
 def _may_crash(faults: list[str], store: str) -> bool:
-    """Return whether a crash is among the faults. UsageError for an invalid fault, or where a crash is
-    impossible.
-    """
+    """Return whether a crash is among the faults. UsageError for an invalid fault or an impossible crash."""
     if not faults:
         return False
     from cowfs.faults import may_crash, parse_all
@@ -250,7 +250,7 @@ def _may_crash(faults: list[str], store: str) -> bool:
 
 
 def _verify(given: mount_options.Options, lowers: Sequence[str], engine: str) -> tuple[str, ...]:
-    """Return the hash tree that verifies each lower. UsageError where a lower cannot be verified."""
+    """Return what verifies each lower: a root hash, or a file. UsageError if a lower cannot be verified."""
     verify = given.verify
     if len(verify) > len(lowers):
         raise UsageError(
@@ -281,7 +281,7 @@ def _of_several(store: str, name: str) -> str:
 
 
 def _check_system() -> None:
-    """Raise SystemFailure if FUSE is not available, with what to do about it."""
+    """SystemFailure, with a hint, if FUSE is not available."""
     try:
         os.close(os.open("/dev/fuse", os.O_RDWR))
     except FileNotFoundError:
@@ -292,7 +292,7 @@ def _check_system() -> None:
         raise SystemFailure(f"/dev/fuse: {error.strerror}", "as root: chmod 666 /dev/fuse") from None
     if os.geteuid() != 0 and find("fusermount3") is None:
         raise SystemFailure("fusermount3: not found; ordinary users need it to mount", "apt install fuse3")
-    if os.geteuid() != 0 and not os.path.exists("/etc/mtab"):  # a bare container, a Debian not yet booted
+    if os.geteuid() != 0 and not os.path.exists("/etc/mtab"):  # a minimal container, or an unbooted Debian
         raise SystemFailure(
             "/etc/mtab: not found; fusermount3 cannot unmount without it",
             "as root: ln -s /proc/self/mounts /etc/mtab",
@@ -306,7 +306,7 @@ def _handed_over(mountpoint: str) -> list[int]:
 
 
 def _check_permission(mountpoint: str, given: mount_options.Options) -> None:
-    """Raise MountFailure for what fusermount3 would refuse, before a store is created for nothing."""
+    """MountFailure for what fusermount3 would refuse, before a store is created in vain."""
     if os.geteuid() == 0:
         return
     if os.path.isdir(mountpoint) and not os.access(mountpoint, os.W_OK):
@@ -330,7 +330,7 @@ def _others_may_be_allowed() -> bool:
 
 
 def _raise_file_limit() -> None:
-    """Raise the limit of open files as far as we may: an unlinked open file needs a descriptor."""
+    """Raise the limit of open files to the hard limit: an unlinked open file needs a descriptor."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if 0 <= hard < LEAST_FILES:
         raise too_few_files()

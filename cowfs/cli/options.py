@@ -1,4 +1,4 @@
-"""Mount options: ``-o`` as mount(8) passes them, split into ours, libfuse's, and those for other programs."""
+"""Mount options as mount(8) passes them with ``-o``: those of cowfs, of libfuse, and of other programs."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ VALUES = {
     "image_offset": "the same, for mount(8) and fstab: mount(8) takes offset= for itself",
     "verify": "root hash of the lower image's dm-verity tree, or a file with it; colons separate several",
     "size": "maximum size of a store in memory: 256M, 2G (default: half of the RAM)",
-    "io_uring": "receive requests through io_uring: auto, on or off (Linux 6.14)",
+    "io_uring": "receive requests over io_uring: auto, on or off (Linux 6.14)",
     "passthrough": "let the kernel read and write the store's files: auto or off (Linux 6.9)",
     "whiteouts": "format of whiteouts in the lowers: overlayfs, userxattr, aufs, oci, or auto",
     "volatile": "do not keep changes below these directories: /tmp:/run; the store remembers; or none",
-    "url_cache": "keep what is read by URL in this directory, or none (/var/cache/cowfs, ~/.cache/cowfs)",
-    "url_cache_size": "maximum size of that, for all images: 500M, 8G (default: 2G)",
+    "url_cache": "cache data read by URL in this directory, or none (/var/cache/cowfs, ~/.cache/cowfs)",
+    "url_cache_size": "maximum size of that cache, for all images: 500M, 8G (default: 2G)",
     "url_wait": "seconds that a read waits for a server that does not answer (default: 600)",
     "fsname": "what mount(8) and df(1) show as the source (default: the lowers)",
     "log": "write the log to this file",
@@ -58,7 +58,7 @@ _FLAGS = {
     "allow_other": "let other users access the mount (the default for root)",
     "noallow_other": "let only the user who mounts access the mount",
     "noacl": "do not support POSIX ACLs",
-    "blame": "record in the store which program made which change (cowfs blame)",
+    "blame": "record in the store which program makes each change (cowfs blame)",
     "fakeroot": "act as root inside: see all owners, may do everything (users only)",
     "ro": "read-only",
     "rw": "writable (the default)",
@@ -68,7 +68,7 @@ DEBUG_TOPICS = {
     "requests": "each request of the kernel, its answer and its duration",
     "overlay": "in which layers a name was found",
     "store": "each change made to the store",
-    "cache": "reads from images, and what the kernel is told to forget",
+    "cache": "reads from images, and cache entries that the kernel must drop",
 }
 _FUSE_FLAGS = {"suid", "nosuid", "dev", "nodev", "exec", "noexec", "sync", "dirsync"}
 _ATIME = {
@@ -76,7 +76,7 @@ _ATIME = {
     "strictatime": ("strictatime", True), "nostrictatime": ("strictatime", False),
     "nodiratime": ("nodiratime", True), "diratime": ("nodiratime", False),
 }  # fmt: skip
-"""Of those that say when reading changes times: which one is meant, and whether it is on."""
+"""The options about atime: the flag that each one sets or clears."""
 _IGNORED = {
     "auto", "noauto", "nofail", "_netdev", "user", "nouser", "users", "owner", "group", "defaults",
     "loop", "default_permissions", "norelatime", "async", "silent", "loud",
@@ -85,7 +85,7 @@ _IGNORED = {
 
 
 def names() -> list[str]:
-    """Return every option that cowfs knows, in order; with a ``=`` at the end if it takes a value."""
+    """Return all known options in order, with a ``=`` at the end of those that take a value."""
     return sorted([*(f"{name}=" for name in VALUES), *_FLAGS, *_FUSE_FLAGS, *_ATIME])
 
 
@@ -97,9 +97,9 @@ class Options:
     flags: set[str] = field(default_factory=set)
     fuse: set[str] = field(default_factory=set)
     debug: frozenset[str] = frozenset()
-    """What to log (cowfs.trace)."""
+    """The topics to log (cowfs.trace)."""
     faults: list[str] = field(default_factory=list)
-    """Which requests should fail (cowfs.faults)."""
+    """The faults to inject (cowfs.faults)."""
 
     @property
     def size(self) -> int | None:
@@ -115,7 +115,7 @@ class Options:
 
     @property
     def by_url(self) -> Settings:
-        """How lowers are read that are given by URL. UsageError."""
+        """How to read lowers given by URL. UsageError."""
         cache, wait = self.values.get("url_cache"), self.values.get("url_wait", "600")
         if not wait.isdecimal() or not 0 < int(wait) < 1 << 31:
             raise UsageError(f"url_wait={wait}: not a number of seconds", "write url_wait=600")
@@ -126,7 +126,7 @@ class Options:
 
     @property
     def atime(self) -> Atime:
-        """When reading from the store updates atimes: by default as with the kernel's relatime."""
+        """When reading from the store updates atime: by default as with the kernel's relatime."""
         always = "strictatime" in self.fuse
         files = (always or "noatime" not in self.fuse) and "ro" not in self.flags
         return Atime(files, files and "nodiratime" not in self.fuse, always)
@@ -151,13 +151,13 @@ _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
 AUTO = -1
-"""An offset that must be searched for."""
+"""The offset to be found by a search."""
 
 
 def parse_offsets(text: str) -> tuple[int, ...]:
-    """Return the bytes that OFFSET[:OFFSET...] means; an empty one is 0, and ``offset=`` may precede it.
+    """Return the offsets in OFFSET[:OFFSET...], in bytes. ``offset=`` may precede them.
 
-    A bare number is in bytes, ``4K`` is 4096, ``auto`` is AUTO. UsageError for anything else.
+    A number without a unit is in bytes, ``4K`` is 4096, ``auto`` is AUTO, and an empty one is 0. UsageError.
     """
     offsets = []
     given = text.removeprefix("offset=")
@@ -173,10 +173,10 @@ def parse_offsets(text: str) -> tuple[int, ...]:
 
 
 def find_offsets(offsets: Sequence[int], lowers: Sequence[str]) -> tuple[int, ...]:
-    """Replace each AUTO by the byte at which the image in that lower begins.
+    """Replace each AUTO by the offset of the image in that lower.
 
-    Reads the file up to that byte; blocks. LayerError for a file without an image; a file that cannot be read
-    is refused later.
+    Reads the file up to the image. Blocks. LayerError for a file without an image; an unreadable file is
+    refused later.
     """
     found = list(offsets)
     for number, (offset, lower) in enumerate(zip(offsets, lowers, strict=False)):
@@ -190,7 +190,7 @@ def _image_in(path: str) -> int:
     from cowfs.linux.files import open_ordinary
 
     if is_url(path):
-        raise UsageError(f"{path}: offset=auto would read all of it", "give its place: offset=BYTES")
+        raise UsageError(f"{path}: offset=auto would read all of it", "give the offset: offset=BYTES")
     try:
         fd = open_ordinary(path, os.O_RDONLY)
         try:
@@ -205,7 +205,7 @@ def _image_in(path: str) -> int:
     except OSError:
         return 0
     if found is None:
-        raise LayerError(f"{path}: contains no squashfs image", "give its place: offset=BYTES")
+        raise LayerError(f"{path}: contains no squashfs image", "give the offset: offset=BYTES")
     return found
 
 
@@ -240,11 +240,11 @@ def split_lowers(text: str) -> tuple[str, ...]:
 
 
 def split_layers(text: str) -> tuple[tuple[str, ...], int]:
-    """Split LOWER[:LOWER...][::DATA...]; return the names, and how many of them, the last, are data-only.
+    """Split LOWER[:LOWER...][::DATA...]; return the names, and how many of the last ones are data-only.
 
-    In a URL no colon up to the end of its host ends a name. As in overlayfs's lowerdir ``\\:`` is a colon in
-    a name, ``\\\\`` a backslash; before anything else a backslash is one. UsageError for an empty name among
-    others, and for an ordinary lower after one that is data-only.
+    In a URL, no colon up to the end of the host separates names. As in overlayfs's lowerdir, ``\\:`` is a
+    colon in a name and ``\\\\`` a backslash; before any other character, a backslash is literal. UsageError
+    for an empty name among others, and for an ordinary lower after a data-only one.
     """
     parts = _split(text, ":", authority)
     if parts == [""]:
@@ -259,13 +259,14 @@ def split_layers(text: str) -> tuple[tuple[str, ...], int]:
     data_only = sum(after)
     if data_only and not all(after[-data_only:]):
         raise UsageError(
-            f"{text}: an ordinary lower below a data-only one", "write :: before all that follow the first ::"
+            f"{text}: an ordinary lower below a data-only one",
+            "write :: before each lower after the first ::",
         )
     return tuple(names), data_only
 
 
 def lowers_of(args: argparse.Namespace, engine: str = "auto", *, force: bool = False) -> Lowers:
-    """Return what ``--lower`` and ``--offset`` set."""
+    """Return the lowers of ``--lower`` and ``--offset``."""
     from cowfs.api import Lowers
 
     given, data_only = (None, 0) if args.lower is None else split_layers(args.lower)
@@ -276,16 +277,16 @@ def lowers_of(args: argparse.Namespace, engine: str = "auto", *, force: bool = F
 
 
 def lowers_to_open(args: argparse.Namespace) -> Lowers:
-    """Return what the options of :func:`add_opening` set. UsageError for a bare colon in a lower's name."""
+    """Return the lowers of :func:`add_opening`'s options. UsageError for an unescaped colon in a name."""
     lowers = lowers_of(args, args.engine, force=args.force_lower)
     refuse_bare_colon(lowers.given or ())
     return lowers
 
 
 def refuse_bare_colon(lowers: Sequence[str], directory: str = "") -> None:
-    """Raise UsageError if a colon that separates two lowers belongs to the name of one.
+    """UsageError if a colon that separates two lowers belongs to the name of one.
 
-    Checks whether the files exist. The names are relative to *directory*.
+    Checks which of the files exist. The names are relative to *directory*.
     """
     missing = [at for at, part in enumerate(lowers) if not os.path.lexists(os.path.join(directory, part))]
     for first, last in combinations(range(len(lowers)), 2) if missing else ():
@@ -300,13 +301,13 @@ def refuse_bare_colon(lowers: Sequence[str], directory: str = "") -> None:
 
 
 def is_by_options(args: argparse.Namespace) -> bool:
-    """Return whether all options came with ``-o``: mount(8), and users who imitate it, know no others."""
+    """Return whether all options came with ``-o``, as from mount(8) and users who are used to it."""
     return bool(args.options) and not (args.store or args.engine or args.force_lower)
 
 
 @contextmanager
 def own_spelling(args: argparse.Namespace) -> Iterator[None]:
-    """Let the hint of an error name options in the spelling that the caller used."""
+    """In the hint of an error in the block, spell options as the caller did."""
     try:
         yield
     except CowfsError as error:
@@ -317,12 +318,12 @@ def own_spelling(args: argparse.Namespace) -> Iterator[None]:
 
 
 def join_lowers(lowers: Sequence[str], data_only: int = 0) -> str:
-    """Write LOWER[:LOWER...][::DATA...], of absolute paths and URLs: :func:`split_layers` gives them back."""
+    """Return LOWER[:LOWER...][::DATA...] for absolute paths and URLs: the inverse of :func:`split_layers`."""
     return command.join_lowers(lowers, data_only)
 
 
 def _split(text: str, separator: str, whole: Callable[[str], str] = lambda _: "") -> list[str]:
-    """*whole* returns how much of the beginning of a part is taken literally."""
+    """Split *text*. *whole* returns the beginning of a part that is literal."""
     parts = [whole(text)]
     characters = iter(range(len(parts[0]), len(text)))
     for at in characters:
@@ -340,7 +341,7 @@ def _split(text: str, separator: str, whole: Callable[[str], str] = lambda _: ""
 
 
 def parse(given: list[str]) -> Options:
-    """Sort the options of all ``-o``. UsageError for an unknown one."""
+    """Parse the options of all ``-o``. UsageError for an unknown one."""
     options = Options()
     parts = [part for text in given for part in split(text)]
     for option in parts:
@@ -375,7 +376,7 @@ def parse(given: list[str]) -> Options:
 
 
 def is_ignored(name: str) -> bool:
-    """Return whether an option is for other programs: mount(8), systemd, or whatever else reads fstab."""
+    """Return whether an option is for other programs, such as mount(8) or systemd, which read fstab(5)."""
     return name in _IGNORED or name.startswith(("x-", "X-", "comment"))
 
 
@@ -457,7 +458,7 @@ def add_json_or_null(
 
 
 def add_trust(parser: argparse.ArgumentParser, verb: str) -> None:
-    """Add ``--trust``: for subcommands that create files which somebody may run."""
+    """Add ``--trust``, for subcommands that create files which users may execute."""
     parser.add_argument(
         "--trust",
         action="store_true",

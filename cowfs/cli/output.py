@@ -1,4 +1,4 @@
-"""What the command line prints for people."""
+"""Print messages, notes and progress on the terminal."""
 
 from __future__ import annotations
 
@@ -20,35 +20,35 @@ if TYPE_CHECKING:
 
 
 def say_fields(*fields: bytes | str | int) -> None:
-    """Print fields unchanged, each ended by a NUL: for ``-z``."""
+    """Print fields unchanged, each followed by a NUL, for ``-z``."""
     _clear_progress()
     whole = (field if isinstance(field, bytes) else str(field).encode() for field in fields)
     sys.stdout.buffer.write(b"".join(field + b"\0" for field in whole))
 
 
 def say(text: str) -> None:
-    """Print one line, whatever *text* contains, at once."""
+    """Print *text* as one line, with control characters escaped. Flushes."""
     _clear_progress()
     print(printable(text), flush=True)
 
 
 _asked: set[str] = set()
-"""Holds ``quiet`` if it is set."""
+"""Contains ``quiet`` if --quiet is given."""
 
 
 def be_quiet() -> None:
-    """Print no notes from now on (--quiet)."""
+    """From now on, print no notes (--quiet)."""
     _asked.add("quiet")
 
 
 def note(text: str) -> None:
-    """Print one line about what was done, unless --quiet is set."""
+    """Print one line about what was done, unless --quiet is given."""
     if not _asked:
         say(text)
 
 
 def printable_lines(data: bytes) -> bytes:
-    """Return lines that others wrote, safe for a terminal: no control characters but tabs."""
+    """Return untrusted lines for a terminal, without control characters except tabs."""
     lines = data.decode(errors="surrogateescape").split("\n")
     return "\n".join("\t".join(map(printable, line.split("\t"))) for line in lines).encode()
 
@@ -62,9 +62,9 @@ def warn(text: str) -> None:
 _CLEAR_LINE = "\r\x1b[K"
 _PAUSE = 0.2
 _LONG = 99
-"""Seconds; longer times are shown in minutes."""
+"""In seconds. Longer times are shown in minutes."""
 _SOON = 1.0
-"""Seconds after which the time left can be told from the time passed."""
+"""After so many seconds, the time left can be estimated."""
 
 
 def _shows_progress() -> bool:
@@ -72,7 +72,7 @@ def _shows_progress() -> bool:
 
 
 _shown: set[str] = set()
-"""Holds ``progress`` while there is a line of it, which nothing else may be written behind."""
+"""Contains ``progress`` while a line of progress is shown, which must be cleared before other output."""
 
 
 def _clear_progress() -> None:
@@ -83,9 +83,10 @@ def _clear_progress() -> None:
 
 @contextmanager
 def progress_line() -> Iterator[Callable[[str], None]]:
-    """Yield a function that shows a text on one line of the terminal; the line is removed at the end.
+    """Yield a function that shows a text on one line of the terminal. The line is removed at the end.
 
-    It may be called often: it shows a text every 0.2 seconds, and none if standard error is not a terminal.
+    It can be called often: it shows a text every 0.2 seconds. It shows none if standard error is not a
+    terminal.
     """
     is_seen = _shows_progress()
     last = time.monotonic()
@@ -105,13 +106,13 @@ def progress_line() -> Iterator[Callable[[str], None]]:
 
 
 def rate(size: int, since: float) -> str:
-    """Return how many bytes are done, and how fast: ``120 MiB, 60 MiB/s``. *since* is a time.monotonic()."""
+    """Return size and rate, as in ``120 MiB, 60 MiB/s``. *since* is a time.monotonic()."""
     passed = time.monotonic() - since
     return f"{size >> 20} MiB" + (f", {size / passed / (1 << 20):.0f} MiB/s" if passed > _PAUSE else "")
 
 
 def counted(progress: Callable[[str], None], whole: int = 0) -> Callable[[int], None]:
-    """Return a function that adds up bytes and shows the sum, the rate, and the time left for *whole*."""
+    """Return a function that adds up bytes, and shows the sum, the rate and the time left for *whole*."""
     total, begun = 0, time.monotonic()
 
     def tick(size: int) -> None:
@@ -123,7 +124,7 @@ def counted(progress: Callable[[str], None], whole: int = 0) -> Callable[[int], 
 
 
 def bytes_of(path: str) -> int:
-    """Return how many bytes a file takes on its disk; 0 for what is no file, or cannot be seen."""
+    """Return how many bytes a regular file takes on its disk; 0 if it is not one, or not accessible."""
     with suppress(OSError):
         if stat.S_ISREG((about := os.stat(path)).st_mode):
             return about.st_blocks * 512
@@ -139,30 +140,31 @@ def _time_left(done: int, whole: int, since: float) -> str:
 
 
 class Tally:
-    """Counts what is done, and shows that, how fast it goes, and the time left."""
+    """Counts what is done, and shows the count, the rate, and the time left."""
 
     def __init__(self, progress: Callable[[str], None], what: str) -> None:
-        """*what* is counted, in the plural: ``paths``. *progress* is of :func:`progress_line`."""
+        """*what* is a plural, such as ``paths``. *progress* comes from :func:`progress_line`."""
         self._progress = progress
         self._what = what
         self._whole = self._done = self._size = 0
         self._begun = time.monotonic()
 
     def expect(self, count: Callable[[], int]) -> None:
-        """Begin again: *count* returns about how many there will be, or 0. It is called only if somebody sees
-        that.
+        """Start again; *count* returns approximately how many to expect, 0 if unknown.
+
+        It is called only if the progress is shown.
         """
         self._whole = count() if _shows_progress() else 0
         self._done = self._size = 0
         self._begun = time.monotonic()
 
     def begin(self, what: str, whole: int = 0) -> None:
-        """Begin again, with something else: *whole* is how many there will be, or 0."""
+        """Start again with something else; *whole* is how many to expect, 0 if unknown."""
         self._what = what
         self.expect(lambda: whole)
 
     def add(self, count: int = 1, size: int = 0) -> None:
-        """So many more are done, and so many more bytes."""
+        """Count *count* more, and *size* more bytes."""
         self._done += count
         self._size += size
         passed = time.monotonic() - self._begun
@@ -173,9 +175,9 @@ class Tally:
 
 
 def open_streams() -> None:
-    """Open the standard streams that are closed, and report failures to write to standard output.
+    """Open the closed ones of the standard streams, and report failed writes to standard output.
 
-    A descriptor below 3 that is closed would be given to the next file that is opened, such as a store.
+    The next file to be opened, such as a store, would otherwise get the number of a closed stream.
     """
     for fd, flags in ((0, os.O_RDONLY), (1, os.O_RDONLY), (2, os.O_WRONLY)):
         try:

@@ -1,4 +1,4 @@
-"""``cowfs overlay``: replaces fuse-overlayfs, with its command line, for podman and buildah."""
+"""``cowfs overlay``: replace fuse-overlayfs, with its command line, for podman and buildah."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ examples:
 
 
 class _Version(argparse.Action):
-    """The version that podman info shows."""
+    """Prints the version, which podman info shows."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
         print(f"cowfs-overlay: version {cowfs.__version__}")
@@ -69,8 +69,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = mount_options.add_subcommand(
         subparsers,
         NAME,
-        "mount as fuse-overlayfs does",
-        "Mount directories merged, by the command line of fuse-overlayfs. cowfs-overlay is the same.",
+        "mount with the command line of fuse-overlayfs",
+        "Mount merged directories, with the command line of fuse-overlayfs. cowfs-overlay is the same.",
         _EPILOG.format(options="\n".join(f"  {name:<18}{text}" for name, text in _OURS.items())),
     )
     parser.add_argument("mountpoint", metavar="MOUNTPOINT", help="an existing directory")
@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _words(given: list[str]) -> Iterator[tuple[str, str]]:
-    """Yield the options of all ``-o`` with their values; quotes enclose commas (``context="a,b"``)."""
+    """Yield the options of all ``-o`` with their values. Quotes enclose commas (``context="a,b"``)."""
     for text in given:
         hidden = re.sub(r'="([^"]*)"', lambda found: "=" + found[1].replace(",", "\\,"), text)
         for word in mount_options.split(hidden):
@@ -121,7 +121,7 @@ def _for_mount(words: dict[str, str]) -> mount_options.Options:
     for name in unknown:
         warn(f"option {name} is unknown and ignored")
     given = mount_options.parse(taken)
-    # As with fuse-overlayfs, the caller has decided what is mounted for whom.
+    # As with fuse-overlayfs, the caller decides what to mount for which users.
     if os.geteuid() == 0:
         if "noallow_other" not in given.flags:
             given.flags.add("allow_other")
@@ -160,9 +160,9 @@ def _union(words: dict[str, str], given: mount_options.Options) -> UnionOptions:
 
 
 def _style(words: dict[str, str]) -> str:
-    """Return how whiteouts are written.
+    """Return the format of whiteouts to write.
 
-    fuse-overlayfs reads both devices and names, and writes names where it may not make devices.
+    fuse-overlayfs reads both devices and names, and writes names if it may not create devices.
     """
     style = words.get("whiteouts", "oci")
     if style not in STYLES:
@@ -171,12 +171,12 @@ def _style(words: dict[str, str]) -> str:
 
 
 def _plain(path: str) -> str:
-    """Return a path without the backslashes that escape its colons, as those of lowers must."""
+    """Return a path without the backslashes that escape its colons."""
     return re.sub(r"\\([:\\])", r"\1", path)
 
 
 def _owner_map(words: dict[str, str]) -> OwnerMap | None:
-    """Return whose files are shown as whose; None if all keep their owners."""
+    """Return the map of owners to show; None if all files keep theirs."""
     from cowfs.fuse.owners import OwnerMap
 
     root = 0 if "squash_to_root" in words else None

@@ -1,9 +1,8 @@
-"""The daemon's own program files: its mount may hide them, and a daemon that asks its own mount for a file
-hangs.
+"""Load the daemon's program files before its mount may hide them.
 
-A union on /usr covers Python, its modules, the sources that a traceback shows and e2fsprogs; other systems
-have them elsewhere. So everything is loaded before the mount, and programs that the daemon starts do not see
-the mount.
+A daemon that asks its own mount for a file hangs. A union on /usr covers Python, its modules, the sources
+that a traceback shows, and e2fsprogs; other systems have them elsewhere. So everything is loaded before the
+mount, and programs that the daemon starts do not see the mount.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ import cowfs
 from cowfs.store.e2fsprogs import tools
 
 _NOT_OURS = ("cowfs.browse", "cowfs.cli", "cowfs.formats.ext3.build_engine", "cowfs.pytest_plugin")
-"""Modules that no daemon needs: textual and pytest, where installed, would double the time of a mount."""
+"""Modules that no daemon needs. Loading textual and pytest would double the time of a mount."""
 _OTHERS = (
     "encodings.idna",
     "encodings.ascii",
@@ -34,11 +33,11 @@ _OTHERS = (
 )
 """Modules that the standard library and trio import on first use."""
 _LIBRARIES = ("libgcc_s.so.1", "libseccomp.so.2")
-"""The first is needed by a thread that ends with the process (pthread_exit(3))."""
+"""Libraries that are loaded by name later: pthread_exit(3) loads the first."""
 
 
 def forbid_lookups(mountpoint: str) -> None:
-    """From now on never look up a program file by name: this process is about to mount over them."""
+    """From now on, look up no program file by name, because this process is about to mount over them."""
     load_all()
     _show_no_sources()
     tools.hide(mountpoint)
@@ -49,7 +48,7 @@ def load_all() -> None:
     """Load every module and library that a daemon may need. A second call does nothing."""
     for module in pkgutil.walk_packages(cowfs.__path__, "cowfs."):
         if not module.name.startswith(_NOT_OURS):
-            with suppress(ImportError):  # an engine that was not built is reported by its user
+            with suppress(ImportError):  # if the engine was not built, its first use reports it
                 importlib.import_module(module.name)
     for name in _OTHERS:
         with suppress(ImportError):
@@ -62,7 +61,7 @@ def load_all() -> None:
 
 
 def _show_no_sources() -> None:
-    """Write tracebacks without source lines, which would have to be read."""
+    """Write tracebacks without source lines, so that no source file is read."""
 
     def none(filename: str, module_globals: dict[str, Any] | None = None) -> list[str]:
         del filename, module_globals

@@ -1,4 +1,4 @@
-"""``cowfs persist``: keep a store that is in memory."""
+"""``cowfs persist``: save a store that is in memory."""
 
 from __future__ import annotations
 
@@ -69,11 +69,11 @@ def persist(
         if os.path.basename(path) != name:  # only the disk was given
             shown = path = os.path.join(path, name)
         device = os.fstat(fd).st_dev
-        # The daemon would have to wait for itself.
+        # The daemon would wait for itself.
         served = {found.dev, *(mount.dev for mount in mountinfo() if mount.fstype == VIEW_FSTYPE)}
         if f"{os.major(device)}:{os.minor(device)}" in served:
             raise StoreError(
-                f"{path}: is inside the mount whose changes it is to hold", "choose a path outside the mount"
+                f"{path}: is inside the mount whose changes it would hold", "choose a path outside the mount"
             )
         facts = facts_of(found.dev)
         for reply in ask(found.dev, NAME, timeout=None, fd=fd, name=name, path=path, size=size):

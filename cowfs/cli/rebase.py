@@ -1,4 +1,4 @@
-"""``cowfs rebase``: carry the changes to a new version of the root."""
+"""``cowfs rebase``: move the changes to a new version of the root."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NAME = "rebase"
 EXIT_CONFLICT = 65
 
 _DESCRIPTION = """\
-Carry the changes of a store over to another version of its root. Afterwards the store belongs to NEWROOT.
+Move the changes of a store to another version of its root. Afterwards the store belongs to NEWROOT.
 Each file is compared in the store, OLDROOT and NEWROOT. Changes that only the store has stay; changes that
 only NEWROOT has are taken from NEWROOT. Changes that both have are dropped, and so are deletions of files
 that NEWROOT does not have.
@@ -30,7 +30,7 @@ NEWROOT no longer has stays complete, as in OLDROOT.
 
 If it is interrupted, even by a power failure, the store is the old one or the new one. The store needs
 space for new directories, and for copies of files whose data OLDROOT had and NEWROOT has not. Its
-checkpoints are carried over in the same way. It must not be mounted, and its trash (of `cowfs revert`) must
+checkpoints are moved in the same way. It must not be mounted, and its trash (of `cowfs revert`) must
 be empty.
 
 examples:
@@ -47,7 +47,7 @@ could not be written; 32 the store or a root cannot be used, and nothing was cha
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the subcommand's parser."""
     parser = options.add_subcommand(
-        subparsers, NAME, "carry the changes to a new version of the root", _DESCRIPTION, _EPILOG
+        subparsers, NAME, "move the changes to a new version of the root", _DESCRIPTION, _EPILOG
     )
     parser.add_argument("store", metavar="STORE")
     parser.add_argument(
@@ -74,7 +74,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(args: argparse.Namespace) -> int:
-    """Carry the changes over, or report what would be done."""
+    """Move the changes, or report what would be done."""
     from cowfs.changes.render import escape
     from cowfs.linux.limits import take_all_descriptors
     from cowfs.rebasing import rebase

@@ -1,4 +1,4 @@
-"""``mount -o remount,ro`` and ``remount,rw`` of an existing mount."""
+"""Remount an existing mount: ``mount -o remount,ro`` and ``remount,rw``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cowfs.linux import fuse
 
 
 def is_asked_for(given: list[str]) -> bool:
-    """Return whether the options of all ``-o`` ask for a remount."""
+    """Return whether the options of all ``-o`` request a remount."""
     return "remount" in _words(given)
 
 
@@ -22,7 +22,7 @@ def _words(given: list[str]) -> Sequence[str]:
 
 
 def _must_be_writable(mountpoint: str, dev: str) -> None:
-    """Raise MountFailure if the layers cannot be written to, whatever the mount allows."""
+    """MountFailure if the store is read-only, whatever the mount allows."""
     store = facts_of(dev)["store"]
     if store.get("read_only"):
         raise MountFailure(
@@ -31,9 +31,10 @@ def _must_be_writable(mountpoint: str, dev: str) -> None:
 
 
 def remount(mountpoint: str, given: list[str]) -> int:
-    """Make a mount read-only or writable; other options stay as they are, since mount(8) repeats them all.
+    """Make a mount read-only or writable. Other options stay the same, because mount(8) repeats them all.
 
-    Once nobody can write any more, everything written is put on disk. MountFailure: in use, or not ours.
+    If it becomes read-only, all changes are then written to disk. MountFailure if the mount is in use, or
+    belongs to another user.
     """
     mount = the_mount(mountpoint)
     asked = [word for word in _words(given) if word in {"ro", "rw"}]
@@ -44,8 +45,8 @@ def remount(mountpoint: str, given: list[str]) -> int:
         fuse.remount(mountpoint, mount.options.split(","), read_only=is_read_only)
     except OSError as failure:
         hint = {
-            errno.EBUSY: "somebody has a file open to write: fuser -vm tells who",
-            errno.EPERM: "only root remounts",
+            errno.EBUSY: "a file is open for writing: fuser -vm shows by which process",
+            errno.EPERM: "only root can remount",
         }.get(failure.errno or 0, "")
         raise MountFailure(f"{mountpoint}: {os.strerror(failure.errno or 0)}", hint) from None
     if is_read_only:

@@ -1,4 +1,4 @@
-"""``cowfs report``: what has changed, as a page for a browser."""
+"""``cowfs report``: write the changes as a page for a browser."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cowfs.cli.output import Tally, progress_line, warn
 
 NAME = "report"
 _OFFSET = re.compile(r"(?:offset=)?(?:auto|\d+[kmg]?)(?::(?:auto|\d+[kmg]?))*", re.I)
-"""What ``-o`` means elsewhere; a file was meant by it here alone."""
+"""A value of ``-o`` in other subcommands. In older versions of this one, ``-o`` was a file."""
 
 _DESCRIPTION = """\
 Write the changes as one HTML file for a browser: a summary, what fills the store, when and by
@@ -34,7 +34,7 @@ examples:
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the subcommand's parser."""
     parser = options.add_subcommand(
-        subparsers, NAME, "write what was changed as an HTML page", _DESCRIPTION, _EPILOG
+        subparsers, NAME, "write the changes as an HTML page", _DESCRIPTION, _EPILOG
     )
     parser.add_argument("what", metavar="STORE|MOUNTPOINT")
     parser.add_argument("paths", metavar="PATH", nargs="*", default=(), help="only this path, or glob")

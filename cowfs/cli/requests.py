@@ -1,4 +1,4 @@
-"""The counters of a mount's daemon, and what follows from them: means, percentiles, hit rates."""
+"""The counters of a mount's daemon, and the means, percentiles and hit rates computed from them."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from dataclasses import dataclass
 from typing import Any
 
 Range = tuple[int, int]
-"""A range of ns, from the first up to the second."""
+"""A range of ns: from the first up to, but without, the second."""
 
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """How often one operation was requested, and how long the answers took."""
+    """The number of requests for one operation, and the times of the answers."""
 
     count: int
     errors: int
     total_ns: int
     durations: dict[Range, int]
-    """How many answers took this long, by range. Empty for operations without an answer."""
+    """The number of answers by their duration. Empty for operations without an answer."""
 
     def __sub__(self, before: Operation) -> Operation:
         """Return the requests since *before*."""
@@ -33,13 +33,14 @@ class Operation:
         )
 
     def mean_ns(self) -> float | None:
-        """How long an answer took on average; None if there was none."""
+        """Return the mean duration of an answer in ns; None if there was none."""
         answers = sum(self.durations.values())
         return self.total_ns / answers if answers else None
 
     def percentile_ns(self, percent: float) -> float | None:
-        """The longest time that this percentage of the answers took, correct to an eighth; None without
-        answers.
+        """Return the duration in ns that *percent* % of the answers did not exceed, accurate to one eighth.
+
+        None if there was no answer.
         """
         left = math.ceil(sum(self.durations.values()) * percent / 100)
         for (low, high), count in sorted(self.durations.items()):
@@ -49,7 +50,7 @@ class Operation:
         return None
 
     def to_json(self) -> dict[str, Any]:
-        """The same as JSON."""
+        """Return the counters as JSON."""
         return {
             "count": self.count,
             "errors": self.errors,
@@ -66,11 +67,11 @@ _NEVER = Operation(0, 0, 0, {})
 
 @dataclass(frozen=True, slots=True)
 class Requests:
-    """All requests."""
+    """The counters of all operations."""
 
     operations: dict[str, Operation]
     under_way: list[tuple[int, str]]
-    """Requests in progress: for how many ns already, and the operation."""
+    """The requests in progress: their age in ns, and the operation."""
     direct_reads: int
     """Reads that were served without Python."""
 
@@ -95,7 +96,7 @@ class Requests:
         return sum(operation.total_ns for operation in self.operations.values())
 
     def to_json(self) -> dict[str, Any]:
-        """The same as JSON."""
+        """Return the counters as JSON."""
         return {
             "operations": {name: operation.to_json() for name, operation in self.operations.items()},
             "under_way": [{"operation": name, "ns": ns} for ns, name in self.under_way],
@@ -104,9 +105,9 @@ class Requests:
 
 
 def requests_in(facts: dict[str, Any]) -> Requests | None:
-    """Return the request counters that a daemon sent; None if it counts none (:func:`why_none`).
+    """Return the request counters that a daemon sent; None if it does not count them (:func:`why_none`).
 
-    ValueError, KeyError, TypeError: it makes no sense.
+    ValueError, KeyError or TypeError if they are invalid.
     """
     told = facts.get("requests")
     if told is None:
@@ -125,7 +126,7 @@ def requests_in(facts: dict[str, Any]) -> Requests | None:
 
 
 def why_none(facts: dict[str, Any]) -> str:
-    """Return why a daemon counts no requests."""
+    """Return why a daemon does not count requests."""
     return str(facts.get("no_requests", "the daemon of this mount is an older cowfs"))
 
 

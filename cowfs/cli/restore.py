@@ -1,4 +1,4 @@
-"""``cowfs restore``: copy a backup to where a store belongs."""
+"""``cowfs restore``: copy a backup back to a store."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(args: argparse.Namespace) -> int:
-    """Copy it."""
+    """Check and copy the backup."""
     from cowfs.backups import restore
     from cowfs.linux.limits import take_all_descriptors
     from cowfs.store.e2fsprogs.signals import cleaned_up
 
-    take_all_descriptors()  # each directory on the way to a path uses some
+    take_all_descriptors()  # each directory on the way to a path needs several
     with cleaned_up(), progress_line() as progress:
         restore(
             args.file, args.store, force=args.force, tell=warn, tick=counted(progress, bytes_of(args.file))

@@ -1,4 +1,4 @@
-"""``cowfs revert``: show the lower's version again."""
+"""``cowfs revert``: revert changes to the lower's version."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ JSON_HELP = "print one JSON object per line: version path kind size why_not"
 VERSION = 1
 
 _DESCRIPTION = """\
-Take changes back: PATH, and everything below it, becomes what it is in the lower. Added files are removed,
-deleted files come back, and renamed directories get their old names. Nothing is lost: what is removed is
-moved to a trash in the store, and --undo brings it back.
+Revert changes: PATH, and everything below it, becomes what it is in the lower. Added files are removed,
+deleted files come back, and renamed directories get their old names. Nothing is lost: removed files are moved
+to a trash in the store, and --undo restores them.
 """
 _EPILOG = """\
 A PATH is relative to the root of the tree; a glob such as '*.conf' matches in all directories. `cowfs diff`
-with the same paths lists what will be taken back, and so does --dry-run. In a store with checkpoints, PATH
+with the same paths lists what will be reverted, and so does --dry-run. In a store with checkpoints, PATH
 becomes what it was at the last checkpoint; `cowfs diff --since NAME` lists the changes since then.
 
-The tree may be mounted and in use: open files then have the content of the lower. What was taken back
-takes up space in the store until `cowfs vacuum --trash` empties the trash.
+The tree may be mounted and in use: open files then have the content of the lower. Reverted changes take up
+space in the store until `cowfs vacuum --trash` empties the trash.
 
 examples:
   cowfs revert /mnt etc/fstab           one file
@@ -40,23 +40,23 @@ examples:
   cowfs revert /mnt usr --metadata      owners, modes, times and attributes, but not the contents
   cowfs revert /mnt --undo              undo the last revert
 
-exit codes: 0 done; 1 wrong usage, or nothing to take back; 32 some of it could not be taken back.
+exit codes: 0 done; 1 wrong usage, or nothing to revert; 32 some changes could not be reverted.
 """
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the subcommand's parser."""
-    parser = options.add_subcommand(subparsers, NAME, "take changes back", _DESCRIPTION, _EPILOG)
+    parser = options.add_subcommand(subparsers, NAME, "revert changes", _DESCRIPTION, _EPILOG)
     parser.add_argument("what", metavar="STORE|MOUNTPOINT")
     parser.add_argument(
-        "paths", metavar="PATH", nargs="*", default=(), help="what to take back; may be a glob"
+        "paths", metavar="PATH", nargs="*", default=(), help="the path to revert; may be a glob"
     )
-    parser.add_argument("--all", action="store_true", help="take everything back")
+    parser.add_argument("--all", action="store_true", help="revert everything")
     parser.add_argument("--metadata", action="store_true", help="only owners, modes, times and xattrs")
     parser.add_argument("--undo", action="store_true", help="undo the last revert")
-    parser.add_argument("-n", "--dry-run", action="store_true", help="only list what would be taken back")
+    parser.add_argument("-n", "--dry-run", action="store_true", help="only list what would be reverted")
     options.add_lower(parser)
-    options.add_json_or_null(parser, "path, why it was not taken back", JSON_HELP)
+    options.add_json_or_null(parser, "path, why it was not reverted", JSON_HELP)
     parser.add_argument("-q", "--quiet", action="store_true", help="do not list what is done")
     parser.set_defaults(run=run)
 
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     if not paths and not args.all and not args.undo:
         raise UsageError("no path given", "give paths, or --all")
     if paths and args.all:
-        raise UsageError("--all takes everything back", "leave the paths out, or --all")
+        raise UsageError("--all reverts everything", "leave out the paths, or --all")
     lowers = options.lowers_of(args)
     if args.dry_run:
         _list(args, what, paths, lowers)
@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
         def tick(number: int, whole: int) -> None:
             nonlocal expected
             expected = whole or expected
-            progress(f"{number} changes looked at")
+            progress(f"{number} changes examined")
 
         asks = take_back(what, asked, chosen, lowers, metadata=args.metadata, tell=warn, tick=tick)
         for done in asks:
@@ -110,17 +110,17 @@ def run(args: argparse.Namespace) -> int:
     if not count and not failed:
         since = None if args.undo else last_checkpoint(what)
         raise UsageError(
-            f"{args.what}: nothing to take back there" + (f" since the checkpoint {since}" if since else ""),
+            f"{args.what}: nothing to revert there" + (f" since the checkpoint {since}" if since else ""),
             f"cowfs diff{f' --since {since}' if since else ''} lists the changes",
         )
     sys.stdout.flush()
     if not args.undo and not args.quiet and not (args.json or args.null):
-        warn(f"{count} reverted; cowfs revert {os.path.abspath(what)} --undo brings them back")
+        warn(f"{count} reverted; to undo this, run: cowfs revert {os.path.abspath(what)} --undo")
     return 32 if failed else 0
 
 
 def _list(args: argparse.Namespace, what: str, paths: list[bytes], lowers: Lowers) -> None:
-    """Print the changes that would be taken back."""
+    """Print the changes that would be reverted."""
     from cowfs.api import open_changes
     from cowfs.changes.render import json_line, line
     from cowfs.changes.select import ALL, METADATA, selected

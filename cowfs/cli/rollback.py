@@ -14,8 +14,8 @@ Make the tree what it was at a checkpoint. Later changes are lost, unless anothe
 """
 _EPILOG = """\
 In a mounted tree no file may be open, mapped or running, and no directory may be a working directory;
-otherwise cowfs says what is in use, and by whom. Later checkpoints stay: `cowfs rollback` to one of them goes
-forward again.
+otherwise cowfs reports what is in use, and by whom. Later checkpoints stay: `cowfs rollback` can also return
+to one of them.
 
 examples:
   cowfs rollback /mnt before-upgrade
@@ -33,7 +33,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(args: argparse.Namespace) -> int:
-    """Go back."""
+    """Go back to the checkpoint."""
     from cowfs import api
 
     api.rollback(args.what, args.name, options.lowers_of(args), warn)

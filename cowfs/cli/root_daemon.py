@@ -1,9 +1,9 @@
 """Serve the root filesystem of a system that boots from cowfs.
 
-It does what `cowfs mount` does, and what a root needs in addition: the daemon must outlive every process that
-uses it. It runs in a root of its own, which is never below the mount that it serves (see cowfs-boot.sh), and
-returns when the new root answers. Messages for the user go to standard error, one per line; the last one says
-why the root was refused.
+It does what `cowfs mount` does, and protects the daemon from being killed before the processes that use it.
+It runs in its own root, which is never below the mount that it serves (see cowfs-boot.sh), and returns when
+the new root answers. Messages for the user go to standard error, one per line. The last one says why the root
+was refused.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ _MOVE_MOUNT_F_EMPTY_PATH = 4
 _AT_FDCWD = -100
 _MCL_CURRENT, _MCL_FUTURE, _MCL_ONFAULT = 1, 2, 4
 _STACK = 1 << 20
-"""Bytes of stack of a thread: what is there at the start will be locked in memory as a whole."""
+"""The stack of a thread in bytes. Stacks that exist when memory is locked are locked completely."""
 _NEARLY_FULL = 4 << 20
-"""Bytes of free space below which a store is called full: enough for a package manager's lock and log."""
+"""A store with fewer free bytes counts as full. It is enough for a package manager's lock and log."""
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -89,7 +89,7 @@ def main() -> int:
 
 @contextmanager
 def at_console(store: str) -> Iterator[str]:
-    """Open an encrypted store, with a passphrase from the console; yield what shows what is in it."""
+    """Open an encrypted store, with a passphrase from the console; yield its decrypted device."""
     if store == "memory" or not luks.is_encrypted(store):
         yield store
         return
@@ -106,7 +106,7 @@ def at_console(store: str) -> Iterator[str]:
 
 
 def ask_at(terminal: int, prompt: str) -> bytes:
-    """Return the line that is typed at a terminal, where it is not shown."""
+    """Print a prompt, and return the line typed at the terminal, which does not echo it. Blocks."""
     before = termios.tcgetattr(terminal)
     hidden = [*before[:3], (before[3] | termios.ICANON) & ~termios.ECHO, *before[4:]]
     termios.tcsetattr(terminal, termios.TCSAFLUSH, hidden)
@@ -131,7 +131,7 @@ def start(args: argparse.Namespace) -> int:
             fill_holes(store)
             store = of_several(store, args.subdir)
     volatile = None if args.volatile is None else parse_volatile(args.volatile)
-    of_several("memory", args.subdir)  # which refuses a name that cannot be
+    of_several("memory", args.subdir)  # raises for an invalid name
     union = UnionOptions(
         lowers=lowers,
         store=store,
@@ -148,9 +148,7 @@ def start(args: argparse.Namespace) -> int:
 
 
 def check(store: str, *, writable: bool) -> None:
-    """Refuse anything that is not a store; repair a store that was not cleanly unmounted, with visible
-    output.
-    """
+    """Check that *store* is a store; repair one that was not cleanly unmounted, showing the output."""
     fd = open_file(store, read_only=not writable)
     try:
         superblock = read_superblock(fd, store)
@@ -179,7 +177,7 @@ def check(store: str, *, writable: bool) -> None:
 
 
 def fill_holes(store: str) -> None:
-    """Allocate the missing space of a store that is a copy with holes, or say that there is none."""
+    """Allocate the missing space of a store whose file has holes; warn if the disk has not enough."""
     fd = open_file(store)
     try:
         if said := take_room(fd, store):
@@ -194,9 +192,9 @@ def of_several(store: str, name: str | None) -> str:
 
 
 def judge(args: argparse.Namespace) -> list[str]:
-    """Refuse a store of another image or of another format, before anything is written to it.
+    """Refuse a store of another image or format, before anything is written to it.
 
-    Returns the fingerprints of the stores below it, the topmost first: mostly none.
+    Returns the fingerprints of the stores below it, the topmost first; usually none.
     """
     store, lower = of_several(args.store, args.subdir), identify_lower(args.image)
     try:
@@ -204,7 +202,7 @@ def judge(args: argparse.Namespace) -> list[str]:
     except StoreError:
         if not args.subdir or args.mode == "ro":
             raise
-        return []  # opening the store creates it, or says what is wrong
+        return []  # opening the store creates it, or reports what is wrong
     if facts["format"] not in {"overlayfs", "aufs", "none yet"}:
         raise CowfsError(facts["problem"] or f"{store}: the store has the {facts['format']} format")
     made_for = facts["lowers"]
@@ -234,9 +232,9 @@ def stores_below(args: argparse.Namespace, wanted: list[str]) -> list[str]:
 
 
 def show_read_only(store: str, place: str, name: str | None = None) -> str:
-    """Mount a read-only store; return the directory of its changes, which becomes a lower itself.
+    """Mount a read-only store; return its upper directory, which becomes a lower.
 
-    With a *name*, the changes are those of the store of that name in it.
+    With a *name*, that is the upper of the store of that name in it.
     """
     facts = store_info(of_several(store, name))
     is_aufs = facts["format"] == "aufs"
@@ -258,7 +256,7 @@ def show_read_only(store: str, place: str, name: str | None = None) -> str:
 def serve(options: UnionOptions, args: argparse.Namespace, reporter: Reporter, log: Log) -> int:
     os.umask(0)
     threading.stack_size(_STACK)
-    # No key press and no ulimit may end a root. Before there are threads: they inherit it.
+    # No key press and no ulimit may end a root. Do this before starting threads, which inherit it.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     for number in (signal.SIGQUIT, signal.SIGTSTP, signal.SIGALRM, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
@@ -305,17 +303,17 @@ def serve(options: UnionOptions, args: argparse.Namespace, reporter: Reporter, l
 
 
 def show(union: Union, place: str, *, in_another: bool) -> View | None:
-    """Make the filesystem of the store visible at *place*; return what serves it, unless the kernel does.
+    """Show the filesystem of the store at *place*; return the object that serves it, None if the kernel does.
 
-    Of a store that is *in_another*, only its own directory.
+    For a store that is *in_another*, show only its own directory.
     """
     layer = written_through(union.store.layer)
     try:
-        if os.listdir(place):  # a store on read-only media, which is a lower
+        if os.listdir(place):  # a store on read-only media is already shown there, as a lower
             return None
         if not isinstance(layer, DirectoryLayer):
             return open_view(layer, place)
-        if in_another:  # a part of a mount is shown by a mount of its own (before Linux 6.15: not at all)
+        if in_another:  # a part of a detached mount, which needs Linux 6.15
             attach(clone := mounts.private_clone(layer.root.fd), place)
             os.close(clone)
         else:
@@ -335,20 +333,20 @@ def tell_room(union: Union) -> None:
 
 
 def protect_from_kill() -> None:
-    """Protect this process from being killed before all others, at shutdown or when memory runs out."""
+    """Protect this process from being killed, at shutdown or when memory runs out."""
     # systemd spares processes whose name begins with @ (systemd.io/ROOT_STORAGE_DAEMONS).
     start = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[45])
     ctypes.memmove(start, b"@", 1)
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("-1000")
-    # Keep our code and data in memory; of later allocations only the pages that are used, not whole stacks.
-    # Not PR_SET_IO_FLUSHER: the kernel would never kill other processes to get memory for us.
+    # Keep code and data in memory, and of later allocations only the used pages, not whole stacks. Do not set
+    # PR_SET_IO_FLUSHER: the kernel would then not kill other processes to get memory for this one.
     libc.mlockall(_MCL_CURRENT)
     libc.mlockall(_MCL_FUTURE | _MCL_ONFAULT)
 
 
 def attach(mount: int, directory: str) -> None:
-    """Attach a mount that only its descriptor refers to at *directory*. MountFailure if that fails."""
+    """Attach a detached mount at *directory*. CowfsError."""
     if libc.syscall(_SYS_MOVE_MOUNT, mount, b"", _AT_FDCWD, os.fsencode(directory), _MOVE_MOUNT_F_EMPTY_PATH):
         raise CowfsError(f"{directory}: cannot show the store there: {os.strerror(ctypes.get_errno())}")
 

@@ -40,9 +40,9 @@ devices. When COMMAND exits, processes that it left running are killed. On a ter
 changes and asks what to do with them; --commit, --discard and --keep answer beforehand. Without a terminal
 and an answer, the changes stay in the store, or are discarded if there is none.
 
---commit carries all changes onto ROOT, which must be a directory; if it is interrupted, the next `cowfs run`
-completes it. What was changed in ROOT meanwhile is a conflict: cowfs names it, overwrites nothing, and keeps
-the changes. Those of a filesystem mounted in ROOT at etc/x are kept in the store STORE.mounts/etc%2Fx.
+--commit makes all changes in ROOT, which must be a directory; if it is interrupted, the next `cowfs run`
+completes it. A file that has changed in ROOT meanwhile is a conflict: cowfs lists it, overwrites nothing, and
+keeps the changes. Those of a filesystem mounted in ROOT at etc/x are kept in the store STORE.mounts/etc%2Fx.
 
 Without --root, the merged tree is at MOUNTPOINT, which only COMMAND sees. It is unmounted at the end.
 
@@ -78,15 +78,15 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     mount.add_arguments(parser, optional=True)
     parser.add_argument("--root", metavar="IMAGE|DIR|/", help="the root directory of COMMAND")
     answer = parser.add_mutually_exclusive_group()
-    answer.add_argument("--commit", action="store_true", help="carry the changes onto the lower")
+    answer.add_argument("--commit", action="store_true", help="make the changes in ROOT, or in LOWER")
     answer.add_argument("--discard", action="store_true", help="discard the changes")
     answer.add_argument("--keep", metavar="STORE", help="write the changes to a new store")
-    parser.add_argument("-f", "--force", action="store_true", help="overwrite what was changed meanwhile")
+    parser.add_argument("-f", "--force", action="store_true", help="overwrite files in conflict")
     parser.set_defaults(run=run, command=[], foreground=False, debug="")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Mount, run the command, ask what to do with its changes, do that, and unmount."""
+    """Mount, run the command, ask what to do with its changes, do it, and unmount."""
     _check(args)
     pipes = _pipes()
     is_all_there = _enter()
@@ -116,13 +116,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _pipes() -> list[int]:
-    """Return the pipes that we were given besides the standard streams: ``<(...)`` of a shell, jobs of make.
+    """Return the inherited pipes besides the standard streams, as from ``<(...)`` of a shell, or from make.
 
-    What is not a pipe is not for the command: through a directory it could leave its root.
+    The command gets no other descriptors, because it could leave its root through a directory.
     """
     found = []
     for fd in map(int, os.listdir("/proc/self/fd")):
-        with suppress(OSError):  # the list itself
+        with suppress(OSError):  # the descriptor of this listing, closed by now
             if fd > 2 and os.get_inheritable(fd) and stat.S_ISFIFO(os.fstat(fd).st_mode):
                 found.append(fd)
     return found
@@ -174,9 +174,7 @@ def _chown_ignorer() -> Callable[[], None]:
 
 
 def _lower(args: argparse.Namespace) -> str:
-    """Return the path or URL of the lower whose changes these are; for several, as written on the command
-    line.
-    """
+    """Return the path or URL of the lower; if there are several, as on the command line."""
     if args.root is not None:
         return str(args.root)
     lowers = mount_options.split_lowers(args.lower)
@@ -184,7 +182,7 @@ def _lower(args: argparse.Namespace) -> str:
 
 
 def _mounted(args: argparse.Namespace) -> Part:
-    """Mount what the command should see, and return its mountpoint."""
+    """Mount the union for the command; return it with its mountpoint."""
     is_new = bool(args.store) and args.store != "memory" and not os.path.lexists(args.store)
     if args.commit or args.keep or args.discard:
         mount.mounted(args)
@@ -198,8 +196,8 @@ def _private_directory() -> Iterator[str]:
     """Yield an empty directory for the mounts, and remove it when nothing is mounted any more. First remove
     those of runs that were killed.
 
-    Not a tempfile.TemporaryDirectory: daemons are forked from this process, and each would remove it at exit,
-    with everything mounted in it.
+    It is not a tempfile.TemporaryDirectory, which each daemon, being a fork of this process, would remove at
+    its exit, with everything mounted in it.
     """
     _remove_abandoned()
     private, lock = _locked_directory()
@@ -241,13 +239,13 @@ def _remove_abandoned() -> None:
 
 
 def _enter() -> bool:
-    """Become root, with mounts of our own; return whether users other than root can own files."""
+    """Become root, in a new mount namespace; return whether users other than root can own files."""
     if os.geteuid() == 0:
         mounts.unshare_slave()
         return True
     try:
         user_namespace.become_root()
-        privileges.hide()  # or the command would find the system by /proc/PID/root
+        privileges.hide()  # otherwise the command could reach the system through /proc/PID/root
     except OSError as error:
         raise SystemFailure(
             f"cannot create a user namespace: {error.strerror}",
@@ -263,14 +261,15 @@ def _others_are_there() -> bool:
 def _wait(
     command: list[str], prepare: Callable[[], object], sandbox: Sandbox | None, pipes: list[int]
 ) -> int:
-    """Run a command to its end; return its exit code as sh(1) does.
+    """Run a command, and wait for its end; return its exit code as sh(1) does.
 
-    Signals of the terminal are for the command. In a sandbox, processes that it left running are killed.
+    Only the command reacts to signals of the terminal. In a sandbox, processes that it leaves running are
+    killed.
     """
     before = [signal.getsignal(number) for number in _FROM_TERMINAL]
     for number in _FROM_TERMINAL:
         signal.signal(number, signal.SIG_IGN)
-    spared = offspring.adopt() if sandbox is not None else set()
+    spared = offspring.become_subreaper() if sandbox is not None else set()
     try:
         return _run(command, prepare, sandbox, pipes)
     finally:
@@ -319,7 +318,10 @@ def _run(command: list[str], prepare: Callable[[], object], sandbox: Sandbox | N
 
 
 def _is_nowhere(name: str, environment: dict[bytes, bytes], sandbox: Sandbox | None) -> bool:
-    """Whether no directory of PATH shows a command: exec says EACCES for any that may not be searched."""
+    """Whether no directory of PATH has the command.
+
+    (execve(2) fails with EACCES if any is not searchable.)
+    """
     if "/" in name:
         return False
     root = sandbox.path if sandbox is not None else ""
@@ -329,7 +331,7 @@ def _is_nowhere(name: str, environment: dict[bytes, bytes], sandbox: Sandbox | N
 
 @contextmanager
 def _passed_on(process: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Pass on the signals that ask us to end: this process ends when that one has."""
+    """Pass the signals that ask to end on to *process*. This process ends after that one."""
     asking = ASKS_TO_END - set(_FROM_TERMINAL)
     before = {number: signal.getsignal(number) for number in asking}
     for number in asking:

@@ -1,8 +1,7 @@
-"""A root for one command: the merged tree of a directory or an image, and what programs expect in a root.
+"""A root for one command: the merged tree of a directory or an image, with /dev, /proc and /sys.
 
-Each filesystem that is mounted in the directory gets a union and a store of its own. Filesystems that do not
-store files (/proc, /sys) are shown as they are, and read-only ones stay read-only. /dev has the usual devices
-and no others.
+Each filesystem that is mounted in the directory gets its own union and store. Filesystems that do not store
+files (/proc, /sys) are shown unchanged, and read-only ones stay read-only. /dev has only the usual devices.
 """
 
 from __future__ import annotations
@@ -28,14 +27,14 @@ _KERNELS = frozenset(
         *("selinuxfs", "nfsd", "devpts", "devtmpfs"),
     )
 )
-"""Filesystems that show what the kernel has."""
+"""Filesystems that show data of the kernel."""
 _DEVICES = ("null", "zero", "full", "random", "urandom", "tty", "fuse")
 _LINKS = (
     *(("fd", "/proc/self/fd"), ("stdin", "fd/0"), ("stdout", "fd/1"), ("stderr", "fd/2")),
     ("ptmx", "pts/ptmx"),
 )
 _FOR_APT = "/dev/cowfs/apt.conf"
-"""For a root with no users but root: apt cannot become _apt there."""
+"""Configuration of apt for a root without other users, where apt cannot become _apt."""
 _TMPFS = mounts.MS_NOSUID
 
 
@@ -46,18 +45,18 @@ class Part:
     lower: str
     mountpoint: str
     at: bytes
-    """Where it is in the root, without a leading slash."""
+    """Its path in the root, without a leading slash."""
     store: str
-    """Where its changes are, or ``memory``."""
+    """The path of its store, or ``memory``."""
     is_new: bool
-    """Whether the store was made for this."""
+    """Whether the store was created for this run."""
 
 
 class Sandbox:
     """A root that is being built and used."""
 
     def __init__(self, args: argparse.Namespace, private: str) -> None:
-        """*private* is an empty directory, whose contents nobody else sees. SystemFailure, UsageError."""
+        """*private* is an empty directory in a private mount namespace. SystemFailure, UsageError."""
         self._args = args
         self._by_url = is_url(args.root)
         self._lower = args.root if self._by_url else os.path.realpath(args.root)
@@ -78,7 +77,7 @@ class Sandbox:
         return os.path.isdir(self._lower)
 
     def build(self) -> None:
-        """Mount everything. CowfsError; :attr:`parts` lists what is mounted already."""
+        """Mount everything. CowfsError; :attr:`parts` then lists what is already mounted."""
         self._cover(self._lower, "", self._args.store or "memory")
         shown: list[str] = []
         for each in self._inside:
@@ -100,14 +99,14 @@ class Sandbox:
         self._hide_store()
 
     def enter(self) -> None:
-        """Make this the root of the process; keep its working directory if the root has it."""
+        """Make this the root of the process; keep the working directory if it exists in the root."""
         here = os.path.relpath(os.getcwd(), self._lower) if self.is_directory else ".."
         mounts.change_root(self.path)
         with suppress(OSError):
             os.chdir(here if here.split("/")[0] != ".." else "/")
 
     def close(self, unmount: Callable[[str], object]) -> None:
-        """Unmount everything; a union by *unmount*."""
+        """Unmount everything, the unions by *unmount*."""
         unions = {part.mountpoint for part in self.parts}
         while self._mounted:
             path = self._mounted.pop()
@@ -121,8 +120,9 @@ class Sandbox:
         return bool(self._lower == "/")
 
     def _is_there(self, at: str) -> bool:
-        """Whether *at* exists in the root itself, not behind a symbolic link: the target of a link is outside
-        the root, and a mount there would hide the system's own files from us.
+        """Whether *at* exists in the root without a symbolic link on the way.
+
+        The target of a link is outside the root, and a mount there would hide the system's own files.
         """
         path = os.path.join(self.path, at)
         return os.path.lexists(path) and os.path.realpath(path) == path
@@ -131,14 +131,14 @@ class Sandbox:
         return self._is_there(at) and os.path.isdir(os.path.join(self.path, at))
 
     def _is_inside(self, each: MountInfo) -> bool:
-        """Whether something is mounted inside the root, not as the root."""
+        """Whether the mount is inside the root, and not the root itself."""
         path = os.fsdecode(each.mountpoint)
         return path != self._lower and path.startswith(f"{self._lower.rstrip('/')}/")
 
     def _show(self, each: MountInfo, place: str, at: str) -> None:
         if each.fstype in _KERNELS:
             self._bind(place, at)
-        elif _is_of_another_user(each):  # its user may let it hang: ask it nothing
+        elif _is_of_another_user(each):  # do not access it, because its user may let it hang
             self._bind(place, at, readonly=True)
         elif not os.path.isdir(place) or "ro" in {*each.options.split(","), *each.super_words}:
             self._bind(place, at, readonly=True)
@@ -150,7 +150,7 @@ class Sandbox:
                 self._bind(place, at, readonly=True)
 
     def _store_of(self, at: str) -> str:
-        """Return the store for the changes of the mount at *at*: beside that of the root."""
+        """Return the store of the mount at *at*, which is beside that of the root."""
         if not self._args.store or self._args.store == "memory":
             return "memory"
         beside = f"{os.path.abspath(self._args.store)}.mounts"
@@ -185,7 +185,7 @@ class Sandbox:
             raise SystemFailure(f"{shown}: cannot be mounted for the command: {error.strerror}") from None
 
     def _make_dev(self) -> str:
-        """Make the future /dev, beside the root: whoever can change the root could redirect our writes."""
+        """Make the future /dev outside the root, so that users who can change the root redirect no writes."""
         beside = os.path.join(os.pardir, "dev")
         dev = os.path.join(os.path.dirname(self.path), "dev")
         os.mkdir(dev)
@@ -201,7 +201,7 @@ class Sandbox:
             os.mkdir(os.path.join(dev, name))
         self._mount(os.path.join(beside, "pts"), "devpts", "newinstance,ptmxmode=0666,mode=620")
         self._mount(os.path.join(beside, "shm"), "tmpfs", "mode=1777")
-        with suppress(OSError):  # there is none
+        with suppress(OSError):  # it does not exist
             terminal = os.ttyname(0)
             with open(os.path.join(dev, "console"), "xb"):
                 pass
@@ -212,11 +212,11 @@ class Sandbox:
 
     @staticmethod
     def environment(given: dict[bytes, bytes], *, all_there: bool) -> dict[bytes, bytes]:
-        """Return the environment for the command; *all_there* says whether users other than root exist."""
+        """Return the environment for the command; *all_there*: users other than root exist."""
         return given if all_there else {b"APT_CONFIG": _FOR_APT.encode(), **given}
 
     def _hide_store(self) -> None:
-        """Keep the command from reaching the stores by path: it would change its own changes."""
+        """Hide the stores from the command, which could otherwise modify them."""
         for path in {os.path.realpath(part.store) for part in self.parts if part.store != "memory"}:
             at = os.path.relpath(path, self._lower)
             there = os.path.join(self.path, at)
@@ -229,20 +229,21 @@ class Sandbox:
 
 
 def _is_of_another_user(each: MountInfo) -> bool:
-    """Whether a user who is neither root nor us serves it through FUSE."""
+    """Whether a user other than root and this one serves the mount through FUSE."""
     user = next((word[8:] for word in each.super_words if word.startswith("user_id=")), "0")
     return each.fstype.split(".")[0] in ("fuse", "fuseblk") and user not in ("0", str(os.geteuid()))
 
 
 def name_of(at: bytes) -> str:
-    """Return the name of the store for the mount at *at*, in a directory for all stores. It has no dot: with
-    one it would look like the store of an image.
+    """Return the file name of the store for the mount at *at*.
+
+    It has no dot, because a name with one would mean a store in an image.
     """
     return os.fsdecode(at).replace("%", "%25").replace("/", "%2F").replace(".", "%2E")
 
 
 def forget_unused(parts: list[Part], used: set[str]) -> None:
-    """Remove the stores that were created but not used; nothing is mounted any more."""
+    """Remove the stores that were created but not used. Nothing may be mounted."""
     for part in parts[1:]:
         if part.is_new and part.mountpoint not in used:
             shutil.rmtree(part.store, ignore_errors=True)

@@ -12,7 +12,7 @@ NAME = "shrink"
 
 _DESCRIPTION = """\
 Make a store smaller, and keep its contents. It must not be mounted. cowfs checks a copy, makes it smaller,
-and replaces the store with it: if this is interrupted, the store is the old one or the new one.
+and replaces the store with it. If this is interrupted, the store is the old one or the new one.
 """
 _EPILOG = """\
 SIZE is the new size in MiB, or with a unit (256, 256M, 1.5G); without it, as small as possible, but at
@@ -21,7 +21,7 @@ frees space on the disk without a copy.
 
 examples:
   cowfs shrink sysrcd.bs 256
-  cowfs shrink sysrcd.bs           leaves no room for more changes: to archive it
+  cowfs shrink sysrcd.bs           to archive it: no space is left for more changes
 
 Exit codes: 0 the store has that size; 1 usage error; 2 a program is missing; 32 it was not changed.
 """

@@ -1,4 +1,4 @@
-"""``cowfs top``: which requests a mount gets, how often, and how long the answers take."""
+"""``cowfs top``: show the requests to a mount, their rates, and the time of the answers."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from cowfs.linux.mount_table import MountInfo
 
 NAME = "top"
 _SHORTEST = 0.1
-"""Seconds."""
+"""The shortest delay in seconds."""
 _LONGEST = 86400.0
 _BAR = 5
 _NAME = 11
-"""The width of a name: READDIRPLUS. With it a table of usual numbers fits into 80 columns."""
+"""The width of a name, such as READDIRPLUS. A table of usual numbers then fits into 80 columns."""
 _HOME, _CLEAR, _TO_END_OF_LINE, _TO_END = "\x1b[H", "\x1b[2J", "\x1b[K", "\x1b[J"
 
 _EPILOG = """\
@@ -66,7 +66,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(args: argparse.Namespace) -> int:
-    """Show one table after another; Ctrl-C is the usual end."""
+    """Show one table after another, usually until Ctrl-C."""
     rounds, delay = _rounds(args.rounds), _delay(args.delay)
     found = the_mount(args.mountpoint)
     redraws = not args.json and sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"
@@ -103,26 +103,26 @@ def _delay(given: str) -> float:
     return delay
 
 
-# --- what is seen
+# --- the counters of a round
 
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """The requests of some seconds."""
+    """The requests of one round."""
 
     facts: dict[str, Any]
-    """What the daemon sent last."""
+    """The last answer of the daemon."""
     seconds: float
     whole: bool
-    """Since the mount."""
+    """Whether the round covers the time since the mount."""
     requests: Requests
     caches: dict[str, tuple[int, int]]
-    """By name: hits and misses."""
+    """The hits and misses of each cache."""
     rss: int
 
 
 def _looks(mountpoint: str, mount: MountInfo, rounds: int | None, delay: float) -> Iterator[Seen]:
-    """Yield the requests since the mount, then those of each *delay*."""
+    """Yield the requests since the mount, then those of each *delay* seconds."""
     facts, now = facts_of(mount.dev), time.monotonic()
     with checked_answer(mountpoint):
         requests, caches = requests_in(facts), caches_in(facts)
@@ -139,7 +139,7 @@ def _looks(mountpoint: str, mount: MountInfo, rounds: int | None, delay: float) 
         with checked_answer(mountpoint):
             requests, caches = requests_in(facts), caches_in(facts)
             if requests is None:
-                raise ValueError("it has counted before")
+                raise ValueError("it had counters before")
             new = {
                 name: (hits - cached.get(name, (0, 0))[0], misses - cached.get(name, (0, 0))[1])
                 for name, (hits, misses) in caches.items()
@@ -149,9 +149,7 @@ def _looks(mountpoint: str, mount: MountInfo, rounds: int | None, delay: float) 
 
 
 def _again(mountpoint: str, mount: MountInfo, before: dict[str, Any]) -> dict[str, Any]:
-    """Return the daemon's present counters. MountFailure if the mount is gone, even if another took its
-    place.
-    """
+    """Return the daemon's current counters. MountFailure if it was unmounted, even if mounted again."""
     gone = MountFailure(f"{mountpoint}: no longer mounted", "mount it again, then run this again")
     try:
         facts = facts_of(mount.dev)
@@ -181,11 +179,11 @@ def _to_json(seen: Seen) -> dict[str, Any]:
     }
 
 
-# --- how it is shown
+# --- output
 
 
 def _lines(seen: Seen) -> list[str]:
-    """Return the lines for people."""
+    """Return the lines of the table."""
     from cowfs.store.format.sizes import format_size
 
     facts, requests = seen.facts, seen.requests
@@ -225,7 +223,7 @@ def _waiting(requests: Requests) -> str:
 
 
 def _hits(seen: Seen) -> list[str]:
-    """Return how much came from caches, or was served without Python."""
+    """Return the hit rates of the caches, and the share of reads that were served without Python."""
     rates = []
     reads = seen.requests.operations.get("READ")
     if reads is not None:
@@ -268,7 +266,7 @@ def _duration(ns: float | None) -> str:
 
 
 def _redraw(lines: list[str], *, first: bool) -> None:
-    """Overwrite the previous table; the terminal needs no restoring afterwards."""
+    """Overwrite the previous table, without changing the state of the terminal."""
     size = shutil.get_terminal_size()
     room = max(size.lines - 1, 1)
     if len(lines) > room > 1:

@@ -1,4 +1,4 @@
-"""``cowfs trim``: give the free space of a store back to the disk."""
+"""``cowfs trim``: return the free space of a store to the disk."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from cowfs.cli.output import say
 NAME = "trim"
 
 _DESCRIPTION = """\
-Give the free space of a store that is an image back to the disk: its file gets holes there. The file keeps
-its size, and takes space again as it is filled. For a store in memory, this frees memory.
+Return the free space of a store that is an image to the disk, by making holes in its file. The file keeps its
+size, and takes space again as it is filled. For a store in memory, this frees memory.
 """
 _EPILOG = """\
 The store is checked (and what is safe is repaired). It may be mounted, unless by --engine kernel; programs
@@ -31,7 +31,7 @@ Exit codes: 0 done; 1 usage error; 2 a program is missing; 32 the store cannot b
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the subcommand's parser."""
     parser = options.add_subcommand(
-        subparsers, NAME, "give the disk back what is free in a store", _DESCRIPTION, _EPILOG
+        subparsers, NAME, "return the free space of a store to the disk", _DESCRIPTION, _EPILOG
     )
     parser.add_argument("store", metavar="STORE|MOUNTPOINT", help="the store to trim")
     parser.set_defaults(run=run)
@@ -51,5 +51,5 @@ def run(args: argparse.Namespace) -> int:
     else:
         for reply in ask(mount.dev, NAME, timeout=None):
             freed = int(reply.get("freed", freed))
-    say(f"{args.store}: {format_size(freed)} given back")
+    say(f"{args.store}: {format_size(freed)} freed on the disk")
     return 0

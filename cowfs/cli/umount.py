@@ -1,4 +1,4 @@
-"""``cowfs umount``: unmount, and return when everything is written back and released."""
+"""``cowfs umount``: unmount, and wait until all changes are written and the store is released."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from cowfs.linux.pids import wait_pid_gone
 NAME = "umount"
 MNT_DETACH = 2
 _PATIENCE = 3.0
-"""Seconds after which we say what we wait for."""
+"""After so many seconds, a message says what cowfs waits for."""
 _LONG = 60.0
-"""Seconds in which a daemon should have answered."""
+"""The time limit for an answer of the daemon, in seconds."""
 _QUIET = 10.0
-"""Seconds after which a message says where else it is mounted by then: namespaces come and go."""
+"""After so many seconds, another message lists the current other mounts, because namespaces come and go."""
 _NAMED = 3
-"""How many places are named."""
+"""How many other mounts a message names."""
 
 _EPILOG = """\
 umount(8) returns before the daemon has written all changes and released the store. This command waits for
@@ -76,7 +76,7 @@ def _seconds(given: str) -> float:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Unmount and wait."""
+    """Unmount, and wait."""
     found = the_mount(args.mountpoint)
     mountpoint = os.fsdecode(found.mountpoint)
     owner = owner_of(found.dev)
@@ -108,15 +108,15 @@ def run(args: argparse.Namespace) -> int:
     request.finish()
     moved = daemon["store"].get("moved")
     if moved:
-        warn(f"{daemon['store']['path']}: {moved.partition(';')[0]}; the changes are in what was mounted")
+        warn(f"{daemon['store']['path']}: {moved.partition(';')[0]}; the mounted file has the changes")
     return 0
 
 
 def _wait(mountpoint: str, found: MountInfo, pid: int, timeout: float, request: UnmountRequest) -> None:
-    """Return when the daemon *pid* has released the store; SystemFailure after *timeout* seconds.
+    """Wait until the daemon *pid* has released the store; SystemFailure after *timeout* seconds.
 
-    Says what it waits for if that takes long or cannot end by itself. Afterwards the daemon is gone, unless
-    the kernel holds it because a lower does not answer.
+    If that takes long, or cannot end by itself, prints what it waits for. Afterwards the daemon has ended,
+    unless it waits for a lower that does not answer.
     """
     deadline = time.monotonic() + timeout
     said, again = "", 0.0
@@ -134,7 +134,7 @@ def _wait(mountpoint: str, found: MountInfo, pid: int, timeout: float, request: 
         if left <= patience:
             break
         news = why != said and time.monotonic() >= again
-        if news and (why or patience == _PATIENCE):  # else it has just gone
+        if news and (why or patience == _PATIENCE):  # otherwise it has just been unmounted there
             _say(f"{mountpoint}: unmounted, but {why or f'the daemon (pid {pid}) is still writing'}; waiting")
             said, again = why, time.monotonic() + _QUIET
     hint = "unmount it there too" if why else ""
@@ -149,7 +149,7 @@ def _say(what: str) -> None:
 
 
 def _is_same(mount: MountInfo, other: MountInfo) -> bool:
-    """Whether two mounts show one filesystem: after an unmount the next mount gets the same device number."""
+    """Whether two mounts show the same filesystem. Equal device numbers are not enough: they are reused."""
     return mount.dev == other.dev and mount.source == other.source and mount.fstype == other.fstype
 
 
@@ -158,7 +158,7 @@ def _mounts(found: MountInfo) -> list[MountInfo]:
 
 
 def _where(found: MountInfo) -> str:
-    """Return where else this filesystem is mounted, as far as we may see; "" if nowhere."""
+    """Return where else this filesystem is mounted, as far as visible; "" if nowhere."""
     from cowfs.changes.render import escape
 
     places = [escape(mount.mountpoint) for mount in _mounts(found)]
@@ -179,7 +179,7 @@ def _name(pid: int) -> bytes:
 
 
 def _daemon_of(dev: str, timeout: float) -> tuple[dict[str, Any] | None, Exception | None]:
-    """Return what the daemon sends within this many seconds, or None and why it sends nothing."""
+    """Return the daemon's answer within *timeout* seconds; or None, and why there is none."""
     try:
         return facts_of(dev, timeout), None
     except (CowfsError, OSError) as error:
@@ -191,7 +191,7 @@ def _not_unmounted(silence: Silent) -> MountFailure:
 
 
 def _is_dead(mountpoint: str) -> bool:
-    """Whether nobody serves a mount any more; a daemon that is merely slow is alive."""
+    """Whether the daemon of a mount has ended. A slow one has not."""
     dead = []
 
     def look() -> None:

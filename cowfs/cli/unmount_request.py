@@ -1,4 +1,4 @@
-"""Ask the daemon of a mount to write everything back, and hear from it whether it did."""
+"""Ask the daemon of a mount to write all changes, and wait for its report."""
 
 from __future__ import annotations
 
@@ -12,15 +12,14 @@ from cowfs.errors import CowfsError, MountFailure, StoreError
 
 
 class UnmountRequest:
-    """A pipe through which the daemon reports how the store was released: its socket is gone by then."""
+    """A pipe through which the daemon reports how it released the store, after it has closed its socket."""
 
     def __init__(self, dev: str, mountpoint: str, timeout: float, *, force: bool, lazy: bool = False) -> None:
-        """Have everything written to disk.
+        """Make the daemon write everything to disk.
 
-        Blocks. With *lazy*, requests that hang are given up. Raises MountFailure if the disk refuses a write,
-        unless *force*; Silent if it takes more than *timeout* seconds, unless *force* or *lazy*. A daemon
-        that does not answer is dead or of an older cowfs; it reports nothing. Nor does another user's daemon,
-        which gets no pipe.
+        Blocks. With *lazy*, it gives up requests that hang. MountFailure if the disk refuses a write, unless
+        *force*. Silent if it takes more than *timeout* seconds, unless *force* or *lazy*. A dead daemon, one
+        of an older cowfs, and one of another user, which gets no pipe, report nothing.
         """
         self._mountpoint = mountpoint
         self._force = force
@@ -55,9 +54,9 @@ class UnmountRequest:
         return bool(self._answer)
 
     def finish(self) -> None:
-        """Call it when the daemon is gone or has reported.
+        """Call it when the daemon has ended or reported.
 
-        Raises StoreError if something was not saved, unless that was forced.
+        StoreError if something was not saved, unless *force*.
         """
         if not self._answers:
             return

@@ -1,4 +1,4 @@
-"""``cowfs vacuum``: remove from a store what makes no difference."""
+"""``cowfs vacuum``: remove redundant entries from a store."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ A copy is identical if its content, owner, mode, exact times and attributes are 
 Copies of files that are in use are kept, because removing them would change inode numbers. `cowfs revert`
 leaves copies of files that were open.
 
---trash permanently removes what `cowfs revert` has taken back, and nothing else.
+--trash permanently removes what `cowfs revert` has moved to the trash, and nothing else.
 
 examples:
   cowfs vacuum /mnt --dry-run     list what can be removed
@@ -44,7 +44,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(args: argparse.Namespace) -> int:
-    """Remove it, or list it."""
+    """Remove redundant entries, or list them."""
     from cowfs.api import take_back
     from cowfs.changes.render import escape
     from cowfs.changes.revert import OFTEN

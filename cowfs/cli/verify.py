@@ -1,4 +1,4 @@
-"""Check that a daemon really has a store at a path before we say so: its word is not enough."""
+"""Check what a daemon reports about its store before cowfs repeats it to the user."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from cowfs.store.served.image import open_file
 
 
 def is_kept(directory: int, name: str, path: str, facts: dict[str, Any], size: int) -> None:
-    """Return if *name* in an open directory is a sound image of *size* bytes, and in use by the daemon that
-    sent *facts*. Otherwise StoreError says what is wrong; *path* is for messages. Blocks.
+    """StoreError unless *name* in an open directory is a sound image of *size* bytes in use by the daemon.
+
+    *facts* are those that the daemon sent; *path* is for messages. Blocks.
     """
     try:
         seen = os.stat(name, dir_fd=directory, follow_symlinks=False)
@@ -25,30 +26,30 @@ def is_kept(directory: int, name: str, path: str, facts: dict[str, Any], size: i
         raise _untrue(path, f"{error.strerror}") from None
     try:
         if not os.path.samestat(seen, os.fstat(fd)):
-            raise _untrue(path, "a symbolic link is there")
+            raise _untrue(path, "it is a symbolic link")
         _check(fd, path, facts, size, unused=_SMALL_GROUP)
         identity = read_superblock(fd, path).uuid
-        if identity != facts["store"].get("uuid"):  # what stood in memory had that of its store
+        if identity != facts["store"].get("uuid"):  # the store in memory had the same UUID
             raise _untrue(path, f"it is another store ({identity})")
     finally:
         os.close(fd)
 
 
 def has_size(path: str, facts: dict[str, Any], size: int) -> None:
-    """Check the same for the image at *path*, which the daemon has enlarged, if we can see it."""
+    """Check the same for the image at *path*, which the daemon has enlarged, if it is visible."""
     try:
         fd = open_file(path, read_only=True)
     except StoreError:
         return  # hidden by the mount, on a disk that is not mounted, or in another mount namespace
     try:
-        if not lock.try_lock(fd, shared=True):  # else it is another file
+        if not lock.try_lock(fd, shared=True):  # otherwise it is another file
             _check(fd, path, facts, size, unused=0)
     finally:
         os.close(fd)
 
 
 _SMALL_GROUP = 16 << 20
-"""Bytes at the end of a file that mke2fs and resize2fs leave unused: no block group fits in them."""
+"""How many bytes at the end of a file mke2fs and resize2fs may leave unused, for lack of a block group."""
 
 
 def _check(fd: int, path: str, facts: dict[str, Any], size: int, *, unused: int) -> None:

@@ -45,7 +45,7 @@ examples:
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the subcommand's parser."""
-    parser = options.add_subcommand(subparsers, NAME, "tell of changes as they happen", _DESCRIPTION, _EPILOG)
+    parser = options.add_subcommand(subparsers, NAME, "print changes as they happen", _DESCRIPTION, _EPILOG)
     parser.add_argument("mountpoint", metavar="MOUNTPOINT")
     parser.add_argument("paths", metavar="PATH|GLOB", nargs="*", default=(), help="report only these")
     options.add_json_or_null(parser, "time, operation, path, new path, pid, uid, program")
@@ -80,15 +80,13 @@ def _report_end(place: str, ended: str) -> int:
         warn(f"{place}: was unmounted")
         return 0
     if ended == "slow":
-        warn(
-            f"{place}: changes came faster than they were read: the last ones are not reported (read faster)"
-        )
+        warn(f"{place}: changes came faster than they were read; the last ones are missing (read faster)")
         return EXIT_SYSTEM
     warn(f"{place}: its daemon has died (cowfs umount {place} removes the mount)")
     return EXIT_MOUNT
 
 
-# --- how it is told
+# --- output
 
 
 def _json(event: Event) -> None:
@@ -107,7 +105,7 @@ _COLOURS = {"create": 32, "mkdir": 32, "symlink": 32, "mknod": 32, "link": 32, "
 
 
 def _lines() -> Callable[[Event], None]:
-    """Return a function that prints lines for people."""
+    """Return a function that prints an event as a line."""
     from cowfs.changes.render import escape
     from cowfs.cli.blame import by, local
 

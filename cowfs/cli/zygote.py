@@ -1,10 +1,10 @@
-"""A process with all modules loaded, which forks for each command: for programs that mount often.
+"""A process with all modules loaded that forks for each command, for programs that mount often.
 
 ``python -m cowfs.cli.zygote FD``. Each command is a message on the socket *FD*: the arguments, the
-environment and the working directory in JSON, with two descriptors, a file for the command's output and a
-socket. On this socket the command sends its process ID and, at its end, its exit code, each on a line. The
-process ends after the message GOODBYE. If nobody has the other end of FD any more and GOODBYE has not come,
-the program was killed: the process first unmounts what it has mounted, because nobody else would.
+environment and the working directory in JSON, with two descriptors: a file for the command's output and a
+socket. On that socket the command sends its process ID and, at its end, its exit code, each on a line. The
+process ends after the message GOODBYE. If the other end of FD is closed without it, the program was killed.
+Then the process first unmounts everything that it has mounted.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ from cowfs.linux.mount_table import mountinfo
 from cowfs.store.served.memory import keep_template
 
 _LOADED = (encrypted, helper_requests, mount, umount)
-"""What most commands load."""
+"""The modules that most commands load."""
 _PATIENCE = 60.0
-"""Seconds that the daemons may take to write everything back."""
+"""How long the daemons may take to write all changes, in seconds."""
 
 
 def serve(requests: socket.socket) -> None:
-    """Fork for each command, until nobody can ask for one."""
+    """Fork for each command, until the other end of *requests* is closed."""
     load_all()
     prepare(["mount", ".", ".", "--store=memory", "-o", "x"])
     prepare(["umount", "."])
     keep_template()
     mountinfo()  # its lines need not be parsed again
     gc.collect()
-    gc.freeze()  # else each fork would copy what the collector touches
+    gc.freeze()  # otherwise each fork would copy the pages that the collector writes to
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the caller, who tells the command
-    offspring.adopt()  # the daemons, whose parents end
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the caller gets Ctrl-C, and signals the command
+    offspring.become_subreaper()  # of the daemons, whose parents end
     temporary: set[str] = set()
     while True:
         message, fds, _, _ = socket.recv_fds(requests, LONGEST_REQUEST, 2)
@@ -63,10 +63,10 @@ def serve(requests: socket.socket) -> None:
 
 
 def _unmount_all(temporary: set[str]) -> None:
-    """Let all daemons unmount and write back, and remove the directories that were made to be mounted on."""
+    """Make all daemons unmount and write back; remove the directories created as mountpoints."""
     offspring.end_all(set(), _PATIENCE)
     for directory in temporary:
-        with suppress(OSError):  # it was removed in time
+        with suppress(OSError):  # removed already
             os.rmdir(directory)
 
 

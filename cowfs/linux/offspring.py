@@ -15,7 +15,7 @@ _LONGEST = 10.0
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def adopt() -> set[int]:
+def become_subreaper() -> set[int]:
     """Become a subreaper (prctl(2)): orphaned descendants become children. Return the current children."""
     _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     return _children()

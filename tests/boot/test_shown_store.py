@@ -376,7 +376,7 @@ def test_persist_into_itself_is_refused(in_memory: Root) -> None:
     """The daemon would ask itself for the directory, and wait for the answer for ever."""
     done = cowfs("persist", in_memory.root, in_memory.shown / "upper/kept.bs", timeout=20)
     assert done.returncode == 32
-    assert "is inside the mount whose changes it is to hold" in done.stderr
+    assert "is inside the mount whose changes it would hold" in done.stderr
     assert sorted(os.listdir(in_memory.shown / "upper")) == []
 
 

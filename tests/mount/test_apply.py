@@ -164,7 +164,7 @@ def test_what_was_replaced_comes_back(made: tuple[Path, Snapshot], tmp_path: Pat
     assert contents(seen(copy)).items() >= contents(tree).items()
     assert cowfs("apply", top / "store.bs", copy, "--backup", kept, "--force").returncode == 1
     other = cowfs("apply", "--undo", "--backup", kept, top / "mnt")
-    assert (other.returncode, f"is of {copy}, not of" in other.stderr) == (1, True)
+    assert (other.returncode, f"is a backup of {copy}, not of" in other.stderr) == (1, True)
     for _ in range(2):
         done = cowfs("apply", "--undo", "--backup", kept, copy)
         assert (done.returncode, done.stderr) == (0, "")

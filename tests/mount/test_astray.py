@@ -145,7 +145,7 @@ def test_a_store_elsewhere(
         done = cowfs("umount", here.path, nobody=nobody)
         assert (done.returncode, done.stderr) == (
             0,
-            f"cowfs: {store}: {said.format(where)}; the changes are in what was mounted\n",
+            f"cowfs: {store}: {said.format(where)}; the mounted file has the changes\n",
         )
     if other:
         assert content(store) == other

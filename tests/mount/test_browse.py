@@ -147,9 +147,9 @@ def test_walk_look_mark_revert_undo_quit(tmp_path: Path) -> None:
         screen.keys("u")
         screen.shows("2 brought back", "8 changes", "A [red]x")
         screen.keys("?")
-        screen.shows("mark it, and everything below it")
+        screen.shows("mark the path and everything below it")
         screen.keys("q")
-        screen.lacks("mark it, and everything below it")
+        screen.lacks("mark the path and everything below it")
         screen.keys("q")
         assert screen.ended() == 0
     assert listed(store) == before

@@ -66,7 +66,7 @@ def test_a_root_by_url_is_as_one_beside_it(
         assert as_user(SUM, mnt, nobody=nobody) == as_user(SUM, lower, nobody=False)
         assert as_user("readlink etc/link; echo second >etc/hostname", mnt, nobody=nobody) == "hostname\n"
         told = cowfs("info", mnt, nobody=nobody).stdout
-        assert re.search(r"by URL: +[0-9]+ % of [0-9,]+ reads of blocks were at hand", told)
+        assert re.search(r"by URL: +[0-9]+ % of [0-9,]+ reads of blocks were cached", told)
         shown = run("findmnt", "-no", "SOURCE,OPTIONS", mnt).stdout
         assert shown.startswith(f"{server.url()} ") and "nosuid,nodev" in shown
         assert f"{server.url()} is what its server sends" in here.said or os.geteuid() or nobody

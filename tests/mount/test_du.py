@@ -91,7 +91,7 @@ def test_what_could_be_reclaimed_is_what_vacuum_frees(tmp_path: Path, kind: str)
         assert told["vacuum"] == sum(json.loads(line)["size"] for line in lines) > 0
         assert told["trash"] > 300_000
         shown = cowfs("du", here.path, check=True).stdout
-        assert "of it cowfs vacuum would free" in shown and "of it cowfs vacuum --trash would" in shown
+        assert "of this cowfs vacuum would free" in shown and "of this cowfs vacuum --trash would" in shown
         if kind == "directory":
             return
         cowfs("vacuum", here.path, check=True)

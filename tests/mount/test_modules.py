@@ -90,7 +90,7 @@ def test_a_module_comes_and_goes(tmp_path: Path, images: tuple[Path, Path]) -> N
             assert [known["path"] for known in facts(mnt)["modules"]] == [str(module)]
             with open(mnt / "opt/p/x") as left:
                 said = lower("remove", mnt, module)
-                assert "closed when 1 file or directory of it is not in use any more" in said
+                assert "closed when 1 file or directory in it is no longer in use" in said
                 assert left.read() == "x\n"
             covered.seek(0)
             assert covered.read() == "old\n"

@@ -179,7 +179,7 @@ def test_persist_is_refused(base: Path, nobody: bool) -> None:
         script("echo x > x", here)
         for path, size, said, code in (
             (kept / "there", [], "already exists", 32),
-            (here.path / "s", [], "is inside the mount whose changes it is to hold", 32),
+            (here.path / "s", [], "is inside the mount whose changes it would hold", 32),
             (here.path / "etc/s", [], "is inside the mount", 32),
             (base / "no/s", [], "No such file or directory", 32),
             (base / "lower/old/s", [], "Not a directory", 32),

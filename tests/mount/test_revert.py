@@ -300,7 +300,7 @@ def test_what_cannot_be(tmp_path: Path) -> None:
     script(MAKE, tmp_path)
     with mounted(tmp_path / "lower", tmp_path / "mnt", tmp_path / "store") as here:
         refused(here.path, "--undo", code=32, word="nothing was reverted")
-        refused(here.path, "--all", code=1, word="nothing to take back")
+        refused(here.path, "--all", code=1, word="nothing to revert")
         script(WORK, here.path)
         changed = tree(here.path)
         refused(here.path, "old/g", code=32, word="old was deleted and created again")

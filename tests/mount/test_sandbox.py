@@ -257,7 +257,7 @@ def test_a_commit_that_finds_no_room_is_completed_when_there_is_some(nobody_path
         done = cowfs(*command, f"cd {mountpoint}; {change}", nobody=True, env=env)
         assert done.returncode == FAILED
         assert "/log: No space left on device\n" in done.stderr, done.stderr
-        assert "the commit is completed by the next `cowfs run`" in done.stderr
+        assert "the next `cowfs run` completes the commit" in done.stderr
         assert set((root / "log").read_bytes()) <= set(b"y\n\0")
         run("mount", "-o", "remount,size=2m", root)
         torn = (root / "log").read_bytes()

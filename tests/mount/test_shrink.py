@@ -41,7 +41,7 @@ def test_a_store_gives_back_what_is_free(tmp_path: Path) -> None:
 
         def is_trimmed() -> bool:  # not before the kernel has forgotten the file
             done = cowfs("trim", mnt)
-            assert (done.returncode, "given back" in done.stdout) == (0, True)
+            assert (done.returncode, "freed on the disk" in done.stdout) == (0, True)
             return 20 * MIB < taken(store) < 34 * MIB
 
         eventually(is_trimmed, "a deleted file's blocks are given back")

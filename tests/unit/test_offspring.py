@@ -14,7 +14,7 @@ from tests.support.mounts import project_root
 FORKS_ON = """
 import os, signal, sys, time
 from cowfs.linux import offspring
-spared = offspring.adopt()
+spared = offspring.become_subreaper()
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 if os.fork() == 0:
     for _ in range(5000):

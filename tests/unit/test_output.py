@@ -29,7 +29,7 @@ def test_no_result_stands_behind_progress(monkeypatch: pytest.MonkeyPatch, quiet
     monkeypatch.setattr(output, "_PAUSE", -1)
     monkeypatch.setattr(output, "_asked", {"quiet"} if quiet else set())
     with output.progress_line() as progress:
-        progress("1000 changes looked at")
+        progress("1000 changes examined")
         output.say("reverted one")
         output.say("reverted two")
         progress("2 reverted")
@@ -37,7 +37,7 @@ def test_no_result_stands_behind_progress(monkeypatch: pytest.MonkeyPatch, quiet
         progress("2 reverted")
     cleared = "\r\x1b[K"
     shown = [
-        *(f"{cleared}1000 changes looked at{cleared}", "reverted one\n", "reverted two\n"),
+        *(f"{cleared}1000 changes examined{cleared}", "reverted one\n", "reverted two\n"),
         *(f"{cleared}2 reverted{cleared}", "cowfs: three: something else is there now\n"),
         f"{cleared}2 reverted{cleared}",
     ]

@@ -142,7 +142,7 @@ def _forged(version: tuple[int, int], at: int, layout: str, value: int) -> bytes
     [
         (_forged((3, 1), 28, "H", 1), "big-endian squashfs version 1.1 is not supported"),
         (_forged((3, 1), 30, "H", 2), "big-endian squashfs version 3.2 is not supported"),
-        (_forged((3, 1), 28, "H", 4), "big-endian squashfs version 4.1, but none is big-endian"),
+        (_forged((3, 1), 28, "H", 4), "big-endian squashfs version 4.1, but that is never big-endian"),
         (_forged((3, 1), 0, "I", 0x73717368)[:118], "truncated: a squashfs image has at least 119 bytes"),
         (_forged((3, 1), 63, "Q", 1 << 40), "truncated squashfs image"),
         (_forged((2, 1), 8, "I", 1 << 30), "truncated squashfs image"),

@@ -101,7 +101,7 @@ def test_odd_archives_are_read_as_tar_unpacks_them(tmp_path: Path) -> None:
     [
         (lambda add: add("a/../../etc/passwd", b"x"), "which no file can have here"),
         (lambda add: add("n" * 256, b"x"), "which no file can have here"),
-        (lambda add: add("l", type=tarfile.LNKTYPE, linkname="nothing"), "a link to no file"),
+        (lambda add: add("l", type=tarfile.LNKTYPE, linkname="nothing"), "links to a missing file"),
         (lambda add: [add("f", b"x"), add("f/g", b"y")], "is not a directory, but has members"),
         (lambda add: add("s", type=tarfile.SYMTYPE, linkname="x" * 5000), "a symbolic link of 5000 bytes"),
         (
@@ -134,7 +134,7 @@ def test_what_stands_for_all_members_is_bounded(tmp_path: Path) -> None:
         with pytest.raises(LayerError, match=why):
             TarLayer(str(tmp_path / "x.tar"))
 
-    refused({f"SCHILY.xattr.user.{number}": "x" for number in range(2000)}, "2000 attributes for all")
+    refused({f"SCHILY.xattr.user.{number}": "x" for number in range(2000)}, "2000 records in global headers")
     refused({"SCHILY.xattr.user.a": "x" * 60_000}, "more bytes of extended attributes")
 
 

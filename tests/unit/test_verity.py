@@ -77,7 +77,7 @@ def test_a_tree_that_was_changed_is_found() -> None:
 def test_trees_that_are_not_read_are_named() -> None:
     data = bytes(3 * BLOCK)
     for tree, why in [
-        (make_tree(data, b"sha512")[0], "not of the kind"),
+        (make_tree(data, b"sha512")[0], "unsupported hash tree"),
         (make_tree(data, blocks=4)[0], "its hash tree covers 16384 bytes, but it has 12288"),
         (make_tree(data, blocks=(1 << 64) - 1)[0], "its hash tree covers"),
         (b"", "not dm-verity's"),
