@@ -25,12 +25,12 @@ example:
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the subcommand's parser."""
-    parser = subparsers.add_parser(
+    parser = options.add_subcommand(
+        subparsers,
         NAME,
-        help="list the checkpoints of a store",
-        description="List the checkpoints of a store or of a mount, the oldest first.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "list the checkpoints of a store",
+        "List the checkpoints of a store or of a mount, the oldest first.",
+        _EPILOG,
     )
     parser.add_argument("what", metavar="STORE|MOUNTPOINT")
     options.add_json_or_null(

@@ -36,12 +36,12 @@ _NAMED = 3
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the subcommand's parser."""
-    parser = subparsers.add_parser(
+    parser = options.add_subcommand(
+        subparsers,
         NAME,
-        help="describe a store, an image or a mount, and how full it is",
-        description="Describe a store, an image or archive that can be a lower, or a mount and its layers.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "describe a store, an image or a mount, and how full it is",
+        "Describe a store, an image or archive that can be a lower, or a mount and its layers.",
+        _EPILOG,
     )
     parser.add_argument("what", metavar="STORE|IMAGE|MOUNTPOINT")
     options.add_offset(parser)

@@ -56,12 +56,12 @@ examples:
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the subcommand's parser."""
-    parser = subparsers.add_parser(
+    parser = mount_options.add_subcommand(
+        subparsers,
         NAME,
-        help="merge a lower with a store, and mount the result",
-        description="Merge read-only layers with a writable store and mount the result at MOUNTPOINT.",
-        epilog=_EPILOG.format(options=mount_options.describe(), topics=mount_options.describe_topics()),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "merge a lower with a store, and mount the result",
+        "Merge read-only layers with a writable store and mount the result at MOUNTPOINT.",
+        _EPILOG.format(options=mount_options.describe(), topics=mount_options.describe_topics()),
     )
     add_arguments(parser)
     parser.add_argument("-f", "--foreground", action="store_true", help="stay in the foreground")
