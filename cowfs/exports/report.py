@@ -240,7 +240,7 @@ def _add_diff(table: _Table, at: int, pair: Pair, reached: _Reached) -> None:
         return
     try:
         told = patch_of(pair, binary=False)
-    except OSError:  # it is in use, and gone by now
+    except OSError:  # deleted meanwhile, in a mounted store
         reached.skipped += 1
         return
     text = _shown(told)

@@ -22,7 +22,7 @@ NAMES = {"tar": "tar archive", "zip": "zip archive", "iso9660": "ISO 9660 image"
 
 
 def kind_of(start: bytes) -> str:
-    """Return of which kind an archive is that begins so; "" for what is none."""
+    """Return the kind of an archive that begins with *start*; "" if it is not an archive."""
     if start[:4] in MAGICS or erofs.is_erofs(start):
         return ""
     if tar.is_tar(start):

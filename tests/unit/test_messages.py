@@ -27,6 +27,7 @@ _SAY = {
     "exception",
     "critical",
     "add_json_or_null",
+    "add_subcommand",
 }
 _ENDS = (
     "Error",

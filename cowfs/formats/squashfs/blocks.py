@@ -122,7 +122,7 @@ class BlockMap:
         words = struct.unpack_from(f"{self._superblock.order}{len(data) // width}{letter}", data)
         if width == 2:
             words = tuple(_word_of_1(word) for word in words)
-        if words and max(words) > (UNCOMPRESSED | LENGTH):  # what is before it can be read
+        if words and max(words) > (UNCOMPRESSED | LENGTH):  # the blocks before it are readable
             words = words[: next(at for at, word in enumerate(words) if word > (UNCOMPRESSED | LENGTH))]
         positions = list(accumulate([word & LENGTH for word in words], initial=position))
         if number + 1 == len(self._starts) and len(words) == _PER_CHUNK:

@@ -203,7 +203,7 @@ class FileData:
         self._blocks = blocks
         self.inode = inode
         self._count = count_blocks(inode, blocks.superblock)
-        # Most files are small: nothing but a tail.
+        # Most files are small, and have only a tail.
         self._map = BlockMap(inodes, inode, self._count, blocks.superblock) if self._count else None
         self._range = (-1, -1)
         """The blocks of the last read.

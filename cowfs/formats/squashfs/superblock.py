@@ -43,9 +43,9 @@ SIZES = {
     3: struct.calcsize("<" + _OLD + _OLD_3),
     4: SIZE,
 }
-"""How many bytes the superblock of each version has."""
+"""The size of the superblock of each version in bytes."""
 LONGEST = max(SIZES.values())
-"""So many bytes are enough for the superblock of any version."""
+"""The size of the longest superblock in bytes."""
 READ = {(1, 0), (2, 0), (2, 1), (3, 0), (3, 1), (4, 0)}
 """The versions that are read."""
 
