@@ -80,8 +80,8 @@ def test_trees_that_are_not_read_are_named() -> None:
         (make_tree(data, b"sha512")[0], "unsupported hash tree"),
         (make_tree(data, blocks=4)[0], "its hash tree covers 16384 bytes, but it has 12288"),
         (make_tree(data, blocks=(1 << 64) - 1)[0], "its hash tree covers"),
-        (b"", "not dm-verity's"),
-        (bytes(BLOCK), "not dm-verity's"),
+        (b"", "not a dm-verity hash tree"),
+        (bytes(BLOCK), "not a dm-verity hash tree"),
     ]:
         with pytest.raises(LayerError, match=why):
             verified(data, tree, bytes(32))
