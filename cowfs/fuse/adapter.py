@@ -38,6 +38,7 @@ from cowfs.layers.acl import ACCESS as ACCESS_ACL
 from cowfs.layers.acl import DEFAULT as DEFAULT_ACL
 from cowfs.layers.slow import Answers, NotYet
 from cowfs.linux.callers import may_see_trusted
+from cowfs.linux.files import RENAME_EXCHANGE
 from cowfs.overlay.attr import NewAttributes
 from cowfs.overlay.file import SET_ID
 from cowfs.overlay.handle import Writer
@@ -175,6 +176,7 @@ class Adapter(BeyondHandlers):
         parent = self._node(parent_inode)
         if parent.upper is None:
             await self._within_reach(parent)
+        await self._without_name(parent, name, ctx.uid)
         await self._name_settled(parent, name)
         size = self._size_of(parent, name)
         self._fs.unlink(parent, name)
@@ -203,6 +205,11 @@ class Adapter(BeyondHandlers):
         node = self._fs.nodes.child(parent, name_old)
         if node is not None:
             await self._with_data(node, ctx.uid)
+        target = self._fs.nodes.child(new_parent, name_new)
+        if target is not None and flags & RENAME_EXCHANGE:
+            await self._with_data(target, ctx.uid)
+        else:
+            await self._without_name(new_parent, name_new, ctx.uid)
         while True:
             seen = None if flags else await self._look_through(new_parent, name_new, ctx.uid)
             if not self._is_copying(parent, name_old) and not self._is_copying(new_parent, name_new):
@@ -353,7 +360,8 @@ class Adapter(BeyondHandlers):
         node = self._node(inode)
         await self._within_reach(node.parent)
         await self._settled(node)
-        await self._with_data(node, ctx.uid)
+        if self._has_xattr(node, name):
+            await self._with_data(node, ctx.uid)
         try:
             self._fs.removexattr(node, name)
         except OSError as failure:
@@ -362,6 +370,13 @@ class Adapter(BeyondHandlers):
         if name == _CAPABILITY:
             self._no_capability.discard(inode)  # the next request for it comes here
             self._capability_taken.add(inode)
+
+    def _has_xattr(self, node: Node, name: bytes) -> bool:
+        try:
+            self._fs.getxattr(node, name)
+        except OSError as failure:
+            return failure.errno == errno.EINVAL  # an invalid security.capability
+        return True
 
     def _was_taken(self, inode: int) -> bool:
         """Whether the last request about ``security.capability`` was to remove it.

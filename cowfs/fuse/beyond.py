@@ -226,6 +226,7 @@ class BeyondHandlers(FileHandlers):
                 raise FUSEError(errno.EPERM)
         await self._within_reach(node.parent)
         await self._settled(node)
+        await self._with_data(node, asked.uid)
         self._fs.setflags(node, flags)
         self._loop.forget_attributes(node.ino)  # ctime
 

@@ -275,12 +275,22 @@ class NodeHandlers(Handlers):
             await self._settled(node)
 
     async def _with_data(self, node: Node, uid: int) -> None:
-        """Copy up a large file before a change of something other than its data, if that requires it."""
-        if not self._fs.options.metacopy and not node.dead:
+        """Copy up a file before a change of something other than its data, if that copies the data, too."""
+        fs = self._fs
+        if node.dead or (node.upper is not None and fs.options.metacopy):
+            return
+        if not fs.options.metacopy or fs.needs_data(node, fs.stat(node)):
             await self._bring_up(node, uid)
 
+    async def _without_name(self, parent: Node, name: bytes, uid: int) -> None:
+        """Copy up a file before it loses a name, if others are left and it keeps count of them."""
+        node, fs = self._fs.nodes.child(parent, name), self._fs
+        if node is not None and node.upper is None and not node.is_dir and fs.index is not None:
+            if fs.stat(node).st_nlink > 1:
+                await self._with_data(node, uid)
+
     async def _bring_up(self, node: Node, uid: int, size: int | None = None) -> None:
-        """Copy up a large file's data in a thread. For a small file, the call that needs the data does it."""
+        """Copy up a file's data in a thread if that takes long; else the call that needs it does it."""
         if node.copying is not None:
             await self._settled(node)
         if not stat.S_ISREG(node.mode) or (node.upper is not None and not node.metacopy):
@@ -290,7 +300,9 @@ class NodeHandlers(Handlers):
         if size is not None:
             wanted = min(wanted, size)
         waits = fs.data_waits(node)
-        if node.partial is None and wanted <= (0 if waits else fs.options.inline_up_to):
+        # A disk makes the copy wait much longer than a thread does.
+        at_once = 0 if waits or fs.options.sync_copy_up else fs.options.inline_up_to
+        if node.partial is None and wanted <= at_once:
             return
         node.copying = done = Crowd()
         try:

@@ -56,8 +56,8 @@ class CopyUp:
         """Copy the data, and keep its holes. Blocks; raises what reading or writing raises."""
         if self._source is not None:
             self._source.copy_to(self._target, self.size)
-        if self._fs.options.sync_copy_up:
-            self._target.fsync(datasync=True)
+            if self._fs.options.sync_copy_up:
+                self._target.fsync(datasync=True)
 
     def commit(self) -> None:
         """Install the copy as the node's upper inode. After an exception, the node is unchanged."""
@@ -215,17 +215,23 @@ def copy_up_meta(fs: OverlayFs, node: Node) -> None:
         _copy_up_directory(fs, node)
         return
     attr = fs.stat(node)
-    metacopy_from = fs.options.metacopy_from
-    metacopy = fs.options.metacopy and not fs.in_module(node)
-    if metacopy and fs.data_waits(node):
-        metacopy_from = 1
+    whole = needs_data(fs, node, attr)
     if not node.dead:
         _parents(fs, node)
-    if stat.S_ISREG(attr.st_mode) and (attr.st_size < metacopy_from or not metacopy):
+    if whole:
         if not copy_whole(fs, node, attr, attr.st_size):
             _do(CopyUp(fs, node, attr, attr.st_size))
     else:
         _copy_up_inode(fs, node, attr)
+
+
+def needs_data(fs: OverlayFs, node: Node, attr: Attr) -> bool:
+    """Whether a change of an inode's attributes or names copies up its data, too."""
+    if not stat.S_ISREG(attr.st_mode):
+        return False
+    if not fs.options.metacopy or fs.in_module(node):
+        return True
+    return attr.st_size < (1 if fs.data_waits(node) else fs.options.metacopy_from)
 
 
 def link_alias(fs: OverlayFs, node: Node, parent: Node, name: bytes) -> None:

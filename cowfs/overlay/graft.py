@@ -143,7 +143,7 @@ _BY_NODE = (
     "mknod", "unlink", "nlink", "setattr", "readlink", "was_read", "must_be_allowed", "getxattr", "listxattr",
     "setxattr", "removexattr", "getflags", "setflags", "version", "birth", "open", "begin_lazily",
     "is_long_to_cut", "attach", "copy_up", "copy_up_chain", "copy_up_meta", "prepare_copy_up", "stat",
-    "data_waits", "forget", "release",
+    "needs_data", "data_waits", "forget", "release",
 )  # fmt: skip
 _BY_HANDLE = ("write", "will_be_written", "seek", "release_handle")
 for _name in _BY_NODE:

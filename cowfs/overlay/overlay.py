@@ -67,3 +67,4 @@ class Overlay(OverlayFs):
     copy_up_chain = _copyup.copy_up_chain
     copy_up_meta = _copyup.copy_up_meta
     prepare_copy_up = _copyup.prepare
+    needs_data = _copyup.needs_data

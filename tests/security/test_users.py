@@ -17,7 +17,7 @@ from tests.support.victim import VICTIM
 
 pytestmark = [needs_fuse, needs_root]
 
-BIG = b"0123456789abcdef" * (1 << 15)
+BIG, SMALL = b"0123456789abcdef" * (1 << 15), b"0123456789abcdef"
 _GATED = """
 import os, sys, time
 from cowfs.cli.main import main
@@ -62,10 +62,19 @@ def as_victim(*command: str | Path) -> str:
     return run(*prefix, *command, timeout=20).stdout
 
 
-_OPENS = """
+_CALLS = """
 import os, sys, threading
+calls = (
+    lambda path: os.close(os.open(path, os.O_RDWR)),
+    lambda path: os.chmod(path, 0o640),
+    lambda path: os.setxattr(path, "user.x", b"y"),
+    lambda path: os.rename(path, path + "-moved"),
+    lambda path: os.link(path, path + "-linked"),
+    lambda path: os.truncate(path, 8),
+)
 def go(number):
-    os.close(os.open(sys.argv[1 + number % (len(sys.argv) - 1)], os.O_RDWR))
+    path = sys.argv[2 + number % (len(sys.argv) - 2)]
+    calls[number % len(calls) if sys.argv[1] == "all" else 0](path)
 all = [threading.Thread(target=go, args=(number,)) for number in range(128)]
 for thread in all: thread.start()
 print("started", flush=True)
@@ -74,22 +83,25 @@ print("opened", flush=True)
 """
 
 
-@pytest.mark.parametrize("files", [1, 64])
-def test_any_number_may_wait_for_copy_ups(nobody_path: Path, files: int) -> None:
-    """128 opens of a user's wait; all others read, write, list, copy up large files and sync as ever."""
+@pytest.mark.parametrize(("files", "data", "calls"), [(1, BIG, "opens"), (128, SMALL, "all")])
+def test_any_number_may_wait_for_copy_ups(nobody_path: Path, files: int, data: bytes, calls: str) -> None:
+    """128 calls of a user's wait; all others read, write, list, copy up large files and sync as ever."""
     lower = nobody_path / "lower"
     lower.mkdir()
     for number in range(files):
-        (lower / f"big{number}").write_bytes(BIG)
+        (lower / f"big{number}").mkdir()  # of its own: a rename locks it
+        (lower / f"big{number}" / "file").write_bytes(data)
     (lower / "file").write_text("content\n")
     (lower / "theirs").mkdir()
-    for path in (lower, *lower.iterdir()):
+    for path in (lower, *lower.rglob("*")):
         os.chown(path, 65534, 65534)
     os.chown(lower / "theirs", VICTIM, VICTIM)
     with gated(lower, nobody_path) as (here, gate):
-        paths = [here.path / f"big{number}" for number in range(files)]
+        paths = [here.path / f"big{number}" / "file" for number in range(files)]
         attack = subprocess.Popen(
-            [*as_nobody_prefix(), sys.executable, "-c", _OPENS, *paths], stdout=subprocess.PIPE, text=True
+            [*as_nobody_prefix(), sys.executable, "-c", _CALLS, calls, *paths],
+            stdout=subprocess.PIPE,
+            text=True,
         )
         try:
             assert attack.stdout is not None and attack.stdout.readline() == "started\n"
@@ -106,11 +118,12 @@ def test_any_number_may_wait_for_copy_ups(nobody_path: Path, files: int) -> None
 
 
 def asleep_in_fuse(pid: int) -> int:
-    """How many threads of a process wait for an answer to open(2)."""
+    """How many threads of a process, but for its first, wait for something else than each other."""
     count = 0
     for task in Path(f"/proc/{pid}/task").iterdir():
         try:
-            count += (task / "syscall").read_text().split(" ")[0] in {"257", "56"}  # openat
+            said = (task / "syscall").read_text().split()[0]
         except OSError:
             continue
+        count += task.name != f"{pid}" and said not in {"running", "202", "98"}  # futex
     return count
