@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
+from contextlib import suppress
 
 SAFE_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 _E2FSPROGS = ("E2FSCK_", "E2FSPROGS_", "E2IMAGE_", "EXT2FS_", "MKE2FS_", "RESIZE2FS_", "TEST_IO_", "BLKID_")
@@ -13,6 +15,10 @@ _OURS = frozenset(
     | {"NOTIFY_SOCKET", "XDG_RUNTIME_DIR", "COVERAGE_PROCESS_CONFIG", "SOURCE_DATE_EPOCH"}
 )
 """Variables that cowfs reads, and those that measure the coverage of the tests in forked processes."""
+
+
+_ENV_START, _ENV_END = 50, 51
+"""Fields of proc_pid_stat(5), from 1 on."""
 
 
 def find(name: str) -> str | None:
@@ -47,10 +53,31 @@ def given_environment() -> dict[bytes, bytes]:
 
 
 def clean_own_environment() -> None:
-    """As root, remove the caller's environment variables that change what cowfs or its libraries do."""
+    """As root, remove the caller's environment variables that change what cowfs or its libraries do.
+
+    Nor does ``/proc/PID/environ`` show them, of this process or of those that it forks.
+    """
     if os.geteuid() != 0:
         return
     _given.update(os.environb)
     for name in [name for name in os.environ if name not in _OURS]:
         del os.environ[name]
     os.environ["PATH"] = SAFE_PATH
+    with suppress(OSError):  # no /proc
+        _overwrite_given()
+
+
+def _overwrite_given() -> None:
+    """Overwrite the memory in which the kernel passed the environment: proc_pid_environ(5) shows that.
+
+    What is kept is set again first, so that the C library has it elsewhere.
+    """
+    with open("/proc/self/stat", "rb") as said:
+        fields = said.read().rpartition(b")")[2].split()
+    start, end = (int(fields[number - 3]) for number in (_ENV_START, _ENV_END))
+    shown = f"PATH={SAFE_PATH}".encode()
+    kept = dict(os.environb)
+    ctypes.CDLL(None).clearenv()
+    os.environb.update(kept)
+    ctypes.memset(start, 0, end - start)
+    ctypes.memmove(start, shown, min(len(shown), max(end - start - 1, 0)))

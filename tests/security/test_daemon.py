@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -120,8 +121,18 @@ def test_the_installed_command_imports_nothing_of_the_callers(
     assert run(command, "--version", cwd=trap, env=hostile).stdout.startswith("cowfs ")
     run(command, "create", tmp_path / "s.bs", "16", cwd=trap, env=hostile)
     run(command, "mount", lower, mountpoint, "--store", tmp_path / "s.bs", cwd=trap, env=hostile)
+    pid = json.loads(run(command, "info", "--json", mountpoint, env=hostile).stdout)["pid"]
+    shown = [Path(f"/proc/{each}/environ").read_bytes().strip(b"\0") for each in (pid, *children(pid))]
     run(command, "umount", mountpoint, cwd=trap, env=hostile)
     assert not (trap / "sprung").exists()
+    assert len(shown) > 1, "with its helper"
+    assert set(shown) == {b"PATH=/usr/sbin:/usr/bin:/sbin:/bin"}
+
+
+def children(pid: int) -> list[str]:
+    """The processes that a process has started."""
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    return [child for task in tasks for child in (task / "children").read_text().split()]
 
 
 def test_libraries_load_nothing_of_the_callers(nobody_path: Path) -> None:
