@@ -17,16 +17,20 @@ from __future__ import annotations
 
 import errno
 import itertools
+import logging
 import os
 import stat
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from cowfs.linux import files, filesystems, mounts, override
+from cowfs.linux import files, filesystems, limits, mounts, override
 from cowfs.types import Attr, AttrData, DirEntry
+
+log = logging.getLogger(__name__)
 
 NO_NAMES = {b"", b".", b".."}
 
@@ -201,38 +205,69 @@ def open_directory(fd: int, flags: int = 0) -> int:
         return override.reopen(fd, flags)
 
 
-def entries(fd: int, flags: int = 0) -> list[DirEntry]:
-    """Return the entries of a directory, with the types that the filesystem reports. *flags*: O_NOATIME."""
+_MANY = 8192
+"""How many names are read at once: some milliseconds."""
+_A_NAME = 100
+"""Bytes that a name takes besides its own."""
+_PART = 32
+_LEAST = 64 << 20
+
+
+def most_listed() -> int:
+    """Return how many bytes the names of one directory may take, if a server or a program lists it.
+
+    It could do so without end.
+    """
+    return max(limits.memory() // _PART, _LEAST)
+
+
+def entries(fd: int, flags: int = 0, most: int = sys.maxsize) -> list[DirEntry]:
+    """Return the entries of a directory, with the types that the filesystem reports. *flags*: O_NOATIME.
+
+    EUCLEAN if they take more than *most* bytes.
+    """
     here = open_directory(fd, flags)
     try:
         with os.scandir(here) as found:
-            return [DirEntry(os.fsencode(entry.name), _entry_type(entry)) for entry in found]
+            all_of: list[DirEntry] = []
+            while some := [
+                DirEntry(os.fsencode(entry.name), _entry_type(entry))
+                for entry in itertools.islice(found, _MANY)
+            ]:
+                most = _left(most, [entry.name for entry in some])
+                all_of += some
+            return all_of
     finally:
         os.close(here)
 
 
-_MANY = 8192
-"""How many names are read at once: some milliseconds."""
+def _left(most: int, some: list[bytes]) -> int:
+    """Return what is left of *most* bytes after *some* names. EUCLEAN if that is nothing."""
+    most -= sum(map(len, some)) + len(some) * _A_NAME
+    if most < 0:
+        log.warning("a directory of a lower has more names than the memory has room for")
+        raise OSError(errno.EUCLEAN, os.strerror(errno.EUCLEAN))
+    return most
 
 
-def names(fd: int, flags: int = 0) -> list[bytes] | Callable[[], list[bytes]]:
+def names(fd: int, flags: int = 0, most: int = sys.maxsize) -> list[bytes] | Callable[[], list[bytes]]:
     """Return the names in a directory; if there are very many, a function that reads the rest and returns
     all.
 
-    *flags*: O_NOATIME.
+    *flags*: O_NOATIME. EUCLEAN from that function if they take more than *most* bytes.
     """
     if not flags:
         with suppress(PermissionError):
             plain = os.scandir(_way(fd))
             first = [entry.name for entry in itertools.islice(plain, _MANY)]
-            return first if len(first) < _MANY else _Rest(first, plain)
+            return first if len(first) < _MANY else _Rest(first, plain, most)
     here = open_directory(fd, flags)
     try:
         found = os.scandir(here)
     finally:
         os.close(here)
     first = [os.fsencode(entry.name) for entry in itertools.islice(found, _MANY)]
-    return first if len(first) < _MANY else _Rest(first, found)
+    return first if len(first) < _MANY else _Rest(first, found, most)
 
 
 def note_listing(fd: int) -> None:
@@ -244,14 +279,20 @@ def note_listing(fd: int) -> None:
 class _Rest:
     """The rest of a directory that is being read."""
 
-    __slots__ = ("_first", "_found")
+    __slots__ = ("_first", "_found", "_most")
 
-    def __init__(self, first: list[bytes], found: Iterator[os.DirEntry[bytes] | os.DirEntry[str]]) -> None:
+    def __init__(
+        self, first: list[bytes], found: Iterator[os.DirEntry[bytes] | os.DirEntry[str]], most: int
+    ) -> None:
         self._first = first
         self._found = found
+        self._most = most
 
     def __call__(self) -> list[bytes]:
-        self._first.extend(os.fsencode(entry.name) for entry in self._found)
+        left = _left(self._most, self._first)
+        while some := [os.fsencode(entry.name) for entry in itertools.islice(self._found, _MANY)]:
+            left = _left(left, some)
+            self._first += some
         return self._first
 
     def __del__(self) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import sys
 from collections.abc import Callable
 from contextlib import closing, nullcontext, suppress
 from typing import TypeVar
@@ -63,6 +64,7 @@ class DirectoryLayer(Descriptors):
         self._noatime = os.O_NOATIME
         self._notes = None if privileged else OwnerNotes(self)
         self._separates = False
+        self._most_listed = sys.maxsize
 
     # --- reading
 
@@ -106,12 +108,12 @@ class DirectoryLayer(Descriptors):
     def readdir(self, directory: PathKey) -> list[DirEntry]:
         if isinstance(directory, CoveredKey):
             return []
-        return beneath.entries(self._dir_fd(directory), self._unnoticed())
+        return beneath.entries(self._dir_fd(directory), self._unnoticed(), self._most_listed)
 
     def names(self, directory: PathKey) -> list[bytes] | NamesJob:
         if isinstance(directory, CoveredKey):
             return []
-        return beneath.names(self._dir_fd(directory), self._unnoticed())
+        return beneath.names(self._dir_fd(directory), self._unnoticed(), self._most_listed)
 
     def _unnoticed(self) -> int:
         """Return the open flags that keep a directory's atime: not every read is a listing by a user."""

@@ -10,6 +10,7 @@ import os
 import threading
 from collections import deque
 
+from cowfs.layers import beneath
 from cowfs.layers.beneath import stale
 from cowfs.layers.directory import DirectoryLayer
 from cowfs.layers.keys import PathKey
@@ -46,6 +47,7 @@ class SharedDirectoryLayer(DirectoryLayer):
         super().__init__(root_fd, name, alone=alone)
         self._kept: dict[PathKey, _Descriptor] = {}
         self._in_use = _InUse()
+        self._most_listed = beneath.most_listed()
         try:
             self._filesystem()
         except OSError:

@@ -8,6 +8,7 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -17,7 +18,16 @@ import pytest
 
 from cowfs.linux.remote import may_wait
 from tests.support.holding import Lower, holding
-from tests.support.mounts import COWFS, Mounted, cowfs, eventually, is_mounted, mount_arguments, mounted
+from tests.support.mounts import (
+    COWFS,
+    Mounted,
+    cowfs,
+    eventually,
+    is_mounted,
+    mount_arguments,
+    mounted,
+    project_root,
+)
 from tests.support.system import NOBODY, as_nobody_prefix, needs_fuse, needs_root, run
 from tests.support.victim import VICTIM
 
@@ -336,3 +346,29 @@ def test_mounting_can_be_interrupted(nobody_path: Path) -> None:
             waiting.wait(20)
         assert said.read_text().startswith("cowfs: interrupted; the daemon (pid ")
         assert not is_mounted(at)
+
+
+_LITTLE = """
+import sys
+from cowfs.cli.main import main
+from cowfs.layers import beneath
+beneath.most_listed = lambda: 2 << 20
+sys.exit(main(sys.argv[1:]))
+"""
+"""A cowfs that has little memory for names."""
+
+
+def test_a_listing_without_end_ends(nobody_path: Path) -> None:
+    at, log = nobody_path / "mnt", nobody_path / "log"
+    for directory in (nobody_path / "source" / "endless", at):
+        directory.mkdir(parents=True)
+    with holding(nobody_path / "source", nobody_path) as lower:
+        arguments = mount_arguments(lower.path, at, nobody_path / "store", None, [f"log={log}"])
+        run(sys.executable, "-c", _LITTLE, *arguments, env={**os.environ, "PYTHONPATH": project_root()})
+        try:
+            listed = run("ls", at / "endless", env={"LC_ALL": "C"}, check=False)
+            assert "Structure needs cleaning" in listed.stderr
+            assert run("ls", at).stdout == "endless\n"
+        finally:
+            Mounted(at, log).umount()
+    assert "more names than the memory has room for" in log.read_text()

@@ -3,7 +3,7 @@
 Its arguments are the directory, the mountpoint and GATES.
 
 While GATES has a file of a request's name (``read``), that request waits for what has the name in the file.
-``held-read`` is made when one does.
+``held-read`` is made when one does. A directory ``endless`` has names without end.
 """
 
 from __future__ import annotations
@@ -91,6 +91,10 @@ class Holding(pyfuse3.Operations):
     async def readdir(self, fh: int, start_id: int, token: Any) -> None:
         path = self._paths[fh]
         await self._pass("readdir", path)
+        if path.endswith("/endless"):
+            while pyfuse3.readdir_reply(token, b"%040d" % start_id, self._attributes(path), start_id + 1):
+                start_id += 1
+            return
         names = sorted(os.listdir(path))
         for number, name in list(enumerate(names, 1))[start_id:]:
             if not pyfuse3.readdir_reply(
