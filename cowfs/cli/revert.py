@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 NAME = "revert"
 JSON_HELP = "print one JSON object per line: version path kind size why_not"
 VERSION = 1
+_EXAMINED = "changes examined"
 
 _DESCRIPTION = """\
 Revert changes: PATH, and everything below it, becomes what it is in the lower. Added files are removed,
@@ -84,12 +85,16 @@ def run(args: argparse.Namespace) -> int:
     chosen = None if args.all else paths
     is_listed = sys.stdout.isatty()
     with progress_line() as progress:
-        tally, expected = Tally(progress, word), 0
+        tally, expected, last = Tally(progress, _EXAMINED), 0, 0
 
         def tick(number: int, whole: int) -> None:
-            nonlocal expected
+            nonlocal expected, last
             expected = whole or expected
-            progress(f"{number} changes examined")
+            if number < last:  # the second time
+                tally.begin(_EXAMINED, expected)
+                last = 0
+            tally.add(number - last)
+            last = number
 
         asks = take_back(what, asked, chosen, lowers, metadata=args.metadata, tell=warn, tick=tick)
         for done in asks:

@@ -61,7 +61,7 @@ def tree(top: Path) -> dict[str, object]:
 def patch_of(what: Path, nobody: bool = False) -> bytes:
     done = subprocess.run(
         [*(as_nobody_prefix() if nobody else []), *COWFS, "diff", what, "-p", "--binary"],
-        stdin=subprocess.DEVNULL, capture_output=True, check=False, cwd="/", timeout=60,
+        stdin=subprocess.DEVNULL, capture_output=True, check=False, cwd="/", timeout=600,
         env={**os.environ, "PYTHONPATH": project_root()},
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, b""), done.stderr
