@@ -363,7 +363,8 @@ def test_a_listing_without_end_ends(nobody_path: Path) -> None:
     for directory in (nobody_path / "source" / "endless", at):
         directory.mkdir(parents=True)
     with holding(nobody_path / "source", nobody_path) as lower:
-        arguments = mount_arguments(lower.path, at, nobody_path / "store", None, [f"log={log}"])
+        options = ["allow_other", f"log={log}"]
+        arguments = mount_arguments(lower.path, at, nobody_path / "store", None, options)
         run(sys.executable, "-c", _LITTLE, *arguments, env={**os.environ, "PYTHONPATH": project_root()})
         try:
             listed = run("ls", at / "endless", env={"LC_ALL": "C"}, check=False)
