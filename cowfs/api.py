@@ -235,7 +235,7 @@ def apply(
     """
     from cowfs.exports.apply import Apply, Compared
     from cowfs.exports.choose import chosen
-    from cowfs.exports.conflicts import conflicts
+    from cowfs.exports.conflicts import conflicts, conflicts_in_tree
     from cowfs.exports.kept import keep
     from cowfs.exports.losses import Losses
     from cowfs.exports.plan import plan
@@ -246,22 +246,29 @@ def apply(
         raise UsageError(f"{root}: is the store whose changes are meant", "give another directory or store")
     with ExitStack() as stack:
         changes = stack.enter_context(open_changes(what, lowers, tell))
-        named, root = root, _tree_of(root, stack)
+        named, is_store = root, _is_store(root)
         if found is not None and _is_on(os.path.join(root, "new"), found.dev):
             raise UsageError(f"{root}: is in the mount whose changes are meant", "give another directory")
         withheld = {} if trust else _withheld(changes, root)
-        target = _root(root, stack)
         before, after = changes.tree_before(), changes.tree()
+        target = None if is_store else _root(root, stack)
         items = plan(changes.exactly(), after, before)
         if dry_run is not None:
             for change in changes:
                 dry_run(change)
-        bad = list(conflicts(items, target, before, after))
+        if target is not None:
+            bad = list(conflicts(items, target, before, after))
+        else:  # not a byte of a store changes before it is sure that all of it will
+            with open_changes(root, tell=tell) as there:
+                bad = list(conflicts_in_tree(items, there.tree(), before, after))
         if ask is not None:
             items = chosen(items, before, after, dict(bad), ask)
         if dry_run is None and (force or ask is not None or not bad):
+            if target is None:
+                root = _tree_of(named, stack)
+                target = _root(root, stack)
             if backup:
-                for line in keep(items, after, target, backup, tick):
+                for line in keep(items, after, target, named, backup, tick):
                     tell(f"{backup}: {line}")
             try:
                 Apply(target, Compared(before), losses, tick).run(items, after, withheld)
@@ -307,12 +314,13 @@ def undo_apply(
     *trust* set-ID bits, capabilities and devices are restored even if others can change the backup. Blocks.
     Raises CowfsError, and OSError with the path of what cannot be changed.
     """
-    from cowfs.exports.kept import bring_back
+    from cowfs.exports.kept import bring_back, must_be_kept
     from cowfs.linux.trust import forbidden
 
+    must_be_kept(backup, root)
     with ExitStack() as stack:
         withheld = {} if trust else forbidden([os.path.abspath(backup)], (0, os.geteuid()))
-        return bring_back(backup, _root(_tree_of(root, stack), stack), tick, withheld)
+        return bring_back(backup, _root(_tree_of(root, stack), stack), root, tick, withheld)
 
 
 def _root(path: str, stack: ExitStack) -> Root:
@@ -326,17 +334,25 @@ def _root(path: str, stack: ExitStack) -> Root:
     return root
 
 
-def _tree_of(path: str, stack: ExitStack) -> str:
-    """Return a directory; for a store that is not mounted, one where it stays mounted until *stack* ends."""
+def _is_store(path: str) -> bool:
+    """Whether a path is a store that is not mounted. UsageError if it is mounted elsewhere."""
     from cowfs.client import mount_with_store
-    from cowfs.offline_changes import recorded_lowers
     from cowfs.store.format.sniff import may_be_store
-    from cowfs.store.served.open import open_store
 
     if find_mount(path) is not None or not may_be_store(path):
-        return path
+        return False
     if mount_with_store(path) is not None:
         raise UsageError(f"{path}: is mounted", "give its mountpoint")
+    return True
+
+
+def _tree_of(path: str, stack: ExitStack) -> str:
+    """Return a directory; for a store that is not mounted, one where it stays mounted until *stack* ends."""
+    from cowfs.offline_changes import recorded_lowers
+    from cowfs.store.served.open import open_store
+
+    if not _is_store(path):
+        return path
     with closing(open_store(path, read_only=True)) as store:
         given, offsets, data_only = recorded_lowers(path, store.header.lowers, ())
     if data_only:

@@ -82,6 +82,7 @@ def delete_checkpoint(
 
 
 def _ask_checkpoints(what: str, asked: str, name: str, lowers: Lowers | None, tell: Tell) -> None:
+    from cowfs.store.served.open import open_store
     from cowfs.take_back import checkpoints as steps
     from cowfs.take_back import done
 
@@ -92,6 +93,10 @@ def _ask_checkpoints(what: str, asked: str, name: str, lowers: Lowers | None, te
                 found.dev, "checkpoint", timeout=PATIENCE, what=asked, name=name
             )
         else:
+            if asked != "take":
+                must_be_there(what)
+                with closing(open_store(what, read_only=True)) as store:
+                    store.layers.named(name)  # before a byte of the store is changed
             union = open_offline_union(what, lowers or Lowers(), stack, tell)
             replies = done(steps(union, {"what": asked, "name": name}))
         for _ in replies:

@@ -12,7 +12,6 @@ from cowfs.client import mount_with_store
 from cowfs.errors import StoreError
 from cowfs.offline_changes import Lowers, Tell, must_be_there, open_offline_union
 from cowfs.store.format.foreign import pair_in
-from cowfs.store.format.header import AUFS
 from cowfs.store.offline import convert as offline
 from cowfs.store.offline.convert_in_place import Converted
 
@@ -41,15 +40,12 @@ def convert(
         )
     path = os.path.abspath(path)
     copied = 0
-    if target == AUFS:
+    if offline.judge(path, target, tell):
         with ExitStack() as stack:
-            needs_lowers = offline.needs_lowers(offline.begin(path, stack, tell))
-        if needs_lowers:
-            with ExitStack() as stack:
-                overlay = open_offline_union(path, lowers, stack, tell).overlay
-                roots = [(overlay.upper, overlay.root.upper), *((low, low.root) for low in overlay.base)]
-                expect(lambda: sum(count_names(layer, root) for layer, root in roots))
-                copied = flatten(overlay, tick)
+            overlay = open_offline_union(path, lowers, stack, tell).overlay
+            roots = [(overlay.upper, overlay.root.upper), *((low, low.root) for low in overlay.base)]
+            expect(lambda: sum(count_names(layer, root) for layer, root in roots))
+            copied = flatten(overlay, tick)
     with ExitStack() as stack:
         layer = offline.begin(path, stack, tell)
         expect(lambda: count_names(layer, layer.root))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Sequence
 
 from cowfs.errors import MountFailure
 from cowfs.linux.files import is_image
@@ -45,17 +46,8 @@ def check_places(mountpoint: str, options: UnionOptions) -> None:
     """
     if mountpoint.startswith("/dev/fd/") or options.store == "memory" or is_image(options.store):
         return
-    store = _place(options.store)
-    for lower in filter(os.path.isdir, options.lowers):
-        if _inside(store, _place(lower)):
-            raise MountFailure(
-                f"{options.store}: the store is inside the lower {lower}", "choose another path"
-            )
-        if _inside(_place(lower), store):
-            raise MountFailure(
-                f"{lower}: the lower is inside the store {options.store}", "choose another store"
-            )
-    at = _place(mountpoint)
+    check_apart(options.store, options.lowers)
+    at, store = _place(mountpoint), _place(options.store)
     if at != store and _inside(at, store):
         raise MountFailure(f"{mountpoint}: is inside the store {options.store}", "choose another mountpoint")
 
@@ -65,6 +57,18 @@ def hides_its_store(mountpoint: str, options: UnionOptions) -> bool:
     if mountpoint.startswith("/dev/fd/") or options.store == "memory" or is_image(options.store):
         return False
     return _place(mountpoint) == _place(options.store)
+
+
+def check_apart(store: str, lowers: Sequence[str]) -> None:
+    """Refuse a store directory in one of *lowers*, and a lower in it: MountFailure."""
+    if is_image(store):
+        return
+    place = _place(store)
+    for lower in filter(os.path.isdir, lowers):
+        if _inside(place, _place(lower)):
+            raise MountFailure(f"{store}: the store is inside the lower {lower}", "choose another path")
+        if _inside(_place(lower), place):
+            raise MountFailure(f"{lower}: the lower is inside the store {store}", "choose another store")
 
 
 _Place = tuple[str, tuple[bytes, ...]]

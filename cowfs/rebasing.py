@@ -21,13 +21,14 @@ from cowfs.errors import StoreError, UsageError
 from cowfs.exports.entries import feed
 from cowfs.exports.losses import Losses
 from cowfs.exports.plan import Item, everything
-from cowfs.exports.target import new_directory
+from cowfs.exports.target import must_be_possible, new_directory
 from cowfs.exports.upper import Upper
 from cowfs.layers.base import LowerLayer
 from cowfs.layers.beneath import check_name
 from cowfs.layers.frozen import FrozenLayer
 from cowfs.linux.files import LACK_OF_ROOM
 from cowfs.lowers import open_lowers
+from cowfs.mountpoint import check_apart
 from cowfs.offline_changes import Lowers, Tell, identities, must_be_there, recorded_lowers, styles_of
 from cowfs.overlay.index import open_index
 from cowfs.overlay.stack import Stack
@@ -114,13 +115,15 @@ def rebase(
     must_be_there(path)
     assert new.given is not None
     result = Rebased()
+    if not dry_run:
+        _judge(path, old, new, conflicts)
     with ExitStack() as stack:
         store = open_store(path, engine=old.engine, read_only=dry_run, progress=tell)
         stack.callback(store.close)
         before = _before(path, store, old)
         result.old = _identities(before, store)
         result.new = _identities(new, store)
-        _refuse(store)
+        _refuse(store, new)
         work = _open(store, (before, new), result, tick, stack)
         expect(functools.partial(count_names, store.layer, store.upper))
         if dry_run:
@@ -140,6 +143,20 @@ def rebase(
     return result
 
 
+def _judge(path: str, old: Lowers, new: Lowers, conflicts: str) -> None:
+    """Raise CowfsError for what is refused, before a byte of the store is changed."""
+    with ExitStack() as stack:
+        store = open_store(path, engine=old.engine, read_only=True)
+        stack.callback(store.close)
+        before = _before(path, store, old)
+        seen = Rebased(old=_identities(before, store), new=_identities(new, store))
+        _refuse(store, new)
+        _open(store, (before, new), seen, lambda _: None, stack)
+        checkpoints.must_have_room_for(len(steps(store.layers, store.upper)), len(store.layers.all()))
+    if conflicts:
+        must_be_possible(conflicts)
+
+
 def _before(path: str, store: Store, old: Lowers) -> Lowers:
     """Return the lowers that the store belongs to, which may be given."""
     if old.given is None:
@@ -155,8 +172,9 @@ def _identities(lowers: Lowers, store: Store) -> list[Identity]:
     return identities(lowers.given or (), lowers.offsets, lowers.data_only, styles)
 
 
-def _refuse(store: Store) -> None:
-    """StoreError for what a store holds besides its changes that the old lowers are needed for."""
+def _refuse(store: Store, new: Lowers) -> None:
+    """CowfsError for a store that cannot stand on the *new* lowers, or holds what needs the old ones."""
+    check_apart(store.path, new.given or ())
     if store.is_aufs:
         raise StoreError(
             f"{store.path}: the store has the aufs format, which cannot be rebased",

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 
 from cowfs.changes.paths import join
 from cowfs.changes.version import Node, Tree
 from cowfs.errors import UsageError
 from cowfs.exports.apply_root import NOT_THERE, Root, is_ours
-from cowfs.exports.plan import Item, Plan
+from cowfs.exports.plan import Item, Plan, everything
 from cowfs.layers import beneath
+from cowfs.layers.base import File
 from cowfs.layers.kernel_file import KernelFile
 
 _PIECE = 1 << 20
@@ -47,14 +49,19 @@ def _conflict(path: bytes, root: Root, was: Node | None, to_be: Node | None) -> 
                 )
         if to_be is not None and is_same(fd, info, to_be):
             return
-        if was is None:
-            yield path, "exists, but did not in the lower"
-        elif stat.S_IFMT(info.st_mode) != stat.S_IFMT(was.attr.st_mode):
-            yield path, "has another type than in the lower"
-        elif not is_same(fd, info, was):
-            yield path, "has other content than in the lower"
+        why = _why(info.st_mode, was, lambda node: is_same(fd, info, node))
+        if why:
+            yield path, why
     finally:
         os.close(fd)
+
+
+def _why(mode: int, was: Node | None, is_node: Callable[[Node], bool]) -> str:
+    if was is None:
+        return "exists, but did not in the lower"
+    if stat.S_IFMT(mode) != stat.S_IFMT(was.attr.st_mode):
+        return "has another type than in the lower"
+    return "" if is_node(was) else "has other content than in the lower"
 
 
 def _in_removed(top: bytes, root: Root, before: Tree) -> Iterator[tuple[bytes, str]]:
@@ -78,6 +85,55 @@ def _in_removed(top: bytes, root: Root, before: Tree) -> Iterator[tuple[bytes, s
                 waiting.append(below)
 
 
+def conflicts_in_tree(items: Plan, there: Tree, before: Tree, after: Tree) -> Iterator[tuple[bytes, str]]:
+    """The same for a tree that is only read: that of a store that is not mounted."""
+    for path, item in items.items():
+        was = before.node(path)
+        to_be = None if item is Item.WHITEOUT else after.node(path)
+        found = there.node(path)
+        if found is None:
+            if was is not None and to_be is not None:
+                yield path, "is missing"
+            continue
+        if to_be is None or not _is_same_node(found, to_be):
+            why = _why(found.attr.st_mode, was, functools.partial(_is_same_node, found))
+            if why:
+                yield path, why
+        if was is None or not was.is_dir or (to_be is not None and to_be.is_dir):
+            continue
+        for below, _ in everything(there, path) if found.is_dir else ():
+            node, was = there.node(below), before.node(below)
+            if below == path or node is None:
+                continue
+            why = _why(node.attr.st_mode, was, functools.partial(_is_same_node, node))
+            if why:
+                yield below, why
+
+
+def _is_same_node(one: Node, other: Node) -> bool:
+    mode = one.attr.st_mode
+    if stat.S_IFMT(mode) != stat.S_IFMT(other.attr.st_mode):
+        return False
+    if stat.S_ISLNK(mode):
+        return one.target() == other.target()
+    if stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
+        return one.attr.st_rdev == other.attr.st_rdev
+    if not stat.S_ISREG(mode):
+        return True
+    if one.attr.st_size != other.attr.st_size:
+        return False
+    with closing(one.open()) as there, closing(other.open()) as file:
+        return _has_content(there, file, one.attr.st_size)
+
+
+def _has_content(there: File, file: File, size: int) -> bool:
+    for position in range(0, size, _PIECE):
+        length = min(_PIECE, size - position)
+        if there.pread(length, position) != file.pread(length, position):
+            return False
+    return True
+
+
 def is_same(fd: int, info: os.stat_result, node: Node) -> bool:
     """Whether type and content are equal. Other attributes cause no conflict."""
     mode = info.st_mode
@@ -92,8 +148,4 @@ def is_same(fd: int, info: os.stat_result, node: Node) -> bool:
     if info.st_size != node.attr.st_size:
         return False
     with closing(KernelFile(beneath.reopen(fd, os.O_RDONLY))) as there, closing(node.open()) as file:
-        for position in range(0, info.st_size, _PIECE):
-            size = min(_PIECE, info.st_size - position)
-            if there.pread(size, position) != file.pread(size, position):
-                return False
-    return True
+        return _has_content(there, file, info.st_size)

@@ -46,10 +46,11 @@ class _All:
         return False
 
 
-def keep(items: Plan, after: Tree, root: Root, directory: str, tick: Tick) -> Losses:
-    """Back up to the new *directory* all that the changes replace in *root*; return what it cannot store.
+def keep(items: Plan, after: Tree, root: Root, named: str, directory: str, tick: Tick) -> Losses:
+    """Make *directory*, with all that these changes replace in *root*; return what it cannot hold. Blocks.
 
-    Blocks. It is complete and on disk at the end, or does not exist. CowfsError, and OSError with the path.
+    Users know the root as *named*, which may be the store that is mounted there. The directory is whole and
+    on disk in the end, or not there. Raises CowfsError, and OSError with the path.
     """
     losses = Losses()
     if os.path.lexists(os.path.join(os.fsencode(directory), _ROOT)):
@@ -80,30 +81,45 @@ def keep(items: Plan, after: Tree, root: Root, directory: str, tick: Tick) -> Lo
         finally:
             upper.close()
         _write(top, _ABSENT, b"".join(path + b"\0" for path in absent))
-        _write(top, _ROOT, os.fsencode(os.path.realpath(root.path)))
+        _write(top, _ROOT, os.fsencode(os.path.realpath(named)))
     return losses
 
 
-def bring_back(directory: str, root: Root, tick: Tick, withheld: Withheld) -> tuple[list[bytes], Losses]:
-    """Restore in *root* what :func:`keep` has backed up. Blocks; a second call completes an interrupted one.
+def must_be_kept(directory: str, named: str) -> None:
+    """Raise UsageError unless *directory* was kept of the root that users know as *named*."""
+    with ExitStack() as stack:
+        _open(directory, named, stack)
 
-    Returns the directories that could not be removed because they contain something new, and the losses.
-    UsageError if *directory* is not a backup of this root.
+
+def _open(directory: str, named: str, stack: ExitStack) -> tuple[list[bytes], int]:
+    """Return which paths were absent, and a descriptor of the tree that was kept."""
+    try:
+        top = os.open(directory, _DIRECTORY)
+        stack.callback(os.close, top)
+        absent = _read(top, _ABSENT).split(b"\0")[:-1]
+        of = os.fsdecode(_read(top, _ROOT))
+        tree = os.open(_TREE, _DIRECTORY, dir_fd=top)
+        stack.callback(os.close, tree)
+    except OSError as error:
+        hint = "give a directory that cowfs apply --backup created"
+        raise UsageError(f"{directory}: cannot be read: {error.strerror}", hint) from None
+    if of != os.path.realpath(named):
+        raise UsageError(f"{directory}: is a backup of {of}, not of {named}", f"give {of}")
+    return absent, tree
+
+
+def bring_back(
+    directory: str, root: Root, named: str, tick: Tick, withheld: Withheld
+) -> tuple[list[bytes], Losses]:
+    """Let *root* have again what :func:`keep` has kept; return the directories that stay, as something new
+    is in them, and what could not be made. Blocks; to do it again completes it.
+
+    UsageError as :func:`must_be_kept`.
     """
     losses = Losses()
     with ExitStack() as stack:
-        try:
-            top = os.open(directory, _DIRECTORY)
-            stack.callback(os.close, top)
-            absent = _read(top, _ABSENT).split(b"\0")[:-1]
-            of = os.fsdecode(_read(top, _ROOT))
-            fd = os.open(_TREE, _DIRECTORY, dir_fd=top)
-        except OSError as error:
-            hint = "give a directory that cowfs apply --backup created"
-            raise UsageError(f"{directory}: cannot be read: {error.strerror}", hint) from None
-        if of != os.path.realpath(root.path):
-            raise UsageError(f"{directory}: is a backup of {of}, not of {root.path}", f"give {of}")
-        tree = _tree_of(fd, directory, stack)
+        absent, fd = _open(directory, named, stack)
+        tree = _tree_of(os.dup(fd), directory, stack)
         stay = [path for path in reversed(_in_order(absent)) if not _removed(root, path, tick)]
         items = dict(sorted(everything(tree), key=_key))
         Apply(root, _All(), losses, tick).run(items, tree, withheld)  # last: it sets the times of directories

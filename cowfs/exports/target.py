@@ -70,6 +70,14 @@ def new_directory(path: str, *, force: bool) -> Iterator[int]:
             os.fsync(parent)
 
 
+def must_be_possible(path: str) -> None:
+    """Raise the error now that :func:`new_directory` with *force* would raise, as far as that is known."""
+    with _parent(path) as (parent, name):
+        _refuse(path, parent, name, stat.S_IFDIR, force=True)
+        with _made(parent, name):
+            pass
+
+
 @contextmanager
 def scratch_directory(path: str) -> Iterator[int]:
     """Open a temporary directory beside *path*. It is removed at the end of the block."""

@@ -23,7 +23,7 @@ DEFAULT live
 LABEL live
   KERNEL linux
   INITRD initrd
-  APPEND console=ttyS0 quiet panic=1 {PLAIN}
+  APPEND console=ttyS0 quiet panic=1 no_timer_check {PLAIN}
 """
 
 

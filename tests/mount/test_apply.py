@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.mount.test_export import CHANGE, MAKE, script, seen
-from tests.support.mounts import COWFS, cowfs, eventually, mounted, project_root
+from tests.support.mounts import COWFS, cowfs, eventually, mounted, project_root, unchanged
 from tests.support.system import needs_fuse, needs_root, run
 from tests.support.tree import Snapshot, differences, snapshot
 
@@ -31,6 +31,18 @@ def tick(at, size):
     if times == 0:
         os.kill(os.getpid(), signal.SIGKILL)
 apply(sys.argv[1], sys.argv[2], tick=tick)
+"""
+
+HELD = """
+import sys
+from cowfs import api
+from cowfs.cli.main import main
+apply = api.apply
+def tick(at, size):
+    print("at work", flush=True)
+    sys.stdin.read()
+api.apply = lambda *arguments, **more: apply(*arguments, **more, tick=tick)
+sys.exit(main(sys.argv[1:]))
 """
 
 
@@ -243,14 +255,13 @@ def test_killed_it_leaves_no_store_mounted(made: tuple[Path, Snapshot], tmp_path
         pass
     before = mountpoints()
     with subprocess.Popen(
-        [*COWFS, "apply", str(top / "store.bs"), str(other), "--interactive"],
+        [sys.executable, "-c", HELD, "apply", str(top / "store.bs"), str(other)],
         stdin=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": project_root()},
     ) as applying:
-        assert applying.stderr is not None
-        while (said := applying.stderr.read(1)) != b"[":  # it asks
-            assert said, "it has ended"
+        assert applying.stdout is not None
+        assert applying.stdout.readline() == b"at work\n"
         (place,) = mountpoints() - before
         applying.send_signal(by)
     eventually(lambda: not os.path.lexists(place), "the store is unmounted, and the directory is gone")
@@ -269,30 +280,51 @@ def test_into_another_store(made: tuple[Path, Snapshot], tmp_path: Path) -> None
     cowfs("create", other, "32", check=True)
     with mounted(top / "lower", tmp_path / "mnt", other):
         (tmp_path / "mnt/own").write_text("mine")
+        script("echo mine >old/new; echo z >z1/one; rm big", tmp_path / "mnt")
         refused = cowfs("apply", top / "store.bs", other)
         assert (refused.returncode, "is mounted (give its mountpoint)" in refused.stderr) == (1, True)
         (tmp_path / "link").symlink_to("mnt")
         for root in (tmp_path / "mnt", tmp_path / "link"):
             refused = cowfs("apply", tmp_path / "mnt", root)
             assert refused.returncode == 1 and "is in the mount whose changes are meant" in refused.stderr
-    refused = cowfs("apply", other, other)
-    assert refused.returncode == 1 and "is the store whose changes are meant" in refused.stderr
+    with unchanged(other):
+        refused = cowfs("apply", other, other)
+        assert refused.returncode == 1 and "is the store whose changes are meant" in refused.stderr
+        for option in ([], ["--dry-run"]):
+            refused = cowfs("apply", top / "store.bs", other, *option)
+            assert refused.returncode == CONFLICTS
+            for line in (
+                "old/new exists, but did not in the lower",
+                "z1/one has other content than in the lower",
+                "big is missing",
+            ):
+                assert f"conflict: {line}\n" in refused.stderr
+        refused = cowfs("apply", "--undo", "--backup", kept, other)
+        assert refused.returncode == 1 and "cannot be read" in refused.stderr
+    with mounted(top / "lower", tmp_path / "mnt", other):
+        mine = contents(seen(tmp_path / "mnt"))
     with (
         mounted(top / "lower", tmp_path / "mnt", other),
         pytest.raises(OSError, match="No space left"),
         (tmp_path / "mnt/fill").open("wb", 0) as file,
     ):
         while True:
-            file.write(bytes(4096))
-    refused = cowfs("apply", top / "store.bs", other)
-    assert refused.returncode == 2 and refused.stderr.startswith(f"cowfs: {other}: /"), refused
+            file.write(bytes(1 << 16))
+    refused = cowfs("apply", top / "store.bs", other, "--force", "--backup", kept)
+    assert refused.returncode == 2 and f"cowfs: {other}: /" in refused.stderr, refused
     assert f"cowfs grow {other} SIZE, and complete it" in refused.stderr
     with mounted(top / "lower", tmp_path / "mnt", other):
         (tmp_path / "mnt/fill").unlink()
-    done = cowfs("apply", top / "store.bs", other)
-    assert (done.returncode, done.stderr) == (0, "")
+    done = cowfs("apply", top / "store.bs", other, "--force")
+    assert done.returncode == 0, done
     with mounted(top / "lower", tmp_path / "mnt", other):
         now = contents(seen(tmp_path / "mnt"))
         assert now.pop("own")
         assert now == contents(tree)
-    assert not kept.exists()
+    with unchanged(other):
+        refused = cowfs("apply", "--undo", "--backup", kept, tmp_path)
+        assert refused.returncode == 1 and f"give {other}" in refused.stderr
+    done = cowfs("apply", "--undo", "--backup", kept, other)
+    assert (done.returncode, done.stderr) == (0, "")
+    with mounted(top / "lower", tmp_path / "mnt", other):
+        assert contents(seen(tmp_path / "mnt")) == mine

@@ -16,7 +16,7 @@ from cowfs.converting import convert
 from cowfs.errors import StoreError
 from cowfs.offline_changes import Lowers
 from tests.mount.test_aufs_store import branch, change, lower, raw, without_times
-from tests.support.mounts import cowfs, kernel_overlay, mounted
+from tests.support.mounts import cowfs, kernel_overlay, mounted, unchanged
 from tests.support.system import as_nobody_prefix, needs_fuse, needs_root, run
 from tests.support.tree import Snapshot, snapshot
 
@@ -108,7 +108,8 @@ def test_there_and_back(store: Path, lower: Path, tmp_path: Path) -> None:
             (mount.path / "kept").unlink()
         run("chattr", "-i", mount.path / "kept")
         (mount.path / "kept").unlink()
-    refused = cowfs("convert", store, "--to", "aufs")
+    with unchanged(store):
+        refused = cowfs("convert", store, "--to", "aufs")
     assert refused.returncode and "has the aufs format already" in refused.stderr
 
 
@@ -174,7 +175,8 @@ def test_killed_anywhere(store: Path, lower: Path, tmp_path: Path, to: str, kill
             assert refused.returncode and f"conversion to the {to} format was interrupted" in refused.stderr
             assert cowfs("check", "-n", store).returncode == 4
             other = "aufs" if to == "overlayfs" else "overlayfs"
-            refused = cowfs("convert", store, "--to", other)
+            with unchanged(store):
+                refused = cowfs("convert", store, "--to", other)
             assert refused.returncode and f"--to {to} completes it" in refused.stderr
         if now != to:
             assert converted(store, to)["continued"] is (now == "converting")
@@ -235,7 +237,8 @@ def test_refused_and_unchanged(lower: Path, tmp_path: Path) -> None:
         refused = cowfs("convert", store, "--to", "aufs")
         assert refused.returncode and "is mounted" in refused.stderr
     before = raw(store, "/upper")
-    refused = cowfs("convert", store, "--to", "aufs")
+    with unchanged(store):
+        refused = cowfs("convert", store, "--to", "aufs")
     assert refused.returncode and "and 1 more" in refused.stderr and len(refused.stderr.splitlines()) == 1
     assert raw(store, "/upper") == before
     with mounted(lower, tmp_path / "m", store) as mount:
@@ -243,11 +246,20 @@ def test_refused_and_unchanged(lower: Path, tmp_path: Path) -> None:
         (mount.path / ("n" * 250)).unlink()
         (mount.path / "usr/a").write_text("x")
         cowfs("revert", mount.path / "usr", check=True)
-    refused = cowfs("convert", store, "--to", "aufs")
+    with unchanged(store):
+        refused = cowfs("convert", store, "--to", "aufs")
+        again = cowfs("convert", store, "--to", "overlayfs")
+        none = cowfs("convert", store, "--to", "aufs", "--lower", tmp_path / "none")
+    assert again.returncode and "has the overlayfs format already" in again.stderr
+    assert none.returncode
     assert refused.returncode and "vacuum" in refused.stderr and "--trash" in refused.stderr
     with mounted(lower, tmp_path / "m", store) as mount:
         cowfs("checkpoint", mount.path, "one", check=True)
-    refused = cowfs("convert", store, "--to", "aufs")
+    with unchanged(store):
+        refused = cowfs("convert", store, "--to", "aufs")
+        for asked in (["rollback"], ["checkpoint", "--delete"]):
+            none = cowfs(*asked, store, "two")
+            assert none.returncode and "no such checkpoint" in none.stderr
     assert refused.returncode and "checkpoints" in refused.stderr
     refused = cowfs("convert", store, "--to", "ext4")
     assert refused.returncode == 1

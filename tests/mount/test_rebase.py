@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
 from tests.mount.test_export import script
-from tests.support.mounts import COWFS, cowfs, mounted
+from tests.support.mounts import COWFS, cowfs, mounted, unchanged
 from tests.support.system import as_nobody_prefix, needs_fuse, needs_root, run
 
 DEV_FUSE_AT_NIGHT = True
@@ -105,16 +106,33 @@ def test_what_is_refused(tmp_path: Path) -> None:
             assert refused.returncode == 32
             assert "is mounted" in refused.stderr
     run(*COWFS, "revert", store, "etc/a")
-    refused = cowfs("rebase", store, "--onto", new)
+    with unchanged(store):
+        refused = cowfs("rebase", store, "--onto", new)
     assert (refused.returncode, "files that `cowfs revert` removed" in refused.stderr) == (32, True)
     run(*COWFS, "vacuum", store, "--trash")
-    for wrong in (tmp_path / "none", store):
-        assert cowfs("rebase", store, "--onto", wrong).returncode == 32
+    (tmp_path / "file").touch()
+    with unchanged(store):
+        for wrong in (tmp_path / "none", store):
+            assert cowfs("rebase", store, "--onto", wrong).returncode == 32
+        refused = cowfs("rebase", store, "--from", new, "--onto", old)
+        assert (refused.returncode, "belongs to" in refused.stderr) == (32, True)
+        for place, code in ((old, 1), (tmp_path / "file/x", 2)):
+            assert cowfs("rebase", store, "--onto", new, "--conflicts", place).returncode == code
+    aufs = tmp_path / "aufs.bs"
+    shutil.copy(store, aufs)
+    cowfs("convert", aufs, "--to", "aufs", check=True)
+    with unchanged(aufs):
+        refused = cowfs("rebase", aufs, "--onto", new)
+    assert (refused.returncode, f"cowfs convert {aufs} --to overlayfs" in refused.stderr) == (32, True)
+    with mounted(old, tmp_path / "mnt", tmp_path / "store"):
+        script("echo 1 >etc/a", tmp_path / "mnt")
+    for place in (tmp_path / "store", tmp_path):
+        refused = cowfs("rebase", tmp_path / "store", "--onto", place)
+        assert (refused.returncode, "the store is inside the lower" in refused.stderr) == (32, True)
     assert cowfs("rebase", old, "--onto", new).returncode == 32
     assert not (old / "upper").exists()
-    (tmp_path / "file").touch()
-    refused = cowfs("rebase", store, "--onto", new, "--conflicts", tmp_path / "file/x", "--force-lower")
-    assert refused.returncode == 0  # there are no conflicts
+    assert cowfs("rebase", store, "--onto", new, "--conflicts", tmp_path / "look").returncode == 0
+    assert not (tmp_path / "look").exists()  # there are no conflicts
     assert cowfs("info", store).stdout.count(f"{new} ") == 1
 
 

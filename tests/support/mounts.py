@@ -74,6 +74,14 @@ def eventually(condition: object, what: str, seconds: float = 10.0) -> None:
         time.sleep(0.01)
 
 
+@contextmanager
+def unchanged(image: str | os.PathLike[str]) -> Iterator[None]:
+    """In this block no byte of a store changes."""
+    before = Path(image).read_bytes()
+    yield
+    assert Path(image).read_bytes() == before, f"bytes of {image} were changed"
+
+
 @dataclass
 class Mounted:
     """A mounted cowfs."""

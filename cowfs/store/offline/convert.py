@@ -111,6 +111,58 @@ def _open_directory(path: str, *, privileged: bool = True) -> DirectoryLayer:
     return DirectoryLayer(fd, path, privileged=privileged)
 
 
+def judge(path: str, target: str, progress: Progress) -> bool:
+    """Return whether the store at *path* refers to its lowers as *target* cannot; change no byte of it.
+
+    Blocks. Raises StoreError for what :func:`convert` would refuse, and StoreBusy.
+    """
+    with ExitStack() as stack:
+        layer = _look(path, stack, progress)
+        begun = conversion.begun(layer)
+        if begun is not None and begun[0] == target:
+            return False
+        refused = conversion.interrupted(layer)
+        if refused is not None:
+            raise refused
+        store, _ = _convertible(layer, target)
+        needs = target == AUFS and needs_lowers(layer)
+        _must_be_empty(layer, store, _TRASH)
+        return needs
+
+
+def _look(path: str, stack: ExitStack, progress: Progress) -> UpperLayer:
+    """Open the filesystem of a store as :func:`begin` does, only to read it."""
+    if split_subdir(path)[1] or os.path.isdir(path):
+        return begin(path, stack, progress)  # which writes nothing to a directory
+    fd = open_file(path, read_only=True)
+    stack.callback(os.close, fd)
+    if read_superblock(fd, path).has_errors:  # it may be readable only when it is repaired
+        return begin(path, stack, progress)
+    lock.lock(fd, path, shared=True, progress=progress)
+    lock.refuse_mounted_image(fd, path)
+    return open_layer(fd, path, stack, read_only=True)
+
+
+def _convertible(layer: UpperLayer, target: str) -> tuple[UpperLayer, Header]:
+    """Return a store and its header; StoreError if it has that format, or is none, or is not ours."""
+    store = layout.as_store(layer)
+    if layout.recognise(store) == "nothing":
+        raise StoreError(f"{layer.name}: nothing is in it", "the first mount makes a store of it")
+    if layout.whiteouts_of(store) == target:
+        raise StoreError(f"{layer.name}: the store has the {target} format already")
+    header = layout.find_header(store) or _new_header(layer)
+    if not sees_all(layer, header):
+        raise StoreError(f"{layer.name}: the store was created by root", "run this as root")
+    return store, header
+
+
+def _must_be_empty(layer: UpperLayer, store: UpperLayer, place: tuple[bytes, bytes]) -> None:
+    key = layout.find(store, *place)
+    if key is not None and store.readdir(key):
+        why, hint = _EMPTY[place]
+        raise StoreError(f"{layer.name}: {why}", hint.format(path=layer.name))
+
+
 def convert(layer: UpperLayer, target: str, tick: Tick) -> Converted:
     """Convert a store to the format *target*, or complete an interrupted conversion. Blocks.
 
@@ -120,19 +172,10 @@ def convert(layer: UpperLayer, target: str, tick: Tick) -> Converted:
     if begun is not None:
         header = _header_of(layer) or _new_header(layer)
         return Conversion(layer, target, XattrFormat(header.xattrs.encode()), tick).run(header)
-    store = layout.as_store(layer)
-    if layout.recognise(store) == "nothing":
-        raise StoreError(f"{layer.name}: nothing is in it", "the first mount makes a store of it")
-    if layout.whiteouts_of(store) == target:
-        raise StoreError(f"{layer.name}: the store has the {target} format already")
-    header = layout.find_header(store) or _new_header(layer)
+    store, header = _convertible(layer, target)
     xattrs = XattrFormat(header.xattrs.encode())
-    if not sees_all(layer, header):
-        raise StoreError(f"{layer.name}: the store was created by root", "run this as root")
-    for place, hint in _EMPTY.items():
-        key = layout.find(store, *place)
-        if key is not None and store.readdir(key):
-            raise StoreError(f"{layer.name}: {hint[0]}", hint[1].format(path=layer.name))
+    for place in _EMPTY:
+        _must_be_empty(layer, store, place)
     if target == AUFS:
         upper = layout.find(store, layout.UPPER)
         must_fit(layer, header, xattrs, upper)
@@ -141,8 +184,9 @@ def convert(layer: UpperLayer, target: str, tick: Tick) -> Converted:
     return Conversion(layer, target, xattrs, tick).run(header)
 
 
+_TRASH = layout.PRIVATE, b"trash"
 _EMPTY = {
-    (layout.PRIVATE, b"trash"): (
+    _TRASH: (
         "keeps what `cowfs revert` has taken back, in the format that it has now",
         "cowfs vacuum {path} --trash empties it",
     ),
