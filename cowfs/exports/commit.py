@@ -353,9 +353,10 @@ def _read(path: str) -> list[tuple[dict[str, Any], _Staged]]:
                 lines[_bytes(line["path"])] = line | {"number": len(lines)}
         if sum(len(staged.lines) for _, staged in trees) != whole["lines"]:
             raise ValueError(path)
-    except (ValueError, KeyError, TypeError, IndexError):
+        users = whole["users"]
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise StoreError(f"{path}: a prepared commit is damaged", "remove it, and commit again") from None
-    if whole["users"] != _users():
+    if users != _users():
         raise StoreError(
             f"{path}: was prepared with other user and group IDs",
             "start cowfs run as the same user, with the same /etc/subuid and /etc/subgid",

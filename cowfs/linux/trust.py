@@ -78,8 +78,17 @@ def who_can_substitute(path: str | bytes, fd: int) -> str | None:
 def is_public(path: str | bytes) -> bool:
     """Whether all users may read what *path* leads to: a file, or a directory with everything in it.
 
-    False for a directory with too many names to examine. OSError if the path leads nowhere.
+    False for a directory with too many names to examine, and if the path or a name below it leads nowhere:
+    its owner may change it at any time.
     """
+    try:
+        return _is_public(path)
+    except OSError:
+        return False
+
+
+def _is_public(path: str | bytes) -> bool:
+    """Do the work of :func:`is_public`. OSError."""
     *way, (there, info) = _way(path)
     if not all(stat.S_ISLNK(here.st_mode) or here.st_mode & stat.S_IXOTH for _, here in way):
         return False

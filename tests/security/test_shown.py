@@ -142,3 +142,4 @@ def test_what_is_public(roots: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     way.chmod(0o755)
     (way / "secret").touch(0o600)
     assert [is_public(f"{way}/{path}") for path in ("deep", "deep/..")] == [True, False]
+    assert not is_public(f"{way}/removed/meanwhile")
