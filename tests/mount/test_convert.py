@@ -318,7 +318,7 @@ def test_a_users_directory(nobody_path: Path) -> None:
         first = run(*prefix, "sh", "-ec", f"cd {mnt}; {facts}").stdout
     for to in ("overlayfs", "aufs"):
         done = cowfs("convert", store, "--to", to, nobody=True)
-        assert (done.returncode, f"has the {to} format now" in done.stderr) == (0, True)
+        assert (done.returncode, f"converted to the {to} format" in done.stderr) == (0, True)
         with mounted(lower, mnt, store, options=["fakeroot"], nobody=True):
             assert run(*prefix, "sh", "-ec", f"cd {mnt}; {facts}").stdout == first
 

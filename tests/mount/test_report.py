@@ -170,7 +170,7 @@ def test_what_cannot_be(tmp_path: Path) -> None:
     cowfs("create", tmp_path / "store.bs", "16", check=True)
     for words, code, word in (
         (["nothing", "-o", "x.html"], 32, "no such store"),
-        (["store.bs", "-fo", tmp_path / "there"], 1, "no regular file"),
+        (["store.bs", "-fo", tmp_path / "there"], 1, "not a regular file"),
         (["store.bs", "-o", tmp_path / "none/x"], 2, "No such file"),
         (["store.bs", "-o", "-", "--ignore", "colour"], 1, "unknown aspect"),
         (["store.bs", "-o", tmp_path / "there"], 1, "already exists"),
