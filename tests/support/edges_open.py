@@ -190,8 +190,10 @@ def _appended_by_many() -> list[Any]:
         pids.append(pid)
     for pid in pids:
         os.waitpid(pid, 0)
-    with open("log", "rb") as file:
+    with open("log", "r+b") as file:
         lines = file.read().splitlines()
+        file.seek(0)
+        file.write(b"".join(line + b"\n" for line in sorted(lines)))  # who was first is left to chance
     return [len(lines), sorted({len(line) for line in lines}), all(len(set(line)) == 1 for line in lines)]
 
 
