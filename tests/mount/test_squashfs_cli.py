@@ -357,10 +357,10 @@ def damaged_tables(good: bytes) -> bytes:
 
 
 BAD: dict[str, tuple[Callable[[bytes], bytes], list[str]]] = {
-    "version 1": (lambda good: with_version(1, 0), ["squashfs version 1.0", "mksquashfs"]),
+    "version 1": (lambda good: with_version(1, 1), ["squashfs version 1.1", "mksquashfs"]),
     "version 2": (lambda good: with_version(2, 2), ["squashfs version 2.2"]),
     "version 3": (lambda good: with_version(3, 2), ["squashfs version 3.2"]),
-    "version 1 big-endian": (lambda good: with_version(1, 0, b"sqsh"), ["squashfs version 1.0"]),
+    "version 1 big-endian": (lambda good: with_version(1, 1, b"sqsh"), ["squashfs version 1.1"]),
     "version 5": (lambda good: with_version(5, 0), ["squashfs version 5.0", "newer"]),
     "gzip": (lambda good: b"\x1f\x8b\x08" + good, ["gzip-compressed data"]),
     "zip": (lambda good: b"PK\x03\x04" + good, ["damaged zip archive", "truncated"]),

@@ -260,7 +260,7 @@ def test_what_was_replaced_is_brought_back_from_what_others_made(
     run("cp", "-a", tmp_path / "kept", nobody_path / "kept")
     undo = ["apply", "--undo", "--backup", str(nobody_path / "kept"), str(place)]
     done = cowfs(*undo)
-    assert done.returncode == 64 and "set-ID bits and capabilities, as" in done.stderr, done
+    assert done.returncode == 64 and "set-ID bits and capabilities, because" in done.stderr, done
     assert (place / "program").stat().st_mode & 0o7777 == 0o755
     assert cowfs(*undo, "--trust").returncode == 0
     assert (place / "program").stat().st_mode & 0o7777 == 0o4755

@@ -37,7 +37,11 @@ MOUNT = "mount -o loop,ro FILE DIR"
         (old("<", b"hsqs", 1, 1), "squashfs version 1.1", REPACK),
         (old("<", b"hsqs", 1, 0), "damaged squashfs superblock", "copy it again"),
         (old(">", b"sqsh", 3, 0), "damaged squashfs superblock", "copy it again"),
-        (old(">", b"sqsh", 4, 0), "big-endian squashfs version 4.0, but none is", "copy it again"),
+        (
+            old(">", b"sqsh", 4, 0),
+            "big-endian squashfs version 4.0, but that is never big-endian",
+            "copy it again",
+        ),
         (old(">", b"sqsh", 1, 2), "big-endian squashfs version 1.2", REPACK),
         (old("<", b"shsq", 3, 0), "damaged squashfs superblock", "copy it again"),
         (old(">", b"qshs", 3, 4), "big-endian squashfs version 3.4", REPACK),
