@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from cowfs.cli import options
 from cowfs.cli.output import say, warn
 from cowfs.errors import UsageError, printable
+from cowfs.linux.signals import read_answer
 
 if TYPE_CHECKING:
     from cowfs.exports.losses import Losses
@@ -133,8 +134,7 @@ def _asking() -> Callable[[str, bytes, str], bool]:
         nonlocal rest
         while rest is None:
             question = f"{kind}  {escape(path) or '/'}" + (f"  conflict: {conflict}" if conflict else "")
-            print(f"{printable(question)}  [y,n,a,d,q,?] ", end="", file=sys.stderr, flush=True)
-            answer = sys.stdin.readline()
+            answer = read_answer(f"{printable(question)}  [y,n,a,d,q,?] ")
             if not sys.stdin.isatty():
                 print(file=sys.stderr)
             match answer.strip().lower():

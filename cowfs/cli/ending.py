@@ -17,7 +17,7 @@ from cowfs.cli.output import progress_line, say, warn
 from cowfs.cli.sandbox import Part, forget_unused, name_of
 from cowfs.commits import Changed, Commit, complete_all, look_for_stale, place
 from cowfs.errors import CowfsError
-from cowfs.linux.signals import interruptible
+from cowfs.linux.signals import read_answer
 
 FAILED = 125
 """Exit code if the command ran, but its changes could not be committed or kept."""
@@ -248,9 +248,7 @@ def _ask(choices: dict[str, str], at_end: str) -> str:
     """Return the user's answer; *at_end* for Ctrl-D or a closed terminal. KeyboardInterrupt for Ctrl-C."""
     while True:
         words = ", ".join(f"[{key}]{word[1:]}" for key, word in choices.items())
-        print(f"{words}? ", end="", file=sys.stderr, flush=True)
-        with interruptible():
-            said = sys.stdin.readline()
+        said = read_answer(f"{words}? ")
         if not said:
             return at_end
         found = [word for key, word in choices.items() if said.strip().lower() in {key, word}]
@@ -259,7 +257,6 @@ def _ask(choices: dict[str, str], at_end: str) -> str:
 
 
 def _ask_name() -> str:
-    print("store (a new file): ", end="", file=sys.stderr, flush=True)
-    with suppress(KeyboardInterrupt), interruptible():
-        return sys.stdin.readline().strip()
+    with suppress(KeyboardInterrupt):
+        return read_answer("store (a new file): ").strip()
     return ""

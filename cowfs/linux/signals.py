@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import ctypes
 import os
+import select
 import signal
 import struct
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -68,6 +70,28 @@ def interruptible() -> Iterator[None]:
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         signal.signal(signal.SIGINT, handler)
+
+
+def read_answer(question: str) -> str:
+    """Write *question* to stderr, and return the line that is read from stdin; "" at its end. Blocks.
+
+    Ctrl-C raises KeyboardInterrupt from the moment when the question is seen, even if it comes just before
+    the wait for a line begins: Python runs no handler during read(2).
+    """
+    come, comes = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        with interruptible():
+            before = signal.set_wakeup_fd(comes)
+            try:
+                print(question, end="", file=sys.stderr, flush=True)
+                if sys.stdin.isatty():  # which gives a line at a time: none is in a buffer
+                    select.select([sys.stdin, come], [], [])
+                return sys.stdin.readline()
+            finally:
+                signal.set_wakeup_fd(before)
+    finally:
+        os.close(come)
+        os.close(comes)
 
 
 def forget_held_back() -> None:
