@@ -17,6 +17,7 @@ _SAY = {
     "note",
     "say",
     "_say",
+    "read_answer",
     "warn",
     "print",
     "progress",
