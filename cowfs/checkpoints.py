@@ -63,10 +63,15 @@ def checkpoint(what: str, name: str, lowers: Lowers | None = None, tell: Tell = 
 def rollback(what: str, name: str, lowers: Lowers | None = None, tell: Tell = lambda _: None) -> None:
     """Make the tree what it was at a checkpoint; later changes that no other checkpoint keeps are lost.
 
-    MountFailure if it is mounted and a process uses a file of it.
+    UsageError if there is no such checkpoint. MountFailure if the tree is mounted and a process uses a file
+    in it.
     """
+    from cowfs.store.format.checkpoints import no_such
+
     found = find_mount(what)
     if found is not None:
+        if all(one.name != name for one in checkpoints(what)):
+            raise no_such(name)
         _must_not_be_used(what, found.dev)
     _ask_checkpoints(what, "go_back", name, lowers, tell)
 

@@ -143,6 +143,7 @@ def take_two(mnt: Path) -> tuple[Seen, Seen]:
         assert refused.returncode == 32
         assert f"in use: {mnt}/etc/fstab (open, by" in refused.stderr
         assert f"pid {os.getpid()}" in refused.stderr
+        assert "no such checkpoint" in cowfs("rollback", mnt, "two").stderr  # that comes first
     script(MORE, mnt)
     two = seen(mnt)
     assert cowfs("checkpoint", mnt, "two").returncode == 0

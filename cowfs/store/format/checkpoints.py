@@ -156,7 +156,7 @@ class Layers:
         for checkpoint in self.all().values():
             if checkpoint.name == name and name:
                 return checkpoint
-        raise UsageError(f"{name!r}: no such checkpoint", "cowfs checkpoints lists them")
+        raise no_such(name)
 
     def standing_on(self, number: int, upper: Key) -> list[int]:
         """Return the numbers of the layers directly above this one; 0 is the upper."""
@@ -415,3 +415,8 @@ def listed(layers: Layers, upper: Key) -> list[dict[str, Any]]:
         for one in sorted(known.values(), key=lambda one: (one.taken, one.number))
         if one.name
     ]
+
+
+def no_such(name: str) -> UsageError:
+    """Return the error for a name that no checkpoint has."""
+    return UsageError(f"{name!r}: no such checkpoint", "cowfs checkpoints lists them")
