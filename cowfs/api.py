@@ -43,9 +43,11 @@ if TYPE_CHECKING:
     from cowfs.changes.names import Expect
     from cowfs.changes.patch import Counts
     from cowfs.changes.select import Selection
+    from cowfs.changes.version import Tree
     from cowfs.exports.apply_root import Root
     from cowfs.exports.choose import Ask
     from cowfs.exports.losses import Losses
+    from cowfs.exports.plan import Plan
     from cowfs.exports.run import How
 
 __all__ = [
@@ -235,7 +237,6 @@ def apply(
     """
     from cowfs.exports.apply import Apply, Compared
     from cowfs.exports.choose import chosen
-    from cowfs.exports.conflicts import conflicts, conflicts_in_tree
     from cowfs.exports.kept import keep
     from cowfs.exports.losses import Losses
     from cowfs.exports.plan import plan
@@ -256,11 +257,7 @@ def apply(
         if dry_run is not None:
             for change in changes:
                 dry_run(change)
-        if target is not None:
-            bad = list(conflicts(items, target, before, after))
-        else:  # not a byte of a store changes before it is sure that all of it will
-            with open_changes(root, tell=tell) as there:
-                bad = list(conflicts_in_tree(items, there.tree(), before, after))
+        bad = _conflicts(items, before, after, target, root, tell)
         if ask is not None:
             items = chosen(items, before, after, dict(bad), ask)
         if dry_run is None and (force or ask is not None or not bad):
@@ -275,6 +272,18 @@ def apply(
             except OSError as error:
                 raise _not_completed(error, named, root, backup) from None
     return bad, losses
+
+
+def _conflicts(
+    items: Plan, before: Tree, after: Tree, target: Root | None, root: str, tell: Tell
+) -> list[tuple[bytes, str]]:
+    """Return what is wrong in *target*, or in the store *root*, of which no byte is changed yet."""
+    from cowfs.exports.conflicts import conflicts, conflicts_in_tree
+
+    if target is not None:
+        return list(conflicts(items, target, before, after))
+    with open_changes(root, tell=tell) as there:
+        return list(conflicts_in_tree(items, there.tree(), before, after))
 
 
 def _not_completed(error: OSError, named: str, root: str, backup: str) -> Exception:

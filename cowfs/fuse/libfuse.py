@@ -243,7 +243,7 @@ def no_capability() -> InodeSet:
 
 
 def answer_no_capability() -> None:
-    """Answer GETXATTR for the inodes in that set in C from now on, in this session."""
+    """Let C answer GETXATTR for the inodes in that set, until the next :func:`prepare`."""
     if _module is not None:
         _module.no_capability_answer()
 

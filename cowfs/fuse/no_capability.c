@@ -142,6 +142,6 @@ PyMethodDef no_capability_methods[] = {
 	{ "no_capability_has", py_has, METH_O, "no_capability_has(inode): whether it is known to have none." },
 	{ "no_capability_clear", py_clear, METH_NOARGS, "no_capability_clear(): nothing is known any more." },
 	{ "no_capability_answer", py_answer, METH_NOARGS,
-	  "no_capability_answer(): answer the requests for it here, in this session." },
+	  "no_capability_answer(): answer the requests for it here, until prepare()." },
 	{ NULL, NULL, 0, NULL },
 };

@@ -8,7 +8,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-/* Another session begins: nothing is known. */
+/* Another mount begins: nothing is known. */
 void no_capability_reset(void);
 
 /* Whether a GETXATTR asks for the capability of a file that has none, and may be answered here. */
