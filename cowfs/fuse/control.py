@@ -41,16 +41,22 @@ where there is long work, which a thread does before the next step."""
 Command = Callable[[dict[str, Any]], Replies | Watcher]
 _REQUEST_MAX = 65536
 _SLICE = 64
+_PREPARING = 1.0
+"""Seconds."""
 
 
 class _Left(Exception):
     """The client no longer waits for an answer."""
 
 
-async def serve(directory: int, dev: str, commands: Mapping[str, Command]) -> None:
+Prepare = Callable[[], Awaitable[None]]
+
+
+async def serve(directory: int, dev: str, commands: Mapping[str, Command], prepare: Prepare) -> None:
     """Answer requests for the mount with this ``major:minor`` until cancelled.
 
-    *directory* comes from open_control_directory(). Raises OSError if the socket cannot be created.
+    *directory* comes from open_control_directory(). Before each command, waits for *prepare*, but not long.
+    Raises OSError if the socket cannot be created.
     """
     turns = UserThreads()
     with control_listener(directory, dev) as socket:
@@ -63,10 +69,12 @@ async def serve(directory: int, dev: str, commands: Mapping[str, Command]) -> No
                     log.warning("a request on the control socket was not accepted: %s", error)
                     await trio.sleep(1)
                     continue
-                nursery.start_soon(_talk, trio.SocketStream(connection), commands, turns)
+                nursery.start_soon(_talk, trio.SocketStream(connection), commands, turns, prepare)
 
 
-async def _talk(stream: trio.SocketStream, commands: Mapping[str, Command], turns: UserThreads) -> None:
+async def _talk(
+    stream: trio.SocketStream, commands: Mapping[str, Command], turns: UserThreads, prepare: Prepare
+) -> None:
     async with stream:
         try:
             _, uid = peer_of(stream.socket._sock)  # type: ignore[attr-defined]
@@ -77,6 +85,8 @@ async def _talk(stream: trio.SocketStream, commands: Mapping[str, Command], turn
             try:
                 if _is_closed(stream):  # it gave up, and was told that nothing was done
                     raise _Left
+                with trio.move_on_after(_PREPARING):
+                    await prepare()
                 await _execute(
                     stream, _request(line), fds, commands, functools.partial(_with_patience, turns, uid)
                 )

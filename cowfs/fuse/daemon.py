@@ -314,7 +314,8 @@ class Daemon:
 
     async def _serve_control(self, commands: Mapping[str, control.Command]) -> None:
         try:
-            await control.serve(self._control, self.dev, commands)
+            # First the FORGETs that have come: a command may need the space of what was deleted before it.
+            await control.serve(self._control, self.dev, commands, self.loop.serve_others)
         except OSError as error:
             log.warning("no control socket: `cowfs info` and `diff` do not work on this mount: %s", error)
 
