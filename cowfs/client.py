@@ -189,7 +189,7 @@ def _connect_soon(connection: socket.socket, dev: str, owner: int) -> int:
     while True:
         try:
             return connect_control(connection, dev, owner)
-        except FileNotFoundError:
+        except (FileNotFoundError, PermissionError):  # it is in none yet, and one place is another user's
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.02)
