@@ -57,7 +57,9 @@ class _Ask:
         answer = b""
         with trio.fail_after(10):
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(control.serve, self._directory, _DEV, self._known)
+                nursery.start_soon(
+                    control.serve, self._directory, _DEV, self._known, trio.lowlevel.checkpoint
+                )
                 while not os.path.exists(self._path):
                     await trio.sleep(0)
                 stream = await trio.open_unix_socket(self._path)
