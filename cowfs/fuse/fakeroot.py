@@ -25,6 +25,7 @@ from cowfs.fuse import libfuse
 from cowfs.fuse.adapter import Adapter
 from cowfs.fuse.handlers import sync
 from cowfs.layers.acl import ACCESS, DEFAULT
+from cowfs.linux.callers import asks_for_a_size
 from cowfs.overlay.handle import Writer
 from cowfs.overlay.node import Node
 from cowfs.types import Attr
@@ -146,7 +147,7 @@ class FakerootAdapter(Adapter):
         # A caller that reads the value may be about to set it (setfacl). Since Linux 6.2 the kernel reads the
         # value even for a caller that only asks for its size, as ls does (__fuse_get_acl()).
         size = libfuse.request()[2]
-        if name in _ACLS and size and inode not in self._lent:
+        if name in _ACLS and size and inode not in self._lent and not asks_for_a_size(ctx.pid):
             await self._lend_now(inode)
         return await super().getxattr(inode, name, ctx)
 
