@@ -8,11 +8,13 @@ from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cowfs.changes.merged import Merged
+from cowfs.changes.real_owners import RealOwners
 from cowfs.changes.version import Tree, Version
 from cowfs.errors import LayerError, StoreError, UsageError
 from cowfs.layers.frozen import FrozenLayer
 from cowfs.linux.fuse import LISTED
 from cowfs.overlay.index import open_index
+from cowfs.overlay.mapped_owners import as_in_store, out_of
 from cowfs.overlay.stack import Stack
 from cowfs.overlay.xattr_format import XattrFormat
 from cowfs.store.format.header import said_of, volatile_above
@@ -103,8 +105,9 @@ class OfflineChanges:
         stack.callback(store.close)
         given, offsets, data_only = lowers.given, lowers.offsets, lowers.data_only
         styles = styles_of(store.header.lowers, given)
+        found: Sequence[Identity] = store.header.lowers
         if given is None:
-            given, offsets, data_only = recorded_lowers(path, store.header.lowers, offsets)
+            given, offsets, data_only = recorded_lowers(path, found, offsets)
         else:
             found = identities(given, offsets, data_only, styles)
             styles = tuple(low.whiteouts for low in found)
@@ -114,6 +117,8 @@ class OfflineChanges:
         self._lowers = open_lowers(given, lowers.engine, offsets, data_only, styles)
         for lower in self._lowers:
             stack.callback(lower.close)
+        kinds = [low.kind for low in found]
+        real, self._lowers = self._lowers, as_in_store(self._lowers, kinds, store.header.owners)
         self._between = wanted = between(store.layers, store.upper, *when)
         fresh = store.layers.is_fresh(store.upper)
         self._index = None if fresh else layout.find(store.layer, layout.WORK, b"index")
@@ -127,6 +132,11 @@ class OfflineChanges:
             self._after = Merged(Stack([store.layer, *below], xattrs, store.upper), index)
         else:
             self._after = Merged(Stack(below, xattrs))
+        out = out_of(store.header.owners) if set(kinds) == {"directory"} else None
+        self._trees: tuple[Tree, Tree] = self._before, self._after
+        if out is not None:
+            before = Merged(Stack([*self._older, *real], xattrs))
+            self._trees = before, RealOwners(self._after, (self._before, before), out)
 
     def __iter__(self) -> Iterator[Change]:
         return self._diff(directory_times=False)
@@ -150,10 +160,10 @@ class OfflineChanges:
         return diff(new.layer, new.root, below, prefix, new.links, directory_times=times)
 
     def tree(self) -> Tree:
-        return self._after
+        return self._trees[1]
 
     def tree_before(self) -> Tree:
-        return self._before
+        return self._trees[0]
 
     def before(self, path: bytes) -> Version | None:
         return self._before.version(path)

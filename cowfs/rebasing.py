@@ -31,6 +31,7 @@ from cowfs.lowers import open_lowers
 from cowfs.mountpoint import check_apart
 from cowfs.offline_changes import Lowers, Tell, identities, must_be_there, recorded_lowers, styles_of
 from cowfs.overlay.index import open_index
+from cowfs.overlay.mapped_owners import as_in_store
 from cowfs.overlay.stack import Stack
 from cowfs.overlay.xattr_format import XattrFormat
 from cowfs.store.format import checkpoints, layout, rebased
@@ -206,6 +207,7 @@ def _open(
         opened.append(open_lowers(one.given or (), one.engine, one.offsets, one.data_only, styles))
         for layer in opened[-1]:
             stack.callback(layer.close)
+        opened[-1] = as_in_store(opened[-1], [low.kind for low in known], store.header.owners)
     return _Work(store, XattrFormat(store.xattr_prefix), opened[0], opened[1], result, tick)
 
 

@@ -25,6 +25,7 @@ from cowfs.overlay.aufs import written_through
 from cowfs.overlay.freeze import give_up_index
 from cowfs.overlay.fs import OverlayOptions
 from cowfs.overlay.graft import Grafted
+from cowfs.overlay.mapped_owners import as_in_store
 from cowfs.overlay.node import APART
 from cowfs.overlay.original import copy_xattrs
 from cowfs.overlay.overlay import Overlay
@@ -255,6 +256,7 @@ def _open_union(options: UnionOptions, progress: Progress) -> Union:
             lowers[number] = open_module(options.lowers[number], offsets[number])
             stack.callback(lowers[number].close)
         opened, lowers = lowers, lowers[above:]
+        lowers = as_in_store(lowers, [low.kind for low in identities], store.header.owners)
         store.layer.note_reads(options.atime)
         anew = not store.header.lowers and not store.header.adopted
         directory = written_through(store.layer)

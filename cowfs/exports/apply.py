@@ -9,6 +9,7 @@ import errno
 import os
 import stat
 from contextlib import closing, suppress
+from dataclasses import replace
 from typing import Protocol
 
 from cowfs.changes.version import Tree
@@ -18,6 +19,7 @@ from cowfs.exports.entries import CAPABILITY, Entry, Tick, Withheld, copy, data_
 from cowfs.exports.losses import Losses
 from cowfs.exports.plan import Plan
 from cowfs.layers import beneath
+from cowfs.layers.acl import ACCESS, DEFAULT, has_unknown
 from cowfs.layers.kernel_file import KernelFile
 from cowfs.linux import files, user_namespace
 
@@ -138,6 +140,8 @@ class Apply:
             and self._in_place(entry, parent, name, owner)
         ):
             return
+        if there is not None and stat.S_ISREG(there.st_mode):
+            entry = self._without_fixed_acls(entry, parent, name)
         since, temporary = beneath.now(), new_name()
         try:
             fd = self._made(entry, parent, temporary, since)
@@ -211,7 +215,7 @@ class Apply:
             if not is_same(fd, info, entry.node):
                 if not stat.S_ISREG(entry.mode) or not self._known.keeps_owner(entry.path):
                     return False
-                if is_replaced(info, parent):
+                if is_replaced(fd, info, parent):
                     return False
                 with closing(KernelFile(beneath.reopen(fd, os.O_WRONLY | os.O_TRUNC))) as file:
                     self._fill(entry, file)
@@ -221,6 +225,18 @@ class Apply:
             return True
         finally:
             os.close(fd)
+
+    def _without_fixed_acls(self, entry: Entry, parent: int, name: bytes) -> Entry:
+        """Return the entry without the ACLs of the file at *name* that a new file cannot get."""
+        fd = self._root.enter(parent, name, os.O_PATH)
+        try:
+            fixed = _fixed_acls(_xattrs(fd)) & entry.xattrs.keys()
+        finally:
+            os.close(fd)
+        if not fixed:
+            return entry
+        self._losses.add("files without some of their extended attributes", entry.path)
+        return replace(entry, xattrs={key: value for key, value in entry.xattrs.items() if key not in fixed})
 
     def _note_first(self, entry: Entry, info: os.stat_result) -> None:
         if entry.node.attr.st_nlink > 1:
@@ -304,17 +320,13 @@ class Apply:
                     self._losses.add("times that only the owner can set", entry.path, exact=False)
 
     def _set_xattrs(self, fd: int, entry: Entry) -> None:
+        there = _xattrs(fd)
+        fixed = _fixed_acls(there)  # chmod(2) sets their mask
         try:
-            there = {name: beneath.getxattr(fd, name) for name in beneath.listxattr(fd)}
-        except OSError as error:
-            if error.errno not in _REFUSED:
-                raise
-            there = {}
-        try:
-            for name in there.keys() - entry.xattrs.keys():
+            for name in there.keys() - entry.xattrs.keys() - fixed:
                 beneath.removexattr(fd, name)
             for name, value in entry.xattrs.items():
-                if there.get(name) != value:
+                if there.get(name) != value and name not in fixed:
                     beneath.setxattr(fd, name, value, 0)
         except OSError as error:
             self._lose(error, "files without some of their extended attributes", entry)
@@ -329,9 +341,26 @@ def _inode(info: os.stat_result) -> tuple[int, int]:
     return info.st_dev, info.st_ino
 
 
-def is_replaced(info: os.stat_result, directory: int) -> bool:
+def _xattrs(fd: int) -> dict[bytes, bytes]:
+    try:
+        return {name: beneath.getxattr(fd, name) for name in beneath.listxattr(fd)}
+    except OSError as error:
+        if error.errno not in _REFUSED:
+            raise
+        return {}
+
+
+def is_replaced(fd: int, info: os.stat_result, directory: int) -> bool:
     """Whether a new file can replace one in *directory*; otherwise cowfs writes to the existing file."""
-    return beneath.may_change(directory) and not user_namespace.lacks(info.st_uid, info.st_gid)
+    if user_namespace.lacks(info.st_uid, info.st_gid) or not beneath.may_change(directory):
+        return False
+    return not _fixed_acls(_xattrs(fd))
+
+
+def _fixed_acls(there: dict[bytes, bytes]) -> set[bytes]:
+    """Return the names of the ACLs that only the kernel can copy or change, because they name users or groups
+    that have no number in this user namespace."""
+    return {name for name in (ACCESS, DEFAULT) if name in there and has_unknown(there[name])}
 
 
 def _may_stay(info: os.stat_result, entry: Entry, owner: tuple[int, int]) -> bool:

@@ -65,7 +65,11 @@ def changed(root: Root, top: bytes, was: dict[bytes, Facts], to_be: Node | None)
             if not _is_old(info, was.get(path)):
                 if wanted is not None and is_same(fd, info, wanted):
                     continue
-                if wanted is None or is_replaced(info, root.place(path)[0]) or not _is_torn(fd, info, wanted):
+                if (
+                    wanted is None
+                    or is_replaced(fd, info, root.place(path)[0])
+                    or not _is_torn(fd, info, wanted)
+                ):
                     yield path
             elif stat.S_ISDIR(info.st_mode):
                 names = (entry.name for entry in beneath.entries(root.directory(path)))

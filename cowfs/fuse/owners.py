@@ -14,14 +14,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 from cowfs.layers import acl
 from cowfs.linux import user_namespace
 from cowfs.linux.user_namespace import Range
 from cowfs.types import Attr
-
-_OVERFLOW = 65534
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,13 +94,7 @@ def _mapped(number: int, ranges: Sequence[Range], side: int, kind: str) -> int:
     return _overflow(kind)
 
 
-@cache
-def _overflow(kind: str) -> int:
-    """Return the overflow user or group, for those without a number (proc_sys_kernel(5))."""
-    try:
-        return int(Path(f"/proc/sys/kernel/overflow{kind}").read_text(encoding="ascii"))
-    except (OSError, ValueError):
-        return _OVERFLOW
+_overflow = cache(user_namespace.overflow)
 
 
 def owners(given: OwnerMap | None = None) -> Owners | None:

@@ -106,6 +106,30 @@ def renamed(value: bytes, user: Callable[[int], int], group: Callable[[int], int
     return build(changed) if value else value
 
 
+def has_unknown(value: bytes) -> bool:
+    """Whether an ACL, as getxattr(2) returns it, names a user or group that has no number here. EINVAL."""
+    return any(_is_unknown(entry) for entry in parse(value))
+
+
+def with_known(value: bytes, old: bytes, known: bytes) -> bytes:
+    """Return an ACL with the users and groups of *known*, another view of *old*, where *old* lacks numbers.
+
+    *value* is *old* with other permissions; if it is not, it is returned as it is. EINVAL.
+    """
+    entries, views = parse(value), list(zip(parse(old), parse(known), strict=True))
+    names = [(tag, other[2]) for (tag, perm, who), other in views if _is_unknown((tag, perm, who))]
+    unknown = [number for number, entry in enumerate(entries) if _is_unknown(entry)]
+    if [entries[number][0] for number in unknown] != [tag for tag, _ in names]:
+        return value
+    for number, (tag, who) in zip(unknown, names, strict=True):
+        entries[number] = tag, entries[number][1], who
+    return build(entries) if entries else value
+
+
+def _is_unknown(entry: Entry) -> bool:
+    return entry[0] in {_USER, _GROUP} and entry[2] == _NOBODY
+
+
 def _allowed(entries: list[Entry], mode: int) -> dict[int, int]:
     """Return the permissions that a mode gives to each tag that it concerns."""
     group = _MASK if any(tag == _MASK for tag, _, _ in entries) else _GROUP_OBJ

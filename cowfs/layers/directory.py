@@ -367,6 +367,11 @@ class DirectoryLayer(Descriptors):
         """Change the real owner."""
         self._by_fd(key, beneath.chown, uid, gid)
 
+    def show_owners(self, owner: Callable[[int, int], tuple[int, int]]) -> None:
+        """Translate the owners that the kernel shows, but not those in notes."""
+        if self._notes is not None:
+            self._notes.owner = owner
+
     def act_as_root(self, spare: PathKey, *, anew: bool) -> None:
         """Keep every owner, mode and device without privilege (:meth:`OwnerNotes.act_as_root`)."""
         if self._notes is not None:

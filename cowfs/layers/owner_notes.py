@@ -144,6 +144,8 @@ class OwnerNotes:
         self._spare: Key | None = None
         self._numbers = itertools.count()
         self._user: Note | None = None
+        self.owner: Callable[[int, int], tuple[int, int]] | None = None
+        """Translates the real owner of an inode without a note, if the store has other numbers."""
         with suppress(OSError, ValueError):
             self._user = parse(layer.getxattr(layer.root, USER_XATTR), stat.S_IFDIR)
 
@@ -176,7 +178,9 @@ class OwnerNotes:
             return None
 
     def _unnoted(self, attr: Attr) -> Note | None:
-        return self._user if attr.st_uid == self._me else None
+        if self._user is not None and attr.st_uid == self._me:
+            return self._user
+        return None if self.owner is None else Note(*self.owner(attr.st_uid, attr.st_gid))
 
     def chmod(self, key: Key, mode: int) -> None:
         """Change the mode of an inode, but keep the real permissions that the layer needs."""

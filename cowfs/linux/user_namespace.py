@@ -9,14 +9,69 @@ from __future__ import annotations
 import os
 import pwd
 import subprocess
+from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from cowfs.linux import mounts, programs
 
 _WHOLE = (0, 0, 4294967295)
+_OVERFLOW = 65534
 Range = tuple[int, int, int]
 """The first number inside, its number outside, and the count (user_namespaces(7))."""
+
+
+@dataclass(frozen=True, slots=True)
+class IdMap:
+    """The users and the groups that a user namespace maps."""
+
+    users: tuple[Range, ...]
+    groups: tuple[Range, ...]
+
+
+def id_map() -> IdMap:
+    """Return the map of this process's user namespace."""
+    return IdMap(tuple(ranges("uid")), tuple(ranges("gid")))
+
+
+def has_everybody(known: IdMap) -> bool:
+    """Whether all users and groups have the same number inside as outside."""
+    return known == IdMap((_WHOLE,), (_WHOLE,))
+
+
+def is_outside(known: IdMap) -> bool:
+    """Whether the numbers outside of a namespace with this map can be those of this process's namespace.
+
+    All of them exist here, as they do in the initial namespace.
+    """
+    here = id_map()
+    return all(map(_contains, (here.users, here.groups), (known.users, known.groups)))
+
+
+def _contains(here: tuple[Range, ...], inside: tuple[Range, ...]) -> bool:
+    return all(
+        any(first <= outside and outside + count <= first + most for first, _, most in here)
+        for _, outside, count in inside
+    )
+
+
+def number_in(number: int, ranges: Sequence[Range]) -> int | None:
+    """Return the number inside of the user, or group, with *number* outside; None if it has none."""
+    return next((number - there + first for first, there, most in ranges if 0 <= number - there < most), None)
+
+
+def number_outside(number: int, ranges: Sequence[Range]) -> int | None:
+    """Return the number outside of the user, or group, with *number* inside; None if there is none."""
+    return next((number - first + there for first, there, most in ranges if 0 <= number - first < most), None)
+
+
+def overflow(kind: str) -> int:
+    """Return what stat(2) shows for a user, or a group, that has no number here (proc_sys_kernel(5))."""
+    try:
+        return int(Path(f"/proc/sys/kernel/overflow{kind}").read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return _OVERFLOW
 
 
 def ranges(kind: str) -> list[Range]:
@@ -38,7 +93,7 @@ def has_one_user() -> bool:
 def lacks(user: int, group: int) -> bool:
     """Whether an owner that stat(2) returned is not mapped in this user namespace."""
     return any(
-        number == int(Path(f"/proc/sys/kernel/overflow{kind}").read_text(encoding="ascii"))
+        number == overflow(kind)
         and not any(first <= number < first + count for first, _, count in ranges(kind))
         for kind, number in (("uid", user), ("gid", group))
     )

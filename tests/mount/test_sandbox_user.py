@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from tests.boot.images import BUSYBOX
 from tests.mount.test_sandbox import FAILED, made, with_programs
 from tests.support.commits import one_run_at_a_time  # noqa: F401 - a fixture for all
 from tests.support.mounts import cowfs, project_root
-from tests.support.system import makes_user_namespaces, needs_fuse, needs_root
+from tests.support.system import makes_user_namespaces, needs_fuse, needs_root, run
 
 DEV_FUSE_AT_NIGHT = True
 pytestmark = [needs_fuse, needs_root]
@@ -37,10 +38,14 @@ def test_an_ordinary_user_commits_what_they_may_change(nobody_path: Path) -> Non
     (root / "secret/third").hardlink_to(own / "first")  # so it is looked for everywhere
     for path in (own, own / "first", own / "group", root / "log", root / "other", root / "other/two"):
         os.chown(path, 65534, {"group": 4, "first": 65534}.get(path.name, -1))
+    with_acls = [own / "group", root / "log"]
+    run("setfacl", "-m", "u:7:rw,u:65534:r", *with_acls)
+    acls = [of_others(path) for path in with_acls]
     script = """
     cd own; mkdir d; echo 2 >d/new; ln ../other/two .; echo 2 >>group; chmod 600 group; echo 2 >>../log
     echo 2 >>first; id -u; cat "$APT_CONFIG"; python3 -c 'import pty; pty.openpty()'
     """
+    run("cp", "-a", root, nobody_path / "before")
     with with_programs(root):
         command = ("run", "--root", root, "--commit", "--", "sh", "-euc")
         (own / "theirs/sub").mkdir(parents=True)
@@ -53,17 +58,38 @@ def test_an_ordinary_user_commits_what_they_may_change(nobody_path: Path) -> Non
         for name in ("file", "new", "own/theirs"):
             assert f"conflict: {name} may not be changed by you\n" in refused.stderr
         kept = next((nobody_path / "cowfs/kept").iterdir())
-        listed = cowfs("diff", kept, "--name-only", nobody=True).stdout.split()
-        assert {"file", "log", "new", "own/d", "own/d/new", "own/group"} <= set(listed)
+        for nobody in (True, False):
+            listed = cowfs("diff", kept, nobody=nobody, check=True).stdout
+            assert "owner" not in listed  # in the namespace 65534 is 0, and 0 is nobody
+            for line in ("D  file", "A  new", "A  own/d/new", "M  log  (content, times)"):
+                assert line in listed.splitlines(), listed
+        why = cowfs("explain", kept, "log", nobody=True, check=True).stdout
+        assert "changed in content, times;" in why
+        copied = nobody_path / "copied"
+        run("cp", "-a", nobody_path / "before", copied)
+        cowfs("apply", "--trust", kept, copied, check=True)
+        owners = {name: (copied / name).stat() for name in ("new", "log", "own/d/new", "own/group")}
+        assert [(info.st_uid, info.st_gid) for info in owners.values()] == [
+            (65534, 65534), (65534, 0), (65534, 65534), (65534, 4),
+        ]  # fmt: skip
+        assert of_others(copied / "log") == acls[1]
         done = cowfs(*command, script, nobody=True, env=env)
     assert (done.returncode, done.stdout) == (0, '0\nAPT::Sandbox::User "root";\n'), done.stderr
     assert (own / "d/new").stat().st_uid == 65534
+    assert [of_others(path) for path in with_acls] == acls  # 7 has no number in the namespace
     assert (own / "two").stat().st_ino == (root / "other/two").stat().st_ino
     assert [(own / name).read_text() for name in ("first", "second")] == ["1\n2\n"] * 2
     assert (own / "first").samefile(own / "second") and (root / "secret/third").read_text() == "1\n"
     info = (own / "group").stat()
     assert (info.st_uid, info.st_gid, info.st_mode & 0o777) == (65534, 4, 0o600)
     assert [(own / "group").read_text(), (root / "log").read_text()] == ["1\n2\n"] * 2
+
+
+def of_others(path: Path) -> list[str]:
+    """The entries of an ACL that name somebody."""
+    return [
+        line for line in run("getfacl", "-cEn", path).stdout.splitlines() if re.match("[ug][^:]*:[0-9]", line)
+    ]
 
 
 @pytest.mark.skipif(not BUSYBOX.exists(), reason="needs busybox-static")

@@ -13,6 +13,7 @@ from typing import Any
 import cowfs
 from cowfs.errors import StoreError, WrongLower
 from cowfs.jsontext import whole
+from cowfs.linux.user_namespace import IdMap, Range, has_everybody
 from cowfs.store.format import mark
 from cowfs.store.format.mark import Mark
 from cowfs.types import Identity
@@ -27,6 +28,9 @@ USER = "user.overlay."
 
 _SEEN = "lowers_seen"
 _DEEPEST = 16
+_LAST_ID = (1 << 32) - 1
+_MOST_RANGES = 340
+"""As many as the kernel allows (user_namespaces(7))."""
 _OF_A_LOWER = ("kind", "fingerprint", "description", "path")
 _FIELDS = (
     "version",
@@ -40,6 +44,7 @@ _FIELDS = (
     "mark",
     "volatile",
     "modules",
+    "owners",
 )
 
 
@@ -66,6 +71,8 @@ class Header:
     """Directories of the union whose changes are not kept, as paths from its root: ``/tmp``."""
     modules: tuple[Identity, ...] = ()
     """Modules, which may be mounted above the lowers, in any order: those that `cowfs lower add` added."""
+    owners: IdMap | None = None
+    """The map of the user namespace in which the store was first mounted; None for all users."""
     more: dict[str, Any] = field(default_factory=dict)
     """Unknown fields, kept as they are."""
 
@@ -99,6 +106,7 @@ def to_json(header: Header) -> bytes:
         **({"mark": {"name": header.mark.name, "keeps": list(header.mark.keeps)}} if header.mark else {}),
         **({"volatile": list(header.volatile)} if header.volatile else {}),
         **({"modules": list(map(_of_lower, header.modules))} if header.modules else {}),
+        **({"owners": _of_map(header.owners)} if header.owners else {}),
         **header.more,
     }
     return json.dumps(content, indent=2).encode() + b"\n"
@@ -112,6 +120,10 @@ def _of_lower(low: Identity) -> dict[str, Any]:
         "path": low.path,
         **({"offset": low.offset} if low.offset else {}),
     }
+
+
+def _of_map(owners: IdMap) -> dict[str, Any]:
+    return {"users": list(map(list, owners.users)), "groups": list(map(list, owners.groups))}
 
 
 def from_json(data: bytes, path: str) -> Header:
@@ -148,6 +160,7 @@ def from_json(data: bytes, path: str) -> Header:
             mark=_mark(content.get("mark"), path),
             volatile=_volatile(content.get("volatile", [])),
             modules=tuple(map(_lower, content.get("modules", []))),
+            owners=_owners(content.get("owners")),
             more={key: value for key, value in content.items() if key not in _FIELDS},
         )
     except (KeyError, TypeError, ValueError, AttributeError):
@@ -160,6 +173,19 @@ def _lower(content: dict[str, Any]) -> Identity:
     if "\0" in path:
         raise ValueError(path)
     return Identity(kind, fingerprint, description, path, offset)
+
+
+def _owners(content: Any) -> IdMap | None:
+    return None if content is None else IdMap(_ranges(content["users"]), _ranges(content["groups"]))
+
+
+def _ranges(content: Any) -> tuple[Range, ...]:
+    if not isinstance(content, list) or len(content) > _MOST_RANGES:
+        raise ValueError(content)
+    found: list[Range] = []
+    for first, outside, count in content:
+        found.append((whole(first, _LAST_ID), whole(outside, _LAST_ID), whole(count, _LAST_ID, 1)))
+    return tuple(found)
 
 
 def _is_deep(content: Any) -> bool:
@@ -250,6 +276,11 @@ def bound(header: Header, lowers: Sequence[Identity], volatile: Sequence[str] | 
     return replace(
         header, lowers=tuple(lowers), volatile=header.volatile if volatile is None else tuple(volatile)
     )
+
+
+def made_by(header: Header, owners: IdMap) -> Header:
+    """Return the header with the map of the namespace that the owners in the store are those of."""
+    return replace(header, owners=None if has_everybody(owners) else owners)
 
 
 def seen(header: Header, when: int) -> Header:

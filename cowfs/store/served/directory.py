@@ -16,6 +16,7 @@ from cowfs.layers.base import Key, UpperLayer
 from cowfs.layers.directory import DirectoryLayer
 from cowfs.linux import trust
 from cowfs.overlay.aufs import written_through
+from cowfs.overlay.mapped_owners import into
 from cowfs.store.format import copy_detection, layout
 from cowfs.store.format.checkpoints import LAYERS
 from cowfs.store.format.header import TRUSTED, USER, Header, check_lowers, new_header
@@ -224,6 +225,9 @@ def _open(
         first.close()
     layer = make_layer(privileged=privileged or header.xattrs == TRUSTED)
     stack.callback(layer.close)
+    owners = into(header.owners)
+    if owners is not None and isinstance(directory := written_through(layer), DirectoryLayer):
+        directory.show_owners(owners.owner)
     try:
         if not want.read_only:
             layout.probe(layer, layout.find(layer, layout.WORK), header.xattrs.encode())

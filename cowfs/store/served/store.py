@@ -16,12 +16,13 @@ from cowfs.errors import StoreError
 from cowfs.layers import acl, beneath
 from cowfs.layers.apart import ApartLayer
 from cowfs.layers.base import Key, UpperLayer
+from cowfs.linux import user_namespace
 from cowfs.linux.files import LACK_OF_ROOM
 from cowfs.overlay.aufs import AufsStore
 from cowfs.store.e2fsprogs.tools import Progress, quiet
 from cowfs.store.format import layout, rebased
 from cowfs.store.format.checkpoints import Checkpoint, Layers
-from cowfs.store.format.header import USER, Header, bound, check_lowers, seen
+from cowfs.store.format.header import USER, Header, bound, check_lowers, made_by, seen
 from cowfs.store.served import lock
 from cowfs.types import Identity
 
@@ -180,7 +181,7 @@ class Store:
             return False
         first = not self.header.lowers and not self.header.adopted
         if first:
-            header = seen(header, beneath.now())
+            header = made_by(seen(header, beneath.now()), user_namespace.id_map())
         layout.save_header(self.layer, header)
         self.layer.sync()
         self.header = header
