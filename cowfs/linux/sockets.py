@@ -93,8 +93,8 @@ _NAME = re.compile(r"[0-9]+:[0-9]+")
 def _is_ours_and_dead(directory: int, name: str, seen: os.stat_result) -> bool:
     if not stat.S_ISSOCK(seen.st_mode) or seen.st_uid != os.geteuid():
         return False
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as connection:
-        connection.setblocking(False)
+    # Of another type than the daemons' sockets: a living one answers EPROTOTYPE, and notices nothing.
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as connection:
         try:
             connection.connect(_beneath(directory, name))
         except ConnectionRefusedError:

@@ -19,7 +19,7 @@ import pytest
 from cowfs.client import Patience, Silent, find_mount, mount_with_store
 from cowfs.linux.sockets import control_listener
 from tests.support.mounts import cowfs, eventually, force_umount, is_mounted, mounted
-from tests.support.system import NOBODY, needs_fuse, needs_root, run
+from tests.support.system import CONTROL, NOBODY, needs_fuse, needs_root, run
 
 pytestmark = [needs_fuse, needs_root]
 
@@ -150,7 +150,7 @@ def test_only_the_owner_can_touch_the_socket(lower: Path, nobody_path: Path, nob
     with mounted(lower, nobody_path / "mnt", nobody=nobody) as here:
         found = find_mount(str(here.path))
         assert found is not None
-        directory = Path("/tmp/cowfs-65534" if nobody else "/run/cowfs")
+        directory = Path(CONTROL[NOBODY if nobody else 0])
         above, socket_ = directory.stat(), (directory / found.dev).stat()
         assert {above.st_uid, socket_.st_uid} == {NOBODY if nobody else 0}
         assert stat.S_IMODE(above.st_mode) & 0o022 == 0 and stat.S_IMODE(socket_.st_mode) == 0o600
@@ -222,7 +222,7 @@ def _killed(lower: Path, mountpoint: Path, *, nobody: bool, stays: bool) -> Path
     with mounted(lower, mountpoint, nobody=nobody, quiet=False) as here:
         found = find_mount(str(here.path))
         assert found is not None
-        dead = Path(f"/tmp/cowfs-{NOBODY}" if nobody else "/run/cowfs", found.dev)
+        dead = Path(CONTROL[NOBODY if nobody else 0], found.dev)
         os.kill(here.pid(), signal.SIGKILL)
         eventually(lambda: not _listens(dead), "the daemon is gone")
         if stays:
@@ -247,22 +247,27 @@ def test_the_next_mount_clears_away_what_killed_daemons_left(
     """Sockets of mounts that are no more, and nothing else that is there."""
     with mounted(lower, nobody_path / "lives", nobody=nobody) as lives, ExitStack() as stack:
         dead = _killed(lower, nobody_path / "dead", nobody=nobody, stays=True)
-        beside = [dead.with_name("99:1"), dead.with_name("99:2")]
+        beside = [dead.with_name(f"99:{number}") for number in range(3)]
         for path in beside:
             stack.callback(path.unlink, missing_ok=True)
         beside[0].write_text("no socket")
         uid = NOBODY if nobody else 0
-        with socket.socket(socket.AF_UNIX) as slow, socket.socket(socket.AF_UNIX) as unheard:
-            slow.bind(str(beside[1]))
-            slow.listen(0)
-            unheard.connect(str(beside[1]))
-            for path in beside:
-                os.chown(path, uid, uid)
-            with mounted(lower, nobody_path / "next", nobody=nobody) as here:
-                gone = not dead.exists() or _listens(dead)  # that of a new mount with its number
-                assert gone and beside[0].exists() and beside[1].exists()
-                assert not list(dead.parent.glob("dead-*")) and not list(dead.parent.glob("new-*"))
-                assert lives.pid() > 0 and here.pid() > 0
+        slow, unheard, other = (stack.enter_context(socket.socket(socket.AF_UNIX)) for _ in range(3))
+        slow.bind(str(beside[1]))
+        slow.listen(0)
+        unheard.connect(str(beside[1]))
+        other.bind(str(beside[2]))
+        other.listen(8)
+        other.setblocking(False)
+        for path in beside:
+            os.chown(path, uid, uid)
+        with mounted(lower, nobody_path / "next", nobody=nobody) as here:
+            gone = not dead.exists() or _listens(dead)  # that of a new mount with its number
+            assert gone and all(path.exists() for path in beside)
+            assert not list(dead.parent.glob("dead-*")) and not list(dead.parent.glob("new-*"))
+            assert lives.pid() > 0 and here.pid() > 0
+        with pytest.raises(BlockingIOError):  # a daemon whose mount is elsewhere was not disturbed
+            other.accept()
 
 
 def _listens(path: Path) -> bool:
@@ -299,7 +304,7 @@ def lying(mountpoint: Path, uid: int, answers: dict[str, str]) -> Iterator[subpr
     """In the place of the daemon of a mount, by the same user, one that gives these answers."""
     found = find_mount(str(mountpoint))
     assert found is not None
-    place = f"{'/run/cowfs' if uid == 0 else f'/tmp/cowfs-{uid}'}/{found.dev}"
+    place = f"{CONTROL[uid]}/{found.dev}"
     os.rename(place, f"{place}-real")
     Path(place).touch()
     os.chown(place, uid, uid)
@@ -372,7 +377,7 @@ def test_an_endless_answer_ends(lower: Path, nobody_path: Path) -> None:
     with mounted(lower, nobody_path / "mnt", nobody=True, quiet=False) as here:
         found = find_mount(str(here.path))
         assert found is not None
-        place = f"/tmp/cowfs-{NOBODY}/{found.dev}"
+        place = f"{CONTROL[NOBODY]}/{found.dev}"
         os.rename(place, f"{place}-real")
         prefix = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "--"]
         Path(place).touch()

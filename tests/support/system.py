@@ -7,6 +7,7 @@ import functools
 import os
 import stat
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ import pytest
 CLONE_NEWNS = 0x00020000
 MS_BIND, MS_REC, MS_PRIVATE = 4096, 16384, 1 << 18
 NOBODY = 65534
+CONTROL = {0: "/run/cowfs", NOBODY: f"/tmp/cowfs-{NOBODY}"}
+"""Where the daemons of root and nobody have their control sockets."""
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: mounts, device nodes, other owners")
 needs_fuse = pytest.mark.skipif(not os.path.exists("/dev/fuse"), reason="needs /dev/fuse (modprobe fuse)")
@@ -22,8 +25,8 @@ needs_fuse = pytest.mark.skipif(not os.path.exists("/dev/fuse"), reason="needs /
 def isolate(scratch: Path) -> None:
     """Give this process mounts of its own, and everybody in there a /dev/fuse to open.
 
-    What a test mounts is seen by nobody else and is gone with the last process of the run. As
-    anybody but root this does nothing.
+    What a test mounts is seen by nobody else and is gone with the last process of the run. So are the
+    daemons' control sockets: other runs neither ask nor remove them. As anybody but root this does nothing.
     """
     if os.geteuid() != 0:
         return
@@ -37,8 +40,19 @@ def isolate(scratch: Path) -> None:
         node = scratch / "dev-fuse"
         os.mknod(node, stat.S_IFCHR | 0o666, os.makedev(10, 229))
         os.chmod(node, 0o666)
-        if libc.mount(os.fsencode(node), b"/dev/fuse", None, MS_BIND, None) != 0:
-            raise OSError(ctypes.get_errno(), "mount --bind /dev/fuse")
+        _bind(libc, node, "/dev/fuse")
+    for uid, place in CONTROL.items():
+        own = scratch / f"control-{uid}"
+        for directory in (Path(place), own):
+            with suppress(FileExistsError):
+                directory.mkdir(mode=0o700)
+                os.chown(directory, uid, uid, follow_symlinks=False)
+        _bind(libc, own, place)
+
+
+def _bind(libc: ctypes.CDLL, source: Path, target: str) -> None:
+    if libc.mount(os.fsencode(source), os.fsencode(target), None, MS_BIND, None) != 0:
+        raise OSError(ctypes.get_errno(), f"mount --bind {target}")
 
 
 @functools.cache
