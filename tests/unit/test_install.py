@@ -88,11 +88,29 @@ def test_every_file_to_install_is_there() -> None:
             assert mode == "link" or source.startswith("@") or (ROOT / source).is_file(), line
 
 
+@pytest.mark.parametrize(
+    ("prefix", "python", "why"),
+    [
+        ("/opt/my cow", "/usr/bin/python3", "absolute paths without spaces"),
+        ("opt", "/usr/bin/python3", "absolute paths without spaces"),
+        ("/opt/cow", "/bin/false", "needs Python 3.11"),
+    ],
+)
+def test_what_cannot_be_installed_leaves_nothing(tmp_path: Path, prefix: str, python: str, why: str) -> None:
+    done = subprocess.run(
+        [ROOT / "scripts/install", "program"],
+        env={**os.environ, "DESTDIR": str(tmp_path), "PREFIX": prefix, "PYTHON": python},
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 1 and done.stderr.startswith("install: ") and why in done.stderr
+    assert done.stderr.count("\n") == 1 and list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.nightly
 @pytest.mark.timeout(400)
 @pytest.mark.usefixtures("static_busybox")
 def test_the_whole_program_is_installed_runs_and_is_removed(tmp_path: Path) -> None:
-    tree = tmp_path / "tree"
+    tree = tmp_path / "the tree"
     install(tree, "program")
     install(tree, "boot")
     assert there(tree) == listed("program|boot")
