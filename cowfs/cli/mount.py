@@ -119,7 +119,9 @@ def mounted(args: argparse.Namespace, *, hides_store: bool = False) -> tuple[int
         os.environ.get("COWFS_DEBUG", "")
     )
     union = _union_options(args, given)
-    here = os.getcwd()
+    here = ""
+    with suppress(FileNotFoundError):  # it was removed; absolute paths do not need it
+        here = os.getcwd()
 
     @contextmanager
     def look() -> Iterator[None]:

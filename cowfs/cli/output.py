@@ -54,9 +54,12 @@ def printable_lines(data: bytes) -> bytes:
 
 
 def warn(text: str) -> None:
-    """Print one line to standard error."""
-    _clear_progress()
-    print(f"cowfs: {printable(text)}", file=sys.stderr, flush=True)
+    """Print one line to standard error. If nobody can read it (its disk is full), the exit code remains."""
+    try:
+        _clear_progress()
+        print(f"cowfs: {printable(text)}", file=sys.stderr, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what Python still holds goes there, at exit
 
 
 _CLEAR_LINE = "\r\x1b[K"

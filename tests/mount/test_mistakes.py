@@ -138,7 +138,11 @@ def test_options_are_advised_in_the_spelling_of_the_caller(tmp_path: Path) -> No
 
 
 def test_a_removed_current_directory_is_named(tmp_path: Path) -> None:
-    for words in (["info", "x"], ["create", "x.bs", "16"], ["mount", "x", "y"], ["diff", "x"]):
+    for name in ("lower", "mnt"):
+        (tmp_path / name).mkdir()
+    absolute = ["mount", f"{tmp_path}/lower", f"{tmp_path}/mnt", "--store", f"{tmp_path}/store"]
+    commands = (["info", "x"], ["create", "x.bs", "16"], ["mount", "x", "y"], ["diff", "x"], absolute)
+    for words in commands:
         (tmp_path / "gone").mkdir()
         script = 'cd "$0" && rmdir "$0" && exec "$@"'
         done = subprocess.run(
@@ -147,6 +151,10 @@ def test_a_removed_current_directory_is_named(tmp_path: Path) -> None:
             capture_output=True, text=True, timeout=60, check=False,
         )  # fmt: skip
         lines = [line for line in done.stderr.splitlines() if "getcwd" not in line]
+        if words is absolute:
+            cowfs("umount", tmp_path / "mnt", check=True)
+            assert (done.returncode, lines) == (0, []), done
+            continue
         assert done.returncode == 2 and len(lines) == 1, done
         assert lines[0].startswith("cowfs: the current directory has been removed ("), done
 
@@ -171,6 +179,8 @@ def test_a_standard_output_that_takes_nothing(here: Mounted) -> None:
         assert outcome(line, ">/dev/full") == (2, full), line
     for line in (f"info {mount}", f"diff {mount}", "--help"):
         assert outcome(line, ">&-") == (2, closed), line
+    for line, code in ((f"info {store}.not", 32), ("mount -o stroe=x a b", 1), (f"check {mount}", 8)):
+        assert outcome(line, "2>/dev/full") == (code, ""), line
     cowfs("umount", mount, check=True)
     assert outcome(f"check -n {store}", ">/dev/full") == (8, full)
     assert outcome(f"check -n {store}", ">&-") == (8, closed)
