@@ -11,6 +11,9 @@ from cowfs.client import ask, facts_of, the_mount
 from cowfs.errors import MountFailure
 from cowfs.linux import fuse
 
+_MAY_BE_SET = frozenset({"nosuid", "nodev", "noexec"})
+"""What the kernel alone does: the daemon need not know of it. mount(8) does not pass on the opposites."""
+
 
 def is_asked_for(given: list[str]) -> bool:
     """Return whether the options of all ``-o`` request a remount."""
@@ -31,18 +34,20 @@ def _must_be_writable(mountpoint: str, dev: str) -> None:
 
 
 def remount(mountpoint: str, given: list[str]) -> int:
-    """Make a mount read-only or writable. Other options stay the same, because mount(8) repeats them all.
+    """Make a mount read-only or writable, and set ``nosuid``, ``nodev`` and ``noexec`` if they are given.
 
-    If it becomes read-only, all changes are then written to disk. MountFailure if the mount is in use, or
-    belongs to another user.
+    Other options stay the same, because mount(8) repeats them all. If it becomes read-only, all changes are
+    then written to disk. MountFailure if the mount is in use, or belongs to another user.
     """
     mount = the_mount(mountpoint)
-    asked = [word for word in _words(given) if word in {"ro", "rw"}]
+    words = _words(given)
+    asked = [word for word in words if word in {"ro", "rw"}]
     is_read_only = asked[-1:] == ["ro"]
+    options = {*mount.options.split(","), *(word for word in words if word in _MAY_BE_SET)}
     if asked and not is_read_only:
         _must_be_writable(mountpoint, mount.dev)
     try:
-        fuse.remount(mountpoint, mount.options.split(","), read_only=is_read_only)
+        fuse.remount(mountpoint, options, read_only=is_read_only)
     except OSError as failure:
         hint = {
             errno.EBUSY: "a file is open for writing: fuser -vm shows by which process",

@@ -133,7 +133,10 @@ def test_a_dry_run_mounts_nothing(base: Path) -> None:
 
 
 def test_remount(base: Path) -> None:
-    """mount(8) finds the helper by the name of the type: nothing can be written, then it can again."""
+    """mount(8) finds the helper by the name of the type: nothing can be written, then it can again.
+
+    It also sets a flag that the kernel alone needs.
+    """
     os.symlink(HELPERS / "mount.cowfs", base / "sbin" / "mount.fuse.cowfs")
     said = with_helpers(
         base,
@@ -149,7 +152,7 @@ def test_remount(base: Path) -> None:
         findmnt -n -o OPTIONS -M "$PWD/mnt"
         echo two 2> /dev/null > mnt/two && echo "written to"
         cat mnt/one
-        mount -o remount,rw mnt
+        mount -o remount,rw,noexec mnt
         findmnt -n -o OPTIONS -M "$PWD/mnt"
         echo two > mnt/two
         umount mnt
@@ -159,7 +162,7 @@ def test_remount(base: Path) -> None:
     options, one, again, two = said.splitlines()
     assert (one, two) == ("one", "two")
     assert options.startswith("ro,nosuid")
-    assert again.startswith("rw,nosuid")
+    assert again.startswith("rw,nosuid,noexec")
 
 
 @pytest.mark.parametrize("kind", [pytest.param("directory", marks=pytest.mark.nightly), "image"])
