@@ -19,13 +19,14 @@ from cowfs.exports.entries import CAPABILITY, Entry, Tick, Withheld, copy, data_
 from cowfs.exports.losses import Losses
 from cowfs.exports.plan import Plan
 from cowfs.layers import beneath
-from cowfs.layers.acl import ACCESS, DEFAULT, has_unknown
+from cowfs.layers.acl import ACCESS, DEFAULT, has_unknown, same_names
 from cowfs.layers.kernel_file import KernelFile
 from cowfs.linux import files, user_namespace
 
 _PIECE = 1 << 20
 _REFUSED = {errno.EPERM, errno.EACCES, errno.EOPNOTSUPP, errno.EINVAL}
 MOUNTED = {errno.EBUSY, errno.EXDEV}
+_WITHOUT_XATTRS = "files without some of their extended attributes"
 _NOT_HAD = "symbolic links, FIFOs and sockets left out, which the filesystem does not support"
 
 
@@ -235,7 +236,7 @@ class Apply:
             os.close(fd)
         if not fixed:
             return entry
-        self._losses.add("files without some of their extended attributes", entry.path)
+        self._losses.add(_WITHOUT_XATTRS, entry.path)
         return replace(entry, xattrs={key: value for key, value in entry.xattrs.items() if key not in fixed})
 
     def _note_first(self, entry: Entry, info: os.stat_result) -> None:
@@ -323,13 +324,16 @@ class Apply:
         there = _xattrs(fd)
         fixed = _fixed_acls(there)  # chmod(2) sets their mask
         try:
-            for name in there.keys() - entry.xattrs.keys() - fixed:
+            for name in there.keys() - entry.xattrs.keys():
                 beneath.removexattr(fd, name)
             for name, value in entry.xattrs.items():
-                if there.get(name) != value and name not in fixed:
+                if name in fixed:
+                    if not same_names(there[name], value):
+                        self._losses.add(_WITHOUT_XATTRS, entry.path)
+                elif there.get(name) != value:
                     beneath.setxattr(fd, name, value, 0)
         except OSError as error:
-            self._lose(error, "files without some of their extended attributes", entry)
+            self._lose(error, _WITHOUT_XATTRS, entry)
 
     def _lose(self, error: OSError, what: str, entry: Entry) -> None:
         if error.errno not in _REFUSED:

@@ -111,6 +111,17 @@ def has_unknown(value: bytes) -> bool:
     return any(_is_unknown(entry) for entry in parse(value))
 
 
+def same_names(real: bytes, shown: bytes) -> bool:
+    """Whether two ACLs name the same users and groups, with the same permissions.
+
+    In *shown*, which a mount shows, root stands for those that have no number in *real*. EINVAL.
+    """
+    named = [
+        (tag, perm, 0 if who == _NOBODY else who) for tag, perm, who in parse(real) if tag in {_USER, _GROUP}
+    ]
+    return sorted(named) == sorted(entry for entry in parse(shown) if entry[0] in {_USER, _GROUP})
+
+
 def with_known(value: bytes, old: bytes, known: bytes) -> bytes:
     """Return an ACL with the users and groups of *known*, another view of *old*, where *old* lacks numbers.
 

@@ -39,11 +39,13 @@ def test_an_ordinary_user_commits_what_they_may_change(nobody_path: Path) -> Non
     for path in (own, own / "first", own / "group", root / "log", root / "other", root / "other/two"):
         os.chown(path, 65534, {"group": 4, "first": 65534}.get(path.name, -1))
     with_acls = [own / "group", root / "log"]
-    run("setfacl", "-m", "u:7:rw,u:65534:r", *with_acls)
+    (own / "open").write_text("to 7\n")
+    os.chown(own / "open", 65534, 65534)
+    run("setfacl", "-m", "u:7:rw,u:65534:r", *with_acls, own / "open")
     acls = [of_others(path) for path in with_acls]
     script = """
     cd own; mkdir d; echo 2 >d/new; ln ../other/two .; echo 2 >>group; chmod 600 group; echo 2 >>../log
-    echo 2 >>first; id -u; cat "$APT_CONFIG"; python3 -c 'import pty; pty.openpty()'
+    echo 2 >>first; setfacl -b open; id -u; cat "$APT_CONFIG"; python3 -c 'import pty; pty.openpty()'
     """
     run("cp", "-a", root, nobody_path / "before")
     with with_programs(root):
@@ -76,7 +78,10 @@ def test_an_ordinary_user_commits_what_they_may_change(nobody_path: Path) -> Non
         done = cowfs(*command, script, nobody=True, env=env)
     assert (done.returncode, done.stdout) == (0, '0\nAPT::Sandbox::User "root";\n'), done.stderr
     assert (own / "d/new").stat().st_uid == 65534
-    assert [of_others(path) for path in with_acls] == acls  # 7 has no number in the namespace
+    assert [of_others(path) for path in (*with_acls, own / "open")] == [
+        *acls,
+        [],
+    ]  # 7 has no number in the namespace
     assert (own / "two").stat().st_ino == (root / "other/two").stat().st_ino
     assert [(own / name).read_text() for name in ("first", "second")] == ["1\n2\n"] * 2
     assert (own / "first").samefile(own / "second") and (root / "secret/third").read_text() == "1\n"
