@@ -33,6 +33,7 @@
 #include "passthrough.h"
 #include "ring.h"
 #include "root_acl.h"
+#include "store_inodes.h"
 
 #if FUSE_VERSION >= FUSE_MAKE_VERSION(3, 17)
 #define HAS_WANT_EXT
@@ -198,6 +199,8 @@ static void find_file(fuse_ino_t ino, struct fuse_file_info *fi)
 static void on_write_buf(fuse_req_t req, fuse_ino_t ino, struct fuse_bufvec *data, off_t offset,
 			 struct fuse_file_info *fi)
 {
+	if (store_write(req, ino, data, offset, fi))
+		return;
 	find_file(ino, fi);
 	theirs.write_buf(req, ino, data, offset, fi);
 }
@@ -208,6 +211,12 @@ static void on_fsync(fuse_req_t req, fuse_ino_t ino, int datasync, struct fuse_f
 	theirs.fsync(req, ino, datasync, fi);
 }
 
+static void on_release(fuse_req_t req, fuse_ino_t ino, struct fuse_file_info *fi)
+{
+	if (!store_release(req, fi))
+		theirs.release(req, ino, fi);
+}
+
 static void on_getxattr(fuse_req_t req, fuse_ino_t ino, const char *name, size_t size)
 {
 	if (root_acl_is_none(ino, name) || no_capability_has(ino, name))
@@ -216,22 +225,43 @@ static void on_getxattr(fuse_req_t req, fuse_ino_t ino, const char *name, size_t
 		theirs.getxattr(req, ino, name, size);
 }
 
+static void on_getattr(fuse_req_t req, fuse_ino_t ino, struct fuse_file_info *fi)
+{
+	if (!store_getattr(req, ino))
+		theirs.getattr(req, ino, fi);
+}
+
+static void on_setattr(fuse_req_t req, fuse_ino_t ino, struct stat *to, int which, struct fuse_file_info *fi)
+{
+	if (!store_setattr(req, ino, to, which))
+		theirs.setattr(req, ino, to, which, fi);
+}
+
+/* Have a buffer for *size* bytes. False: there is no memory. */
+static bool have_buffer(size_t size)
+{
+	if (size <= buffer_size)
+		return true;
+	char *larger = realloc(buffer, size);
+	if (!larger)
+		return false;
+	buffer = larger;
+	buffer_size = size;
+	return true;
+}
+
 static void on_read(fuse_req_t req, fuse_ino_t ino, size_t size, off_t offset, struct fuse_file_info *fi)
 {
 	find_file(ino, fi);
 	int fd = fi->fh < handles ? descriptors[fi->fh] : -1;
-	if (fd < 0) {
-		theirs.read(req, ino, size, offset, fi);
+	if (!have_buffer(size)) {
+		fuse_reply_err(req, ENOMEM);
 		return;
 	}
-	if (size > buffer_size) {
-		char *larger = realloc(buffer, size);
-		if (!larger) {
-			fuse_reply_err(req, ENOMEM);
-			return;
-		}
-		buffer = larger;
-		buffer_size = size;
+	if (fd < 0) {
+		if (!store_read(req, ino, buffer, size, offset, fi))
+			theirs.read(req, ino, size, offset, fi);
+		return;
 	}
 	figures_read_directly();
 	ssize_t got;
@@ -285,6 +315,12 @@ static const struct fuse_lowlevel_ops *wrap_handlers(const struct fuse_lowlevel_
 	}
 	if (theirs.getxattr)
 		ours.getxattr = on_getxattr;
+	if (theirs.getattr)
+		ours.getattr = on_getattr;
+	if (theirs.release)
+		ours.release = on_release;
+	if (theirs.setattr)
+		ours.setattr = on_setattr;
 	if (seeker)
 		ours.lseek = on_lseek;
 	wrapped = true;
@@ -387,6 +423,7 @@ static PyObject *prepare(PyObject *self, PyObject *args)
 	knows_files = files;
 	passthrough_want(passthrough);
 	no_capability_reset();
+	store_inodes_reset();
 	Py_INCREF(callable);
 	Py_XSETREF(seeker, callable);
 	wrapped = watched = unopened = last_request_extended = last_request_tells_set_id = false;
@@ -467,9 +504,9 @@ PyMODINIT_FUNC PyInit__libfuse(void)
 {
 	PyObject *module = PyModule_Create(&definition);
 
-	PyMethodDef *parts[] = { ring_methods,         ring_setup_methods,  core_lock_methods,
-				 beyond_methods,       figures_methods,     passthrough_methods,
-				 last_request_methods, last_change_methods, no_capability_methods };
+	PyMethodDef *parts[] = { ring_methods,          ring_setup_methods,  core_lock_methods,    beyond_methods,
+				 figures_methods,       passthrough_methods, last_request_methods, last_change_methods,
+				 no_capability_methods, store_inodes_methods };
 	for (size_t i = 0; module && i < sizeof parts / sizeof *parts; i++)
 		if (PyModule_AddFunctions(module, parts[i]))
 			Py_CLEAR(module);

@@ -163,6 +163,8 @@ class Daemon:
         """The handlers that pyfuse3 calls: the adapter's, with what traces or fails them."""
         if type(self.adapter) in {Adapter, FakerootAdapter}:  # what traces or fails requests must see all
             libfuse.answer_no_capability()
+        if type(self.adapter) is Adapter:
+            self.adapter.serve_inodes()
         return HandlerTable(self.adapter)
 
     def _begin_session(self, place: str, options: set[str]) -> None:
@@ -220,6 +222,7 @@ class Daemon:
         if self._control >= 0:
             os.close(self._control)
             self._control = -1
+        libfuse.stop_inodes()
         if self._mounted:
             self._mounted = False
             pyfuse3.close(unmount=True)

@@ -101,27 +101,32 @@ static PyObject *wrote(PyObject *self, PyObject *args)
 	Py_RETURN_NONE;
 }
 
-static PyObject *goes_on(PyObject *self, PyObject *args)
+long last_change_goes_on(void)
 {
 	enum { SETATTR = 4, WRITE = 16, FATTR_MODE = 1, FATTR_OWNER = 6, FATTR_SIZE = 8, FATTR_TIMES = 48 };
 	long found = 0;
 
-	(void)self, (void)args;
 	if (!last_request || !noted.ino || request_word(PID) != noted.pid || request_word(UID) != noted.uid)
-		return PyLong_FromLong(-1);
+		return -1;
 	if (request_inode() != noted.ino || !is_same())
-		return PyLong_FromLong(-1);
+		return -1;
 	if (request_word(OPCODE) == WRITE)
-		return PyLong_FromLong(IS_WRITE & ~noted.known);
+		return IS_WRITE & ~noted.known;
 	if (request_word(OPCODE) != SETATTR || request_word(BODY) & FATTR_SIZE)
-		return PyLong_FromLong(-1);
+		return -1;
 	found = request_word(BODY) & FATTR_OWNER   ? IS_CHOWN
 		: request_word(BODY) & FATTR_MODE  ? IS_CHMOD
 		: request_word(BODY) & FATTR_TIMES ? IS_UTIMES
 						   : 0;
 	found &= ~noted.known;
 	noted.known |= found;
-	return PyLong_FromLong(found);
+	return found;
+}
+
+static PyObject *goes_on(PyObject *self, PyObject *args)
+{
+	(void)self, (void)args;
+	return PyLong_FromLong(last_change_goes_on());
 }
 
 PyMethodDef last_change_methods[] = {

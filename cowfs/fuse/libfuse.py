@@ -2,7 +2,8 @@
 
 - The kernel caches the listing of a directory (FOPEN_CACHE_DIR), and the next listing sends no request.
 Only cowfs changes the tree, so the cache is always right; it serves one reader at a time.
-- Reads of a file that has a descriptor are served without Python.
+- Reads of a file that has a descriptor are served without Python, and so are most requests for files in the
+  store's image (``store_inodes.c``).
 - cowfs applies the umask (FUSE_CAP_DONT_MASK), because a directory's default ACL replaces it.
 - The kernel caches the targets of symbolic links (FUSE_CAP_CACHE_SYMLINKS).
 - Before a write or a change of owner, the kernel does not clear set-ID bits and capabilities itself
@@ -34,7 +35,7 @@ _HANDLE_KILLPRIV = 1 << 20
 _CACHE_SYMLINKS = 1 << 23
 
 
-_LAST = "identify"
+_LAST = "observe_inodes"
 """What came into the module last."""
 
 
@@ -246,6 +247,33 @@ def answer_no_capability() -> None:
     """Let C answer GETXATTR for the inodes in that set, until the next :func:`prepare`."""
     if _module is not None:
         _module.no_capability_answer()
+
+
+def serve_inodes(find: Callable[[int], int], engine: tuple[int, ...], atime: int) -> None:
+    """Let C serve GETATTR, SETATTR, READ and WRITE of simple inodes, until :func:`stop_inodes` or
+    :func:`prepare`.
+
+    *find* returns the number of the inode in the store's image that has all of a node; 0 if there is none.
+    *engine* is :meth:`cowfs.formats.ext3.image.Image.calls` of the image, which must stay open until then.
+    *atime*: when reading updates it: 0 never, 1 by the rule of relatime, 2 always.
+    """
+    if _module is not None:
+        _module.serve_inodes(find, engine, atime)
+
+
+def stop_inodes() -> None:
+    """Answer all requests in Python: the image is about to be closed."""
+    if _module is not None:
+        _module.stop_inodes()
+
+
+def observe_inodes(observe: Callable[[int], None] | None) -> None:
+    """When C makes a change for which :data:`goes_on` returns more than 0, call *observe* with that.
+
+    C then leaves changes that do not continue the last noted one to Python. None: nobody observes.
+    """
+    if _module is not None:
+        _module.observe_inodes(observe)
 
 
 def empty_buffer() -> None:

@@ -20,13 +20,14 @@ from cowfs.fuse.loop import RequestLoop
 from cowfs.fuse.owners import OwnerMap, owners
 from cowfs.fuse.passthrough import Passthrough
 from cowfs.layers.acl import DEFAULT as DEFAULT_ACL
+from cowfs.layers.ext3 import Ext3Layer
 from cowfs.layers.slow import Answers, SlowLayer
 from cowfs.linux.callers import look_at
 from cowfs.overlay.dir import Owner
 from cowfs.overlay.file import SET_ID
 from cowfs.overlay.find import Places, at_place, see_all
 from cowfs.overlay.handle import Writer
-from cowfs.overlay.node import Node
+from cowfs.overlay.node import APART, Node
 from cowfs.overlay.overlay import Overlay
 from cowfs.overlay.readdir import Seen
 from cowfs.types import Attr
@@ -73,6 +74,31 @@ class NodeHandlers(Handlers):
     def lends(self, node: Node) -> bool:
         """Whether the kernel itself reads and writes a file."""
         return node in self._passthrough
+
+    def serve_inodes(self) -> None:
+        """Let C serve the inodes of the store's image, if it is read here."""
+        upper = self._fs.upper
+        if self._owners is None and type(upper) is Ext3Layer:  # of a class derived from it, each call is seen
+            when = upper.atime
+            atime = 0 if not when.files else 2 if when.always else 1
+            libfuse.serve_inodes(self._inode_of, upper.image.calls(), atime)
+
+    def _inode_of(self, ino: int) -> int:
+        """Return the inode in the store's image that has all of a node; 0 if there is none."""
+        node = self._fs.nodes.get(ino)
+        if (
+            node is None
+            or node.upper is None
+            or node.metacopy
+            or node.copying is not None
+            or node.indexed is not None
+            or node.protection != 0
+            or node.dead
+            or ino & APART
+            or (node.children is not None and node.below != ())
+        ):
+            return 0
+        return int(node.upper)
 
     def _node(self, ino: int) -> Node:
         node = self._fs.nodes.get(ino)

@@ -43,7 +43,7 @@ request but one from outside of our PID namespace."""
 _EXCHANGE = 2  # RENAME_EXCHANGE
 _BITS = {name: 1 << number for number, name in enumerate(OPERATIONS)}
 _MORE = {2: _BITS["chmod"], 4: _BITS["chown"], 8: _BITS["utimes"]}
-"""The bits that :func:`cowfs.fuse.libfuse.goes_on` returns."""
+"""The bits that :data:`cowfs.fuse.libfuse.goes_on` returns, other than that of a write."""
 
 
 class Observer:
@@ -84,9 +84,11 @@ class Observer:
         wanted = bool(self.feed.watchers) or self.recorder is not None
         if wanted and not self._replaced:
             self._replaced = self._handlers.replace(_observing(copy.copy(self._handlers), self))
+            libfuse.observe_inodes(self._continues)
             self._wanted.set()
         elif self._replaced and not wanted:
             self._handlers.replace(self._replaced)
+            libfuse.observe_inodes(None)
             self._replaced = {}
             self._wanted = trio.Event()
             self._processes.close()
@@ -95,6 +97,16 @@ class Observer:
         if not self.feed.watchers:
             self._bursts.clear()
             self._lent.clear()
+
+    def _continues(self, change: int) -> None:
+        """Note that the last change continues, with what :data:`cowfs.fuse.libfuse.goes_on` returned."""
+        recorder = self.recorder
+        if recorder is None or recorder.last is None:
+            return
+        if change in _MORE:
+            recorder.adds(_MORE[change])
+        else:
+            recorder.wrote(recorder.last)
 
     async def run(self) -> None:
         """Save the record regularly, and report the ends of writes, until cancelled."""
@@ -362,6 +374,7 @@ def _taking(plain: HandlerTable, observer: Observer) -> dict[str, Any]:
 def _writing(plain: HandlerTable, observer: Observer) -> dict[str, Any]:
     """Return the handlers write and setattr, which have a short path for a call that continues another."""
     nodes, changed, goes_on = observer._nodes, _guarded(observer.changed), libfuse.goes_on
+    continues = observer._continues
 
     def write(fh: int, off: int, buf: bytes) -> Any:
         bits = goes_on()
@@ -383,8 +396,8 @@ def _writing(plain: HandlerTable, observer: Observer) -> dict[str, Any]:
         bits = goes_on()
         if bits < 0:
             return first_setattr(inode, attr, fields, fh, ctx)
-        if bits and observer.recorder is not None:
-            observer.recorder.adds(_MORE[bits])  # before the write: afterwards takes longer
+        if bits:
+            continues(bits)  # before the change: afterwards takes longer
         return plain.setattr(inode, attr, fields, fh, ctx)
 
     async def first_write(fh: int, off: int, buf: bytes) -> int:

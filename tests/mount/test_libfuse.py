@@ -68,6 +68,7 @@ def _mounted(tmp_path: Path, first: str = "", options: tuple[str, ...] = ()) -> 
     lower, store, path = tmp_path / "lower", tmp_path / "store", tmp_path / "mnt"
     lower.mkdir()
     (lower / "file").write_bytes(b"below\n" * 1000)
+    (lower / "large").write_bytes(b"below\n" * 200_000)
     (lower / "link").symlink_to("file")
     for number in range(100):
         (lower / f"d/{number}").mkdir(parents=True)
@@ -110,6 +111,97 @@ def test_reads_do_not_pass_through_python(mount: Noted) -> None:
     assert mount.requests("write") and not mount.requests("read")
 
 
+@pytest.fixture
+def with_image(tmp_path: Path) -> Iterator[Noted]:
+    cowfs("create", tmp_path / "store", "16", check=True)
+    with _mounted(tmp_path) as noted:
+        yield noted
+
+
+def _changes(path: Path) -> tuple[int, ...]:
+    """Change a file by name and by descriptor; return what stat(2) shows."""
+    with path.open("r+b", buffering=0) as file:
+        os.pwrite(file.fileno(), b"more", 4090)
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        assert file.read()[4088:] == b"xxmore"
+        os.fchmod(file.fileno(), 0o601)
+    os.chown(path, os.getuid(), os.getgid())
+    os.utime(path, ns=(1_000_000_007, 2_000_000_009))
+    now = path.stat()
+    assert now.st_ctime_ns > 1 << 60
+    return now.st_mode, now.st_uid, now.st_size, now.st_atime_ns, now.st_mtime_ns, now.st_nlink
+
+
+_HANDLED = ("getattr", "setattr", "read", "write")
+
+
+def test_simple_files_of_an_image_are_changed_without_python(with_image: Noted) -> None:
+    path = with_image.path / "new"
+    path.write_bytes(b"x" * 4090)
+    path.chmod(0o600)
+    with_image.forget()
+    uid = os.getuid()
+    assert _changes(path) == (0o100601, uid, 4094, 1_000_000_007, 2_000_000_009, 1)
+    assert [kind for kind in _HANDLED if with_image.requests(kind)] == []
+
+
+def test_a_checkpoint_does_not_change_by_open_files(with_image: Noted) -> None:
+    path = with_image.path / "new"
+    path.write_bytes(b"before")
+    path.chmod(0o640)
+    with path.open("r+b", buffering=0) as file:
+        cowfs("checkpoint", with_image.path, "before", check=True)
+        file.write(b"after")
+        os.fchmod(file.fileno(), 0o666)
+        os.fchown(file.fileno(), os.getuid(), os.getgid())
+    cowfs("rollback", with_image.path, "before", check=True)
+    assert (path.read_bytes(), path.stat().st_mode) == (b"before", 0o100640)
+
+
+def test_files_that_were_copied_up_are_too(with_image: Noted) -> None:
+    path = with_image.path / "file"
+    path.write_bytes(b"x" * 4090)
+    with_image.forget()
+    assert _changes(path)[0] == 0o100601
+    assert [kind for kind in _HANDLED if with_image.requests(kind)] == []
+
+
+@pytest.mark.parametrize("what", ["acl", "capability", "set-ID", "link", "metacopy", "immutable"])
+def test_other_files_of_an_image_are_changed_by_python(with_image: Noted, what: str) -> None:
+    path = with_image.path / ("large" if what == "metacopy" else "new")
+    if what != "metacopy":
+        path.write_bytes(b"x" * 4090)
+    path.chmod(0o600)
+    if what == "capability" and run("setcap", "cap_net_raw=ep", path, check=False).returncode:
+        pytest.skip("needs CAP_SETFCAP")
+    if what == "metacopy":
+        with_image.forget()
+        path.chmod(0o601)
+        assert with_image.requests("setattr") and stat.S_IMODE(path.stat().st_mode) == 0o601
+        return
+    if what == "acl":
+        run("setfacl", "-m", f"u:{NOBODY}:rwx", path)
+    elif what == "set-ID":
+        path.chmod(0o6711)
+    elif what == "link":
+        os.link(path, with_image.path / "other")
+    elif what == "immutable" and run("chattr", "+i", path, check=False).returncode:
+        pytest.skip("needs CAP_LINUX_IMMUTABLE")
+    with_image.forget()
+    if what == "immutable":
+        with pytest.raises(PermissionError):
+            path.chmod(0o601)
+        run("chattr", "-i", path)
+        return
+    names = 2 if what == "link" else 1
+    assert _changes(path)[::5] == (0o100601, names)
+    assert with_image.requests("setattr")
+    if what == "capability":
+        assert run("getcap", path).stdout == ""
+    if what == "acl":
+        assert "group::---\nmask::---" in run("getfacl", "-c", path).stdout.replace("#effective:---", "")
+
+
 def test_the_target_of_a_link_is_asked_for_once(mount: Noted) -> None:
     for _ in range(3):
         assert os.readlink(mount.path / "link") == "file"
@@ -136,7 +228,7 @@ def test_the_acl_of_the_root_is_asked_for_once(nobody_path: Path) -> None:
         assert reads()
         mount.forget()
         assert all(reads() for _ in range(5))
-        assert mount.requests("getxattr", b"system.posix_acl_access") <= 1
+        assert mount.requests("getxattr", b"system.posix_acl_access") <= 2  # two may ask at the same time
         for _ in range(2):
             run("setfacl", "-m", f"u:{NOBODY}:---", mount.path)
             assert not reads()

@@ -84,23 +84,55 @@ int x3_child(x3_image *img, uint32_t dir, uint32_t ino, struct x3_attr *out)
 	return op_finish(&op);
 }
 
+static void set_attributes(x3_image *img, uint32_t ino, uint32_t what, const struct x3_attr *attr)
+{
+	struct inode in = inode_change(img, ino, what & (X3_MODE | X3_UID | X3_GID));
+
+	if (what & X3_MODE)
+		in.raw->i_mode = (in.raw->i_mode & S_IFMT) | (attr->mode & 07777);
+	if (what & X3_UID) {
+		in.raw->i_uid = attr->uid;
+		in.raw->osd2.linux2.l_i_uid_high = attr->uid >> 16;
+	}
+	if (what & X3_GID) {
+		in.raw->i_gid = attr->gid;
+		in.raw->osd2.linux2.l_i_gid_high = attr->gid >> 16;
+	}
+	inode_times(img, &in, what & X3_ATIME, attr->atime_ns);
+	inode_times(img, &in, what & X3_MTIME, attr->mtime_ns);
+	inode_times(img, &in, CTIME, now_ns());
+}
+
 int x3_setattr(x3_image *img, uint32_t ino, uint32_t what, const struct x3_attr *attr)
 {
+	CHANGE (img)
+		set_attributes(img, ino, what, attr);
+	return op_finish(&op);
+}
+
+static bool is_simple(x3_image *img, uint32_t ino)
+{
+	struct inode in = inode_get(img, ino);
+
+	return S_ISREG(in.raw->i_mode) && in.raw->i_links_count == 1 && !(in.raw->i_mode & (S_ISUID | S_ISGID)) &&
+	       !(in.raw->i_flags & (EXT2_IMMUTABLE_FL | EXT2_APPEND_FL)) && !xattr_rules(img, &in);
+}
+
+int x3_is_simple(x3_image *img, uint32_t ino)
+{
+	QUERY (img)
+		op.result = is_simple(img, ino);
+	return op_finish(&op);
+}
+
+int x3_setattr_simple(x3_image *img, uint32_t ino, uint32_t what, struct x3_attr *attr)
+{
 	CHANGE (img) {
-		struct inode in = inode_change(img, ino, what & (X3_MODE | X3_UID | X3_GID));
-		if (what & X3_MODE)
-			in.raw->i_mode = (in.raw->i_mode & S_IFMT) | (attr->mode & 07777);
-		if (what & X3_UID) {
-			in.raw->i_uid = attr->uid;
-			in.raw->osd2.linux2.l_i_uid_high = attr->uid >> 16;
-		}
-		if (what & X3_GID) {
-			in.raw->i_gid = attr->gid;
-			in.raw->osd2.linux2.l_i_gid_high = attr->gid >> 16;
-		}
-		inode_times(img, &in, what & X3_ATIME, attr->atime_ns);
-		inode_times(img, &in, what & X3_MTIME, attr->mtime_ns);
-		inode_times(img, &in, CTIME, now_ns());
+		if (!is_simple(img, ino))
+			fail(img, EOPNOTSUPP, "inode %u is not simple", ino);
+		set_attributes(img, ino, what, attr);
+		struct inode in = inode_get(img, ino);
+		inode_attr(img, &in, attr);
 	}
 	return op_finish(&op);
 }

@@ -213,6 +213,13 @@ int x3_child(x3_image *img, uint32_t dir, uint32_t ino, struct x3_attr *out);
  * Only the lowest 12 bits of the mode are used. Times outside of the inode's range are clamped.
  */
 int x3_setattr(x3_image *img, uint32_t ino, uint32_t what, const struct x3_attr *attr);
+/*
+ * Return 1 if a change of the inode has no further consequences, else 0: it is a regular file with one name, without
+ * set-ID bits, ACLs and attributes of the namespace "security", and neither immutable nor append-only.
+ */
+int x3_is_simple(x3_image *img, uint32_t ino);
+/* The same as x3_setattr for such an inode; then fill *attr* as x3_getattr does. EOPNOTSUPP for others. */
+int x3_setattr_simple(x3_image *img, uint32_t ino, uint32_t what, struct x3_attr *attr);
 /* Set the atime to now, if the kernel would with relatime, or *always*. */
 int x3_was_read(x3_image *img, uint32_t ino, int always);
 

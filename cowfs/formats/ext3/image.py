@@ -115,6 +115,16 @@ class Image(Opened):
             attr.atime_ns, attr.mtime_ns = number_of(atime), number_of(mtime)
         self._done(lib.x3_setattr(self.handle, ino, what, attr))
 
+    def calls(self) -> tuple[int, ...]:
+        """Return what C needs to serve inodes without Python (cowfs/fuse/store_inodes.c).
+
+        These are the addresses of the image, of some functions of engine.h and of :attr:`pressed`, and the
+        block size. They are valid until :meth:`close`.
+        """
+        names = ("x3_getattr", "x3_setattr_simple", "x3_is_simple", "x3_write", "x3_read", "x3_was_read")
+        pointers = (self.handle, *(ffi.addressof(lib, name) for name in names), self.pressed)
+        return (*(int(ffi.cast("uintptr_t", pointer)) for pointer in pointers), self.facts().block_size)
+
     def was_read(self, ino: int, *, always: bool) -> None:
         """Update its atime by the rule of relatime, or *always*. Ignores errors."""
         lib.x3_was_read(self.handle, ino, always)

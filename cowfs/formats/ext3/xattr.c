@@ -143,6 +143,19 @@ static void load(x3_image *img, const struct inode *in, struct attrs *all, struc
 	}
 }
 
+bool xattr_rules(x3_image *img, const struct inode *in)
+{
+	struct attrs all;
+
+	if (!in->raw->i_file_acl && !inline_start(img, in))
+		return false;
+	load(img, in, &all, NULL);
+	for (uint32_t i = 0; i < all.n; i++)
+		if (all.attr[i].index != USER && all.attr[i].index != TRUSTED)
+			return true;
+	return false;
+}
+
 /* The index of an attribute, or -1. */
 static int64_t find(const struct attrs *all, const struct attr *wanted)
 {

@@ -1,0 +1,275 @@
+/* Serves requests about which nothing is to be decided: those for inodes that are simply in the store's image.
+ *
+ * A program that unpacks an archive writes each new file, and sets its owner, mode and times: four requests, which the
+ * engine can answer alone. Python says which inode of the image a node is. The engine refuses to change an inode with
+ * anything that needs Python: set-ID bits, ACLs, capabilities, other names. Python also repeats what fails, and reports
+ * the failure.
+ *
+ * The calling thread holds the core lock and the GIL.
+ */
+#include "store_inodes.h"
+
+#include <fcntl.h>
+#include <stdint.h>
+
+#include "../formats/ext3/engine.h"
+#include "beyond.h"
+#include "last_change.h"
+
+static struct {
+	PyObject *find;    /* find(inode): the number of the inode in the image; 0: Python answers. NULL: always 0 */
+	PyObject *observe; /* observe(change): what last_change_goes_on() has returned */
+	x3_image *image;
+	__typeof__(&x3_getattr) getattr;
+	__typeof__(&x3_setattr_simple) setattr;
+	__typeof__(&x3_is_simple) is_simple;
+	__typeof__(&x3_write) write;
+	__typeof__(&x3_read) read;
+	__typeof__(&x3_was_read) was_read;
+	const volatile uint32_t *pressed; /* not 0: changes must wait, which needs Python */
+	unsigned block_size;
+	int atime; /* when reading updates it: one of the following */
+} store;
+
+enum { NEVER, RELATIME, ALWAYS };
+enum { SECOND = 1000000000 };
+enum { KILL_SUIDGID = 1 << 11 };         /* FATTR_KILL_SUIDGID in linux/fuse.h */
+#define LAST_SECOND (INT64_MAX / SECOND) /* the engine counts later times differently */
+#define FOREVER 1e9                      /* only this daemon changes attributes */
+
+void store_inodes_reset(void)
+{
+	Py_CLEAR(store.find);
+	Py_CLEAR(store.observe);
+	store.image = NULL;
+}
+
+/* Return the number of the inode in the image that a node is; 0: Python must answer. */
+static uint32_t find(fuse_ino_t ino)
+{
+	if (!store.find)
+		return 0;
+	PyObject *number = PyLong_FromUnsignedLong(ino);
+	PyObject *found = number ? PyObject_CallOneArg(store.find, number) : NULL;
+	unsigned long inode = found ? PyLong_AsUnsignedLong(found) : 0;
+	Py_XDECREF(number);
+	Py_XDECREF(found);
+	if (PyErr_Occurred()) {
+		PyErr_WriteUnraisable(store.find);
+		return 0;
+	}
+	return inode;
+}
+
+/* Report a change that continues the last noted one. */
+static void observe(long change)
+{
+	PyObject *number = PyLong_FromLong(change);
+	PyObject *done = number ? PyObject_CallOneArg(store.observe, number) : NULL;
+
+	Py_XDECREF(number);
+	Py_XDECREF(done);
+	if (PyErr_Occurred())
+		PyErr_WriteUnraisable(store.observe);
+}
+
+
+/* --- attributes --- */
+
+static bool reply_attr(fuse_req_t req, fuse_ino_t ino, const struct x3_attr *attr)
+{
+	if (attr->atime_ns < 0 || attr->mtime_ns < 0 || attr->ctime_ns < 0)
+		return false;
+	struct stat now = {
+		.st_ino = ino,
+		.st_mode = attr->mode,
+		.st_nlink = attr->nlink,
+		.st_uid = attr->uid,
+		.st_gid = attr->gid,
+		.st_size = (off_t)attr->size,
+		.st_blksize = store.block_size,
+		.st_blocks = (blkcnt_t)attr->blocks,
+		.st_atim = { attr->atime_ns / SECOND, attr->atime_ns % SECOND },
+		.st_mtim = { attr->mtime_ns / SECOND, attr->mtime_ns % SECOND },
+		.st_ctim = { attr->ctime_ns / SECOND, attr->ctime_ns % SECOND },
+	};
+	fuse_reply_attr(req, &now, FOREVER);
+	return true;
+}
+
+bool store_getattr(fuse_req_t req, fuse_ino_t ino)
+{
+	struct x3_attr attr;
+	uint32_t inode = find(ino);
+	int failure;
+
+	if (!inode)
+		return false;
+	Py_BEGIN_ALLOW_THREADS
+	failure = store.getattr(store.image, inode, &attr);
+	Py_END_ALLOW_THREADS
+	/* For other types, and files with several names, Python must look further. */
+	if (failure || !(S_ISDIR(attr.mode) || (S_ISREG(attr.mode) && attr.nlink == 1)))
+		return false;
+	return reply_attr(req, ino, &attr);
+}
+
+/* Translate what a SETATTR sets into what the engine sets; 0: it is something that Python must do. */
+static uint32_t translate(const struct stat *to, int which, struct x3_attr *attr)
+{
+	enum {
+		MODE = FUSE_SET_ATTR_MODE,
+		UID = FUSE_SET_ATTR_UID,
+		GID = FUSE_SET_ATTR_GID,
+		ATIME = FUSE_SET_ATTR_ATIME,
+		MTIME = FUSE_SET_ATTR_MTIME,
+		/* The engine sets the ctime in any case, and the inode has no set-ID bits that could be cleared. */
+		REST = FUSE_SET_ATTR_CTIME | KILL_SUIDGID
+	};
+
+	if (which & ~(MODE | UID | GID | ATIME | MTIME | REST) || (which & MODE && to->st_mode & (S_ISUID | S_ISGID)) ||
+	    (which & ATIME && (to->st_atim.tv_sec < 0 || to->st_atim.tv_sec >= LAST_SECOND)) ||
+	    (which & MTIME && (to->st_mtim.tv_sec < 0 || to->st_mtim.tv_sec >= LAST_SECOND)))
+		return 0;
+	attr->mode = to->st_mode & 07777;
+	attr->uid = to->st_uid;
+	attr->gid = to->st_gid;
+	attr->atime_ns = which & ATIME ? to->st_atim.tv_sec * (int64_t)SECOND + to->st_atim.tv_nsec : 0;
+	attr->mtime_ns = which & MTIME ? to->st_mtim.tv_sec * (int64_t)SECOND + to->st_mtim.tv_nsec : 0;
+	return (which & MODE ? X3_MODE : 0) | (which & UID ? X3_UID : 0) | (which & GID ? X3_GID : 0) |
+	       (which & ATIME ? X3_ATIME : 0) | (which & MTIME ? X3_MTIME : 0);
+}
+
+bool store_setattr(fuse_req_t req, fuse_ino_t ino, const struct stat *to, int which)
+{
+	struct x3_attr attr;
+	uint32_t what = store.find ? translate(to, which, &attr) : 0;
+	uint32_t inode = what && !*store.pressed ? find(ino) : 0;
+	long change = inode && store.observe ? last_change_goes_on() : 0;
+	int failure;
+
+	if (!inode || change < 0)
+		return false;
+	if (change)
+		observe(change);
+	Py_BEGIN_ALLOW_THREADS
+	failure = store.setattr(store.image, inode, what, &attr);
+	Py_END_ALLOW_THREADS
+	return !failure && reply_attr(req, ino, &attr);
+}
+
+
+/* --- data --- */
+
+bool store_write(fuse_req_t req, fuse_ino_t ino, const struct fuse_bufvec *data, off_t offset,
+		 const struct fuse_file_info *fi)
+{
+	const struct fuse_buf *from = data->buf;
+
+	if (!store.find || *store.pressed || fi->writepage || fi->flags & (O_SYNC | O_DSYNC) || data->count != 1 ||
+	    data->idx || data->off || from->flags & FUSE_BUF_IS_FD)
+		return false;
+	uint32_t inode = find(ino);
+	long change = inode && store.observe ? last_change_goes_on() : 0;
+	if (!inode || change < 0)
+		return false;
+	int64_t written = 0;
+	Py_BEGIN_ALLOW_THREADS
+	if (store.is_simple(store.image, inode) > 0)
+		written = store.write(store.image, inode, from->mem, from->size, (uint64_t)offset);
+	Py_END_ALLOW_THREADS
+	if (written <= 0 || (size_t)written != from->size)
+		return false;
+	if (change)
+		observe(change);
+	fuse_reply_write(req, from->size);
+	return true;
+}
+
+bool store_read(fuse_req_t req, fuse_ino_t ino, char *buffer, size_t size, off_t offset,
+		const struct fuse_file_info *fi)
+{
+	uint32_t inode = fi->fh == BEYOND ? 0 : find(ino);
+	int64_t got;
+
+	if (!inode)
+		return false;
+	Py_BEGIN_ALLOW_THREADS
+	if (store.atime != NEVER && !(fi->flags & O_NOATIME))
+		store.was_read(store.image, inode, store.atime == ALWAYS);
+	got = store.read(store.image, inode, buffer, size, (uint64_t)offset);
+	if (got >= 0)
+		fuse_reply_buf(req, buffer, (size_t)got);
+	Py_END_ALLOW_THREADS
+	return got >= 0;
+}
+
+bool store_release(fuse_req_t req, const struct fuse_file_info *fi)
+{
+	if (!store.find || fi->fh)
+		return false;
+	fuse_reply_err(req, 0);
+	return true;
+}
+
+
+/* --- for Python --- */
+
+static PyObject *py_serve(PyObject *self, PyObject *args)
+{
+	PyObject *find;
+	unsigned long long image, getattr, setattr, is_simple, write, read, was_read, pressed;
+	unsigned block_size;
+	int atime;
+
+	(void)self;
+	if (!PyArg_ParseTuple(args, "O(KKKKKKKKI)i", &find, &image, &getattr, &setattr, &is_simple, &write, &read,
+			      &was_read, &pressed, &block_size, &atime))
+		return NULL;
+	store_inodes_reset();
+	Py_INCREF(find);
+	store.find = find;
+	store.image = (x3_image *)(uintptr_t)image;
+	store.getattr = (__typeof__(store.getattr))(uintptr_t)getattr;
+	store.setattr = (__typeof__(store.setattr))(uintptr_t)setattr;
+	store.is_simple = (__typeof__(store.is_simple))(uintptr_t)is_simple;
+	store.write = (__typeof__(store.write))(uintptr_t)write;
+	store.read = (__typeof__(store.read))(uintptr_t)read;
+	store.was_read = (__typeof__(store.was_read))(uintptr_t)was_read;
+	store.pressed = (const volatile uint32_t *)(uintptr_t)pressed;
+	store.block_size = block_size;
+	store.atime = atime;
+	Py_RETURN_NONE;
+}
+
+static PyObject *py_stop(PyObject *self, PyObject *args)
+{
+	(void)self, (void)args;
+	store_inodes_reset();
+	Py_RETURN_NONE;
+}
+
+static PyObject *py_observe(PyObject *self, PyObject *observe)
+{
+	(void)self;
+	if (observe == Py_None) {
+		Py_CLEAR(store.observe);
+	} else {
+		Py_INCREF(observe);
+		Py_XSETREF(store.observe, observe);
+	}
+	Py_RETURN_NONE;
+}
+
+PyMethodDef store_inodes_methods[] = {
+	{ "serve_inodes", py_serve, METH_VARARGS,
+	  "serve_inodes(find, engine, atime): serve GETATTR, SETATTR, READ, WRITE and RELEASE, if find(inode) is not 0, but\n"
+	  "the number of the inode in the image that has all of a node. engine: addresses of the image, of functions of\n"
+	  "engine.h, and of what says that changes must wait; and the size of a block. atime: when reading updates it:\n"
+	  "0 never, 1 by the rule of relatime, 2 always." },
+	{ "stop_inodes", py_stop, METH_NOARGS, "stop_inodes(): leave all requests to Python." },
+	{ "observe_inodes", py_observe, METH_O,
+	  "observe_inodes(observe): call observe(change) with the result of goes_on() for a change that continues the\n"
+	  "last noted one, and leave other changes to Python; None: nobody observes." },
+	{ NULL, NULL, 0, NULL },
+};
