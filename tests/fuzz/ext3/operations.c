@@ -460,7 +460,12 @@ static void set_attr(struct world *w, const struct record *r)
 				.atime_ns = (int64_t)r->d << (r->c & 31),
 				.mtime_ns = -((int64_t)r->e << (r->c & 31)) };
 
-	check(w, x3_setattr(w->img, pick(w, r->b), r->a & 31, &attr));
+	uint32_t ino = pick(w, r->b);
+
+	if (!(r->a & 32))
+		check(w, x3_setattr(w->img, ino, r->a & 31, &attr));
+	else if (check(w, x3_setattr_simple(w->img, ino, r->a & 31, &attr)) == 0)
+		check(w, x3_is_simple(w->img, ino));
 }
 
 static void look(struct world *w, const struct record *r)
