@@ -253,7 +253,8 @@ def serve_inodes(find: Callable[[int], int], engine: tuple[int, ...], atime: int
     """Let C serve GETATTR, SETATTR, READ and WRITE of simple inodes, until :func:`stop_inodes` or
     :func:`prepare`.
 
-    *find* returns the number of the inode in the store's image that has all of a node; 0 if there is none.
+    *find* returns the number of the inode in the store's image that has all of a node, negated if it may only
+    be read; 0 if there is none.
     *engine* is :meth:`cowfs.formats.ext3.image.Image.calls` of the image, which must stay open until then.
     *atime*: when reading updates it: 0 never, 1 by the rule of relatime, 2 always.
     """

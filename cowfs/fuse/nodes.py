@@ -84,7 +84,10 @@ class NodeHandlers(Handlers):
             libfuse.serve_inodes(self._inode_of, upper.image.calls(), atime)
 
     def _inode_of(self, ino: int) -> int:
-        """Return the inode in the store's image that has all of a node; 0 if there is none."""
+        """Return the inode in the store's image that has all of a node; 0 if there is none.
+
+        The result is negative if it may only be read, since the inode may be protected.
+        """
         node = self._fs.nodes.get(ino)
         if (
             node is None
@@ -92,13 +95,12 @@ class NodeHandlers(Handlers):
             or node.metacopy
             or node.copying is not None
             or node.indexed is not None
-            or node.protection != 0
             or node.dead
             or ino & APART
             or (node.children is not None and node.below != ())
         ):
             return 0
-        return int(node.upper)
+        return int(node.upper) if node.protection == 0 else -node.upper
 
     def _node(self, ino: int) -> Node:
         node = self._fs.nodes.get(ino)

@@ -17,7 +17,7 @@
 #include "last_change.h"
 
 static struct {
-	PyObject *find;    /* find(inode): the number of the inode in the image; 0: Python answers. NULL: always 0 */
+	PyObject *find;    /* find(inode): see serve_inodes(); NULL: Python answers all requests */
 	PyObject *observe; /* observe(change): what last_change_goes_on() has returned */
 	x3_image *image;
 	__typeof__(&x3_getattr) getattr;
@@ -45,20 +45,20 @@ void store_inodes_reset(void)
 }
 
 /* Return the number of the inode in the image that a node is; 0: Python must answer. */
-static uint32_t find(fuse_ino_t ino)
+static uint32_t find(fuse_ino_t ino, bool to_change)
 {
 	if (!store.find)
 		return 0;
 	PyObject *number = PyLong_FromUnsignedLong(ino);
 	PyObject *found = number ? PyObject_CallOneArg(store.find, number) : NULL;
-	unsigned long inode = found ? PyLong_AsUnsignedLong(found) : 0;
+	int64_t inode = found ? PyLong_AsLongLong(found) : 0;
 	Py_XDECREF(number);
 	Py_XDECREF(found);
 	if (PyErr_Occurred()) {
 		PyErr_WriteUnraisable(store.find);
 		return 0;
 	}
-	return inode;
+	return inode >= 0 ? inode : to_change ? 0 : -inode;
 }
 
 /* Report a change that continues the last noted one. */
@@ -100,7 +100,7 @@ static bool reply_attr(fuse_req_t req, fuse_ino_t ino, const struct x3_attr *att
 bool store_getattr(fuse_req_t req, fuse_ino_t ino)
 {
 	struct x3_attr attr;
-	uint32_t inode = find(ino);
+	uint32_t inode = find(ino, false);
 	int failure;
 
 	if (!inode)
@@ -144,7 +144,7 @@ bool store_setattr(fuse_req_t req, fuse_ino_t ino, const struct stat *to, int wh
 {
 	struct x3_attr attr;
 	uint32_t what = store.find ? translate(to, which, &attr) : 0;
-	uint32_t inode = what && !*store.pressed ? find(ino) : 0;
+	uint32_t inode = what && !*store.pressed ? find(ino, true) : 0;
 	long change = inode && store.observe ? last_change_goes_on() : 0;
 	int failure;
 
@@ -169,7 +169,7 @@ bool store_write(fuse_req_t req, fuse_ino_t ino, const struct fuse_bufvec *data,
 	if (!store.find || *store.pressed || fi->writepage || fi->flags & (O_SYNC | O_DSYNC) || data->count != 1 ||
 	    data->idx || data->off || from->flags & FUSE_BUF_IS_FD)
 		return false;
-	uint32_t inode = find(ino);
+	uint32_t inode = find(ino, true);
 	long change = inode && store.observe ? last_change_goes_on() : 0;
 	if (!inode || change < 0)
 		return false;
@@ -189,7 +189,7 @@ bool store_write(fuse_req_t req, fuse_ino_t ino, const struct fuse_bufvec *data,
 bool store_read(fuse_req_t req, fuse_ino_t ino, char *buffer, size_t size, off_t offset,
 		const struct fuse_file_info *fi)
 {
-	uint32_t inode = fi->fh == BEYOND ? 0 : find(ino);
+	uint32_t inode = fi->fh == BEYOND ? 0 : find(ino, false);
 	int64_t got;
 
 	if (!inode)
@@ -263,10 +263,10 @@ static PyObject *py_observe(PyObject *self, PyObject *observe)
 
 PyMethodDef store_inodes_methods[] = {
 	{ "serve_inodes", py_serve, METH_VARARGS,
-	  "serve_inodes(find, engine, atime): serve GETATTR, SETATTR, READ, WRITE and RELEASE, if find(inode) is not 0, but\n"
-	  "the number of the inode in the image that has all of a node. engine: addresses of the image, of functions of\n"
-	  "engine.h, and of what says that changes must wait; and the size of a block. atime: when reading updates it:\n"
-	  "0 never, 1 by the rule of relatime, 2 always." },
+	  "serve_inodes(find, engine, atime): serve GETATTR, SETATTR, READ, WRITE and RELEASE. find(inode) returns the\n"
+	  "number of the inode in the image that has all of a node, negated if it may only be read; 0: there is none.\n"
+	  "engine: addresses of the image, of functions of engine.h, and of what says that changes must wait; and the\n"
+	  "size of a block. atime: when reading updates it: 0 never, 1 by the rule of relatime, 2 always." },
 	{ "stop_inodes", py_stop, METH_NOARGS, "stop_inodes(): leave all requests to Python." },
 	{ "observe_inodes", py_observe, METH_O,
 	  "observe_inodes(observe): call observe(change) with the result of goes_on() for a change that continues the\n"
