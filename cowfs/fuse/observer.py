@@ -42,8 +42,6 @@ _KERNEL = 0xFFFFFFFF
 request but one from outside of our PID namespace."""
 _EXCHANGE = 2  # RENAME_EXCHANGE
 _BITS = {name: 1 << number for number, name in enumerate(OPERATIONS)}
-_MORE = {2: _BITS["chmod"], 4: _BITS["chown"], 8: _BITS["utimes"]}
-"""The bits that :data:`cowfs.fuse.libfuse.goes_on` returns, other than that of a write."""
 
 
 class Observer:
@@ -84,29 +82,26 @@ class Observer:
         wanted = bool(self.feed.watchers) or self.recorder is not None
         if wanted and not self._replaced:
             self._replaced = self._handlers.replace(_observing(copy.copy(self._handlers), self))
-            libfuse.observe_inodes(self._continues)
+            libfuse.observe_inodes(wanted=True)
             self._wanted.set()
         elif self._replaced and not wanted:
             self._handlers.replace(self._replaced)
-            libfuse.observe_inodes(None)
+            libfuse.observe_inodes(wanted=False)
             self._replaced = {}
             self._wanted = trio.Event()
             self._processes.close()
-        libfuse.note(0, 0, 0)
+        self._note(0, 0, 0)
         self.adapter.lend(wanted=not wanted)
         if not self.feed.watchers:
             self._bursts.clear()
             self._lent.clear()
 
-    def _continues(self, change: int) -> None:
-        """Note that the last change continues, with what :data:`cowfs.fuse.libfuse.goes_on` returned."""
-        recorder = self.recorder
-        if recorder is None or recorder.last is None:
-            return
-        if change in _MORE:
-            recorder.adds(_MORE[change])
-        else:
-            recorder.wrote(recorder.last)
+    def _note(self, ino: int, pid: int, uid: int) -> bool:
+        """Note who changes what; return whether the same process made the last change."""
+        noted = libfuse.note(ino, pid, uid)
+        if self.recorder is not None:
+            self.recorder.adds(noted)
+        return noted >= libfuse.IS_SAME
 
     async def run(self) -> None:
         """Save the record regularly, and report the ends of writes, until cancelled."""
@@ -133,9 +128,9 @@ class Observer:
     def _who(self, pid: int, uid: int, ino: int = 0) -> Process | None:
         """Return the process that makes a change now; *ino* is the inode of a change that may continue."""
         if uid == _KERNEL:
-            libfuse.note(0, 0, 0)
+            self._note(0, 0, 0)
             return None
-        if not libfuse.note(ino if self.recorder is not None and not self.feed.watchers else 0, pid, uid):
+        if not self._note(ino if self.recorder is not None and not self.feed.watchers else 0, pid, uid):
             self._look(pid, uid)
         return self._last
 
@@ -162,7 +157,7 @@ class Observer:
             if self.feed.watchers or self.recorder is None or node is None or not _is_kept(node):
                 self.named("create", ctx, (directory, name), node)
                 return
-            if not libfuse.note(ino, ctx.pid, ctx.uid):
+            if not self._note(ino, ctx.pid, ctx.uid):
                 self._look(ctx.pid, ctx.uid)
             self.recorder.created(self._last, directory, name, node)
         except Exception:
@@ -211,7 +206,7 @@ class Observer:
         if burst is not None:
             burst.goes_on = True
             return
-        bursts[id(process)] = _Burst(process, time.monotonic_ns())
+        bursts[id(process)] = _Burst(process, place, time.monotonic_ns())
         self.feed.tell("write", process, join(place))
 
     def _end_bursts(self, begun_before: int | None = None) -> None:
@@ -223,7 +218,7 @@ class Observer:
         for key, burst in list(bursts.items()):
             if begun_before is not None and burst.told > begun_before:
                 continue
-            place = self._place(node) if burst.goes_on else None
+            place = self._place(node) or burst.place if burst.goes_on else None
             if place is not None:
                 self.feed.tell("write", burst.process, join(place))
             if place is not None and begun_before is not None:
@@ -257,10 +252,12 @@ class Observer:
 class _Burst:
     """A series of writes of one process to one file."""
 
-    __slots__ = ("goes_on", "process", "told")
+    __slots__ = ("goes_on", "place", "process", "told")
 
-    def __init__(self, process: Process | None, told: int) -> None:
+    def __init__(self, process: Process | None, place: Place, told: int) -> None:
         self.process = process
+        self.place = place
+        """Where the file is, should the kernel forget it before the burst ends."""
         self.told = told
         """When that was reported last (monotonic_ns)."""
         self.goes_on = False
@@ -374,7 +371,6 @@ def _taking(plain: HandlerTable, observer: Observer) -> dict[str, Any]:
 def _writing(plain: HandlerTable, observer: Observer) -> dict[str, Any]:
     """Return the handlers write and setattr, which have a short path for a call that continues another."""
     nodes, changed, goes_on = observer._nodes, _guarded(observer.changed), libfuse.goes_on
-    continues = observer._continues
 
     def write(fh: int, off: int, buf: bytes) -> Any:
         bits = goes_on()
@@ -393,11 +389,8 @@ def _writing(plain: HandlerTable, observer: Observer) -> dict[str, Any]:
         return result
 
     def setattr_(inode: int, attr: Any, fields: Any, fh: int | None, ctx: Any) -> Any:
-        bits = goes_on()
-        if bits < 0:
+        if goes_on() < 0:
             return first_setattr(inode, attr, fields, fh, ctx)
-        if bits:
-            continues(bits)  # before the change: afterwards takes longer
         return plain.setattr(inode, attr, fields, fh, ctx)
 
     async def first_write(fh: int, off: int, buf: bytes) -> int:
