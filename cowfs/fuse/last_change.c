@@ -16,8 +16,10 @@
 static struct {
 	uint64_t ino, begun, last; /* ns */
 	uint32_t pid, uid;
-	long known; /* what goes_on() has reported already */
+	long known; /* what has changed since: the IS_ bits */
 } noted;
+
+enum { IS_WRITE = 1, IS_CHMOD = 2, IS_CHOWN = 4, IS_UTIMES = 8, IS_SAME = 16 };
 
 /* The command line of the process, which it loses when it ends or executes another program. */
 enum { LONGEST_COMMAND = 4096 };
@@ -79,15 +81,20 @@ static PyObject *note(PyObject *self, PyObject *args)
 	(void)self;
 	if (!PyArg_ParseTuple(args, "KII", &ino, &pid, &uid))
 		return NULL;
+	long before = noted.known;
 	bool same = pid && noted.pid == pid && noted.uid == uid && is_same();
 	noted.ino = ino;
 	noted.pid = pid;
 	noted.uid = uid;
 	noted.known = 0;
-	return PyBool_FromLong(same);
+	return PyLong_FromLong(before | (same ? IS_SAME : 0));
 }
 
-enum { IS_WRITE = 1, IS_CHMOD = 2, IS_CHOWN = 4, IS_UTIMES = 8 };
+void last_change_wrote(uint64_t ino)
+{
+	if (noted.ino == ino)
+		noted.known |= IS_WRITE;
+}
 
 static PyObject *wrote(PyObject *self, PyObject *args)
 {
@@ -96,9 +103,14 @@ static PyObject *wrote(PyObject *self, PyObject *args)
 	(void)self;
 	if (!PyArg_ParseTuple(args, "K", &ino))
 		return NULL;
-	if (noted.ino == ino)
-		noted.known |= IS_WRITE;
+	last_change_wrote(ino);
 	Py_RETURN_NONE;
+}
+
+static PyObject *noted_changes(PyObject *self, PyObject *args)
+{
+	(void)self, (void)args;
+	return PyLong_FromLong(noted.known);
 }
 
 long last_change_goes_on(void)
@@ -132,12 +144,15 @@ static PyObject *goes_on(PyObject *self, PyObject *args)
 PyMethodDef last_change_methods[] = {
 	{ "note", note, METH_VARARGS,
 	  "note(inode, pid, uid): record that a process has changed an inode; inode 0: by a change that goes_on() does\n"
-	  "not know. Returns whether the same process made the last change." },
+	  "not know. Returns what changes() says of the inode before, and 16 if the same process made the last change." },
+	{ "changes", noted_changes, METH_NOARGS,
+	  "changes(): how the process has changed the inode since note(): the sum of 1 if it has written to it, 2 for a\n"
+	  "mode, 4 for an owner, 8 for times." },
 	{ "identify", identify, METH_VARARGS,
 	  "identify(fd, command): set the command line of the last noted process, and the file it is read from; -1: none." },
 	{ "goes_on", goes_on, METH_NOARGS,
-	  "goes_on(): whether the last request is a change of the inode last passed to note(), by the same process:\n"
-	  "1 for a write, 2 for a mode, 4 for an owner, 8 for times; 0 if that was returned before; else -1." },
+	  "goes_on(): whether the last request is a change of the inode last passed to note(), by the same process: what it\n"
+	  "adds to changes(), which has it from now on, a write only after wrote(); else -1." },
 	{ "wrote", wrote, METH_VARARGS, "wrote(inode): record that the write reported by goes_on() has succeeded." },
 	{ NULL, NULL, 0, NULL },
 };

@@ -193,22 +193,28 @@ def pass_through(handle: int, number: int, *, direct: bool = False) -> None:
     _module.pass_through(handle, number, direct)
 
 
-note: Callable[[int, int, int], bool] = _module.note if _module is not None else lambda *_: False
+IS_SAME = 16
+
+note: Callable[[int, int, int], int] = _module.note if _module is not None else lambda *_: 0
 """Takes note that a process (inode, pid, uid) has changed an inode, for :data:`goes_on`; 0: that ends there.
 
-Returns whether the change before this one was the same process's, of the same program.
-"""
+Returns what :data:`changes` says of the inode that was noted before, and :data:`IS_SAME` if the change before
+this one was the same process's, of the same program."""
+
+changes: Callable[[], int] = _module.changes if _module is not None else lambda: 0
+"""Returns how the process has changed the noted inode since: the sum of 1 if it has written to it, 2 for the
+mode, 4 for the owner, and 8 for times."""
 
 identify: Callable[[int, bytes], None] = _module.identify if _module is not None else lambda *_: None
 """Says by what the process that was noted last is known: a descriptor, which is not kept, of its
 ``/proc/PID/cmdline``, and what is in there; -1: there is none."""
 
 goes_on: Callable[[], int] = _module.goes_on if _module is not None else lambda: -1
-"""Returns how the request that has just come changes what :data:`note` was told of last, if the same process
-makes it: 1: it writes, 2: the mode, 4: the owner, 8: times; 0: as it has told before. Else -1."""
+"""Returns what the request that has just come adds to :data:`changes`, if the same process makes it; else -1.
+It is noted at once, but a write only by :data:`wrote`."""
 
 wrote: Callable[[int], None] = _module.wrote if _module is not None else lambda _: None
-"""Takes note that a write to an inode has succeeded: :data:`goes_on` tells of a write until then."""
+"""Takes note that a write to an inode has succeeded."""
 
 
 class InodeSet(Protocol):
@@ -268,13 +274,10 @@ def stop_inodes() -> None:
         _module.stop_inodes()
 
 
-def observe_inodes(observe: Callable[[int], None] | None) -> None:
-    """When C makes a change for which :data:`goes_on` returns more than 0, call *observe* with that.
-
-    C then leaves changes that do not continue the last noted one to Python. None: nobody observes.
-    """
+def observe_inodes(*, wanted: bool) -> None:
+    """Set whether C leaves changes that do not continue the last noted one (:data:`goes_on`) to Python."""
     if _module is not None:
-        _module.observe_inodes(observe)
+        _module.observe_inodes(wanted)
 
 
 def empty_buffer() -> None:

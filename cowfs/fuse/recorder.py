@@ -23,7 +23,14 @@ log = logging.getLogger(__name__)
 _MOST_BYTES = 32 << 10
 """Of names and command lines: then a batch is full."""
 _MAKING = (1 << len(MAKING)) - 1
-_CREATE, _WRITE = (1 << OPERATIONS.index(word) for word in ("create", "write"))
+_CREATE, _WRITE, *_OTHERS = (
+    1 << OPERATIONS.index(word) for word in ("create", "write", "chmod", "chown", "utimes")
+)
+_NOTED = [
+    sum(bit for number, bit in enumerate((_WRITE, *_OTHERS)) if changes >> number & 1)
+    for changes in range(16)
+]
+"""By what :data:`cowfs.fuse.libfuse.changes` returns."""
 _OPERATIONS, _LAST, _BY, _INO = 0, 2, 3, 6
 """Where these are in a record."""
 
@@ -51,13 +58,14 @@ class Recorder:
         self._directories: dict[Node, int] = {}
         self._paths: list[str] = []
         self._bytes = 0
-        self._ends()
-
-    def _ends(self) -> None:
-        """End the last record: the next change does not belong to it."""
         libfuse.note(0, 0, 0)
         self.last: list[Any] | None = None
         """The record of the last change, if it may get more."""
+
+    def _ends(self) -> None:
+        """End the last record: the next change does not belong to it."""
+        self.adds(libfuse.note(0, 0, 0))
+        self.last = None
 
     # --- the changes
 
@@ -102,11 +110,13 @@ class Recorder:
         self._batch.append(record)
         self._changed = True
 
-    def adds(self, operation: int) -> None:
-        """Add an operation to the last record."""
+    def adds(self, noted: int) -> None:
+        """Add to the last record what :data:`cowfs.fuse.libfuse.changes` says."""
         if self.last is not None:
-            self.last[_OPERATIONS] |= operation
-            self._changed = True
+            more = _NOTED[noted & 15] & ~self.last[_OPERATIONS]
+            if more:
+                self.last[_OPERATIONS] |= more
+                self._changed = True
 
     def wrote(self, record: list[Any]) -> None:
         """Note in *record* that its file was also written."""
@@ -180,6 +190,7 @@ class Recorder:
 
     def save(self) -> None:
         """Write new records to the store: they are then as safe as any data written to it."""
+        self.adds(libfuse.changes())
         if self._changed and self._records is not None:
             self._changed = False
             try:
@@ -196,6 +207,7 @@ class Recorder:
             self._records = None
 
     def _end_batch(self) -> None:
+        self.adds(libfuse.changes())
         self._changed = False
         if self._batch and self._records is not None:
             try:

@@ -17,8 +17,8 @@
 #include "last_change.h"
 
 static struct {
-	PyObject *find;    /* find(inode): see serve_inodes(); NULL: Python answers all requests */
-	PyObject *observe; /* observe(change): what last_change_goes_on() has returned */
+	PyObject *find; /* find(inode): see serve_inodes(); NULL: Python answers all requests */
+	bool observed;  /* Python must see changes that do not continue the last noted one */
 	x3_image *image;
 	__typeof__(&x3_getattr) getattr;
 	__typeof__(&x3_setattr_simple) setattr;
@@ -40,7 +40,7 @@ enum { KILL_SUIDGID = 1 << 11 };         /* FATTR_KILL_SUIDGID in linux/fuse.h *
 void store_inodes_reset(void)
 {
 	Py_CLEAR(store.find);
-	Py_CLEAR(store.observe);
+	store.observed = false;
 	store.image = NULL;
 }
 
@@ -61,16 +61,10 @@ static uint32_t find(fuse_ino_t ino, bool to_change)
 	return inode >= 0 ? inode : to_change ? 0 : -inode;
 }
 
-/* Report a change that continues the last noted one. */
-static void observe(long change)
+/* Whether the last request is a change that Python must see; else it is noted. */
+static bool is_observed(void)
 {
-	PyObject *number = PyLong_FromLong(change);
-	PyObject *done = number ? PyObject_CallOneArg(store.observe, number) : NULL;
-
-	Py_XDECREF(number);
-	Py_XDECREF(done);
-	if (PyErr_Occurred())
-		PyErr_WriteUnraisable(store.observe);
+	return store.observed && last_change_goes_on() < 0;
 }
 
 
@@ -145,13 +139,10 @@ bool store_setattr(fuse_req_t req, fuse_ino_t ino, const struct stat *to, int wh
 	struct x3_attr attr;
 	uint32_t what = store.find ? translate(to, which, &attr) : 0;
 	uint32_t inode = what && !*store.pressed ? find(ino, true) : 0;
-	long change = inode && store.observe ? last_change_goes_on() : 0;
 	int failure;
 
-	if (!inode || change < 0)
+	if (!inode || is_observed())
 		return false;
-	if (change)
-		observe(change);
 	Py_BEGIN_ALLOW_THREADS
 	failure = store.setattr(store.image, inode, what, &attr);
 	Py_END_ALLOW_THREADS
@@ -170,8 +161,7 @@ bool store_write(fuse_req_t req, fuse_ino_t ino, const struct fuse_bufvec *data,
 	    data->idx || data->off || from->flags & FUSE_BUF_IS_FD)
 		return false;
 	uint32_t inode = find(ino, true);
-	long change = inode && store.observe ? last_change_goes_on() : 0;
-	if (!inode || change < 0)
+	if (!inode || is_observed())
 		return false;
 	int64_t written = 0;
 	Py_BEGIN_ALLOW_THREADS
@@ -180,8 +170,8 @@ bool store_write(fuse_req_t req, fuse_ino_t ino, const struct fuse_bufvec *data,
 	Py_END_ALLOW_THREADS
 	if (written <= 0 || (size_t)written != from->size)
 		return false;
-	if (change)
-		observe(change);
+	if (store.observed)
+		last_change_wrote(ino);
 	fuse_reply_write(req, from->size);
 	return true;
 }
@@ -249,15 +239,10 @@ static PyObject *py_stop(PyObject *self, PyObject *args)
 	Py_RETURN_NONE;
 }
 
-static PyObject *py_observe(PyObject *self, PyObject *observe)
+static PyObject *py_observe(PyObject *self, PyObject *wanted)
 {
 	(void)self;
-	if (observe == Py_None) {
-		Py_CLEAR(store.observe);
-	} else {
-		Py_INCREF(observe);
-		Py_XSETREF(store.observe, observe);
-	}
+	store.observed = wanted == Py_True;
 	Py_RETURN_NONE;
 }
 
@@ -269,7 +254,6 @@ PyMethodDef store_inodes_methods[] = {
 	  "size of a block. atime: when reading updates it: 0 never, 1 by the rule of relatime, 2 always." },
 	{ "stop_inodes", py_stop, METH_NOARGS, "stop_inodes(): leave all requests to Python." },
 	{ "observe_inodes", py_observe, METH_O,
-	  "observe_inodes(observe): call observe(change) with the result of goes_on() for a change that continues the\n"
-	  "last noted one, and leave other changes to Python; None: nobody observes." },
+	  "observe_inodes(wanted): whether Python must see changes that do not continue the last noted one." },
 	{ NULL, NULL, 0, NULL },
 };
