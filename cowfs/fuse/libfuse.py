@@ -35,7 +35,7 @@ _HANDLE_KILLPRIV = 1 << 20
 _CACHE_SYMLINKS = 1 << 23
 
 
-_LAST = "observe_inodes"
+_LAST = "changes"
 """What came into the module last."""
 
 
