@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 
@@ -132,12 +133,16 @@ class FileHandlers(NodeHandlers):
             await self._within_reach(parent)
         self._files.must_have(ctx.uid)
         mode = self._masked(parent, mode, ctx)
+        if libfuse.opens_nothing() and name != _NO_NAME:
+            node, attr = self._fs.mknod(parent, name, stat.S_IFREG | mode, 0, owner)
+            self._no_capability.add(node.ino)
+            return FileInfo(fh=_UNKNOWN), self._given((node, attr))
         if name == _NO_NAME:
             node, attr, file = self._fs.create_unnamed(parent, mode, owner)
         else:
             node, attr, file = self._fs.create(parent, name, mode, owner)
         if libfuse.opens_nothing():
-            self._unopened.created(self._fs.attach(node, file))
+            file.close()
             info = FileInfo(fh=_UNKNOWN)
         elif flags & _SYNCHRONOUS or self._files.must_be_frugal(ctx.uid):
             file.close()

@@ -62,10 +62,6 @@ class Unopened:
             kept.writes = self._fs.open(node, os.O_RDWR)
         return kept.writes
 
-    def created(self, handle: Handle) -> None:
-        """Keep a newly created file open."""
-        self._of(handle.node).writes = handle
-
     @contextmanager
     def in_use(self, node: Node) -> Iterator[None]:
         """Keep an inode open during the block."""

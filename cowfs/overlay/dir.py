@@ -85,7 +85,8 @@ def symlink(fs: OverlayFs, parent: Node, name: bytes, target: bytes, owner: Owne
 
 def mknod(fs: OverlayFs, parent: Node, name: bytes, mode: int, rdev: int, owner: Owner) -> tuple[Node, Attr]:
     """Create a device, fifo, socket or regular file."""
-    if stat.S_ISREG(mode) or not stat.S_IFMT(mode):
+    mode |= 0 if stat.S_IFMT(mode) else stat.S_IFREG
+    if stat.S_ISREG(mode) and fs.upper.has_descriptors:  # one leads to the new file, whoever takes its name
         node, attr, file = create(fs, parent, name, mode, owner)
         file.close()
         return node, attr
