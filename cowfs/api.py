@@ -237,6 +237,7 @@ def apply(
     """
     from cowfs.exports.apply import Apply, Compared
     from cowfs.exports.choose import chosen
+    from cowfs.exports.conflicts import is_unchanged
     from cowfs.exports.kept import keep
     from cowfs.exports.losses import Losses
     from cowfs.exports.plan import plan
@@ -257,10 +258,13 @@ def apply(
         if dry_run is not None:
             for change in changes:
                 dry_run(change)
-        bad = _conflicts(items, before, after, target, root, tell)
+        if list(items) == [b""] and is_unchanged(before.node(b""), after.node(b"")):
+            items = {}  # an export has a root in any case
+        bad, is_done = _conflicts(items, before, after, target, root, tell)
         if ask is not None:
             items = chosen(items, before, after, dict(bad), ask)
-        if dry_run is None and (force or ask is not None or not bad):
+        nothing = not items or (is_done and not withheld)
+        if dry_run is None and (force or ask is not None or not bad) and (backup or not nothing):
             if target is None:
                 root = _tree_of(named, stack)
                 target = _root(root, stack)
@@ -276,14 +280,17 @@ def apply(
 
 def _conflicts(
     items: Plan, before: Tree, after: Tree, target: Root | None, root: str, tell: Tell
-) -> list[tuple[bytes, str]]:
-    """Return what is wrong in *target*, or in the store *root*, of which no byte is changed yet."""
-    from cowfs.exports.conflicts import conflicts, conflicts_in_tree
+) -> tuple[list[tuple[bytes, str]], bool]:
+    """Return what is wrong in *target*, or in the store *root*, of which no byte is changed yet; and whether
+    the store has all changes already."""
+    from cowfs.exports.conflicts import conflicts, conflicts_in_tree, is_done
 
     if target is not None:
-        return list(conflicts(items, target, before, after))
+        return list(conflicts(items, target, before, after)), False
     with open_changes(root, tell=tell) as there:
-        return list(conflicts_in_tree(items, there.tree(), before, after))
+        tree = there.tree()
+        bad = list(conflicts_in_tree(items, tree, before, after))
+        return bad, not bad and is_done(items, tree, before, after)
 
 
 def _not_completed(error: OSError, named: str, root: str, backup: str) -> Exception:
@@ -424,6 +431,8 @@ def take_back(
     with ExitStack() as stack:
         if found is not None:
             replies: Iterator[dict[str, Any]] = ask(found.dev, "take_back", timeout=PATIENCE, **message)
+        elif not dry_run and not _is_needed(what, message, lowers or Lowers(), tick):
+            return
         else:
             union = open_offline_union(what, lowers or Lowers(), stack, tell, read_only=dry_run)
             replies = offline(union, message)
@@ -436,6 +445,15 @@ def take_back(
                 path = base64.b64decode(reply["path"])
                 done = Done(path, str(reply["why_not"]), str(reply["kind"]), int(reply["bytes"]))
             yield done
+
+
+def _is_needed(what: str, message: dict[str, Any], lowers: Lowers, tick: Callable[[int, int], None]) -> bool:
+    """Whether a command would change anything in a store that is not mounted: to open it to write does."""
+    from cowfs.take_back import is_needed
+
+    with ExitStack() as stack:
+        union = open_offline_union(what, lowers, stack, lambda _: None, read_only=True)
+        return is_needed(union, message, tick)
 
 
 def reclaimable(what: str, lowers: Lowers | None = None, tell: Tell = lambda _: None) -> int:

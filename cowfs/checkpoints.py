@@ -87,9 +87,10 @@ def delete_checkpoint(
 
 
 def _ask_checkpoints(what: str, asked: str, name: str, lowers: Lowers | None, tell: Tell) -> None:
+    from cowfs.changes.checkpoint import must_be_possible
     from cowfs.store.served.open import open_store
     from cowfs.take_back import checkpoints as steps
-    from cowfs.take_back import done
+    from cowfs.take_back import done, must_not_be_apart
 
     found = find_mount(what)
     with ExitStack() as stack:
@@ -98,10 +99,13 @@ def _ask_checkpoints(what: str, asked: str, name: str, lowers: Lowers | None, te
                 found.dev, "checkpoint", timeout=PATIENCE, what=asked, name=name
             )
         else:
-            if asked != "take":
-                must_be_there(what)
-                with closing(open_store(what, read_only=True)) as store:
-                    store.layers.named(name)  # before a byte of the store is changed
+            must_be_there(what)
+            with closing(open_store(what, read_only=True)) as store:  # before a byte of it is changed
+                must_not_be_apart(store)
+                if asked == "take":
+                    must_be_possible(store, name)
+                else:
+                    store.layers.named(name)
             union = open_offline_union(what, lowers or Lowers(), stack, tell)
             replies = done(steps(union, {"what": asked, "name": name}))
         for _ in replies:

@@ -13,9 +13,11 @@ from typing import Any
 
 from cowfs.changes import checkpoint, revert, undo, vacuum
 from cowfs.changes.select import Selection, pattern
+from cowfs.changes.steps import Done, Progress, Seen
 from cowfs.errors import StoreError, UsageError
 from cowfs.linux.files import LACK_OF_ROOM
 from cowfs.overlay.uncover import Stale
+from cowfs.store.served.store import Store
 from cowfs.union import Union
 
 
@@ -44,12 +46,10 @@ def told(union: Union, asked: dict[str, Any], ask_again: Callable[[Stale], None]
             f"{union.modules[fs.loaded[0]].path}: is a module of this mount; a store cannot depend on it",
             "remove all modules first, with cowfs lower remove",
         )
-    steps: revert.Progress
+    steps: Progress
     if what == "revert":
-        paths = asked.get("paths")
-        patterns = () if paths is None else tuple(pattern(base64.b64decode(path)) for path in paths)
         back = functools.partial(undo.undo_batch, fs, forget=ask_again)
-        steps = revert.revert(fs, Selection(patterns), ask_again, back, metadata=bool(asked.get("metadata")))
+        steps = revert.revert(fs, _selection(asked), ask_again, back, metadata=bool(asked.get("metadata")))
     elif what == "undo":
         steps = undo.undo(fs, ask_again)
     elif what == "vacuum":
@@ -60,15 +60,49 @@ def told(union: Union, asked: dict[str, Any], ask_again: Callable[[Stale], None]
         raise UsageError(f"{what!r}: cannot be done")
     try:
         for step in steps:
-            if isinstance(step, revert.Done):
+            if isinstance(step, Done):
                 path = base64.b64encode(step.path).decode()
                 yield {"path": path, "kind": step.kind, "why_not": step.why_not, "bytes": step.size}
-            elif isinstance(step, revert.Seen):
+            elif isinstance(step, Seen):
                 if asked.get("counts"):
                     yield {"seen": step.changes, "whole": step.whole}
                     yield _at_once
             else:
                 yield step
+    except OSError as error:
+        raise _failed(union, error) from None
+
+
+def _selection(asked: dict[str, Any]) -> Selection:
+    paths = asked.get("paths")
+    return Selection(() if paths is None else tuple(pattern(base64.b64decode(path)) for path in paths))
+
+
+def is_needed(union: Union, asked: dict[str, Any], tick: Callable[[int, int], None]) -> bool:
+    """Return whether what is *asked* would change anything in a union that is not mounted.
+
+    The store is only read. *tick* is told how much was looked at, as in :class:`Seen`. Blocks. Raises the
+    CowfsError of what is refused.
+    """
+    fs = union.overlay
+    try:
+        match asked["what"]:
+            case "undo":
+                undo.last_batch(fs)
+                return True
+            case "trash":
+                return not undo.is_trash_empty(fs)
+            case "vacuum":
+                look = vacuum.is_needed(fs)
+            case _:
+                look = revert.is_needed(fs, _selection(asked), metadata=bool(asked["metadata"]))
+        while True:
+            try:
+                step = next(look)
+            except StopIteration as end:
+                return bool(end.value)
+            if isinstance(step, Seen):
+                tick(*step)
     except OSError as error:
         raise _failed(union, error) from None
 
@@ -80,11 +114,7 @@ def checkpoints(
     store, fs, name = union.store, union.overlay, str(asked.get("name"))
     if store.read_only:
         raise UsageError(f"{store.path}: is read-only", "mount it without ro")
-    if store.is_apart:
-        raise UsageError(
-            f"{store.path}: is the upperdir of another program, which would not find its changes again",
-            "keep states with that program, as with podman commit",
-        )
+    must_not_be_apart(store)
     try:
         match asked.get("what"):
             case "take":
@@ -99,6 +129,15 @@ def checkpoints(
         with suppress(OSError):
             yield from checkpoint.tidy(store)  # what was prepared
         raise _failed(union, error) from None
+
+
+def must_not_be_apart(store: Store) -> None:
+    """UsageError for the upper and the work dir of another program, which cannot have checkpoints."""
+    if store.is_apart:
+        raise UsageError(
+            f"{store.path}: is the upperdir of another program, which would not find its changes again",
+            "keep states with that program, as with podman commit",
+        )
 
 
 def _failed(union: Union, error: OSError) -> StoreError:

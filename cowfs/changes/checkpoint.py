@@ -44,18 +44,9 @@ def take(store: Store, fs: Overlay, name: str) -> Steps:
     UsageError if the name is invalid or taken. StoreError if the store cannot have another one. MountFailure
     if the kernel writes to a file itself (passthrough), or if copying up does not pause.
     """
-    check_name(name)
-    if store.is_aufs:
-        raise StoreError(
-            f"{store.path}: the store has the aufs format, which has no checkpoints",
-            f"unmount it, then: cowfs convert {store.path} --to overlayfs",
-        )
+    must_be_possible(store, name)
     layers = store.layers
-    known = layers.all()
-    if any(one.name == name for one in known.values()):
-        raise checkpoints.is_taken(name)
     must_be_one(fs)
-    checkpoints.must_have_room(len(store.frozen), len(known))
     yield from _unlent(fs)
     if freeze.are_hidden(fs):
         must_not_wait(fs.base)
@@ -75,6 +66,20 @@ def take(store: Store, fs: Overlay, name: str) -> Steps:
     freeze.freeze(fs, new.key, FrozenLayer(store.layer, upper))
     _use_upper(store, new.key, [layers.all()[number], *store.frozen])
     yield store.save
+
+
+def must_be_possible(store: Store, name: str) -> None:
+    """Raise the UsageError or StoreError with which :func:`take` refuses. The store is only read."""
+    check_name(name)
+    if store.is_aufs:
+        raise StoreError(
+            f"{store.path}: the store has the aufs format, which has no checkpoints",
+            f"unmount it, then: cowfs convert {store.path} --to overlayfs",
+        )
+    known = store.layers.all()
+    if any(one.name == name for one in known.values()):
+        raise checkpoints.is_taken(name)
+    checkpoints.must_have_room(len(store.frozen), len(known))
 
 
 def go_back(store: Store, fs: Overlay, name: str, forget: Callable[[Stale], None]) -> Steps:

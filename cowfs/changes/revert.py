@@ -12,7 +12,7 @@ import json
 import stat
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from cowfs.changes import diff
@@ -22,6 +22,19 @@ from cowfs.changes.paths import is_below, join
 from cowfs.changes.render import escape, from_json, json_line
 from cowfs.changes.select import METADATA, Selection
 from cowfs.changes.spool import Packed
+from cowfs.changes.steps import (
+    OFTEN,
+    Done,
+    Forget,
+    Found,
+    Look,
+    Progress,
+    Seen,
+    find,
+    is_open,
+    must_be_kept,
+    why,
+)
 from cowfs.changes.trash import (
     ASIDE,
     MOST_BYTES,
@@ -41,44 +54,6 @@ from cowfs.overlay.overlay import Overlay
 from cowfs.overlay.stack import Hit
 from cowfs.types import Change
 
-Forget = Callable[[uncover.Stale], None]
-"""Tells the kernel to drop stale cache entries. Blocks: call it in a thread."""
-
-
-class Done(NamedTuple):
-    """A step that was done, or could not be done."""
-
-    path: bytes
-    why_not: str = ""
-    kind: str = ""
-    size: int = 0
-    """Bytes of the store that the step freed; 0 for steps whose purpose is another."""
-
-
-class Seen(NamedTuple):
-    """The number of changes examined so far."""
-
-    changes: int
-    whole: int = 0
-    """About how many there are in all; 0 if not known."""
-
-
-Progress = Iterator[Done | Seen | Callable[[], None] | None]
-"""None when others may do something; a callable for a thread to call before the next step."""
-
-OFTEN = 1000
-"""Changes between two reports of progress."""
-
-
-@dataclass(slots=True)
-class Found:
-    """A path of the merged tree."""
-
-    parent: Node
-    name: bytes
-    nodes: list[Node] = field(default_factory=list)
-    """The directories on the way, the root first."""
-
 
 def revert(
     fs: Overlay,
@@ -95,14 +70,10 @@ def revert(
     """
     must_not_wait(fs.lowers)
     changes, renames = Packed(), []
-    prefix, lowers = fs.options.xattr_prefix, fs.stack.in_order()
-    found = diff.steps(fs.upper, fs.root.upper, lowers, prefix, fs.index, directory_times=True)
-    for change in selection.among(found):
+    for change in _selected(fs, selection):
         yield None
         if change is None:
             continue
-        if change.type == "directory":  # reverting an entry in it changes its mtime again
-            change = replace(change, what=tuple(what for what in change.what if what != "times"))
         if change.kind == "R" and not metadata:
             renames.append(change)
         changes.add(json_line(change).encode())
@@ -125,6 +96,45 @@ def revert(
     finally:
         if not batch.is_written:
             batch.remove()
+
+
+def is_needed(fs: Overlay, selection: Selection, *, metadata: bool = False) -> Look:
+    """Return whether :func:`revert` would change anything in a store, which is only read. Blocks.
+
+    Raises the CowfsError of what that refuses, except for what only shows after renames.
+    """
+    changes, renames = Packed(), list[Change]()
+    is_all = not selection.patterns and not metadata
+    for change in _selected(fs, selection):
+        yield None
+        if change is None:
+            continue
+        if is_all and not _is_bare(change):
+            return True  # of everything, nothing is refused
+        if change.kind == "R" and not metadata:
+            renames.append(change)
+        changes.add(json_line(change).encode())
+    work = _Revert(fs, selection, Batch(fs.upper, None, b"", None), lambda _: None)
+    if renames:
+        work.must_go_home(min(renames, key=_home))
+        return True
+    plan = yield from work.plan(_kept(changes), metadata=metadata)
+    return bool(plan.count)
+
+
+def _selected(fs: Overlay, selection: Selection) -> Iterator[Change | None]:
+    """Yield the selected changes, and None in between, when others may do something. Blocks."""
+    prefix, lowers = fs.options.xattr_prefix, fs.stack.in_order()
+    found = diff.steps(fs.upper, fs.root.upper, lowers, prefix, fs.index, directory_times=True)
+    for change in selection.among(found):
+        if change is not None and change.type == "directory":
+            # reverting an entry in it changes its mtime again
+            change = replace(change, what=tuple(what for what in change.what if what != "times"))
+        yield change
+
+
+def _home(change: Change) -> bytes:
+    return change.source or b""
 
 
 def _kept(changes: Packed) -> Iterator[Change]:
@@ -182,29 +192,41 @@ class _Revert:
 
     def rename_back(self, renames: list[Change]) -> Progress:
         """Rename directories and files back, those with the shortest old paths first."""
-        for change in sorted(renames, key=lambda change: change.source or b""):
+        for change in sorted(renames, key=_home):
             yield from self._rename_back(change)
+
+    def must_go_home(self, change: Change) -> Found | None:
+        """Return where a renamed file or directory was; None if the directory that it was in is reverted too.
+
+        StoreError if it cannot be renamed back unless something else is reverted too.
+        """
+        assert change.source is not None
+        home = change.source
+        missing = self._missing(home)
+        if missing:
+            if self._selection.matches(missing):
+                return None
+            raise StoreError(
+                f"{escape(change.path)}: the directory that {escape(home)} was in is not there any more",
+                "revert that directory too",
+            )
+        new = find(self._fs, home)
+        if self._fs.lookup(new.parent, new.name) is not None and not self._selection.matches(home):
+            raise StoreError(
+                f"{escape(change.path)}: there is another {escape(home)} now", "revert that one too"
+            )
+        return new
 
     def _rename_back(self, change: Change) -> Progress:
         fs = self._fs
         assert change.source is not None
         here, home = self._moves.now(change.path), change.source
-        missing = self._missing(home)
-        if missing:
-            if self._selection.matches(missing):
-                self._homeless.add(change.path)
-                return
-            raise StoreError(
-                f"{escape(change.path)}: the directory that {escape(home)} was in is not there any more",
-                "revert that directory too",
-            )
-        new = find(fs, home)
+        new = self.must_go_home(change)
+        if new is None:
+            self._homeless.add(change.path)
+            return
         stale: uncover.Stale = []
         if fs.lookup(new.parent, new.name) is not None:
-            if not self._selection.matches(home):
-                raise StoreError(
-                    f"{escape(change.path)}: there is another {escape(home)} now", "revert that one too"
-                )
             aside = self._free_name(new.parent, home)
             self._rename(home, aside, stale)
             self._aside[aside] = home, len(self._moves)
@@ -275,7 +297,7 @@ class _Revert:
 
     def revert_others(self, changes: Iterable[Change], *, metadata: bool) -> Progress:
         """Revert all changes except renames of directories."""
-        plan = yield from self._plan(changes, metadata=metadata)
+        plan = yield from self.plan(changes, metadata=metadata)
         self._batch.write(line[1:] for line in plan)
         yield from self._renamed
         # A hard link's name in the lower shows the upper's inode while any other name does. So the reverted
@@ -302,7 +324,7 @@ class _Revert:
             if step.kind == "whiteout" or done.why_not:
                 yield done
 
-    def _plan(
+    def plan(
         self, changes: Iterable[Change], *, metadata: bool
     ) -> Generator[Done | Seen | None, None, Packed]:
         """Return the lines of the log. A byte before each says whether the step makes a lower's name
@@ -392,7 +414,7 @@ class _Revert:
             if looked is None:
                 return None
             node = looked[0]
-            _must_be_kept(fs, node)
+            must_be_kept(fs, node)
             if node.is_dir and node.lowers:
                 continue
             below = shown_below(fs, parent, name)
@@ -535,43 +557,3 @@ class _Unit(NamedTuple):
 
 
 _SHOWS = b"+"
-
-
-def is_open(fs: Overlay, node: Node) -> bool:
-    """Whether a file is open, as far as cowfs knows: with images only, the kernel does not report opens."""
-    return not fs.host.close_idle(node) or node.handles is not None
-
-
-def find(fs: Overlay, path: bytes) -> Found:
-    """Return the directory of a path, and the name in it. Blocks.
-
-    ENOENT if the directory does not exist, EXDEV below a volatile directory.
-    """
-    node = fs.root
-    nodes = [node]
-    *directories, name = path.split(b"/")
-    for directory in directories:
-        found = fs.lookup(node, directory)
-        if found is None or not found[0].is_dir:
-            raise FileNotFoundError(errno.ENOENT, "no such directory", path)
-        node = found[0]
-        nodes.append(node)
-    child = fs.nodes.child(node, name)
-    _must_be_kept(fs, node if child is None else child)
-    return Found(node, name, nodes)
-
-
-def _must_be_kept(fs: Overlay, node: Node) -> None:
-    """Raise EXDEV for a node below a volatile directory: it is not in the store
-    (:mod:`cowfs.overlay.graft`)."""
-    if fs.union_of(node) is not fs:
-        raise OSError(errno.EXDEV, "is below a volatile directory of this mount", node.name)
-
-
-def why(error: OSError) -> str:
-    """Return why a step could not be done, for users."""
-    if error.errno == errno.EBUSY:
-        return "its data is still being copied to the store; try again later"
-    if error.errno == errno.EEXIST:
-        return "something else is there now"
-    return error.strerror or str(error)

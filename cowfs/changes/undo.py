@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator
 from itertools import islice
 
 from cowfs.changes.moves import Moves
-from cowfs.changes.revert import OFTEN, Done, Forget, Found, Progress, Seen, find, why
+from cowfs.changes.steps import OFTEN, Done, Forget, Found, Progress, Seen, find, why
 from cowfs.changes.trash import ASIDE, Batch, Log, Step, attributes_from_json, batches, given_up
 from cowfs.errors import StoreError
 from cowfs.overlay import away, uncover
@@ -25,10 +25,15 @@ _DEEPEST = 64
 
 def undo(fs: Overlay, forget: Forget) -> Progress:
     """Undo the last revert. StoreError if there is none, or its log is damaged."""
+    return undo_batch(fs, last_batch(fs), forget)
+
+
+def last_batch(fs: Overlay) -> Batch:
+    """Return the last revert. StoreError if there is none. Blocks; OSError."""
     batch = next(batches(fs.upper), None)
     if batch is None:
         raise StoreError("nothing was reverted, or the trash was emptied")
-    return undo_batch(fs, batch, forget)
+    return batch
 
 
 def undo_batch(fs: Overlay, batch: Batch, forget: Forget) -> Progress:
@@ -172,6 +177,11 @@ def _undo_attributes(fs: Overlay, node: Node, step: Step, stale: uncover.Stale) 
     fs.copy_up_meta(node)
     uncover.give_attributes(fs, node, wanted, stale)
     return True
+
+
+def is_trash_empty(fs: Overlay) -> bool:
+    """Whether :func:`empty_trash` has nothing to delete. Blocks; OSError."""
+    return next(batches(fs.upper), None) is None and next(given_up(fs.upper), None) is None
 
 
 def empty_trash(fs: Overlay) -> Progress:

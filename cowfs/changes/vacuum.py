@@ -9,7 +9,7 @@ from contextlib import suppress
 from cowfs.changes.compare import Inode, compare
 from cowfs.changes.lowers import must_not_wait
 from cowfs.changes.paths import join
-from cowfs.changes.revert import OFTEN, Done, Forget, Progress, Seen, is_open
+from cowfs.changes.steps import OFTEN, Done, Forget, Look, Progress, Seen, is_open
 from cowfs.layers.base import Key
 from cowfs.overlay import uncover
 from cowfs.overlay.lookup import number_of, shown_below
@@ -26,6 +26,15 @@ def vacuum(fs: Overlay, forget: Forget, *, dry_run: bool = False) -> Progress:
     """
     must_not_wait(fs.lowers)
     return _Vacuum(fs, forget, dry_run).run()
+
+
+def is_needed(fs: Overlay) -> Look:
+    """Return whether :func:`vacuum` would remove anything from a store, which is only read. Blocks."""
+    for step in vacuum(fs, lambda _: None, dry_run=True):
+        if isinstance(step, Done):
+            return True
+        yield step if isinstance(step, Seen) else None
+    return False
 
 
 class _Vacuum:

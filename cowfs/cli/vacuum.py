@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     """Remove redundant entries, or list them."""
     from cowfs.api import take_back
     from cowfs.changes.render import escape
-    from cowfs.changes.revert import OFTEN
+    from cowfs.changes.steps import OFTEN
     from cowfs.errors import UsageError
     from cowfs.store.format.sizes import format_size
 

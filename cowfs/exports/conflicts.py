@@ -110,6 +110,44 @@ def conflicts_in_tree(items: Plan, there: Tree, before: Tree, after: Tree) -> It
                 yield below, why
 
 
+def is_done(items: Plan, there: Tree, before: Tree, after: Tree) -> bool:
+    """Whether the tree *there*, of a store that is not mounted, has the new version of everything already.
+
+    Blocks; OSError.
+    """
+    names: dict[tuple[int, int, int], tuple[int, int, int]] = {}
+    for path, item in items.items():
+        found, to_be = there.node(path), after.node(path)
+        if item is Item.WHITEOUT or found is None or to_be is None:
+            if item is Item.WHITEOUT and found is None:
+                continue
+            return False
+        was = before.node(path)
+        if found.is_dir and was is not None and is_unchanged(was, to_be):
+            continue  # it is there for what is in it
+        if not has_attributes(found, to_be) or found.attr.st_mtime_ns != to_be.attr.st_mtime_ns:
+            return False
+        if names.setdefault(to_be.identity, found.identity) != found.identity:
+            return False
+        if not _is_same_node(found, to_be):
+            return False
+    return len(set(names.values())) == len(names)
+
+
+def is_unchanged(was: Node | None, now: Node | None) -> bool:
+    """Whether both are directories that have the same attributes and times, whatever is in them."""
+    if was is None or now is None or not was.is_dir or was.attr.st_mtime_ns != now.attr.st_mtime_ns:
+        return False
+    return has_attributes(was, now)
+
+
+def has_attributes(one: Node, other: Node) -> bool:
+    """Whether two inodes have the same owner, mode and extended attributes."""
+    mine, others = one.attr, other.attr
+    same = (mine.st_mode, mine.st_uid, mine.st_gid) == (others.st_mode, others.st_uid, others.st_gid)
+    return same and one.xattrs() == other.xattrs()
+
+
 def _is_same_node(one: Node, other: Node) -> bool:
     mode = one.attr.st_mode
     if stat.S_IFMT(mode) != stat.S_IFMT(other.attr.st_mode):

@@ -231,6 +231,8 @@ def test_asked_for_each(made: tuple[Path, Snapshot], tmp_path: Path) -> None:
         assert answered(answers).returncode == 1
         assert contents(seen(copy)) == before
     assert "etc/fstab  conflict: has other content than in the lower" in answered("n\n" * 300).stderr
+    (copy / "z1").chmod(0o711)
+    before = contents(seen(copy))
     assert answered("d\n").returncode == 0
     assert contents(seen(copy)) == before
     done = answered("n\n" * 3 + "a\n")

@@ -76,10 +76,24 @@ def eventually(condition: object, what: str, seconds: float = 10.0) -> None:
 
 @contextmanager
 def unchanged(image: str | os.PathLike[str]) -> Iterator[None]:
-    """In this block no byte of a store changes."""
-    before = Path(image).read_bytes()
+    """In this block no byte of a store changes: of an image, or of all that is in a directory."""
+    before = _bytes_of(Path(image))
     yield
-    assert Path(image).read_bytes() == before, f"bytes of {image} were changed"
+    after = _bytes_of(Path(image))
+    assert after.keys() == before.keys()
+    changed = [name for name, was in before.items() if after[name] != was]
+    assert not changed, f"bytes of {image} were changed: {changed}"
+
+
+def _bytes_of(path: Path) -> dict[str, object]:
+    if path.is_file():
+        return {"": path.read_bytes()}
+    found: dict[str, object] = {}
+    for each in (path, *path.rglob("*")):
+        info = each.lstat()
+        times = info.st_ino, info.st_mode, info.st_uid, info.st_mtime_ns, info.st_ctime_ns
+        found[str(each)] = times, each.read_bytes() if each.is_file() and not each.is_symlink() else b""
+    return found
 
 
 @dataclass

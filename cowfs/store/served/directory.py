@@ -218,6 +218,9 @@ def _open(
                 header, want.lowers, path, with_modules=True
             )  # before trying out anything in another's store
         if not want.read_only:
+            if locked >= 0:
+                copy_detection.enter(locked, root)
+                stack.callback(copy_detection.leave, locked)
             header = _prepare(first, found, header)
     except OSError as error:
         raise StoreError(*_explain(path, error)) from None
@@ -249,9 +252,6 @@ def _lock(layer: UpperLayer, root: int, path: str, want: Wanted, stack: ExitStac
         if not want.read_only:
             raise copy_detection.torn_copy(path)
         want.progress(copy_detection.torn_copy(path).message)
-    if not want.read_only:
-        copy_detection.enter(fd, root)
-        stack.callback(copy_detection.leave, fd)
     return fd
 
 
