@@ -377,6 +377,8 @@ class Ext3Layer:
     # --- attributes
 
     def chmod(self, key: int, mode: int) -> None:
+        if self.image.setattr_simple(key, ext3.MODE, mode=mode & 0o7777):
+            return
         before = self.image.raw(key)[0]
         if stat.S_ISLNK(before):
             raise _error(errno.EOPNOTSUPP)
@@ -395,8 +397,10 @@ class Ext3Layer:
 
     def chown(self, key: int, uid: int, gid: int) -> None:
         """Change the owner. Like chown(2), clear set-ID bits and capabilities, except on directories."""
-        before = self.image.raw(key)[0]
         what = (ext3.UID if uid >= 0 else 0) | (ext3.GID if gid >= 0 else 0)
+        if what and self.image.setattr_simple(key, what, uid=max(uid, 0), gid=max(gid, 0)):
+            return
+        before = self.image.raw(key)[0]
         mode = before
         is_directory = stat.S_ISDIR(before)
         if is_directory:

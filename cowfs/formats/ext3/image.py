@@ -115,6 +115,16 @@ class Image(Opened):
             attr.atime_ns, attr.mtime_ns = number_of(atime), number_of(mtime)
         self._done(lib.x3_setattr(self.handle, ino, what, attr))
 
+    def setattr_simple(self, ino: int, what: int, *, mode: int = 0, uid: int = 0, gid: int = 0) -> bool:
+        """Do the same if the inode is simple (see engine.h); return whether it is."""
+        attr = self._attr
+        attr.mode, attr.uid, attr.gid = mode, uid, gid
+        code = lib.x3_setattr_simple(self.handle, ino, what, attr)
+        if code == -errno.EOPNOTSUPP:
+            return False
+        self._done(code)
+        return True
+
     def calls(self) -> tuple[int, ...]:
         """Return what C needs to serve inodes without Python (cowfs/fuse/store_inodes.c).
 
