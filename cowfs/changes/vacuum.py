@@ -111,6 +111,8 @@ class _Vacuum:
         fs = self._fs
         found = fs.stack.find(parent.lowers, name)
         below = found[0]
+        if attr.st_nlink > 1 or below[2].st_nlink > 1:
+            return False  # which names are of one file is seen too, and their number
         new = Inode(fs.upper, key, attr)
         old = Inode(fs.lowers[below[0]], below[1], below[2])
         if len(found) > 1 and stat.S_ISREG(below[2].st_mode):

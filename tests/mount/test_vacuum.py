@@ -31,6 +31,7 @@ def test_vacuum_removes_what_says_nothing(tmp_path: Path, kind: str) -> None:
             here.path,
         )
         script("echo x >>script; mkdir usr/d; rmdir usr/d; touch -d 2019-05-05 usr", here.path)
+        script("ln old/g etc/linked; ln -P etc/link etc/second", here.path)  # unchanged, but with more names
         os.utime(here.path / "usr/tool", ns=(0, (tmp_path / "lower/usr/tool").stat().st_mtime_ns))
         seen = tree(here.path)
     upper = {"D", "M", "A"}
