@@ -12,6 +12,7 @@ from cowfs.errors import LayerError, SystemFailure
 from cowfs.formats import archives, erofs
 from cowfs.formats.squashfs.by_kernel import refused
 from cowfs.formats.squashfs.source import open_bytes
+from cowfs.layers.archive import ArchiveLayer
 from cowfs.layers.base import LowerLayer
 from cowfs.layers.directory import DirectoryLayer
 from cowfs.layers.iso9660 import Iso9660Layer
@@ -24,7 +25,8 @@ from cowfs.layers.zip import ZipLayer
 from cowfs.linux.loop_devices import attach_loop
 from cowfs.linux.mounts import detached_mount
 from cowfs.linux.remote import may_wait
-from cowfs.overlay.named_whiteouts import reworded
+from cowfs.overlay.named_whiteouts import NamedWhiteouts, reworded
+from cowfs.types import lower_uuid
 from cowfs.url.names import is_url, place
 
 _ARCHIVES = {"tar": TarLayer, "zip": ZipLayer, "iso9660": Iso9660Layer}
@@ -145,7 +147,22 @@ def open_lowers(
         raise
     for layer in layers[len(layers) - data_only :]:
         layer.data_only = True
+    _tell_apart(layers)
     return layers
+
+
+def _tell_apart(layers: Sequence[LowerLayer]) -> None:
+    """Make all handles of *layers* (topmost first) unique: images have no UUID, and disks can be cloned."""
+    known: dict[bytes, int] = {}
+    for number, layer in enumerate(reversed(layers)):
+        bare = layer
+        while isinstance(bare, SlowLayer | NamedWhiteouts):
+            bare = bare.inner
+        if not isinstance(bare, DirectoryLayer | SquashfsLayer | ArchiveLayer):
+            continue
+        if known.setdefault(bare.uuid, bare.dev) != bare.dev:
+            bare.uuid = lower_uuid(number)
+            bare.number = len(layers) - 1 - number
 
 
 def open_module(spec: str, offset: int) -> LowerLayer:

@@ -98,6 +98,25 @@ class FileHandle(NamedTuple):
     """The UUID of the filesystem, all zero where it has none (squashfs)."""
     place: bytes = b""
     """Where a layer has the inode: tells apart those to which a bad image gives one handle."""
+    lower: int = 0
+    """Which lower, counted from the topmost, if that has a UUID of :func:`lower_uuid`."""
+
+
+NO_UUID = bytes(16)
+_LOWER = b"cowfs lower "
+
+
+def lower_uuid(number: int) -> bytes:
+    """Return the UUID for handles of a lower that has the UUID of one below it, or both have none.
+
+    *number* counts from the lowest, so that it stays when other lowers are put on top.
+    """
+    return _LOWER + number.to_bytes(4, "big")
+
+
+def is_lower_uuid(uuid: bytes) -> bool:
+    """Whether a UUID is one of :func:`lower_uuid`."""
+    return uuid.startswith(_LOWER)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from cowfs.changes.lowers import Lower, LowerView
 from cowfs.changes.paths import join
 from cowfs.layers.base import Key, UpperLayer
-from cowfs.overlay.xattr_format import index_name, is_whiteout_device, make_origin
+from cowfs.overlay.index import Index
+from cowfs.overlay.xattr_format import is_whiteout_device
 
 _LEFT_OUT = {errno.EACCES, errno.ENOENT, errno.ENOTDIR, errno.ESTALE}
 """Errors of directories that the user may not read, or that somebody removes meanwhile: they are left out."""
@@ -51,23 +52,23 @@ def find_aliases(upper: UpperLayer, root: Key, index: Key, view: LowerView) -> G
     missing: dict[bytes, int] = dict.fromkeys(wanted, -1)  # names still to be found; -1: unknown
     if not missing:
         return aliases
+    listed = Index(upper, index, wanted, view.format)
     for found in _linked_files(view, upper, root):
         if found is None:
             yield
             continue
         path, lower = found
         number, key = lower.places[0]
-        handle = view.layers[number].handle(key)
-        name = b"" if handle is None else index_name(make_origin(handle))
+        hit = listed.named(view.layers[number].handle(key))
         links = lower.attr.st_nlink
         view.forget(lower)
-        if name not in wanted:
+        if hit is None:
             continue
-        hit = upper.lookup(index, name)
-        if hit is None or is_whiteout_device(hit[1]) or stat.S_ISDIR(hit[1].st_mode):
+        name, copy, attr = hit
+        if is_whiteout_device(attr) or stat.S_ISDIR(attr.st_mode):
             missing.pop(name, None)
         else:
-            aliases.add(path, hit[0])
+            aliases.add(path, copy)
             left = missing.pop(name, 0)
             left = (links if left < 0 else left) - 1
             if left > 0:

@@ -43,6 +43,7 @@ class LowerView:
 
     def __init__(self, stack: Stack) -> None:
         self.layers = stack.layers
+        self.format = stack.format
         self._stack = stack
 
     def root(self) -> Lower | None:

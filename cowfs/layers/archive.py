@@ -13,7 +13,7 @@ from cowfs.formats.archive import Inode, Tree
 from cowfs.formats.squashfs.source import Bytes, open_bytes
 from cowfs.layers.base import File
 from cowfs.layers.squashfs import new_device
-from cowfs.types import Attr, AttrData, DirEntry, FileHandle, FsStats
+from cowfs.types import NO_UUID, Attr, AttrData, DirEntry, FileHandle, FsStats
 from cowfs.url.names import is_url
 
 _PIECE = 1 << 20
@@ -79,6 +79,10 @@ class ArchiveLayer:
     has_descriptors = False
     data_only = False
     generation: int | None = None
+    uuid = NO_UUID
+    """That of its handles: another, if they could be taken for those of another lower."""
+    number = 0
+    """Which lower it is, counted from the topmost, if it has another UUID."""
 
     def __init__(self, path: str, index: Callable[[Bytes, str], Tree]) -> None:
         """Open the archive and read all its headers with *index*. Blocks; LayerError, OSError."""
@@ -159,10 +163,12 @@ class ArchiveLayer:
 
     def handle(self, key: Inode) -> FileHandle | None:
         """Return the inode number in this archive, in the form of a handle of the kernel's squashfs."""
-        return FileHandle(_FILEID_INO32_GEN, _HANDLE.pack(key.number, 0))
+        return FileHandle(_FILEID_INO32_GEN, _HANDLE.pack(key.number, 0), self.uuid, lower=self.number)
 
     def handle_ino(self, handle: FileHandle) -> int | None:
-        if handle.type != _FILEID_INO32_GEN or len(handle.data) != _HANDLE.size or any(handle.uuid):
+        if handle.type != _FILEID_INO32_GEN or len(handle.data) != _HANDLE.size:
+            return None
+        if handle.uuid not in {self.uuid, NO_UUID}:
             return None
         number, generation = _HANDLE.unpack(handle.data)
         return number if not generation and 0 < number <= self._archive.inodes else None

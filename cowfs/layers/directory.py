@@ -56,6 +56,8 @@ class DirectoryLayer(Descriptors):
     fill_unit = 0
     has_descriptors = True
     data_only = False
+    number = 0
+    """Which lower it is, counted from the topmost, if its handles have another UUID."""
 
     def __init__(self, root_fd: int, name: str, *, privileged: bool = True, alone: bool = False) -> None:
         super().__init__(root_fd, name, alone=alone)
@@ -196,18 +198,23 @@ class DirectoryLayer(Descriptors):
         found = self._by_fd(key, beneath.handle)
         if found is None:
             return None
-        return FileHandle(found[0], found[1], self._filesystem())
+        return FileHandle(found[0], found[1], self.uuid, lower=self.number)
 
     def handle_ino(self, handle: FileHandle) -> int | None:
-        return files.inode_of_handle(self._magic, handle) if handle.uuid == self._filesystem() else None
+        return files.inode_of_handle(self._magic, handle) if handle.uuid == self.uuid else None
 
-    def _filesystem(self) -> bytes:
-        """Return the UUID of the filesystem, for which file handles are valid."""
+    @property
+    def uuid(self) -> bytes:
+        """The UUID of the filesystem, for which file handles are valid, or the one that was set instead."""
         if self._uuid is None:
             fd = beneath.open_directory(self.root.fd)
             self._uuid = files.filesystem_uuid(fd)
             os.close(fd)
         return self._uuid
+
+    @uuid.setter
+    def uuid(self, value: bytes) -> None:
+        self._uuid = value
 
     def numbered(self, ino: int) -> None:
         """Return None: the kernel finds inodes by name."""

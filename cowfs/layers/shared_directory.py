@@ -49,7 +49,7 @@ class SharedDirectoryLayer(DirectoryLayer):
         self._in_use = _InUse()
         self._most_listed = beneath.most_listed()
         try:
-            self._filesystem()
+            self._uuid = self.uuid
         except OSError:
             self._uuid = b""  # no handles
 

@@ -23,7 +23,7 @@ from cowfs.formats.squashfs.inodes import Inode
 from cowfs.formats.squashfs.source import Bytes
 from cowfs.formats.squashfs.summary import summary
 from cowfs.layers.base import File, NamesJob
-from cowfs.types import Attr, AttrData, DirEntry, FileHandle, FsStats, Identity
+from cowfs.types import NO_UUID, Attr, AttrData, DirEntry, FileHandle, FsStats, Identity
 
 _FILEID_INO32_GEN = 1
 """The kernel's type of a handle that is an inode number and a generation (linux/exportfs.h)."""
@@ -150,6 +150,10 @@ class SquashfsLayer:
     waits = False
     has_descriptors = False
     data_only = False
+    uuid = NO_UUID
+    """That of its handles: another, if they could be taken for those of another lower."""
+    number = 0
+    """Which lower it is, counted from the topmost, if it has another UUID."""
 
     def __init__(
         self, path: str, *, offset: int = 0, cache_bytes: int = CACHE_BYTES, data: Bytes | None = None
@@ -247,10 +251,13 @@ class SquashfsLayer:
         inode = self._image.inode(key)
         if self._numbers.of(inode) != inode.number:
             return None
-        return FileHandle(_FILEID_INO32_GEN, _HANDLE.pack(inode.number, 0), place=b"%d" % key)
+        data = _HANDLE.pack(inode.number, 0)
+        return FileHandle(_FILEID_INO32_GEN, data, self.uuid, b"%d" % key, self.number)
 
     def handle_ino(self, handle: FileHandle) -> int | None:
-        if handle.type != _FILEID_INO32_GEN or len(handle.data) != _HANDLE.size or any(handle.uuid):
+        if handle.type != _FILEID_INO32_GEN or len(handle.data) != _HANDLE.size:
+            return None
+        if handle.uuid not in {self.uuid, NO_UUID}:
             return None
         number, generation = _HANDLE.unpack(handle.data)
         last = self._image.superblock.last_number

@@ -16,10 +16,10 @@ from cowfs.layers.base import Cached, Key, LowerLayer, UpperLayer
 from cowfs.layers.partial import Part
 from cowfs.overlay.companions import NOT_HERE, Companions
 from cowfs.overlay.host import Host
-from cowfs.overlay.index import came_from, open_index
+from cowfs.overlay.index import came_from, is_of_lower, names_of, open_index
 from cowfs.overlay.node import APART, LAYER, LAYER_BITS, ROOT_INO, Node, NodeTable
 from cowfs.overlay.stack import Stack, is_whiteout, notes_of
-from cowfs.overlay.xattr_format import TRUSTED, XattrFormat, as_device, index_name, make_origin
+from cowfs.overlay.xattr_format import TRUSTED, XattrFormat, as_device
 from cowfs.types import Attr, AttrData, FileHandle, FsStats, own_attr
 
 _LAYER_SHIFT = 40
@@ -379,12 +379,16 @@ class OverlayFs:
 
     def find_in_index(self, handle: FileHandle | None) -> tuple[Key, Attr] | None:
         """Return the upper inode of a hard-linked lower inode that was copied up under another name."""
-        name = None if handle is None else index_name(make_origin(handle))
-        if self.companions is None or name not in self.companions.names:
-            return self.hard_links.find(handle) if self.hard_links is not None else None
-        assert handle is not None
-        found = self.upper.lookup(self.companions.place, name)
-        return found if found is not None and self.came_from(found[0], handle.place) else None
+        for name, is_old in names_of(handle) if self.companions is not None else ():
+            if self.companions is None or handle is None or name not in self.companions.names:
+                continue
+            found = self.upper.lookup(self.companions.place, name)
+            if found is None or not self.came_from(found[0], handle.place):
+                continue
+            holder = self.companions.of(found[0]) or found[0]
+            if not is_old or is_of_lower(self.upper, holder, handle.lower, self.format):
+                return found
+        return self.hard_links.find(handle) if self.hard_links is not None else None
 
     def index_what_takes_no_notes(self, place: Key) -> None:
         """Also index hard links of symlinks, fifos, sockets and devices, in a directory of cowfs's own."""

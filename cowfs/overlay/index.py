@@ -5,11 +5,12 @@ The kernel's overlayfs stores it the same way (ovl_lookup_index() in fs/overlayf
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from cowfs.layers.base import Key, LowerLayer
-from cowfs.overlay.xattr_format import XattrFormat, index_name, make_origin
-from cowfs.types import Attr, FileHandle
+from cowfs.overlay.xattr_format import XattrFormat, index_name, make_origin, parse_count
+from cowfs.types import NO_UUID, Attr, FileHandle, is_lower_uuid
 
 
 class Index(NamedTuple):
@@ -26,14 +27,39 @@ class Index(NamedTuple):
 
         *handle* is that of the lower inode. None if it was not copied up.
         """
-        name = None if handle is None else index_name(make_origin(handle))
-        if name is None or name not in self.names:
-            return None
-        assert handle is not None
-        found = self.upper.lookup(self.directory, name)
-        if found is not None and came_from(self.upper, found[0], handle.place, self.format):
-            return found
+        found = self.named(handle)
+        return None if found is None else found[1:]
+
+    def named(self, handle: FileHandle | None) -> tuple[bytes, Key, Attr] | None:
+        """Return what :meth:`find` does, after the name that it has in the index."""
+        for name, is_old in names_of(handle):
+            found = self.upper.lookup(self.directory, name) if name in self.names else None
+            if found is None or handle is None:
+                continue
+            if is_old and not is_of_lower(self.upper, found[0], handle.lower, self.format):
+                continue
+            if came_from(self.upper, found[0], handle.place, self.format):
+                return name, *found
         return None
+
+
+def names_of(handle: FileHandle | None) -> Iterator[tuple[bytes, bool]]:
+    """Yield the names that the index may have for a lower inode, and whether it is one of an old cowfs.
+
+    That gave the inodes of all images handles without a UUID: :func:`is_of_lower` tells of which one it is.
+    """
+    if handle is not None:
+        yield index_name(make_origin(handle)), False
+        if is_lower_uuid(handle.uuid):
+            yield index_name(make_origin(handle._replace(uuid=NO_UUID))), True
+
+
+def is_of_lower(upper: LowerLayer, key: Key, number: int, xattrs: XattrFormat) -> bool:
+    """Whether a copied-up inode says that it is of this lower."""
+    try:
+        return parse_count(upper.getxattr(key, xattrs.layer)) == number
+    except OSError:
+        return not number
 
 
 def open_index(upper: LowerLayer, directory: Key, xattrs: XattrFormat) -> Index:

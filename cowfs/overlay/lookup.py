@@ -96,7 +96,9 @@ def _from_upper(
     value = notes.get(fs.format.origin, b"")
     ino = _ino_of_origin(fs, notes)
     node, attr = _enter(fs, parent, name, key, lowers, ino or fs.ino_of(0, fs.upper.dev, attr), attr)
-    if node.indexed is None and index_name(value) in fs.indexed:
+    # An inode in the index has a name there too. In a bad image or an old store, others can have its origin.
+    is_linked = lower_nlink is not None or attr.st_nlink > 1
+    if node.indexed is None and is_linked and index_name(value) in fs.indexed:
         node.indexed = union_nlink(fs, notes, attr.st_nlink, lower_nlink)
     if metacopy and node.upper is key:
         node.metacopy = True
