@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import errno
 import itertools
+import mmap
 import os
 import struct
 import threading
 import zlib
-from array import array
 from collections.abc import Iterator
 from datetime import UTC, datetime
 
@@ -102,6 +102,10 @@ class SquashfsFile:
         """Do nothing: the image stays open."""
 
 
+_IN_TABLE = 1 << 24
+"""Numbers up to this one have a place in the table, if the image has so many inodes: 128 MiB at most."""
+
+
 class _Numbers:
     """Unique inode numbers, even if an image uses a number twice.
 
@@ -109,11 +113,16 @@ class _Numbers:
     found gets a number above the 32 bits of the format. At the next mount, it may be the other inode.
     """
 
-    __slots__ = ("_lock", "_more", "_others", "_owners")
+    __slots__ = ("_lock", "_more", "_others", "_owners", "_table")
 
-    def __init__(self) -> None:
-        # Reference + 1 of the inode with the number, in chunks of 64 numbers: 11 bytes for each number.
-        self._owners: dict[int, array[int]] = {}
+    def __init__(self, inodes: int) -> None:
+        """*inodes*: how many the image has. Their numbers are usually 1 to *inodes*."""
+        # Reference + 1 of the inode with the number. The kernel supplies pages of the table as they are used.
+        # Many small objects would keep Python's arenas from being freed when all nodes are forgotten.
+        size = 8 * (min(inodes, _IN_TABLE) + 1)
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        self._table = memoryview(mmap.mmap(-1, size, flags=flags)).cast("Q")
+        self._owners: dict[int, int] = {}  # of the other numbers
         self._others: dict[int, int] = {}
         self._more: dict[int, int] = {}
         self._lock = threading.Lock()
@@ -121,21 +130,18 @@ class _Numbers:
     def of(self, inode: Inode) -> int:
         """Return the number of *inode*: its own if it was the first inode with that number."""
         number, owner = inode.number, inode.ref + 1
-        owners = self._owners.get(number >> 6)
-        if owners is not None and owners[number & 63] == owner:
+        if number < len(self._table) and self._table[number] == owner:
             return number
         with self._lock:
             return self._given(number, owner)
 
     def _given(self, number: int, owner: int) -> int:
-        owners = self._owners.get(number >> 6)
-        if owners is None:
-            owners = self._owners[number >> 6] = array("Q", bytes(8 * 64))
-        known = owners[number & 63]
+        owners = self._table if number < len(self._table) else self._owners
+        known = self._table[number] if number < len(self._table) else self._owners.get(number, 0)
         if known == owner:
             return number
         if not known:
-            owners[number & 63] = owner
+            owners[number] = owner
             return number
         other = self._others.get(owner)
         if other is None:
@@ -173,7 +179,7 @@ class SquashfsLayer:
         self.root = self._image.root
         self.dev = new_device()
         self._block_size = self._image.superblock.block_size
-        self._numbers = _Numbers()
+        self._numbers = _Numbers(self._image.superblock.inodes)
         # The last key and its answer: a copy-up or a removal asks several times.
         self._last = -1, AttrData(0, 0)
         self.generation: int | None = zlib.crc32(self._image.superblock.raw)

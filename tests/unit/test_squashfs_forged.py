@@ -74,6 +74,18 @@ def test_what_the_forge_makes_is_a_good_image(opened: Open) -> None:
     assert read(layer, b"sub", b"file").startswith(b"hello...")
 
 
+def test_inodes_with_the_same_number_get_numbers_of_their_own(opened: Open) -> None:
+    """Whether the number is one that an image with so many inodes can have, or not."""
+    forge = Forge()
+    given = {b"1": 2, b"2": 2, b"3": 2, b"4": 1 << 31, b"5": 1 << 31}
+    entries = [Entry(name, forge.file(0, 0, [], number=number)) for name, number in given.items()]
+    layer = opened(forge.finish(forge.directory(entries)))
+    found = {name: layer.stat(find(layer, name)).st_ino for name in given}
+    assert len(set(found.values())) == len(given)
+    assert found[b"1"] == 2 and found[b"4"] == 1 << 31
+    assert found == {name: layer.stat(find(layer, name)).st_ino for name in reversed(given)}
+
+
 # --- trees that are none
 
 
