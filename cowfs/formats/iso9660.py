@@ -153,7 +153,7 @@ class Image(Tree):
             if is_directory:
                 inner = self._inner(record)
                 if inner.block in self._seen:
-                    raise self._damaged(f"the directory {record.name!r} is in it twice")
+                    raise self._damaged(f"the directory {os.fsdecode(record.name)!r} is in it twice")
                 self._seen.add(inner.block)
                 yield inode, inner
 
@@ -180,10 +180,12 @@ class Image(Tree):
         start = segments[-1][0] + segments[-1][1] if segments else 0
         place = record.block * self._block_size
         if record.is_interleaved:
-            raise LayerError(f"{self.name}: {record.name!r} is interleaved, which cowfs does not support")
+            raise LayerError(
+                f"{self.name}: {os.fsdecode(record.name)!r} is interleaved, which cowfs does not support"
+            )
         if record.size:
             if place + record.size > self._size:
-                raise self._damaged(f"truncated: it ends before {record.name!r} does")
+                raise self._damaged(f"truncated: it ends before {os.fsdecode(record.name)!r} does")
             segments.append((start, record.size, place))
 
     def _add(
@@ -259,7 +261,7 @@ class Image(Tree):
                 elif sign in {b"ZF", b"SF"}:
                     what = "compressed (zisofs)" if sign == b"ZF" else "a sparse file of Rock Ridge"
                     raise LayerError(
-                        f"{self.name}: {record.name!r} is {what}, which cowfs does not support",
+                        f"{self.name}: {os.fsdecode(record.name)!r} is {what}, which cowfs does not support",
                         "mount it: mount -o loop,ro FILE DIR",
                     )
                 else:

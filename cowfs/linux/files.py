@@ -237,7 +237,8 @@ def inode_of_handle(magic: int, handle: FileHandle) -> int | None:
     """Return the inode number in a handle of a filesystem with statfs(2)'s f_type *magic*.
 
     The layouts are those of each filesystem's encode_fh: fs/libfs.c (generic, 32 bit inode and
-    generation), mm/shmem.c, fs/btrfs/export.c, fs/xfs/xfs_export.c. None for an unknown layout.
+    generation), mm/shmem.c, fs/btrfs/export.c, fs/xfs/xfs_export.c, fs/erofs/super.c. None for an unknown
+    layout.
     """
     kind, data = handle.type, handle.data
     if magic == filesystems.TMPFS and kind == 1 and len(data) >= 12:
@@ -247,12 +248,15 @@ def inode_of_handle(magic: int, handle: FileHandle) -> int | None:
         return int(struct.unpack_from("=Q", data)[0])
     if magic == filesystems.XFS and kind in {0x81, 0x82} and len(data) >= 8:
         return int(struct.unpack_from("=Q", data)[0])
+    if magic == filesystems.EROFS and kind in {0x81, 0x82} and len(data) >= 8:
+        high, low = struct.unpack_from("=II", data)
+        return int(low | high << 32)
     if magic in _INO32 and kind in {1, 2} and len(data) >= 4:
         return int(struct.unpack_from("=I", data)[0])
     return None
 
 
-_INO32 = {filesystems.XFS, filesystems.EXT, filesystems.SQUASHFS, filesystems.F2FS}
+_INO32 = {filesystems.XFS, filesystems.EXT, filesystems.SQUASHFS, filesystems.F2FS, filesystems.EROFS}
 
 
 def matching(directory: str | os.PathLike[str], pattern: str) -> list[Path]:

@@ -40,8 +40,8 @@ def check(url: str) -> None:
         shown = url.replace(parts.netloc, parts.netloc.rpartition("@")[2], 1)
         raise UsageError(f"{shown}: a login in a URL is shown to all users", "write it into ~/.netrc")
     if not parts.netloc and parts.scheme != "file":
-        raise UsageError(f"{url}: names no host", "write it as https://HOST/PATH")
+        raise UsageError(f"{url}: names no host", f"write it as {parts.scheme}://HOST/PATH")
     if port == 0 or parts.path in {"", "/"}:
-        raise UsageError(f"{url}: names no file", "write it as https://HOST/PATH")
+        raise UsageError(f"{url}: names no file", f"write it as {parts.scheme}://HOST/PATH")
     if any(ord(character) <= 32 or ord(character) == 127 for character in url):
         raise UsageError(f"{url!r}: a URL has no spaces in it", "write a space as %20")

@@ -25,19 +25,22 @@ def test_an_erofs_image_is_a_lower(tmp_path: Path) -> None:
     (lower / "dir/file").write_text("first\n" * 10_000)
     (lower / "gone").write_text("x")
     (lower / "link").symlink_to("dir/file")
+    (lower / "name").hardlink_to(lower / "dir/file")
     os.setxattr(lower / "dir/file", "user.x", b"y")
     run("mkfs.erofs", "-zlz4hc", image, lower)
     assert re.search(r"^inodes: +5$", cowfs("info", image, check=True).stdout, re.MULTILINE)
     with mounted(image, mnt, store, engine="kernel"):
         assert (mnt / "link").read_text() == "first\n" * 10_000
         assert os.getxattr(mnt / "dir/file", "user.x") == b"y"
+        number = (mnt / "name").stat().st_ino
         with (mnt / "dir/file").open("a") as file:
             file.write("second\n")
         (mnt / "gone").unlink()
         (mnt / "dir").rename(mnt / "other")
     with mounted(image, mnt, store, engine="kernel"):
         assert (mnt / "other/file").read_text() == "first\n" * 10_000 + "second\n"
-        assert sorted(os.listdir(mnt)) == ["link", "other"]
+        assert sorted(os.listdir(mnt)) == ["link", "name", "other"]
+        assert [(mnt / name).stat().st_ino for name in ("name", "other/file")] == [number, number]
     changes = cowfs("diff", store, "--engine", "kernel", check=True).stdout
     assert "gone" in changes and "other" in changes
     assert f"mount -t erofs -o ro,loop {image}" in cowfs("info", store, "--kernel", check=True).stdout
