@@ -264,7 +264,7 @@ def _logins() -> Login:
     """Return a lookup of the logins in the user's netrc(5), read now because it cannot be read later."""
     own = os.environ.get("NETRC")
     with suppress(KeyError):
-        own = own or os.path.join(pwd.getpwuid(os.geteuid()).pw_dir, ".netrc")
+        own = own or os.path.join(_home(), ".netrc")
     hosts: dict[str, tuple[str, str]] = {}
     if own is not None:
         with suppress(OSError, netrc.NetrcParseError, UnicodeDecodeError):
@@ -272,6 +272,19 @@ def _logins() -> Login:
                 if host != "default":
                     hosts[host] = (user, password or "")
     return hosts.get
+
+
+def _home() -> str:
+    """Return the home directory. KeyError if there is none.
+
+    $HOME counts if it belongs to the user: with sudo it may be another user's, and as root of a user
+    namespace the directory of the password file is another user's.
+    """
+    home = os.environ.get("HOME", "")
+    with suppress(OSError):
+        if os.stat(home).st_uid == os.geteuid():
+            return home
+    return pwd.getpwuid(os.geteuid()).pw_dir
 
 
 def _give_up() -> None:

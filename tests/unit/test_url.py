@@ -220,7 +220,9 @@ def refusal(url: str) -> str:
     return str(caught.value)
 
 
-def test_a_server_that_will_not_is_told_of_in_one_line(server: FileServer, tmp_path: Path) -> None:
+def test_a_server_that_will_not_is_told_of_in_one_line(
+    server: FileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     url, does = server.url(), server.behaviour
     assert "no such file (404 Not Found) (check the URL)" in refusal(server.url("/other"))
     does.files["/empty"] = b""
@@ -250,6 +252,11 @@ def test_a_server_that_will_not_is_told_of_in_one_line(server: FileServer, tmp_p
     assert "wants a login (401 Unauthorized) (write user and password into ~/.netrc)" in refusal(url)
     (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password secret\n")
     (tmp_path / "netrc").chmod(0o600)
+    with closing(open_url(url)) as file:
+        assert file.pread(3, 0) == DATA[:3]
+    monkeypatch.delenv("NETRC")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "netrc").rename(tmp_path / ".netrc")
     with closing(open_url(url)) as file:
         assert file.pread(10, 0) == DATA[:10]
 
