@@ -75,7 +75,10 @@ class Commit:
                     self.conflicts += [(join(mount.at, path), "may not be changed by you") for path in bad]
                 if told and (force or not self.conflicts):
                     withheld = _withheld(mount.store)
-                    stage.add(mount.root, items, before, after, told, self.losses, tick, withheld)
+                    lossy = os.path.isdir(mount.store)  # it cannot have an ACL of who has no number here
+                    stage.add(
+                        mount.root, items, before, after, told, self.losses, tick, withheld, keeps_acls=lossy
+                    )
                 if not (force or self.conflicts):  # what was copied may have been the lower's, and another's
                     found = conflicts(items, before, mount.since(since))
                     self.conflicts += [(join(mount.at, path), why) for path, why in found]

@@ -39,6 +39,9 @@ class Known(Protocol):
     def keeps_owner(self, path: bytes) -> bool:
         """Return whether the change leaves the owner at *path* as it is."""
 
+    def keeps_acls(self, path: bytes) -> bool:
+        """Return whether the new version may lack an ACL only because its store could not have it."""
+
 
 class Compared:
     """The facts that follow from the version before the changes."""
@@ -55,6 +58,9 @@ class Compared:
         return not same or dict(sorted(was.xattrs().items())) != entry.xattrs
 
     def keeps_owner(self, path: bytes) -> bool:
+        return False
+
+    def keeps_acls(self, path: bytes) -> bool:
         return False
 
 
@@ -231,10 +237,10 @@ class Apply:
         """Return the entry without the ACLs of the file at *name* that a new file cannot get."""
         fd = self._root.enter(parent, name, os.O_PATH)
         try:
-            fixed = _fixed_acls(_xattrs(fd)) & entry.xattrs.keys()
+            fixed = _fixed_acls(_xattrs(fd))
         finally:
             os.close(fd)
-        if not fixed:
+        if not fixed or not (fixed & entry.xattrs.keys() or self._known.keeps_acls(entry.path)):
             return entry
         self._losses.add(_WITHOUT_XATTRS, entry.path)
         return replace(entry, xattrs={key: value for key, value in entry.xattrs.items() if key not in fixed})
@@ -324,7 +330,8 @@ class Apply:
         there = _xattrs(fd)
         fixed = _fixed_acls(there)  # chmod(2) sets their mask
         try:
-            for name in there.keys() - entry.xattrs.keys():
+            kept = fixed if self._known.keeps_acls(entry.path) else set()
+            for name in there.keys() - entry.xattrs.keys() - kept:
                 beneath.removexattr(fd, name)
             for name, value in entry.xattrs.items():
                 if name in fixed:

@@ -169,14 +169,20 @@ class Stage:
         losses: Losses,
         tick: Tick,
         withheld: Withheld,
+        *,
+        keeps_acls: bool = False,
     ) -> None:
-        """Stage the changes of one more directory, *root*, without what is *withheld*. Blocks; OSError."""
+        """Stage the changes of one more directory, *root*, without what is *withheld*. Blocks; OSError.
+
+        *keeps_acls*: the store could not have all ACLs, so those that are missing in it stay.
+        """
         info = os.stat(root)
         self._trees.append(
             {"root": os.path.abspath(root), "dev": info.st_dev, "ino": info.st_ino, "fsid": _fsid(root)}
         )
         told = {change.path: change for change in changes}
-        feed(items.items(), after, _Sink(self, before, told, losses, tick), losses, tick, None, withheld)
+        sink = _Sink(self, before, told, losses, tick, keeps_acls=keeps_acls)
+        feed(items.items(), after, sink, losses, tick, None, withheld)
 
     def note(self, line: dict[str, Any]) -> None:
         self._lines.append({"tree": len(self._trees) - 1, **line})
@@ -216,9 +222,17 @@ class _Sink:
     """A :class:`cowfs.exports.entries.Sink` that stages the changes of a directory."""
 
     def __init__(
-        self, stage: Stage, before: Tree, told: dict[bytes, Change], losses: Losses, tick: Tick
+        self,
+        stage: Stage,
+        before: Tree,
+        told: dict[bytes, Change],
+        losses: Losses,
+        tick: Tick,
+        *,
+        keeps_acls: bool,
     ) -> None:
         self._stage = stage
+        self._keeps_acls = keeps_acls
         self._before = before
         self._told = told
         self._losses = losses
@@ -234,7 +248,8 @@ class _Sink:
             "rdev": attr.st_rdev, "size": attr.st_size, "mtime": entry.mtime_ns,
             "xattrs": {_text(name): _text(value) for name, value in entry.xattrs.items()},
             "same": None if entry.same_as is None else _text(entry.same_as), "nlink": attr.st_nlink,
-            "what": _what(change), "was": self._was(entry.path, stays=stat.S_ISDIR(entry.mode)),
+            "what": _what(change), "keeps_acls": self._keeps_acls,
+            "was": self._was(entry.path, stays=stat.S_ISDIR(entry.mode)),
         }  # fmt: skip
         if stat.S_ISLNK(attr.st_mode):
             line["target"] = _text(target_of(entry))
@@ -309,6 +324,9 @@ class _Staged:
     def keeps_owner(self, path: bytes) -> bool:
         what = self.lines[path]["what"]
         return what is not None and "owner" not in what
+
+    def keeps_acls(self, path: bytes) -> bool:
+        return bool(self.lines[path].get("keeps_acls", False))
 
     def _open(self, name: str) -> File:
         return KernelFile(os.open(os.path.join(self.files, name), os.O_RDONLY | os.O_CLOEXEC))

@@ -78,6 +78,10 @@ def test_an_ordinary_user_commits_what_they_may_change(nobody_path: Path) -> Non
         done = cowfs(*command, script, nobody=True, env=env)
     assert (done.returncode, done.stdout) == (0, '0\nAPT::Sandbox::User "root";\n'), done.stderr
     assert (own / "d/new").stat().st_uid == 65534
+    with with_programs(root):  # a store in a directory can have no such ACL
+        in_directory = ("run", "--store", nobody_path / "directory", *command[1:])
+        done = cowfs(*in_directory, "echo 3 >>own/group", nobody=True, env=env)
+    assert done.returncode == 0, done.stderr
     assert [of_others(path) for path in (*with_acls, own / "open")] == [
         *acls,
         [],
@@ -87,7 +91,7 @@ def test_an_ordinary_user_commits_what_they_may_change(nobody_path: Path) -> Non
     assert (own / "first").samefile(own / "second") and (root / "secret/third").read_text() == "1\n"
     info = (own / "group").stat()
     assert (info.st_uid, info.st_gid, info.st_mode & 0o777) == (65534, 4, 0o600)
-    assert [(own / "group").read_text(), (root / "log").read_text()] == ["1\n2\n"] * 2
+    assert [(own / "group").read_text(), (root / "log").read_text()] == ["1\n2\n3\n", "1\n2\n"]
 
 
 def of_others(path: Path) -> list[str]:
