@@ -16,6 +16,7 @@ pytestmark = [
     needs_fuse,
     needs_root,
     pytest.mark.nightly,
+    pytest.mark.timeout(600),
     pytest.mark.skipif(
         not (shutil.which("buildah") and shutil.which("newuidmap")), reason="needs buildah and uidmap"
     ),
@@ -85,7 +86,7 @@ def built(place: Path, *prefix: str | Path) -> str:
         [*prefix, "sh", "-c", BUILD, "sh", place, PROGRAM],
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=500,
         check=False,
         env={**os.environ, "HOME": str(place)},
     )
