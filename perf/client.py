@@ -1,8 +1,8 @@
-"""Clients for which there is no standard program: small system calls on many files, timed in the process.
+"""Clients that no standard program provides: small system calls on many files, timed in the process.
 
-``client.py JOB NAMES [...]`` works on the paths in the file NAMES (NUL between them), relative to the
-working directory, and prints the seconds it took and what it found. Imports nothing but the standard
-library, and starts with ``python -I -S``.
+``client.py JOB NAMES`` works on the paths in the file NAMES (separated by NUL), relative to the working
+directory, and prints the seconds it took and a result. It imports only the standard library, and runs with
+``python -I -S``.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ def append(paths: list[bytes]) -> str:
 
 
 def read(paths: list[bytes]) -> str:
-    """Read each file whole; tell the number of bytes and a digest of them all."""
+    """Read each file; return the number of bytes and a digest of all data."""
     digest = hashlib.blake2b(digest_size=16)
     total = 0
     for path in paths:
@@ -35,7 +35,7 @@ def read(paths: list[bytes]) -> str:
 
 
 def skim(paths: list[bytes]) -> str:
-    """Read each file whole, and ignore the data."""
+    """Read each file and ignore the data; return the number of bytes."""
     total = 0
     buffer = bytearray(1 << 20)
     for path in paths:
@@ -47,7 +47,7 @@ def skim(paths: list[bytes]) -> str:
 
 
 def random(names: list[bytes]) -> str:
-    """Read 4 KiB of the first of *names* at each of the offsets that follow it."""
+    """Read 4 KiB of the first of *names* at each offset that follows; return their number and a digest."""
     digest = hashlib.blake2b(digest_size=16)
     fd = os.open(names[0], os.O_RDONLY)
     for place in names[1:]:
@@ -57,14 +57,14 @@ def random(names: list[bytes]) -> str:
 
 
 def chown(paths: list[bytes]) -> str:
-    """Give each file to user and group 1234, links themselves, not what they point to."""
+    """Change the owner and group of each file to 1234, without following symbolic links."""
     for path in paths:
         os.chown(path, 1234, 1234, follow_symlinks=False)
     return str(len(paths))
 
 
 def fsync(paths: list[bytes]) -> str:
-    """Create each file with 4 KiB in it, and have it on disk before the next."""
+    """Create each file with 4 KiB of data, and sync it to disk before the next."""
     for path in paths:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         os.write(fd, path.ljust(4096, b"."))
@@ -74,7 +74,7 @@ def fsync(paths: list[bytes]) -> str:
 
 
 def fill(names: list[bytes]) -> str:
-    """Make a file of the name and size given, each MiB with its number all over, and have it on disk."""
+    """Create a file with the name and size in *names*, each MiB filled with its number, and sync it."""
     name, size = names[0], int(names[1])
     fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
     for number in range(size >> 20):
@@ -85,7 +85,7 @@ def fill(names: list[bytes]) -> str:
 
 
 def rewrite(names: list[bytes]) -> str:
-    """Write 4 KiB of the first of *names* at each of the offsets that follow it, and have them on disk."""
+    """Write 4 KiB of the first of *names* at each of the offsets that follow, and sync it to disk."""
     fd = os.open(names[0], os.O_RDWR)
     for place in names[1:]:
         os.pwrite(fd, place.ljust(4096, b"#"), int(place))
@@ -94,8 +94,8 @@ def rewrite(names: list[bytes]) -> str:
     return str(len(names) - 1)
 
 
-def many(names: list[bytes]) -> str:
-    """Make that many files in a directory, list it with attributes, and remove every other of them."""
+def make_names(names: list[bytes]) -> str:
+    """Create files in a directory, list it with attributes, and remove every second file."""
     directory, count = names[0], int(names[1])
     for number in range(count):
         os.close(os.open(b"%s/name %d" % (directory, number), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644))
@@ -107,7 +107,7 @@ def many(names: list[bytes]) -> str:
 
 
 def create(names: list[bytes]) -> str:
-    """Make that many small files, 50 to a directory, below the first of *names*."""
+    """Create small files, 50 in each directory, below the first of *names*; the second is their number."""
     top, count = names[0], int(names[1])
     os.mkdir(top)
     for number in range(count):
@@ -120,42 +120,43 @@ def create(names: list[bytes]) -> str:
 
 
 def mkdir(names: list[bytes]) -> str:
-    """Make directories."""
+    """Create directories."""
     for name in names:
         os.mkdir(name)
     return str(len(names))
 
 
 def rename(names: list[bytes]) -> str:
-    """Give each of *names* its name with ``-renamed`` behind it."""
+    """Add ``-renamed`` to each of *names*."""
     for name in names:
         os.rename(name, name + b"-renamed")
     return str(len(names))
 
 
 def chmod(names: list[bytes]) -> str:
-    """Make each of *names* readable by its owner alone."""
+    """Make each of *names* readable by its owner only."""
     for name in names:
         os.chmod(name, 0o400)
     return str(len(names))
 
 
-def enter() -> None:
-    """Change the root to this directory, with a /dev and /proc; wants a mount namespace of its own."""
-    for how in (["--bind", "/dev", "dev"], ["-t", "proc", "proc", "proc"]):
-        subprocess.run(["mount", *how], check=True)
+def enter_chroot() -> None:
+    """Mount /dev and /proc in this directory and make it the root. Needs its own mount namespace."""
+    for arguments in (["--bind", "/dev", "dev"], ["-t", "proc", "proc", "proc"]):
+        subprocess.run(["mount", *arguments], check=True)
     os.chroot(".")
     os.chdir("/")
 
 
 def chroot(scripts: list[bytes]) -> str:
-    """Run a script by sh; tell the last line that it says."""
-    # Nothing of what is set for those outside, but what programs find in any root.
-    known = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root", "LC_ALL": "C"}
-    known["DEBIAN_FRONTEND"] = "noninteractive"
-    done = subprocess.run(["/bin/sh", "-ec", scripts[0]], stdout=subprocess.PIPE, env=known, check=False)
+    """Run a script with sh; return the last line that it prints."""
+    # Only what programs find in any root, nothing from the environment outside.
+    environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root", "LC_ALL": "C"}
+    environment["DEBIAN_FRONTEND"] = "noninteractive"
+    argv = [b"/bin/sh", b"-ec", scripts[0]]
+    done = subprocess.run(argv, stdout=subprocess.PIPE, env=environment, check=False)
     if done.returncode:
-        sys.exit(f"the script ended with {done.returncode}: {done.stdout.decode(errors='replace')[-200:]}")
+        sys.exit(f"the script exited with {done.returncode}: {done.stdout.decode(errors='replace')[-200:]}")
     return (done.stdout.decode(errors="replace").splitlines() or [""])[-1]
 
 
@@ -168,26 +169,26 @@ JOBS = {
     "fsync": fsync,
     "fill": fill,
     "rewrite": rewrite,
-    "names": many,
+    "names": make_names,
     "create": create,
     "mkdir": mkdir,
     "rename": rename,
     "chmod": chmod,
     "chroot": chroot,
 }
-BEFORE = {"chroot": enter}
-"""Functions to call before the time starts."""
+PREPARATIONS = {"chroot": enter_chroot}
+"""Functions to call before the timed part."""
 
 
 def main(job: str, names: str) -> None:
     """Do *job* on the paths listed in *names*."""
     with open(names, "rb") as file:
         paths = file.read().split(b"\0")
-    if job in BEFORE:
-        BEFORE[job]()
+    if job in PREPARATIONS:
+        PREPARATIONS[job]()
     begin = time.perf_counter()
-    found = JOBS[job](paths)
-    print(f"{time.perf_counter() - begin:.6f} {found}")
+    result = JOBS[job](paths)
+    print(f"{time.perf_counter() - begin:.6f} {result}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The data of the samples: the lower image, the archive to unpack, and lists of files.
 
 Everything is made from a real tree (``/usr``) and cached, so that runs on one machine can be compared.
-The image is mounted once more as the *reference*, by the kernel: what the systems under test must show.
+The kernel mounts the image once more as the *reference*: the systems under test must show the same tree.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import subprocess
 import tarfile
 import zlib
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,15 +21,16 @@ from typing import Any
 MAX_ENTRIES = 65_000
 MAX_BYTES = 2 << 30
 MAX_FILE = 64 << 20
-# Many small files first, so that a bounded part of a large /usr still looks like a root filesystem.
+# Many small files first, so that a limited part of a large /usr still resembles a root filesystem.
 FIRST = ("bin", "sbin", "include", "libexec", "share", "lib")
 TAR_FILES = 8_000
 DATA_MIB = 400
+PACK_OPTIONS = ("-noappend", "-no-progress", "-quiet")
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One name in the reference."""
+    """A name in the reference."""
 
     path: str
     mode: int
@@ -38,7 +40,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Large:
-    """A large file, as it was before it was packed into an image."""
+    """A large file before it was packed into an image."""
 
     path: Path
     size: int
@@ -48,11 +50,11 @@ class Large:
 
 @dataclass(slots=True)
 class Corpus:
-    """The lower image and the data made from it."""
+    """The lower image and the data that is made from it."""
 
     image: Path
     archive: Path
-    """A tar of regular files and their directories, on tmpfs."""
+    """A tar archive of regular files and their directories, on tmpfs."""
     data: Path
     """A file of incompressible bytes, on tmpfs."""
     reference: Path
@@ -61,17 +63,17 @@ class Corpus:
     facts: dict[str, Any]
     large: Large | None = None
     in_cache: bool = False
-    """Whether the image is read into the page cache before what is cold: the disk is then not measured."""
+    """Whether cold workloads begin with the image in the page cache, so that they do not measure the disk."""
 
-    def regular(self, low: int, high: int, count: int) -> list[Entry]:
-        """Up to *count* regular files of *low* to *high* bytes, spread evenly over the tree."""
+    def regular_files(self, low: int, high: int, count: int) -> list[Entry]:
+        """Return up to *count* regular files of *low* to *high* bytes, spread evenly over the tree."""
         fit = [e for e in self.entries if stat.S_ISREG(e.mode) and low <= e.size <= high and e.nlink == 1]
         if len(fit) <= count:
             return fit
         return [fit[i * len(fit) // count] for i in range(count)]
 
-    def directory(self, max_files: int, max_bytes: int) -> str:
-        """The directory, at most two levels down, with the most files that is within the bounds."""
+    def largest_directory(self, max_files: int, max_bytes: int) -> str:
+        """Return the directory with the most files within the limits, at most two levels down."""
         files: dict[str, int] = defaultdict(int)
         size: dict[str, int] = defaultdict(int)
         for entry in self.entries:
@@ -85,7 +87,7 @@ class Corpus:
 
 
 def scan(root: Path) -> list[Entry]:
-    """Every name under *root*, sorted, without the root itself; stays on one filesystem."""
+    """Return every name under *root*, sorted, without the root itself and without other filesystems."""
     found: list[Entry] = []
     device = root.lstat().st_dev
     pending = [""]
@@ -102,15 +104,15 @@ def scan(root: Path) -> list[Entry]:
 
 
 def choose(entries: list[Entry], max_entries: int = MAX_ENTRIES, max_bytes: int = MAX_BYTES) -> list[Entry]:
-    """A bounded part of *entries*: whole top directories in the order of FIRST, then the others."""
+    """Return a limited part of *entries*: top directories in the order of FIRST, then the others."""
 
-    def place(entry: Entry) -> tuple[int, str]:
+    def sort_key(entry: Entry) -> tuple[int, str]:
         top = entry.path.split("/", 1)[0]
         return (FIRST.index(top) if top in FIRST else len(FIRST), entry.path)
 
     chosen: list[Entry] = []
     total = 0
-    for entry in sorted(entries, key=place):
+    for entry in sorted(entries, key=sort_key):
         size = entry.size if stat.S_ISREG(entry.mode) else 0
         if size > MAX_FILE or total + size > max_bytes:
             continue
@@ -122,32 +124,36 @@ def choose(entries: list[Entry], max_entries: int = MAX_ENTRIES, max_bytes: int 
 
 
 def make_image(cache: Path, source: Path = Path("/usr")) -> Path:
-    """Return the lower image in *cache*; made from *source* if it is not there (takes minutes)."""
+    """Return the path of the lower image in *cache*; make it from *source* if needed, which takes minutes."""
     image = cache / "lower.squashfs"
     if image.exists():
         return image
     cache.mkdir(parents=True, exist_ok=True)
-    chosen = choose(scan(source))
-    new = image.with_suffix(".new")
-    names = b"".join(os.fsencode(e.path) + b"\0" for e in chosen)
-    # By way of tar: mksquashfs takes a list of files too (-cpiostyle), but for hours with so many.
-    with (cache / "names").open("w+b") as listed:
-        listed.write(names)
-        listed.seek(0)
-        pack = ["tar", "-c", "--null", "--no-recursion", "-T", "-"]
-        squash = ["mksquashfs", "-", str(new), "-tar", "-comp", "zstd", "-noappend", "-no-progress", "-quiet"]
-        with subprocess.Popen(pack, cwd=source, stdin=listed, stdout=subprocess.PIPE) as tar:
-            subprocess.run(squash, stdin=tar.stdout, stdout=subprocess.DEVNULL, check=True)
-        if tar.returncode:
-            raise RuntimeError(f"tar could not read all of {source}: what was made of it is not used")
+    return pack_image(image, source, [entry.path for entry in choose(scan(source))], "zstd")
+
+
+def pack_image(
+    image: Path, source: Path, paths: list[str], compressor: str, more: Sequence[str] = ()
+) -> Path:
+    """Pack *paths* of *source* into a squashfs *image*, and return it; *more* arguments go to tar(1)."""
+    new, names = image.with_suffix(".new"), image.with_suffix(".names")
+    names.write_bytes(b"".join(os.fsencode(path) + b"\0" for path in paths))
+    # mksquashfs also accepts a list of files (-cpiostyle), but takes hours with so many: use tar.
+    pack = ["tar", "-c", "--null", "--no-recursion", "-T", str(names), *more]
+    squash = ["mksquashfs", "-", str(new), "-tar", "-comp", compressor, *PACK_OPTIONS]
+    with subprocess.Popen(pack, cwd=source, stdout=subprocess.PIPE) as tar:
+        subprocess.run(squash, stdin=tar.stdout, stdout=subprocess.DEVNULL, check=True)
+    names.unlink()
+    if tar.returncode:
+        raise RuntimeError(f"tar could not read all of {source}: the image is incomplete and not used")
     new.rename(image)
     return image
 
 
 def prepare(image: Path, reference: Path, scratch: Path) -> Corpus:
-    """Look at the *reference* (the mounted *image*) and make the archive and the data file in *scratch*."""
+    """Scan the *reference* (the mounted *image*), and make the archive and the data file in *scratch*."""
     entries = scan(reference)
-    archived = for_archive(entries, TAR_FILES)
+    archived = choose_archived(entries, TAR_FILES)
     archive = make_archive(scratch / "files.tar", reference, archived)
     data = scratch / "data"
     write_data(data, DATA_MIB)
@@ -166,17 +172,17 @@ def prepare(image: Path, reference: Path, scratch: Path) -> Corpus:
 
 
 def make_archive(archive: Path, reference: Path, archived: list[Entry]) -> Path:
-    """Pack *archived* of the *reference* into *archive*, and return it."""
+    """Pack *archived* from the *reference* into *archive*, and return its path."""
     with tarfile.open(archive, "w", format=tarfile.GNU_FORMAT) as tar:
         for entry in archived:
             tar.add(reference / entry.path, arcname=f"./{entry.path}", recursive=False)
     return archive
 
 
-def for_archive(entries: list[Entry], count: int, max_size: int = 1 << 16) -> list[Entry]:
-    """The last *count* regular files of at most *max_size* bytes, with every directory above them.
+def choose_archived(entries: list[Entry], count: int, max_size: int = 1 << 16) -> list[Entry]:
+    """Return the last *count* regular files of at most *max_size* bytes, and every directory above them.
 
-    Consecutive ones, so that they fill whole directories, as those of a package do.
+    Consecutive files fill whole directories, like the files of a package.
     """
     files = [e for e in entries if stat.S_ISREG(e.mode) and e.size <= max_size and e.nlink == 1][-count:]
     above = {
@@ -186,7 +192,7 @@ def for_archive(entries: list[Entry], count: int, max_size: int = 1 << 16) -> li
 
 
 def write_data(path: Path, mib: int) -> None:
-    """Fill *path* with *mib* MiB of which no two blocks of 4 KiB are equal."""
+    """Write *mib* MiB to *path*, without two equal blocks of 4 KiB."""
     block = bytearray(os.urandom(1 << 20))
     with path.open("wb") as file:
         for number in range(mib):
@@ -196,6 +202,6 @@ def write_data(path: Path, mib: int) -> None:
 
 
 def fingerprint(entries: list[Entry]) -> int:
-    """A number that tells whether two runs had the same tree."""
+    """Return a number that is the same for two runs only if they used the same tree."""
     text = json.dumps([[e.path, e.mode, e.size] for e in entries])
     return zlib.crc32(text.encode("ascii"))

@@ -1,7 +1,7 @@
-"""A small Debian to run real programs in: a squashfs (zstd) made once by debootstrap and kept in the cache.
+"""A small Debian to run real programs in: a squashfs image (zstd), made once by debootstrap and cached.
 
-It is of the release that this machine runs, from the mirror that its apt uses, and has in ``/srv`` what the
-programs work on: a repository, C files, a wheel, packages to install.
+It has the same release as this machine, and comes from the mirror that apt uses here. ``/srv`` in it contains
+what the programs work on: a repository, C files, a wheel, packages to install.
 """
 
 from __future__ import annotations
@@ -13,50 +13,49 @@ import textwrap
 import zipfile
 from pathlib import Path
 
+from perf import machine
+
 ANY_MIRROR = "http://deb.debian.org/debian"
 NAME = "debian"
-"""Of the corpus, and of the image in the cache."""
+"""The name of the corpus, and of the image in the cache."""
 INCLUDED = ("git", "make", "gcc", "libc6-dev", "python3", "python3-pip", "sqlite3", "vim-runtime")
 PURGED = ("vim-runtime", "python3-pip", "python3-wheel", "python3-setuptools")
-"""What is in the image, and can be purged without regard to others."""
+"""Packages in the image that no other package needs."""
 INSTALLED = ("manpages", "bash-completion", "iso-codes", "publicsuffix", "wamerican")
-"""What is there to be installed, and depends on nothing else."""
+"""Packages to install, which depend on nothing else."""
 COMMITTED, C_FILES, MODULES, INSERTS = 900, 40, 300, 100
 
 
 def release() -> str:
-    """The code name of the Debian that this machine runs."""
+    """Return the code name of the Debian release that this machine runs."""
     found = re.search(r"^VERSION_CODENAME=(\w+)$", Path("/etc/os-release").read_text(), re.M)
     return found[1] if found else "bookworm"
 
 
 def mirror() -> str:
-    """Where this machine's apt gets Debian from."""
+    """Return the URL from which this machine's apt gets Debian."""
     if shutil.which("apt-get") is None:
         return ANY_MIRROR
-    named = ["indextargets", "--format", "$(REPO_URI) $(ORIGIN)", "Created-By: Packages"]
-    shown = subprocess.run(["apt-get", *named], capture_output=True, text=True, check=False).stdout
-    found = re.search(r"^(http\S+/debian)/? Debian$", shown, re.M)
+    query = ["apt-get", "indextargets", "--format", "$(REPO_URI) $(ORIGIN)", "Created-By: Packages"]
+    targets = subprocess.run(query, capture_output=True, text=True, check=False).stdout
+    found = re.search(r"^(http\S+/debian)/? Debian$", targets, re.M)
     return found[1] if found else ANY_MIRROR
 
 
 def path(cache: Path) -> Path:
-    """Where the image is kept."""
+    """Return the path of the cached image, which need not exist."""
     return cache / f"{NAME}.squashfs"
 
 
-def missing() -> str:
-    """What is needed to make the image, and is not there; "" when nothing is."""
-    needed = {"debootstrap": "debootstrap", "apt-get": "apt", "mksquashfs": "squashfs-tools"}
-    return "; ".join(
-        f"{program} is not installed (Debian package {package})"
-        for program, package in needed.items()
-        if shutil.which(program) is None
+def missing_requirements() -> str:
+    """Return a message about programs that make() needs and that are not installed; "" if all are."""
+    return machine.missing_programs(
+        ("debootstrap", "debootstrap"), ("apt-get", "apt"), ("mksquashfs", "squashfs-tools")
     )
 
 
 def make(cache: Path) -> Path:
-    """Return the image; made if it is not in *cache*, which takes some minutes and wants root."""
+    """Return the path of the image in *cache*; make it if needed, which takes minutes and needs root."""
     image = path(cache)
     if image.exists():
         return image
@@ -64,8 +63,7 @@ def make(cache: Path) -> Path:
     shutil.rmtree(tree, ignore_errors=True)
     try:
         fill(tree)
-        pack = ["mksquashfs", str(tree), str(new), "-comp", "zstd", "-noappend", "-no-progress", "-quiet"]
-        run(pack)
+        run(["mksquashfs", str(tree), str(new), *["-comp", "zstd", "-noappend", "-no-progress", "-quiet"]])
         new.rename(image)
     finally:
         shutil.rmtree(tree, ignore_errors=True)
@@ -73,23 +71,14 @@ def make(cache: Path) -> Path:
 
 
 def fill(tree: Path) -> None:
-    """Make the Debian in *tree*."""
-    run(
-        [
-            "debootstrap",
-            "--variant=minbase",
-            f"--include={','.join(INCLUDED)}",
-            release(),
-            str(tree),
-            mirror(),
-        ]
-    )
-    for left in ("var/cache/apt/archives", "var/lib/apt/lists", "usr/share/locale", "usr/share/doc"):
-        shutil.rmtree(tree / left, ignore_errors=True)
+    """Install the Debian in *tree*."""
+    packages = f"--include={','.join(INCLUDED)}"
+    run(["debootstrap", "--variant=minbase", packages, release(), str(tree), mirror()])
+    for unneeded in ("var/cache/apt/archives", "var/lib/apt/lists", "usr/share/locale", "usr/share/doc"):
+        shutil.rmtree(tree / unneeded, ignore_errors=True)
     srv = tree / "srv"
-    packages = srv / "packages"
-    packages.mkdir()
-    run(["apt-get", "-q", "-o", "APT::Sandbox::User=root", "download", *INSTALLED], packages)
+    (srv / "packages").mkdir()
+    run(["apt-get", "-q", "-o", "APT::Sandbox::User=root", "download", *INSTALLED], srv / "packages")
     make_c_files(srv / "c")
     make_wheel(srv / "sample-1.0-py3-none-any.whl")
     (srv / "inserts.sql").write_text(
@@ -119,7 +108,7 @@ done
 
 
 def make_c_files(directory: Path) -> None:
-    """Make a program of C_FILES files with its Makefile: it prints the sum of their numbers."""
+    """Write a program of C_FILES source files and its Makefile. It prints the sum of the files' numbers."""
     directory.mkdir()
     numbers = range(C_FILES)
     for number in numbers:
@@ -138,10 +127,10 @@ def make_c_files(directory: Path) -> None:
 
 
 def make_wheel(wheel: Path) -> None:
-    """Make a package of MODULES modules, each with its number, for pip to install."""
+    """Write a wheel of MODULES modules, each with its number."""
     info = "sample-1.0.dist-info"
     modules = {f"sample/m{n}.py": f"number = {n}\n" + "# a comment\n" * 100 for n in range(MODULES)}
-    known = {
+    files = {
         "sample/__init__.py": "",
         **modules,
         f"{info}/METADATA": "Metadata-Version: 2.1\nName: sample\nVersion: 1.0\n",
@@ -152,17 +141,17 @@ def make_wheel(wheel: Path) -> None:
             Tag: py3-none-any
             """),
     }
-    record = "".join(f"{name},,\n" for name in [*known, f"{info}/RECORD"])
+    record = "".join(f"{name},,\n" for name in [*files, f"{info}/RECORD"])
     with zipfile.ZipFile(wheel, "w") as archive:
-        for name, content in {**known, f"{info}/RECORD": record}.items():
+        for name, content in {**files, f"{info}/RECORD": record}.items():
             archive.writestr(name, content)
 
 
 def run(argv: list[str], cwd: Path | None = None) -> None:
-    """Run a command of the making; RuntimeError with what it said at last when it fails."""
+    """Run *argv*; RuntimeError with its last line of output if it fails."""
     done = subprocess.run(
         argv, cwd=cwd, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False
     )
     if done.returncode:
-        said = (done.stderr.strip() or done.stdout.strip() or "nothing").splitlines()[-1]
-        raise RuntimeError(f"{argv[0]} ended with {done.returncode}: {said}")
+        message = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()[-1]
+        raise RuntimeError(f"{argv[0]} exited with {done.returncode}: {message}")

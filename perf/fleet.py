@@ -1,9 +1,12 @@
-"""A fleet that boots from one server: ``python -m perf.fleet [-o DIR]``; mksquashfs, and matplotlib to draw.
+"""Simulate a fleet that boots from one server: ``python -m perf.fleet [-o DIR]``.
 
-100 machines mount one image by its URL at the same time and read what a login reads; then they do so once
-more, with what they have on their disks; then they download all of it first. One server on the loopback
-interface serves them, with some latency, some failures, and a line that they share. Each machine is a client
-as cowfs has it, but that what fetches is a thread, not a process: two CPUs have to be enough for all of them.
+100 machines mount one image by its URL at the same time and read the files that a login reads. Then they do
+it again with their disk caches, and then a third time by downloading the whole image first. One server on the
+loopback interface serves them, with some latency, some failures, and a shared line. Each machine uses cowfs's
+client code, with one difference: a thread fetches the blocks instead of a process, so that two CPUs suffice
+for all machines.
+
+Needs mksquashfs, and matplotlib to draw the charts.
 """
 
 from __future__ import annotations
@@ -42,18 +45,19 @@ from tests.support.fileserver import Behaviour, FileServer, serving
 CLIENTS, PROCESSES = 100, 4
 LATENCY, FAILURES = 0.020, 0.01
 LINE = 125e6
-"""Bytes a second that all clients have together: 1 Gbit/s."""
+"""Bytes per second that all clients share: 1 Gbit/s."""
 IMAGE_BYTES = 160 << 20
-"""So much of /usr is in the image, before it is compressed."""
+"""Bytes of /usr that are in the image, before compression."""
 READ = 0.08
-"""So much of that, by whole files, a login reads."""
+"""Share of these bytes that a login reads, in whole files."""
 MODES = {"url": "by URL, first boot", "again": "by URL, second boot", "download": "download first"}
+RESULTS = Path("perf/results")
 COLOURS = {"url": "#1b7f5c", "again": "#33527a", "download": "#c8643c"}
 
 
 @dataclass
 class Boot:
-    """What one machine took until the login."""
+    """What one machine needed until the login."""
 
     seconds: float
     fetched: int
@@ -62,7 +66,7 @@ class Boot:
 
 
 class _Fetcher:
-    """What fetches, in a thread of this process."""
+    """A fetcher that runs in a thread of this process."""
 
     pid = 0
 
@@ -81,7 +85,7 @@ class _Fetcher:
 
 
 def make_image(place: Path) -> tuple[Path, list[str]]:
-    """Make the image, and choose the files that a login reads."""
+    """Make the image in *place*; return its path and the files that a login reads."""
     tree, files, size = place / "tree", [], 0
     for top in ("/usr/bin", "/usr/lib/python3.11", "/usr/lib/x86_64-linux-gnu", "/usr/share"):
         for directory, _, names in os.walk(top):
@@ -104,7 +108,7 @@ def make_image(place: Path) -> tuple[Path, list[str]]:
 
 
 def log_in(data: Any, url: str, wanted: list[str]) -> None:
-    """Look at the image as a mount does, and read what a login reads."""
+    """Open the image as a mount does, and read the files *wanted*."""
     with closing(image_in(data, url)) as image:
         image.fingerprint()
         for path in wanted:
@@ -119,7 +123,7 @@ def log_in(data: Any, url: str, wanted: list[str]) -> None:
 
 
 def boot_by_url(url: str, wanted: list[str], cache: str) -> Boot:
-    """Boot from the server, with a cache of one's own on the disk."""
+    """Boot from the server, with the disk cache *cache*."""
     begun = time.monotonic()
     link = Link(url, 600, _Fetcher)
     version = link.open()
@@ -130,7 +134,7 @@ def boot_by_url(url: str, wanted: list[str], cache: str) -> Boot:
 
 
 def download_first(url: str, wanted: list[str], cache: str) -> Boot:
-    """Download all, going on where a connection broke; nothing is written, and a login takes no time."""
+    """Download the whole image, with retries. Nothing is written, and the login takes no time."""
     begun, at, size, fetched = time.monotonic(), 0, -1, 0
     parts = urlsplit(url)
     while at != size:
@@ -149,34 +153,37 @@ def download_first(url: str, wanted: list[str], cache: str) -> Boot:
     return Boot(time.monotonic() - begun, fetched)
 
 
-def _some(mode: str, url: str, wanted: list[str], caches: list[str]) -> list[Boot]:
+def _boot_some(mode: str, url: str, wanted: list[str], caches: list[str]) -> list[Boot]:
+    """Boot one machine for each of *caches* at the same time, in threads."""
     boot: Callable[[str, list[str], str], Boot] = download_first if mode == "download" else boot_by_url
     with ThreadPoolExecutor(len(caches)) as pool:
         return list(pool.map(lambda cache: boot(url, wanted, cache), caches))
 
 
 def run_mode(mode: str, server: FileServer, wanted: list[str], caches: list[str]) -> dict[str, Any]:
-    """Boot all machines at the same time; return what they took."""
-    before, asked = server.served.bytes, server.served.requests
+    """Boot all machines at the same time; return their figures and the server's."""
+    bytes_before, requests_before = server.served.bytes, server.served.requests
     shares = [caches[number::PROCESSES] for number in range(PROCESSES)]
     context = multiprocessing.get_context("spawn")
     with context.Pool(PROCESSES) as pool:
         pool.starmap(_warm_up, [() for _ in shares])
-        done = pool.starmap(_some, [(mode, server.url(), wanted, share) for share in shares], chunksize=1)
+        jobs = [(mode, server.url(), wanted, share) for share in shares]
+        done = pool.starmap(_boot_some, jobs, chunksize=1)
     boots = [boot for share in done for boot in share]
     return {
         "boots": [asdict(boot) for boot in boots],
-        "served": server.served.bytes - before,
-        "requests": server.served.requests - asked,
+        "served": server.served.bytes - bytes_before,
+        "requests": server.served.requests - requests_before,
     }
 
 
 def _warm_up() -> None:
+    """Keep a process of the pool busy until all of them have started."""
     time.sleep(0.2)
 
 
 def run(place: Path) -> dict[str, Any]:
-    """Run all of it; return the results."""
+    """Run all modes; return the results."""
     image, wanted = make_image(place)
     caches = [str(place / f"cache-{number}") for number in range(CLIENTS)]
     behaviour = Behaviour(latency=LATENCY, failures=FAILURES, bandwidth=LINE)
@@ -199,28 +206,29 @@ def run(place: Path) -> dict[str, Any]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """The figures, as a table of Markdown."""
+    """Return the figures as a Markdown table."""
     lines = [
-        "| | login: median | 95 of 100 | last | fetched by each | all together | blocks at hand |",
+        "| | login: median | 95 of 100 | last | fetched by each | all together | cache hits |",
         "|---|---|---|---|---|---|---|",
     ]
     for mode, title in MODES.items():
-        found = results["modes"][mode]
-        seconds = sorted(boot["seconds"] for boot in found["boots"])
-        each = statistics.mean(boot["fetched"] for boot in found["boots"])
-        hits = sum(boot["hits"] for boot in found["boots"])
-        asked = hits + sum(boot["misses"] for boot in found["boots"])
-        rate = f"{100 * hits / asked:.1f} %" if asked else ""
+        result = results["modes"][mode]
+        boots = result["boots"]
+        seconds = sorted(boot["seconds"] for boot in boots)
+        fetched = statistics.mean(boot["fetched"] for boot in boots)
+        hits = sum(boot["hits"] for boot in boots)
+        lookups = hits + sum(boot["misses"] for boot in boots)
+        rate = f"{100 * hits / lookups:.1f} %" if lookups else ""
         times = [statistics.median(seconds), seconds[int(len(seconds) * 0.95) - 1], seconds[-1]]
         lines.append(
-            f"| {title} | {' | '.join(f'{one:.1f} s' for one in times)} | {each / 1e6:.1f} MB |"
-            f" {found['served'] / 1e6:,.0f} MB | {rate} |"
+            f"| {title} | {' | '.join(f'{value:.1f} s' for value in times)} | {fetched / 1e6:.1f} MB |"
+            f" {result['served'] / 1e6:,.0f} MB | {rate} |"
         )
     return "\n".join(lines)
 
 
 def draw(results: dict[str, Any], target: Path) -> None:
-    """Two charts: how many machines had logged in after so many seconds, and what each fetched."""
+    """Draw two charts into *target*: logins over time, and MB fetched by each machine."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -232,9 +240,9 @@ def draw(results: dict[str, Any], target: Path) -> None:
         seconds = sorted(boot["seconds"] for boot in boots)
         count = len(seconds)
         left.step([0, *seconds], range(count + 1), where="post", label=title, color=COLOURS[mode])
-        each = statistics.mean(boot["fetched"] for boot in boots) / 1e6
-        right.barh(title, each, color=COLOURS[mode])
-        right.annotate(f" {each:.1f}", (each, title), va="center", fontsize=8)
+        fetched = statistics.mean(boot["fetched"] for boot in boots) / 1e6
+        right.barh(title, fetched, color=COLOURS[mode])
+        right.annotate(f" {fetched:.1f}", (fetched, title), va="center", fontsize=8)
     left.set_xlabel("seconds (left is better)", fontsize=9)
     left.set_ylabel("machines that have logged in", fontsize=9)
     left.legend(fontsize=8, frameon=False, loc="lower right")
@@ -249,9 +257,9 @@ def draw(results: dict[str, Any], target: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run it, print a table, and write the results and the picture."""
+    """Run the simulation, print a table, and write the results and the charts."""
     parser = argparse.ArgumentParser(prog="perf.fleet", description=__doc__)
-    parser.add_argument("-o", "--output", type=Path, default=Path("perf/results"), help="where both go")
+    parser.add_argument("-o", "--output", type=Path, default=RESULTS, help="directory for both files")
     options = parser.parse_args(argv)
     options.output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="cowfs-fleet-") as place:
@@ -262,9 +270,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         draw(results, options.output / f"{stem}.png")
     except ImportError:
-        print(
-            "perf.fleet: no picture: it wants matplotlib (scripts/setup --perf installs it)", file=sys.stderr
-        )
+        print("perf.fleet: no charts without matplotlib (scripts/setup --perf)", file=sys.stderr)
     return 0
 
 

@@ -1,66 +1,70 @@
-"""The groups of a run: each has workloads, the systems that can run them, and their lower."""
+"""The groups of a run: workloads, the systems that can run them, and their lower."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
 from perf import debian, images
-from perf.bench import Workload, bench_of_image, bench_of_store, bench_of_targets, bench_of_union
+from perf.bench import Workload, image_workloads, store_workloads, target_workloads, union_workloads
 from perf.images import COMPRESSORS
-from perf.peers import System, of_a_user, readers, stores, targets, unions
+from perf.peers import System, image_readers, stores, target_systems, unions, user_systems
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Workloads and the systems that run them, all on one image."""
+    """Workloads and the systems that run them, all on the same image."""
 
     name: str
     image: str
-    """What is the lower: an image of :mod:`perf.images`, that of :mod:`perf.debian`, "" for perf.corpus's."""
+    """The name of the lower in :mod:`perf.images` or :mod:`perf.debian`; "" for that of perf.corpus."""
     workloads: dict[str, Workload]
     systems: dict[str, System]
     together: bool = False
-    """Whether all of them are done in one mount, one after the other: each is then another part of it."""
+    """Whether all workloads run in the same mount, one after the other."""
 
-    def named(self, words: set[str]) -> dict[str, Workload]:
-        """The workloads that are called by one of *words*: by name, or by that of the group or its kind."""
+    def matching(self, words: set[str]) -> dict[str, Workload]:
+        """Return the workloads that *words* select: by name, by the group's name, or by the group's kind."""
         if words & {self.name, self.name.partition("-")[0]} or (self.together and "targets" in words):
             return self.workloads
         return {name: workload for name, workload in self.workloads.items() if name in words}
 
 
 def groups() -> dict[str, Group]:
-    """Every group by name: the unions, their stores, and one of readers for each compressor."""
-    known = [Group("union", "", bench_of_union(), unions()), Group("store", "", bench_of_store(), stores())]
-    known += [Group(f"squash-{each}", each, bench_of_image(each), readers()) for each in COMPRESSORS]
-    for name, workloads in bench_of_targets().items():
-        systems = of_a_user() if name == "user" else targets()
+    """Return every group by name."""
+    known = [Group("union", "", union_workloads(), unions()), Group("store", "", store_workloads(), stores())]
+    known += [
+        Group(f"squash-{compressor}", compressor, image_workloads(compressor), image_readers())
+        for compressor in COMPRESSORS
+    ]
+    for name, workloads in target_workloads().items():
+        systems = user_systems() if name == "user" else target_systems()
         if name in ("files", "programs"):
-            systems.pop("cowfs-kernel")  # whose point is how data goes
+            systems.pop("cowfs-kernel")  # it differs from cowfs in how it moves data
         image = {"programs": debian.NAME, "user": images.USER}.get(name, "")
         known.append(Group(name, image, workloads, systems, together=True))
     return {group.name: group for group in known}
 
 
 def select(workloads: str | None, systems: str | None) -> list[Group]:
-    """The groups, with what the two lists name and nothing else; KeyError for a name that there is not.
+    """Return the groups, reduced to the workloads and systems in two comma-separated lists.
 
-    The lists have commas between names. Among workloads, ``union`` (what no list means), ``store``,
-    ``squash``, ``squash-zstd``, ``files``, ``data``, ``programs`` and ``user`` stand for all of theirs, and
-    ``targets`` for the last four; without a list of systems it is all that can do them.
+    In the list of workloads, the name of a group (``union``, ``store``, ``squash-zstd``, ``files``...) stands
+    for all its workloads, ``squash`` for those of all squashfs groups, and ``targets`` for ``files``,
+    ``data``, ``programs`` and ``user``. Without a list it is ``union``; without a list of systems, all
+    systems. KeyError if a name is unknown.
     """
     known = list(groups().values())
     words = set((workloads or "union").split(","))
-    able = {name for group in known for name in group.systems}
-    peers = set(systems.split(",")) if systems else able
-    for word in sorted(words | peers):
-        if word in peers and word not in able:
-            raise KeyError(f"there is no {word!r}: choose from {', '.join(sorted(able))}")
-        if word in words and not any(group.named({word}) for group in known):
+    all_systems = {name for group in known for name in group.systems}
+    peers = set(systems.split(",")) if systems else all_systems
+    for peer in sorted(peers - all_systems):
+        raise KeyError(f"unknown system {peer!r}: choose from {', '.join(sorted(all_systems))}")
+    for word in sorted(words):
+        if not any(group.matching({word}) for group in known):
             names = [name for group in known for name in (group.name, *group.workloads)]
-            raise KeyError(f"there is no {word!r}: choose from {', '.join(names)}")
-    chosen = [
-        replace(g, workloads=g.named(words), systems={n: s for n, s in g.systems.items() if n in peers})
+            raise KeyError(f"unknown workload {word!r}: choose from {', '.join(names)}")
+    selected = [
+        replace(g, workloads=g.matching(words), systems={n: s for n, s in g.systems.items() if n in peers})
         for g in known
     ]
-    return [group for group in chosen if group.workloads and group.systems]
+    return [group for group in selected if group.workloads and group.systems]

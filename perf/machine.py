@@ -19,7 +19,7 @@ TICK = os.sysconf("SC_CLK_TCK")
 
 
 def describe() -> dict[str, Any]:
-    """The machine, as a results file records it. No host name and no paths."""
+    """Return the facts that a results file records about this machine, without host name and paths."""
     cpuinfo = (PROC / "cpuinfo").read_text()
     model = re.search(r"^model name\s*:\s*(.*)$", cpuinfo, re.M)
     meminfo = (PROC / "meminfo").read_text()
@@ -35,7 +35,7 @@ def describe() -> dict[str, Any]:
 
 
 def versions(project: Path) -> dict[str, str]:
-    """Versions of cowfs and of what it runs on."""
+    """Return the versions of cowfs and of the programs and libraries it uses."""
     found = {"cowfs": revision(project), "python": platform.python_version()}
     for package in ("pyfuse3", "trio", "cffi"):
         try:
@@ -52,7 +52,7 @@ def versions(project: Path) -> dict[str, str]:
 
 
 def revision(project: Path) -> str:
-    """The git revision of *project*, with ``+changes`` when files differ from it; "" without git."""
+    """Return the git revision of *project*, with ``+changes`` if its files differ; "" without git."""
     git = ["git", "-c", f"safe.directory={project}", "-C", str(project)]
     head = first_line([*git, "rev-parse", "--short=12", "HEAD"])
     if not re.fullmatch("[0-9a-f]+", head):
@@ -62,13 +62,13 @@ def revision(project: Path) -> str:
 
 
 def first_line(argv: list[str]) -> str:
-    """The first line of what *argv* prints."""
+    """Return the first line that *argv* prints, or ""."""
     lines = output(argv).splitlines()
     return lines[0] if lines else ""
 
 
 def output(argv: list[str]) -> str:
-    """What *argv* prints on stdout, else on stderr; "" when it cannot be run."""
+    """Return what *argv* prints on stdout, or else on stderr; "" if the program is not installed."""
     if shutil.which(argv[0]) is None:
         return ""
     done = subprocess.run(
@@ -78,41 +78,58 @@ def output(argv: list[str]) -> str:
 
 
 def version_in(argv: list[str]) -> str:
-    """The first thing that looks like a version number in what *argv* prints."""
+    """Return the first version number in the output of *argv*, or ""."""
     found = re.search(r"\d+(?:\.\d+)+", output(argv))
     return found.group() if found else ""
 
 
 def last_word(argv: list[str]) -> str:
-    """The last word of the first line that *argv* prints."""
+    """Return the last word of the first line that *argv* prints, or ""."""
     words = first_line(argv).split()
     return words[-1] if words else ""
 
 
-def offer_io_uring(wanted: str) -> str:
-    """Have the kernel give FUSE requests by io_uring (Y), or not (N); return what it did, "" if it cannot."""
-    return switch("enable_uring", wanted)
+def missing_programs(*programs: tuple[str, str]) -> str:
+    """Return a message about each (program, Debian package) that is not installed; "" if all are."""
+    return "; ".join(
+        f"{program} is not installed (Debian package {package})"
+        for program, package in programs
+        if shutil.which(program) is None
+    )
 
 
-def let_root_look(wanted: str) -> str:
-    """Have the kernel let root into the FUSE mounts of others (Y), or not (N); return as the above."""
-    return switch("allow_sys_admin_access", wanted)
+def kernel() -> str:
+    """Return the kernel's name and version."""
+    return f"Linux {platform.release()}"
 
 
-def switch(parameter: str, wanted: str) -> str:
-    """Give a parameter of the kernel's fuse a value, if there is one; return what it was, "" without it."""
-    path = Path("/sys/module/fuse/parameters", parameter)
+def set_io_uring(value: str) -> str:
+    """Set whether the kernel offers FUSE over io_uring (Y or N); return the old value."""
+    return set_fuse_parameter("enable_uring", value)
+
+
+def set_root_access(value: str) -> str:
+    """Set whether root may access FUSE mounts of other users (Y or N); return the old value."""
+    return set_fuse_parameter("allow_sys_admin_access", value)
+
+
+def set_fuse_parameter(name: str, value: str) -> str:
+    """Set a parameter of the kernel's fuse module; return its old value, or "" if it does not exist.
+
+    Change nothing if *value* is "".
+    """
+    path = Path("/sys/module/fuse/parameters", name)
     if not path.exists():
         return ""
-    before = path.read_text().strip()
-    if wanted:
-        path.write_text(wanted)
-    return before
+    old = path.read_text().strip()
+    if value:
+        path.write_text(value)
+    return old
 
 
 @dataclass(frozen=True, slots=True)
 class CpuTimes:
-    """Processor seconds of the whole machine since boot."""
+    """Processor seconds of all processors since boot."""
 
     busy: float
     idle: float
@@ -127,7 +144,7 @@ def cpu_times() -> CpuTimes:
 
 
 def busy_share(window: float) -> float:
-    """Share of the processors in use during the next *window* seconds, 0 to 1. Blocks that long."""
+    """Block for *window* seconds; return the share of processor time in use, 0 to 1."""
     before = cpu_times()
     time.sleep(window)
     after = cpu_times()
@@ -136,9 +153,9 @@ def busy_share(window: float) -> float:
 
 
 def wait_until_quiet(limit: float, share: float = 0.1) -> float:
-    """Wait until others use less than *share* of the processors, at most *limit* seconds.
+    """Wait until less than *share* of the processor time is in use, at most *limit* seconds.
 
-    Returns the share in use at last: the sample is taken in any case, and says so.
+    Return the share in use at the end, which may be more than *share*. Samples record it.
     """
     deadline = time.monotonic() + limit
     busy = busy_share(0.2)
@@ -148,28 +165,28 @@ def wait_until_quiet(limit: float, share: float = 0.1) -> float:
 
 
 def load() -> float:
-    """The one-minute load average."""
+    """Return the one-minute load average."""
     return os.getloadavg()[0]
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """The resources that the processes of one session use together."""
+    """The resources that the processes of a session use together."""
 
     rss: int
     """Resident bytes."""
     cpu: float
-    """Processor seconds, user and system, of the living ones and their waited-for children."""
+    """Processor seconds, user and system, of running processes and of the children they have waited for."""
 
 
 def session_usage(session: int) -> Usage | None:
-    """Memory and processor time of every process whose session id is *session*; None when none lives."""
+    """Return the memory and processor time of all processes of *session*; None if there are none."""
     rss, cpu, seen = 0, 0.0, False
     for entry in PROC.iterdir():
         if not entry.name.isdigit():
             continue
         try:
-            # comm may hold spaces and parentheses: the fields start after its last ')'.
+            # comm may contain spaces and parentheses: the other fields start after its last ')'.
             stat = (entry / "stat").read_text().rpartition(")")[2].split()
             if int(stat[3]) != session or stat[0] == "Z":
                 continue
@@ -184,11 +201,11 @@ def session_usage(session: int) -> Usage | None:
 
 
 def drop_caches() -> None:
-    """Write everything out, then empty the page, dentry and inode caches (proc(5), drop_caches)."""
+    """Sync all filesystems, then drop the page, dentry and inode caches (proc(5), drop_caches)."""
     os.sync()
     (PROC / "sys/vm/drop_caches").write_text("3\n")
 
 
 def python() -> str:
-    """The interpreter that clients and cowfs run with."""
+    """Return the interpreter that runs clients and cowfs."""
     return sys.executable

@@ -1,8 +1,9 @@
-"""Draw a results file: ``python -m perf.plot [FILE] [-o DIR] [--format png|svg]``; wants matplotlib.
+"""Draw a results file: ``python -m perf.plot [FILE] [-o DIR] [--format png|svg]``. Needs matplotlib.
 
-Seconds of every workload on every system, and how many times as long as cowfs each took: the bars are
-medians, the whiskers reach from the fastest to the slowest round. And of a run of the targets, how many times
-as long cowfs took, over either transport, as the better C peer and as the kernel's overlayfs.
+The first chart shows the seconds of every workload on every system, the second their ratios to cowfs. The
+bars are medians, and the whiskers reach from the fastest to the slowest round. For a run of the targets, a
+third chart shows the ratios of cowfs, over both transports, to the fastest C peer and to the kernel's
+overlayfs.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from perf import targets
-from perf.report import newest
+from perf.report import load_results
 from perf.samples import Results, Spread, ratio, spread
 
 COLOURS = {
@@ -29,25 +30,21 @@ COLOURS = {
 }
 OTHER = "#8c8c8c"
 OWN = ("cowfs", "cowfs-process", "cowfs-store")
+TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10)
 
 
-def seconds(results: Results, workload: str, system: str) -> Spread | None:
-    """The height of a bar in the first picture."""
-    return spread(results.times(workload, system))
+def cowfs_seconds(results: Results, workload: str) -> Spread | None:
+    """Return the seconds of cowfs, with the engine that ran this workload."""
+    return next(filter(None, (spread(results.times(workload, name)) for name in OWN)), None)
 
 
-def own(results: Results, workload: str) -> Spread | None:
-    """The seconds of cowfs, whichever of its engines ran this workload."""
-    return next(filter(None, (seconds(results, workload, name) for name in OWN)), None)
-
-
-def against_cowfs(results: Results, workload: str, system: str) -> Spread | None:
-    """The height of a bar in the second picture."""
+def ratio_to_cowfs(results: Results, workload: str, system: str) -> Spread | None:
+    """Return the ratio of *system* to cowfs, with the engine that ran this workload."""
     return next(filter(None, (ratio(results, workload, system, name) for name in OWN)), None)
 
 
 def draw_seconds(results: Results, pyplot: Any) -> Any:
-    """One small chart per workload: each has a scale of its own."""
+    """Draw one small chart for each workload, each with its own scale."""
     names = list(results.workloads)
     columns = min(3, len(names))
     lines = -(-len(names) // columns)
@@ -58,52 +55,48 @@ def draw_seconds(results: Results, pyplot: Any) -> Any:
             continue
         workload = names[index]
         axis.set_title(results.workloads[workload]["title"], fontsize=9)
-        bars(axis, results, workload)
+        draw_bars(axis, results, workload)
     figure.supxlabel("seconds, median of the rounds (less is better)", fontsize=9)
     figure.tight_layout()
     return figure
 
 
-def bars(axis: Any, results: Results, workload: str) -> None:
-    """The bars of one workload, from the top down in the order of the systems."""
-    found = [(s, seconds(results, workload, s)) for s in reversed(results.systems)]
-    drawn = [(system, value) for system, value in found if value]
+def draw_bars(axis: Any, results: Results, workload: str) -> None:
+    """Draw the bars of one workload, from top to bottom in the order of the systems."""
+    values = [(s, spread(results.times(workload, s))) for s in reversed(results.systems)]
+    drawn = [(system, value) for system, value in values if value]
     for place, (system, value) in enumerate(drawn):
         axis.barh(place, value.median, color=COLOURS.get(system, OTHER), height=0.7)
         whisker = [[value.median - value.low], [value.high - value.median]]
         axis.errorbar(value.median, place, xerr=whisker, color="#222222", capsize=2, linewidth=0.8)
     axis.set_yticks(range(len(drawn)), [system for system, _ in drawn], fontsize=8)
     axis.tick_params(axis="x", labelsize=8)
-    ours = own(results, workload)
+    ours = cowfs_seconds(results, workload)
     if ours:
         axis.axvline(ours.median, color=COLOURS["cowfs"], linewidth=0.8, linestyle=":")
     axis.spines[["top", "right"]].set_visible(False)
 
 
 def draw_ratios(results: Results, pyplot: Any) -> Any:
-    """One chart with all: a logarithmic scale, on which cowfs is the line at 1."""
+    """Draw one chart with all ratios on a logarithmic scale, with cowfs as the line at 1."""
     others = [name for name in results.systems if name not in OWN]
     names = list(results.workloads)
     figure, axis = pyplot.subplots(figsize=(10, 0.45 * len(names) * max(1, len(others)) / 2 + 1.5))
     height = 0.8 / max(1, len(others))
     for number, system in enumerate(others):
         for place, workload in enumerate(reversed(names)):
-            value = against_cowfs(results, workload, system)
+            value = ratio_to_cowfs(results, workload, system)
             if value is None:
                 continue
             at = place + 0.4 - (number + 0.5) * height
             label = system if workload == names[0] else None
             axis.barh(
-                at,
-                value.median - 1,
-                left=1,
-                height=height * 0.9,
-                color=COLOURS.get(system, OTHER),
-                label=label,
-            )
+                at, value.median - 1, left=1, height=height * 0.9,
+                color=COLOURS.get(system, OTHER), label=label,
+            )  # fmt: skip
             axis.plot([value.low, value.high], [at, at], color="#222222", linewidth=0.8)
     axis.set_xscale("log")
-    axis.set_xticks([0.1, 0.2, 0.5, 1, 2, 5, 10], ["0.1", "0.2", "0.5", "1", "2", "5", "10"])
+    axis.set_xticks(TICKS, [f"{tick:g}" for tick in TICKS])
     axis.set_yticks(range(len(names)), list(reversed(names)))
     axis.axvline(1, color=COLOURS["cowfs"], linewidth=1.5)
     axis.set_xlabel("times as long as cowfs (right of the line: slower than cowfs)")
@@ -114,33 +107,30 @@ def draw_ratios(results: Results, pyplot: Any) -> Any:
 
 
 def draw_targets(results: Results, pyplot: Any) -> Any:
-    """Two charts: beside the better C peer (or a user's stack), and beside the kernel's overlayfs."""
-    ours = targets.of_groups(results, targets.ALL)
-    of_user = targets.of_groups(results, ("user",))
+    """Draw two charts: ratios to the fastest C peer (or a user's stack), and to the kernel's overlayfs."""
+    ours = targets.workloads_in(results, targets.ALL)
+    of_user = targets.workloads_in(results, ("user",))
     sides = [
-        ("times as long as the better C peer", targets.PEERS, of_user),
+        ("times as long as the fastest C peer", targets.PEERS, of_user),
         ("times as long as the kernel's overlayfs", targets.KERNELS, []),
     ]
     height = 0.32 * (len(ours) + len(of_user)) + 1.6
     figure, axes = pyplot.subplots(1, 2, figsize=(12, height), squeeze=False)
-    for axis, (label, peers, users) in zip(axes.flat, sides, strict=True):
+    for axis, (axis_label, peers, users) in zip(axes.flat, sides, strict=True):
         rows = [*ours, *users]
         for number, system in enumerate(targets.OWN[:2]):
-            found = targets.ratios(results, ours, system, peers)
-            found |= targets.ratios(results, users, targets.OF_USER[number], targets.STACKS)
-            places = [len(rows) - 1 - rows.index(name) + 0.18 - 0.36 * number for name in found]
-            widths = [value - 1 for value in found.values()]
-            name = (
-                f"{system}: mean {targets.shown(targets.mean(targets.ratios(results, ours, system, peers)))}"
-            )
+            values = targets.ratios(results, ours, system, peers)
+            label = f"{system}: mean {targets.format_ratio(targets.mean(values))}"
+            values |= targets.ratios(results, users, targets.USER_OWN[number], targets.STACKS)
+            places = [len(rows) - 1 - rows.index(name) + 0.18 - 0.36 * number for name in values]
+            widths = [value - 1 for value in values.values()]
             colour = (COLOURS["cowfs"], OTHER)[number]
-            axis.barh(places, widths, left=1, height=0.34, color=colour, label=name)
+            axis.barh(places, widths, left=1, height=0.34, color=colour, label=label)
         axis.set_xscale("log")
-        ticks = [0.1, 0.2, 0.5, 1, 2, 5, 10]
-        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axis.set_xticks(TICKS, [f"{tick:g}" for tick in TICKS])
         axis.set_yticks(range(len(rows)), list(reversed(rows)), fontsize=8)
         axis.axvline(1, color="#222222", linewidth=1)
-        axis.set_xlabel(f"{label} (left of the line: cowfs is quicker)", fontsize=9)
+        axis.set_xlabel(f"{axis_label} (left of the line: cowfs is faster)", fontsize=9)
         axis.legend(fontsize=8, frameon=False)
         axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
@@ -148,40 +138,35 @@ def draw_targets(results: Results, pyplot: Any) -> Any:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Write the pictures beside the results file, or into a directory of one's own."""
+    """Write the charts beside the results file, or into another directory."""
     parser = argparse.ArgumentParser(prog="perf.plot", description=__doc__)
-    parser.add_argument("file", nargs="?", type=Path, help="a results file (the newest)")
-    parser.add_argument("-o", "--output", type=Path, help="the directory for the pictures (that of the file)")
+    parser.add_argument("file", nargs="?", type=Path, help="a results file (default: the newest)")
+    parser.add_argument("-o", "--output", type=Path, help="directory for the charts (default: that of FILE)")
     parser.add_argument("--format", choices=("png", "svg", "both"), default="svg")
-    parser.add_argument("--only", choices=("seconds", "ratios", "targets"), help="one of the pictures")
+    parser.add_argument("--only", choices=("seconds", "ratios", "targets"), help="draw only this chart")
     options = parser.parse_args(argv)
-    path = options.file or newest()
-    if path is None:
-        print("perf.plot: there are no results yet (make perf)", file=sys.stderr)
+    loaded = load_results(options.file, "perf.plot")
+    if loaded is None:
         return 2
-    try:
-        results = Results.load(path)
-    except (OSError, ValueError) as error:
-        print(f"perf.plot: {error}", file=sys.stderr)
-        return 2
+    path, results = loaded
     try:
         import matplotlib
 
         matplotlib.use("Agg")
         from matplotlib import pyplot
     except ImportError:
-        print("perf.plot: wants matplotlib (scripts/setup --perf installs it)", file=sys.stderr)
+        print("perf.plot: matplotlib is not installed (scripts/setup --perf)", file=sys.stderr)
         return 2
     directory = options.output or path.parent
     directory.mkdir(parents=True, exist_ok=True)
-    pictures = {"seconds": draw_seconds}
+    charts = {"seconds": draw_seconds}
     if any(name in results.systems for name in OWN) and len(results.systems) > 1:
-        pictures["ratios"] = draw_ratios
+        charts["ratios"] = draw_ratios
     if targets.ratio_rows(results):
-        pictures["targets"] = draw_targets
-    # The same file gives the same picture each time.
+        charts["targets"] = draw_targets
+    # The same results must give the same file each time.
     matplotlib.rcParams["svg.hashsalt"] = path.stem
-    for name, draw in pictures.items():
+    for name, draw in charts.items():
         if options.only not in (None, name):
             continue
         figure = draw(results, pyplot)

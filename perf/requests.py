@@ -1,8 +1,8 @@
 """Count and time every request to a FUSE daemon, with the kernel's tracepoints.
 
-``fuse:fuse_request_send`` and ``fuse:fuse_request_end`` (fs/fuse/fuse_trace.h, Linux 6.11 or newer) are
-recorded in a trace instance of their own. The time of a request is what the kernel waited for it: the
-daemon's work and the wake-ups on both sides, not the client's own.
+A separate trace instance records ``fuse:fuse_request_send`` and ``fuse:fuse_request_end``
+(fs/fuse/fuse_trace.h, Linux 6.11 or newer). The time of a request is how long the kernel waits for it: the
+daemon's work and the wake-ups on both sides, without the work of the client.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ class Kind:
 
     count: int = 0
     seconds: float = 0.0
-    """From sending to the reply, added up; 0 for kinds that have no reply (FORGET)."""
+    """Total time from the request to the reply; 0 for kinds without a reply (FORGET)."""
 
 
 class Unavailable(Exception):
-    """This kernel cannot trace FUSE requests, and why."""
+    """This kernel cannot trace FUSE requests. The message says why."""
 
 
 @contextlib.contextmanager
 def tracefs(mountpoint: Path) -> Iterator[Path]:
-    """Mount tracefs, and make a trace instance with the FUSE events off."""
+    """Mount tracefs, and create a trace instance with the FUSE events off; yield the path of the instance."""
     mountpoint.mkdir(exist_ok=True)
     subprocess.run(["mount", "-t", "tracefs", "tracefs", str(mountpoint)], check=True, capture_output=True)
     instance = mountpoint / "instances" / f"cowfs-perf-{os.getpid()}"
@@ -57,9 +57,9 @@ def tracefs(mountpoint: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def recorded(instance: Path, mountpoint: Path, kinds: dict[str, Kind]) -> Iterator[None]:
-    """Fill *kinds* with the requests that the FUSE filesystem at *mountpoint* gets within the block."""
+    """Add to *kinds* the requests that the FUSE filesystem at *mountpoint* receives within the block."""
     events = instance / "events/fuse"
-    # A connection is known by the (anonymous, so only minor) device number of its filesystem.
+    # The number of a connection is the minor device number of its filesystem.
     connection = os.minor(mountpoint.stat().st_dev)
     (instance / "trace").write_text("")
     for event in ("fuse_request_send", "fuse_request_end"):
@@ -74,25 +74,25 @@ def recorded(instance: Path, mountpoint: Path, kinds: dict[str, Kind]) -> Iterat
 
 
 def parse(lines: Iterator[str]) -> dict[str, Kind]:
-    """Add up the events of a trace, as tracefs prints it."""
+    """Add up the events of a trace in the format of tracefs."""
     kinds: dict[str, Kind] = defaultdict(Kind)
     sent: dict[tuple[str, str], tuple[float, Kind]] = {}
     for line in lines:
-        found = _EVENT.search(line)
-        if not found:
+        event = _EVENT.search(line)
+        if not event:
             continue
-        key = (found["dev"], found["id"])
-        if found["which"] == "send":
-            kind = kinds[found["name"] or "?"]
+        key = (event["dev"], event["id"])
+        if event["which"] == "send":
+            kind = kinds[event["name"] or "?"]
             kind.count += 1
-            sent[key] = (float(found["time"]), kind)
+            sent[key] = (float(event["time"]), kind)
         elif key in sent:
             begin, kind = sent.pop(key)
-            kind.seconds += float(found["time"]) - begin
+            kind.seconds += float(event["time"]) - begin
     return dict(kinds)
 
 
 def as_json(kinds: dict[str, Kind]) -> dict[str, dict[str, float]]:
-    """*kinds* as plain data, the costliest first."""
+    """Return *kinds* as plain data, the most expensive first."""
     ordered = sorted(kinds.items(), key=lambda item: -item[1].seconds)
     return {name: {k: round(v, 6) for k, v in asdict(kind).items()} for name, kind in ordered}

@@ -1,14 +1,14 @@
 """Run the workloads on cowfs and its peers, interleaved, and write the figures to ``perf/results/``.
 
-    python -m perf.run                        everything, 5 rounds (about half an hour)
+    python -m perf.run                        all workloads of a union, 5 rounds (about half an hour)
     python -m perf.run --quick                the main workloads, 2 rounds
     python -m perf.run -w untar,append -s cowfs,overlayfs -r 9
-    python -m perf.run --requests -s cowfs    once more with every FUSE request counted
-    python -m perf.run -w squash              the squashfs reader, beside squashfuse and the kernel
-    python -m perf.run -w targets -r 3        what the targets are about: files, data, programs, users
+    python -m perf.run --requests -s cowfs    also count every FUSE request, in a further round
+    python -m perf.run -w squash              the squashfs reader, squashfuse and the kernel
+    python -m perf.run -w targets -r 3        the workloads of the targets: files, data, programs, users
 
-Needs root: it mounts. It works in mount and process namespaces of its own, so that every mount, loop
-device and daemon is gone when it ends, however it ends.
+Needs root, because it mounts. It runs in its own mount and process namespaces, so no mount, loop device or
+daemon remains after it ends, even if it is killed.
 """
 
 from __future__ import annotations
@@ -33,12 +33,13 @@ from perf.sampling import Runner
 
 RESULTS = PROJECT / "perf" / "results"
 CACHE = PROJECT / ".cache" / "perf"
-INSIDE = "COWFS_PERF_WORK"
+WORK_VARIABLE = "COWFS_PERF_WORK"
+"""The environment variable with the working directory, set inside the namespaces."""
 PROGRAMS = {"mksquashfs": "squashfs-tools", "mke2fs": "e2fsprogs", "unshare": "util-linux", "tar": "tar"}
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     made = argparse.ArgumentParser(
         prog="perf.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -47,23 +48,26 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("-s", "--systems", metavar="A,B", help="only these: " + ", ".join(systems()))
     made.add_argument("-r", "--rounds", type=int, help="rounds (5; 2 with --quick; 0 for --requests alone)")
     made.add_argument(
-        "--minutes", type=float, default=0, metavar="N", help="begin no round that would not end within these"
+        "--minutes", type=float, default=0, metavar="N", help="start no round that would end after N minutes"
     )
     made.add_argument("--quick", action="store_true", help="only the main workloads, 2 rounds")
-    made.add_argument("--limit", type=float, default=180, metavar="SECONDS", help="for one sample (180)")
+    made.add_argument("--limit", type=float, default=180, metavar="SECONDS", help="limit for a sample (180)")
     made.add_argument(
         "--quiet-wait", type=float, default=10, metavar="SECONDS",
-        help="how long to wait before a sample for other processes to calm down (10)",
+        help="how long to wait before a sample until other processes are idle (10)",
     )  # fmt: skip
     made.add_argument(
         "--nice", type=int, default=0, metavar="N",
-        help="run clients and daemons at this priority (-20..19; 0): on a machine that others use too",
+        help="priority of clients and daemons (-20..19; 0), for a machine with other users",
     )  # fmt: skip
     made.add_argument("--requests", action="store_true", help="also count FUSE requests, in a further round")
     made.add_argument(
-        "--daemon-prefix", default="", metavar="CMD", help="start FUSE daemons by it: a profiler"
+        "--daemon-prefix",
+        default="",
+        metavar="CMD",
+        help="start FUSE daemons with it, for example a profiler",
     )
-    made.add_argument("-o", "--output", type=Path, help="the results file (perf/results/DATE.json)")
+    made.add_argument("-o", "--output", type=Path, help="results file (perf/results/DATE.json)")
     return made
 
 
@@ -71,152 +75,149 @@ def main(argv: list[str] | None = None) -> int:
     """Run the suite; 0 if every sample succeeded, 1 if some failed, 2 if it cannot run."""
     options = parser().parse_args(argv)
     try:
-        chosen = select(options.workloads, options.systems)
+        selected = select(options.workloads, options.systems)
     except KeyError as error:
         print(f"perf.run: {error.args[0]}", file=sys.stderr)
         return 2
-    if not chosen:
-        print("perf.run: none of these systems can do any of these workloads", file=sys.stderr)
+    if not selected:
+        print("perf.run: none of these systems can run any of these workloads", file=sys.stderr)
         return 2
     if os.geteuid() != 0:
         print("perf.run: needs root, because it mounts (sudo make perf)", file=sys.stderr)
         return 2
-    for program, package in PROGRAMS.items():
-        if shutil.which(program) is None:
-            print(f"perf.run: {program} is not installed (Debian package {package})", file=sys.stderr)
-            return 2
-    if INSIDE not in os.environ:
-        return outside(sys.argv[1:] if argv is None else argv, chosen)
-    return inside(options, chosen, Path(os.environ[INSIDE]))
+    if missing := machine.missing_programs(*PROGRAMS.items()):
+        print(f"perf.run: {missing}", file=sys.stderr)
+        return 2
+    if WORK_VARIABLE not in os.environ:
+        return run_in_namespaces(sys.argv[1:] if argv is None else argv, selected)
+    return run_suite(options, selected, Path(os.environ[WORK_VARIABLE]))
 
 
-def outside(argv: list[str], chosen: list[Group]) -> int:
-    """Run the suite in new namespaces, and remove its working directory afterwards."""
+def run_in_namespaces(argv: list[str], selected: list[Group]) -> int:
+    """Run the suite in new namespaces; return its exit status. Remove its working directory afterwards."""
     CACHE.mkdir(parents=True, exist_ok=True)
     with (CACHE / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            print("perf.run: another run is going on here, and both would be wrong", file=sys.stderr)
+            print("perf.run: another run is in progress, and each would disturb the other", file=sys.stderr)
             return 2
         if not (CACHE / "lower.squashfs").exists():
-            print("making the lower image, once (some minutes) ...", flush=True)
+            print("making the lower image for this and later runs (some minutes) ...", flush=True)
         corpus.make_image(CACHE)
-        if any(group.image == debian.NAME for group in chosen):
+        if any(group.image == debian.NAME for group in selected):
             if not debian.path(CACHE).exists():
-                print("making the small Debian, once (some minutes) ...", flush=True)
+                print("making the small Debian for this and later runs (some minutes) ...", flush=True)
             debian.make(CACHE)
-        if why := newest.make():
-            print(f"without the newest peers: {why}", flush=True)
+        if error := newest.download():
+            print(f"without the peers of Debian 13: {error}", flush=True)
         work = CACHE / "work"
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir()
-        before, shown = machine.offer_io_uring("Y"), machine.let_root_look("Y")
-        # The end of this process ends that of unshare, and the end of unshare all that it holds.
-        tied = ["setpriv", "--pdeathsig", "KILL", "--"]
-        namespaces = [*tied, "unshare", "--mount", "--propagation=private", "--pid", "--fork", "--mount-proc"]
-        command = [*namespaces, "--kill-child", machine.python(), "-m", "perf.run", *argv]
+        old_io_uring, old_root_access = machine.set_io_uring("Y"), machine.set_root_access("Y")
+        # If this process dies, the kernel kills unshare, and with unshare everything in the namespaces.
+        prefix = "setpriv --pdeathsig KILL --"
+        prefix += " unshare --mount --propagation=private --pid --fork --mount-proc --kill-child"
+        command = [*prefix.split(), machine.python(), "-m", "perf.run", *argv]
+        environment = {**os.environ, WORK_VARIABLE: str(work)}
         try:
-            with subprocess.Popen(command, cwd=PROJECT, env={**os.environ, INSIDE: str(work)}) as process:
+            with subprocess.Popen(command, cwd=PROJECT, env=environment) as process:
                 signal.signal(signal.SIGTERM, lambda *_: process.kill())
                 return process.wait()
         except KeyboardInterrupt:
             return 130
         finally:
-            machine.offer_io_uring(before)
-            machine.let_root_look(shown)
-            # The namespaces are gone, and the mounts with them: nothing below is anything but plain files.
+            machine.set_io_uring(old_io_uring)
+            machine.set_root_access(old_root_access)
+            # The mounts have disappeared with the namespaces: only plain files are left below.
             shutil.rmtree(work, ignore_errors=True)
 
 
-def inside(options: argparse.Namespace, chosen: list[Group], work: Path) -> int:
-    """The run itself, within the namespaces."""
+def run_suite(options: argparse.Namespace, selected: list[Group], work: Path) -> int:
+    """Run the suite inside the namespaces; return the exit status."""
     if options.quick and not options.workloads:
-        chosen = [replace(g, workloads={n: w for n, w in g.workloads.items() if w.main}) for g in chosen]
+        selected = [replace(g, workloads={n: w for n, w in g.workloads.items() if w.main}) for g in selected]
     os.setpriority(os.PRIO_PROCESS, 0, options.nice)
     rounds = options.rounds if options.rounds is not None else 2 if options.quick else 5
-    chosen = [without_missing(group) for group in chosen]
-    made = prepare(chosen, work)
+    selected = [without_missing(group) for group in selected]
+    corpora = prepare(selected, work)
     started = datetime.datetime.now().astimezone()
     results = Results(
         started=started.isoformat(timespec="seconds"),
         machine={**machine.describe(), "nice": options.nice},
         versions=machine.versions(PROJECT),
-        corpus=made[""].facts | {"images": {name: of.facts for name, of in made.items() if name}},
-        systems={name: facts(system) for group in chosen for name, system in group.systems.items()},
+        corpus=corpora[""].facts | {"images": {name: data.facts for name, data in corpora.items() if name}},
+        systems={name: facts(system) for group in selected for name, system in group.systems.items()},
         workloads={
             n: {"title": w.title, "cold": w.cold, "main": w.main}
-            for group in chosen
+            for group in selected
             for n, w in group.workloads.items()
         },
         rounds=rounds,
     )
     path = options.output or RESULTS / f"{started:%Y-%m-%d-%H%M}.json"
-    runner = Runner(results, chosen, made, work, options, path)
+    runner = Runner(results, selected, corpora, work, options, path)
     try:
-        runner.rounds(rounds)
+        runner.run_rounds(rounds)
         if options.requests:
             runner.count_requests()
     except KeyboardInterrupt:
-        print("interrupted: the samples so far are kept", file=sys.stderr)
+        print("interrupted: the samples so far are saved", file=sys.stderr)
     results.save(path)
     print(report.text(results))
-    print(f"written to {os.path.relpath(path)}")
+    print(f"results saved to {os.path.relpath(path)}")
     return 1 if results.errors() else 0
 
 
 def without_missing(group: Group) -> Group:
-    """*group* without the systems that cannot run here; says which, and why."""
-    why = {name: system.missing() for name, system in group.systems.items()}
-    for name in filter(why.get, why):
-        print(f"without {name}: {why[name]}", flush=True)
-    return replace(group, systems={name: s for name, s in group.systems.items() if not why[name]})
+    """Return *group* without the systems that cannot run here; print which, and why."""
+    missing = {name: system.missing_requirements() for name, system in group.systems.items()}
+    for name in filter(missing.get, missing):
+        print(f"without {name}: {missing[name]}", flush=True)
+    return replace(group, systems={name: s for name, s in group.systems.items() if not missing[name]})
 
 
-def prepare(chosen: list[Group], work: Path) -> dict[str, corpus.Corpus]:
-    """Mount what is needed, and return the corpora by compressor; that of the unions is under ""."""
+def prepare(selected: list[Group], work: Path) -> dict[str, corpus.Corpus]:
+    """Mount what the groups need; return the corpora by the name of the image, which is "" for the unions."""
     scratch, reference = work / "scratch", work / "reference"
-    for directory, how in (
+    for directory, arguments in (
         (work / "fusectl", ["-t", "fusectl", "fusectl"]),
         (scratch, ["-t", "tmpfs", "-o", "mode=755", "tmpfs"]),
         (reference, ["-t", "squashfs", "-o", "loop,ro", str(CACHE / "lower.squashfs")]),
     ):
         directory.mkdir()
-        subprocess.run(["mount", *how, str(directory)], check=True)
-    made = {"": corpus.prepare(CACHE / "lower.squashfs", reference, scratch)}
-    for compressor in sorted({group.image for group in chosen} - {""}):
-        if compressor in (debian.NAME, images.USER):
-            made[compressor] = prepare_small(compressor, work / f"reference-{compressor}", made[""], scratch)
+        subprocess.run(["mount", *arguments, str(directory)], check=True)
+    lower = corpus.prepare(CACHE / "lower.squashfs", reference, scratch)
+    corpora = {"": lower}
+    for name in sorted({group.image for group in selected} - {""}):
+        reference = work / f"reference-{name}"
+        if name in (debian.NAME, images.USER):
+            corpora[name] = prepare_small(name, reference, lower, scratch)
             continue
-        if not images.path(CACHE, compressor).exists():
-            print(f"making the {compressor} image, once (some minutes) ...", flush=True)
-        made[compressor] = images.prepare(CACHE, made[""], compressor, work / f"reference-{compressor}")
-    return made
+        if not images.path(CACHE, name).exists():
+            print(f"making the {name} image for this and later runs (some minutes) ...", flush=True)
+        corpora[name] = images.prepare(CACHE, lower, name, reference)
+    return corpora
 
 
 def prepare_small(name: str, reference: Path, lower: corpus.Corpus, scratch: Path) -> corpus.Corpus:
-    """Mount the small Debian, or the image of a user's files, at *reference*, and return its corpus."""
+    """Mount the small Debian or the image of a user's files at *reference*, and return its corpus."""
     image = debian.path(CACHE) if name == debian.NAME else images.make_user(CACHE, lower)
     reference.mkdir()
     subprocess.run(["mount", "-t", "squashfs", "-o", "loop,ro", str(image), str(reference)], check=True)
     entries = corpus.scan(reference)
-    archived = corpus.for_archive(entries, 2_000) if name == images.USER else []
+    archived = corpus.choose_archived(entries, 2_000) if name == images.USER else []
     archive = corpus.make_archive(scratch / f"{name}.tar", reference, archived)
     facts = {"image_bytes": image.stat().st_size, "entries": len(entries)}
     facts["fingerprint"] = corpus.fingerprint(entries)
     return replace(
-        lower,
-        image=image,
-        reference=reference,
-        entries=entries,
-        archive=archive,
-        archived=archived,
-        facts=facts,
-    )
+        lower, image=image, reference=reference, entries=entries,
+        archive=archive, archived=archived, facts=facts,
+    )  # fmt: skip
 
 
 def facts(system: System) -> dict[str, str | bool]:
-    """What the results say about a system."""
+    """Return what a results file records about a system."""
     return {"version": system.version(), "mounted": system.options(), "fuse": system.fuse}
 
 

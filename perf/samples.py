@@ -13,40 +13,40 @@ FORMAT = 1
 
 @dataclass(slots=True)
 class Sample:
-    """One workload, once, on one system with a fresh store."""
+    """One run of a workload on a system with a new store."""
 
     workload: str
     system: str
     round: int
     position: int
-    """Which turn of its round it had: 0 is the first system."""
+    """The place of the system in its round, from 0."""
     seconds: float | None = None
-    """Wall time of the timed part; None when it failed."""
+    """Wall time of the timed part; None if it failed."""
     settle_seconds: float | None = None
-    """Wall time of the unmounting after it, until everything written is in the store's image."""
+    """Wall time of the unmount after it, until everything written is in the store's image."""
     mount_seconds: float | None = None
-    """From starting the (last) mount until its root answers."""
+    """Wall time from the start of the last mount until its root answers."""
     daemon_cpu_seconds: float | None = None
-    """Processor time of the FUSE daemon during the timed part; None for the kernel's."""
+    """Processor time of the FUSE daemon during the timed part; None for a system of the kernel."""
     busy_cpu_seconds: float = 0.0
     """Processor time of the whole machine during the timed part."""
     steal_seconds: float = 0.0
-    """Processor time that the hypervisor took away during the timed part."""
+    """Processor time that the hypervisor gave to others during the timed part."""
     rss_start: int | None = None
     """Resident bytes of the daemon after mounting and set-up, before the timed part."""
     rss_end: int | None = None
     """Resident bytes of the daemon after the timed part."""
     busy_before: float = 0.0
-    """Share of the processors in use by others just before the sample, 0 to 1."""
+    """Share of the processor time that other programs used just before the sample, 0 to 1."""
     load: float = 0.0
     """The one-minute load average before the sample."""
     error: str = ""
-    """Why it failed: a wrong result is a failure."""
+    """Why it failed, or "". A wrong result is a failure."""
 
 
 @dataclass(slots=True)
 class Results:
-    """A whole run, as the file in ``results/`` holds it."""
+    """A whole run, with the fields of the JSON files in ``results/``."""
 
     started: str
     machine: dict[str, Any]
@@ -57,18 +57,18 @@ class Results:
     rounds: int
     samples: list[Sample] = field(default_factory=list)
     requests: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """``workload/system`` -> requests by kind, of separate, traced samples."""
+    """Requests by kind of separate, traced samples. The keys are ``workload/system``."""
     format: int = FORMAT
 
     def save(self, path: Path) -> None:
-        """Write the file, whole or not at all."""
+        """Write the file *path* atomically."""
         new = path.with_suffix(".new")
         new.write_text(json.dumps(asdict(self), indent=1) + "\n")
         new.rename(path)
 
     @classmethod
     def load(cls, path: Path) -> Results:
-        """Read a file that :meth:`save` wrote; ValueError for anything else."""
+        """Read a file that :meth:`save` has written; ValueError for any other file."""
         data = json.loads(path.read_text())
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise ValueError(f"{path}: not a results file of format {FORMAT}")
@@ -77,21 +77,21 @@ class Results:
         return cls(**data)
 
     def times(self, workload: str, system: str) -> list[float]:
-        """The seconds of every good sample of *workload* on *system*."""
-        return [s.seconds for s in self.of(workload, system) if s.seconds is not None and not s.error]
+        """Return the seconds of every sample of *workload* on *system* that did not fail."""
+        return [s.seconds for s in self.samples_of(workload, system) if s.seconds is not None and not s.error]
 
-    def of(self, workload: str, system: str) -> list[Sample]:
-        """Every sample of *workload* on *system*, in order."""
+    def samples_of(self, workload: str, system: str) -> list[Sample]:
+        """Return every sample of *workload* on *system*, in order."""
         return [s for s in self.samples if s.workload == workload and s.system == system]
 
     def errors(self) -> list[Sample]:
-        """Every sample that failed."""
+        """Return every sample that failed."""
         return [s for s in self.samples if s.error]
 
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """A median with what lies around it."""
+    """The median, minimum, maximum and number of some values."""
 
     median: float
     low: float
@@ -100,29 +100,29 @@ class Spread:
 
 
 def spread(values: list[float]) -> Spread | None:
-    """Median, minimum and maximum; None of nothing."""
+    """Return the spread of *values*; None without values."""
     if not values:
         return None
     return Spread(statistics.median(values), min(values), max(values), len(values))
 
 
 def ratio(results: Results, workload: str, system: str, base: str) -> Spread | None:
-    """How many times as long *system* took as *base*, paired within each round.
+    """Return the time of *system* divided by that of *base*, paired within each round; None without pairs.
 
-    The two samples of one round ran within a minute of each other, so what slows the machine down for
-    longer than that cancels out of their quotient. None when no round has both.
+    The two samples of a round ran within a minute of each other. So their ratio does not change if the
+    machine is slow for longer than that.
     """
-    by_round = {s.round: s.seconds for s in results.of(workload, base) if s.seconds and not s.error}
+    by_round = {s.round: s.seconds for s in results.samples_of(workload, base) if s.seconds and not s.error}
     pairs = [
         s.seconds / by_round[s.round]
-        for s in results.of(workload, system)
+        for s in results.samples_of(workload, system)
         if s.seconds and not s.error and s.round in by_round
     ]
     return spread([float(p) for p in pairs])
 
 
 def rotated(names: list[str], turn: int) -> list[str]:
-    """*names*, begun *turn* places further on, so that nobody is always first."""
+    """Return *names* rotated by *turn* places, so that each is first in turn."""
     if not names:
         return []
     turn %= len(names)

@@ -1,4 +1,4 @@
-"""Taking the samples: a box for each, or for all workloads of a group that are done together."""
+"""Take the samples: with a box for each workload, or one for all workloads of a group that run together."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from perf.peers import System
 from perf.samples import Results, Sample, rotated
 
 MORE_SECONDS = 20
-"""Added to the limit of a box for each workload more than one."""
+"""Seconds added to the time limit of a box for each workload after the first."""
 
 
 @dataclass(slots=True)
 class Part:
-    """A workload, its sample, and what it keeps from set-up to verification."""
+    """A workload, its sample, and its data from set-up to verification."""
 
     workload: Workload
     sample: Sample
@@ -36,26 +36,26 @@ class Part:
 
 
 class Runner:
-    """Takes the samples, one after the other."""
+    """Takes the samples one after the other, and saves them to *path* after each."""
 
     def __init__(
-        self, results: Results, chosen: list[Group], made: dict[str, corpus.Corpus],
+        self, results: Results, groups: list[Group], corpora: dict[str, corpus.Corpus],
         work: Path, options: argparse.Namespace, path: Path,
     ) -> None:  # fmt: skip
         self.results = results
-        self.groups = chosen
-        self.corpora = made
+        self.groups = groups
+        self.corpora = corpora
         self.work = work
         self.options = options
         self.path = path
         self._count = 0
 
-    def rounds(self, rounds: int) -> None:
-        """Each round: each workload on all systems, one after the other, the first one changing."""
+    def run_rounds(self, rounds: int) -> None:
+        """Run each workload on all systems in each round; another system is first in each round."""
         start = time.monotonic()
         for turn in range(rounds):
-            taken = time.monotonic() - start
-            if turn and self.options.minutes and taken * (turn + 1) / turn > self.options.minutes * 60:
+            elapsed = time.monotonic() - start
+            if turn and self.options.minutes and elapsed * (turn + 1) / turn > self.options.minutes * 60:
                 self.results.rounds = turn
                 return
             for group in self.groups:
@@ -63,18 +63,16 @@ class Runner:
                     for position, peer in enumerate(rotated(list(group.systems), turn + number)):
                         for sample in self._samples(group, workloads, peer, turn, position):
                             good = sample.seconds and not sample.error
-                            took = f"{sample.seconds:.3f} s" if good else sample.error
-                            print(
-                                f"round {turn + 1}/{rounds}  {sample.workload:14} {peer:28} {took}",
-                                flush=True,
-                            )
+                            result = f"{sample.seconds:.3f} s" if good else sample.error
+                            head = f"round {turn + 1}/{rounds}  {sample.workload:14} {peer:28}"
+                            print(head, result, flush=True)
 
     def _samples(
         self, group: Group, workloads: list[Workload], peer: str, turn: int, position: int
     ) -> list[Sample]:
         busy, load = machine.wait_until_quiet(self.options.quiet_wait), machine.load()
-        parts = [Part(each, Sample(each.name, peer, turn, position)) for each in workloads]
-        self.take(parts, group)
+        parts = [Part(workload, Sample(workload.name, peer, turn, position)) for workload in workloads]
+        self.take_samples(parts, group)
         samples = [part.sample for part in parts]
         for sample in samples:
             sample.busy_before, sample.load = busy, load
@@ -83,7 +81,7 @@ class Runner:
         return samples
 
     def count_requests(self) -> None:
-        """One traced sample of each workload on each FUSE system; its time does not count."""
+        """Take one traced sample of each workload on each FUSE system, without counting its time."""
         try:
             with requests.tracefs(self.work / "trace") as instance:
                 for group in self.groups:
@@ -97,12 +95,12 @@ class Runner:
     def _count_requests_of(self, group: Group, workloads: list[Workload], peer: str, instance: Path) -> None:
         kinds: dict[str, dict[str, requests.Kind]] = {workload.name: {} for workload in workloads}
 
-        def traced(part: Part, box: Box) -> float:
+        def run_traced(part: Part, box: Box) -> float:
             with requests.recorded(instance, box.merged, kinds[part.workload.name]):
                 return part.workload.run(box)
 
-        parts = [Part(each, Sample(each.name, peer, -1, 0)) for each in workloads]
-        self.take(parts, group, traced)
+        parts = [Part(workload, Sample(workload.name, peer, -1, 0)) for workload in workloads]
+        self.take_samples(parts, group, run_traced)
         for part in parts:
             self.results.requests[f"{part.workload.name}/{peer}"] = {
                 "seconds": part.sample.seconds,
@@ -111,10 +109,10 @@ class Runner:
                 "kinds": requests.as_json(kinds[part.workload.name]),
             }
 
-    def take(
+    def take_samples(
         self, parts: list[Part], group: Group, run: Callable[[Part, Box], float] | None = None
     ) -> None:  # fmt: skip
-        """Fill in the samples: a fresh store, set-up, the timed parts, unmount, verification."""
+        """Fill in the samples of *parts*: new store, set-up, timed parts, unmount, verification."""
         self._count += 1
         scratch = self.work / "scratch" / f"box-{self._count}"
         scratch.mkdir()
@@ -125,26 +123,26 @@ class Runner:
             cleanup.callback(shutil.rmtree, scratch, ignore_errors=True)
             cleanup.callback(box.close)
             box.open()
-            with failures(parts):
-                measure(box, parts, group.systems[parts[0].sample.system], run or timed)
+            with recorded_failure(parts):
+                measure(box, parts, group.systems[parts[0].sample.system], run or run_untraced)
 
 
 def batches(group: Group) -> Iterator[list[Workload]]:
-    """What is done in one mount."""
+    """Yield the workloads to run in one mount."""
     if group.together:
         yield list(group.workloads.values())
     else:
         yield from ([workload] for workload in group.workloads.values())
 
 
-def timed(part: Part, box: Box) -> float:
-    """Do it; return the seconds."""
+def run_untraced(part: Part, box: Box) -> float:
+    """Run the workload; return the seconds it took."""
     return part.workload.run(box)
 
 
 @contextmanager
-def failures(parts: list[Part]) -> Iterator[None]:
-    """Note what fails in the block as the error of each of *parts* that has none."""
+def recorded_failure(parts: list[Part]) -> Iterator[None]:
+    """Record an error in the block as the error of each of *parts* that has none."""
     why = ""
     try:
         yield
@@ -157,7 +155,7 @@ def failures(parts: list[Part]) -> Iterator[None]:
 
 
 def measure(box: Box, parts: list[Part], system: System, run: Callable[[Part, Box], float]) -> None:
-    """The course of the samples of one box; SampleFailed when a step does that is for all of them."""
+    """Take the samples of one box; SampleFailed if a step that they share fails."""
     system.create(box)
     machine.drop_caches()
     mount(box, parts, system)
@@ -168,9 +166,9 @@ def measure(box: Box, parts: list[Part], system: System, run: Callable[[Part, Bo
         system.unmount(box)
         mount(box, parts, system)
         machine.drop_caches()
-        warm(box)
+        warm_cache(box)
     for part in parts:
-        with failures([part]):
+        with recorded_failure([part]):
             measure_one(box, part, run)
     begin = time.perf_counter()
     system.unmount(box)
@@ -184,12 +182,12 @@ def measure(box: Box, parts: list[Part], system: System, run: Callable[[Part, Bo
         system.mount(box)
     for part in written:
         box.state = part.state
-        with failures([part]):
+        with recorded_failure([part]):
             part.workload.verify(box)
 
 
 def measure_one(box: Box, part: Part, run: Callable[[Part, Box], float]) -> None:
-    """Do one workload, and verify what it read."""
+    """Run one workload; verify its result now if it does not write."""
     sample, box.state = part.sample, part.state
     cpu, usage = machine.cpu_times(), box.usage()
     sample.seconds = round(run(part, box), 6)
@@ -204,7 +202,7 @@ def measure_one(box: Box, part: Part, run: Callable[[Part, Box], float]) -> None
 
 
 def mount(box: Box, parts: list[Part], system: System) -> None:
-    """Mount *system* and note how long that took."""
+    """Mount *system*, and record how long that took."""
     begin = time.perf_counter()
     system.mount(box)
     seconds = round(time.perf_counter() - begin, 6)
@@ -212,8 +210,8 @@ def mount(box: Box, parts: list[Part], system: System) -> None:
         part.sample.mount_seconds = seconds
 
 
-def warm(box: Box) -> None:
-    """Read into the page cache again what a cold start is not about: programs, and some images."""
+def warm_cache(box: Box) -> None:
+    """Read what a cold workload shall not measure into the page cache: programs, and some images."""
     for program in ("find", "tar", "grep", "rm", "dd", "git", "unshare", "mount", "setpriv"):
         box.output([program, "--version"], box.scratch)
     box.output([machine.python(), "-I", "-S", "-c", "import hashlib, subprocess, time, sys"], box.scratch)

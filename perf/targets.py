@@ -1,7 +1,7 @@
-"""What is aimed at, and what a run has reached: ratios to the better C peer and to the kernel's overlayfs.
+"""The targets, and whether a run meets them: ratios to the fastest C peer and to the kernel's overlayfs.
 
-A ratio is that of one workload's times, paired within rounds, the median of them; the better peer is the one
-whose median is least. Below 1, cowfs is quicker. A mean is geometric.
+A ratio is the median of the ratios within each round, for one workload. The fastest peer is the one with the
+smallest median. Below 1, cowfs is faster. Means are geometric.
 """
 
 from __future__ import annotations
@@ -9,29 +9,29 @@ from __future__ import annotations
 import statistics
 from dataclasses import dataclass
 
-from perf.bench import bench_of_targets
+from perf.bench import target_workloads
 from perf.samples import Results, ratio, spread
 
 PEERS = ("fuse-overlayfs", "fuse-overlayfs-new", "unionfs-fuse")
 STACKS = ("stack-user", "stack-user-new")
 KERNEL = "overlayfs"
 OWN = ("cowfs", "cowfs-dev-fuse", "cowfs-kernel")
-OF_USER = ("cowfs-user", "cowfs-dev-fuse-user")
+USER_OWN = ("cowfs-user", "cowfs-dev-fuse-user")
 EACH, MEAN = "each", "mean"
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """How long a system may take at most."""
+    """An upper limit for the ratio of a system to others."""
 
-    what: str
+    subject: str
     system: str
     groups: tuple[str, ...]
-    against: tuple[str, ...]
-    """Whose best is compared with."""
+    peers: tuple[str, ...]
+    """The systems to compare with; the fastest of them counts."""
     limit: float
-    how: str
-    """Whether each workload must be within the limit, or the mean of all."""
+    scope: str
+    """Whether the limit applies to EACH workload or to the MEAN of all."""
 
 
 ALL = ("files", "data", "programs")
@@ -54,108 +54,108 @@ TARGETS = (
 )
 
 
-def better(results: Results, workload: str, peers: tuple[str, ...]) -> str:
-    """The quickest of *peers*; "" when none has a figure."""
-    medians = {peer: found.median for peer in peers if (found := spread(results.times(workload, peer)))}
+def fastest(results: Results, workload: str, peers: tuple[str, ...]) -> str:
+    """Return the fastest of *peers*; "" if none has a figure."""
+    medians = {peer: times.median for peer in peers if (times := spread(results.times(workload, peer)))}
     return min(medians, key=lambda peer: medians[peer], default="")
 
 
-def against(results: Results, workload: str, system: str, peers: tuple[str, ...]) -> float | None:
-    """How many times as long *system* took as the better of *peers*; None without figures of both."""
-    found = ratio(results, workload, system, better(results, workload, peers))
-    return found.median if found else None
+def ratio_to_fastest(results: Results, workload: str, system: str, peers: tuple[str, ...]) -> float | None:
+    """Return the ratio of *system* to the fastest of *peers*; None without figures of both."""
+    ratios = ratio(results, workload, system, fastest(results, workload, peers))
+    return ratios.median if ratios else None
 
 
-def of_groups(results: Results, groups: tuple[str, ...]) -> list[str]:
-    """The workloads of *groups* that the run has."""
-    known = bench_of_targets()
+def workloads_in(results: Results, groups: tuple[str, ...]) -> list[str]:
+    """Return the workloads of *groups* that the run has."""
+    known = target_workloads()
     return [name for group in groups for name in known[group] if name in results.workloads]
 
 
 def ratios(
     results: Results, workloads: list[str], system: str, peers: tuple[str, ...]
 ) -> dict[str, float]:  # fmt: skip
-    """By workload, what :func:`against` says, where it says something."""
-    found = {workload: against(results, workload, system, peers) for workload in workloads}
-    return {workload: value for workload, value in found.items() if value}
+    """Return :func:`ratio_to_fastest` by workload, for those that have one."""
+    values = {workload: ratio_to_fastest(results, workload, system, peers) for workload in workloads}
+    return {workload: value for workload, value in values.items() if value}
 
 
 def mean(values: dict[str, float]) -> float | None:
-    """The geometric mean; None of nothing."""
+    """Return the geometric mean; None without values."""
     return statistics.geometric_mean(values.values()) if values else None
 
 
-def systems(results: Results, known: tuple[str, ...]) -> list[str]:
-    """Those of *known* that the run has."""
-    return [name for name in known if name in results.systems]
+def systems_in(results: Results, names: tuple[str, ...]) -> list[str]:
+    """Return those of *names* that the run has."""
+    return [name for name in names if name in results.systems]
 
 
 def ratio_rows(results: Results) -> list[list[str]]:
-    """The table of ratios: each workload, then the mean of its group; at last that of all but the user's."""
-    own = systems(results, OWN)
-    head = [text for name in own for text in (f"{name} to the better C peer", f"{name} to {KERNEL}")]
-    table = [["workload", "better C peer", *head]]
+    """Return the table of ratios: workloads, the mean of each group, and the mean of all but the user's."""
+    own = systems_in(results, OWN)
+    head = [text for name in own for text in (f"{name} to the fastest C peer", f"{name} to {KERNEL}")]
+    table = [["workload", "fastest C peer", *head]]
     for group in ALL:
-        names = of_groups(results, (group,))
+        names = workloads_in(results, (group,))
         for name in names:
-            cells = [shown(against(results, name, s, p)) for s in own for p in (PEERS, KERNELS)]
-            table.append([name, better(results, name, PEERS) or "-", *cells])
+            values = [ratio_to_fastest(results, name, s, p) for s in own for p in (PEERS, KERNELS)]
+            table.append([name, fastest(results, name, PEERS) or "-", *map(format_ratio, values)])
         if names:
             table.append([f"**mean of {group}**", "", *means(results, names, own)])
-    names = of_groups(results, ALL)
+    names = workloads_in(results, ALL)
     return [*table, ["**mean of all**", "", *means(results, names, own)]] if names else []
 
 
 def means(results: Results, workloads: list[str], own: list[str]) -> list[str]:
-    """The mean for each system, to the peers and to the kernel; none where it was not to do all of them."""
-    did = {name: all(results.of(workload, name) for workload in workloads) for name in own}
+    """Return the means of each system, to peers and to the kernel; "-" if it did not run all workloads."""
+    complete = {name: all(results.samples_of(workload, name) for workload in workloads) for name in own}
     return [
-        shown(mean(ratios(results, workloads, name, peers)) if did[name] else None)
+        format_ratio(mean(ratios(results, workloads, name, peers)) if complete[name] else None)
         for name in own
         for peers in (PEERS, KERNELS)
     ]
 
 
 def user_rows(results: Results) -> list[list[str]]:
-    """The same for an ordinary user, beside the better of the stacks of three daemons."""
-    own, names = systems(results, OF_USER), of_groups(results, ("user",))
+    """Return the table of ratios for an ordinary user, to the faster stack of three daemons."""
+    own, names = systems_in(results, USER_OWN), workloads_in(results, ("user",))
     if not names or not own:
         return []
-    table = [["workload", "better stack", *(f"{name} to it" for name in own)]]
+    table = [["workload", "faster stack", *(f"{name} to it" for name in own)]]
     for name in names:
-        cells = [shown(against(results, name, each, STACKS)) for each in own]
-        table.append([name, better(results, name, STACKS) or "-", *cells])
-    last = [shown(mean(ratios(results, names, each, STACKS))) for each in own]
+        cells = [format_ratio(ratio_to_fastest(results, name, system, STACKS)) for system in own]
+        table.append([name, fastest(results, name, STACKS) or "-", *cells])
+    last = [format_ratio(mean(ratios(results, names, system, STACKS))) for system in own]
     return [*table, ["**mean**", "", *last]]
 
 
 def target_rows(results: Results) -> list[list[str]]:
-    """Each target, what is reached, and what misses it where each must; nothing of what was not run."""
-    table = [["target", "system", "to", "at most", "reached"]]
+    """Return the table of targets and outcomes, without targets whose workloads were not run."""
+    table = [["target", "system", "to", "at most", "met"]]
     for target in TARGETS:
-        names = of_groups(results, target.groups)
-        found = ratios(results, names, target.system, target.against)
-        if not found:
+        names = workloads_in(results, target.groups)
+        values = ratios(results, names, target.system, target.peers)
+        if not values:
             continue
-        to = "overlayfs" if target.against == KERNELS else "the better peer"
-        what = f"{target.what}, {'each' if target.how == EACH else 'mean'}"
-        table.append([what, target.system, to, f"{target.limit:g}", reached(target, found, len(names))])
+        to = KERNEL if target.peers == KERNELS else "the fastest peer"
+        subject = f"{target.subject}, {target.scope}"
+        table.append([subject, target.system, to, f"{target.limit:g}", outcome(target, values, len(names))])
     return table if len(table) > 1 else []
 
 
-def reached(target: Target, found: dict[str, float], wanted: int) -> str:
-    """Whether, and what: the mean, or how many of the workloads, and the worst of those that do not."""
-    lacking = f"; {wanted - len(found)} without a figure" if len(found) < wanted else ""
-    if target.how == MEAN:
-        value = mean(found) or 0.0
-        return f"{'yes' if value <= target.limit else 'no'}: {value:.2f}{lacking}"
-    above = {name: value for name, value in found.items() if value > target.limit}
+def outcome(target: Target, values: dict[str, float], expected: int) -> str:
+    """Return whether the ratios *values* of *expected* workloads meet *target*, and which do not."""
+    missing = f"; {expected - len(values)} without a figure" if len(values) < expected else ""
+    if target.scope == MEAN:
+        value = mean(values) or 0.0
+        return f"{'yes' if value <= target.limit else 'no'}: {value:.2f}{missing}"
+    above = {name: value for name, value in values.items() if value > target.limit}
     if not above:
-        return f"yes: at most {max(found.values()):.2f}{lacking}"
-    named = ", ".join(f"{name} {value:.2f}" for name, value in sorted(above.items(), key=lambda it: -it[1]))
-    return f"no: {len(found) - len(above)} of {len(found)}; above are {named}{lacking}"
+        return f"yes: at most {max(values.values()):.2f}{missing}"
+    listed = ", ".join(f"{name} {value:.2f}" for name, value in sorted(above.items(), key=lambda it: -it[1]))
+    return f"no: {len(values) - len(above)} of {len(values)}; above: {listed}{missing}"
 
 
-def shown(value: float | None) -> str:
-    """A ratio, or that there is none."""
+def format_ratio(value: float | None) -> str:
+    """Return *value* with two decimals, or "-"."""
     return "-" if value is None else f"{value:.2f}"

@@ -1,95 +1,86 @@
-"""The workloads: one module per kind, all behind :class:`Workload`."""
+"""The workloads: one module per kind, each a :class:`Workload`."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 from perf.box import Box
 from perf.images import COMPRESSORS
 
 
-class Workload(Protocol):
-    """Something people do to a merged tree, small enough to be done again and again."""
+@dataclass(frozen=True, slots=True)
+class Workload(ABC):
+    """Something people do in a merged tree, small enough to be repeated many times."""
 
-    @property
-    def name(self) -> str:
-        """How the command line and the results call it."""
-        ...
+    name: str
+    """The name on the command line and in the results."""
+    title: str
+    """What is timed, in words."""
+    cold: bool = False
+    """Whether the system is mounted again and the caches are dropped before the timed part."""
+    main: bool = False
+    """Whether ``--quick`` runs it."""
+    writes: bool = False
+    """Whether the result is verified after an unmount and a new mount."""
 
-    @property
-    def title(self) -> str:
-        """What is timed, in words."""
-        ...
+    def setup(self, box: Box) -> None:  # noqa: B027 - most workloads need no preparation
+        """Prepare the timed part. Not timed."""
 
-    @property
-    def cold(self) -> bool:
-        """Whether the system is mounted afresh and the caches are dropped before the timed part."""
-        ...
-
-    @property
-    def writes(self) -> bool:
-        """Whether the result is verified after an unmount and a fresh mount."""
-        ...
-
-    @property
-    def main(self) -> bool:
-        """Whether ``--quick`` runs it."""
-        ...
-
-    def setup(self, box: Box) -> None:
-        """Make what the timed part needs. Not timed."""
-        ...
-
+    @abstractmethod
     def run(self, box: Box) -> float:
-        """Do it; return the seconds it took."""
-        ...
+        """Do the work; return the seconds it took."""
 
+    @abstractmethod
     def verify(self, box: Box) -> None:
-        """Raise WrongResult unless what came out is what had to come out."""
-        ...
+        """Raise WrongResult unless the work was done correctly."""
 
 
-def bench_of_union() -> dict[str, Workload]:
-    """What a merged tree is measured by, by name, in the order of the tables."""
+def union_workloads() -> dict[str, Workload]:
+    """Return the workloads for a merged tree by name, in the order of the tables."""
     from perf.bench import change, clone, find, read, remove, sequential, untar
 
     modules = (find, untar, change, read, remove, sequential, clone)
-    known: list[Workload] = [workload for module in modules for workload in module.WORKLOADS]
-    return {workload.name: workload for workload in known}
+    return by_name([workload for module in modules for workload in module.WORKLOADS])
 
 
-def bench_of_image(compressor: str) -> dict[str, Workload]:
-    """What the reader of an image is measured by, by name, in the order of the tables."""
+def image_workloads(compressor: str) -> dict[str, Workload]:
+    """Return the workloads for a reader of squashfs images by name, in the order of the tables."""
     from perf.bench import find, large, read
 
     modules = (find, read, large)
-    known: list[Workload] = [workload for module in modules for workload in module.of_image(compressor)]
-    return {workload.name: workload for workload in known}
+    return by_name([workload for module in modules for workload in module.image_workloads(compressor)])
 
 
-def bench_of_store() -> dict[str, Workload]:
-    """What the writable filesystem is measured by, by name, in the order of the tables."""
+def store_workloads() -> dict[str, Workload]:
+    """Return the workloads for the writable filesystem by name, in the order of the tables."""
     from perf.bench import store
 
-    return {workload.name: workload for workload in store.WORKLOADS}
+    return by_name(store.WORKLOADS)
 
 
-def bench_of_targets() -> dict[str, dict[str, Workload]]:
-    """What the targets of docs/benchmarks.md are about, by group and name."""
+def target_workloads() -> dict[str, dict[str, Workload]]:
+    """Return the workloads of the targets in docs/benchmarks.md, by group and name."""
     from perf.bench import data, files, programs
 
-    user = [*files.of("user-", 4), *data.of("user-", 4)]
-    known = {
+    user = [*files.make_workloads("user-", 4), *data.make_workloads("user-", 4)]
+    groups = {
         "files": files.WORKLOADS, "data": data.WORKLOADS, "programs": programs.WORKLOADS, "user": user
     }  # fmt: skip
-    return {group: {workload.name: workload for workload in of} for group, of in known.items()}
+    return {group: by_name(workloads) for group, workloads in groups.items()}
 
 
 def workloads() -> dict[str, Workload]:
-    """Every workload by name, but for the programs, which want a root of their own."""
-    known = bench_of_union() | bench_of_store()
-    for name, each in bench_of_targets().items():
-        known |= {} if name == "programs" else each
+    """Return every workload by name, except the programs, which need their own root filesystem."""
+    found = union_workloads() | store_workloads()
+    for group, members in target_workloads().items():
+        if group != "programs":
+            found |= members
     for compressor in COMPRESSORS:
-        known |= bench_of_image(compressor)
-    return known
+        found |= image_workloads(compressor)
+    return found
+
+
+def by_name(workloads: list[Workload]) -> dict[str, Workload]:
+    """Return *workloads* by name, in the same order."""
+    return {workload.name: workload for workload in workloads}

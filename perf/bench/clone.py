@@ -1,4 +1,4 @@
-"""What a developer does in a merged tree: clone a repository and look at its state."""
+"""What a developer does in a merged tree: clone a repository and look at its status."""
 
 from __future__ import annotations
 
@@ -12,13 +12,11 @@ FILES = 1500
 
 
 @dataclass(frozen=True, slots=True)
-class Clone:
-    """``git clone`` of a bare repository on tmpfs, with its checkout."""
+class Clone(Workload):
+    """Run ``git clone`` of a bare repository on tmpfs, with its checkout."""
 
     name: str = "git-clone"
     title: str = "git clone of 1,500 files"
-    cold: bool = False
-    main: bool = False
     writes: bool = True
 
     def setup(self, box: Box) -> None:
@@ -31,16 +29,16 @@ class Clone:
         return box.run(["git", "clone", "-q", "--no-hardlinks", str(source), "clone"])
 
     def verify(self, box: Box) -> None:
-        state = box.output(["git", "-C", "clone", "status", "--porcelain"], box.merged)
-        if state:
-            raise WrongResult(f"git status: {state.splitlines()[0].decode(errors='replace')}")
+        status = box.output(["git", "-C", "clone", "status", "--porcelain"], box.merged)
+        if status:
+            raise WrongResult(f"git status: {status.splitlines()[0].decode(errors='replace')}")
         box.output(["git", "-C", "clone", "fsck", "--no-progress"], box.merged)
 
 
 def make_repository(box: Box) -> None:
-    """Commit some files of the reference to a repository on tmpfs; once per run."""
+    """Commit some files of the reference to a repository on tmpfs; done once per run."""
     tree = box.scratch.parent / "source"
-    for entry in box.corpus.regular(1, 1 << 15, FILES):
+    for entry in box.corpus.regular_files(1, 1 << 15, FILES):
         target = tree / entry.path
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(box.corpus.reference / entry.path, target)

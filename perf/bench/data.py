@@ -1,4 +1,4 @@
-"""Data: written and read, in order and at random places, one after the other in one mount."""
+"""Write and read data, in order and at random offsets, one workload after the other in one mount."""
 
 from __future__ import annotations
 
@@ -13,145 +13,135 @@ MIB = 1 << 20
 SIZE = 4096
 
 
-def places(size: int, count: int) -> list[int]:
-    """Where to read or write: strides that come to no page twice before they have been at all."""
+def scattered_offsets(size: int, count: int) -> list[int]:
+    """Return *count* offsets of pages in *size* bytes, which visit every page before any repeats."""
     return [number * 7919 * SIZE % size for number in range(count)]
 
 
-@dataclass(frozen=True, slots=True)
-class WriteInOrder:
-    """``dd`` from tmpfs, without fsync."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WriteInOrder(Workload):
+    """Copy the data file with ``dd`` from tmpfs, without fsync."""
 
-    name: str
-    title: str
     mib: int
-    cold: bool = True
-    main: bool = False
+    file: str = "written"
     writes: bool = True
 
-    def setup(self, box: Box) -> None:
-        pass
-
     def run(self, box: Box) -> float:
-        return copied(box, "written", self.mib)
+        return copy_data(box, self.file, self.mib)
 
     def verify(self, box: Box) -> None:
-        verify_copied(box, "written", self.mib)
+        verify_copy(box, self.file, self.mib)
 
 
-@dataclass(frozen=True, slots=True)
-class ReadInOrder:
-    """The same, written by the mount before, read whole."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadInOrder(Workload):
+    """Read all of a file that the previous mount has written."""
 
-    name: str
-    title: str
     mib: int
     cold: bool = True
-    main: bool = False
-    writes: bool = False
 
     def setup(self, box: Box) -> None:
-        copied(box, "to-read", self.mib)
+        copy_data(box, "to-read", self.mib)
 
     def run(self, box: Box) -> float:
-        seconds, box.state["found"] = box.client("skim", box.names_file(["to-read"]))
+        seconds, box.state["result"] = box.client("skim", box.names_file(["to-read"]))
         return seconds
 
     def verify(self, box: Box) -> None:
-        expect(box.state["found"], str(size_of(box, self.mib)))
-        verify_copied(box, "to-read", self.mib)
+        expect(box.state["result"], str(copied_size(box, self.mib)))
+        verify_copy(box, "to-read", self.mib)
 
 
-@dataclass(frozen=True, slots=True)
-class ReadAnywhere:
-    """4 KiB at each of many places of a file that the mount before has written."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadScattered(Workload):
+    """Read 4 KiB at each of many offsets of a file that the previous mount has written."""
 
-    name: str
-    title: str
     mib: int
     count: int
     cold: bool = True
-    main: bool = False
-    writes: bool = False
 
     def setup(self, box: Box) -> None:
-        copied(box, "to-read-anywhere", self.mib)
+        copy_data(box, "to-read-anywhere", self.mib)
 
     def run(self, box: Box) -> float:
-        names = ["to-read-anywhere", *(str(place) for place in places(size_of(box, self.mib), self.count))]
-        seconds, box.state["found"] = box.client("random", box.names_file(names))
+        offsets = scattered_offsets(copied_size(box, self.mib), self.count)
+        names = ["to-read-anywhere", *map(str, offsets)]
+        seconds, box.state["result"] = box.client("random", box.names_file(names))
         return seconds
 
     def verify(self, box: Box) -> None:
         digest = hashlib.blake2b(digest_size=16)
         with box.corpus.data.open("rb") as file:
-            for place in places(size_of(box, self.mib), self.count):
-                file.seek(place)
+            for offset in scattered_offsets(copied_size(box, self.mib), self.count):
+                file.seek(offset)
                 digest.update(file.read(SIZE))
-        expect(box.state["found"], f"{self.count} {digest.hexdigest()}")
+        expect(box.state["result"], f"{self.count} {digest.hexdigest()}")
 
 
-@dataclass(frozen=True, slots=True)
-class WriteAnywhere:
-    """4 KiB at each of many places of a file that the mount before has written, and fsync."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WriteScattered(Workload):
+    """Write 4 KiB at each of many offsets of a file that the previous mount has written, and fsync."""
 
-    name: str
-    title: str
     mib: int
     count: int
     cold: bool = True
-    main: bool = False
     writes: bool = True
 
     def setup(self, box: Box) -> None:
-        copied(box, "to-rewrite", self.mib)
+        copy_data(box, "to-rewrite", self.mib)
 
     def run(self, box: Box) -> float:
-        names = ["to-rewrite", *(str(place) for place in places(size_of(box, self.mib), self.count))]
-        return box.client("rewrite", box.names_file(names))[0]
+        return rewrite(box, "to-rewrite", copied_size(box, self.mib), self.count)
 
     def verify(self, box: Box) -> None:
-        with (box.merged / "to-rewrite").open("rb") as file:
-            for place in places(size_of(box, self.mib), self.count):
-                file.seek(place)
-                if file.read(SIZE) != str(place).encode().ljust(SIZE, b"#"):
-                    raise WrongResult(f"there are other bytes at {place} than were written")
+        verify_rewritten(box, "to-rewrite", copied_size(box, self.mib), self.count)
 
 
-def copied(box: Box, name: str, mib: int) -> float:
-    """Write so much of the data file to *name*; return the seconds it took."""
+def copy_data(box: Box, name: str, mib: int) -> float:
+    """Copy up to *mib* MiB of the data file to *name*; return the seconds it took."""
     if not box.corpus.data.stat().st_size:
-        raise WrongResult("there is no data to write")
+        raise WrongResult("the data file is empty")
     return box.run(["dd", f"if={box.corpus.data}", f"of={name}", "bs=1M", f"count={mib}", "status=none"])
 
 
-def size_of(box: Box, mib: int) -> int:
-    """How many bytes that are."""
+def copied_size(box: Box, mib: int) -> int:
+    """Return how many bytes copy_data() copies."""
     return min(mib * MIB, box.corpus.data.stat().st_size)
 
 
-def verify_copied(box: Box, name: str, mib: int) -> None:
-    """Compare *name* with what was written to it."""
-    size = size_of(box, mib)
+def verify_copy(box: Box, name: str, mib: int) -> None:
+    """Compare *name* with what copy_data() wrote to it."""
+    size = copied_size(box, mib)
     box.output(["cmp", "-n", str(size), str(box.corpus.data), name], box.merged)
     if (box.merged / name).stat().st_size != size:
         raise WrongResult(f"{name} is longer than what was written")
 
 
-def of(prefix: str, share: int = 1) -> list[Workload]:
-    """The workloads, their names begun with *prefix*, of one in *share* of the bytes."""
-    mib, count = 200 // share, 10_000 // share
-    known: list[Workload] = [
-        ReadInOrder("seq-read", f"read {mib} MiB of the store in order", mib),
-        ReadAnywhere(
-            "random-read", f"read 4 KiB at {count:,} places of {mib // 2} MiB of the store", mib // 2, count
-        ),
-        WriteInOrder("seq-write", f"write {mib} MiB in order", mib),
-        WriteAnywhere(
-            "random-write", f"write 4 KiB at {count:,} places of {mib // 2} MiB, and fsync", mib // 2, count
-        ),
+def rewrite(box: Box, name: str, size: int, count: int) -> float:
+    """Write 4 KiB at *count* scattered offsets of *name*, of *size* bytes; return the seconds it took."""
+    return box.client("rewrite", box.names_file([name, *map(str, scattered_offsets(size, count))]))[0]
+
+
+def verify_rewritten(box: Box, name: str, size: int, count: int) -> None:
+    """Check each of the pages that rewrite() wrote."""
+    with (box.merged / name).open("rb") as file:
+        for offset in scattered_offsets(size, count):
+            file.seek(offset)
+            if file.read(SIZE) != str(offset).encode().ljust(SIZE, b"#"):
+                raise WrongResult(f"{name} has other data at {offset} than was written")
+
+
+def make_workloads(prefix: str, divisor: int = 1) -> list[Workload]:
+    """Return the workloads with *prefix* before their names, on the usual sizes divided by *divisor*."""
+    mib, count = 200 // divisor, 10_000 // divisor
+    scattered = f"4 KiB at {count:,} offsets of {mib // 2} MiB"
+    workloads: list[Workload] = [
+        ReadInOrder("seq-read", f"read {mib} MiB of the store in order", mib=mib),
+        ReadScattered("random-read", f"read {scattered} of the store", mib=mib // 2, count=count),
+        WriteInOrder("seq-write", f"write {mib} MiB in order", cold=True, mib=mib),
+        WriteScattered("random-write", f"write {scattered}, and fsync", mib=mib // 2, count=count),
     ]
-    return [replace(each, name=f"{prefix}{each.name}") for each in known]  # type: ignore[type-var]
+    return [replace(workload, name=f"{prefix}{workload.name}") for workload in workloads]
 
 
-WORKLOADS = of("")
+WORKLOADS = make_workloads("")

@@ -1,4 +1,4 @@
-"""Remove trees: one that was made in the store, and one that the lower holds."""
+"""Remove trees: one that is in the store, and one that is in the lower."""
 
 from __future__ import annotations
 
@@ -11,16 +11,14 @@ from perf.box import Box, WrongResult
 
 
 @dataclass(frozen=True, slots=True)
-class RemoveUpper:
-    """``rm -rf`` of what was unpacked just before."""
+class RemoveUpper(Workload):
+    """Run ``rm -rf`` on a tree that was unpacked just before."""
 
     name: str = "rm-upper"
     title: str = "rm -rf of the 8,000 files just unpacked"
-    cold: bool = False
-    main: bool = False
     writes: bool = True
-    alone: bool = False
-    """Whether there may be no lower, and so no neighbours to look at."""
+    no_lower: bool = False
+    """Whether there is no lower, and so no names beside the tree to check."""
 
     def setup(self, box: Box) -> None:
         (box.merged / TREE).mkdir()
@@ -30,50 +28,50 @@ class RemoveUpper:
         return box.run(["rm", "-rf", TREE])
 
     def verify(self, box: Box) -> None:
-        if self.alone:
+        if self.no_lower:
             verify_removed(box, TREE)
         else:
-            verify_gone(box, TREE)
+            verify_only_removed(box, TREE)
 
 
 @dataclass(frozen=True, slots=True)
-class RemoveLower:
-    """``rm -rf`` of a directory of the lower: whiteouts for all its names, or for itself."""
+class RemoveLower(Workload):
+    """Run ``rm -rf`` on a directory of the lower, which makes whiteouts."""
 
     name: str = "rm-lower"
     title: str = "rm -rf of a lower directory of some 2,000 files, cold"
     cold: bool = True
-    main: bool = False
     writes: bool = True
 
     def setup(self, box: Box) -> None:
-        box.state["directory"] = box.corpus.directory(2_500, 1 << 30)
+        box.state["directory"] = box.corpus.largest_directory(2_500, 1 << 30)
 
     def run(self, box: Box) -> float:
         return box.run(["rm", "-rf", box.state["directory"]])
 
     def verify(self, box: Box) -> None:
-        verify_gone(box, box.state["directory"])
+        verify_only_removed(box, box.state["directory"])
 
 
 def verify_removed(box: Box, name: str) -> Path:
-    """Check that *name* is neither listed nor found; return where it was."""
+    """Check that *name* is neither listed nor found; return the path it had."""
     path = box.merged / name
     if path.exists() or path.name in {p.name for p in path.parent.iterdir()}:
         raise WrongResult(f"{name} is still there")
     return path
 
 
-def verify_gone(box: Box, name: str) -> None:
-    """Check that *name* is neither listed nor found, and that its neighbours still are."""
+def verify_only_removed(box: Box, name: str) -> None:
+    """Check that *name* is neither listed nor found, and that its directory has all its other names."""
     path = verify_removed(box, name)
-    above = "" if "/" not in name else name.rpartition("/")[0] + "/"
-    wanted = {
-        e.path for e in box.corpus.entries if e.path.startswith(above) and "/" not in e.path[len(above) :]
+    prefix = "" if "/" not in name else name.rpartition("/")[0] + "/"
+    siblings = {
+        e.path for e in box.corpus.entries if e.path.startswith(prefix) and "/" not in e.path[len(prefix) :]
     }
-    missing = {p.name for p in path.parent.iterdir()} ^ {w[len(above) :] for w in wanted - {name}}
-    if missing - {"lost+found"}:
-        raise WrongResult(f"beside {name}, these names came or went: {sorted(missing)[:5]}")
+    expected = {sibling[len(prefix) :] for sibling in siblings - {name}}
+    different = {p.name for p in path.parent.iterdir()} ^ expected
+    if different - {"lost+found"}:
+        raise WrongResult(f"beside {name}, these names appeared or disappeared: {sorted(different)[:5]}")
 
 
 WORKLOADS: list[Workload] = [RemoveUpper(), RemoveLower()]

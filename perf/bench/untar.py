@@ -1,4 +1,4 @@
-"""Unpack an archive of small files that lies on tmpfs."""
+"""Unpack an archive of small files from tmpfs."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ TREE = "unpacked"
 
 
 @dataclass(frozen=True, slots=True)
-class Untar:
-    """``tar xf`` into a new directory."""
+class Untar(Workload):
+    """Run ``tar xf`` into a new directory."""
 
     name: str = "untar"
     title: str = "tar xf of 8,000 files"
-    cold: bool = False
     main: bool = True
     writes: bool = True
 
@@ -39,7 +38,7 @@ def untar(box: Box) -> float:
 
 
 def verify_unpacked(box: Box) -> None:
-    """Compare every name, mode and size under TREE with the reference, and the content of every 16th."""
+    """Compare every name, mode and size under TREE with the reference, and the data of every 16th file."""
     for number, entry in enumerate(box.corpus.archived):
         path = box.merged / TREE / entry.path
         try:
@@ -53,11 +52,11 @@ def verify_unpacked(box: Box) -> None:
         if info.st_size != entry.size:
             raise WrongResult(f"{TREE}/{entry.path} has {info.st_size} bytes instead of {entry.size}")
         if number % 16 == 0 and path.read_bytes() != (box.corpus.reference / entry.path).read_bytes():
-            raise WrongResult(f"{TREE}/{entry.path} has other bytes than the archive")
+            raise WrongResult(f"{TREE}/{entry.path} has other data than the archive")
     count = sum(len(files) for _, _, files in os.walk(Path(box.merged / TREE)))
-    wanted = sum(stat.S_ISREG(e.mode) for e in box.corpus.archived)
-    if count != wanted:
-        raise WrongResult(f"{TREE} holds {count} files instead of {wanted}")
+    expected = sum(stat.S_ISREG(e.mode) for e in box.corpus.archived)
+    if count != expected:
+        raise WrongResult(f"{TREE} contains {count} files instead of {expected}")
 
 
 WORKLOADS: list[Workload] = [Untar()]

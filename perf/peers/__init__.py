@@ -1,94 +1,92 @@
-"""The systems under test: one module per system, all behind :class:`System`."""
+"""The systems under test: one module per kind, each a :class:`System`."""
 
 from __future__ import annotations
 
-import shutil
-from typing import Protocol
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 from perf.box import Box
 
 
-class System(Protocol):
-    """Something that merges a read-only lower with a writable store, or only shows the lower."""
+@dataclass(frozen=True, slots=True)
+class System(ABC):
+    """Something that merges a read-only lower with a writable store, or only shows one of them."""
 
-    @property
-    def name(self) -> str:
-        """How the command line and the results call it."""
-        ...
+    name: str
+    """The name on the command line and in the results."""
+    fuse: bool = True
+    """Whether a FUSE daemon answers its requests."""
 
-    @property
-    def fuse(self) -> bool:
-        """Whether a daemon answers its requests."""
-        ...
+    def missing_requirements(self) -> str:
+        """Return what it needs that is not on this machine, and what installs it; "" if it can run."""
+        return ""
 
-    def missing(self) -> str:
-        """What it lacks on this machine and what installs it; "" when it can run."""
-        ...
-
+    @abstractmethod
     def version(self) -> str:
-        """Its version."""
-        ...
+        """Return its version."""
 
+    @abstractmethod
     def options(self) -> str:
-        """How it is mounted, with LOWER, STORE and MNT for the places."""
-        ...
+        """Return its mount command, with LOWER, STORE and MNT for the places."""
 
     def create(self, box: Box) -> None:
-        """Make a fresh store."""
-        ...
+        """Create an empty store: by default an ext3 image."""
+        box.make_store()
 
+    @abstractmethod
     def mount(self, box: Box) -> None:
         """Mount the lower and the store; return when ``box.merged`` answers."""
-        ...
 
     def unmount(self, box: Box) -> None:
         """Unmount; return when everything written is in the store's image."""
-        ...
-
-
-def needs(program: str, package: str) -> str:
-    """The message for a missing *program*; "" when it is there."""
-    return "" if shutil.which(program) else f"{program} is not installed (Debian package {package})"
+        box.stop_daemon(box.merged)
 
 
 def unions() -> dict[str, System]:
-    """Every system that merges, by name, in the order of the tables."""
-    from perf.peers import cowfs, fuse_overlayfs, overlayfs, unionfs_fuse, unprivileged
+    """Return every system that merges, by name, in the order of the tables."""
+    from perf.peers import cowfs, fuse_overlayfs, overlayfs, stacks, unionfs_fuse
 
-    known = [*cowfs.SYSTEMS, *overlayfs.SYSTEMS, *fuse_overlayfs.SYSTEMS, *unionfs_fuse.SYSTEMS]
-    known += unprivileged.SYSTEMS
-    return {system.name: system for system in known}
+    return by_name(
+        *cowfs.SYSTEMS, *overlayfs.SYSTEMS, *fuse_overlayfs.SYSTEMS, *unionfs_fuse.SYSTEMS, *stacks.STACKS
+    )
 
 
-def targets() -> dict[str, System]:
-    """Every system that the targets are about, by name, in the order of the tables."""
+def target_systems() -> dict[str, System]:
+    """Return every system that the targets are about, by name, in the order of the tables."""
     from perf.peers import cowfs, fuse_overlayfs, overlayfs, unionfs_fuse
 
-    known = [*cowfs.SYSTEMS, overlayfs.SYSTEMS[0], *fuse_overlayfs.SYSTEMS, *fuse_overlayfs.NEWEST]
-    return {system.name: system for system in [*known, *unionfs_fuse.SYSTEMS]}
+    return by_name(
+        *cowfs.SYSTEMS, overlayfs.SYSTEMS[0], *fuse_overlayfs.SYSTEMS, *fuse_overlayfs.NEWEST,
+        *unionfs_fuse.SYSTEMS,
+    )  # fmt: skip
 
 
-def of_a_user() -> dict[str, System]:
-    """Every system that an ordinary user mounts, by name."""
+def user_systems() -> dict[str, System]:
+    """Return every system that is mounted by an ordinary user, by name."""
     from perf.peers import one_user
 
-    return {system.name: system for system in one_user.SYSTEMS}
+    return by_name(*one_user.SYSTEMS)
 
 
-def readers() -> dict[str, System]:
-    """Every system that reads a squashfs image, by name, in the order of the tables."""
-    from perf.peers import cowfs, squashfuse
+def image_readers() -> dict[str, System]:
+    """Return every system that reads a squashfs image, by name, in the order of the tables."""
+    from perf.peers import cowfs, images, stacks
 
-    return {system.name: system for system in [*cowfs.READERS, *squashfuse.SYSTEMS]}
+    return by_name(*cowfs.READERS, *images.READERS, *stacks.READERS)
 
 
 def stores() -> dict[str, System]:
-    """Every system with an ext3 image to write to, by name, in the order of the tables."""
-    from perf.peers import cowfs, images, unprivileged
+    """Return every system that writes to an ext3 image, by name, in the order of the tables."""
+    from perf.peers import cowfs, images, stacks
 
-    return {system.name: system for system in [*cowfs.STORES, *images.SYSTEMS, *unprivileged.SYSTEMS]}
+    return by_name(*cowfs.STORES, *images.STORES, *stacks.STACKS)
 
 
 def systems() -> dict[str, System]:
-    """Every system by name."""
-    return {**unions(), **targets(), **of_a_user(), **readers(), **stores()}
+    """Return every system by name."""
+    return {**unions(), **target_systems(), **user_systems(), **image_readers(), **stores()}
+
+
+def by_name(*systems: System) -> dict[str, System]:
+    """Return *systems* by name, in the same order."""
+    return {system.name: system for system in systems}

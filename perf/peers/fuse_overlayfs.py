@@ -6,36 +6,32 @@ from dataclasses import dataclass
 
 from perf import machine
 from perf.box import Box
-from perf.peers import System, needs, newest
+from perf.peers import System, newest
 
 NAME = "fuse-overlayfs"
+OPTIONS = "fuse-overlayfs -f -o lowerdir=LOWER,upperdir=STORE/upper,workdir=STORE/work MNT"
 
 
-@dataclass(frozen=True, slots=True)
-class FuseOverlayfs:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FuseOverlayfs(System):
     """fuse-overlayfs, run by root."""
 
-    name: str = NAME
-    new: bool = False
-    """Whether it is Debian 13's, and not this system's."""
-    fuse: bool = True
+    use_newest: bool = False
+    """Whether it is Debian 13's instead of this system's."""
 
-    def missing(self) -> str:
-        return newest.missing(NAME) if self.new else needs(NAME, NAME)
+    def missing_requirements(self) -> str:
+        return newest.missing(NAME) if self.use_newest else machine.missing_programs((NAME, NAME))
 
     def version(self) -> str:
-        return version(self.new)
+        return version(self.use_newest)
 
     def options(self) -> str:
-        return "fuse-overlayfs -f -o lowerdir=LOWER,upperdir=STORE/upper,workdir=STORE/work MNT"
-
-    def create(self, box: Box) -> None:
-        box.make_store()
+        return OPTIONS
 
     def mount(self, box: Box) -> None:
         box.mount_lower()
         box.mount_store()
-        box.start_daemon(command(box, self.new))
+        box.start_daemon(command(box, self.use_newest))
 
     def unmount(self, box: Box) -> None:
         box.stop_daemon(box.merged)
@@ -43,23 +39,18 @@ class FuseOverlayfs:
         box.unmount(box.lower)
 
 
-def command(box: Box, new: bool = False) -> list[str]:
-    """The command that mounts ``lower`` and ``store`` at ``merged``."""
+def command(box: Box, use_newest: bool = False) -> list[str]:
+    """Return the command that mounts ``lower`` and ``store`` at ``merged``."""
     places = f"lowerdir={box.lower},upperdir={box.store}/upper,workdir={box.store}/work"
-    return [*program(new), "-f", "-o", places, str(box.merged)]
+    return [*newest.program(NAME, use_newest), "-f", "-o", places, str(box.merged)]
 
 
-def program(new: bool) -> list[str]:
-    """What runs it."""
-    return newest.command(NAME) if new else [NAME]
-
-
-def version(new: bool = False) -> str:
-    """The version of fuse-overlayfs, which prints that of fusermount3 first."""
-    lines = machine.output([*program(new), "--version"]).splitlines()
+def version(use_newest: bool = False) -> str:
+    """Return the version of fuse-overlayfs, which prints that of fusermount3 first."""
+    lines = machine.output([*newest.program(NAME, use_newest), "--version"]).splitlines()
     own = [line.split()[-1] for line in lines if line.startswith(NAME)]
     return own[0] if own else ""
 
 
-SYSTEMS: list[System] = [FuseOverlayfs()]
-NEWEST: list[System] = [FuseOverlayfs(f"{NAME}-new", new=True)]
+SYSTEMS = [FuseOverlayfs(NAME)]
+NEWEST = [FuseOverlayfs(f"{NAME}-new", use_newest=True)]

@@ -1,7 +1,7 @@
-"""The newest releases of peers that Debian 12 has in older ones: those of Debian 13, beside the system's own.
+"""Newer releases of peers than Debian 12 has: those of Debian 13, beside the system's own.
 
-Their packages, with all libraries down to libc, are unpacked into the cache and run from there by their own
-loader; nothing is installed.
+Their packages, with all libraries including libc, are unpacked into the cache and run from there by their own
+dynamic loader. Nothing is installed.
 """
 
 from __future__ import annotations
@@ -19,35 +19,35 @@ LOADER = "usr/lib64/ld-linux-x86-64.so.2"
 TREE = Path(__file__).parents[2] / ".cache" / "perf" / "newest"
 
 
-def command(program: str) -> list[str]:
-    """What runs *program*."""
-    return [str(TREE / LOADER), "--library-path", str(TREE / "usr/lib/x86_64-linux-gnu"), found(program)]
+def program(name: str, use_newest: bool = True) -> list[str]:
+    """Return the words that run the program *name*: Debian 13's, or the system's own unless *use_newest*."""
+    if not use_newest:
+        return [name]
+    return [str(TREE / LOADER), "--library-path", str(TREE / "usr/lib/x86_64-linux-gnu"), path(name)]
 
 
-def found(program: str) -> str:
-    """Where it is."""
-    return str(TREE / "usr/bin" / program)
+def path(name: str) -> str:
+    """Return the path of Debian 13's program *name*, which need not exist."""
+    return str(TREE / "usr/bin" / name)
 
 
 def missing(*programs: str) -> str:
-    """Which of *programs* are not there, and what gets them; "" when all are."""
-    lacking = [program for program in programs if not os.path.exists(found(program))]
-    return (
-        f"{', '.join(lacking)} of Debian 13 not in the cache (python -m perf.peers.newest)" if lacking else ""
-    )
+    """Return which of *programs* are not in the cache, and the command that downloads them; "" if all are."""
+    lacking = ", ".join(name for name in programs if not os.path.exists(path(name)))
+    return f"{lacking} of Debian 13 not in the cache (python -m perf.peers.newest)" if lacking else ""
 
 
-def make() -> str:
-    """Get them, if they are not there; return why that was not possible, or ""."""
+def download() -> str:
+    """Download and unpack the packages unless they are in the cache; return why it failed, or ""."""
     if TREE.exists():
         return ""
     if os.uname().machine != "x86_64" or shutil.which("apt-get") is None:
-        return "they are got on Debian for amd64 only"
+        return "this works on Debian for amd64 only"
     work, new = TREE.with_name("newest.apt"), TREE.with_name("newest.new")
     for directory in (work, new):
         shutil.rmtree(directory, ignore_errors=True)
     try:
-        settings(work)
+        configure_apt(work)
         environment = {**os.environ, "APT_CONFIG": str(work / "apt.conf")}
         for arguments in (["update"], ["-y", "--download-only", "install", *PACKAGES]):
             argv = ["apt-get", "-q", *arguments]
@@ -63,8 +63,8 @@ def make() -> str:
     return ""
 
 
-def settings(work: Path) -> None:
-    """Make a state of apt of its own in *work*, which knows of SUITE alone, and of no package installed."""
+def configure_apt(work: Path) -> None:
+    """Create a separate apt state in *work* that knows only SUITE, and no installed package."""
     for directory in ("state/lists/partial", "cache/archives/partial"):
         (work / directory).mkdir(parents=True)
     (work / "status").touch()
@@ -83,4 +83,4 @@ def settings(work: Path) -> None:
 
 
 if __name__ == "__main__":
-    print(make() or f"they are in {TREE}")
+    print(download() or f"the programs of Debian 13 are in {TREE}")

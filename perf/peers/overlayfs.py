@@ -1,36 +1,32 @@
-"""The kernel's overlayfs: with the features that cowfs has too, and as it comes."""
+"""The kernel's overlayfs: with the features that cowfs has too, and with its defaults."""
 
 from __future__ import annotations
 
-import platform
 from dataclasses import dataclass
 from pathlib import Path
 
+from perf import machine
 from perf.box import Box
 from perf.peers import System
 
 
-@dataclass(frozen=True, slots=True)
-class KernelOverlay:
-    """overlayfs with *features* switched on; the store is mounted by the kernel."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KernelOverlay(System):
+    """overlayfs with some *features* enabled; the kernel mounts the store too."""
 
-    name: str
     features: str
     fuse: bool = False
 
-    def missing(self) -> str:
+    def missing_requirements(self) -> str:
         if "overlay" in Path("/proc/filesystems").read_text().split():
             return ""
         return "the kernel has no overlayfs loaded (modprobe overlay)"
 
     def version(self) -> str:
-        return f"Linux {platform.release()}"
+        return machine.kernel()
 
     def options(self) -> str:
         return f"mount -t overlay -o {self._options('LOWER', 'STORE')} overlay MNT"
-
-    def create(self, box: Box) -> None:
-        box.make_store()
 
     def mount(self, box: Box) -> None:
         box.mount_lower()
@@ -48,7 +44,7 @@ class KernelOverlay:
         return f"{places},{self.features}" if self.features else places
 
 
-SYSTEMS: list[System] = [
-    KernelOverlay("overlayfs", "redirect_dir=on,metacopy=on,index=on,xino=on"),
-    KernelOverlay("overlayfs-default", ""),
+SYSTEMS = [
+    KernelOverlay("overlayfs", features="redirect_dir=on,metacopy=on,index=on,xino=on"),
+    KernelOverlay("overlayfs-default", features=""),
 ]

@@ -6,18 +6,17 @@ from dataclasses import dataclass
 
 from perf import machine
 from perf.box import Box
-from perf.peers import System, needs
+from perf.peers import System
 
 
 @dataclass(frozen=True, slots=True)
-class UnionfsFuse:
+class UnionfsFuse(System):
     """unionfs-fuse, run by root."""
 
     name: str = "unionfs-fuse"
-    fuse: bool = True
 
-    def missing(self) -> str:
-        return needs("unionfs", "unionfs-fuse")
+    def missing_requirements(self) -> str:
+        return machine.missing_programs(("unionfs", "unionfs-fuse"))
 
     def version(self) -> str:
         # It prints the version of fusermount3 first.
@@ -26,9 +25,6 @@ class UnionfsFuse:
 
     def options(self) -> str:
         return "unionfs -f -o cow STORE/upper=RW:LOWER=RO MNT"
-
-    def create(self, box: Box) -> None:
-        box.make_store()
 
     def mount(self, box: Box) -> None:
         box.mount_lower()
@@ -42,4 +38,4 @@ class UnionfsFuse:
         box.unmount(box.lower)
 
 
-SYSTEMS: list[System] = [UnionfsFuse()]
+SYSTEMS = [UnionfsFuse()]

@@ -1,4 +1,4 @@
-"""How many requests an operation takes is what docs/benchmarks.md says: by kind, over each transport."""
+"""The number of requests of each operation is the one in docs/benchmarks.md, over each transport."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TIMES = 6
 
 @pytest.fixture(scope="module")
 def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A lower for all operations, and beside it what programs need."""
+    """An image for all operations, with the files that programs read beside it."""
     return counts.prepare(tmp_path_factory.mktemp("counts"), TIMES)
 
 
@@ -31,26 +31,24 @@ def counter(image: Path, transport: str) -> Iterator[Counter]:
         yield Counter(merged, image.parent / "outside", TIMES)
 
 
-def in_document() -> tuple[dict[str, str], dict[str, Row]]:
-    """With what was counted, and the rows."""
+def read_document() -> tuple[dict[str, str], dict[str, Row]]:
+    """Return the versions and the rows in the document."""
     return counts.read_table(DOCUMENT.read_text())
 
 
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.title)
-def test_as_many_as_the_document_says(counter: Counter, operation: Operation) -> None:
-    known, rows = in_document()
-    here = versions()
+def test_the_document_has_the_right_counts(counter: Counter, operation: Operation) -> None:
+    documented, rows = read_document()
+    installed = versions()
     for name in filter(None, ("Linux", operation.program)):
-        if here[name] != known[name]:
-            have = here[name] or "not installed"
-            pytest.skip(
-                f"the document tells of {name} {known[name]}, which asks otherwise; here it is {have}"
-            )
-    found = counter.count(operation)
-    assert found.kinds == rows[operation.title].kinds, (
-        "if this is meant: python -m perf.counts --write, which writes the document anew"
+        if installed[name] != documented[name]:
+            version = installed[name] or "not installed"
+            pytest.skip(f"the document is about {name} {documented[name]}; this machine has {version}")
+    row = counter.count(operation)
+    assert row.kinds == rows[operation.title].kinds, (
+        "if the change is intended, update the document: python -m perf.counts --write"
     )
 
 
 def test_the_document_has_each_operation_and_no_other() -> None:
-    assert set(in_document()[1]) == {operation.title for operation in OPERATIONS}
+    assert set(read_document()[1]) == {operation.title for operation in OPERATIONS}

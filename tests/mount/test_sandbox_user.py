@@ -143,8 +143,8 @@ def test_an_ordinary_user_installs_packages(nobody_path: Path) -> None:
     """apt-get, dpkg, pip and install(1) in a Debian, with nobody there but root."""
     if not makes_user_namespaces():
         pytest.skip("needs user namespaces")
-    if debian.missing():
-        pytest.skip(debian.missing())
+    if missing := debian.missing_requirements():
+        pytest.skip(missing)
     cache = Path(project_root(), ".cache/perf")
     cache.mkdir(parents=True, exist_ok=True)
     image = Path(shutil.copy(debian.make(cache), nobody_path))

@@ -1,4 +1,4 @@
-"""The programs that perf runs in a Debian: what they leave is accepted, and what they do not is not."""
+"""The programs that perf runs in a Debian: their verification accepts their result, and nothing else."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ CACHE = Path(__file__).parents[2] / ".cache" / "perf"
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The Debian, mounted."""
-    if debian.missing():
-        pytest.skip(debian.missing())
+    """Return where the Debian is mounted."""
+    if missing := debian.missing_requirements():
+        pytest.skip(missing)
     CACHE.mkdir(parents=True, exist_ok=True)
     image, at = debian.make(CACHE), tmp_path_factory.mktemp("debian")
     run("mount", "-t", "squashfs", "-o", "loop,ro", image, at)
@@ -31,12 +31,12 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture
 def box(tmp_path: Path, reference: Path, ext3: Path) -> Iterator[Box]:
-    """A box whose merged tree the kernel merges."""
+    """A box whose merged tree is mounted by the kernel's overlayfs."""
     scratch, store = tmp_path / "scratch", ext3 / tmp_path.name
     scratch.mkdir()
     (store / "upper").mkdir(parents=True)
-    known = corpus.Corpus(Path(), Path(), Path(), reference, corpus.scan(reference), [], {})
-    box = Box(tmp_path / "box", scratch, known, limit=120)
+    data = corpus.Corpus(Path(), Path(), Path(), reference, corpus.scan(reference), [], {})
+    box = Box(tmp_path / "box", scratch, data, limit=120)
     box.open()
     with kernel_overlay([reference], store, box.merged):
         yield box
@@ -44,7 +44,7 @@ def box(tmp_path: Path, reference: Path, ext3: Path) -> Iterator[Box]:
 
 
 @pytest.mark.parametrize("program", programs.WORKLOADS, ids=lambda program: program.name)
-def test_only_what_was_done_is_accepted(program: Workload, box: Box) -> None:
+def test_verification_accepts_only_the_programs_result(program: Workload, box: Box) -> None:
     program.setup(box)
     box.state["said"] = ""
     with pytest.raises((WrongResult, SampleFailed, FileNotFoundError)):

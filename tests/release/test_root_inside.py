@@ -52,8 +52,8 @@ echo all done
 
 @pytest.mark.parametrize("kind", ["image", "directory"])
 def test_programs_of_root(kind: str, nobody_path: Path, many: None) -> None:
-    if debian.missing():
-        pytest.skip(debian.missing())
+    if missing := debian.missing_requirements():
+        pytest.skip(missing)
     if not makes_user_namespaces():
         pytest.skip("needs user namespaces")
     CACHE.mkdir(parents=True, exist_ok=True)
